@@ -1,0 +1,132 @@
+//! The kernel side as the agent sees it: load, attach and pin the programs, typed maps, sockets inside pods.
+//!
+//! The only module that uses aya, libc and `unsafe`. Nothing here decides: callers say what holds, this module makes
+//! the kernel hold it. Every method is synchronous and short; none blocks on the network.
+//!
+//! | file | what |
+//! |---|---|
+//! | `cgroup` | where cgroup v2 is mounted, a cgroup's id, depth and processes |
+//! | `netns` | open, enter and name network namespaces |
+//! | `link` | the bpf(2) link commands that aya keeps private |
+//! | `programs` | load, attach, pin, re-adopt |
+//! | `maps` | what each map is for, behind typed methods |
+//! | `socket` | listeners and outgoing sockets in a pod's namespace |
+//! | `node` | the node's own addresses, host checks |
+
+pub mod cgroup;
+mod link;
+mod maps;
+pub mod netns;
+pub mod node;
+mod programs;
+pub mod socket;
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+pub use maps::{KernelCounter, Maps, PodEntry};
+pub use programs::{Programs, ProgramState, uninstall};
+
+/// Something the kernel would not do.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// The binary was built without its eBPF object.
+    #[error("this binary holds no eBPF object: run `cargo xtask build-ebpf` and build it again")]
+    NoObject,
+    /// The pin path is not on a BPF file system.
+    #[error("pinPath {path}: not on a BPF file system; mount one: mount -t bpf bpf /sys/fs/bpf")]
+    NotBpffs {
+        /// The configured path.
+        path: PathBuf,
+    },
+    /// Another agent holds the pin path.
+    #[error("pinPath {path}: another agent uses it; stop that agent or configure another path")]
+    Locked {
+        /// The configured path.
+        path: PathBuf,
+    },
+    /// Pins of another, incompatible version.
+    #[error("pinPath {path}: holds state of another version ({found}); run `tacit uninstall` of that version first")]
+    OtherVersion {
+        /// The configured path.
+        path: PathBuf,
+        /// Name of the folder found.
+        found: String,
+    },
+    /// The pods' cgroup is not usable.
+    #[error("podsCgroup {path}: {problem}")]
+    Cgroup {
+        /// The path asked for.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        problem: String,
+    },
+    /// The verifier or the loader refused the object or a program.
+    #[error("kernel {release} refused program {program}: {problem}\n{log}")]
+    Refused {
+        /// Program name, or `object` when loading failed before.
+        program: String,
+        /// Running kernel's release.
+        release: String,
+        /// The error.
+        problem: String,
+        /// Last lines of the verifier's log.
+        log: String,
+    },
+    /// A program could not be attached.
+    #[error("attach {program} to {target}: {problem}")]
+    Attach {
+        /// Program name.
+        program: &'static str,
+        /// Where to.
+        target: String,
+        /// The error.
+        problem: String,
+    },
+    /// A map operation failed.
+    #[error("map {map}: {problem}")]
+    Map {
+        /// Map name.
+        map: &'static str,
+        /// The error.
+        problem: String,
+    },
+    /// A file system operation failed.
+    #[error("{what} {path}: {source}")]
+    File {
+        /// What was done.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The error.
+        source: io::Error,
+    },
+}
+
+impl KernelError {
+    fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::File { what, path: path.to_owned(), source }
+    }
+}
+
+/// The loaded kernel side. One for each agent; it holds the lock on the pin path.
+pub struct Kernel {
+    /// Programs and their links.
+    pub programs: Programs,
+    /// Typed maps.
+    pub maps: Maps,
+}
+
+impl Kernel {
+    /// Loads the programs, re-adopting pinned maps and links of an earlier run, and attaches them.
+    ///
+    /// # Errors
+    /// [`KernelError`]; nothing new stays attached or pinned then, what was there before stays.
+    pub fn open(pin_path: &Path, pods_cgroup: &cgroup::Cgroup) -> Result<Self, KernelError> {
+        let mut programs = Programs::load(pin_path, pods_cgroup)?;
+        let maps = Maps::take(&mut programs)?;
+        Ok(Self { programs, maps })
+    }
+}

@@ -1,0 +1,148 @@
+//! cgroup v2: where it is mounted, and a cgroup's id, depth and processes.
+
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use super::KernelError;
+
+/// How deep below a pod's cgroup its containers' processes are looked for: pod, container, and one more level for
+/// runtimes that nest.
+const PROCESS_DEPTH: usize = 3;
+
+/// A cgroup v2 directory.
+#[derive(Debug, Clone)]
+pub struct Cgroup {
+    path: PathBuf,
+    id: u64,
+    level: u32,
+}
+
+impl Cgroup {
+    /// Opens the cgroup at `path`, which must be an absolute path below a cgroup v2 mount.
+    ///
+    /// # Errors
+    /// [`KernelError::Cgroup`] when it is missing or not of version 2.
+    pub fn open(path: &Path) -> Result<Self, KernelError> {
+        let refuse = |problem: String| KernelError::Cgroup { path: path.to_owned(), problem };
+        let real = fs::canonicalize(path).map_err(|e| refuse(format!("{e}; create it or correct the path")))?;
+        let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|e| refuse(e.to_string()))?;
+        let Some(level) = level_below_mount(&mounts, &real) else {
+            return Err(refuse("not below a cgroup v2 mount; see the cgroup2 lines of /proc/self/mountinfo".to_owned()));
+        };
+        let id = fs::metadata(&real).map_err(|e| refuse(e.to_string()))?.ino();
+        Ok(Self { path: real, id, level })
+    }
+
+    /// The cgroup this process is in, when the cgroup v2 hierarchy is mounted here.
+    ///
+    /// # Errors
+    /// [`KernelError::Cgroup`] when it cannot be found.
+    pub fn of_self() -> Result<Self, KernelError> {
+        let refuse = |problem: &str| KernelError::Cgroup { path: "/proc/self/cgroup".into(), problem: problem.into() };
+        let text = fs::read_to_string("/proc/self/cgroup").map_err(|e| refuse(&e.to_string()))?;
+        let own = text.lines().find_map(|l| l.strip_prefix("0::")).ok_or_else(|| refuse("no cgroup v2 entry"))?;
+        let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|e| refuse(&e.to_string()))?;
+        let mount = cgroup2_mounts(&mounts).next().ok_or_else(|| refuse("cgroup v2 is not mounted"))?;
+        let below = Path::new(own).strip_prefix(&mount.root).unwrap_or(Path::new(own.trim_start_matches('/')));
+        Self::open(&mount.point.join(below))
+    }
+
+    /// Its path, without symbolic links.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its id, as BPF helpers report it: the directory's inode number.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Depth below the hierarchy's root, which is 0.
+    #[must_use]
+    pub fn level(&self) -> u32 {
+        self.level
+    }
+
+    /// Is `self` this cgroup or below it?
+    #[must_use]
+    pub fn is_within(&self, other: &Self) -> bool {
+        self.path.starts_with(&other.path)
+    }
+}
+
+/// Processes in the cgroup at `path` and below it, nearest first.
+///
+/// # Errors
+/// When the directory cannot be read, for instance because it is gone.
+pub fn processes(path: &Path) -> io::Result<Vec<u32>> {
+    let mut found = Vec::new();
+    collect(path, PROCESS_DEPTH, &mut found)?;
+    Ok(found)
+}
+
+fn collect(path: &Path, depth: usize, found: &mut Vec<u32>) -> io::Result<()> {
+    let text = fs::read_to_string(path.join("cgroup.procs"))?;
+    found.extend(text.lines().filter_map(|l| l.parse::<u32>().ok()));
+    if depth == 0 {
+        return Ok(());
+    }
+    for entry in fs::read_dir(path)?.filter_map(Result::ok) {
+        if entry.file_type().is_ok_and(|t| t.is_dir()) {
+            // A container that ends meanwhile is no error of the pod.
+            let _ = collect(&entry.path(), depth - 1, found);
+        }
+    }
+    Ok(())
+}
+
+struct Mount {
+    root: PathBuf,
+    point: PathBuf,
+}
+
+fn cgroup2_mounts(mountinfo: &str) -> impl Iterator<Item = Mount> {
+    mountinfo.lines().filter_map(|line| {
+        let (left, right) = line.split_once(" - ")?;
+        if right.split(' ').next() != Some("cgroup2") {
+            return None;
+        }
+        let mut fields = left.split(' ').skip(3);
+        Some(Mount { root: fields.next()?.into(), point: fields.next()?.into() })
+    })
+}
+
+fn level_below_mount(mountinfo: &str, path: &Path) -> Option<u32> {
+    let depth = |p: &Path| p.components().filter(|c| matches!(c, std::path::Component::Normal(_))).count();
+    let mount = cgroup2_mounts(mountinfo).filter(|m| path.starts_with(&m.point)).max_by_key(|m| depth(&m.point))?;
+    let below = path.strip_prefix(&mount.point).ok()?;
+    u32::try_from(depth(&mount.root) + depth(below)).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HYBRID: &str = "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
+        32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
+        41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
+    const NESTED: &str = "41 31 0:38 /kubepods/pod1 /sys/fs/cgroup rw,relatime shared:1 - cgroup2 cgroup2 rw\n";
+
+    #[test]
+    fn level_counts_from_the_hierarchys_root() {
+        let level = |m, p: &str| level_below_mount(m, Path::new(p));
+        assert_eq!(level(HYBRID, "/sys/fs/cgroup/unified"), Some(0));
+        assert_eq!(level(HYBRID, "/sys/fs/cgroup/unified/a/b"), Some(2));
+        assert_eq!(level(NESTED, "/sys/fs/cgroup/x"), Some(3));
+    }
+
+    #[test]
+    fn a_version_1_cgroup_is_refused() {
+        assert_eq!(level_below_mount(HYBRID, Path::new("/sys/fs/cgroup/cpu/x")), None);
+        assert_eq!(level_below_mount(HYBRID, Path::new("/tmp")), None);
+    }
+}

@@ -1,0 +1,103 @@
+//! The bpf(2) commands on links that aya 0.14 keeps private: open a pin, read what a link is attached to, and swap its
+//! program atomically.
+
+use std::{
+    ffi::CString,
+    io,
+    mem::MaybeUninit,
+    os::{
+        fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+};
+
+const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_LINK_UPDATE: libc::c_long = 29;
+
+#[repr(C)]
+struct ObjAttr {
+    pathname: u64,
+    bpf_fd: u32,
+    file_flags: u32,
+}
+
+#[repr(C)]
+struct InfoAttr {
+    bpf_fd: u32,
+    info_len: u32,
+    info: u64,
+}
+
+#[repr(C)]
+struct LinkUpdateAttr {
+    link_fd: u32,
+    new_prog_fd: u32,
+    flags: u32,
+    old_prog_fd: u32,
+}
+
+/// Head of the kernel's `bpf_link_info` for links to a cgroup (`target` is its id) or a network namespace (`target`'s
+/// low half is its inode number).
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct LinkInfo {
+    kind: u32,
+    /// The link's id.
+    pub(super) id: u32,
+    /// Id of the program it runs.
+    pub(super) program_id: u32,
+    pad: u32,
+    target: u64,
+    attach_type: u32,
+    pad2: u32,
+}
+
+const LINK_TYPE_NETNS: u32 = 5;
+
+impl LinkInfo {
+    /// Cgroup id or namespace inode; 0 when the target is gone.
+    pub(super) fn target(&self) -> u64 {
+        if self.kind == LINK_TYPE_NETNS { self.target & u64::from(u32::MAX) } else { self.target }
+    }
+}
+
+fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<RawFd> {
+    // SAFETY: `attr` is a live prefix of `union bpf_attr` of the size given; pointers in it are valid for the call.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as RawFd) }
+}
+
+/// Opens a pinned link.
+pub(super) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = ObjAttr { pathname: name.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
+    let fd = bpf(BPF_OBJ_GET, &mut attr)?;
+    // SAFETY: the kernel just returned this descriptor to us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// What a link is attached to and runs.
+pub(super) fn info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    let mut info = MaybeUninit::<LinkInfo>::zeroed();
+    let mut attr = InfoAttr {
+        bpf_fd: link.as_raw_fd() as u32,
+        info_len: size_of::<LinkInfo>() as u32,
+        info: info.as_mut_ptr() as u64,
+    };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    // SAFETY: zeroed before, plain integers, and filled by the kernel.
+    Ok(unsafe { info.assume_init() })
+}
+
+/// Makes `link` run `program` from its next event on, without a moment in which neither runs.
+pub(super) fn update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = LinkUpdateAttr {
+        link_fd: link.as_raw_fd() as u32,
+        new_prog_fd: program.as_raw_fd() as u32,
+        flags: 0,
+        old_prog_fd: 0,
+    };
+    bpf(BPF_LINK_UPDATE, &mut attr).map(drop)
+}

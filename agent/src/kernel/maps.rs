@@ -1,0 +1,304 @@
+//! The maps, behind methods that say what each is for. Keys and values are those of `tacit-abi`.
+//!
+//! Locks are held for one or two map system calls, never across an await.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    os::fd::AsRawFd,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockMap, lpm_trie::{Key, LpmTrie}};
+use ipnet::IpNet;
+use tacit_abi::{
+    Address, Destination, Listener, MeshKey, Mode, Names, Pod, PortKey, REASONS, Steered, Tuple, limits, listener_index,
+    names_kind,
+};
+
+use super::{KernelError, programs::Programs};
+
+/// Present in the mesh: the value carries no more.
+const PRESENT: u32 = 1;
+
+/// One counter of the kernel side.
+#[derive(Debug, Clone, Copy)]
+pub struct KernelCounter {
+    /// Stable label.
+    pub name: &'static str,
+    /// Meaning.
+    pub help: &'static str,
+    /// Events since the maps were made.
+    pub value: u64,
+}
+
+/// An enrolled pod as the kernel should know it.
+#[derive(Debug, Clone)]
+pub struct PodEntry {
+    /// Id of its cgroup.
+    pub cgroup: u64,
+    /// Cookie of its network namespace.
+    pub netns_cookie: u64,
+    /// Its addresses, at most one of each family.
+    pub addresses: Vec<IpAddr>,
+    /// Index of its listeners.
+    pub slot: u32,
+}
+
+/// Typed handles of all maps.
+pub struct Maps {
+    pods: Mutex<HashMap<MapData, u64, Pod>>,
+    steered: Mutex<HashMap<MapData, Address, Steered>>,
+    port_modes: Mutex<HashMap<MapData, PortKey, u32>>,
+    mesh: Mutex<LpmTrie<MapData, MeshKey, u32>>,
+    node: Mutex<HashMap<MapData, Address, u32>>,
+    listeners: Mutex<SockMap<MapData>>,
+    names: Mutex<SkStorage<MapData, Names>>,
+    captured: Mutex<HashMap<MapData, Tuple, Destination>>,
+    counters: PerCpuArray<MapData, u64>,
+}
+
+impl Maps {
+    pub(super) fn take(programs: &mut Programs) -> Result<Self, KernelError> {
+        Ok(Self {
+            pods: typed(programs, "PODS")?,
+            steered: typed(programs, "STEERED")?,
+            port_modes: typed(programs, "PORT_MODES")?,
+            mesh: typed(programs, "MESH")?,
+            node: typed(programs, "NODE")?,
+            listeners: typed(programs, "LISTENERS")?,
+            names: typed(programs, "NAMES")?,
+            captured: typed(programs, "CAPTURED")?,
+            counters: typed::<PerCpuArray<MapData, u64>>(programs, "COUNTERS")?
+                .into_inner()
+                .unwrap_or_else(PoisonError::into_inner),
+        })
+    }
+
+    /// Makes the kernel treat a pod as enrolled: its connections into the mesh go to the agent from now on.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`], for instance when the map is full.
+    pub fn set_pod(&self, entry: &PodEntry) -> Result<(), KernelError> {
+        let of = |v4: bool| entry.addresses.iter().find(|a| a.is_ipv4() == v4).map_or(Address::NONE, |a| address(*a));
+        let pod = Pod {
+            netns_cookie: entry.netns_cookie,
+            v4: of(true),
+            v6: of(false),
+            slot: entry.slot,
+            pad: 0,
+        };
+        lock(&self.pods).insert(entry.cgroup, pod, 0).map_err(failed("PODS"))
+    }
+
+    /// Ends the enrolment of a pod.
+    pub fn remove_pod(&self, cgroup: u64) {
+        // Missing is what was wanted.
+        let _ = lock(&self.pods).remove(&cgroup);
+    }
+
+    /// Pods that the kernel treats as enrolled: cgroup id and slot.
+    #[must_use]
+    pub fn pods(&self) -> Vec<(u64, u32)> {
+        lock(&self.pods).iter().filter_map(Result::ok).map(|(cgroup, pod)| (cgroup, pod.slot)).collect()
+    }
+
+    /// Sets what plaintext meets at a pod's addresses.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`]. Ports are written before the pod's default, so that no port is open meanwhile that
+    /// should not be.
+    pub fn set_modes(
+        &self,
+        slot: u32,
+        addresses: &[IpAddr],
+        default: Mode,
+        ports: &BTreeMap<u16, Mode>,
+    ) -> Result<(), KernelError> {
+        let mut port_modes = lock(&self.port_modes);
+        for (port, mode) in ports {
+            let key = PortKey { slot, port: u32::from(*port) };
+            port_modes.insert(key, *mode as u32, 0).map_err(failed("PORT_MODES"))?;
+        }
+        let mut steered = lock(&self.steered);
+        for ip in addresses {
+            steered.insert(address(*ip), Steered { slot, mode: default as u32 }, 0).map_err(failed("STEERED"))?;
+        }
+        let stale: Vec<PortKey> = port_modes
+            .keys()
+            .filter_map(Result::ok)
+            .filter(|k| k.slot == slot && !ports.keys().any(|p| u32::from(*p) == k.port))
+            .collect();
+        for key in stale {
+            let _ = port_modes.remove(&key);
+        }
+        Ok(())
+    }
+
+    /// Forgets the modes of a slot and of those addresses that are still its own.
+    pub fn remove_modes(&self, slot: u32) {
+        let mut steered = lock(&self.steered);
+        let own: Vec<Address> =
+            steered.iter().filter_map(Result::ok).filter(|(_, s)| s.slot == slot).map(|(a, _)| a).collect();
+        for key in own {
+            let _ = steered.remove(&key);
+        }
+        let mut port_modes = lock(&self.port_modes);
+        let ports: Vec<PortKey> = port_modes.keys().filter_map(Result::ok).filter(|k| k.slot == slot).collect();
+        for key in ports {
+            let _ = port_modes.remove(&key);
+        }
+    }
+
+    /// Gives the kernel a listener of a pod. It leaves the map by itself when the socket closes.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn set_listener(&self, slot: u32, listener: Listener, socket: &impl AsRawFd) -> Result<(), KernelError> {
+        lock(&self.listeners).set(listener_index(slot, listener), socket, 0).map_err(failed("LISTENERS"))
+    }
+
+    /// Makes the mesh's ranges exactly `ranges`.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`]. New ranges are added before old ones go.
+    pub fn set_mesh(&self, ranges: &[IpNet]) -> Result<(), KernelError> {
+        let mut mesh = lock(&self.mesh);
+        let wanted: HashSet<(u32, MeshKey)> = ranges.iter().map(mesh_key).collect();
+        for (bits, data) in &wanted {
+            mesh.insert(&Key::new(*bits, *data), PRESENT, 0).map_err(failed("MESH"))?;
+        }
+        let stale: Vec<(u32, MeshKey)> = mesh
+            .keys()
+            .filter_map(Result::ok)
+            .map(|k| (k.prefix_len(), k.data()))
+            .filter(|k| !wanted.contains(k))
+            .collect();
+        for (bits, data) in stale {
+            mesh.remove(&Key::new(bits, data)).map_err(failed("MESH"))?;
+        }
+        Ok(())
+    }
+
+    /// Makes the node's own addresses exactly `addresses`; more than the map holds are left out with a warning.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn set_node(&self, addresses: &[IpAddr]) -> Result<(), KernelError> {
+        let bound = limits::NODE_ADDRESSES as usize;
+        if addresses.len() > bound {
+            tracing::warn!(have = addresses.len(), bound, "probes from the node's further addresses are not recognised");
+        }
+        let wanted: HashSet<Address> = addresses.iter().take(bound).map(|a| address(*a)).collect();
+        let mut node = lock(&self.node);
+        let present: HashSet<Address> = node.keys().filter_map(Result::ok).collect();
+        for gone in present.difference(&wanted) {
+            let _ = node.remove(gone);
+        }
+        for new in wanted.difference(&present) {
+            node.insert(new, PRESENT, 0).map_err(failed("NODE"))?;
+        }
+        Ok(())
+    }
+
+    /// Where a captured connection wanted to go, by what `accept()` tells about it. The entry is taken out.
+    #[must_use]
+    pub fn destination(&self, netns_cookie: u64, client: SocketAddr, accepted_at: SocketAddr) -> Option<SocketAddr> {
+        let key = Tuple {
+            netns_cookie,
+            local: address(client.ip()),
+            remote: address(accepted_at.ip()),
+            local_port: u32::from(client.port()),
+            remote_port: u32::from(accepted_at.port()),
+        };
+        let mut captured = lock(&self.captured);
+        let found = captured.get(&key, 0).ok()?;
+        let _ = captured.remove(&key);
+        Some(SocketAddr::new(ip(&found.address), u16::try_from(found.port).ok()?))
+    }
+
+    /// Makes the application that accepts `socket`'s connection see `client` as its peer. To be called before
+    /// `connect()`.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn stand_for(&self, socket: &impl AsRawFd, client: SocketAddr) -> Result<(), KernelError> {
+        let names = Names {
+            peer: address(client.ip()),
+            own: Address::NONE,
+            peer_port: u32::from(client.port()),
+            kind: names_kind::DIALLED,
+        };
+        lock(&self.names).insert(socket, names, 0).map_err(failed("NAMES"))
+    }
+
+    /// All counters, summed over CPUs.
+    #[must_use]
+    pub fn counters(&self) -> Vec<KernelCounter> {
+        (0_u32..)
+            .zip(REASONS)
+            .map(|(index, text)| {
+                let value = self.counters.get(&index, 0).map_or(0, |per_cpu| per_cpu.iter().sum());
+                KernelCounter { name: text.name, help: text.help, value }
+            })
+            .collect()
+    }
+}
+
+fn typed<M: TryFrom<Map, Error = MapError>>(programs: &mut Programs, name: &'static str) -> Result<Mutex<M>, KernelError> {
+    let missing = || KernelError::Map { map: name, problem: "not in the object".to_owned() };
+    let map = programs.ebpf().take_map(name).ok_or_else(missing)?;
+    M::try_from(map).map(Mutex::new).map_err(failed(name))
+}
+
+/// A panic while a map is locked leaves the handle as it was: it holds a descriptor only.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn failed(map: &'static str) -> impl Fn(MapError) -> KernelError {
+    move |error| {
+        let cause = std::error::Error::source(&error).map_or(String::new(), |s| format!(": {s}"));
+        KernelError::Map { map, problem: format!("{error}{cause}") }
+    }
+}
+
+fn address(ip: IpAddr) -> Address {
+    match ip {
+        IpAddr::V4(v4) => Address::from_octets(v4.to_ipv6_mapped().octets()),
+        IpAddr::V6(v6) => Address::from_octets(v6.octets()),
+    }
+}
+
+fn ip(address: &Address) -> IpAddr {
+    Ipv6Addr::from(address.octets()).to_canonical()
+}
+
+fn mesh_key(range: &IpNet) -> (u32, MeshKey) {
+    // In the mapped form the 96 bits before an IPv4 address are part of its prefix.
+    let extra = if range.addr().is_ipv4() { 96 } else { 0 };
+    (u32::from(range.prefix_len()) + extra, address(range.network()).0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_survive_the_trip_through_the_kernels_form() {
+        for text in ["10.77.1.2", "fd77:1::2"] {
+            let parsed: IpAddr = text.parse().expect("literal");
+            assert_eq!(ip(&address(parsed)), parsed);
+        }
+        let mapped: IpAddr = "::ffff:10.77.1.2".parse().expect("literal");
+        assert_eq!(ip(&address(mapped)), "10.77.1.2".parse::<IpAddr>().expect("literal"));
+    }
+
+    #[test]
+    fn ipv4_ranges_are_lengthened_to_their_mapped_form() {
+        let (bits, data) = mesh_key(&"10.77.0.0/16".parse().expect("literal"));
+        assert_eq!(bits, 112);
+        assert_eq!(data, address("10.77.0.0".parse().expect("literal")).0);
+        assert_eq!(mesh_key(&"fd77::/32".parse().expect("literal")).0, 32);
+    }
+}

@@ -1,0 +1,47 @@
+//! The node itself: its own addresses and its kernel's name.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv6Addr},
+};
+
+use nix::ifaddrs::getifaddrs;
+
+/// Addresses of all interfaces in the calling thread's network namespace.
+///
+/// # Errors
+/// When the interfaces cannot be listed.
+pub fn addresses() -> io::Result<Vec<IpAddr>> {
+    let mut found = Vec::new();
+    for interface in getifaddrs()? {
+        let Some(address) = interface.address else { continue };
+        if let Some(v4) = address.as_sockaddr_in() {
+            found.push(IpAddr::V4(v4.ip()));
+        } else if let Some(v6) = address.as_sockaddr_in6() {
+            found.push(IpAddr::V6(v6.ip()));
+        }
+    }
+    found.sort_unstable();
+    found.dedup();
+    Ok(found)
+}
+
+/// Is it an address that probes can come from (not loopback; link-local is the same on every link)?
+#[must_use]
+pub fn is_probe_source(address: &IpAddr) -> bool {
+    let link_local = match address {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => is_unicast_link_local(v6),
+    };
+    !address.is_loopback() && !link_local
+}
+
+fn is_unicast_link_local(address: &Ipv6Addr) -> bool {
+    address.segments()[0] & 0xffc0 == 0xfe80
+}
+
+/// The running kernel's release, such as `6.18.0-1-amd64`.
+#[must_use]
+pub fn kernel_release() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/osrelease").map_or_else(|_| "?".to_owned(), |s| s.trim().to_owned())
+}

@@ -1,0 +1,142 @@
+//! One address type for both families: 16 bytes, IPv4 as v4-mapped IPv6 (`::ffff:a.b.c.d`).
+
+/// Third word of a v4-mapped address, in network byte order.
+const MAPPED: u32 = 0x0000_ffff_u32.to_be();
+
+/// An IP address as four words in network byte order; IPv4 is v4-mapped.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Address(pub [u32; 4]);
+
+impl Address {
+    /// No address: the pod has none of that family.
+    pub const NONE: Self = Self([0; 4]);
+    /// `::1`.
+    pub const LOOPBACK_V6: Self = Self([0, 0, 0, 1_u32.to_be()]);
+
+    /// From an IPv4 address in network byte order.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_v4_be(ip: u32) -> Self {
+        Self([0, 0, MAPPED, ip])
+    }
+
+    /// From the 16 bytes of an IPv6 address (or of a v4-mapped one).
+    #[must_use]
+    pub const fn from_octets(o: [u8; 16]) -> Self {
+        Self([
+            u32::from_ne_bytes([o[0], o[1], o[2], o[3]]),
+            u32::from_ne_bytes([o[4], o[5], o[6], o[7]]),
+            u32::from_ne_bytes([o[8], o[9], o[10], o[11]]),
+            u32::from_ne_bytes([o[12], o[13], o[14], o[15]]),
+        ])
+    }
+
+    /// The 16 bytes, network order.
+    #[must_use]
+    pub fn octets(&self) -> [u8; 16] {
+        let mut out = [0; 16];
+        for (chunk, word) in out.chunks_exact_mut(4).zip(self.0) {
+            chunk.copy_from_slice(&word.to_ne_bytes());
+        }
+        out
+    }
+
+    /// Is it an IPv4 address?
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_v4(&self) -> bool {
+        self.0[0] == 0 && self.0[1] == 0 && self.0[2] == MAPPED
+    }
+
+    /// The IPv4 address in network byte order; only meaningful when [`Self::is_v4`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn v4_be(&self) -> u32 {
+        self.0[3]
+    }
+
+    /// Is it [`Self::NONE`]?
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_none(&self) -> bool {
+        self.0[0] == 0 && self.0[1] == 0 && self.0[2] == 0 && self.0[3] == 0
+    }
+
+    /// 127.0.0.0/8 or `::1`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_loopback(&self) -> bool {
+        if self.is_v4() {
+            u32::from_be(self.0[3]) >> 24 == 127
+        } else {
+            self.0[0] == 0 && self.0[1] == 0 && self.0[2] == 0 && self.0[3] == Self::LOOPBACK_V6.0[3]
+        }
+    }
+
+    /// Word-wise equality: unlike the derived one it never becomes a `memcmp` call, which BPF has not.
+    #[inline(always)]
+    #[must_use]
+    pub const fn same(&self, other: &Self) -> bool {
+        self.0[0] == other.0[0] && self.0[1] == other.0[1] && self.0[2] == other.0[2] && self.0[3] == other.0[3]
+    }
+
+    /// The loopback address a captured connection to `self:port` is sent to instead.
+    ///
+    /// IPv4: somewhere in 127.96.0.0/12 decided by destination and port alone. Source ports are unique for each such
+    /// target, so a pod has as many concurrent flows to each destination as without Tacit (28,000 by default), not
+    /// 28,000 to all; and because the target is a function of the destination, the (address, port) pair that the
+    /// server sees stays unique among concurrent flows, as it would be without Tacit.
+    /// IPv6 has one loopback address: all captured IPv6 flows of a pod share `::1`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn capture_target(&self, port: u16) -> Self {
+        if !self.is_v4() {
+            return Self::LOOPBACK_V6;
+        }
+        // Fibonacci hashing: the high bits of the product depend on every bit of the input.
+        let mixed = (self.0[3] ^ ((port as u32) << 16 | port as u32)).wrapping_mul(0x9e37_79b9);
+        let host = 0x7f60_0000 | (mixed >> 12);
+        Self::from_v4_be(host.to_be())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::net::{Ipv4Addr, Ipv6Addr};
+    use std::collections::HashSet;
+
+    fn v4(a: u8, b: u8, c: u8, d: u8) -> Address {
+        Address::from_octets(Ipv4Addr::new(a, b, c, d).to_ipv6_mapped().octets())
+    }
+
+    #[test]
+    fn octets_round_trip_and_families_are_told_apart() {
+        let six = Address::from_octets("fd00::7".parse::<Ipv6Addr>().expect("literal").octets());
+        assert!(!six.is_v4() && v4(10, 0, 0, 1).is_v4());
+        assert_eq!(Address::from_octets(six.octets()), six);
+        assert_eq!(v4(10, 0, 0, 1), Address::from_v4_be(u32::from_ne_bytes([10, 0, 0, 1])));
+    }
+
+    #[test]
+    fn loopback_is_127_slash_8_and_one_v6_address() {
+        assert!(v4(127, 0, 0, 1).is_loopback() && v4(127, 255, 3, 4).is_loopback());
+        assert!(Address::LOOPBACK_V6.is_loopback());
+        assert!(!v4(126, 255, 255, 255).is_loopback() && !v4(128, 0, 0, 1).is_loopback() && !Address::NONE.is_loopback());
+    }
+
+    #[test]
+    fn capture_targets_are_loopback_and_spread() {
+        let mut seen = HashSet::new();
+        for host in 0..=255_u8 {
+            for port in [80_u16, 443, 3306, 8080] {
+                let target = v4(10, 77, 1, host).capture_target(port);
+                assert!(target.is_loopback() && target.octets()[13] >= 96, "{:?}", target.octets());
+                seen.insert(target);
+            }
+        }
+        assert!(seen.len() > 1000, "only {} targets for 1024 destinations", seen.len());
+        assert_eq!(v4(10, 77, 1, 1).capture_target(80), v4(10, 77, 1, 1).capture_target(80));
+    }
+}

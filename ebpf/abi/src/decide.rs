@@ -1,0 +1,255 @@
+//! The programs' decisions, as functions of facts. The kernel side looks facts up in maps, the tests in tables.
+//!
+//! Facts are asked for in order of cost, and only as far as needed: a connection outside the mesh costs one lookup of
+//! its pod and one of its destination.
+
+use crate::{Address, Listener, Mode, Pod, Reason, Steered, tcp_port};
+
+/// What the connect hook can look up.
+pub trait ConnectFacts {
+    /// The enrolled pod the calling process is in.
+    fn pod(&self) -> Option<Pod>;
+    /// Is it TCP (or MPTCP, which starts as TCP)?
+    fn is_tcp(&self) -> bool;
+    /// Is the address inside the mesh's ranges?
+    fn in_mesh(&self, address: &Address) -> bool;
+    /// Cookie of the socket's network namespace.
+    fn netns_cookie(&self) -> u64;
+}
+
+/// Verdict on an outbound connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connect {
+    /// Goes as if Tacit were not there.
+    Leave(Reason),
+    /// Goes to the agent; the pod's facts are needed to remember it.
+    Capture(Pod),
+    /// Fails with EPERM.
+    Deny(Reason),
+}
+
+/// Decides on `connect()` to `destination`.
+#[inline(always)]
+pub fn decide_connect(facts: &impl ConnectFacts, destination: &Address) -> Connect {
+    let Some(pod) = facts.pod() else {
+        return Connect::Leave(Reason::ConnectNotEnrolled);
+    };
+    if !facts.is_tcp() {
+        return Connect::Leave(Reason::ConnectNotStream);
+    }
+    if !facts.in_mesh(destination) {
+        return Connect::Leave(Reason::ConnectOutsideMesh);
+    }
+    if destination.same(&pod.v4) || destination.same(&pod.v6) {
+        return Connect::Leave(Reason::ConnectOwnAddress);
+    }
+    // A namespace made inside the pod: the agent's listener is not there, and neither is the pod's address.
+    if facts.netns_cookie() != pod.netns_cookie {
+        return Connect::Deny(Reason::ConnectForeignNetns);
+    }
+    Connect::Capture(pod)
+}
+
+/// A TCP connection that arrives in an enrolled pod's network namespace.
+#[derive(Clone, Copy, Debug)]
+pub struct Inbound {
+    /// Address it was sent to.
+    pub local: Address,
+    /// Address it claims to come from.
+    pub remote: Address,
+    /// Port it was sent to.
+    pub port: u16,
+}
+
+/// What the steering program can look up.
+pub trait InboundFacts {
+    /// The enrolled pod that has this address.
+    fn steered(&self, local: &Address) -> Option<Steered>;
+    /// The mode of one port, when it has its own.
+    fn port_mode(&self, slot: u32, port: u16) -> Option<u32>;
+    /// Is it one of the node's own addresses?
+    fn is_node(&self, remote: &Address) -> bool;
+    /// Is the address inside the mesh's ranges?
+    fn in_mesh(&self, address: &Address) -> bool;
+}
+
+/// Verdict on an inbound connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Steer {
+    /// To whatever socket listens there.
+    Pass(Reason),
+    /// To the agent's listener of this slot; refused when it is not there.
+    Agent(u32, Listener, Reason),
+    /// Refused with a reset.
+    Drop(Reason),
+}
+
+/// Decides where an inbound connection goes.
+#[inline(always)]
+pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
+    // The agent dials an application from the pod's own address to that address. Such packets cannot come from
+    // outside: the kernel drops a source address that is its own.
+    if flow.local.is_loopback() || flow.local.same(&flow.remote) {
+        return Steer::Pass(Reason::InboundLocal);
+    }
+    let Some(steered) = facts.steered(&flow.local) else {
+        return if facts.in_mesh(&flow.local) {
+            Steer::Drop(Reason::InboundUnknown)
+        } else {
+            Steer::Pass(Reason::InboundForeign)
+        };
+    };
+    if flow.port == tcp_port::TUNNEL {
+        return Steer::Agent(steered.slot, Listener::Tunnel, Reason::InboundTunnel);
+    }
+    if flow.port == tcp_port::CAPTURE || flow.port == tcp_port::PLAINTEXT {
+        return Steer::Drop(Reason::InboundReserved);
+    }
+    if facts.is_node(&flow.remote) {
+        return Steer::Pass(Reason::InboundNode);
+    }
+    let mode = facts.port_mode(steered.slot, flow.port).unwrap_or(steered.mode);
+    match Mode::from_raw(mode) {
+        Mode::Strict => Steer::Agent(steered.slot, Listener::Plaintext, Reason::InboundRefused),
+        Mode::Permissive => Steer::Pass(Reason::InboundPermitted),
+        Mode::Disable => Steer::Pass(Reason::InboundDisabled),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn v4(last: u8) -> Address {
+        Address::from_v4_be(u32::from_ne_bytes([10, 77, 1, last]))
+    }
+
+    fn pod() -> Pod {
+        Pod { netns_cookie: 7, v4: v4(2), slot: 3, ..Pod::default() }
+    }
+
+    struct Out {
+        pod: Option<Pod>,
+        tcp: bool,
+        mesh: bool,
+        netns: u64,
+    }
+
+    impl ConnectFacts for Out {
+        fn pod(&self) -> Option<Pod> {
+            self.pod
+        }
+        fn is_tcp(&self) -> bool {
+            self.tcp
+        }
+        fn in_mesh(&self, _: &Address) -> bool {
+            self.mesh
+        }
+        fn netns_cookie(&self) -> u64 {
+            self.netns
+        }
+    }
+
+    #[test]
+    fn connect_is_captured_only_from_an_enrolled_pod_into_the_mesh() {
+        let facts = |pod, tcp, mesh, netns| Out { pod, tcp, mesh, netns };
+        let table = [
+            (facts(None, true, true, 7), v4(9), Connect::Leave(Reason::ConnectNotEnrolled)),
+            (facts(Some(pod()), false, true, 7), v4(9), Connect::Leave(Reason::ConnectNotStream)),
+            (facts(Some(pod()), true, false, 7), v4(9), Connect::Leave(Reason::ConnectOutsideMesh)),
+            (facts(Some(pod()), true, true, 7), v4(2), Connect::Leave(Reason::ConnectOwnAddress)),
+            (facts(Some(pod()), true, true, 8), v4(9), Connect::Deny(Reason::ConnectForeignNetns)),
+            (facts(Some(pod()), true, true, 7), v4(9), Connect::Capture(pod())),
+        ];
+        for (facts, destination, expected) in table {
+            assert_eq!(decide_connect(&facts, &destination), expected);
+        }
+    }
+
+    struct In {
+        steered: Option<Steered>,
+        port_mode: Option<u32>,
+        node: bool,
+        mesh: bool,
+    }
+
+    impl InboundFacts for In {
+        fn steered(&self, _: &Address) -> Option<Steered> {
+            self.steered
+        }
+        fn port_mode(&self, slot: u32, _: u16) -> Option<u32> {
+            assert_eq!(slot, 3);
+            self.port_mode
+        }
+        fn is_node(&self, _: &Address) -> bool {
+            self.node
+        }
+        fn in_mesh(&self, _: &Address) -> bool {
+            self.mesh
+        }
+    }
+
+    fn known(mode: Mode, port_mode: Option<Mode>) -> In {
+        In {
+            steered: Some(Steered { slot: 3, mode: mode as u32 }),
+            port_mode: port_mode.map(|m| m as u32),
+            node: false,
+            mesh: true,
+        }
+    }
+
+    fn to(port: u16) -> Inbound {
+        Inbound { local: v4(2), remote: v4(9), port }
+    }
+
+    const REFUSED: Steer = Steer::Agent(3, Listener::Plaintext, Reason::InboundRefused);
+
+    #[test]
+    fn plaintext_meets_the_mode_of_its_port() {
+        use Mode::{Disable, Permissive, Strict};
+        let table = [
+            (known(Strict, None), REFUSED),
+            (known(Permissive, None), Steer::Pass(Reason::InboundPermitted)),
+            (known(Disable, None), Steer::Pass(Reason::InboundDisabled)),
+            (known(Strict, Some(Permissive)), Steer::Pass(Reason::InboundPermitted)),
+            (known(Permissive, Some(Strict)), REFUSED),
+            (known(Disable, Some(Strict)), REFUSED),
+        ];
+        for (facts, expected) in table {
+            assert_eq!(decide_inbound(&facts, &to(80)), expected);
+        }
+    }
+
+    #[test]
+    fn an_unknown_mode_is_read_as_strict() {
+        let facts = In { steered: Some(Steered { slot: 3, mode: 99 }), ..known(Mode::Disable, None) };
+        assert_eq!(decide_inbound(&facts, &to(80)), REFUSED);
+        let facts = In { port_mode: Some(0), ..known(Mode::Disable, None) };
+        assert_eq!(decide_inbound(&facts, &to(80)), REFUSED);
+    }
+
+    #[test]
+    fn the_agents_ports_are_the_agents() {
+        let facts = known(Mode::Disable, None);
+        let tunnel = Steer::Agent(3, Listener::Tunnel, Reason::InboundTunnel);
+        assert_eq!(decide_inbound(&facts, &to(tcp_port::TUNNEL)), tunnel);
+        for port in [tcp_port::CAPTURE, tcp_port::PLAINTEXT] {
+            assert_eq!(decide_inbound(&facts, &to(port)), Steer::Drop(Reason::InboundReserved));
+        }
+    }
+
+    #[test]
+    fn probes_and_local_connections_pass_under_strict() {
+        let node = In { node: true, ..known(Mode::Strict, None) };
+        assert_eq!(decide_inbound(&node, &to(80)), Steer::Pass(Reason::InboundNode));
+        let dial = Inbound { local: v4(2), remote: v4(2), port: 80 };
+        assert_eq!(decide_inbound(&known(Mode::Strict, None), &dial), Steer::Pass(Reason::InboundLocal));
+    }
+
+    #[test]
+    fn an_address_without_a_mode_is_refused_inside_the_mesh_only() {
+        let facts = |mesh| In { steered: None, mesh, ..known(Mode::Strict, None) };
+        assert_eq!(decide_inbound(&facts(true), &to(80)), Steer::Drop(Reason::InboundUnknown));
+        assert_eq!(decide_inbound(&facts(false), &to(80)), Steer::Pass(Reason::InboundForeign));
+    }
+}

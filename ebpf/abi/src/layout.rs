@@ -1,0 +1,212 @@
+//! Keys, values and sizes of the maps, with the constants that both sides need.
+
+use crate::Address;
+
+/// Raised with every change to a map's layout or meaning. Pinned maps of another version are not adopted.
+pub const ABI_VERSION: u32 = 1;
+
+/// TCP ports of the data path, reserved in every enrolled pod.
+pub mod tcp_port {
+    /// Captured outbound connections, on the pod's loopback.
+    pub const CAPTURE: u16 = 15001;
+    /// Steered inbound plaintext.
+    pub const PLAINTEXT: u16 = 15006;
+    /// The tunnel.
+    pub const TUNNEL: u16 = 15008;
+}
+
+/// Bounds of the maps, in entries.
+pub mod limits {
+    /// Pods enrolled on one node; Kubernetes' default limit is 110, large nodes run 250-500.
+    pub const PODS: u32 = 1024;
+    /// Addresses of enrolled pods: one of each family.
+    pub const ADDRESSES: u32 = 2 * PODS;
+    /// Per-port modes over all pods.
+    pub const PORT_MODES: u32 = 16 * 1024;
+    /// Ranges of the mesh.
+    pub const MESH_RANGES: u32 = 1024;
+    /// The node's own addresses.
+    pub const NODE_ADDRESSES: u32 = 1024;
+    /// Connections between `connect()` and the agent's (or the application's) `accept()`. Above the sum of accept
+    /// backlogs of a busy node; a full map refuses new captured connections and counts them.
+    pub const PENDING: u32 = 64 * 1024;
+}
+
+/// Settings written into the programs before they are loaded.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Settings {
+    /// Depth of the pods' parent cgroup below the hierarchy's root (the root itself is 0).
+    pub pods_level: u32,
+    /// [`ABI_VERSION`] of the agent that loads.
+    pub abi_version: u32,
+}
+
+/// An enrolled pod; map key: its cgroup's id.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pod {
+    /// Cookie of the pod's network namespace.
+    pub netns_cookie: u64,
+    /// The pod's IPv4 address or [`Address::NONE`].
+    pub v4: Address,
+    /// The pod's IPv6 address or [`Address::NONE`].
+    pub v6: Address,
+    /// Index of its listeners, see [`listener_index`].
+    pub slot: u32,
+    /// Explicit padding, zero.
+    pub pad: u32,
+}
+
+/// What `steer` needs of an enrolled pod; map key: one of its addresses.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Steered {
+    /// Index of its listeners.
+    pub slot: u32,
+    /// [`Mode`] of ports without an own entry.
+    pub mode: u32,
+}
+
+/// Key of a port's own mode.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct PortKey {
+    /// The pod's slot.
+    pub slot: u32,
+    /// TCP port.
+    pub port: u32,
+}
+
+/// What an inbound plaintext connection meets, as a number in maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Mode {
+    /// Plaintext passes; peers are told not to tunnel.
+    Disable = 1,
+    /// Plaintext and mTLS both pass.
+    Permissive = 2,
+    /// Only mTLS passes. Any number that is no mode is read as this.
+    Strict = 3,
+}
+
+impl Mode {
+    /// From a map's number; unknown is [`Mode::Strict`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_raw(raw: u32) -> Self {
+        match raw {
+            1 => Self::Disable,
+            2 => Self::Permissive,
+            _ => Self::Strict,
+        }
+    }
+}
+
+/// The agent's listeners in a pod, by index into its slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Listener {
+    /// Takes connections to the tunnel port.
+    Tunnel = 0,
+    /// Takes plaintext that needs the agent's look (STRICT: to refuse it by name).
+    Plaintext = 1,
+}
+
+/// Number of [`Listener`]s a pod has.
+pub const LISTENERS_PER_POD: u32 = 2;
+
+/// Index into the listeners' map.
+#[inline(always)]
+#[must_use]
+pub const fn listener_index(slot: u32, listener: Listener) -> u32 {
+    slot * LISTENERS_PER_POD + listener as u32
+}
+
+/// A connection as its connecting side sees it: key from `connect()` to the other side's `accept()`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Tuple {
+    /// Cookie of the network namespace both ends live in.
+    pub netns_cookie: u64,
+    /// Connecting side's address.
+    pub local: Address,
+    /// Accepting side's address.
+    pub remote: Address,
+    /// Connecting side's port.
+    pub local_port: u32,
+    /// Accepting side's port.
+    pub remote_port: u32,
+}
+
+/// Address and port that stand behind a [`Tuple`]: the destination asked for, or the client behind an agent's dial.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Destination {
+    /// The address.
+    pub address: Address,
+    /// The port.
+    pub port: u32,
+    /// Explicit padding, zero.
+    pub pad: u32,
+}
+
+/// What a [`Names`] entry is for.
+pub mod names_kind {
+    /// An application's connection that was captured: `peer` is what it asked for, `own` its pod's address.
+    pub const CAPTURED: u32 = 1;
+    /// The agent's connection to an application: `peer` is the client it stands for.
+    pub const DIALLED: u32 = 2;
+    /// The application's end of such a connection.
+    pub const ACCEPTED: u32 = 3;
+}
+
+/// The truth about a socket, kept in the socket: what its application should be told.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Names {
+    /// Answer for `getpeername` and `accept`.
+    pub peer: Address,
+    /// Answer for `getsockname`, for [`names_kind::CAPTURED`] only.
+    pub own: Address,
+    /// Port that goes with `peer`.
+    pub peer_port: u32,
+    /// One of [`names_kind`].
+    pub kind: u32,
+}
+
+/// Data of a mesh range's key in the longest-prefix map; IPv4 prefixes are lengthened by 96.
+pub type MeshKey = [u32; 4];
+
+const _: () = {
+    assert!(size_of::<Address>() == 16);
+    assert!(size_of::<Settings>() == 8);
+    assert!(size_of::<Pod>() == 48);
+    assert!(size_of::<Steered>() == 8);
+    assert!(size_of::<PortKey>() == 8);
+    assert!(size_of::<Tuple>() == 48);
+    assert!(size_of::<Destination>() == 24);
+    assert!(size_of::<Names>() == 40);
+};
+
+#[cfg(feature = "user")]
+mod user {
+    use super::{Address, Destination, Names, Pod, PortKey, Settings, Steered, Tuple};
+
+    // SAFETY: repr(C), no padding (asserted above by size), every bit pattern is valid.
+    unsafe impl aya::Pod for Address {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Settings {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Pod {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Steered {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for PortKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Tuple {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Destination {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Names {}
+}

@@ -1,0 +1,297 @@
+//! The only file that touches raw contexts. Loads and stores are single aligned words and volatile: LLVM merges
+//! neighbouring 4-byte accesses into one of 8 bytes, which the verifier refuses for contexts.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr},
+    btf_maps::lpm_trie::Key,
+    helpers::generated::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_sk_storage_delete, bpf_sk_storage_get,
+        bpf_sock_ops_cb_flags_set,
+    },
+    programs::{SkLookupContext, SockAddrContext, SockOpsContext},
+};
+use core::{ffi::c_void, ptr};
+use tacit_abi::{Address, Inbound, Names, Tuple};
+
+use crate::maps::{MESH, NAMES};
+
+/// Loads a word of a context.
+macro_rules! load {
+    ($ctx:expr, $field:ident) => {
+        // SAFETY: aligned word of a context that this program type may read.
+        unsafe { (&raw const (*$ctx).$field).read_volatile() }
+    };
+}
+
+/// Loads a context's field of four words, word by word.
+macro_rules! load_words {
+    ($ctx:expr, $field:ident) => {
+        [load_words!(@ $ctx, $field, 0), load_words!(@ $ctx, $field, 1), load_words!(@ $ctx, $field, 2), load_words!(@ $ctx, $field, 3)]
+    };
+    (@ $ctx:expr, $field:ident, $index:literal) => {
+        // SAFETY: as for `load!`.
+        unsafe { (&raw const (*$ctx).$field[$index]).read_volatile() }
+    };
+}
+
+/// Stores a word into a context.
+macro_rules! store {
+    ($ctx:expr, $($field:tt)+) => { store!(@ $ctx, () $($field)+) };
+    (@ $ctx:expr, ($($f:tt)*) = $value:expr) => {
+        // SAFETY: aligned word of a context that this program type may write.
+        unsafe { (&raw mut (*$ctx).$($f)*).write_volatile($value) }
+    };
+    (@ $ctx:expr, ($($f:tt)*) $t:tt $($rest:tt)+) => { store!(@ $ctx, ($($f)* $t) $($rest)+) };
+}
+
+const AF_INET: u32 = 2;
+/// Bits of a full address in the mesh's map.
+const FULL_PREFIX: u32 = 128;
+
+/// Which hook runs: the address stands in another field.
+#[derive(Clone, Copy)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+/// Id of the calling process' ancestor cgroup at `level`; 0 when there is none so deep.
+#[inline(always)]
+pub fn current_ancestor_cgroup(level: u32) -> u64 {
+    // SAFETY: takes no pointer.
+    unsafe { bpf_get_current_ancestor_cgroup_id(level as i32) }
+}
+
+/// Is the address inside the mesh's ranges?
+#[inline(always)]
+pub fn in_mesh(address: &Address) -> bool {
+    MESH.get(&Key::new(FULL_PREFIX, address.0)).is_some()
+}
+
+/// The map as the helpers want it: its symbol's address, which the loader replaces.
+#[inline(always)]
+fn names_map() -> *mut c_void {
+    (&raw const NAMES).cast_mut().cast()
+}
+
+/// Names kept in `sk`, copied.
+#[inline(always)]
+fn names_of(sk: *mut bpf_sock) -> Option<Names> {
+    if sk.is_null() {
+        return None;
+    }
+    // SAFETY: `sk` is the context's socket, not null; without the create flag nothing is written.
+    let found = unsafe { bpf_sk_storage_get(names_map(), sk.cast(), ptr::null_mut(), 0) }.cast::<Names>();
+    // SAFETY: null or a live storage of this size.
+    unsafe { found.as_ref() }.copied()
+}
+
+/// Keeps `names` in `sk`; false when there was no memory.
+#[inline(always)]
+fn keep_names(sk: *mut bpf_sock, mut names: Names) -> bool {
+    if sk.is_null() {
+        return false;
+    }
+    let flags = BPF_SK_STORAGE_GET_F_CREATE.into();
+    // SAFETY: `sk` is the context's socket, not null; `names` is of the map's value size.
+    let kept = unsafe { bpf_sk_storage_get(names_map(), sk.cast(), (&raw mut names).cast(), flags) };
+    if kept.is_null() {
+        return false;
+    }
+    // SAFETY: a live storage of this size. Written again: an existing storage is returned as it was.
+    unsafe { *kept.cast::<Names>() = names };
+    true
+}
+
+/// Context of connect, getpeername and getsockname hooks.
+pub struct SockAddr<'a>(pub &'a SockAddrContext);
+
+impl SockAddr<'_> {
+    #[inline(always)]
+    fn raw(&self) -> *mut bpf_sock_addr {
+        self.0.sock_addr
+    }
+
+    #[inline(always)]
+    fn sk(&self) -> *mut bpf_sock {
+        // SAFETY: aligned load of a context field.
+        unsafe { (*self.raw()).__bindgen_anon_1.sk }
+    }
+
+    #[inline(always)]
+    pub fn address(&self, family: Family) -> Address {
+        match family {
+            Family::V4 => Address::from_v4_be(load!(self.raw(), user_ip4)),
+            Family::V6 => Address(load_words!(self.raw(), user_ip6)),
+        }
+    }
+
+    #[inline(always)]
+    pub fn set_address(&self, family: Family, address: &Address) {
+        match family {
+            Family::V4 => store!(self.raw(), user_ip4 = address.v4_be()),
+            Family::V6 => {
+                store!(self.raw(), user_ip6[0] = address.0[0]);
+                store!(self.raw(), user_ip6[1] = address.0[1]);
+                store!(self.raw(), user_ip6[2] = address.0[2]);
+                store!(self.raw(), user_ip6[3] = address.0[3]);
+            }
+        }
+    }
+
+    #[inline(always)]
+    pub fn port(&self) -> u16 {
+        u16::from_be(load!(self.raw(), user_port) as u16)
+    }
+
+    #[inline(always)]
+    pub fn set_port(&self, port: u16) {
+        store!(self.raw(), user_port = u32::from(port.to_be()));
+    }
+
+    #[inline(always)]
+    pub fn protocol(&self) -> u32 {
+        load!(self.raw(), protocol)
+    }
+
+    #[inline(always)]
+    pub fn socket_type(&self) -> u32 {
+        load!(self.raw(), type_)
+    }
+
+    #[inline(always)]
+    pub fn netns_cookie(&self) -> u64 {
+        // SAFETY: the helper takes the program's own context.
+        unsafe { bpf_get_netns_cookie(self.0.as_ptr()) }
+    }
+
+    #[inline(always)]
+    pub fn names(&self) -> Option<Names> {
+        names_of(self.sk())
+    }
+
+    #[inline(always)]
+    pub fn remember_names(&self, names: Names) -> bool {
+        keep_names(self.sk(), names)
+    }
+
+    #[inline(always)]
+    pub fn forget_names(&self) {
+        let sk = self.sk();
+        if !sk.is_null() {
+            // SAFETY: `sk` is the context's socket, not null.
+            unsafe { bpf_sk_storage_delete(names_map(), sk.cast()) };
+        }
+    }
+}
+
+/// Context of sock_ops.
+pub struct SockOps<'a>(pub &'a SockOpsContext);
+
+impl SockOps<'_> {
+    #[inline(always)]
+    fn sk(&self) -> *mut bpf_sock {
+        // SAFETY: aligned load of a context field.
+        unsafe { (*self.0.ops).__bindgen_anon_2.sk }
+    }
+
+    #[inline(always)]
+    pub fn names(&self) -> Option<Names> {
+        names_of(self.sk())
+    }
+
+    #[inline(always)]
+    pub fn remember_names(&self, names: Names) -> bool {
+        keep_names(self.sk(), names)
+    }
+
+    #[inline(always)]
+    pub fn watch_state(&self, flag: i32) {
+        // SAFETY: the helper takes the program's own context.
+        unsafe { bpf_sock_ops_cb_flags_set(self.0.ops, flag) };
+    }
+
+    #[inline(always)]
+    pub fn netns_cookie(&self) -> u64 {
+        // SAFETY: the helper takes the program's own context.
+        unsafe { bpf_get_netns_cookie(self.0.as_ptr()) }
+    }
+
+    /// Addresses and ports of the connection. To be called before any branch: of loads in several branches LLVM makes
+    /// one with a computed offset, which the verifier refuses for contexts.
+    #[inline(always)]
+    pub fn ends(&self) -> Ends {
+        let ops = self.0.ops;
+        let v4 = load!(ops, family) == AF_INET;
+        Ends {
+            local: pick(v4, load!(ops, local_ip4), load_words!(ops, local_ip6)),
+            remote: pick(v4, load!(ops, remote_ip4), load_words!(ops, remote_ip6)),
+            local_port: load!(ops, local_port),
+            // In network order in the upper half.
+            remote_port: u32::from_be(load!(ops, remote_port)),
+        }
+    }
+}
+
+/// Both ends of a connection, seen from one socket.
+pub struct Ends {
+    local: Address,
+    remote: Address,
+    local_port: u32,
+    remote_port: u32,
+}
+
+impl Ends {
+    /// Key of the connection when this socket connects.
+    #[inline(always)]
+    pub fn connecting(&self, netns_cookie: u64) -> Tuple {
+        Tuple {
+            netns_cookie,
+            local: self.local,
+            remote: self.remote,
+            local_port: self.local_port,
+            remote_port: self.remote_port,
+        }
+    }
+
+    /// Key of the connection when this socket accepts.
+    #[inline(always)]
+    pub fn accepting(&self, netns_cookie: u64) -> Tuple {
+        Tuple {
+            netns_cookie,
+            local: self.remote,
+            remote: self.local,
+            local_port: self.remote_port,
+            remote_port: self.local_port,
+        }
+    }
+}
+
+#[inline(always)]
+fn pick(v4: bool, four: u32, six: [u32; 4]) -> Address {
+    if v4 { Address::from_v4_be(four) } else { Address(six) }
+}
+
+/// Context of sk_lookup.
+pub struct SkLookup<'a>(pub &'a SkLookupContext);
+
+impl SkLookup<'_> {
+    /// Protocol of the packet.
+    #[inline(always)]
+    pub fn protocol(&self) -> u32 {
+        load!(self.0.lookup, protocol)
+    }
+
+    /// The connection asked for. As with [`SockOps::ends`], all is loaded before any branch.
+    #[inline(always)]
+    pub fn inbound(&self) -> Inbound {
+        let raw = self.0.lookup;
+        let v4 = load!(raw, family) == AF_INET;
+        Inbound {
+            local: pick(v4, load!(raw, local_ip4), load_words!(raw, local_ip6)),
+            remote: pick(v4, load!(raw, remote_ip4), load_words!(raw, remote_ip6)),
+            port: load!(raw, local_port) as u16,
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! Tacit's kernel side: the list of programs. Each entry point only turns a decision into the kernel's verdict; the
+//! decisions themselves are pure and live in `tacit-abi`, the raw context accesses in `context`.
+#![no_std]
+#![no_main]
+
+mod connect;
+mod context;
+mod count;
+mod established;
+mod maps;
+mod names;
+mod steer;
+
+use aya_ebpf::{
+    bindings::sk_action,
+    macros::{cgroup_sock_addr, sk_lookup, sock_ops},
+    programs::{SkLookupContext, SockAddrContext, SockOpsContext},
+};
+use context::Family;
+
+/// Return value of a cgroup program that lets the system call go on.
+const ALLOW: i32 = 1;
+/// Return value of a cgroup program that makes the system call fail with EPERM.
+const DENY: i32 = 0;
+
+#[cgroup_sock_addr(connect4)]
+pub fn connect4(ctx: SockAddrContext) -> i32 {
+    connect::run(&ctx, Family::V4)
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn connect6(ctx: SockAddrContext) -> i32 {
+    connect::run(&ctx, Family::V6)
+}
+
+#[cgroup_sock_addr(getpeername4)]
+pub fn getpeername4(ctx: SockAddrContext) -> i32 {
+    names::peer(&ctx, Family::V4)
+}
+
+#[cgroup_sock_addr(getpeername6)]
+pub fn getpeername6(ctx: SockAddrContext) -> i32 {
+    names::peer(&ctx, Family::V6)
+}
+
+#[cgroup_sock_addr(getsockname4)]
+pub fn getsockname4(ctx: SockAddrContext) -> i32 {
+    names::own(&ctx, Family::V4)
+}
+
+#[cgroup_sock_addr(getsockname6)]
+pub fn getsockname6(ctx: SockAddrContext) -> i32 {
+    names::own(&ctx, Family::V6)
+}
+
+#[sock_ops]
+pub fn established(ctx: SockOpsContext) -> u32 {
+    established::run(&ctx)
+}
+
+#[sk_lookup]
+pub fn steer(ctx: SkLookupContext) -> u32 {
+    if steer::run(&ctx) { sk_action::SK_PASS } else { sk_action::SK_DROP }
+}
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,58 @@
+//! The maps. All are pinned by the agent under their name, so they outlive it.
+
+use aya_ebpf::{
+    Global,
+    bindings::BPF_F_NO_PREALLOC,
+    btf_maps::{HashMap, LpmTrie, PerCpuArray, SkStorage, SockMap},
+    macros::btf_map,
+};
+use tacit_abi::{
+    Address, Destination, LISTENERS_PER_POD, MeshKey, Names, Pod, PortKey, REASONS, Settings, Steered, Tuple, limits,
+};
+
+const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
+
+/// Written by the agent before the programs are loaded; constant to the verifier.
+#[unsafe(no_mangle)]
+pub static SETTINGS: Global<Settings> = Global::new(Settings { pods_level: u32::MAX, abi_version: 0 });
+
+/// Enrolled pods by cgroup id. Missing: not enrolled.
+#[btf_map]
+pub static PODS: HashMap<u64, Pod, { limits::PODS as usize }> = HashMap::new();
+
+/// Enrolled pods by address. Missing: refused inside the mesh, left alone outside.
+#[btf_map]
+pub static STEERED: HashMap<Address, Steered, { limits::ADDRESSES as usize }> = HashMap::new();
+
+/// Modes of ports that have their own. Missing: the pod's mode.
+#[btf_map]
+pub static PORT_MODES: HashMap<PortKey, u32, { limits::PORT_MODES as usize }, ON_DEMAND> = HashMap::new();
+
+/// The mesh's ranges.
+#[btf_map]
+pub static MESH: LpmTrie<MeshKey, u32, { limits::MESH_RANGES as usize }> = LpmTrie::new();
+
+/// The node's own addresses: probes come from them.
+#[btf_map]
+pub static NODE: HashMap<Address, u32, { limits::NODE_ADDRESSES as usize }> = HashMap::new();
+
+/// The agent's listeners, see `tacit_abi::listener_index`. An entry goes with its socket: missing means no agent.
+#[btf_map]
+pub static LISTENERS: SockMap<{ (limits::PODS * LISTENERS_PER_POD) as usize }> = SockMap::new();
+
+/// What a socket's application should be told; lives and dies with the socket.
+#[btf_map]
+pub static NAMES: SkStorage<Names> = SkStorage::new();
+
+/// Captured connections on their way to the agent: where they wanted to go. Full: the agent finds nothing and resets.
+#[btf_map]
+pub static CAPTURED: HashMap<Tuple, Destination, { limits::PENDING as usize }, ON_DEMAND> = HashMap::new();
+
+/// The agent's connections on their way to an application: whom they stand for. Full: the application sees the
+/// agent's address; nothing is let through that was not decided already.
+#[btf_map]
+pub static DIALLED: HashMap<Tuple, Destination, { limits::PENDING as usize }, ON_DEMAND> = HashMap::new();
+
+/// One counter for each `tacit_abi::Reason`.
+#[btf_map]
+pub static COUNTERS: PerCpuArray<u64, { REASONS.len() }> = PerCpuArray::new();

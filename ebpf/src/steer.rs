@@ -1,0 +1,63 @@
+//! sk_lookup in a pod's network namespace: which inbound connections go to the agent.
+
+use aya_ebpf::programs::SkLookupContext;
+use tacit_abi::{Address, InboundFacts, PortKey, Reason, Steer, Steered, decide_inbound, listener_index};
+
+use crate::{
+    context::{self, SkLookup},
+    count::count,
+    maps::{LISTENERS, NODE, PORT_MODES, STEERED},
+};
+
+const IPPROTO_TCP: u32 = 6;
+
+struct Facts;
+
+impl InboundFacts for Facts {
+    #[inline(always)]
+    fn steered(&self, local: &Address) -> Option<Steered> {
+        // SAFETY: copied at once; the agent replaces entries whole.
+        unsafe { STEERED.get(local) }.copied()
+    }
+
+    #[inline(always)]
+    fn port_mode(&self, slot: u32, port: u16) -> Option<u32> {
+        // SAFETY: as above.
+        unsafe { PORT_MODES.get(&PortKey { slot, port: u32::from(port) }) }.copied()
+    }
+
+    #[inline(always)]
+    fn is_node(&self, remote: &Address) -> bool {
+        // SAFETY: only presence is read.
+        unsafe { NODE.get(remote) }.is_some()
+    }
+
+    #[inline(always)]
+    fn in_mesh(&self, address: &Address) -> bool {
+        context::in_mesh(address)
+    }
+}
+
+/// Entry of the program: may the lookup go on?
+#[inline(always)]
+pub fn run(ctx: &SkLookupContext) -> bool {
+    let lookup = SkLookup(ctx);
+    if lookup.protocol() != IPPROTO_TCP {
+        return true;
+    }
+    match decide_inbound(&Facts, &lookup.inbound()) {
+        Steer::Pass(reason) => {
+            count(reason);
+            true
+        }
+        Steer::Drop(reason) => {
+            count(reason);
+            false
+        }
+        Steer::Agent(slot, listener, reason) => {
+            let found = LISTENERS.redirect_sk_lookup(ctx, listener_index(slot, listener), 0).is_ok();
+            count(if found { reason } else { Reason::InboundNoAgent });
+            found
+        }
+    }
+}
