@@ -1,7 +1,15 @@
 //! Who a workload is: SPIFFE ids of the form `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`.
 //!
-//! This file is pure: an id is parsed once at the edge and cannot be wrong afterwards. Keys and certificates are in
-//! `credentials`, when to renew them in `renewal`, who signs them in `issuer`.
+//! This file is pure: an id is parsed once at the edge and cannot be wrong afterwards. What a certificate says is in
+//! `certificate`, a key with its certificate in `credentials`, when to renew them in `renewal`, who signs them in
+//! `issuer` (its root on disk in `root`), and `manager` keeps those of every workload of the node current.
+
+pub mod certificate;
+pub mod credentials;
+pub mod issuer;
+pub mod manager;
+pub mod renewal;
+pub mod root;
 
 use std::{fmt, sync::Arc};
 
@@ -22,7 +30,9 @@ pub enum IdentityError {
     #[error("trust domain {0:?} must be 1 to 255 characters of a-z, 0-9, '.', '-' and '_'")]
     TrustDomain(String),
     /// Namespace or service account is no RFC 1123 name.
-    #[error("{what} {value:?} must be 1 to 253 characters of a-z, 0-9, '-' and '.', no '-' or '.' at either end")]
+    #[error(
+        "{what} {value:?} must be 1 to 253 characters of a-z, 0-9, '-' and '.', no '-' or '.' at either end"
+    )]
     Name {
         /// `namespace` or `service account`.
         what: &'static str,
@@ -42,8 +52,14 @@ impl TrustDomain {
     /// [`IdentityError::TrustDomain`] when it is no SPIFFE trust domain name.
     pub fn parse(text: &str) -> Result<Self, IdentityError> {
         let fits = (1..=TRUST_DOMAIN_MAX_BYTES).contains(&text.len());
-        let clean = text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-' | b'_'));
-        if fits && clean { Ok(Self(text.into())) } else { Err(IdentityError::TrustDomain(text.to_owned())) }
+        let clean = text
+            .bytes()
+            .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-' | b'_'));
+        if fits && clean {
+            Ok(Self(text.into()))
+        } else {
+            Err(IdentityError::TrustDomain(text.to_owned()))
+        }
     }
 
     /// The name, without a scheme.
@@ -72,7 +88,11 @@ impl SpiffeId {
     ///
     /// # Errors
     /// [`IdentityError::Name`] when either is no RFC 1123 name.
-    pub fn new(trust_domain: &TrustDomain, namespace: &str, service_account: &str) -> Result<Self, IdentityError> {
+    pub fn new(
+        trust_domain: &TrustDomain,
+        namespace: &str,
+        service_account: &str,
+    ) -> Result<Self, IdentityError> {
         check_name("namespace", namespace)?;
         check_name("service account", service_account)?;
         Ok(Self {
@@ -122,18 +142,27 @@ impl SpiffeId {
 
 impl fmt::Display for SpiffeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "spiffe://{}/ns/{}/sa/{}", self.trust_domain, self.namespace, self.service_account)
+        write!(
+            f,
+            "spiffe://{}/ns/{}/sa/{}",
+            self.trust_domain, self.namespace, self.service_account
+        )
     }
 }
 
 fn check_name(what: &'static str, value: &str) -> Result<(), IdentityError> {
     let edge = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
     let bytes = value.as_bytes();
-    let clean = bytes.iter().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-'));
+    let clean = bytes
+        .iter()
+        .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-'));
     if clean && bytes.len() <= NAME_MAX_BYTES && edge(bytes.first()) && edge(bytes.last()) {
         Ok(())
     } else {
-        Err(IdentityError::Name { what, value: value.chars().take(NAME_MAX_BYTES).collect() })
+        Err(IdentityError::Name {
+            what,
+            value: value.chars().take(NAME_MAX_BYTES).collect(),
+        })
     }
 }
 

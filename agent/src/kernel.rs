@@ -24,6 +24,7 @@ pub mod socket;
 use std::{
     io,
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 pub use maps::{KernelCounter, Maps, PodEntry};
@@ -113,8 +114,7 @@ impl KernelError {
 
 /// The loaded kernel side. One for each agent; it holds the lock on the pin path.
 pub struct Kernel {
-    /// Programs and their links.
-    pub programs: Programs,
+    programs: Mutex<Programs>,
     /// Typed maps.
     pub maps: Maps,
 }
@@ -127,6 +127,12 @@ impl Kernel {
     pub fn open(pin_path: &Path, pods_cgroup: &cgroup::Cgroup) -> Result<Self, KernelError> {
         let mut programs = Programs::load(pin_path, pods_cgroup)?;
         let maps = Maps::take(&mut programs)?;
-        Ok(Self { programs, maps })
+        Ok(Self { programs: Mutex::new(programs), maps })
+    }
+
+    /// Programs and their links. Held for a few system calls, never across an await.
+    pub fn programs(&self) -> MutexGuard<'_, Programs> {
+        // A panic meanwhile leaves descriptors and paths as they were.
+        self.programs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

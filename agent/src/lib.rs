@@ -1,3 +1,53 @@
-//! stub
+//! Tacit's node agent. This page is the map.
+//!
+//! ```text
+//!  app in pod A ── connect() ──(eBPF)──> outbound ── route ──┬─ tunnel ════ mTLS ════ inbound ── policy ──> app in pod B
+//!                                            │               ├─ same node ── policy ──> app in a pod here
+//!                                            │               ├─ clear (allowed by mode)
+//!                                            │               └─ refuse (reset)
+//!  directory, policy files ── reload ──> snapshots read by every decision
+//!  issuer ── identity::manager ──> credentials        cgroups ── enrol ──> pods, listeners, kernel maps
+//! ```
+//!
+//! | module | job |
+//! |---|---|
+//! | `app` | puts everything together, runs it, takes it down |
+//! | `config`, `yaml` | the configuration; every mistake with line and field |
+//! | `directory` | which workload has an address |
+//! | `policy` | modes, and the verdict on an inbound flow |
+//! | `reload` | watched files: the last good version stays |
+//! | `identity` | SPIFFE ids, credentials, renewal, the embedded issuer |
+//! | `enrol` | a pod appears or goes |
+//! | `kernel` | eBPF programs and maps, cgroups, namespaces, sockets in pods |
+//! | `outbound`, `route` | captured connections and where they go |
+//! | `inbound` | tunnel sessions and refused plaintext |
+//! | `datapath` | what those two share |
+//! | `tunnel` | TLS, frames, sessions, the pool |
+//! | `relay` | moves the bytes of a flow |
+//! | `drain` | ending in good order |
+//! | `telemetry` | metrics, access log, status, admin doors |
+//!
+//! Rules of dependency, checked by `cargo xtask tidy`: only `kernel` uses aya, libc and `unsafe`; only `tunnel` (tls,
+//! verify, session) and `identity` use rustls; `policy`, `directory`, `route`, wire formats, pool and renewal are pure
+//! (no tokio, no clock, no logging); `outbound` and `inbound` never import each other; the data path reads control
+//! snapshots and never awaits a control task, except `outbound` for the bounded discovery of an unknown address;
+//! nobody imports `app` but `main`.
+#![deny(missing_docs)]
+
+pub mod app;
+pub mod config;
+pub mod datapath;
+pub mod directory;
+pub mod drain;
+pub mod enrol;
 pub mod identity;
+pub mod inbound;
 pub mod kernel;
+pub mod outbound;
+pub mod policy;
+pub mod relay;
+pub mod reload;
+pub mod route;
+pub mod telemetry;
+pub mod tunnel;
+pub mod yaml;

@@ -1,0 +1,227 @@
+//! Puts the agent together, runs it until a signal, and takes it down in good order. Imported by `main` only.
+
+use std::{io, net::SocketAddr, path::Path, sync::Arc, time::{Duration, Instant}};
+
+use arc_swap::ArcSwap;
+use tokio::{
+    net::TcpListener,
+    signal::unix::{Signal, SignalKind, signal},
+    time::{MissedTickBehavior, interval},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config::{Config, IssuerConfig},
+    datapath::{DataPath, Parts, accept_loop},
+    directory::Directory,
+    drain::{Drain, Drained},
+    enrol::{Enroller, Pod, Serve, Table},
+    identity::{
+        issuer::{EmbeddedIssuer, Issuer},
+        manager::Identities,
+        root::RootError,
+    },
+    inbound,
+    kernel::{Kernel, KernelError, cgroup::Cgroup, netns::HostNetns, node, socket::Listeners},
+    outbound,
+    policy::Policies,
+    reload::Watched,
+    telemetry::{Telemetry, admin},
+    yaml::LoadError,
+};
+
+mod report;
+
+use report::Report;
+
+/// How often the node's own addresses are read again and idle sessions are thrown out.
+const HOUSEKEEPING: Duration = Duration::from_secs(5);
+
+/// Why the agent did not start, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// A file could not be read or holds mistakes.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The issuer could not be opened.
+    #[error("issuer: {0}")]
+    Issuer(#[from] RootError),
+    /// The kernel side could not be loaded or attached.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The metrics address cannot be had.
+    #[error("metrics {address}: {source}")]
+    Metrics {
+        /// The configured address.
+        address: SocketAddr,
+        /// The error.
+        #[source]
+        source: io::Error,
+    },
+    /// The operator's socket cannot be had.
+    #[error("socket: {0}")]
+    Socket(#[from] admin::BindError),
+    /// The system did not give what every process gets.
+    #[error("{what}: {source}")]
+    System {
+        /// What was asked for.
+        what: &'static str,
+        /// The error.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn system(what: &'static str) -> impl FnOnce(io::Error) -> AppError {
+    move |source| AppError::System { what, source }
+}
+
+/// Runs the agent with `config` until SIGTERM or SIGINT, then drains. To be called on a tokio runtime.
+///
+/// # Errors
+/// [`AppError`] when the agent cannot start. Once it runs, nothing that a peer, a pod or a file does ends it.
+pub async fn run(config: Config) -> Result<(), AppError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(system("listen for SIGTERM"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(system("listen for SIGINT"))?;
+    let started = Instant::now();
+    let host = Arc::new(HostNetns::current().map_err(system("open the node's network namespace"))?);
+    let pods_cgroup = Cgroup::open(&config.pods_cgroup)?;
+    let directory = Arc::new(watch_directory(&config)?);
+    let policies = Arc::new(watch_policies(&config)?);
+    let identities = Arc::new(Identities::start(issuer(&config)?));
+    // Doors before programs: an agent that cannot be looked at should not touch the kernel.
+    let operator = admin::bind_operator(&config.socket)?;
+    let metrics = TcpListener::bind(config.metrics)
+        .await
+        .map_err(|source| AppError::Metrics { address: config.metrics, source })?;
+    let kernel = Arc::new(Kernel::open(&config.pin_path, &pods_cgroup)?);
+    kernel.maps.set_mesh(&config.mesh_ranges)?;
+    refresh_node(&kernel)?;
+
+    let path = Arc::new(DataPath::new(Parts {
+        trust_domain: config.trust_domain.clone(),
+        kernel,
+        host,
+        directory,
+        policies,
+        identities,
+        table: Arc::new(ArcSwap::from_pointee(Table::default())),
+        telemetry: Telemetry::new(),
+        drain: Drain::default(),
+    }));
+    let report = Arc::new(Report::new(&config, path.clone(), started));
+    let doors = CancellationToken::new();
+    let admin = tokio::spawn(serve_admin(report.clone(), operator, metrics, path.telemetry.clone(), doors.clone()));
+    let enrolment = tokio::spawn(enroller(&config, &path, pods_cgroup, &report).run(path.drain.stop.clone()));
+    let keeper = tokio::spawn(housekeeping(path.clone()));
+    tracing::info!(node = %config.node, trust_domain = %config.trust_domain, "agent runs");
+
+    wait_for(&mut terminate, &mut interrupt).await;
+    tracing::info!(limit = ?config.drain_timeout, "draining: no new flows, open ones may finish");
+    report.drains();
+    match path.drain.run(config.drain_timeout).await {
+        Drained::Finished => tracing::info!("drained"),
+        Drained::Cut(tasks) => tracing::warn!(tasks, "drain deadline passed; the rest was reset"),
+    }
+    doors.cancel();
+    keeper.abort();
+    // Both end by their tokens; an error of theirs was logged, and the agent ends anyway.
+    let _ = tokio::join!(admin, enrolment);
+    remove_socket(&config.socket);
+    Ok(())
+}
+
+fn watch_directory(config: &Config) -> Result<Watched<Directory>, LoadError> {
+    let (file, domain) = (config.directory_file.clone(), config.trust_domain.clone());
+    Watched::open(config.directory_file.clone(), move |text| Directory::parse(text, &file, &domain))
+}
+
+fn watch_policies(config: &Config) -> Result<Watched<Policies>, LoadError> {
+    let (file, root) = (config.policy_file.clone(), config.root_namespace.clone());
+    Watched::open(config.policy_file.clone(), move |text| Policies::parse(text, &file, &root))
+}
+
+fn issuer(config: &Config) -> Result<Issuer, RootError> {
+    let IssuerConfig::Embedded { directory, leaf_lifetime } = &config.issuer;
+    EmbeddedIssuer::open(directory, &config.trust_domain, *leaf_lifetime).map(Issuer::Embedded)
+}
+
+fn enroller(config: &Config, path: &Arc<DataPath>, pods_cgroup: Cgroup, report: &Arc<Report>) -> Enroller {
+    let (serving, ready) = (path.clone(), report.clone());
+    let serve: Serve = Arc::new(move |pod, listeners| serve_pod(&serving, &pod, listeners));
+    Enroller {
+        kernel: path.kernel.clone(),
+        host: path.host.clone(),
+        node: config.node.clone(),
+        pods_cgroup,
+        directory: path.directory.clone(),
+        policies: path.policies.clone(),
+        identities: path.identities.clone(),
+        table: path.table.clone(),
+        serve,
+        reconciled: Arc::new(move || ready.is_ready()),
+    }
+}
+
+fn serve_pod(path: &Arc<DataPath>, pod: &Arc<Pod>, listeners: Listeners) {
+    let Listeners { capture, plaintext, tunnel } = listeners;
+    let (on, who) = (path.clone(), pod.clone());
+    tokio::spawn(accept_loop(capture, path.drain.clone(), pod.closed.clone(), move |tcp, peer| {
+        outbound::handle(on.clone(), who.clone(), tcp, peer)
+    }));
+    let (on, who) = (path.clone(), pod.clone());
+    tokio::spawn(accept_loop(tunnel, path.drain.clone(), pod.closed.clone(), move |tcp, peer| {
+        inbound::tunnel(on.clone(), who.clone(), tcp, peer)
+    }));
+    let (on, who) = (path.clone(), pod.clone());
+    tokio::spawn(accept_loop(plaintext, path.drain.clone(), pod.closed.clone(), move |tcp, peer| {
+        inbound::plaintext(on.clone(), who.clone(), tcp, peer)
+    }));
+}
+
+async fn serve_admin(
+    report: Arc<Report>,
+    operator: tokio::net::UnixListener,
+    metrics: TcpListener,
+    telemetry: Telemetry,
+    stop: CancellationToken,
+) {
+    let source: admin::StatusSource = Arc::new(move || report.status());
+    tokio::join!(
+        admin::serve_metrics(metrics, source.clone(), telemetry, stop.cancelled()),
+        admin::serve_operator(operator, source, stop.cancelled()),
+    );
+}
+
+/// Keeps the node's addresses true, and sessions from staying beyond their time.
+async fn housekeeping(path: Arc<DataPath>) {
+    let mut tick = interval(HOUSEKEEPING);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        if let Err(error) = refresh_node(&path.kernel) {
+            tracing::error!(%error, "the node's own addresses may be outdated: probes from new ones are refused under STRICT");
+        }
+        let expired = path.pool().expire(Instant::now());
+        drop(expired);
+    }
+}
+
+fn refresh_node(kernel: &Kernel) -> Result<(), KernelError> {
+    let listed = node::addresses().map_err(|e| KernelError::Map { map: "NODE", problem: e.to_string() })?;
+    let sources: Vec<_> = listed.into_iter().filter(node::is_probe_source).collect();
+    kernel.maps.set_node(&sources)
+}
+
+async fn wait_for(terminate: &mut Signal, interrupt: &mut Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+fn remove_socket(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path) {
+        tracing::debug!(%error, path = %path.display(), "operator socket not removed");
+    }
+}

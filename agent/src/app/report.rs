@@ -1,0 +1,167 @@
+//! The agent's state as `tacit status` and the metrics show it, gathered when asked.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+    time::{Instant, SystemTime},
+};
+
+use crate::{
+    config::Config,
+    datapath::DataPath,
+    directory::Workload,
+    identity::manager::CertificateState,
+    policy::{Mode, Modes},
+    reload::ReloadState,
+    telemetry::status::{
+        AgentState, CertificateStatus, KernelCounter, PodState, PodStatus, PoolStatus, ProgramStatus, SourceKind,
+        SourceStatus, Status,
+    },
+};
+
+const STARTING: u8 = 0;
+const READY: u8 = 1;
+const DRAINING: u8 = 2;
+
+/// Gathers a [`Status`].
+pub(super) struct Report {
+    path: Arc<DataPath>,
+    node: Arc<str>,
+    pods_cgroup: PathBuf,
+    started: Instant,
+    state: AtomicU8,
+}
+
+impl Report {
+    pub(super) fn new(config: &Config, path: Arc<DataPath>, started: Instant) -> Self {
+        Self {
+            path,
+            node: config.node.clone(),
+            pods_cgroup: config.pods_cgroup.clone(),
+            started,
+            state: AtomicU8::new(STARTING),
+        }
+    }
+
+    /// All pods have been looked at once.
+    pub(super) fn is_ready(&self) {
+        // An agent that drains already stays so.
+        let _ = self.state.compare_exchange(STARTING, READY, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    pub(super) fn drains(&self) {
+        self.state.store(DRAINING, Ordering::Relaxed);
+    }
+
+    pub(super) fn status(&self) -> Status {
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            node: self.node.to_string(),
+            trust_domain: self.path.trust_domain.to_string(),
+            pid: std::process::id(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            state: match self.state.load(Ordering::Relaxed) {
+                STARTING => AgentState::Starting,
+                READY => AgentState::Ready,
+                _ => AgentState::Draining,
+            },
+            pods: self.pods(),
+            programs: self.programs(),
+            kernel: self.kernel(),
+            certificates: self.path.identities.certificates().iter().filter_map(certificate).collect(),
+            sources: vec![
+                source(SourceKind::Directory, &self.path.directory.state()),
+                source(SourceKind::Policy, &self.path.policies.state()),
+            ],
+            flows: self.path.telemetry.live_flows(),
+            pool: PoolStatus { idle_sessions: self.path.pool().len() as u64 },
+        }
+    }
+
+    fn pods(&self) -> Vec<PodStatus> {
+        let table = self.path.table.load();
+        let live = self.path.telemetry.live_by_pod();
+        let policies = self.path.policies.current();
+        let pod = |workload: &Workload, modes: &Modes, state| PodStatus {
+            name: workload.name.to_string(),
+            namespace: workload.namespace.to_string(),
+            cgroup: self.pods_cgroup.join(&workload.cgroup).display().to_string(),
+            addresses: workload.addresses.clone(),
+            identity: workload.identity.to_string(),
+            mode: mode(modes.default).to_owned(),
+            port_modes: modes.ports.iter().map(|(p, m)| (*p, mode(*m).to_owned())).collect::<BTreeMap<_, _>>(),
+            state,
+            flows: live.get(&(workload.namespace.clone(), workload.name.clone())).copied().unwrap_or(0),
+        };
+        let enrolled = table.pods.iter().map(|p| pod(&p.workload, &p.modes.load(), PodState::Enrolled));
+        let waiting = table.waiting.iter().map(|w| {
+            pod(&w.workload, &policies.modes(&w.workload), PodState::Waiting(w.reason.clone()))
+        });
+        let mut all: Vec<PodStatus> = enrolled.chain(waiting).collect();
+        all.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+        all
+    }
+
+    fn programs(&self) -> Vec<ProgramStatus> {
+        let states = self.path.kernel.programs().states();
+        let status = |p: crate::kernel::ProgramState| ProgramStatus {
+            name: p.name,
+            attached_to: p.attached_to,
+            id: p.id,
+            pinned: p.pinned.map(|path| path.display().to_string()),
+        };
+        states.into_iter().map(status).collect()
+    }
+
+    fn kernel(&self) -> Vec<KernelCounter> {
+        let counters = self.path.kernel.maps.counters();
+        let counter = |c: crate::kernel::KernelCounter| KernelCounter {
+            name: c.name.to_owned(),
+            help: c.help.to_owned(),
+            value: c.value,
+        };
+        counters.into_iter().map(counter).collect()
+    }
+}
+
+fn mode(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Disable => "DISABLE",
+        Mode::Permissive => "PERMISSIVE",
+        Mode::Strict => "STRICT",
+    }
+}
+
+/// An identity that has never had a certificate is seen as its pod waiting.
+fn certificate(state: &CertificateState) -> Option<CertificateStatus> {
+    let not_after = state.not_after?;
+    let left = match not_after.duration_since(SystemTime::now()) {
+        Ok(left) => i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+        Err(past) => i64::try_from(past.duration().as_secs()).map_or(i64::MIN, |s| -s),
+    };
+    Some(CertificateStatus {
+        identity: state.identity.to_string(),
+        serial: state.serial.clone(),
+        not_before: state.not_before?.into(),
+        not_after: not_after.into(),
+        seconds_left: left,
+        last_renewal: state.last_renewal.map(Into::into),
+        renewal_failures: u64::from(state.renewal_failures),
+        last_error: state.last_error.clone(),
+    })
+}
+
+fn source(kind: SourceKind, state: &ReloadState) -> SourceStatus {
+    SourceStatus {
+        kind,
+        file: state.file.display().to_string(),
+        loaded_at: state.loaded_at.into(),
+        loads: state.loads,
+        refusals: state.refusals,
+        last_error: state.last_error.clone(),
+    }
+}

@@ -1,0 +1,273 @@
+//! `tacit.yaml`: the configuration of a standalone node agent, read once at start.
+//!
+//! Every field with unit, default and effect is in `deploy/config.schema.json`, which a test keeps in step
+//! with this file. All mistakes are reported together. Relative paths are relative to the folder of the
+//! configuration file. The directory and policy files named here are read and watched by others.
+
+use std::{
+    net::SocketAddr,
+    ops::RangeInclusive,
+    path::{Component, Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+
+use crate::{
+    identity::TrustDomain,
+    yaml::{self, Fields, LoadError, Mistakes, Value},
+};
+
+mod duration;
+mod range;
+
+use duration::duration;
+use range::mesh_range;
+
+const FIELDS: [&str; 12] = [
+    "trustDomain",
+    "node",
+    "podsCgroup",
+    "meshRanges",
+    "directory",
+    "policy",
+    "rootNamespace",
+    "issuer",
+    "pinPath",
+    "socket",
+    "metrics",
+    "drainTimeout",
+];
+const EMBEDDED_FIELDS: [&str; 2] = ["directory", "leafLifetime"];
+
+const ROOT_NAMESPACE: &str = "istio-system";
+const PIN_PATH: &str = "/sys/fs/bpf/tacit";
+const SOCKET: &str = "/run/tacit/agent.sock";
+const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 15020);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longer than ten minutes and a node's shutdown is held up more than any flow is worth.
+const DRAIN_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(600);
+const LEAF_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+/// Below ten seconds renewal at half life could not be tried twice; leaves cannot be revoked, so a month is
+/// the most.
+const LEAF_LIFETIME_RANGE: RangeInclusive<Duration> =
+    Duration::from_secs(10)..=Duration::from_secs(30 * 24 * 3600);
+/// Most mesh ranges: each takes an entry in a kernel map of fixed size, and a cluster has a handful.
+const MESH_RANGES_MAX: usize = 256;
+/// Longest path of a unix socket, in bytes (`sun_path` in unix(7), with its closing zero).
+const SOCKET_MAX_BYTES: usize = 107;
+
+/// The configuration of a node agent. All paths are ready to use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Root under which identities are compared.
+    pub trust_domain: TrustDomain,
+    /// This node's name, as the directory writes it.
+    pub node: Arc<str>,
+    /// The cgroup v2 directory that holds all pods of the node.
+    pub pods_cgroup: PathBuf,
+    /// Addresses of the mesh, 1 to 256 ranges; a connection to any other address is left alone.
+    pub mesh_ranges: Vec<IpNet>,
+    /// File that says which workload has which address.
+    pub directory_file: PathBuf,
+    /// File of the policies.
+    pub policy_file: PathBuf,
+    /// Namespace whose policies hold mesh-wide.
+    pub root_namespace: Arc<str>,
+    /// Who signs certificates.
+    pub issuer: IssuerConfig,
+    /// Folder on a bpffs where programs, maps and links are pinned.
+    pub pin_path: PathBuf,
+    /// The operator's unix socket.
+    pub socket: PathBuf,
+    /// Address of Prometheus metrics and readiness.
+    pub metrics: SocketAddr,
+    /// Time that live flows get to end at shutdown, 0 s to 10 min.
+    pub drain_timeout: Duration,
+}
+
+/// Who signs certificates.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum IssuerConfig {
+    /// The agent itself, with a root key in a folder.
+    Embedded {
+        /// Folder of the root key and certificate, made on first run.
+        directory: PathBuf,
+        /// Lifetime of a leaf certificate, 10 s to 30 d.
+        leaf_lifetime: Duration,
+    },
+}
+
+impl Config {
+    /// Reads and parses the file at `path`.
+    ///
+    /// # Errors
+    /// [`LoadError`]: unreadable, or all mistakes in it.
+    pub fn read(path: &Path) -> Result<Self, LoadError> {
+        // Absolute, so that the paths stay right whatever the working directory becomes.
+        let file = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        yaml::load(path, |text| {
+            Self::parse_in(text, path, file.parent().unwrap_or(Path::new(".")))
+        })
+    }
+
+    /// Parses the text of `file`; relative paths are relative to the folder of `file`.
+    ///
+    /// # Errors
+    /// All [`Mistakes`] of the text.
+    pub fn parse(text: &str, file: &Path) -> Result<Self, Mistakes> {
+        Self::parse_in(text, file, file.parent().unwrap_or(Path::new(".")))
+    }
+
+    fn parse_in(text: &str, file: &Path, folder: &Path) -> Result<Self, Mistakes> {
+        yaml::decode(text, file, |root| {
+            Self::decode(&mut root.fields(&FIELDS)?, folder)
+        })
+    }
+
+    /// Decodes all fields before the first `?`, so that the mistakes of each one are recorded.
+    fn decode(f: &mut Fields<'_>, folder: &Path) -> Option<Self> {
+        let trust_domain = f.required("trustDomain", "the SPIFFE trust domain, such as cluster.local");
+        let trust_domain = trust_domain.and_then(|value| value.parse(TrustDomain::parse));
+        let node = f.required("node", "this node's name, as the directory has it");
+        let node = node.and_then(|value| value.name().map(Arc::from));
+        let pods_cgroup = f.required(
+            "podsCgroup",
+            "the cgroup of all pods, such as /sys/fs/cgroup/kubepods",
+        );
+        let pods_cgroup = pods_cgroup.and_then(|value| absolute(&value));
+        let mesh_ranges = f.required(
+            "meshRanges",
+            "the ranges of pod addresses, such as [10.77.0.0/16]",
+        );
+        let mesh_ranges = mesh_ranges.and_then(|value| self::mesh_ranges(&value));
+        let directory_file = file_source(f, "directory", folder);
+        let policy_file = file_source(f, "policy", folder);
+        let issuer = f.required("issuer", "{embedded: {directory: issuer}}");
+        let issuer = issuer.and_then(|value| self::issuer(&value, folder));
+        let root_namespace = or(f, "rootNamespace", ROOT_NAMESPACE.into(), |v| {
+            v.name().map(Arc::from)
+        });
+        let pin_path = or(f, "pinPath", PIN_PATH.into(), absolute);
+        let socket = or(f, "socket", SOCKET.into(), |v| socket_path(v, folder));
+        let metrics = or(f, "metrics", METRICS, metrics_address);
+        let drain_timeout = or(f, "drainTimeout", DRAIN_TIMEOUT, |v| {
+            within(v, DRAIN_TIMEOUT_RANGE)
+        });
+        Some(Self {
+            trust_domain: trust_domain?,
+            node: node?,
+            pods_cgroup: pods_cgroup?,
+            mesh_ranges: mesh_ranges?,
+            directory_file: directory_file?,
+            policy_file: policy_file?,
+            root_namespace: root_namespace?,
+            issuer: issuer?,
+            pin_path: pin_path?,
+            socket: socket?,
+            metrics: metrics?,
+            drain_timeout: drain_timeout?,
+        })
+    }
+}
+
+/// The default for an absent field; a refused one stays `None`, so a mistake never becomes a default.
+fn or<T>(
+    fields: &mut Fields<'_>,
+    name: &str,
+    default: T,
+    decoder: impl FnOnce(&Value<'_>) -> Option<T>,
+) -> Option<T> {
+    fields
+        .optional(name)
+        .map_or(Some(default), |value| decoder(&value))
+}
+
+fn mesh_ranges(value: &Value<'_>) -> Option<Vec<IpNet>> {
+    let items = value.items()?;
+    match items.len() {
+        0 => value.refuse("the list is empty, nothing would be protected: write the ranges of pod addresses"),
+        1..=MESH_RANGES_MAX => {}
+        len => value.refuse(format_args!(
+            "{len} ranges: join them to at most {MESH_RANGES_MAX}"
+        )),
+    }
+    // Not collected to an `Option`: that would stop at the first mistake.
+    let ranges: Vec<_> = items.iter().map(|item| item.parse(mesh_range)).collect();
+    ranges.into_iter().collect()
+}
+
+/// `{file: <path>}`, the one kind of source there is.
+fn file_source(fields: &mut Fields<'_>, name: &str, folder: &Path) -> Option<PathBuf> {
+    let value = fields.required(name, &format!("{{file: {name}.yaml}}"))?;
+    let mut fields = value.fields(&["file"])?;
+    Some(folder.join(fields.required("file", "the path of a file")?.text()?))
+}
+
+fn issuer(value: &Value<'_>, folder: &Path) -> Option<IssuerConfig> {
+    let embedded = value
+        .fields(&["embedded"])?
+        .required("embedded", "{directory: issuer}")?;
+    let mut fields = embedded.fields(&EMBEDDED_FIELDS)?;
+    let directory = fields
+        .required("directory", "the folder of the root key")
+        .and_then(|value| value.text());
+    let leaf_lifetime = or(&mut fields, "leafLifetime", LEAF_LIFETIME, |v| {
+        within(v, LEAF_LIFETIME_RANGE)
+    });
+    Some(IssuerConfig::Embedded {
+        directory: folder.join(directory?),
+        leaf_lifetime: leaf_lifetime?,
+    })
+}
+
+fn within(value: &Value<'_>, range: RangeInclusive<Duration>) -> Option<Duration> {
+    value.parse(|text| duration(text, range))
+}
+
+fn absolute(value: &Value<'_>) -> Option<PathBuf> {
+    let path = Path::new(value.text()?);
+    if !path.is_absolute() {
+        value.refuse(format_args!(
+            "{path:?} is relative: write the whole path, beginning with /"
+        ));
+        return None;
+    }
+    if path
+        .components()
+        .any(|component| component == Component::ParentDir)
+    {
+        value.refuse(format_args!("{path:?} has a `..`: write the path without it"));
+        return None;
+    }
+    // Without double or closing slashes, so that paths can be compared.
+    Some(path.components().collect())
+}
+
+fn socket_path(value: &Value<'_>, folder: &Path) -> Option<PathBuf> {
+    let path = folder.join(value.text()?);
+    let len = path.as_os_str().len();
+    if len > SOCKET_MAX_BYTES {
+        value.refuse(format_args!(
+            "{path:?} has {len} bytes, a unix socket's path at most {SOCKET_MAX_BYTES}: write a shorter one"
+        ));
+        return None;
+    }
+    Some(path)
+}
+
+fn metrics_address(value: &Value<'_>) -> Option<SocketAddr> {
+    let address: Option<SocketAddr> = value.parse(|text| {
+        text.parse()
+            .map_err(|_| "no address with a port: write it as 127.0.0.1:15020 or \"[::1]:15020\"")
+    });
+    if address?.port() == 0 {
+        value.refuse("port 0: write a port from 1 to 65535");
+        return None;
+    }
+    address
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,223 @@
+//! Tests of `tacit.yaml`: what is accepted, every mistake, and that the published schema says the same.
+
+use serde_json::Value as Json;
+
+use super::*;
+
+const MINIMAL: &str = "\
+trustDomain: cluster.local
+node: a
+podsCgroup: /sys/fs/cgroup/unified/pods
+meshRanges: [10.77.0.0/16, \"fd77::/16\"]
+directory: {file: directory.yaml}
+policy: {file: /etc/tacit/policy.yaml}
+issuer: {embedded: {directory: issuer}}
+";
+
+fn parse(text: &str) -> Result<Config, Mistakes> {
+    Config::parse(text, Path::new("/etc/tacit/conf/tacit.yaml"))
+}
+
+fn problems(text: &str) -> Vec<String> {
+    parse(text)
+        .expect_err(text)
+        .list
+        .iter()
+        .map(ToString::to_string)
+        .collect()
+}
+
+#[test]
+fn a_minimal_file_gets_the_defaults() {
+    let expected = Config {
+        trust_domain: TrustDomain::parse("cluster.local").expect("valid"),
+        node: "a".into(),
+        pods_cgroup: "/sys/fs/cgroup/unified/pods".into(),
+        mesh_ranges: vec![
+            "10.77.0.0/16".parse().expect("valid"),
+            "fd77::/16".parse().expect("valid"),
+        ],
+        directory_file: "/etc/tacit/conf/directory.yaml".into(),
+        policy_file: "/etc/tacit/policy.yaml".into(),
+        root_namespace: "istio-system".into(),
+        issuer: IssuerConfig::Embedded {
+            directory: "/etc/tacit/conf/issuer".into(),
+            leaf_lifetime: Duration::from_secs(24 * 3600),
+        },
+        pin_path: "/sys/fs/bpf/tacit".into(),
+        socket: "/run/tacit/agent.sock".into(),
+        metrics: "127.0.0.1:15020".parse().expect("valid"),
+        drain_timeout: Duration::from_secs(10),
+    };
+    assert_eq!(parse(MINIMAL), Ok(expected));
+}
+
+#[test]
+fn every_field_can_be_set() {
+    let text = MINIMAL.replace("directory: issuer}", "directory: issuer, leafLifetime: 1h30m}")
+        + "rootNamespace: mesh\npinPath: /sys/fs/bpf/b/\nsocket: b.sock\nmetrics: \"[::1]:9\"\ndrainTimeout: 0s\n";
+    let config = parse(&text).expect("valid");
+    assert_eq!(&*config.root_namespace, "mesh");
+    assert_eq!(config.pin_path, Path::new("/sys/fs/bpf/b"));
+    assert_eq!(config.socket, Path::new("/etc/tacit/conf/b.sock"));
+    assert_eq!(config.metrics, "[::1]:9".parse().expect("valid"));
+    assert_eq!(config.drain_timeout, Duration::ZERO);
+    let IssuerConfig::Embedded { leaf_lifetime, .. } = config.issuer;
+    assert_eq!(leaf_lifetime, Duration::from_secs(90 * 60));
+}
+
+#[test]
+fn overlapping_ranges_are_accepted() {
+    assert!(parse(&MINIMAL.replace("[10.77.0.0/16,", "[10.77.0.0/16, 10.77.1.0/24, 10.0.0.0/8,")).is_ok());
+}
+
+#[test]
+fn all_mistakes_are_reported_together() {
+    let text = "\
+trustdomain: cluster.local
+node: A
+podsCgroup: pods
+meshRanges: [10.77.1.0/16, 127.0.0.0/8, 0.0.0.0/0]
+directory: directory.yaml
+policy: {url: policy.yaml}
+issuer: {embedded: {directory: 7, leafLifetime: 5s}}
+pinPath: /sys/../bpf
+metrics: 15020
+drainTimeout: 10
+";
+    assert_eq!(
+        problems(text),
+        [
+            "line 1: trustdomain: unknown field: did you mean `trustDomain`?",
+            "line 1: trustDomain: missing: write the SPIFFE trust domain, such as cluster.local",
+            "line 2: node: \"A\" is no Kubernetes name: write 1 to 253 characters of a-z, 0-9, '-' and '.', beginning and \
+             ending with a letter or digit",
+            "line 3: podsCgroup: \"pods\" is relative: write the whole path, beginning with /",
+            "line 4: meshRanges[0]: \"10.77.1.0/16\": bits are set after the prefix: write 10.77.0.0/16",
+            "line 4: meshRanges[1]: \"127.0.0.0/8\": overlaps 127.0.0.0/8 (loopback): write the ranges the pods' \
+             addresses are taken from",
+            "line 4: meshRanges[2]: \"0.0.0.0/0\": prefix length 0 covers every address: write the ranges the pods' \
+             addresses are taken from",
+            "line 5: directory: is the single value \"directory.yaml\": write a mapping (`name: value` lines)",
+            "line 6: policy.url: unknown field: known here: file",
+            "line 6: policy.file: missing: write the path of a file",
+            "line 7: issuer.embedded.directory: 7 is a number where text is expected: write \"7\"",
+            "line 7: issuer.embedded.leafLifetime: \"5s\": outside the range: write a duration from 10s to 30d",
+            "line 8: pinPath: \"/sys/../bpf\" has a `..`: write the path without it",
+            "line 9: metrics: \"15020\": no address with a port: write it as 127.0.0.1:15020 or \"[::1]:15020\"",
+            "line 10: drainTimeout: \"10\": no duration: write whole numbers with the units d, h, m, s, ms from large to \
+             small, such as 1h30m or 500ms",
+        ]
+    );
+}
+
+#[test]
+fn an_empty_mapping_misses_every_required_field() {
+    let missing = problems("{}");
+    for field in [
+        "trustDomain",
+        "node",
+        "podsCgroup",
+        "meshRanges",
+        "directory",
+        "policy",
+        "issuer",
+    ] {
+        assert!(
+            missing
+                .iter()
+                .any(|problem| problem.contains(&format!("{field}: missing"))),
+            "{field}: {missing:?}"
+        );
+    }
+    assert_eq!(missing.len(), 7, "{missing:?}");
+}
+
+#[test]
+fn bounds_of_single_fields_hold() {
+    for (line, problem) in [
+        (
+            "socket: /".to_owned() + &"s".repeat(107),
+            "a unix socket's path at most 107",
+        ),
+        ("metrics: 127.0.0.1:0".to_owned(), "port 0"),
+        ("metrics: localhost:15020".to_owned(), "no address with a port"),
+        ("drainTimeout: 601s".to_owned(), "from 0s to 10m"),
+        ("rootNamespace: Istio".to_owned(), "no Kubernetes name"),
+        ("rootNamespace: [a]".to_owned(), "is a list"),
+    ] {
+        let list = problems(&format!("{MINIMAL}{line}\n"));
+        assert!(
+            list.len() == 1 && list[0].starts_with("line 8: ") && list[0].contains(problem),
+            "{line}: {list:?}"
+        );
+    }
+    let many = (0..=MESH_RANGES_MAX)
+        .map(|i| format!("10.{}.{}.0/24", i / 256, i % 256))
+        .collect::<Vec<_>>()
+        .join(",");
+    let list = problems(&MINIMAL.replace("10.77.0.0/16", &many));
+    assert!(list.len() == 1 && list[0].contains("at most 256"), "{list:?}");
+    let list = problems(&MINIMAL.replace("[10.77.0.0/16, \"fd77::/16\"]", "[]"));
+    assert!(
+        list.len() == 1 && list[0].contains("nothing would be protected"),
+        "{list:?}"
+    );
+}
+
+#[test]
+fn reading_resolves_paths_against_the_folder_of_the_file() {
+    let folder = std::env::temp_dir().join(format!("tacit-config-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder for the test");
+    let path = folder.join("tacit.yaml");
+    std::fs::write(&path, MINIMAL).expect("a file for the test");
+    assert_eq!(
+        Config::read(&path).expect("valid").directory_file,
+        folder.join("directory.yaml")
+    );
+    assert!(matches!(
+        Config::read(&folder.join("absent.yaml")),
+        Err(LoadError::Read(_))
+    ));
+    std::fs::write(&path, "{}").expect("a file for the test");
+    assert!(matches!(Config::read(&path), Err(LoadError::Invalid(_))));
+    std::fs::remove_dir_all(&folder).expect("removable");
+}
+
+#[test]
+fn the_schema_has_the_fields_and_defaults_of_the_code() {
+    let schema: Json = serde_json::from_str(include_str!(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../deploy/config.schema.json"
+    )))
+    .expect("the schema is JSON");
+    let names = |schema: &Json| -> Vec<String> {
+        let mut names: Vec<_> = schema["properties"]
+            .as_object()
+            .expect("properties")
+            .keys()
+            .cloned()
+            .collect();
+        names.sort_unstable();
+        names
+    };
+    let sorted = |names: &[&str]| {
+        let mut names: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();
+        names.sort_unstable();
+        names
+    };
+    assert_eq!(names(&schema), sorted(&FIELDS));
+    let embedded = &schema["properties"]["issuer"]["properties"]["embedded"];
+    assert_eq!(names(embedded), sorted(&EMBEDDED_FIELDS));
+    for (field, default) in [
+        ("rootNamespace", ROOT_NAMESPACE),
+        ("pinPath", PIN_PATH),
+        ("socket", SOCKET),
+        ("metrics", "127.0.0.1:15020"),
+        ("drainTimeout", "10s"),
+    ] {
+        assert_eq!(schema["properties"][field]["default"], default, "{field}");
+    }
+    assert_eq!(embedded["properties"]["leafLifetime"]["default"], "24h");
+    assert_eq!(schema["properties"]["meshRanges"]["maxItems"], MESH_RANGES_MAX);
+}

@@ -1,0 +1,247 @@
+//! What `outbound` and `inbound` share: snapshots of control, the kernel's handles, the pool, and reaching an
+//! application in its pod. Nothing here waits for a control task.
+
+use std::{
+    borrow::Cow,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    directory::{Directory, Workload},
+    drain::Drain,
+    enrol::{Pod, Table},
+    identity::{SpiffeId, TrustDomain, manager::Identities},
+    kernel::{
+        Kernel,
+        netns::HostNetns,
+        socket::{self, reset},
+    },
+    policy::Policies,
+    reload::Watched,
+    telemetry::{Party, Refusal, Reporter, Security, Telemetry},
+    tunnel::{DenyReason, Pool, Session, TlsInfo},
+};
+
+/// How long an application may take to accept. It is on this node: more means its backlog is full.
+const APPLICATION_CONNECT: Duration = Duration::from_secs(5);
+/// Handshakes at the same time, over all pods; beyond it a peer is reset. One costs about a millisecond of a core.
+pub const HANDSHAKES_MAX: usize = 1024;
+/// Pause when descriptors are used up: accepting again at once would only spin.
+const ACCEPT_RETRY: Duration = Duration::from_millis(20);
+
+/// Sessions are interchangeable for flows of the same pod to the same server under the same identities.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct PoolKey {
+    /// Cgroup id of the source pod: a session belongs to its network namespace.
+    pub pod: u64,
+    /// Address of the destination pod.
+    pub server: IpAddr,
+    /// Identity the server proved.
+    pub identity: SpiffeId,
+    /// Serial number of the certificate the client showed.
+    pub serial: String,
+}
+
+/// Everything a connection needs.
+pub struct DataPath {
+    /// Identities outside it do not exist.
+    pub trust_domain: TrustDomain,
+    /// The kernel side.
+    pub kernel: Arc<Kernel>,
+    /// The node's own namespace.
+    pub host: Arc<HostNetns>,
+    /// Who is where.
+    pub directory: Arc<Watched<Directory>>,
+    /// Modes.
+    pub policies: Arc<Watched<Policies>>,
+    /// Certificates.
+    pub identities: Arc<Identities>,
+    /// Pods of this node.
+    pub table: Arc<ArcSwap<Table>>,
+    /// Counters and logs.
+    pub telemetry: Telemetry,
+    /// How the agent ends.
+    pub drain: Drain,
+    /// Bounds handshakes.
+    pub handshakes: Semaphore,
+    pool: Mutex<Pool<PoolKey, Session>>,
+}
+
+/// Parts of a [`DataPath`] that others made.
+pub struct Parts {
+    /// See [`DataPath::trust_domain`].
+    pub trust_domain: TrustDomain,
+    /// See [`DataPath::kernel`].
+    pub kernel: Arc<Kernel>,
+    /// See [`DataPath::host`].
+    pub host: Arc<HostNetns>,
+    /// See [`DataPath::directory`].
+    pub directory: Arc<Watched<Directory>>,
+    /// See [`DataPath::policies`].
+    pub policies: Arc<Watched<Policies>>,
+    /// See [`DataPath::identities`].
+    pub identities: Arc<Identities>,
+    /// See [`DataPath::table`].
+    pub table: Arc<ArcSwap<Table>>,
+    /// See [`DataPath::telemetry`].
+    pub telemetry: Telemetry,
+    /// See [`DataPath::drain`].
+    pub drain: Drain,
+}
+
+impl DataPath {
+    /// Puts the parts together.
+    #[must_use]
+    pub fn new(parts: Parts) -> Self {
+        let Parts { trust_domain, kernel, host, directory, policies, identities, table, telemetry, drain } = parts;
+        Self {
+            trust_domain,
+            kernel,
+            host,
+            directory,
+            policies,
+            identities,
+            table,
+            telemetry,
+            drain,
+            handshakes: Semaphore::new(HANDSHAKES_MAX),
+            pool: Mutex::new(Pool::default()),
+        }
+    }
+
+    /// The idle sessions.
+    pub fn pool(&self) -> MutexGuard<'_, Pool<PoolKey, Session>> {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Connects to an application of `pod` as `client`: the application sees the client's address.
+    ///
+    /// # Errors
+    /// The kernel's, or a time-out.
+    pub async fn to_application(&self, pod: &Pod, application: SocketAddr, client: SocketAddr) -> io::Result<TcpStream> {
+        let socket = socket::outgoing(&pod.netns, &self.host, application)?;
+        // Without the name the application would see its own address: wrong in its logs, but nothing passes that
+        // was not allowed.
+        if let Err(error) = self.kernel.maps.stand_for(&socket, client) {
+            tracing::warn!(%error, "an application will not see its client's address");
+        }
+        let connecting = timeout(APPLICATION_CONNECT, socket.connect(application));
+        connecting.await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+    }
+
+    /// One end of a flow, with what the directory knows of it.
+    #[must_use]
+    pub fn party(&self, address: SocketAddr, identity: Option<SpiffeId>) -> Party {
+        Party { address, workload: self.workload(address.ip()), identity }
+    }
+
+    fn workload(&self, address: IpAddr) -> Option<Arc<Workload>> {
+        self.directory.current().at(address).cloned()
+    }
+
+    /// Resets a connection and says why.
+    pub fn refuse(&self, connection: TcpStream, refused: Refused) {
+        self.report(refused);
+        reset(connection);
+    }
+
+    /// Counts and logs a refusal.
+    pub fn report(&self, refused: Refused) {
+        let Refused { reporter, source, destination, identity, reason, detail } = refused;
+        self.telemetry.refused(&Refusal {
+            reporter,
+            source: self.party(source, identity),
+            destination: self.party(destination, None),
+            reason,
+            detail,
+        });
+    }
+}
+
+/// A connection that is not to be, and why.
+#[derive(Debug)]
+pub struct Refused {
+    /// Which side of the flow this agent is.
+    pub reporter: Reporter,
+    /// Who asked.
+    pub source: SocketAddr,
+    /// For what.
+    pub destination: SocketAddr,
+    /// Who the source proved to be.
+    pub identity: Option<SpiffeId>,
+    /// Stable label.
+    pub reason: &'static str,
+    /// For people.
+    pub detail: String,
+}
+
+/// How a flow over a session is protected.
+#[must_use]
+pub fn security(tls: &TlsInfo) -> Security {
+    Security::MutualTls {
+        version: tls.version,
+        cipher: Cow::Borrowed(tls.cipher),
+        key_exchange: Cow::Borrowed(tls.key_exchange),
+    }
+}
+
+/// What a failed connect to an application is called, to the peer and in metrics.
+#[must_use]
+pub fn deny_reason(error: &io::Error) -> DenyReason {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => DenyReason::ConnectionRefused,
+        io::ErrorKind::TimedOut => DenyReason::TimedOut,
+        _ => DenyReason::Unreachable,
+    }
+}
+
+/// Accepts until the pod or the agent ends; each connection gets a task of its own.
+pub async fn accept_loop<F>(
+    listener: TcpListener,
+    drain: Drain,
+    closed: CancellationToken,
+    handle: impl Fn(TcpStream, SocketAddr) -> F,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    loop {
+        let accepted = tokio::select! {
+            () = drain.stop.cancelled() => return,
+            () = closed.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((connection, peer)) => {
+                drain.tasks.spawn(handle(connection, canonical(peer)));
+            }
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => {
+                tracing::error!(%error, "cannot accept; raise the limit of open files if this persists");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+}
+
+fn is_of_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
+}
+
+/// An address as the application meant it: v4-mapped is IPv4.
+#[must_use]
+pub fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+

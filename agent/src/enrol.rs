@@ -1,0 +1,401 @@
+//! A pod appears, changes or goes: its cgroup is found, its network namespace opened, its listeners started, and the
+//! kernel told, in an order that never leaves an enrolled pod uncovered.
+//!
+//! ```text
+//! cgroup exists ──> PODS entry (mesh connections fail: nobody listens yet)
+//!   └ process with the pod's addresses ──> certificate ──> listeners ──> modes ──> steering ──> PODS entry with the
+//!                                                                       pod's namespace: connections are captured
+//! processes gone ──> listeners closed, entry stays (mesh connections fail)
+//! cgroup gone    ──> everything removed
+//! ```
+//! Pods are found by cgroup, as the directory names it; events come from inotify, with a slow rescan behind it.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    io,
+    net::IpAddr,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    directory::{Directory, Protocol, Workload},
+    identity::manager::Identities,
+    kernel::{
+        Kernel, PodEntry,
+        cgroup::{self, Cgroup},
+        netns::{HostNetns, Netns},
+        socket::Listeners,
+    },
+    policy::{Mode, Modes, Policies},
+    reload::Watched,
+};
+
+mod events;
+
+use events::CgroupEvents;
+
+/// Rescan without any event: covers what inotify can miss (an overflow, a cgroup made before its watch).
+const RESCAN: Duration = Duration::from_secs(1);
+/// Levels below the pods' cgroup at which the connect hooks look for a pod.
+const POD_LEVELS: std::ops::RangeInclusive<u32> = 1..=2;
+
+/// An enrolled pod, as the data path sees it.
+#[derive(Debug)]
+pub struct Pod {
+    /// Who it is.
+    pub workload: Arc<Workload>,
+    /// Id of its cgroup.
+    pub cgroup: u64,
+    /// Its network namespace.
+    pub netns: Netns,
+    /// What inbound plaintext meets.
+    pub modes: ArcSwap<Modes>,
+    /// Cancelled when the pod is no longer enrolled.
+    pub closed: CancellationToken,
+    slot: u32,
+}
+
+impl Pod {
+    /// Its address of the same family as `other`.
+    #[must_use]
+    pub fn address_like(&self, other: IpAddr) -> Option<IpAddr> {
+        self.workload.addresses.iter().copied().find(|a| a.is_ipv4() == other.is_ipv4())
+    }
+}
+
+/// A workload of this node that is not enrolled yet, and why.
+#[derive(Debug, Clone)]
+pub struct Waiting {
+    /// The workload.
+    pub workload: Arc<Workload>,
+    /// What is missing.
+    pub reason: String,
+}
+
+/// Snapshot of all pods of this node.
+#[derive(Debug, Default)]
+pub struct Table {
+    /// Enrolled pods.
+    pub pods: Vec<Arc<Pod>>,
+    /// Pods that should be enrolled and are not yet.
+    pub waiting: Vec<Waiting>,
+    by_address: HashMap<IpAddr, Arc<Pod>>,
+}
+
+impl Table {
+    /// The enrolled pod that has `address`.
+    #[must_use]
+    pub fn at(&self, address: IpAddr) -> Option<&Arc<Pod>> {
+        self.by_address.get(&address.to_canonical())
+    }
+}
+
+/// Starts serving a pod's listeners until the pod's `closed` token is cancelled.
+pub type Serve = Arc<dyn Fn(Arc<Pod>, Listeners) + Send + Sync>;
+
+/// What the driver works with.
+pub struct Enroller {
+    /// The kernel side.
+    pub kernel: Arc<Kernel>,
+    /// The node's own namespace.
+    pub host: Arc<HostNetns>,
+    /// This node's name in the directory.
+    pub node: Arc<str>,
+    /// The cgroup that holds all pods.
+    pub pods_cgroup: Cgroup,
+    /// Who is where.
+    pub directory: Arc<Watched<Directory>>,
+    /// Modes.
+    pub policies: Arc<Watched<Policies>>,
+    /// Certificates.
+    pub identities: Arc<Identities>,
+    /// Where the snapshot is published.
+    pub table: Arc<ArcSwap<Table>>,
+    /// Starts the accept loops of a pod.
+    pub serve: Serve,
+    /// Told after every look at all pods.
+    pub reconciled: Arc<dyn Fn() + Send + Sync>,
+}
+
+/// Why a pod cannot be enrolled now. All of them are tried again.
+#[derive(Debug, thiserror::Error)]
+enum NotYet {
+    #[error("its cgroup {0} does not exist yet")]
+    NoCgroup(PathBuf),
+    #[error("its cgroup is {0} levels below podsCgroup; pods are looked for 1 or 2 levels below")]
+    Depth(u32),
+    #[error("no process in its cgroup")]
+    NoProcess,
+    #[error("no process of its cgroup is in a network namespace that has {0}")]
+    NoAddress(String),
+    #[error("no certificate: {0}")]
+    NoCertificate(String),
+    #[error("{0}")]
+    Kernel(String),
+}
+
+impl Enroller {
+    /// Keeps enrolment true until `stop`.
+    ///
+    /// # Errors
+    /// When cgroup events cannot be watched at all.
+    pub async fn run(self, stop: CancellationToken) -> io::Result<()> {
+        let mut events = CgroupEvents::new()?;
+        let mut directory = self.directory.subscribe();
+        let mut policies = self.policies.subscribe();
+        let mut state = State { current: HashMap::new(), known: HashMap::new(), first: true };
+        state.known.extend(self.kernel.maps.pods());
+        while !stop.is_cancelled() {
+            self.reconcile(&mut state, &events).await;
+            (self.reconciled)();
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = events.changed() => {}
+                _ = directory.changed() => {}
+                _ = policies.changed() => {}
+                () = tokio::time::sleep(RESCAN) => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn reconcile(&self, state: &mut State, events: &CgroupEvents) {
+        let directory = self.directory.current();
+        let wanted: Vec<Arc<Workload>> =
+            directory.on_node(&self.node).filter(|w| w.protocol == Protocol::Tacit).cloned().collect();
+        events.watch(self.pods_cgroup.path());
+        self.release_gone(state, &wanted);
+        let mut waiting = Vec::new();
+        for workload in wanted {
+            let path = self.pods_cgroup.path().join(&workload.cgroup);
+            events.watch_pod(&path);
+            if state.current.contains_key(&workload.cgroup) {
+                continue;
+            }
+            match self.enrol(state, &workload).await {
+                Ok(pod) => {
+                    tracing::info!(pod = %workload.name, namespace = %workload.namespace, "enrolled");
+                    state.current.insert(workload.cgroup.clone(), pod);
+                }
+                Err(reason) => waiting.push(Waiting { workload, reason: reason.to_string() }),
+            }
+        }
+        self.apply_modes(state);
+        if std::mem::take(&mut state.first) {
+            self.remove_leftovers(state);
+        }
+        self.publish(state, waiting);
+    }
+
+    /// Ends what is no longer true: another workload, another cgroup, no process left.
+    fn release_gone(&self, state: &mut State, wanted: &[Arc<Workload>]) {
+        let gone: Vec<PathBuf> = state
+            .current
+            .iter()
+            .filter(|(path, pod)| !wanted.iter().any(|w| **w == *pod.workload) || !self.is_alive(path, pod))
+            .map(|(path, _)| path.clone())
+            .collect();
+        for path in gone {
+            let Some(pod) = state.current.remove(&path) else { continue };
+            pod.closed.cancel();
+            self.kernel.programs().unsteer(pod.cgroup);
+            self.kernel.maps.remove_modes(pod.slot);
+            let still_wanted = wanted.iter().any(|w| w.cgroup == path);
+            let same_cgroup = Cgroup::open(&self.pods_cgroup.path().join(&path)).is_ok_and(|c| c.id() == pod.cgroup);
+            // An entry without a listener denies; it stays as long as a process could still appear behind it.
+            if !(still_wanted && same_cgroup) {
+                self.kernel.maps.remove_pod(pod.cgroup);
+                state.known.remove(&pod.cgroup);
+            }
+            tracing::info!(pod = %pod.workload.name, namespace = %pod.workload.namespace, "no longer enrolled");
+        }
+    }
+
+    fn is_alive(&self, path: &PathBuf, pod: &Pod) -> bool {
+        let path = self.pods_cgroup.path().join(path);
+        let same = Cgroup::open(&path).is_ok_and(|c| c.id() == pod.cgroup);
+        same && cgroup::processes(&path).is_ok_and(|found| !found.is_empty())
+    }
+
+    async fn enrol(&self, state: &mut State, workload: &Arc<Workload>) -> Result<Arc<Pod>, NotYet> {
+        let path = self.pods_cgroup.path().join(&workload.cgroup);
+        let cgroup = Cgroup::open(&path).map_err(|_| NotYet::NoCgroup(path.clone()))?;
+        let below = cgroup.level().saturating_sub(self.pods_cgroup.level());
+        if !POD_LEVELS.contains(&below) {
+            return Err(NotYet::Depth(below));
+        }
+        let slot = self.cover(state, cgroup.id(), workload)?;
+        let netns = self.find_netns(&path, workload)?;
+        let identity = &workload.identity;
+        self.identities.require(identity).await.map_err(|e| NotYet::NoCertificate(e.to_string()))?;
+        let listeners = Listeners::open(&netns, &self.host).map_err(|e| NotYet::Kernel(e.to_string()))?;
+        let modes = self.policies.current().modes(workload);
+        let entry = PodEntry {
+            cgroup: cgroup.id(),
+            netns_cookie: netns.cookie(),
+            addresses: workload.addresses.clone(),
+            slot,
+        };
+        self.tell_kernel(&entry, &netns, &listeners, &modes).map_err(|e| NotYet::Kernel(e.to_string()))?;
+        let pod = Arc::new(Pod {
+            workload: workload.clone(),
+            cgroup: cgroup.id(),
+            netns,
+            modes: ArcSwap::from_pointee(modes),
+            closed: CancellationToken::new(),
+            slot,
+        });
+        (self.serve)(pod.clone(), listeners);
+        Ok(pod)
+    }
+
+    /// Makes sure that the kernel knows the pod, so that it sends nothing past the agent from here on. An entry of an
+    /// earlier agent stays as it is: its connections are captured, and refused until this agent listens.
+    fn cover(&self, state: &mut State, cgroup: u64, workload: &Workload) -> Result<u32, NotYet> {
+        if let Some(slot) = state.known.get(&cgroup) {
+            return Ok(*slot);
+        }
+        let slot = state.free_slot();
+        let entry = PodEntry { cgroup, netns_cookie: 0, addresses: workload.addresses.clone(), slot };
+        self.kernel.maps.set_pod(&entry).map_err(|e| NotYet::Kernel(e.to_string()))?;
+        state.known.insert(cgroup, slot);
+        Ok(slot)
+    }
+
+    /// The namespace of the first process that has all the pod's addresses: a namespace nested in a pod has not.
+    fn find_netns(&self, cgroup: &std::path::Path, workload: &Workload) -> Result<Netns, NotYet> {
+        let processes = cgroup::processes(cgroup).map_err(|_| NotYet::NoProcess)?;
+        if processes.is_empty() {
+            return Err(NotYet::NoProcess);
+        }
+        let mut seen = HashSet::new();
+        for pid in processes {
+            if self.host.is_home_of(pid).unwrap_or(true) {
+                continue;
+            }
+            let Ok(netns) = Netns::of_process(pid, &self.host) else { continue };
+            let has = |a: &IpAddr| netns.has_address(&self.host, *a).unwrap_or(false);
+            if seen.insert(netns.inode()) && workload.addresses.iter().all(has) {
+                return Ok(netns);
+            }
+        }
+        let addresses: Vec<String> = workload.addresses.iter().map(ToString::to_string).collect();
+        Err(NotYet::NoAddress(addresses.join(" and ")))
+    }
+
+    fn tell_kernel(
+        &self,
+        entry: &PodEntry,
+        netns: &Netns,
+        listeners: &Listeners,
+        modes: &Modes,
+    ) -> Result<(), crate::kernel::KernelError> {
+        let maps = &self.kernel.maps;
+        maps.set_modes(entry.slot, &entry.addresses, kernel_mode(modes.default), &kernel_ports(modes))?;
+        listeners.publish(maps, entry.slot)?;
+        self.kernel.programs().steer(entry.cgroup, netns)?;
+        maps.set_pod(entry)
+    }
+
+    fn apply_modes(&self, state: &State) {
+        let policies = self.policies.current();
+        for pod in state.current.values() {
+            let modes = policies.modes(&pod.workload);
+            if modes == **pod.modes.load() {
+                continue;
+            }
+            let set = self.kernel.maps.set_modes(
+                pod.slot,
+                &pod.workload.addresses,
+                kernel_mode(modes.default),
+                &kernel_ports(&modes),
+            );
+            match set {
+                Ok(()) => {
+                    tracing::info!(pod = %pod.workload.name, mode = ?modes.default, "mode changed");
+                    pod.modes.store(Arc::new(modes));
+                }
+                Err(error) => tracing::error!(pod = %pod.workload.name, %error, "mode not applied; trying again"),
+            }
+        }
+    }
+
+    /// After a restart: what an earlier agent left for pods that are no longer of this node.
+    fn remove_leftovers(&self, state: &mut State) {
+        let live: HashSet<u64> = state.current.values().map(|p| p.cgroup).collect();
+        let gone: Vec<u64> =
+            state.known.keys().copied().filter(|id| !live.contains(id) && !self.is_waiting(*id)).collect();
+        for cgroup in gone {
+            if let Some(slot) = state.known.remove(&cgroup) {
+                self.kernel.maps.remove_modes(slot);
+            }
+            self.kernel.maps.remove_pod(cgroup);
+        }
+        for cgroup in self.kernel.programs().steered().unwrap_or_default() {
+            if !live.contains(&cgroup) {
+                self.kernel.programs().unsteer(cgroup);
+            }
+        }
+    }
+
+    fn is_waiting(&self, cgroup: u64) -> bool {
+        let directory = self.directory.current();
+        directory.on_node(&self.node).any(|w| {
+            let path = self.pods_cgroup.path().join(&w.cgroup);
+            w.protocol == Protocol::Tacit && Cgroup::open(&path).is_ok_and(|c| c.id() == cgroup)
+        })
+    }
+
+    fn publish(&self, state: &State, waiting: Vec<Waiting>) {
+        let pods: Vec<Arc<Pod>> = state.current.values().cloned().collect();
+        let by_address =
+            pods.iter().flat_map(|p| p.workload.addresses.iter().map(move |a| (*a, p.clone()))).collect();
+        let before = self.table.swap(Arc::new(Table { pods, waiting: waiting.clone(), by_address }));
+        for Waiting { workload, reason } in waiting {
+            let known = before.waiting.iter().any(|w| w.workload == workload && w.reason == reason);
+            if !known {
+                tracing::info!(pod = %workload.name, namespace = %workload.namespace, reason, "not enrolled yet");
+            }
+        }
+    }
+}
+
+struct State {
+    /// Enrolled pods by the directory's cgroup path.
+    current: HashMap<PathBuf, Arc<Pod>>,
+    /// Pods in the kernel's map: cgroup id to slot.
+    known: HashMap<u64, u32>,
+    first: bool,
+}
+
+impl State {
+    fn free_slot(&self) -> u32 {
+        let used: HashSet<u32> = self.known.values().copied().collect();
+        (0_u32..).find(|slot| !used.contains(slot)).unwrap_or(u32::MAX)
+    }
+}
+
+fn kernel_mode(mode: Mode) -> tacit_abi::Mode {
+    match mode {
+        Mode::Disable => tacit_abi::Mode::Disable,
+        Mode::Permissive => tacit_abi::Mode::Permissive,
+        Mode::Strict => tacit_abi::Mode::Strict,
+    }
+}
+
+fn kernel_ports(modes: &Modes) -> BTreeMap<u16, tacit_abi::Mode> {
+    modes.ports.iter().map(|(port, mode)| (*port, kernel_mode(*mode))).collect()
+}
+
+/// Waits until `directory` knows `address`, at most `limit`.
+pub async fn discover(directory: &Arc<Watched<Directory>>, address: IpAddr, limit: Duration) -> Option<Arc<Workload>> {
+    let mut changes = directory.subscribe();
+    let known = timeout(limit, changes.wait_for(|d| d.at(address).is_some())).await.ok()?.ok()?;
+    known.at(address).cloned()
+}

@@ -1,0 +1,388 @@
+//! Keeps the credentials of every workload of the node current.
+//!
+//! One task an identity asks the issuer when `renewal` says so. Readers take the latest snapshot without waiting; what has
+//! expired is never handed out, even when the task is late.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use rustls::crypto::aws_lc_rs;
+use tokio::{
+    sync::watch,
+    task::AbortHandle,
+    time::{sleep, timeout},
+};
+use tracing::{error, info, warn};
+
+use super::{
+    SpiffeId,
+    credentials::Credentials,
+    issuer::{IssueError, Issuer},
+    renewal::{Renewal, Schedule},
+};
+
+/// One attempt to get a certificate takes this long at most.
+const ISSUE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest sleep before the clock is looked at again: it may be set while we sleep.
+const LONGEST_SLEEP: Duration = Duration::from_secs(30);
+
+/// The credentials of the node's identities. Cheap to clone; the tasks end with the last clone.
+#[derive(Clone)]
+pub struct Identities {
+    issuer: Arc<Issuer>,
+    slots: Arc<Slots>,
+}
+
+/// One certificate as an operator sees it.
+#[derive(Debug, Clone)]
+pub struct CertificateState {
+    /// Whom it speaks for.
+    pub identity: SpiffeId,
+    /// Serial number in hexadecimal; empty when none was issued yet.
+    pub serial: String,
+    /// First moment of validity; `None` when none was issued yet.
+    pub not_before: Option<SystemTime>,
+    /// Last moment of validity; `None` when none was issued yet.
+    pub not_after: Option<SystemTime>,
+    /// When it was issued.
+    pub last_renewal: Option<SystemTime>,
+    /// Failed attempts since then.
+    pub renewal_failures: u32,
+    /// What the latest attempt failed with.
+    pub last_error: Option<String>,
+}
+
+impl Identities {
+    /// Starts with no identity; they come by [`Identities::require`].
+    #[must_use]
+    pub fn start(issuer: Issuer) -> Self {
+        Self {
+            issuer: Arc::new(issuer),
+            slots: Arc::default(),
+        }
+    }
+
+    /// Makes sure that `identity` has credentials, and keeps renewing them until [`Identities::forget`].
+    ///
+    /// Needs a tokio runtime. Takes no longer than one attempt at the issuer.
+    ///
+    /// # Errors
+    /// [`IssueError`] of the attempt. Attempts go on in the background.
+    pub async fn require(&self, identity: &SpiffeId) -> Result<(), IssueError> {
+        // The slot itself is let go, so that `forget` ends its task at once.
+        let (shared, mut attempts) = {
+            let slot = self.slot(identity);
+            (slot.shared.clone(), slot.attempts.clone())
+        };
+        loop {
+            if shared.usable(SystemTime::now()).is_some() {
+                return Ok(());
+            }
+            let failure = attempts.borrow_and_update().clone();
+            if let Some(failure) = failure {
+                return Err(failure);
+            }
+            let task_ended = attempts.changed().await.is_err();
+            if task_ended {
+                return Err(IssueError::Forgotten);
+            }
+        }
+    }
+
+    /// The credentials of `identity`; `None` when there are none or they have expired. Never waits.
+    #[must_use]
+    pub fn current(&self, identity: &SpiffeId) -> Option<Arc<Credentials>> {
+        self.slots
+            .map
+            .load()
+            .get(identity)?
+            .shared
+            .usable(SystemTime::now())
+    }
+
+    /// Drops the credentials of `identity` and stops renewing them.
+    pub fn forget(&self, identity: &SpiffeId) {
+        let _writer = self.slots.writer();
+        let mut map = HashMap::clone(&self.slots.map.load());
+        map.remove(identity);
+        self.slots.map.store(Arc::new(map));
+    }
+
+    /// All certificates, by identity.
+    #[must_use]
+    pub fn certificates(&self) -> Vec<CertificateState> {
+        let map = self.slots.map.load();
+        let mut list: Vec<_> = map
+            .iter()
+            .map(|(identity, slot)| slot.shared.state(identity))
+            .collect();
+        list.sort_by(|a, b| a.identity.cmp(&b.identity));
+        list
+    }
+
+    fn slot(&self, identity: &SpiffeId) -> Arc<Slot> {
+        if let Some(slot) = self.slots.map.load().get(identity) {
+            return slot.clone();
+        }
+        let _writer = self.slots.writer();
+        let mut map = HashMap::clone(&self.slots.map.load());
+        let start = || Arc::new(Slot::start(identity.clone(), self.issuer.clone()));
+        let slot = map.entry(identity.clone()).or_insert_with(start).clone();
+        self.slots.map.store(Arc::new(map));
+        slot
+    }
+}
+
+/// The slots by identity: a snapshot for readers, a lock for writers.
+#[derive(Default)]
+struct Slots {
+    map: ArcSwap<HashMap<SpiffeId, Arc<Slot>>>,
+    writing: Mutex<()>,
+}
+
+impl Slots {
+    fn writer(&self) -> MutexGuard<'_, ()> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One identity with the task that renews it.
+struct Slot {
+    shared: Arc<Shared>,
+    /// The latest attempt's failure; `None` before the first attempt and after a success.
+    attempts: watch::Receiver<Option<IssueError>>,
+    task: AbortHandle,
+}
+
+impl Slot {
+    fn start(identity: SpiffeId, issuer: Arc<Issuer>) -> Self {
+        let shared = Arc::new(Shared::default());
+        let (outcome, attempts) = watch::channel(None);
+        let task = tokio::spawn(keep_current(identity, issuer, shared.clone(), outcome)).abort_handle();
+        Self {
+            shared,
+            attempts,
+            task,
+        }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// What the task and the readers share.
+#[derive(Default)]
+struct Shared {
+    credentials: ArcSwapOption<Credentials>,
+    progress: Mutex<Progress>,
+}
+
+#[derive(Default, Clone)]
+struct Progress {
+    obtained: Option<SystemTime>,
+    failures: u32,
+    failed_at: Option<SystemTime>,
+    last_error: Option<String>,
+}
+
+impl Shared {
+    fn usable(&self, now: SystemTime) -> Option<Arc<Credentials>> {
+        self.credentials
+            .load_full()
+            .filter(|credentials| !credentials.expired(now))
+    }
+
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn schedule(&self) -> Schedule {
+        let progress = self.progress().clone();
+        let held = self.credentials.load();
+        let obtained = progress.obtained.unwrap_or(SystemTime::UNIX_EPOCH);
+        Schedule {
+            obtained,
+            not_after: held
+                .as_ref()
+                .map_or(obtained, |credentials| credentials.not_after),
+            failures: progress.failures,
+            failed_at: progress.failed_at.unwrap_or(SystemTime::UNIX_EPOCH),
+            jitter: jitter(),
+        }
+    }
+
+    fn succeeded(&self, credentials: Credentials) {
+        self.credentials.store(Some(Arc::new(credentials)));
+        *self.progress() = Progress {
+            obtained: Some(SystemTime::now()),
+            ..Progress::default()
+        };
+    }
+
+    fn failed(&self, error: &IssueError) {
+        let mut progress = self.progress();
+        progress.failures = progress.failures.saturating_add(1);
+        progress.failed_at = Some(SystemTime::now());
+        progress.last_error = Some(error.to_string());
+    }
+
+    fn state(&self, identity: &SpiffeId) -> CertificateState {
+        let progress = self.progress().clone();
+        let held = self.credentials.load_full();
+        CertificateState {
+            identity: identity.clone(),
+            serial: held.as_ref().map(|c| c.serial.clone()).unwrap_or_default(),
+            not_before: held.as_ref().map(|c| c.not_before),
+            not_after: held.as_ref().map(|c| c.not_after),
+            last_renewal: progress.obtained,
+            renewal_failures: progress.failures,
+            last_error: progress.last_error,
+        }
+    }
+}
+
+async fn keep_current(
+    identity: SpiffeId,
+    issuer: Arc<Issuer>,
+    shared: Arc<Shared>,
+    outcome: watch::Sender<Option<IssueError>>,
+) {
+    loop {
+        // Drawn once a pause: a new draw at every look would move the moment waited for.
+        let schedule = shared.schedule();
+        let held = loop {
+            let now = SystemTime::now();
+            match schedule.next(now) {
+                Renewal::Wait(until) => {
+                    sleep(until.duration_since(now).unwrap_or_default().min(LONGEST_SLEEP)).await;
+                }
+                Renewal::Renew => break "still valid",
+                Renewal::Expired => break "none",
+            }
+        };
+        let attempt = timeout(ISSUE_TIMEOUT, issuer.issue(&identity)).await;
+        match attempt.unwrap_or(Err(IssueError::Timeout(ISSUE_TIMEOUT))) {
+            Ok(credentials) => {
+                info!(%identity, serial = credentials.serial, "certificate issued");
+                shared.succeeded(credentials);
+                outcome.send_replace(None);
+            }
+            Err(failure) => {
+                shared.failed(&failure);
+                if held == "none" {
+                    error!(%identity, %failure, "no certificate: traffic of this identity is refused");
+                } else {
+                    warn!(%identity, %failure, "certificate not renewed, the old one stays in use");
+                }
+                outcome.send_replace(Some(failure));
+            }
+        }
+    }
+}
+
+/// Random; without randomness the middle, as retries then only lose their spread.
+fn jitter() -> u8 {
+    let mut byte = [128];
+    match aws_lc_rs::default_provider().secure_random.fill(&mut byte) {
+        Ok(()) => byte[0],
+        Err(_) => 128,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::atomic::AtomicU32, time::Instant};
+
+    use super::*;
+    use crate::identity::{
+        TrustDomain,
+        issuer::{EmbeddedIssuer, testing::Scratch},
+    };
+
+    fn web() -> SpiffeId {
+        SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/web").expect("valid")
+    }
+
+    fn embedded(lifetime: Duration) -> EmbeddedIssuer {
+        let directory = Scratch::new();
+        let domain = TrustDomain::parse("cluster.local").expect("valid");
+        EmbeddedIssuer::open(directory.path(), &domain, lifetime).expect("a root")
+    }
+
+    async fn until(what: &str, condition: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !condition() {
+            assert!(Instant::now() < deadline, "not in time: {what}");
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_required_identity_has_credentials_until_it_is_forgotten() {
+        let identities = Identities::start(Issuer::Embedded(embedded(Duration::from_secs(3600))));
+        assert!(identities.current(&web()).is_none());
+        identities.require(&web()).await.expect("issued");
+        let first = identities.current(&web()).expect("there");
+        identities.require(&web()).await.expect("still there");
+        assert_eq!(identities.current(&web()).expect("there").serial, first.serial);
+        identities.forget(&web());
+        assert!(identities.current(&web()).is_none());
+        assert!(identities.certificates().is_empty());
+    }
+
+    #[tokio::test]
+    async fn credentials_are_renewed_at_half_life() {
+        let identities = Identities::start(Issuer::Embedded(embedded(Duration::from_secs(4))));
+        identities.require(&web()).await.expect("issued");
+        let first = identities.current(&web()).expect("there");
+        until("a new serial number", || {
+            identities.current(&web()).expect("never a gap").serial != first.serial
+        })
+        .await;
+        assert!(
+            !first.expired(SystemTime::now()),
+            "renewed only after the old one had expired"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_failing_issuer_is_asked_again_and_its_error_shown() {
+        let issuer = Issuer::Failing(embedded(Duration::from_secs(3600)), AtomicU32::new(1));
+        let identities = Identities::start(issuer);
+        assert!(matches!(
+            identities.require(&web()).await,
+            Err(IssueError::Injected)
+        ));
+        assert!(identities.current(&web()).is_none());
+        let state = identities.certificates().remove(0);
+        assert_eq!((state.renewal_failures, state.serial.as_str()), (1, ""));
+        assert!(state.last_error.is_some());
+        until("the second attempt", || identities.current(&web()).is_some()).await;
+        assert_eq!(identities.certificates().remove(0).renewal_failures, 0);
+    }
+
+    #[tokio::test]
+    async fn expired_credentials_are_not_handed_out() {
+        let issuer = embedded(Duration::from_secs(3600));
+        let shared = Shared::default();
+        let long_ago = SystemTime::now() - Duration::from_secs(7200);
+        shared.succeeded(issuer.issue(&web(), long_ago).expect("issued"));
+        assert!(shared.usable(SystemTime::now()).is_none());
+        assert!(shared.usable(long_ago).is_some());
+    }
+
+    #[tokio::test]
+    async fn another_trust_domain_is_an_error_at_once() {
+        let identities = Identities::start(Issuer::Embedded(embedded(Duration::from_secs(3600))));
+        let stranger = SpiffeId::parse("spiffe://other.local/ns/shop/sa/web").expect("valid");
+        let refused = identities.require(&stranger).await;
+        assert!(matches!(refused, Err(IssueError::TrustDomain { .. })));
+    }
+}

@@ -1,0 +1,206 @@
+//! What arrives at a pod: tunnel sessions from peers, and plaintext that the kernel did not let through by itself.
+//!
+//! ```text
+//! 15008  handshake ─ identity ─┐ one session, flow after flow:
+//!                              └ OPEN ─ is it for this pod, from that peer's address? ─ policy ─ application ─ relay
+//! 15006  plaintext under STRICT ─ policy ─ reset, logged with who and why
+//! ```
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use tacit_abi::tcp_port;
+use tokio::net::TcpStream;
+
+use crate::{
+    datapath::{DataPath, HANDSHAKES_MAX, Refused, canonical, deny_reason, security},
+    enrol::Pod,
+    identity::SpiffeId,
+    policy::{self, Source, Verdict},
+    relay,
+    telemetry::{FlowSpec, Reporter, Security},
+    tunnel::{DenyReason, Open, Session},
+};
+
+/// How long a session may stay without a flow. Longer than a client keeps it (90 s), so that the client closes first.
+const SESSION_IDLE: Duration = Duration::from_secs(120);
+
+/// Serves one tunnel session to its end.
+pub async fn tunnel(path: Arc<DataPath>, pod: Arc<Pod>, tcp: TcpStream, peer: SocketAddr) {
+    let Ok(at) = tcp.local_addr().map(canonical) else { return };
+    let refused = |reason, detail| Refused {
+        reporter: Reporter::Destination,
+        source: peer,
+        destination: at,
+        identity: None,
+        reason,
+        detail,
+    };
+    let Ok(permit) = path.handshakes.try_acquire() else {
+        let detail = format!("{HANDSHAKES_MAX} handshakes are under way");
+        return path.refuse(tcp, refused("handshake_limit", detail));
+    };
+    let Some(own) = path.identities.current(&pod.workload.identity) else {
+        let detail = format!("{} has no valid certificate; see `tacit status`", pod.workload.identity);
+        return path.refuse(tcp, refused("no_certificate", detail));
+    };
+    let accepted = Session::accept(tcp, &own).await;
+    drop(permit);
+    match accepted {
+        Ok(session) => serve(&path, &pod, session, peer.ip(), at.ip()).await,
+        Err(error) => path.report(refused(error.reason(), error.to_string())),
+    }
+}
+
+async fn serve(path: &DataPath, pod: &Pod, mut session: Session, peer: IpAddr, at: IpAddr) {
+    loop {
+        let next = tokio::select! {
+            next = session.next(SESSION_IDLE) => next,
+            () = path.drain.stop.cancelled() => return,
+            () = pod.closed.cancelled() => return,
+        };
+        let open = match next {
+            Ok(Some(open)) => open,
+            Ok(None) => return,
+            Err(error) => {
+                let (source, destination) = (SocketAddr::new(peer, 0), SocketAddr::new(at, tcp_port::TUNNEL));
+                return path.report(refusal(source, destination, session.peer(), error.reason(), error.to_string()));
+            }
+        };
+        match one_flow(path, pod, session, &open, peer, at).await {
+            Some(again) => session = again,
+            None => return,
+        }
+    }
+}
+
+/// Serves one flow; gives the session back when it can carry another.
+async fn one_flow(
+    path: &DataPath,
+    pod: &Pod,
+    mut session: Session,
+    open: &Open,
+    peer: IpAddr,
+    at: IpAddr,
+) -> Option<Session> {
+    let identity = session.peer().clone();
+    if let Err(denied) = admit(pod, &session, open, peer, at) {
+        return deny(path, session, open, denied).await;
+    }
+    let application = match path.to_application(pod, open.destination, open.client).await {
+        Ok(application) => application,
+        Err(error) => {
+            let reason = deny_reason(&error);
+            let denied = Denied { reason, label: reason.label(), detail: error.to_string() };
+            return deny(path, session, open, denied).await;
+        }
+    };
+    if session.accept_flow().await.is_err() {
+        crate::kernel::socket::reset(application);
+        return None;
+    }
+    let live = path.telemetry.open_flow(FlowSpec {
+        reporter: Reporter::Destination,
+        source: path.party(open.client, Some(identity)),
+        destination: path.party(open.destination, Some(pod.workload.identity.clone())),
+        security: security(session.tls()),
+        trace: open.trace.0,
+    });
+    let (end, session) = tokio::select! {
+        ended = relay::tunnelled(application, session, live.counters()) => ended,
+        () = path.drain.cut.cancelled() => {
+            live.close("cut");
+            return None;
+        }
+    };
+    live.close(end.label());
+    session
+}
+
+/// A flow that is not to be: what the peer is told, what is counted, what is logged.
+struct Denied {
+    reason: DenyReason,
+    label: &'static str,
+    detail: String,
+}
+
+/// May this flow be? The peer's identity is proven; everything in OPEN is only claimed.
+fn admit(pod: &Pod, session: &Session, open: &Open, peer: IpAddr, at: IpAddr) -> Result<(), Denied> {
+    let deny = |reason, label, detail: String| Err(Denied { reason, label, detail });
+    if session.peer_not_after() <= SystemTime::now() {
+        let detail = "it has expired since the handshake".to_owned();
+        return deny(DenyReason::Policy, "expired", detail);
+    }
+    // The session came to this pod's address: a flow for any other is not ours to carry.
+    if open.destination.ip() != at {
+        let detail = format!("OPEN names {}, the session is for {at}", open.destination);
+        return deny(DenyReason::UnknownDestination, "forged_destination", detail);
+    }
+    if [tcp_port::CAPTURE, tcp_port::PLAINTEXT, tcp_port::TUNNEL].contains(&open.destination.port()) {
+        let detail = format!("port {} is the agent's", open.destination.port());
+        return deny(DenyReason::UnknownDestination, "reserved_port", detail);
+    }
+    // The application will be told this address; the kernel vouches for the session's.
+    if open.client.ip() != peer {
+        let detail = format!("OPEN names client {}, the session comes from {peer}", open.client);
+        return deny(DenyReason::Policy, "forged_client", detail);
+    }
+    match policy::decide(&pod.modes.load(), open.destination.port(), &Source::Tunnel(session.peer())) {
+        Verdict::Allow => Ok(()),
+        Verdict::Deny(reason) => deny(DenyReason::Policy, reason.label(), "policy".to_owned()),
+    }
+}
+
+async fn deny(path: &DataPath, mut session: Session, open: &Open, denied: Denied) -> Option<Session> {
+    let Denied { reason, label, detail } = denied;
+    path.report(refusal(open.client, open.destination, session.peer(), label, detail));
+    session.deny(reason).await.is_ok().then_some(session)
+}
+
+fn refusal(
+    source: SocketAddr,
+    destination: SocketAddr,
+    identity: &SpiffeId,
+    reason: &'static str,
+    detail: String,
+) -> Refused {
+    Refused { reporter: Reporter::Destination, source, destination, identity: Some(identity.clone()), reason, detail }
+}
+
+/// Serves plaintext that was steered here: under STRICT it is reset. The mode may have changed since the kernel
+/// steered it, so it is looked at again.
+pub async fn plaintext(path: Arc<DataPath>, pod: Arc<Pod>, client: TcpStream, peer: SocketAddr) {
+    let Ok(at) = client.local_addr().map(canonical) else { return };
+    let refused = |reason, detail| Refused {
+        reporter: Reporter::Destination,
+        source: peer,
+        destination: at,
+        identity: None,
+        reason,
+        detail,
+    };
+    if let Verdict::Deny(reason) = policy::decide(&pod.modes.load(), at.port(), &Source::Plaintext) {
+        let detail = format!("plaintext to {}/{}", pod.workload.namespace, pod.workload.name);
+        return path.refuse(client, refused(reason.label(), detail));
+    }
+    match path.to_application(&pod, at, peer).await {
+        Ok(application) => {
+            let live = path.telemetry.open_flow(FlowSpec {
+                reporter: Reporter::Destination,
+                source: path.party(peer, None),
+                destination: path.party(at, Some(pod.workload.identity.clone())),
+                security: Security::Plaintext,
+                trace: [0; 16],
+            });
+            let end = tokio::select! {
+                end = relay::plain(client, application, live.counters()) => end.label(),
+                () = path.drain.cut.cancelled() => "cut",
+            };
+            live.close(end);
+        }
+        Err(error) => path.refuse(client, refused(deny_reason(&error).label(), error.to_string())),
+    }
+}

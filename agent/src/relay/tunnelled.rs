@@ -1,0 +1,263 @@
+//! An application's socket on one side, a tunnel session on the other.
+//!
+//! | what happens | what follows |
+//! |---|---|
+//! | application ends its direction | FIN frame |
+//! | application resets, also after its end | RESET frame, session closed |
+//! | FIN frame | our direction to the application ends |
+//! | RESET frame, session broken or closed early | application reset, session closed |
+//! | both FINs passed | DONE from the server; the session is free for the next flow |
+
+use std::{
+    future::{Future, poll_fn},
+    io::IoSlice,
+    ops::ControlFlow,
+    pin::pin,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tokio::{io::Interest, net::TcpStream, time::timeout};
+
+use super::{FlowEnd, Party};
+use crate::{
+    telemetry::flows::FlowCounters,
+    tunnel::{
+        Role, Session, TunnelError,
+        buffers::Buffer,
+        frame::{BATCH_FRAMES, Control, frames, payload_slots},
+        inbox::Received,
+        socket,
+    },
+};
+
+/// How long a client waits for DONE before it gives up the session: a round trip if the destination reads what it got.
+/// If not, a new handshake costs the next flow less than waiting.
+const DONE_MAX: Duration = Duration::from_secs(1);
+/// How long to try to get RESET out over a tunnel that is full. Closing the session then says the same.
+const RESET_MAX: Duration = Duration::from_secs(5);
+
+/// Moves bytes between `app` and the open flow of `session`. Returns the session if it can carry another flow: a client may
+/// open, a server wait for the next.
+pub async fn tunnelled(
+    app: TcpStream,
+    mut session: Session,
+    counters: &FlowCounters,
+) -> (FlowEnd, Option<Session>) {
+    let (ours, theirs) = match session.role() {
+        Role::Client => (Party::Source, Party::Destination),
+        Role::Server => (Party::Destination, Party::Source),
+    };
+    match Flow::new(&app, &mut session, counters).run().await {
+        Ending::Finished => {
+            drop(app);
+            (FlowEnd::Clean, reusable(session).await)
+        }
+        Ending::ResetByApp => {
+            socket::reset(app);
+            send_reset(session).await;
+            (FlowEnd::Reset(ours), None)
+        }
+        Ending::ResetByPeer => {
+            socket::reset(app);
+            session.close();
+            (FlowEnd::Reset(theirs), None)
+        }
+        Ending::Lost(error) => {
+            socket::reset(app);
+            session.close();
+            (FlowEnd::TunnelLost(error), None)
+        }
+    }
+}
+
+/// The session, once nothing of the flow is left in it.
+async fn reusable(mut session: Session) -> Option<Session> {
+    if session.role() == Role::Server {
+        return Some(session);
+    }
+    match timeout(DONE_MAX, poll_fn(|cx| session.poll_received(cx))).await {
+        Ok(Ok(Received::Control(Control::Done))) => Some(session),
+        _ => {
+            session.close();
+            None
+        }
+    }
+}
+
+async fn send_reset(mut session: Session) {
+    if session.send(&Control::Reset).is_ok() {
+        // Whether it got out or not, the session closes now, and the peer takes a closed one for a reset.
+        let _ = timeout(RESET_MAX, poll_fn(|cx| session.poll_flush(cx))).await;
+    }
+    session.close();
+}
+
+enum Ending {
+    Finished,
+    ResetByApp,
+    ResetByPeer,
+    Lost(TunnelError),
+}
+
+/// One step of one direction: pending when it can do nothing now.
+type Step = Poll<ControlFlow<Ending>>;
+
+const GO_ON: Step = Poll::Ready(ControlFlow::Continue(()));
+
+const fn end(ending: Ending) -> Step {
+    Poll::Ready(ControlFlow::Break(ending))
+}
+
+struct Flow<'a> {
+    app: &'a TcpStream,
+    session: &'a mut Session,
+    /// Bytes from the application into the tunnel.
+    up: &'a AtomicU64,
+    /// Bytes from the tunnel to the application.
+    down: &'a AtomicU64,
+    /// FIN is queued or sent.
+    app_ended: bool,
+    /// FIN has come, and all before it has reached the application.
+    peer_ended: bool,
+    /// Why nothing can be sent any more. What has been received may still say RESET, which tells more.
+    lost: Option<TunnelError>,
+}
+
+impl<'a> Flow<'a> {
+    fn new(app: &'a TcpStream, session: &'a mut Session, counters: &'a FlowCounters) -> Self {
+        let (up, down) = match session.role() {
+            Role::Client => (&counters.sent, &counters.received),
+            Role::Server => (&counters.received, &counters.sent),
+        };
+        Self {
+            app,
+            session,
+            up,
+            down,
+            app_ended: false,
+            peer_ended: false,
+            lost: None,
+        }
+    }
+
+    async fn run(mut self) -> Ending {
+        let app = self.app;
+        let mut broken = pin!(app.ready(Interest::ERROR));
+        let mut watched = true;
+        poll_fn(|cx| {
+            let ending = self.poll(cx);
+            // Once the application has ended its direction, reads no longer show that it resets.
+            if ending.is_pending() && self.app_ended && watched && broken.as_mut().poll(cx).is_ready() {
+                watched = false;
+                if matches!(app.take_error(), Ok(Some(_)) | Err(_)) {
+                    return Poll::Ready(Ending::ResetByApp);
+                }
+            }
+            ending
+        })
+        .await
+    }
+
+    /// Steps both directions by turns, so that neither starves the other, until neither can go on.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ending> {
+        loop {
+            let up = self.step_up(cx);
+            if let Poll::Ready(ControlFlow::Break(ending)) = up {
+                return Poll::Ready(ending);
+            }
+            let down = self.step_down(cx);
+            if let Poll::Ready(ControlFlow::Break(ending)) = down {
+                return Poll::Ready(ending);
+            }
+            if self.both_ended() && !self.session.unsent() {
+                return Poll::Ready(Ending::Finished);
+            }
+            if down.is_pending() {
+                if let Some(error) = self.lost.take() {
+                    return Poll::Ready(Ending::Lost(error));
+                }
+                if up.is_pending() {
+                    return Poll::Pending;
+                }
+            }
+        }
+    }
+
+    /// Application to tunnel: one batch.
+    fn step_up(&mut self, cx: &mut Context<'_>) -> Step {
+        if self.lost.is_some() {
+            return Poll::Pending;
+        }
+        if let Err(error) = ready!(self.session.poll_flush(cx)) {
+            self.lost = Some(error);
+            return GO_ON;
+        }
+        if self.app_ended {
+            return Poll::Pending;
+        }
+        // Before a buffer is taken.
+        let _ = ready!(self.app.poll_read_ready(cx));
+        let mut buffer = Buffer::take();
+        let queued = match ready!(socket::poll_read(self.app, cx, &mut payload_slots(&mut buffer))) {
+            Ok(0) => {
+                self.app_ended = true;
+                self.session.send(&Control::Fin).and_then(|()| self.done())
+            }
+            Ok(read_bytes) => {
+                self.up.fetch_add(read_bytes as u64, Relaxed);
+                self.session.send_data(frames(&mut buffer, read_bytes))
+            }
+            Err(_) => return end(Ending::ResetByApp),
+        };
+        queued.map_or_else(|error| end(Ending::Lost(error)), |()| GO_ON)
+    }
+
+    /// Tunnel to application: one write, or one frame.
+    fn step_down(&mut self, cx: &mut Context<'_>) -> Step {
+        if self.both_ended() {
+            return Poll::Pending;
+        }
+        let mut slices = [IoSlice::new(&[]); BATCH_FRAMES];
+        let used = self.session.payloads(&mut slices);
+        if used > 0 {
+            return match ready!(socket::poll_write(self.app, cx, &slices[..used])) {
+                Ok(written_bytes) => {
+                    self.session.consume(written_bytes);
+                    self.down.fetch_add(written_bytes as u64, Relaxed);
+                    GO_ON
+                }
+                Err(_) => end(Ending::ResetByApp),
+            };
+        }
+        match ready!(self.session.poll_received(cx)) {
+            Ok(Received::Data) => GO_ON,
+            Ok(Received::Control(Control::Fin)) => self.peer_fin(),
+            // Of the others, `phase` lets only RESET come here.
+            Ok(Received::Control(_)) => end(Ending::ResetByPeer),
+            Err(error) => end(Ending::Lost(error)),
+        }
+    }
+
+    fn peer_fin(&mut self) -> Step {
+        if socket::finish(self.app).is_err() {
+            return end(Ending::ResetByApp);
+        }
+        self.peer_ended = true;
+        self.done()
+            .map_or_else(|error| end(Ending::Lost(error)), |()| GO_ON)
+    }
+
+    /// The server says DONE as soon as both directions have ended, if it can behind its FIN.
+    fn done(&mut self) -> Result<(), TunnelError> {
+        match self.session.role() {
+            Role::Server if self.both_ended() => self.session.send(&Control::Done),
+            _ => Ok(()),
+        }
+    }
+
+    fn both_ended(&self) -> bool {
+        self.app_ended && self.peer_ended
+    }
+}

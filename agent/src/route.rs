@@ -1,0 +1,120 @@
+//! Where a captured connection goes: a pure decision on what is known about its destination.
+
+use tacit_abi::tcp_port;
+
+use crate::{
+    directory::{Protocol, Workload},
+    identity::SpiffeId,
+    policy::Mode,
+};
+
+/// What is known about a captured connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts<'a> {
+    /// Port asked for.
+    pub port: u16,
+    /// The directory's entry for the address asked for.
+    pub destination: Option<&'a Workload>,
+    /// Is that workload enrolled on this very node?
+    pub on_this_node: bool,
+    /// The destination's mode at that port.
+    pub destination_mode: Mode,
+    /// The source pod's own mode; under STRICT it sends nothing in clear into the mesh.
+    pub source_mode: Mode,
+}
+
+/// Where it goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Route {
+    /// Handed over inside this agent.
+    SameNode,
+    /// Through the tunnel, to a server that proves this identity.
+    Tunnel(SpiffeId),
+    /// In clear, as without Tacit; the text says why that is allowed.
+    Clear(&'static str),
+    /// Reset; the text is the reason's stable label.
+    Refuse(&'static str),
+}
+
+/// Decides. There is no way back from `Tunnel` to `Clear`: a tunnel that fails resets the connection.
+#[must_use]
+pub fn decide(facts: &Facts<'_>) -> Route {
+    if [tcp_port::CAPTURE, tcp_port::PLAINTEXT, tcp_port::TUNNEL].contains(&facts.port) {
+        return Route::Refuse("reserved_port");
+    }
+    let clear = |allowed: &'static str, refused: &'static str| match facts.source_mode {
+        Mode::Strict => Route::Refuse(refused),
+        Mode::Permissive | Mode::Disable => Route::Clear(allowed),
+    };
+    let Some(destination) = facts.destination else {
+        return clear("destination_unknown", "destination_unknown");
+    };
+    match destination.protocol {
+        Protocol::None => clear("destination_not_enrolled", "destination_not_enrolled"),
+        Protocol::Tacit if facts.on_this_node => Route::SameNode,
+        // The operator said in so many words that this port is not to be encrypted.
+        Protocol::Tacit if facts.destination_mode == Mode::Disable => Route::Clear("destination_mode_disable"),
+        Protocol::Tacit => Route::Tunnel(destination.identity.clone()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, path::PathBuf};
+
+    use super::*;
+    use crate::identity::TrustDomain;
+
+    fn workload(protocol: Protocol) -> Workload {
+        let domain = TrustDomain::parse("cluster.local").expect("valid");
+        Workload {
+            name: "web".into(),
+            namespace: "shop".into(),
+            identity: SpiffeId::new(&domain, "shop", "web").expect("valid"),
+            addresses: vec!["10.77.2.2".parse().expect("literal")],
+            node: "b".into(),
+            labels: BTreeMap::new(),
+            cgroup: PathBuf::from("shop_web"),
+            protocol,
+        }
+    }
+
+    #[test]
+    fn every_combination_has_its_route() {
+        use Mode::{Disable, Permissive, Strict};
+        let meshed = workload(Protocol::Tacit);
+        let plain = workload(Protocol::None);
+        let tunnel = || Route::Tunnel(meshed.identity.clone());
+        let table = [
+            (None, false, Permissive, Permissive, Route::Clear("destination_unknown")),
+            (None, false, Permissive, Strict, Route::Refuse("destination_unknown")),
+            (Some(&plain), false, Permissive, Permissive, Route::Clear("destination_not_enrolled")),
+            (Some(&plain), false, Disable, Strict, Route::Refuse("destination_not_enrolled")),
+            (Some(&meshed), true, Strict, Strict, Route::SameNode),
+            (Some(&meshed), true, Disable, Permissive, Route::SameNode),
+            (Some(&meshed), false, Permissive, Permissive, tunnel()),
+            (Some(&meshed), false, Strict, Permissive, tunnel()),
+            (Some(&meshed), false, Permissive, Disable, tunnel()),
+            (Some(&meshed), false, Disable, Strict, Route::Clear("destination_mode_disable")),
+        ];
+        for (destination, on_this_node, destination_mode, source_mode, expected) in table {
+            let facts = Facts { port: 80, destination, on_this_node, destination_mode, source_mode };
+            assert_eq!(decide(&facts), expected, "{facts:?}");
+        }
+    }
+
+    #[test]
+    fn the_agents_ports_cannot_be_dialled() {
+        let meshed = workload(Protocol::Tacit);
+        for port in [15001, 15006, 15008] {
+            let facts = Facts {
+                port,
+                destination: Some(&meshed),
+                on_this_node: false,
+                destination_mode: Mode::Permissive,
+                source_mode: Mode::Permissive,
+            };
+            assert_eq!(decide(&facts), Route::Refuse("reserved_port"));
+        }
+    }
+}

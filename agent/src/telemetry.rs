@@ -1,0 +1,93 @@
+//! What the agent tells its operator: metrics, access log, refusals, status.
+//!
+//! ```text
+//! outbound, inbound --open_flow--> LiveFlow --close--> access log
+//!        |                            '-- counters --> series per pair --\
+//!        '-----refused--> counter + rate-limited WARN -------------------+--> /metrics (admin)
+//! app: Fn() -> Status ---------------------------------------------------+--> /status, `tacit status`
+//! ```
+//!
+//! Promises: the data path pays two short lock operations for a flow and one atomic addition for a record,
+//! never a look-up by labels for each record; every table is bounded and what a bound drops is counted.
+//!
+//! | module | job |
+//! |---|---|
+//! | `flows` | live flows, byte counters |
+//! | `series` | what Istio's TCP metrics sum up for each pair of workloads |
+//! | `metrics` | every metric's name, unit, help and labels; the exposition |
+//! | `refusals` | refused connections, counted and logged at a bounded rate |
+//! | `access_log` | one line for each closed flow |
+//! | `status`, `table` | the agent's state as data, and as text |
+//! | `admin` | the metrics port and the operator's socket |
+//! | `log` | where log lines go |
+
+mod access_log;
+pub mod admin;
+pub mod flows;
+pub mod log;
+mod metrics;
+pub mod refusals;
+mod series;
+pub mod status;
+mod table;
+
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Instant};
+
+pub use flows::{FlowCounters, FlowSpec, LiveFlow, Party, Reporter, Security};
+pub use refusals::Refusal;
+
+use flows::FlowTable;
+use refusals::Refusals;
+use status::{FlowsStatus, Status};
+
+/// Handle to everything that counts; cheap to clone, all clones share one state.
+#[derive(Debug, Clone, Default)]
+pub struct Telemetry {
+    flows: Arc<FlowTable>,
+    refusals: Arc<Refusals>,
+}
+
+impl Telemetry {
+    /// A handle with nothing counted yet. One for each agent.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Counts a flow as open and lists it as live until the answer is closed or dropped.
+    #[must_use]
+    pub fn open_flow(&self, spec: FlowSpec) -> LiveFlow {
+        FlowTable::open(&self.flows, spec, Instant::now())
+    }
+
+    /// Counts a refused connection and logs it, at a bounded rate for each reason.
+    pub fn refused(&self, refusal: &Refusal) {
+        self.refusals.record(refusal, Instant::now());
+    }
+
+    /// The live flows: how many, and the newest of them up to [`status::FLOWS_LISTED_MAX`].
+    #[must_use]
+    pub fn live_flows(&self) -> FlowsStatus {
+        self.flows.status(Instant::now())
+    }
+
+    /// Live flows by the (namespace, name) of the pods of this node; a flow between two of them counts for both.
+    #[must_use]
+    pub fn live_by_pod(&self) -> BTreeMap<(Arc<str>, Arc<str>), u64> {
+        self.flows.live_by_pod()
+    }
+
+    /// All metrics in the `OpenMetrics` 1.0 text format; what `status` knows is reported as of now.
+    ///
+    /// # Errors
+    /// [`fmt::Error`] when a metric cannot be encoded, which is a bug.
+    pub fn metrics_text(&self, status: Status) -> Result<String, fmt::Error> {
+        let (series, overflowed) = self.flows.totals(Instant::now());
+        metrics::text(metrics::Exposition {
+            series,
+            overflowed,
+            refusals: self.refusals.totals(),
+            status,
+        })
+    }
+}

@@ -1,0 +1,200 @@
+//! The agent's two doors for its operator: the metrics port (plain HTTP on the node's loopback) and the
+//! operator's socket (HTTP on a Unix socket that only root can open).
+//!
+//! | door | request | answer |
+//! |---|---|---|
+//! | port | `GET /metrics` | all metrics, `OpenMetrics` text |
+//! | port | `GET /healthz/ready` | 200, or 503 with the reasons, one a line |
+//! | socket | `GET /status` | the status as JSON |
+//!
+//! Nothing here changes the agent. A connection carries one request and has a deadline; few are served at a
+//! time, the rest wait in the kernel's queue. On shutdown answers under way are cut off: they are only
+//! observations.
+
+mod socket;
+
+use std::{convert::Infallible, future::Future, io, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::Incoming,
+    header::{ALLOW, CONTENT_TYPE, HeaderValue},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, UnixListener},
+    task::JoinSet,
+    time,
+};
+
+pub use socket::{BindError, FetchError, bind_operator, fetch_status};
+
+use super::{Telemetry, metrics, status::Status};
+
+/// Connections served at once, for each door; two scrapers, a probe and a few people.
+const CONNECTIONS_MAX: usize = 16;
+/// From connecting to the end of the request's headers.
+const HEADERS_MAX: Duration = Duration::from_secs(5);
+/// From connecting to the end of the answer; the usual scrape timeout is 10 s.
+const CONNECTION_MAX: Duration = Duration::from_secs(15);
+/// Pause after accept() failed, as it does without free descriptors: there is nothing to wait for.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+
+/// Makes the status as of now. Called for every request; must not block.
+pub type StatusSource = Arc<dyn Fn() -> Status + Send + Sync>;
+
+/// Serves metrics and readiness until `shutdown` completes.
+pub async fn serve_metrics(
+    listener: TcpListener,
+    source: StatusSource,
+    telemetry: Telemetry,
+    shutdown: impl Future<Output = ()> + Send,
+) {
+    let routes = move |path: &str| match path {
+        "/metrics" => Some(metrics_answer(&telemetry, source())),
+        "/healthz/ready" => Some(ready_answer(&source())),
+        _ => None,
+    };
+    serve(listener, Arc::new(routes), shutdown).await;
+}
+
+/// Serves the operator's commands until `shutdown` completes. The listener comes from [`bind_operator`].
+pub async fn serve_operator(
+    listener: UnixListener,
+    source: StatusSource,
+    shutdown: impl Future<Output = ()> + Send,
+) {
+    let routes = move |path: &str| (path == "/status").then(|| status_answer(&source()));
+    serve(listener, Arc::new(routes), shutdown).await;
+}
+
+fn metrics_answer(telemetry: &Telemetry, status: Status) -> Answer {
+    match telemetry.metrics_text(status) {
+        Ok(text) => answer(StatusCode::OK, metrics::CONTENT_TYPE, text),
+        Err(fmt_error) => failure(&fmt_error),
+    }
+}
+
+fn ready_answer(status: &Status) -> Answer {
+    let reasons = status.unready();
+    if reasons.is_empty() {
+        plain(StatusCode::OK, "ready\n")
+    } else {
+        plain(StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n")
+    }
+}
+
+fn status_answer(status: &Status) -> Answer {
+    match serde_json::to_string(status) {
+        Ok(json) => answer(StatusCode::OK, "application/json", json),
+        Err(json_error) => failure(&json_error),
+    }
+}
+
+type Answer = Response<Full<Bytes>>;
+
+/// The answer to a path; `None` when there is none.
+type Routes = dyn Fn(&str) -> Option<Answer> + Send + Sync;
+
+fn answer(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Answer {
+    let mut answer = Response::new(Full::new(body.into()));
+    *answer.status_mut() = status;
+    answer
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    answer
+}
+
+fn plain(status: StatusCode, body: impl Into<Bytes>) -> Answer {
+    answer(status, "text/plain; charset=utf-8", body)
+}
+
+/// Our own fault: what was to be written could not be.
+fn failure(error: &dyn std::error::Error) -> Answer {
+    tracing::error!(%error, "cannot write an answer for the operator; this is a bug");
+    plain(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        "the answer could not be written; see the agent's log\n",
+    )
+}
+
+fn route(request: &Request<Incoming>, routes: &Routes) -> Answer {
+    if request.method() != Method::GET {
+        let mut refused = plain(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here\n");
+        refused
+            .headers_mut()
+            .insert(ALLOW, HeaderValue::from_static("GET"));
+        return refused;
+    }
+    routes(request.uri().path()).unwrap_or_else(|| plain(StatusCode::NOT_FOUND, "no such path\n"))
+}
+
+/// What connections come from: the two kinds of listener.
+trait Door: Send + Sync {
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    fn accept(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+}
+
+impl Door for TcpListener {
+    type Stream = tokio::net::TcpStream;
+
+    async fn accept(&self) -> io::Result<Self::Stream> {
+        Self::accept(self).await.map(|(stream, _)| stream)
+    }
+}
+
+impl Door for UnixListener {
+    type Stream = tokio::net::UnixStream;
+
+    async fn accept(&self) -> io::Result<Self::Stream> {
+        Self::accept(self).await.map(|(stream, _)| stream)
+    }
+}
+
+async fn serve<D: Door>(door: D, routes: Arc<Routes>, shutdown: impl Future<Output = ()> + Send) {
+    let mut connections = JoinSet::new();
+    let mut shutdown = std::pin::pin!(shutdown);
+    loop {
+        tokio::select! {
+            () = &mut shutdown => return,
+            Some(_) = connections.join_next(), if !connections.is_empty() => {}
+            accepted = door.accept(), if connections.len() < CONNECTIONS_MAX => match accepted {
+                Ok(stream) => {
+                    connections.spawn(serve_connection(stream, Arc::clone(&routes)));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept an operator's connection; trying again");
+                    time::sleep(ACCEPT_PAUSE).await;
+                }
+            },
+        }
+    }
+}
+
+async fn serve_connection(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, routes: Arc<Routes>) {
+    let service = service_fn(|request| {
+        let answer = route(&request, &*routes);
+        async move { Ok::<_, Infallible>(answer) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADERS_MAX)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), service);
+    match time::timeout(CONNECTION_MAX, connection).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "an operator's connection ended early"),
+        Err(_) => {
+            tracing::debug!("an operator's connection took longer than {CONNECTION_MAX:?} and was cut off")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

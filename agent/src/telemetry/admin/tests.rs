@@ -1,0 +1,207 @@
+//! Both doors, for real: a TCP listener on loopback and a Unix socket in a directory of its own.
+
+use std::{
+    net::SocketAddr,
+    os::unix::fs::{PermissionsExt, symlink},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::oneshot,
+};
+
+use super::*;
+use crate::telemetry::status::{AgentState, tests::sample};
+
+#[tokio::test]
+async fn metrics_are_served_with_their_content_type() {
+    let answer = get(metrics_door(sample).await, "GET /metrics").await;
+    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+    let content_type = "content-type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n";
+    assert!(answer.contains(content_type), "{answer}");
+    assert!(
+        answer.contains("\ntacit_pods_enrolled 1\n") && answer.ends_with("# EOF\n"),
+        "{answer}"
+    );
+}
+
+#[tokio::test]
+async fn readiness_follows_the_status_and_says_why() {
+    let unready = get(metrics_door(sample).await, "GET /healthz/ready").await;
+    assert!(unready.starts_with("HTTP/1.1 503 "), "{unready}");
+    assert!(
+        unready.ends_with("pod shop/api waits: no certificate yet\n"),
+        "{unready}"
+    );
+    let ready = get(
+        metrics_door(|| Status {
+            pods: vec![],
+            ..sample()
+        })
+        .await,
+        "GET /healthz/ready",
+    )
+    .await;
+    assert!(ready.starts_with("HTTP/1.1 200 "), "{ready}");
+    let draining = || Status {
+        pods: vec![],
+        state: AgentState::Draining,
+        ..sample()
+    };
+    let draining = get(metrics_door(draining).await, "GET /healthz/ready").await;
+    assert!(
+        draining.starts_with("HTTP/1.1 503 ") && draining.ends_with("agent is draining\n"),
+        "{draining}"
+    );
+}
+
+#[tokio::test]
+async fn other_paths_and_methods_are_refused() {
+    let door = metrics_door(sample).await;
+    assert!(get(door, "GET /status").await.starts_with("HTTP/1.1 404 "));
+    let refused = get(door, "POST /metrics").await;
+    assert!(
+        refused.starts_with("HTTP/1.1 405 ") && refused.contains("allow: GET\r\n"),
+        "{refused}"
+    );
+}
+
+#[tokio::test]
+async fn silent_clients_are_cut_off_and_block_nobody_for_longer() {
+    let door = metrics_door(sample).await;
+    let mut silent = Vec::new();
+    for _ in 0..CONNECTIONS_MAX {
+        silent.push(TcpStream::connect(door).await.expect("listening"));
+    }
+    // More than all places are taken; the next client gets its answer once the silent ones run into their
+    // deadline.
+    let answer = time::timeout(HEADERS_MAX * 3, get(door, "GET /healthz/ready"))
+        .await
+        .expect("served in time");
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+}
+
+#[tokio::test]
+async fn the_status_comes_through_the_socket() {
+    let dir = TestDir::new();
+    let path = dir.path("run/agent.sock");
+    let listener = bind_operator(&path).expect("bound");
+    let (stop, stopped) = oneshot::channel::<()>();
+    let served = tokio::spawn(serve_operator(listener, Arc::new(sample), async {
+        drop(stopped.await)
+    }));
+    assert_eq!(fetch_status(&path).await.expect("served"), sample());
+    drop(stop);
+    served.await.expect("stops when told");
+    let error = fetch_status(&path).await.expect_err("the agent is gone");
+    assert!(matches!(error, FetchError::NotRunning { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_missing_agent_is_told_from_a_missing_permission() {
+    let dir = TestDir::new();
+    let error = fetch_status(&dir.path("none.sock"))
+        .await
+        .expect_err("nobody there");
+    assert!(
+        error.to_string().starts_with("no agent is running here"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn the_socket_is_private_from_its_first_moment_whatever_the_umask() {
+    let dir = TestDir::new();
+    let path = dir.path("run/agent.sock");
+    let _listener = bind_operator(&path).expect("bound");
+    assert_eq!(mode(&path), 0o600);
+    assert_eq!(mode(&dir.path("run")), 0o700);
+}
+
+#[tokio::test]
+async fn only_a_socket_that_nobody_answers_is_replaced() {
+    let dir = TestDir::new();
+    let path = dir.path("agent.sock");
+    let first = bind_operator(&path).expect("bound");
+    assert!(matches!(bind_operator(&path), Err(BindError::Running { .. })));
+    drop(first);
+    assert!(path.exists(), "a closed socket leaves its file behind");
+    let second = bind_operator(&path).expect("a stale socket is replaced");
+    std::os::unix::net::UnixStream::connect(&path).expect("the new socket listens");
+    drop(second);
+
+    let file = dir.path("file");
+    std::fs::write(&file, "precious").expect("writable");
+    assert!(matches!(bind_operator(&file), Err(BindError::Occupied { .. })));
+    let link = dir.path("link");
+    symlink(&path, &link).expect("writable");
+    assert!(matches!(bind_operator(&link), Err(BindError::Occupied { .. })));
+    assert_eq!(std::fs::read_to_string(&file).expect("still there"), "precious");
+}
+
+#[tokio::test]
+async fn a_directory_others_can_write_is_refused() {
+    let dir = TestDir::new();
+    let open = dir.path("open");
+    std::fs::create_dir(&open).expect("writable");
+    std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o1777)).expect("ours");
+    let error = bind_operator(&open.join("agent.sock")).expect_err("exposed");
+    assert!(
+        matches!(error, BindError::Exposed { mode: 0o1777, .. }),
+        "{error}"
+    );
+}
+
+async fn metrics_door(status: impl Fn() -> Status + Send + Sync + 'static) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let address = listener.local_addr().expect("bound");
+    tokio::spawn(serve_metrics(
+        listener,
+        Arc::new(status),
+        Telemetry::new(),
+        std::future::pending(),
+    ));
+    address
+}
+
+async fn get(address: SocketAddr, request: &str) -> String {
+    let mut stream = TcpStream::connect(address).await.expect("listening");
+    let request = format!("{request} HTTP/1.1\r\nHost: agent\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.expect("written");
+    let mut answer = String::new();
+    stream
+        .read_to_string(&mut answer)
+        .await
+        .expect("the server closes after its answer");
+    answer
+}
+
+fn mode(path: &Path) -> u32 {
+    std::fs::metadata(path).expect("exists").permissions().mode() & 0o7777
+}
+
+/// A directory of our own that goes with the test.
+struct TestDir(PathBuf);
+
+impl TestDir {
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("tacit-admin-{}-{number}", std::process::id()));
+        std::fs::create_dir(&path).expect("the name is new");
+        Self(path)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for TestDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}

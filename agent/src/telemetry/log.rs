@@ -1,0 +1,98 @@
+//! Where log lines go: standard error, for people or as JSON, filtered by level and target.
+
+use std::io::{self, IsTerminal};
+
+use tracing::subscriber::SetGlobalDefaultError;
+use tracing_subscriber::{EnvFilter, filter::ParseError};
+
+/// Environment variable with the filter, used when no flag gives one.
+const FILTER_VARIABLE: &str = "TACIT_LOG";
+/// State changes, warnings, errors and the access log.
+const FILTER_DEFAULT: &str = "info";
+
+/// How a line looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Format {
+    /// One line of text, in colour on a terminal unless `NO_COLOR` is set.
+    #[default]
+    Human,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Why logging could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The filter is no list of directives.
+    #[error(
+        "log filter {filter:?} is not understood; write a level (error, warn, info, debug, trace, off) or a list such as info,access=off"
+    )]
+    Filter {
+        /// As given.
+        filter: String,
+        /// What the parser says.
+        #[source]
+        source: ParseError,
+    },
+    /// A bug: called twice.
+    #[error("logging is set up already")]
+    Twice(#[from] SetGlobalDefaultError),
+}
+
+/// Sends log lines to standard error from now on. `filter` comes from the command line; without one,
+/// `TACIT_LOG` counts, else `info`. Call it once.
+///
+/// # Errors
+/// [`LogError`] when the filter is not understood or logging is set up already.
+pub fn init(format: Format, filter: Option<&str>) -> Result<(), LogError> {
+    let variable = std::env::var(FILTER_VARIABLE).ok();
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(parse(choose(filter, variable.as_deref()))?)
+        .with_writer(io::stderr);
+    match format {
+        Format::Human => {
+            let colour =
+                io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+            tracing::subscriber::set_global_default(builder.with_ansi(colour).finish())?;
+        }
+        Format::Json => tracing::subscriber::set_global_default(builder.json().flatten_event(true).finish())?,
+    }
+    Ok(())
+}
+
+/// The flag, else the variable, else the default; an empty one counts as not given.
+fn choose<'a>(flag: Option<&'a str>, variable: Option<&'a str>) -> &'a str {
+    [flag, variable]
+        .into_iter()
+        .flatten()
+        .find(|text| !text.trim().is_empty())
+        .unwrap_or(FILTER_DEFAULT)
+}
+
+fn parse(filter: &str) -> Result<EnvFilter, LogError> {
+    EnvFilter::builder()
+        .parse(filter)
+        .map_err(|source| LogError::Filter {
+            filter: filter.to_owned(),
+            source,
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_flag_wins_over_the_variable_and_both_over_the_default() {
+        assert_eq!(choose(Some("debug"), Some("warn")), "debug");
+        assert_eq!(choose(None, Some("warn")), "warn");
+        assert_eq!(choose(Some(""), Some(" ")), FILTER_DEFAULT);
+    }
+
+    #[test]
+    fn a_filter_that_is_not_understood_is_refused_by_name() {
+        let error = parse("tacit=lots").expect_err("lots is no level");
+        assert!(error.to_string().contains("\"tacit=lots\""), "{error}");
+        parse("info,access=off").expect("valid");
+    }
+}

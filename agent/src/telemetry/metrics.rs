@@ -1,0 +1,390 @@
+//! Every metric the agent exposes: name, unit, help and labels, and how the exposition is written.
+//!
+//! The flow metrics are Istio's TCP metrics with the label set of ztunnel, so dashboards made for Istio work.
+//! Mind their direction: Istio counts as *received* what the source sends and as *sent* what the destination
+//! answers, whoever reports (istio/istio issue 32399). What is derived from [`Status`] is read when scraped,
+//! never kept twice.
+//!
+//! Names are given without the suffix the format adds: the unit, then `_total` for counters and `_info`.
+
+use std::{fmt, fmt::Write};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{
+        DescriptorEncoder, EncodeLabel, EncodeLabelSet, EncodeLabelValue, LabelSetEncoder, LabelValueEncoder,
+        NoLabelSet, text::encode,
+    },
+    metrics::MetricType,
+    registry::{Registry, Unit},
+};
+
+use super::{
+    flows::Reporter,
+    series::{End, SeriesTotals, Traffic, UNKNOWN},
+    status::{PodState, Status},
+};
+use crate::identity::SpiffeId;
+
+/// What [`text()`] writes, and what scrapers must be told it is.
+pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// One metric as declared.
+struct Metric {
+    name: &'static str,
+    unit: Option<Unit>,
+    kind: MetricType,
+    /// Each bounded: by the directory, by the node's service accounts, or by literals of this program.
+    labels: &'static [&'static str],
+    help: &'static str,
+}
+
+/// Istio's labels of a flow, in ztunnel's order; what is not known is `unknown`.
+const TRAFFIC: &[&str] = &[
+    "reporter",
+    "source_workload",
+    "source_canonical_service",
+    "source_canonical_revision",
+    "source_workload_namespace",
+    "source_principal",
+    "source_app",
+    "source_version",
+    "source_cluster",
+    "destination_service",
+    "destination_service_namespace",
+    "destination_service_name",
+    "destination_workload",
+    "destination_canonical_service",
+    "destination_canonical_revision",
+    "destination_workload_namespace",
+    "destination_principal",
+    "destination_app",
+    "destination_version",
+    "destination_cluster",
+    "request_protocol",
+    "response_flags",
+    "connection_security_policy",
+];
+
+static OPENED: Metric = Metric {
+    name: "istio_tcp_connections_opened",
+    unit: None,
+    kind: MetricType::Counter,
+    labels: TRAFFIC,
+    help: "Connections opened.",
+};
+static CLOSED: Metric = Metric {
+    name: "istio_tcp_connections_closed",
+    unit: None,
+    kind: MetricType::Counter,
+    labels: TRAFFIC,
+    help: "Connections closed.",
+};
+static RECEIVED: Metric = Metric {
+    name: "istio_tcp_received",
+    unit: Some(Unit::Bytes),
+    kind: MetricType::Counter,
+    labels: TRAFFIC,
+    help: "Payload from source to destination.",
+};
+static SENT: Metric = Metric {
+    name: "istio_tcp_sent",
+    unit: Some(Unit::Bytes),
+    kind: MetricType::Counter,
+    labels: TRAFFIC,
+    help: "Payload from destination to source.",
+};
+static SERIES_OVERFLOWED: Metric = Metric {
+    name: "tacit_flow_series_overflowed",
+    unit: None,
+    kind: MetricType::Counter,
+    labels: &[],
+    help: "Connections counted with unknown ends because there were too many different pairs.",
+};
+static REFUSED: Metric = Metric {
+    name: "tacit_connections_refused",
+    unit: None,
+    kind: MetricType::Counter,
+    labels: &["reporter", "reason"],
+    help: "Connections this agent refused.",
+};
+static BUILD: Metric = Metric {
+    name: "tacit_build",
+    unit: None,
+    kind: MetricType::Info,
+    labels: &["version"],
+    help: "The agent's version.",
+};
+static PODS_ENROLLED: Metric = Metric {
+    name: "tacit_pods_enrolled",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &[],
+    help: "Pods of this node that are protected.",
+};
+static PODS_WAITING: Metric = Metric {
+    name: "tacit_pods_waiting",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &[],
+    help: "Pods of this node that are not protected yet; the status says why.",
+};
+static CERTIFICATE_EXPIRY: Metric = Metric {
+    name: "tacit_certificate_expiry_timestamp",
+    unit: Some(Unit::Seconds),
+    kind: MetricType::Gauge,
+    labels: &["identity"],
+    help: "When the certificate expires, since 1970.",
+};
+static CERTIFICATE_RENEWED: Metric = Metric {
+    name: "tacit_certificate_last_renewal_timestamp",
+    unit: Some(Unit::Seconds),
+    kind: MetricType::Gauge,
+    labels: &["identity"],
+    help: "When the certificate was last renewed, since 1970; absent before the first renewal.",
+};
+static CERTIFICATE_FAILURES: Metric = Metric {
+    name: "tacit_certificate_renewal_failures",
+    unit: None,
+    kind: MetricType::Counter,
+    labels: &["identity"],
+    help: "Renewals that failed.",
+};
+static KERNEL_VERDICTS: Metric = Metric {
+    name: "tacit_kernel_verdicts",
+    unit: None,
+    kind: MetricType::Counter,
+    labels: &["reason"],
+    help: "Decisions of the kernel programs.",
+};
+static FLOWS_LIVE: Metric = Metric {
+    name: "tacit_flows_live",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &[],
+    help: "Flows that are open.",
+};
+static POOL_IDLE: Metric = Metric {
+    name: "tacit_pool_idle_sessions",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &[],
+    help: "Tunnel sessions kept for reuse.",
+};
+static RELOADS: Metric = Metric {
+    name: "tacit_config_reloads",
+    unit: None,
+    kind: MetricType::Counter,
+    labels: &["source", "result"],
+    help: "Contents of a configuration source that were loaded or refused.",
+};
+
+/// Everything a scrape reports.
+#[derive(Debug)]
+pub(super) struct Exposition {
+    pub(super) series: Vec<SeriesTotals>,
+    /// Flows counted with unknown ends because the table of series was full.
+    pub(super) overflowed: u64,
+    pub(super) refusals: Vec<((Reporter, &'static str), u64)>,
+    pub(super) status: Status,
+}
+
+/// The exposition in the `OpenMetrics` 1.0 text format.
+pub(super) fn text(exposition: Exposition) -> Result<String, fmt::Error> {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(exposition));
+    let mut out = String::new();
+    encode(&mut out, &registry)?;
+    Ok(out)
+}
+
+impl Collector for Exposition {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut writer = Writer(encoder);
+        self.flows(&mut writer)?;
+        self.agent(&mut writer)?;
+        self.certificates(&mut writer)?;
+        self.configuration(&mut writer)
+    }
+}
+
+impl Exposition {
+    fn flows(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let by_pair = |value: fn(&SeriesTotals) -> u64| {
+            self.series
+                .iter()
+                .map(move |series| (traffic(&series.traffic), value(series)))
+        };
+        writer.family(&OPENED, by_pair(|series| series.opened))?;
+        writer.family(&CLOSED, by_pair(|series| series.closed))?;
+        // Istio's direction, see the head of this file.
+        writer.family(&RECEIVED, by_pair(|series| series.sent_bytes))?;
+        writer.family(&SENT, by_pair(|series| series.received_bytes))?;
+        writer.single(&SERIES_OVERFLOWED, self.overflowed)?;
+        let refused = self.refusals.iter();
+        writer.family(
+            &REFUSED,
+            refused.map(|((by, reason), count)| ([by.label(), *reason].map(Value::Text), *count)),
+        )
+    }
+
+    fn agent(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let status = &self.status;
+        writer.family(&BUILD, [([Value::Text(&status.version)], 1)])?;
+        let enrolled = status
+            .pods
+            .iter()
+            .filter(|pod| pod.state == PodState::Enrolled)
+            .count();
+        writer.single(&PODS_ENROLLED, enrolled as u64)?;
+        writer.single(&PODS_WAITING, (status.pods.len() - enrolled) as u64)?;
+        writer.single(&FLOWS_LIVE, status.flows.live)?;
+        writer.single(&POOL_IDLE, status.pool.idle_sessions)?;
+        let verdicts = status.kernel.iter();
+        writer.family(
+            &KERNEL_VERDICTS,
+            verdicts.map(|verdict| ([Value::Text(&verdict.name)], verdict.value)),
+        )
+    }
+
+    fn certificates(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let all = || {
+            self.status
+                .certificates
+                .iter()
+                .map(|held| ([Value::Text(&held.identity)], held))
+        };
+        writer.family(
+            &CERTIFICATE_EXPIRY,
+            all().map(|(id, held)| (id, held.not_after.unix_seconds())),
+        )?;
+        let renewed = all().filter_map(|(id, held)| Some((id, held.last_renewal?.unix_seconds())));
+        writer.family(&CERTIFICATE_RENEWED, renewed)?;
+        writer.family(
+            &CERTIFICATE_FAILURES,
+            all().map(|(id, held)| (id, held.renewal_failures)),
+        )
+    }
+
+    fn configuration(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let reloads = self.status.sources.iter().flat_map(|source| {
+            let labels = |result| [source.kind.label(), result].map(Value::Text);
+            [
+                (labels("loaded"), source.loads),
+                (labels("refused"), source.refusals),
+            ]
+        });
+        writer.family(&RELOADS, reloads)
+    }
+}
+
+/// The values of [`TRAFFIC`].
+fn traffic(traffic: &Traffic) -> [Value<'_>; TRAFFIC.len()] {
+    let (source, destination) = (traffic.source.labels(), traffic.destination.labels());
+    let unknown = Value::Text(UNKNOWN);
+    [
+        Value::Text(traffic.reporter.label()),
+        Value::Text(source.workload),
+        Value::Text(source.canonical_service),
+        Value::Text(source.canonical_revision),
+        Value::Text(source.namespace),
+        principal(&traffic.source),
+        Value::Text(source.canonical_service),
+        Value::Text(source.canonical_revision),
+        unknown,
+        unknown,
+        unknown,
+        unknown,
+        Value::Text(destination.workload),
+        Value::Text(destination.canonical_service),
+        Value::Text(destination.canonical_revision),
+        Value::Text(destination.namespace),
+        principal(&traffic.destination),
+        Value::Text(destination.canonical_service),
+        Value::Text(destination.canonical_revision),
+        unknown,
+        Value::Text("tcp"),
+        Value::Text("-"),
+        Value::Text(traffic.policy.label()),
+    ]
+}
+
+fn principal(end: &End) -> Value<'_> {
+    end.identity
+        .as_ref()
+        .map_or(Value::Text(UNKNOWN), Value::Identity)
+}
+
+/// The value of a label.
+#[derive(Debug, Clone, Copy)]
+enum Value<'a> {
+    Text(&'a str),
+    Identity(&'a SpiffeId),
+}
+
+impl EncodeLabelValue for Value<'_> {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
+        match self {
+            Self::Text(text) => encoder.write_str(text),
+            Self::Identity(identity) => write!(encoder, "{identity}"),
+        }
+    }
+}
+
+/// The labels of one sample: the names of its metric with their values.
+struct Labels<'a> {
+    names: &'static [&'static str],
+    values: &'a [Value<'a>],
+}
+
+impl EncodeLabelSet for Labels<'_> {
+    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
+        self.names
+            .iter()
+            .zip(self.values)
+            .try_for_each(|(name, value)| (*name, *value).encode(encoder.encode_label()))
+    }
+}
+
+/// Writes metrics as declared.
+struct Writer<'a>(DescriptorEncoder<'a>);
+
+impl Writer<'_> {
+    /// A metric without labels.
+    fn single(&mut self, metric: &Metric, value: u64) -> fmt::Result {
+        self.family(metric, [([], value)])
+    }
+
+    /// A metric with a sample for each item; the values stand in the order of the metric's labels.
+    fn family<'s, const LABELS: usize>(
+        &mut self,
+        metric: &Metric,
+        samples: impl IntoIterator<Item = ([Value<'s>; LABELS], u64)>,
+    ) -> fmt::Result {
+        debug_assert_eq!(metric.labels.len(), LABELS, "{}", metric.name);
+        let mut family =
+            self.0
+                .encode_descriptor(metric.name, metric.help, metric.unit.as_ref(), metric.kind)?;
+        for (values, number) in samples {
+            let labels = Labels {
+                names: metric.labels,
+                values: &values,
+            };
+            match (metric.kind, LABELS) {
+                (MetricType::Info, _) => family.encode_info(&labels)?,
+                (MetricType::Counter, 0) => family.encode_counter::<NoLabelSet, _, u64>(&number, None)?,
+                (MetricType::Counter, _) => {
+                    family
+                        .encode_family(&labels)?
+                        .encode_counter::<NoLabelSet, _, u64>(&number, None)?;
+                }
+                (_, 0) => family.encode_gauge(&number)?,
+                (_, _) => family.encode_family(&labels)?.encode_gauge(&number)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,349 @@
+//! A status as text for a terminal. Colour repeats what the words say, it never says it alone.
+
+use std::fmt::Write;
+
+use super::{AgentState, CertificateStatus, PartyStatus, PodState, PodStatus, Status};
+use crate::telemetry::table::{Cell, Colour, Style, Table};
+
+/// A certificate with less than this part of its life left is overdue for renewal, which begins much earlier.
+const LIFE_LEFT_LOW: u64 = 4;
+
+/// The whole status as tables. What needs the operator stands in a line that begins with `!`.
+#[must_use]
+pub fn render(status: &Status, colour: bool) -> String {
+    let mut page = Page {
+        out: String::new(),
+        colour: if colour { Colour::On } else { Colour::Off },
+    };
+    page.summary(status);
+    page.pods(status);
+    page.programs(status);
+    page.kernel(status);
+    page.certificates(status);
+    page.sources(status);
+    page.flows(status);
+    page.out
+}
+
+struct Page {
+    out: String,
+    colour: Colour,
+}
+
+impl Page {
+    fn summary(&mut self, status: &Status) {
+        let style = if status.state == AgentState::Ready {
+            Style::Good
+        } else {
+            Style::Caution
+        };
+        let state = style.paint(&status.state.to_string(), self.colour);
+        let uptime = duration(status.uptime_seconds);
+        let who = format!(
+            "tacit {} on node {} ({})",
+            status.version, status.node, status.trust_domain
+        );
+        let who = Style::Plain.paint(&who, self.colour);
+        self.line(&format!("{who}: {state}, up {uptime}, pid {}", status.pid));
+    }
+
+    fn pods(&mut self, status: &Status) {
+        let mut table = Table::new(["POD", "STATE", "MODE", "ADDRESSES", "IDENTITY", "CGROUP", "FLOWS"]);
+        for pod in &status.pods {
+            let state = match &pod.state {
+                PodState::Enrolled => Cell::styled("enrolled", Style::Good),
+                PodState::Waiting(_) => Cell::styled("waiting", Style::Caution),
+            };
+            let addresses: Vec<_> = pod.addresses.iter().map(ToString::to_string).collect();
+            table.row([
+                pod_name(pod).into(),
+                state,
+                modes(pod).into(),
+                addresses.join(" ").into(),
+                (&pod.identity).into(),
+                (&pod.cgroup).into(),
+                pod.flows.into(),
+            ]);
+        }
+        self.section("PODS", &table);
+        for pod in &status.pods {
+            if let PodState::Waiting(reason) = &pod.state {
+                self.note(Style::Caution, &format!("{} waits: {reason}", pod_name(pod)));
+            }
+        }
+    }
+
+    fn programs(&mut self, status: &Status) {
+        let mut table = Table::new(["PROGRAM", "ID", "ATTACHED TO", "PINNED"]);
+        for program in &status.programs {
+            let pinned = program.pinned.as_deref().unwrap_or("no");
+            table.row([
+                (&program.name).into(),
+                program.id.into(),
+                (&program.attached_to).into(),
+                pinned.into(),
+            ]);
+        }
+        self.section("KERNEL PROGRAMS", &table);
+    }
+
+    fn kernel(&mut self, status: &Status) {
+        let mut table = Table::new(["VERDICT", "COUNT", "MEANING"]);
+        for counter in &status.kernel {
+            table.row([
+                (&counter.name).into(),
+                counter.value.into(),
+                (&counter.help).into(),
+            ]);
+        }
+        self.section("KERNEL VERDICTS", &table);
+    }
+
+    fn certificates(&mut self, status: &Status) {
+        let mut table = Table::new([
+            "IDENTITY",
+            "SERIAL",
+            "EXPIRES",
+            "LEFT",
+            "LAST RENEWAL",
+            "FAILURES",
+        ]);
+        for certificate in &status.certificates {
+            let renewed = certificate
+                .last_renewal
+                .map_or_else(|| "never".to_owned(), |time| time.to_string());
+            let failing = certificate.last_error.is_some();
+            table.row([
+                (&certificate.identity).into(),
+                (&certificate.serial).into(),
+                certificate.not_after.into(),
+                left(certificate),
+                renewed.into(),
+                Cell::styled(
+                    certificate.renewal_failures.to_string(),
+                    if failing { Style::Bad } else { Style::Plain },
+                ),
+            ]);
+        }
+        self.section("CERTIFICATES", &table);
+        for certificate in &status.certificates {
+            if let Some(error) = &certificate.last_error {
+                self.note(
+                    Style::Bad,
+                    &format!("{}: renewal failed: {error}", certificate.identity),
+                );
+            }
+        }
+    }
+
+    fn sources(&mut self, status: &Status) {
+        let mut table = Table::new(["SOURCE", "FILE", "LOADED", "LOADS", "REFUSED"]);
+        for source in &status.sources {
+            table.row([
+                source.kind.label().into(),
+                (&source.file).into(),
+                source.loaded_at.into(),
+                source.loads.into(),
+                source.refusals.into(),
+            ]);
+        }
+        self.section("CONFIGURATION", &table);
+        for source in &status.sources {
+            if let Some(error) = &source.last_error {
+                self.note(
+                    Style::Bad,
+                    &format!("{} refused, the last good one is in force:", source.file),
+                );
+                for line in error.lines() {
+                    self.note(Style::Bad, line);
+                }
+            }
+        }
+    }
+
+    fn flows(&mut self, status: &Status) {
+        let mut table = Table::new(["SOURCE", "DESTINATION", "SECURITY", "AGE", "SENT", "RECEIVED"]);
+        for flow in &status.flows.list {
+            let security = match (&flow.key_exchange, flow.security.as_str()) {
+                (Some(key_exchange), name) => Cell::styled(format!("{name} {key_exchange}"), Style::Good),
+                (None, name @ "plaintext") => Cell::styled(name, Style::Caution),
+                (None, name) => name.into(),
+            };
+            table.row([
+                party(&flow.source).into(),
+                party(&flow.destination).into(),
+                security,
+                duration(flow.age_seconds).into(),
+                bytes(flow.sent_bytes).into(),
+                bytes(flow.received_bytes).into(),
+            ]);
+        }
+        let (live, listed) = (status.flows.live, status.flows.list.len());
+        let idle = status.pool.idle_sessions;
+        self.section(
+            &format!("FLOWS ({live} live, {listed} listed; {idle} idle tunnel sessions)"),
+            &table,
+        );
+    }
+
+    fn section<const COLUMNS: usize>(&mut self, title: &str, table: &Table<COLUMNS>) {
+        let title = Style::Heading.paint(title, self.colour);
+        if table.is_empty() {
+            self.line(&format!("\n{title}: none"));
+        } else {
+            self.line(&format!("\n{title}"));
+            table.write(&mut self.out, self.colour);
+        }
+    }
+
+    fn note(&mut self, style: Style, text: &str) {
+        let text = style.paint(&format!("! {text}"), self.colour);
+        self.line(&format!("  {text}"));
+    }
+
+    fn line(&mut self, text: &str) {
+        self.out.push_str(text);
+        self.out.push('\n');
+    }
+}
+
+fn pod_name(pod: &PodStatus) -> String {
+    format!("{}/{}", pod.namespace, pod.name)
+}
+
+/// The mode, then the ports that differ: `strict 9090=permissive`.
+fn modes(pod: &PodStatus) -> String {
+    let mut text = pod.mode.clone();
+    for (port, mode) in &pod.port_modes {
+        let _ = write!(text, " {port}={mode}");
+    }
+    text
+}
+
+fn party(party: &PartyStatus) -> String {
+    match &party.workload {
+        Some(workload) => format!("{workload} ({})", party.address),
+        None => party.address.to_string(),
+    }
+}
+
+/// What is left of a certificate's life; in words too when that is too little.
+fn left(certificate: &CertificateStatus) -> Cell {
+    let life = certificate
+        .not_after
+        .unix_seconds()
+        .saturating_sub(certificate.not_before.unix_seconds());
+    match u64::try_from(certificate.seconds_left) {
+        Err(_) | Ok(0) => Cell::styled("EXPIRED", Style::Bad),
+        Ok(seconds) if seconds < life / LIFE_LEFT_LOW => {
+            Cell::styled(format!("{} (soon)", duration(seconds)), Style::Caution)
+        }
+        Ok(seconds) => duration(seconds).into(),
+    }
+}
+
+/// The two largest units: `3d 4h`, `1h 1m`, `12s`.
+fn duration(seconds: u64) -> String {
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{minutes}m {}s", seconds % 60),
+        3600..86_400 => format!("{hours}h {}m", minutes % 60),
+        _ => format!("{days}d {}h", hours % 24),
+    }
+}
+
+/// In the largest binary unit: `12 B`, `1.5 KiB`.
+fn bytes(count: u64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    if count < 1024 {
+        return format!("{count} B");
+    }
+    let step = count.ilog2() / 10;
+    // Tenths by integers: a count near 2^64 has more digits than a float.
+    let tenths = (u128::from(count) * 10) >> (10 * step);
+    format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[step as usize - 1])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::sample;
+    use super::*;
+
+    #[test]
+    fn every_part_is_shown_in_aligned_columns() {
+        let text = render(&sample(), false);
+        let expected = [
+            "tacit 0.1.0 on node a (cluster.local): ready, up 1h 1m, pid 4711",
+            "  POD       STATE     MODE                    ADDRESSES  IDENTITY                               CGROUP    FLOWS",
+            "  shop/web  enrolled  strict 9090=permissive  10.77.1.2  spiffe://cluster.local/ns/shop/sa/web  shop_web  1",
+            "  ! shop/api waits: no certificate yet",
+            "  connect4  12  /cgroup/pods  /bpf/tacit/connect4",
+            "  deny_stale_agent  3      Refused in STRICT because the agent is gone",
+            "  policy  policy.yaml  2026-01-01T03:04:05Z  2      1",
+            "  ! line 3: mode: STRICTER is no mode",
+            "FLOWS (1200 live, 1 listed; 5 idle tunnel sessions)",
+            "  shop/web (10.77.1.2:40000)  10.77.2.3:80  plaintext  1m 15s  1.5 KiB  12 B",
+        ];
+        for line in expected {
+            assert!(
+                text.lines().any(|l| l.contains(line)),
+                "{line:?} is missing in\n{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn trouble_with_certificates_stands_out_in_words_and_in_colour() {
+        let (plain, coloured) = (render(&sample(), false), render(&sample(), true));
+        assert!(
+            plain.contains("10m 0s (soon)") && plain.contains("  20h 0m"),
+            "{plain}"
+        );
+        assert!(
+            coloured.contains("\u{1b}[33m10m 0s (soon)\u{1b}[0m"),
+            "{coloured}"
+        );
+        assert!(
+            coloured.contains("\u{1b}[31m! spiffe://cluster.local/ns/shop/sa/api: renewal failed"),
+            "{coloured}"
+        );
+        let mut expired = sample();
+        expired.certificates[0].seconds_left = -1;
+        assert!(render(&expired, false).contains("EXPIRED"));
+    }
+
+    #[test]
+    fn no_value_reaches_the_terminal_as_a_control_sequence() {
+        assert!(!render(&sample(), false).contains('\u{1b}'));
+    }
+
+    #[test]
+    fn an_empty_status_says_none() {
+        let mut status = sample();
+        status.pods.clear();
+        assert!(render(&status, false).contains("PODS: none\n"));
+    }
+
+    #[test]
+    fn durations_and_bytes_are_short() {
+        for (seconds, text) in [
+            (0, "0s"),
+            (59, "59s"),
+            (60, "1m 0s"),
+            (3661, "1h 1m"),
+            (100_000, "1d 3h"),
+        ] {
+            assert_eq!(duration(seconds), text);
+        }
+        for (count, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (1 << 20, "1.0 MiB"),
+            (u64::MAX, "15.9 EiB"),
+        ] {
+            assert_eq!(bytes(count), text);
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! Tests of the status as data, and a status with something in every part for the tests around.
+
+use super::*;
+
+#[test]
+fn a_status_survives_json() {
+    let status = sample();
+    let json = serde_json::to_string(&status).expect("serialisable");
+    assert_eq!(serde_json::from_str::<Status>(&json).expect("readable"), status);
+    assert!(json.contains(r#""not_after":"2026-01-02T03:04:05Z""#), "{json}");
+    assert!(
+        json.contains(r#""state":{"waiting":"no certificate yet"}"#),
+        "{json}"
+    );
+}
+
+#[test]
+fn an_agent_is_ready_when_it_takes_flows_and_every_pod_is_enrolled() {
+    let mut status = sample();
+    assert_eq!(status.unready(), ["pod shop/api waits: no certificate yet"]);
+    status.pods.pop();
+    assert!(status.unready().is_empty());
+    status.state = AgentState::Draining;
+    assert_eq!(status.unready(), ["agent is draining"]);
+}
+
+#[test]
+fn a_timestamp_is_written_whatever_the_clock_says() {
+    for (time, text) in [
+        (UNIX_EPOCH, "1970-01-01T00:00:00Z"),
+        (UNIX_EPOCH - Duration::from_secs(1), "1970-01-01T00:00:00Z"),
+        (
+            UNIX_EPOCH + Duration::from_secs(RFC3339_LAST + 1),
+            "9999-12-31T23:59:59Z",
+        ),
+    ] {
+        assert_eq!(Timestamp::from(time).to_string(), text);
+    }
+    assert!("yesterday".parse::<Timestamp>().is_err());
+}
+
+pub(in crate::telemetry) fn sample() -> Status {
+    Status {
+        version: "0.1.0".to_owned(),
+        node: "a".to_owned(),
+        trust_domain: "cluster.local".to_owned(),
+        pid: 4711,
+        uptime_seconds: 3700,
+        state: AgentState::Ready,
+        pods: vec![
+            pod("web", PodState::Enrolled),
+            pod("api", PodState::Waiting("no certificate yet".to_owned())),
+        ],
+        programs: vec![ProgramStatus {
+            name: "connect4".to_owned(),
+            attached_to: "/cgroup/pods".to_owned(),
+            id: 12,
+            pinned: Some("/bpf/tacit/connect4".to_owned()),
+        }],
+        kernel: vec![KernelCounter {
+            name: "deny_stale_agent".to_owned(),
+            help: "Refused in STRICT because the agent is gone".to_owned(),
+            value: 3,
+        }],
+        certificates: vec![
+            certificate("web", 72_000, None),
+            certificate("api", 600, Some("issuer is\u{1b}[31m away")),
+        ],
+        sources: vec![SourceStatus {
+            kind: SourceKind::Policy,
+            file: "policy.yaml".to_owned(),
+            loaded_at: timestamp("2026-01-01T03:04:05Z"),
+            loads: 2,
+            refusals: 1,
+            last_error: Some("line 3: mode: STRICTER is no mode".to_owned()),
+        }],
+        flows: FlowsStatus {
+            live: 1200,
+            list: vec![flow()],
+        },
+        pool: PoolStatus { idle_sessions: 5 },
+    }
+}
+
+fn pod(name: &str, state: PodState) -> PodStatus {
+    PodStatus {
+        name: name.to_owned(),
+        namespace: "shop".to_owned(),
+        cgroup: format!("shop_{name}"),
+        addresses: vec![[10, 77, 1, 2].into()],
+        identity: format!("spiffe://cluster.local/ns/shop/sa/{name}"),
+        mode: "strict".to_owned(),
+        port_modes: BTreeMap::from([(9090, "permissive".to_owned())]),
+        state,
+        flows: 1,
+    }
+}
+
+fn certificate(name: &str, seconds_left: i64, last_error: Option<&str>) -> CertificateStatus {
+    CertificateStatus {
+        identity: format!("spiffe://cluster.local/ns/shop/sa/{name}"),
+        serial: "0a1b".to_owned(),
+        not_before: timestamp("2026-01-01T03:04:05Z"),
+        not_after: timestamp("2026-01-02T03:04:05Z"),
+        seconds_left,
+        last_renewal: Some(timestamp("2026-01-01T03:04:05Z")),
+        renewal_failures: u64::from(last_error.is_some()),
+        last_error: last_error.map(str::to_owned),
+    }
+}
+
+fn flow() -> FlowStatus {
+    FlowStatus {
+        reporter: "source".to_owned(),
+        source: PartyStatus {
+            address: ([10, 77, 1, 2], 40_000).into(),
+            workload: Some("shop/web".to_owned()),
+            identity: Some("spiffe://cluster.local/ns/shop/sa/web".to_owned()),
+        },
+        destination: PartyStatus {
+            address: ([10, 77, 2, 3], 80).into(),
+            workload: None,
+            identity: None,
+        },
+        security: "plaintext".to_owned(),
+        key_exchange: None,
+        trace: None,
+        age_seconds: 75,
+        sent_bytes: 1536,
+        received_bytes: 12,
+    }
+}
+
+fn timestamp(text: &str) -> Timestamp {
+    text.parse().expect("valid")
+}

@@ -1,0 +1,42 @@
+//! The tunnel between two agents: mutually authenticated TLS that carries one flow at a time in frames (`tacit/1`).
+//!
+//! ```text
+//!  outbound --> Session::connect --> open --> relay --> Pool     Session::accept --> next --> accept_flow --> relay --> next
+//!                     |                                                |
+//!                    tls (configs, verifiers, records)                tls
+//! ```
+//!
+//! | file | what it is |
+//! |---|---|
+//! | `frame` | the wire format: encoding and decoding, pure |
+//! | `phase` | which frame may come next, pure |
+//! | `inbox` | received bytes to frames, in place, no I/O |
+//! | `pool` | idle sessions of a pair, pure |
+//! | `tls` | what TLS must be, whom to trust, the record stream |
+//! | `session` | one session: all of the above on one connection |
+//! | `socket`, `buffers` | polled vectored socket I/O; buffers that idle flows do not hold |
+//!
+//! Only `tls` knows rustls. A byte is sent to a peer only after its certificate was verified.
+
+pub(crate) mod buffers;
+pub mod frame;
+pub(crate) mod inbox;
+pub mod phase;
+pub mod pool;
+pub mod session;
+pub(crate) mod socket;
+pub mod tls;
+
+pub use frame::{DenyReason, Open, TraceId};
+pub use phase::Role;
+pub use pool::Pool;
+pub use session::{OpenError, Session};
+pub use tls::{Refusal, TlsInfo, TunnelError};
+
+impl TraceId {
+    /// A new one.
+    #[must_use]
+    pub fn random() -> Self {
+        Self(tls::random())
+    }
+}

@@ -1,0 +1,507 @@
+//! The frames of wire format `tacit/1`: pure encoding and decoding, no I/O.
+//!
+//! ```text
+//! +--------+-----------------+---------------------+
+//! | type 1 | length 3, bytes | payload 0 to 16,380 |      one frame fills one TLS record at most
+//! +--------+-----------------+---------------------+
+//!
+//! 1 OPEN    client -> server   version 1, destination 16 + 2, client 16 + 2, trace id 16   (53 bytes)
+//! 2 ACCEPT  server -> client   nothing: the destination answered, data may flow
+//! 3 DENY    server -> client   reason 1
+//! 4 DATA    both               1 to 16,380 bytes of the flow
+//! 5 FIN     both               nothing: no more DATA from this side
+//! 6 RESET   both               nothing: the flow was reset on this side, the session ends
+//! 7 DONE    server -> client   nothing: both FINs passed and every byte reached the destination
+//! ```
+//! Numbers are big-endian. An IPv4 address is written v4-mapped. DONE is what lets a client reuse a session safely: without
+//! it, a flow could be put behind bytes that the previous flow's destination has not yet read.
+
+use std::{
+    fmt,
+    io::IoSliceMut,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+};
+
+/// Type and length of a frame.
+pub const HEADER_BYTES: usize = 4;
+/// Largest payload: with the header it fills one TLS record (2^14 bytes, RFC 8446 section 5.1).
+pub const PAYLOAD_MAX_BYTES: usize = RECORD_BYTES - HEADER_BYTES;
+/// A full frame.
+pub const RECORD_BYTES: usize = 1 << 14;
+
+const OPEN_BYTES: usize = 1 + 18 + 18 + 16;
+/// The only version of OPEN there is; another layout gets another number.
+const OPEN_VERSION: u8 = 1;
+
+/// Names one flow in the logs of both nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct TraceId(pub [u8; 16]);
+
+impl fmt::Display for TraceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// What a client asks for when it opens a flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Open {
+    /// Where the application wanted to connect.
+    pub destination: SocketAddr,
+    /// The application's own address; a claim for logs, never a credential.
+    pub client: SocketAddr,
+    /// Ties the logs of both nodes together.
+    pub trace: TraceId,
+}
+
+/// Why a server refused a flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DenyReason {
+    /// Policy does not allow this client.
+    Policy,
+    /// The destination is no workload behind this tunnel.
+    UnknownDestination,
+    /// Nothing listens at the destination.
+    ConnectionRefused,
+    /// The destination cannot be reached.
+    Unreachable,
+    /// The destination did not answer in time.
+    TimedOut,
+    /// The agent is shutting down.
+    Draining,
+    /// The agent is at one of its bounds.
+    Overloaded,
+    /// The agent failed; its log says how.
+    Internal,
+    /// A reason of a newer version.
+    Other(u8),
+}
+
+impl DenyReason {
+    /// For logs and metric labels.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Policy => "policy",
+            Self::UnknownDestination => "unknown_destination",
+            Self::ConnectionRefused => "connection_refused",
+            Self::Unreachable => "unreachable",
+            Self::TimedOut => "timed_out",
+            Self::Draining => "draining",
+            Self::Overloaded => "overloaded",
+            Self::Internal => "internal",
+            Self::Other(_) => "other",
+        }
+    }
+
+    fn code(self) -> u8 {
+        match self {
+            Self::Policy => 1,
+            Self::UnknownDestination => 2,
+            Self::ConnectionRefused => 3,
+            Self::Unreachable => 4,
+            Self::TimedOut => 5,
+            Self::Draining => 6,
+            Self::Overloaded => 7,
+            Self::Internal => 8,
+            Self::Other(code) => code,
+        }
+    }
+
+    fn of(code: u8) -> Self {
+        match code {
+            1 => Self::Policy,
+            2 => Self::UnknownDestination,
+            3 => Self::ConnectionRefused,
+            4 => Self::Unreachable,
+            5 => Self::TimedOut,
+            6 => Self::Draining,
+            7 => Self::Overloaded,
+            8 => Self::Internal,
+            code => Self::Other(code),
+        }
+    }
+}
+
+impl fmt::Display for DenyReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Other(code) => write!(f, "other ({code})"),
+            known => f.write_str(known.label()),
+        }
+    }
+}
+
+/// The type of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the table at the top of the file says what each is")]
+pub enum Kind {
+    Open = 1,
+    Accept = 2,
+    Deny = 3,
+    Data = 4,
+    Fin = 5,
+    Reset = 6,
+    Done = 7,
+}
+
+impl Kind {
+    fn of(code: u8) -> Option<Self> {
+        [
+            Self::Open,
+            Self::Accept,
+            Self::Deny,
+            Self::Data,
+            Self::Fin,
+            Self::Reset,
+            Self::Done,
+        ]
+        .into_iter()
+        .find(|kind| *kind as u8 == code)
+    }
+
+    fn allows(self, payload_bytes: usize) -> bool {
+        match self {
+            Self::Open => payload_bytes == OPEN_BYTES,
+            Self::Deny => payload_bytes == 1,
+            // An empty DATA frame would cost work and carry nothing.
+            Self::Data => (1..=PAYLOAD_MAX_BYTES).contains(&payload_bytes),
+            Self::Accept | Self::Fin | Self::Reset | Self::Done => payload_bytes == 0,
+        }
+    }
+}
+
+/// Any frame but DATA, whose payload is not copied and so never becomes a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the table at the top of the file says what each is")]
+pub enum Control {
+    Open(Open),
+    Accept,
+    Deny(DenyReason),
+    Fin,
+    Reset,
+    Done,
+}
+
+/// Why received bytes are no frame. The session cannot go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// No such type.
+    #[error("frame type {0} is unknown")]
+    Type(u8),
+    /// The length does not fit the type.
+    #[error("a frame of type {kind:?} cannot have {payload_bytes} bytes")]
+    Length {
+        /// Its type.
+        kind: Kind,
+        /// The length it claims.
+        payload_bytes: usize,
+    },
+    /// OPEN of another version.
+    #[error("OPEN of version {0} is unknown")]
+    Version(u8),
+    /// OPEN to no address or no port.
+    #[error("OPEN names {0}, which is no destination")]
+    Destination(SocketAddr),
+}
+
+/// Type and length of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    /// Its type.
+    pub kind: Kind,
+    /// How many bytes follow the header.
+    pub payload_bytes: usize,
+}
+
+/// The header at the head of `input`; `None` while it is incomplete.
+///
+/// # Errors
+/// [`FrameError`] as soon as the bytes that are there are wrong.
+pub fn header(input: &[u8]) -> Result<Option<Header>, FrameError> {
+    let Some(first) = input.first() else {
+        return Ok(None);
+    };
+    let kind = Kind::of(*first).ok_or(FrameError::Type(*first))?;
+    let Some(&[_, high, middle, low]) = input.first_chunk::<HEADER_BYTES>() else {
+        return Ok(None);
+    };
+    let payload_bytes = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
+    if kind.allows(payload_bytes) {
+        Ok(Some(Header { kind, payload_bytes }))
+    } else {
+        Err(FrameError::Length { kind, payload_bytes })
+    }
+}
+
+impl Control {
+    /// Its type.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Open(_) => Kind::Open,
+            Self::Accept => Kind::Accept,
+            Self::Deny(_) => Kind::Deny,
+            Self::Fin => Kind::Fin,
+            Self::Reset => Kind::Reset,
+            Self::Done => Kind::Done,
+        }
+    }
+
+    /// The frame of `kind` with this payload; `None` for DATA or a payload that is not complete.
+    ///
+    /// # Errors
+    /// [`FrameError`] when the payload says nothing of the kind.
+    pub fn decode(kind: Kind, payload: &[u8]) -> Result<Option<Self>, FrameError> {
+        Ok(match kind {
+            Kind::Data => None,
+            Kind::Open => payload
+                .first_chunk()
+                .map(decode_open)
+                .transpose()?
+                .map(Self::Open),
+            Kind::Deny => payload.first().map(|code| Self::Deny(DenyReason::of(*code))),
+            Kind::Accept => Some(Self::Accept),
+            Kind::Fin => Some(Self::Fin),
+            Kind::Reset => Some(Self::Reset),
+            Kind::Done => Some(Self::Done),
+        })
+    }
+
+    /// Appends the frame to `out`.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Open(open) => {
+                out.extend(encode_header(Kind::Open, OPEN_BYTES));
+                encode_open(open, out);
+            }
+            Self::Deny(reason) => {
+                out.extend(encode_header(Kind::Deny, 1));
+                out.push(reason.code());
+            }
+            Self::Accept | Self::Fin | Self::Reset | Self::Done => out.extend(encode_header(self.kind(), 0)),
+        }
+    }
+}
+
+/// How many DATA frames one batch holds at most: one read fills them, one TLS write sends them.
+pub const BATCH_FRAMES: usize = 8;
+/// A buffer for one batch.
+pub const BATCH_BYTES: usize = BATCH_FRAMES * RECORD_BYTES;
+
+/// The places in `batch` ([`BATCH_BYTES`]) where payload goes, with room for a header before each.
+pub fn payload_slots(batch: &mut [u8]) -> [IoSliceMut<'_>; BATCH_FRAMES] {
+    let mut records = batch.chunks_exact_mut(RECORD_BYTES);
+    std::array::from_fn(|_| {
+        IoSliceMut::new(
+            records
+                .next()
+                .map_or(&mut [], |record| &mut record[HEADER_BYTES..]),
+        )
+    })
+}
+
+/// Writes the headers for `payload_bytes` read into the slots of `batch`, and returns the frames, ready to send. Each is
+/// full but the last, so that a TLS record written from them holds exactly one.
+pub fn frames(batch: &mut [u8], payload_bytes: usize) -> &[u8] {
+    let mut left = payload_bytes.min(BATCH_FRAMES * PAYLOAD_MAX_BYTES);
+    let mut used = 0;
+    for record in batch.chunks_exact_mut(RECORD_BYTES) {
+        if left == 0 {
+            break;
+        }
+        let here = left.min(PAYLOAD_MAX_BYTES);
+        record[..HEADER_BYTES].copy_from_slice(&encode_header(Kind::Data, here));
+        used += HEADER_BYTES + here;
+        left -= here;
+    }
+    &batch[..used]
+}
+
+fn encode_header(kind: Kind, payload_bytes: usize) -> [u8; HEADER_BYTES] {
+    let [.., high, middle, low] = payload_bytes.to_be_bytes();
+    [kind as u8, high, middle, low]
+}
+
+fn encode_open(open: &Open, out: &mut Vec<u8>) {
+    out.push(OPEN_VERSION);
+    for address in [open.destination, open.client] {
+        let ip = match address.ip() {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+            IpAddr::V6(v6) => v6,
+        };
+        out.extend(ip.octets());
+        out.extend(address.port().to_be_bytes());
+    }
+    out.extend(open.trace.0);
+}
+
+fn decode_open(payload: &[u8; OPEN_BYTES]) -> Result<Open, FrameError> {
+    if payload[0] != OPEN_VERSION {
+        return Err(FrameError::Version(payload[0]));
+    }
+    let mut trace = [0; 16];
+    trace.copy_from_slice(&payload[37..]);
+    let destination = decode_address(&payload[1..19]);
+    if destination.port() == 0 || destination.ip().is_unspecified() {
+        return Err(FrameError::Destination(destination));
+    }
+    Ok(Open {
+        destination,
+        client: decode_address(&payload[19..37]),
+        trace: TraceId(trace),
+    })
+}
+
+fn decode_address(bytes: &[u8]) -> SocketAddr {
+    let mut ip = [0; 16];
+    ip.copy_from_slice(&bytes[..16]);
+    let port = u16::from_be_bytes([bytes[16], bytes[17]]);
+    SocketAddr::new(IpAddr::V6(Ipv6Addr::from(ip)).to_canonical(), port)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open() -> Open {
+        Open {
+            destination: "10.77.2.3:80".parse().expect("an address"),
+            client: "[fd77:1::2]:40000".parse().expect("an address"),
+            trace: TraceId([0xab; 16]),
+        }
+    }
+
+    fn read_back(bytes: &[u8]) -> Result<Option<Control>, FrameError> {
+        match header(bytes)? {
+            Some(head) => Control::decode(head.kind, &bytes[HEADER_BYTES..]),
+            None => Ok(None),
+        }
+    }
+
+    #[test]
+    fn every_control_frame_is_read_back_as_it_was_written() {
+        let mut all = vec![
+            Control::Open(open()),
+            Control::Accept,
+            Control::Fin,
+            Control::Reset,
+            Control::Done,
+        ];
+        all.extend((0..=255).map(|code| Control::Deny(DenyReason::of(code))));
+        for frame in all {
+            let mut bytes = Vec::new();
+            frame.encode(&mut bytes);
+            for cut in 0..bytes.len() {
+                let partial = read_back(&bytes[..cut]);
+                assert!(matches!(partial, Ok(None)), "{frame:?} cut at {cut}: {partial:?}");
+            }
+            assert_eq!(read_back(&bytes), Ok(Some(frame)));
+        }
+    }
+
+    #[test]
+    fn the_layout_of_open_is_fixed() {
+        let mut bytes = Vec::new();
+        Control::Open(open()).encode(&mut bytes);
+        assert_eq!(bytes[..5], [1, 0, 0, 53, 1]);
+        assert_eq!(
+            bytes[5..23],
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 10, 77, 2, 3, 0, 80]
+        );
+        assert_eq!(
+            bytes[23..41],
+            [0xfd, 0x77, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0x9c, 0x40]
+        );
+        assert_eq!(bytes[41..], [0xab; 16]);
+    }
+
+    #[test]
+    fn wrong_frames_are_refused_by_name() {
+        let length = |kind, payload_bytes| Err(FrameError::Length { kind, payload_bytes });
+        for (bytes, expected) in [
+            (vec![0], Err(FrameError::Type(0))),
+            (vec![8, 0], Err(FrameError::Type(8))),
+            (vec![255, 0, 0, 0], Err(FrameError::Type(255))),
+            (vec![1, 0, 0, 52], length(Kind::Open, 52)),
+            (vec![1, 0, 0, 54], length(Kind::Open, 54)),
+            (vec![2, 0, 0, 1], length(Kind::Accept, 1)),
+            (vec![3, 0, 0, 0], length(Kind::Deny, 0)),
+            (vec![4, 0, 0, 0], length(Kind::Data, 0)),
+            (vec![4, 0, 0x3f, 0xfd], length(Kind::Data, 16381)),
+            (vec![4, 0xff, 0xff, 0xff], length(Kind::Data, 0xff_ffff)),
+            (vec![5, 0, 1, 0], length(Kind::Fin, 256)),
+            (vec![6, 1, 0, 0], length(Kind::Reset, 65536)),
+            (vec![7, 0, 0, 2], length(Kind::Done, 2)),
+        ] {
+            assert_eq!(read_back(&bytes), expected, "{bytes:?}");
+        }
+        let mut bytes = Vec::new();
+        Control::Open(open()).encode(&mut bytes);
+        let mut newer = bytes.clone();
+        newer[4] = 2;
+        assert_eq!(read_back(&newer), Err(FrameError::Version(2)));
+        bytes[21..23].fill(0);
+        assert!(matches!(read_back(&bytes), Err(FrameError::Destination(_))));
+    }
+
+    #[test]
+    fn random_bytes_never_panic() {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        for _ in 0..200_000 {
+            let mut bytes = [0_u8; 64];
+            for byte in &mut bytes {
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
+                *byte = (state >> 56) as u8;
+            }
+            // Mostly plausible headers, so that payloads are reached too.
+            bytes[0] %= 9;
+            if state & 1 == 0 {
+                bytes[1..4].copy_from_slice(&[0, 0, 53]);
+            }
+            let length = usize::from(bytes[63]) % bytes.len();
+            let _ = read_back(&bytes[..length]);
+        }
+    }
+
+    #[test]
+    fn a_batch_is_full_frames_and_a_rest() {
+        for (payload_bytes, expected) in [
+            (0, vec![]),
+            (1, vec![1]),
+            (PAYLOAD_MAX_BYTES, vec![PAYLOAD_MAX_BYTES]),
+            (PAYLOAD_MAX_BYTES + 5, vec![PAYLOAD_MAX_BYTES, 5]),
+            (
+                BATCH_FRAMES * PAYLOAD_MAX_BYTES,
+                vec![PAYLOAD_MAX_BYTES; BATCH_FRAMES],
+            ),
+        ] {
+            let mut batch = vec![0; BATCH_BYTES];
+            let mut value = 0_u8;
+            for byte in payload_slots(&mut batch)
+                .iter_mut()
+                .flat_map(|slot| slot.iter_mut())
+            {
+                *byte = value;
+                value = value.wrapping_add(1);
+            }
+            let mut rest = frames(&mut batch, payload_bytes);
+            let (mut lengths, mut payload) = (vec![], vec![]);
+            while let Some(head) = header(rest).expect("well formed") {
+                let (frame, next) = rest.split_at(HEADER_BYTES + head.payload_bytes);
+                payload.extend(&frame[HEADER_BYTES..]);
+                lengths.push(head.payload_bytes);
+                rest = next;
+            }
+            assert_eq!(lengths, expected);
+            assert!(
+                payload
+                    .iter()
+                    .enumerate()
+                    .all(|(at, byte)| *byte == (at % 256) as u8)
+            );
+        }
+    }
+}

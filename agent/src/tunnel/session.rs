@@ -1,0 +1,301 @@
+//! One TLS session carrying one flow at a time in frames. Many flows mean many sessions, so no flow waits for another.
+//!
+//! A client connects, opens a flow, relays it (`crate::relay`) and may open the next when the server has said DONE. A server
+//! accepts and answers each OPEN with ACCEPT or DENY. The order of frames is `phase`'s; a session on which it is broken is
+//! of no further use. Dropping a session cuts the connection; [`Session::close`] says goodbye first.
+
+use std::{
+    future::{Future, poll_fn},
+    io::{self, IoSlice},
+    net::SocketAddr,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::{Duration, SystemTime},
+};
+
+use tokio::{net::TcpStream, time::timeout};
+
+use super::{
+    TunnelError,
+    frame::{BATCH_FRAMES, Control, DenyReason, Kind, Open},
+    inbox::{Inbox, Received},
+    phase::{Phase, Role},
+    tls::{
+        TlsInfo,
+        stream::{self, Established, TlsStream},
+    },
+};
+use crate::identity::{SpiffeId, certificate::Validity, credentials::Credentials};
+
+/// How long a server keeps an idle session. Longer than a client keeps it in its pool, so that the client closes first and
+/// never opens a flow on a session that is just being closed.
+pub const SERVER_IDLE: Duration = Duration::from_secs(120);
+/// How long a client waits for the answer to OPEN: above the server's own limit for reaching the destination.
+const OPEN_MAX: Duration = Duration::from_secs(30);
+/// How long a server may take to get its answer of a few bytes out.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+
+/// Why no flow was opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The server refused this flow; the session can be used for others.
+    #[error("the destination's agent refused the flow: {0}")]
+    Denied(DenyReason),
+    /// The session was gone before the server answered: a fresh session may be tried.
+    #[error("the session was gone before an answer: {0}")]
+    Stale(#[source] TunnelError),
+    /// The tunnel failed in a way that a fresh session would not mend.
+    #[error(transparent)]
+    Tunnel(TunnelError),
+}
+
+impl OpenError {
+    /// For logs and metric labels; one of a fixed set.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Denied(reason) => reason.label(),
+            Self::Stale(_) => "stale",
+            Self::Tunnel(error) => error.reason(),
+        }
+    }
+}
+
+impl From<TunnelError> for OpenError {
+    fn from(error: TunnelError) -> Self {
+        match error {
+            gone @ (TunnelError::Io(_) | TunnelError::Closed) => Self::Stale(gone),
+            other => Self::Tunnel(other),
+        }
+    }
+}
+
+/// An authenticated session with one peer.
+pub struct Session {
+    tls: TlsStream,
+    inbox: Inbox,
+    role: Role,
+    phase: Phase,
+    peer: SpiffeId,
+    peer_validity: Validity,
+    info: TlsInfo,
+}
+
+impl Session {
+    /// Connects over `tcp` as `own` to a server that must be `expected`. Bounded in time.
+    ///
+    /// # Errors
+    /// [`TunnelError`]. A server that refuses us may show only at the first [`Session::open`]: TLS 1.3 lets a client finish
+    /// before the server has looked at its certificate.
+    pub async fn connect(
+        tcp: TcpStream,
+        own: &Arc<Credentials>,
+        expected: &SpiffeId,
+    ) -> Result<Self, TunnelError> {
+        Ok(Self::new(
+            stream::connect(tcp, own, expected).await?,
+            Role::Client,
+        ))
+    }
+
+    /// Accepts a client of the trust domain of `own` over `tcp`. Bounded in time.
+    ///
+    /// # Errors
+    /// [`TunnelError`].
+    pub async fn accept(tcp: TcpStream, own: &Arc<Credentials>) -> Result<Self, TunnelError> {
+        Ok(Self::new(stream::accept(tcp, own).await?, Role::Server))
+    }
+
+    fn new(established: Established, role: Role) -> Self {
+        Self {
+            tls: established.stream,
+            inbox: Inbox::default(),
+            role,
+            phase: Phase::Idle,
+            peer: established.peer,
+            peer_validity: established.peer_validity,
+            info: established.tls,
+        }
+    }
+
+    /// Who the peer is, by its certificate.
+    #[must_use]
+    pub fn peer(&self) -> &SpiffeId {
+        &self.peer
+    }
+
+    /// When the peer's certificate expires; the session should not be used longer.
+    #[must_use]
+    pub fn peer_not_after(&self) -> SystemTime {
+        self.peer_validity.not_after
+    }
+
+    /// What was negotiated.
+    #[must_use]
+    pub fn tls(&self) -> &TlsInfo {
+        &self.info
+    }
+
+    /// Which side we are.
+    #[must_use]
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// Our address of the connection.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.tls.tcp().local_addr()
+    }
+
+    /// The peer's address of the connection.
+    ///
+    /// # Errors
+    /// What the kernel says, for example that the connection is gone.
+    pub fn peer_addr(&self) -> io::Result<SocketAddr> {
+        self.tls.tcp().peer_addr()
+    }
+
+    /// True when no flow runs, the connection stands and nothing unexpected has arrived. One system call.
+    #[must_use]
+    pub fn is_idle_alive(&self) -> bool {
+        self.phase == Phase::Idle && self.inbox.is_empty() && self.tls.is_quiet()
+    }
+
+    /// Client: opens a flow and waits for the answer, at most `OPEN_MAX`.
+    ///
+    /// # Errors
+    /// [`OpenError`]; after anything but [`OpenError::Denied`] the session is of no further use.
+    pub async fn open(&mut self, open: &Open) -> Result<(), OpenError> {
+        let asked = async {
+            self.send(&Control::Open(*open))?;
+            if let Err(failed) = poll_fn(|cx| self.poll_flush(cx)).await {
+                // What the server said before it closed tells more than that it is closed.
+                return Err(poll_fn(|cx| Poll::Ready(self.tls.last_words(cx)))
+                    .await
+                    .unwrap_or(failed));
+            }
+            poll_fn(|cx| self.poll_received(cx)).await
+        };
+        match bounded("the answer to OPEN", OPEN_MAX, asked).await? {
+            Received::Control(Control::Deny(reason)) => Err(OpenError::Denied(reason)),
+            // Anything else than ACCEPT is out of turn and has been refused.
+            _ => Ok(()),
+        }
+    }
+
+    /// Server: the next flow a client asks for; `None` when the client has closed the session or was idle for `idle`. May be
+    /// cancelled and called again.
+    ///
+    /// # Errors
+    /// [`TunnelError`].
+    pub async fn next(&mut self, idle: Duration) -> Result<Option<Open>, TunnelError> {
+        match timeout(idle, poll_fn(|cx| self.poll_received(cx))).await {
+            Ok(Ok(Received::Control(Control::Open(open)))) => Ok(Some(open)),
+            Err(_) | Ok(Err(TunnelError::Closed)) => Ok(None),
+            Ok(Err(error)) => Err(error),
+            // `phase` lets nothing but OPEN begin; in the middle of a flow there is no next one.
+            Ok(Ok(_)) => Err(TunnelError::Closed),
+        }
+    }
+
+    /// Server: the flow asked for may begin.
+    ///
+    /// # Errors
+    /// [`TunnelError`].
+    pub async fn accept_flow(&mut self) -> Result<(), TunnelError> {
+        self.answer(&Control::Accept).await
+    }
+
+    /// Server: the flow asked for is refused; the session can be used for others.
+    ///
+    /// # Errors
+    /// [`TunnelError`].
+    pub async fn deny(&mut self, reason: DenyReason) -> Result<(), TunnelError> {
+        self.answer(&Control::Deny(reason)).await
+    }
+
+    /// Closes the session properly, without waiting for anything.
+    pub fn close(self) {
+        self.tls.close();
+    }
+
+    async fn answer(&mut self, frame: &Control) -> Result<(), TunnelError> {
+        self.send(frame)?;
+        bounded(
+            "sending the answer",
+            ANSWER_MAX,
+            poll_fn(|cx| self.poll_flush(cx)),
+        )
+        .await
+    }
+
+    /// Queues a frame; [`Session::poll_flush`] sends it.
+    pub(crate) fn send(&mut self, frame: &Control) -> Result<(), TunnelError> {
+        self.phase = self.phase.after(self.role, frame.kind())?;
+        let mut bytes = Vec::with_capacity(64);
+        frame.encode(&mut bytes);
+        self.tls.queue(&bytes)
+    }
+
+    /// Queues DATA frames made by `frame::frames`.
+    pub(crate) fn send_data(&mut self, frames: &[u8]) -> Result<(), TunnelError> {
+        self.phase = self.phase.after(self.role, Kind::Data)?;
+        self.tls.queue(frames)
+    }
+
+    /// True while queued bytes wait to be sent.
+    pub(crate) fn unsent(&self) -> bool {
+        self.tls.unsent()
+    }
+
+    /// Sends what is queued.
+    pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), TunnelError>> {
+        self.tls.poll_flush(cx)
+    }
+
+    /// The next frame. For DATA, take the payload before the next call.
+    pub(crate) fn poll_received(&mut self, cx: &mut Context<'_>) -> Poll<Result<Received, TunnelError>> {
+        loop {
+            if let Some(received) = self.inbox.next()? {
+                let kind = match &received {
+                    Received::Control(frame) => frame.kind(),
+                    Received::Data => Kind::Data,
+                };
+                self.phase = self.phase.after(self.role.peer(), kind)?;
+                return Poll::Ready(Ok(received));
+            }
+            let read = self.tls.poll_read(cx, self.inbox.room());
+            self.inbox.filled(if let Poll::Ready(Ok(read_bytes)) = read {
+                read_bytes
+            } else {
+                0
+            });
+            if ready!(read)? == 0 {
+                return Poll::Ready(Err(TunnelError::Closed));
+            }
+        }
+    }
+
+    /// Received payload that is not consumed: points `slices` at it, returns how many are used.
+    pub(crate) fn payloads<'a>(&'a self, slices: &mut [IoSlice<'a>; BATCH_FRAMES]) -> usize {
+        self.inbox.payloads(slices)
+    }
+
+    /// `written_bytes` of the payload are passed on.
+    pub(crate) fn consume(&mut self, written_bytes: usize) {
+        self.inbox.consume(written_bytes);
+    }
+}
+
+async fn bounded<T>(
+    what: &'static str,
+    limit: Duration,
+    work: impl Future<Output = Result<T, TunnelError>>,
+) -> Result<T, TunnelError> {
+    timeout(limit, work)
+        .await
+        .unwrap_or(Err(TunnelError::Timeout { what, limit }))
+}

@@ -1,0 +1,218 @@
+//! YAML text to a tree of nodes that remember their lines.
+//!
+//! Built from the parser's events, not from a ready-made document: repeated keys stay visible, and depth and
+//! number of nodes are checked before memory is taken. Aliases are refused: a few of them expand without
+//! bound ("billion laughs"), and a reader of a policy sees better what is written out.
+
+use std::borrow::Cow;
+
+use saphyr_parser::{Event, Parser, ScalarStyle, Tag};
+
+use super::Collector;
+
+/// Deepest nesting. Kubernetes objects with their `managedFields` stay below 20.
+const DEPTH_MAX: usize = 64;
+/// Most nodes of a file (about 60 MB of memory); 10,000 workloads with labels need 250,000.
+const NODES_MAX: usize = 1_000_000;
+
+pub(super) struct Node<'t> {
+    /// Counted from 1.
+    pub(super) line: usize,
+    pub(super) content: Content<'t>,
+}
+
+pub(super) enum Content<'t> {
+    Scalar {
+        text: Cow<'t, str>,
+        quoted: bool,
+    },
+    List(Vec<Node<'t>>),
+    Map(Vec<Pair<'t>>),
+    /// A mistake was recorded for it; decoding says nothing more about it.
+    Refused,
+}
+
+/// One `key: value` of a mapping.
+pub(super) struct Pair<'t> {
+    pub(super) key: Cow<'t, str>,
+    pub(super) line: usize,
+    pub(super) value: Node<'t>,
+}
+
+/// The documents of a file, at least one. `None` when the text is no YAML or beyond the bounds (recorded).
+pub(super) fn parse<'t>(text: &'t str, mistakes: &Collector) -> Option<Vec<Node<'t>>> {
+    let mut builder = Builder {
+        documents: Vec::new(),
+        open: Vec::new(),
+        nodes: 0,
+        mistakes,
+    };
+    for event in Parser::new_from_str(text) {
+        let (event, span) = event
+            .map_err(|error| {
+                mistakes.add(
+                    error.marker().line(),
+                    "",
+                    format_args!("no YAML: {}", error.info()),
+                )
+            })
+            .ok()?;
+        let line = span.start.line();
+        if builder.open.len() > DEPTH_MAX {
+            mistakes.add(
+                line,
+                "",
+                format_args!("nested more than {DEPTH_MAX} levels deep: flatten the file"),
+            );
+            return None;
+        }
+        if builder.nodes > NODES_MAX {
+            mistakes.add(
+                line,
+                "",
+                format_args!("more than {NODES_MAX} values in one file: make the file smaller"),
+            );
+            return None;
+        }
+        builder.take(event, line);
+    }
+    if builder.documents.is_empty() {
+        builder.documents.push(empty(1));
+    }
+    Some(builder.documents)
+}
+
+fn empty<'t>(line: usize) -> Node<'t> {
+    Node {
+        line,
+        content: Content::Scalar {
+            text: Cow::Borrowed(""),
+            quoted: false,
+        },
+    }
+}
+
+struct Builder<'t, 'm> {
+    documents: Vec<Node<'t>>,
+    open: Vec<Open<'t>>,
+    nodes: usize,
+    mistakes: &'m Collector,
+}
+
+/// A collection whose end has not been seen.
+struct Open<'t> {
+    line: usize,
+    tagged: bool,
+    items: Items<'t>,
+}
+
+enum Items<'t> {
+    List(Vec<Node<'t>>),
+    Map(Vec<Pair<'t>>, Next<'t>),
+}
+
+/// What the next node of a mapping is.
+enum Next<'t> {
+    Key,
+    Value {
+        key: Cow<'t, str>,
+        line: usize,
+    },
+    /// The value of a key that was refused.
+    Dropped,
+}
+
+impl<'t> Builder<'t, '_> {
+    fn take(&mut self, event: Event<'t>, line: usize) {
+        match event {
+            Event::Scalar(text, style, _, tag) => {
+                let quoted = style != ScalarStyle::Plain;
+                let tagged = self.tagged(tag.as_deref(), line);
+                self.place(line, tagged, Content::Scalar { text, quoted });
+            }
+            Event::SequenceStart(_, tag) => self.begin(line, tag.as_deref(), Items::List(Vec::new())),
+            Event::MappingStart(_, tag) => {
+                self.begin(line, tag.as_deref(), Items::Map(Vec::new(), Next::Key))
+            }
+            Event::SequenceEnd | Event::MappingEnd => self.end(),
+            Event::Alias(_) => {
+                self.mistakes.add(
+                    line,
+                    "",
+                    "aliases (`*name`) are not supported: write the value out",
+                );
+                self.place(line, true, Content::Refused);
+            }
+            Event::DocumentStart(_)
+            | Event::DocumentEnd
+            | Event::StreamStart
+            | Event::StreamEnd
+            | Event::Nothing => {}
+        }
+    }
+
+    fn begin(&mut self, line: usize, tag: Option<&Tag>, items: Items<'t>) {
+        let tagged = self.tagged(tag, line);
+        self.open.push(Open { line, tagged, items });
+    }
+
+    fn end(&mut self) {
+        // The parser pairs starts and ends; an end without a start would have been its error.
+        let Some(Open { line, tagged, items }) = self.open.pop() else {
+            return;
+        };
+        let content = match items {
+            Items::List(nodes) => Content::List(nodes),
+            Items::Map(pairs, _) => Content::Map(pairs),
+        };
+        self.place(line, tagged, content);
+    }
+
+    /// Puts a finished node where it belongs.
+    fn place(&mut self, line: usize, refused: bool, content: Content<'t>) {
+        self.nodes += 1;
+        let node = Node {
+            line,
+            content: if refused { Content::Refused } else { content },
+        };
+        match self.open.last_mut().map(|open| &mut open.items) {
+            None => self.documents.push(node),
+            Some(Items::List(nodes)) => nodes.push(node),
+            Some(Items::Map(pairs, next)) => {
+                *next = match (std::mem::replace(next, Next::Key), node.content) {
+                    (Next::Key, Content::Scalar { text: key, .. }) => Next::Value { key, line },
+                    (Next::Key, content) => {
+                        if !matches!(content, Content::Refused) {
+                            self.mistakes.add(
+                                line,
+                                "",
+                                "the name of a field is a list or mapping: write plain text",
+                            );
+                        }
+                        Next::Dropped
+                    }
+                    (Next::Value { key, line: key_line }, content) => {
+                        pairs.push(Pair {
+                            key,
+                            line: key_line,
+                            value: Node { line, content },
+                        });
+                        Next::Key
+                    }
+                    (Next::Dropped, _) => Next::Key,
+                };
+            }
+        }
+    }
+
+    fn tagged(&self, tag: Option<&Tag>, line: usize) -> bool {
+        if let Some(tag) = tag {
+            self.mistakes.add(
+                line,
+                "",
+                format_args!("tag {tag} is not supported: remove it, quote text instead"),
+            );
+        }
+        tag.is_some()
+    }
+}

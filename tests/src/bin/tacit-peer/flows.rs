@@ -1,0 +1,60 @@
+//! Many connections at once: all are open, and each was echoed, before the first one closes.
+
+use crate::{
+    PATIENCE, STACK, connect,
+    event::{Teller, kind},
+};
+use anyhow::{Result, anyhow};
+use serde_json::json;
+use std::{
+    collections::BTreeMap,
+    io::{self, Read, Write},
+    net::{SocketAddr, TcpStream},
+    sync::{Arc, Barrier},
+    thread,
+};
+
+/// Opens `count` connections to an echo server and tells `flows` {echoed, failures}: how many were right both when
+/// they had opened and when all were open, and the errors of the others by how often they came.
+pub(crate) fn run(to: SocketAddr, count: usize) -> Result<()> {
+    let all_open = Arc::new(Barrier::new(count));
+    let start = |number| {
+        let all_open = Arc::clone(&all_open);
+        thread::Builder::new()
+            .stack_size(STACK)
+            .spawn(move || one(to, number, &all_open))
+    };
+    let threads: Vec<_> = (0..count).map(start).collect::<io::Result<_>>()?;
+    let (mut echoed, mut failures) = (0, BTreeMap::<String, u64>::new());
+    for thread in threads {
+        match thread.join().map_err(|_| anyhow!("a thread panicked"))? {
+            Ok(()) => echoed += 1,
+            Err(error) => *failures.entry(kind(&error)).or_default() += 1,
+        }
+    }
+    Teller::new(0).tell("flows", json!({ "echoed": echoed, "failures": failures }));
+    Ok(())
+}
+
+fn one(to: SocketAddr, number: usize, all_open: &Barrier) -> io::Result<()> {
+    let opened = connect(to, None).and_then(|stream| {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        echo(&stream, &format!("first words of flow {number}"))?;
+        Ok(stream)
+    });
+    // Also one that failed comes here: the others wait for it.
+    all_open.wait();
+    let stream = opened?;
+    echo(&stream, &format!("last words of flow {number}"))
+}
+
+fn echo(mut stream: &TcpStream, text: &str) -> io::Result<()> {
+    stream.write_all(text.as_bytes())?;
+    let mut answer = vec![0; text.len()];
+    stream.read_exact(&mut answer)?;
+    if answer == text.as_bytes() {
+        Ok(())
+    } else {
+        Err(io::Error::new(io::ErrorKind::InvalidData, "another answer"))
+    }
+}

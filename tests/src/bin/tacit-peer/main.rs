@@ -1,0 +1,129 @@
+//! The program that the tests run inside pods, on one side or both of a connection.
+//!
+//! ```text
+//! tacit-peer serve ADDRESS STEP...              every connection goes through the steps, until the process is killed
+//! tacit-peer connect ADDRESS [--from IP] STEP...   one connection goes through the steps
+//! tacit-peer flows ADDRESS COUNT                COUNT connections at once, each echoed, all open before any closes
+//! ```
+//!
+//! What happens is told on stdout, one JSON object a line; the test that started the program draws the conclusions.
+//! It uses plain blocking sockets, as an ordinary application does, and knows nothing of Tacit. `steps` lists the steps.
+
+#![forbid(unsafe_code)]
+
+mod bulk;
+mod event;
+mod flows;
+mod steps;
+
+use anyhow::{Context, Result, bail};
+use event::{Teller, kind};
+use serde_json::json;
+use socket2::{Domain, SockRef, Socket, Type};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    thread,
+    time::Duration,
+};
+use steps::Step;
+
+/// Longest wait of one socket call: above what a loaded machine needs, below what hides a hang.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn.
+const BACKLOG: i32 = 4096;
+/// Threads here do little: small stacks let thousands of them run, in bytes.
+const STACK: usize = 256 << 10;
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match args.as_slice() {
+        ["serve", address, steps @ ..] => serve(address.parse().context("ADDRESS")?, &parse(steps)?),
+        ["connect", address, "--from", from, steps @ ..] => client(
+            address.parse().context("ADDRESS")?,
+            Some(from.parse().context("IP")?),
+            &parse(steps)?,
+        ),
+        ["connect", address, steps @ ..] => client(address.parse().context("ADDRESS")?, None, &parse(steps)?),
+        ["flows", address, count] => flows::run(
+            address.parse().context("ADDRESS")?,
+            count.parse().context("COUNT")?,
+        ),
+        _ => bail!("usage: tacit-peer serve|connect|flows ADDRESS ..."),
+    }
+}
+
+fn parse(steps: &[&str]) -> Result<Vec<Step>> {
+    steps.iter().map(|step| Step::parse(step)).collect()
+}
+
+fn serve(address: SocketAddr, steps: &[Step]) -> Result<()> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket
+        .bind(&address.into())
+        .with_context(|| format!("bind {address}"))?;
+    socket.listen(BACKLOG)?;
+    let listener = TcpListener::from(socket);
+    Teller::new(0).tell("listening", json!({ "address": listener.local_addr()? }));
+    for connection in 1.. {
+        let (stream, from) = listener.accept().context("accept")?;
+        let steps = steps.to_vec();
+        thread::Builder::new().stack_size(STACK).spawn(move || {
+            let teller = Teller::new(connection);
+            teller.tell(
+                "accepted",
+                json!({ "accept": from, "peer": stream.peer_addr().ok(), "local": stream.local_addr().ok() }),
+            );
+            converse(stream, &steps, &teller);
+        })?;
+    }
+    Ok(())
+}
+
+fn client(to: SocketAddr, from: Option<IpAddr>, steps: &[Step]) -> Result<()> {
+    let teller = Teller::new(1);
+    match connect(to, from) {
+        Ok(stream) => {
+            teller.tell(
+                "connected",
+                json!({ "peer": stream.peer_addr().ok(), "local": stream.local_addr().ok() }),
+            );
+            converse(stream, steps, &teller);
+        }
+        Err(error) => teller.tell("failed", json!({ "step": "connect", "error": kind(&error) })),
+    }
+    Ok(())
+}
+
+/// Connects as an application does: a blocking `connect`, from a chosen address when one is given.
+fn connect(to: SocketAddr, from: Option<IpAddr>) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+    socket.set_write_timeout(Some(PATIENCE))?;
+    if let Some(from) = from {
+        socket.bind(&SocketAddr::new(from, 0).into())?;
+    }
+    socket.connect(&to.into())?;
+    Ok(socket.into())
+}
+
+fn converse(stream: TcpStream, steps: &[Step], teller: &Teller) {
+    let socket = SockRef::from(&stream);
+    let patient = socket
+        .set_read_timeout(Some(PATIENCE))
+        .and_then(|()| socket.set_write_timeout(Some(PATIENCE)));
+    let result = patient.map_err(|error| ("timeouts".to_owned(), error));
+    let result = result.and_then(|()| {
+        steps.iter().try_for_each(|step| {
+            step.run(&stream, teller)
+                .map_err(|error| (step.to_string(), error))
+        })
+    });
+    if let Err((step, error)) = result {
+        teller.tell("failed", json!({ "step": step, "error": kind(&error) }));
+    }
+    // The connection closes before this is told: who waits for it may count on that.
+    drop(stream);
+    teller.tell("closed", json!({}));
+}

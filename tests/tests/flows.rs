@@ -1,0 +1,266 @@
+//! What an application sees of a connection: with Tacit the same as without.
+
+use anyhow::{Result, ensure};
+use serde_json::Value;
+use std::net::{IpAddr, SocketAddr};
+use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, with_and_without_tacit};
+use tacit_topology::Pod;
+
+with_and_without_tacit!(plan:
+    ipv4_reaches_the_other_node,
+    ipv6_reaches_the_other_node,
+    an_ipv6_socket_reaches_a_mapped_ipv4_address,
+    a_mapped_client_reaches_an_ipv6_listener,
+    a_pod_of_the_same_node_is_reached,
+    a_pod_reaches_itself,
+    a_server_may_speak_first,
+    the_client_may_end_its_direction_first,
+    the_server_may_end_its_direction_first,
+    a_hundred_mebibytes_each_way_arrive_as_sent,
+    two_thousand_flows_are_open_at_once,
+    a_refused_port_looks_refused_or_reset,
+    a_reset_of_the_server_reaches_the_client,
+    a_reset_of_the_client_reaches_the_server,
+    a_client_may_bind_its_address_first,
+    many_flows_one_after_the_other,
+);
+
+fn plan() -> Plan {
+    Plan::new("flows")
+        .pod("a", "shop", "client")
+        .pod("a", "shop", "near")
+        .pod("b", "shop", "far")
+}
+
+fn ipv4_reaches_the_other_node(mesh: &Mesh) -> Result<()> {
+    let far = mesh.pod("far")?;
+    echo(mesh, far, far.ipv4().into(), |address| address)
+}
+
+fn ipv6_reaches_the_other_node(mesh: &Mesh) -> Result<()> {
+    let far = mesh.pod("far")?;
+    echo(mesh, far, far.ipv6().into(), |address| address)
+}
+
+fn an_ipv6_socket_reaches_a_mapped_ipv4_address(mesh: &Mesh) -> Result<()> {
+    let far = mesh.pod("far")?;
+    echo(mesh, far, far.ipv4().into(), mapped)
+}
+
+fn a_mapped_client_reaches_an_ipv6_listener(mesh: &Mesh) -> Result<()> {
+    let far = mesh.pod("far")?;
+    let any = SocketAddr::new(IpAddr::from([0_u16; 8]), fresh_port());
+    let _server = Server::start(far, any, &["echo"])?;
+    for address in [IpAddr::V4(far.ipv4()), IpAddr::V6(far.ipv6())] {
+        Client::echo(
+            mesh.pod("client")?,
+            SocketAddr::new(address, any.port()),
+            "to any address",
+        )?;
+    }
+    Client::echo(
+        mesh.pod("client")?,
+        mapped(SocketAddr::new(far.ipv4().into(), any.port())),
+        "mapped on both sides",
+    )
+}
+
+fn a_pod_of_the_same_node_is_reached(mesh: &Mesh) -> Result<()> {
+    let near = mesh.pod("near")?;
+    echo(mesh, near, near.ipv4().into(), |address| address)?;
+    echo(mesh, near, near.ipv6().into(), |address| address)?;
+    echo(mesh, near, near.ipv4().into(), mapped)
+}
+
+fn a_pod_reaches_itself(mesh: &Mesh) -> Result<()> {
+    let client = mesh.pod("client")?;
+    for address in [
+        client.ipv4().into(),
+        client.ipv6().into(),
+        IpAddr::from([127, 0, 0, 1]),
+    ] {
+        echo(mesh, client, address, |address| address)?;
+    }
+    Ok(())
+}
+
+fn a_server_may_speak_first(mesh: &Mesh) -> Result<()> {
+    let server = serve(mesh, &["send:220 ready", "line", "send:bye"])?;
+    let told = Client::run(
+        mesh.pod("client")?,
+        server.address(),
+        &["line", "send:hello", "read-end"],
+    )?;
+    assert_eq!(event(&told, "line")?["text"], "220 ready");
+    assert_eq!(event(&told, "end")?["text"], "bye\n");
+    assert_eq!(server.events().first("line")?["text"], "hello");
+    Ok(())
+}
+
+fn the_client_may_end_its_direction_first(mesh: &Mesh) -> Result<()> {
+    let server = serve(mesh, &["read-end", "send:after your end"])?;
+    let told = Client::run(
+        mesh.pod("client")?,
+        server.address(),
+        &["send:all I say", "shut", "read-end"],
+    )?;
+    let end = server.events().first("end")?;
+    assert_eq!(
+        (&end["text"], &end["end"]),
+        (&Value::from("all I say\n"), &Value::from("eof"))
+    );
+    let end = event(&told, "end")?;
+    assert_eq!(
+        (&end["text"], &end["end"]),
+        (&Value::from("after your end\n"), &Value::from("eof"))
+    );
+    Ok(())
+}
+
+fn the_server_may_end_its_direction_first(mesh: &Mesh) -> Result<()> {
+    let server = serve(mesh, &["send:all I say", "shut", "read-end"])?;
+    let told = Client::run(
+        mesh.pod("client")?,
+        server.address(),
+        &["read-end", "send:after your end"],
+    )?;
+    let end = event(&told, "end")?;
+    assert_eq!(
+        (&end["text"], &end["end"]),
+        (&Value::from("all I say\n"), &Value::from("eof"))
+    );
+    let end = server.events().first("end")?;
+    assert_eq!(
+        (&end["text"], &end["end"]),
+        (&Value::from("after your end\n"), &Value::from("eof"))
+    );
+    Ok(())
+}
+
+fn a_hundred_mebibytes_each_way_arrive_as_sent(mesh: &Mesh) -> Result<()> {
+    const BYTES: u64 = 100 << 20;
+    let server = serve(mesh, &[&format!("bulk:{BYTES}:1:2")])?;
+    let told = Client::run(
+        mesh.pod("client")?,
+        server.address(),
+        &[&format!("bulk:{BYTES}:2:1")],
+    )?;
+    for side in [server.events().first("bulk")?, event(&told, "bulk")?.clone()] {
+        assert_eq!(side["received"], BYTES);
+        assert_eq!(side["as_sent"], true);
+    }
+    Ok(())
+}
+
+fn two_thousand_flows_are_open_at_once(mesh: &Mesh) -> Result<()> {
+    let server = serve(mesh, &["echo"])?;
+    let address = server.address().to_string();
+    let told = Client::with_args(mesh.pod("client")?, &["flows", &address, "2000"])?.finish()?;
+    assert_eq!(event(&told, "flows")?["echoed"], 2000, "{told:?}");
+    assert_eq!(server.accepted(), 2000);
+    Ok(())
+}
+
+fn a_refused_port_looks_refused_or_reset(mesh: &Mesh) -> Result<()> {
+    let far = mesh.pod("far")?;
+    for address in [
+        IpAddr::V4(far.ipv4()),
+        IpAddr::V6(far.ipv6()),
+        mesh.pod("near")?.ipv4().into(),
+    ] {
+        let told = Client::run(
+            mesh.pod("client")?,
+            SocketAddr::new(address, fresh_port()),
+            &["read-end"],
+        )?;
+        let refused = told
+            .iter()
+            .any(|told| told["step"] == "connect" && told["error"] == "ConnectionRefused");
+        let reset = told
+            .iter()
+            .any(|told| told["end"] == "ConnectionReset" && told["bytes"] == 0);
+        // Without Tacit it is refused; with Tacit the agent may have answered before the destination did.
+        ensure!(
+            if mesh.has_tacit() {
+                refused || reset
+            } else {
+                refused
+            },
+            "port of {address}: {told:?}"
+        );
+    }
+    Ok(())
+}
+
+fn a_reset_of_the_server_reaches_the_client(mesh: &Mesh) -> Result<()> {
+    let server = serve(mesh, &["send:before", "line", "reset"])?;
+    let told = Client::run(
+        mesh.pod("client")?,
+        server.address(),
+        &["line", "send:now", "read-end"],
+    )?;
+    assert_eq!(event(&told, "line")?["text"], "before");
+    assert_eq!(event(&told, "end")?["end"], "ConnectionReset");
+    Ok(())
+}
+
+fn a_reset_of_the_client_reaches_the_server(mesh: &Mesh) -> Result<()> {
+    let server = serve(mesh, &["line", "send:go", "read-end"])?;
+    Client::run(
+        mesh.pod("client")?,
+        server.address(),
+        &["send:before", "line", "reset"],
+    )?;
+    assert_eq!(server.events().first("line")?["text"], "before");
+    assert_eq!(server.events().first("end")?["end"], "ConnectionReset");
+    Ok(())
+}
+
+fn a_client_may_bind_its_address_first(mesh: &Mesh) -> Result<()> {
+    let server = serve(mesh, &["echo"])?;
+    let client = mesh.pod("client")?;
+    let (to, from) = (server.address().to_string(), client.ipv4().to_string());
+    let steps = ["connect", &to, "--from", &from, "send:bound", "shut", "read-end"];
+    let told = Client::with_args(client, &steps)?.finish()?;
+    assert_eq!(event(&told, "end")?["text"], "bound\n");
+    let seen: SocketAddr = server.events().first("accepted")?["accept"]
+        .as_str()
+        .unwrap_or_default()
+        .parse()?;
+    assert_eq!(seen.ip(), client.ipv4());
+    Ok(())
+}
+
+/// Sessions that ended cleanly serve again; none of that may show.
+fn many_flows_one_after_the_other(mesh: &Mesh) -> Result<()> {
+    let server = serve(mesh, &["echo"])?;
+    for number in 0..50 {
+        Client::echo(mesh.pod("client")?, server.address(), &format!("flow {number}"))?;
+    }
+    assert_eq!(server.accepted(), 50);
+    Ok(())
+}
+
+fn echo(mesh: &Mesh, pod: &Pod, address: IpAddr, reach: fn(SocketAddr) -> SocketAddr) -> Result<()> {
+    let server = Server::start(pod, SocketAddr::new(address, fresh_port()), &["echo"])?;
+    Client::echo(mesh.pod("client")?, reach(server.address()), "an echo, please")?;
+    assert_eq!(server.accepted(), 1);
+    Ok(())
+}
+
+fn serve(mesh: &Mesh, steps: &[&str]) -> Result<Server> {
+    let far = mesh.pod("far")?;
+    Server::start(far, SocketAddr::new(far.ipv4().into(), fresh_port()), steps)
+}
+
+fn mapped(address: SocketAddr) -> SocketAddr {
+    match address.ip() {
+        IpAddr::V4(v4) => SocketAddr::new(v4.to_ipv6_mapped().into(), address.port()),
+        IpAddr::V6(_) => address,
+    }
+}
+
+fn event<'a>(told: &'a [Value], name: &str) -> Result<&'a Value> {
+    let found = told.iter().find(|event| event["event"] == name);
+    found.ok_or_else(|| anyhow::anyhow!("no {name:?} among {told:?}"))
+}

@@ -1,0 +1,199 @@
+//! The files an agent reads: `tacit.yaml`, `directory.yaml` and `policy.yaml`, one set for each node.
+//!
+//! Each node has its own directory and policy, so that a test can tell one node something wrong. The issuer's
+//! directory is shared: one root for the mesh.
+
+use crate::{
+    pod::Pod,
+    topology::{Node, Topology},
+};
+use anyhow::{Context, Result};
+use std::{
+    fmt::Write,
+    fs,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+/// How a workload of the directory is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tunnel {
+    /// Through the tunnel.
+    Tacit,
+    /// In clear.
+    None,
+}
+
+/// One workload of `directory.yaml`.
+#[derive(Debug, Clone)]
+pub struct WorkloadEntry {
+    /// Pod name.
+    pub name: String,
+    /// Kubernetes namespace.
+    pub namespace: String,
+    /// Service account.
+    pub service_account: String,
+    /// Addresses, at most one of each family.
+    pub addresses: Vec<IpAddr>,
+    /// Node it runs on.
+    pub node: String,
+    /// Labels, for policy selectors.
+    pub labels: Vec<(String, String)>,
+    /// How it is reached.
+    pub tunnel: Tunnel,
+}
+
+impl WorkloadEntry {
+    /// The truth about a pod: service account and label `app` are its name.
+    #[must_use]
+    pub fn of(pod: &Pod) -> Self {
+        Self {
+            name: pod.name().to_owned(),
+            namespace: pod.namespace().to_owned(),
+            service_account: pod.name().to_owned(),
+            addresses: vec![pod.ipv4().into(), pod.ipv6().into()],
+            node: pod.node().to_owned(),
+            labels: vec![("app".to_owned(), pod.name().to_owned())],
+            tunnel: Tunnel::Tacit,
+        }
+    }
+
+    fn write(&self, out: &mut String) {
+        let addresses: Vec<_> = self
+            .addresses
+            .iter()
+            .map(|address| format!("\"{address}\""))
+            .collect();
+        let labels: Vec<_> = self
+            .labels
+            .iter()
+            .map(|(key, value)| format!("\"{key}\": \"{value}\""))
+            .collect();
+        let tunnel = match self.tunnel {
+            Tunnel::Tacit => "tacit",
+            Tunnel::None => "none",
+        };
+        let _ = writeln!(out, "  - name: \"{}\"", self.name);
+        let _ = writeln!(out, "    namespace: \"{}\"", self.namespace);
+        let _ = writeln!(out, "    serviceAccount: \"{}\"", self.service_account);
+        let _ = writeln!(out, "    addresses: [{}]", addresses.join(", "));
+        let _ = writeln!(out, "    node: \"{}\"", self.node);
+        let _ = writeln!(out, "    labels: {{{}}}", labels.join(", "));
+        let _ = writeln!(out, "    tunnel: {tunnel}");
+    }
+}
+
+/// The three files of one node.
+#[derive(Debug, Clone)]
+pub struct MeshFiles {
+    folder: PathBuf,
+    issuer: PathBuf,
+    pin_path: PathBuf,
+}
+
+impl MeshFiles {
+    /// Trust domain of every topology.
+    pub const TRUST_DOMAIN: &str = "cluster.local";
+    /// Where an agent answers metrics and readiness, in its node's namespace.
+    pub const METRICS: &str = "127.0.0.1:15020";
+
+    /// Writes the three files of `node`. `extra` are further lines of `tacit.yaml` (top-level fields).
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn write(
+        topology: &Topology,
+        node: &Node,
+        workloads: &[WorkloadEntry],
+        policy: &str,
+        extra: &str,
+    ) -> Result<Self> {
+        let files = Self {
+            folder: node.files()?,
+            issuer: topology.files().join("issuer"),
+            pin_path: node.pin_path(),
+        };
+        files.set_directory(workloads)?;
+        files.set_policy(policy)?;
+        let text = format!(
+            "trustDomain: {domain}\nnode: {name}\npodsCgroup: {pods}\nmeshRanges: [10.77.0.0/16, \"fd77::/16\"]\n\
+             directory: {{file: directory.yaml}}\npolicy: {{file: policy.yaml}}\n\
+             issuer: {{embedded: {{directory: {issuer}}}}}\npinPath: {pins}\nsocket: {socket}\n\
+             metrics: {metrics}\n{extra}",
+            domain = Self::TRUST_DOMAIN,
+            name = node.name(),
+            pods = node.pods_cgroup().display(),
+            issuer = files.issuer.display(),
+            pins = files.pin_path.display(),
+            socket = files.socket().display(),
+            metrics = Self::METRICS,
+        );
+        fs::write(files.config(), text).with_context(|| format!("write {}", files.config().display()))?;
+        Ok(files)
+    }
+
+    /// Replaces the directory.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn set_directory(&self, workloads: &[WorkloadEntry]) -> Result<()> {
+        let mut text = String::from(if workloads.is_empty() {
+            "workloads: []\n"
+        } else {
+            "workloads:\n"
+        });
+        workloads.iter().for_each(|workload| workload.write(&mut text));
+        self.set_directory_text(&text)
+    }
+
+    /// Replaces the directory by this text, right or wrong.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn set_directory_text(&self, text: &str) -> Result<()> {
+        replace(&self.folder.join("directory.yaml"), text)
+    }
+
+    /// Replaces the policy by this text, right or wrong.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn set_policy(&self, text: &str) -> Result<()> {
+        replace(&self.folder.join("policy.yaml"), text)
+    }
+
+    /// `tacit.yaml`.
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        self.folder.join("tacit.yaml")
+    }
+
+    /// The operator's socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.folder.join("agent.sock")
+    }
+
+    /// Where the node's agent pins its programs.
+    #[must_use]
+    pub fn pin_path(&self) -> &Path {
+        &self.pin_path
+    }
+
+    /// Directory of the issuer's `root-key.pem` and `root-cert.pem`, shared by the nodes.
+    #[must_use]
+    pub fn issuer(&self) -> &Path {
+        &self.issuer
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+}
+
+/// Replaces a watched file in one step: its reader sees the old or the new text, never a part.
+fn replace(path: &Path, text: &str) -> Result<()> {
+    let fresh = path.with_extension("new");
+    fs::write(&fresh, text).with_context(|| format!("write {}", fresh.display()))?;
+    fs::rename(&fresh, path).with_context(|| format!("replace {}", path.display()))
+}

@@ -1,0 +1,44 @@
+//! rustfmt and clippy over the whole workspace, each with the compiler that a crate is built with.
+
+use anyhow::{Context as _, Result};
+
+use crate::{command, ebpf, workspace::Workspace};
+
+/// Whether files are rewritten or only looked at.
+#[derive(Clone, Copy)]
+pub(crate) enum Format {
+    Write,
+    Check,
+}
+
+/// Formats all crates, the kernel side included.
+pub(crate) fn format(workspace: &Workspace, how: Format) -> Result<()> {
+    let mut cargo = workspace.cargo("fmt");
+    cargo.arg("--all");
+    if matches!(how, Format::Check) {
+        cargo.arg("--check");
+    }
+    command::run(&mut cargo)
+        .context("`cargo xtask fmt` formats; without rustfmt: rustup component add rustfmt")
+}
+
+/// Lints both sides; warnings are errors.
+pub(crate) fn clippy(workspace: &Workspace) -> Result<()> {
+    host(workspace)?;
+    ebpf::clippy(workspace)
+}
+
+/// Lints everything that runs in user space, tests included.
+pub(crate) fn host(workspace: &Workspace) -> Result<()> {
+    let mut cargo = workspace.cargo("clippy");
+    cargo
+        .args([
+            "--workspace",
+            "--exclude",
+            ebpf::PACKAGE,
+            "--all-targets",
+            "--target-dir",
+        ])
+        .arg(workspace.target());
+    command::run(cargo.args(["--", "-Dwarnings"])).context("without clippy: rustup component add clippy")
+}

@@ -1,0 +1,108 @@
+//! `cargo xtask <command>`: everything that is done with this repository, as code.
+//!
+//! Promises: each command fetches what it lacks through `setup`, says what it does while it does it, and fails with
+//! a message that names the next action. Whatever needs root is announced before it runs (`privilege`).
+#![forbid(unsafe_code)]
+
+mod command;
+mod demo;
+mod ebpf;
+mod lint;
+mod privilege;
+mod progress;
+mod setup;
+mod test;
+mod tidy;
+mod workspace;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{CommandFactory as _, Parser, Subcommand};
+
+use crate::{
+    progress::{Progress, Style, Tone},
+    workspace::Workspace,
+};
+
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    about = "Build, check and show Tacit"
+)]
+struct Args {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what building, testing and the demo need (a no-op when all is there)
+    Setup,
+    /// Build the kernel side into target/ebpf/tacit-ebpf.o
+    BuildEbpf {
+        /// Lint it instead of building it
+        #[arg(long)]
+        clippy: bool,
+    },
+    /// Build the kernel side, then the agent in release mode
+    Build,
+    /// Format everything
+    Fmt {
+        /// Only say whether something is not formatted
+        #[arg(long)]
+        check: bool,
+    },
+    /// Lint everything; warnings are errors
+    Clippy,
+    /// Check the rules of the repository
+    Tidy,
+    /// Run every check and every test
+    Test(test::Options),
+    /// Show two pods talking through Tacit, and what the wire carried
+    Demo(demo::Options),
+}
+
+fn main() -> ExitCode {
+    match run(Args::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The chain without a backtrace: what failed is another program or a file, not this code.
+            eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<()> {
+    let workspace = Workspace::find()?;
+    match task {
+        Task::Setup => setup::run(&workspace),
+        Task::BuildEbpf { clippy: false } => ebpf::build(&workspace).map(|_| ()),
+        Task::BuildEbpf { clippy: true } => ebpf::clippy(&workspace),
+        Task::Build => build(&workspace),
+        Task::Fmt { check: false } => lint::format(&workspace, lint::Format::Write),
+        Task::Fmt { check: true } => lint::format(&workspace, lint::Format::Check),
+        Task::Clippy => lint::clippy(&workspace),
+        Task::Tidy => tidy::run(&workspace, &commands()),
+        Task::Test(options) => test::run(&workspace, &options, &commands()),
+        Task::Demo(options) => demo::run(&workspace, &options),
+    }
+}
+
+/// The names of all commands, so that documentation can be held to them.
+fn commands() -> Vec<String> {
+    Args::command()
+        .get_subcommands()
+        .map(|command| command.get_name().to_owned())
+        .collect()
+}
+
+fn build(workspace: &Workspace) -> Result<()> {
+    let mut progress = Progress::new(2);
+    progress.step("kernel side", || ebpf::build(workspace))?;
+    progress.step("agent (release)", || workspace.build_agent())?;
+    eprintln!("{}", workspace.agent().display());
+    Ok(())
+}

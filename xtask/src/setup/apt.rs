@@ -1,0 +1,103 @@
+//! apt-get, used sparingly: package lists are fetched once at most, and only after something was not found.
+
+use std::{
+    ffi::OsStr,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    command::{self, find_program, succeeds},
+    privilege::as_root,
+    progress::note,
+};
+
+/// Whether the lists were fetched in this run.
+pub(super) struct Apt {
+    fresh: Freshness,
+}
+
+#[derive(PartialEq, Eq)]
+enum Freshness {
+    Unknown,
+    Updated,
+}
+
+impl Apt {
+    pub(super) fn new() -> Self {
+        Self {
+            fresh: Freshness::Unknown,
+        }
+    }
+
+    /// Whether this system has apt at all.
+    pub(super) fn is_here() -> bool {
+        find_program("apt-get").is_some()
+    }
+
+    /// Whether apt can install the package, after one update when it does not know it.
+    pub(super) fn knows(&mut self, package: &str) -> Result<bool> {
+        let known = || succeeds(Command::new("apt-cache").args(["show", package]));
+        Ok(known() || (self.update()? == Freshness::Updated && known()))
+    }
+
+    /// Installs the packages without recommended ones.
+    pub(super) fn install(&mut self, why: &str, packages: &[&str]) -> Result<()> {
+        note(&format!("installing {} ({why})", packages.join(" ")));
+        let first = Self::get("to install packages", &install_arguments(packages))
+            .and_then(|mut install| command::run(install.stdout(Stdio::null())));
+        if first.is_ok() || self.fresh == Freshness::Updated {
+            return first;
+        }
+        note("that failed; once more with fresh package lists");
+        self.update()?;
+        command::run(&mut Self::get(
+            "to install packages",
+            &install_arguments(packages),
+        )?)
+    }
+
+    /// Downloads a package into `folder` without installing it; needs no root.
+    pub(super) fn download(&mut self, package: &str, folder: &Path) -> Result<()> {
+        let download = || {
+            let mut apt = Command::new("apt-get");
+            // Root's downloads would be handed to a user that cannot write into the cache; apt warns about it.
+            apt.args(["-q", "-o", "APT::Sandbox::User=root", "download", package])
+                .current_dir(folder);
+            command::run(apt.stdout(Stdio::null()).stdin(Stdio::null()))
+        };
+        let first = download();
+        if first.is_ok() || self.fresh == Freshness::Updated {
+            return first;
+        }
+        note("that failed; once more with fresh package lists");
+        self.update()?;
+        download().with_context(|| format!("apt-get cannot download {package}"))
+    }
+
+    fn update(&mut self) -> Result<Freshness> {
+        if self.fresh == Freshness::Updated {
+            return Ok(Freshness::Unknown);
+        }
+        note("fetching package lists");
+        command::run(Self::get("to fetch package lists", &["update", "-q"])?.stdout(Stdio::null()))?;
+        self.fresh = Freshness::Updated;
+        Ok(Freshness::Updated)
+    }
+
+    fn get(why: &str, arguments: &[&str]) -> Result<Command> {
+        let arguments: Vec<&OsStr> = arguments.iter().map(OsStr::new).collect();
+        as_root(
+            why,
+            &[("DEBIAN_FRONTEND".into(), "noninteractive".into())],
+            "apt-get",
+            &arguments,
+        )
+    }
+}
+
+fn install_arguments<'a>(packages: &[&'a str]) -> Vec<&'a str> {
+    [&["install", "-y", "-q", "--no-install-recommends"], packages].concat()
+}

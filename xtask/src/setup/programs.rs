@@ -1,0 +1,67 @@
+//! Programs that tests and the demo run: servers, clients, and the tools that make and watch the network.
+//!
+//! Looked for by name, not by package, so that a system without apt works as well when the programs are there.
+
+use anyhow::{Result, bail};
+
+use super::apt::Apt;
+use crate::command::find_program;
+
+/// A program and the Debian package that has it. None of the packages brings a service.
+const PROGRAMS: [(&str, &str); 11] = [
+    ("apache2", "apache2-bin"),
+    ("mariadbd", "mariadb-server-core"),
+    ("mariadb-install-db", "mariadb-server-core"),
+    ("mariadb", "mariadb-client-core"),
+    ("tcpdump", "tcpdump"),
+    ("curl", "curl"),
+    ("ip", "iproute2"),
+    ("ss", "iproute2"),
+    ("nsenter", "util-linux"),
+    ("sysctl", "procps"),
+    // aws-lc, the cryptography below rustls, is C.
+    ("cc", "gcc libc6-dev"),
+];
+
+/// Installs the packages of programs that are not there.
+pub(super) fn ensure(apt: &mut Apt) -> Result<()> {
+    let packages = missing_packages(|program| find_program(program).is_some());
+    if packages.is_empty() {
+        return Ok(());
+    }
+    if !Apt::is_here() {
+        let programs: Vec<&str> = PROGRAMS.map(|(program, _)| program).to_vec();
+        bail!(
+            "install the programs that are missing of: {}",
+            programs.join(", ")
+        );
+    }
+    apt.install("programs of the tests and the demo", &packages)
+}
+
+fn missing_packages(is_here: impl Fn(&str) -> bool) -> Vec<&'static str> {
+    let absent = PROGRAMS.iter().filter(|(program, _)| !is_here(program));
+    let mut packages: Vec<&str> = absent.flat_map(|(_, packages)| packages.split(' ')).collect();
+    packages.sort_unstable();
+    packages.dedup();
+    packages
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_installed_when_all_programs_are_there() {
+        assert!(missing_packages(|_| true).is_empty());
+    }
+
+    #[test]
+    fn a_package_is_named_once_however_many_programs_it_has() {
+        let gone = ["mariadbd", "mariadb-install-db", "cc"];
+        assert_eq!(
+            missing_packages(|program| !gone.contains(&program)),
+            ["gcc", "libc6-dev", "mariadb-server-core"]
+        );
+    }
+}

@@ -1,0 +1,242 @@
+//! `cargo xtask test`: every check and every test, and one line at the end that counts them.
+//!
+//! Three kinds of suites:
+//! - checks (rules, format, lints): a failed one counts as one failure, a passed one as nothing;
+//! - unit tests of all crates, run as the caller;
+//! - tests that make network namespaces (packages below `tests/`), run as root. Each of them is
+//!   `#[ignore = "needs root"]`, so that where they cannot run they are reported as skipped.
+//!
+//! A check that fails does not stop the tests; a build that fails does, since there is nothing to test then.
+
+mod report;
+mod stream;
+
+use std::{
+    ffi::{OsStr, OsString},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{
+    command::{succeeds, tacit_environment},
+    ebpf, lint,
+    privilege::{as_root, is_root},
+    progress::{Progress, Style, Tone},
+    setup::{self, Programs},
+    tidy,
+    workspace::Workspace,
+};
+use report::Report;
+
+/// Packages whose tests need namespaces, cgroups and BPF.
+const PRIVILEGED: [&str; 2] = ["tacit-tests", "tacit-topology"];
+
+/// What to run.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Run only tests whose name contains one of these
+    filters: Vec<String>,
+    /// Leave out rules, format and lints
+    #[arg(long)]
+    quick: bool,
+    /// Leave out what needs root; those tests are reported as skipped
+    #[arg(long)]
+    unprivileged: bool,
+}
+
+/// How far the tests that need root can go.
+enum Privileged {
+    Run,
+    /// With the reason.
+    Skip(String),
+}
+
+/// Runs everything; an error when anything failed or nothing ran. The count is the last line of standard output.
+pub(crate) fn run(workspace: &Workspace, options: &Options, commands: &[String]) -> Result<()> {
+    let steps = if options.quick { 5 } else { 9 };
+    let mut session = Session {
+        workspace,
+        options,
+        progress: Progress::new(steps),
+        report: Report::default(),
+    };
+    session.all(commands);
+    let Session { report, .. } = session;
+    print!("{}", report.table(Style::of_stdout()));
+    let verdict = report.verdict();
+    println!("{}", report.summary());
+    verdict
+}
+
+struct Session<'a> {
+    workspace: &'a Workspace,
+    options: &'a Options,
+    progress: Progress,
+    report: Report,
+}
+
+impl Session<'_> {
+    /// `None` when what follows cannot be run.
+    fn all(&mut self, commands: &[String]) -> Option<()> {
+        let (workspace, unprivileged) = (self.workspace, self.options.unprivileged);
+        // First, since sudo may ask for a password: not after minutes of building.
+        let (programs, privileged) = self.check("what is needed", || {
+            let programs = setup::ensure_all(workspace)?;
+            Ok((programs, ability(unprivileged)?))
+        })?;
+        if !self.options.quick {
+            self.check("rules of the repository", || tidy::run(workspace, commands));
+            self.check("format", || lint::format(workspace, lint::Format::Check));
+        }
+        self.check("kernel side", || ebpf::build(workspace))?;
+        if !self.options.quick {
+            self.check("lints", || lint::host(workspace));
+            self.check("lints of the kernel side", || ebpf::clippy(workspace));
+        }
+        self.check("agent (release)", || workspace.build_agent())?;
+        self.unit_tests();
+        self.privileged_tests(&programs, &privileged);
+        Some(())
+    }
+
+    /// A step that passes or fails as a whole.
+    fn check<T>(&mut self, name: &str, run: impl FnOnce() -> Result<T>) -> Option<T> {
+        match self.progress.step(name, run) {
+            Ok(value) => Some(value),
+            Err(error) => {
+                eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
+                self.report.failed_check(name);
+                None
+            }
+        }
+    }
+
+    fn unit_tests(&mut self) {
+        let mut cargo = self.cargo_test();
+        cargo.args(["--workspace", "--exclude", ebpf::PACKAGE]);
+        for package in PRIVILEGED {
+            cargo.args(["--exclude", package]);
+        }
+        self.run_tests("unit tests", cargo, &[]);
+    }
+
+    fn privileged_tests(&mut self, programs: &Programs, privileged: &Privileged) {
+        let mut cargo = self.cargo_test();
+        cargo.arg("--release");
+        for package in PRIVILEGED {
+            cargo.args(["--package", package]);
+        }
+        let agent = self.workspace.agent();
+        let mut environment = tacit_environment();
+        environment.push(("TACIT_BIN".into(), agent.into_os_string()));
+        environment.push(("TACIT_NGINX".into(), programs.nginx.clone().into_os_string()));
+        cargo.envs(environment.iter().cloned());
+        match privileged {
+            Privileged::Skip(why) => {
+                self.report
+                    .note(format!("tests that need root were skipped: {why}"));
+                self.run_tests("tests of whole nodes (without root)", cargo, &[]);
+            }
+            Privileged::Run => {
+                // cargo builds as the caller; only the finished test programs are started through sudo.
+                if !is_root().unwrap_or(false) {
+                    cargo.arg("--config").arg(sudo_runner(&environment));
+                }
+                // They share the machine's cgroups and bpffs, and measure what crosses a wire: one at a time.
+                self.run_tests(
+                    "tests of whole nodes (as root)",
+                    cargo,
+                    &["--include-ignored", "--test-threads=1"],
+                );
+            }
+        }
+    }
+
+    fn cargo_test(&self) -> Command {
+        let mut cargo = self.workspace.cargo("test");
+        cargo
+            .args(["--no-fail-fast", "--target-dir"])
+            .arg(self.workspace.target());
+        cargo
+    }
+
+    fn run_tests(&mut self, name: &str, mut cargo: Command, harness: &[&str]) {
+        let color = if Style::of_stdout() == Style::Terminal {
+            "--color=always"
+        } else {
+            "--color=never"
+        };
+        cargo
+            .args([color, "--"])
+            .args(harness)
+            .arg(color)
+            .args(&self.options.filters);
+        let report = &mut self.report;
+        let run = || {
+            let status = stream::run(&mut cargo, |line| report.line(line))?;
+            report.end(name, status.success());
+            if status.success() {
+                Ok(())
+            } else {
+                bail!("cargo test: {status}")
+            }
+        };
+        if let Err(error) = self.progress.step(name, run) {
+            eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
+            self.report.failed_unless_counted(name);
+        }
+    }
+}
+
+/// Whether this machine lets us make what the privileged tests are made of.
+fn ability(unprivileged: bool) -> Result<Privileged> {
+    if unprivileged {
+        return Ok(Privileged::Skip("--unprivileged".to_owned()));
+    }
+    let isolate = ["--net", "--mount", "true"].map(OsStr::new);
+    let mut probe = as_root(
+        "for the tests, which make network namespaces, cgroups and BPF programs",
+        &[],
+        "unshare",
+        &isolate,
+    )?;
+    // sudo asks on the terminal itself, so silence on the standard streams hides no prompt.
+    if !succeeds(&mut probe) {
+        return Ok(Privileged::Skip(
+            "not allowed to make a network namespace (`unshare --net --mount true`)".to_owned(),
+        ));
+    }
+    let mounts = std::fs::read_to_string("/proc/self/mounts").context("/proc is not mounted")?;
+    if !mounts
+        .lines()
+        .any(|mount| mount.split(' ').nth(2) == Some("cgroup2"))
+    {
+        return Ok(Privileged::Skip("no cgroup v2 hierarchy is mounted".to_owned()));
+    }
+    Ok(Privileged::Run)
+}
+
+/// cargo's setting that starts every test program through sudo with the environment stated.
+fn sudo_runner(environment: &[(OsString, OsString)]) -> String {
+    let assignments = environment
+        .iter()
+        .map(|(name, value)| format!("{}={}", name.display(), value.display()));
+    let words = ["sudo", "env"].map(str::to_owned).into_iter().chain(assignments);
+    let quoted: Vec<String> = words.map(|word| format!("{word:?}")).collect();
+    format!("target.'cfg(all())'.runner=[{}]", quoted.join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_programs_are_started_through_sudo_with_their_environment() {
+        let runner = sudo_runner(&[("TACIT_BIN".into(), "/a b/tacit".into())]);
+        assert_eq!(
+            runner,
+            "target.'cfg(all())'.runner=[\"sudo\",\"env\",\"TACIT_BIN=/a b/tacit\"]"
+        );
+    }
+}
