@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `mesh` | [`Mesh`]: a topology, its pods, its agents (or none: the control run) |
 //! | `peer` | [`Server`], [`Client`]: `tacit-peer` inside a pod, and what it told |
+//! | `observe` | metrics, status and log of an agent |
 //! | `program` | where the programs under test are |
 //!
 //! Tests that need root are `#[ignore = "needs root"]` and run with `--include-ignored`. Those of one file share a mesh
@@ -16,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 mod mesh;
+pub mod observe;
 mod peer;
 mod program;
 

@@ -92,22 +92,19 @@ impl Plan {
     /// # Errors
     /// When the topology cannot be built or an agent does not become ready.
     pub fn with_agents(self) -> Result<Mesh> {
-        self.with_agents_told(|_, directory| directory)
+        self.with_agents_told(|_, mesh| Ok(mesh.directory()))
     }
 
-    /// As [`Plan::with_agents`]; `tell` may change the directory of a node, whose name it is given.
+    /// As [`Plan::with_agents`]; `tell` gives the directory of the node whose name it is given, true or not.
     ///
     /// # Errors
     /// As [`Plan::with_agents`].
-    pub fn with_agents_told(
-        self,
-        tell: impl Fn(&str, Vec<WorkloadEntry>) -> Vec<WorkloadEntry>,
-    ) -> Result<Mesh> {
+    pub fn with_agents_told(self, tell: impl Fn(&str, &Mesh) -> Result<Vec<WorkloadEntry>>) -> Result<Mesh> {
         let program = agent_program()?;
         let (policy, extra) = (self.policy.clone(), self.extra.clone());
         let mut mesh = self.without_agents()?;
         for node in mesh.topology.nodes() {
-            let directory = tell(node.name(), mesh.directory());
+            let directory = tell(node.name(), &mesh)?;
             let files = MeshFiles::write(&mesh.topology, node, &directory, &policy, &extra)?;
             let mut agent = Agent::start(node, &program, &files)?;
             // One after the other: the first makes the root that they share.

@@ -212,8 +212,8 @@ impl Peer {
     fn start(pod: &Pod, args: &[&str]) -> Result<Self> {
         let mut command = pod.command(peer_program()?);
         let mut process = Process::spawn(command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()))?;
-        let stdin = process.child().stdin.take().context("stdin of the peer")?;
-        let stdout = process.child().stdout.take().context("stdout of the peer")?;
+        let stdin = process.take_stdin().context("stdin of the peer")?;
+        let stdout = process.take_stdout().context("stdout of the peer")?;
         let events = Events::default();
         let told = events.clone();
         thread::spawn(move || {

@@ -164,6 +164,17 @@ impl Agent {
         self.end(Signal::SIGTERM, deadline)
     }
 
+    /// Asks it to drain and end (SIGTERM), without waiting; see [`Agent::wait_end`].
+    ///
+    /// # Errors
+    /// When it is not running.
+    pub fn ask_to_end(&self) -> Result<()> {
+        self.process
+            .as_ref()
+            .context("the agent was stopped")?
+            .signal(Signal::SIGTERM)
+    }
+
     /// Kills it with no chance to say good-bye (SIGKILL).
     ///
     /// # Errors

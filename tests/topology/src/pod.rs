@@ -1,6 +1,6 @@
 //! A pod: a namespace, a cgroup, one address of each family, and the programs started in it.
 
-use crate::{netns::Netns, process::Process, wait::until};
+use crate::{cgroup, netns::Netns, process::Process, wait::until};
 use anyhow::{Result, bail};
 use std::{
     ffi::OsStr,
@@ -28,7 +28,7 @@ pub enum Membership {
 #[derive(Debug, Clone)]
 pub struct Pod(Arc<Parts>);
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Parts {
     node: String,
     namespace: String,
@@ -108,6 +108,19 @@ impl Pod {
     #[must_use]
     pub fn membership(&self) -> Membership {
         self.0.membership
+    }
+
+    /// The same pod seen from a container of it: its programs stand in a cgroup below the pod's.
+    ///
+    /// # Errors
+    /// When the cgroup cannot be made.
+    pub fn container(&self, name: &str) -> Result<Self> {
+        let cgroup = self.0.cgroup.join(name);
+        cgroup::create(&cgroup)?;
+        Ok(Self(Arc::new(Parts {
+            cgroup,
+            ..Parts::clone(&self.0)
+        })))
     }
 
     /// A command in the pod: it stands in the pod's namespace and cgroup before the program begins, and the child's

@@ -8,7 +8,7 @@ use nix::{
 };
 use std::{
     io::Write,
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio},
     time::Duration,
 };
 
@@ -56,6 +56,8 @@ pub(crate) fn run_with_input(command: &mut Command, input: &str) -> Result<Strin
 pub struct Process {
     child: Child,
     name: String,
+    /// Known once its end was waited for; its id may be another process's then.
+    status: Option<ExitStatus>,
 }
 
 impl Process {
@@ -66,12 +68,26 @@ impl Process {
     pub fn spawn(command: &mut Command) -> Result<Self> {
         let name = format!("{command:?}");
         let child = command.spawn().with_context(|| format!("start {name}"))?;
-        Ok(Self { child, name })
+        Ok(Self {
+            child,
+            name,
+            status: None,
+        })
     }
 
-    /// The child itself, for its pipes.
-    pub fn child(&mut self) -> &mut Child {
-        &mut self.child
+    /// Takes its end of the child's stdin, where that is a pipe.
+    pub fn take_stdin(&mut self) -> Option<ChildStdin> {
+        self.child.stdin.take()
+    }
+
+    /// Takes its end of the child's stdout, where that is a pipe.
+    pub fn take_stdout(&mut self) -> Option<ChildStdout> {
+        self.child.stdout.take()
+    }
+
+    /// Takes its end of the child's stderr, where that is a pipe.
+    pub fn take_stderr(&mut self) -> Option<ChildStderr> {
+        self.child.stderr.take()
     }
 
     /// Its process id; wrappers used here `exec`, so it is the id of the program itself.
@@ -99,16 +115,16 @@ impl Process {
         until(&what, deadline, || self.ended())
     }
 
-    /// Sends a signal; one that has ended already is left alone.
+    /// Sends a signal. One that has ended and was not waited for keeps its id, so no stranger can be hit.
     ///
     /// # Errors
-    /// When the signal cannot be sent.
-    pub fn signal(&mut self, signal: Signal) -> Result<()> {
-        if self.ended()?.is_none() {
-            let pid = i32::try_from(self.child.id()).context("process id")?;
-            kill(Pid::from_raw(pid), signal).with_context(|| format!("{signal} to {}", self.name))?;
+    /// When the signal cannot be sent, as to one whose end was waited for.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.child.id()).context("process id")?;
+        if self.status.is_some() {
+            bail!("{} has ended", self.name);
         }
-        Ok(())
+        kill(Pid::from_raw(pid), signal).with_context(|| format!("{signal} to {}", self.name))
     }
 }
 

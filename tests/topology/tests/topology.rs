@@ -80,7 +80,7 @@ fn nothing_stays_behind_when_the_owner_is_killed() -> Result<()> {
         "owner_that_waits_to_be_killed",
     ]);
     let mut owner = Process::spawn(owner.env("TOPOLOGY_OWNER", "1").stdout(Stdio::piped()))?;
-    let mut stdout = owner.child().stdout.take().context("stdout")?;
+    let mut stdout = owner.take_stdout().context("stdout")?;
     let mut said = String::new();
     let prefix = loop {
         let mut byte = [0];

@@ -1,7 +1,7 @@
 //! Many connections at once: all are open, and each was echoed, before the first one closes.
 
 use crate::{
-    PATIENCE, STACK, connect,
+    Origin, PATIENCE, STACK, connect,
     event::{Teller, kind},
 };
 use anyhow::{Result, anyhow};
@@ -37,7 +37,7 @@ pub(crate) fn run(to: SocketAddr, count: usize) -> Result<()> {
 }
 
 fn one(to: SocketAddr, number: usize, all_open: &Barrier) -> io::Result<()> {
-    let opened = connect(to, None).and_then(|stream| {
+    let opened = connect(to, Origin::Any).and_then(|stream| {
         stream.set_read_timeout(Some(PATIENCE))?;
         echo(&stream, &format!("first words of flow {number}"))?;
         Ok(stream)

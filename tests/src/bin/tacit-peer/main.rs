@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! tacit-peer serve ADDRESS STEP...              every connection goes through the steps, until the process is killed
-//! tacit-peer connect ADDRESS [--from IP] STEP...   one connection goes through the steps
+//! tacit-peer connect ADDRESS [--from IP | --mptcp] STEP...   one connection goes through the steps
 //! tacit-peer flows ADDRESS COUNT                COUNT connections at once, each echoed, all open before any closes
 //! ```
 //!
@@ -19,7 +19,7 @@ mod steps;
 use anyhow::{Context, Result, bail};
 use event::{Teller, kind};
 use serde_json::json;
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use std::{
     io,
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
@@ -40,12 +40,18 @@ fn main() -> Result<()> {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {
         ["serve", address, steps @ ..] => serve(address.parse().context("ADDRESS")?, &parse(steps)?),
-        ["connect", address, "--from", from, steps @ ..] => client(
+        ["connect", address, "--from", from, steps @ ..] => {
+            let origin = Origin::Address(from.parse().context("IP")?);
+            client(address.parse().context("ADDRESS")?, origin, &parse(steps)?)
+        }
+        ["connect", address, "--mptcp", steps @ ..] => client(
             address.parse().context("ADDRESS")?,
-            Some(from.parse().context("IP")?),
+            Origin::Multipath,
             &parse(steps)?,
         ),
-        ["connect", address, steps @ ..] => client(address.parse().context("ADDRESS")?, None, &parse(steps)?),
+        ["connect", address, steps @ ..] => {
+            client(address.parse().context("ADDRESS")?, Origin::Any, &parse(steps)?)
+        }
         ["flows", address, count] => flows::run(
             address.parse().context("ADDRESS")?,
             count.parse().context("COUNT")?,
@@ -82,9 +88,9 @@ fn serve(address: SocketAddr, steps: &[Step]) -> Result<()> {
     Ok(())
 }
 
-fn client(to: SocketAddr, from: Option<IpAddr>, steps: &[Step]) -> Result<()> {
+fn client(to: SocketAddr, origin: Origin, steps: &[Step]) -> Result<()> {
     let teller = Teller::new(1);
-    match connect(to, from) {
+    match connect(to, origin) {
         Ok(stream) => {
             teller.tell(
                 "connected",
@@ -97,11 +103,26 @@ fn client(to: SocketAddr, from: Option<IpAddr>, steps: &[Step]) -> Result<()> {
     Ok(())
 }
 
-/// Connects as an application does: a blocking `connect`, from a chosen address when one is given.
-fn connect(to: SocketAddr, from: Option<IpAddr>) -> io::Result<TcpStream> {
-    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+/// What a client connects from.
+#[derive(Debug, Clone, Copy)]
+enum Origin {
+    /// The address and port that the kernel chooses.
+    Any,
+    /// This address, bound first.
+    Address(IpAddr),
+    /// A multipath socket (RFC 8684), which looks to its application as TCP does.
+    Multipath,
+}
+
+/// Connects as an application does: a blocking `connect`.
+fn connect(to: SocketAddr, origin: Origin) -> io::Result<TcpStream> {
+    let protocol = match origin {
+        Origin::Multipath => Protocol::MPTCP,
+        Origin::Any | Origin::Address(_) => Protocol::TCP,
+    };
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(protocol))?;
     socket.set_write_timeout(Some(PATIENCE))?;
-    if let Some(from) = from {
+    if let Origin::Address(from) = origin {
         socket.bind(&SocketAddr::new(from, 0).into())?;
     }
     socket.connect(&to.into())?;

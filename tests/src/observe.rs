@@ -1,0 +1,116 @@
+//! What an agent reports of itself: metrics and log, read as a test needs them.
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use std::time::Duration;
+use tacit_topology::{Agent, until};
+
+/// Time for what happened on a connection to show up in its agent's metrics, status or log.
+const SHOWN: Duration = Duration::from_secs(10);
+
+/// The sum of all samples of `name` (as exposed, suffix included) that have all of `labels`.
+///
+/// # Errors
+/// When a matching sample has no whole number as its value.
+pub fn sum(metrics: &str, name: &str, labels: &[(&str, &str)]) -> Result<u64> {
+    let wanted: Vec<String> = labels
+        .iter()
+        .map(|(label, value)| format!("{label}=\"{value}\""))
+        .collect();
+    let mut total = 0;
+    for line in metrics.lines().filter(|line| !line.starts_with('#')) {
+        let (sample, value) = line
+            .rsplit_once(' ')
+            .with_context(|| format!("metrics line {line:?}"))?;
+        let (found, with) = sample.split_once('{').unwrap_or((sample, ""));
+        if found == name && wanted.iter().all(|label| with.contains(label.as_str())) {
+            total += value
+                .parse::<u64>()
+                .with_context(|| format!("metrics line {line:?}"))?;
+        }
+    }
+    Ok(total)
+}
+
+/// [`sum`] of what `agent` exposes now.
+///
+/// # Errors
+/// When it does not answer.
+pub fn metric(agent: &Agent, name: &str, labels: &[(&str, &str)]) -> Result<u64> {
+    sum(&agent.metrics()?, name, labels)
+}
+
+/// Connections `agent` refused so far for `reason`.
+///
+/// # Errors
+/// When it does not answer.
+pub fn refused(agent: &Agent, reason: &str) -> Result<u64> {
+    metric(agent, "tacit_connections_refused_total", &[("reason", reason)])
+}
+
+/// Waits until `agent` has counted more than `before` refusals for `reason`, and logged one that names `who`.
+///
+/// # Errors
+/// When that does not happen; the message has what it refused instead.
+pub fn wait_refused(agent: &Agent, reason: &str, before: u64, who: &str) -> Result<()> {
+    let what = format!(
+        "node {}: a refusal of {who} for {reason} counted and logged",
+        agent.node()
+    );
+    let shown = until(&what, SHOWN, || {
+        let counted = refused(agent, reason)? > before;
+        let log = agent.log()?;
+        let of_reason = |line: &&str| line.contains("connection refused") && line.contains(reason);
+        let logged = log.lines().filter(of_reason).any(|line| line.contains(who));
+        Ok((counted && logged).then_some(()))
+    });
+    shown.with_context(|| {
+        let metrics = agent.metrics().unwrap_or_default();
+        let counted: Vec<_> = metrics
+            .lines()
+            .filter(|line| line.starts_with("tacit_connections_refused"))
+            .collect();
+        let log = agent.log().unwrap_or_default();
+        let logged: Vec<_> = log.lines().filter(|line| line.contains("refused")).collect();
+        format!("refusals counted: {counted:#?}\nlogged: {logged:#?}")
+    })
+}
+
+/// What `tacit status -o json` says.
+///
+/// # Errors
+/// When the command fails or prints no JSON.
+pub fn status(agent: &Agent) -> Result<Value> {
+    serde_json::from_str(&agent.status()?).context("status is no JSON")
+}
+
+/// Waits until the status fulfils `condition`, and returns what that found in it.
+///
+/// # Errors
+/// When it never does; the message has the last status.
+pub fn wait_status<T>(agent: &Agent, what: &str, condition: impl Fn(&Value) -> Option<T>) -> Result<T> {
+    let what = format!("status of node {}: {what}", agent.node());
+    let mut last = Value::Null;
+    let found = until(&what, SHOWN, || {
+        last = status(agent)?;
+        Ok(condition(&last))
+    });
+    found.with_context(|| format!("last status: {last:#}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_are_chosen_by_name_and_labels() {
+        let text = "# TYPE flows counter\nflows_total{a=\"1\",b=\"x\"} 3\nflows_total{a=\"2\",b=\"x\"} 4\nflows 9\n# EOF\n";
+        assert_eq!(sum(text, "flows_total", &[]).expect("numbers"), 7);
+        assert_eq!(
+            sum(text, "flows_total", &[("a", "2"), ("b", "x")]).expect("numbers"),
+            4
+        );
+        assert_eq!(sum(text, "flows", &[]).expect("numbers"), 9);
+        assert_eq!(sum(text, "flows_total", &[("a", "3")]).expect("numbers"), 0);
+    }
+}

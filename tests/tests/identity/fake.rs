@@ -1,0 +1,274 @@
+//! Peers of our own making that speak the tunnel's wire format, as agents of another implementation could.
+//!
+//! They trust everybody: what is under test is whether they are trusted.
+
+use crate::forge::Shown;
+use anyhow::{Context, Result, bail};
+use rustls::{
+    ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName, Error, ServerConfig,
+    ServerConnection, SignatureScheme, Stream, SupportedProtocolVersion,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature},
+    pki_types::{CertificateDer, ServerName, UnixTime},
+    server::danger::{ClientCertVerified, ClientCertVerifier},
+};
+use std::{
+    io::{Read, Write},
+    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+use tacit_topology::{Netns, TUNNEL_PORT};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+/// OPEN with its header, in bytes.
+const OPEN_BYTES: usize = 57;
+const ACCEPT: [u8; 4] = [2, 0, 0, 0];
+const DENY: u8 = 3;
+const FIN: [u8; 4] = [5, 0, 0, 0];
+
+/// How a fake speaks TLS.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Speech {
+    pub(crate) version: &'static SupportedProtocolVersion,
+    pub(crate) alpn: &'static [u8],
+}
+
+/// As an agent does.
+pub(crate) const RIGHT: Speech = Speech {
+    version: &rustls::version::TLS13,
+    alpn: b"tacit/1",
+};
+
+/// What came back on a flow that a fake client asked for.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    Accepted,
+    /// With the code of the reason.
+    Denied(u8),
+    /// No answer: the session was ended before.
+    Ended(String),
+}
+
+/// The flow a fake client asks for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Asked {
+    pub(crate) destination: SocketAddr,
+    pub(crate) client: SocketAddr,
+}
+
+/// Connects from `netns` to the tunnel port of `server` and asks for a flow. Also tells the address it connected from.
+pub(crate) fn ask(
+    netns: &Netns,
+    server: IpAddr,
+    shown: Option<Shown>,
+    speech: Speech,
+    asked: Asked,
+) -> Result<(SocketAddr, Answer)> {
+    let config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[speech.version])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Anybody));
+    let mut config = match shown {
+        Some(Shown { chain, key }) => config.with_client_auth_cert(chain, key)?,
+        None => config.with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![speech.alpn.to_vec()];
+    config.enable_sni = false;
+    let mut tls = ClientConnection::new(Arc::new(config), ServerName::from(server))?;
+    let mut tcp =
+        netns.enter(|| TcpStream::connect_timeout(&SocketAddr::new(server, TUNNEL_PORT), PATIENCE))??;
+    tcp.set_read_timeout(Some(PATIENCE))?;
+    let from = tcp.local_addr()?;
+    let mut stream = Stream::new(&mut tls, &mut tcp);
+    let mut header = [0; 4];
+    let answered = stream
+        .write_all(&open(asked))
+        .and_then(|()| stream.read_exact(&mut header));
+    let answer = match (answered, header) {
+        (Err(error), _) => Answer::Ended(error.to_string()),
+        (Ok(()), ACCEPT) => Answer::Accepted,
+        (Ok(()), [DENY, 0, 0, 1]) => {
+            let mut reason = [0];
+            stream.read_exact(&mut reason)?;
+            Answer::Denied(reason[0])
+        }
+        (Ok(()), other) => bail!("a frame that is no answer: {other:?}"),
+    };
+    Ok((from, answer))
+}
+
+/// A server on the tunnel port of a pod, which answers every flow with `hello` and its end.
+#[derive(Debug)]
+pub(crate) struct Server {
+    opened: Arc<AtomicUsize>,
+}
+
+/// What a fake server says.
+#[derive(Debug)]
+pub(crate) enum Says {
+    Tls(Shown, Speech),
+    /// Something else than TLS.
+    Text(&'static str),
+}
+
+impl Server {
+    /// Serves in `netns` until the test process ends.
+    pub(crate) fn start(netns: &Netns, says: Says) -> Result<Self> {
+        let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, TUNNEL_PORT));
+        let listener = netns
+            .enter(|| TcpListener::bind(any))?
+            .context("tunnel port of a fake")?;
+        let opened = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&opened);
+        let serve: Box<dyn Fn(TcpStream) -> Result<()> + Send> = match says {
+            Says::Text(text) => Box::new(move |mut tcp| Ok(tcp.write_all(text.as_bytes())?)),
+            Says::Tls(shown, speech) => {
+                let config = Arc::new(server_config(shown, speech)?);
+                Box::new(move |tcp| serve(tcp, &config, &count))
+            }
+        };
+        thread::spawn(move || {
+            for tcp in listener.incoming().map_while(std::io::Result::ok) {
+                // A client that refuses us is what most tests want.
+                let _ = serve(tcp);
+            }
+        });
+        Ok(Self { opened })
+    }
+
+    /// Flows that clients asked it for: each one trusted it.
+    pub(crate) fn opened(&self) -> usize {
+        self.opened.load(Ordering::Relaxed)
+    }
+}
+
+fn server_config(shown: Shown, speech: Speech) -> Result<ServerConfig> {
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[speech.version])?
+        .with_client_cert_verifier(Arc::new(Anybody))
+        .with_single_cert(shown.chain, shown.key)?;
+    config.alpn_protocols = vec![speech.alpn.to_vec()];
+    Ok(config)
+}
+
+fn serve(mut tcp: TcpStream, config: &Arc<ServerConfig>, opened: &AtomicUsize) -> Result<()> {
+    tcp.set_read_timeout(Some(PATIENCE))?;
+    let mut tls = ServerConnection::new(Arc::clone(config))?;
+    let mut stream = Stream::new(&mut tls, &mut tcp);
+    stream.read_exact(&mut [0; OPEN_BYTES])?;
+    opened.fetch_add(1, Ordering::Relaxed);
+    stream.write_all(&ACCEPT)?;
+    stream.write_all(b"\x04\0\0\x06hello\n")?;
+    stream.write_all(&FIN)?;
+    stream.read_to_end(&mut Vec::new())?;
+    Ok(())
+}
+
+fn open(asked: Asked) -> Vec<u8> {
+    let mut frame = vec![1, 0, 0, 53, 1];
+    for address in [asked.destination, asked.client] {
+        let ip = match address.ip() {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+            IpAddr::V6(v6) => v6,
+        };
+        frame.extend(ip.octets());
+        frame.extend(address.port().to_be_bytes());
+    }
+    frame.extend([0x5a; 16]);
+    frame
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(aws_lc_rs::default_provider())
+}
+
+/// Takes every certificate; still checks that the peer holds its key.
+#[derive(Debug)]
+struct Anybody;
+
+impl ServerCertVerifier for Anybody {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls12_signature(
+            message,
+            certificate,
+            signed,
+            &provider().signature_verification_algorithms,
+        )
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(
+            message,
+            certificate,
+            signed,
+            &provider().signature_verification_algorithms,
+        )
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        provider().signature_verification_algorithms.supported_schemes()
+    }
+}
+
+impl ClientCertVerifier for Anybody {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        ServerCertVerifier::verify_tls12_signature(self, message, certificate, signed)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        ServerCertVerifier::verify_tls13_signature(self, message, certificate, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        ServerCertVerifier::supported_verify_schemes(self)
+    }
+}

@@ -1,0 +1,328 @@
+//! Agents end, die, come back and go for good, while the pods keep running. Nothing that should be encrypted is ever
+//! sent in clear meanwhile.
+//!
+//! Each test stops an agent, so each has a mesh of its own.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::SocketAddr,
+    process::Stdio,
+    time::{Duration, Instant},
+};
+use tacit_tests::{Client, Mesh, Plan, Server, agent_program, fresh_port, observe};
+use tacit_topology::{Process, until};
+
+/// Above the drain limit of the meshes below.
+const ENDED: Duration = Duration::from_secs(15);
+const DRAIN: &str = "drainTimeout: 3s\n";
+
+#[test]
+#[ignore = "needs root"]
+fn after_a_kill_nothing_goes_in_clear_and_a_new_agent_takes_over() -> Result<()> {
+    for node in ["a", "b"] {
+        survives(node, |mesh| mesh.agent_mut(node)?.kill().map(drop))?;
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn after_a_stop_nothing_goes_in_clear_and_a_new_agent_takes_over() -> Result<()> {
+    for node in ["a", "b"] {
+        survives(node, |mesh| {
+            let status = mesh.agent_mut(node)?.terminate(ENDED)?;
+            ensure!(status.success(), "{status}: {}", mesh.agent(node)?.log()?);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// The controls of the two tests above: without Tacit, the same exchange can be read.
+#[test]
+#[ignore = "needs root"]
+fn control_the_same_exchange_without_tacit_can_be_read() -> Result<()> {
+    let mesh = plan().without_agents()?;
+    let server = serve(&mesh)?;
+    let marker = marker("control");
+    let capture = mesh.topology().capture()?;
+    Client::echo(mesh.pod("client")?, server.address(), &marker)?;
+    assert_eq!(capture.finish()?.occurrences(marker.as_bytes()), 2);
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn strict_holds_while_the_agent_is_dead() -> Result<()> {
+    let strict = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: web, namespace: shop}\n\
+                  spec:\n  selector: {matchLabels: {app: web}}\n  mtls: {mode: STRICT}\n";
+    let mut mesh = plan().policy(strict).with_agents()?;
+    let (web, open) = (serve(&mesh)?, mesh.pod("open")?.clone());
+    let open = Server::start(
+        &open,
+        SocketAddr::new(open.ipv4().into(), fresh_port()),
+        &["echo"],
+    )?;
+    mesh.agent_mut("b")?.kill()?;
+    let told = Client::run(mesh.pod("stranger")?, web.address(), &["read-end"])?;
+    ensure!(failed(&told) && web.accepted() == 0, "{told:?}");
+    // PERMISSIVE lets strangers in, whether its agent lives or not; and a node may always probe.
+    Client::echo(mesh.pod("stranger")?, open.address(), "permissive")?;
+    let address = web.address();
+    mesh.topology()
+        .node("b")?
+        .netns()
+        .enter(|| std::net::TcpStream::connect_timeout(&address, ENDED))??;
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_pod_whose_node_has_no_agent_is_never_reached_in_clear() -> Result<()> {
+    let mut mesh = plan().with_agents()?;
+    mesh.agent_mut("b")?.kill()?;
+    mesh.agent("b")?.uninstall()?;
+    let server = serve(&mesh)?;
+    let marker = marker("no-agent");
+    let capture = mesh.topology().capture()?;
+    let told = Client::run(
+        mesh.pod("client")?,
+        server.address(),
+        &[&format!("send:{marker}"), "read-end"],
+    )?;
+    assert_eq!(capture.finish()?.occurrences(marker.as_bytes()), 0);
+    ensure!(failed(&told) && server.accepted() == 0, "{told:?}");
+    observe::wait_refused(
+        mesh.agent("a")?,
+        "peer_unreachable",
+        0,
+        &server.address().ip().to_string(),
+    )
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_stop_lets_an_open_flow_finish() -> Result<()> {
+    for node in ["a", "b"] {
+        let mut mesh = plan().config(DRAIN).with_agents()?;
+        let server = serve(&mesh)?;
+        let steps = [
+            "send:before",
+            "line",
+            "pause",
+            "send:after",
+            "line",
+            "shut",
+            "read-end",
+        ];
+        let mut client = Client::start(mesh.pod("client")?, server.address(), &steps)?;
+        client.events().first("line")?;
+        let draining = begin_stop(&mesh, node)?;
+        client.proceed()?;
+        let told = client.finish()?;
+        ensure!(
+            told.iter().any(|event| event["text"] == "after"),
+            "node {node}: {told:?}"
+        );
+        ensure!(
+            told.iter().any(|event| event["end"] == "eof"),
+            "node {node}: {told:?}"
+        );
+        let status = mesh.agent_mut(node)?.wait_end(ENDED)?;
+        ensure!(
+            status.success() && draining.elapsed() < Duration::from_secs(3),
+            "{status} after {:?}",
+            draining.elapsed()
+        );
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_flow_that_does_not_finish_is_reset_at_the_drain_deadline() -> Result<()> {
+    for node in ["a", "b"] {
+        let mut mesh = plan().config(DRAIN).with_agents()?;
+        let server = serve(&mesh)?;
+        let client = Client::start(
+            mesh.pod("client")?,
+            server.address(),
+            &["send:stuck", "line", "read-end"],
+        )?;
+        client.events().first("line")?;
+        begin_stop(&mesh, node)?;
+        let told = client.finish()?;
+        ensure!(
+            told.iter().any(|event| event["end"] == "ConnectionReset"),
+            "node {node}: {told:?}"
+        );
+        mesh.agent_mut(node)?.wait_end(ENDED)?;
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn two_agents_on_one_pin_path_refuse_each_other() -> Result<()> {
+    let mesh = plan().with_agents()?;
+    let node = mesh.topology().node("a")?;
+    let files = mesh.agent("a")?.files();
+    // All its own but the pin path.
+    let other = files.config().with_file_name("other.yaml");
+    let text = fs::read_to_string(files.config())?;
+    let text = text.replace("agent.sock", "other.sock").replace("15020", "15021");
+    fs::write(&other, text)?;
+    let mut command = node.command(agent_program()?)?;
+    command
+        .args(["agent", "--config"])
+        .arg(&other)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut second = Process::spawn(&mut command)?;
+    let status = second.wait(ENDED).context("the second agent goes on")?;
+    let output = std::io::read_to_string(second.take_stderr().context("stderr")?)?;
+    ensure!(
+        !status.success() && output.contains("another agent"),
+        "{status}: {output}"
+    );
+    Client::echo(mesh.pod("client")?, serve(&mesh)?.address(), "the first goes on")
+}
+
+#[test]
+#[ignore = "needs root"]
+fn uninstall_is_refused_while_the_agent_runs_and_then_removes_everything() -> Result<()> {
+    let mut mesh = plan().with_agents()?;
+    let server = serve(&mesh)?;
+    ensure!(
+        mesh.agent("a")?.uninstall().is_err(),
+        "uninstalled under a running agent"
+    );
+    Client::echo(mesh.pod("client")?, server.address(), "still there")?;
+    for node in ["a", "b"] {
+        mesh.agent_mut(node)?.terminate(ENDED)?;
+        ensure!(
+            mesh.agent(node)?.files().pin_path().exists(),
+            "no pins survive the agent of node {node}"
+        );
+        mesh.agent(node)?.uninstall()?;
+        ensure!(
+            !mesh.agent(node)?.files().pin_path().exists(),
+            "pins of node {node} are left"
+        );
+    }
+    // As without Tacit: reached, and readable.
+    let marker = marker("uninstalled");
+    let capture = mesh.topology().capture()?;
+    Client::echo(mesh.pod("client")?, server.address(), &marker)?;
+    assert_eq!(capture.finish()?.occurrences(marker.as_bytes()), 2);
+    Ok(())
+}
+
+/// One node's agent goes, by `stop`, and comes again.
+fn survives(node: &str, stop: impl FnOnce(&mut Mesh) -> Result<()>) -> Result<()> {
+    let mut mesh = plan().config(DRAIN).with_agents()?;
+    let server = serve(&mesh)?;
+    Client::echo(mesh.pod("client")?, server.address(), "before")?;
+    let before = pinned_programs(&observe::status(mesh.agent(node)?)?);
+    ensure!(!before.is_empty(), "no program is pinned");
+
+    let marker = marker("gap");
+    let capture = mesh.topology().capture()?;
+    stop(&mut mesh)?;
+    let reached = server.accepted();
+    let told = Client::run(
+        mesh.pod("client")?,
+        server.address(),
+        &[&format!("send:{marker}"), "read-end"],
+    )?;
+    let near = mesh.pod("near")?;
+    let local = SocketAddr::new(near.ipv4().into(), fresh_port());
+    let _local = Server::start(near, local, &["echo"])?;
+    let told_near = Client::run(
+        mesh.pod("client")?,
+        local,
+        &[&format!("send:{marker}"), "shut", "read-end"],
+    )?;
+    assert_eq!(
+        capture.finish()?.occurrences(marker.as_bytes()),
+        0,
+        "in clear while node {node} had no agent"
+    );
+    ensure!(
+        failed(&told) && server.accepted() == reached,
+        "while node {node} had no agent: {told:?}"
+    );
+    ensure!(
+        failed(&told_near) == (node == "a"),
+        "same node while node {node} had no agent: {told_near:?}"
+    );
+
+    mesh.agent_mut(node)?.restart()?;
+    mesh.agent_mut(node)?.wait_ready()?;
+    Client::echo(mesh.pod("client")?, server.address(), "after")?;
+    let after = pinned_programs(&observe::status(mesh.agent(node)?)?);
+    assert_eq!(
+        after.keys().collect::<Vec<_>>(),
+        before.keys().collect::<Vec<_>>()
+    );
+    Ok(())
+}
+
+/// SIGTERM, without waiting for the end; returns when the agent says it drains, or is gone.
+fn begin_stop(mesh: &Mesh, node: &str) -> Result<Instant> {
+    let agent = mesh.agent(node)?;
+    let start = Instant::now();
+    agent.ask_to_end()?;
+    until("the agent draining", ENDED, || {
+        Ok(observe::status(agent)
+            .map_or(true, |status| status["state"] == "draining")
+            .then_some(()))
+    })?;
+    Ok(start)
+}
+
+/// Where programs are attached and pinned, with their ids.
+fn pinned_programs(status: &Value) -> BTreeMap<String, u64> {
+    let programs = status["programs"].as_array().cloned().unwrap_or_default();
+    let pinned = programs.iter().filter(|program| program["pinned"].is_string());
+    pinned
+        .map(|program| {
+            (
+                format!("{} at {}", program["name"], program["attached_to"]),
+                program["id"].as_u64().unwrap_or(0),
+            )
+        })
+        .collect()
+}
+
+/// No byte came, and the connection did not end as if nothing had been wrong.
+fn failed(told: &[Value]) -> bool {
+    let silent = !told
+        .iter()
+        .any(|event| event["event"] == "line" || event["bytes"].as_u64() > Some(0));
+    let ended_well = told.iter().any(|event| event["end"] == "eof");
+    silent && !ended_well
+}
+
+fn plan() -> Plan {
+    Plan::new("life")
+        .pod("a", "shop", "client")
+        .pod("a", "shop", "near")
+        .pod("b", "shop", "web")
+        .pod("b", "shop", "open")
+        .outside("a", "shop", "stranger")
+}
+
+fn serve(mesh: &Mesh) -> Result<Server> {
+    let web = mesh.pod("web")?;
+    Server::start(web, SocketAddr::new(web.ipv4().into(), fresh_port()), &["echo"])
+}
+
+/// A text that occurs nowhere else.
+fn marker(what: &str) -> String {
+    format!("marker-{what}-{}-{}", std::process::id(), fresh_port())
+}

@@ -1,0 +1,339 @@
+//! PERMISSIVE, STRICT and DISABLE, of workloads and of ports, met by every kind of client.
+//!
+//! One server pod for each mode a workload can have, with one port for each mode a port can have; what must happen is
+//! derived from a table below, not written down case by case.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::{
+    fmt::Write,
+    io::Read,
+    net::{IpAddr, SocketAddr, TcpStream},
+    sync::OnceLock,
+    time::Duration,
+};
+use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe, with_and_without_tacit};
+
+/// Longest wait of a probe.
+const PROBE: Duration = Duration::from_secs(20);
+/// Greeting of the servers: clients say nothing, so that nothing but their connection can be refused.
+const GREETING: &str = "welcome";
+/// The port without an override; each [`Setting`] has the port its number above it.
+const PORT: u16 = 8000;
+
+/// What a policy says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Setting {
+    Absent,
+    Unset,
+    Disable,
+    Permissive,
+    Strict,
+}
+
+/// Who connects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum From {
+    MeshedFar,
+    MeshedNear,
+    StrangerFar,
+    StrangerNear,
+    /// The server's own node, as a kubelet's probe does.
+    OwnNode,
+    /// Another node: no probe of this node.
+    OtherNode,
+}
+
+const SETTINGS: [Setting; 5] = [
+    Setting::Absent,
+    Setting::Unset,
+    Setting::Disable,
+    Setting::Permissive,
+    Setting::Strict,
+];
+const WORKLOADS: [Setting; 4] = [
+    Setting::Unset,
+    Setting::Disable,
+    Setting::Permissive,
+    Setting::Strict,
+];
+
+impl Setting {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Absent => "absent",
+            Self::Unset => "unset",
+            Self::Disable => "disable",
+            Self::Permissive => "permissive",
+            Self::Strict => "strict",
+        }
+    }
+
+    fn port(self) -> u16 {
+        PORT + self as u16
+    }
+
+    /// What says nothing inherits.
+    fn or(self, wider: Self) -> Self {
+        match self {
+            Self::Absent | Self::Unset => wider,
+            said => said,
+        }
+    }
+}
+
+impl From {
+    /// Istio's table: only what is not authenticated, and no probe, is refused, and only in STRICT.
+    fn may(self, workload: Setting, port: Setting) -> bool {
+        let mode = port.or(workload.or(Setting::Permissive));
+        match self {
+            Self::MeshedFar | Self::MeshedNear | Self::OwnNode => true,
+            Self::StrangerFar | Self::StrangerNear | Self::OtherNode => mode != Setting::Strict,
+        }
+    }
+}
+
+with_and_without_tacit!(plan:
+    a_meshed_client_of_the_other_node_is_always_let_in,
+    a_meshed_client_of_the_same_node_is_always_let_in,
+    a_stranger_of_the_other_node_is_refused_in_strict,
+    a_stranger_of_the_same_node_is_refused_in_strict,
+    a_probe_of_the_pods_own_node_is_always_let_in,
+    another_node_is_refused_in_strict,
+    only_what_is_disabled_can_be_read_on_the_wire,
+);
+
+fn plan() -> Plan {
+    let plan = Plan::new("modes")
+        .pod("a", "shop", "client-a")
+        .pod("b", "shop", "client-b")
+        .outside("a", "shop", "stranger-a")
+        .outside("b", "shop", "stranger-b");
+    WORKLOADS
+        .iter()
+        .fold(plan, |plan, mode| plan.pod("b", "shop", mode.name()))
+        .policy(&policy())
+}
+
+fn policy() -> String {
+    let mut text = String::new();
+    for workload in WORKLOADS {
+        let (name, mode) = (workload.name(), workload.name().to_uppercase());
+        let _ = writeln!(
+            text,
+            "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication"
+        );
+        let _ = writeln!(text, "metadata: {{name: {name}, namespace: shop}}");
+        let _ = writeln!(
+            text,
+            "spec:\n  selector: {{matchLabels: {{app: {name}}}}}\n  mtls: {{mode: {mode}}}"
+        );
+        let _ = writeln!(text, "  portLevelMtls:");
+        for port in SETTINGS.into_iter().filter(|port| *port != Setting::Absent) {
+            let _ = writeln!(
+                text,
+                "    {}: {{mode: {}}}",
+                port.port(),
+                port.name().to_uppercase()
+            );
+        }
+    }
+    text
+}
+
+fn a_meshed_client_of_the_other_node_is_always_let_in(mesh: &Mesh) -> Result<()> {
+    matrix(mesh, From::MeshedFar)
+}
+
+fn a_meshed_client_of_the_same_node_is_always_let_in(mesh: &Mesh) -> Result<()> {
+    matrix(mesh, From::MeshedNear)
+}
+
+fn a_stranger_of_the_other_node_is_refused_in_strict(mesh: &Mesh) -> Result<()> {
+    matrix(mesh, From::StrangerFar)
+}
+
+fn a_stranger_of_the_same_node_is_refused_in_strict(mesh: &Mesh) -> Result<()> {
+    matrix(mesh, From::StrangerNear)
+}
+
+fn a_probe_of_the_pods_own_node_is_always_let_in(mesh: &Mesh) -> Result<()> {
+    matrix(mesh, From::OwnNode)
+}
+
+fn another_node_is_refused_in_strict(mesh: &Mesh) -> Result<()> {
+    matrix(mesh, From::OtherNode)
+}
+
+/// All workloads, all ports, both families. All that is wrong is told together.
+fn matrix(mesh: &Mesh, from: From) -> Result<()> {
+    serve_all(mesh)?;
+    let mut wrong = Vec::new();
+    for workload in WORKLOADS {
+        let pod = mesh.pod(workload.name())?;
+        for port in SETTINGS {
+            for address in [IpAddr::V4(pod.ipv4()), IpAddr::V6(pod.ipv6())] {
+                let expected = !mesh.has_tacit() || from.may(workload, port);
+                let outcome = visit(mesh, from, SocketAddr::new(address, port.port()))?;
+                if outcome
+                    != if expected {
+                        Outcome::Greeted
+                    } else {
+                        Outcome::Reset
+                    }
+                {
+                    wrong.push(format!(
+                        "{from:?} to {workload:?} port {port:?} at {address}: {outcome:?}"
+                    ));
+                }
+            }
+        }
+    }
+    ensure!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+    Ok(())
+}
+
+fn only_what_is_disabled_can_be_read_on_the_wire(mesh: &Mesh) -> Result<()> {
+    let mut wrong = Vec::new();
+    for workload in WORKLOADS {
+        let pod = mesh.pod(workload.name())?;
+        for port in [Setting::Absent, Setting::Disable] {
+            // Ports above those of the matrix have no override.
+            let number = if port == Setting::Absent {
+                fresh_port()
+            } else {
+                port.port()
+            };
+            let address = SocketAddr::new(pod.ipv4().into(), number);
+            let marker = format!("mode-marker-{}-{}", workload.name(), port.name());
+            let _server = match port {
+                Setting::Absent => Some(Server::start(pod, address, &[&format!("send:{marker}")])?),
+                _ => None,
+            };
+            serve_all(mesh)?;
+            let capture = mesh.topology().capture()?;
+            let told = Client::run(
+                mesh.pod("client-a")?,
+                address,
+                &[&format!("send:{marker}"), "read-end"],
+            )?;
+            let readable = capture.finish()?.occurrences(marker.as_bytes()) > 0;
+            let disabled = port.or(workload) == Setting::Disable;
+            if readable != (disabled || !mesh.has_tacit()) {
+                wrong.push(format!(
+                    "{workload:?} port {port:?}: readable {readable}; {told:?}"
+                ));
+            }
+        }
+    }
+    ensure!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_refused_stranger_is_counted_and_logged_by_address_and_reason() -> Result<()> {
+    const REASON: &str = "plaintext_in_strict";
+    let mesh = plan().with_agents()?;
+    let (strict, stranger) = (mesh.pod("strict")?, mesh.pod("stranger-a")?);
+    let agent = mesh.agent("b")?;
+    for (to, who) in [
+        (IpAddr::V4(strict.ipv4()), IpAddr::V4(stranger.ipv4())),
+        (IpAddr::V6(strict.ipv6()), IpAddr::V6(stranger.ipv6())),
+    ] {
+        let server = Server::start(strict, SocketAddr::new(to, PORT), &["echo"])?;
+        let before = observe::refused(agent, REASON)?;
+        Client::run(stranger, server.address(), &["read-end"])?;
+        observe::wait_refused(agent, REASON, before, &who.to_string())?;
+        assert_eq!(server.accepted(), 0);
+    }
+    Ok(())
+}
+
+/// What came of a visit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Outcome {
+    Greeted,
+    /// Refused or reset before any byte.
+    Reset,
+    Other(String),
+}
+
+fn visit(mesh: &Mesh, from: From, to: SocketAddr) -> Result<Outcome> {
+    let pod = match from {
+        From::MeshedFar => "client-a",
+        From::MeshedNear => "client-b",
+        From::StrangerFar => "stranger-a",
+        From::StrangerNear => "stranger-b",
+        From::OwnNode => return probe(mesh, "b", to),
+        From::OtherNode => return probe(mesh, "a", to),
+    };
+    let told = Client::run(mesh.pod(pod)?, to, &["read-end"])?;
+    let is = |event: &Value, key: &str, value: &str| event[key] == value;
+    let refused = told
+        .iter()
+        .any(|event| is(event, "step", "connect") && is(event, "error", "ConnectionRefused"));
+    let end = told.iter().find(|event| is(event, "event", "end"));
+    Ok(match end {
+        Some(end) if is(end, "end", "eof") && end["text"] == format!("{GREETING}\n") => Outcome::Greeted,
+        Some(end) if is(end, "end", "ConnectionReset") && end["bytes"] == 0 => Outcome::Reset,
+        None if refused => Outcome::Reset,
+        _ => Outcome::Other(format!("{told:?}")),
+    })
+}
+
+/// From a node itself: no pod, no cgroup of a pod.
+fn probe(mesh: &Mesh, node: &str, to: SocketAddr) -> Result<Outcome> {
+    let answer = mesh
+        .topology()
+        .node(node)?
+        .netns()
+        .enter(|| -> std::io::Result<String> {
+            let mut stream = TcpStream::connect_timeout(&to, PROBE)?;
+            stream.set_read_timeout(Some(PROBE))?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text)?;
+            Ok(text)
+        })?;
+    Ok(match answer {
+        Ok(text) if text == format!("{GREETING}\n") => Outcome::Greeted,
+        Err(error)
+            if [
+                std::io::ErrorKind::ConnectionReset,
+                std::io::ErrorKind::ConnectionRefused,
+            ]
+            .contains(&error.kind()) =>
+        {
+            Outcome::Reset
+        }
+        other => Outcome::Other(format!("{other:?}")),
+    })
+}
+
+/// Starts the servers of the matrix, once for each mesh; they live as long as the test process.
+fn serve_all(mesh: &Mesh) -> Result<()> {
+    static WITH: OnceLock<Result<Vec<Server>, String>> = OnceLock::new();
+    static WITHOUT: OnceLock<Result<Vec<Server>, String>> = OnceLock::new();
+    let cell = if mesh.has_tacit() { &WITH } else { &WITHOUT };
+    let start = || -> Result<Vec<Server>> {
+        let greeting = format!("send:{GREETING}");
+        let mut servers = Vec::new();
+        for workload in WORKLOADS {
+            for port in SETTINGS {
+                let any = SocketAddr::new(IpAddr::from([0_u16; 8]), port.port());
+                servers.push(Server::start(
+                    mesh.pod(workload.name())?,
+                    any,
+                    &[&greeting, "shut", "read-end"],
+                )?);
+            }
+        }
+        Ok(servers)
+    };
+    let started = cell.get_or_init(|| start().map_err(|error| format!("{error:#}")));
+    started
+        .as_ref()
+        .map(drop)
+        .map_err(|text| anyhow::anyhow!("{text}"))
+        .context("servers of the matrix")
+}

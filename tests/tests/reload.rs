@@ -1,0 +1,227 @@
+//! Directory and policy are watched: a good new version holds at once, a bad one is refused and the last good stays.
+//!
+//! Each test changes its mesh, so each has one of its own.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::{net::SocketAddr, time::Duration};
+use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe};
+use tacit_topology::{Pod, WorkloadEntry, until};
+
+/// Time for a changed file to hold.
+const RELOADED: Duration = Duration::from_secs(10);
+
+#[test]
+#[ignore = "needs root"]
+fn modes_of_mesh_namespace_workload_and_port_hold_as_soon_as_they_are_written() -> Result<()> {
+    let mesh = plan().with_agents()?;
+    let web = mesh.pod("web")?;
+    let one = Server::start(web, SocketAddr::new(web.ipv4().into(), fresh_port()), &["shut"])?;
+    let two = Server::start(web, SocketAddr::new(web.ipv6().into(), fresh_port()), &["shut"])?;
+    let mesh_wide = policy("default", "istio-system", "mtls: {mode: STRICT}");
+    let namespace = policy("shop", "shop", "mtls: {mode: PERMISSIVE}");
+    let workload = policy(
+        "web",
+        "shop",
+        "selector: {matchLabels: {app: web}}\n  mtls: {mode: STRICT}",
+    );
+    let port = format!(
+        "{}\n  portLevelMtls:\n    {}: {{mode: DISABLE}}\n",
+        workload.trim_end(),
+        two.address().port()
+    );
+    // What a stranger meets at both ports, while the policy grows and shrinks again.
+    let steps = [
+        (vec![], [true, true]),
+        (vec![&mesh_wide], [false, false]),
+        (vec![&mesh_wide, &namespace], [true, true]),
+        (vec![&mesh_wide, &namespace, &workload], [false, false]),
+        (vec![&mesh_wide, &namespace, &port], [false, true]),
+        (vec![&mesh_wide], [false, false]),
+        (vec![], [true, true]),
+    ];
+    for (policies, expected) in steps {
+        let text: String = policies.into_iter().map(String::as_str).collect();
+        mesh.agent("b")?.files().set_policy(&text)?;
+        for (server, expected) in [&one, &two].into_iter().zip(expected) {
+            reaches(mesh.pod("stranger")?, server, expected).with_context(|| format!("policy:\n{text}"))?;
+            Client::run(mesh.pod("client")?, server.address(), &["read-end"])?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_bad_policy_is_refused_and_the_last_good_one_stays() -> Result<()> {
+    let mesh = plan()
+        .policy(&policy("default", "istio-system", "mtls: {mode: STRICT}"))
+        .with_agents()?;
+    let web = mesh.pod("web")?;
+    let server = Server::start(web, SocketAddr::new(web.ipv4().into(), fresh_port()), &["shut"])?;
+    let agent = mesh.agent("b")?;
+    for (number, bad) in [
+        "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: x}\nspec: {mtls: {mode: STRICTT}}\n",
+        "kind: [",
+        "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: x, namespace: shop}\nspec: {mtls: 7}\n",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        agent.files().set_policy(bad)?;
+        let refusals = number as u64 + 1;
+        let error = observe::wait_status(agent, "the refused policy", |status| {
+            let source = source(status, "policy")?;
+            (source["refusals"] == refusals).then(|| source["last_error"].clone())
+        })?;
+        let error = error.as_str().context("no error shown")?;
+        ensure!(error.contains("policy.yaml:"), "no file and line in {error:?}");
+        reaches(mesh.pod("stranger")?, &server, false)?;
+        Client::run(mesh.pod("client")?, server.address(), &["read-end"])?;
+    }
+    let refused = [("source", "policy"), ("result", "refused")];
+    assert_eq!(observe::metric(agent, "tacit_config_reloads_total", &refused)?, 3);
+    ensure!(
+        agent.log()?.contains("STRICTT"),
+        "the log does not name the mistake"
+    );
+    // A good one is taken again, and the error is gone.
+    agent.files().set_policy("")?;
+    reaches(mesh.pod("stranger")?, &server, true)?;
+    let error = observe::wait_status(agent, "the policy taken", |status| {
+        source(status, "policy").map(|source| source["last_error"].clone())
+    })?;
+    assert_eq!(error, Value::Null);
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_bad_directory_is_refused_and_the_last_good_one_stays() -> Result<()> {
+    let mesh = plan().with_agents()?;
+    let web = mesh.pod("web")?;
+    let server = Server::start(web, SocketAddr::new(web.ipv4().into(), fresh_port()), &["echo"])?;
+    for node in ["a", "b"] {
+        let agent = mesh.agent(node)?;
+        agent.files().set_directory_text(
+            "workloads:\n  - name: web\n    namespace: shop\n    addresses: [10.77.2.999]\n",
+        )?;
+        let error = observe::wait_status(agent, "the refused directory", |status| {
+            let source = source(status, "directory")?;
+            (source["refusals"] == 1).then(|| source["last_error"].clone())
+        })?;
+        let error = error.as_str().context("no error shown")?;
+        ensure!(
+            error.contains("directory.yaml:") && error.contains("10.77.2.999"),
+            "{error:?}"
+        );
+        ensure!(error.contains("node"), "not all mistakes are told: {error:?}");
+    }
+    let marker = format!("marker-after-bad-directory-{}", std::process::id());
+    let capture = mesh.topology().capture()?;
+    Client::echo(mesh.pod("client")?, server.address(), &marker)?;
+    assert_eq!(capture.finish()?.occurrences(marker.as_bytes()), 0);
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_pod_that_comes_later_is_enrolled_and_one_that_goes_is_released() -> Result<()> {
+    let mesh = plan().with_agents()?;
+    let (a, b) = (mesh.agent("a")?, mesh.agent("b")?);
+    let late = mesh.topology().node("b")?.pod("shop", "late")?;
+    let mut directory = mesh.directory();
+    directory.push(WorkloadEntry::of(&late));
+    for agent in [a, b] {
+        agent.files().set_directory(&directory)?;
+    }
+    // Without a process there is no namespace to be found.
+    observe::wait_status(b, "the pod waiting", |status| {
+        pod(status, "late").filter(|pod| pod["state"] != "enrolled")
+    })?;
+    let held = late.hold()?;
+    observe::wait_status(b, "the pod enrolled", |status| {
+        pod(status, "late").filter(|pod| pod["state"] == "enrolled")
+    })?;
+    observe::wait_status(a, "the directory loaded", |status| {
+        source(status, "directory").and_then(|source| (source["loads"].as_u64() > Some(1)).then_some(()))
+    })?;
+    let server = Server::start(
+        &late,
+        SocketAddr::new(late.ipv4().into(), fresh_port()),
+        &["echo"],
+    )?;
+    let marker = format!("marker-of-a-late-pod-{}", std::process::id());
+    let capture = mesh.topology().capture()?;
+    Client::echo(mesh.pod("client")?, server.address(), &marker)?;
+    let traffic = capture.finish()?;
+    assert_eq!(
+        (traffic.occurrences(marker.as_bytes()), traffic.tunnel_bytes > 0),
+        (0, true)
+    );
+    drop((server, held));
+    observe::wait_status(b, "the pod no longer enrolled", |status| {
+        pod(status, "late").filter(|pod| pod["state"] != "enrolled")
+    })?;
+    for agent in [a, b] {
+        agent.files().set_directory(&mesh.directory())?;
+    }
+    observe::wait_status(b, "the pod gone", |status| {
+        pod(status, "late").is_none().then_some(())
+    })
+}
+
+fn plan() -> Plan {
+    Plan::new("reload")
+        .pod("a", "shop", "client")
+        .pod("b", "shop", "web")
+        .outside("a", "shop", "stranger")
+}
+
+fn policy(name: &str, namespace: &str, spec: &str) -> String {
+    format!(
+        "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: {name}, namespace: {namespace}}}\n\
+         spec:\n  {spec}\n"
+    )
+}
+
+/// Waits until the server is reached from `pod`, or until it no longer is.
+fn reaches(pod: &Pod, server: &Server, expected: bool) -> Result<()> {
+    let mut last = Vec::new();
+    let held = until(&format!("reached: {expected}"), RELOADED, || {
+        last = Client::run(pod, server.address(), &["read-end"])?;
+        let ended = last.iter().any(|event| event["end"] == "eof");
+        let reset = last
+            .iter()
+            .any(|event| event["end"] == "ConnectionReset" || event["step"] == "connect");
+        Ok(if expected { ended } else { reset }.then_some(()))
+    });
+    held.with_context(|| format!("{} last met {last:?}", pod.name()))
+}
+
+fn source<'a>(status: &'a Value, kind: &str) -> Option<&'a Value> {
+    status["sources"]
+        .as_array()?
+        .iter()
+        .find(|source| source["kind"] == kind)
+}
+
+fn pod(status: &Value, name: &str) -> Option<Value> {
+    status["pods"]
+        .as_array()?
+        .iter()
+        .find(|pod| pod["name"] == name)
+        .cloned()
+}
+
+/// A mesh of its own for each test is only bearable when it is quick.
+#[test]
+#[ignore = "needs root"]
+fn a_mesh_is_ready_within_three_seconds() -> Result<()> {
+    let start = std::time::Instant::now();
+    let mesh: Mesh = plan().with_agents()?;
+    let took = start.elapsed();
+    drop(mesh);
+    ensure!(took < Duration::from_secs(3), "{took:?}");
+    Ok(())
+}
