@@ -27,6 +27,7 @@ use crate::{
     policy::Policies,
     reload::Watched,
     telemetry::{Telemetry, admin},
+    tunnel::Session,
     yaml::LoadError,
 };
 
@@ -84,6 +85,7 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(system("listen for SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(system("listen for SIGINT"))?;
     let started = Instant::now();
+    let descriptors = node::raise_descriptor_limit().map_err(system("raise the limit of open files"))?;
     let host = Arc::new(HostNetns::current().map_err(system("open the node's network namespace"))?);
     let pods_cgroup = Cgroup::open(&config.pods_cgroup)?;
     let directory = Arc::new(watch_directory(&config)?);
@@ -114,7 +116,7 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     let admin = tokio::spawn(serve_admin(report.clone(), operator, metrics, path.telemetry.clone(), doors.clone()));
     let enrolment = tokio::spawn(enroller(&config, &path, pods_cgroup, &report).run(path.drain.stop.clone()));
     let keeper = tokio::spawn(housekeeping(path.clone()));
-    tracing::info!(node = %config.node, trust_domain = %config.trust_domain, "agent runs");
+    tracing::info!(node = %config.node, trust_domain = %config.trust_domain, descriptors, "agent runs");
 
     wait_for(&mut terminate, &mut interrupt).await;
     tracing::info!(limit = ?config.drain_timeout, "draining: no new flows, open ones may finish");
@@ -202,9 +204,16 @@ async fn housekeeping(path: Arc<DataPath>) {
         if let Err(error) = refresh_node(&path.kernel) {
             tracing::error!(%error, "the node's own addresses may be outdated: probes from new ones are refused under STRICT");
         }
-        let expired = path.pool().expire(Instant::now());
-        drop(expired);
+        close_unused(&path);
     }
+}
+
+/// Closes sessions that idled too long, and those of pods that are gone: they would keep the pods' namespaces alive.
+fn close_unused(path: &DataPath) {
+    let table = path.table.load();
+    let mut unused = path.pool().expire(Instant::now());
+    unused.extend(path.pool().clear_where(|key, _| !table.pods.iter().any(|pod| pod.cgroup == key.pod)));
+    unused.into_iter().for_each(Session::close);
 }
 
 fn refresh_node(kernel: &Kernel) -> Result<(), KernelError> {

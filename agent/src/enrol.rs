@@ -172,44 +172,46 @@ impl Enroller {
         events.watch(self.pods_cgroup.path());
         self.release_gone(state, &wanted);
         let mut waiting = Vec::new();
-        for workload in wanted {
+        for workload in &wanted {
             let path = self.pods_cgroup.path().join(&workload.cgroup);
             events.watch_pod(&path);
             if state.current.contains_key(&workload.cgroup) {
                 continue;
             }
-            match self.enrol(state, &workload).await {
+            match self.enrol(state, workload).await {
                 Ok(pod) => {
                     tracing::info!(pod = %workload.name, namespace = %workload.namespace, "enrolled");
                     state.current.insert(workload.cgroup.clone(), pod);
                 }
-                Err(reason) => waiting.push(Waiting { workload, reason: reason.to_string() }),
+                Err(reason) => waiting.push(Waiting { workload: workload.clone(), reason: reason.to_string() }),
             }
         }
-        self.apply_modes(state);
+        self.apply_modes(state, &wanted);
         if std::mem::take(&mut state.first) {
             self.remove_leftovers(state);
         }
         self.publish(state, waiting);
+        self.forget_identities(&wanted);
     }
 
-    /// Ends what is no longer true: another workload, another cgroup, no process left.
+    /// Ends what is no longer true: another identity or address, another cgroup, no process left.
     fn release_gone(&self, state: &mut State, wanted: &[Arc<Workload>]) {
         let gone: Vec<PathBuf> = state
             .current
             .iter()
-            .filter(|(path, pod)| !wanted.iter().any(|w| **w == *pod.workload) || !self.is_alive(path, pod))
+            .filter(|(path, pod)| !wanted.iter().any(|w| is_same(w, &pod.workload)) || !self.is_alive(path, pod))
             .map(|(path, _)| path.clone())
             .collect();
         for path in gone {
             let Some(pod) = state.current.remove(&path) else { continue };
             pod.closed.cancel();
-            self.kernel.programs().unsteer(pod.cgroup);
-            self.kernel.maps.remove_modes(pod.slot);
             let still_wanted = wanted.iter().any(|w| w.cgroup == path);
             let same_cgroup = Cgroup::open(&self.pods_cgroup.path().join(&path)).is_ok_and(|c| c.id() == pod.cgroup);
-            // An entry without a listener denies; it stays as long as a process could still appear behind it.
+            // Modes, steering and entry without a listener deny; they stay as long as a process could still appear
+            // behind them, and the next enrolment replaces them.
             if !(still_wanted && same_cgroup) {
+                self.kernel.programs().unsteer(pod.cgroup);
+                self.kernel.maps.remove_modes(pod.slot);
                 self.kernel.maps.remove_pod(pod.cgroup);
                 state.known.remove(&pod.cgroup);
             }
@@ -303,10 +305,12 @@ impl Enroller {
         maps.set_pod(entry)
     }
 
-    fn apply_modes(&self, state: &State) {
+    fn apply_modes(&self, state: &State, wanted: &[Arc<Workload>]) {
         let policies = self.policies.current();
         for pod in state.current.values() {
-            let modes = policies.modes(&pod.workload);
+            // Labels may have changed since the pod was enrolled.
+            let entry = wanted.iter().find(|w| w.cgroup == pod.workload.cgroup).unwrap_or(&pod.workload);
+            let modes = policies.modes(entry);
             if modes == **pod.modes.load() {
                 continue;
             }
@@ -352,6 +356,15 @@ impl Enroller {
         })
     }
 
+    /// Identities of no pod of this node are not renewed any more.
+    fn forget_identities(&self, wanted: &[Arc<Workload>]) {
+        for certificate in self.identities.certificates() {
+            if !wanted.iter().any(|w| w.identity == certificate.identity) {
+                self.identities.forget(&certificate.identity);
+            }
+        }
+    }
+
     fn publish(&self, state: &State, waiting: Vec<Waiting>) {
         let pods: Vec<Arc<Pod>> = state.current.values().cloned().collect();
         let by_address =
@@ -364,6 +377,11 @@ impl Enroller {
             }
         }
     }
+}
+
+/// Is it the same pod to the data path? Name and labels may change under a running pod, these may not.
+fn is_same(a: &Workload, b: &Workload) -> bool {
+    a.cgroup == b.cgroup && a.identity == b.identity && a.addresses == b.addresses
 }
 
 struct State {

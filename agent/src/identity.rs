@@ -52,14 +52,8 @@ impl TrustDomain {
     /// [`IdentityError::TrustDomain`] when it is no SPIFFE trust domain name.
     pub fn parse(text: &str) -> Result<Self, IdentityError> {
         let fits = (1..=TRUST_DOMAIN_MAX_BYTES).contains(&text.len());
-        let clean = text
-            .bytes()
-            .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-' | b'_'));
-        if fits && clean {
-            Ok(Self(text.into()))
-        } else {
-            Err(IdentityError::TrustDomain(text.to_owned()))
-        }
+        let clean = text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-' | b'_'));
+        if fits && clean { Ok(Self(text.into())) } else { Err(IdentityError::TrustDomain(text.to_owned())) }
     }
 
     /// The name, without a scheme.
@@ -142,27 +136,18 @@ impl SpiffeId {
 
 impl fmt::Display for SpiffeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "spiffe://{}/ns/{}/sa/{}",
-            self.trust_domain, self.namespace, self.service_account
-        )
+        write!(f, "spiffe://{}/ns/{}/sa/{}", self.trust_domain, self.namespace, self.service_account)
     }
 }
 
 fn check_name(what: &'static str, value: &str) -> Result<(), IdentityError> {
     let edge = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
     let bytes = value.as_bytes();
-    let clean = bytes
-        .iter()
-        .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-'));
+    let clean = bytes.iter().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-'));
     if clean && bytes.len() <= NAME_MAX_BYTES && edge(bytes.first()) && edge(bytes.last()) {
         Ok(())
     } else {
-        Err(IdentityError::Name {
-            what,
-            value: value.chars().take(NAME_MAX_BYTES).collect(),
-        })
+        Err(IdentityError::Name { what, value: value.chars().take(NAME_MAX_BYTES).collect() })
     }
 }
 

@@ -213,8 +213,7 @@ async fn tunnel(path: &DataPath, pod: &Pod, flow: Captured, key: impl Fn(&Creden
     if let Some(session) = session
         && !pod.closed.is_cancelled()
     {
-        // What the pool has no room for closes here.
-        drop(path.pool().put(key, session, Instant::now()));
+        keep(path, key, session);
     }
 }
 
@@ -245,6 +244,14 @@ async fn opened(path: &DataPath, pod: &Pod, own: &Arc<Credentials>, key: &PoolKe
 
 /// A denied flow leaves its session as good as before.
 fn denied(path: &DataPath, key: &PoolKey, session: Session, reason: DenyReason) -> Failure {
-    drop(path.pool().put(key.clone(), session, Instant::now()));
+    keep(path, key.clone(), session);
     Failure::new(reason.label(), format!("{} denied it", key.identity))
+}
+
+/// Keeps a session for the next flow.
+fn keep(path: &DataPath, key: PoolKey, session: Session) {
+    let no_room = path.pool().put(key, session, Instant::now());
+    if let Some(session) = no_room {
+        session.close();
+    }
 }

@@ -8,6 +8,8 @@
 //! A reset keeps its place behind the data that was sent before it: an application that does not read sees it late.
 
 mod plain;
+#[cfg(test)]
+mod testing;
 mod tunnelled;
 
 pub use plain::plain;

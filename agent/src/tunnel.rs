@@ -8,7 +8,8 @@
 //!
 //! | file | what it is |
 //! |---|---|
-//! | `frame` | the wire format: encoding and decoding, pure |
+//! | `frame`, `open` | the wire format: encoding and decoding, pure |
+//! | `batch` | DATA frames built in place, pure |
 //! | `phase` | which frame may come next, pure |
 //! | `inbox` | received bytes to frames, in place, no I/O |
 //! | `pool` | idle sessions of a pair, pure |
@@ -18,16 +19,20 @@
 //!
 //! Only `tls` knows rustls. A byte is sent to a peer only after its certificate was verified.
 
+pub(crate) mod batch;
 pub(crate) mod buffers;
 pub mod frame;
 pub(crate) mod inbox;
+pub mod open;
 pub mod phase;
 pub mod pool;
 pub mod session;
 pub(crate) mod socket;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod tls;
 
-pub use frame::{DenyReason, Open, TraceId};
+pub use open::{DenyReason, Open, TraceId};
 pub use phase::Role;
 pub use pool::Pool;
 pub use session::{OpenError, Session};

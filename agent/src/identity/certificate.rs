@@ -83,10 +83,7 @@ pub fn serial(certificate: &CertificateDer<'_>) -> Result<String, CertificateErr
 /// [`CertificateError::Unreadable`].
 pub fn subject_and_key(certificate: &CertificateDer<'_>) -> Result<(Vec<u8>, Vec<u8>), CertificateError> {
     let parsed = parse(certificate)?;
-    Ok((
-        parsed.subject().to_vec(),
-        parsed.subject_public_key_info().as_ref().to_vec(),
-    ))
+    Ok((parsed.subject().to_vec(), parsed.subject_public_key_info().as_ref().to_vec()))
 }
 
 /// When `certificate` is valid.
@@ -111,10 +108,7 @@ fn read_validity(der: &[u8]) -> Option<Validity> {
     let (validity, _) = element(rest, SEQUENCE)?;
     let (not_before, rest) = time(validity)?;
     let (not_after, rest) = time(rest)?;
-    rest.is_empty().then_some(Validity {
-        not_before,
-        not_after,
-    })
+    rest.is_empty().then_some(Validity { not_before, not_after })
 }
 
 /// The content of the DER element at the head of `input`, which must have `tag`, and what follows it.
@@ -133,11 +127,7 @@ fn element(input: &[u8], tag: u8) -> Option<(&[u8], &[u8])> {
         // webpki reads certificates up to 64 KiB.
         _ => return None,
     };
-    if found == tag {
-        rest.split_at_checked(length)
-    } else {
-        None
-    }
+    if found == tag { rest.split_at_checked(length) } else { None }
 }
 
 /// A time of RFC 5280 section 4.1.2.5: always UTC, always with seconds.
@@ -171,11 +161,7 @@ fn moment(year: u32, text: &[u8]) -> Option<SystemTime> {
 
 fn number(text: &[u8], at: RangeInclusive<usize>) -> Option<u32> {
     let digits = std::str::from_utf8(text.get(at)?).ok()?;
-    if digits.bytes().all(|b| b.is_ascii_digit()) {
-        digits.parse().ok()
-    } else {
-        None
-    }
+    if digits.bytes().all(|b| b.is_ascii_digit()) { digits.parse().ok() } else { None }
 }
 
 #[cfg(test)]
@@ -188,19 +174,10 @@ mod tests {
 
     #[test]
     fn times_are_read_as_rfc_5280_writes_them() {
-        let utc = |text: &str| {
-            [
-                &[UTC_TIME, u8::try_from(text.len()).expect("short")],
-                text.as_bytes(),
-            ]
-            .concat()
-        };
+        let utc =
+            |text: &str| [&[UTC_TIME, u8::try_from(text.len()).expect("short")], text.as_bytes()].concat();
         let general = |text: &str| {
-            [
-                &[GENERALIZED_TIME, u8::try_from(text.len()).expect("short")],
-                text.as_bytes(),
-            ]
-            .concat()
+            [&[GENERALIZED_TIME, u8::try_from(text.len()).expect("short")], text.as_bytes()].concat()
         };
         for (der, expected) in [
             (utc("700101000000Z"), Some(at(0))),
@@ -231,10 +208,7 @@ mod tests {
         let certificate = params.self_signed(&key).expect("signed").der().clone();
         assert_eq!(
             validity(&certificate),
-            Ok(Validity {
-                not_before: at(1_700_000_000),
-                not_after: at(2_600_000_000)
-            })
+            Ok(Validity { not_before: at(1_700_000_000), not_after: at(2_600_000_000) })
         );
         assert_eq!(
             spiffe_id(&certificate).expect("one").to_string(),
@@ -246,9 +220,7 @@ mod tests {
     #[test]
     fn a_cut_certificate_has_no_validity_and_never_panics() {
         let key = rcgen::KeyPair::generate().expect("a key");
-        let certificate = rcgen::CertificateParams::default()
-            .self_signed(&key)
-            .expect("signed");
+        let certificate = rcgen::CertificateParams::default().self_signed(&key).expect("signed");
         for length in 0..certificate.der().len() {
             let cut = CertificateDer::from(&certificate.der()[..length]);
             assert_eq!(validity(&cut), Err(CertificateError::Validity), "cut at {length}");

@@ -105,18 +105,11 @@ impl EmbeddedIssuer {
     ) -> Result<Self, RootError> {
         let root = Root::open(directory, trust_domain, SystemTime::now())?;
         let mut roots = RootCertStore::empty();
-        roots
-            .add(root.certificate.clone())
-            .map_err(|e| RootError::CertificateUnreadable {
-                path: directory.into(),
-                reason: e.to_string(),
-            })?;
-        Ok(Self {
-            root,
-            roots: Arc::new(roots),
-            trust_domain: trust_domain.clone(),
-            leaf_lifetime,
-        })
+        roots.add(root.certificate.clone()).map_err(|e| RootError::CertificateUnreadable {
+            path: directory.into(),
+            reason: e.to_string(),
+        })?;
+        Ok(Self { root, roots: Arc::new(roots), trust_domain: trust_domain.clone(), leaf_lifetime })
     }
 
     /// A new key and certificate for `identity`, valid until one lifetime after `now`.
@@ -138,11 +131,7 @@ impl EmbeddedIssuer {
         let key = KeyPair::generate()?;
         let leaf = params.signed_by(&key, &self.root.issuer)?;
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
-        Ok(Credentials::new(
-            vec![leaf.der().clone()],
-            &key,
-            self.roots.clone(),
-        )?)
+        Ok(Credentials::new(vec![leaf.der().clone()], &key, self.roots.clone())?)
     }
 }
 
@@ -167,16 +156,12 @@ fn leaf_params(
     // No subject: the URI name is the identity, and RFC 5280 then marks it critical.
     params.distinguished_name = DistinguishedName::new();
     for uri in uris {
-        params
-            .subject_alt_names
-            .push(SanType::URI(uri.as_str().try_into()?));
+        params.subject_alt_names.push(SanType::URI(uri.as_str().try_into()?));
     }
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    params.extended_key_usages = vec![
-        ExtendedKeyUsagePurpose::ClientAuth,
-        ExtendedKeyUsagePurpose::ServerAuth,
-    ];
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
     params.use_authority_key_identifier_extension = true;
     params.serial_number = Some(SerialNumber::from_slice(&random_serial()?));
     let now = whole_seconds(now);
@@ -224,9 +209,7 @@ pub(crate) mod testing {
         pub(crate) fn odd(&self, uris: &[String]) -> Arc<rustls::sign::CertifiedKey> {
             let key = KeyPair::generate().expect("a key");
             let mut params = leaf_params(uris, SystemTime::now(), Duration::from_secs(60)).expect("ascii");
-            params
-                .subject_alt_names
-                .push(SanType::DnsName("web.shop".try_into().expect("ascii")));
+            params.subject_alt_names.push(SanType::DnsName("web.shop".try_into().expect("ascii")));
             let leaf = params.signed_by(&key, &self.root.issuer).expect("signed");
             let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
             let signer = aws_lc_rs::sign::any_supported_type(&key).expect("P-256");
@@ -239,11 +222,8 @@ pub(crate) mod testing {
 
     impl Scratch {
         pub(crate) fn new() -> Self {
-            let name: String = random_serial()
-                .expect("random")
-                .iter()
-                .map(|byte| format!("{byte:02x}"))
-                .collect();
+            let name: String =
+                random_serial().expect("random").iter().map(|byte| format!("{byte:02x}")).collect();
             let path = std::env::temp_dir().join(format!("tacit-test-{name}"));
             std::fs::create_dir(&path).expect("a new directory");
             Self(path)
@@ -285,34 +265,23 @@ mod tests {
                 .map(|_| {
                     scope.spawn(|| {
                         start.wait();
-                        open(directory.path(), "cluster.local")
-                            .expect("opens")
-                            .root
-                            .certificate
+                        open(directory.path(), "cluster.local").expect("opens").root.certificate
                     })
                 })
                 .collect();
-            agents
-                .into_iter()
-                .map(|agent| agent.join().expect("no panic"))
-                .collect()
+            agents.into_iter().map(|agent| agent.join().expect("no panic")).collect()
         });
         assert!(roots.iter().all(|root| root == &roots[0]));
         let again = open(directory.path(), "cluster.local").expect("opens again");
         assert_eq!(again.root.certificate, roots[0]);
-        let mode = fs::metadata(directory.path().join("root-key.pem"))
-            .expect("a key")
-            .permissions()
-            .mode();
+        let mode = fs::metadata(directory.path().join("root-key.pem")).expect("a key").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
     }
 
     #[test]
     fn a_key_left_alone_by_a_crash_gets_its_certificate() {
         let directory = Scratch::new();
-        let first = open(directory.path(), "cluster.local")
-            .expect("opens")
-            .issue(&web(), SystemTime::now());
+        let first = open(directory.path(), "cluster.local").expect("opens").issue(&web(), SystemTime::now());
         fs::remove_file(directory.path().join("root-cert.pem")).expect("was there");
         let second = open(directory.path(), "cluster.local").expect("opens again");
         assert_eq!(
@@ -327,15 +296,10 @@ mod tests {
         let other = Scratch::new();
         open(directory.path(), "cluster.local").expect("opens");
         open(other.path(), "cluster.local").expect("opens");
-        let (key, certificate) = (
-            directory.path().join("root-key.pem"),
-            directory.path().join("root-cert.pem"),
-        );
+        let (key, certificate) =
+            (directory.path().join("root-key.pem"), directory.path().join("root-cert.pem"));
 
-        assert!(matches!(
-            open(directory.path(), "other.local"),
-            Err(RootError::TrustDomain { .. })
-        ));
+        assert!(matches!(open(directory.path(), "other.local"), Err(RootError::TrustDomain { .. })));
 
         fs::set_permissions(&key, fs::Permissions::from_mode(0o640)).expect("ours");
         assert!(matches!(
@@ -345,10 +309,7 @@ mod tests {
         fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).expect("ours");
 
         fs::copy(other.path().join("root-cert.pem"), &certificate).expect("copied");
-        assert!(matches!(
-            open(directory.path(), "cluster.local"),
-            Err(RootError::Mismatch(_))
-        ));
+        assert!(matches!(open(directory.path(), "cluster.local"), Err(RootError::Mismatch(_))));
 
         fs::write(&certificate, "nonsense").expect("written");
         assert!(matches!(
@@ -357,16 +318,10 @@ mod tests {
         ));
 
         fs::write(&key, "nonsense").expect("written");
-        assert!(matches!(
-            open(directory.path(), "cluster.local"),
-            Err(RootError::KeyUnreadable { .. })
-        ));
+        assert!(matches!(open(directory.path(), "cluster.local"), Err(RootError::KeyUnreadable { .. })));
 
         fs::remove_file(&key).expect("was there");
-        assert!(matches!(
-            open(directory.path(), "cluster.local"),
-            Err(RootError::KeyMissing(_))
-        ));
+        assert!(matches!(open(directory.path(), "cluster.local"), Err(RootError::KeyMissing(_))));
     }
 
     #[test]
@@ -387,9 +342,6 @@ mod tests {
     fn another_trust_domain_gets_no_certificate() {
         let issuer = testing::issuer("cluster.local");
         let stranger = SpiffeId::parse("spiffe://other.local/ns/shop/sa/web").expect("valid");
-        assert!(matches!(
-            issuer.issue(&stranger, SystemTime::now()),
-            Err(IssueError::TrustDomain { .. })
-        ));
+        assert!(matches!(issuer.issue(&stranger, SystemTime::now()), Err(IssueError::TrustDomain { .. })));
     }
 }

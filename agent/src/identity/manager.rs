@@ -60,10 +60,7 @@ impl Identities {
     /// Starts with no identity; they come by [`Identities::require`].
     #[must_use]
     pub fn start(issuer: Issuer) -> Self {
-        Self {
-            issuer: Arc::new(issuer),
-            slots: Arc::default(),
-        }
+        Self { issuer: Arc::new(issuer), slots: Arc::default() }
     }
 
     /// Makes sure that `identity` has credentials, and keeps renewing them until [`Identities::forget`].
@@ -96,12 +93,7 @@ impl Identities {
     /// The credentials of `identity`; `None` when there are none or they have expired. Never waits.
     #[must_use]
     pub fn current(&self, identity: &SpiffeId) -> Option<Arc<Credentials>> {
-        self.slots
-            .map
-            .load()
-            .get(identity)?
-            .shared
-            .usable(SystemTime::now())
+        self.slots.map.load().get(identity)?.shared.usable(SystemTime::now())
     }
 
     /// Drops the credentials of `identity` and stops renewing them.
@@ -116,10 +108,7 @@ impl Identities {
     #[must_use]
     pub fn certificates(&self) -> Vec<CertificateState> {
         let map = self.slots.map.load();
-        let mut list: Vec<_> = map
-            .iter()
-            .map(|(identity, slot)| slot.shared.state(identity))
-            .collect();
+        let mut list: Vec<_> = map.iter().map(|(identity, slot)| slot.shared.state(identity)).collect();
         list.sort_by(|a, b| a.identity.cmp(&b.identity));
         list
     }
@@ -163,11 +152,7 @@ impl Slot {
         let shared = Arc::new(Shared::default());
         let (outcome, attempts) = watch::channel(None);
         let task = tokio::spawn(keep_current(identity, issuer, shared.clone(), outcome)).abort_handle();
-        Self {
-            shared,
-            attempts,
-            task,
-        }
+        Self { shared, attempts, task }
     }
 }
 
@@ -194,9 +179,7 @@ struct Progress {
 
 impl Shared {
     fn usable(&self, now: SystemTime) -> Option<Arc<Credentials>> {
-        self.credentials
-            .load_full()
-            .filter(|credentials| !credentials.expired(now))
+        self.credentials.load_full().filter(|credentials| !credentials.expired(now))
     }
 
     fn progress(&self) -> MutexGuard<'_, Progress> {
@@ -209,9 +192,7 @@ impl Shared {
         let obtained = progress.obtained.unwrap_or(SystemTime::UNIX_EPOCH);
         Schedule {
             obtained,
-            not_after: held
-                .as_ref()
-                .map_or(obtained, |credentials| credentials.not_after),
+            not_after: held.as_ref().map_or(obtained, |credentials| credentials.not_after),
             failures: progress.failures,
             failed_at: progress.failed_at.unwrap_or(SystemTime::UNIX_EPOCH),
             jitter: jitter(),
@@ -220,10 +201,7 @@ impl Shared {
 
     fn succeeded(&self, credentials: Credentials) {
         self.credentials.store(Some(Arc::new(credentials)));
-        *self.progress() = Progress {
-            obtained: Some(SystemTime::now()),
-            ..Progress::default()
-        };
+        *self.progress() = Progress { obtained: Some(SystemTime::now()), ..Progress::default() };
     }
 
     fn failed(&self, error: &IssueError) {
@@ -346,20 +324,14 @@ mod tests {
             identities.current(&web()).expect("never a gap").serial != first.serial
         })
         .await;
-        assert!(
-            !first.expired(SystemTime::now()),
-            "renewed only after the old one had expired"
-        );
+        assert!(!first.expired(SystemTime::now()), "renewed only after the old one had expired");
     }
 
     #[tokio::test]
     async fn a_failing_issuer_is_asked_again_and_its_error_shown() {
         let issuer = Issuer::Failing(embedded(Duration::from_secs(3600)), AtomicU32::new(1));
         let identities = Identities::start(issuer);
-        assert!(matches!(
-            identities.require(&web()).await,
-            Err(IssueError::Injected)
-        ));
+        assert!(matches!(identities.require(&web()).await, Err(IssueError::Injected)));
         assert!(identities.current(&web()).is_none());
         let state = identities.certificates().remove(0);
         assert_eq!((state.renewal_failures, state.serial.as_str()), (1, ""));

@@ -102,19 +102,11 @@ mod tests {
             // Shortly before the expiry the pauses shrink.
             (held(1000, 3000, 30, 2984), 2984, Renewal::Wait(at(2987))),
             // Expired and failing: still a pause between attempts.
-            (
-                held(1000, 3000, 3, 5000),
-                5000,
-                Renewal::Wait(at(5000) + Duration::from_millis(750)),
-            ),
+            (held(1000, 3000, 3, 5000), 5000, Renewal::Wait(at(5000) + Duration::from_millis(750))),
             (held(1000, 3000, 3, 5000), 5001, Renewal::Expired),
             // The clock was set back by ten years.
             (held(316_000_000, 316_002_000, 0, 0), 1000, Renewal::Renew),
-            (
-                held(316_000_000, 316_002_000, 3, 316_001_000),
-                1000,
-                Renewal::Renew,
-            ),
+            (held(316_000_000, 316_002_000, 3, 316_001_000), 1000, Renewal::Renew),
         ] {
             assert_eq!(schedule.next(at(now)), expected, "{schedule:?} at {now}");
         }
@@ -124,18 +116,10 @@ mod tests {
     fn a_pause_is_bounded_whatever_the_failures_and_jitter() {
         for failures in 1..200 {
             for jitter in [0, 127, 255] {
-                let schedule = Schedule {
-                    jitter,
-                    ..held(0, 10_000_000, failures, 100)
-                };
-                let Renewal::Wait(until) = schedule.next(at(100)) else {
-                    panic!("no pause")
-                };
+                let schedule = Schedule { jitter, ..held(0, 10_000_000, failures, 100) };
+                let Renewal::Wait(until) = schedule.next(at(100)) else { panic!("no pause") };
                 let pause = until.duration_since(at(100)).expect("later");
-                assert!(
-                    pause >= FIRST_PAUSE * 3 / 4 && pause <= LONGEST_PAUSE * 5 / 4,
-                    "{pause:?}"
-                );
+                assert!(pause >= FIRST_PAUSE * 3 / 4 && pause <= LONGEST_PAUSE * 5 / 4, "{pause:?}");
             }
         }
     }

@@ -122,11 +122,7 @@ impl Root {
     /// [`RootError`]; nothing that is found is ever replaced.
     pub fn open(directory: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<Self, RootError> {
         let mut builder = DirBuilder::new();
-        builder
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)
-            .map_err(io_error("create", directory))?;
+        builder.recursive(true).mode(0o700).create(directory).map_err(io_error("create", directory))?;
         let _lock = lock(&directory.join(LOCK_FILE))?;
         let (key_path, certificate_path) = (directory.join(KEY_FILE), directory.join(CERTIFICATE_FILE));
         let key_pem = read_key(&key_path)?;
@@ -144,12 +140,7 @@ impl Root {
         };
         let params = params(trust_domain, now)?;
         if certificate_pem.is_none() {
-            write(
-                directory,
-                &certificate_path,
-                0o644,
-                params.self_signed(&key)?.pem().as_bytes(),
-            )?;
+            write(directory, &certificate_path, 0o644, params.self_signed(&key)?.pem().as_bytes())?;
         }
         let certificate =
             match certificate_pem.map_or_else(|| read(&certificate_path), |pem| Ok(Some(pem)))? {
@@ -157,10 +148,7 @@ impl Root {
                 None => return Err(RootError::Mismatch(certificate_path)),
             };
         check(&certificate_path, &certificate, &params, &key, trust_domain, now)?;
-        Ok(Self {
-            issuer: rcgen::Issuer::new(params, key),
-            certificate,
-        })
+        Ok(Self { issuer: rcgen::Issuer::new(params, key), certificate })
     }
 }
 
@@ -170,10 +158,7 @@ fn params(trust_domain: &TrustDomain, now: SystemTime) -> Result<CertificatePara
     let mut name = DistinguishedName::new();
     name.push(DnType::OrganizationName, "Tacit");
     // RFC 5280 appendix A bounds a common name to 64 characters; the URI name carries the whole.
-    name.push(
-        DnType::CommonName,
-        trust_domain.as_str().chars().take(64).collect::<String>(),
-    );
+    name.push(DnType::CommonName, trust_domain.as_str().chars().take(64).collect::<String>());
     let mut params = CertificateParams::default();
     params.distinguished_name = name;
     params.subject_alt_names = vec![SanType::URI(format!("spiffe://{trust_domain}").try_into()?)];
@@ -193,20 +178,14 @@ fn check(
     trust_domain: &TrustDomain,
     now: SystemTime,
 ) -> Result<(), RootError> {
-    let unreadable = |e: CertificateError| RootError::CertificateUnreadable {
-        path: path.into(),
-        reason: e.to_string(),
-    };
+    let unreadable =
+        |e: CertificateError| RootError::CertificateUnreadable { path: path.into(), reason: e.to_string() };
     let found = certificate::uri_names(certificate).map_err(unreadable)?;
     let (subject, public_key) = certificate::subject_and_key(certificate).map_err(unreadable)?;
     let expected = params.self_signed(key)?;
     let (our_subject, our_key) = certificate::subject_and_key(expected.der()).map_err(unreadable)?;
     if found != [format!("spiffe://{trust_domain}")] || subject != our_subject {
-        return Err(RootError::TrustDomain {
-            path: path.into(),
-            found,
-            ours: trust_domain.clone(),
-        });
+        return Err(RootError::TrustDomain { path: path.into(), found, ours: trust_domain.clone() });
     }
     if public_key != our_key || our_key != key.subject_public_key_info() {
         return Err(RootError::Mismatch(path.into()));
@@ -220,12 +199,7 @@ fn check(
 
 fn lock(path: &Path) -> Result<File, RootError> {
     let mut options = OpenOptions::new();
-    let file = options
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .mode(0o600)
-        .open(path);
+    let file = options.create(true).truncate(false).write(true).mode(0o600).open(path);
     let file = file.map_err(io_error("open", path))?;
     let deadline = Instant::now() + LOCK_WAIT;
     loop {
@@ -248,17 +222,9 @@ fn read(path: &Path) -> Result<Option<String>, RootError> {
 /// As [`read`], for a file that only its owner may touch.
 fn read_key(path: &Path) -> Result<Option<String>, RootError> {
     let Some(file) = open(path)? else { return Ok(None) };
-    let mode = file
-        .metadata()
-        .map_err(io_error("stat", path))?
-        .permissions()
-        .mode()
-        & 0o777;
+    let mode = file.metadata().map_err(io_error("stat", path))?.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
-        return Err(RootError::KeyExposed {
-            path: path.into(),
-            mode,
-        });
+        return Err(RootError::KeyExposed { path: path.into(), mode });
     }
     read_all(&file, path).map(Some)
 }
@@ -273,9 +239,7 @@ fn open(path: &Path) -> Result<Option<File>, RootError> {
 
 fn read_all(file: &File, path: &Path) -> Result<String, RootError> {
     let mut text = String::new();
-    file.take(FILE_MAX_BYTES)
-        .read_to_string(&mut text)
-        .map_err(io_error("read", path))?;
+    file.take(FILE_MAX_BYTES).read_to_string(&mut text).map_err(io_error("read", path))?;
     Ok(text)
 }
 
@@ -287,43 +251,24 @@ fn write(directory: &Path, path: &Path, mode: u32, content: &[u8]) -> Result<(),
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io_error("remove", &temporary)(e)),
         _ => {}
     }
-    let mut file = OpenOptions::new()
-        .create_new(true)
-        .write(true)
-        .mode(mode)
-        .open(&temporary);
-    let file = file
-        .as_mut()
-        .map_err(|e| io_error("create", &temporary)(io::Error::from(e.kind())))?;
-    file.write_all(content)
-        .and_then(|()| file.sync_all())
-        .map_err(io_error("write", &temporary))?;
+    let mut options = OpenOptions::new();
+    let file = options.create_new(true).write(true).mode(mode).open(&temporary);
+    let mut file = file.map_err(io_error("create", &temporary))?;
+    file.write_all(content).and_then(|()| file.sync_all()).map_err(io_error("write", &temporary))?;
     fs::rename(&temporary, path).map_err(io_error("rename to", path))?;
-    File::open(directory)
-        .and_then(|d| d.sync_all())
-        .map_err(io_error("sync", directory))
+    File::open(directory).and_then(|d| d.sync_all()).map_err(io_error("sync", directory))
 }
 
 fn parse_key(path: &Path, pem: &str) -> Result<KeyPair, RootError> {
-    KeyPair::from_pkcs8_pem_and_sign_algo(pem, &rcgen::PKCS_ECDSA_P256_SHA256).map_err(|e| {
-        RootError::KeyUnreadable {
-            path: path.into(),
-            reason: e.to_string(),
-        }
-    })
+    KeyPair::from_pkcs8_pem_and_sign_algo(pem, &rcgen::PKCS_ECDSA_P256_SHA256)
+        .map_err(|e| RootError::KeyUnreadable { path: path.into(), reason: e.to_string() })
 }
 
 fn parse_certificate(path: &Path, pem: &[u8]) -> Result<CertificateDer<'static>, RootError> {
-    CertificateDer::from_pem_slice(pem).map_err(|e| RootError::CertificateUnreadable {
-        path: path.into(),
-        reason: e.to_string(),
-    })
+    CertificateDer::from_pem_slice(pem)
+        .map_err(|e| RootError::CertificateUnreadable { path: path.into(), reason: e.to_string() })
 }
 
 fn io_error<'a>(what: &'static str, path: &'a Path) -> impl Fn(io::Error) -> RootError + 'a {
-    move |source| RootError::Io {
-        what,
-        path: path.into(),
-        source,
-    }
+    move |source| RootError::Io { what, path: path.into(), source }
 }

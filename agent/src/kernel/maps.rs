@@ -124,6 +124,15 @@ impl Maps {
         for ip in addresses {
             steered.insert(address(*ip), Steered { slot, mode: default as u32 }, 0).map_err(failed("STEERED"))?;
         }
+        let former: Vec<Address> = steered
+            .iter()
+            .filter_map(Result::ok)
+            .filter(|(key, s)| s.slot == slot && !addresses.iter().any(|ip| address(*ip) == *key))
+            .map(|(key, _)| key)
+            .collect();
+        for key in former {
+            let _ = steered.remove(&key);
+        }
         let stale: Vec<PortKey> = port_modes
             .keys()
             .filter_map(Result::ok)

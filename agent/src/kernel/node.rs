@@ -5,7 +5,10 @@ use std::{
     net::{IpAddr, Ipv6Addr},
 };
 
-use nix::ifaddrs::getifaddrs;
+use nix::{
+    ifaddrs::getifaddrs,
+    sys::resource::{Resource, getrlimit, setrlimit},
+};
 
 /// Addresses of all interfaces in the calling thread's network namespace.
 ///
@@ -38,6 +41,17 @@ pub fn is_probe_source(address: &IpAddr) -> bool {
 
 fn is_unicast_link_local(address: &Ipv6Addr) -> bool {
     address.segments()[0] & 0xffc0 == 0xfe80
+}
+
+/// Raises this process' limit of open files to the most it may have: a flow takes two descriptors, and the usual soft
+/// limit of 1,024 would end at some 500 flows. Returns the limit in force.
+///
+/// # Errors
+/// When the limit cannot be read or raised.
+pub fn raise_descriptor_limit() -> io::Result<u64> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    Ok(hard)
 }
 
 /// The running kernel's release, such as `6.18.0-1-amd64`.

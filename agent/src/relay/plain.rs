@@ -19,6 +19,8 @@ use crate::{
 
 /// Moves bytes between `source`, which connected, and `destination`.
 pub async fn plain(source: TcpStream, destination: TcpStream, counters: &FlowCounters) -> FlowEnd {
+    // Bytes are passed on as they come; waiting for more belongs to the applications.
+    let _ = (source.set_nodelay(true), destination.set_nodelay(true));
     match run(&source, &destination, counters).await {
         None => FlowEnd::Clean,
         Some(party) => {
@@ -40,10 +42,7 @@ async fn run(source: &TcpStream, destination: &TcpStream, counters: &FlowCounter
             return Poll::Ready(ending);
         }
         // Once a party has ended its direction, reads no longer show that it resets.
-        for (half, broken) in [
-            (&mut there, &mut source_broken),
-            (&mut back, &mut destination_broken),
-        ] {
+        for (half, broken) in [(&mut there, &mut source_broken), (&mut back, &mut destination_broken)] {
             if half.ended && !half.looked && broken.as_mut().poll(cx).is_ready() {
                 half.looked = true;
                 if matches!(half.from.take_error(), Ok(Some(_)) | Err(_)) {
@@ -91,15 +90,7 @@ struct Half<'a> {
 
 impl<'a> Half<'a> {
     fn new(from: &'a TcpStream, to: &'a TcpStream, party: Party, counter: &'a AtomicU64) -> Self {
-        Self {
-            from,
-            to,
-            party,
-            counter,
-            held: None,
-            ended: false,
-            looked: false,
-        }
+        Self { from, to, party, counter, held: None, ended: false, looked: false }
     }
 
     /// One read or one write; `Break` with the party that reset.
@@ -107,11 +98,7 @@ impl<'a> Half<'a> {
         if self.ended {
             return Poll::Pending;
         }
-        let moved = if self.held.is_some() {
-            ready!(self.write(cx))
-        } else {
-            ready!(self.read(cx))
-        };
+        let moved = if self.held.is_some() { ready!(self.write(cx)) } else { ready!(self.read(cx)) };
         Poll::Ready(moved.map_or_else(ControlFlow::Break, ControlFlow::Continue))
     }
 
@@ -119,34 +106,26 @@ impl<'a> Half<'a> {
         // Before a buffer is taken.
         let _ = ready!(self.from.poll_read_ready(cx));
         let mut buffer = Buffer::take();
-        Poll::Ready(
-            match ready!(socket::poll_read(
-                self.from,
-                cx,
-                &mut [IoSliceMut::new(&mut buffer)]
-            )) {
-                Ok(0) => {
-                    self.ended = true;
-                    socket::finish(self.to).map_err(|_| self.other())
-                }
-                Ok(read_bytes) => {
-                    self.held = Some((buffer, 0, read_bytes));
-                    Ok(())
-                }
-                Err(_) => Err(self.party),
-            },
-        )
+        Poll::Ready(match ready!(socket::poll_read(self.from, cx, &mut [IoSliceMut::new(&mut buffer)])) {
+            Ok(0) => {
+                self.ended = true;
+                socket::finish(self.to).map_err(|_| self.other())
+            }
+            Ok(read_bytes) => {
+                self.held = Some((buffer, 0, read_bytes));
+                Ok(())
+            }
+            Err(_) => Err(self.party),
+        })
     }
 
     fn write(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Party>> {
         let Some((buffer, start, end)) = &mut self.held else {
             return Poll::Ready(Ok(()));
         };
-        let Ok(written_bytes) = ready!(socket::poll_write(
-            self.to,
-            cx,
-            &[IoSlice::new(&buffer[*start..*end])]
-        )) else {
+        let Ok(written_bytes) =
+            ready!(socket::poll_write(self.to, cx, &[IoSlice::new(&buffer[*start..*end])]))
+        else {
             return Poll::Ready(Err(self.other()));
         };
         self.counter.fetch_add(written_bytes as u64, Relaxed);
@@ -163,5 +142,74 @@ impl<'a> Half<'a> {
             Party::Source => Party::Destination,
             Party::Destination => Party::Source,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        task::JoinHandle,
+    };
+
+    use super::*;
+    use crate::{
+        relay::testing::{exchange, is_reset, soon},
+        tunnel::testing::connection,
+    };
+
+    async fn path() -> (TcpStream, JoinHandle<(&'static str, u64, u64)>, TcpStream) {
+        let (source, near) = connection().await;
+        let (far, destination) = connection().await;
+        let relay = tokio::spawn(async move {
+            let counters = FlowCounters::default();
+            let end = plain(near, far, &counters).await;
+            (end.label(), counters.sent.load(Relaxed), counters.received.load(Relaxed))
+        });
+        (source, relay, destination)
+    }
+
+    #[tokio::test]
+    async fn each_direction_ends_on_its_own() {
+        let (mut source, relay, mut destination) = path().await;
+        let mut text = String::new();
+        source.write_all(b"question").await.expect("open");
+        source.shutdown().await.expect("open");
+        soon(destination.read_to_string(&mut text)).await.expect("open");
+        destination.write_all(b"answer!").await.expect("open");
+        destination.shutdown().await.expect("open");
+        soon(source.read_to_string(&mut text)).await.expect("open");
+        assert_eq!(text, "questionanswer!");
+        assert_eq!(soon(relay).await.expect("no panic"), ("clean", 8, 7));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn both_sides_write_much_at_once_and_nothing_is_lost() {
+        let (source, relay, destination) = path().await;
+        exchange(source, destination, 20 << 20).await;
+        assert_eq!(soon(relay).await.expect("no panic"), ("clean", 20 << 20, 20 << 20));
+    }
+
+    #[tokio::test]
+    async fn a_reset_of_either_side_resets_the_other() {
+        let (source, relay, mut destination) = path().await;
+        socket::reset(source);
+        assert!(is_reset(&mut destination).await);
+        assert_eq!(soon(relay).await.expect("no panic").0, "reset_by_source");
+
+        let (mut source, relay, destination) = path().await;
+        socket::reset(destination);
+        assert!(is_reset(&mut source).await);
+        assert_eq!(soon(relay).await.expect("no panic").0, "reset_by_destination");
+    }
+
+    #[tokio::test]
+    async fn a_reset_after_the_end_of_a_direction_is_still_noticed() {
+        let (mut source, relay, mut destination) = path().await;
+        source.shutdown().await.expect("open");
+        assert_eq!(soon(destination.read(&mut [0; 1])).await.expect("an end"), 0);
+        socket::reset(source);
+        assert_eq!(soon(relay).await.expect("no panic").0, "reset_by_source");
+        assert!(destination.write_all(b"x").await.is_err() || is_reset(&mut destination).await);
     }
 }

@@ -8,6 +8,9 @@
 //! | RESET frame, session broken or closed early | application reset, session closed |
 //! | both FINs passed | DONE from the server; the session is free for the next flow |
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     future::{Future, poll_fn},
     io::IoSlice,
@@ -25,8 +28,9 @@ use crate::{
     telemetry::flows::FlowCounters,
     tunnel::{
         Role, Session, TunnelError,
+        batch::{BATCH_FRAMES, frames, payload_slots},
         buffers::Buffer,
-        frame::{BATCH_FRAMES, Control, frames, payload_slots},
+        frame::Control,
         inbox::Received,
         socket,
     },
@@ -49,6 +53,8 @@ pub async fn tunnelled(
         Role::Client => (Party::Source, Party::Destination),
         Role::Server => (Party::Destination, Party::Source),
     };
+    // Frames are passed on as they come; waiting for more belongs to the applications.
+    let _ = app.set_nodelay(true);
     match Flow::new(&app, &mut session, counters).run().await {
         Ending::Finished => {
             drop(app);
@@ -119,6 +125,8 @@ struct Flow<'a> {
     down: &'a AtomicU64,
     /// FIN is queued or sent.
     app_ended: bool,
+    /// FIN has left this node for sure.
+    end_sent: bool,
     /// FIN has come, and all before it has reached the application.
     peer_ended: bool,
     /// Why nothing can be sent any more. What has been received may still say RESET, which tells more.
@@ -131,15 +139,7 @@ impl<'a> Flow<'a> {
             Role::Client => (&counters.sent, &counters.received),
             Role::Server => (&counters.received, &counters.sent),
         };
-        Self {
-            app,
-            session,
-            up,
-            down,
-            app_ended: false,
-            peer_ended: false,
-            lost: None,
-        }
+        Self { app, session, up, down, app_ended: false, end_sent: false, peer_ended: false, lost: None }
     }
 
     async fn run(mut self) -> Ending {
@@ -176,7 +176,9 @@ impl<'a> Flow<'a> {
             }
             if down.is_pending() {
                 if let Some(error) = self.lost.take() {
-                    return Poll::Ready(Ending::Lost(error));
+                    // A client may go without waiting for DONE.
+                    let complete = self.end_sent && self.peer_ended;
+                    return Poll::Ready(if complete { Ending::Finished } else { Ending::Lost(error) });
                 }
                 if up.is_pending() {
                     return Poll::Pending;
@@ -195,6 +197,7 @@ impl<'a> Flow<'a> {
             return GO_ON;
         }
         if self.app_ended {
+            self.end_sent = true;
             return Poll::Pending;
         }
         // Before a buffer is taken.
@@ -245,8 +248,7 @@ impl<'a> Flow<'a> {
             return end(Ending::ResetByApp);
         }
         self.peer_ended = true;
-        self.done()
-            .map_or_else(|error| end(Ending::Lost(error)), |()| GO_ON)
+        self.done().map_or_else(|error| end(Ending::Lost(error)), |()| GO_ON)
     }
 
     /// The server says DONE as soon as both directions have ended, if it can behind its FIN.

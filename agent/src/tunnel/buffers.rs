@@ -7,7 +7,7 @@ use std::{
     ops::{Deref, DerefMut},
 };
 
-use super::frame::BATCH_BYTES;
+use super::batch::BATCH_BYTES;
 
 /// Free buffers kept by each thread; 2 MiB. A thread rarely is in the middle of more flows at once.
 const KEPT: usize = 16;

@@ -16,11 +16,9 @@
 //! Numbers are big-endian. An IPv4 address is written v4-mapped. DONE is what lets a client reuse a session safely: without
 //! it, a flow could be put behind bytes that the previous flow's destination has not yet read.
 
-use std::{
-    fmt,
-    io::IoSliceMut,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
-};
+use std::net::SocketAddr;
+
+use super::open::{DenyReason, OPEN_BYTES, Open};
 
 /// Type and length of a frame.
 pub const HEADER_BYTES: usize = 4;
@@ -28,109 +26,6 @@ pub const HEADER_BYTES: usize = 4;
 pub const PAYLOAD_MAX_BYTES: usize = RECORD_BYTES - HEADER_BYTES;
 /// A full frame.
 pub const RECORD_BYTES: usize = 1 << 14;
-
-const OPEN_BYTES: usize = 1 + 18 + 18 + 16;
-/// The only version of OPEN there is; another layout gets another number.
-const OPEN_VERSION: u8 = 1;
-
-/// Names one flow in the logs of both nodes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct TraceId(pub [u8; 16]);
-
-impl fmt::Display for TraceId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
-
-/// What a client asks for when it opens a flow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Open {
-    /// Where the application wanted to connect.
-    pub destination: SocketAddr,
-    /// The application's own address; a claim for logs, never a credential.
-    pub client: SocketAddr,
-    /// Ties the logs of both nodes together.
-    pub trace: TraceId,
-}
-
-/// Why a server refused a flow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum DenyReason {
-    /// Policy does not allow this client.
-    Policy,
-    /// The destination is no workload behind this tunnel.
-    UnknownDestination,
-    /// Nothing listens at the destination.
-    ConnectionRefused,
-    /// The destination cannot be reached.
-    Unreachable,
-    /// The destination did not answer in time.
-    TimedOut,
-    /// The agent is shutting down.
-    Draining,
-    /// The agent is at one of its bounds.
-    Overloaded,
-    /// The agent failed; its log says how.
-    Internal,
-    /// A reason of a newer version.
-    Other(u8),
-}
-
-impl DenyReason {
-    /// For logs and metric labels.
-    #[must_use]
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Policy => "policy",
-            Self::UnknownDestination => "unknown_destination",
-            Self::ConnectionRefused => "connection_refused",
-            Self::Unreachable => "unreachable",
-            Self::TimedOut => "timed_out",
-            Self::Draining => "draining",
-            Self::Overloaded => "overloaded",
-            Self::Internal => "internal",
-            Self::Other(_) => "other",
-        }
-    }
-
-    fn code(self) -> u8 {
-        match self {
-            Self::Policy => 1,
-            Self::UnknownDestination => 2,
-            Self::ConnectionRefused => 3,
-            Self::Unreachable => 4,
-            Self::TimedOut => 5,
-            Self::Draining => 6,
-            Self::Overloaded => 7,
-            Self::Internal => 8,
-            Self::Other(code) => code,
-        }
-    }
-
-    fn of(code: u8) -> Self {
-        match code {
-            1 => Self::Policy,
-            2 => Self::UnknownDestination,
-            3 => Self::ConnectionRefused,
-            4 => Self::Unreachable,
-            5 => Self::TimedOut,
-            6 => Self::Draining,
-            7 => Self::Overloaded,
-            8 => Self::Internal,
-            code => Self::Other(code),
-        }
-    }
-}
-
-impl fmt::Display for DenyReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Other(code) => write!(f, "other ({code})"),
-            known => f.write_str(known.label()),
-        }
-    }
-}
 
 /// The type of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,17 +42,9 @@ pub enum Kind {
 
 impl Kind {
     fn of(code: u8) -> Option<Self> {
-        [
-            Self::Open,
-            Self::Accept,
-            Self::Deny,
-            Self::Data,
-            Self::Fin,
-            Self::Reset,
-            Self::Done,
-        ]
-        .into_iter()
-        .find(|kind| *kind as u8 == code)
+        [Self::Open, Self::Accept, Self::Deny, Self::Data, Self::Fin, Self::Reset, Self::Done]
+            .into_iter()
+            .find(|kind| *kind as u8 == code)
     }
 
     fn allows(self, payload_bytes: usize) -> bool {
@@ -255,11 +142,7 @@ impl Control {
     pub fn decode(kind: Kind, payload: &[u8]) -> Result<Option<Self>, FrameError> {
         Ok(match kind {
             Kind::Data => None,
-            Kind::Open => payload
-                .first_chunk()
-                .map(decode_open)
-                .transpose()?
-                .map(Self::Open),
+            Kind::Open => payload.first_chunk().map(Open::decode).transpose()?.map(Self::Open),
             Kind::Deny => payload.first().map(|code| Self::Deny(DenyReason::of(*code))),
             Kind::Accept => Some(Self::Accept),
             Kind::Fin => Some(Self::Fin),
@@ -273,7 +156,7 @@ impl Control {
         match self {
             Self::Open(open) => {
                 out.extend(encode_header(Kind::Open, OPEN_BYTES));
-                encode_open(open, out);
+                open.encode(out);
             }
             Self::Deny(reason) => {
                 out.extend(encode_header(Kind::Deny, 1));
@@ -284,85 +167,15 @@ impl Control {
     }
 }
 
-/// How many DATA frames one batch holds at most: one read fills them, one TLS write sends them.
-pub const BATCH_FRAMES: usize = 8;
-/// A buffer for one batch.
-pub const BATCH_BYTES: usize = BATCH_FRAMES * RECORD_BYTES;
-
-/// The places in `batch` ([`BATCH_BYTES`]) where payload goes, with room for a header before each.
-pub fn payload_slots(batch: &mut [u8]) -> [IoSliceMut<'_>; BATCH_FRAMES] {
-    let mut records = batch.chunks_exact_mut(RECORD_BYTES);
-    std::array::from_fn(|_| {
-        IoSliceMut::new(
-            records
-                .next()
-                .map_or(&mut [], |record| &mut record[HEADER_BYTES..]),
-        )
-    })
-}
-
-/// Writes the headers for `payload_bytes` read into the slots of `batch`, and returns the frames, ready to send. Each is
-/// full but the last, so that a TLS record written from them holds exactly one.
-pub fn frames(batch: &mut [u8], payload_bytes: usize) -> &[u8] {
-    let mut left = payload_bytes.min(BATCH_FRAMES * PAYLOAD_MAX_BYTES);
-    let mut used = 0;
-    for record in batch.chunks_exact_mut(RECORD_BYTES) {
-        if left == 0 {
-            break;
-        }
-        let here = left.min(PAYLOAD_MAX_BYTES);
-        record[..HEADER_BYTES].copy_from_slice(&encode_header(Kind::Data, here));
-        used += HEADER_BYTES + here;
-        left -= here;
-    }
-    &batch[..used]
-}
-
-fn encode_header(kind: Kind, payload_bytes: usize) -> [u8; HEADER_BYTES] {
+pub(super) fn encode_header(kind: Kind, payload_bytes: usize) -> [u8; HEADER_BYTES] {
     let [.., high, middle, low] = payload_bytes.to_be_bytes();
     [kind as u8, high, middle, low]
-}
-
-fn encode_open(open: &Open, out: &mut Vec<u8>) {
-    out.push(OPEN_VERSION);
-    for address in [open.destination, open.client] {
-        let ip = match address.ip() {
-            IpAddr::V4(v4) => v4.to_ipv6_mapped(),
-            IpAddr::V6(v6) => v6,
-        };
-        out.extend(ip.octets());
-        out.extend(address.port().to_be_bytes());
-    }
-    out.extend(open.trace.0);
-}
-
-fn decode_open(payload: &[u8; OPEN_BYTES]) -> Result<Open, FrameError> {
-    if payload[0] != OPEN_VERSION {
-        return Err(FrameError::Version(payload[0]));
-    }
-    let mut trace = [0; 16];
-    trace.copy_from_slice(&payload[37..]);
-    let destination = decode_address(&payload[1..19]);
-    if destination.port() == 0 || destination.ip().is_unspecified() {
-        return Err(FrameError::Destination(destination));
-    }
-    Ok(Open {
-        destination,
-        client: decode_address(&payload[19..37]),
-        trace: TraceId(trace),
-    })
-}
-
-fn decode_address(bytes: &[u8]) -> SocketAddr {
-    let mut ip = [0; 16];
-    ip.copy_from_slice(&bytes[..16]);
-    let port = u16::from_be_bytes([bytes[16], bytes[17]]);
-    SocketAddr::new(IpAddr::V6(Ipv6Addr::from(ip)).to_canonical(), port)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tunnel::TraceId;
 
     fn open() -> Open {
         Open {
@@ -381,13 +194,8 @@ mod tests {
 
     #[test]
     fn every_control_frame_is_read_back_as_it_was_written() {
-        let mut all = vec![
-            Control::Open(open()),
-            Control::Accept,
-            Control::Fin,
-            Control::Reset,
-            Control::Done,
-        ];
+        let mut all =
+            vec![Control::Open(open()), Control::Accept, Control::Fin, Control::Reset, Control::Done];
         all.extend((0..=255).map(|code| Control::Deny(DenyReason::of(code))));
         for frame in all {
             let mut bytes = Vec::new();
@@ -405,14 +213,8 @@ mod tests {
         let mut bytes = Vec::new();
         Control::Open(open()).encode(&mut bytes);
         assert_eq!(bytes[..5], [1, 0, 0, 53, 1]);
-        assert_eq!(
-            bytes[5..23],
-            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 10, 77, 2, 3, 0, 80]
-        );
-        assert_eq!(
-            bytes[23..41],
-            [0xfd, 0x77, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0x9c, 0x40]
-        );
+        assert_eq!(bytes[5..23], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 10, 77, 2, 3, 0, 80]);
+        assert_eq!(bytes[23..41], [0xfd, 0x77, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0x9c, 0x40]);
         assert_eq!(bytes[41..], [0xab; 16]);
     }
 
@@ -451,9 +253,7 @@ mod tests {
         for _ in 0..200_000 {
             let mut bytes = [0_u8; 64];
             for byte in &mut bytes {
-                state = state
-                    .wrapping_mul(6_364_136_223_846_793_005)
-                    .wrapping_add(1_442_695_040_888_963_407);
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                 *byte = (state >> 56) as u8;
             }
             // Mostly plausible headers, so that payloads are reached too.
@@ -463,45 +263,6 @@ mod tests {
             }
             let length = usize::from(bytes[63]) % bytes.len();
             let _ = read_back(&bytes[..length]);
-        }
-    }
-
-    #[test]
-    fn a_batch_is_full_frames_and_a_rest() {
-        for (payload_bytes, expected) in [
-            (0, vec![]),
-            (1, vec![1]),
-            (PAYLOAD_MAX_BYTES, vec![PAYLOAD_MAX_BYTES]),
-            (PAYLOAD_MAX_BYTES + 5, vec![PAYLOAD_MAX_BYTES, 5]),
-            (
-                BATCH_FRAMES * PAYLOAD_MAX_BYTES,
-                vec![PAYLOAD_MAX_BYTES; BATCH_FRAMES],
-            ),
-        ] {
-            let mut batch = vec![0; BATCH_BYTES];
-            let mut value = 0_u8;
-            for byte in payload_slots(&mut batch)
-                .iter_mut()
-                .flat_map(|slot| slot.iter_mut())
-            {
-                *byte = value;
-                value = value.wrapping_add(1);
-            }
-            let mut rest = frames(&mut batch, payload_bytes);
-            let (mut lengths, mut payload) = (vec![], vec![]);
-            while let Some(head) = header(rest).expect("well formed") {
-                let (frame, next) = rest.split_at(HEADER_BYTES + head.payload_bytes);
-                payload.extend(&frame[HEADER_BYTES..]);
-                lengths.push(head.payload_bytes);
-                rest = next;
-            }
-            assert_eq!(lengths, expected);
-            assert!(
-                payload
-                    .iter()
-                    .enumerate()
-                    .all(|(at, byte)| *byte == (at % 256) as u8)
-            );
         }
     }
 }

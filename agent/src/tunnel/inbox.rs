@@ -6,8 +6,9 @@
 use std::io::IoSlice;
 
 use super::{
+    batch::BATCH_FRAMES,
     buffers::Buffer,
-    frame::{self, BATCH_FRAMES, Control, FrameError, HEADER_BYTES, Kind},
+    frame::{self, Control, FrameError, HEADER_BYTES, Kind},
 };
 
 /// With less room than this behind the last byte, the bytes move to the front first. Above any control frame.
@@ -120,9 +121,7 @@ impl Inbox {
     }
 
     fn bytes(&self) -> &[u8] {
-        self.buffer
-            .as_deref()
-            .map_or(&[], |buffer| &buffer[self.start..self.end])
+        self.buffer.as_deref().map_or(&[], |buffer| &buffer[self.start..self.end])
     }
 
     /// Gives the buffer back when nothing is in it.
@@ -137,23 +136,16 @@ impl Inbox {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tunnel::frame::{BATCH_BYTES, frames, payload_slots};
+    use crate::tunnel::batch::{BATCH_BYTES, frames, payload_slots};
 
     fn stream() -> (Vec<u8>, Vec<u8>) {
         let mut batch = vec![0; BATCH_BYTES];
         let mut value = 7_u8;
-        for byte in payload_slots(&mut batch)
-            .iter_mut()
-            .flat_map(|slot| slot.iter_mut())
-        {
+        for byte in payload_slots(&mut batch).iter_mut().flat_map(|slot| slot.iter_mut()) {
             value = value.wrapping_mul(5).wrapping_add(3);
             *byte = value;
         }
-        let payload = payload_slots(&mut batch)
-            .iter()
-            .flat_map(|slot| slot.to_vec())
-            .take(40_000)
-            .collect();
+        let payload = payload_slots(&mut batch).iter().flat_map(|slot| slot.to_vec()).take(40_000).collect();
         let mut bytes = Vec::new();
         Control::Accept.encode(&mut bytes);
         bytes.extend(frames(&mut batch, 40_000));

@@ -73,56 +73,18 @@ impl Phase {
         use Role::{Client, Server};
         Ok(match (self, from, kind) {
             (Self::Idle, Client, Kind::Open) => Self::Opening,
-            (Self::Opening, Server, Kind::Accept) => Self::Flow {
-                client_ended: false,
-                server_ended: false,
-            },
+            (Self::Opening, Server, Kind::Accept) => Self::Flow { client_ended: false, server_ended: false },
             (Self::Opening, Server, Kind::Deny) => Self::Idle,
-            (
-                Self::Flow {
-                    client_ended: false, ..
-                },
-                Client,
-                Kind::Data,
-            )
-            | (
-                Self::Flow {
-                    server_ended: false, ..
-                },
-                Server,
-                Kind::Data,
-            ) => self,
-            (
-                Self::Flow {
-                    client_ended: false,
-                    server_ended,
-                },
-                Client,
-                Kind::Fin,
-            ) => Self::Flow {
-                client_ended: true,
-                server_ended,
-            },
-            (
-                Self::Flow {
-                    client_ended,
-                    server_ended: false,
-                },
-                Server,
-                Kind::Fin,
-            ) => Self::Flow {
-                client_ended,
-                server_ended: true,
-            },
+            (Self::Flow { client_ended: false, .. }, Client, Kind::Data)
+            | (Self::Flow { server_ended: false, .. }, Server, Kind::Data) => self,
+            (Self::Flow { client_ended: false, server_ended }, Client, Kind::Fin) => {
+                Self::Flow { client_ended: true, server_ended }
+            }
+            (Self::Flow { client_ended, server_ended: false }, Server, Kind::Fin) => {
+                Self::Flow { client_ended, server_ended: true }
+            }
             (Self::Flow { .. }, _, Kind::Reset) => Self::Over,
-            (
-                Self::Flow {
-                    client_ended: true,
-                    server_ended: true,
-                },
-                Server,
-                Kind::Done,
-            ) => Self::Idle,
+            (Self::Flow { client_ended: true, server_ended: true }, Server, Kind::Done) => Self::Idle,
             (phase, from, kind) => return Err(OutOfTurn { phase, from, kind }),
         })
     }
@@ -133,10 +95,7 @@ mod tests {
     use super::*;
 
     const fn flow(client_ended: bool, server_ended: bool) -> Phase {
-        Phase::Flow {
-            client_ended,
-            server_ended,
-        }
+        Phase::Flow { client_ended, server_ended }
     }
 
     #[test]
@@ -177,9 +136,7 @@ mod tests {
         for phase in phases {
             for from in [Client, Server] {
                 for kind in [Open, Accept, Deny, Data, Fin, Reset, Done] {
-                    let next = allowed
-                        .iter()
-                        .find(|row| (row.0, row.1, row.2) == (phase, from, kind));
+                    let next = allowed.iter().find(|row| (row.0, row.1, row.2) == (phase, from, kind));
                     let expected = next.map(|row| row.3).ok_or(OutOfTurn { phase, from, kind });
                     assert_eq!(phase.after(from, kind), expected);
                 }

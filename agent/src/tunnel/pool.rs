@@ -26,10 +26,7 @@ pub struct Pool<K, S> {
 
 impl<K, S> Default for Pool<K, S> {
     fn default() -> Self {
-        Self {
-            idle: HashMap::new(),
-            total: 0,
-        }
+        Self { idle: HashMap::new(), total: 0 }
     }
 }
 
@@ -145,7 +142,7 @@ mod tests {
         let mut pool = Pool::default();
         assert_eq!(pool.put("a", 1, now), None);
         assert_eq!(pool.put("a", 2, now + IDLE / 2), None);
-        assert_eq!(pool.expire(now + IDLE - Duration::from_millis(1)), []);
+        assert!(pool.expire(now + IDLE - Duration::from_millis(1)).is_empty());
         assert_eq!(pool.expire(now + IDLE), [1]);
         assert_eq!(pool.take(&"a", now + IDLE, alive), Some(2));
     }
@@ -174,11 +171,7 @@ mod tests {
         }
         assert_eq!(pool.len(), TOTAL_MAX);
         assert_eq!(pool.put(1_000_000, 7, now), Some(7), "no room on the node");
-        assert_eq!(
-            pool.put(1, 8, now),
-            Some(1),
-            "a pair replaces its own at the node's bound"
-        );
+        assert_eq!(pool.put(1, 8, now), Some(1), "a pair replaces its own at the node's bound");
         assert_eq!(pool.len(), TOTAL_MAX);
     }
 }

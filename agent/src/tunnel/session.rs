@@ -4,6 +4,9 @@
 //! accepts and answers each OPEN with ACCEPT or DENY. The order of frames is `phase`'s; a session on which it is broken is
 //! of no further use. Dropping a session cuts the connection; [`Session::close`] says goodbye first.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     future::{Future, poll_fn},
     io::{self, IoSlice},
@@ -17,8 +20,10 @@ use tokio::{net::TcpStream, time::timeout};
 
 use super::{
     TunnelError,
-    frame::{BATCH_FRAMES, Control, DenyReason, Kind, Open},
+    batch::BATCH_FRAMES,
+    frame::{Control, Kind},
     inbox::{Inbox, Received},
+    open::{DenyReason, Open},
     phase::{Phase, Role},
     tls::{
         TlsInfo,
@@ -92,10 +97,7 @@ impl Session {
         own: &Arc<Credentials>,
         expected: &SpiffeId,
     ) -> Result<Self, TunnelError> {
-        Ok(Self::new(
-            stream::connect(tcp, own, expected).await?,
-            Role::Client,
-        ))
+        Ok(Self::new(stream::connect(tcp, own, expected).await?, Role::Client))
     }
 
     /// Accepts a client of the trust domain of `own` over `tcp`. Bounded in time.
@@ -173,9 +175,7 @@ impl Session {
             self.send(&Control::Open(*open))?;
             if let Err(failed) = poll_fn(|cx| self.poll_flush(cx)).await {
                 // What the server said before it closed tells more than that it is closed.
-                return Err(poll_fn(|cx| Poll::Ready(self.tls.last_words(cx)))
-                    .await
-                    .unwrap_or(failed));
+                return Err(poll_fn(|cx| Poll::Ready(self.tls.last_words(cx))).await.unwrap_or(failed));
             }
             poll_fn(|cx| self.poll_received(cx)).await
         };
@@ -224,12 +224,7 @@ impl Session {
 
     async fn answer(&mut self, frame: &Control) -> Result<(), TunnelError> {
         self.send(frame)?;
-        bounded(
-            "sending the answer",
-            ANSWER_MAX,
-            poll_fn(|cx| self.poll_flush(cx)),
-        )
-        .await
+        bounded("sending the answer", ANSWER_MAX, poll_fn(|cx| self.poll_flush(cx))).await
     }
 
     /// Queues a frame; [`Session::poll_flush`] sends it.
@@ -240,7 +235,7 @@ impl Session {
         self.tls.queue(&bytes)
     }
 
-    /// Queues DATA frames made by `frame::frames`.
+    /// Queues DATA frames made by `batch::frames`.
     pub(crate) fn send_data(&mut self, frames: &[u8]) -> Result<(), TunnelError> {
         self.phase = self.phase.after(self.role, Kind::Data)?;
         self.tls.queue(frames)
@@ -268,11 +263,7 @@ impl Session {
                 return Poll::Ready(Ok(received));
             }
             let read = self.tls.poll_read(cx, self.inbox.room());
-            self.inbox.filled(if let Poll::Ready(Ok(read_bytes)) = read {
-                read_bytes
-            } else {
-                0
-            });
+            self.inbox.filled(if let Poll::Ready(Ok(read_bytes)) = read { read_bytes } else { 0 });
             if ready!(read)? == 0 {
                 return Poll::Ready(Err(TunnelError::Closed));
             }
@@ -295,7 +286,5 @@ async fn bounded<T>(
     limit: Duration,
     work: impl Future<Output = Result<T, TunnelError>>,
 ) -> Result<T, TunnelError> {
-    timeout(limit, work)
-        .await
-        .unwrap_or(Err(TunnelError::Timeout { what, limit }))
+    timeout(limit, work).await.unwrap_or(Err(TunnelError::Timeout { what, limit }))
 }

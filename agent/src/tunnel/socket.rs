@@ -26,11 +26,7 @@ pub(crate) fn poll_read(
             read = Some(read_bytes);
             // A short read has emptied the socket (epoll(7), "Questions and answers", 9): saying so here saves the next
             // read, which would find nothing. An end of stream or reset behind it is kept by tokio as "closed".
-            if read_bytes > 0 && read_bytes < room {
-                Err(io::ErrorKind::WouldBlock.into())
-            } else {
-                Ok(())
-            }
+            if read_bytes > 0 && read_bytes < room { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
         });
         match (read, outcome) {
             (Some(read_bytes), _) => return Poll::Ready(Ok(read_bytes)),

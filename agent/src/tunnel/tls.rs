@@ -5,6 +5,8 @@
 //! provider is built here explicitly, so that neither a crate feature nor a process-wide default can widen the choice.
 
 pub(super) mod stream;
+#[cfg(test)]
+mod tests;
 mod verify;
 
 use std::{
@@ -174,9 +176,7 @@ fn client_config(own: &Credentials, expected: &SpiffeId) -> ClientConfig {
     });
     // Cheap: shared parts but for the ALPN list.
     let mut config = ClientConfig::clone(shared);
-    config
-        .dangerous()
-        .set_certificate_verifier(verifier(expected.clone()));
+    config.dangerous().set_certificate_verifier(verifier(expected.clone()));
     config
 }
 
@@ -186,10 +186,7 @@ fn server_config(own: &Credentials) -> Arc<ServerConfig> {
         let chain = WebPkiClientVerifier::builder_with_provider(own.roots.clone(), PROVIDER.clone())
             .build()
             .expect("Credentials have a root, and there are no revocation lists to parse");
-        let verifier = ClientVerifier {
-            chain,
-            trust_domain: own.identity.trust_domain().clone(),
-        };
+        let verifier = ClientVerifier { chain, trust_domain: own.identity.trust_domain().clone() };
         let mut config = ServerConfig::builder_with_provider(PROVIDER.clone())
             .with_protocol_versions(&[&TLS13])
             .expect("PROVIDER has suites and key exchanges of TLS 1.3")

@@ -81,10 +81,7 @@ fn prepare(tcp: &TcpStream) -> io::Result<()> {
 async fn bounded<T>(handshake: impl Future<Output = io::Result<T>>) -> Result<T, TunnelError> {
     match timeout(HANDSHAKE_MAX, handshake).await {
         Ok(outcome) => outcome.map_err(from_io),
-        Err(_) => Err(TunnelError::Timeout {
-            what: "the TLS handshake",
-            limit: HANDSHAKE_MAX,
-        }),
+        Err(_) => Err(TunnelError::Timeout { what: "the TLS handshake", limit: HANDSHAKE_MAX }),
     }
 }
 
@@ -97,17 +94,8 @@ fn established(tcp: TcpStream, mut connection: Connection) -> Result<Established
     let peer_validity = certificate::validity(leaf).map_err(super::Refusal::from)?;
     // A bound here would cut a frame in two records; what is queued is bounded by `queue`'s callers.
     connection.set_buffer_limit(None);
-    let stream = TlsStream {
-        tcp,
-        connection,
-        incoming: Incoming::default(),
-    };
-    Ok(Established {
-        stream,
-        peer,
-        peer_validity,
-        tls,
-    })
+    let stream = TlsStream { tcp, connection, incoming: Incoming::default() };
+    Ok(Established { stream, peer, peer_validity, tls })
 }
 
 impl TlsStream {
@@ -234,10 +222,7 @@ impl Incoming {
 
 impl Read for Incoming {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let mut rest = self
-            .buffer
-            .as_deref()
-            .map_or(&[][..], |buffer| &buffer[self.start..self.end]);
+        let mut rest = self.buffer.as_deref().map_or(&[][..], |buffer| &buffer[self.start..self.end]);
         let read_bytes = rest.read(out)?;
         self.start += read_bytes;
         Ok(read_bytes)

@@ -88,10 +88,9 @@ impl Refusal {
             CertificateError::Expired | CertificateError::ExpiredContext { .. } => Self::Expired,
             CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => Self::NotYetValid,
             CertificateError::UnknownIssuer => Self::UnknownIssuer,
-            CertificateError::Other(OtherError(ours)) => ours
-                .downcast_ref::<Self>()
-                .cloned()
-                .unwrap_or_else(|| Self::Invalid(ours.to_string())),
+            CertificateError::Other(OtherError(ours)) => {
+                ours.downcast_ref::<Self>().cloned().unwrap_or_else(|| Self::Invalid(ours.to_string()))
+            }
             other => Self::Invalid(other.to_string()),
         }
     }
@@ -113,16 +112,21 @@ impl From<Refusal> for Error {
     }
 }
 
+/// A signature in the chain that does not fit means another root of the same name, for example of another mesh.
+fn chain_error(error: Error) -> Error {
+    match error {
+        Error::InvalidCertificate(CertificateError::BadSignature) => CertificateError::UnknownIssuer.into(),
+        other => other,
+    }
+}
+
 /// The identity a verified certificate names, which must be of `trust_domain`.
 fn member(leaf: &CertificateDer<'_>, trust_domain: &TrustDomain) -> Result<SpiffeId, Refusal> {
     let presented = certificate::spiffe_id(leaf)?;
     if presented.trust_domain() == trust_domain {
         Ok(presented)
     } else {
-        Err(Refusal::OtherTrustDomain {
-            ours: trust_domain.clone(),
-            presented,
-        })
+        Err(Refusal::OtherTrustDomain { ours: trust_domain.clone(), presented })
     }
 }
 
@@ -152,16 +156,13 @@ impl ServerCertVerifier for ServerVerifier {
             intermediates,
             now,
             self.algorithms.all,
-        )?;
+        )
+        .map_err(chain_error)?;
         let presented = member(end_entity, &self.trust_domain)?;
         if presented == self.expected {
             Ok(ServerCertVerified::assertion())
         } else {
-            Err(Refusal::IdentityMismatch {
-                expected: self.expected.clone(),
-                presented,
-            }
-            .into())
+            Err(Refusal::IdentityMismatch { expected: self.expected.clone(), presented }.into())
         }
     }
 
@@ -207,7 +208,7 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
+        let verified = self.chain.verify_client_cert(end_entity, intermediates, now).map_err(chain_error)?;
         member(end_entity, &self.trust_domain)?;
         Ok(verified)
     }

@@ -1,0 +1,58 @@
+//! What the tests of both relays share.
+
+use std::{future::Future, io, time::Duration};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
+
+/// No test waits longer for anything.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Waits for `work`, which must not take long.
+pub(crate) async fn soon<T>(work: impl Future<Output = T>) -> T {
+    timeout(DEADLINE, work).await.expect("in time")
+}
+
+/// True when the connection ends with RST, false when it ends with FIN.
+pub(crate) async fn is_reset(tcp: &mut TcpStream) -> bool {
+    let mut rest = Vec::new();
+    match soon(tcp.read_to_end(&mut rest)).await {
+        Ok(_) => false,
+        Err(e) => e.kind() == io::ErrorKind::ConnectionReset,
+    }
+}
+
+/// Both applications write `bytes` at once, end, and check what they read.
+pub(crate) async fn exchange(source: TcpStream, destination: TcpStream, bytes: usize) {
+    let one = tokio::spawn(talk(source, 1, 2, bytes));
+    let other = tokio::spawn(talk(destination, 2, 1, bytes));
+    soon(one).await.expect("no panic");
+    soon(other).await.expect("no panic");
+}
+
+async fn talk(tcp: TcpStream, ours: u32, theirs: u32, bytes: usize) {
+    let (mut read, mut write) = tcp.into_split();
+    let sent = pattern(ours, bytes);
+    let writing = tokio::spawn(async move {
+        write.write_all(&sent).await.expect("open");
+        write.shutdown().await.expect("open");
+        write
+    });
+    let mut received = Vec::with_capacity(bytes);
+    read.read_to_end(&mut received).await.expect("a clean end");
+    let _write = writing.await.expect("no panic");
+    assert!(received == pattern(theirs, bytes), "{} of {bytes} bytes, or others", received.len());
+}
+
+/// Bytes that differ by seed and place.
+fn pattern(seed: u32, bytes: usize) -> Vec<u8> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 24) as u8
+    };
+    (0..bytes).map(|_| next()).collect()
+}

@@ -1,0 +1,68 @@
+//! Sockets, credentials and sessions for tests of the tunnel and the relay.
+
+use std::{
+    sync::{Arc, LazyLock},
+    time::{Duration, SystemTime},
+};
+
+use tokio::net::{TcpListener, TcpStream};
+
+use super::{Open, Session, TraceId};
+use crate::identity::{
+    SpiffeId,
+    credentials::Credentials,
+    issuer::{EmbeddedIssuer, testing::issuer},
+};
+
+/// The issuer of the mesh under test.
+pub(crate) static ISSUER: LazyLock<EmbeddedIssuer> = LazyLock::new(|| issuer("cluster.local"));
+
+/// The identity of `account` in our trust domain.
+pub(crate) fn identity(account: &str) -> SpiffeId {
+    SpiffeId::parse(&format!("spiffe://cluster.local/ns/shop/sa/{account}")).expect("a service account")
+}
+
+/// Good credentials of `account`.
+pub(crate) fn credentials(account: &str) -> Arc<Credentials> {
+    Arc::new(ISSUER.any(&identity(account), SystemTime::now(), Duration::from_secs(600)))
+}
+
+/// Two ends of one connection; the first has connected.
+pub(crate) async fn connection() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("bound");
+    let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+    (client.expect("connected"), accepted.expect("accepted").0)
+}
+
+/// A session of `web` with `db`: client and server.
+pub(crate) async fn sessions() -> (Session, Session) {
+    let (client, server) = connection().await;
+    let (web, db) = (credentials("web"), credentials("db"));
+    let expected = identity("db");
+    let (client, server) =
+        tokio::join!(Session::connect(client, &web, &expected), Session::accept(server, &db));
+    (client.expect("connected"), server.expect("accepted"))
+}
+
+/// What the tests ask for.
+pub(crate) fn open() -> Open {
+    Open {
+        destination: "10.77.2.3:80".parse().expect("an address"),
+        client: "10.77.1.2:40000".parse().expect("an address"),
+        trace: TraceId::random(),
+    }
+}
+
+/// Opens a flow over `client` and `server`.
+pub(crate) async fn open_flow(client: &mut Session, server: &mut Session) {
+    let asked = open();
+    let serve = async {
+        let got = server.next(Duration::from_secs(5)).await.expect("no error").expect("not closed");
+        server.accept_flow().await.expect("sent");
+        got
+    };
+    let (opened, got) = tokio::join!(client.open(&asked), serve);
+    opened.expect("accepted");
+    assert_eq!(got, asked);
+}
