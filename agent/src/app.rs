@@ -1,6 +1,12 @@
 //! Puts the agent together, runs it until a signal, and takes it down in good order. Imported by `main` only.
 
-use std::{io, net::SocketAddr, path::Path, sync::Arc, time::{Duration, Instant}};
+use std::{
+    io,
+    net::SocketAddr,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use arc_swap::ArcSwap;
 use tokio::{
@@ -22,7 +28,7 @@ use crate::{
         root::RootError,
     },
     inbound,
-    kernel::{Kernel, KernelError, cgroup::Cgroup, netns::HostNetns, node, socket::Listeners},
+    kernel::{Kernel, KernelError, cgroup::Cgroup, events, netns::HostNetns, node, socket::Listeners},
     outbound,
     policy::Policies,
     reload::Watched,
@@ -113,9 +119,12 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     }));
     let report = Arc::new(Report::new(&config, path.clone(), started));
     let doors = CancellationToken::new();
-    let admin = tokio::spawn(serve_admin(report.clone(), operator, metrics, path.telemetry.clone(), doors.clone()));
+    let admin =
+        tokio::spawn(serve_admin(report.clone(), operator, metrics, path.telemetry.clone(), doors.clone()));
     let enrolment = tokio::spawn(enroller(&config, &path, pods_cgroup, &report).run(path.drain.stop.clone()));
     let keeper = tokio::spawn(housekeeping(path.clone()));
+    let watched = path.kernel.clone();
+    let listener = tokio::spawn(async move { events::forward(&watched).await });
     tracing::info!(node = %config.node, trust_domain = %config.trust_domain, descriptors, "agent runs");
 
     wait_for(&mut terminate, &mut interrupt).await;
@@ -127,6 +136,7 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     }
     doors.cancel();
     keeper.abort();
+    listener.abort();
     // Both end by their tokens; an error of theirs was logged, and the agent ends anyway.
     let _ = tokio::join!(admin, enrolment);
     remove_socket(&config.socket);

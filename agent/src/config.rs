@@ -107,9 +107,7 @@ impl Config {
     pub fn read(path: &Path) -> Result<Self, LoadError> {
         // Absolute, so that the paths stay right whatever the working directory becomes.
         let file = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        yaml::load(path, |text| {
-            Self::parse_in(text, path, file.parent().unwrap_or(Path::new(".")))
-        })
+        yaml::load(path, |text| Self::parse_in(text, path, file.parent().unwrap_or(Path::new("."))))
     }
 
     /// Parses the text of `file`; relative paths are relative to the folder of `file`.
@@ -121,9 +119,7 @@ impl Config {
     }
 
     fn parse_in(text: &str, file: &Path, folder: &Path) -> Result<Self, Mistakes> {
-        yaml::decode(text, file, |root| {
-            Self::decode(&mut root.fields(&FIELDS)?, folder)
-        })
+        yaml::decode(text, file, |root| Self::decode(&mut root.fields(&FIELDS)?, folder))
     }
 
     /// Decodes all fields before the first `?`, so that the mistakes of each one are recorded.
@@ -132,29 +128,19 @@ impl Config {
         let trust_domain = trust_domain.and_then(|value| value.parse(TrustDomain::parse));
         let node = f.required("node", "this node's name, as the directory has it");
         let node = node.and_then(|value| value.name().map(Arc::from));
-        let pods_cgroup = f.required(
-            "podsCgroup",
-            "the cgroup of all pods, such as /sys/fs/cgroup/kubepods",
-        );
+        let pods_cgroup = f.required("podsCgroup", "the cgroup of all pods, such as /sys/fs/cgroup/kubepods");
         let pods_cgroup = pods_cgroup.and_then(|value| absolute(&value));
-        let mesh_ranges = f.required(
-            "meshRanges",
-            "the ranges of pod addresses, such as [10.77.0.0/16]",
-        );
+        let mesh_ranges = f.required("meshRanges", "the ranges of pod addresses, such as [10.77.0.0/16]");
         let mesh_ranges = mesh_ranges.and_then(|value| self::mesh_ranges(&value));
         let directory_file = file_source(f, "directory", folder);
         let policy_file = file_source(f, "policy", folder);
         let issuer = f.required("issuer", "{embedded: {directory: issuer}}");
         let issuer = issuer.and_then(|value| self::issuer(&value, folder));
-        let root_namespace = or(f, "rootNamespace", ROOT_NAMESPACE.into(), |v| {
-            v.name().map(Arc::from)
-        });
+        let root_namespace = or(f, "rootNamespace", ROOT_NAMESPACE.into(), |v| v.name().map(Arc::from));
         let pin_path = or(f, "pinPath", PIN_PATH.into(), absolute);
         let socket = or(f, "socket", SOCKET.into(), |v| socket_path(v, folder));
         let metrics = or(f, "metrics", METRICS, metrics_address);
-        let drain_timeout = or(f, "drainTimeout", DRAIN_TIMEOUT, |v| {
-            within(v, DRAIN_TIMEOUT_RANGE)
-        });
+        let drain_timeout = or(f, "drainTimeout", DRAIN_TIMEOUT, |v| within(v, DRAIN_TIMEOUT_RANGE));
         Some(Self {
             trust_domain: trust_domain?,
             node: node?,
@@ -179,9 +165,7 @@ fn or<T>(
     default: T,
     decoder: impl FnOnce(&Value<'_>) -> Option<T>,
 ) -> Option<T> {
-    fields
-        .optional(name)
-        .map_or(Some(default), |value| decoder(&value))
+    fields.optional(name).map_or(Some(default), |value| decoder(&value))
 }
 
 fn mesh_ranges(value: &Value<'_>) -> Option<Vec<IpNet>> {
@@ -189,9 +173,7 @@ fn mesh_ranges(value: &Value<'_>) -> Option<Vec<IpNet>> {
     match items.len() {
         0 => value.refuse("the list is empty, nothing would be protected: write the ranges of pod addresses"),
         1..=MESH_RANGES_MAX => {}
-        len => value.refuse(format_args!(
-            "{len} ranges: join them to at most {MESH_RANGES_MAX}"
-        )),
+        len => value.refuse(format_args!("{len} ranges: join them to at most {MESH_RANGES_MAX}")),
     }
     // Not collected to an `Option`: that would stop at the first mistake.
     let ranges: Vec<_> = items.iter().map(|item| item.parse(mesh_range)).collect();
@@ -206,20 +188,11 @@ fn file_source(fields: &mut Fields<'_>, name: &str, folder: &Path) -> Option<Pat
 }
 
 fn issuer(value: &Value<'_>, folder: &Path) -> Option<IssuerConfig> {
-    let embedded = value
-        .fields(&["embedded"])?
-        .required("embedded", "{directory: issuer}")?;
+    let embedded = value.fields(&["embedded"])?.required("embedded", "{directory: issuer}")?;
     let mut fields = embedded.fields(&EMBEDDED_FIELDS)?;
-    let directory = fields
-        .required("directory", "the folder of the root key")
-        .and_then(|value| value.text());
-    let leaf_lifetime = or(&mut fields, "leafLifetime", LEAF_LIFETIME, |v| {
-        within(v, LEAF_LIFETIME_RANGE)
-    });
-    Some(IssuerConfig::Embedded {
-        directory: folder.join(directory?),
-        leaf_lifetime: leaf_lifetime?,
-    })
+    let directory = fields.required("directory", "the folder of the root key").and_then(|value| value.text());
+    let leaf_lifetime = or(&mut fields, "leafLifetime", LEAF_LIFETIME, |v| within(v, LEAF_LIFETIME_RANGE));
+    Some(IssuerConfig::Embedded { directory: folder.join(directory?), leaf_lifetime: leaf_lifetime? })
 }
 
 fn within(value: &Value<'_>, range: RangeInclusive<Duration>) -> Option<Duration> {
@@ -229,15 +202,10 @@ fn within(value: &Value<'_>, range: RangeInclusive<Duration>) -> Option<Duration
 fn absolute(value: &Value<'_>) -> Option<PathBuf> {
     let path = Path::new(value.text()?);
     if !path.is_absolute() {
-        value.refuse(format_args!(
-            "{path:?} is relative: write the whole path, beginning with /"
-        ));
+        value.refuse(format_args!("{path:?} is relative: write the whole path, beginning with /"));
         return None;
     }
-    if path
-        .components()
-        .any(|component| component == Component::ParentDir)
-    {
+    if path.components().any(|component| component == Component::ParentDir) {
         value.refuse(format_args!("{path:?} has a `..`: write the path without it"));
         return None;
     }
@@ -259,8 +227,7 @@ fn socket_path(value: &Value<'_>, folder: &Path) -> Option<PathBuf> {
 
 fn metrics_address(value: &Value<'_>) -> Option<SocketAddr> {
     let address: Option<SocketAddr> = value.parse(|text| {
-        text.parse()
-            .map_err(|_| "no address with a port: write it as 127.0.0.1:15020 or \"[::1]:15020\"")
+        text.parse().map_err(|_| "no address with a port: write it as 127.0.0.1:15020 or \"[::1]:15020\"")
     });
     if address?.port() == 0 {
         value.refuse("port 0: write a port from 1 to 65535");

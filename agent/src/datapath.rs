@@ -22,15 +22,14 @@ use crate::{
     drain::Drain,
     enrol::{Pod, Table},
     identity::{SpiffeId, TrustDomain, manager::Identities},
-    kernel::{
-        Kernel,
-        netns::HostNetns,
-        socket::{self, reset},
-    },
+    kernel::{Kernel, netns::HostNetns, socket},
     policy::Policies,
     reload::Watched,
     telemetry::{Party, Refusal, Reporter, Security, Telemetry},
-    tunnel::{DenyReason, Pool, Session, TlsInfo},
+    tunnel::{
+        DenyReason, Pool, Session, TlsInfo,
+        socket::{reset, reset_if_dropped},
+    },
 };
 
 /// How long an application may take to accept. It is on this node: more means its backlog is full.
@@ -104,7 +103,8 @@ impl DataPath {
     /// Puts the parts together.
     #[must_use]
     pub fn new(parts: Parts) -> Self {
-        let Parts { trust_domain, kernel, host, directory, policies, identities, table, telemetry, drain } = parts;
+        let Parts { trust_domain, kernel, host, directory, policies, identities, table, telemetry, drain } =
+            parts;
         Self {
             trust_domain,
             kernel,
@@ -129,7 +129,12 @@ impl DataPath {
     ///
     /// # Errors
     /// The kernel's, or a time-out.
-    pub async fn to_application(&self, pod: &Pod, application: SocketAddr, client: SocketAddr) -> io::Result<TcpStream> {
+    pub async fn to_application(
+        &self,
+        pod: &Pod,
+        application: SocketAddr,
+        client: SocketAddr,
+    ) -> io::Result<TcpStream> {
         let socket = socket::outgoing(&pod.netns, &self.host, application)?;
         // Without the name the application would see its own address: wrong in its logs, but nothing passes that
         // was not allowed.
@@ -137,7 +142,9 @@ impl DataPath {
             tracing::warn!(%error, "an application will not see its client's address");
         }
         let connecting = timeout(APPLICATION_CONNECT, socket.connect(application));
-        connecting.await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+        let connected = connecting.await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+        reset_if_dropped(&connected);
+        Ok(connected)
     }
 
     /// One end of a flow, with what the directory knows of it.
@@ -244,4 +251,3 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 pub fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
-

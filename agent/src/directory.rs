@@ -122,11 +122,7 @@ impl Directory {
             for address in &workload.addresses {
                 directory.by_address.insert(*address, Arc::clone(&workload));
             }
-            directory
-                .by_node
-                .entry(Arc::clone(&workload.node))
-                .or_default()
-                .push(Arc::clone(&workload));
+            directory.by_node.entry(Arc::clone(&workload.node)).or_default().push(Arc::clone(&workload));
             directory.workloads.push(workload);
         }
         directory
@@ -161,9 +157,7 @@ workloads:
             ("10.77.1.3", None),
             ("fd77:1::3", None),
         ] {
-            let found = directory
-                .at(address.parse().expect("an address"))
-                .map(|workload| &*workload.name);
+            let found = directory.at(address.parse().expect("an address")).map(|workload| &*workload.name);
             assert_eq!(found, name, "{address}");
         }
     }
@@ -179,10 +173,7 @@ workloads:
         assert_eq!(web.labels, BTreeMap::from([("app".to_owned(), "web".to_owned())]));
         assert_eq!(web.ipv4(), Some(Ipv4Addr::new(10, 77, 1, 2)));
         assert_eq!(web.ipv6(), Some("fd77:1::2".parse().expect("an address")));
-        assert_eq!(
-            db.identity.to_string(),
-            "spiffe://cluster.local/ns/shop/sa/default"
-        );
+        assert_eq!(db.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/default");
         assert_eq!(db.cgroup, Path::new("shop/db"));
         assert_eq!(db.protocol, Protocol::None);
         assert_eq!((db.ipv4(), db.labels.len()), (None, 0));
@@ -191,12 +182,7 @@ workloads:
     #[test]
     fn a_node_has_its_workloads_in_order() {
         let directory = sample();
-        let names = |node| {
-            directory
-                .on_node(node)
-                .map(|workload| &*workload.name)
-                .collect::<Vec<_>>()
-        };
+        let names = |node| directory.on_node(node).map(|workload| &*workload.name).collect::<Vec<_>>();
         assert_eq!(names("a"), ["web", "cart"]);
         assert_eq!(names("b"), ["db"]);
         assert!(names("c").is_empty());

@@ -183,7 +183,9 @@ impl Enroller {
                     tracing::info!(pod = %workload.name, namespace = %workload.namespace, "enrolled");
                     state.current.insert(workload.cgroup.clone(), pod);
                 }
-                Err(reason) => waiting.push(Waiting { workload: workload.clone(), reason: reason.to_string() }),
+                Err(reason) => {
+                    waiting.push(Waiting { workload: workload.clone(), reason: reason.to_string() })
+                }
             }
         }
         self.apply_modes(state, &wanted);
@@ -199,14 +201,17 @@ impl Enroller {
         let gone: Vec<PathBuf> = state
             .current
             .iter()
-            .filter(|(path, pod)| !wanted.iter().any(|w| is_same(w, &pod.workload)) || !self.is_alive(path, pod))
+            .filter(|(path, pod)| {
+                !wanted.iter().any(|w| is_same(w, &pod.workload)) || !self.is_alive(path, pod)
+            })
             .map(|(path, _)| path.clone())
             .collect();
         for path in gone {
             let Some(pod) = state.current.remove(&path) else { continue };
             pod.closed.cancel();
             let still_wanted = wanted.iter().any(|w| w.cgroup == path);
-            let same_cgroup = Cgroup::open(&self.pods_cgroup.path().join(&path)).is_ok_and(|c| c.id() == pod.cgroup);
+            let same_cgroup =
+                Cgroup::open(&self.pods_cgroup.path().join(&path)).is_ok_and(|c| c.id() == pod.cgroup);
             // Modes, steering and entry without a listener deny; they stay as long as a process could still appear
             // behind them, and the next enrolment replaces them.
             if !(still_wanted && same_cgroup) {
@@ -325,7 +330,9 @@ impl Enroller {
                     tracing::info!(pod = %pod.workload.name, mode = ?modes.default, "mode changed");
                     pod.modes.store(Arc::new(modes));
                 }
-                Err(error) => tracing::error!(pod = %pod.workload.name, %error, "mode not applied; trying again"),
+                Err(error) => {
+                    tracing::error!(pod = %pod.workload.name, %error, "mode not applied; trying again")
+                }
             }
         }
     }
@@ -412,7 +419,11 @@ fn kernel_ports(modes: &Modes) -> BTreeMap<u16, tacit_abi::Mode> {
 }
 
 /// Waits until `directory` knows `address`, at most `limit`.
-pub async fn discover(directory: &Arc<Watched<Directory>>, address: IpAddr, limit: Duration) -> Option<Arc<Workload>> {
+pub async fn discover(
+    directory: &Arc<Watched<Directory>>,
+    address: IpAddr,
+    limit: Duration,
+) -> Option<Arc<Workload>> {
     let mut changes = directory.subscribe();
     let known = timeout(limit, changes.wait_for(|d| d.at(address).is_some())).await.ok()?.ok()?;
     known.at(address).cloned()

@@ -9,7 +9,7 @@
 use std::{
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
 use tacit_abi::tcp_port;
@@ -22,11 +22,8 @@ use crate::{
     policy::{self, Source, Verdict},
     relay,
     telemetry::{FlowSpec, Reporter, Security},
-    tunnel::{DenyReason, Open, Session},
+    tunnel::{DenyReason, Open, Session, session::SERVER_IDLE, socket},
 };
-
-/// How long a session may stay without a flow. Longer than a client keeps it (90 s), so that the client closes first.
-const SESSION_IDLE: Duration = Duration::from_secs(120);
 
 /// Serves one tunnel session to its end.
 pub async fn tunnel(path: Arc<DataPath>, pod: Arc<Pod>, tcp: TcpStream, peer: SocketAddr) {
@@ -58,7 +55,7 @@ pub async fn tunnel(path: Arc<DataPath>, pod: Arc<Pod>, tcp: TcpStream, peer: So
 async fn serve(path: &DataPath, pod: &Pod, mut session: Session, peer: IpAddr, at: IpAddr) {
     loop {
         let next = tokio::select! {
-            next = session.next(SESSION_IDLE) => next,
+            next = session.next(SERVER_IDLE) => next,
             () = path.drain.stop.cancelled() => return,
             () = pod.closed.cancelled() => return,
         };
@@ -67,7 +64,13 @@ async fn serve(path: &DataPath, pod: &Pod, mut session: Session, peer: IpAddr, a
             Ok(None) => return,
             Err(error) => {
                 let (source, destination) = (SocketAddr::new(peer, 0), SocketAddr::new(at, tcp_port::TUNNEL));
-                return path.report(refusal(source, destination, session.peer(), error.reason(), error.to_string()));
+                return path.report(refusal(
+                    source,
+                    destination,
+                    session.peer(),
+                    error.reason(),
+                    error.to_string(),
+                ));
             }
         };
         match one_flow(path, pod, session, &open, peer, at).await {
@@ -99,7 +102,7 @@ async fn one_flow(
         }
     };
     if session.accept_flow().await.is_err() {
-        crate::kernel::socket::reset(application);
+        socket::reset(application);
         return None;
     }
     let live = path.telemetry.open_flow(FlowSpec {
@@ -167,12 +170,20 @@ fn refusal(
     reason: &'static str,
     detail: String,
 ) -> Refused {
-    Refused { reporter: Reporter::Destination, source, destination, identity: Some(identity.clone()), reason, detail }
+    Refused {
+        reporter: Reporter::Destination,
+        source,
+        destination,
+        identity: Some(identity.clone()),
+        reason,
+        detail,
+    }
 }
 
 /// Serves plaintext that was steered here: under STRICT it is reset. The mode may have changed since the kernel
 /// steered it, so it is looked at again.
 pub async fn plaintext(path: Arc<DataPath>, pod: Arc<Pod>, client: TcpStream, peer: SocketAddr) {
+    socket::reset_if_dropped(&client);
     let Ok(at) = client.local_addr().map(canonical) else { return };
     let refused = |reason, detail| Refused {
         reporter: Reporter::Destination,

@@ -10,10 +10,12 @@
 //! | `link` | the bpf(2) link commands that aya keeps private |
 //! | `programs` | load, attach, pin, re-adopt |
 //! | `maps` | what each map is for, behind typed methods |
+//! | `events` | the programs' log lines |
 //! | `socket` | listeners and outgoing sockets in a pod's namespace |
 //! | `node` | the node's own addresses, host checks |
 
 pub mod cgroup;
+pub mod events;
 mod link;
 mod maps;
 pub mod netns;
@@ -28,7 +30,7 @@ use std::{
 };
 
 pub use maps::{KernelCounter, Maps, PodEntry};
-pub use programs::{Programs, ProgramState, uninstall};
+pub use programs::{ProgramState, Programs, uninstall};
 
 /// Something the kernel would not do.
 #[derive(Debug, thiserror::Error)]
@@ -49,7 +51,9 @@ pub enum KernelError {
         path: PathBuf,
     },
     /// Pins of another, incompatible version.
-    #[error("pinPath {path}: holds state of another version ({found}); run `tacit uninstall` of that version first")]
+    #[error(
+        "pinPath {path}: holds state of another version ({found}); run `tacit uninstall` of that version first"
+    )]
     OtherVersion {
         /// The configured path.
         path: PathBuf,

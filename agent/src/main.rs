@@ -97,13 +97,15 @@ fn agent(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<(
     };
     log::init(format, verbose.then_some("debug"))?;
     let config = Config::read(config)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
     runtime.block_on(app::run(config))?;
     Ok(())
 }
 
 fn show_status(socket: &std::path::Path, output: Output) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let status = runtime.block_on(admin::fetch_status(socket))?;
     let mut out = std::io::stdout().lock();
     match output {

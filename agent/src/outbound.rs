@@ -21,12 +21,12 @@ use crate::{
     datapath::{DataPath, PoolKey, Refused, canonical, deny_reason, security},
     enrol::{Pod, discover},
     identity::credentials::Credentials,
-    kernel::socket,
+    kernel::socket::connect,
     policy::{self, Source, Verdict},
     relay,
     route::{self, Facts, Route},
     telemetry::{FlowSpec, Reporter, Security},
-    tunnel::{DenyReason, Open, OpenError, Session, TraceId},
+    tunnel::{DenyReason, Open, OpenError, Session, TraceId, socket},
 };
 
 /// How long an address that the directory does not know is waited for. Above the delay of a watch (tens of ms), below
@@ -58,13 +58,12 @@ impl Failure {
 
 /// Serves one captured connection to its end.
 pub async fn handle(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) {
+    socket::reset_if_dropped(&app);
     let Some((source, destination)) = find_destination(&path, &pod, &app, client) else {
         let at = app.local_addr().map_or(client, canonical);
         path.refuse(app, refused(client, at, Failure::new("no_destination", "not a captured connection")));
         return;
     };
-    // Errors are those of a connection already dead; reading it will tell.
-    let _ = app.set_nodelay(true);
     let flow = Captured { app, source, destination };
     match find_route(&path, &pod, destination).await {
         Route::SameNode => hand_over(&path, &pod, flow).await,
@@ -79,14 +78,22 @@ pub async fn handle(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, client: 
         }
         Route::Clear(why) => clear(&path, &pod, flow, why).await,
         Route::Refuse(reason) => {
-            let failure = Failure::new(reason, format!("mode of {} is {:?}", pod.workload.name, pod.modes.load().default));
+            let failure = Failure::new(
+                reason,
+                format!("mode of {} is {:?}", pod.workload.name, pod.modes.load().default),
+            );
             path.refuse(flow.app, refused(source, destination, failure));
         }
     }
 }
 
 /// The flow's two ends as both applications see them.
-fn find_destination(path: &DataPath, pod: &Pod, app: &TcpStream, client: SocketAddr) -> Option<(SocketAddr, SocketAddr)> {
+fn find_destination(
+    path: &DataPath,
+    pod: &Pod,
+    app: &TcpStream,
+    client: SocketAddr,
+) -> Option<(SocketAddr, SocketAddr)> {
     let at = canonical(app.local_addr().ok()?);
     let destination = path.kernel.maps.destination(pod.netns.cookie(), client, at)?;
     let source = SocketAddr::new(pod.address_like(destination.ip())?, client.port());
@@ -153,7 +160,7 @@ async fn hand_over(path: &DataPath, pod: &Pod, flow: Captured) {
 /// In clear, from the pod's own namespace, as it would have gone without Tacit.
 async fn clear(path: &DataPath, pod: &Pod, flow: Captured, why: &'static str) {
     let Captured { app, source, destination } = flow;
-    match socket::connect(&pod.netns, &path.host, destination, PEER_CONNECT).await {
+    match connect(&pod.netns, &path.host, destination, PEER_CONNECT).await {
         Ok(server) => {
             tracing::debug!(%source, %destination, why, "in clear");
             let spec = FlowSpec {
@@ -185,7 +192,10 @@ async fn tunnel(path: &DataPath, pod: &Pod, flow: Captured, key: impl Fn(&Creden
     let Captured { app, source, destination } = flow;
     let identity = pod.workload.identity.clone();
     let Some(own) = path.identities.current(&identity) else {
-        let failure = Failure::new("no_certificate", format!("{identity} has no valid certificate; see `tacit status`"));
+        let failure = Failure::new(
+            "no_certificate",
+            format!("{identity} has no valid certificate; see `tacit status`"),
+        );
         return path.refuse(app, refused(source, destination, failure));
     };
     let key = key(&own);
@@ -218,7 +228,13 @@ async fn tunnel(path: &DataPath, pod: &Pod, flow: Captured, key: impl Fn(&Creden
 }
 
 /// A session on which the peer has accepted the flow.
-async fn opened(path: &DataPath, pod: &Pod, own: &Arc<Credentials>, key: &PoolKey, open: &Open) -> Result<Session, Failure> {
+async fn opened(
+    path: &DataPath,
+    pod: &Pod,
+    own: &Arc<Credentials>,
+    key: &PoolKey,
+    open: &Open,
+) -> Result<Session, Failure> {
     // An idle session may have died unnoticed. That costs a try, never the flow: no byte of it was sent yet.
     loop {
         let idle = path.pool().take(key, Instant::now(), Session::is_idle_alive);
@@ -230,15 +246,15 @@ async fn opened(path: &DataPath, pod: &Pod, own: &Arc<Credentials>, key: &PoolKe
         }
     }
     let peer = SocketAddr::new(open.destination.ip(), TUNNEL);
-    let tcp = socket::connect(&pod.netns, &path.host, peer, PEER_CONNECT)
-        .await
-        .map_err(|e| Failure::new("peer_unreachable", format!("{peer}: {e}; does an agent run on that node?")))?;
+    let tcp = connect(&pod.netns, &path.host, peer, PEER_CONNECT).await.map_err(|e| {
+        Failure::new("peer_unreachable", format!("{peer}: {e}; does an agent run on that node?"))
+    })?;
     let connected = Session::connect(tcp, own, &key.identity).await;
     let mut session = connected.map_err(|e| Failure::new(e.reason(), e))?;
     match session.open(open).await {
         Ok(()) => Ok(session),
         Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason)),
-        Err(error) => Err(Failure::new("tunnel_lost", error)),
+        Err(OpenError::Stale(error) | OpenError::Tunnel(error)) => Err(Failure::new(error.reason(), error)),
     }
 }
 

@@ -87,9 +87,7 @@ struct Selecting {
 
 impl Selecting {
     fn selects(&self, workload: &Workload) -> bool {
-        self.labels
-            .iter()
-            .all(|(name, value)| workload.labels.get(name) == Some(value))
+        self.labels.iter().all(|(name, value)| workload.labels.get(name) == Some(value))
     }
 }
 
@@ -108,23 +106,13 @@ impl Policies {
     #[must_use]
     pub fn modes(&self, workload: &Workload) -> Modes {
         let mesh = self.mesh.or(Mode::Permissive);
-        let namespace = self
-            .namespaces
-            .get(&workload.namespace)
-            .map_or(mesh, |setting| setting.or(mesh));
+        let namespace = self.namespaces.get(&workload.namespace).map_or(mesh, |setting| setting.or(mesh));
         let selecting = self.selecting.get(&workload.namespace);
         match selecting.and_then(|list| list.iter().find(|policy| policy.selects(workload))) {
-            None => Modes {
-                default: namespace,
-                ports: BTreeMap::new(),
-            },
+            None => Modes { default: namespace, ports: BTreeMap::new() },
             Some(policy) => {
                 let default = policy.mode.or(namespace);
-                let ports = policy
-                    .ports
-                    .iter()
-                    .map(|(port, setting)| (*port, setting.or(default)))
-                    .collect();
+                let ports = policy.ports.iter().map(|(port, setting)| (*port, setting.or(default))).collect();
                 Modes { default, ports }
             }
         }

@@ -82,13 +82,7 @@ impl<T: Send + Sync + 'static> Watched<T> {
         let initial = parse(&text)?;
         let hasher = RandomState::new();
         let loaded = digest(&hasher, &Ok(text));
-        Ok(Self::run(
-            path,
-            initial,
-            Arc::new(parse),
-            (hasher, loaded),
-            REREAD,
-        ))
+        Ok(Self::run(path, initial, Arc::new(parse), (hasher, loaded), REREAD))
     }
 
     fn run(
@@ -101,13 +95,7 @@ impl<T: Send + Sync + 'static> Watched<T> {
         // Watched before the first read of the task, so that no change falls between.
         let folder = Folder::of(&file);
         let loaded_at = SystemTime::now();
-        let state = ReloadState {
-            file: file.clone(),
-            loaded_at,
-            loads: 1,
-            refusals: 0,
-            last_error: None,
-        };
+        let state = ReloadState { file: file.clone(), loaded_at, loads: 1, refusals: 0, last_error: None };
         let (values_sender, values) = watch::channel(Arc::new(initial));
         let (state_sender, state) = watch::channel(state);
         let reader = Reader {
@@ -237,9 +225,9 @@ impl<T: Send + Sync + 'static> Reader<T> {
                 self.accept(Some(value));
             }
             Ok(Err(mistakes)) => self.refuse(mistakes.to_string()),
-            Err(panic) => self.refuse(format!(
-                "the parser failed, a bug of Tacit, please report it: {panic}"
-            )),
+            Err(panic) => {
+                self.refuse(format!("the parser failed, a bug of Tacit, please report it: {panic}"))
+            }
         }
     }
 
@@ -272,9 +260,7 @@ async fn read(file: &Path) -> Content {
     let file = file.to_owned();
     match task::spawn_blocking(move || yaml::read(&file)).await {
         Ok(text) => text.map_err(|error| error.to_string()),
-        Err(panic) => Err(format!(
-            "reading failed, a bug of Tacit, please report it: {panic}"
-        )),
+        Err(panic) => Err(format!("reading failed, a bug of Tacit, please report it: {panic}")),
     }
 }
 

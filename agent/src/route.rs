@@ -53,7 +53,9 @@ pub fn decide(facts: &Facts<'_>) -> Route {
         Protocol::None => clear("destination_not_enrolled", "destination_not_enrolled"),
         Protocol::Tacit if facts.on_this_node => Route::SameNode,
         // The operator said in so many words that this port is not to be encrypted.
-        Protocol::Tacit if facts.destination_mode == Mode::Disable => Route::Clear("destination_mode_disable"),
+        Protocol::Tacit if facts.destination_mode == Mode::Disable => {
+            Route::Clear("destination_mode_disable")
+        }
         Protocol::Tacit => Route::Tunnel(destination.identity.clone()),
     }
 }

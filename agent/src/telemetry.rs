@@ -83,11 +83,6 @@ impl Telemetry {
     /// [`fmt::Error`] when a metric cannot be encoded, which is a bug.
     pub fn metrics_text(&self, status: Status) -> Result<String, fmt::Error> {
         let (series, overflowed) = self.flows.totals(Instant::now());
-        metrics::text(metrics::Exposition {
-            series,
-            overflowed,
-            refusals: self.refusals.totals(),
-            status,
-        })
+        metrics::text(metrics::Exposition { series, overflowed, refusals: self.refusals.totals(), status })
     }
 }

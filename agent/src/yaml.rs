@@ -51,11 +51,7 @@ pub(crate) fn decode_documents<T>(
 ) -> Result<T, Mistakes> {
     let mistakes = Collector::default();
     let decoded = tree::parse(text, &mistakes).and_then(|nodes| {
-        let value = |node| Value {
-            node,
-            path: String::new(),
-            mistakes: &mistakes,
-        };
+        let value = |node| Value { node, path: String::new(), mistakes: &mistakes };
         let documents: Vec<_> = nodes.iter().map(value).collect();
         decoder(&documents)
     });
@@ -92,11 +88,7 @@ impl<'a> Value<'a> {
             return None;
         };
         let pair = pairs.iter().find(|pair| pair.key == name)?;
-        Some(Value {
-            node: &pair.value,
-            path: join(&self.path, name),
-            mistakes: self.mistakes,
-        })
+        Some(Value { node: &pair.value, path: join(&self.path, name), mistakes: self.mistakes })
     }
 
     /// The fields of a mapping; fields outside `known` and repeated ones are recorded.
@@ -107,19 +99,10 @@ impl<'a> Value<'a> {
                 Some(name) => format!("did you mean `{name}`?"),
                 None => format!("known here: {}", known.join(", ")),
             };
-            self.mistakes
-                .add(*line, &value.path, format_args!("unknown field: {hint}"));
+            self.mistakes.add(*line, &value.path, format_args!("unknown field: {hint}"));
         }
-        let by_name = fields
-            .into_iter()
-            .map(|field| (field.name, field.value))
-            .collect();
-        Some(Fields {
-            by_name,
-            line: self.node.line,
-            path: self.path.clone(),
-            mistakes: self.mistakes,
-        })
+        let by_name = fields.into_iter().map(|field| (field.name, field.value)).collect();
+        Some(Fields { by_name, line: self.node.line, path: self.path.clone(), mistakes: self.mistakes })
     }
 
     /// The entries of a mapping with free names, in the order of the file; repeated ones are recorded.
@@ -136,16 +119,8 @@ impl<'a> Value<'a> {
                 self.mistakes.add(entry.line, &path, problem);
                 continue;
             }
-            let value = Value {
-                node: &entry.value,
-                path,
-                mistakes: self.mistakes,
-            };
-            list.push(Entry {
-                name: &entry.key,
-                line: entry.line,
-                value,
-            });
+            let value = Value { node: &entry.value, path, mistakes: self.mistakes };
+            list.push(Entry { name: &entry.key, line: entry.line, value });
         }
         Some(list)
     }
@@ -155,11 +130,8 @@ impl<'a> Value<'a> {
         let Content::List(nodes) = &self.node.content else {
             return self.wrong_type("a list (`- item` lines or `[a, b]`)");
         };
-        let item = |(index, node)| Value {
-            node,
-            path: format!("{}[{index}]", self.path),
-            mistakes: self.mistakes,
-        };
+        let item =
+            |(index, node)| Value { node, path: format!("{}[{index}]", self.path), mistakes: self.mistakes };
         Some(nodes.iter().enumerate().map(item).collect())
     }
 
@@ -200,9 +172,7 @@ impl<'a> Value<'a> {
     /// it.
     pub(crate) fn parse<T, E: Display>(&self, parser: impl FnOnce(&str) -> Result<T, E>) -> Option<T> {
         let text = self.scalar()?;
-        parser(text)
-            .map_err(|error| self.refuse(format_args!("{}: {error}", seen(text))))
-            .ok()
+        parser(text).map_err(|error| self.refuse(format_args!("{}: {error}", seen(text)))).ok()
     }
 
     /// A Kubernetes object name (RFC 1123 subdomain).
@@ -226,14 +196,8 @@ impl<'a> Value<'a> {
         let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
         let list = names.join(", ");
         match nearest(text, &names) {
-            Some(name) => self.refuse(format_args!(
-                "{} is none of {list}: did you mean {name}?",
-                seen(text)
-            )),
-            None => self.refuse(format_args!(
-                "{} is none of {list}: write one of them",
-                seen(text)
-            )),
+            Some(name) => self.refuse(format_args!("{} is none of {list}: did you mean {name}?", seen(text))),
+            None => self.refuse(format_args!("{} is none of {list}: write one of them", seen(text))),
         }
         None
     }
@@ -273,11 +237,7 @@ impl<'a> Fields<'a> {
     pub(crate) fn required(&mut self, name: &str, what: &str) -> Option<Value<'a>> {
         let found = self.optional(name);
         if found.is_none() {
-            self.mistakes.add(
-                self.line,
-                &join(&self.path, name),
-                format_args!("missing: write {what}"),
-            );
+            self.mistakes.add(self.line, &join(&self.path, name), format_args!("missing: write {what}"));
         }
         found
     }
@@ -290,10 +250,7 @@ impl<'a> Fields<'a> {
 
 /// The path of a field in a mapping: `a.b`, or `a["x/y"]` when the name would not read well after a dot.
 fn join(path: &str, name: &str) -> String {
-    let plain = !name.is_empty()
-        && name
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+    let plain = !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
     match (path, plain) {
         (path, false) => format!("{path}[{}]", seen(name)),
         ("", true) => name.to_owned(),

@@ -4,12 +4,14 @@
 //! the name hooks find it there. `established` publishes it once the source port is known.
 
 use aya_ebpf::programs::SockAddrContext;
+use aya_log_ebpf::warn;
 use tacit_abi::{Address, Connect, ConnectFacts, Names, Pod, Reason, decide_connect, names_kind, tcp_port};
 
 use crate::{
     ALLOW, DENY,
     context::{self, Family, SockAddr},
     count::count,
+    event,
     maps::{PODS, SETTINGS},
 };
 
@@ -68,12 +70,24 @@ pub fn run(ctx: &SockAddrContext, family: Family) -> i32 {
             count(reason);
             ALLOW
         }
-        Connect::Deny(reason) => {
-            count(reason);
-            DENY
-        }
+        Connect::Deny(reason) => deny(ctx, &sock, &destination, reason),
         Connect::Capture(pod) => capture(&sock, family, destination, &pod),
     }
+}
+
+#[inline(always)]
+fn deny(ctx: &SockAddrContext, sock: &SockAddr<'_>, destination: &Address, reason: Reason) -> i32 {
+    count(reason);
+    if event::admit() {
+        warn!(
+            ctx,
+            "connect to [{:i}]:{} denied, reason {}",
+            destination.octets(),
+            sock.port(),
+            reason as u32
+        );
+    }
+    DENY
 }
 
 #[inline(always)]
@@ -82,8 +96,7 @@ fn capture(sock: &SockAddr<'_>, family: Family, destination: Address, pod: &Pod)
     let own = if destination.is_v4() { pod.v4 } else { pod.v6 };
     let names = Names { peer: destination, own, peer_port: u32::from(port), kind: names_kind::CAPTURED };
     if !sock.remember_names(names) {
-        count(Reason::ConnectNoStorage);
-        return DENY;
+        return deny(sock.0, sock, &destination, Reason::ConnectNoStorage);
     }
     sock.set_address(family, &destination.capture_target(port));
     sock.set_port(tcp_port::CAPTURE);

@@ -67,7 +67,12 @@ fn take_over(sock: &SockOps<'_>, ends: &Ends) {
     }
     // SAFETY: the entry is copied before it is removed, and only this socket's handshake removes it.
     let Some(client) = (unsafe { DIALLED.get(&key) }).copied() else { return };
-    let names = Names { peer: client.address, peer_port: client.port, kind: names_kind::ACCEPTED, ..Names::default() };
+    let names = Names {
+        peer: client.address,
+        peer_port: client.port,
+        kind: names_kind::ACCEPTED,
+        ..Names::default()
+    };
     if !sock.remember_names(names) {
         count(Reason::NamesFull);
     }

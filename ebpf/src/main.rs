@@ -7,6 +7,7 @@ mod connect;
 mod context;
 mod count;
 mod established;
+mod event;
 mod maps;
 mod names;
 mod steer;

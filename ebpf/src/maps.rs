@@ -1,4 +1,4 @@
-//! The maps. All are pinned by the agent under their name, so they outlive it.
+//! The maps. All but the log's are pinned by the agent under their name, so they outlive it.
 
 use aya_ebpf::{
     Global,
@@ -7,8 +7,11 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use tacit_abi::{
-    Address, Destination, LISTENERS_PER_POD, MeshKey, Names, Pod, PortKey, REASONS, Settings, Steered, Tuple, limits,
+    Address, Destination, LISTENERS_PER_POD, MeshKey, Names, Pod, PortKey, REASONS, Settings, Steered, Tuple,
+    limits,
 };
+
+use crate::event::Budget;
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -56,3 +59,7 @@ pub static DIALLED: HashMap<Tuple, Destination, { limits::PENDING as usize }, ON
 /// One counter for each `tacit_abi::Reason`.
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { REASONS.len() }> = PerCpuArray::new();
+
+/// How many log lines each CPU has written in its current second. Not pinned: it means nothing to a successor.
+#[btf_map]
+pub static LOG_BUDGET: PerCpuArray<Budget, 1> = PerCpuArray::new();

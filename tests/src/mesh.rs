@@ -18,33 +18,20 @@ impl Plan {
     /// Two nodes, `a` and `b`, without pods. `tag` (1 to 8 letters) becomes part of all names.
     #[must_use]
     pub fn new(tag: &str) -> Self {
-        Self {
-            tag: tag.to_owned(),
-            ..Self::default()
-        }
+        Self { tag: tag.to_owned(), ..Self::default() }
     }
 
     /// A pod of the mesh on `node`, named `namespace/name`; its service account and its label `app` are its name.
     #[must_use]
     pub fn pod(mut self, node: &str, namespace: &str, name: &str) -> Self {
-        self.pods.push((
-            node.to_owned(),
-            namespace.to_owned(),
-            name.to_owned(),
-            Membership::Mesh,
-        ));
+        self.pods.push((node.to_owned(), namespace.to_owned(), name.to_owned(), Membership::Mesh));
         self
     }
 
     /// A pod that no agent watches and no directory names.
     #[must_use]
     pub fn outside(mut self, node: &str, namespace: &str, name: &str) -> Self {
-        self.pods.push((
-            node.to_owned(),
-            namespace.to_owned(),
-            name.to_owned(),
-            Membership::Outside,
-        ));
+        self.pods.push((node.to_owned(), namespace.to_owned(), name.to_owned(), Membership::Outside));
         self
     }
 
@@ -69,12 +56,7 @@ impl Plan {
     pub fn without_agents(self) -> Result<Mesh> {
         cleanup_stale()?;
         let topology = Topology::new(&self.tag)?;
-        let mut mesh = Mesh {
-            pods: Vec::new(),
-            holds: Vec::new(),
-            agents: Vec::new(),
-            topology,
-        };
+        let mut mesh = Mesh { pods: Vec::new(), holds: Vec::new(), agents: Vec::new(), topology };
         for (node, namespace, name, membership) in &self.pods {
             let node = mesh.topology.node(node)?;
             let pod = match membership {
@@ -144,10 +126,7 @@ impl Mesh {
     /// # Errors
     /// When there is none.
     pub fn pod(&self, name: &str) -> Result<&Pod> {
-        self.pods
-            .iter()
-            .find(|pod| pod.name() == name)
-            .with_context(|| format!("no pod {name}"))
+        self.pods.iter().find(|pod| pod.name() == name).with_context(|| format!("no pod {name}"))
     }
 
     /// The ground it stands on.
@@ -187,10 +166,6 @@ impl Mesh {
     /// The true directory of the pods that belong to the mesh.
     #[must_use]
     pub fn directory(&self) -> Vec<WorkloadEntry> {
-        self.pods
-            .iter()
-            .filter(|pod| pod.membership() == Membership::Mesh)
-            .map(WorkloadEntry::of)
-            .collect()
+        self.pods.iter().filter(|pod| pod.membership() == Membership::Mesh).map(WorkloadEntry::of).collect()
     }
 }

@@ -13,20 +13,13 @@ const SHOWN: Duration = Duration::from_secs(10);
 /// # Errors
 /// When a matching sample has no whole number as its value.
 pub fn sum(metrics: &str, name: &str, labels: &[(&str, &str)]) -> Result<u64> {
-    let wanted: Vec<String> = labels
-        .iter()
-        .map(|(label, value)| format!("{label}=\"{value}\""))
-        .collect();
+    let wanted: Vec<String> = labels.iter().map(|(label, value)| format!("{label}=\"{value}\"")).collect();
     let mut total = 0;
     for line in metrics.lines().filter(|line| !line.starts_with('#')) {
-        let (sample, value) = line
-            .rsplit_once(' ')
-            .with_context(|| format!("metrics line {line:?}"))?;
+        let (sample, value) = line.rsplit_once(' ').with_context(|| format!("metrics line {line:?}"))?;
         let (found, with) = sample.split_once('{').unwrap_or((sample, ""));
         if found == name && wanted.iter().all(|label| with.contains(label.as_str())) {
-            total += value
-                .parse::<u64>()
-                .with_context(|| format!("metrics line {line:?}"))?;
+            total += value.parse::<u64>().with_context(|| format!("metrics line {line:?}"))?;
         }
     }
     Ok(total)
@@ -53,10 +46,7 @@ pub fn refused(agent: &Agent, reason: &str) -> Result<u64> {
 /// # Errors
 /// When that does not happen; the message has what it refused instead.
 pub fn wait_refused(agent: &Agent, reason: &str, before: u64, who: &str) -> Result<()> {
-    let what = format!(
-        "node {}: a refusal of {who} for {reason} counted and logged",
-        agent.node()
-    );
+    let what = format!("node {}: a refusal of {who} for {reason} counted and logged", agent.node());
     let shown = until(&what, SHOWN, || {
         let counted = refused(agent, reason)? > before;
         let log = agent.log()?;
@@ -66,10 +56,8 @@ pub fn wait_refused(agent: &Agent, reason: &str, before: u64, who: &str) -> Resu
     });
     shown.with_context(|| {
         let metrics = agent.metrics().unwrap_or_default();
-        let counted: Vec<_> = metrics
-            .lines()
-            .filter(|line| line.starts_with("tacit_connections_refused"))
-            .collect();
+        let counted: Vec<_> =
+            metrics.lines().filter(|line| line.starts_with("tacit_connections_refused")).collect();
         let log = agent.log().unwrap_or_default();
         let logged: Vec<_> = log.lines().filter(|line| line.contains("refused")).collect();
         format!("refusals counted: {counted:#?}\nlogged: {logged:#?}")
@@ -106,10 +94,7 @@ mod tests {
     fn samples_are_chosen_by_name_and_labels() {
         let text = "# TYPE flows counter\nflows_total{a=\"1\",b=\"x\"} 3\nflows_total{a=\"2\",b=\"x\"} 4\nflows 9\n# EOF\n";
         assert_eq!(sum(text, "flows_total", &[]).expect("numbers"), 7);
-        assert_eq!(
-            sum(text, "flows_total", &[("a", "2"), ("b", "x")]).expect("numbers"),
-            4
-        );
+        assert_eq!(sum(text, "flows_total", &[("a", "2"), ("b", "x")]).expect("numbers"), 4);
         assert_eq!(sum(text, "flows", &[]).expect("numbers"), 9);
         assert_eq!(sum(text, "flows_total", &[("a", "3")]).expect("numbers"), 0);
     }

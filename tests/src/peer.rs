@@ -30,12 +30,7 @@ impl Events {
     /// All so far.
     #[must_use]
     pub fn so_far(&self) -> Vec<Value> {
-        self.0
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .events
-            .clone()
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).events.clone()
     }
 
     /// The first one of that name, of whichever connection; waits for it.
@@ -52,18 +47,10 @@ impl Events {
     /// As [`Events::first`].
     pub fn nth(&self, event: &str, skip: usize) -> Result<Value> {
         let (told, news) = &*self.0;
-        let found = |told: &Told| {
-            told.events
-                .iter()
-                .filter(|told| told["event"] == event)
-                .nth(skip)
-                .cloned()
-        };
+        let found = |told: &Told| told.events.iter().filter(|told| told["event"] == event).nth(skip).cloned();
         let told = told.lock().unwrap_or_else(PoisonError::into_inner);
         let waiting = |told: &mut Told| found(told).is_none() && !told.ended;
-        let waited = news
-            .wait_timeout_while(told, PATIENCE, waiting)
-            .unwrap_or_else(PoisonError::into_inner);
+        let waited = news.wait_timeout_while(told, PATIENCE, waiting).unwrap_or_else(PoisonError::into_inner);
         found(&waited.0).with_context(|| format!("the peer told no {event:?} but {:?}", waited.0.events))
     }
 
@@ -120,11 +107,7 @@ impl Server {
     /// How many connections it accepted so far.
     #[must_use]
     pub fn accepted(&self) -> usize {
-        self.events()
-            .so_far()
-            .iter()
-            .filter(|event| event["event"] == "accepted")
-            .count()
+        self.events().so_far().iter().filter(|event| event["event"] == "accepted").count()
     }
 }
 
@@ -149,9 +132,7 @@ impl Client {
     /// # Errors
     /// When it cannot be started.
     pub fn with_args(pod: &Pod, args: &[&str]) -> Result<Self> {
-        Ok(Self {
-            peer: Peer::start(pod, args)?,
-        })
+        Ok(Self { peer: Peer::start(pod, args)? })
     }
 
     /// [`Client::start`] and [`Client::finish`].
@@ -171,11 +152,7 @@ impl Client {
         let events = Self::run(pod, address, &[&format!("send:{text}"), "shut", "read-end"])?;
         let end = events.iter().find(|event| event["event"] == "end");
         let right = end.is_some_and(|end| end["text"] == format!("{text}\n") && end["end"] == "eof");
-        if right {
-            Ok(())
-        } else {
-            bail!("no echo from {address}: {events:?}")
-        }
+        if right { Ok(()) } else { bail!("no echo from {address}: {events:?}") }
     }
 
     /// What it told.
@@ -224,10 +201,6 @@ impl Peer {
             }
             told.push(|told| told.ended = true);
         });
-        Ok(Self {
-            _process: process,
-            stdin,
-            events,
-        })
+        Ok(Self { _process: process, stdin, events })
     }
 }

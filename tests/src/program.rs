@@ -11,10 +11,7 @@ pub fn agent_program() -> Result<PathBuf> {
     let built = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/release/tacit");
     let path = std::env::var_os("TACIT_BIN").map_or_else(built, PathBuf::from);
     if !path.exists() {
-        bail!(
-            "no agent at {}: build it (cargo xtask build) or name it in TACIT_BIN",
-            path.display()
-        );
+        bail!("no agent at {}: build it (cargo xtask build) or name it in TACIT_BIN", path.display());
     }
     Ok(path)
 }
@@ -31,10 +28,7 @@ pub fn peer_program() -> Result<PathBuf> {
         .context("folder of the test program")?
         .join("tacit-peer");
     if !path.exists() {
-        bail!(
-            "no tacit-peer at {}: build it (cargo build -p tacit-tests)",
-            path.display()
-        );
+        bail!("no tacit-peer at {}: build it (cargo build -p tacit-tests)", path.display());
     }
     Ok(path)
 }

@@ -26,10 +26,7 @@ with_and_without_tacit!(plan:
 );
 
 fn plan() -> Plan {
-    Plan::new("flows")
-        .pod("a", "shop", "client")
-        .pod("a", "shop", "near")
-        .pod("b", "shop", "far")
+    Plan::new("flows").pod("a", "shop", "client").pod("a", "shop", "near").pod("b", "shop", "far")
 }
 
 fn ipv4_reaches_the_other_node(mesh: &Mesh) -> Result<()> {
@@ -52,11 +49,7 @@ fn a_mapped_client_reaches_an_ipv6_listener(mesh: &Mesh) -> Result<()> {
     let any = SocketAddr::new(IpAddr::from([0_u16; 8]), fresh_port());
     let _server = Server::start(far, any, &["echo"])?;
     for address in [IpAddr::V4(far.ipv4()), IpAddr::V6(far.ipv6())] {
-        Client::echo(
-            mesh.pod("client")?,
-            SocketAddr::new(address, any.port()),
-            "to any address",
-        )?;
+        Client::echo(mesh.pod("client")?, SocketAddr::new(address, any.port()), "to any address")?;
     }
     Client::echo(
         mesh.pod("client")?,
@@ -74,11 +67,7 @@ fn a_pod_of_the_same_node_is_reached(mesh: &Mesh) -> Result<()> {
 
 fn a_pod_reaches_itself(mesh: &Mesh) -> Result<()> {
     let client = mesh.pod("client")?;
-    for address in [
-        client.ipv4().into(),
-        client.ipv6().into(),
-        IpAddr::from([127, 0, 0, 1]),
-    ] {
+    for address in [client.ipv4().into(), client.ipv6().into(), IpAddr::from([127, 0, 0, 1])] {
         echo(mesh, client, address, |address| address)?;
     }
     Ok(())
@@ -86,11 +75,7 @@ fn a_pod_reaches_itself(mesh: &Mesh) -> Result<()> {
 
 fn a_server_may_speak_first(mesh: &Mesh) -> Result<()> {
     let server = serve(mesh, &["send:220 ready", "line", "send:bye"])?;
-    let told = Client::run(
-        mesh.pod("client")?,
-        server.address(),
-        &["line", "send:hello", "read-end"],
-    )?;
+    let told = Client::run(mesh.pod("client")?, server.address(), &["line", "send:hello", "read-end"])?;
     assert_eq!(event(&told, "line")?["text"], "220 ready");
     assert_eq!(event(&told, "end")?["text"], "bye\n");
     assert_eq!(server.events().first("line")?["text"], "hello");
@@ -99,52 +84,28 @@ fn a_server_may_speak_first(mesh: &Mesh) -> Result<()> {
 
 fn the_client_may_end_its_direction_first(mesh: &Mesh) -> Result<()> {
     let server = serve(mesh, &["read-end", "send:after your end"])?;
-    let told = Client::run(
-        mesh.pod("client")?,
-        server.address(),
-        &["send:all I say", "shut", "read-end"],
-    )?;
+    let told = Client::run(mesh.pod("client")?, server.address(), &["send:all I say", "shut", "read-end"])?;
     let end = server.events().first("end")?;
-    assert_eq!(
-        (&end["text"], &end["end"]),
-        (&Value::from("all I say\n"), &Value::from("eof"))
-    );
+    assert_eq!((&end["text"], &end["end"]), (&Value::from("all I say\n"), &Value::from("eof")));
     let end = event(&told, "end")?;
-    assert_eq!(
-        (&end["text"], &end["end"]),
-        (&Value::from("after your end\n"), &Value::from("eof"))
-    );
+    assert_eq!((&end["text"], &end["end"]), (&Value::from("after your end\n"), &Value::from("eof")));
     Ok(())
 }
 
 fn the_server_may_end_its_direction_first(mesh: &Mesh) -> Result<()> {
     let server = serve(mesh, &["send:all I say", "shut", "read-end"])?;
-    let told = Client::run(
-        mesh.pod("client")?,
-        server.address(),
-        &["read-end", "send:after your end"],
-    )?;
+    let told = Client::run(mesh.pod("client")?, server.address(), &["read-end", "send:after your end"])?;
     let end = event(&told, "end")?;
-    assert_eq!(
-        (&end["text"], &end["end"]),
-        (&Value::from("all I say\n"), &Value::from("eof"))
-    );
+    assert_eq!((&end["text"], &end["end"]), (&Value::from("all I say\n"), &Value::from("eof")));
     let end = server.events().first("end")?;
-    assert_eq!(
-        (&end["text"], &end["end"]),
-        (&Value::from("after your end\n"), &Value::from("eof"))
-    );
+    assert_eq!((&end["text"], &end["end"]), (&Value::from("after your end\n"), &Value::from("eof")));
     Ok(())
 }
 
 fn a_hundred_mebibytes_each_way_arrive_as_sent(mesh: &Mesh) -> Result<()> {
     const BYTES: u64 = 100 << 20;
     let server = serve(mesh, &[&format!("bulk:{BYTES}:1:2")])?;
-    let told = Client::run(
-        mesh.pod("client")?,
-        server.address(),
-        &[&format!("bulk:{BYTES}:2:1")],
-    )?;
+    let told = Client::run(mesh.pod("client")?, server.address(), &[&format!("bulk:{BYTES}:2:1")])?;
     for side in [server.events().first("bulk")?, event(&told, "bulk")?.clone()] {
         assert_eq!(side["received"], BYTES);
         assert_eq!(side["as_sent"], true);
@@ -163,42 +124,20 @@ fn two_thousand_flows_are_open_at_once(mesh: &Mesh) -> Result<()> {
 
 fn a_refused_port_looks_refused_or_reset(mesh: &Mesh) -> Result<()> {
     let far = mesh.pod("far")?;
-    for address in [
-        IpAddr::V4(far.ipv4()),
-        IpAddr::V6(far.ipv6()),
-        mesh.pod("near")?.ipv4().into(),
-    ] {
-        let told = Client::run(
-            mesh.pod("client")?,
-            SocketAddr::new(address, fresh_port()),
-            &["read-end"],
-        )?;
-        let refused = told
-            .iter()
-            .any(|told| told["step"] == "connect" && told["error"] == "ConnectionRefused");
-        let reset = told
-            .iter()
-            .any(|told| told["end"] == "ConnectionReset" && told["bytes"] == 0);
+    for address in [IpAddr::V4(far.ipv4()), IpAddr::V6(far.ipv6()), mesh.pod("near")?.ipv4().into()] {
+        let told = Client::run(mesh.pod("client")?, SocketAddr::new(address, fresh_port()), &["read-end"])?;
+        let refused =
+            told.iter().any(|told| told["step"] == "connect" && told["error"] == "ConnectionRefused");
+        let reset = told.iter().any(|told| told["end"] == "ConnectionReset" && told["bytes"] == 0);
         // Without Tacit it is refused; with Tacit the agent may have answered before the destination did.
-        ensure!(
-            if mesh.has_tacit() {
-                refused || reset
-            } else {
-                refused
-            },
-            "port of {address}: {told:?}"
-        );
+        ensure!(if mesh.has_tacit() { refused || reset } else { refused }, "port of {address}: {told:?}");
     }
     Ok(())
 }
 
 fn a_reset_of_the_server_reaches_the_client(mesh: &Mesh) -> Result<()> {
     let server = serve(mesh, &["send:before", "line", "reset"])?;
-    let told = Client::run(
-        mesh.pod("client")?,
-        server.address(),
-        &["line", "send:now", "read-end"],
-    )?;
+    let told = Client::run(mesh.pod("client")?, server.address(), &["line", "send:now", "read-end"])?;
     assert_eq!(event(&told, "line")?["text"], "before");
     assert_eq!(event(&told, "end")?["end"], "ConnectionReset");
     Ok(())
@@ -206,11 +145,7 @@ fn a_reset_of_the_server_reaches_the_client(mesh: &Mesh) -> Result<()> {
 
 fn a_reset_of_the_client_reaches_the_server(mesh: &Mesh) -> Result<()> {
     let server = serve(mesh, &["line", "send:go", "read-end"])?;
-    Client::run(
-        mesh.pod("client")?,
-        server.address(),
-        &["send:before", "line", "reset"],
-    )?;
+    Client::run(mesh.pod("client")?, server.address(), &["send:before", "line", "reset"])?;
     assert_eq!(server.events().first("line")?["text"], "before");
     assert_eq!(server.events().first("end")?["end"], "ConnectionReset");
     Ok(())
@@ -223,10 +158,8 @@ fn a_client_may_bind_its_address_first(mesh: &Mesh) -> Result<()> {
     let steps = ["connect", &to, "--from", &from, "send:bound", "shut", "read-end"];
     let told = Client::with_args(client, &steps)?.finish()?;
     assert_eq!(event(&told, "end")?["text"], "bound\n");
-    let seen: SocketAddr = server.events().first("accepted")?["accept"]
-        .as_str()
-        .unwrap_or_default()
-        .parse()?;
+    let seen: SocketAddr =
+        server.events().first("accepted")?["accept"].as_str().unwrap_or_default().parse()?;
     assert_eq!(seen.ip(), client.ipv4());
     Ok(())
 }

@@ -61,21 +61,14 @@ fn strict_holds_while_the_agent_is_dead() -> Result<()> {
                   spec:\n  selector: {matchLabels: {app: web}}\n  mtls: {mode: STRICT}\n";
     let mut mesh = plan().policy(strict).with_agents()?;
     let (web, open) = (serve(&mesh)?, mesh.pod("open")?.clone());
-    let open = Server::start(
-        &open,
-        SocketAddr::new(open.ipv4().into(), fresh_port()),
-        &["echo"],
-    )?;
+    let open = Server::start(&open, SocketAddr::new(open.ipv4().into(), fresh_port()), &["echo"])?;
     mesh.agent_mut("b")?.kill()?;
     let told = Client::run(mesh.pod("stranger")?, web.address(), &["read-end"])?;
     ensure!(failed(&told) && web.accepted() == 0, "{told:?}");
     // PERMISSIVE lets strangers in, whether its agent lives or not; and a node may always probe.
     Client::echo(mesh.pod("stranger")?, open.address(), "permissive")?;
     let address = web.address();
-    mesh.topology()
-        .node("b")?
-        .netns()
-        .enter(|| std::net::TcpStream::connect_timeout(&address, ENDED))??;
+    mesh.topology().node("b")?.netns().enter(|| std::net::TcpStream::connect_timeout(&address, ENDED))??;
     Ok(())
 }
 
@@ -88,19 +81,10 @@ fn a_pod_whose_node_has_no_agent_is_never_reached_in_clear() -> Result<()> {
     let server = serve(&mesh)?;
     let marker = marker("no-agent");
     let capture = mesh.topology().capture()?;
-    let told = Client::run(
-        mesh.pod("client")?,
-        server.address(),
-        &[&format!("send:{marker}"), "read-end"],
-    )?;
+    let told = Client::run(mesh.pod("client")?, server.address(), &[&format!("send:{marker}"), "read-end"])?;
     assert_eq!(capture.finish()?.occurrences(marker.as_bytes()), 0);
     ensure!(failed(&told) && server.accepted() == 0, "{told:?}");
-    observe::wait_refused(
-        mesh.agent("a")?,
-        "peer_unreachable",
-        0,
-        &server.address().ip().to_string(),
-    )
+    observe::wait_refused(mesh.agent("a")?, "peer_unreachable", 0, &server.address().ip().to_string())
 }
 
 #[test]
@@ -109,28 +93,14 @@ fn a_stop_lets_an_open_flow_finish() -> Result<()> {
     for node in ["a", "b"] {
         let mut mesh = plan().config(DRAIN).with_agents()?;
         let server = serve(&mesh)?;
-        let steps = [
-            "send:before",
-            "line",
-            "pause",
-            "send:after",
-            "line",
-            "shut",
-            "read-end",
-        ];
+        let steps = ["send:before", "line", "pause", "send:after", "line", "shut", "read-end"];
         let mut client = Client::start(mesh.pod("client")?, server.address(), &steps)?;
         client.events().first("line")?;
         let draining = begin_stop(&mesh, node)?;
         client.proceed()?;
         let told = client.finish()?;
-        ensure!(
-            told.iter().any(|event| event["text"] == "after"),
-            "node {node}: {told:?}"
-        );
-        ensure!(
-            told.iter().any(|event| event["end"] == "eof"),
-            "node {node}: {told:?}"
-        );
+        ensure!(told.iter().any(|event| event["text"] == "after"), "node {node}: {told:?}");
+        ensure!(told.iter().any(|event| event["end"] == "eof"), "node {node}: {told:?}");
         let status = mesh.agent_mut(node)?.wait_end(ENDED)?;
         ensure!(
             status.success() && draining.elapsed() < Duration::from_secs(3),
@@ -147,18 +117,12 @@ fn a_flow_that_does_not_finish_is_reset_at_the_drain_deadline() -> Result<()> {
     for node in ["a", "b"] {
         let mut mesh = plan().config(DRAIN).with_agents()?;
         let server = serve(&mesh)?;
-        let client = Client::start(
-            mesh.pod("client")?,
-            server.address(),
-            &["send:stuck", "line", "read-end"],
-        )?;
+        let client =
+            Client::start(mesh.pod("client")?, server.address(), &["send:stuck", "line", "read-end"])?;
         client.events().first("line")?;
         begin_stop(&mesh, node)?;
         let told = client.finish()?;
-        ensure!(
-            told.iter().any(|event| event["end"] == "ConnectionReset"),
-            "node {node}: {told:?}"
-        );
+        ensure!(told.iter().any(|event| event["end"] == "ConnectionReset"), "node {node}: {told:?}");
         mesh.agent_mut(node)?.wait_end(ENDED)?;
     }
     Ok(())
@@ -185,10 +149,7 @@ fn two_agents_on_one_pin_path_refuse_each_other() -> Result<()> {
     let mut second = Process::spawn(&mut command)?;
     let status = second.wait(ENDED).context("the second agent goes on")?;
     let output = std::io::read_to_string(second.take_stderr().context("stderr")?)?;
-    ensure!(
-        !status.success() && output.contains("another agent"),
-        "{status}: {output}"
-    );
+    ensure!(!status.success() && output.contains("another agent"), "{status}: {output}");
     Client::echo(mesh.pod("client")?, serve(&mesh)?.address(), "the first goes on")
 }
 
@@ -197,22 +158,13 @@ fn two_agents_on_one_pin_path_refuse_each_other() -> Result<()> {
 fn uninstall_is_refused_while_the_agent_runs_and_then_removes_everything() -> Result<()> {
     let mut mesh = plan().with_agents()?;
     let server = serve(&mesh)?;
-    ensure!(
-        mesh.agent("a")?.uninstall().is_err(),
-        "uninstalled under a running agent"
-    );
+    ensure!(mesh.agent("a")?.uninstall().is_err(), "uninstalled under a running agent");
     Client::echo(mesh.pod("client")?, server.address(), "still there")?;
     for node in ["a", "b"] {
         mesh.agent_mut(node)?.terminate(ENDED)?;
-        ensure!(
-            mesh.agent(node)?.files().pin_path().exists(),
-            "no pins survive the agent of node {node}"
-        );
+        ensure!(mesh.agent(node)?.files().pin_path().exists(), "no pins survive the agent of node {node}");
         mesh.agent(node)?.uninstall()?;
-        ensure!(
-            !mesh.agent(node)?.files().pin_path().exists(),
-            "pins of node {node} are left"
-        );
+        ensure!(!mesh.agent(node)?.files().pin_path().exists(), "pins of node {node} are left");
     }
     // As without Tacit: reached, and readable.
     let marker = marker("uninstalled");
@@ -234,41 +186,25 @@ fn survives(node: &str, stop: impl FnOnce(&mut Mesh) -> Result<()>) -> Result<()
     let capture = mesh.topology().capture()?;
     stop(&mut mesh)?;
     let reached = server.accepted();
-    let told = Client::run(
-        mesh.pod("client")?,
-        server.address(),
-        &[&format!("send:{marker}"), "read-end"],
-    )?;
+    let told = Client::run(mesh.pod("client")?, server.address(), &[&format!("send:{marker}"), "read-end"])?;
     let near = mesh.pod("near")?;
     let local = SocketAddr::new(near.ipv4().into(), fresh_port());
     let _local = Server::start(near, local, &["echo"])?;
-    let told_near = Client::run(
-        mesh.pod("client")?,
-        local,
-        &[&format!("send:{marker}"), "shut", "read-end"],
-    )?;
+    let told_near =
+        Client::run(mesh.pod("client")?, local, &[&format!("send:{marker}"), "shut", "read-end"])?;
     assert_eq!(
         capture.finish()?.occurrences(marker.as_bytes()),
         0,
         "in clear while node {node} had no agent"
     );
-    ensure!(
-        failed(&told) && server.accepted() == reached,
-        "while node {node} had no agent: {told:?}"
-    );
-    ensure!(
-        failed(&told_near) == (node == "a"),
-        "same node while node {node} had no agent: {told_near:?}"
-    );
+    ensure!(failed(&told) && server.accepted() == reached, "while node {node} had no agent: {told:?}");
+    ensure!(failed(&told_near) == (node == "a"), "same node while node {node} had no agent: {told_near:?}");
 
     mesh.agent_mut(node)?.restart()?;
     mesh.agent_mut(node)?.wait_ready()?;
     Client::echo(mesh.pod("client")?, server.address(), "after")?;
     let after = pinned_programs(&observe::status(mesh.agent(node)?)?);
-    assert_eq!(
-        after.keys().collect::<Vec<_>>(),
-        before.keys().collect::<Vec<_>>()
-    );
+    assert_eq!(after.keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>());
     Ok(())
 }
 
@@ -278,9 +214,7 @@ fn begin_stop(mesh: &Mesh, node: &str) -> Result<Instant> {
     let start = Instant::now();
     agent.ask_to_end()?;
     until("the agent draining", ENDED, || {
-        Ok(observe::status(agent)
-            .map_or(true, |status| status["state"] == "draining")
-            .then_some(()))
+        Ok(observe::status(agent).map_or(true, |status| status["state"] == "draining").then_some(()))
     })?;
     Ok(start)
 }
@@ -301,9 +235,7 @@ fn pinned_programs(status: &Value) -> BTreeMap<String, u64> {
 
 /// No byte came, and the connection did not end as if nothing had been wrong.
 fn failed(told: &[Value]) -> bool {
-    let silent = !told
-        .iter()
-        .any(|event| event["event"] == "line" || event["bytes"].as_u64() > Some(0));
+    let silent = !told.iter().any(|event| event["event"] == "line" || event["bytes"].as_u64() > Some(0));
     let ended_well = told.iter().any(|event| event["end"] == "eof");
     silent && !ended_well
 }

@@ -44,19 +44,9 @@ enum From {
     OtherNode,
 }
 
-const SETTINGS: [Setting; 5] = [
-    Setting::Absent,
-    Setting::Unset,
-    Setting::Disable,
-    Setting::Permissive,
-    Setting::Strict,
-];
-const WORKLOADS: [Setting; 4] = [
-    Setting::Unset,
-    Setting::Disable,
-    Setting::Permissive,
-    Setting::Strict,
-];
+const SETTINGS: [Setting; 5] =
+    [Setting::Absent, Setting::Unset, Setting::Disable, Setting::Permissive, Setting::Strict];
+const WORKLOADS: [Setting; 4] = [Setting::Unset, Setting::Disable, Setting::Permissive, Setting::Strict];
 
 impl Setting {
     fn name(self) -> &'static str {
@@ -109,33 +99,20 @@ fn plan() -> Plan {
         .pod("b", "shop", "client-b")
         .outside("a", "shop", "stranger-a")
         .outside("b", "shop", "stranger-b");
-    WORKLOADS
-        .iter()
-        .fold(plan, |plan, mode| plan.pod("b", "shop", mode.name()))
-        .policy(&policy())
+    WORKLOADS.iter().fold(plan, |plan, mode| plan.pod("b", "shop", mode.name())).policy(&policy())
 }
 
 fn policy() -> String {
     let mut text = String::new();
     for workload in WORKLOADS {
         let (name, mode) = (workload.name(), workload.name().to_uppercase());
-        let _ = writeln!(
-            text,
-            "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication"
-        );
+        let _ = writeln!(text, "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication");
         let _ = writeln!(text, "metadata: {{name: {name}, namespace: shop}}");
-        let _ = writeln!(
-            text,
-            "spec:\n  selector: {{matchLabels: {{app: {name}}}}}\n  mtls: {{mode: {mode}}}"
-        );
+        let _ =
+            writeln!(text, "spec:\n  selector: {{matchLabels: {{app: {name}}}}}\n  mtls: {{mode: {mode}}}");
         let _ = writeln!(text, "  portLevelMtls:");
         for port in SETTINGS.into_iter().filter(|port| *port != Setting::Absent) {
-            let _ = writeln!(
-                text,
-                "    {}: {{mode: {}}}",
-                port.port(),
-                port.name().to_uppercase()
-            );
+            let _ = writeln!(text, "    {}: {{mode: {}}}", port.port(), port.name().to_uppercase());
         }
     }
     text
@@ -175,16 +152,8 @@ fn matrix(mesh: &Mesh, from: From) -> Result<()> {
             for address in [IpAddr::V4(pod.ipv4()), IpAddr::V6(pod.ipv6())] {
                 let expected = !mesh.has_tacit() || from.may(workload, port);
                 let outcome = visit(mesh, from, SocketAddr::new(address, port.port()))?;
-                if outcome
-                    != if expected {
-                        Outcome::Greeted
-                    } else {
-                        Outcome::Reset
-                    }
-                {
-                    wrong.push(format!(
-                        "{from:?} to {workload:?} port {port:?} at {address}: {outcome:?}"
-                    ));
+                if outcome != if expected { Outcome::Greeted } else { Outcome::Reset } {
+                    wrong.push(format!("{from:?} to {workload:?} port {port:?} at {address}: {outcome:?}"));
                 }
             }
         }
@@ -199,11 +168,7 @@ fn only_what_is_disabled_can_be_read_on_the_wire(mesh: &Mesh) -> Result<()> {
         let pod = mesh.pod(workload.name())?;
         for port in [Setting::Absent, Setting::Disable] {
             // Ports above those of the matrix have no override.
-            let number = if port == Setting::Absent {
-                fresh_port()
-            } else {
-                port.port()
-            };
+            let number = if port == Setting::Absent { fresh_port() } else { port.port() };
             let address = SocketAddr::new(pod.ipv4().into(), number);
             let marker = format!("mode-marker-{}-{}", workload.name(), port.name());
             let _server = match port {
@@ -212,17 +177,11 @@ fn only_what_is_disabled_can_be_read_on_the_wire(mesh: &Mesh) -> Result<()> {
             };
             serve_all(mesh)?;
             let capture = mesh.topology().capture()?;
-            let told = Client::run(
-                mesh.pod("client-a")?,
-                address,
-                &[&format!("send:{marker}"), "read-end"],
-            )?;
+            let told = Client::run(mesh.pod("client-a")?, address, &[&format!("send:{marker}"), "read-end"])?;
             let readable = capture.finish()?.occurrences(marker.as_bytes()) > 0;
             let disabled = port.or(workload) == Setting::Disable;
             if readable != (disabled || !mesh.has_tacit()) {
-                wrong.push(format!(
-                    "{workload:?} port {port:?}: readable {readable}; {told:?}"
-                ));
+                wrong.push(format!("{workload:?} port {port:?}: readable {readable}; {told:?}"));
             }
         }
     }
@@ -270,9 +229,8 @@ fn visit(mesh: &Mesh, from: From, to: SocketAddr) -> Result<Outcome> {
     };
     let told = Client::run(mesh.pod(pod)?, to, &["read-end"])?;
     let is = |event: &Value, key: &str, value: &str| event[key] == value;
-    let refused = told
-        .iter()
-        .any(|event| is(event, "step", "connect") && is(event, "error", "ConnectionRefused"));
+    let refused =
+        told.iter().any(|event| is(event, "step", "connect") && is(event, "error", "ConnectionRefused"));
     let end = told.iter().find(|event| is(event, "event", "end"));
     Ok(match end {
         Some(end) if is(end, "end", "eof") && end["text"] == format!("{GREETING}\n") => Outcome::Greeted,
@@ -284,25 +242,18 @@ fn visit(mesh: &Mesh, from: From, to: SocketAddr) -> Result<Outcome> {
 
 /// From a node itself: no pod, no cgroup of a pod.
 fn probe(mesh: &Mesh, node: &str, to: SocketAddr) -> Result<Outcome> {
-    let answer = mesh
-        .topology()
-        .node(node)?
-        .netns()
-        .enter(|| -> std::io::Result<String> {
-            let mut stream = TcpStream::connect_timeout(&to, PROBE)?;
-            stream.set_read_timeout(Some(PROBE))?;
-            let mut text = String::new();
-            stream.read_to_string(&mut text)?;
-            Ok(text)
-        })?;
+    let answer = mesh.topology().node(node)?.netns().enter(|| -> std::io::Result<String> {
+        let mut stream = TcpStream::connect_timeout(&to, PROBE)?;
+        stream.set_read_timeout(Some(PROBE))?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    })?;
     Ok(match answer {
         Ok(text) if text == format!("{GREETING}\n") => Outcome::Greeted,
         Err(error)
-            if [
-                std::io::ErrorKind::ConnectionReset,
-                std::io::ErrorKind::ConnectionRefused,
-            ]
-            .contains(&error.kind()) =>
+            if [std::io::ErrorKind::ConnectionReset, std::io::ErrorKind::ConnectionRefused]
+                .contains(&error.kind()) =>
         {
             Outcome::Reset
         }
@@ -331,9 +282,5 @@ fn serve_all(mesh: &Mesh) -> Result<()> {
         Ok(servers)
     };
     let started = cell.get_or_init(|| start().map_err(|error| format!("{error:#}")));
-    started
-        .as_ref()
-        .map(drop)
-        .map_err(|text| anyhow::anyhow!("{text}"))
-        .context("servers of the matrix")
+    started.as_ref().map(drop).map_err(|text| anyhow::anyhow!("{text}")).context("servers of the matrix")
 }

@@ -26,40 +26,19 @@ type Case = fn(&Mesh) -> Result<Names>;
 #[test]
 #[ignore = "needs root"]
 fn an_ipv4_connection_to_the_other_node() -> Result<()> {
-    same(|mesh| {
-        connect(
-            mesh.pod("client")?,
-            mesh.pod("far")?,
-            |pod| pod.ipv4().into(),
-            as_it_is,
-        )
-    })
+    same(|mesh| connect(mesh.pod("client")?, mesh.pod("far")?, |pod| pod.ipv4().into(), as_it_is))
 }
 
 #[test]
 #[ignore = "needs root"]
 fn an_ipv6_connection_to_the_other_node() -> Result<()> {
-    same(|mesh| {
-        connect(
-            mesh.pod("client")?,
-            mesh.pod("far")?,
-            |pod| pod.ipv6().into(),
-            as_it_is,
-        )
-    })
+    same(|mesh| connect(mesh.pod("client")?, mesh.pod("far")?, |pod| pod.ipv6().into(), as_it_is))
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_mapped_connection_to_an_ipv4_listener() -> Result<()> {
-    same(|mesh| {
-        connect(
-            mesh.pod("client")?,
-            mesh.pod("far")?,
-            |pod| pod.ipv4().into(),
-            mapped,
-        )
-    })
+    same(|mesh| connect(mesh.pod("client")?, mesh.pod("far")?, |pod| pod.ipv4().into(), mapped))
 }
 
 #[test]
@@ -77,87 +56,38 @@ fn an_ipv4_connection_to_an_ipv6_listener() -> Result<()> {
 #[test]
 #[ignore = "needs root"]
 fn an_ipv4_connection_on_the_same_node() -> Result<()> {
-    same(|mesh| {
-        connect(
-            mesh.pod("client")?,
-            mesh.pod("near")?,
-            |pod| pod.ipv4().into(),
-            as_it_is,
-        )
-    })
+    same(|mesh| connect(mesh.pod("client")?, mesh.pod("near")?, |pod| pod.ipv4().into(), as_it_is))
 }
 
 #[test]
 #[ignore = "needs root"]
 fn an_ipv6_connection_on_the_same_node() -> Result<()> {
-    same(|mesh| {
-        connect(
-            mesh.pod("client")?,
-            mesh.pod("near")?,
-            |pod| pod.ipv6().into(),
-            as_it_is,
-        )
-    })
+    same(|mesh| connect(mesh.pod("client")?, mesh.pod("near")?, |pod| pod.ipv6().into(), as_it_is))
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_mapped_connection_on_the_same_node() -> Result<()> {
-    same(|mesh| {
-        connect(
-            mesh.pod("client")?,
-            mesh.pod("near")?,
-            |pod| pod.ipv4().into(),
-            mapped,
-        )
-    })
+    same(|mesh| connect(mesh.pod("client")?, mesh.pod("near")?, |pod| pod.ipv4().into(), mapped))
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_connection_to_the_pods_own_address() -> Result<()> {
-    same(|mesh| {
-        connect(
-            mesh.pod("client")?,
-            mesh.pod("client")?,
-            |pod| pod.ipv4().into(),
-            as_it_is,
-        )
-    })
+    same(|mesh| connect(mesh.pod("client")?, mesh.pod("client")?, |pod| pod.ipv4().into(), as_it_is))
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_loopback_connection_inside_a_pod() -> Result<()> {
-    same(|mesh| {
-        connect(
-            mesh.pod("client")?,
-            mesh.pod("client")?,
-            |_| IpAddr::from([127, 0, 0, 1]),
-            as_it_is,
-        )
-    })
+    same(|mesh| connect(mesh.pod("client")?, mesh.pod("client")?, |_| IpAddr::from([127, 0, 0, 1]), as_it_is))
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_connection_from_outside_the_mesh() -> Result<()> {
-    same(|mesh| {
-        connect(
-            mesh.pod("stranger")?,
-            mesh.pod("far")?,
-            |pod| pod.ipv4().into(),
-            as_it_is,
-        )
-    })?;
-    same(|mesh| {
-        connect(
-            mesh.pod("stranger")?,
-            mesh.pod("far")?,
-            |pod| pod.ipv6().into(),
-            as_it_is,
-        )
-    })
+    same(|mesh| connect(mesh.pod("stranger")?, mesh.pod("far")?, |pod| pod.ipv4().into(), as_it_is))?;
+    same(|mesh| connect(mesh.pod("stranger")?, mesh.pod("far")?, |pod| pod.ipv6().into(), as_it_is))
 }
 
 #[test]
@@ -165,11 +95,8 @@ fn a_connection_from_outside_the_mesh() -> Result<()> {
 fn a_connection_from_an_address_bound_before() -> Result<()> {
     same(|mesh| {
         let (client, far) = (mesh.pod("client")?, mesh.pod("far")?);
-        let server = Server::start(
-            far,
-            SocketAddr::new(far.ipv4().into(), fresh_port()),
-            &["shut", "read-end"],
-        )?;
+        let server =
+            Server::start(far, SocketAddr::new(far.ipv4().into(), fresh_port()), &["shut", "read-end"])?;
         let (to, from) = (server.address().to_string(), client.ipv4().to_string());
         let told = Client::with_args(client, &["connect", &to, "--from", &from, "read-end"])?.finish()?;
         Names::of(&told, &server)
@@ -208,15 +135,8 @@ fn connect(
     address: fn(&Pod) -> IpAddr,
     reach: fn(SocketAddr) -> SocketAddr,
 ) -> Result<Names> {
-    let server = Server::start(
-        to,
-        SocketAddr::new(address(to), fresh_port()),
-        &["shut", "read-end"],
-    )?;
-    Names::of(
-        &Client::run(from, reach(server.address()), &["read-end"])?,
-        &server,
-    )
+    let server = Server::start(to, SocketAddr::new(address(to), fresh_port()), &["shut", "read-end"])?;
+    Names::of(&Client::run(from, reach(server.address()), &["read-end"])?, &server)
 }
 
 /// To the far pod's IPv4 address, where the server listens on `[::]`.
@@ -272,8 +192,6 @@ impl Names {
 }
 
 fn address(value: &Value) -> Result<SocketAddr> {
-    let text = value
-        .as_str()
-        .with_context(|| format!("no address but {value}"))?;
+    let text = value.as_str().with_context(|| format!("no address but {value}"))?;
     text.parse().with_context(|| format!("address {text}"))
 }

@@ -20,11 +20,7 @@ fn modes_of_mesh_namespace_workload_and_port_hold_as_soon_as_they_are_written() 
     let two = Server::start(web, SocketAddr::new(web.ipv6().into(), fresh_port()), &["shut"])?;
     let mesh_wide = policy("default", "istio-system", "mtls: {mode: STRICT}");
     let namespace = policy("shop", "shop", "mtls: {mode: PERMISSIVE}");
-    let workload = policy(
-        "web",
-        "shop",
-        "selector: {matchLabels: {app: web}}\n  mtls: {mode: STRICT}",
-    );
+    let workload = policy("web", "shop", "selector: {matchLabels: {app: web}}\n  mtls: {mode: STRICT}");
     let port = format!(
         "{}\n  portLevelMtls:\n    {}: {{mode: DISABLE}}\n",
         workload.trim_end(),
@@ -54,9 +50,7 @@ fn modes_of_mesh_namespace_workload_and_port_hold_as_soon_as_they_are_written() 
 #[test]
 #[ignore = "needs root"]
 fn a_bad_policy_is_refused_and_the_last_good_one_stays() -> Result<()> {
-    let mesh = plan()
-        .policy(&policy("default", "istio-system", "mtls: {mode: STRICT}"))
-        .with_agents()?;
+    let mesh = plan().policy(&policy("default", "istio-system", "mtls: {mode: STRICT}")).with_agents()?;
     let web = mesh.pod("web")?;
     let server = Server::start(web, SocketAddr::new(web.ipv4().into(), fresh_port()), &["shut"])?;
     let agent = mesh.agent("b")?;
@@ -81,10 +75,7 @@ fn a_bad_policy_is_refused_and_the_last_good_one_stays() -> Result<()> {
     }
     let refused = [("source", "policy"), ("result", "refused")];
     assert_eq!(observe::metric(agent, "tacit_config_reloads_total", &refused)?, 3);
-    ensure!(
-        agent.log()?.contains("STRICTT"),
-        "the log does not name the mistake"
-    );
+    ensure!(agent.log()?.contains("STRICTT"), "the log does not name the mistake");
     // A good one is taken again, and the error is gone.
     agent.files().set_policy("")?;
     reaches(mesh.pod("stranger")?, &server, true)?;
@@ -111,10 +102,7 @@ fn a_bad_directory_is_refused_and_the_last_good_one_stays() -> Result<()> {
             (source["refusals"] == 1).then(|| source["last_error"].clone())
         })?;
         let error = error.as_str().context("no error shown")?;
-        ensure!(
-            error.contains("directory.yaml:") && error.contains("10.77.2.999"),
-            "{error:?}"
-        );
+        ensure!(error.contains("directory.yaml:") && error.contains("10.77.2.999"), "{error:?}");
         ensure!(error.contains("node"), "not all mistakes are told: {error:?}");
     }
     let marker = format!("marker-after-bad-directory-{}", std::process::id());
@@ -146,19 +134,12 @@ fn a_pod_that_comes_later_is_enrolled_and_one_that_goes_is_released() -> Result<
     observe::wait_status(a, "the directory loaded", |status| {
         source(status, "directory").and_then(|source| (source["loads"].as_u64() > Some(1)).then_some(()))
     })?;
-    let server = Server::start(
-        &late,
-        SocketAddr::new(late.ipv4().into(), fresh_port()),
-        &["echo"],
-    )?;
+    let server = Server::start(&late, SocketAddr::new(late.ipv4().into(), fresh_port()), &["echo"])?;
     let marker = format!("marker-of-a-late-pod-{}", std::process::id());
     let capture = mesh.topology().capture()?;
     Client::echo(mesh.pod("client")?, server.address(), &marker)?;
     let traffic = capture.finish()?;
-    assert_eq!(
-        (traffic.occurrences(marker.as_bytes()), traffic.tunnel_bytes > 0),
-        (0, true)
-    );
+    assert_eq!((traffic.occurrences(marker.as_bytes()), traffic.tunnel_bytes > 0), (0, true));
     drop((server, held));
     observe::wait_status(b, "the pod no longer enrolled", |status| {
         pod(status, "late").filter(|pod| pod["state"] != "enrolled")
@@ -166,16 +147,11 @@ fn a_pod_that_comes_later_is_enrolled_and_one_that_goes_is_released() -> Result<
     for agent in [a, b] {
         agent.files().set_directory(&mesh.directory())?;
     }
-    observe::wait_status(b, "the pod gone", |status| {
-        pod(status, "late").is_none().then_some(())
-    })
+    observe::wait_status(b, "the pod gone", |status| pod(status, "late").is_none().then_some(()))
 }
 
 fn plan() -> Plan {
-    Plan::new("reload")
-        .pod("a", "shop", "client")
-        .pod("b", "shop", "web")
-        .outside("a", "shop", "stranger")
+    Plan::new("reload").pod("a", "shop", "client").pod("b", "shop", "web").outside("a", "shop", "stranger")
 }
 
 fn policy(name: &str, namespace: &str, spec: &str) -> String {
@@ -191,27 +167,18 @@ fn reaches(pod: &Pod, server: &Server, expected: bool) -> Result<()> {
     let held = until(&format!("reached: {expected}"), RELOADED, || {
         last = Client::run(pod, server.address(), &["read-end"])?;
         let ended = last.iter().any(|event| event["end"] == "eof");
-        let reset = last
-            .iter()
-            .any(|event| event["end"] == "ConnectionReset" || event["step"] == "connect");
+        let reset = last.iter().any(|event| event["end"] == "ConnectionReset" || event["step"] == "connect");
         Ok(if expected { ended } else { reset }.then_some(()))
     });
     held.with_context(|| format!("{} last met {last:?}", pod.name()))
 }
 
 fn source<'a>(status: &'a Value, kind: &str) -> Option<&'a Value> {
-    status["sources"]
-        .as_array()?
-        .iter()
-        .find(|source| source["kind"] == kind)
+    status["sources"].as_array()?.iter().find(|source| source["kind"] == kind)
 }
 
 fn pod(status: &Value, name: &str) -> Option<Value> {
-    status["pods"]
-        .as_array()?
-        .iter()
-        .find(|pod| pod["name"] == name)
-        .cloned()
+    status["pods"].as_array()?.iter().find(|pod| pod["name"] == name).cloned()
 }
 
 /// A mesh of its own for each test is only bearable when it is quick.

@@ -40,32 +40,20 @@ fn plan() -> Plan {
 
 fn ipv4_bytes_cannot_be_read(mesh: &Mesh) -> Result<()> {
     let far = mesh.pod("far")?;
-    crosses_unread(
-        mesh,
-        SocketAddr::new(far.ipv4().into(), fresh_port()),
-        |address| address,
-    )
+    crosses_unread(mesh, SocketAddr::new(far.ipv4().into(), fresh_port()), |address| address)
 }
 
 fn ipv6_bytes_cannot_be_read(mesh: &Mesh) -> Result<()> {
     let far = mesh.pod("far")?;
-    crosses_unread(
-        mesh,
-        SocketAddr::new(far.ipv6().into(), fresh_port()),
-        |address| address,
-    )
+    crosses_unread(mesh, SocketAddr::new(far.ipv6().into(), fresh_port()), |address| address)
 }
 
 fn bytes_to_a_mapped_address_cannot_be_read(mesh: &Mesh) -> Result<()> {
     let far = mesh.pod("far")?;
-    crosses_unread(
-        mesh,
-        SocketAddr::new(far.ipv4().into(), fresh_port()),
-        |address| match address.ip() {
-            IpAddr::V4(v4) => SocketAddr::new(v4.to_ipv6_mapped().into(), address.port()),
-            IpAddr::V6(_) => address,
-        },
-    )
+    crosses_unread(mesh, SocketAddr::new(far.ipv4().into(), fresh_port()), |address| match address.ip() {
+        IpAddr::V4(v4) => SocketAddr::new(v4.to_ipv6_mapped().into(), address.port()),
+        IpAddr::V6(_) => address,
+    })
 }
 
 fn bytes_to_a_server_that_speaks_first_cannot_be_read(mesh: &Mesh) -> Result<()> {
@@ -75,10 +63,7 @@ fn bytes_to_a_server_that_speaks_first_cannot_be_read(mesh: &Mesh) -> Result<()>
     let address = SocketAddr::new(far.ipv4().into(), fresh_port());
     let _server = Server::start(far, address, &[&format!("send:{marker}"), "read-end"])?;
     let told = Client::run(mesh.pod("client")?, address, &["line", &format!("send:{marker}")])?;
-    assert!(
-        told.iter().any(|event| event["text"] == marker.as_str()),
-        "{told:?}"
-    );
+    assert!(told.iter().any(|event| event["text"] == marker.as_str()), "{told:?}");
     let readable = capture.finish()?.occurrences(marker.as_bytes());
     assert_eq!(readable, if mesh.has_tacit() { 0 } else { 2 });
     Ok(())
@@ -92,11 +77,7 @@ fn bytes_of_a_pod_that_begins_at_once_cannot_be_read(mesh: &Mesh) -> Result<()> 
     let capture = mesh.topology().capture()?;
     let clients: Vec<_> = (0..20)
         .map(|_| {
-            Client::start(
-                mesh.pod("client")?,
-                address,
-                &[&format!("send:{marker}"), "shut", "read-end"],
-            )
+            Client::start(mesh.pod("client")?, address, &[&format!("send:{marker}"), "shut", "read-end"])
         })
         .collect::<Result<_>>()?;
     for client in clients {
@@ -126,20 +107,13 @@ fn bytes_of_a_multipath_socket_cannot_be_read(mesh: &Mesh) -> Result<()> {
     let _server = Server::start(far, address, &["echo"])?;
     let capture = mesh.topology().capture()?;
     let (to, text) = (address.to_string(), format!("send:{marker}"));
-    let told = Client::with_args(
-        mesh.pod("client")?,
-        &["connect", &to, "--mptcp", &text, "shut", "read-end"],
-    )?
-    .finish()?;
+    let told =
+        Client::with_args(mesh.pod("client")?, &["connect", &to, "--mptcp", &text, "shut", "read-end"])?
+            .finish()?;
     let readable = capture.finish()?.occurrences(marker.as_bytes());
-    let unsupported = told
-        .iter()
-        .any(|event| event["step"] == "connect" && event["error"] == "Uncategorized");
-    assert_eq!(
-        readable,
-        if mesh.has_tacit() || unsupported { 0 } else { 2 },
-        "{told:?}"
-    );
+    let unsupported =
+        told.iter().any(|event| event["step"] == "connect" && event["error"] == "Uncategorized");
+    assert_eq!(readable, if mesh.has_tacit() || unsupported { 0 } else { 2 }, "{told:?}");
     Ok(())
 }
 
@@ -158,12 +132,7 @@ fn bytes_to_a_pod_outside_the_mesh_stay_as_they_are(mesh: &Mesh) -> Result<()> {
     let legacy = mesh.pod("legacy")?;
     let marker = marker();
     let capture = mesh.topology().capture()?;
-    exchange(
-        mesh,
-        legacy,
-        SocketAddr::new(legacy.ipv4().into(), fresh_port()),
-        &marker,
-    )?;
+    exchange(mesh, legacy, SocketAddr::new(legacy.ipv4().into(), fresh_port()), &marker)?;
     assert_eq!(capture.finish()?.occurrences(marker.as_bytes()), 2);
     Ok(())
 }
@@ -175,27 +144,17 @@ fn a_live_flow_is_shown_with_both_identities_by_both_agents() -> Result<()> {
     let far = mesh.pod("far")?;
     let address = SocketAddr::new(far.ipv4().into(), fresh_port());
     let _server = Server::start(far, address, &["echo"])?;
-    let mut client = Client::start(
-        mesh.pod("client")?,
-        address,
-        &["send:live", "line", "pause", "shut", "read-end"],
-    )?;
+    let mut client =
+        Client::start(mesh.pod("client")?, address, &["send:live", "line", "pause", "shut", "read-end"])?;
     client.events().first("line")?;
     for (node, reporter) in [("a", "source"), ("b", "destination")] {
-        let flow = observe::wait_status(mesh.agent(node)?, "the live flow", |status| {
-            flow_to(status, address)
-        })?;
+        let flow =
+            observe::wait_status(mesh.agent(node)?, "the live flow", |status| flow_to(status, address))?;
         assert_eq!(flow["reporter"], reporter);
         assert_eq!(flow["security"], "mutual_tls");
         assert_eq!(flow["key_exchange"], "X25519MLKEM768");
-        assert_eq!(
-            flow["source"]["identity"],
-            "spiffe://cluster.local/ns/shop/sa/client"
-        );
-        assert_eq!(
-            flow["destination"]["identity"],
-            "spiffe://cluster.local/ns/shop/sa/far"
-        );
+        assert_eq!(flow["source"]["identity"], "spiffe://cluster.local/ns/shop/sa/client");
+        assert_eq!(flow["destination"]["identity"], "spiffe://cluster.local/ns/shop/sa/far");
         assert_eq!(flow["source"]["workload"], "shop/client");
         assert_eq!(flow["destination"]["workload"], "shop/far");
         let table = mesh.agent(node)?.status_table()?;
@@ -215,30 +174,16 @@ fn a_live_flow_is_shown_with_both_identities_by_both_agents() -> Result<()> {
             let closed = observe::metric(agent, "istio_tcp_connections_closed_total", &labels)?;
             Ok((closed == 1).then_some(()))
         })?;
-        assert_eq!(
-            observe::metric(agent, "istio_tcp_connections_opened_total", &labels)?,
-            1
-        );
+        assert_eq!(observe::metric(agent, "istio_tcp_connections_opened_total", &labels)?, 1);
         // `live` and its line feed, each way.
-        assert_eq!(
-            observe::metric(agent, "istio_tcp_received_bytes_total", &labels)?,
-            5
-        );
+        assert_eq!(observe::metric(agent, "istio_tcp_received_bytes_total", &labels)?, 5);
         assert_eq!(observe::metric(agent, "istio_tcp_sent_bytes_total", &labels)?, 5);
         let log = agent.log()?;
-        let line = log
-            .lines()
-            .find(|line| line.contains("connection complete") && line.contains(direction));
+        let line = log.lines().find(|line| line.contains("connection complete") && line.contains(direction));
         let line = line.unwrap_or_else(|| panic!("no access log line of node {node}:\n{log}"));
-        for part in [
-            "sa/client",
-            "sa/far",
-            "TLSv1.3",
-            "X25519MLKEM768",
-            "bytes_sent=5",
-            "bytes_recv=5",
-            "clean",
-        ] {
+        for part in
+            ["sa/client", "sa/far", "TLSv1.3", "X25519MLKEM768", "bytes_sent=5", "bytes_recv=5", "clean"]
+        {
             assert!(line.contains(part), "{part} is not in {line}");
         }
     }
@@ -252,24 +197,13 @@ fn a_flow_on_the_same_node_has_identities_but_no_tunnel() -> Result<()> {
     let near = mesh.pod("near")?;
     let address = SocketAddr::new(near.ipv4().into(), fresh_port());
     let _server = Server::start(near, address, &["echo"])?;
-    let mut client = Client::start(
-        mesh.pod("client")?,
-        address,
-        &["send:live", "line", "pause", "shut", "read-end"],
-    )?;
+    let mut client =
+        Client::start(mesh.pod("client")?, address, &["send:live", "line", "pause", "shut", "read-end"])?;
     client.events().first("line")?;
-    let flow = observe::wait_status(mesh.agent("a")?, "the live flow", |status| {
-        flow_to(status, address)
-    })?;
+    let flow = observe::wait_status(mesh.agent("a")?, "the live flow", |status| flow_to(status, address))?;
     assert_eq!(flow["security"], "same_node");
-    assert_eq!(
-        flow["source"]["identity"],
-        "spiffe://cluster.local/ns/shop/sa/client"
-    );
-    assert_eq!(
-        flow["destination"]["identity"],
-        "spiffe://cluster.local/ns/shop/sa/near"
-    );
+    assert_eq!(flow["source"]["identity"], "spiffe://cluster.local/ns/shop/sa/client");
+    assert_eq!(flow["destination"]["identity"], "spiffe://cluster.local/ns/shop/sa/near");
     client.proceed()?;
     client.finish()?;
     Ok(())
@@ -283,12 +217,7 @@ fn crosses_unread(mesh: &Mesh, address: SocketAddr, reach: fn(SocketAddr) -> Soc
     Client::echo(mesh.pod("client")?, reach(address), &marker)?;
     let traffic = capture.finish()?;
     if mesh.has_tacit() {
-        assert_eq!(
-            traffic.occurrences(marker.as_bytes()),
-            0,
-            "readable in {:?}",
-            traffic.clear_streams()
-        );
+        assert_eq!(traffic.occurrences(marker.as_bytes()), 0, "readable in {:?}", traffic.clear_streams());
         assert!(traffic.tunnel_bytes > 2 * marker.len() as u64, "{traffic:?}");
         assert!(traffic.tunnel_is_tls());
         let clear: Vec<_> = traffic
@@ -317,8 +246,5 @@ fn marker() -> String {
 
 fn flow_to(status: &Value, address: SocketAddr) -> Option<Value> {
     let flows = status["flows"]["list"].as_array()?;
-    flows
-        .iter()
-        .find(|flow| flow["destination"]["address"] == address.to_string())
-        .cloned()
+    flows.iter().find(|flow| flow["destination"]["address"] == address.to_string()).cloned()
 }

@@ -54,11 +54,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         }
     }
     let programs = setup::ensure_programs(workspace)?;
-    scenario::run(&Prepared {
-        agent: workspace.agent(),
-        nginx: programs.nginx,
-        json: options.json,
-    })
+    scenario::run(&Prepared { agent: workspace.agent(), nginx: programs.nginx, json: options.json })
 }
 
 fn prepare(workspace: &Workspace) -> Result<()> {

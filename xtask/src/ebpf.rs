@@ -19,22 +19,15 @@ use crate::{
 };
 
 /// The BPF target of this machine's byte order.
-pub(crate) const TARGET: &str = if cfg!(target_endian = "big") {
-    "bpfeb-unknown-none"
-} else {
-    "bpfel-unknown-none"
-};
+pub(crate) const TARGET: &str =
+    if cfg!(target_endian = "big") { "bpfeb-unknown-none" } else { "bpfel-unknown-none" };
 
 /// The crate; it is excluded wherever host code is meant.
 pub(crate) const PACKAGE: &str = "tacit-ebpf";
 
 /// What a rustup proxy or a developer may have set for host builds and what would break this one.
-const FOREIGN_ENVIRONMENT: [&str; 4] = [
-    "RUSTFLAGS",
-    "RUSTC_WRAPPER",
-    "RUSTC_WORKSPACE_WRAPPER",
-    "LD_LIBRARY_PATH",
-];
+const FOREIGN_ENVIRONMENT: [&str; 4] =
+    ["RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "LD_LIBRARY_PATH"];
 
 /// Builds the object and returns its path. An object with the same content is left alone, so that cargo does not
 /// rebuild the agent that embeds it.
@@ -72,14 +65,7 @@ fn cargo(workspace: &Workspace, tools: &EbpfTools, subcommand: &str) -> Command 
     ];
     cargo
         .current_dir(workspace.root())
-        .args([
-            "--package",
-            PACKAGE,
-            "--release",
-            "--target",
-            TARGET,
-            "--target-dir",
-        ])
+        .args(["--package", PACKAGE, "--release", "--target", TARGET, "--target-dir"])
         .arg(build_folder(workspace))
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
     for name in FOREIGN_ENVIRONMENT {

@@ -32,13 +32,7 @@ pub(crate) fn clippy(workspace: &Workspace) -> Result<()> {
 pub(crate) fn host(workspace: &Workspace) -> Result<()> {
     let mut cargo = workspace.cargo("clippy");
     cargo
-        .args([
-            "--workspace",
-            "--exclude",
-            ebpf::PACKAGE,
-            "--all-targets",
-            "--target-dir",
-        ])
+        .args(["--workspace", "--exclude", ebpf::PACKAGE, "--all-targets", "--target-dir"])
         .arg(workspace.target());
     command::run(cargo.args(["--", "-Dwarnings"])).context("without clippy: rustup component add clippy")
 }

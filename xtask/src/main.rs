@@ -26,11 +26,7 @@ use crate::{
 };
 
 #[derive(Parser)]
-#[command(
-    name = "cargo xtask",
-    bin_name = "cargo xtask",
-    about = "Build, check and show Tacit"
-)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Build, check and show Tacit")]
 struct Args {
     #[command(subcommand)]
     command: Task,
@@ -93,10 +89,7 @@ fn run(task: Task) -> Result<()> {
 
 /// The names of all commands, so that documentation can be held to them.
 fn commands() -> Vec<String> {
-    Args::command()
-        .get_subcommands()
-        .map(|command| command.get_name().to_owned())
-        .collect()
+    Args::command().get_subcommands().map(|command| command.get_name().to_owned()).collect()
 }
 
 fn build(workspace: &Workspace) -> Result<()> {

@@ -49,10 +49,7 @@ pub(crate) fn as_root(
     }
     elevated.arg(program).args(arguments);
     if find_program("sudo").is_none() {
-        bail!(
-            "root is needed {why} and there is no sudo: run this as root\n  {}",
-            command::line(&elevated)
-        );
+        bail!("root is needed {why} and there is no sudo: run this as root\n  {}", command::line(&elevated));
     }
     note(&format!("root is needed {why}:"));
     note(&format!("  {}", command::line(&elevated)));

@@ -43,11 +43,7 @@ impl Style {
 
     fn of(terminal: bool) -> Self {
         let refused = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        if terminal && !refused {
-            Self::Terminal
-        } else {
-            Self::Plain
-        }
+        if terminal && !refused { Self::Terminal } else { Self::Plain }
     }
 
     /// The text in its tone.
@@ -76,29 +72,17 @@ pub(crate) struct Progress {
 impl Progress {
     /// `total`: how many times `step` will be called.
     pub(crate) fn new(total: usize) -> Self {
-        Self {
-            style: Style::of_stderr(),
-            current: 0,
-            total,
-        }
+        Self { style: Style::of_stderr(), current: 0, total }
     }
 
     /// Runs one step and says how it ended and how long it took.
     pub(crate) fn step<T>(&mut self, what: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
         self.current += 1;
         let number = format!("[{}/{}]", self.current, self.total);
-        eprintln!(
-            "{} {}",
-            self.style.paint(Tone::Strong, &number),
-            self.style.paint(Tone::Strong, what)
-        );
+        eprintln!("{} {}", self.style.paint(Tone::Strong, &number), self.style.paint(Tone::Strong, what));
         let begin = Instant::now();
         let result = run();
-        let (tone, word) = if result.is_ok() {
-            (Tone::Good, "done")
-        } else {
-            (Tone::Bad, "failed")
-        };
+        let (tone, word) = if result.is_ok() { (Tone::Good, "done") } else { (Tone::Bad, "failed") };
         eprintln!(
             "{} {} {}",
             self.style.paint(Tone::Strong, &number),

@@ -73,7 +73,5 @@ pub(crate) fn ensure_ebpf(workspace: &Workspace) -> Result<EbpfTools> {
 pub(crate) fn ensure_programs(workspace: &Workspace) -> Result<Programs> {
     let mut apt = Apt::new();
     programs::ensure(&mut apt)?;
-    Ok(Programs {
-        nginx: nginx::ensure(workspace, &mut apt)?,
-    })
+    Ok(Programs { nginx: nginx::ensure(workspace, &mut apt)? })
 }

@@ -55,12 +55,8 @@ enum Privileged {
 /// Runs everything; an error when anything failed or nothing ran. The count is the last line of standard output.
 pub(crate) fn run(workspace: &Workspace, options: &Options, commands: &[String]) -> Result<()> {
     let steps = if options.quick { 5 } else { 9 };
-    let mut session = Session {
-        workspace,
-        options,
-        progress: Progress::new(steps),
-        report: Report::default(),
-    };
+    let mut session =
+        Session { workspace, options, progress: Progress::new(steps), report: Report::default() };
     session.all(commands);
     let Session { report, .. } = session;
     print!("{}", report.table(Style::of_stdout()));
@@ -134,8 +130,7 @@ impl Session<'_> {
         cargo.envs(environment.iter().cloned());
         match privileged {
             Privileged::Skip(why) => {
-                self.report
-                    .note(format!("tests that need root were skipped: {why}"));
+                self.report.note(format!("tests that need root were skipped: {why}"));
                 self.run_tests("tests of whole nodes (without root)", cargo, &[]);
             }
             Privileged::Run => {
@@ -155,32 +150,18 @@ impl Session<'_> {
 
     fn cargo_test(&self) -> Command {
         let mut cargo = self.workspace.cargo("test");
-        cargo
-            .args(["--no-fail-fast", "--target-dir"])
-            .arg(self.workspace.target());
+        cargo.args(["--no-fail-fast", "--target-dir"]).arg(self.workspace.target());
         cargo
     }
 
     fn run_tests(&mut self, name: &str, mut cargo: Command, harness: &[&str]) {
-        let color = if Style::of_stdout() == Style::Terminal {
-            "--color=always"
-        } else {
-            "--color=never"
-        };
-        cargo
-            .args([color, "--"])
-            .args(harness)
-            .arg(color)
-            .args(&self.options.filters);
+        let color = if Style::of_stdout() == Style::Terminal { "--color=always" } else { "--color=never" };
+        cargo.args([color, "--"]).args(harness).arg(color).args(&self.options.filters);
         let report = &mut self.report;
         let run = || {
             let status = stream::run(&mut cargo, |line| report.line(line))?;
             report.end(name, status.success());
-            if status.success() {
-                Ok(())
-            } else {
-                bail!("cargo test: {status}")
-            }
+            if status.success() { Ok(()) } else { bail!("cargo test: {status}") }
         };
         if let Err(error) = self.progress.step(name, run) {
             eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
@@ -208,10 +189,7 @@ fn ability(unprivileged: bool) -> Result<Privileged> {
         ));
     }
     let mounts = std::fs::read_to_string("/proc/self/mounts").context("/proc is not mounted")?;
-    if !mounts
-        .lines()
-        .any(|mount| mount.split(' ').nth(2) == Some("cgroup2"))
-    {
+    if !mounts.lines().any(|mount| mount.split(' ').nth(2) == Some("cgroup2")) {
         return Ok(Privileged::Skip("no cgroup v2 hierarchy is mounted".to_owned()));
     }
     Ok(Privileged::Run)
@@ -219,9 +197,8 @@ fn ability(unprivileged: bool) -> Result<Privileged> {
 
 /// cargo's setting that starts every test program through sudo with the environment stated.
 fn sudo_runner(environment: &[(OsString, OsString)]) -> String {
-    let assignments = environment
-        .iter()
-        .map(|(name, value)| format!("{}={}", name.display(), value.display()));
+    let assignments =
+        environment.iter().map(|(name, value)| format!("{}={}", name.display(), value.display()));
     let words = ["sudo", "env"].map(str::to_owned).into_iter().chain(assignments);
     let quoted: Vec<String> = words.map(|word| format!("{word:?}")).collect();
     format!("target.'cfg(all())'.runner=[{}]", quoted.join(","))
@@ -234,9 +211,6 @@ mod tests {
     #[test]
     fn test_programs_are_started_through_sudo_with_their_environment() {
         let runner = sudo_runner(&[("TACIT_BIN".into(), "/a b/tacit".into())]);
-        assert_eq!(
-            runner,
-            "target.'cfg(all())'.runner=[\"sudo\",\"env\",\"TACIT_BIN=/a b/tacit\"]"
-        );
+        assert_eq!(runner, "target.'cfg(all())'.runner=[\"sudo\",\"env\",\"TACIT_BIN=/a b/tacit\"]");
     }
 }

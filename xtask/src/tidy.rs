@@ -48,12 +48,7 @@ enum Severity {
 
 impl Finding {
     fn error(source: &Source, line: usize, problem: impl Into<String>) -> Self {
-        Self {
-            path: source.path.clone(),
-            line,
-            severity: Severity::Error,
-            problem: problem.into(),
-        }
+        Self { path: source.path.clone(), line, severity: Severity::Error, problem: problem.into() }
     }
 }
 
@@ -82,11 +77,7 @@ pub(crate) fn run(workspace: &Workspace, commands: &[String]) -> Result<()> {
         };
         eprintln!("{}: {finding}", style.paint(tone, word));
     }
-    match findings
-        .iter()
-        .filter(|finding| finding.severity == Severity::Error)
-        .count()
-    {
+    match findings.iter().filter(|finding| finding.severity == Severity::Error).count() {
         0 => {
             eprintln!("{} {} files", style.paint(Tone::Good, "tidy:"), sources.len());
             Ok(())

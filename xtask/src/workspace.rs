@@ -22,19 +22,13 @@ impl Workspace {
     pub(crate) fn find() -> Result<Self> {
         // cargo sets the variable on `cargo run`; a process started through sudo has only the compiled-in value.
         let manifest = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
-        let root = Path::new(&manifest)
-            .parent()
-            .context("xtask stands in a folder of the workspace")?
-            .to_path_buf();
+        let root =
+            Path::new(&manifest).parent().context("xtask stands in a folder of the workspace")?.to_path_buf();
         let target = match env::var_os("CARGO_TARGET_DIR") {
             Some(dir) => root.join(dir),
             None => root.join("target"),
         };
-        Ok(Self {
-            root,
-            target,
-            cache: cache_folder()?,
-        })
+        Ok(Self { root, target, cache: cache_folder()? })
     }
 
     /// The repository's top folder.
@@ -72,19 +66,13 @@ impl Workspace {
     /// Builds the agent in release mode; the kernel side must be there.
     pub(crate) fn build_agent(&self) -> Result<()> {
         let mut cargo = self.cargo("build");
-        cargo
-            .args(["--release", "--package", "tacit", "--target-dir"])
-            .arg(&self.target);
+        cargo.args(["--release", "--package", "tacit", "--target-dir"]).arg(&self.target);
         command::run(&mut cargo)
     }
 }
 
 fn cache_folder() -> Result<PathBuf> {
-    let set = |name: &str| {
-        env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
+    let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     if let Some(cache) = set("TACIT_CACHE") {
         return std::path::absolute(cache).context("TACIT_CACHE is no usable path");
     }

@@ -18,8 +18,8 @@ use crate::{
     policy::{Mode, Modes},
     reload::ReloadState,
     telemetry::status::{
-        AgentState, CertificateStatus, KernelCounter, PodState, PodStatus, PoolStatus, ProgramStatus, SourceKind,
-        SourceStatus, Status,
+        AgentState, CertificateStatus, KernelCounter, PodState, PodStatus, PoolStatus, ProgramStatus,
+        SourceKind, SourceStatus, Status,
     },
 };
 
@@ -93,14 +93,19 @@ impl Report {
             addresses: workload.addresses.clone(),
             identity: workload.identity.to_string(),
             mode: mode(modes.default).to_owned(),
-            port_modes: modes.ports.iter().map(|(p, m)| (*p, mode(*m).to_owned())).collect::<BTreeMap<_, _>>(),
+            port_modes: modes
+                .ports
+                .iter()
+                .map(|(p, m)| (*p, mode(*m).to_owned()))
+                .collect::<BTreeMap<_, _>>(),
             state,
             flows: live.get(&(workload.namespace.clone(), workload.name.clone())).copied().unwrap_or(0),
         };
         let enrolled = table.pods.iter().map(|p| pod(&p.workload, &p.modes.load(), PodState::Enrolled));
-        let waiting = table.waiting.iter().map(|w| {
-            pod(&w.workload, &policies.modes(&w.workload), PodState::Waiting(w.reason.clone()))
-        });
+        let waiting = table
+            .waiting
+            .iter()
+            .map(|w| pod(&w.workload, &policies.modes(&w.workload), PodState::Waiting(w.reason.clone())));
         let mut all: Vec<PodStatus> = enrolled.chain(waiting).collect();
         all.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         all

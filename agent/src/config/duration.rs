@@ -3,13 +3,7 @@
 use std::{fmt, ops::RangeInclusive, time::Duration};
 
 /// Units from large to small, with their length in milliseconds.
-const UNITS: [(&str, u64); 5] = [
-    ("d", 86_400_000),
-    ("h", 3_600_000),
-    ("m", 60_000),
-    ("s", 1_000),
-    ("ms", 1),
-];
+const UNITS: [(&str, u64); 5] = [("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1_000), ("ms", 1)];
 
 /// Why a text is no duration that the field accepts.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -28,11 +22,7 @@ pub(super) enum DurationError {
 pub(super) fn duration(text: &str, range: RangeInclusive<Duration>) -> Result<Duration, DurationError> {
     let total_ms = total_ms(text).ok_or(DurationError::Form)?;
     let duration = Duration::from_millis(total_ms);
-    if range.contains(&duration) {
-        Ok(duration)
-    } else {
-        Err(DurationError::Range(range))
-    }
+    if range.contains(&duration) { Ok(duration) } else { Err(DurationError::Range(range)) }
 }
 
 /// The duration in milliseconds; `None` when the form is wrong. Saturates: what does not fit is beyond any
@@ -117,11 +107,7 @@ mod tests {
             assert!(duration(text, range.clone()).is_ok(), "{text:?}");
         }
         for text in ["9999ms", "30d1ms", "0s", "99999999999999999999999d"] {
-            assert_eq!(
-                duration(text, range.clone()),
-                Err(DurationError::Range(range.clone())),
-                "{text:?}"
-            );
+            assert_eq!(duration(text, range.clone()), Err(DurationError::Range(range.clone())), "{text:?}");
         }
         let message = DurationError::Range(range).to_string();
         assert_eq!(message, "outside the range: write a duration from 10s to 30d");

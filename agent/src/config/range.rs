@@ -63,12 +63,8 @@ pub(super) fn mesh_range(text: &str) -> Result<IpNet, RangeError> {
 
 fn overlaps(net: &IpNet, special: &str) -> bool {
     match net {
-        IpNet::V4(net) => special
-            .parse()
-            .is_ok_and(|s: Ipv4Net| net.contains(&s) || s.contains(net)),
-        IpNet::V6(net) => special
-            .parse()
-            .is_ok_and(|s: Ipv6Net| net.contains(&s) || s.contains(net)),
+        IpNet::V4(net) => special.parse().is_ok_and(|s: Ipv4Net| net.contains(&s) || s.contains(net)),
+        IpNet::V6(net) => special.parse().is_ok_and(|s: Ipv6Net| net.contains(&s) || s.contains(net)),
     }
 }
 

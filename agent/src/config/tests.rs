@@ -19,12 +19,7 @@ fn parse(text: &str) -> Result<Config, Mistakes> {
 }
 
 fn problems(text: &str) -> Vec<String> {
-    parse(text)
-        .expect_err(text)
-        .list
-        .iter()
-        .map(ToString::to_string)
-        .collect()
+    parse(text).expect_err(text).list.iter().map(ToString::to_string).collect()
 }
 
 #[test]
@@ -33,10 +28,7 @@ fn a_minimal_file_gets_the_defaults() {
         trust_domain: TrustDomain::parse("cluster.local").expect("valid"),
         node: "a".into(),
         pods_cgroup: "/sys/fs/cgroup/unified/pods".into(),
-        mesh_ranges: vec![
-            "10.77.0.0/16".parse().expect("valid"),
-            "fd77::/16".parse().expect("valid"),
-        ],
+        mesh_ranges: vec!["10.77.0.0/16".parse().expect("valid"), "fd77::/16".parse().expect("valid")],
         directory_file: "/etc/tacit/conf/directory.yaml".into(),
         policy_file: "/etc/tacit/policy.yaml".into(),
         root_namespace: "istio-system".into(),
@@ -114,19 +106,9 @@ drainTimeout: 10
 #[test]
 fn an_empty_mapping_misses_every_required_field() {
     let missing = problems("{}");
-    for field in [
-        "trustDomain",
-        "node",
-        "podsCgroup",
-        "meshRanges",
-        "directory",
-        "policy",
-        "issuer",
-    ] {
+    for field in ["trustDomain", "node", "podsCgroup", "meshRanges", "directory", "policy", "issuer"] {
         assert!(
-            missing
-                .iter()
-                .any(|problem| problem.contains(&format!("{field}: missing"))),
+            missing.iter().any(|problem| problem.contains(&format!("{field}: missing"))),
             "{field}: {missing:?}"
         );
     }
@@ -136,10 +118,7 @@ fn an_empty_mapping_misses_every_required_field() {
 #[test]
 fn bounds_of_single_fields_hold() {
     for (line, problem) in [
-        (
-            "socket: /".to_owned() + &"s".repeat(107),
-            "a unix socket's path at most 107",
-        ),
+        ("socket: /".to_owned() + &"s".repeat(107), "a unix socket's path at most 107"),
         ("metrics: 127.0.0.1:0".to_owned(), "port 0"),
         ("metrics: localhost:15020".to_owned(), "no address with a port"),
         ("drainTimeout: 601s".to_owned(), "from 0s to 10m"),
@@ -159,10 +138,7 @@ fn bounds_of_single_fields_hold() {
     let list = problems(&MINIMAL.replace("10.77.0.0/16", &many));
     assert!(list.len() == 1 && list[0].contains("at most 256"), "{list:?}");
     let list = problems(&MINIMAL.replace("[10.77.0.0/16, \"fd77::/16\"]", "[]"));
-    assert!(
-        list.len() == 1 && list[0].contains("nothing would be protected"),
-        "{list:?}"
-    );
+    assert!(list.len() == 1 && list[0].contains("nothing would be protected"), "{list:?}");
 }
 
 #[test]
@@ -171,14 +147,8 @@ fn reading_resolves_paths_against_the_folder_of_the_file() {
     std::fs::create_dir_all(&folder).expect("a folder for the test");
     let path = folder.join("tacit.yaml");
     std::fs::write(&path, MINIMAL).expect("a file for the test");
-    assert_eq!(
-        Config::read(&path).expect("valid").directory_file,
-        folder.join("directory.yaml")
-    );
-    assert!(matches!(
-        Config::read(&folder.join("absent.yaml")),
-        Err(LoadError::Read(_))
-    ));
+    assert_eq!(Config::read(&path).expect("valid").directory_file, folder.join("directory.yaml"));
+    assert!(matches!(Config::read(&folder.join("absent.yaml")), Err(LoadError::Read(_))));
     std::fs::write(&path, "{}").expect("a file for the test");
     assert!(matches!(Config::read(&path), Err(LoadError::Invalid(_))));
     std::fs::remove_dir_all(&folder).expect("removable");
@@ -192,12 +162,8 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
     )))
     .expect("the schema is JSON");
     let names = |schema: &Json| -> Vec<String> {
-        let mut names: Vec<_> = schema["properties"]
-            .as_object()
-            .expect("properties")
-            .keys()
-            .cloned()
-            .collect();
+        let mut names: Vec<_> =
+            schema["properties"].as_object().expect("properties").keys().cloned().collect();
         names.sort_unstable();
         names
     };

@@ -17,16 +17,8 @@ use crate::{
     yaml::{self, Mistakes, Value},
 };
 
-const FIELDS: [&str; 8] = [
-    "name",
-    "namespace",
-    "serviceAccount",
-    "addresses",
-    "node",
-    "labels",
-    "cgroup",
-    "tunnel",
-];
+const FIELDS: [&str; 8] =
+    ["name", "namespace", "serviceAccount", "addresses", "node", "labels", "cgroup", "tunnel"];
 const SERVICE_ACCOUNT: &str = "default";
 const PROTOCOLS: [(&str, Protocol); 2] = [("tacit", Protocol::Tacit), ("none", Protocol::None)];
 
@@ -43,16 +35,12 @@ enum AddressError {
 
 pub(super) fn parse(text: &str, file: &Path, trust_domain: &TrustDomain) -> Result<Vec<Workload>, Mistakes> {
     yaml::decode(text, file, |root| {
-        let list = root
-            .fields(&["workloads"])?
-            .required("workloads", "a list of workloads, or [] for none")?;
+        let list =
+            root.fields(&["workloads"])?.required("workloads", "a list of workloads, or [] for none")?;
         let mut taken = Taken::default();
         // Not collected to an `Option`: that would stop at the first mistake.
-        let workloads: Vec<_> = list
-            .items()?
-            .iter()
-            .map(|item| workload(item, trust_domain, &mut taken))
-            .collect();
+        let workloads: Vec<_> =
+            list.items()?.iter().map(|item| workload(item, trust_domain, &mut taken)).collect();
         taken.refuse_nested_cgroups();
         workloads.into_iter().collect()
     })
@@ -61,27 +49,15 @@ pub(super) fn parse(text: &str, file: &Path, trust_domain: &TrustDomain) -> Resu
 /// Decodes all fields before the first `?`, so that the mistakes of each one are recorded.
 fn workload<'a>(item: &Value<'a>, trust_domain: &TrustDomain, taken: &mut Taken<'a>) -> Option<Workload> {
     let mut fields = item.fields(&FIELDS)?;
-    let name = fields
-        .required("name", "the pod's name")
-        .and_then(|value| value.name());
-    let namespace = fields
-        .required("namespace", "the pod's namespace")
-        .and_then(|value| value.name());
-    let account = fields
-        .optional("serviceAccount")
-        .map_or(Some(SERVICE_ACCOUNT), |value| value.name());
-    let node = fields
-        .required("node", "the name of the node it runs on")
-        .and_then(|value| value.name());
+    let name = fields.required("name", "the pod's name").and_then(|value| value.name());
+    let namespace = fields.required("namespace", "the pod's namespace").and_then(|value| value.name());
+    let account = fields.optional("serviceAccount").map_or(Some(SERVICE_ACCOUNT), |value| value.name());
+    let node = fields.required("node", "the name of the node it runs on").and_then(|value| value.name());
     let owner = format!("{}/{}", namespace.unwrap_or("?"), name.unwrap_or("?"));
     let list = fields.required("addresses", "the pod's addresses, such as [10.77.1.2]");
     let addresses = list.and_then(|value| addresses(&value, &owner, taken));
-    let labels = fields
-        .optional("labels")
-        .map_or(Some(BTreeMap::new()), |value| labels(&value));
-    let protocol = fields
-        .optional("tunnel")
-        .map_or(Some(Protocol::Tacit), |value| value.choice(&PROTOCOLS));
+    let labels = fields.optional("labels").map_or(Some(BTreeMap::new()), |value| labels(&value));
+    let protocol = fields.optional("tunnel").map_or(Some(Protocol::Tacit), |value| value.choice(&PROTOCOLS));
     let cgroup = fields.optional("cgroup");
     let path = match &cgroup {
         Some(value) => cgroup_path(value),
@@ -114,13 +90,8 @@ fn addresses(list: &Value<'_>, owner: &str, taken: &mut Taken<'_>) -> Option<Vec
         let Some(address) = item.parse(pod_address) else {
             continue;
         };
-        if let Some(other) = addresses
-            .iter()
-            .find(|other| other.is_ipv4() == address.is_ipv4())
-        {
-            item.refuse(format_args!(
-                "{address}: {other} is of the same family: write at most one of each"
-            ));
+        if let Some(other) = addresses.iter().find(|other| other.is_ipv4() == address.is_ipv4()) {
+            item.refuse(format_args!("{address}: {other} is of the same family: write at most one of each"));
         }
         taken.address(item, address, owner);
         addresses.push(address);
@@ -161,13 +132,8 @@ fn labels(value: &Value<'_>) -> Option<BTreeMap<String, String>> {
 fn cgroup_path(value: &Value<'_>) -> Option<PathBuf> {
     let text = value.text()?;
     let path = Path::new(text);
-    if !path
-        .components()
-        .all(|component| matches!(component, Component::Normal(_)))
-    {
-        value.refuse(format_args!(
-            "{text:?}: write a path relative to podsCgroup, without `.` and `..`"
-        ));
+    if !path.components().all(|component| matches!(component, Component::Normal(_))) {
+        value.refuse(format_args!("{text:?}: write a path relative to podsCgroup, without `.` and `..`"));
         return None;
     }
     Some(path.components().collect())
@@ -184,9 +150,7 @@ struct Taken<'a> {
 impl<'a> Taken<'a> {
     fn name(&mut self, item: &Value<'_>, owner: &str) {
         if let Some(line) = self.names.insert(owner.to_owned(), item.line()) {
-            item.refuse(format_args!(
-                "workload {owner} is already in line {line}: remove one or rename it"
-            ));
+            item.refuse(format_args!("workload {owner} is already in line {line}: remove one or rename it"));
         }
     }
 
@@ -216,11 +180,7 @@ impl<'a> Taken<'a> {
     /// A pod's processes are found by the pod's cgroup, so no pod's cgroup may hold another pod's.
     fn refuse_nested_cgroups(&self) {
         for ((node, path), (_, value)) in &self.cgroups {
-            for outer in path
-                .ancestors()
-                .skip(1)
-                .filter(|outer| !outer.as_os_str().is_empty())
-            {
+            for outer in path.ancestors().skip(1).filter(|outer| !outer.as_os_str().is_empty()) {
                 if let Some((other, first)) = self.cgroups.get(&(Arc::clone(node), outer.to_owned())) {
                     value.refuse(format_args!(
                         "cgroup {path:?} on node {node} is inside that of {other} (line {}): correct one",

@@ -23,7 +23,10 @@ impl AsRawFd for Watcher {
 impl CgroupEvents {
     pub(super) fn new() -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
-        #[expect(deprecated, reason = "its successor is unsafe; Watcher owns its descriptor for as long as it lives")]
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe; Watcher owns its descriptor for as long as it lives"
+        )]
         let watcher = AsyncFd::new(Watcher(inotify))?;
         Ok(Self(watcher))
     }

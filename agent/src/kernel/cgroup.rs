@@ -27,10 +27,13 @@ impl Cgroup {
     /// [`KernelError::Cgroup`] when it is missing or not of version 2.
     pub fn open(path: &Path) -> Result<Self, KernelError> {
         let refuse = |problem: String| KernelError::Cgroup { path: path.to_owned(), problem };
-        let real = fs::canonicalize(path).map_err(|e| refuse(format!("{e}; create it or correct the path")))?;
+        let real =
+            fs::canonicalize(path).map_err(|e| refuse(format!("{e}; create it or correct the path")))?;
         let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|e| refuse(e.to_string()))?;
         let Some(level) = level_below_mount(&mounts, &real) else {
-            return Err(refuse("not below a cgroup v2 mount; see the cgroup2 lines of /proc/self/mountinfo".to_owned()));
+            return Err(refuse(
+                "not below a cgroup v2 mount; see the cgroup2 lines of /proc/self/mountinfo".to_owned(),
+            ));
         };
         let id = fs::metadata(&real).map_err(|e| refuse(e.to_string()))?.ino();
         Ok(Self { path: real, id, level })
@@ -41,12 +44,15 @@ impl Cgroup {
     /// # Errors
     /// [`KernelError::Cgroup`] when it cannot be found.
     pub fn of_self() -> Result<Self, KernelError> {
-        let refuse = |problem: &str| KernelError::Cgroup { path: "/proc/self/cgroup".into(), problem: problem.into() };
+        let refuse =
+            |problem: &str| KernelError::Cgroup { path: "/proc/self/cgroup".into(), problem: problem.into() };
         let text = fs::read_to_string("/proc/self/cgroup").map_err(|e| refuse(&e.to_string()))?;
-        let own = text.lines().find_map(|l| l.strip_prefix("0::")).ok_or_else(|| refuse("no cgroup v2 entry"))?;
+        let own =
+            text.lines().find_map(|l| l.strip_prefix("0::")).ok_or_else(|| refuse("no cgroup v2 entry"))?;
         let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|e| refuse(&e.to_string()))?;
         let mount = cgroup2_mounts(&mounts).next().ok_or_else(|| refuse("cgroup v2 is not mounted"))?;
-        let below = Path::new(own).strip_prefix(&mount.root).unwrap_or(Path::new(own.trim_start_matches('/')));
+        let below =
+            Path::new(own).strip_prefix(&mount.root).unwrap_or(Path::new(own.trim_start_matches('/')));
         Self::open(&mount.point.join(below))
     }
 
@@ -118,7 +124,8 @@ fn cgroup2_mounts(mountinfo: &str) -> impl Iterator<Item = Mount> {
 
 fn level_below_mount(mountinfo: &str, path: &Path) -> Option<u32> {
     let depth = |p: &Path| p.components().filter(|c| matches!(c, std::path::Component::Normal(_))).count();
-    let mount = cgroup2_mounts(mountinfo).filter(|m| path.starts_with(&m.point)).max_by_key(|m| depth(&m.point))?;
+    let mount =
+        cgroup2_mounts(mountinfo).filter(|m| path.starts_with(&m.point)).max_by_key(|m| depth(&m.point))?;
     let below = path.strip_prefix(&mount.point).ok()?;
     u32::try_from(depth(&mount.root) + depth(below)).ok()
 }
@@ -130,7 +137,8 @@ mod tests {
     const HYBRID: &str = "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
         32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
         41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
-    const NESTED: &str = "41 31 0:38 /kubepods/pod1 /sys/fs/cgroup rw,relatime shared:1 - cgroup2 cgroup2 rw\n";
+    const NESTED: &str =
+        "41 31 0:38 /kubepods/pod1 /sys/fs/cgroup rw,relatime shared:1 - cgroup2 cgroup2 rw\n";
 
     #[test]
     fn level_counts_from_the_hierarchys_root() {

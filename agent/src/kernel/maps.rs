@@ -9,11 +9,14 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockMap, lpm_trie::{Key, LpmTrie}};
+use aya::maps::{
+    HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockMap,
+    lpm_trie::{Key, LpmTrie},
+};
 use ipnet::IpNet;
 use tacit_abi::{
-    Address, Destination, Listener, MeshKey, Mode, Names, Pod, PortKey, REASONS, Steered, Tuple, limits, listener_index,
-    names_kind,
+    Address, Destination, Listener, MeshKey, Mode, Names, Pod, PortKey, REASONS, Steered, Tuple, limits,
+    listener_index, names_kind,
 };
 
 use super::{KernelError, programs::Programs};
@@ -80,14 +83,11 @@ impl Maps {
     /// # Errors
     /// [`KernelError::Map`], for instance when the map is full.
     pub fn set_pod(&self, entry: &PodEntry) -> Result<(), KernelError> {
-        let of = |v4: bool| entry.addresses.iter().find(|a| a.is_ipv4() == v4).map_or(Address::NONE, |a| address(*a));
-        let pod = Pod {
-            netns_cookie: entry.netns_cookie,
-            v4: of(true),
-            v6: of(false),
-            slot: entry.slot,
-            pad: 0,
+        let of = |v4: bool| {
+            entry.addresses.iter().find(|a| a.is_ipv4() == v4).map_or(Address::NONE, |a| address(*a))
         };
+        let pod =
+            Pod { netns_cookie: entry.netns_cookie, v4: of(true), v6: of(false), slot: entry.slot, pad: 0 };
         lock(&self.pods).insert(entry.cgroup, pod, 0).map_err(failed("PODS"))
     }
 
@@ -122,7 +122,9 @@ impl Maps {
         }
         let mut steered = lock(&self.steered);
         for ip in addresses {
-            steered.insert(address(*ip), Steered { slot, mode: default as u32 }, 0).map_err(failed("STEERED"))?;
+            steered
+                .insert(address(*ip), Steered { slot, mode: default as u32 }, 0)
+                .map_err(failed("STEERED"))?;
         }
         let former: Vec<Address> = steered
             .iter()
@@ -153,7 +155,8 @@ impl Maps {
             let _ = steered.remove(&key);
         }
         let mut port_modes = lock(&self.port_modes);
-        let ports: Vec<PortKey> = port_modes.keys().filter_map(Result::ok).filter(|k| k.slot == slot).collect();
+        let ports: Vec<PortKey> =
+            port_modes.keys().filter_map(Result::ok).filter(|k| k.slot == slot).collect();
         for key in ports {
             let _ = port_modes.remove(&key);
         }
@@ -163,7 +166,12 @@ impl Maps {
     ///
     /// # Errors
     /// [`KernelError::Map`].
-    pub fn set_listener(&self, slot: u32, listener: Listener, socket: &impl AsRawFd) -> Result<(), KernelError> {
+    pub fn set_listener(
+        &self,
+        slot: u32,
+        listener: Listener,
+        socket: &impl AsRawFd,
+    ) -> Result<(), KernelError> {
         lock(&self.listeners).set(listener_index(slot, listener), socket, 0).map_err(failed("LISTENERS"))
     }
 
@@ -196,7 +204,11 @@ impl Maps {
     pub fn set_node(&self, addresses: &[IpAddr]) -> Result<(), KernelError> {
         let bound = limits::NODE_ADDRESSES as usize;
         if addresses.len() > bound {
-            tracing::warn!(have = addresses.len(), bound, "probes from the node's further addresses are not recognised");
+            tracing::warn!(
+                have = addresses.len(),
+                bound,
+                "probes from the node's further addresses are not recognised"
+            );
         }
         let wanted: HashSet<Address> = addresses.iter().take(bound).map(|a| address(*a)).collect();
         let mut node = lock(&self.node);
@@ -212,7 +224,12 @@ impl Maps {
 
     /// Where a captured connection wanted to go, by what `accept()` tells about it. The entry is taken out.
     #[must_use]
-    pub fn destination(&self, netns_cookie: u64, client: SocketAddr, accepted_at: SocketAddr) -> Option<SocketAddr> {
+    pub fn destination(
+        &self,
+        netns_cookie: u64,
+        client: SocketAddr,
+        accepted_at: SocketAddr,
+    ) -> Option<SocketAddr> {
         let key = Tuple {
             netns_cookie,
             local: address(client.ip()),
@@ -254,7 +271,10 @@ impl Maps {
     }
 }
 
-fn typed<M: TryFrom<Map, Error = MapError>>(programs: &mut Programs, name: &'static str) -> Result<Mutex<M>, KernelError> {
+fn typed<M: TryFrom<Map, Error = MapError>>(
+    programs: &mut Programs,
+    name: &'static str,
+) -> Result<Mutex<M>, KernelError> {
     let missing = || KernelError::Map { map: name, problem: "not in the object".to_owned() };
     let map = programs.ebpf().take_map(name).ok_or_else(missing)?;
     M::try_from(map).map(Mutex::new).map_err(failed(name))

@@ -4,10 +4,7 @@ use std::{
     fs::File,
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
-    os::{
-        fd::AsRawFd as _,
-        unix::fs::MetadataExt as _,
-    },
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
     path::Path,
 };
 

@@ -57,5 +57,6 @@ pub fn raise_descriptor_limit() -> io::Result<u64> {
 /// The running kernel's release, such as `6.18.0-1-amd64`.
 #[must_use]
 pub fn kernel_release() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/osrelease").map_or_else(|_| "?".to_owned(), |s| s.trim().to_owned())
+    std::fs::read_to_string("/proc/sys/kernel/osrelease")
+        .map_or_else(|_| "?".to_owned(), |s| s.trim().to_owned())
 }

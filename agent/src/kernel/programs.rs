@@ -23,6 +23,7 @@ use aya::{
         links::{FdLink, LinkError, PinnedLink},
     },
 };
+use aya_log::EbpfLogger;
 use nix::{
     fcntl::{Flock, FlockArg},
     sys::statfs::{BPF_FS_MAGIC, statfs},
@@ -40,8 +41,18 @@ const STEER: &str = "steer";
 const ESTABLISHED: &str = "established";
 
 /// Maps that outlive the agent.
-pub(super) const MAPS: [&str; 10] =
-    ["PODS", "STEERED", "PORT_MODES", "MESH", "NODE", "LISTENERS", "NAMES", "CAPTURED", "DIALLED", "COUNTERS"];
+pub(super) const MAPS: [&str; 10] = [
+    "PODS",
+    "STEERED",
+    "PORT_MODES",
+    "MESH",
+    "NODE",
+    "LISTENERS",
+    "NAMES",
+    "CAPTURED",
+    "DIALLED",
+    "COUNTERS",
+];
 
 /// Lines of a verifier log that an error shows; the cause stands at its end.
 const LOG_TAIL_LINES: usize = 12;
@@ -87,6 +98,15 @@ impl Programs {
         Ok(programs)
     }
 
+    /// The programs' own log lines. `None` when the log cannot be read: it is not worth the agent's life.
+    pub(super) fn take_log(&mut self) -> Option<EbpfLogger<&'static dyn log::Log>> {
+        EbpfLogger::init(&mut self.ebpf)
+            .inspect_err(
+                |error| tracing::warn!(%error, "no log lines from the kernel side; its counters still tell"),
+            )
+            .ok()
+    }
+
     pub(super) fn ebpf(&mut self) -> &mut Ebpf {
         &mut self.ebpf
     }
@@ -114,11 +134,17 @@ impl Programs {
         }
         let target = File::open(own.path()).map_err(KernelError::file("open", own.path()))?;
         let shown = own.path().display().to_string();
-        let failed = |e: String| KernelError::Attach { program: ESTABLISHED, target: shown.clone(), problem: e };
+        let failed =
+            |e: String| KernelError::Attach { program: ESTABLISHED, target: shown.clone(), problem: e };
         let program = self.sock_ops(ESTABLISHED).map_err(|e| failed(e.to_string()))?;
         program.attach(&target, CgroupAttachMode::Single).map_err(|e| failed(describe(&e)))?;
         let id = program.info().map_err(|e| failed(e.to_string()))?.id();
-        self.attached.push(ProgramState { name: ESTABLISHED.to_owned(), attached_to: shown, id, pinned: None });
+        self.attached.push(ProgramState {
+            name: ESTABLISHED.to_owned(),
+            attached_to: shown,
+            id,
+            pinned: None,
+        });
         Ok(())
     }
 
@@ -255,7 +281,9 @@ fn verify(ebpf: &mut Ebpf, name: &'static str) -> Result<(), KernelError> {
         _ => Err(ProgramError::UnexpectedProgramType),
     };
     result.map_err(|error| match &error {
-        ProgramError::LoadError { io_error, verifier_log } => refused(name, io_error, tail(&verifier_log.to_string())),
+        ProgramError::LoadError { io_error, verifier_log } => {
+            refused(name, io_error, tail(&verifier_log.to_string()))
+        }
         other => refused(name, other, String::new()),
     })
 }
@@ -312,7 +340,9 @@ impl Pins {
 
     fn check_version(&self) -> Result<(), KernelError> {
         let ours = maps_folder_name();
-        for entry in fs::read_dir(&self.root).map_err(KernelError::file("read", &self.root))?.filter_map(Result::ok) {
+        for entry in
+            fs::read_dir(&self.root).map_err(KernelError::file("read", &self.root))?.filter_map(Result::ok)
+        {
             let found = entry.file_name().to_string_lossy().into_owned();
             if found.starts_with("maps-") && found != ours {
                 return Err(KernelError::OtherVersion { path: self.root.clone(), found });
@@ -352,9 +382,9 @@ impl Pins {
         if !path.exists() {
             return;
         }
-        let removed = PinnedLink::from_pin(&path).map_err(|e| e.to_string()).and_then(|link| {
-            link.unpin().map(drop).map_err(|e| e.to_string())
-        });
+        let removed = PinnedLink::from_pin(&path)
+            .map_err(|e| e.to_string())
+            .and_then(|link| link.unpin().map(drop).map_err(|e| e.to_string()));
         if let Err(error) = removed {
             tracing::warn!(path = %path.display(), error, "a pinned link stays behind; remove the file by hand");
         }

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 use tacit_abi::{Listener, tcp_port};
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
@@ -42,7 +42,9 @@ pub enum ListenError {
     #[error("enter the pod's network namespace: {0}")]
     Enter(#[source] io::Error),
     /// The port could not be had.
-    #[error("listen on port {port} in the pod: {source}; ports 15001, 15006 and 15008 are the agent's in an enrolled pod")]
+    #[error(
+        "listen on port {port} in the pod: {source}; ports 15001, 15006 and 15008 are the agent's in an enrolled pod"
+    )]
     Listen {
         /// The port.
         port: u16,
@@ -115,7 +117,8 @@ fn adopt(socket: Socket, port: u16) -> Result<TcpListener, ListenError> {
 /// # Errors
 /// When the namespace cannot be entered or descriptors are used up.
 pub fn outgoing(netns: &Netns, host: &HostNetns, to: SocketAddr) -> io::Result<TcpSocket> {
-    let socket = host.within(netns.file(), || if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() })??;
+    let socket =
+        host.within(netns.file(), || if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() })??;
     socket.set_nodelay(true)?;
     Ok(socket)
 }
@@ -124,14 +127,12 @@ pub fn outgoing(netns: &Netns, host: &HostNetns, to: SocketAddr) -> io::Result<T
 ///
 /// # Errors
 /// The kernel's, or [`io::ErrorKind::TimedOut`] after `limit`.
-pub async fn connect(netns: &Netns, host: &HostNetns, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+pub async fn connect(
+    netns: &Netns,
+    host: &HostNetns,
+    to: SocketAddr,
+    limit: Duration,
+) -> io::Result<TcpStream> {
     let socket = outgoing(netns, host, to)?;
     timeout(limit, socket.connect(to)).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
-}
-
-/// Closes a connection so that its other end sees a reset, not an end of file.
-pub fn reset(stream: TcpStream) {
-    // If the option cannot be set the close is an ordinary one, and there is nobody to tell.
-    let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
-    drop(stream);
 }

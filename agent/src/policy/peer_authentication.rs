@@ -64,13 +64,7 @@ pub(super) fn parse(text: &str, file: &Path, root_namespace: &str) -> Result<Pol
 fn collect(policies: Vec<Policy<'_>>, root_namespace: &str) -> Policies {
     let mut mesh = None;
     let mut collected = Policies::default();
-    for Policy {
-        namespace,
-        labels,
-        mode,
-        ports,
-    } in policies
-    {
+    for Policy { namespace, labels, mode, ports } in policies {
         if !labels.is_empty() {
             let list = collected.selecting.entry(namespace.into()).or_default();
             list.push(Selecting { labels, mode, ports });
@@ -106,12 +100,7 @@ fn policy<'a>(document: &Value<'a>, lines: &mut HashMap<(&'a str, &'a str), usiz
     let selects = labels.as_ref().is_none_or(|labels| !labels.is_empty());
     let ports = ports.map_or(Some(BTreeMap::new()), |value| port_modes(&value, selects));
     let (((), _), (_, namespace)) = (version.zip(kind)?, name?);
-    Some(Policy {
-        namespace,
-        labels: labels?,
-        mode: mode?,
-        ports: ports?,
-    })
+    Some(Policy { namespace, labels: labels?, mode: mode?, ports: ports? })
 }
 
 /// `Some` for the one kind there is.
@@ -139,13 +128,9 @@ fn name<'a>(
     lines: &mut HashMap<(&'a str, &'a str), usize>,
 ) -> Option<(&'a str, &'a str)> {
     let mut fields = metadata.fields(&METADATA_FIELDS)?;
-    let name = fields
-        .required("name", "the policy's name")
-        .and_then(|value| value.name());
-    let namespace = fields.required(
-        "namespace",
-        "the namespace it holds in; the root namespace for the whole mesh",
-    );
+    let name = fields.required("name", "the policy's name").and_then(|value| value.name());
+    let namespace =
+        fields.required("namespace", "the namespace it holds in; the root namespace for the whole mesh");
     let namespace = namespace.and_then(|value| value.name());
     let (name, namespace) = (name?, namespace?);
     if let Some(line) = lines.insert((name, namespace), document.line()) {
@@ -180,9 +165,7 @@ fn selector_label(Entry { name, value, .. }: Entry<'_>) -> Option<(String, Strin
 
 /// `mtls: {mode: <mode>}` of a spec or a port.
 fn mode(fields: &mut Fields<'_>) -> Option<Setting> {
-    fields
-        .optional("mtls")
-        .map_or(Some(Setting::Inherit), |value| mtls_mode(&value))
+    fields.optional("mtls").map_or(Some(Setting::Inherit), |value| mtls_mode(&value))
 }
 
 fn mtls_mode(mtls: &Value<'_>) -> Option<Setting> {
@@ -204,20 +187,11 @@ fn port_modes(value: &Value<'_>, selects: bool) -> Option<BTreeMap<u16, Setting>
 
 fn port_mode(Entry { name, value, .. }: Entry<'_>) -> Option<(u16, Setting)> {
     // One spelling for each port: `080` next to `80` would be two modes for one port.
-    let port = name
-        .parse::<u16>()
-        .ok()
-        .filter(|port| *port != 0 && port.to_string() == name);
+    let port = name.parse::<u16>().ok().filter(|port| *port != 0 && port.to_string() == name);
     if port.is_none() {
-        value.refuse(format_args!(
-            "{name:?} is no port: write a number from 1 to 65535"
-        ));
+        value.refuse(format_args!("{name:?} is no port: write a number from 1 to 65535"));
     }
-    let mode = if value.is_null() {
-        Some(Setting::Inherit)
-    } else {
-        mtls_mode(&value)
-    };
+    let mode = if value.is_null() { Some(Setting::Inherit) } else { mtls_mode(&value) };
     Some((port?, mode?))
 }
 

@@ -2,12 +2,7 @@
 
 use super::*;
 
-const MODES: [Option<Mode>; 4] = [
-    None,
-    Some(Mode::Disable),
-    Some(Mode::Permissive),
-    Some(Mode::Strict),
-];
+const MODES: [Option<Mode>; 4] = [None, Some(Mode::Disable), Some(Mode::Permissive), Some(Mode::Strict)];
 
 fn workload(namespace: &str, labels: &[(&str, &str)]) -> Workload {
     let trust_domain = crate::identity::TrustDomain::parse("cluster.local").expect("valid");
@@ -17,10 +12,7 @@ fn workload(namespace: &str, labels: &[(&str, &str)]) -> Workload {
         identity: SpiffeId::new(&trust_domain, namespace, "web").expect("valid"),
         addresses: Vec::new(),
         node: "a".into(),
-        labels: labels
-            .iter()
-            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
-            .collect(),
+        labels: labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
         cgroup: "web".into(),
         protocol: crate::directory::Protocol::Tacit,
     }
@@ -101,13 +93,7 @@ fn an_absent_policy_says_what_unset_says() {
         }
     }
     for text in ["", "---\n", "# nothing\n---\n---\n"] {
-        assert_eq!(
-            policies(text).modes(&web),
-            Modes {
-                default: Mode::Permissive,
-                ports: BTreeMap::new()
-            }
-        );
+        assert_eq!(policies(text).modes(&web), Modes { default: Mode::Permissive, ports: BTreeMap::new() });
     }
     assert_eq!(Policies::default().modes(&web).at(80), Mode::Permissive);
 }
@@ -124,24 +110,9 @@ fn a_selector_needs_every_label_and_its_own_namespace() {
     let both: &[(&str, &str)] = &[("app", "web"), ("tier", "front")];
     for (policy, namespace, labels, expected) in [
         (strict("shop", "app: web"), "shop", both, Mode::Strict),
-        (
-            strict("shop", "app: web, tier: front"),
-            "shop",
-            both,
-            Mode::Strict,
-        ),
-        (
-            strict("shop", "app: web, tier: back"),
-            "shop",
-            both,
-            Mode::Permissive,
-        ),
-        (
-            strict("shop", "app: web, zone: x"),
-            "shop",
-            both,
-            Mode::Permissive,
-        ),
+        (strict("shop", "app: web, tier: front"), "shop", both, Mode::Strict),
+        (strict("shop", "app: web, tier: back"), "shop", both, Mode::Permissive),
+        (strict("shop", "app: web, zone: x"), "shop", both, Mode::Permissive),
         (strict("shop", "app: db"), "shop", both, Mode::Permissive),
         (strict("shop", "app: web"), "shop", &[], Mode::Permissive),
         (strict("shop", "app: web"), "cart", both, Mode::Permissive),
@@ -149,12 +120,7 @@ fn a_selector_needs_every_label_and_its_own_namespace() {
         (strict("shop", ""), "shop", &[], Mode::Strict),
         // With a selector the root namespace is a namespace like any other.
         (strict("istio-system", "app: web"), "shop", both, Mode::Permissive),
-        (
-            strict("istio-system", "app: web"),
-            "istio-system",
-            both,
-            Mode::Strict,
-        ),
+        (strict("istio-system", "app: web"), "istio-system", both, Mode::Strict),
         (strict("istio-system", ""), "shop", &[], Mode::Strict),
     ] {
         assert_eq!(
@@ -175,11 +141,7 @@ fn the_first_policy_of_a_scope_wins_even_unset() {
                 let spec = |mode| format!("{selector}mtls: {{mode: {}}}", word(mode));
                 let text =
                     document(namespace, "one", &spec(first)) + &document(namespace, "two", &spec(second));
-                assert_eq!(
-                    policies(&text).modes(&web).default,
-                    first.unwrap_or(Mode::Permissive),
-                    "{text}"
-                );
+                assert_eq!(policies(&text).modes(&web).default, first.unwrap_or(Mode::Permissive), "{text}");
             }
         }
     }
@@ -191,42 +153,27 @@ fn another_root_namespace_can_be_named() {
         + &document("istio-system", "n", "mtls: {mode: DISABLE}");
     let policies = Policies::parse(&text, Path::new("policy.yaml"), "mesh").expect("valid");
     assert_eq!(policies.modes(&workload("shop", &[])).default, Mode::Strict);
-    assert_eq!(
-        policies.modes(&workload("istio-system", &[])).default,
-        Mode::Disable
-    );
+    assert_eq!(policies.modes(&workload("istio-system", &[])).default, Mode::Disable);
 }
 
 #[test]
 fn plaintext_is_denied_in_strict_and_nothing_else_is() {
     let id = SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/web").expect("valid");
     let deny = Verdict::Deny(DenyReason::PlaintextInStrict);
-    for (mode, plaintext) in [
-        (Mode::Disable, Verdict::Allow),
-        (Mode::Permissive, Verdict::Allow),
-        (Mode::Strict, deny),
-    ] {
+    for (mode, plaintext) in
+        [(Mode::Disable, Verdict::Allow), (Mode::Permissive, Verdict::Allow), (Mode::Strict, deny)]
+    {
         for (source, expected) in [
             (Source::Tunnel(&id), Verdict::Allow),
             (Source::SameNode(&id), Verdict::Allow),
             (Source::Node, Verdict::Allow),
             (Source::Plaintext, plaintext),
         ] {
-            let everywhere = Modes {
-                default: mode,
-                ports: BTreeMap::new(),
-            };
+            let everywhere = Modes { default: mode, ports: BTreeMap::new() };
             assert_eq!(decide(&everywhere, 80, &source), expected, "{mode:?} {source:?}");
             for other in MODES.into_iter().flatten() {
-                let port = Modes {
-                    default: other,
-                    ports: BTreeMap::from([(80, mode)]),
-                };
-                assert_eq!(
-                    decide(&port, 80, &source),
-                    expected,
-                    "{mode:?} on the port, {other:?} elsewhere"
-                );
+                let port = Modes { default: other, ports: BTreeMap::from([(80, mode)]) };
+                assert_eq!(decide(&port, 80, &source), expected, "{mode:?} on the port, {other:?} elsewhere");
             }
         }
     }

@@ -21,8 +21,14 @@ use crate::{
 pub async fn plain(source: TcpStream, destination: TcpStream, counters: &FlowCounters) -> FlowEnd {
     // Bytes are passed on as they come; waiting for more belongs to the applications.
     let _ = (source.set_nodelay(true), destination.set_nodelay(true));
+    socket::reset_if_dropped(&source);
+    socket::reset_if_dropped(&destination);
     match run(&source, &destination, counters).await {
-        None => FlowEnd::Clean,
+        None => {
+            socket::deliver_if_dropped(&source);
+            socket::deliver_if_dropped(&destination);
+            FlowEnd::Clean
+        }
         Some(party) => {
             socket::reset(source);
             socket::reset(destination);

@@ -55,8 +55,10 @@ pub async fn tunnelled(
     };
     // Frames are passed on as they come; waiting for more belongs to the applications.
     let _ = app.set_nodelay(true);
+    socket::reset_if_dropped(&app);
     match Flow::new(&app, &mut session, counters).run().await {
         Ending::Finished => {
+            socket::deliver_if_dropped(&app);
             drop(app);
             (FlowEnd::Clean, reusable(session).await)
         }

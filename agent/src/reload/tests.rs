@@ -36,15 +36,8 @@ impl Drop for TempFolder {
 /// A version is its text, and `bad` in it makes it a bad one.
 fn parse(text: &str) -> Result<String, Mistakes> {
     if text.contains("bad") {
-        let mistake = Mistake {
-            line: 1,
-            field: "field".to_owned(),
-            problem: text.to_owned(),
-        };
-        return Err(Mistakes {
-            file: "file.yaml".to_owned(),
-            list: vec![mistake],
-        });
+        let mistake = Mistake { line: 1, field: "field".to_owned(), problem: text.to_owned() };
+        return Err(Mistakes { file: "file.yaml".to_owned(), list: vec![mistake] });
     }
     Ok(text.to_owned())
 }
@@ -55,13 +48,7 @@ fn open(path: &Path, reread: Duration) -> Watched<String> {
     let initial = parse(&text).expect("good");
     let hasher = RandomState::new();
     let loaded = digest(&hasher, &Ok(text));
-    Watched::run(
-        path.to_owned(),
-        initial,
-        Arc::new(parse),
-        (hasher, loaded),
-        reread,
-    )
+    Watched::run(path.to_owned(), initial, Arc::new(parse), (hasher, loaded), reread)
 }
 
 async fn until(
@@ -73,9 +60,7 @@ async fn until(
     let reached = tokio::time::timeout(DEADLINE, state.wait_for(|state| condition(state))).await;
     let reached =
         reached.unwrap_or_else(|_| panic!("{what}: not before the deadline: {:?}", watched.state()));
-    reached
-        .expect("the task lives as long as the watched file")
-        .clone()
+    reached.expect("the task lives as long as the watched file").clone()
 }
 
 #[test]
@@ -87,11 +72,7 @@ fn a_new_content_counts_when_read_twice_in_a_row() {
         (1, Some(2), 2, Settle::Settled),
         (1, Some(2), 3, Settle::ReadAgain),
     ] {
-        assert_eq!(
-            settle(judged, last, digest),
-            expected,
-            "{judged} {last:?} {digest}"
-        );
+        assert_eq!(settle(judged, last, digest), expected, "{judged} {last:?} {digest}");
     }
 }
 
@@ -155,11 +136,7 @@ async fn a_deleted_file_leaves_the_last_good_version() {
     let watched = open(&path, NEVER);
     fs::remove_file(&path).expect("removed");
     let state = until(&watched, "deleted", |state| state.refusals == 1).await;
-    assert!(
-        state
-            .last_error
-            .is_some_and(|error| error.starts_with("cannot read "))
-    );
+    assert!(state.last_error.is_some_and(|error| error.starts_with("cannot read ")));
     assert_eq!(*watched.current(), "one");
     folder.write("file.yaml", "two");
     until(&watched, "written again", |state| state.loads == 2).await;
@@ -216,10 +193,7 @@ async fn the_first_version_must_be_good() {
     let folder = TempFolder::new("first");
     let bad = folder.write("bad.yaml", "bad");
     assert!(matches!(Watched::open(&bad, parse), Err(LoadError::Invalid(_))));
-    assert!(matches!(
-        Watched::open(folder.0.join("absent.yaml"), parse),
-        Err(LoadError::Read(_))
-    ));
+    assert!(matches!(Watched::open(folder.0.join("absent.yaml"), parse), Err(LoadError::Read(_))));
     let good = folder.write("good.yaml", "good");
     assert_eq!(*Watched::open(&good, parse).expect("good").current(), "good");
 }
@@ -245,8 +219,6 @@ async fn a_dropped_watch_ends_its_task() {
     let watched = open(&folder.write("file.yaml", "one"), NEVER);
     let mut values = watched.subscribe();
     drop(watched);
-    let ended = tokio::time::timeout(DEADLINE, values.changed())
-        .await
-        .expect("before the deadline");
+    let ended = tokio::time::timeout(DEADLINE, values.changed()).await.expect("before the deadline");
     assert!(ended.is_err(), "the sender is gone with the task");
 }

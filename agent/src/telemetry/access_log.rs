@@ -64,11 +64,7 @@ pub(super) fn closed(flow: &Closed<'_>) {
 /// Version, cipher suite and key exchange.
 fn tls(security: &Security) -> Option<(&str, &str, &str)> {
     match security {
-        Security::MutualTls {
-            version,
-            cipher,
-            key_exchange,
-        } => Some((version, cipher, key_exchange)),
+        Security::MutualTls { version, cipher, key_exchange } => Some((version, cipher, key_exchange)),
         Security::SameNode | Security::Plaintext => None,
     }
 }
@@ -123,38 +119,23 @@ mod tests {
 
     #[test]
     fn the_far_side_sends_what_the_near_side_receives() {
-        let line = logged(&FlowSpec {
-            reporter: Reporter::Destination,
-            ..spec(mutual_tls())
-        });
-        assert_eq!(
-            (&line["bytes_sent"], &line["bytes_recv"]),
-            (&json!(20), &json!(10))
-        );
+        let line = logged(&FlowSpec { reporter: Reporter::Destination, ..spec(mutual_tls()) });
+        assert_eq!((&line["bytes_sent"], &line["bytes_recv"]), (&json!(20), &json!(10)));
         assert_eq!(line["direction"], "inbound");
     }
 
     #[test]
     fn a_flow_in_clear_has_no_tls_fields() {
-        let line = logged(&FlowSpec {
-            trace: [0; 16],
-            ..spec(Security::Plaintext)
-        });
+        let line = logged(&FlowSpec { trace: [0; 16], ..spec(Security::Plaintext) });
         assert_eq!(line["security"], "plaintext");
-        assert!(
-            line.get("tls.version").is_none() && line.get("trace").is_none(),
-            "{line}"
-        );
+        assert!(line.get("tls.version").is_none() && line.get("trace").is_none(), "{line}");
     }
 
     fn logged(spec: &FlowSpec) -> serde_json::Value {
         let lines = Lines::default();
         let writer = lines.clone();
-        let subscriber = tracing_subscriber::fmt()
-            .json()
-            .flatten_event(true)
-            .with_writer(move || writer.clone())
-            .finish();
+        let subscriber =
+            tracing_subscriber::fmt().json().flatten_event(true).with_writer(move || writer.clone()).finish();
         let flow = Closed {
             spec,
             sent_bytes: 10,
@@ -172,10 +153,7 @@ mod tests {
 
     impl io::Write for Lines {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0
-                .lock()
-                .expect("no writer panicked")
-                .extend_from_slice(bytes);
+            self.0.lock().expect("no writer panicked").extend_from_slice(bytes);
             Ok(bytes.len())
         }
 

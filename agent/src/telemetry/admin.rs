@@ -104,9 +104,7 @@ type Routes = dyn Fn(&str) -> Option<Answer> + Send + Sync;
 fn answer(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Answer {
     let mut answer = Response::new(Full::new(body.into()));
     *answer.status_mut() = status;
-    answer
-        .headers_mut()
-        .insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     answer
 }
 
@@ -117,18 +115,13 @@ fn plain(status: StatusCode, body: impl Into<Bytes>) -> Answer {
 /// Our own fault: what was to be written could not be.
 fn failure(error: &dyn std::error::Error) -> Answer {
     tracing::error!(%error, "cannot write an answer for the operator; this is a bug");
-    plain(
-        StatusCode::INTERNAL_SERVER_ERROR,
-        "the answer could not be written; see the agent's log\n",
-    )
+    plain(StatusCode::INTERNAL_SERVER_ERROR, "the answer could not be written; see the agent's log\n")
 }
 
 fn route(request: &Request<Incoming>, routes: &Routes) -> Answer {
     if request.method() != Method::GET {
         let mut refused = plain(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here\n");
-        refused
-            .headers_mut()
-            .insert(ALLOW, HeaderValue::from_static("GET"));
+        refused.headers_mut().insert(ALLOW, HeaderValue::from_static("GET"));
         return refused;
     }
     routes(request.uri().path()).unwrap_or_else(|| plain(StatusCode::NOT_FOUND, "no such path\n"))

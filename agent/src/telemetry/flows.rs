@@ -271,40 +271,20 @@ impl FlowTable {
         let pair = inner.series.pair(traffic, now);
         pair.open();
         let (counters, carried) = (FlowCounters::default(), FlowCounters::default());
-        let record = Arc::new(Record {
-            spec,
-            counters,
-            carried,
-            pair,
-            opened: now,
-        });
+        let record = Arc::new(Record { spec, counters, carried, pair, opened: now });
         let id = inner.next_id;
         inner.next_id += 1;
         inner.live.insert(id, Arc::clone(&record));
         drop(inner);
-        LiveFlow {
-            record,
-            id,
-            table: Arc::clone(table),
-            end: ABORTED,
-        }
+        LiveFlow { record, id, table: Arc::clone(table), end: ABORTED }
     }
 
     pub(super) fn status(&self, now: Instant) -> FlowsStatus {
         let inner = self.lock();
         let live = inner.live.len() as u64;
-        let newest: Vec<_> = inner
-            .live
-            .values()
-            .rev()
-            .take(FLOWS_LISTED_MAX)
-            .cloned()
-            .collect();
+        let newest: Vec<_> = inner.live.values().rev().take(FLOWS_LISTED_MAX).cloned().collect();
         drop(inner);
-        FlowsStatus {
-            live,
-            list: newest.iter().map(|record| record.status(now)).collect(),
-        }
+        FlowsStatus { live, list: newest.iter().map(|record| record.status(now)).collect() }
     }
 
     pub(super) fn live_by_pod(&self) -> BTreeMap<(Arc<str>, Arc<str>), u64> {

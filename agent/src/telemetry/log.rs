@@ -62,20 +62,13 @@ pub fn init(format: Format, filter: Option<&str>) -> Result<(), LogError> {
 
 /// The flag, else the variable, else the default; an empty one counts as not given.
 fn choose<'a>(flag: Option<&'a str>, variable: Option<&'a str>) -> &'a str {
-    [flag, variable]
-        .into_iter()
-        .flatten()
-        .find(|text| !text.trim().is_empty())
-        .unwrap_or(FILTER_DEFAULT)
+    [flag, variable].into_iter().flatten().find(|text| !text.trim().is_empty()).unwrap_or(FILTER_DEFAULT)
 }
 
 fn parse(filter: &str) -> Result<EnvFilter, LogError> {
     EnvFilter::builder()
         .parse(filter)
-        .map_err(|source| LogError::Filter {
-            filter: filter.to_owned(),
-            source,
-        })
+        .map_err(|source| LogError::Filter { filter: filter.to_owned(), source })
 }
 
 #[cfg(test)]

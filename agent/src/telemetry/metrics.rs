@@ -211,9 +211,7 @@ impl Collector for Exposition {
 impl Exposition {
     fn flows(&self, writer: &mut Writer<'_>) -> fmt::Result {
         let by_pair = |value: fn(&SeriesTotals) -> u64| {
-            self.series
-                .iter()
-                .map(move |series| (traffic(&series.traffic), value(series)))
+            self.series.iter().map(move |series| (traffic(&series.traffic), value(series)))
         };
         writer.family(&OPENED, by_pair(|series| series.opened))?;
         writer.family(&CLOSED, by_pair(|series| series.closed))?;
@@ -231,48 +229,27 @@ impl Exposition {
     fn agent(&self, writer: &mut Writer<'_>) -> fmt::Result {
         let status = &self.status;
         writer.family(&BUILD, [([Value::Text(&status.version)], 1)])?;
-        let enrolled = status
-            .pods
-            .iter()
-            .filter(|pod| pod.state == PodState::Enrolled)
-            .count();
+        let enrolled = status.pods.iter().filter(|pod| pod.state == PodState::Enrolled).count();
         writer.single(&PODS_ENROLLED, enrolled as u64)?;
         writer.single(&PODS_WAITING, (status.pods.len() - enrolled) as u64)?;
         writer.single(&FLOWS_LIVE, status.flows.live)?;
         writer.single(&POOL_IDLE, status.pool.idle_sessions)?;
         let verdicts = status.kernel.iter();
-        writer.family(
-            &KERNEL_VERDICTS,
-            verdicts.map(|verdict| ([Value::Text(&verdict.name)], verdict.value)),
-        )
+        writer.family(&KERNEL_VERDICTS, verdicts.map(|verdict| ([Value::Text(&verdict.name)], verdict.value)))
     }
 
     fn certificates(&self, writer: &mut Writer<'_>) -> fmt::Result {
-        let all = || {
-            self.status
-                .certificates
-                .iter()
-                .map(|held| ([Value::Text(&held.identity)], held))
-        };
-        writer.family(
-            &CERTIFICATE_EXPIRY,
-            all().map(|(id, held)| (id, held.not_after.unix_seconds())),
-        )?;
+        let all = || self.status.certificates.iter().map(|held| ([Value::Text(&held.identity)], held));
+        writer.family(&CERTIFICATE_EXPIRY, all().map(|(id, held)| (id, held.not_after.unix_seconds())))?;
         let renewed = all().filter_map(|(id, held)| Some((id, held.last_renewal?.unix_seconds())));
         writer.family(&CERTIFICATE_RENEWED, renewed)?;
-        writer.family(
-            &CERTIFICATE_FAILURES,
-            all().map(|(id, held)| (id, held.renewal_failures)),
-        )
+        writer.family(&CERTIFICATE_FAILURES, all().map(|(id, held)| (id, held.renewal_failures)))
     }
 
     fn configuration(&self, writer: &mut Writer<'_>) -> fmt::Result {
         let reloads = self.status.sources.iter().flat_map(|source| {
             let labels = |result| [source.kind.label(), result].map(Value::Text);
-            [
-                (labels("loaded"), source.loads),
-                (labels("refused"), source.refusals),
-            ]
+            [(labels("loaded"), source.loads), (labels("refused"), source.refusals)]
         });
         writer.family(&RELOADS, reloads)
     }
@@ -310,9 +287,7 @@ fn traffic(traffic: &Traffic) -> [Value<'_>; TRAFFIC.len()] {
 }
 
 fn principal(end: &End) -> Value<'_> {
-    end.identity
-        .as_ref()
-        .map_or(Value::Text(UNKNOWN), Value::Identity)
+    end.identity.as_ref().map_or(Value::Text(UNKNOWN), Value::Identity)
 }
 
 /// The value of a label.
@@ -363,20 +338,14 @@ impl Writer<'_> {
     ) -> fmt::Result {
         debug_assert_eq!(metric.labels.len(), LABELS, "{}", metric.name);
         let mut family =
-            self.0
-                .encode_descriptor(metric.name, metric.help, metric.unit.as_ref(), metric.kind)?;
+            self.0.encode_descriptor(metric.name, metric.help, metric.unit.as_ref(), metric.kind)?;
         for (values, number) in samples {
-            let labels = Labels {
-                names: metric.labels,
-                values: &values,
-            };
+            let labels = Labels { names: metric.labels, values: &values };
             match (metric.kind, LABELS) {
                 (MetricType::Info, _) => family.encode_info(&labels)?,
                 (MetricType::Counter, 0) => family.encode_counter::<NoLabelSet, _, u64>(&number, None)?,
                 (MetricType::Counter, _) => {
-                    family
-                        .encode_family(&labels)?
-                        .encode_counter::<NoLabelSet, _, u64>(&number, None)?;
+                    family.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&number, None)?;
                 }
                 (_, 0) => family.encode_gauge(&number)?,
                 (_, _) => family.encode_family(&labels)?.encode_gauge(&number)?,

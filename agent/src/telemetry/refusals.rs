@@ -50,15 +50,8 @@ struct Inner {
 impl Refusals {
     pub(super) fn record(&self, refusal: &Refusal, now: Instant) {
         let mut inner = self.lock();
-        *inner
-            .counts
-            .entry((refusal.reporter, refusal.reason))
-            .or_default() += 1;
-        let line = inner
-            .lines
-            .entry(refusal.reason)
-            .or_insert_with(|| Bucket::full(now))
-            .take(now);
+        *inner.counts.entry((refusal.reporter, refusal.reason)).or_default() += 1;
+        let line = inner.lines.entry(refusal.reason).or_insert_with(|| Bucket::full(now)).take(now);
         drop(inner);
         if let Line::Write { suppressed } = line {
             write(refusal, suppressed);
@@ -67,11 +60,7 @@ impl Refusals {
 
     /// Refusals so far, by reporter and reason.
     pub(super) fn totals(&self) -> Vec<((Reporter, &'static str), u64)> {
-        self.lock()
-            .counts
-            .iter()
-            .map(|(key, count)| (*key, *count))
-            .collect()
+        self.lock().counts.iter().map(|(key, count)| (*key, *count)).collect()
     }
 
     /// A panic while the lock is held leaves at most one refusal uncounted, so a poisoned lock is still good.
@@ -122,11 +111,7 @@ struct Bucket {
 
 impl Bucket {
     fn full(now: Instant) -> Self {
-        Self {
-            tokens: BURST,
-            filled: now,
-            suppressed: 0,
-        }
+        Self { tokens: BURST, filled: now, suppressed: 0 }
     }
 
     fn take(&mut self, now: Instant) -> Line {
@@ -134,17 +119,11 @@ impl Bucket {
         let due = u32::try_from(due).unwrap_or(u32::MAX);
         self.tokens = self.tokens.saturating_add(due).min(BURST);
         // A full bucket owes nothing; otherwise the started interval goes on.
-        self.filled = if self.tokens == BURST {
-            now
-        } else {
-            self.filled + REFILL * due
-        };
+        self.filled = if self.tokens == BURST { now } else { self.filled + REFILL * due };
         match self.tokens.checked_sub(1) {
             Some(left) => {
                 self.tokens = left;
-                Line::Write {
-                    suppressed: std::mem::take(&mut self.suppressed),
-                }
+                Line::Write { suppressed: std::mem::take(&mut self.suppressed) }
             }
             None => {
                 self.suppressed += 1;
@@ -176,11 +155,7 @@ mod tests {
     #[test]
     fn half_an_interval_is_not_lost() {
         let start = Instant::now();
-        let mut bucket = Bucket {
-            tokens: 0,
-            filled: start,
-            suppressed: 0,
-        };
+        let mut bucket = Bucket { tokens: 0, filled: start, suppressed: 0 };
         assert_eq!(bucket.take(start + REFILL * 3 / 2), Line::Write { suppressed: 0 });
         assert_eq!(bucket.take(start + REFILL * 2), Line::Write { suppressed: 0 });
     }
@@ -188,11 +163,7 @@ mod tests {
     #[test]
     fn a_quiet_reason_may_burst_again_and_no_more() {
         let start = Instant::now();
-        let mut bucket = Bucket {
-            tokens: 0,
-            filled: start,
-            suppressed: 3,
-        };
+        let mut bucket = Bucket { tokens: 0, filled: start, suppressed: 3 };
         let later = start + REFILL * 100_000;
         let written = (0..100).filter(|_| bucket.take(later) != Line::Suppress).count();
         assert_eq!(written, BURST as usize);
@@ -207,10 +178,7 @@ mod tests {
                 refusals.record(&refusal(reporter), now);
             }
         }
-        let expected = [
-            ((Reporter::Source, "plaintext"), 100),
-            ((Reporter::Destination, "plaintext"), 50),
-        ];
+        let expected = [((Reporter::Source, "plaintext"), 100), ((Reporter::Destination, "plaintext"), 50)];
         assert_eq!(refusals.totals(), expected);
     }
 

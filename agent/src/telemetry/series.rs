@@ -72,16 +72,10 @@ pub(super) struct EndLabels<'a> {
 
 impl End {
     fn of(party: &Party) -> Self {
-        Self {
-            workload: party.workload.clone(),
-            identity: party.identity.clone(),
-        }
+        Self { workload: party.workload.clone(), identity: party.identity.clone() }
     }
 
-    const NOBODY: Self = Self {
-        workload: None,
-        identity: None,
-    };
+    const NOBODY: Self = Self { workload: None, identity: None };
 
     pub(super) fn labels(&self) -> EndLabels<'_> {
         let Some(workload) = &self.workload else {
@@ -104,21 +98,13 @@ impl End {
 /// Istio's canonical service (istio/istio `pkg/labels`): the first label there is, else the workload's name.
 fn canonical_service(workload: &Workload) -> &str {
     const KEYS: [&str; 3] = ["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"];
-    KEYS.iter()
-        .find_map(|key| workload.labels.get(*key))
-        .map_or(&workload.name, String::as_str)
+    KEYS.iter().find_map(|key| workload.labels.get(*key)).map_or(&workload.name, String::as_str)
 }
 
 /// Istio's canonical revision: the first label there is, else `latest`.
 fn canonical_revision(workload: &Workload) -> &str {
-    const KEYS: [&str; 3] = [
-        "service.istio.io/canonical-revision",
-        "app.kubernetes.io/version",
-        "version",
-    ];
-    KEYS.iter()
-        .find_map(|key| workload.labels.get(*key))
-        .map_or("latest", String::as_str)
+    const KEYS: [&str; 3] = ["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"];
+    KEYS.iter().find_map(|key| workload.labels.get(*key)).map_or("latest", String::as_str)
 }
 
 impl PartialEq for End {
@@ -155,12 +141,7 @@ impl Traffic {
 
     /// Where flows are counted that found no place for a series of their own.
     fn overflow(&self) -> Self {
-        Self {
-            reporter: self.reporter,
-            source: End::NOBODY,
-            destination: End::NOBODY,
-            policy: self.policy,
-        }
+        Self { reporter: self.reporter, source: End::NOBODY, destination: End::NOBODY, policy: self.policy }
     }
 }
 
@@ -216,8 +197,7 @@ impl Entry {
     }
 
     fn is_idle_for(&self, limit: Duration, now: Instant) -> bool {
-        self.idle_since
-            .is_some_and(|since| now.saturating_duration_since(since) >= limit)
+        self.idle_since.is_some_and(|since| now.saturating_duration_since(since) >= limit)
     }
 }
 
@@ -249,10 +229,7 @@ impl Series {
 
     /// At most one overflow series for each reporter and policy stands above the bound.
     fn insert(&mut self, traffic: Traffic) -> Arc<Pair> {
-        let new = || Entry {
-            pair: Arc::default(),
-            idle_since: None,
-        };
+        let new = || Entry { pair: Arc::default(), idle_since: None };
         let entry = self.entries.entry(Arc::new(traffic)).or_insert_with(new);
         entry.idle_since = None;
         Arc::clone(&entry.pair)
@@ -260,10 +237,7 @@ impl Series {
 
     /// Forgets idle series. It walks them all, so no more than once in [`SWEEP_PAUSE`].
     fn sweep(&mut self, now: Instant) {
-        if self
-            .swept
-            .is_some_and(|swept| now.saturating_duration_since(swept) < SWEEP_PAUSE)
-        {
+        if self.swept.is_some_and(|swept| now.saturating_duration_since(swept) < SWEEP_PAUSE) {
             return;
         }
         self.swept = Some(now);

@@ -272,9 +272,7 @@ impl Timestamp {
 impl From<SystemTime> for Timestamp {
     fn from(time: SystemTime) -> Self {
         let since = time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-        Self {
-            unix_seconds: since.as_secs().min(RFC3339_LAST),
-        }
+        Self { unix_seconds: since.as_secs().min(RFC3339_LAST) }
     }
 }
 
@@ -291,9 +289,7 @@ impl FromStr for Timestamp {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let seconds = OffsetDateTime::parse(text, &Rfc3339)?.unix_timestamp();
-        Ok(Self {
-            unix_seconds: u64::try_from(seconds).unwrap_or(0).min(RFC3339_LAST),
-        })
+        Ok(Self { unix_seconds: u64::try_from(seconds).unwrap_or(0).min(RFC3339_LAST) })
     }
 }
 
@@ -305,9 +301,7 @@ impl Serialize for Timestamp {
 
 impl<'de> Deserialize<'de> for Timestamp {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(D::Error::custom)
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
     }
 }
 

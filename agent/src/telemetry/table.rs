@@ -40,15 +40,7 @@ impl Style {
 }
 
 fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| {
-            if c.is_control() {
-                char::REPLACEMENT_CHARACTER
-            } else {
-                c
-            }
-        })
-        .collect()
+    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
 
 /// One field of a row.
@@ -60,10 +52,7 @@ pub(super) struct Cell {
 
 impl Cell {
     pub(super) fn styled(text: impl Into<String>, style: Style) -> Self {
-        Self {
-            text: text.into(),
-            style,
-        }
+        Self { text: text.into(), style }
     }
 }
 
@@ -81,9 +70,7 @@ pub(super) struct Table<const COLUMNS: usize> {
 
 impl<const COLUMNS: usize> Table<COLUMNS> {
     pub(super) fn new(headings: [&str; COLUMNS]) -> Self {
-        Self {
-            rows: vec![headings.map(|heading| Cell::styled(heading, Style::Heading))],
-        }
+        Self { rows: vec![headings.map(|heading| Cell::styled(heading, Style::Heading))] }
     }
 
     pub(super) fn row(&mut self, cells: [Cell; COLUMNS]) {
@@ -97,13 +84,8 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
 
     /// Appends the table to `out`, each line indented by one gap.
     pub(super) fn write(&self, out: &mut String, colour: Colour) {
-        let width = |column: usize| {
-            self.rows
-                .iter()
-                .map(|row| row[column].text.chars().count())
-                .max()
-                .unwrap_or(0)
-        };
+        let width =
+            |column: usize| self.rows.iter().map(|row| row[column].text.chars().count()).max().unwrap_or(0);
         let widths: [usize; COLUMNS] = std::array::from_fn(width);
         for row in &self.rows {
             let mut line = String::new();
@@ -131,10 +113,8 @@ mod tests {
 
     #[test]
     fn colour_changes_no_width() {
-        let plain = written(Colour::On)
-            .replace("\u{1b}[1m", "")
-            .replace("\u{1b}[31m", "")
-            .replace("\u{1b}[0m", "");
+        let plain =
+            written(Colour::On).replace("\u{1b}[1m", "").replace("\u{1b}[31m", "").replace("\u{1b}[0m", "");
         assert_eq!(
             plain.lines().map(str::trim_end).collect::<Vec<_>>(),
             written(Colour::Off).lines().collect::<Vec<_>>()
@@ -143,10 +123,7 @@ mod tests {
 
     #[test]
     fn control_characters_do_not_reach_the_terminal() {
-        assert_eq!(
-            Style::Plain.paint("a\u{1b}[2Jb\n", Colour::Off),
-            "a\u{fffd}[2Jb\u{fffd}"
-        );
+        assert_eq!(Style::Plain.paint("a\u{1b}[2Jb\n", Colour::Off), "a\u{fffd}[2Jb\u{fffd}");
     }
 
     fn written(colour: Colour) -> String {

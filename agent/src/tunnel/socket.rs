@@ -62,6 +62,19 @@ pub(crate) fn reset(tcp: TcpStream) {
     let _ = tcp.set_zero_linger();
 }
 
+/// From now on this connection ends with RST however it is closed: on an early return, a dropped task, or the death of
+/// this process. Without it the kernel would end it with FIN, and a flow cut short would look complete.
+pub(crate) fn reset_if_dropped(tcp: &TcpStream) {
+    // Fails only when the connection is gone already.
+    let _ = tcp.set_zero_linger();
+}
+
+/// Takes [`reset_if_dropped`] back: everything was passed on, and what is still on its way must arrive.
+pub(crate) fn deliver_if_dropped(tcp: &TcpStream) {
+    // As above.
+    let _ = SockRef::from(tcp).set_linger(None);
+}
+
 /// True when the connection stands and nothing waits to be read.
 pub(crate) fn is_quiet(tcp: &TcpStream) -> bool {
     let mut byte = [MaybeUninit::uninit()];

@@ -67,28 +67,15 @@ pub fn load<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T, Mistakes>) -> 
 /// # Errors
 /// [`ReadError`] naming the file.
 pub(crate) fn read(path: &Path) -> Result<String, ReadError> {
-    let io = |source| ReadError::Io {
-        path: path.to_owned(),
-        source,
-    };
+    let io = |source| ReadError::Io { path: path.to_owned(), source };
     // Asked before opening: opening a pipe would wait for a writer.
     if !fs::metadata(path).map_err(io)?.is_file() {
-        return Err(ReadError::NotAFile {
-            path: path.to_owned(),
-        });
+        return Err(ReadError::NotAFile { path: path.to_owned() });
     }
     let mut bytes = Vec::new();
-    File::open(path)
-        .map_err(io)?
-        .take(FILE_MAX_BYTES + 1)
-        .read_to_end(&mut bytes)
-        .map_err(io)?;
+    File::open(path).map_err(io)?.take(FILE_MAX_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;
     if bytes.len() as u64 > FILE_MAX_BYTES {
-        return Err(ReadError::TooLarge {
-            path: path.to_owned(),
-        });
+        return Err(ReadError::TooLarge { path: path.to_owned() });
     }
-    String::from_utf8(bytes).map_err(|_| ReadError::NotText {
-        path: path.to_owned(),
-    })
+    String::from_utf8(bytes).map_err(|_| ReadError::NotText { path: path.to_owned() })
 }

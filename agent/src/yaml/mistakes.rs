@@ -68,11 +68,7 @@ impl Collector {
     pub(super) fn add(&self, line: usize, field: &str, problem: impl Display) {
         let mut list = self.list.borrow_mut();
         if list.len() < MISTAKES_MAX {
-            list.push(Mistake {
-                line,
-                field: field.to_owned(),
-                problem: problem.to_string(),
-            });
+            list.push(Mistake { line, field: field.to_owned(), problem: problem.to_string() });
         } else {
             self.unlisted.set(self.unlisted.get() + 1);
         }
@@ -91,20 +87,11 @@ impl Collector {
             _ => list.sort_by_key(|mistake| mistake.line),
         }
         if self.unlisted.get() > 0 {
-            let problem = format!(
-                "{} more mistakes are not listed: correct those above first",
-                self.unlisted.get()
-            );
+            let problem =
+                format!("{} more mistakes are not listed: correct those above first", self.unlisted.get());
             let line = list.last().map_or(1, |mistake| mistake.line);
-            list.push(Mistake {
-                line,
-                field: String::new(),
-                problem,
-            });
+            list.push(Mistake { line, field: String::new(), problem });
         }
-        Err(Mistakes {
-            file: file.display().to_string(),
-            list,
-        })
+        Err(Mistakes { file: file.display().to_string(), list })
     }
 }

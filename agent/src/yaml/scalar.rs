@@ -51,8 +51,7 @@ fn is_number(text: &str) -> bool {
         ".inf" | ".Inf" | ".INF" | ".nan" | ".NaN" | ".NAN" => true,
         // Rust reads `inf` and `nan` as numbers too, YAML does not.
         _ => {
-            text.bytes()
-                .all(|b| matches!(b, b'0'..=b'9' | b'+' | b'-' | b'.' | b'e' | b'E'))
+            text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'+' | b'-' | b'.' | b'e' | b'E'))
                 && text.parse::<f64>().is_ok()
         }
     }
@@ -70,9 +69,7 @@ pub(super) fn seen(text: &str) -> impl fmt::Display {
 pub(super) fn is_object_name(text: &str) -> bool {
     let edge = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
     let bytes = text.as_bytes();
-    let clean = bytes
-        .iter()
-        .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-'));
+    let clean = bytes.iter().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-'));
     clean && bytes.len() <= NAME_MAX_BYTES && edge(bytes.first()) && edge(bytes.last())
 }
 
@@ -83,10 +80,8 @@ pub(super) fn nearest<'n>(text: &str, known: &[&'n str]) -> Option<&'n str> {
     }
     let text: Vec<char> = text.to_lowercase().chars().collect();
     let distance_to = |name: &str| distance(&text, &name.to_lowercase().chars().collect::<Vec<_>>());
-    let (distance, name) = known
-        .iter()
-        .map(|name| (distance_to(name), *name))
-        .min_by_key(|(distance, _)| *distance)?;
+    let (distance, name) =
+        known.iter().map(|name| (distance_to(name), *name)).min_by_key(|(distance, _)| *distance)?;
     (distance <= (name.chars().count() / 3).max(1)).then_some(name)
 }
 
@@ -162,10 +157,7 @@ mod tests {
 
     #[test]
     fn a_long_value_is_shortened_at_a_character() {
-        assert_eq!(
-            seen(&"ü".repeat(81)).to_string(),
-            format!("\"{}\"…", "ü".repeat(80))
-        );
+        assert_eq!(seen(&"ü".repeat(81)).to_string(), format!("\"{}\"…", "ü".repeat(80)));
         assert_eq!(seen("a\u{1b}[31m").to_string(), "\"a\\u{1b}[31m\"");
     }
 }

@@ -6,14 +6,8 @@ use super::{mistakes::MISTAKES_MAX, *};
 fn read_sample(text: &str) -> Result<String, Mistakes> {
     decode(text, Path::new("sample.yaml"), |root| {
         let mut fields = root.fields(&["name", "tags", "mode"])?;
-        let name = fields
-            .required("name", "a name")
-            .and_then(|value| value.text().map(str::to_owned));
-        for tag in fields
-            .optional("tags")
-            .and_then(|value| value.items())
-            .unwrap_or_default()
-        {
+        let name = fields.required("name", "a name").and_then(|value| value.text().map(str::to_owned));
+        for tag in fields.optional("tags").and_then(|value| value.items()).unwrap_or_default() {
             tag.name();
         }
         if let Some(mode) = fields.optional("mode") {
@@ -24,12 +18,7 @@ fn read_sample(text: &str) -> Result<String, Mistakes> {
 }
 
 fn problems(text: &str) -> Vec<String> {
-    read_sample(text)
-        .expect_err(text)
-        .list
-        .iter()
-        .map(ToString::to_string)
-        .collect()
+    read_sample(text).expect_err(text).list.iter().map(ToString::to_string).collect()
 }
 
 #[test]
@@ -64,10 +53,7 @@ fn a_value_of_another_type_is_named() {
         ("[a]", "line 1: is a list: write a mapping (`name: value` lines)"),
         ("", "line 1: is empty: write a mapping (`name: value` lines)"),
         ("name: {a: b}", "line 1: name: is a mapping: write a single value"),
-        (
-            "name: true",
-            "line 1: name: true is a truth value where text is expected: write \"true\"",
-        ),
+        ("name: true", "line 1: name: true is a truth value where text is expected: write \"true\""),
         ("name: ''", "line 1: name: the text is empty: write a value"),
         (
             "name: a\ntags: b",
@@ -105,9 +91,7 @@ fn aliases_tags_and_odd_keys_are_refused_once_each() {
 
 #[test]
 fn broken_yaml_names_its_line() {
-    let list = read_sample("name: web\ntags: [a\nmode: STRICT\n")
-        .expect_err("unclosed")
-        .list;
+    let list = read_sample("name: web\ntags: [a\nmode: STRICT\n").expect_err("unclosed").list;
     assert_eq!(list.len(), 1);
     assert!(list[0].problem.starts_with("no YAML: "), "{}", list[0]);
     assert!(list[0].line >= 2, "{}", list[0]);
@@ -115,27 +99,19 @@ fn broken_yaml_names_its_line() {
 
 #[test]
 fn hostile_files_end_in_one_mistake() {
-    let laughs: String = (1..30)
-        .map(|i| format!("b{i}: &b{i} [{}]\n", vec![format!("*b{}", i - 1); 10].join(",")))
-        .collect();
+    let laughs: String =
+        (1..30).map(|i| format!("b{i}: &b{i} [{}]\n", vec![format!("*b{}", i - 1); 10].join(","))).collect();
     for (what, text) in [
         ("flow lists", "[".repeat(100_000)),
         ("flow mappings", "{a: ".repeat(100_000)),
         ("block lists", "- ".repeat(100_000)),
         ("keys", "? ".repeat(100_000)),
-        (
-            "indentation",
-            (0..1000).map(|i| format!("{}a:\n", " ".repeat(i))).collect(),
-        ),
+        ("indentation", (0..1000).map(|i| format!("{}a:\n", " ".repeat(i))).collect()),
         ("nodes", format!("name: [{}]", "a,".repeat(NODES))),
         ("aliases", format!("b0: &b0 [x]\n{laughs}")),
     ] {
         let list = read_sample(&text).expect_err(what).list;
-        assert!(
-            !list.is_empty() && list.len() <= MISTAKES_MAX + 1,
-            "{what}: {}",
-            list.len()
-        );
+        assert!(!list.is_empty() && list.len() <= MISTAKES_MAX + 1, "{what}: {}", list.len());
     }
 }
 
@@ -146,10 +122,7 @@ fn mistakes_past_the_bound_are_counted() {
     let text = format!("name: a\ntags: [{}]", "A,".repeat(150));
     let list = read_sample(&text).expect_err("many").list;
     assert_eq!(list.len(), MISTAKES_MAX + 1);
-    assert_eq!(
-        list[MISTAKES_MAX].problem,
-        "50 more mistakes are not listed: correct those above first"
-    );
+    assert_eq!(list[MISTAKES_MAX].problem, "50 more mistakes are not listed: correct those above first");
 }
 
 #[test]
@@ -161,19 +134,10 @@ fn only_readable_regular_utf8_files_are_read() {
         std::fs::write(&path, bytes).expect("a file for the test");
         path
     };
-    assert_eq!(
-        read(&file("good", "größe".as_bytes())).expect("readable"),
-        "größe"
-    );
+    assert_eq!(read(&file("good", "größe".as_bytes())).expect("readable"), "größe");
     let huge = vec![b' '; usize::try_from(FILE_MAX_BYTES).expect("fits") + 1];
-    assert!(matches!(
-        read(&file("huge", &huge)),
-        Err(ReadError::TooLarge { .. })
-    ));
-    assert!(matches!(
-        read(&file("binary", &[0xff])),
-        Err(ReadError::NotText { .. })
-    ));
+    assert!(matches!(read(&file("huge", &huge)), Err(ReadError::TooLarge { .. })));
+    assert!(matches!(read(&file("binary", &[0xff])), Err(ReadError::NotText { .. })));
     assert!(matches!(read(&folder), Err(ReadError::NotAFile { .. })));
     assert!(matches!(read(&folder.join("absent")), Err(ReadError::Io { .. })));
     std::fs::remove_dir_all(&folder).expect("removable");

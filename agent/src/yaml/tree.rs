@@ -41,20 +41,11 @@ pub(super) struct Pair<'t> {
 
 /// The documents of a file, at least one. `None` when the text is no YAML or beyond the bounds (recorded).
 pub(super) fn parse<'t>(text: &'t str, mistakes: &Collector) -> Option<Vec<Node<'t>>> {
-    let mut builder = Builder {
-        documents: Vec::new(),
-        open: Vec::new(),
-        nodes: 0,
-        mistakes,
-    };
+    let mut builder = Builder { documents: Vec::new(), open: Vec::new(), nodes: 0, mistakes };
     for event in Parser::new_from_str(text) {
         let (event, span) = event
             .map_err(|error| {
-                mistakes.add(
-                    error.marker().line(),
-                    "",
-                    format_args!("no YAML: {}", error.info()),
-                )
+                mistakes.add(error.marker().line(), "", format_args!("no YAML: {}", error.info()))
             })
             .ok()?;
         let line = span.start.line();
@@ -83,13 +74,7 @@ pub(super) fn parse<'t>(text: &'t str, mistakes: &Collector) -> Option<Vec<Node<
 }
 
 fn empty<'t>(line: usize) -> Node<'t> {
-    Node {
-        line,
-        content: Content::Scalar {
-            text: Cow::Borrowed(""),
-            quoted: false,
-        },
-    }
+    Node { line, content: Content::Scalar { text: Cow::Borrowed(""), quoted: false } }
 }
 
 struct Builder<'t, 'm> {
@@ -136,11 +121,7 @@ impl<'t> Builder<'t, '_> {
             }
             Event::SequenceEnd | Event::MappingEnd => self.end(),
             Event::Alias(_) => {
-                self.mistakes.add(
-                    line,
-                    "",
-                    "aliases (`*name`) are not supported: write the value out",
-                );
+                self.mistakes.add(line, "", "aliases (`*name`) are not supported: write the value out");
                 self.place(line, true, Content::Refused);
             }
             Event::DocumentStart(_)
@@ -171,10 +152,7 @@ impl<'t> Builder<'t, '_> {
     /// Puts a finished node where it belongs.
     fn place(&mut self, line: usize, refused: bool, content: Content<'t>) {
         self.nodes += 1;
-        let node = Node {
-            line,
-            content: if refused { Content::Refused } else { content },
-        };
+        let node = Node { line, content: if refused { Content::Refused } else { content } };
         match self.open.last_mut().map(|open| &mut open.items) {
             None => self.documents.push(node),
             Some(Items::List(nodes)) => nodes.push(node),
@@ -192,11 +170,7 @@ impl<'t> Builder<'t, '_> {
                         Next::Dropped
                     }
                     (Next::Value { key, line: key_line }, content) => {
-                        pairs.push(Pair {
-                            key,
-                            line: key_line,
-                            value: Node { line, content },
-                        });
+                        pairs.push(Pair { key, line: key_line, value: Node { line, content } });
                         Next::Key
                     }
                     (Next::Dropped, _) => Next::Key,

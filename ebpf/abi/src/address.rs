@@ -33,13 +33,16 @@ impl Address {
     }
 
     /// The 16 bytes, network order.
+    #[inline(always)]
     #[must_use]
-    pub fn octets(&self) -> [u8; 16] {
-        let mut out = [0; 16];
-        for (chunk, word) in out.chunks_exact_mut(4).zip(self.0) {
-            chunk.copy_from_slice(&word.to_ne_bytes());
-        }
-        out
+    pub const fn octets(&self) -> [u8; 16] {
+        let [a, b, c, d] = [
+            self.0[0].to_ne_bytes(),
+            self.0[1].to_ne_bytes(),
+            self.0[2].to_ne_bytes(),
+            self.0[3].to_ne_bytes(),
+        ];
+        [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]]
     }
 
     /// Is it an IPv4 address?
@@ -78,7 +81,10 @@ impl Address {
     #[inline(always)]
     #[must_use]
     pub const fn same(&self, other: &Self) -> bool {
-        self.0[0] == other.0[0] && self.0[1] == other.0[1] && self.0[2] == other.0[2] && self.0[3] == other.0[3]
+        self.0[0] == other.0[0]
+            && self.0[1] == other.0[1]
+            && self.0[2] == other.0[2]
+            && self.0[3] == other.0[3]
     }
 
     /// The loopback address a captured connection to `self:port` is sent to instead.
@@ -123,7 +129,11 @@ mod tests {
     fn loopback_is_127_slash_8_and_one_v6_address() {
         assert!(v4(127, 0, 0, 1).is_loopback() && v4(127, 255, 3, 4).is_loopback());
         assert!(Address::LOOPBACK_V6.is_loopback());
-        assert!(!v4(126, 255, 255, 255).is_loopback() && !v4(128, 0, 0, 1).is_loopback() && !Address::NONE.is_loopback());
+        assert!(
+            !v4(126, 255, 255, 255).is_loopback()
+                && !v4(128, 0, 0, 1).is_loopback()
+                && !Address::NONE.is_loopback()
+        );
     }
 
     #[test]

@@ -15,7 +15,7 @@ mod reason;
 pub use address::Address;
 pub use decide::{Connect, ConnectFacts, Inbound, InboundFacts, Steer, decide_connect, decide_inbound};
 pub use layout::{
-    ABI_VERSION, Destination, LISTENERS_PER_POD, Listener, MeshKey, Mode, Names, Pod, PortKey, Settings, Steered, Tuple,
-    limits, listener_index, names_kind, tcp_port,
+    ABI_VERSION, Destination, LISTENERS_PER_POD, Listener, MeshKey, Mode, Names, Pod, PortKey, Settings,
+    Steered, Tuple, limits, listener_index, names_kind, tcp_port,
 };
 pub use reason::{REASONS, Reason, ReasonText};

@@ -39,10 +39,7 @@ pub(crate) struct Speech {
 }
 
 /// As an agent does.
-pub(crate) const RIGHT: Speech = Speech {
-    version: &rustls::version::TLS13,
-    alpn: b"tacit/1",
-};
+pub(crate) const RIGHT: Speech = Speech { version: &rustls::version::TLS13, alpn: b"tacit/1" };
 
 /// What came back on a flow that a fake client asked for.
 #[derive(Debug, PartialEq, Eq)]
@@ -86,9 +83,7 @@ pub(crate) fn ask(
     let from = tcp.local_addr()?;
     let mut stream = Stream::new(&mut tls, &mut tcp);
     let mut header = [0; 4];
-    let answered = stream
-        .write_all(&open(asked))
-        .and_then(|()| stream.read_exact(&mut header));
+    let answered = stream.write_all(&open(asked)).and_then(|()| stream.read_exact(&mut header));
     let answer = match (answered, header) {
         (Err(error), _) => Answer::Ended(error.to_string()),
         (Ok(()), ACCEPT) => Answer::Accepted,
@@ -120,9 +115,7 @@ impl Server {
     /// Serves in `netns` until the test process ends.
     pub(crate) fn start(netns: &Netns, says: Says) -> Result<Self> {
         let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, TUNNEL_PORT));
-        let listener = netns
-            .enter(|| TcpListener::bind(any))?
-            .context("tunnel port of a fake")?;
+        let listener = netns.enter(|| TcpListener::bind(any))?.context("tunnel port of a fake")?;
         let opened = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&opened);
         let serve: Box<dyn Fn(TcpStream) -> Result<()> + Send> = match says {
@@ -209,12 +202,7 @@ impl ServerCertVerifier for Anybody {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(
-            message,
-            certificate,
-            signed,
-            &provider().signature_verification_algorithms,
-        )
+        verify_tls12_signature(message, certificate, signed, &provider().signature_verification_algorithms)
     }
 
     fn verify_tls13_signature(
@@ -223,12 +211,7 @@ impl ServerCertVerifier for Anybody {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(
-            message,
-            certificate,
-            signed,
-            &provider().signature_verification_algorithms,
-        )
+        verify_tls13_signature(message, certificate, signed, &provider().signature_verification_algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

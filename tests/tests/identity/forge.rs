@@ -54,11 +54,7 @@ pub(crate) struct Shown {
 impl Leaf {
     /// As the mesh's issuer would make it for this identity.
     pub(crate) fn right(identity: &str) -> Self {
-        Self {
-            root: Root::Mesh,
-            valid: Valid::Now,
-            uris: vec![identity.to_owned()],
-        }
+        Self { root: Root::Mesh, valid: Valid::Now, uris: vec![identity.to_owned()] }
     }
 }
 
@@ -66,34 +62,22 @@ impl Forge {
     /// Reads the root in `folder`.
     pub(crate) fn open(folder: &Path) -> Result<Self> {
         let read = |name: &str| fs::read_to_string(folder.join(name)).with_context(|| format!("read {name}"));
-        let mesh = Issuer::from_ca_cert_pem(
-            &read("root-cert.pem")?,
-            KeyPair::from_pem(&read("root-key.pem")?)?,
-        )?;
-        Ok(Self {
-            mesh,
-            foreign: root("other.domain")?,
-            namesake: root("cluster.local")?,
-        })
+        let mesh =
+            Issuer::from_ca_cert_pem(&read("root-cert.pem")?, KeyPair::from_pem(&read("root-key.pem")?)?)?;
+        Ok(Self { mesh, foreign: root("other.domain")?, namesake: root("cluster.local")? })
     }
 
     /// A certificate and its key.
     pub(crate) fn sign(&self, leaf: &Leaf) -> Result<Shown> {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
-        params.extended_key_usages = vec![
-            ExtendedKeyUsagePurpose::ClientAuth,
-            ExtendedKeyUsagePurpose::ServerAuth,
-        ];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
         for uri in &leaf.uris {
-            params
-                .subject_alt_names
-                .push(SanType::URI(uri.as_str().try_into()?));
+            params.subject_alt_names.push(SanType::URI(uri.as_str().try_into()?));
         }
         if leaf.uris.is_empty() {
-            params
-                .subject_alt_names
-                .push(SanType::DnsName("web.shop.svc".try_into()?));
+            params.subject_alt_names.push(SanType::DnsName("web.shop.svc".try_into()?));
         }
         let now = OffsetDateTime::now_utc();
         (params.not_before, params.not_after) = match leaf.valid {
@@ -109,10 +93,7 @@ impl Forge {
         };
         let certificate = params.signed_by(&key, root)?;
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
-        Ok(Shown {
-            chain: vec![certificate.der().clone()],
-            key,
-        })
+        Ok(Shown { chain: vec![certificate.der().clone()], key })
     }
 }
 

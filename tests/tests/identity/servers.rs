@@ -21,95 +21,53 @@ fn a_server_that_is_right_in_everything_is_trusted() -> Result<()> {
     let mesh = mesh()?;
     let fake = start(mesh, "right", |leaf| leaf, RIGHT)?;
     let told = visit(mesh, "right")?;
-    ensure!(
-        told.iter().any(|event| event["text"] == "hello\n") && fake.opened() == 1,
-        "{told:?}"
-    );
+    ensure!(told.iter().any(|event| event["text"] == "hello\n") && fake.opened() == 1, "{told:?}");
     Ok(())
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_server_that_is_someone_else_is_refused() -> Result<()> {
-    let other = |leaf| Leaf {
-        uris: vec!["spiffe://cluster.local/ns/shop/sa/right".to_owned()],
-        ..leaf
-    };
+    let other = |leaf| Leaf { uris: vec!["spiffe://cluster.local/ns/shop/sa/right".to_owned()], ..leaf };
     refused("someone", other, RIGHT, "identity_mismatch")
 }
 
 #[test]
 #[ignore = "needs root"]
 fn an_expired_server_is_refused() -> Result<()> {
-    refused(
-        "expired",
-        |leaf| Leaf {
-            valid: Valid::Past,
-            ..leaf
-        },
-        RIGHT,
-        "expired",
-    )
+    refused("expired", |leaf| Leaf { valid: Valid::Past, ..leaf }, RIGHT, "expired")
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_server_of_the_future_is_refused() -> Result<()> {
-    refused(
-        "future",
-        |leaf| Leaf {
-            valid: Valid::Future,
-            ..leaf
-        },
-        RIGHT,
-        "not_yet_valid",
-    )
+    refused("future", |leaf| Leaf { valid: Valid::Future, ..leaf }, RIGHT, "not_yet_valid")
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_server_of_another_trust_domain_is_refused() -> Result<()> {
-    let other = |leaf| Leaf {
-        uris: vec!["spiffe://other.domain/ns/shop/sa/domain".to_owned()],
-        ..leaf
-    };
+    let other = |leaf| Leaf { uris: vec!["spiffe://other.domain/ns/shop/sa/domain".to_owned()], ..leaf };
     refused("domain", other, RIGHT, "other_trust_domain")
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_server_of_a_foreign_root_is_refused() -> Result<()> {
-    refused(
-        "foreign",
-        |leaf| Leaf {
-            root: Root::Foreign,
-            ..leaf
-        },
-        RIGHT,
-        "unknown_issuer",
-    )
+    refused("foreign", |leaf| Leaf { root: Root::Foreign, ..leaf }, RIGHT, "unknown_issuer")
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_server_of_a_root_that_only_has_the_name_of_ours_is_refused() -> Result<()> {
-    refused(
-        "namesake",
-        |leaf| Leaf {
-            root: Root::Namesake,
-            ..leaf
-        },
-        RIGHT,
-        "unknown_issuer",
-    )
+    refused("namesake", |leaf| Leaf { root: Root::Namesake, ..leaf }, RIGHT, "unknown_issuer")
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_server_with_two_identities_is_refused() -> Result<()> {
     let both = |mut leaf: Leaf| {
-        leaf.uris
-            .push("spiffe://cluster.local/ns/shop/sa/right".to_owned());
+        leaf.uris.push("spiffe://cluster.local/ns/shop/sa/right".to_owned());
         leaf
     };
     refused("two", both, RIGHT, "uri_names")
@@ -118,39 +76,20 @@ fn a_server_with_two_identities_is_refused() -> Result<()> {
 #[test]
 #[ignore = "needs root"]
 fn a_server_without_an_identity_is_refused() -> Result<()> {
-    refused(
-        "none",
-        |leaf| Leaf {
-            uris: Vec::new(),
-            ..leaf
-        },
-        RIGHT,
-        "uri_names",
-    )
+    refused("none", |leaf| Leaf { uris: Vec::new(), ..leaf }, RIGHT, "uri_names")
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_server_that_speaks_tls_1_2_only_is_refused() -> Result<()> {
-    let old = Speech {
-        version: &rustls::version::TLS12,
-        ..RIGHT
-    };
+    let old = Speech { version: &rustls::version::TLS12, ..RIGHT };
     refused("oldtls", |leaf| leaf, old, "tls_mismatch")
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_server_of_another_wire_format_is_refused() -> Result<()> {
-    refused(
-        "format",
-        |leaf| leaf,
-        Speech {
-            alpn: b"tacit/0",
-            ..RIGHT
-        },
-        "alpn",
-    )
+    refused("format", |leaf| leaf, Speech { alpn: b"tacit/0", ..RIGHT }, "alpn")
 }
 
 #[test]
@@ -158,17 +97,9 @@ fn a_server_of_another_wire_format_is_refused() -> Result<()> {
 fn a_server_that_speaks_no_tls_is_refused() -> Result<()> {
     let mesh = mesh()?;
     let before = observe::refused(mesh.agent("a")?, "tls")?;
-    let _fake = Server::start(
-        mesh.pod("text")?.netns(),
-        Says::Text("HTTP/1.1 200 OK\r\n\r\nhello\n"),
-    )?;
+    let _fake = Server::start(mesh.pod("text")?.netns(), Says::Text("HTTP/1.1 200 OK\r\n\r\nhello\n"))?;
     reset_without_a_byte(mesh, "text")?;
-    observe::wait_refused(
-        mesh.agent("a")?,
-        "tls",
-        before,
-        &mesh.pod("text")?.ipv4().to_string(),
-    )
+    observe::wait_refused(mesh.agent("a")?, "tls", before, &mesh.pod("text")?.ipv4().to_string())
 }
 
 /// Both agents are real; the client's directory names another service account for the server's pod.
@@ -176,16 +107,11 @@ fn a_server_that_speaks_no_tls_is_refused() -> Result<()> {
 #[ignore = "needs root"]
 fn a_real_server_is_refused_when_the_directory_expects_another_identity() -> Result<()> {
     const REASON: &str = "identity_mismatch";
-    let plan = Plan::new("servers")
-        .pod("a", "shop", "client")
-        .pod("b", "shop", "web")
-        .pod("b", "shop", "honest");
+    let plan =
+        Plan::new("servers").pod("a", "shop", "client").pod("b", "shop", "web").pod("b", "shop", "honest");
     let mesh = plan.with_agents_told(|node, mesh| {
         let mut directory = mesh.directory();
-        for entry in directory
-            .iter_mut()
-            .filter(|entry| node == "a" && entry.name == "web")
-        {
+        for entry in directory.iter_mut().filter(|entry| node == "a" && entry.name == "web") {
             entry.service_account = "another".to_owned();
         }
         Ok(directory)
@@ -197,11 +123,7 @@ fn a_real_server_is_refused_when_the_directory_expects_another_identity() -> Res
     ensure!(is_reset(&told) && server.accepted() == 0, "{told:?}");
     observe::wait_refused(mesh.agent("a")?, REASON, before, &web.ipv4().to_string())?;
     // The other pod of that node, about which the directory is right, is reached.
-    let server = Application::start(
-        honest,
-        SocketAddr::new(honest.ipv4().into(), fresh_port()),
-        &["echo"],
-    )?;
+    let server = Application::start(honest, SocketAddr::new(honest.ipv4().into(), fresh_port()), &["echo"])?;
     Client::echo(mesh.pod("client")?, server.address(), "honest")
 }
 
@@ -211,12 +133,7 @@ fn refused(name: &str, change: impl FnOnce(Leaf) -> Leaf, speech: Speech, reason
     let fake = start(mesh, name, change, speech)?;
     reset_without_a_byte(mesh, name)?;
     assert_eq!(fake.opened(), 0, "the client asked it for a flow");
-    observe::wait_refused(
-        mesh.agent("a")?,
-        reason,
-        before,
-        &mesh.pod(name)?.ipv4().to_string(),
-    )
+    observe::wait_refused(mesh.agent("a")?, reason, before, &mesh.pod(name)?.ipv4().to_string())
 }
 
 fn start(mesh: &Mesh, name: &str, change: impl FnOnce(Leaf) -> Leaf, speech: Speech) -> Result<Server> {
@@ -232,13 +149,9 @@ fn reset_without_a_byte(mesh: &Mesh, name: &str) -> Result<()> {
 }
 
 fn is_reset(told: &[serde_json::Value]) -> bool {
-    let refused = told
-        .iter()
-        .any(|event| event["step"] == "connect" && event["error"] == "ConnectionRefused");
-    refused
-        || told
-            .iter()
-            .any(|event| event["end"] == "ConnectionReset" && event["bytes"] == 0)
+    let refused =
+        told.iter().any(|event| event["step"] == "connect" && event["error"] == "ConnectionRefused");
+    refused || told.iter().any(|event| event["end"] == "ConnectionReset" && event["bytes"] == 0)
 }
 
 fn visit(mesh: &Mesh, name: &str) -> Result<Vec<serde_json::Value>> {
@@ -250,9 +163,7 @@ fn mesh() -> Result<&'static Mesh> {
     static MESH: OnceLock<Result<Mesh, String>> = OnceLock::new();
     Mesh::shared(&MESH, || {
         let plan = Plan::new("servers").pod("a", "shop", "client");
-        let plan = FAKES
-            .iter()
-            .fold(plan, |plan, name| plan.outside("b", "shop", name));
+        let plan = FAKES.iter().fold(plan, |plan, name| plan.outside("b", "shop", name));
         plan.with_agents_told(|node, mesh| {
             let mut directory = mesh.directory();
             for name in FAKES.iter().filter(|_| node == "a") {

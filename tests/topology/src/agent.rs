@@ -70,9 +70,7 @@ impl Agent {
         let log = File::options().create(true).append(true).open(&self.log);
         let log = log.with_context(|| format!("open {}", self.log.display()))?;
         let also = log.try_clone().context("share the log")?;
-        self.process = Some(Process::spawn(
-            self.command.stdin(Stdio::null()).stdout(log).stderr(also),
-        )?);
+        self.process = Some(Process::spawn(self.command.stdin(Stdio::null()).stdout(log).stderr(also))?);
         Ok(())
     }
 
@@ -150,10 +148,7 @@ impl Agent {
     /// # Errors
     /// When the command fails, as it must while the agent runs.
     pub fn uninstall(&self) -> Result<String> {
-        run(Command::new(&self.program)
-            .arg("uninstall")
-            .arg("--config")
-            .arg(self.files.config()))
+        run(Command::new(&self.program).arg("uninstall").arg("--config").arg(self.files.config()))
     }
 
     /// Asks it to drain and end (SIGTERM), and waits.
@@ -169,10 +164,7 @@ impl Agent {
     /// # Errors
     /// When it is not running.
     pub fn ask_to_end(&self) -> Result<()> {
-        self.process
-            .as_ref()
-            .context("the agent was stopped")?
-            .signal(Signal::SIGTERM)
+        self.process.as_ref().context("the agent was stopped")?.signal(Signal::SIGTERM)
     }
 
     /// Kills it with no chance to say good-bye (SIGKILL).
@@ -188,28 +180,18 @@ impl Agent {
     /// # Errors
     /// When it still runs at `deadline`.
     pub fn wait_end(&mut self, deadline: Duration) -> Result<ExitStatus> {
-        let status = self
-            .process
-            .as_mut()
-            .context("the agent was stopped")?
-            .wait(deadline)?;
+        let status = self.process.as_mut().context("the agent was stopped")?.wait(deadline)?;
         self.process = None;
         Ok(status)
     }
 
     fn end(&mut self, signal: Signal, deadline: Duration) -> Result<ExitStatus> {
-        self.process
-            .as_mut()
-            .context("the agent was stopped")?
-            .signal(signal)?;
+        self.process.as_mut().context("the agent was stopped")?.signal(signal)?;
         self.wait_end(deadline)
     }
 
     fn operator(&self, args: &[&str]) -> Result<String> {
-        run(Command::new(&self.program)
-            .args(args)
-            .arg("--socket")
-            .arg(self.files.socket()))
+        run(Command::new(&self.program).args(args).arg("--socket").arg(self.files.socket()))
     }
 }
 
@@ -222,21 +204,13 @@ pub fn http_get(netns: &Netns, address: &str, path: &str) -> Result<(u16, String
     let answer = netns.enter(|| -> Result<String> {
         let mut stream = TcpStream::connect_timeout(&address, ANSWER)?;
         stream.set_read_timeout(Some(ANSWER))?;
-        write!(
-            stream,
-            "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
-        )?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
         let mut answer = String::new();
         stream.take(ANSWER_MAX).read_to_string(&mut answer)?;
         Ok(answer)
     })??;
-    let (head, body) = answer
-        .split_once("\r\n\r\n")
-        .context("answer without an end of its head")?;
-    let status = head
-        .split(' ')
-        .nth(1)
-        .and_then(|status| status.parse().ok())
-        .context("answer without a status")?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("answer without an end of its head")?;
+    let status =
+        head.split(' ').nth(1).and_then(|status| status.parse().ok()).context("answer without a status")?;
     Ok((status, body.to_owned()))
 }

@@ -43,23 +43,8 @@ impl Capture {
         let messages = folder.join(format!("wire{number}.log"));
         let log = fs::File::create(&messages).with_context(|| format!("make {}", messages.display()))?;
         let mut command = near.command("tcpdump")?;
-        command.args([
-            "-i",
-            WIRE,
-            "-n",
-            "-U",
-            "--immediate-mode",
-            "-B",
-            "65536",
-            "-Z",
-            "root",
-            "-w",
-        ]);
-        command
-            .arg(&file)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log);
+        command.args(["-i", WIRE, "-n", "-U", "--immediate-mode", "-B", "65536", "-Z", "root", "-w"]);
+        command.arg(&file).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let mut tcpdump = Process::spawn(&mut command)?;
         until("tcpdump recording", TCPDUMP, || {
             let said = fs::read_to_string(&messages)?;
@@ -68,13 +53,7 @@ impl Capture {
             }
             Ok(said.contains("listening on").then_some(()))
         })?;
-        Ok(Self {
-            tcpdump,
-            file,
-            messages,
-            netns: near.netns().clone(),
-            far: SocketAddr::new(far, DISCARD),
-        })
+        Ok(Self { tcpdump, file, messages, netns: near.netns().clone(), far: SocketAddr::new(far, DISCARD) })
     }
 
     /// The file, in pcap format.
@@ -91,18 +70,13 @@ impl Capture {
         let last = format!("end of recording {}", self.file.display());
         self.netns.enter(|| -> Result<()> {
             let socket = UdpSocket::bind("0.0.0.0:0").context("socket for the last packet")?;
-            socket
-                .send_to(last.as_bytes(), self.far)
-                .context("send the last packet")?;
+            socket.send_to(last.as_bytes(), self.far).context("send the last packet")?;
             Ok(())
         })??;
         until("last packet recorded", TCPDUMP, || {
             let bytes = fs::read(&self.file)?;
             let tail = bytes.get(bytes.len().saturating_sub(TAIL)..).unwrap_or_default();
-            Ok(tail
-                .windows(last.len())
-                .any(|window| window == last.as_bytes())
-                .then_some(()))
+            Ok(tail.windows(last.len()).any(|window| window == last.as_bytes()).then_some(()))
         })?;
         self.tcpdump.signal(Signal::SIGINT)?;
         self.tcpdump.wait(TCPDUMP)?;

@@ -59,16 +59,9 @@ impl WorkloadEntry {
     }
 
     fn write(&self, out: &mut String) {
-        let addresses: Vec<_> = self
-            .addresses
-            .iter()
-            .map(|address| format!("\"{address}\""))
-            .collect();
-        let labels: Vec<_> = self
-            .labels
-            .iter()
-            .map(|(key, value)| format!("\"{key}\": \"{value}\""))
-            .collect();
+        let addresses: Vec<_> = self.addresses.iter().map(|address| format!("\"{address}\"")).collect();
+        let labels: Vec<_> =
+            self.labels.iter().map(|(key, value)| format!("\"{key}\": \"{value}\"")).collect();
         let tunnel = match self.tunnel {
             Tunnel::Tacit => "tacit",
             Tunnel::None => "none",
@@ -137,11 +130,7 @@ impl MeshFiles {
     /// # Errors
     /// When it cannot be written.
     pub fn set_directory(&self, workloads: &[WorkloadEntry]) -> Result<()> {
-        let mut text = String::from(if workloads.is_empty() {
-            "workloads: []\n"
-        } else {
-            "workloads:\n"
-        });
+        let mut text = String::from(if workloads.is_empty() { "workloads: []\n" } else { "workloads:\n" });
         workloads.iter().for_each(|workload| workload.write(&mut text));
         self.set_directory_text(&text)
     }

@@ -63,9 +63,8 @@ impl Netns {
         let file = File::open(self.path()).with_context(|| format!("open {}", self.path().display()))?;
         std::thread::scope(|scope| {
             let thread = scope.spawn(move || setns(file, CloneFlags::CLONE_NEWNET).map(|()| work()));
-            let result = thread
-                .join()
-                .map_err(|_| anyhow!("the work in namespace {} panicked", self.name))?;
+            let result =
+                thread.join().map_err(|_| anyhow!("the work in namespace {} panicked", self.name))?;
             result.with_context(|| format!("enter namespace {}", self.name))
         })
     }

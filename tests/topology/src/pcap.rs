@@ -88,17 +88,8 @@ impl Traffic {
     /// How often `marker` can be read in clear: in TCP streams, and in packets that are not TCP.
     #[must_use]
     pub fn occurrences(&self, marker: &[u8]) -> usize {
-        let streams: usize = self
-            .streams
-            .iter()
-            .map(|stream| count(&stream.bytes(), marker))
-            .sum();
-        streams
-            + self
-                .others
-                .iter()
-                .map(|packet| count(packet, marker))
-                .sum::<usize>()
+        let streams: usize = self.streams.iter().map(|stream| count(&stream.bytes(), marker)).sum();
+        streams + self.others.iter().map(|packet| count(packet, marker)).sum::<usize>()
     }
 
     /// Connections to the tunnel port that began with a TLS ClientHello.
@@ -121,18 +112,13 @@ impl Traffic {
     /// older than the recording cannot be judged and do not count.
     #[must_use]
     pub fn tunnel_is_tls(&self) -> bool {
-        self.tunnel_streams()
-            .filter(|stream| stream.from_the_beginning)
-            .all(|stream| is_tls(&stream.bytes()))
+        self.tunnel_streams().filter(|stream| stream.from_the_beginning).all(|stream| is_tls(&stream.bytes()))
     }
 
     /// The pairs of addresses between which bytes crossed in clear, for the message of a failure.
     #[must_use]
     pub fn clear_streams(&self) -> Vec<(SocketAddr, SocketAddr)> {
-        let clear = self
-            .streams
-            .iter()
-            .filter(|stream| !stream.is_tunnel() && !stream.segments.is_empty());
+        let clear = self.streams.iter().filter(|stream| !stream.is_tunnel() && !stream.segments.is_empty());
         clear.map(|stream| (stream.from, stream.to)).collect()
     }
 
@@ -148,46 +134,25 @@ impl Traffic {
             return;
         };
         let tunnel = [segment.from.port(), segment.to.port()].contains(&TUNNEL_PORT);
-        *if tunnel {
-            &mut self.tunnel_bytes
-        } else {
-            &mut self.clear_bytes
-        } += segment.payload.len() as u64;
+        *if tunnel { &mut self.tunnel_bytes } else { &mut self.clear_bytes } += segment.payload.len() as u64;
         self.segment(&segment, open);
     }
 
     fn segment(&mut self, segment: &Segment<'_>, open: &mut HashMap<(SocketAddr, SocketAddr), usize>) {
         let syn = segment.flags & SYN != 0;
-        let start = if syn {
-            segment.sequence.wrapping_add(1)
-        } else {
-            segment.sequence
-        };
+        let start = if syn { segment.sequence.wrapping_add(1) } else { segment.sequence };
         let key = (segment.from, segment.to);
         let known = open.get(&key).copied().filter(|index| {
             // A SYN with another number opens the next connection between the same ports.
-            !syn || self
-                .streams
-                .get(*index)
-                .is_some_and(|stream| stream.start == start)
+            !syn || self.streams.get(*index).is_some_and(|stream| stream.start == start)
         });
         let index = known.unwrap_or_else(|| {
             let (from, to) = key;
-            self.streams.push(Stream {
-                from,
-                to,
-                start,
-                from_the_beginning: syn,
-                segments: Vec::new(),
-            });
+            self.streams.push(Stream { from, to, start, from_the_beginning: syn, segments: Vec::new() });
             open.insert(key, self.streams.len() - 1);
             self.streams.len() - 1
         });
-        if let Some(stream) = self
-            .streams
-            .get_mut(index)
-            .filter(|_| !segment.payload.is_empty())
-        {
+        if let Some(stream) = self.streams.get_mut(index).filter(|_| !segment.payload.is_empty()) {
             // Wrapping is what sequence numbers do; streams here stay far below 2 GiB.
             let offset = start.wrapping_sub(stream.start).cast_signed();
             stream.segments.push((offset, segment.payload.to_owned()));
@@ -228,11 +193,7 @@ fn tcp(packet: &[u8]) -> Option<Segment<'_>> {
                 return None;
             }
             let address = |at: usize| Some(Ipv4Addr::from(<[u8; 4]>::try_from(ip.get(at..at + 4)?).ok()?));
-            (
-                IpAddr::V4(address(12)?),
-                IpAddr::V4(address(16)?),
-                ip.get(header..whole)?,
-            )
+            (IpAddr::V4(address(12)?), IpAddr::V4(address(16)?), ip.get(header..whole)?)
         }
         [0x86, 0xdd] => {
             let length = usize::from(u16::from_be_bytes([*ip.get(4)?, *ip.get(5)?]));
@@ -240,11 +201,7 @@ fn tcp(packet: &[u8]) -> Option<Segment<'_>> {
                 return None;
             }
             let address = |at: usize| Some(Ipv6Addr::from(<[u8; 16]>::try_from(ip.get(at..at + 16)?).ok()?));
-            (
-                IpAddr::V6(address(8)?),
-                IpAddr::V6(address(24)?),
-                ip.get(40..40 + length)?,
-            )
+            (IpAddr::V6(address(8)?), IpAddr::V6(address(24)?), ip.get(40..40 + length)?)
         }
         _ => return None,
     };
@@ -280,10 +237,7 @@ fn count(haystack: &[u8], needle: &[u8]) -> usize {
     if needle.is_empty() {
         0
     } else {
-        haystack
-            .windows(needle.len())
-            .filter(|window| *window == needle)
-            .count()
+        haystack.windows(needle.len()).filter(|window| *window == needle).count()
     }
 }
 
@@ -332,10 +286,7 @@ mod tests {
     #[test]
     fn what_is_not_tls_on_the_tunnel_port_is_noticed() {
         let hello = [22, 3, 1, 0, 2, 1, 0, 23, 3, 3, 0, 1, 9];
-        let tls = recording(&[
-            packet(TUNNEL_PORT, 99, SYN, b""),
-            packet(TUNNEL_PORT, 100, 0, &hello),
-        ]);
+        let tls = recording(&[packet(TUNNEL_PORT, 99, SYN, b""), packet(TUNNEL_PORT, 100, 0, &hello)]);
         assert!(tls.tunnel_is_tls());
         assert_eq!((tls.client_hellos(), tls.tunnel_connections()), (1, 1));
         let clear = recording(&[
@@ -376,13 +327,7 @@ mod tests {
         out.extend(u16::try_from(40 + payload.len()).expect("short").to_be_bytes());
         out.extend([0, 0, 0x40, 0, 64, TCP, 0, 0, 10, 77, 1, 2, 10, 77, 2, 2]);
         out.extend(
-            [
-                &40000_u16.to_be_bytes()[..],
-                &port.to_be_bytes(),
-                &sequence.to_be_bytes(),
-                &[0; 4],
-            ]
-            .concat(),
+            [&40000_u16.to_be_bytes()[..], &port.to_be_bytes(), &sequence.to_be_bytes(), &[0; 4]].concat(),
         );
         out.extend([0x50, flags, 0, 0, 0, 0, 0, 0]);
         out.extend(payload);

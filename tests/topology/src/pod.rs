@@ -50,16 +50,7 @@ impl Pod {
         membership: Membership,
     ) -> Self {
         let (namespace, name) = (namespace.to_owned(), name.to_owned());
-        Self(Arc::new(Parts {
-            node,
-            namespace,
-            name,
-            ipv4,
-            ipv6,
-            netns,
-            cgroup,
-            membership,
-        }))
+        Self(Arc::new(Parts { node, namespace, name, ipv4, ipv6, netns, cgroup, membership }))
     }
 
     /// Name of its node.
@@ -117,10 +108,7 @@ impl Pod {
     pub fn container(&self, name: &str) -> Result<Self> {
         let cgroup = self.0.cgroup.join(name);
         cgroup::create(&cgroup)?;
-        Ok(Self(Arc::new(Parts {
-            cgroup,
-            ..Parts::clone(&self.0)
-        })))
+        Ok(Self(Arc::new(Parts { cgroup, ..Parts::clone(&self.0) })))
     }
 
     /// A command in the pod: it stands in the pod's namespace and cgroup before the program begins, and the child's
@@ -136,21 +124,14 @@ impl Pod {
     /// When it cannot be started.
     pub fn hold(&self) -> Result<Process> {
         let mut command = self.command("sleep");
-        command
-            .arg("infinity")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
+        command.arg("infinity").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut process = Process::spawn(&mut command)?;
         until(&format!("process of pod {}", self.name()), STARTED, || {
             if let Some(status) = process.ended()? {
                 bail!("the process that holds pod {} ended: {status}", self.name());
             }
             let members = fs::read_to_string(self.cgroup().join("cgroup.procs"))?;
-            Ok(members
-                .lines()
-                .any(|id| id == process.id().to_string())
-                .then_some(()))
+            Ok(members.lines().any(|id| id == process.id().to_string()).then_some(()))
         })?;
         Ok(process)
     }

@@ -33,20 +33,10 @@ pub(crate) fn run_with_input(command: &mut Command, input: &str) -> Result<Strin
         // A program that ends without reading its input tells why by its status.
         let _ = stdin.write_all(input.as_bytes());
     }
-    let output = child
-        .wait_with_output()
-        .with_context(|| format!("wait for {name}"))?;
+    let output = child.wait_with_output().with_context(|| format!("wait for {name}"))?;
     if !output.status.success() {
-        let input = if input.is_empty() {
-            String::new()
-        } else {
-            format!("\ninput:\n{input}")
-        };
-        bail!(
-            "{name}: {}\n{}{input}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr).trim_end()
-        );
+        let input = if input.is_empty() { String::new() } else { format!("\ninput:\n{input}") };
+        bail!("{name}: {}\n{}{input}", output.status, String::from_utf8_lossy(&output.stderr).trim_end());
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -68,11 +58,7 @@ impl Process {
     pub fn spawn(command: &mut Command) -> Result<Self> {
         let name = format!("{command:?}");
         let child = command.spawn().with_context(|| format!("start {name}"))?;
-        Ok(Self {
-            child,
-            name,
-            status: None,
-        })
+        Ok(Self { child, name, status: None })
     }
 
     /// Takes its end of the child's stdin, where that is a pipe.
@@ -101,9 +87,7 @@ impl Process {
     /// # Errors
     /// When the kernel cannot say.
     pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
-        self.child
-            .try_wait()
-            .with_context(|| format!("wait for {}", self.name))
+        self.child.try_wait().with_context(|| format!("wait for {}", self.name))
     }
 
     /// Waits for its end.

@@ -61,19 +61,10 @@ impl Prefix {
 /// When something cannot be removed; the message says what.
 pub fn cleanup_stale() -> Result<()> {
     let mount = cgroup::mount_point()?;
-    let places = [
-        PathBuf::from(NETNS_DIR),
-        mount.clone(),
-        std::env::temp_dir(),
-        PathBuf::from("/sys/fs/bpf"),
-    ];
+    let places =
+        [PathBuf::from(NETNS_DIR), mount.clone(), std::env::temp_dir(), PathBuf::from("/sys/fs/bpf")];
     let mut stale = BTreeSet::new();
-    for entry in places
-        .iter()
-        .filter_map(|place| fs::read_dir(place).ok())
-        .flatten()
-        .flatten()
-    {
+    for entry in places.iter().filter_map(|place| fs::read_dir(place).ok()).flatten().flatten() {
         match entry.file_name().to_str().and_then(Prefix::of) {
             Some((prefix, pid)) if !Path::new("/proc").join(pid.to_string()).exists() => stale.insert(prefix),
             _ => false,
@@ -107,31 +98,20 @@ impl Guard {
             .process_group(0)
             .spawn()
             .context("start the guard process")?;
-        Ok(Self {
-            child,
-            prefix: prefix.clone(),
-            mount: mount.to_owned(),
-        })
+        Ok(Self { child, prefix: prefix.clone(), mount: mount.to_owned() })
     }
 
     /// Removes everything now.
     pub(crate) fn release(&mut self) -> Result<()> {
         drop(self.child.stdin.take());
         let status = self.child.wait().context("wait for the guard process")?;
-        if status.success() {
-            Ok(())
-        } else {
-            sweep(&self.prefix, &self.mount)
-        }
+        if status.success() { Ok(()) } else { sweep(&self.prefix, &self.mount) }
     }
 }
 
 fn script(prefix: &Prefix, mount: &Path) -> Command {
     let mut command = Command::new("sh");
-    command
-        .args(["-c", SCRIPT, "tacit-sweep", prefix.as_str()])
-        .arg(mount)
-        .arg(prefix.files());
+    command.args(["-c", SCRIPT, "tacit-sweep", prefix.as_str()]).arg(mount).arg(prefix.files());
     command
 }
 
@@ -142,20 +122,11 @@ mod tests {
     #[test]
     fn a_name_tells_its_topology_and_owner() {
         let of = |name: &str| Prefix::of(name).map(|(prefix, pid)| (prefix.0, pid));
-        assert_eq!(
-            of("tacit-demo42x7-a-shop_web"),
-            Some(("tacit-demo42x7".into(), 42))
-        );
+        assert_eq!(of("tacit-demo42x7-a-shop_web"), Some(("tacit-demo42x7".into(), 42)));
         assert_eq!(of("tacit-t42x0"), Some(("tacit-t42x0".into(), 42)));
-        for other in [
-            "tacit",
-            "tacit-",
-            "tacit-a",
-            "tacit-42x0",
-            "tacit-demo42",
-            "tacit-demo42xx",
-            "cni-demo42x7",
-        ] {
+        for other in
+            ["tacit", "tacit-", "tacit-a", "tacit-42x0", "tacit-demo42", "tacit-demo42xx", "cni-demo42x7"]
+        {
             assert_eq!(of(other), None, "{other}");
         }
     }

@@ -77,12 +77,7 @@ impl Topology {
         // From here on, whatever was made is removed however this function ends.
         let guard = Mutex::new(Guard::start(&prefix, &cgroups)?);
         fs::create_dir(prefix.files()).with_context(|| format!("make {}", prefix.files().display()))?;
-        let mut topology = Self {
-            prefix,
-            cgroups,
-            nodes: Vec::new(),
-            guard,
-        };
+        let mut topology = Self { prefix, cgroups, nodes: Vec::new(), guard };
         topology.build_nodes(names)?;
         mount_bpffs()?;
         Ok(topology)
@@ -93,10 +88,7 @@ impl Topology {
     /// # Errors
     /// When there is none.
     pub fn node(&self, name: &str) -> Result<&Node> {
-        self.nodes
-            .iter()
-            .find(|node| node.name == name)
-            .with_context(|| format!("no node {name}"))
+        self.nodes.iter().find(|node| node.name == name).with_context(|| format!("no node {name}"))
     }
 
     /// All nodes.
@@ -137,17 +129,11 @@ impl Topology {
     }
 
     fn release(&self) -> Result<()> {
-        self.guard
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .release()
+        self.guard.lock().unwrap_or_else(PoisonError::into_inner).release()
     }
 
     fn build_nodes(&mut self, names: &[&str]) -> Result<()> {
-        let full: Vec<_> = names
-            .iter()
-            .map(|name| format!("{}-{name}", self.prefix.as_str()))
-            .collect();
+        let full: Vec<_> = names.iter().map(|name| format!("{}-{name}", self.prefix.as_str())).collect();
         for ((name, netns), number) in names.iter().zip(Netns::create(&full)?).zip(1..) {
             netns.sysctl(&[
                 ("ipv4/ip_forward", "1"),
@@ -168,9 +154,7 @@ impl Topology {
         }
         if let [near, far] = self.nodes.as_slice() {
             let peer = far.netns.name();
-            near.netns.ip(&format!(
-                "link add {WIRE} type veth peer name {WIRE} netns {peer}\n"
-            ))?;
+            near.netns.ip(&format!("link add {WIRE} type veth peer name {WIRE} netns {peer}\n"))?;
             near.join_wire(far)?;
             far.join_wire(near)?;
             near.netns.wait_for_links()?;
@@ -269,12 +253,8 @@ impl Node {
     fn add_pod(&self, namespace: &str, name: &str, membership: Membership) -> Result<Pod> {
         let taken = self
             .next_pod
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| {
-                (next <= LAST_POD).then(|| next + 1)
-            });
-        let Ok(host) = taken else {
-            bail!("node {} is full", self.name)
-        };
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| (next <= LAST_POD).then(|| next + 1));
+        let Ok(host) = taken else { bail!("node {} is full", self.name) };
         let short = format!("{namespace}_{name}");
         let netns = Netns::create(&[format!("{}-{short}", self.netns.name())])?.remove(0);
         let cgroup = match membership {
@@ -300,11 +280,7 @@ impl Node {
         let (gw4, gw6) = (self.pod_ipv4(1), self.pod_ipv6(1));
         let link = format!("pod{host}");
         let mut text = String::new();
-        let _ = writeln!(
-            text,
-            "link add {link} type veth peer name eth0 netns {}",
-            pod.netns().name()
-        );
+        let _ = writeln!(text, "link add {link} type veth peer name eth0 netns {}", pod.netns().name());
         let _ = writeln!(text, "addr add {gw4}/32 dev {link}");
         let _ = writeln!(text, "addr add {gw6}/128 dev {link} nodad");
         let _ = writeln!(text, "link set {link} up");
@@ -329,25 +305,13 @@ impl Node {
         let _ = writeln!(text, "addr add {}/24 dev {WIRE}", self.wire_ipv4());
         let _ = writeln!(text, "addr add {}/64 dev {WIRE} nodad", self.wire_ipv6());
         let _ = writeln!(text, "link set {WIRE} up");
-        let _ = writeln!(
-            text,
-            "route add {}/24 via {}",
-            other.pod_ipv4(0),
-            other.wire_ipv4()
-        );
-        let _ = writeln!(
-            text,
-            "route add {}/64 via {}",
-            other.pod_ipv6(0),
-            other.wire_ipv6()
-        );
+        let _ = writeln!(text, "route add {}/24 via {}", other.pod_ipv4(0), other.wire_ipv4());
+        let _ = writeln!(text, "route add {}/64 via {}", other.pod_ipv6(0), other.wire_ipv6());
         self.netns.ip(&text)
     }
 
     fn host_cgroup(&self) -> PathBuf {
-        self.cgroups
-            .join(format!("{}-host", self.prefix.as_str()))
-            .join(&self.name)
+        self.cgroups.join(format!("{}-host", self.prefix.as_str())).join(&self.name)
     }
 
     fn pod_ipv4(&self, host: u8) -> Ipv4Addr {
@@ -375,10 +339,7 @@ impl Netns {
 fn is_tentative(line: &str) -> bool {
     /// `IFA_F_TENTATIVE` of linux/if_addr.h.
     const TENTATIVE: u32 = 0x40;
-    let flags = line
-        .split_whitespace()
-        .nth(4)
-        .and_then(|flags| u32::from_str_radix(flags, 16).ok());
+    let flags = line.split_whitespace().nth(4).and_then(|flags| u32::from_str_radix(flags, 16).ok());
     flags.is_none_or(|flags| flags & TENTATIVE != 0)
 }
 
@@ -393,9 +354,7 @@ fn mount_bpffs() -> Result<()> {
         })
     });
     if !mounted {
-        run(Command::new("mount")
-            .args(["-t", "bpf", "tacit-topology"])
-            .arg(Path::new("/sys/fs/bpf")))?;
+        run(Command::new("mount").args(["-t", "bpf", "tacit-topology"]).arg(Path::new("/sys/fs/bpf")))?;
     }
     Ok(())
 }

@@ -73,12 +73,7 @@ fn nothing_stays_behind_after_close() -> Result<()> {
 #[ignore = "needs root"]
 fn nothing_stays_behind_when_the_owner_is_killed() -> Result<()> {
     let mut owner = Command::new(std::env::current_exe()?);
-    owner.args([
-        "--exact",
-        "--include-ignored",
-        "--nocapture",
-        "owner_that_waits_to_be_killed",
-    ]);
+    owner.args(["--exact", "--include-ignored", "--nocapture", "owner_that_waits_to_be_killed"]);
     let mut owner = Process::spawn(owner.env("TOPOLOGY_OWNER", "1").stdout(Stdio::piped()))?;
     let mut stdout = owner.take_stdout().context("stdout")?;
     let mut said = String::new();
@@ -86,19 +81,15 @@ fn nothing_stays_behind_when_the_owner_is_killed() -> Result<()> {
         let mut byte = [0];
         ensure!(stdout.read(&mut byte)? == 1, "the owner ended: {said}");
         said.push(char::from(byte[0]));
-        if let Some((_, prefix)) = said
-            .trim_end_matches('\n')
-            .split_once("built ")
-            .filter(|_| said.ends_with('\n'))
+        if let Some((_, prefix)) =
+            said.trim_end_matches('\n').split_once("built ").filter(|_| said.ends_with('\n'))
         {
             break prefix.to_owned();
         }
     };
     assert!(!leftovers(&prefix)?.is_empty());
     drop(owner);
-    until("everything removed", SOON, || {
-        Ok(leftovers(&prefix)?.is_empty().then_some(()))
-    })
+    until("everything removed", SOON, || Ok(leftovers(&prefix)?.is_empty().then_some(())))
 }
 
 #[test]
@@ -132,13 +123,9 @@ fn leftovers_of_a_dead_process_are_removed_and_others_kept() -> Result<()> {
 }
 
 fn exchange(client: &Pod, server: &Pod, address: IpAddr) -> Result<()> {
-    let listener = server
-        .netns()
-        .enter(|| TcpListener::bind(SocketAddr::new(address, 0)))??;
+    let listener = server.netns().enter(|| TcpListener::bind(SocketAddr::new(address, 0)))??;
     let address = listener.local_addr()?;
-    let mut sent = client
-        .netns()
-        .enter(|| TcpStream::connect_timeout(&address, SOON))??;
+    let mut sent = client.netns().enter(|| TcpStream::connect_timeout(&address, SOON))??;
     let (mut accepted, _) = listener.accept()?;
     let mut buffer = [0; MARKER.len()];
     sent.write_all(MARKER)?;
@@ -152,20 +139,13 @@ fn exchange(client: &Pod, server: &Pod, address: IpAddr) -> Result<()> {
 /// Everything on this machine whose name begins with `prefix`.
 fn leftovers(prefix: &str) -> Result<Vec<PathBuf>> {
     let mounts = fs::read_to_string("/proc/mounts")?;
-    let cgroups = mounts
-        .lines()
-        .find_map(|line| line.split(' ').nth(1).filter(|_| line.contains(" cgroup2 ")));
-    let places = [
-        Path::new("/run/netns"),
-        Path::new("/sys/fs/bpf"),
-        Path::new(cgroups.context("cgroup v2")?),
-    ];
+    let cgroups =
+        mounts.lines().find_map(|line| line.split(' ').nth(1).filter(|_| line.contains(" cgroup2 ")));
+    let places =
+        [Path::new("/run/netns"), Path::new("/sys/fs/bpf"), Path::new(cgroups.context("cgroup v2")?)];
     let temporary = std::env::temp_dir();
     let places = places.into_iter().chain([temporary.as_path()]);
-    let entries = places
-        .filter_map(|place| fs::read_dir(place).ok())
-        .flatten()
-        .flatten();
+    let entries = places.filter_map(|place| fs::read_dir(place).ok()).flatten().flatten();
     Ok(entries
         .filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix))
         .map(|e| e.path())

@@ -56,7 +56,8 @@ fn play(prepared: &Prepared) -> Result<Verdict> {
     let (requests, tunnelled) = progress.step("traffic with Tacit, PERMISSIVE", || stage.traffic())?;
     let flows = stage.flows()?;
     let plaintext_under_permissive = traffic::plaintext_passes(&stage.outsider, &stage.pods.nginx)?;
-    let plaintext_under_strict = progress.step("STRICT: the same, and plaintext from outside", || stage.strict())?;
+    let plaintext_under_strict =
+        progress.step("STRICT: the same, and plaintext from outside", || stage.strict())?;
     let verdict = Verdict {
         marker_without_tacit: control.occurrences(MARKER.as_bytes()),
         marker_with_tacit: tunnelled.occurrences(MARKER.as_bytes()),

@@ -73,7 +73,12 @@ impl Server {
         fs::create_dir_all(folder)?;
         let data = folder.join("data");
         run(Command::new("mariadb-install-db")
-            .args(["--no-defaults", "--user=root", "--skip-test-db", "--auth-root-authentication-method=normal"])
+            .args([
+                "--no-defaults",
+                "--user=root",
+                "--skip-test-db",
+                "--auth-root-authentication-method=normal",
+            ])
             .arg(format!("--datadir={}", data.display())))
         .context("make an empty database")?;
         let grants = format!(

@@ -36,8 +36,16 @@ pub(super) fn run_all(pods: &Pods, marker: &str) -> Result<Vec<Request>> {
     note("curl (node a) -> nginx (node b), IPv4", true, http(&pods.frontend, four(&pods.nginx), marker))?;
     note("curl (node a) -> nginx (node b), IPv6", true, http(&pods.frontend, six(&pods.nginx), marker))?;
     note("curl (node b) -> Apache (node a)", true, http(&pods.nginx, four(&pods.apache), marker))?;
-    note("mariadb client (node a) -> MariaDB (node b)", true, database(&pods.frontend, four(&pods.mariadb), marker))?;
-    note("curl (node a) -> Apache (node a), same node", false, http(&pods.frontend, four(&pods.apache), marker))?;
+    note(
+        "mariadb client (node a) -> MariaDB (node b)",
+        true,
+        database(&pods.frontend, four(&pods.mariadb), marker),
+    )?;
+    note(
+        "curl (node a) -> Apache (node a), same node",
+        false,
+        http(&pods.frontend, four(&pods.apache), marker),
+    )?;
     Ok(done)
 }
 

@@ -36,29 +36,58 @@ impl Verdict {
     /// The table.
     pub(super) fn table(&self, style: Style) -> String {
         let good = |yes: bool, text: String| style.paint(if yes { Tone::Good } else { Tone::Bad }, &text);
-        let mut out = format!("\n{}\n", style.paint(Tone::Strong, "Requests, each answered correctly with Tacit"));
+        let mut out =
+            format!("\n{}\n", style.paint(Tone::Strong, "Requests, each answered correctly with Tacit"));
         for request in &self.requests {
             let place = if request.crosses { "crosses the wire" } else { "stays on its node" };
             out += &format!("  {:<46} {}\n", request.what, style.paint(Tone::Faint, place));
         }
         out += &format!(
             "\n{}\n",
-            style.paint(Tone::Strong, &format!("{:<46} {:>14} {:>14}", "On the wire between the nodes", "without Tacit", "with Tacit"))
+            style.paint(
+                Tone::Strong,
+                &format!(
+                    "{:<46} {:>14} {:>14}",
+                    "On the wire between the nodes", "without Tacit", "with Tacit"
+                )
+            )
         );
         // Padded before it is painted: escapes have no width.
         let rows = [
-            ("bytes, all packets", self.bytes_without_tacit.to_string(), format!("{:>14}", self.bytes_with_tacit)),
-            ("payload in clear, bytes", self.clear_bytes_without_tacit.to_string(), good(self.clear_bytes == 0, format!("{:>14}", self.clear_bytes))),
-            ("payload as TLS to port 15008, bytes", "0".to_owned(), good(self.tunnel_is_tls && self.tunnel_bytes > 0, format!("{:>14}", self.tunnel_bytes))),
-            ("times the applications' marker was read", self.marker_without_tacit.to_string(), good(self.marker_with_tacit == 0, format!("{:>14}", self.marker_with_tacit))),
+            (
+                "bytes, all packets",
+                self.bytes_without_tacit.to_string(),
+                format!("{:>14}", self.bytes_with_tacit),
+            ),
+            (
+                "payload in clear, bytes",
+                self.clear_bytes_without_tacit.to_string(),
+                good(self.clear_bytes == 0, format!("{:>14}", self.clear_bytes)),
+            ),
+            (
+                "payload as TLS to port 15008, bytes",
+                "0".to_owned(),
+                good(self.tunnel_is_tls && self.tunnel_bytes > 0, format!("{:>14}", self.tunnel_bytes)),
+            ),
+            (
+                "times the applications' marker was read",
+                self.marker_without_tacit.to_string(),
+                good(self.marker_with_tacit == 0, format!("{:>14}", self.marker_with_tacit)),
+            ),
         ];
         for (what, without, with) in rows {
             out += &format!("  {what:<44} {without:>14} {with}\n");
         }
         let passes = |yes: bool| if yes { "answered" } else { "refused" };
         out += &format!("\n{}\n", style.paint(Tone::Strong, "Plaintext from a pod outside the mesh"));
-        out += &format!("  PERMISSIVE  {}\n", good(self.plaintext_under_permissive, passes(self.plaintext_under_permissive).to_owned()));
-        out += &format!("  STRICT      {}\n", good(!self.plaintext_under_strict, passes(self.plaintext_under_strict).to_owned()));
+        out += &format!(
+            "  PERMISSIVE  {}\n",
+            good(self.plaintext_under_permissive, passes(self.plaintext_under_permissive).to_owned())
+        );
+        out += &format!(
+            "  STRICT      {}\n",
+            good(!self.plaintext_under_strict, passes(self.plaintext_under_strict).to_owned())
+        );
         let end = if self.ok() { "All as promised." } else { "NOT as promised: see the red lines." };
         out + &format!("\n{}\n", good(self.ok(), end.to_owned()))
     }

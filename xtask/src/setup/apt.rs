@@ -27,9 +27,7 @@ enum Freshness {
 
 impl Apt {
     pub(super) fn new() -> Self {
-        Self {
-            fresh: Freshness::Unknown,
-        }
+        Self { fresh: Freshness::Unknown }
     }
 
     /// Whether this system has apt at all.
@@ -53,10 +51,7 @@ impl Apt {
         }
         note("that failed; once more with fresh package lists");
         self.update()?;
-        command::run(&mut Self::get(
-            "to install packages",
-            &install_arguments(packages),
-        )?)
+        command::run(&mut Self::get("to install packages", &install_arguments(packages))?)
     }
 
     /// Downloads a package into `folder` without installing it; needs no root.
@@ -64,8 +59,7 @@ impl Apt {
         let download = || {
             let mut apt = Command::new("apt-get");
             // Root's downloads would be handed to a user that cannot write into the cache; apt warns about it.
-            apt.args(["-q", "-o", "APT::Sandbox::User=root", "download", package])
-                .current_dir(folder);
+            apt.args(["-q", "-o", "APT::Sandbox::User=root", "download", package]).current_dir(folder);
             command::run(apt.stdout(Stdio::null()).stdin(Stdio::null()))
         };
         let first = download();
@@ -89,12 +83,7 @@ impl Apt {
 
     fn get(why: &str, arguments: &[&str]) -> Result<Command> {
         let arguments: Vec<&OsStr> = arguments.iter().map(OsStr::new).collect();
-        as_root(
-            why,
-            &[("DEBIAN_FRONTEND".into(), "noninteractive".into())],
-            "apt-get",
-            &arguments,
-        )
+        as_root(why, &[("DEBIAN_FRONTEND".into(), "noninteractive".into())], "apt-get", &arguments)
     }
 }
 

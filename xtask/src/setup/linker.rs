@@ -28,9 +28,7 @@ pub(super) fn ensure(workspace: &Workspace, llvm: u32) -> Result<PathBuf> {
         home.display()
     ));
     // Built beside its place and moved there when complete: an interrupted build must not look like a linker.
-    let partial = workspace
-        .cache()
-        .join(format!(".bpf-linker-{}", std::process::id()));
+    let partial = workspace.cache().join(format!(".bpf-linker-{}", std::process::id()));
     let built = install(workspace, llvm, &partial).and_then(|()| {
         let _ = fs::remove_dir_all(partial.join("build"));
         match fs::rename(&partial, &home) {
@@ -50,14 +48,7 @@ fn install(workspace: &Workspace, llvm: u32, prefix: &Path) -> Result<()> {
     symlink(&library, shim.join("lib/libLLVM.so")).context("cannot link the LLVM library into the cache")?;
     let mut cargo = workspace.cargo("install");
     cargo
-        .args([
-            "bpf-linker",
-            "--version",
-            VERSION,
-            "--locked",
-            "--no-default-features",
-            "--features",
-        ])
+        .args(["bpf-linker", "--version", VERSION, "--locked", "--no-default-features", "--features"])
         .arg(format!("llvm-{llvm}"))
         .arg("--root")
         .arg(prefix)
@@ -71,18 +62,12 @@ fn install(workspace: &Workspace, llvm: u32, prefix: &Path) -> Result<()> {
 }
 
 fn shared_library(llvm: u32) -> Result<PathBuf> {
-    let folders = fs::read_dir("/usr/lib")
-        .context("cannot read /usr/lib")?
-        .flatten()
-        .map(|entry| entry.path());
+    let folders =
+        fs::read_dir("/usr/lib").context("cannot read /usr/lib")?.flatten().map(|entry| entry.path());
     let multiarch = folders.filter(|path| path.to_string_lossy().contains("-linux-gnu"));
     let mut places: Vec<PathBuf> = multiarch.collect();
     places.extend([PathBuf::from("/usr/lib64"), PathBuf::from("/usr/lib")]);
-    let names = [
-        format!("libLLVM-{llvm}.so"),
-        format!("libLLVM.so.{llvm}.1"),
-        format!("libLLVM.so.{llvm}"),
-    ];
+    let names = [format!("libLLVM-{llvm}.so"), format!("libLLVM.so.{llvm}.1"), format!("libLLVM.so.{llvm}")];
     places
         .iter()
         .flat_map(|place| names.iter().map(move |name| place.join(name)))

@@ -35,10 +35,7 @@ pub(super) fn ensure(workspace: &Workspace, apt: &mut Apt) -> Result<PathBuf> {
     let _ = fs::remove_dir_all(&folder);
     let nginx = unpacked?;
     if !starts(&nginx) {
-        bail!(
-            "{} does not start: run it to see which library is missing",
-            nginx.display()
-        );
+        bail!("{} does not start: run it to see which library is missing", nginx.display());
     }
     Ok(nginx)
 }
@@ -50,17 +47,12 @@ fn starts(nginx: &Path) -> bool {
 fn cached(cache: &Path) -> Option<PathBuf> {
     let entries = fs::read_dir(cache).ok()?.flatten();
     let named = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("nginx-"));
-    named
-        .map(|entry| entry.path().join("usr/sbin/nginx"))
-        .filter(|program| program.exists())
-        .max()
+    named.map(|entry| entry.path().join("usr/sbin/nginx")).filter(|program| program.exists()).max()
 }
 
 fn unpack(cache: &Path, folder: &Path, apt: &mut Apt) -> Result<PathBuf> {
     for package in PACKAGES {
-        note(&format!(
-            "fetching {package} into the cache (unpacked there, not installed)"
-        ));
+        note(&format!("fetching {package} into the cache (unpacked there, not installed)"));
         let root = folder.join(package);
         fs::create_dir_all(&root).with_context(|| format!("cannot create {}", root.display()))?;
         apt.download(package, folder)?;
@@ -84,13 +76,10 @@ fn unpack(cache: &Path, folder: &Path, apt: &mut Apt) -> Result<PathBuf> {
 
 fn archive_of(folder: &Path, package: &str) -> Result<PathBuf> {
     let prefix = format!("{package}_");
-    let entries = fs::read_dir(folder)
-        .with_context(|| format!("cannot read {}", folder.display()))?
-        .flatten();
+    let entries =
+        fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?.flatten();
     let mut archives = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix));
-    let found = archives
-        .next()
-        .with_context(|| format!("apt-get downloaded no {package}"))?;
+    let found = archives.next().with_context(|| format!("apt-get downloaded no {package}"))?;
     Ok(found.path())
 }
 
@@ -100,27 +89,14 @@ fn install_libraries(apt: &mut Apt, libraries: &[&str]) -> Result<()> {
         query.args(["-W", "-f", "${db:Status-Status}", package]);
         stdout(&mut query).is_some_and(|status| status.starts_with("installed"))
     };
-    let missing: Vec<&str> = libraries
-        .iter()
-        .copied()
-        .filter(|package| !installed(package))
-        .collect();
-    if missing.is_empty() {
-        Ok(())
-    } else {
-        apt.install("libraries of nginx", &missing)
-    }
+    let missing: Vec<&str> = libraries.iter().copied().filter(|package| !installed(package)).collect();
+    if missing.is_empty() { Ok(()) } else { apt.install("libraries of nginx", &missing) }
 }
 
 /// The libraries among a package's dependencies: first alternatives, without versions.
 fn libraries(depends: &str) -> Vec<&str> {
-    let names = depends
-        .split(',')
-        .filter_map(|entry| entry.split(['|', '(']).next())
-        .map(str::trim);
-    names
-        .filter(|name| name.starts_with("lib") || name.starts_with("zlib"))
-        .collect()
+    let names = depends.split(',').filter_map(|entry| entry.split(['|', '(']).next()).map(str::trim);
+    names.filter(|name| name.starts_with("lib") || name.starts_with("zlib")).collect()
 }
 
 #[cfg(test)]
@@ -131,9 +107,6 @@ mod tests {
     fn only_libraries_are_installed_never_what_brings_the_service() {
         let depends = "libc6 (>= 2.34), libcrypt1 (>= 1:4.1.0), libpcre2-8-0 (>= 10.22), zlib1g (>= 1:1.1.4), \
                        iproute2, nginx-common (<< 1.22.1-9.1~), libssl3t64 | libssl3";
-        assert_eq!(
-            libraries(depends),
-            ["libc6", "libcrypt1", "libpcre2-8-0", "zlib1g", "libssl3t64"]
-        );
+        assert_eq!(libraries(depends), ["libc6", "libcrypt1", "libpcre2-8-0", "zlib1g", "libssl3t64"]);
     }
 }

@@ -31,10 +31,7 @@ pub(super) fn ensure(apt: &mut Apt) -> Result<()> {
     }
     if !Apt::is_here() {
         let programs: Vec<&str> = PROGRAMS.map(|(program, _)| program).to_vec();
-        bail!(
-            "install the programs that are missing of: {}",
-            programs.join(", ")
-        );
+        bail!("install the programs that are missing of: {}", programs.join(", "));
     }
     apt.install("programs of the tests and the demo", &packages)
 }

@@ -31,11 +31,7 @@ const CHOICE: &str = "TACIT_EBPF_TOOLCHAIN";
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Toolchain {
     /// A rustc whose sysroot has a compiled `core` for the BPF target.
-    Distribution {
-        rustc: PathBuf,
-        version: String,
-        llvm: u32,
-    },
+    Distribution { rustc: PathBuf, version: String, llvm: u32 },
     /// A rustup toolchain with `rust-src`.
     Rustup { name: String },
 }
@@ -44,11 +40,7 @@ impl fmt::Display for Toolchain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Distribution { rustc, version, llvm } => {
-                write!(
-                    f,
-                    "{} {version} (the distribution's, compiled core, LLVM {llvm})",
-                    rustc.display()
-                )
+                write!(f, "{} {version} (the distribution's, compiled core, LLVM {llvm})", rustc.display())
             }
             Self::Rustup { name } => write!(f, "rustup toolchain {name} (core built from rust-src)"),
         }
@@ -97,11 +89,7 @@ fn distribution(rustc: &Path) -> Option<Toolchain> {
     }
     let verbose = stdout(Command::new(rustc).arg("-vV").env_remove("LD_LIBRARY_PATH"))?;
     let (version, llvm) = versions(&verbose)?;
-    Some(Toolchain::Distribution {
-        rustc: rustc.to_owned(),
-        version,
-        llvm,
-    })
+    Some(Toolchain::Distribution { rustc: rustc.to_owned(), version, llvm })
 }
 
 fn has_clippy(found: &Toolchain) -> bool {
@@ -113,12 +101,7 @@ fn has_clippy(found: &Toolchain) -> bool {
 
 /// Release and LLVM major version in the output of `rustc -vV`.
 fn versions(verbose: &str) -> Option<(String, u32)> {
-    let field = |name: &str| {
-        verbose
-            .lines()
-            .find_map(|line| line.strip_prefix(name))
-            .map(str::trim)
-    };
+    let field = |name: &str| verbose.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
     let llvm = field("LLVM version:")?.split('.').next()?.parse().ok()?;
     Some((field("release:")?.to_owned(), llvm))
 }
@@ -127,9 +110,7 @@ fn rustup(name: &str) -> Option<Toolchain> {
     find_program("bpf-linker")?;
     let sysroot = stdout(Command::new("rustup").args(["run", name, "rustc", "--print", "sysroot"]))?;
     let source = Path::new(&sysroot).join("lib/rustlib/src/rust/library/Cargo.lock");
-    source.exists().then(|| Toolchain::Rustup {
-        name: name.to_owned(),
-    })
+    source.exists().then(|| Toolchain::Rustup { name: name.to_owned() })
 }
 
 /// What `fmt` and `clippy` will miss in the host's toolchain, each as a sentence with the remedy.

@@ -41,15 +41,11 @@ impl Report {
         let line = line.trim();
         if let Some(name) = suite_name(line) {
             self.close_crashed();
-            self.suites.push(Suite {
-                name,
-                ..Suite::default()
-            });
+            self.suites.push(Suite { name, ..Suite::default() });
         } else if let Some(result) = line.strip_prefix("test result: ") {
             self.result(result);
-        } else if let Some(name) = line
-            .strip_prefix("test ")
-            .and_then(|rest| rest.strip_suffix(" ... FAILED"))
+        } else if let Some(name) =
+            line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED"))
         {
             let suite = self.suites.last().map_or("", |suite| &suite.name);
             self.failures.push(format!("{suite}: {name}"));
@@ -104,31 +100,15 @@ impl Report {
     /// A line for each suite that had something to run, then what failed and what to know.
     pub(super) fn table(&self, style: Style) -> String {
         let shown: Vec<&Suite> = self.suites.iter().filter(|suite| suite.count() > 0).collect();
-        let width = shown
-            .iter()
-            .map(|suite| suite.name.chars().count())
-            .max()
-            .unwrap_or(0)
-            .max("suite".len());
-        let head = format!(
-            "{:<width$}  {:>7} {:>7} {:>7} {:>9}",
-            "suite", "passed", "failed", "skipped", "seconds"
-        );
+        let width =
+            shown.iter().map(|suite| suite.name.chars().count()).max().unwrap_or(0).max("suite".len());
+        let head =
+            format!("{:<width$}  {:>7} {:>7} {:>7} {:>9}", "suite", "passed", "failed", "skipped", "seconds");
         let mut table = format!("\n{}\n", style.paint(Tone::Strong, &head));
         for suite in shown {
             let failed = format!("{:>7}", suite.failed);
-            let failed = if suite.failed > 0 {
-                style.paint(Tone::Bad, &failed)
-            } else {
-                failed
-            };
-            let Suite {
-                name,
-                passed,
-                skipped,
-                seconds,
-                ..
-            } = suite;
+            let failed = if suite.failed > 0 { style.paint(Tone::Bad, &failed) } else { failed };
+            let Suite { name, passed, skipped, seconds, .. } = suite;
             table += &format!("{name:<width$}  {passed:>7} {failed} {skipped:>7} {seconds:>9.2}\n");
         }
         for failure in &self.failures {
@@ -151,15 +131,9 @@ impl Report {
         let Some(suite) = self.suites.last_mut() else {
             return;
         };
-        let count = |what: &str| {
-            field(result, what)
-                .and_then(|value| value.parse::<u64>().ok())
-                .unwrap_or(0)
-        };
-        let seconds = result
-            .rsplit("finished in ")
-            .next()
-            .and_then(|rest| rest.trim_end_matches('s').parse().ok());
+        let count = |what: &str| field(result, what).and_then(|value| value.parse::<u64>().ok()).unwrap_or(0);
+        let seconds =
+            result.rsplit("finished in ").next().and_then(|rest| rest.trim_end_matches('s').parse().ok());
         let new = Suite {
             name: suite.name.clone(),
             passed: count("passed"),
@@ -170,23 +144,14 @@ impl Report {
         };
         // Documentation tests come in several batches. A second result of another suite is the real one: the first
         // was in the captured output of a failed test that started the test program again.
-        *suite = if suite.name.ends_with(DOCUMENTATION) {
-            suite.clone().plus(new)
-        } else {
-            new
-        };
+        *suite = if suite.name.ends_with(DOCUMENTATION) { suite.clone().plus(new) } else { new };
     }
 
     fn close_crashed(&mut self) {
-        if let Some(suite) = self
-            .suites
-            .last_mut()
-            .filter(|suite| suite.state == State::Running)
-        {
+        if let Some(suite) = self.suites.last_mut().filter(|suite| suite.state == State::Running) {
             suite.state = State::Reported;
             suite.failed = 1;
-            self.failures
-                .push(format!("{}: ended without a result", suite.name));
+            self.failures.push(format!("{}: ended without a result", suite.name));
         }
     }
 }
@@ -224,10 +189,7 @@ fn suite_name(line: &str) -> Option<String> {
 
 /// The number before `what` in `ok. 3 passed; 0 failed; ..`.
 fn field<'a>(result: &'a str, what: &str) -> Option<&'a str> {
-    let part = result
-        .split([';', '.'])
-        .map(str::trim)
-        .find_map(|part| part.strip_suffix(what))?;
+    let part = result.split([';', '.']).map(str::trim).find_map(|part| part.strip_suffix(what))?;
     part.split_whitespace().last()
 }
 
@@ -237,10 +199,7 @@ fn without_escapes(text: &str) -> String {
     let mut parts = text.split("\x1b[");
     plain.push_str(parts.next().unwrap_or_default());
     for part in parts {
-        plain.push_str(
-            part.split_once(|c: char| c.is_ascii_alphabetic())
-                .map_or("", |(_, rest)| rest),
-        );
+        plain.push_str(part.split_once(|c: char| c.is_ascii_alphabetic()).map_or("", |(_, rest)| rest));
     }
     plain
 }
@@ -278,11 +237,7 @@ mod tests {
         let report = report(lines, false);
         assert_eq!(report.summary(), "3 passed, 1 failed, 0 skipped");
         assert!(report.verdict().is_err());
-        assert!(
-            report
-                .table(Style::Plain)
-                .contains("failed: modes: strict_refuses_plaintext\n")
-        );
+        assert!(report.table(Style::Plain).contains("failed: modes: strict_refuses_plaintext\n"));
     }
 
     #[test]
@@ -292,11 +247,7 @@ mod tests {
             false,
         );
         assert_eq!(report.summary(), "15 passed, 1 failed, 2 skipped");
-        assert!(
-            report
-                .table(Style::Plain)
-                .contains("modes: ended without a result")
-        );
+        assert!(report.table(Style::Plain).contains("modes: ended without a result"));
     }
 
     #[test]
@@ -334,10 +285,7 @@ mod tests {
             suite_name("Running unittests src/main.rs (t/tacit-1)").as_deref(),
             Some("tacit (src/main.rs)")
         );
-        assert_eq!(
-            suite_name("Running tests/half-close.rs (t/half_close-1)").as_deref(),
-            Some("half_close")
-        );
+        assert_eq!(suite_name("Running tests/half-close.rs (t/half_close-1)").as_deref(), Some("half_close"));
         assert_eq!(suite_name("running 3 tests"), None);
     }
 

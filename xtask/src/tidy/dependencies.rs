@@ -20,36 +20,18 @@ const RESERVED: [Reserved; 2] = [
     },
     Reserved {
         crates: &["rustls", "webpki", "tokio_rustls"],
-        allowed: &[
-            "tunnel/tls",
-            "tunnel/verify",
-            "tunnel/session",
-            "tunnel/record",
-            "identity",
-            "authority",
-        ],
+        allowed: &["tunnel/tls", "tunnel/verify", "tunnel/session", "tunnel/record", "identity", "authority"],
         why: "TLS is the business of the tunnel's TLS files, `identity` and `authority`",
     },
 ];
 
 /// Modules that decide and nothing else; `x` means the file x.rs and the folder x/.
-const PURE: [&str; 5] = [
-    "policy",
-    "yaml",
-    "tunnel/frame",
-    "tunnel/pool",
-    "identity/renewal",
-];
+const PURE: [&str; 5] = ["policy", "yaml", "tunnel/frame", "tunnel/pool", "identity/renewal"];
 
 /// Pure files whose folder is not.
 const PURE_FILES: [&str; 1] = ["directory.rs"];
 
-const IMPURE: [&str; 4] = [
-    "tokio",
-    "tracing",
-    "std::time::Instant::now",
-    "std::time::SystemTime::now",
-];
+const IMPURE: [&str; 4] = ["tokio", "tracing", "std::time::Instant::now", "std::time::SystemTime::now"];
 
 /// Modules that never import each other, and the one that nobody but `main` imports.
 const STRANGERS: [(&str, &str); 2] = [("outbound", "inbound"), ("inbound", "outbound")];
@@ -60,17 +42,9 @@ pub(super) fn check(source: &Source) -> Vec<Finding> {
     let mut findings = Vec::new();
     for (line, path) in &paths {
         if let Some(module) = source.path.strip_prefix("agent/src/") {
-            let problems = [
-                reserved(module, path),
-                impure(module, path),
-                stranger(module, path),
-            ];
-            findings.extend(
-                problems
-                    .into_iter()
-                    .flatten()
-                    .map(|problem| Finding::error(source, *line, problem)),
-            );
+            let problems = [reserved(module, path), impure(module, path), stranger(module, path)];
+            findings
+                .extend(problems.into_iter().flatten().map(|problem| Finding::error(source, *line, problem)));
         }
         if let Some(problem) = imports_top(&source.path, path) {
             findings.push(Finding::error(source, *line, problem));
@@ -96,9 +70,7 @@ fn impure(module: &str, path: &str) -> Option<String> {
                 .is_some_and(|short| path == short || path.ends_with(&format!("::{short}")))
     });
     let used = used.filter(|_| pure)?;
-    Some(format!(
-        "`{used}` in a pure module: take what it gives as an argument and let the caller log"
-    ))
+    Some(format!("`{used}` in a pure module: take what it gives as an argument and let the caller log"))
 }
 
 fn stranger(module: &str, path: &str) -> Option<String> {
@@ -109,10 +81,7 @@ fn stranger(module: &str, path: &str) -> Option<String> {
 
 fn imports_top(file: &str, path: &str) -> Option<String> {
     let inside = file.starts_with("agent/src/") && crate_member(path) == Some(TOP);
-    let outside = path
-        .strip_prefix("tacit::")
-        .and_then(|rest| rest.split("::").next())
-        == Some(TOP);
+    let outside = path.strip_prefix("tacit::").and_then(|rest| rest.split("::").next()) == Some(TOP);
     let allowed =
         file == "agent/src/main.rs" || file.strip_prefix("agent/src/").is_some_and(|own| is_in(own, TOP));
     ((inside || outside) && !allowed)
@@ -121,16 +90,13 @@ fn imports_top(file: &str, path: &str) -> Option<String> {
 
 /// `x` for `crate::x::..` and `super::x::..`.
 fn crate_member(path: &str) -> Option<&str> {
-    let rest = path
-        .strip_prefix("crate::")
-        .or_else(|| path.strip_prefix("super::"))?;
+    let rest = path.strip_prefix("crate::").or_else(|| path.strip_prefix("super::"))?;
     rest.split("::").next()
 }
 
 /// Whether the file belongs to the module: `kernel.rs`, `kernel/maps.rs`.
 fn is_in(file: &str, module: &str) -> bool {
-    file.strip_prefix(module)
-        .is_some_and(|rest| rest.starts_with('/') || rest == ".rs")
+    file.strip_prefix(module).is_some_and(|rest| rest.starts_with('/') || rest == ".rs")
 }
 
 fn is_boundary(rest: &str) -> bool {
@@ -147,59 +113,25 @@ mod tests {
 
     #[test]
     fn only_the_kernel_module_uses_aya_and_libc() {
-        assert_eq!(
-            problems(
-                "agent/src/kernel/maps.rs",
-                "use aya::maps::Array;\nlet x = libc::AF_INET;"
-            ),
-            0
-        );
+        assert_eq!(problems("agent/src/kernel/maps.rs", "use aya::maps::Array;\nlet x = libc::AF_INET;"), 0);
         assert_eq!(problems("agent/src/kernel.rs", "use libc::AF_INET;"), 0);
-        assert_eq!(
-            problems(
-                "agent/src/relay.rs",
-                "use aya::maps::Array;\nlet x = libc::AF_INET;"
-            ),
-            2
-        );
+        assert_eq!(problems("agent/src/relay.rs", "use aya::maps::Array;\nlet x = libc::AF_INET;"), 2);
         assert_eq!(problems("agent/src/kernels.rs", "use {std::io, libc};"), 1);
-        assert_eq!(
-            problems(
-                "agent/src/relay.rs",
-                "// libc::AF_INET\nlet x = \"libc::AF_INET\";"
-            ),
-            0
-        );
+        assert_eq!(problems("agent/src/relay.rs", "// libc::AF_INET\nlet x = \"libc::AF_INET\";"), 0);
     }
 
     #[test]
     fn only_tls_files_use_rustls() {
-        for allowed in [
-            "tunnel/tls.rs",
-            "tunnel/session.rs",
-            "identity.rs",
-            "identity/issuer.rs",
-            "authority/sign.rs",
-        ] {
+        for allowed in
+            ["tunnel/tls.rs", "tunnel/session.rs", "identity.rs", "identity/issuer.rs", "authority/sign.rs"]
+        {
             assert_eq!(
-                problems(
-                    &format!("agent/src/{allowed}"),
-                    "use rustls::pki_types::CertificateDer;"
-                ),
+                problems(&format!("agent/src/{allowed}"), "use rustls::pki_types::CertificateDer;"),
                 0
             );
         }
-        assert_eq!(
-            problems("agent/src/inbound.rs", "use rustls::pki_types::CertificateDer;"),
-            1
-        );
-        assert_eq!(
-            problems(
-                "agent/src/tunnel/pool.rs",
-                "fn f() { webpki::x(); tokio_rustls::y() }"
-            ),
-            2
-        );
+        assert_eq!(problems("agent/src/inbound.rs", "use rustls::pki_types::CertificateDer;"), 1);
+        assert_eq!(problems("agent/src/tunnel/pool.rs", "fn f() { webpki::x(); tokio_rustls::y() }"), 2);
     }
 
     #[test]
@@ -214,38 +146,23 @@ mod tests {
         ] {
             let path = format!("agent/src/{pure}");
             assert_eq!(
-                problems(
-                    &path,
-                    "use tokio::sync::watch;\nfn f() { tracing::info!(x); Instant::now() }"
-                ),
+                problems(&path, "use tokio::sync::watch;\nfn f() { tracing::info!(x); Instant::now() }"),
                 3
             );
+            assert_eq!(problems(&path, "std::time::SystemTime::now();\ntime::SystemTime::now();"), 2);
             assert_eq!(
-                problems(&path, "std::time::SystemTime::now();\ntime::SystemTime::now();"),
-                2
-            );
-            assert_eq!(
-                problems(
-                    &path,
-                    "use std::time::{Instant, SystemTime};\nfn next(now: SystemTime) {}"
-                ),
+                problems(&path, "use std::time::{Instant, SystemTime};\nfn next(now: SystemTime) {}"),
                 0
             );
         }
         assert_eq!(problems("agent/src/directory/file.rs", "use tokio::fs;"), 0);
-        assert_eq!(
-            problems("agent/src/relay.rs", "use tokio::io; fn f() { Instant::now() }"),
-            0
-        );
+        assert_eq!(problems("agent/src/relay.rs", "use tokio::io; fn f() { Instant::now() }"), 0);
     }
 
     #[test]
     fn unit_tests_may_use_what_they_like() {
         assert_eq!(
-            problems(
-                "agent/src/policy.rs",
-                "fn f() {}\n#[cfg(test)]\nmod tests { use tokio::sync; }"
-            ),
+            problems("agent/src/policy.rs", "fn f() {}\n#[cfg(test)]\nmod tests { use tokio::sync; }"),
             0
         );
     }
@@ -253,19 +170,10 @@ mod tests {
     #[test]
     fn the_two_directions_do_not_import_each_other() {
         assert_eq!(problems("agent/src/outbound.rs", "use crate::inbound::Dial;"), 1);
-        assert_eq!(
-            problems(
-                "agent/src/outbound.rs",
-                "use crate::{\n    relay,\n    inbound::Dial,\n};"
-            ),
-            1
-        );
+        assert_eq!(problems("agent/src/outbound.rs", "use crate::{\n    relay,\n    inbound::Dial,\n};"), 1);
         assert_eq!(problems("agent/src/inbound.rs", "super::outbound::x();"), 1);
         assert_eq!(problems("agent/src/inbound.rs", "use crate::relay::plain;"), 0);
-        assert_eq!(
-            problems("agent/src/enrol.rs", "use crate::{inbound, outbound};"),
-            0
-        );
+        assert_eq!(problems("agent/src/enrol.rs", "use crate::{inbound, outbound};"), 0);
     }
 
     #[test]
@@ -275,12 +183,6 @@ mod tests {
         assert_eq!(problems("agent/src/lib.rs", "pub mod app;"), 0);
         assert_eq!(problems("agent/src/enrol.rs", "use crate::app::Agent;"), 1);
         assert_eq!(problems("tests/src/lib.rs", "use tacit::app::run;"), 1);
-        assert_eq!(
-            problems(
-                "agent/src/relay.rs",
-                "use crate::application::x; use hyper::app::y;"
-            ),
-            0
-        );
+        assert_eq!(problems("agent/src/relay.rs", "use crate::application::x; use hyper::app::y;"), 0);
     }
 }

@@ -21,26 +21,14 @@ pub(super) fn check(source: &Source, commands: &[String]) -> Vec<Finding> {
 }
 
 fn license(source: &Source) -> Option<Finding> {
-    let expected = if source.path.starts_with("ebpf/") {
-        KERNEL_LICENSE
-    } else {
-        LICENSE
-    };
-    let stated = source
-        .numbered()
-        .find_map(|(line, text)| Some((line, stated_license(text)?)));
+    let expected = if source.path.starts_with("ebpf/") { KERNEL_LICENSE } else { LICENSE };
+    let stated = source.numbered().find_map(|(line, text)| Some((line, stated_license(text)?)));
     match stated {
         Some((_, license)) if license == expected => None,
-        Some((line, license)) => Some(Finding::error(
-            source,
-            line,
-            format!("license `{license}`, not `{expected}`"),
-        )),
-        None => Some(Finding::error(
-            source,
-            0,
-            format!("no license field: `{expected}`"),
-        )),
+        Some((line, license)) => {
+            Some(Finding::error(source, line, format!("license `{license}`, not `{expected}`")))
+        }
+        None => Some(Finding::error(source, 0, format!("no license field: `{expected}`"))),
     }
 }
 
@@ -58,17 +46,10 @@ fn unknown_commands(source: &Source, commands: &[String]) -> Vec<Finding> {
     let mut findings = Vec::new();
     for (line, text) in source.numbered() {
         for rest in text.split(COMMAND).skip(1) {
-            let name = rest
-                .split(|c: char| !(c.is_ascii_lowercase() || c == '-'))
-                .next()
-                .unwrap_or_default();
+            let name = rest.split(|c: char| !(c.is_ascii_lowercase() || c == '-')).next().unwrap_or_default();
             // A placeholder such as <command> has no name.
             if !name.is_empty() && !name.starts_with('-') && !commands.iter().any(|command| command == name) {
-                findings.push(Finding::error(
-                    source,
-                    line,
-                    format!("`{COMMAND}{name}` does not exist"),
-                ));
+                findings.push(Finding::error(source, line, format!("`{COMMAND}{name}` does not exist")));
             }
         }
     }
@@ -80,19 +61,12 @@ mod tests {
     use super::*;
 
     fn problems(path: &str, text: &str) -> usize {
-        check(
-            &Source::sample(path, text),
-            &["demo".to_owned(), "build-ebpf".to_owned()],
-        )
-        .len()
+        check(&Source::sample(path, text), &["demo".to_owned(), "build-ebpf".to_owned()]).len()
     }
 
     #[test]
     fn the_kernel_side_has_its_own_licence() {
-        assert_eq!(
-            problems("ebpf/Cargo.toml", "license = \"MIT OR GPL-2.0-only\""),
-            0
-        );
+        assert_eq!(problems("ebpf/Cargo.toml", "license = \"MIT OR GPL-2.0-only\""), 0);
         assert_eq!(problems("ebpf/abi/Cargo.toml", "license.workspace = true"), 1);
         assert_eq!(problems("ebpf/abi/Cargo.toml", "license = \"MIT\""), 1);
     }
@@ -101,26 +75,14 @@ mod tests {
     fn everything_else_has_the_workspaces_licence() {
         assert_eq!(problems("agent/Cargo.toml", "license.workspace = true"), 0);
         assert_eq!(problems("Cargo.toml", "license = \"Apache-2.0\""), 0);
-        assert_eq!(
-            problems("agent/Cargo.toml", "license = \"MIT OR GPL-2.0-only\""),
-            1
-        );
+        assert_eq!(problems("agent/Cargo.toml", "license = \"MIT OR GPL-2.0-only\""), 1);
         assert_eq!(problems("agent/Cargo.toml", "[package]\nname = \"tacit\""), 1);
     }
 
     #[test]
     fn documented_commands_exist() {
-        assert_eq!(
-            problems(
-                "README.md",
-                &format!("`{COMMAND}demo`, {COMMAND}build-ebpf --clippy.")
-            ),
-            0
-        );
-        assert_eq!(
-            problems("README.md", &format!("{COMMAND}<command> and {COMMAND}--help")),
-            0
-        );
+        assert_eq!(problems("README.md", &format!("`{COMMAND}demo`, {COMMAND}build-ebpf --clippy.")), 0);
+        assert_eq!(problems("README.md", &format!("{COMMAND}<command> and {COMMAND}--help")), 0);
         assert_eq!(problems("README.md", &format!("run {COMMAND}dmo")), 1);
         assert_eq!(problems(".ci/run", &format!("exec {COMMAND}nothing")), 1);
     }

@@ -46,9 +46,7 @@ fn unsafe_code(source: &Source) -> Vec<Finding> {
 /// Blocks and impls promise something; `unsafe fn` and `unsafe extern` ask for it, and `#[unsafe(..)]` is neither.
 fn needs_reason(code: &str) -> bool {
     let after = code.split("unsafe").skip(1).map(str::trim_start);
-    after
-        .into_iter()
-        .any(|rest| rest.starts_with('{') || rest.starts_with("impl") || rest.is_empty())
+    after.into_iter().any(|rest| rest.starts_with('{') || rest.starts_with("impl") || rest.is_empty())
 }
 
 fn is_explained(lines: &[Line], index: usize) -> bool {
@@ -60,9 +58,7 @@ fn is_explained(lines: &[Line], index: usize) -> bool {
         distance += usize::from(!line.code.trim().is_empty() || line.comment.is_empty());
         distance <= SAFETY_REACH
     });
-    std::iter::once(&lines[index])
-        .chain(near)
-        .any(|line| is_reason(&line))
+    std::iter::once(&lines[index]).chain(near).any(|line| is_reason(&line))
 }
 
 fn silenced_lints(source: &Source) -> Vec<Finding> {
@@ -76,9 +72,7 @@ fn silenced_lints(source: &Source) -> Vec<Finding> {
     });
     let problem =
         "`allow`: write `#[expect(.., reason = \"..\")]`, which also says when it is no longer needed";
-    silenced
-        .map(|(index, _)| Finding::error(source, index + 1, problem))
-        .collect()
+    silenced.map(|(index, _)| Finding::error(source, index + 1, problem)).collect()
 }
 
 fn sleeping_tests(source: &Source) -> Vec<Finding> {
@@ -86,12 +80,9 @@ fn sleeping_tests(source: &Source) -> Vec<Finding> {
         return Vec::new();
     }
     let sleeps = |path: &str| path.ends_with("thread::sleep") || path.ends_with("time::sleep");
-    let used = scan::paths(&source.lines)
-        .into_iter()
-        .filter(|(_, path)| sleeps(path));
+    let used = scan::paths(&source.lines).into_iter().filter(|(_, path)| sleeps(path));
     let problem = "a test that sleeps is slow or flaky: wait for the condition with a deadline";
-    used.map(|(line, _)| Finding::error(source, line, problem))
-        .collect()
+    used.map(|(line, _)| Finding::error(source, line, problem)).collect()
 }
 
 /// Whether `word` stands in the code as a word of its own.
@@ -102,11 +93,7 @@ fn has_word(code: &str, word: &str) -> bool {
 }
 
 fn has_call(code: &str, word: &str) -> bool {
-    has_word(code, word)
-        && code
-            .split(word)
-            .skip(1)
-            .any(|rest| rest.trim_start().starts_with('('))
+    has_word(code, word) && code.split(word).skip(1).any(|rest| rest.trim_start().starts_with('('))
 }
 
 #[cfg(test)]
@@ -126,10 +113,7 @@ mod tests {
         assert_eq!(problems("ebpf/abi/src/lib.rs", text), 0);
         assert_eq!(problems("agent/src/relay.rs", text), 1);
         assert_eq!(
-            problems(
-                "agent/src/relay.rs",
-                "#![forbid(unsafe_code)]\n// unsafe\nlet x = \"unsafe\";"
-            ),
+            problems("agent/src/relay.rs", "#![forbid(unsafe_code)]\n// unsafe\nlet x = \"unsafe\";"),
             0
         );
     }
@@ -137,49 +121,28 @@ mod tests {
     #[test]
     fn unsafe_is_explained_nearby() {
         assert_eq!(problems(KERNEL, "let x = unsafe { f() };"), 1);
+        assert_eq!(problems(KERNEL, "let x = unsafe { f() }; // SAFETY: f has no condition."), 0);
         assert_eq!(
-            problems(KERNEL, "let x = unsafe { f() }; // SAFETY: f has no condition."),
-            0
-        );
-        assert_eq!(
-            problems(
-                KERNEL,
-                "// SAFETY: one\n// two\n// three\n// four\n// five\n// six\nunsafe { f() }"
-            ),
+            problems(KERNEL, "// SAFETY: one\n// two\n// three\n// four\n// five\n// six\nunsafe { f() }"),
             0
         );
         assert_eq!(problems(KERNEL, "// SAFETY: one\na;\nb;\nc;\nunsafe { f() }"), 0);
-        assert_eq!(
-            problems(KERNEL, "// SAFETY: one\na;\nb;\nc;\nd;\ne;\nunsafe { f() }"),
-            1
-        );
+        assert_eq!(problems(KERNEL, "// SAFETY: one\na;\nb;\nc;\nd;\ne;\nunsafe { f() }"), 1);
         assert_eq!(problems(KERNEL, "unsafe impl Pod for Key {}"), 1);
     }
 
     #[test]
     fn what_asks_for_a_promise_needs_no_reason() {
-        assert_eq!(
-            problems(
-                KERNEL,
-                "unsafe fn f() {}\nunsafe extern \"C\" {}\n#[unsafe(no_mangle)]"
-            ),
-            0
-        );
+        assert_eq!(problems(KERNEL, "unsafe fn f() {}\nunsafe extern \"C\" {}\n#[unsafe(no_mangle)]"), 0);
     }
 
     #[test]
     fn lints_are_silenced_with_a_reason() {
         assert_eq!(problems("agent/src/relay.rs", "#[allow(dead_code)]"), 1);
         assert_eq!(problems("agent/src/relay.rs", "#![allow(dead_code)]"), 1);
+        assert_eq!(problems("agent/src/relay.rs", "#[cfg_attr(test, allow(dead_code))]"), 1);
         assert_eq!(
-            problems("agent/src/relay.rs", "#[cfg_attr(test, allow(dead_code))]"),
-            1
-        );
-        assert_eq!(
-            problems(
-                "agent/src/relay.rs",
-                "#[expect(dead_code, reason = \"allow(x)\")]\nallow(flow);"
-            ),
+            problems("agent/src/relay.rs", "#[expect(dead_code, reason = \"allow(x)\")]\nallow(flow);"),
             0
         );
         assert_eq!(problems("ebpf/src/bindings.rs", "#![allow(dead_code)]"), 0);
@@ -188,22 +151,13 @@ mod tests {
     #[test]
     fn tests_do_not_sleep() {
         assert_eq!(
-            problems(
-                "tests/tests/modes.rs",
-                "std::thread::sleep(d);\ntokio::time::sleep(d).await;"
-            ),
+            problems("tests/tests/modes.rs", "std::thread::sleep(d);\ntokio::time::sleep(d).await;"),
             2
         );
         assert_eq!(problems("tests/tests/modes.rs", "use std::thread::sleep;"), 1);
+        assert_eq!(problems("tests/topology/src/wait.rs", "std::thread::sleep(POLL);"), 0);
         assert_eq!(
-            problems("tests/topology/src/wait.rs", "std::thread::sleep(POLL);"),
-            0
-        );
-        assert_eq!(
-            problems(
-                "tests/tests/modes.rs",
-                "wait::until(what, deadline, || x); command(\"sleep\");"
-            ),
+            problems("tests/tests/modes.rs", "wait::until(what, deadline, || x); command(\"sleep\");"),
             0
         );
         assert_eq!(problems("agent/src/reload.rs", "tokio::time::sleep(d).await;"), 0);

@@ -82,14 +82,7 @@ fn block(rest: &str, depth: u32, line: &mut Line) -> (usize, State) {
         return (2, State::Block(depth + 1));
     }
     if rest.starts_with("*/") {
-        return (
-            2,
-            if depth == 1 {
-                State::Code
-            } else {
-                State::Block(depth - 1)
-            },
-        );
+        return (2, if depth == 1 { State::Code } else { State::Block(depth - 1) });
     }
     let first = rest.chars().next().map_or(1, char::len_utf8);
     line.comment.push_str(&rest[..first]);
@@ -118,14 +111,10 @@ fn raw_literal(rest: &str, hashes: usize, _line: &mut Line) -> (usize, State) {
 
 /// `r"`, `r#"`, `br"`, `cr#"` and so on: bytes of the opening and number of `#`.
 fn raw_opening(rest: &str) -> Option<(usize, usize)> {
-    let prefix = ["br", "cr", "r"]
-        .into_iter()
-        .find(|prefix| rest.starts_with(prefix))?;
+    let prefix = ["br", "cr", "r"].into_iter().find(|prefix| rest.starts_with(prefix))?;
     let after = &rest[prefix.len()..];
     let hashes = after.len() - after.trim_start_matches('#').len();
-    after[hashes..]
-        .starts_with('"')
-        .then_some((prefix.len() + hashes + 1, hashes))
+    after[hashes..].starts_with('"').then_some((prefix.len() + hashes + 1, hashes))
 }
 
 /// Bytes of a character literal, or 1 when the quote begins a lifetime.
@@ -169,10 +158,9 @@ pub(super) fn paths(lines: &[Line]) -> Vec<(usize, String)> {
 /// What follows `use`, whatever the visibility before it.
 fn use_tree(code: &str) -> Option<&str> {
     let rest = match code.strip_prefix("pub") {
-        Some(after) => after
-            .trim_start()
-            .strip_prefix('(')
-            .map_or(after, |v| v.split_once(')').map_or("", |(_, r)| r)),
+        Some(after) => {
+            after.trim_start().strip_prefix('(').map_or(after, |v| v.split_once(')').map_or("", |(_, r)| r))
+        }
         None => code,
     };
     rest.trim_start().strip_prefix("use ")
@@ -183,21 +171,12 @@ fn flatten(tree: &str) -> Vec<String> {
     let tree = tree.trim().trim_start_matches("::");
     let Some(open) = tree.find('{') else {
         let path = tree.split(" as ").next().unwrap_or_default().trim();
-        return if path.is_empty() {
-            Vec::new()
-        } else {
-            vec![path.to_owned()]
-        };
+        return if path.is_empty() { Vec::new() } else { vec![path.to_owned()] };
     };
     let prefix = &tree[..open];
-    let inner = tree[open + 1..]
-        .rfind('}')
-        .map_or(&tree[open + 1..], |close| &tree[open + 1..open + 1 + close]);
-    members(inner)
-        .into_iter()
-        .flat_map(flatten)
-        .map(|path| format!("{prefix}{path}"))
-        .collect()
+    let inner =
+        tree[open + 1..].rfind('}').map_or(&tree[open + 1..], |close| &tree[open + 1..open + 1 + close]);
+    members(inner).into_iter().flat_map(flatten).map(|path| format!("{prefix}{path}")).collect()
 }
 
 /// Members of a brace, split at commas that stand in no inner brace.
@@ -237,15 +216,9 @@ mod tests {
 
     #[test]
     fn comments_and_literals_are_no_code() {
-        assert_eq!(
-            code_of(r#"let a = "unsafe \" // x"; // unsafe"#),
-            [r#"let a = ""; "#]
-        );
+        assert_eq!(code_of(r#"let a = "unsafe \" // x"; // unsafe"#), [r#"let a = ""; "#]);
         assert_eq!(code_of("a /* b /* c */ d */ e"), ["a  e"]);
-        assert_eq!(
-            code_of("r#\"unsafe \" quoted\"# ; br\"x\"; b\"y\""),
-            ["\"\" ; \"\"; b\"\""]
-        );
+        assert_eq!(code_of("r#\"unsafe \" quoted\"# ; br\"x\"; b\"y\""), ["\"\" ; \"\"; b\"\""]);
         assert_eq!(code_of("for\"x\""), ["for\"\""]);
     }
 
@@ -261,10 +234,7 @@ mod tests {
             code_of("match c { '\"' => x, '\\'' => y, 'é' => z }"),
             ["match c { ' ' => x, ' ' => y, ' ' => z }"]
         );
-        assert_eq!(
-            code_of("fn f<'a>(x: &'a str) {} // it's"),
-            ["fn f<'a>(x: &'a str) {} "]
-        );
+        assert_eq!(code_of("fn f<'a>(x: &'a str) {} // it's"), ["fn f<'a>(x: &'a str) {} "]);
     }
 
     #[test]
@@ -275,10 +245,8 @@ mod tests {
     #[test]
     fn use_trees_are_flattened_over_lines() {
         let scanned = lines("pub(crate) use a::{\n    b, c::{self, d as e},\n};\nlet x = f::g(h::I);");
-        let paths: Vec<_> = paths(&scanned)
-            .into_iter()
-            .map(|(line, path)| format!("{line} {path}"))
-            .collect();
+        let paths: Vec<_> =
+            paths(&scanned).into_iter().map(|(line, path)| format!("{line} {path}")).collect();
         assert_eq!(paths, ["1 a::b", "1 a::c::self", "1 a::c::d", "4 f::g", "4 h::I"]);
     }
 }

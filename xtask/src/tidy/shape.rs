@@ -12,9 +12,8 @@ const TOO_LONG_LINES: usize = 600;
 const FOLDERS: [&str; 5] = ["agent", "ebpf", "xtask", "tests", "deploy"];
 
 /// Names that say nothing about what is inside.
-const EMPTY_NAMES: [&str; 9] = [
-    "util", "utils", "common", "type", "types", "helper", "helpers", "misc", "shared",
-];
+const EMPTY_NAMES: [&str; 9] =
+    ["util", "utils", "common", "type", "types", "helper", "helpers", "misc", "shared"];
 
 /// Generated, however long.
 const BINDINGS: &str = "ebpf/src/bindings";
@@ -35,9 +34,7 @@ pub(super) fn check(source: &Source) -> Vec<Finding> {
 
 /// Folders at the top that do not belong there.
 pub(super) fn folders(sources: &[Source]) -> Vec<Finding> {
-    let tops = sources
-        .iter()
-        .filter_map(|source| Some((source, source.path.split_once('/')?.0)));
+    let tops = sources.iter().filter_map(|source| Some((source, source.path.split_once('/')?.0)));
     let strange = tops.filter(|(_, top)| !top.starts_with('.') && !FOLDERS.contains(top));
     let known = FOLDERS.join(", ");
     strange
@@ -54,17 +51,9 @@ fn first_line(source: &Source) -> Option<Finding> {
 fn names(source: &Source) -> Vec<Finding> {
     let mut findings = Vec::new();
     if source.path.ends_with("/mod.rs") {
-        findings.push(Finding::error(
-            source,
-            0,
-            "`foo.rs` beside `foo/`, never `foo/mod.rs`",
-        ));
+        findings.push(Finding::error(source, 0, "`foo.rs` beside `foo/`, never `foo/mod.rs`"));
     }
-    let empty = source
-        .path
-        .trim_end_matches(".rs")
-        .split('/')
-        .find(|part| EMPTY_NAMES.contains(part));
+    let empty = source.path.trim_end_matches(".rs").split('/').find(|part| EMPTY_NAMES.contains(part));
     findings.extend(
         empty.map(|name| Finding::error(source, 0, format!("`{name}` says nothing: name what is inside"))),
     );
@@ -76,16 +65,9 @@ fn length(source: &Source) -> Option<Finding> {
     if lines <= LONG_LINES || source.path.starts_with(BINDINGS) {
         return None;
     }
-    let severity = if lines > TOO_LONG_LINES {
-        Severity::Error
-    } else {
-        Severity::Warning
-    };
+    let severity = if lines > TOO_LONG_LINES { Severity::Error } else { Severity::Warning };
     let problem = format!("{lines} lines: find the missing idea and give it a file (limit {TOO_LONG_LINES})");
-    Some(Finding {
-        severity,
-        ..Finding::error(source, 0, problem)
-    })
+    Some(Finding { severity, ..Finding::error(source, 0, problem) })
 }
 
 fn left_for_later(source: &Source) -> Vec<Finding> {
@@ -95,10 +77,9 @@ fn left_for_later(source: &Source) -> Vec<Finding> {
     }
     let mut findings = Vec::new();
     for (line, text) in source.numbered() {
-        let mark = LEFT_FOR_LATER.iter().find(|mark| {
-            text.split(|c: char| !c.is_alphanumeric())
-                .any(|word| word == **mark)
-        });
+        let mark = LEFT_FOR_LATER
+            .iter()
+            .find(|mark| text.split(|c: char| !c.is_alphanumeric()).any(|word| word == **mark));
         findings.extend(
             mark.map(|mark| Finding::error(source, line, format!("{mark}: do it now, or write an issue"))),
         );
@@ -150,15 +131,9 @@ mod tests {
     fn nothing_is_left_for_later() {
         let mark = LEFT_FOR_LATER[0];
         assert_eq!(problems("README.md", &format!("{mark}: write this")), 1);
+        assert_eq!(problems("agent/src/a.rs", &format!("//! x\n// {mark}\n{}()", STUBS[0])), 2);
         assert_eq!(
-            problems("agent/src/a.rs", &format!("//! x\n// {mark}\n{}()", STUBS[0])),
-            2
-        );
-        assert_eq!(
-            problems(
-                "agent/src/a.rs",
-                &format!("//! x\nlet {mark}_LIST = 1;\nlet a = \"{}\";", STUBS[1])
-            ),
+            problems("agent/src/a.rs", &format!("//! x\nlet {mark}_LIST = 1;\nlet a = \"{}\";", STUBS[1])),
             1
         );
         assert_eq!(problems("agent/src/a.rs", "//! x\nlet todos = method();"), 0);

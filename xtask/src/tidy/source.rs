@@ -24,11 +24,7 @@ impl Source {
             Some(text) if path.ends_with(".rs") => scan::lines(text),
             _ => Vec::new(),
         };
-        Self {
-            path: path.to_owned(),
-            text,
-            lines,
-        }
+        Self { path: path.to_owned(), text, lines }
     }
 
     /// A file of a test.
@@ -43,20 +39,12 @@ impl Source {
 
     /// Lines of text with their 1-based numbers; none for what is not text.
     pub(super) fn numbered(&self) -> impl Iterator<Item = (usize, &str)> {
-        self.text
-            .as_deref()
-            .unwrap_or_default()
-            .lines()
-            .enumerate()
-            .map(|(index, line)| (index + 1, line))
+        self.text.as_deref().unwrap_or_default().lines().enumerate().map(|(index, line)| (index + 1, line))
     }
 
     /// The part before the unit tests, which end a file by convention; tests may use what they like.
     pub(super) fn product_lines(&self) -> &[Line] {
-        let tests = self
-            .lines
-            .iter()
-            .position(|line| line.code.trim() == "#[cfg(test)]");
+        let tests = self.lines.iter().position(|line| line.code.trim() == "#[cfg(test)]");
         &self.lines[..tests.unwrap_or(self.lines.len())]
     }
 }
@@ -64,14 +52,9 @@ impl Source {
 /// All files of the repository in the order of their paths.
 pub(super) fn all(root: &Path) -> Result<Vec<Source>> {
     let mut git = Command::new("git");
-    git.args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"])
-        .current_dir(root);
+    git.args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]).current_dir(root);
     let mut paths = match stdout(&mut git) {
-        Some(listed) => listed
-            .split('\0')
-            .filter(|path| !path.is_empty())
-            .map(str::to_owned)
-            .collect(),
+        Some(listed) => listed.split('\0').filter(|path| !path.is_empty()).map(str::to_owned).collect(),
         // An unpacked archive of the sources is no git repository.
         None => walk(root, "")?,
     };
@@ -91,11 +74,7 @@ fn walk(root: &Path, folder: &str) -> Result<Vec<String>> {
     for entry in fs::read_dir(root.join(folder)).with_context(|| format!("cannot read {folder}"))? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        let path = if folder.is_empty() {
-            name.clone()
-        } else {
-            format!("{folder}/{name}")
-        };
+        let path = if folder.is_empty() { name.clone() } else { format!("{folder}/{name}") };
         match entry.file_type()? {
             kind if kind.is_dir() && !["target", ".git"].contains(&name.as_str()) => {
                 paths.extend(walk(root, &path)?)

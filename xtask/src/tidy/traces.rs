@@ -5,11 +5,7 @@ use std::{env, path::Path};
 use super::{Finding, source::Source};
 
 /// Path beginnings that only exist for one person or one machine. In two parts, since this file is checked as well.
-const MACHINE_PATHS: [&str; 3] = [
-    concat!("/wo", "rk/"),
-    concat!("/ro", "ot/"),
-    concat!("/ho", "me/"),
-];
+const MACHINE_PATHS: [&str; 3] = [concat!("/wo", "rk/"), concat!("/ro", "ot/"), concat!("/ho", "me/")];
 
 /// Which registry or mirror serves packages is the machine's configuration.
 const REGISTRIES: [&str; 9] = [
@@ -25,9 +21,8 @@ const REGISTRIES: [&str; 9] = [
 ];
 
 /// Built or packed things; they are made from source instead.
-const BUILT: [&str; 14] = [
-    "o", "a", "so", "rlib", "rmeta", "bc", "elf", "exe", "deb", "gz", "xz", "zst", "zip", "pcap",
-];
+const BUILT: [&str; 14] =
+    ["o", "a", "so", "rlib", "rmeta", "bc", "elf", "exe", "deb", "gz", "xz", "zst", "zip", "pcap"];
 
 /// Not text, but drawn by hand.
 const PICTURES: [&str; 3] = ["png", "jpg", "webp"];
@@ -43,9 +38,7 @@ impl Machine {
         let home = env::var("HOME").unwrap_or_default();
         let known = [root.to_string_lossy().into_owned(), home];
         // A short path such as "/" or "/x" would be found everywhere.
-        Self {
-            paths: known.into_iter().filter(|path| path.len() > 3).collect(),
-        }
+        Self { paths: known.into_iter().filter(|path| path.len() > 3).collect() }
     }
 }
 
@@ -56,12 +49,8 @@ pub(super) fn check(source: &Source, machine: &Machine) -> Vec<Finding> {
         return findings;
     }
     for (line, text) in source.numbered() {
-        let paths = machine
-            .paths
-            .iter()
-            .map(String::as_str)
-            .chain(MACHINE_PATHS)
-            .find(|path| has_path(text, path));
+        let paths =
+            machine.paths.iter().map(String::as_str).chain(MACHINE_PATHS).find(|path| has_path(text, path));
         findings.extend(
             paths.map(|path| Finding::error(source, line, format!("`{path}` is a path of one machine"))),
         );
@@ -85,10 +74,7 @@ fn has_path(text: &str, path: &str) -> bool {
 }
 
 fn built(source: &Source) -> Option<Finding> {
-    let extension = source
-        .path
-        .rsplit_once('.')
-        .map_or("", |(_, extension)| extension);
+    let extension = source.path.rsplit_once('.').map_or("", |(_, extension)| extension);
     let binary = source.text.is_none() && !PICTURES.contains(&extension);
     (binary || BUILT.contains(&extension))
         .then(|| Finding::error(source, 0, "a binary: commit what it is made from"))
@@ -99,49 +85,24 @@ mod tests {
     use super::*;
 
     fn problems(path: &str, text: &[u8]) -> usize {
-        let machine = Machine {
-            paths: vec!["/srv/builder/tacit".to_owned()],
-        };
+        let machine = Machine { paths: vec!["/srv/builder/tacit".to_owned()] };
         check(&Source::new(path, text.to_vec()), &machine).len()
     }
 
     #[test]
     fn paths_of_one_machine_are_found() {
         for path in MACHINE_PATHS {
-            assert_eq!(
-                problems("README.md", format!("see {path}x").as_bytes()),
-                1,
-                "{path}"
-            );
-            assert_eq!(
-                problems("README.md", format!("see docs{path}x").as_bytes()),
-                0,
-                "{path}"
-            );
+            assert_eq!(problems("README.md", format!("see {path}x").as_bytes()), 1, "{path}");
+            assert_eq!(problems("README.md", format!("see docs{path}x").as_bytes()), 0, "{path}");
         }
         assert_eq!(problems("agent/src/a.rs", b"open(\"/srv/builder/tacit/x\")"), 1);
-        assert_eq!(
-            problems(
-                "README.md",
-                b"/run/tacit/agent.sock /sys/fs/cgroup ~/.cache/tacit"
-            ),
-            0
-        );
+        assert_eq!(problems("README.md", b"/run/tacit/agent.sock /sys/fs/cgroup ~/.cache/tacit"), 0);
     }
 
     #[test]
     fn registries_are_not_named() {
-        assert_eq!(
-            problems(
-                "xtask/src/a.rs",
-                format!("https://{}/x", REGISTRIES[1]).as_bytes()
-            ),
-            1
-        );
-        assert_eq!(
-            problems("Cargo.lock", format!("registry+{}", REGISTRIES[0]).as_bytes()),
-            0
-        );
+        assert_eq!(problems("xtask/src/a.rs", format!("https://{}/x", REGISTRIES[1]).as_bytes()), 1);
+        assert_eq!(problems("Cargo.lock", format!("registry+{}", REGISTRIES[0]).as_bytes()), 0);
         assert_eq!(problems("README.md", b"cargo install, apt-get install"), 0);
     }
 

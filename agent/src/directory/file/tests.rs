@@ -11,21 +11,13 @@ fn read(text: &str) -> Result<Directory, Mistakes> {
 }
 
 fn problems(text: &str) -> Vec<String> {
-    read(text)
-        .expect_err(text)
-        .list
-        .iter()
-        .map(ToString::to_string)
-        .collect()
+    read(text).expect_err(text).list.iter().map(ToString::to_string).collect()
 }
 
 #[test]
 fn an_empty_list_is_an_empty_directory_and_an_empty_file_a_mistake() {
     assert!(read("workloads: []").expect("valid").is_empty());
-    assert_eq!(
-        problems(""),
-        ["line 1: is empty: write a mapping (`name: value` lines)"]
-    );
+    assert_eq!(problems(""), ["line 1: is empty: write a mapping (`name: value` lines)"]);
     assert_eq!(
         problems("workloads:"),
         ["line 1: workloads: missing: write a list of workloads, or [] for none"]
@@ -83,10 +75,7 @@ fn addresses_no_pod_has_are_refused() {
         ("::1", AddressError::Special("loopback")),
         ("ff02::1", AddressError::Special("multicast")),
         ("fe80::1", AddressError::Special("link-local")),
-        (
-            "::ffff:10.77.1.2",
-            AddressError::Mapped("10.77.1.2".parse().expect("an address")),
-        ),
+        ("::ffff:10.77.1.2", AddressError::Mapped("10.77.1.2".parse().expect("an address"))),
         ("10.77.1.2:80", AddressError::Form),
         ("fe80::1%eth0", AddressError::Form),
     ] {
@@ -167,38 +156,21 @@ fn ten_thousand_workloads_are_read_at_once() {
     assert_eq!(directory.len(), 10_000);
     assert_eq!(directory.on_node("node-7").count(), 100);
     // Without optimisation the bound holds with less room on a busy machine.
-    let limit = if cfg!(debug_assertions) {
-        Duration::from_secs(20)
-    } else {
-        Duration::from_secs(1)
-    };
+    let limit = if cfg!(debug_assertions) { Duration::from_secs(20) } else { Duration::from_secs(1) };
     assert!(took < limit, "took {took:?}");
 }
 
 #[test]
 fn the_schema_has_the_fields_and_defaults_of_the_code() {
-    let text = include_str!(concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/../deploy/directory.schema.json"
-    ));
+    let text = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/directory.schema.json"));
     let schema: serde_json::Value = serde_json::from_str(text).expect("the schema is JSON");
     let workload = &schema["properties"]["workloads"]["items"];
-    let mut names: Vec<_> = workload["properties"]
-        .as_object()
-        .expect("properties")
-        .keys()
-        .map(String::as_str)
-        .collect();
+    let mut names: Vec<_> =
+        workload["properties"].as_object().expect("properties").keys().map(String::as_str).collect();
     names.sort_unstable();
     let mut fields = FIELDS;
     fields.sort_unstable();
     assert_eq!(names, fields);
-    assert_eq!(
-        workload["properties"]["serviceAccount"]["default"],
-        SERVICE_ACCOUNT
-    );
-    assert_eq!(
-        workload["properties"]["tunnel"]["enum"],
-        serde_json::json!(PROTOCOLS.map(|(name, _)| name))
-    );
+    assert_eq!(workload["properties"]["serviceAccount"]["default"], SERVICE_ACCOUNT);
+    assert_eq!(workload["properties"]["tunnel"]["enum"], serde_json::json!(PROTOCOLS.map(|(name, _)| name)));
 }

@@ -7,12 +7,7 @@ fn read(text: &str) -> Result<Policies, Mistakes> {
 }
 
 fn problems(text: &str) -> Vec<String> {
-    read(text)
-        .expect_err(text)
-        .list
-        .iter()
-        .map(ToString::to_string)
-        .collect()
+    read(text).expect_err(text).list.iter().map(ToString::to_string).collect()
 }
 
 /// A policy in namespace `shop` with this spec, in flow style.
@@ -82,36 +77,21 @@ status: {}
     assert_eq!(read(text).expect("valid").mesh, Setting::Set(Mode::Strict));
     let created_by_hand =
         with_spec("\nstatus:").replace("namespace: shop", "namespace: shop, creationTimestamp: null");
-    assert_eq!(
-        read(&created_by_hand).expect("valid").namespaces["shop"],
-        Setting::Inherit
-    );
+    assert_eq!(read(&created_by_hand).expect("valid").namespaces["shop"], Setting::Inherit);
 }
 
 #[test]
 fn other_kinds_are_refused_by_name() {
     for (kind, problem) in [
-        (
-            "AuthorizationPolicy",
-            "AuthorizationPolicy is not supported yet: ",
-        ),
-        (
-            "RequestAuthentication",
-            "RequestAuthentication is not supported, it needs HTTP: ",
-        ),
+        ("AuthorizationPolicy", "AuthorizationPolicy is not supported yet: "),
+        ("RequestAuthentication", "RequestAuthentication is not supported, it needs HTTP: "),
         ("List", "List is not supported: "),
-        (
-            "peerauthentication",
-            "\"peerauthentication\" is not supported here: ",
-        ),
+        ("peerauthentication", "\"peerauthentication\" is not supported here: "),
     ] {
         let text = with_spec("{action: DENY, rules: [{}]}")
             .replace("kind: PeerAuthentication", &format!("kind: {kind}"));
         let list = problems(&text);
-        assert!(
-            list.len() == 1 && list[0].starts_with(&format!("line 2: kind: {problem}")),
-            "{list:?}"
-        );
+        assert!(list.len() == 1 && list[0].starts_with(&format!("line 2: kind: {problem}")), "{list:?}");
     }
 }
 
@@ -152,10 +132,7 @@ spec: {}
         (3, "metadata.name: \"P\" is no Kubernetes name"),
         (3, "metadata.nmaespace: unknown field: did you mean `namespace`?"),
         (3, "metadata.namespace: missing"),
-        (
-            5,
-            "spec.selector.matchLabel: unknown field: did you mean `matchLabels`?",
-        ),
+        (5, "spec.selector.matchLabel: unknown field: did you mean `matchLabels`?"),
         (6, "spec.mtls: is the single value \"STRICT\""),
         (7, "spec.mode: unknown field"),
         (9, "apiVersion: missing"),
@@ -165,10 +142,7 @@ spec: {}
         (13, "metadata: missing"),
     ] {
         let begins = format!("line {line}: {part}");
-        assert!(
-            found.iter().any(|problem| problem.starts_with(&begins)),
-            "{begins}: {found:#?}"
-        );
+        assert!(found.iter().any(|problem| problem.starts_with(&begins)), "{begins}: {found:#?}");
     }
     assert_eq!(found.len(), 12, "{found:#?}");
 }
@@ -176,80 +150,37 @@ spec: {}
 #[test]
 fn what_istios_validation_refuses_is_refused() {
     for (spec, problem) in [
-        (
-            "{portLevelMtls: {80: {mode: STRICT}}}",
-            "spec.portLevelMtls: ports need a selector",
-        ),
-        (
-            "{selector: {}, portLevelMtls: {80: {mode: STRICT}}}",
-            "spec.portLevelMtls: ports need a selector",
-        ),
-        (
-            "{selector: {matchLabels: {a: b}}, portLevelMtls: {}}",
-            "spec.portLevelMtls: the mapping is empty",
-        ),
+        ("{portLevelMtls: {80: {mode: STRICT}}}", "spec.portLevelMtls: ports need a selector"),
+        ("{selector: {}, portLevelMtls: {80: {mode: STRICT}}}", "spec.portLevelMtls: ports need a selector"),
+        ("{selector: {matchLabels: {a: b}}, portLevelMtls: {}}", "spec.portLevelMtls: the mapping is empty"),
         (
             "{selector: {matchLabels: {a: b}}, portLevelMtls: {0: {}}}",
             "spec.portLevelMtls.0: \"0\" is no port",
         ),
-        (
-            "{selector: {matchLabels: {a: b}}, portLevelMtls: {65536: {}}}",
-            "spec.portLevelMtls.65536: ",
-        ),
-        (
-            "{selector: {matchLabels: {a: b}}, portLevelMtls: {+80: {}}}",
-            "spec.portLevelMtls[\"+80\"]: ",
-        ),
-        (
-            "{selector: {matchLabels: {a: b}}, portLevelMtls: {http: {}}}",
-            "spec.portLevelMtls.http: ",
-        ),
+        ("{selector: {matchLabels: {a: b}}, portLevelMtls: {65536: {}}}", "spec.portLevelMtls.65536: "),
+        ("{selector: {matchLabels: {a: b}}, portLevelMtls: {+80: {}}}", "spec.portLevelMtls[\"+80\"]: "),
+        ("{selector: {matchLabels: {a: b}}, portLevelMtls: {http: {}}}", "spec.portLevelMtls.http: "),
         (
             "{selector: {matchLabels: {a: b}}, portLevelMtls: {80: STRICT}}",
             "spec.portLevelMtls.80: is the single",
         ),
-        (
-            "{selector: {matchLabels: {a: '*'}}}",
-            "spec.selector.matchLabels.a: `*` is not supported",
-        ),
-        (
-            "{selector: {matchLabels: {'a*': b}}}",
-            "spec.selector.matchLabels[\"a*\"]: `*` is not supported",
-        ),
-        (
-            "{selector: {matchLabels: {'': b}}}",
-            "spec.selector.matchLabels[\"\"]: the label has no name",
-        ),
-        (
-            "{selector: {matchLabels: {a: 1}}}",
-            "spec.selector.matchLabels.a: 1 is a number",
-        ),
-        (
-            "{selector: {matchLabels: [a]}}",
-            "spec.selector.matchLabels: is a list",
-        ),
+        ("{selector: {matchLabels: {a: '*'}}}", "spec.selector.matchLabels.a: `*` is not supported"),
+        ("{selector: {matchLabels: {'a*': b}}}", "spec.selector.matchLabels[\"a*\"]: `*` is not supported"),
+        ("{selector: {matchLabels: {'': b}}}", "spec.selector.matchLabels[\"\"]: the label has no name"),
+        ("{selector: {matchLabels: {a: 1}}}", "spec.selector.matchLabels.a: 1 is a number"),
+        ("{selector: {matchLabels: [a]}}", "spec.selector.matchLabels: is a list"),
     ] {
         let list = problems(&with_spec(spec));
-        assert!(
-            list.len() == 1 && list[0].starts_with(&format!("line 4: {problem}")),
-            "{spec}: {list:?}"
-        );
+        assert!(list.len() == 1 && list[0].starts_with(&format!("line 4: {problem}")), "{spec}: {list:?}");
     }
 }
 
 #[test]
 fn ports_written_twice_are_refused_in_any_spelling() {
-    let list = problems(&with_spec(
-        "{selector: {matchLabels: {a: b}}, portLevelMtls: {80: {}, \"80\": {}}}",
-    ));
+    let list = problems(&with_spec("{selector: {matchLabels: {a: b}}, portLevelMtls: {80: {}, \"80\": {}}}"));
     assert!(list.len() == 1 && list[0].contains("written twice"), "{list:?}");
-    let list = problems(&with_spec(
-        "{selector: {matchLabels: {a: b}}, portLevelMtls: {80: {}, 080: {}}}",
-    ));
-    assert!(
-        list.len() == 1 && list[0].contains("\"080\" is no port"),
-        "{list:?}"
-    );
+    let list = problems(&with_spec("{selector: {matchLabels: {a: b}}, portLevelMtls: {80: {}, 080: {}}}"));
+    assert!(list.len() == 1 && list[0].contains("\"080\" is no port"), "{list:?}");
 }
 
 #[test]
@@ -268,8 +199,5 @@ fn a_repeated_field_is_reported_once() {
 #[test]
 fn a_name_is_given_once() {
     let text = with_spec("{}") + "---\n" + &with_spec("{mtls: {mode: STRICT}}");
-    assert_eq!(
-        problems(&text),
-        ["line 6: PeerAuthentication shop/p is already in line 1: remove one"]
-    );
+    assert_eq!(problems(&text), ["line 6: PeerAuthentication shop/p is already in line 1: remove one"]);
 }

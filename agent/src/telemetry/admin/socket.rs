@@ -84,48 +84,28 @@ pub enum BindError {
 /// # Errors
 /// [`BindError`], also when another agent answers on that path.
 pub fn bind_operator(path: &Path) -> Result<UnixListener, BindError> {
-    let directory = path
-        .parent()
-        .filter(|parent| *parent != Path::new(""))
-        .unwrap_or(Path::new("."));
+    let directory = path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
     make_directory(directory)?;
-    let listen = |source| BindError::Listen {
-        path: path.to_owned(),
-        source,
-    };
+    let listen = |source| BindError::Listen { path: path.to_owned(), source };
     let socket = private_socket().map_err(listen)?;
     let address = SockAddr::unix(path).map_err(listen)?;
     remove_stale(path, &address)?;
-    socket
-        .bind(&address)
-        .and_then(|()| socket.listen(BACKLOG))
-        .map_err(listen)?;
+    socket.bind(&address).and_then(|()| socket.listen(BACKLOG)).map_err(listen)?;
     UnixListener::from_std(OwnedFd::from(socket).into()).map_err(listen)
 }
 
 /// An existing directory is used as it is, for it may hold more than our socket, but not when others may
 /// write to it.
 fn make_directory(directory: &Path) -> Result<(), BindError> {
-    let failed = |source| BindError::Directory {
-        directory: directory.to_owned(),
-        source,
-    };
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)
-        .map_err(failed)?;
+    let failed = |source| BindError::Directory { directory: directory.to_owned(), source };
+    DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed)?;
     let metadata = directory.metadata().map_err(failed)?;
     let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
     let ours = owner == 0 || owner == nix::unistd::geteuid().as_raw();
     if ours && mode & 0o022 == 0 {
         Ok(())
     } else {
-        Err(BindError::Exposed {
-            directory: directory.to_owned(),
-            owner,
-            mode,
-        })
+        Err(BindError::Exposed { directory: directory.to_owned(), owner, mode })
     }
 }
 
@@ -141,17 +121,12 @@ fn private_socket() -> io::Result<Socket> {
 
 /// Removes the socket of an agent that is gone: one nobody accepts connections on.
 fn remove_stale(path: &Path, address: &SockAddr) -> Result<(), BindError> {
-    let failed = |source| BindError::Listen {
-        path: path.to_owned(),
-        source,
-    };
+    let failed = |source| BindError::Listen { path: path.to_owned(), source };
     match path.symlink_metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed(error)),
         Ok(metadata) if !metadata.file_type().is_socket() => {
-            return Err(BindError::Occupied {
-                path: path.to_owned(),
-            });
+            return Err(BindError::Occupied { path: path.to_owned() });
         }
         Ok(_) => {}
     }
@@ -161,12 +136,10 @@ fn remove_stale(path: &Path, address: &SockAddr) -> Result<(), BindError> {
             std::fs::remove_file(path).map_err(failed)
         }
         // A full queue (EAGAIN) is an agent too.
-        Ok(()) => Err(BindError::Running {
-            path: path.to_owned(),
-        }),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(BindError::Running {
-            path: path.to_owned(),
-        }),
+        Ok(()) => Err(BindError::Running { path: path.to_owned() }),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            Err(BindError::Running { path: path.to_owned() })
+        }
         Err(error) => Err(failed(error)),
     }
 }
@@ -217,35 +190,25 @@ pub enum FetchError {
 /// # Errors
 /// [`FetchError`]; its text says what the operator can do.
 pub async fn fetch_status(socket: &Path) -> Result<Status, FetchError> {
-    let body = time::timeout(FETCH_MAX, fetch(socket))
-        .await
-        .map_err(|_| FetchError::Timeout)??;
+    let body = time::timeout(FETCH_MAX, fetch(socket)).await.map_err(|_| FetchError::Timeout)??;
     serde_json::from_slice(&body).map_err(FetchError::Format)
 }
 
 async fn fetch(socket: &Path) -> Result<Bytes, FetchError> {
-    let stream = UnixStream::connect(socket)
-        .await
-        .map_err(|error| connect_error(socket, error))?;
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
-        .await
-        .map_err(FetchError::Broken)?;
+    let stream = UnixStream::connect(socket).await.map_err(|error| connect_error(socket, error))?;
+    let (mut sender, connection) =
+        http1::handshake(TokioIo::new(stream)).await.map_err(FetchError::Broken)?;
     let exchange = async move {
         // HTTP/1.1 wants a Host header; a Unix socket has no name to put there.
         let mut request = Request::new(Empty::<Bytes>::new());
         *request.uri_mut() = hyper::Uri::from_static("/status");
-        request
-            .headers_mut()
-            .insert(HOST, hyper::header::HeaderValue::from_static("agent"));
+        request.headers_mut().insert(HOST, hyper::header::HeaderValue::from_static("agent"));
         let response = sender.send_request(request).await.map_err(FetchError::Broken)?;
         if response.status() != StatusCode::OK {
             return Err(FetchError::Refused(response.status()));
         }
         let body = Limited::new(response.into_body(), STATUS_MAX_BYTES);
-        body.collect()
-            .await
-            .map(http_body_util::Collected::to_bytes)
-            .map_err(FetchError::Body)
+        body.collect().await.map(http_body_util::Collected::to_bytes).map_err(FetchError::Body)
     };
     // A connection that breaks shows in the exchange; its own result says nothing more.
     let (body, _) = tokio::join!(exchange, connection);

@@ -22,40 +22,19 @@ async fn metrics_are_served_with_their_content_type() {
     assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
     let content_type = "content-type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n";
     assert!(answer.contains(content_type), "{answer}");
-    assert!(
-        answer.contains("\ntacit_pods_enrolled 1\n") && answer.ends_with("# EOF\n"),
-        "{answer}"
-    );
+    assert!(answer.contains("\ntacit_pods_enrolled 1\n") && answer.ends_with("# EOF\n"), "{answer}");
 }
 
 #[tokio::test]
 async fn readiness_follows_the_status_and_says_why() {
     let unready = get(metrics_door(sample).await, "GET /healthz/ready").await;
     assert!(unready.starts_with("HTTP/1.1 503 "), "{unready}");
-    assert!(
-        unready.ends_with("pod shop/api waits: no certificate yet\n"),
-        "{unready}"
-    );
-    let ready = get(
-        metrics_door(|| Status {
-            pods: vec![],
-            ..sample()
-        })
-        .await,
-        "GET /healthz/ready",
-    )
-    .await;
+    assert!(unready.ends_with("pod shop/api waits: no certificate yet\n"), "{unready}");
+    let ready = get(metrics_door(|| Status { pods: vec![], ..sample() }).await, "GET /healthz/ready").await;
     assert!(ready.starts_with("HTTP/1.1 200 "), "{ready}");
-    let draining = || Status {
-        pods: vec![],
-        state: AgentState::Draining,
-        ..sample()
-    };
+    let draining = || Status { pods: vec![], state: AgentState::Draining, ..sample() };
     let draining = get(metrics_door(draining).await, "GET /healthz/ready").await;
-    assert!(
-        draining.starts_with("HTTP/1.1 503 ") && draining.ends_with("agent is draining\n"),
-        "{draining}"
-    );
+    assert!(draining.starts_with("HTTP/1.1 503 ") && draining.ends_with("agent is draining\n"), "{draining}");
 }
 
 #[tokio::test]
@@ -63,10 +42,7 @@ async fn other_paths_and_methods_are_refused() {
     let door = metrics_door(sample).await;
     assert!(get(door, "GET /status").await.starts_with("HTTP/1.1 404 "));
     let refused = get(door, "POST /metrics").await;
-    assert!(
-        refused.starts_with("HTTP/1.1 405 ") && refused.contains("allow: GET\r\n"),
-        "{refused}"
-    );
+    assert!(refused.starts_with("HTTP/1.1 405 ") && refused.contains("allow: GET\r\n"), "{refused}");
 }
 
 #[tokio::test]
@@ -78,9 +54,8 @@ async fn silent_clients_are_cut_off_and_block_nobody_for_longer() {
     }
     // More than all places are taken; the next client gets its answer once the silent ones run into their
     // deadline.
-    let answer = time::timeout(HEADERS_MAX * 3, get(door, "GET /healthz/ready"))
-        .await
-        .expect("served in time");
+    let answer =
+        time::timeout(HEADERS_MAX * 3, get(door, "GET /healthz/ready")).await.expect("served in time");
     assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
 }
 
@@ -90,9 +65,7 @@ async fn the_status_comes_through_the_socket() {
     let path = dir.path("run/agent.sock");
     let listener = bind_operator(&path).expect("bound");
     let (stop, stopped) = oneshot::channel::<()>();
-    let served = tokio::spawn(serve_operator(listener, Arc::new(sample), async {
-        drop(stopped.await)
-    }));
+    let served = tokio::spawn(serve_operator(listener, Arc::new(sample), async { drop(stopped.await) }));
     assert_eq!(fetch_status(&path).await.expect("served"), sample());
     drop(stop);
     served.await.expect("stops when told");
@@ -103,13 +76,8 @@ async fn the_status_comes_through_the_socket() {
 #[tokio::test]
 async fn a_missing_agent_is_told_from_a_missing_permission() {
     let dir = TestDir::new();
-    let error = fetch_status(&dir.path("none.sock"))
-        .await
-        .expect_err("nobody there");
-    assert!(
-        error.to_string().starts_with("no agent is running here"),
-        "{error}"
-    );
+    let error = fetch_status(&dir.path("none.sock")).await.expect_err("nobody there");
+    assert!(error.to_string().starts_with("no agent is running here"), "{error}");
 }
 
 #[tokio::test]
@@ -149,21 +117,13 @@ async fn a_directory_others_can_write_is_refused() {
     std::fs::create_dir(&open).expect("writable");
     std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o1777)).expect("ours");
     let error = bind_operator(&open.join("agent.sock")).expect_err("exposed");
-    assert!(
-        matches!(error, BindError::Exposed { mode: 0o1777, .. }),
-        "{error}"
-    );
+    assert!(matches!(error, BindError::Exposed { mode: 0o1777, .. }), "{error}");
 }
 
 async fn metrics_door(status: impl Fn() -> Status + Send + Sync + 'static) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
     let address = listener.local_addr().expect("bound");
-    tokio::spawn(serve_metrics(
-        listener,
-        Arc::new(status),
-        Telemetry::new(),
-        std::future::pending(),
-    ));
+    tokio::spawn(serve_metrics(listener, Arc::new(status), Telemetry::new(), std::future::pending()));
     address
 }
 
@@ -172,10 +132,7 @@ async fn get(address: SocketAddr, request: &str) -> String {
     let request = format!("{request} HTTP/1.1\r\nHost: agent\r\n\r\n");
     stream.write_all(request.as_bytes()).await.expect("written");
     let mut answer = String::new();
-    stream
-        .read_to_string(&mut answer)
-        .await
-        .expect("the server closes after its answer");
+    stream.read_to_string(&mut answer).await.expect("the server closes after its answer");
     answer
 }
 

@@ -10,14 +10,7 @@ fn bytes_of_a_live_flow_show_at_each_scrape_and_once_only() {
     let table = Arc::new(FlowTable::default());
     let now = Instant::now();
     let flow = FlowTable::open(&table, spec(mutual_tls()), now);
-    let bytes = || {
-        table
-            .totals(now)
-            .0
-            .iter()
-            .map(|s| (s.sent_bytes, s.received_bytes))
-            .collect::<Vec<_>>()
-    };
+    let bytes = || table.totals(now).0.iter().map(|s| (s.sent_bytes, s.received_bytes)).collect::<Vec<_>>();
 
     flow.counters().sent.fetch_add(100, Ordering::Relaxed);
     assert_eq!(bytes(), [(100, 0)]);
@@ -59,20 +52,13 @@ fn scrapes_at_the_same_time_count_every_byte_once() {
 fn the_list_is_bounded_and_starts_with_the_newest() {
     let table = Arc::new(FlowTable::default());
     let now = Instant::now();
-    let mut flows: Vec<_> = (0..=FLOWS_LISTED_MAX)
-        .map(|_| FlowTable::open(&table, spec(Security::Plaintext), now))
-        .collect();
+    let mut flows: Vec<_> =
+        (0..=FLOWS_LISTED_MAX).map(|_| FlowTable::open(&table, spec(Security::Plaintext), now)).collect();
     flows.push(FlowTable::open(&table, spec(mutual_tls()), now));
     let status = table.status(now);
-    assert_eq!(
-        (status.live, status.list.len()),
-        (FLOWS_LISTED_MAX as u64 + 2, FLOWS_LISTED_MAX)
-    );
+    assert_eq!((status.live, status.list.len()), (FLOWS_LISTED_MAX as u64 + 2, FLOWS_LISTED_MAX));
     assert_eq!(status.list[0].security, "mutual_tls");
-    assert_eq!(
-        status.list[0].trace.as_deref(),
-        Some("abababababababababababababababab")
-    );
+    assert_eq!(status.list[0].trace.as_deref(), Some("abababababababababababababababab"));
 }
 
 #[test]
@@ -85,17 +71,11 @@ fn a_flow_in_clear_is_reported_without_identities() {
 #[test]
 fn live_flows_are_counted_for_the_pods_that_are_here() {
     let table = Arc::new(FlowTable::default());
-    let inbound = FlowSpec {
-        reporter: Reporter::Destination,
-        ..spec(mutual_tls())
-    };
+    let inbound = FlowSpec { reporter: Reporter::Destination, ..spec(mutual_tls()) };
     let _flows = [spec(mutual_tls()), spec(Security::SameNode), inbound]
         .map(|spec| FlowTable::open(&table, spec, Instant::now()));
-    let counts: Vec<_> = table
-        .live_by_pod()
-        .into_iter()
-        .map(|((_, name), flows)| (name.to_string(), flows))
-        .collect();
+    let counts: Vec<_> =
+        table.live_by_pod().into_iter().map(|((_, name), flows)| (name.to_string(), flows)).collect();
     assert_eq!(counts, [("api".to_owned(), 2), ("web".to_owned(), 2)]);
 }
 
@@ -127,11 +107,7 @@ pub(in crate::telemetry) fn spec(security: Security) -> FlowSpec {
 pub(in crate::telemetry) fn party(name: &str, address: &str) -> Party {
     let workload = Arc::new(workload(name));
     let identity = Some(workload.identity.clone());
-    Party {
-        address: address.parse().expect("valid"),
-        workload: Some(workload),
-        identity,
-    }
+    Party { address: address.parse().expect("valid"), workload: Some(workload), identity }
 }
 
 pub(in crate::telemetry) fn mutual_tls() -> Security {

@@ -35,10 +35,7 @@ fn a_flow_has_istios_names_labels_and_direction() {
         has(&telemetry, &format!("{name}{{{WEB_TO_API}}} {value}"));
     }
     flow.close("clean");
-    has(
-        &telemetry,
-        &format!("istio_tcp_connections_closed_total{{{WEB_TO_API}}} 1"),
-    );
+    has(&telemetry, &format!("istio_tcp_connections_closed_total{{{WEB_TO_API}}} 1"));
 }
 
 #[test]

@@ -11,10 +11,7 @@ const LIFE_LEFT_LOW: u64 = 4;
 /// The whole status as tables. What needs the operator stands in a line that begins with `!`.
 #[must_use]
 pub fn render(status: &Status, colour: bool) -> String {
-    let mut page = Page {
-        out: String::new(),
-        colour: if colour { Colour::On } else { Colour::Off },
-    };
+    let mut page = Page { out: String::new(), colour: if colour { Colour::On } else { Colour::Off } };
     page.summary(status);
     page.pods(status);
     page.programs(status);
@@ -32,17 +29,10 @@ struct Page {
 
 impl Page {
     fn summary(&mut self, status: &Status) {
-        let style = if status.state == AgentState::Ready {
-            Style::Good
-        } else {
-            Style::Caution
-        };
+        let style = if status.state == AgentState::Ready { Style::Good } else { Style::Caution };
         let state = style.paint(&status.state.to_string(), self.colour);
         let uptime = duration(status.uptime_seconds);
-        let who = format!(
-            "tacit {} on node {} ({})",
-            status.version, status.node, status.trust_domain
-        );
+        let who = format!("tacit {} on node {} ({})", status.version, status.node, status.trust_domain);
         let who = Style::Plain.paint(&who, self.colour);
         self.line(&format!("{who}: {state}, up {uptime}, pid {}", status.pid));
     }
@@ -90,28 +80,16 @@ impl Page {
     fn kernel(&mut self, status: &Status) {
         let mut table = Table::new(["VERDICT", "COUNT", "MEANING"]);
         for counter in &status.kernel {
-            table.row([
-                (&counter.name).into(),
-                counter.value.into(),
-                (&counter.help).into(),
-            ]);
+            table.row([(&counter.name).into(), counter.value.into(), (&counter.help).into()]);
         }
         self.section("KERNEL VERDICTS", &table);
     }
 
     fn certificates(&mut self, status: &Status) {
-        let mut table = Table::new([
-            "IDENTITY",
-            "SERIAL",
-            "EXPIRES",
-            "LEFT",
-            "LAST RENEWAL",
-            "FAILURES",
-        ]);
+        let mut table = Table::new(["IDENTITY", "SERIAL", "EXPIRES", "LEFT", "LAST RENEWAL", "FAILURES"]);
         for certificate in &status.certificates {
-            let renewed = certificate
-                .last_renewal
-                .map_or_else(|| "never".to_owned(), |time| time.to_string());
+            let renewed =
+                certificate.last_renewal.map_or_else(|| "never".to_owned(), |time| time.to_string());
             let failing = certificate.last_error.is_some();
             table.row([
                 (&certificate.identity).into(),
@@ -128,10 +106,7 @@ impl Page {
         self.section("CERTIFICATES", &table);
         for certificate in &status.certificates {
             if let Some(error) = &certificate.last_error {
-                self.note(
-                    Style::Bad,
-                    &format!("{}: renewal failed: {error}", certificate.identity),
-                );
+                self.note(Style::Bad, &format!("{}: renewal failed: {error}", certificate.identity));
             }
         }
     }
@@ -150,10 +125,7 @@ impl Page {
         self.section("CONFIGURATION", &table);
         for source in &status.sources {
             if let Some(error) = &source.last_error {
-                self.note(
-                    Style::Bad,
-                    &format!("{} refused, the last good one is in force:", source.file),
-                );
+                self.note(Style::Bad, &format!("{} refused, the last good one is in force:", source.file));
                 for line in error.lines() {
                     self.note(Style::Bad, line);
                 }
@@ -180,10 +152,7 @@ impl Page {
         }
         let (live, listed) = (status.flows.live, status.flows.list.len());
         let idle = status.pool.idle_sessions;
-        self.section(
-            &format!("FLOWS ({live} live, {listed} listed; {idle} idle tunnel sessions)"),
-            &table,
-        );
+        self.section(&format!("FLOWS ({live} live, {listed} listed; {idle} idle tunnel sessions)"), &table);
     }
 
     fn section<const COLUMNS: usize>(&mut self, title: &str, table: &Table<COLUMNS>) {
@@ -229,10 +198,7 @@ fn party(party: &PartyStatus) -> String {
 
 /// What is left of a certificate's life; in words too when that is too little.
 fn left(certificate: &CertificateStatus) -> Cell {
-    let life = certificate
-        .not_after
-        .unix_seconds()
-        .saturating_sub(certificate.not_before.unix_seconds());
+    let life = certificate.not_after.unix_seconds().saturating_sub(certificate.not_before.unix_seconds());
     match u64::try_from(certificate.seconds_left) {
         Err(_) | Ok(0) => Cell::styled("EXPIRED", Style::Bad),
         Ok(seconds) if seconds < life / LIFE_LEFT_LOW => {
@@ -286,24 +252,15 @@ mod tests {
             "  shop/web (10.77.1.2:40000)  10.77.2.3:80  plaintext  1m 15s  1.5 KiB  12 B",
         ];
         for line in expected {
-            assert!(
-                text.lines().any(|l| l.contains(line)),
-                "{line:?} is missing in\n{text}"
-            );
+            assert!(text.lines().any(|l| l.contains(line)), "{line:?} is missing in\n{text}");
         }
     }
 
     #[test]
     fn trouble_with_certificates_stands_out_in_words_and_in_colour() {
         let (plain, coloured) = (render(&sample(), false), render(&sample(), true));
-        assert!(
-            plain.contains("10m 0s (soon)") && plain.contains("  20h 0m"),
-            "{plain}"
-        );
-        assert!(
-            coloured.contains("\u{1b}[33m10m 0s (soon)\u{1b}[0m"),
-            "{coloured}"
-        );
+        assert!(plain.contains("10m 0s (soon)") && plain.contains("  20h 0m"), "{plain}");
+        assert!(coloured.contains("\u{1b}[33m10m 0s (soon)\u{1b}[0m"), "{coloured}");
         assert!(
             coloured.contains("\u{1b}[31m! spiffe://cluster.local/ns/shop/sa/api: renewal failed"),
             "{coloured}"
@@ -327,22 +284,12 @@ mod tests {
 
     #[test]
     fn durations_and_bytes_are_short() {
-        for (seconds, text) in [
-            (0, "0s"),
-            (59, "59s"),
-            (60, "1m 0s"),
-            (3661, "1h 1m"),
-            (100_000, "1d 3h"),
-        ] {
+        for (seconds, text) in [(0, "0s"), (59, "59s"), (60, "1m 0s"), (3661, "1h 1m"), (100_000, "1d 3h")] {
             assert_eq!(duration(seconds), text);
         }
-        for (count, text) in [
-            (0, "0 B"),
-            (1023, "1023 B"),
-            (1024, "1.0 KiB"),
-            (1 << 20, "1.0 MiB"),
-            (u64::MAX, "15.9 EiB"),
-        ] {
+        for (count, text) in
+            [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1 << 20, "1.0 MiB"), (u64::MAX, "15.9 EiB")]
+        {
             assert_eq!(bytes(count), text);
         }
     }

@@ -8,10 +8,7 @@ fn a_status_survives_json() {
     let json = serde_json::to_string(&status).expect("serialisable");
     assert_eq!(serde_json::from_str::<Status>(&json).expect("readable"), status);
     assert!(json.contains(r#""not_after":"2026-01-02T03:04:05Z""#), "{json}");
-    assert!(
-        json.contains(r#""state":{"waiting":"no certificate yet"}"#),
-        "{json}"
-    );
+    assert!(json.contains(r#""state":{"waiting":"no certificate yet"}"#), "{json}");
 }
 
 #[test]
@@ -29,10 +26,7 @@ fn a_timestamp_is_written_whatever_the_clock_says() {
     for (time, text) in [
         (UNIX_EPOCH, "1970-01-01T00:00:00Z"),
         (UNIX_EPOCH - Duration::from_secs(1), "1970-01-01T00:00:00Z"),
-        (
-            UNIX_EPOCH + Duration::from_secs(RFC3339_LAST + 1),
-            "9999-12-31T23:59:59Z",
-        ),
+        (UNIX_EPOCH + Duration::from_secs(RFC3339_LAST + 1), "9999-12-31T23:59:59Z"),
     ] {
         assert_eq!(Timestamp::from(time).to_string(), text);
     }
@@ -74,10 +68,7 @@ pub(in crate::telemetry) fn sample() -> Status {
             refusals: 1,
             last_error: Some("line 3: mode: STRICTER is no mode".to_owned()),
         }],
-        flows: FlowsStatus {
-            live: 1200,
-            list: vec![flow()],
-        },
+        flows: FlowsStatus { live: 1200, list: vec![flow()] },
         pool: PoolStatus { idle_sessions: 5 },
     }
 }
@@ -117,11 +108,7 @@ fn flow() -> FlowStatus {
             workload: Some("shop/web".to_owned()),
             identity: Some("spiffe://cluster.local/ns/shop/sa/web".to_owned()),
         },
-        destination: PartyStatus {
-            address: ([10, 77, 2, 3], 80).into(),
-            workload: None,
-            identity: None,
-        },
+        destination: PartyStatus { address: ([10, 77, 2, 3], 80).into(), workload: None, identity: None },
         security: "plaintext".to_owned(),
         key_exchange: None,
         trace: None,

@@ -27,9 +27,7 @@ pub(crate) fn exchange(
     thread::scope(|scope| {
         let sending = scope.spawn(move || send(stream, bytes, &block(mine)));
         let (received, same) = receive(stream, &block(theirs))?;
-        let sent = sending
-            .join()
-            .map_err(|_| io::Error::other("the sending thread panicked"))?;
+        let sent = sending.join().map_err(|_| io::Error::other("the sending thread panicked"))?;
         teller.tell("bulk", json!({ "received": received, "as_sent": same }));
         sent
     })

@@ -20,9 +20,7 @@ pub(crate) fn run(to: SocketAddr, count: usize) -> Result<()> {
     let all_open = Arc::new(Barrier::new(count));
     let start = |number| {
         let all_open = Arc::clone(&all_open);
-        thread::Builder::new()
-            .stack_size(STACK)
-            .spawn(move || one(to, number, &all_open))
+        thread::Builder::new().stack_size(STACK).spawn(move || one(to, number, &all_open))
     };
     let threads: Vec<_> = (0..count).map(start).collect::<io::Result<_>>()?;
     let (mut echoed, mut failures) = (0, BTreeMap::<String, u64>::new());

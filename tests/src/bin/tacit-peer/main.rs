@@ -44,18 +44,15 @@ fn main() -> Result<()> {
             let origin = Origin::Address(from.parse().context("IP")?);
             client(address.parse().context("ADDRESS")?, origin, &parse(steps)?)
         }
-        ["connect", address, "--mptcp", steps @ ..] => client(
-            address.parse().context("ADDRESS")?,
-            Origin::Multipath,
-            &parse(steps)?,
-        ),
+        ["connect", address, "--mptcp", steps @ ..] => {
+            client(address.parse().context("ADDRESS")?, Origin::Multipath, &parse(steps)?)
+        }
         ["connect", address, steps @ ..] => {
             client(address.parse().context("ADDRESS")?, Origin::Any, &parse(steps)?)
         }
-        ["flows", address, count] => flows::run(
-            address.parse().context("ADDRESS")?,
-            count.parse().context("COUNT")?,
-        ),
+        ["flows", address, count] => {
+            flows::run(address.parse().context("ADDRESS")?, count.parse().context("COUNT")?)
+        }
         _ => bail!("usage: tacit-peer serve|connect|flows ADDRESS ..."),
     }
 }
@@ -67,9 +64,7 @@ fn parse(steps: &[&str]) -> Result<Vec<Step>> {
 fn serve(address: SocketAddr, steps: &[Step]) -> Result<()> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
-    socket
-        .bind(&address.into())
-        .with_context(|| format!("bind {address}"))?;
+    socket.bind(&address.into()).with_context(|| format!("bind {address}"))?;
     socket.listen(BACKLOG)?;
     let listener = TcpListener::from(socket);
     Teller::new(0).tell("listening", json!({ "address": listener.local_addr()? }));
@@ -131,15 +126,11 @@ fn connect(to: SocketAddr, origin: Origin) -> io::Result<TcpStream> {
 
 fn converse(stream: TcpStream, steps: &[Step], teller: &Teller) {
     let socket = SockRef::from(&stream);
-    let patient = socket
-        .set_read_timeout(Some(PATIENCE))
-        .and_then(|()| socket.set_write_timeout(Some(PATIENCE)));
+    let patient =
+        socket.set_read_timeout(Some(PATIENCE)).and_then(|()| socket.set_write_timeout(Some(PATIENCE)));
     let result = patient.map_err(|error| ("timeouts".to_owned(), error));
     let result = result.and_then(|()| {
-        steps.iter().try_for_each(|step| {
-            step.run(&stream, teller)
-                .map_err(|error| (step.to_string(), error))
-        })
+        steps.iter().try_for_each(|step| step.run(&stream, teller).map_err(|error| (step.to_string(), error)))
     });
     if let Err((step, error)) = result {
         teller.tell("failed", json!({ "step": step, "error": kind(&error) }));

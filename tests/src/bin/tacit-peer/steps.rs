@@ -56,11 +56,9 @@ impl Step {
             "bulk" => {
                 let numbers: Result<Vec<u64>, _> = rest.split(':').map(str::parse).collect();
                 match numbers.with_context(|| format!("step {text}"))?.as_slice() {
-                    [bytes, mine, theirs] => Self::Bulk {
-                        bytes: usize::try_from(*bytes)?,
-                        mine: *mine,
-                        theirs: *theirs,
-                    },
+                    [bytes, mine, theirs] => {
+                        Self::Bulk { bytes: usize::try_from(*bytes)?, mine: *mine, theirs: *theirs }
+                    }
                     _ => bail!("step {text} is not bulk:BYTES:MINE:THEIRS"),
                 }
             }
@@ -139,8 +137,5 @@ fn read_end(mut stream: &TcpStream, teller: &Teller) {
             Err(error) => break kind(&error),
         }
     };
-    teller.tell(
-        "end",
-        json!({ "bytes": bytes, "text": String::from_utf8_lossy(&text), "end": end }),
-    );
+    teller.tell("end", json!({ "bytes": bytes, "text": String::from_utf8_lossy(&text), "end": end }));
 }
