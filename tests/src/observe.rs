@@ -41,6 +41,16 @@ pub fn refused(agent: &Agent, reason: &str) -> Result<u64> {
     metric(agent, "tacit_connections_refused_total", &[("reason", reason)])
 }
 
+/// All that `agent` refused so far: the lines of its metrics, for the message of a failure.
+///
+/// # Errors
+/// When it does not answer.
+pub fn refusals(agent: &Agent) -> Result<Vec<String>> {
+    let metrics = agent.metrics()?;
+    let lines = metrics.lines().filter(|line| line.starts_with("tacit_connections_refused_total"));
+    Ok(lines.map(str::to_owned).collect())
+}
+
 /// Waits until `agent` has counted more than `before` refusals for `reason`, and logged one that names `who`.
 ///
 /// # Errors
@@ -55,9 +65,7 @@ pub fn wait_refused(agent: &Agent, reason: &str, before: u64, who: &str) -> Resu
         Ok((counted && logged).then_some(()))
     });
     shown.with_context(|| {
-        let metrics = agent.metrics().unwrap_or_default();
-        let counted: Vec<_> =
-            metrics.lines().filter(|line| line.starts_with("tacit_connections_refused")).collect();
+        let counted = refusals(agent).unwrap_or_default();
         let log = agent.log().unwrap_or_default();
         let logged: Vec<_> = log.lines().filter(|line| line.contains("refused")).collect();
         format!("refusals counted: {counted:#?}\nlogged: {logged:#?}")

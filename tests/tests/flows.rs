@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use serde_json::Value;
 use std::net::{IpAddr, SocketAddr};
-use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, with_and_without_tacit};
+use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe, with_and_without_tacit};
 use tacit_topology::Pod;
 
 with_and_without_tacit!(plan:
@@ -117,7 +117,15 @@ fn two_thousand_flows_are_open_at_once(mesh: &Mesh) -> Result<()> {
     let server = serve(mesh, &["echo"])?;
     let address = server.address().to_string();
     let told = Client::with_args(mesh.pod("client")?, &["flows", &address, "2000"])?.finish()?;
-    assert_eq!(event(&told, "flows")?["echoed"], 2000, "{told:?}");
+    let refused = |node| mesh.agent(node).and_then(observe::refusals).unwrap_or_default();
+    let flows = event(&told, "flows")?;
+    assert_eq!(
+        flows["echoed"],
+        2000,
+        "{flows}, refused by a: {:#?}, by b: {:#?}",
+        refused("a"),
+        refused("b")
+    );
     assert_eq!(server.accepted(), 2000);
     Ok(())
 }

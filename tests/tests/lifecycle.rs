@@ -128,6 +128,25 @@ fn a_flow_that_does_not_finish_is_reset_at_the_drain_deadline() -> Result<()> {
     Ok(())
 }
 
+/// Sessions that end because nobody needs them any more are no refused connections: an alert on these must be right.
+#[test]
+#[ignore = "needs root"]
+fn flows_and_agents_that_end_well_are_not_counted_as_refused() -> Result<()> {
+    let mut mesh = plan().with_agents()?;
+    let server = serve(&mesh)?;
+    let address = server.address().to_string();
+    Client::with_args(mesh.pod("client")?, &["flows", &address, "200"])?.finish()?;
+    ensure!(server.accepted() == 200, "only {} of 200 flows arrived", server.accepted());
+    assert_eq!(observe::refusals(mesh.agent("a")?)?, Vec::<String>::new());
+    mesh.agent_mut("a")?.terminate(ENDED)?;
+    // Node b sees the sessions end; then it serves this, which is counted after them.
+    let open = mesh.pod("open")?;
+    let open = Server::start(open, SocketAddr::new(open.ipv4().into(), fresh_port()), &["echo"])?;
+    Client::echo(mesh.pod("web")?, open.address(), "same node")?;
+    assert_eq!(observe::refusals(mesh.agent("b")?)?, Vec::<String>::new());
+    Ok(())
+}
+
 #[test]
 #[ignore = "needs root"]
 fn two_agents_on_one_pin_path_refuse_each_other() -> Result<()> {

@@ -4,6 +4,9 @@ trap '' HUP INT TERM
 prefix=$1 mount=$2 files=$3
 [ "$4" = wait ] && cat >/dev/null   # ends when the owner lets go of the pipe, or dies
 
+# One at a time: a later run may find the leftovers before the guard is done with them.
+[ -d "$files" ] && exec 9<"$files" && flock 9
+
 left=0
 for tree in "$mount/$prefix" "$mount/$prefix-host"; do
     tries=0
@@ -17,7 +20,7 @@ for tree in "$mount/$prefix" "$mount/$prefix-host"; do
     [ -d "$tree" ] && { echo "cgroup $tree is still in use"; left=1; } >&2
 done
 for pins in "/sys/fs/bpf/$prefix"-*; do
-    [ -e "$pins" ] && { rm -r "$pins" || left=1; }
+    [ -e "$pins" ] && { rm -rf "$pins" || left=1; }
 done
 for name in "/run/netns/$prefix"-*; do
     [ -e "$name" ] && { ip netns delete "${name##*/}" || left=1; }
