@@ -134,6 +134,7 @@ pub async fn run(config: Config) -> Result<(), AppError> {
         Drained::Finished => tracing::info!("drained"),
         Drained::Cut(tasks) => tracing::warn!(tasks, "drain deadline passed; the rest was reset"),
     }
+    path.pool().clear_where(|_, _| true).into_iter().for_each(Session::close);
     doors.cancel();
     keeper.abort();
     listener.abort();

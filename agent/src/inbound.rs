@@ -22,7 +22,7 @@ use crate::{
     policy::{self, Source, Verdict},
     relay,
     telemetry::{FlowSpec, Reporter, Security},
-    tunnel::{DenyReason, Open, Session, session::SERVER_IDLE, socket},
+    tunnel::{DenyReason, Open, Session, TunnelError, session::SERVER_IDLE, socket},
 };
 
 /// Serves one tunnel session to its end.
@@ -62,6 +62,10 @@ async fn serve(path: &DataPath, pod: &Pod, mut session: Session, peer: IpAddr, a
         let open = match next {
             Ok(Some(open)) => open,
             Ok(None) => return,
+            // Between two flows a peer may go at any time, and how is its own affair. Bytes that are no flow are not.
+            Err(error @ (TunnelError::Io(_) | TunnelError::Closed | TunnelError::Timeout { .. })) => {
+                return tracing::debug!(peer = %session.peer(), %error, "session ended between flows");
+            }
             Err(error) => {
                 let (source, destination) = (SocketAddr::new(peer, 0), SocketAddr::new(at, tcp_port::TUNNEL));
                 return path.report(refusal(

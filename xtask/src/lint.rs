@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result};
 
-use crate::{command, ebpf, workspace::Workspace};
+use crate::{command, ebpf, setup::toolchain::require_component, workspace::Workspace};
 
 /// Whether files are rewritten or only looked at.
 #[derive(Clone, Copy)]
@@ -30,9 +30,10 @@ pub(crate) fn clippy(workspace: &Workspace) -> Result<()> {
 
 /// Lints everything that runs in user space, tests included.
 pub(crate) fn host(workspace: &Workspace) -> Result<()> {
+    require_component("clippy")?;
     let mut cargo = workspace.cargo("clippy");
     cargo
         .args(["--workspace", "--exclude", ebpf::PACKAGE, "--all-targets", "--target-dir"])
         .arg(workspace.target());
-    command::run(cargo.args(["--", "-Dwarnings"])).context("without clippy: rustup component add clippy")
+    command::run(cargo.args(["--", "-Dwarnings"]))
 }

@@ -62,7 +62,7 @@ enum Task {
 
 fn main() -> ExitCode {
     match run(Args::parse().command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             // The chain without a backtrace: what failed is another program or a file, not this code.
             eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
@@ -71,9 +71,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(task: Task) -> Result<()> {
+fn run(task: Task) -> Result<ExitCode> {
     let workspace = Workspace::find()?;
-    match task {
+    let done = match task {
         Task::Setup => setup::run(&workspace),
         Task::BuildEbpf { clippy: false } => ebpf::build(&workspace).map(|_| ()),
         Task::BuildEbpf { clippy: true } => ebpf::clippy(&workspace),
@@ -82,9 +82,10 @@ fn run(task: Task) -> Result<()> {
         Task::Fmt { check: true } => lint::format(&workspace, lint::Format::Check),
         Task::Clippy => lint::clippy(&workspace),
         Task::Tidy => tidy::run(&workspace, &commands()),
-        Task::Test(options) => test::run(&workspace, &options, &commands()),
+        Task::Test(options) => return Ok(test::run(&workspace, &options, &commands())),
         Task::Demo(options) => demo::run(&workspace, &options),
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 /// The names of all commands, so that documentation can be held to them.

@@ -48,10 +48,14 @@ pub(crate) fn as_root(
         }
     }
     elevated.arg(program).args(arguments);
+    let shown = command::line(&elevated);
     if find_program("sudo").is_none() {
-        bail!("root is needed {why} and there is no sudo: run this as root\n  {}", command::line(&elevated));
+        let by_hand = shown.trim_start_matches("sudo ");
+        bail!(
+            "root is needed {why} and there is no sudo: run this as root, then this command again\n  {by_hand}"
+        );
     }
     note(&format!("root is needed {why}:"));
-    note(&format!("  {}", command::line(&elevated)));
+    note(&format!("  {shown}"));
     Ok(elevated)
 }

@@ -47,7 +47,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
     note(&format!("bpf-linker: {}", ebpf.linker.display()));
     note(&format!("nginx: {}", programs.nginx.display()));
     for missing in toolchain::missing_components() {
-        eprintln!("{}", style.paint(Tone::Warning, &missing));
+        eprintln!("{}", style.paint(Tone::Warning, &toolchain::remedy(missing)));
     }
     Ok(())
 }

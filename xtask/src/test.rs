@@ -13,10 +13,10 @@ mod stream;
 
 use std::{
     ffi::{OsStr, OsString},
-    process::Command,
+    process::{Command, ExitCode},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     command::{succeeds, tacit_environment},
@@ -52,17 +52,20 @@ enum Privileged {
     Skip(String),
 }
 
-/// Runs everything; an error when anything failed or nothing ran. The count is the last line of standard output.
-pub(crate) fn run(workspace: &Workspace, options: &Options, commands: &[String]) -> Result<()> {
+/// Runs everything; no success when anything failed or nothing ran. The count is the last line that is printed.
+pub(crate) fn run(workspace: &Workspace, options: &Options, commands: &[String]) -> ExitCode {
     let steps = if options.quick { 5 } else { 9 };
     let mut session =
         Session { workspace, options, progress: Progress::new(steps), report: Report::default() };
     session.all(commands);
-    let Session { report, .. } = session;
-    print!("{}", report.table(Style::of_stdout()));
+    let Session { mut report, .. } = session;
     let verdict = report.verdict();
+    if let Err(problem) = &verdict {
+        report.note(problem.to_string());
+    }
+    print!("{}", report.table(Style::of_stdout()));
     println!("{}", report.summary());
-    verdict
+    if verdict.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 struct Session<'a> {
@@ -158,14 +161,16 @@ impl Session<'_> {
         let color = if Style::of_stdout() == Style::Terminal { "--color=always" } else { "--color=never" };
         cargo.args([color, "--"]).args(harness).arg(color).args(&self.options.filters);
         let report = &mut self.report;
+        report.begin();
         let run = || {
             let status = stream::run(&mut cargo, |line| report.line(line))?;
-            report.end(name, status.success());
-            if status.success() { Ok(()) } else { bail!("cargo test: {status}") }
+            ensure!(status.success(), "cargo test: {status}");
+            Ok(())
         };
-        if let Err(error) = self.progress.step(name, run) {
+        let outcome = self.progress.step(name, run);
+        self.report.end(name, outcome.is_ok());
+        if let Err(error) = outcome {
             eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
-            self.report.failed_unless_counted(name);
         }
     }
 }
@@ -176,12 +181,11 @@ fn ability(unprivileged: bool) -> Result<Privileged> {
         return Ok(Privileged::Skip("--unprivileged".to_owned()));
     }
     let isolate = ["--net", "--mount", "true"].map(OsStr::new);
-    let mut probe = as_root(
-        "for the tests, which make network namespaces, cgroups and BPF programs",
-        &[],
-        "unshare",
-        &isolate,
-    )?;
+    let why = "for the tests, which make network namespaces, cgroups and BPF programs";
+    let mut probe = match as_root(why, &[], "unshare", &isolate) {
+        Ok(probe) => probe,
+        Err(error) => return Ok(Privileged::Skip(error.to_string())),
+    };
     // sudo asks on the terminal itself, so silence on the standard streams hides no prompt.
     if !succeeds(&mut probe) {
         return Ok(Privileged::Skip(

@@ -61,12 +61,12 @@ impl Listeners {
     /// [`ListenError`]; none stays open then.
     pub fn open(netns: &Netns, host: &HostNetns) -> Result<Self, ListenError> {
         let opened = host.within(netns.file(), || {
-            // Capture targets are spread over 127.0.0.0/8, so that one must listen on all addresses; the steering
-            // program refuses what comes to it from outside. The others are handed sockets by that program, which
-            // does not look at the address they are bound to.
-            let capture = listener(tcp_port::CAPTURE, Ipv6Addr::UNSPECIFIED, Ipv4Addr::UNSPECIFIED)?;
-            let plaintext = listener(tcp_port::PLAINTEXT, Ipv6Addr::LOCALHOST, Ipv4Addr::LOCALHOST)?;
-            let tunnel = listener(tcp_port::TUNNEL, Ipv6Addr::UNSPECIFIED, Ipv4Addr::UNSPECIFIED)?;
+            // Capture targets are spread over 127.0.0.0/8, and the kernel resets an IPv4 connection that is steered to
+            // a socket bound to `::1`: so all listen on all addresses. The steering program refuses what comes from
+            // outside to a port that is not to be dialled.
+            let capture = listener(tcp_port::CAPTURE)?;
+            let plaintext = listener(tcp_port::PLAINTEXT)?;
+            let tunnel = listener(tcp_port::TUNNEL)?;
             Ok((capture, plaintext, tunnel))
         });
         let (capture, plaintext, tunnel) = opened.map_err(ListenError::Enter)??;
@@ -88,7 +88,7 @@ impl Listeners {
 }
 
 /// One socket for both families where the pod has IPv6, else for IPv4.
-fn listener(port: u16, v6: Ipv6Addr, v4: Ipv4Addr) -> Result<Socket, ListenError> {
+fn listener(port: u16) -> Result<Socket, ListenError> {
     let open = |domain: Domain, ip: IpAddr| -> io::Result<Socket> {
         let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
         // A restarted agent must not wait for connections of its predecessor to leave TIME_WAIT.
@@ -100,9 +100,11 @@ fn listener(port: u16, v6: Ipv6Addr, v4: Ipv4Addr) -> Result<Socket, ListenError
         socket.listen(BACKLOG)?;
         Ok(socket)
     };
-    open(Domain::IPV6, v6.into())
+    open(Domain::IPV6, Ipv6Addr::UNSPECIFIED.into())
         .or_else(|e| match e.raw_os_error() {
-            Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL) => open(Domain::IPV4, v4.into()),
+            Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL) => {
+                open(Domain::IPV4, Ipv4Addr::UNSPECIFIED.into())
+            }
             _ => Err(e),
         })
         .map_err(|source| ListenError::Listen { port, source })

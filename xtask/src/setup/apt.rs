@@ -44,8 +44,8 @@ impl Apt {
     /// Installs the packages without recommended ones.
     pub(super) fn install(&mut self, why: &str, packages: &[&str]) -> Result<()> {
         note(&format!("installing {} ({why})", packages.join(" ")));
-        let first = Self::get("to install packages", &install_arguments(packages))
-            .and_then(|mut install| command::run(install.stdout(Stdio::null())));
+        let mut install = Self::get("to install packages", &install_arguments(packages))?;
+        let first = command::run(install.stdout(Stdio::null()));
         if first.is_ok() || self.fresh == Freshness::Updated {
             return first;
         }

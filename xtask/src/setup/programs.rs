@@ -25,15 +25,21 @@ const PROGRAMS: [(&str, &str); 11] = [
 
 /// Installs the packages of programs that are not there.
 pub(super) fn ensure(apt: &mut Apt) -> Result<()> {
-    let packages = missing_packages(|program| find_program(program).is_some());
-    if packages.is_empty() {
+    let is_here = |program: &str| find_program(program).is_some();
+    if missing(is_here).is_empty() {
         return Ok(());
     }
-    if !Apt::is_here() {
-        let programs: Vec<&str> = PROGRAMS.map(|(program, _)| program).to_vec();
-        bail!("install the programs that are missing of: {}", programs.join(", "));
+    if Apt::is_here() {
+        apt.install("programs of the tests and the demo", &missing_packages(is_here))?;
     }
-    apt.install("programs of the tests and the demo", &packages)
+    match missing(is_here).as_slice() {
+        [] => Ok(()),
+        left => bail!("not on PATH, and not installed by apt: {}. Install them", left.join(", ")),
+    }
+}
+
+fn missing(is_here: impl Fn(&str) -> bool) -> Vec<&'static str> {
+    PROGRAMS.iter().map(|(program, _)| *program).filter(|program| !is_here(program)).collect()
 }
 
 fn missing_packages(is_here: impl Fn(&str) -> bool) -> Vec<&'static str> {

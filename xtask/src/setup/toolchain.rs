@@ -113,17 +113,25 @@ fn rustup(name: &str) -> Option<Toolchain> {
     source.exists().then(|| Toolchain::Rustup { name: name.to_owned() })
 }
 
-/// What `fmt` and `clippy` will miss in the host's toolchain, each as a sentence with the remedy.
-pub(crate) fn missing_components() -> Vec<String> {
-    // cargo tells its own path; components stand next to it.
-    let Some(cargo) = env::var_os("CARGO").map(PathBuf::from) else {
-        return Vec::new();
-    };
-    [("rustfmt", "rustfmt"), ("clippy", "clippy-driver")]
-        .into_iter()
-        .filter(|(_, program)| !cargo.with_file_name(program).exists() && find_program(program).is_none())
-        .map(|(name, _)| format!("{name} is missing: rustup component add {name}"))
-        .collect()
+/// Components of the host's toolchain, each with the program that tells whether it is there.
+const COMPONENTS: [(&str, &str); 2] = [("rustfmt", "rustfmt"), ("clippy", "clippy-driver")];
+
+/// The components that are not installed.
+pub(super) fn missing_components() -> Vec<&'static str> {
+    // cargo tells its own path; components stand next to it. On PATH there may be rustup's proxies, which prove nothing.
+    let Some(cargo) = env::var_os("CARGO").map(PathBuf::from) else { return Vec::new() };
+    let missing = COMPONENTS.into_iter().filter(|(_, program)| !cargo.with_file_name(program).exists());
+    missing.map(|(name, _)| name).collect()
+}
+
+/// How to get a component.
+pub(super) fn remedy(component: &str) -> String {
+    format!("{component} is missing: `rustup component add {component}`, or your distribution's package")
+}
+
+/// An error with the remedy when the component is not installed.
+pub(crate) fn require_component(component: &str) -> Result<()> {
+    if missing_components().contains(&component) { bail!("{}", remedy(component)) } else { Ok(()) }
 }
 
 #[cfg(test)]

@@ -32,9 +32,16 @@ pub(super) struct Report {
     suites: Vec<Suite>,
     failures: Vec<String>,
     notes: Vec<String>,
+    /// Where the suites of the running command begin.
+    command: usize,
 }
 
 impl Report {
+    /// A command begins.
+    pub(super) fn begin(&mut self) {
+        self.command = self.suites.len();
+    }
+
     /// One line of a `cargo test`.
     pub(super) fn line(&mut self, raw: &str) {
         let line = without_escapes(raw);
@@ -52,11 +59,15 @@ impl Report {
         }
     }
 
-    /// The command ended; `name` says which one when no suite can be blamed.
+    /// The command ended. A failed one leaves at least one failure behind: when no suite can be blamed (it did not
+    /// even build, for example), the command itself, as `name`.
     pub(super) fn end(&mut self, name: &str, succeeded: bool) {
-        if !succeeded {
-            self.close_crashed();
-            self.failed_unless_counted(name);
+        if succeeded {
+            return;
+        }
+        self.close_crashed();
+        if self.suites[self.command..].iter().all(|suite| suite.failed == 0) {
+            self.failed_check(name);
         }
     }
 
@@ -69,13 +80,6 @@ impl Report {
             state: State::Reported,
             ..Suite::default()
         });
-    }
-
-    /// Makes sure that a failed command leaves at least one failure behind (it did not even build, for example).
-    pub(super) fn failed_unless_counted(&mut self, name: &str) {
-        if self.suites.iter().all(|suite| suite.failed == 0) {
-            self.failed_check(name);
-        }
     }
 
     /// Something to know beside the numbers.
@@ -210,6 +214,7 @@ mod tests {
 
     fn report(lines: &str, succeeded: bool) -> Report {
         let mut report = Report::default();
+        report.begin();
         lines.lines().for_each(|line| report.line(line));
         report.end("unit tests", succeeded);
         report
@@ -255,6 +260,16 @@ mod tests {
         let report = report("error[E0425]: cannot find value", false);
         assert_eq!(report.summary(), "0 passed, 1 failed, 0 skipped");
         assert!(report.verdict().is_err());
+    }
+
+    #[test]
+    fn an_earlier_failure_does_not_hide_a_later_one() {
+        let mut report = Report::default();
+        report.failed_check("format");
+        report.begin();
+        report.line("error: could not compile `tacit` (lib test)");
+        report.end("unit tests", false);
+        assert_eq!(report.summary(), "0 passed, 2 failed, 0 skipped");
     }
 
     #[test]
