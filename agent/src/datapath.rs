@@ -34,8 +34,11 @@ use crate::{
 
 /// How long an application may take to accept. It is on this node: more means its backlog is full.
 const APPLICATION_CONNECT: Duration = Duration::from_secs(5);
-/// Handshakes at the same time, over all pods; beyond it a peer is reset. One costs about a millisecond of a core.
+/// Handshakes at the same time, over all pods; beyond it peers wait for their turn. One costs about a millisecond of a
+/// core and some 30 kB while it lasts.
 pub const HANDSHAKES_MAX: usize = 1024;
+/// How long a peer waits for its turn: as long as a handshake may take at most, by then every other has ended.
+pub const HANDSHAKE_WAIT: Duration = Duration::from_secs(10);
 /// Pause when descriptors are used up: accepting again at once would only spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(20);
 

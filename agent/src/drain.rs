@@ -5,6 +5,9 @@ use std::time::Duration;
 use tokio::time::timeout;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+/// How long resetting may take, after the deadline.
+const CUT: Duration = Duration::from_secs(1);
+
 /// Shared by everything that serves connections.
 #[derive(Debug, Clone, Default)]
 pub struct Drain {
@@ -35,7 +38,8 @@ impl Drain {
         }
         let left = self.tasks.len();
         self.cut.cancel();
-        self.tasks.wait().await;
+        // What is not in a relay yet does not hear it; the end of the process resets that as well.
+        let _ = timeout(CUT, self.tasks.wait()).await;
         Drained::Cut(left)
     }
 }

@@ -13,10 +13,10 @@ use std::{
 };
 
 use tacit_abi::tcp_port;
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
-    datapath::{DataPath, HANDSHAKES_MAX, Refused, canonical, deny_reason, security},
+    datapath::{DataPath, HANDSHAKE_WAIT, HANDSHAKES_MAX, Refused, canonical, deny_reason, security},
     enrol::Pod,
     identity::SpiffeId,
     policy::{self, Source, Verdict},
@@ -36,8 +36,11 @@ pub async fn tunnel(path: Arc<DataPath>, pod: Arc<Pod>, tcp: TcpStream, peer: So
         reason,
         detail,
     };
-    let Ok(permit) = path.handshakes.try_acquire() else {
-        let detail = format!("{HANDSHAKES_MAX} handshakes are under way");
+    if let Err(detail) = came_from_outside(&pod, at) {
+        return path.refuse(tcp, refused("not_steered", detail));
+    }
+    let Ok(Ok(permit)) = timeout(HANDSHAKE_WAIT, path.handshakes.acquire()).await else {
+        let detail = format!("{HANDSHAKES_MAX} handshakes have been under way for {HANDSHAKE_WAIT:?}");
         return path.refuse(tcp, refused("handshake_limit", detail));
     };
     let Some(own) = path.identities.current(&pod.workload.identity) else {
@@ -184,6 +187,18 @@ fn refusal(
     }
 }
 
+/// The agent's listeners are open to the pod's own loopback too. Nothing is carried from there: plaintext to port 15006
+/// of a loopback address would be carried to port 15006, and so on without end.
+fn came_from_outside(pod: &Pod, at: SocketAddr) -> Result<(), String> {
+    if pod.address_like(at.ip()) != Some(at.ip()) {
+        return Err(format!("{at} is not an address of the pod"));
+    }
+    if [tcp_port::CAPTURE, tcp_port::PLAINTEXT].contains(&at.port()) {
+        return Err(format!("port {} is the agent's", at.port()));
+    }
+    Ok(())
+}
+
 /// Serves plaintext that was steered here: under STRICT it is reset. The mode may have changed since the kernel
 /// steered it, so it is looked at again.
 pub async fn plaintext(path: Arc<DataPath>, pod: Arc<Pod>, client: TcpStream, peer: SocketAddr) {
@@ -197,6 +212,9 @@ pub async fn plaintext(path: Arc<DataPath>, pod: Arc<Pod>, client: TcpStream, pe
         reason,
         detail,
     };
+    if let Err(detail) = came_from_outside(&pod, at) {
+        return path.refuse(client, refused("not_steered", detail));
+    }
     if let Verdict::Deny(reason) = policy::decide(&pod.modes.load(), at.port(), &Source::Plaintext) {
         let detail = format!("plaintext to {}/{}", pod.workload.namespace, pod.workload.name);
         return path.refuse(client, refused(reason.label(), detail));

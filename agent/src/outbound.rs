@@ -12,7 +12,7 @@
 use std::{
     net::SocketAddr,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::net::TcpStream;
@@ -237,7 +237,7 @@ async fn opened(
 ) -> Result<Session, Failure> {
     // An idle session may have died unnoticed. That costs a try, never the flow: no byte of it was sent yet.
     loop {
-        let idle = path.pool().take(key, Instant::now(), Session::is_idle_alive);
+        let idle = path.pool().take(key, Instant::now(), is_usable);
         let Some(mut session) = idle else { break };
         match session.open(open).await {
             Ok(()) => return Ok(session),
@@ -262,6 +262,10 @@ async fn opened(
 fn denied(path: &DataPath, key: &PoolKey, session: Session, reason: DenyReason) -> Failure {
     keep(path, key.clone(), session);
     Failure::new(reason.label(), format!("{} denied it", key.identity))
+}
+
+fn is_usable(session: &Session) -> bool {
+    session.peer_not_after() > SystemTime::now() && session.is_idle_alive()
 }
 
 /// Keeps a session for the next flow.
