@@ -28,7 +28,10 @@ use crate::{
         root::RootError,
     },
     inbound,
-    kernel::{Kernel, KernelError, cgroup::Cgroup, events, netns::HostNetns, node, socket::Listeners},
+    kernel::{
+        Kernel, KernelError, VerifierLog, cgroup::Cgroup, events, netns::HostNetns, node, probe,
+        socket::Listeners,
+    },
     outbound,
     policy::Policies,
     reload::Watched,
@@ -79,6 +82,17 @@ pub enum AppError {
     },
 }
 
+impl AppError {
+    /// What the process ends with: 78 (`EX_CONFIG`) when no restart can help, else 1.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Kernel(error) => error.exit_code(),
+            _ => 1,
+        }
+    }
+}
+
 fn system(what: &'static str) -> impl FnOnce(io::Error) -> AppError {
     move |source| AppError::System { what, source }
 }
@@ -87,7 +101,9 @@ fn system(what: &'static str) -> impl FnOnce(io::Error) -> AppError {
 ///
 /// # Errors
 /// [`AppError`] when the agent cannot start. Once it runs, nothing that a peer, a pod or a file does ends it.
-pub async fn run(config: Config) -> Result<(), AppError> {
+pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppError> {
+    // First of all: a kernel that cannot do it is left as it was.
+    probe::require(&config.pin_path).map_err(KernelError::from)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(system("listen for SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(system("listen for SIGINT"))?;
     let started = Instant::now();
@@ -102,7 +118,7 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     let metrics = TcpListener::bind(config.metrics)
         .await
         .map_err(|source| AppError::Metrics { address: config.metrics, source })?;
-    let kernel = Arc::new(Kernel::open(&config.pin_path, &pods_cgroup)?);
+    let kernel = Arc::new(Kernel::open(&config.pin_path, &pods_cgroup, &verifier_log)?);
     kernel.maps.set_mesh(&config.mesh_ranges)?;
     refresh_node(&kernel)?;
 

@@ -42,7 +42,8 @@ const FIELDS: [&str; 12] = [
 const EMBEDDED_FIELDS: [&str; 2] = ["directory", "leafLifetime"];
 
 const ROOT_NAMESPACE: &str = "istio-system";
-const PIN_PATH: &str = "/sys/fs/bpf/tacit";
+/// Default of `pinPath`.
+pub const PIN_PATH: &str = "/sys/fs/bpf/tacit";
 const SOCKET: &str = "/run/tacit/agent.sock";
 const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 15020);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);

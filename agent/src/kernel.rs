@@ -8,7 +8,10 @@
 //! | `cgroup` | where cgroup v2 is mounted, a cgroup's id, depth and processes |
 //! | `netns` | open, enter and name network namespaces |
 //! | `link` | the bpf(2) link commands that aya keeps private |
+//! | `probe` | what the running kernel can do, by trying |
 //! | `programs` | load, attach, pin, re-adopt |
+//! | `pins` | the folder that keeps programs and maps alive |
+//! | `verifier` | the verifier's verdict, and its log |
 //! | `maps` | what each map is for, behind typed methods |
 //! | `events` | the programs' log lines |
 //! | `socket` | listeners and outgoing sockets in a pod's namespace |
@@ -20,8 +23,13 @@ mod link;
 mod maps;
 pub mod netns;
 pub mod node;
+#[cfg(test)]
+mod object;
+mod pins;
+pub mod probe;
 mod programs;
 pub mod socket;
+mod verifier;
 
 use std::{
     io,
@@ -30,11 +38,16 @@ use std::{
 };
 
 pub use maps::{KernelCounter, Maps, PodEntry};
-pub use programs::{ProgramState, Programs, uninstall};
+pub use pins::uninstall;
+pub use programs::{ProgramState, Programs};
+pub use verifier::VerifierLog;
 
 /// Something the kernel would not do.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
+    /// The kernel lacks what the agent cannot do without.
+    #[error(transparent)]
+    Unsupported(#[from] probe::Unsupported),
     /// The binary was built without its eBPF object.
     #[error("this binary holds no eBPF object: run `cargo xtask build-ebpf` and build it again")]
     NoObject,
@@ -77,7 +90,7 @@ pub enum KernelError {
         release: String,
         /// The error.
         problem: String,
-        /// Last lines of the verifier's log.
+        /// Last lines of the verifier's log, and where all of it is.
         log: String,
     },
     /// A program could not be attached.
@@ -111,6 +124,15 @@ pub enum KernelError {
 }
 
 impl KernelError {
+    /// What the process ends with when this ends it: 78 (`EX_CONFIG`) when no restart can help, else 1.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Unsupported(unsupported) => unsupported.exit_code(),
+            _ => 1,
+        }
+    }
+
     fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::File { what, path: path.to_owned(), source }
     }
@@ -128,8 +150,12 @@ impl Kernel {
     ///
     /// # Errors
     /// [`KernelError`]; nothing new stays attached or pinned then, what was there before stays.
-    pub fn open(pin_path: &Path, pods_cgroup: &cgroup::Cgroup) -> Result<Self, KernelError> {
-        let mut programs = Programs::load(pin_path, pods_cgroup)?;
+    pub fn open(
+        pin_path: &Path,
+        pods_cgroup: &cgroup::Cgroup,
+        log: &VerifierLog,
+    ) -> Result<Self, KernelError> {
+        let mut programs = Programs::load(pin_path, pods_cgroup, log)?;
         let maps = Maps::take(&mut programs)?;
         Ok(Self { programs: Mutex::new(programs), maps })
     }

@@ -10,10 +10,10 @@ use std::{
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use tacit::{
-    app,
-    config::Config,
-    kernel,
-    telemetry::{admin, log, status},
+    app::{self, AppError},
+    config::{self, Config},
+    kernel::{self, KernelError, VerifierLog, probe},
+    telemetry::{admin, doctor, log, status},
 };
 
 /// Encrypts and authenticates pod-to-pod traffic of this node, without sidecars.
@@ -31,7 +31,8 @@ enum Command {
         /// Configuration file.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
-        /// Log more; TACIT_LOG takes a filter such as `info,tacit::outbound=trace`.
+        /// Log more, and write the whole verifier log of a refused program to a file in the temporary folder;
+        /// TACIT_LOG takes a filter such as `info,tacit::outbound=trace`.
         #[arg(short, long)]
         verbose: bool,
         /// How log lines look.
@@ -43,6 +44,15 @@ enum Command {
         /// The agent's operator socket.
         #[arg(long, value_name = "PATH", default_value = "/run/tacit/agent.sock")]
         socket: PathBuf,
+        /// Output format.
+        #[arg(short, long, value_enum, default_value_t = Output::Table)]
+        output: Output,
+    },
+    /// Try what this kernel can do; ends with 78 when the agent cannot run on it.
+    Doctor {
+        /// Where the agent would pin.
+        #[arg(long, value_name = "PATH", default_value = config::PIN_PATH)]
+        pin_path: PathBuf,
         /// Output format.
         #[arg(short, long, value_enum, default_value_t = Output::Table)]
         output: Output,
@@ -72,15 +82,23 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("tacit: {error:#}");
-            ExitCode::FAILURE
+            ExitCode::from(exit_code(&error))
         }
     }
+}
+
+/// What the process ends with: the errors that know better than 1 say so.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    let app = error.downcast_ref::<AppError>().map(AppError::exit_code);
+    let kernel = error.downcast_ref::<KernelError>().map(KernelError::exit_code);
+    app.or(kernel).unwrap_or(1)
 }
 
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Agent { config, verbose, log_format } => agent(&config, verbose, log_format),
         Command::Status { socket, output } => show_status(&socket, output),
+        Command::Doctor { pin_path, output } => show_doctor(&pin_path, output),
         Command::Uninstall { config } => {
             let config = Config::read(&config)?;
             let removed = kernel::uninstall(&config.pin_path)?;
@@ -99,8 +117,19 @@ fn agent(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<(
     let config = Config::read(config)?;
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
-    runtime.block_on(app::run(config))?;
+    let verifier_log = if verbose { VerifierLog::Folder(std::env::temp_dir()) } else { VerifierLog::Tail };
+    runtime.block_on(app::run(config, verifier_log))?;
     Ok(())
+}
+
+fn show_doctor(pin_path: &std::path::Path, output: Output) -> Result<()> {
+    let report = probe::everything(pin_path);
+    let mut out = std::io::stdout().lock();
+    match output {
+        Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&doctor::json(&report))?)?,
+        Output::Table => write!(out, "{}", doctor::render(&report, out.is_terminal()))?,
+    }
+    Ok(report.verdict().map_err(KernelError::from)?)
 }
 
 fn show_status(socket: &std::path::Path, output: Output) -> Result<()> {
@@ -113,4 +142,20 @@ fn show_status(socket: &std::path::Path, output: Output) -> Result<()> {
         Output::Table => write!(out, "{}", status::render(&status, out.is_terminal()))?,
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_that_cannot_do_it_ends_with_78_and_anything_else_with_1() {
+        let unsupported =
+            || KernelError::from(probe::Unsupported { kernel: "5.10.0".to_owned(), missing: Vec::new() });
+        assert_eq!(exit_code(&unsupported().into()), 78);
+        assert_eq!(exit_code(&AppError::from(unsupported()).into()), 78);
+        assert_eq!(exit_code(&anyhow::Error::from(AppError::from(unsupported())).context("start")), 78);
+        assert_eq!(exit_code(&KernelError::NoObject.into()), 1);
+        assert_eq!(exit_code(&anyhow::anyhow!("something else")), 1);
+    }
 }

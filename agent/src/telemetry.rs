@@ -18,11 +18,13 @@
 //! | `refusals` | refused connections, counted and logged at a bounded rate |
 //! | `access_log` | one line for each closed flow |
 //! | `status`, `table` | the agent's state as data, and as text |
+//! | `doctor` | what the kernel can do, as text |
 //! | `admin` | the metrics port and the operator's socket |
 //! | `log` | where log lines go |
 
 mod access_log;
 pub mod admin;
+pub mod doctor;
 pub mod flows;
 pub mod log;
 mod metrics;

@@ -1,6 +1,6 @@
 //! A topology with its pods and, unless it is the control run, an agent on each node.
 
-use crate::program::agent_program;
+use crate::{observe, program::agent_program};
 use anyhow::{Context, Result, anyhow};
 use std::sync::OnceLock;
 use tacit_topology::{Agent, Membership, MeshFiles, Pod, Process, Topology, WorkloadEntry, cleanup_stale};
@@ -91,6 +91,7 @@ impl Plan {
             let mut agent = Agent::start(node, &program, &files)?;
             // One after the other: the first makes the root that they share.
             agent.wait_ready()?;
+            observe::wait_enrolled(&agent)?;
             mesh.agents.push(agent);
         }
         Ok(mesh)

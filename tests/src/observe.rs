@@ -94,6 +94,17 @@ pub fn wait_status<T>(agent: &Agent, what: &str, condition: impl Fn(&Value) -> O
     found.with_context(|| format!("last status: {last:#}"))
 }
 
+/// Waits until all pods of the agent's node are enrolled.
+///
+/// # Errors
+/// When they do not become so; the message says what they wait for.
+pub fn wait_enrolled(agent: &Agent) -> Result<()> {
+    wait_status(agent, "all pods enrolled", |status| {
+        let pods = status["pods"].as_array()?;
+        (status["state"] == "ready" && pods.iter().all(|pod| pod["state"] == "enrolled")).then_some(())
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,13 +5,13 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::{
     io::{BufRead, BufReader, Write},
-    net::SocketAddr,
+    net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream},
     process::{ChildStdin, Stdio},
     sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
     time::Duration,
 };
-use tacit_topology::{Pod, Process};
+use tacit_topology::{Netns, Pod, Process};
 
 /// Longest wait for something a peer tells; above the patience of the peer itself, so that its own error comes first.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -46,12 +46,17 @@ impl Events {
     /// # Errors
     /// As [`Events::first`].
     pub fn nth(&self, event: &str, skip: usize) -> Result<Value> {
+        self.matching(event, |told| told["event"] == event, skip)
+    }
+
+    /// Waits for the event of which `is` says that it is the one, passing over the first `skip`; `what` names it.
+    fn matching(&self, what: &str, is: impl Fn(&Value) -> bool, skip: usize) -> Result<Value> {
         let (told, news) = &*self.0;
-        let found = |told: &Told| told.events.iter().filter(|told| told["event"] == event).nth(skip).cloned();
+        let found = |told: &Told| told.events.iter().filter(|event| is(event)).nth(skip).cloned();
         let told = told.lock().unwrap_or_else(PoisonError::into_inner);
         let waiting = |told: &mut Told| found(told).is_none() && !told.ended;
         let waited = news.wait_timeout_while(told, PATIENCE, waiting).unwrap_or_else(PoisonError::into_inner);
-        found(&waited.0).with_context(|| format!("the peer told no {event:?} but {:?}", waited.0.events))
+        found(&waited.0).with_context(|| format!("the peer told no {what:?} but {:?}", waited.0.events))
     }
 
     fn wait_end(&self) -> Result<Vec<Value>> {
@@ -76,6 +81,9 @@ impl Events {
 pub struct Server {
     peer: Peer,
     address: SocketAddr,
+    netns: Netns,
+    /// Where our own visits came from.
+    visits: Mutex<Vec<String>>,
 }
 
 impl Server {
@@ -89,7 +97,7 @@ impl Server {
         peer.events
             .first("listening")
             .with_context(|| format!("server on {address} in pod {}", pod.name()))?;
-        Ok(Self { peer, address })
+        Ok(Self { peer, address, netns: pod.netns().clone(), visits: Mutex::default() })
     }
 
     /// Where it listens.
@@ -104,10 +112,26 @@ impl Server {
         &self.peer.events
     }
 
-    /// How many connections it accepted so far.
-    #[must_use]
-    pub fn accepted(&self) -> usize {
-        self.events().so_far().iter().filter(|event| event["event"] == "accepted").count()
+    /// How many connections it accepted until now. It visits the server itself, from inside the pod, and waits until
+    /// that visit is told: what was accepted before it has been told then too.
+    ///
+    /// # Errors
+    /// When the server does not answer its visit.
+    pub fn accepted(&self) -> Result<usize> {
+        let local = match self.address.ip() {
+            IpAddr::V6(v6) if v6.is_unspecified() => {
+                SocketAddr::from((Ipv6Addr::LOCALHOST, self.address.port()))
+            }
+            _ => self.address,
+        };
+        let visit =
+            self.netns.enter(|| TcpStream::connect_timeout(&local, PATIENCE))?.context("visit the server")?;
+        let from = visit.local_addr()?.to_string();
+        let mut visits = self.visits.lock().unwrap_or_else(PoisonError::into_inner);
+        visits.push(from.clone());
+        self.events().matching(&format!("visit from {from}"), |event| event["peer"] == from, 0)?;
+        let accepted = self.events().so_far().into_iter().filter(|event| event["event"] == "accepted");
+        Ok(accepted.filter(|event| !visits.iter().any(|visit| event["peer"] == *visit)).count())
     }
 }
 

@@ -64,7 +64,7 @@ fn strict_holds_while_the_agent_is_dead() -> Result<()> {
     let open = Server::start(&open, SocketAddr::new(open.ipv4().into(), fresh_port()), &["echo"])?;
     mesh.agent_mut("b")?.kill()?;
     let told = Client::run(mesh.pod("stranger")?, web.address(), &["read-end"])?;
-    ensure!(failed(&told) && web.accepted() == 0, "{told:?}");
+    ensure!(failed(&told) && web.accepted()? == 0, "{told:?}");
     // PERMISSIVE lets strangers in, whether its agent lives or not; and a node may always probe.
     Client::echo(mesh.pod("stranger")?, open.address(), "permissive")?;
     let address = web.address();
@@ -83,7 +83,7 @@ fn a_pod_whose_node_has_no_agent_is_never_reached_in_clear() -> Result<()> {
     let capture = mesh.topology().capture()?;
     let told = Client::run(mesh.pod("client")?, server.address(), &[&format!("send:{marker}"), "read-end"])?;
     assert_eq!(capture.finish()?.occurrences(marker.as_bytes()), 0);
-    ensure!(failed(&told) && server.accepted() == 0, "{told:?}");
+    ensure!(failed(&told) && server.accepted()? == 0, "{told:?}");
     observe::wait_refused(mesh.agent("a")?, "peer_unreachable", 0, &server.address().ip().to_string())
 }
 
@@ -136,7 +136,7 @@ fn flows_and_agents_that_end_well_are_not_counted_as_refused() -> Result<()> {
     let server = serve(&mesh)?;
     let address = server.address().to_string();
     Client::with_args(mesh.pod("client")?, &["flows", &address, "200"])?.finish()?;
-    ensure!(server.accepted() == 200, "only {} of 200 flows arrived", server.accepted());
+    ensure!(server.accepted()? == 200, "only {} of 200 flows arrived", server.accepted()?);
     assert_eq!(observe::refusals(mesh.agent("a")?)?, Vec::<String>::new());
     mesh.agent_mut("a")?.terminate(ENDED)?;
     // Node b sees the sessions end; then it serves this, which is counted after them.
@@ -204,7 +204,7 @@ fn survives(node: &str, stop: impl FnOnce(&mut Mesh) -> Result<()>) -> Result<()
     let marker = marker("gap");
     let capture = mesh.topology().capture()?;
     stop(&mut mesh)?;
-    let reached = server.accepted();
+    let reached = server.accepted()?;
     let told = Client::run(mesh.pod("client")?, server.address(), &[&format!("send:{marker}"), "read-end"])?;
     let near = mesh.pod("near")?;
     let local = SocketAddr::new(near.ipv4().into(), fresh_port());
@@ -216,11 +216,12 @@ fn survives(node: &str, stop: impl FnOnce(&mut Mesh) -> Result<()>) -> Result<()
         0,
         "in clear while node {node} had no agent"
     );
-    ensure!(failed(&told) && server.accepted() == reached, "while node {node} had no agent: {told:?}");
+    ensure!(failed(&told) && server.accepted()? == reached, "while node {node} had no agent: {told:?}");
     ensure!(failed(&told_near) == (node == "a"), "same node while node {node} had no agent: {told_near:?}");
 
     mesh.agent_mut(node)?.restart()?;
     mesh.agent_mut(node)?.wait_ready()?;
+    observe::wait_enrolled(mesh.agent(node)?)?;
     Client::echo(mesh.pod("client")?, server.address(), "after")?;
     let after = pinned_programs(&observe::status(mesh.agent(node)?)?);
     assert_eq!(after.keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>());

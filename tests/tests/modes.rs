@@ -204,7 +204,7 @@ fn a_refused_stranger_is_counted_and_logged_by_address_and_reason() -> Result<()
         let before = observe::refused(agent, REASON)?;
         Client::run(stranger, server.address(), &["read-end"])?;
         observe::wait_refused(agent, REASON, before, &who.to_string())?;
-        assert_eq!(server.accepted(), 0);
+        assert_eq!(server.accepted()?, 0);
     }
     Ok(())
 }

@@ -63,7 +63,8 @@ impl LinkInfo {
     }
 }
 
-fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<RawFd> {
+/// The system call. `attr` must be laid out as the kernel's for `command`.
+pub(super) fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<RawFd> {
     // SAFETY: `attr` is a live prefix of `union bpf_attr` of the size given; pointers in it are valid for the call.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as RawFd) }
@@ -93,8 +94,13 @@ pub(super) fn info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
 
 /// Makes `link` run `program` from its next event on, without a moment in which neither runs.
 pub(super) fn update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    update_raw(link.as_raw_fd(), program)
+}
+
+/// As [`update`], for a number that need not be a descriptor.
+pub(super) fn update_raw(link: RawFd, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = LinkUpdateAttr {
-        link_fd: link.as_raw_fd() as u32,
+        link_fd: link as u32,
         new_prog_fd: program.as_raw_fd() as u32,
         flags: 0,
         old_prog_fd: 0,

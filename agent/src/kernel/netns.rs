@@ -110,7 +110,8 @@ impl Drop for Return<'_> {
     }
 }
 
-fn netns_cookie() -> io::Result<u64> {
+/// Cookie of the calling thread's namespace.
+pub(super) fn netns_cookie() -> io::Result<u64> {
     // Any socket tells; an unbound UDP one has no effect on the pod.
     let socket = UdpSocket::bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)))?;
     let mut cookie = 0_u64;

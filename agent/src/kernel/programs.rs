@@ -10,7 +10,7 @@
 //! serves connections that the agent makes.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io,
     os::fd::AsFd as _,
     path::{Path, PathBuf},
@@ -19,20 +19,23 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
     programs::{
-        CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SkLookup, SockOps,
-        links::{FdLink, LinkError, PinnedLink},
+        CgroupAttachMode, Program, ProgramError, SockOps,
+        links::{FdLink, LinkError},
     },
 };
 use aya_log::EbpfLogger;
-use nix::{
-    fcntl::{Flock, FlockArg},
-    sys::statfs::{BPF_FS_MAGIC, statfs},
-};
 use tacit_abi::{ABI_VERSION, Settings};
 
-use super::{KernelError, cgroup::Cgroup, link, netns::Netns, node};
+use super::{
+    KernelError, VerifierLog,
+    cgroup::Cgroup,
+    link,
+    netns::Netns,
+    pins::Pins,
+    verifier::{describe, refused, verify},
+};
 
-static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tacit-ebpf.o"));
+pub(super) static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tacit-ebpf.o"));
 
 /// Programs at the pods' cgroup, in the order they are attached: whoever is told names must be able to find them.
 const CGROUP_PROGRAMS: [&str; 7] =
@@ -53,9 +56,6 @@ pub(super) const MAPS: [&str; 10] = [
     "DIALLED",
     "COUNTERS",
 ];
-
-/// Lines of a verifier log that an error shows; the cause stands at its end.
-const LOG_TAIL_LINES: usize = 12;
 
 /// One attached program, for the operator.
 #[derive(Debug, Clone)]
@@ -78,21 +78,25 @@ pub struct Programs {
 }
 
 impl Programs {
-    pub(super) fn load(pin_path: &Path, pods: &Cgroup) -> Result<Self, KernelError> {
+    pub(super) fn load(pin_path: &Path, pods: &Cgroup, log: &VerifierLog) -> Result<Self, KernelError> {
         if OBJECT.is_empty() {
             return Err(KernelError::NoObject);
         }
         let pins = Pins::open(pin_path)?;
-        let mut ebpf = load_object(&pins, pods)?;
-        for name in CGROUP_PROGRAMS.into_iter().chain([STEER]) {
-            verify(&mut ebpf, name)?;
-        }
+        let (maps, links) = (pins.maps()?, pins.links()?);
+        let ebpf = match load_verified(&pins, pods, log) {
+            Ok(ebpf) => ebpf,
+            Err(error) => {
+                pins.remove_maps_but(&maps);
+                return Err(error);
+            }
+        };
         let mut programs = Self { ebpf, pins, attached: Vec::new() };
-        let before = programs.pins.links()?;
         if let Err(error) = programs.attach_all(pods) {
-            for (name, _) in programs.pins.links()?.iter().filter(|l| !before.contains(l)) {
+            for (name, _) in programs.pins.links()?.iter().filter(|l| !links.contains(l)) {
                 programs.pins.remove_link(name);
             }
+            programs.pins.remove_maps_but(&maps);
             return Err(error);
         }
         Ok(programs)
@@ -261,6 +265,14 @@ fn steer_pin(pod: u64) -> String {
     format!("steer-{pod}")
 }
 
+fn load_verified(pins: &Pins, pods: &Cgroup, log: &VerifierLog) -> Result<Ebpf, KernelError> {
+    let mut ebpf = load_object(pins, pods)?;
+    for name in CGROUP_PROGRAMS.into_iter().chain([STEER]) {
+        verify(&mut ebpf, name, log)?;
+    }
+    Ok(ebpf)
+}
+
 fn load_object(pins: &Pins, pods: &Cgroup) -> Result<Ebpf, KernelError> {
     let settings = Settings { pods_level: pods.level(), abi_version: ABI_VERSION };
     let paths: Vec<(&str, PathBuf)> = MAPS.iter().map(|name| (*name, pins.map(name))).collect();
@@ -270,154 +282,4 @@ fn load_object(pins: &Pins, pods: &Cgroup) -> Result<Ebpf, KernelError> {
         loader.map_pin_path(name, path.as_path());
     }
     loader.load(OBJECT).map_err(|error| refused("object", &error, String::new()))
-}
-
-/// Has the verifier check one program.
-fn verify(ebpf: &mut Ebpf, name: &'static str) -> Result<(), KernelError> {
-    let result = match ebpf.program_mut(name) {
-        Some(Program::CgroupSockAddr(p)) => CgroupSockAddr::load(p),
-        Some(Program::SockOps(p)) => SockOps::load(p),
-        Some(Program::SkLookup(p)) => SkLookup::load(p),
-        _ => Err(ProgramError::UnexpectedProgramType),
-    };
-    result.map_err(|error| match &error {
-        ProgramError::LoadError { io_error, verifier_log } => {
-            refused(name, io_error, tail(&verifier_log.to_string()))
-        }
-        other => refused(name, other, String::new()),
-    })
-}
-
-fn refused(program: &str, problem: &dyn std::error::Error, log: String) -> KernelError {
-    KernelError::Refused {
-        program: program.to_owned(),
-        release: node::kernel_release(),
-        problem: describe(problem),
-        log,
-    }
-}
-
-fn tail(log: &str) -> String {
-    let lines: Vec<&str> = log.lines().filter(|l| !l.trim().is_empty()).collect();
-    lines[lines.len().saturating_sub(LOG_TAIL_LINES)..].join("\n")
-}
-
-/// An error with its causes: aya's outermost texts name the call only.
-fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
-}
-
-/// The folder of pins, locked for one agent.
-struct Pins {
-    root: PathBuf,
-    _lock: Flock<File>,
-}
-
-impl Pins {
-    fn open(root: &Path) -> Result<Self, KernelError> {
-        let parent = root.ancestors().find(|p| p.exists()).unwrap_or(root);
-        let on_bpffs = statfs(parent).is_ok_and(|s| s.filesystem_type() == BPF_FS_MAGIC);
-        if !on_bpffs {
-            return Err(KernelError::NotBpffs { path: root.to_owned() });
-        }
-        fs::create_dir_all(root).map_err(KernelError::file("create", root))?;
-        let folder = File::open(root).map_err(KernelError::file("open", root))?;
-        let lock = Flock::lock(folder, FlockArg::LockExclusiveNonblock)
-            .map_err(|_| KernelError::Locked { path: root.to_owned() })?;
-        let pins = Self { root: root.to_owned(), _lock: lock };
-        pins.check_version()?;
-        for folder in [pins.maps_folder(), pins.links_folder()] {
-            fs::create_dir_all(&folder).map_err(KernelError::file("create", &folder))?;
-        }
-        Ok(pins)
-    }
-
-    fn check_version(&self) -> Result<(), KernelError> {
-        let ours = maps_folder_name();
-        for entry in
-            fs::read_dir(&self.root).map_err(KernelError::file("read", &self.root))?.filter_map(Result::ok)
-        {
-            let found = entry.file_name().to_string_lossy().into_owned();
-            if found.starts_with("maps-") && found != ours {
-                return Err(KernelError::OtherVersion { path: self.root.clone(), found });
-            }
-        }
-        Ok(())
-    }
-
-    fn maps_folder(&self) -> PathBuf {
-        self.root.join(maps_folder_name())
-    }
-
-    fn links_folder(&self) -> PathBuf {
-        self.root.join("links")
-    }
-
-    fn map(&self, name: &str) -> PathBuf {
-        self.maps_folder().join(name)
-    }
-
-    fn link(&self, name: &str) -> PathBuf {
-        self.links_folder().join(name)
-    }
-
-    fn links(&self) -> Result<Vec<(String, PathBuf)>, KernelError> {
-        let folder = self.links_folder();
-        let entries = fs::read_dir(&folder).map_err(KernelError::file("read", &folder))?;
-        Ok(entries
-            .filter_map(Result::ok)
-            .map(|e| (e.file_name().to_string_lossy().into_owned(), e.path()))
-            .collect())
-    }
-
-    /// Detaches a pinned link: the kernel ends it with its last reference, which the pin is.
-    fn remove_link(&self, name: &str) {
-        let path = self.link(name);
-        if !path.exists() {
-            return;
-        }
-        let removed = PinnedLink::from_pin(&path)
-            .map_err(|e| e.to_string())
-            .and_then(|link| link.unpin().map(drop).map_err(|e| e.to_string()));
-        if let Err(error) = removed {
-            tracing::warn!(path = %path.display(), error, "a pinned link stays behind; remove the file by hand");
-        }
-    }
-}
-
-fn maps_folder_name() -> String {
-    format!("maps-v{ABI_VERSION}")
-}
-
-/// Detaches everything pinned under `pin_path` and removes it. Refused while an agent runs.
-///
-/// # Errors
-/// [`KernelError`]; what was removed until then stays removed.
-pub fn uninstall(pin_path: &Path) -> Result<usize, KernelError> {
-    if !pin_path.exists() {
-        return Ok(0);
-    }
-    let folder = File::open(pin_path).map_err(KernelError::file("open", pin_path))?;
-    let _lock = Flock::lock(folder, FlockArg::LockExclusiveNonblock)
-        .map_err(|_| KernelError::Locked { path: pin_path.to_owned() })?;
-    let mut removed = 0;
-    // Links first: a program must not run on while its maps are being unpinned.
-    let mut folders: Vec<PathBuf> = vec![pin_path.join("links")];
-    let entries = fs::read_dir(pin_path).map_err(KernelError::file("read", pin_path))?;
-    folders.extend(entries.filter_map(Result::ok).map(|e| e.path()).filter(|p| !p.ends_with("links")));
-    for folder in folders.iter().filter(|f| f.is_dir()) {
-        for entry in fs::read_dir(folder).map_err(KernelError::file("read", folder))?.filter_map(Result::ok) {
-            fs::remove_file(entry.path()).map_err(KernelError::file("remove", &entry.path()))?;
-            removed += 1;
-        }
-        fs::remove_dir(folder).map_err(KernelError::file("remove", folder))?;
-    }
-    fs::remove_dir(pin_path).map_err(KernelError::file("remove", pin_path))?;
-    Ok(removed)
 }

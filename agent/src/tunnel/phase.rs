@@ -9,6 +9,7 @@
 //!   |                                  DONE (server)      v
 //!   +------------------------------------------------- Flow { client ended: yes, server ended: yes }
 //! ```
+//! A RESET of the client may cross the server's DONE and come in Idle: the session is then Over as well.
 //! Any other frame is a mistake of the peer (or ours) and ends the session. Both ends run the same machine over the frames
 //! they send and those they receive.
 
@@ -83,7 +84,8 @@ impl Phase {
             (Self::Flow { client_ended, server_ended: false }, Server, Kind::Fin) => {
                 Self::Flow { client_ended, server_ended: true }
             }
-            (Self::Flow { .. }, _, Kind::Reset) => Self::Over,
+            // In `Idle` it crossed the server's DONE: the source reset a flow that had just ended.
+            (Self::Flow { .. }, _, Kind::Reset) | (Self::Idle, Client, Kind::Reset) => Self::Over,
             (Self::Flow { client_ended: true, server_ended: true }, Server, Kind::Done) => Self::Idle,
             (phase, from, kind) => return Err(OutOfTurn { phase, from, kind }),
         })
@@ -104,6 +106,7 @@ mod tests {
         use Role::*;
         let allowed = [
             (Phase::Idle, Client, Open, Phase::Opening),
+            (Phase::Idle, Client, Reset, Phase::Over),
             (Phase::Opening, Server, Accept, flow(false, false)),
             (Phase::Opening, Server, Deny, Phase::Idle),
             (flow(false, false), Client, Data, flow(false, false)),

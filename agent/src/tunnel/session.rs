@@ -195,6 +195,8 @@ impl Session {
         match timeout(idle, poll_fn(|cx| self.poll_received(cx))).await {
             Ok(Ok(Received::Control(Control::Open(open)))) => Ok(Some(open)),
             Err(_) | Ok(Err(TunnelError::Closed)) => Ok(None),
+            // Of a flow that had ended when it was sent: nothing is lost but the session.
+            Ok(Ok(Received::Control(Control::Reset))) => Ok(None),
             Ok(Err(error)) => Err(error),
             // `phase` lets nothing but OPEN begin; in the middle of a flow there is no next one.
             Ok(Ok(_)) => Err(TunnelError::Closed),

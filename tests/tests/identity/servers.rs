@@ -120,7 +120,7 @@ fn a_real_server_is_refused_when_the_directory_expects_another_identity() -> Res
     let before = observe::refused(mesh.agent("a")?, REASON)?;
     let server = Application::start(web, SocketAddr::new(web.ipv4().into(), fresh_port()), &["echo"])?;
     let told = Client::run(mesh.pod("client")?, server.address(), &["read-end"])?;
-    ensure!(is_reset(&told) && server.accepted() == 0, "{told:?}");
+    ensure!(is_reset(&told) && server.accepted()? == 0, "{told:?}");
     observe::wait_refused(mesh.agent("a")?, REASON, before, &web.ipv4().to_string())?;
     // The other pod of that node, about which the directory is right, is reached.
     let server = Application::start(honest, SocketAddr::new(honest.ipv4().into(), fresh_port()), &["echo"])?;

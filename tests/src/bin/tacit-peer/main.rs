@@ -71,14 +71,12 @@ fn serve(address: SocketAddr, steps: &[Step]) -> Result<()> {
     for connection in 1.. {
         let (stream, from) = listener.accept().context("accept")?;
         let steps = steps.to_vec();
-        thread::Builder::new().stack_size(STACK).spawn(move || {
-            let teller = Teller::new(connection);
-            teller.tell(
-                "accepted",
-                json!({ "accept": from, "peer": stream.peer_addr().ok(), "local": stream.local_addr().ok() }),
-            );
-            converse(stream, &steps, &teller);
-        })?;
+        let teller = Teller::new(connection);
+        // Before its thread runs, so that connections are told in the order in which they were accepted.
+        let names =
+            json!({ "accept": from, "peer": stream.peer_addr().ok(), "local": stream.local_addr().ok() });
+        teller.tell("accepted", names);
+        thread::Builder::new().stack_size(STACK).spawn(move || converse(stream, &steps, &teller))?;
     }
     Ok(())
 }

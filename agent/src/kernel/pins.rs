@@ -1,0 +1,142 @@
+//! The folder of pins: what keeps programs and maps alive when the agent is not.
+//!
+//! One agent at a time: the folder is locked for as long as [`Pins`] lives. Its layout is told in `programs`.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+};
+
+use aya::programs::links::PinnedLink;
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+};
+use tacit_abi::ABI_VERSION;
+
+use super::KernelError;
+
+/// The folder of pins, locked for one agent.
+pub(super) struct Pins {
+    root: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl Pins {
+    pub(super) fn open(root: &Path) -> Result<Self, KernelError> {
+        let parent = root.ancestors().find(|p| p.exists()).unwrap_or(root);
+        let on_bpffs = statfs(parent).is_ok_and(|s| s.filesystem_type() == BPF_FS_MAGIC);
+        if !on_bpffs {
+            return Err(KernelError::NotBpffs { path: root.to_owned() });
+        }
+        fs::create_dir_all(root).map_err(KernelError::file("create", root))?;
+        let folder = File::open(root).map_err(KernelError::file("open", root))?;
+        let lock = Flock::lock(folder, FlockArg::LockExclusiveNonblock)
+            .map_err(|_| KernelError::Locked { path: root.to_owned() })?;
+        let pins = Self { root: root.to_owned(), _lock: lock };
+        pins.check_version()?;
+        for folder in [pins.maps_folder(), pins.links_folder()] {
+            fs::create_dir_all(&folder).map_err(KernelError::file("create", &folder))?;
+        }
+        Ok(pins)
+    }
+
+    fn check_version(&self) -> Result<(), KernelError> {
+        let ours = maps_folder_name();
+        for entry in
+            fs::read_dir(&self.root).map_err(KernelError::file("read", &self.root))?.filter_map(Result::ok)
+        {
+            let found = entry.file_name().to_string_lossy().into_owned();
+            if found.starts_with("maps-") && found != ours {
+                return Err(KernelError::OtherVersion { path: self.root.clone(), found });
+            }
+        }
+        Ok(())
+    }
+
+    fn maps_folder(&self) -> PathBuf {
+        self.root.join(maps_folder_name())
+    }
+
+    fn links_folder(&self) -> PathBuf {
+        self.root.join("links")
+    }
+
+    pub(super) fn map(&self, name: &str) -> PathBuf {
+        self.maps_folder().join(name)
+    }
+
+    pub(super) fn link(&self, name: &str) -> PathBuf {
+        self.links_folder().join(name)
+    }
+
+    pub(super) fn links(&self) -> Result<Vec<(String, PathBuf)>, KernelError> {
+        entries(&self.links_folder())
+    }
+
+    pub(super) fn maps(&self) -> Result<Vec<(String, PathBuf)>, KernelError> {
+        entries(&self.maps_folder())
+    }
+
+    /// Unpins what a start that failed has pinned; `before` is what was there before it.
+    pub(super) fn remove_maps_but(&self, before: &[(String, PathBuf)]) {
+        for (_, path) in self.maps().unwrap_or_default().iter().filter(|map| !before.contains(map)) {
+            if let Err(error) = fs::remove_file(path) {
+                tracing::warn!(path = %path.display(), %error, "a pinned map stays behind; remove the file by hand");
+            }
+        }
+    }
+
+    /// Detaches a pinned link: the kernel ends it with its last reference, which the pin is.
+    pub(super) fn remove_link(&self, name: &str) {
+        let path = self.link(name);
+        if !path.exists() {
+            return;
+        }
+        let removed = PinnedLink::from_pin(&path)
+            .map_err(|e| e.to_string())
+            .and_then(|link| link.unpin().map(drop).map_err(|e| e.to_string()));
+        if let Err(error) = removed {
+            tracing::warn!(path = %path.display(), error, "a pinned link stays behind; remove the file by hand");
+        }
+    }
+}
+
+fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, KernelError> {
+    let entries = fs::read_dir(folder).map_err(KernelError::file("read", folder))?;
+    Ok(entries
+        .filter_map(Result::ok)
+        .map(|e| (e.file_name().to_string_lossy().into_owned(), e.path()))
+        .collect())
+}
+
+fn maps_folder_name() -> String {
+    format!("maps-v{ABI_VERSION}")
+}
+
+/// Detaches everything pinned under `pin_path` and removes it. Refused while an agent runs.
+///
+/// # Errors
+/// [`KernelError`]; what was removed until then stays removed.
+pub fn uninstall(pin_path: &Path) -> Result<usize, KernelError> {
+    if !pin_path.exists() {
+        return Ok(0);
+    }
+    let folder = File::open(pin_path).map_err(KernelError::file("open", pin_path))?;
+    let _lock = Flock::lock(folder, FlockArg::LockExclusiveNonblock)
+        .map_err(|_| KernelError::Locked { path: pin_path.to_owned() })?;
+    let mut removed = 0;
+    // Links first: a program must not run on while its maps are being unpinned.
+    let mut folders: Vec<PathBuf> = vec![pin_path.join("links")];
+    let entries = fs::read_dir(pin_path).map_err(KernelError::file("read", pin_path))?;
+    folders.extend(entries.filter_map(Result::ok).map(|e| e.path()).filter(|p| !p.ends_with("links")));
+    for folder in folders.iter().filter(|f| f.is_dir()) {
+        for entry in fs::read_dir(folder).map_err(KernelError::file("read", folder))?.filter_map(Result::ok) {
+            fs::remove_file(entry.path()).map_err(KernelError::file("remove", &entry.path()))?;
+            removed += 1;
+        }
+        fs::remove_dir(folder).map_err(KernelError::file("remove", folder))?;
+    }
+    fs::remove_dir(pin_path).map_err(KernelError::file("remove", pin_path))?;
+    Ok(removed)
+}

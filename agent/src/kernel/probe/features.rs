@@ -1,0 +1,228 @@
+//! The table: every feature of the kernel that Tacit uses, what for, since when it exists and how it is tried.
+//!
+//! Releases name the first of Linux' own; a distribution's may have the feature earlier, and the trial finds it.
+
+use aya::{maps::MapType, programs::ProgramType, sys::BpfHelper};
+
+use super::{Need, Release, Remedy, raw::Hook};
+
+/// One row of the table.
+pub(super) struct Feature {
+    pub(super) name: &'static str,
+    pub(super) needed_for: &'static str,
+    pub(super) since: Release,
+    pub(super) need: Need,
+    pub(super) remedy: Remedy,
+    pub(super) trial: Trial,
+}
+
+/// How a feature is tried.
+pub(super) enum Trial {
+    /// A program that does nothing is accepted for the hook.
+    Hook(Hook),
+    /// A call of the helper is accepted in programs of the type.
+    Helper(ProgramType, BpfHelper),
+    /// A map of the type can be made.
+    Map(MapType),
+    /// A socket storage map can be made.
+    SocketStorage,
+    /// Type information is accepted.
+    Btf,
+    /// Links to cgroups can be made.
+    CgroupLink,
+    /// Links to network namespaces can be made.
+    NetnsLink,
+    /// A link's program can be replaced.
+    LinkUpdate,
+    /// The pin path is, or would be, on bpffs.
+    Bpffs,
+    /// A cgroup v2 hierarchy is mounted.
+    Cgroup2,
+    /// The programs of a cgroup see the sockets of its processes.
+    SocketCgroup,
+    /// Sockets tell the cookie of their network namespace.
+    NetnsCookie,
+    /// tcx links can be made.
+    Tcx,
+    /// The kernel has a function of that name for BPF programs.
+    KernelFunction(&'static str),
+    /// Sockets take the TLS protocol.
+    Ktls,
+}
+
+const ANCESTOR_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id;
+const NETNS_COOKIE: BpfHelper = BpfHelper::BPF_FUNC_get_netns_cookie;
+const RINGBUF_RESERVE: BpfHelper = BpfHelper::BPF_FUNC_ringbuf_reserve;
+const SET_RETVAL: BpfHelper = BpfHelper::BPF_FUNC_set_retval;
+const SK_ASSIGN: BpfHelper = BpfHelper::BPF_FUNC_sk_assign;
+const SK_RELEASE: BpfHelper = BpfHelper::BPF_FUNC_sk_release;
+const STORAGE_DELETE: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_delete;
+const STORAGE_GET: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_get;
+const CB_FLAGS_SET: BpfHelper = BpfHelper::BPF_FUNC_sock_ops_cb_flags_set;
+
+const SOCK_ADDR: ProgramType = ProgramType::CgroupSockAddr;
+const CGROUP_BPF: &str = "CONFIG_CGROUP_BPF";
+const BPF_SYSCALL: &str = "CONFIG_BPF_SYSCALL and CONFIG_INET";
+
+const CAPTURE: &str = "taking over connections of pods";
+const NAMES: &str = "showing applications the addresses they expect";
+const STEER: &str = "taking over connections to pods";
+const HANDOVER: &str = "telling the agent where a connection wanted to go";
+const LOG: &str = "the programs' log lines";
+const STATE: &str = "what the agent tells the programs";
+
+const fn required(
+    name: &'static str,
+    needed_for: &'static str,
+    since: Release,
+    option: &'static str,
+    trial: Trial,
+) -> Feature {
+    Feature { name, needed_for, since, need: Need::Required, remedy: Remedy::Kernel(option), trial }
+}
+
+const fn of_node(
+    name: &'static str,
+    needed_for: &'static str,
+    since: Release,
+    todo: &'static str,
+    trial: Trial,
+) -> Feature {
+    Feature { name, needed_for, since, need: Need::Required, remedy: Remedy::Node(todo), trial }
+}
+
+const fn optional(
+    name: &'static str,
+    needed_for: &'static str,
+    since: Release,
+    fallback: &'static str,
+    option: &'static str,
+    trial: Trial,
+) -> Feature {
+    Feature { name, needed_for, since, need: Need::Fallback(fallback), remedy: Remedy::Kernel(option), trial }
+}
+
+const fn helper(
+    name: &'static str,
+    needed_for: &'static str,
+    since: Release,
+    program: ProgramType,
+    helper: BpfHelper,
+) -> Feature {
+    required(name, needed_for, since, BPF_SYSCALL, Trial::Helper(program, helper))
+}
+
+const fn map(name: &'static str, needed_for: &'static str, since: Release, kind: MapType) -> Feature {
+    required(name, needed_for, since, BPF_SYSCALL, Trial::Map(kind))
+}
+
+const fn hook(name: &'static str, needed_for: &'static str, since: Release, hook: Hook) -> Feature {
+    required(name, needed_for, since, CGROUP_BPF, Trial::Hook(hook))
+}
+
+/// All features, in the order an operator reads them. Helpers older than the oldest program type here (map look-ups,
+/// clocks) are not listed: no kernel has one without the other.
+pub(super) static FEATURES: &[Feature] = &[
+    of_node(
+        "cgroup v2",
+        "covering pods by their cgroup",
+        Release(4, 5),
+        "mount it: mount -t cgroup2 none /sys/fs/cgroup/unified",
+        Trial::Cgroup2,
+    ),
+    of_node(
+        "sockets in their cgroup",
+        "seeing every socket of a pod",
+        Release(5, 15),
+        "a use of cgroup v1's net_cls or net_prio did that, which lasts until the next boot: reboot without them, or \
+         boot Linux 5.15 or newer, where they do no harm",
+        Trial::SocketCgroup,
+    ),
+    of_node(
+        "bpffs",
+        "programs that outlive the agent",
+        Release(4, 4),
+        "mount it: mount -t bpf bpf /sys/fs/bpf, or correct pinPath",
+        Trial::Bpffs,
+    ),
+    hook("cgroup/connect4", CAPTURE, Release(4, 17), Hook::CONNECT4),
+    hook("cgroup/connect6", CAPTURE, Release(4, 17), Hook::CONNECT6),
+    hook("cgroup/getpeername4", NAMES, Release(5, 8), Hook::GETPEERNAME4),
+    hook("cgroup/getpeername6", NAMES, Release(5, 8), Hook::GETPEERNAME6),
+    hook("cgroup/getsockname4", NAMES, Release(5, 8), Hook::GETSOCKNAME4),
+    hook("cgroup/getsockname6", NAMES, Release(5, 8), Hook::GETSOCKNAME6),
+    hook("sock_ops", HANDOVER, Release(4, 13), Hook::SOCK_OPS),
+    required("sk_lookup", STEER, Release(5, 9), BPF_SYSCALL, Trial::Hook(Hook::SK_LOOKUP)),
+    required("links to cgroups", CAPTURE, Release(5, 7), CGROUP_BPF, Trial::CgroupLink),
+    required("links to network namespaces", STEER, Release(5, 8), BPF_SYSCALL, Trial::NetnsLink),
+    required("BPF_LINK_UPDATE", "upgrades without a gap", Release(5, 7), BPF_SYSCALL, Trial::LinkUpdate),
+    helper(
+        "bpf_get_current_ancestor_cgroup_id in sock_addr",
+        CAPTURE,
+        Release(5, 7),
+        SOCK_ADDR,
+        ANCESTOR_CGROUP,
+    ),
+    helper("bpf_get_netns_cookie in sock_addr", CAPTURE, Release(5, 7), SOCK_ADDR, NETNS_COOKIE),
+    helper("bpf_sk_storage_get in sock_addr", NAMES, Release(5, 3), SOCK_ADDR, STORAGE_GET),
+    helper("bpf_sk_storage_delete in sock_addr", NAMES, Release(5, 3), SOCK_ADDR, STORAGE_DELETE),
+    helper("bpf_ringbuf_reserve in sock_addr", LOG, Release(5, 8), SOCK_ADDR, RINGBUF_RESERVE),
+    helper("bpf_get_netns_cookie in sock_ops", HANDOVER, Release(5, 15), ProgramType::SockOps, NETNS_COOKIE),
+    helper("bpf_sk_storage_get in sock_ops", HANDOVER, Release(5, 3), ProgramType::SockOps, STORAGE_GET),
+    helper(
+        "bpf_sock_ops_cb_flags_set in sock_ops",
+        HANDOVER,
+        Release(4, 16),
+        ProgramType::SockOps,
+        CB_FLAGS_SET,
+    ),
+    helper("bpf_sk_assign in sk_lookup", STEER, Release(5, 9), ProgramType::SkLookup, SK_ASSIGN),
+    helper("bpf_sk_release in sk_lookup", STEER, Release(5, 9), ProgramType::SkLookup, SK_RELEASE),
+    required("BTF of programs and maps", STATE, Release(4, 18), BPF_SYSCALL, Trial::Btf),
+    map("array maps", STATE, Release(3, 19), MapType::Array),
+    map("hash maps", STATE, Release(3, 19), MapType::Hash),
+    map("LPM trie maps", "the mesh's ranges", Release(4, 11), MapType::LpmTrie),
+    map("sockmaps", STEER, Release(4, 14), MapType::SockMap),
+    required("socket storage maps", NAMES, Release(5, 2), BPF_SYSCALL, Trial::SocketStorage),
+    map("per-CPU array maps", "counting verdicts", Release(4, 6), MapType::PerCpuArray),
+    map("ring buffer maps", LOG, Release(5, 8), MapType::RingBuf),
+    required(
+        "SO_NETNS_COOKIE",
+        "knowing pods' network namespaces",
+        Release(5, 14),
+        "CONFIG_NET",
+        Trial::NetnsCookie,
+    ),
+    optional(
+        "tcx",
+        "guarding pods' links beside other programs",
+        Release(6, 6),
+        "cgroup_skb and clsact",
+        "CONFIG_NET_XGRESS",
+        Trial::Tcx,
+    ),
+    optional(
+        "bpf_set_retval in sock_addr",
+        "refusing connections with a telling error",
+        Release(5, 18),
+        "refused with EPERM",
+        CGROUP_BPF,
+        Trial::Helper(SOCK_ADDR, SET_RETVAL),
+    ),
+    optional(
+        "bpf_sock_destroy",
+        "ending connections from before enrolment",
+        Release(6, 5),
+        "SOCK_DESTROY over netlink",
+        "CONFIG_DEBUG_INFO_BTF",
+        Trial::KernelFunction("bpf_sock_destroy"),
+    ),
+    optional(
+        "kTLS",
+        "encryption in the kernel, off by default",
+        Release(5, 1),
+        "encryption in the agent",
+        "CONFIG_TLS",
+        Trial::Ktls,
+    ),
+];

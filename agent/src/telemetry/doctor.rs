@@ -1,0 +1,147 @@
+//! What the kernel can do, as `tacit doctor` shows it: a table for people, JSON for programs. Pure.
+
+use std::fmt::Write as _;
+
+use serde_json::{Value, json};
+
+use super::table::{Cell, Colour, Style, Table};
+use crate::kernel::probe::{Finding, Need, Presence, Report};
+
+/// The report as a table, and a line for each feature that is not there.
+#[must_use]
+pub fn render(report: &Report, colour: bool) -> String {
+    let colour = if colour { Colour::On } else { Colour::Off };
+    let mut table = Table::new(["FEATURE", "NEEDED FOR", "PRESENT", "SINCE", "FALLBACK"]);
+    for finding in &report.findings {
+        table.row([
+            finding.feature.into(),
+            finding.needed_for.into(),
+            presence(finding),
+            finding.since.into(),
+            fallback(finding).unwrap_or("none").into(),
+        ]);
+    }
+    let mut out = summary(report, colour);
+    table.write(&mut out, colour);
+    for finding in report.findings.iter().filter(|f| f.presence != Presence::Present) {
+        let line = format!("{}: {}", finding.feature, finding.presence.problem());
+        let mark = if finding.stops_the_agent() { "!" } else { "-" };
+        let _ = writeln!(out, "{mark} {}", style(finding).paint(&line, colour));
+    }
+    out
+}
+
+/// The report as JSON. Fields are added, never renamed; `present` is null for what could not be tried.
+#[must_use]
+pub fn json(report: &Report) -> Value {
+    let features: Vec<Value> = report.findings.iter().map(feature).collect();
+    json!({ "kernel": report.kernel, "supported": report.verdict().is_ok(), "features": features })
+}
+
+fn feature(finding: &Finding) -> Value {
+    let present = match finding.presence {
+        Presence::Present => Some(true),
+        Presence::Absent(_) => Some(false),
+        Presence::Unknown(_) => None,
+    };
+    json!({
+        "feature": finding.feature,
+        "needed_for": finding.needed_for,
+        "required": finding.need == Need::Required,
+        "present": present,
+        "problem": finding.presence.problem(),
+        "since": finding.since.to_string(),
+        "fallback": fallback(finding),
+    })
+}
+
+fn summary(report: &Report, colour: Colour) -> String {
+    let (word, style) = match report.verdict() {
+        Ok(()) => ("can run the agent", Style::Good),
+        Err(_) => ("cannot run the agent", Style::Bad),
+    };
+    let kernel = Style::Plain.paint(&report.kernel, colour);
+    format!("kernel {kernel} {}\n", style.paint(word, colour))
+}
+
+fn presence(finding: &Finding) -> Cell {
+    let word = match finding.presence {
+        Presence::Present => "yes",
+        Presence::Absent(_) => "no",
+        Presence::Unknown(_) => "unknown",
+    };
+    Cell::styled(word, style(finding))
+}
+
+fn style(finding: &Finding) -> Style {
+    match finding.presence {
+        Presence::Present => Style::Good,
+        _ if finding.stops_the_agent() => Style::Bad,
+        _ => Style::Caution,
+    }
+}
+
+fn fallback(finding: &Finding) -> Option<&'static str> {
+    match finding.need {
+        Need::Required => None,
+        Need::Fallback(fallback) => Some(fallback),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::probe::{Release, Remedy};
+
+    #[test]
+    fn the_table_tells_what_is_there_and_what_is_done_without() {
+        let expected = "kernel 5.10.0 cannot run the agent\n\
+            \x20 FEATURE    NEEDED FOR  PRESENT  SINCE  FALLBACK\n\
+            \x20 sk_lookup  work        yes      5.9    none\n\
+            \x20 cookie     work        no       5.15   none\n\
+            \x20 tcx        work        unknown  6.6    clsact\n\
+            ! cookie: not there\n\
+            - tcx: not tried\n";
+        assert_eq!(render(&report(), false), expected);
+        assert!(render(&report(), true).contains("\u{1b}[31mno\u{1b}[0m"));
+    }
+
+    #[test]
+    fn json_keeps_absent_apart_from_untried() {
+        let value = json(&report());
+        assert_eq!(value["supported"], false);
+        assert_eq!(value["features"][0]["present"], true);
+        assert_eq!(value["features"][0]["fallback"], Value::Null);
+        assert_eq!(
+            value["features"][1],
+            json!({"feature": "cookie", "needed_for": "work", "required": true, "present": false,
+                "problem": "not there", "since": "5.15", "fallback": null})
+        );
+        assert_eq!(value["features"][2]["present"], Value::Null);
+        assert_eq!(value["features"][2]["fallback"], "clsact");
+    }
+
+    fn report() -> Report {
+        let finding = |feature, since, need, presence| Finding {
+            feature,
+            needed_for: "work",
+            since,
+            need,
+            remedy: Remedy::Kernel("CONFIG_X"),
+            presence,
+        };
+        Report {
+            kernel: "5.10.0".to_owned(),
+            findings: vec![
+                finding("sk_lookup", Release(5, 9), Need::Required, Presence::Present),
+                finding("cookie", Release(5, 15), Need::Required, Presence::Absent("not there".to_owned())),
+                finding(
+                    "tcx",
+                    Release(6, 6),
+                    Need::Fallback("clsact"),
+                    Presence::Unknown("not tried".to_owned()),
+                ),
+            ],
+        }
+    }
+}
