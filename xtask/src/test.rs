@@ -32,6 +32,9 @@ use report::Report;
 /// Packages whose tests need namespaces, cgroups and BPF.
 const PRIVILEGED: [&str; 2] = ["tacit-tests", "tacit-topology"];
 
+/// The agent's package: its unit tests and those that need a kernel are in one program.
+const AGENT: &str = "tacit";
+
 /// What to run.
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -54,7 +57,7 @@ enum Privileged {
 
 /// Runs everything; no success when anything failed or nothing ran. The count is the last line that is printed.
 pub(crate) fn run(workspace: &Workspace, options: &Options, commands: &[String]) -> ExitCode {
-    let steps = if options.quick { 5 } else { 9 };
+    let steps = if options.quick { 6 } else { 10 };
     let mut session =
         Session { workspace, options, progress: Progress::new(steps), report: Report::default() };
     session.all(commands);
@@ -95,6 +98,7 @@ impl Session<'_> {
         }
         self.check("agent (release)", || workspace.build_agent())?;
         self.unit_tests();
+        self.agent_tests(&privileged);
         self.privileged_tests(&programs, &privileged);
         Some(())
     }
@@ -117,7 +121,21 @@ impl Session<'_> {
         for package in PRIVILEGED {
             cargo.args(["--exclude", package]);
         }
+        cargo.args(["--exclude", AGENT]);
         self.run_tests("unit tests", cargo, &[]);
+    }
+
+    /// The agent's own tests. Some load programs into the kernel.
+    fn agent_tests(&mut self, privileged: &Privileged) {
+        let mut cargo = self.cargo_test();
+        cargo.args(["--package", AGENT]);
+        match privileged {
+            Privileged::Skip(_) => self.run_tests("tests of the agent (without root)", cargo, &[]),
+            Privileged::Run => {
+                through_sudo(&mut cargo, &tacit_environment());
+                self.run_tests("tests of the agent (as root)", cargo, &["--include-ignored"]);
+            }
+        }
     }
 
     fn privileged_tests(&mut self, programs: &Programs, privileged: &Privileged) {
@@ -137,10 +155,7 @@ impl Session<'_> {
                 self.run_tests("tests of whole nodes (without root)", cargo, &[]);
             }
             Privileged::Run => {
-                // cargo builds as the caller; only the finished test programs are started through sudo.
-                if !is_root().unwrap_or(false) {
-                    cargo.arg("--config").arg(sudo_runner(&environment));
-                }
+                through_sudo(&mut cargo, &environment);
                 // They share the machine's cgroups and bpffs, and measure what crosses a wire: one at a time.
                 self.run_tests(
                     "tests of whole nodes (as root)",
@@ -197,6 +212,13 @@ fn ability(unprivileged: bool) -> Result<Privileged> {
         return Ok(Privileged::Skip("no cgroup v2 hierarchy is mounted".to_owned()));
     }
     Ok(Privileged::Run)
+}
+
+/// cargo builds as the caller; only the finished test programs are started through sudo, where that is needed.
+fn through_sudo(cargo: &mut Command, environment: &[(OsString, OsString)]) {
+    if !is_root().unwrap_or(false) {
+        cargo.arg("--config").arg(sudo_runner(environment));
+    }
 }
 
 /// cargo's setting that starts every test program through sudo with the environment stated.
