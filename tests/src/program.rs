@@ -1,7 +1,7 @@
-//! Where the programs under test are.
+//! Where the programs under test are, and how large the large tests may be.
 
 use anyhow::{Context, Result, bail};
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 /// The agent: `TACIT_BIN`, or the release build of this workspace.
 ///
@@ -31,4 +31,29 @@ pub fn peer_program() -> Result<PathBuf> {
         bail!("no tacit-peer at {}: build it (cargo build -p tacit-tests)", path.display());
     }
     Ok(path)
+}
+
+/// A size or count divided by `TACIT_TEST_SCALE` (1 when not set), at least 1: an emulated machine is some twenty times
+/// slower than a real one.
+///
+/// # Errors
+/// When the variable is no positive number.
+pub fn scaled(full: u64) -> Result<u64> {
+    Ok((full / u64::from(scale()?)).max(1))
+}
+
+/// A time limit multiplied by `TACIT_TEST_SCALE`.
+///
+/// # Errors
+/// As [`scaled`].
+pub fn slowed(limit: Duration) -> Result<Duration> {
+    Ok(limit * scale()?)
+}
+
+fn scale() -> Result<u32> {
+    let Ok(text) = std::env::var("TACIT_TEST_SCALE") else { return Ok(1) };
+    match text.parse() {
+        Ok(divisor) if divisor > 0 => Ok(divisor),
+        _ => bail!("TACIT_TEST_SCALE is {text:?}: give a positive whole number to divide sizes by"),
+    }
 }

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use serde_json::Value;
 use std::net::{IpAddr, SocketAddr};
-use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe, with_and_without_tacit};
+use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe, scaled, with_and_without_tacit};
 use tacit_topology::Pod;
 
 with_and_without_tacit!(plan:
@@ -103,30 +103,32 @@ fn the_server_may_end_its_direction_first(mesh: &Mesh) -> Result<()> {
 }
 
 fn a_hundred_mebibytes_each_way_arrive_as_sent(mesh: &Mesh) -> Result<()> {
-    const BYTES: u64 = 100 << 20;
-    let server = serve(mesh, &[&format!("bulk:{BYTES}:1:2")])?;
-    let told = Client::run(mesh.pod("client")?, server.address(), &[&format!("bulk:{BYTES}:2:1")])?;
+    let bytes = scaled(100 << 20)?;
+    let server = serve(mesh, &[&format!("bulk:{bytes}:1:2")])?;
+    let told = Client::run(mesh.pod("client")?, server.address(), &[&format!("bulk:{bytes}:2:1")])?;
     for side in [server.events().first("bulk")?, event(&told, "bulk")?.clone()] {
-        assert_eq!(side["received"], BYTES);
+        assert_eq!(side["received"], bytes);
         assert_eq!(side["as_sent"], true);
     }
     Ok(())
 }
 
 fn two_thousand_flows_are_open_at_once(mesh: &Mesh) -> Result<()> {
+    let flows_wanted = scaled(2000)?;
     let server = serve(mesh, &["echo"])?;
     let address = server.address().to_string();
-    let told = Client::with_args(mesh.pod("client")?, &["flows", &address, "2000"])?.finish()?;
+    let count = flows_wanted.to_string();
+    let told = Client::with_args(mesh.pod("client")?, &["flows", &address, &count])?.finish()?;
     let refused = |node| mesh.agent(node).and_then(observe::refusals).unwrap_or_default();
     let flows = event(&told, "flows")?;
     assert_eq!(
         flows["echoed"],
-        2000,
+        flows_wanted,
         "{flows}, refused by a: {:#?}, by b: {:#?}",
         refused("a"),
         refused("b")
     );
-    assert_eq!(server.accepted()?, 2000);
+    assert_eq!(server.accepted()? as u64, flows_wanted);
     Ok(())
 }
 

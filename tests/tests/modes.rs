@@ -229,8 +229,10 @@ fn visit(mesh: &Mesh, from: From, to: SocketAddr) -> Result<Outcome> {
     };
     let told = Client::run(mesh.pod(pod)?, to, &["read-end"])?;
     let is = |event: &Value, key: &str, value: &str| event[key] == value;
-    let refused =
-        told.iter().any(|event| is(event, "step", "connect") && is(event, "error", "ConnectionRefused"));
+    // A reset that comes at once may find connect() still on its way out.
+    let is_refusal =
+        |event: &Value| ["ConnectionRefused", "ConnectionReset"].iter().any(|kind| is(event, "error", kind));
+    let refused = told.iter().any(|event| is(event, "step", "connect") && is_refusal(event));
     let end = told.iter().find(|event| is(event, "event", "end"));
     Ok(match end {
         Some(end) if is(end, "end", "eof") && end["text"] == format!("{GREETING}\n") => Outcome::Greeted,

@@ -13,6 +13,7 @@ mod progress;
 mod setup;
 mod test;
 mod tidy;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;
@@ -56,6 +57,8 @@ enum Task {
     Tidy,
     /// Run every check and every test
     Test(test::Options),
+    /// Run the tests of whole nodes inside virtual machines with other kernels
+    Vm(vm::Options),
     /// Show two pods talking through Tacit, and what the wire carried
     Demo(demo::Options),
 }
@@ -83,6 +86,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Clippy => lint::clippy(&workspace),
         Task::Tidy => tidy::run(&workspace, &commands()),
         Task::Test(options) => return Ok(test::run(&workspace, &options, &commands())),
+        Task::Vm(options) => vm::run(&workspace, &options),
         Task::Demo(options) => demo::run(&workspace, &options),
     };
     done.map(|()| ExitCode::SUCCESS)

@@ -69,6 +69,14 @@ pub(crate) fn ensure_ebpf(workspace: &Workspace) -> Result<EbpfTools> {
     Ok(EbpfTools { toolchain, linker })
 }
 
+/// Everything for virtual machines.
+pub(crate) fn ensure_vm(workspace: &Workspace) -> Result<()> {
+    ensure_ebpf(workspace)?;
+    let mut apt = Apt::new();
+    programs::ensure(&mut apt)?;
+    programs::ensure_vm(&mut apt)
+}
+
 /// Programs of the tests and the demo.
 pub(crate) fn ensure_programs(workspace: &Workspace) -> Result<Programs> {
     let mut apt = Apt::new();

@@ -23,27 +23,52 @@ const PROGRAMS: [(&str, &str); 11] = [
     ("cc", "gcc libc6-dev"),
 ];
 
+/// What virtual machines need beside that.
+const VM_PROGRAMS: [(&str, &str); 9] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("busybox", "busybox-static"),
+    ("cpio", "cpio"),
+    ("depmod", "kmod"),
+    ("modprobe", "kmod"),
+    ("zstd", "zstd"),
+    ("xz", "xz-utils"),
+    ("strip", "binutils"),
+    ("dash", "dash"),
+];
+
 /// Installs the packages of programs that are not there.
 pub(super) fn ensure(apt: &mut Apt) -> Result<()> {
+    ensure_these(apt, "programs of the tests and the demo", &PROGRAMS)
+}
+
+/// As [`ensure`], for virtual machines.
+pub(super) fn ensure_vm(apt: &mut Apt) -> Result<()> {
+    ensure_these(apt, "programs for virtual machines", &VM_PROGRAMS)
+}
+
+fn ensure_these(apt: &mut Apt, what: &str, programs: &[(&'static str, &'static str)]) -> Result<()> {
     let is_here = |program: &str| find_program(program).is_some();
-    if missing(is_here).is_empty() {
+    if missing(programs, is_here).is_empty() {
         return Ok(());
     }
     if Apt::is_here() {
-        apt.install("programs of the tests and the demo", &missing_packages(is_here))?;
+        apt.install(what, &missing_packages(programs, is_here))?;
     }
-    match missing(is_here).as_slice() {
+    match missing(programs, is_here).as_slice() {
         [] => Ok(()),
         left => bail!("not on PATH, and not installed by apt: {}. Install them", left.join(", ")),
     }
 }
 
-fn missing(is_here: impl Fn(&str) -> bool) -> Vec<&'static str> {
-    PROGRAMS.iter().map(|(program, _)| *program).filter(|program| !is_here(program)).collect()
+fn missing(programs: &[(&'static str, &'static str)], is_here: impl Fn(&str) -> bool) -> Vec<&'static str> {
+    programs.iter().map(|(program, _)| *program).filter(|program| !is_here(program)).collect()
 }
 
-fn missing_packages(is_here: impl Fn(&str) -> bool) -> Vec<&'static str> {
-    let absent = PROGRAMS.iter().filter(|(program, _)| !is_here(program));
+fn missing_packages(
+    programs: &[(&'static str, &'static str)],
+    is_here: impl Fn(&str) -> bool,
+) -> Vec<&'static str> {
+    let absent = programs.iter().filter(|(program, _)| !is_here(program));
     let mut packages: Vec<&str> = absent.flat_map(|(_, packages)| packages.split(' ')).collect();
     packages.sort_unstable();
     packages.dedup();
@@ -56,14 +81,14 @@ mod tests {
 
     #[test]
     fn nothing_is_installed_when_all_programs_are_there() {
-        assert!(missing_packages(|_| true).is_empty());
+        assert!(missing_packages(&PROGRAMS, |_| true).is_empty());
     }
 
     #[test]
     fn a_package_is_named_once_however_many_programs_it_has() {
         let gone = ["mariadbd", "mariadb-install-db", "cc"];
         assert_eq!(
-            missing_packages(|program| !gone.contains(&program)),
+            missing_packages(&PROGRAMS, |program| !gone.contains(&program)),
             ["gcc", "libc6-dev", "mariadb-server-core"]
         );
     }

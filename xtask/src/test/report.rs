@@ -28,7 +28,7 @@ enum State {
 
 /// Everything that was run.
 #[derive(Debug, Default)]
-pub(super) struct Report {
+pub(crate) struct Report {
     suites: Vec<Suite>,
     failures: Vec<String>,
     notes: Vec<String>,
@@ -38,12 +38,12 @@ pub(super) struct Report {
 
 impl Report {
     /// A command begins.
-    pub(super) fn begin(&mut self) {
+    pub(crate) fn begin(&mut self) {
         self.command = self.suites.len();
     }
 
     /// One line of a `cargo test`.
-    pub(super) fn line(&mut self, raw: &str) {
+    pub(crate) fn line(&mut self, raw: &str) {
         let line = without_escapes(raw);
         let line = line.trim();
         if let Some(name) = suite_name(line) {
@@ -61,7 +61,7 @@ impl Report {
 
     /// The command ended. A failed one leaves at least one failure behind: when no suite can be blamed (it did not
     /// even build, for example), the command itself, as `name`.
-    pub(super) fn end(&mut self, name: &str, succeeded: bool) {
+    pub(crate) fn end(&mut self, name: &str, succeeded: bool) {
         if succeeded {
             return;
         }
@@ -124,7 +124,8 @@ impl Report {
         table + "\n"
     }
 
-    fn totals(&self) -> (u64, u64, u64) {
+    /// Passed, failed, skipped so far.
+    pub(crate) fn totals(&self) -> (u64, u64, u64) {
         let add = |sum: (u64, u64, u64), suite: &Suite| {
             (sum.0 + suite.passed, sum.1 + suite.failed, sum.2 + suite.skipped)
         };

@@ -1,0 +1,324 @@
+//! `cargo xtask vm`: the tests of whole nodes, inside virtual machines that run other kernels.
+//!
+//! The very test programs that run on the host run here; nothing is forked. The machine is emulated, so tests that move
+//! much data divide their sizes by [`SCALE`]. A kernel that is too old is booted as well: there the agent must refuse to
+//! start with exit code 78, say what is missing, and leave nothing behind.
+
+mod initramfs;
+mod kernels;
+mod machine;
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::{
+    command, ebpf,
+    progress::{Progress, Style, Tone, seconds},
+    setup,
+    test::report::Report,
+    workspace::Workspace,
+};
+use initramfs::Initramfs;
+use kernels::{Expected, Kernel, MATRIX, Unpacked};
+use machine::Machine;
+
+/// What large tests divide their sizes by: an emulated machine is some twenty times slower.
+const SCALE: u32 = 20;
+/// A kernel's whole run; some six minutes on two quiet cores.
+const LIMIT: Duration = Duration::from_secs(25 * 60);
+/// Kernels that `cargo xtask test` boots: the oldest supported one that Debian has, and the newest.
+pub(crate) const IN_TEST: [&str; 2] = ["6.1", "newest"];
+
+const REFUSAL: &str = include_str!("vm/refusal.sh");
+
+/// What to boot.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Kernels: 5.10, 6.1, 6.12, newest; all of them when none is named
+    kernels: Vec<String>,
+    /// Boot this kernel and give a prompt in it
+    #[arg(long, value_name = "KERNEL")]
+    shell: Option<String>,
+    /// Run only tests whose name contains this
+    #[arg(long, value_name = "NAME")]
+    test: Option<String>,
+    /// Go on with the next kernel after one has failed
+    #[arg(long)]
+    keep_going: bool,
+}
+
+/// What goes into a guest.
+struct Payload {
+    agent: PathBuf,
+    peer: PathBuf,
+    suites: Vec<(String, PathBuf)>,
+}
+
+/// How a kernel did.
+struct Outcome {
+    label: &'static str,
+    release: String,
+    boot: String,
+    passed: u64,
+    failed: u64,
+    skipped: u64,
+    note: String,
+    took: Duration,
+}
+
+/// The command.
+pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
+    if let Some(label) = &options.shell {
+        return shell(workspace, label);
+    }
+    let chosen = choose(&options.kernels)?;
+    let (payload, unpacked) = prepare(workspace, &chosen)?;
+    let mut outcomes = Vec::new();
+    for (kernel, unpacked) in chosen.iter().zip(&unpacked) {
+        let mut report = Report::default();
+        let outcome = one(kernel, unpacked, &payload, options.test.as_deref(), &mut report)?;
+        let failed = outcome.failed > 0;
+        outcomes.push(outcome);
+        if failed && !options.keep_going {
+            break;
+        }
+    }
+    println!("{}", table(&outcomes, Style::of_stdout()));
+    let failed: u64 = outcomes.iter().map(|o| o.failed).sum();
+    ensure!(failed == 0 && outcomes.len() == chosen.len(), "{failed} failed");
+    Ok(())
+}
+
+/// The kernels of `cargo xtask test`, counted in its report.
+pub(crate) fn in_test(workspace: &Workspace, report: &mut Report) -> Result<()> {
+    let chosen = choose(&IN_TEST.map(str::to_owned))?;
+    let (payload, unpacked) = prepare(workspace, &chosen)?;
+    for (kernel, unpacked) in chosen.iter().zip(&unpacked) {
+        let outcome = one(kernel, unpacked, &payload, None, report)?;
+        ensure!(outcome.failed == 0, "{} failed on {}", outcome.failed, outcome.release);
+    }
+    Ok(())
+}
+
+fn choose(labels: &[String]) -> Result<Vec<&'static Kernel>> {
+    if labels.is_empty() {
+        return Ok(MATRIX.iter().collect());
+    }
+    labels.iter().map(|label| find(label)).collect()
+}
+
+fn find(label: &str) -> Result<&'static Kernel> {
+    let known: Vec<&str> = MATRIX.iter().map(|k| k.label).collect();
+    let found = MATRIX.iter().find(|k| k.label == label);
+    found.with_context(|| format!("no kernel {label:?}: there are {}", known.join(", ")))
+}
+
+fn prepare(workspace: &Workspace, chosen: &[&Kernel]) -> Result<(Payload, Vec<Unpacked>)> {
+    let mut progress = Progress::new(4);
+    progress.step("what virtual machines need", || setup::ensure_vm(workspace))?;
+    let unpacked = progress.step("kernels", || kernels::ensure(workspace, chosen))?;
+    progress.step("agent (release)", || {
+        ebpf::build(workspace)?;
+        workspace.build_agent()
+    })?;
+    let payload = progress.step("tests (release)", || payload(workspace))?;
+    Ok((payload, unpacked))
+}
+
+/// Builds the test programs and asks cargo where they are.
+fn payload(workspace: &Workspace) -> Result<Payload> {
+    let mut cargo = workspace.cargo("test");
+    cargo.args(["--release", "--package", "tacit-tests", "--no-run", "--target-dir"]).arg(workspace.target());
+    command::run(&mut cargo)?;
+    let messages = command::stdout(cargo.arg("--message-format=json")).context("cargo test --no-run")?;
+    let suites: Vec<(String, PathBuf)> = messages.lines().filter_map(suite).collect();
+    ensure!(!suites.is_empty(), "cargo built no test program");
+    Ok(Payload { agent: workspace.agent(), peer: workspace.target().join("release/tacit-peer"), suites })
+}
+
+/// Name and program of an integration test, from one of cargo's messages.
+fn suite(message: &str) -> Option<(String, PathBuf)> {
+    if !message.contains("\"kind\":[\"test\"]") {
+        return None;
+    }
+    let program = message.split_once("\"executable\":\"")?.1.split_once('"')?.0;
+    let file = program.rsplit('/').next()?;
+    Some((file.rsplit_once('-')?.0.to_owned(), PathBuf::from(program)))
+}
+
+fn one(
+    kernel: &Kernel,
+    unpacked: &Unpacked,
+    payload: &Payload,
+    filter: Option<&str>,
+    report: &mut Report,
+) -> Result<Outcome> {
+    let begin = Instant::now();
+    let work = Work::new(kernel.label)?;
+    let image = image(kernel, unpacked, payload, filter, &work.0)?;
+    let (mut boot, before) = ("?".to_owned(), report.totals());
+    report.begin();
+    let guest =
+        Machine { kernel: &unpacked.folder.join("vmlinuz"), initramfs: &image, work: &work.0, limit: LIMIT };
+    let ended = guest.run(|line| {
+        println!("{:>6} | {line}", kernel.label);
+        report.line(line);
+        if let Some(told) = line.strip_prefix("vm: booted ").and_then(|rest| rest.split_once(" in ")) {
+            boot = told.1.to_owned();
+        }
+    });
+    let note = match (&ended, kernel.expected) {
+        (Err(error), _) => format!("{error:#}"),
+        (Ok(0), Expected::Refused) => "refused as intended".to_owned(),
+        (Ok(_), _) => String::new(),
+    };
+    report.end(&format!("kernel {}", kernel.label), matches!(ended, Ok(0)));
+    let after = report.totals();
+    Ok(Outcome {
+        label: kernel.label,
+        release: unpacked.release.clone(),
+        boot,
+        passed: after.0 - before.0,
+        failed: after.1 - before.1,
+        skipped: after.2 - before.2,
+        note,
+        took: begin.elapsed(),
+    })
+}
+
+fn image(
+    kernel: &Kernel,
+    unpacked: &Unpacked,
+    payload: &Payload,
+    filter: Option<&str>,
+    work: &Path,
+) -> Result<PathBuf> {
+    let root = Initramfs::new(work, unpacked)?;
+    root.stripped(&payload.agent, "t/tacit")?;
+    match kernel.expected {
+        Expected::Refused => root.text("payload/run", &REFUSAL.replace("@LABEL@", kernel.label))?,
+        Expected::Supported => {
+            root.stripped(&payload.peer, "t/tacit-peer")?;
+            for (name, program) in &payload.suites {
+                root.stripped(program, &format!("t/deps/{name}"))?;
+            }
+            root.text("payload/run", &script(kernel.label, payload, filter)?)?;
+        }
+    }
+    let image = work.join("initramfs");
+    root.pack(&image)?;
+    Ok(image)
+}
+
+/// Runs every suite, each announced as cargo does, so that the same report reads it.
+fn script(label: &str, payload: &Payload, filter: Option<&str>) -> Result<String> {
+    let filter = filter.unwrap_or_default();
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
+    ensure!(filter.chars().all(plain), "{filter:?} is no part of a test's name");
+    let mut text = format!("export TACIT_BIN=/t/tacit TACIT_TEST_SCALE={SCALE}\nfailed=0\n");
+    for (name, _) in &payload.suites {
+        text += &format!(
+            "echo 'Running {name} ({label}:{name}-0)'\n/t/deps/{name} --include-ignored --test-threads=1 {filter} 2>&1 || failed=1\n"
+        );
+    }
+    Ok(text + "exit $failed\n")
+}
+
+fn shell(workspace: &Workspace, label: &str) -> Result<()> {
+    let kernel = find(label)?;
+    let (payload, unpacked) = prepare(workspace, &[kernel])?;
+    let Some(unpacked) = unpacked.first() else { bail!("no kernel {label}") };
+    let work = Work::new(label)?;
+    let root = Initramfs::new(&work.0, unpacked)?;
+    root.stripped(&payload.agent, "usr/bin/tacit")?;
+    root.text("payload/shell", "")?;
+    let image = work.0.join("initramfs");
+    root.pack(&image)?;
+    Machine { kernel: &unpacked.folder.join("vmlinuz"), initramfs: &image, work: &work.0, limit: LIMIT }
+        .shell()
+}
+
+fn table(outcomes: &[Outcome], style: Style) -> String {
+    let head = format!(
+        "{:<8} {:<28} {:>7} {:>7} {:>7} {:>8} {:>13}  {}",
+        "kernel", "release", "boot", "passed", "failed", "skipped", "whole run", "note"
+    );
+    let mut text = format!("\n{}\n", style.paint(Tone::Strong, &head));
+    for o in outcomes {
+        let failed = format!("{:>7}", o.failed);
+        let failed = if o.failed > 0 { style.paint(Tone::Bad, &failed) } else { failed };
+        text += &format!(
+            "{:<8} {:<28} {:>7} {:>7} {failed} {:>8} {:>13}  {}\n",
+            o.label,
+            o.release,
+            o.boot,
+            o.passed,
+            o.skipped,
+            seconds(o.took),
+            o.note
+        );
+    }
+    text
+}
+
+/// A folder that is removed again.
+struct Work(PathBuf);
+
+impl Work {
+    fn new(label: &str) -> Result<Self> {
+        let folder = env::temp_dir().join(format!("tacit-vm-{label}-{}", std::process::id()));
+        fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            eprintln!("cannot remove {}: {error}", self.0.display());
+        }
+    }
+}
+
+/// Is this machine able to emulate the guests? Debian's kernels are for its own architecture.
+pub(crate) fn is_possible() -> bool {
+    cfg!(target_arch = "x86_64") && command::succeeds(Command::new("apt-get").arg("--version"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_integration_tests_are_taken_from_cargos_messages() {
+        let message = |kind: &str| {
+            format!(
+                "{{\"reason\":\"compiler-artifact\",\"target\":{{\"kind\":[\"{kind}\"]}},\
+                 \"executable\":\"/t/release/deps/flows-0f3c\"}}"
+            )
+        };
+        let flows = ("flows".to_owned(), PathBuf::from("/t/release/deps/flows-0f3c"));
+        assert_eq!(suite(&message("test")), Some(flows));
+        assert_eq!(suite(&message("lib")), None);
+        assert_eq!(suite("{\"reason\":\"build-finished\",\"success\":true}"), None);
+    }
+
+    #[test]
+    fn a_filter_cannot_become_a_command() {
+        let payload = Payload { agent: PathBuf::new(), peer: PathBuf::new(), suites: vec![] };
+        assert!(script("6.1", &payload, Some("x; poweroff")).is_err());
+        assert!(script("6.1", &payload, Some("with_tacit::ipv4")).is_ok());
+    }
+
+    #[test]
+    fn an_unknown_kernel_is_refused_with_those_that_there_are() {
+        let error = choose(&["2.6".to_owned()]).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(error.contains("5.10, 6.1, 6.12, newest"), "{error}");
+    }
+}

@@ -1,0 +1,86 @@
+//! One boot of one kernel in QEMU, by emulation: no KVM is needed.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    path::Path,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+/// A machine to boot.
+pub(super) struct Machine<'a> {
+    pub(super) kernel: &'a Path,
+    pub(super) initramfs: &'a Path,
+    /// A folder for its second serial port.
+    pub(super) work: &'a Path,
+    /// It is killed when it runs longer.
+    pub(super) limit: Duration,
+}
+
+const MEMORY_MB: &str = "3072";
+const APPEND: &str = "console=ttyS0,115200 quiet loglevel=3 panic=-1 oops=panic nokaslr mitigations=off \
+                      tsc=reliable random.trust_cpu=on cryptomgr.notests";
+
+impl Machine<'_> {
+    fn command(&self) -> Command {
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args(["-accel", "tcg,thread=multi", "-M", "q35", "-cpu", "max", "-smp", "2", "-m", MEMORY_MB])
+            .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-nic", "none"])
+            .args(["-chardev", "stdio,id=c0,signal=off", "-serial", "chardev:c0", "-serial"])
+            .arg(format!("file:{}", self.work.join("exit").display()))
+            .arg("-kernel")
+            .arg(self.kernel)
+            .arg("-initrd")
+            .arg(self.initramfs)
+            .args(["-append", APPEND]);
+        qemu
+    }
+
+    /// Boots, hands every line of the console to `line`, and returns the exit code that the guest told.
+    ///
+    /// # Errors
+    /// When it cannot be started, told no code (a panic), or ran past its limit.
+    pub(super) fn run(&self, mut line: impl FnMut(&str)) -> Result<i32> {
+        let mut qemu =
+            self.command().stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("start QEMU")?;
+        let console = qemu.stdout.take().context("QEMU was given a pipe")?;
+        let (sender, lines) = std::sync::mpsc::channel();
+        let reader = std::thread::spawn(move || {
+            for text in BufReader::new(console).split(b'\n').map_while(Result::ok) {
+                // Nobody listens any more once the limit has passed.
+                let _ = sender.send(String::from_utf8_lossy(&text).trim_end().to_owned());
+            }
+        });
+        let deadline = Instant::now() + self.limit;
+        let in_time = loop {
+            match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(text) => line(&text),
+                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => break true,
+                Err(std::sync::mpsc::RecvTimeoutError::Timeout) => break false,
+            }
+        };
+        if !in_time {
+            qemu.kill().context("kill QEMU")?;
+        }
+        qemu.wait().context("wait for QEMU")?;
+        let _ = reader.join();
+        if !in_time {
+            bail!("the guest ran longer than {:?}", self.limit);
+        }
+        self.exit_code()
+    }
+
+    /// An interactive boot on the caller's terminal.
+    pub(super) fn shell(&self) -> Result<()> {
+        self.command().status().context("start QEMU").map(drop)
+    }
+
+    fn exit_code(&self) -> Result<i32> {
+        let told = fs::read_to_string(self.work.join("exit")).unwrap_or_default();
+        let code = told.lines().find_map(|l| l.strip_prefix("EXIT ")).and_then(|c| c.trim().parse().ok());
+        code.context("the guest ended without an exit code: it panicked or ran out of memory")
+    }
+}
