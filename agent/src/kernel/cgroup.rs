@@ -53,7 +53,17 @@ impl Cgroup {
         let mount = cgroup2_mounts(&mounts).next().ok_or_else(|| refuse("cgroup v2 is not mounted"))?;
         let below =
             Path::new(own).strip_prefix(&mount.root).unwrap_or(Path::new(own.trim_start_matches('/')));
-        Self::open(&mount.point.join(below))
+        let found = Self::open(&mount.point.join(below))?;
+        // In a cgroup namespace of its own a process is told another name for the place it is in.
+        let members =
+            fs::read_to_string(found.path.join("cgroup.procs")).map_err(|e| refuse(&e.to_string()))?;
+        let pid = std::process::id().to_string();
+        if !members.lines().any(|member| member == pid) {
+            return Err(refuse(
+                "this process is not in the cgroup it is told; run it in the node's cgroup namespace",
+            ));
+        }
+        Ok(found)
     }
 
     /// Its path, without symbolic links.

@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # Process 1 of the guest: mounts what a node has, runs /payload/run, and tells its exit code on the second serial port.
-export PATH=/payload:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=dumb
+export PATH=/payload:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp TERM=dumb
 mount -t devtmpfs dev /dev; mkdir -p /dev/pts /dev/shm
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t tmpfs run /run; mount -t tmpfs tmp /tmp
 mount -t devpts devpts /dev/pts; mount -t tmpfs shm /dev/shm

@@ -32,10 +32,9 @@ impl Initramfs {
     /// With busybox, the tools and the kernel's modules.
     pub(super) fn new(folder: &Path, kernel: &Unpacked) -> Result<Self> {
         let this = Self { folder: folder.join("root") };
-        for part in [
-            "bin", "sbin", "dev", "proc", "sys", "run", "tmp", "etc", "root", "usr/bin", "usr/sbin",
-            "payload",
-        ] {
+        for part in
+            ["bin", "sbin", "dev", "proc", "sys", "run", "tmp", "etc", "usr/bin", "usr/sbin", "payload"]
+        {
             fs::create_dir_all(this.folder.join(part))?;
         }
         this.shell()?;
@@ -45,7 +44,7 @@ impl Initramfs {
         }
         this.modules(kernel)?;
         this.text("payload/modules", &MODULES.join(" "))?;
-        this.text("etc/passwd", "root:x:0:0:root:/root:/bin/sh\n")?;
+        this.text("etc/passwd", "root:x:0:0:root:/tmp:/bin/sh\n")?;
         this.text("etc/group", "root:x:0:\n")?;
         this.text("init", INIT)?;
         fs::set_permissions(this.folder.join("init"), fs::Permissions::from_mode(0o755))?;
