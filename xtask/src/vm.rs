@@ -7,11 +7,11 @@
 mod initramfs;
 mod kernels;
 mod machine;
+mod pair;
 
 use std::{
     env, fs,
     path::{Path, PathBuf},
-    process::Command,
     time::{Duration, Instant},
 };
 
@@ -32,9 +32,6 @@ use machine::Machine;
 const SCALE: u32 = 20;
 /// A kernel's whole run; some six minutes on two quiet cores.
 const LIMIT: Duration = Duration::from_secs(25 * 60);
-/// Kernels that `cargo xtask test` boots: the oldest supported one that Debian has, and the newest.
-pub(crate) const IN_TEST: [&str; 2] = ["6.1", "newest"];
-
 const REFUSAL: &str = include_str!("vm/refusal.sh");
 
 /// What to boot.
@@ -48,6 +45,9 @@ pub(crate) struct Options {
     /// Run only tests whose name contains this
     #[arg(long, value_name = "NAME")]
     test: Option<String>,
+    /// Run only the test with two machines, of the first and the last kernel named
+    #[arg(long)]
+    two_nodes: bool,
     /// Go on with the next kernel after one has failed
     #[arg(long)]
     keep_going: bool,
@@ -80,7 +80,8 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     let chosen = choose(&options.kernels)?;
     let (payload, unpacked) = prepare(workspace, &chosen)?;
     let mut outcomes = Vec::new();
-    for (kernel, unpacked) in chosen.iter().zip(&unpacked) {
+    let alone = if options.two_nodes { 0 } else { chosen.len() };
+    for (kernel, unpacked) in chosen.iter().zip(&unpacked).take(alone) {
         let mut report = Report::default();
         let outcome = one(kernel, unpacked, &payload, options.test.as_deref(), &mut report)?;
         let failed = outcome.failed > 0;
@@ -89,20 +90,16 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
             break;
         }
     }
-    println!("{}", table(&outcomes, Style::of_stdout()));
-    let failed: u64 = outcomes.iter().map(|o| o.failed).sum();
-    ensure!(failed == 0 && outcomes.len() == chosen.len(), "{failed} failed");
-    Ok(())
-}
-
-/// The kernels of `cargo xtask test`, counted in its report.
-pub(crate) fn in_test(workspace: &Workspace, report: &mut Report) -> Result<()> {
-    let chosen = choose(&IN_TEST.map(str::to_owned))?;
-    let (payload, unpacked) = prepare(workspace, &chosen)?;
-    for (kernel, unpacked) in chosen.iter().zip(&unpacked) {
-        let outcome = one(kernel, unpacked, &payload, None, report)?;
-        ensure!(outcome.failed == 0, "{} failed on {}", outcome.failed, outcome.release);
+    let mut two = Report::default();
+    let supported: Vec<_> =
+        chosen.iter().zip(&unpacked).filter(|(k, _)| k.expected == Expected::Supported).collect();
+    if let ([(first, a), .., (last, b)], None) = (supported.as_slice(), &options.test) {
+        pair::run([(first, a), (last, b)], &payload, &mut two)?;
     }
+    println!("{}", table(&outcomes, Style::of_stdout()));
+    print!("{}", two.table(Style::of_stdout()));
+    let failed = outcomes.iter().map(|o| o.failed).sum::<u64>() + two.totals().1;
+    ensure!(failed == 0 && outcomes.len() == alone, "{failed} failed");
     Ok(())
 }
 
@@ -164,8 +161,13 @@ fn one(
     let image = image(kernel, unpacked, payload, filter, &work.0)?;
     let (mut boot, before) = ("?".to_owned(), report.totals());
     report.begin();
-    let guest =
-        Machine { kernel: &unpacked.folder.join("vmlinuz"), initramfs: &image, work: &work.0, limit: LIMIT };
+    let guest = Machine {
+        kernel: &unpacked.folder.join("vmlinuz"),
+        initramfs: &image,
+        work: &work.0,
+        limit: LIMIT,
+        wire: None,
+    };
     let ended = guest.run(|line| {
         println!("{:>6} | {line}", kernel.label);
         report.line(line);
@@ -240,8 +242,14 @@ fn shell(workspace: &Workspace, label: &str) -> Result<()> {
     root.text("payload/shell", "")?;
     let image = work.0.join("initramfs");
     root.pack(&image)?;
-    Machine { kernel: &unpacked.folder.join("vmlinuz"), initramfs: &image, work: &work.0, limit: LIMIT }
-        .shell()
+    Machine {
+        kernel: &unpacked.folder.join("vmlinuz"),
+        initramfs: &image,
+        work: &work.0,
+        limit: LIMIT,
+        wire: None,
+    }
+    .shell()
 }
 
 fn table(outcomes: &[Outcome], style: Style) -> String {
@@ -284,11 +292,6 @@ impl Drop for Work {
             eprintln!("cannot remove {}: {error}", self.0.display());
         }
     }
-}
-
-/// Is this machine able to emulate the guests? Debian's kernels are for its own architecture.
-pub(crate) fn is_possible() -> bool {
-    cfg!(target_arch = "x86_64") && command::succeeds(Command::new("apt-get").arg("--version"))
 }
 
 #[cfg(test)]

@@ -102,7 +102,7 @@ impl Report {
     }
 
     /// A line for each suite that had something to run, then what failed and what to know.
-    pub(super) fn table(&self, style: Style) -> String {
+    pub(crate) fn table(&self, style: Style) -> String {
         let shown: Vec<&Suite> = self.suites.iter().filter(|suite| suite.count() > 0).collect();
         let width =
             shown.iter().map(|suite| suite.name.chars().count()).max().unwrap_or(0).max("suite".len());

@@ -14,6 +14,6 @@ stty -F /dev/ttyS0 -onlcr -echo 2>/dev/null
 cd /payload; ulimit -l unlimited; ulimit -n 65536
 echo "vm: booted $(uname -r) in $(cut -d' ' -f1 /proc/uptime) s"
 if [ -e /payload/shell ]; then setsid cttyhack sh </dev/console >/dev/console 2>&1; else
-setsid sh -c 'exec sh /payload/run' </dev/null; fi
+setsid /bin/sh /payload/run </dev/null; fi
 echo "EXIT $?" > /dev/ttyS1
 sync; poweroff -f

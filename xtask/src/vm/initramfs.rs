@@ -14,8 +14,8 @@ use anyhow::{Context as _, Result, ensure};
 use super::kernels::Unpacked;
 use crate::command::{find_program, run, stdout};
 
-/// Modules that nodes and pods of namespaces need where they are not built in.
-const MODULES: [&str; 2] = ["veth", "tls"];
+/// Modules that nodes, pods and the wire between two machines need where they are not built in.
+const MODULES: [&str; 4] = ["veth", "tls", "virtio_pci", "virtio_net"];
 /// What tests and harness call, under the names they call it.
 const TOOLS: [&str; 14] = [
     "ip", "nsenter", "tcpdump", "mount", "umount", "stat", "find", "rm", "rmdir", "sleep", "flock", "cat",

@@ -136,7 +136,8 @@ impl Apt {
         fs::create_dir_all(&root)?;
         let shown = stdout(self.command("apt-cache").args(["show", image])).context("apt-cache show")?;
         let parts = dependencies(&shown).into_iter().filter(|name| {
-            let is_part = name.starts_with("linux-binary-") || name.starts_with("linux-modules-");
+            let is_part =
+                ["linux-binary-", "linux-modules-", "linux-base-"].iter().any(|p| name.starts_with(p));
             is_part && stdout(self.command("apt-cache").args(["show", name])).is_some_and(|s| !s.is_empty())
         });
         run(self.command("apt-get").args(["-qq", "download", image]).args(parts).current_dir(&debs))?;

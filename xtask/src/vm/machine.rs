@@ -18,6 +18,19 @@ pub(super) struct Machine<'a> {
     pub(super) work: &'a Path,
     /// It is killed when it runs longer.
     pub(super) limit: Duration,
+    /// Its network, if it has any.
+    pub(super) wire: Option<Wire<'a>>,
+}
+
+/// One end of a wire between two machines.
+#[derive(Clone, Copy)]
+pub(super) struct Wire<'a> {
+    /// This end's socket.
+    pub(super) local: &'a Path,
+    /// The other end's.
+    pub(super) remote: &'a Path,
+    /// 1 or 2: makes its hardware address.
+    pub(super) number: usize,
 }
 
 const MEMORY_MB: &str = "3072";
@@ -28,7 +41,7 @@ impl Machine<'_> {
     fn command(&self) -> Command {
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-accel", "tcg,thread=multi", "-M", "q35", "-cpu", "max", "-smp", "2", "-m", MEMORY_MB])
-            .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-nic", "none"])
+            .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
             .args(["-chardev", "stdio,id=c0,signal=off", "-serial", "chardev:c0", "-serial"])
             .arg(format!("file:{}", self.work.join("exit").display()))
             .arg("-kernel")
@@ -36,6 +49,14 @@ impl Machine<'_> {
             .arg("-initrd")
             .arg(self.initramfs)
             .args(["-append", APPEND]);
+        let Some(Wire { local, remote, number }) = self.wire else {
+            qemu.args(["-nic", "none"]);
+            return qemu;
+        };
+        let ends = [("local", local), ("remote", remote)]
+            .map(|(end, path)| format!("{end}.type=unix,{end}.path={}", path.display()));
+        qemu.args(["-netdev", &format!("dgram,id=n0,{}", ends.join(","))]);
+        qemu.args(["-device", &format!("virtio-net-pci,netdev=n0,romfile=,mac=52:54:00:00:00:0{number}")]);
         qemu
     }
 
