@@ -24,7 +24,7 @@ use crate::{
     privilege::{as_root, is_root},
     progress::{Progress, Style, Tone},
     setup::{self, Programs},
-    tidy,
+    tidy, vm,
     workspace::Workspace,
 };
 use report::Report;
@@ -40,7 +40,7 @@ const AGENT: &str = "tacit";
 pub(crate) struct Options {
     /// Run only tests whose name contains one of these
     filters: Vec<String>,
-    /// Leave out rules, format and lints
+    /// Leave out rules, format, lints and other kernels
     #[arg(long)]
     quick: bool,
     /// Leave out what needs root; those tests are reported as skipped
@@ -57,7 +57,7 @@ enum Privileged {
 
 /// Runs everything; no success when anything failed or nothing ran. The count is the last line that is printed.
 pub(crate) fn run(workspace: &Workspace, options: &Options, commands: &[String]) -> ExitCode {
-    let steps = if options.quick { 6 } else { 10 };
+    let steps = if options.quick { 6 } else { 11 };
     let mut session =
         Session { workspace, options, progress: Progress::new(steps), report: Report::default() };
     session.all(commands);
@@ -100,6 +100,7 @@ impl Session<'_> {
         self.unit_tests();
         self.agent_tests(&privileged);
         self.privileged_tests(&programs, &privileged);
+        self.other_kernels();
         Some(())
     }
 
@@ -163,6 +164,25 @@ impl Session<'_> {
                     &["--include-ignored", "--test-threads=1"],
                 );
             }
+        }
+    }
+
+    /// The tests of whole nodes once more, in virtual machines; root is not needed for them.
+    fn other_kernels(&mut self) {
+        if self.options.quick || !self.options.filters.is_empty() {
+            return self
+                .report
+                .note(format!("not run on kernels {}: see `cargo xtask vm`", vm::IN_TEST.join(", ")));
+        }
+        if !vm::is_possible() {
+            return self.report.note("not run on other kernels: that needs Debian on x86_64".to_owned());
+        }
+        let (workspace, report) = (self.workspace, &mut self.report);
+        let name = format!("tests of whole nodes on kernels {}", vm::IN_TEST.join(", "));
+        let outcome = self.progress.step(&name, || vm::in_test(workspace, report));
+        if let Err(error) = outcome {
+            eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
+            self.report.failed_check(&name);
         }
     }
 

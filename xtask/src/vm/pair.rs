@@ -2,22 +2,33 @@
 //!
 //! The wire is a pair of Unix datagram sockets, so nothing of the host's network is touched.
 
-use std::path::Path;
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use super::{
-    LIMIT, Payload, Work,
+    Payload, Work,
     initramfs::Initramfs,
     kernels::{Kernel, Unpacked},
     machine::{Machine, Wire},
+    outcome::Outcome,
 };
 use crate::test::report::Report;
 
+/// Both machines; some 30 s on two quiet cores.
+const LIMIT: Duration = Duration::from_secs(6 * 60);
 const SCRIPT: &str = include_str!("pair.sh");
 
 /// Boots both and reports the one test; node 1 has the first kernel.
-pub(super) fn run(kernels: [(&Kernel, &Unpacked); 2], payload: &Payload, report: &mut Report) -> Result<()> {
+pub(super) fn run(
+    kernels: [(&Kernel, &Unpacked); 2],
+    payload: &Payload,
+    report: &mut Report,
+) -> Result<Outcome> {
+    let (begin, before) = (Instant::now(), report.totals());
     let label = format!("{}+{}", kernels[0].0.label, kernels[1].0.label);
     let works = [Work::new(&format!("{label}-1"))?, Work::new(&format!("{label}-2"))?];
     let ends = [works[0].0.join("wire"), works[1].0.join("wire")];
@@ -43,7 +54,10 @@ pub(super) fn run(kernels: [(&Kernel, &Unpacked); 2], payload: &Payload, report:
     });
     let ended = results.into_iter().try_fold(true, |all, code| anyhow::Ok(all & (code?? == 0)));
     report.end(&format!("two machines {label}"), matches!(ended, Ok(true)));
-    ended.map(drop).context("two machines on one wire")
+    let note = ended.as_ref().err().map_or_else(|| "two machines".to_owned(), |error| format!("{error:#}"));
+    let release = format!("{} + {}", kernels[0].1.release, kernels[1].1.release);
+    let counted = Outcome::counted(before, report.totals());
+    Ok(Outcome { label, release, boot: "-".to_owned(), note, took: begin.elapsed(), ..counted })
 }
 
 fn node(

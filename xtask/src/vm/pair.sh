@@ -1,6 +1,7 @@
 # One of two nodes that are machines of their own, on one wire (eth0). Node 1 tests, node 2 serves.
 N=@NUMBER@ O=@OTHER@ MARKER=tacit-pair-marker-7d31
-fail() { echo "pair: $1"; cat /tmp/agent.log /tmp/*.pcap.log 2>/dev/null; echo 'test two_machines_talk_through_both_agents ... FAILED'
+release() { for port in 9001 9002; do nc -w 1 10.76.0.$O $port </dev/null; done; } # node 2 waits at no door any more
+fail() { [ $N = 2 ] || release; echo "pair: $1"; cat /tmp/agent.log /tmp/*.pcap.log 2>/dev/null; echo 'test two_machines_talk_through_both_agents ... FAILED'
     echo 'test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s'; exit 1; }
 # Tries a command until it succeeds, 90 s at most.
 await() { what=$1; shift; end=$(($(date +%s) + 90))
