@@ -21,7 +21,7 @@ use crate::{
     datapath::{DataPath, Parts, accept_loop},
     directory::Directory,
     drain::{Drain, Drained},
-    enrol::{Enroller, Pod, Serve, Table},
+    enrol::{Enroller, Pod, Serve, Table, kernel_mode},
     identity::{
         issuer::{EmbeddedIssuer, Issuer},
         manager::Identities,
@@ -46,6 +46,9 @@ use report::Report;
 
 /// How often the node's own addresses are read again and idle sessions are thrown out.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
+
+/// Heartbeats within the time after which the kernel takes the agent for dead: a few may be late or lost.
+const BEATS_WITHIN_TIMEOUT: u32 = 6;
 
 /// Why the agent did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -120,7 +123,9 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
         .map_err(|source| AppError::Metrics { address: config.metrics, source })?;
     let kernel = Arc::new(Kernel::open(&config.pin_path, &pods_cgroup, &verifier_log)?);
     kernel.maps.set_mesh(&config.mesh_ranges)?;
+    kernel.maps.set_clear(&config.allow_clear)?;
     refresh_node(&kernel)?;
+    beat(&kernel, config.heartbeat_timeout, &policies)?;
 
     let path = Arc::new(DataPath::new(Parts {
         trust_domain: config.trust_domain.clone(),
@@ -139,6 +144,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
         tokio::spawn(serve_admin(report.clone(), operator, metrics, path.telemetry.clone(), doors.clone()));
     let enrolment = tokio::spawn(enroller(&config, &path, pods_cgroup, &report).run(path.drain.stop.clone()));
     let keeper = tokio::spawn(housekeeping(path.clone()));
+    let heart = tokio::spawn(heartbeat(path.clone(), config.heartbeat_timeout));
     let watched = path.kernel.clone();
     let listener = tokio::spawn(async move { events::forward(&watched).await });
     tracing::info!(node = %config.node, trust_domain = %config.trust_domain, descriptors, "agent runs");
@@ -154,6 +160,12 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
     doors.cancel();
     keeper.abort();
     listener.abort();
+    heart.abort();
+    // Awaited, so that no beat follows the last word.
+    let _ = heart.await;
+    if let Err(error) = path.kernel.maps.stop_beating() {
+        tracing::error!(%error, "the kernel takes this agent for alive until its heartbeat is stale");
+    }
     // Both end by their tokens; an error of theirs was logged, and the agent ends anyway.
     let _ = tokio::join!(admin, enrolment);
     remove_socket(&config.socket);
@@ -182,6 +194,8 @@ fn enroller(config: &Config, path: &Arc<DataPath>, pods_cgroup: Cgroup, report: 
         kernel: path.kernel.clone(),
         host: path.host.clone(),
         node: config.node.clone(),
+        mesh_ranges: config.mesh_ranges.clone(),
+        telemetry: path.telemetry.clone(),
         pods_cgroup,
         directory: path.directory.clone(),
         policies: path.policies.clone(),
@@ -220,6 +234,31 @@ async fn serve_admin(
         admin::serve_metrics(metrics, source.clone(), telemetry, stop.cancelled()),
         admin::serve_operator(operator, source, stop.cancelled()),
     );
+}
+
+/// Tells the kernel that this agent lives, for as long as its tasks are run: an agent that is stuck is as good as dead.
+/// Pins that were deleted are made again, or the agent's end would take the programs with it.
+async fn heartbeat(path: Arc<DataPath>, timeout: Duration) {
+    let mut tick = interval(timeout / BEATS_WITHIN_TIMEOUT);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        if let Err(error) = beat(&path.kernel, timeout, &path.policies) {
+            tracing::error!(%error, "no heartbeat: the kernel decides by mode alone");
+        }
+        let restored = path.kernel.programs().restore_pins();
+        match restored {
+            Ok(0) => {}
+            Ok(pins) => tracing::warn!(pins, "pins were deleted under this agent, and are made again"),
+            Err(error) => {
+                tracing::error!(%error, "deleted pins cannot be made again: this agent's end would leave its pods uncovered")
+            }
+        }
+    }
+}
+
+fn beat(kernel: &Kernel, timeout: Duration, policies: &Watched<Policies>) -> Result<(), KernelError> {
+    kernel.maps.beat(timeout, kernel_mode(policies.current().mesh_default()))
 }
 
 /// Keeps the node's addresses true, and sessions from staying beyond their time.

@@ -16,16 +16,19 @@ use ipnet::IpNet;
 
 use crate::{
     identity::TrustDomain,
+    kernel::ClearDestination,
     yaml::{self, Fields, LoadError, Mistakes, Value},
 };
 
+mod clear;
 mod duration;
 mod range;
 
+use clear::clear_destination;
 use duration::duration;
 use range::mesh_range;
 
-const FIELDS: [&str; 12] = [
+const FIELDS: [&str; 14] = [
     "trustDomain",
     "node",
     "podsCgroup",
@@ -38,6 +41,8 @@ const FIELDS: [&str; 12] = [
     "socket",
     "metrics",
     "drainTimeout",
+    "heartbeatTimeout",
+    "allowClear",
 ];
 const EMBEDDED_FIELDS: [&str; 2] = ["directory", "leafLifetime"];
 
@@ -49,6 +54,11 @@ const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4A
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longer than ten minutes and a node's shutdown is held up more than any flow is worth.
 const DRAIN_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(600);
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(3);
+/// Below a second a busy node would look dead; a minute is the most that strict pods should wait for a refusal.
+const HEARTBEAT_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(60);
+/// Most destinations that may be reached in clear: each takes an entry in a kernel map of fixed size.
+const ALLOW_CLEAR_MAX: usize = 256;
 const LEAF_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 /// Below ten seconds renewal at half life could not be tried twice; leaves cannot be revoked, so a month is
 /// the most.
@@ -86,6 +96,10 @@ pub struct Config {
     pub metrics: SocketAddr,
     /// Time that live flows get to end at shutdown, 0 s to 10 min.
     pub drain_timeout: Duration,
+    /// Silence of the agent from which on the kernel decides by mode alone, 1 s to 1 min.
+    pub heartbeat_timeout: Duration,
+    /// Destinations that strict pods may reach in clear, at most 256; each use is counted.
+    pub allow_clear: Vec<ClearDestination>,
 }
 
 /// Who signs certificates.
@@ -142,6 +156,9 @@ impl Config {
         let socket = or(f, "socket", SOCKET.into(), |v| socket_path(v, folder));
         let metrics = or(f, "metrics", METRICS, metrics_address);
         let drain_timeout = or(f, "drainTimeout", DRAIN_TIMEOUT, |v| within(v, DRAIN_TIMEOUT_RANGE));
+        let heartbeat_timeout =
+            or(f, "heartbeatTimeout", HEARTBEAT_TIMEOUT, |v| within(v, HEARTBEAT_TIMEOUT_RANGE));
+        let allow_clear = or(f, "allowClear", Vec::new(), allow_clear);
         Some(Self {
             trust_domain: trust_domain?,
             node: node?,
@@ -155,6 +172,8 @@ impl Config {
             socket: socket?,
             metrics: metrics?,
             drain_timeout: drain_timeout?,
+            heartbeat_timeout: heartbeat_timeout?,
+            allow_clear: allow_clear?,
         })
     }
 }
@@ -179,6 +198,15 @@ fn mesh_ranges(value: &Value<'_>) -> Option<Vec<IpNet>> {
     // Not collected to an `Option`: that would stop at the first mistake.
     let ranges: Vec<_> = items.iter().map(|item| item.parse(mesh_range)).collect();
     ranges.into_iter().collect()
+}
+
+fn allow_clear(value: &Value<'_>) -> Option<Vec<ClearDestination>> {
+    let items = value.items()?;
+    if items.len() > ALLOW_CLEAR_MAX {
+        value.refuse(format_args!("{} destinations: write at most {ALLOW_CLEAR_MAX}", items.len()));
+    }
+    let destinations: Vec<_> = items.iter().map(|item| item.parse(clear_destination)).collect();
+    destinations.into_iter().collect()
 }
 
 /// `{file: <path>}`, the one kind of source there is.

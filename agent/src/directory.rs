@@ -38,6 +38,28 @@ pub struct Workload {
     pub cgroup: PathBuf,
     /// How it is reached.
     pub protocol: Protocol,
+    /// What it may send in clear into the mesh; `None` follows its mode.
+    pub egress: Option<Egress>,
+    /// Whether its UDP may pass in clear; `None` follows mode and egress.
+    pub udp: Option<Udp>,
+}
+
+/// What a workload may send in clear into the mesh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Egress {
+    /// What is not tunnelled passes, and is counted.
+    Open,
+    /// Nothing.
+    Strict,
+}
+
+/// Whether a workload's UDP may pass in clear.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Udp {
+    /// It passes, and is counted.
+    Allow,
+    /// It is dropped.
+    Deny,
 }
 
 impl Workload {

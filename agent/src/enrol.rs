@@ -2,16 +2,16 @@
 //! kernel told, in an order that never leaves an enrolled pod uncovered.
 //!
 //! ```text
-//! cgroup exists ──> PODS entry (mesh connections fail: nobody listens yet)
-//!   └ process with the pod's addresses ──> certificate ──> listeners ──> modes ──> steering ──> PODS entry with the
-//!                                                                       pod's namespace: connections are captured
+//! cgroup exists ──> PODS entry (mesh connections fail: nobody listens yet; the guard holds)
+//!   └ process with the pod's addresses ──> certificate ──> listeners ──> modes ──> steering ──> guard on its links ──>
+//!       PODS entry with the pod's namespace: connections are captured ──> those from before are reset
 //! processes gone ──> listeners closed, entry stays (mesh connections fail)
 //! cgroup gone    ──> everything removed
 //! ```
 //! Pods are found by cgroup, as the directory names it; events come from inotify, with a slow rescan behind it.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     io,
     net::IpAddr,
     path::PathBuf,
@@ -20,6 +20,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use ipnet::IpNet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -27,17 +28,21 @@ use crate::{
     directory::{Directory, Protocol, Workload},
     identity::manager::Identities,
     kernel::{
-        Kernel, PodEntry,
+        GuardedLink, InClear, Kernel,
         cgroup::{self, Cgroup},
         netns::{HostNetns, Netns},
         socket::Listeners,
     },
-    policy::{Mode, Modes, Policies},
+    policy::{Modes, Policies},
     reload::Watched,
+    telemetry::Telemetry,
 };
 
+mod cover;
 mod events;
 
+use cover::entry;
+pub use cover::{in_clear, kernel_mode};
 use events::CgroupEvents;
 
 /// Rescan without any event: covers what inotify can miss (an overflow, a cgroup made before its watch).
@@ -56,12 +61,20 @@ pub struct Pod {
     pub netns: Netns,
     /// What inbound plaintext meets.
     pub modes: ArcSwap<Modes>,
+    /// Links of it whose host ends are guarded.
+    pub links: Vec<GuardedLink>,
     /// Cancelled when the pod is no longer enrolled.
     pub closed: CancellationToken,
     slot: u32,
 }
 
 impl Pod {
+    /// Does it send nothing in clear into the mesh?
+    #[must_use]
+    pub fn is_strict(&self) -> bool {
+        matches!(in_clear(&self.workload, &self.modes.load()), InClear::Nothing | InClear::Udp)
+    }
+
     /// Its address of the same family as `other`.
     #[must_use]
     pub fn address_like(&self, other: IpAddr) -> Option<IpAddr> {
@@ -107,6 +120,10 @@ pub struct Enroller {
     pub host: Arc<HostNetns>,
     /// This node's name in the directory.
     pub node: Arc<str>,
+    /// Ranges of the mesh.
+    pub mesh_ranges: Vec<IpNet>,
+    /// Counts connections from before enrolment that were reset.
+    pub telemetry: Telemetry,
     /// The cgroup that holds all pods.
     pub pods_cgroup: Cgroup,
     /// Who is where.
@@ -216,6 +233,8 @@ impl Enroller {
             // behind them, and the next enrolment replaces them.
             if !(still_wanted && same_cgroup) {
                 self.kernel.programs().unsteer(pod.cgroup);
+                self.kernel.programs().unguard_links(pod.cgroup, &pod.links);
+                self.kernel.maps.remove_links(pod.cgroup);
                 self.kernel.maps.remove_modes(pod.slot);
                 self.kernel.maps.remove_pod(pod.cgroup);
                 state.known.remove(&pod.cgroup);
@@ -237,42 +256,31 @@ impl Enroller {
         if !POD_LEVELS.contains(&below) {
             return Err(NotYet::Depth(below));
         }
-        let slot = self.cover(state, cgroup.id(), workload)?;
+        let modes = self.policies.current().modes(workload);
+        let slot = self.cover(state, cgroup.id(), workload, &modes)?;
         let netns = self.find_netns(&path, workload)?;
         let identity = &workload.identity;
         self.identities.require(identity).await.map_err(|e| NotYet::NoCertificate(e.to_string()))?;
         let listeners = Listeners::open(&netns, &self.host).map_err(|e| NotYet::Kernel(e.to_string()))?;
-        let modes = self.policies.current().modes(workload);
-        let entry = PodEntry {
-            cgroup: cgroup.id(),
-            netns_cookie: netns.cookie(),
-            addresses: workload.addresses.clone(),
-            slot,
-        };
-        self.tell_kernel(&entry, &netns, &listeners, &modes).map_err(|e| NotYet::Kernel(e.to_string()))?;
+        let was_enrolled_here = self.kernel.maps.enrolled_in(cgroup.id()) == Some(netns.cookie());
+        let entry = entry(workload, cgroup.id(), slot, netns.cookie(), &modes);
+        let links = self
+            .tell_kernel(&entry, &netns, &listeners, &modes)
+            .map_err(|e| NotYet::Kernel(e.to_string()))?;
+        if !was_enrolled_here {
+            self.reset_clear(&netns, workload);
+        }
         let pod = Arc::new(Pod {
             workload: workload.clone(),
             cgroup: cgroup.id(),
             netns,
             modes: ArcSwap::from_pointee(modes),
+            links,
             closed: CancellationToken::new(),
             slot,
         });
         (self.serve)(pod.clone(), listeners);
         Ok(pod)
-    }
-
-    /// Makes sure that the kernel knows the pod, so that it sends nothing past the agent from here on. An entry of an
-    /// earlier agent stays as it is: its connections are captured, and refused until this agent listens.
-    fn cover(&self, state: &mut State, cgroup: u64, workload: &Workload) -> Result<u32, NotYet> {
-        if let Some(slot) = state.known.get(&cgroup) {
-            return Ok(*slot);
-        }
-        let slot = state.free_slot();
-        let entry = PodEntry { cgroup, netns_cookie: 0, addresses: workload.addresses.clone(), slot };
-        self.kernel.maps.set_pod(&entry).map_err(|e| NotYet::Kernel(e.to_string()))?;
-        state.known.insert(cgroup, slot);
-        Ok(slot)
     }
 
     /// The namespace of the first process that has all the pod's addresses: a namespace nested in a pod has not.
@@ -294,73 +302,6 @@ impl Enroller {
         }
         let addresses: Vec<String> = workload.addresses.iter().map(ToString::to_string).collect();
         Err(NotYet::NoAddress(addresses.join(" and ")))
-    }
-
-    fn tell_kernel(
-        &self,
-        entry: &PodEntry,
-        netns: &Netns,
-        listeners: &Listeners,
-        modes: &Modes,
-    ) -> Result<(), crate::kernel::KernelError> {
-        let maps = &self.kernel.maps;
-        maps.set_modes(entry.slot, &entry.addresses, kernel_mode(modes.default), &kernel_ports(modes))?;
-        listeners.publish(maps, entry.slot)?;
-        self.kernel.programs().steer(entry.cgroup, netns)?;
-        maps.set_pod(entry)
-    }
-
-    fn apply_modes(&self, state: &State, wanted: &[Arc<Workload>]) {
-        let policies = self.policies.current();
-        for pod in state.current.values() {
-            // Labels may have changed since the pod was enrolled.
-            let entry = wanted.iter().find(|w| w.cgroup == pod.workload.cgroup).unwrap_or(&pod.workload);
-            let modes = policies.modes(entry);
-            if modes == **pod.modes.load() {
-                continue;
-            }
-            let set = self.kernel.maps.set_modes(
-                pod.slot,
-                &pod.workload.addresses,
-                kernel_mode(modes.default),
-                &kernel_ports(&modes),
-            );
-            match set {
-                Ok(()) => {
-                    tracing::info!(pod = %pod.workload.name, mode = ?modes.default, "mode changed");
-                    pod.modes.store(Arc::new(modes));
-                }
-                Err(error) => {
-                    tracing::error!(pod = %pod.workload.name, %error, "mode not applied; trying again")
-                }
-            }
-        }
-    }
-
-    /// After a restart: what an earlier agent left for pods that are no longer of this node.
-    fn remove_leftovers(&self, state: &mut State) {
-        let live: HashSet<u64> = state.current.values().map(|p| p.cgroup).collect();
-        let gone: Vec<u64> =
-            state.known.keys().copied().filter(|id| !live.contains(id) && !self.is_waiting(*id)).collect();
-        for cgroup in gone {
-            if let Some(slot) = state.known.remove(&cgroup) {
-                self.kernel.maps.remove_modes(slot);
-            }
-            self.kernel.maps.remove_pod(cgroup);
-        }
-        for cgroup in self.kernel.programs().steered().unwrap_or_default() {
-            if !live.contains(&cgroup) {
-                self.kernel.programs().unsteer(cgroup);
-            }
-        }
-    }
-
-    fn is_waiting(&self, cgroup: u64) -> bool {
-        let directory = self.directory.current();
-        directory.on_node(&self.node).any(|w| {
-            let path = self.pods_cgroup.path().join(&w.cgroup);
-            w.protocol == Protocol::Tacit && Cgroup::open(&path).is_ok_and(|c| c.id() == cgroup)
-        })
     }
 
     /// Identities of no pod of this node are not renewed any more.
@@ -388,7 +329,10 @@ impl Enroller {
 
 /// Is it the same pod to the data path? Name and labels may change under a running pod, these may not.
 fn is_same(a: &Workload, b: &Workload) -> bool {
-    a.cgroup == b.cgroup && a.identity == b.identity && a.addresses == b.addresses
+    a.cgroup == b.cgroup
+        && a.identity == b.identity
+        && a.addresses == b.addresses
+        && (a.egress, a.udp) == (b.egress, b.udp)
 }
 
 struct State {
@@ -404,18 +348,6 @@ impl State {
         let used: HashSet<u32> = self.known.values().copied().collect();
         (0_u32..).find(|slot| !used.contains(slot)).unwrap_or(u32::MAX)
     }
-}
-
-fn kernel_mode(mode: Mode) -> tacit_abi::Mode {
-    match mode {
-        Mode::Disable => tacit_abi::Mode::Disable,
-        Mode::Permissive => tacit_abi::Mode::Permissive,
-        Mode::Strict => tacit_abi::Mode::Strict,
-    }
-}
-
-fn kernel_ports(modes: &Modes) -> BTreeMap<u16, tacit_abi::Mode> {
-    modes.ports.iter().map(|(port, mode)| (*port, kernel_mode(*mode))).collect()
 }
 
 /// Waits until `directory` knows `address`, at most `limit`.

@@ -6,6 +6,8 @@
 //! | file | what |
 //! |---|---|
 //! | `cgroup` | where cgroup v2 is mounted, a cgroup's id, depth and processes |
+//! | `existing` | connections from before enrolment |
+//! | `netlink` | interfaces and connections of a namespace |
 //! | `netns` | open, enter and name network namespaces |
 //! | `link` | the bpf(2) link commands that aya keeps private |
 //! | `probe` | what the running kernel can do, by trying |
@@ -19,8 +21,10 @@
 
 pub mod cgroup;
 pub mod events;
+pub mod existing;
 mod link;
 mod maps;
+mod netlink;
 pub mod netns;
 pub mod node;
 #[cfg(test)]
@@ -37,9 +41,9 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-pub use maps::{KernelCounter, Maps, PodEntry};
+pub use maps::{ClearDestination, Drops, InClear, KernelCounter, Maps, PodEntry};
 pub use pins::uninstall;
-pub use programs::{ProgramState, Programs};
+pub use programs::{GuardedLink, ProgramState, Programs};
 pub use verifier::VerifierLog;
 
 /// Something the kernel would not do.
@@ -143,6 +147,8 @@ pub struct Kernel {
     programs: Mutex<Programs>,
     /// Typed maps.
     pub maps: Maps,
+    /// Id of the cgroup that this agent's sockets belong to.
+    pub cgroup: u64,
 }
 
 impl Kernel {
@@ -157,7 +163,9 @@ impl Kernel {
     ) -> Result<Self, KernelError> {
         let mut programs = Programs::load(pin_path, pods_cgroup, log)?;
         let maps = Maps::take(&mut programs)?;
-        Ok(Self { programs: Mutex::new(programs), maps })
+        let cgroup = cgroup::Cgroup::of_self()?.id();
+        maps.set_agent(cgroup)?;
+        Ok(Self { programs: Mutex::new(programs), maps, cgroup })
     }
 
     /// Programs and their links. Held for a few system calls, never across an await.

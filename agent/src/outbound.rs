@@ -112,7 +112,7 @@ async fn find_route(path: &DataPath, pod: &Pod, destination: SocketAddr) -> Rout
         destination: workload.as_deref(),
         on_this_node: path.table.load().at(destination.ip()).is_some(),
         destination_mode: modes.map_or(policy::Mode::Strict, |m| m.at(destination.port())),
-        source_mode: pod.modes.load().default,
+        source_is_strict: pod.is_strict(),
     })
 }
 

@@ -102,10 +102,16 @@ impl Policies {
         peer_authentication::parse(text, file, root_namespace)
     }
 
+    /// The mode of the mesh: what holds where nothing narrower does.
+    #[must_use]
+    pub fn mesh_default(&self) -> Mode {
+        self.mesh.or(Mode::Permissive)
+    }
+
     /// The modes that hold for a workload.
     #[must_use]
     pub fn modes(&self, workload: &Workload) -> Modes {
-        let mesh = self.mesh.or(Mode::Permissive);
+        let mesh = self.mesh_default();
         let namespace = self.namespaces.get(&workload.namespace).map_or(mesh, |setting| setting.or(mesh));
         let selecting = self.selecting.get(&workload.namespace);
         match selecting.and_then(|list| list.iter().find(|policy| policy.selects(workload))) {

@@ -19,8 +19,8 @@ pub struct Facts<'a> {
     pub on_this_node: bool,
     /// The destination's mode at that port.
     pub destination_mode: Mode,
-    /// The source pod's own mode; under STRICT it sends nothing in clear into the mesh.
-    pub source_mode: Mode,
+    /// Whether the source pod sends nothing in clear into the mesh.
+    pub source_is_strict: bool,
 }
 
 /// Where it goes.
@@ -42,15 +42,13 @@ pub fn decide(facts: &Facts<'_>) -> Route {
     if [tcp_port::CAPTURE, tcp_port::PLAINTEXT, tcp_port::TUNNEL].contains(&facts.port) {
         return Route::Refuse("reserved_port");
     }
-    let clear = |allowed: &'static str, refused: &'static str| match facts.source_mode {
-        Mode::Strict => Route::Refuse(refused),
-        Mode::Permissive | Mode::Disable => Route::Clear(allowed),
-    };
+    let clear =
+        |why: &'static str| if facts.source_is_strict { Route::Refuse(why) } else { Route::Clear(why) };
     let Some(destination) = facts.destination else {
-        return clear("destination_unknown", "destination_unknown");
+        return clear("destination_unknown");
     };
     match destination.protocol {
-        Protocol::None => clear("destination_not_enrolled", "destination_not_enrolled"),
+        Protocol::None => clear("destination_not_enrolled"),
         Protocol::Tacit if facts.on_this_node => Route::SameNode,
         // The operator said in so many words that this port is not to be encrypted.
         Protocol::Tacit if facts.destination_mode == Mode::Disable => {
@@ -78,6 +76,8 @@ mod tests {
             labels: BTreeMap::new(),
             cgroup: PathBuf::from("shop_web"),
             protocol,
+            egress: None,
+            udp: None,
         }
     }
 
@@ -100,7 +100,8 @@ mod tests {
             (Some(&meshed), false, Disable, Strict, Route::Clear("destination_mode_disable")),
         ];
         for (destination, on_this_node, destination_mode, source_mode, expected) in table {
-            let facts = Facts { port: 80, destination, on_this_node, destination_mode, source_mode };
+            let source_is_strict = source_mode == Strict;
+            let facts = Facts { port: 80, destination, on_this_node, destination_mode, source_is_strict };
             assert_eq!(decide(&facts), expected, "{facts:?}");
         }
     }
@@ -114,7 +115,7 @@ mod tests {
                 destination: Some(&meshed),
                 on_this_node: false,
                 destination_mode: Mode::Permissive,
-                source_mode: Mode::Permissive,
+                source_is_strict: false,
             };
             assert_eq!(decide(&facts), Route::Refuse("reserved_port"));
         }

@@ -33,7 +33,15 @@ mod series;
 pub mod status;
 mod table;
 
-use std::{collections::BTreeMap, fmt, sync::Arc, time::Instant};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
 
 pub use flows::{FlowCounters, FlowSpec, LiveFlow, Party, Reporter, Security};
 pub use refusals::Refusal;
@@ -47,6 +55,7 @@ use status::{FlowsStatus, Status};
 pub struct Telemetry {
     flows: Arc<FlowTable>,
     refusals: Arc<Refusals>,
+    resets: Arc<AtomicU64>,
 }
 
 impl Telemetry {
@@ -65,6 +74,17 @@ impl Telemetry {
     /// Counts a refused connection and logs it, at a bounded rate for each reason.
     pub fn refused(&self, refusal: &Refusal) {
         self.refusals.record(refusal, Instant::now());
+    }
+
+    /// Counts connections from before a pod's enrolment that were reset.
+    pub fn reset_at_enrolment(&self, connections: usize) {
+        self.resets.fetch_add(connections as u64, Ordering::Relaxed);
+    }
+
+    /// Connections from before enrolment that were reset since the agent started.
+    #[must_use]
+    pub fn resets_at_enrolment(&self) -> u64 {
+        self.resets.load(Ordering::Relaxed)
     }
 
     /// The live flows: how many, and the newest of them up to [`status::FLOWS_LISTED_MAX`].

@@ -12,31 +12,21 @@ use crate::{
     context::{self, Family, SockAddr},
     count::count,
     event,
-    maps::{PODS, SETTINGS},
+    maps::{SETTINGS, pod_of},
 };
 
 const IPPROTO_TCP: u32 = 6;
 /// Multipath TCP: its first subflow is connected by this very call.
 const IPPROTO_MPTCP: u32 = 262;
 const SOCK_STREAM: u32 = 1;
-
-/// How deep below the pods' cgroup a pod's own cgroup can be: directly, or below a QoS class as Kubernetes has it.
-const POD_DEPTHS: u32 = 2;
+const ECONNREFUSED: i32 = 111;
 
 struct Facts<'a>(&'a SockAddr<'a>);
 
 impl ConnectFacts for Facts<'_> {
     #[inline(always)]
     fn pod(&self) -> Option<Pod> {
-        let level = SETTINGS.load().pods_level;
-        for depth in 1..=POD_DEPTHS {
-            let id = context::current_ancestor_cgroup(level.wrapping_add(depth));
-            // SAFETY: the entry is copied at once; the agent replaces entries, it never changes one in place.
-            if let Some(pod) = unsafe { PODS.get(&id) } {
-                return Some(*pod);
-            }
-        }
-        None
+        pod_of(context::current_ancestor_cgroup).map(|(_, pod)| pod)
     }
 
     #[inline(always)]
@@ -53,6 +43,26 @@ impl ConnectFacts for Facts<'_> {
     #[inline(always)]
     fn netns_cookie(&self) -> u64 {
         self.0.netns_cookie()
+    }
+
+    #[inline(always)]
+    fn is_agent(&self) -> bool {
+        context::is_agent_cgroup(context::current_cgroup())
+    }
+
+    #[inline(always)]
+    fn default_is_strict(&self) -> bool {
+        context::default_is_strict()
+    }
+
+    #[inline(always)]
+    fn is_allowed_clear(&self, destination: &Address) -> bool {
+        context::is_allowed_clear(destination, self.0.port(), IPPROTO_TCP)
+    }
+
+    #[inline(always)]
+    fn is_stale(&self) -> bool {
+        context::is_stale()
     }
 }
 
@@ -86,6 +96,9 @@ fn deny(ctx: &SockAddrContext, sock: &SockAddr<'_>, destination: &Address, reaso
             sock.port(),
             reason as u32
         );
+    }
+    if SETTINGS.load().has_set_retval != 0 {
+        context::set_error(ECONNREFUSED);
     }
     DENY
 }

@@ -3,18 +3,20 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr},
+    bindings::{__sk_buff, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr},
     btf_maps::lpm_trie::Key,
     helpers::generated::{
-        bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_sk_storage_delete, bpf_sk_storage_get,
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
+        bpf_ktime_get_ns, bpf_set_retval, bpf_sk_storage_delete, bpf_sk_storage_get,
+        bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id, bpf_skb_load_bytes_relative,
         bpf_sock_ops_cb_flags_set,
     },
-    programs::{SkLookupContext, SockAddrContext, SockOpsContext},
+    programs::{SkBuffContext, SkLookupContext, SockAddrContext, SockOpsContext},
 };
-use core::{ffi::c_void, ptr};
-use tacit_abi::{Address, Inbound, Names, Tuple};
+use core::{ffi::c_void, mem::MaybeUninit, ptr};
+use tacit_abi::{Address, ClearKey, Inbound, Mode, Names, PortKey, Tuple};
 
-use crate::maps::{MESH, NAMES};
+use crate::maps::{AGENTS, CLEAR, MESH, NAMES, NODE, PORT_MODES, STATE};
 
 /// Loads a word of a context.
 macro_rules! load {
@@ -61,6 +63,67 @@ pub enum Family {
 pub fn current_ancestor_cgroup(level: u32) -> u64 {
     // SAFETY: takes no pointer.
     unsafe { bpf_get_current_ancestor_cgroup_id(level as i32) }
+}
+
+/// Id of the calling process' own cgroup.
+#[inline(always)]
+pub fn current_cgroup() -> u64 {
+    // SAFETY: takes no pointer.
+    unsafe { bpf_get_current_cgroup_id() }
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC`.
+#[inline(always)]
+pub fn now() -> u64 {
+    // SAFETY: takes no pointer.
+    unsafe { bpf_ktime_get_ns() }
+}
+
+/// Makes the system call fail with `error` instead of EPERM, once the program has denied it.
+#[inline(always)]
+pub fn set_error(error: i32) {
+    // SAFETY: takes no pointer.
+    unsafe { bpf_set_retval(-error) };
+}
+
+/// Does the agent give no sign of life? Without an entry: it gives none.
+#[inline(always)]
+pub fn is_stale() -> bool {
+    STATE.get(0).is_none_or(|state| state.is_stale(now()))
+}
+
+/// Are pods without an entry held to STRICT? Without a state nothing was ever enforced here.
+#[inline(always)]
+pub fn default_is_strict() -> bool {
+    STATE.get(0).is_some_and(|state| state.default_mode == Mode::Strict as u32)
+}
+
+/// Is it the cgroup of an agent?
+#[inline(always)]
+pub fn is_agent_cgroup(id: u64) -> bool {
+    // SAFETY: only presence is read.
+    unsafe { AGENTS.get(&id) }.is_some()
+}
+
+/// Is it one of the node's own addresses?
+#[inline(always)]
+pub fn is_node(address: &Address) -> bool {
+    // SAFETY: only presence is read.
+    unsafe { NODE.get(address) }.is_some()
+}
+
+/// The mode of one port of a pod, when it has its own.
+#[inline(always)]
+pub fn port_mode(slot: u32, port: u16) -> Option<u32> {
+    // SAFETY: copied at once; the agent replaces entries whole.
+    unsafe { PORT_MODES.get(&PortKey { slot, port: u32::from(port) }) }.copied()
+}
+
+/// May strict pods reach this end in clear?
+#[inline(always)]
+pub fn is_allowed_clear(address: &Address, port: u16, protocol: u32) -> bool {
+    // SAFETY: only presence is read.
+    unsafe { CLEAR.get(&ClearKey { address: *address, port: u32::from(port), protocol }) }.is_some()
 }
 
 /// Is the address inside the mesh's ranges?
@@ -293,5 +356,85 @@ impl SkLookup<'_> {
             remote: pick(v4, load!(raw, remote_ip4), load_words!(raw, remote_ip6)),
             port: load!(raw, local_port) as u16,
         }
+    }
+}
+
+/// Context of the guard's programs: a packet, and the socket it belongs to, if any.
+pub struct Skb<'a>(pub &'a SkBuffContext);
+
+/// Offsets count from the network header.
+const BPF_HDR_START_NET: u32 = 1;
+
+impl Skb<'_> {
+    #[inline(always)]
+    fn raw(&self) -> *mut __sk_buff {
+        self.0.skb.skb
+    }
+
+    /// Bytes of the packet, counted from where the program's view begins.
+    #[inline(always)]
+    pub fn len(&self) -> u32 {
+        load!(self.raw(), len)
+    }
+
+    /// EtherType in host order.
+    #[inline(always)]
+    pub fn ethertype(&self) -> u16 {
+        u16::from_be(load!(self.raw(), protocol) as u16)
+    }
+
+    /// Does it carry a VLAN's tag beside its bytes?
+    #[inline(always)]
+    pub fn has_vlan(&self) -> bool {
+        load!(self.raw(), vlan_present) != 0
+    }
+
+    /// Index of the interface it is seen on.
+    #[inline(always)]
+    pub fn interface(&self) -> u32 {
+        load!(self.raw(), ifindex)
+    }
+
+    /// A plain value at `offset` behind the start of the network header; `None` when the packet ends before.
+    #[inline(always)]
+    pub fn read<T: Copy>(&self, offset: u32) -> Option<T> {
+        let mut value = MaybeUninit::<T>::uninit();
+        let to = value.as_mut_ptr().cast();
+        // SAFETY: `to` has room for the size given.
+        let failed = unsafe {
+            bpf_skb_load_bytes_relative(
+                self.raw().cast(),
+                offset,
+                to,
+                size_of::<T>() as u32,
+                BPF_HDR_START_NET,
+            )
+        };
+        if failed != 0 {
+            return None;
+        }
+        // SAFETY: filled by the helper; all `T` used here are arrays of integers.
+        Some(unsafe { value.assume_init() })
+    }
+
+    /// Id of the cgroup of the packet's socket; 0 when it has none.
+    #[inline(always)]
+    pub fn cgroup(&self) -> u64 {
+        // SAFETY: the helper takes the program's own context.
+        unsafe { bpf_skb_cgroup_id(self.raw()) }
+    }
+
+    /// Id of that cgroup's ancestor at `level`; 0 when there is none so deep.
+    #[inline(always)]
+    pub fn ancestor_cgroup(&self, level: u32) -> u64 {
+        // SAFETY: the helper takes the program's own context.
+        unsafe { bpf_skb_ancestor_cgroup_id(self.raw(), level as i32) }
+    }
+
+    /// Names kept in the packet's socket.
+    #[inline(always)]
+    pub fn names(&self) -> Option<Names> {
+        // SAFETY: aligned load of a context field.
+        names_of(unsafe { (*self.raw()).__bindgen_anon_2.sk })
     }
 }

@@ -5,6 +5,7 @@
 //! agent dials --TCP_CONNECT--> DIALLED[tuple]  = client        --PASSIVE_ESTABLISHED at the application's socket:
 //!                                                                entry moves into that socket's storage
 //! either      --CLOSE--------> entry is removed, if it is still there
+//! a mesh peer in clear        --PASSIVE_ESTABLISHED--> the application's socket is marked for the guard
 //! ```
 //! TCP_CONNECT comes after the source port is chosen and before the SYN leaves; PASSIVE_ESTABLISHED comes while the
 //! new socket is locked, so `accept()` cannot return before. Nobody ever waits for an entry.
@@ -16,10 +17,10 @@ use aya_ebpf::{
     },
     programs::SockOpsContext,
 };
-use tacit_abi::{Destination, Names, Reason, names_kind};
+use tacit_abi::{Address, Destination, Names, Reason, names_kind, tcp_port};
 
 use crate::{
-    context::{Ends, SockOps},
+    context::{self, Ends, SockOps},
     count::count,
     maps::{CAPTURED, DIALLED},
 };
@@ -63,7 +64,7 @@ fn take_over(sock: &SockOps<'_>, ends: &Ends) {
     // Only the agent dials a pod from the pod's own address.
     let key = ends.accepting(sock.netns_cookie());
     if !key.local.same(&key.remote) {
-        return;
+        return mark_clear(sock, &key.local, key.remote_port);
     }
     // SAFETY: the entry is copied before it is removed, and only this socket's handshake removes it.
     let Some(client) = (unsafe { DIALLED.get(&key) }).copied() else { return };
@@ -77,6 +78,17 @@ fn take_over(sock: &SockOps<'_>, ends: &Ends) {
         count(Reason::NamesFull);
     }
     let _ = DIALLED.remove(&key);
+}
+
+/// The steering program let this connection through to the application, so its port takes plaintext: the guard must
+/// know its packets from those that the pod sends on its own account. Without memory for the mark they are dropped.
+#[inline(always)]
+fn mark_clear(sock: &SockOps<'_>, client: &Address, own_port: u32) {
+    if own_port == u32::from(tcp_port::TUNNEL) || client.is_loopback() || !context::in_mesh(client) {
+        return;
+    }
+    let names = Names { kind: names_kind::CLEAR, ..Names::default() };
+    let _ = sock.remember_names(names);
 }
 
 #[inline(always)]

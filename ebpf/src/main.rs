@@ -12,21 +12,28 @@ mod context;
 mod count;
 mod established;
 mod event;
+mod guard;
 mod maps;
 mod names;
+mod packet;
 mod steer;
 
 use aya_ebpf::{
     bindings::sk_action,
-    macros::{cgroup_sock_addr, sk_lookup, sock_ops},
-    programs::{SkLookupContext, SockAddrContext, SockOpsContext},
+    macros::{cgroup_skb, cgroup_sock_addr, classifier, sk_lookup, sock_ops},
+    programs::{SkBuffContext, SkLookupContext, SockAddrContext, SockOpsContext, TcContext},
 };
 use context::Family;
+use packet::Way;
 
 /// Return value of a cgroup program that lets the system call go on.
 const ALLOW: i32 = 1;
-/// Return value of a cgroup program that makes the system call fail with EPERM.
+/// Return value of a cgroup program that makes the system call fail, or drops the packet.
 const DENY: i32 = 0;
+/// Return value of a program on a link: the next program, or the stack, goes on.
+const NEXT: i32 = -1;
+/// Return value of a program on a link: the frame ends here.
+const SHOT: i32 = 2;
 
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
@@ -66,6 +73,21 @@ pub fn established(ctx: SockOpsContext) -> u32 {
 #[sk_lookup]
 pub fn steer(ctx: SkLookupContext) -> u32 {
     if steer::run(&ctx) { sk_action::SK_PASS } else { sk_action::SK_DROP }
+}
+
+#[cgroup_skb(egress)]
+pub fn guard_egress(ctx: SkBuffContext) -> i32 {
+    if guard::socket(&ctx, Way::Out) { ALLOW } else { DENY }
+}
+
+#[cgroup_skb(ingress)]
+pub fn guard_ingress(ctx: SkBuffContext) -> i32 {
+    if guard::socket(&ctx, Way::In) { ALLOW } else { DENY }
+}
+
+#[classifier]
+pub fn guard_link(ctx: TcContext) -> i32 {
+    if guard::link(&SkBuffContext::new(ctx.skb.skb)) { NEXT } else { SHOT }
 }
 
 #[panic_handler]

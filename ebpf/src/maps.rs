@@ -3,12 +3,12 @@
 use aya_ebpf::{
     Global,
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{HashMap, LpmTrie, PerCpuArray, SkStorage, SockMap},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage, SockMap},
     macros::btf_map,
 };
 use tacit_abi::{
-    Address, Destination, LISTENERS_PER_POD, MeshKey, Names, Pod, PortKey, REASONS, Settings, Steered, Tuple,
-    limits,
+    Address, ClearKey, Destination, DropKey, LISTENERS_PER_POD, MeshKey, Names, Pod, PortKey, REASONS,
+    Settings, State, Steered, Tuple, limits,
 };
 
 use crate::event::Budget;
@@ -17,9 +17,31 @@ const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 
 /// Written by the agent before the programs are loaded; constant to the verifier.
 #[unsafe(no_mangle)]
-pub static SETTINGS: Global<Settings> = Global::new(Settings { pods_level: u32::MAX, abi_version: 0 });
+pub static SETTINGS: Global<Settings> =
+    Global::new(Settings { pods_level: u32::MAX, abi_version: 0, pods_cgroup: 0, has_set_retval: 0, pad: 0 });
 
-/// Enrolled pods by cgroup id. Missing: not enrolled.
+/// The agent's heartbeat and the mesh's default. Zero: no agent ever ran, nobody is held to anything.
+#[btf_map]
+pub static STATE: Array<State, 1> = Array::new();
+
+/// Cgroups of agents by id. Missing: treated as any pod.
+#[btf_map]
+pub static AGENTS: HashMap<u64, u32, { limits::AGENTS as usize }> = HashMap::new();
+
+/// Destinations that strict pods may reach in clear. Missing: they may not.
+#[btf_map]
+pub static CLEAR: HashMap<ClearKey, u32, { limits::CLEAR as usize }, ON_DEMAND> = HashMap::new();
+
+/// The pod behind a link, its cgroup's id by the index of the link's host end. Missing: not guarded there.
+#[btf_map]
+pub static LINKS: HashMap<u32, u64, { limits::PODS as usize }> = HashMap::new();
+
+/// How many packets the guard dropped, by pod, destination and reason. Full: the least recently seen makes room;
+/// the verdict does not depend on it, and `COUNTERS` loses nothing.
+#[btf_map]
+pub static DROPS: LruHashMap<DropKey, u64, { limits::DROPS as usize }> = LruHashMap::new();
+
+/// Enrolled pods by cgroup id. Missing: left alone, or held to STRICT when that is the mesh's default.
 #[btf_map]
 pub static PODS: HashMap<u64, Pod, { limits::PODS as usize }> = HashMap::new();
 
@@ -63,3 +85,20 @@ pub static COUNTERS: PerCpuArray<u64, { REASONS.len() }> = PerCpuArray::new();
 /// How many log lines each CPU has written in its current second. Not pinned: it means nothing to a successor.
 #[btf_map]
 pub static LOG_BUDGET: PerCpuArray<Budget, 1> = PerCpuArray::new();
+
+/// How deep below the pods' cgroup a pod's own cgroup can be: directly, or below a QoS class as Kubernetes has it.
+const POD_DEPTHS: u32 = 2;
+
+/// The enrolled pod, with its cgroup's id, of whatever has the ancestor cgroups that `ancestor` tells by level.
+#[inline(always)]
+pub fn pod_of(ancestor: impl Fn(u32) -> u64) -> Option<(u64, Pod)> {
+    let level = SETTINGS.load().pods_level;
+    for depth in 1..=POD_DEPTHS {
+        let id = ancestor(level.wrapping_add(depth));
+        // SAFETY: the entry is copied at once; the agent replaces entries, it never changes one in place.
+        if let Some(pod) = unsafe { PODS.get(&id) } {
+            return Some((id, *pod));
+        }
+    }
+    None
+}

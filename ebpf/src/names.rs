@@ -13,7 +13,9 @@ use crate::{
 #[inline(always)]
 pub fn peer(ctx: &SockAddrContext, family: Family) -> i32 {
     let sock = SockAddr(ctx);
-    if let Some(names) = sock.names() {
+    if let Some(names) = sock.names()
+        && names.kind != names_kind::CLEAR
+    {
         sock.set_address(family, &names.peer);
         sock.set_port(names.peer_port as u16);
     }

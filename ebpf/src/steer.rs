@@ -1,12 +1,12 @@
 //! sk_lookup in a pod's network namespace: which inbound connections go to the agent.
 
 use aya_ebpf::programs::SkLookupContext;
-use tacit_abi::{Address, InboundFacts, PortKey, Reason, Steer, Steered, decide_inbound, listener_index};
+use tacit_abi::{Address, InboundFacts, Reason, Steer, Steered, decide_inbound, listener_index};
 
 use crate::{
     context::{self, SkLookup},
     count::count,
-    maps::{LISTENERS, NODE, PORT_MODES, STEERED},
+    maps::{LISTENERS, STEERED},
 };
 
 const IPPROTO_TCP: u32 = 6;
@@ -22,19 +22,22 @@ impl InboundFacts for Facts {
 
     #[inline(always)]
     fn port_mode(&self, slot: u32, port: u16) -> Option<u32> {
-        // SAFETY: as above.
-        unsafe { PORT_MODES.get(&PortKey { slot, port: u32::from(port) }) }.copied()
+        context::port_mode(slot, port)
     }
 
     #[inline(always)]
     fn is_node(&self, remote: &Address) -> bool {
-        // SAFETY: only presence is read.
-        unsafe { NODE.get(remote) }.is_some()
+        context::is_node(remote)
     }
 
     #[inline(always)]
     fn in_mesh(&self, address: &Address) -> bool {
         context::in_mesh(address)
+    }
+
+    #[inline(always)]
+    fn is_stale(&self) -> bool {
+        context::is_stale()
     }
 }
 

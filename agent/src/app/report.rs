@@ -14,12 +14,14 @@ use crate::{
     config::Config,
     datapath::DataPath,
     directory::Workload,
+    enrol::in_clear,
     identity::manager::CertificateState,
+    kernel::{Drops, GuardedLink, InClear},
     policy::{Mode, Modes},
     reload::ReloadState,
     telemetry::status::{
-        AgentState, CertificateStatus, KernelCounter, PodState, PodStatus, PoolStatus, ProgramStatus,
-        SourceKind, SourceStatus, Status,
+        AgentState, CertificateStatus, DropStatus, GuardStatus, KernelCounter, PodState, PodStatus,
+        PoolStatus, ProgramStatus, SourceKind, SourceStatus, Status,
     },
 };
 
@@ -72,6 +74,7 @@ impl Report {
             pods: self.pods(),
             programs: self.programs(),
             kernel: self.kernel(),
+            guard: self.guard(),
             certificates: self.path.identities.certificates().iter().filter_map(certificate).collect(),
             sources: vec![
                 source(SourceKind::Directory, &self.path.directory.state()),
@@ -86,7 +89,7 @@ impl Report {
         let table = self.path.table.load();
         let live = self.path.telemetry.live_by_pod();
         let policies = self.path.policies.current();
-        let pod = |workload: &Workload, modes: &Modes, state| PodStatus {
+        let pod = |workload: &Workload, modes: &Modes, links: &[GuardedLink], state| PodStatus {
             name: workload.name.to_string(),
             namespace: workload.namespace.to_string(),
             cgroup: self.pods_cgroup.join(&workload.cgroup).display().to_string(),
@@ -98,14 +101,16 @@ impl Report {
                 .iter()
                 .map(|(p, m)| (*p, mode(*m).to_owned()))
                 .collect::<BTreeMap<_, _>>(),
+            in_clear: in_clear_text(in_clear(workload, modes)).to_owned(),
+            guarded_links: links.iter().map(|link| format!("{} ({})", link.interface, link.by)).collect(),
             state,
             flows: live.get(&(workload.namespace.clone(), workload.name.clone())).copied().unwrap_or(0),
         };
-        let enrolled = table.pods.iter().map(|p| pod(&p.workload, &p.modes.load(), PodState::Enrolled));
-        let waiting = table
-            .waiting
-            .iter()
-            .map(|w| pod(&w.workload, &policies.modes(&w.workload), PodState::Waiting(w.reason.clone())));
+        let enrolled =
+            table.pods.iter().map(|p| pod(&p.workload, &p.modes.load(), &p.links, PodState::Enrolled));
+        let waiting = table.waiting.iter().map(|w| {
+            pod(&w.workload, &policies.modes(&w.workload), &[], PodState::Waiting(w.reason.clone()))
+        });
         let mut all: Vec<PodStatus> = enrolled.chain(waiting).collect();
         all.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         all
@@ -130,6 +135,34 @@ impl Report {
             value: c.value,
         };
         counters.into_iter().map(counter).collect()
+    }
+
+    fn guard(&self) -> GuardStatus {
+        let table = self.path.table.load();
+        let name = |cgroup: u64| match table.pods.iter().find(|pod| pod.cgroup == cgroup) {
+            Some(pod) => format!("{}/{}", pod.workload.namespace, pod.workload.name),
+            None => format!("cgroup {cgroup}"),
+        };
+        let status = |drops: Drops| DropStatus {
+            pod: name(drops.cgroup),
+            remote: drops.remote,
+            protocol: drops.protocol,
+            reason: drops.reason.to_owned(),
+            packets: drops.packets,
+        };
+        GuardStatus {
+            resets_at_enrolment: self.path.telemetry.resets_at_enrolment(),
+            drops: self.path.kernel.maps.drops().into_iter().map(status).collect(),
+        }
+    }
+}
+
+fn in_clear_text(what: InClear) -> &'static str {
+    match what {
+        InClear::Nothing => "nothing",
+        InClear::Udp => "udp",
+        InClear::AllButUdp => "all but udp",
+        InClear::All => "everything",
     }
 }
 

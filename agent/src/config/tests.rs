@@ -40,6 +40,8 @@ fn a_minimal_file_gets_the_defaults() {
         socket: "/run/tacit/agent.sock".into(),
         metrics: "127.0.0.1:15020".parse().expect("valid"),
         drain_timeout: Duration::from_secs(10),
+        heartbeat_timeout: Duration::from_secs(3),
+        allow_clear: Vec::new(),
     };
     assert_eq!(parse(MINIMAL), Ok(expected));
 }
@@ -47,13 +49,16 @@ fn a_minimal_file_gets_the_defaults() {
 #[test]
 fn every_field_can_be_set() {
     let text = MINIMAL.replace("directory: issuer}", "directory: issuer, leafLifetime: 1h30m}")
-        + "rootNamespace: mesh\npinPath: /sys/fs/bpf/b/\nsocket: b.sock\nmetrics: \"[::1]:9\"\ndrainTimeout: 0s\n";
+        + "rootNamespace: mesh\npinPath: /sys/fs/bpf/b/\nsocket: b.sock\nmetrics: \"[::1]:9\"\ndrainTimeout: 0s\n\
+           heartbeatTimeout: 1s\nallowClear: [\"10.96.0.10:53/udp\"]\n";
     let config = parse(&text).expect("valid");
     assert_eq!(&*config.root_namespace, "mesh");
     assert_eq!(config.pin_path, Path::new("/sys/fs/bpf/b"));
     assert_eq!(config.socket, Path::new("/etc/tacit/conf/b.sock"));
     assert_eq!(config.metrics, "[::1]:9".parse().expect("valid"));
     assert_eq!(config.drain_timeout, Duration::ZERO);
+    assert_eq!(config.heartbeat_timeout, Duration::from_secs(1));
+    assert_eq!(config.allow_clear.len(), 1);
     let IssuerConfig::Embedded { leaf_lifetime, .. } = config.issuer;
     assert_eq!(leaf_lifetime, Duration::from_secs(90 * 60));
 }
@@ -122,6 +127,8 @@ fn bounds_of_single_fields_hold() {
         ("metrics: 127.0.0.1:0".to_owned(), "port 0"),
         ("metrics: localhost:15020".to_owned(), "no address with a port"),
         ("drainTimeout: 601s".to_owned(), "from 0s to 10m"),
+        ("heartbeatTimeout: 500ms".to_owned(), "from 1s to 1m"),
+        ("allowClear: [\"10.0.0.1:53\"]".to_owned(), "write address, port and protocol"),
         ("rootNamespace: Istio".to_owned(), "no Kubernetes name"),
         ("rootNamespace: [a]".to_owned(), "is a list"),
     ] {
@@ -181,9 +188,11 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
         ("socket", SOCKET),
         ("metrics", "127.0.0.1:15020"),
         ("drainTimeout", "10s"),
+        ("heartbeatTimeout", "3s"),
     ] {
         assert_eq!(schema["properties"][field]["default"], default, "{field}");
     }
     assert_eq!(embedded["properties"]["leafLifetime"]["default"], "24h");
     assert_eq!(schema["properties"]["meshRanges"]["maxItems"], MESH_RANGES_MAX);
+    assert_eq!(schema["properties"]["allowClear"]["maxItems"], ALLOW_CLEAR_MAX);
 }

@@ -11,16 +11,28 @@ use std::{
     sync::Arc,
 };
 
-use super::{Protocol, Workload};
+use super::{Egress, Protocol, Udp, Workload};
 use crate::{
     identity::{SpiffeId, TrustDomain},
     yaml::{self, Mistakes, Value},
 };
 
-const FIELDS: [&str; 8] =
-    ["name", "namespace", "serviceAccount", "addresses", "node", "labels", "cgroup", "tunnel"];
+const FIELDS: [&str; 10] = [
+    "name",
+    "namespace",
+    "serviceAccount",
+    "addresses",
+    "node",
+    "labels",
+    "cgroup",
+    "tunnel",
+    "egress",
+    "udp",
+];
 const SERVICE_ACCOUNT: &str = "default";
 const PROTOCOLS: [(&str, Protocol); 2] = [("tacit", Protocol::Tacit), ("none", Protocol::None)];
+const EGRESS: [(&str, Option<Egress>); 2] = [("open", Some(Egress::Open)), ("strict", Some(Egress::Strict))];
+const UDP: [(&str, Option<Udp>); 2] = [("allow", Some(Udp::Allow)), ("deny", Some(Udp::Deny))];
 
 /// Why a text is no address of a pod.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -58,6 +70,8 @@ fn workload<'a>(item: &Value<'a>, trust_domain: &TrustDomain, taken: &mut Taken<
     let addresses = list.and_then(|value| addresses(&value, &owner, taken));
     let labels = fields.optional("labels").map_or(Some(BTreeMap::new()), |value| labels(&value));
     let protocol = fields.optional("tunnel").map_or(Some(Protocol::Tacit), |value| value.choice(&PROTOCOLS));
+    let egress = fields.optional("egress").map_or(Some(None), |value| value.choice(&EGRESS));
+    let udp = fields.optional("udp").map_or(Some(None), |value| value.choice(&UDP));
     let cgroup = fields.optional("cgroup");
     let path = match &cgroup {
         Some(value) => cgroup_path(value),
@@ -77,6 +91,8 @@ fn workload<'a>(item: &Value<'a>, trust_domain: &TrustDomain, taken: &mut Taken<
         labels: labels?,
         cgroup: path,
         protocol: protocol?,
+        egress: egress?,
+        udp: udp?,
     })
 }
 

@@ -1,4 +1,4 @@
-//! The bpf(2) commands on links that aya 0.14 keeps private: open a pin, read what a link is attached to, and swap its
+//! The bpf(2) commands on links that aya 0.14 keeps private: open a pin, make one, read what a link is attached to, and swap its
 //! program atomically.
 
 use std::{
@@ -12,6 +12,7 @@ use std::{
     path::Path,
 };
 
+const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_LINK_UPDATE: libc::c_long = 29;
@@ -38,8 +39,8 @@ struct LinkUpdateAttr {
     old_prog_fd: u32,
 }
 
-/// Head of the kernel's `bpf_link_info` for links to a cgroup (`target` is its id) or a network namespace (`target`'s
-/// low half is its inode number).
+/// Head of the kernel's `bpf_link_info` for links to a cgroup (`target` is its id), a network namespace (`target`'s low
+/// half is its inode number) or, by tcx, an interface (its index).
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub(super) struct LinkInfo {
@@ -55,11 +56,15 @@ pub(super) struct LinkInfo {
 }
 
 const LINK_TYPE_NETNS: u32 = 5;
+const LINK_TYPE_TCX: u32 = 11;
 
 impl LinkInfo {
-    /// Cgroup id or namespace inode; 0 when the target is gone.
+    /// Cgroup id, namespace inode or interface index; 0 when the target is gone.
     pub(super) fn target(&self) -> u64 {
-        if self.kind == LINK_TYPE_NETNS { self.target & u64::from(u32::MAX) } else { self.target }
+        match self.kind {
+            LINK_TYPE_NETNS | LINK_TYPE_TCX => self.target & u64::from(u32::MAX),
+            _ => self.target,
+        }
     }
 }
 
@@ -70,13 +75,21 @@ pub(super) fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<RawFd> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as RawFd) }
 }
 
-/// Opens a pinned link.
+/// Opens a pinned link or map.
 pub(super) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let name = CString::new(path.as_os_str().as_bytes())?;
     let mut attr = ObjAttr { pathname: name.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
     let fd = bpf(BPF_OBJ_GET, &mut attr)?;
     // SAFETY: the kernel just returned this descriptor to us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Pins a link or map at `path`, where nothing may be.
+pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr =
+        ObjAttr { pathname: name.as_ptr() as u64, bpf_fd: object.as_raw_fd() as u32, file_flags: 0 };
+    bpf(BPF_OBJ_PIN, &mut attr).map(drop)
 }
 
 /// What a link is attached to and runs.

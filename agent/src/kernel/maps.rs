@@ -16,10 +16,15 @@ use aya::maps::{
 use ipnet::IpNet;
 use tacit_abi::{
     Address, Destination, Listener, MeshKey, Mode, Names, Pod, PortKey, REASONS, Steered, Tuple, limits,
-    listener_index, names_kind,
+    listener_index, names_kind, pod_flag,
 };
 
 use super::{KernelError, programs::Programs};
+
+mod guard;
+
+use guard::GuardMaps;
+pub use guard::{ClearDestination, Drops};
 
 /// Present in the mesh: the value carries no more.
 const PRESENT: u32 = 1;
@@ -46,6 +51,34 @@ pub struct PodEntry {
     pub addresses: Vec<IpAddr>,
     /// Index of its listeners.
     pub slot: u32,
+    /// What plaintext meets at ports without a mode of their own.
+    pub mode: Mode,
+    /// What it may do in clear.
+    pub clear: InClear,
+}
+
+/// What a pod may send in clear into the mesh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InClear {
+    /// Nothing.
+    Nothing,
+    /// UDP only.
+    Udp,
+    /// Everything but UDP.
+    AllButUdp,
+    /// Everything.
+    All,
+}
+
+impl InClear {
+    fn flags(self) -> u32 {
+        match self {
+            Self::Nothing => pod_flag::EGRESS_STRICT,
+            Self::Udp => pod_flag::EGRESS_STRICT | pod_flag::UDP_ALLOWED,
+            Self::AllButUdp => 0,
+            Self::All => pod_flag::UDP_ALLOWED,
+        }
+    }
 }
 
 /// Typed handles of all maps.
@@ -59,6 +92,7 @@ pub struct Maps {
     names: Mutex<SkStorage<MapData, Names>>,
     captured: Mutex<HashMap<MapData, Tuple, Destination>>,
     counters: PerCpuArray<MapData, u64>,
+    guard: GuardMaps,
 }
 
 impl Maps {
@@ -75,6 +109,7 @@ impl Maps {
             counters: typed::<PerCpuArray<MapData, u64>>(programs, "COUNTERS")?
                 .into_inner()
                 .unwrap_or_else(PoisonError::into_inner),
+            guard: GuardMaps::take(programs)?,
         })
     }
 
@@ -86,8 +121,15 @@ impl Maps {
         let of = |v4: bool| {
             entry.addresses.iter().find(|a| a.is_ipv4() == v4).map_or(Address::NONE, |a| address(*a))
         };
-        let pod =
-            Pod { netns_cookie: entry.netns_cookie, v4: of(true), v6: of(false), slot: entry.slot, pad: 0 };
+        let pod = Pod {
+            netns_cookie: entry.netns_cookie,
+            v4: of(true),
+            v6: of(false),
+            slot: entry.slot,
+            mode: entry.mode as u32,
+            flags: entry.clear.flags(),
+            pad: 0,
+        };
         lock(&self.pods).insert(entry.cgroup, pod, 0).map_err(failed("PODS"))
     }
 
@@ -95,6 +137,12 @@ impl Maps {
     pub fn remove_pod(&self, cgroup: u64) {
         // Missing is what was wanted.
         let _ = lock(&self.pods).remove(&cgroup);
+    }
+
+    /// Cookie of the network namespace in which a pod is enrolled; 0 while it is only covered.
+    #[must_use]
+    pub fn enrolled_in(&self, cgroup: u64) -> Option<u64> {
+        lock(&self.pods).get(&cgroup, 0).ok().map(|pod| pod.netns_cookie)
     }
 
     /// Pods that the kernel treats as enrolled: cgroup id and slot.

@@ -3,7 +3,10 @@
 //! One agent at a time: the folder is locked for as long as [`Pins`] lives. Its layout is told in `programs`.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
+    io,
+    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -14,12 +17,16 @@ use nix::{
 };
 use tacit_abi::ABI_VERSION;
 
-use super::KernelError;
+use super::{KernelError, link, programs::remove_filters};
 
 /// The folder of pins, locked for one agent.
+///
+/// What is pinned is also held open: a pin that is deleted under a running agent detaches nothing, and
+/// [`Pins::restore`] makes it again, so that the agent's end does not either.
 pub(super) struct Pins {
     root: PathBuf,
-    _lock: Flock<File>,
+    lock: Flock<File>,
+    held: BTreeMap<PathBuf, OwnedFd>,
 }
 
 impl Pins {
@@ -30,15 +37,44 @@ impl Pins {
             return Err(KernelError::NotBpffs { path: root.to_owned() });
         }
         fs::create_dir_all(root).map_err(KernelError::file("create", root))?;
-        let folder = File::open(root).map_err(KernelError::file("open", root))?;
-        let lock = Flock::lock(folder, FlockArg::LockExclusiveNonblock)
-            .map_err(|_| KernelError::Locked { path: root.to_owned() })?;
-        let pins = Self { root: root.to_owned(), _lock: lock };
+        let pins = Self { root: root.to_owned(), lock: lock(root)?, held: BTreeMap::new() };
         pins.check_version()?;
-        for folder in [pins.maps_folder(), pins.links_folder()] {
+        pins.make_folders()?;
+        Ok(pins)
+    }
+
+    fn make_folders(&self) -> Result<(), KernelError> {
+        for folder in [self.maps_folder(), self.links_folder()] {
             fs::create_dir_all(&folder).map_err(KernelError::file("create", &folder))?;
         }
-        Ok(pins)
+        Ok(())
+    }
+
+    /// Keeps the object pinned at `path` alive for as long as this agent lives.
+    pub(super) fn hold(&mut self, path: &Path) -> io::Result<()> {
+        self.held.insert(path.to_owned(), link::open_pin(path)?);
+        Ok(())
+    }
+
+    /// Makes the pins again that were deleted; returns how many.
+    ///
+    /// # Errors
+    /// [`KernelError::File`]; what could be restored is.
+    pub(super) fn restore(&mut self) -> Result<usize, KernelError> {
+        let missing: Vec<&PathBuf> = self.held.keys().filter(|path| !path.exists()).collect();
+        if missing.is_empty() {
+            return Ok(0);
+        }
+        if !self.root.exists() {
+            fs::create_dir_all(&self.root).map_err(KernelError::file("create", &self.root))?;
+            self.lock = lock(&self.root)?;
+        }
+        self.make_folders()?;
+        let restored = missing.len();
+        for (path, object) in self.held.iter().filter(|(path, _)| !path.exists()) {
+            link::pin(object.as_fd(), path).map_err(KernelError::file("pin again", path))?;
+        }
+        Ok(restored)
     }
 
     fn check_version(&self) -> Result<(), KernelError> {
@@ -88,8 +124,9 @@ impl Pins {
     }
 
     /// Detaches a pinned link: the kernel ends it with its last reference, which the pin is.
-    pub(super) fn remove_link(&self, name: &str) {
+    pub(super) fn remove_link(&mut self, name: &str) {
         let path = self.link(name);
+        self.held.remove(&path);
         if !path.exists() {
             return;
         }
@@ -100,6 +137,12 @@ impl Pins {
             tracing::warn!(path = %path.display(), error, "a pinned link stays behind; remove the file by hand");
         }
     }
+}
+
+fn lock(root: &Path) -> Result<Flock<File>, KernelError> {
+    let folder = File::open(root).map_err(KernelError::file("open", root))?;
+    Flock::lock(folder, FlockArg::LockExclusiveNonblock)
+        .map_err(|_| KernelError::Locked { path: root.to_owned() })
 }
 
 fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, KernelError> {
@@ -122,9 +165,8 @@ pub fn uninstall(pin_path: &Path) -> Result<usize, KernelError> {
     if !pin_path.exists() {
         return Ok(0);
     }
-    let folder = File::open(pin_path).map_err(KernelError::file("open", pin_path))?;
-    let _lock = Flock::lock(folder, FlockArg::LockExclusiveNonblock)
-        .map_err(|_| KernelError::Locked { path: pin_path.to_owned() })?;
+    let _lock = lock(pin_path)?;
+    remove_filters(&pin_path.join(maps_folder_name()).join("LINKS"));
     let mut removed = 0;
     // Links first: a program must not run on while its maps are being unpinned.
     let mut folders: Vec<PathBuf> = vec![pin_path.join("links")];

@@ -158,6 +158,15 @@ pub fn require(pin_path: &Path) -> Result<(), Unsupported> {
     run(pin_path, |feature| feature.need == Need::Required).verdict()
 }
 
+/// Can a connect hook choose the error that an application sees?
+pub(super) fn has_set_retval() -> bool {
+    let name = features::SET_RETVAL_IN_SOCK_ADDR;
+    run(Path::new("/"), |feature| feature.name == name)
+        .findings
+        .iter()
+        .all(|f| f.presence == Presence::Present)
+}
+
 fn run(pin_path: &Path, select: impl Fn(&Feature) -> bool) -> Report {
     raw::lift_memory_limit();
     let findings = FEATURES.iter().filter(|f| select(f)).map(|f| Finding::of(f, pin_path)).collect();

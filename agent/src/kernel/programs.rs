@@ -1,9 +1,10 @@
 //! Load, attach and pin the programs; adopt those of an earlier agent without a gap.
 //!
 //! ```text
-//! <pinPath>/maps-v1/<MAP>            every map, by name; v1 is the ABI's version
+//! <pinPath>/maps-v2/<MAP>            every map, by name; v2 is the ABI's version
 //! <pinPath>/links/<program>          the programs at the pods' cgroup
 //! <pinPath>/links/steer-<cgroup id>  the steering program in one pod's network namespace
+//! <pinPath>/links/guard-<cgroup id>-<interface>  the guard on the host end of one pod's link
 //! ```
 //! All programs are verified before the first is attached. A pinned link whose target is still ours is kept and its
 //! program swapped atomically; any other is replaced. The link at the agent's own cgroup is not pinned: it only
@@ -32,19 +33,34 @@ use super::{
     link,
     netns::Netns,
     pins::Pins,
+    probe,
     verifier::{describe, refused, verify},
 };
 
 pub(super) static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tacit-ebpf.o"));
 
 /// Programs at the pods' cgroup, in the order they are attached: whoever is told names must be able to find them.
-const CGROUP_PROGRAMS: [&str; 7] =
-    ["getpeername4", "getpeername6", "getsockname4", "getsockname6", "established", "connect4", "connect6"];
+const CGROUP_PROGRAMS: [&str; 9] = [
+    "getpeername4",
+    "getpeername6",
+    "getsockname4",
+    "getsockname6",
+    "established",
+    "guard_egress",
+    "guard_ingress",
+    "connect4",
+    "connect6",
+];
 const STEER: &str = "steer";
 const ESTABLISHED: &str = "established";
 
 /// Maps that outlive the agent.
-pub(super) const MAPS: [&str; 10] = [
+pub(super) const MAPS: [&str; 15] = [
+    "STATE",
+    "AGENTS",
+    "CLEAR",
+    "LINKS",
+    "DROPS",
     "PODS",
     "STEERED",
     "PORT_MODES",
@@ -56,6 +72,12 @@ pub(super) const MAPS: [&str; 10] = [
     "DIALLED",
     "COUNTERS",
 ];
+
+mod link_guard;
+
+use link_guard::GUARD_LINK;
+pub use link_guard::GuardedLink;
+pub(super) use link_guard::remove_filters;
 
 /// One attached program, for the operator.
 #[derive(Debug, Clone)]
@@ -98,6 +120,9 @@ impl Programs {
             }
             programs.pins.remove_maps_but(&maps);
             return Err(error);
+        }
+        for (_, path) in programs.pins.maps()? {
+            programs.pins.hold(&path).map_err(KernelError::file("open", &path))?;
         }
         Ok(programs)
     }
@@ -164,6 +189,14 @@ impl Programs {
         Ok(())
     }
 
+    /// Makes pins again that were deleted; returns how many.
+    ///
+    /// # Errors
+    /// [`KernelError::File`]; what could be restored is.
+    pub fn restore_pins(&mut self) -> Result<usize, KernelError> {
+        self.pins.restore()
+    }
+
     /// Ends the steering in a pod's namespace.
     pub fn unsteer(&mut self, pod: u64) {
         self.pins.remove_link(&steer_pin(pod));
@@ -183,13 +216,15 @@ impl Programs {
     pub fn states(&self) -> Vec<ProgramState> {
         let mut states = self.attached.clone();
         for (name, path) in self.pins.links().unwrap_or_default() {
-            if !name.starts_with("steer-") {
-                continue;
-            }
+            let (name, place) = match name.split_once('-') {
+                Some(("steer", _)) => (STEER, "netns"),
+                Some(("guard", _)) => (GUARD_LINK, "interface"),
+                _ => continue,
+            };
             let Ok(info) = link::open_pin(&path).and_then(|fd| link::info(fd.as_fd())) else { continue };
             states.push(ProgramState {
-                name: STEER.to_owned(),
-                attached_to: format!("netns {}", info.target()),
+                name: name.to_owned(),
+                attached_to: format!("{place} {}", info.target()),
                 id: info.program_id,
                 pinned: Some(path),
             });
@@ -209,6 +244,7 @@ impl Programs {
             problem: format!("{e}; if this persists, run `tacit uninstall` and start again"),
         };
         let link = link::open_pin(&path).map_err(failed)?;
+        self.pins.hold(&path).map_err(failed)?;
         if link::info(link.as_fd()).map_err(failed)?.target() != target {
             self.pins.remove_link(pin);
             return Ok(None);
@@ -233,6 +269,7 @@ impl Programs {
         let path = self.pins.link(pin);
         let link = self.link_to(program, target).map_err(|e| failed(describe(&e)))?;
         link.pin(&path).map_err(|e| failed(format!("pin {}: {e}", path.display())))?;
+        self.pins.hold(&path).map_err(|e| failed(e.to_string()))?;
         let link = link::open_pin(&path).map_err(|e| failed(e.to_string()))?;
         Ok(link::info(link.as_fd()).map_err(|e| failed(e.to_string()))?.program_id)
     }
@@ -246,6 +283,11 @@ impl Programs {
             }
             Some(Program::SockOps(p)) => {
                 let id = p.attach(target, CgroupAttachMode::Single)?;
+                p.take_link(id)?.try_into().map_err(wrong)
+            }
+            Some(Program::CgroupSkb(p)) => {
+                let way = p.expected_attach_type().ok_or(ProgramError::UnexpectedProgramType)?;
+                let id = p.attach(target, way, CgroupAttachMode::Single)?;
                 p.take_link(id)?.try_into().map_err(wrong)
             }
             Some(Program::SkLookup(p)) => {
@@ -267,14 +309,20 @@ fn steer_pin(pod: u64) -> String {
 
 fn load_verified(pins: &Pins, pods: &Cgroup, log: &VerifierLog) -> Result<Ebpf, KernelError> {
     let mut ebpf = load_object(pins, pods)?;
-    for name in CGROUP_PROGRAMS.into_iter().chain([STEER]) {
+    for name in CGROUP_PROGRAMS.into_iter().chain([STEER, GUARD_LINK]) {
         verify(&mut ebpf, name, log)?;
     }
     Ok(ebpf)
 }
 
 fn load_object(pins: &Pins, pods: &Cgroup) -> Result<Ebpf, KernelError> {
-    let settings = Settings { pods_level: pods.level(), abi_version: ABI_VERSION };
+    let settings = Settings {
+        pods_level: pods.level(),
+        abi_version: ABI_VERSION,
+        pods_cgroup: pods.id(),
+        has_set_retval: u32::from(probe::has_set_retval()),
+        pad: 0,
+    };
     let paths: Vec<(&str, PathBuf)> = MAPS.iter().map(|name| (*name, pins.map(name))).collect();
     let mut loader = EbpfLoader::new();
     loader.override_global("SETTINGS", &settings, true);

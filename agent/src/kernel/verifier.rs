@@ -12,7 +12,7 @@ use std::{
 
 use aya::{
     Ebpf,
-    programs::{CgroupSockAddr, Program, ProgramError, SkLookup, SockOps},
+    programs::{CgroupSkb, CgroupSockAddr, Program, ProgramError, SchedClassifier, SkLookup, SockOps},
 };
 
 use super::{KernelError, node};
@@ -35,6 +35,8 @@ pub(super) fn verify(ebpf: &mut Ebpf, name: &str, log: &VerifierLog) -> Result<(
         Some(Program::CgroupSockAddr(p)) => CgroupSockAddr::load(p),
         Some(Program::SockOps(p)) => SockOps::load(p),
         Some(Program::SkLookup(p)) => SkLookup::load(p),
+        Some(Program::CgroupSkb(p)) => CgroupSkb::load(p),
+        Some(Program::SchedClassifier(p)) => SchedClassifier::load(p),
         _ => Err(ProgramError::UnexpectedProgramType),
     };
     result.map_err(|error| match &error {

@@ -15,6 +15,8 @@ fn workload(namespace: &str, labels: &[(&str, &str)]) -> Workload {
         labels: labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
         cgroup: "web".into(),
         protocol: crate::directory::Protocol::Tacit,
+        egress: None,
+        udp: None,
     }
 }
 

@@ -157,6 +157,13 @@ static KERNEL_VERDICTS: Metric = Metric {
     labels: &["reason"],
     help: "Decisions of the kernel programs.",
 };
+static RESETS_AT_ENROLMENT: Metric = Metric {
+    name: "tacit_enrolment_resets",
+    unit: None,
+    kind: MetricType::Counter,
+    labels: &[],
+    help: "Connections in clear from before a pod's enrolment that were reset.",
+};
 static FLOWS_LIVE: Metric = Metric {
     name: "tacit_flows_live",
     unit: None,
@@ -234,6 +241,7 @@ impl Exposition {
         writer.single(&PODS_WAITING, (status.pods.len() - enrolled) as u64)?;
         writer.single(&FLOWS_LIVE, status.flows.live)?;
         writer.single(&POOL_IDLE, status.pool.idle_sessions)?;
+        writer.single(&RESETS_AT_ENROLMENT, status.guard.resets_at_enrolment)?;
         let verdicts = status.kernel.iter();
         writer.family(&KERNEL_VERDICTS, verdicts.map(|verdict| ([Value::Text(&verdict.name)], verdict.value)))
     }

@@ -45,6 +45,9 @@ pub struct Status {
     pub programs: Vec<ProgramStatus>,
     /// What the kernel decided, by reason.
     pub kernel: Vec<KernelCounter>,
+    /// What the guard did beside counting verdicts.
+    #[serde(default)]
+    pub guard: GuardStatus,
     /// The certificates held.
     pub certificates: Vec<CertificateStatus>,
     /// Where configuration comes from.
@@ -106,6 +109,12 @@ pub struct PodStatus {
     pub mode: String,
     /// The mode of ports that say otherwise.
     pub port_modes: BTreeMap<u16, String>,
+    /// What it may send in clear into the mesh: `nothing`, `udp`, `all but udp` or `everything`.
+    #[serde(default)]
+    pub in_clear: String,
+    /// Host ends of its links that are guarded, each with how; empty where only its sockets are.
+    #[serde(default)]
+    pub guarded_links: Vec<String>,
     /// Whether it is protected.
     pub state: PodState,
     /// Its live flows, in both directions.
@@ -144,6 +153,30 @@ pub struct KernelCounter {
     pub help: String,
     /// How often, since the programs were loaded.
     pub value: u64,
+}
+
+/// What the guard did.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct GuardStatus {
+    /// Connections in clear from before enrolment that were reset, since the agent started.
+    pub resets_at_enrolment: u64,
+    /// What was dropped, most packets first; the least recently seen kinds are forgotten beyond 4,096.
+    pub drops: Vec<DropStatus>,
+}
+
+/// Packets of one kind that the guard dropped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DropStatus {
+    /// The pod as `namespace/name`, or the id of its cgroup where it is not known.
+    pub pod: String,
+    /// The other end; `::` where the packet did not say.
+    pub remote: IpAddr,
+    /// Number of the IP protocol; 0 where the packet did not say.
+    pub protocol: u8,
+    /// The verdict's name, as in `kernel`.
+    pub reason: String,
+    /// How many.
+    pub packets: u64,
 }
 
 /// One certificate.

@@ -77,6 +77,13 @@ impl Address {
         }
     }
 
+    /// fe80::/10.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_link_local(&self) -> bool {
+        u32::from_be(self.0[0]) >> 22 == 0xfe80_0000 >> 22
+    }
+
     /// Word-wise equality: unlike the derived one it never becomes a `memcmp` call, which BPF has not.
     #[inline(always)]
     #[must_use]
@@ -134,6 +141,14 @@ mod tests {
                 && !v4(128, 0, 0, 1).is_loopback()
                 && !Address::NONE.is_loopback()
         );
+    }
+
+    #[test]
+    fn link_local_is_fe80_slash_10() {
+        let six = |text: &str| Address::from_octets(text.parse::<Ipv6Addr>().expect("literal").octets());
+        assert!(six("fe80::1").is_link_local() && six("febf::1").is_link_local());
+        assert!(!six("fec0::1").is_link_local() && !six("fd77::1").is_link_local());
+        assert!(!v4(10, 0, 0, 1).is_link_local());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Facts are asked for in order of cost, and only as far as needed: a connection outside the mesh costs one lookup of
 //! its pod and one of its destination.
 
-use crate::{Address, Listener, Mode, Pod, Reason, Steered, tcp_port};
+use crate::{Address, Listener, Mode, Pod, Reason, Steered, pod_flag, tcp_port};
 
 /// What the connect hook can look up.
 pub trait ConnectFacts {
@@ -15,6 +15,14 @@ pub trait ConnectFacts {
     fn in_mesh(&self, address: &Address) -> bool;
     /// Cookie of the socket's network namespace.
     fn netns_cookie(&self) -> u64;
+    /// Is the calling process an agent's?
+    fn is_agent(&self) -> bool;
+    /// Are pods that have no entry yet held to STRICT?
+    fn default_is_strict(&self) -> bool;
+    /// May the destination be reached in clear, as the operator said?
+    fn is_allowed_clear(&self, destination: &Address) -> bool;
+    /// Does the agent give no sign of life?
+    fn is_stale(&self) -> bool;
 }
 
 /// Verdict on an outbound connection.
@@ -24,7 +32,7 @@ pub enum Connect {
     Leave(Reason),
     /// Goes to the agent; the pod's facts are needed to remember it.
     Capture(Pod),
-    /// Fails with EPERM.
+    /// Fails with ECONNREFUSED, or EPERM where the kernel cannot choose.
     Deny(Reason),
 }
 
@@ -32,22 +40,43 @@ pub enum Connect {
 #[inline(always)]
 pub fn decide_connect(facts: &impl ConnectFacts, destination: &Address) -> Connect {
     let Some(pod) = facts.pod() else {
-        return Connect::Leave(Reason::ConnectNotEnrolled);
+        return unknown_pod(facts, destination);
     };
+    if pod.has(pod_flag::EXEMPT) {
+        return Connect::Leave(Reason::ConnectNotEnrolled);
+    }
     if !facts.is_tcp() {
         return Connect::Leave(Reason::ConnectNotStream);
     }
     if !facts.in_mesh(destination) {
         return Connect::Leave(Reason::ConnectOutsideMesh);
     }
-    if destination.same(&pod.v4) || destination.same(&pod.v6) {
+    if pod.owns(destination) {
         return Connect::Leave(Reason::ConnectOwnAddress);
+    }
+    if facts.is_allowed_clear(destination) {
+        return Connect::Leave(Reason::ConnectAllowedClear);
     }
     // A namespace made inside the pod: the agent's listener is not there, and neither is the pod's address.
     if facts.netns_cookie() != pod.netns_cookie {
         return Connect::Deny(Reason::ConnectForeignNetns);
     }
-    Connect::Capture(pod)
+    match (facts.is_stale(), pod.has(pod_flag::EGRESS_STRICT)) {
+        (false, _) => Connect::Capture(pod),
+        (true, true) => Connect::Deny(Reason::ConnectAgentStale),
+        (true, false) => Connect::Leave(Reason::ConnectStaleClear),
+    }
+}
+
+/// A process below the pods' cgroup whose pod the agent has not told yet. What is no TCP meets the guard.
+#[inline(always)]
+fn unknown_pod(facts: &impl ConnectFacts, destination: &Address) -> Connect {
+    let held = facts.default_is_strict()
+        && facts.is_tcp()
+        && facts.in_mesh(destination)
+        && !facts.is_allowed_clear(destination)
+        && !facts.is_agent();
+    if held { Connect::Deny(Reason::ConnectUnknownPod) } else { Connect::Leave(Reason::ConnectNotEnrolled) }
 }
 
 /// A TCP connection that arrives in an enrolled pod's network namespace.
@@ -71,6 +100,8 @@ pub trait InboundFacts {
     fn is_node(&self, remote: &Address) -> bool;
     /// Is the address inside the mesh's ranges?
     fn in_mesh(&self, address: &Address) -> bool;
+    /// Does the agent give no sign of life?
+    fn is_stale(&self) -> bool;
 }
 
 /// Verdict on an inbound connection.
@@ -100,7 +131,7 @@ pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
         };
     };
     if flow.port == tcp_port::TUNNEL {
-        return Steer::Agent(steered.slot, Listener::Tunnel, Reason::InboundTunnel);
+        return agent(facts, steered, Listener::Tunnel, Reason::InboundTunnel);
     }
     if flow.port == tcp_port::CAPTURE || flow.port == tcp_port::PLAINTEXT {
         return Steer::Drop(Reason::InboundReserved);
@@ -110,10 +141,19 @@ pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
     }
     let mode = facts.port_mode(steered.slot, flow.port).unwrap_or(steered.mode);
     match Mode::from_raw(mode) {
-        Mode::Strict => Steer::Agent(steered.slot, Listener::Plaintext, Reason::InboundRefused),
+        Mode::Strict => agent(facts, steered, Listener::Plaintext, Reason::InboundRefused),
         Mode::Permissive => Steer::Pass(Reason::InboundPermitted),
         Mode::Disable => Steer::Pass(Reason::InboundDisabled),
     }
+}
+
+/// A stuck agent's listeners still exist, and would hold the peer until it gives up.
+#[inline(always)]
+fn agent(facts: &impl InboundFacts, steered: Steered, listener: Listener, reason: Reason) -> Steer {
+    if facts.is_stale() {
+        return Steer::Drop(Reason::InboundStale);
+    }
+    Steer::Agent(steered.slot, listener, reason)
 }
 
 #[cfg(test)]
@@ -128,12 +168,28 @@ mod tests {
         Pod { netns_cookie: 7, v4: v4(2), slot: 3, ..Pod::default() }
     }
 
+    #[derive(Clone, Copy)]
     struct Out {
         pod: Option<Pod>,
         tcp: bool,
         mesh: bool,
         netns: u64,
+        agent: bool,
+        strict: bool,
+        clear: bool,
+        stale: bool,
     }
+
+    const USUAL: Out = Out {
+        pod: None,
+        tcp: true,
+        mesh: true,
+        netns: 7,
+        agent: false,
+        strict: false,
+        clear: false,
+        stale: false,
+    };
 
     impl ConnectFacts for Out {
         fn pod(&self) -> Option<Pod> {
@@ -148,29 +204,80 @@ mod tests {
         fn netns_cookie(&self) -> u64 {
             self.netns
         }
+        fn is_agent(&self) -> bool {
+            self.agent
+        }
+        fn default_is_strict(&self) -> bool {
+            self.strict
+        }
+        fn is_allowed_clear(&self, _: &Address) -> bool {
+            self.clear
+        }
+        fn is_stale(&self) -> bool {
+            self.stale
+        }
     }
 
     #[test]
     fn connect_is_captured_only_from_an_enrolled_pod_into_the_mesh() {
-        let facts = |pod, tcp, mesh, netns| Out { pod, tcp, mesh, netns };
+        let of = |pod| Out { pod: Some(pod), ..USUAL };
+        let known = of(pod());
+        let leave = Connect::Leave;
         let table = [
-            (facts(None, true, true, 7), v4(9), Connect::Leave(Reason::ConnectNotEnrolled)),
-            (facts(Some(pod()), false, true, 7), v4(9), Connect::Leave(Reason::ConnectNotStream)),
-            (facts(Some(pod()), true, false, 7), v4(9), Connect::Leave(Reason::ConnectOutsideMesh)),
-            (facts(Some(pod()), true, true, 7), v4(2), Connect::Leave(Reason::ConnectOwnAddress)),
-            (facts(Some(pod()), true, true, 8), v4(9), Connect::Deny(Reason::ConnectForeignNetns)),
-            (facts(Some(pod()), true, true, 7), v4(9), Connect::Capture(pod())),
+            (USUAL, v4(9), leave(Reason::ConnectNotEnrolled)),
+            (of(Pod { flags: pod_flag::EXEMPT, ..pod() }), v4(9), leave(Reason::ConnectNotEnrolled)),
+            (Out { tcp: false, ..known }, v4(9), leave(Reason::ConnectNotStream)),
+            (Out { mesh: false, ..known }, v4(9), leave(Reason::ConnectOutsideMesh)),
+            (known, v4(2), leave(Reason::ConnectOwnAddress)),
+            (Out { clear: true, ..known }, v4(9), leave(Reason::ConnectAllowedClear)),
+            (Out { netns: 8, ..known }, v4(9), Connect::Deny(Reason::ConnectForeignNetns)),
+            (known, v4(9), Connect::Capture(pod())),
         ];
         for (facts, destination, expected) in table {
             assert_eq!(decide_connect(&facts, &destination), expected);
         }
     }
 
+    #[test]
+    fn without_a_sign_of_life_the_mode_alone_decides() {
+        let strict = Pod { flags: pod_flag::EGRESS_STRICT, ..pod() };
+        let stale = |pod| Out { pod: Some(pod), stale: true, ..USUAL };
+        assert_eq!(decide_connect(&stale(strict), &v4(9)), Connect::Deny(Reason::ConnectAgentStale));
+        assert_eq!(decide_connect(&stale(pod()), &v4(9)), Connect::Leave(Reason::ConnectStaleClear));
+        let nested = Out { netns: 8, ..stale(pod()) };
+        assert_eq!(decide_connect(&nested, &v4(9)), Connect::Deny(Reason::ConnectForeignNetns));
+        let here = |mode| In { stale: true, ..known(mode, None) };
+        let dropped = Steer::Drop(Reason::InboundStale);
+        assert_eq!(decide_inbound(&here(Mode::Strict), &to(80)), dropped);
+        assert_eq!(decide_inbound(&here(Mode::Permissive), &to(tcp_port::TUNNEL)), dropped);
+        let passed = Steer::Pass(Reason::InboundPermitted);
+        assert_eq!(decide_inbound(&here(Mode::Permissive), &to(80)), passed);
+    }
+
+    #[test]
+    fn a_pod_without_an_entry_is_held_to_strict_when_the_mesh_is() {
+        let strict = Out { strict: true, ..USUAL };
+        let left = Connect::Leave(Reason::ConnectNotEnrolled);
+        let table = [
+            (strict, Connect::Deny(Reason::ConnectUnknownPod)),
+            (Out { strict: false, ..strict }, left),
+            (Out { mesh: false, ..strict }, left),
+            (Out { tcp: false, ..strict }, left),
+            (Out { clear: true, ..strict }, left),
+            (Out { agent: true, ..strict }, left),
+        ];
+        for (facts, expected) in table {
+            assert_eq!(decide_connect(&facts, &v4(9)), expected);
+        }
+    }
+
+    #[derive(Clone, Copy)]
     struct In {
         steered: Option<Steered>,
         port_mode: Option<u32>,
         node: bool,
         mesh: bool,
+        stale: bool,
     }
 
     impl InboundFacts for In {
@@ -187,6 +294,9 @@ mod tests {
         fn in_mesh(&self, _: &Address) -> bool {
             self.mesh
         }
+        fn is_stale(&self) -> bool {
+            self.stale
+        }
     }
 
     fn known(mode: Mode, port_mode: Option<Mode>) -> In {
@@ -195,6 +305,7 @@ mod tests {
             port_mode: port_mode.map(|m| m as u32),
             node: false,
             mesh: true,
+            stale: false,
         }
     }
 

@@ -3,7 +3,7 @@
 use crate::Address;
 
 /// Raised with every change to a map's layout or meaning. Pinned maps of another version are not adopted.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// TCP ports of the data path, reserved in every enrolled pod.
 pub mod tcp_port {
@@ -27,6 +27,12 @@ pub mod limits {
     pub const MESH_RANGES: u32 = 1024;
     /// The node's own addresses.
     pub const NODE_ADDRESSES: u32 = 1024;
+    /// Agents' cgroups: one, and those of predecessors that still drain.
+    pub const AGENTS: u32 = 16;
+    /// Destinations that may be reached in clear.
+    pub const CLEAR: u32 = 1024;
+    /// Kinds of dropped packets that are told apart; the least recently seen makes room.
+    pub const DROPS: u32 = 4096;
     /// Connections between `connect()` and the agent's (or the application's) `accept()`. Above the sum of accept
     /// backlogs of a busy node; a full map refuses new captured connections and counts them.
     pub const PENDING: u32 = 64 * 1024;
@@ -40,6 +46,35 @@ pub struct Settings {
     pub pods_level: u32,
     /// [`ABI_VERSION`] of the agent that loads.
     pub abi_version: u32,
+    /// Id of the pods' parent cgroup.
+    pub pods_cgroup: u64,
+    /// 1 when the kernel has `bpf_set_retval` at connect hooks, else 0.
+    pub has_set_retval: u32,
+    /// Explicit padding, zero.
+    pub pad: u32,
+}
+
+/// What the agent keeps telling the programs; one entry, written whole.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct State {
+    /// When the agent last said that it lives: nanoseconds of `CLOCK_MONOTONIC`; 0 is never.
+    pub heartbeat: u64,
+    /// Age in nanoseconds from which on a heartbeat is stale.
+    pub stale_after: u64,
+    /// [`Mode`] of the mesh: what pods meet that have no entry yet. 0 (never written) leaves them alone.
+    pub default_mode: u32,
+    /// Explicit padding, zero.
+    pub pad: u32,
+}
+
+impl State {
+    /// Is the agent gone, or stuck? A clock that seems to run backwards (another CPU's) is no sign of it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_stale(&self, now: u64) -> bool {
+        self.heartbeat == 0 || now.saturating_sub(self.heartbeat) > self.stale_after
+    }
 }
 
 /// An enrolled pod; map key: its cgroup's id.
@@ -54,8 +89,79 @@ pub struct Pod {
     pub v6: Address,
     /// Index of its listeners, see [`listener_index`].
     pub slot: u32,
+    /// [`Mode`] of its ports without an own entry.
+    pub mode: u32,
+    /// Bits of [`pod_flag`].
+    pub flags: u32,
     /// Explicit padding, zero.
     pub pad: u32,
+}
+
+impl Pod {
+    /// What a pod without an entry is held to when the mesh is STRICT: no address, no listener, nothing in clear.
+    #[inline(always)]
+    #[must_use]
+    pub const fn unknown() -> Self {
+        Self {
+            netns_cookie: 0,
+            v4: Address::NONE,
+            v6: Address::NONE,
+            slot: u32::MAX,
+            mode: Mode::Strict as u32,
+            flags: pod_flag::EGRESS_STRICT,
+            pad: 0,
+        }
+    }
+
+    /// Is it one of the pod's addresses?
+    #[inline(always)]
+    #[must_use]
+    pub const fn owns(&self, address: &Address) -> bool {
+        address.same(&self.v4) || address.same(&self.v6)
+    }
+
+    /// Is this bit of [`pod_flag`] set?
+    #[inline(always)]
+    #[must_use]
+    pub const fn has(&self, flag: u32) -> bool {
+        self.flags & flag != 0
+    }
+}
+
+/// What holds for one pod.
+pub mod pod_flag {
+    /// It sends nothing in clear into the mesh.
+    pub const EGRESS_STRICT: u32 = 1;
+    /// Its UDP may pass in clear.
+    pub const UDP_ALLOWED: u32 = 2;
+    /// It belongs to no mesh: left alone.
+    pub const EXEMPT: u32 = 4;
+}
+
+/// A destination that strict pods may reach in clear.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct ClearKey {
+    /// Its address.
+    pub address: Address,
+    /// Its port.
+    pub port: u32,
+    /// Number of its IP protocol.
+    pub protocol: u32,
+}
+
+/// What was dropped: key of a counter.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct DropKey {
+    /// Id of the pod's cgroup.
+    pub cgroup: u64,
+    /// The other end's address.
+    pub remote: Address,
+    /// The `Reason`.
+    pub reason: u32,
+    /// Number of the IP protocol.
+    pub protocol: u32,
 }
 
 /// What `steer` needs of an enrolled pod; map key: one of its addresses.
@@ -159,6 +265,9 @@ pub mod names_kind {
     pub const DIALLED: u32 = 2;
     /// The application's end of such a connection.
     pub const ACCEPTED: u32 = 3;
+    /// A connection that an application accepted in clear from a mesh address, as its port's mode allowed: the names
+    /// are true as they are.
+    pub const CLEAR: u32 = 4;
 }
 
 /// The truth about a socket, kept in the socket: what its application should be told.
@@ -180,8 +289,11 @@ pub type MeshKey = [u32; 4];
 
 const _: () = {
     assert!(size_of::<Address>() == 16);
-    assert!(size_of::<Settings>() == 8);
-    assert!(size_of::<Pod>() == 48);
+    assert!(size_of::<Settings>() == 24);
+    assert!(size_of::<State>() == 24);
+    assert!(size_of::<Pod>() == 56);
+    assert!(size_of::<ClearKey>() == 24);
+    assert!(size_of::<DropKey>() == 32);
     assert!(size_of::<Steered>() == 8);
     assert!(size_of::<PortKey>() == 8);
     assert!(size_of::<Tuple>() == 48);
@@ -191,12 +303,20 @@ const _: () = {
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{Address, Destination, Names, Pod, PortKey, Settings, Steered, Tuple};
+    use super::{
+        Address, ClearKey, Destination, DropKey, Names, Pod, PortKey, Settings, State, Steered, Tuple,
+    };
 
     // SAFETY: repr(C), no padding (asserted above by size), every bit pattern is valid.
     unsafe impl aya::Pod for Address {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Settings {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for State {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for ClearKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for DropKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Pod {}
     // SAFETY: as above.

@@ -9,13 +9,15 @@ extern crate std;
 
 mod address;
 mod decide;
+mod guard;
 mod layout;
 mod reason;
 
 pub use address::Address;
 pub use decide::{Connect, ConnectFacts, Inbound, InboundFacts, Steer, decide_connect, decide_inbound};
+pub use guard::{GuardFacts, Packet, Seen, Verdict, decide_egress, decide_ingress, protocol};
 pub use layout::{
-    ABI_VERSION, Destination, LISTENERS_PER_POD, Listener, MeshKey, Mode, Names, Pod, PortKey, Settings,
-    Steered, Tuple, limits, listener_index, names_kind, tcp_port,
+    ABI_VERSION, ClearKey, Destination, DropKey, LISTENERS_PER_POD, Listener, MeshKey, Mode, Names, Pod,
+    PortKey, Settings, State, Steered, Tuple, limits, listener_index, names_kind, pod_flag, tcp_port,
 };
 pub use reason::{REASONS, Reason, ReasonText};

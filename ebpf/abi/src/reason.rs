@@ -44,6 +44,25 @@ reasons! {
     InboundUnknown, "inbound_unknown", "inbound connection to a mesh address without a mode: refused";
     InboundForeign, "inbound_foreign", "inbound connection to an address outside the mesh: straight to the application";
     InboundNoAgent, "inbound_no_agent", "the agent is needed for an inbound connection and not there: refused";
+    InboundStale, "inbound_stale", "the agent is needed for an inbound connection and gives no sign of life: refused";
+    ConnectAgentStale, "connect_stale_denied", "mesh connect of a strict pod while the agent gives no sign of life: denied";
+    ConnectStaleClear, "connect_stale_clear", "mesh connect of an open pod while the agent gives no sign of life: passed in clear";
+    ConnectUnknownPod, "connect_unknown_pod", "mesh connect of a pod that has no entry yet, the mesh being STRICT: denied";
+    ConnectAllowedClear, "connect_allowed_clear", "mesh connect to a destination of allowClear: left alone";
+    GuardTcp, "guard_tcp", "TCP of a strict pod's socket in clear into the mesh: dropped";
+    GuardUdp, "guard_udp", "UDP of a strict pod in clear into the mesh: dropped";
+    GuardIcmp, "guard_icmp", "ICMP of a strict pod's socket into the mesh: dropped";
+    GuardOther, "guard_other", "another IP protocol, or a part of a packet, of a strict pod into the mesh: dropped";
+    GuardSpoofed, "guard_spoofed", "packet into the mesh with a source address that is not the strict pod's: dropped on its link";
+    GuardNotIp, "guard_not_ip", "frame of a strict pod that is neither IP nor plain ARP: dropped on its link";
+    GuardUnreadable, "guard_unreadable", "packet of a strict pod that ends before its headers do: dropped";
+    GuardClear, "guard_open_clear", "packet of an open pod in clear into the mesh: passed";
+    GuardReply, "guard_reply_clear", "packet of a connection that was accepted in clear, as its mode allows: passed";
+    GuardUdpClear, "guard_udp_clear", "UDP in clear into the mesh of a pod with `udp: allow`: passed";
+    GuardAllowed, "guard_allowed_clear", "packet to or from a destination of allowClear: passed";
+    GuardInboundTcp, "guard_inbound_tcp", "TCP in clear from the mesh to a strict port: dropped";
+    GuardInboundUdp, "guard_inbound_udp", "UDP in clear from the mesh to a strict pod: dropped";
+    GuardInboundOther, "guard_inbound_other", "another IP protocol in clear from the mesh to a strict pod: dropped";
 }
 
 #[cfg(test)]

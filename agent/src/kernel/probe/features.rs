@@ -50,6 +50,10 @@ pub(super) enum Trial {
     Ktls,
 }
 
+const SKB_ANCESTOR_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_skb_ancestor_cgroup_id;
+const SKB_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_skb_cgroup_id;
+const SKB_LOAD: BpfHelper = BpfHelper::BPF_FUNC_skb_load_bytes_relative;
+const CURRENT_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_get_current_cgroup_id;
 const ANCESTOR_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id;
 const NETNS_COOKIE: BpfHelper = BpfHelper::BPF_FUNC_get_netns_cookie;
 const RINGBUF_RESERVE: BpfHelper = BpfHelper::BPF_FUNC_ringbuf_reserve;
@@ -60,14 +64,19 @@ const STORAGE_DELETE: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_delete;
 const STORAGE_GET: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_get;
 const CB_FLAGS_SET: BpfHelper = BpfHelper::BPF_FUNC_sock_ops_cb_flags_set;
 
+const CGROUP_SKB: ProgramType = ProgramType::CgroupSkb;
+const CLASSIFIER: ProgramType = ProgramType::SchedClassifier;
 const SOCK_ADDR: ProgramType = ProgramType::CgroupSockAddr;
 const CGROUP_BPF: &str = "CONFIG_CGROUP_BPF";
 const BPF_SYSCALL: &str = "CONFIG_BPF_SYSCALL and CONFIG_INET";
 
+/// Row that the loader asks for by name.
+pub(super) const SET_RETVAL_IN_SOCK_ADDR: &str = "bpf_set_retval in sock_addr";
 const CAPTURE: &str = "taking over connections of pods";
 const NAMES: &str = "showing applications the addresses they expect";
 const STEER: &str = "taking over connections to pods";
 const HANDOVER: &str = "telling the agent where a connection wanted to go";
+const GUARD: &str = "dropping what must not be in clear";
 const LOG: &str = "the programs' log lines";
 const STATE: &str = "what the agent tells the programs";
 
@@ -178,9 +187,24 @@ pub(super) static FEATURES: &[Feature] = &[
     ),
     helper("bpf_sk_assign in sk_lookup", STEER, Release(5, 9), ProgramType::SkLookup, SK_ASSIGN),
     helper("bpf_sk_release in sk_lookup", STEER, Release(5, 9), ProgramType::SkLookup, SK_RELEASE),
+    helper("bpf_get_current_cgroup_id in sock_addr", CAPTURE, Release(5, 7), SOCK_ADDR, CURRENT_CGROUP),
+    hook("cgroup_skb/egress", GUARD, Release(4, 10), Hook::SKB_EGRESS),
+    hook("cgroup_skb/ingress", GUARD, Release(4, 10), Hook::SKB_INGRESS),
+    required("programs on links", GUARD, Release(4, 1), "CONFIG_NET_CLS_BPF", Trial::Hook(Hook::CLASSIFIER)),
+    helper("bpf_skb_cgroup_id in cgroup_skb", GUARD, Release(5, 8), CGROUP_SKB, SKB_CGROUP),
+    helper("bpf_skb_ancestor_cgroup_id in cgroup_skb", GUARD, Release(5, 8), CGROUP_SKB, SKB_ANCESTOR_CGROUP),
+    helper("bpf_skb_load_bytes_relative in cgroup_skb", GUARD, Release(5, 0), CGROUP_SKB, SKB_LOAD),
+    helper("bpf_sk_storage_get in cgroup_skb", GUARD, Release(5, 2), CGROUP_SKB, STORAGE_GET),
+    helper("bpf_ringbuf_reserve in cgroup_skb", LOG, Release(5, 8), CGROUP_SKB, RINGBUF_RESERVE),
+    helper("bpf_skb_cgroup_id on links", GUARD, Release(4, 18), CLASSIFIER, SKB_CGROUP),
+    helper("bpf_skb_ancestor_cgroup_id on links", GUARD, Release(4, 19), CLASSIFIER, SKB_ANCESTOR_CGROUP),
+    helper("bpf_skb_load_bytes_relative on links", GUARD, Release(4, 18), CLASSIFIER, SKB_LOAD),
+    helper("bpf_sk_storage_get on links", GUARD, Release(5, 2), CLASSIFIER, STORAGE_GET),
+    helper("bpf_ringbuf_reserve on links", LOG, Release(5, 8), CLASSIFIER, RINGBUF_RESERVE),
     required("BTF of programs and maps", STATE, Release(4, 18), BPF_SYSCALL, Trial::Btf),
     map("array maps", STATE, Release(3, 19), MapType::Array),
     map("hash maps", STATE, Release(3, 19), MapType::Hash),
+    map("LRU hash maps", "telling what was dropped", Release(4, 10), MapType::LruHash),
     map("LPM trie maps", "the mesh's ranges", Release(4, 11), MapType::LpmTrie),
     map("sockmaps", STEER, Release(4, 14), MapType::SockMap),
     required("socket storage maps", NAMES, Release(5, 2), BPF_SYSCALL, Trial::SocketStorage),
@@ -197,12 +221,12 @@ pub(super) static FEATURES: &[Feature] = &[
         "tcx",
         "guarding pods' links beside other programs",
         Release(6, 6),
-        "cgroup_skb and clsact",
+        "filters of clsact",
         "CONFIG_NET_XGRESS",
         Trial::Tcx,
     ),
     optional(
-        "bpf_set_retval in sock_addr",
+        SET_RETVAL_IN_SOCK_ADDR,
         "refusing connections with a telling error",
         Release(5, 18),
         "refused with EPERM",

@@ -36,6 +36,9 @@ impl Hook {
     pub(super) const GETSOCKNAME6: Self = Self::sock_addr(32);
     pub(super) const SOCK_OPS: Self = Self { program_type: 13, attach_type: 3 };
     pub(super) const SK_LOOKUP: Self = Self { program_type: 30, attach_type: 36 };
+    pub(super) const SKB_EGRESS: Self = Self { program_type: 8, attach_type: 1 };
+    pub(super) const SKB_INGRESS: Self = Self { program_type: 8, attach_type: 0 };
+    pub(super) const CLASSIFIER: Self = Self { program_type: 3, attach_type: 0 };
     pub(super) const TCX_INGRESS: Self = Self { program_type: 3, attach_type: 46 };
 
     const fn sock_addr(attach_type: u32) -> Self {

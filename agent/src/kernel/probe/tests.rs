@@ -119,6 +119,8 @@ fn every_helper_the_programs_call_is_in_the_table() {
         let kind = match section.as_str() {
             "sockops" => ProgramType::SockOps,
             "sk_lookup" => ProgramType::SkLookup,
+            "cgroup_skb/egress" | "cgroup_skb/ingress" => ProgramType::CgroupSkb,
+            "classifier" => ProgramType::SchedClassifier,
             // Functions that programs share; only the capture programs are large enough to have any.
             _ => ProgramType::CgroupSockAddr,
         };

@@ -90,6 +90,8 @@ pub(in crate::telemetry) fn workload(name: &str) -> Workload {
         labels: BTreeMap::new(),
         cgroup: PathBuf::from(format!("shop_{name}")),
         protocol: Protocol::Tacit,
+        egress: None,
+        udp: None,
     }
 }
 

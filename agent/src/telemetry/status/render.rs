@@ -16,6 +16,7 @@ pub fn render(status: &Status, colour: bool) -> String {
     page.pods(status);
     page.programs(status);
     page.kernel(status);
+    page.guard(status);
     page.certificates(status);
     page.sources(status);
     page.flows(status);
@@ -38,7 +39,17 @@ impl Page {
     }
 
     fn pods(&mut self, status: &Status) {
-        let mut table = Table::new(["POD", "STATE", "MODE", "ADDRESSES", "IDENTITY", "CGROUP", "FLOWS"]);
+        let mut table = Table::new([
+            "POD",
+            "STATE",
+            "MODE",
+            "IN CLEAR",
+            "LINKS",
+            "ADDRESSES",
+            "IDENTITY",
+            "CGROUP",
+            "FLOWS",
+        ]);
         for pod in &status.pods {
             let state = match &pod.state {
                 PodState::Enrolled => Cell::styled("enrolled", Style::Good),
@@ -49,6 +60,8 @@ impl Page {
                 pod_name(pod).into(),
                 state,
                 modes(pod).into(),
+                (&pod.in_clear).into(),
+                pod.guarded_links.join(" ").into(),
                 addresses.join(" ").into(),
                 (&pod.identity).into(),
                 (&pod.cgroup).into(),
@@ -83,6 +96,25 @@ impl Page {
             table.row([(&counter.name).into(), counter.value.into(), (&counter.help).into()]);
         }
         self.section("KERNEL VERDICTS", &table);
+    }
+
+    fn guard(&mut self, status: &Status) {
+        let mut table = Table::new(["DROPPED OF", "OTHER END", "PROTOCOL", "VERDICT", "PACKETS"]);
+        for drop in &status.guard.drops {
+            table.row([
+                (&drop.pod).into(),
+                drop.remote.to_string().into(),
+                drop.protocol.to_string().into(),
+                (&drop.reason).into(),
+                drop.packets.into(),
+            ]);
+        }
+        self.section("GUARD", &table);
+        if status.guard.resets_at_enrolment > 0 {
+            let text =
+                format!("{} connections from before enrolment were reset", status.guard.resets_at_enrolment);
+            self.note(Style::Caution, &text);
+        }
     }
 
     fn certificates(&mut self, status: &Status) {
@@ -241,8 +273,9 @@ mod tests {
         let text = render(&sample(), false);
         let expected = [
             "tacit 0.1.0 on node a (cluster.local): ready, up 1h 1m, pid 4711",
-            "  POD       STATE     MODE                    ADDRESSES  IDENTITY                               CGROUP    FLOWS",
-            "  shop/web  enrolled  strict 9090=permissive  10.77.1.2  spiffe://cluster.local/ns/shop/sa/web  shop_web  1",
+            "  POD       STATE     MODE                    IN CLEAR  LINKS       ADDRESSES  IDENTITY   ",
+            "  shop/web  enrolled  strict 9090=permissive  nothing   pod2 (tcx)  10.77.1.2  spiffe://cluster.local/ns/shop/sa/web  shop_web  1",
+            "  shop/web    10.77.2.9  17        guard_udp  41",
             "  ! shop/api waits: no certificate yet",
             "  connect4  12  /cgroup/pods  /bpf/tacit/connect4",
             "  deny_stale_agent  3      Refused in STRICT because the agent is gone",

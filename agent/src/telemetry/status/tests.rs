@@ -59,6 +59,16 @@ pub(in crate::telemetry) fn sample() -> Status {
             help: "Refused in STRICT because the agent is gone".to_owned(),
             value: 3,
         }],
+        guard: GuardStatus {
+            resets_at_enrolment: 2,
+            drops: vec![DropStatus {
+                pod: "shop/web".to_owned(),
+                remote: [10, 77, 2, 9].into(),
+                protocol: 17,
+                reason: "guard_udp".to_owned(),
+                packets: 41,
+            }],
+        },
         certificates: vec![
             certificate("web", 72_000, None),
             certificate("api", 600, Some("issuer is\u{1b}[31m away")),
@@ -85,6 +95,8 @@ fn pod(name: &str, state: PodState) -> PodStatus {
         identity: format!("spiffe://cluster.local/ns/shop/sa/{name}"),
         mode: "strict".to_owned(),
         port_modes: BTreeMap::from([(9090, "permissive".to_owned())]),
+        in_clear: "nothing".to_owned(),
+        guarded_links: vec!["pod2 (tcx)".to_owned()],
         state,
         flows: 1,
     }

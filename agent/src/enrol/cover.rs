@@ -1,0 +1,178 @@
+//! What the kernel is told about a pod, in which order, and what it is told no more.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use super::{Enroller, NotYet, Pod, State};
+use crate::{
+    directory::{Egress, Protocol, Udp, Workload},
+    kernel::{
+        GuardedLink, InClear, KernelError, PodEntry, cgroup::Cgroup, existing, netns::Netns, node,
+        socket::Listeners,
+    },
+    policy::{Mode, Modes},
+};
+
+impl Enroller {
+    /// Makes sure that the kernel knows the pod, so that it sends nothing past the agent from here on. An entry of an
+    /// earlier agent stays as it is: its connections are captured, and refused until this agent listens.
+    pub(super) fn cover(
+        &self,
+        state: &mut State,
+        cgroup: u64,
+        workload: &Workload,
+        modes: &Modes,
+    ) -> Result<u32, NotYet> {
+        if let Some(slot) = state.known.get(&cgroup) {
+            return Ok(*slot);
+        }
+        let slot = state.free_slot();
+        let entry = entry(workload, cgroup, slot, 0, modes);
+        self.kernel.maps.set_pod(&entry).map_err(|e| NotYet::Kernel(e.to_string()))?;
+        state.known.insert(cgroup, slot);
+        Ok(slot)
+    }
+
+    pub(super) fn tell_kernel(
+        &self,
+        entry: &PodEntry,
+        netns: &Netns,
+        listeners: &Listeners,
+        modes: &Modes,
+    ) -> Result<Vec<GuardedLink>, KernelError> {
+        let maps = &self.kernel.maps;
+        maps.set_modes(entry.slot, &entry.addresses, kernel_mode(modes.default), &kernel_ports(modes))?;
+        listeners.publish(maps, entry.slot)?;
+        let mut programs = self.kernel.programs();
+        programs.steer(entry.cgroup, netns)?;
+        let tell = |interface| maps.set_link(interface, entry.cgroup);
+        let links = programs.guard_links(entry.cgroup, netns, &self.host, tell)?;
+        drop(programs);
+        maps.set_pod(entry)?;
+        Ok(links)
+    }
+
+    pub(super) fn apply_modes(&self, state: &State, wanted: &[Arc<Workload>]) {
+        let policies = self.policies.current();
+        for pod in state.current.values() {
+            // Labels may have changed since the pod was enrolled.
+            let entry = wanted.iter().find(|w| w.cgroup == pod.workload.cgroup).unwrap_or(&pod.workload);
+            let modes = policies.modes(entry);
+            if modes == **pod.modes.load() {
+                continue;
+            }
+            match self.set_modes(pod, &modes) {
+                Ok(()) => {
+                    tracing::info!(pod = %pod.workload.name, mode = ?modes.default, "mode changed");
+                    pod.modes.store(Arc::new(modes));
+                }
+                Err(error) => {
+                    tracing::error!(pod = %pod.workload.name, %error, "mode not applied; trying again")
+                }
+            }
+        }
+    }
+
+    fn set_modes(&self, pod: &Pod, modes: &Modes) -> Result<(), KernelError> {
+        let maps = &self.kernel.maps;
+        let (default, ports) = (kernel_mode(modes.default), kernel_ports(modes));
+        maps.set_modes(pod.slot, &pod.workload.addresses, default, &ports)?;
+        maps.set_pod(&entry(&pod.workload, pod.cgroup, pod.slot, pod.netns.cookie(), modes))
+    }
+
+    /// Ends what the pod opened or accepted in clear before. Without the kernel's help its packets meet the guard.
+    pub(super) fn reset_clear(&self, netns: &Netns, workload: &Workload) {
+        let nodes = node::addresses().unwrap_or_default();
+        let is_mesh = |address: IpAddr| {
+            self.mesh_ranges.iter().any(|range| range.contains(&address))
+                && !workload.addresses.contains(&address)
+                && !nodes.contains(&address)
+        };
+        match existing::reset_clear(netns, &self.host, self.kernel.cgroup, is_mesh) {
+            Ok(ended) => self.telemetry.reset_at_enrolment(ended),
+            Err(error) => {
+                tracing::warn!(pod = %workload.name, %error, "connections from before enrolment are not reset; the guard drops their packets");
+            }
+        }
+    }
+
+    /// After a restart: what an earlier agent left for pods that are no longer of this node.
+    pub(super) fn remove_leftovers(&self, state: &mut State) {
+        let live: HashSet<u64> = state.current.values().map(|p| p.cgroup).collect();
+        let gone: Vec<u64> =
+            state.known.keys().copied().filter(|id| !live.contains(id) && !self.is_waiting(*id)).collect();
+        for cgroup in gone {
+            if let Some(slot) = state.known.remove(&cgroup) {
+                self.kernel.maps.remove_modes(slot);
+            }
+            self.kernel.maps.remove_pod(cgroup);
+            self.kernel.maps.remove_links(cgroup);
+        }
+        for cgroup in self.kernel.programs().steered().unwrap_or_default() {
+            if !live.contains(&cgroup) {
+                self.kernel.programs().unsteer(cgroup);
+            }
+        }
+        let guarded = self.kernel.programs().guarded().unwrap_or_default();
+        for cgroup in guarded.into_iter().filter(|id| !live.contains(id) && !self.is_waiting(*id)) {
+            self.kernel.programs().unguard_links(cgroup, &[]);
+        }
+    }
+
+    fn is_waiting(&self, cgroup: u64) -> bool {
+        let directory = self.directory.current();
+        directory.on_node(&self.node).any(|w| {
+            let path = self.pods_cgroup.path().join(&w.cgroup);
+            w.protocol == Protocol::Tacit && Cgroup::open(&path).is_ok_and(|c| c.id() == cgroup)
+        })
+    }
+}
+
+/// What a pod may send in clear into the mesh: what its entry says, else what goes with its mode.
+#[must_use]
+pub fn in_clear(workload: &Workload, modes: &Modes) -> InClear {
+    let is_strict = modes.default == Mode::Strict;
+    let default = if is_strict { Egress::Strict } else { Egress::Open };
+    let egress = workload.egress.unwrap_or(default);
+    let default = if is_strict || egress == Egress::Strict { Udp::Deny } else { Udp::Allow };
+    match (egress, workload.udp.unwrap_or(default)) {
+        (Egress::Strict, Udp::Deny) => InClear::Nothing,
+        (Egress::Strict, Udp::Allow) => InClear::Udp,
+        (Egress::Open, Udp::Deny) => InClear::AllButUdp,
+        (Egress::Open, Udp::Allow) => InClear::All,
+    }
+}
+
+pub(super) fn entry(
+    workload: &Workload,
+    cgroup: u64,
+    slot: u32,
+    netns_cookie: u64,
+    modes: &Modes,
+) -> PodEntry {
+    PodEntry {
+        cgroup,
+        netns_cookie,
+        addresses: workload.addresses.clone(),
+        slot,
+        mode: kernel_mode(modes.default),
+        clear: in_clear(workload, modes),
+    }
+}
+
+/// The kernel's number of a mode.
+#[must_use]
+pub fn kernel_mode(mode: Mode) -> tacit_abi::Mode {
+    match mode {
+        Mode::Disable => tacit_abi::Mode::Disable,
+        Mode::Permissive => tacit_abi::Mode::Permissive,
+        Mode::Strict => tacit_abi::Mode::Strict,
+    }
+}
+
+fn kernel_ports(modes: &Modes) -> BTreeMap<u16, tacit_abi::Mode> {
+    modes.ports.iter().map(|(port, mode)| (*port, kernel_mode(*mode))).collect()
+}

@@ -1,0 +1,267 @@
+//! Two questions to the kernel over netlink, and one order: which interface is at the other end of a pod's link, which
+//! TCP connections a namespace has, and that one of them shall end.
+//!
+//! The namespace is the calling thread's. Answers are parsed with every length checked.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::{AsRawFd as _, OwnedFd},
+};
+
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
+};
+
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const NLM_F_REQUEST: u16 = 1;
+const NLM_F_ACK: u16 = 4;
+const NLM_F_DUMP: u16 = 0x300;
+const NLM_HEADER: usize = 16;
+/// Attributes and messages begin at multiples of this.
+const ALIGN: usize = 4;
+/// The kernel fills dumps up to 32 KiB at a time.
+const BUFFER: usize = 64 * 1024;
+
+const RTM_NEWLINK: u16 = 16;
+const RTM_GETLINK: u16 = 18;
+const IFINFO: usize = 16;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_LINK: u16 = 5;
+const ARPHRD_ETHER: u16 = 1;
+
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const SOCK_DESTROY: u16 = 21;
+/// `struct inet_diag_req_v2`; its last 48 bytes are the socket's id, as in the answer.
+const DIAG_REQUEST: usize = 56;
+const DIAG_ID: usize = 48;
+/// `struct inet_diag_msg`.
+const DIAG_ANSWER: usize = 72;
+const INET_DIAG_CGROUP_ID: u16 = 21;
+/// All states of TCP but LISTEN, TIME_WAIT and CLOSE.
+const OPEN_STATES: u32 = 0xfff & !(1 << 10 | 1 << 6 | 1 << 7 | 1);
+
+/// A network interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Interface {
+    pub(super) index: u32,
+    pub(super) name: String,
+    /// Index of what it is linked to: of a veth or netkit, its other end, in that end's namespace.
+    pub(super) linked: Option<u32>,
+    pub(super) is_ethernet: bool,
+}
+
+/// The interfaces of the calling thread's namespace.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn interfaces() -> io::Result<Vec<Interface>> {
+    let netlink = Netlink::open(SockProtocol::NetlinkRoute)?;
+    let mut found = Vec::new();
+    netlink.ask(RTM_GETLINK, NLM_F_DUMP, &[0; IFINFO], |kind, body| {
+        if kind == RTM_NEWLINK {
+            found.extend(interface(body));
+        }
+    })?;
+    Ok(found)
+}
+
+fn interface(body: &[u8]) -> Option<Interface> {
+    let index = u32_at(body, 4)?;
+    let is_ethernet = u16_at(body, 2)? == ARPHRD_ETHER;
+    let mut interface = Interface { index, name: String::new(), linked: None, is_ethernet };
+    for (kind, value) in attributes(body.get(IFINFO..)?) {
+        match kind {
+            IFLA_IFNAME => {
+                let text = value.strip_suffix(&[0]).unwrap_or(value);
+                interface.name = String::from_utf8_lossy(text).into_owned();
+            }
+            IFLA_LINK => interface.linked = u32_at(value, 0),
+            _ => {}
+        }
+    }
+    Some(interface)
+}
+
+/// A TCP connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Connection {
+    pub(super) local: SocketAddr,
+    pub(super) remote: SocketAddr,
+    /// Id of its socket's cgroup; `None` on kernels that do not tell.
+    pub(super) cgroup: Option<u64>,
+    family: u8,
+    id: [u8; DIAG_ID],
+}
+
+/// The open TCP connections of the calling thread's namespace.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn connections() -> io::Result<Vec<Connection>> {
+    let netlink = Netlink::open(SockProtocol::NetlinkSockDiag)?;
+    let mut found = Vec::new();
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        let request = diag_request(family as u8, OPEN_STATES, &[0; DIAG_ID]);
+        netlink.ask(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &request, |kind, body| {
+            if kind == SOCK_DIAG_BY_FAMILY {
+                found.extend(connection(body));
+            }
+        })?;
+    }
+    Ok(found)
+}
+
+/// Resets a connection: its application gets ECONNABORTED, its peer a reset.
+///
+/// # Errors
+/// The kernel's; `EOPNOTSUPP` without CONFIG_INET_DIAG_DESTROY. A connection that has ended meanwhile is none.
+pub(super) fn destroy(connection: &Connection) -> io::Result<()> {
+    let netlink = Netlink::open(SockProtocol::NetlinkSockDiag)?;
+    let request = diag_request(connection.family, u32::MAX, &connection.id);
+    match netlink.ask(SOCK_DESTROY, NLM_F_ACK, &request, |_, _| {}) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        done => done,
+    }
+}
+
+fn diag_request(family: u8, states: u32, id: &[u8; DIAG_ID]) -> [u8; DIAG_REQUEST] {
+    let mut request = [0; DIAG_REQUEST];
+    request[0] = family;
+    request[1] = libc::IPPROTO_TCP as u8;
+    request[4..8].copy_from_slice(&states.to_ne_bytes());
+    request[8..].copy_from_slice(id);
+    request
+}
+
+fn connection(body: &[u8]) -> Option<Connection> {
+    let family = *body.first()?;
+    let id: [u8; DIAG_ID] = body.get(4..4 + DIAG_ID)?.try_into().ok()?;
+    let port = |at: usize| u16::from_be_bytes([id[at], id[at + 1]]);
+    let cgroup = attributes(body.get(DIAG_ANSWER..)?)
+        .find(|(kind, _)| *kind == INET_DIAG_CGROUP_ID)
+        .and_then(|(_, value)| Some(u64::from_ne_bytes(value.get(..8)?.try_into().ok()?)));
+    Some(Connection {
+        local: SocketAddr::new(ip(family, id.get(4..20)?)?, port(0)),
+        remote: SocketAddr::new(ip(family, id.get(20..36)?)?, port(2)),
+        cgroup,
+        family,
+        id,
+    })
+}
+
+fn ip(family: u8, bytes: &[u8]) -> Option<IpAddr> {
+    if i32::from(family) == libc::AF_INET {
+        let four: [u8; 4] = bytes.get(..4)?.try_into().ok()?;
+        return Some(Ipv4Addr::from(four).into());
+    }
+    let sixteen: [u8; 16] = bytes.try_into().ok()?;
+    Some(Ipv6Addr::from(sixteen).to_canonical())
+}
+
+/// A netlink socket in the calling thread's namespace.
+struct Netlink(OwnedFd);
+
+impl Netlink {
+    fn open(protocol: SockProtocol) -> io::Result<Self> {
+        Ok(Self(socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?))
+    }
+
+    /// Sends one request and hands every message of the answer to `each`.
+    fn ask(&self, kind: u16, flags: u16, body: &[u8], mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
+        let mut request = Vec::with_capacity(NLM_HEADER + body.len());
+        request.extend_from_slice(&((NLM_HEADER + body.len()) as u32).to_ne_bytes());
+        request.extend_from_slice(&kind.to_ne_bytes());
+        request.extend_from_slice(&(NLM_F_REQUEST | flags).to_ne_bytes());
+        request.extend_from_slice(&[0; 8]);
+        request.extend_from_slice(body);
+        sendto(self.0.as_raw_fd(), &request, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
+        let mut buffer = vec![0; BUFFER];
+        loop {
+            let len = recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+            if read(buffer.get(..len).unwrap_or_default(), &mut each)? {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Goes through the messages of one datagram. Returns whether the answer is complete.
+fn read(mut datagram: &[u8], each: &mut impl FnMut(u16, &[u8])) -> io::Result<bool> {
+    while !datagram.is_empty() {
+        let malformed = || io::Error::new(io::ErrorKind::InvalidData, "malformed netlink message");
+        let len = u32_at(datagram, 0).ok_or_else(malformed)? as usize;
+        let kind = u16_at(datagram, 4).ok_or_else(malformed)?;
+        let body = datagram.get(NLM_HEADER..len).ok_or_else(malformed)?;
+        match kind {
+            NLMSG_DONE => return Ok(true),
+            NLMSG_ERROR => {
+                let code = u32_at(body, 0).ok_or_else(malformed)? as i32;
+                return if code == 0 { Ok(true) } else { Err(io::Error::from_raw_os_error(-code)) };
+            }
+            _ => each(kind, body),
+        }
+        datagram = datagram.get(len.next_multiple_of(ALIGN)..).unwrap_or_default();
+    }
+    Ok(false)
+}
+
+/// The attributes of a message; the rest of a malformed one is left out.
+fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let len = usize::from(u16_at(bytes, 0)?);
+        let kind = u16_at(bytes, 2)?;
+        let value = bytes.get(4..len)?;
+        bytes = bytes.get(len.next_multiple_of(ALIGN)..).unwrap_or_default();
+        Some((kind, value))
+    })
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn loopback_is_among_the_interfaces() {
+        let all = interfaces().expect("netlink");
+        assert!(all.iter().any(|i| i.name == "lo" && i.index == 1 && !i.is_ethernet), "{all:?}");
+    }
+
+    #[test]
+    fn an_open_connection_is_listed_with_both_ends() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("loopback");
+        let client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connect");
+        let (local, remote) = (client.local_addr().expect("local"), client.peer_addr().expect("peer"));
+        let all = connections().expect("netlink");
+        let found = all.iter().find(|c| c.local == local && c.remote == remote);
+        assert!(found.is_some_and(|c| c.cgroup.is_some_and(|id| id > 0)), "{all:?}");
+    }
+
+    #[test]
+    fn cut_messages_are_errors_or_nothing() {
+        let mut message = Vec::new();
+        message.extend_from_slice(&20_u32.to_ne_bytes());
+        message.extend_from_slice(&NLMSG_ERROR.to_ne_bytes());
+        message.extend_from_slice(&[0; 14]);
+        assert!(read(&message, &mut |_, _| {}).expect("complete"));
+        for len in 1..message.len() {
+            assert!(read(&message[..len], &mut |_, _| {}).is_err(), "{len}");
+        }
+        for bytes in [&[][..], &[4], &[3, 0, 1, 0], &[200, 0, 1, 0, 5]] {
+            assert_eq!(attributes(bytes).count(), 0, "{bytes:?}");
+        }
+        assert_eq!(connection(&[2; 20]), None);
+        assert_eq!(interface(&[0; 6]), None);
+    }
+}
