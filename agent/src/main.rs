@@ -56,6 +56,22 @@ enum Command {
         /// Output format.
         #[arg(short, long, value_enum, default_value_t = Output::Table)]
         output: Output,
+        /// Attack two nodes made in namespaces here, with and without Tacit; ends with 1 unless every attack was held
+        /// that succeeds without it.
+        #[arg(long)]
+        attack: bool,
+        /// With --attack: only attacks whose name contains this.
+        #[arg(long, value_name = "NAME", requires = "attack")]
+        only: Option<String>,
+        /// With --attack: only this family: v4, v6 or mapped.
+        #[arg(long, value_name = "FAMILY", requires = "attack", value_parser = family)]
+        family: Option<tacit_attack::Family>,
+    },
+    /// One step of an attack; started by `doctor --attack` inside a pod of its own.
+    #[command(hide = true)]
+    AttackStep {
+        /// Name, target, marker, and what else the step takes.
+        arguments: Vec<String>,
     },
     /// Detach and remove everything that an agent left pinned in the kernel.
     Uninstall {
@@ -98,7 +114,9 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Agent { config, verbose, log_format } => agent(&config, verbose, log_format),
         Command::Status { socket, output } => show_status(&socket, output),
-        Command::Doctor { pin_path, output } => show_doctor(&pin_path, output),
+        Command::Doctor { attack: true, output, only, family, .. } => attack(output, only, family),
+        Command::Doctor { pin_path, output, .. } => show_doctor(&pin_path, output),
+        Command::AttackStep { arguments } => tacit_attack::step::run(&arguments),
         Command::Uninstall { config } => {
             let config = Config::read(&config)?;
             let removed = kernel::uninstall(&config.pin_path)?;
@@ -119,6 +137,18 @@ fn agent(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<(
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
     let verifier_log = if verbose { VerifierLog::Folder(std::env::temp_dir()) } else { VerifierLog::Tail };
     runtime.block_on(app::run(config, verifier_log))?;
+    Ok(())
+}
+
+fn family(text: &str) -> Result<tacit_attack::Family, String> {
+    tacit_attack::Family::parse(text).ok_or_else(|| format!("{text:?} is no family: write v4, v6 or mapped"))
+}
+
+fn attack(output: Output, only: Option<String>, family: Option<tacit_attack::Family>) -> Result<()> {
+    let program = std::env::current_exe().context("path of this program")?;
+    let json = matches!(output, Output::Json);
+    let held = tacit_attack::run(&tacit_attack::Options { program, only, family, json })?;
+    anyhow::ensure!(held, "not every attack was held, or proven to leak without Tacit");
     Ok(())
 }
 

@@ -1,5 +1,5 @@
-//! Agents end, die, come back and go for good, while the pods keep running. Nothing that should be encrypted is ever
-//! sent in clear meanwhile.
+//! Agents end, die, come back and go for good, while the pods keep running. Nothing of a strict pod is ever sent in clear
+//! meanwhile; a permissive one goes on in clear, as its operator chose.
 //!
 //! Each test stops an agent, so each has a mesh of its own.
 
@@ -18,6 +18,8 @@ use tacit_topology::{Process, until};
 /// Above the drain limit of the meshes below.
 const ENDED: Duration = Duration::from_secs(15);
 const DRAIN: &str = "drainTimeout: 3s\n";
+const STRICT_MESH: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+                           metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
 
 #[test]
 #[ignore = "needs root"]
@@ -41,7 +43,47 @@ fn after_a_stop_nothing_goes_in_clear_and_a_new_agent_takes_over() -> Result<()>
     Ok(())
 }
 
-/// The controls of the two tests above: without Tacit, the same exchange can be read.
+/// The operator chose reachability: without an agent an open pod goes on in clear, and every connection is counted.
+#[test]
+#[ignore = "needs root"]
+fn without_a_sign_of_life_a_permissive_pod_goes_on_in_clear_and_is_counted() -> Result<()> {
+    let mut mesh = plan().config("heartbeatTimeout: 1s\n").with_agents()?;
+    let server = serve(&mesh)?;
+    mesh.agent_mut("a")?.kill()?;
+    let marker = marker("stale");
+    let capture = mesh.topology().capture()?;
+    until("a connection in clear", ENDED, || {
+        Ok(Client::echo(mesh.pod("client")?, server.address(), &marker).is_ok().then_some(()))
+    })?;
+    assert_eq!(capture.finish()?.occurrences(marker.as_bytes()), 2);
+    mesh.agent_mut("a")?.restart()?;
+    mesh.agent_mut("a")?.wait_ready()?;
+    let reason = [("reason", "connect_stale_clear")];
+    let counted = observe::metric(mesh.agent("a")?, "tacit_kernel_verdicts_total", &reason)?;
+    ensure!(counted > 0, "not counted");
+    Ok(())
+}
+
+/// An agent that is stuck still has its listeners; a strict pod must be told at once, not left waiting.
+#[test]
+#[ignore = "needs root"]
+fn without_a_sign_of_life_a_strict_pod_is_refused_at_once() -> Result<()> {
+    let mesh = plan().policy(STRICT_MESH).config("heartbeatTimeout: 1s\n").with_agents()?;
+    let server = serve(&mesh)?;
+    Client::echo(mesh.pod("client")?, server.address(), "before")?;
+    mesh.agent("a")?.pause()?;
+    let refused = until("a refusal", ENDED, || {
+        let told = Client::run(mesh.pod("client")?, server.address(), &["send:x", "read-end"])?;
+        Ok(told.iter().any(|event| event["error"] == "ConnectionRefused").then_some(told))
+    });
+    mesh.agent("a")?.resume()?;
+    refused?;
+    until("flows again", ENDED, || {
+        Ok(Client::echo(mesh.pod("client")?, server.address(), "after").is_ok().then_some(()))
+    })
+}
+
+/// The controls of the tests above: without Tacit, the same exchange can be read.
 #[test]
 #[ignore = "needs root"]
 fn control_the_same_exchange_without_tacit_can_be_read() -> Result<()> {
@@ -195,7 +237,7 @@ fn uninstall_is_refused_while_the_agent_runs_and_then_removes_everything() -> Re
 
 /// One node's agent goes, by `stop`, and comes again.
 fn survives(node: &str, stop: impl FnOnce(&mut Mesh) -> Result<()>) -> Result<()> {
-    let mut mesh = plan().config(DRAIN).with_agents()?;
+    let mut mesh = plan().policy(STRICT_MESH).config(DRAIN).with_agents()?;
     let server = serve(&mesh)?;
     Client::echo(mesh.pod("client")?, server.address(), "before")?;
     let before = pinned_programs(&observe::status(mesh.agent(node)?)?);

@@ -111,10 +111,10 @@ impl Enroller {
             self.kernel.maps.remove_pod(cgroup);
             self.kernel.maps.remove_links(cgroup);
         }
-        for cgroup in self.kernel.programs().steered().unwrap_or_default() {
-            if !live.contains(&cgroup) {
-                self.kernel.programs().unsteer(cgroup);
-            }
+        // Not in the loop's head: the lock would be held until its end.
+        let steered = self.kernel.programs().steered().unwrap_or_default();
+        for cgroup in steered.into_iter().filter(|id| !live.contains(id)) {
+            self.kernel.programs().unsteer(cgroup);
         }
         let guarded = self.kernel.programs().guarded().unwrap_or_default();
         for cgroup in guarded.into_iter().filter(|id| !live.contains(id) && !self.is_waiting(*id)) {

@@ -175,6 +175,22 @@ impl Agent {
         self.end(Signal::SIGKILL, ANSWER)
     }
 
+    /// Stops it where it stands (SIGSTOP).
+    ///
+    /// # Errors
+    /// When it is not running.
+    pub fn pause(&self) -> Result<()> {
+        self.process.as_ref().context("the agent was stopped")?.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets it go on (SIGCONT).
+    ///
+    /// # Errors
+    /// When it is not running.
+    pub fn resume(&self) -> Result<()> {
+        self.process.as_ref().context("the agent was stopped")?.signal(Signal::SIGCONT)
+    }
+
     /// Waits for it to end by itself.
     ///
     /// # Errors

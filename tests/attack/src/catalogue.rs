@@ -1,0 +1,169 @@
+//! The attacks. To add one: a line here, and a step (`step`) or a driver (`driver`, `lifecycle`) that it names.
+
+use crate::{
+    Family::{self, Mapped, V4, V6},
+    lifecycle::Misfortune,
+};
+
+/// One attack.
+pub(crate) struct Attack {
+    pub(crate) name: &'static str,
+    pub(crate) group: &'static str,
+    pub(crate) families: &'static [Family],
+    pub(crate) driver: Driver,
+    pub(crate) stopped: Stopped,
+    /// It is an ordinary flow: through Tacit it must reach the victim's application.
+    pub(crate) must_arrive: bool,
+}
+
+/// Where the guard gets to see it first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stopped {
+    /// Before it is on the pod's link.
+    AtSocket,
+    /// On the host end of the pod's link.
+    OnLink,
+}
+
+/// How it is driven.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Driver {
+    /// The step alone, as a process of the pod.
+    Step(&'static str),
+    /// The TCP step to another port of the victim.
+    Port(u16),
+    /// A step that is told the pod's own address and its gateway.
+    WithOwnAddress(&'static str),
+    /// A step that is told an address which is not the pod's.
+    WithForeignAddress(&'static str),
+    /// A raw packet with the node's own address as source.
+    NodesAddress,
+    /// A step in a cgroup below the pod's.
+    NestedCgroup(&'static str),
+    /// A step whose process is moved to another cgroup before it begins.
+    Moved(&'static str, Place),
+    /// A step in a network namespace made inside the pod.
+    NestedNetns,
+    /// A socket made outside the pod's cgroup, in its namespace, passed in.
+    PassedFd(PassedFd),
+    /// Both ends connect.
+    Simultaneous,
+    /// A step while, or after, something happens to the attacker's agent.
+    Lifecycle(Misfortune),
+}
+
+/// Where a process is moved.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Place {
+    /// Out of the pods' cgroup.
+    Outside,
+    /// Into another pod.
+    OtherPod,
+}
+
+/// What is passed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum PassedFd {
+    /// A TCP socket that was connected before.
+    Connected,
+    /// A UDP socket.
+    Datagram,
+}
+
+const ALL: &[Family] = &[V4, V6, Mapped];
+const V4_V6: &[Family] = &[V4, V6];
+const ONLY_V4: &[Family] = &[V4];
+const ONLY_V6: &[Family] = &[V6];
+
+const fn attack(
+    group: &'static str,
+    name: &'static str,
+    families: &'static [Family],
+    driver: Driver,
+    stopped: Stopped,
+) -> Attack {
+    Attack { name, group, families, driver, stopped, must_arrive: false }
+}
+
+const fn socket(name: &'static str, families: &'static [Family], driver: Driver) -> Attack {
+    attack("sockets", name, families, driver, Stopped::AtSocket)
+}
+
+const fn link(name: &'static str, families: &'static [Family], driver: Driver) -> Attack {
+    attack("sockets", name, families, driver, Stopped::OnLink)
+}
+
+const fn flow(name: &'static str, families: &'static [Family], driver: Driver) -> Attack {
+    Attack { must_arrive: true, ..socket(name, families, driver) }
+}
+
+const fn identity(
+    name: &'static str,
+    families: &'static [Family],
+    driver: Driver,
+    stopped: Stopped,
+) -> Attack {
+    attack("identity", name, families, driver, stopped)
+}
+
+const fn lifecycle(name: &'static str, families: &'static [Family], what: Misfortune) -> Attack {
+    attack("lifecycle", name, families, Driver::Lifecycle(what), Stopped::AtSocket)
+}
+
+/// All attacks, in the order they are run. Those on agents are last: they stop them.
+pub(crate) static ATTACKS: &[Attack] = &[
+    flow("tcp", ALL, Driver::Step("tcp")),
+    flow("mptcp", ALL, Driver::Step("mptcp")),
+    flow("io-uring", ALL, Driver::Step("io-uring")),
+    flow("fastopen-sendto", ALL, Driver::Step("fastopen-sendto")),
+    flow("fastopen-sendmsg", ALL, Driver::Step("fastopen-sendmsg")),
+    flow("fastopen-connect", ALL, Driver::Step("fastopen-connect")),
+    flow("unspec-reconnect", ALL, Driver::Step("unspec")),
+    flow("mark-tcp", ALL, Driver::Step("marks-tcp")),
+    socket("mark-udp", ALL, Driver::Step("marks-udp")),
+    socket("source-bind", ALL, Driver::WithOwnAddress("bind")),
+    socket("bind-to-device", ALL, Driver::Step("bindtodevice")),
+    socket("ip-transparent", V4_V6, Driver::WithForeignAddress("transparent")),
+    socket("udp", ALL, Driver::Step("udp")),
+    socket("udp-lite", ALL, Driver::Step("udplite")),
+    socket("udp-fragments", ALL, Driver::Step("fragments")),
+    socket("ipv6-extension-headers", ONLY_V6, Driver::Step("extension-headers")),
+    socket("sctp", ALL, Driver::Step("sctp")),
+    socket("dccp", ALL, Driver::Step("dccp")),
+    socket("icmp-payload", V4_V6, Driver::Step("icmp")),
+    socket("raw-header", V4_V6, Driver::WithOwnAddress("raw")),
+    socket("simultaneous-open", ALL, Driver::Simultaneous),
+    link("packet-udp", V4_V6, Driver::WithOwnAddress("packet-udp")),
+    link("packet-tunnel-segment", V4_V6, Driver::WithOwnAddress("packet-tcp")),
+    link("packet-later-fragment", ONLY_V4, Driver::WithOwnAddress("packet-fragment")),
+    identity("dial-15001", ALL, Driver::Port(15001), Stopped::AtSocket),
+    identity("dial-15006", ALL, Driver::Port(15006), Stopped::AtSocket),
+    identity("plaintext-to-15008", ALL, Driver::Port(15008), Stopped::AtSocket),
+    identity("spoofed-pod", V4_V6, Driver::WithForeignAddress("raw"), Stopped::AtSocket),
+    identity("spoofed-node", V4_V6, Driver::NodesAddress, Stopped::AtSocket),
+    Attack {
+        must_arrive: true,
+        ..identity("nested-cgroup", ALL, Driver::NestedCgroup("tcp"), Stopped::AtSocket)
+    },
+    identity("nested-cgroup-udp", ALL, Driver::NestedCgroup("udp"), Stopped::AtSocket),
+    identity("left-cgroup-tcp", ALL, Driver::Moved("tcp", Place::Outside), Stopped::OnLink),
+    identity("left-cgroup-udp", ALL, Driver::Moved("udp", Place::Outside), Stopped::OnLink),
+    identity("other-pods-cgroup", ALL, Driver::Moved("tcp", Place::OtherPod), Stopped::AtSocket),
+    identity("other-pods-cgroup-udp", ALL, Driver::Moved("udp", Place::OtherPod), Stopped::AtSocket),
+    identity("nested-netns", ONLY_V4, Driver::NestedNetns, Stopped::AtSocket),
+    identity("passed-fd-connected", ALL, Driver::PassedFd(PassedFd::Connected), Stopped::OnLink),
+    identity("passed-fd-datagram", ALL, Driver::PassedFd(PassedFd::Datagram), Stopped::OnLink),
+    lifecycle("unknown-pod-tcp", ALL, Misfortune::UnknownPod("tcp")),
+    lifecycle("unknown-pod-udp", ALL, Misfortune::UnknownPod("udp")),
+    Attack { must_arrive: true, ..lifecycle("hook-after-child-program", ONLY_V4, Misfortune::ProgramInPod) },
+    lifecycle("hook-before-parent-program", ONLY_V4, Misfortune::ProgramAbove),
+    lifecycle("pending-map-full", V4_V6, Misfortune::PendingFull),
+    lifecycle("agent-stopped", ALL, Misfortune::Stopped("tcp")),
+    lifecycle("agent-stopped-udp", ALL, Misfortune::Stopped("udp")),
+    lifecycle("agent-killed", ALL, Misfortune::Killed("tcp")),
+    lifecycle("agent-killed-udp", ALL, Misfortune::Killed("udp")),
+    lifecycle("agent-killed-pins-deleted", V4_V6, Misfortune::PinsDeleted),
+    lifecycle("empty-directory-tcp", V4_V6, Misfortune::EmptyDirectory("tcp")),
+    lifecycle("empty-directory-udp", V4_V6, Misfortune::EmptyDirectory("udp")),
+    lifecycle("before-enrolment", ALL, Misfortune::LateAgent),
+];

@@ -1,0 +1,212 @@
+//! From what was seen to a verdict.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+
+use crate::{
+    Family,
+    catalogue::{Attack, Stopped},
+};
+
+/// Where a marker was seen.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Sighting {
+    /// On the wire between the nodes.
+    Wire,
+    /// Leaving a node towards a pod, on the host end of its link.
+    ToPod(String),
+    /// Coming from a pod, on the host end of its link: before the guard there has its say.
+    FromPod(String),
+}
+
+impl Sighting {
+    fn text(&self) -> String {
+        match self {
+            Self::Wire => "wire".to_owned(),
+            Self::ToPod(link) => format!("to {link}"),
+            Self::FromPod(link) => format!("from {link}"),
+        }
+    }
+}
+
+/// What one run of an attack came to.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Outcome {
+    /// Where its marker was.
+    pub(crate) seen: BTreeSet<Sighting>,
+    /// The kernel lacks what the attack needs; its words.
+    pub(crate) absent: Option<String>,
+    /// What the attacker was told.
+    pub(crate) told: String,
+    /// Whether the victim's application got the marker.
+    pub(crate) delivered: bool,
+}
+
+/// What became of an attack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Held,
+    Leaked,
+    NotProven,
+    Absent,
+}
+
+impl Verdict {
+    fn text(self) -> &'static str {
+        match self {
+            Self::Held => "held",
+            Self::Leaked => "LEAKED",
+            Self::NotProven => "NOT PROVEN",
+            Self::Absent => "absent here",
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Held => "held",
+            Self::Leaked => "leaked",
+            Self::NotProven => "not proven",
+            Self::Absent => "absent here",
+        }
+    }
+}
+
+/// An attack with its verdict.
+#[derive(Debug)]
+pub(crate) struct Judged {
+    name: &'static str,
+    group: &'static str,
+    family: Family,
+    pub(crate) verdict: Verdict,
+    detail: String,
+    control: BTreeSet<Sighting>,
+    protected: BTreeSet<Sighting>,
+}
+
+impl Judged {
+    pub(crate) fn of(attack: &Attack, family: Family, without: &Outcome, with: &Outcome) -> Self {
+        let (verdict, detail) = decide(attack, without, with);
+        Self {
+            name: attack.name,
+            group: attack.group,
+            family,
+            verdict,
+            detail,
+            control: without.seen.clone(),
+            protected: with.seen.clone(),
+        }
+    }
+
+    pub(crate) fn line(&self) -> String {
+        let detail = if self.detail.is_empty() { String::new() } else { format!("  {}", self.detail) };
+        let verdict = self.verdict.text();
+        format!("{:<10} {:<26} {:<7} {verdict:<11}{detail}", self.group, self.name, self.family.label())
+    }
+
+    fn value(&self) -> Value {
+        let places = |seen: &BTreeSet<Sighting>| seen.iter().map(Sighting::text).collect::<Vec<_>>();
+        json!({
+            "attack": self.name,
+            "group": self.group,
+            "family": self.family.label(),
+            "verdict": self.verdict.name(),
+            "detail": self.detail,
+            "control_seen_on": places(&self.control),
+            "seen_on": places(&self.protected),
+        })
+    }
+}
+
+fn decide(attack: &Attack, without: &Outcome, with: &Outcome) -> (Verdict, String) {
+    if let Some(why) = without.absent.as_ref().or(with.absent.as_ref()) {
+        return (Verdict::Absent, why.clone());
+    }
+    let leaks: Vec<String> =
+        with.seen.iter().filter(|place| is_leak(attack, place)).map(Sighting::text).collect();
+    if !leaks.is_empty() {
+        return (Verdict::Leaked, format!("seen {}; attacker: {}", leaks.join(", "), with.told));
+    }
+    // The control must show it where it counts: beyond the attacker's own link.
+    if !without.seen.iter().any(|place| !matches!(place, Sighting::FromPod(_))) {
+        return (Verdict::NotProven, format!("not seen without Tacit; attacker: {}", without.told));
+    }
+    if attack.must_arrive && !with.delivered {
+        return (Verdict::NotProven, format!("the flow did not arrive through Tacit: {}", with.told));
+    }
+    (Verdict::Held, with.told.clone())
+}
+
+/// What is stopped on the attacker's link is seen there by a recorder, which looks before the guard does.
+fn is_leak(attack: &Attack, place: &Sighting) -> bool {
+    !(matches!(place, Sighting::FromPod(_)) && attack.stopped == Stopped::OnLink)
+}
+
+pub(crate) fn json(results: &[Judged]) -> String {
+    format!("{:#}", Value::Array(results.iter().map(Judged::value).collect()))
+}
+
+pub(crate) fn summary(results: &[Judged]) -> String {
+    let count = |verdict| results.iter().filter(|judged| judged.verdict == verdict).count();
+    format!(
+        "{} held, {} leaked, {} not proven, {} absent here",
+        count(Verdict::Held),
+        count(Verdict::Leaked),
+        count(Verdict::NotProven),
+        count(Verdict::Absent)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalogue::{Attack, Driver};
+
+    fn attack(stopped: Stopped) -> Attack {
+        Attack {
+            name: "x",
+            group: "g",
+            families: &[],
+            driver: Driver::Step("udp"),
+            stopped,
+            must_arrive: false,
+        }
+    }
+
+    fn seen(places: &[Sighting]) -> Outcome {
+        Outcome { seen: places.iter().cloned().collect(), ..Outcome::default() }
+    }
+
+    #[test]
+    fn a_verdict_needs_a_control_that_leaks() {
+        let socket = attack(Stopped::AtSocket);
+        let verdict = |without: &Outcome, with: &Outcome| decide(&socket, without, with).0;
+        let (nothing, wire) = (seen(&[]), seen(&[Sighting::Wire]));
+        assert_eq!(verdict(&wire, &nothing), Verdict::Held);
+        assert_eq!(verdict(&wire, &wire), Verdict::Leaked);
+        assert_eq!(verdict(&nothing, &nothing), Verdict::NotProven);
+        assert_eq!(verdict(&nothing, &wire), Verdict::Leaked);
+        let near = seen(&[Sighting::FromPod("pod2".to_owned())]);
+        assert_eq!(verdict(&near, &nothing), Verdict::NotProven);
+        assert_eq!(verdict(&wire, &near), Verdict::Leaked);
+        let absent = Outcome { absent: Some("no such protocol".to_owned()), ..seen(&[]) };
+        assert_eq!(verdict(&absent, &nothing), Verdict::Absent);
+    }
+
+    #[test]
+    fn what_dies_on_the_attackers_link_has_not_left() {
+        let link = attack(Stopped::OnLink);
+        let (near, wire) = (seen(&[Sighting::FromPod("pod2".to_owned())]), seen(&[Sighting::Wire]));
+        assert_eq!(decide(&link, &wire, &near).0, Verdict::Held);
+        assert_eq!(decide(&link, &wire, &seen(&[Sighting::ToPod("pod3".to_owned())])).0, Verdict::Leaked);
+    }
+
+    #[test]
+    fn a_flow_that_must_arrive_must() {
+        let attack = Attack { must_arrive: true, ..attack(Stopped::AtSocket) };
+        let (wire, nothing) = (seen(&[Sighting::Wire]), seen(&[]));
+        assert_eq!(decide(&attack, &wire, &nothing).0, Verdict::NotProven);
+        let arrived = Outcome { delivered: true, ..nothing };
+        assert_eq!(decide(&attack, &wire, &arrived).0, Verdict::Held);
+    }
+}

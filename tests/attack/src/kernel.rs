@@ -1,0 +1,178 @@
+//! What an attacker on the node could do to the kernel side: a program of its own beside ours, a map filled up.
+
+use std::{
+    ffi::CString,
+    fs::File,
+    io,
+    net::SocketAddrV4,
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::world::World;
+
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
+const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
+const BPF_CGROUP_INET4_CONNECT: u32 = 10;
+/// Sizes of the map of pending connections; it is filled until the kernel says that it is full.
+const KEY: usize = 48;
+const VALUE: usize = 24;
+const PENDING_MAX: u32 = 1 << 20;
+
+/// A program at connect4 that sends every connection of a cgroup elsewhere. Detached when dropped.
+pub(crate) struct Redirect {
+    _link: OwnedFd,
+}
+
+impl Redirect {
+    pub(crate) fn attach(cgroup: &Path, to: SocketAddrV4) -> Result<Self> {
+        let address = i32::from_ne_bytes(to.ip().octets());
+        let port = i32::from(to.port().to_be());
+        // user_ip4 is at 4, user_port at 24; 1 lets the call go on.
+        let instructions: [[u8; 8]; 6] = [
+            instruction(0xb4, 2, 0, address),
+            instruction(0x63, 0x21, 4, 0),
+            instruction(0xb4, 2, 0, port),
+            instruction(0x63, 0x21, 24, 0),
+            instruction(0xb7, 0, 0, 1),
+            instruction(0x95, 0, 0, 0),
+        ];
+        let license = c"GPL";
+        let mut load = LoadAttr {
+            program_type: BPF_PROG_TYPE_CGROUP_SOCK_ADDR,
+            instruction_count: instructions.len() as u32,
+            instructions: instructions.as_ptr() as u64,
+            license: license.as_ptr() as u64,
+            attach_type: BPF_CGROUP_INET4_CONNECT,
+            ..LoadAttr::default()
+        };
+        let program = descriptor(bpf(BPF_PROG_LOAD, &mut load).context("load")?);
+        let target = File::open(cgroup).with_context(|| format!("open {}", cgroup.display()))?;
+        let mut link = LinkAttr {
+            program: program.as_raw_fd() as u32,
+            target: target.as_raw_fd() as u32,
+            attach_type: BPF_CGROUP_INET4_CONNECT,
+            flags: 0,
+        };
+        Ok(Self { _link: descriptor(bpf(BPF_LINK_CREATE, &mut link).context("attach")?) })
+    }
+}
+
+fn instruction(code: u8, registers: u8, offset: i16, immediate: i32) -> [u8; 8] {
+    let mut bytes = [code, registers, 0, 0, 0, 0, 0, 0];
+    bytes[2..4].copy_from_slice(&offset.to_ne_bytes());
+    bytes[4..].copy_from_slice(&immediate.to_ne_bytes());
+    bytes
+}
+
+/// The near agent's map of pending connections, full of entries that nobody waits for.
+pub(crate) struct CapturedMap {
+    map: Option<OwnedFd>,
+    entries: u32,
+}
+
+impl CapturedMap {
+    /// Fills it; without an agent there is nothing to fill.
+    pub(crate) fn fill(world: &World) -> Result<Self> {
+        let Some(agent) = world.agents.first() else { return Ok(Self { map: None, entries: 0 }) };
+        let folders = std::fs::read_dir(agent.files().pin_path())?.filter_map(Result::ok);
+        let maps =
+            folders.map(|f| f.path()).find(|p| p.join("CAPTURED").exists()).context("no pinned maps")?;
+        let name = CString::new(maps.join("CAPTURED").as_os_str().as_bytes())?;
+        let mut get = GetAttr { path: name.as_ptr() as u64, ..GetAttr::default() };
+        let map = descriptor(bpf(BPF_OBJ_GET, &mut get).context("open the pinned map")?);
+        for number in 0..PENDING_MAX {
+            match element(&map, BPF_MAP_UPDATE_ELEM, number) {
+                Ok(()) => {}
+                Err(error) if error.raw_os_error() == Some(libc::E2BIG) => {
+                    return Ok(Self { map: Some(map), entries: number });
+                }
+                Err(error) => return Err(error).context("fill the map"),
+            }
+        }
+        anyhow::bail!("the map took {PENDING_MAX} entries: it is not bounded")
+    }
+
+    /// Takes the entries out again.
+    pub(crate) fn empty(self) -> Result<()> {
+        let Some(map) = self.map else { return Ok(()) };
+        (0..self.entries)
+            .try_for_each(|number| element(&map, BPF_MAP_DELETE_ELEM, number))
+            .context("empty the map")?;
+        Ok(())
+    }
+}
+
+fn element(map: &OwnedFd, command: libc::c_long, number: u32) -> io::Result<()> {
+    let mut key = [0xee_u8; KEY];
+    key[..4].copy_from_slice(&number.to_ne_bytes());
+    let zeroes = [0_u8; VALUE];
+    // A deletion has no value, and the kernel insists.
+    let value = if command == BPF_MAP_DELETE_ELEM { 0 } else { zeroes.as_ptr() as u64 };
+    let mut attr =
+        ElementAttr { map: map.as_raw_fd() as u32, pad: 0, key: key.as_ptr() as u64, value, flags: 0 };
+    bpf(command, &mut attr).map(drop)
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LoadAttr {
+    program_type: u32,
+    instruction_count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buffer: u64,
+    kernel_version: u32,
+    flags: u32,
+    name: [u8; 16],
+    interface: u32,
+    attach_type: u32,
+}
+
+#[repr(C)]
+struct LinkAttr {
+    program: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct GetAttr {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+struct ElementAttr {
+    map: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// The system call. `attr` must be laid out as the kernel's for `command`.
+fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<RawFd> {
+    // SAFETY: `attr` is a live prefix of `union bpf_attr` of the size given; pointers in it are valid for the call.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as RawFd) }
+}
+
+fn descriptor(fd: RawFd) -> OwnedFd {
+    // SAFETY: the kernel just returned this descriptor to us.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}

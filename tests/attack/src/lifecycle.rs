@@ -1,0 +1,187 @@
+//! Attacks on agents that stop, die or come late, and on what they left in the kernel. In the control nothing happens to
+//! anybody: the same step is simply run.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use tacit_topology::{Agent, until};
+
+use crate::{
+    Family,
+    driver::{Step, command, simple},
+    judge::Outcome,
+    kernel::{CapturedMap, Redirect},
+    world::{HEARTBEAT, PORT, World, address, wait_enrolled},
+};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What happens.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Misfortune {
+    /// A pod of which the agent was told nothing runs a step.
+    UnknownPod(&'static str),
+    /// The pod's own cgroup has a program that sends every connection to the victim.
+    ProgramInPod,
+    /// A cgroup above the pods' has such a program: it runs after ours.
+    ProgramAbove,
+    /// The table of pending connections is full.
+    PendingFull,
+    /// The agent is stopped (SIGSTOP), and its heartbeat stale.
+    Stopped(&'static str),
+    /// The agent is killed, and its heartbeat stale.
+    Killed(&'static str),
+    /// The pins are deleted under the agent, which is then killed.
+    PinsDeleted,
+    /// The agent is started again with a directory that names nobody.
+    EmptyDirectory(&'static str),
+    /// No agent was ever here when the connection was made; then one comes, and then the marker is sent.
+    LateAgent,
+}
+
+/// Runs a step under a misfortune, and puts things right again.
+pub(crate) fn drive(
+    world: &mut World,
+    misfortune: Misfortune,
+    family: Family,
+    marker: &str,
+) -> Result<Outcome> {
+    let (victim, stranger) = (address(&world.victim, family, PORT), address(&world.stranger, family, PORT));
+    let attacker = world.attacker.clone();
+    match misfortune {
+        Misfortune::UnknownPod(step) => {
+            let pod = world.late_pod()?;
+            simple(world, &pod, step, stranger, marker, &[])
+        }
+        Misfortune::ProgramInPod => redirected(world, attacker.cgroup(), marker),
+        Misfortune::ProgramAbove => {
+            let above = attacker.cgroup().parent().and_then(|pods| pods.parent());
+            let above = above.context("the pods' cgroup has a parent")?.to_owned();
+            redirected(world, &above, marker)
+        }
+        Misfortune::PendingFull => {
+            let full = CapturedMap::fill(world)?;
+            let outcome = simple(world, &attacker, "tcp", victim, marker, &[]);
+            full.empty()?;
+            outcome
+        }
+        Misfortune::Stopped(step) => {
+            world.agents.first().map_or(Ok(()), Agent::pause)?;
+            wait_stale(world)?;
+            let outcome = simple(world, &attacker, step, victim, marker, &[]);
+            world.agents.first().map_or(Ok(()), Agent::resume)?;
+            wait_well(world)?;
+            outcome
+        }
+        Misfortune::Killed(step) => {
+            kill(world)?;
+            wait_stale(world)?;
+            let outcome = simple(world, &attacker, step, victim, marker, &[]);
+            restart(world)?;
+            outcome
+        }
+        Misfortune::PinsDeleted => {
+            delete_pins(world)?;
+            kill(world)?;
+            let outcome = simple(world, &attacker, "tcp", victim, marker, &[]);
+            restart(world)?;
+            outcome
+        }
+        Misfortune::EmptyDirectory(step) => {
+            empty_directory(world)?;
+            let outcome = simple(world, &attacker, step, stranger, marker, &[]);
+            fill_directory(world)?;
+            outcome
+        }
+        Misfortune::LateAgent => late_agent(world, stranger, marker),
+    }
+}
+
+/// A step that connects to nobody, and a program that sends it to the victim.
+fn redirected(world: &World, cgroup: &std::path::Path, marker: &str) -> Result<Outcome> {
+    let SocketAddr::V4(victim) = address(&world.victim, Family::V4, PORT) else {
+        unreachable!("asked for IPv4")
+    };
+    let _program = Redirect::attach(cgroup, victim).context("attach a program")?;
+    let nobody = SocketAddr::from(([192, 0, 2, 1], 9));
+    simple(world, &world.attacker, "tcp", nobody, marker, &[])
+}
+
+/// Nothing tells that a heartbeat has become stale but the time that has passed.
+fn wait_stale(world: &World) -> Result<()> {
+    if !world.has_tacit() {
+        return Ok(());
+    }
+    let begin = Instant::now();
+    let stale = HEARTBEAT * 3 / 2;
+    until("a stale heartbeat", stale * 2, || Ok((begin.elapsed() >= stale).then_some(())))
+}
+
+/// The agent beats again: connections go through.
+fn wait_well(world: &World) -> Result<()> {
+    if !world.has_tacit() {
+        return Ok(());
+    }
+    let target = address(&world.victim, Family::V4, PORT);
+    until("the agent taking flows again", PATIENCE, || {
+        let outcome = simple(world, &world.attacker, "tcp", target, "well", &[])?;
+        Ok((outcome.told == "sent").then_some(()))
+    })
+}
+
+fn kill(world: &mut World) -> Result<()> {
+    world.agents.first_mut().map_or(Ok(()), |agent| agent.kill().map(drop))
+}
+
+fn restart(world: &mut World) -> Result<()> {
+    let Some(agent) = world.agents.first_mut() else { return Ok(()) };
+    agent.restart()?;
+    agent.wait_ready()?;
+    wait_enrolled(agent)
+}
+
+/// Deletes every pin, and waits until the agent has made them again.
+fn delete_pins(world: &World) -> Result<()> {
+    let Some(agent) = world.agents.first() else { return Ok(()) };
+    let pins = agent.files().pin_path().to_owned();
+    let mut deleted = Vec::new();
+    for folder in fs::read_dir(&pins).with_context(|| format!("read {}", pins.display()))? {
+        for pin in fs::read_dir(folder?.path())? {
+            let pin = pin?.path();
+            fs::remove_file(&pin).with_context(|| format!("delete {}", pin.display()))?;
+            deleted.push(pin);
+        }
+    }
+    until("the pins made again", PATIENCE, || Ok(deleted.iter().all(|pin| pin.exists()).then_some(())))
+}
+
+fn empty_directory(world: &mut World) -> Result<()> {
+    let Some(agent) = world.agents.first_mut() else { return Ok(()) };
+    agent.kill()?;
+    agent.files().set_directory(&[])?;
+    agent.restart()?;
+    agent.wait_ready()
+}
+
+fn fill_directory(world: &mut World) -> Result<()> {
+    let workloads = world.directory();
+    let Some(agent) = world.agents.first_mut() else { return Ok(()) };
+    agent.files().set_directory(&workloads)?;
+    wait_enrolled(agent)
+}
+
+fn late_agent(world: &mut World, stranger: SocketAddr, marker: &str) -> Result<Outcome> {
+    if let Some(agent) = world.agents.first_mut() {
+        agent.kill()?;
+        agent.uninstall()?;
+    }
+    let mut step = Step::start(command(world, &world.attacker, "hold", stranger, marker, &[]))?;
+    step.wait_ready()?;
+    restart(world)?;
+    step.go();
+    step.end()
+}

@@ -1,0 +1,125 @@
+//! What runs inside a pod: one attack step in a process of its own, started as `tacit attack-step NAME TARGET MARKER ..`.
+//!
+//! A step prints one line: `sent`, `refused: ..` (what the system told it), or `absent: ..` (this kernel lacks it). It
+//! ends with an error only when it was started wrongly.
+
+mod packets;
+mod raw;
+mod serve;
+mod sockets;
+
+use std::{
+    io::{self, BufRead as _, Write as _},
+    net::SocketAddr,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+/// How a step went.
+pub(crate) enum Told {
+    /// The system took the marker.
+    Sent,
+    /// The system did not; its words.
+    Refused(String),
+    /// This kernel lacks what the step needs.
+    Absent(String),
+}
+
+/// What a step is given.
+pub(crate) struct Given {
+    target: SocketAddr,
+    marker: Vec<u8>,
+    extra: Vec<String>,
+}
+
+impl Given {
+    fn extra(&self, index: usize) -> Result<&str> {
+        self.extra.get(index).map(String::as_str).with_context(|| format!("argument {index} is missing"))
+    }
+}
+
+/// Runs the step that `arguments` name.
+///
+/// # Errors
+/// When there is no such step, or its arguments are wrong.
+pub fn run(arguments: &[String]) -> Result<()> {
+    let [name, target, marker, extra @ ..] = arguments else { bail!("NAME TARGET MARKER [..]") };
+    if name == "serve" {
+        return serve::run(target);
+    }
+    let target = target.parse().with_context(|| format!("{target:?} is no address with a port"))?;
+    let given = Given { target, marker: marker.clone().into_bytes(), extra: extra.to_vec() };
+    let told = match perform(name, &given) {
+        Ok(told) => told,
+        Err(error) => match error.downcast::<io::Error>() {
+            Ok(error) if is_absent(&error) => Told::Absent(error.to_string()),
+            Ok(error) => Told::Refused(error.to_string()),
+            Err(error) => return Err(error),
+        },
+    };
+    match told {
+        Told::Sent => println!("sent"),
+        Told::Refused(why) => println!("refused: {why}"),
+        Told::Absent(why) => println!("absent: {why}"),
+    }
+    Ok(())
+}
+
+fn perform(name: &str, given: &Given) -> Result<Told> {
+    match name {
+        "tcp" => sockets::tcp(given),
+        "udp" => sockets::udp(given),
+        "udplite" => sockets::udplite(given),
+        "fastopen-sendto" => sockets::fastopen_sendto(given),
+        "fastopen-sendmsg" => sockets::fastopen_sendmsg(given),
+        "fastopen-connect" => sockets::fastopen_connect(given),
+        "mptcp" => sockets::mptcp(given),
+        "io-uring" => sockets::io_uring(given),
+        "sctp" => sockets::sctp(given),
+        "dccp" => sockets::dccp(given),
+        "unspec" => sockets::unspec(given),
+        "bind" => sockets::bound(given),
+        "bindtodevice" => sockets::bound_to_device(given),
+        "transparent" => sockets::transparent(given),
+        "marks-udp" => sockets::marks_udp(given),
+        "marks-tcp" => sockets::marks_tcp(given),
+        "fragments" => sockets::fragments(given),
+        "extension-headers" => sockets::extension_headers(given),
+        "simultaneous" => sockets::simultaneous(given),
+        "hold" => sockets::hold(given),
+        "after-go" => {
+            wait_for_go()?;
+            perform(given.extra(0)?, given)
+        }
+        "passed-fd" => sockets::passed_fd(given),
+        "raw" => raw::raw(given),
+        "icmp" => raw::icmp(given),
+        "packet-udp" => packets::udp(given),
+        "packet-tcp" => packets::tunnel_segment(given),
+        "packet-fragment" => packets::later_fragment(given),
+        other => bail!("no step {other:?}"),
+    }
+}
+
+/// Tells the driver that the step is ready, and waits for its word.
+fn wait_for_go() -> Result<()> {
+    println!("waiting");
+    io::stdout().flush()?;
+    let mut line = String::new();
+    io::stdin().lock().read_line(&mut line).context("the driver's word")?;
+    Ok(())
+}
+
+/// Does the error say that the kernel does not have this at all?
+fn is_absent(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::EPROTONOSUPPORT
+                | libc::ESOCKTNOSUPPORT
+                | libc::EAFNOSUPPORT
+                | libc::ENOPROTOOPT
+                | libc::ENOSYS
+        )
+    )
+}

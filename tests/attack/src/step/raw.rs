@@ -1,0 +1,104 @@
+//! Steps by raw sockets: headers of the attacker's own making.
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context as _, Result};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::{Given, Told};
+
+const UDP: u8 = 17;
+
+/// A UDP packet with its IP header. First argument: the source address it claims.
+pub(super) fn raw(given: &Given) -> Result<Told> {
+    let source: SocketAddr = given.extra(0)?.parse().context("source address")?;
+    let domain = Domain::for_address(given.target);
+    // This protocol number means: the header is included.
+    let socket = Socket::new(domain, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
+    let payload = udp(source, given.target, &given.marker);
+    let packet = ip(source.ip(), given.target.ip(), UDP, &payload)?;
+    // The port of a raw address has no meaning, and of IPv6 must be 0.
+    socket.send_to(&packet, &SocketAddr::new(given.target.ip(), 0).into())?;
+    Ok(Told::Sent)
+}
+
+/// An echo request with the marker as payload.
+pub(super) fn icmp(given: &Given) -> Result<Told> {
+    let (protocol, request) =
+        if given.target.is_ipv4() { (libc::IPPROTO_ICMP, 8) } else { (libc::IPPROTO_ICMPV6, 128) };
+    let domain = Domain::for_address(given.target);
+    let socket = Socket::new(domain, Type::RAW, Some(Protocol::from(protocol)))?;
+    let mut packet = vec![request, 0, 0, 0, 0, 7, 0, 1];
+    packet.extend_from_slice(&given.marker);
+    if given.target.is_ipv4() {
+        let sum = checksum(&packet).to_be_bytes();
+        packet[2..4].copy_from_slice(&sum);
+    }
+    socket.send_to(&packet, &SocketAddr::new(given.target.ip(), 0).into())?;
+    Ok(Told::Sent)
+}
+
+/// A UDP header and payload; without a checksum over IPv4, with one over IPv6, which wants it.
+pub(super) fn udp(source: SocketAddr, target: SocketAddr, payload: &[u8]) -> Vec<u8> {
+    let length = (8 + payload.len()) as u16;
+    let mut packet = Vec::with_capacity(usize::from(length));
+    for word in [source.port(), target.port(), length, 0] {
+        packet.extend_from_slice(&word.to_be_bytes());
+    }
+    packet.extend_from_slice(payload);
+    if let (IpAddr::V6(from), IpAddr::V6(to)) = (source.ip(), target.ip()) {
+        let mut pseudo = [from.octets(), to.octets()].concat();
+        pseudo.extend_from_slice(&u32::from(length).to_be_bytes());
+        pseudo.extend_from_slice(&[0, 0, 0, UDP]);
+        pseudo.extend_from_slice(&packet);
+        packet[6..8].copy_from_slice(&checksum(&pseudo).to_be_bytes());
+    }
+    packet
+}
+
+/// An IP header before `payload`.
+pub(super) fn ip(from: IpAddr, to: IpAddr, protocol: u8, payload: &[u8]) -> Result<Vec<u8>> {
+    let mut packet = match (from, to) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            let length = ((20 + payload.len()) as u16).to_be_bytes();
+            let mut header = vec![0x45, 0, length[0], length[1], 0, 1, 0, 0, 64, protocol, 0, 0];
+            header.extend_from_slice(&from.octets());
+            header.extend_from_slice(&to.octets());
+            let sum = checksum(&header).to_be_bytes();
+            header[10..12].copy_from_slice(&sum);
+            header
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            let length = (payload.len() as u16).to_be_bytes();
+            let mut header = vec![0x60, 0, 0, 0, length[0], length[1], protocol, 64];
+            header.extend_from_slice(&from.octets());
+            header.extend_from_slice(&to.octets());
+            header
+        }
+        _ => anyhow::bail!("{from} and {to} are of different families"),
+    };
+    packet.extend_from_slice(payload);
+    Ok(packet)
+}
+
+pub(super) fn checksum(bytes: &[u8]) -> u16 {
+    let words = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
+    let mut sum: u32 = words.sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_sum_up_to_zero_with_their_checksum() {
+        let (from, to) = ("10.77.1.2".parse().expect("literal"), "10.77.2.2".parse().expect("literal"));
+        let packet = ip(from, to, UDP, b"payload").expect("one family");
+        assert_eq!(checksum(&packet[..20]), 0);
+        assert!(ip(from, "fd77::1".parse().expect("literal"), UDP, b"").is_err());
+    }
+}

@@ -1,0 +1,68 @@
+//! The victim's server: takes connections, and says which markers its application got.
+
+use std::{
+    io::{self, Read as _, Write as _},
+    net::{Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::sockets::set;
+
+const BACKLOG: i32 = 128;
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// Serves TCP on the comma-separated `ports`, and the first also by MPTCP and SCTP where the kernel has them, at the
+/// next two ports. Prints `ready`, then `got ..` for what each connection brought.
+///
+/// # Errors
+/// When a port cannot be had.
+pub(super) fn run(ports: &str) -> Result<()> {
+    let ports: Vec<u16> = ports
+        .split(',')
+        .map(str::parse)
+        .collect::<Result<_, _>>()
+        .with_context(|| format!("ports {ports:?}"))?;
+    let first = *ports.first().context("no port")?;
+    let mut threads = Vec::new();
+    for port in &ports {
+        let listener = listen(libc::IPPROTO_TCP, *port).with_context(|| format!("listen on {port}"))?;
+        set(&listener, libc::IPPROTO_TCP, libc::TCP_FASTOPEN, &BACKLOG)?;
+        threads.push(std::thread::spawn(move || accept(&listener)));
+    }
+    for (protocol, port) in [(libc::IPPROTO_MPTCP, first + 1), (libc::IPPROTO_SCTP, first + 2)] {
+        if let Ok(listener) = listen(protocol, port) {
+            threads.push(std::thread::spawn(move || accept(&listener)));
+        }
+    }
+    println!("ready");
+    io::stdout().flush()?;
+    for thread in threads {
+        let _ = thread.join();
+    }
+    Ok(())
+}
+
+fn listen(protocol: i32, port: u16) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::from(protocol)))?;
+    socket.set_only_v6(false)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port).into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket)
+}
+
+fn accept(listener: &Socket) {
+    while let Ok((mut connection, _)) = listener.accept() {
+        std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            let _ = connection.set_read_timeout(Some(ANSWER));
+            // What came before an error counts too.
+            let _ = connection.read_to_end(&mut bytes);
+            println!("got {}", String::from_utf8_lossy(&bytes));
+            let _ = io::stdout().flush();
+        });
+    }
+}
