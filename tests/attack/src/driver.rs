@@ -32,6 +32,7 @@ const STEP: Duration = Duration::from_secs(60);
 const CONNECT: Duration = Duration::from_secs(1);
 const PROTOCOL_MPTCP: u16 = 1;
 const PROTOCOL_SCTP: u16 = 2;
+const PROTOCOL_DCCP: u16 = 3;
 
 /// Runs an attack to its end.
 pub(crate) fn drive(world: &mut World, attack: &Attack, family: Family, marker: &str) -> Result<Outcome> {
@@ -74,6 +75,7 @@ fn to(step: &str, target: SocketAddr) -> SocketAddr {
     let offset = match step {
         "mptcp" => PROTOCOL_MPTCP,
         "sctp" => PROTOCOL_SCTP,
+        "dccp" => PROTOCOL_DCCP,
         _ => 0,
     };
     SocketAddr::new(target.ip(), target.port() + offset)
@@ -186,8 +188,8 @@ fn nested_netns(world: &World, target: SocketAddr, marker: &str) -> Result<Outco
         ip addr add 192.168.77.1/24 dev n0 && ip link set n0 up
         nsenter -t $inner -n sh -c 'ip addr add 192.168.77.2/24 dev n1; ip link set n1 up; ip route add default via 192.168.77.1'
         echo 1 >/proc/sys/net/ipv4/ip_forward
-        nsenter -t $inner -n "$@"
-        kill $inner; ip link del n0"#;
+        nsenter -t $inner -n "$@"; status=$?
+        kill $inner; exit $status"#;
     let mut shell = world.attacker.command("sh");
     shell.args(["-c", SCRIPT, "sh"]).arg(&world.program);
     shell.args(["attack-step", "udp", &target.to_string(), marker]);

@@ -30,7 +30,7 @@ use crate::{
     wire::{PREFIX, Recorder},
 };
 
-/// Where the victim's application listens: TCP, then MPTCP and SCTP.
+/// Where the victim's application listens: TCP, then MPTCP, SCTP and DCCP.
 pub(crate) const PORT: u16 = 9100;
 /// Silence of an agent after which the kernel decides alone: the least there is.
 pub(crate) const HEARTBEAT: Duration = Duration::from_secs(1);

@@ -9,13 +9,13 @@ use std::{
 use anyhow::{Context as _, Result};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::sockets::set;
+use super::sockets::{dccp_socket, set};
 
 const BACKLOG: i32 = 128;
 const ANSWER: Duration = Duration::from_secs(5);
 
-/// Serves TCP on the comma-separated `ports`, and the first also by MPTCP and SCTP where the kernel has them, at the
-/// next two ports. Prints `ready`, then `got ..` for what each connection brought.
+/// Serves TCP on the comma-separated `ports`, and the first also by MPTCP, SCTP and DCCP where the kernel has them, at
+/// the next three ports. Prints `ready`, then `got ..` for what each connection brought.
 ///
 /// # Errors
 /// When a port cannot be had.
@@ -37,6 +37,9 @@ pub(super) fn run(ports: &str) -> Result<()> {
             threads.push(std::thread::spawn(move || accept(&listener)));
         }
     }
+    if let Ok(listener) = dccp_socket(Domain::IPV6).and_then(|socket| begin(socket, first + 3)) {
+        threads.push(std::thread::spawn(move || accept(&listener)));
+    }
     println!("ready");
     io::stdout().flush()?;
     for thread in threads {
@@ -46,7 +49,10 @@ pub(super) fn run(ports: &str) -> Result<()> {
 }
 
 fn listen(protocol: i32, port: u16) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::from(protocol)))?;
+    begin(Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::from(protocol)))?, port)
+}
+
+fn begin(socket: Socket, port: u16) -> io::Result<Socket> {
     socket.set_only_v6(false)?;
     socket.set_reuse_address(true)?;
     socket.bind(&SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port).into())?;

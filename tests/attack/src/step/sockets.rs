@@ -66,12 +66,21 @@ pub(super) fn sctp(given: &Given) -> Result<Told> {
 }
 
 pub(super) fn dccp(given: &Given) -> Result<Told> {
-    const SOCK_DCCP: i32 = 6;
-    let domain = Domain::for_address(given.target);
-    let socket = Socket::new(domain, Type::from(SOCK_DCCP), Some(Protocol::from(libc::IPPROTO_DCCP)))?;
+    let socket = dccp_socket(Domain::for_address(given.target))?;
     connect(&socket, given.target)?;
     (&socket).write_all(&given.marker)?;
     Ok(Told::Sent)
+}
+
+/// A DCCP socket; both ends have to name the same service.
+pub(super) fn dccp_socket(domain: Domain) -> io::Result<Socket> {
+    const SOCK_DCCP: i32 = 6;
+    const SOL_DCCP: i32 = 269;
+    const DCCP_SOCKOPT_SERVICE: i32 = 2;
+    const SERVICE: u32 = 42_u32.to_be();
+    let socket = Socket::new(domain, Type::from(SOCK_DCCP), Some(Protocol::from(libc::IPPROTO_DCCP)))?;
+    set(&socket, SOL_DCCP, DCCP_SOCKOPT_SERVICE, &SERVICE)?;
+    Ok(socket)
 }
 
 pub(super) fn udp(given: &Given) -> Result<Told> {
