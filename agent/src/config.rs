@@ -6,6 +6,7 @@
 
 use std::{
     net::SocketAddr,
+    num::NonZeroUsize,
     ops::RangeInclusive,
     path::{Component, Path, PathBuf},
     sync::Arc,
@@ -25,7 +26,7 @@ mod range;
 use duration::duration;
 use range::mesh_range;
 
-const FIELDS: [&str; 12] = [
+const FIELDS: [&str; 13] = [
     "trustDomain",
     "node",
     "podsCgroup",
@@ -38,6 +39,7 @@ const FIELDS: [&str; 12] = [
     "socket",
     "metrics",
     "drainTimeout",
+    "workers",
 ];
 const EMBEDDED_FIELDS: [&str; 2] = ["directory", "leafLifetime"];
 
@@ -56,6 +58,8 @@ const LEAF_LIFETIME_RANGE: RangeInclusive<Duration> =
     Duration::from_secs(10)..=Duration::from_secs(30 * 24 * 3600);
 /// Most mesh ranges: each takes an entry in a kernel map of fixed size, and a cluster has a handful.
 const MESH_RANGES_MAX: usize = 256;
+/// Most worker threads: beyond the cores of any node, and a typing mistake should not start millions.
+const WORKERS_MAX: usize = 256;
 /// Longest path of a unix socket, in bytes (`sun_path` in unix(7), with its closing zero).
 const SOCKET_MAX_BYTES: usize = 107;
 
@@ -86,6 +90,8 @@ pub struct Config {
     pub metrics: SocketAddr,
     /// Time that live flows get to end at shutdown, 0 s to 10 min.
     pub drain_timeout: Duration,
+    /// Threads that carry flows, 1 to 256; `None` is one for each core that the agent may run on.
+    pub workers: Option<NonZeroUsize>,
 }
 
 /// Who signs certificates.
@@ -142,6 +148,7 @@ impl Config {
         let socket = or(f, "socket", SOCKET.into(), |v| socket_path(v, folder));
         let metrics = or(f, "metrics", METRICS, metrics_address);
         let drain_timeout = or(f, "drainTimeout", DRAIN_TIMEOUT, |v| within(v, DRAIN_TIMEOUT_RANGE));
+        let workers = or(f, "workers", None, |v| v.parse(workers).map(Some));
         Some(Self {
             trust_domain: trust_domain?,
             node: node?,
@@ -155,6 +162,7 @@ impl Config {
             socket: socket?,
             metrics: metrics?,
             drain_timeout: drain_timeout?,
+            workers: workers?,
         })
     }
 }
@@ -224,6 +232,13 @@ fn socket_path(value: &Value<'_>, folder: &Path) -> Option<PathBuf> {
         return None;
     }
     Some(path)
+}
+
+fn workers(text: &str) -> Result<NonZeroUsize, String> {
+    let number = text.parse().ok().filter(|number: &NonZeroUsize| number.get() <= WORKERS_MAX);
+    number.ok_or_else(|| {
+        format!("no number of threads: write 1 to {WORKERS_MAX}, or leave it out for one per core")
+    })
 }
 
 fn metrics_address(value: &Value<'_>) -> Option<SocketAddr> {

@@ -40,6 +40,7 @@ fn a_minimal_file_gets_the_defaults() {
         socket: "/run/tacit/agent.sock".into(),
         metrics: "127.0.0.1:15020".parse().expect("valid"),
         drain_timeout: Duration::from_secs(10),
+        workers: None,
     };
     assert_eq!(parse(MINIMAL), Ok(expected));
 }
@@ -47,13 +48,14 @@ fn a_minimal_file_gets_the_defaults() {
 #[test]
 fn every_field_can_be_set() {
     let text = MINIMAL.replace("directory: issuer}", "directory: issuer, leafLifetime: 1h30m}")
-        + "rootNamespace: mesh\npinPath: /sys/fs/bpf/b/\nsocket: b.sock\nmetrics: \"[::1]:9\"\ndrainTimeout: 0s\n";
+        + "rootNamespace: mesh\npinPath: /sys/fs/bpf/b/\nsocket: b.sock\nmetrics: \"[::1]:9\"\ndrainTimeout: 0s\nworkers: 2\n";
     let config = parse(&text).expect("valid");
     assert_eq!(&*config.root_namespace, "mesh");
     assert_eq!(config.pin_path, Path::new("/sys/fs/bpf/b"));
     assert_eq!(config.socket, Path::new("/etc/tacit/conf/b.sock"));
     assert_eq!(config.metrics, "[::1]:9".parse().expect("valid"));
     assert_eq!(config.drain_timeout, Duration::ZERO);
+    assert_eq!(config.workers.map(std::num::NonZeroUsize::get), Some(2));
     let IssuerConfig::Embedded { leaf_lifetime, .. } = config.issuer;
     assert_eq!(leaf_lifetime, Duration::from_secs(90 * 60));
 }
@@ -122,6 +124,8 @@ fn bounds_of_single_fields_hold() {
         ("metrics: 127.0.0.1:0".to_owned(), "port 0"),
         ("metrics: localhost:15020".to_owned(), "no address with a port"),
         ("drainTimeout: 601s".to_owned(), "from 0s to 10m"),
+        ("workers: 0".to_owned(), "write 1 to 256"),
+        ("workers: 257".to_owned(), "write 1 to 256"),
         ("rootNamespace: Istio".to_owned(), "no Kubernetes name"),
         ("rootNamespace: [a]".to_owned(), "is a list"),
     ] {
@@ -186,4 +190,5 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
     }
     assert_eq!(embedded["properties"]["leafLifetime"]["default"], "24h");
     assert_eq!(schema["properties"]["meshRanges"]["maxItems"], MESH_RANGES_MAX);
+    assert_eq!(schema["properties"]["workers"]["maximum"], WORKERS_MAX);
 }
