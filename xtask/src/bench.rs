@@ -9,18 +9,25 @@
 //! | module | what it holds |
 //! |---|---|
 //! | `cases` | what is measured, by name |
-//! | `ground` | one column: topology, pods, servers, agents |
+//! | `ground`, `servers` | one column: topology, pods, servers, agents |
+//! | `rival` | another proxy in a column of its own |
 //! | `load` | iperf3, wrk, `tacit-load`: started and read |
 //! | `usage` | CPU and memory of processes and of the machine |
 //! | `measure` | one case in all columns, round after round |
+//! | `own` | idle flows, worker threads, many pods, BPF programs: measured in topologies of their own |
 //! | `result` | medians and ratios |
+//! | `baseline` | `--check`: ratios against the committed ones |
 //! | `table` | results for people |
 
+mod baseline;
 mod cases;
 mod ground;
 mod load;
 mod measure;
+mod own;
 mod result;
+mod rival;
+mod servers;
 mod table;
 mod usage;
 
@@ -38,35 +45,50 @@ use crate::{
     command::{self, tacit_environment},
     ebpf,
     privilege::{as_root, is_root},
-    progress::{Progress, note},
+    progress::{Progress, Style, Tone, note},
     setup,
     workspace::Workspace,
 };
+use baseline::{Baseline, Judged, Verdict};
 use cases::Case;
 use ground::Programs;
+use measure::Plan;
 use result::Measured;
+
+/// How often and how long, when nothing else is asked for.
+const PLAN: Plan = Plan { rounds: 3, seconds: 5 };
 
 /// What to measure, and how.
 #[derive(clap::Args)]
+#[command(after_help = rival::HELP)]
 pub(crate) struct Options {
-    /// Only this case, or all whose names begin so; repeatable
+    /// Only this case, or all whose names begin so when none is named so; repeatable
     #[arg(long = "case", value_name = "NAME")]
     cases: Vec<String>,
     /// Name the cases and end
     #[arg(long)]
     list: bool,
-    /// How often each case is measured in each column, in turn
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=99))]
-    rounds: u16,
-    /// Length of one measurement
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=600))]
-    seconds: u16,
+    /// How often each case is measured in each column, in turn [default: 3]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=99))]
+    rounds: Option<u16>,
+    /// Length of one measurement [default: 5]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=600))]
+    seconds: Option<u16>,
     /// Write the results to FILE: an array with one object for each line of the table
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Measure this agent instead of the one of this repository, which is not built then
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
+    /// A third column: this command puts another proxy in the way, see below
+    #[arg(long, value_name = "CMD")]
+    rival: Option<String>,
+    /// Measure a few cases, compare their ratios with the committed ones, and fail when one is worse
+    #[arg(long, conflicts_with_all = ["cases", "rival", "write_baseline"])]
+    check: bool,
+    /// Measure the cases of --check and write their ratios to tests/bench-baseline.json
+    #[arg(long, conflicts_with_all = ["cases", "rival"])]
+    write_baseline: bool,
     /// Everything is built: measure. The bench starts itself so, as root
     #[arg(long, hide = true)]
     prepared: bool,
@@ -78,7 +100,9 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         print!("{}", cases::list());
         return Ok(());
     }
-    let chosen = choose(&options.cases)?;
+    let (chosen, plan) = options.chosen()?;
+    // Before minutes of measuring.
+    let committed = if options.check { Some(Baseline::read(workspace.root())?) } else { None };
     if !options.prepared {
         prepare(workspace, options)?;
         if !is_root()? {
@@ -90,16 +114,67 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         load: workspace.load_generator(),
         agent: options.agent.clone().unwrap_or_else(|| workspace.agent()),
     };
-    let plan = measure::Plan { rounds: options.rounds.into(), seconds: options.seconds.into() };
-    let measured = measure::run(&programs, &chosen, plan)?;
+    let measured = measure::run(&programs, &chosen, plan, options.rival.as_deref())?;
     print!("{}", table::render(&measured, plan));
-    match &options.json {
-        Some(file) => write_json(file, &measured),
-        None => Ok(()),
+    if let Some(file) = &options.json {
+        write_json(file, &measured)?;
+    }
+    if options.write_baseline {
+        baseline::write(workspace.root(), &measured)?;
+        note(&format!("written: {}", baseline::FILE));
+    }
+    committed.map_or(Ok(()), |committed| check(&committed, &measured, &programs, plan))
+}
+
+impl Options {
+    /// What is measured, and how often.
+    fn chosen(&self) -> Result<(Vec<Case>, Plan)> {
+        let (cases, usual) = match (self.check, self.write_baseline) {
+            (true, _) => (baseline::cases()?, baseline::PLAN),
+            (_, true) => (baseline::cases()?, baseline::PLAN_WRITE),
+            _ => (choose(&self.cases)?, PLAN),
+        };
+        let plan = Plan {
+            rounds: self.rounds.map_or(usual.rounds, usize::from),
+            seconds: self.seconds.map_or(usual.seconds, u64::from),
+        };
+        Ok((cases, plan))
     }
 }
 
-/// The cases asked for; those that are measured without being asked when nothing was.
+/// Fails when a ratio is worse than the committed one, twice.
+fn check(committed: &Baseline, measured: &[Measured], programs: &Programs, plan: Plan) -> Result<()> {
+    if let Some(warning) = committed.warning() {
+        note(&warning);
+    }
+    let first = committed.judge(measured)?;
+    let is_worse = |judged: &&Judged| judged.verdict == Verdict::Worse;
+    let suspects: Vec<&Judged> = first.iter().filter(is_worse).collect();
+    let mut worse = Vec::new();
+    if !suspects.is_empty() {
+        let names: Vec<&str> = suspects.iter().map(|judged| judged.name.as_str()).collect();
+        note(&format!("once more, since worse than committed: {}", names.join(", ")));
+        let again = suspects.iter().filter_map(|judged| cases::named(&judged.case)).collect::<Vec<_>>();
+        worse = committed.judge(&measure::run(programs, &again, plan, None)?)?;
+        worse.retain(|judged| judged.verdict == Verdict::Worse);
+    }
+    for judged in first.iter().filter(|judged| judged.verdict == Verdict::Better) {
+        note(&format!("{} is better than committed: {}", judged.name, judged.change()));
+    }
+    for judged in &worse {
+        let text = format!("{} is worse than committed: {}", judged.name, judged.change());
+        eprintln!("{}", Style::of_stderr().paint(Tone::Bad, &text));
+    }
+    ensure!(worse.is_empty(), "{} of {} ratios are worse than committed, twice", worse.len(), first.len());
+    println!(
+        "bench --check: {} ratios, none worse than committed by more than {}",
+        first.len(),
+        committed.limit()
+    );
+    Ok(())
+}
+
+/// The cases asked for, all when none was.
 fn choose(names: &[String]) -> Result<Vec<Case>> {
     let all = cases::all();
     if names.is_empty() {
@@ -111,7 +186,10 @@ fn choose(names: &[String]) -> Result<Vec<Case>> {
             "no case {name}: see `cargo xtask bench --list`"
         );
     }
-    Ok(all.into_iter().filter(|case| names.iter().any(|name| case.name.starts_with(name.as_str()))).collect())
+    let is_exact = |name: &str| all.iter().any(|case| case.name == name);
+    let is_meant =
+        |case: &Case, name: &str| case.name == name || !is_exact(name) && case.name.starts_with(name);
+    Ok(all.iter().filter(|case| names.iter().any(|name| is_meant(case, name))).cloned().collect())
 }
 
 fn prepare(workspace: &Workspace, options: &Options) -> Result<()> {

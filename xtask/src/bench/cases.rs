@@ -2,11 +2,12 @@
 
 use std::fmt::Write as _;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use super::{
-    ground::{self, Ground, Programs},
+    ground::{Ground, Programs},
     load::{self, Direction, Done, Keep},
+    servers,
 };
 
 /// One case.
@@ -16,6 +17,8 @@ pub(super) struct Case {
     /// For the reader, without the unit.
     pub(super) what: String,
     pub(super) kind: Kind,
+    /// Rounds and seconds of this case, whatever is asked for.
+    pub(super) fixed: Option<(usize, u64)>,
 }
 
 /// What is done.
@@ -29,6 +32,31 @@ pub(super) enum Kind {
     Connect { clients: u16 },
     /// wrk against nginx.
     Http { keep: Keep },
+    /// Connections for a minute, from the default range of ports.
+    Churn { closer: Closer },
+    /// A measurement of its own, with a topology of its own.
+    Own(Own),
+}
+
+/// Which side closes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Closer {
+    Server,
+    /// Not possible directly: the client's ports are all in TIME_WAIT after some seconds.
+    Client,
+}
+
+/// Measurements of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Own {
+    /// Thousands of open and silent flows.
+    Idle,
+    /// One and two worker threads.
+    Workers,
+    /// A hundred pods on a node.
+    Pods,
+    /// Each BPF program.
+    Kernel,
 }
 
 /// Which pod serves.
@@ -59,17 +87,20 @@ pub(super) enum Better {
 const GBITS: Metric = Metric { name: "rate", unit: "Gbit/s", better: Better::Higher };
 const REQUESTS: Metric = Metric { name: "rate", unit: "requests/s", better: Better::Higher };
 const CONNECTIONS: Metric = Metric { name: "rate", unit: "connections/s", better: Better::Higher };
+const FLAT: Metric = Metric { name: "flat", unit: "last 10 s / first 10 s", better: Better::Higher };
 const P50: Metric = Metric { name: "p50", unit: "us", better: Better::Lower };
 const P99: Metric = Metric { name: "p99", unit: "us", better: Better::Lower };
 const P999: Metric = Metric { name: "p999", unit: "us", better: Better::Lower };
 
+/// Clients, rounds and seconds of churn.
+const CHURN: (u16, usize, u64) = (16, 1, 60);
 /// Connections of wrk.
 const HTTP_CONNECTIONS: u16 = 32;
 
 /// All cases, in the order of the table.
 pub(super) fn all() -> Vec<Case> {
     let mut cases = Vec::new();
-    let mut add = |name: String, what: String, kind| cases.push(Case { name, what, kind });
+    let mut add = |name: String, what: String, kind| cases.push(Case { name, what, kind, fixed: None });
     for direction in [Direction::Forward, Direction::Reverse] {
         for streams in [1, 8] {
             let (end, how) = match direction {
@@ -102,7 +133,33 @@ pub(super) fn all() -> Vec<Case> {
         "HTTP Connection: close, wrk c32".to_owned(),
         Kind::Http { keep: Keep::Close },
     );
+    for (name, closer, who) in
+        [("churn", Closer::Server, "the server"), ("churn-client-closes", Closer::Client, "the client")]
+    {
+        let what = format!("new connections, {} clients for {} s, {who} closes", CHURN.0, CHURN.2);
+        add(name.to_owned(), what, Kind::Churn { closer });
+    }
+    for (name, what, own) in OWN {
+        add(name.to_owned(), what.to_owned(), Kind::Own(own));
+    }
+    for case in &mut cases {
+        if matches!(case.kind, Kind::Churn { .. }) {
+            case.fixed = Some((CHURN.1, CHURN.2));
+        }
+    }
     cases
+}
+
+const OWN: [(&str, &str, Own); 4] = [
+    ("idle-flows", "8,000 open and silent flows: memory, CPU, memory afterwards", Own::Idle),
+    ("workers", "one and two worker threads", Own::Workers),
+    ("pods", "100 pods on one node: time and memory for each", Own::Pods),
+    ("kernel", "time of each BPF program", Own::Kernel),
+];
+
+/// The case of that name.
+pub(super) fn named(name: &str) -> Option<Case> {
+    all().into_iter().find(|case| case.name == name)
 }
 
 /// The cases as text.
@@ -114,6 +171,11 @@ pub(super) fn list() -> String {
 }
 
 impl Case {
+    /// Whether the load can be carried without a mesh in between.
+    pub(super) fn works_directly(&self) -> bool {
+        !matches!(self.kind, Kind::Churn { closer: Closer::Client })
+    }
+
     /// What of it stands in the table, the most telling figure first.
     pub(super) fn metrics(&self) -> &'static [Metric] {
         match self.kind {
@@ -122,6 +184,8 @@ impl Case {
             Kind::Echo { .. } => &[REQUESTS, P50, P99, P999],
             Kind::Connect { .. } => &[CONNECTIONS, P99],
             Kind::Http { .. } => &[REQUESTS, P99],
+            Kind::Churn { .. } => &[CONNECTIONS, FLAT],
+            Kind::Own(_) => &[],
         }
     }
 
@@ -135,16 +199,29 @@ impl Case {
                     Server::Far => far,
                     Server::Near => &ground.near,
                 };
-                load::iperf(client, ground::iperf_of(to), streams, direction, seconds)
+                load::iperf(client, servers::iperf_of(to), streams, direction, seconds)
             }
-            Kind::Echo { connections, bytes } => {
-                load::requests(client, generator, "echo", ground::echo_of(far), (connections, bytes, seconds))
-            }
+            Kind::Echo { connections, bytes } => load::requests(
+                client,
+                generator,
+                "echo",
+                servers::echo_of(far),
+                (connections, bytes, seconds),
+            ),
             Kind::Connect { clients } => {
-                let size = (clients, ground::REQUEST, seconds);
-                load::requests(client, generator, "connect", ground::answer_of(far), size)
+                let size = (clients, servers::REQUEST, seconds);
+                load::requests(client, generator, "connect", servers::answer_of(far), size)
             }
-            Kind::Http { keep } => load::wrk(client, ground::http_of(far), HTTP_CONNECTIONS, keep, seconds),
+            Kind::Http { keep } => load::wrk(client, servers::http_of(far), HTTP_CONNECTIONS, keep, seconds),
+            Kind::Churn { closer } => {
+                let size = (CHURN.0, servers::REQUEST, seconds);
+                let (kind, to) = match closer {
+                    Closer::Server => ("connect", servers::answer_of(far)),
+                    Closer::Client => ("connect-close", servers::echo_of(far)),
+                };
+                load::requests(client, generator, kind, to, size)
+            }
+            Kind::Own(own) => bail!("{own:?} has a runner of its own"),
         }
     }
 }

@@ -11,8 +11,6 @@ pub(super) struct Done {
     /// Figures by what they are.
     pub(super) figures: Vec<(&'static str, f64)>,
     pub(super) work: Work,
-    /// Each second's requests, where the generator tells them.
-    pub(super) each_second: Vec<f64>,
 }
 
 /// What CPU time is divided by.
@@ -56,7 +54,7 @@ fn parse_iperf(text: &str) -> Result<Done> {
     let field = |name: &str| received[name].as_f64().with_context(|| format!("no {name} in it"));
     let (rate, bytes) = (field("bits_per_second")?, field("bytes")?);
     ensure!(bytes > 0.0, "nothing arrived");
-    Ok(Done { figures: vec![("rate", rate / 1e9)], work: Work::Bytes(bytes), each_second: Vec::new() })
+    Ok(Done { figures: vec![("rate", rate / 1e9)], work: Work::Bytes(bytes) })
 }
 
 /// Whether an HTTP connection is used again.
@@ -94,7 +92,7 @@ fn parse_wrk(text: &str) -> Result<Done> {
         requests.context("no number of requests")?.0.parse::<f64>().context("number of requests")?;
     ensure!(requests > 0.0, "no request was answered");
     let figures = vec![("rate", rate), ("p50", p50), ("p99", p99)];
-    Ok(Done { figures, work: Work::Requests(requests), each_second: Vec::new() })
+    Ok(Done { figures, work: Work::Requests(requests) })
 }
 
 /// `1.23ms` as wrk writes times.
@@ -105,7 +103,8 @@ fn microseconds(text: &str) -> Result<f64> {
     Ok(number.parse::<f64>().with_context(|| format!("time {text:?}"))? * factor)
 }
 
-/// `tacit-load echo` or `connect`. Gives `rate` in requests/s and `p50`, `p99`, `p999` in microseconds.
+/// `tacit-load echo` or `connect`. Gives `rate` in requests/s, `p50`, `p99`, `p999` in microseconds, and `flat`, the
+/// requests of the last seconds to those of the first, when it ran long enough.
 pub(super) fn requests(
     from: &Pod,
     program: &Path,
@@ -127,11 +126,20 @@ fn parse_requests(text: &str) -> Result<Done> {
     let figure = |&(name, key): &(&'static str, &str)| {
         Ok((name, value[key].as_f64().with_context(|| format!("no {key} in it"))?))
     };
-    let figures = names.iter().map(figure).collect::<Result<_>>()?;
+    let mut figures = names.iter().map(figure).collect::<Result<Vec<_>>>()?;
     let requests = value["requests"].as_f64().context("no requests in it")?;
     let seconds = value["each_second"].as_array().context("no each_second in it")?;
-    let each_second = seconds.iter().filter_map(Value::as_f64).collect();
-    Ok(Done { figures, work: Work::Requests(requests), each_second })
+    let each_second: Vec<f64> = seconds.iter().filter_map(Value::as_f64).collect();
+    figures.extend(flatness(&each_second).map(|flat| ("flat", flat)));
+    Ok(Done { figures, work: Work::Requests(requests) })
+}
+
+/// Requests in the last ten seconds to those in the first ten; `None` when these overlap or the first were none.
+fn flatness(each_second: &[f64]) -> Option<f64> {
+    const PART: usize = 10;
+    let (first, last) = (each_second.first_chunk::<PART>()?, each_second.last_chunk::<PART>()?);
+    let first: f64 = first.iter().sum();
+    (each_second.len() >= 2 * PART && first > 0.0).then(|| last.iter().sum::<f64>() / first)
 }
 
 #[cfg(test)]
@@ -153,6 +161,15 @@ mod tests {
         assert_eq!(microseconds("1.25ms").expect("parsed"), 1250.0);
         assert_eq!(microseconds("2.00s").expect("parsed"), 2e6);
         assert!(microseconds("12").is_err());
+    }
+
+    #[test]
+    fn a_rate_that_falls_is_not_flat() {
+        let mut seconds = vec![100.0; 60];
+        assert_eq!(flatness(&seconds), Some(1.0));
+        seconds[50..].fill(5.0);
+        assert_eq!(flatness(&seconds), Some(0.05));
+        assert_eq!(flatness(&seconds[..19]), None);
     }
 
     const WRK: &str = "Running 5s test @ http://10.77.2.2:80/\n  1 threads and 32 connections\n  \

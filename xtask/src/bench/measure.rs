@@ -8,10 +8,12 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use super::{
-    cases::Case,
+    cases::{Case, Kind},
     ground::{Ground, Programs},
     load::{Done, Work},
+    own,
     result::Measured,
+    table,
     usage::{self, Cpu},
 };
 use crate::progress::{note, seconds};
@@ -20,13 +22,14 @@ use crate::progress::{note, seconds};
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Plan {
     pub(super) rounds: usize,
+    /// Of one run.
     pub(super) seconds: u64,
 }
 
 /// One run of one case in one column.
 pub(super) struct Sample {
     pub(super) done: Done,
-    /// Of the proxies on node a and node b, per GiB or request: seconds per GiB, microseconds per request.
+    /// Of the proxies on node a and node b: seconds per GiB, or microseconds per request.
     pub(super) cpu: [Cpu; 2],
     /// Of the proxies after the run, in bytes.
     pub(super) rss: [f64; 2],
@@ -37,61 +40,97 @@ pub(super) struct Sample {
 /// What a column is called in results.
 pub(super) const DIRECT: &str = "direct";
 pub(super) const TACIT: &str = "tacit";
+pub(super) const RIVAL: &str = "rival";
 
 /// A named ground.
-struct Column {
-    name: &'static str,
-    ground: Ground,
+pub(super) struct Column {
+    pub(super) name: &'static str,
+    pub(super) ground: Ground,
 }
 
-/// Measures the cases.
-pub(super) fn run(programs: &Programs, cases: &[Case], plan: Plan) -> Result<Vec<Measured>> {
+/// Measures the cases; `rival` is the command of a third column.
+pub(super) fn run(
+    programs: &Programs,
+    cases: &[Case],
+    plan: Plan,
+    rival: Option<&str>,
+) -> Result<Vec<Measured>> {
     tacit_topology::cleanup_stale()?;
-    note("making two topologies: direct, and with Tacit");
-    let columns = [
-        Column { name: DIRECT, ground: Ground::direct("direct", programs)? },
-        Column { name: TACIT, ground: Ground::tacit("bench", programs, "")? },
-    ];
-    let ticks = usage::ticks_per_second()?;
     let begin = Instant::now();
     let mut measured = Vec::new();
-    for (number, case) in cases.iter().enumerate() {
-        note(&format!("[{}/{}] {}: {}", number + 1, cases.len(), case.name, case.what));
-        let mut samples: Vec<Vec<Sample>> = columns.iter().map(|_| Vec::new()).collect();
-        for round in 0..plan.rounds {
-            for (column, samples) in columns.iter().zip(&mut samples) {
-                let sample = sample(&column.ground, programs, case, plan.seconds, ticks)
-                    .with_context(|| format!("case {}, {}, round {}", case.name, column.name, round + 1))?;
-                samples.push(sample);
-            }
+    let is_own = |case: &&Case| matches!(case.kind, Kind::Own(_));
+    let (own_cases, in_turn): (Vec<&Case>, Vec<&Case>) = cases.iter().partition(is_own);
+    if !in_turn.is_empty() {
+        let columns = columns(programs, rival)?;
+        for (number, case) in in_turn.iter().enumerate() {
+            note(&format!("[{}/{}] {}: {}", number + 1, cases.len(), case.name, case.what));
+            let used: Vec<&Column> =
+                columns.iter().filter(|c| case.works_directly() || c.name != DIRECT).collect();
+            measured.extend(tell(one_case(programs, case, plan, &used)?));
         }
-        let names = columns.iter().map(|column| column.name);
-        let rows =
-            Measured::of(case, &names.zip(&samples).map(|(n, s)| (n, s.as_slice())).collect::<Vec<_>>());
-        rows.iter().for_each(|row| note(&row.line()));
-        measured.extend(rows);
+        columns.into_iter().try_for_each(|column| column.ground.close())?;
+    }
+    for (number, case) in own_cases.iter().enumerate() {
+        note(&format!("[{}/{}] {}: {}", in_turn.len() + number + 1, cases.len(), case.name, case.what));
+        let Kind::Own(kind) = case.kind else { continue };
+        measured.extend(tell(own::run(kind, programs, plan).with_context(|| format!("case {}", case.name))?));
     }
     note(&format!("measured in {}", seconds(begin.elapsed())));
-    columns.into_iter().try_for_each(|column| column.ground.close())?;
     Ok(measured)
 }
 
-fn sample(ground: &Ground, programs: &Programs, case: &Case, seconds: u64, ticks: f64) -> Result<Sample> {
-    let proxies = ground.proxies();
-    let cpu =
-        || -> Result<[Cpu; 2]> { Ok([usage::cpu(&proxies[0], ticks)?, usage::cpu(&proxies[1], ticks)?]) };
-    let (before, machine_before, own_before) = (cpu()?, usage::machine(ticks)?, own(ground)?);
+fn columns(programs: &Programs, rival: Option<&str>) -> Result<Vec<Column>> {
+    note("making the topologies: one direct, one with Tacit");
+    let mut columns = vec![
+        Column { name: DIRECT, ground: Ground::direct("direct", programs)? },
+        Column { name: TACIT, ground: Ground::tacit("bench", programs, "")? },
+    ];
+    if let Some(command) = rival {
+        note("making the topology of the rival");
+        columns.push(Column { name: RIVAL, ground: Ground::rival("rival", programs, command)? });
+    }
+    Ok(columns)
+}
+
+fn tell(rows: Vec<Measured>) -> Vec<Measured> {
+    rows.iter().for_each(|row| note(&row.line()));
+    rows
+}
+
+/// All rounds of one case.
+pub(super) fn one_case(
+    programs: &Programs,
+    case: &Case,
+    plan: Plan,
+    columns: &[&Column],
+) -> Result<Vec<Measured>> {
+    let (rounds, length) = case.fixed.unwrap_or((plan.rounds, plan.seconds));
+    let mut samples: Vec<Vec<Sample>> = columns.iter().map(|_| Vec::new()).collect();
+    for round in 0..rounds {
+        for (column, samples) in columns.iter().zip(&mut samples) {
+            let sample = sample(&column.ground, programs, case, length)
+                .with_context(|| format!("case {}, {}, round {}", case.name, column.name, round + 1))?;
+            samples.push(sample);
+        }
+    }
+    let names = columns.iter().map(|column| column.name);
+    Ok(Measured::of(case, &names.zip(samples.iter().map(Vec::as_slice)).collect::<Vec<_>>()))
+}
+
+fn sample(ground: &Ground, programs: &Programs, case: &Case, length: u64) -> Result<Sample> {
+    let proxies = ground.proxies()?;
+    let cpu = || -> Result<[Cpu; 2]> { Ok([usage::cpu(&proxies[0])?, usage::cpu(&proxies[1])?]) };
+    let (before, busy_before, own_before) = (cpu()?, usage::machine_busy()?, own_time(ground)?);
     let begin = Instant::now();
-    let done = case.run(ground, programs, seconds)?;
+    let done = case.run(ground, programs, length)?;
     let elapsed = begin.elapsed();
-    let (after, machine_after, own_after) = (cpu()?, usage::machine(ticks)?, own(ground)?);
+    let (after, busy_after, own_after) = (cpu()?, usage::machine_busy()?, own_time(ground)?);
     let each = match done.work {
         Work::Bytes(bytes) => f64::from(1 << 30) / bytes,
         Work::Requests(requests) => 1e6 / requests,
     };
-    let busy = machine_after.busy + machine_after.stolen - machine_before.busy - machine_before.stolen;
-    let others = (busy - (own_after - own_before).as_secs_f64()).max(0.0);
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let others = (busy_after - busy_before - (own_after - own_before).as_secs_f64()).max(0.0);
+    let cores = table::cores();
     Ok(Sample {
         done,
         cpu: [0, 1].map(|node| (after[node] - before[node]).scaled(each)),
@@ -101,13 +140,9 @@ fn sample(ground: &Ground, programs: &Programs, case: &Case, seconds: u64, ticks
 }
 
 /// CPU time of everything in the ground: load, servers, proxies.
-fn own(ground: &Ground) -> Result<Duration> {
-    let topology = ground.topology();
-    let pods = topology.node("a")?.pods_cgroup();
-    let root = pods.ancestors().nth(2).context("the pods' cgroup has no place")?;
-    let groups = [topology.prefix().to_owned(), format!("{}-host", topology.prefix())];
-    groups.iter().filter(|group| root.join(group).exists()).try_fold(Duration::ZERO, |sum, group| {
-        let file = root.join(group).join("cpu.stat");
+fn own_time(ground: &Ground) -> Result<Duration> {
+    ground.cgroups()?.iter().filter(|group| group.exists()).try_fold(Duration::ZERO, |sum, group| {
+        let file = group.join("cpu.stat");
         let text = fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
         let used = text.lines().find_map(|line| line.strip_prefix("usage_usec "));
         let used = used.with_context(|| format!("{} has no usage_usec", file.display()))?;

@@ -22,6 +22,8 @@ pub(super) struct Measured {
     pub(super) columns: Vec<Column>,
     /// What CPU is given per.
     pub(super) cpu_unit: &'static str,
+    /// Further facts, for `--json`.
+    pub(super) extra: Vec<(String, Value)>,
     /// Whether it is the first line of its case, the one that shows CPU and memory.
     pub(super) leads: bool,
 }
@@ -57,10 +59,39 @@ impl Measured {
                 better: metric.better,
                 columns: columns.iter().map(|(name, samples)| Column::of(name, samples, metric)).collect(),
                 cpu_unit: columns.iter().find_map(|(_, samples)| samples.first()).map_or("", cpu_unit),
+                extra: Vec::new(),
                 leads: at == 0,
             }
         };
         metrics.iter().enumerate().map(line).collect()
+    }
+
+    /// A figure of Tacit alone, which was measured once.
+    pub(super) fn alone(
+        case: &str,
+        name: &str,
+        what: String,
+        (unit, better): (&'static str, Better),
+        value: f64,
+    ) -> Self {
+        Self {
+            name: format!("{case}-{name}"),
+            case: case.to_owned(),
+            what,
+            unit,
+            better,
+            columns: vec![Column {
+                name: TACIT,
+                rounds: vec![value],
+                median: value,
+                cpu: [Cpu::default(); 2],
+                rss: [0.0; 2],
+                noise: 0.0,
+            }],
+            cpu_unit: "",
+            extra: Vec::new(),
+            leads: false,
+        }
     }
 
     pub(super) fn column(&self, name: &str) -> Option<&Column> {
@@ -94,6 +125,10 @@ impl Measured {
             "tacit": median(TACIT),
             "ratio": self.ratio(TACIT),
             "cpu_unit": self.cpu_unit,
+            "cpu_a": null,
+            "cpu_b": null,
+            "rss_a": null,
+            "rss_b": null,
         });
         for column in &self.columns {
             let name = column.name;
@@ -103,12 +138,18 @@ impl Measured {
                 continue;
             }
             let prefix = if name == TACIT { String::new() } else { format!("{name}_") };
+            if self.cpu_unit.is_empty() {
+                continue;
+            }
             for (node, at) in [("a", 0), ("b", 1)] {
                 object[format!("{prefix}cpu_{node}")] = json!(column.cpu[at].total());
                 object[format!("{prefix}cpu_{node}_user")] = json!(column.cpu[at].user);
                 object[format!("{prefix}cpu_{node}_system")] = json!(column.cpu[at].system);
                 object[format!("{prefix}rss_{node}")] = json!(column.rss[at]);
             }
+        }
+        for (name, value) in &self.extra {
+            object[name] = value.clone();
         }
         object
     }

@@ -1,49 +1,44 @@
 //! Results for people: Markdown that also reads well in a terminal.
 
-use std::fs;
+use std::{fs, process::Command};
 
 use super::{
-    measure::{DIRECT, Plan, TACIT},
+    measure::{DIRECT, Plan, RIVAL, TACIT},
     result::{Column, Measured, median},
 };
 use crate::command::stdout;
 
-/// The table with everything that is needed to judge it.
+/// The table with everything that is needed to judge it. Markdown.
 pub(super) fn render(measured: &[Measured], plan: Plan) -> String {
-    let mut rows = vec![
-        [
-            "case",
-            "unit",
-            "direct",
-            "tacit",
-            "ratio",
-            "CPU A (user + system)",
-            "CPU B (user + system)",
-            "RSS A / B, MB",
-        ]
-        .map(str::to_owned)
-        .to_vec(),
-    ];
-    rows.extend(measured.iter().map(row));
-    format!("{}\n{}", head(measured, plan), markdown(&rows))
+    let rival = measured.iter().any(|line| line.column(RIVAL).is_some());
+    let mut head = vec!["case", "unit", "direct", "tacit", "ratio"];
+    head.extend(["CPU A (user + system)", "CPU B (user + system)", "RSS A / B, MB"]);
+    if rival {
+        head.extend(["rival", "rival's ratio", "rival's CPU A", "rival's CPU B", "rival's RSS A / B"]);
+    }
+    let mut rows = vec![head.into_iter().map(str::to_owned).collect()];
+    rows.extend(measured.iter().map(|line| row(line, rival)));
+    format!("{}\n{}", method(measured, plan), markdown(&rows))
 }
 
-fn row(measured: &Measured) -> Vec<String> {
+fn row(measured: &Measured, rival: bool) -> Vec<String> {
     let median = |name: &str| measured.column(name).map_or(String::new(), |column| number(column.median));
-    let ratio = measured.ratio(TACIT).map_or(String::new(), |ratio| format!("{ratio:.2}x"));
-    let tacit = measured.column(TACIT).filter(|_| measured.leads);
-    let cpu = |node: usize| tacit.map_or(String::new(), |column| cpu(column, node, measured.cpu_unit));
-    let rss = |column: &Column| format!("{:.0} / {:.0}", column.rss[0] / 1e6, column.rss[1] / 1e6);
-    vec![
-        measured.what.clone(),
-        measured.unit.to_owned(),
-        median(DIRECT),
-        median(TACIT),
-        ratio,
-        cpu(0),
-        cpu(1),
-        tacit.map_or(String::new(), rss),
-    ]
+    let ratio = |name: &str| measured.ratio(name).map_or(String::new(), |ratio| format!("{ratio:.2}x"));
+    let costs = |name: &str| -> [String; 3] {
+        let Some(column) = measured.column(name).filter(|_| measured.leads) else {
+            return Default::default();
+        };
+        let rss = format!("{:.0} / {:.0}", column.rss[0] / 1e6, column.rss[1] / 1e6);
+        [cpu(column, 0, measured.cpu_unit), cpu(column, 1, measured.cpu_unit), rss]
+    };
+    let mut cells =
+        vec![measured.what.clone(), measured.unit.to_owned(), median(DIRECT), median(TACIT), ratio(TACIT)];
+    cells.extend(costs(TACIT));
+    if rival {
+        cells.extend([median(RIVAL), ratio(RIVAL)]);
+        cells.extend(costs(RIVAL));
+    }
+    cells
 }
 
 fn cpu(column: &Column, node: usize, unit: &str) -> String {
@@ -54,28 +49,43 @@ fn cpu(column: &Column, node: usize, unit: &str) -> String {
 /// Three digits that mean something.
 fn number(value: f64) -> String {
     match value.abs() {
+        size if !size.is_finite() => "-".to_owned(),
         size if size >= 100.0 => format!("{value:.0}"),
         size if size >= 10.0 => format!("{value:.1}"),
         _ => format!("{value:.2}"),
     }
 }
 
-fn head(measured: &[Measured], plan: Plan) -> String {
-    let noise: Vec<f64> = measured.iter().flat_map(|line| &line.columns).map(|column| column.noise).collect();
-    let date = stdout(std::process::Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"]));
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+fn method(measured: &[Measured], plan: Plan) -> String {
+    let columns = measured.iter().filter(|line| line.leads).flat_map(|line| &line.columns);
+    let noise: Vec<f64> = columns.map(|column| column.noise).collect();
+    let rounds = if plan.rounds == 1 { "one round".to_owned() } else { format!("{} rounds", plan.rounds) };
+    let noise = match noise.as_slice() {
+        [] => String::new(),
+        noise => {
+            format!(" Other work took {:.0} % of the machine meanwhile (median).", median(noise) * 100.0)
+        }
+    };
     format!(
-        "{}, {cores} cores, Linux {}, {}. Two nodes in network namespaces, routed veth; direct is the same layout without\n\
-         agents, measured in turn; medians of {} rounds of {} s; CPU is of the agent on the client's node (A) and the\n\
-         server's (B). Other work on the machine took {:.0} % of it meanwhile (median).\n",
-        cpu_model(),
-        kernel.trim(),
-        date.unwrap_or_else(|| "date unknown".to_owned()),
-        plan.rounds,
+        "{}.\nTwo nodes in network namespaces on one machine, routed veth. Direct is the same layout without agents, \
+         measured in turn;\nmedians of {rounds} of {} s. CPU and memory are those of the agent on the clients' node (A) \
+         and on the servers' (B).{noise}\n",
+        machine(),
         plan.seconds,
-        median(&noise) * 100.0,
     )
+}
+
+/// CPU, kernel and date.
+pub(super) fn machine() -> String {
+    let date = stdout(Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"]));
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let date = date.unwrap_or_else(|| "date unknown".to_owned());
+    format!("{}, {} cores, Linux {}, {date}", cpu_model(), cores(), kernel.trim())
+}
+
+/// Cores that this process may use.
+pub(super) fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 fn cpu_model() -> String {

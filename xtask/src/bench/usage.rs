@@ -7,6 +7,8 @@
 use std::{
     fs,
     ops::{Add, Sub},
+    process::Command,
+    sync::OnceLock,
 };
 
 use anyhow::{Context as _, Result};
@@ -45,14 +47,16 @@ impl Sub for Cpu {
     }
 }
 
-/// Clock ticks in a second.
-pub(super) fn ticks_per_second() -> Result<f64> {
-    let text = stdout(std::process::Command::new("getconf").arg("CLK_TCK")).context("getconf CLK_TCK")?;
-    text.parse().with_context(|| format!("getconf CLK_TCK: {text:?}"))
+/// Clock ticks in a second, in which /proc counts.
+fn ticks_per_second() -> Result<f64> {
+    static TICKS: OnceLock<Option<f64>> = OnceLock::new();
+    let ask = || stdout(Command::new("getconf").arg("CLK_TCK"))?.parse().ok();
+    TICKS.get_or_init(ask).context("getconf CLK_TCK gives no number")
 }
 
 /// What the processes used since they started. One that has ended counts as nothing.
-pub(super) fn cpu(ids: &[u32], ticks: f64) -> Result<Cpu> {
+pub(super) fn cpu(ids: &[u32]) -> Result<Cpu> {
+    let ticks = ticks_per_second()?;
     ids.iter().try_fold(Cpu::default(), |sum, id| {
         let Ok(text) = fs::read_to_string(format!("/proc/{id}/stat")) else { return Ok(sum) };
         Ok(sum + parse_stat(&text, ticks).with_context(|| format!("/proc/{id}/stat: {text:?}"))?)
@@ -79,31 +83,19 @@ fn parse_rss(status: &str) -> Option<f64> {
     Some(text.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()? * 1024.0)
 }
 
-/// What the whole machine was busy with since it started, in seconds of one core.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(super) struct Machine {
-    /// Anything but idle.
-    pub(super) busy: f64,
-    /// Taken by other virtual machines.
-    pub(super) stolen: f64,
-}
-
-pub(super) fn machine(ticks: f64) -> Result<Machine> {
+/// What the whole machine was not idle since it started, in seconds of one core: also what other machines on the same
+/// host took from it.
+pub(super) fn machine_busy() -> Result<f64> {
     let text = fs::read_to_string("/proc/stat").context("read /proc/stat")?;
-    parse_machine(&text, ticks).context("/proc/stat has no line `cpu`")
+    parse_busy(&text, ticks_per_second()?).context("/proc/stat has no line `cpu`")
 }
 
-/// user, nice, system, idle, iowait, irq, softirq, steal of proc_stat(5).
-fn parse_machine(text: &str, ticks: f64) -> Option<Machine> {
+/// user, nice, system, irq, softirq and steal of proc_stat(5), without idle and iowait.
+fn parse_busy(text: &str, ticks: f64) -> Option<f64> {
     let line = text.lines().find_map(|line| line.strip_prefix("cpu "))?;
-    let times: Vec<f64> = line
-        .split_whitespace()
-        .map(str::parse)
-        .collect::<Result<_, _>>()
-        .ok()
-        .filter(|t: &Vec<_>| t.len() >= 8)?;
-    let busy = times[0] + times[1] + times[2] + times[5] + times[6];
-    Some(Machine { busy: busy / ticks, stolen: times[7] / ticks })
+    let times: Vec<f64> = line.split_whitespace().map(str::parse).collect::<Result<_, _>>().ok()?;
+    let busy = [0, 1, 2, 5, 6, 7].into_iter().map(|at| times.get(at).copied());
+    Some(busy.sum::<Option<f64>>()? / ticks)
 }
 
 #[cfg(test)]
@@ -126,6 +118,7 @@ mod tests {
     #[test]
     fn a_machine_is_busy_when_it_is_not_idle() {
         let text = "cpu  100 10 200 5000 50 5 35 70 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n";
-        assert_eq!(parse_machine(text, 100.0), Some(Machine { busy: 3.5, stolen: 0.7 }));
+        assert_eq!(parse_busy(text, 100.0), Some(4.2));
+        assert_eq!(parse_busy("cpu  1 2 3\n", 100.0), None);
     }
 }

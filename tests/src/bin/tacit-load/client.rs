@@ -50,12 +50,20 @@ pub(crate) fn echo(load: &Load) -> Result<()> {
     })
 }
 
-/// A connection for each request; the server closes it, as it does with HTTP's `Connection: close`.
-pub(crate) fn connect(load: &Load) -> Result<()> {
+/// Which side ends a connection first, and then keeps it in TIME_WAIT.
+#[derive(Clone, Copy)]
+pub(crate) enum Closer {
+    /// As with HTTP's `Connection: close`.
+    Server,
+    Client,
+}
+
+/// A connection for each request.
+pub(crate) fn connect(load: &Load, closer: Closer) -> Result<()> {
     report(load, |barrier| {
         let mut done = Done::default();
         let mut request = vec![b'x'; load.request_bytes];
-        match one_shot(load.to, &mut request) {
+        match one_shot(load.to, &mut request, closer) {
             Ok(()) => done.warm_up = 1,
             Err(error) => done.count(&error),
         }
@@ -63,7 +71,8 @@ pub(crate) fn connect(load: &Load) -> Result<()> {
         let begin = Instant::now();
         // A failure is counted and the next connection tried, as a busy client would.
         while let Some(left) = load.time.checked_sub(begin.elapsed()) {
-            if let Err(error) = until_time_from(begin, left, &mut done, || one_shot(load.to, &mut request)) {
+            let once = || one_shot(load.to, &mut request, closer);
+            if let Err(error) = until_time_from(begin, left, &mut done, once) {
                 done.count(&error);
             }
         }
@@ -120,9 +129,12 @@ pub(crate) fn exchange(mut stream: &TcpStream, request: &mut [u8]) -> io::Result
     stream.read_exact(request)
 }
 
-fn one_shot(to: SocketAddr, request: &mut [u8]) -> io::Result<()> {
+fn one_shot(to: SocketAddr, request: &mut [u8], closer: Closer) -> io::Result<()> {
     let stream = open(to)?;
     exchange(&stream, request)?;
+    if let Closer::Client = closer {
+        return Ok(());
+    }
     match (&stream).read(&mut [0])? {
         0 => Ok(()),
         _ => Err(io::Error::new(ErrorKind::InvalidData, "more than was asked for")),

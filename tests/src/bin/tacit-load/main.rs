@@ -5,6 +5,7 @@
 //! tacit-load serve ADDRESS --answer BYTES                     echoes the first BYTES of every connection, then closes it
 //! tacit-load echo ADDRESS CONNECTIONS BYTES SECONDS           requests on open connections, one at a time on each
 //! tacit-load connect ADDRESS CLIENTS BYTES SECONDS            a new connection for every request, one at a time per client
+//! tacit-load connect-close ADDRESS CLIENTS BYTES SECONDS      the same, and the client is the first to close
 //! tacit-load idle ADDRESS COUNT                               opens COUNT connections, one request on each, then stays silent
 //! ```
 //!
@@ -21,6 +22,7 @@ mod server;
 mod times;
 
 use anyhow::{Context, Result, bail};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::{net::SocketAddr, str::FromStr, time::Duration};
 
 /// Longest wait of one socket call: what takes longer counts as a failure.
@@ -29,6 +31,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const REQUEST_MAX: usize = 64 << 10;
 
 fn main() -> Result<()> {
+    // Thousands of connections: all descriptors that the machine gives.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).context("limit of descriptors")?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).context("raise the limit of descriptors")?;
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {
@@ -37,9 +42,12 @@ fn main() -> Result<()> {
             server::run(parse(address, "ADDRESS")?, server::Duty::Answer(request_size(bytes)?))
         }
         ["echo", address, rest @ ..] => client::echo(&load(address, rest)?),
-        ["connect", address, rest @ ..] => client::connect(&load(address, rest)?),
+        ["connect", address, rest @ ..] => client::connect(&load(address, rest)?, client::Closer::Server),
+        ["connect-close", address, rest @ ..] => {
+            client::connect(&load(address, rest)?, client::Closer::Client)
+        }
         ["idle", address, count] => idle::run(parse(address, "ADDRESS")?, parse(count, "COUNT")?),
-        _ => bail!("usage: tacit-load serve|echo|connect|idle ADDRESS ..."),
+        _ => bail!("usage: tacit-load serve|echo|connect|connect-close|idle ADDRESS ..."),
     }
 }
 
