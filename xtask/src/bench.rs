@@ -11,6 +11,7 @@
 //! | `cases` | what is measured, by name |
 //! | `ground`, `servers` | one column: topology, pods, servers, agents |
 //! | `rival` | another proxy in a column of its own |
+//! | `place` | which cores the ends of a request run on |
 //! | `load` | iperf3, wrk, `tacit-load`: started and read |
 //! | `usage` | CPU and memory of processes and of the machine |
 //! | `measure` | one case in all columns, round after round |
@@ -25,6 +26,7 @@ mod ground;
 mod load;
 mod measure;
 mod own;
+mod place;
 mod result;
 mod rival;
 mod servers;
@@ -155,7 +157,11 @@ fn check(committed: &Baseline, measured: &[Measured], programs: &Programs, plan:
         let names: Vec<&str> = suspects.iter().map(|judged| judged.name.as_str()).collect();
         note(&format!("once more, since worse than committed: {}", names.join(", ")));
         let again = suspects.iter().filter_map(|judged| cases::named(&judged.case)).collect::<Vec<_>>();
-        worse = committed.judge(&measure::run(programs, &again, plan, None)?)?;
+        let measured = measure::run(programs, &again, plan, None)?;
+        if measured.iter().any(Measured::is_noisy) {
+            note("others keep the machine busy: what follows says little; check again when it is quiet");
+        }
+        worse = committed.judge(&measured)?;
         worse.retain(|judged| judged.verdict == Verdict::Worse);
     }
     for judged in first.iter().filter(|judged| judged.verdict == Verdict::Better) {

@@ -205,19 +205,19 @@ impl Case {
                 client,
                 generator,
                 "echo",
-                servers::echo_of(far),
+                servers::echo_of(far, connections),
                 (connections, bytes, seconds),
             ),
             Kind::Connect { clients } => {
                 let size = (clients, servers::REQUEST, seconds);
-                load::requests(client, generator, "connect", servers::answer_of(far), size)
+                load::requests(client, generator, "connect", servers::answer_of(far, clients), size)
             }
             Kind::Http { keep } => load::wrk(client, servers::http_of(far), HTTP_CONNECTIONS, keep, seconds),
             Kind::Churn { closer } => {
                 let size = (CHURN.0, servers::REQUEST, seconds);
                 let (kind, to) = match closer {
-                    Closer::Server => ("connect", servers::answer_of(far)),
-                    Closer::Client => ("connect-close", servers::echo_of(far)),
+                    Closer::Server => ("connect", servers::answer_of(far, CHURN.0)),
+                    Closer::Client => ("connect-close", servers::echo_of(far, CHURN.0)),
                 };
                 load::requests(client, generator, kind, to, size)
             }

@@ -6,6 +6,8 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use tacit_topology::{Pod, run};
 
+use super::place::{self, End};
+
 /// What one run of a load generator did.
 pub(super) struct Done {
     /// Figures by what they are.
@@ -112,7 +114,10 @@ pub(super) fn requests(
     to: SocketAddr,
     (clients, bytes, seconds): (u16, u32, u64),
 ) -> Result<Done> {
-    let mut command = from.command(program);
+    let mut command = match clients {
+        1 => place::command(from, program, End::Client)?,
+        _ => from.command(program),
+    };
     command.args([kind, &to.to_string(), &clients.to_string(), &bytes.to_string(), &seconds.to_string()]);
     let text = run(&mut command)?;
     parse_requests(&text).with_context(|| format!("tacit-load {kind} {to}: {}", text.trim()))

@@ -104,12 +104,20 @@ impl Measured {
         (direct > 0.0).then(|| own / direct)
     }
 
+    /// Whether others kept the machine busy in any of its columns: such a line says little.
+    pub(super) fn is_noisy(&self) -> bool {
+        /// Part of the machine that background work of a quiet one stays below.
+        const QUIET: f64 = 0.1;
+        self.columns.iter().any(|column| column.noise > QUIET)
+    }
+
     /// For who waits.
     pub(super) fn line(&self) -> String {
         let columns: Vec<String> =
             self.columns.iter().map(|column| format!("{} {:.4}", column.name, column.median)).collect();
         let ratio = self.ratio(TACIT).map_or(String::new(), |ratio| format!(", ratio {ratio:.3}"));
-        format!("  {}: {} {}{ratio}", self.name, columns.join(", "), self.unit)
+        let noisy = if self.is_noisy() { " (others kept the machine busy)" } else { "" };
+        format!("  {}: {} {}{ratio}{noisy}", self.name, columns.join(", "), self.unit)
     }
 
     /// One object of `--json`.

@@ -29,7 +29,7 @@ cgroup. Its environment:
   TACIT_BENCH_PEER_PODS    the pods of the other node, in the same form
   TACIT_BENCH_FILES        a folder for files, the same on both nodes, removed at the end
   TACIT_BENCH_READY        create this file when connections between pods go through the proxy
-Pods reach each other by their addresses, IPv4, TCP ports 80, 5201, 7001 and 7002. What the command prints goes to
+Pods reach each other by their addresses, IPv4, TCP ports 80, 5201 and 7001 to 7004. What the command prints goes to
 standard error.";
 
 /// A running one.

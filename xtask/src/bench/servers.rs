@@ -1,4 +1,4 @@
-//! The servers of a pod: iperf3, `tacit-load` twice, nginx, each on its port.
+//! The servers of a pod: iperf3, nginx, and `tacit-load` for one client and for many, each on its port.
 
 use std::{
     fs,
@@ -11,17 +11,20 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use tacit_topology::{Pod, Process, until};
 
-use super::ground::Programs;
+use super::{
+    ground::Programs,
+    place::{self, End},
+};
 
 /// Time for a server to listen.
 const START: Duration = Duration::from_secs(20);
 
 /// Where iperf3 listens.
 const IPERF: u16 = 5201;
-/// Where `tacit-load` echoes.
-const ECHO: u16 = 7001;
-/// Where `tacit-load` answers once and closes.
-const ANSWER: u16 = 7002;
+/// Where `tacit-load` echoes, on the last core and on any core.
+const ECHO: [u16; 2] = [7001, 7003];
+/// Where `tacit-load` answers once and closes, on the last core and on any core.
+const ANSWER: [u16; 2] = [7002, 7004];
 /// Where nginx listens.
 const HTTP: u16 = 80;
 
@@ -33,14 +36,14 @@ pub(super) fn iperf_of(pod: &Pod) -> SocketAddr {
     (pod.ipv4(), IPERF).into()
 }
 
-/// The echo server of the pod.
-pub(super) fn echo_of(pod: &Pod) -> SocketAddr {
-    (pod.ipv4(), ECHO).into()
+/// The pod's echo server for that many clients.
+pub(super) fn echo_of(pod: &Pod, clients: u16) -> SocketAddr {
+    (pod.ipv4(), ECHO[usize::from(clients > 1)]).into()
 }
 
-/// The pod's server that answers once.
-pub(super) fn answer_of(pod: &Pod) -> SocketAddr {
-    (pod.ipv4(), ANSWER).into()
+/// The pod's server that answers once, for that many clients.
+pub(super) fn answer_of(pod: &Pod, clients: u16) -> SocketAddr {
+    (pod.ipv4(), ANSWER[usize::from(clients > 1)]).into()
 }
 
 /// nginx of the pod.
@@ -50,16 +53,22 @@ pub(super) fn http_of(pod: &Pod) -> SocketAddr {
 
 /// Starts the servers of a pod and waits until all listen.
 pub(super) fn start(pod: &Pod, programs: &Programs, folder: &Path) -> Result<Vec<Process>> {
-    let text = |address: SocketAddr| address.to_string();
     let mut iperf = pod.command("iperf3");
     iperf.args(["--server", "--port", &IPERF.to_string()]);
-    let mut echo = pod.command(&programs.load);
-    echo.args(["serve", &text(echo_of(pod))]);
-    let mut answer = pod.command(&programs.load);
-    answer.args(["serve", &text(answer_of(pod)), "--answer", &REQUEST.to_string()]);
-    let nginx = nginx(pod, &programs.nginx, folder)?;
+    let mut commands = vec![iperf];
+    for clients in [1, 2] {
+        let server = || match clients {
+            1 => place::command(pod, &programs.load, End::Server),
+            _ => Ok(pod.command(&programs.load)),
+        };
+        let (mut echo, mut answer) = (server()?, server()?);
+        echo.args(["serve", &echo_of(pod, clients).to_string()]);
+        answer.args(["serve", &answer_of(pod, clients).to_string(), "--answer", &REQUEST.to_string()]);
+        commands.extend([echo, answer]);
+    }
+    commands.push(nginx(pod, &programs.nginx, folder)?);
     let mut processes = Vec::new();
-    for mut command in [iperf, echo, answer, nginx] {
+    for mut command in commands {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
         processes.push(Process::spawn(&mut command)?);
     }
@@ -74,7 +83,7 @@ pub(super) fn start(pod: &Pod, programs: &Programs, folder: &Path) -> Result<Vec
             ["tcp", "tcp6"].map(|table| fs::read_to_string(format!("/proc/thread-self/net/{table}")))
         })?;
         let sockets = sockets.into_iter().collect::<Result<String, _>>().context("read /proc/net/tcp")?;
-        let all = [IPERF, ECHO, ANSWER, HTTP].iter().all(|port| listens(&sockets, *port));
+        let all = [IPERF, HTTP].iter().chain(&ECHO).chain(&ANSWER).all(|port| listens(&sockets, *port));
         Ok(all.then_some(()))
     })?;
     Ok(processes)

@@ -24,6 +24,7 @@ pub(super) fn render(measured: &[Measured], plan: Plan) -> String {
 fn row(measured: &Measured, rival: bool) -> Vec<String> {
     let median = |name: &str| measured.column(name).map_or(String::new(), |column| number(column.median));
     let ratio = |name: &str| measured.ratio(name).map_or(String::new(), |ratio| format!("{ratio:.2}x"));
+    let what = if measured.is_noisy() { format!("{} (~)", measured.what) } else { measured.what.clone() };
     let costs = |name: &str| -> [String; 3] {
         let Some(column) = measured.column(name).filter(|_| measured.leads) else {
             return Default::default();
@@ -31,8 +32,7 @@ fn row(measured: &Measured, rival: bool) -> Vec<String> {
         let rss = format!("{:.0} / {:.0}", column.rss[0] / 1e6, column.rss[1] / 1e6);
         [cpu(column, 0, measured.cpu_unit), cpu(column, 1, measured.cpu_unit), rss]
     };
-    let mut cells =
-        vec![measured.what.clone(), measured.unit.to_owned(), median(DIRECT), median(TACIT), ratio(TACIT)];
+    let mut cells = vec![what, measured.unit.to_owned(), median(DIRECT), median(TACIT), ratio(TACIT)];
     cells.extend(costs(TACIT));
     if rival {
         cells.extend([median(RIVAL), ratio(RIVAL)]);
@@ -63,7 +63,10 @@ fn method(measured: &[Measured], plan: Plan) -> String {
     let noise = match noise.as_slice() {
         [] => String::new(),
         noise => {
-            format!(" Other work took {:.0} % of the machine meanwhile (median).", median(noise) * 100.0)
+            format!(
+                "\nOther work took {:.0} % of the machine meanwhile (median); above 10 % a line is marked (~).",
+                median(noise) * 100.0
+            )
         }
     };
     format!(

@@ -37,7 +37,7 @@ const VM_PROGRAMS: [(&str, &str); 9] = [
 ];
 
 /// What the bench needs beside that: real load, not our own.
-const BENCH_PROGRAMS: [(&str, &str); 2] = [("iperf3", "iperf3"), ("wrk", "wrk")];
+const BENCH_PROGRAMS: [(&str, &str); 3] = [("iperf3", "iperf3"), ("wrk", "wrk"), ("taskset", "util-linux")];
 
 /// Installs the packages of programs that are not there.
 pub(super) fn ensure(apt: &mut Apt) -> Result<()> {

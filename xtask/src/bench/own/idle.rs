@@ -32,7 +32,7 @@ pub(super) fn run(programs: &Programs) -> Result<Vec<Measured>> {
     let ground = Ground::tacit("idle", programs, "")?;
     let proxies = ground.proxies()?;
     let rss = || -> Result<[f64; 2]> { Ok([usage::rss(&proxies[0])?, usage::rss(&proxies[1])?]) };
-    let to = servers::echo_of(&ground.far);
+    let to = servers::echo_of(&ground.far, 2);
     // Some work first: an agent that never did any has not touched its own code yet.
     load::requests(&ground.client, &programs.load, "echo", to, (8, 64, 1))?;
     let before = rss()?;
