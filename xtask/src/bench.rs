@@ -116,16 +116,18 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         load: workspace.load_generator(),
         agent: options.agent.clone().unwrap_or_else(|| workspace.agent()),
     };
-    let measured = measure::run(&programs, &chosen, plan, options.rival.as_deref())?;
-    print!("{}", table::render(&measured, plan));
+    let outcome = measure::run(&programs, &chosen, plan, options.rival.as_deref())?;
+    let measured = &outcome.measured;
+    print!("{}", table::render(measured, plan));
     if let Some(file) = &options.json {
-        write_json(file, &measured)?;
+        write_json(file, measured)?;
     }
+    outcome.complete()?;
     if options.write_baseline {
-        baseline::write(workspace.root(), &measured)?;
+        baseline::write(workspace.root(), measured)?;
         note(&format!("written: {}", baseline::FILE));
     }
-    committed.map_or(Ok(()), |committed| check(&committed, &measured, &programs, plan))
+    committed.map_or(Ok(()), |committed| check(&committed, measured, &programs, plan))
 }
 
 impl Options {
@@ -157,7 +159,9 @@ fn check(committed: &Baseline, measured: &[Measured], programs: &Programs, plan:
         let names: Vec<&str> = suspects.iter().map(|judged| judged.name.as_str()).collect();
         note(&format!("once more, since worse than committed: {}", names.join(", ")));
         let again = suspects.iter().filter_map(|judged| cases::named(&judged.case)).collect::<Vec<_>>();
-        let measured = measure::run(programs, &again, plan, None)?;
+        let outcome = measure::run(programs, &again, plan, None)?;
+        outcome.complete()?;
+        let measured = outcome.measured;
         if measured.iter().any(Measured::is_noisy) {
             note("others keep the machine busy: what follows says little; check again when it is quiet");
         }

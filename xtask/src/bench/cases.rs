@@ -88,6 +88,7 @@ const GBITS: Metric = Metric { name: "rate", unit: "Gbit/s", better: Better::Hig
 const REQUESTS: Metric = Metric { name: "rate", unit: "requests/s", better: Better::Higher };
 const CONNECTIONS: Metric = Metric { name: "rate", unit: "connections/s", better: Better::Higher };
 const FLAT: Metric = Metric { name: "flat", unit: "last 10 s / first 10 s", better: Better::Higher };
+const FAILED: Metric = Metric { name: "failed", unit: "% of connections", better: Better::Lower };
 const P50: Metric = Metric { name: "p50", unit: "us", better: Better::Lower };
 const P99: Metric = Metric { name: "p99", unit: "us", better: Better::Lower };
 const P999: Metric = Metric { name: "p999", unit: "us", better: Better::Lower };
@@ -184,7 +185,7 @@ impl Case {
             Kind::Echo { .. } => &[REQUESTS, P50, P99, P999],
             Kind::Connect { .. } => &[CONNECTIONS, P99],
             Kind::Http { .. } => &[REQUESTS, P99],
-            Kind::Churn { .. } => &[CONNECTIONS, FLAT],
+            Kind::Churn { .. } => &[CONNECTIONS, FLAT, FAILED],
             Kind::Own(_) => &[],
         }
     }
@@ -193,7 +194,7 @@ impl Case {
     pub(super) fn run(&self, ground: &Ground, programs: &Programs, seconds: u64) -> Result<Done> {
         let (client, far) = (&ground.client, &ground.far);
         let generator = programs.load.as_path();
-        match self.kind {
+        let done = match self.kind {
             Kind::Throughput { streams, direction, server } => {
                 let to = match server {
                     Server::Far => far,
@@ -222,6 +223,11 @@ impl Case {
                 load::requests(client, generator, kind, to, size)
             }
             Kind::Own(own) => bail!("{own:?} has a runner of its own"),
+        }?;
+        // Churn is there to find out how many fail.
+        match self.kind {
+            Kind::Churn { .. } => Ok(done),
+            _ => done.without_failures(),
         }
     }
 }

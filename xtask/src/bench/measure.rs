@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use super::{
     cases::{Case, Kind},
@@ -16,7 +16,7 @@ use super::{
     table,
     usage::{self, Cpu},
 };
-use crate::progress::{note, seconds};
+use crate::progress::{Style, Tone, note, seconds};
 
 /// How often and how long.
 #[derive(Clone, Copy, Debug)]
@@ -48,35 +48,72 @@ pub(super) struct Column {
     pub(super) ground: Ground,
 }
 
-/// Measures the cases; `rival` is the command of a third column.
-pub(super) fn run(
-    programs: &Programs,
-    cases: &[Case],
-    plan: Plan,
-    rival: Option<&str>,
-) -> Result<Vec<Measured>> {
+/// What came of all cases.
+pub(super) struct Outcome {
+    pub(super) measured: Vec<Measured>,
+    /// Names of the cases that could not be measured to their end.
+    pub(super) failed: Vec<String>,
+}
+
+/// Measures the cases; `rival` is the command of a third column. A case that fails is told and left out.
+pub(super) fn run(programs: &Programs, cases: &[Case], plan: Plan, rival: Option<&str>) -> Result<Outcome> {
     tacit_topology::cleanup_stale()?;
     let begin = Instant::now();
-    let mut measured = Vec::new();
-    let is_own = |case: &&Case| matches!(case.kind, Kind::Own(_));
-    let (own_cases, in_turn): (Vec<&Case>, Vec<&Case>) = cases.iter().partition(is_own);
-    if !in_turn.is_empty() {
-        let columns = columns(programs, rival)?;
-        for (number, case) in in_turn.iter().enumerate() {
-            note(&format!("[{}/{}] {}: {}", number + 1, cases.len(), case.name, case.what));
-            let used: Vec<&Column> =
-                columns.iter().filter(|c| case.works_directly() || c.name != DIRECT).collect();
-            measured.extend(tell(one_case(programs, case, plan, &used)?));
-        }
-        columns.into_iter().try_for_each(|column| column.ground.close())?;
+    let mut outcome = Outcome { measured: Vec::new(), failed: Vec::new() };
+    let shares = |case: &&Case| !matches!(case.kind, Kind::Own(_) | Kind::Churn { .. });
+    let (sharing, alone): (Vec<&Case>, Vec<&Case>) = cases.iter().partition(shares);
+    if !sharing.is_empty() {
+        outcome.in_turn(programs, &sharing, plan, rival)?;
     }
-    for (number, case) in own_cases.iter().enumerate() {
-        note(&format!("[{}/{}] {}: {}", in_turn.len() + number + 1, cases.len(), case.name, case.what));
-        let Kind::Own(kind) = case.kind else { continue };
-        measured.extend(tell(own::run(kind, programs, plan).with_context(|| format!("case {}", case.name))?));
+    for case in alone {
+        match case.kind {
+            Kind::Own(kind) => outcome.take(case, || own::run(kind, programs, plan)),
+            // Its ports in TIME_WAIT would be in the way of what comes after it.
+            _ => outcome.in_turn(programs, &[case], plan, rival)?,
+        }
     }
     note(&format!("measured in {}", seconds(begin.elapsed())));
-    Ok(measured)
+    Ok(outcome)
+}
+
+impl Outcome {
+    /// Cases one after the other in the same topologies.
+    fn in_turn(
+        &mut self,
+        programs: &Programs,
+        cases: &[&Case],
+        plan: Plan,
+        rival: Option<&str>,
+    ) -> Result<()> {
+        let columns = columns(programs, rival)?;
+        for case in cases {
+            let works = |column: &&Column| case.works_directly() || column.name != DIRECT;
+            let used: Vec<&Column> = columns.iter().filter(works).collect();
+            self.take(case, || one_case(programs, case, plan, &used));
+        }
+        columns.into_iter().try_for_each(|column| column.ground.close())
+    }
+
+    fn take(&mut self, case: &Case, measure: impl FnOnce() -> Result<Vec<Measured>>) {
+        note(&format!("{}: {}", case.name, case.what));
+        match measure() {
+            Ok(rows) => {
+                rows.iter().for_each(|row| note(&row.line()));
+                self.measured.extend(rows);
+            }
+            Err(error) => {
+                let text = format!("case {} failed: {error:#}", case.name);
+                eprintln!("{}", Style::of_stderr().paint(Tone::Bad, &text));
+                self.failed.push(case.name.clone());
+            }
+        }
+    }
+
+    /// An error when something is missing.
+    pub(super) fn complete(&self) -> Result<()> {
+        ensure!(self.failed.is_empty(), "these cases failed: {}", self.failed.join(", "));
+        Ok(())
+    }
 }
 
 fn columns(programs: &Programs, rival: Option<&str>) -> Result<Vec<Column>> {
@@ -90,11 +127,6 @@ fn columns(programs: &Programs, rival: Option<&str>) -> Result<Vec<Column>> {
         columns.push(Column { name: RIVAL, ground: Ground::rival("rival", programs, command)? });
     }
     Ok(columns)
-}
-
-fn tell(rows: Vec<Measured>) -> Vec<Measured> {
-    rows.iter().for_each(|row| note(&row.line()));
-    rows
 }
 
 /// All rounds of one case.
