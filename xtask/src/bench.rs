@@ -15,6 +15,7 @@
 //! | `load` | iperf3, wrk, `tacit-load`: started and read |
 //! | `usage` | CPU and memory of processes and of the machine |
 //! | `measure` | one case in all columns, round after round |
+//! | `quiet` | waiting for a machine that others use as well |
 //! | `own` | idle flows, worker threads, many pods, BPF programs: measured in topologies of their own |
 //! | `result` | medians and ratios |
 //! | `baseline` | `--check`: ratios against the committed ones |
@@ -27,6 +28,7 @@ mod load;
 mod measure;
 mod own;
 mod place;
+mod quiet;
 mod result;
 mod rival;
 mod servers;
@@ -38,6 +40,7 @@ use std::{
     ffi::OsString,
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -58,7 +61,7 @@ use measure::Plan;
 use result::Measured;
 
 /// How often and how long, when nothing else is asked for.
-const PLAN: Plan = Plan { rounds: 3, seconds: 5 };
+const PLAN: Plan = Plan { rounds: 3, seconds: 5, patience: Duration::ZERO };
 
 /// What to measure, and how.
 #[derive(clap::Args)]
@@ -76,6 +79,10 @@ pub(crate) struct Options {
     /// Length of one measurement [default: 5]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=600))]
     seconds: Option<u16>,
+    /// Seconds that may be spent, over the whole run, on waiting for a quiet machine and on measuring again what others
+    /// disturbed
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    patience: u32,
     /// Write the results to FILE: an array with one object for each line of the table
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -124,6 +131,8 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     }
     outcome.complete()?;
     if options.write_baseline {
+        let noisy = measured.iter().filter(|row| row.leads && row.is_noisy()).count();
+        ensure!(noisy == 0, "{noisy} lines were disturbed by others: nothing is written; try --patience 600");
         baseline::write(workspace.root(), measured)?;
         note(&format!("written: {}", baseline::FILE));
     }
@@ -141,6 +150,7 @@ impl Options {
         let plan = Plan {
             rounds: self.rounds.map_or(usual.rounds, usize::from),
             seconds: self.seconds.map_or(usual.seconds, u64::from),
+            patience: Duration::from_secs(self.patience.into()),
         };
         Ok((cases, plan))
     }

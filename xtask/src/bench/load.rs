@@ -148,7 +148,7 @@ fn parse_requests(text: &str) -> Result<Done> {
     let seconds = value["each_second"].as_array().context("no each_second in it")?;
     let each_second: Vec<f64> = seconds.iter().filter_map(Value::as_f64).collect();
     figures.extend(flatness(&each_second).map(|flat| ("flat", flat)));
-    let failed: f64 = failures.values().filter_map(Value::as_f64).sum();
+    let failed: f64 = failures.values().filter_map(Value::as_f64).fold(0.0, |sum, count| sum + count);
     ensure!(requests > 0.0, "no request was answered");
     figures.push(("failed", failed * 100.0 / (failed + requests)));
     Ok(Done { figures, work: Work::Requests(requests) })

@@ -12,6 +12,7 @@ use super::{
     ground::{Ground, Programs},
     load::{Done, Work},
     own,
+    quiet::Patience,
     result::Measured,
     table,
     usage::{self, Cpu},
@@ -24,6 +25,8 @@ pub(super) struct Plan {
     pub(super) rounds: usize,
     /// Of one run.
     pub(super) seconds: u64,
+    /// For a quiet machine, over all cases.
+    pub(super) patience: Duration,
 }
 
 /// One run of one case in one column.
@@ -53,13 +56,15 @@ pub(super) struct Outcome {
     pub(super) measured: Vec<Measured>,
     /// Names of the cases that could not be measured to their end.
     pub(super) failed: Vec<String>,
+    patience: Patience,
 }
 
 /// Measures the cases; `rival` is the command of a third column. A case that fails is told and left out.
 pub(super) fn run(programs: &Programs, cases: &[Case], plan: Plan, rival: Option<&str>) -> Result<Outcome> {
     tacit_topology::cleanup_stale()?;
     let begin = Instant::now();
-    let mut outcome = Outcome { measured: Vec::new(), failed: Vec::new() };
+    let mut outcome =
+        Outcome { measured: Vec::new(), failed: Vec::new(), patience: Patience::new(plan.patience) };
     let shares = |case: &&Case| !matches!(case.kind, Kind::Own(_) | Kind::Churn { .. });
     let (sharing, alone): (Vec<&Case>, Vec<&Case>) = cases.iter().partition(shares);
     if !sharing.is_empty() {
@@ -89,7 +94,9 @@ impl Outcome {
         for case in cases {
             let works = |column: &&Column| case.works_directly() || column.name != DIRECT;
             let used: Vec<&Column> = columns.iter().filter(works).collect();
-            self.take(case, || one_case(programs, case, plan, &used));
+            let mut patience = Patience::new(self.patience.left());
+            self.take(case, || one_case(programs, case, plan, &used, &mut patience));
+            self.patience = patience;
         }
         columns.into_iter().try_for_each(|column| column.ground.close())
     }
@@ -135,13 +142,21 @@ pub(super) fn one_case(
     case: &Case,
     plan: Plan,
     columns: &[&Column],
+    patience: &mut Patience,
 ) -> Result<Vec<Measured>> {
     let (rounds, length) = case.fixed.unwrap_or((plan.rounds, plan.seconds));
     let mut samples: Vec<Vec<Sample>> = columns.iter().map(|_| Vec::new()).collect();
     for round in 0..rounds {
         for (column, samples) in columns.iter().zip(&mut samples) {
-            let sample = sample(&column.ground, programs, case, length)
-                .with_context(|| format!("case {}, {}, round {}", case.name, column.name, round + 1))?;
+            let sample = loop {
+                patience.wait()?;
+                let begin = Instant::now();
+                let sample = sample(&column.ground, programs, case, length)
+                    .with_context(|| format!("case {}, {}, round {}", case.name, column.name, round + 1))?;
+                if !patience.again(sample.noise, begin.elapsed()) {
+                    break sample;
+                }
+            };
             samples.push(sample);
         }
     }

@@ -6,6 +6,7 @@ use super::{
     cases::{Better, Case, Metric},
     load::Work,
     measure::{DIRECT, Sample, TACIT},
+    quiet,
     usage::Cpu,
 };
 
@@ -106,9 +107,7 @@ impl Measured {
 
     /// Whether others kept the machine busy in any of its columns: such a line says little.
     pub(super) fn is_noisy(&self) -> bool {
-        /// Part of the machine that background work of a quiet one stays below.
-        const QUIET: f64 = 0.1;
-        self.columns.iter().any(|column| column.noise > QUIET)
+        self.columns.iter().any(|column| column.noise > quiet::LIMIT)
     }
 
     /// For who waits.

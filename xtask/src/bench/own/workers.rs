@@ -6,6 +6,7 @@ use crate::bench::{
     cases,
     ground::{Ground, Programs},
     measure::{self, Column, DIRECT, Plan, TACIT},
+    quiet::Patience,
     result::Measured,
 };
 
@@ -19,11 +20,12 @@ pub(super) fn run(programs: &Programs, plan: Plan) -> Result<Vec<Measured>> {
     for ((name, extra), tag) in NUMBERS.into_iter().zip(["wone", "wtwo"]) {
         columns.push(Column { name, ground: Ground::tacit(tag, programs, extra)? });
     }
+    let mut patience = Patience::new(plan.patience);
     let mut rows = Vec::new();
     for name in CASES {
         let case = cases::named(name).with_context(|| format!("no case {name}"))?;
         let used: Vec<&Column> = columns.iter().collect();
-        let measured = measure::one_case(programs, &case, plan, &used)?;
+        let measured = measure::one_case(programs, &case, plan, &used, &mut patience)?;
         // Its first line is the one that tells which number is faster.
         let row = measured.into_iter().next().with_context(|| format!("nothing of {name}"))?;
         rows.extend(NUMBERS.iter().enumerate().map(|(at, (number, _))| of_number(&row, number, at + 1)));
