@@ -6,6 +6,7 @@
 
 use std::{
     net::SocketAddr,
+    num::NonZeroUsize,
     ops::RangeInclusive,
     path::{Component, Path, PathBuf},
     sync::Arc,
@@ -28,7 +29,7 @@ use clear::clear_destination;
 use duration::duration;
 use range::mesh_range;
 
-const FIELDS: [&str; 14] = [
+const FIELDS: [&str; 15] = [
     "trustDomain",
     "node",
     "podsCgroup",
@@ -43,6 +44,7 @@ const FIELDS: [&str; 14] = [
     "drainTimeout",
     "heartbeatTimeout",
     "allowClear",
+    "workers",
 ];
 const EMBEDDED_FIELDS: [&str; 2] = ["directory", "leafLifetime"];
 
@@ -66,6 +68,8 @@ const LEAF_LIFETIME_RANGE: RangeInclusive<Duration> =
     Duration::from_secs(10)..=Duration::from_secs(30 * 24 * 3600);
 /// Most mesh ranges: each takes an entry in a kernel map of fixed size, and a cluster has a handful.
 const MESH_RANGES_MAX: usize = 256;
+/// Most worker threads: beyond the cores of any node, and a typing mistake should not start millions.
+const WORKERS_MAX: usize = 256;
 /// Longest path of a unix socket, in bytes (`sun_path` in unix(7), with its closing zero).
 const SOCKET_MAX_BYTES: usize = 107;
 
@@ -100,6 +104,8 @@ pub struct Config {
     pub heartbeat_timeout: Duration,
     /// Destinations that strict pods may reach in clear, at most 256; each use is counted.
     pub allow_clear: Vec<ClearDestination>,
+    /// Threads that carry flows, 1 to 256; `None` is one for each core that the agent may run on.
+    pub workers: Option<NonZeroUsize>,
 }
 
 /// Who signs certificates.
@@ -159,6 +165,7 @@ impl Config {
         let heartbeat_timeout =
             or(f, "heartbeatTimeout", HEARTBEAT_TIMEOUT, |v| within(v, HEARTBEAT_TIMEOUT_RANGE));
         let allow_clear = or(f, "allowClear", Vec::new(), allow_clear);
+        let workers = or(f, "workers", None, |v| v.parse(workers).map(Some));
         Some(Self {
             trust_domain: trust_domain?,
             node: node?,
@@ -174,6 +181,7 @@ impl Config {
             drain_timeout: drain_timeout?,
             heartbeat_timeout: heartbeat_timeout?,
             allow_clear: allow_clear?,
+            workers: workers?,
         })
     }
 }
@@ -252,6 +260,13 @@ fn socket_path(value: &Value<'_>, folder: &Path) -> Option<PathBuf> {
         return None;
     }
     Some(path)
+}
+
+fn workers(text: &str) -> Result<NonZeroUsize, String> {
+    let number = text.parse().ok().filter(|number: &NonZeroUsize| number.get() <= WORKERS_MAX);
+    number.ok_or_else(|| {
+        format!("no number of threads: write 1 to {WORKERS_MAX}, or leave it out for one per core")
+    })
 }
 
 fn metrics_address(value: &Value<'_>) -> Option<SocketAddr> {

@@ -4,6 +4,7 @@
 //! a message that names the next action. Whatever needs root is announced before it runs (`privilege`).
 #![forbid(unsafe_code)]
 
+mod bench;
 mod command;
 mod demo;
 mod ebpf;
@@ -61,6 +62,8 @@ enum Task {
     Vm(vm::Options),
     /// Show two pods talking through Tacit, and what the wire carried
     Demo(demo::Options),
+    /// Measure what Tacit costs: the same load directly and through it, in turn
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
@@ -88,6 +91,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Test(options) => return Ok(test::run(&workspace, &options, &commands())),
         Task::Vm(options) => vm::run(&workspace, &options),
         Task::Demo(options) => demo::run(&workspace, &options),
+        Task::Bench(options) => bench::run(&workspace, &options),
     };
     done.map(|()| ExitCode::SUCCESS)
 }

@@ -77,6 +77,12 @@ pub(crate) fn ensure_vm(workspace: &Workspace) -> Result<()> {
     programs::ensure_vm(&mut apt)
 }
 
+/// Load generators, beside the programs of the demo.
+pub(crate) fn ensure_bench(workspace: &Workspace) -> Result<Programs> {
+    programs::ensure_bench(&mut Apt::new())?;
+    ensure_programs(workspace)
+}
+
 /// Programs of the tests and the demo.
 pub(crate) fn ensure_programs(workspace: &Workspace) -> Result<Programs> {
     let mut apt = Apt::new();

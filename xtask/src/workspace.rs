@@ -56,6 +56,11 @@ impl Workspace {
         self.target.join("release/tacit")
     }
 
+    /// The load generator's release binary.
+    pub(crate) fn load_generator(&self) -> PathBuf {
+        self.target.join("release/tacit-load")
+    }
+
     /// cargo, started in the repository with its target folder stated.
     pub(crate) fn cargo(&self, subcommand: &str) -> Command {
         let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -68,6 +73,13 @@ impl Workspace {
         let mut cargo = self.cargo("build");
         cargo.args(["--release", "--package", "tacit", "--target-dir"]).arg(&self.target);
         command::run(&mut cargo)
+    }
+
+    /// Builds the load generator in release mode.
+    pub(crate) fn build_load_generator(&self) -> Result<()> {
+        let mut cargo = self.cargo("build");
+        cargo.args(["--release", "--package", "tacit-tests", "--bin", "tacit-load", "--target-dir"]);
+        command::run(cargo.arg(&self.target))
     }
 }
 

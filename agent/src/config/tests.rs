@@ -42,6 +42,7 @@ fn a_minimal_file_gets_the_defaults() {
         drain_timeout: Duration::from_secs(10),
         heartbeat_timeout: Duration::from_secs(3),
         allow_clear: Vec::new(),
+        workers: None,
     };
     assert_eq!(parse(MINIMAL), Ok(expected));
 }
@@ -50,7 +51,7 @@ fn a_minimal_file_gets_the_defaults() {
 fn every_field_can_be_set() {
     let text = MINIMAL.replace("directory: issuer}", "directory: issuer, leafLifetime: 1h30m}")
         + "rootNamespace: mesh\npinPath: /sys/fs/bpf/b/\nsocket: b.sock\nmetrics: \"[::1]:9\"\ndrainTimeout: 0s\n\
-           heartbeatTimeout: 1s\nallowClear: [\"10.96.0.10:53/udp\"]\n";
+           heartbeatTimeout: 1s\nallowClear: [\"10.96.0.10:53/udp\"]\nworkers: 2\n";
     let config = parse(&text).expect("valid");
     assert_eq!(&*config.root_namespace, "mesh");
     assert_eq!(config.pin_path, Path::new("/sys/fs/bpf/b"));
@@ -59,6 +60,7 @@ fn every_field_can_be_set() {
     assert_eq!(config.drain_timeout, Duration::ZERO);
     assert_eq!(config.heartbeat_timeout, Duration::from_secs(1));
     assert_eq!(config.allow_clear.len(), 1);
+    assert_eq!(config.workers.map(std::num::NonZeroUsize::get), Some(2));
     let IssuerConfig::Embedded { leaf_lifetime, .. } = config.issuer;
     assert_eq!(leaf_lifetime, Duration::from_secs(90 * 60));
 }
@@ -129,6 +131,8 @@ fn bounds_of_single_fields_hold() {
         ("drainTimeout: 601s".to_owned(), "from 0s to 10m"),
         ("heartbeatTimeout: 500ms".to_owned(), "from 1s to 1m"),
         ("allowClear: [\"10.0.0.1:53\"]".to_owned(), "write address, port and protocol"),
+        ("workers: 0".to_owned(), "write 1 to 256"),
+        ("workers: 257".to_owned(), "write 1 to 256"),
         ("rootNamespace: Istio".to_owned(), "no Kubernetes name"),
         ("rootNamespace: [a]".to_owned(), "is a list"),
     ] {
@@ -195,4 +199,5 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
     assert_eq!(embedded["properties"]["leafLifetime"]["default"], "24h");
     assert_eq!(schema["properties"]["meshRanges"]["maxItems"], MESH_RANGES_MAX);
     assert_eq!(schema["properties"]["allowClear"]["maxItems"], ALLOW_CLEAR_MAX);
+    assert_eq!(schema["properties"]["workers"]["maximum"], WORKERS_MAX);
 }

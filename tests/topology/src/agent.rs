@@ -39,13 +39,25 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts `program agent --config <files>` on `node`, without waiting for it to be ready.
+    /// Starts `program agent --config <files>` on `node`, logging at debug, without waiting for it to be ready.
     ///
     /// # Errors
     /// When it cannot be started.
     pub fn start(node: &Node, program: &Path, files: &MeshFiles) -> Result<Self> {
+        Self::start_with(node, program, files, &["-v"])
+    }
+
+    /// As [`Agent::start`], but logging as much as it does in production, not more.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_quiet(node: &Node, program: &Path, files: &MeshFiles) -> Result<Self> {
+        Self::start_with(node, program, files, &[])
+    }
+
+    fn start_with(node: &Node, program: &Path, files: &MeshFiles, flags: &[&str]) -> Result<Self> {
         let mut command = node.command_in("agent", program)?;
-        command.arg("agent").arg("--config").arg(files.config()).arg("-v");
+        command.arg("agent").arg("--config").arg(files.config()).args(flags);
         let mut agent = Self {
             program: program.to_owned(),
             node: node.name().to_owned(),

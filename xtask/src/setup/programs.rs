@@ -36,6 +36,9 @@ const VM_PROGRAMS: [(&str, &str); 9] = [
     ("dash", "dash"),
 ];
 
+/// What the bench needs beside that: real load, not our own.
+const BENCH_PROGRAMS: [(&str, &str); 3] = [("iperf3", "iperf3"), ("wrk", "wrk"), ("taskset", "util-linux")];
+
 /// Installs the packages of programs that are not there.
 pub(super) fn ensure(apt: &mut Apt) -> Result<()> {
     ensure_these(apt, "programs of the tests and the demo", &PROGRAMS)
@@ -44,6 +47,11 @@ pub(super) fn ensure(apt: &mut Apt) -> Result<()> {
 /// As [`ensure`], for virtual machines.
 pub(super) fn ensure_vm(apt: &mut Apt) -> Result<()> {
     ensure_these(apt, "programs for virtual machines", &VM_PROGRAMS)
+}
+
+/// As [`ensure`], for the bench.
+pub(super) fn ensure_bench(apt: &mut Apt) -> Result<()> {
+    ensure_these(apt, "load generators of the bench", &BENCH_PROGRAMS)
 }
 
 fn ensure_these(apt: &mut Apt, what: &str, programs: &[(&'static str, &'static str)]) -> Result<()> {
