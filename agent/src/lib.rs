@@ -25,6 +25,7 @@
 //! | `tunnel` | TLS, frames, sessions, the pool |
 //! | `relay` | moves the bytes of a flow |
 //! | `drain` | ending in good order |
+//! | `fuzz` | what the fuzz targets call |
 //! | `telemetry` | metrics, access log, status, admin doors |
 //!
 //! Rules of dependency, checked by `cargo xtask tidy`: only `kernel` uses aya, libc and `unsafe`; only `tunnel` (tls,
@@ -40,6 +41,8 @@ pub mod datapath;
 pub mod directory;
 pub mod drain;
 pub mod enrol;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod identity;
 pub mod inbound;
 pub mod kernel;

@@ -8,6 +8,7 @@ mod bench;
 mod command;
 mod demo;
 mod ebpf;
+mod fuzz;
 mod lint;
 mod privilege;
 mod progress;
@@ -60,6 +61,8 @@ enum Task {
     Test(test::Options),
     /// Run the tests of whole nodes inside virtual machines with other kernels
     Vm(vm::Options),
+    /// Run the fuzz targets
+    Fuzz(fuzz::Options),
     /// Show two pods talking through Tacit, and what the wire carried
     Demo(demo::Options),
     /// Measure what Tacit costs: the same load directly and through it, in turn
@@ -90,6 +93,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Tidy => tidy::run(&workspace, &commands()),
         Task::Test(options) => return Ok(test::run(&workspace, &options, &commands())),
         Task::Vm(options) => vm::run(&workspace, &options),
+        Task::Fuzz(options) => fuzz::run(&workspace, &options),
         Task::Demo(options) => demo::run(&workspace, &options),
         Task::Bench(options) => bench::run(&workspace, &options),
     };

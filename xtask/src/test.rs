@@ -43,6 +43,12 @@ pub(crate) struct Options {
     /// Leave out rules, format, lints and other kernels
     #[arg(long)]
     quick: bool,
+    /// Run the attack suite alone, and say what became of each attack
+    #[arg(long)]
+    attack: bool,
+    /// With --attack: as JSON
+    #[arg(long, requires = "attack")]
+    json: bool,
     /// Leave out what needs root; those tests are reported as skipped
     #[arg(long)]
     unprivileged: bool,
@@ -57,6 +63,9 @@ enum Privileged {
 
 /// Runs everything; no success when anything failed or nothing ran. The count is the last line that is printed.
 pub(crate) fn run(workspace: &Workspace, options: &Options, commands: &[String]) -> ExitCode {
+    if options.attack {
+        return attack(workspace, options.json);
+    }
     let steps = if options.quick { 6 } else { 11 };
     let mut session =
         Session { workspace, options, progress: Progress::new(steps), report: Report::default() };
@@ -69,6 +78,31 @@ pub(crate) fn run(workspace: &Workspace, options: &Options, commands: &[String])
     print!("{}", report.table(Style::of_stdout()));
     println!("{}", report.summary());
     if verdict.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// The attack suite alone; its own words, and its own exit code.
+fn attack(workspace: &Workspace, json: bool) -> ExitCode {
+    let run = || -> Result<()> {
+        setup::ensure_all(workspace)?;
+        ebpf::build(workspace)?;
+        workspace.build_agent()?;
+        let agent = workspace.agent();
+        let mut arguments = vec![OsStr::new("doctor"), OsStr::new("--attack")];
+        if json {
+            arguments.extend([OsStr::new("-o"), OsStr::new("json")]);
+        }
+        let why = "for the attacks, which make network namespaces, cgroups and BPF programs";
+        let status = as_root(why, &[], &agent, &arguments)?.status().context("start the agent's program")?;
+        ensure!(status.success(), "the attack suite: {status}");
+        Ok(())
+    };
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
+            ExitCode::FAILURE
+        }
+    }
 }
 
 struct Session<'a> {

@@ -5,12 +5,13 @@ use std::{
     mem::MaybeUninit,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use socket2::{Domain, MsgHdr, Protocol, SockAddr, Socket, Type};
+use tacit_topology::until;
 
 use super::{Given, Told, wait_for_go};
 
@@ -18,6 +19,8 @@ use super::{Given, Told, wait_for_go};
 const CONNECT: Duration = Duration::from_secs(2);
 /// For a peer that should close, and does not.
 const ANSWER: Duration = Duration::from_secs(2);
+/// Two repetitions of a SYN.
+const MEETING: Duration = Duration::from_secs(4);
 
 fn stream(given: &Given, protocol: i32) -> io::Result<Socket> {
     Socket::new(Domain::for_address(given.target), Type::STREAM, Some(Protocol::from(protocol)))
@@ -243,17 +246,14 @@ pub(super) fn simultaneous(given: &Given) -> Result<Told> {
     }
     wait_for_go()?;
     // The first SYN is lost; it is repeated after a second.
-    let end = Instant::now() + Duration::from_secs(4);
-    while Instant::now() < end {
-        if let Some(error) = socket.take_error()? {
-            return Err(error.into());
-        }
-        if socket.peer_addr().is_ok() {
-            return finish(socket, &given.marker);
-        }
-        std::thread::sleep(Duration::from_millis(20));
+    let met = until("the other end", MEETING, || {
+        socket.take_error()?.map_or(Ok(()), Err)?;
+        Ok(socket.peer_addr().is_ok().then_some(()))
+    });
+    match met {
+        Ok(()) => finish(socket, &given.marker),
+        Err(error) => Ok(Told::Refused(error.to_string())),
     }
-    Ok(Told::Refused("no connection came about".to_owned()))
 }
 
 /// Connects, and sends when the driver says so.
