@@ -43,6 +43,19 @@ fn a_client_of_the_future_is_refused() -> Result<()> {
     refused(Some(Leaf { valid: Valid::Future, ..Leaf::right(CLIENT) }), RIGHT, "not_yet_valid")
 }
 
+/// There is no tolerance for clocks that disagree: it would be one for certificates that were to end.
+#[test]
+#[ignore = "needs root"]
+fn half_a_minute_too_late_is_refused() -> Result<()> {
+    refused(Some(Leaf { valid: Valid::JustPast, ..Leaf::right(CLIENT) }), RIGHT, "expired")
+}
+
+#[test]
+#[ignore = "needs root"]
+fn half_a_minute_too_early_is_refused() -> Result<()> {
+    refused(Some(Leaf { valid: Valid::Soon, ..Leaf::right(CLIENT) }), RIGHT, "not_yet_valid")
+}
+
 #[test]
 #[ignore = "needs root"]
 fn a_client_of_another_trust_domain_is_refused() -> Result<()> {

@@ -66,17 +66,7 @@ pub(crate) fn ask(
     speech: Speech,
     asked: Asked,
 ) -> Result<(SocketAddr, Answer)> {
-    let config = ClientConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[speech.version])?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Anybody));
-    let mut config = match shown {
-        Some(Shown { chain, key }) => config.with_client_auth_cert(chain, key)?,
-        None => config.with_no_client_auth(),
-    };
-    config.alpn_protocols = vec![speech.alpn.to_vec()];
-    config.enable_sni = false;
-    let mut tls = ClientConnection::new(Arc::new(config), ServerName::from(server))?;
+    let mut tls = client(server, shown, speech)?;
     let mut tcp =
         netns.enter(|| TcpStream::connect_timeout(&SocketAddr::new(server, TUNNEL_PORT), PATIENCE))??;
     tcp.set_read_timeout(Some(PATIENCE))?;
@@ -95,6 +85,50 @@ pub(crate) fn ask(
         (Ok(()), other) => bail!("a frame that is no answer: {other:?}"),
     };
     Ok((from, answer))
+}
+
+/// Connects as [`ask`] does, and asks for new keys again and again, `most` times at most. Returns how often it could.
+pub(crate) fn flood_with_key_updates(
+    netns: &Netns,
+    server: IpAddr,
+    shown: Shown,
+    asked: Asked,
+    most: usize,
+) -> Result<usize> {
+    let mut tls = client(server, Some(shown), RIGHT)?;
+    let mut tcp =
+        netns.enter(|| TcpStream::connect_timeout(&SocketAddr::new(server, TUNNEL_PORT), PATIENCE))??;
+    tcp.set_read_timeout(Some(PATIENCE))?;
+    let mut header = [0; 4];
+    let mut stream = Stream::new(&mut tls, &mut tcp);
+    stream.write_all(&open(asked))?;
+    stream.read_exact(&mut header)?;
+    if header != ACCEPT {
+        bail!("not accepted: {header:?}");
+    }
+    for done in 0..most {
+        tls.refresh_traffic_keys()?;
+        while tls.wants_write() {
+            if tls.write_tls(&mut tcp).is_err() {
+                return Ok(done);
+            }
+        }
+    }
+    Ok(most)
+}
+
+fn client(server: IpAddr, shown: Option<Shown>, speech: Speech) -> Result<ClientConnection> {
+    let config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[speech.version])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Anybody));
+    let mut config = match shown {
+        Some(Shown { chain, key }) => config.with_client_auth_cert(chain, key)?,
+        None => config.with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![speech.alpn.to_vec()];
+    config.enable_sni = false;
+    Ok(ClientConnection::new(Arc::new(config), ServerName::from(server))?)
 }
 
 /// A server on the tunnel port of a pod, which answers every flow with `hello` and its end.

@@ -30,8 +30,14 @@ pub(crate) enum Root {
 /// When it is valid.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Valid {
+    /// Expired an hour ago.
     Past,
+    /// Expired 30 seconds ago.
+    JustPast,
     Now,
+    /// Valid in 30 seconds.
+    Soon,
+    /// Valid in an hour.
     Future,
 }
 
@@ -82,6 +88,8 @@ impl Forge {
         let now = OffsetDateTime::now_utc();
         (params.not_before, params.not_after) = match leaf.valid {
             Valid::Past => (now - Duration::hours(2), now - Duration::hours(1)),
+            Valid::JustPast => (now - Duration::hours(1), now - Duration::seconds(30)),
+            Valid::Soon => (now + Duration::seconds(30), now + Duration::hours(1)),
             Valid::Now => (now - Duration::minutes(1), now + Duration::hours(1)),
             Valid::Future => (now + Duration::hours(1), now + Duration::hours(2)),
         };

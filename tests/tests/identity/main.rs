@@ -7,4 +7,5 @@
 mod clients;
 mod fake;
 mod forge;
+mod pressure;
 mod servers;
