@@ -87,7 +87,8 @@ pub async fn handle(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, client: 
     }
 }
 
-/// The flow's two ends as both applications see them.
+/// The flow's two ends as both applications see them. `None` also for a client that took another's address as its own
+/// (IP_TRANSPARENT): answers to it would leave the pod, in clear.
 fn find_destination(
     path: &DataPath,
     pod: &Pod,
@@ -96,6 +97,9 @@ fn find_destination(
 ) -> Option<(SocketAddr, SocketAddr)> {
     let at = canonical(app.local_addr().ok()?);
     let destination = path.kernel.maps.destination(pod.netns.cookie(), client, at)?;
+    if !client.ip().is_loopback() && !pod.workload.addresses.contains(&client.ip()) {
+        return None;
+    }
     let source = SocketAddr::new(pod.address_like(destination.ip())?, client.port());
     Some((source, destination))
 }

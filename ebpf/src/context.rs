@@ -7,7 +7,7 @@ use aya_ebpf::{
     btf_maps::lpm_trie::Key,
     helpers::generated::{
         bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
-        bpf_ktime_get_ns, bpf_set_retval, bpf_sk_storage_delete, bpf_sk_storage_get,
+        bpf_ktime_get_ns, bpf_set_retval, bpf_sk_fullsock, bpf_sk_storage_delete, bpf_sk_storage_get,
         bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id, bpf_skb_load_bytes_relative,
         bpf_sock_ops_cb_flags_set,
     },
@@ -48,6 +48,7 @@ macro_rules! store {
 }
 
 const AF_INET: u32 = 2;
+const SOCK_STREAM: u32 = 1;
 /// Bits of a full address in the mesh's map.
 const FULL_PREFIX: u32 = 128;
 
@@ -429,6 +430,23 @@ impl Skb<'_> {
     pub fn ancestor_cgroup(&self, level: u32) -> u64 {
         // SAFETY: the helper takes the program's own context.
         unsafe { bpf_skb_ancestor_cgroup_id(self.raw(), level as i32) }
+    }
+
+    /// Does the packet belong to a TCP socket? One without a full socket belongs to a connection that begins or ends:
+    /// only TCP has such.
+    #[inline(always)]
+    pub fn is_of_tcp(&self) -> bool {
+        // SAFETY: aligned load of a context field.
+        let sk = unsafe { (*self.raw()).__bindgen_anon_2.sk };
+        if sk.is_null() {
+            return false;
+        }
+        // SAFETY: `sk` is the context's socket, not null.
+        let full = unsafe { bpf_sk_fullsock(sk) };
+        if full.is_null() {
+            return true;
+        }
+        load!(full, type_) == SOCK_STREAM
     }
 
     /// Names kept in the packet's socket.

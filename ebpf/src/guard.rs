@@ -56,6 +56,11 @@ impl GuardFacts for Facts<'_> {
         let settings = SETTINGS.load();
         self.0.cgroup() != 0 && self.0.ancestor_cgroup(settings.pods_level) != settings.pods_cgroup
     }
+
+    #[inline(always)]
+    fn is_of_tcp(&self) -> bool {
+        self.0.is_of_tcp()
+    }
 }
 
 /// Packets from and to sockets of pods. Returns whether the packet passes.

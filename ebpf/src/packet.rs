@@ -22,6 +22,10 @@ const DESTINATION: u8 = 60;
 const FRAGMENT_OFFSET_V4: u16 = 0x1fff;
 const FRAGMENT_OFFSET_V6: u16 = 0xfff8;
 
+/// First and last type of discovery.
+const ROUTER_SOLICITATION: u8 = 133;
+const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
+
 const SYN: u8 = 0x02;
 const ACK: u8 = 0x10;
 
@@ -102,10 +106,22 @@ pub fn packet(skb: &Skb<'_>, head: &Head, way: Way, skipped: u32) -> Option<Pack
         Way::Out => (head.source, head.destination),
         Way::In => (head.destination, head.source),
     };
-    let mut packet =
-        Packet { local, remote, protocol: head.protocol, local_port: 0, remote_port: 0, matters: true };
+    let mut packet = Packet {
+        local,
+        remote,
+        protocol: head.protocol,
+        local_port: 0,
+        remote_port: 0,
+        matters: true,
+        is_discovery: false,
+    };
     if head.is_later_fragment {
         // The head's protocol still tells UDP from the rest; a fragment of TCP is nobody's ACK.
+        return Some(packet);
+    }
+    if head.protocol == protocol::ICMP_V6 {
+        let kind: [u8; 1] = skb.read(head.payload)?;
+        packet.is_discovery = ROUTER_SOLICITATION <= kind[0] && kind[0] <= NEIGHBOUR_ADVERTISEMENT;
         return Some(packet);
     }
     if head.protocol != protocol::TCP && head.protocol != protocol::UDP {

@@ -40,8 +40,10 @@ pub struct Packet {
     /// The other port; 0 where there is none.
     pub remote_port: u16,
     /// TCP only: it opens a connection (SYN without ACK) or carries data. The rest (ACK, FIN, RST) carries nothing
-    /// that an application wrote, and ends connections in good order.
+    /// that an application wrote when the kernel's TCP made it, and ends connections in good order.
     pub matters: bool,
+    /// Neighbour or router discovery of IPv6.
+    pub is_discovery: bool,
 }
 
 /// Where a packet of a pod is seen.
@@ -67,6 +69,8 @@ pub trait GuardFacts {
     fn is_allowed_clear(&self, remote: &Address, port: u16, protocol: u8) -> bool;
     /// Is the packet's socket one of the kernel itself or of the node, not of any pod? Asked on links only.
     fn is_of_node(&self) -> bool;
+    /// Is the packet's socket one of TCP, so that the kernel made its headers? A raw or packet socket's owner did.
+    fn is_of_tcp(&self) -> bool;
 }
 
 /// Verdict on a packet.
@@ -94,7 +98,13 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, seen: Seen, packet: &Pa
         return Verdict::Drop(Reason::GuardSpoofed);
     }
     match packet.protocol {
-        protocol::TCP if !packet.matters => Verdict::Pass,
+        // The kernel's own resets have a socket of the node's, and are seen on links only.
+        protocol::TCP
+            if !packet.matters
+                && (facts.is_of_tcp() || (matches!(seen, Seen::Link) && facts.is_of_node())) =>
+        {
+            Verdict::Pass
+        }
         protocol::TCP if is_reply(facts, pod, packet) => Verdict::Clear(Reason::GuardReply),
         protocol::UDP if pod.has(pod_flag::UDP_ALLOWED) => Verdict::Clear(Reason::GuardUdpClear),
         // A probe's answer: it goes no further than this node.
@@ -191,7 +201,15 @@ mod tests {
     }
 
     fn packet(protocol: u8) -> Packet {
-        Packet { local: v4(2), remote: v4(9), protocol, local_port: 4000, remote_port: 80, matters: true }
+        Packet {
+            local: v4(2),
+            remote: v4(9),
+            protocol,
+            local_port: 4000,
+            remote_port: 80,
+            matters: true,
+            is_discovery: false,
+        }
     }
 
     #[derive(Clone, Copy, Default)]
@@ -202,6 +220,7 @@ mod tests {
         port_mode: Option<Mode>,
         clear: bool,
         of_node: bool,
+        of_tcp: bool,
     }
 
     impl GuardFacts for Facts {
@@ -224,10 +243,20 @@ mod tests {
         fn is_of_node(&self) -> bool {
             self.of_node
         }
+        fn is_of_tcp(&self) -> bool {
+            self.of_tcp
+        }
     }
 
-    const NONE: Facts =
-        Facts { agent: false, node: false, accepted: false, port_mode: None, clear: false, of_node: false };
+    const NONE: Facts = Facts {
+        agent: false,
+        node: false,
+        accepted: false,
+        port_mode: None,
+        clear: false,
+        of_node: false,
+        of_tcp: false,
+    };
     const SCTP: u8 = 132;
 
     #[test]
@@ -263,7 +292,13 @@ mod tests {
     #[test]
     fn only_what_an_application_wrote_matters_in_tcp() {
         let empty = Packet { matters: false, ..packet(protocol::TCP) };
-        assert_eq!(decide_egress(&NONE, &strict(), Seen::Socket, &empty), Verdict::Pass);
+        let egress = |facts, seen| decide_egress(&facts, &strict(), seen, &empty);
+        assert_eq!(egress(Facts { of_tcp: true, ..NONE }, Seen::Socket), Verdict::Pass);
+        assert_eq!(egress(Facts { of_tcp: true, ..NONE }, Seen::Link), Verdict::Pass);
+        // Headers have room for a text too.
+        assert_eq!(egress(NONE, Seen::Socket), Verdict::Drop(GuardTcp));
+        assert_eq!(egress(NONE, Seen::Link), Verdict::Drop(GuardTcp));
+        assert_eq!(egress(Facts { of_node: true, ..NONE }, Seen::Link), Verdict::Pass);
         assert_eq!(decide_ingress(&NONE, &strict(), &empty), Verdict::Pass);
     }
 
@@ -308,11 +343,16 @@ mod tests {
     }
 
     #[test]
-    fn icmp_of_the_kernel_passes_the_link_and_that_of_a_pod_does_not() {
-        let icmp = packet(protocol::ICMP);
+    fn of_icmp_only_discovery_by_the_kernel_passes_the_link() {
+        let icmp = packet(protocol::ICMP_V6);
         let kernels = Facts { of_node: true, ..NONE };
-        assert_eq!(decide_egress(&kernels, &strict(), Seen::Link, &icmp), Verdict::Pass);
-        assert_eq!(decide_egress(&kernels, &strict(), Seen::Socket, &icmp), Verdict::Drop(GuardIcmp));
+        assert_eq!(decide_egress(&kernels, &strict(), Seen::Link, &icmp), Verdict::Drop(GuardIcmp));
+        let discovery = Packet { is_discovery: true, ..icmp };
+        assert_eq!(decide_egress(&kernels, &strict(), Seen::Link, &discovery), Verdict::Pass);
+        assert_eq!(decide_egress(&NONE, &strict(), Seen::Link, &discovery), Verdict::Drop(GuardIcmp));
+        assert_eq!(decide_egress(&kernels, &strict(), Seen::Socket, &discovery), Verdict::Drop(GuardIcmp));
+        let node = Facts { node: true, ..NONE };
+        assert_eq!(decide_egress(&node, &strict(), Seen::Socket, &icmp), Verdict::Pass);
         let udp = packet(protocol::UDP);
         assert_eq!(decide_egress(&kernels, &strict(), Seen::Link, &udp), Verdict::Drop(GuardUdp));
     }

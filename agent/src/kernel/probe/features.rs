@@ -52,6 +52,7 @@ pub(super) enum Trial {
 
 const SKB_ANCESTOR_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_skb_ancestor_cgroup_id;
 const SKB_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_skb_cgroup_id;
+const FULL_SOCKET: BpfHelper = BpfHelper::BPF_FUNC_sk_fullsock;
 const SKB_LOAD: BpfHelper = BpfHelper::BPF_FUNC_skb_load_bytes_relative;
 const CURRENT_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_get_current_cgroup_id;
 const ANCESTOR_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id;
@@ -195,11 +196,13 @@ pub(super) static FEATURES: &[Feature] = &[
     helper("bpf_skb_ancestor_cgroup_id in cgroup_skb", GUARD, Release(5, 8), CGROUP_SKB, SKB_ANCESTOR_CGROUP),
     helper("bpf_skb_load_bytes_relative in cgroup_skb", GUARD, Release(5, 0), CGROUP_SKB, SKB_LOAD),
     helper("bpf_sk_storage_get in cgroup_skb", GUARD, Release(5, 2), CGROUP_SKB, STORAGE_GET),
+    helper("bpf_sk_fullsock in cgroup_skb", GUARD, Release(5, 1), CGROUP_SKB, FULL_SOCKET),
     helper("bpf_ringbuf_reserve in cgroup_skb", LOG, Release(5, 8), CGROUP_SKB, RINGBUF_RESERVE),
     helper("bpf_skb_cgroup_id on links", GUARD, Release(4, 18), CLASSIFIER, SKB_CGROUP),
     helper("bpf_skb_ancestor_cgroup_id on links", GUARD, Release(4, 19), CLASSIFIER, SKB_ANCESTOR_CGROUP),
     helper("bpf_skb_load_bytes_relative on links", GUARD, Release(4, 18), CLASSIFIER, SKB_LOAD),
     helper("bpf_sk_storage_get on links", GUARD, Release(5, 2), CLASSIFIER, STORAGE_GET),
+    helper("bpf_sk_fullsock on links", GUARD, Release(5, 1), CLASSIFIER, FULL_SOCKET),
     helper("bpf_ringbuf_reserve on links", LOG, Release(5, 8), CLASSIFIER, RINGBUF_RESERVE),
     required("BTF of programs and maps", STATE, Release(4, 18), BPF_SYSCALL, Trial::Btf),
     map("array maps", STATE, Release(3, 19), MapType::Array),
