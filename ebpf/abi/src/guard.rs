@@ -109,9 +109,10 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, seen: Seen, packet: &Pa
         protocol::UDP if pod.has(pod_flag::UDP_ALLOWED) => Verdict::Clear(Reason::GuardUdpClear),
         // A probe's answer: it goes no further than this node.
         protocol::UDP if facts.is_node(&packet.remote) => Verdict::Pass,
-        // Errors and echo replies are the kernel's; a pod's own socket has no business with ICMP in the mesh.
         protocol::ICMP | protocol::ICMP_V6 if facts.is_node(&packet.remote) => Verdict::Pass,
-        protocol::ICMP | protocol::ICMP_V6 if matches!(seen, Seen::Link) && facts.is_of_node() => {
+        // Of what the kernel says by itself, only this: in errors and echo replies it repeats what it was sent, and a
+        // pod can send itself a request in another's name.
+        protocol::ICMP_V6 if packet.is_discovery && matches!(seen, Seen::Link) && facts.is_of_node() => {
             Verdict::Pass
         }
         _ if facts.is_allowed_clear(&packet.remote, packet.remote_port, packet.protocol) => {

@@ -93,9 +93,12 @@ fn perform(name: &str, given: &Given) -> Result<Told> {
         }
         "passed-fd" => sockets::passed_fd(given),
         "raw" => raw::raw(given),
+        "raw-ack" => raw::ack_option(given),
+        "reflected" => raw::reflected(given),
         "icmp" => raw::icmp(given),
         "packet-udp" => packets::udp(given),
         "packet-tcp" => packets::tunnel_segment(given),
+        "packet-ack" => packets::ack_option(given),
         "packet-fragment" => packets::later_fragment(given),
         other => bail!("no step {other:?}"),
     }

@@ -35,6 +35,12 @@ pub(super) fn tunnel_segment(given: &Given) -> Result<Told> {
     send(given, &raw::ip(source.ip(), given.target.ip(), TCP, &segment)?)
 }
 
+/// An ACK without data; the marker stands in its TCP options.
+pub(super) fn ack_option(given: &Given) -> Result<Told> {
+    let source: SocketAddr = given.extra(0)?.parse().context("own address")?;
+    send(given, &raw::ip(source.ip(), given.target.ip(), TCP, &raw::ack_with_option(source, given))?)
+}
+
 /// A part of a packet whose beginning was never sent: it has no ports. IPv4 only.
 pub(super) fn later_fragment(given: &Given) -> Result<Told> {
     let source: SocketAddr = given.extra(0)?.parse().context("own address")?;

@@ -7,6 +7,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{Given, Told};
 
+const TCP: u8 = 6;
 const UDP: u8 = 17;
 
 /// A UDP packet with its IP header. First argument: the source address it claims.
@@ -19,6 +20,57 @@ pub(super) fn raw(given: &Given) -> Result<Told> {
     let packet = ip(source.ip(), given.target.ip(), UDP, &payload)?;
     // The port of a raw address has no meaning, and of IPv6 must be 0.
     socket.send_to(&packet, &SocketAddr::new(given.target.ip(), 0).into())?;
+    Ok(Told::Sent)
+}
+
+/// An ACK without data; the marker stands in its TCP options. First argument: the own address.
+pub(super) fn ack_option(given: &Given) -> Result<Told> {
+    let source: SocketAddr = given.extra(0)?.parse().context("own address")?;
+    let packet = ip(source.ip(), given.target.ip(), TCP, &ack_with_option(source, given))?;
+    let domain = Domain::for_address(given.target);
+    let socket = Socket::new(domain, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
+    socket.send_to(&packet, &SocketAddr::new(given.target.ip(), 0).into())?;
+    Ok(Told::Sent)
+}
+
+/// A TCP header of the largest size there is: 20 bytes, and 40 of options.
+pub(super) fn ack_with_option(source: SocketAddr, given: &Given) -> Vec<u8> {
+    let mut segment = Vec::with_capacity(60);
+    segment.extend_from_slice(&source.port().to_be_bytes());
+    segment.extend_from_slice(&given.target.port().to_be_bytes());
+    // Sequence and acknowledgement, 15 words of header, ACK, window, checksum, urgent pointer.
+    segment.extend_from_slice(&[0, 0, 0, 1, 0, 0, 0, 1, 0xf0, 0x10, 1, 0, 0, 0, 0, 0]);
+    // An experimental option, then nothing.
+    segment.extend_from_slice(&[253, 2 + given.marker.len() as u8]);
+    segment.extend_from_slice(&given.marker);
+    segment.resize(60, 1);
+    segment
+}
+
+/// An echo request to oneself in the victim's name: the kernel answers the victim, with the marker. First argument: the
+/// own address.
+pub(super) fn reflected(given: &Given) -> Result<Told> {
+    let own: SocketAddr = given.extra(0)?.parse().context("own address")?;
+    let (number, mut echo) = if own.is_ipv4() {
+        (1, vec![8_u8, 0, 0, 0, 0, 7, 0, 1])
+    } else {
+        (58, vec![128, 0, 0, 0, 0, 7, 0, 1])
+    };
+    echo.extend_from_slice(&given.marker);
+    let mut summed = echo.clone();
+    if let (IpAddr::V6(from), IpAddr::V6(to)) = (given.target.ip(), own.ip()) {
+        let mut pseudo = [from.octets(), to.octets()].concat();
+        pseudo.extend_from_slice(&(echo.len() as u32).to_be_bytes());
+        pseudo.extend_from_slice(&[0, 0, 0, 58]);
+        pseudo.append(&mut summed);
+        summed = pseudo;
+    }
+    let sum = checksum(&summed).to_be_bytes();
+    echo[2..4].copy_from_slice(&sum);
+    let packet = ip(given.target.ip(), own.ip(), number, &echo)?;
+    let domain = Domain::for_address(own);
+    let socket = Socket::new(domain, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
+    socket.send_to(&packet, &SocketAddr::new(own.ip(), 0).into())?;
     Ok(Told::Sent)
 }
 
