@@ -3,12 +3,12 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{__sk_buff, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr},
+    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr},
     btf_maps::lpm_trie::Key,
     helpers::generated::{
         bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
         bpf_ktime_get_ns, bpf_set_retval, bpf_sk_storage_delete, bpf_sk_storage_get,
-        bpf_skb_load_bytes_relative, bpf_sock_ops_cb_flags_set,
+        bpf_sock_ops_cb_flags_set,
     },
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
