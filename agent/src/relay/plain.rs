@@ -14,7 +14,10 @@ use tokio::{io::Interest, net::TcpStream};
 use super::{FlowEnd, Party};
 use crate::{
     telemetry::flows::FlowCounters,
-    tunnel::{buffers::Buffer, socket},
+    tunnel::{
+        buffers::{Buffer, Size},
+        socket,
+    },
 };
 
 /// Moves bytes between `source`, which connected, and `destination`.
@@ -86,6 +89,7 @@ struct Half<'a> {
     /// The application behind `from`.
     party: Party,
     counter: &'a AtomicU64,
+    size: Size,
     /// What was read and not yet written.
     held: Option<(Buffer, usize, usize)>,
     /// The end of `from` was passed on.
@@ -96,7 +100,7 @@ struct Half<'a> {
 
 impl<'a> Half<'a> {
     fn new(from: &'a TcpStream, to: &'a TcpStream, party: Party, counter: &'a AtomicU64) -> Self {
-        Self { from, to, party, counter, held: None, ended: false, looked: false }
+        Self { from, to, party, counter, size: Size::default(), held: None, ended: false, looked: false }
     }
 
     /// One read or one write; `Break` with the party that reset.
@@ -111,13 +115,15 @@ impl<'a> Half<'a> {
     fn read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Party>> {
         // Before a buffer is taken.
         let _ = ready!(self.from.poll_read_ready(cx));
-        let mut buffer = Buffer::take();
+        let mut buffer = Buffer::take(self.size);
+        let room_bytes = buffer.len();
         Poll::Ready(match ready!(socket::poll_read(self.from, cx, &mut [IoSliceMut::new(&mut buffer)])) {
             Ok(0) => {
                 self.ended = true;
                 socket::finish(self.to).map_err(|_| self.other())
             }
             Ok(read_bytes) => {
+                self.size = self.size.after(read_bytes, room_bytes);
                 self.held = Some((buffer, 0, read_bytes));
                 Ok(())
             }

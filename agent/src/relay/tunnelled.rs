@@ -28,8 +28,8 @@ use crate::{
     telemetry::flows::FlowCounters,
     tunnel::{
         Role, Session, TunnelError,
-        batch::{BATCH_FRAMES, frames, payload_slots},
-        buffers::Buffer,
+        batch::{FRAMES_MAX, payload_slots},
+        buffers::{Buffer, Size},
         frame::Control,
         inbox::Received,
         socket,
@@ -125,6 +125,8 @@ struct Flow<'a> {
     up: &'a AtomicU64,
     /// Bytes from the tunnel to the application.
     down: &'a AtomicU64,
+    /// How much to read from the application at once.
+    size: Size,
     /// FIN is queued or sent.
     app_ended: bool,
     /// FIN has left this node for sure.
@@ -141,7 +143,17 @@ impl<'a> Flow<'a> {
             Role::Client => (&counters.sent, &counters.received),
             Role::Server => (&counters.received, &counters.sent),
         };
-        Self { app, session, up, down, app_ended: false, end_sent: false, peer_ended: false, lost: None }
+        Self {
+            app,
+            session,
+            up,
+            down,
+            size: Size::default(),
+            app_ended: false,
+            end_sent: false,
+            peer_ended: false,
+            lost: None,
+        }
     }
 
     async fn run(mut self) -> Ending {
@@ -204,19 +216,28 @@ impl<'a> Flow<'a> {
         }
         // Before a buffer is taken.
         let _ = ready!(self.app.poll_read_ready(cx));
-        let mut buffer = Buffer::take();
-        let queued = match ready!(socket::poll_read(self.app, cx, &mut payload_slots(&mut buffer))) {
+        let mut buffer = Buffer::take(self.size);
+        let (mut slots, room_bytes) = payload_slots(&mut buffer);
+        let queued = match ready!(socket::poll_read(self.app, cx, &mut slots)) {
             Ok(0) => {
                 self.app_ended = true;
                 self.session.send(&Control::Fin).and_then(|()| self.done())
             }
             Ok(read_bytes) => {
                 self.up.fetch_add(read_bytes as u64, Relaxed);
-                self.session.send_data(frames(&mut buffer, read_bytes))
+                self.size = self.size.after(read_bytes, room_bytes);
+                self.session.send_data(buffer, read_bytes)
             }
             Err(_) => return end(Ending::ResetByApp),
         };
-        queued.map_or_else(|error| end(Ending::Lost(error)), |()| GO_ON)
+        if let Err(error) = queued {
+            return end(Ending::Lost(error));
+        }
+        // At once; what does not fit now goes with the next step.
+        if let Poll::Ready(Err(error)) = self.session.poll_flush(cx) {
+            self.lost = Some(error);
+        }
+        GO_ON
     }
 
     /// Tunnel to application: one write, or one frame.
@@ -224,7 +245,7 @@ impl<'a> Flow<'a> {
         if self.both_ended() {
             return Poll::Pending;
         }
-        let mut slices = [IoSlice::new(&[]); BATCH_FRAMES];
+        let mut slices = [IoSlice::new(&[]); FRAMES_MAX];
         let used = self.session.payloads(&mut slices);
         if used > 0 {
             return match ready!(socket::poll_write(self.app, cx, &slices[..used])) {

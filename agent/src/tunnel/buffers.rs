@@ -1,29 +1,80 @@
-//! Buffers of one batch of frames, kept by the worker thread: a flow holds one only while bytes are in it, so an idle flow
-//! costs none.
+//! Buffers of a batch of records, kept by the worker thread: a flow holds one only while bytes are in it, so an idle flow
+//! costs none. There are two sizes: the small one fits a core's cache, and is what exchanges of a few bytes need; the
+//! large one saves system calls when there is more than fits a small one.
 
 use std::{
     cell::RefCell,
     mem,
     ops::{Deref, DerefMut},
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
-use super::batch::BATCH_BYTES;
+use super::batch;
 
-/// Free buffers kept by each thread; 2 MiB. A thread rarely is in the middle of more flows at once.
-const KEPT: usize = 16;
+/// Free buffers of each size kept by each thread: 4 MiB and 1 MiB. A thread rarely is in the middle of more flows at once.
+const KEPT: usize = 8;
+const KEPT_SMALL: usize = 16;
+/// Large buffers in use by all threads; 128 MiB. Beyond it, flows whose bytes are not taken get small ones.
+const LARGE_MAX: usize = 256;
+
+static LARGE_USED: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
-    static FREE: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
+    static FREE: RefCell<Free> = const { RefCell::new(Free { large: Vec::new(), small: Vec::new() }) };
 }
 
-/// A buffer of [`BATCH_BYTES`] that goes back to its worker when dropped. It starts with whatever was left in it.
+struct Free {
+    large: Vec<Box<[u8]>>,
+    small: Vec<Box<[u8]>>,
+}
+
+/// How much a flow moves at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Size {
+    /// Four full records.
+    #[default]
+    Small,
+    /// [`batch::FRAMES_MAX`] full records.
+    Large,
+}
+
+impl Size {
+    const fn bytes(self) -> usize {
+        match self {
+            Self::Small => batch::bytes(4),
+            Self::Large => batch::bytes(batch::FRAMES_MAX),
+        }
+    }
+
+    /// What to use next, after a read of `read_bytes` into `room_bytes`.
+    pub(crate) fn after(self, read_bytes: usize, room_bytes: usize) -> Self {
+        match self {
+            Self::Small if read_bytes == room_bytes => Self::Large,
+            // A burst has ended.
+            Self::Large if read_bytes < Self::Small.bytes() / 2 => Self::Small,
+            same => same,
+        }
+    }
+}
+
+/// A buffer that goes back to its worker when dropped. It starts with whatever was left in it.
 pub(crate) struct Buffer(Box<[u8]>);
 
 impl Buffer {
     /// A free buffer of this thread, or a new one.
-    pub(crate) fn take() -> Self {
-        let kept = FREE.with_borrow_mut(Vec::pop);
-        Self(kept.unwrap_or_else(|| vec![0; BATCH_BYTES].into_boxed_slice()))
+    pub(crate) fn take(size: Size) -> Self {
+        let size = match size {
+            Size::Large if LARGE_USED.load(Relaxed) < LARGE_MAX => {
+                LARGE_USED.fetch_add(1, Relaxed);
+                Size::Large
+            }
+            _ => Size::Small,
+        };
+        let kept = FREE.with_borrow_mut(|free| match size {
+            Size::Small => free.small.pop(),
+            Size::Large => free.large.pop(),
+        });
+        Self(kept.unwrap_or_else(|| vec![0; size.bytes()].into_boxed_slice()))
     }
 }
 
@@ -44,14 +95,27 @@ impl DerefMut for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let buffer = mem::take(&mut self.0);
-        // The list is gone when a thread ends; the buffer then just goes too.
+        let is_large = buffer.len() == Size::Large.bytes();
+        if is_large {
+            LARGE_USED.fetch_sub(1, Relaxed);
+        }
+        // The lists are gone when a thread ends; the buffer then just goes too.
         let _ = FREE.try_with(|free| {
             let mut free = free.borrow_mut();
-            if free.len() < KEPT {
-                free.push(buffer);
+            let (list, kept) = if is_large { (&mut free.large, KEPT) } else { (&mut free.small, KEPT_SMALL) };
+            if list.len() < kept {
+                list.push(buffer);
             }
         });
     }
+}
+
+/// Gives back the memory of this thread's free buffers, but for one of each size.
+pub(crate) fn trim() {
+    FREE.with_borrow_mut(|free| {
+        free.large.truncate(1);
+        free.small.truncate(1);
+    });
 }
 
 #[cfg(test)]
@@ -60,11 +124,24 @@ mod tests {
 
     #[test]
     fn a_dropped_buffer_is_used_again_and_few_are_kept() {
-        let taken: Vec<_> = (0..2 * KEPT).map(|_| Buffer::take()).collect();
-        assert!(taken.iter().all(|buffer| buffer.len() == BATCH_BYTES));
+        let taken: Vec<_> = (0..2 * KEPT).map(|_| Buffer::take(Size::Large)).collect();
+        assert!(taken.iter().all(|buffer| buffer.len() == Size::Large.bytes()));
         drop(taken);
-        assert_eq!(FREE.with_borrow(Vec::len), KEPT);
-        let again = Buffer::take();
-        assert_eq!((again.len(), FREE.with_borrow(Vec::len)), (BATCH_BYTES, KEPT - 1));
+        let kept = || FREE.with_borrow(|free| (free.large.len(), free.small.len()));
+        assert_eq!(kept(), (KEPT, 0));
+        let again = (Buffer::take(Size::Large), Buffer::take(Size::Small));
+        assert_eq!((again.1.len(), kept()), (Size::Small.bytes(), (KEPT - 1, 0)));
+        drop(again);
+        trim();
+        assert_eq!(kept(), (1, 1));
+    }
+
+    #[test]
+    fn the_size_follows_what_comes() {
+        let small = Size::Small.bytes();
+        assert_eq!(Size::Small.after(small, small), Size::Large);
+        assert_eq!(Size::Small.after(small - 1, small), Size::Small);
+        assert_eq!(Size::Large.after(small, Size::Large.bytes()), Size::Large);
+        assert_eq!(Size::Large.after(64, Size::Large.bytes()), Size::Small);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! +--------+-----------------+---------------------+
-//! | type 1 | length 3, bytes | payload 0 to 16,380 |      one frame fills one TLS record at most
+//! | type 1 | length 3, bytes | payload 0 to 16,380 |      a TLS record holds exactly one frame
 //! +--------+-----------------+---------------------+
 //!
 //! 1 OPEN    client -> server   version 1, destination 16 + 2, client 16 + 2, trace id 16   (53 bytes)
@@ -84,6 +84,12 @@ pub enum FrameError {
         /// The length it claims.
         payload_bytes: usize,
     },
+    /// A record with more or less than one frame.
+    #[error("a record of {record_bytes} bytes is not one frame")]
+    NotOne {
+        /// What the record holds.
+        record_bytes: usize,
+    },
     /// OPEN of another version.
     #[error("OPEN of version {0} is unknown")]
     Version(u8),
@@ -118,6 +124,17 @@ pub fn header(input: &[u8]) -> Result<Option<Header>, FrameError> {
         Ok(Some(Header { kind, payload_bytes }))
     } else {
         Err(FrameError::Length { kind, payload_bytes })
+    }
+}
+
+/// The header of the frame that is all of `content`, what one record holds.
+///
+/// # Errors
+/// [`FrameError`].
+pub fn only(content: &[u8]) -> Result<Header, FrameError> {
+    match header(content)? {
+        Some(head) if content.len() == HEADER_BYTES + head.payload_bytes => Ok(head),
+        _ => Err(FrameError::NotOne { record_bytes: content.len() }),
     }
 }
 

@@ -1,134 +1,231 @@
-//! Received bytes on their way from the tunnel to the application: split into frames in place, no I/O.
+//! Received records on their way to the application: opened and taken apart where they were received, no I/O.
 //!
-//! DATA payload is never copied out: [`Inbox::payloads`] shows where it lies, for one write to take as much as it can, and
-//! [`Inbox::consume`] says how much it took. A frame may arrive in any pieces.
+//! DATA payload is never copied: [`Inbox::payloads`] shows where it lies, for one write to take as much as it can, and
+//! [`Inbox::consume`] says how much it took. Records may arrive in any pieces; each holds exactly one frame.
 
-use std::io::IoSlice;
+use std::{io::IoSlice, ops::Range};
 
 use super::{
-    batch::BATCH_FRAMES,
-    buffers::Buffer,
-    frame::{self, Control, FrameError, HEADER_BYTES, Kind},
+    TunnelError,
+    batch::FRAMES_MAX,
+    buffers::{Buffer, Size},
+    frame::{self, Control, HEADER_BYTES},
+    tls::record::{self, Opened, RecordError},
 };
 
-/// With less room than this behind the last byte, the bytes move to the front first. Above any control frame.
-const ROOM_MIN_BYTES: usize = 4096;
+/// With less room than this behind the last byte, the bytes move to the front first: a full record and its padding.
+const ROOM_MIN_BYTES: usize = frame::RECORD_BYTES + 512;
 
 /// The next thing in the order of arrival.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Received {
     /// A frame other than DATA.
     Control(Control),
-    /// A DATA frame: see [`Inbox::payloads`].
+    /// DATA frames: see [`Inbox::payloads`].
     Data,
 }
 
-/// The bytes received and not yet passed on.
+/// What stands behind the payload that is opened.
+enum Next {
+    Control(Control),
+    /// The peer has closed the session.
+    Closed,
+    Failed(TunnelError),
+}
+
+/// What was received and not yet passed on.
 #[derive(Default)]
 pub(crate) struct Inbox {
-    /// `None` when empty.
+    /// `None` when nothing is in it, or less than a record that waits for its rest.
     buffer: Option<Buffer>,
+    /// What is not opened.
     start: usize,
     end: usize,
-    /// Payload of the current DATA frame that is not consumed, received or not.
-    payload_bytes: usize,
+    payloads: Payloads,
+    next: Option<Next>,
+    /// The beginning of a record while the peer does not go on: a buffer is not held for it.
+    beginning: Vec<u8>,
+    size: Size,
 }
 
 impl Inbox {
-    /// True when no byte waits and no frame is half received.
+    /// Begins with bytes that came behind the handshake.
+    pub(crate) fn with(beginning: Vec<u8>) -> Self {
+        Self { beginning, ..Self::default() }
+    }
+
+    /// True when no byte waits.
     pub(crate) fn is_empty(&self) -> bool {
-        self.start == self.end && self.payload_bytes == 0
+        self.start == self.end && self.beginning.is_empty() && self.payloads.is_empty() && self.next.is_none()
     }
 
-    /// Where received bytes go; never empty while payload and frames are taken out first.
+    /// Where received bytes go; never empty. Only while [`Inbox::next`] has nothing.
     pub(crate) fn room(&mut self) -> &mut [u8] {
-        let buffer = self.buffer.get_or_insert_with(Buffer::take);
-        if buffer.len() - self.end < ROOM_MIN_BYTES {
-            buffer.copy_within(self.start..self.end, 0);
-            self.end -= self.start;
-            self.start = 0;
-        }
-        &mut buffer[self.end..]
+        let buffer = match self.buffer.take() {
+            Some(mut buffer) if buffer.len() - self.end >= ROOM_MIN_BYTES || self.start > 0 => {
+                if buffer.len() - self.end < ROOM_MIN_BYTES {
+                    buffer.copy_within(self.start..self.end, 0);
+                    (self.start, self.end) = (0, self.end - self.start);
+                }
+                buffer
+            }
+            other => {
+                if let Some(full) = other {
+                    self.beginning.extend_from_slice(&full[self.start..self.end]);
+                }
+                let mut buffer = Buffer::take(self.size);
+                (self.start, self.end) = (0, self.beginning.len());
+                buffer[..self.end].copy_from_slice(&self.beginning);
+                self.beginning = Vec::new();
+                buffer
+            }
+        };
+        &mut self.buffer.insert(buffer)[self.end..]
     }
 
-    /// `received_bytes` were written to the room.
-    pub(crate) fn filled(&mut self, received_bytes: usize) {
+    /// `received_bytes` were written to a room of `room_bytes`.
+    pub(crate) fn filled(&mut self, received_bytes: usize, room_bytes: usize) {
         self.end += received_bytes;
-        self.release();
+        self.size = self.size.after(received_bytes, room_bytes);
     }
 
-    /// The next frame; `None` until more arrives. [`Received::Data`] is returned until its payload is consumed.
+    /// Nothing more is there now: the buffer is given back.
+    pub(crate) fn pause(&mut self) {
+        if let Some(buffer) = self.buffer.take() {
+            self.beginning = buffer[self.start..self.end].to_vec();
+            (self.start, self.end) = (0, 0);
+        }
+    }
+
+    /// The next frame, by records that `open` decrypts; `None` until more arrives. [`Received::Data`] is returned until its
+    /// payload is consumed.
     ///
     /// # Errors
-    /// [`FrameError`] when the bytes are no frame.
-    pub(crate) fn next(&mut self) -> Result<Option<Received>, FrameError> {
-        if self.payload_bytes > 0 {
-            return Ok((self.start < self.end).then_some(Received::Data));
+    /// What `open` says, or that a record is no frame; once all that came before is taken.
+    pub(crate) fn next(
+        &mut self,
+        open: impl FnMut(&mut [u8]) -> Result<Opened, RecordError>,
+    ) -> Result<Option<Received>, TunnelError> {
+        if self.payloads.is_empty() && self.next.is_none() {
+            self.open_records(open);
         }
-        let Some(head) = frame::header(self.bytes())? else {
-            return Ok(None);
-        };
-        if head.kind == Kind::Data {
-            self.start += HEADER_BYTES;
-            self.payload_bytes = head.payload_bytes;
-            return self.next();
+        if !self.payloads.is_empty() {
+            return Ok(Some(Received::Data));
         }
-        let frame = Control::decode(head.kind, &self.bytes()[HEADER_BYTES..])?;
-        if frame.is_some() {
-            self.start += HEADER_BYTES + head.payload_bytes;
-            self.release();
+        let next = self.next.take();
+        self.release();
+        match next {
+            None => Ok(None),
+            Some(Next::Control(control)) => Ok(Some(Received::Control(control))),
+            Some(Next::Closed) => Err(TunnelError::Closed),
+            Some(Next::Failed(error)) => Err(error),
         }
-        Ok(frame.map(Received::Control))
     }
 
-    /// Points `slices` at the payload of the current DATA frame and of those that follow it at once; returns how many
-    /// slices are used.
-    pub(crate) fn payloads<'a>(&'a self, slices: &mut [IoSlice<'a>; BATCH_FRAMES]) -> usize {
-        let mut rest = self.bytes();
-        let mut payload_bytes = self.payload_bytes;
-        let mut used = 0;
-        while used < BATCH_FRAMES && payload_bytes > 0 && !rest.is_empty() {
-            let (payload, after) = rest.split_at(payload_bytes.min(rest.len()));
-            slices[used] = IoSlice::new(payload);
-            used += 1;
-            (payload_bytes, rest) = match frame::header(after) {
-                Ok(Some(head)) if head.kind == Kind::Data => (head.payload_bytes, &after[HEADER_BYTES..]),
-                // Incomplete, something else or wrong: for `next` to say.
-                _ => break,
+    /// Opens the records that are complete, up to one that is no DATA.
+    fn open_records(&mut self, mut open: impl FnMut(&mut [u8]) -> Result<Opened, RecordError>) {
+        if self.buffer.is_none() && !self.beginning.is_empty() {
+            self.room();
+        }
+        let Some(buffer) = &mut self.buffer else { return };
+        while self.next.is_none() && !self.payloads.is_full() {
+            let rest = &mut buffer[self.start..self.end];
+            let record = match record::record_bytes(rest) {
+                Ok(Some(record_bytes)) if record_bytes <= rest.len() => &mut rest[..record_bytes],
+                Ok(_) => return,
+                Err(error) => {
+                    self.next = Some(Next::Failed(error.into()));
+                    return;
+                }
             };
+            let at = self.start;
+            self.start += record.len();
+            self.next = match open(record) {
+                Ok(Opened::Nothing) => None,
+                Ok(Opened::Closed) => Some(Next::Closed),
+                Err(error) => Some(Next::Failed(error.into())),
+                Ok(Opened::Data(content)) => match frame_of(&record[content.clone()]) {
+                    Ok(None) => {
+                        self.payloads.push(at + content.start + HEADER_BYTES..at + content.end);
+                        None
+                    }
+                    Ok(Some(control)) => Some(Next::Control(control)),
+                    Err(error) => Some(Next::Failed(error.into())),
+                },
+            };
+        }
+    }
+
+    /// Points `slices` at the payload that is opened; returns how many are used.
+    pub(crate) fn payloads<'a>(&'a self, slices: &mut [IoSlice<'a>; FRAMES_MAX]) -> usize {
+        let Some(buffer) = &self.buffer else { return 0 };
+        let payloads = self.payloads.iter();
+        let used = payloads.len();
+        for (slice, payload) in slices.iter_mut().zip(payloads) {
+            *slice = IoSlice::new(&buffer[payload]);
         }
         used
     }
 
     /// `written_bytes` of what [`Inbox::payloads`] showed were taken.
     pub(crate) fn consume(&mut self, written_bytes: usize) {
-        let mut left = written_bytes;
-        while left > 0 {
-            if self.payload_bytes == 0 {
-                // Shown by `payloads`, so this is a DATA frame.
-                let Ok(Some(head)) = frame::header(self.bytes()) else {
-                    break;
-                };
-                self.start += HEADER_BYTES;
-                self.payload_bytes = head.payload_bytes;
-            }
-            let here = left.min(self.payload_bytes);
-            self.start += here;
-            self.payload_bytes -= here;
-            left -= here;
-        }
+        self.payloads.consume(written_bytes);
         self.release();
-    }
-
-    fn bytes(&self) -> &[u8] {
-        self.buffer.as_deref().map_or(&[], |buffer| &buffer[self.start..self.end])
     }
 
     /// Gives the buffer back when nothing is in it.
     fn release(&mut self) {
-        if self.start == self.end {
+        if self.start == self.end && self.payloads.is_empty() {
             (self.start, self.end) = (0, 0);
             self.buffer = None;
+        }
+    }
+}
+
+/// The frame that is all of `content`; `None` for DATA.
+fn frame_of(content: &[u8]) -> Result<Option<Control>, frame::FrameError> {
+    let head = frame::only(content)?;
+    Control::decode(head.kind, &content[HEADER_BYTES..])
+}
+
+/// Where opened payload stands, in the order of arrival.
+#[derive(Default)]
+struct Payloads {
+    /// Offsets; 32 bits, since a flow keeps this while it is idle.
+    places: [(u32, u32); FRAMES_MAX],
+    first: usize,
+    after: usize,
+}
+
+impl Payloads {
+    fn is_empty(&self) -> bool {
+        self.first == self.after
+    }
+
+    fn is_full(&self) -> bool {
+        self.after == FRAMES_MAX
+    }
+
+    /// Only while there is room.
+    fn push(&mut self, place: Range<usize>) {
+        self.places[self.after] = (place.start as u32, place.end as u32);
+        self.after += 1;
+    }
+
+    fn iter(&self) -> impl ExactSizeIterator<Item = Range<usize>> + use<'_> {
+        self.places[self.first..self.after].iter().map(|&(start, end)| start as usize..end as usize)
+    }
+
+    fn consume(&mut self, mut bytes: usize) {
+        while self.first < self.after && bytes > 0 {
+            let (start, end) = &mut self.places[self.first];
+            let here = bytes.min((*end - *start) as usize);
+            *start += here as u32;
+            bytes -= here;
+            self.first += usize::from(start == end);
+        }
+        if self.is_empty() {
+            (self.first, self.after) = (0, 0);
         }
     }
 }
@@ -136,35 +233,67 @@ impl Inbox {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tunnel::batch::{BATCH_BYTES, frames, payload_slots};
+    use crate::tunnel::{
+        frame::Kind,
+        tls::record::{HEADER_BYTES as RECORD_HEADER, TAIL_BYTES},
+    };
+
+    /// A record as `open` below takes it: sealed with nothing.
+    fn record(content: &[u8]) -> Vec<u8> {
+        let [high, low] = ((content.len() + TAIL_BYTES) as u16).to_be_bytes();
+        [&[23, 3, 3, high, low], content, &[0; TAIL_BYTES]].concat()
+    }
+
+    fn open(record: &mut [u8]) -> Result<Opened, RecordError> {
+        let content = RECORD_HEADER..record.len() - TAIL_BYTES;
+        match record.get(RECORD_HEADER) {
+            Some(0xee) => Err(RecordError::Decrypt),
+            Some(0xcc) => Ok(Opened::Closed),
+            Some(0xaa) => Ok(Opened::Nothing),
+            _ => Ok(Opened::Data(content)),
+        }
+    }
+
+    fn data(payload: &[u8]) -> Vec<u8> {
+        record(&[&frame::encode_header(Kind::Data, payload.len()), payload].concat())
+    }
+
+    fn control(control: Control) -> Vec<u8> {
+        let mut frame = Vec::new();
+        control.encode(&mut frame);
+        record(&frame)
+    }
 
     fn stream() -> (Vec<u8>, Vec<u8>) {
-        let mut batch = vec![0; BATCH_BYTES];
-        let mut value = 7_u8;
-        for byte in payload_slots(&mut batch).iter_mut().flat_map(|slot| slot.iter_mut()) {
-            value = value.wrapping_mul(5).wrapping_add(3);
-            *byte = value;
+        let payload: Vec<u8> =
+            (0..700_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let mut bytes = control(Control::Accept);
+        for chunk in payload.chunks(frame::PAYLOAD_MAX_BYTES) {
+            bytes.extend(data(chunk));
+            bytes.extend(record(&[0xaa]));
         }
-        let payload = payload_slots(&mut batch).iter().flat_map(|slot| slot.to_vec()).take(40_000).collect();
-        let mut bytes = Vec::new();
-        Control::Accept.encode(&mut bytes);
-        bytes.extend(frames(&mut batch, 40_000));
-        Control::Fin.encode(&mut bytes);
-        Control::Done.encode(&mut bytes);
+        bytes.extend(control(Control::Fin));
+        bytes.extend(control(Control::Done));
         (bytes, payload)
     }
 
-    /// Feeds `bytes` in pieces of `piece`, takes at most `bite` at a time, and returns payload and control frames.
-    fn run(bytes: &[u8], piece: usize, bite: usize) -> (Vec<u8>, Vec<Control>) {
+    /// Feeds `bytes` in pieces of `piece`, takes at most `bite` at a time; payload, control frames and the end.
+    fn run(bytes: &[u8], piece: usize, bite: usize) -> (Vec<u8>, Vec<Control>, Option<TunnelError>) {
         let (mut inbox, mut payload, mut controls) = (Inbox::default(), Vec::new(), Vec::new());
-        for part in bytes.chunks(piece) {
-            inbox.room()[..part.len()].copy_from_slice(part);
-            inbox.filled(part.len());
-            while let Some(received) = inbox.next().expect("well formed") {
-                match received {
-                    Received::Control(control) => controls.push(control),
-                    Received::Data => {
-                        let mut slices = [IoSlice::new(&[]); BATCH_FRAMES];
+        let mut left = bytes;
+        while !left.is_empty() {
+            let room = inbox.room();
+            let (part, rest) = left.split_at(piece.min(left.len()).min(room.len()));
+            room[..part.len()].copy_from_slice(part);
+            let room_bytes = room.len();
+            inbox.filled(part.len(), room_bytes);
+            left = rest;
+            loop {
+                match inbox.next(open) {
+                    Ok(None) => break,
+                    Ok(Some(Received::Control(control))) => controls.push(control),
+                    Ok(Some(Received::Data)) => {
+                        let mut slices = [IoSlice::new(&[]); FRAMES_MAX];
                         let used = inbox.payloads(&mut slices);
                         assert!(used > 0);
                         let shown: Vec<u8> = slices[..used].iter().flat_map(|slice| slice.to_vec()).collect();
@@ -172,35 +301,44 @@ mod tests {
                         payload.extend(&shown[..taken]);
                         inbox.consume(taken);
                     }
+                    Err(error) => return (payload, controls, Some(error)),
                 }
             }
+            inbox.pause();
+            assert!(inbox.buffer.is_none(), "a flow that waits holds a buffer");
         }
-        assert!(inbox.is_empty() && inbox.buffer.is_none());
-        (payload, controls)
+        assert!(inbox.is_empty());
+        (payload, controls, None)
     }
 
     #[test]
     fn any_pieces_in_and_any_bites_out_give_the_same_flow() {
         let (bytes, payload) = stream();
-        for piece in [1, 3, 4, 1000, 16_384, 50_000] {
-            for bite in [1_000, 16_380, 16_381, usize::MAX] {
-                let (got, controls) = run(&bytes, piece, bite);
-                assert!(got == payload, "piece {piece}, bite {bite}");
+        for piece in [999, 16_384, 50_000, usize::MAX] {
+            for bite in [16_379, 16_380, 16_381, usize::MAX] {
+                let (got, controls, end) = run(&bytes, piece, bite);
+                assert!(got == payload && end.is_none(), "piece {piece}, bite {bite}");
                 assert_eq!(controls, [Control::Accept, Control::Fin, Control::Done]);
             }
         }
+        // ACCEPT, DATA, nothing, DATA.
+        let (got, ..) = run(&bytes[..26 + 16_406 + 23 + 16_406], 1, 7);
+        assert!(got == payload[..2 * frame::PAYLOAD_MAX_BYTES]);
     }
 
     #[test]
-    fn a_wrong_frame_behind_data_is_found_once_the_data_is_taken() {
-        let mut inbox = Inbox::default();
-        let bytes = [4, 0, 0, 1, b'x', 99];
-        inbox.room()[..bytes.len()].copy_from_slice(&bytes);
-        inbox.filled(bytes.len());
-        assert_eq!(inbox.next(), Ok(Some(Received::Data)));
-        let mut slices = [IoSlice::new(&[]); BATCH_FRAMES];
-        assert_eq!(inbox.payloads(&mut slices), 1);
-        inbox.consume(1);
-        assert_eq!(inbox.next(), Err(FrameError::Type(99)));
+    fn whatever_ends_a_session_is_said_once_the_data_before_it_is_taken() {
+        for (end, reason) in [
+            (record(&[99]), "protocol"),
+            (record(&[0xee]), "tls"),
+            (record(&[0xcc]), "closed"),
+            (record(&[4, 0, 0, 2, b'x']), "protocol"),
+            (record(&[5, 0, 0, 0, 5, 0, 0, 0]), "protocol"),
+            (record(&[5, 0, 0]), "protocol"),
+            (vec![23, 3, 3, 0xff, 0xff], "tls"),
+        ] {
+            let (got, _, error) = run(&[data(b"abc"), end].concat(), usize::MAX, 1);
+            assert_eq!((got.as_slice(), error.map(|e| e.reason())), (b"abc".as_slice(), Some(reason)));
+        }
     }
 }

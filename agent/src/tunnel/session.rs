@@ -20,7 +20,8 @@ use tokio::{net::TcpStream, time::timeout};
 
 use super::{
     TunnelError,
-    batch::BATCH_FRAMES,
+    batch::FRAMES_MAX,
+    buffers::Buffer,
     frame::{Control, Kind},
     inbox::{Inbox, Received},
     open::{DenyReason, Open},
@@ -111,7 +112,7 @@ impl Session {
     fn new(established: Established, role: Role) -> Self {
         Self {
             tls: established.stream,
-            inbox: Inbox::default(),
+            inbox: established.inbox,
             role,
             phase: Phase::Idle,
             peer: established.peer,
@@ -175,7 +176,7 @@ impl Session {
             self.send(&Control::Open(*open))?;
             if let Err(failed) = poll_fn(|cx| self.poll_flush(cx)).await {
                 // What the server said before it closed tells more than that it is closed.
-                return Err(poll_fn(|cx| Poll::Ready(self.tls.last_words(cx))).await.unwrap_or(failed));
+                return Err(poll_fn(|cx| Poll::Ready(self.last_words(cx))).await.unwrap_or(failed));
             }
             poll_fn(|cx| self.poll_received(cx)).await
         };
@@ -237,10 +238,10 @@ impl Session {
         self.tls.queue(&bytes)
     }
 
-    /// Queues DATA frames made by `batch::frames`.
-    pub(crate) fn send_data(&mut self, frames: &[u8]) -> Result<(), TunnelError> {
+    /// Queues `payload_bytes` that were read into the slots of `batch` as DATA frames.
+    pub(crate) fn send_data(&mut self, batch: Buffer, payload_bytes: usize) -> Result<(), TunnelError> {
         self.phase = self.phase.after(self.role, Kind::Data)?;
-        self.tls.queue(frames)
+        self.tls.queue_batch(batch, payload_bytes)
     }
 
     /// True while queued bytes wait to be sent.
@@ -256,24 +257,34 @@ impl Session {
     /// The next frame. For DATA, take the payload before the next call.
     pub(crate) fn poll_received(&mut self, cx: &mut Context<'_>) -> Poll<Result<Received, TunnelError>> {
         loop {
-            if let Some(received) = self.inbox.next()? {
-                let kind = match &received {
-                    Received::Control(frame) => frame.kind(),
-                    Received::Data => Kind::Data,
-                };
-                self.phase = self.phase.after(self.role.peer(), kind)?;
-                return Poll::Ready(Ok(received));
-            }
-            let read = self.tls.poll_read(cx, self.inbox.room());
-            self.inbox.filled(if let Poll::Ready(Ok(read_bytes)) = read { read_bytes } else { 0 });
-            if ready!(read)? == 0 {
-                return Poll::Ready(Err(TunnelError::Closed));
+            match self.inbox.next(|record| self.tls.open(record)) {
+                Ok(None) => ready!(self.tls.poll_fill(cx, &mut self.inbox))?,
+                Ok(Some(received)) => {
+                    let kind = match &received {
+                        Received::Control(frame) => frame.kind(),
+                        Received::Data => Kind::Data,
+                    };
+                    self.phase = self.phase.after(self.role.peer(), kind)?;
+                    return Poll::Ready(Ok(received));
+                }
+                Err(error) => {
+                    self.tls.tell(&error);
+                    return Poll::Ready(Err(error));
+                }
             }
         }
     }
 
+    /// Why the peer went, if it said so before; for when a write has failed.
+    fn last_words(&mut self, cx: &mut Context<'_>) -> Option<TunnelError> {
+        match self.poll_received(cx) {
+            Poll::Ready(Err(TunnelError::Io(_) | TunnelError::Closed) | Ok(_)) | Poll::Pending => None,
+            Poll::Ready(Err(alert)) => Some(alert),
+        }
+    }
+
     /// Received payload that is not consumed: points `slices` at it, returns how many are used.
-    pub(crate) fn payloads<'a>(&'a self, slices: &mut [IoSlice<'a>; BATCH_FRAMES]) -> usize {
+    pub(crate) fn payloads<'a>(&'a self, slices: &mut [IoSlice<'a>; FRAMES_MAX]) -> usize {
         self.inbox.payloads(slices)
     }
 

@@ -4,6 +4,8 @@
 //! session is kept open and used again instead, and every certificate is verified in full by whoever relies on it. The
 //! provider is built here explicitly, so that neither a crate feature nor a process-wide default can widen the choice.
 
+mod handshake;
+pub(super) mod record;
 pub(super) mod stream;
 #[cfg(test)]
 mod tests;
@@ -16,7 +18,7 @@ use std::{
 };
 
 use rustls::{
-    AlertDescription, ClientConfig, Connection, ServerConfig,
+    AlertDescription, ClientConfig, CommonState, ServerConfig,
     client::Resumption,
     crypto::{
         CryptoProvider,
@@ -27,6 +29,7 @@ use rustls::{
     version::TLS13,
 };
 
+pub use record::RecordError;
 pub use verify::Refusal;
 
 use super::{frame::FrameError, phase::OutOfTurn};
@@ -73,6 +76,9 @@ pub enum TunnelError {
         /// How long it may take.
         limit: Duration,
     },
+    /// The peer broke TLS after the handshake, or ended the session with an alert.
+    #[error("TLS failed: {0}")]
+    Record(#[source] RecordError),
     /// The connection failed.
     #[error("the connection failed: {0}")]
     Io(#[from] io::Error),
@@ -96,7 +102,7 @@ impl TunnelError {
             Self::RefusedByPeer(_) => "refused_by_peer",
             Self::TlsMismatch(_) => "tls_mismatch",
             Self::Alpn => "alpn",
-            Self::Tls(_) => "tls",
+            Self::Tls(_) | Self::Record(_) => "tls",
             Self::Timeout { .. } => "timeout",
             Self::Io(_) => "io",
             Self::Closed => "closed",
@@ -122,11 +128,12 @@ impl From<rustls::Error> for TunnelError {
     }
 }
 
-/// The error within an [`io::Error`] of a TLS stream.
-fn from_io(error: io::Error) -> TunnelError {
-    match error.downcast::<rustls::Error>() {
-        Ok(tls) => tls.into(),
-        Err(io) => TunnelError::Io(io),
+impl From<RecordError> for TunnelError {
+    fn from(error: RecordError) -> Self {
+        match error {
+            RecordError::Alert(alert) => rustls::Error::AlertReceived(alert).into(),
+            other => Self::Record(other),
+        }
     }
 }
 
@@ -172,6 +179,8 @@ fn client_config(own: &Credentials, expected: &SpiffeId) -> ClientConfig {
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.resumption = Resumption::disabled();
         config.enable_sni = false;
+        // For the record layer of our own.
+        config.enable_secret_extraction = true;
         config
     });
     // Cheap: shared parts but for the ALPN list.
@@ -195,6 +204,7 @@ fn server_config(own: &Credentials) -> Arc<ServerConfig> {
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
+        config.enable_secret_extraction = true;
         config
     };
     own.server_config(make).clone()
@@ -205,7 +215,7 @@ fn resolver(own: &Credentials) -> Arc<SingleCertAndKey> {
 }
 
 /// What was negotiated, once all of it is as required.
-fn negotiated(connection: &Connection) -> Result<TlsInfo, TunnelError> {
+fn negotiated(connection: &CommonState) -> Result<TlsInfo, TunnelError> {
     // A server that knows the client's ALPN refuses another one itself, but takes a client that offers none.
     if connection.alpn_protocol() != Some(ALPN) {
         return Err(TunnelError::Alpn);

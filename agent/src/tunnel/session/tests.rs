@@ -8,7 +8,10 @@ use tokio::{
 };
 
 use super::*;
-use crate::tunnel::testing::{connection, credentials, identity, open, open_flow, sessions};
+use crate::tunnel::{
+    buffers::Size,
+    testing::{connection, credentials, identity, open, open_flow, sessions},
+};
 
 const SOON: Duration = Duration::from_secs(5);
 
@@ -85,7 +88,7 @@ async fn frames_out_of_turn_end_the_session() {
 
     let (mut client, mut server) = sessions().await;
     client.phase = Phase::Flow { client_ended: false, server_ended: false };
-    client.send_data(&[4, 0, 0, 1, b'x']).expect("in turn");
+    client.send_data(Buffer::take(Size::Small), 1).expect("in turn");
     poll_fn(|cx| client.poll_flush(cx)).await.expect("sent");
     let refused = server.next(SOON).await.expect_err("DATA before OPEN");
     assert_eq!(refused.reason(), "protocol");
@@ -144,10 +147,7 @@ async fn a_server_that_refuses_our_certificate_says_so_at_open() {
 
 #[tokio::test]
 async fn one_frame_fills_one_record() {
-    use crate::tunnel::{
-        batch::{BATCH_BYTES, frames},
-        frame::PAYLOAD_MAX_BYTES,
-    };
+    use crate::tunnel::frame::PAYLOAD_MAX_BYTES;
     // A man in the middle who sees the records.
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let (near, mut near_wire) = connection().await;
@@ -172,8 +172,7 @@ async fn one_frame_fills_one_record() {
     let (client, server) = tokio::join!(Session::connect(near, &web, &expected), Session::accept(far, &db));
     let (mut client, mut server) = (client.expect("connected"), server.expect("accepted"));
     open_flow(&mut client, &mut server).await;
-    let mut batch = vec![0; BATCH_BYTES];
-    client.send_data(frames(&mut batch, 2 * PAYLOAD_MAX_BYTES + 100)).expect("in turn");
+    client.send_data(Buffer::take(Size::Small), 2 * PAYLOAD_MAX_BYTES + 100).expect("in turn");
     poll_fn(|cx| client.poll_flush(cx)).await.expect("sent");
     assert_eq!(frame(&mut server).await.expect("DATA"), Received::Data);
     client.close();

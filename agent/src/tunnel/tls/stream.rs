@@ -1,26 +1,33 @@
-//! The bytes of one TLS connection: handshake by tokio-rustls, then records moved between rustls and the socket here.
+//! The bytes of one TLS connection on its socket: handshake, then sealed records out and received bytes in.
 //!
-//! After the handshake rustls is driven directly, for three things its stream adapters do not give: reads of many records at
-//! once (the adapters read 4 KiB a system call), a promise that one frame fills one record, and buffers that are held only
-//! while bytes are in them. This is the seam for a record layer of our own.
+//! What is queued is sealed at once and sent in that order; nothing more is queued while something is unsent, which bounds
+//! what is held here to one batch. Buffers are held only while bytes are in them.
 
 use std::{
     future::Future,
-    io::{self, IoSlice, IoSliceMut, Read, Write},
+    io::{self, IoSlice, IoSliceMut},
     sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use rustls::{Connection, pki_types::ServerName};
+use rustls::{
+    AlertDescription, ContentType, client::UnbufferedClientConnection, pki_types::ServerName,
+    server::UnbufferedServerConnection,
+};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{net::TcpStream, time::timeout};
-use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use super::{TlsInfo, TunnelError, client_config, from_io, negotiated, server_config};
+use super::{
+    TlsInfo, TunnelError, client_config,
+    handshake::{self, Handshake},
+    negotiated,
+    record::{KEY_UPDATE_BYTES, Opened, RecordError, Records},
+    server_config,
+};
 use crate::{
     identity::{SpiffeId, certificate, certificate::Validity, credentials::Credentials},
-    tunnel::{buffers::Buffer, socket},
+    tunnel::{batch, buffers::Buffer, inbox::Inbox, socket},
 };
 
 /// A handshake takes two round trips and about a millisecond of work.
@@ -35,13 +42,15 @@ const KEEPALIVE_PROBES: u32 = 6;
 /// An established TLS connection.
 pub(in crate::tunnel) struct TlsStream {
     tcp: TcpStream,
-    connection: Connection,
-    incoming: Incoming,
+    records: Records,
+    outgoing: Outgoing,
 }
 
 /// What the handshake has shown.
 pub(in crate::tunnel) struct Established {
     pub(in crate::tunnel) stream: TlsStream,
+    /// What came behind the handshake.
+    pub(in crate::tunnel) inbox: Inbox,
     pub(in crate::tunnel) peer: SpiffeId,
     pub(in crate::tunnel) peer_validity: Validity,
     pub(in crate::tunnel) tls: TlsInfo,
@@ -56,17 +65,14 @@ pub(in crate::tunnel) async fn connect(
     prepare(&tcp)?;
     // Only for rustls to have a name: it is neither sent nor compared.
     let name = ServerName::from(tcp.peer_addr()?.ip());
-    let connector = TlsConnector::from(Arc::new(client_config(own, expected)));
-    let (tcp, connection) = bounded(connector.connect(name, tcp)).await?.into_inner();
-    established(tcp, connection.into())
+    let config = Arc::new(client_config(own, expected));
+    establish(tcp, UnbufferedClientConnection::new(config, name)?).await
 }
 
 /// Accepts a client of the trust domain of `own`.
 pub(in crate::tunnel) async fn accept(tcp: TcpStream, own: &Credentials) -> Result<Established, TunnelError> {
     prepare(&tcp)?;
-    let acceptor = TlsAcceptor::from(server_config(own));
-    let (tcp, connection) = bounded(acceptor.accept(tcp)).await?.into_inner();
-    established(tcp, connection.into())
+    establish(tcp, UnbufferedServerConnection::new(server_config(own))?).await
 }
 
 fn prepare(tcp: &TcpStream) -> io::Result<()> {
@@ -78,24 +84,22 @@ fn prepare(tcp: &TcpStream) -> io::Result<()> {
     tcp.set_nodelay(true)
 }
 
-async fn bounded<T>(handshake: impl Future<Output = io::Result<T>>) -> Result<T, TunnelError> {
-    match timeout(HANDSHAKE_MAX, handshake).await {
-        Ok(outcome) => outcome.map_err(from_io),
-        Err(_) => Err(TunnelError::Timeout { what: "the TLS handshake", limit: HANDSHAKE_MAX }),
-    }
-}
-
-fn established(tcp: TcpStream, mut connection: Connection) -> Result<Established, TunnelError> {
-    let tls = negotiated(&connection)?;
+async fn establish(tcp: TcpStream, mut connection: impl Handshake) -> Result<Established, TunnelError> {
+    let behind = bounded(handshake::run(&tcp, &mut connection)).await?;
+    let tls = negotiated(connection.state())?;
     // The verifiers have accepted this certificate; reading it again cannot say anything else.
-    let leaf = connection.peer_certificates().and_then(|chain| chain.first());
+    let leaf = connection.state().peer_certificates().and_then(|chain| chain.first());
     let leaf = leaf.ok_or(super::Refusal::NoClientCertificate)?;
     let peer = certificate::spiffe_id(leaf).map_err(super::Refusal::from)?;
     let peer_validity = certificate::validity(leaf).map_err(super::Refusal::from)?;
-    // A bound here would cut a frame in two records; what is queued is bounded by `queue`'s callers.
-    connection.set_buffer_limit(None);
-    let stream = TlsStream { tcp, connection, incoming: Incoming::default() };
-    Ok(Established { stream, peer, peer_validity, tls })
+    let (secrets, schedule) = connection.into_secrets()?;
+    let stream = TlsStream { tcp, records: Records::new(secrets, schedule)?, outgoing: Outgoing::default() };
+    Ok(Established { stream, inbox: Inbox::with(behind), peer, peer_validity, tls })
+}
+
+async fn bounded<T>(handshake: impl Future<Output = Result<T, TunnelError>>) -> Result<T, TunnelError> {
+    let limit = HANDSHAKE_MAX;
+    timeout(limit, handshake).await.unwrap_or(Err(TunnelError::Timeout { what: "the TLS handshake", limit }))
 }
 
 impl TlsStream {
@@ -104,144 +108,153 @@ impl TlsStream {
         &self.tcp
     }
 
-    /// Encrypts `frames`, cut into TLS records at every 2^14 bytes. They are sent by [`TlsStream::poll_flush`]; queue more
-    /// only when nothing is unsent, which bounds what is held here to one batch.
-    pub(in crate::tunnel) fn queue(&mut self, frames: &[u8]) -> Result<(), TunnelError> {
-        self.connection.writer().write_all(frames).map_err(from_io)
+    /// Seals the `payload_bytes` that were read into the slots of `batch`, and queues them. Only while nothing is unsent.
+    pub(in crate::tunnel) fn queue_batch(
+        &mut self,
+        mut batch: Buffer,
+        payload_bytes: usize,
+    ) -> Result<(), TunnelError> {
+        let key_update = self.records.key_update(batch::records(payload_bytes))?;
+        let records = &mut self.records;
+        let mut place = batch::seal_frames(&mut batch, payload_bytes, |record| {
+            records.seal(ContentType::ApplicationData, record)
+        })?;
+        if let Some(record) =
+            key_update.as_deref().and_then(|record| record.first_chunk::<KEY_UPDATE_BYTES>())
+        {
+            place.start = batch::put_before(&mut batch, record);
+        }
+        self.outgoing.batch = Some((batch, place.start, place.end));
+        Ok(())
     }
 
-    /// True while encrypted bytes wait to be sent.
+    /// Seals one frame in a record of its own, and queues it.
+    pub(in crate::tunnel) fn queue(&mut self, frame: &[u8]) -> Result<(), TunnelError> {
+        self.queue_key_update(1)?;
+        let record = self.records.sealed(ContentType::ApplicationData, frame)?;
+        self.outgoing.small.extend(record);
+        Ok(())
+    }
+
+    fn queue_key_update(&mut self, more: u64) -> Result<(), RecordError> {
+        if let Some(record) = self.records.key_update(more)? {
+            self.outgoing.small.extend(record);
+        }
+        Ok(())
+    }
+
+    /// True while sealed bytes wait to be sent.
     pub(in crate::tunnel) fn unsent(&self) -> bool {
-        self.connection.wants_write()
+        !self.outgoing.is_empty()
     }
 
     /// Sends what is queued.
     pub(in crate::tunnel) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), TunnelError>> {
-        while self.connection.wants_write() {
-            match self.connection.write_tls(&mut Unblocked(&self.tcp)) {
-                Ok(0) => return Poll::Ready(Err(io::Error::from(io::ErrorKind::WriteZero).into())),
-                Ok(_) => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => ready!(self.tcp.poll_write_ready(cx))?,
-                Err(e) => return Poll::Ready(Err(e.into())),
+        if self.records.owes_key_update() {
+            self.queue_key_update(0)?;
+        }
+        while !self.outgoing.is_empty() {
+            match ready!(socket::poll_write(&self.tcp, cx, &self.outgoing.slices()))? {
+                0 => return Poll::Ready(Err(io::Error::from(io::ErrorKind::WriteZero).into())),
+                sent => self.outgoing.advance(sent),
             }
         }
         Poll::Ready(Ok(()))
     }
 
-    /// Decrypts into `room` what is there. `Ok(0)` means that the peer has closed the session.
-    pub(in crate::tunnel) fn poll_read(
+    /// Reads once into `inbox`, as much as there is and fits.
+    pub(in crate::tunnel) fn poll_fill(
         &mut self,
         cx: &mut Context<'_>,
-        room: &mut [u8],
-    ) -> Poll<Result<usize, TunnelError>> {
-        let mut filled = 0;
-        loop {
-            match self.connection.reader().read(&mut room[filled..]) {
-                Ok(0) => return Poll::Ready(Ok(filled)),
-                Ok(read_bytes) => filled += read_bytes,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    if self.incoming.is_empty() {
-                        if filled > 0 {
-                            return Poll::Ready(Ok(filled));
-                        }
-                        ready!(self.incoming.poll_fill(&self.tcp, cx))?;
-                    }
-                    self.decrypt()?;
-                }
-                Err(e) => return Poll::Ready(Err(from_io(e))),
-            }
-            if filled == room.len() {
-                return Poll::Ready(Ok(filled));
+        inbox: &mut Inbox,
+    ) -> Poll<Result<(), TunnelError>> {
+        // Before a buffer is taken.
+        if self.tcp.poll_read_ready(cx)?.is_pending() {
+            inbox.pause();
+            return Poll::Pending;
+        }
+        let room = inbox.room();
+        let room_bytes = room.len();
+        let Poll::Ready(read) = socket::poll_read(&self.tcp, cx, &mut [IoSliceMut::new(room)]) else {
+            inbox.pause();
+            return Poll::Pending;
+        };
+        match read? {
+            // Without close_notify: cut on its way.
+            0 => Poll::Ready(Err(io::Error::from(io::ErrorKind::UnexpectedEof).into())),
+            read_bytes => {
+                inbox.filled(read_bytes, room_bytes);
+                Poll::Ready(Ok(()))
             }
         }
     }
 
-    /// Hands received bytes to rustls; no bytes stand for the end of the stream.
-    fn decrypt(&mut self) -> Result<(), TunnelError> {
-        self.connection.read_tls(&mut self.incoming)?;
-        let processed = self.connection.process_new_packets();
-        self.incoming.release();
-        if let Err(error) = processed {
-            // Tells the peer by an alert, if the socket takes it at once.
-            let _ = self.connection.write_tls(&mut Unblocked(&self.tcp));
-            return Err(error.into());
-        }
-        Ok(())
+    /// Opens a record that is complete.
+    pub(in crate::tunnel) fn open(&mut self, record: &mut [u8]) -> Result<Opened, RecordError> {
+        self.records.open(record)
     }
 
-    /// True when the connection stands and no byte waits, decrypted or not.
+    /// Tells the peer what it did wrong, if the socket takes it at once.
+    pub(in crate::tunnel) fn tell(&mut self, error: &TunnelError) {
+        if let TunnelError::Record(error) = error
+            && let Some(description) = error.alert()
+        {
+            self.say(description);
+        }
+    }
+
+    /// True when the connection stands and no byte waits to be sent or read.
     pub(in crate::tunnel) fn is_quiet(&self) -> bool {
-        self.incoming.is_empty() && !self.connection.wants_write() && socket::is_quiet(&self.tcp)
-    }
-
-    /// The alert the peer sent before it went, if one has arrived; for when a write has failed.
-    pub(in crate::tunnel) fn last_words(&mut self, cx: &mut Context<'_>) -> Option<TunnelError> {
-        match self.poll_read(cx, &mut [0; 1]) {
-            Poll::Ready(Err(TunnelError::Io(_))) | Poll::Ready(Ok(_)) | Poll::Pending => None,
-            Poll::Ready(Err(alert)) => Some(alert),
-        }
+        !self.unsent() && socket::is_quiet(&self.tcp)
     }
 
     /// Sends close_notify if the socket takes it at once, and closes. Never waits.
     pub(in crate::tunnel) fn close(mut self) {
-        self.connection.send_close_notify();
-        let _ = self.connection.write_tls(&mut Unblocked(&self.tcp));
-    }
-}
-
-/// Bytes read from the socket which rustls has not taken yet.
-#[derive(Default)]
-struct Incoming {
-    /// `None` when empty.
-    buffer: Option<Buffer>,
-    start: usize,
-    end: usize,
-}
-
-impl Incoming {
-    fn is_empty(&self) -> bool {
-        self.start == self.end
+        self.say(AlertDescription::CloseNotify);
     }
 
-    /// Reads once, as much as there is. Stays empty at the end of the stream.
-    fn poll_fill(&mut self, tcp: &TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(tcp.poll_read_ready(cx))?;
-        let mut buffer = Buffer::take();
-        let read_bytes = ready!(socket::poll_read(tcp, cx, &mut [IoSliceMut::new(&mut buffer)]))?;
-        (self.start, self.end) = (0, read_bytes);
-        self.buffer = Some(buffer);
-        Poll::Ready(Ok(()))
-    }
-
-    fn release(&mut self) {
-        if self.is_empty() {
-            self.buffer = None;
+    /// Sends an alert behind what is queued, if the socket takes it at once.
+    fn say(&mut self, description: AlertDescription) {
+        if let Ok(record) = self.records.alert(description) {
+            self.outgoing.small.extend(record);
+            let _ = self.tcp.try_write_vectored(&self.outgoing.slices());
         }
     }
 }
 
-impl Read for Incoming {
-    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let mut rest = self.buffer.as_deref().map_or(&[][..], |buffer| &buffer[self.start..self.end]);
-        let read_bytes = rest.read(out)?;
-        self.start += read_bytes;
-        Ok(read_bytes)
-    }
+/// Sealed bytes in the order they were sealed.
+#[derive(Default)]
+struct Outgoing {
+    /// A batch, and which bytes of it are unsent.
+    batch: Option<(Buffer, usize, usize)>,
+    /// Records behind it.
+    small: Vec<u8>,
+    /// How much of `small` is sent.
+    small_sent: usize,
 }
 
-/// Writes without waiting.
-struct Unblocked<'a>(&'a TcpStream);
-
-impl Write for Unblocked<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.try_write(bytes)
+impl Outgoing {
+    fn is_empty(&self) -> bool {
+        self.batch.is_none() && self.small.is_empty()
     }
 
-    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.0.try_write_vectored(slices)
+    fn slices(&self) -> [IoSlice<'_>; 2] {
+        let batch = self.batch.as_ref().map_or(&[][..], |(buffer, start, end)| &buffer[*start..*end]);
+        [IoSlice::new(batch), IoSlice::new(&self.small[self.small_sent..])]
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+    fn advance(&mut self, mut sent: usize) {
+        if let Some((_, start, end)) = &mut self.batch {
+            let here = sent.min(*end - *start);
+            *start += here;
+            sent -= here;
+            if start == end {
+                self.batch = None;
+            }
+        }
+        self.small_sent += sent;
+        if self.small_sent == self.small.len() {
+            (self.small, self.small_sent) = (Vec::new(), 0);
+        }
     }
 }

@@ -32,8 +32,14 @@ async fn handshake(client: &Credentials, expected: &SpiffeId, server: &Credentia
 
 async fn outcome(established: Result<Established, TunnelError>) -> String {
     let read = match established {
-        Ok(Established { mut stream, .. }) => {
-            std::future::poll_fn(move |cx| stream.poll_read(cx, &mut [0; 16])).await.map(|_| ())
+        Ok(Established { mut stream, mut inbox, .. }) => {
+            std::future::poll_fn(move |cx| {
+                while inbox.next(|record| stream.open(record))?.is_none() {
+                    std::task::ready!(stream.poll_fill(cx, &mut inbox))?;
+                }
+                std::task::Poll::Ready(Ok(()))
+            })
+            .await
         }
         Err(error) => Err(error),
     };
