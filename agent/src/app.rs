@@ -3,6 +3,7 @@
 use std::{
     io,
     net::SocketAddr,
+    num::NonZeroUsize,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -37,6 +38,7 @@ use crate::{
     reload::Watched,
     telemetry::{Telemetry, admin},
     tunnel::Session,
+    workers::Workers,
     yaml::LoadError,
 };
 
@@ -127,8 +129,11 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
     refresh_node(&kernel)?;
     beat(&kernel, config.heartbeat_timeout, &policies)?;
 
+    let workers = Workers::start(config.workers.unwrap_or_else(cores))
+        .map_err(system("start the threads that carry flows"))?;
     let path = Arc::new(DataPath::new(Parts {
         trust_domain: config.trust_domain.clone(),
+        workers,
         kernel,
         host,
         directory,
@@ -172,6 +177,11 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
     Ok(())
 }
 
+/// One thread for each core that this process may use.
+fn cores() -> NonZeroUsize {
+    std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
+}
+
 fn watch_directory(config: &Config) -> Result<Watched<Directory>, LoadError> {
     let (file, domain) = (config.directory_file.clone(), config.trust_domain.clone());
     Watched::open(config.directory_file.clone(), move |text| Directory::parse(text, &file, &domain))
@@ -208,18 +218,9 @@ fn enroller(config: &Config, path: &Arc<DataPath>, pods_cgroup: Cgroup, report: 
 
 fn serve_pod(path: &Arc<DataPath>, pod: &Arc<Pod>, listeners: Listeners) {
     let Listeners { capture, plaintext, tunnel } = listeners;
-    let (on, who) = (path.clone(), pod.clone());
-    tokio::spawn(accept_loop(capture, path.drain.clone(), pod.closed.clone(), move |tcp, peer| {
-        outbound::handle(on.clone(), who.clone(), tcp, peer)
-    }));
-    let (on, who) = (path.clone(), pod.clone());
-    tokio::spawn(accept_loop(tunnel, path.drain.clone(), pod.closed.clone(), move |tcp, peer| {
-        inbound::tunnel(on.clone(), who.clone(), tcp, peer)
-    }));
-    let (on, who) = (path.clone(), pod.clone());
-    tokio::spawn(accept_loop(plaintext, path.drain.clone(), pod.closed.clone(), move |tcp, peer| {
-        inbound::plaintext(on.clone(), who.clone(), tcp, peer)
-    }));
+    accept_loop(path, pod, capture, outbound::handle);
+    accept_loop(path, pod, tunnel, inbound::tunnel);
+    accept_loop(path, pod, plaintext, inbound::plaintext);
 }
 
 async fn serve_admin(

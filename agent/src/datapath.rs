@@ -4,32 +4,32 @@
 use std::{
     borrow::Cow,
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, TcpListener},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use arc_swap::ArcSwap;
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::Semaphore,
-    time::timeout,
-};
-use tokio_util::sync::CancellationToken;
+use tokio::{net::TcpStream, sync::Semaphore};
 
 use crate::{
     directory::{Directory, Workload},
     drain::Drain,
     enrol::{Pod, Table},
     identity::{SpiffeId, TrustDomain, manager::Identities},
-    kernel::{Kernel, netns::HostNetns, socket},
+    kernel::{
+        Kernel,
+        netns::HostNetns,
+        socket::{self, Acceptor},
+    },
     policy::Policies,
     reload::Watched,
     telemetry::{Party, Refusal, Reporter, Security, Telemetry},
     tunnel::{
         DenyReason, Pool, Session, TlsInfo,
-        socket::{reset, reset_if_dropped},
+        socket::{begin, reset},
     },
+    workers::Workers,
 };
 
 /// How long an application may take to accept. It is on this node: more means its backlog is full.
@@ -45,6 +45,8 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(20);
 /// Sessions are interchangeable for flows of the same pod to the same server under the same identities.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PoolKey {
+    /// The thread that polls the session.
+    pub worker: usize,
     /// Cgroup id of the source pod: a session belongs to its network namespace.
     pub pod: u64,
     /// Address of the destination pod.
@@ -77,6 +79,8 @@ pub struct DataPath {
     pub drain: Drain,
     /// Bounds handshakes.
     pub handshakes: Semaphore,
+    /// Who carries flows.
+    pub workers: Workers,
     pool: Mutex<Pool<PoolKey, Session>>,
 }
 
@@ -100,14 +104,26 @@ pub struct Parts {
     pub telemetry: Telemetry,
     /// See [`DataPath::drain`].
     pub drain: Drain,
+    /// See [`DataPath::workers`].
+    pub workers: Workers,
 }
 
 impl DataPath {
     /// Puts the parts together.
     #[must_use]
     pub fn new(parts: Parts) -> Self {
-        let Parts { trust_domain, kernel, host, directory, policies, identities, table, telemetry, drain } =
-            parts;
+        let Parts {
+            trust_domain,
+            kernel,
+            host,
+            directory,
+            policies,
+            identities,
+            table,
+            telemetry,
+            drain,
+            workers,
+        } = parts;
         Self {
             trust_domain,
             kernel,
@@ -119,6 +135,7 @@ impl DataPath {
             telemetry,
             drain,
             handshakes: Semaphore::new(HANDSHAKES_MAX),
+            workers,
             pool: Mutex::new(Pool::default()),
         }
     }
@@ -138,15 +155,14 @@ impl DataPath {
         application: SocketAddr,
         client: SocketAddr,
     ) -> io::Result<TcpStream> {
-        let socket = socket::outgoing(&pod.netns, &self.host, application)?;
+        let socket = socket::inward(&pod.netns, &self.host, application, client)?;
         // Without the name the application would see its own address: wrong in its logs, but nothing passes that
         // was not allowed.
         if let Err(error) = self.kernel.maps.stand_for(&socket, client) {
             tracing::warn!(%error, "an application will not see its client's address");
         }
-        let connecting = timeout(APPLICATION_CONNECT, socket.connect(application));
-        let connected = connecting.await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-        reset_if_dropped(&connected);
+        let connected = socket::connected(socket, application, APPLICATION_CONNECT).await?;
+        begin(&connected);
         Ok(connected)
     }
 
@@ -216,24 +232,59 @@ pub fn deny_reason(error: &io::Error) -> DenyReason {
     }
 }
 
-/// Accepts until the pod or the agent ends; each connection gets a task of its own.
-pub async fn accept_loop<F>(
+/// Accepts on `listener` until the pod or the agent ends; each connection gets a task of its own.
+pub fn accept_loop<F>(
+    path: &Arc<DataPath>,
+    pod: &Arc<Pod>,
     listener: TcpListener,
-    drain: Drain,
-    closed: CancellationToken,
-    handle: impl Fn(TcpStream, SocketAddr) -> F,
+    handle: fn(Arc<DataPath>, Arc<Pod>, TcpStream, SocketAddr) -> F,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let (path, pod) = (path.clone(), pod.clone());
+    let home = pod.home(path.workers.len());
+    let thread = path.workers.handle(home).clone();
+    thread.spawn(async move {
+        match Acceptor::new(listener) {
+            Ok(listener) => accept_on(path, pod, home, listener, handle).await,
+            Err(error) => tracing::error!(%error, pod = %pod.workload.name, "a listener cannot be polled"),
+        }
+    });
+}
+
+async fn accept_on<F>(
+    path: Arc<DataPath>,
+    pod: Arc<Pod>,
+    home: usize,
+    listener: Acceptor,
+    handle: fn(Arc<DataPath>, Arc<Pod>, TcpStream, SocketAddr) -> F,
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
     loop {
         let accepted = tokio::select! {
-            () = drain.stop.cancelled() => return,
-            () = closed.cancelled() => return,
+            () = path.drain.stop.cancelled() => return,
+            () = pod.closed.cancelled() => return,
             accepted = listener.accept() => accepted,
         };
         match accepted {
             Ok((connection, peer)) => {
-                drain.tasks.spawn(handle(connection, canonical(peer)));
+                let (worker, load) = path.workers.place(home);
+                let (on, who) = (path.clone(), pod.clone());
+                let flow = async move {
+                    match TcpStream::from_std(connection) {
+                        Ok(connection) => handle(on, who, connection, canonical(peer)).await,
+                        Err(error) => {
+                            tracing::error!(%error, "a connection cannot be polled, and is dropped")
+                        }
+                    }
+                    drop(load);
+                };
+                if worker == home {
+                    path.drain.tasks.spawn(flow);
+                } else {
+                    path.drain.tasks.spawn_on(flow, path.workers.handle(worker));
+                }
             }
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {

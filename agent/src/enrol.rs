@@ -75,6 +75,12 @@ impl Pod {
         matches!(in_clear(&self.workload, &self.modes.load()), InClear::Nothing | InClear::Udp)
     }
 
+    /// Which of `workers` threads accepts its connections.
+    #[must_use]
+    pub fn home(&self, workers: usize) -> usize {
+        self.slot as usize % workers
+    }
+
     /// Its address of the same family as `other`.
     #[must_use]
     pub fn address_like(&self, other: IpAddr) -> Option<IpAddr> {

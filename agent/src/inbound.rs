@@ -108,7 +108,7 @@ async fn one_flow(
             return deny(path, session, open, denied).await;
         }
     };
-    if session.accept_flow().await.is_err() {
+    if session.accept_flow().is_err() {
         socket::reset(application);
         return None;
     }
@@ -167,7 +167,8 @@ fn admit(pod: &Pod, session: &Session, open: &Open, peer: IpAddr, at: IpAddr) ->
 async fn deny(path: &DataPath, mut session: Session, open: &Open, denied: Denied) -> Option<Session> {
     let Denied { reason, label, detail } = denied;
     path.report(refusal(open.client, open.destination, session.peer(), label, detail));
-    session.deny(reason).await.is_ok().then_some(session)
+    let answered = session.deny(open, reason).await;
+    (answered.is_ok() && session.is_idle()).then_some(session)
 }
 
 fn refusal(
@@ -202,7 +203,7 @@ fn came_from_outside(pod: &Pod, at: SocketAddr) -> Result<(), String> {
 /// Serves plaintext that was steered here: under STRICT it is reset. The mode may have changed since the kernel
 /// steered it, so it is looked at again.
 pub async fn plaintext(path: Arc<DataPath>, pod: Arc<Pod>, client: TcpStream, peer: SocketAddr) {
-    socket::reset_if_dropped(&client);
+    socket::begin(&client);
     let Ok(at) = client.local_addr().map(canonical) else { return };
     let refused = |reason, detail| Refused {
         reporter: Reporter::Destination,

@@ -24,6 +24,7 @@
 //! | `datapath` | what those two share |
 //! | `tunnel` | TLS, frames, sessions, the pool |
 //! | `relay` | moves the bytes of a flow |
+//! | `workers` | the threads that carry flows |
 //! | `drain` | ending in good order |
 //! | `fuzz` | what the fuzz targets call |
 //! | `telemetry` | metrics, access log, status, admin doors |
@@ -53,4 +54,5 @@ pub mod reload;
 pub mod route;
 pub mod telemetry;
 pub mod tunnel;
+pub mod workers;
 pub mod yaml;

@@ -133,11 +133,9 @@ fn agent(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<(
     };
     log::init(format, verbose.then_some("debug"))?;
     let config = Config::read(config)?;
+    // For control alone; flows have threads of their own.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    if let Some(workers) = config.workers {
-        runtime.worker_threads(workers.get());
-    }
-    let runtime = runtime.enable_all().build().context("start the runtime")?;
+    let runtime = runtime.worker_threads(2).enable_all().build().context("start the runtime")?;
     let verifier_log = if verbose { VerifierLog::Folder(std::env::temp_dir()) } else { VerifierLog::Tail };
     runtime.block_on(app::run(config, verifier_log))?;
     Ok(())

@@ -11,7 +11,7 @@
 
 use std::{
     net::SocketAddr,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -26,7 +26,13 @@ use crate::{
     relay,
     route::{self, Facts, Route},
     telemetry::{FlowSpec, Reporter, Security},
-    tunnel::{DenyReason, Open, OpenError, Session, TraceId, socket},
+    tunnel::{
+        Ahead, DenyReason, Open, OpenError, Session, TraceId,
+        batch::payload_slots,
+        buffers::{Buffer, Size},
+        socket,
+    },
+    workers::Workers,
 };
 
 /// How long an address that the directory does not know is waited for. Above the delay of a watch (tens of ms), below
@@ -58,7 +64,7 @@ impl Failure {
 
 /// Serves one captured connection to its end.
 pub async fn handle(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) {
-    socket::reset_if_dropped(&app);
+    socket::begin(&app);
     let Some((source, destination)) = find_destination(&path, &pod, &app, client) else {
         let at = app.local_addr().map_or(client, canonical);
         path.refuse(app, refused(client, at, Failure::new("no_destination", "not a captured connection")));
@@ -69,6 +75,7 @@ pub async fn handle(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, client: 
         Route::SameNode => hand_over(&path, &pod, flow).await,
         Route::Tunnel(expected) => {
             let key = |own: &Credentials| PoolKey {
+                worker: Workers::current(),
                 pod: pod.cgroup,
                 server: destination.ip(),
                 identity: expected.clone(),
@@ -166,6 +173,7 @@ async fn clear(path: &DataPath, pod: &Pod, flow: Captured, why: &'static str) {
     let Captured { app, source, destination } = flow;
     match connect(&pod.netns, &path.host, destination, PEER_CONNECT).await {
         Ok(server) => {
+            socket::begin(&server);
             tracing::debug!(%source, %destination, why, "in clear");
             let spec = FlowSpec {
                 reporter: Reporter::Source,
@@ -203,9 +211,10 @@ async fn tunnel(path: &DataPath, pod: &Pod, flow: Captured, key: impl Fn(&Creden
         return path.refuse(app, refused(source, destination, failure));
     };
     let key = key(&own);
-    let open = Open { destination, client: source, trace: TraceId::random() };
-    let session = match opened(path, pod, &own, &key, &open).await {
-        Ok(session) => session,
+    let trace = TraceId::random();
+    let open = Open { destination, client: source, trace, ahead: Ahead::Nothing };
+    let (session, ahead_bytes) = match opened(path, pod, &app, &own, &key, &open).await {
+        Ok(opened) => opened,
         Err(failure) => return path.refuse(app, refused(source, destination, failure)),
     };
     let spec = FlowSpec {
@@ -216,6 +225,7 @@ async fn tunnel(path: &DataPath, pod: &Pod, flow: Captured, key: impl Fn(&Creden
         trace: open.trace.0,
     };
     let live = path.telemetry.open_flow(spec);
+    live.counters().sent.fetch_add(ahead_bytes as u64, Relaxed);
     let (end, session) = tokio::select! {
         ended = relay::tunnelled(app, session, live.counters()) => ended,
         () = path.drain.cut.cancelled() => {
@@ -231,21 +241,23 @@ async fn tunnel(path: &DataPath, pod: &Pod, flow: Captured, key: impl Fn(&Creden
     }
 }
 
-/// A session on which the peer has accepted the flow.
+/// A session on which the peer has accepted the flow, and how many bytes of the application went ahead of that.
 async fn opened(
     path: &DataPath,
     pod: &Pod,
+    app: &TcpStream,
     own: &Arc<Credentials>,
     key: &PoolKey,
     open: &Open,
-) -> Result<Session, Failure> {
-    // An idle session may have died unnoticed. That costs a try, never the flow: no byte of it was sent yet.
-    loop {
-        let idle = path.pool().take(key, Instant::now(), is_usable);
-        let Some(mut session) = idle else { break };
-        match session.open(open).await {
-            Ok(()) => return Ok(session),
+) -> Result<(Session, usize), Failure> {
+    // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it went ahead: the
+    // destination may have read those, so they are not sent twice.
+    while let Some(mut session) = take(path, key) {
+        let (ahead, ahead_bytes) = ready_payload(app);
+        match session.open(open, ahead).await {
+            Ok(()) => return Ok((session, ahead_bytes)),
             Err(OpenError::Denied(reason)) => return Err(denied(path, key, session, reason)),
+            Err(error) if ahead_bytes > 0 => return Err(Failure::new(error.reason(), error)),
             Err(error) => tracing::debug!(%error, "idle session was dead"),
         }
     }
@@ -255,16 +267,46 @@ async fn opened(
     })?;
     let connected = Session::connect(tcp, own, &key.identity).await;
     let mut session = connected.map_err(|e| Failure::new(e.reason(), e))?;
-    match session.open(open).await {
-        Ok(()) => Ok(session),
+    let (ahead, ahead_bytes) = ready_payload(app);
+    match session.open(open, ahead).await {
+        Ok(()) => Ok((session, ahead_bytes)),
         Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason)),
         Err(OpenError::Stale(error) | OpenError::Tunnel(error)) => Err(Failure::new(error.reason(), error)),
     }
 }
 
-/// A denied flow leaves its session as good as before.
+/// What the application has sent already, in the slots of a batch.
+fn ready_payload(app: &TcpStream) -> (Option<(Buffer, usize)>, usize) {
+    let mut batch = Buffer::take(Size::Small);
+    let (mut slots, _) = payload_slots(&mut batch);
+    match socket::read_now(app, &mut slots) {
+        0 => (None, 0),
+        read_bytes => (Some((batch, read_bytes)), read_bytes),
+    }
+}
+
+/// An idle session: one of this thread, or else one that another thread polls, which moves here.
+fn take(path: &DataPath, key: &PoolKey) -> Option<Session> {
+    let now = Instant::now();
+    let mut pool = path.pool();
+    if let Some(session) = pool.take(key, now, is_usable) {
+        return Some(session);
+    }
+    let others = (0..path.workers.len()).filter(|worker| *worker != key.worker);
+    let found = others
+        .map(|worker| PoolKey { worker, ..key.clone() })
+        .find_map(|key| pool.take(&key, now, is_usable));
+    drop(pool);
+    found?.rehomed().inspect_err(|error| tracing::debug!(%error, "idle session lost on its way")).ok()
+}
+
+/// A denied flow leaves its session as good as before, if none of its bytes went ahead.
 fn denied(path: &DataPath, key: &PoolKey, session: Session, reason: DenyReason) -> Failure {
-    keep(path, key.clone(), session);
+    if session.is_idle() {
+        keep(path, key.clone(), session);
+    } else {
+        session.close();
+    }
     Failure::new(reason.label(), format!("{} denied it", key.identity))
 }
 

@@ -32,7 +32,7 @@ pub(crate) mod socket;
 pub(crate) mod testing;
 pub mod tls;
 
-pub use open::{DenyReason, Open, TraceId};
+pub use open::{Ahead, DenyReason, Open, TraceId};
 pub use phase::Role;
 pub use pool::Pool;
 pub use session::{OpenError, Session};

@@ -61,9 +61,9 @@ fn publish(sock: &SockOps<'_>, ends: &Ends) {
 
 #[inline(always)]
 fn take_over(sock: &SockOps<'_>, ends: &Ends) {
-    // Only the agent dials a pod from the pod's own address.
+    // The agent dials a pod's applications from loopback addresses.
     let key = ends.accepting(sock.netns_cookie());
-    if !key.local.same(&key.remote) {
+    if !key.local.is_loopback() {
         return mark_clear(sock, &key.local, key.remote_port);
     }
     // SAFETY: the entry is copied before it is removed, and only this socket's handshake removes it.
@@ -84,7 +84,7 @@ fn take_over(sock: &SockOps<'_>, ends: &Ends) {
 /// know its packets from those that the pod sends on its own account. Without memory for the mark they are dropped.
 #[inline(always)]
 fn mark_clear(sock: &SockOps<'_>, client: &Address, own_port: u32) {
-    if own_port == u32::from(tcp_port::TUNNEL) || client.is_loopback() || !context::in_mesh(client) {
+    if own_port == u32::from(tcp_port::TUNNEL) || !context::in_mesh(client) {
         return;
     }
     let names = Names { kind: names_kind::CLEAR, ..Names::default() };

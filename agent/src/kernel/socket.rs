@@ -4,15 +4,18 @@
 //! application could imitate.
 
 use std::{
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     time::Duration,
 };
 
-use socket2::{Domain, Protocol, Socket, Type};
+use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tacit_abi::{Listener, tcp_port};
 use tokio::{
-    net::{TcpListener, TcpSocket, TcpStream},
+    io::{Interest, unix::AsyncFd},
+    net::TcpStream,
     time::timeout,
 };
 
@@ -24,7 +27,7 @@ use super::{
 /// Accept backlog of each listener, in connections; the kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
 
-/// The agent's listeners in one pod.
+/// The agent's listeners in one pod; not blocking, and not yet with any runtime.
 #[derive(Debug)]
 pub struct Listeners {
     /// Captured outbound connections.
@@ -70,11 +73,7 @@ impl Listeners {
             Ok((capture, plaintext, tunnel))
         });
         let (capture, plaintext, tunnel) = opened.map_err(ListenError::Enter)??;
-        Ok(Self {
-            capture: adopt(capture, tcp_port::CAPTURE)?,
-            plaintext: adopt(plaintext, tcp_port::PLAINTEXT)?,
-            tunnel: adopt(tunnel, tcp_port::TUNNEL)?,
-        })
+        Ok(Self { capture: capture.into(), plaintext: plaintext.into(), tunnel: tunnel.into() })
     }
 
     /// Gives the kernel those that it steers connections to.
@@ -110,19 +109,96 @@ fn listener(port: u16) -> Result<Socket, ListenError> {
         .map_err(|source| ListenError::Listen { port, source })
 }
 
-fn adopt(socket: Socket, port: u16) -> Result<TcpListener, ListenError> {
-    TcpListener::from_std(socket.into()).map_err(|source| ListenError::Listen { port, source })
+/// Accepts connections without registering them with a runtime: the thread that will serve one may be another.
+#[derive(Debug)]
+pub struct Acceptor(AsyncFd<TcpListener>);
+
+impl Acceptor {
+    /// Polled by the calling thread's runtime.
+    ///
+    /// # Errors
+    /// When memory of the poller is used up.
+    pub fn new(listener: TcpListener) -> io::Result<Self> {
+        // SAFETY: the listener owns its descriptor, is owned by the registration, and is never replaced.
+        let registered = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) };
+        Ok(Self(registered?))
+    }
+
+    /// The next connection and its peer.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub async fn accept(&self) -> io::Result<(std::net::TcpStream, SocketAddr)> {
+        self.0
+            .async_io(Interest::READABLE, |listener| {
+                let (socket, peer) =
+                    SockRef::from(listener).accept4(libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC)?;
+                let peer = peer.as_socket().ok_or(io::ErrorKind::InvalidData)?;
+                Ok((socket.into(), peer))
+            })
+            .await
+    }
 }
 
 /// A socket in `netns`, ready to connect to an address of `to`'s family.
 ///
 /// # Errors
 /// When the namespace cannot be entered or descriptors are used up.
-pub fn outgoing(netns: &Netns, host: &HostNetns, to: SocketAddr) -> io::Result<TcpSocket> {
-    let socket =
-        host.within(netns.file(), || if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() })??;
-    socket.set_nodelay(true)?;
+pub fn outgoing(netns: &Netns, host: &HostNetns, to: SocketAddr) -> io::Result<Socket> {
+    let open = || Socket::new(Domain::for_address(to), Type::STREAM.nonblocking(), Some(Protocol::TCP));
+    let socket = host.within(netns.file(), open)??;
+    socket.set_tcp_nodelay(true)?;
     Ok(socket)
+}
+
+/// A socket in `netns`, ready to dial an application there for `client`.
+///
+/// It stands at a loopback address, for two reasons. The side that closes first keeps its port for a minute, unless it
+/// is a loopback one: then the kernel gives the port away again after a second (`net.ipv4.tcp_tw_reuse`, whose default
+/// is loopback alone). From the pod's own address, new connections fell to some 400 a second once 28,000 ports were
+/// waiting. And there are many IPv4 loopback addresses, so the ports of one are no bound. The port is left for connect()
+/// to choose, which knows the destination: a port chosen by bind() would be unique over all destinations.
+///
+/// # Errors
+/// As [`outgoing`].
+pub fn inward(netns: &Netns, host: &HostNetns, to: SocketAddr, client: SocketAddr) -> io::Result<Socket> {
+    let socket = outgoing(netns, host, to)?;
+    setsockopt(&socket, IpBindAddressNoPort, &true)?;
+    socket.bind(&SocketAddr::new(loopback_for(to.ip(), client), 0).into())?;
+    Ok(socket)
+}
+
+/// The loopback address of `to`'s family that dials for `client`: in 127.64.0.0/12, apart from the targets of captured
+/// connections; IPv6 has one.
+fn loopback_for(to: IpAddr, client: SocketAddr) -> IpAddr {
+    if to.is_ipv6() {
+        return Ipv6Addr::LOCALHOST.into();
+    }
+    let mut hasher = DefaultHasher::new();
+    client.hash(&mut hasher);
+    // The upper bits are as good as any; 20 of them.
+    Ipv4Addr::from_bits(0x7f40_0000 | (hasher.finish() >> 44) as u32).into()
+}
+
+/// Connects `socket` within `limit`.
+///
+/// # Errors
+/// The kernel's, or [`io::ErrorKind::TimedOut`].
+pub async fn connected(socket: Socket, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+    match socket.connect(&to.into()) {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+        _ => {}
+    }
+    // On loopback the handshake is over by now, whatever connect() says: no need to ask the poller.
+    let is_connected = socket.peer_addr().is_ok();
+    let stream = TcpStream::from_std(socket.into())?;
+    if !is_connected {
+        timeout(limit, stream.writable()).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+        if let Some(error) = stream.take_error()? {
+            return Err(error);
+        }
+    }
+    Ok(stream)
 }
 
 /// Connects from inside `netns`.
@@ -135,6 +211,26 @@ pub async fn connect(
     to: SocketAddr,
     limit: Duration,
 ) -> io::Result<TcpStream> {
-    let socket = outgoing(netns, host, to)?;
-    timeout(limit, socket.connect(to)).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+    connected(outgoing(netns, host, to)?, to, limit).await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn clients_are_dialled_for_from_many_loopback_addresses() {
+        let to = IpAddr::V4(Ipv4Addr::new(10, 77, 1, 2));
+        let from: HashSet<_> =
+            (1..=1000).map(|port| loopback_for(to, SocketAddr::from(([10, 77, 2, 2], port)))).collect();
+        assert!(from.len() > 900, "{}", from.len());
+        for address in from {
+            let IpAddr::V4(address) = address else { panic!("{address}") };
+            assert!(address.octets()[0] == 127 && (64..80).contains(&address.octets()[1]), "{address}");
+        }
+        let client = SocketAddr::from(([10, 77, 2, 2], 1));
+        assert_eq!(loopback_for(Ipv6Addr::LOCALHOST.into(), client), IpAddr::V6(Ipv6Addr::LOCALHOST));
+    }
 }

@@ -20,12 +20,8 @@ use crate::{
     },
 };
 
-/// Moves bytes between `source`, which connected, and `destination`.
+/// Moves bytes between `source`, which connected, and `destination`; both as `socket::begin` has left them.
 pub async fn plain(source: TcpStream, destination: TcpStream, counters: &FlowCounters) -> FlowEnd {
-    // Bytes are passed on as they come; waiting for more belongs to the applications.
-    let _ = (source.set_nodelay(true), destination.set_nodelay(true));
-    socket::reset_if_dropped(&source);
-    socket::reset_if_dropped(&destination);
     match run(&source, &destination, counters).await {
         None => {
             socket::deliver_if_dropped(&source);
@@ -175,6 +171,8 @@ mod tests {
         let (far, destination) = connection().await;
         let relay = tokio::spawn(async move {
             let counters = FlowCounters::default();
+            socket::begin(&near);
+            socket::begin(&far);
             let end = plain(near, far, &counters).await;
             (end.label(), counters.sent.load(Relaxed), counters.received.load(Relaxed))
         });

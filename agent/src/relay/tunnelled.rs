@@ -42,7 +42,7 @@ const DONE_MAX: Duration = Duration::from_secs(1);
 /// How long to try to get RESET out over a tunnel that is full. Closing the session then says the same.
 const RESET_MAX: Duration = Duration::from_secs(5);
 
-/// Moves bytes between `app` and the open flow of `session`. Returns the session if it can carry another flow: a client may
+/// Moves bytes between `app`, as `socket::begin` has left it, and the open flow of `session`. Returns the session if it can carry another flow: a client may
 /// open, a server wait for the next.
 pub async fn tunnelled(
     app: TcpStream,
@@ -53,9 +53,6 @@ pub async fn tunnelled(
         Role::Client => (Party::Source, Party::Destination),
         Role::Server => (Party::Destination, Party::Source),
     };
-    // Frames are passed on as they come; waiting for more belongs to the applications.
-    let _ = app.set_nodelay(true);
-    socket::reset_if_dropped(&app);
     match Flow::new(&app, &mut session, counters).run().await {
         Ending::Finished => {
             socket::deliver_if_dropped(&app);
@@ -177,12 +174,13 @@ impl<'a> Flow<'a> {
     /// Steps both directions by turns, so that neither starves the other, until neither can go on.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ending> {
         loop {
-            let up = self.step_up(cx);
-            if let Poll::Ready(ControlFlow::Break(ending)) = up {
-                return Poll::Ready(ending);
-            }
+            // Down first: what came with OPEN reaches a server's application before ACCEPT leaves.
             let down = self.step_down(cx);
             if let Poll::Ready(ControlFlow::Break(ending)) = down {
+                return Poll::Ready(ending);
+            }
+            let up = self.step_up(cx);
+            if let Poll::Ready(ControlFlow::Break(ending)) = up {
                 return Poll::Ready(ending);
             }
             if self.both_ended() && !self.session.unsent() {
@@ -267,7 +265,8 @@ impl<'a> Flow<'a> {
     }
 
     fn peer_fin(&mut self) -> Step {
-        if socket::finish(self.app).is_err() {
+        // When the application has ended too, closing says the same.
+        if !self.app_ended && socket::finish(self.app).is_err() {
             return end(Ending::ResetByApp);
         }
         self.peer_ended = true;

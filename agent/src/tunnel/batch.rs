@@ -2,21 +2,19 @@
 //! each record is sealed where it stands. One write sends them all.
 //!
 //! ```text
-//! | room for a KeyUpdate | record header, frame header, payload, tail | record header, frame header, payload, tail | ...
+//! | record header, frame header, payload, tail | record header, frame header, payload, tail | ...
 //! ```
 
-use std::{io::IoSliceMut, ops::Range};
+use std::io::IoSliceMut;
 
 use super::{
     frame::{self, Kind, PAYLOAD_MAX_BYTES, encode_header},
-    tls::record::{self, KEY_UPDATE_BYTES},
+    tls::record,
 };
 
 /// How many DATA frames one batch holds at most: one read fills them, one write sends them. 32 reach half a MiB, above
 /// which neither got faster; 8 cost a tenth of the throughput.
 pub(crate) const FRAMES_MAX: usize = 32;
-/// Before the first record.
-const HEAD_BYTES: usize = KEY_UPDATE_BYTES.next_multiple_of(16);
 /// Before the payload of a record.
 const BEFORE_BYTES: usize = record::HEADER_BYTES + frame::HEADER_BYTES;
 /// A full record, of one full frame.
@@ -24,12 +22,12 @@ const RECORD_BYTES: usize = record::HEADER_BYTES + frame::RECORD_BYTES + record:
 
 /// The buffer that holds `frames` full frames.
 pub(crate) const fn bytes(frames: usize) -> usize {
-    HEAD_BYTES + frames * RECORD_BYTES
+    frames * RECORD_BYTES
 }
 
 /// The places in `batch` where payload goes, and how many bytes fit in them together. Those that `batch` has not are empty.
 pub(crate) fn payload_slots(batch: &mut [u8]) -> ([IoSliceMut<'_>; FRAMES_MAX], usize) {
-    let mut records = batch[HEAD_BYTES..].chunks_exact_mut(RECORD_BYTES);
+    let mut records = batch.chunks_exact_mut(RECORD_BYTES);
     let room_bytes = records.len() * PAYLOAD_MAX_BYTES;
     let slots = std::array::from_fn(|_| {
         let payload = records.next().map(|record| &mut record[BEFORE_BYTES..][..PAYLOAD_MAX_BYTES]);
@@ -39,14 +37,14 @@ pub(crate) fn payload_slots(batch: &mut [u8]) -> ([IoSliceMut<'_>; FRAMES_MAX], 
 }
 
 /// Writes the frame headers for `payload_bytes` read into the slots of `batch`, and hands each record to `seal`. Returns
-/// where the records stand.
+/// how many bytes the records take, from the first.
 pub(crate) fn seal_frames<E>(
     batch: &mut [u8],
     payload_bytes: usize,
     mut seal: impl FnMut(&mut [u8]) -> Result<(), E>,
-) -> Result<Range<usize>, E> {
-    let (mut left, mut end) = (payload_bytes, HEAD_BYTES);
-    for record in batch[HEAD_BYTES..].chunks_exact_mut(RECORD_BYTES) {
+) -> Result<usize, E> {
+    let (mut left, mut end) = (payload_bytes, 0);
+    for record in batch.chunks_exact_mut(RECORD_BYTES) {
         if left == 0 {
             break;
         }
@@ -57,18 +55,12 @@ pub(crate) fn seal_frames<E>(
         end += record_bytes;
         left -= here;
     }
-    Ok(HEAD_BYTES..end)
+    Ok(end)
 }
 
 /// How many records `payload_bytes` make.
 pub(crate) fn records(payload_bytes: usize) -> u64 {
     payload_bytes.div_ceil(PAYLOAD_MAX_BYTES) as u64
-}
-
-/// Puts `record` before the first record of `batch`, and returns where it begins.
-pub(crate) fn put_before(batch: &mut [u8], record: &[u8; KEY_UPDATE_BYTES]) -> usize {
-    batch[HEAD_BYTES - KEY_UPDATE_BYTES..HEAD_BYTES].copy_from_slice(record);
-    HEAD_BYTES - KEY_UPDATE_BYTES
 }
 
 #[cfg(test)]
@@ -96,7 +88,7 @@ mod tests {
                 value = value.wrapping_add(1);
             }
             let (mut lengths, mut payload) = (vec![], Vec::<u8>::new());
-            let place = seal_frames(&mut batch, payload_bytes, |record| {
+            let sealed_bytes = seal_frames(&mut batch, payload_bytes, |record| {
                 let frame = &record[record::HEADER_BYTES..record.len() - record::TAIL_BYTES];
                 let head = header(frame).expect("well formed").expect("complete");
                 payload.extend(&frame[HEADER_BYTES..]);
@@ -104,7 +96,7 @@ mod tests {
                 Ok::<_, Infallible>(())
             });
             let tails = expected.len() * (BEFORE_BYTES + record::TAIL_BYTES);
-            assert_eq!(place, Ok(HEAD_BYTES..HEAD_BYTES + payload_bytes + tails));
+            assert_eq!(sealed_bytes, Ok(payload_bytes + tails));
             assert_eq!((lengths.len() as u64, lengths), (records(payload_bytes), expected));
             assert!(payload.iter().enumerate().all(|(at, byte)| *byte == (at % 256) as u8));
         }

@@ -5,7 +5,7 @@
 //! | type 1 | length 3, bytes | payload 0 to 16,380 |      a TLS record holds exactly one frame
 //! +--------+-----------------+---------------------+
 //!
-//! 1 OPEN    client -> server   version 1, destination 16 + 2, client 16 + 2, trace id 16   (53 bytes)
+//! 1 OPEN    client -> server   version 1, destination 16 + 2, client 16 + 2, trace id 16, DATA ahead 0 or 1   (54 bytes)
 //! 2 ACCEPT  server -> client   nothing: the destination answered, data may flow
 //! 3 DENY    server -> client   reason 1
 //! 4 DATA    both               1 to 16,380 bytes of the flow
@@ -93,6 +93,9 @@ pub enum FrameError {
     /// OPEN of another version.
     #[error("OPEN of version {0} is unknown")]
     Version(u8),
+    /// OPEN with something else than 0 or 1 where it says whether DATA comes ahead of the answer.
+    #[error("OPEN says {0} where 0 or 1 tells whether DATA comes ahead")]
+    Ahead(u8),
     /// OPEN to no address or no port.
     #[error("OPEN names {0}, which is no destination")]
     Destination(SocketAddr),
@@ -192,13 +195,14 @@ pub(super) fn encode_header(kind: Kind, payload_bytes: usize) -> [u8; HEADER_BYT
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tunnel::TraceId;
+    use crate::tunnel::{TraceId, open::Ahead};
 
     fn open() -> Open {
         Open {
             destination: "10.77.2.3:80".parse().expect("an address"),
             client: "[fd77:1::2]:40000".parse().expect("an address"),
             trace: TraceId([0xab; 16]),
+            ahead: Ahead::Data,
         }
     }
 
@@ -229,10 +233,11 @@ mod tests {
     fn the_layout_of_open_is_fixed() {
         let mut bytes = Vec::new();
         Control::Open(open()).encode(&mut bytes);
-        assert_eq!(bytes[..5], [1, 0, 0, 53, 1]);
+        assert_eq!(bytes[..5], [1, 0, 0, 54, 1]);
         assert_eq!(bytes[5..23], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 10, 77, 2, 3, 0, 80]);
         assert_eq!(bytes[23..41], [0xfd, 0x77, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0x9c, 0x40]);
-        assert_eq!(bytes[41..], [0xab; 16]);
+        assert_eq!(bytes[41..57], [0xab; 16]);
+        assert_eq!(bytes[57..], [1]);
     }
 
     #[test]
@@ -242,8 +247,8 @@ mod tests {
             (vec![0], Err(FrameError::Type(0))),
             (vec![8, 0], Err(FrameError::Type(8))),
             (vec![255, 0, 0, 0], Err(FrameError::Type(255))),
-            (vec![1, 0, 0, 52], length(Kind::Open, 52)),
-            (vec![1, 0, 0, 54], length(Kind::Open, 54)),
+            (vec![1, 0, 0, 53], length(Kind::Open, 53)),
+            (vec![1, 0, 0, 55], length(Kind::Open, 55)),
             (vec![2, 0, 0, 1], length(Kind::Accept, 1)),
             (vec![3, 0, 0, 0], length(Kind::Deny, 0)),
             (vec![4, 0, 0, 0], length(Kind::Data, 0)),
@@ -260,6 +265,9 @@ mod tests {
         let mut newer = bytes.clone();
         newer[4] = 2;
         assert_eq!(read_back(&newer), Err(FrameError::Version(2)));
+        let mut odd = bytes.clone();
+        odd[57] = 2;
+        assert_eq!(read_back(&odd), Err(FrameError::Ahead(2)));
         bytes[21..23].fill(0);
         assert!(matches!(read_back(&bytes), Err(FrameError::Destination(_))));
     }
@@ -276,7 +284,7 @@ mod tests {
             // Mostly plausible headers, so that payloads are reached too.
             bytes[0] %= 9;
             if state & 1 == 0 {
-                bytes[1..4].copy_from_slice(&[0, 0, 53]);
+                bytes[1..4].copy_from_slice(&[0, 0, 54]);
             }
             let length = usize::from(bytes[63]) % bytes.len();
             let _ = read_back(&bytes[..length]);

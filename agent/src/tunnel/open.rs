@@ -7,8 +7,8 @@ use std::{
 
 use super::frame::FrameError;
 
-/// Payload of OPEN: version, two addresses with ports, trace id.
-pub(super) const OPEN_BYTES: usize = 1 + 18 + 18 + 16;
+/// Payload of OPEN: version, two addresses with ports, trace id, what comes ahead of the answer.
+pub(super) const OPEN_BYTES: usize = 1 + 18 + 18 + 16 + 1;
 /// The only version of OPEN there is; another layout gets another number.
 const OPEN_VERSION: u8 = 1;
 
@@ -31,6 +31,19 @@ pub struct Open {
     pub client: SocketAddr,
     /// Ties the logs of both nodes together.
     pub trace: TraceId,
+    /// What the client sends without waiting for the answer.
+    pub ahead: Ahead,
+}
+
+/// What follows OPEN at once. A destination that answers a request is reached a round trip earlier with it; after a DENY
+/// the session ends, since nobody can tell where the data of a denied flow does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Ahead {
+    /// Nothing: the client waits.
+    #[default]
+    Nothing,
+    /// DATA.
+    Data,
 }
 
 /// Why a server refused a flow.
@@ -123,6 +136,7 @@ impl Open {
             out.extend(address.port().to_be_bytes());
         }
         out.extend(self.trace.0);
+        out.push(self.ahead as u8);
     }
 
     pub(super) fn decode(payload: &[u8; OPEN_BYTES]) -> Result<Self, FrameError> {
@@ -130,12 +144,17 @@ impl Open {
             return Err(FrameError::Version(payload[0]));
         }
         let mut trace = [0; 16];
-        trace.copy_from_slice(&payload[37..]);
+        trace.copy_from_slice(&payload[37..53]);
         let destination = decode_address(&payload[1..19]);
         if destination.port() == 0 || destination.ip().is_unspecified() {
             return Err(FrameError::Destination(destination));
         }
-        Ok(Self { destination, client: decode_address(&payload[19..37]), trace: TraceId(trace) })
+        let ahead = match payload[53] {
+            0 => Ahead::Nothing,
+            1 => Ahead::Data,
+            other => return Err(FrameError::Ahead(other)),
+        };
+        Ok(Self { destination, client: decode_address(&payload[19..37]), trace: TraceId(trace), ahead })
     }
 }
 

@@ -4,7 +4,7 @@
 //!          OPEN (client)             ACCEPT (server)
 //!  Idle ------------------> Opening ------------------> Flow { client ended: no, server ended: no }
 //!   ^                          |                          |  DATA of a side that has not ended: stays
-//!   |        DENY (server)     |                          |  FIN of a side: that side has ended
+//!   |        DENY (server)     |  DATA (client): stays    |  FIN of a side: that side has ended
 //!   +--------------------------+                          |  RESET of either side: Over
 //!   |                                  DONE (server)      v
 //!   +------------------------------------------------- Flow { client ended: yes, server ended: yes }
@@ -74,6 +74,8 @@ impl Phase {
         use Role::{Client, Server};
         Ok(match (self, from, kind) {
             (Self::Idle, Client, Kind::Open) => Self::Opening,
+            // Ahead of the answer, as OPEN has said.
+            (Self::Opening, Client, Kind::Data) => self,
             (Self::Opening, Server, Kind::Accept) => Self::Flow { client_ended: false, server_ended: false },
             (Self::Opening, Server, Kind::Deny) => Self::Idle,
             (Self::Flow { client_ended: false, .. }, Client, Kind::Data)
@@ -107,6 +109,7 @@ mod tests {
         let allowed = [
             (Phase::Idle, Client, Open, Phase::Opening),
             (Phase::Idle, Client, Reset, Phase::Over),
+            (Phase::Opening, Client, Data, Phase::Opening),
             (Phase::Opening, Server, Accept, flow(false, false)),
             (Phase::Opening, Server, Deny, Phase::Idle),
             (flow(false, false), Client, Data, flow(false, false)),

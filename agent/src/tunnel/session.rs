@@ -22,9 +22,9 @@ use super::{
     TunnelError,
     batch::FRAMES_MAX,
     buffers::Buffer,
-    frame::{Control, Kind},
+    frame::{Control, HEADER_BYTES, Kind},
     inbox::{Inbox, Received},
-    open::{DenyReason, Open},
+    open::{Ahead, DenyReason, OPEN_BYTES, Open},
     phase::{Phase, Role},
     tls::{
         TlsInfo,
@@ -161,19 +161,42 @@ impl Session {
         self.tls.tcp().peer_addr()
     }
 
+    /// The same session, polled by the calling thread's runtime from now on.
+    ///
+    /// # Errors
+    /// When descriptors or memory of the poller are used up; the session is gone then.
+    pub fn rehomed(self) -> io::Result<Self> {
+        Ok(Self { tls: self.tls.rehomed()?, ..self })
+    }
+
+    /// True when another flow may be opened.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.phase == Phase::Idle
+    }
+
     /// True when no flow runs, the connection stands and nothing unexpected has arrived. One system call.
     #[must_use]
     pub fn is_idle_alive(&self) -> bool {
         self.phase == Phase::Idle && self.inbox.is_empty() && self.tls.is_quiet()
     }
 
-    /// Client: opens a flow and waits for the answer, at most `OPEN_MAX`.
+    /// Client: opens a flow and waits for the answer, at most `OPEN_MAX`. `ahead` is payload in a batch of its slots that
+    /// goes with it.
     ///
     /// # Errors
-    /// [`OpenError`]; after anything but [`OpenError::Denied`] the session is of no further use.
-    pub async fn open(&mut self, open: &Open) -> Result<(), OpenError> {
+    /// [`OpenError`]; see [`Session::is_idle`] for whether the session can be used further.
+    pub(crate) async fn open(
+        &mut self,
+        open: &Open,
+        ahead: Option<(Buffer, usize)>,
+    ) -> Result<(), OpenError> {
+        let data = if ahead.is_some() { Ahead::Data } else { Ahead::Nothing };
         let asked = async {
-            self.send(&Control::Open(*open))?;
+            self.send(&Control::Open(Open { ahead: data, ..*open }))?;
+            if let Some((batch, payload_bytes)) = ahead {
+                self.send_data(batch, payload_bytes)?;
+            }
             if let Err(failed) = poll_fn(|cx| self.poll_flush(cx)).await {
                 // What the server said before it closed tells more than that it is closed.
                 return Err(poll_fn(|cx| Poll::Ready(self.last_words(cx))).await.unwrap_or(failed));
@@ -181,7 +204,10 @@ impl Session {
             poll_fn(|cx| self.poll_received(cx)).await
         };
         match bounded("the answer to OPEN", OPEN_MAX, asked).await? {
-            Received::Control(Control::Deny(reason)) => Err(OpenError::Denied(reason)),
+            Received::Control(Control::Deny(reason)) => {
+                self.end_after_deny(data);
+                Err(OpenError::Denied(reason))
+            }
             // Anything else than ACCEPT is out of turn and has been refused.
             _ => Ok(()),
         }
@@ -204,20 +230,49 @@ impl Session {
         }
     }
 
-    /// Server: the flow asked for may begin.
+    /// Server: the flow asked for may begin. The relay sends the answer.
     ///
     /// # Errors
     /// [`TunnelError`].
-    pub async fn accept_flow(&mut self) -> Result<(), TunnelError> {
-        self.answer(&Control::Accept).await
+    pub fn accept_flow(&mut self) -> Result<(), TunnelError> {
+        self.send(&Control::Accept)
     }
 
-    /// Server: the flow asked for is refused; the session can be used for others.
+    /// Server: the flow that `open` asked for is refused. The session can be used for others, unless data of that flow is
+    /// on its way; that is then taken and thrown away, or it would turn our close into a reset, and the answer be lost.
     ///
     /// # Errors
     /// [`TunnelError`].
-    pub async fn deny(&mut self, reason: DenyReason) -> Result<(), TunnelError> {
-        self.answer(&Control::Deny(reason)).await
+    pub async fn deny(&mut self, open: &Open, reason: DenyReason) -> Result<(), TunnelError> {
+        self.answer(&Control::Deny(reason)).await?;
+        self.end_after_deny(open.ahead);
+        if open.ahead == Ahead::Data {
+            let rest = poll_fn(|cx| self.poll_discard(cx));
+            // The client closes as soon as it has the answer.
+            let _ = timeout(ANSWER_MAX, rest).await;
+        }
+        Ok(())
+    }
+
+    fn end_after_deny(&mut self, ahead: Ahead) {
+        if ahead == Ahead::Data {
+            self.phase = Phase::Over;
+        }
+    }
+
+    /// Throws away what comes until the peer closes.
+    fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            match self.inbox.next(|record| self.tls.open(record)) {
+                Ok(Some(Received::Data)) => self.inbox.consume(usize::MAX),
+                Ok(Some(Received::Control(_))) => {}
+                Err(_) => return Poll::Ready(()),
+                Ok(None) => match ready!(self.tls.poll_fill(cx, &mut self.inbox)) {
+                    Ok(()) => {}
+                    Err(_) => return Poll::Ready(()),
+                },
+            }
+        }
     }
 
     /// Closes the session properly, without waiting for anything.
@@ -233,7 +288,7 @@ impl Session {
     /// Queues a frame; [`Session::poll_flush`] sends it.
     pub(crate) fn send(&mut self, frame: &Control) -> Result<(), TunnelError> {
         self.phase = self.phase.after(self.role, frame.kind())?;
-        let mut bytes = Vec::with_capacity(64);
+        let mut bytes = Vec::with_capacity(HEADER_BYTES + OPEN_BYTES);
         frame.encode(&mut bytes);
         self.tls.queue(&bytes)
     }

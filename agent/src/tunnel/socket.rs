@@ -36,6 +36,12 @@ pub(crate) fn poll_read(
     }
 }
 
+/// Reads what is there right now, without waiting and without asking the poller, which may not have looked yet; 0 when there
+/// is nothing, or an end or error that is to be found later.
+pub(crate) fn read_now(tcp: &TcpStream, slices: &mut [IoSliceMut<'_>]) -> usize {
+    (&*SockRef::from(tcp)).read_vectored(slices).unwrap_or(0)
+}
+
 /// Writes as much of `slices` as fits.
 pub(crate) fn poll_write(
     tcp: &TcpStream,
@@ -62,9 +68,17 @@ pub(crate) fn reset(tcp: TcpStream) {
     let _ = tcp.set_zero_linger();
 }
 
+/// What every connection of an application needs: bytes are passed on as they come, since waiting for more belongs to the
+/// applications; and [`reset_if_dropped`].
+pub(crate) fn begin(tcp: &TcpStream) {
+    // Both fail only when the connection is gone already.
+    let _ = tcp.set_nodelay(true);
+    reset_if_dropped(tcp);
+}
+
 /// From now on this connection ends with RST however it is closed: on an early return, a dropped task, or the death of
 /// this process. Without it the kernel would end it with FIN, and a flow cut short would look complete.
-pub(crate) fn reset_if_dropped(tcp: &TcpStream) {
+fn reset_if_dropped(tcp: &TcpStream) {
     // Fails only when the connection is gone already.
     let _ = tcp.set_zero_linger();
 }

@@ -7,7 +7,7 @@ use std::{
 
 use tokio::net::{TcpListener, TcpStream};
 
-use super::{Open, Session, TraceId};
+use super::{Ahead, Open, Session, TraceId};
 use crate::identity::{
     SpiffeId,
     credentials::Credentials,
@@ -51,6 +51,7 @@ pub(crate) fn open() -> Open {
         destination: "10.77.2.3:80".parse().expect("an address"),
         client: "10.77.1.2:40000".parse().expect("an address"),
         trace: TraceId::random(),
+        ahead: Ahead::Nothing,
     }
 }
 
@@ -59,10 +60,11 @@ pub(crate) async fn open_flow(client: &mut Session, server: &mut Session) {
     let asked = open();
     let serve = async {
         let got = server.next(Duration::from_secs(5)).await.expect("no error").expect("not closed");
-        server.accept_flow().await.expect("sent");
+        server.accept_flow().expect("in turn");
+        std::future::poll_fn(|cx| server.poll_flush(cx)).await.expect("sent");
         got
     };
-    let (opened, got) = tokio::join!(client.open(&asked), serve);
+    let (opened, got) = tokio::join!(client.open(&asked, None), serve);
     opened.expect("accepted");
     assert_eq!(got, asked);
 }

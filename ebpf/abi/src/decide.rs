@@ -118,9 +118,10 @@ pub enum Steer {
 /// Decides where an inbound connection goes.
 #[inline(always)]
 pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
-    // The agent dials an application from the pod's own address to that address. Such packets cannot come from
-    // outside: the kernel drops a source address that is its own.
-    if flow.local.is_loopback() || flow.local.same(&flow.remote) {
+    // What the pod says to itself, and what the agent says to its applications, which it dials from loopback addresses.
+    // Such packets cannot come from outside: the kernel drops a source address that is its own, or a loopback address.
+    // (A pod that lets the latter in, by route_localnet, can be sent a SYN; its answer goes to the pod itself.)
+    if flow.local.is_loopback() || flow.remote.is_loopback() || flow.local.same(&flow.remote) {
         return Steer::Pass(Reason::InboundLocal);
     }
     let Some(steered) = facts.steered(&flow.local) else {

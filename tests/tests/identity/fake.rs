@@ -26,7 +26,7 @@ use tacit_topology::{Netns, TUNNEL_PORT};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 /// OPEN with its header, in bytes.
-const OPEN_BYTES: usize = 57;
+const OPEN_BYTES: usize = 58;
 const ACCEPT: [u8; 4] = [2, 0, 0, 0];
 const DENY: u8 = 3;
 const FIN: [u8; 4] = [5, 0, 0, 0];
@@ -197,7 +197,7 @@ fn serve(mut tcp: TcpStream, config: &Arc<ServerConfig>, opened: &AtomicUsize) -
 }
 
 fn open(asked: Asked) -> Vec<u8> {
-    let mut frame = vec![1, 0, 0, 53, 1];
+    let mut frame = vec![1, 0, 0, 54, 1];
     for address in [asked.destination, asked.client] {
         let ip = match address.ip() {
             IpAddr::V4(v4) => v4.to_ipv6_mapped(),
@@ -207,6 +207,8 @@ fn open(asked: Asked) -> Vec<u8> {
         frame.extend(address.port().to_be_bytes());
     }
     frame.extend([0x5a; 16]);
+    // No data ahead of the answer.
+    frame.push(0);
     frame
 }
 

@@ -16,6 +16,7 @@ type Relayed = JoinHandle<(FlowEnd, Option<Session>, u64, u64)>;
 fn relay(app: TcpStream, session: Session) -> Relayed {
     tokio::spawn(async move {
         let counters = FlowCounters::default();
+        crate::tunnel::socket::begin(&app);
         let (end, session) = tunnelled(app, session, &counters).await;
         (end, session, counters.sent.load(Relaxed), counters.received.load(Relaxed))
     })

@@ -67,11 +67,11 @@ async fn a_session_carries_one_flow_after_another() {
 async fn a_denied_flow_leaves_the_session_usable() {
     let (mut client, mut server) = sessions().await;
     let serve = async {
-        server.next(SOON).await.expect("no error").expect("not closed");
-        server.deny(DenyReason::Policy).await.expect("sent");
+        let open = server.next(SOON).await.expect("no error").expect("not closed");
+        server.deny(&open, DenyReason::Policy).await.expect("sent");
     };
     let asked = open();
-    let (denied, ()) = tokio::join!(client.open(&asked), serve);
+    let (denied, ()) = tokio::join!(client.open(&asked, None), serve);
     assert!(matches!(denied, Err(OpenError::Denied(DenyReason::Policy))));
     assert!(client.is_idle_alive());
     open_flow(&mut client, &mut server).await;
@@ -114,11 +114,11 @@ async fn a_closed_session_is_no_longer_alive_and_opening_on_it_is_stale() {
     server.close();
     until(|| async { !client.is_idle_alive() }).await;
     let asked = open();
-    assert!(matches!(client.open(&asked).await, Err(OpenError::Stale(_))));
+    assert!(matches!(client.open(&asked, None).await, Err(OpenError::Stale(_))));
 
     let (mut client, server) = sessions().await;
     drop(server);
-    assert!(matches!(client.open(&asked).await, Err(OpenError::Stale(_))));
+    assert!(matches!(client.open(&asked, None).await, Err(OpenError::Stale(_))));
 }
 
 #[tokio::test]
@@ -141,7 +141,7 @@ async fn a_server_that_refuses_our_certificate_says_so_at_open() {
         tokio::join!(Session::connect(client, &web, &expected), Session::accept(server, &db));
     assert_eq!(server.err().expect("refused").reason(), "unknown_issuer");
     let asked = open();
-    let refused = client.expect("TLS 1.3 lets the client finish first").open(&asked).await;
+    let refused = client.expect("TLS 1.3 lets the client finish first").open(&asked, None).await;
     assert_eq!(refused.expect_err("refused").reason(), "refused_by_peer");
 }
 

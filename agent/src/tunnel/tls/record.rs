@@ -25,8 +25,6 @@ pub(in crate::tunnel) const HEADER_BYTES: usize = 5;
 pub(in crate::tunnel) const TAIL_BYTES: usize = 1 + TAG_BYTES;
 /// The most a record carries.
 pub(in crate::tunnel) const CONTENT_MAX_BYTES: usize = 1 << 14;
-/// A sealed KeyUpdate.
-pub(in crate::tunnel) const KEY_UPDATE_BYTES: usize = HEADER_BYTES + 5 + TAIL_BYTES;
 
 /// Tag of every AEAD of TLS 1.3.
 const TAG_BYTES: usize = 16;

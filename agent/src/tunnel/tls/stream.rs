@@ -6,6 +6,8 @@
 use std::{
     future::Future,
     io::{self, IoSlice, IoSliceMut},
+    mem,
+    ops::Deref,
     sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
@@ -22,7 +24,7 @@ use super::{
     TlsInfo, TunnelError, client_config,
     handshake::{self, Handshake},
     negotiated,
-    record::{KEY_UPDATE_BYTES, Opened, RecordError, Records},
+    record::{Opened, RecordError, Records},
     server_config,
 };
 use crate::{
@@ -108,23 +110,23 @@ impl TlsStream {
         &self.tcp
     }
 
-    /// Seals the `payload_bytes` that were read into the slots of `batch`, and queues them. Only while nothing is unsent.
+    /// The same, polled by the calling thread's runtime.
+    pub(in crate::tunnel) fn rehomed(self) -> io::Result<Self> {
+        Ok(Self { tcp: TcpStream::from_std(self.tcp.into_std()?)?, ..self })
+    }
+
+    /// Seals the `payload_bytes` that were read into the slots of `batch`, and queues them. Only while no batch is unsent.
     pub(in crate::tunnel) fn queue_batch(
         &mut self,
         mut batch: Buffer,
         payload_bytes: usize,
     ) -> Result<(), TunnelError> {
-        let key_update = self.records.key_update(batch::records(payload_bytes))?;
+        self.queue_key_update(batch::records(payload_bytes))?;
         let records = &mut self.records;
-        let mut place = batch::seal_frames(&mut batch, payload_bytes, |record| {
+        let sealed_bytes = batch::seal_frames(&mut batch, payload_bytes, |record| {
             records.seal(ContentType::ApplicationData, record)
         })?;
-        if let Some(record) =
-            key_update.as_deref().and_then(|record| record.first_chunk::<KEY_UPDATE_BYTES>())
-        {
-            place.start = batch::put_before(&mut batch, record);
-        }
-        self.outgoing.batch = Some((batch, place.start, place.end));
+        self.outgoing.push(batch, sealed_bytes);
         Ok(())
     }
 
@@ -132,13 +134,13 @@ impl TlsStream {
     pub(in crate::tunnel) fn queue(&mut self, frame: &[u8]) -> Result<(), TunnelError> {
         self.queue_key_update(1)?;
         let record = self.records.sealed(ContentType::ApplicationData, frame)?;
-        self.outgoing.small.extend(record);
+        self.outgoing.behind.extend(record);
         Ok(())
     }
 
     fn queue_key_update(&mut self, more: u64) -> Result<(), RecordError> {
         if let Some(record) = self.records.key_update(more)? {
-            self.outgoing.small.extend(record);
+            self.outgoing.behind.extend(record);
         }
         Ok(())
     }
@@ -216,7 +218,7 @@ impl TlsStream {
     /// Sends an alert behind what is queued, if the socket takes it at once.
     fn say(&mut self, description: AlertDescription) {
         if let Ok(record) = self.records.alert(description) {
-            self.outgoing.small.extend(record);
+            self.outgoing.behind.extend(record);
             let _ = self.tcp.try_write_vectored(&self.outgoing.slices());
         }
     }
@@ -225,36 +227,72 @@ impl TlsStream {
 /// Sealed bytes in the order they were sealed.
 #[derive(Default)]
 struct Outgoing {
-    /// A batch, and which bytes of it are unsent.
-    batch: Option<(Buffer, usize, usize)>,
-    /// Records behind it.
-    small: Vec<u8>,
-    /// How much of `small` is sent.
-    small_sent: usize,
+    /// Small records ahead of the batch.
+    before: Unsent<Vec<u8>>,
+    batch: Option<Unsent<Buffer>>,
+    /// Small records behind it, or alone.
+    behind: Unsent<Vec<u8>>,
+}
+
+/// The bytes of `all` from `start` to `end`.
+#[derive(Default)]
+struct Unsent<B> {
+    all: B,
+    start: usize,
+    end: usize,
 }
 
 impl Outgoing {
     fn is_empty(&self) -> bool {
-        self.batch.is_none() && self.small.is_empty()
+        self.before.is_empty() && self.batch.is_none() && self.behind.is_empty()
     }
 
-    fn slices(&self) -> [IoSlice<'_>; 2] {
-        let batch = self.batch.as_ref().map_or(&[][..], |(buffer, start, end)| &buffer[*start..*end]);
-        [IoSlice::new(batch), IoSlice::new(&self.small[self.small_sent..])]
+    /// Puts a batch behind what is there.
+    fn push(&mut self, batch: Buffer, sealed_bytes: usize) {
+        debug_assert!(self.batch.is_none() && self.before.is_empty(), "two batches");
+        self.before = mem::take(&mut self.behind);
+        self.batch = Some(Unsent { all: batch, start: 0, end: sealed_bytes });
     }
 
-    fn advance(&mut self, mut sent: usize) {
-        if let Some((_, start, end)) = &mut self.batch {
-            let here = sent.min(*end - *start);
-            *start += here;
-            sent -= here;
-            if start == end {
-                self.batch = None;
-            }
+    fn slices(&self) -> [IoSlice<'_>; 3] {
+        let batch = self.batch.as_ref().map_or(&[][..], Unsent::bytes);
+        [self.before.bytes(), batch, self.behind.bytes()].map(IoSlice::new)
+    }
+
+    fn advance(&mut self, sent: usize) {
+        let sent = self.before.advance(sent);
+        let sent = self.batch.as_mut().map_or(sent, |batch| batch.advance(sent));
+        self.behind.advance(sent);
+        if self.before.is_empty() {
+            self.before = Unsent::default();
         }
-        self.small_sent += sent;
-        if self.small_sent == self.small.len() {
-            (self.small, self.small_sent) = (Vec::new(), 0);
+        self.batch = self.batch.take().filter(|batch| !batch.is_empty());
+        if self.behind.is_empty() {
+            self.behind = Unsent::default();
         }
+    }
+}
+
+impl Unsent<Vec<u8>> {
+    fn extend(&mut self, bytes: Vec<u8>) {
+        self.all.extend(bytes);
+        self.end = self.all.len();
+    }
+}
+
+impl<B: Deref<Target = [u8]>> Unsent<B> {
+    fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.all[self.start..self.end]
+    }
+
+    /// Takes up to `sent` bytes off; returns how many of those belong to what follows.
+    fn advance(&mut self, sent: usize) -> usize {
+        let here = sent.min(self.end - self.start);
+        self.start += here;
+        sent - here
     }
 }

@@ -1,0 +1,187 @@
+//! The threads that carry flows. Each runs a runtime of its own, so a flow stays on the thread that accepted it: its two
+//! sockets, its buffers and its timers have one poller, and no wake-up crosses threads.
+//!
+//! A pod's listeners have a home. What is accepted there stays there, unless another thread has clearly less to do: then
+//! the connection moves once, before anything was read from it. (One listener for each thread by SO_REUSEPORT would spread
+//! connections too, but any process of the pod with the agent's user id could join such a group and be handed a share.)
+
+use std::{
+    cell::Cell,
+    io,
+    num::NonZeroUsize,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use tokio::{runtime::Handle, sync::oneshot, time::interval};
+
+use crate::tunnel::buffers;
+
+/// How many more connections than the idlest thread one may have before it passes new ones on.
+const LEAD_MAX: usize = 2;
+/// How often a thread gives back memory that it no longer uses.
+const TRIM: Duration = Duration::from_secs(5);
+
+thread_local! {
+    static CURRENT: Cell<usize> = const { Cell::new(0) };
+}
+
+/// All of them.
+#[derive(Debug)]
+pub struct Workers {
+    workers: Vec<Worker>,
+}
+
+#[derive(Debug)]
+struct Worker {
+    handle: Handle,
+    /// Connections it serves.
+    load: Arc<AtomicUsize>,
+    /// Ends the thread when dropped.
+    running: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Counts one connection while it lives.
+#[derive(Debug)]
+pub struct Load(Arc<AtomicUsize>);
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+impl Workers {
+    /// Starts `count` threads.
+    ///
+    /// # Errors
+    /// When the system gives no thread or no poller.
+    pub fn start(count: NonZeroUsize) -> io::Result<Self> {
+        (0..count.get()).map(Worker::start).collect::<io::Result<_>>().map(|workers| Self { workers })
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.workers.len()
+    }
+
+    /// Never true.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.workers.is_empty()
+    }
+
+    /// The runtime of one.
+    #[must_use]
+    pub fn handle(&self, index: usize) -> &Handle {
+        &self.workers[index % self.workers.len()].handle
+    }
+
+    /// Where a new connection goes that was accepted on `home`.
+    pub fn place(&self, home: usize) -> (usize, Load) {
+        let loads: Vec<_> = self.workers.iter().map(|worker| worker.load.load(Relaxed)).collect();
+        let index = choose(home, &loads);
+        let load = &self.workers[index].load;
+        load.fetch_add(1, Relaxed);
+        (index, Load(load.clone()))
+    }
+
+    /// The one that runs the caller; the first when none does.
+    #[must_use]
+    pub fn current() -> usize {
+        CURRENT.get()
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        for worker in &mut self.workers {
+            worker.running = None;
+        }
+        for thread in self.workers.iter_mut().filter_map(|worker| worker.thread.take()) {
+            // It panicked: nothing is left to end.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Worker {
+    fn start(index: usize) -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let handle = runtime.handle().clone();
+        let (running, ended) = oneshot::channel();
+        let run = move || {
+            CURRENT.set(index);
+            runtime.block_on(async {
+                tokio::select! {
+                    // Nothing is ever sent.
+                    _ = ended => {}
+                    () = trim() => {}
+                }
+            });
+        };
+        let thread = thread::Builder::new().name(format!("tacit-flows-{index}")).spawn(run)?;
+        Ok(Self { handle, load: Arc::default(), running: Some(running), thread: Some(thread) })
+    }
+}
+
+async fn trim() {
+    let mut tick = interval(TRIM);
+    loop {
+        tick.tick().await;
+        buffers::trim();
+    }
+}
+
+/// `home`, unless it leads the idlest by more than [`LEAD_MAX`].
+fn choose(home: usize, loads: &[usize]) -> usize {
+    let Some((idlest, least)) = loads.iter().copied().enumerate().min_by_key(|(_, load)| *load) else {
+        return home;
+    };
+    match loads.get(home) {
+        Some(load) if *load <= least + LEAD_MAX => home,
+        _ => idlest,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_stays_at_home_unless_another_thread_is_clearly_idler() {
+        for (home, loads, expected) in [
+            (0, vec![0], 0),
+            (0, vec![7], 0),
+            (0, vec![2, 0], 0),
+            (0, vec![3, 0], 1),
+            (1, vec![9, 10, 8], 1),
+            (1, vec![9, 12, 8], 2),
+            (1, vec![0, 100, 0], 0),
+        ] {
+            assert_eq!(choose(home, &loads), expected, "{home} of {loads:?}");
+        }
+    }
+
+    #[test]
+    fn each_thread_knows_itself_and_what_it_serves() {
+        let workers = Workers::start(NonZeroUsize::new(2).expect("not zero")).expect("threads");
+        let current = |index| {
+            let (tell, told) = std::sync::mpsc::channel();
+            workers.handle(index).spawn(async move { tell.send(Workers::current()) });
+            told.recv().expect("it runs")
+        };
+        assert_eq!((current(0), current(1)), (0, 1));
+        let held: Vec<_> = (0..4).map(|_| workers.place(0)).collect();
+        let places: Vec<_> = held.iter().map(|(index, _)| *index).collect();
+        assert_eq!(places, [0, 0, 0, 1]);
+        drop(held);
+        assert_eq!(workers.place(0).0, 0);
+    }
+}
