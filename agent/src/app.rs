@@ -49,6 +49,10 @@ use report::Report;
 /// How often the node's own addresses are read again and idle sessions are thrown out.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
 
+/// When so many connections have come or gone, memory that is left over is given back: that of their handshakes, some
+/// 30 KiB each, or all that they had.
+const MANY: usize = 1000;
+
 /// Heartbeats within the time after which the kernel takes the agent for dead: a few may be late or lost.
 const BEATS_WITHIN_TIMEOUT: u32 = 6;
 
@@ -266,8 +270,14 @@ fn beat(kernel: &Kernel, timeout: Duration, policies: &Watched<Policies>) -> Res
 async fn housekeeping(path: Arc<DataPath>) {
     let mut tick = interval(HOUSEKEEPING);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut trimmed_at = 0;
     loop {
         tick.tick().await;
+        let connections = path.drain.tasks.len();
+        if connections.abs_diff(trimmed_at) > MANY {
+            trimmed_at = connections;
+            node::release_memory();
+        }
         if let Err(error) = refresh_node(&path.kernel) {
             tracing::error!(%error, "the node's own addresses may be outdated: probes from new ones are refused under STRICT");
         }

@@ -81,7 +81,7 @@ pub struct DataPath {
     pub handshakes: Semaphore,
     /// Who carries flows.
     pub workers: Workers,
-    pool: Mutex<Pool<PoolKey, Session>>,
+    pool: Mutex<Pool<PoolKey, Box<Session>>>,
 }
 
 /// Parts of a [`DataPath`] that others made.
@@ -141,7 +141,7 @@ impl DataPath {
     }
 
     /// The idle sessions.
-    pub fn pool(&self) -> MutexGuard<'_, Pool<PoolKey, Session>> {
+    pub fn pool(&self) -> MutexGuard<'_, Pool<PoolKey, Box<Session>>> {
         self.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -55,7 +55,7 @@ pub async fn tunnel(path: Arc<DataPath>, pod: Arc<Pod>, tcp: TcpStream, peer: So
     }
 }
 
-async fn serve(path: &DataPath, pod: &Pod, mut session: Session, peer: IpAddr, at: IpAddr) {
+async fn serve(path: &DataPath, pod: &Pod, mut session: Box<Session>, peer: IpAddr, at: IpAddr) {
     loop {
         let next = tokio::select! {
             next = session.next(SERVER_IDLE) => next,
@@ -91,11 +91,11 @@ async fn serve(path: &DataPath, pod: &Pod, mut session: Session, peer: IpAddr, a
 async fn one_flow(
     path: &DataPath,
     pod: &Pod,
-    mut session: Session,
+    mut session: Box<Session>,
     open: &Open,
     peer: IpAddr,
     at: IpAddr,
-) -> Option<Session> {
+) -> Option<Box<Session>> {
     let identity = session.peer().clone();
     if let Err(denied) = admit(pod, &session, open, peer, at) {
         return deny(path, session, open, denied).await;
@@ -164,7 +164,12 @@ fn admit(pod: &Pod, session: &Session, open: &Open, peer: IpAddr, at: IpAddr) ->
     }
 }
 
-async fn deny(path: &DataPath, mut session: Session, open: &Open, denied: Denied) -> Option<Session> {
+async fn deny(
+    path: &DataPath,
+    mut session: Box<Session>,
+    open: &Open,
+    denied: Denied,
+) -> Option<Box<Session>> {
     let Denied { reason, label, detail } = denied;
     path.report(refusal(open.client, open.destination, session.peer(), label, detail));
     let answered = session.deny(open, reason).await;

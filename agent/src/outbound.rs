@@ -213,7 +213,7 @@ async fn tunnel(path: &DataPath, pod: &Pod, flow: Captured, key: impl Fn(&Creden
     let key = key(&own);
     let trace = TraceId::random();
     let open = Open { destination, client: source, trace, ahead: Ahead::Nothing };
-    let (session, ahead_bytes) = match opened(path, pod, &app, &own, &key, &open).await {
+    let (session, ahead_bytes) = match Box::pin(opened(path, pod, &app, &own, &key, &open)).await {
         Ok(opened) => opened,
         Err(failure) => return path.refuse(app, refused(source, destination, failure)),
     };
@@ -249,7 +249,7 @@ async fn opened(
     own: &Arc<Credentials>,
     key: &PoolKey,
     open: &Open,
-) -> Result<(Session, usize), Failure> {
+) -> Result<(Box<Session>, usize), Failure> {
     // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it went ahead: the
     // destination may have read those, so they are not sent twice.
     while let Some(mut session) = take(path, key) {
@@ -286,22 +286,22 @@ fn ready_payload(app: &TcpStream) -> (Option<(Buffer, usize)>, usize) {
 }
 
 /// An idle session: one of this thread, or else one that another thread polls, which moves here.
-fn take(path: &DataPath, key: &PoolKey) -> Option<Session> {
+fn take(path: &DataPath, key: &PoolKey) -> Option<Box<Session>> {
     let now = Instant::now();
     let mut pool = path.pool();
-    if let Some(session) = pool.take(key, now, is_usable) {
+    if let Some(session) = pool.take(key, now, |session| is_usable(session)) {
         return Some(session);
     }
     let others = (0..path.workers.len()).filter(|worker| *worker != key.worker);
     let found = others
         .map(|worker| PoolKey { worker, ..key.clone() })
-        .find_map(|key| pool.take(&key, now, is_usable));
+        .find_map(|key| pool.take(&key, now, |session| is_usable(session)));
     drop(pool);
     found?.rehomed().inspect_err(|error| tracing::debug!(%error, "idle session lost on its way")).ok()
 }
 
 /// A denied flow leaves its session as good as before, if none of its bytes went ahead.
-fn denied(path: &DataPath, key: &PoolKey, session: Session, reason: DenyReason) -> Failure {
+fn denied(path: &DataPath, key: &PoolKey, session: Box<Session>, reason: DenyReason) -> Failure {
     if session.is_idle() {
         keep(path, key.clone(), session);
     } else {
@@ -315,7 +315,7 @@ fn is_usable(session: &Session) -> bool {
 }
 
 /// Keeps a session for the next flow.
-fn keep(path: &DataPath, key: PoolKey, session: Session) {
+fn keep(path: &DataPath, key: PoolKey, session: Box<Session>) {
     let no_room = path.pool().put(key, session, Instant::now());
     if let Some(session) = no_room {
         session.close();

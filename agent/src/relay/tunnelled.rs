@@ -46,9 +46,9 @@ const RESET_MAX: Duration = Duration::from_secs(5);
 /// open, a server wait for the next.
 pub async fn tunnelled(
     app: TcpStream,
-    mut session: Session,
+    mut session: Box<Session>,
     counters: &FlowCounters,
-) -> (FlowEnd, Option<Session>) {
+) -> (FlowEnd, Option<Box<Session>>) {
     let (ours, theirs) = match session.role() {
         Role::Client => (Party::Source, Party::Destination),
         Role::Server => (Party::Destination, Party::Source),
@@ -78,7 +78,7 @@ pub async fn tunnelled(
 }
 
 /// The session, once nothing of the flow is left in it.
-async fn reusable(mut session: Session) -> Option<Session> {
+async fn reusable(mut session: Box<Session>) -> Option<Box<Session>> {
     if session.role() == Role::Server {
         return Some(session);
     }
@@ -91,7 +91,7 @@ async fn reusable(mut session: Session) -> Option<Session> {
     }
 }
 
-async fn send_reset(mut session: Session) {
+async fn send_reset(mut session: Box<Session>) {
     if session.send(&Control::Reset).is_ok() {
         // Whether it got out or not, the session closes now, and the peer takes a closed one for a reset.
         let _ = timeout(RESET_MAX, poll_fn(|cx| session.poll_flush(cx))).await;

@@ -76,7 +76,8 @@ impl From<TunnelError> for OpenError {
     }
 }
 
-/// An authenticated session with one peer.
+/// An authenticated session with one peer. Boxed, as the task of a flow would hold room for it in every state that it can
+/// be in; so are handshakes, of which nothing is left while a flow runs.
 pub struct Session {
     tls: TlsStream,
     inbox: Inbox,
@@ -97,20 +98,22 @@ impl Session {
         tcp: TcpStream,
         own: &Arc<Credentials>,
         expected: &SpiffeId,
-    ) -> Result<Self, TunnelError> {
-        Ok(Self::new(stream::connect(tcp, own, expected).await?, Role::Client))
+    ) -> Result<Box<Self>, TunnelError> {
+        let handshake = Box::pin(stream::connect(tcp, own, expected));
+        Ok(Self::new(handshake.await?, Role::Client))
     }
 
     /// Accepts a client of the trust domain of `own` over `tcp`. Bounded in time.
     ///
     /// # Errors
     /// [`TunnelError`].
-    pub async fn accept(tcp: TcpStream, own: &Arc<Credentials>) -> Result<Self, TunnelError> {
-        Ok(Self::new(stream::accept(tcp, own).await?, Role::Server))
+    pub async fn accept(tcp: TcpStream, own: &Arc<Credentials>) -> Result<Box<Self>, TunnelError> {
+        let handshake = Box::pin(stream::accept(tcp, own));
+        Ok(Self::new(handshake.await?, Role::Server))
     }
 
-    fn new(established: Established, role: Role) -> Self {
-        Self {
+    fn new(established: Established, role: Role) -> Box<Self> {
+        Box::new(Self {
             tls: established.stream,
             inbox: established.inbox,
             role,
@@ -118,7 +121,7 @@ impl Session {
             peer: established.peer,
             peer_validity: established.peer_validity,
             info: established.tls,
-        }
+        })
     }
 
     /// Who the peer is, by its certificate.
@@ -165,8 +168,9 @@ impl Session {
     ///
     /// # Errors
     /// When descriptors or memory of the poller are used up; the session is gone then.
-    pub fn rehomed(self) -> io::Result<Self> {
-        Ok(Self { tls: self.tls.rehomed()?, ..self })
+    pub fn rehomed(self: Box<Self>) -> io::Result<Box<Self>> {
+        let session = *self;
+        Ok(Box::new(Self { tls: session.tls.rehomed()?, ..session }))
     }
 
     /// True when another flow may be opened.
@@ -276,7 +280,7 @@ impl Session {
     }
 
     /// Closes the session properly, without waiting for anything.
-    pub fn close(self) {
+    pub fn close(self: Box<Self>) {
         self.tls.close();
     }
 

@@ -36,7 +36,7 @@ pub(crate) async fn connection() -> (TcpStream, TcpStream) {
 }
 
 /// A session of `web` with `db`: client and server.
-pub(crate) async fn sessions() -> (Session, Session) {
+pub(crate) async fn sessions() -> (Box<Session>, Box<Session>) {
     let (client, server) = connection().await;
     let (web, db) = (credentials("web"), credentials("db"));
     let expected = identity("db");

@@ -11,9 +11,9 @@ use crate::{
     tunnel::testing::{connection, open_flow, sessions},
 };
 
-type Relayed = JoinHandle<(FlowEnd, Option<Session>, u64, u64)>;
+type Relayed = JoinHandle<(FlowEnd, Option<Box<Session>>, u64, u64)>;
 
-fn relay(app: TcpStream, session: Session) -> Relayed {
+fn relay(app: TcpStream, session: Box<Session>) -> Relayed {
     tokio::spawn(async move {
         let counters = FlowCounters::default();
         crate::tunnel::socket::begin(&app);
@@ -36,7 +36,7 @@ impl Path {
         Self::over(client, server).await
     }
 
-    async fn over(mut client: Session, mut server: Session) -> Self {
+    async fn over(mut client: Box<Session>, mut server: Box<Session>) -> Self {
         open_flow(&mut client, &mut server).await;
         let (source, near) = connection().await;
         let (far, destination) = connection().await;
