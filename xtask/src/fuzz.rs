@@ -7,12 +7,12 @@ use anyhow::{Context as _, Result, ensure};
 use crate::{command, progress::note, workspace::Workspace};
 
 const VERSION: &str = "0.13.2";
-const TARGETS: [&str; 4] = ["frames", "policy", "directory", "config"];
+const TARGETS: [&str; 5] = ["frames", "records", "policy", "directory", "config"];
 
 /// What to fuzz.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Targets: frames, policy, directory, config; all of them when none is named
+    /// Targets: frames, records, policy, directory, config; all of them when none is named
     targets: Vec<String>,
     /// How long each is run
     #[arg(long, default_value_t = 120, value_name = "SECONDS")]

@@ -205,6 +205,15 @@ pub(crate) mod testing {
             self.sign(&params).expect("signed")
         }
 
+        /// Key and certificate of `identity` as PEM, for programs of others.
+        pub(crate) fn pem(&self, identity: &SpiffeId) -> [String; 2] {
+            let key = KeyPair::generate().expect("a key");
+            let lifetime = Duration::from_secs(600);
+            let params = leaf_params(&[identity.to_string()], SystemTime::now(), lifetime).expect("ascii");
+            let leaf = params.signed_by(&key, &self.root.issuer).expect("signed");
+            [key.serialize_pem(), leaf.pem()]
+        }
+
         /// A chain and key with exactly these URI names, which `Credentials` would refuse.
         pub(crate) fn odd(&self, uris: &[String]) -> Arc<rustls::sign::CertifiedKey> {
             let key = KeyPair::generate().expect("a key");

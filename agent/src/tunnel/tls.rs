@@ -5,7 +5,9 @@
 //! provider is built here explicitly, so that neither a crate feature nor a process-wide default can widen the choice.
 
 mod handshake;
-pub(super) mod record;
+#[cfg(test)]
+mod openssl;
+pub(crate) mod record;
 pub(super) mod stream;
 #[cfg(test)]
 mod tests;

@@ -8,7 +8,7 @@ use super::apt::Apt;
 use crate::command::find_program;
 
 /// A program and the Debian package that has it. None of the packages brings a service.
-const PROGRAMS: [(&str, &str); 11] = [
+const PROGRAMS: [(&str, &str); 12] = [
     ("apache2", "apache2-bin"),
     ("mariadbd", "mariadb-server-core"),
     ("mariadb-install-db", "mariadb-server-core"),
@@ -16,6 +16,7 @@ const PROGRAMS: [(&str, &str); 11] = [
     ("tcpdump", "tcpdump"),
     ("curl", "curl"),
     ("ip", "iproute2"),
+    ("openssl", "openssl"),
     ("ss", "iproute2"),
     ("nsenter", "util-linux"),
     ("sysctl", "procps"),

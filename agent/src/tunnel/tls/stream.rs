@@ -145,9 +145,9 @@ impl TlsStream {
         Ok(())
     }
 
-    /// True while sealed bytes wait to be sent.
+    /// True while something is to be sent.
     pub(in crate::tunnel) fn unsent(&self) -> bool {
-        !self.outgoing.is_empty()
+        !self.outgoing.is_empty() || self.records.owes_key_update()
     }
 
     /// Sends what is queued.
