@@ -21,7 +21,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
-use tokio::time::timeout;
+use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -33,7 +33,7 @@ use crate::{
         netns::{HostNetns, Netns},
         socket::Listeners,
     },
-    policy::{Modes, Policies},
+    policy::{Authorization, Modes, Policies},
     reload::Watched,
     telemetry::Telemetry,
 };
@@ -65,6 +65,8 @@ pub struct Pod {
     pub links: Vec<GuardedLink>,
     /// Cancelled when the pod is no longer enrolled.
     pub closed: CancellationToken,
+    /// The policies that select it; sent again when its modes change.
+    authorization: watch::Sender<Arc<Authorization>>,
     slot: u32,
 }
 
@@ -79,6 +81,18 @@ impl Pod {
     #[must_use]
     pub fn home(&self, workers: usize) -> usize {
         self.slot as usize % workers
+    }
+
+    /// The authorization policies that select it.
+    #[must_use]
+    pub fn authorization(&self) -> Arc<Authorization> {
+        Arc::clone(&self.authorization.borrow())
+    }
+
+    /// Notice of every change of its policies or modes.
+    #[must_use]
+    pub fn policy_changes(&self) -> watch::Receiver<Arc<Authorization>> {
+        self.authorization.subscribe()
     }
 
     /// Its address of the same family as `other`.
@@ -211,7 +225,7 @@ impl Enroller {
                 }
             }
         }
-        self.apply_modes(state, &wanted);
+        self.apply_policies(state, &wanted);
         if std::mem::take(&mut state.first) {
             self.remove_leftovers(state);
         }
@@ -262,7 +276,8 @@ impl Enroller {
         if !POD_LEVELS.contains(&below) {
             return Err(NotYet::Depth(below));
         }
-        let modes = self.policies.current().modes(workload);
+        let policies = self.policies.current();
+        let (modes, authorization) = (policies.modes(workload), policies.authorization(workload));
         let slot = self.cover(state, cgroup.id(), workload, &modes)?;
         let netns = self.find_netns(&path, workload)?;
         let identity = &workload.identity;
@@ -271,7 +286,7 @@ impl Enroller {
         let was_enrolled_here = self.kernel.maps.enrolled_in(cgroup.id()) == Some(netns.cookie());
         let entry = entry(workload, cgroup.id(), slot, netns.cookie(), &modes);
         let links = self
-            .tell_kernel(&entry, &netns, &listeners, &modes)
+            .tell_kernel(&entry, &netns, &listeners, (&modes, &authorization))
             .map_err(|e| NotYet::Kernel(e.to_string()))?;
         if !was_enrolled_here {
             self.reset_clear(&netns, workload);
@@ -283,6 +298,7 @@ impl Enroller {
             modes: ArcSwap::from_pointee(modes),
             links,
             closed: CancellationToken::new(),
+            authorization: watch::Sender::new(Arc::new(authorization)),
             slot,
         });
         (self.serve)(pod.clone(), listeners);
