@@ -154,8 +154,8 @@ async fn hand_over(path: &DataPath, pod: &Pod, flow: Captured) {
         (Reporter::Source, path.party(source, Some(identity.clone())), path.party(destination, own))
     };
     if let Err(denial) = admission::admit(&path.telemetry, &target, &asked, ends) {
-        let failure = Failure::new(denial.label, denial.detail);
-        return path.refuse(app, refused(source, destination, failure));
+        let refused = refused(source, destination, Failure::new(denial.label, denial.detail));
+        return path.refuse(app, Refused { identity: Some(identity.clone()), ..refused });
     }
     match path.to_application(&target, destination, source).await {
         Ok(server) => {
