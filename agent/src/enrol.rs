@@ -16,7 +16,7 @@ use std::{
     net::IpAddr,
     path::PathBuf,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
@@ -186,7 +186,7 @@ impl Enroller {
         let mut events = CgroupEvents::new()?;
         let mut directory = self.directory.subscribe();
         let mut policies = self.policies.subscribe();
-        let mut state = State { current: HashMap::new(), known: HashMap::new(), first: true };
+        let mut state = State::default();
         state.known.extend(self.kernel.maps.pods());
         while !stop.is_cancelled() {
             self.reconcile(&mut state, &events).await;
@@ -218,6 +218,7 @@ impl Enroller {
             match self.enrol(state, workload).await {
                 Ok(pod) => {
                     tracing::info!(pod = %workload.name, namespace = %workload.namespace, "enrolled");
+                    state.unsettled.insert(pod.cgroup, Instant::now());
                     state.current.insert(workload.cgroup.clone(), pod);
                 }
                 Err(reason) => {
@@ -226,7 +227,7 @@ impl Enroller {
             }
         }
         self.apply_policies(state, &wanted);
-        if std::mem::take(&mut state.first) {
+        if !std::mem::replace(&mut state.reconciled, true) {
             self.remove_leftovers(state);
         }
         self.publish(state, waiting);
@@ -357,12 +358,16 @@ fn is_same(a: &Workload, b: &Workload) -> bool {
         && (a.egress, a.udp) == (b.egress, b.udp)
 }
 
+#[derive(Default)]
 struct State {
     /// Enrolled pods by the directory's cgroup path.
     current: HashMap<PathBuf, Arc<Pod>>,
     /// Pods in the kernel's map: cgroup id to slot.
     known: HashMap<u64, u32>,
-    first: bool,
+    /// Pods whose policy changed a short time ago, by cgroup id, with when.
+    unsettled: HashMap<u64, Instant>,
+    /// Whether all pods have been looked at once.
+    reconciled: bool,
 }
 
 impl State {

@@ -119,7 +119,8 @@ fn plaintext_in_permissive_meets_the_policies_of_its_pod_alive_or_dead() -> Resu
     }
     // The application still sees who it talks to, though the agent is between.
     let (peers, stranger) = (web[0].events().so_far(), stranger_of(&mesh)?);
-    let named = peers.iter().any(|event| event["peer"].as_str().is_some_and(|peer| peer.starts_with(&stranger)));
+    let named =
+        peers.iter().any(|event| event["peer"].as_str().is_some_and(|peer| peer.starts_with(&stranger)));
     ensure!(named, "{peers:?}");
     for server in &web {
         ensure!(probe(&mesh, server.address())? == format!("{GREETING}\n"), "the node's probe");

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use super::{Enroller, NotYet, Pod, State};
@@ -16,6 +17,11 @@ use crate::{
     policy::{Authorization, Flow, Mode, Modes, Source, Verdict, decide},
     telemetry::{Party, Refusal, Reporter},
 };
+
+/// How long after a change of policy connections are looked for that came before it: above the time in which a client
+/// answers the kernel's SYN-ACK or is sent another.
+const SETTLING: Duration = Duration::from_secs(3);
+const TUNNEL: u16 = tacit_abi::tcp_port::TUNNEL;
 
 impl Enroller {
     /// Makes sure that the kernel knows the pod, so that it sends nothing past the agent from here on. An entry of an
@@ -57,30 +63,36 @@ impl Enroller {
         Ok(links)
     }
 
-    pub(super) fn apply_policies(&self, state: &State, wanted: &[Arc<Workload>]) {
+    pub(super) fn apply_policies(&self, state: &mut State, wanted: &[Arc<Workload>]) {
         let policies = self.policies.current();
+        state.unsettled.retain(|_, since| since.elapsed() < SETTLING);
         for pod in state.current.values() {
             // Labels may have changed since the pod was enrolled.
             let entry = wanted.iter().find(|w| w.cgroup == pod.workload.cgroup).unwrap_or(&pod.workload);
             let (modes, authorization) = (policies.modes(entry), policies.authorization(entry));
-            let before = pod.authorization();
-            if modes == **pod.modes.load() && authorization == *before {
-                continue;
+            if (modes != **pod.modes.load() || authorization != *pod.authorization())
+                && self.change_policies(pod, modes, authorization)
+            {
+                state.unsettled.insert(pod.cgroup, Instant::now());
             }
-            match self.set_policies(pod, &modes, &authorization) {
-                Ok(()) => {
-                    let selected_by: Vec<_> = authorization.names().collect();
-                    tracing::info!(pod = %pod.workload.name, mode = ?modes.default, ?selected_by, "policy changed");
-                    pod.modes.store(Arc::new(modes));
-                    // Flows under way look at both when this comes.
-                    pod.authorization.send_replace(Arc::new(authorization));
-                    self.reset_denied(pod);
-                }
-                Err(error) => {
-                    tracing::error!(pod = %pod.workload.name, %error, "policy not applied; trying again")
-                }
+            if state.unsettled.contains_key(&pod.cgroup) {
+                self.reset_denied(pod);
             }
         }
+    }
+
+    /// Returns whether they hold now.
+    fn change_policies(&self, pod: &Pod, modes: Modes, authorization: Authorization) -> bool {
+        if let Err(error) = self.set_policies(pod, &modes, &authorization) {
+            tracing::error!(pod = %pod.workload.name, %error, "policy not applied; trying again");
+            return false;
+        }
+        let selected_by: Vec<_> = authorization.names().collect();
+        tracing::info!(pod = %pod.workload.name, mode = ?modes.default, ?selected_by, "policy changed");
+        pod.modes.store(Arc::new(modes));
+        // Flows under way look at both when this comes.
+        pod.authorization.send_replace(Arc::new(authorization));
+        true
     }
 
     fn set_policies(
@@ -96,6 +108,7 @@ impl Enroller {
     }
 
     /// Ends connections that the pod's applications accepted in clear, with no agent between, while that was allowed.
+    /// Called for [`SETTLING`]: the handshake of one that the kernel let through may not have ended at the change.
     fn reset_denied(&self, pod: &Pod) {
         let nodes = node::addresses().unwrap_or_default();
         let (modes, authorization) = (pod.modes.load(), pod.authorization());
@@ -107,7 +120,8 @@ impl Enroller {
         };
         let is_denied = |local: SocketAddr, remote: SocketAddr| {
             let own = &pod.workload.addresses;
-            if !own.contains(&local.ip()) || own.contains(&remote.ip()) || nodes.contains(&remote.ip()) {
+            let from_outside = own.contains(&local.ip()) && !own.contains(&remote.ip());
+            if !from_outside || nodes.contains(&remote.ip()) || local.port() == TUNNEL {
                 return false;
             }
             let flow = Flow { source: Source::Plaintext, client: remote.ip(), destination: local };
