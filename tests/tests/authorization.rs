@@ -154,55 +154,68 @@ fn probe(mesh: &Mesh, to: SocketAddr) -> Result<String> {
 #[ignore = "needs root"]
 fn a_changed_policy_closes_the_flows_it_no_longer_allows_and_no_others() -> Result<()> {
     let mesh = plan().with_agents()?;
-    let agent = mesh.agent("b")?;
-    let web = mesh.pod("web")?;
-    let server = Server::start(web, SocketAddr::new(web.ipv4().into(), fresh_port()), &["echo"])?;
+    let all = for_web("all", "rules: [{}]");
+    let few = for_web("few", &principals(&["batch", "other"]));
+    let strict = "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+                  metadata: {name: default, namespace: shop}\nspec: {mtls: {mode: STRICT}}\n";
+    let (meshed, strangers) = (["cart", "near"], ["stranger", "neighbour"]);
     // Without a policy plaintext goes by the kernel alone, with one it goes through the agent: both must end.
+    let steps = [
+        ("", few.clone(), [&meshed[..], &strangers].concat(), vec!["batch", "other"]),
+        (&all, few, [&meshed[..], &strangers].concat(), vec!["batch", "other"]),
+        ("", strict.to_owned(), strangers.to_vec(), meshed.to_vec()),
+        (&all, all.clone() + strict, strangers.to_vec(), meshed.to_vec()),
+    ];
     let mut ended = 0;
-    for (start, names) in [(String::new(), &[][..]), (for_web("all", "rules: [{}]"), &["shop/all"])] {
-        agent.files().set_policy(&start)?;
-        observe::wait_status(agent, "the first policy", |status| is_in_force(status, names))?;
-        let close = ["send:one", "line", "read-end"];
-        let closing: Vec<_> = ["cart", "near", "stranger", "neighbour"]
-            .into_iter()
-            .map(|name| Ok((name, Client::start(mesh.pod(name)?, server.address(), &close)?)))
-            .collect::<Result<_>>()?;
-        let stay = ["send:one", "line", "pause", "send:two", "line", "shut", "read-end"];
-        let mut staying = [
-            Client::start(mesh.pod("batch")?, server.address(), &stay)?,
-            Client::start(mesh.pod("other")?, server.address(), &stay)?,
-        ];
-        for client in closing.iter().map(|(_, client)| client).chain(&staying) {
-            client.events().first("line")?;
-        }
-        agent.files().set_policy(&for_web("few", &principals(&["batch", "other"])))?;
-        for (name, client) in closing {
-            let told = client.finish()?;
-            let reset = told.iter().any(|event| event["end"] == "ConnectionReset");
-            ensure!(reset, "{name}, from {start:?}: {told:?}");
-            ended += 1;
-        }
-        for client in &mut staying {
-            client.proceed()?;
-        }
-        for client in staying {
-            let told = client.finish()?;
-            let has = |key: &str, value: &str| told.iter().any(|event| event[key] == value);
-            ensure!(has("text", "two") && has("end", "eof"), "from {start:?}: {told:?}");
-        }
-        let revoked = || observe::metric(agent, "tacit_connections_revoked_total", &[]);
-        until("all counted", CHANGED, || Ok((revoked()? == ended).then_some(())))
-            .with_context(|| format!("{ended} ended, {:?} counted", revoked()))?;
+    for (number, (before, after, closing, staying)) in steps.into_iter().enumerate() {
+        ended += closing.len() as u64;
+        change(&mesh, (before, &after), &closing, &staying).with_context(|| format!("step {number}"))?;
+        let counted = || observe::metric(mesh.agent("b")?, "tacit_connections_revoked_total", &[]);
+        until("all counted", CHANGED, || Ok((counted()? == ended).then_some(())))
+            .with_context(|| format!("step {number}: {ended} ended, {:?} counted", counted()))?;
     }
-    ensure!(agent.log()?.contains("connection closed: policy no longer allows it"), "not logged");
+    let log = mesh.agent("b")?.log()?;
+    ensure!(log.contains("connection closed: policy no longer allows it"), "not logged");
     Ok(())
 }
 
-/// Whether these policies, and no others, select `web`.
+/// Opens flows to `web` under one policy and looks at them under the next.
+fn change(mesh: &Mesh, (before, after): (&str, &str), closing: &[&str], staying: &[&str]) -> Result<()> {
+    let (agent, web) = (mesh.agent("b")?, mesh.pod("web")?);
+    let server = Server::start(web, SocketAddr::new(web.ipv4().into(), fresh_port()), &["echo"])?;
+    agent.files().set_policy(before)?;
+    let names = if before.is_empty() { &[][..] } else { &["shop/all"] };
+    observe::wait_status(agent, "the policy before", |status| is_in_force(status, names))?;
+    let start = |name: &str, steps: &[&str]| -> Result<_> {
+        let client = Client::start(mesh.pod(name)?, server.address(), steps)?;
+        client.events().first("line")?;
+        Ok((name.to_owned(), client))
+    };
+    let end = ["send:one", "line", "read-end"];
+    let closing: Vec<_> = closing.iter().map(|name| start(name, &end)).collect::<Result<_>>()?;
+    let stay = ["send:one", "line", "pause", "send:two", "line", "shut", "read-end"];
+    let mut staying: Vec<_> = staying.iter().map(|name| start(name, &stay)).collect::<Result<_>>()?;
+    agent.files().set_policy(after)?;
+    for (name, client) in closing {
+        let told = client.finish()?;
+        ensure!(told.iter().any(|event| event["end"] == "ConnectionReset"), "{name}: {told:?}");
+    }
+    for (_, client) in &mut staying {
+        client.proceed()?;
+    }
+    for (name, client) in staying {
+        let told = client.finish()?;
+        let has = |key: &str, value: &str| told.iter().any(|event| event[key] == value);
+        ensure!(has("text", "two") && has("end", "eof"), "{name}: {told:?}");
+    }
+    Ok(())
+}
+
+/// Whether these policies, and no others, select `web`, and its mode is PERMISSIVE.
 fn is_in_force(status: &Value, names: &[&str]) -> Option<()> {
     let web = status["pods"].as_array()?.iter().find(|pod| pod["name"] == "web")?;
     let policies: Vec<_> = web["policies"].as_array()?.iter().filter_map(Value::as_str).collect();
-    (policies == names).then_some(())
+    (policies == names && web["mode"] == "PERMISSIVE").then_some(())
 }
 
 #[test]

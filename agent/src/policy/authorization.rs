@@ -97,6 +97,7 @@ struct OperationMatch {
 enum Condition {
     SourceIp(Listed<IpNet>),
     SourceNamespace(Listed<Pattern>),
+    SourceAccount(Listed<Account>),
     SourcePrincipal(Listed<Pattern>),
     DestinationIp(Listed<IpNet>),
     DestinationPort(Listed<u16>),
@@ -136,13 +137,17 @@ impl<'a> Seen<'a> {
     fn has_namespace(&self, pattern: &Pattern) -> bool {
         self.identity.is_some_and(|identity| pattern.matches(identity.namespace()))
     }
+
+    fn has_account(&self, account: &Account) -> bool {
+        self.identity.is_some_and(|identity| account.is(identity))
+    }
 }
 
 impl SourceMatch {
     fn matches(&self, seen: &Seen<'_>) -> bool {
         self.principals.holds(|pattern| seen.has_principal(pattern))
             && self.namespaces.holds(|pattern| seen.has_namespace(pattern))
-            && self.service_accounts.holds(|account| seen.identity.is_some_and(|id| account.is(id)))
+            && self.service_accounts.holds(|account| seen.has_account(account))
             && self.blocks.holds(|block| block.contains(&seen.client))
     }
 }
@@ -158,6 +163,7 @@ impl Condition {
         match self {
             Self::SourceIp(blocks) => blocks.holds(|block| block.contains(&seen.client)),
             Self::SourceNamespace(patterns) => patterns.holds(|pattern| seen.has_namespace(pattern)),
+            Self::SourceAccount(accounts) => accounts.holds(|account| seen.has_account(account)),
             Self::SourcePrincipal(patterns) => patterns.holds(|pattern| seen.has_principal(pattern)),
             Self::DestinationIp(blocks) => blocks.holds(|block| block.contains(&seen.server)),
             Self::DestinationPort(ports) => ports.holds(|port| *port == seen.port),

@@ -1,7 +1,7 @@
 //! The `spec` of an AuthorizationPolicy, field by field as Istio's API defines it.
 //!
 //! Refused are unknown fields and what Istio's own validation refuses: empty lists and texts, addresses and ports that
-//! are none, unknown attributes, service accounts beside principals or namespaces. An empty list of values is refused
+//! are none, unknown attributes, service accounts beside principals or namespaces, DENY without rules. An empty list of values is refused
 //! too, where Istio reads it as "any". What is accepted but does less, or more, than its author may think becomes a
 //! note.
 
@@ -99,8 +99,12 @@ pub(in crate::policy) fn spec(header: &Header<'_>, spec: Option<&Value<'_>>) -> 
         Chosen::Custom => Action::Custom,
     };
     let policy = policy(action, rules?);
-    if policy.rules.is_empty() && matches!(policy.action, Action::Deny | Action::Audit) {
-        reader.note("it has no rules, so it never matches");
+    match policy.action {
+        Action::Deny if policy.rules.is_empty() => {
+            spec.refuse("a DENY policy without rules denies nothing: write `rules: [{}]` to deny everything, or remove it");
+        }
+        Action::Audit if policy.rules.is_empty() => reader.note("it has no rules, so it never matches"),
+        _ => {}
     }
     if policy.action == Action::Custom {
         reader.note("its provider is not supported: it denies all flows to the workloads it selects");
@@ -214,6 +218,9 @@ impl Reader<'_> {
             "source.namespace" => {
                 Condition::SourceNamespace(listed(&mut fields, lists, |value| self.pattern(value))?)
             }
+            "source.serviceAccount" => {
+                Condition::SourceAccount(listed(&mut fields, lists, |value| self.account(value))?)
+            }
             "source.principal" => {
                 Condition::SourcePrincipal(listed(&mut fields, lists, |value| self.principal(value))?)
             }
@@ -224,7 +231,7 @@ impl Reader<'_> {
             }
             _ => {
                 key.refuse(
-                    "is no attribute of Istio's: write source.ip, source.namespace, source.principal, destination.ip or destination.port",
+                    "is no attribute of Istio's: write source.ip, source.namespace, source.serviceAccount, source.principal, destination.ip or destination.port",
                 );
                 return None;
             }

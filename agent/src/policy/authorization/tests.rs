@@ -101,6 +101,8 @@ fn a_rule_matches_by_each_of_its_fields_and_negations() {
         ("{when: [{key: source.ip, notValues: [10.77.1.9]}]}", [false, false, false]),
         ("{when: [{key: source.namespace, values: [shop]}]}", [true, false, false]),
         ("{when: [{key: source.namespace, notValues: [shop]}]}", [false, true, true]),
+        ("{when: [{key: source.serviceAccount, values: [cart, jobs/x]}]}", [true, false, false]),
+        ("{when: [{key: source.serviceAccount, notValues: [jobs/batch]}]}", [true, false, true]),
         ("{when: [{key: source.principal, values: ['*/cart']}]}", [true, false, false]),
         ("{when: [{key: source.principal, notValues: ['*']}]}", [false, false, true]),
         ("{when: [{key: destination.ip, values: [10.77.2.0/24]}]}", [true, true, true]),
@@ -149,8 +151,6 @@ fn deny_goes_before_allow_and_allow_leaves_out_all_others() {
         (&[allow_nothing, allow_shop], [true, false, false]),
         (&[audit_all], [true, true, true]),
         (&[audit_all, allow_shop], [true, false, false]),
-        (&["{action: DENY}"], [true, true, true]),
-        (&["{action: DENY, rules: []}"], [true, true, true]),
         (&["{action: DENY, rules: [{}]}", "{rules: [{}]}"], [false, false, false]),
         (&["{rules: [{}]}"], [true, true, true]),
         // Without its provider a CUSTOM policy denies whatever its rules say.
@@ -282,6 +282,8 @@ fn mistakes_are_refused_with_field_and_remedy() {
             "spec.action: \"allow\" is none of ALLOW, DENY, AUDIT, CUSTOM: did you mean ALLOW?",
         ),
         ("{action: ''}", "spec.action: \"\" is none of"),
+        ("{action: DENY}", "spec: a DENY policy without rules denies nothing"),
+        ("{action: DENY, rules: []}", "spec: a DENY policy without rules denies nothing"),
         ("{rule: []}", "spec.rule: unknown field: did you mean `rules`?"),
         ("{rules: {}}", "spec.rules: is a mapping"),
         ("{rules: [form: []]}", "spec.rules[0].form: unknown field: did you mean `from`?"),
@@ -359,7 +361,7 @@ fn what_looks_as_if_it_matched_is_noted() {
     for (spec, part) in [
         ("{rules: [{from: [{source: {principals: ['spiffe://a/ns/b/sa/c']}}]}]}", "without spiffe://"),
         ("{rules: [{from: [{source: {namespaces: ['a*b']}}]}]}", "only a `*` at one end"),
-        ("{action: DENY}", "never matches"),
+        ("{action: AUDIT}", "never matches"),
         ("{action: CUSTOM, provider: {name: opa}}", "denies all"),
     ] {
         let notes = policies(&[spec]).notes().to_vec();
