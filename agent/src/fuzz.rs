@@ -47,7 +47,7 @@ pub fn policy(input: &[u8]) {
 
 /// An object that does not parse counts all the same, and holds somebody to something.
 fn policy_object(text: &str) {
-    let origin = Origin { name: "object", namespace: None };
+    let origin = Origin { name: "object", namespace: None, kind: None };
     let (object, wrong) = PolicyObject::read(text, origin);
     assert_eq!(PolicyObject::read(text, origin), (object.clone(), wrong.clone()));
     if wrong.is_some() {

@@ -121,8 +121,7 @@ async fn one_flow(
         security: security(session.tls()),
         trace: open.trace.0,
     });
-    let flow =
-        Flow { source: Source::Tunnel(&identity), client: open.client.ip(), destination: open.destination };
+    let flow = asked(&identity, open);
     let (end, session) = tokio::select! {
         ended = relay::tunnelled(application, session, live.counters()) => ended,
         () = path.drain.cut.cancelled() => {
@@ -173,8 +172,7 @@ fn admit(
         let detail = format!("OPEN names client {}, the session comes from {peer}", open.client);
         return deny(DenyReason::Policy, "forged_client", detail);
     }
-    let source = Source::Tunnel(session.peer());
-    let flow = Flow { source, client: peer, destination: open.destination };
+    let flow = asked(session.peer(), open);
     let ends = || {
         let source = path.party(open.client, Some(session.peer().clone()));
         let own = Some(pod.workload.identity.clone());
@@ -182,6 +180,11 @@ fn admit(
     };
     let admitted = admission::admit(&path.telemetry, pod, &flow, ends);
     admitted.map_err(|Denial { label, detail }| Denied { reason: DenyReason::Policy, label, detail })
+}
+
+/// What policy is asked about; the client's address has been checked.
+fn asked<'a>(identity: &'a SpiffeId, open: &Open) -> Flow<'a> {
+    Flow { source: Source::Tunnel(identity), client: open.client.ip(), destination: open.destination }
 }
 
 async fn deny(

@@ -32,7 +32,7 @@ mod object;
 mod peer_authentication;
 
 pub use authorization::{Authorization, AuthorizationPolicy, Match, NoneOf, Ruling};
-pub use object::{Origin, PolicyObject};
+pub use object::{Kind, Origin, PolicyObject};
 
 use object::{Attachment, Authorizing, Kinds};
 use peer_authentication::PeerAuthentication;

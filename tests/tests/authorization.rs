@@ -76,7 +76,7 @@ fn meets(mesh: &Mesh, name: &str, servers: &[Server], expected: bool) -> Result<
 
 #[test]
 #[ignore = "needs root"]
-fn only_allowed_principals_are_let_in_across_nodes_and_on_one() -> Result<()> {
+fn a_policy_lets_in_only_allowed_principals_across_nodes_and_on_one() -> Result<()> {
     let audit = for_web("watch", &format!("action: AUDIT, {}", principals(&["cart"])));
     let policy = for_web("allow", &principals(&["cart", "near"])) + &audit;
     let mesh = plan().policy(&policy).with_agents()?;
@@ -103,7 +103,7 @@ fn only_allowed_principals_are_let_in_across_nodes_and_on_one() -> Result<()> {
 
 #[test]
 #[ignore = "needs root"]
-fn plaintext_in_permissive_meets_the_policies_of_its_pod_alive_or_dead() -> Result<()> {
+fn a_policy_decides_on_plaintext_in_permissive_and_without_an_agent_it_is_refused() -> Result<()> {
     let mut mesh = plan().config("heartbeatTimeout: 1s\n").with_agents()?;
     let stranger = mesh.pod("stranger")?;
     let blocks = format!("{}, \"{}\"", stranger.ipv4(), stranger.ipv6());
@@ -220,7 +220,7 @@ fn is_in_force(status: &Value, names: &[&str]) -> Option<()> {
 
 #[test]
 #[ignore = "needs root"]
-fn explain_says_who_decides_and_its_exit_code_is_the_verdict() -> Result<()> {
+fn policy_explain_says_who_decides_and_its_exit_code_is_the_verdict() -> Result<()> {
     let deny = "action: DENY, rules: [{to: [{operation: {ports: ['81']}}]}]";
     let policy = for_web("allow", &principals(&["cart"])) + &for_web("no-81", deny);
     let mesh = plan().policy(&policy).with_agents()?;

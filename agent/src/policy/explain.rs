@@ -10,7 +10,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{DenyReason, Flow, Mode, Policies, Ruling, Source, Verdict, decide};
+use super::{Authorization, DenyReason, Flow, Mode, Policies, Ruling, Source, Verdict, decide};
 use crate::directory::{Directory, Protocol, Workload};
 
 /// One end, as an operator names it.
@@ -206,13 +206,18 @@ fn path(
     let decision = decide(&modes, &authorization, &flow);
     verdict.allow = decision == Verdict::Allow;
     verdict.why.push(reason(&decision, how, authorization.is_empty(), &authorization.ruling(&flow)));
-    let audits = authorization.audits(&flow);
-    verdict.why.extend(audits.iter().map(|audit| format!("It is told to the log by {audit}.")));
-    let of_target = |note: &&String| {
-        authorization.names().any(|policy| note.starts_with(&format!("AuthorizationPolicy {policy}: ")))
-    };
-    verdict.why.extend(known.policies.notes().iter().filter(of_target).map(|note| format!("Note: {note}.")));
+    verdict.why.extend(remarks(known.policies, &authorization, &flow));
     verdict
+}
+
+/// What else there is to know: audits, and notes on the policies asked.
+fn remarks(policies: &Policies, authorization: &Authorization, flow: &Flow<'_>) -> Vec<String> {
+    let audits = authorization.audits(flow);
+    let audits = audits.iter().map(|audit| format!("It is told to the log by {audit}."));
+    let is_of = |note: &str, policy: &str| note.starts_with(&format!("AuthorizationPolicy {policy}: "));
+    let notes =
+        policies.notes().iter().filter(|note| authorization.names().any(|policy| is_of(note, policy)));
+    audits.chain(notes.map(|note| format!("Note: {note}."))).collect()
 }
 
 /// How the connection comes to the destination's agent, and a sentence about it.

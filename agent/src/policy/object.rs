@@ -85,18 +85,21 @@ pub struct Origin<'a> {
     pub name: &'a str,
     /// Namespace; `None` where only the text says it.
     pub namespace: Option<&'a str>,
+    /// Kind; `None` where only the text says it. With it `apiVersion` and `kind` may be missing, as in the items of the
+    /// API server's lists.
+    pub kind: Option<Kind>,
 }
 
 impl PolicyObject {
-    /// Reads one object. `apiVersion` and `kind` must be in the text; the API server leaves them out of the items of a
-    /// list.
+    /// Reads one object.
     ///
-    /// The object counts whether it parsed or not: see the table at the head of this file. The mistakes are for the
+    /// It counts whether it parsed or not: see the table at the head of this file. The mistakes are for the
     /// operator.
     #[must_use]
     pub fn read(text: &str, origin: Origin<'_>) -> (Self, Option<Mistakes>) {
-        let read =
-            yaml::decode(text, Path::new(origin.name), |document| object(document, &mut HashMap::new()));
+        let read = yaml::decode(text, Path::new(origin.name), |document| {
+            object(document, origin.kind, &mut HashMap::new())
+        });
         match read {
             Ok(object) => (object, None),
             Err(mistakes) => (Self::unreadable(text, origin, &mistakes), Some(mistakes)),
@@ -106,9 +109,9 @@ impl PolicyObject {
     fn unreadable(text: &str, origin: Origin<'_>, mistakes: &Mistakes) -> Self {
         let namespace = origin.namespace.map(str::to_owned).or_else(|| namespace_of(text));
         let labels = namespace.as_ref().and_then(|_| labels_of(text)).unwrap_or_default();
-        let kind = part_of(text, |document| member(document, "kind")?.text().map(str::to_owned));
-        Self(Arc::new(match (namespace, kind.as_deref()) {
-            (Some(namespace), Some("PeerAuthentication")) => {
+        let kind = origin.kind.or_else(|| part_of(text, |document| supported(&member(document, "kind")?)));
+        Self(Arc::new(match (namespace, kind) {
+            (Some(namespace), Some(Kind::PeerAuthentication)) => {
                 Kinds::PeerAuthentication(PeerAuthentication::strict(&namespace, labels))
             }
             (namespace, _) => {
@@ -136,15 +139,18 @@ pub(super) fn parse(text: &str, file: &Path, root_namespace: &str) -> Result<Pol
         // Not collected to an `Option`: that would stop at the first mistake. Empty documents are what a
         // closing `---` leaves.
         let filled = documents.iter().filter(|document| !document.is_null());
-        let objects: Vec<_> = filled.map(|document| object(document, &mut lines)).collect();
+        let objects: Vec<_> = filled.map(|document| object(document, None, &mut lines)).collect();
         let objects: Option<Vec<_>> = objects.into_iter().collect();
         Some(Policies::of(&objects?, root_namespace))
     })
 }
 
+/// Kinds of `security.istio.io` that are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Kind {
+pub enum Kind {
+    /// What a workload takes in clear.
     PeerAuthentication,
+    /// Who may talk to a workload.
     AuthorizationPolicy,
 }
 
@@ -167,59 +173,80 @@ pub(super) struct Header<'a> {
     pub(super) dry_run: bool,
 }
 
-fn object<'a>(document: &Value<'a>, lines: &mut Lines<'a>) -> Option<PolicyObject> {
+fn object<'a>(document: &Value<'a>, expected: Option<Kind>, lines: &mut Lines<'a>) -> Option<PolicyObject> {
     // The kind goes first: the fields of another kind would only be a list of unknown ones.
-    let written = document.peek("kind").filter(|kind| !kind.is_null());
-    let known = match &written {
-        Some(kind) => Some(supported(kind)?),
+    let written = match document.peek("kind").filter(|kind| !kind.is_null()) {
+        Some(kind) => Some(is_expected(supported(&kind)?, expected, &kind)?),
         None => None,
     };
     let mut fields = document.fields(&FIELDS)?;
-    let version = fields.required("apiVersion", "security.istio.io/v1");
-    let version = version.and_then(|value| value.choice(&VERSIONS));
-    let kind = fields.required("kind", "PeerAuthentication or AuthorizationPolicy");
+    let version = version(&mut fields, expected);
     let metadata = fields.required("metadata", "{name: default, namespace: <namespace>}");
     let header = metadata.and_then(|value| header(&value));
     let spec = fields.optional("spec");
-    let labels = match spec.as_ref().and_then(|spec| spec.peek("selector")).filter(|value| !value.is_null()) {
-        Some(selector) => selector_labels(&selector),
-        None => Some(BTreeMap::new()),
-    };
-    kind?;
-    let kind = known?;
-    // Without a header the spec is read all the same, for its mistakes.
-    let unnamed = Header { namespace: "", name: "", dry_run: false };
-    let read = match kind {
-        Kind::PeerAuthentication => {
-            let read = peer_authentication::spec(spec.as_ref(), labels.as_ref());
-            read.map(|read| (Some(read), None))
-        }
-        Kind::AuthorizationPolicy => {
-            let read = authorization::parse::spec(header.as_ref().unwrap_or(&unnamed), spec.as_ref());
-            read.map(|read| (None, Some(read)))
-        }
-    };
+    let selector = spec.as_ref().and_then(|spec| spec.peek("selector")).filter(|value| !value.is_null());
+    let labels = selector.map_or(Some(BTreeMap::new()), |selector| selector_labels(&selector));
+    let kind = written.or(expected)?;
+    let spec = Spec::read(kind, header.as_ref(), spec.as_ref(), labels.as_ref());
     let (header, ()) = (header?, version?);
     unique(kind, &header, document, lines);
-    let (read, labels) = (read?, labels?);
-    Some(PolicyObject(Arc::new(match read {
-        (Some(modes), _) => Kinds::PeerAuthentication(PeerAuthentication {
-            namespace: header.namespace.into(),
-            labels,
-            mode: modes.mode,
-            ports: modes.ports,
-        }),
-        (None, authorizing) => {
-            let authorization::parse::Read { policy, attachment, notes } = authorizing?;
-            Kinds::Authorization(Authorizing {
-                namespace: Some(header.namespace.into()),
-                labels,
-                attachment,
-                policy: Arc::new(policy),
-                notes,
-            })
+    Some(PolicyObject(Arc::new(spec?.of(&header, labels?))))
+}
+
+/// `apiVersion`, and that `kind` is there.
+fn version(fields: &mut Fields<'_>, expected: Option<Kind>) -> Option<()> {
+    let (version, kind) = (fields.optional("apiVersion"), fields.optional("kind"));
+    if expected.is_none() {
+        version.is_none().then(|| fields.required("apiVersion", "security.istio.io/v1"));
+        kind.is_none().then(|| fields.required("kind", "PeerAuthentication or AuthorizationPolicy"));
+    }
+    version.map_or(Some(()), |value| value.choice(&VERSIONS))
+}
+
+/// What the `spec` of a kind says.
+enum Spec {
+    Modes(peer_authentication::Read),
+    Authorizing(authorization::parse::Read),
+}
+
+impl Spec {
+    fn read(
+        kind: Kind,
+        header: Option<&Header<'_>>,
+        spec: Option<&Value<'_>>,
+        labels: Option<&BTreeMap<String, String>>,
+    ) -> Option<Self> {
+        // Without a header it is read all the same, for its mistakes.
+        let unnamed = Header { namespace: "", name: "", dry_run: false };
+        Some(match kind {
+            Kind::PeerAuthentication => Self::Modes(peer_authentication::spec(spec, labels)?),
+            Kind::AuthorizationPolicy => {
+                Self::Authorizing(authorization::parse::spec(header.unwrap_or(&unnamed), spec)?)
+            }
+        })
+    }
+
+    fn of(self, header: &Header<'_>, labels: BTreeMap<String, String>) -> Kinds {
+        let namespace = header.namespace.into();
+        match self {
+            Self::Modes(peer_authentication::Read { mode, ports }) => {
+                Kinds::PeerAuthentication(PeerAuthentication { namespace, labels, mode, ports })
+            }
+            Self::Authorizing(authorization::parse::Read { policy, attachment, notes }) => {
+                let (namespace, policy) = (Some(namespace), Arc::new(policy));
+                Kinds::Authorization(Authorizing { namespace, labels, attachment, policy, notes })
+            }
         }
-    })))
+    }
+}
+
+/// The kind that is written, when it is the one that the source knows.
+fn is_expected(written: Kind, expected: Option<Kind>, value: &Value<'_>) -> Option<Kind> {
+    if let Some(expected) = expected.filter(|expected| *expected != written) {
+        value.refuse(format_args!("is not the kind of this object: write {}", expected.name()));
+        return None;
+    }
+    Some(written)
 }
 
 fn supported(kind: &Value<'_>) -> Option<Kind> {

@@ -99,16 +99,7 @@ pub(in crate::policy) fn spec(header: &Header<'_>, spec: Option<&Value<'_>>) -> 
         Chosen::Custom => Action::Custom,
     };
     let policy = policy(action, rules?);
-    match policy.action {
-        Action::Deny if policy.rules.is_empty() => {
-            spec.refuse("a DENY policy without rules denies nothing: write `rules: [{}]` to deny everything, or remove it");
-        }
-        Action::Audit if policy.rules.is_empty() => reader.note("it has no rules, so it never matches"),
-        _ => {}
-    }
-    if policy.action == Action::Custom {
-        reader.note("its provider is not supported: it denies all flows to the workloads it selects");
-    }
+    reader.remark(&policy, spec);
     Some(Read { policy, attachment: Attachment::Workloads, notes: reader.finish(&id) })
 }
 
@@ -145,6 +136,20 @@ struct Reader<'a> {
 impl Reader<'_> {
     fn note(&mut self, text: impl Display) {
         self.notes.push(text.to_string());
+    }
+
+    /// On a policy as a whole.
+    fn remark(&mut self, policy: &AuthorizationPolicy, spec: &Value<'_>) {
+        match policy.action {
+            Action::Deny if policy.rules.is_empty() => spec.refuse(
+                "a DENY policy without rules denies nothing: write `rules: [{}]` to deny everything, or remove it",
+            ),
+            Action::Audit if policy.rules.is_empty() => self.note("it has no rules, so it never matches"),
+            Action::Custom => {
+                self.note("its provider is not supported: it denies all flows to the workloads it selects");
+            }
+            _ => {}
+        }
     }
 
     fn finish(self, id: &str) -> Vec<String> {

@@ -6,7 +6,7 @@ use crate::{
     policy::{Mode, Ruling, tests::workload},
 };
 
-const ORIGIN: Origin<'static> = Origin { name: "p", namespace: None };
+const ORIGIN: Origin<'static> = Origin { name: "p", namespace: None, kind: None };
 
 fn read(text: &str) -> (Policies, Option<Mistakes>) {
     let (object, mistakes) = PolicyObject::read(text, ORIGIN);
@@ -98,12 +98,33 @@ fn an_object_that_does_not_parse_denies_what_it_selects_as_far_as_that_can_be_re
 
 #[test]
 fn what_the_source_knows_of_an_object_bounds_what_it_denies() {
-    let (object, mistakes) = PolicyObject::read("kind: [", Origin { name: "p", namespace: Some("shop") });
+    let (object, mistakes) =
+        PolicyObject::read("kind: [", Origin { name: "p", namespace: Some("shop"), kind: None });
     let policies = Policies::of(&[object], "istio-system");
     assert!(mistakes.is_some());
     assert!(is_denied(&policies, &workload("shop", &[])) && !is_denied(&policies, &workload("jobs", &[])));
     let authorization = policies.authorization(&workload("shop", &[]));
     assert_eq!(authorization.names().collect::<Vec<_>>(), ["shop/p"]);
+}
+
+#[test]
+fn a_source_that_knows_the_kind_need_not_write_it() {
+    let read = |text: &str, kind| {
+        let (object, mistakes) =
+            PolicyObject::read(text, Origin { name: "p", namespace: Some("shop"), kind: Some(kind) });
+        let policies = Policies::of(&[object], "istio-system");
+        let web = workload("shop", &[]);
+        (mistakes.map(|m| m.list[0].to_string()), is_denied(&policies, &web), policies.modes(&web).default)
+    };
+    let item = r#"{"metadata":{"name":"p","namespace":"shop"},"spec":{"action":"DENY","rules":[{}]}}"#;
+    assert_eq!(read(item, Kind::AuthorizationPolicy), (None, true, Mode::Permissive));
+    let item = r#"{"metadata":{"name":"p","namespace":"shop"},"spec":{"mtls":{"mode":"STRICT"}}}"#;
+    assert_eq!(read(item, Kind::PeerAuthentication), (None, false, Mode::Strict));
+    // The wrong kind, and no text at all: what the source knows decides what it counts as.
+    let other = r#"{"kind":"AuthorizationPolicy","metadata":{"name":"p","namespace":"shop"}}"#;
+    let problem = Some("line 1: kind: is not the kind of this object: write PeerAuthentication".to_owned());
+    assert_eq!(read(other, Kind::PeerAuthentication), (problem, false, Mode::Strict));
+    assert!(read("[", Kind::AuthorizationPolicy).1);
 }
 
 #[test]
