@@ -121,7 +121,8 @@ impl Enroller {
         let is_denied = |local: SocketAddr, remote: SocketAddr| {
             let own = &pod.workload.addresses;
             let from_outside = own.contains(&local.ip()) && !own.contains(&remote.ip());
-            if !from_outside || nodes.contains(&remote.ip()) || local.port() == TUNNEL {
+            let by_agent = remote.ip().is_loopback() || local.port() == TUNNEL;
+            if !from_outside || by_agent || nodes.contains(&remote.ip()) {
                 return false;
             }
             let flow = Flow { source: Source::Plaintext, client: remote.ip(), destination: local };
