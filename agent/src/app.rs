@@ -193,7 +193,13 @@ fn watch_directory(config: &Config) -> Result<Watched<Directory>, LoadError> {
 
 fn watch_policies(config: &Config) -> Result<Watched<Policies>, LoadError> {
     let (file, root) = (config.policy_file.clone(), config.root_namespace.clone());
-    Watched::open(config.policy_file.clone(), move |text| Policies::parse(text, &file, &root))
+    Watched::open(config.policy_file.clone(), move |text| {
+        let policies = Policies::parse(text, &file, &root)?;
+        for note in policies.notes() {
+            tracing::warn!(file = %file.display(), "{note}");
+        }
+        Ok(policies)
+    })
 }
 
 fn issuer(config: &Config) -> Result<Issuer, RootError> {
@@ -234,10 +240,12 @@ async fn serve_admin(
     telemetry: Telemetry,
     stop: CancellationToken,
 ) {
+    let asked = report.clone();
+    let explain: admin::ExplainSource = Arc::new(move |from, to, port| asked.explain(from, to, port));
     let source: admin::StatusSource = Arc::new(move || report.status());
     tokio::join!(
         admin::serve_metrics(metrics, source.clone(), telemetry, stop.cancelled()),
-        admin::serve_operator(operator, source, stop.cancelled()),
+        admin::serve_operator(operator, source, explain, stop.cancelled()),
     );
 }
 

@@ -16,12 +16,12 @@ use std::{
     net::IpAddr,
     path::PathBuf,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
-use tokio::time::timeout;
+use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -33,7 +33,7 @@ use crate::{
         netns::{HostNetns, Netns},
         socket::Listeners,
     },
-    policy::{Modes, Policies},
+    policy::{Authorization, Modes, Policies},
     reload::Watched,
     telemetry::Telemetry,
 };
@@ -65,6 +65,8 @@ pub struct Pod {
     pub links: Vec<GuardedLink>,
     /// Cancelled when the pod is no longer enrolled.
     pub closed: CancellationToken,
+    /// The policies that select it; sent again when its modes change.
+    authorization: watch::Sender<Arc<Authorization>>,
     slot: u32,
 }
 
@@ -79,6 +81,18 @@ impl Pod {
     #[must_use]
     pub fn home(&self, workers: usize) -> usize {
         self.slot as usize % workers
+    }
+
+    /// The authorization policies that select it.
+    #[must_use]
+    pub fn authorization(&self) -> Arc<Authorization> {
+        Arc::clone(&self.authorization.borrow())
+    }
+
+    /// Notice of every change of its policies or modes.
+    #[must_use]
+    pub fn policy_changes(&self) -> watch::Receiver<Arc<Authorization>> {
+        self.authorization.subscribe()
     }
 
     /// Its address of the same family as `other`.
@@ -172,7 +186,7 @@ impl Enroller {
         let mut events = CgroupEvents::new()?;
         let mut directory = self.directory.subscribe();
         let mut policies = self.policies.subscribe();
-        let mut state = State { current: HashMap::new(), known: HashMap::new(), first: true };
+        let mut state = State::default();
         state.known.extend(self.kernel.maps.pods());
         while !stop.is_cancelled() {
             self.reconcile(&mut state, &events).await;
@@ -204,6 +218,7 @@ impl Enroller {
             match self.enrol(state, workload).await {
                 Ok(pod) => {
                     tracing::info!(pod = %workload.name, namespace = %workload.namespace, "enrolled");
+                    state.unsettled.insert(pod.cgroup, Instant::now());
                     state.current.insert(workload.cgroup.clone(), pod);
                 }
                 Err(reason) => {
@@ -211,8 +226,8 @@ impl Enroller {
                 }
             }
         }
-        self.apply_modes(state, &wanted);
-        if std::mem::take(&mut state.first) {
+        self.apply_policies(state, &wanted);
+        if !std::mem::replace(&mut state.reconciled, true) {
             self.remove_leftovers(state);
         }
         self.publish(state, waiting);
@@ -262,7 +277,8 @@ impl Enroller {
         if !POD_LEVELS.contains(&below) {
             return Err(NotYet::Depth(below));
         }
-        let modes = self.policies.current().modes(workload);
+        let policies = self.policies.current();
+        let (modes, authorization) = (policies.modes(workload), policies.authorization(workload));
         let slot = self.cover(state, cgroup.id(), workload, &modes)?;
         let netns = self.find_netns(&path, workload)?;
         let identity = &workload.identity;
@@ -271,7 +287,7 @@ impl Enroller {
         let was_enrolled_here = self.kernel.maps.enrolled_in(cgroup.id()) == Some(netns.cookie());
         let entry = entry(workload, cgroup.id(), slot, netns.cookie(), &modes);
         let links = self
-            .tell_kernel(&entry, &netns, &listeners, &modes)
+            .tell_kernel(&entry, &netns, &listeners, (&modes, &authorization))
             .map_err(|e| NotYet::Kernel(e.to_string()))?;
         if !was_enrolled_here {
             self.reset_clear(&netns, workload);
@@ -283,6 +299,7 @@ impl Enroller {
             modes: ArcSwap::from_pointee(modes),
             links,
             closed: CancellationToken::new(),
+            authorization: watch::Sender::new(Arc::new(authorization)),
             slot,
         });
         (self.serve)(pod.clone(), listeners);
@@ -341,12 +358,16 @@ fn is_same(a: &Workload, b: &Workload) -> bool {
         && (a.egress, a.udp) == (b.egress, b.udp)
 }
 
+#[derive(Default)]
 struct State {
     /// Enrolled pods by the directory's cgroup path.
     current: HashMap<PathBuf, Arc<Pod>>,
     /// Pods in the kernel's map: cgroup id to slot.
     known: HashMap<u64, u32>,
-    first: bool,
+    /// Pods whose policy changed a short time ago, by cgroup id, with when.
+    unsettled: HashMap<u64, Instant>,
+    /// Whether all pods have been looked at once.
+    reconciled: bool,
 }
 
 impl State {

@@ -14,14 +14,15 @@
 //! | `app` | puts everything together, runs it, takes it down |
 //! | `config`, `yaml` | the configuration; every mistake with line and field |
 //! | `directory` | which workload has an address |
-//! | `policy` | modes, and the verdict on an inbound flow |
+//! | `policy` | modes, authorization, and the verdict on an inbound flow |
 //! | `reload` | watched files: the last good version stays |
 //! | `identity` | SPIFFE ids, credentials, renewal, the embedded issuer |
 //! | `enrol` | a pod appears or goes |
 //! | `kernel` | eBPF programs and maps, cgroups, namespaces, sockets in pods |
 //! | `outbound`, `route` | captured connections and where they go |
-//! | `inbound` | tunnel sessions and refused plaintext |
+//! | `inbound` | tunnel sessions, and plaintext that needs a verdict |
 //! | `datapath` | what those two share |
+//! | `admission` | asks `policy` about a flow, when it opens and when policy changes |
 //! | `tunnel` | TLS, frames, sessions, the pool |
 //! | `relay` | moves the bytes of a flow |
 //! | `workers` | the threads that carry flows |
@@ -36,6 +37,7 @@
 //! nobody imports `app` but `main`.
 #![deny(missing_docs)]
 
+pub mod admission;
 pub mod app;
 pub mod config;
 pub mod datapath;

@@ -67,6 +67,9 @@ enum Command {
         #[arg(long, value_name = "FAMILY", requires = "attack", value_parser = family)]
         family: Option<tacit_attack::Family>,
     },
+    /// Ask about policies.
+    #[command(subcommand)]
+    Policy(PolicyCommand),
     /// One step of an attack; started by `doctor --attack` inside a pod of its own.
     #[command(hide = true)]
     AttackStep {
@@ -78,6 +81,26 @@ enum Command {
         /// Configuration file of that agent.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum PolicyCommand {
+    /// Say whether a connection is allowed, which rule decides, and why; ends with 0 when it is, 1 when it is not, 2 when
+    /// that cannot be told.
+    Explain {
+        /// Who connects: namespace/name of a workload, or an IP address.
+        from: String,
+        /// To whom: namespace/name of a workload, or an IP address.
+        to: String,
+        /// Port the destination listens on.
+        port: String,
+        /// The agent's operator socket; every agent knows all workloads.
+        #[arg(long, value_name = "PATH", default_value = "/run/tacit/agent.sock")]
+        socket: PathBuf,
+        /// Output format.
+        #[arg(short, long, value_enum, default_value_t = Output::Table)]
+        output: Output,
     },
 }
 
@@ -94,14 +117,19 @@ enum Output {
 }
 
 fn main() -> ExitCode {
-    match run(Args::parse().command) {
-        Ok(()) => ExitCode::SUCCESS,
+    let command = Args::parse().command;
+    let no_answer = matches!(command, Command::Policy(_)).then_some(NO_ANSWER);
+    match run(command) {
+        Ok(code) => code,
         Err(error) => {
             eprintln!("tacit: {error:#}");
-            ExitCode::from(exit_code(&error))
+            ExitCode::from(no_answer.unwrap_or_else(|| exit_code(&error)))
         }
     }
 }
+
+/// What `policy explain` ends with when there is no answer: 0 and 1 are answers.
+const NO_ANSWER: u8 = 2;
 
 /// What the process ends with: the errors that know better than 1 say so.
 fn exit_code(error: &anyhow::Error) -> u8 {
@@ -110,20 +138,26 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     app.or(kernel).unwrap_or(1)
 }
 
-fn run(command: Command) -> Result<()> {
-    match command {
+fn run(command: Command) -> Result<ExitCode> {
+    let done = match command {
         Command::Agent { config, verbose, log_format } => agent(&config, verbose, log_format),
         Command::Status { socket, output } => show_status(&socket, output),
+        Command::Policy(PolicyCommand::Explain { from, to, port, socket, output }) => {
+            return explain(&socket, [&from, &to, &port], output);
+        }
         Command::Doctor { attack: true, output, only, family, .. } => attack(output, only, family),
         Command::Doctor { pin_path, output, .. } => show_doctor(&pin_path, output),
         Command::AttackStep { arguments } => tacit_attack::step::run(&arguments),
-        Command::Uninstall { config } => {
-            let config = Config::read(&config)?;
-            let removed = kernel::uninstall(&config.pin_path)?;
-            println!("removed {removed} pins under {}", config.pin_path.display());
-            Ok(())
-        }
-    }
+        Command::Uninstall { config } => uninstall(&config),
+    };
+    done.map(|()| ExitCode::SUCCESS)
+}
+
+fn uninstall(config: &std::path::Path) -> Result<()> {
+    let config = Config::read(config)?;
+    let removed = kernel::uninstall(&config.pin_path)?;
+    println!("removed {removed} pins under {}", config.pin_path.display());
+    Ok(())
 }
 
 fn agent(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<()> {
@@ -164,15 +198,29 @@ fn show_doctor(pin_path: &std::path::Path, output: Output) -> Result<()> {
 }
 
 fn show_status(socket: &std::path::Path, output: Output) -> Result<()> {
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
-    let status = runtime.block_on(admin::fetch_status(socket))?;
+    let status = client_runtime()?.block_on(admin::fetch_status(socket))?;
     let mut out = std::io::stdout().lock();
     match output {
         Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&status)?)?,
         Output::Table => write!(out, "{}", status::render(&status, out.is_terminal()))?,
     }
     Ok(())
+}
+
+/// The exit code is the verdict: 0 allows, 1 denies.
+fn explain(socket: &std::path::Path, [from, to, port]: [&str; 3], output: Output) -> Result<ExitCode> {
+    let asked = admin::fetch_explanation(socket, from, to, port);
+    let explanation = client_runtime()?.block_on(asked)?;
+    let mut out = std::io::stdout().lock();
+    match output {
+        Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&explanation)?)?,
+        Output::Table => write!(out, "{explanation}")?,
+    }
+    Ok(ExitCode::from(u8::from(!explanation.allow)))
+}
+
+fn client_runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@
 //! The application's connect() has succeeded by then. Whatever fails resets it before its first byte comes back.
 
 use std::{
+    future::pending,
     net::SocketAddr,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant, SystemTime},
@@ -18,11 +19,12 @@ use std::{
 use tokio::net::TcpStream;
 
 use crate::{
+    admission::{self, Denial},
     datapath::{DataPath, PoolKey, Refused, canonical, deny_reason, security},
     enrol::{Pod, discover},
     identity::credentials::Credentials,
     kernel::socket::connect,
-    policy::{self, Source, Verdict},
+    policy::{self, Flow, Source},
     relay,
     route::{self, Facts, Route},
     telemetry::{FlowSpec, Reporter, Security},
@@ -138,7 +140,7 @@ fn refused(source: SocketAddr, destination: SocketAddr, failure: Failure) -> Ref
     }
 }
 
-/// Both pods are on this node: identity and mode apply, no byte touches a wire.
+/// Both pods are on this node: identity, mode and policies apply, no byte touches a wire.
 async fn hand_over(path: &DataPath, pod: &Pod, flow: Captured) {
     let Captured { app, source, destination } = flow;
     let Some(target) = path.table.load().at(destination.ip()).cloned() else {
@@ -146,9 +148,14 @@ async fn hand_over(path: &DataPath, pod: &Pod, flow: Captured) {
         return path.refuse(app, refused(source, destination, failure));
     };
     let identity = &pod.workload.identity;
-    let verdict = policy::decide(&target.modes.load(), destination.port(), &Source::SameNode(identity));
-    if let Verdict::Deny(reason) = verdict {
-        return path.refuse(app, refused(source, destination, Failure::new(reason.label(), "policy")));
+    let asked = Flow { source: Source::SameNode(identity), client: source.ip(), destination };
+    let ends = || {
+        let own = Some(target.workload.identity.clone());
+        (Reporter::Source, path.party(source, Some(identity.clone())), path.party(destination, own))
+    };
+    if let Err(denial) = admission::admit(&path.telemetry, &target, &asked, ends) {
+        let refused = refused(source, destination, Failure::new(denial.label, denial.detail));
+        return path.refuse(app, Refused { identity: Some(identity.clone()), ..refused });
     }
     match path.to_application(&target, destination, source).await {
         Ok(server) => {
@@ -159,7 +166,7 @@ async fn hand_over(path: &DataPath, pod: &Pod, flow: Captured) {
                 security: Security::SameNode,
                 trace: [0; 16],
             };
-            relay_plain(path, app, server, spec).await;
+            relay_plain(path, app, server, spec, admission::revoked(&target, &asked)).await;
         }
         Err(error) => {
             let failure = Failure::new(deny_reason(&error).label(), error);
@@ -182,7 +189,7 @@ async fn clear(path: &DataPath, pod: &Pod, flow: Captured, why: &'static str) {
                 security: Security::Plaintext,
                 trace: [0; 16],
             };
-            relay_plain(path, app, server, spec).await;
+            relay_plain(path, app, server, spec, pending()).await;
         }
         Err(error) => {
             let failure = Failure::new(deny_reason(&error).label(), error);
@@ -191,11 +198,18 @@ async fn clear(path: &DataPath, pod: &Pod, flow: Captured, why: &'static str) {
     }
 }
 
-async fn relay_plain(path: &DataPath, app: TcpStream, server: TcpStream, spec: FlowSpec) {
+async fn relay_plain(
+    path: &DataPath,
+    app: TcpStream,
+    server: TcpStream,
+    spec: FlowSpec,
+    revoked: impl Future<Output = Denial>,
+) {
     let flow = path.telemetry.open_flow(spec);
     let end = tokio::select! {
         end = relay::plain(app, server, flow.counters()) => end.label(),
         () = path.drain.cut.cancelled() => "cut",
+        denial = revoked => return admission::revoke(&path.telemetry, flow, denial),
     };
     flow.close(end);
 }

@@ -16,8 +16,11 @@ use crate::{
     directory::Workload,
     enrol::in_clear,
     identity::manager::CertificateState,
-    kernel::{Drops, GuardedLink, InClear},
-    policy::{Mode, Modes},
+    kernel::{Drops, GuardedLink, InClear, node},
+    policy::{
+        Authorization, Mode, Modes,
+        explain::{self, End, ExplainError, Explanation, Knowledge},
+    },
     reload::ReloadState,
     telemetry::status::{
         AgentState, CertificateStatus, DropStatus, GuardStatus, KernelCounter, PodState, PodStatus,
@@ -85,11 +88,26 @@ impl Report {
         }
     }
 
+    /// What policy says about a connection.
+    pub(super) fn explain(&self, from: &End, to: &End, port: u16) -> Result<Explanation, ExplainError> {
+        let addresses = node::addresses().unwrap_or_default();
+        let known = Knowledge {
+            directory: &self.path.directory.current(),
+            policies: &self.path.policies.current(),
+            node: &self.node,
+            is_node: &|address| addresses.iter().any(|own| *own == address && node::is_probe_source(own)),
+        };
+        explain::explain(known, from, to, port)
+    }
+
     fn pods(&self) -> Vec<PodStatus> {
         let table = self.path.table.load();
         let live = self.path.telemetry.live_by_pod();
         let policies = self.path.policies.current();
-        let pod = |workload: &Workload, modes: &Modes, links: &[GuardedLink], state| PodStatus {
+        let pod = |workload: &Workload,
+                   (modes, authorization): (&Modes, &Authorization),
+                   links: &[GuardedLink],
+                   state| PodStatus {
             name: workload.name.to_string(),
             namespace: workload.namespace.to_string(),
             cgroup: self.pods_cgroup.join(&workload.cgroup).display().to_string(),
@@ -101,15 +119,19 @@ impl Report {
                 .iter()
                 .map(|(p, m)| (*p, mode(*m).to_owned()))
                 .collect::<BTreeMap<_, _>>(),
+            policies: authorization.names().map(str::to_owned).collect(),
             in_clear: in_clear_text(in_clear(workload, modes)).to_owned(),
             guarded_links: links.iter().map(|link| format!("{} ({})", link.interface, link.by)).collect(),
             state,
             flows: live.get(&(workload.namespace.clone(), workload.name.clone())).copied().unwrap_or(0),
         };
-        let enrolled =
-            table.pods.iter().map(|p| pod(&p.workload, &p.modes.load(), &p.links, PodState::Enrolled));
+        let enrolled = table
+            .pods
+            .iter()
+            .map(|p| pod(&p.workload, (&p.modes.load(), &p.authorization()), &p.links, PodState::Enrolled));
         let waiting = table.waiting.iter().map(|w| {
-            pod(&w.workload, &policies.modes(&w.workload), &[], PodState::Waiting(w.reason.clone()))
+            let policy = (&policies.modes(&w.workload), &policies.authorization(&w.workload));
+            pod(&w.workload, policy, &[], PodState::Waiting(w.reason.clone()))
         });
         let mut all: Vec<PodStatus> = enrolled.chain(waiting).collect();
         all.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));

@@ -108,6 +108,20 @@ static REFUSED: Metric = Metric {
     labels: &["reporter", "reason"],
     help: "Connections this agent refused.",
 };
+static REVOKED: Metric = Metric {
+    name: "tacit_connections_revoked",
+    unit: None,
+    kind: MetricType::Counter,
+    labels: &["reporter", "reason"],
+    help: "Open connections this agent closed because policy no longer allowed them.",
+};
+static AUDITED: Metric = Metric {
+    name: "tacit_connections_audited",
+    unit: None,
+    kind: MetricType::Counter,
+    labels: &["reporter"],
+    help: "Matches of connections with AUDIT policies and policies of a dry run.",
+};
 static BUILD: Metric = Metric {
     name: "tacit_build",
     unit: None,
@@ -193,6 +207,8 @@ pub(super) struct Exposition {
     /// Flows counted with unknown ends because the table of series was full.
     pub(super) overflowed: u64,
     pub(super) refusals: Vec<((Reporter, &'static str), u64)>,
+    pub(super) revocations: Vec<((Reporter, &'static str), u64)>,
+    pub(super) audits: Vec<((Reporter, &'static str), u64)>,
     pub(super) status: Status,
 }
 
@@ -226,11 +242,15 @@ impl Exposition {
         writer.family(&RECEIVED, by_pair(|series| series.sent_bytes))?;
         writer.family(&SENT, by_pair(|series| series.received_bytes))?;
         writer.single(&SERIES_OVERFLOWED, self.overflowed)?;
-        let refused = self.refusals.iter();
-        writer.family(
-            &REFUSED,
-            refused.map(|((by, reason), count)| ([by.label(), *reason].map(Value::Text), *count)),
-        )
+        for (metric, totals) in [(&REFUSED, &self.refusals), (&REVOKED, &self.revocations)] {
+            let totals = totals.iter();
+            writer.family(
+                metric,
+                totals.map(|((by, reason), count)| ([by.label(), *reason].map(Value::Text), *count)),
+            )?;
+        }
+        let audited = self.audits.iter();
+        writer.family(&AUDITED, audited.map(|((by, _), count)| ([Value::Text(by.label())], *count)))
     }
 
     fn agent(&self, writer: &mut Writer<'_>) -> fmt::Result {

@@ -109,6 +109,9 @@ pub struct PodStatus {
     pub mode: String,
     /// The mode of ports that say otherwise.
     pub port_modes: BTreeMap<u16, String>,
+    /// Authorization policies that select it, as `namespace/name`.
+    #[serde(default)]
+    pub policies: Vec<String>,
     /// What it may send in clear into the mesh: `nothing`, `udp`, `all but udp` or `everything`.
     #[serde(default)]
     pub in_clear: String,

@@ -43,6 +43,7 @@ impl Page {
             "POD",
             "STATE",
             "MODE",
+            "POLICIES",
             "IN CLEAR",
             "LINKS",
             "ADDRESSES",
@@ -60,6 +61,7 @@ impl Page {
                 pod_name(pod).into(),
                 state,
                 modes(pod).into(),
+                pod.policies.join(" ").into(),
                 (&pod.in_clear).into(),
                 pod.guarded_links.join(" ").into(),
                 addresses.join(" ").into(),
@@ -273,8 +275,8 @@ mod tests {
         let text = render(&sample(), false);
         let expected = [
             "tacit 0.1.0 on node a (cluster.local): ready, up 1h 1m, pid 4711",
-            "  POD       STATE     MODE                    IN CLEAR  LINKS       ADDRESSES  IDENTITY   ",
-            "  shop/web  enrolled  strict 9090=permissive  nothing   pod2 (tcx)  10.77.1.2  spiffe://cluster.local/ns/shop/sa/web  shop_web  1",
+            "  POD       STATE     MODE                    POLICIES    IN CLEAR  LINKS       ADDRESSES  IDENTITY   ",
+            "  shop/web  enrolled  strict 9090=permissive  shop/allow  nothing   pod2 (tcx)  10.77.1.2  spiffe://cluster.local/ns/shop/sa/web  shop_web  1",
             "  shop/web    10.77.2.9  17        guard_udp  41",
             "  ! shop/api waits: no certificate yet",
             "  connect4  12  /cgroup/pods  /bpf/tacit/connect4",

@@ -95,6 +95,7 @@ fn pod(name: &str, state: PodState) -> PodStatus {
         identity: format!("spiffe://cluster.local/ns/shop/sa/{name}"),
         mode: "strict".to_owned(),
         port_modes: BTreeMap::from([(9090, "permissive".to_owned())]),
+        policies: vec!["shop/allow".to_owned()],
         in_clear: "nothing".to_owned(),
         guarded_links: vec!["pod2 (tcx)".to_owned()],
         state,
