@@ -196,6 +196,8 @@ pub(crate) fn random_serial() -> Result<[u8; 16], rcgen::Error> {
 pub(crate) mod testing {
     //! Issuers and odd certificates for the tests of the tunnel.
 
+    use rustls::pki_types::CertificateDer;
+
     use super::*;
 
     /// An issuer with a root of its own in a new temporary directory.
@@ -210,6 +212,17 @@ pub(crate) mod testing {
         pub(crate) fn any(&self, identity: &SpiffeId, now: SystemTime, lifetime: Duration) -> Credentials {
             let params = leaf_params(&[identity.to_string()], now, lifetime).expect("ascii");
             self.sign(&params).expect("signed")
+        }
+
+        /// A certificate of `identity` for `key`, and the root.
+        pub(crate) fn for_key(
+            &self,
+            identity: &SpiffeId,
+            key: &KeyPair,
+        ) -> (CertificateDer<'static>, CertificateDer<'static>) {
+            let params = leaf_params(&[identity.to_string()], SystemTime::now(), self.leaf_lifetime);
+            let leaf = params.and_then(|params| params.signed_by(key, &self.root.issuer)).expect("signed");
+            (leaf.der().clone(), self.root.certificate.clone())
         }
 
         /// A chain and key with exactly these URI names, which `Credentials` would refuse.

@@ -117,6 +117,15 @@ pub struct Contact {
     pub skew: Option<Skew>,
 }
 
+/// One answer of the authority.
+pub(crate) struct Exchange {
+    pub(crate) answer: CertificateResponse,
+    sent: SystemTime,
+    received: SystemTime,
+    /// What its date shows; `None` when it has none.
+    skew: Option<Skew>,
+}
+
 /// Asks an authority over the network.
 pub struct IstioIssuer {
     config: IstioConfig,
@@ -153,6 +162,19 @@ impl IstioIssuer {
         let csr = request(identity, &key)?;
         let seconds = i64::try_from(self.config.lifetime.as_secs()).unwrap_or(i64::MAX);
         let message = CertificateRequest::for_identity(&identity.to_string(), csr, seconds);
+        let exchange = self.ask(&message).await?;
+        let credentials = credentials(&exchange.answer, &key, identity)?;
+        if exchange.skew.is_none() {
+            let Credentials { not_before, not_after, .. } = credentials;
+            let validity = Validity { not_before, not_after };
+            let skew = skew::by_certificate(exchange.sent, exchange.received, validity);
+            self.answered(exchange.received, Some(skew));
+        }
+        Ok(credentials)
+    }
+
+    /// Sends one message with token and roots as they are now.
+    pub(crate) async fn ask(&self, message: &CertificateRequest) -> Result<Exchange, IstioError> {
         let (roots, token) = (self.roots().await?, self.token().await?);
         let target = Target {
             address: &self.config.address,
@@ -162,17 +184,11 @@ impl IstioIssuer {
             cluster: self.config.cluster_id.clone(),
         };
         let sent = SystemTime::now();
-        let Answer { outcome, date } = connection::call(target, &message).await?;
+        let Answer { outcome, date } = connection::call(target, message).await?;
         let received = SystemTime::now();
-        let measured = date.map(|date| skew::by_date(sent, received, date));
-        self.answered(received, measured);
-        let credentials = credentials(&outcome?, &key, identity)?;
-        if measured.is_none() {
-            let Credentials { not_before, not_after, .. } = credentials;
-            let skew = skew::by_certificate(sent, received, Validity { not_before, not_after });
-            self.answered(received, Some(skew));
-        }
-        Ok(credentials)
+        let skew = date.map(|date| skew::by_date(sent, received, date));
+        self.answered(received, skew);
+        Ok(Exchange { answer: outcome?, sent, received, skew })
     }
 
     fn answered(&self, at: SystemTime, measured: Option<Skew>) {
@@ -304,3 +320,6 @@ fn leads_to(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
