@@ -35,12 +35,7 @@ mod service;
 mod signer;
 mod store;
 
-use std::{
-    io,
-    net::SocketAddr,
-    sync::Arc,
-    time::Instant,
-};
+use std::{io, net::SocketAddr, sync::Arc, time::Instant};
 
 use arc_swap::ArcSwapOption;
 use kube::{Api, Client};
@@ -140,11 +135,7 @@ struct State {
 
 impl Authority {
     async fn start(config: Config, client: Option<Client>) -> Result<Self, AuthorityError> {
-        let state = State {
-            live: Arc::default(),
-            counters: Arc::default(),
-            trouble: Arc::default(),
-        };
+        let state = State { live: Arc::default(), counters: Arc::default(), trouble: Arc::default() };
         let callers = callers(&config, client.as_ref())?;
         let listener = bind("listen", config.listen).await?;
         let metrics = bind("metrics", config.metrics).await?;
@@ -218,9 +209,10 @@ fn callers(config: &Config, client: Option<&Client>) -> Result<Callers, Authorit
 
 fn store(config: &Config, client: Option<&Client>) -> Store {
     match &config.root {
-        RootPlace::Secret { namespace, name } => {
-            Store::Secret { api: Api::namespaced(client.expect(CLIENT).clone(), namespace), name: name.clone() }
-        }
+        RootPlace::Secret { namespace, name } => Store::Secret {
+            api: Api::namespaced(client.expect(CLIENT).clone(), namespace),
+            name: name.clone(),
+        },
         RootPlace::Directory(path) => Store::Directory(path.clone()),
     }
 }

@@ -20,8 +20,8 @@ use crate::{
     policy::{Mode, Modes},
     reload::ReloadState,
     telemetry::status::{
-        AgentState, CertificateStatus, DropStatus, GuardStatus, IssuerStatus, KernelCounter, PodState, PodStatus,
-        PoolStatus, ProgramStatus, SourceKind, SourceStatus, Status,
+        AgentState, CertificateStatus, DropStatus, GuardStatus, IssuerStatus, KernelCounter, PodState,
+        PodStatus, PoolStatus, ProgramStatus, SourceKind, SourceStatus, Status,
     },
 };
 

@@ -171,7 +171,8 @@ impl Config {
         let trust_domain = f.required("trustDomain", "the SPIFFE trust domain, such as cluster.local");
         let trust_domain = trust_domain.and_then(|value| value.parse(TrustDomain::parse));
         let listen = or(f, "listen", LISTEN, listen_address);
-        let names = or(f, "names", vec![NAME.to_owned()], |v| texts(v, NAMES_MAX, |v| v.name().map(Into::into)));
+        let names =
+            or(f, "names", vec![NAME.to_owned()], |v| texts(v, NAMES_MAX, |v| v.name().map(Into::into)));
         let metrics = or(f, "metrics", METRICS, listen_address);
         let root = f.required("root", "{secret: {namespace: tacit-system, name: tacit-root}}");
         let root = root.and_then(|value| self::root(&value, folder));
@@ -184,9 +185,8 @@ impl Config {
         let agents = f.required("agents", "{serviceAccounts: [tacit-system/tacit-agent]}");
         let agents = agents.and_then(|value| self::agents(&value, folder));
         let leaf = or(f, "leafLifetime", LEAF_LIFETIME, |v| within(v, LEAF_LIFETIME_RANGE));
-        let intermediate = or(f, "intermediateLifetime", INTERMEDIATE_LIFETIME, |v| {
-            within(v, INTERMEDIATE_LIFETIME_RANGE)
-        });
+        let intermediate =
+            or(f, "intermediateLifetime", INTERMEDIATE_LIFETIME, |v| within(v, INTERMEDIATE_LIFETIME_RANGE));
         let rate = or(f, "rate", RATE, rate);
         let (root, lifetime) = root?;
         Some(Self {

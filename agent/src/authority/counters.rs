@@ -27,6 +27,9 @@ impl Counters {
     /// Issued, and refused by reason.
     pub(super) fn totals(&self) -> (u64, Vec<(&'static str, u64)>) {
         let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        (self.issued.load(Ordering::Relaxed), refused.iter().map(|(reason, count)| (*reason, *count)).collect())
+        (
+            self.issued.load(Ordering::Relaxed),
+            refused.iter().map(|(reason, count)| (*reason, *count)).collect(),
+        )
     }
 }

@@ -40,7 +40,9 @@ pub(super) enum KeepError {
     Store(#[from] StoreError),
     #[error("the root is refused: {0}")]
     Root(#[from] RootError),
-    #[error("{ROTATION} in the store cannot be read: {0}; correct it, or remove it to begin anew with the root that is there")]
+    #[error(
+        "{ROTATION} in the store cannot be read: {0}; correct it, or remove it to begin anew with the root that is there"
+    )]
     Rotation(#[from] serde_json::Error),
     #[error("{CONFLICTS_MAX} times somebody else changed the store first")]
     Conflicts,
@@ -212,11 +214,15 @@ impl Keeper {
         let waits = now < moment(rotation.signs_from);
         let signer = match held {
             Some(held) if held.root == root.fingerprint && !held.due(now) => held,
-            Some(held) if held.root != root.fingerprint && waits && held.covers(self.lifetimes.leaf, now) => held,
+            Some(held) if held.root != root.fingerprint && waits && held.covers(self.lifetimes.leaf, now) => {
+                held
+            }
             _ => {
                 let made = Arc::new(self.signer(root, now)?);
                 if waits {
-                    warn!("the root was replaced and nothing is left that its predecessor signed: some peers may not trust it yet");
+                    warn!(
+                        "the root was replaced and nothing is left that its predecessor signed: some peers may not trust it yet"
+                    );
                 }
                 info!(serial = made.serial, root = made.root, "intermediate made");
                 made

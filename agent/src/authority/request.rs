@@ -24,8 +24,8 @@ pub(super) fn read(
     trust_domain: &TrustDomain,
     longest: Duration,
 ) -> Result<Wanted, Refusal> {
-    let csr = CertificateSigningRequestParams::from_pem(&request.csr)
-        .map_err(|e| Refusal::Csr(e.to_string()))?;
+    let csr =
+        CertificateSigningRequestParams::from_pem(&request.csr).map_err(|e| Refusal::Csr(e.to_string()))?;
     let identity = match csr.params.subject_alt_names.as_slice() {
         [SanType::URI(uri)] => SpiffeId::parse(uri.as_str())?,
         names => return Err(Refusal::Names(names.len())),
@@ -144,7 +144,9 @@ mod tests {
             let forged = rustls::pki_types::CertificateSigningRequestDer::from(forged);
             assert!(CertificateSigningRequestParams::from_der(&forged).is_err(), "byte {at}");
         }
-        for text in ["", "nonsense", "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"] {
+        for text in
+            ["", "nonsense", "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"]
+        {
             assert_eq!(answer(text.to_owned(), WEB, 60).err(), Some("csr"), "{text:?}");
         }
     }

@@ -39,7 +39,9 @@ pub(super) enum RootError {
     Key(String),
     #[error("{KEY} is not the key of the first certificate in {CERTIFICATE}")]
     Mismatch,
-    #[error("nothing that it signs can be verified ({0}): is it a CA that may sign another CA, valid now, and of the roots in {ROOTS}?")]
+    #[error(
+        "nothing that it signs can be verified ({0}): is it a CA that may sign another CA, valid now, and of the roots in {ROOTS}?"
+    )]
     Useless(webpki::Error),
     #[error("a certificate could not be made: {0}")]
     Make(#[from] rcgen::Error),

@@ -132,7 +132,11 @@ pub(super) fn decide(held: &Held<'_>, waits: Waits, now: u64, published: bool) -
     let half = held.not_before + held.not_after.saturating_sub(held.not_before) / 2;
     let asked = held.request.is_some() && held.request != rotation.followed.as_deref();
     // One at a time: the number of roots in use stays at two.
-    if rotation.own && rotation.retired.is_empty() && (now >= half || asked) { Step::Begin } else { Step::Keep }
+    if rotation.own && rotation.retired.is_empty() && (now >= half || asked) {
+        Step::Begin
+    } else {
+        Step::Keep
+    }
 }
 
 impl Rotation {

@@ -3,13 +3,7 @@
 //! Everything that a caller can hold open is bounded: connections, handshakes, streams, header and message sizes, the
 //! time of a request, the age of a connection. Connections beyond the bound wait in the kernel's queue.
 
-use std::{
-    convert::Infallible,
-    fmt,
-    net::IpAddr,
-    sync::Arc,
-    time::Duration,
-};
+use std::{convert::Infallible, fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwapOption;
 use bytes::Bytes;

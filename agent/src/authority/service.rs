@@ -110,8 +110,7 @@ impl Service {
         let caller: Caller = self.callers.authenticate(token).await?;
         asked.node = Some(caller.node.clone());
         take(&self.by_node, caller.node.clone(), caller.node.clone())?;
-        let message: CertificateRequest =
-            api::unframe(body).map_err(|e| Refusal::Message(e.to_string()))?;
+        let message: CertificateRequest = api::unframe(body).map_err(|e| Refusal::Message(e.to_string()))?;
         asked.identity = message.impersonated().and_then(|id| SpiffeId::parse(id).ok());
         let own = caller.identity.as_ref();
         let wanted = request::read(&message, own, &self.trust_domain, self.lifetimes.leaf)?;

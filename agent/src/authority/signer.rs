@@ -117,7 +117,8 @@ impl Signer {
 
     /// A certificate made with it must lead to the roots, as peers will see it.
     fn prove(&self, root: &Root, trust_domain: &TrustDomain, now: SystemTime) -> Result<(), RootError> {
-        let params = leaf_params(&[format!("spiffe://{trust_domain}/ns/a/sa/a")], now, Duration::from_secs(1))?;
+        let params =
+            leaf_params(&[format!("spiffe://{trust_domain}/ns/a/sa/a")], now, Duration::from_secs(1))?;
         let leaf = params.signed_by(&KeyPair::generate()?, &self.issuer)?;
         let anchors: Result<Vec<_>, _> = root.anchors.iter().map(webpki::anchor_from_trusted_cert).collect();
         let time = UnixTime::since_unix_epoch(Duration::from_secs(seconds(now)));

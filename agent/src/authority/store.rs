@@ -163,9 +163,8 @@ fn secret(name: &str, fields: Fields) -> Secret {
 fn read_secret(secret: Secret, name: &str) -> Result<Stored, StoreError> {
     let mut fields = Fields::new();
     for (field, ByteString(bytes)) in secret.data.iter().flatten() {
-        let text = String::from_utf8(bytes.clone()).map_err(|_| {
-            StoreError::Content(format!("Secret {name}"), format!("{field} is no text"))
-        })?;
+        let text = String::from_utf8(bytes.clone())
+            .map_err(|_| StoreError::Content(format!("Secret {name}"), format!("{field} is no text")))?;
         fields.insert(field.clone(), text);
     }
     let request = secret.metadata.annotations.as_ref().and_then(|all| all.get(ROTATE)).cloned();

@@ -45,7 +45,10 @@ async fn an_agent_gets_certificates_for_its_own_node_and_no_other() {
     agent.issuer.issue(&own).await.expect("issued: the agent's own pod is on its node");
     let metrics = get(&running, "/metrics").await;
     assert!(metrics.contains("tacit_authority_certificates_issued_total 3"), "{metrics}");
-    assert!(metrics.contains("tacit_authority_requests_refused_total{reason=\"not_on_node\"} 2"), "{metrics}");
+    assert!(
+        metrics.contains("tacit_authority_requests_refused_total{reason=\"not_on_node\"} 2"),
+        "{metrics}"
+    );
     assert!(get(&running, "/healthz/ready").await.contains("200 OK"));
 }
 
@@ -55,7 +58,11 @@ async fn only_a_good_token_of_an_agent_is_taken() {
     let good = api.content().tokens["a"].clone();
     let variants = [
         ("expired", json!({"authenticated": false, "error": "token has expired"}), Code::Unauthenticated),
-        ("audience", json!({"authenticated": false, "error": "token audiences invalid"}), Code::Unauthenticated),
+        (
+            "audience",
+            json!({"authenticated": false, "error": "token audiences invalid"}),
+            Code::Unauthenticated,
+        ),
     ];
     for (token, review, expected) in variants {
         api.content().tokens.insert(token.to_owned(), review);
@@ -154,7 +161,8 @@ async fn certificates_stay_in_use_while_the_authority_is_down() {
 
     let back = Config { listen: address, ..config(leaf) };
     let _running = Running::start(back, Some(&api)).await;
-    until("a new certificate", || identities.current(&web).expect("never a gap").serial != first.serial).await;
+    until("a new certificate", || identities.current(&web).expect("never a gap").serial != first.serial)
+        .await;
     assert_eq!(identities.certificates()[0].renewal_failures, 0);
 }
 
@@ -181,7 +189,9 @@ async fn an_authority_works_without_kubernetes() {
     let tokens = format!("agents: [{{node: a, tokenSha256: \"{hash}\"}}]\n");
     std::fs::write(path("agents.yaml"), tokens).expect("written");
     let workload = |name: &str, node: &str, last: u8| {
-        format!("  - {{name: {name}, namespace: shop, serviceAccount: {name}, addresses: [10.77.1.{last}], node: {node}}}\n")
+        format!(
+            "  - {{name: {name}, namespace: shop, serviceAccount: {name}, addresses: [10.77.1.{last}], node: {node}}}\n"
+        )
     };
     let directory = format!("workloads:\n{}{}", workload("web", "a", 2), workload("db", "b", 3));
     std::fs::write(path("directory.yaml"), directory).expect("written");
@@ -199,7 +209,8 @@ async fn an_authority_works_without_kubernetes() {
     assert_eq!(agent.refused("db").await, Code::PermissionDenied);
     running.stop().await;
 
-    let again = Running::start(Config { listen: "127.0.0.1:0".parse().expect("valid"), ..standalone }, None).await;
+    let again =
+        Running::start(Config { listen: "127.0.0.1:0".parse().expect("valid"), ..standalone }, None).await;
     let agent = Agent::new(again.address, "secret");
     std::fs::copy(path("roots.pem"), agent.root_file()).expect("copied");
     until_issued(&agent).await;

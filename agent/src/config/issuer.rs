@@ -63,7 +63,8 @@ fn address_parts(text: &str) -> Result<(String, String), &'static str> {
     let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     let port_fits = port.parse::<u16>().is_ok_and(|port| port != 0);
     let name = bare.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-'));
-    let fits = if bare == host { name && !bare.is_empty() } else { bare.parse::<std::net::Ipv6Addr>().is_ok() };
+    let fits =
+        if bare == host { name && !bare.is_empty() } else { bare.parse::<std::net::Ipv6Addr>().is_ok() };
     if port_fits && fits { Ok((text.to_owned(), bare.to_owned())) } else { Err(RULE) }
 }
 

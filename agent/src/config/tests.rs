@@ -115,7 +115,8 @@ fn an_authority_is_named_by_address_root_and_token() {
     let issuer = |text: &str| {
         parse(&MINIMAL.replace("{embedded: {directory: issuer}}", text)).map(|config| config.issuer)
     };
-    let minimal = "{istio: {address: \"istiod.istio-system.svc:15012\", rootFile: roots.pem, tokenFile: /run/token}}";
+    let minimal =
+        "{istio: {address: \"istiod.istio-system.svc:15012\", rootFile: roots.pem, tokenFile: /run/token}}";
     let expected = IstioConfig {
         address: "istiod.istio-system.svc:15012".to_owned(),
         server_name: "istiod.istio-system.svc".to_owned(),

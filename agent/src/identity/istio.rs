@@ -214,7 +214,8 @@ impl IstioIssuer {
     async fn token(&self) -> Result<HeaderValue, IstioError> {
         let (what, path) = ("tokenFile", &self.config.token_file);
         let bytes = read(what, path).await?;
-        let refuse = |problem: &str| IstioError::Content { what, path: path.clone(), problem: problem.into() };
+        let refuse =
+            |problem: &str| IstioError::Content { what, path: path.clone(), problem: problem.into() };
         let text = std::str::from_utf8(&bytes).map_err(|_| refuse("it is no text"))?.trim();
         if text.is_empty() {
             return Err(refuse("it is empty"));
@@ -272,7 +273,9 @@ fn credentials(
 ) -> Result<Credentials, IstioError> {
     let [leaf, between @ .., roots] = answer.cert_chain.as_slice() else {
         let count = answer.cert_chain.len();
-        return Err(IstioError::Answer(format!("{count} elements, where a certificate and its roots belong")));
+        return Err(IstioError::Answer(format!(
+            "{count} elements, where a certificate and its roots belong"
+        )));
     };
     let read = |pem: &String| certificates(pem.as_bytes()).map_err(IstioError::Answer);
     let roots = store(read(roots)?).map_err(IstioError::Answer)?;

@@ -106,7 +106,9 @@ impl Kubernetes {
         match timeout(REQUEST_MAX, turn).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(e)) => Err(Refusal::Api(format!("cannot {what}: {e}"))),
-            Err(_) => Err(Refusal::Api(format!("cannot {what}: the API server took more than {REQUEST_MAX:?}"))),
+            Err(_) => {
+                Err(Refusal::Api(format!("cannot {what}: the API server took more than {REQUEST_MAX:?}")))
+            }
         }
     }
 }
@@ -166,7 +168,10 @@ fn node_of(pod: Option<&Pod>, bearer: &Bearer) -> Result<String, Refusal> {
     if pod.metadata.uid.as_deref() != Some(&bearer.pod_uid) {
         return Err(no_node("its pod was replaced by another one of the same name"));
     }
-    let spec = pod.spec.as_ref().filter(|spec| spec.service_account_name.as_deref() == Some(&bearer.service_account));
+    let spec = pod
+        .spec
+        .as_ref()
+        .filter(|spec| spec.service_account_name.as_deref() == Some(&bearer.service_account));
     let spec = spec.ok_or_else(|| no_node("its pod has another service account"))?;
     let node = spec.node_name.clone().filter(|node| !node.is_empty());
     node.ok_or_else(|| no_node("its pod is on no node"))

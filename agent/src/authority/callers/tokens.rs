@@ -23,7 +23,8 @@ impl Tokens {
     pub(super) fn parse(text: &str, file: &Path) -> Result<Self, Mistakes> {
         yaml::decode(text, file, |root| {
             let list = root.fields(&["agents"])?.required("agents", "a list of {node, tokenSha256}")?;
-            let agents: Vec<_> = list.items()?.iter().map(|item| agent(item).map(|it| (it, item.clone()))).collect();
+            let agents: Vec<_> =
+                list.items()?.iter().map(|item| agent(item).map(|it| (it, item.clone()))).collect();
             let (mut by_hash, mut nodes) = (HashMap::new(), HashSet::new());
             for ((hash, node), item) in agents.into_iter().collect::<Option<Vec<_>>>()? {
                 if !nodes.insert(node.clone()) {
@@ -94,7 +95,10 @@ mod tests {
             (format!("agents:\n{}", line("a", "ba78")), "no SHA-256"),
             (format!("agents:\n{}", line("A", ABC)), "no Kubernetes name"),
             (format!("agents:\n{}{}", line("a", ABC), line("b", ABC)), "two nodes have this token"),
-            (format!("agents:\n{}{}", line("a", ABC), line("a", &ABC.replace('b', "c"))), "node a is written twice"),
+            (
+                format!("agents:\n{}{}", line("a", ABC), line("a", &ABC.replace('b', "c"))),
+                "node a is written twice",
+            ),
         ] {
             let problems = parse(&text).expect_err(&text);
             assert!(problems.iter().any(|found| found.contains(problem)), "{problem}: {problems:?}");

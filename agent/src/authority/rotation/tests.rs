@@ -35,7 +35,11 @@ fn each_step_comes_at_its_time() {
         (Some(&promoted), "two", 5220, true, Step::Keep),
         (Some(&promoted), "two", 5221, true, Step::Forget),
     ] {
-        assert_eq!(decide(&held(rotation, fingerprint), WAITS, now, published), step, "{fingerprint} at {now}");
+        assert_eq!(
+            decide(&held(rotation, fingerprint), WAITS, now, published),
+            step,
+            "{fingerprint} at {now}"
+        );
     }
 }
 
@@ -83,7 +87,10 @@ fn certificates_in_use_at_once_always_trust_each_other() {
             }
             leaves.retain(|(.., issued)| issued + WAITS.leaf >= now);
             for (signer, ..) in &leaves {
-                assert!(leaves.iter().all(|(_, roots, _)| roots.contains(signer)), "{signer} at {now}, late {late}");
+                assert!(
+                    leaves.iter().all(|(_, roots, _)| roots.contains(signer)),
+                    "{signer} at {now}, late {late}"
+                );
             }
         }
         assert_eq!((stored.anchors.as_str(), stored.retired.len()), ("TWO", 0));

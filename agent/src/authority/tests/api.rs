@@ -9,7 +9,9 @@ use std::{
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
-use hyper::{Method, Request, Response, StatusCode, body::Incoming, server::conn::http1, service::service_fn};
+use hyper::{
+    Method, Request, Response, StatusCode, body::Incoming, server::conn::http1, service::service_fn,
+};
 use hyper_util::rt::TokioIo;
 use kube::Client;
 use serde_json::{Value, json};
@@ -114,10 +116,10 @@ impl Content {
         match *method {
             Method::POST if path == "/apis/authentication.k8s.io/v1/tokenreviews" => self.review(body),
             Method::GET if path.ends_with("/pods") => self.pods(path, query),
-            Method::GET => self.objects.get(path).map_or_else(
-                || failure(StatusCode::NOT_FOUND),
-                |object| (StatusCode::OK, object.clone()),
-            ),
+            Method::GET => self
+                .objects
+                .get(path)
+                .map_or_else(|| failure(StatusCode::NOT_FOUND), |object| (StatusCode::OK, object.clone())),
             Method::POST => {
                 let path = format!("{path}/{}", body["metadata"]["name"].as_str().expect("a name"));
                 match self.objects.contains_key(&path) {
@@ -143,7 +145,8 @@ impl Content {
     fn review(&self, mut body: Value) -> (StatusCode, Value) {
         let token = body["spec"]["token"].as_str().unwrap_or_default();
         let status = self.tokens.get(token).cloned();
-        let status = status.unwrap_or_else(|| json!({"authenticated": false, "error": "invalid bearer token"}));
+        let status =
+            status.unwrap_or_else(|| json!({"authenticated": false, "error": "invalid bearer token"}));
         body["status"] = status;
         (StatusCode::CREATED, body)
     }

@@ -163,7 +163,8 @@ pub(super) fn published(api: &Api) -> String {
 
 /// A field of the Secret.
 pub(super) fn field(api: &Api, name: &str) -> String {
-    let secret: k8s_openapi::api::core::v1::Secret = serde_json::from_value(api.object(SECRET)).expect("a Secret");
+    let secret: k8s_openapi::api::core::v1::Secret =
+        serde_json::from_value(api.object(SECRET)).expect("a Secret");
     let bytes = secret.data.unwrap_or_default().remove(name).unwrap_or_default().0;
     String::from_utf8(bytes).expect("text")
 }

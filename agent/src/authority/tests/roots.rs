@@ -10,7 +10,8 @@ use serde_json::json;
 use tokio::time::sleep;
 
 use super::bench::{
-    Agent, CONFIG_MAP, Running, SECRET, accepts, cluster, config, field, published, ready, secret, started, until,
+    Agent, CONFIG_MAP, Running, SECRET, accepts, cluster, config, field, published, ready, secret, started,
+    until,
 };
 use crate::identity::{credentials::Credentials, istio::api::Code};
 

@@ -53,7 +53,9 @@ pub enum CallError {
         source: InvalidDnsNameError,
     },
     /// No TLS session, or the server is not who it should be.
-    #[error("TLS with {address} failed: {source}; does the root file hold the root of the authority, and is {name} in its certificate?")]
+    #[error(
+        "TLS with {address} failed: {source}; does the root file hold the root of the authority, and is {name} in its certificate?"
+    )]
     Tls {
         /// The configured address.
         address: String,

@@ -54,7 +54,10 @@ fn a_review_that_lacks_anything_is_a_refusal() {
         (with(|it| it["user"]["username"] = json!("system:node:a")), "not_an_agent"),
         (with(|it| it["user"]["username"] = json!("system:serviceaccount:shop:tacit-agent")), "not_an_agent"),
         (with(|it| it["user"]["username"] = json!("system:serviceaccount:tacit-system:web")), "not_an_agent"),
-        (with(|it| it["user"]["username"] = json!("system:serviceaccount:tacit-system:tacit-agent:x")), "not_an_agent"),
+        (
+            with(|it| it["user"]["username"] = json!("system:serviceaccount:tacit-system:tacit-agent:x")),
+            "not_an_agent",
+        ),
         (with(|it| it["user"]["extra"] = Value::Null), "no_node"),
         (claim(POD_NAME, json!([])), "no_node"),
         (claim(POD_NAME, json!(["a", "b"])), "no_node"),
