@@ -210,7 +210,7 @@ fn callers(config: &Config, client: Option<&Client>) -> Result<Callers, Authorit
 fn store(config: &Config, client: Option<&Client>) -> Store {
     match &config.root {
         RootPlace::Secret { namespace, name } => Store::Secret {
-            api: Api::namespaced(client.expect(CLIENT).clone(), namespace),
+            api: Box::new(Api::namespaced(client.expect(CLIENT).clone(), namespace)),
             name: name.clone(),
         },
         RootPlace::Directory(path) => Store::Directory(path.clone()),
@@ -220,7 +220,7 @@ fn store(config: &Config, client: Option<&Client>) -> Store {
 fn bundle(config: &Config, client: Option<&Client>) -> Bundle {
     match &config.bundle {
         BundlePlace::ConfigMap { namespace, name, key } => {
-            let api = Api::namespaced(client.expect(CLIENT).clone(), namespace);
+            let api = Box::new(Api::namespaced(client.expect(CLIENT).clone(), namespace));
             Bundle::ConfigMap { api, name: name.clone(), key: key.clone() }
         }
         BundlePlace::File(path) => Bundle::File(path.clone()),

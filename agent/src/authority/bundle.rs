@@ -32,7 +32,7 @@ pub(super) enum BundleError {
 /// Where the roots in use are published.
 #[derive(Clone)]
 pub(super) enum Bundle {
-    ConfigMap { api: Api<ConfigMap>, name: String, key: String },
+    ConfigMap { api: Box<Api<ConfigMap>>, name: String, key: String },
     File(PathBuf),
 }
 

@@ -186,10 +186,11 @@ impl Keeper {
                 known.promote(Root::read(&fields)?.fingerprint, waits, seconds(now))
             }
             (Step::Forget, Some(known)) => known.forget(seconds(now)),
+            // Somebody wrote the store anew without it.
+            (_, Some(known)) if known.fingerprint == root.fingerprint => known.clone(),
             (_, known) => {
                 // Only what can sign is taken over; else the last good root stays in use.
                 self.signer(root, now)?;
-                let known = known.filter(|known| known.fingerprint != root.fingerprint);
                 let (fingerprint, anchors) = (root.fingerprint.clone(), root.anchors_pem());
                 Rotation::adopt(false, fingerprint, anchors, known, waits, seconds(now))
             }

@@ -1,12 +1,13 @@
 //! One request, from its headers to a certificate or a refusal.
 //!
 //! The order is that of what it costs: rate by address, token, rate by node, the request itself, pods, signing. Every
-//! issue and every refusal is logged with node, identity and serial number, and counted.
+//! issue and every refusal is logged with node, identity and serial number, and counted; of those for the rate one a second
+//! is logged, with the number of the others.
 
 use std::{
     net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
-    time::{Instant, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use arc_swap::ArcSwapOption;
@@ -32,6 +33,9 @@ use crate::identity::{
 /// masqueraded, several agents come from one address.
 const NODES_AT_ONE_ADDRESS: u32 = 16;
 
+/// Least time between two log lines about callers that ask too often.
+const LOG_PAUSE: Duration = Duration::from_secs(1);
+
 /// Answers requests.
 pub(super) struct Service {
     live: Arc<ArcSwapOption<Live>>,
@@ -41,6 +45,8 @@ pub(super) struct Service {
     by_address: Mutex<Buckets<IpAddr>>,
     by_node: Mutex<Buckets<String>>,
     counters: Arc<Counters>,
+    /// When a refusal for the rate was last logged, and how many were not since.
+    unlogged: Mutex<(Option<Instant>, u64)>,
 }
 
 /// What is known of a request so far, for the log.
@@ -69,6 +75,7 @@ impl Service {
             by_address: Mutex::new(Buckets::new(address_rate)),
             by_node: Mutex::new(Buckets::new(rate)),
             counters,
+            unlogged: Mutex::default(),
         }
     }
 
@@ -92,10 +99,25 @@ impl Service {
             }
             Err(refusal) => {
                 self.counters.refused(refusal.reason());
-                warn!(%peer, node, identity, reason = refusal.reason(), %refusal, "certificate refused");
+                if let Some(more) = self.to_log(&refusal) {
+                    let reason = refusal.reason();
+                    warn!(%peer, node, identity, reason, more, %refusal, "certificate refused");
+                }
                 Err(refusal)
             }
         }
+    }
+
+    /// Whether to log, and how many like it were not since: callers that ask too often must not fill the log.
+    fn to_log(&self, refusal: &Refusal) -> Option<u64> {
+        if !matches!(refusal, Refusal::Rate { .. }) {
+            return Some(0);
+        }
+        let mut unlogged = self.unlogged.lock().unwrap_or_else(PoisonError::into_inner);
+        let (since, more) = *unlogged;
+        let due = since.is_none_or(|since| since.elapsed() >= LOG_PAUSE);
+        *unlogged = if due { (Some(Instant::now()), 0) } else { (since, more + 1) };
+        due.then_some(more)
     }
 
     async fn decide(

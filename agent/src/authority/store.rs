@@ -25,8 +25,8 @@ const LOCK_FILE: &str = ".lock";
 const ROTATE_FILE: &str = "rotate-root";
 /// Kubernetes allows 1 MiB for a Secret.
 const FILE_MAX_BYTES: u64 = 1024 * 1024;
-/// Longest request to rotate, in bytes; it is remembered.
-const REQUEST_MAX_BYTES: usize = 256;
+/// Longest request to rotate, in characters; it is remembered.
+const REQUEST_MAX_CHARS: usize = 256;
 
 /// The named texts of a store.
 pub(super) type Fields = BTreeMap<String, String>;
@@ -57,7 +57,7 @@ pub(super) enum StoreError {
 /// Where the root is kept.
 #[derive(Clone)]
 pub(super) enum Store {
-    Secret { api: Api<Secret>, name: String },
+    Secret { api: Box<Api<Secret>>, name: String },
     Directory(PathBuf),
 }
 
@@ -171,9 +171,8 @@ fn read_secret(secret: Secret, name: &str) -> Result<Stored, StoreError> {
     Ok(Stored { fields, request: request.map(shortened), version: Version::Secret(Box::new(secret)) })
 }
 
-fn shortened(mut request: String) -> String {
-    request.truncate(request.floor_char_boundary(REQUEST_MAX_BYTES));
-    request
+fn shortened(request: String) -> String {
+    request.chars().take(REQUEST_MAX_CHARS).collect()
 }
 
 async fn blocking<T: Send + 'static>(
