@@ -136,6 +136,10 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
         ("rate/properties/perSecond", RATE.per_second.into()),
         ("rate/properties/burst", RATE.burst.into()),
     ] {
-        assert_eq!(properties.pointer(&format!("/{pointer}")).expect(pointer)["default"], default, "{pointer}");
+        assert_eq!(
+            properties.pointer(&format!("/{pointer}")).expect(pointer)["default"],
+            default,
+            "{pointer}"
+        );
     }
 }
