@@ -68,7 +68,7 @@ pub enum AuthorityError {
     Load(#[from] LoadError),
     /// The Kubernetes API is not configured here.
     #[error("no access to the Kubernetes API: {0}; run it in a pod, or set KUBECONFIG")]
-    Kubernetes(#[source] Box<kube::Error>),
+    Kubernetes(String),
     /// An address cannot be had.
     #[error("{what} {address}: {source}")]
     Listen {
@@ -93,7 +93,7 @@ pub async fn run(config: Config) -> Result<(), AuthorityError> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = CancellationToken::new();
     let client = if needs_kubernetes(&config) {
-        Some(Client::try_default().await.map_err(|e| AuthorityError::Kubernetes(Box::new(e)))?)
+        Some(Client::try_default().await.map_err(|e| AuthorityError::Kubernetes(e.to_string()))?)
     } else {
         None
     };
