@@ -188,6 +188,21 @@ impl State {
     }
 }
 
+/// An error with what caused it: clients of the Kubernetes API say only "cannot connect" themselves.
+fn in_full(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        // Most messages have that of their source in them.
+        if !text.contains(&next) {
+            text = format!("{text}: {next}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
 async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, AuthorityError> {
     TcpListener::bind(address).await.map_err(|source| AuthorityError::Listen { what, address, source })
 }

@@ -17,6 +17,7 @@ use tracing::{error, info, warn};
 use super::{
     bundle::{Bundle, BundleError},
     config::Lifetimes,
+    in_full,
     root::{self, Root, RootError, seconds},
     rotation::{Held, Rotation, Step, Waits, decide},
     signer::{Signer, moment},
@@ -92,7 +93,7 @@ impl Keeper {
     pub(super) async fn run(mut self) {
         loop {
             let looked = self.look(SystemTime::now()).await;
-            let problem = looked.err().map(|error| error.to_string());
+            let problem = looked.err().map(|error| in_full(&error));
             match (&problem, self.trouble.load().as_deref()) {
                 (Some(problem), before) if before != Some(problem) => {
                     error!(%problem, "root, intermediate or bundle cannot be brought up to date; trying again");

@@ -16,7 +16,10 @@ use kube::{
 use tokio::{sync::Semaphore, time::timeout};
 
 use super::{Caller, Refusal};
-use crate::identity::{SpiffeId, TrustDomain};
+use crate::{
+    authority::in_full,
+    identity::{SpiffeId, TrustDomain},
+};
 
 /// Requests to the API server at once; the rest waits its turn within its own time.
 const REQUESTS_MAX: usize = 32;
@@ -105,7 +108,7 @@ impl Kubernetes {
         };
         match timeout(REQUEST_MAX, turn).await {
             Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(e)) => Err(Refusal::Api(format!("cannot {what}: {e}"))),
+            Ok(Err(e)) => Err(Refusal::Api(format!("cannot {what}: {}", in_full(&e)))),
             Err(_) => {
                 Err(Refusal::Api(format!("cannot {what}: the API server took more than {REQUEST_MAX:?}")))
             }
