@@ -25,6 +25,7 @@ use crate::{
     enrol::{Enroller, Pod, Serve, Table, kernel_mode},
     identity::{
         issuer::{EmbeddedIssuer, Issuer},
+        istio::IstioIssuer,
         manager::Identities,
         root::RootError,
     },
@@ -203,8 +204,12 @@ fn watch_policies(config: &Config) -> Result<Watched<Policies>, LoadError> {
 }
 
 fn issuer(config: &Config) -> Result<Issuer, RootError> {
-    let IssuerConfig::Embedded { directory, leaf_lifetime } = &config.issuer;
-    EmbeddedIssuer::open(directory, &config.trust_domain, *leaf_lifetime).map(Issuer::Embedded)
+    match &config.issuer {
+        IssuerConfig::Embedded { directory, leaf_lifetime } => {
+            EmbeddedIssuer::open(directory, &config.trust_domain, *leaf_lifetime).map(Issuer::Embedded)
+        }
+        IssuerConfig::Istio(istio) => Ok(Issuer::Istio(IstioIssuer::new(istio.clone()))),
+    }
 }
 
 fn enroller(config: &Config, path: &Arc<DataPath>, pods_cgroup: Cgroup, report: &Arc<Report>) -> Enroller {

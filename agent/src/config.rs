@@ -16,13 +16,14 @@ use std::{
 use ipnet::IpNet;
 
 use crate::{
-    identity::TrustDomain,
+    identity::{TrustDomain, istio::IstioConfig},
     kernel::ClearDestination,
     yaml::{self, Fields, LoadError, Mistakes, Value},
 };
 
 mod clear;
 mod duration;
+mod issuer;
 mod range;
 
 use clear::clear_destination;
@@ -46,7 +47,6 @@ const FIELDS: [&str; 15] = [
     "allowClear",
     "workers",
 ];
-const EMBEDDED_FIELDS: [&str; 2] = ["directory", "leafLifetime"];
 
 const ROOT_NAMESPACE: &str = "istio-system";
 /// Default of `pinPath`.
@@ -61,10 +61,10 @@ const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(3);
 const HEARTBEAT_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(60);
 /// Most destinations that may be reached in clear: each takes an entry in a kernel map of fixed size.
 const ALLOW_CLEAR_MAX: usize = 256;
-const LEAF_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+pub(crate) const LEAF_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 /// Below ten seconds renewal at half life could not be tried twice; leaves cannot be revoked, so a month is
 /// the most.
-const LEAF_LIFETIME_RANGE: RangeInclusive<Duration> =
+pub(crate) const LEAF_LIFETIME_RANGE: RangeInclusive<Duration> =
     Duration::from_secs(10)..=Duration::from_secs(30 * 24 * 3600);
 /// Most mesh ranges: each takes an entry in a kernel map of fixed size, and a cluster has a handful.
 const MESH_RANGES_MAX: usize = 256;
@@ -118,6 +118,8 @@ pub enum IssuerConfig {
         /// Lifetime of a leaf certificate, 10 s to 30 d.
         leaf_lifetime: Duration,
     },
+    /// An authority that speaks Istio's CA API.
+    Istio(IstioConfig),
 }
 
 impl Config {
@@ -156,11 +158,11 @@ impl Config {
         let directory_file = file_source(f, "directory", folder);
         let policy_file = file_source(f, "policy", folder);
         let issuer = f.required("issuer", "{embedded: {directory: issuer}}");
-        let issuer = issuer.and_then(|value| self::issuer(&value, folder));
+        let issuer = issuer.and_then(|value| issuer::decode(&value, folder));
         let root_namespace = or(f, "rootNamespace", ROOT_NAMESPACE.into(), |v| v.name().map(Arc::from));
         let pin_path = or(f, "pinPath", PIN_PATH.into(), absolute);
         let socket = or(f, "socket", SOCKET.into(), |v| socket_path(v, folder));
-        let metrics = or(f, "metrics", METRICS, metrics_address);
+        let metrics = or(f, "metrics", METRICS, listen_address);
         let drain_timeout = or(f, "drainTimeout", DRAIN_TIMEOUT, |v| within(v, DRAIN_TIMEOUT_RANGE));
         let heartbeat_timeout =
             or(f, "heartbeatTimeout", HEARTBEAT_TIMEOUT, |v| within(v, HEARTBEAT_TIMEOUT_RANGE));
@@ -187,7 +189,7 @@ impl Config {
 }
 
 /// The default for an absent field; a refused one stays `None`, so a mistake never becomes a default.
-fn or<T>(
+pub(crate) fn or<T>(
     fields: &mut Fields<'_>,
     name: &str,
     default: T,
@@ -224,15 +226,7 @@ fn file_source(fields: &mut Fields<'_>, name: &str, folder: &Path) -> Option<Pat
     Some(folder.join(fields.required("file", "the path of a file")?.text()?))
 }
 
-fn issuer(value: &Value<'_>, folder: &Path) -> Option<IssuerConfig> {
-    let embedded = value.fields(&["embedded"])?.required("embedded", "{directory: issuer}")?;
-    let mut fields = embedded.fields(&EMBEDDED_FIELDS)?;
-    let directory = fields.required("directory", "the folder of the root key").and_then(|value| value.text());
-    let leaf_lifetime = or(&mut fields, "leafLifetime", LEAF_LIFETIME, |v| within(v, LEAF_LIFETIME_RANGE));
-    Some(IssuerConfig::Embedded { directory: folder.join(directory?), leaf_lifetime: leaf_lifetime? })
-}
-
-fn within(value: &Value<'_>, range: RangeInclusive<Duration>) -> Option<Duration> {
+pub(crate) fn within(value: &Value<'_>, range: RangeInclusive<Duration>) -> Option<Duration> {
     value.parse(|text| duration(text, range))
 }
 
@@ -269,7 +263,7 @@ fn workers(text: &str) -> Result<NonZeroUsize, String> {
     })
 }
 
-fn metrics_address(value: &Value<'_>) -> Option<SocketAddr> {
+pub(crate) fn listen_address(value: &Value<'_>) -> Option<SocketAddr> {
     let address: Option<SocketAddr> = value.parse(|text| {
         text.parse().map_err(|_| "no address with a port: write it as 127.0.0.1:15020 or \"[::1]:15020\"")
     });

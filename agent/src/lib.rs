@@ -16,7 +16,8 @@
 //! | `directory` | which workload has an address |
 //! | `policy` | modes, authorization, and the verdict on an inbound flow |
 //! | `reload` | watched files: the last good version stays |
-//! | `identity` | SPIFFE ids, credentials, renewal, the embedded issuer |
+//! | `identity` | SPIFFE ids, credentials, renewal, issuers: embedded, or Istio's CA API |
+//! | `authority` | the certificate authority: who may have which certificate, root rotation |
 //! | `enrol` | a pod appears or goes |
 //! | `kernel` | eBPF programs and maps, cgroups, namespaces, sockets in pods |
 //! | `outbound`, `route` | captured connections and where they go |
@@ -31,14 +32,15 @@
 //! | `telemetry` | metrics, access log, status, admin doors |
 //!
 //! Rules of dependency, checked by `cargo xtask tidy`: only `kernel` uses aya, libc and `unsafe`; only `tunnel` (tls,
-//! verify, session) and `identity` use rustls; `policy`, `directory`, `route`, wire formats, pool and renewal are pure
-//! (no tokio, no clock, no logging); `outbound` and `inbound` never import each other; the data path reads control
+//! verify, session), `identity` and `authority` use rustls; `policy`, `directory`, `route`, wire formats, pool and renewal are pure
+//! (no tokio, no clock, no logging), as are the authority's decisions (`request`, `rotation`, `bucket`); `outbound` and `inbound` never import each other; the data path reads control
 //! snapshots and never awaits a control task, except `outbound` for the bounded discovery of an unknown address;
 //! nobody imports `app` but `main`.
 #![deny(missing_docs)]
 
 pub mod admission;
 pub mod app;
+pub mod authority;
 pub mod config;
 pub mod datapath;
 pub mod directory;

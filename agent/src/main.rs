@@ -1,4 +1,4 @@
-//! `tacit`: the node agent and the operator's commands.
+//! `tacit`: the node agent, the certificate authority and the operator's commands.
 #![forbid(unsafe_code)]
 
 use std::{
@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use tacit::{
     app::{self, AppError},
+    authority,
     config::{self, Config},
     kernel::{self, KernelError, VerifierLog, probe},
     telemetry::{admin, doctor, log, status},
@@ -33,6 +34,18 @@ enum Command {
         config: PathBuf,
         /// Log more, and write the whole verifier log of a refused program to a file in the temporary folder;
         /// TACIT_LOG takes a filter such as `info,tacit::outbound=trace`.
+        #[arg(short, long)]
+        verbose: bool,
+        /// How log lines look.
+        #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+        log_format: LogFormat,
+    },
+    /// Run the certificate authority of a mesh until SIGTERM or SIGINT.
+    Authority {
+        /// Configuration file.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Log more; TACIT_LOG takes a filter such as `info,tacit::authority=trace`.
         #[arg(short, long)]
         verbose: bool,
         /// How log lines look.
@@ -141,6 +154,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 fn run(command: Command) -> Result<ExitCode> {
     let done = match command {
         Command::Agent { config, verbose, log_format } => agent(&config, verbose, log_format),
+        Command::Authority { config, verbose, log_format } => run_authority(&config, verbose, log_format),
         Command::Status { socket, output } => show_status(&socket, output),
         Command::Policy(PolicyCommand::Explain { from, to, port, socket, output }) => {
             return explain(&socket, [&from, &to, &port], output);
@@ -161,17 +175,31 @@ fn uninstall(config: &std::path::Path) -> Result<()> {
 }
 
 fn agent(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<()> {
-    let format = match format {
-        LogFormat::Text => log::Format::Human,
-        LogFormat::Json => log::Format::Json,
-    };
-    log::init(format, verbose.then_some("debug"))?;
+    start_log(verbose, format)?;
     let config = Config::read(config)?;
     // For control alone; flows have threads of their own.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.worker_threads(2).enable_all().build().context("start the runtime")?;
     let verifier_log = if verbose { VerifierLog::Folder(std::env::temp_dir()) } else { VerifierLog::Tail };
     runtime.block_on(app::run(config, verifier_log))?;
+    Ok(())
+}
+
+fn run_authority(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<()> {
+    start_log(verbose, format)?;
+    let config = authority::config::Config::read(config)?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
+    runtime.block_on(authority::run(config))?;
+    Ok(())
+}
+
+fn start_log(verbose: bool, format: LogFormat) -> Result<()> {
+    let format = match format {
+        LogFormat::Text => log::Format::Human,
+        LogFormat::Json => log::Format::Json,
+    };
+    log::init(format, verbose.then_some("debug"))?;
     Ok(())
 }
 

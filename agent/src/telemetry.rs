@@ -24,6 +24,7 @@
 
 mod access_log;
 pub mod admin;
+pub mod authority;
 pub mod doctor;
 pub mod flows;
 pub mod log;

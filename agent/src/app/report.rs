@@ -15,7 +15,7 @@ use crate::{
     datapath::DataPath,
     directory::Workload,
     enrol::in_clear,
-    identity::manager::CertificateState,
+    identity::{issuer::Issuer, istio::Skew, manager::CertificateState},
     kernel::{Drops, GuardedLink, InClear, node},
     policy::{
         Authorization, Mode, Modes,
@@ -23,8 +23,8 @@ use crate::{
     },
     reload::ReloadState,
     telemetry::status::{
-        AgentState, CertificateStatus, DropStatus, GuardStatus, KernelCounter, PodState, PodStatus,
-        PoolStatus, ProgramStatus, SourceKind, SourceStatus, Status,
+        AgentState, CertificateStatus, DropStatus, GuardStatus, IssuerStatus, KernelCounter, PodState,
+        PodStatus, PoolStatus, ProgramStatus, SourceKind, SourceStatus, Status,
     },
 };
 
@@ -78,6 +78,7 @@ impl Report {
             programs: self.programs(),
             kernel: self.kernel(),
             guard: self.guard(),
+            issuer: issuer(self.path.identities.issuer()),
             certificates: self.path.identities.certificates().iter().filter_map(certificate).collect(),
             sources: vec![
                 source(SourceKind::Directory, &self.path.directory.state()),
@@ -193,6 +194,18 @@ fn mode(mode: Mode) -> &'static str {
         Mode::Disable => "DISABLE",
         Mode::Permissive => "PERMISSIVE",
         Mode::Strict => "STRICT",
+    }
+}
+
+fn issuer(issuer: &Issuer) -> IssuerStatus {
+    let Issuer::Istio(issuer) = issuer else {
+        return IssuerStatus { address: "embedded".to_owned(), ..IssuerStatus::default() };
+    };
+    let contact = issuer.contact();
+    IssuerStatus {
+        address: issuer.address().to_owned(),
+        last_answer: contact.answered.map(Into::into),
+        clock_ahead_ms: contact.skew.map(Skew::ahead_ms),
     }
 }
 

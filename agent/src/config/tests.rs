@@ -61,7 +61,7 @@ fn every_field_can_be_set() {
     assert_eq!(config.heartbeat_timeout, Duration::from_secs(1));
     assert_eq!(config.allow_clear.len(), 1);
     assert_eq!(config.workers.map(std::num::NonZeroUsize::get), Some(2));
-    let IssuerConfig::Embedded { leaf_lifetime, .. } = config.issuer;
+    let IssuerConfig::Embedded { leaf_lifetime, .. } = config.issuer else { panic!("another issuer") };
     assert_eq!(leaf_lifetime, Duration::from_secs(90 * 60));
 }
 
@@ -108,6 +108,31 @@ drainTimeout: 10
              small, such as 1h30m or 500ms",
         ]
     );
+}
+
+#[test]
+fn an_authority_is_named_by_address_root_and_token() {
+    let issuer = |text: &str| {
+        parse(&MINIMAL.replace("{embedded: {directory: issuer}}", text)).map(|config| config.issuer)
+    };
+    let minimal =
+        "{istio: {address: \"istiod.istio-system.svc:15012\", rootFile: roots.pem, tokenFile: /run/token}}";
+    let expected = IstioConfig {
+        address: "istiod.istio-system.svc:15012".to_owned(),
+        server_name: "istiod.istio-system.svc".to_owned(),
+        root_file: "/etc/tacit/conf/roots.pem".into(),
+        token_file: "/run/token".into(),
+        cluster_id: None,
+        lifetime: LEAF_LIFETIME,
+    };
+    assert_eq!(issuer(minimal), Ok(IssuerConfig::Istio(expected)));
+    let refused = |text: &str| problems(&MINIMAL.replace("{embedded: {directory: issuer}}", text));
+    assert!(refused("{}")[0].contains("not exactly one issuer"));
+    assert!(refused("{embedded: {directory: a}, istio: {}}")[0].contains("not exactly one issuer"));
+    let missing = refused("{istio: {address: \"istiod\"}}");
+    for problem in ["address: \"istiod\": no host with a port", "rootFile: missing", "tokenFile: missing"] {
+        assert!(missing.iter().any(|found| found.contains(problem)), "{problem}: {missing:?}");
+    }
 }
 
 #[test]
@@ -185,7 +210,11 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
     };
     assert_eq!(names(&schema), sorted(&FIELDS));
     let embedded = &schema["properties"]["issuer"]["properties"]["embedded"];
-    assert_eq!(names(embedded), sorted(&EMBEDDED_FIELDS));
+    assert_eq!(names(&schema["properties"]["issuer"]), sorted(&issuer::FIELDS));
+    assert_eq!(names(embedded), sorted(&issuer::EMBEDDED_FIELDS));
+    let istio = &schema["properties"]["issuer"]["properties"]["istio"];
+    assert_eq!(names(istio), sorted(&issuer::ISTIO_FIELDS));
+    assert_eq!(istio["properties"]["leafLifetime"]["default"], "24h");
     for (field, default) in [
         ("rootNamespace", ROOT_NAMESPACE),
         ("pinPath", PIN_PATH),

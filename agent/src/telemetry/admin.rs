@@ -1,4 +1,4 @@
-//! The agent's two doors for its operator: the metrics port (plain HTTP on the node's loopback) and the
+//! The two doors for an operator (the authority has the first alone): the metrics port (plain HTTP on the node's loopback) and the
 //! operator's socket (HTTP on a Unix socket that only root can open).
 //!
 //! | door | request | answer |
@@ -37,7 +37,7 @@ use tokio::{
 pub use explain::{ExplainSource, fetch_explanation};
 pub use socket::{BindError, FetchError, bind_operator, fetch_status};
 
-use super::{Telemetry, metrics, status::Status};
+use super::{Telemetry, authority::AuthorityStatus, metrics, status::Status};
 
 /// Connections served at once, for each door; two scrapers, a probe and a few people.
 const CONNECTIONS_MAX: usize = 16;
@@ -61,6 +61,29 @@ pub async fn serve_metrics(
     let routes = move |uri: &Uri| match uri.path() {
         "/metrics" => Some(metrics_answer(&telemetry, source())),
         "/healthz/ready" => Some(ready_answer(&source())),
+        _ => None,
+    };
+    serve(listener, Arc::new(routes), shutdown).await;
+}
+
+/// Makes the status of the authority as of now. Called for every request; must not block.
+pub type AuthoritySource = Arc<dyn Fn() -> AuthorityStatus + Send + Sync>;
+
+/// Serves metrics and readiness of the authority until `shutdown` completes.
+pub async fn serve_authority(
+    listener: TcpListener,
+    source: AuthoritySource,
+    shutdown: impl Future<Output = ()> + Send,
+) {
+    let routes = move |path: &str| match path {
+        "/metrics" => Some(match metrics::authority::text(source()) {
+            Ok(text) => answer(StatusCode::OK, metrics::CONTENT_TYPE, text),
+            Err(fmt_error) => failure(&fmt_error),
+        }),
+        "/healthz/ready" => Some(match source().unready() {
+            None => plain(StatusCode::OK, "ready\n"),
+            Some(reason) => plain(StatusCode::SERVICE_UNAVAILABLE, reason + "\n"),
+        }),
         _ => None,
     };
     serve(listener, Arc::new(routes), shutdown).await;

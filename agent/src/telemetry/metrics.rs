@@ -1,4 +1,4 @@
-//! Every metric the agent exposes: name, unit, help and labels, and how the exposition is written.
+//! Every metric the agent exposes (those of the authority are in `authority`): name, unit, help and labels, and how the exposition is written.
 //!
 //! The flow metrics are Istio's TCP metrics with the label set of ztunnel, so dashboards made for Istio work.
 //! Mind their direction: Istio counts as *received* what the source sends and as *sent* what the destination
@@ -6,6 +6,8 @@
 //! never kept twice.
 //!
 //! Names are given without the suffix the format adds: the unit, then `_total` for counters and `_info`.
+
+pub(super) mod authority;
 
 use std::{fmt, fmt::Write};
 
@@ -164,6 +166,27 @@ static CERTIFICATE_FAILURES: Metric = Metric {
     labels: &["identity"],
     help: "Renewals that failed.",
 };
+static CERTIFICATES_OVERDUE: Metric = Metric {
+    name: "tacit_certificates_overdue",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &[],
+    help: "Certificates past half of their life that could not be renewed yet; in use until they expire.",
+};
+static ISSUER_ANSWERED: Metric = Metric {
+    name: "tacit_issuer_last_answer_timestamp",
+    unit: Some(Unit::Seconds),
+    kind: MetricType::Gauge,
+    labels: &[],
+    help: "When the authority last answered, since 1970.",
+};
+static ISSUER_SKEW: Metric = Metric {
+    name: "tacit_issuer_clock_skew",
+    unit: Some(Unit::Seconds),
+    kind: MetricType::Gauge,
+    labels: &["clock"],
+    help: "How far this node's clock is ahead of the authority's, or behind it; certificates allow 60 s.",
+};
 static KERNEL_VERDICTS: Metric = Metric {
     name: "tacit_kernel_verdicts",
     unit: None,
@@ -271,7 +294,16 @@ impl Exposition {
         writer.family(&CERTIFICATE_EXPIRY, all().map(|(id, held)| (id, held.not_after.unix_seconds())))?;
         let renewed = all().filter_map(|(id, held)| Some((id, held.last_renewal?.unix_seconds())));
         writer.family(&CERTIFICATE_RENEWED, renewed)?;
-        writer.family(&CERTIFICATE_FAILURES, all().map(|(id, held)| (id, held.renewal_failures)))
+        writer.family(&CERTIFICATE_FAILURES, all().map(|(id, held)| (id, held.renewal_failures)))?;
+        let overdue = all().filter(|(_, held)| held.renewal_failures > 0).count();
+        writer.single(&CERTIFICATES_OVERDUE, overdue as u64)?;
+        let issuer = &self.status.issuer;
+        writer.family(&ISSUER_ANSWERED, issuer.last_answer.map(|at| ([], at.unix_seconds())))?;
+        let skew = |clock, sign: i64| {
+            let millis = issuer.clock_ahead_ms.map(|ahead| u64::try_from(ahead * sign).unwrap_or(0));
+            millis.map(|millis| ([Value::Text(clock)], millis.div_ceil(1000)))
+        };
+        writer.family(&ISSUER_SKEW, skew("ahead", 1).into_iter().chain(skew("behind", -1)))
     }
 
     fn configuration(&self, writer: &mut Writer<'_>) -> fmt::Result {

@@ -48,6 +48,9 @@ pub struct Status {
     /// What the guard did beside counting verdicts.
     #[serde(default)]
     pub guard: GuardStatus,
+    /// Who signs certificates.
+    #[serde(default)]
+    pub issuer: IssuerStatus,
     /// The certificates held.
     pub certificates: Vec<CertificateStatus>,
     /// Where configuration comes from.
@@ -68,6 +71,17 @@ impl Status {
             state => vec![format!("agent is {state}")],
         }
     }
+}
+
+/// Who signs certificates.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct IssuerStatus {
+    /// `embedded` for the agent itself, else the address of the authority.
+    pub address: String,
+    /// When the authority last answered, a refusal too.
+    pub last_answer: Option<Timestamp>,
+    /// How far this node's clock is ahead of the authority's; below 0 when behind, absent when never measured.
+    pub clock_ahead_ms: Option<i64>,
 }
 
 /// Whether the agent takes new flows.

@@ -26,7 +26,18 @@ const RESERVED: [Reserved; 2] = [
 ];
 
 /// Modules that decide and nothing else; `x` means the file x.rs and the folder x/.
-const PURE: [&str; 5] = ["policy", "yaml", "tunnel/frame", "tunnel/pool", "identity/renewal"];
+const PURE: [&str; 10] = [
+    "policy",
+    "yaml",
+    "tunnel/frame",
+    "tunnel/pool",
+    "identity/renewal",
+    "identity/istio/api",
+    "identity/istio/skew",
+    "authority/request",
+    "authority/rotation",
+    "authority/bucket",
+];
 
 /// Pure files whose folder is not.
 const PURE_FILES: [&str; 1] = ["directory.rs"];

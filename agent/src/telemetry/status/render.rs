@@ -8,6 +8,9 @@ use crate::telemetry::table::{Cell, Colour, Style, Table};
 /// A certificate with less than this part of its life left is overdue for renewal, which begins much earlier.
 const LIFE_LEFT_LOW: u64 = 4;
 
+/// A clock this far from the authority's is shown; certificates allow 60 s.
+const SKEW_SHOWN_MS: i64 = 5000;
+
 /// The whole status as tables. What needs the operator stands in a line that begins with `!`.
 #[must_use]
 pub fn render(status: &Status, colour: bool) -> String {
@@ -138,6 +141,12 @@ impl Page {
             ]);
         }
         self.section("CERTIFICATES", &table);
+        let skew = status.issuer.clock_ahead_ms.filter(|ahead| ahead.abs() >= SKEW_SHOWN_MS);
+        if let Some(ahead) = skew {
+            let (seconds, way) = (ahead.abs() / 1000, if ahead > 0 { "ahead of" } else { "behind" });
+            let text = format!("this node's clock is {seconds} s {way} that of {}", status.issuer.address);
+            self.note(Style::Bad, &text);
+        }
         for certificate in &status.certificates {
             if let Some(error) = &certificate.last_error {
                 self.note(Style::Bad, &format!("{}: renewal failed: {error}", certificate.identity));

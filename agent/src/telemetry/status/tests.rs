@@ -69,6 +69,11 @@ pub(in crate::telemetry) fn sample() -> Status {
                 packets: 41,
             }],
         },
+        issuer: IssuerStatus {
+            address: "authority.tacit:15012".to_owned(),
+            last_answer: Some(timestamp("2026-01-01T03:04:05Z")),
+            clock_ahead_ms: Some(-7500),
+        },
         certificates: vec![
             certificate("web", 72_000, None),
             certificate("api", 600, Some("issuer is\u{1b}[31m away")),
