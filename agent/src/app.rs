@@ -128,7 +128,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
         .await
         .map_err(|source| AppError::Metrics { address: config.metrics, source })?;
     let kernel = Arc::new(Kernel::open(&config.pin_path, &pods_cgroup, &verifier_log)?);
-    kernel.maps.set_mesh(&config.mesh_ranges)?;
+    kernel.maps.set_mesh(&config.captured_ranges())?;
     kernel.maps.set_clear(&config.allow_clear)?;
     refresh_node(&kernel)?;
     beat(&kernel, config.heartbeat_timeout, &policies)?;
@@ -146,6 +146,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
         table: Arc::new(ArcSwap::from_pointee(Table::default())),
         telemetry: Telemetry::new(),
         drain: Drain::default(),
+        mesh_ranges: config.captured_ranges(),
     }));
     let report = Arc::new(Report::new(&config, path.clone(), started));
     let doors = CancellationToken::new();
@@ -208,7 +209,7 @@ fn enroller(config: &Config, path: &Arc<DataPath>, pods_cgroup: Cgroup, report: 
         kernel: path.kernel.clone(),
         host: path.host.clone(),
         node: config.node.clone(),
-        mesh_ranges: config.mesh_ranges.clone(),
+        mesh_ranges: config.captured_ranges(),
         telemetry: path.telemetry.clone(),
         pods_cgroup,
         directory: path.directory.clone(),

@@ -356,13 +356,14 @@ impl State {
     }
 }
 
-/// Waits until `directory` knows `address`, at most `limit`.
+/// The directory once it knows `address`, or as it is after `limit`.
 pub async fn discover(
     directory: &Arc<Watched<Directory>>,
     address: IpAddr,
     limit: Duration,
-) -> Option<Arc<Workload>> {
+) -> Arc<Directory> {
     let mut changes = directory.subscribe();
-    let known = timeout(limit, changes.wait_for(|d| d.at(address).is_some())).await.ok()?.ok()?;
-    known.at(address).cloned()
+    // Unknown still, or the source ended: what there is has to do.
+    let _ = timeout(limit, changes.wait_for(|known| known.knows(address))).await;
+    directory.current()
 }

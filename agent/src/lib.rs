@@ -13,7 +13,8 @@
 //! |---|---|
 //! | `app` | puts everything together, runs it, takes it down |
 //! | `config`, `yaml` | the configuration; every mistake with line and field |
-//! | `directory` | which workload has an address |
+//! | `directory` | which workload or service has an address; which endpoint a client gets |
+//! | `balance` | how loaded endpoints are, and who stays with which |
 //! | `policy` | modes, and the verdict on an inbound flow |
 //! | `reload` | watched files: the last good version stays |
 //! | `identity` | SPIFFE ids, credentials, renewal, the embedded issuer |
@@ -37,6 +38,7 @@
 #![deny(missing_docs)]
 
 pub mod app;
+pub mod balance;
 pub mod config;
 pub mod datapath;
 pub mod directory;
