@@ -74,6 +74,12 @@ pub enum Udp {
 }
 
 impl Workload {
+    /// `namespace/name`.
+    #[must_use]
+    pub fn full_name(&self) -> String {
+        full_name(&self.namespace, &self.name)
+    }
+
     /// Its IPv4 address.
     #[must_use]
     pub fn ipv4(&self) -> Option<Ipv4Addr> {
@@ -110,6 +116,8 @@ pub struct Directory {
     by_node: Sharded<Arc<str>, Arc<Vec<Arc<Workload>>>>,
     services: Sharded<IpAddr, Arc<Service>>,
     services_by_name: Sharded<Arc<str>, Arc<Service>>,
+    host_network: Arc<Vec<Arc<Workload>>>,
+    departed: Arc<Vec<Arc<Workload>>>,
 }
 
 /// Who has an address that two workloads claim.
@@ -117,7 +125,7 @@ pub struct Directory {
 pub(crate) enum Claim {
     /// The new one.
     Takes,
-    /// The one that has it: the new one is about to end.
+    /// The one that has it, if it is another workload: the new one is about to end, or news of an old one.
     Yields,
 }
 
@@ -183,6 +191,17 @@ impl Directory {
         self.services_by_name.values()
     }
 
+    /// Pods of the source's own node that have the node's addresses: they are left alone.
+    pub fn host_network(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.host_network.iter()
+    }
+
+    /// Pods of the source's own node that the source no longer has, not because anybody wanted them out of the mesh:
+    /// processes of theirs may live on. A bounded number of the latest.
+    pub fn departed(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.departed.iter()
+    }
+
     /// Number of workloads.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -227,6 +246,30 @@ impl Directory {
             }
         }
         Some(workload)
+    }
+
+    /// Adds or replaces a pod that has the node's addresses. Says whether that changed anything.
+    pub(crate) fn set_host_network(&mut self, workload: Workload) -> bool {
+        if self.host_network.iter().any(|known| **known == workload) {
+            return false;
+        }
+        self.unset_host_network(&workload.namespace, &workload.name);
+        Arc::make_mut(&mut self.host_network).push(Arc::new(workload));
+        true
+    }
+
+    /// Removes such a pod. Says whether it was there.
+    pub(crate) fn unset_host_network(&mut self, namespace: &str, name: &str) -> bool {
+        let is_it = |known: &Arc<Workload>| *known.namespace == *namespace && *known.name == *name;
+        let is_there = self.host_network.iter().any(is_it);
+        if is_there {
+            Arc::make_mut(&mut self.host_network).retain(|known| !is_it(known));
+        }
+        is_there
+    }
+
+    pub(crate) fn set_departed(&mut self, departed: Vec<Arc<Workload>>) {
+        self.departed = Arc::new(departed);
     }
 
     /// Adds a service, or replaces the one of its name.
