@@ -1,1 +1,1 @@
-//! placeholder
+//! Tests of the source against an API server of our own: lists, watches, broken connections, versions that are too old.
