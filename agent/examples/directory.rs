@@ -63,7 +63,13 @@ async fn measure(pods: usize, services: usize) -> Result<()> {
     let watched = watched?;
     let directory = watched.current();
     println!("{} workloads, {} services", directory.len(), directory.services().count());
-    println!("complete after {:.2?}; memory {} -> {} MiB, at most {} MiB", begin.elapsed(), before.0, memory()?.0, memory()?.1);
+    println!(
+        "complete after {:.2?}; memory {} -> {} MiB, at most {} MiB",
+        begin.elapsed(),
+        before.0,
+        memory()?.0,
+        memory()?.1
+    );
     let random = shuffled(pods);
     lookups("workload by address", &random, |i| directory.at(pod_address(i)).is_some());
     lookups("service by address", &random, |i| directory.service_at(service_address(i % services)).is_some());
@@ -158,7 +164,10 @@ fn slice(index: usize, pods: usize) -> String {
     let endpoint = |i: usize| {
         let pod = (index * ENDPOINTS + i) % pods;
         let node = pod / PODS_OF_A_NODE;
-        format!(r#"{{"addresses":["{}"],"conditions":{{"ready":true}},"nodeName":"node-{node}"}}"#, pod_address(pod))
+        format!(
+            r#"{{"addresses":["{}"],"conditions":{{"ready":true}},"nodeName":"node-{node}"}}"#,
+            pod_address(pod)
+        )
     };
     let endpoints: Vec<String> = (0..ENDPOINTS).map(endpoint).collect();
     format!(
@@ -185,7 +194,8 @@ fn serve(pods: usize, services: usize) -> Result<()> {
         let (index, address) = line.split_once(' ').context("an order is a pod and an address")?;
         let event = format!(r#"{{"type":"MODIFIED","object":{}}}"#, pod(index.parse()?, address.parse()?));
         let connection = loop {
-            let open = watch.lock().ok().and_then(|watch| watch.as_ref().and_then(|open| open.try_clone().ok()));
+            let open =
+                watch.lock().ok().and_then(|watch| watch.as_ref().and_then(|open| open.try_clone().ok()));
             match open {
                 Some(connection) => break connection,
                 None => thread::sleep(Duration::from_millis(1)),
@@ -196,7 +206,12 @@ fn serve(pods: usize, services: usize) -> Result<()> {
     Ok(())
 }
 
-fn answer(mut connection: TcpStream, pods: usize, services: usize, watch: &Mutex<Option<TcpStream>>) -> Result<()> {
+fn answer(
+    mut connection: TcpStream,
+    pods: usize,
+    services: usize,
+    watch: &Mutex<Option<TcpStream>>,
+) -> Result<()> {
     connection.set_nodelay(true)?;
     let mut reader = BufReader::new(connection.try_clone()?);
     loop {
@@ -209,7 +224,9 @@ fn answer(mut connection: TcpStream, pods: usize, services: usize, watch: &Mutex
         let target = first.split(' ').nth(1).unwrap_or_default();
         let (path, query) = target.split_once('?').unwrap_or((target, ""));
         if query.contains("watch=") {
-            connection.write_all(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n")?;
+            connection.write_all(
+                b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n",
+            )?;
             if path.ends_with("/pods") {
                 *watch.lock().map_err(|_| anyhow::anyhow!("poisoned"))? = Some(connection.try_clone()?);
             }
@@ -224,7 +241,12 @@ fn answer(mut connection: TcpStream, pods: usize, services: usize, watch: &Mutex
             Some("pods") => (pods, Box::new(|i| pod(i, pod_address(i)))),
             Some("services") => (services, Box::new(service)),
             Some("endpointslices") => (services, Box::new(move |i| slice(i, pods))),
-            _ => (50, Box::new(|i| format!(r#"{{"metadata":{{"name":"ns-{i}","labels":{{"tacit.io/enrol":"true"}}}}}}"#))),
+            _ => (
+                50,
+                Box::new(|i| {
+                    format!(r#"{{"metadata":{{"name":"ns-{i}","labels":{{"tacit.io/enrol":"true"}}}}}}"#)
+                }),
+            ),
         };
         let end = count.min(begin + limit);
         let items: Vec<String> = (begin..end).map(item).collect();
@@ -233,7 +255,11 @@ fn answer(mut connection: TcpStream, pods: usize, services: usize, watch: &Mutex
             r#"{{"metadata":{{"resourceVersion":"1","continue":"{next}"}},"items":[{}]}}"#,
             items.join(",")
         );
-        write!(connection, "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}", body.len())?;
+        write!(
+            connection,
+            "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        )?;
     }
 }
 

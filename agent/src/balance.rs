@@ -169,7 +169,8 @@ mod tests {
         let mut now = Instant::now();
         let first = balancer.pick(&wish(&service, 2), &[], now).expect("one").endpoint();
         balancer.stay(&wish(&service, 2), first, now);
-        let others = (0..200).map(|i| balancer.pick(&wish(&service, 3), &[], now).map(|h| (i, h)).expect("one"));
+        let others =
+            (0..200).map(|i| balancer.pick(&wish(&service, 3), &[], now).map(|h| (i, h)).expect("one"));
         let others: Vec<_> = others.collect();
         assert!(others.iter().any(|(_, held)| held.endpoint() != first), "another client is free");
         for _ in 0..100 {

@@ -166,12 +166,7 @@ impl Config {
     }
 
     /// `node_name` stands for an absent `node`.
-    fn parse_in(
-        text: &str,
-        file: &Path,
-        folder: &Path,
-        node_name: Option<&str>,
-    ) -> Result<Self, Mistakes> {
+    fn parse_in(text: &str, file: &Path, folder: &Path, node_name: Option<&str>) -> Result<Self, Mistakes> {
         yaml::decode(text, file, |root| Self::decode(root, folder, node_name))
     }
 

@@ -53,7 +53,9 @@ pub fn directory(input: &[u8]) {
     match (&parsed, parse()) {
         (Ok(one), Ok(other)) => {
             assert_eq!(one.len(), other.len());
-            assert!(one.iter().all(|workload| other.named(&workload.namespace, &workload.name) == Some(workload)));
+            assert!(
+                one.iter().all(|workload| other.named(&workload.namespace, &workload.name) == Some(workload))
+            );
             let services = |all: &Directory| all.services().cloned().collect::<Vec<_>>();
             assert!(services(one).iter().all(|s| other.service_named(&s.namespace, &s.name) == Some(s)));
             for workload in one.iter() {

@@ -106,7 +106,14 @@ mod tests {
         ];
         for (destination, on_this_node, destination_mode, source_mode, expected) in table {
             let source_is_strict = source_mode == Strict;
-            let facts = Facts { port: 80, destination, outside_mesh: false, on_this_node, destination_mode, source_is_strict };
+            let facts = Facts {
+                port: 80,
+                destination,
+                outside_mesh: false,
+                on_this_node,
+                destination_mode,
+                source_is_strict,
+            };
             assert_eq!(decide(&facts), expected, "{facts:?}");
         }
     }
@@ -116,7 +123,14 @@ mod tests {
         let meshed = workload(Protocol::Tacit);
         let decided = |destination, outside_mesh| {
             let (on_this_node, destination_mode, source_is_strict) = (false, Mode::Strict, true);
-            decide(&Facts { port: 443, destination, outside_mesh, on_this_node, destination_mode, source_is_strict })
+            decide(&Facts {
+                port: 443,
+                destination,
+                outside_mesh,
+                on_this_node,
+                destination_mode,
+                source_is_strict,
+            })
         };
         assert_eq!(decided(None, true), Route::Clear("destination_outside_mesh"));
         assert_eq!(decided(None, false), Route::Refuse("destination_unknown"));

@@ -46,10 +46,14 @@ fn tell(mesh: &Mesh, service: &Service<'_>) -> Result<()> {
     let text = directory(mesh, service)?;
     for node in ["a", "b"] {
         let agent = mesh.agent(node)?;
-        let loads = |status: &Value| status["sources"].as_array()?.iter().find(|s| s["kind"] == "directory")?["loads"].as_u64();
+        let loads = |status: &Value| {
+            status["sources"].as_array()?.iter().find(|s| s["kind"] == "directory")?["loads"].as_u64()
+        };
         let before = loads(&observe::status(agent)?).context("loads")?;
         agent.files().set_directory_text(&text)?;
-        observe::wait_status(agent, "the services are loaded", |status| (loads(status)? > before).then_some(()))?;
+        observe::wait_status(agent, "the services are loaded", |status| {
+            (loads(status)? > before).then_some(())
+        })?;
     }
     Ok(())
 }
@@ -61,7 +65,10 @@ fn directory(mesh: &Mesh, service: &Service<'_>) -> Result<String> {
         writeln!(
             text,
             "- {{name: {0}, namespace: shop, serviceAccount: {0}, addresses: [{1}, '{2}'], node: {3}}}",
-            pod.name(), pod.ipv4(), pod.ipv6(), pod.node(),
+            pod.name(),
+            pod.ipv4(),
+            pod.ipv6(),
+            pod.node(),
         )?;
     }
     let Service { port, endpoints, more } = service;
@@ -99,6 +106,14 @@ fn ask(pod: &Pod, address: SocketAddr) -> Result<String> {
     Ok(peer.to_owned())
 }
 
+/// As [`ask`] from the client pod; what its agent refused is in the message of a failure.
+fn ask_vip(mesh: &Mesh) -> Result<String> {
+    ask(mesh.pod("client")?, vip(VIP4)?).with_context(|| {
+        let log = mesh.agent("a").and_then(|agent| agent.log()).unwrap_or_default();
+        log.lines().filter(|line| line.contains("refused")).collect::<Vec<_>>().join("\n")
+    })
+}
+
 /// Connections of `servers`, both families together.
 fn accepted(servers: &[Server]) -> Result<usize> {
     servers.iter().map(Server::accepted).sum()
@@ -117,19 +132,18 @@ fn a_virtual_address_leads_nowhere_without_tacit() -> Result<()> {
 #[ignore = "needs root"]
 fn endpoints_of_both_nodes_are_reached_and_the_client_sees_what_it_asked_for() -> Result<()> {
     static MESH: OnceLock<Result<Mesh, String>> = OnceLock::new();
-    let service = Service { port: 8080, endpoints: &[("near", true), ("far", true), ("far2", false)], more: "" };
+    let service =
+        Service { port: 8080, endpoints: &[("near", true), ("far", true), ("far2", false)], more: "" };
     let mesh = Mesh::shared(&MESH, || mesh("svc", STRICT, &service))?;
-    let (near, far, idle) = (
-        serve(mesh.pod("near")?, 8080)?,
-        serve(mesh.pod("far")?, 8080)?,
-        serve(mesh.pod("far2")?, 8080)?,
-    );
+    let (near, far, idle) =
+        (serve(mesh.pod("near")?, 8080)?, serve(mesh.pod("far")?, 8080)?, serve(mesh.pod("far2")?, 8080)?);
     for text in [VIP4, VIP6] {
         let address = vip(text)?;
         // Held open, so that the load of the near one makes the far one the better choice.
         let mut open = Vec::new();
         for _ in 0..MANY / 2 {
-            let client = Client::start(mesh.pod("client")?, address, &["send:hello", "pause", "shut", "read-end"])?;
+            let client =
+                Client::start(mesh.pod("client")?, address, &["send:hello", "pause", "shut", "read-end"])?;
             client.events().first("connected")?;
             open.push(client);
         }
@@ -138,7 +152,10 @@ fn endpoints_of_both_nodes_are_reached_and_the_client_sees_what_it_asked_for() -
             let events = client.finish()?;
             let connected = events.iter().find(|event| event["event"] == "connected").context("connected")?;
             ensure!(connected["peer"] == address.to_string(), "getpeername: {connected}");
-            ensure!(events.iter().any(|event| event["event"] == "end" && event["end"] == "eof"), "{events:?}");
+            ensure!(
+                events.iter().any(|event| event["event"] == "end" && event["end"] == "eof"),
+                "{events:?}"
+            );
         }
     }
     let counts = [accepted(&near)?, accepted(&far)?, accepted(&idle)?];
@@ -150,12 +167,13 @@ fn endpoints_of_both_nodes_are_reached_and_the_client_sees_what_it_asked_for() -
 #[test]
 #[ignore = "needs root"]
 fn an_endpoint_that_does_not_answer_is_replaced_unnoticed() -> Result<()> {
-    let service = Service { port: 8080, endpoints: &[("near", true), ("far", true), ("far2", true)], more: "" };
+    let service =
+        Service { port: 8080, endpoints: &[("near", true), ("far", true), ("far2", true)], more: "" };
     let mesh = mesh("svcdead", STRICT, &service)?;
     // Nobody listens in near and far.
     let alive = serve(mesh.pod("far2")?, 8080)?;
     for _ in 0..MANY {
-        ask(mesh.pod("client")?, vip(VIP4)?)?;
+        ask_vip(&mesh)?;
     }
     ensure!(accepted(&alive)? == MANY, "each connection came through once");
     // The control: with no endpoint that answers the client is reset.
@@ -173,13 +191,13 @@ fn a_client_stays_with_its_endpoint_when_the_service_says_so() -> Result<()> {
     let servers = [serve(mesh.pod("far")?, 8080)?, serve(mesh.pod("far2")?, 8080)?];
     let counts = || -> Result<BTreeSet<usize>> { servers.iter().map(|server| accepted(server)).collect() };
     for _ in 0..MANY {
-        ask(mesh.pod("client")?, vip(VIP4)?)?;
+        ask_vip(&mesh)?;
     }
     ensure!(counts()? == BTreeSet::from([0, MANY]), "one endpoint has all: {:?}", counts()?);
     // The control: without affinity both get some.
     tell(&mesh, &Service { more: "", ..sticky })?;
     for _ in 0..MANY {
-        ask(mesh.pod("client")?, vip(VIP4)?)?;
+        ask_vip(&mesh)?;
     }
     ensure!(!counts()?.contains(&0), "both have some: {:?}", counts()?);
     Ok(())

@@ -25,8 +25,7 @@ fn label(text: &str) -> Result<EnrolLabel, &'static str> {
     let form = "no label with a value: write it as tacit.io/enrol=true";
     let (name, value) = text.split_once('=').ok_or(form)?;
     let (prefix, part) = name.split_once('/').map_or((None, name), |(prefix, part)| (Some(prefix), part));
-    let prefix_is_good =
-        prefix.is_none_or(|p| p.len() <= PREFIX_MAX_BYTES && crate::yaml::is_object_name(p));
+    let prefix_is_good = prefix.is_none_or(|p| p.len() <= PREFIX_MAX_BYTES && crate::yaml::is_object_name(p));
     if prefix_is_good && is_label_part(part) && is_label_part(value) {
         Ok(EnrolLabel { name: name.to_owned(), value: value.to_owned() })
     } else {

@@ -144,10 +144,8 @@ fn bounds_of_single_fields_hold() {
             "{line}: {list:?}"
         );
     }
-    let many = (0..=RANGES_MAX)
-        .map(|i| format!("10.{}.{}.0/24", i / 256, i % 256))
-        .collect::<Vec<_>>()
-        .join(",");
+    let many =
+        (0..=RANGES_MAX).map(|i| format!("10.{}.{}.0/24", i / 256, i % 256)).collect::<Vec<_>>().join(",");
     let list = problems(&MINIMAL.replace("10.77.0.0/16", &many));
     assert!(list.len() == 1 && list[0].contains("at most 256"), "{list:?}");
     let list = problems(&MINIMAL.replace("[10.77.0.0/16, \"fd77::/16\"]", "[]"));
@@ -225,11 +223,23 @@ fn the_directory_can_come_from_kubernetes_and_the_node_from_the_environment() {
     assert_eq!(ambient.enrol_label.to_string(), "istio.io/dataplane-mode=ambient");
     assert_eq!(ambient.kubeconfig.as_deref(), Some(Path::new("/etc/tacit/admin.conf")));
     for (directory, node, problem) in [
-        ("{kubernetes: {}}", None, "node: missing: write this node's name, as the directory has it, or set NODE_NAME"),
-        ("{kubernetes: {}}", Some("A b"), "NODE_NAME=\"A b\" is no name of a node: set it from spec.nodeName"),
+        (
+            "{kubernetes: {}}",
+            None,
+            "node: missing: write this node's name, as the directory has it, or set NODE_NAME",
+        ),
+        (
+            "{kubernetes: {}}",
+            Some("A b"),
+            "NODE_NAME=\"A b\" is no name of a node: set it from spec.nodeName",
+        ),
         ("{}", Some("a"), "directory: nothing in it: write {file: directory.yaml} or {kubernetes: {}}"),
         ("{file: d.yaml, kubernetes: {}}", Some("a"), "directory: both `file` and `kubernetes`: remove one"),
-        ("{kubernetes: {label: x}}", Some("a"), "directory.kubernetes.label: unknown field: known here: enrolLabel, kubeconfig"),
+        (
+            "{kubernetes: {label: x}}",
+            Some("a"),
+            "directory.kubernetes.label: unknown field: known here: enrolLabel, kubeconfig",
+        ),
         (
             "{kubernetes: {enrolLabel: tacit.io/enrol}}",
             Some("a"),

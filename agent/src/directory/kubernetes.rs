@@ -194,7 +194,11 @@ impl Publisher {
                 let since = match self.failing.get(&kind) {
                     Some((since, _)) => *since,
                     None => {
-                        tracing::warn!(kind = kind.label(), problem, "the Kubernetes API is not followed; what is known stays in use");
+                        tracing::warn!(
+                            kind = kind.label(),
+                            problem,
+                            "the Kubernetes API is not followed; what is known stays in use"
+                        );
                         SystemTime::now()
                     }
                 };

@@ -187,7 +187,8 @@ fn among<'a>(
 ) -> Option<&'a Endpoint> {
     let is_free = |endpoint: &Endpoint| !asks.tried.contains(&endpoint.address);
     if let Some(sticky) = asks.sticky
-        && let Some(own) = (0..count).map(&at).find(|endpoint| endpoint.address == sticky && is_free(endpoint))
+        && let Some(own) =
+            (0..count).map(&at).find(|endpoint| endpoint.address == sticky && is_free(endpoint))
     {
         return Some(own);
     }

@@ -2,62 +2,62 @@
 
 use super::*;
 
-    const TEXT: &str = "\
+const TEXT: &str = "\
 workloads:
 - {name: web, namespace: shop, serviceAccount: web, addresses: [10.77.1.2, 'fd77:1::2'], node: a, labels: {app: web}}
 - {name: db, namespace: shop, addresses: ['fd77:2::3'], node: b, cgroup: shop/db, tunnel: none}
 - {name: cart, namespace: shop, addresses: [10.77.1.4], node: a}
 ";
 
-    fn sample() -> Directory {
-        let trust_domain = TrustDomain::parse("cluster.local").expect("valid");
-        Directory::parse(TEXT, Path::new("directory.yaml"), &trust_domain).expect("valid")
-    }
+fn sample() -> Directory {
+    let trust_domain = TrustDomain::parse("cluster.local").expect("valid");
+    Directory::parse(TEXT, Path::new("directory.yaml"), &trust_domain).expect("valid")
+}
 
-    #[test]
-    fn a_workload_is_found_by_each_of_its_addresses() {
-        let directory = sample();
-        for (address, name) in [
-            ("10.77.1.2", Some("web")),
-            ("fd77:1::2", Some("web")),
-            ("::ffff:10.77.1.2", Some("web")),
-            ("fd77:2::3", Some("db")),
-            ("10.77.1.4", Some("cart")),
-            ("10.77.1.3", None),
-            ("fd77:1::3", None),
-        ] {
-            let found = directory.at(address.parse().expect("an address")).map(|workload| &*workload.name);
-            assert_eq!(found, name, "{address}");
-        }
+#[test]
+fn a_workload_is_found_by_each_of_its_addresses() {
+    let directory = sample();
+    for (address, name) in [
+        ("10.77.1.2", Some("web")),
+        ("fd77:1::2", Some("web")),
+        ("::ffff:10.77.1.2", Some("web")),
+        ("fd77:2::3", Some("db")),
+        ("10.77.1.4", Some("cart")),
+        ("10.77.1.3", None),
+        ("fd77:1::3", None),
+    ] {
+        let found = directory.at(address.parse().expect("an address")).map(|workload| &*workload.name);
+        assert_eq!(found, name, "{address}");
     }
+}
 
-    #[test]
-    fn a_workload_has_what_the_file_says_and_the_defaults() {
-        let directory = sample();
-        let all: Vec<_> = directory.iter().collect();
-        let (web, db) = (all[0], all[1]);
-        assert_eq!(web.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/web");
-        assert_eq!(web.cgroup, Path::new("shop_web"));
-        assert_eq!(web.protocol, Protocol::Tacit);
-        assert_eq!(web.labels, BTreeMap::from([("app".to_owned(), "web".to_owned())]));
-        assert_eq!(web.ipv4(), Some(Ipv4Addr::new(10, 77, 1, 2)));
-        assert_eq!(web.ipv6(), Some("fd77:1::2".parse().expect("an address")));
-        assert_eq!(db.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/default");
-        assert_eq!(db.cgroup, Path::new("shop/db"));
-        assert_eq!(db.protocol, Protocol::None);
-        assert_eq!((db.ipv4(), db.labels.len()), (None, 0));
-    }
+#[test]
+fn a_workload_has_what_the_file_says_and_the_defaults() {
+    let directory = sample();
+    let web = directory.named("shop", "web").expect("web");
+    let db = directory.named("shop", "db").expect("db");
+    assert_eq!(web.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/web");
+    assert_eq!(web.cgroup, Path::new("shop_web"));
+    assert_eq!(web.protocol, Protocol::Tacit);
+    assert_eq!(web.labels, BTreeMap::from([("app".to_owned(), "web".to_owned())]));
+    assert_eq!(web.ipv4(), Some(Ipv4Addr::new(10, 77, 1, 2)));
+    assert_eq!(web.ipv6(), Some("fd77:1::2".parse().expect("an address")));
+    assert_eq!(db.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/default");
+    assert_eq!(db.cgroup, Path::new("shop/db"));
+    assert_eq!(db.protocol, Protocol::None);
+    assert_eq!((db.ipv4(), db.labels.len()), (None, 0));
+}
 
-    #[test]
-    fn a_node_has_its_workloads_in_order() {
-        let directory = sample();
-        let names = |node| directory.on_node(node).map(|workload| &*workload.name).collect::<Vec<_>>();
-        assert_eq!(names("a"), ["web", "cart"]);
-        assert_eq!(names("b"), ["db"]);
-        assert!(names("c").is_empty());
-        assert_eq!((directory.len(), directory.is_empty()), (3, false));
-        assert!(Directory::default().is_empty());
-    }
+#[test]
+fn a_node_has_its_workloads_in_order() {
+    let directory = sample();
+    let names = |node| directory.on_node(node).map(|workload| &*workload.name).collect::<Vec<_>>();
+    assert_eq!(names("a"), ["web", "cart"]);
+    assert_eq!(names("b"), ["db"]);
+    assert!(names("c").is_empty());
+    assert_eq!((directory.len(), directory.is_empty()), (3, false));
+    assert!(Directory::default().is_empty());
+}
 
 fn workload(name: &str, node: &str, address: &str) -> Workload {
     let trust_domain = TrustDomain::parse("cluster.local").expect("valid");

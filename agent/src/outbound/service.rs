@@ -31,20 +31,18 @@ pub(super) async fn reach(
     asked: Ends,
     app: &TcpStream,
 ) -> Result<(Way, Option<Held>), Failure> {
-    let wish = Wish {
-        service,
-        address: asked.destination,
-        client: asked.source.ip(),
-        node: &pod.workload.node,
-    };
+    let wish =
+        Wish { service, address: asked.destination, client: asked.source.ip(), node: &pod.workload.node };
     let mut tried = Vec::with_capacity(TRIES);
     let mut last: Option<Failure> = None;
     loop {
         let held = match path.balancer.pick(&wish, &tried, Instant::now()) {
             Ok(held) => held,
-            Err(none) => return Err(last.filter(|_| none == NoEndpoint::AllTried).unwrap_or_else(|| {
-                Failure::new(none.label(), format!("{}/{}: {none}", service.namespace, service.name))
-            })),
+            Err(none) => {
+                return Err(last.filter(|_| none == NoEndpoint::AllTried).unwrap_or_else(|| {
+                    Failure::new(none.label(), format!("{}/{}: {none}", service.namespace, service.name))
+                }));
+            }
         };
         let ends = Ends { source: asked.source, destination: held.endpoint() };
         let attempt = if tried.len() + 1 < TRIES {
@@ -62,7 +60,12 @@ pub(super) async fn reach(
                 tried.push(ends.destination);
                 last = Some(failure);
             }
-            Err(failure) => return Err(Failure { detail: format!("{}: {}", ends.destination, failure.detail), ..failure }),
+            Err(failure) => {
+                return Err(Failure {
+                    detail: format!("{}: {}", ends.destination, failure.detail),
+                    ..failure
+                });
+            }
         }
     }
 }

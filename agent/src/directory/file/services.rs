@@ -48,7 +48,8 @@ pub(super) fn services<'a>(
     workloads: &[Option<Workload>],
     taken: &mut Taken<'a>,
 ) -> Option<Vec<Service>> {
-    let nodes = workloads.iter().flatten().flat_map(|w| w.addresses.iter().map(|a| (*a, Arc::clone(&w.node))));
+    let nodes =
+        workloads.iter().flatten().flat_map(|w| w.addresses.iter().map(|a| (*a, Arc::clone(&w.node))));
     let nodes: HashMap<_, _> = nodes.collect();
     let mut names = HashMap::new();
     // Not collected to an `Option`: that would stop at the first mistake.
@@ -104,7 +105,8 @@ fn ports_of<'a>(list: &Value<'a>) -> Option<Vec<(u16, Target<'a>)>> {
     let mut seen = HashMap::new();
     let port = |item: &Value<'a>| {
         let mut fields = item.fields(&PORT_FIELDS)?;
-        let number = fields.required("port", "the port that clients ask for").and_then(|v| v.parse(port_number));
+        let number =
+            fields.required("port", "the port that clients ask for").and_then(|v| v.parse(port_number));
         let target = fields.optional("targetPort").map(|value| target(&value));
         let number = number?;
         if let Some(line) = seen.insert(number, item.line()) {
@@ -124,10 +126,7 @@ fn target<'a>(value: &Value<'a>) -> Option<Target<'a>> {
     value.text().map(Target::Name)
 }
 
-fn places<'a>(
-    list: &Value<'a>,
-    nodes: &HashMap<std::net::IpAddr, Arc<str>>,
-) -> Option<Vec<Place<'a>>> {
+fn places<'a>(list: &Value<'a>, nodes: &HashMap<std::net::IpAddr, Arc<str>>) -> Option<Vec<Place<'a>>> {
     let place = |item: &Value<'a>| {
         let mut fields = item.fields(&ENDPOINT_FIELDS)?;
         let list = fields.required("addresses", "the endpoint's addresses, such as [10.77.1.2]");
@@ -168,7 +167,9 @@ fn served(port: u16, target: &Target<'_>, places: &[Place<'_>]) -> Option<Servic
         };
         let Some(number) = number else {
             let Target::Name(name) = target else { continue };
-            place.value.refuse(format_args!("no port {name:?}, the targetPort of {port}: write ports: {{{name}: 8080}}"));
+            place.value.refuse(format_args!(
+                "no port {name:?}, the targetPort of {port}: write ports: {{{name}: 8080}}"
+            ));
             complete = false;
             continue;
         };
@@ -176,7 +177,8 @@ fn served(port: u16, target: &Target<'_>, places: &[Place<'_>]) -> Option<Servic
             |address| Endpoint { address: SocketAddr::new(address, *number), node: Arc::clone(&place.node) };
         all.extend(place.addresses.iter().map(|address| (endpoint(*address), place.condition)));
     }
-    let (ipv4, ipv6): (Vec<_>, Vec<_>) = all.into_iter().partition(|(endpoint, _)| endpoint.address.is_ipv4());
+    let (ipv4, ipv6): (Vec<_>, Vec<_>) =
+        all.into_iter().partition(|(endpoint, _)| endpoint.address.is_ipv4());
     complete.then(|| ServicePort { port, ipv4: Endpoints::new(ipv4), ipv6: Endpoints::new(ipv6) })
 }
 

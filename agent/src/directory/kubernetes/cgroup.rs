@@ -79,7 +79,11 @@ mod tests {
             // A static pod's UID is a hash without dashes.
             ("/sys/fs/cgroup/kubepods.slice", Guaranteed, format!("kubepods-pod{slice}.slice")),
         ] {
-            assert_eq!(CgroupLayout::of(Path::new(pods)).pod(uid, qos), PathBuf::from(path), "{pods} {qos:?}");
+            assert_eq!(
+                CgroupLayout::of(Path::new(pods)).pod(uid, qos),
+                PathBuf::from(path),
+                "{pods} {qos:?}"
+            );
         }
     }
 }

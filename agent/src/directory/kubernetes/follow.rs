@@ -103,7 +103,8 @@ async fn list<K: Watched>(client: &Client, path: &str, news: &mpsc::Sender<News>
         let page = page.map_err(|_| Error::ReadEvents(std::io::ErrorKind::TimedOut.into()))??;
         // A list that failed half way starts again, and this with it.
         let begin = std::mem::take(&mut first).then_some(Change::Listing(K::KIND));
-        let changes = begin.into_iter().chain(page.items.into_iter().map(|item| Change::Applied(item.into_object())));
+        let changes =
+            begin.into_iter().chain(page.items.into_iter().map(|item| Change::Applied(item.into_object())));
         for change in changes {
             // Closed is seen by the caller.
             let _ = news.send(News::Change(change)).await;

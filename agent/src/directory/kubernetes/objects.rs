@@ -292,7 +292,11 @@ impl Watched for Slice {
 #[derive(Debug, Clone, Deserialize)]
 pub(super) struct Page<T> {
     pub(super) metadata: PageMeta,
-    #[serde(default = "Vec::new", deserialize_with = "or_default", bound(deserialize = "T: Deserialize<'de>"))]
+    #[serde(
+        default = "Vec::new",
+        deserialize_with = "or_default",
+        bound(deserialize = "T: Deserialize<'de>")
+    )]
     pub(super) items: Vec<T>,
 }
 

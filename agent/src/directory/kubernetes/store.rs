@@ -132,7 +132,9 @@ impl Store {
         let seen = self.seen.remove(&kind).unwrap_or_default();
         let known: Vec<String> = match kind {
             Kind::Namespaces => self.namespaces.keys().cloned().collect(),
-            Kind::Pods => self.directory.iter().chain(self.directory.host_network()).map(|w| w.full_name()).collect(),
+            Kind::Pods => {
+                self.directory.iter().chain(self.directory.host_network()).map(|w| w.full_name()).collect()
+            }
             Kind::Services => self.services.keys().cloned().collect(),
             Kind::EndpointSlices => self.slices.keys().cloned().collect(),
         };
@@ -188,7 +190,8 @@ impl Store {
         if workload.addresses.is_empty() && !is_here {
             return self.end_pod(&name);
         }
-        if self.directory.named(&workload.namespace, &workload.name).is_some_and(|known| **known == workload) {
+        if self.directory.named(&workload.namespace, &workload.name).is_some_and(|known| **known == workload)
+        {
             return;
         }
         let claim = if is_ending { Claim::Yields } else { Claim::Takes };
@@ -203,7 +206,8 @@ impl Store {
         let uid = pod.metadata.annotations.mirror.as_ref().unwrap_or(&pod.metadata.uid);
         // Only the agent of its node looks for its processes.
         let is_here = *pod.spec.node_name == *self.place.node;
-        let cgroup = if is_here { self.place.cgroups.pod(uid, pod.status.qos_class) } else { Default::default() };
+        let cgroup =
+            if is_here { self.place.cgroups.pod(uid, pod.status.qos_class) } else { Default::default() };
         let account = match pod.spec.service_account_name.as_str() {
             "" => DEFAULT_ACCOUNT,
             account => account,

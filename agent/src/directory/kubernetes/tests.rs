@@ -31,7 +31,11 @@ async fn until(watched: &Watched<Directory>, what: &str, is: impl FnMut(&Arc<Dir
     reached.unwrap_or_else(|_| panic!("{what}: not before the deadline")).expect("followed");
 }
 
-async fn until_state(watched: &Watched<Directory>, what: &str, is: impl Fn(&ReloadState) -> bool) -> ReloadState {
+async fn until_state(
+    watched: &Watched<Directory>,
+    what: &str,
+    is: impl Fn(&ReloadState) -> bool,
+) -> ReloadState {
     let waiting = async {
         loop {
             let state = watched.state();
@@ -59,10 +63,13 @@ fn cluster() -> Server {
     for i in 2..5 {
         server.set(PODS, pod(&format!("web-{i}"), &format!("10.77.2.{i}")));
     }
-    server.set(SERVICES, json!({
-        "metadata": {"name": "web", "namespace": "shop"},
-        "spec": {"clusterIP": "10.96.0.1", "ports": [{"port": 80, "protocol": "TCP"}]},
-    }));
+    server.set(
+        SERVICES,
+        json!({
+            "metadata": {"name": "web", "namespace": "shop"},
+            "spec": {"clusterIP": "10.96.0.1", "ports": [{"port": 80, "protocol": "TCP"}]},
+        }),
+    );
     server
 }
 
@@ -76,7 +83,9 @@ fn slice() -> Value {
 }
 
 fn has(directory: &Directory, address: &str) -> bool {
-    directory.at(address.parse().expect("an address")).is_some_and(|w| w.protocol == crate::directory::Protocol::Tacit)
+    directory
+        .at(address.parse().expect("an address"))
+        .is_some_and(|w| w.protocol == crate::directory::Protocol::Tacit)
 }
 
 fn has_endpoint(directory: &Directory) -> bool {
@@ -156,7 +165,10 @@ async fn without_the_api_what_is_known_stays_and_its_age_is_told() {
     server.go_down();
     server.break_connections();
     let state = until_state(&watched, "stale", |state| state.stale_since.is_some()).await;
-    assert!(state.stale_since >= Some(before) && state.refusals > 0 && state.last_error.is_some(), "{state:?}");
+    assert!(
+        state.stale_since >= Some(before) && state.refusals > 0 && state.last_error.is_some(),
+        "{state:?}"
+    );
     assert!(has(&watched.current(), "10.77.2.3"));
     server.come_up();
     server.set(PODS, pod("web-7", "10.77.2.7"));

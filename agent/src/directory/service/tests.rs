@@ -58,7 +58,8 @@ fn chosen(
 
 /// Numbers whose halves are spread well (multiples of the golden ratio).
 fn spread(count: u64) -> impl Iterator<Item = u64> {
-    (1..=count).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(17).wrapping_mul(0xbf58_476d_1ce4_e5b9))
+    (1..=count)
+        .map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(17).wrapping_mul(0xbf58_476d_1ce4_e5b9))
 }
 
 #[test]

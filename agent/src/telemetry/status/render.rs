@@ -158,10 +158,13 @@ impl Page {
         self.section("CONFIGURATION", &table);
         for source in &status.sources {
             if let Some(error) = &source.last_error {
-                self.note(Style::Bad, &format!(
-                    "{} not in use since {} s, the last good one is in force:",
-                    source.file, source.stale_seconds
-                ));
+                self.note(
+                    Style::Bad,
+                    &format!(
+                        "{} not in use since {} s, the last good one is in force:",
+                        source.file, source.stale_seconds
+                    ),
+                );
                 for line in error.lines() {
                     self.note(Style::Bad, line);
                 }

@@ -88,10 +88,10 @@ fn a_pod_is_decoded_to_what_is_needed() {
         value["spec"].as_object_mut().expect("spec").remove("serviceAccountName");
     })));
     let fixed = store.directory.named("shop", "static").expect("known");
-    assert_eq!((fixed.cgroup.as_path(), fixed.identity.to_string()), (
-        Path::new("pod0123abcd"),
-        "spiffe://cluster.local/ns/shop/sa/default".to_owned()
-    ));
+    assert_eq!(
+        (fixed.cgroup.as_path(), fixed.identity.to_string()),
+        (Path::new("pod0123abcd"), "spiffe://cluster.local/ns/shop/sa/default".to_owned())
+    );
 }
 
 #[test]
@@ -205,7 +205,9 @@ fn a_pod_that_goes_is_kept_for_its_processes_on_its_own_node() {
     for name in ["here", "far", "plain"] {
         store.take(Change::Deleted(pod(name, "a", "10.77.1.2", as_is)));
     }
-    store.take(Change::Applied(pod("job", "a", "10.77.1.4", |value| value["status"]["phase"] = json!("Succeeded"))));
+    store.take(Change::Applied(pod("job", "a", "10.77.1.4", |value| {
+        value["status"]["phase"] = json!("Succeeded")
+    })));
     let departed: Vec<&str> = store.directory.departed().map(|workload| &*workload.name).collect();
     assert_eq!(departed, ["here", "job"]);
     assert!(store.directory.is_empty());
@@ -237,7 +239,8 @@ fn pods_with_the_nodes_network_are_left_alone_and_listed() {
     let mut store = listed();
     store.take(Change::Applied(pod("agent", "a", "192.0.2.1", host)));
     store.take(Change::Applied(pod("agent-b", "b", "192.0.2.2", host)));
-    let names = |store: &Store| store.directory.host_network().map(|w| w.name.to_string()).collect::<Vec<_>>();
+    let names =
+        |store: &Store| store.directory.host_network().map(|w| w.name.to_string()).collect::<Vec<_>>();
     assert_eq!(names(&store), ["agent"]);
     assert_eq!((at(&store, "192.0.2.1"), at(&store, "192.0.2.2"), store.directory.len()), (None, None, 0));
     store.take(Change::Listing(Kind::Pods));
@@ -301,9 +304,22 @@ fn a_service_is_built_of_its_slices_in_whichever_order() {
     store.take(Change::Applied(service(as_is)));
     assert_eq!(usable(&store), ["10.77.1.2:8080 a", "10.77.1.4:8080 b"]);
     // Another slice has another number for the same name, and one the other family.
-    store.take(Change::Applied(slice("web-2", "IPv4", 9090, json!([{"addresses": ["10.77.2.2"], "nodeName": "b"}]))));
-    store.take(Change::Applied(slice("web-3", "IPv6", 8080, json!([{"addresses": ["fd77::2"], "nodeName": "b"}]))));
-    assert_eq!(usable(&store), ["10.77.1.2:8080 a", "10.77.1.4:8080 b", "10.77.2.2:9090 b", "[fd77::2]:8080 b"]);
+    store.take(Change::Applied(slice(
+        "web-2",
+        "IPv4",
+        9090,
+        json!([{"addresses": ["10.77.2.2"], "nodeName": "b"}]),
+    )));
+    store.take(Change::Applied(slice(
+        "web-3",
+        "IPv6",
+        8080,
+        json!([{"addresses": ["fd77::2"], "nodeName": "b"}]),
+    )));
+    assert_eq!(
+        usable(&store),
+        ["10.77.1.2:8080 a", "10.77.1.4:8080 b", "10.77.2.2:9090 b", "[fd77::2]:8080 b"]
+    );
     assert!(store.news().is_some());
     store.take(Change::Deleted(slice("web-1", "IPv4", 8080, json!(null))));
     assert_eq!(usable(&store), ["10.77.2.2:9090 b", "[fd77::2]:8080 b"]);

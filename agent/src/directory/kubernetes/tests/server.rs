@@ -90,9 +90,14 @@ impl Server {
     pub(super) fn remove(&self, path: &str, name: &str) {
         self.change(|state| {
             state.version += 1;
-            let mut object = state.objects.get_mut(path).and_then(|all| all.remove(name)).expect("it is there");
+            let mut object =
+                state.objects.get_mut(path).and_then(|all| all.remove(name)).expect("it is there");
             object["metadata"]["resourceVersion"] = json!(state.version.to_string());
-            state.history.push((state.version, path.to_owned(), json!({"type": "DELETED", "object": object})));
+            state.history.push((
+                state.version,
+                path.to_owned(),
+                json!({"type": "DELETED", "object": object}),
+            ));
         });
     }
 
@@ -217,7 +222,9 @@ async fn watch(
     let mut from: u64 = query.get("resourceVersion").and_then(|version| version.parse().ok()).unwrap_or(0);
     let mut news = changed.subscribe();
     let era = lock(state).era;
-    connection.write_all(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n").await?;
+    connection
+        .write_all(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n")
+        .await?;
     if from < lock(state).oldest {
         let gone = json!({"type": "ERROR", "object": {"kind": "Status", "status": "Failure", "message": "too old resource version",
                           "reason": "Expired", "code": 410}});
@@ -233,7 +240,8 @@ async fn watch(
         let (events, broken) = {
             let state = lock(state);
             let of_path = state.history.iter().filter(|(version, of, _)| *version > from && of == path);
-            let events: Vec<(u64, Value)> = of_path.map(|(version, _, event)| (*version, event.clone())).collect();
+            let events: Vec<(u64, Value)> =
+                of_path.map(|(version, _, event)| (*version, event.clone())).collect();
             (events, state.era != era)
         };
         if broken {
