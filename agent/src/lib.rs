@@ -5,7 +5,8 @@
 //!                                            │               ├─ same node ── policy ──> app in a pod here
 //!                                            │               ├─ clear (allowed by mode)
 //!                                            │               └─ refuse (reset)
-//!  directory, policy files ── reload ──> snapshots read by every decision
+//!  directory and policy files ── reload ──┬──> snapshots read by every decision
+//!  Kubernetes API ── directory::kubernetes ┘
 //!  issuer ── identity::manager ──> credentials        cgroups ── enrol ──> pods, listeners, kernel maps
 //! ```
 //!
@@ -31,8 +32,8 @@
 //! | `telemetry` | metrics, access log, status, admin doors |
 //!
 //! Rules of dependency, checked by `cargo xtask tidy`: only `kernel` uses aya, libc and `unsafe`; only `tunnel` (tls,
-//! verify, session) and `identity` use rustls; `policy`, `directory`, `route`, wire formats, pool and renewal are pure
-//! (no tokio, no clock, no logging); `outbound` and `inbound` never import each other; the data path reads control
+//! verify, session) and `identity` use rustls; only `directory::kubernetes`, `identity` and `authority` use kube; `policy`, `directory`
+//! (but not its drivers), `route`, wire formats, pool and renewal are pure (no tokio, no clock, no logging); `outbound` and `inbound` never import each other; the data path reads control
 //! snapshots and never awaits a control task, except `outbound` for the bounded discovery of an unknown address;
 //! nobody imports `app` but `main`.
 #![deny(missing_docs)]

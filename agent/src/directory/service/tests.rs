@@ -62,12 +62,17 @@ fn spread(count: u64) -> impl Iterator<Item = u64> {
         .map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(17).wrapping_mul(0xbf58_476d_1ce4_e5b9))
 }
 
+/// Its node, the endpoint it stays with, and what it tried.
+type Client<'a> = (&'a str, Option<&'a str>, &'a [&'a str]);
+
+type Expected<'a> = Result<&'a [&'a str], NoEndpoint>;
+
 #[test]
 fn who_gets_which_endpoint() {
     use Traffic::{Cluster, Local};
     let all: &[&str] = &["10.0.0.1:8080", "10.0.0.2:8080", "10.0.0.3:8081"];
     let far = ("x", None, [].as_slice());
-    let table: [(Traffic, &str, (&str, Option<&str>, &[&str]), Result<&[&str], NoEndpoint>); 14] = [
+    let table: [(Traffic, &str, Client<'_>, Expected<'_>); 14] = [
         (Cluster, "10.96.0.1:80", far, Ok(all)),
         (Cluster, "[::ffff:10.96.0.1]:80", far, Ok(all)),
         (Cluster, "[fd96::1]:80", far, Ok(&["[fd00::1]:8080"])),
