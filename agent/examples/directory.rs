@@ -20,6 +20,7 @@ use anyhow::{Context as _, Result};
 use tacit::{
     directory::kubernetes::{self, CgroupLayout, EnrolLabel, Options, Place},
     identity::TrustDomain,
+    kernel::node,
 };
 
 const PODS: usize = 100_000;
@@ -70,6 +71,9 @@ async fn measure(pods: usize, services: usize) -> Result<()> {
         memory()?.0,
         memory()?.1
     );
+    // As the agent does every few seconds.
+    node::release_memory();
+    println!("memory once what the lists left is given back: {} MiB", memory()?.0);
     let random = shuffled(pods);
     lookups("workload by address", &random, |i| directory.at(pod_address(i)).is_some());
     lookups("service by address", &random, |i| directory.service_at(service_address(i % services)).is_some());
@@ -86,6 +90,7 @@ async fn measure(pods: usize, services: usize) -> Result<()> {
     took.sort_unstable();
     let at = |percent: usize| took[(took.len() - 1) * percent / 100];
     println!("one pod change: p50 {:.1?}, p99 {:.1?}, most {:.1?}", at(50), at(99), at(100));
+    node::release_memory();
     println!("memory after {CHANGES} changes: {} MiB", memory()?.0);
     server.kill()?;
     server.wait()?;
