@@ -134,7 +134,13 @@ impl Report {
             let policy = (&policies.modes(&w.workload), &policies.authorization(&w.workload));
             pod(&w.workload, policy, &[], PodState::Waiting(w.reason.clone()))
         });
-        let mut all: Vec<PodStatus> = enrolled.chain(waiting).collect();
+        let directory = self.path.directory.current();
+        let left_alone = directory.host_network().map(|workload| {
+            let reason = "it has the node's network (hostNetwork)".to_owned();
+            let policy = (&policies.modes(workload), &policies.authorization(workload));
+            pod(workload, policy, &[], PodState::LeftAlone(reason))
+        });
+        let mut all: Vec<PodStatus> = enrolled.chain(waiting).chain(left_alone).collect();
         all.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         all
     }
@@ -236,5 +242,6 @@ fn source(kind: SourceKind, state: &ReloadState) -> SourceStatus {
         loads: state.loads,
         refusals: state.refusals,
         last_error: state.last_error.clone(),
+        stale_seconds: state.stale_since.map_or(0, |since| since.elapsed().map_or(0, |age| age.as_secs())),
     }
 }

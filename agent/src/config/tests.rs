@@ -29,7 +29,8 @@ fn a_minimal_file_gets_the_defaults() {
         node: "a".into(),
         pods_cgroup: "/sys/fs/cgroup/unified/pods".into(),
         mesh_ranges: vec!["10.77.0.0/16".parse().expect("valid"), "fd77::/16".parse().expect("valid")],
-        directory_file: "/etc/tacit/conf/directory.yaml".into(),
+        service_ranges: Vec::new(),
+        directory: DirectorySource::File("/etc/tacit/conf/directory.yaml".into()),
         policy_file: "/etc/tacit/policy.yaml".into(),
         root_namespace: "istio-system".into(),
         issuer: IssuerConfig::Embedded {
@@ -51,7 +52,7 @@ fn a_minimal_file_gets_the_defaults() {
 fn every_field_can_be_set() {
     let text = MINIMAL.replace("directory: issuer}", "directory: issuer, leafLifetime: 1h30m}")
         + "rootNamespace: mesh\npinPath: /sys/fs/bpf/b/\nsocket: b.sock\nmetrics: \"[::1]:9\"\ndrainTimeout: 0s\n\
-           heartbeatTimeout: 1s\nallowClear: [\"10.96.0.10:53/udp\"]\nworkers: 2\n";
+           heartbeatTimeout: 1s\nallowClear: [\"10.96.0.10:53/udp\"]\nworkers: 2\nserviceRanges: [10.96.0.0/12]\n";
     let config = parse(&text).expect("valid");
     assert_eq!(&*config.root_namespace, "mesh");
     assert_eq!(config.pin_path, Path::new("/sys/fs/bpf/b"));
@@ -60,6 +61,7 @@ fn every_field_can_be_set() {
     assert_eq!(config.drain_timeout, Duration::ZERO);
     assert_eq!(config.heartbeat_timeout, Duration::from_secs(1));
     assert_eq!(config.allow_clear.len(), 1);
+    assert_eq!(config.captured_ranges().len(), 3);
     assert_eq!(config.workers.map(std::num::NonZeroUsize::get), Some(2));
     let IssuerConfig::Embedded { leaf_lifetime, .. } = config.issuer else { panic!("another issuer") };
     assert_eq!(leaf_lifetime, Duration::from_secs(90 * 60));
@@ -167,10 +169,8 @@ fn bounds_of_single_fields_hold() {
             "{line}: {list:?}"
         );
     }
-    let many = (0..=MESH_RANGES_MAX)
-        .map(|i| format!("10.{}.{}.0/24", i / 256, i % 256))
-        .collect::<Vec<_>>()
-        .join(",");
+    let many =
+        (0..=RANGES_MAX).map(|i| format!("10.{}.{}.0/24", i / 256, i % 256)).collect::<Vec<_>>().join(",");
     let list = problems(&MINIMAL.replace("10.77.0.0/16", &many));
     assert!(list.len() == 1 && list[0].contains("at most 256"), "{list:?}");
     let list = problems(&MINIMAL.replace("[10.77.0.0/16, \"fd77::/16\"]", "[]"));
@@ -183,7 +183,8 @@ fn reading_resolves_paths_against_the_folder_of_the_file() {
     std::fs::create_dir_all(&folder).expect("a folder for the test");
     let path = folder.join("tacit.yaml");
     std::fs::write(&path, MINIMAL).expect("a file for the test");
-    assert_eq!(Config::read(&path).expect("valid").directory_file, folder.join("directory.yaml"));
+    let directory = DirectorySource::File(folder.join("directory.yaml"));
+    assert_eq!(Config::read(&path).expect("valid").directory, directory);
     assert!(matches!(Config::read(&folder.join("absent.yaml")), Err(LoadError::Read(_))));
     std::fs::write(&path, "{}").expect("a file for the test");
     assert!(matches!(Config::read(&path), Err(LoadError::Invalid(_))));
@@ -226,7 +227,55 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
         assert_eq!(schema["properties"][field]["default"], default, "{field}");
     }
     assert_eq!(embedded["properties"]["leafLifetime"]["default"], "24h");
-    assert_eq!(schema["properties"]["meshRanges"]["maxItems"], MESH_RANGES_MAX);
+    assert_eq!(schema["properties"]["meshRanges"]["maxItems"], RANGES_MAX);
     assert_eq!(schema["properties"]["allowClear"]["maxItems"], ALLOW_CLEAR_MAX);
     assert_eq!(schema["properties"]["workers"]["maximum"], WORKERS_MAX);
+}
+
+#[test]
+fn the_directory_can_come_from_kubernetes_and_the_node_from_the_environment() {
+    let text = MINIMAL.replace("node: a\n", "");
+    let parse = |directory: &str, node: Option<&str>| {
+        let text = text.replace("{file: directory.yaml}", directory);
+        Config::parse_in(&text, Path::new("tacit.yaml"), Path::new("/etc/tacit"), node)
+    };
+    let options = |config: Config| match config.directory {
+        DirectorySource::Kubernetes(options) => options,
+        DirectorySource::File(file) => panic!("{file:?}"),
+    };
+    let config = parse("{kubernetes: {}}", Some("worker-1.example")).expect("valid");
+    assert_eq!(&*config.node, "worker-1.example");
+    assert_eq!(options(config), KubernetesOptions::default());
+    assert_eq!(KubernetesOptions::default().enrol_label.to_string(), "tacit.io/enrol=true");
+    let ambient = "{kubernetes: {enrolLabel: istio.io/dataplane-mode=ambient, kubeconfig: admin.conf}}";
+    let ambient = options(parse(ambient, Some("a")).expect("valid"));
+    assert_eq!(ambient.enrol_label.to_string(), "istio.io/dataplane-mode=ambient");
+    assert_eq!(ambient.kubeconfig.as_deref(), Some(Path::new("/etc/tacit/admin.conf")));
+    for (directory, node, problem) in [
+        (
+            "{kubernetes: {}}",
+            None,
+            "node: missing: write this node's name, as the directory has it, or set NODE_NAME",
+        ),
+        (
+            "{kubernetes: {}}",
+            Some("A b"),
+            "NODE_NAME=\"A b\" is no name of a node: set it from spec.nodeName",
+        ),
+        ("{}", Some("a"), "directory: nothing in it: write {file: directory.yaml} or {kubernetes: {}}"),
+        ("{file: d.yaml, kubernetes: {}}", Some("a"), "directory: both `file` and `kubernetes`: remove one"),
+        (
+            "{kubernetes: {label: x}}",
+            Some("a"),
+            "directory.kubernetes.label: unknown field: known here: enrolLabel, kubeconfig",
+        ),
+        (
+            "{kubernetes: {enrolLabel: tacit.io/enrol}}",
+            Some("a"),
+            "directory.kubernetes.enrolLabel: \"tacit.io/enrol\": no label with a value: write it as tacit.io/enrol=true",
+        ),
+    ] {
+        let mistakes = parse(directory, node).expect_err(directory).to_string();
+        assert!(mistakes.contains(problem), "{directory}: {mistakes}");
+    }
 }

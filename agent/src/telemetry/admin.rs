@@ -75,7 +75,7 @@ pub async fn serve_authority(
     source: AuthoritySource,
     shutdown: impl Future<Output = ()> + Send,
 ) {
-    let routes = move |path: &str| match path {
+    let routes = move |uri: &Uri| match uri.path() {
         "/metrics" => Some(match metrics::authority::text(source()) {
             Ok(text) => answer(StatusCode::OK, metrics::CONTENT_TYPE, text),
             Err(fmt_error) => failure(&fmt_error),

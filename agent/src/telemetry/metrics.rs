@@ -215,6 +215,13 @@ static POOL_IDLE: Metric = Metric {
     labels: &[],
     help: "Tunnel sessions kept for reuse.",
 };
+static STALE: Metric = Metric {
+    name: "tacit_config_stale",
+    unit: Some(Unit::Seconds),
+    kind: MetricType::Gauge,
+    labels: &["source"],
+    help: "For how long the content in force may be outdated; 0 when it is not.",
+};
 static RELOADS: Metric = Metric {
     name: "tacit_config_reloads",
     unit: None,
@@ -281,7 +288,8 @@ impl Exposition {
         writer.family(&BUILD, [([Value::Text(&status.version)], 1)])?;
         let enrolled = status.pods.iter().filter(|pod| pod.state == PodState::Enrolled).count();
         writer.single(&PODS_ENROLLED, enrolled as u64)?;
-        writer.single(&PODS_WAITING, (status.pods.len() - enrolled) as u64)?;
+        let waiting = status.pods.iter().filter(|pod| matches!(pod.state, PodState::Waiting(_))).count();
+        writer.single(&PODS_WAITING, waiting as u64)?;
         writer.single(&FLOWS_LIVE, status.flows.live)?;
         writer.single(&POOL_IDLE, status.pool.idle_sessions)?;
         writer.single(&RESETS_AT_ENROLMENT, status.guard.resets_at_enrolment)?;
@@ -311,7 +319,9 @@ impl Exposition {
             let labels = |result| [source.kind.label(), result].map(Value::Text);
             [(labels("loaded"), source.loads), (labels("refused"), source.refusals)]
         });
-        writer.family(&RELOADS, reloads)
+        writer.family(&RELOADS, reloads)?;
+        let ages = self.status.sources.iter();
+        writer.family(&STALE, ages.map(|source| ([Value::Text(source.kind.label())], source.stale_seconds)))
     }
 }
 

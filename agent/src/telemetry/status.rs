@@ -146,6 +146,8 @@ pub enum PodState {
     Enrolled,
     /// Not yet, for this reason.
     Waiting(String),
+    /// Never, for this reason.
+    LeftAlone(String),
 }
 
 /// One kernel program.
@@ -232,6 +234,9 @@ pub struct SourceStatus {
     pub refusals: u64,
     /// Why the last content was refused, `None` when it was taken.
     pub last_error: Option<String>,
+    /// For how long what is in force may be outdated; 0 when it is not.
+    #[serde(default)]
+    pub stale_seconds: u64,
 }
 
 /// What a source of configuration holds.

@@ -81,6 +81,7 @@ fn what_the_status_knows_is_exposed() {
         r#"tacit_certificate_renewal_failures_total{identity="spiffe://cluster.local/ns/shop/sa/api"} 1"#,
         r#"tacit_config_reloads_total{source="policy",result="loaded"} 2"#,
         r#"tacit_config_reloads_total{source="policy",result="refused"} 1"#,
+        r#"tacit_config_stale_seconds{source="policy"} 61"#,
         "tacit_flow_series_overflowed_total 0",
         "# TYPE istio_tcp_sent_bytes counter",
         "# UNIT istio_tcp_sent_bytes bytes",

@@ -58,6 +58,7 @@ impl Page {
             let state = match &pod.state {
                 PodState::Enrolled => Cell::styled("enrolled", Style::Good),
                 PodState::Waiting(_) => Cell::styled("waiting", Style::Caution),
+                PodState::LeftAlone(_) => "left alone".into(),
             };
             let addresses: Vec<_> = pod.addresses.iter().map(ToString::to_string).collect();
             table.row([
@@ -75,7 +76,7 @@ impl Page {
         }
         self.section("PODS", &table);
         for pod in &status.pods {
-            if let PodState::Waiting(reason) = &pod.state {
+            if let PodState::Waiting(reason) | PodState::LeftAlone(reason) = &pod.state {
                 self.note(Style::Caution, &format!("{} waits: {reason}", pod_name(pod)));
             }
         }
@@ -168,7 +169,13 @@ impl Page {
         self.section("CONFIGURATION", &table);
         for source in &status.sources {
             if let Some(error) = &source.last_error {
-                self.note(Style::Bad, &format!("{} refused, the last good one is in force:", source.file));
+                self.note(
+                    Style::Bad,
+                    &format!(
+                        "{} not in use since {} s, the last good one is in force:",
+                        source.file, source.stale_seconds
+                    ),
+                );
                 for line in error.lines() {
                     self.note(Style::Bad, line);
                 }

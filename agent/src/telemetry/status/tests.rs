@@ -85,6 +85,7 @@ pub(in crate::telemetry) fn sample() -> Status {
             loads: 2,
             refusals: 1,
             last_error: Some("line 3: mode: STRICTER is no mode".to_owned()),
+            stale_seconds: 61,
         }],
         flows: FlowsStatus { live: 1200, list: vec![flow()] },
         pool: PoolStatus { idle_sessions: 5 },
