@@ -4,6 +4,7 @@
 //! | door | request | answer |
 //! |---|---|---|
 //! | port | `GET /metrics` | all metrics, `OpenMetrics` text |
+//! | port | `GET /healthz/live` | 200 for as long as requests are answered at all |
 //! | port | `GET /healthz/ready` | 200, or 503 with the reasons, one a line |
 //! | socket | `GET /status` | the status as JSON |
 //!
@@ -57,6 +58,7 @@ pub async fn serve_metrics(
 ) {
     let routes = move |path: &str| match path {
         "/metrics" => Some(metrics_answer(&telemetry, source())),
+        "/healthz/live" => Some(plain(StatusCode::OK, "alive\n")),
         "/healthz/ready" => Some(ready_answer(&source())),
         _ => None,
     };
