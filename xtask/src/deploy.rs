@@ -3,19 +3,20 @@
 //! Neither kustomize nor helm is needed: the base is a list of files, and the chart uses the few constructs of Helm's
 //! templates that `template` knows. Whatever is not known is refused, so that what is compared is what they render.
 
+#[cfg(test)]
+mod chart;
+#[cfg(test)]
 mod metrics;
+#[cfg(test)]
 mod template;
 #[cfg(test)]
 mod tests;
 mod yaml;
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::Path};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::workspace::Workspace;
 
@@ -40,27 +41,18 @@ pub(crate) fn base(workspace: &Workspace) -> Result<Vec<Value>> {
     Ok(objects)
 }
 
-/// The objects of the Helm chart, as `helm template --namespace` renders them with `changed` over its values.
-pub(crate) fn chart(workspace: &Workspace, namespace: &str, changed: &Value) -> Result<Vec<Value>> {
-    let folder = workspace.root().join("deploy/helm/tacit");
-    let values = yaml::documents(&read(&folder.join("values.yaml"))?)?;
-    let mut values = values.into_iter().next().context("values.yaml is empty")?;
-    merge(&mut values, changed);
-    let scope = json!({"Values": values, "Release": {"Namespace": namespace}});
-    let mut objects = Vec::new();
-    for file in files(&folder.join("templates"))? {
-        let text = template::render(&read(&file)?, &scope).with_context(|| file.display().to_string())?;
-        objects.extend(yaml::documents(&text).with_context(|| format!("rendered {}", file.display()))?);
-    }
-    objects.retain(|object| !object.is_null());
-    Ok(objects)
-}
-
 /// The objects of one file.
 pub(crate) fn read_objects(file: &Path) -> Result<Vec<Value>> {
     let mut objects = yaml::documents(&read(file)?).with_context(|| file.display().to_string())?;
     objects.retain(|object| !object.is_null());
     Ok(objects)
+}
+
+/// One document as a value.
+pub(crate) fn parse(text: &str) -> Result<Value> {
+    let documents = yaml::documents(text)?;
+    let [document] = documents.as_slice() else { bail!("{} documents, not one", documents.len()) };
+    Ok(document.clone())
 }
 
 /// Lays `changed` over `value`: mappings by key, everything else as a whole.
@@ -79,13 +71,6 @@ pub(crate) fn merge(value: &mut Value, changed: &Value) {
 pub(crate) fn name_of(object: &Value) -> String {
     let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();
     format!("{}/{}", text(&object["kind"]), text(&object["metadata"]["name"]))
-}
-
-fn files(folder: &Path) -> Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
-    let mut found: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
-    found.sort();
-    Ok(found)
 }
 
 fn read(file: &Path) -> Result<String> {

@@ -71,13 +71,25 @@ pub(crate) fn make(workspace: &Workspace, name: Option<&str>, output: Option<&Pa
     let name = name.map_or_else(default_name, str::to_owned);
     let archive = output.map_or_else(|| workspace.target().join("image/tacit.tar"), Path::to_owned);
     let entries = contents(&workspace.agent())?;
-    let description = Description { name: &name, entrypoint: PROGRAM, version: version() };
-    let (bytes, digest) = layout::archive(&description, &entries)?;
+    let description = Description { name: &name, entrypoint: &[PROGRAM], version: version() };
+    let digest = write(&archive, &description, &entries)?;
+    Ok(Image { archive, name, digest })
+}
+
+/// Makes the archive of an image with one program that needs no libraries. `entrypoint` begins with its place there.
+pub(crate) fn single(name: &str, program: &Path, entrypoint: &[&str], archive: &Path) -> Result<()> {
+    let place = entrypoint.first().context("an image without an entrypoint")?;
+    let entries = [Entry::program(place, program)?];
+    write(archive, &Description { name, entrypoint, version: version() }, &entries).map(drop)
+}
+
+fn write(archive: &Path, description: &Description<'_>, entries: &[Entry]) -> Result<String> {
+    let (bytes, digest) = layout::archive(description, entries)?;
     if let Some(folder) = archive.parent() {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     }
-    fs::write(&archive, bytes).with_context(|| format!("cannot write {}", archive.display()))?;
-    Ok(Image { archive, name, digest })
+    fs::write(archive, bytes).with_context(|| format!("cannot write {}", archive.display()))?;
+    Ok(digest)
 }
 
 /// The name that the manifests in `deploy/` use.

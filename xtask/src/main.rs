@@ -11,6 +11,7 @@ mod deploy;
 mod ebpf;
 mod fuzz;
 mod image;
+mod kube;
 mod lint;
 mod privilege;
 mod progress;
@@ -65,6 +66,8 @@ enum Task {
     Vm(vm::Options),
     /// Make the container image, without a daemon
     Image(image::Options),
+    /// Install Tacit on a real cluster of two nodes, and try what it promises
+    Kube(kube::Options),
     /// Run the fuzz targets
     Fuzz(fuzz::Options),
     /// Show two pods talking through Tacit, and what the wire carried
@@ -98,6 +101,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Test(options) => return Ok(test::run(&workspace, &options, &commands())),
         Task::Vm(options) => vm::run(&workspace, &options),
         Task::Image(options) => image::run(&workspace, &options),
+        Task::Kube(options) => kube::run(&workspace, &options),
         Task::Fuzz(options) => fuzz::run(&workspace, &options),
         Task::Demo(options) => demo::run(&workspace, &options),
         Task::Bench(options) => bench::run(&workspace, &options),

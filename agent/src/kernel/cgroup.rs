@@ -56,12 +56,13 @@ impl Cgroup {
         let below =
             Path::new(own).strip_prefix(&mount.root).unwrap_or(Path::new(own.trim_start_matches('/')));
         let pid = std::process::id();
-        let found = Self::open(&mount.point.join(below))?;
-        if has_member(&found.path, pid) {
+        if let Ok(found) = Self::open(&mount.point.join(below))
+            && has_member(&found.path, pid)
+        {
             return Ok(found);
         }
-        // In a cgroup namespace of its own, as containers have on cgroup v2, a process is told another name for the
-        // place it is in; the node's hierarchy tells by the members.
+        // In a cgroup namespace of its own, as containers have on cgroup v2, or below another mount at the same point, a
+        // process is told another name for the place it is in; the node's hierarchy tells by the members.
         let holder = holder_of(&mount.point, pid).ok_or_else(|| {
             refuse("this process is in no cgroup below the mount; mount the node's /sys/fs/cgroup")
         })?;

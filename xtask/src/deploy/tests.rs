@@ -1,10 +1,13 @@
 //! What `deploy/` promises, held against the files themselves.
 
-use std::{collections::BTreeMap, fs};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+};
 
 use serde_json::{Value, json};
 
-use super::*;
+use super::{chart::files, *};
 
 fn workspace() -> Workspace {
     Workspace::find().expect("workspace")
@@ -23,7 +26,7 @@ fn by_name(objects: Vec<Value>) -> BTreeMap<String, Value> {
 fn chart_and_base_render_the_same_objects() {
     let base = by_name(base(&workspace()).expect("base"));
     let whole = json!({"namespace": {"create": true}});
-    let chart = by_name(chart(&workspace(), NAMESPACE, &whole).expect("chart"));
+    let chart = by_name(chart::objects(&workspace(), NAMESPACE, &whole).expect("chart"));
     assert_eq!(base.keys().collect::<Vec<_>>(), chart.keys().collect::<Vec<_>>());
     for (name, object) in &base {
         assert_eq!(object, &chart[name], "{name}");
@@ -37,7 +40,7 @@ fn values_reach_the_objects() {
         "trustDomain": "example.org",
         "authority": {"replicas": 3},
     });
-    let objects = by_name(chart(&workspace(), "mesh", &changed).expect("chart"));
+    let objects = by_name(chart::objects(&workspace(), "mesh", &changed).expect("chart"));
     let agent = &objects["\"mesh\" DaemonSet/tacit-agent"];
     assert_eq!(agent["spec"]["template"]["spec"]["containers"][0]["image"], "registry.example/tacit:2");
     assert_eq!(objects["\"mesh\" Deployment/tacit-authority"]["spec"]["replicas"], 3);
@@ -89,8 +92,11 @@ fn the_agent_may_only_read() {
 #[test]
 fn dashboards_and_alerts_ask_for_metrics_that_exist() {
     let root = workspace().root().to_owned();
-    let source = fs::read_to_string(root.join("agent/src/telemetry/metrics.rs")).expect("metrics.rs");
-    let declared = metrics::declared(&source);
+    let telemetry = root.join("agent/src/telemetry");
+    let parts = files(&telemetry.join("metrics")).expect("metrics");
+    let sources = parts.into_iter().chain([telemetry.join("metrics.rs")]);
+    let declared: BTreeSet<String> =
+        sources.flat_map(|file| metrics::declared(&fs::read_to_string(file).expect("text"))).collect();
     assert!(declared.contains("tacit_pods_enrolled"), "{declared:?}");
     for file in files(&root.join("deploy/monitoring")).expect("monitoring") {
         let asked = metrics::asked_for(&fs::read_to_string(&file).expect("text"));

@@ -20,8 +20,8 @@ const CREATED: &str = "1970-01-01T00:00:00Z";
 pub(super) struct Description<'a> {
     /// Name and tag.
     pub(super) name: &'a str,
-    /// Path of the program, without a slash in front.
-    pub(super) entrypoint: &'a str,
+    /// Path of the program, without a slash in front, and its arguments.
+    pub(super) entrypoint: &'a [&'a str],
     pub(super) version: &'a str,
 }
 
@@ -47,12 +47,16 @@ pub(super) fn archive(description: &Description<'_>, files: &[Entry]) -> Result<
 }
 
 fn config(description: &Description<'_>, layer: &Blob) -> Value {
+    let mut entrypoint: Vec<String> = description.entrypoint.iter().map(|&word| word.to_owned()).collect();
+    if let Some(program) = entrypoint.first_mut() {
+        program.insert(0, '/');
+    }
     json!({
         "created": CREATED,
         "architecture": architecture(),
         "os": "linux",
         "config": {
-            "Entrypoint": [format!("/{}", description.entrypoint)],
+            "Entrypoint": entrypoint,
             "Env": ["PATH=/usr/bin"],
             "WorkingDir": "/",
             "Labels": labels(description),
@@ -144,7 +148,7 @@ mod tests {
     use super::*;
 
     const DESCRIPTION: Description<'_> =
-        Description { name: "localhost:5000/tacit:1.2", entrypoint: "usr/bin/tacit", version: "1.2" };
+        Description { name: "localhost:5000/tacit:1.2", entrypoint: &["usr/bin/tacit"], version: "1.2" };
 
     fn unpacked(bytes: &[u8]) -> BTreeMap<String, Vec<u8>> {
         let mut archive = tar::Archive::new(bytes);

@@ -1,0 +1,73 @@
+//! The agents with a directory and a policy in files: ConfigMaps of this cluster, and a root that the nodes share.
+
+use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
+
+use super::{cluster::Cluster, install};
+use crate::deploy::{NAMESPACE, name_of};
+
+const NODES: [&str; 2] = ["node1", "node2"];
+
+/// One configuration for each node, and no authority.
+pub(super) fn change(objects: &mut Vec<Value>) -> Result<()> {
+    objects.retain(|object| !name_of(object).ends_with("/tacit-authority"));
+    for object in objects.iter_mut() {
+        match name_of(object).as_str() {
+            "ConfigMap/tacit-agent" => {
+                let text = object["data"]["tacit.yaml"].as_str().context("no tacit.yaml")?.to_owned();
+                let mut config = crate::deploy::parse(&text)?;
+                config["directory"] = json!({"file": "/etc/tacit/directory.yaml"});
+                config["policy"] = json!({"file": "/etc/tacit/policy.yaml"});
+                config["issuer"] = json!({"embedded": {"directory": "/run/tacit/issuer"}});
+                let mut data = json!({"directory.yaml": "workloads: []\n", "policy.yaml": ""});
+                for node in NODES {
+                    config["node"] = json!(node);
+                    data[format!("{node}.yaml")] = json!(config.to_string());
+                }
+                object["data"] = data;
+            }
+            "DaemonSet/tacit-agent" => {
+                let container = &mut object["spec"]["template"]["spec"]["containers"][0];
+                container["args"] = json!(["agent", "--config", "/etc/tacit/$(NODE_NAME).yaml"]);
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Writes a file of the agents' ConfigMap.
+pub(super) fn write(cluster: &Cluster, file: &str, content: &str) -> Result<()> {
+    let patch = json!({"data": {file: content}}).to_string();
+    cluster
+        .kubectl(&["-n", NAMESPACE, "patch", "configmap", "tacit-agent", "--type=merge", "-p", &patch])
+        .map(drop)
+}
+
+/// The directory's entry of a running pod.
+pub(super) fn workload(cluster: &Cluster, namespace: &str, pod: &str) -> Result<Value> {
+    let text = cluster.kubectl(&["-n", namespace, "get", "pod", pod, "-o", "json"])?;
+    let pod: Value = serde_json::from_str(&text)?;
+    let uid = pod["metadata"]["uid"].as_str().context("no uid")?;
+    let class = pod["status"]["qosClass"].as_str().context("no class")?.to_lowercase();
+    Ok(json!({
+        "name": pod["metadata"]["name"],
+        "namespace": namespace,
+        "serviceAccount": pod["spec"]["serviceAccountName"],
+        "addresses": [pod["status"]["podIP"]],
+        "node": pod["spec"]["nodeName"],
+        "cgroup": format!("{class}/pod{uid}"),
+    }))
+}
+
+/// Lets the nodes share the issuer's folder.
+pub(super) fn share_issuer(cluster: &Cluster) -> Result<()> {
+    let folder = cluster.folder.join("issuer");
+    std::fs::create_dir_all(&folder)?;
+    for node in &cluster.nodes {
+        tacit_topology::run(node.command("mkdir").args(["-p", "/run/tacit/issuer"]))?;
+        tacit_topology::run(node.command("mount").arg("--bind").arg(&folder).arg("/run/tacit/issuer"))?;
+    }
+    let _ = install::pods_cgroup()?;
+    Ok(())
+}
