@@ -55,18 +55,6 @@ pub(crate) fn parse(text: &str) -> Result<Value> {
     Ok(document.clone())
 }
 
-/// Lays `changed` over `value`: mappings by key, everything else as a whole.
-pub(crate) fn merge(value: &mut Value, changed: &Value) {
-    match (value, changed) {
-        (Value::Object(fields), Value::Object(changes)) => {
-            for (key, change) in changes {
-                merge(fields.entry(key.clone()).or_insert(Value::Null), change);
-            }
-        }
-        (value, changed) => *value = changed.clone(),
-    }
-}
-
 /// Kind and name, as kubectl takes them.
 pub(crate) fn name_of(object: &Value) -> String {
     let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();

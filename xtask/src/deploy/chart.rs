@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
-use super::{merge, read, template, yaml};
+use super::{read, template, yaml};
 use crate::workspace::Workspace;
 
 /// The objects, as `helm template --namespace` renders them with `changed` over the chart's values.
@@ -25,6 +25,18 @@ pub(super) fn objects(workspace: &Workspace, namespace: &str, changed: &Value) -
     }
     objects.retain(|object| !object.is_null());
     Ok(objects)
+}
+
+/// Lays `changed` over `value`: mappings by key, everything else as a whole.
+fn merge(value: &mut Value, changed: &Value) {
+    match (value, changed) {
+        (Value::Object(fields), Value::Object(changes)) => {
+            for (key, change) in changes {
+                merge(fields.entry(key.clone()).or_insert(Value::Null), change);
+            }
+        }
+        (value, changed) => *value = changed.clone(),
+    }
 }
 
 /// The files of a folder, by name.

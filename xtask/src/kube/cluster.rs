@@ -66,7 +66,7 @@ impl Cluster {
     fn add_nodes(&mut self, lifetime: Lifetime) -> Result<()> {
         for place in PLACES {
             let folder = self.folder.join(place.name);
-            let cgroup = format!("{}-{}", self.name, place.name);
+            let cgroup = cgroup(&self.name, place.name);
             self.nodes.push(Node::start(place, folder, &cgroup, &self.programs, lifetime)?);
         }
         self.connect()?;
@@ -206,7 +206,7 @@ impl Cluster {
         for node in &mut self.nodes {
             let Place { name, address, .. } = node.place;
             let file = node.folder.join("kubelet.json");
-            fs::write(&file, kubelet(&pki, name).to_string())?;
+            fs::write(&file, kubelet(&pki, name, &cgroup(&self.name, name)).to_string())?;
             let endpoint = format!("unix://{SOCKET}");
             let arguments = flags(&[
                 ("config", &file.display().to_string()),
@@ -280,6 +280,17 @@ impl Cluster {
         )
     }
 
+    /// Where a node's kubelet has its pods, in the cgroup v2 hierarchy.
+    pub(super) fn pods_cgroup(&self, node: &str) -> Result<String> {
+        let mounts = fs::read_to_string("/proc/self/mounts").context("/proc is not mounted")?;
+        let point = mounts.lines().find_map(|line| {
+            let mut fields = line.split(' ').skip(1);
+            fields.next().filter(|_| fields.next() == Some("cgroup2"))
+        });
+        let point = point.context("no cgroup v2 hierarchy is mounted")?;
+        Ok(format!("{point}/{}/kubepods", cgroup(&self.name, node)))
+    }
+
     /// Lets the cluster run on when this program ends.
     pub(super) fn keep(mut self) -> Result<()> {
         fs::write(self.folder.join(super::sweep::KEPT), "")?;
@@ -310,12 +321,17 @@ impl Drop for Cluster {
 /// Removes what a cluster leaves when its processes are gone.
 pub(super) fn sweep(folder: &Path, name: &str) -> Result<()> {
     for place in PLACES {
-        remove_cgroups(&format!("{name}-{}", place.name))?;
+        remove_cgroups(&cgroup(name, place.name))?;
     }
     if folder.exists() {
         fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
     }
     Ok(())
+}
+
+/// Name of a node's cgroup, below the root of every hierarchy.
+fn cgroup(cluster: &str, node: &str) -> String {
+    format!("{cluster}-{node}")
 }
 
 fn flags(pairs: &[(&str, &str)]) -> Vec<String> {
@@ -350,7 +366,7 @@ fn containerd(folder: &Path, bin: &Path, cni: &Path, network: &Path) -> String {
     )
 }
 
-fn kubelet(pki: &Path, name: &str) -> Value {
+fn kubelet(pki: &Path, name: &str, cgroup: &str) -> Value {
     json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
@@ -359,6 +375,7 @@ fn kubelet(pki: &Path, name: &str) -> Value {
         "tlsCertFile": pki.join(format!("{name}.crt")),
         "tlsPrivateKeyFile": pki.join(format!("{name}.key")),
         "cgroupDriver": "cgroupfs",
+        "cgroupRoot": format!("/{cgroup}"),
         "failSwapOn": false,
         "oomScoreAdj": 0,
         "protectKernelDefaults": true,

@@ -2,7 +2,7 @@
 //!
 //! | here | why |
 //! |---|---|
-//! | `podsCgroup` | the cgroup2 hierarchy may stand beside version 1's; the kubelet uses cgroupfs |
+//! | a configuration for each node, with its `podsCgroup` | the nodes share one cgroup hierarchy |
 //! | PodDisruptionBudget of `policy/v1beta1` | the server is 1.20 |
 
 use std::fs;
@@ -17,17 +17,38 @@ use crate::{
 };
 
 /// The objects as they are applied here.
-pub(super) fn objects(workspace: &Workspace) -> Result<Vec<Value>> {
+pub(super) fn objects(workspace: &Workspace, cluster: &Cluster) -> Result<Vec<Value>> {
     let mut objects = deploy::base(workspace)?;
     for object in &mut objects {
         match name_of(object).as_str() {
             "PodDisruptionBudget/tacit-authority" => object["apiVersion"] = json!("policy/v1beta1"),
-            "ConfigMap/tacit-agent" => change_config(object, &json!({"podsCgroup": pods_cgroup()?}))?,
+            "ConfigMap/tacit-agent" => one_for_each_node(object, cluster)?,
+            "DaemonSet/tacit-agent" => {
+                let container = &mut object["spec"]["template"]["spec"]["containers"][0];
+                let arguments = container["args"].as_array_mut().context("an agent without arguments")?;
+                let file = arguments.iter_mut().find(|argument| *argument == "/etc/tacit/tacit.yaml");
+                *file.context("an agent without its configuration")? = json!("/etc/tacit/$(NODE_NAME).yaml");
+            }
             _ => {}
         }
     }
     standalone::change(&mut objects)?;
     Ok(objects)
+}
+
+fn one_for_each_node(config_map: &mut Value, cluster: &Cluster) -> Result<()> {
+    let text = config_map["data"]["tacit.yaml"].as_str().context("a ConfigMap without tacit.yaml")?;
+    let mut config = deploy::parse(text)?;
+    let mut data = json!({});
+    for node in &cluster.nodes {
+        let name = node.place.name;
+        config["podsCgroup"] = json!(cluster.pods_cgroup(name)?);
+        standalone::change_config(&mut config, name);
+        // JSON is YAML too.
+        data[format!("{name}.yaml")] = json!(config.to_string());
+    }
+    config_map["data"] = data;
+    Ok(())
 }
 
 /// The definitions of Istio's policies.
@@ -38,26 +59,6 @@ pub(super) fn definitions(workspace: &Workspace) -> Result<Vec<Value>> {
         objects.extend(deploy::read_objects(&entry?.path())?);
     }
     Ok(objects)
-}
-
-/// Changes fields of the agent's configuration.
-pub(super) fn change_config(config_map: &mut Value, changed: &Value) -> Result<()> {
-    let text = config_map["data"]["tacit.yaml"].as_str().context("a ConfigMap without tacit.yaml")?;
-    let mut config = deploy::parse(text)?;
-    deploy::merge(&mut config, changed);
-    // JSON is YAML too.
-    config_map["data"]["tacit.yaml"] = json!(config.to_string());
-    Ok(())
-}
-
-/// Where the kubelet's pods are, for an agent in a container.
-pub(super) fn pods_cgroup() -> Result<String> {
-    let mounts = fs::read_to_string("/proc/self/mounts").context("/proc is not mounted")?;
-    let point = mounts.lines().find_map(|line| {
-        let mut fields = line.split(' ').skip(1);
-        fields.next().filter(|_| fields.next() == Some("cgroup2"))
-    });
-    Ok(format!("{}/kubepods", point.context("no cgroup v2 hierarchy is mounted")?))
 }
 
 /// The agent's pod on a node.

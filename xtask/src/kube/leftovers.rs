@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use serde_json::Value;
 use tacit_topology::run;
 
-use super::{cluster::Cluster, install, node::Node};
+use super::{cluster::Cluster, node::Node};
 
 /// A line for each pin, program, link, filter, process and rule, on all nodes.
 pub(super) fn found(cluster: &Cluster) -> Result<Vec<String>> {
@@ -14,7 +14,7 @@ pub(super) fn found(cluster: &Cluster) -> Result<Vec<String>> {
     for node in &cluster.nodes {
         let all = [
             pins(node)?,
-            cgroup_programs(node)?,
+            cgroup_programs(cluster, node)?,
             links(node)?,
             filters(node)?,
             processes(node)?,
@@ -42,8 +42,8 @@ fn pins(node: &Node) -> Result<Vec<String>> {
     Ok(listed.into_iter().filter(|pin| !pin.ends_with(".debug")).map(|pin| format!("pin {pin}")).collect())
 }
 
-fn cgroup_programs(node: &Node) -> Result<Vec<String>> {
-    let tree = json(node, &["cgroup", "tree", &install::pods_cgroup()?])?;
+fn cgroup_programs(cluster: &Cluster, node: &Node) -> Result<Vec<String>> {
+    let tree = json(node, &["cgroup", "tree", &cluster.pods_cgroup(node.place.name)?])?;
     let groups = tree.as_array().cloned().unwrap_or_default();
     let programs = groups.iter().flat_map(|group| group["programs"].as_array().cloned().unwrap_or_default());
     // What runc attaches itself to keep a container from devices.

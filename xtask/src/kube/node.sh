@@ -7,13 +7,12 @@ mount --make-rprivate /
 hostname "$name"
 ip link set lo up
 
-# A part of every cgroup hierarchy is the node's root.
+# Its part of every cgroup hierarchy, which the kubelet takes for the root.
 for point in $(awk '$3 == "cgroup" || $3 == "cgroup2" { print $2 }' /proc/self/mounts); do
     mkdir -p "$point/$cgroup"
     for file in cpuset.cpus cpuset.mems; do
         [ ! -e "$point/$file" ] || cat "$point/$file" >"$point/$cgroup/$file"
     done
-    mount --bind "$point/$cgroup" "$point"
 done
 
 # Its own state, so that nothing is made or left in the machine's.

@@ -73,7 +73,7 @@ fn control(_: &Workspace, cluster: &Cluster) -> Result<()> {
 fn install_all(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
     standalone::share_issuer(cluster)?;
     cluster.apply(&install::definitions(workspace)?)?;
-    cluster.apply(&install::objects(workspace)?)?;
+    cluster.apply(&install::objects(workspace, cluster)?)?;
     let rollout = ["-n", NAMESPACE, "rollout", "status", "daemonset/tacit-agent", "--timeout=120s"];
     cluster.kubectl(&rollout).map(drop)
 }
@@ -154,7 +154,7 @@ fn agent_killed(_: &Workspace, cluster: &Cluster) -> Result<()> {
 
 fn uninstall(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
     ensure!(!leftovers::found(cluster)?.is_empty(), "nothing would be found");
-    for object in install::objects(workspace)?.iter().rev() {
+    for object in install::objects(workspace, cluster)?.iter().rev() {
         let namespace = object["metadata"]["namespace"].as_str().unwrap_or("default");
         let name = deploy::name_of(object);
         cluster.kubectl(&["-n", namespace, "delete", &name, "--ignore-not-found", "--timeout=90s"])?;

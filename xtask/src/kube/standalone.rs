@@ -3,37 +3,24 @@
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
-use super::{cluster::Cluster, install};
+use super::cluster::Cluster;
 use crate::deploy::{NAMESPACE, name_of};
 
-const NODES: [&str; 2] = ["node1", "node2"];
-
-/// One configuration for each node, and no authority.
+/// No authority; the files beside the configuration.
 pub(super) fn change(objects: &mut Vec<Value>) -> Result<()> {
     objects.retain(|object| !name_of(object).ends_with("/tacit-authority"));
-    for object in objects.iter_mut() {
-        match name_of(object).as_str() {
-            "ConfigMap/tacit-agent" => {
-                let text = object["data"]["tacit.yaml"].as_str().context("no tacit.yaml")?.to_owned();
-                let mut config = crate::deploy::parse(&text)?;
-                config["directory"] = json!({"file": "/etc/tacit/directory.yaml"});
-                config["policy"] = json!({"file": "/etc/tacit/policy.yaml"});
-                config["issuer"] = json!({"embedded": {"directory": "/run/tacit/issuer"}});
-                let mut data = json!({"directory.yaml": "workloads: []\n", "policy.yaml": ""});
-                for node in NODES {
-                    config["node"] = json!(node);
-                    data[format!("{node}.yaml")] = json!(config.to_string());
-                }
-                object["data"] = data;
-            }
-            "DaemonSet/tacit-agent" => {
-                let container = &mut object["spec"]["template"]["spec"]["containers"][0];
-                container["args"] = json!(["agent", "--config", "/etc/tacit/$(NODE_NAME).yaml"]);
-            }
-            _ => {}
-        }
+    for object in objects.iter_mut().filter(|object| name_of(object) == "ConfigMap/tacit-agent") {
+        object["data"]["directory.yaml"] = json!("workloads: []\n");
+        object["data"]["policy.yaml"] = json!("");
     }
     Ok(())
+}
+
+pub(super) fn change_config(config: &mut Value, node: &str) {
+    config["node"] = json!(node);
+    config["directory"] = json!({"file": "/etc/tacit/directory.yaml"});
+    config["policy"] = json!({"file": "/etc/tacit/policy.yaml"});
+    config["issuer"] = json!({"embedded": {"directory": "/run/tacit/issuer"}});
 }
 
 /// Writes a file of the agents' ConfigMap.
@@ -68,6 +55,5 @@ pub(super) fn share_issuer(cluster: &Cluster) -> Result<()> {
         tacit_topology::run(node.command("mkdir").args(["-p", "/run/tacit/issuer"]))?;
         tacit_topology::run(node.command("mount").arg("--bind").arg(&folder).arg("/run/tacit/issuer"))?;
     }
-    let _ = install::pods_cgroup()?;
     Ok(())
 }
