@@ -3,6 +3,7 @@
 //! | here | why |
 //! |---|---|
 //! | a configuration for each node, with its `podsCgroup` | the nodes share one cgroup hierarchy |
+//! | the authority's Service has a fixed address, which agents are given with its name | there is no cluster DNS |
 //! | PodDisruptionBudget of `policy/v1beta1` | the server is 1.20 |
 
 use std::fs;
@@ -16,12 +17,16 @@ use crate::{
     workspace::Workspace,
 };
 
+/// Address of the authority's Service.
+const AUTHORITY: &str = "10.96.0.15";
+
 /// The objects as they are applied here.
 pub(super) fn objects(workspace: &Workspace, cluster: &Cluster) -> Result<Vec<Value>> {
     let mut objects = deploy::base(workspace)?;
     for object in &mut objects {
         match name_of(object).as_str() {
             "PodDisruptionBudget/tacit-authority" => object["apiVersion"] = json!("policy/v1beta1"),
+            "Service/tacit-authority" => object["spec"]["clusterIP"] = json!(AUTHORITY),
             "ConfigMap/tacit-agent" => one_for_each_node(object, cluster)?,
             "DaemonSet/tacit-agent" => {
                 let container = &mut object["spec"]["template"]["spec"]["containers"][0];
@@ -39,10 +44,12 @@ pub(super) fn objects(workspace: &Workspace, cluster: &Cluster) -> Result<Vec<Va
 fn one_for_each_node(config_map: &mut Value, cluster: &Cluster) -> Result<()> {
     let text = config_map["data"]["tacit.yaml"].as_str().context("a ConfigMap without tacit.yaml")?;
     let mut config = deploy::parse(text)?;
-    let mut data = json!({});
+    let mut data = json!({"policy.yaml": config_map["data"]["policy.yaml"]});
     for node in &cluster.nodes {
         let name = node.place.name;
         config["podsCgroup"] = json!(cluster.pods_cgroup(name)?);
+        config["issuer"]["istio"]["address"] = json!(format!("{AUTHORITY}:15012"));
+        config["issuer"]["istio"]["serverName"] = json!(format!("tacit-authority.{NAMESPACE}.svc"));
         standalone::change_config(&mut config, name);
         // JSON is YAML too.
         data[format!("{name}.yaml")] = json!(config.to_string());

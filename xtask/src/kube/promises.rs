@@ -16,6 +16,9 @@ use crate::{
     workspace::Workspace,
 };
 
+/// The authority's pods.
+const AUTHORITY: &str = "app.kubernetes.io/name=tacit-authority";
+
 /// One test.
 pub(super) struct Promise {
     pub(super) name: &'static str,
@@ -42,7 +45,7 @@ const fn leaf(
 }
 
 /// All of them.
-pub(super) const ALL: [Promise; 8] = [
+pub(super) const ALL: [Promise; 10] = [
     ground("control", "without Tacit the marker is read on the wire", control),
     ground("install", "from nothing to ready agents on both nodes", install_all),
     leaf("doctor", "the agent's container has all that it needs", doctor),
@@ -53,6 +56,16 @@ pub(super) const ALL: [Promise; 8] = [
         "agent-killed",
         "while its agent is dead a pod sends nothing in clear, and later it talks again",
         agent_killed,
+    ),
+    leaf(
+        "agent-rolled",
+        "an update of the DaemonSet under load: nothing in clear, and afterwards it talks",
+        agent_rolled,
+    ),
+    leaf(
+        "authority-down",
+        "without an authority pods talk on with the certificates that they have",
+        authority_down,
     ),
     leaf("uninstall", "no program, pin, link, filter or rule is left", uninstall),
 ];
@@ -71,11 +84,15 @@ fn control(_: &Workspace, cluster: &Cluster) -> Result<()> {
 }
 
 fn install_all(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
-    standalone::share_issuer(cluster)?;
     cluster.apply(&install::definitions(workspace)?)?;
     cluster.apply(&install::objects(workspace, cluster)?)?;
-    let rollout = ["-n", NAMESPACE, "rollout", "status", "daemonset/tacit-agent", "--timeout=120s"];
-    cluster.kubectl(&rollout).map(drop)
+    ["deployment/tacit-authority", "daemonset/tacit-agent"]
+        .iter()
+        .try_for_each(|what| rolled_out(cluster, what))
+}
+
+fn rolled_out(cluster: &Cluster, what: &str) -> Result<()> {
+    cluster.kubectl(&["-n", NAMESPACE, "rollout", "status", what, "--timeout=120s"]).map(drop)
 }
 
 fn doctor(_: &Workspace, cluster: &Cluster) -> Result<()> {
@@ -140,16 +157,58 @@ fn strict(_: &Workspace, cluster: &Cluster) -> Result<()> {
 }
 
 fn agent_killed(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    let before = restarts(cluster)?;
     let traffic = wire::during(cluster, || {
         let kill = "for p in /proc/[0-9]*; do [ \"$(readlink $p/exe)\" != /usr/bin/tacit ] || kill -KILL ${p#/proc/}; done";
         run(cluster.nodes[0].command("sh").args(["-c", kill]))?;
-        if get_web(cluster, SHOP, "client").is_ok() {
-            // The kubelet was faster than the request.
-            return Ok(());
-        }
+        // Refused, or answered by the next agent: the kubelet may be faster than the request.
+        let _ = get_web(cluster, SHOP, "client");
+        cluster.eventually("the agent is started again", |cluster| {
+            ensure!(restarts(cluster)? > before, "{before} restarts, as before");
+            Ok(())
+        })?;
         cluster.eventually("the client talks again", |cluster| get_web(cluster, SHOP, "client"))
     })?;
     encrypted(&traffic)
+}
+
+/// How often the agent of the first node was started again.
+fn restarts(cluster: &Cluster) -> Result<u32> {
+    let pod = install::agent_on(cluster, "node1")?;
+    let path = "jsonpath={.status.containerStatuses[0].restartCount}";
+    Ok(cluster.kubectl(&["-n", NAMESPACE, "get", "pod", &pod, "-o", path])?.parse()?)
+}
+
+fn agent_rolled(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    let traffic = wire::during(cluster, || {
+        cluster.kubectl(&["-n", NAMESPACE, "rollout", "restart", "daemonset/tacit-agent"])?;
+        let wanted = "jsonpath={.metadata.generation} {.status.observedGeneration} {.status.updatedNumberScheduled} \
+                      {.status.numberAvailable}";
+        cluster.eventually("both agents are new", |cluster| {
+            // Load all the while; what fails here is no failure, what is in clear is.
+            let _ = get_web(cluster, SHOP, "client");
+            let state =
+                cluster.kubectl(&["-n", NAMESPACE, "get", "daemonset", "tacit-agent", "-o", wanted])?;
+            let numbers: Vec<&str> = state.split_whitespace().collect();
+            ensure!(matches!(numbers[..], [wants, has, "2", "2"] if wants == has), "{state}");
+            Ok(())
+        })?;
+        cluster.eventually("the client talks again", |cluster| get_web(cluster, SHOP, "client"))
+    })?;
+    encrypted(&traffic)
+}
+
+fn authority_down(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    let scale = |replicas: &str| {
+        cluster.kubectl(&["-n", NAMESPACE, "scale", "deployment/tacit-authority", replicas]).map(drop)
+    };
+    scale("--replicas=0")?;
+    let gone = ["-n", NAMESPACE, "wait", "--for=delete", "pod", "-l", AUTHORITY, "--timeout=90s"];
+    cluster.kubectl(&gone)?;
+    encrypted(&wire::during(cluster, || get_web(cluster, SHOP, "client"))?)
+        .context("without an authority")?;
+    scale("--replicas=2")?;
+    rolled_out(cluster, "deployment/tacit-authority")
 }
 
 fn uninstall(workspace: &Workspace, cluster: &Cluster) -> Result<()> {

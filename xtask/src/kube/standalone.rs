@@ -6,12 +6,10 @@ use serde_json::{Value, json};
 use super::cluster::Cluster;
 use crate::deploy::{NAMESPACE, name_of};
 
-/// No authority; the files beside the configuration.
-pub(super) fn change(objects: &mut Vec<Value>) -> Result<()> {
-    objects.retain(|object| !name_of(object).ends_with("/tacit-authority"));
+/// The files beside the configuration.
+pub(super) fn change(objects: &mut [Value]) -> Result<()> {
     for object in objects.iter_mut().filter(|object| name_of(object) == "ConfigMap/tacit-agent") {
         object["data"]["directory.yaml"] = json!("workloads: []\n");
-        object["data"]["policy.yaml"] = json!("");
     }
     Ok(())
 }
@@ -19,8 +17,6 @@ pub(super) fn change(objects: &mut Vec<Value>) -> Result<()> {
 pub(super) fn change_config(config: &mut Value, node: &str) {
     config["node"] = json!(node);
     config["directory"] = json!({"file": "/etc/tacit/directory.yaml"});
-    config["policy"] = json!({"file": "/etc/tacit/policy.yaml"});
-    config["issuer"] = json!({"embedded": {"directory": "/run/tacit/issuer"}});
 }
 
 /// Writes a file of the agents' ConfigMap.
@@ -45,15 +41,4 @@ pub(super) fn workload(cluster: &Cluster, namespace: &str, pod: &str) -> Result<
         "node": pod["spec"]["nodeName"],
         "cgroup": format!("{class}/pod{uid}"),
     }))
-}
-
-/// Lets the nodes share the issuer's folder.
-pub(super) fn share_issuer(cluster: &Cluster) -> Result<()> {
-    let folder = cluster.folder.join("issuer");
-    std::fs::create_dir_all(&folder)?;
-    for node in &cluster.nodes {
-        tacit_topology::run(node.command("mkdir").args(["-p", "/run/tacit/issuer"]))?;
-        tacit_topology::run(node.command("mount").arg("--bind").arg(&folder).arg("/run/tacit/issuer"))?;
-    }
-    Ok(())
 }
