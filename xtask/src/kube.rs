@@ -11,7 +11,6 @@ mod node;
 mod packages;
 mod pods;
 mod promises;
-mod standalone;
 mod sweep;
 mod verdict;
 mod wire;

@@ -11,7 +11,7 @@ use std::fs;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
-use super::{cluster::Cluster, standalone};
+use super::cluster::Cluster;
 use crate::{
     deploy::{self, NAMESPACE, name_of},
     workspace::Workspace,
@@ -37,7 +37,6 @@ pub(super) fn objects(workspace: &Workspace, cluster: &Cluster) -> Result<Vec<Va
             _ => {}
         }
     }
-    standalone::change(&mut objects)?;
     Ok(objects)
 }
 
@@ -50,7 +49,6 @@ fn one_for_each_node(config_map: &mut Value, cluster: &Cluster) -> Result<()> {
         config["podsCgroup"] = json!(cluster.pods_cgroup(name)?);
         config["issuer"]["istio"]["address"] = json!(format!("{AUTHORITY}:15012"));
         config["issuer"]["istio"]["serverName"] = json!(format!("tacit-authority.{NAMESPACE}.svc"));
-        standalone::change_config(&mut config, name);
         // JSON is YAML too.
         data[format!("{name}.yaml")] = json!(config.to_string());
     }
@@ -66,6 +64,13 @@ pub(super) fn definitions(workspace: &Workspace) -> Result<Vec<Value>> {
         objects.extend(deploy::read_objects(&entry?.path())?);
     }
     Ok(objects)
+}
+
+/// Gives all agents another policy.yaml.
+pub(super) fn set_policy(cluster: &Cluster, policy: &Value) -> Result<()> {
+    let patch = json!({"data": {"policy.yaml": policy.to_string()}}).to_string();
+    let config_map = ["-n", NAMESPACE, "patch", "configmap", "tacit-agent", "--type=merge", "-p", &patch];
+    cluster.kubectl(&config_map).map(drop)
 }
 
 /// The agent's pod on a node.

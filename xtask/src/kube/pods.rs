@@ -69,6 +69,18 @@ fn pod(namespace: &str, name: &str, node: &str, script: &str) -> Value {
     })
 }
 
+/// A job that asks the server, again for as long as its sandbox is not served yet: a STRICT pod waits, it does not leak.
+pub(super) fn job(namespace: &str, name: &str, node: &str, web: &str) -> Value {
+    let ask = format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | timeout 2 nc {web} {PORT} | grep -q {MARKER}");
+    let script = format!("n=0; until {ask}; do n=$((n+1)); [ $n -lt 50 ] || exit 1; sleep 0.1; done");
+    let mut template = pod(namespace, name, node, &script);
+    template["spec"]["restartPolicy"] = json!("Never");
+    json!({
+        "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name, "namespace": namespace},
+        "spec": {"backoffLimit": 0, "template": {"spec": template["spec"]}},
+    })
+}
+
 /// A pod's address.
 pub(super) fn address(cluster: &Cluster, namespace: &str, pod: &str) -> Result<String> {
     let found = cluster.kubectl(&["-n", namespace, "get", "pod", pod, "-o", "jsonpath={.status.podIP}"])?;

@@ -9,13 +9,15 @@ use super::{
     install::{self, status, tacit},
     leftovers,
     pods::{self, MARKER, OUTSIDE, SHOP, get_web},
-    standalone, wire,
+    wire,
 };
 use crate::{
     deploy::{self, NAMESPACE},
     workspace::Workspace,
 };
 
+/// The label that enrols.
+const ENROLLED: &str = "tacit.io/enrol=true";
 /// The authority's pods.
 const AUTHORITY: &str = "app.kubernetes.io/name=tacit-authority";
 
@@ -45,28 +47,20 @@ const fn leaf(
 }
 
 /// All of them.
-pub(super) const ALL: [Promise; 10] = [
+pub(super) const ALL: &[Promise] = &[
     ground("control", "without Tacit the marker is read on the wire", control),
     ground("install", "from nothing to ready agents on both nodes", install_all),
     leaf("doctor", "the agent's container has all that it needs", doctor),
     ground("enrol", "running pods are enrolled: the marker is on the wire no more", enrol),
+    leaf("service", "a ClusterIP leads through the tunnel to a pod on the other node", service),
     leaf("permissive", "plaintext of a pod outside is taken", permissive),
     ground("strict", "plaintext of a pod outside is refused, probes and enrolled pods are not", strict),
-    leaf(
-        "agent-killed",
-        "while its agent is dead a pod sends nothing in clear, and later it talks again",
-        agent_killed,
-    ),
-    leaf(
-        "agent-rolled",
-        "an update of the DaemonSet under load: nothing in clear, and afterwards it talks",
-        agent_rolled,
-    ),
-    leaf(
-        "authority-down",
-        "without an authority pods talk on with the certificates that they have",
-        authority_down,
-    ),
+    leaf("job", "a Job that talks to the mesh completes, and never in clear", job),
+    leaf("restarted", "pods made anew under STRICT are ready, enrolled, never in clear", restarted),
+    leaf("agent-killed", "its pods send nothing in clear, and talk again later", agent_killed),
+    leaf("agent-rolled", "a DaemonSet update under load: nothing in clear", agent_rolled),
+    leaf("authority-down", "pods talk on with the certificates that they have", authority_down),
+    leaf("un-enrolled", "without the label pods talk in clear again", un_enrolled),
     leaf("uninstall", "no program, pin, link, filter or rule is left", uninstall),
 ];
 
@@ -100,17 +94,20 @@ fn doctor(_: &Workspace, cluster: &Cluster) -> Result<()> {
 }
 
 fn enrol(_: &Workspace, cluster: &Cluster) -> Result<()> {
-    let workloads =
-        json!([standalone::workload(cluster, SHOP, "web")?, standalone::workload(cluster, SHOP, "client")?]);
-    standalone::write(cluster, "directory.yaml", &json!({"workloads": workloads}).to_string())?;
-    for (node, pod) in [("node1", "client"), ("node2", "web")] {
-        cluster.eventually(&format!("{pod} is enrolled"), |cluster| {
-            let found = pod_in(&status(cluster, node)?, pod)?;
-            ensure!(found["state"] == "enrolled", "{found}");
-            Ok(())
-        })?;
-    }
+    cluster.kubectl(&["label", "namespace", SHOP, ENROLLED])?;
+    both_are(cluster, "enrolled", |found| found["state"] == "enrolled")?;
     encrypted(&wire::during(cluster, || get_web(cluster, SHOP, "client"))?)
+}
+
+/// Waits until the agents say so of the client and of the server.
+fn both_are(cluster: &Cluster, what: &str, is_so: fn(&Value) -> bool) -> Result<()> {
+    [("node1", "client"), ("node2", "web")].iter().try_for_each(|(node, pod)| {
+        cluster.eventually(&format!("{pod} is {what}"), |cluster| {
+            let found = pod_in(&status(cluster, node)?, pod)?;
+            ensure!(is_so(&found), "{found}");
+            Ok(())
+        })
+    })
 }
 
 fn encrypted(traffic: &Traffic) -> Result<()> {
@@ -135,17 +132,8 @@ fn strict(_: &Workspace, cluster: &Cluster) -> Result<()> {
         "apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication",
         "metadata": {"name": "default", "namespace": SHOP}, "spec": {"mtls": {"mode": "STRICT"}},
     });
-    standalone::write(cluster, "policy.yaml", &policy.to_string())?;
-    for (node, pod) in [("node1", "client"), ("node2", "web")] {
-        cluster.eventually(&format!("{pod} is STRICT"), |cluster| {
-            let found = pod_in(&status(cluster, node)?, pod)?;
-            ensure!(
-                found["mode"].as_str().is_some_and(|mode| mode.eq_ignore_ascii_case("strict")),
-                "{found}"
-            );
-            Ok(())
-        })?;
-    }
+    install::set_policy(cluster, &policy)?;
+    both_are(cluster, "STRICT", is_strict)?;
     if get_web(cluster, OUTSIDE, "stranger").is_ok() {
         bail!("plaintext was answered under STRICT");
     }
@@ -154,6 +142,55 @@ fn strict(_: &Workspace, cluster: &Cluster) -> Result<()> {
     cluster
         .kubectl(&["-n", SHOP, "wait", "--for=condition=Ready=false", "pod/web", "--timeout=5s"])
         .map_or(Ok(()), |_| bail!("the kubelet's probes are refused"))
+}
+
+fn is_strict(pod: &Value) -> bool {
+    pod["mode"].as_str().is_some_and(|mode| mode.eq_ignore_ascii_case("strict"))
+}
+
+fn service(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    let address =
+        cluster.kubectl(&["-n", SHOP, "get", "service", "web", "-o", "jsonpath={.spec.clusterIP}"])?;
+    encrypted(&wire::during(cluster, || {
+        let answer = pods::get(cluster, SHOP, "client", &address, 80)?;
+        ensure!(answer.contains(MARKER), "the service answered {answer:?}");
+        Ok(())
+    })?)
+}
+
+fn job(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    let web = pods::address(cluster, SHOP, "web")?;
+    let traffic = wire::during(cluster, || {
+        cluster.apply(&[pods::job(SHOP, "fetch", "node1", &web)])?;
+        cluster
+            .kubectl(&["-n", SHOP, "wait", "--for=condition=Complete", "job/fetch", "--timeout=60s"])
+            .map(drop)
+    })?;
+    encrypted(&traffic)
+}
+
+/// New pods under old names, with addresses that others may have had.
+fn restarted(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    cluster.kubectl(&["-n", SHOP, "delete", "pods", "client", "web", "--timeout=60s"])?;
+    let traffic = wire::during(cluster, || {
+        pods::start(cluster)?;
+        both_are(cluster, "enrolled and STRICT", |pod| pod["state"] == "enrolled" && is_strict(pod))?;
+        get_web(cluster, SHOP, "client")
+    })?;
+    encrypted(&traffic)?;
+    ensure!(get_web(cluster, OUTSIDE, "stranger").is_err(), "plaintext was answered under STRICT");
+    Ok(())
+}
+
+fn un_enrolled(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    cluster.kubectl(&["label", "namespace", SHOP, "tacit.io/enrol-"])?;
+    let traffic = wire::during(cluster, || {
+        cluster.eventually("plaintext is taken again", |cluster| get_web(cluster, OUTSIDE, "stranger"))?;
+        cluster.eventually("the client talks", |cluster| get_web(cluster, SHOP, "client"))
+    })?;
+    ensure!(traffic.occurrences(MARKER.as_bytes()) >= 2, "the marker is not on the wire");
+    cluster.kubectl(&["label", "namespace", SHOP, ENROLLED])?;
+    both_are(cluster, "enrolled", |pod| pod["state"] == "enrolled")
 }
 
 fn agent_killed(_: &Workspace, cluster: &Cluster) -> Result<()> {
