@@ -37,17 +37,14 @@ pub(super) fn start(cluster: &Cluster) -> Result<()> {
     let client = pod(SHOP, "client", "node1", "sleep infinity");
     let stranger = pod(OUTSIDE, "stranger", "node1", "sleep infinity");
     cluster.apply(&[web, client, stranger, service])?;
-    for namespace in [SHOP, OUTSIDE] {
-        ready(cluster, namespace)?;
-    }
-    Ok(())
+    ready(cluster, SHOP, &["pod/web", "pod/client"])?;
+    ready(cluster, OUTSIDE, &["pod/stranger"])
 }
 
-/// Waits until all pods of a namespace are ready.
-pub(super) fn ready(cluster: &Cluster, namespace: &str) -> Result<()> {
-    cluster
-        .kubectl(&["-n", namespace, "wait", "--for=condition=Ready", "pods", "--all", "--timeout=120s"])
-        .map(drop)
+/// Waits until the pods are ready.
+fn ready(cluster: &Cluster, namespace: &str, pods: &[&str]) -> Result<()> {
+    let wait = ["-n", namespace, "wait", "--for=condition=Ready", "--timeout=120s"];
+    cluster.kubectl(&[wait.as_slice(), pods].concat()).map(drop)
 }
 
 fn namespace(name: &str) -> Value {
