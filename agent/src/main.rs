@@ -16,6 +16,7 @@ use tacit::{
     kernel::{self, KernelError, VerifierLog, probe},
     telemetry::{admin, doctor, log, status},
 };
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Encrypts and authenticates pod-to-pod traffic of this node, without sidecars.
 #[derive(Debug, Parser)]
@@ -92,8 +93,14 @@ enum Command {
     /// Detach and remove everything that an agent left pinned in the kernel.
     Uninstall {
         /// Configuration file of that agent.
-        #[arg(long, value_name = "FILE")]
-        config: PathBuf,
+        #[arg(long, value_name = "FILE", required_unless_present = "pin_path")]
+        config: Option<PathBuf>,
+        /// Where it pinned, when there is no such file any more.
+        #[arg(long, value_name = "PATH", conflicts_with = "config")]
+        pin_path: Option<PathBuf>,
+        /// Then stay until SIGTERM or SIGINT: what a DaemonSet runs has to.
+        #[arg(long)]
+        stay: bool,
     },
 }
 
@@ -162,16 +169,27 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Doctor { attack: true, output, only, family, .. } => attack(output, only, family),
         Command::Doctor { pin_path, output, .. } => show_doctor(&pin_path, output),
         Command::AttackStep { arguments } => tacit_attack::step::run(&arguments),
-        Command::Uninstall { config } => uninstall(&config),
+        Command::Uninstall { config, pin_path, stay } => uninstall(config, pin_path, stay),
     };
     done.map(|()| ExitCode::SUCCESS)
 }
 
-fn uninstall(config: &std::path::Path) -> Result<()> {
-    let config = Config::read(config)?;
-    let removed = kernel::uninstall(&config.pin_path)?;
-    println!("removed {removed} pins under {}", config.pin_path.display());
-    Ok(())
+fn uninstall(config: Option<PathBuf>, pin_path: Option<PathBuf>, stay: bool) -> Result<()> {
+    let configured = config.map(|file| Config::read(&file)).transpose()?.map(|config| config.pin_path);
+    let pin_path = configured.or(pin_path).context("name the configuration file or the pin path")?;
+    let removed = kernel::uninstall(&pin_path)?;
+    println!("removed {removed} pins under {}", pin_path.display());
+    if !stay {
+        return Ok(());
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+        tokio::select! {
+            _ = terminate.recv() => Ok(()),
+            interrupted = tokio::signal::ctrl_c() => interrupted.context("listen for SIGINT"),
+        }
+    })
 }
 
 fn agent(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<()> {

@@ -4,6 +4,7 @@
 //! | door | request | answer |
 //! |---|---|---|
 //! | port | `GET /metrics` | all metrics, `OpenMetrics` text |
+//! | port | `GET /healthz/live` | 200 for as long as requests are answered at all |
 //! | port | `GET /healthz/ready` | 200, or 503 with the reasons, one a line |
 //! | socket | `GET /status` | the status as JSON |
 //! | socket | `GET /policy/explain?from=..&to=..&port=..` | an `Explanation` as JSON, or 400 with what is wrong |
@@ -60,6 +61,7 @@ pub async fn serve_metrics(
 ) {
     let routes = move |uri: &Uri| match uri.path() {
         "/metrics" => Some(metrics_answer(&telemetry, source())),
+        "/healthz/live" => Some(plain(StatusCode::OK, "alive\n")),
         "/healthz/ready" => Some(ready_answer(&source())),
         _ => None,
     };

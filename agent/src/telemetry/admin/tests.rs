@@ -38,6 +38,13 @@ async fn readiness_follows_the_status_and_says_why() {
 }
 
 #[tokio::test]
+async fn an_agent_that_is_not_ready_is_alive_all_the_same() {
+    let draining = || Status { state: AgentState::Draining, ..sample() };
+    let alive = get(metrics_door(draining).await, "GET /healthz/live").await;
+    assert!(alive.starts_with("HTTP/1.1 200 ") && alive.ends_with("alive\n"), "{alive}");
+}
+
+#[tokio::test]
 async fn other_paths_and_methods_are_refused() {
     let door = metrics_door(sample).await;
     assert!(get(door, "GET /status").await.starts_with("HTTP/1.1 404 "));
