@@ -260,7 +260,8 @@ fn opened(contents: &[(ContentType, &[u8])]) -> Result<Opened, RecordError> {
 fn what_breaks_the_rules_ends_the_connection_with_the_alert_of_the_rfc() {
     use AlertDescription as Alert;
     use ContentType::{Alert as A, ApplicationData as D, ChangeCipherSpec as C, Handshake as H};
-    let cases: [(&[(ContentType, &[u8])], Alert); 12] = [
+    type Contents = &'static [(ContentType, &'static [u8])];
+    let cases: [(Contents, Alert); 12] = [
         (&[(A, &[1])], Alert::DecodeError),
         (&[(A, &[1, 0, 0])], Alert::DecodeError),
         (&[(C, &[1])], Alert::UnexpectedMessage),
