@@ -12,8 +12,8 @@ use super::{
     tls::record,
 };
 
-/// How many DATA frames one batch holds at most: one read fills them, one write sends them. 32 reach half a MiB, above
-/// which neither got faster; 8 cost a tenth of the throughput.
+/// How many DATA frames one batch holds at most: one read fills them, one write sends them. 32 are half a MiB, of which a
+/// system call's own cost is no longer a part that can be seen.
 pub(crate) const FRAMES_MAX: usize = 32;
 /// Before the payload of a record.
 const BEFORE_BYTES: usize = record::HEADER_BYTES + frame::HEADER_BYTES;
