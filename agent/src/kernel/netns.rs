@@ -50,12 +50,13 @@ impl Netns {
         &self.file
     }
 
-    /// The addresses of this namespace's interfaces.
+    /// Has this namespace an interface with `address`?
     ///
     /// # Errors
     /// When it cannot be entered or its interfaces cannot be listed.
-    pub fn addresses(&self, host: &HostNetns) -> io::Result<Vec<IpAddr>> {
-        host.within(&self.file, super::node::addresses)?
+    pub fn has_address(&self, host: &HostNetns, address: IpAddr) -> io::Result<bool> {
+        let listed = host.within(&self.file, super::node::addresses)??;
+        Ok(listed.contains(&address))
     }
 }
 
