@@ -156,11 +156,8 @@ impl DataPath {
         client: SocketAddr,
     ) -> io::Result<TcpStream> {
         let socket = socket::inward(&pod.netns, &self.host, application, client)?;
-        // Without the name the application would see its own address: wrong in its logs, but nothing passes that
-        // was not allowed.
-        if let Err(error) = self.kernel.maps.stand_for(&socket, client) {
-            tracing::warn!(%error, "an application will not see its client's address");
-        }
+        // An application decides by who it is told its client is: without the name there is no connection.
+        self.kernel.maps.stand_for(&socket, client).map_err(io::Error::other)?;
         let connected = socket::connected(socket, application, APPLICATION_CONNECT).await?;
         begin(&connected);
         Ok(connected)
@@ -242,7 +239,7 @@ pub fn accept_loop<F>(
     F: Future<Output = ()> + Send + 'static,
 {
     let (path, pod) = (path.clone(), pod.clone());
-    let home = pod.home(path.workers.len());
+    let home = pod.home(path.workers.count());
     let thread = path.workers.handle(home).clone();
     thread.spawn(async move {
         match Acceptor::new(listener) {

@@ -292,10 +292,11 @@ fn take(path: &DataPath, key: &PoolKey) -> Option<Box<Session>> {
     if let Some(session) = pool.take(key, now, |session| is_usable(session)) {
         return Some(session);
     }
-    let others = (0..path.workers.len()).filter(|worker| *worker != key.worker);
-    let found = others
-        .map(|worker| PoolKey { worker, ..key.clone() })
-        .find_map(|key| pool.take(&key, now, |session| is_usable(session)));
+    let mut other = key.clone();
+    let found = (0..path.workers.count()).filter(|worker| *worker != key.worker).find_map(|worker| {
+        other.worker = worker;
+        pool.take(&other, now, |session| is_usable(session))
+    });
     drop(pool);
     found?.rehomed().inspect_err(|error| tracing::debug!(%error, "idle session lost on its way")).ok()
 }

@@ -13,7 +13,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
-    thread::{self, JoinHandle},
+    thread,
     time::Duration,
 };
 
@@ -41,9 +41,8 @@ struct Worker {
     handle: Handle,
     /// Connections it serves.
     load: Arc<AtomicUsize>,
-    /// Ends the thread when dropped.
-    running: Option<oneshot::Sender<()>>,
-    thread: Option<JoinHandle<()>>,
+    /// Ends the thread when dropped. Nobody joins it: the last to drop may be a flow on that very thread.
+    _running: oneshot::Sender<()>,
 }
 
 /// Counts one connection while it lives.
@@ -67,14 +66,8 @@ impl Workers {
 
     /// How many there are.
     #[must_use]
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.workers.len()
-    }
-
-    /// Never true.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.workers.is_empty()
     }
 
     /// The runtime of one.
@@ -99,18 +92,6 @@ impl Workers {
     }
 }
 
-impl Drop for Workers {
-    fn drop(&mut self) {
-        for worker in &mut self.workers {
-            worker.running = None;
-        }
-        for thread in self.workers.iter_mut().filter_map(|worker| worker.thread.take()) {
-            // It panicked: nothing is left to end.
-            let _ = thread.join();
-        }
-    }
-}
-
 impl Worker {
     fn start(index: usize) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -126,8 +107,8 @@ impl Worker {
                 }
             });
         };
-        let thread = thread::Builder::new().name(format!("tacit-flows-{index}")).spawn(run)?;
-        Ok(Self { handle, load: Arc::default(), running: Some(running), thread: Some(thread) })
+        thread::Builder::new().name(format!("tacit-flows-{index}")).spawn(run)?;
+        Ok(Self { handle, load: Arc::default(), _running: running })
     }
 }
 

@@ -206,6 +206,19 @@ impl SockAddr<'_> {
         }
     }
 
+    /// The socket's own end, as the kernel knows it.
+    #[inline(always)]
+    pub fn own_address(&self, family: Family) -> Option<Address> {
+        let sk = self.sk();
+        if sk.is_null() {
+            return None;
+        }
+        Some(match family {
+            Family::V4 => Address::from_v4_be(load!(sk, src_ip4)),
+            Family::V6 => Address(load_words!(sk, src_ip6)),
+        })
+    }
+
     #[inline(always)]
     pub fn port(&self) -> u16 {
         u16::from_be(load!(self.raw(), user_port) as u16)

@@ -103,6 +103,35 @@ fn a_connection_from_an_address_bound_before() -> Result<()> {
     })
 }
 
+/// The agent dials applications from loopback addresses, which they trust. What they are told instead comes from it; here
+/// nobody has said anything, as when that was lost.
+#[test]
+#[ignore = "needs root"]
+fn a_peer_at_an_address_the_agent_dials_from_never_looks_like_loopback() -> Result<()> {
+    let cases: [(&str, fn(&Pod) -> IpAddr); 2] =
+        [("127.64.3.4", |pod| pod.ipv4().into()), ("::1", |pod| pod.ipv6().into())];
+    for (from, own) in cases {
+        let told = |mesh: &Mesh| {
+            let pod = mesh.pod("near")?;
+            let server = Server::start(pod, SocketAddr::new(own(pod), fresh_port()), &["shut", "read-end"])?;
+            let to = server.address().to_string();
+            let told = Client::with_args(pod, &["connect", &to, "--from", from, "read-end"])?.finish()?;
+            let names = Names::of(&told, &server)?;
+            anyhow::ensure!(names.server_accept == names.server_getpeername);
+            anyhow::Ok((names.server_accept.ip(), own(pod)))
+        };
+        let (control, _) = told(&lonely().without_agents()?)?;
+        assert_eq!(control, from.parse::<IpAddr>()?, "without Tacit");
+        let (shown, own) = told(&lonely().with_agents()?)?;
+        assert_eq!(shown, own, "with Tacit");
+    }
+    Ok(())
+}
+
+fn lonely() -> Plan {
+    Plan::new("unnamed").pod("a", "shop", "near").pod("b", "shop", "far")
+}
+
 fn same(case: Case) -> Result<()> {
     static WITHOUT: OnceLock<Result<Mesh, String>> = OnceLock::new();
     static WITH: OnceLock<Result<Mesh, String>> = OnceLock::new();

@@ -347,7 +347,7 @@ fn address(ip: IpAddr) -> Address {
     }
 }
 
-fn ip(address: &Address) -> IpAddr {
+pub(super) fn ip(address: &Address) -> IpAddr {
     Ipv6Addr::from(address.octets()).to_canonical()
 }
 

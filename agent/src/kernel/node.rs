@@ -60,6 +60,7 @@ pub fn kernel_release() -> String {
     std::fs::read_to_string("/proc/sys/kernel/osrelease")
         .map_or_else(|_| "?".to_owned(), |s| s.trim().to_owned())
 }
+
 /// Gives memory that the allocator holds and nobody uses back to the system. It holds each of the allocator's locks for the
 /// time it takes, some milliseconds after thousands of flows.
 pub fn release_memory() {

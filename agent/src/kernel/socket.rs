@@ -12,7 +12,7 @@ use std::{
 
 use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
-use tacit_abi::{Listener, tcp_port};
+use tacit_abi::{Address, Listener, tcp_port};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     net::TcpStream,
@@ -21,6 +21,7 @@ use tokio::{
 
 use super::{
     KernelError, Maps,
+    maps::ip,
     netns::{HostNetns, Netns},
 };
 
@@ -168,16 +169,11 @@ pub fn inward(netns: &Netns, host: &HostNetns, to: SocketAddr, client: SocketAdd
     Ok(socket)
 }
 
-/// The loopback address of `to`'s family that dials for `client`: in 127.64.0.0/12, apart from the targets of captured
-/// connections; IPv6 has one.
+/// The loopback address of `to`'s family that dials for `client`.
 fn loopback_for(to: IpAddr, client: SocketAddr) -> IpAddr {
-    if to.is_ipv6() {
-        return Ipv6Addr::LOCALHOST.into();
-    }
     let mut hasher = DefaultHasher::new();
     client.hash(&mut hasher);
-    // The upper bits are as good as any; 20 of them.
-    Ipv4Addr::from_bits(0x7f40_0000 | (hasher.finish() >> 44) as u32).into()
+    ip(&Address::dial_source(to.is_ipv4(), hasher.finish() as u32))
 }
 
 /// Connects `socket` within `limit`.

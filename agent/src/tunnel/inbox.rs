@@ -62,17 +62,15 @@ impl Inbox {
     /// Where received bytes go; never empty. Only while [`Inbox::next`] has nothing.
     pub(crate) fn room(&mut self) -> &mut [u8] {
         let buffer = match self.buffer.take() {
-            Some(mut buffer) if buffer.len() - self.end >= ROOM_MIN_BYTES || self.start > 0 => {
+            // What is left is less than a record, so the front has room for it and more.
+            Some(mut buffer) => {
                 if buffer.len() - self.end < ROOM_MIN_BYTES {
                     buffer.copy_within(self.start..self.end, 0);
                     (self.start, self.end) = (0, self.end - self.start);
                 }
                 buffer
             }
-            other => {
-                if let Some(full) = other {
-                    self.beginning.extend_from_slice(&full[self.start..self.end]);
-                }
+            None => {
                 let mut buffer = Buffer::take(self.size);
                 (self.start, self.end) = (0, self.beginning.len());
                 buffer[..self.end].copy_from_slice(&self.beginning);

@@ -94,6 +94,30 @@ impl Address {
             && self.0[3] == other.0[3]
     }
 
+    /// The address from which the agent dials an application for a client of `hash`: in 127.64.0.0/12, apart from the targets
+    /// of captured connections. IPv6 has one loopback address.
+    #[must_use]
+    pub const fn dial_source(v4: bool, hash: u32) -> Self {
+        if v4 {
+            Self::from_v4_be((DIAL_RANGE | (hash >> DIAL_RANGE_BITS)).to_be())
+        } else {
+            Self::LOOPBACK_V6
+        }
+    }
+
+    /// May an application's peer be told as `self`, when its own end is `own` and nothing is known of who that peer is? Not
+    /// when the agent may have dialled: the peer is some client then, and must not look like a process of the pod.
+    #[inline(always)]
+    #[must_use]
+    pub const fn may_be_told_to(&self, own: &Self) -> bool {
+        let dialled = if self.is_v4() {
+            u32::from_be(self.0[3]) >> (32 - DIAL_RANGE_BITS) == DIAL_RANGE >> (32 - DIAL_RANGE_BITS)
+        } else {
+            self.is_loopback()
+        };
+        !dialled || own.is_loopback()
+    }
+
     /// The loopback address a captured connection to `self:port` is sent to instead.
     ///
     /// IPv4: somewhere in 127.96.0.0/12 decided by destination and port alone. Source ports are unique for each such
@@ -113,6 +137,10 @@ impl Address {
         Self::from_v4_be(host.to_be())
     }
 }
+
+/// 127.64.0.0/12, from which the agent dials applications.
+const DIAL_RANGE: u32 = 0x7f40_0000;
+const DIAL_RANGE_BITS: u32 = 12;
 
 #[cfg(test)]
 mod tests {
@@ -149,6 +177,25 @@ mod tests {
         assert!(six("fe80::1").is_link_local() && six("febf::1").is_link_local());
         assert!(!six("fec0::1").is_link_local() && !six("fd77::1").is_link_local());
         assert!(!v4(10, 0, 0, 1).is_link_local());
+    }
+
+    #[test]
+    fn a_peer_that_the_agent_may_have_dialled_for_is_not_told_as_loopback() {
+        let (pod, local) = (v4(10, 77, 1, 2), v4(127, 0, 0, 1));
+        let pod6 = Address::from_octets(Ipv6Addr::new(0xfd77, 1, 0, 0, 0, 0, 0, 2).octets());
+        for hash in [0, 1, 0x1234_5678, u32::MAX] {
+            let source = Address::dial_source(true, hash);
+            assert!(source.is_loopback() && (64..80).contains(&source.octets()[13]), "{:?}", source.octets());
+            assert!(!source.may_be_told_to(&pod));
+            assert!(source.may_be_told_to(&local), "what the pod says to itself");
+            assert!(!source.same(&pod.capture_target(80)));
+        }
+        let source = Address::dial_source(false, 7);
+        assert!(source.is_loopback() && !source.may_be_told_to(&pod6) && source.may_be_told_to(&source));
+        for peer in [v4(10, 77, 2, 2), v4(127, 0, 0, 1), v4(127, 63, 0, 1), v4(127, 80, 0, 1)] {
+            assert!(peer.may_be_told_to(&pod));
+        }
+        assert!(pod6.may_be_told_to(&pod6));
     }
 
     #[test]

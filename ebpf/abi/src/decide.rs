@@ -356,6 +356,10 @@ mod tests {
         assert_eq!(decide_inbound(&node, &to(80)), Steer::Pass(Reason::InboundNode));
         let dial = Inbound { local: v4(2), remote: v4(2), port: 80 };
         assert_eq!(decide_inbound(&known(Mode::Strict, None), &dial), Steer::Pass(Reason::InboundLocal));
+        for v4_source in [true, false] {
+            let dial = Inbound { local: v4(2), remote: Address::dial_source(v4_source, 7), port: 80 };
+            assert_eq!(decide_inbound(&known(Mode::Strict, None), &dial), Steer::Pass(Reason::InboundLocal));
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use tokio::{
 
 use super::*;
 use crate::tunnel::{
+    batch::payload_slots,
     buffers::Size,
     testing::{connection, credentials, identity, open, open_flow, sessions},
 };
@@ -75,6 +76,67 @@ async fn a_denied_flow_leaves_the_session_usable() {
     assert!(matches!(denied, Err(OpenError::Denied(DenyReason::Policy))));
     assert!(client.is_idle_alive());
     open_flow(&mut client, &mut server).await;
+}
+
+/// A batch that holds `text` in its first slot.
+fn batch(text: &[u8]) -> Option<(Buffer, usize)> {
+    let mut batch = Buffer::take(Size::Small);
+    payload_slots(&mut batch).0[0][..text.len()].copy_from_slice(text);
+    Some((batch, text.len()))
+}
+
+#[tokio::test]
+async fn data_ahead_of_the_answer_arrives_once_the_flow_is_accepted() {
+    let (mut client, mut server) = sessions().await;
+    let serve = async {
+        let asked = server.next(SOON).await.expect("no error").expect("not closed");
+        assert_eq!(asked.ahead, Ahead::Data);
+        server.accept_flow().expect("in turn");
+        poll_fn(|cx| server.poll_flush(cx)).await.expect("sent");
+    };
+    let asked = open();
+    let (opened, ()) = tokio::join!(client.open(&asked, batch(b"early")), serve);
+    opened.expect("accepted");
+    assert_eq!(frame(&mut server).await.expect("DATA"), Received::Data);
+    let mut slices = [IoSlice::new(&[]); FRAMES_MAX];
+    assert_eq!((server.payloads(&mut slices), &*slices[0]), (1, b"early".as_slice()));
+}
+
+#[tokio::test]
+async fn a_flow_denied_with_data_ahead_ends_its_session_and_is_told_why() {
+    let (mut client, mut server) = sessions().await;
+    let serve = async {
+        let asked = server.next(SOON).await.expect("no error").expect("not closed");
+        // Ends when the client has gone, having taken what was on its way.
+        server.deny(&asked, DenyReason::Policy).await.expect("sent");
+        server
+    };
+    let ask = async {
+        let denied = client.open(&open(), batch(b"early")).await;
+        assert!(matches!(denied, Err(OpenError::Denied(DenyReason::Policy))), "{denied:?}");
+        assert!(!client.is_idle());
+        client.close();
+    };
+    let (server, ()) = timeout(SOON, async { tokio::join!(serve, ask) }).await.expect("in time");
+    assert!(!server.is_idle());
+}
+
+#[test]
+fn a_session_goes_on_when_another_runtime_polls_it() {
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let (first, second) = (runtime(), runtime());
+    let (client, mut server) = first.block_on(sessions());
+    let mut client = second.block_on(async { client.rehomed().expect("a descriptor") });
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            first.block_on(async {
+                server.next(SOON).await.expect("no error").expect("not closed");
+                server.accept_flow().expect("in turn");
+                poll_fn(|cx| server.poll_flush(cx)).await.expect("sent");
+            });
+        });
+        second.block_on(client.open(&open(), None)).expect("accepted");
+    });
 }
 
 #[tokio::test]
