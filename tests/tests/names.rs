@@ -108,9 +108,9 @@ fn a_connection_from_an_address_bound_before() -> Result<()> {
 #[test]
 #[ignore = "needs root"]
 fn a_peer_at_an_address_the_agent_dials_from_never_looks_like_loopback() -> Result<()> {
-    let cases: [(&str, fn(&Pod) -> IpAddr); 2] =
-        [("127.64.3.4", |pod| pod.ipv4().into()), ("::1", |pod| pod.ipv6().into())];
-    for (from, own) in cases {
+    type Own = fn(&Pod) -> IpAddr;
+    let (v4, v6): (Own, Own) = (|pod| pod.ipv4().into(), |pod| pod.ipv6().into());
+    for (from, own) in [("127.64.3.4", v4), ("::1", v6)] {
         let told = |mesh: &Mesh| {
             let pod = mesh.pod("near")?;
             let server = Server::start(pod, SocketAddr::new(own(pod), fresh_port()), &["shut", "read-end"])?;
