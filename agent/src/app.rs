@@ -18,13 +18,17 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::{Config, IssuerConfig},
+    config::{Config, DirectorySource, IssuerConfig},
     datapath::{DataPath, Parts, accept_loop},
-    directory::Directory,
+    directory::{
+        Directory,
+        kubernetes::{self, CgroupLayout, OpenError, Place},
+    },
     drain::{Drain, Drained},
     enrol::{Enroller, Pod, Serve, Table, kernel_mode},
     identity::{
         issuer::{EmbeddedIssuer, Issuer},
+        istio::IstioIssuer,
         manager::Identities,
         root::RootError,
     },
@@ -62,6 +66,9 @@ pub enum AppError {
     /// A file could not be read or holds mistakes.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// The API of Kubernetes cannot be used at all.
+    #[error("directory: {0}")]
+    Kubernetes(#[from] OpenError),
     /// The issuer could not be opened.
     #[error("issuer: {0}")]
     Issuer(#[from] RootError),
@@ -119,7 +126,11 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
     let descriptors = node::raise_descriptor_limit().map_err(system("raise the limit of open files"))?;
     let host = Arc::new(HostNetns::current().map_err(system("open the node's network namespace"))?);
     let pods_cgroup = Cgroup::open(&config.pods_cgroup)?;
-    let directory = Arc::new(watch_directory(&config)?);
+    let directory = tokio::select! {
+        directory = open_directory(&config) => Arc::new(directory?),
+        // Nothing was touched yet.
+        () = wait_for(&mut terminate, &mut interrupt) => return Ok(()),
+    };
     let policies = Arc::new(watch_policies(&config)?);
     let identities = Arc::new(Identities::start(issuer(&config)?));
     // Doors before programs: an agent that cannot be looked at should not touch the kernel.
@@ -128,7 +139,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
         .await
         .map_err(|source| AppError::Metrics { address: config.metrics, source })?;
     let kernel = Arc::new(Kernel::open(&config.pin_path, &pods_cgroup, &verifier_log)?);
-    kernel.maps.set_mesh(&config.mesh_ranges)?;
+    kernel.maps.set_mesh(&config.captured_ranges())?;
     kernel.maps.set_clear(&config.allow_clear)?;
     refresh_node(&kernel)?;
     beat(&kernel, config.heartbeat_timeout, &policies)?;
@@ -146,6 +157,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
         table: Arc::new(ArcSwap::from_pointee(Table::default())),
         telemetry: Telemetry::new(),
         drain: Drain::default(),
+        mesh_ranges: config.captured_ranges(),
     }));
     let report = Arc::new(Report::new(&config, path.clone(), started));
     let doors = CancellationToken::new();
@@ -186,19 +198,43 @@ fn cores() -> NonZeroUsize {
     std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
 }
 
-fn watch_directory(config: &Config) -> Result<Watched<Directory>, LoadError> {
-    let (file, domain) = (config.directory_file.clone(), config.trust_domain.clone());
-    Watched::open(config.directory_file.clone(), move |text| Directory::parse(text, &file, &domain))
+/// The directory, once it is complete: what an earlier agent left for pods that are not in it would be removed.
+async fn open_directory(config: &Config) -> Result<Watched<Directory>, AppError> {
+    let domain = config.trust_domain.clone();
+    match &config.directory {
+        DirectorySource::File(file) => {
+            let named = file.clone();
+            Ok(Watched::open(file, move |text| Directory::parse(text, &named, &domain))?)
+        }
+        DirectorySource::Kubernetes(options) => {
+            let place = Place {
+                node: config.node.clone(),
+                trust_domain: domain,
+                cgroups: CgroupLayout::of(&config.pods_cgroup),
+            };
+            Ok(kubernetes::open(options, place).await?)
+        }
+    }
 }
 
 fn watch_policies(config: &Config) -> Result<Watched<Policies>, LoadError> {
     let (file, root) = (config.policy_file.clone(), config.root_namespace.clone());
-    Watched::open(config.policy_file.clone(), move |text| Policies::parse(text, &file, &root))
+    Watched::open(config.policy_file.clone(), move |text| {
+        let policies = Policies::parse(text, &file, &root)?;
+        for note in policies.notes() {
+            tracing::warn!(file = %file.display(), "{note}");
+        }
+        Ok(policies)
+    })
 }
 
 fn issuer(config: &Config) -> Result<Issuer, RootError> {
-    let IssuerConfig::Embedded { directory, leaf_lifetime } = &config.issuer;
-    EmbeddedIssuer::open(directory, &config.trust_domain, *leaf_lifetime).map(Issuer::Embedded)
+    match &config.issuer {
+        IssuerConfig::Embedded { directory, leaf_lifetime } => {
+            EmbeddedIssuer::open(directory, &config.trust_domain, *leaf_lifetime).map(Issuer::Embedded)
+        }
+        IssuerConfig::Istio(istio) => Ok(Issuer::Istio(IstioIssuer::new(istio.clone()))),
+    }
 }
 
 fn enroller(config: &Config, path: &Arc<DataPath>, pods_cgroup: Cgroup, report: &Arc<Report>) -> Enroller {
@@ -208,7 +244,7 @@ fn enroller(config: &Config, path: &Arc<DataPath>, pods_cgroup: Cgroup, report: 
         kernel: path.kernel.clone(),
         host: path.host.clone(),
         node: config.node.clone(),
-        mesh_ranges: config.mesh_ranges.clone(),
+        mesh_ranges: config.captured_ranges(),
         telemetry: path.telemetry.clone(),
         pods_cgroup,
         directory: path.directory.clone(),
@@ -234,10 +270,12 @@ async fn serve_admin(
     telemetry: Telemetry,
     stop: CancellationToken,
 ) {
+    let asked = report.clone();
+    let explain: admin::ExplainSource = Arc::new(move |from, to, port| asked.explain(from, to, port));
     let source: admin::StatusSource = Arc::new(move || report.status());
     tokio::join!(
         admin::serve_metrics(metrics, source.clone(), telemetry, stop.cancelled()),
-        admin::serve_operator(operator, source, stop.cancelled()),
+        admin::serve_operator(operator, source, explain, stop.cancelled()),
     );
 }
 

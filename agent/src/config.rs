@@ -1,4 +1,4 @@
-//! `tacit.yaml`: the configuration of a standalone node agent, read once at start.
+//! `tacit.yaml`: the configuration of a node agent, read once at start.
 //!
 //! Every field with unit, default and effect is in `deploy/config.schema.json`, which a test keeps in step
 //! with this file. All mistakes are reported together. Relative paths are relative to the folder of the
@@ -16,24 +16,29 @@ use std::{
 use ipnet::IpNet;
 
 use crate::{
-    identity::TrustDomain,
+    directory::kubernetes::Options as KubernetesOptions,
+    identity::{TrustDomain, istio::IstioConfig},
     kernel::ClearDestination,
     yaml::{self, Fields, LoadError, Mistakes, Value},
 };
 
 mod clear;
 mod duration;
+mod issuer;
+mod kubernetes;
 mod range;
 
 use clear::clear_destination;
 use duration::duration;
+use kubernetes::kubernetes;
 use range::mesh_range;
 
-const FIELDS: [&str; 15] = [
+const FIELDS: [&str; 16] = [
     "trustDomain",
     "node",
     "podsCgroup",
     "meshRanges",
+    "serviceRanges",
     "directory",
     "policy",
     "rootNamespace",
@@ -46,8 +51,9 @@ const FIELDS: [&str; 15] = [
     "allowClear",
     "workers",
 ];
-const EMBEDDED_FIELDS: [&str; 2] = ["directory", "leafLifetime"];
 
+/// Environment variable that names the node where the file does not: a DaemonSet's file is the same on all nodes.
+const NODE_NAME: &str = "NODE_NAME";
 const ROOT_NAMESPACE: &str = "istio-system";
 /// Default of `pinPath`.
 pub const PIN_PATH: &str = "/sys/fs/bpf/tacit";
@@ -61,13 +67,13 @@ const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(3);
 const HEARTBEAT_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(60);
 /// Most destinations that may be reached in clear: each takes an entry in a kernel map of fixed size.
 const ALLOW_CLEAR_MAX: usize = 256;
-const LEAF_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+pub(crate) const LEAF_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 /// Below ten seconds renewal at half life could not be tried twice; leaves cannot be revoked, so a month is
 /// the most.
-const LEAF_LIFETIME_RANGE: RangeInclusive<Duration> =
+pub(crate) const LEAF_LIFETIME_RANGE: RangeInclusive<Duration> =
     Duration::from_secs(10)..=Duration::from_secs(30 * 24 * 3600);
-/// Most mesh ranges: each takes an entry in a kernel map of fixed size, and a cluster has a handful.
-const MESH_RANGES_MAX: usize = 256;
+/// Most ranges of a list: each takes an entry in a kernel map of fixed size, and a cluster has a handful.
+const RANGES_MAX: usize = 256;
 /// Most worker threads: beyond the cores of any node, and a typing mistake should not start millions.
 const WORKERS_MAX: usize = 256;
 /// Longest path of a unix socket, in bytes (`sun_path` in unix(7), with its closing zero).
@@ -84,8 +90,10 @@ pub struct Config {
     pub pods_cgroup: PathBuf,
     /// Addresses of the mesh, 1 to 256 ranges; a connection to any other address is left alone.
     pub mesh_ranges: Vec<IpNet>,
-    /// File that says which workload has which address.
-    pub directory_file: PathBuf,
+    /// Virtual addresses of services; at most 256 ranges, none where there are no services.
+    pub service_ranges: Vec<IpNet>,
+    /// What says which workload has which address.
+    pub directory: DirectorySource,
     /// File of the policies.
     pub policy_file: PathBuf,
     /// Namespace whose policies hold mesh-wide.
@@ -108,6 +116,15 @@ pub struct Config {
     pub workers: Option<NonZeroUsize>,
 }
 
+/// What says which workload has which address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DirectorySource {
+    /// A file.
+    File(PathBuf),
+    /// The API of Kubernetes.
+    Kubernetes(KubernetesOptions),
+}
+
 /// Who signs certificates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum IssuerConfig {
@@ -118,6 +135,8 @@ pub enum IssuerConfig {
         /// Lifetime of a leaf certificate, 10 s to 30 d.
         leaf_lifetime: Duration,
     },
+    /// An authority that speaks Istio's CA API.
+    Istio(IstioConfig),
 }
 
 impl Config {
@@ -128,7 +147,9 @@ impl Config {
     pub fn read(path: &Path) -> Result<Self, LoadError> {
         // Absolute, so that the paths stay right whatever the working directory becomes.
         let file = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        yaml::load(path, |text| Self::parse_in(text, path, file.parent().unwrap_or(Path::new("."))))
+        let node = std::env::var(NODE_NAME).ok();
+        let folder = file.parent().unwrap_or(Path::new("."));
+        yaml::load(path, |text| Self::parse_in(text, path, folder, node.as_deref()))
     }
 
     /// Parses the text of `file`; relative paths are relative to the folder of `file`.
@@ -136,31 +157,40 @@ impl Config {
     /// # Errors
     /// All [`Mistakes`] of the text.
     pub fn parse(text: &str, file: &Path) -> Result<Self, Mistakes> {
-        Self::parse_in(text, file, file.parent().unwrap_or(Path::new(".")))
+        Self::parse_in(text, file, file.parent().unwrap_or(Path::new(".")), None)
     }
 
-    fn parse_in(text: &str, file: &Path, folder: &Path) -> Result<Self, Mistakes> {
-        yaml::decode(text, file, |root| Self::decode(&mut root.fields(&FIELDS)?, folder))
+    /// What the connect hooks look at: the addresses of pods and those of services. What goes to a service in clear would
+    /// come out at a pod in clear, so the guard takes both for the mesh.
+    #[must_use]
+    pub fn captured_ranges(&self) -> Vec<IpNet> {
+        [&self.mesh_ranges[..], &self.service_ranges].concat()
+    }
+
+    /// `node_name` stands for an absent `node`.
+    fn parse_in(text: &str, file: &Path, folder: &Path, node_name: Option<&str>) -> Result<Self, Mistakes> {
+        yaml::decode(text, file, |root| Self::decode(root, folder, node_name))
     }
 
     /// Decodes all fields before the first `?`, so that the mistakes of each one are recorded.
-    fn decode(f: &mut Fields<'_>, folder: &Path) -> Option<Self> {
+    fn decode(root: &Value<'_>, folder: &Path, node_name: Option<&str>) -> Option<Self> {
+        let f = &mut root.fields(&FIELDS)?;
         let trust_domain = f.required("trustDomain", "the SPIFFE trust domain, such as cluster.local");
         let trust_domain = trust_domain.and_then(|value| value.parse(TrustDomain::parse));
-        let node = f.required("node", "this node's name, as the directory has it");
-        let node = node.and_then(|value| value.name().map(Arc::from));
+        let node = self::node(f, root, node_name);
         let pods_cgroup = f.required("podsCgroup", "the cgroup of all pods, such as /sys/fs/cgroup/kubepods");
         let pods_cgroup = pods_cgroup.and_then(|value| absolute(&value));
         let mesh_ranges = f.required("meshRanges", "the ranges of pod addresses, such as [10.77.0.0/16]");
         let mesh_ranges = mesh_ranges.and_then(|value| self::mesh_ranges(&value));
-        let directory_file = file_source(f, "directory", folder);
+        let service_ranges = or(f, "serviceRanges", Vec::new(), ranges);
+        let directory = directory(f, folder);
         let policy_file = file_source(f, "policy", folder);
         let issuer = f.required("issuer", "{embedded: {directory: issuer}}");
-        let issuer = issuer.and_then(|value| self::issuer(&value, folder));
+        let issuer = issuer.and_then(|value| issuer::decode(&value, folder));
         let root_namespace = or(f, "rootNamespace", ROOT_NAMESPACE.into(), |v| v.name().map(Arc::from));
         let pin_path = or(f, "pinPath", PIN_PATH.into(), absolute);
         let socket = or(f, "socket", SOCKET.into(), |v| socket_path(v, folder));
-        let metrics = or(f, "metrics", METRICS, metrics_address);
+        let metrics = or(f, "metrics", METRICS, listen_address);
         let drain_timeout = or(f, "drainTimeout", DRAIN_TIMEOUT, |v| within(v, DRAIN_TIMEOUT_RANGE));
         let heartbeat_timeout =
             or(f, "heartbeatTimeout", HEARTBEAT_TIMEOUT, |v| within(v, HEARTBEAT_TIMEOUT_RANGE));
@@ -171,7 +201,8 @@ impl Config {
             node: node?,
             pods_cgroup: pods_cgroup?,
             mesh_ranges: mesh_ranges?,
-            directory_file: directory_file?,
+            service_ranges: service_ranges?,
+            directory: directory?,
             policy_file: policy_file?,
             root_namespace: root_namespace?,
             issuer: issuer?,
@@ -187,7 +218,7 @@ impl Config {
 }
 
 /// The default for an absent field; a refused one stays `None`, so a mistake never becomes a default.
-fn or<T>(
+pub(crate) fn or<T>(
     fields: &mut Fields<'_>,
     name: &str,
     default: T,
@@ -197,11 +228,16 @@ fn or<T>(
 }
 
 fn mesh_ranges(value: &Value<'_>) -> Option<Vec<IpNet>> {
+    if value.items()?.is_empty() {
+        value.refuse("the list is empty, nothing would be protected: write the ranges of pod addresses");
+    }
+    ranges(value)
+}
+
+fn ranges(value: &Value<'_>) -> Option<Vec<IpNet>> {
     let items = value.items()?;
-    match items.len() {
-        0 => value.refuse("the list is empty, nothing would be protected: write the ranges of pod addresses"),
-        1..=MESH_RANGES_MAX => {}
-        len => value.refuse(format_args!("{len} ranges: join them to at most {MESH_RANGES_MAX}")),
+    if items.len() > RANGES_MAX {
+        value.refuse(format_args!("{} ranges: join them to at most {RANGES_MAX}", items.len()));
     }
     // Not collected to an `Option`: that would stop at the first mistake.
     let ranges: Vec<_> = items.iter().map(|item| item.parse(mesh_range)).collect();
@@ -217,6 +253,37 @@ fn allow_clear(value: &Value<'_>) -> Option<Vec<ClearDestination>> {
     destinations.into_iter().collect()
 }
 
+fn node(fields: &mut Fields<'_>, root: &Value<'_>, node_name: Option<&str>) -> Option<Arc<str>> {
+    match node_name.filter(|_| root.peek("node").is_none_or(|value| value.is_null())) {
+        None => {
+            let what = format!("this node's name, as the directory has it, or set {NODE_NAME}");
+            fields.required("node", &what)?.name().map(Arc::from)
+        }
+        Some(name) if yaml::is_object_name(name) => Some(Arc::from(name)),
+        Some(name) => {
+            root.refuse(format_args!("{NODE_NAME}={name:?} is no name of a node: set it from spec.nodeName"));
+            None
+        }
+    }
+}
+
+fn directory(fields: &mut Fields<'_>, folder: &Path) -> Option<DirectorySource> {
+    let value = fields.required("directory", "{file: directory.yaml} or {kubernetes: {}}")?;
+    let mut fields = value.fields(&["file", "kubernetes"])?;
+    match (fields.optional("file"), value.peek("kubernetes")) {
+        (Some(file), None) => Some(DirectorySource::File(folder.join(file.text()?))),
+        (None, Some(options)) => kubernetes(&options, folder).map(DirectorySource::Kubernetes),
+        (None, None) => {
+            value.refuse("nothing in it: write {file: directory.yaml} or {kubernetes: {}}");
+            None
+        }
+        (Some(_), Some(_)) => {
+            value.refuse("both `file` and `kubernetes`: remove one");
+            None
+        }
+    }
+}
+
 /// `{file: <path>}`, the one kind of source there is.
 fn file_source(fields: &mut Fields<'_>, name: &str, folder: &Path) -> Option<PathBuf> {
     let value = fields.required(name, &format!("{{file: {name}.yaml}}"))?;
@@ -224,15 +291,7 @@ fn file_source(fields: &mut Fields<'_>, name: &str, folder: &Path) -> Option<Pat
     Some(folder.join(fields.required("file", "the path of a file")?.text()?))
 }
 
-fn issuer(value: &Value<'_>, folder: &Path) -> Option<IssuerConfig> {
-    let embedded = value.fields(&["embedded"])?.required("embedded", "{directory: issuer}")?;
-    let mut fields = embedded.fields(&EMBEDDED_FIELDS)?;
-    let directory = fields.required("directory", "the folder of the root key").and_then(|value| value.text());
-    let leaf_lifetime = or(&mut fields, "leafLifetime", LEAF_LIFETIME, |v| within(v, LEAF_LIFETIME_RANGE));
-    Some(IssuerConfig::Embedded { directory: folder.join(directory?), leaf_lifetime: leaf_lifetime? })
-}
-
-fn within(value: &Value<'_>, range: RangeInclusive<Duration>) -> Option<Duration> {
+pub(crate) fn within(value: &Value<'_>, range: RangeInclusive<Duration>) -> Option<Duration> {
     value.parse(|text| duration(text, range))
 }
 
@@ -269,7 +328,7 @@ fn workers(text: &str) -> Result<NonZeroUsize, String> {
     })
 }
 
-fn metrics_address(value: &Value<'_>) -> Option<SocketAddr> {
+pub(crate) fn listen_address(value: &Value<'_>) -> Option<SocketAddr> {
     let address: Option<SocketAddr> = value.parse(|text| {
         text.parse().map_err(|_| "no address with a port: write it as 127.0.0.1:15020 or \"[::1]:15020\"")
     });

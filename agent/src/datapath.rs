@@ -10,9 +10,11 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use ipnet::IpNet;
 use tokio::{net::TcpStream, sync::Semaphore};
 
 use crate::{
+    balance::Balancer,
     directory::{Directory, Workload},
     drain::Drain,
     enrol::{Pod, Table},
@@ -77,6 +79,10 @@ pub struct DataPath {
     pub telemetry: Telemetry,
     /// How the agent ends.
     pub drain: Drain,
+    /// Addresses of the mesh, those of services included.
+    pub mesh_ranges: Vec<IpNet>,
+    /// Chooses endpoints of services.
+    pub balancer: Balancer,
     /// Bounds handshakes.
     pub handshakes: Semaphore,
     /// Who carries flows.
@@ -106,6 +112,8 @@ pub struct Parts {
     pub drain: Drain,
     /// See [`DataPath::workers`].
     pub workers: Workers,
+    /// See [`DataPath::mesh_ranges`].
+    pub mesh_ranges: Vec<IpNet>,
 }
 
 impl DataPath {
@@ -123,6 +131,7 @@ impl DataPath {
             telemetry,
             drain,
             workers,
+            mesh_ranges,
         } = parts;
         Self {
             trust_domain,
@@ -134,10 +143,18 @@ impl DataPath {
             table,
             telemetry,
             drain,
+            mesh_ranges,
+            balancer: Balancer::default(),
             handshakes: Semaphore::new(HANDSHAKES_MAX),
             workers,
             pool: Mutex::new(Pool::default()),
         }
+    }
+
+    /// Whether the mesh's promises hold for `address`.
+    #[must_use]
+    pub fn is_mesh(&self, address: IpAddr) -> bool {
+        self.mesh_ranges.iter().any(|range| range.contains(&address))
     }
 
     /// The idle sessions.

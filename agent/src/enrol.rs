@@ -16,12 +16,12 @@ use std::{
     net::IpAddr,
     path::PathBuf,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
-use tokio::time::timeout;
+use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -33,7 +33,7 @@ use crate::{
         netns::{HostNetns, Netns},
         socket::Listeners,
     },
-    policy::{Modes, Policies},
+    policy::{Authorization, Modes, Policies},
     reload::Watched,
     telemetry::Telemetry,
 };
@@ -65,6 +65,8 @@ pub struct Pod {
     pub links: Vec<GuardedLink>,
     /// Cancelled when the pod is no longer enrolled.
     pub closed: CancellationToken,
+    /// The policies that select it; sent again when its modes change.
+    authorization: watch::Sender<Arc<Authorization>>,
     slot: u32,
 }
 
@@ -79,6 +81,18 @@ impl Pod {
     #[must_use]
     pub fn home(&self, workers: usize) -> usize {
         self.slot as usize % workers
+    }
+
+    /// The authorization policies that select it.
+    #[must_use]
+    pub fn authorization(&self) -> Arc<Authorization> {
+        Arc::clone(&self.authorization.borrow())
+    }
+
+    /// Notice of every change of its policies or modes.
+    #[must_use]
+    pub fn policy_changes(&self) -> watch::Receiver<Arc<Authorization>> {
+        self.authorization.subscribe()
     }
 
     /// Its address of the same family as `other`.
@@ -157,6 +171,8 @@ enum NotYet {
     NoProcess,
     #[error("no process of its cgroup is in a network namespace that has {0}")]
     NoAddress(String),
+    #[error("neither the directory nor its network namespace has an address of it yet")]
+    AddressUnknown,
     #[error("no certificate: {0}")]
     NoCertificate(String),
     #[error("{0}")]
@@ -172,7 +188,7 @@ impl Enroller {
         let mut events = CgroupEvents::new()?;
         let mut directory = self.directory.subscribe();
         let mut policies = self.policies.subscribe();
-        let mut state = State { current: HashMap::new(), known: HashMap::new(), first: true };
+        let mut state = State::default();
         state.known.extend(self.kernel.maps.pods());
         while !stop.is_cancelled() {
             self.reconcile(&mut state, &events).await;
@@ -193,7 +209,9 @@ impl Enroller {
         let wanted: Vec<Arc<Workload>> =
             directory.on_node(&self.node).filter(|w| w.protocol == Protocol::Tacit).cloned().collect();
         events.watch(self.pods_cgroup.path());
-        self.release_gone(state, &wanted);
+        // What the source lost sight of stays covered until its last process is gone.
+        let kept: Vec<Arc<Workload>> = wanted.iter().chain(directory.departed()).cloned().collect();
+        self.release_gone(state, &kept);
         let mut waiting = Vec::new();
         for workload in &wanted {
             let path = self.pods_cgroup.path().join(&workload.cgroup);
@@ -204,6 +222,7 @@ impl Enroller {
             match self.enrol(state, workload).await {
                 Ok(pod) => {
                     tracing::info!(pod = %workload.name, namespace = %workload.namespace, "enrolled");
+                    state.unsettled.insert(pod.cgroup, Instant::now());
                     state.current.insert(workload.cgroup.clone(), pod);
                 }
                 Err(reason) => {
@@ -211,12 +230,12 @@ impl Enroller {
                 }
             }
         }
-        self.apply_modes(state, &wanted);
-        if std::mem::take(&mut state.first) {
+        self.apply_policies(state, &wanted);
+        if !std::mem::replace(&mut state.reconciled, true) {
             self.remove_leftovers(state);
         }
         self.publish(state, waiting);
-        self.forget_identities(&wanted);
+        self.forget_identities(&kept);
     }
 
     /// Ends what is no longer true: another identity or address, another cgroup, no process left.
@@ -262,19 +281,20 @@ impl Enroller {
         if !POD_LEVELS.contains(&below) {
             return Err(NotYet::Depth(below));
         }
-        let modes = self.policies.current().modes(workload);
+        let policies = self.policies.current();
+        let (modes, authorization) = (policies.modes(workload), policies.authorization(workload));
         let slot = self.cover(state, cgroup.id(), workload, &modes)?;
-        let netns = self.find_netns(&path, workload)?;
+        let (netns, workload) = self.find_netns(&path, workload)?;
         let identity = &workload.identity;
         self.identities.require(identity).await.map_err(|e| NotYet::NoCertificate(e.to_string()))?;
         let listeners = Listeners::open(&netns, &self.host).map_err(|e| NotYet::Kernel(e.to_string()))?;
         let was_enrolled_here = self.kernel.maps.enrolled_in(cgroup.id()) == Some(netns.cookie());
-        let entry = entry(workload, cgroup.id(), slot, netns.cookie(), &modes);
+        let entry = entry(&workload, cgroup.id(), slot, netns.cookie(), &modes);
         let links = self
-            .tell_kernel(&entry, &netns, &listeners, &modes)
+            .tell_kernel(&entry, &netns, &listeners, (&modes, &authorization))
             .map_err(|e| NotYet::Kernel(e.to_string()))?;
         if !was_enrolled_here {
-            self.reset_clear(&netns, workload);
+            self.reset_clear(&netns, &workload);
         }
         let pod = Arc::new(Pod {
             workload: workload.clone(),
@@ -283,31 +303,51 @@ impl Enroller {
             modes: ArcSwap::from_pointee(modes),
             links,
             closed: CancellationToken::new(),
+            authorization: watch::Sender::new(Arc::new(authorization)),
             slot,
         });
         (self.serve)(pod.clone(), listeners);
         Ok(pod)
     }
 
-    /// The namespace of the first process that has all the pod's addresses: a namespace nested in a pod has not.
-    fn find_netns(&self, cgroup: &std::path::Path, workload: &Workload) -> Result<Netns, NotYet> {
+    /// The pod's namespace, that of the first process with all the pod's addresses: a namespace nested in a pod has not.
+    /// Addresses that the directory does not have yet are those of the one namespace in which all the pod's processes are.
+    fn find_netns(
+        &self,
+        cgroup: &std::path::Path,
+        workload: &Arc<Workload>,
+    ) -> Result<(Netns, Arc<Workload>), NotYet> {
         let processes = cgroup::processes(cgroup).map_err(|_| NotYet::NoProcess)?;
         if processes.is_empty() {
             return Err(NotYet::NoProcess);
         }
-        let mut seen = HashSet::new();
-        for pid in processes {
-            if self.host.is_home_of(pid).unwrap_or(true) {
-                continue;
-            }
-            let Ok(netns) = Netns::of_process(pid, &self.host) else { continue };
-            let has = |a: &IpAddr| netns.has_address(&self.host, *a).unwrap_or(false);
-            if seen.insert(netns.inode()) && workload.addresses.iter().all(has) {
-                return Ok(netns);
+        let away = processes.into_iter().filter(|pid| !self.host.is_home_of(*pid).unwrap_or(true));
+        let mut found: Vec<Netns> = Vec::new();
+        for netns in away.filter_map(|pid| Netns::of_process(pid, &self.host).ok()) {
+            if found.iter().all(|known| known.inode() != netns.inode()) {
+                found.push(netns);
             }
         }
-        let addresses: Vec<String> = workload.addresses.iter().map(ToString::to_string).collect();
-        Err(NotYet::NoAddress(addresses.join(" and ")))
+        let listed = |netns: &Netns| netns.addresses(&self.host).unwrap_or_default();
+        if workload.addresses.is_empty() {
+            let only = found.pop().filter(|_| found.is_empty()).ok_or(NotYet::AddressUnknown)?;
+            let addresses = mesh_addresses(&listed(&only), &self.mesh_ranges);
+            if addresses.is_empty() {
+                return Err(NotYet::AddressUnknown);
+            }
+            return Ok((only, Arc::new(Workload { addresses, ..(**workload).clone() })));
+        }
+        let has_all = |netns: &Netns| {
+            let listed = listed(netns);
+            workload.addresses.iter().all(|address| listed.contains(address))
+        };
+        match found.into_iter().find(has_all) {
+            Some(netns) => Ok((netns, Arc::clone(workload))),
+            None => {
+                let addresses: Vec<String> = workload.addresses.iter().map(ToString::to_string).collect();
+                Err(NotYet::NoAddress(addresses.join(" and ")))
+            }
+        }
     }
 
     /// Identities of no pod of this node are not renewed any more.
@@ -333,20 +373,34 @@ impl Enroller {
     }
 }
 
-/// Is it the same pod to the data path? Name and labels may change under a running pod, these may not.
-fn is_same(a: &Workload, b: &Workload) -> bool {
-    a.cgroup == b.cgroup
-        && a.identity == b.identity
-        && a.addresses == b.addresses
-        && (a.egress, a.udp) == (b.egress, b.udp)
+/// The first address of each family that lies in the mesh.
+fn mesh_addresses(listed: &[IpAddr], ranges: &[IpNet]) -> Vec<IpAddr> {
+    let of_mesh = |address: &&IpAddr| ranges.iter().any(|range| range.contains(*address));
+    let first = |is_ipv4| listed.iter().filter(of_mesh).find(|address| address.is_ipv4() == is_ipv4);
+    [first(true), first(false)].into_iter().flatten().copied().collect()
 }
 
+/// Is what is wanted the enrolled pod, to the data path? Name and labels may change under a running pod, these may not.
+/// Addresses that the directory does not have yet were found in the pod.
+fn is_same(wanted: &Workload, enrolled: &Workload) -> bool {
+    let found = &enrolled.addresses;
+    let all_found = wanted.addresses.iter().all(|address| found.contains(address));
+    wanted.cgroup == enrolled.cgroup
+        && wanted.identity == enrolled.identity
+        && (wanted.addresses.is_empty() || all_found && wanted.addresses.len() == found.len())
+        && (wanted.egress, wanted.udp) == (enrolled.egress, enrolled.udp)
+}
+
+#[derive(Default)]
 struct State {
     /// Enrolled pods by the directory's cgroup path.
     current: HashMap<PathBuf, Arc<Pod>>,
     /// Pods in the kernel's map: cgroup id to slot.
     known: HashMap<u64, u32>,
-    first: bool,
+    /// Pods whose policy changed a short time ago, by cgroup id, with when.
+    unsettled: HashMap<u64, Instant>,
+    /// Whether all pods have been looked at once.
+    reconciled: bool,
 }
 
 impl State {
@@ -356,13 +410,17 @@ impl State {
     }
 }
 
-/// Waits until `directory` knows `address`, at most `limit`.
+/// The directory once it knows `address`, or as it is after `limit`.
 pub async fn discover(
     directory: &Arc<Watched<Directory>>,
     address: IpAddr,
     limit: Duration,
-) -> Option<Arc<Workload>> {
+) -> Arc<Directory> {
     let mut changes = directory.subscribe();
-    let known = timeout(limit, changes.wait_for(|d| d.at(address).is_some())).await.ok()?.ok()?;
-    known.at(address).cloned()
+    // Unknown still, or the source ended: what there is has to do.
+    let _ = timeout(limit, changes.wait_for(|known| known.knows(address))).await;
+    directory.current()
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,7 +10,7 @@ use crate::{
     config::Config,
     directory::Directory,
     identity::TrustDomain,
-    policy::Policies,
+    policy::{Origin, Policies, PolicyObject},
     tunnel::frame::{Control, HEADER_BYTES, Header, PAYLOAD_MAX_BYTES, header},
     yaml::Mistakes,
 };
@@ -84,13 +84,25 @@ pub fn records(input: &[u8]) {
     assert!(inbox.is_empty());
 }
 
-/// A policy file.
+/// A policy file, and the same text as one object.
 pub fn policy(input: &[u8]) {
     let Some(text) = text(input) else { return };
+    policy_object(text);
     let parse = || Policies::parse(text, Path::new("policy.yaml"), "istio-system");
     let parsed = parse();
     assert_eq!(parsed, parse());
     mistakes(text, parsed.err());
+}
+
+/// An object that does not parse counts all the same, and holds somebody to something.
+fn policy_object(text: &str) {
+    let origin = Origin { name: "object", namespace: None, kind: None };
+    let (object, wrong) = PolicyObject::read(text, origin);
+    assert_eq!(PolicyObject::read(text, origin), (object.clone(), wrong.clone()));
+    if wrong.is_some() {
+        assert_ne!(Policies::of(&[object], "istio-system"), Policies::default(), "{wrong:?}");
+    }
+    mistakes(text, wrong);
 }
 
 /// A directory file.
@@ -101,7 +113,12 @@ pub fn directory(input: &[u8]) {
     let parsed = parse();
     match (&parsed, parse()) {
         (Ok(one), Ok(other)) => {
-            assert!(one.iter().eq(other.iter()));
+            assert_eq!(one.len(), other.len());
+            assert!(
+                one.iter().all(|workload| other.named(&workload.namespace, &workload.name) == Some(workload))
+            );
+            let services = |all: &Directory| all.services().cloned().collect::<Vec<_>>();
+            assert!(services(one).iter().all(|s| other.service_named(&s.namespace, &s.name) == Some(s)));
             for workload in one.iter() {
                 for address in &workload.addresses {
                     assert!(one.at(*address).is_some_and(|found| found == workload), "{address}");

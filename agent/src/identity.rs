@@ -2,11 +2,12 @@
 //!
 //! This file is pure: an id is parsed once at the edge and cannot be wrong afterwards. What a certificate says is in
 //! `certificate`, a key with its certificate in `credentials`, when to renew them in `renewal`, who signs them in
-//! `issuer` (its root on disk in `root`), and `manager` keeps those of every workload of the node current.
+//! `issuer` (its root on disk in `root`, or an authority over the network by `istio`), and `manager` keeps those of every workload of the node current.
 
 pub mod certificate;
 pub mod credentials;
 pub mod issuer;
+pub mod istio;
 pub mod manager;
 pub mod renewal;
 pub mod root;

@@ -3,7 +3,8 @@
 //! ```text
 //! 15008  handshake ─ identity ─┐ one session, flow after flow:
 //!                              └ OPEN ─ is it for this pod, from that peer's address? ─ policy ─ application ─ relay
-//! 15006  plaintext under STRICT ─ policy ─ reset, logged with who and why
+//! 15006  plaintext under STRICT, or to a pod that authorization policies select ─ policy ─ application, or reset and
+//!        logged with who and why
 //! ```
 
 use std::{
@@ -16,10 +17,11 @@ use tacit_abi::tcp_port;
 use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
+    admission::{self, Denial},
     datapath::{DataPath, HANDSHAKE_WAIT, HANDSHAKES_MAX, Refused, canonical, deny_reason, security},
     enrol::Pod,
     identity::SpiffeId,
-    policy::{self, Source, Verdict},
+    policy::{Flow, Source},
     relay,
     telemetry::{FlowSpec, Reporter, Security},
     tunnel::{DenyReason, Open, Session, TunnelError, session::SERVER_IDLE, socket},
@@ -97,7 +99,7 @@ async fn one_flow(
     at: IpAddr,
 ) -> Option<Box<Session>> {
     let identity = session.peer().clone();
-    if let Err(denied) = admit(pod, &session, open, peer, at) {
+    if let Err(denied) = admit(path, pod, &session, open, peer, at) {
         return deny(path, session, open, denied).await;
     }
     let application = match path.to_application(pod, open.destination, open.client).await {
@@ -114,15 +116,20 @@ async fn one_flow(
     }
     let live = path.telemetry.open_flow(FlowSpec {
         reporter: Reporter::Destination,
-        source: path.party(open.client, Some(identity)),
+        source: path.party(open.client, Some(identity.clone())),
         destination: path.party(open.destination, Some(pod.workload.identity.clone())),
         security: security(session.tls()),
         trace: open.trace.0,
     });
+    let flow = asked(&identity, open);
     let (end, session) = tokio::select! {
         ended = relay::tunnelled(application, session, live.counters()) => ended,
         () = path.drain.cut.cancelled() => {
             live.close("cut");
+            return None;
+        }
+        denial = admission::revoked(pod, &flow) => {
+            admission::revoke(&path.telemetry, live, denial);
             return None;
         }
     };
@@ -138,7 +145,14 @@ struct Denied {
 }
 
 /// May this flow be? The peer's identity is proven; everything in OPEN is only claimed.
-fn admit(pod: &Pod, session: &Session, open: &Open, peer: IpAddr, at: IpAddr) -> Result<(), Denied> {
+fn admit(
+    path: &DataPath,
+    pod: &Pod,
+    session: &Session,
+    open: &Open,
+    peer: IpAddr,
+    at: IpAddr,
+) -> Result<(), Denied> {
     let deny = |reason, label, detail: String| Err(Denied { reason, label, detail });
     if session.peer_not_after() <= SystemTime::now() {
         let detail = "it has expired since the handshake".to_owned();
@@ -158,10 +172,19 @@ fn admit(pod: &Pod, session: &Session, open: &Open, peer: IpAddr, at: IpAddr) ->
         let detail = format!("OPEN names client {}, the session comes from {peer}", open.client);
         return deny(DenyReason::Policy, "forged_client", detail);
     }
-    match policy::decide(&pod.modes.load(), open.destination.port(), &Source::Tunnel(session.peer())) {
-        Verdict::Allow => Ok(()),
-        Verdict::Deny(reason) => deny(DenyReason::Policy, reason.label(), "policy".to_owned()),
-    }
+    let flow = asked(session.peer(), open);
+    let ends = || {
+        let source = path.party(open.client, Some(session.peer().clone()));
+        let own = Some(pod.workload.identity.clone());
+        (Reporter::Destination, source, path.party(open.destination, own))
+    };
+    let admitted = admission::admit(&path.telemetry, pod, &flow, ends);
+    admitted.map_err(|Denial { label, detail }| Denied { reason: DenyReason::Policy, label, detail })
+}
+
+/// What policy is asked about; the client's address has been checked.
+fn asked<'a>(identity: &'a SpiffeId, open: &Open) -> Flow<'a> {
+    Flow { source: Source::Tunnel(identity), client: open.client.ip(), destination: open.destination }
 }
 
 async fn deny(
@@ -205,8 +228,8 @@ fn came_from_outside(pod: &Pod, at: SocketAddr) -> Result<(), String> {
     Ok(())
 }
 
-/// Serves plaintext that was steered here: under STRICT it is reset. The mode may have changed since the kernel
-/// steered it, so it is looked at again.
+/// Serves plaintext that was steered here: what mode and policies do not allow is reset. Both may have changed since the
+/// kernel steered it, so they are looked at again.
 pub async fn plaintext(path: Arc<DataPath>, pod: Arc<Pod>, client: TcpStream, peer: SocketAddr) {
     socket::begin(&client);
     let Ok(at) = client.local_addr().map(canonical) else { return };
@@ -221,9 +244,10 @@ pub async fn plaintext(path: Arc<DataPath>, pod: Arc<Pod>, client: TcpStream, pe
     if let Err(detail) = came_from_outside(&pod, at) {
         return path.refuse(client, refused("not_steered", detail));
     }
-    if let Verdict::Deny(reason) = policy::decide(&pod.modes.load(), at.port(), &Source::Plaintext) {
-        let detail = format!("plaintext to {}/{}", pod.workload.namespace, pod.workload.name);
-        return path.refuse(client, refused(reason.label(), detail));
+    let flow = Flow { source: Source::Plaintext, client: peer.ip(), destination: at };
+    let ends = || (Reporter::Destination, path.party(peer, None), path.party(at, None));
+    if let Err(denial) = admission::admit(&path.telemetry, &pod, &flow, ends) {
+        return path.refuse(client, refused(denial.label, denial.detail));
     }
     match path.to_application(&pod, at, peer).await {
         Ok(application) => {
@@ -237,6 +261,9 @@ pub async fn plaintext(path: Arc<DataPath>, pod: Arc<Pod>, client: TcpStream, pe
             let end = tokio::select! {
                 end = relay::plain(client, application, live.counters()) => end.label(),
                 () = path.drain.cut.cancelled() => "cut",
+                denial = admission::revoked(&pod, &flow) => {
+                    return admission::revoke(&path.telemetry, live, denial);
+                }
             };
             live.close(end);
         }

@@ -41,7 +41,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-pub use maps::{ClearDestination, Drops, InClear, KernelCounter, Maps, PodEntry};
+pub use maps::{ClearDestination, Drops, InClear, KernelCounter, Maps, Plaintext, PodEntry};
 pub use pins::uninstall;
 pub use programs::{GuardedLink, ProgramState, Programs};
 pub use verifier::VerifierLog;

@@ -5,7 +5,8 @@
 //!                                            │               ├─ same node ── policy ──> app in a pod here
 //!                                            │               ├─ clear (allowed by mode)
 //!                                            │               └─ refuse (reset)
-//!  directory, policy files ── reload ──> snapshots read by every decision
+//!  directory and policy files ── reload ──┬──> snapshots read by every decision
+//!  Kubernetes API ── directory::kubernetes ┘
 //!  issuer ── identity::manager ──> credentials        cgroups ── enrol ──> pods, listeners, kernel maps
 //! ```
 //!
@@ -13,15 +14,18 @@
 //! |---|---|
 //! | `app` | puts everything together, runs it, takes it down |
 //! | `config`, `yaml` | the configuration; every mistake with line and field |
-//! | `directory` | which workload has an address |
-//! | `policy` | modes, and the verdict on an inbound flow |
+//! | `directory` | which workload or service has an address; which endpoint a client gets |
+//! | `balance` | how loaded endpoints are, and who stays with which |
+//! | `policy` | modes, authorization, and the verdict on an inbound flow |
 //! | `reload` | watched files: the last good version stays |
-//! | `identity` | SPIFFE ids, credentials, renewal, the embedded issuer |
+//! | `identity` | SPIFFE ids, credentials, renewal, issuers: embedded, or Istio's CA API |
+//! | `authority` | the certificate authority: who may have which certificate, root rotation |
 //! | `enrol` | a pod appears or goes |
 //! | `kernel` | eBPF programs and maps, cgroups, namespaces, sockets in pods |
 //! | `outbound`, `route` | captured connections and where they go |
-//! | `inbound` | tunnel sessions and refused plaintext |
+//! | `inbound` | tunnel sessions, and plaintext that needs a verdict |
 //! | `datapath` | what those two share |
+//! | `admission` | asks `policy` about a flow, when it opens and when policy changes |
 //! | `tunnel` | TLS, frames, sessions, the pool |
 //! | `relay` | moves the bytes of a flow |
 //! | `workers` | the threads that carry flows |
@@ -30,13 +34,17 @@
 //! | `telemetry` | metrics, access log, status, admin doors |
 //!
 //! Rules of dependency, checked by `cargo xtask tidy`: only `kernel` uses aya, libc and `unsafe`; only `tunnel` (tls,
-//! verify, session) and `identity` use rustls; `policy`, `directory`, `route`, wire formats, pool and renewal are pure
-//! (no tokio, no clock, no logging); `outbound` and `inbound` never import each other; the data path reads control
+//! verify, session), `identity` and `authority` use rustls; only `directory::kubernetes`, `identity` and `authority` use kube;
+//! `policy`, `directory` (but not its drivers), `route`, wire formats, pool and renewal are pure (no tokio, no clock, no logging),
+//! as are the authority's decisions (`request`, `rotation`, `bucket`); `outbound` and `inbound` never import each other; the data path reads control
 //! snapshots and never awaits a control task, except `outbound` for the bounded discovery of an unknown address;
 //! nobody imports `app` but `main`.
 #![deny(missing_docs)]
 
+pub mod admission;
 pub mod app;
+pub mod authority;
+pub mod balance;
 pub mod config;
 pub mod datapath;
 pub mod directory;

@@ -1,4 +1,4 @@
-//! `tacit`: the node agent and the operator's commands.
+//! `tacit`: the node agent, the certificate authority and the operator's commands.
 #![forbid(unsafe_code)]
 
 use std::{
@@ -11,10 +11,12 @@ use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use tacit::{
     app::{self, AppError},
+    authority,
     config::{self, Config},
     kernel::{self, KernelError, VerifierLog, probe},
     telemetry::{admin, doctor, log, status},
 };
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Encrypts and authenticates pod-to-pod traffic of this node, without sidecars.
 #[derive(Debug, Parser)]
@@ -33,6 +35,18 @@ enum Command {
         config: PathBuf,
         /// Log more, and write the whole verifier log of a refused program to a file in the temporary folder;
         /// TACIT_LOG takes a filter such as `info,tacit::outbound=trace`.
+        #[arg(short, long)]
+        verbose: bool,
+        /// How log lines look.
+        #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+        log_format: LogFormat,
+    },
+    /// Run the certificate authority of a mesh until SIGTERM or SIGINT.
+    Authority {
+        /// Configuration file.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Log more; TACIT_LOG takes a filter such as `info,tacit::authority=trace`.
         #[arg(short, long)]
         verbose: bool,
         /// How log lines look.
@@ -67,6 +81,9 @@ enum Command {
         #[arg(long, value_name = "FAMILY", requires = "attack", value_parser = family)]
         family: Option<tacit_attack::Family>,
     },
+    /// Ask about policies.
+    #[command(subcommand)]
+    Policy(PolicyCommand),
     /// One step of an attack; started by `doctor --attack` inside a pod of its own.
     #[command(hide = true)]
     AttackStep {
@@ -76,8 +93,34 @@ enum Command {
     /// Detach and remove everything that an agent left pinned in the kernel.
     Uninstall {
         /// Configuration file of that agent.
-        #[arg(long, value_name = "FILE")]
-        config: PathBuf,
+        #[arg(long, value_name = "FILE", required_unless_present = "pin_path")]
+        config: Option<PathBuf>,
+        /// Where it pinned, when there is no such file any more.
+        #[arg(long, value_name = "PATH", conflicts_with = "config")]
+        pin_path: Option<PathBuf>,
+        /// Then stay until SIGTERM or SIGINT: what a DaemonSet runs has to.
+        #[arg(long)]
+        stay: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum PolicyCommand {
+    /// Say whether a connection is allowed, which rule decides, and why; ends with 0 when it is, 1 when it is not, 2 when
+    /// that cannot be told.
+    Explain {
+        /// Who connects: namespace/name of a workload, or an IP address.
+        from: String,
+        /// To whom: namespace/name of a workload, or an IP address.
+        to: String,
+        /// Port the destination listens on.
+        port: String,
+        /// The agent's operator socket; every agent knows all workloads.
+        #[arg(long, value_name = "PATH", default_value = "/run/tacit/agent.sock")]
+        socket: PathBuf,
+        /// Output format.
+        #[arg(short, long, value_enum, default_value_t = Output::Table)]
+        output: Output,
     },
 }
 
@@ -94,14 +137,19 @@ enum Output {
 }
 
 fn main() -> ExitCode {
-    match run(Args::parse().command) {
-        Ok(()) => ExitCode::SUCCESS,
+    let command = Args::parse().command;
+    let no_answer = matches!(command, Command::Policy(_)).then_some(NO_ANSWER);
+    match run(command) {
+        Ok(code) => code,
         Err(error) => {
             eprintln!("tacit: {error:#}");
-            ExitCode::from(exit_code(&error))
+            ExitCode::from(no_answer.unwrap_or_else(|| exit_code(&error)))
         }
     }
 }
+
+/// What `policy explain` ends with when there is no answer: 0 and 1 are answers.
+const NO_ANSWER: u8 = 2;
 
 /// What the process ends with: the errors that know better than 1 say so.
 fn exit_code(error: &anyhow::Error) -> u8 {
@@ -110,34 +158,66 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     app.or(kernel).unwrap_or(1)
 }
 
-fn run(command: Command) -> Result<()> {
-    match command {
+fn run(command: Command) -> Result<ExitCode> {
+    let done = match command {
         Command::Agent { config, verbose, log_format } => agent(&config, verbose, log_format),
+        Command::Authority { config, verbose, log_format } => run_authority(&config, verbose, log_format),
         Command::Status { socket, output } => show_status(&socket, output),
+        Command::Policy(PolicyCommand::Explain { from, to, port, socket, output }) => {
+            return explain(&socket, [&from, &to, &port], output);
+        }
         Command::Doctor { attack: true, output, only, family, .. } => attack(output, only, family),
         Command::Doctor { pin_path, output, .. } => show_doctor(&pin_path, output),
         Command::AttackStep { arguments } => tacit_attack::step::run(&arguments),
-        Command::Uninstall { config } => {
-            let config = Config::read(&config)?;
-            let removed = kernel::uninstall(&config.pin_path)?;
-            println!("removed {removed} pins under {}", config.pin_path.display());
-            Ok(())
-        }
+        Command::Uninstall { config, pin_path, stay } => uninstall(config, pin_path, stay),
+    };
+    done.map(|()| ExitCode::SUCCESS)
+}
+
+fn uninstall(config: Option<PathBuf>, pin_path: Option<PathBuf>, stay: bool) -> Result<()> {
+    let configured = config.map(|file| Config::read(&file)).transpose()?.map(|config| config.pin_path);
+    let pin_path = configured.or(pin_path).context("name the configuration file or the pin path")?;
+    let removed = kernel::uninstall(&pin_path)?;
+    println!("removed {removed} pins under {}", pin_path.display());
+    if !stay {
+        return Ok(());
     }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+        tokio::select! {
+            _ = terminate.recv() => Ok(()),
+            interrupted = tokio::signal::ctrl_c() => interrupted.context("listen for SIGINT"),
+        }
+    })
 }
 
 fn agent(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<()> {
-    let format = match format {
-        LogFormat::Text => log::Format::Human,
-        LogFormat::Json => log::Format::Json,
-    };
-    log::init(format, verbose.then_some("debug"))?;
+    start_log(verbose, format)?;
     let config = Config::read(config)?;
     // For control alone; flows have threads of their own.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.worker_threads(2).enable_all().build().context("start the runtime")?;
     let verifier_log = if verbose { VerifierLog::Folder(std::env::temp_dir()) } else { VerifierLog::Tail };
     runtime.block_on(app::run(config, verifier_log))?;
+    Ok(())
+}
+
+fn run_authority(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<()> {
+    start_log(verbose, format)?;
+    let config = authority::config::Config::read(config)?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
+    runtime.block_on(authority::run(config))?;
+    Ok(())
+}
+
+fn start_log(verbose: bool, format: LogFormat) -> Result<()> {
+    let format = match format {
+        LogFormat::Text => log::Format::Human,
+        LogFormat::Json => log::Format::Json,
+    };
+    log::init(format, verbose.then_some("debug"))?;
     Ok(())
 }
 
@@ -164,15 +244,29 @@ fn show_doctor(pin_path: &std::path::Path, output: Output) -> Result<()> {
 }
 
 fn show_status(socket: &std::path::Path, output: Output) -> Result<()> {
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
-    let status = runtime.block_on(admin::fetch_status(socket))?;
+    let status = client_runtime()?.block_on(admin::fetch_status(socket))?;
     let mut out = std::io::stdout().lock();
     match output {
         Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&status)?)?,
         Output::Table => write!(out, "{}", status::render(&status, out.is_terminal()))?,
     }
     Ok(())
+}
+
+/// The exit code is the verdict: 0 allows, 1 denies.
+fn explain(socket: &std::path::Path, [from, to, port]: [&str; 3], output: Output) -> Result<ExitCode> {
+    let asked = admin::fetch_explanation(socket, from, to, port);
+    let explanation = client_runtime()?.block_on(asked)?;
+    let mut out = std::io::stdout().lock();
+    match output {
+        Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&explanation)?)?,
+        Output::Table => write!(out, "{explanation}")?,
+    }
+    Ok(ExitCode::from(u8::from(!explanation.allow)))
+}
+
+fn client_runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")
 }
 
 #[cfg(test)]

@@ -1,15 +1,17 @@
 //! A captured connection: find out where it wanted to go, decide how, and carry it there.
 //!
 //! ```text
-//! accept on the pod's loopback ─ destination from the kernel ─ route
+//! accept on the pod's loopback ─ destination from the kernel ─ a service's? its endpoint ─ route
 //!     SameNode ─ policy ─ application in the other pod        ─ relay in clear, inside this node
 //!     Tunnel   ─ session from the pool or a new one ─ OPEN    ─ relay in frames
 //!     Clear    ─ connection from the pod's namespace          ─ relay in clear
 //!     Refuse   ─ reset
 //! ```
-//! The application's connect() has succeeded by then. Whatever fails resets it before its first byte comes back.
+//! The application's connect() has succeeded by then. Whatever fails resets it before its first byte comes back; of a
+//! service other endpoints are tried before (`service`).
 
 use std::{
+    future::pending,
     net::SocketAddr,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant, SystemTime},
@@ -18,14 +20,16 @@ use std::{
 use tokio::net::TcpStream;
 
 use crate::{
+    admission::{self, Denial},
     datapath::{DataPath, PoolKey, Refused, canonical, deny_reason, security},
-    enrol::{Pod, discover},
-    identity::credentials::Credentials,
+    directory::Directory,
+    enrol::{self, Pod},
+    identity::{SpiffeId, credentials::Credentials},
     kernel::socket::connect,
-    policy::{self, Source, Verdict},
+    policy::{self, Flow, Source},
     relay,
     route::{self, Facts, Route},
-    telemetry::{FlowSpec, Reporter, Security},
+    telemetry::{FlowSpec, LiveFlow, Reporter, Security},
     tunnel::{
         Ahead, DenyReason, Open, OpenError, Session, TraceId,
         batch::payload_slots,
@@ -43,22 +47,58 @@ const PEER_CONNECT: Duration = Duration::from_secs(10);
 /// Port of the tunnel.
 const TUNNEL: u16 = tacit_abi::tcp_port::TUNNEL;
 
-/// A captured connection whose destination is known.
-struct Captured {
-    app: TcpStream,
+mod service;
+
+/// The two ends of a flow, as both applications see them.
+#[derive(Clone, Copy)]
+struct Ends {
     source: SocketAddr,
     destination: SocketAddr,
+}
+
+/// One try to make a way.
+#[derive(Clone, Copy)]
+struct Attempt<'a> {
+    /// How long connecting may take.
+    limit: Duration,
+    /// The application whose first bytes may go ahead; `None` when there may be another try, since nothing is sent twice.
+    ahead: Option<&'a TcpStream>,
+}
+
+/// What is ready to carry a flow.
+enum Way {
+    Plain(TcpStream, FlowSpec),
+    /// To an application of this pod, whose policies hold as long as the flow lives.
+    SameNode(TcpStream, FlowSpec, Arc<Pod>),
+    /// With the number of bytes that went ahead.
+    Tunnel(Box<Session>, usize, FlowSpec, PoolKey),
 }
 
 /// Why a captured connection was reset.
 struct Failure {
     reason: &'static str,
     detail: String,
+    /// Who was refused, where that is proven.
+    identity: Option<SpiffeId>,
+    fault: Fault,
+}
+
+/// Whose fault a failure is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    /// The destination's: it does not answer. Another endpoint of the same service may.
+    Destination,
+    /// It would be the same with every destination, or must not be tried again.
+    Other,
 }
 
 impl Failure {
     fn new(reason: &'static str, detail: impl ToString) -> Self {
-        Self { reason, detail: detail.to_string() }
+        Self { reason, detail: detail.to_string(), identity: None, fault: Fault::Other }
+    }
+
+    fn of_destination(reason: &'static str, detail: impl ToString) -> Self {
+        Self { fault: Fault::Destination, ..Self::new(reason, detail) }
     }
 }
 
@@ -70,26 +110,54 @@ pub async fn handle(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, client: 
         path.refuse(app, refused(client, at, Failure::new("no_destination", "not a captured connection")));
         return;
     };
-    let flow = Captured { app, source, destination };
-    match find_route(&path, &pod, destination).await {
-        Route::SameNode => hand_over(&path, &pod, flow).await,
-        Route::Tunnel(expected) => {
-            let key = |own: &Credentials| PoolKey {
-                worker: Workers::current(),
-                pod: pod.cgroup,
-                server: destination.ip(),
-                identity: expected.clone(),
-                serial: own.serial.clone(),
-            };
-            tunnel(&path, &pod, flow, key).await;
+    let ends = Ends { source, destination };
+    let directory = discover(&path, destination).await;
+    let reached = match directory.service_at(destination.ip()) {
+        Some(service) => Box::pin(service::reach(&path, &pod, service, ends, &app)).await,
+        None => {
+            let attempt = Attempt { limit: PEER_CONNECT, ahead: Some(&app) };
+            reach(&path, &pod, ends, attempt).await.map(|way| (way, None))
         }
-        Route::Clear(why) => clear(&path, &pod, flow, why).await,
+    };
+    match reached {
+        Ok((way, _held)) => carry(&path, &pod, app, way).await,
+        Err(failure) => path.refuse(app, refused(source, destination, failure)),
+    }
+}
+
+/// The directory, once it knows the address: a bounded wait for an unknown one.
+async fn discover(path: &DataPath, destination: SocketAddr) -> Arc<Directory> {
+    let directory = path.directory.current();
+    let wait = !directory.knows(destination.ip()) && path.is_mesh(destination.ip());
+    if wait { enrol::discover(&path.directory, destination.ip(), DISCOVERY).await } else { directory }
+}
+
+/// Makes a way to the destination, as is decided for it.
+async fn reach(path: &DataPath, pod: &Pod, ends: Ends, attempt: Attempt<'_>) -> Result<Way, Failure> {
+    match find_route(path, pod, ends.destination).await {
+        Route::SameNode => hand_over(path, pod, ends).await,
+        Route::Tunnel(expected) => tunnel(path, pod, ends, &expected, attempt).await,
+        Route::Clear(why) => clear(path, pod, ends, why, attempt.limit).await,
         Route::Refuse(reason) => {
-            let failure = Failure::new(
-                reason,
-                format!("mode of {} is {:?}", pod.workload.name, pod.modes.load().default),
-            );
-            path.refuse(flow.app, refused(source, destination, failure));
+            let mode = pod.modes.load().default;
+            Err(Failure::new(reason, format!("mode of {} is {mode:?}", pod.workload.name)))
+        }
+    }
+}
+
+/// Moves the flow's bytes to its end.
+async fn carry(path: &DataPath, pod: &Pod, app: TcpStream, way: Way) {
+    match way {
+        Way::Plain(server, spec) => relay_plain(path, app, server, spec, pending()).await,
+        Way::SameNode(server, spec, target) => {
+            let (client, destination) = (spec.source.address.ip(), spec.destination.address);
+            let asked = Flow { source: Source::SameNode(&pod.workload.identity), client, destination };
+            relay_plain(path, app, server, spec, admission::revoked(&target, &asked)).await;
+        }
+        Way::Tunnel(session, ahead_bytes, spec, key) => {
+            let live = path.telemetry.open_flow(spec);
+            live.counters().sent.fetch_add(ahead_bytes as u64, Relaxed);
+            relay_tunnelled(path, pod, app, session, live, key).await;
         }
     }
 }
@@ -112,15 +180,13 @@ fn find_destination(
 }
 
 async fn find_route(path: &DataPath, pod: &Pod, destination: SocketAddr) -> Route {
-    let known = path.directory.current().at(destination.ip()).cloned();
-    let workload = match known {
-        Some(workload) => Some(workload),
-        None => discover(&path.directory, destination.ip(), DISCOVERY).await,
-    };
-    let modes = workload.as_deref().map(|w| path.policies.current().modes(w));
+    let directory = discover(path, destination).await;
+    let workload = directory.at(destination.ip());
+    let modes = workload.map(|w| path.policies.current().modes(w));
     route::decide(&Facts {
         port: destination.port(),
-        destination: workload.as_deref(),
+        destination: workload.map(|w| &**w),
+        outside_mesh: !path.is_mesh(destination.ip()),
         on_this_node: path.table.load().at(destination.ip()).is_some(),
         destination_mode: modes.map_or(policy::Mode::Strict, |m| m.at(destination.port())),
         source_is_strict: pod.is_strict(),
@@ -132,91 +198,104 @@ fn refused(source: SocketAddr, destination: SocketAddr, failure: Failure) -> Ref
         reporter: Reporter::Source,
         source,
         destination,
-        identity: None,
+        identity: failure.identity,
         reason: failure.reason,
         detail: failure.detail,
     }
 }
 
-/// Both pods are on this node: identity and mode apply, no byte touches a wire.
-async fn hand_over(path: &DataPath, pod: &Pod, flow: Captured) {
-    let Captured { app, source, destination } = flow;
-    let Some(target) = path.table.load().at(destination.ip()).cloned() else {
-        let failure = Failure::new("destination_gone", "the destination is no longer enrolled here");
-        return path.refuse(app, refused(source, destination, failure));
-    };
+/// Both pods are on this node: identity, mode and policies apply, no byte touches a wire.
+async fn hand_over(path: &DataPath, pod: &Pod, ends: Ends) -> Result<Way, Failure> {
+    let Ends { source, destination } = ends;
+    let target = path.table.load().at(destination.ip()).cloned();
+    let target = target.ok_or_else(|| {
+        Failure::of_destination("destination_gone", "the destination is no longer enrolled here")
+    })?;
     let identity = &pod.workload.identity;
-    let verdict = policy::decide(&target.modes.load(), destination.port(), &Source::SameNode(identity));
-    if let Verdict::Deny(reason) = verdict {
-        return path.refuse(app, refused(source, destination, Failure::new(reason.label(), "policy")));
+    let asked = Flow { source: Source::SameNode(identity), client: source.ip(), destination };
+    let ends = || {
+        let own = Some(target.workload.identity.clone());
+        (Reporter::Source, path.party(source, Some(identity.clone())), path.party(destination, own))
+    };
+    if let Err(denial) = admission::admit(&path.telemetry, &target, &asked, ends) {
+        let failure = Failure::new(denial.label, denial.detail);
+        return Err(Failure { identity: Some(identity.clone()), ..failure });
     }
-    match path.to_application(&target, destination, source).await {
-        Ok(server) => {
-            let spec = FlowSpec {
-                reporter: Reporter::Source,
-                source: path.party(source, Some(identity.clone())),
-                destination: path.party(destination, Some(target.workload.identity.clone())),
-                security: Security::SameNode,
-                trace: [0; 16],
-            };
-            relay_plain(path, app, server, spec).await;
-        }
-        Err(error) => {
-            let failure = Failure::new(deny_reason(&error).label(), error);
-            path.refuse(app, refused(source, destination, failure));
-        }
-    }
+    let server = path.to_application(&target, destination, source).await.map_err(unreachable)?;
+    let spec = FlowSpec {
+        reporter: Reporter::Source,
+        source: path.party(source, Some(identity.clone())),
+        destination: path.party(destination, Some(target.workload.identity.clone())),
+        security: Security::SameNode,
+        trace: [0; 16],
+    };
+    Ok(Way::SameNode(server, spec, target))
 }
 
 /// In clear, from the pod's own namespace, as it would have gone without Tacit.
-async fn clear(path: &DataPath, pod: &Pod, flow: Captured, why: &'static str) {
-    let Captured { app, source, destination } = flow;
-    match connect(&pod.netns, &path.host, destination, PEER_CONNECT).await {
-        Ok(server) => {
-            socket::begin(&server);
-            tracing::debug!(%source, %destination, why, "in clear");
-            let spec = FlowSpec {
-                reporter: Reporter::Source,
-                source: path.party(source, None),
-                destination: path.party(destination, None),
-                security: Security::Plaintext,
-                trace: [0; 16],
-            };
-            relay_plain(path, app, server, spec).await;
-        }
-        Err(error) => {
-            let failure = Failure::new(deny_reason(&error).label(), error);
-            path.refuse(app, refused(source, destination, failure));
-        }
-    }
+async fn clear(
+    path: &DataPath,
+    pod: &Pod,
+    ends: Ends,
+    why: &'static str,
+    limit: Duration,
+) -> Result<Way, Failure> {
+    let Ends { source, destination } = ends;
+    let server = connect(&pod.netns, &path.host, destination, limit).await.map_err(unreachable)?;
+    socket::begin(&server);
+    tracing::debug!(%source, %destination, why, "in clear");
+    let spec = FlowSpec {
+        reporter: Reporter::Source,
+        source: path.party(source, None),
+        destination: path.party(destination, None),
+        security: Security::Plaintext,
+        trace: [0; 16],
+    };
+    Ok(Way::Plain(server, spec))
 }
 
-async fn relay_plain(path: &DataPath, app: TcpStream, server: TcpStream, spec: FlowSpec) {
+fn unreachable(error: std::io::Error) -> Failure {
+    Failure::of_destination(deny_reason(&error).label(), error)
+}
+
+async fn relay_plain(
+    path: &DataPath,
+    app: TcpStream,
+    server: TcpStream,
+    spec: FlowSpec,
+    revoked: impl Future<Output = Denial>,
+) {
     let flow = path.telemetry.open_flow(spec);
     let end = tokio::select! {
         end = relay::plain(app, server, flow.counters()) => end.label(),
         () = path.drain.cut.cancelled() => "cut",
+        denial = revoked => return admission::revoke(&path.telemetry, flow, denial),
     };
     flow.close(end);
 }
 
-async fn tunnel(path: &DataPath, pod: &Pod, flow: Captured, key: impl Fn(&Credentials) -> PoolKey) {
-    let Captured { app, source, destination } = flow;
+async fn tunnel(
+    path: &DataPath,
+    pod: &Pod,
+    ends: Ends,
+    expected: &SpiffeId,
+    attempt: Attempt<'_>,
+) -> Result<Way, Failure> {
+    let Ends { source, destination } = ends;
     let identity = pod.workload.identity.clone();
-    let Some(own) = path.identities.current(&identity) else {
-        let failure = Failure::new(
-            "no_certificate",
-            format!("{identity} has no valid certificate; see `tacit status`"),
-        );
-        return path.refuse(app, refused(source, destination, failure));
+    let own = path.identities.current(&identity).ok_or_else(|| {
+        let detail = format!("{identity} has no valid certificate; see `tacit status`");
+        Failure::new("no_certificate", detail)
+    })?;
+    let key = PoolKey {
+        worker: Workers::current(),
+        pod: pod.cgroup,
+        server: destination.ip(),
+        identity: expected.clone(),
+        serial: own.serial.clone(),
     };
-    let key = key(&own);
-    let trace = TraceId::random();
-    let open = Open { destination, client: source, trace, ahead: Ahead::Nothing };
-    let (session, ahead_bytes) = match Box::pin(opened(path, pod, &app, &own, &key, &open)).await {
-        Ok(opened) => opened,
-        Err(failure) => return path.refuse(app, refused(source, destination, failure)),
-    };
+    let open = Open { destination, client: source, trace: TraceId::random(), ahead: Ahead::Nothing };
+    let (session, ahead_bytes) = Box::pin(opened(path, pod, &own, &key, &open, attempt)).await?;
     let spec = FlowSpec {
         reporter: Reporter::Source,
         source: path.party(source, Some(identity)),
@@ -224,8 +303,17 @@ async fn tunnel(path: &DataPath, pod: &Pod, flow: Captured, key: impl Fn(&Creden
         security: security(session.tls()),
         trace: open.trace.0,
     };
-    let live = path.telemetry.open_flow(spec);
-    live.counters().sent.fetch_add(ahead_bytes as u64, Relaxed);
+    Ok(Way::Tunnel(session, ahead_bytes, spec, key))
+}
+
+async fn relay_tunnelled(
+    path: &DataPath,
+    pod: &Pod,
+    app: TcpStream,
+    session: Box<Session>,
+    live: LiveFlow,
+    key: PoolKey,
+) {
     let (end, session) = tokio::select! {
         ended = relay::tunnelled(app, session, live.counters()) => ended,
         () = path.drain.cut.cancelled() => {
@@ -245,15 +333,15 @@ async fn tunnel(path: &DataPath, pod: &Pod, flow: Captured, key: impl Fn(&Creden
 async fn opened(
     path: &DataPath,
     pod: &Pod,
-    app: &TcpStream,
     own: &Arc<Credentials>,
     key: &PoolKey,
     open: &Open,
+    attempt: Attempt<'_>,
 ) -> Result<(Box<Session>, usize), Failure> {
     // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it went ahead: the
     // destination may have read those, so they are not sent twice.
     while let Some(mut session) = take(path, key) {
-        let (ahead, ahead_bytes) = ready_payload(app);
+        let (ahead, ahead_bytes) = attempt.ahead.map_or((None, 0), ready_payload);
         match session.open(open, ahead).await {
             Ok(()) => return Ok((session, ahead_bytes)),
             Err(OpenError::Denied(reason)) => return Err(denied(path, key, session, reason)),
@@ -262,12 +350,12 @@ async fn opened(
         }
     }
     let peer = SocketAddr::new(open.destination.ip(), TUNNEL);
-    let tcp = connect(&pod.netns, &path.host, peer, PEER_CONNECT).await.map_err(|e| {
-        Failure::new("peer_unreachable", format!("{peer}: {e}; does an agent run on that node?"))
+    let tcp = connect(&pod.netns, &path.host, peer, attempt.limit).await.map_err(|e| {
+        Failure::of_destination("peer_unreachable", format!("{peer}: {e}; does an agent run on that node?"))
     })?;
     let connected = Session::connect(tcp, own, &key.identity).await;
     let mut session = connected.map_err(|e| Failure::new(e.reason(), e))?;
-    let (ahead, ahead_bytes) = ready_payload(app);
+    let (ahead, ahead_bytes) = attempt.ahead.map_or((None, 0), ready_payload);
     match session.open(open, ahead).await {
         Ok(()) => Ok((session, ahead_bytes)),
         Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason)),
@@ -308,7 +396,17 @@ fn denied(path: &DataPath, key: &PoolKey, session: Box<Session>, reason: DenyRea
     } else {
         session.close();
     }
-    Failure::new(reason.label(), format!("{} denied it", key.identity))
+    let detail = format!("{} denied it", key.identity);
+    match reason {
+        DenyReason::Policy | DenyReason::Other(_) => Failure::new(reason.label(), detail),
+        DenyReason::UnknownDestination
+        | DenyReason::ConnectionRefused
+        | DenyReason::Unreachable
+        | DenyReason::TimedOut
+        | DenyReason::Draining
+        | DenyReason::Overloaded
+        | DenyReason::Internal => Failure::of_destination(reason.label(), detail),
+    }
 }
 
 fn is_usable(session: &Session) -> bool {

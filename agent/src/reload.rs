@@ -57,6 +57,8 @@ pub struct ReloadState {
     pub refusals: u64,
     /// Why the file as it is now is not in use; `None` when it is.
     pub last_error: Option<String>,
+    /// Since when what is in use may be outdated; `None` when it is not.
+    pub stale_since: Option<SystemTime>,
 }
 
 /// The last good version of a file that is watched until this value is dropped.
@@ -95,7 +97,14 @@ impl<T: Send + Sync + 'static> Watched<T> {
         // Watched before the first read of the task, so that no change falls between.
         let folder = Folder::of(&file);
         let loaded_at = SystemTime::now();
-        let state = ReloadState { file: file.clone(), loaded_at, loads: 1, refusals: 0, last_error: None };
+        let state = ReloadState {
+            file: file.clone(),
+            loaded_at,
+            loads: 1,
+            refusals: 0,
+            last_error: None,
+            stale_since: None,
+        };
         let (values_sender, values) = watch::channel(Arc::new(initial));
         let (state_sender, state) = watch::channel(state);
         let reader = Reader {
@@ -113,6 +122,15 @@ impl<T: Send + Sync + 'static> Watched<T> {
 }
 
 impl<T> Watched<T> {
+    /// Values that `task` gives, which ends with this.
+    pub(crate) fn fed(
+        values: watch::Receiver<Arc<T>>,
+        state: watch::Receiver<ReloadState>,
+        task: AbortHandle,
+    ) -> Self {
+        Self { values, state, task }
+    }
+
     /// The version in use.
     #[must_use]
     pub fn current(&self) -> Arc<T> {
@@ -239,6 +257,7 @@ impl<T: Send + Sync + 'static> Reader<T> {
         }
         self.state.send_modify(|state| {
             state.last_error = None;
+            state.stale_since = None;
             if loads > 0 {
                 state.loads += loads;
                 state.loaded_at = SystemTime::now();
@@ -252,6 +271,7 @@ impl<T: Send + Sync + 'static> Reader<T> {
         self.state.send_modify(|state| {
             state.refusals += 1;
             state.last_error = Some(problem);
+            state.stale_since.get_or_insert_with(SystemTime::now);
         });
     }
 }

@@ -15,6 +15,8 @@ pub struct Facts<'a> {
     pub port: u16,
     /// The directory's entry for the address asked for.
     pub destination: Option<&'a Workload>,
+    /// Is the address outside the mesh's ranges, as an endpoint of a service may be? Nothing is promised about it.
+    pub outside_mesh: bool,
     /// Is that workload enrolled on this very node?
     pub on_this_node: bool,
     /// The destination's mode at that port.
@@ -45,6 +47,9 @@ pub fn decide(facts: &Facts<'_>) -> Route {
     let clear =
         |why: &'static str| if facts.source_is_strict { Route::Refuse(why) } else { Route::Clear(why) };
     let Some(destination) = facts.destination else {
+        if facts.outside_mesh {
+            return Route::Clear("destination_outside_mesh");
+        }
         return clear("destination_unknown");
     };
     match destination.protocol {
@@ -101,9 +106,36 @@ mod tests {
         ];
         for (destination, on_this_node, destination_mode, source_mode, expected) in table {
             let source_is_strict = source_mode == Strict;
-            let facts = Facts { port: 80, destination, on_this_node, destination_mode, source_is_strict };
+            let facts = Facts {
+                port: 80,
+                destination,
+                outside_mesh: false,
+                on_this_node,
+                destination_mode,
+                source_is_strict,
+            };
             assert_eq!(decide(&facts), expected, "{facts:?}");
         }
+    }
+
+    #[test]
+    fn what_is_outside_the_mesh_and_unknown_goes_in_clear_and_nothing_else_does() {
+        let meshed = workload(Protocol::Tacit);
+        let decided = |destination, outside_mesh| {
+            let (on_this_node, destination_mode, source_is_strict) = (false, Mode::Strict, true);
+            decide(&Facts {
+                port: 443,
+                destination,
+                outside_mesh,
+                on_this_node,
+                destination_mode,
+                source_is_strict,
+            })
+        };
+        assert_eq!(decided(None, true), Route::Clear("destination_outside_mesh"));
+        assert_eq!(decided(None, false), Route::Refuse("destination_unknown"));
+        assert_eq!(decided(Some(&meshed), true), Route::Tunnel(meshed.identity.clone()));
+        assert_eq!(decided(Some(&workload(Protocol::None)), true), Route::Refuse("destination_not_enrolled"));
     }
 
     #[test]
@@ -113,6 +145,7 @@ mod tests {
             let facts = Facts {
                 port,
                 destination: Some(&meshed),
+                outside_mesh: true,
                 on_this_node: false,
                 destination_mode: Mode::Permissive,
                 source_is_strict: false,

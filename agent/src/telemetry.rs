@@ -15,7 +15,7 @@
 //! | `flows` | live flows, byte counters |
 //! | `series` | what Istio's TCP metrics sum up for each pair of workloads |
 //! | `metrics` | every metric's name, unit, help and labels; the exposition |
-//! | `refusals` | refused connections, counted and logged at a bounded rate |
+//! | `refusals` | refused, revoked and audited connections, counted and logged at a bounded rate |
 //! | `access_log` | one line for each closed flow |
 //! | `status`, `table` | the agent's state as data, and as text |
 //! | `doctor` | what the kernel can do, as text |
@@ -24,6 +24,7 @@
 
 mod access_log;
 pub mod admin;
+pub mod authority;
 pub mod doctor;
 pub mod flows;
 pub mod log;
@@ -47,7 +48,7 @@ pub use flows::{FlowCounters, FlowSpec, LiveFlow, Party, Reporter, Security};
 pub use refusals::Refusal;
 
 use flows::FlowTable;
-use refusals::Refusals;
+use refusals::{Refusals, What};
 use status::{FlowsStatus, Status};
 
 /// Handle to everything that counts; cheap to clone, all clones share one state.
@@ -55,6 +56,8 @@ use status::{FlowsStatus, Status};
 pub struct Telemetry {
     flows: Arc<FlowTable>,
     refusals: Arc<Refusals>,
+    revocations: Arc<Refusals>,
+    audits: Arc<Refusals>,
     resets: Arc<AtomicU64>,
 }
 
@@ -73,7 +76,17 @@ impl Telemetry {
 
     /// Counts a refused connection and logs it, at a bounded rate for each reason.
     pub fn refused(&self, refusal: &Refusal) {
-        self.refusals.record(refusal, Instant::now());
+        self.refusals.record(What::Refused, refusal, Instant::now());
+    }
+
+    /// Counts an open connection that policy no longer allows and logs it, at a bounded rate for each reason.
+    pub fn revoked(&self, revocation: &Refusal) {
+        self.revocations.record(What::Revoked, revocation, Instant::now());
+    }
+
+    /// Counts a connection that an AUDIT policy matches and logs it, at a bounded rate.
+    pub fn audited(&self, audit: &Refusal) {
+        self.audits.record(What::Audited, audit, Instant::now());
     }
 
     /// Counts connections from before a pod's enrolment that were reset.
@@ -105,6 +118,13 @@ impl Telemetry {
     /// [`fmt::Error`] when a metric cannot be encoded, which is a bug.
     pub fn metrics_text(&self, status: Status) -> Result<String, fmt::Error> {
         let (series, overflowed) = self.flows.totals(Instant::now());
-        metrics::text(metrics::Exposition { series, overflowed, refusals: self.refusals.totals(), status })
+        metrics::text(metrics::Exposition {
+            series,
+            overflowed,
+            refusals: self.refusals.totals(),
+            revocations: self.revocations.totals(),
+            audits: self.audits.totals(),
+            status,
+        })
     }
 }

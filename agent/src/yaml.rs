@@ -19,6 +19,8 @@ pub(crate) use file::read;
 pub use file::{FILE_MAX_BYTES, LoadError, ReadError, load};
 pub use mistakes::{Mistake, Mistakes};
 
+pub(crate) use scalar::is_object_name;
+
 use mistakes::Collector;
 use scalar::{Kind, nearest, seen};
 use tree::{Content, Node};

@@ -58,6 +58,7 @@ fn a_bad_policy_is_refused_and_the_last_good_one_stays() -> Result<()> {
         "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: x}\nspec: {mtls: {mode: STRICTT}}\n",
         "kind: [",
         "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: x, namespace: shop}\nspec: {mtls: 7}\n",
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: x, namespace: shop}\nspec: {action: DENIED}\n",
     ]
     .into_iter()
     .enumerate()
@@ -74,7 +75,7 @@ fn a_bad_policy_is_refused_and_the_last_good_one_stays() -> Result<()> {
         Client::run(mesh.pod("client")?, server.address(), &["read-end"])?;
     }
     let refused = [("source", "policy"), ("result", "refused")];
-    assert_eq!(observe::metric(agent, "tacit_config_reloads_total", &refused)?, 3);
+    assert_eq!(observe::metric(agent, "tacit_config_reloads_total", &refused)?, 4);
     ensure!(agent.log()?.contains("STRICTT"), "the log does not name the mistake");
     // A good one is taken again, and the error is gone.
     agent.files().set_policy("")?;

@@ -7,8 +7,11 @@
 mod bench;
 mod command;
 mod demo;
+mod deploy;
 mod ebpf;
 mod fuzz;
+mod image;
+mod kube;
 mod lint;
 mod privilege;
 mod progress;
@@ -61,6 +64,10 @@ enum Task {
     Test(test::Options),
     /// Run the tests of whole nodes inside virtual machines with other kernels
     Vm(vm::Options),
+    /// Make the container image, without a daemon
+    Image(image::Options),
+    /// Install Tacit on a real cluster of two nodes, and try what it promises
+    Kube(kube::Options),
     /// Run the fuzz targets
     Fuzz(fuzz::Options),
     /// Show two pods talking through Tacit, and what the wire carried
@@ -93,6 +100,8 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Tidy => tidy::run(&workspace, &commands()),
         Task::Test(options) => return Ok(test::run(&workspace, &options, &commands())),
         Task::Vm(options) => vm::run(&workspace, &options),
+        Task::Image(options) => image::run(&workspace, &options),
+        Task::Kube(options) => kube::run(&workspace, &options),
         Task::Fuzz(options) => fuzz::run(&workspace, &options),
         Task::Demo(options) => demo::run(&workspace, &options),
         Task::Bench(options) => bench::run(&workspace, &options),

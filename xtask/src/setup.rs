@@ -77,6 +77,12 @@ pub(crate) fn ensure_vm(workspace: &Workspace) -> Result<()> {
     programs::ensure_vm(&mut apt)
 }
 
+/// Everything for a cluster.
+pub(crate) fn ensure_kube(workspace: &Workspace) -> Result<()> {
+    ensure_ebpf(workspace)?;
+    programs::ensure_kube(&mut Apt::new())
+}
+
 /// Load generators, beside the programs of the demo.
 pub(crate) fn ensure_bench(workspace: &Workspace) -> Result<Programs> {
     programs::ensure_bench(&mut Apt::new())?;

@@ -15,13 +15,16 @@ use crate::{
     datapath::DataPath,
     directory::Workload,
     enrol::in_clear,
-    identity::manager::CertificateState,
-    kernel::{Drops, GuardedLink, InClear},
-    policy::{Mode, Modes},
+    identity::{issuer::Issuer, istio::Skew, manager::CertificateState},
+    kernel::{Drops, GuardedLink, InClear, node},
+    policy::{
+        Authorization, Mode, Modes,
+        explain::{self, End, ExplainError, Explanation, Knowledge},
+    },
     reload::ReloadState,
     telemetry::status::{
-        AgentState, CertificateStatus, DropStatus, GuardStatus, KernelCounter, PodState, PodStatus,
-        PoolStatus, ProgramStatus, SourceKind, SourceStatus, Status,
+        AgentState, CertificateStatus, DropStatus, GuardStatus, IssuerStatus, KernelCounter, PodState,
+        PodStatus, PoolStatus, ProgramStatus, SourceKind, SourceStatus, Status,
     },
 };
 
@@ -75,6 +78,7 @@ impl Report {
             programs: self.programs(),
             kernel: self.kernel(),
             guard: self.guard(),
+            issuer: issuer(self.path.identities.issuer()),
             certificates: self.path.identities.certificates().iter().filter_map(certificate).collect(),
             sources: vec![
                 source(SourceKind::Directory, &self.path.directory.state()),
@@ -85,11 +89,26 @@ impl Report {
         }
     }
 
+    /// What policy says about a connection.
+    pub(super) fn explain(&self, from: &End, to: &End, port: u16) -> Result<Explanation, ExplainError> {
+        let addresses = node::addresses().unwrap_or_default();
+        let known = Knowledge {
+            directory: &self.path.directory.current(),
+            policies: &self.path.policies.current(),
+            node: &self.node,
+            is_node: &|address| addresses.iter().any(|own| *own == address && node::is_probe_source(own)),
+        };
+        explain::explain(known, from, to, port)
+    }
+
     fn pods(&self) -> Vec<PodStatus> {
         let table = self.path.table.load();
         let live = self.path.telemetry.live_by_pod();
         let policies = self.path.policies.current();
-        let pod = |workload: &Workload, modes: &Modes, links: &[GuardedLink], state| PodStatus {
+        let pod = |workload: &Workload,
+                   (modes, authorization): (&Modes, &Authorization),
+                   links: &[GuardedLink],
+                   state| PodStatus {
             name: workload.name.to_string(),
             namespace: workload.namespace.to_string(),
             cgroup: self.pods_cgroup.join(&workload.cgroup).display().to_string(),
@@ -101,17 +120,27 @@ impl Report {
                 .iter()
                 .map(|(p, m)| (*p, mode(*m).to_owned()))
                 .collect::<BTreeMap<_, _>>(),
+            policies: authorization.names().map(str::to_owned).collect(),
             in_clear: in_clear_text(in_clear(workload, modes)).to_owned(),
             guarded_links: links.iter().map(|link| format!("{} ({})", link.interface, link.by)).collect(),
             state,
             flows: live.get(&(workload.namespace.clone(), workload.name.clone())).copied().unwrap_or(0),
         };
-        let enrolled =
-            table.pods.iter().map(|p| pod(&p.workload, &p.modes.load(), &p.links, PodState::Enrolled));
+        let enrolled = table
+            .pods
+            .iter()
+            .map(|p| pod(&p.workload, (&p.modes.load(), &p.authorization()), &p.links, PodState::Enrolled));
         let waiting = table.waiting.iter().map(|w| {
-            pod(&w.workload, &policies.modes(&w.workload), &[], PodState::Waiting(w.reason.clone()))
+            let policy = (&policies.modes(&w.workload), &policies.authorization(&w.workload));
+            pod(&w.workload, policy, &[], PodState::Waiting(w.reason.clone()))
         });
-        let mut all: Vec<PodStatus> = enrolled.chain(waiting).collect();
+        let directory = self.path.directory.current();
+        let left_alone = directory.host_network().map(|workload| {
+            let reason = "it has the node's network (hostNetwork)".to_owned();
+            let policy = (&policies.modes(workload), &policies.authorization(workload));
+            pod(workload, policy, &[], PodState::LeftAlone(reason))
+        });
+        let mut all: Vec<PodStatus> = enrolled.chain(waiting).chain(left_alone).collect();
         all.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         all
     }
@@ -174,6 +203,18 @@ fn mode(mode: Mode) -> &'static str {
     }
 }
 
+fn issuer(issuer: &Issuer) -> IssuerStatus {
+    let Issuer::Istio(issuer) = issuer else {
+        return IssuerStatus { address: "embedded".to_owned(), ..IssuerStatus::default() };
+    };
+    let contact = issuer.contact();
+    IssuerStatus {
+        address: issuer.address().to_owned(),
+        last_answer: contact.answered.map(Into::into),
+        clock_ahead_ms: contact.skew.map(Skew::ahead_ms),
+    }
+}
+
 /// An identity that has never had a certificate is seen as its pod waiting.
 fn certificate(state: &CertificateState) -> Option<CertificateStatus> {
     let not_after = state.not_after?;
@@ -201,5 +242,6 @@ fn source(kind: SourceKind, state: &ReloadState) -> SourceStatus {
         loads: state.loads,
         refusals: state.refusals,
         last_error: state.last_error.clone(),
+        stale_seconds: state.stale_since.map_or(0, |since| since.elapsed().map_or(0, |age| age.as_secs())),
     }
 }

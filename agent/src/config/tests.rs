@@ -29,7 +29,8 @@ fn a_minimal_file_gets_the_defaults() {
         node: "a".into(),
         pods_cgroup: "/sys/fs/cgroup/unified/pods".into(),
         mesh_ranges: vec!["10.77.0.0/16".parse().expect("valid"), "fd77::/16".parse().expect("valid")],
-        directory_file: "/etc/tacit/conf/directory.yaml".into(),
+        service_ranges: Vec::new(),
+        directory: DirectorySource::File("/etc/tacit/conf/directory.yaml".into()),
         policy_file: "/etc/tacit/policy.yaml".into(),
         root_namespace: "istio-system".into(),
         issuer: IssuerConfig::Embedded {
@@ -51,7 +52,7 @@ fn a_minimal_file_gets_the_defaults() {
 fn every_field_can_be_set() {
     let text = MINIMAL.replace("directory: issuer}", "directory: issuer, leafLifetime: 1h30m}")
         + "rootNamespace: mesh\npinPath: /sys/fs/bpf/b/\nsocket: b.sock\nmetrics: \"[::1]:9\"\ndrainTimeout: 0s\n\
-           heartbeatTimeout: 1s\nallowClear: [\"10.96.0.10:53/udp\"]\nworkers: 2\n";
+           heartbeatTimeout: 1s\nallowClear: [\"10.96.0.10:53/udp\"]\nworkers: 2\nserviceRanges: [10.96.0.0/12]\n";
     let config = parse(&text).expect("valid");
     assert_eq!(&*config.root_namespace, "mesh");
     assert_eq!(config.pin_path, Path::new("/sys/fs/bpf/b"));
@@ -60,8 +61,9 @@ fn every_field_can_be_set() {
     assert_eq!(config.drain_timeout, Duration::ZERO);
     assert_eq!(config.heartbeat_timeout, Duration::from_secs(1));
     assert_eq!(config.allow_clear.len(), 1);
+    assert_eq!(config.captured_ranges().len(), 3);
     assert_eq!(config.workers.map(std::num::NonZeroUsize::get), Some(2));
-    let IssuerConfig::Embedded { leaf_lifetime, .. } = config.issuer;
+    let IssuerConfig::Embedded { leaf_lifetime, .. } = config.issuer else { panic!("another issuer") };
     assert_eq!(leaf_lifetime, Duration::from_secs(90 * 60));
 }
 
@@ -111,6 +113,31 @@ drainTimeout: 10
 }
 
 #[test]
+fn an_authority_is_named_by_address_root_and_token() {
+    let issuer = |text: &str| {
+        parse(&MINIMAL.replace("{embedded: {directory: issuer}}", text)).map(|config| config.issuer)
+    };
+    let minimal =
+        "{istio: {address: \"istiod.istio-system.svc:15012\", rootFile: roots.pem, tokenFile: /run/token}}";
+    let expected = IstioConfig {
+        address: "istiod.istio-system.svc:15012".to_owned(),
+        server_name: "istiod.istio-system.svc".to_owned(),
+        root_file: "/etc/tacit/conf/roots.pem".into(),
+        token_file: "/run/token".into(),
+        cluster_id: None,
+        lifetime: LEAF_LIFETIME,
+    };
+    assert_eq!(issuer(minimal), Ok(IssuerConfig::Istio(expected)));
+    let refused = |text: &str| problems(&MINIMAL.replace("{embedded: {directory: issuer}}", text));
+    assert!(refused("{}")[0].contains("not exactly one issuer"));
+    assert!(refused("{embedded: {directory: a}, istio: {}}")[0].contains("not exactly one issuer"));
+    let missing = refused("{istio: {address: \"istiod\"}}");
+    for problem in ["address: \"istiod\": no host with a port", "rootFile: missing", "tokenFile: missing"] {
+        assert!(missing.iter().any(|found| found.contains(problem)), "{problem}: {missing:?}");
+    }
+}
+
+#[test]
 fn an_empty_mapping_misses_every_required_field() {
     let missing = problems("{}");
     for field in ["trustDomain", "node", "podsCgroup", "meshRanges", "directory", "policy", "issuer"] {
@@ -142,10 +169,8 @@ fn bounds_of_single_fields_hold() {
             "{line}: {list:?}"
         );
     }
-    let many = (0..=MESH_RANGES_MAX)
-        .map(|i| format!("10.{}.{}.0/24", i / 256, i % 256))
-        .collect::<Vec<_>>()
-        .join(",");
+    let many =
+        (0..=RANGES_MAX).map(|i| format!("10.{}.{}.0/24", i / 256, i % 256)).collect::<Vec<_>>().join(",");
     let list = problems(&MINIMAL.replace("10.77.0.0/16", &many));
     assert!(list.len() == 1 && list[0].contains("at most 256"), "{list:?}");
     let list = problems(&MINIMAL.replace("[10.77.0.0/16, \"fd77::/16\"]", "[]"));
@@ -158,7 +183,8 @@ fn reading_resolves_paths_against_the_folder_of_the_file() {
     std::fs::create_dir_all(&folder).expect("a folder for the test");
     let path = folder.join("tacit.yaml");
     std::fs::write(&path, MINIMAL).expect("a file for the test");
-    assert_eq!(Config::read(&path).expect("valid").directory_file, folder.join("directory.yaml"));
+    let directory = DirectorySource::File(folder.join("directory.yaml"));
+    assert_eq!(Config::read(&path).expect("valid").directory, directory);
     assert!(matches!(Config::read(&folder.join("absent.yaml")), Err(LoadError::Read(_))));
     std::fs::write(&path, "{}").expect("a file for the test");
     assert!(matches!(Config::read(&path), Err(LoadError::Invalid(_))));
@@ -185,7 +211,11 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
     };
     assert_eq!(names(&schema), sorted(&FIELDS));
     let embedded = &schema["properties"]["issuer"]["properties"]["embedded"];
-    assert_eq!(names(embedded), sorted(&EMBEDDED_FIELDS));
+    assert_eq!(names(&schema["properties"]["issuer"]), sorted(&issuer::FIELDS));
+    assert_eq!(names(embedded), sorted(&issuer::EMBEDDED_FIELDS));
+    let istio = &schema["properties"]["issuer"]["properties"]["istio"];
+    assert_eq!(names(istio), sorted(&issuer::ISTIO_FIELDS));
+    assert_eq!(istio["properties"]["leafLifetime"]["default"], "24h");
     for (field, default) in [
         ("rootNamespace", ROOT_NAMESPACE),
         ("pinPath", PIN_PATH),
@@ -197,7 +227,55 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
         assert_eq!(schema["properties"][field]["default"], default, "{field}");
     }
     assert_eq!(embedded["properties"]["leafLifetime"]["default"], "24h");
-    assert_eq!(schema["properties"]["meshRanges"]["maxItems"], MESH_RANGES_MAX);
+    assert_eq!(schema["properties"]["meshRanges"]["maxItems"], RANGES_MAX);
     assert_eq!(schema["properties"]["allowClear"]["maxItems"], ALLOW_CLEAR_MAX);
     assert_eq!(schema["properties"]["workers"]["maximum"], WORKERS_MAX);
+}
+
+#[test]
+fn the_directory_can_come_from_kubernetes_and_the_node_from_the_environment() {
+    let text = MINIMAL.replace("node: a\n", "");
+    let parse = |directory: &str, node: Option<&str>| {
+        let text = text.replace("{file: directory.yaml}", directory);
+        Config::parse_in(&text, Path::new("tacit.yaml"), Path::new("/etc/tacit"), node)
+    };
+    let options = |config: Config| match config.directory {
+        DirectorySource::Kubernetes(options) => options,
+        DirectorySource::File(file) => panic!("{file:?}"),
+    };
+    let config = parse("{kubernetes: {}}", Some("worker-1.example")).expect("valid");
+    assert_eq!(&*config.node, "worker-1.example");
+    assert_eq!(options(config), KubernetesOptions::default());
+    assert_eq!(KubernetesOptions::default().enrol_label.to_string(), "tacit.io/enrol=true");
+    let ambient = "{kubernetes: {enrolLabel: istio.io/dataplane-mode=ambient, kubeconfig: admin.conf}}";
+    let ambient = options(parse(ambient, Some("a")).expect("valid"));
+    assert_eq!(ambient.enrol_label.to_string(), "istio.io/dataplane-mode=ambient");
+    assert_eq!(ambient.kubeconfig.as_deref(), Some(Path::new("/etc/tacit/admin.conf")));
+    for (directory, node, problem) in [
+        (
+            "{kubernetes: {}}",
+            None,
+            "node: missing: write this node's name, as the directory has it, or set NODE_NAME",
+        ),
+        (
+            "{kubernetes: {}}",
+            Some("A b"),
+            "NODE_NAME=\"A b\" is no name of a node: set it from spec.nodeName",
+        ),
+        ("{}", Some("a"), "directory: nothing in it: write {file: directory.yaml} or {kubernetes: {}}"),
+        ("{file: d.yaml, kubernetes: {}}", Some("a"), "directory: both `file` and `kubernetes`: remove one"),
+        (
+            "{kubernetes: {label: x}}",
+            Some("a"),
+            "directory.kubernetes.label: unknown field: known here: enrolLabel, kubeconfig",
+        ),
+        (
+            "{kubernetes: {enrolLabel: tacit.io/enrol}}",
+            Some("a"),
+            "directory.kubernetes.enrolLabel: \"tacit.io/enrol\": no label with a value: write it as tacit.io/enrol=true",
+        ),
+    ] {
+        let mistakes = parse(directory, node).expect_err(directory).to_string();
+        assert!(mistakes.contains(problem), "{directory}: {mistakes}");
+    }
 }

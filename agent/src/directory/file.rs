@@ -1,8 +1,8 @@
 //! `directory.yaml`: the directory of a standalone mesh, written by hand or by a tool.
 //!
 //! Two workloads with one address or one name, or with one cgroup on a node, are mistakes: whose identity
-//! counts would depend on their order in the file. The fields are described in
-//! `deploy/directory.schema.json`.
+//! counts would depend on their order in the file. So are two services with one name or address. The fields are
+//! described in `deploy/directory.schema.json`.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -11,11 +11,13 @@ use std::{
     sync::Arc,
 };
 
-use super::{Egress, Protocol, Udp, Workload};
+use super::{Egress, Protocol, Service, Udp, Workload};
 use crate::{
     identity::{SpiffeId, TrustDomain},
     yaml::{self, Mistakes, Value},
 };
+
+mod services;
 
 const FIELDS: [&str; 10] = [
     "name",
@@ -45,16 +47,27 @@ enum AddressError {
     Special(&'static str),
 }
 
-pub(super) fn parse(text: &str, file: &Path, trust_domain: &TrustDomain) -> Result<Vec<Workload>, Mistakes> {
+/// What the file holds.
+pub(super) struct Content {
+    pub(super) workloads: Vec<Workload>,
+    pub(super) services: Vec<Service>,
+}
+
+pub(super) fn parse(text: &str, file: &Path, trust_domain: &TrustDomain) -> Result<Content, Mistakes> {
     yaml::decode(text, file, |root| {
-        let list =
-            root.fields(&["workloads"])?.required("workloads", "a list of workloads, or [] for none")?;
+        let mut fields = root.fields(&["workloads", "services"])?;
+        let services = fields.optional("services");
+        let list = fields.required("workloads", "a list of workloads, or [] for none");
         let mut taken = Taken::default();
         // Not collected to an `Option`: that would stop at the first mistake.
         let workloads: Vec<_> =
-            list.items()?.iter().map(|item| workload(item, trust_domain, &mut taken)).collect();
+            list?.items()?.iter().map(|item| workload(item, trust_domain, &mut taken)).collect();
         taken.refuse_nested_cgroups();
-        workloads.into_iter().collect()
+        let services = match services {
+            Some(list) => services::services(&list, &workloads, &mut taken),
+            None => Some(Vec::new()),
+        };
+        Some(Content { workloads: workloads.into_iter().collect::<Option<_>>()?, services: services? })
     })
 }
 

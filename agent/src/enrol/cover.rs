@@ -2,19 +2,26 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use super::{Enroller, NotYet, Pod, State};
 use crate::{
     directory::{Egress, Protocol, Udp, Workload},
     kernel::{
-        GuardedLink, InClear, KernelError, PodEntry, cgroup::Cgroup, existing, netns::Netns, node,
+        GuardedLink, InClear, KernelError, Plaintext, PodEntry, cgroup::Cgroup, existing, netns::Netns, node,
         socket::Listeners,
     },
-    policy::{Mode, Modes},
+    policy::{Authorization, Flow, Mode, Modes, Source, Verdict, decide},
+    telemetry::{Party, Refusal, Reporter},
 };
+
+/// How long after a change of policy connections are looked for that came before it: above the time in which a client
+/// answers the kernel's SYN-ACK or is sent another.
+const SETTLING: Duration = Duration::from_secs(3);
+const TUNNEL: u16 = tacit_abi::tcp_port::TUNNEL;
 
 impl Enroller {
     /// Makes sure that the kernel knows the pod, so that it sends nothing past the agent from here on. An entry of an
@@ -41,10 +48,11 @@ impl Enroller {
         entry: &PodEntry,
         netns: &Netns,
         listeners: &Listeners,
-        modes: &Modes,
+        (modes, authorization): (&Modes, &Authorization),
     ) -> Result<Vec<GuardedLink>, KernelError> {
         let maps = &self.kernel.maps;
-        maps.set_modes(entry.slot, &entry.addresses, kernel_mode(modes.default), &kernel_ports(modes))?;
+        let default = (kernel_mode(modes.default), plaintext(authorization));
+        maps.set_modes(entry.slot, &entry.addresses, default, &kernel_ports(modes))?;
         listeners.publish(maps, entry.slot)?;
         let mut programs = self.kernel.programs();
         programs.steer(entry.cgroup, netns)?;
@@ -55,32 +63,82 @@ impl Enroller {
         Ok(links)
     }
 
-    pub(super) fn apply_modes(&self, state: &State, wanted: &[Arc<Workload>]) {
+    pub(super) fn apply_policies(&self, state: &mut State, wanted: &[Arc<Workload>]) {
         let policies = self.policies.current();
+        state.unsettled.retain(|_, since| since.elapsed() < SETTLING);
         for pod in state.current.values() {
             // Labels may have changed since the pod was enrolled.
             let entry = wanted.iter().find(|w| w.cgroup == pod.workload.cgroup).unwrap_or(&pod.workload);
-            let modes = policies.modes(entry);
-            if modes == **pod.modes.load() {
-                continue;
+            let (modes, authorization) = (policies.modes(entry), policies.authorization(entry));
+            if (modes != **pod.modes.load() || authorization != *pod.authorization())
+                && self.change_policies(pod, modes, authorization)
+            {
+                state.unsettled.insert(pod.cgroup, Instant::now());
             }
-            match self.set_modes(pod, &modes) {
-                Ok(()) => {
-                    tracing::info!(pod = %pod.workload.name, mode = ?modes.default, "mode changed");
-                    pod.modes.store(Arc::new(modes));
-                }
-                Err(error) => {
-                    tracing::error!(pod = %pod.workload.name, %error, "mode not applied; trying again")
-                }
+            if state.unsettled.contains_key(&pod.cgroup) {
+                self.reset_denied(pod);
             }
         }
     }
 
-    fn set_modes(&self, pod: &Pod, modes: &Modes) -> Result<(), KernelError> {
+    /// Returns whether they hold now.
+    fn change_policies(&self, pod: &Pod, modes: Modes, authorization: Authorization) -> bool {
+        if let Err(error) = self.set_policies(pod, &modes, &authorization) {
+            tracing::error!(pod = %pod.workload.name, %error, "policy not applied; trying again");
+            return false;
+        }
+        let selected_by: Vec<_> = authorization.names().collect();
+        tracing::info!(pod = %pod.workload.name, mode = ?modes.default, ?selected_by, "policy changed");
+        pod.modes.store(Arc::new(modes));
+        // Flows under way look at both when this comes.
+        pod.authorization.send_replace(Arc::new(authorization));
+        true
+    }
+
+    fn set_policies(
+        &self,
+        pod: &Pod,
+        modes: &Modes,
+        authorization: &Authorization,
+    ) -> Result<(), KernelError> {
         let maps = &self.kernel.maps;
-        let (default, ports) = (kernel_mode(modes.default), kernel_ports(modes));
-        maps.set_modes(pod.slot, &pod.workload.addresses, default, &ports)?;
+        let default = (kernel_mode(modes.default), plaintext(authorization));
+        maps.set_modes(pod.slot, &pod.workload.addresses, default, &kernel_ports(modes))?;
         maps.set_pod(&entry(&pod.workload, pod.cgroup, pod.slot, pod.netns.cookie(), modes))
+    }
+
+    /// Ends connections that the pod's applications accepted in clear, with no agent between, while that was allowed.
+    /// Called for [`SETTLING`]: the handshake of one that the kernel let through may not have ended at the change.
+    fn reset_denied(&self, pod: &Pod) {
+        let nodes = node::addresses().unwrap_or_default();
+        let (modes, authorization) = (pod.modes.load(), pod.authorization());
+        let directory = self.directory.current();
+        let party = |address: SocketAddr| Party {
+            address,
+            workload: directory.at(address.ip()).cloned(),
+            identity: None,
+        };
+        let is_denied = |local: SocketAddr, remote: SocketAddr| {
+            let own = &pod.workload.addresses;
+            let from_outside = own.contains(&local.ip()) && !own.contains(&remote.ip());
+            let by_agent = remote.ip().is_loopback() || local.port() == TUNNEL;
+            if !from_outside || by_agent || nodes.contains(&remote.ip()) {
+                return false;
+            }
+            let flow = Flow { source: Source::Plaintext, client: remote.ip(), destination: local };
+            let Verdict::Deny(reason) = decide(&modes, &authorization, &flow) else { return false };
+            self.telemetry.revoked(&Refusal {
+                reporter: Reporter::Destination,
+                source: party(remote),
+                destination: party(local),
+                reason: reason.label(),
+                detail: reason.to_string(),
+            });
+            true
+        };
+        if let Err(error) = existing::reset_accepted(&pod.netns, &self.host, self.kernel.cgroup, is_denied) {
+            tracing::warn!(pod = %pod.workload.name, %error, "connections in clear from before a policy changed are not reset");
+        }
     }
 
     /// Ends what the pod opened or accepted in clear before. Without the kernel's help its packets meet the guard.
@@ -171,6 +229,11 @@ pub fn kernel_mode(mode: Mode) -> tacit_abi::Mode {
         Mode::Permissive => tacit_abi::Mode::Permissive,
         Mode::Strict => tacit_abi::Mode::Strict,
     }
+}
+
+/// Policies can only be kept by whoever sees the connection: with any, plaintext goes to the agent.
+fn plaintext(authorization: &Authorization) -> Plaintext {
+    if authorization.is_empty() { Plaintext::Passes } else { Plaintext::Judged }
 }
 
 fn kernel_ports(modes: &Modes) -> BTreeMap<u16, tacit_abi::Mode> {

@@ -1,5 +1,5 @@
-//! Who signs the certificates of workloads. Today: the agent itself, with a root in a directory (`root`), for standalone
-//! use. A certificate authority for the cluster will be another variant of [`Issuer`].
+//! Who signs the certificates of workloads: the agent itself, with a root in a directory (`root`), for standalone use, or
+//! an authority that speaks Istio's CA API (`istio`).
 //!
 //! Leaves are ECDSA P-256, one per service account, with one URI name and both key purposes, because every pod is client
 //! and server. Their keys never leave memory.
@@ -23,12 +23,13 @@ use rustls::{
 use super::{
     SpiffeId, TrustDomain,
     credentials::{Credentials, CredentialsError},
+    istio::{IstioError, IstioIssuer},
     root::{Root, RootError},
 };
 
 /// Certificates are valid from this long before they are made: the clocks of two nodes differ, and a peer whose clock is
 /// behind would refuse a fresh certificate as not yet valid.
-pub(super) const BACKDATED: Duration = Duration::from_secs(60);
+pub(crate) const BACKDATED: Duration = Duration::from_secs(60);
 
 /// Why no certificate was issued.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -44,6 +45,9 @@ pub enum IssueError {
     /// Key or certificate could not be made.
     #[error("the certificate could not be made: {0}")]
     Sign(String),
+    /// The authority gave none.
+    #[error("{0}")]
+    Istio(#[source] Arc<IstioError>),
     /// The issuer did not answer in time.
     #[error("the issuer did not answer within {0:?}")]
     Timeout(Duration),
@@ -60,6 +64,8 @@ pub enum IssueError {
 pub enum Issuer {
     /// The agent itself.
     Embedded(EmbeddedIssuer),
+    /// An authority.
+    Istio(IstioIssuer),
     /// The agent itself, failing as often as the counter says.
     #[cfg(test)]
     Failing(EmbeddedIssuer, std::sync::atomic::AtomicU32),
@@ -73,6 +79,7 @@ impl Issuer {
     pub async fn issue(&self, identity: &SpiffeId) -> Result<Credentials, IssueError> {
         match self {
             Self::Embedded(issuer) => issuer.issue(identity, SystemTime::now()),
+            Self::Istio(issuer) => issuer.issue(identity).await.map_err(|e| IssueError::Istio(Arc::new(e))),
             #[cfg(test)]
             Self::Failing(issuer, failures) => {
                 use std::sync::atomic::Ordering::Relaxed;
@@ -147,7 +154,7 @@ fn sign_error(error: rcgen::Error) -> IssueError {
     IssueError::Sign(error.to_string())
 }
 
-fn leaf_params(
+pub(crate) fn leaf_params(
     uris: &[String],
     now: SystemTime,
     lifetime: Duration,
@@ -171,12 +178,12 @@ fn leaf_params(
 }
 
 /// Certificates know whole seconds only.
-fn whole_seconds(time: SystemTime) -> SystemTime {
+pub(crate) fn whole_seconds(time: SystemTime) -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs())
 }
 
 /// A random serial number of 128 bits.
-pub(super) fn random_serial() -> Result<[u8; 16], rcgen::Error> {
+pub(crate) fn random_serial() -> Result<[u8; 16], rcgen::Error> {
     let mut serial = [0; 16];
     aws_lc_rs::default_provider()
         .secure_random
@@ -188,6 +195,8 @@ pub(super) fn random_serial() -> Result<[u8; 16], rcgen::Error> {
 #[cfg(test)]
 pub(crate) mod testing {
     //! Issuers and odd certificates for the tests of the tunnel.
+
+    use rustls::pki_types::CertificateDer;
 
     use super::*;
 
@@ -212,6 +221,17 @@ pub(crate) mod testing {
             let params = leaf_params(&[identity.to_string()], SystemTime::now(), lifetime).expect("ascii");
             let leaf = params.signed_by(&key, &self.root.issuer).expect("signed");
             [key.serialize_pem(), leaf.pem()]
+        }
+
+        /// A certificate of `identity` for `key`, and the root.
+        pub(crate) fn for_key(
+            &self,
+            identity: &SpiffeId,
+            key: &KeyPair,
+        ) -> (CertificateDer<'static>, CertificateDer<'static>) {
+            let params = leaf_params(&[identity.to_string()], SystemTime::now(), self.leaf_lifetime);
+            let leaf = params.and_then(|params| params.signed_by(key, &self.root.issuer)).expect("signed");
+            (leaf.der().clone(), self.root.certificate.clone())
         }
 
         /// A chain and key with exactly these URI names, which `Credentials` would refuse.

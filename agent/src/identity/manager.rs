@@ -63,6 +63,12 @@ impl Identities {
         Self { issuer: Arc::new(issuer), slots: Arc::default() }
     }
 
+    /// Who signs.
+    #[must_use]
+    pub fn issuer(&self) -> &Issuer {
+        &self.issuer
+    }
+
     /// Makes sure that `identity` has credentials, and keeps renewing them until [`Identities::forget`].
     ///
     /// Needs a tokio runtime. Takes no longer than one attempt at the issuer.

@@ -11,6 +11,8 @@ use super::KernelError;
 /// How deep below a pod's cgroup its containers' processes are looked for: pod, container, and one more level for
 /// runtimes that nest.
 const PROCESS_DEPTH: usize = 3;
+/// Cgroups looked through for the one this process is in: many times what a full node has.
+const SEARCH_MAX: usize = 65_536;
 
 /// A cgroup v2 directory.
 #[derive(Debug, Clone)]
@@ -53,17 +55,18 @@ impl Cgroup {
         let mount = cgroup2_mounts(&mounts).next().ok_or_else(|| refuse("cgroup v2 is not mounted"))?;
         let below =
             Path::new(own).strip_prefix(&mount.root).unwrap_or(Path::new(own.trim_start_matches('/')));
-        let found = Self::open(&mount.point.join(below))?;
-        // In a cgroup namespace of its own a process is told another name for the place it is in.
-        let members =
-            fs::read_to_string(found.path.join("cgroup.procs")).map_err(|e| refuse(&e.to_string()))?;
-        let pid = std::process::id().to_string();
-        if !members.lines().any(|member| member == pid) {
-            return Err(refuse(
-                "this process is not in the cgroup it is told; run it in the node's cgroup namespace",
-            ));
+        let pid = std::process::id();
+        if let Ok(found) = Self::open(&mount.point.join(below))
+            && has_member(&found.path, pid)
+        {
+            return Ok(found);
         }
-        Ok(found)
+        // In a cgroup namespace of its own, as containers have on cgroup v2, or below another mount at the same point, a
+        // process is told another name for the place it is in; the node's hierarchy tells by the members.
+        let holder = holder_of(&mount.point, pid).ok_or_else(|| {
+            refuse("this process is in no cgroup below the mount; mount the node's /sys/fs/cgroup")
+        })?;
+        Self::open(&holder)
     }
 
     /// Its path, without symbolic links.
@@ -89,6 +92,26 @@ impl Cgroup {
     pub fn is_within(&self, other: &Self) -> bool {
         self.path.starts_with(&other.path)
     }
+}
+
+fn has_member(cgroup: &Path, pid: u32) -> bool {
+    // A threaded cgroup does not list processes; none of ours is in one.
+    let members = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    members.lines().any(|member| member.parse() == Ok(pid))
+}
+
+/// The cgroup below `root` that has process `pid` as a member.
+fn holder_of(root: &Path, pid: u32) -> Option<PathBuf> {
+    let mut unseen = vec![root.to_owned()];
+    for _ in 0..SEARCH_MAX {
+        let cgroup = unseen.pop()?;
+        if has_member(&cgroup, pid) {
+            return Some(cgroup);
+        }
+        let below = fs::read_dir(&cgroup).into_iter().flatten().filter_map(Result::ok);
+        unseen.extend(below.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path()));
+    }
+    None
 }
 
 /// Processes in the cgroup at `path` and below it, nearest first.
@@ -156,6 +179,19 @@ mod tests {
         assert_eq!(level(HYBRID, "/sys/fs/cgroup/unified"), Some(0));
         assert_eq!(level(HYBRID, "/sys/fs/cgroup/unified/a/b"), Some(2));
         assert_eq!(level(NESTED, "/sys/fs/cgroup/x"), Some(3));
+    }
+
+    #[test]
+    fn a_process_is_found_by_the_members_of_the_hierarchy() {
+        let root = std::env::temp_dir().join(format!("tacit-cgroup-{}", std::process::id()));
+        let pod = root.join("kubepods/pod1/agent");
+        fs::create_dir_all(&pod).expect("folders");
+        for (folder, members) in [(&root, "1\n0\n"), (&pod, "712\n713\n")] {
+            fs::write(folder.join("cgroup.procs"), members).expect("members");
+        }
+        let found = [713, 71, 1].map(|pid| holder_of(&root, pid));
+        fs::remove_dir_all(&root).expect("removed");
+        assert_eq!(found, [Some(pod), None, Some(root)]);
     }
 
     #[test]

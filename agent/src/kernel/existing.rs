@@ -1,6 +1,11 @@
-//! TCP connections that a pod has from before it was enrolled: they passed no connect hook, so they are in clear.
+//! TCP connections that a pod has in clear, with no agent between: those from before it was enrolled, which passed no
+//! connect hook, and those that its applications accepted while its mode and policies let them.
 
-use std::{io, net::IpAddr};
+use std::{
+    collections::HashSet,
+    io,
+    net::{IpAddr, SocketAddr},
+};
 
 use super::{
     netlink::{self, Connection},
@@ -27,5 +32,28 @@ pub fn reset_clear(
             ended += 1;
         }
         Ok(ended)
+    })?
+}
+
+/// Resets connections of `netns` that were accepted by others than the agent, as far as `is_denied` says so by their
+/// local and remote address. Accepted are those to a port on which somebody listens.
+///
+/// # Errors
+/// The kernel's; `EOPNOTSUPP` without CONFIG_INET_DIAG_DESTROY.
+pub fn reset_accepted(
+    netns: &Netns,
+    host: &HostNetns,
+    agent: u64,
+    is_denied: impl Fn(SocketAddr, SocketAddr) -> bool,
+) -> io::Result<()> {
+    host.within(netns.file(), || {
+        let ports: HashSet<u16> = netlink::listeners()?.iter().map(|c| c.local.port()).collect();
+        for connection in netlink::connections()? {
+            let is_accepted = connection.cgroup != Some(agent) && ports.contains(&connection.local.port());
+            if is_accepted && is_denied(connection.local, connection.remote) {
+                netlink::destroy(&connection)?;
+            }
+        }
+        Ok(())
     })?
 }

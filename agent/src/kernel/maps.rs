@@ -16,7 +16,7 @@ use aya::maps::{
 use ipnet::IpNet;
 use tacit_abi::{
     Address, Destination, Listener, MeshKey, Mode, Names, Pod, PortKey, REASONS, Steered, Tuple, limits,
-    listener_index, names_kind, pod_flag,
+    listener_index, names_kind, pod_flag, steer_flag,
 };
 
 use super::{KernelError, programs::Programs};
@@ -55,6 +55,24 @@ pub struct PodEntry {
     pub mode: Mode,
     /// What it may do in clear.
     pub clear: InClear,
+}
+
+/// Who decides on plaintext that the mode of its port takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Plaintext {
+    /// Nobody: it goes straight to the application.
+    Passes,
+    /// The agent, by authorization policies; while it is dead, plaintext is refused.
+    Judged,
+}
+
+impl Plaintext {
+    fn flags(self) -> u32 {
+        match self {
+            Self::Passes => 0,
+            Self::Judged => steer_flag::JUDGED,
+        }
+    }
 }
 
 /// What a pod may send in clear into the mesh.
@@ -160,7 +178,7 @@ impl Maps {
         &self,
         slot: u32,
         addresses: &[IpAddr],
-        default: Mode,
+        (default, plaintext): (Mode, Plaintext),
         ports: &BTreeMap<u16, Mode>,
     ) -> Result<(), KernelError> {
         let mut port_modes = lock(&self.port_modes);
@@ -169,10 +187,9 @@ impl Maps {
             port_modes.insert(key, *mode as u32, 0).map_err(failed("PORT_MODES"))?;
         }
         let mut steered = lock(&self.steered);
+        let entry = Steered { slot, mode: default as u32, flags: plaintext.flags(), pad: 0 };
         for ip in addresses {
-            steered
-                .insert(address(*ip), Steered { slot, mode: default as u32 }, 0)
-                .map_err(failed("STEERED"))?;
+            steered.insert(address(*ip), entry, 0).map_err(failed("STEERED"))?;
         }
         let former: Vec<Address> = steered
             .iter()

@@ -40,7 +40,8 @@ const DIAG_ID: usize = 48;
 const DIAG_ANSWER: usize = 72;
 const INET_DIAG_CGROUP_ID: u16 = 21;
 /// All states of TCP but LISTEN, TIME_WAIT and CLOSE.
-const OPEN_STATES: u32 = 0xfff & !(1 << 10 | 1 << 6 | 1 << 7 | 1);
+const OPEN_STATES: u32 = 0xfff & !(LISTEN_STATE | 1 << 6 | 1 << 7 | 1);
+const LISTEN_STATE: u32 = 1 << 10;
 
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -100,10 +101,22 @@ pub(super) struct Connection {
 /// # Errors
 /// The kernel's.
 pub(super) fn connections() -> io::Result<Vec<Connection>> {
+    sockets(OPEN_STATES)
+}
+
+/// The listening TCP sockets of the calling thread's namespace.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn listeners() -> io::Result<Vec<Connection>> {
+    sockets(LISTEN_STATE)
+}
+
+fn sockets(states: u32) -> io::Result<Vec<Connection>> {
     let netlink = Netlink::open(SockProtocol::NetlinkSockDiag)?;
     let mut found = Vec::new();
     for family in [libc::AF_INET, libc::AF_INET6] {
-        let request = diag_request(family as u8, OPEN_STATES, &[0; DIAG_ID]);
+        let request = diag_request(family as u8, states, &[0; DIAG_ID]);
         netlink.ask(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &request, |kind, body| {
             if kind == SOCK_DIAG_BY_FAMILY {
                 found.extend(connection(body));
@@ -246,6 +259,9 @@ mod tests {
         let all = connections().expect("netlink");
         let found = all.iter().find(|c| c.local == local && c.remote == remote);
         assert!(found.is_some_and(|c| c.cgroup.is_some_and(|id| id > 0)), "{all:?}");
+        let listening = listeners().expect("netlink");
+        assert!(listening.iter().any(|c| c.local == remote), "{listening:?}");
+        assert!(!listening.iter().any(|c| c.local == local), "{listening:?}");
     }
 
     #[test]

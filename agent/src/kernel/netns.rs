@@ -50,13 +50,12 @@ impl Netns {
         &self.file
     }
 
-    /// Has this namespace an interface with `address`?
+    /// The addresses of this namespace's interfaces.
     ///
     /// # Errors
     /// When it cannot be entered or its interfaces cannot be listed.
-    pub fn has_address(&self, host: &HostNetns, address: IpAddr) -> io::Result<bool> {
-        let listed = host.within(&self.file, super::node::addresses)??;
-        Ok(listed.contains(&address))
+    pub fn addresses(&self, host: &HostNetns) -> io::Result<Vec<IpAddr>> {
+        host.within(&self.file, super::node::addresses)?
     }
 }
 

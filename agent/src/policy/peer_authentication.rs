@@ -1,38 +1,14 @@
 //! PeerAuthentication of `security.istio.io`, exactly as Istio's API defines it.
 //!
-//! Refused are: other kinds and versions, unknown fields, and what Istio's own validation refuses (port modes
-//! without a selector, an empty `portLevelMtls`, port 0, `*` or an empty name in a selector). `status` and
-//! the parts of `metadata` that the Kubernetes API server fills in are accepted and not read, so that
-//! exported objects work as they are.
+//! Refused are unknown fields and what Istio's own validation refuses: port modes without a selector, an empty
+//! `portLevelMtls`, port 0.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    path::Path,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
-use super::{Mode, Policies, Selecting, Setting};
-use crate::yaml::{self, Entry, Fields, Mistakes, Value};
+use super::{Mode, Setting};
+use crate::yaml::{Entry, Fields, Value};
 
-const FIELDS: [&str; 5] = ["apiVersion", "kind", "metadata", "spec", "status"];
-const METADATA_FIELDS: [&str; 15] = [
-    "name",
-    "namespace",
-    "annotations",
-    "creationTimestamp",
-    "deletionGracePeriodSeconds",
-    "deletionTimestamp",
-    "finalizers",
-    "generateName",
-    "generation",
-    "labels",
-    "managedFields",
-    "ownerReferences",
-    "resourceVersion",
-    "selfLink",
-    "uid",
-];
 const SPEC_FIELDS: [&str; 3] = ["selector", "mtls", "portLevelMtls"];
-const VERSIONS: [(&str, ()); 2] = [("security.istio.io/v1", ()), ("security.istio.io/v1beta1", ())];
 const MODES: [(&str, Setting); 4] = [
     ("UNSET", Setting::Inherit),
     ("DISABLE", Setting::Set(Mode::Disable)),
@@ -41,126 +17,40 @@ const MODES: [(&str, Setting); 4] = [
 ];
 
 /// One PeerAuthentication.
-struct Policy<'a> {
-    namespace: &'a str,
-    labels: BTreeMap<String, String>,
-    mode: Setting,
-    ports: BTreeMap<u16, Setting>,
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct PeerAuthentication {
+    pub(super) namespace: Arc<str>,
+    /// Labels a workload must have; none selects the whole namespace.
+    pub(super) labels: BTreeMap<String, String>,
+    pub(super) mode: Setting,
+    pub(super) ports: BTreeMap<u16, Setting>,
 }
 
-pub(super) fn parse(text: &str, file: &Path, root_namespace: &str) -> Result<Policies, Mistakes> {
-    yaml::decode_documents(text, file, |documents| {
-        let mut lines = HashMap::new();
-        // Not collected to an `Option`: that would stop at the first mistake. Empty documents are what a
-        // closing `---` leaves.
-        let filled = documents.iter().filter(|document| !document.is_null());
-        let policies: Vec<_> = filled.map(|document| policy(document, &mut lines)).collect();
-        let policies: Option<Vec<_>> = policies.into_iter().collect();
-        Some(collect(policies?, root_namespace))
-    })
-}
-
-/// Sorts policies by scope; within one scope the first wins.
-fn collect(policies: Vec<Policy<'_>>, root_namespace: &str) -> Policies {
-    let mut mesh = None;
-    let mut collected = Policies::default();
-    for Policy { namespace, labels, mode, ports } in policies {
-        if !labels.is_empty() {
-            let list = collected.selecting.entry(namespace.into()).or_default();
-            list.push(Selecting { labels, mode, ports });
-        } else if namespace == root_namespace {
-            mesh.get_or_insert(mode);
-        } else {
-            collected.namespaces.entry(namespace.into()).or_insert(mode);
-        }
+impl PeerAuthentication {
+    /// What one that cannot be read counts as.
+    pub(super) fn strict(namespace: &str, labels: BTreeMap<String, String>) -> Self {
+        let mode = Setting::Set(Mode::Strict);
+        Self { namespace: namespace.into(), labels, mode, ports: BTreeMap::new() }
     }
-    collected.mesh = mesh.unwrap_or_default();
-    collected
 }
 
-fn policy<'a>(document: &Value<'a>, lines: &mut HashMap<(&'a str, &'a str), usize>) -> Option<Policy<'a>> {
-    // The kind goes first: the fields of another kind would only be a list of unknown ones.
-    if let Some(kind) = document.peek("kind").filter(|kind| !kind.is_null()) {
-        supported(&kind)?;
-    }
-    let mut fields = document.fields(&FIELDS)?;
-    let version = fields.required("apiVersion", "security.istio.io/v1");
-    let version = version.and_then(|value| value.choice(&VERSIONS));
-    let kind = fields.required("kind", "PeerAuthentication");
-    let metadata = fields.required("metadata", "{name: default, namespace: <namespace>}");
-    let name = metadata.and_then(|value| name(&value, document, lines));
-    let mut spec = match fields.optional("spec") {
+/// What its `spec` says about modes.
+pub(super) struct Read {
+    pub(super) mode: Setting,
+    pub(super) ports: BTreeMap<u16, Setting>,
+}
+
+/// Reads `spec`; `labels` are those of its selector, `None` when they are wrong.
+pub(super) fn spec(spec: Option<&Value<'_>>, labels: Option<&BTreeMap<String, String>>) -> Option<Read> {
+    let mut fields = match spec {
         Some(value) => Some(value.fields(&SPEC_FIELDS)?),
         None => None,
     };
-    let selector = spec.as_mut().and_then(|spec| spec.optional("selector"));
-    let labels = selector.map_or(Some(BTreeMap::new()), |value| selector_labels(&value));
-    let mode = spec.as_mut().map_or(Some(Setting::Inherit), mode);
-    let ports = spec.as_mut().and_then(|spec| spec.optional("portLevelMtls"));
-    let selects = labels.as_ref().is_none_or(|labels| !labels.is_empty());
+    let mode = fields.as_mut().map_or(Some(Setting::Inherit), mode);
+    let ports = fields.as_mut().and_then(|fields| fields.optional("portLevelMtls"));
+    let selects = labels.is_none_or(|labels| !labels.is_empty());
     let ports = ports.map_or(Some(BTreeMap::new()), |value| port_modes(&value, selects));
-    let (((), _), (_, namespace)) = (version.zip(kind)?, name?);
-    Some(Policy { namespace, labels: labels?, mode: mode?, ports: ports? })
-}
-
-/// `Some` for the one kind there is.
-fn supported(kind: &Value<'_>) -> Option<()> {
-    match kind.text()? {
-        "PeerAuthentication" => return Some(()),
-        "AuthorizationPolicy" => kind.refuse(
-            "AuthorizationPolicy is not supported yet: remove it, since skipping it would let through what it denies",
-        ),
-        "RequestAuthentication" => kind.refuse(
-            "RequestAuthentication is not supported, it needs HTTP: remove it, since skipping it would let through what it denies",
-        ),
-        "List" => kind.refuse("List is not supported: write each object as a document of its own, with `---` between"),
-        other => kind.refuse(format_args!(
-            "{other:?} is not supported here: remove it, the only kind is PeerAuthentication of security.istio.io/v1"
-        )),
-    }
-    None
-}
-
-/// Name and namespace, unique in the file.
-fn name<'a>(
-    metadata: &Value<'a>,
-    document: &Value<'_>,
-    lines: &mut HashMap<(&'a str, &'a str), usize>,
-) -> Option<(&'a str, &'a str)> {
-    let mut fields = metadata.fields(&METADATA_FIELDS)?;
-    let name = fields.required("name", "the policy's name").and_then(|value| value.name());
-    let namespace =
-        fields.required("namespace", "the namespace it holds in; the root namespace for the whole mesh");
-    let namespace = namespace.and_then(|value| value.name());
-    let (name, namespace) = (name?, namespace?);
-    if let Some(line) = lines.insert((name, namespace), document.line()) {
-        document.refuse(format_args!(
-            "PeerAuthentication {namespace}/{name} is already in line {line}: remove one"
-        ));
-    }
-    Some((name, namespace))
-}
-
-/// The labels a workload must have; none when the policy holds for the whole namespace.
-fn selector_labels(selector: &Value<'_>) -> Option<BTreeMap<String, String>> {
-    let Some(labels) = selector.fields(&["matchLabels"])?.optional("matchLabels") else {
-        return Some(BTreeMap::new());
-    };
-    let labels: Vec<_> = labels.entries()?.into_iter().map(selector_label).collect();
-    labels.into_iter().collect()
-}
-
-fn selector_label(Entry { name, value, .. }: Entry<'_>) -> Option<(String, String)> {
-    let text = value.text_or_empty()?;
-    if name.is_empty() {
-        value.refuse("the label has no name: write one");
-        return None;
-    }
-    if name.contains('*') || text.contains('*') {
-        value.refuse("`*` is not supported in a selector: write the label and its value out");
-        return None;
-    }
-    Some((name.to_owned(), text.to_owned()))
+    Some(Read { mode: mode?, ports: ports? })
 }
 
 /// `mtls: {mode: <mode>}` of a spec or a port.

@@ -4,7 +4,7 @@ use super::*;
 
 const MODES: [Option<Mode>; 4] = [None, Some(Mode::Disable), Some(Mode::Permissive), Some(Mode::Strict)];
 
-fn workload(namespace: &str, labels: &[(&str, &str)]) -> Workload {
+pub(in crate::policy) fn workload(namespace: &str, labels: &[(&str, &str)]) -> Workload {
     let trust_domain = crate::identity::TrustDomain::parse("cluster.local").expect("valid");
     Workload {
         name: "web".into(),
@@ -18,6 +18,10 @@ fn workload(namespace: &str, labels: &[(&str, &str)]) -> Workload {
         egress: None,
         udp: None,
     }
+}
+
+pub(in crate::policy) fn modes(everywhere: Mode) -> Modes {
+    Modes { default: everywhere, ports: BTreeMap::new() }
 }
 
 fn word(mode: Option<Mode>) -> &'static str {
@@ -169,13 +173,19 @@ fn plaintext_is_denied_in_strict_and_nothing_else_is() {
             (Source::Tunnel(&id), Verdict::Allow),
             (Source::SameNode(&id), Verdict::Allow),
             (Source::Node, Verdict::Allow),
-            (Source::Plaintext, plaintext),
+            (Source::Plaintext, plaintext.clone()),
         ] {
-            let everywhere = Modes { default: mode, ports: BTreeMap::new() };
-            assert_eq!(decide(&everywhere, 80, &source), expected, "{mode:?} {source:?}");
+            let asked = Flow {
+                source,
+                client: "10.77.1.9".parse().expect("an address"),
+                destination: "10.77.2.2:80".parse().expect("an address"),
+            };
+            let none = Authorization::default();
+            assert_eq!(decide(&modes(mode), &none, &asked), expected, "{mode:?} {source:?}");
             for other in MODES.into_iter().flatten() {
                 let port = Modes { default: other, ports: BTreeMap::from([(80, mode)]) };
-                assert_eq!(decide(&port, 80, &source), expected, "{mode:?} on the port, {other:?} elsewhere");
+                let met = decide(&port, &none, &asked);
+                assert_eq!(met, expected, "{mode:?} on the port, {other:?} elsewhere");
             }
         }
     }

@@ -1,16 +1,19 @@
-//! The agent's two doors for its operator: the metrics port (plain HTTP on the node's loopback) and the
+//! The two doors for an operator (the authority has the first alone): the metrics port (plain HTTP on the node's loopback) and the
 //! operator's socket (HTTP on a Unix socket that only root can open).
 //!
 //! | door | request | answer |
 //! |---|---|---|
 //! | port | `GET /metrics` | all metrics, `OpenMetrics` text |
+//! | port | `GET /healthz/live` | 200 for as long as requests are answered at all |
 //! | port | `GET /healthz/ready` | 200, or 503 with the reasons, one a line |
 //! | socket | `GET /status` | the status as JSON |
+//! | socket | `GET /policy/explain?from=..&to=..&port=..` | an `Explanation` as JSON, or 400 with what is wrong |
 //!
 //! Nothing here changes the agent. A connection carries one request and has a deadline; few are served at a
 //! time, the rest wait in the kernel's queue. On shutdown answers under way are cut off: they are only
 //! observations.
 
+mod explain;
 mod socket;
 
 use std::{convert::Infallible, future::Future, io, sync::Arc, time::Duration};
@@ -18,7 +21,7 @@ use std::{convert::Infallible, future::Future, io, sync::Arc, time::Duration};
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
-    Method, Request, Response, StatusCode,
+    Method, Request, Response, StatusCode, Uri,
     body::Incoming,
     header::{ALLOW, CONTENT_TYPE, HeaderValue},
     server::conn::http1,
@@ -32,9 +35,10 @@ use tokio::{
     time,
 };
 
+pub use explain::{ExplainSource, fetch_explanation};
 pub use socket::{BindError, FetchError, bind_operator, fetch_status};
 
-use super::{Telemetry, metrics, status::Status};
+use super::{Telemetry, authority::AuthorityStatus, metrics, status::Status};
 
 /// Connections served at once, for each door; two scrapers, a probe and a few people.
 const CONNECTIONS_MAX: usize = 16;
@@ -55,9 +59,33 @@ pub async fn serve_metrics(
     telemetry: Telemetry,
     shutdown: impl Future<Output = ()> + Send,
 ) {
-    let routes = move |path: &str| match path {
+    let routes = move |uri: &Uri| match uri.path() {
         "/metrics" => Some(metrics_answer(&telemetry, source())),
+        "/healthz/live" => Some(plain(StatusCode::OK, "alive\n")),
         "/healthz/ready" => Some(ready_answer(&source())),
+        _ => None,
+    };
+    serve(listener, Arc::new(routes), shutdown).await;
+}
+
+/// Makes the status of the authority as of now. Called for every request; must not block.
+pub type AuthoritySource = Arc<dyn Fn() -> AuthorityStatus + Send + Sync>;
+
+/// Serves metrics and readiness of the authority until `shutdown` completes.
+pub async fn serve_authority(
+    listener: TcpListener,
+    source: AuthoritySource,
+    shutdown: impl Future<Output = ()> + Send,
+) {
+    let routes = move |uri: &Uri| match uri.path() {
+        "/metrics" => Some(match metrics::authority::text(source()) {
+            Ok(text) => answer(StatusCode::OK, metrics::CONTENT_TYPE, text),
+            Err(fmt_error) => failure(&fmt_error),
+        }),
+        "/healthz/ready" => Some(match source().unready() {
+            None => plain(StatusCode::OK, "ready\n"),
+            Some(reason) => plain(StatusCode::SERVICE_UNAVAILABLE, reason + "\n"),
+        }),
         _ => None,
     };
     serve(listener, Arc::new(routes), shutdown).await;
@@ -67,9 +95,14 @@ pub async fn serve_metrics(
 pub async fn serve_operator(
     listener: UnixListener,
     source: StatusSource,
+    explain: ExplainSource,
     shutdown: impl Future<Output = ()> + Send,
 ) {
-    let routes = move |path: &str| (path == "/status").then(|| status_answer(&source()));
+    let routes = move |uri: &Uri| match uri.path() {
+        "/status" => Some(status_answer(&source())),
+        explain::PATH => Some(explain::answer(uri.query().unwrap_or_default(), &*explain)),
+        _ => None,
+    };
     serve(listener, Arc::new(routes), shutdown).await;
 }
 
@@ -98,8 +131,8 @@ fn status_answer(status: &Status) -> Answer {
 
 type Answer = Response<Full<Bytes>>;
 
-/// The answer to a path; `None` when there is none.
-type Routes = dyn Fn(&str) -> Option<Answer> + Send + Sync;
+/// The answer to a request for this; `None` when there is none.
+type Routes = dyn Fn(&Uri) -> Option<Answer> + Send + Sync;
 
 fn answer(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Answer {
     let mut answer = Response::new(Full::new(body.into()));
@@ -124,7 +157,7 @@ fn route(request: &Request<Incoming>, routes: &Routes) -> Answer {
         refused.headers_mut().insert(ALLOW, HeaderValue::from_static("GET"));
         return refused;
     }
-    routes(request.uri().path()).unwrap_or_else(|| plain(StatusCode::NOT_FOUND, "no such path\n"))
+    routes(request.uri()).unwrap_or_else(|| plain(StatusCode::NOT_FOUND, "no such path\n"))
 }
 
 /// What connections come from: the two kinds of listener.

@@ -1,4 +1,4 @@
-//! Every metric the agent exposes: name, unit, help and labels, and how the exposition is written.
+//! Every metric the agent exposes (those of the authority are in `authority`): name, unit, help and labels, and how the exposition is written.
 //!
 //! The flow metrics are Istio's TCP metrics with the label set of ztunnel, so dashboards made for Istio work.
 //! Mind their direction: Istio counts as *received* what the source sends and as *sent* what the destination
@@ -6,6 +6,8 @@
 //! never kept twice.
 //!
 //! Names are given without the suffix the format adds: the unit, then `_total` for counters and `_info`.
+
+pub(super) mod authority;
 
 use std::{fmt, fmt::Write};
 
@@ -108,6 +110,20 @@ static REFUSED: Metric = Metric {
     labels: &["reporter", "reason"],
     help: "Connections this agent refused.",
 };
+static REVOKED: Metric = Metric {
+    name: "tacit_connections_revoked",
+    unit: None,
+    kind: MetricType::Counter,
+    labels: &["reporter", "reason"],
+    help: "Open connections this agent closed because policy no longer allowed them.",
+};
+static AUDITED: Metric = Metric {
+    name: "tacit_connections_audited",
+    unit: None,
+    kind: MetricType::Counter,
+    labels: &["reporter"],
+    help: "Matches of connections with AUDIT policies and policies of a dry run.",
+};
 static BUILD: Metric = Metric {
     name: "tacit_build",
     unit: None,
@@ -150,6 +166,27 @@ static CERTIFICATE_FAILURES: Metric = Metric {
     labels: &["identity"],
     help: "Renewals that failed.",
 };
+static CERTIFICATES_OVERDUE: Metric = Metric {
+    name: "tacit_certificates_overdue",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &[],
+    help: "Certificates past half of their life that could not be renewed yet; in use until they expire.",
+};
+static ISSUER_ANSWERED: Metric = Metric {
+    name: "tacit_issuer_last_answer_timestamp",
+    unit: Some(Unit::Seconds),
+    kind: MetricType::Gauge,
+    labels: &[],
+    help: "When the authority last answered, since 1970.",
+};
+static ISSUER_SKEW: Metric = Metric {
+    name: "tacit_issuer_clock_skew",
+    unit: Some(Unit::Seconds),
+    kind: MetricType::Gauge,
+    labels: &["clock"],
+    help: "How far this node's clock is ahead of the authority's, or behind it; certificates allow 60 s.",
+};
 static KERNEL_VERDICTS: Metric = Metric {
     name: "tacit_kernel_verdicts",
     unit: None,
@@ -178,6 +215,13 @@ static POOL_IDLE: Metric = Metric {
     labels: &[],
     help: "Tunnel sessions kept for reuse.",
 };
+static STALE: Metric = Metric {
+    name: "tacit_config_stale",
+    unit: Some(Unit::Seconds),
+    kind: MetricType::Gauge,
+    labels: &["source"],
+    help: "For how long the content in force may be outdated; 0 when it is not.",
+};
 static RELOADS: Metric = Metric {
     name: "tacit_config_reloads",
     unit: None,
@@ -193,6 +237,8 @@ pub(super) struct Exposition {
     /// Flows counted with unknown ends because the table of series was full.
     pub(super) overflowed: u64,
     pub(super) refusals: Vec<((Reporter, &'static str), u64)>,
+    pub(super) revocations: Vec<((Reporter, &'static str), u64)>,
+    pub(super) audits: Vec<((Reporter, &'static str), u64)>,
     pub(super) status: Status,
 }
 
@@ -226,11 +272,15 @@ impl Exposition {
         writer.family(&RECEIVED, by_pair(|series| series.sent_bytes))?;
         writer.family(&SENT, by_pair(|series| series.received_bytes))?;
         writer.single(&SERIES_OVERFLOWED, self.overflowed)?;
-        let refused = self.refusals.iter();
-        writer.family(
-            &REFUSED,
-            refused.map(|((by, reason), count)| ([by.label(), *reason].map(Value::Text), *count)),
-        )
+        for (metric, totals) in [(&REFUSED, &self.refusals), (&REVOKED, &self.revocations)] {
+            let totals = totals.iter();
+            writer.family(
+                metric,
+                totals.map(|((by, reason), count)| ([by.label(), *reason].map(Value::Text), *count)),
+            )?;
+        }
+        let audited = self.audits.iter();
+        writer.family(&AUDITED, audited.map(|((by, _), count)| ([Value::Text(by.label())], *count)))
     }
 
     fn agent(&self, writer: &mut Writer<'_>) -> fmt::Result {
@@ -238,7 +288,8 @@ impl Exposition {
         writer.family(&BUILD, [([Value::Text(&status.version)], 1)])?;
         let enrolled = status.pods.iter().filter(|pod| pod.state == PodState::Enrolled).count();
         writer.single(&PODS_ENROLLED, enrolled as u64)?;
-        writer.single(&PODS_WAITING, (status.pods.len() - enrolled) as u64)?;
+        let waiting = status.pods.iter().filter(|pod| matches!(pod.state, PodState::Waiting(_))).count();
+        writer.single(&PODS_WAITING, waiting as u64)?;
         writer.single(&FLOWS_LIVE, status.flows.live)?;
         writer.single(&POOL_IDLE, status.pool.idle_sessions)?;
         writer.single(&RESETS_AT_ENROLMENT, status.guard.resets_at_enrolment)?;
@@ -251,7 +302,16 @@ impl Exposition {
         writer.family(&CERTIFICATE_EXPIRY, all().map(|(id, held)| (id, held.not_after.unix_seconds())))?;
         let renewed = all().filter_map(|(id, held)| Some((id, held.last_renewal?.unix_seconds())));
         writer.family(&CERTIFICATE_RENEWED, renewed)?;
-        writer.family(&CERTIFICATE_FAILURES, all().map(|(id, held)| (id, held.renewal_failures)))
+        writer.family(&CERTIFICATE_FAILURES, all().map(|(id, held)| (id, held.renewal_failures)))?;
+        let overdue = all().filter(|(_, held)| held.renewal_failures > 0).count();
+        writer.single(&CERTIFICATES_OVERDUE, overdue as u64)?;
+        let issuer = &self.status.issuer;
+        writer.family(&ISSUER_ANSWERED, issuer.last_answer.map(|at| ([], at.unix_seconds())))?;
+        let skew = |clock, sign: i64| {
+            let millis = issuer.clock_ahead_ms.map(|ahead| u64::try_from(ahead * sign).unwrap_or(0));
+            millis.map(|millis| ([Value::Text(clock)], millis.div_ceil(1000)))
+        };
+        writer.family(&ISSUER_SKEW, skew("ahead", 1).into_iter().chain(skew("behind", -1)))
     }
 
     fn configuration(&self, writer: &mut Writer<'_>) -> fmt::Result {
@@ -259,7 +319,9 @@ impl Exposition {
             let labels = |result| [source.kind.label(), result].map(Value::Text);
             [(labels("loaded"), source.loads), (labels("refused"), source.refusals)]
         });
-        writer.family(&RELOADS, reloads)
+        writer.family(&RELOADS, reloads)?;
+        let ages = self.status.sources.iter();
+        writer.family(&STALE, ages.map(|source| ([Value::Text(source.kind.label())], source.stale_seconds)))
     }
 }
 

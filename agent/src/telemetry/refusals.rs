@@ -1,5 +1,5 @@
-//! Refused connections: each is counted by reason; each is logged with who and why, unless that reason floods
-//! the log.
+//! Refused connections, and those that a changed policy ended or an AUDIT policy watches: each is counted by reason;
+//! each is logged with who and why, unless that reason floods the log.
 //!
 //! A peer can provoke refusals as fast as it can connect. So each reason has a bucket of tokens; a refusal
 //! that finds it empty is only counted, and the next line of that reason says how many were left out.
@@ -37,7 +37,18 @@ pub struct Refusal {
     pub detail: String,
 }
 
-/// All refusals. Bounded by the reasons, which are literals of this program.
+/// What happened to a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum What {
+    /// It was not let through.
+    Refused,
+    /// It was, and policy no longer allows it.
+    Revoked,
+    /// A policy asked to be told of it; its fate is another's to tell.
+    Audited,
+}
+
+/// All connections of one [`What`]. Bounded by the reasons, which are literals of this program.
 #[derive(Debug, Default)]
 pub(super) struct Refusals(Mutex<Inner>);
 
@@ -48,13 +59,13 @@ struct Inner {
 }
 
 impl Refusals {
-    pub(super) fn record(&self, refusal: &Refusal, now: Instant) {
+    pub(super) fn record(&self, what: What, refusal: &Refusal, now: Instant) {
         let mut inner = self.lock();
         *inner.counts.entry((refusal.reporter, refusal.reason)).or_default() += 1;
         let line = inner.lines.entry(refusal.reason).or_insert_with(|| Bucket::full(now)).take(now);
         drop(inner);
         if let Line::Write { suppressed } = line {
-            write(refusal, suppressed);
+            write(what, refusal, suppressed);
         }
     }
 
@@ -69,26 +80,36 @@ impl Refusals {
     }
 }
 
-fn write(refusal: &Refusal, suppressed: u64) {
+fn write(what: What, refusal: &Refusal, suppressed: u64) {
     let (src, dst) = (&refusal.source, &refusal.destination);
-    tracing::event!(
-        parent: None,
-        Level::WARN,
-        reason = refusal.reason,
-        src.addr = %src.address,
-        src.workload = access_log::workload(src),
-        src.namespace = access_log::namespace(src),
-        src.identity = access_log::identity(src),
-        dst.addr = %dst.address,
-        dst.workload = access_log::workload(dst),
-        dst.namespace = access_log::namespace(dst),
-        dst.identity = access_log::identity(dst),
-        direction = refusal.reporter.direction(),
-        detail = %refusal.detail,
-        // Refusals of this reason, since the last such line, that were counted but not logged.
-        suppressed,
-        "connection refused"
-    );
+    // The level must be known when this is compiled.
+    macro_rules! line {
+        ($level:expr, $message:literal) => {
+            tracing::event!(
+                parent: None,
+                $level,
+                reason = refusal.reason,
+                src.addr = %src.address,
+                src.workload = access_log::workload(src),
+                src.namespace = access_log::namespace(src),
+                src.identity = access_log::identity(src),
+                dst.addr = %dst.address,
+                dst.workload = access_log::workload(dst),
+                dst.namespace = access_log::namespace(dst),
+                dst.identity = access_log::identity(dst),
+                direction = refusal.reporter.direction(),
+                detail = %refusal.detail,
+                // Others of this reason, since the last such line, that were counted but not logged.
+                suppressed,
+                $message
+            )
+        };
+    }
+    match what {
+        What::Refused => line!(Level::WARN, "connection refused"),
+        What::Revoked => line!(Level::WARN, "connection closed: policy no longer allows it"),
+        What::Audited => line!(Level::INFO, "connection audited"),
+    }
 }
 
 /// Whether a refusal is logged.
@@ -175,7 +196,7 @@ mod tests {
         let now = Instant::now();
         for reporter in [Reporter::Source, Reporter::Source, Reporter::Destination] {
             for _ in 0..50 {
-                refusals.record(&refusal(reporter), now);
+                refusals.record(What::Refused, &refusal(reporter), now);
             }
         }
         let expected = [((Reporter::Source, "plaintext"), 100), ((Reporter::Destination, "plaintext"), 50)];

@@ -48,6 +48,9 @@ pub struct Status {
     /// What the guard did beside counting verdicts.
     #[serde(default)]
     pub guard: GuardStatus,
+    /// Who signs certificates.
+    #[serde(default)]
+    pub issuer: IssuerStatus,
     /// The certificates held.
     pub certificates: Vec<CertificateStatus>,
     /// Where configuration comes from.
@@ -68,6 +71,17 @@ impl Status {
             state => vec![format!("agent is {state}")],
         }
     }
+}
+
+/// Who signs certificates.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct IssuerStatus {
+    /// `embedded` for the agent itself, else the address of the authority.
+    pub address: String,
+    /// When the authority last answered, a refusal too.
+    pub last_answer: Option<Timestamp>,
+    /// How far this node's clock is ahead of the authority's; below 0 when behind, absent when never measured.
+    pub clock_ahead_ms: Option<i64>,
 }
 
 /// Whether the agent takes new flows.
@@ -109,6 +123,9 @@ pub struct PodStatus {
     pub mode: String,
     /// The mode of ports that say otherwise.
     pub port_modes: BTreeMap<u16, String>,
+    /// Authorization policies that select it, as `namespace/name`.
+    #[serde(default)]
+    pub policies: Vec<String>,
     /// What it may send in clear into the mesh: `nothing`, `udp`, `all but udp` or `everything`.
     #[serde(default)]
     pub in_clear: String,
@@ -129,6 +146,8 @@ pub enum PodState {
     Enrolled,
     /// Not yet, for this reason.
     Waiting(String),
+    /// Never, for this reason.
+    LeftAlone(String),
 }
 
 /// One kernel program.
@@ -215,6 +234,9 @@ pub struct SourceStatus {
     pub refusals: u64,
     /// Why the last content was refused, `None` when it was taken.
     pub last_error: Option<String>,
+    /// For how long what is in force may be outdated; 0 when it is not.
+    #[serde(default)]
+    pub stale_seconds: u64,
 }
 
 /// What a source of configuration holds.

@@ -66,7 +66,7 @@ pub(super) fn seen(text: &str) -> impl fmt::Display {
 }
 
 /// Whether `text` is a Kubernetes object name.
-pub(super) fn is_object_name(text: &str) -> bool {
+pub(crate) fn is_object_name(text: &str) -> bool {
     let edge = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
     let bytes = text.as_bytes();
     let clean = bytes.iter().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-'));

@@ -3,7 +3,7 @@
 //! Facts are asked for in order of cost, and only as far as needed: a connection outside the mesh costs one lookup of
 //! its pod and one of its destination.
 
-use crate::{Address, Listener, Mode, Pod, Reason, Steered, pod_flag, tcp_port};
+use crate::{Address, Listener, Mode, Pod, Reason, Steered, pod_flag, steer_flag, tcp_port};
 
 /// What the connect hook can look up.
 pub trait ConnectFacts {
@@ -116,6 +116,9 @@ pub enum Steer {
 }
 
 /// Decides where an inbound connection goes.
+///
+/// Plaintext that a mode takes goes straight to the application, unless authorization policies select the pod: then it
+/// is the agent's to judge, and without the agent it is refused.
 #[inline(always)]
 pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
     // What the pod says to itself, and what the agent says to its applications, which it dials from loopback addresses.
@@ -143,6 +146,9 @@ pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
     let mode = facts.port_mode(steered.slot, flow.port).unwrap_or(steered.mode);
     match Mode::from_raw(mode) {
         Mode::Strict => agent(facts, steered, Listener::Plaintext, Reason::InboundRefused),
+        Mode::Permissive | Mode::Disable if steered.has(steer_flag::JUDGED) => {
+            agent(facts, steered, Listener::Plaintext, Reason::InboundJudged)
+        }
         Mode::Permissive => Steer::Pass(Reason::InboundPermitted),
         Mode::Disable => Steer::Pass(Reason::InboundDisabled),
     }
@@ -302,7 +308,7 @@ mod tests {
 
     fn known(mode: Mode, port_mode: Option<Mode>) -> In {
         In {
-            steered: Some(Steered { slot: 3, mode: mode as u32 }),
+            steered: Some(Steered { slot: 3, mode: mode as u32, ..Steered::default() }),
             port_mode: port_mode.map(|m| m as u32),
             node: false,
             mesh: true,
@@ -333,8 +339,33 @@ mod tests {
     }
 
     #[test]
+    fn plaintext_to_a_judged_pod_goes_to_the_agent_or_nowhere() {
+        use Mode::{Disable, Permissive, Strict};
+        let judged = |mode, port_mode, stale| {
+            let steered = Steered { slot: 3, mode: mode as u32, flags: steer_flag::JUDGED, pad: 0 };
+            In { steered: Some(steered), stale, ..known(mode, port_mode) }
+        };
+        let to_agent = |reason| Steer::Agent(3, Listener::Plaintext, reason);
+        let table = [
+            (Permissive, None, Reason::InboundJudged),
+            (Disable, None, Reason::InboundJudged),
+            (Strict, Some(Permissive), Reason::InboundJudged),
+            (Permissive, Some(Strict), Reason::InboundRefused),
+            (Strict, None, Reason::InboundRefused),
+        ];
+        for (mode, port_mode, reason) in table {
+            assert_eq!(decide_inbound(&judged(mode, port_mode, false), &to(80)), to_agent(reason));
+            let dead = decide_inbound(&judged(mode, port_mode, true), &to(80));
+            assert_eq!(dead, Steer::Drop(Reason::InboundStale), "{mode:?} {port_mode:?}");
+        }
+        let probe = In { node: true, ..judged(Permissive, None, true) };
+        assert_eq!(decide_inbound(&probe, &to(80)), Steer::Pass(Reason::InboundNode));
+    }
+
+    #[test]
     fn an_unknown_mode_is_read_as_strict() {
-        let facts = In { steered: Some(Steered { slot: 3, mode: 99 }), ..known(Mode::Disable, None) };
+        let steered = Some(Steered { slot: 3, mode: 99, ..Steered::default() });
+        let facts = In { steered, ..known(Mode::Disable, None) };
         assert_eq!(decide_inbound(&facts, &to(80)), REFUSED);
         let facts = In { port_mode: Some(0), ..known(Mode::Disable, None) };
         assert_eq!(decide_inbound(&facts, &to(80)), REFUSED);

@@ -3,7 +3,7 @@
 use crate::Address;
 
 /// Raised with every change to a map's layout or meaning. Pinned maps of another version are not adopted.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// TCP ports of the data path, reserved in every enrolled pod.
 pub mod tcp_port {
@@ -172,6 +172,25 @@ pub struct Steered {
     pub slot: u32,
     /// [`Mode`] of ports without an own entry.
     pub mode: u32,
+    /// Bits of [`steer_flag`].
+    pub flags: u32,
+    /// Explicit padding, zero.
+    pub pad: u32,
+}
+
+impl Steered {
+    /// Is this bit of [`steer_flag`] set?
+    #[inline(always)]
+    #[must_use]
+    pub const fn has(&self, flag: u32) -> bool {
+        self.flags & flag != 0
+    }
+}
+
+/// What holds for plaintext that arrives at one pod.
+pub mod steer_flag {
+    /// Authorization policies select the pod: the agent decides on plaintext that its mode would let through.
+    pub const JUDGED: u32 = 1;
 }
 
 /// Key of a port's own mode.
@@ -215,7 +234,7 @@ impl Mode {
 pub enum Listener {
     /// Takes connections to the tunnel port.
     Tunnel = 0,
-    /// Takes plaintext that needs the agent's look (STRICT: to refuse it by name).
+    /// Takes plaintext that needs the agent's look (STRICT: to refuse it by name; authorization policies: to judge it).
     Plaintext = 1,
 }
 
@@ -294,7 +313,7 @@ const _: () = {
     assert!(size_of::<Pod>() == 56);
     assert!(size_of::<ClearKey>() == 24);
     assert!(size_of::<DropKey>() == 32);
-    assert!(size_of::<Steered>() == 8);
+    assert!(size_of::<Steered>() == 16);
     assert!(size_of::<PortKey>() == 8);
     assert!(size_of::<Tuple>() == 48);
     assert!(size_of::<Destination>() == 24);

@@ -18,6 +18,7 @@ pub use decide::{Connect, ConnectFacts, Inbound, InboundFacts, Steer, decide_con
 pub use guard::{GuardFacts, Packet, Seen, Verdict, decide_egress, decide_ingress, protocol};
 pub use layout::{
     ABI_VERSION, ClearKey, Destination, DropKey, LISTENERS_PER_POD, Listener, MeshKey, Mode, Names, Pod,
-    PortKey, Settings, State, Steered, Tuple, limits, listener_index, names_kind, pod_flag, tcp_port,
+    PortKey, Settings, State, Steered, Tuple, limits, listener_index, names_kind, pod_flag, steer_flag,
+    tcp_port,
 };
 pub use reason::{REASONS, Reason, ReasonText};

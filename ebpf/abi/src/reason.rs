@@ -63,6 +63,7 @@ reasons! {
     GuardInboundTcp, "guard_inbound_tcp", "TCP in clear from the mesh to a strict port: dropped";
     GuardInboundUdp, "guard_inbound_udp", "UDP in clear from the mesh to a strict pod: dropped";
     GuardInboundOther, "guard_inbound_other", "another IP protocol in clear from the mesh to a strict pod: dropped";
+    InboundJudged, "inbound_to_judge", "inbound plaintext to a pod that authorization policies select: to the agent, which lets it through or resets it";
 }
 
 #[cfg(test)]

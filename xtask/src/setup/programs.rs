@@ -37,6 +37,22 @@ const VM_PROGRAMS: [(&str, &str); 9] = [
     ("dash", "dash"),
 ];
 
+/// What a cluster needs beside Kubernetes, which is built.
+const KUBE_PROGRAMS: [(&str, &str); 12] = [
+    ("iptables", "iptables"),
+    ("conntrack", "conntrack"),
+    ("bpftool", "bpftool"),
+    ("openssl", "openssl"),
+    ("patch", "patch"),
+    ("xz", "xz-utils"),
+    ("tcpdump", "tcpdump"),
+    ("curl", "curl"),
+    ("ip", "iproute2"),
+    ("nsenter", "util-linux"),
+    ("awk", "mawk"),
+    ("cc", "gcc libc6-dev"),
+];
+
 /// What the bench needs beside that: real load, not our own.
 const BENCH_PROGRAMS: [(&str, &str); 3] = [("iperf3", "iperf3"), ("wrk", "wrk"), ("taskset", "util-linux")];
 
@@ -48,6 +64,11 @@ pub(super) fn ensure(apt: &mut Apt) -> Result<()> {
 /// As [`ensure`], for virtual machines.
 pub(super) fn ensure_vm(apt: &mut Apt) -> Result<()> {
     ensure_these(apt, "programs for virtual machines", &VM_PROGRAMS)
+}
+
+/// As [`ensure`], for a cluster.
+pub(super) fn ensure_kube(apt: &mut Apt) -> Result<()> {
+    ensure_these(apt, "programs for a cluster", &KUBE_PROGRAMS)
 }
 
 /// As [`ensure`], for the bench.

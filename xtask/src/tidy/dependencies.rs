@@ -12,7 +12,7 @@ struct Reserved {
     why: &'static str,
 }
 
-const RESERVED: [Reserved; 2] = [
+const RESERVED: [Reserved; 3] = [
     Reserved {
         crates: &["aya", "aya_log", "aya_obj", "libc"],
         allowed: &["kernel"],
@@ -23,13 +23,36 @@ const RESERVED: [Reserved; 2] = [
         allowed: &["tunnel/tls", "tunnel/verify", "tunnel/session", "tunnel/record", "identity", "authority"],
         why: "TLS is the business of the tunnel's TLS files, `identity` and `authority`",
     },
+    Reserved {
+        crates: &["kube", "k8s_openapi"],
+        allowed: &["directory/kubernetes", "policy/kubernetes", "identity", "authority"],
+        why: "the Kubernetes API is the business of the sources and of `authority`",
+    },
 ];
 
 /// Modules that decide and nothing else; `x` means the file x.rs and the folder x/.
-const PURE: [&str; 5] = ["policy", "yaml", "tunnel/frame", "tunnel/pool", "identity/renewal"];
+const PURE: [&str; 10] = [
+    "policy",
+    "yaml",
+    "tunnel/frame",
+    "tunnel/pool",
+    "identity/renewal",
+    "identity/istio/api",
+    "identity/istio/skew",
+    "authority/request",
+    "authority/rotation",
+    "authority/bucket",
+];
 
 /// Pure files whose folder is not.
-const PURE_FILES: [&str; 1] = ["directory.rs"];
+const PURE_FILES: [&str; 6] = [
+    "directory.rs",
+    "directory/service.rs",
+    "directory/sharded.rs",
+    "directory/kubernetes/cgroup.rs",
+    "directory/kubernetes/store.rs",
+    "directory/kubernetes/store/services.rs",
+];
 
 const IMPURE: [&str; 4] = ["tokio", "tracing", "std::time::Instant::now", "std::time::SystemTime::now"];
 
@@ -132,6 +155,15 @@ mod tests {
         }
         assert_eq!(problems("agent/src/inbound.rs", "use rustls::pki_types::CertificateDer;"), 1);
         assert_eq!(problems("agent/src/tunnel/pool.rs", "fn f() { webpki::x(); tokio_rustls::y() }"), 2);
+    }
+
+    #[test]
+    fn only_sources_and_the_authority_use_the_kubernetes_api() {
+        for allowed in ["directory/kubernetes.rs", "directory/kubernetes/follow.rs", "authority/review.rs"] {
+            assert_eq!(problems(&format!("agent/src/{allowed}"), "use kube::Client;"), 0);
+        }
+        assert_eq!(problems("agent/src/outbound.rs", "use kube::Client;"), 1);
+        assert_eq!(problems("agent/src/directory/kubernetes/store.rs", "use tokio::sync::mpsc;"), 1);
     }
 
     #[test]

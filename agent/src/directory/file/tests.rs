@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::directory::Directory;
+use crate::directory::{Affinity, Directory, Traffic};
 
 fn read(text: &str) -> Result<Directory, Mistakes> {
     let trust_domain = TrustDomain::parse("cluster.local").expect("valid");
@@ -171,6 +171,86 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
     let mut fields = FIELDS;
     fields.sort_unstable();
     assert_eq!(names, fields);
+    let service = &schema["properties"]["services"]["items"]["properties"];
+    let listed = |value: &serde_json::Value| {
+        let names = value.as_object().expect("properties").keys();
+        names.cloned().collect::<std::collections::BTreeSet<_>>()
+    };
+    let known = |names: &[&str]| names.iter().map(ToString::to_string).collect();
+    assert_eq!(listed(service), known(&services::FIELDS));
+    assert_eq!(listed(&service["ports"]["items"]["properties"]), known(&services::PORT_FIELDS));
+    assert_eq!(listed(&service["endpoints"]["items"]["properties"]), known(&services::ENDPOINT_FIELDS));
+    assert_eq!(service["sessionAffinitySeconds"]["default"], services::AFFINITY_SECONDS);
     assert_eq!(workload["properties"]["serviceAccount"]["default"], SERVICE_ACCOUNT);
     assert_eq!(workload["properties"]["tunnel"]["enum"], serde_json::json!(PROTOCOLS.map(|(name, _)| name)));
+}
+
+#[test]
+fn a_service_has_what_the_file_says_and_the_defaults() {
+    let text = "\
+workloads:
+- {name: web-1, namespace: shop, node: a, addresses: [10.77.1.2, 'fd77::2']}
+services:
+- name: web
+  namespace: shop
+  addresses: [10.96.0.1, 'fd96::1']
+  ports: [{port: 80, targetPort: http}, {port: 443, targetPort: 8443}, {port: 22}]
+  endpoints:
+  - {addresses: [10.77.1.2, 'fd77::2'], ports: {http: 8080}}
+  - {addresses: [10.77.2.2], node: b, ports: {http: 8081}}
+  - {addresses: [10.77.2.3], ready: false, ports: {http: 1}}
+- {name: db, namespace: shop, ports: [{port: 3306}], internalTrafficPolicy: Local, sessionAffinity: ClientIP, sessionAffinitySeconds: 60}
+";
+    let directory = read(text).expect("valid");
+    let web = directory.service_at("10.96.0.1".parse().expect("an address")).expect("web");
+    let usable = |port: usize| {
+        let ports = &web.ports[port];
+        let all = ports.ipv4.usable().iter().chain(ports.ipv6.usable());
+        all.map(|endpoint| format!("{} {}", endpoint.address, endpoint.node)).collect::<Vec<_>>()
+    };
+    assert_eq!(usable(0), ["10.77.1.2:8080 a", "10.77.2.2:8081 b", "[fd77::2]:8080 a"]);
+    assert_eq!(usable(1), ["10.77.1.2:8443 a", "10.77.2.2:8443 b", "[fd77::2]:8443 a"]);
+    assert_eq!(usable(2), ["10.77.1.2:22 a", "10.77.2.2:22 b", "[fd77::2]:22 a"]);
+    assert_eq!((web.traffic, web.affinity), (Traffic::Cluster, Affinity::None));
+    let db = directory.service_named("shop", "db").expect("db");
+    assert!(db.addresses.is_empty() && db.ports[0].ipv4.usable().is_empty());
+    assert_eq!((db.traffic, db.affinity), (Traffic::Local, Affinity::ClientIp(Duration::from_secs(60))));
+}
+
+#[test]
+fn all_mistakes_of_services_are_reported_together() {
+    let text = "\
+workloads:
+- {name: web-1, namespace: shop, node: a, addresses: [10.77.1.2]}
+services:
+- {name: web, namespace: shop, addresses: [10.77.1.2], ports: [{port: 80, targetPort: http}], endpoints: [{addresses: [10.77.1.2]}]}
+- {name: web, namespace: shop, addresses: [127.0.0.1], ports: []}
+- namespace: shop
+  ports: [{port: 0}, {targetPort: 70000}, {port: 81}, {port: 81}]
+  endpoints: [{addresses: [x], ready: yes, ports: {http: web}}]
+  internalTrafficPolicy: local
+  sessionAffinity: Client
+  sessionAffinitySeconds: 0
+";
+    let port = "no port: write 1 to 65535";
+    assert_eq!(
+        problems(text),
+        [
+            "line 4: services[0].addresses[0]: 10.77.1.2 is already the address of shop/web-1 (line 2): correct one".to_owned(),
+            "line 4: services[0].endpoints[0]: no port \"http\", the targetPort of 80: write ports: {http: 8080}".to_owned(),
+            "line 5: services[1].addresses[0]: \"127.0.0.1\": a loopback address, which no pod has: write the pod's own address".to_owned(),
+            "line 5: services[1]: service shop/web is already in line 4: remove one or rename it".to_owned(),
+            "line 6: services[2].name: missing: write the service's name".to_owned(),
+            format!("line 7: services[2].ports[0].port: \"0\": {port}"),
+            "line 7: services[2].ports[1].port: missing: write the port that clients ask for".to_owned(),
+            format!("line 7: services[2].ports[1].targetPort: \"70000\": {port}"),
+            "line 7: services[2].ports[3]: port 81 is already in line 7: remove one".to_owned(),
+            "line 8: services[2].endpoints[0].addresses[0]: \"x\": no IP address: write an IPv4 or IPv6 address without prefix length or port".to_owned(),
+            "line 8: services[2].endpoints[0].ready: \"yes\" is none of true, false: write one of them".to_owned(),
+            format!("line 8: services[2].endpoints[0].ports.http: \"web\": {port}"),
+            "line 9: services[2].internalTrafficPolicy: \"local\" is none of Cluster, Local: did you mean Local?".to_owned(),
+            "line 10: services[2].sessionAffinity: \"Client\" is none of None, ClientIP: did you mean ClientIP?".to_owned(),
+            "line 11: services[2].sessionAffinitySeconds: \"0\": no number of seconds: write 1 to 86400".to_owned(),
+        ]
+    );
 }

@@ -1,6 +1,12 @@
 //! What is read and what is refused of a policy file.
 
+use std::path::Path;
+
 use super::*;
+use crate::{
+    policy::{Policies, Selecting},
+    yaml::Mistakes,
+};
 
 fn read(text: &str) -> Result<Policies, Mistakes> {
     Policies::parse(text, Path::new("policy.yaml"), "istio-system")
@@ -83,7 +89,6 @@ status: {}
 #[test]
 fn other_kinds_are_refused_by_name() {
     for (kind, problem) in [
-        ("AuthorizationPolicy", "AuthorizationPolicy is not supported yet: "),
         ("RequestAuthentication", "RequestAuthentication is not supported, it needs HTTP: "),
         ("List", "List is not supported: "),
         ("peerauthentication", "\"peerauthentication\" is not supported here: "),
@@ -138,7 +143,7 @@ spec: {}
         (9, "apiVersion: missing"),
         (9, "metadata: missing"),
         (11, "is the single value \"just text\""),
-        (13, "kind: missing: write PeerAuthentication"),
+        (13, "kind: missing: write PeerAuthentication or AuthorizationPolicy"),
         (13, "metadata: missing"),
     ] {
         let begins = format!("line {line}: {part}");

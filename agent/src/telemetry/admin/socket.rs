@@ -13,8 +13,9 @@ use std::{
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty, Limited};
-use hyper::{Request, StatusCode, client::conn::http1, header::HOST};
+use hyper::{Request, StatusCode, Uri, client::conn::http1, header::HOST};
 use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -25,9 +26,9 @@ use crate::telemetry::status::Status;
 
 /// Connections the kernel keeps for us while all places are taken.
 const BACKLOG: i32 = 16;
-/// Longest wait for a status, from connecting to the last byte.
+/// Longest wait for an answer, from connecting to the last byte.
 const FETCH_MAX: Duration = Duration::from_secs(10);
-/// Largest status read, in bytes: a thousand flows and some thousand pods take a tenth of it.
+/// Largest answer read, in bytes: a thousand flows and some thousand pods take a tenth of it.
 const STATUS_MAX_BYTES: usize = 16 << 20;
 
 /// Why the operator's socket could not be made.
@@ -175,13 +176,16 @@ pub enum FetchError {
     #[error("the agent's answer broke off")]
     Broken(#[source] hyper::Error),
     /// It refused.
-    #[error("the agent answered {0} to a request for its status; it may be of another version")]
+    #[error("the agent answered {0} to a request it should know; it may be of another version")]
     Refused(StatusCode),
+    /// What was asked has no answer; the agent says why.
+    #[error("{0}")]
+    Question(String),
     /// Too long, or broken off.
-    #[error("the agent's status could not be read to its end")]
+    #[error("the agent's answer could not be read to its end")]
     Body(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// Not a status.
-    #[error("the agent's status is not understood; it may be of another version")]
+    #[error("the agent's answer is not understood; it may be of another version")]
     Format(#[source] serde_json::Error),
 }
 
@@ -190,25 +194,35 @@ pub enum FetchError {
 /// # Errors
 /// [`FetchError`]; its text says what the operator can do.
 pub async fn fetch_status(socket: &Path) -> Result<Status, FetchError> {
-    let body = time::timeout(FETCH_MAX, fetch(socket)).await.map_err(|_| FetchError::Timeout)??;
+    fetch_json(socket, Uri::from_static("/status")).await
+}
+
+/// Asks the agent behind `socket` for the JSON at `uri`.
+pub(super) async fn fetch_json<T: DeserializeOwned>(socket: &Path, uri: Uri) -> Result<T, FetchError> {
+    let body = time::timeout(FETCH_MAX, fetch(socket, uri)).await.map_err(|_| FetchError::Timeout)??;
     serde_json::from_slice(&body).map_err(FetchError::Format)
 }
 
-async fn fetch(socket: &Path) -> Result<Bytes, FetchError> {
+async fn fetch(socket: &Path, uri: Uri) -> Result<Bytes, FetchError> {
     let stream = UnixStream::connect(socket).await.map_err(|error| connect_error(socket, error))?;
     let (mut sender, connection) =
         http1::handshake(TokioIo::new(stream)).await.map_err(FetchError::Broken)?;
     let exchange = async move {
         // HTTP/1.1 wants a Host header; a Unix socket has no name to put there.
         let mut request = Request::new(Empty::<Bytes>::new());
-        *request.uri_mut() = hyper::Uri::from_static("/status");
+        *request.uri_mut() = uri;
         request.headers_mut().insert(HOST, hyper::header::HeaderValue::from_static("agent"));
         let response = sender.send_request(request).await.map_err(FetchError::Broken)?;
-        if response.status() != StatusCode::OK {
-            return Err(FetchError::Refused(response.status()));
+        let status = response.status();
+        if ![StatusCode::OK, StatusCode::BAD_REQUEST].contains(&status) {
+            return Err(FetchError::Refused(status));
         }
         let body = Limited::new(response.into_body(), STATUS_MAX_BYTES);
-        body.collect().await.map(http_body_util::Collected::to_bytes).map_err(FetchError::Body)
+        let body = body.collect().await.map_err(FetchError::Body)?.to_bytes();
+        if status == StatusCode::BAD_REQUEST {
+            return Err(FetchError::Question(String::from_utf8_lossy(&body).trim_end().to_owned()));
+        }
+        Ok(body)
     };
     // A connection that breaks shows in the exchange; its own result says nothing more.
     let (body, _) = tokio::join!(exchange, connection);

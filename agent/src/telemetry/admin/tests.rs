@@ -14,7 +14,10 @@ use tokio::{
 };
 
 use super::*;
-use crate::telemetry::status::{AgentState, tests::sample};
+use crate::{
+    policy::explain::{ExplainError, Explanation},
+    telemetry::status::{AgentState, tests::sample},
+};
 
 #[tokio::test]
 async fn metrics_are_served_with_their_content_type() {
@@ -32,6 +35,13 @@ async fn readiness_follows_the_status_and_says_why() {
     let draining = || Status { state: AgentState::Draining, ..sample() };
     let draining = get(metrics_door(draining).await, "GET /healthz/ready").await;
     assert!(draining.starts_with("HTTP/1.1 503 ") && draining.ends_with("agent is draining\n"), "{draining}");
+}
+
+#[tokio::test]
+async fn an_agent_that_is_not_ready_is_alive_all_the_same() {
+    let draining = || Status { state: AgentState::Draining, ..sample() };
+    let alive = get(metrics_door(draining).await, "GET /healthz/live").await;
+    assert!(alive.starts_with("HTTP/1.1 200 ") && alive.ends_with("alive\n"), "{alive}");
 }
 
 #[tokio::test]
@@ -62,8 +72,28 @@ async fn the_status_comes_through_the_socket() {
     let path = dir.path("run/agent.sock");
     let listener = bind_operator(&path).expect("bound");
     let (stop, stopped) = oneshot::channel::<()>();
-    let served = tokio::spawn(serve_operator(listener, Arc::new(sample), async { drop(stopped.await) }));
+    let explain: ExplainSource = Arc::new(|from, to, port| {
+        assert_eq!((from.to_string().as_str(), port), ("fd77::1", 80));
+        if to.to_string() == "shop/web" {
+            Ok(Explanation { allow: true, paths: Vec::new() })
+        } else {
+            Err(ExplainError::Unknown(to.to_string()))
+        }
+    });
+    let served =
+        tokio::spawn(serve_operator(listener, Arc::new(sample), explain, async { drop(stopped.await) }));
     assert_eq!(fetch_status(&path).await.expect("served"), sample());
+    let explanation = fetch_explanation(&path, "fd77::1", "shop/web", "80").await.expect("served");
+    assert!(explanation.allow);
+    for (to, port, part) in [
+        ("shop/db", "80", "no workload shop/db"),
+        ("web", "80", "\"web\" is neither"),
+        ("shop/a b", "80", "shop/a b has characters"),
+        ("shop/web", "0", "\"0\" is no port"),
+    ] {
+        let error = fetch_explanation(&path, "fd77::1", to, port).await.expect_err(to);
+        assert!(error.to_string().contains(part), "{error}");
+    }
     drop(stop);
     served.await.expect("stops when told");
     let error = fetch_status(&path).await.expect_err("the agent is gone");

@@ -57,8 +57,19 @@ fn what_the_status_knows_is_exposed() {
         reason: "plaintext_in_strict",
         detail: String::new(),
     });
+    let of_policy = |reporter| Refusal {
+        reporter,
+        source: party("web", "10.77.1.2:40000"),
+        destination: party("api", "10.77.2.3:80"),
+        reason: "denied_by_policy",
+        detail: String::new(),
+    };
+    telemetry.revoked(&of_policy(Reporter::Source));
+    telemetry.audited(&of_policy(Reporter::Destination));
     for line in [
         r#"tacit_connections_refused_total{reporter="destination",reason="plaintext_in_strict"} 1"#,
+        r#"tacit_connections_revoked_total{reporter="source",reason="denied_by_policy"} 1"#,
+        r#"tacit_connections_audited_total{reporter="destination"} 1"#,
         r#"tacit_build_info{version="0.1.0"} 1"#,
         "tacit_pods_enrolled 1",
         "tacit_pods_waiting 1",
@@ -70,6 +81,7 @@ fn what_the_status_knows_is_exposed() {
         r#"tacit_certificate_renewal_failures_total{identity="spiffe://cluster.local/ns/shop/sa/api"} 1"#,
         r#"tacit_config_reloads_total{source="policy",result="loaded"} 2"#,
         r#"tacit_config_reloads_total{source="policy",result="refused"} 1"#,
+        r#"tacit_config_stale_seconds{source="policy"} 61"#,
         "tacit_flow_series_overflowed_total 0",
         "# TYPE istio_tcp_sent_bytes counter",
         "# UNIT istio_tcp_sent_bytes bytes",

@@ -8,6 +8,9 @@ use crate::telemetry::table::{Cell, Colour, Style, Table};
 /// A certificate with less than this part of its life left is overdue for renewal, which begins much earlier.
 const LIFE_LEFT_LOW: u64 = 4;
 
+/// A clock this far from the authority's is shown; certificates allow 60 s.
+const SKEW_SHOWN_MS: i64 = 5000;
+
 /// The whole status as tables. What needs the operator stands in a line that begins with `!`.
 #[must_use]
 pub fn render(status: &Status, colour: bool) -> String {
@@ -43,6 +46,7 @@ impl Page {
             "POD",
             "STATE",
             "MODE",
+            "POLICIES",
             "IN CLEAR",
             "LINKS",
             "ADDRESSES",
@@ -54,12 +58,14 @@ impl Page {
             let state = match &pod.state {
                 PodState::Enrolled => Cell::styled("enrolled", Style::Good),
                 PodState::Waiting(_) => Cell::styled("waiting", Style::Caution),
+                PodState::LeftAlone(_) => "left alone".into(),
             };
             let addresses: Vec<_> = pod.addresses.iter().map(ToString::to_string).collect();
             table.row([
                 pod_name(pod).into(),
                 state,
                 modes(pod).into(),
+                pod.policies.join(" ").into(),
                 (&pod.in_clear).into(),
                 pod.guarded_links.join(" ").into(),
                 addresses.join(" ").into(),
@@ -70,7 +76,7 @@ impl Page {
         }
         self.section("PODS", &table);
         for pod in &status.pods {
-            if let PodState::Waiting(reason) = &pod.state {
+            if let PodState::Waiting(reason) | PodState::LeftAlone(reason) = &pod.state {
                 self.note(Style::Caution, &format!("{} waits: {reason}", pod_name(pod)));
             }
         }
@@ -136,6 +142,12 @@ impl Page {
             ]);
         }
         self.section("CERTIFICATES", &table);
+        let skew = status.issuer.clock_ahead_ms.filter(|ahead| ahead.abs() >= SKEW_SHOWN_MS);
+        if let Some(ahead) = skew {
+            let (seconds, way) = (ahead.abs() / 1000, if ahead > 0 { "ahead of" } else { "behind" });
+            let text = format!("this node's clock is {seconds} s {way} that of {}", status.issuer.address);
+            self.note(Style::Bad, &text);
+        }
         for certificate in &status.certificates {
             if let Some(error) = &certificate.last_error {
                 self.note(Style::Bad, &format!("{}: renewal failed: {error}", certificate.identity));
@@ -157,7 +169,13 @@ impl Page {
         self.section("CONFIGURATION", &table);
         for source in &status.sources {
             if let Some(error) = &source.last_error {
-                self.note(Style::Bad, &format!("{} refused, the last good one is in force:", source.file));
+                self.note(
+                    Style::Bad,
+                    &format!(
+                        "{} not in use since {} s, the last good one is in force:",
+                        source.file, source.stale_seconds
+                    ),
+                );
                 for line in error.lines() {
                     self.note(Style::Bad, line);
                 }
@@ -273,8 +291,8 @@ mod tests {
         let text = render(&sample(), false);
         let expected = [
             "tacit 0.1.0 on node a (cluster.local): ready, up 1h 1m, pid 4711",
-            "  POD       STATE     MODE                    IN CLEAR  LINKS       ADDRESSES  IDENTITY   ",
-            "  shop/web  enrolled  strict 9090=permissive  nothing   pod2 (tcx)  10.77.1.2  spiffe://cluster.local/ns/shop/sa/web  shop_web  1",
+            "  POD       STATE     MODE                    POLICIES    IN CLEAR  LINKS       ADDRESSES  IDENTITY   ",
+            "  shop/web  enrolled  strict 9090=permissive  shop/allow  nothing   pod2 (tcx)  10.77.1.2  spiffe://cluster.local/ns/shop/sa/web  shop_web  1",
             "  shop/web    10.77.2.9  17        guard_udp  41",
             "  ! shop/api waits: no certificate yet",
             "  connect4  12  /cgroup/pods  /bpf/tacit/connect4",

@@ -69,6 +69,11 @@ pub(in crate::telemetry) fn sample() -> Status {
                 packets: 41,
             }],
         },
+        issuer: IssuerStatus {
+            address: "authority.tacit:15012".to_owned(),
+            last_answer: Some(timestamp("2026-01-01T03:04:05Z")),
+            clock_ahead_ms: Some(-7500),
+        },
         certificates: vec![
             certificate("web", 72_000, None),
             certificate("api", 600, Some("issuer is\u{1b}[31m away")),
@@ -80,6 +85,7 @@ pub(in crate::telemetry) fn sample() -> Status {
             loads: 2,
             refusals: 1,
             last_error: Some("line 3: mode: STRICTER is no mode".to_owned()),
+            stale_seconds: 61,
         }],
         flows: FlowsStatus { live: 1200, list: vec![flow()] },
         pool: PoolStatus { idle_sessions: 5 },
@@ -95,6 +101,7 @@ fn pod(name: &str, state: PodState) -> PodStatus {
         identity: format!("spiffe://cluster.local/ns/shop/sa/{name}"),
         mode: "strict".to_owned(),
         port_modes: BTreeMap::from([(9090, "permissive".to_owned())]),
+        policies: vec!["shop/allow".to_owned()],
         in_clear: "nothing".to_owned(),
         guarded_links: vec!["pod2 (tcx)".to_owned()],
         state,

@@ -1,0 +1,74 @@
+//! Is a flow admitted to a pod, and is it still? The pod's modes and authorization policies decide (`policy`); this asks
+//! them when a flow opens and again whenever they change, and tells what they say.
+//!
+//! A live flow waits for changes beside its relay: it costs nothing while bytes pass. What policy no longer allows is
+//! reset at both ends; what it still allows does not notice.
+
+use std::future::pending;
+
+use crate::{
+    enrol::Pod,
+    policy::{Flow, Verdict, decide},
+    telemetry::{LiveFlow, Party, Refusal, Reporter, Telemetry},
+};
+
+/// Why a flow is not, or no longer, admitted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Denial {
+    /// Stable label.
+    pub label: &'static str,
+    /// For people: which policy, which rule.
+    pub detail: String,
+}
+
+/// Decides on a flow to `pod` and tells which audits it matched.
+///
+/// # Errors
+/// [`Denial`] when it is not to be.
+pub fn admit(
+    telemetry: &Telemetry,
+    pod: &Pod,
+    flow: &Flow<'_>,
+    ends: impl Fn() -> (Reporter, Party, Party),
+) -> Result<(), Denial> {
+    for audit in pod.authorization().audits(flow) {
+        let (reporter, source, destination) = ends();
+        let detail = audit.to_string();
+        telemetry.audited(&Refusal { reporter, source, destination, reason: "audited", detail });
+    }
+    verdict(pod, flow)
+}
+
+fn verdict(pod: &Pod, flow: &Flow<'_>) -> Result<(), Denial> {
+    match decide(&pod.modes.load(), &pod.authorization(), flow) {
+        Verdict::Allow => Ok(()),
+        Verdict::Deny(reason) => Err(Denial { label: reason.label(), detail: reason.to_string() }),
+    }
+}
+
+/// Waits until policy no longer allows a flow that was admitted.
+pub async fn revoked(pod: &Pod, flow: &Flow<'_>) -> Denial {
+    let mut changes = pod.policy_changes();
+    loop {
+        // First of all: policy may have changed since the flow was admitted.
+        if let Err(denial) = verdict(pod, flow) {
+            return denial;
+        }
+        if changes.changed().await.is_err() {
+            return pending().await;
+        }
+    }
+}
+
+/// Ends a flow that policy no longer allows; its sockets were reset by then.
+pub fn revoke(telemetry: &Telemetry, live: LiveFlow, denial: Denial) {
+    let spec = live.spec();
+    telemetry.revoked(&Refusal {
+        reporter: spec.reporter,
+        source: spec.source.clone(),
+        destination: spec.destination.clone(),
+        reason: denial.label,
+        detail: denial.detail,
+    });
+    live.close("revoked");
+}

@@ -1,0 +1,92 @@
+//! Where the roots in use are published, for the agents' `rootFile`: a ConfigMap or a file.
+//!
+//! Each replica publishes what it has read from the store. One that read before a change and wrote after it puts the old
+//! content back for one look at the store; the waits of a rotation are longer by far.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+};
+
+use k8s_openapi::{api::core::v1::ConfigMap, apimachinery::pkg::apis::meta::v1::ObjectMeta};
+use kube::{Api, api::PostParams};
+use tokio::task::spawn_blocking;
+
+use super::store::{StoreError, write_renamed};
+
+/// Why the bundle could not be published.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum BundleError {
+    #[error("cannot {what} ConfigMap {name}: {source}")]
+    Kubernetes {
+        what: &'static str,
+        name: String,
+        #[source]
+        source: Box<kube::Error>,
+    },
+    #[error(transparent)]
+    File(#[from] StoreError),
+}
+
+/// Where the roots in use are published.
+#[derive(Clone)]
+pub(super) enum Bundle {
+    ConfigMap { api: Box<Api<ConfigMap>>, name: String, key: String },
+    File(PathBuf),
+}
+
+impl Bundle {
+    /// Makes sure that `pem` is what is published.
+    pub(super) async fn publish(&self, pem: &str) -> Result<(), BundleError> {
+        match self {
+            Self::ConfigMap { api, name, key } => publish(api, name, key, pem).await,
+            Self::File(path) => {
+                let (path, pem) = (path.clone(), pem.to_owned());
+                let work = spawn_blocking(move || write(&path, &pem));
+                let panicked = |panic| Err(StoreError::Content("the bundle".to_owned(), format!("{panic}")));
+                Ok(work.await.unwrap_or_else(panicked)?)
+            }
+        }
+    }
+}
+
+async fn publish(api: &Api<ConfigMap>, name: &str, key: &str, pem: &str) -> Result<(), BundleError> {
+    let failed = |what| {
+        move |source| BundleError::Kubernetes { what, name: name.to_owned(), source: Box::new(source) }
+    };
+    let Some(mut found) = api.get_opt(name).await.map_err(failed("read"))? else {
+        let made = config_map(name, key, pem);
+        return api.create(&PostParams::default(), &made).await.map(drop).map_err(failed("create"));
+    };
+    let data = found.data.get_or_insert_default();
+    if data.get(key).is_some_and(|published| published == pem) {
+        return Ok(());
+    }
+    data.insert(key.to_owned(), pem.to_owned());
+    // The resource version in it makes the API refuse when somebody was faster; the next look finds what that was.
+    api.replace(name, &PostParams::default(), &found).await.map(drop).map_err(failed("replace"))
+}
+
+fn config_map(name: &str, key: &str, pem: &str) -> ConfigMap {
+    let labels = BTreeMap::from([
+        ("app.kubernetes.io/managed-by".to_owned(), "tacit".to_owned()),
+        ("app.kubernetes.io/part-of".to_owned(), "tacit".to_owned()),
+    ]);
+    ConfigMap {
+        metadata: ObjectMeta { name: Some(name.to_owned()), labels: Some(labels), ..ObjectMeta::default() },
+        data: Some(BTreeMap::from([(key.to_owned(), pem.to_owned())])),
+        ..ConfigMap::default()
+    }
+}
+
+fn write(path: &Path, pem: &str) -> Result<(), StoreError> {
+    match std::fs::read_to_string(path) {
+        Ok(published) if published == pem => return Ok(()),
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            return Err(StoreError::Io { what: "read", path: path.into(), source: e });
+        }
+        _ => {}
+    }
+    write_renamed(path.parent().unwrap_or(Path::new(".")), path, 0o644, pem.as_bytes())
+}

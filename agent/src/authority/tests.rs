@@ -1,0 +1,248 @@
+//! Whole authorities on loopback: real TLS, real gRPC, and a Kubernetes API that keeps its rules.
+
+mod api;
+mod bench;
+mod roots;
+
+use std::time::Duration;
+
+use rcgen::{CertificateParams, KeyPair, SanType};
+use serde_json::json;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use crate::{
+    authority::config::{Agents, BundlePlace, Config, Rate, RootPlace},
+    identity::{
+        SpiffeId,
+        issuer::{Issuer, testing::Scratch},
+        istio::{
+            CallError, IstioError, Skew,
+            api::{CertificateRequest, Code},
+        },
+        manager::Identities,
+    },
+};
+use bench::{Agent, Running, cluster, code, config, ready, started, until};
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+#[tokio::test]
+async fn an_agent_gets_certificates_for_its_own_node_and_no_other() {
+    let (api, running, agent) = started(HOUR).await;
+    let credentials = agent.issue("web").await.expect("issued");
+    assert_eq!(credentials.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/web");
+    let life = credentials.not_after.duration_since(credentials.not_before).expect("valid");
+    assert_eq!(life, HOUR + Duration::from_secs(60), "clamped to the longest, backdated");
+    assert_eq!(agent.issuer.contact().skew, Some(Skew::None));
+    bench::accepts(&credentials, &credentials).expect("verifies");
+
+    assert_eq!(agent.refused("db").await, Code::PermissionDenied, "on node b alone");
+    assert_eq!(agent.refused("nobody").await, Code::PermissionDenied);
+    api.add_pod("shop", "db-2", "db", "a");
+    agent.issue("db").await.expect("issued, once a pod of it is here");
+
+    let own = SpiffeId::parse("spiffe://cluster.local/ns/tacit-system/sa/tacit-agent").expect("valid");
+    agent.issuer.issue(&own).await.expect("issued: the agent's own pod is on its node");
+    let metrics = get(&running, "/metrics").await;
+    assert!(metrics.contains("tacit_authority_certificates_issued_total 3"), "{metrics}");
+    assert!(
+        metrics.contains("tacit_authority_requests_refused_total{reason=\"not_on_node\"} 2"),
+        "{metrics}"
+    );
+    assert!(get(&running, "/healthz/ready").await.contains("200 OK"));
+}
+
+#[tokio::test]
+async fn only_a_good_token_of_an_agent_is_taken() {
+    let (api, _running, agent) = started(HOUR).await;
+    let good = api.content().tokens["a"].clone();
+    let variants = [
+        ("expired", json!({"authenticated": false, "error": "token has expired"}), Code::Unauthenticated),
+        (
+            "audience",
+            json!({"authenticated": false, "error": "token audiences invalid"}),
+            Code::Unauthenticated,
+        ),
+    ];
+    for (token, review, expected) in variants {
+        api.content().tokens.insert(token.to_owned(), review);
+        agent.send_token(token);
+        assert_eq!(agent.refused("web").await, expected, "{token}");
+    }
+    for (token, pointer, value, expected) in [
+        ("other audience", "/audiences", json!(["kubernetes"]), Code::Unauthenticated),
+        ("a workload", "/user/username", json!("system:serviceaccount:shop:web"), Code::PermissionDenied),
+        ("no pod", "/user/extra", json!({}), Code::PermissionDenied),
+    ] {
+        let mut review = good.clone();
+        *review.pointer_mut(pointer).expect("there") = value;
+        api.content().tokens.insert(token.to_owned(), review);
+        agent.send_token(token);
+        assert_eq!(agent.refused("web").await, expected, "{token}");
+    }
+    agent.send_token("unknown");
+    assert_eq!(agent.refused("web").await, Code::Unauthenticated);
+    agent.send_token("a\n");
+    agent.issue("web").await.expect("the token file is read again for each call");
+    agent.send_token("");
+    assert!(matches!(agent.issue("web").await, Err(IstioError::Content { what: "tokenFile", .. })));
+}
+
+#[tokio::test]
+async fn a_certificate_request_must_be_for_exactly_what_is_asked() {
+    const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
+    const OTHER: &str = "spiffe://other.local/ns/shop/sa/web";
+    let (_api, _running, agent) = started(HOUR).await;
+    let csr = |uris: &[&str]| {
+        let mut params = CertificateParams::default();
+        params.subject_alt_names =
+            uris.iter().map(|uri| SanType::URI((*uri).try_into().expect("ascii"))).collect();
+        let key = KeyPair::generate().expect("a key");
+        params.serialize_request(&key).expect("a request")
+    };
+    let pem = |uris: &[&str]| csr(uris).pem().expect("PEM");
+    let forged = {
+        let mut der = csr(&[WEB]).der().to_vec();
+        *der.last_mut().expect("not empty") ^= 1;
+        pem::encode(&pem::Pem::new("CERTIFICATE REQUEST", der))
+    };
+    for (what, csr, asked, expected) in [
+        ("two names", pem(&[WEB, WEB]), WEB, Code::InvalidArgument),
+        ("no name", pem(&[]), WEB, Code::InvalidArgument),
+        ("another trust domain", pem(&[OTHER]), OTHER, Code::PermissionDenied),
+        ("another identity", pem(&[WEB]), "spiffe://cluster.local/ns/shop/sa/db", Code::PermissionDenied),
+        ("a forged signature", forged, WEB, Code::InvalidArgument),
+        ("no request", "nonsense".to_owned(), WEB, Code::InvalidArgument),
+    ] {
+        let message = CertificateRequest::for_identity(asked, csr, 60);
+        assert_eq!(code(agent.issuer.ask(&message).await.map(drop)), expected, "{what}");
+    }
+    let message = CertificateRequest::for_identity(WEB, pem(&[WEB]), 60);
+    let exchange = agent.issuer.ask(&message).await.expect("the same request without the fault is granted");
+    assert_eq!(exchange.answer.cert_chain.len(), 3, "leaf, intermediate, root");
+}
+
+#[tokio::test]
+async fn a_node_that_asks_too_often_waits_and_others_do_not() {
+    let api = cluster().await;
+    let config = Config { rate: Rate { per_second: 1, burst: 3 }, ..config(HOUR) };
+    let running = Running::start(config, Some(&api)).await;
+    let (a, b) = (Agent::new(running.address, "a"), Agent::new(running.address, "b"));
+    ready(&api, &running).await;
+    a.mount(&api);
+    b.mount(&api);
+    let mut refusals = Vec::new();
+    for _ in 0..20 {
+        refusals.extend(a.issue("web").await.err());
+    }
+    assert!(!refusals.is_empty(), "20 requests in less than 17 s");
+    for refusal in refusals {
+        assert_eq!(code(Err(refusal)), Code::ResourceExhausted);
+    }
+    b.issue("db").await.expect("another node has its own rate");
+}
+
+#[tokio::test]
+async fn certificates_stay_in_use_while_the_authority_is_down() {
+    let leaf = Duration::from_secs(8);
+    let (api, running, agent) = started(leaf).await;
+    let web = SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/web").expect("valid");
+    let address = running.address;
+    let (_files, issuer) = agent.into_parts();
+    let identities = Identities::start(Issuer::Istio(issuer));
+    identities.require(&web).await.expect("issued");
+    let first = identities.current(&web).expect("there");
+
+    running.stop().await;
+    until("renewal fails", || identities.certificates()[0].renewal_failures > 0).await;
+    let state = identities.certificates().remove(0);
+    assert!(state.last_error.is_some_and(|error| error.contains("cannot connect")));
+    assert_eq!(identities.current(&web).expect("still in use").serial, first.serial);
+
+    let back = Config { listen: address, ..config(leaf) };
+    let _running = Running::start(back, Some(&api)).await;
+    until("a new certificate", || identities.current(&web).expect("never a gap").serial != first.serial)
+        .await;
+    assert_eq!(identities.certificates()[0].renewal_failures, 0);
+}
+
+#[tokio::test]
+async fn an_authority_that_is_not_of_the_root_file_gets_no_token() {
+    let (_api, _running, agent) = started(HOUR).await;
+    let stranger = crate::identity::issuer::testing::issuer("cluster.local");
+    let web = SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/web").expect("valid");
+    let root = stranger.any(&web, std::time::SystemTime::now(), HOUR);
+    let pem = crate::authority::root::pem(&root.chain()[0]);
+    std::fs::write(agent.root_file(), pem).expect("written");
+    assert!(matches!(agent.issue("web").await, Err(IstioError::Call(CallError::Tls { .. }))));
+    std::fs::write(agent.root_file(), "nonsense").expect("written");
+    assert!(matches!(agent.issue("web").await, Err(IstioError::Content { what: "rootFile", .. })));
+}
+
+#[tokio::test]
+async fn an_authority_works_without_kubernetes() {
+    let files = Scratch::new();
+    let path = |name: &str| files.path().join(name);
+    let hash = crate::authority::root::hex(
+        aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"secret").as_ref(),
+    );
+    let tokens = format!("agents: [{{node: a, tokenSha256: \"{hash}\"}}]\n");
+    std::fs::write(path("agents.yaml"), tokens).expect("written");
+    let workload = |name: &str, node: &str, last: u8| {
+        format!(
+            "  - {{name: {name}, namespace: shop, serviceAccount: {name}, addresses: [10.77.1.{last}], node: {node}}}\n"
+        )
+    };
+    let directory = format!("workloads:\n{}{}", workload("web", "a", 2), workload("db", "b", 3));
+    std::fs::write(path("directory.yaml"), directory).expect("written");
+    let standalone = Config {
+        root: RootPlace::Directory(path("root")),
+        bundle: BundlePlace::File(path("roots.pem")),
+        agents: Agents::Standalone { tokens: path("agents.yaml"), directory: path("directory.yaml") },
+        ..config(HOUR)
+    };
+    let running = Running::start(standalone.clone(), None).await;
+    let agent = Agent::new(running.address, "secret");
+    until("the bundle is published", || path("roots.pem").exists()).await;
+    std::fs::copy(path("roots.pem"), agent.root_file()).expect("copied");
+    let first = agent.issue("web").await.expect("issued");
+    assert_eq!(agent.refused("db").await, Code::PermissionDenied);
+    running.stop().await;
+
+    let again =
+        Running::start(Config { listen: "127.0.0.1:0".parse().expect("valid"), ..standalone }, None).await;
+    let agent = Agent::new(again.address, "secret");
+    std::fs::copy(path("roots.pem"), agent.root_file()).expect("copied");
+    until_issued(&agent).await;
+    let second = agent.issue("web").await.expect("issued");
+    bench::accepts(&first, &second).expect("the root outlives the process");
+    bench::accepts(&second, &first).expect("the root outlives the process");
+}
+
+/// A new authority shows no certificate before it has read its root.
+async fn until_issued(agent: &Agent) {
+    let deadline = std::time::Instant::now() + Duration::from_secs(30);
+    while let Err(error) = agent.issue("web").await {
+        assert!(std::time::Instant::now() < deadline, "not in time: {error}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_the_one_method_is_unimplemented() {
+    let (_api, running, _agent) = started(HOUR).await;
+    let mut tcp = tokio::net::TcpStream::connect(running.address).await.expect("connects");
+    tcp.write_all(b"GET / HTTP/1.1\r\n\r\n").await.expect("sent");
+    let mut answer = Vec::new();
+    let _reset_or_end = tcp.read_to_end(&mut answer).await;
+    assert!(!answer.starts_with(b"HTTP"), "nothing is served in clear");
+}
+
+/// The answer to a plain request at the door of metrics and readiness.
+async fn get(running: &Running, path: &str) -> String {
+    let mut tcp = tokio::net::TcpStream::connect(running.metrics).await.expect("connects");
+    tcp.write_all(format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes()).await.expect("sent");
+    let mut answer = String::new();
+    tcp.read_to_string(&mut answer).await.expect("an answer");
+    answer
+}

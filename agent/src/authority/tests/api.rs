@@ -1,0 +1,194 @@
+//! A Kubernetes API on loopback, as far as the authority uses it: token reviews, pods, Secrets and ConfigMaps with
+//! optimistic concurrency. What it does not know it refuses.
+
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper::{
+    Method, Request, Response, StatusCode, body::Incoming, server::conn::http1, service::service_fn,
+};
+use hyper_util::rt::TokioIo;
+use kube::Client;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio_util::task::AbortOnDropHandle;
+
+/// The API's content.
+#[derive(Default)]
+pub(super) struct Content {
+    /// What a review of a token says.
+    pub(super) tokens: BTreeMap<String, Value>,
+    /// Pods, Secrets and ConfigMaps by path.
+    objects: BTreeMap<String, Value>,
+    version: u64,
+    /// A path that has this in it is answered with 500.
+    pub(super) failing: Option<&'static str>,
+}
+
+/// A running API.
+#[derive(Clone)]
+pub(super) struct Api {
+    content: Arc<Mutex<Content>>,
+    pub(super) client: Client,
+    _server: Arc<AbortOnDropHandle<()>>,
+}
+
+impl Api {
+    pub(super) async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+        let address = listener.local_addr().expect("bound");
+        let content: Arc<Mutex<Content>> = Arc::default();
+        let served = content.clone();
+        let server = tokio::spawn(async move {
+            while let Ok((tcp, _)) = listener.accept().await {
+                let content = served.clone();
+                let handler = service_fn(move |request| answer(content.clone(), request));
+                tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(tcp), handler));
+            }
+        });
+        let config = kube::Config::new(format!("http://{address}").parse().expect("a URL"));
+        let client = Client::try_from(config).expect("a client");
+        Self { content, client, _server: Arc::new(AbortOnDropHandle::new(server)) }
+    }
+
+    pub(super) fn content(&self) -> MutexGuard<'_, Content> {
+        self.content.lock().expect("no panic")
+    }
+
+    /// A token of the agent on `node`, bound to its pod.
+    pub(super) fn add_agent(&self, token: &str, node: &str) {
+        let pod = format!("tacit-{node}");
+        self.add_pod("tacit-system", &pod, "tacit-agent", node);
+        let review = json!({
+            "authenticated": true,
+            "audiences": ["tacit-authority"],
+            "user": {
+                "username": "system:serviceaccount:tacit-system:tacit-agent",
+                "extra": {
+                    "authentication.kubernetes.io/pod-name": [pod],
+                    "authentication.kubernetes.io/pod-uid": [format!("uid-{pod}")],
+                },
+            },
+        });
+        self.content().tokens.insert(token.to_owned(), review);
+    }
+
+    pub(super) fn add_pod(&self, namespace: &str, name: &str, account: &str, node: &str) {
+        let pod = json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name, "namespace": namespace, "uid": format!("uid-{name}")},
+            "spec": {"nodeName": node, "serviceAccountName": account, "containers": []},
+            "status": {"phase": "Running"},
+        });
+        let path = format!("/api/v1/namespaces/{namespace}/pods/{name}");
+        self.content().objects.insert(path, pod);
+    }
+
+    /// The object at `path`; null when there is none.
+    pub(super) fn object(&self, path: &str) -> Value {
+        self.content().objects.get(path).cloned().unwrap_or_default()
+    }
+
+    /// Writes an object as somebody else would.
+    pub(super) fn put(&self, path: &str, object: Value) {
+        self.content().write(path, object);
+    }
+}
+
+impl Content {
+    fn write(&mut self, path: &str, mut object: Value) -> Value {
+        self.version += 1;
+        object["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        self.objects.insert(path.to_owned(), object.clone());
+        object
+    }
+
+    fn answer(&mut self, method: &Method, path: &str, query: &str, body: Value) -> (StatusCode, Value) {
+        if self.failing.is_some_and(|failing| path.contains(failing)) {
+            return failure(StatusCode::INTERNAL_SERVER_ERROR);
+        }
+        match *method {
+            Method::POST if path == "/apis/authentication.k8s.io/v1/tokenreviews" => self.review(body),
+            Method::GET if path.ends_with("/pods") => self.pods(path, query),
+            Method::GET => self
+                .objects
+                .get(path)
+                .map_or_else(|| failure(StatusCode::NOT_FOUND), |object| (StatusCode::OK, object.clone())),
+            Method::POST => {
+                let path = format!("{path}/{}", body["metadata"]["name"].as_str().expect("a name"));
+                match self.objects.contains_key(&path) {
+                    true => failure(StatusCode::CONFLICT),
+                    false => (StatusCode::CREATED, self.write(&path, body)),
+                }
+            }
+            Method::PUT => {
+                let held = self.objects.get(path).map(|object| &object["metadata"]["resourceVersion"]);
+                match held {
+                    None => failure(StatusCode::NOT_FOUND),
+                    Some(version) if *version != body["metadata"]["resourceVersion"] => {
+                        failure(StatusCode::CONFLICT)
+                    }
+                    Some(_) => (StatusCode::OK, self.write(path, body)),
+                }
+            }
+            _ => failure(StatusCode::METHOD_NOT_ALLOWED),
+        }
+    }
+
+    /// A token for another audience is not authenticated, and the review says so.
+    fn review(&self, mut body: Value) -> (StatusCode, Value) {
+        let token = body["spec"]["token"].as_str().unwrap_or_default();
+        let status = self.tokens.get(token).cloned();
+        let status =
+            status.unwrap_or_else(|| json!({"authenticated": false, "error": "invalid bearer token"}));
+        body["status"] = status;
+        (StatusCode::CREATED, body)
+    }
+
+    fn pods(&self, path: &str, query: &str) -> (StatusCode, Value) {
+        let decoded = query.replace("%2C", ",").replace("%3D", "=");
+        let selector = decoded.split('&').find_map(|part| part.strip_prefix("fieldSelector=")).unwrap_or("");
+        let terms: Vec<_> = selector.split(',').filter_map(|term| term.split_once('=')).collect();
+        let fits = |pod: &Value| {
+            terms.iter().all(|(field, value)| {
+                let pointer = format!("/{}", field.replace('.', "/"));
+                pod.pointer(&pointer).and_then(Value::as_str) == Some(value)
+            })
+        };
+        let prefix = format!("{path}/");
+        let pods = self.objects.iter().filter(|(path, _)| path.starts_with(&prefix)).map(|(_, pod)| pod);
+        let items: Vec<_> = pods.filter(|pod| fits(pod)).cloned().collect();
+        (StatusCode::OK, json!({"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": items}))
+    }
+}
+
+fn failure(status: StatusCode) -> (StatusCode, Value) {
+    // Kubernetes writes them without spaces, and clients tell 404 by this.
+    let reason = status.canonical_reason().unwrap_or_default().replace(' ', "");
+    let body = json!({
+        "apiVersion": "v1", "kind": "Status", "metadata": {}, "status": "Failure",
+        "message": reason, "reason": reason, "code": status.as_u16(),
+    });
+    (status, body)
+}
+
+async fn answer(
+    content: Arc<Mutex<Content>>,
+    request: Request<Incoming>,
+) -> Result<Response<Full<Bytes>>, Infallible> {
+    let (head, body) = request.into_parts();
+    let bytes = body.collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
+    let body = serde_json::from_slice(&bytes).unwrap_or_default();
+    let (path, query) = (head.uri.path(), head.uri.query().unwrap_or_default());
+    let (status, body) = content.lock().expect("no panic").answer(&head.method, path, query, body);
+    let mut response = Response::new(Full::new(body.to_string().into()));
+    *response.status_mut() = status;
+    response.headers_mut().insert("content-type", "application/json".parse().expect("ascii"));
+    Ok(response)
+}

@@ -1,0 +1,94 @@
+//! `issuer`: who signs certificates.
+
+use std::path::Path;
+
+use hyper::header::HeaderValue;
+
+use super::{IssuerConfig, LEAF_LIFETIME, LEAF_LIFETIME_RANGE, or, within};
+use crate::{
+    identity::istio::IstioConfig,
+    yaml::{Fields, Value},
+};
+
+pub(super) const FIELDS: [&str; 2] = ["embedded", "istio"];
+pub(super) const EMBEDDED_FIELDS: [&str; 2] = ["directory", "leafLifetime"];
+pub(super) const ISTIO_FIELDS: [&str; 6] =
+    ["address", "serverName", "rootFile", "tokenFile", "clusterId", "leafLifetime"];
+
+pub(super) fn decode(value: &Value<'_>, folder: &Path) -> Option<IssuerConfig> {
+    let mut fields = value.fields(&FIELDS)?;
+    match (fields.optional("embedded"), fields.optional("istio")) {
+        (Some(value), None) => embedded(&mut value.fields(&EMBEDDED_FIELDS)?, folder),
+        (None, Some(value)) => istio(&mut value.fields(&ISTIO_FIELDS)?, folder),
+        _ => {
+            value.refuse("not exactly one issuer is written: write {embedded: ..} or {istio: ..}");
+            None
+        }
+    }
+}
+
+fn embedded(fields: &mut Fields<'_>, folder: &Path) -> Option<IssuerConfig> {
+    let directory = fields.required("directory", "the folder of the root key").and_then(|value| value.text());
+    let leaf_lifetime = or(fields, "leafLifetime", LEAF_LIFETIME, |v| within(v, LEAF_LIFETIME_RANGE));
+    Some(IssuerConfig::Embedded { directory: folder.join(directory?), leaf_lifetime: leaf_lifetime? })
+}
+
+fn istio(fields: &mut Fields<'_>, folder: &Path) -> Option<IssuerConfig> {
+    let address = fields.required("address", "host and port, such as tacit-authority.tacit-system.svc:15012");
+    let address = address.and_then(|value| value.parse(address_parts));
+    let server_name = fields.optional("serverName").map(|value| value.text().map(str::to_owned));
+    let root_file = fields.required("rootFile", "the PEM file of the authority's roots");
+    let root_file = root_file.and_then(|value| value.text());
+    let token_file = fields.required("tokenFile", "the file of the projected ServiceAccount token");
+    let token_file = token_file.and_then(|value| value.text());
+    let cluster_id = or(fields, "clusterId", None, |value| {
+        value.parse(|text| HeaderValue::try_from(text).map_err(|_| "no cluster id: write ASCII")).map(Some)
+    });
+    let lifetime = or(fields, "leafLifetime", LEAF_LIFETIME, |v| within(v, LEAF_LIFETIME_RANGE));
+    let (address, host) = address?;
+    Some(IssuerConfig::Istio(IstioConfig {
+        address,
+        server_name: server_name.unwrap_or(Some(host))?,
+        root_file: folder.join(root_file?),
+        token_file: folder.join(token_file?),
+        cluster_id: cluster_id?,
+        lifetime: lifetime?,
+    }))
+}
+
+/// An address and the host in it.
+fn address_parts(text: &str) -> Result<(String, String), &'static str> {
+    const RULE: &str = "no host with a port: write it as istiod.istio-system.svc:15012";
+    let (host, port) = text.rsplit_once(':').ok_or(RULE)?;
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    let port_fits = port.parse::<u16>().is_ok_and(|port| port != 0);
+    let name = bare.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-'));
+    let fits =
+        if bare == host { name && !bare.is_empty() } else { bare.parse::<std::net::Ipv6Addr>().is_ok() };
+    if port_fits && fits { Ok((text.to_owned(), bare.to_owned())) } else { Err(RULE) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::address_parts;
+
+    #[test]
+    fn an_address_is_a_host_and_a_port() {
+        for (text, host) in [
+            ("tacit-authority.tacit-system.svc:15012", Some("tacit-authority.tacit-system.svc")),
+            ("127.0.0.1:1", Some("127.0.0.1")),
+            ("[::1]:15012", Some("::1")),
+            ("::1:15012", None),
+            ("[host]:15012", None),
+            ("host", None),
+            ("host:0", None),
+            ("host:65536", None),
+            (":15012", None),
+            ("https://host:15012", None),
+            ("a b:15012", None),
+        ] {
+            let parsed = address_parts(text).ok();
+            assert_eq!(parsed.map(|(_, host)| host).as_deref(), host, "{text}");
+        }
+    }
+}

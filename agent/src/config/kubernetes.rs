@@ -1,0 +1,41 @@
+//! `directory: {kubernetes: {..}}`: which API, and what enrols a pod.
+
+use std::path::Path;
+
+use super::{Value, or};
+use crate::directory::kubernetes::{EnrolLabel, Options};
+
+pub(super) const FIELDS: [&str; 2] = ["enrolLabel", "kubeconfig"];
+/// Longest name part and longest value of a label, in bytes (Kubernetes' label syntax).
+const PART_MAX_BYTES: usize = 63;
+/// Longest prefix of a label's name, in bytes: a DNS subdomain.
+const PREFIX_MAX_BYTES: usize = 253;
+
+pub(super) fn kubernetes(value: &Value<'_>, folder: &Path) -> Option<Options> {
+    if value.is_null() {
+        return Some(Options::default());
+    }
+    let mut fields = value.fields(&FIELDS)?;
+    let enrol_label = or(&mut fields, "enrolLabel", EnrolLabel::default(), |v| v.parse(label));
+    let kubeconfig = or(&mut fields, "kubeconfig", None, |v| Some(Some(folder.join(v.text()?))));
+    Some(Options { enrol_label: enrol_label?, kubeconfig: kubeconfig? })
+}
+
+fn label(text: &str) -> Result<EnrolLabel, &'static str> {
+    let form = "no label with a value: write it as tacit.io/enrol=true";
+    let (name, value) = text.split_once('=').ok_or(form)?;
+    let (prefix, part) = name.split_once('/').map_or((None, name), |(prefix, part)| (Some(prefix), part));
+    let prefix_is_good = prefix.is_none_or(|p| p.len() <= PREFIX_MAX_BYTES && crate::yaml::is_object_name(p));
+    if prefix_is_good && is_label_part(part) && is_label_part(value) {
+        Ok(EnrolLabel { name: name.to_owned(), value: value.to_owned() })
+    } else {
+        Err(form)
+    }
+}
+
+fn is_label_part(text: &str) -> bool {
+    let edge = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
+    let bytes = text.as_bytes();
+    let clean = bytes.iter().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
+    clean && bytes.len() <= PART_MAX_BYTES && edge(bytes.first()) && edge(bytes.last())
+}

@@ -1,0 +1,192 @@
+//! The services of `directory.yaml`.
+//!
+//! A named target port is a number that each endpoint says for itself, as pods do. An endpoint need not be a workload of
+//! the file; it is reached as any other address is.
+
+use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
+
+use super::{Taken, Value, Workload, addresses, pod_address};
+use crate::directory::{Affinity, Condition, Endpoint, Endpoints, Service, ServicePort, Traffic};
+
+pub(super) const FIELDS: [&str; 8] = [
+    "name",
+    "namespace",
+    "addresses",
+    "ports",
+    "endpoints",
+    "internalTrafficPolicy",
+    "sessionAffinity",
+    "sessionAffinitySeconds",
+];
+pub(super) const PORT_FIELDS: [&str; 2] = ["port", "targetPort"];
+pub(super) const ENDPOINT_FIELDS: [&str; 4] = ["addresses", "ready", "node", "ports"];
+const TRAFFIC: [(&str, Traffic); 2] = [("Cluster", Traffic::Cluster), ("Local", Traffic::Local)];
+/// Whether a session affinity is by the client's address.
+const AFFINITY: [(&str, bool); 2] = [("None", false), ("ClientIP", true)];
+const READY: [(&str, Condition); 2] = [("true", Condition::Ready), ("false", Condition::NotReady)];
+/// Kubernetes' own default and limits of `sessionAffinityConfig.clientIP.timeoutSeconds`.
+pub(super) const AFFINITY_SECONDS: u32 = 10_800;
+const AFFINITY_SECONDS_MAX: u32 = 86_400;
+
+/// Where a port of an endpoint is found.
+enum Target<'a> {
+    Number(u16),
+    Name(&'a str),
+}
+
+/// An endpoint before its ports are known.
+struct Place<'a> {
+    value: Value<'a>,
+    addresses: Vec<std::net::IpAddr>,
+    node: Arc<str>,
+    condition: Condition,
+    ports: HashMap<&'a str, u16>,
+}
+
+pub(super) fn services<'a>(
+    list: &Value<'a>,
+    workloads: &[Option<Workload>],
+    taken: &mut Taken<'a>,
+) -> Option<Vec<Service>> {
+    let nodes =
+        workloads.iter().flatten().flat_map(|w| w.addresses.iter().map(|a| (*a, Arc::clone(&w.node))));
+    let nodes: HashMap<_, _> = nodes.collect();
+    let mut names = HashMap::new();
+    // Not collected to an `Option`: that would stop at the first mistake.
+    let services: Vec<_> =
+        list.items()?.iter().map(|item| service(item, &nodes, &mut names, taken)).collect();
+    services.into_iter().collect()
+}
+
+/// Decodes all fields before the first `?`, so that the mistakes of each one are recorded.
+fn service<'a>(
+    item: &Value<'a>,
+    nodes: &HashMap<std::net::IpAddr, Arc<str>>,
+    names: &mut HashMap<String, usize>,
+    taken: &mut Taken<'a>,
+) -> Option<Service> {
+    let mut fields = item.fields(&FIELDS)?;
+    let name = fields.required("name", "the service's name").and_then(|value| value.name());
+    let namespace = fields.required("namespace", "the service's namespace").and_then(|value| value.name());
+    let owner = format!("{}/{}", namespace.unwrap_or("?"), name.unwrap_or("?"));
+    let addresses = match fields.optional("addresses") {
+        Some(list) => addresses(&list, &format!("service {owner}"), taken),
+        None => Some(Vec::new()),
+    };
+    let ports = fields.required("ports", "the service's ports, such as [{port: 80, targetPort: 8080}]");
+    let ports = ports.and_then(|list| ports_of(&list));
+    let places = match fields.optional("endpoints") {
+        Some(list) => places(&list, nodes),
+        None => Some(Vec::new()),
+    };
+    let traffic = fields.optional("internalTrafficPolicy");
+    let traffic = traffic.map_or(Some(Traffic::Cluster), |value| value.choice(&TRAFFIC));
+    let by_client = fields.optional("sessionAffinity").map_or(Some(false), |value| value.choice(&AFFINITY));
+    let seconds = fields.optional("sessionAffinitySeconds");
+    let seconds = seconds.map_or(Some(AFFINITY_SECONDS), |value| value.parse(affinity_seconds));
+    let (name, namespace) = (name?, namespace?);
+    if let Some(line) = names.insert(owner.clone(), item.line()) {
+        item.refuse(format_args!("service {owner} is already in line {line}: remove one or rename it"));
+    }
+    let places = places?;
+    let ports: Vec<_> = ports?.iter().map(|(port, target)| served(*port, target, &places)).collect();
+    let after = Duration::from_secs(seconds?.into());
+    Some(Service {
+        name: name.into(),
+        namespace: namespace.into(),
+        addresses: addresses?,
+        ports: ports.into_iter().collect::<Option<_>>()?,
+        traffic: traffic?,
+        affinity: if by_client? { Affinity::ClientIp(after) } else { Affinity::None },
+    })
+}
+
+fn ports_of<'a>(list: &Value<'a>) -> Option<Vec<(u16, Target<'a>)>> {
+    let mut seen = HashMap::new();
+    let port = |item: &Value<'a>| {
+        let mut fields = item.fields(&PORT_FIELDS)?;
+        let number =
+            fields.required("port", "the port that clients ask for").and_then(|v| v.parse(port_number));
+        let target = fields.optional("targetPort").map(|value| target(&value));
+        let number = number?;
+        if let Some(line) = seen.insert(number, item.line()) {
+            item.refuse(format_args!("port {number} is already in line {line}: remove one"));
+        }
+        Some((number, target.unwrap_or(Some(Target::Number(number)))?))
+    };
+    let ports: Vec<_> = list.items()?.iter().map(port).collect();
+    ports.into_iter().collect()
+}
+
+fn target<'a>(value: &Value<'a>) -> Option<Target<'a>> {
+    let text = value.scalar()?;
+    if text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return value.parse(port_number).map(Target::Number);
+    }
+    value.text().map(Target::Name)
+}
+
+fn places<'a>(list: &Value<'a>, nodes: &HashMap<std::net::IpAddr, Arc<str>>) -> Option<Vec<Place<'a>>> {
+    let place = |item: &Value<'a>| {
+        let mut fields = item.fields(&ENDPOINT_FIELDS)?;
+        let list = fields.required("addresses", "the endpoint's addresses, such as [10.77.1.2]");
+        let addresses = list.and_then(|list| {
+            let all: Vec<_> = list.items()?.iter().map(|item| item.parse(pod_address)).collect();
+            all.into_iter().collect::<Option<Vec<_>>>()
+        });
+        let condition = fields.optional("ready").map_or(Some(Condition::Ready), |value| value.choice(&READY));
+        let node = fields.optional("node").map(|value| value.name().map(Arc::from));
+        let ports = match fields.optional("ports") {
+            Some(value) => named_ports(&value),
+            None => Some(HashMap::new()),
+        };
+        let addresses = addresses?;
+        let of_workload = || addresses.iter().find_map(|address| nodes.get(address).cloned());
+        let node = node.unwrap_or_else(|| Some(of_workload().unwrap_or_default()))?;
+        Some(Place { value: item.clone(), node, condition: condition?, ports: ports?, addresses })
+    };
+    let places: Vec<_> = list.items()?.iter().map(place).collect();
+    places.into_iter().collect()
+}
+
+fn named_ports<'a>(value: &Value<'a>) -> Option<HashMap<&'a str, u16>> {
+    let ports: Vec<_> =
+        value.entries()?.iter().map(|entry| Some((entry.name, entry.value.parse(port_number)?))).collect();
+    ports.into_iter().collect()
+}
+
+/// The endpoints of one port. An endpoint without the named port is a mistake of the file, whatever Kubernetes makes of
+/// it: nobody would learn why it gets no traffic.
+fn served(port: u16, target: &Target<'_>, places: &[Place<'_>]) -> Option<ServicePort> {
+    let mut all = Vec::new();
+    let mut complete = true;
+    for place in places {
+        let number = match target {
+            Target::Number(number) => Some(number),
+            Target::Name(name) => place.ports.get(name),
+        };
+        let Some(number) = number else {
+            let Target::Name(name) = target else { continue };
+            place.value.refuse(format_args!(
+                "no port {name:?}, the targetPort of {port}: write ports: {{{name}: 8080}}"
+            ));
+            complete = false;
+            continue;
+        };
+        let endpoint =
+            |address| Endpoint { address: SocketAddr::new(address, *number), node: Arc::clone(&place.node) };
+        all.extend(place.addresses.iter().map(|address| (endpoint(*address), place.condition)));
+    }
+    let (ipv4, ipv6): (Vec<_>, Vec<_>) =
+        all.into_iter().partition(|(endpoint, _)| endpoint.address.is_ipv4());
+    complete.then(|| ServicePort { port, ipv4: Endpoints::new(ipv4), ipv6: Endpoints::new(ipv6) })
+}
+
+fn port_number(text: &str) -> Result<u16, &'static str> {
+    text.parse().ok().filter(|port| *port != 0).ok_or("no port: write 1 to 65535")
+}
+
+fn affinity_seconds(text: &str) -> Result<u32, String> {
+    let seconds = text.parse().ok().filter(|seconds| (1..=AFFINITY_SECONDS_MAX).contains(seconds));
+    seconds.ok_or_else(|| format!("no number of seconds: write 1 to {AFFINITY_SECONDS_MAX}"))
+}

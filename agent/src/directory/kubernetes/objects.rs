@@ -1,0 +1,313 @@
+//! What is read of Kubernetes' objects, and nothing else: the rest is skipped while decoding.
+//!
+//! Go writes an empty list as `null` as often as not, so every list takes null for none.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use serde::{Deserialize, Deserializer, de::DeserializeOwned};
+
+/// An object that is watched.
+pub(super) trait Watched: DeserializeOwned + Clone + Send + 'static {
+    const KIND: Kind;
+    /// Where the API has it, the newest version first.
+    const PATHS: &'static [&'static str];
+
+    fn into_object(self) -> Object;
+}
+
+/// What is watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Kind {
+    Namespaces,
+    Pods,
+    Services,
+    EndpointSlices,
+}
+
+impl Kind {
+    pub(super) const ALL: [Self; 4] = [Self::Namespaces, Self::Pods, Self::Services, Self::EndpointSlices];
+
+    pub(super) fn label(self) -> &'static str {
+        match self {
+            Self::Namespaces => "namespaces",
+            Self::Pods => "pods",
+            Self::Services => "services",
+            Self::EndpointSlices => "endpointslices",
+        }
+    }
+}
+
+/// One object of any kind.
+#[derive(Debug, Clone)]
+pub(super) enum Object {
+    Namespace(Namespace),
+    Pod(Box<Pod>),
+    Service(Box<Service>),
+    Slice(Box<Slice>),
+}
+
+impl Object {
+    pub(super) fn kind(&self) -> Kind {
+        match self {
+            Self::Namespace(_) => Kind::Namespaces,
+            Self::Pod(_) => Kind::Pods,
+            Self::Service(_) => Kind::Services,
+            Self::Slice(_) => Kind::EndpointSlices,
+        }
+    }
+
+    pub(super) fn meta(&self) -> &Meta {
+        match self {
+            Self::Namespace(object) => &object.metadata,
+            Self::Pod(object) => &object.metadata,
+            Self::Service(object) => &object.metadata,
+            Self::Slice(object) => &object.metadata,
+        }
+    }
+}
+
+/// `metadata` of an object.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Meta {
+    #[serde(default)]
+    pub(super) name: String,
+    #[serde(default)]
+    pub(super) namespace: String,
+    #[serde(default)]
+    pub(super) uid: String,
+    #[serde(default)]
+    pub(super) resource_version: String,
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) labels: BTreeMap<String, String>,
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) annotations: Annotations,
+    pub(super) deletion_timestamp: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+pub(super) struct Annotations {
+    /// On the API's image of a static pod: the UID by which the kubelet knows it.
+    #[serde(rename = "kubernetes.io/config.mirror")]
+    pub(super) mirror: Option<String>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Namespace {
+    pub(super) metadata: Meta,
+}
+
+impl Watched for Namespace {
+    const KIND: Kind = Kind::Namespaces;
+    const PATHS: &'static [&'static str] = &["/api/v1/namespaces"];
+
+    fn into_object(self) -> Object {
+        Object::Namespace(self)
+    }
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Pod {
+    pub(super) metadata: Meta,
+    #[serde(default)]
+    pub(super) spec: PodSpec,
+    #[serde(default)]
+    pub(super) status: PodStatus,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct PodSpec {
+    #[serde(default)]
+    pub(super) node_name: String,
+    #[serde(default)]
+    pub(super) service_account_name: String,
+    #[serde(default)]
+    pub(super) host_network: bool,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct PodStatus {
+    #[serde(default)]
+    pub(super) phase: String,
+    #[serde(default)]
+    pub(super) qos_class: QosClass,
+    #[serde(rename = "podIP")]
+    pub(super) pod_ip: Option<String>,
+    #[serde(rename = "podIPs", default, deserialize_with = "or_default")]
+    pub(super) pod_ips: Vec<PodIp>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct PodIp {
+    #[serde(default)]
+    pub(super) ip: String,
+}
+
+/// Which of the node's cgroups a pod stands in. The API server sets it when a pod is made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+pub(super) enum QosClass {
+    Guaranteed,
+    Burstable,
+    #[default]
+    BestEffort,
+}
+
+impl Watched for Pod {
+    const KIND: Kind = Kind::Pods;
+    const PATHS: &'static [&'static str] = &["/api/v1/pods"];
+
+    fn into_object(self) -> Object {
+        Object::Pod(Box::new(self))
+    }
+}
+
+impl Pod {
+    /// Its processes have ended for good.
+    pub(super) fn has_ended(&self) -> bool {
+        matches!(self.status.phase.as_str(), "Succeeded" | "Failed")
+    }
+
+    /// Its addresses, at most one of each family.
+    pub(super) fn addresses(&self) -> Vec<IpAddr> {
+        let listed = self.status.pod_ips.iter().map(|ip| ip.ip.as_str()).chain(self.status.pod_ip.as_deref());
+        let mut addresses: Vec<IpAddr> = Vec::with_capacity(2);
+        for address in listed.filter_map(|text| text.parse::<IpAddr>().ok()).map(|ip| ip.to_canonical()) {
+            if !addresses.iter().any(|other| other.is_ipv4() == address.is_ipv4()) {
+                addresses.push(address);
+            }
+        }
+        addresses
+    }
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Service {
+    pub(super) metadata: Meta,
+    #[serde(default)]
+    pub(super) spec: ServiceSpec,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct ServiceSpec {
+    #[serde(rename = "clusterIP")]
+    pub(super) cluster_ip: Option<String>,
+    /// Since 1.20; before that there is `clusterIP` alone.
+    #[serde(rename = "clusterIPs", default, deserialize_with = "or_default")]
+    pub(super) cluster_ips: Vec<String>,
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) ports: Vec<ServicePort>,
+    pub(super) internal_traffic_policy: Option<String>,
+    pub(super) session_affinity: Option<String>,
+    pub(super) session_affinity_config: Option<SessionAffinity>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(super) struct ServicePort {
+    #[serde(default)]
+    pub(super) name: String,
+    pub(super) port: u16,
+    pub(super) protocol: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(super) struct SessionAffinity {
+    #[serde(rename = "clientIP")]
+    pub(super) client_ip: Option<ClientIp>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct ClientIp {
+    pub(super) timeout_seconds: Option<u32>,
+}
+
+impl Watched for Service {
+    const KIND: Kind = Kind::Services;
+    const PATHS: &'static [&'static str] = &["/api/v1/services"];
+
+    fn into_object(self) -> Object {
+        Object::Service(Box::new(self))
+    }
+}
+
+/// Part of the endpoints of a service. `discovery.k8s.io/v1beta1` differs in where the node's name may stand.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Slice {
+    pub(super) metadata: Meta,
+    #[serde(default)]
+    pub(super) address_type: String,
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) endpoints: Vec<SliceEndpoint>,
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) ports: Vec<SlicePort>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct SliceEndpoint {
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) addresses: Vec<String>,
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) conditions: Conditions,
+    pub(super) node_name: Option<String>,
+    /// v1beta1 alone.
+    pub(super) topology: Option<Topology>,
+}
+
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+pub(super) struct Conditions {
+    pub(super) ready: Option<bool>,
+    pub(super) serving: Option<bool>,
+    pub(super) terminating: Option<bool>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Topology {
+    #[serde(rename = "kubernetes.io/hostname")]
+    pub(super) hostname: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(super) struct SlicePort {
+    pub(super) name: Option<String>,
+    pub(super) port: Option<u16>,
+    pub(super) protocol: Option<String>,
+}
+
+impl Watched for Slice {
+    const KIND: Kind = Kind::EndpointSlices;
+    const PATHS: &'static [&'static str] =
+        &["/apis/discovery.k8s.io/v1/endpointslices", "/apis/discovery.k8s.io/v1beta1/endpointslices"];
+
+    fn into_object(self) -> Object {
+        Object::Slice(Box::new(self))
+    }
+}
+
+/// A page of a list.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Page<T> {
+    pub(super) metadata: PageMeta,
+    #[serde(
+        default = "Vec::new",
+        deserialize_with = "or_default",
+        bound(deserialize = "T: Deserialize<'de>")
+    )]
+    pub(super) items: Vec<T>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct PageMeta {
+    pub(super) resource_version: String,
+    #[serde(rename = "continue")]
+    pub(super) next: Option<String>,
+}
+
+fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(decoder: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(decoder)?.unwrap_or_default())
+}

@@ -1,0 +1,291 @@
+//! From objects of the API to the directory, one change at a time. Pure.
+//!
+//! A list is merged into what is known, and what it did not hold is removed at its end: the directory is never emptier
+//! than the cluster. Most changes of a pod (conditions, container states) change nothing here and are not published.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
+    sync::Arc,
+};
+
+use super::{
+    EnrolLabel, Place,
+    objects::{Kind, Meta, Object, Pod},
+};
+use crate::{
+    directory::{Claim, Directory, Protocol, Workload},
+    identity::SpiffeId,
+};
+
+mod services;
+
+use services::{ServiceRecord, SliceRecord};
+
+/// Pods of this node that are kept after their end, until their last process is gone; more than run on a node.
+const DEPARTED_MAX: usize = 512;
+const DEFAULT_ACCOUNT: &str = "default";
+
+/// What happened in the cluster.
+#[derive(Debug)]
+pub(super) enum Change {
+    /// A list of this kind begins.
+    Listing(Kind),
+    /// The object is there, or has changed.
+    Applied(Object),
+    /// The object is gone.
+    Deleted(Object),
+    /// The list is complete.
+    Listed(Kind),
+}
+
+/// All that is known, ready to be published.
+#[derive(Debug)]
+pub(super) struct Store {
+    enrol: EnrolLabel,
+    place: Place,
+    directory: Directory,
+    /// Whether a namespace's label enrols its pods.
+    namespaces: HashMap<String, bool>,
+    services: HashMap<String, ServiceRecord>,
+    slices: HashMap<String, SliceRecord>,
+    slices_of: HashMap<String, BTreeSet<String>>,
+    /// Names seen in a list that is under way.
+    seen: HashMap<Kind, HashSet<String>>,
+    listed: BTreeSet<Kind>,
+    departed: VecDeque<Arc<Workload>>,
+    words: Words,
+    changed: bool,
+}
+
+impl Store {
+    pub(super) fn new(enrol: EnrolLabel, place: Place) -> Self {
+        Self {
+            enrol,
+            place,
+            directory: Directory::default(),
+            namespaces: HashMap::new(),
+            services: HashMap::new(),
+            slices: HashMap::new(),
+            slices_of: HashMap::new(),
+            seen: HashMap::new(),
+            listed: BTreeSet::new(),
+            departed: VecDeque::new(),
+            words: Words::default(),
+            changed: true,
+        }
+    }
+
+    /// Takes one change.
+    pub(super) fn take(&mut self, change: Change) {
+        match change {
+            Change::Listing(kind) => {
+                self.seen.insert(kind, HashSet::new());
+            }
+            Change::Applied(object) => {
+                if let Some(seen) = self.seen.get_mut(&object.kind()) {
+                    seen.insert(full_name(object.meta()));
+                }
+                self.apply(object);
+            }
+            Change::Deleted(object) => self.delete(object.kind(), &full_name(object.meta())),
+            Change::Listed(kind) => self.end_list(kind),
+        }
+    }
+
+    /// The directory when it is complete and has changed since it was last asked for.
+    pub(super) fn news(&mut self) -> Option<Directory> {
+        if self.listed.len() < Kind::ALL.len() || !std::mem::take(&mut self.changed) {
+            return None;
+        }
+        Some(self.directory.clone())
+    }
+
+    fn apply(&mut self, object: Object) {
+        match object {
+            Object::Namespace(namespace) => {
+                let enrols = self.label(&namespace.metadata) == Some(true);
+                self.namespace(namespace.metadata.name, enrols);
+            }
+            Object::Pod(pod) => self.pod(*pod),
+            Object::Service(service) => self.service(*service),
+            Object::Slice(slice) => self.slice(*slice),
+        }
+    }
+
+    fn delete(&mut self, kind: Kind, name: &str) {
+        match kind {
+            Kind::Namespaces => {
+                self.namespace(name.to_owned(), false);
+                self.namespaces.remove(name);
+            }
+            Kind::Pods => self.end_pod(name),
+            Kind::Services => {
+                self.services.remove(name);
+                self.rebuild(name);
+            }
+            Kind::EndpointSlices => self.remove_slice(name),
+        }
+    }
+
+    /// Removes what was not in the list.
+    fn end_list(&mut self, kind: Kind) {
+        let seen = self.seen.remove(&kind).unwrap_or_default();
+        let known: Vec<String> = match kind {
+            Kind::Namespaces => self.namespaces.keys().cloned().collect(),
+            Kind::Pods => {
+                self.directory.iter().chain(self.directory.host_network()).map(|w| w.full_name()).collect()
+            }
+            Kind::Services => self.services.keys().cloned().collect(),
+            Kind::EndpointSlices => self.slices.keys().cloned().collect(),
+        };
+        for name in known.into_iter().filter(|name| !seen.contains(name)) {
+            self.delete(kind, &name);
+        }
+        if self.listed.insert(kind) {
+            self.changed = true;
+        }
+        self.words.forget_unused();
+    }
+
+    /// What the enrolling label says; `None` when it is not there.
+    fn label(&self, meta: &Meta) -> Option<bool> {
+        meta.labels.get(&self.enrol.name).map(|value| *value == self.enrol.value)
+    }
+
+    fn namespace(&mut self, name: String, enrols: bool) {
+        let before = self.namespaces.insert(name.clone(), enrols).unwrap_or(false);
+        if before == enrols {
+            return;
+        }
+        let pods: Vec<Arc<Workload>> =
+            self.directory.iter().filter(|workload| *workload.namespace == *name).cloned().collect();
+        for workload in pods {
+            let own = workload.labels.get(&self.enrol.name).map(|value| *value == self.enrol.value);
+            let protocol = protocol(own.unwrap_or(enrols));
+            if protocol != workload.protocol {
+                // An address that was lost to another before stays lost.
+                self.directory.insert(Workload { protocol, ..(*workload).clone() }, Claim::Yields);
+                self.changed = true;
+            }
+        }
+    }
+
+    fn pod(&mut self, pod: Pod) {
+        let name = full_name(&pod.metadata);
+        if pod.has_ended() || pod.spec.node_name.is_empty() {
+            return self.end_pod(&name);
+        }
+        let is_ending = pod.metadata.deletion_timestamp.is_some();
+        let host_network = pod.spec.host_network;
+        let Some(workload) = self.workload(pod) else { return self.end_pod(&name) };
+        let is_here = workload.node == self.place.node;
+        if host_network {
+            self.directory.remove(&workload.namespace, &workload.name);
+            if is_here && self.directory.set_host_network(workload) {
+                self.changed = true;
+            }
+            return;
+        }
+        // A pod of another node cannot be reached before it has an address; one of this node has to be covered.
+        if workload.addresses.is_empty() && !is_here {
+            return self.end_pod(&name);
+        }
+        if self.directory.named(&workload.namespace, &workload.name).is_some_and(|known| **known == workload)
+        {
+            return;
+        }
+        let claim = if is_ending { Claim::Yields } else { Claim::Takes };
+        self.directory.insert(workload, claim);
+        self.changed = true;
+    }
+
+    /// `None` for a pod whose names no identity can have: it is nobody known.
+    fn workload(&mut self, pod: Pod) -> Option<Workload> {
+        let enrols = self.label(&pod.metadata);
+        let enrols = enrols.unwrap_or_else(|| self.namespaces.get(&pod.metadata.namespace) == Some(&true));
+        let uid = pod.metadata.annotations.mirror.as_ref().unwrap_or(&pod.metadata.uid);
+        // Only the agent of its node looks for its processes.
+        let is_here = *pod.spec.node_name == *self.place.node;
+        let cgroup =
+            if is_here { self.place.cgroups.pod(uid, pod.status.qos_class) } else { Default::default() };
+        let account = match pod.spec.service_account_name.as_str() {
+            "" => DEFAULT_ACCOUNT,
+            account => account,
+        };
+        let identity = self.words.identity(&self.place, &pod.metadata.namespace, account)?;
+        Some(Workload {
+            namespace: self.words.word(&pod.metadata.namespace),
+            node: self.words.word(&pod.spec.node_name),
+            addresses: pod.addresses(),
+            name: pod.metadata.name.into(),
+            labels: pod.metadata.labels,
+            identity,
+            cgroup,
+            protocol: protocol(enrols),
+            egress: None,
+            udp: None,
+        })
+    }
+
+    fn end_pod(&mut self, name: &str) {
+        let Some((namespace, name)) = name.split_once('/') else { return };
+        if self.directory.unset_host_network(namespace, name) {
+            self.changed = true;
+        }
+        let Some(workload) = self.directory.remove(namespace, name) else { return };
+        self.changed = true;
+        if workload.node == self.place.node && workload.protocol == Protocol::Tacit {
+            self.departed.push_back(workload);
+            if self.departed.len() > DEPARTED_MAX {
+                self.departed.pop_front();
+            }
+            self.directory.set_departed(self.departed.iter().cloned().collect());
+        }
+    }
+}
+
+fn protocol(enrols: bool) -> Protocol {
+    if enrols { Protocol::Tacit } else { Protocol::None }
+}
+
+/// `namespace/name`; of a namespace its name.
+fn full_name(meta: &Meta) -> String {
+    if meta.namespace.is_empty() { meta.name.clone() } else { format!("{}/{}", meta.namespace, meta.name) }
+}
+
+/// Names and identities that many workloads have, kept once.
+#[derive(Debug, Default)]
+struct Words {
+    words: HashSet<Arc<str>>,
+    identities: HashMap<(Arc<str>, Arc<str>), SpiffeId>,
+}
+
+impl Words {
+    fn word(&mut self, text: &str) -> Arc<str> {
+        if let Some(word) = self.words.get(text) {
+            return Arc::clone(word);
+        }
+        let word: Arc<str> = text.into();
+        self.words.insert(Arc::clone(&word));
+        word
+    }
+
+    fn identity(&mut self, place: &Place, namespace: &str, account: &str) -> Option<SpiffeId> {
+        let key = (self.word(namespace), self.word(account));
+        if let Some(identity) = self.identities.get(&key) {
+            return Some(identity.clone());
+        }
+        let identity = SpiffeId::new(&place.trust_domain, namespace, account).ok()?;
+        self.identities.insert(key, identity.clone());
+        Some(identity)
+    }
+
+    /// After a list: what no object has any more. Between lists there is as much as was ever seen.
+    fn forget_unused(&mut self) {
+        self.identities.clear();
+        self.words.retain(|word| Arc::strong_count(word) > 1);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,202 @@
+//! Tests of the source against an API server of our own: pages, watches, broken connections, versions that are too old.
+
+use std::{path::Path, time::Duration};
+
+use serde_json::{Value, json};
+use tokio::time::timeout;
+
+use super::*;
+
+mod server;
+
+use server::{NAMESPACES, PODS, SERVICES, SLICES, SLICES_BETA, Server};
+
+/// Above the longest pause between tries that a test meets (some seconds).
+const DEADLINE: Duration = Duration::from_secs(30);
+
+async fn follow_all(server: &Server) -> Watched<Directory> {
+    let config = Config::new(format!("http://{}", server.address()).parse().expect("a URL"));
+    let place = Place {
+        node: "a".into(),
+        trust_domain: TrustDomain::parse("cluster.local").expect("valid"),
+        cgroups: CgroupLayout::of(Path::new("/sys/fs/cgroup/kubepods")),
+    };
+    let opened = timeout(DEADLINE, start(config, EnrolLabel::default(), place)).await;
+    opened.expect("complete before the deadline").expect("followed")
+}
+
+async fn until(watched: &Watched<Directory>, what: &str, is: impl FnMut(&Arc<Directory>) -> bool) {
+    let mut changes = watched.subscribe();
+    let reached = timeout(DEADLINE, changes.wait_for(is)).await;
+    reached.unwrap_or_else(|_| panic!("{what}: not before the deadline")).expect("followed");
+}
+
+async fn until_state(
+    watched: &Watched<Directory>,
+    what: &str,
+    is: impl Fn(&ReloadState) -> bool,
+) -> ReloadState {
+    let waiting = async {
+        loop {
+            let state = watched.state();
+            if is(&state) {
+                return state;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(DEADLINE, waiting).await.unwrap_or_else(|_| panic!("{what}: {:?}", watched.state()))
+}
+
+fn pod(name: &str, ip: &str) -> Value {
+    json!({
+        "metadata": {"name": name, "namespace": "shop", "uid": name, "labels": {"app": "web"}},
+        "spec": {"nodeName": "b", "serviceAccountName": "web"},
+        "status": {"phase": "Running", "qosClass": "BestEffort", "podIPs": [{"ip": ip}]},
+    })
+}
+
+/// Namespace shop, enrolled, with three pods and a service; more than two objects are more than a page.
+fn cluster() -> Server {
+    let server = Server::start();
+    server.set(NAMESPACES, json!({"metadata": {"name": "shop", "labels": {"tacit.io/enrol": "true"}}}));
+    for i in 2..5 {
+        server.set(PODS, pod(&format!("web-{i}"), &format!("10.77.2.{i}")));
+    }
+    server.set(
+        SERVICES,
+        json!({
+            "metadata": {"name": "web", "namespace": "shop"},
+            "spec": {"clusterIP": "10.96.0.1", "ports": [{"port": 80, "protocol": "TCP"}]},
+        }),
+    );
+    server
+}
+
+fn slice() -> Value {
+    json!({
+        "metadata": {"name": "web-1", "namespace": "shop", "labels": {"kubernetes.io/service-name": "web"}},
+        "addressType": "IPv4",
+        "ports": [{"name": "", "port": 8080, "protocol": "TCP"}],
+        "endpoints": [{"addresses": ["10.77.2.2"], "conditions": {"ready": true}}],
+    })
+}
+
+fn has(directory: &Directory, address: &str) -> bool {
+    directory
+        .at(address.parse().expect("an address"))
+        .is_some_and(|w| w.protocol == crate::directory::Protocol::Tacit)
+}
+
+fn has_endpoint(directory: &Directory) -> bool {
+    let service = directory.service_named("shop", "web");
+    service.is_some_and(|service| service.ports[0].ipv4.usable().len() == 1)
+}
+
+#[tokio::test]
+async fn lists_and_watches_make_the_directory() {
+    let server = cluster();
+    let watched = follow_all(&server).await;
+    let directory = watched.current();
+    assert_eq!((directory.len(), has(&directory, "10.77.2.4")), (3, true), "all pages are there at once");
+    assert!(watched.state().file.display().to_string().starts_with("kubernetes http://127.0.0.1:"));
+    server.set(PODS, pod("web-9", "10.77.2.9"));
+    server.set(SLICES, slice());
+    until(&watched, "a new pod and a slice", |d| has(d, "10.77.2.9") && has_endpoint(d)).await;
+    server.remove(PODS, "web-9");
+    until(&watched, "a pod is gone", |d| !has(d, "10.77.2.9")).await;
+    assert_eq!(watched.state().last_error, None);
+}
+
+#[tokio::test]
+async fn an_old_server_has_its_slices_elsewhere() {
+    let server = cluster();
+    server.without(SLICES);
+    server.set(SLICES_BETA, slice());
+    let watched = follow_all(&server).await;
+    assert!(has_endpoint(&watched.current()));
+    until_state(&watched, "no complaint is left", |state| state.last_error.is_none()).await;
+}
+
+#[tokio::test]
+async fn a_broken_watch_goes_on_where_it_was() {
+    let server = cluster();
+    let watched = follow_all(&server).await;
+    server.watches(PODS, 1).await;
+    let lists = server.lists(PODS);
+    for i in 10..15 {
+        server.break_connections();
+        server.set(PODS, pod(&format!("web-{i}"), &format!("10.77.2.{i}")));
+        until(&watched, "a pod made while away", |d| has(d, &format!("10.77.2.{i}"))).await;
+    }
+    assert_eq!(server.lists(PODS), lists, "watched on, not listed again");
+    assert_eq!(watched.current().len(), 8);
+}
+
+#[tokio::test]
+async fn a_version_that_is_too_old_leads_to_a_list_without_a_hole() {
+    let server = cluster();
+    let watched = follow_all(&server).await;
+    server.watches(PODS, 1).await;
+    let lists = server.lists(PODS);
+    server.go_down();
+    server.break_connections();
+    server.remove(PODS, "web-2");
+    server.set(PODS, pod("web-8", "10.77.2.8"));
+    server.forget_history();
+    server.come_up();
+    let mut least = usize::MAX;
+    until(&watched, "as the list says", |d| {
+        least = least.min(d.len());
+        has(d, "10.77.2.8") && !has(d, "10.77.2.2")
+    })
+    .await;
+    assert!(server.lists(PODS) > lists, "410 is answered by a list");
+    assert_eq!((least, watched.current().len()), (3, 3), "never fewer than there are");
+}
+
+#[tokio::test]
+async fn without_the_api_what_is_known_stays_and_its_age_is_told() {
+    let server = cluster();
+    let watched = follow_all(&server).await;
+    server.watches(PODS, 1).await;
+    assert_eq!(watched.state().stale_since, None);
+    let before = SystemTime::now();
+    server.go_down();
+    server.break_connections();
+    let state = until_state(&watched, "stale", |state| state.stale_since.is_some()).await;
+    assert!(
+        state.stale_since >= Some(before) && state.refusals > 0 && state.last_error.is_some(),
+        "{state:?}"
+    );
+    assert!(has(&watched.current(), "10.77.2.3"));
+    server.come_up();
+    server.set(PODS, pod("web-7", "10.77.2.7"));
+    until(&watched, "followed again", |d| has(d, "10.77.2.7")).await;
+    until_state(&watched, "fresh", |state| state.stale_since.is_none() && state.last_error.is_none()).await;
+}
+
+#[tokio::test]
+async fn nothing_is_in_use_before_all_is_known() {
+    let server = cluster();
+    server.without(SERVICES);
+    let config = Config::new(format!("http://{}", server.address()).parse().expect("a URL"));
+    let place = Place {
+        node: "a".into(),
+        trust_domain: TrustDomain::parse("cluster.local").expect("valid"),
+        cgroups: CgroupLayout::Cgroupfs,
+    };
+    let opening = start(config, EnrolLabel::default(), place);
+    let mut opening = std::pin::pin!(opening);
+    let pods_known = async {
+        server.watches(PODS, 1).await;
+        server.lists_failed(SERVICES, 2).await;
+    };
+    tokio::select! {
+        opened = &mut opening => panic!("open without services: {:?}", opened.map(|watched| watched.current())),
+        () = pods_known => {}
+    }
+    server.with(SERVICES);
+    let watched = timeout(DEADLINE, opening).await.expect("before the deadline").expect("followed");
+    assert!(watched.current().service_named("shop", "web").is_some());
+}

@@ -1,0 +1,139 @@
+//! Tests of the choice: a table of who gets which endpoint, and how load spreads.
+
+use std::collections::HashMap;
+
+use super::*;
+
+fn endpoint(address: &str, node: &str) -> Endpoint {
+    Endpoint { address: address.parse().expect("an address"), node: node.into() }
+}
+
+/// 10.0.0.1 on a, .2 and .3 on b, .4 on c is ending, .5 on d is not ready; of IPv6 one, on a.
+fn service(traffic: Traffic) -> Service {
+    use Condition::{NotReady, Ready, Terminating};
+    let ipv4 = Endpoints::new([
+        (endpoint("10.0.0.1:8080", "a"), Ready),
+        (endpoint("10.0.0.2:8080", "b"), Ready),
+        (endpoint("10.0.0.3:8081", "b"), Ready),
+        (endpoint("10.0.0.4:8080", "c"), Terminating),
+        (endpoint("10.0.0.5:8080", "d"), NotReady),
+    ]);
+    let ipv6 = Endpoints::new([(endpoint("[fd00::1]:8080", "a"), Ready)]);
+    let ending = Endpoints::new([(endpoint("10.0.0.4:9090", "c"), Terminating)]);
+    let down = Endpoints::new([(endpoint("10.0.0.5:9091", "d"), NotReady)]);
+    Service {
+        name: "web".into(),
+        namespace: "shop".into(),
+        addresses: vec!["10.96.0.1".parse().expect("an address"), "fd96::1".parse().expect("an address")],
+        ports: vec![
+            ServicePort { port: 80, ipv4, ipv6 },
+            ServicePort { port: 81, ipv4: ending, ipv6: Endpoints::default() },
+            ServicePort { port: 82, ipv4: down, ipv6: Endpoints::default() },
+        ],
+        traffic,
+        affinity: Affinity::None,
+    }
+}
+
+/// The endpoints that clients of `node` get for `address`, over many random numbers.
+fn chosen(
+    traffic: Traffic,
+    address: &str,
+    (node, sticky, tried): (&str, Option<&str>, &[&str]),
+    load: impl Fn(SocketAddr) -> usize,
+) -> Result<Vec<String>, NoEndpoint> {
+    let service = service(traffic);
+    let parse = |text: &&str| text.parse::<SocketAddr>().expect("an address");
+    let tried: Vec<SocketAddr> = tried.iter().map(parse).collect();
+    let mut seen = HashMap::new();
+    for random in spread(200) {
+        let asks = Asks { node, sticky: sticky.as_ref().map(parse), tried: &tried, random };
+        let endpoint = choose(&service, parse(&address), &asks, &load)?;
+        *seen.entry(endpoint.address.to_string()).or_insert(0) += 1;
+    }
+    let mut seen: Vec<String> = seen.into_keys().collect();
+    seen.sort();
+    Ok(seen)
+}
+
+/// Numbers whose halves are spread well (multiples of the golden ratio).
+fn spread(count: u64) -> impl Iterator<Item = u64> {
+    (1..=count)
+        .map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(17).wrapping_mul(0xbf58_476d_1ce4_e5b9))
+}
+
+/// Its node, the endpoint it stays with, and what it tried.
+type Client<'a> = (&'a str, Option<&'a str>, &'a [&'a str]);
+
+type Expected<'a> = Result<&'a [&'a str], NoEndpoint>;
+
+#[test]
+fn who_gets_which_endpoint() {
+    use Traffic::{Cluster, Local};
+    let all: &[&str] = &["10.0.0.1:8080", "10.0.0.2:8080", "10.0.0.3:8081"];
+    let far = ("x", None, [].as_slice());
+    let table: [(Traffic, &str, Client<'_>, Expected<'_>); 14] = [
+        (Cluster, "10.96.0.1:80", far, Ok(all)),
+        (Cluster, "[::ffff:10.96.0.1]:80", far, Ok(all)),
+        (Cluster, "[fd96::1]:80", far, Ok(&["[fd00::1]:8080"])),
+        (Cluster, "10.96.0.1:81", far, Ok(&["10.0.0.4:9090"])),
+        (Cluster, "10.96.0.1:82", far, Err(NoEndpoint::NoneReady)),
+        (Cluster, "10.96.0.1:83", far, Err(NoEndpoint::UnknownPort(83))),
+        (Cluster, "10.96.0.1:80", ("x", None, &["10.0.0.1:8080"]), Ok(&all[1..])),
+        (Cluster, "10.96.0.1:80", ("x", None, &all[..2]), Ok(&all[2..])),
+        (Cluster, "10.96.0.1:80", ("x", None, all), Err(NoEndpoint::AllTried)),
+        (Cluster, "10.96.0.1:80", ("x", Some("10.0.0.2:8080"), &[]), Ok(&all[1..2])),
+        // One that is ending, or to which connecting failed, holds nobody.
+        (Cluster, "10.96.0.1:80", ("x", Some("10.0.0.4:8080"), &[]), Ok(all)),
+        (Cluster, "10.96.0.1:80", ("x", Some("10.0.0.2:8080"), &["10.0.0.2:8080"]), Ok(&[all[0], all[2]])),
+        (Local, "10.96.0.1:80", ("b", None, &[]), Ok(&all[1..])),
+        (Local, "10.96.0.1:80", ("d", None, &[]), Err(NoEndpoint::NoneOnNode)),
+    ];
+    for (traffic, address, asks, expected) in table {
+        let expected = expected.map(|list| list.iter().map(ToString::to_string).collect::<Vec<_>>());
+        assert_eq!(chosen(traffic, address, asks, |_| 0), expected, "{traffic:?} {address} {asks:?}");
+    }
+}
+
+#[test]
+fn local_traffic_falls_back_to_what_is_ending_here() {
+    let ending = chosen(Traffic::Local, "10.96.0.1:80", ("c", None, &[]), |_| 0);
+    assert_eq!(ending, Ok(vec!["10.0.0.4:8080".to_owned()]));
+    let tried = chosen(Traffic::Local, "10.96.0.1:80", ("a", None, &["10.0.0.1:8080"]), |_| 0);
+    assert_eq!(tried, Err(NoEndpoint::AllTried));
+}
+
+#[test]
+fn the_most_loaded_is_never_chosen_and_the_nearer_wins_a_tie() {
+    let address = "10.0.0.1:8080".parse().expect("an address");
+    let busy = |endpoint: SocketAddr| usize::from(endpoint == address);
+    let chosen_far = chosen(Traffic::Cluster, "10.96.0.1:80", ("a", None, &[]), busy);
+    assert_eq!(chosen_far, Ok(vec!["10.0.0.2:8080".to_owned(), "10.0.0.3:8081".to_owned()]));
+    // On a the two choices hold 10.0.0.1 in two of three cases, and then it wins.
+    let service = service(Traffic::Cluster);
+    let near = spread(3000).filter(|random| {
+        let asks = Asks { node: "a", sticky: None, tried: &[], random: *random };
+        let vip = "10.96.0.1:80".parse().expect("an address");
+        choose(&service, vip, &asks, |_| 0).expect("one").address == address
+    });
+    let share = near.count();
+    assert!((1900..=2100).contains(&share), "{share} of 3000");
+}
+
+#[test]
+fn load_spreads_over_a_hundred_endpoints() {
+    let all = (0..100_u8).map(|i| (endpoint(&format!("10.0.0.{i}:80"), "b"), Condition::Ready));
+    let mut service = service(Traffic::Cluster);
+    service.ports[0].ipv4 = Endpoints::new(all);
+    let mut load: HashMap<SocketAddr, usize> = HashMap::new();
+    for random in spread(10_000) {
+        let asks = Asks { node: "a", sticky: None, tried: &[], random };
+        let vip = "10.96.0.1:80".parse().expect("an address");
+        let least = choose(&service, vip, &asks, |at| load.get(&at).copied().unwrap_or(0)).expect("one");
+        *load.entry(least.address).or_default() += 1;
+    }
+    let most = load.values().max().copied().unwrap_or(0);
+    assert_eq!(load.len(), 100);
+    // One choice at random would give some 128 at the most loaded.
+    assert!(most <= 104, "{most} flows at one endpoint, 100 on average");
+}

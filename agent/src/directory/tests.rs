@@ -1,0 +1,138 @@
+//! Tests of the snapshot: what is found by which address and name, and what a change leaves as it was.
+
+use super::*;
+
+const TEXT: &str = "\
+workloads:
+- {name: web, namespace: shop, serviceAccount: web, addresses: [10.77.1.2, 'fd77:1::2'], node: a, labels: {app: web}}
+- {name: db, namespace: shop, addresses: ['fd77:2::3'], node: b, cgroup: shop/db, tunnel: none}
+- {name: cart, namespace: shop, addresses: [10.77.1.4], node: a}
+";
+
+fn sample() -> Directory {
+    let trust_domain = TrustDomain::parse("cluster.local").expect("valid");
+    Directory::parse(TEXT, Path::new("directory.yaml"), &trust_domain).expect("valid")
+}
+
+#[test]
+fn a_workload_is_found_by_each_of_its_addresses() {
+    let directory = sample();
+    for (address, name) in [
+        ("10.77.1.2", Some("web")),
+        ("fd77:1::2", Some("web")),
+        ("::ffff:10.77.1.2", Some("web")),
+        ("fd77:2::3", Some("db")),
+        ("10.77.1.4", Some("cart")),
+        ("10.77.1.3", None),
+        ("fd77:1::3", None),
+    ] {
+        let found = directory.at(address.parse().expect("an address")).map(|workload| &*workload.name);
+        assert_eq!(found, name, "{address}");
+    }
+}
+
+#[test]
+fn a_workload_has_what_the_file_says_and_the_defaults() {
+    let directory = sample();
+    let web = directory.named("shop", "web").expect("web");
+    let db = directory.named("shop", "db").expect("db");
+    assert_eq!(web.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/web");
+    assert_eq!(web.cgroup, Path::new("shop_web"));
+    assert_eq!(web.protocol, Protocol::Tacit);
+    assert_eq!(web.labels, BTreeMap::from([("app".to_owned(), "web".to_owned())]));
+    assert_eq!(web.ipv4(), Some(Ipv4Addr::new(10, 77, 1, 2)));
+    assert_eq!(web.ipv6(), Some("fd77:1::2".parse().expect("an address")));
+    assert_eq!(db.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/default");
+    assert_eq!(db.cgroup, Path::new("shop/db"));
+    assert_eq!(db.protocol, Protocol::None);
+    assert_eq!((db.ipv4(), db.labels.len()), (None, 0));
+}
+
+#[test]
+fn a_node_has_its_workloads_in_order() {
+    let directory = sample();
+    let names = |node| directory.on_node(node).map(|workload| &*workload.name).collect::<Vec<_>>();
+    assert_eq!(names("a"), ["web", "cart"]);
+    assert_eq!(names("b"), ["db"]);
+    assert!(names("c").is_empty());
+    assert_eq!((directory.len(), directory.is_empty()), (3, false));
+    assert!(Directory::default().is_empty());
+}
+
+fn workload(name: &str, node: &str, address: &str) -> Workload {
+    let trust_domain = TrustDomain::parse("cluster.local").expect("valid");
+    Workload {
+        name: name.into(),
+        namespace: "shop".into(),
+        identity: SpiffeId::new(&trust_domain, "shop", name).expect("valid"),
+        addresses: vec![address.parse().expect("an address")],
+        node: node.into(),
+        labels: BTreeMap::new(),
+        cgroup: name.into(),
+        protocol: Protocol::Tacit,
+        egress: None,
+        udp: None,
+    }
+}
+
+fn name_at(directory: &Directory, address: &str) -> Option<String> {
+    directory.at(address.parse().expect("an address")).map(|workload| workload.name.to_string())
+}
+
+#[test]
+fn a_change_is_not_seen_in_a_copy_made_before() {
+    let mut directory = sample();
+    let before = directory.clone();
+    directory.insert(workload("web", "b", "10.77.1.9"), Claim::Takes);
+    directory.remove("shop", "cart");
+    assert_eq!(name_at(&directory, "10.77.1.2"), None);
+    assert_eq!(name_at(&directory, "10.77.1.9").as_deref(), Some("web"));
+    assert_eq!(directory.on_node("a").count(), 0);
+    assert_eq!(directory.on_node("b").count(), 2);
+    assert_eq!(name_at(&before, "10.77.1.2").as_deref(), Some("web"));
+    assert_eq!(name_at(&before, "10.77.1.4").as_deref(), Some("cart"));
+    assert_eq!((before.len(), before.on_node("a").count(), directory.len()), (3, 2, 2));
+}
+
+#[test]
+fn a_reused_address_belongs_to_the_pod_that_lives() {
+    let mut directory = Directory::default();
+    directory.insert(workload("old", "a", "10.77.1.2"), Claim::Takes);
+    directory.insert(workload("new", "a", "10.77.1.2"), Claim::Takes);
+    assert_eq!(name_at(&directory, "10.77.1.2").as_deref(), Some("new"));
+    // News of the old one, which is ending, takes nothing back; nor does its end take the address away.
+    directory.insert(workload("old", "a", "10.77.1.2"), Claim::Yields);
+    assert_eq!(name_at(&directory, "10.77.1.2").as_deref(), Some("new"));
+    assert!(directory.remove("shop", "old").is_some());
+    assert_eq!(name_at(&directory, "10.77.1.2").as_deref(), Some("new"));
+    assert!(directory.remove("shop", "new").is_some());
+    assert!(directory.is_empty() && directory.remove("shop", "new").is_none());
+}
+
+#[test]
+fn a_service_is_found_by_its_addresses_until_it_is_removed() {
+    let mut directory = Directory::default();
+    let vip = |text: &str| text.parse::<IpAddr>().expect("an address");
+    let service = |name: &str, addresses: &[&str]| Service {
+        name: name.into(),
+        namespace: "shop".into(),
+        addresses: addresses.iter().map(|text| vip(text)).collect(),
+        ports: Vec::new(),
+        traffic: Traffic::Cluster,
+        affinity: Affinity::None,
+    };
+    directory.insert_service(service("web", &["10.96.0.1", "fd96::1"]));
+    directory.insert_service(service("headless", &[]));
+    for address in ["10.96.0.1", "::ffff:10.96.0.1", "fd96::1"] {
+        assert_eq!(&*directory.service_at(vip(address)).expect(address).name, "web");
+        assert!(directory.knows(vip(address)));
+    }
+    directory.insert_service(service("web", &["10.96.0.2"]));
+    assert!(directory.service_at(vip("fd96::1")).is_none());
+    // The address went to another service before this one is known to be gone.
+    directory.insert_service(service("next", &["10.96.0.2"]));
+    directory.remove_service("shop", "web");
+    assert_eq!(&*directory.service_at(vip("10.96.0.2")).expect("next").name, "next");
+    assert_eq!(directory.services().count(), 2);
+    assert!(directory.service_named("shop", "web").is_none());
+}

@@ -1,0 +1,71 @@
+//! A captured connection to a service: an endpoint is chosen for it, and another when the first does not answer.
+//!
+//! The application keeps the service's address as its peer: the kernel remembers what was asked for. No byte of it was
+//! sent before an endpoint has accepted, so trying another one repeats nothing. What an endpoint refuses by policy is
+//! not tried elsewhere: the answer would depend on chance.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::net::TcpStream;
+
+use super::{Attempt, DataPath, Ends, Failure, Fault, PEER_CONNECT, Pod, Way};
+use crate::{
+    balance::{Held, Wish},
+    directory::{NoEndpoint, Service},
+};
+
+/// Endpoints that are tried for one connection.
+const TRIES: usize = 3;
+/// How long an endpoint may take to answer while there may be another: the first SYN and its repetition after a second
+/// are lost by then.
+const TRY_CONNECT: Duration = Duration::from_secs(2);
+
+/// Makes a way to an endpoint of `service`, which counts as loaded until the answer's second part is dropped.
+pub(super) async fn reach(
+    path: &DataPath,
+    pod: &Pod,
+    service: &Arc<Service>,
+    asked: Ends,
+    app: &TcpStream,
+) -> Result<(Way, Option<Held>), Failure> {
+    let wish =
+        Wish { service, address: asked.destination, client: asked.source.ip(), node: &pod.workload.node };
+    let mut tried = Vec::with_capacity(TRIES);
+    let mut last: Option<Failure> = None;
+    loop {
+        let held = match path.balancer.pick(&wish, &tried, Instant::now()) {
+            Ok(held) => held,
+            Err(none) => {
+                return Err(last.filter(|_| none == NoEndpoint::AllTried).unwrap_or_else(|| {
+                    Failure::new(none.label(), format!("{}/{}: {none}", service.namespace, service.name))
+                }));
+            }
+        };
+        let ends = Ends { source: asked.source, destination: held.endpoint() };
+        let attempt = if tried.len() + 1 < TRIES {
+            Attempt { limit: TRY_CONNECT, ahead: None }
+        } else {
+            Attempt { limit: PEER_CONNECT, ahead: Some(app) }
+        };
+        match super::reach(path, pod, ends, attempt).await {
+            Ok(way) => {
+                path.balancer.stay(&wish, held.endpoint(), Instant::now());
+                return Ok((way, Some(held)));
+            }
+            Err(failure) if failure.fault == Fault::Destination && tried.len() + 1 < TRIES => {
+                tracing::debug!(service = %service.name, endpoint = %ends.destination, reason = failure.reason, "next endpoint");
+                tried.push(ends.destination);
+                last = Some(failure);
+            }
+            Err(failure) => {
+                return Err(Failure {
+                    detail: format!("{}: {}", ends.destination, failure.detail),
+                    ..failure
+                });
+            }
+        }
+    }
+}

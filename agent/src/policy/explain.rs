@@ -1,0 +1,298 @@
+//! What policy says about a connection that somebody asks about, in words: mode, the rule that decides, and why.
+//!
+//! It is the destination's answer: whether the connection gets that far is for the source's node to know. The verdict
+//! comes from the function that decides on real flows.
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Authorization, DenyReason, Flow, Mode, Policies, Ruling, Source, Verdict, decide};
+use crate::directory::{Directory, Protocol, Workload};
+
+/// One end, as an operator names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    /// `namespace/name` of a workload.
+    Workload(String, String),
+    /// An address.
+    Address(IpAddr),
+}
+
+/// Why a question has no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ExplainError {
+    /// Neither form.
+    #[error("{0:?} is neither <namespace>/<name> of a workload nor an IP address: write one of them")]
+    End(String),
+    /// No port.
+    #[error("{0:?} is no port: write a number from 1 to 65535")]
+    Port(String),
+    /// Nobody of that name.
+    #[error("the directory has no workload {0}: see `tacit status`, or name an IP address")]
+    Unknown(String),
+    /// No family in common.
+    #[error("{from} and {to} have no address of the same family: name an address of one of them")]
+    Families {
+        /// The source.
+        from: String,
+        /// The destination.
+        to: String,
+    },
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Workload(namespace, name) => write!(f, "{namespace}/{name}"),
+            Self::Address(address) => write!(f, "{address}"),
+        }
+    }
+}
+
+impl End {
+    /// Parses `namespace/name` or an IP address.
+    ///
+    /// # Errors
+    /// [`ExplainError::End`].
+    pub fn parse(text: &str) -> Result<Self, ExplainError> {
+        if let Ok(address) = text.parse::<IpAddr>() {
+            return Ok(Self::Address(address.to_canonical()));
+        }
+        match text.split_once('/') {
+            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+                Ok(Self::Workload(namespace.to_owned(), name.to_owned()))
+            }
+            _ => Err(ExplainError::End(text.to_owned())),
+        }
+    }
+
+    fn resolve<'d>(&self, directory: &'d Directory) -> Result<Resolved<'d>, ExplainError> {
+        match self {
+            Self::Address(address) => {
+                let workload = directory.at(*address).map(|workload| &**workload);
+                Ok(Resolved { addresses: vec![*address], workload })
+            }
+            Self::Workload(namespace, name) => {
+                let mut all = directory.iter();
+                let found = all.find(|w| *w.namespace == **namespace && *w.name == **name);
+                let found = found.ok_or_else(|| ExplainError::Unknown(format!("{namespace}/{name}")))?;
+                Ok(Resolved { addresses: found.addresses.clone(), workload: Some(found) })
+            }
+        }
+    }
+}
+
+/// Parses a port.
+///
+/// # Errors
+/// [`ExplainError::Port`].
+pub fn port(text: &str) -> Result<u16, ExplainError> {
+    let port = text.parse().ok().filter(|port| *port != 0);
+    port.ok_or_else(|| ExplainError::Port(text.to_owned()))
+}
+
+struct Resolved<'d> {
+    addresses: Vec<IpAddr>,
+    workload: Option<&'d Workload>,
+}
+
+impl Resolved<'_> {
+    fn named(&self, address: IpAddr) -> String {
+        match self.workload {
+            Some(workload) => format!("{}/{} ({address})", workload.namespace, workload.name),
+            None => address.to_string(),
+        }
+    }
+}
+
+/// The answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Explanation {
+    /// Whether every path is allowed.
+    pub allow: bool,
+    /// One for each address family that both ends have.
+    pub paths: Vec<PathVerdict>,
+}
+
+/// The verdict on a connection between two addresses.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathVerdict {
+    /// From whom.
+    pub from: String,
+    /// To whom.
+    pub to: String,
+    /// To which port.
+    pub port: u16,
+    /// The identity the source proves; `None` in clear.
+    pub principal: Option<String>,
+    /// The mode of the destination at that port; `None` when no policy is kept there.
+    pub mode: Option<String>,
+    /// Policies that select the destination.
+    pub policies: Vec<String>,
+    /// Whether the connection is allowed.
+    pub allow: bool,
+    /// Why, in sentences.
+    pub why: Vec<String>,
+}
+
+/// What the agent knows.
+#[derive(Clone, Copy)]
+pub struct Knowledge<'a> {
+    /// Who is where.
+    pub directory: &'a Directory,
+    /// All policies.
+    pub policies: &'a Policies,
+    /// This agent's node.
+    pub node: &'a str,
+    /// Tells the node's own addresses.
+    pub is_node: &'a dyn Fn(IpAddr) -> bool,
+}
+
+/// Explains what a connection meets.
+///
+/// # Errors
+/// [`ExplainError`] when an end is not known.
+pub fn explain(known: Knowledge<'_>, from: &End, to: &End, port: u16) -> Result<Explanation, ExplainError> {
+    let (source, destination) = (from.resolve(known.directory)?, to.resolve(known.directory)?);
+    let mut paths = Vec::new();
+    for to in &destination.addresses {
+        let client = source.addresses.iter().find(|from| from.is_ipv4() == to.is_ipv4());
+        if let Some(client) = client {
+            paths.push(path(known, (&source, *client), (&destination, *to), port));
+        }
+    }
+    if paths.is_empty() {
+        let name = |end: &Resolved<'_>| end.addresses.first().map_or_else(String::new, |a| end.named(*a));
+        return Err(ExplainError::Families { from: name(&source), to: name(&destination) });
+    }
+    Ok(Explanation { allow: paths.iter().all(|path| path.allow), paths })
+}
+
+fn path(
+    known: Knowledge<'_>,
+    (source, client): (&Resolved<'_>, IpAddr),
+    (destination, server): (&Resolved<'_>, IpAddr),
+    port: u16,
+) -> PathVerdict {
+    let mut verdict = PathVerdict {
+        from: source.named(client),
+        to: destination.named(server),
+        port,
+        principal: None,
+        mode: None,
+        policies: Vec::new(),
+        allow: true,
+        why: Vec::new(),
+    };
+    let Some(target) = destination.workload.filter(|workload| workload.protocol == Protocol::Tacit) else {
+        verdict.why.push("Nobody keeps a policy there: the destination is not enrolled.".to_owned());
+        return verdict;
+    };
+    let (modes, authorization) = (known.policies.modes(target), known.policies.authorization(target));
+    let mode = modes.at(port);
+    verdict.mode = Some(name(mode).to_owned());
+    verdict.policies = authorization.names().map(str::to_owned).collect();
+    let (how, why) = arrival(known, source, client, target, mode);
+    verdict.why.push(why);
+    if let Source::Tunnel(identity) | Source::SameNode(identity) = how {
+        verdict.principal = Some(identity.to_string());
+    }
+    let flow = Flow { source: how, client, destination: SocketAddr::new(server, port) };
+    verdict.why.push(format!("The mode of the destination at port {port} is {}.", name(mode)));
+    let decision = decide(&modes, &authorization, &flow);
+    verdict.allow = decision == Verdict::Allow;
+    verdict.why.push(reason(&decision, how, authorization.is_empty(), &authorization.ruling(&flow)));
+    verdict.why.extend(remarks(known.policies, &authorization, &flow));
+    verdict
+}
+
+/// What else there is to know: audits, and notes on the policies asked.
+fn remarks(policies: &Policies, authorization: &Authorization, flow: &Flow<'_>) -> Vec<String> {
+    let audits = authorization.audits(flow);
+    let audits = audits.iter().map(|audit| format!("It is told to the log by {audit}."));
+    let is_of = |note: &str, policy: &str| note.starts_with(&format!("AuthorizationPolicy {policy}: "));
+    let notes =
+        policies.notes().iter().filter(|note| authorization.names().any(|policy| is_of(note, policy)));
+    audits.chain(notes.map(|note| format!("Note: {note}."))).collect()
+}
+
+/// How the connection comes to the destination's agent, and a sentence about it.
+fn arrival<'a>(
+    known: Knowledge<'_>,
+    source: &Resolved<'a>,
+    client: IpAddr,
+    target: &Workload,
+    mode: Mode,
+) -> (Source<'a>, String) {
+    match source.workload.filter(|workload| workload.protocol == Protocol::Tacit) {
+        Some(workload) if workload.node == target.node => {
+            let identity = &workload.identity;
+            (Source::SameNode(identity), format!("It is handed over on one node, as {identity}."))
+        }
+        Some(_) if mode == Mode::Disable => (
+            Source::Plaintext,
+            "It comes in clear, without an identity: the port does not tunnel.".to_owned(),
+        ),
+        Some(workload) => {
+            let identity = &workload.identity;
+            (Source::Tunnel(identity), format!("It comes through a tunnel, as {identity}."))
+        }
+        None if *target.node == *known.node && (known.is_node)(client) => {
+            (Source::Node, "It comes from the destination's own node.".to_owned())
+        }
+        None => (
+            Source::Plaintext,
+            "It comes in clear, without an identity: the source is not enrolled.".to_owned(),
+        ),
+    }
+}
+
+fn reason(decision: &Verdict<'_>, how: Source<'_>, unselected: bool, ruling: &Ruling<'_>) -> String {
+    match decision {
+        Verdict::Deny(DenyReason::PlaintextInStrict) => {
+            "Denied: STRICT takes no plaintext. No AuthorizationPolicy is asked.".to_owned()
+        }
+        Verdict::Deny(DenyReason::DeniedBy(by)) => format!("Denied by {by}."),
+        Verdict::Deny(DenyReason::NotAllowed(policies)) => {
+            format!("Denied: ALLOW policies select the destination, and no rule of ALLOW {policies} matches.")
+        }
+        Verdict::Allow if how == Source::Node => {
+            "Allowed: a node's own connections to its pods (probes) always pass.".to_owned()
+        }
+        Verdict::Allow => match ruling {
+            Ruling::Allowed(by) => format!("Allowed by {by}."),
+            _ if unselected => "Allowed: No AuthorizationPolicy selects the destination.".to_owned(),
+            _ => {
+                "Allowed: no ALLOW policy selects the destination, and no other policy denies it.".to_owned()
+            }
+        },
+    }
+}
+
+fn name(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Disable => "DISABLE",
+        Mode::Permissive => "PERMISSIVE",
+        Mode::Strict => "STRICT",
+    }
+}
+
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for PathVerdict { from, to, port, allow, why, .. } in &self.paths {
+            let verdict = if *allow { "ALLOW" } else { "DENY" };
+            writeln!(f, "{verdict}  {from} -> {to}, port {port}")?;
+            for sentence in why {
+                writeln!(f, "  {sentence}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,338 @@
+//! Policy objects of `security.istio.io`, whatever source they come from: what all kinds have in common, and what becomes
+//! of one that cannot be read.
+//!
+//! A source hands over the text of one object (YAML, of which JSON is a part). The object it gets back goes into
+//! [`Policies::of`]; one that does not parse goes in as well, and denies what it selects:
+//!
+//! | readable is | an AuthorizationPolicy denies, a PeerAuthentication is STRICT for |
+//! |---|---|
+//! | namespace and selector | what it selects |
+//! | namespace | all workloads of the namespace; of the mesh when it is the root namespace |
+//! | neither | all workloads of the mesh; all flows, whatever the kind |
+//!
+//! A file of several documents is read by [`Policies::parse`], which refuses the file as a whole instead.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+    sync::Arc,
+};
+
+use super::{
+    Policies,
+    authorization::{self, AuthorizationPolicy},
+    peer_authentication::{self, PeerAuthentication},
+};
+use crate::yaml::{self, Entry, Fields, Mistakes, Value};
+
+const FIELDS: [&str; 5] = ["apiVersion", "kind", "metadata", "spec", "status"];
+const METADATA_FIELDS: [&str; 15] = [
+    "name",
+    "namespace",
+    "annotations",
+    "creationTimestamp",
+    "deletionGracePeriodSeconds",
+    "deletionTimestamp",
+    "finalizers",
+    "generateName",
+    "generation",
+    "labels",
+    "managedFields",
+    "ownerReferences",
+    "resourceVersion",
+    "selfLink",
+    "uid",
+];
+const VERSIONS: [(&str, ()); 2] = [("security.istio.io/v1", ()), ("security.istio.io/v1beta1", ())];
+/// Annotation that makes a policy decide nothing.
+const DRY_RUN: &str = "istio.io/dry-run";
+
+/// One policy object. Cheap to clone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PolicyObject(pub(super) Arc<Kinds>);
+
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Kinds {
+    PeerAuthentication(PeerAuthentication),
+    Authorization(Authorizing),
+}
+
+/// An AuthorizationPolicy and what it selects.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Authorizing {
+    /// `None`: not readable, so every namespace.
+    pub(super) namespace: Option<Arc<str>>,
+    /// Labels a workload must have; none selects all.
+    pub(super) labels: BTreeMap<String, String>,
+    pub(super) attachment: Attachment,
+    pub(super) policy: Arc<AuthorizationPolicy>,
+    pub(super) notes: Vec<String>,
+}
+
+/// Whose policy it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Attachment {
+    /// Ours, for the workloads it selects.
+    Workloads,
+    /// A waypoint's or gateway's.
+    Elsewhere,
+}
+
+/// What a source knows of an object before it is read, for instance from its key in the Kubernetes API.
+#[derive(Debug, Clone, Copy)]
+pub struct Origin<'a> {
+    /// Name of the object, or of the file, for messages.
+    pub name: &'a str,
+    /// Namespace; `None` where only the text says it.
+    pub namespace: Option<&'a str>,
+    /// Kind; `None` where only the text says it. With it `apiVersion` and `kind` may be missing, as in the items of the
+    /// API server's lists.
+    pub kind: Option<Kind>,
+}
+
+impl PolicyObject {
+    /// Reads one object.
+    ///
+    /// It counts whether it parsed or not: see the table at the head of this file. The mistakes are for the
+    /// operator.
+    #[must_use]
+    pub fn read(text: &str, origin: Origin<'_>) -> (Self, Option<Mistakes>) {
+        let read = yaml::decode(text, Path::new(origin.name), |document| {
+            object(document, origin.kind, &mut HashMap::new())
+        });
+        match read {
+            Ok(object) => (object, None),
+            Err(mistakes) => (Self::unreadable(text, origin, &mistakes), Some(mistakes)),
+        }
+    }
+
+    fn unreadable(text: &str, origin: Origin<'_>, mistakes: &Mistakes) -> Self {
+        let namespace = origin.namespace.map(str::to_owned).or_else(|| namespace_of(text));
+        let labels = namespace.as_ref().and_then(|_| labels_of(text)).unwrap_or_default();
+        let kind = origin.kind.or_else(|| part_of(text, |document| supported(&member(document, "kind")?)));
+        Self(Arc::new(match (namespace, kind) {
+            (Some(namespace), Some(Kind::PeerAuthentication)) => {
+                Kinds::PeerAuthentication(PeerAuthentication::strict(&namespace, labels))
+            }
+            (namespace, _) => {
+                let why = mistakes.list.first().map(ToString::to_string).unwrap_or_default();
+                let id = match &namespace {
+                    Some(namespace) => format!("{namespace}/{}", origin.name),
+                    None => origin.name.to_owned(),
+                };
+                Kinds::Authorization(Authorizing {
+                    namespace: namespace.map(Arc::from),
+                    labels,
+                    attachment: Attachment::Workloads,
+                    policy: Arc::new(AuthorizationPolicy::unreadable(id, why)),
+                    notes: Vec::new(),
+                })
+            }
+        }))
+    }
+}
+
+/// A file of any number of documents; one that is wrong refuses all.
+pub(super) fn parse(text: &str, file: &Path, root_namespace: &str) -> Result<Policies, Mistakes> {
+    yaml::decode_documents(text, file, |documents| {
+        let mut lines = HashMap::new();
+        // Not collected to an `Option`: that would stop at the first mistake. Empty documents are what a
+        // closing `---` leaves.
+        let filled = documents.iter().filter(|document| !document.is_null());
+        let objects: Vec<_> = filled.map(|document| object(document, None, &mut lines)).collect();
+        let objects: Option<Vec<_>> = objects.into_iter().collect();
+        Some(Policies::of(&objects?, root_namespace))
+    })
+}
+
+/// Kinds of `security.istio.io` that are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// What a workload takes in clear.
+    PeerAuthentication,
+    /// Who may talk to a workload.
+    AuthorizationPolicy,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::PeerAuthentication => "PeerAuthentication",
+            Self::AuthorizationPolicy => "AuthorizationPolicy",
+        }
+    }
+}
+
+/// Lines of the objects seen so far, by kind, namespace and name.
+type Lines<'a> = HashMap<(Kind, &'a str, &'a str), usize>;
+
+/// What an object says about itself.
+pub(super) struct Header<'a> {
+    pub(super) namespace: &'a str,
+    pub(super) name: &'a str,
+    pub(super) dry_run: bool,
+}
+
+fn object<'a>(document: &Value<'a>, expected: Option<Kind>, lines: &mut Lines<'a>) -> Option<PolicyObject> {
+    // The kind goes first: the fields of another kind would only be a list of unknown ones.
+    let written = match document.peek("kind").filter(|kind| !kind.is_null()) {
+        Some(kind) => Some(is_expected(supported(&kind)?, expected, &kind)?),
+        None => None,
+    };
+    let mut fields = document.fields(&FIELDS)?;
+    let version = version(&mut fields, expected);
+    let metadata = fields.required("metadata", "{name: default, namespace: <namespace>}");
+    let header = metadata.and_then(|value| header(&value));
+    let spec = fields.optional("spec");
+    let selector = spec.as_ref().and_then(|spec| spec.peek("selector")).filter(|value| !value.is_null());
+    let labels = selector.map_or(Some(BTreeMap::new()), |selector| selector_labels(&selector));
+    let kind = written.or(expected)?;
+    let spec = Spec::read(kind, header.as_ref(), spec.as_ref(), labels.as_ref());
+    let (header, ()) = (header?, version?);
+    unique(kind, &header, document, lines);
+    Some(PolicyObject(Arc::new(spec?.of(&header, labels?))))
+}
+
+/// `apiVersion`, and that `kind` is there.
+fn version(fields: &mut Fields<'_>, expected: Option<Kind>) -> Option<()> {
+    let (version, kind) = (fields.optional("apiVersion"), fields.optional("kind"));
+    if expected.is_none() {
+        version.is_none().then(|| fields.required("apiVersion", "security.istio.io/v1"));
+        kind.is_none().then(|| fields.required("kind", "PeerAuthentication or AuthorizationPolicy"));
+    }
+    version.map_or(Some(()), |value| value.choice(&VERSIONS))
+}
+
+/// What the `spec` of a kind says.
+enum Spec {
+    Modes(peer_authentication::Read),
+    Authorizing(authorization::parse::Read),
+}
+
+impl Spec {
+    fn read(
+        kind: Kind,
+        header: Option<&Header<'_>>,
+        spec: Option<&Value<'_>>,
+        labels: Option<&BTreeMap<String, String>>,
+    ) -> Option<Self> {
+        // Without a header it is read all the same, for its mistakes.
+        let unnamed = Header { namespace: "", name: "", dry_run: false };
+        Some(match kind {
+            Kind::PeerAuthentication => Self::Modes(peer_authentication::spec(spec, labels)?),
+            Kind::AuthorizationPolicy => {
+                Self::Authorizing(authorization::parse::spec(header.unwrap_or(&unnamed), spec)?)
+            }
+        })
+    }
+
+    fn of(self, header: &Header<'_>, labels: BTreeMap<String, String>) -> Kinds {
+        let namespace = header.namespace.into();
+        match self {
+            Self::Modes(peer_authentication::Read { mode, ports }) => {
+                Kinds::PeerAuthentication(PeerAuthentication { namespace, labels, mode, ports })
+            }
+            Self::Authorizing(authorization::parse::Read { policy, attachment, notes }) => {
+                let (namespace, policy) = (Some(namespace), Arc::new(policy));
+                Kinds::Authorization(Authorizing { namespace, labels, attachment, policy, notes })
+            }
+        }
+    }
+}
+
+/// The kind that is written, when it is the one that the source knows.
+fn is_expected(written: Kind, expected: Option<Kind>, value: &Value<'_>) -> Option<Kind> {
+    if let Some(expected) = expected.filter(|expected| *expected != written) {
+        value.refuse(format_args!("is not the kind of this object: write {}", expected.name()));
+        return None;
+    }
+    Some(written)
+}
+
+fn supported(kind: &Value<'_>) -> Option<Kind> {
+    match kind.text()? {
+        "PeerAuthentication" => return Some(Kind::PeerAuthentication),
+        "AuthorizationPolicy" => return Some(Kind::AuthorizationPolicy),
+        "RequestAuthentication" => kind.refuse(
+            "RequestAuthentication is not supported, it needs HTTP: remove it, since skipping it would let through what it denies",
+        ),
+        "List" => kind.refuse("List is not supported: write each object as a document of its own, with `---` between"),
+        other => kind.refuse(format_args!(
+            "{other:?} is not supported here: remove it, the kinds are PeerAuthentication and AuthorizationPolicy of security.istio.io/v1"
+        )),
+    }
+    None
+}
+
+fn header<'a>(metadata: &Value<'a>) -> Option<Header<'a>> {
+    let mut fields = metadata.fields(&METADATA_FIELDS)?;
+    let name = fields.required("name", "the policy's name").and_then(|value| value.name());
+    let namespace =
+        fields.required("namespace", "the namespace it holds in; the root namespace for the whole mesh");
+    let namespace = namespace.and_then(|value| value.name());
+    let dry_run = dry_run(&mut fields);
+    Some(Header { namespace: namespace?, name: name?, dry_run: dry_run? })
+}
+
+fn dry_run(fields: &mut Fields<'_>) -> Option<bool> {
+    let annotation = fields.optional("annotations").and_then(|annotations| annotations.peek(DRY_RUN));
+    annotation.map_or(Some(false), |value| match value.text()? {
+        "true" => Some(true),
+        "false" => Some(false),
+        _ => {
+            value.refuse("is neither \"true\" nor \"false\": write one of them");
+            None
+        }
+    })
+}
+
+fn unique<'a>(kind: Kind, header: &Header<'a>, document: &Value<'_>, lines: &mut Lines<'a>) {
+    let Header { namespace, name, .. } = *header;
+    if let Some(line) = lines.insert((kind, namespace, name), document.line()) {
+        let kind = kind.name();
+        document.refuse(format_args!("{kind} {namespace}/{name} is already in line {line}: remove one"));
+    }
+}
+
+/// The labels a workload must have; none when the policy holds for the whole namespace.
+fn selector_labels(selector: &Value<'_>) -> Option<BTreeMap<String, String>> {
+    let Some(labels) = selector.fields(&["matchLabels"])?.optional("matchLabels") else {
+        return Some(BTreeMap::new());
+    };
+    let labels: Vec<_> = labels.entries()?.into_iter().map(selector_label).collect();
+    labels.into_iter().collect()
+}
+
+fn selector_label(Entry { name, value, .. }: Entry<'_>) -> Option<(String, String)> {
+    let text = value.text_or_empty()?;
+    if name.is_empty() {
+        value.refuse("the label has no name: write one");
+        return None;
+    }
+    if name.contains('*') || text.contains('*') {
+        value.refuse("`*` is not supported in a selector: write the label and its value out");
+        return None;
+    }
+    Some((name.to_owned(), text.to_owned()))
+}
+
+/// What can be made out of one part of an object that is wrong elsewhere; nothing where the part itself is wrong.
+fn part_of<T>(text: &str, part: impl FnOnce(&Value<'_>) -> Option<T>) -> Option<T> {
+    yaml::decode(text, Path::new(""), part).ok()
+}
+
+/// A member of a mapping; one that is written twice is a mistake.
+fn member<'a>(value: &Value<'a>, name: &str) -> Option<Value<'a>> {
+    value.entries()?.into_iter().find(|entry| entry.name == name).map(|entry| entry.value)
+}
+
+fn namespace_of(text: &str) -> Option<String> {
+    part_of(text, |document| member(&member(document, "metadata")?, "namespace")?.name().map(str::to_owned))
+}
+
+fn labels_of(text: &str) -> Option<BTreeMap<String, String>> {
+    part_of(text, |document| selector_labels(&member(&member(document, "spec")?, "selector")?))
+}
+
+#[cfg(test)]
+mod tests;

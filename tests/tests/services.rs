@@ -1,0 +1,232 @@
+//! Services: a pod asks for a virtual address and gets an endpoint that answers.
+//!
+//! There is no kube-proxy here: without Tacit the virtual address leads nowhere, which is the control.
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use std::{
+    collections::BTreeSet,
+    fmt::Write as _,
+    net::{IpAddr, SocketAddr},
+    sync::OnceLock,
+};
+use tacit_tests::{Client, Mesh, Plan, Server, observe};
+use tacit_topology::{Pod, until};
+
+const VIP4: &str = "10.96.0.10";
+const VIP6: &str = "fd96::10";
+/// Connections by which chance shows: that one of two endpoints is missed by all has odds of one in a million.
+const MANY: usize = 20;
+
+/// A service that `directory.yaml` gets: port 80, and these endpoints, each a pod's and whether it is ready.
+struct Service<'a> {
+    port: u16,
+    endpoints: &'a [(&'a str, bool)],
+    more: &'a str,
+}
+
+/// Tests share no mesh: each writes its own services.
+fn mesh(tag: &str, policy: &str, service: &Service<'_>) -> Result<Mesh> {
+    let mesh = plan(tag).policy(policy).with_agents()?;
+    tell(&mesh, service)?;
+    Ok(mesh)
+}
+
+fn plan(tag: &str) -> Plan {
+    Plan::new(tag)
+        .pod("a", "shop", "client")
+        .pod("a", "shop", "near")
+        .pod("b", "shop", "far")
+        .pod("b", "shop", "far2")
+        .config("serviceRanges: [10.96.0.0/16, \"fd96::/64\"]\n")
+}
+
+/// Gives both agents the directory with the service, and waits until they have it.
+fn tell(mesh: &Mesh, service: &Service<'_>) -> Result<()> {
+    let text = directory(mesh, service)?;
+    for node in ["a", "b"] {
+        let agent = mesh.agent(node)?;
+        let loads = |status: &Value| {
+            status["sources"].as_array()?.iter().find(|s| s["kind"] == "directory")?["loads"].as_u64()
+        };
+        let before = loads(&observe::status(agent)?).context("loads")?;
+        agent.files().set_directory_text(&text)?;
+        observe::wait_status(agent, "the services are loaded", |status| {
+            (loads(status)? > before).then_some(())
+        })?;
+    }
+    Ok(())
+}
+
+fn directory(mesh: &Mesh, service: &Service<'_>) -> Result<String> {
+    let mut text = String::from("workloads:\n");
+    for pod in ["client", "near", "far", "far2"] {
+        let pod = mesh.pod(pod)?;
+        writeln!(
+            text,
+            "- {{name: {0}, namespace: shop, serviceAccount: {0}, addresses: [{1}, '{2}'], node: {3}}}",
+            pod.name(),
+            pod.ipv4(),
+            pod.ipv6(),
+            pod.node(),
+        )?;
+    }
+    let Service { port, endpoints, more } = service;
+    writeln!(
+        text,
+        "services:\n- name: web\n  namespace: shop\n  addresses: [{VIP4}, '{VIP6}']\n  ports: [{{port: 80, targetPort: {port}}}]"
+    )?;
+    writeln!(text, "{more}  endpoints:")?;
+    for (pod, ready) in *endpoints {
+        let pod = mesh.pod(pod)?;
+        writeln!(text, "  - {{addresses: [{}, '{}'], ready: {ready}}}", pod.ipv4(), pod.ipv6())?;
+    }
+    Ok(text)
+}
+
+fn vip(text: &str) -> Result<SocketAddr> {
+    Ok(SocketAddr::new(text.parse::<IpAddr>()?, 80))
+}
+
+/// A server on both addresses of a pod, that says who it is by echoing.
+fn serve(pod: &Pod, port: u16) -> Result<[Server; 2]> {
+    let start = |ip: IpAddr| Server::start(pod, SocketAddr::new(ip, port), &["echo"]);
+    Ok([start(pod.ipv4().into())?, start(pod.ipv6().into())?])
+}
+
+/// Asks for `address` and answers the peer that the client saw. Fails when there is no echo.
+fn ask(pod: &Pod, address: SocketAddr) -> Result<String> {
+    let events = Client::run(pod, address, &["send:hello", "shut", "read-end"])?;
+    let connected = events.iter().find(|event| event["event"] == "connected");
+    let end = events.iter().find(|event| event["event"] == "end");
+    if !end.is_some_and(|end| end["text"] == "hello\n" && end["end"] == "eof") {
+        bail!("no echo from {address}: {events:?}");
+    }
+    let peer = connected.and_then(|connected| connected["peer"].as_str()).context("no peer")?;
+    Ok(peer.to_owned())
+}
+
+/// As [`ask`] from the client pod; what its agent refused is in the message of a failure.
+fn ask_vip(mesh: &Mesh) -> Result<String> {
+    ask(mesh.pod("client")?, vip(VIP4)?).with_context(|| {
+        let log = mesh.agent("a").and_then(|agent| agent.log()).unwrap_or_default();
+        log.lines().filter(|line| line.contains("refused")).collect::<Vec<_>>().join("\n")
+    })
+}
+
+/// Connections of `servers`, both families together.
+fn accepted(servers: &[Server]) -> Result<usize> {
+    servers.iter().map(Server::accepted).sum()
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_virtual_address_leads_nowhere_without_tacit() -> Result<()> {
+    let mesh = plan("svcnone").without_agents()?;
+    let _far = serve(mesh.pod("far")?, 8080)?;
+    ensure!(ask(mesh.pod("client")?, vip(VIP4)?).is_err(), "somebody else serves {VIP4}");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn endpoints_of_both_nodes_are_reached_and_the_client_sees_what_it_asked_for() -> Result<()> {
+    static MESH: OnceLock<Result<Mesh, String>> = OnceLock::new();
+    let service =
+        Service { port: 8080, endpoints: &[("near", true), ("far", true), ("far2", false)], more: "" };
+    let mesh = Mesh::shared(&MESH, || mesh("svc", STRICT, &service))?;
+    let (near, far, idle) =
+        (serve(mesh.pod("near")?, 8080)?, serve(mesh.pod("far")?, 8080)?, serve(mesh.pod("far2")?, 8080)?);
+    for text in [VIP4, VIP6] {
+        let address = vip(text)?;
+        // Held open, so that the load of the near one makes the far one the better choice.
+        let mut open = Vec::new();
+        for _ in 0..MANY / 2 {
+            let client =
+                Client::start(mesh.pod("client")?, address, &["send:hello", "pause", "shut", "read-end"])?;
+            client.events().first("connected")?;
+            open.push(client);
+        }
+        for mut client in open {
+            client.proceed()?;
+            let events = client.finish()?;
+            let connected = events.iter().find(|event| event["event"] == "connected").context("connected")?;
+            ensure!(connected["peer"] == address.to_string(), "getpeername: {connected}");
+            ensure!(
+                events.iter().any(|event| event["event"] == "end" && event["end"] == "eof"),
+                "{events:?}"
+            );
+        }
+    }
+    let counts = [accepted(&near)?, accepted(&far)?, accepted(&idle)?];
+    ensure!(counts[0] > 0 && counts[1] > 0, "near, far, not ready: {counts:?}");
+    ensure!(counts[0] + counts[1] == MANY && counts[2] == 0, "near, far, not ready: {counts:?}");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn an_endpoint_that_does_not_answer_is_replaced_unnoticed() -> Result<()> {
+    let service =
+        Service { port: 8080, endpoints: &[("near", true), ("far", true), ("far2", true)], more: "" };
+    let mesh = mesh("svcdead", STRICT, &service)?;
+    // Nobody listens in near and far.
+    let alive = serve(mesh.pod("far2")?, 8080)?;
+    for _ in 0..MANY {
+        ask_vip(&mesh)?;
+    }
+    ensure!(accepted(&alive)? == MANY, "each connection came through once");
+    // The control: with no endpoint that answers the client is reset.
+    drop(alive);
+    ensure!(ask(mesh.pod("client")?, vip(VIP4)?).is_err(), "nobody is left");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_client_stays_with_its_endpoint_when_the_service_says_so() -> Result<()> {
+    let endpoints: &[(&str, bool)] = &[("far", true), ("far2", true)];
+    let sticky = Service { port: 8080, endpoints, more: "  sessionAffinity: ClientIP\n" };
+    let mesh = mesh("svcstay", STRICT, &sticky)?;
+    let servers = [serve(mesh.pod("far")?, 8080)?, serve(mesh.pod("far2")?, 8080)?];
+    let counts = || -> Result<BTreeSet<usize>> { servers.iter().map(|server| accepted(server)).collect() };
+    for _ in 0..MANY {
+        ask_vip(&mesh)?;
+    }
+    ensure!(counts()? == BTreeSet::from([0, MANY]), "one endpoint has all: {:?}", counts()?);
+    // The control: without affinity both get some.
+    tell(&mesh, &Service { more: "", ..sticky })?;
+    for _ in 0..MANY {
+        ask_vip(&mesh)?;
+    }
+    ensure!(!counts()?.contains(&0), "both have some: {:?}", counts()?);
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn what_no_endpoint_can_serve_is_refused_with_its_reason() -> Result<()> {
+    let local = "  internalTrafficPolicy: Local\n";
+    let service = Service { port: 8080, endpoints: &[("far", true)], more: local };
+    let mesh = mesh("svcno", "", &service)?;
+    let _far = serve(mesh.pod("far")?, 8080)?;
+    let agent = mesh.agent("a")?;
+    for (port, reason) in [(80, "no_endpoint"), (81, "service_port_unknown")] {
+        let before = observe::refused(agent, reason)?;
+        let address = SocketAddr::new(VIP4.parse()?, port);
+        ensure!(ask(mesh.pod("client")?, address).is_err(), "{address} was served");
+        observe::wait_refused(agent, reason, before, VIP4)?;
+    }
+    tell(&mesh, &Service { more: "", ..service })?;
+    until("the far endpoint serves once it may", std::time::Duration::from_secs(10), || {
+        Ok(ask(mesh.pod("client")?, vip(VIP4)?).ok())
+    })?;
+    Ok(())
+}
+
+const STRICT: &str = "\
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: default, namespace: istio-system}
+spec: {mtls: {mode: STRICT}}
+";

@@ -1,0 +1,119 @@
+//! `cargo xtask kube`: a real cluster of two nodes on this machine, Tacit installed on it from `deploy/`, and what a user
+//! is promised, tried on it.
+//!
+//! Each node is a set of namespaces; see `cluster`. Nothing is installed on the machine but tools, no port is opened on
+//! it, and everything is gone when the command ends, unless `--keep` is given.
+
+mod cluster;
+mod install;
+mod leftovers;
+mod node;
+mod packages;
+mod pods;
+mod promises;
+mod sweep;
+mod verdict;
+mod wire;
+
+use std::{env, ffi::OsStr};
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::{
+    command::{self, tacit_environment},
+    ebpf, image,
+    privilege::{as_root, is_root},
+    progress::{Progress, Style, note},
+    setup,
+    workspace::Workspace,
+};
+use cluster::Cluster;
+use node::Lifetime;
+use verdict::Verdict;
+
+/// What to run.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Run only tests whose name contains this; those that they build on run too
+    #[arg(long, value_name = "NAME")]
+    test: Option<String>,
+    /// Leave the cluster running, and print how to reach it
+    #[arg(long)]
+    keep: bool,
+    /// Take down clusters that were kept, and do nothing else
+    #[arg(long, conflicts_with_all = ["keep", "test"])]
+    down: bool,
+    /// Print the names of the tests
+    #[arg(long)]
+    list: bool,
+    /// Everything is built: start the cluster. The command starts itself so, as root
+    #[arg(long, hide = true)]
+    prepared: bool,
+}
+
+/// The command.
+pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
+    if options.list {
+        promises::ALL.iter().for_each(|promise| println!("{:<28} {}", promise.name, promise.what));
+        return Ok(());
+    }
+    if !options.prepared && !options.down {
+        prepare(workspace)?;
+    }
+    if !is_root()? {
+        return as_root_again(workspace, options);
+    }
+    if options.down {
+        return sweep::all();
+    }
+    sweep::left_behind()?;
+    let programs = packages::ensure(workspace)?;
+    let lifetime = if options.keep { Lifetime::Kept } else { Lifetime::Run };
+    let cluster = Cluster::start(&programs, &image::make(workspace, None, None)?.archive, lifetime)?;
+    let verdict = try_all(workspace, &cluster, options.test.as_deref());
+    if options.keep {
+        println!("as root, with kubectl on PATH:\n  {}\nto end it: cargo xtask kube --down", cluster.reach());
+        cluster.keep()?;
+    } else {
+        drop(cluster);
+    }
+    println!("{}", verdict.table(Style::of_stdout()));
+    verdict.result()
+}
+
+fn try_all(workspace: &Workspace, cluster: &Cluster, only: Option<&str>) -> Verdict {
+    let mut verdict = Verdict::default();
+    for promise in promises::chosen(only) {
+        note(&format!("{}: {}", promise.name, promise.what));
+        let went_on = verdict.run(promise.name, || (promise.hold)(workspace, cluster));
+        if !went_on && promise.is_ground {
+            break;
+        }
+    }
+    verdict
+}
+
+fn prepare(workspace: &Workspace) -> Result<()> {
+    let mut progress = Progress::new(4);
+    progress.step("what is needed", || setup::ensure_kube(workspace))?;
+    progress.step("Kubernetes", || packages::ensure(workspace).map(drop))?;
+    progress.step("kernel side", || ebpf::build(workspace).map(drop))?;
+    progress.step("agent (release)", || workspace.build_agent())
+}
+
+fn as_root_again(workspace: &Workspace, options: &Options) -> Result<()> {
+    let program = env::current_exe().context("cannot tell which program this is")?;
+    let mut environment = tacit_environment();
+    environment.retain(|(name, _)| name != "TACIT_CACHE");
+    environment.push(("TACIT_CACHE".into(), workspace.cache().into()));
+    environment.push(("CARGO_TARGET_DIR".into(), workspace.target().into()));
+    let mut arguments = vec![OsStr::new("kube"), OsStr::new("--prepared")];
+    let switches = [(options.keep, "--keep"), (options.down, "--down")];
+    arguments.extend(switches.iter().filter(|(on, _)| *on).map(|(_, name)| OsStr::new(*name)));
+    if let Some(test) = &options.test {
+        arguments.extend([OsStr::new("--test"), OsStr::new(test)]);
+    }
+    ensure!(!options.list, "a list needs no root");
+    let why = "to make namespaces, cgroups and containers; all of it is removed at the end";
+    command::run(&mut as_root(why, &environment, program, &arguments)?)
+}

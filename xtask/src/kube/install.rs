@@ -1,0 +1,96 @@
+//! Tacit on the cluster: the objects of `deploy/kustomize/base`, with what this cluster has other than a user's.
+//!
+//! | here | why |
+//! |---|---|
+//! | a configuration for each node, with its `podsCgroup` | the nodes share one cgroup hierarchy |
+//! | the authority's Service has a fixed address, which agents are given with its name | there is no cluster DNS |
+//! | PodDisruptionBudget of `policy/v1beta1` | the server is 1.20 |
+
+use std::fs;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+
+use super::cluster::Cluster;
+use crate::{
+    deploy::{self, NAMESPACE, name_of},
+    workspace::Workspace,
+};
+
+/// Address of the authority's Service.
+const AUTHORITY: &str = "10.96.0.15";
+
+/// The objects as they are applied here.
+pub(super) fn objects(workspace: &Workspace, cluster: &Cluster) -> Result<Vec<Value>> {
+    let mut objects = deploy::base(workspace)?;
+    for object in &mut objects {
+        match name_of(object).as_str() {
+            "PodDisruptionBudget/tacit-authority" => object["apiVersion"] = json!("policy/v1beta1"),
+            "Service/tacit-authority" => object["spec"]["clusterIP"] = json!(AUTHORITY),
+            "ConfigMap/tacit-agent" => one_for_each_node(object, cluster)?,
+            "DaemonSet/tacit-agent" => {
+                let container = &mut object["spec"]["template"]["spec"]["containers"][0];
+                let arguments = container["args"].as_array_mut().context("an agent without arguments")?;
+                let file = arguments.iter_mut().find(|argument| *argument == "/etc/tacit/tacit.yaml");
+                *file.context("an agent without its configuration")? = json!("/etc/tacit/$(NODE_NAME).yaml");
+            }
+            _ => {}
+        }
+    }
+    Ok(objects)
+}
+
+fn one_for_each_node(config_map: &mut Value, cluster: &Cluster) -> Result<()> {
+    let text = config_map["data"]["tacit.yaml"].as_str().context("a ConfigMap without tacit.yaml")?;
+    let mut config = deploy::parse(text)?;
+    let mut data = json!({"policy.yaml": config_map["data"]["policy.yaml"]});
+    for node in &cluster.nodes {
+        let name = node.place.name;
+        config["podsCgroup"] = json!(cluster.pods_cgroup(name)?);
+        config["issuer"]["istio"]["address"] = json!(format!("{AUTHORITY}:15012"));
+        config["issuer"]["istio"]["serverName"] = json!(format!("tacit-authority.{NAMESPACE}.svc"));
+        // JSON is YAML too.
+        data[format!("{name}.yaml")] = json!(config.to_string());
+    }
+    config_map["data"] = data;
+    Ok(())
+}
+
+/// The definitions of Istio's policies.
+pub(super) fn definitions(workspace: &Workspace) -> Result<Vec<Value>> {
+    let folder = workspace.root().join("deploy/crds");
+    let mut objects = Vec::new();
+    for entry in fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))? {
+        objects.extend(deploy::read_objects(&entry?.path())?);
+    }
+    Ok(objects)
+}
+
+/// Gives all agents another policy.yaml.
+pub(super) fn set_policy(cluster: &Cluster, policy: &Value) -> Result<()> {
+    let patch = json!({"data": {"policy.yaml": policy.to_string()}}).to_string();
+    let config_map = ["-n", NAMESPACE, "patch", "configmap", "tacit-agent", "--type=merge", "-p", &patch];
+    cluster.kubectl(&config_map).map(drop)
+}
+
+/// The agent's pod on a node.
+pub(super) fn agent_on(cluster: &Cluster, node: &str) -> Result<String> {
+    let field = format!("--field-selector=spec.nodeName={node}");
+    let name = "jsonpath={.items[*].metadata.name}";
+    let label = "app.kubernetes.io/name=tacit-agent";
+    let found = cluster.kubectl(&["-n", NAMESPACE, "get", "pods", "-l", label, &field, "-o", name])?;
+    ensure!(!found.is_empty() && !found.contains(' '), "agents on {node}: {found:?}");
+    Ok(found)
+}
+
+/// What `tacit` prints in the agent's pod on a node.
+pub(super) fn tacit(cluster: &Cluster, node: &str, arguments: &[&str]) -> Result<String> {
+    let pod = agent_on(cluster, node)?;
+    let exec = ["-n", NAMESPACE, "exec", &pod, "--", "/usr/bin/tacit"];
+    cluster.kubectl(&[&exec, arguments].concat())
+}
+
+/// The agent's status on a node.
+pub(super) fn status(cluster: &Cluster, node: &str) -> Result<Value> {
+    Ok(serde_json::from_str(&tacit(cluster, node, &["status", "-o", "json"])?)?)
+}

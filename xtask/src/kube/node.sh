@@ -1,0 +1,43 @@
+# The first process of a node: makes the place in which a container runtime and a kubelet find what they expect, and
+# touches $folder/ready. Everything is in namespaces of its own and goes with this process, but for the cgroups.
+# $1 name of the node, $2 its folder, $3 its cgroup below every hierarchy
+set -e
+name=$1 folder=$2 cgroup=$3
+mount --make-rprivate /
+hostname "$name"
+ip link set lo up
+
+# Its part of every cgroup hierarchy, which the kubelet takes for the root.
+for point in $(awk '$3 == "cgroup" || $3 == "cgroup2" { print $2 }' /proc/self/mounts); do
+    mkdir -p "$point/$cgroup"
+    for file in cpuset.cpus cpuset.mems; do
+        [ ! -e "$point/$file" ] || cat "$point/$file" >"$point/$cgroup/$file"
+    done
+done
+
+# Its own state, so that nothing is made or left in the machine's.
+mkdir -p "$folder"/lib/upper "$folder"/lib/work "$folder"/kubelet "$folder"/cni "$folder"/pods
+mount -t tmpfs tmpfs /run
+mkdir -p /run/netns /run/lock /run/containerd
+mount -t tmpfs tmpfs /var/log
+mount -t overlay overlay -o "lowerdir=/var/lib,upperdir=$folder/lib/upper,workdir=$folder/lib/work" /var/lib
+mkdir -p /var/lib/kubelet /var/lib/cni /var/log/pods /var/log/containers
+mount --bind "$folder/kubelet" /var/lib/kubelet
+mount --make-rshared /var/lib/kubelet
+mount --bind "$folder/cni" /var/lib/cni
+mount --bind "$folder/pods" /var/log/pods
+mount -t bpf bpf /sys/fs/bpf
+
+# The kubelet insists on these and would write them: it is given look-alikes, and the machine's stay as they are.
+mkdir -p "$folder/sysctl"
+for setting in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic_on_oops=1 \
+    kernel/keys/root_maxkeys=1000000 kernel/keys/root_maxbytes=25000000; do
+    file=$folder/sysctl/$(echo "${setting%=*}" | tr / .)
+    echo "${setting#*=}" >"$file"
+    mount --bind "$file" "/proc/sys/${setting%=*}"
+done
+echo 1 >/proc/sys/net/ipv4/ip_forward
+
+touch "$folder/ready"
+sleep infinity &
+wait $!

@@ -1,0 +1,271 @@
+//! What a user is promised, each tried on the cluster. They run in this order, and later ones build on earlier ones.
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::{Value, json};
+use tacit_topology::{Traffic, run};
+
+use super::{
+    cluster::Cluster,
+    install::{self, status, tacit},
+    leftovers,
+    pods::{self, MARKER, OUTSIDE, SHOP, get_web},
+    wire,
+};
+use crate::{
+    deploy::{self, NAMESPACE},
+    workspace::Workspace,
+};
+
+/// The label that enrols.
+const ENROLLED: &str = "tacit.io/enrol=true";
+/// The authority's pods.
+const AUTHORITY: &str = "app.kubernetes.io/name=tacit-authority";
+
+/// One test.
+pub(super) struct Promise {
+    pub(super) name: &'static str,
+    pub(super) what: &'static str,
+    /// Do later ones need it?
+    pub(super) is_ground: bool,
+    pub(super) hold: fn(&Workspace, &Cluster) -> Result<()>,
+}
+
+const fn ground(
+    name: &'static str,
+    what: &'static str,
+    hold: fn(&Workspace, &Cluster) -> Result<()>,
+) -> Promise {
+    Promise { name, what, is_ground: true, hold }
+}
+
+const fn leaf(
+    name: &'static str,
+    what: &'static str,
+    hold: fn(&Workspace, &Cluster) -> Result<()>,
+) -> Promise {
+    Promise { name, what, is_ground: false, hold }
+}
+
+/// All of them.
+pub(super) const ALL: &[Promise] = &[
+    ground("control", "without Tacit the marker is read on the wire", control),
+    ground("install", "from nothing to ready agents on both nodes", install_all),
+    leaf("doctor", "the agent's container has all that it needs", doctor),
+    ground("enrol", "running pods are enrolled: the marker is on the wire no more", enrol),
+    leaf("service", "a ClusterIP leads through the tunnel to a pod on the other node", service),
+    leaf("permissive", "plaintext of a pod outside is taken", permissive),
+    ground("strict", "plaintext of a pod outside is refused, probes and enrolled pods are not", strict),
+    leaf("job", "a Job that talks to the mesh completes, and never in clear", job),
+    leaf("restarted", "pods made anew under STRICT are ready, enrolled, never in clear", restarted),
+    leaf("agent-killed", "its pods send nothing in clear, and talk again later", agent_killed),
+    leaf("agent-rolled", "a DaemonSet update under load: nothing in clear", agent_rolled),
+    leaf("authority-down", "pods talk on with the certificates that they have", authority_down),
+    leaf("un-enrolled", "without the label pods talk in clear again", un_enrolled),
+    leaf("uninstall", "no program, pin, link, filter or rule is left", uninstall),
+];
+
+/// Those whose name contains `only`, and the ground that they stand on.
+pub(super) fn chosen(only: Option<&str>) -> impl Iterator<Item = &'static Promise> {
+    let wanted = only.unwrap_or_default().to_owned();
+    ALL.iter().filter(move |promise| promise.is_ground || promise.name.contains(&wanted))
+}
+
+fn control(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    pods::start(cluster)?;
+    let traffic = wire::during(cluster, || get_web(cluster, SHOP, "client"))?;
+    ensure!(traffic.occurrences(MARKER.as_bytes()) > 0, "the recording would show nothing");
+    Ok(())
+}
+
+fn install_all(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
+    cluster.apply(&install::definitions(workspace)?)?;
+    cluster.apply(&install::objects(workspace, cluster)?)?;
+    ["deployment/tacit-authority", "daemonset/tacit-agent"]
+        .iter()
+        .try_for_each(|what| rolled_out(cluster, what))
+}
+
+fn rolled_out(cluster: &Cluster, what: &str) -> Result<()> {
+    cluster.kubectl(&["-n", NAMESPACE, "rollout", "status", what, "--timeout=120s"]).map(drop)
+}
+
+fn doctor(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    cluster.nodes.iter().try_for_each(|node| tacit(cluster, node.place.name, &["doctor"]).map(drop))
+}
+
+fn enrol(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    cluster.kubectl(&["label", "namespace", SHOP, ENROLLED])?;
+    both_are(cluster, "enrolled", |found| found["state"] == "enrolled")?;
+    encrypted(&wire::during(cluster, || get_web(cluster, SHOP, "client"))?)
+}
+
+/// Waits until the agents say so of the client and of the server.
+fn both_are(cluster: &Cluster, what: &str, is_so: fn(&Value) -> bool) -> Result<()> {
+    [("node1", "client"), ("node2", "web")].iter().try_for_each(|(node, pod)| {
+        cluster.eventually(&format!("{pod} is {what}"), |cluster| {
+            let found = pod_in(&status(cluster, node)?, pod)?;
+            ensure!(is_so(&found), "{found}");
+            Ok(())
+        })
+    })
+}
+
+fn encrypted(traffic: &Traffic) -> Result<()> {
+    let seen = traffic.occurrences(MARKER.as_bytes());
+    ensure!(seen == 0, "the marker was read on the wire {seen} times");
+    ensure!(traffic.tunnel_bytes > 0 && traffic.tunnel_is_tls(), "nothing went through the tunnel");
+    Ok(())
+}
+
+/// What an agent says of a pod.
+fn pod_in(status: &Value, name: &str) -> Result<Value> {
+    let pods = status["pods"].as_array().context("a status without pods")?;
+    pods.iter().find(|pod| pod["name"] == name).cloned().with_context(|| format!("the agent knows no {name}"))
+}
+
+fn permissive(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    get_web(cluster, OUTSIDE, "stranger").context("PERMISSIVE takes plaintext")
+}
+
+fn strict(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    let policy = json!({
+        "apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication",
+        "metadata": {"name": "default", "namespace": SHOP}, "spec": {"mtls": {"mode": "STRICT"}},
+    });
+    install::set_policy(cluster, &policy)?;
+    both_are(cluster, "STRICT", is_strict)?;
+    if get_web(cluster, OUTSIDE, "stranger").is_ok() {
+        bail!("plaintext was answered under STRICT");
+    }
+    encrypted(&wire::during(cluster, || get_web(cluster, SHOP, "client"))?)?;
+    // Its probe comes from the node each second, and two failures would show.
+    cluster
+        .kubectl(&["-n", SHOP, "wait", "--for=condition=Ready=false", "pod/web", "--timeout=5s"])
+        .map_or(Ok(()), |_| bail!("the kubelet's probes are refused"))
+}
+
+fn is_strict(pod: &Value) -> bool {
+    pod["mode"].as_str().is_some_and(|mode| mode.eq_ignore_ascii_case("strict"))
+}
+
+fn service(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    let address =
+        cluster.kubectl(&["-n", SHOP, "get", "service", "web", "-o", "jsonpath={.spec.clusterIP}"])?;
+    encrypted(&wire::during(cluster, || {
+        let answer = pods::get(cluster, SHOP, "client", &address, 80)?;
+        ensure!(answer.contains(MARKER), "the service answered {answer:?}");
+        Ok(())
+    })?)
+}
+
+fn job(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    let web = pods::address(cluster, SHOP, "web")?;
+    let traffic = wire::during(cluster, || {
+        cluster.apply(&[pods::job(SHOP, "fetch", "node1", &web)])?;
+        cluster
+            .kubectl(&["-n", SHOP, "wait", "--for=condition=Complete", "job/fetch", "--timeout=60s"])
+            .map(drop)
+    })?;
+    encrypted(&traffic)
+}
+
+/// New pods under old names, with addresses that others may have had.
+fn restarted(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    cluster.kubectl(&["-n", SHOP, "delete", "pods", "client", "web", "--timeout=60s"])?;
+    let traffic = wire::during(cluster, || {
+        pods::start(cluster)?;
+        both_are(cluster, "enrolled and STRICT", |pod| pod["state"] == "enrolled" && is_strict(pod))?;
+        get_web(cluster, SHOP, "client")
+    })?;
+    encrypted(&traffic)?;
+    ensure!(get_web(cluster, OUTSIDE, "stranger").is_err(), "plaintext was answered under STRICT");
+    Ok(())
+}
+
+fn un_enrolled(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    cluster.kubectl(&["label", "namespace", SHOP, "tacit.io/enrol-"])?;
+    let traffic = wire::during(cluster, || {
+        cluster.eventually("plaintext is taken again", |cluster| get_web(cluster, OUTSIDE, "stranger"))?;
+        cluster.eventually("the client talks", |cluster| get_web(cluster, SHOP, "client"))
+    })?;
+    ensure!(traffic.occurrences(MARKER.as_bytes()) >= 2, "the marker is not on the wire");
+    cluster.kubectl(&["label", "namespace", SHOP, ENROLLED])?;
+    both_are(cluster, "enrolled", |pod| pod["state"] == "enrolled")
+}
+
+fn agent_killed(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    let before = restarts(cluster)?;
+    let traffic = wire::during(cluster, || {
+        let kill = "for p in /proc/[0-9]*; do [ \"$(readlink $p/exe)\" != /usr/bin/tacit ] || kill -KILL ${p#/proc/}; done";
+        run(cluster.nodes[0].command("sh").args(["-c", kill]))?;
+        // Refused, or answered by the next agent: the kubelet may be faster than the request.
+        let _ = get_web(cluster, SHOP, "client");
+        cluster.eventually("the agent is started again", |cluster| {
+            ensure!(restarts(cluster)? > before, "{before} restarts, as before");
+            Ok(())
+        })?;
+        cluster.eventually("the client talks again", |cluster| get_web(cluster, SHOP, "client"))
+    })?;
+    encrypted(&traffic)
+}
+
+/// How often the agent of the first node was started again.
+fn restarts(cluster: &Cluster) -> Result<u32> {
+    let pod = install::agent_on(cluster, "node1")?;
+    let path = "jsonpath={.status.containerStatuses[0].restartCount}";
+    Ok(cluster.kubectl(&["-n", NAMESPACE, "get", "pod", &pod, "-o", path])?.parse()?)
+}
+
+fn agent_rolled(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    let traffic = wire::during(cluster, || {
+        cluster.kubectl(&["-n", NAMESPACE, "rollout", "restart", "daemonset/tacit-agent"])?;
+        let wanted = "jsonpath={.metadata.generation} {.status.observedGeneration} {.status.updatedNumberScheduled} \
+                      {.status.numberAvailable}";
+        cluster.eventually("both agents are new", |cluster| {
+            // Load all the while; what fails here is no failure, what is in clear is.
+            let _ = get_web(cluster, SHOP, "client");
+            let state =
+                cluster.kubectl(&["-n", NAMESPACE, "get", "daemonset", "tacit-agent", "-o", wanted])?;
+            let numbers: Vec<&str> = state.split_whitespace().collect();
+            ensure!(matches!(numbers[..], [wants, has, "2", "2"] if wants == has), "{state}");
+            Ok(())
+        })?;
+        cluster.eventually("the client talks again", |cluster| get_web(cluster, SHOP, "client"))
+    })?;
+    encrypted(&traffic)
+}
+
+fn authority_down(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    let scale = |replicas: &str| {
+        cluster.kubectl(&["-n", NAMESPACE, "scale", "deployment/tacit-authority", replicas]).map(drop)
+    };
+    scale("--replicas=0")?;
+    let gone = ["-n", NAMESPACE, "wait", "--for=delete", "pod", "-l", AUTHORITY, "--timeout=90s"];
+    cluster.kubectl(&gone)?;
+    encrypted(&wire::during(cluster, || get_web(cluster, SHOP, "client"))?)
+        .context("without an authority")?;
+    scale("--replicas=2")?;
+    rolled_out(cluster, "deployment/tacit-authority")
+}
+
+fn uninstall(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
+    ensure!(!leftovers::found(cluster)?.is_empty(), "nothing would be found");
+    for object in install::objects(workspace, cluster)?.iter().rev() {
+        let namespace = object["metadata"]["namespace"].as_str().unwrap_or("default");
+        let name = deploy::name_of(object);
+        cluster.kubectl(&["-n", namespace, "delete", &name, "--ignore-not-found", "--timeout=90s"])?;
+    }
+    let cleaner = deploy::read_objects(&workspace.root().join("deploy/uninstall.yaml"))?;
+    cluster.apply(&cleaner)?;
+    let daemonset = ["-n", "kube-system", "rollout", "status", "daemonset/tacit-uninstall", "--timeout=120s"];
+    cluster.kubectl(&daemonset)?;
+    cluster.kubectl(&["-n", "kube-system", "delete", "daemonset/tacit-uninstall"])?;
+    cluster.eventually("everything is gone", |cluster| {
+        let left = leftovers::found(cluster)?;
+        ensure!(left.is_empty(), "{}", left.join("\n"));
+        Ok(())
+    })?;
+    // And pods talk as they did.
+    get_web(cluster, SHOP, "client")?;
+    get_web(cluster, OUTSIDE, "stranger")
+}

@@ -1,0 +1,83 @@
+//! What was tried and how it went: the table, and whether the command succeeded.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+
+use crate::progress::{Style, Tone, seconds};
+
+/// Results in the order in which they came.
+#[derive(Default)]
+pub(super) struct Verdict {
+    rows: Vec<Row>,
+}
+
+struct Row {
+    name: &'static str,
+    took: Duration,
+    /// Why it failed.
+    failure: Option<String>,
+}
+
+impl Verdict {
+    /// Runs one test, and says whether it held.
+    pub(super) fn run(&mut self, name: &'static str, hold: impl FnOnce() -> Result<()>) -> bool {
+        let begin = Instant::now();
+        let failure = hold().err().map(|error| format!("{error:#}"));
+        let held = failure.is_none();
+        self.rows.push(Row { name, took: begin.elapsed(), failure });
+        held
+    }
+
+    /// A line for each test, then why those failed that did, then a sentence.
+    pub(super) fn table(&self, style: Style) -> String {
+        let mut table =
+            format!("\n{}\n", style.paint(Tone::Strong, &format!("{:<30} {:<8} {:>8}", "test", "", "took")));
+        for Row { name, took, failure } in &self.rows {
+            let (tone, word) = if failure.is_none() { (Tone::Good, "passed") } else { (Tone::Bad, "FAILED") };
+            table +=
+                &format!("{name:<30} {} {:>8}\n", style.paint(tone, &format!("{word:<8}")), seconds(*took));
+        }
+        for Row { name, failure, .. } in &self.rows {
+            if let Some(why) = failure {
+                table += &format!("\n{} {name}: {why}\n", style.paint(Tone::Bad, "failed:"));
+            }
+        }
+        let failed = self.failed();
+        table + &format!("\n{} passed, {failed} failed", self.rows.len() - failed)
+    }
+
+    /// An error when anything failed, or when nothing was tried.
+    pub(super) fn result(&self) -> Result<()> {
+        ensure!(self.failed() == 0, "{} failed", self.failed());
+        ensure!(!self.rows.is_empty(), "no test ran");
+        Ok(())
+    }
+
+    fn failed(&self) -> usize {
+        self.rows.iter().filter(|row| row.failure.is_some()).count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::bail;
+
+    use super::*;
+
+    #[test]
+    fn one_failure_fails_the_command_and_is_told() {
+        let mut verdict = Verdict::default();
+        assert!(verdict.run("install", || Ok(())));
+        assert!(verdict.result().is_ok());
+        assert!(!verdict.run("enrol", || bail!("no pod")));
+        assert!(verdict.result().is_err());
+        let table = verdict.table(Style::Plain);
+        assert!(table.contains("failed: enrol: no pod") && table.ends_with("1 passed, 1 failed"), "{table}");
+    }
+
+    #[test]
+    fn nothing_tried_is_no_success() {
+        assert!(Verdict::default().result().is_err());
+    }
+}
