@@ -12,7 +12,7 @@ use std::{
     process::Command,
     time::Duration,
 };
-use tacit_tests::{Client, Mesh, Plan, Server, agent_program, fresh_port, observe};
+use tacit_tests::{Client, Mesh, Plan, Server, agent_program, fresh_port, observe, slowed};
 use tacit_topology::{Agent, Pod, until};
 
 /// Time for a changed policy to hold, and for a dead agent's heartbeat to be stale.
@@ -112,7 +112,7 @@ fn a_policy_decides_on_plaintext_in_permissive_and_without_an_agent_it_is_refuse
     meets(&mesh, "neighbour", &web, true)?;
     mesh.agent("b")?.files().set_policy(&policy)?;
     let neighbour = mesh.pod("neighbour")?;
-    until("the policy in force", CHANGED, || Ok((!is_greeted(neighbour, &web[0])?).then_some(())))?;
+    until("the policy in force", slowed(CHANGED)?, || Ok((!is_greeted(neighbour, &web[0])?).then_some(())))?;
     for (name, allowed) in [("stranger", true), ("neighbour", false)] {
         meets(&mesh, name, &web, allowed)?;
         meets(&mesh, name, &db, true)?;
@@ -129,7 +129,9 @@ fn a_policy_decides_on_plaintext_in_permissive_and_without_an_agent_it_is_refuse
     ensure!(observe::metric(mesh.agent("b")?, "tacit_kernel_verdicts_total", &judged)? >= 4, "not steered");
     mesh.agent_mut("b")?.kill()?;
     let stranger = mesh.pod("stranger")?;
-    until("refused without an agent", CHANGED, || Ok((!is_greeted(stranger, &web[0])?).then_some(())))?;
+    until("refused without an agent", slowed(CHANGED)?, || {
+        Ok((!is_greeted(stranger, &web[0])?).then_some(()))
+    })?;
     meets(&mesh, "stranger", &web, false)?;
     meets(&mesh, "stranger", &db, true)
 }
@@ -171,7 +173,7 @@ fn a_changed_policy_closes_the_flows_it_no_longer_allows_and_no_others() -> Resu
         ended += closing.len() as u64;
         change(&mesh, (before, &after), &closing, &staying).with_context(|| format!("step {number}"))?;
         let counted = || observe::metric(mesh.agent("b")?, "tacit_connections_revoked_total", &[]);
-        until("all counted", CHANGED, || Ok((counted()? == ended).then_some(())))
+        until("all counted", slowed(CHANGED)?, || Ok((counted()? == ended).then_some(())))
             .with_context(|| format!("step {number}: {ended} ended, {:?} counted", counted()))?;
     }
     let log = mesh.agent("b")?.log()?;
@@ -198,7 +200,11 @@ fn change(mesh: &Mesh, (before, after): (&str, &str), closing: &[&str], staying:
     agent.files().set_policy(after)?;
     for (name, client) in closing {
         let told = client.finish()?;
-        ensure!(told.iter().any(|event| event["end"] == "ConnectionReset"), "{name}: {told:?}");
+        ensure!(
+            told.iter().any(|event| event["end"] == "ConnectionReset"),
+            "{name}: {told:?}\n{}",
+            agent.log()?
+        );
     }
     for (_, client) in &mut staying {
         client.proceed()?;

@@ -5,7 +5,7 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     os::fd::{AsRawFd as _, OwnedFd},
 };
 
@@ -131,12 +131,33 @@ fn sockets(states: u32) -> io::Result<Vec<Connection>> {
 /// # Errors
 /// The kernel's; `EOPNOTSUPP` without CONFIG_INET_DIAG_DESTROY. A connection that has ended meanwhile is none.
 pub(super) fn destroy(connection: &Connection) -> io::Result<()> {
-    let netlink = Netlink::open(SockProtocol::NetlinkSockDiag)?;
-    let request = diag_request(connection.family, u32::MAX, &connection.id);
-    match netlink.ask(SOCK_DESTROY, NLM_F_ACK, &request, |_, _| {}) {
+    match order_end(connection.family, &connection.id) {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
         done => done,
     }
+}
+
+/// Resets a connection made for this over loopback: whether the kernel can.
+///
+/// # Errors
+/// As [`destroy`]; `ENOENT` when the kernel does not even find it.
+pub(super) fn reset_own() -> io::Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let client = TcpStream::connect(listener.local_addr()?)?;
+    let (local, remote) = (client.local_addr()?, client.peer_addr()?);
+    let mut id = [0; DIAG_ID];
+    id[..2].copy_from_slice(&local.port().to_be_bytes());
+    id[2..4].copy_from_slice(&remote.port().to_be_bytes());
+    id[4..8].copy_from_slice(&Ipv4Addr::LOCALHOST.octets());
+    id[20..24].copy_from_slice(&Ipv4Addr::LOCALHOST.octets());
+    // Its cookie is not asked about.
+    id[40..].fill(0xff);
+    order_end(libc::AF_INET as u8, &id)
+}
+
+fn order_end(family: u8, id: &[u8; DIAG_ID]) -> io::Result<()> {
+    let netlink = Netlink::open(SockProtocol::NetlinkSockDiag)?;
+    netlink.ask(SOCK_DESTROY, NLM_F_ACK, &diag_request(family, u32::MAX, id), |_, _| {})
 }
 
 fn diag_request(family: u8, states: u32, id: &[u8; DIAG_ID]) -> [u8; DIAG_REQUEST] {
@@ -241,8 +262,6 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, TcpStream};
-
     use super::*;
 
     #[test]
@@ -262,6 +281,12 @@ mod tests {
         let listening = listeners().expect("netlink");
         assert!(listening.iter().any(|c| c.local == remote), "{listening:?}");
         assert!(!listening.iter().any(|c| c.local == local), "{listening:?}");
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn a_connection_can_be_reset() {
+        reset_own().expect("SOCK_DESTROY");
     }
 
     #[test]

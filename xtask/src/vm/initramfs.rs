@@ -16,7 +16,7 @@ use crate::command::{find_program, run, stdout};
 
 /// Modules that nodes, pods and the wire between two machines need where they are not built in.
 const MODULES: [&str; 8] =
-    ["veth", "tls", "virtio_pci", "virtio_net", "sch_ingress", "cls_bpf", "sctp", "dccp_ipv6"];
+    ["veth", "virtio_pci", "virtio_net", "sch_ingress", "cls_bpf", "sctp", "dccp_ipv6", "tcp_diag"];
 /// What tests and harness call, under the names they call it.
 const TOOLS: [&str; 14] = [
     "ip", "nsenter", "tcpdump", "mount", "umount", "stat", "find", "rm", "rmdir", "sleep", "flock", "cat",

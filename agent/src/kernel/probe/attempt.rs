@@ -1,6 +1,6 @@
 //! Tries one feature. What the kernel answers becomes a [`Presence`]; a refusal for lack of rights is not an answer.
 
-use std::{fs, io, os::fd::OwnedFd, path::Path};
+use std::{io, os::fd::OwnedFd, path::Path};
 
 use aya::{
     programs::ProgramError,
@@ -9,15 +9,13 @@ use aya::{
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::{
-    super::{cgroup::Cgroup, netns::netns_cookie},
+    super::{cgroup::Cgroup, netlink, netns::netns_cookie},
     Presence,
     features::Trial,
     raw::{self, Hook},
     seat,
 };
 
-/// The kernel's own type information.
-const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
 /// ENOTSUPP of the kernel, which libc does not know.
 const ENOTSUPP: i32 = 524;
 
@@ -49,8 +47,7 @@ pub(super) fn attempt(trial: &Trial, pin_path: &Path) -> Presence {
         Trial::Cgroup2 => cgroup2(),
         Trial::SocketCgroup => seat::sockets_in_their_cgroup(),
         Trial::NetnsCookie => netns_cookie().map_or_else(|e| refused(&e), |_| Presence::Present),
-        Trial::KernelFunction(name) => kernel_function(name),
-        Trial::Ktls => ktls(),
+        Trial::ConnectionReset => connection_reset(),
     }
 }
 
@@ -109,26 +106,13 @@ fn cgroup2() -> Presence {
     Cgroup::of_self().map_or_else(|e| Presence::Absent(e.to_string()), |_| Presence::Present)
 }
 
-/// Functions that programs may call stand in the kernel's type information by name.
-fn kernel_function(name: &str) -> Presence {
-    let btf = match fs::read(KERNEL_BTF) {
-        Ok(btf) => btf,
-        Err(error) => return Presence::Absent(format!("{KERNEL_BTF}: {error}")),
-    };
-    let entry = [b"\0", name.as_bytes(), b"\0"].concat();
-    if btf.windows(entry.len()).any(|window| window == entry) {
-        Presence::Present
-    } else {
-        Presence::Absent(format!("not in {KERNEL_BTF}"))
-    }
-}
-
-fn ktls() -> Presence {
-    let Err(error) = raw::ask_for_ktls() else { return Presence::Present };
-    match error.raw_os_error() {
-        // It exists, and wants a connected socket.
-        Some(libc::ENOTCONN | ENOTSUPP) => Presence::Present,
-        Some(libc::ENOENT) => Presence::Absent("the kernel has no TLS, and no module for it".to_owned()),
-        _ => refused(&error),
+fn connection_reset() -> Presence {
+    match netlink::reset_own() {
+        Ok(()) => Presence::Present,
+        // Neither there nor to be had as a module.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+            Presence::Absent("no CONFIG_INET_TCP_DIAG, and no module tcp_diag for it".to_owned())
+        }
+        Err(error) => refused(&error),
     }
 }

@@ -44,10 +44,8 @@ pub(super) enum Trial {
     NetnsCookie,
     /// tcx links can be made.
     Tcx,
-    /// The kernel has a function of that name for BPF programs.
-    KernelFunction(&'static str),
-    /// Sockets take the TLS protocol.
-    Ktls,
+    /// A connection of another socket can be found and reset.
+    ConnectionReset,
 }
 
 const SKB_ANCESTOR_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_skb_ancestor_cgroup_id;
@@ -237,19 +235,11 @@ pub(super) static FEATURES: &[Feature] = &[
         Trial::Helper(SOCK_ADDR, SET_RETVAL),
     ),
     optional(
-        "bpf_sock_destroy",
-        "ending connections from before enrolment",
-        Release(6, 5),
-        "SOCK_DESTROY over netlink",
-        "CONFIG_DEBUG_INFO_BTF",
-        Trial::KernelFunction("bpf_sock_destroy"),
-    ),
-    optional(
-        "kTLS",
-        "encryption in the kernel, off by default",
-        Release(5, 1),
-        "encryption in the agent",
-        "CONFIG_TLS",
-        Trial::Ktls,
+        "SOCK_DESTROY",
+        "resetting connections in clear at enrolment and when policy changes",
+        Release(4, 9),
+        "none: the guard drops what a STRICT pod sends, other connections stay until they end",
+        "CONFIG_INET_DIAG_DESTROY and CONFIG_INET_TCP_DIAG",
+        Trial::ConnectionReset,
     ),
 ];

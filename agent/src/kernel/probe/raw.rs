@@ -5,8 +5,6 @@ use std::{
     os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
 };
 
-use socket2::{Domain, Protocol, Socket, Type};
-
 use super::super::link::{bpf, update_raw};
 
 const BPF_MAP_CREATE: libc::c_long = 0;
@@ -245,15 +243,4 @@ pub(super) fn lift_memory_limit() {
     let all = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
     // SAFETY: `all` lives through the call.
     let _ = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const all) };
-}
-
-/// Asks a fresh TCP socket to speak TLS. Loads the kernel's module where there is one, as any use of it does.
-pub(super) fn ask_for_ktls() -> io::Result<()> {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
-    let name = c"tls";
-    // SAFETY: `name` lives through the call and is three bytes long, not counting its end.
-    let result = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), libc::SOL_TCP, libc::TCP_ULP, name.as_ptr().cast(), 3)
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
