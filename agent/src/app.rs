@@ -144,7 +144,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
     refresh_node(&kernel)?;
     beat(&kernel, config.heartbeat_timeout, &policies)?;
 
-    let workers = Workers::start(config.workers.unwrap_or_else(cores))
+    let workers = Workers::start(config.workers.unwrap_or_else(cores), config.busy_poll)
         .map_err(system("start the threads that carry flows"))?;
     let path = Arc::new(DataPath::new(Parts {
         trust_domain: config.trust_domain.clone(),

@@ -33,7 +33,7 @@ use duration::duration;
 use kubernetes::kubernetes;
 use range::mesh_range;
 
-const FIELDS: [&str; 16] = [
+const FIELDS: [&str; 17] = [
     "trustDomain",
     "node",
     "podsCgroup",
@@ -50,6 +50,7 @@ const FIELDS: [&str; 16] = [
     "heartbeatTimeout",
     "allowClear",
     "workers",
+    "busyPollMicroseconds",
 ];
 
 /// Environment variable that names the node where the file does not: a DaemonSet's file is the same on all nodes.
@@ -76,6 +77,9 @@ pub(crate) const LEAF_LIFETIME_RANGE: RangeInclusive<Duration> =
 const RANGES_MAX: usize = 256;
 /// Most worker threads: beyond the cores of any node, and a typing mistake should not start millions.
 const WORKERS_MAX: usize = 256;
+/// The kernel's own busy polling is recommended with 50 us (`net.core.busy_poll`); an answer within the node takes as long.
+const BUSY_POLL_DEFAULT_US: u64 = 60;
+const BUSY_POLL_MAX_US: u64 = 1000;
 /// Longest path of a unix socket, in bytes (`sun_path` in unix(7), with its closing zero).
 const SOCKET_MAX_BYTES: usize = 107;
 
@@ -114,6 +118,8 @@ pub struct Config {
     pub allow_clear: Vec<ClearDestination>,
     /// Threads that carry flows, 1 to 256; `None` is one for each core that the agent may run on.
     pub workers: Option<NonZeroUsize>,
+    /// How long such a thread waits awake for the next bytes of a quick exchange, up to 1 ms; zero is not at all.
+    pub busy_poll: Duration,
 }
 
 /// What says which workload has which address.
@@ -196,6 +202,7 @@ impl Config {
             or(f, "heartbeatTimeout", HEARTBEAT_TIMEOUT, |v| within(v, HEARTBEAT_TIMEOUT_RANGE));
         let allow_clear = or(f, "allowClear", Vec::new(), allow_clear);
         let workers = or(f, "workers", None, |v| v.parse(workers).map(Some));
+        let busy_poll_us = or(f, "busyPollMicroseconds", BUSY_POLL_DEFAULT_US, |v| v.parse(busy_poll_us));
         Some(Self {
             trust_domain: trust_domain?,
             node: node?,
@@ -213,6 +220,7 @@ impl Config {
             heartbeat_timeout: heartbeat_timeout?,
             allow_clear: allow_clear?,
             workers: workers?,
+            busy_poll: Duration::from_micros(busy_poll_us?),
         })
     }
 }
@@ -319,6 +327,11 @@ fn socket_path(value: &Value<'_>, folder: &Path) -> Option<PathBuf> {
         return None;
     }
     Some(path)
+}
+
+fn busy_poll_us(text: &str) -> Result<u64, String> {
+    let number = text.parse().ok().filter(|number| *number <= BUSY_POLL_MAX_US);
+    number.ok_or_else(|| format!("no number of microseconds: write 0 (never) to {BUSY_POLL_MAX_US}"))
 }
 
 fn workers(text: &str) -> Result<NonZeroUsize, String> {

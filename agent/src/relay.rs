@@ -7,6 +7,7 @@
 //!
 //! A reset keeps its place behind the data that was sent before it: an application that does not read sees it late.
 
+pub(crate) mod busy;
 mod plain;
 #[cfg(test)]
 mod testing;

@@ -19,7 +19,7 @@ use std::{
 
 use tokio::{runtime::Handle, sync::oneshot, time::interval};
 
-use crate::tunnel::buffers;
+use crate::{relay::busy, tunnel::buffers};
 
 /// How many more connections than the idlest thread one may have before it passes new ones on.
 const LEAD_MAX: usize = 2;
@@ -56,12 +56,13 @@ impl Drop for Load {
 }
 
 impl Workers {
-    /// Starts `count` threads.
+    /// Starts `count` threads, which flows may keep awake for up to `busy_poll` at a time.
     ///
     /// # Errors
     /// When the system gives no thread or no poller.
-    pub fn start(count: NonZeroUsize) -> io::Result<Self> {
-        (0..count.get()).map(Worker::start).collect::<io::Result<_>>().map(|workers| Self { workers })
+    pub fn start(count: NonZeroUsize, busy_poll: Duration) -> io::Result<Self> {
+        let start = |index| Worker::start(index, busy_poll);
+        (0..count.get()).map(start).collect::<io::Result<_>>().map(|workers| Self { workers })
     }
 
     /// How many there are.
@@ -93,12 +94,13 @@ impl Workers {
 }
 
 impl Worker {
-    fn start(index: usize) -> io::Result<Self> {
+    fn start(index: usize, busy_poll: Duration) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (running, ended) = oneshot::channel();
         let run = move || {
             CURRENT.set(index);
+            busy::set_limit(busy_poll);
             runtime.block_on(async {
                 tokio::select! {
                     // Nothing is ever sent.
@@ -152,7 +154,8 @@ mod tests {
 
     #[test]
     fn each_thread_knows_itself_and_what_it_serves() {
-        let workers = Workers::start(NonZeroUsize::new(2).expect("not zero")).expect("threads");
+        let workers =
+            Workers::start(NonZeroUsize::new(2).expect("not zero"), Duration::ZERO).expect("threads");
         let current = |index| {
             let (tell, told) = std::sync::mpsc::channel();
             workers.handle(index).spawn(async move { tell.send(Workers::current()) });

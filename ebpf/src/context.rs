@@ -7,7 +7,7 @@ use aya_ebpf::{
     btf_maps::lpm_trie::Key,
     helpers::generated::{
         bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
-        bpf_ktime_get_ns, bpf_set_retval, bpf_sk_storage_delete, bpf_sk_storage_get,
+        bpf_ktime_get_ns, bpf_set_retval, bpf_setsockopt, bpf_sk_storage_delete, bpf_sk_storage_get,
         bpf_sock_ops_cb_flags_set,
     },
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
@@ -16,6 +16,10 @@ use core::{ffi::c_void, ptr};
 use tacit_abi::{Address, ClearKey, Inbound, Mode, Names, PortKey, Tuple};
 
 use crate::maps::{AGENTS, CLEAR, MESH, NAMES, NODE, PORT_MODES, STATE};
+
+/// Of the kernel's headers.
+const IPPROTO_TCP: i32 = 6;
+const TCP_CONGESTION: i32 = 13;
 
 /// Loads a word of a context.
 macro_rules! load {
@@ -289,6 +293,18 @@ impl SockOps<'_> {
     pub fn watch_state(&self, flag: i32) {
         // SAFETY: the helper takes the program's own context.
         unsafe { bpf_sock_ops_cb_flags_set(self.0.ops, flag) };
+    }
+
+    /// Tells the kernel that this connection ends on loopback, where nothing is lost and nobody else is in the way: it
+    /// sends by `reno`, whatever the node prefers for its network. BBR paces packets by a timer, here too: one stream through
+    /// the tunnel reached 0.60 of the direct throughput with it, and reaches 0.75. Where it fails nothing is lost but that.
+    #[inline(always)]
+    pub fn ends_on_loopback(&self) {
+        let mut name = *b"reno\0";
+        // SAFETY: the helper takes the program's own context and reads the five bytes.
+        let _ = unsafe {
+            bpf_setsockopt(self.0.as_ptr(), IPPROTO_TCP, TCP_CONGESTION, name.as_mut_ptr().cast(), 5)
+        };
     }
 
     #[inline(always)]

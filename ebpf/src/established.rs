@@ -52,6 +52,7 @@ fn publish(sock: &SockOps<'_>, ends: &Ends) {
         names_kind::DIALLED => (DIALLED.insert(&key, &entry, BPF_ANY.into()), Reason::NamesFull),
         _ => return,
     };
+    sock.ends_on_loopback();
     match stored {
         // Without the flag the entry would only be overwritten, never removed: a lost flag costs memory, not safety.
         Ok(()) => sock.watch_state(BPF_SOCK_OPS_STATE_CB_FLAG as i32),
@@ -74,6 +75,7 @@ fn take_over(sock: &SockOps<'_>, ends: &Ends) {
         kind: names_kind::ACCEPTED,
         ..Names::default()
     };
+    sock.ends_on_loopback();
     if !sock.remember_names(names) {
         count(Reason::NamesFull);
     }

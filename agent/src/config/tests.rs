@@ -44,6 +44,7 @@ fn a_minimal_file_gets_the_defaults() {
         heartbeat_timeout: Duration::from_secs(3),
         allow_clear: Vec::new(),
         workers: None,
+        busy_poll: Duration::from_micros(60),
     };
     assert_eq!(parse(MINIMAL), Ok(expected));
 }
@@ -52,7 +53,8 @@ fn a_minimal_file_gets_the_defaults() {
 fn every_field_can_be_set() {
     let text = MINIMAL.replace("directory: issuer}", "directory: issuer, leafLifetime: 1h30m}")
         + "rootNamespace: mesh\npinPath: /sys/fs/bpf/b/\nsocket: b.sock\nmetrics: \"[::1]:9\"\ndrainTimeout: 0s\n\
-           heartbeatTimeout: 1s\nallowClear: [\"10.96.0.10:53/udp\"]\nworkers: 2\nserviceRanges: [10.96.0.0/12]\n";
+           heartbeatTimeout: 1s\nallowClear: [\"10.96.0.10:53/udp\"]\nworkers: 2\nserviceRanges: [10.96.0.0/12]\n\
+           busyPollMicroseconds: 0\n";
     let config = parse(&text).expect("valid");
     assert_eq!(&*config.root_namespace, "mesh");
     assert_eq!(config.pin_path, Path::new("/sys/fs/bpf/b"));
@@ -62,6 +64,7 @@ fn every_field_can_be_set() {
     assert_eq!(config.heartbeat_timeout, Duration::from_secs(1));
     assert_eq!(config.allow_clear.len(), 1);
     assert_eq!(config.captured_ranges().len(), 3);
+    assert_eq!(config.busy_poll, Duration::ZERO);
     assert_eq!(config.workers.map(std::num::NonZeroUsize::get), Some(2));
     let IssuerConfig::Embedded { leaf_lifetime, .. } = config.issuer else { panic!("another issuer") };
     assert_eq!(leaf_lifetime, Duration::from_secs(90 * 60));
@@ -160,6 +163,8 @@ fn bounds_of_single_fields_hold() {
         ("allowClear: [\"10.0.0.1:53\"]".to_owned(), "write address, port and protocol"),
         ("workers: 0".to_owned(), "write 1 to 256"),
         ("workers: 257".to_owned(), "write 1 to 256"),
+        ("busyPollMicroseconds: 1001".to_owned(), "write 0 (never) to 1000"),
+        ("busyPollMicroseconds: 60us".to_owned(), "write 0 (never) to 1000"),
         ("rootNamespace: Istio".to_owned(), "no Kubernetes name"),
         ("rootNamespace: [a]".to_owned(), "is a list"),
     ] {
@@ -230,6 +235,9 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
     assert_eq!(schema["properties"]["meshRanges"]["maxItems"], RANGES_MAX);
     assert_eq!(schema["properties"]["allowClear"]["maxItems"], ALLOW_CLEAR_MAX);
     assert_eq!(schema["properties"]["workers"]["maximum"], WORKERS_MAX);
+    let busy_poll = &schema["properties"]["busyPollMicroseconds"];
+    assert_eq!(busy_poll["maximum"], BUSY_POLL_MAX_US);
+    assert_eq!(busy_poll["default"], BUSY_POLL_DEFAULT_US);
 }
 
 #[test]

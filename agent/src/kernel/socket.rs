@@ -10,7 +10,10 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
+use nix::sys::socket::{
+    setsockopt,
+    sockopt::{IpBindAddressNoPort, TcpCongestion},
+};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tacit_abi::{Address, Listener, tcp_port};
 use tokio::{
@@ -27,6 +30,9 @@ use super::{
 
 /// Accept backlog of each listener, in connections; the kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
+
+/// Congestion control of connections that end on loopback: nothing is lost there, and pacing only costs.
+const LOOPBACK_CONGESTION: &str = "reno";
 
 /// The agent's listeners in one pod; not blocking, and not yet with any runtime.
 #[derive(Debug)]
@@ -69,6 +75,8 @@ impl Listeners {
             // a socket bound to `::1`: so all listen on all addresses. The steering program refuses what comes from
             // outside to a port that is not to be dialled.
             let capture = listener(tcp_port::CAPTURE)?;
+            // As the kernel side does for the other ends on loopback; what is accepted inherits it.
+            let _ = setsockopt(&capture, TcpCongestion, &LOOPBACK_CONGESTION.into());
             let plaintext = listener(tcp_port::PLAINTEXT)?;
             let tunnel = listener(tcp_port::TUNNEL)?;
             Ok((capture, plaintext, tunnel))

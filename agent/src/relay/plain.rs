@@ -11,7 +11,7 @@ use std::{
 
 use tokio::{io::Interest, net::TcpStream};
 
-use super::{FlowEnd, Party};
+use super::{FlowEnd, Party, busy::Busy};
 use crate::{
     telemetry::flows::FlowCounters,
     tunnel::{
@@ -42,10 +42,12 @@ async fn run(source: &TcpStream, destination: &TcpStream, counters: &FlowCounter
     let mut back = Half::new(destination, source, Party::Destination, &counters.received);
     let mut source_broken = pin!(source.ready(Interest::ERROR));
     let mut destination_broken = pin!(destination.ready(Interest::ERROR));
+    let mut busy = Busy::new();
     poll_fn(|cx| {
         if let Poll::Ready(ending) = poll_both(&mut there, &mut back, cx) {
             return Poll::Ready(ending);
         }
+        busy.pending(cx, counters.sent.load(Relaxed) + counters.received.load(Relaxed));
         // Once a party has ended its direction, reads no longer show that it resets.
         for (half, broken) in [(&mut there, &mut source_broken), (&mut back, &mut destination_broken)] {
             if half.ended && !half.looked && broken.as_mut().poll(cx).is_ready() {

@@ -23,7 +23,7 @@ use std::{
 
 use tokio::{io::Interest, net::TcpStream, time::timeout};
 
-use super::{FlowEnd, Party};
+use super::{FlowEnd, Party, busy::Busy};
 use crate::{
     telemetry::flows::FlowCounters,
     tunnel::{
@@ -156,9 +156,12 @@ impl<'a> Flow<'a> {
     async fn run(mut self) -> Ending {
         let app = self.app;
         let mut broken = pin!(app.ready(Interest::ERROR));
-        let mut watched = true;
+        let (mut watched, mut busy) = (true, Busy::new());
         poll_fn(|cx| {
             let ending = self.poll(cx);
+            if ending.is_pending() {
+                busy.pending(cx, self.up.load(Relaxed) + self.down.load(Relaxed));
+            }
             // Once the application has ended its direction, reads no longer show that it resets.
             if ending.is_pending() && self.app_ended && watched && broken.as_mut().poll(cx).is_ready() {
                 watched = false;
