@@ -16,7 +16,7 @@ use tokio::{
 };
 
 use crate::{
-    config::{Config, DirectorySource, IssuerConfig},
+    config::{Config, IssuerConfig, Source},
     datapath::{DataPath, Parts, accept_loop},
     directory::{
         self, Directory,
@@ -37,7 +37,7 @@ use crate::{
     },
     kubernetes::OpenError,
     outbound,
-    policy::Policies,
+    policy::{self, Policies},
     reload::{Opening, Watched},
     telemetry::{Telemetry, admin, status::SourceKind},
     tunnel::Session,
@@ -133,7 +133,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
     let descriptors = node::raise_descriptor_limit().map_err(system("raise the limit of open files"))?;
     let host = Arc::new(HostNetns::current().map_err(system("open the node's network namespace"))?);
     let pods_cgroup = Cgroup::open(&config.pods_cgroup)?;
-    let (directory, policies) = (open_directory(&config).await?, open_policies(&config)?);
+    let (directory, policies) = (open_directory(&config).await?, open_policies(&config).await?);
     let sources = vec![(SourceKind::Directory, directory.states()), (SourceKind::Policy, policies.states())];
     let telemetry = Telemetry::new();
     // Doors before programs: an agent that cannot be looked at should not touch the kernel.
@@ -211,11 +211,11 @@ fn cores() -> NonZeroUsize {
 async fn open_directory(config: &Config) -> Result<Opening<Directory>, AppError> {
     let domain = config.trust_domain.clone();
     match &config.directory {
-        DirectorySource::File(file) => {
+        Source::File(file) => {
             let named = file.clone();
             Ok(Watched::open(file, move |text| Directory::parse(text, &named, &domain))?.into())
         }
-        DirectorySource::Kubernetes(options) => {
+        Source::Kubernetes(options) => {
             let place = Place {
                 node: config.node.clone(),
                 trust_domain: domain,
@@ -227,16 +227,26 @@ async fn open_directory(config: &Config) -> Result<Opening<Directory>, AppError>
     }
 }
 
-fn open_policies(config: &Config) -> Result<Opening<Policies>, AppError> {
-    let (file, root) = (config.policy_file.clone(), config.root_namespace.clone());
-    let opened = Watched::open(config.policy_file.clone(), move |text| {
-        let policies = Policies::parse(text, &file, &root)?;
-        for note in policies.notes() {
-            tracing::warn!(file = %file.display(), "{note}");
+/// The policies. They are used once all are known: one that is missing would let through what it denies.
+async fn open_policies(config: &Config) -> Result<Opening<Policies>, AppError> {
+    let root = config.root_namespace.clone();
+    match &config.policy {
+        Source::File(file) => {
+            let named = file.clone();
+            Ok(Watched::open(file, move |text| {
+                let policies = Policies::parse(text, &named, &root)?;
+                for note in policies.notes() {
+                    tracing::warn!(file = %named.display(), "{note}");
+                }
+                Ok(policies)
+            })?
+            .into())
         }
-        Ok(policies)
-    });
-    Ok(opened?.into())
+        Source::Kubernetes(options) => {
+            let opened = policy::kubernetes::open(options, root).await;
+            opened.map_err(|source| AppError::Kubernetes { field: "policy", source })
+        }
+    }
 }
 
 fn issuer(config: &Config) -> Result<Issuer, RootError> {
