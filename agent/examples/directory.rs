@@ -59,9 +59,9 @@ async fn measure(pods: usize, services: usize) -> Result<()> {
         trust_domain: TrustDomain::parse("cluster.local")?,
         cgroups: CgroupLayout::of(Path::new("/sys/fs/cgroup/kubepods.slice")),
     };
-    let watched = kubernetes::open(&options, place).await;
+    let opening = kubernetes::open(&options, place).await;
     std::fs::remove_file(config)?;
-    let watched = watched?;
+    let watched = opening?.complete().await.context("the API is not followed any more")?;
     let directory = watched.current();
     println!("{} workloads, {} services", directory.len(), directory.services().count());
     println!(

@@ -11,18 +11,16 @@ use std::{
 
 use arc_swap::ArcSwap;
 use tokio::{
-    net::TcpListener,
     signal::unix::{Signal, SignalKind, signal},
     time::{MissedTickBehavior, interval},
 };
-use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::{Config, DirectorySource, IssuerConfig},
+    config::{Config, IssuerConfig, Source},
     datapath::{DataPath, Parts, accept_loop},
     directory::{
-        Directory,
-        kubernetes::{self, CgroupLayout, OpenError, Place},
+        self, Directory,
+        kubernetes::{CgroupLayout, Place},
     },
     drain::{Drain, Drained},
     enrol::{Enroller, Pod, Serve, Table, kernel_mode},
@@ -37,17 +35,20 @@ use crate::{
         Kernel, KernelError, VerifierLog, cgroup::Cgroup, events, netns::HostNetns, node, probe,
         socket::Listeners,
     },
+    kubernetes::OpenError,
     outbound,
-    policy::Policies,
-    reload::Watched,
-    telemetry::{Telemetry, admin},
+    policy::{self, Policies},
+    reload::{Opening, Watched},
+    telemetry::{Telemetry, admin, status::SourceKind},
     tunnel::Session,
     workers::Workers,
     yaml::LoadError,
 };
 
+mod doors;
 mod report;
 
+use doors::Doors;
 use report::Report;
 
 /// How often the node's own addresses are read again and idle sessions are thrown out.
@@ -67,8 +68,14 @@ pub enum AppError {
     #[error(transparent)]
     Load(#[from] LoadError),
     /// The API of Kubernetes cannot be used at all.
-    #[error("directory: {0}")]
-    Kubernetes(#[from] OpenError),
+    #[error("{field}.kubernetes: {source}")]
+    Kubernetes {
+        /// What was to come from it.
+        field: &'static str,
+        /// The error.
+        #[source]
+        source: OpenError,
+    },
     /// The issuer could not be opened.
     #[error("issuer: {0}")]
     Issuer(#[from] RootError),
@@ -126,18 +133,22 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
     let descriptors = node::raise_descriptor_limit().map_err(system("raise the limit of open files"))?;
     let host = Arc::new(HostNetns::current().map_err(system("open the node's network namespace"))?);
     let pods_cgroup = Cgroup::open(&config.pods_cgroup)?;
-    let directory = tokio::select! {
-        directory = open_directory(&config) => Arc::new(directory?),
-        // Nothing was touched yet.
-        () = wait_for(&mut terminate, &mut interrupt) => return Ok(()),
-    };
-    let policies = Arc::new(watch_policies(&config)?);
-    let identities = Arc::new(Identities::start(issuer(&config)?));
+    let (directory, policies) = (open_directory(&config).await?, open_policies(&config).await?);
+    let sources = vec![(SourceKind::Directory, directory.states()), (SourceKind::Policy, policies.states())];
+    let telemetry = Telemetry::new();
     // Doors before programs: an agent that cannot be looked at should not touch the kernel.
-    let operator = admin::bind_operator(&config.socket)?;
-    let metrics = TcpListener::bind(config.metrics)
-        .await
-        .map_err(|source| AppError::Metrics { address: config.metrics, source })?;
+    let doors = Doors::open(&config, started, sources, telemetry.clone()).await?;
+    let (directory, policies) = tokio::select! {
+        complete = async { tokio::join!(directory.complete(), policies.complete()) } => complete,
+        () = wait_for(&mut terminate, &mut interrupt) => {
+            remove_socket(&config.socket);
+            return Ok(());
+        }
+    };
+    let ended = |field| move || AppError::Kubernetes { field, source: OpenError::Ended };
+    let directory = Arc::new(directory.ok_or_else(ended("directory"))?);
+    let policies = Arc::new(policies.ok_or_else(ended("policy"))?);
+    let identities = Arc::new(Identities::start(issuer(&config)?));
     let kernel = Arc::new(Kernel::open(&config.pin_path, &pods_cgroup, &verifier_log)?);
     kernel.maps.set_mesh(&config.captured_ranges())?;
     kernel.maps.set_clear(&config.allow_clear)?;
@@ -155,14 +166,12 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
         policies,
         identities,
         table: Arc::new(ArcSwap::from_pointee(Table::default())),
-        telemetry: Telemetry::new(),
+        telemetry,
         drain: Drain::default(),
         mesh_ranges: config.captured_ranges(),
     }));
     let report = Arc::new(Report::new(&config, path.clone(), started));
-    let doors = CancellationToken::new();
-    let admin =
-        tokio::spawn(serve_admin(report.clone(), operator, metrics, path.telemetry.clone(), doors.clone()));
+    doors.show(report.clone());
     let enrolment = tokio::spawn(enroller(&config, &path, pods_cgroup, &report).run(path.drain.stop.clone()));
     let keeper = tokio::spawn(housekeeping(path.clone()));
     let heart = tokio::spawn(heartbeat(path.clone(), config.heartbeat_timeout));
@@ -178,7 +187,6 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
         Drained::Cut(tasks) => tracing::warn!(tasks, "drain deadline passed; the rest was reset"),
     }
     path.pool().clear_where(|_, _| true).into_iter().for_each(Session::close);
-    doors.cancel();
     keeper.abort();
     listener.abort();
     heart.abort();
@@ -187,8 +195,9 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
     if let Err(error) = path.kernel.maps.stop_beating() {
         tracing::error!(%error, "the kernel takes this agent for alive until its heartbeat is stale");
     }
-    // Both end by their tokens; an error of theirs was logged, and the agent ends anyway.
-    let _ = tokio::join!(admin, enrolment);
+    // An error of it was logged, and the agent ends anyway.
+    let _ = enrolment.await;
+    doors.close().await;
     remove_socket(&config.socket);
     Ok(())
 }
@@ -198,34 +207,46 @@ fn cores() -> NonZeroUsize {
     std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
 }
 
-/// The directory, once it is complete: what an earlier agent left for pods that are not in it would be removed.
-async fn open_directory(config: &Config) -> Result<Watched<Directory>, AppError> {
+/// The directory. It is used once it is complete: what an earlier agent left for pods that are not in it would be removed.
+async fn open_directory(config: &Config) -> Result<Opening<Directory>, AppError> {
     let domain = config.trust_domain.clone();
     match &config.directory {
-        DirectorySource::File(file) => {
+        Source::File(file) => {
             let named = file.clone();
-            Ok(Watched::open(file, move |text| Directory::parse(text, &named, &domain))?)
+            Ok(Watched::open(file, move |text| Directory::parse(text, &named, &domain))?.into())
         }
-        DirectorySource::Kubernetes(options) => {
+        Source::Kubernetes(options) => {
             let place = Place {
                 node: config.node.clone(),
                 trust_domain: domain,
                 cgroups: CgroupLayout::of(&config.pods_cgroup),
             };
-            Ok(kubernetes::open(options, place).await?)
+            let opened = directory::kubernetes::open(options, place).await;
+            opened.map_err(|source| AppError::Kubernetes { field: "directory", source })
         }
     }
 }
 
-fn watch_policies(config: &Config) -> Result<Watched<Policies>, LoadError> {
-    let (file, root) = (config.policy_file.clone(), config.root_namespace.clone());
-    Watched::open(config.policy_file.clone(), move |text| {
-        let policies = Policies::parse(text, &file, &root)?;
-        for note in policies.notes() {
-            tracing::warn!(file = %file.display(), "{note}");
+/// The policies. They are used once all are known: one that is missing would let through what it denies.
+async fn open_policies(config: &Config) -> Result<Opening<Policies>, AppError> {
+    let root = config.root_namespace.clone();
+    match &config.policy {
+        Source::File(file) => {
+            let named = file.clone();
+            Ok(Watched::open(file, move |text| {
+                let policies = Policies::parse(text, &named, &root)?;
+                for note in policies.notes() {
+                    tracing::warn!(file = %named.display(), "{note}");
+                }
+                Ok(policies)
+            })?
+            .into())
         }
-        Ok(policies)
-    })
+        Source::Kubernetes(options) => {
+            let opened = policy::kubernetes::open(options, root).await;
+            opened.map_err(|source| AppError::Kubernetes { field: "policy", source })
+        }
+    }
 }
 
 fn issuer(config: &Config) -> Result<Issuer, RootError> {
@@ -261,22 +282,6 @@ fn serve_pod(path: &Arc<DataPath>, pod: &Arc<Pod>, listeners: Listeners) {
     accept_loop(path, pod, capture, outbound::handle);
     accept_loop(path, pod, tunnel, inbound::tunnel);
     accept_loop(path, pod, plaintext, inbound::plaintext);
-}
-
-async fn serve_admin(
-    report: Arc<Report>,
-    operator: tokio::net::UnixListener,
-    metrics: TcpListener,
-    telemetry: Telemetry,
-    stop: CancellationToken,
-) {
-    let asked = report.clone();
-    let explain: admin::ExplainSource = Arc::new(move |from, to, port| asked.explain(from, to, port));
-    let source: admin::StatusSource = Arc::new(move || report.status());
-    tokio::join!(
-        admin::serve_metrics(metrics, source.clone(), telemetry, stop.cancelled()),
-        admin::serve_operator(operator, source, explain, stop.cancelled()),
-    );
 }
 
 /// Tells the kernel that this agent lives, for as long as its tasks are run: an agent that is stuck is as good as dead.

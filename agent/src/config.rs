@@ -16,9 +16,10 @@ use std::{
 use ipnet::IpNet;
 
 use crate::{
-    directory::kubernetes::Options as KubernetesOptions,
+    directory::kubernetes::Options as DirectoryOptions,
     identity::{TrustDomain, istio::IstioConfig},
     kernel::ClearDestination,
+    policy::kubernetes::Options as PolicyOptions,
     yaml::{self, Fields, LoadError, Mistakes, Value},
 };
 
@@ -30,7 +31,6 @@ mod range;
 
 use clear::clear_destination;
 use duration::duration;
-use kubernetes::kubernetes;
 use range::mesh_range;
 
 const FIELDS: [&str; 17] = [
@@ -98,8 +98,8 @@ pub struct Config {
     pub service_ranges: Vec<IpNet>,
     /// What says which workload has which address.
     pub directory: DirectorySource,
-    /// File of the policies.
-    pub policy_file: PathBuf,
+    /// What has the policies.
+    pub policy: PolicySource,
     /// Namespace whose policies hold mesh-wide.
     pub root_namespace: Arc<str>,
     /// Who signs certificates.
@@ -122,14 +122,19 @@ pub struct Config {
     pub busy_poll: Duration,
 }
 
-/// What says which workload has which address.
+/// Where something is read from, and kept up to date.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum DirectorySource {
+pub enum Source<K> {
     /// A file.
     File(PathBuf),
     /// The API of Kubernetes.
-    Kubernetes(KubernetesOptions),
+    Kubernetes(K),
 }
+
+/// What says which workload has which address.
+pub type DirectorySource = Source<DirectoryOptions>;
+/// What has the policies.
+pub type PolicySource = Source<PolicyOptions>;
 
 /// Who signs certificates.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -189,8 +194,8 @@ impl Config {
         let mesh_ranges = f.required("meshRanges", "the ranges of pod addresses, such as [10.77.0.0/16]");
         let mesh_ranges = mesh_ranges.and_then(|value| self::mesh_ranges(&value));
         let service_ranges = or(f, "serviceRanges", Vec::new(), ranges);
-        let directory = directory(f, folder);
-        let policy_file = file_source(f, "policy", folder);
+        let directory = source(f, "directory", folder, kubernetes::directory);
+        let policy = source(f, "policy", folder, kubernetes::policy);
         let issuer = f.required("issuer", "{embedded: {directory: issuer}}");
         let issuer = issuer.and_then(|value| issuer::decode(&value, folder));
         let root_namespace = or(f, "rootNamespace", ROOT_NAMESPACE.into(), |v| v.name().map(Arc::from));
@@ -210,7 +215,7 @@ impl Config {
             mesh_ranges: mesh_ranges?,
             service_ranges: service_ranges?,
             directory: directory?,
-            policy_file: policy_file?,
+            policy: policy?,
             root_namespace: root_namespace?,
             issuer: issuer?,
             pin_path: pin_path?,
@@ -275,14 +280,21 @@ fn node(fields: &mut Fields<'_>, root: &Value<'_>, node_name: Option<&str>) -> O
     }
 }
 
-fn directory(fields: &mut Fields<'_>, folder: &Path) -> Option<DirectorySource> {
-    let value = fields.required("directory", "{file: directory.yaml} or {kubernetes: {}}")?;
+/// `{file: <path>}` or `{kubernetes: {..}}`.
+fn source<K>(
+    fields: &mut Fields<'_>,
+    name: &str,
+    folder: &Path,
+    kubernetes: fn(&Value<'_>, &Path) -> Option<K>,
+) -> Option<Source<K>> {
+    let what = format!("{{file: {name}.yaml}} or {{kubernetes: {{}}}}");
+    let value = fields.required(name, &what)?;
     let mut fields = value.fields(&["file", "kubernetes"])?;
     match (fields.optional("file"), value.peek("kubernetes")) {
-        (Some(file), None) => Some(DirectorySource::File(folder.join(file.text()?))),
-        (None, Some(options)) => kubernetes(&options, folder).map(DirectorySource::Kubernetes),
+        (Some(file), None) => Some(Source::File(folder.join(file.text()?))),
+        (None, Some(options)) => kubernetes(&options, folder).map(Source::Kubernetes),
         (None, None) => {
-            value.refuse("nothing in it: write {file: directory.yaml} or {kubernetes: {}}");
+            value.refuse(format_args!("nothing in it: write {what}"));
             None
         }
         (Some(_), Some(_)) => {
@@ -290,13 +302,6 @@ fn directory(fields: &mut Fields<'_>, folder: &Path) -> Option<DirectorySource> 
             None
         }
     }
-}
-
-/// `{file: <path>}`, the one kind of source there is.
-fn file_source(fields: &mut Fields<'_>, name: &str, folder: &Path) -> Option<PathBuf> {
-    let value = fields.required(name, &format!("{{file: {name}.yaml}}"))?;
-    let mut fields = value.fields(&["file"])?;
-    Some(folder.join(fields.required("file", "the path of a file")?.text()?))
 }
 
 pub(crate) fn within(value: &Value<'_>, range: RangeInclusive<Duration>) -> Option<Duration> {

@@ -5,8 +5,8 @@
 //!                                            │               ├─ same node ── policy ──> app in a pod here
 //!                                            │               ├─ clear (allowed by mode)
 //!                                            │               └─ refuse (reset)
-//!  directory and policy files ── reload ──┬──> snapshots read by every decision
-//!  Kubernetes API ── directory::kubernetes ┘
+//!  directory and policy files ── reload ───────────────┬──> snapshots read by every decision
+//!  Kubernetes API ── directory::kubernetes, policy::kubernetes ┘
 //!  issuer ── identity::manager ──> credentials        cgroups ── enrol ──> pods, listeners, kernel maps
 //! ```
 //!
@@ -18,6 +18,7 @@
 //! | `balance` | how loaded endpoints are, and who stays with which |
 //! | `policy` | modes, authorization, and the verdict on an inbound flow |
 //! | `reload` | watched files: the last good version stays |
+//! | `kubernetes` | the Kubernetes API, followed: what is known stays |
 //! | `identity` | SPIFFE ids, credentials, renewal, issuers: embedded, or Istio's CA API |
 //! | `authority` | the certificate authority: who may have which certificate, root rotation |
 //! | `enrol` | a pod appears or goes |
@@ -34,8 +35,8 @@
 //! | `telemetry` | metrics, access log, status, admin doors |
 //!
 //! Rules of dependency, checked by `cargo xtask tidy`: only `kernel` uses aya, libc and `unsafe`; only `tunnel` (tls,
-//! verify, session), `identity` and `authority` use rustls; only `directory::kubernetes`, `identity` and `authority` use kube;
-//! `policy`, `directory` (but not its drivers), `route`, wire formats, pool and renewal are pure (no tokio, no clock, no logging),
+//! verify, session), `identity` and `authority` use rustls; only `kubernetes`, the sources of that name, `identity` and `authority` use
+//! kube; `policy`, `directory` (but not their drivers), `route`, wire formats, pool and renewal are pure (no tokio, no clock, no logging),
 //! as are the authority's decisions (`request`, `rotation`, `bucket`); `outbound` and `inbound` never import each other; the data path reads control
 //! snapshots and never awaits a control task, except `outbound` for the bounded discovery of an unknown address;
 //! nobody imports `app` but `main`.
@@ -55,6 +56,7 @@ pub mod fuzz;
 pub mod identity;
 pub mod inbound;
 pub mod kernel;
+pub mod kubernetes;
 pub mod outbound;
 pub mod policy;
 pub mod relay;

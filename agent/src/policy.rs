@@ -1,4 +1,5 @@
-//! Modes and policy: may this flow reach that workload? Pure: no clock, no I/O, no logging.
+//! Modes and policy: may this flow reach that workload? Pure: no clock, no I/O, no logging, but for the source in
+//! `kubernetes`.
 //!
 //! Modes are Istio's, from PeerAuthentication objects of `security.istio.io`. The narrowest scope that says
 //! something holds:
@@ -28,6 +29,7 @@ use crate::{directory::Workload, identity::SpiffeId, yaml::Mistakes};
 
 mod authorization;
 pub mod explain;
+pub mod kubernetes;
 mod object;
 mod peer_authentication;
 

@@ -59,6 +59,8 @@ pub struct ReloadState {
     pub last_error: Option<String>,
     /// Since when what is in use may be outdated; `None` when it is not.
     pub stale_since: Option<SystemTime>,
+    /// What of the version in use could not be read, a line each: those objects deny what they select.
+    pub unreadable: Vec<String>,
 }
 
 /// The last good version of a file that is watched until this value is dropped.
@@ -104,6 +106,7 @@ impl<T: Send + Sync + 'static> Watched<T> {
             refusals: 0,
             last_error: None,
             stale_since: None,
+            unreadable: Vec::new(),
         };
         let (values_sender, values) = watch::channel(Arc::new(initial));
         let (state_sender, state) = watch::channel(state);
@@ -122,15 +125,6 @@ impl<T: Send + Sync + 'static> Watched<T> {
 }
 
 impl<T> Watched<T> {
-    /// Values that `task` gives, which ends with this.
-    pub(crate) fn fed(
-        values: watch::Receiver<Arc<T>>,
-        state: watch::Receiver<ReloadState>,
-        task: AbortHandle,
-    ) -> Self {
-        Self { values, state, task }
-    }
-
     /// The version in use.
     #[must_use]
     pub fn current(&self) -> Arc<T> {
@@ -153,6 +147,40 @@ impl<T> Watched<T> {
 impl<T> Drop for Watched<T> {
     fn drop(&mut self) {
         self.task.abort();
+    }
+}
+
+/// A value that is on its way: nobody sees it before it is complete.
+#[derive(Debug)]
+pub struct Opening<T>(Watched<T>);
+
+impl<T> Opening<T> {
+    /// Values that `task` gives, complete from the first load on.
+    pub(crate) fn fed(
+        values: watch::Receiver<Arc<T>>,
+        state: watch::Receiver<ReloadState>,
+        task: AbortHandle,
+    ) -> Self {
+        Self(Watched { values, state, task })
+    }
+
+    /// What the operator should know, now and later.
+    #[must_use]
+    pub fn states(&self) -> watch::Receiver<ReloadState> {
+        self.0.state.clone()
+    }
+
+    /// The value once it is complete, however long that takes; `None` when its task ended.
+    pub async fn complete(self) -> Option<Watched<T>> {
+        let mut state = self.states();
+        state.wait_for(|state| state.loads > 0).await.ok()?;
+        Some(self.0)
+    }
+}
+
+impl<T> From<Watched<T>> for Opening<T> {
+    fn from(complete: Watched<T>) -> Self {
+        Self(complete)
     }
 }
 

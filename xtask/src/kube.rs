@@ -10,6 +10,7 @@ mod leftovers;
 mod node;
 mod packages;
 mod pods;
+mod policies;
 mod promises;
 mod sweep;
 mod verdict;

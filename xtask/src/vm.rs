@@ -14,6 +14,7 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::Command,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -33,15 +34,11 @@ use outcome::{Outcome, json, table};
 
 /// What large tests divide their sizes by: an emulated machine is some twenty times slower.
 const SCALE: u32 = 20;
-/// A kernel's whole run; some six minutes on two quiet cores.
+/// A kernel's whole run; some ten minutes on a core of its own.
 const LIMIT: Duration = Duration::from_secs(25 * 60);
 /// Kernels that `cargo xtask test` boots: the oldest supported one that Debian has, and the newest.
 pub(crate) const IN_TEST: [&str; 2] = ["6.1", "newest"];
 const REFUSAL: &str = include_str!("vm/refusal.sh");
-
-/// The boot time of a kernel that never came to its first process. That happens to emulated machines now and then: a breakpoint
-/// of the kernel's own patching is met by the other processor. No test has run by then, so it is booted once more.
-const UNBOOTED: &str = "?";
 
 /// What to boot.
 #[derive(clap::Args)]
@@ -81,8 +78,8 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     let (payload, unpacked) = prepare(workspace, &chosen)?;
     let machines: Vec<_> = chosen.into_iter().zip(&unpacked).collect();
     let mut outcomes = Vec::new();
-    for (kernel, unpacked) in machines.iter().filter(|_| !options.two_nodes) {
-        outcomes.push(one(kernel, unpacked, &payload, options.test.as_deref(), &mut Report::default())?);
+    for some in machines.chunks(at_once()).filter(|_| !options.two_nodes) {
+        outcomes.extend(side_by_side(some, &payload, options.test.as_deref(), &mut Report::default())?);
         if outcomes.iter().any(|o| o.failed > 0) && !options.keep_going {
             break;
         }
@@ -108,8 +105,8 @@ pub(crate) fn in_test(workspace: &Workspace, report: &mut Report) -> Result<()> 
     let chosen = choose(&IN_TEST.map(str::to_owned))?;
     let (payload, unpacked) = prepare(workspace, &chosen)?;
     let machines: Vec<_> = chosen.into_iter().zip(&unpacked).collect();
-    for (kernel, unpacked) in &machines {
-        one(kernel, unpacked, &payload, None, report)?;
+    for some in machines.chunks(at_once()) {
+        side_by_side(some, &payload, None, report)?;
     }
     two_nodes(&machines, &payload, report).map(drop)
 }
@@ -176,6 +173,36 @@ fn suite(message: &str) -> Option<(String, PathBuf)> {
     Some((file.rsplit_once('-')?.0.to_owned(), PathBuf::from(program)))
 }
 
+/// How many machines run at a time: each keeps one core busy.
+fn at_once() -> usize {
+    thread::available_parallelism().map_or(1, Into::into)
+}
+
+/// Runs machines at the same time; their reports are put one behind the other.
+fn side_by_side(
+    machines: &[(&Kernel, &Unpacked)],
+    payload: &Payload,
+    filter: Option<&str>,
+    report: &mut Report,
+) -> Result<Vec<Outcome>> {
+    let run = |&(kernel, unpacked)| {
+        let mut report = Report::default();
+        one(kernel, unpacked, payload, filter, &mut report).map(|outcome| (outcome, report))
+    };
+    let ended: Vec<_> = thread::scope(|scope| {
+        let running: Vec<_> = machines.iter().map(|machine| scope.spawn(move || run(machine))).collect();
+        running.into_iter().map(thread::ScopedJoinHandle::join).collect()
+    });
+    let mut outcomes = Vec::new();
+    for ended in ended {
+        let Ok(ended) = ended else { bail!("a thread that ran a machine has panicked") };
+        let (outcome, told) = ended?;
+        report.append(told);
+        outcomes.push(outcome);
+    }
+    Ok(outcomes)
+}
+
 fn one(
     kernel: &Kernel,
     unpacked: &Unpacked,
@@ -186,7 +213,7 @@ fn one(
     let begin = Instant::now();
     let work = Work::new(kernel.label)?;
     let image = image(kernel, unpacked, payload, filter, &work.0)?;
-    let (mut boot, before) = (UNBOOTED.to_owned(), report.totals());
+    let (mut boot, before) = ("?".to_owned(), report.totals());
     report.begin();
     let guest = Machine {
         kernel: &unpacked.folder.join("vmlinuz"),
@@ -195,11 +222,7 @@ fn one(
         limit: LIMIT,
         wire: None,
     };
-    let mut ended = watched(&guest, kernel.label, report, &mut boot);
-    if ended.is_err() && boot == UNBOOTED {
-        println!("{:>6} | the kernel died before its first process; booting once more", kernel.label);
-        ended = watched(&guest, kernel.label, report, &mut boot);
-    }
+    let ended = watched(&guest, kernel.label, report, &mut boot);
     let note = match (&ended, kernel.expected) {
         (Err(error), _) => format!("{error:#}"),
         (Ok(0), Expected::Refused) => "refused as intended".to_owned(),

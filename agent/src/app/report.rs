@@ -234,7 +234,7 @@ fn certificate(state: &CertificateState) -> Option<CertificateStatus> {
     })
 }
 
-fn source(kind: SourceKind, state: &ReloadState) -> SourceStatus {
+pub(super) fn source(kind: SourceKind, state: &ReloadState) -> SourceStatus {
     SourceStatus {
         kind,
         file: state.file.display().to_string(),
@@ -242,6 +242,7 @@ fn source(kind: SourceKind, state: &ReloadState) -> SourceStatus {
         loads: state.loads,
         refusals: state.refusals,
         last_error: state.last_error.clone(),
+        unreadable: state.unreadable.clone(),
         stale_seconds: state.stale_since.map_or(0, |since| since.elapsed().map_or(0, |age| age.as_secs())),
     }
 }

@@ -1,24 +1,37 @@
-//! `directory: {kubernetes: {..}}`: which API, and what enrols a pod.
+//! `{kubernetes: {..}}` of `directory` and `policy`: which API, and what enrols a pod.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::{Value, or};
-use crate::directory::kubernetes::{EnrolLabel, Options};
+use super::{DirectoryOptions, Fields, PolicyOptions, Value, or};
+use crate::directory::kubernetes::EnrolLabel;
 
-pub(super) const FIELDS: [&str; 2] = ["enrolLabel", "kubeconfig"];
+pub(super) const DIRECTORY_FIELDS: [&str; 2] = ["enrolLabel", "kubeconfig"];
+pub(super) const POLICY_FIELDS: [&str; 1] = ["kubeconfig"];
 /// Longest name part and longest value of a label, in bytes (Kubernetes' label syntax).
 const PART_MAX_BYTES: usize = 63;
 /// Longest prefix of a label's name, in bytes: a DNS subdomain.
 const PREFIX_MAX_BYTES: usize = 253;
 
-pub(super) fn kubernetes(value: &Value<'_>, folder: &Path) -> Option<Options> {
+pub(super) fn directory(value: &Value<'_>, folder: &Path) -> Option<DirectoryOptions> {
     if value.is_null() {
-        return Some(Options::default());
+        return Some(DirectoryOptions::default());
     }
-    let mut fields = value.fields(&FIELDS)?;
+    let mut fields = value.fields(&DIRECTORY_FIELDS)?;
     let enrol_label = or(&mut fields, "enrolLabel", EnrolLabel::default(), |v| v.parse(label));
-    let kubeconfig = or(&mut fields, "kubeconfig", None, |v| Some(Some(folder.join(v.text()?))));
-    Some(Options { enrol_label: enrol_label?, kubeconfig: kubeconfig? })
+    let kubeconfig = kubeconfig(&mut fields, folder);
+    Some(DirectoryOptions { enrol_label: enrol_label?, kubeconfig: kubeconfig? })
+}
+
+pub(super) fn policy(value: &Value<'_>, folder: &Path) -> Option<PolicyOptions> {
+    if value.is_null() {
+        return Some(PolicyOptions::default());
+    }
+    let kubeconfig = kubeconfig(&mut value.fields(&POLICY_FIELDS)?, folder);
+    Some(PolicyOptions { kubeconfig: kubeconfig? })
+}
+
+fn kubeconfig(fields: &mut Fields<'_>, folder: &Path) -> Option<Option<PathBuf>> {
+    or(fields, "kubeconfig", None, |value| Some(Some(folder.join(value.text()?))))
 }
 
 fn label(text: &str) -> Result<EnrolLabel, &'static str> {

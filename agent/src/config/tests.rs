@@ -31,7 +31,7 @@ fn a_minimal_file_gets_the_defaults() {
         mesh_ranges: vec!["10.77.0.0/16".parse().expect("valid"), "fd77::/16".parse().expect("valid")],
         service_ranges: Vec::new(),
         directory: DirectorySource::File("/etc/tacit/conf/directory.yaml".into()),
-        policy_file: "/etc/tacit/policy.yaml".into(),
+        policy: PolicySource::File("/etc/tacit/policy.yaml".into()),
         root_namespace: "istio-system".into(),
         issuer: IssuerConfig::Embedded {
             directory: "/etc/tacit/conf/issuer".into(),
@@ -103,8 +103,8 @@ drainTimeout: 10
             "line 4: meshRanges[2]: \"0.0.0.0/0\": prefix length 0 covers every address: write the ranges the pods' \
              addresses are taken from",
             "line 5: directory: is the single value \"directory.yaml\": write a mapping (`name: value` lines)",
-            "line 6: policy.url: unknown field: known here: file",
-            "line 6: policy.file: missing: write the path of a file",
+            "line 6: policy.url: unknown field: known here: file, kubernetes",
+            "line 6: policy: nothing in it: write {file: policy.yaml} or {kubernetes: {}}",
             "line 7: issuer.embedded.directory: 7 is a number where text is expected: write \"7\"",
             "line 7: issuer.embedded.leafLifetime: \"5s\": outside the range: write a duration from 10s to 30d",
             "line 8: pinPath: \"/sys/../bpf\" has a `..`: write the path without it",
@@ -221,6 +221,9 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
     let istio = &schema["properties"]["issuer"]["properties"]["istio"];
     assert_eq!(names(istio), sorted(&issuer::ISTIO_FIELDS));
     assert_eq!(istio["properties"]["leafLifetime"]["default"], "24h");
+    let kubernetes = |field: &str| names(&schema["properties"][field]["properties"]["kubernetes"]);
+    assert_eq!(kubernetes("directory"), sorted(&kubernetes::DIRECTORY_FIELDS));
+    assert_eq!(kubernetes("policy"), sorted(&kubernetes::POLICY_FIELDS));
     for (field, default) in [
         ("rootNamespace", ROOT_NAMESPACE),
         ("pinPath", PIN_PATH),
@@ -253,8 +256,8 @@ fn the_directory_can_come_from_kubernetes_and_the_node_from_the_environment() {
     };
     let config = parse("{kubernetes: {}}", Some("worker-1.example")).expect("valid");
     assert_eq!(&*config.node, "worker-1.example");
-    assert_eq!(options(config), KubernetesOptions::default());
-    assert_eq!(KubernetesOptions::default().enrol_label.to_string(), "tacit.io/enrol=true");
+    assert_eq!(options(config), DirectoryOptions::default());
+    assert_eq!(DirectoryOptions::default().enrol_label.to_string(), "tacit.io/enrol=true");
     let ambient = "{kubernetes: {enrolLabel: istio.io/dataplane-mode=ambient, kubeconfig: admin.conf}}";
     let ambient = options(parse(ambient, Some("a")).expect("valid"));
     assert_eq!(ambient.enrol_label.to_string(), "istio.io/dataplane-mode=ambient");
@@ -285,5 +288,30 @@ fn the_directory_can_come_from_kubernetes_and_the_node_from_the_environment() {
     ] {
         let mistakes = parse(directory, node).expect_err(directory).to_string();
         assert!(mistakes.contains(problem), "{directory}: {mistakes}");
+    }
+}
+
+#[test]
+fn policies_can_come_from_kubernetes() {
+    let policy = |text: &str| {
+        parse(&MINIMAL.replace("{file: /etc/tacit/policy.yaml}", text)).map(|config| config.policy)
+    };
+    assert_eq!(policy("{kubernetes: {}}"), Ok(PolicySource::Kubernetes(PolicyOptions::default())));
+    assert_eq!(policy("{kubernetes: }"), Ok(PolicySource::Kubernetes(PolicyOptions::default())));
+    let kubeconfig = Some("/etc/tacit/conf/admin.conf".into());
+    assert_eq!(
+        policy("{kubernetes: {kubeconfig: admin.conf}}"),
+        Ok(PolicySource::Kubernetes(PolicyOptions { kubeconfig }))
+    );
+    for (text, problem) in [
+        ("{}", "policy: nothing in it: write {file: policy.yaml} or {kubernetes: {}}"),
+        ("{file: p.yaml, kubernetes: {}}", "policy: both `file` and `kubernetes`: remove one"),
+        (
+            "{kubernetes: {enrolLabel: a=b}}",
+            "policy.kubernetes.enrolLabel: unknown field: known here: kubeconfig",
+        ),
+    ] {
+        let mistakes = policy(text).expect_err(text).to_string();
+        assert!(mistakes.contains(problem), "{text}: {mistakes}");
     }
 }

@@ -28,6 +28,9 @@ pub enum ExplainError {
     /// Neither form.
     #[error("{0:?} is neither <namespace>/<name> of a workload nor an IP address: write one of them")]
     End(String),
+    /// Directory or policies are not complete.
+    #[error("the agent has not read yet what it needs: `tacit status` says why")]
+    Starting,
     /// No port.
     #[error("{0:?} is no port: write a number from 1 to 65535")]
     Port(String),

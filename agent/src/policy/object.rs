@@ -23,7 +23,7 @@ use super::{
     authorization::{self, AuthorizationPolicy},
     peer_authentication::{self, PeerAuthentication},
 };
-use crate::yaml::{self, Entry, Fields, Mistakes, Value};
+use crate::yaml::{self, Entry, Fields, Mistake, Mistakes, Value};
 
 const FIELDS: [&str; 5] = ["apiVersion", "kind", "metadata", "spec", "status"];
 const METADATA_FIELDS: [&str; 15] = [
@@ -115,7 +115,7 @@ impl PolicyObject {
                 Kinds::PeerAuthentication(PeerAuthentication::strict(&namespace, labels))
             }
             (namespace, _) => {
-                let why = mistakes.list.first().map(ToString::to_string).unwrap_or_default();
+                let why = mistakes.list.first().map(Mistake::text).unwrap_or_default();
                 let id = match &namespace {
                     Some(namespace) => format!("{namespace}/{}", origin.name),
                     None => origin.name.to_owned(),
@@ -146,7 +146,7 @@ pub(super) fn parse(text: &str, file: &Path, root_namespace: &str) -> Result<Pol
 }
 
 /// Kinds of `security.istio.io` that are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
     /// What a workload takes in clear.
     PeerAuthentication,
@@ -155,7 +155,12 @@ pub enum Kind {
 }
 
 impl Kind {
-    fn name(self) -> &'static str {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::PeerAuthentication, Self::AuthorizationPolicy];
+
+    /// As `kind` of an object has it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
         match self {
             Self::PeerAuthentication => "PeerAuthentication",
             Self::AuthorizationPolicy => "AuthorizationPolicy",

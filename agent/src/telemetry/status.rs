@@ -68,7 +68,11 @@ impl Status {
     pub fn unready(&self) -> Vec<String> {
         match self.state {
             AgentState::Ready => Vec::new(),
-            state => vec![format!("agent is {state}")],
+            state => {
+                let missing = self.sources.iter().filter(|source| source.loads == 0);
+                let why = missing.filter_map(|source| source.last_error.clone());
+                std::iter::once(format!("agent is {state}")).chain(why).collect()
+            }
         }
     }
 }
@@ -237,6 +241,9 @@ pub struct SourceStatus {
     /// For how long what is in force may be outdated; 0 when it is not.
     #[serde(default)]
     pub stale_seconds: u64,
+    /// Policies that cannot be read and deny what they select, a line each.
+    #[serde(default)]
+    pub unreadable: Vec<String>,
 }
 
 /// What a source of configuration holds.

@@ -27,7 +27,8 @@ impl Display for Mistake {
 }
 
 impl Mistake {
-    fn text(&self) -> String {
+    /// Without the line.
+    pub(crate) fn text(&self) -> String {
         match self.field.as_str() {
             "" => self.problem.clone(),
             field => format!("{field}: {}", self.problem),

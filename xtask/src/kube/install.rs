@@ -43,7 +43,7 @@ pub(super) fn objects(workspace: &Workspace, cluster: &Cluster) -> Result<Vec<Va
 fn one_for_each_node(config_map: &mut Value, cluster: &Cluster) -> Result<()> {
     let text = config_map["data"]["tacit.yaml"].as_str().context("a ConfigMap without tacit.yaml")?;
     let mut config = deploy::parse(text)?;
-    let mut data = json!({"policy.yaml": config_map["data"]["policy.yaml"]});
+    let mut data = json!({});
     for node in &cluster.nodes {
         let name = node.place.name;
         config["podsCgroup"] = json!(cluster.pods_cgroup(name)?);
@@ -56,21 +56,19 @@ fn one_for_each_node(config_map: &mut Value, cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// The definitions of Istio's policies.
-pub(super) fn definitions(workspace: &Workspace) -> Result<Vec<Value>> {
+/// Creates the definitions of Istio's policies; those that are there stay as they are.
+pub(super) fn define(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
     let folder = workspace.root().join("deploy/crds");
-    let mut objects = Vec::new();
     for entry in fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))? {
-        objects.extend(deploy::read_objects(&entry?.path())?);
+        for definition in deploy::read_objects(&entry?.path())? {
+            let name = name_of(&definition);
+            if cluster.kubectl(&["get", &name, "--ignore-not-found", "-o", "name"])?.is_empty() {
+                cluster.apply(&[definition])?;
+            }
+            cluster.kubectl(&["wait", "--for=condition=Established", &name, "--timeout=60s"])?;
+        }
     }
-    Ok(objects)
-}
-
-/// Gives all agents another policy.yaml.
-pub(super) fn set_policy(cluster: &Cluster, policy: &Value) -> Result<()> {
-    let patch = json!({"data": {"policy.yaml": policy.to_string()}}).to_string();
-    let config_map = ["-n", NAMESPACE, "patch", "configmap", "tacit-agent", "--type=merge", "-p", &patch];
-    cluster.kubectl(&config_map).map(drop)
+    Ok(())
 }
 
 /// The agent's pod on a node.

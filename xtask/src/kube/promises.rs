@@ -1,7 +1,7 @@
 //! What a user is promised, each tried on the cluster. They run in this order, and later ones build on earlier ones.
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tacit_topology::{Traffic, run};
 
 use super::{
@@ -9,7 +9,7 @@ use super::{
     install::{self, status, tacit},
     leftovers,
     pods::{self, MARKER, OUTSIDE, SHOP, get_web},
-    wire,
+    policies, wire,
 };
 use crate::{
     deploy::{self, NAMESPACE},
@@ -55,6 +55,9 @@ pub(super) const ALL: &[Promise] = &[
     leaf("service", "a ClusterIP leads through the tunnel to a pod on the other node", service),
     leaf("permissive", "plaintext of a pod outside is taken", permissive),
     ground("strict", "plaintext of a pod outside is refused, probes and enrolled pods are not", strict),
+    leaf("policy", "a connection that a policy denies fails, until the policy is deleted", policies::denied),
+    leaf("policy-unreadable", "it denies what it selects, and an Event says why", policies::unreadable),
+    leaf("policy-undefined", "policies that go with their definition hold on", policies::undefined),
     leaf("job", "a Job that talks to the mesh completes, and never in clear", job),
     leaf("restarted", "pods made anew under STRICT are ready, enrolled, never in clear", restarted),
     leaf("agent-killed", "its pods send nothing in clear, and talk again later", agent_killed),
@@ -78,8 +81,15 @@ fn control(_: &Workspace, cluster: &Cluster) -> Result<()> {
 }
 
 fn install_all(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
-    cluster.apply(&install::definitions(workspace)?)?;
     cluster.apply(&install::objects(workspace, cluster)?)?;
+    // Agents that cannot read policies wait, and say for what.
+    cluster.eventually("an agent asks for the definitions", |cluster| {
+        let status = status(cluster, "node1")?;
+        let missing = policies::source(&status)?["last_error"].as_str().unwrap_or_default();
+        ensure!(status["state"] == "starting" && missing.contains("apply deploy/crds"), "{status}");
+        Ok(())
+    })?;
+    install::define(workspace, cluster)?;
     ["deployment/tacit-authority", "daemonset/tacit-agent"]
         .iter()
         .try_for_each(|what| rolled_out(cluster, what))
@@ -100,7 +110,7 @@ fn enrol(_: &Workspace, cluster: &Cluster) -> Result<()> {
 }
 
 /// Waits until the agents say so of the client and of the server.
-fn both_are(cluster: &Cluster, what: &str, is_so: fn(&Value) -> bool) -> Result<()> {
+pub(super) fn both_are(cluster: &Cluster, what: &str, is_so: fn(&Value) -> bool) -> Result<()> {
     [("node1", "client"), ("node2", "web")].iter().try_for_each(|(node, pod)| {
         cluster.eventually(&format!("{pod} is {what}"), |cluster| {
             let found = pod_in(&status(cluster, node)?, pod)?;
@@ -128,11 +138,7 @@ fn permissive(_: &Workspace, cluster: &Cluster) -> Result<()> {
 }
 
 fn strict(_: &Workspace, cluster: &Cluster) -> Result<()> {
-    let policy = json!({
-        "apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication",
-        "metadata": {"name": "default", "namespace": SHOP}, "spec": {"mtls": {"mode": "STRICT"}},
-    });
-    install::set_policy(cluster, &policy)?;
+    cluster.apply(&[policies::strict()])?;
     both_are(cluster, "STRICT", is_strict)?;
     if get_web(cluster, OUTSIDE, "stranger").is_ok() {
         bail!("plaintext was answered under STRICT");
@@ -144,7 +150,7 @@ fn strict(_: &Workspace, cluster: &Cluster) -> Result<()> {
         .map_or(Ok(()), |_| bail!("the kubelet's probes are refused"))
 }
 
-fn is_strict(pod: &Value) -> bool {
+pub(super) fn is_strict(pod: &Value) -> bool {
     pod["mode"].as_str().is_some_and(|mode| mode.eq_ignore_ascii_case("strict"))
 }
 

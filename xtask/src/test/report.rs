@@ -124,6 +124,13 @@ impl Report {
         table + "\n"
     }
 
+    /// Adds what another report has.
+    pub(crate) fn append(&mut self, other: Self) {
+        self.suites.extend(other.suites);
+        self.failures.extend(other.failures);
+        self.notes.extend(other.notes);
+    }
+
     /// Passed, failed, skipped so far.
     pub(crate) fn totals(&self) -> (u64, u64, u64) {
         let add = |sum: (u64, u64, u64), suite: &Suite| {

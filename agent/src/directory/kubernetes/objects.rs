@@ -1,19 +1,12 @@
 //! What is read of Kubernetes' objects, and nothing else: the rest is skipped while decoding.
 //!
-//! Go writes an empty list as `null` as often as not, so every list takes null for none.
+//! Every list takes null for none: see `or_default`.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use serde::{Deserialize, Deserializer, de::DeserializeOwned};
+use serde::Deserialize;
 
-/// An object that is watched.
-pub(super) trait Watched: DeserializeOwned + Clone + Send + 'static {
-    const KIND: Kind;
-    /// Where the API has it, the newest version first.
-    const PATHS: &'static [&'static str];
-
-    fn into_object(self) -> Object;
-}
+use crate::kubernetes::{Followed, Label, or_default};
 
 /// What is watched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -26,8 +19,10 @@ pub(super) enum Kind {
 
 impl Kind {
     pub(super) const ALL: [Self; 4] = [Self::Namespaces, Self::Pods, Self::Services, Self::EndpointSlices];
+}
 
-    pub(super) fn label(self) -> &'static str {
+impl Label for Kind {
+    fn label(self) -> &'static str {
         match self {
             Self::Namespaces => "namespaces",
             Self::Pods => "pods",
@@ -97,9 +92,16 @@ pub(super) struct Namespace {
     pub(super) metadata: Meta,
 }
 
-impl Watched for Namespace {
+impl Followed for Namespace {
+    type Kind = Kind;
+    type Object = Object;
+
     const KIND: Kind = Kind::Namespaces;
     const PATHS: &'static [&'static str] = &["/api/v1/namespaces"];
+
+    fn version(&self) -> &str {
+        &self.metadata.resource_version
+    }
 
     fn into_object(self) -> Object {
         Object::Namespace(self)
@@ -154,9 +156,16 @@ pub(super) enum QosClass {
     BestEffort,
 }
 
-impl Watched for Pod {
+impl Followed for Pod {
+    type Kind = Kind;
+    type Object = Object;
+
     const KIND: Kind = Kind::Pods;
     const PATHS: &'static [&'static str] = &["/api/v1/pods"];
+
+    fn version(&self) -> &str {
+        &self.metadata.resource_version
+    }
 
     fn into_object(self) -> Object {
         Object::Pod(Box::new(self))
@@ -224,9 +233,16 @@ pub(super) struct ClientIp {
     pub(super) timeout_seconds: Option<u32>,
 }
 
-impl Watched for Service {
+impl Followed for Service {
+    type Kind = Kind;
+    type Object = Object;
+
     const KIND: Kind = Kind::Services;
     const PATHS: &'static [&'static str] = &["/api/v1/services"];
+
+    fn version(&self) -> &str {
+        &self.metadata.resource_version
+    }
 
     fn into_object(self) -> Object {
         Object::Service(Box::new(self))
@@ -278,36 +294,19 @@ pub(super) struct SlicePort {
     pub(super) protocol: Option<String>,
 }
 
-impl Watched for Slice {
+impl Followed for Slice {
+    type Kind = Kind;
+    type Object = Object;
+
     const KIND: Kind = Kind::EndpointSlices;
     const PATHS: &'static [&'static str] =
         &["/apis/discovery.k8s.io/v1/endpointslices", "/apis/discovery.k8s.io/v1beta1/endpointslices"];
 
+    fn version(&self) -> &str {
+        &self.metadata.resource_version
+    }
+
     fn into_object(self) -> Object {
         Object::Slice(Box::new(self))
     }
-}
-
-/// A page of a list.
-#[derive(Debug, Clone, Deserialize)]
-pub(super) struct Page<T> {
-    pub(super) metadata: PageMeta,
-    #[serde(
-        default = "Vec::new",
-        deserialize_with = "or_default",
-        bound(deserialize = "T: Deserialize<'de>")
-    )]
-    pub(super) items: Vec<T>,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct PageMeta {
-    pub(super) resource_version: String,
-    #[serde(rename = "continue")]
-    pub(super) next: Option<String>,
-}
-
-fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(decoder: D) -> Result<T, D::Error> {
-    Ok(Option::deserialize(decoder)?.unwrap_or_default())
 }

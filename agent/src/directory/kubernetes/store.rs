@@ -15,6 +15,7 @@ use super::{
 use crate::{
     directory::{Claim, Directory, Protocol, Workload},
     identity::SpiffeId,
+    kubernetes,
 };
 
 mod services;
@@ -26,17 +27,7 @@ const DEPARTED_MAX: usize = 512;
 const DEFAULT_ACCOUNT: &str = "default";
 
 /// What happened in the cluster.
-#[derive(Debug)]
-pub(super) enum Change {
-    /// A list of this kind begins.
-    Listing(Kind),
-    /// The object is there, or has changed.
-    Applied(Object),
-    /// The object is gone.
-    Deleted(Object),
-    /// The list is complete.
-    Listed(Kind),
-}
+pub(super) type Change = kubernetes::Change<Kind, Object>;
 
 /// All that is known, ready to be published.
 #[derive(Debug)]
@@ -73,31 +64,6 @@ impl Store {
             words: Words::default(),
             changed: true,
         }
-    }
-
-    /// Takes one change.
-    pub(super) fn take(&mut self, change: Change) {
-        match change {
-            Change::Listing(kind) => {
-                self.seen.insert(kind, HashSet::new());
-            }
-            Change::Applied(object) => {
-                if let Some(seen) = self.seen.get_mut(&object.kind()) {
-                    seen.insert(full_name(object.meta()));
-                }
-                self.apply(object);
-            }
-            Change::Deleted(object) => self.delete(object.kind(), &full_name(object.meta())),
-            Change::Listed(kind) => self.end_list(kind),
-        }
-    }
-
-    /// The directory when it is complete and has changed since it was last asked for.
-    pub(super) fn news(&mut self) -> Option<Directory> {
-        if self.listed.len() < Kind::ALL.len() || !std::mem::take(&mut self.changed) {
-            return None;
-        }
-        Some(self.directory.clone())
     }
 
     fn apply(&mut self, object: Object) {
@@ -241,6 +207,35 @@ impl Store {
             }
             self.directory.set_departed(self.departed.iter().cloned().collect());
         }
+    }
+}
+
+impl kubernetes::Store for Store {
+    type Kind = Kind;
+    type Object = Object;
+    type Value = Directory;
+
+    fn take(&mut self, change: Change) {
+        match change {
+            Change::Listing(kind) => {
+                self.seen.insert(kind, HashSet::new());
+            }
+            Change::Applied(object) => {
+                if let Some(seen) = self.seen.get_mut(&object.kind()) {
+                    seen.insert(full_name(object.meta()));
+                }
+                self.apply(object);
+            }
+            Change::Deleted(object) => self.delete(object.kind(), &full_name(object.meta())),
+            Change::Listed(kind) => self.end_list(kind),
+        }
+    }
+
+    fn news(&mut self) -> Option<Directory> {
+        if self.listed.len() < Kind::ALL.len() || !std::mem::take(&mut self.changed) {
+            return None;
+        }
+        Some(self.directory.clone())
     }
 }
 

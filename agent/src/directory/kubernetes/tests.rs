@@ -1,15 +1,24 @@
 //! Tests of the source against an API server of our own: pages, watches, broken connections, versions that are too old.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    time::{Duration, SystemTime},
+};
 
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use super::*;
+use crate::{
+    kubernetes::testing::Server,
+    reload::{ReloadState, Watched},
+};
 
-mod server;
-
-use server::{NAMESPACES, PODS, SERVICES, SLICES, SLICES_BETA, Server};
+const NAMESPACES: &str = "/api/v1/namespaces";
+const PODS: &str = "/api/v1/pods";
+const SERVICES: &str = "/api/v1/services";
+const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
+const SLICES_BETA: &str = "/apis/discovery.k8s.io/v1beta1/endpointslices";
 
 /// Above the longest pause between tries that a test meets (some seconds).
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -21,7 +30,8 @@ async fn follow_all(server: &Server) -> Watched<Directory> {
         trust_domain: TrustDomain::parse("cluster.local").expect("valid"),
         cgroups: CgroupLayout::of(Path::new("/sys/fs/cgroup/kubepods")),
     };
-    let opened = timeout(DEADLINE, start(config, EnrolLabel::default(), place)).await;
+    let opening = start(config, EnrolLabel::default(), place).expect("a client");
+    let opened = timeout(DEADLINE, opening.complete()).await;
     opened.expect("complete before the deadline").expect("followed")
 }
 
@@ -186,7 +196,7 @@ async fn nothing_is_in_use_before_all_is_known() {
         trust_domain: TrustDomain::parse("cluster.local").expect("valid"),
         cgroups: CgroupLayout::Cgroupfs,
     };
-    let opening = start(config, EnrolLabel::default(), place);
+    let opening = start(config, EnrolLabel::default(), place).expect("a client").complete();
     let mut opening = std::pin::pin!(opening);
     let pods_known = async {
         server.watches(PODS, 1).await;

@@ -169,16 +169,18 @@ impl Page {
         self.section("CONFIGURATION", &table);
         for source in &status.sources {
             if let Some(error) = &source.last_error {
-                self.note(
-                    Style::Bad,
-                    &format!(
-                        "{} not in use since {} s, the last good one is in force:",
-                        source.file, source.stale_seconds
-                    ),
-                );
+                let (file, age) = (&source.file, source.stale_seconds);
+                let what = match source.loads {
+                    0 => format!("{file} not read since {age} s, no pod is served before it was:"),
+                    _ => format!("{file} not in use since {age} s, the last good one is in force:"),
+                };
+                self.note(Style::Bad, &what);
                 for line in error.lines() {
                     self.note(Style::Bad, line);
                 }
+            }
+            for problem in &source.unreadable {
+                self.note(Style::Bad, &format!("not readable: {problem}"));
             }
         }
     }

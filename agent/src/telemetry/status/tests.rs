@@ -25,6 +25,18 @@ fn an_agent_is_ready_when_it_takes_flows_though_a_pod_may_wait() {
 }
 
 #[test]
+fn an_agent_that_waits_for_a_source_says_for_what() {
+    let mut status = sample();
+    status.state = AgentState::Starting;
+    assert_eq!(status.unready(), ["agent is starting"], "what is in force is no reason");
+    status.sources[0].loads = 0;
+    assert_eq!(status.unready(), ["agent is starting", "line 3: mode: STRICTER is no mode"]);
+    let text = render(&status, false);
+    assert!(text.contains("policy.yaml not read since 61 s, no pod is served before it was:"), "{text}");
+    assert!(text.contains("not readable: AuthorizationPolicy shop/p: spec: is a list"), "{text}");
+}
+
+#[test]
 fn a_timestamp_is_written_whatever_the_clock_says() {
     for (time, text) in [
         (UNIX_EPOCH, "1970-01-01T00:00:00Z"),
@@ -86,6 +98,7 @@ pub(in crate::telemetry) fn sample() -> Status {
             refusals: 1,
             last_error: Some("line 3: mode: STRICTER is no mode".to_owned()),
             stale_seconds: 61,
+            unreadable: vec!["AuthorizationPolicy shop/p: spec: is a list".to_owned()],
         }],
         flows: FlowsStatus { live: 1200, list: vec![flow()] },
         pool: PoolStatus { idle_sessions: 5 },

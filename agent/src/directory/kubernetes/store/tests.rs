@@ -7,13 +7,14 @@ use serde_json::{Value, json};
 use super::{
     super::{
         CgroupLayout,
-        objects::{Namespace, Service, Slice, Watched},
+        objects::{Namespace, Service, Slice},
     },
     *,
 };
 use crate::{
     directory::{Affinity, Traffic},
     identity::TrustDomain,
+    kubernetes::{Followed, Store as _},
 };
 
 fn store() -> Store {
@@ -35,7 +36,7 @@ fn listed() -> Store {
     store
 }
 
-fn object<K: Watched>(value: Value) -> Object {
+fn object<K: Followed<Object = Object>>(value: Value) -> Object {
     serde_json::from_value::<K>(value).expect("an object").into_object()
 }
 

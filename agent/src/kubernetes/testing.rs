@@ -1,5 +1,5 @@
 //! As much of an API server as list and watch need: versions, pages of two objects, chunked watches, a history that can
-//! be forgotten, and faults on demand.
+//! be forgotten, definitions of custom kinds, and faults on demand. What is created is kept to be looked at.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -15,16 +15,16 @@ use tokio::{
     task::JoinHandle,
 };
 
-pub(super) const NAMESPACES: &str = "/api/v1/namespaces";
-pub(super) const PODS: &str = "/api/v1/pods";
-pub(super) const SERVICES: &str = "/api/v1/services";
-pub(super) const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
-pub(super) const SLICES_BETA: &str = "/apis/discovery.k8s.io/v1beta1/endpointslices";
+/// Where definitions of custom kinds are.
+pub(crate) const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
 
 const PAGE: usize = 2;
 
+/// What happened to an object, and the object.
+type Event = (&'static str, Value);
+
 /// The server; it ends with this value.
-pub(super) struct Server {
+pub(crate) struct Server {
     address: SocketAddr,
     state: Arc<Mutex<State>>,
     /// Counts what happened, so that everybody looks again.
@@ -38,8 +38,13 @@ struct State {
     /// Events before it are forgotten.
     oldest: u64,
     objects: HashMap<String, BTreeMap<String, Value>>,
-    history: Vec<(u64, String, Value)>,
+    history: Vec<(u64, String, Event)>,
     absent: HashSet<String>,
+    /// Paths that are answered with 503.
+    failing: HashSet<String>,
+    /// Objects that are being deleted.
+    ending: HashSet<String>,
+    created: HashMap<String, Vec<Value>>,
     is_down: bool,
     /// Connections of an earlier era are broken.
     era: u64,
@@ -55,7 +60,7 @@ impl Drop for Server {
 }
 
 impl Server {
-    pub(super) fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         listener.set_nonblocking(true).expect("non-blocking");
         let address = listener.local_addr().expect("an address");
@@ -71,59 +76,72 @@ impl Server {
         Self { address, state, changed, task }
     }
 
-    pub(super) fn address(&self) -> SocketAddr {
+    pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 
     /// Makes or changes an object.
-    pub(super) fn set(&self, path: &str, mut object: Value) {
+    pub(crate) fn set(&self, path: &str, mut object: Value) {
         self.change(|state| {
             state.version += 1;
             object["metadata"]["resourceVersion"] = json!(state.version.to_string());
             let name = object["metadata"]["name"].as_str().expect("a name").to_owned();
             let known = state.objects.entry(path.to_owned()).or_default().insert(name, object.clone());
             let kind = if known.is_some() { "MODIFIED" } else { "ADDED" };
-            state.history.push((state.version, path.to_owned(), json!({"type": kind, "object": object})));
+            state.history.push((state.version, path.to_owned(), (kind, object)));
         });
     }
 
-    pub(super) fn remove(&self, path: &str, name: &str) {
+    pub(crate) fn remove(&self, path: &str, name: &str) {
         self.change(|state| {
             state.version += 1;
             let mut object =
                 state.objects.get_mut(path).and_then(|all| all.remove(name)).expect("it is there");
             object["metadata"]["resourceVersion"] = json!(state.version.to_string());
-            state.history.push((
-                state.version,
-                path.to_owned(),
-                json!({"type": "DELETED", "object": object}),
-            ));
+            state.history.push((state.version, path.to_owned(), ("DELETED", object)));
         });
     }
 
     /// The server knows no such path.
-    pub(super) fn without(&self, path: &str) {
+    pub(crate) fn without(&self, path: &str) {
         self.change(|state| _ = state.absent.insert(path.to_owned()));
     }
 
-    pub(super) fn with(&self, path: &str) {
+    pub(crate) fn with(&self, path: &str) {
         self.change(|state| _ = state.absent.remove(path));
     }
 
-    pub(super) fn break_connections(&self) {
+    /// Requests for this path, if any, are answered with 503.
+    pub(crate) fn fail_only(&self, path: Option<&str>) {
+        self.change(|state| state.failing = path.map(str::to_owned).into_iter().collect());
+    }
+
+    /// The object at this path is being deleted.
+    pub(crate) fn end(&self, path: &str) {
+        self.change(|state| _ = state.ending.insert(path.to_owned()));
+    }
+
+    /// Waits until so many objects were created at this path, and answers them.
+    pub(crate) async fn created(&self, path: &str, count: usize) -> Vec<Value> {
+        let found = |state: &State| state.created.get(path).cloned().unwrap_or_default();
+        self.until(|state| found(state).len() >= count).await;
+        found(&lock(&self.state))
+    }
+
+    pub(crate) fn break_connections(&self) {
         self.change(|state| state.era += 1);
     }
 
-    pub(super) fn go_down(&self) {
+    pub(crate) fn go_down(&self) {
         self.change(|state| state.is_down = true);
     }
 
-    pub(super) fn come_up(&self) {
+    pub(crate) fn come_up(&self) {
         self.change(|state| state.is_down = false);
     }
 
     /// Watches from versions up to now are answered with 410.
-    pub(super) fn forget_history(&self) {
+    pub(crate) fn forget_history(&self) {
         self.change(|state| {
             state.version += 1;
             state.oldest = state.version;
@@ -131,17 +149,17 @@ impl Server {
         });
     }
 
-    pub(super) fn lists(&self, path: &str) -> usize {
+    pub(crate) fn lists(&self, path: &str) -> usize {
         lock(&self.state).lists.get(path).copied().unwrap_or(0)
     }
 
     /// Waits until so many watches were opened.
-    pub(super) async fn watches(&self, path: &str, count: usize) {
+    pub(crate) async fn watches(&self, path: &str, count: usize) {
         self.until(|state| state.watches.get(path).copied().unwrap_or(0) >= count).await;
     }
 
-    /// Waits until so many requests were answered with 404.
-    pub(super) async fn lists_failed(&self, path: &str, count: usize) {
+    /// Waits until so many requests were answered with 404 or 503.
+    pub(crate) async fn lists_failed(&self, path: &str, count: usize) {
         self.until(|state| state.refused.get(path).copied().unwrap_or(0) >= count).await;
     }
 
@@ -173,21 +191,63 @@ async fn serve(mut connection: TcpStream, state: Arc<Mutex<State>>, changed: wat
             _ => return,
         }
     }
-    let head = String::from_utf8_lossy(&head);
-    let target = head.split(' ').nth(1).unwrap_or_default();
+    let text = String::from_utf8_lossy(&head);
+    let mut words = text.split(' ');
+    let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
     let query: HashMap<&str, &str> = query.split('&').filter_map(|pair| pair.split_once('=')).collect();
-    if lock(&state).absent.contains(path) {
-        let refusal = json!({"kind": "Status", "status": "Failure", "message": "no such resource", "reason": "NotFound", "code": 404});
+    let fault = fault(&lock(&state), path);
+    if let Some((status, refusal)) = fault {
         *lock(&state).refused.entry(path.to_owned()).or_default() += 1;
         changed.send_modify(|count| *count += 1);
-        let _ = answer(&mut connection, "404 Not Found", &refusal).await;
+        let _ = answer(&mut connection, status, &refusal).await;
+    } else if method == "POST" {
+        let Some(object) = body(&mut connection, &text).await else { return };
+        let (status, answered) = create(&mut lock(&state), path, object);
+        changed.send_modify(|count| *count += 1);
+        let _ = answer(&mut connection, status, &answered).await;
+    } else if path.starts_with(DEFINITIONS) {
+        let ending = lock(&state).ending.contains(path).then_some("2026-01-01T00:00:00Z");
+        let definition = json!({"metadata": {"name": "definition", "deletionTimestamp": ending}});
+        let _ = answer(&mut connection, "200 OK", &definition).await;
     } else if query.contains_key("watch") {
         let _ = watch(connection, &state, &changed, path, &query).await;
     } else {
         let page = list(&mut lock(&state), path, &query);
+        changed.send_modify(|count| *count += 1);
         let _ = answer(&mut connection, "200 OK", &page).await;
     }
+}
+
+/// The refusal that a path is answered with.
+fn fault(state: &State, path: &str) -> Option<(&'static str, Value)> {
+    let refusal = |message, reason, code| json!({"kind": "Status", "status": "Failure", "message": message, "reason": reason, "code": code});
+    if state.absent.contains(path) {
+        return Some(("404 Not Found", refusal("no such resource", "NotFound", 404)));
+    }
+    let failing = state.failing.contains(path);
+    failing.then(|| ("503 Service Unavailable", refusal("etcd is away", "ServiceUnavailable", 503)))
+}
+
+/// The rest of a request, as `content-length` says.
+async fn body(connection: &mut TcpStream, read: &str) -> Option<Value> {
+    let (head, begun) = read.split_once("\r\n\r\n")?;
+    let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok())?;
+    let mut body = begun.as_bytes().to_vec();
+    let missing = body.len();
+    body.resize(length, 0);
+    connection.read_exact(&mut body[missing..]).await.ok()?;
+    serde_json::from_slice(&body).ok()
+}
+
+fn create(state: &mut State, path: &str, object: Value) -> (&'static str, Value) {
+    let all = state.created.entry(path.to_owned()).or_default();
+    if all.iter().any(|other| other["metadata"]["name"] == object["metadata"]["name"]) {
+        let refusal = json!({"kind": "Status", "status": "Failure", "message": "it exists", "reason": "AlreadyExists", "code": 409});
+        return ("409 Conflict", refusal);
+    }
+    all.push(object.clone());
+    ("201 Created", object)
 }
 
 fn list(state: &mut State, path: &str, query: &HashMap<&str, &str>) -> Value {
@@ -226,21 +286,22 @@ async fn watch(
         .write_all(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n")
         .await?;
     if from < lock(state).oldest {
-        let gone = json!({"type": "ERROR", "object": {"kind": "Status", "status": "Failure", "message": "too old resource version",
-                          "reason": "Expired", "code": 410}});
-        chunk(&mut connection, &gone).await?;
+        let gone = json!({"kind": "Status", "status": "Failure", "message": "too old resource version",
+                          "reason": "Expired", "code": 410});
+        chunk(&mut connection, &("ERROR", gone)).await?;
         return connection.write_all(b"0\r\n\r\n").await;
     }
     *lock(state).watches.entry(path.to_owned()).or_default() += 1;
     changed.send_modify(|count| *count += 1);
-    let kind = json!({"type": "BOOKMARK", "object": {"kind": "Pod", "apiVersion": "v1", "metadata": {"resourceVersion": from.to_string()}}});
-    chunk(&mut connection, &kind).await?;
+    let bookmark =
+        json!({"kind": "Pod", "apiVersion": "v1", "metadata": {"resourceVersion": from.to_string()}});
+    chunk(&mut connection, &("BOOKMARK", bookmark)).await?;
     loop {
         news.mark_unchanged();
         let (events, broken) = {
             let state = lock(state);
             let of_path = state.history.iter().filter(|(version, of, _)| *version > from && of == path);
-            let events: Vec<(u64, Value)> =
+            let events: Vec<(u64, Event)> =
                 of_path.map(|(version, _, event)| (*version, event.clone())).collect();
             (events, state.era != era)
         };
@@ -257,7 +318,8 @@ async fn watch(
     }
 }
 
-async fn chunk(connection: &mut TcpStream, value: &Value) -> std::io::Result<()> {
-    let line = format!("{value}\n");
+/// The type goes first, as the API server has it.
+async fn chunk(connection: &mut TcpStream, (kind, object): &Event) -> std::io::Result<()> {
+    let line = format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n");
     connection.write_all(format!("{:x}\r\n{line}\r\n", line.len()).as_bytes()).await
 }
