@@ -77,8 +77,8 @@ pub(crate) const LEAF_LIFETIME_RANGE: RangeInclusive<Duration> =
 const RANGES_MAX: usize = 256;
 /// Most worker threads: beyond the cores of any node, and a typing mistake should not start millions.
 const WORKERS_MAX: usize = 256;
-/// The kernel's own busy polling is recommended with 50 us (`net.core.busy_poll`); an answer within the node takes as long.
-const BUSY_POLL_DEFAULT_US: u64 = 60;
+/// An answer from another node of the same rack takes 100 to 200 us.
+const BUSY_POLL_DEFAULT_US: u64 = 200;
 const BUSY_POLL_MAX_US: u64 = 1000;
 /// Longest path of a unix socket, in bytes (`sun_path` in unix(7), with its closing zero).
 const SOCKET_MAX_BYTES: usize = 107;

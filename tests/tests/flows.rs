@@ -136,9 +136,12 @@ fn a_refused_port_looks_refused_or_reset(mesh: &Mesh) -> Result<()> {
     let far = mesh.pod("far")?;
     for address in [IpAddr::V4(far.ipv4()), IpAddr::V6(far.ipv6()), mesh.pod("near")?.ipv4().into()] {
         let told = Client::run(mesh.pod("client")?, SocketAddr::new(address, fresh_port()), &["read-end"])?;
-        let refused =
-            told.iter().any(|told| told["step"] == "connect" && told["error"] == "ConnectionRefused");
-        let reset = told.iter().any(|told| told["end"] == "ConnectionReset" && told["bytes"] == 0);
+        let connect =
+            |error: &str| told.iter().any(|told| told["step"] == "connect" && told["error"] == error);
+        let refused = connect("ConnectionRefused");
+        let later = told.iter().any(|told| told["end"] == "ConnectionReset" && told["bytes"] == 0);
+        // The reset may overtake a slow machine's look at what connect() has come to.
+        let reset = later || connect("ConnectionReset");
         // Without Tacit it is refused; with Tacit the agent may have answered before the destination did.
         ensure!(if mesh.has_tacit() { refused || reset } else { refused }, "port of {address}: {told:?}");
     }

@@ -44,7 +44,7 @@ fn a_minimal_file_gets_the_defaults() {
         heartbeat_timeout: Duration::from_secs(3),
         allow_clear: Vec::new(),
         workers: None,
-        busy_poll: Duration::from_micros(60),
+        busy_poll: Duration::from_micros(200),
     };
     assert_eq!(parse(MINIMAL), Ok(expected));
 }
