@@ -29,7 +29,7 @@ use crate::{
     telemetry::{Party, Refusal, Reporter, Security, Telemetry},
     tunnel::{
         DenyReason, Pool, Session, TlsInfo,
-        socket::{begin, reset},
+        socket::{reset, reset_if_dropped},
     },
     workers::Workers,
 };
@@ -176,7 +176,7 @@ impl DataPath {
         // An application decides by who it is told its client is: without the name there is no connection.
         self.kernel.maps.stand_for(&socket, client).map_err(io::Error::other)?;
         let connected = socket::connected(socket, application, APPLICATION_CONNECT).await?;
-        begin(&connected);
+        reset_if_dropped(&connected);
         Ok(connected)
     }
 

@@ -104,7 +104,6 @@ impl Failure {
 
 /// Serves one captured connection to its end.
 pub async fn handle(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) {
-    socket::begin(&app);
     let Some((source, destination)) = find_destination(&path, &pod, &app, client) else {
         let at = app.local_addr().map_or(client, canonical);
         path.refuse(app, refused(client, at, Failure::new("no_destination", "not a captured connection")));
@@ -242,7 +241,7 @@ async fn clear(
 ) -> Result<Way, Failure> {
     let Ends { source, destination } = ends;
     let server = connect(&pod.netns, &path.host, destination, limit).await.map_err(unreachable)?;
-    socket::begin(&server);
+    socket::reset_if_dropped(&server);
     tracing::debug!(%source, %destination, why, "in clear");
     let spec = FlowSpec {
         reporter: Reporter::Source,

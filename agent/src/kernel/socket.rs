@@ -74,10 +74,10 @@ impl Listeners {
             // Capture targets are spread over 127.0.0.0/8, and the kernel resets an IPv4 connection that is steered to
             // a socket bound to `::1`: so all listen on all addresses. The steering program refuses what comes from
             // outside to a port that is not to be dialled.
-            let capture = listener(tcp_port::CAPTURE)?;
+            let capture = of_applications(tcp_port::CAPTURE)?;
             // As the kernel side does for the other ends on loopback; what is accepted inherits it.
             let _ = setsockopt(&capture, TcpCongestion, &LOOPBACK_CONGESTION.into());
-            let plaintext = listener(tcp_port::PLAINTEXT)?;
+            let plaintext = of_applications(tcp_port::PLAINTEXT)?;
             let tunnel = listener(tcp_port::TUNNEL)?;
             Ok((capture, plaintext, tunnel))
         });
@@ -93,6 +93,19 @@ impl Listeners {
         maps.set_listener(slot, Listener::Tunnel, &self.tunnel)?;
         maps.set_listener(slot, Listener::Plaintext, &self.plaintext)
     }
+}
+
+/// A listener whose connections are applications'. They inherit what each of them needs, which saves two system calls for
+/// each: bytes are passed on as they come, since waiting for more belongs to the applications; and they end with RST however
+/// they are closed, also those that nobody has accepted yet when the agent dies.
+fn of_applications(port: u16) -> Result<Socket, ListenError> {
+    let listener = listener(port)?;
+    let set = || {
+        listener.set_tcp_nodelay(true)?;
+        listener.set_linger(Some(Duration::ZERO))
+    };
+    set().map_err(|source| ListenError::Listen { port, source })?;
+    Ok(listener)
 }
 
 /// One socket for both families where the pod has IPv6, else for IPv4.
@@ -223,6 +236,17 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
+
+    #[test]
+    fn accepted_connections_inherit_what_applications_need() {
+        let listener: TcpListener = of_applications(0).expect("a port").into();
+        let port = listener.local_addr().expect("bound").port();
+        let _client = std::net::TcpStream::connect(("127.0.0.1", port)).expect("loopback");
+        let (accepted, _) = listener.accept().expect("connected");
+        let accepted = SockRef::from(&accepted);
+        assert!(accepted.tcp_nodelay().expect("an option"));
+        assert_eq!(accepted.linger().expect("an option"), Some(Duration::ZERO));
+    }
 
     #[test]
     fn clients_are_dialled_for_from_many_loopback_addresses() {

@@ -20,7 +20,7 @@ use crate::{
     },
 };
 
-/// Moves bytes between `source`, which connected, and `destination`; both as `socket::begin` has left them.
+/// Moves bytes between `source`, which connected, and `destination`; both are reset when dropped.
 pub async fn plain(source: TcpStream, destination: TcpStream, counters: &FlowCounters) -> FlowEnd {
     match run(&source, &destination, counters).await {
         None => {
@@ -173,8 +173,8 @@ mod tests {
         let (far, destination) = connection().await;
         let relay = tokio::spawn(async move {
             let counters = FlowCounters::default();
-            socket::begin(&near);
-            socket::begin(&far);
+            socket::reset_if_dropped(&near);
+            socket::reset_if_dropped(&far);
             let end = plain(near, far, &counters).await;
             (end.label(), counters.sent.load(Relaxed), counters.received.load(Relaxed))
         });

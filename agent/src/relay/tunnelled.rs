@@ -42,7 +42,7 @@ const DONE_MAX: Duration = Duration::from_secs(1);
 /// How long to try to get RESET out over a tunnel that is full. Closing the session then says the same.
 const RESET_MAX: Duration = Duration::from_secs(5);
 
-/// Moves bytes between `app`, as `socket::begin` has left it, and the open flow of `session`. Returns the session if it can
+/// Moves bytes between `app`, which is reset when dropped, and the open flow of `session`. Returns the session if it can
 /// carry another flow: a client may open, a server wait for the next.
 pub async fn tunnelled(
     app: TcpStream,

@@ -68,17 +68,10 @@ pub(crate) fn reset(tcp: TcpStream) {
     let _ = tcp.set_zero_linger();
 }
 
-/// What every connection of an application needs: bytes are passed on as they come, since waiting for more belongs to the
-/// applications; and [`reset_if_dropped`].
-pub(crate) fn begin(tcp: &TcpStream) {
-    // Both fail only when the connection is gone already.
-    let _ = tcp.set_nodelay(true);
-    reset_if_dropped(tcp);
-}
-
 /// From now on this connection ends with RST however it is closed: on an early return, a dropped task, or the death of
-/// this process. Without it the kernel would end it with FIN, and a flow cut short would look complete.
-fn reset_if_dropped(tcp: &TcpStream) {
+/// this process. Without it the kernel would end it with FIN, and a flow cut short would look complete. Connections that
+/// were accepted have it from their listener.
+pub(crate) fn reset_if_dropped(tcp: &TcpStream) {
     // Fails only when the connection is gone already.
     let _ = tcp.set_zero_linger();
 }

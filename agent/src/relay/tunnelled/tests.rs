@@ -16,7 +16,7 @@ type Relayed = JoinHandle<(FlowEnd, Option<Box<Session>>, u64, u64)>;
 fn relay(app: TcpStream, session: Box<Session>) -> Relayed {
     tokio::spawn(async move {
         let counters = FlowCounters::default();
-        crate::tunnel::socket::begin(&app);
+        crate::tunnel::socket::reset_if_dropped(&app);
         let (end, session) = tunnelled(app, session, &counters).await;
         (end, session, counters.sent.load(Relaxed), counters.received.load(Relaxed))
     })
