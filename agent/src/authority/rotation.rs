@@ -95,9 +95,9 @@ impl Waits {
         Self { leaf: leaf.as_secs(), slack: slack.as_secs().max(1) }
     }
 
-    /// After this, nobody has a certificate from before.
+    /// After this, nobody has a certificate from before. The second more is what is lost by counting whole ones.
     fn turn(self) -> u64 {
-        self.leaf + self.slack
+        self.leaf + self.slack + 1
     }
 }
 

@@ -19,7 +19,7 @@ fn begun(now: u64) -> Rotation {
 #[test]
 fn each_step_comes_at_its_time() {
     let (fresh, begun) = (rotation(), begun(5000));
-    let promoted = begun.promote("two".to_owned(), WAITS, 5110);
+    let promoted = begun.promote("two".to_owned(), WAITS, 5111);
     for (rotation, fingerprint, now, published, step) in [
         (None, "one", 0, true, Step::Adopt),
         (Some(&fresh), "other", 0, true, Step::Adopt),
@@ -27,13 +27,13 @@ fn each_step_comes_at_its_time() {
         (Some(&fresh), "one", 4999, true, Step::Keep),
         (Some(&fresh), "one", 5000, true, Step::Begin),
         (Some(&begun), "one", 5000, true, Step::Keep),
-        (Some(&begun), "one", 5109, true, Step::Keep),
-        (Some(&begun), "one", 5110, false, Step::Keep),
-        (Some(&begun), "one", 5110, true, Step::Promote),
+        (Some(&begun), "one", 5110, true, Step::Keep),
+        (Some(&begun), "one", 5111, false, Step::Keep),
+        (Some(&begun), "one", 5111, true, Step::Promote),
         (Some(&begun), "one", 0, true, Step::Keep),
         // Past half of the old root's life, but one rotation at a time.
-        (Some(&promoted), "two", 5220, true, Step::Keep),
-        (Some(&promoted), "two", 5221, true, Step::Forget),
+        (Some(&promoted), "two", 5222, true, Step::Keep),
+        (Some(&promoted), "two", 5223, true, Step::Forget),
     ] {
         assert_eq!(
             decide(&held(rotation, fingerprint), WAITS, now, published),
@@ -100,10 +100,10 @@ fn certificates_in_use_at_once_always_trust_each_other() {
 #[test]
 fn a_root_that_somebody_replaced_is_used_only_when_everybody_trusts_it() {
     let adopted = Rotation::adopt(false, "two".to_owned(), "TWO".to_owned(), Some(&rotation()), WAITS, 1000);
-    assert_eq!(adopted.signs_from, 1110);
+    assert_eq!(adopted.signs_from, 1111);
     assert_eq!(adopted.bundle(), "TWO\nONE\n");
-    assert_eq!(adopted.forget(1220).retired.len(), 1);
-    assert_eq!(adopted.forget(1221).retired.len(), 0);
+    assert_eq!(adopted.forget(1222).retired.len(), 1);
+    assert_eq!(adopted.forget(1223).retired.len(), 0);
 }
 
 #[test]

@@ -61,6 +61,7 @@ const SK_ASSIGN: BpfHelper = BpfHelper::BPF_FUNC_sk_assign;
 const SK_RELEASE: BpfHelper = BpfHelper::BPF_FUNC_sk_release;
 const STORAGE_DELETE: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_delete;
 const STORAGE_GET: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_get;
+const SET_SOCKET_OPTION: BpfHelper = BpfHelper::BPF_FUNC_setsockopt;
 const CB_FLAGS_SET: BpfHelper = BpfHelper::BPF_FUNC_sock_ops_cb_flags_set;
 
 const CGROUP_SKB: ProgramType = ProgramType::CgroupSkb;
@@ -73,6 +74,7 @@ const BPF_SYSCALL: &str = "CONFIG_BPF_SYSCALL and CONFIG_INET";
 pub(super) const SET_RETVAL_IN_SOCK_ADDR: &str = "bpf_set_retval in sock_addr";
 const CAPTURE: &str = "taking over connections of pods";
 const NAMES: &str = "showing applications the addresses they expect";
+const UNPACED: &str = "loopback without the pacing of a network";
 const STEER: &str = "taking over connections to pods";
 const HANDOVER: &str = "telling the agent where a connection wanted to go";
 const GUARD: &str = "dropping what must not be in clear";
@@ -184,6 +186,7 @@ pub(super) static FEATURES: &[Feature] = &[
         ProgramType::SockOps,
         CB_FLAGS_SET,
     ),
+    helper("bpf_setsockopt in sock_ops", UNPACED, Release(4, 13), ProgramType::SockOps, SET_SOCKET_OPTION),
     helper("bpf_sk_assign in sk_lookup", STEER, Release(5, 9), ProgramType::SkLookup, SK_ASSIGN),
     helper("bpf_sk_release in sk_lookup", STEER, Release(5, 9), ProgramType::SkLookup, SK_RELEASE),
     helper("bpf_get_current_cgroup_id in sock_addr", CAPTURE, Release(5, 7), SOCK_ADDR, CURRENT_CGROUP),
