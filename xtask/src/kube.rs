@@ -4,6 +4,7 @@
 //! Each node is a set of namespaces; see `cluster`. Nothing is installed on the machine but tools, no port is opened on
 //! it, and everything is gone when the command ends, unless `--keep` is given.
 
+mod authority;
 mod cluster;
 mod install;
 mod leftovers;

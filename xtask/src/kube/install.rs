@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Address of the authority's Service.
-const AUTHORITY: &str = "10.96.0.15";
+pub(super) const AUTHORITY: &str = "10.96.0.15";
 
 /// The objects as they are applied here.
 pub(super) fn objects(workspace: &Workspace, cluster: &Cluster) -> Result<Vec<Value>> {

@@ -5,6 +5,7 @@ use serde_json::Value;
 use tacit_topology::{Traffic, run};
 
 use super::{
+    authority,
     cluster::Cluster,
     install::{self, status, tacit},
     leftovers,
@@ -19,7 +20,7 @@ use crate::{
 /// The label that enrols.
 const ENROLLED: &str = "tacit.io/enrol=true";
 /// The authority's pods.
-const AUTHORITY: &str = "app.kubernetes.io/name=tacit-authority";
+pub(super) const AUTHORITY: &str = "app.kubernetes.io/name=tacit-authority";
 
 /// One test.
 pub(super) struct Promise {
@@ -59,6 +60,11 @@ pub(super) const ALL: &[Promise] = &[
     leaf("policy-unreadable", "it denies what it selects, and an Event says why", policies::unreadable),
     leaf("policy-undefined", "policies that go with their definition hold on", policies::undefined),
     leaf("job", "a Job that talks to the mesh completes, and never in clear", job),
+    leaf(
+        "identity-elsewhere",
+        "an agent is issued identities of its node's pods, no others",
+        authority::elsewhere,
+    ),
     leaf("restarted", "pods made anew under STRICT are ready, enrolled, never in clear", restarted),
     leaf("agent-killed", "its pods send nothing in clear, and talk again later", agent_killed),
     leaf("agent-rolled", "a DaemonSet update under load: nothing in clear", agent_rolled),
