@@ -10,8 +10,9 @@ use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
+use tacit_topology::run;
 
-use super::cluster::Cluster;
+use super::{cluster::Cluster, node::Node};
 use crate::{
     deploy::{self, NAMESPACE, name_of},
     workspace::Workspace,
@@ -91,4 +92,9 @@ pub(super) fn tacit(cluster: &Cluster, node: &str, arguments: &[&str]) -> Result
 /// The agent's status on a node.
 pub(super) fn status(cluster: &Cluster, node: &str) -> Result<Value> {
     Ok(serde_json::from_str(&tacit(cluster, node, &["status", "-o", "json"])?)?)
+}
+
+/// The metrics of the agent on a node.
+pub(super) fn metrics(node: &Node) -> Result<String> {
+    run(node.command("curl").args(["-fsS", "--max-time", "5", "http://127.0.0.1:15020/metrics"]))
 }
