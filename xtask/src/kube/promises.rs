@@ -10,7 +10,7 @@ use super::{
     install::{self, status, tacit},
     leftovers,
     pods::{self, MARKER, OUTSIDE, SHOP, get_web},
-    policies, reuse, wire,
+    policies, reuse, running, wire,
 };
 use crate::{
     deploy::{self, NAMESPACE},
@@ -69,6 +69,11 @@ pub(super) const ALL: &[Promise] = &[
     ground("install", "from nothing to ready agents on both nodes", install_all),
     leaf("doctor", "the agent's container has all that it needs", doctor),
     ground("enrol", "running pods are enrolled: the marker is on the wire no more", enrol),
+    measured(
+        "enrol-under-load",
+        "what is in clear into the mesh is reset, nothing else; the rest is tunnelled",
+        running::enrolled,
+    ),
     leaf("service", "a ClusterIP leads through the tunnel to a pod on the other node", service),
     leaf("permissive", "plaintext of a pod outside is taken", permissive),
     ground("strict", "plaintext of a pod outside is refused, probes and enrolled pods are not", strict),
