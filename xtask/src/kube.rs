@@ -15,6 +15,7 @@ mod pods;
 mod policies;
 mod promises;
 mod reuse;
+mod rotation;
 mod running;
 mod sweep;
 mod verdict;

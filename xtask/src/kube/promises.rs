@@ -10,7 +10,7 @@ use super::{
     install::{self, status, tacit},
     leftovers,
     pods::{self, MARKER, OUTSIDE, SHOP, get_web},
-    policies, reuse, running, wire,
+    policies, reuse, rotation, running, wire,
 };
 use crate::{
     deploy::{self, NAMESPACE},
@@ -95,6 +95,7 @@ pub(super) const ALL: &[Promise] = &[
     leaf("agent-killed", "its pods send nothing in clear, and talk again later", agent_killed),
     leaf("agent-rolled", "a DaemonSet update under load: nothing in clear", agent_rolled),
     leaf("authority-down", "pods talk on with the certificates that they have", authority_down),
+    measured("root-rotated", "no connection fails; certificates lead to the new root", rotation::rotated),
     leaf("un-enrolled", "without the label pods talk in clear again", un_enrolled),
     leaf("uninstall", "no program, pin, link, filter or rule is left", uninstall),
 ];
