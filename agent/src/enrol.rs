@@ -221,7 +221,11 @@ impl Enroller {
             }
             match self.enrol(state, workload).await {
                 Ok(pod) => {
-                    tracing::info!(pod = %workload.name, namespace = %workload.namespace, "enrolled");
+                    let took =
+                        state.populated.remove(&pod.cgroup).map_or(Duration::ZERO, |since| since.elapsed());
+                    self.telemetry.enrolled(took);
+                    let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+                    tracing::info!(pod = %workload.name, namespace = %workload.namespace, took_ms, "enrolled");
                     state.unsettled.insert(pod.cgroup, Instant::now());
                     state.current.insert(workload.cgroup.clone(), pod);
                 }
@@ -230,6 +234,7 @@ impl Enroller {
                 }
             }
         }
+        state.populated.retain(|cgroup, _| state.known.contains_key(cgroup));
         self.apply_policies(state, &wanted);
         if !std::mem::replace(&mut state.reconciled, true) {
             self.remove_leftovers(state);
@@ -284,7 +289,12 @@ impl Enroller {
         let policies = self.policies.current();
         let (modes, authorization) = (policies.modes(workload), policies.authorization(workload));
         let slot = self.cover(state, cgroup.id(), workload, &modes)?;
-        let (netns, workload) = self.find_netns(&path, workload)?;
+        let processes = cgroup::processes(&path).unwrap_or_default();
+        if processes.is_empty() {
+            return Err(NotYet::NoProcess);
+        }
+        state.populated.entry(cgroup.id()).or_insert_with(Instant::now);
+        let (netns, workload) = self.find_netns(processes, workload)?;
         let identity = &workload.identity;
         self.identities.require(identity).await.map_err(|e| NotYet::NoCertificate(e.to_string()))?;
         let listeners = Listeners::open(&netns, &self.host).map_err(|e| NotYet::Kernel(e.to_string()))?;
@@ -314,13 +324,9 @@ impl Enroller {
     /// Addresses that the directory does not have yet are those of the one namespace in which all the pod's processes are.
     fn find_netns(
         &self,
-        cgroup: &std::path::Path,
+        processes: Vec<u32>,
         workload: &Arc<Workload>,
     ) -> Result<(Netns, Arc<Workload>), NotYet> {
-        let processes = cgroup::processes(cgroup).map_err(|_| NotYet::NoProcess)?;
-        if processes.is_empty() {
-            return Err(NotYet::NoProcess);
-        }
         let away = processes.into_iter().filter(|pid| !self.host.is_home_of(*pid).unwrap_or(true));
         let mut found: Vec<Netns> = Vec::new();
         for netns in away.filter_map(|pid| Netns::of_process(pid, &self.host).ok()) {
@@ -399,6 +405,8 @@ struct State {
     known: HashMap<u64, u32>,
     /// Pods whose policy changed a short time ago, by cgroup id, with when.
     unsettled: HashMap<u64, Instant>,
+    /// Pods that have processes and are not enrolled yet, by cgroup id, with when that was first seen.
+    populated: HashMap<u64, Instant>,
     /// Whether all pods have been looked at once.
     reconciled: bool,
 }
