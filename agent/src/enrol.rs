@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     directory::{Directory, Protocol, Workload},
-    identity::manager::Identities,
+    identity::{SpiffeId, manager::Identities},
     kernel::{
         GuardedLink, InClear, Kernel,
         cgroup::{self, Cgroup},
@@ -47,6 +47,8 @@ use events::CgroupEvents;
 
 /// Rescan without any event: covers what inotify can miss (an overflow, a cgroup made before its watch).
 const RESCAN: Duration = Duration::from_secs(1);
+/// Soonest that a pod with processes is looked at again.
+const SOONEST: Duration = Duration::from_millis(5);
 /// Levels below the pods' cgroup at which the connect hooks look for a pod.
 const POD_LEVELS: std::ops::RangeInclusive<u32> = 1..=2;
 
@@ -198,7 +200,7 @@ impl Enroller {
                 () = events.changed() => {}
                 _ = directory.changed() => {}
                 _ = policies.changed() => {}
-                () = tokio::time::sleep(RESCAN) => {}
+                () = tokio::time::sleep(pause(state.populated.values().map(Instant::elapsed))) => {}
             }
         }
         Ok(())
@@ -214,6 +216,8 @@ impl Enroller {
         self.release_gone(state, &kept);
         let mut waiting = Vec::new();
         for workload in &wanted {
+            // Its certificate comes while its sandbox is made.
+            self.identities.prepare(&workload.identity);
             let path = self.pods_cgroup.path().join(&workload.cgroup);
             events.watch_pod(&path);
             if state.current.contains_key(&workload.cgroup) {
@@ -240,7 +244,7 @@ impl Enroller {
             self.remove_leftovers(state);
         }
         self.publish(state, waiting);
-        self.forget_identities(&kept);
+        self.forget_identities(state, &wanted);
     }
 
     /// Ends what is no longer true: another identity or address, another cgroup, no process left.
@@ -357,9 +361,11 @@ impl Enroller {
     }
 
     /// Identities of no pod of this node are not renewed any more.
-    fn forget_identities(&self, wanted: &[Arc<Workload>]) {
+    fn forget_identities(&self, state: &State, wanted: &[Arc<Workload>]) {
+        let enrolled = state.current.values().map(|pod| &pod.workload);
+        let in_use: HashSet<&SpiffeId> = wanted.iter().chain(enrolled).map(|w| &w.identity).collect();
         for certificate in self.identities.certificates() {
-            if !wanted.iter().any(|w| w.identity == certificate.identity) {
+            if !in_use.contains(&certificate.identity) {
                 self.identities.forget(&certificate.identity);
             }
         }
@@ -377,6 +383,12 @@ impl Enroller {
             }
         }
     }
+}
+
+/// Time until the next look without any event. Nothing tells when a process enters the pod's network, or when that has
+/// its addresses: pods that have had processes for `waiting` are looked at again after half as long.
+fn pause(waiting: impl Iterator<Item = Duration>) -> Duration {
+    waiting.map(|waited| (waited / 2).clamp(SOONEST, RESCAN)).min().unwrap_or(RESCAN)
 }
 
 /// The first address of each family that lies in the mesh.
