@@ -18,6 +18,7 @@ mod reuse;
 mod rotation;
 mod running;
 mod sweep;
+mod swift;
 mod verdict;
 mod wire;
 

@@ -10,7 +10,7 @@ use super::{
     install::{self, status, tacit},
     leftovers,
     pods::{self, MARKER, OUTSIDE, SHOP, get_web},
-    policies, reuse, rotation, running, wire,
+    policies, reuse, rotation, running, swift, wire,
 };
 use crate::{
     deploy::{self, NAMESPACE},
@@ -96,6 +96,7 @@ pub(super) const ALL: &[Promise] = &[
     leaf("agent-rolled", "a DaemonSet update under load: nothing in clear", agent_rolled),
     leaf("authority-down", "pods talk on with the certificates that they have", authority_down),
     measured("root-rotated", "no connection fails; certificates lead to the new root", rotation::rotated),
+    measured("enrolled-in-time", "a pod is enrolled soon after its sandbox is there", swift::enrolled),
     leaf("un-enrolled", "without the label pods talk in clear again", un_enrolled),
     leaf("uninstall", "no program, pin, link, filter or rule is left", uninstall),
 ];
