@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     directory::{Directory, Protocol, Workload},
-    identity::manager::Identities,
+    identity::{SpiffeId, manager::Identities},
     kernel::{
         GuardedLink, InClear, Kernel,
         cgroup::{self, Cgroup},
@@ -47,6 +47,8 @@ use events::CgroupEvents;
 
 /// Rescan without any event: covers what inotify can miss (an overflow, a cgroup made before its watch).
 const RESCAN: Duration = Duration::from_secs(1);
+/// Soonest that a pod with processes is looked at again.
+const SOONEST: Duration = Duration::from_millis(5);
 /// Levels below the pods' cgroup at which the connect hooks look for a pod.
 const POD_LEVELS: std::ops::RangeInclusive<u32> = 1..=2;
 
@@ -198,7 +200,7 @@ impl Enroller {
                 () = events.changed() => {}
                 _ = directory.changed() => {}
                 _ = policies.changed() => {}
-                () = tokio::time::sleep(RESCAN) => {}
+                () = tokio::time::sleep(pause(state.populated.values().map(Instant::elapsed))) => {}
             }
         }
         Ok(())
@@ -214,6 +216,8 @@ impl Enroller {
         self.release_gone(state, &kept);
         let mut waiting = Vec::new();
         for workload in &wanted {
+            // Its certificate comes while its sandbox is made.
+            self.identities.prepare(&workload.identity);
             let path = self.pods_cgroup.path().join(&workload.cgroup);
             events.watch_pod(&path);
             if state.current.contains_key(&workload.cgroup) {
@@ -221,7 +225,11 @@ impl Enroller {
             }
             match self.enrol(state, workload).await {
                 Ok(pod) => {
-                    tracing::info!(pod = %workload.name, namespace = %workload.namespace, "enrolled");
+                    let took =
+                        state.populated.remove(&pod.cgroup).map_or(Duration::ZERO, |since| since.elapsed());
+                    self.telemetry.enrolled(took);
+                    let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+                    tracing::info!(pod = %workload.name, namespace = %workload.namespace, took_ms, "enrolled");
                     state.unsettled.insert(pod.cgroup, Instant::now());
                     state.current.insert(workload.cgroup.clone(), pod);
                 }
@@ -230,12 +238,13 @@ impl Enroller {
                 }
             }
         }
+        state.populated.retain(|cgroup, _| state.known.contains_key(cgroup));
         self.apply_policies(state, &wanted);
         if !std::mem::replace(&mut state.reconciled, true) {
             self.remove_leftovers(state);
         }
         self.publish(state, waiting);
-        self.forget_identities(&kept);
+        self.forget_identities(state, &wanted);
     }
 
     /// Ends what is no longer true: another identity or address, another cgroup, no process left.
@@ -284,7 +293,12 @@ impl Enroller {
         let policies = self.policies.current();
         let (modes, authorization) = (policies.modes(workload), policies.authorization(workload));
         let slot = self.cover(state, cgroup.id(), workload, &modes)?;
-        let (netns, workload) = self.find_netns(&path, workload)?;
+        let processes = cgroup::processes(&path).unwrap_or_default();
+        if processes.is_empty() {
+            return Err(NotYet::NoProcess);
+        }
+        state.populated.entry(cgroup.id()).or_insert_with(Instant::now);
+        let (netns, workload) = self.find_netns(processes, workload)?;
         let identity = &workload.identity;
         self.identities.require(identity).await.map_err(|e| NotYet::NoCertificate(e.to_string()))?;
         let listeners = Listeners::open(&netns, &self.host).map_err(|e| NotYet::Kernel(e.to_string()))?;
@@ -314,13 +328,9 @@ impl Enroller {
     /// Addresses that the directory does not have yet are those of the one namespace in which all the pod's processes are.
     fn find_netns(
         &self,
-        cgroup: &std::path::Path,
+        processes: Vec<u32>,
         workload: &Arc<Workload>,
     ) -> Result<(Netns, Arc<Workload>), NotYet> {
-        let processes = cgroup::processes(cgroup).map_err(|_| NotYet::NoProcess)?;
-        if processes.is_empty() {
-            return Err(NotYet::NoProcess);
-        }
         let away = processes.into_iter().filter(|pid| !self.host.is_home_of(*pid).unwrap_or(true));
         let mut found: Vec<Netns> = Vec::new();
         for netns in away.filter_map(|pid| Netns::of_process(pid, &self.host).ok()) {
@@ -351,9 +361,11 @@ impl Enroller {
     }
 
     /// Identities of no pod of this node are not renewed any more.
-    fn forget_identities(&self, wanted: &[Arc<Workload>]) {
+    fn forget_identities(&self, state: &State, wanted: &[Arc<Workload>]) {
+        let enrolled = state.current.values().map(|pod| &pod.workload);
+        let in_use: HashSet<&SpiffeId> = wanted.iter().chain(enrolled).map(|w| &w.identity).collect();
         for certificate in self.identities.certificates() {
-            if !wanted.iter().any(|w| w.identity == certificate.identity) {
+            if !in_use.contains(&certificate.identity) {
                 self.identities.forget(&certificate.identity);
             }
         }
@@ -371,6 +383,12 @@ impl Enroller {
             }
         }
     }
+}
+
+/// Time until the next look without any event. Nothing tells when a process enters the pod's network, or when that has
+/// its addresses: pods that have had processes for `waiting` are looked at again after half as long.
+fn pause(waiting: impl Iterator<Item = Duration>) -> Duration {
+    waiting.map(|waited| (waited / 2).clamp(SOONEST, RESCAN)).min().unwrap_or(RESCAN)
 }
 
 /// The first address of each family that lies in the mesh.
@@ -399,6 +417,8 @@ struct State {
     known: HashMap<u64, u32>,
     /// Pods whose policy changed a short time ago, by cgroup id, with when.
     unsettled: HashMap<u64, Instant>,
+    /// Pods that have processes and are not enrolled yet, by cgroup id, with when that was first seen.
+    populated: HashMap<u64, Instant>,
     /// Whether all pods have been looked at once.
     reconciled: bool,
 }

@@ -16,6 +16,7 @@
 //! | `series` | what Istio's TCP metrics sum up for each pair of workloads |
 //! | `metrics` | every metric's name, unit, help and labels; the exposition |
 //! | `refusals` | refused, revoked and audited connections, counted and logged at a bounded rate |
+//! | `enrolments` | how long enrolments took |
 //! | `access_log` | one line for each closed flow |
 //! | `status`, `table` | the agent's state as data, and as text |
 //! | `doctor` | what the kernel can do, as text |
@@ -26,6 +27,7 @@ mod access_log;
 pub mod admin;
 pub mod authority;
 pub mod doctor;
+mod enrolments;
 pub mod flows;
 pub mod log;
 mod metrics;
@@ -41,12 +43,13 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 pub use flows::{FlowCounters, FlowSpec, LiveFlow, Party, Reporter, Security};
 pub use refusals::Refusal;
 
+use enrolments::Enrolments;
 use flows::FlowTable;
 use refusals::{Refusals, What};
 use status::{FlowsStatus, Status};
@@ -59,6 +62,7 @@ pub struct Telemetry {
     revocations: Arc<Refusals>,
     audits: Arc<Refusals>,
     resets: Arc<AtomicU64>,
+    enrolments: Arc<Enrolments>,
 }
 
 impl Telemetry {
@@ -100,6 +104,11 @@ impl Telemetry {
         self.resets.load(Ordering::Relaxed)
     }
 
+    /// Counts a pod that was enrolled, and how long after its first process was seen.
+    pub fn enrolled(&self, took: Duration) {
+        self.enrolments.record(took);
+    }
+
     /// The live flows: how many, and the newest of them up to [`status::FLOWS_LISTED_MAX`].
     #[must_use]
     pub fn live_flows(&self) -> FlowsStatus {
@@ -124,6 +133,7 @@ impl Telemetry {
             refusals: self.refusals.totals(),
             revocations: self.revocations.totals(),
             audits: self.audits.totals(),
+            enrolments: self.enrolments.totals(),
             status,
         })
     }

@@ -4,15 +4,21 @@
 //! Each node is a set of namespaces; see `cluster`. Nothing is installed on the machine but tools, no port is opened on
 //! it, and everything is gone when the command ends, unless `--keep` is given.
 
+mod authority;
 mod cluster;
 mod install;
 mod leftovers;
+mod load;
 mod node;
 mod packages;
 mod pods;
 mod policies;
 mod promises;
+mod reuse;
+mod rotation;
+mod running;
 mod sweep;
+mod swift;
 mod verdict;
 mod wire;
 
@@ -35,9 +41,9 @@ use verdict::Verdict;
 /// What to run.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Run only tests whose name contains this; those that they build on run too
+    /// Run only tests whose name contains this, or one of several; those that they build on run too
     #[arg(long, value_name = "NAME")]
-    test: Option<String>,
+    test: Vec<String>,
     /// Leave the cluster running, and print how to reach it
     #[arg(long)]
     keep: bool,
@@ -71,7 +77,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     let programs = packages::ensure(workspace)?;
     let lifetime = if options.keep { Lifetime::Kept } else { Lifetime::Run };
     let cluster = Cluster::start(&programs, &image::make(workspace, None, None)?.archive, lifetime)?;
-    let verdict = try_all(workspace, &cluster, options.test.as_deref());
+    let verdict = try_all(workspace, &cluster, &options.test);
     if options.keep {
         println!("as root, with kubectl on PATH:\n  {}\nto end it: cargo xtask kube --down", cluster.reach());
         cluster.keep()?;
@@ -82,11 +88,11 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     verdict.result()
 }
 
-fn try_all(workspace: &Workspace, cluster: &Cluster, only: Option<&str>) -> Verdict {
+fn try_all(workspace: &Workspace, cluster: &Cluster, only: &[String]) -> Verdict {
     let mut verdict = Verdict::default();
     for promise in promises::chosen(only) {
         note(&format!("{}: {}", promise.name, promise.what));
-        let went_on = verdict.run(promise.name, || (promise.hold)(workspace, cluster));
+        let went_on = verdict.run(promise.name, || promise.hold.on(workspace, cluster));
         if !went_on && promise.is_ground {
             break;
         }
@@ -111,9 +117,7 @@ fn as_root_again(workspace: &Workspace, options: &Options) -> Result<()> {
     let mut arguments = vec![OsStr::new("kube"), OsStr::new("--prepared")];
     let switches = [(options.keep, "--keep"), (options.down, "--down")];
     arguments.extend(switches.iter().filter(|(on, _)| *on).map(|(_, name)| OsStr::new(*name)));
-    if let Some(test) = &options.test {
-        arguments.extend([OsStr::new("--test"), OsStr::new(test)]);
-    }
+    arguments.extend(options.test.iter().flat_map(|test| [OsStr::new("--test"), OsStr::new(test)]));
     ensure!(!options.list, "a list needs no root");
     let why = "to make namespaces, cgroups and containers; all of it is removed at the end";
     command::run(&mut as_root(why, &environment, program, &arguments)?)

@@ -69,6 +69,11 @@ impl Identities {
         &self.issuer
     }
 
+    /// Has the credentials of `identity` asked for, when that is not done yet. Needs a tokio runtime; never waits.
+    pub fn prepare(&self, identity: &SpiffeId) {
+        self.slot(identity);
+    }
+
     /// Makes sure that `identity` has credentials, and keeps renewing them until [`Identities::forget`].
     ///
     /// Needs a tokio runtime. Takes no longer than one attempt at the issuer.

@@ -22,6 +22,7 @@ use prometheus_client::{
 };
 
 use super::{
+    enrolments::Durations,
     flows::Reporter,
     series::{End, SeriesTotals, Traffic, UNKNOWN},
     status::{PodState, Status},
@@ -201,6 +202,13 @@ static RESETS_AT_ENROLMENT: Metric = Metric {
     labels: &[],
     help: "Connections in clear from before a pod's enrolment that were reset.",
 };
+static ENROLMENT: Metric = Metric {
+    name: "tacit_enrolment",
+    unit: Some(Unit::Seconds),
+    kind: MetricType::Histogram,
+    labels: &[],
+    help: "From the first look that found a process in a pod's cgroup until the pod was enrolled.",
+};
 static FLOWS_LIVE: Metric = Metric {
     name: "tacit_flows_live",
     unit: None,
@@ -239,6 +247,7 @@ pub(super) struct Exposition {
     pub(super) refusals: Vec<((Reporter, &'static str), u64)>,
     pub(super) revocations: Vec<((Reporter, &'static str), u64)>,
     pub(super) audits: Vec<((Reporter, &'static str), u64)>,
+    pub(super) enrolments: Durations,
     pub(super) status: Status,
 }
 
@@ -293,6 +302,7 @@ impl Exposition {
         writer.single(&FLOWS_LIVE, status.flows.live)?;
         writer.single(&POOL_IDLE, status.pool.idle_sessions)?;
         writer.single(&RESETS_AT_ENROLMENT, status.guard.resets_at_enrolment)?;
+        writer.histogram(&ENROLMENT, &self.enrolments)?;
         let verdicts = status.kernel.iter();
         writer.family(&KERNEL_VERDICTS, verdicts.map(|verdict| ([Value::Text(&verdict.name)], verdict.value)))
     }
@@ -398,6 +408,14 @@ impl Writer<'_> {
     /// A metric without labels.
     fn single(&mut self, metric: &Metric, value: u64) -> fmt::Result {
         self.family(metric, [([], value)])
+    }
+
+    /// A histogram without labels.
+    fn histogram(&mut self, metric: &Metric, durations: &Durations) -> fmt::Result {
+        let Durations { sum_seconds, count, buckets } = durations;
+        self.0
+            .encode_descriptor(metric.name, metric.help, metric.unit.as_ref(), metric.kind)?
+            .encode_histogram::<NoLabelSet>(*sum_seconds, *count, buckets, None)
     }
 
     /// A metric with a sample for each item; the values stand in the order of the metric's labels.

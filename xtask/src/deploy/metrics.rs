@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 /// The names that the declarations in `agent/src/telemetry/metrics.rs` give on the wire: the unit, then `_total` for
-/// counters and `_info` for information.
+/// counters, `_info` for information, and the three series of a histogram.
 pub(super) fn declared(source: &str) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for declaration in source.split(": Metric = Metric {").skip(1) {
@@ -19,6 +19,10 @@ pub(super) fn declared(source: &str) -> BTreeSet<String> {
         match field("kind:") {
             Some("MetricType::Counter") => name += "_total",
             Some("MetricType::Info") => name += "_info",
+            Some("MetricType::Histogram") => {
+                names.extend(["_bucket", "_count"].map(|series| format!("{name}{series}")));
+                name += "_sum";
+            }
             _ => {}
         }
         names.insert(name);
@@ -40,7 +44,8 @@ mod tests {
     const SOURCE: &str = "static A: Metric = Metric {\n    name: \"tacit_a\",\n    unit: Some(Unit::Bytes),\n    \
         kind: MetricType::Counter,\n    labels: &[],\n};\nstatic B: Metric = Metric {\n    name: \"tacit_b\",\n    \
         unit: None,\n    kind: MetricType::Gauge,\n};\nstatic C: Metric = Metric {\n    name: \"tacit_c\",\n    \
-        unit: None,\n    kind: MetricType::Info,\n};\n";
+        unit: None,\n    kind: MetricType::Info,\n};\nstatic D: Metric = Metric {\n    name: \"tacit_d\",\n    \
+        unit: None,\n    kind: MetricType::Histogram,\n};\n";
 
     fn set(names: &[&str]) -> BTreeSet<String> {
         names.iter().map(|&name| name.to_owned()).collect()
@@ -48,7 +53,9 @@ mod tests {
 
     #[test]
     fn names_get_the_suffixes_of_the_format() {
-        assert_eq!(declared(SOURCE), set(&["tacit_a_bytes_total", "tacit_b", "tacit_c_info"]));
+        let histogram = ["tacit_d_bucket", "tacit_d_count", "tacit_d_sum"];
+        let others = ["tacit_a_bytes_total", "tacit_b", "tacit_c_info"];
+        assert_eq!(declared(SOURCE), set(&[others, histogram].concat()));
     }
 
     #[test]

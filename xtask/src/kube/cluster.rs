@@ -28,7 +28,7 @@ const PLACES: [Place; 2] = [
 ];
 /// Of all pods, and of all services.
 pub(super) const PODS: &str = "10.244.0.0/16";
-const SERVICES: &str = "10.96.0.0/16";
+pub(super) const SERVICES: &str = "10.96.0.0/16";
 /// The device of the wire between the nodes.
 pub(super) const WIRE: &str = "eth0";
 

@@ -4,21 +4,26 @@
 //! |---|---|
 //! | a configuration for each node, with its `podsCgroup` | the nodes share one cgroup hierarchy |
 //! | the authority's Service has a fixed address, which agents are given with its name | there is no cluster DNS |
+//! | `serviceRanges` are this cluster's | the base's hold the nodes' own addresses here |
 //! | PodDisruptionBudget of `policy/v1beta1` | the server is 1.20 |
 
 use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
+use tacit_topology::run;
 
-use super::cluster::Cluster;
+use super::{
+    cluster::{Cluster, SERVICES},
+    node::Node,
+};
 use crate::{
     deploy::{self, NAMESPACE, name_of},
     workspace::Workspace,
 };
 
 /// Address of the authority's Service.
-const AUTHORITY: &str = "10.96.0.15";
+pub(super) const AUTHORITY: &str = "10.96.0.15";
 
 /// The objects as they are applied here.
 pub(super) fn objects(workspace: &Workspace, cluster: &Cluster) -> Result<Vec<Value>> {
@@ -46,6 +51,7 @@ fn one_for_each_node(config_map: &mut Value, cluster: &Cluster) -> Result<()> {
     let mut data = json!({});
     for node in &cluster.nodes {
         let name = node.place.name;
+        config["serviceRanges"] = json!([SERVICES]);
         config["podsCgroup"] = json!(cluster.pods_cgroup(name)?);
         config["issuer"]["istio"]["address"] = json!(format!("{AUTHORITY}:15012"));
         config["issuer"]["istio"]["serverName"] = json!(format!("tacit-authority.{NAMESPACE}.svc"));
@@ -91,4 +97,9 @@ pub(super) fn tacit(cluster: &Cluster, node: &str, arguments: &[&str]) -> Result
 /// The agent's status on a node.
 pub(super) fn status(cluster: &Cluster, node: &str) -> Result<Value> {
     Ok(serde_json::from_str(&tacit(cluster, node, &["status", "-o", "json"])?)?)
+}
+
+/// The metrics of the agent on a node.
+pub(super) fn metrics(node: &Node) -> Result<String> {
+    run(node.command("curl").args(["-fsS", "--max-time", "5", "http://127.0.0.1:15020/metrics"]))
 }

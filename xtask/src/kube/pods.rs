@@ -42,16 +42,17 @@ pub(super) fn start(cluster: &Cluster) -> Result<()> {
 }
 
 /// Waits until the pods are ready.
-fn ready(cluster: &Cluster, namespace: &str, pods: &[&str]) -> Result<()> {
+pub(super) fn ready(cluster: &Cluster, namespace: &str, pods: &[&str]) -> Result<()> {
     let wait = ["-n", namespace, "wait", "--for=condition=Ready", "--timeout=120s"];
     cluster.kubectl(&[wait.as_slice(), pods].concat()).map(drop)
 }
 
-fn namespace(name: &str) -> Value {
+pub(super) fn namespace(name: &str) -> Value {
     json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
 }
 
-fn pod(namespace: &str, name: &str, node: &str, script: &str) -> Value {
+/// A pod that runs a script, of the namespace's default service account.
+pub(super) fn pod(namespace: &str, name: &str, node: &str, script: &str) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"name": name, "namespace": namespace, "labels": {"app": name}},
@@ -64,6 +65,16 @@ fn pod(namespace: &str, name: &str, node: &str, script: &str) -> Value {
             }],
         },
     })
+}
+
+/// A service account, and a pod of it that has its name.
+pub(super) fn with_account(namespace: &str, name: &str, node: &str, script: &str) -> [Value; 2] {
+    let mut pod = pod(namespace, name, node, script);
+    pod["spec"]["serviceAccountName"] = json!(name);
+    [
+        json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": namespace}}),
+        pod,
+    ]
 }
 
 /// A job that asks the server, again for as long as its sandbox is not served yet: a STRICT pod waits, it does not leak.
@@ -89,7 +100,22 @@ pub(super) fn address(cluster: &Cluster, namespace: &str, pod: &str) -> Result<S
 /// of services up without its modules.
 pub(super) fn get(cluster: &Cluster, namespace: &str, pod: &str, address: &str, port: u16) -> Result<String> {
     let script = format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | timeout 5 nc -w 3 {address} {port}");
-    cluster.kubectl(&["-n", namespace, "exec", pod, "--", "/bin/busybox", "sh", "-c", &script])
+    exec(cluster, namespace, pod, &script)
+}
+
+/// What a script prints in a pod.
+pub(super) fn exec(cluster: &Cluster, namespace: &str, pod: &str, script: &str) -> Result<String> {
+    cluster.kubectl(&["-n", namespace, "exec", pod, "--", "/bin/busybox", "sh", "-c", script])
+}
+
+/// Has pods deleted, and does not wait.
+pub(super) fn end(cluster: &Cluster, namespace: &str, pods: &[&str]) -> Result<()> {
+    cluster.kubectl(&[&["-n", namespace, "delete", "pods", "--wait=false"], pods].concat()).map(drop)
+}
+
+/// Deletes pods, and waits until they are gone.
+pub(super) fn delete(cluster: &Cluster, namespace: &str, pods: &[&str]) -> Result<()> {
+    cluster.kubectl(&[&["-n", namespace, "delete", "pods", "--timeout=60s"], pods].concat()).map(drop)
 }
 
 /// The client's, or the stranger's, request to the server's own address.

@@ -5,11 +5,12 @@ use serde_json::Value;
 use tacit_topology::{Traffic, run};
 
 use super::{
+    authority,
     cluster::Cluster,
     install::{self, status, tacit},
     leftovers,
     pods::{self, MARKER, OUTSIDE, SHOP, get_web},
-    policies, wire,
+    policies, reuse, rotation, running, swift, wire,
 };
 use crate::{
     deploy::{self, NAMESPACE},
@@ -17,9 +18,9 @@ use crate::{
 };
 
 /// The label that enrols.
-const ENROLLED: &str = "tacit.io/enrol=true";
+pub(super) const ENROLLED: &str = "tacit.io/enrol=true";
 /// The authority's pods.
-const AUTHORITY: &str = "app.kubernetes.io/name=tacit-authority";
+pub(super) const AUTHORITY: &str = "app.kubernetes.io/name=tacit-authority";
 
 /// One test.
 pub(super) struct Promise {
@@ -27,23 +28,39 @@ pub(super) struct Promise {
     pub(super) what: &'static str,
     /// Do later ones need it?
     pub(super) is_ground: bool,
-    pub(super) hold: fn(&Workspace, &Cluster) -> Result<()>,
+    pub(super) hold: Hold,
 }
 
-const fn ground(
-    name: &'static str,
-    what: &'static str,
-    hold: fn(&Workspace, &Cluster) -> Result<()>,
-) -> Promise {
-    Promise { name, what, is_ground: true, hold }
+/// How it is tried.
+pub(super) enum Hold {
+    /// It holds or not.
+    Plain(Try<()>),
+    /// And there are numbers, for the table.
+    Measured(Try<String>),
 }
 
-const fn leaf(
-    name: &'static str,
-    what: &'static str,
-    hold: fn(&Workspace, &Cluster) -> Result<()>,
-) -> Promise {
-    Promise { name, what, is_ground: false, hold }
+type Try<T> = fn(&Workspace, &Cluster) -> Result<T>;
+
+impl Hold {
+    /// Tries it; returns what was measured.
+    pub(super) fn on(&self, workspace: &Workspace, cluster: &Cluster) -> Result<String> {
+        match self {
+            Self::Plain(hold) => hold(workspace, cluster).map(|()| String::new()),
+            Self::Measured(hold) => hold(workspace, cluster),
+        }
+    }
+}
+
+const fn ground(name: &'static str, what: &'static str, hold: Try<()>) -> Promise {
+    Promise { name, what, is_ground: true, hold: Hold::Plain(hold) }
+}
+
+const fn leaf(name: &'static str, what: &'static str, hold: Try<()>) -> Promise {
+    Promise { name, what, is_ground: false, hold: Hold::Plain(hold) }
+}
+
+const fn measured(name: &'static str, what: &'static str, hold: Try<String>) -> Promise {
+    Promise { name, what, is_ground: false, hold: Hold::Measured(hold) }
 }
 
 /// All of them.
@@ -52,6 +69,11 @@ pub(super) const ALL: &[Promise] = &[
     ground("install", "from nothing to ready agents on both nodes", install_all),
     leaf("doctor", "the agent's container has all that it needs", doctor),
     ground("enrol", "running pods are enrolled: the marker is on the wire no more", enrol),
+    measured(
+        "enrol-under-load",
+        "what is in clear into the mesh is reset, nothing else; the rest is tunnelled",
+        running::enrolled,
+    ),
     leaf("service", "a ClusterIP leads through the tunnel to a pod on the other node", service),
     leaf("permissive", "plaintext of a pod outside is taken", permissive),
     ground("strict", "plaintext of a pod outside is refused, probes and enrolled pods are not", strict),
@@ -59,18 +81,30 @@ pub(super) const ALL: &[Promise] = &[
     leaf("policy-unreadable", "it denies what it selects, and an Event says why", policies::unreadable),
     leaf("policy-undefined", "policies that go with their definition hold on", policies::undefined),
     leaf("job", "a Job that talks to the mesh completes, and never in clear", job),
+    leaf(
+        "identity-elsewhere",
+        "an agent is issued identities of its node's pods, no others",
+        authority::elsewhere,
+    ),
     leaf("restarted", "pods made anew under STRICT are ready, enrolled, never in clear", restarted),
+    measured(
+        "address-reused",
+        "a pod with another's old address has its own identity and policies",
+        reuse::reused,
+    ),
     leaf("agent-killed", "its pods send nothing in clear, and talk again later", agent_killed),
     leaf("agent-rolled", "a DaemonSet update under load: nothing in clear", agent_rolled),
     leaf("authority-down", "pods talk on with the certificates that they have", authority_down),
+    measured("root-rotated", "no connection fails; certificates lead to the new root", rotation::rotated),
+    measured("enrolled-in-time", "a pod is enrolled soon after its sandbox is there", swift::enrolled),
     leaf("un-enrolled", "without the label pods talk in clear again", un_enrolled),
     leaf("uninstall", "no program, pin, link, filter or rule is left", uninstall),
 ];
 
-/// Those whose name contains `only`, and the ground that they stand on.
-pub(super) fn chosen(only: Option<&str>) -> impl Iterator<Item = &'static Promise> {
-    let wanted = only.unwrap_or_default().to_owned();
-    ALL.iter().filter(move |promise| promise.is_ground || promise.name.contains(&wanted))
+/// Those whose name contains one of `only`, or all when there is none; and the ground that they stand on.
+pub(super) fn chosen(only: &[String]) -> impl Iterator<Item = &'static Promise> {
+    let is_wanted = |name: &str| only.is_empty() || only.iter().any(|part| name.contains(part));
+    ALL.iter().filter(move |promise| promise.is_ground || is_wanted(promise.name))
 }
 
 fn control(_: &Workspace, cluster: &Cluster) -> Result<()> {
@@ -95,7 +129,7 @@ fn install_all(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
         .try_for_each(|what| rolled_out(cluster, what))
 }
 
-fn rolled_out(cluster: &Cluster, what: &str) -> Result<()> {
+pub(super) fn rolled_out(cluster: &Cluster, what: &str) -> Result<()> {
     cluster.kubectl(&["-n", NAMESPACE, "rollout", "status", what, "--timeout=120s"]).map(drop)
 }
 
@@ -120,7 +154,7 @@ pub(super) fn both_are(cluster: &Cluster, what: &str, is_so: fn(&Value) -> bool)
     })
 }
 
-fn encrypted(traffic: &Traffic) -> Result<()> {
+pub(super) fn encrypted(traffic: &Traffic) -> Result<()> {
     let seen = traffic.occurrences(MARKER.as_bytes());
     ensure!(seen == 0, "the marker was read on the wire {seen} times");
     ensure!(traffic.tunnel_bytes > 0 && traffic.tunnel_is_tls(), "nothing went through the tunnel");
@@ -128,7 +162,7 @@ fn encrypted(traffic: &Traffic) -> Result<()> {
 }
 
 /// What an agent says of a pod.
-fn pod_in(status: &Value, name: &str) -> Result<Value> {
+pub(super) fn pod_in(status: &Value, name: &str) -> Result<Value> {
     let pods = status["pods"].as_array().context("a status without pods")?;
     pods.iter().find(|pod| pod["name"] == name).cloned().with_context(|| format!("the agent knows no {name}"))
 }

@@ -15,31 +15,33 @@ pub(super) struct Verdict {
 struct Row {
     name: &'static str,
     took: Duration,
-    /// Why it failed.
-    failure: Option<String>,
+    /// What it measured, or why it failed.
+    outcome: Result<String, String>,
 }
 
 impl Verdict {
-    /// Runs one test, and says whether it held.
-    pub(super) fn run(&mut self, name: &'static str, hold: impl FnOnce() -> Result<()>) -> bool {
+    /// Runs one test, which says what it measured, if anything; returns whether it held.
+    pub(super) fn run(&mut self, name: &'static str, hold: impl FnOnce() -> Result<String>) -> bool {
         let begin = Instant::now();
-        let failure = hold().err().map(|error| format!("{error:#}"));
-        let held = failure.is_none();
-        self.rows.push(Row { name, took: begin.elapsed(), failure });
+        let outcome = hold().map_err(|error| format!("{error:#}"));
+        let held = outcome.is_ok();
+        self.rows.push(Row { name, took: begin.elapsed(), outcome });
         held
     }
 
-    /// A line for each test, then why those failed that did, then a sentence.
+    /// A line for each test with what it measured, then why those failed that did, then a sentence.
     pub(super) fn table(&self, style: Style) -> String {
         let mut table =
             format!("\n{}\n", style.paint(Tone::Strong, &format!("{:<30} {:<8} {:>8}", "test", "", "took")));
-        for Row { name, took, failure } in &self.rows {
-            let (tone, word) = if failure.is_none() { (Tone::Good, "passed") } else { (Tone::Bad, "FAILED") };
-            table +=
-                &format!("{name:<30} {} {:>8}\n", style.paint(tone, &format!("{word:<8}")), seconds(*took));
+        for Row { name, took, outcome } in &self.rows {
+            let (tone, word) = if outcome.is_ok() { (Tone::Good, "passed") } else { (Tone::Bad, "FAILED") };
+            let measured = outcome.as_deref().unwrap_or_default();
+            let word = style.paint(tone, &format!("{word:<8}"));
+            table += format!("{name:<30} {word} {:>8}  {measured}", seconds(*took)).trim_end();
+            table += "\n";
         }
-        for Row { name, failure, .. } in &self.rows {
-            if let Some(why) = failure {
+        for Row { name, outcome, .. } in &self.rows {
+            if let Err(why) = outcome {
                 table += &format!("\n{} {name}: {why}\n", style.paint(Tone::Bad, "failed:"));
             }
         }
@@ -55,7 +57,7 @@ impl Verdict {
     }
 
     fn failed(&self) -> usize {
-        self.rows.iter().filter(|row| row.failure.is_some()).count()
+        self.rows.iter().filter(|row| row.outcome.is_err()).count()
     }
 }
 
@@ -68,12 +70,17 @@ mod tests {
     #[test]
     fn one_failure_fails_the_command_and_is_told() {
         let mut verdict = Verdict::default();
-        assert!(verdict.run("install", || Ok(())));
+        assert!(verdict.run("install", || Ok("2 agents".to_owned())));
         assert!(verdict.result().is_ok());
         assert!(!verdict.run("enrol", || bail!("no pod")));
         assert!(verdict.result().is_err());
         let table = verdict.table(Style::Plain);
-        assert!(table.contains("failed: enrol: no pod") && table.ends_with("1 passed, 1 failed"), "{table}");
+        assert!(
+            table.contains("  2 agents\n")
+                && table.contains("failed: enrol: no pod")
+                && table.ends_with("1 passed, 1 failed"),
+            "{table}"
+        );
     }
 
     #[test]

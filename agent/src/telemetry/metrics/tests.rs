@@ -1,6 +1,6 @@
 //! Tests of the exposition: names, labels and values as a scraper sees them.
 
-use std::sync::atomic::Ordering;
+use std::{sync::atomic::Ordering, time::Duration};
 
 use crate::telemetry::{
     Refusal, Telemetry,
@@ -66,6 +66,7 @@ fn what_the_status_knows_is_exposed() {
     };
     telemetry.revoked(&of_policy(Reporter::Source));
     telemetry.audited(&of_policy(Reporter::Destination));
+    [4, 50, 51, 9000].map(Duration::from_millis).iter().for_each(|took| telemetry.enrolled(*took));
     for line in [
         r#"tacit_connections_refused_total{reporter="destination",reason="plaintext_in_strict"} 1"#,
         r#"tacit_connections_revoked_total{reporter="source",reason="denied_by_policy"} 1"#,
@@ -82,6 +83,12 @@ fn what_the_status_knows_is_exposed() {
         r#"tacit_config_reloads_total{source="policy",result="loaded"} 2"#,
         r#"tacit_config_reloads_total{source="policy",result="refused"} 1"#,
         r#"tacit_config_stale_seconds{source="policy"} 61"#,
+        r#"tacit_enrolment_seconds_bucket{le="0.005"} 1"#,
+        r#"tacit_enrolment_seconds_bucket{le="0.05"} 2"#,
+        r#"tacit_enrolment_seconds_bucket{le="5.0"} 3"#,
+        r#"tacit_enrolment_seconds_bucket{le="+Inf"} 4"#,
+        "tacit_enrolment_seconds_count 4",
+        "tacit_enrolment_seconds_sum 9.105",
         "tacit_flow_series_overflowed_total 0",
         "# TYPE istio_tcp_sent_bytes counter",
         "# UNIT istio_tcp_sent_bytes bytes",
