@@ -15,7 +15,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::{Arc, atomic::Ordering::Relaxed},
-    time::{Duration, Instant, SystemTime},
+    time::Duration,
 };
 
 use tokio::net::TcpStream;
@@ -23,22 +23,16 @@ use tokio::net::TcpStream;
 use crate::{
     admission::{self, Denial},
     balance::Held,
-    datapath::{DataPath, PoolKey, Refused, canonical, deny_reason, security},
+    datapath::{DataPath, PoolKey, Refused, canonical, deny_reason},
     directory::Directory,
     enrol::{self, Pod},
-    identity::{SpiffeId, credentials::Credentials},
+    identity::SpiffeId,
     kernel::socket::connect,
     policy::{self, Flow, Source},
     relay,
     route::{self, Facts, Route},
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
-    tunnel::{
-        Ahead, DenyReason, Open, OpenError, Session, TraceId,
-        batch::payload_slots,
-        buffers::{Buffer, Size},
-        socket,
-    },
-    workers::Workers,
+    tunnel::{Session, socket},
 };
 
 /// How long an address that the directory does not know is waited for. Above the delay of a watch (tens of ms), below
@@ -46,10 +40,9 @@ use crate::{
 const DISCOVERY: Duration = Duration::from_secs(1);
 /// How long a TCP connection to a peer's tunnel port may take: three SYNs are lost by then.
 const PEER_CONNECT: Duration = Duration::from_secs(10);
-/// Port of the tunnel.
-const TUNNEL: u16 = tacit_abi::tcp_port::TUNNEL;
 
 mod service;
+mod session;
 
 /// The two ends of a flow, as both applications see them.
 #[derive(Clone, Copy)]
@@ -130,8 +123,9 @@ async fn find_way(
     if let Some(service) = directory.service_at(ends.destination.ip()) {
         return service::reach(path, pod, service, ends, app).await;
     }
+    let route = find_route(path, pod, &directory, ends.destination);
     let attempt = Attempt { limit: PEER_CONNECT, ahead: Some(app) };
-    reach(path, pod, ends, attempt).await.map(|way| (way, None))
+    reach(path, pod, route, ends, attempt).await.map(|way| (way, None))
 }
 
 /// The directory, once it knows the address: a bounded wait for an unknown one.
@@ -141,11 +135,17 @@ async fn discover(path: &DataPath, destination: SocketAddr) -> Arc<Directory> {
     if wait { enrol::discover(&path.directory, destination.ip(), DISCOVERY).await } else { directory }
 }
 
-/// Makes a way to the destination, as is decided for it.
-async fn reach(path: &DataPath, pod: &Pod, ends: Ends, attempt: Attempt<'_>) -> Result<Way, Failure> {
-    match find_route(path, pod, ends.destination).await {
+/// Makes a way to the destination, as was decided for it.
+async fn reach(
+    path: &DataPath,
+    pod: &Pod,
+    route: Route,
+    ends: Ends,
+    attempt: Attempt<'_>,
+) -> Result<Way, Failure> {
+    match route {
         Route::SameNode => hand_over(path, pod, ends).await,
-        Route::Tunnel(expected) => tunnel(path, pod, ends, &expected, attempt).await,
+        Route::Tunnel(expected) => session::tunnel(path, pod, ends, &expected, attempt).await,
         Route::Clear(why) => clear(path, pod, ends, why, attempt.limit).await,
         Route::Refuse(reason) => {
             let mode = pod.modes.load().default;
@@ -197,8 +197,7 @@ fn find_destination(
     Some((source, destination))
 }
 
-async fn find_route(path: &DataPath, pod: &Pod, destination: SocketAddr) -> Route {
-    let directory = discover(path, destination).await;
+fn find_route(path: &DataPath, pod: &Pod, directory: &Directory, destination: SocketAddr) -> Route {
     let workload = directory.at(destination.ip());
     let modes = workload.map(|w| path.policies.current().modes(w));
     route::decide(&Facts {
@@ -291,38 +290,6 @@ async fn relay_plain(
     flow.close(end);
 }
 
-async fn tunnel(
-    path: &DataPath,
-    pod: &Pod,
-    ends: Ends,
-    expected: &SpiffeId,
-    attempt: Attempt<'_>,
-) -> Result<Way, Failure> {
-    let Ends { source, destination } = ends;
-    let identity = pod.workload.identity.clone();
-    let own = path.identities.current(&identity).ok_or_else(|| {
-        let detail = format!("{identity} has no valid certificate; see `tacit status`");
-        Failure::new("no_certificate", detail)
-    })?;
-    let key = PoolKey {
-        worker: Workers::current(),
-        pod: pod.cgroup,
-        server: destination.ip(),
-        identity: expected.clone(),
-        serial: own.serial.clone(),
-    };
-    let open = Open { destination, client: source, trace: TraceId::random(), ahead: Ahead::Nothing };
-    let (session, ahead_bytes) = Box::pin(opened(path, pod, &own, &key, &open, attempt)).await?;
-    let spec = FlowSpec {
-        reporter: Reporter::Source,
-        source: path.party(source, Some(identity)),
-        destination: path.party(destination, Some(session.peer().clone())),
-        security: security(session.tls()),
-        trace: open.trace.0,
-    };
-    Ok(Way::Tunnel(session, ahead_bytes, spec, key))
-}
-
 async fn relay_tunnelled(
     path: &DataPath,
     pod: &Pod,
@@ -342,99 +309,7 @@ async fn relay_tunnelled(
     if let Some(session) = session
         && !pod.closed.is_cancelled()
     {
-        keep(path, key, session);
-    }
-}
-
-/// A session on which the peer has accepted the flow, and how many bytes of the application went ahead of that.
-async fn opened(
-    path: &DataPath,
-    pod: &Pod,
-    own: &Arc<Credentials>,
-    key: &PoolKey,
-    open: &Open,
-    attempt: Attempt<'_>,
-) -> Result<(Box<Session>, usize), Failure> {
-    // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it went ahead: the
-    // destination may have read those, so they are not sent twice.
-    while let Some(mut session) = take(path, key) {
-        let (ahead, ahead_bytes) = attempt.ahead.map_or((None, 0), ready_payload);
-        match session.open(open, ahead).await {
-            Ok(()) => return Ok((session, ahead_bytes)),
-            Err(OpenError::Denied(reason)) => return Err(denied(path, key, session, reason)),
-            Err(error) if ahead_bytes > 0 => return Err(Failure::new(error.reason(), error)),
-            Err(error) => tracing::debug!(%error, "idle session was dead"),
-        }
-    }
-    let peer = SocketAddr::new(open.destination.ip(), TUNNEL);
-    let tcp = connect(&pod.netns, &path.host, peer, attempt.limit).await.map_err(|e| {
-        Failure::of_destination("peer_unreachable", format!("{peer}: {e}; does an agent run on that node?"))
-    })?;
-    let connected = Session::connect(tcp, own, &key.identity).await;
-    let mut session = connected.map_err(|e| Failure::new(e.reason(), e))?;
-    let (ahead, ahead_bytes) = attempt.ahead.map_or((None, 0), ready_payload);
-    match session.open(open, ahead).await {
-        Ok(()) => Ok((session, ahead_bytes)),
-        Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason)),
-        Err(OpenError::Stale(error) | OpenError::Tunnel(error)) => Err(Failure::new(error.reason(), error)),
-    }
-}
-
-/// What the application has sent already, in the slots of a batch.
-fn ready_payload(app: &TcpStream) -> (Option<(Buffer, usize)>, usize) {
-    let mut batch = Buffer::take(Size::Small);
-    let (mut slots, _) = payload_slots(&mut batch);
-    match socket::read_now(app, &mut slots) {
-        0 => (None, 0),
-        read_bytes => (Some((batch, read_bytes)), read_bytes),
-    }
-}
-
-/// An idle session: one of this thread, or else one that another thread polls, which moves here.
-fn take(path: &DataPath, key: &PoolKey) -> Option<Box<Session>> {
-    let now = Instant::now();
-    let mut pool = path.pool();
-    if let Some(session) = pool.take(key, now, |session| is_usable(session)) {
-        return Some(session);
-    }
-    let mut other = key.clone();
-    let found = (0..path.workers.count()).filter(|worker| *worker != key.worker).find_map(|worker| {
-        other.worker = worker;
-        pool.take(&other, now, |session| is_usable(session))
-    });
-    drop(pool);
-    found?.rehomed().inspect_err(|error| tracing::debug!(%error, "idle session lost on its way")).ok()
-}
-
-/// A denied flow leaves its session as good as before, if none of its bytes went ahead.
-fn denied(path: &DataPath, key: &PoolKey, session: Box<Session>, reason: DenyReason) -> Failure {
-    if session.is_idle() {
-        keep(path, key.clone(), session);
-    } else {
-        session.close();
-    }
-    let detail = format!("{} denied it", key.identity);
-    match reason {
-        DenyReason::Policy | DenyReason::Other(_) => Failure::new(reason.label(), detail),
-        DenyReason::UnknownDestination
-        | DenyReason::ConnectionRefused
-        | DenyReason::Unreachable
-        | DenyReason::TimedOut
-        | DenyReason::Draining
-        | DenyReason::Overloaded
-        | DenyReason::Internal => Failure::of_destination(reason.label(), detail),
-    }
-}
-
-fn is_usable(session: &Session) -> bool {
-    session.peer_not_after() > SystemTime::now() && session.is_idle_alive()
-}
-
-/// Keeps a session for the next flow.
-fn keep(path: &DataPath, key: PoolKey, session: Box<Session>) {
-    let no_room = path.pool().put(key, session, Instant::now());
-    if let Some(session) = no_room {
-        session.close();
+        session::keep(path, key, session);
     }
 }
 

@@ -118,25 +118,27 @@ impl Enroller {
             workload: directory.at(address.ip()).cloned(),
             identity: None,
         };
-        let is_denied = |local: SocketAddr, remote: SocketAddr| {
+        let denial = |local: SocketAddr, remote: SocketAddr| {
             let own = &pod.workload.addresses;
             let from_outside = own.contains(&local.ip()) && !own.contains(&remote.ip());
             let by_agent = remote.ip().is_loopback() || local.port() == TUNNEL;
             if !from_outside || by_agent || nodes.contains(&remote.ip()) {
-                return false;
+                return None;
             }
             let flow = Flow { source: Source::Plaintext, client: remote.ip(), destination: local };
-            let Verdict::Deny(reason) = decide(&modes, &authorization, &flow) else { return false };
-            self.telemetry.revoked(&Refusal {
+            let Verdict::Deny(reason) = decide(&modes, &authorization, &flow) else { return None };
+            Some(Refusal {
                 reporter: Reporter::Destination,
                 source: party(remote),
                 destination: party(local),
                 reason: reason.label(),
                 detail: reason.to_string(),
-            });
-            true
+            })
         };
-        if let Err(error) = existing::reset_accepted(&pod.netns, &self.host, self.kernel.cgroup, is_denied) {
+        let ended = |refusal: &Refusal| self.telemetry.revoked(refusal);
+        if let Err(error) =
+            existing::reset_accepted(&pod.netns, &self.host, self.kernel.cgroup, denial, ended)
+        {
             tracing::warn!(pod = %pod.workload.name, %error, "connections in clear from before a policy changed are not reset");
         }
     }

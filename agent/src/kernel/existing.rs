@@ -35,23 +35,25 @@ pub fn reset_clear(
     })?
 }
 
-/// Resets connections of `netns` that were accepted by others than the agent, as far as `is_denied` says so by their
-/// local and remote address. Accepted are those to a port on which somebody listens.
+/// Resets connections of `netns` that were accepted by others than the agent, for which `denial` has a reason by their
+/// local and remote address, and tells `ended` of each that was. Accepted are those to a port on which somebody listens.
 ///
 /// # Errors
 /// The kernel's; `EOPNOTSUPP` without CONFIG_INET_DIAG_DESTROY.
-pub fn reset_accepted(
+pub fn reset_accepted<T>(
     netns: &Netns,
     host: &HostNetns,
     agent: u64,
-    is_denied: impl Fn(SocketAddr, SocketAddr) -> bool,
+    denial: impl Fn(SocketAddr, SocketAddr) -> Option<T>,
+    ended: impl Fn(&T),
 ) -> io::Result<()> {
     host.within(netns.file(), || {
         let ports: HashSet<u16> = netlink::listeners()?.iter().map(|c| c.local.port()).collect();
         for connection in netlink::connections()? {
             let is_accepted = connection.cgroup != Some(agent) && ports.contains(&connection.local.port());
-            if is_accepted && is_denied(connection.local, connection.remote) {
+            if is_accepted && let Some(denial) = denial(connection.local, connection.remote) {
                 netlink::destroy(&connection)?;
+                ended(&denial);
             }
         }
         Ok(())

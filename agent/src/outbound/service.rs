@@ -50,7 +50,9 @@ pub(super) async fn reach(
         } else {
             Attempt { limit: PEER_CONNECT, ahead: Some(app) }
         };
-        match super::reach(path, pod, ends, attempt).await {
+        let directory = super::discover(path, ends.destination).await;
+        let route = super::find_route(path, pod, &directory, ends.destination);
+        match super::reach(path, pod, route, ends, attempt).await {
             Ok(way) => {
                 path.balancer.stay(&wish, held.endpoint(), Instant::now());
                 return Ok((way, Some(held)));

@@ -1,0 +1,152 @@
+//! A session to the agent of a destination, on which that agent has accepted the flow: an idle one of the pool, or a new one.
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
+
+use tokio::net::TcpStream;
+
+use super::{Attempt, DataPath, Ends, Failure, Pod, Way};
+use crate::{
+    datapath::{PoolKey, security},
+    identity::{SpiffeId, credentials::Credentials},
+    kernel::socket::connect,
+    telemetry::{FlowSpec, Reporter},
+    tunnel::{
+        Ahead, DenyReason, Open, OpenError, Session, TraceId,
+        batch::payload_slots,
+        buffers::{Buffer, Size},
+        socket,
+    },
+    workers::Workers,
+};
+
+/// Port of the tunnel.
+const TUNNEL: u16 = tacit_abi::tcp_port::TUNNEL;
+
+/// A way through the tunnel to a server that must be `expected`.
+pub(super) async fn tunnel(
+    path: &DataPath,
+    pod: &Pod,
+    ends: Ends,
+    expected: &SpiffeId,
+    attempt: Attempt<'_>,
+) -> Result<Way, Failure> {
+    let Ends { source, destination } = ends;
+    let identity = pod.workload.identity.clone();
+    let own = path.identities.current(&identity).ok_or_else(|| {
+        let detail = format!("{identity} has no valid certificate; see `tacit status`");
+        Failure::new("no_certificate", detail)
+    })?;
+    let key = PoolKey {
+        worker: Workers::current(),
+        pod: pod.cgroup,
+        server: destination.ip(),
+        identity: expected.clone(),
+        serial: own.serial.clone(),
+    };
+    let open = Open { destination, client: source, trace: TraceId::random(), ahead: Ahead::Nothing };
+    let (session, ahead_bytes) = Box::pin(opened(path, pod, &own, &key, &open, attempt)).await?;
+    let spec = FlowSpec {
+        reporter: Reporter::Source,
+        source: path.party(source, Some(identity)),
+        destination: path.party(destination, Some(session.peer().clone())),
+        security: security(session.tls()),
+        trace: open.trace.0,
+    };
+    Ok(Way::Tunnel(session, ahead_bytes, spec, key))
+}
+
+/// A session on which the peer has accepted the flow, and how many bytes of the application went ahead of that.
+async fn opened(
+    path: &DataPath,
+    pod: &Pod,
+    own: &Arc<Credentials>,
+    key: &PoolKey,
+    open: &Open,
+    attempt: Attempt<'_>,
+) -> Result<(Box<Session>, usize), Failure> {
+    // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it went ahead: the
+    // destination may have read those, so they are not sent twice.
+    while let Some(mut session) = take(path, key) {
+        let (ahead, ahead_bytes) = attempt.ahead.map_or((None, 0), ready_payload);
+        match session.open(open, ahead).await {
+            Ok(()) => return Ok((session, ahead_bytes)),
+            Err(OpenError::Denied(reason)) => return Err(denied(path, key, session, reason)),
+            Err(error) if ahead_bytes > 0 => return Err(Failure::new(error.reason(), error)),
+            Err(error) => tracing::debug!(%error, "idle session was dead"),
+        }
+    }
+    let peer = SocketAddr::new(open.destination.ip(), TUNNEL);
+    let tcp = connect(&pod.netns, &path.host, peer, attempt.limit).await.map_err(|e| {
+        Failure::of_destination("peer_unreachable", format!("{peer}: {e}; does an agent run on that node?"))
+    })?;
+    let connected = Session::connect(tcp, own, &key.identity).await;
+    let mut session = connected.map_err(|e| Failure::new(e.reason(), e))?;
+    let (ahead, ahead_bytes) = attempt.ahead.map_or((None, 0), ready_payload);
+    match session.open(open, ahead).await {
+        Ok(()) => Ok((session, ahead_bytes)),
+        Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason)),
+        Err(OpenError::Stale(error) | OpenError::Tunnel(error)) => Err(Failure::new(error.reason(), error)),
+    }
+}
+
+/// What the application has sent already, in the slots of a batch.
+fn ready_payload(app: &TcpStream) -> (Option<(Buffer, usize)>, usize) {
+    let mut batch = Buffer::take(Size::Small);
+    let (mut slots, _) = payload_slots(&mut batch);
+    match socket::read_now(app, &mut slots) {
+        0 => (None, 0),
+        read_bytes => (Some((batch, read_bytes)), read_bytes),
+    }
+}
+
+/// An idle session: one of this thread, or else one that another thread polls, which moves here.
+fn take(path: &DataPath, key: &PoolKey) -> Option<Box<Session>> {
+    let now = Instant::now();
+    let mut pool = path.pool();
+    if let Some(session) = pool.take(key, now, |session| is_usable(session)) {
+        return Some(session);
+    }
+    let mut other = key.clone();
+    let found = (0..path.workers.count()).filter(|worker| *worker != key.worker).find_map(|worker| {
+        other.worker = worker;
+        pool.take(&other, now, |session| is_usable(session))
+    });
+    drop(pool);
+    found?.rehomed().inspect_err(|error| tracing::debug!(%error, "idle session lost on its way")).ok()
+}
+
+/// A denied flow leaves its session as good as before, if none of its bytes went ahead.
+fn denied(path: &DataPath, key: &PoolKey, session: Box<Session>, reason: DenyReason) -> Failure {
+    if session.is_idle() {
+        keep(path, key.clone(), session);
+    } else {
+        session.close();
+    }
+    let detail = format!("{} denied it", key.identity);
+    match reason {
+        DenyReason::Policy | DenyReason::Other(_) => Failure::new(reason.label(), detail),
+        DenyReason::UnknownDestination
+        | DenyReason::ConnectionRefused
+        | DenyReason::Unreachable
+        | DenyReason::TimedOut
+        | DenyReason::Draining
+        | DenyReason::Overloaded
+        | DenyReason::Internal => Failure::of_destination(reason.label(), detail),
+    }
+}
+
+fn is_usable(session: &Session) -> bool {
+    session.peer_not_after() > SystemTime::now() && session.is_idle_alive()
+}
+
+/// Keeps a session for the next flow.
+pub(super) fn keep(path: &DataPath, key: PoolKey, session: Box<Session>) {
+    let no_room = path.pool().put(key, session, Instant::now());
+    if let Some(session) = no_room {
+        session.close();
+    }
+}
