@@ -4,13 +4,18 @@
 //! A live flow waits for changes beside its relay: it costs nothing while bytes pass. What policy no longer allows is
 //! reset at both ends; what it still allows does not notice.
 
-use std::future::pending;
+use std::{future::pending, sync::Arc};
+
+use tokio::sync::watch;
 
 use crate::{
     enrol::Pod,
-    policy::{Flow, Verdict, decide},
+    policy::{Authorization, Flow, Verdict, decide},
     telemetry::{LiveFlow, Party, Refusal, Reporter, Telemetry},
 };
+
+/// Tells of each change of a pod's policies since a flow was decided on.
+pub type Changes = watch::Receiver<Arc<Authorization>>;
 
 /// Why a flow is not, or no longer, admitted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,7 +26,7 @@ pub struct Denial {
     pub detail: String,
 }
 
-/// Decides on a flow to `pod` and tells which audits it matched.
+/// Decides on a flow to `pod` and tells which audits it matched. What is returned is for [`revoked`].
 ///
 /// # Errors
 /// [`Denial`] when it is not to be.
@@ -30,13 +35,15 @@ pub fn admit(
     pod: &Pod,
     flow: &Flow<'_>,
     ends: impl Fn() -> (Reporter, Party, Party),
-) -> Result<(), Denial> {
+) -> Result<Changes, Denial> {
+    // Before the decision: a change that comes meanwhile is not missed.
+    let changes = pod.policy_changes();
     for audit in pod.authorization().audits(flow) {
         let (reporter, source, destination) = ends();
         let detail = audit.to_string();
         telemetry.audited(&Refusal { reporter, source, destination, reason: "audited", detail });
     }
-    verdict(pod, flow)
+    verdict(pod, flow).map(|()| changes)
 }
 
 fn verdict(pod: &Pod, flow: &Flow<'_>) -> Result<(), Denial> {
@@ -47,17 +54,13 @@ fn verdict(pod: &Pod, flow: &Flow<'_>) -> Result<(), Denial> {
 }
 
 /// Waits until policy no longer allows a flow that was admitted.
-pub async fn revoked(pod: &Pod, flow: &Flow<'_>) -> Denial {
-    let mut changes = pod.policy_changes();
-    loop {
-        // First of all: policy may have changed since the flow was admitted.
+pub async fn revoked(pod: &Pod, flow: &Flow<'_>, mut changes: Changes) -> Denial {
+    while changes.changed().await.is_ok() {
         if let Err(denial) = verdict(pod, flow) {
             return denial;
         }
-        if changes.changed().await.is_err() {
-            return pending().await;
-        }
     }
+    pending().await
 }
 
 /// Ends a flow that policy no longer allows; its sockets were reset by then.

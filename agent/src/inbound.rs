@@ -17,7 +17,7 @@ use tacit_abi::tcp_port;
 use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
-    admission::{self, Denial},
+    admission::{self, Changes, Denial},
     datapath::{DataPath, HANDSHAKE_WAIT, HANDSHAKES_MAX, Refused, canonical, deny_reason, security},
     enrol::Pod,
     identity::SpiffeId,
@@ -99,9 +99,10 @@ async fn one_flow(
     at: IpAddr,
 ) -> Option<Box<Session>> {
     let identity = session.peer().clone();
-    if let Err(denied) = admit(path, pod, &session, open, peer, at) {
-        return deny(path, session, open, denied).await;
-    }
+    let changes = match admit(path, pod, &session, open, peer, at) {
+        Ok(changes) => changes,
+        Err(denied) => return deny(path, session, open, denied).await,
+    };
     let application = match path.to_application(pod, open.destination, open.client).await {
         Ok(application) => application,
         Err(error) => {
@@ -128,7 +129,7 @@ async fn one_flow(
             live.close("cut");
             return None;
         }
-        denial = admission::revoked(pod, &flow) => {
+        denial = admission::revoked(pod, &flow, changes) => {
             admission::revoke(&path.telemetry, live, denial);
             return None;
         }
@@ -152,7 +153,7 @@ fn admit(
     open: &Open,
     peer: IpAddr,
     at: IpAddr,
-) -> Result<(), Denied> {
+) -> Result<Changes, Denied> {
     let deny = |reason, label, detail: String| Err(Denied { reason, label, detail });
     if session.peer_not_after() <= SystemTime::now() {
         let detail = "it has expired since the handshake".to_owned();
@@ -245,9 +246,10 @@ pub async fn plaintext(path: Arc<DataPath>, pod: Arc<Pod>, client: TcpStream, pe
     }
     let flow = Flow { source: Source::Plaintext, client: peer.ip(), destination: at };
     let ends = || (Reporter::Destination, path.party(peer, None), path.party(at, None));
-    if let Err(denial) = admission::admit(&path.telemetry, &pod, &flow, ends) {
-        return path.refuse(client, refused(denial.label, denial.detail));
-    }
+    let changes = match admission::admit(&path.telemetry, &pod, &flow, ends) {
+        Ok(changes) => changes,
+        Err(denial) => return path.refuse(client, refused(denial.label, denial.detail)),
+    };
     match path.to_application(&pod, at, peer).await {
         Ok(application) => {
             let live = path.telemetry.open_flow(FlowSpec {
@@ -260,7 +262,7 @@ pub async fn plaintext(path: Arc<DataPath>, pod: Arc<Pod>, client: TcpStream, pe
             let end = tokio::select! {
                 end = relay::plain(client, application, live.counters()) => end.label(),
                 () = path.drain.cut.cancelled() => "cut",
-                denial = admission::revoked(&pod, &flow) => {
+                denial = admission::revoked(&pod, &flow, changes) => {
                     return admission::revoke(&path.telemetry, live, denial);
                 }
             };

@@ -21,7 +21,7 @@ use std::{
 use tokio::net::TcpStream;
 
 use crate::{
-    admission::{self, Denial},
+    admission::{self, Changes, Denial},
     balance::Held,
     datapath::{DataPath, PoolKey, Refused, canonical, deny_reason},
     directory::Directory,
@@ -64,7 +64,7 @@ struct Attempt<'a> {
 enum Way {
     Plain(TcpStream, FlowSpec),
     /// To an application of this pod, whose policies hold as long as the flow lives.
-    SameNode(TcpStream, FlowSpec, Arc<Pod>),
+    SameNode(TcpStream, FlowSpec, Arc<Pod>, Changes),
     /// With the number of bytes that went ahead.
     Tunnel(Box<Session>, usize, FlowSpec, PoolKey),
 }
@@ -166,11 +166,11 @@ fn carry<'a>(
             let flow = path.telemetry.open_flow(spec);
             Box::pin(relay_plain(path, app, server, flow, pending()))
         }
-        Way::SameNode(server, spec, target) => Box::pin(async move {
+        Way::SameNode(server, spec, target, changes) => Box::pin(async move {
             let (client, destination) = (spec.source.address.ip(), spec.destination.address);
             let flow = path.telemetry.open_flow(spec);
             let asked = Flow { source: Source::SameNode(&pod.workload.identity), client, destination };
-            relay_plain(path, app, server, flow, admission::revoked(&target, &asked)).await;
+            relay_plain(path, app, server, flow, admission::revoked(&target, &asked, changes)).await;
         }),
         Way::Tunnel(session, ahead_bytes, spec, key) => {
             let live = path.telemetry.open_flow(spec);
@@ -234,10 +234,11 @@ async fn hand_over(path: &DataPath, pod: &Pod, ends: Ends) -> Result<Way, Failur
         let own = Some(target.workload.identity.clone());
         (Reporter::Source, path.party(source, Some(identity.clone())), path.party(destination, own))
     };
-    if let Err(denial) = admission::admit(&path.telemetry, &target, &asked, ends) {
-        let failure = Failure::new(denial.label, denial.detail);
-        return Err(Failure { identity: Some(identity.clone()), ..failure });
-    }
+    let admitted = admission::admit(&path.telemetry, &target, &asked, ends);
+    let changes = admitted.map_err(|denial| Failure {
+        identity: Some(identity.clone()),
+        ..Failure::new(denial.label, denial.detail)
+    })?;
     let server = path.to_application(&target, destination, source).await.map_err(unreachable)?;
     let spec = FlowSpec {
         reporter: Reporter::Source,
@@ -246,7 +247,7 @@ async fn hand_over(path: &DataPath, pod: &Pod, ends: Ends) -> Result<Way, Failur
         security: Security::SameNode,
         trace: [0; 16],
     };
-    Ok(Way::SameNode(server, spec, target))
+    Ok(Way::SameNode(server, spec, target, changes))
 }
 
 /// In clear, from the pod's own namespace, as it would have gone without Tacit.

@@ -18,7 +18,7 @@
 //! is in `authorization`, how objects are read in `object`, how a verdict is put in words in `explain`.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt,
     net::{IpAddr, SocketAddr},
     path::Path,
@@ -74,6 +74,10 @@ pub struct Policies {
     namespaces: HashMap<Arc<str>, Setting>,
     /// Policies with a selector, by namespace, in the order of the file.
     selecting: HashMap<Arc<str>, Vec<Selecting>>,
+    /// Namespaces that are STRICT whatever else says, the root namespace for all of them: of a PeerAuthentication there it
+    /// cannot be read whom it selects, or what it says to all.
+    strict: HashSet<Arc<str>>,
+    strict_everywhere: bool,
     /// Those of the root namespace, which select in every namespace.
     authorizing_everywhere: Vec<Authorizing>,
     authorizing: HashMap<Arc<str>, Vec<Authorizing>>,
@@ -135,12 +139,15 @@ impl Policies {
             }
         }
         policies.mesh = mesh.unwrap_or_default();
+        policies.strict_everywhere = policies.strict.contains(root_namespace);
         policies
     }
 
     fn add_modes(&mut self, policy: &PeerAuthentication, mesh: &mut Option<Setting>, root_namespace: &str) {
-        let PeerAuthentication { namespace, labels, mode, ports } = policy.clone();
-        if !labels.is_empty() {
+        let PeerAuthentication { namespace, labels, mode, ports, unreadable } = policy.clone();
+        if unreadable && labels.is_empty() {
+            self.strict.insert(namespace);
+        } else if !labels.is_empty() {
             self.selecting.entry(namespace).or_default().push(Selecting { labels, mode, ports });
         } else if *namespace == *root_namespace {
             mesh.get_or_insert(mode);
@@ -180,13 +187,16 @@ impl Policies {
     /// The mode of the mesh: what holds where nothing narrower does.
     #[must_use]
     pub fn mesh_default(&self) -> Mode {
-        self.mesh.or(Mode::Permissive)
+        if self.strict_everywhere { Mode::Strict } else { self.mesh.or(Mode::Permissive) }
     }
 
     /// The modes that hold for a workload.
     #[must_use]
     pub fn modes(&self, workload: &Workload) -> Modes {
         let mesh = self.mesh_default();
+        if self.strict_everywhere || self.strict.contains(&workload.namespace) {
+            return Modes { default: Mode::Strict, ports: BTreeMap::new() };
+        }
         let namespace = self.namespaces.get(&workload.namespace).map_or(mesh, |setting| setting.or(mesh));
         let selecting = self.selecting.get(&workload.namespace);
         match selecting.and_then(|list| list.iter().find(|policy| selects(&policy.labels, workload))) {

@@ -246,7 +246,12 @@ impl<'a> Fields<'a> {
 
     /// A field that may be left out; a null counts as left out. `None` means absent, never refused.
     pub(crate) fn optional(&mut self, name: &str) -> Option<Value<'a>> {
-        self.by_name.remove(name).filter(|value| !value.is_null())
+        self.written(name).filter(|value| !value.is_null())
+    }
+
+    /// A field that may be left out, where a null is not the same as that.
+    pub(crate) fn written(&mut self, name: &str) -> Option<Value<'a>> {
+        self.by_name.remove(name)
     }
 }
 

@@ -103,11 +103,15 @@ enum Condition {
     DestinationPort(Listed<u16>),
 }
 
+/// In policies, this stands for the mesh's own trust domain, whatever that is called, as Istio has it. Identities of other
+/// trust domains do not come here: the tunnel refuses them.
+const OWN_DOMAIN: &str = "cluster.local";
+
 /// What rules look at.
 struct Seen<'a> {
     identity: Option<&'a SpiffeId>,
-    /// The identity as policies write it, without `spiffe://`.
-    principal: Option<String>,
+    /// The identity as policies write it, without `spiffe://`: by its trust domain, and by [`OWN_DOMAIN`].
+    principals: Vec<String>,
     client: IpAddr,
     server: IpAddr,
     port: u16,
@@ -119,11 +123,14 @@ impl<'a> Seen<'a> {
             Source::Tunnel(identity) | Source::SameNode(identity) => Some(identity),
             Source::Node | Source::Plaintext => None,
         };
-        let principal = identity
-            .map(|id| format!("{}/ns/{}/sa/{}", id.trust_domain(), id.namespace(), id.service_account()));
+        let principals = identity.map_or_else(Vec::new, |id| {
+            let of = |domain: &str| format!("{domain}/ns/{}/sa/{}", id.namespace(), id.service_account());
+            let own = id.trust_domain().to_string();
+            if own == OWN_DOMAIN { vec![of(&own)] } else { vec![of(&own), of(OWN_DOMAIN)] }
+        });
         Self {
             identity,
-            principal,
+            principals,
             client: flow.client.to_canonical(),
             server: flow.destination.ip().to_canonical(),
             port: flow.destination.port(),
@@ -131,7 +138,7 @@ impl<'a> Seen<'a> {
     }
 
     fn has_principal(&self, pattern: &Pattern) -> bool {
-        self.principal.as_ref().is_some_and(|principal| pattern.matches(principal))
+        self.principals.iter().any(|principal| pattern.matches(principal))
     }
 
     fn has_namespace(&self, pattern: &Pattern) -> bool {

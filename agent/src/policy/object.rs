@@ -235,7 +235,13 @@ impl Spec {
         let namespace = header.namespace.into();
         match self {
             Self::Modes(peer_authentication::Read { mode, ports }) => {
-                Kinds::PeerAuthentication(PeerAuthentication { namespace, labels, mode, ports })
+                Kinds::PeerAuthentication(PeerAuthentication {
+                    namespace,
+                    labels,
+                    mode,
+                    ports,
+                    unreadable: false,
+                })
             }
             Self::Authorizing(authorization::parse::Read { policy, attachment, notes }) => {
                 let (namespace, policy) = (Some(namespace), Arc::new(policy));

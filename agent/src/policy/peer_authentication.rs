@@ -24,13 +24,15 @@ pub(super) struct PeerAuthentication {
     pub(super) labels: BTreeMap<String, String>,
     pub(super) mode: Setting,
     pub(super) ports: BTreeMap<u16, Setting>,
+    /// It could not be read.
+    pub(super) unreadable: bool,
 }
 
 impl PeerAuthentication {
     /// What one that cannot be read counts as.
     pub(super) fn strict(namespace: &str, labels: BTreeMap<String, String>) -> Self {
         let mode = Setting::Set(Mode::Strict);
-        Self { namespace: namespace.into(), labels, mode, ports: BTreeMap::new() }
+        Self { namespace: namespace.into(), labels, mode, ports: BTreeMap::new(), unreadable: true }
     }
 }
 

@@ -163,11 +163,11 @@ impl Reader<'_> {
     fn rule(&mut self, index: usize, value: &Value<'_>) -> Option<Rule> {
         let mut fields = value.fields(&["from", "to", "when"])?;
         let mut unseen = Vec::new();
-        let from = filled(fields.optional("from"));
+        let from = filled(fields.written("from"));
         let sources = from.and_then(|items| all(items.iter().map(|item| self.source(item, &mut unseen))));
-        let to = filled(fields.optional("to"));
+        let to = filled(fields.written("to"));
         let operations = to.and_then(|items| all(items.iter().map(|item| operation(item, &mut unseen))));
-        let when = filled(fields.optional("when"));
+        let when = filled(fields.written("when"));
         let conditions =
             when.and_then(|items| all(items.iter().map(|item| self.condition(item, &mut unseen))));
         let (sources, operations, conditions) = (sources?, operations?, conditions?);
@@ -284,7 +284,7 @@ fn operation(item: &Value<'_>, unseen: &mut Vec<String>) -> Option<OperationMatc
 
 /// A source or operation that says nothing would match everything; Istio refuses it too.
 fn not_empty(value: &Value<'_>, known: &[&str]) {
-    if known.iter().all(|name| value.peek(name).is_none_or(|field| field.is_null())) {
+    if known.iter().all(|name| value.peek(name).is_none()) {
         value.refuse("says nothing: write at least one field, or leave the whole list out to match any");
     }
 }
@@ -293,7 +293,7 @@ fn not_empty(value: &Value<'_>, known: &[&str]) {
 fn unseen_fields(fields: &mut Fields<'_>, names: &[&str], unseen: &mut Vec<String>) -> Option<()> {
     let mut readable = Some(());
     for name in names {
-        let Some(value) = fields.optional(name) else { continue };
+        let Some(value) = fields.written(name) else { continue };
         unseen.push((*name).to_owned());
         let texts = filled(Some(value)).and_then(|items| all(items.iter().map(|item| item.text().map(drop))));
         readable = readable.and(texts.map(drop));
@@ -308,15 +308,15 @@ fn listed<T>(
     mut item: impl FnMut(&Value<'_>) -> Option<T>,
 ) -> Option<Listed<T>> {
     let mut list = |name| {
-        let items = filled(fields.optional(name))?;
+        let items = filled(fields.written(name))?;
         all(items.iter().map(&mut item))
     };
     let (any, none) = (list(any), list(none));
     Some(Listed { any: any?, none: none? })
 }
 
-/// The items of a list that has some, or none when the field is absent. An empty list is refused: Istio reads it as an
-/// absent one, which matches everything.
+/// The items of a list that has some, or none when the field is absent. An empty list, and a name with nothing behind it,
+/// are refused: Istio reads them as an absent one, which matches everything.
 fn filled<'a>(value: Option<Value<'a>>) -> Option<Vec<Value<'a>>> {
     let Some(value) = value else { return Some(Vec::new()) };
     let items = value.items()?;

@@ -58,6 +58,29 @@ const CART: Option<(&str, &str)> = Some(("shop", "cart"));
 const BATCH: Option<(&str, &str)> = Some(("jobs", "batch"));
 const CLEAR: Option<(&str, &str)> = None;
 
+#[test]
+fn cluster_local_stands_for_the_trust_domain_that_the_mesh_has() {
+    let domain = crate::identity::TrustDomain::parse("prod.example").expect("valid");
+    let cart = SpiffeId::new(&domain, "shop", "cart").expect("valid");
+    for (principal, matches) in [
+        ("cluster.local/ns/shop/sa/cart", true),
+        ("cluster.local/*", true),
+        ("prod.example/ns/shop/sa/cart", true),
+        ("cluster.local/ns/shop/sa/batch", false),
+        ("other/ns/shop/sa/cart", false),
+    ] {
+        let with = |field: &str| {
+            let spec =
+                format!("{{action: DENY, rules: [{{from: [{{source: {{{field}: ['{principal}']}}}}]}}]}}");
+            let policies = policies(&[&spec]);
+            let authorization = policies.authorization(&workload("shop", &[("app", "web")]));
+            let permissive = modes(crate::policy::Mode::Permissive);
+            decide(&permissive, &authorization, &flow(Source::Tunnel(&cart))) != Verdict::Allow
+        };
+        assert_eq!((with("principals"), with("notPrincipals")), (matches, !matches), "{principal}");
+    }
+}
+
 /// Each rule as the only one of an ALLOW policy, of a DENY policy, and of an AUDIT policy.
 #[test]
 fn a_rule_matches_by_each_of_its_fields_and_negations() {
@@ -290,9 +313,20 @@ fn mistakes_are_refused_with_field_and_remedy() {
         ("{rules: [~]}", "spec.rules[0]: is empty"),
         ("{rules: [{from: []}]}", "spec.rules[0].from: the list is empty"),
         ("{rules: [{to: []}]}", "spec.rules[0].to: the list is empty"),
+        ("{rules: [{from: }]}", "spec.rules[0].from: is empty"),
+        ("{rules: [{to: ~}]}", "spec.rules[0].to: is empty"),
+        ("{rules: [{when: ~}]}", "spec.rules[0].when: is empty"),
+        (
+            "{rules: [{from: [{source: {namespaces: [shop], principals: }}]}]}",
+            "spec.rules[0].from[0].source.principals: is empty",
+        ),
+        (
+            "{rules: [{to: [{operation: {ports: ['80'], paths: }}]}]}",
+            "spec.rules[0].to[0].operation.paths: is empty",
+        ),
         ("{rules: [{from: [{}]}]}", "spec.rules[0].from[0].source: missing"),
         ("{rules: [{from: [{source: {}}]}]}", "spec.rules[0].from[0].source: says nothing"),
-        ("{rules: [{to: [{operation: {ports: }}]}]}", "spec.rules[0].to[0].operation: says nothing"),
+        ("{rules: [{to: [{operation: {ports: }}]}]}", "spec.rules[0].to[0].operation.ports: is empty"),
         (
             "{rules: [{from: [{source: {principals: []}}]}]}",
             "spec.rules[0].from[0].source.principals: the list is empty",

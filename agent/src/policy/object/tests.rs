@@ -141,6 +141,46 @@ fn a_peer_authentication_that_does_not_parse_is_strict_for_what_it_selects() {
 }
 
 #[test]
+fn a_peer_authentication_whose_selector_is_unreadable_is_strict_for_all_it_may_select() {
+    let object = |name: &str, namespace: &str, spec: &str| {
+        let text = format!(
+            "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: {name}, namespace: {namespace}}}\n\
+             spec: {spec}\n"
+        );
+        PolicyObject::read(&text, Origin { name, namespace: Some(namespace), kind: None }).0
+    };
+    let older = |namespace: &str| {
+        [
+            object("default", namespace, "{mtls: {mode: PERMISSIVE}}"),
+            object(
+                "db",
+                namespace,
+                "{selector: {matchLabels: {app: db}}, mtls: {mode: DISABLE}, portLevelMtls: {'80': {mode: DISABLE}}}",
+            ),
+        ]
+    };
+    let unreadable = "{selector: {matchLabels: {app: '*'}}, mtls: {mode: STRICT}}";
+    let (web, db) = ([("app", "web")], [("app", "db")]);
+    for (namespace, elsewhere) in [("shop", Mode::Permissive), ("istio-system", Mode::Strict)] {
+        let mut objects = older("shop").to_vec();
+        objects.extend(older("istio-system"));
+        let before = Policies::of(&objects, "istio-system");
+        assert_eq!(before.modes(&workload("shop", &web)).default, Mode::Permissive);
+        objects.push(object("web", namespace, unreadable));
+        let policies = Policies::of(&objects, "istio-system");
+        for labels in [&web, &db] {
+            assert_eq!(
+                policies.modes(&workload("shop", labels)).at(80),
+                Mode::Strict,
+                "{namespace} {labels:?}"
+            );
+        }
+        assert_eq!(policies.modes(&workload("jobs", &[])).default, elsewhere);
+        assert_eq!(policies.mesh_default(), elsewhere);
+    }
+}
+
+#[test]
 fn two_kinds_may_share_a_name_and_two_objects_of_a_kind_may_not() {
     let of = |kind: &str| {
         format!(
