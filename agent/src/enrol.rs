@@ -14,7 +14,7 @@ use std::{
     collections::{HashMap, HashSet},
     io,
     net::IpAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -175,6 +175,10 @@ enum NotYet {
     NoAddress(String),
     #[error("neither the directory nor its network namespace has an address of it yet")]
     AddressUnknown,
+    #[error("its address {0} is in no range of meshRanges; what it sends there would go in clear")]
+    OutsideMesh(IpAddr),
+    #[error("the address {0} that its network namespace has is another pod's")]
+    AddressTaken(IpAddr),
     #[error("no certificate: {0}")]
     NoCertificate(String),
     #[error("{0}")]
@@ -212,12 +216,19 @@ impl Enroller {
             directory.on_node(&self.node).filter(|w| w.protocol == Protocol::Tacit).cloned().collect();
         events.watch(self.pods_cgroup.path());
         // What the source lost sight of stays covered until its last process is gone.
-        let kept: Vec<Arc<Workload>> = wanted.iter().chain(directory.departed()).cloned().collect();
+        // One that is wanted again is what it is wanted as.
+        let kept: HashMap<&Path, &Arc<Workload>> =
+            directory.departed().chain(&wanted).map(|w| (w.cgroup.as_path(), w)).collect();
         self.release_gone(state, &kept);
+        self.remove_leftovers(state, &kept);
+        // All at once, so that an authority which does not answer costs one wait and not one for each.
+        wanted.iter().for_each(|workload| self.identities.prepare(&workload.identity));
         let mut waiting = Vec::new();
         for workload in &wanted {
-            // Its certificate comes while its sandbox is made.
-            self.identities.prepare(&workload.identity);
+            // Enrolling one may have been a wait for its certificate; a policy of others must not wait for it too.
+            if state.applied.as_ref().is_none_or(|applied| !Arc::ptr_eq(applied, &self.policies.current())) {
+                self.apply_policies(state, &kept);
+            }
             let path = self.pods_cgroup.path().join(&workload.cgroup);
             events.watch_pod(&path);
             if state.current.contains_key(&workload.cgroup) {
@@ -239,30 +250,27 @@ impl Enroller {
             }
         }
         state.populated.retain(|cgroup, _| state.known.contains_key(cgroup));
-        self.apply_policies(state, &wanted);
-        if !std::mem::replace(&mut state.reconciled, true) {
-            self.remove_leftovers(state);
-        }
+        self.apply_policies(state, &kept);
         self.publish(state, waiting);
         self.forget_identities(state, &wanted);
     }
 
     /// Ends what is no longer true: another identity or address, another cgroup, no process left.
-    fn release_gone(&self, state: &mut State, wanted: &[Arc<Workload>]) {
+    fn release_gone(&self, state: &mut State, kept: &HashMap<&Path, &Arc<Workload>>) {
+        let stays = |path: &PathBuf, pod: &Pod| {
+            kept.get(path.as_path()).is_some_and(|w| is_same(w, &pod.workload)) && self.is_alive(path, pod)
+        };
         let gone: Vec<PathBuf> = state
             .current
             .iter()
-            .filter(|(path, pod)| {
-                !wanted.iter().any(|w| is_same(w, &pod.workload)) || !self.is_alive(path, pod)
-            })
+            .filter(|(path, pod)| !stays(path, pod))
             .map(|(path, _)| path.clone())
             .collect();
         for path in gone {
             let Some(pod) = state.current.remove(&path) else { continue };
             pod.closed.cancel();
-            let still_wanted = wanted.iter().any(|w| w.cgroup == path);
-            let same_cgroup =
-                Cgroup::open(&self.pods_cgroup.path().join(&path)).is_ok_and(|c| c.id() == pod.cgroup);
+            let still_wanted = kept.contains_key(path.as_path());
+            let same_cgroup = cgroup::id_at(&self.pods_cgroup.path().join(&path)) == Some(pod.cgroup);
             // Modes, steering and entry without a listener deny; they stay as long as a process could still appear
             // behind them, and the next enrolment replaces them.
             if !(still_wanted && same_cgroup) {
@@ -277,10 +285,9 @@ impl Enroller {
         }
     }
 
-    fn is_alive(&self, path: &PathBuf, pod: &Pod) -> bool {
+    fn is_alive(&self, path: &Path, pod: &Pod) -> bool {
         let path = self.pods_cgroup.path().join(path);
-        let same = Cgroup::open(&path).is_ok_and(|c| c.id() == pod.cgroup);
-        same && cgroup::processes(&path).is_ok_and(|found| !found.is_empty())
+        cgroup::id_at(&path) == Some(pod.cgroup) && cgroup::is_populated(&path)
     }
 
     async fn enrol(&self, state: &mut State, workload: &Arc<Workload>) -> Result<Arc<Pod>, NotYet> {
@@ -290,17 +297,27 @@ impl Enroller {
         if !POD_LEVELS.contains(&below) {
             return Err(NotYet::Depth(below));
         }
-        let policies = self.policies.current();
-        let (modes, authorization) = (policies.modes(workload), policies.authorization(workload));
-        let slot = self.cover(state, cgroup.id(), workload, &modes)?;
+        let slot = self.cover(state, cgroup.id(), workload, &self.policies.current().modes(workload))?;
+        // Its packets to others with such an address are outside of what Tacit keeps.
+        if let Some(outside) = workload.addresses.iter().find(|address| !self.is_mesh(**address)) {
+            return Err(NotYet::OutsideMesh(*outside));
+        }
         let processes = cgroup::processes(&path).unwrap_or_default();
         if processes.is_empty() {
             return Err(NotYet::NoProcess);
         }
         state.populated.entry(cgroup.id()).or_insert_with(Instant::now);
         let (netns, workload) = self.find_netns(processes, workload)?;
+        // A pod that may change its addresses must not get a neighbour's connections by it.
+        let mut others = state.current.values().flat_map(|pod| &pod.workload.addresses);
+        if let Some(taken) = others.find(|address| workload.addresses.contains(address)) {
+            return Err(NotYet::AddressTaken(*taken));
+        }
         let identity = &workload.identity;
         self.identities.require(identity).await.map_err(|e| NotYet::NoCertificate(e.to_string()))?;
+        // As they are now: that may have been a wait.
+        let policies = self.policies.current();
+        let (modes, authorization) = (policies.modes(&workload), policies.authorization(&workload));
         let listeners = Listeners::open(&netns, &self.host).map_err(|e| NotYet::Kernel(e.to_string()))?;
         let was_enrolled_here = self.kernel.maps.enrolled_in(cgroup.id()) == Some(netns.cookie());
         let entry = entry(&workload, cgroup.id(), slot, netns.cookie(), &modes);
@@ -322,6 +339,10 @@ impl Enroller {
         });
         (self.serve)(pod.clone(), listeners);
         Ok(pod)
+    }
+
+    fn is_mesh(&self, address: IpAddr) -> bool {
+        self.mesh_ranges.iter().any(|range| range.contains(&address))
     }
 
     /// The pod's namespace, that of the first process with all the pod's addresses: a namespace nested in a pod has not.
@@ -377,7 +398,8 @@ impl Enroller {
             pods.iter().flat_map(|p| p.workload.addresses.iter().map(move |a| (*a, p.clone()))).collect();
         let before = self.table.swap(Arc::new(Table { pods, waiting: waiting.clone(), by_address }));
         for Waiting { workload, reason } in waiting {
-            let known = before.waiting.iter().any(|w| w.workload == workload && w.reason == reason);
+            let known =
+                before.waiting.iter().any(|w| w.workload.cgroup == workload.cgroup && w.reason == reason);
             if !known {
                 tracing::info!(pod = %workload.name, namespace = %workload.namespace, reason, "not enrolled yet");
             }
@@ -415,12 +437,14 @@ struct State {
     current: HashMap<PathBuf, Arc<Pod>>,
     /// Pods in the kernel's map: cgroup id to slot.
     known: HashMap<u64, u32>,
+    /// The policies that all enrolled pods were last looked at by.
+    applied: Option<Arc<Policies>>,
     /// Pods whose policy changed a short time ago, by cgroup id, with when.
     unsettled: HashMap<u64, Instant>,
     /// Pods that have processes and are not enrolled yet, by cgroup id, with when that was first seen.
     populated: HashMap<u64, Instant>,
-    /// Whether all pods have been looked at once.
-    reconciled: bool,
+    /// Whether what an earlier agent left was looked through.
+    swept: bool,
 }
 
 impl State {

@@ -4,9 +4,9 @@
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, os::unix::fs::MetadataExt as _, time::Duration};
 use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe, slowed};
-use tacit_topology::{Pod, WorkloadEntry, until};
+use tacit_topology::{Agent, Pod, WorkloadEntry, until};
 
 /// Time for a changed file to hold.
 const RELOADED: Duration = Duration::from_secs(10);
@@ -116,7 +116,7 @@ fn a_bad_directory_is_refused_and_the_last_good_one_stays() -> Result<()> {
 #[test]
 #[ignore = "needs root"]
 fn a_pod_that_comes_later_is_enrolled_and_one_that_goes_is_released() -> Result<()> {
-    let mesh = plan().with_agents()?;
+    let mut mesh = plan().with_agents()?;
     let (a, b) = (mesh.agent("a")?, mesh.agent("b")?);
     let late = mesh.topology().node("b")?.pod("shop", "late")?;
     let mut directory = mesh.directory();
@@ -145,10 +145,43 @@ fn a_pod_that_comes_later_is_enrolled_and_one_that_goes_is_released() -> Result<
     observe::wait_status(b, "the pod no longer enrolled", |status| {
         pod(status, "late").filter(|pod| pod["state"] != "enrolled")
     })?;
+    // A process could still appear in its cgroup: what holds for it stays, over a restart too.
+    let id = std::fs::metadata(late.cgroup())?.ino();
+    ensure!(!pins_of(b, id)?.is_empty(), "nothing is pinned for the pod");
+    mesh.agent_mut("b")?.kill()?;
+    mesh.agent_mut("b")?.restart()?;
+    mesh.agent_mut("b")?.wait_ready()?;
+    let (a, b) = (mesh.agent("a")?, mesh.agent("b")?);
+    observe::wait_status(b, "the pod waiting again", |status| {
+        pod(status, "late").filter(|pod| pod["state"] != "enrolled")
+    })?;
+    ensure!(
+        pins_of(b, id)?.iter().any(|pin| pin.starts_with("steer-")),
+        "its namespace is no longer steered"
+    );
     for agent in [a, b] {
         agent.files().set_directory(&mesh.directory())?;
     }
-    observe::wait_status(b, "the pod gone", |status| pod(status, "late").is_none().then_some(()))
+    observe::wait_status(b, "the pod gone", |status| pod(status, "late").is_none().then_some(()))?;
+    until("nothing is pinned for it", slowed(RELOADED)?, || Ok(pins_of(b, id)?.is_empty().then_some(())))
+}
+
+/// Names of the links that are pinned for the pod with this cgroup.
+fn pins_of(agent: &Agent, cgroup: u64) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for folder in std::fs::read_dir(agent.files().pin_path())? {
+        let Ok(pins) = std::fs::read_dir(folder?.path()) else { continue };
+        for pin in pins {
+            names.push(pin?.file_name().to_string_lossy().into_owned());
+        }
+    }
+    let of_pod = |name: &String| {
+        ["steer", "guard"].iter().any(|kind| {
+            let pod = name.strip_prefix(&format!("{kind}-")).and_then(|rest| rest.split('-').next());
+            pod == Some(&cgroup.to_string())
+        })
+    };
+    Ok(names.into_iter().filter(of_pod).collect())
 }
 
 fn plan() -> Plan {

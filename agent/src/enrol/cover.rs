@@ -1,17 +1,18 @@
 //! What the kernel is told about a pod, in which order, and what it is told no more.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use super::{Enroller, NotYet, Pod, State};
 use crate::{
-    directory::{Egress, Protocol, Udp, Workload},
+    directory::{Egress, Udp, Workload},
     kernel::{
-        GuardedLink, InClear, KernelError, Plaintext, PodEntry, cgroup::Cgroup, existing, netns::Netns, node,
+        GuardedLink, InClear, KernelError, Plaintext, PodEntry, cgroup, existing, netns::Netns, node,
         socket::Listeners,
     },
     policy::{Authorization, Flow, Mode, Modes, Source, Verdict, decide},
@@ -63,12 +64,13 @@ impl Enroller {
         Ok(links)
     }
 
-    pub(super) fn apply_policies(&self, state: &mut State, wanted: &[Arc<Workload>]) {
+    pub(super) fn apply_policies(&self, state: &mut State, kept: &HashMap<&Path, &Arc<Workload>>) {
         let policies = self.policies.current();
+        state.applied = Some(Arc::clone(&policies));
         state.unsettled.retain(|_, since| since.elapsed() < SETTLING);
         for pod in state.current.values() {
             // Labels may have changed since the pod was enrolled.
-            let entry = wanted.iter().find(|w| w.cgroup == pod.workload.cgroup).unwrap_or(&pod.workload);
+            let entry = kept.get(pod.workload.cgroup.as_path()).map_or(&*pod.workload, |entry| entry);
             let (modes, authorization) = (policies.modes(entry), policies.authorization(entry));
             if (modes != **pod.modes.load() || authorization != *pod.authorization())
                 && self.change_policies(pod, modes, authorization)
@@ -147,9 +149,7 @@ impl Enroller {
     pub(super) fn reset_clear(&self, netns: &Netns, workload: &Workload) {
         let nodes = node::addresses().unwrap_or_default();
         let is_mesh = |address: IpAddr| {
-            self.mesh_ranges.iter().any(|range| range.contains(&address))
-                && !workload.addresses.contains(&address)
-                && !nodes.contains(&address)
+            self.is_mesh(address) && !workload.addresses.contains(&address) && !nodes.contains(&address)
         };
         match existing::reset_clear(netns, &self.host, self.kernel.cgroup, is_mesh) {
             Ok(ended) => self.telemetry.reset_at_enrolment(ended),
@@ -159,11 +159,16 @@ impl Enroller {
         }
     }
 
-    /// After a restart: what an earlier agent left for pods that are no longer of this node.
-    pub(super) fn remove_leftovers(&self, state: &mut State) {
-        let live: HashSet<u64> = state.current.values().map(|p| p.cgroup).collect();
-        let gone: Vec<u64> =
-            state.known.keys().copied().filter(|id| !live.contains(id) && !self.is_waiting(*id)).collect();
+    /// Removes what the kernel holds for pods that are no longer of this node: those of an earlier agent, and those that the
+    /// directory forgot after they had ended. While it names one, a process could still appear behind what is held.
+    pub(super) fn remove_leftovers(&self, state: &mut State, kept: &HashMap<&Path, &Arc<Workload>>) {
+        let ids: HashSet<u64> =
+            kept.keys().filter_map(|path| cgroup::id_at(&self.pods_cgroup.path().join(path))).collect();
+        let is_first = !std::mem::replace(&mut state.swept, true);
+        if !is_first && state.known.keys().all(|id| ids.contains(id)) {
+            return;
+        }
+        let gone: Vec<u64> = state.known.keys().copied().filter(|id| !ids.contains(id)).collect();
         for cgroup in gone {
             if let Some(slot) = state.known.remove(&cgroup) {
                 self.kernel.maps.remove_modes(slot);
@@ -171,23 +176,15 @@ impl Enroller {
             self.kernel.maps.remove_pod(cgroup);
             self.kernel.maps.remove_links(cgroup);
         }
-        // Not in the loop's head: the lock would be held until its end.
+        // Not in the loops' heads: the lock would be held until their ends.
         let steered = self.kernel.programs().steered().unwrap_or_default();
-        for cgroup in steered.into_iter().filter(|id| !live.contains(id)) {
+        for cgroup in steered.into_iter().filter(|id| !ids.contains(id)) {
             self.kernel.programs().unsteer(cgroup);
         }
         let guarded = self.kernel.programs().guarded().unwrap_or_default();
-        for cgroup in guarded.into_iter().filter(|id| !live.contains(id) && !self.is_waiting(*id)) {
+        for cgroup in guarded.into_iter().filter(|id| !ids.contains(id)) {
             self.kernel.programs().unguard_links(cgroup, &[]);
         }
-    }
-
-    fn is_waiting(&self, cgroup: u64) -> bool {
-        let directory = self.directory.current();
-        directory.on_node(&self.node).any(|w| {
-            let path = self.pods_cgroup.path().join(&w.cgroup);
-            w.protocol == Protocol::Tacit && Cgroup::open(&path).is_ok_and(|c| c.id() == cgroup)
-        })
     }
 }
 

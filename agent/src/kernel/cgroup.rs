@@ -114,6 +114,19 @@ fn holder_of(root: &Path, pid: u32) -> Option<PathBuf> {
     None
 }
 
+/// Id of the cgroup at `path`, which is below one that [`Cgroup::open`] has opened; `None` when there is none.
+#[must_use]
+pub fn id_at(path: &Path) -> Option<u64> {
+    fs::metadata(path).ok().map(|found| found.ino())
+}
+
+/// Whether the cgroup at `path`, or one below it, has a process.
+#[must_use]
+pub fn is_populated(path: &Path) -> bool {
+    fs::read_to_string(path.join("cgroup.events"))
+        .is_ok_and(|events| events.lines().any(|line| line == "populated 1"))
+}
+
 /// Processes in the cgroup at `path` and below it, nearest first.
 ///
 /// # Errors
