@@ -128,7 +128,7 @@ fn leads_to(cluster: &Cluster, roots: &str) -> Result<()> {
     let web = pods::address(cluster, SHOP, "web")?;
     // It ends with an alert: there is no certificate of a client.
     let connect = format!(
-        "openssl s_client -connect {web}:{TUNNEL} -CAfile {} </dev/null 2>&1 || true",
+        "timeout 10 openssl s_client -connect {web}:{TUNNEL} -CAfile {} </dev/null 2>&1 || true",
         file.display()
     );
     let said = run(node.command("sh").args(["-c", &connect]))?;
