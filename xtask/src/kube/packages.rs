@@ -127,7 +127,7 @@ fn unpack_source(debs: &Path, root: &Path, tree: &Path) -> Result<()> {
     for old in files(&vendored)?.into_iter().filter(|file| is_code(file)) {
         fs::remove_file(old)?;
     }
-    for new in files(&newer)?.into_iter().filter(|file| is_code(file) && !file.ends_with("_test.go")) {
+    for new in files(&newer)?.into_iter().filter(|file| is_code(file)) {
         let name = new.file_name().context("a file without a name")?;
         if !name.to_string_lossy().ends_with("_test.go") {
             fs::copy(&new, vendored.join(name))?;
