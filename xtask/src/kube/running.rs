@@ -18,7 +18,7 @@ use super::{
     install::status,
     load::{self, ECHO, Ends, Held, Stream},
     pods::{self, MARKER, OUTSIDE},
-    promises::{ENROLLED, encrypted, pod_in},
+    promises::{self, ENROLLED, encrypted, is_enrolled},
     wire,
 };
 use crate::workspace::Workspace;
@@ -59,11 +59,7 @@ pub(super) fn enrolled(_: &Workspace, cluster: &Cluster) -> Result<String> {
     let (before, labelled) = (resets(cluster)?, load::now()?);
     cluster.kubectl(&["label", "namespace", YARD, ENROLLED])?;
     for (node, pod) in [("node1", "caller"), ("node2", "host")] {
-        cluster.eventually(&format!("{pod} is enrolled"), |cluster| {
-            let found = pod_in(&status(cluster, node)?, pod)?;
-            ensure!(found["state"] == "enrolled", "{found}");
-            Ok(())
-        })?;
+        promises::is(cluster, node, pod, "enrolled", is_enrolled)?;
     }
     load::answered(cluster, YARD, "caller", STREAM)?;
     encrypted(&wire::during(cluster, || load::answered(cluster, YARD, "caller", STREAM))?)?;
