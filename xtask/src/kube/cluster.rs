@@ -38,6 +38,8 @@ const PAUSE: &str = "localhost/pause:1";
 
 /// For a daemon to answer. An API server takes 7 s on a quiet machine with two cores.
 const DAEMON: Duration = Duration::from_secs(120);
+/// For one `kubectl`, in seconds; above the 120 s that some are told to wait.
+const KUBECTL_SECONDS: &str = "180";
 
 /// A running cluster. Dropping it takes it down.
 pub(super) struct Cluster {
@@ -259,7 +261,8 @@ impl Cluster {
 
     /// What `kubectl` prints, as the cluster's administrator.
     pub(super) fn kubectl(&self, arguments: &[&str]) -> Result<String> {
-        let mut command = self.nodes[0].command("kubectl");
+        let mut command = self.nodes[0].command("timeout");
+        command.args([KUBECTL_SECONDS, "kubectl"]);
         Ok(run(command.arg("--kubeconfig").arg(self.kubeconfig("admin")).args(arguments))?.trim().to_owned())
     }
 

@@ -8,13 +8,11 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::{
     cluster::Cluster,
-    pods::{MARKER, PORT, exec},
+    pods::{MARKER, PORT, exec, request},
 };
 
 /// Echoes lines for as long as a connection lasts.
 pub(super) const ECHO: u16 = 9000;
-/// What is asked of a web server, by a script.
-const GET: &str = "printf 'GET / HTTP/1.0\\r\\n\\r\\n'";
 
 /// A connection that is held open: a line each 0.2 s, which the other end sends back.
 pub(super) struct Held<'a> {
@@ -63,8 +61,9 @@ fn script(held: &[Held<'_>], web: Option<&str>) -> String {
     if let Some(web) = web {
         script += &format!(
             "( while :; do read began _ </proc/uptime; \
-             if {GET} | nc -w 3 {web} {PORT} 2>/dev/null | grep -q {MARKER}; then how=ok; else how=failed; fi; \
-             read ended _ </proc/uptime; echo $began $ended $how >>/tmp/stream; sleep 0.05; done ) &\n"
+             if {} | nc -w 3 {web} {PORT} 2>/dev/null | grep -q {MARKER}; then how=ok; else how=failed; fi; \
+             read ended _ </proc/uptime; echo $began $ended $how >>/tmp/stream; sleep 0.05; done ) &\n",
+            request()
         );
     }
     script + "wait"

@@ -12,12 +12,13 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{
-    command::{run, stdout},
+    command::run,
+    debian::{Apt, Packages},
     progress::note,
     workspace::Workspace,
 };
 
-const SUITE: &str = "bookworm";
+const SUITES: [&str; 2] = ["bookworm", "bookworm-security"];
 const SOURCE: &str = "kubernetes";
 const BUILD: &str = include_str!("build.sh");
 
@@ -86,10 +87,14 @@ fn make(cache: &Path, work: &Path) -> Result<PathBuf> {
     for folder in [&debs, &root, &tree] {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     }
-    let apt = Apt::new(&work.join("apt"))?;
-    apt.quiet(apt.get(&debs).args(["update"]))?;
-    apt.quiet(apt.get(&debs).arg("download").args(PACKAGES))?;
-    apt.quiet(apt.get(&debs).args(["source", "--download-only", SOURCE]))?;
+    let apt = Apt::new(&work.join("apt"), Packages::BinaryAndSource, &SUITES)?;
+    let get = |arguments: &[&str]| {
+        let mut get = apt.command("apt-get");
+        run(get.arg("-qq").args(arguments).current_dir(&debs).stdin(Stdio::null()).stdout(Stdio::null()))
+    };
+    get(&["update"])?;
+    get(&[&["download"], PACKAGES.as_slice()].concat())?;
+    get(&["source", "--download-only", SOURCE])?;
     for deb in found(&debs, "_amd64.deb")?.iter().chain(&found(&debs, "_all.deb")?) {
         run(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&root))?;
     }
@@ -127,7 +132,7 @@ fn unpack_source(debs: &Path, root: &Path, tree: &Path) -> Result<()> {
     for old in files(&vendored)?.into_iter().filter(|file| is_code(file)) {
         fs::remove_file(old)?;
     }
-    for new in files(&newer)?.into_iter().filter(|file| is_code(file) && !file.ends_with("_test.go")) {
+    for new in files(&newer)?.into_iter().filter(|file| is_code(file)) {
         let name = new.file_name().context("a file without a name")?;
         if !name.to_string_lossy().ends_with("_test.go") {
             fs::copy(&new, vendored.join(name))?;
@@ -146,57 +151,6 @@ fn gather(root: &Path, folder: &Path) -> Result<()> {
         fs::copy(&from, folder.join(to).join(name)).with_context(|| format!("no {}", from.display()))?;
     }
     Ok(())
-}
-
-/// apt with a state of its own.
-struct Apt {
-    options: Vec<String>,
-}
-
-impl Apt {
-    fn new(folder: &Path) -> Result<Self> {
-        for part in ["lists/partial", "cache/archives/partial"] {
-            fs::create_dir_all(folder.join(part))?;
-        }
-        let sources = folder.join("sources.list");
-        let sites = stdout(Command::new("apt-get").args(["indextargets", "--format", "$(SITE)"]));
-        fs::write(&sources, sources_list(&sites.context("apt-get indextargets: is this Debian?")?)?)?;
-        let option = |name: &str, value: &Path| format!("{name}={}", value.display());
-        let options = [
-            option("Dir::Etc::sourcelist", &sources),
-            "Dir::Etc::sourceparts=/dev/null".to_owned(),
-            option("Dir::State::Lists", &folder.join("lists")),
-            option("Dir::Cache", &folder.join("cache")),
-            "Acquire::Languages=none".to_owned(),
-            "Acquire::Check-Valid-Until=false".to_owned(),
-            "APT::Sandbox::User=root".to_owned(),
-        ];
-        Ok(Self { options: options.into_iter().flat_map(|o| ["-o".to_owned(), o]).collect() })
-    }
-
-    fn get(&self, folder: &Path) -> Command {
-        let mut command = Command::new("apt-get");
-        command.args(&self.options).arg("-qq").current_dir(folder);
-        command
-    }
-
-    fn quiet(&self, command: &mut Command) -> Result<()> {
-        run(command.stdin(Stdio::null()).stdout(Stdio::null()))
-    }
-}
-
-/// Binary and source lists of the suite, from the mirror that this machine's apt is set up with.
-fn sources_list(sites: &str) -> Result<String> {
-    let mirror = sites.lines().find_map(|site| site.split_once("/debian").map(|(base, _)| base));
-    let mirror = mirror.filter(|base| !base.is_empty());
-    let mirror =
-        mirror.context("apt has no Debian mirror configured: Kubernetes comes from Debian's archive")?;
-    let key = "[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]";
-    let places = [("debian", SUITE.to_owned()), ("debian-security", format!("{SUITE}-security"))];
-    let lines = ["deb", "deb-src"].into_iter().flat_map(|kind| {
-        places.iter().map(move |(archive, suite)| format!("{kind} {key} {mirror}/{archive} {suite} main\n"))
-    });
-    Ok(lines.collect())
 }
 
 fn version(description: &str) -> Option<String> {
@@ -221,15 +175,6 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sources_come_from_the_machines_own_mirror() {
-        let list = sources_list("http://mirror.example/debian/\nhttp://other.example/x/\n").expect("list");
-        assert!(list.contains("http://mirror.example/debian bookworm main\n"), "{list}");
-        assert!(list.contains("http://mirror.example/debian-security bookworm-security main\n"), "{list}");
-        assert_eq!(list.matches("deb-src ").count(), 2);
-        assert!(sources_list("http://other.example/x/\n").is_err());
-    }
 
     #[test]
     fn the_version_is_the_source_packages() {

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::cluster::{BUSYBOX, Cluster};
 
-/// What the server answers: found on the wire when it goes in clear.
+/// In every request and every answer: found on the wire when either goes in clear.
 pub(super) const MARKER: &str = "tacit-marker-4f1d7c";
 /// The namespace that is enrolled, and one that is not.
 pub(super) const SHOP: &str = "shop";
@@ -79,7 +79,7 @@ pub(super) fn with_account(namespace: &str, name: &str, node: &str, script: &str
 
 /// A job that asks the server, again for as long as its sandbox is not served yet: a STRICT pod waits, it does not leak.
 pub(super) fn job(namespace: &str, name: &str, node: &str, web: &str) -> Value {
-    let ask = format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | timeout 2 nc {web} {PORT} | grep -q {MARKER}");
+    let ask = format!("{} | timeout 2 nc {web} {PORT} | grep -q {MARKER}", request());
     let script = format!("n=0; until {ask}; do n=$((n+1)); [ $n -lt 50 ] || exit 1; sleep 0.1; done");
     let mut template = pod(namespace, name, node, &script);
     template["spec"]["restartPolicy"] = json!("Never");
@@ -96,10 +96,16 @@ pub(super) fn address(cluster: &Cluster, namespace: &str, pod: &str) -> Result<S
     Ok(found)
 }
 
+/// A command that prints what is asked of a web server. The marker is in it too: a server that takes no plaintext answers
+/// none, and a client that leaks would not be seen.
+pub(super) fn request() -> String {
+    format!("printf 'GET /?{MARKER} HTTP/1.0\\r\\n\\r\\n'")
+}
+
 /// What a pod is answered over HTTP within some seconds. Not by wget: a static program of the C library cannot look names
 /// of services up without its modules.
 pub(super) fn get(cluster: &Cluster, namespace: &str, pod: &str, address: &str, port: u16) -> Result<String> {
-    let script = format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | timeout 5 nc -w 3 {address} {port}");
+    let script = format!("{} | timeout 5 nc -w 3 {address} {port}", request());
     exec(cluster, namespace, pod, &script)
 }
 

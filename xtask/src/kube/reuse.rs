@@ -8,10 +8,10 @@ use tacit_topology::run;
 
 use super::{
     cluster::Cluster,
-    install::{metrics, status},
+    install::metrics,
     node::Node,
     pods::{self, PORT, SHOP},
-    promises::pod_in,
+    promises::{self, is_enrolled},
 };
 use crate::workspace::Workspace;
 
@@ -84,11 +84,7 @@ fn start(cluster: &Cluster, name: &str, node: &Node) -> Result<()> {
     let serve = format!("mkdir /www; echo 'I am {name}' >/www/index.html; exec httpd -f -p {PORT} -h /www");
     cluster.apply(&pods::with_account(SHOP, name, node.place.name, &serve))?;
     pods::ready(cluster, SHOP, &[&format!("pod/{name}")])?;
-    cluster.eventually("it is enrolled", |cluster| {
-        let pod = pod_in(&status(cluster, node.place.name)?, name)?;
-        ensure!(pod["state"] == "enrolled", "{pod}");
-        Ok(())
-    })
+    promises::is(cluster, node.place.name, name, "enrolled", is_enrolled)
 }
 
 /// The next pod of the node gets this address: host-local goes on from the one it gave last.

@@ -12,7 +12,7 @@ use super::{
     install::{self, status},
     load::{self, ECHO, Ends, Held, Stream},
     pods::{self, MARKER, SHOP},
-    promises::{both_are, encrypted, rolled_out},
+    promises::{both_are, encrypted, is_enrolled, rolled_out},
     wire,
 };
 use crate::{
@@ -95,7 +95,7 @@ fn shorten_lives(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
             Ok(())
         })?;
     }
-    both_are(cluster, "enrolled", |pod| pod["state"] == "enrolled")
+    both_are(cluster, "enrolled", is_enrolled)
 }
 
 fn start(cluster: &Cluster) -> Result<()> {
@@ -128,7 +128,7 @@ fn leads_to(cluster: &Cluster, roots: &str) -> Result<()> {
     let web = pods::address(cluster, SHOP, "web")?;
     // It ends with an alert: there is no certificate of a client.
     let connect = format!(
-        "openssl s_client -connect {web}:{TUNNEL} -CAfile {} </dev/null 2>&1 || true",
+        "timeout 10 openssl s_client -connect {web}:{TUNNEL} -CAfile {} </dev/null 2>&1 || true",
         file.display()
     );
     let said = run(node.command("sh").args(["-c", &connect]))?;

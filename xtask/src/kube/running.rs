@@ -18,7 +18,7 @@ use super::{
     install::status,
     load::{self, ECHO, Ends, Held, Stream},
     pods::{self, MARKER, OUTSIDE},
-    promises::{ENROLLED, encrypted, pod_in},
+    promises::{self, ENROLLED, encrypted, is_enrolled},
     wire,
 };
 use crate::workspace::Workspace;
@@ -54,16 +54,12 @@ pub(super) fn enrolled(_: &Workspace, cluster: &Cluster) -> Result<String> {
     }
     let clear = wire::during(cluster, || load::answered(cluster, YARD, "caller", STREAM))?;
     let in_clear = clear.occurrences(MARKER.as_bytes());
-    ensure!(in_clear >= STREAM, "the marker was read {in_clear} times before: nothing would be seen");
+    ensure!(in_clear >= 2 * STREAM, "the marker was read {in_clear} times before: nothing would be seen");
 
     let (before, labelled) = (resets(cluster)?, load::now()?);
     cluster.kubectl(&["label", "namespace", YARD, ENROLLED])?;
     for (node, pod) in [("node1", "caller"), ("node2", "host")] {
-        cluster.eventually(&format!("{pod} is enrolled"), |cluster| {
-            let found = pod_in(&status(cluster, node)?, pod)?;
-            ensure!(found["state"] == "enrolled", "{found}");
-            Ok(())
-        })?;
+        promises::is(cluster, node, pod, "enrolled", is_enrolled)?;
     }
     load::answered(cluster, YARD, "caller", STREAM)?;
     encrypted(&wire::during(cluster, || load::answered(cluster, YARD, "caller", STREAM))?)?;

@@ -16,7 +16,7 @@ use super::{
     load,
     node::Node,
     pods::{self, SHOP},
-    promises::pod_in,
+    promises::{self, is_enrolled, pod_in},
 };
 use crate::{deploy::NAMESPACE, workspace::Workspace};
 
@@ -60,11 +60,7 @@ fn start(cluster: &Cluster, batch: usize) -> Result<Vec<Enrolment>> {
     cluster.apply(&objects)?;
     let mut found = Vec::new();
     for (node, name) in &names {
-        cluster.eventually("it is enrolled", |cluster| {
-            let pod = pod_in(&status(cluster, node.place.name)?, name)?;
-            ensure!(pod["state"] == "enrolled", "{pod}");
-            Ok(())
-        })?;
+        promises::is(cluster, node.place.name, name, "enrolled", is_enrolled)?;
         found.push(measure(cluster, node, name)?);
     }
     let names: Vec<&str> = names.iter().map(|(_, name)| name.as_str()).collect();

@@ -1,7 +1,6 @@
 //! Debian's kernels, fetched and unpacked into the cache, never installed.
 //!
-//! apt is used with a private configuration and state, and with the mirror that this machine's own is set up with; only
-//! the four suites that have these kernels are looked at.
+//! Only the four suites that have these kernels are looked at.
 
 use std::{
     fs,
@@ -9,10 +8,11 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
 
 use crate::{
     command::{run, stdout},
+    debian::{Apt, Packages},
     progress::note,
     workspace::Workspace,
 };
@@ -57,51 +57,22 @@ pub(super) struct Unpacked {
 pub(super) fn ensure(workspace: &Workspace, kernels: &[&Kernel]) -> Result<Vec<Unpacked>> {
     let home = workspace.cache().join("kernels");
     fs::create_dir_all(&home).with_context(|| format!("cannot create {}", home.display()))?;
-    let apt = Apt::new(&home.join("apt"))?;
-    kernels.iter().map(|kernel| apt.kernel(&home, kernel)).collect()
+    let suites = MATRIX.map(|kernel| kernel.suite);
+    let archive = Archive(Apt::new(&home.join("apt"), Packages::Binary, &suites)?);
+    kernels.iter().map(|kernel| archive.kernel(&home, kernel)).collect()
 }
 
-/// apt with a state of its own.
-struct Apt {
-    options: Vec<String>,
-}
+/// Debian's archive, asked for kernels.
+struct Archive(Apt);
 
-impl Apt {
-    fn new(folder: &Path) -> Result<Self> {
-        for part in ["lists/partial", "cache/archives/partial"] {
-            fs::create_dir_all(folder.join(part))
-                .with_context(|| format!("cannot create {}", folder.display()))?;
-        }
-        let sources = folder.join("sources.list");
-        fs::write(&sources, sources_list(&mirror()?))?;
-        let option = |name: &str, value: &Path| format!("{name}={}", value.display());
-        let mut options = vec![
-            option("Dir::Etc::sourcelist", &sources),
-            "Dir::Etc::sourceparts=/dev/null".to_owned(),
-            option("Dir::State::Lists", &folder.join("lists")),
-            option("Dir::Cache", &folder.join("cache")),
-            "Acquire::Languages=none".to_owned(),
-            // Suites whose lists are no longer renewed still have the kernels.
-            "Acquire::Check-Valid-Until=false".to_owned(),
-            "APT::Sandbox::User=root".to_owned(),
-        ];
-        options = options.into_iter().flat_map(|o| ["-o".to_owned(), o]).collect();
-        Ok(Self { options })
-    }
-
-    fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(program);
-        command.args(&self.options);
-        command
-    }
-
+impl Archive {
     fn kernel(&self, home: &Path, kernel: &Kernel) -> Result<Unpacked> {
         // A kernel that is there is used as it is: a newer one comes when the cache is removed.
         if let Some(found) = unpacked(home, kernel.label) {
             return Ok(found);
         }
         note(&format!("fetching Debian's kernel {} ({})", kernel.label, kernel.suite));
-        run(self.command("apt-get").args(["-qq", "update"]))?;
+        run(self.0.command("apt-get").args(["-qq", "update"]))?;
         let image = self.image(kernel)?;
         let work = home.join(format!(".{}-{}", kernel.label, std::process::id()));
         let result = self.unpack(&work, &image).and_then(|release| {
@@ -116,13 +87,13 @@ impl Apt {
     /// The image that the suite's metapackage depends on.
     fn image(&self, kernel: &Kernel) -> Result<String> {
         let versions =
-            stdout(self.command("apt-cache").args(["madison", META])).context("apt-cache madison")?;
+            stdout(self.0.command("apt-cache").args(["madison", META])).context("apt-cache madison")?;
         let in_suite =
             |line: &&str| line.split('|').nth(2).is_some_and(|s| s.contains(&format!("{}/", kernel.suite)));
         let line = versions.lines().find(in_suite);
         let version = line.and_then(|l| l.split('|').nth(1)).map(str::trim);
         let version = version.with_context(|| format!("the mirror has no {META} in {}", kernel.suite))?;
-        let shown = stdout(self.command("apt-cache").args(["show", &format!("{META}={version}")]));
+        let shown = stdout(self.0.command("apt-cache").args(["show", &format!("{META}={version}")]));
         let depends = dependencies(&shown.context("apt-cache show")?);
         let image = depends.into_iter().find(|name| name.starts_with("linux-image-"));
         image.with_context(|| format!("{META} {version} depends on no image"))
@@ -134,13 +105,13 @@ impl Apt {
         let root = work.join("root");
         fs::create_dir_all(&debs)?;
         fs::create_dir_all(&root)?;
-        let shown = stdout(self.command("apt-cache").args(["show", image])).context("apt-cache show")?;
+        let shown = stdout(self.0.command("apt-cache").args(["show", image])).context("apt-cache show")?;
         let parts = dependencies(&shown).into_iter().filter(|name| {
             let is_part =
                 ["linux-binary-", "linux-modules-", "linux-base-"].iter().any(|p| name.starts_with(p));
-            is_part && stdout(self.command("apt-cache").args(["show", name])).is_some_and(|s| !s.is_empty())
+            is_part && stdout(self.0.command("apt-cache").args(["show", name])).is_some_and(|s| !s.is_empty())
         });
-        run(self.command("apt-get").args(["-qq", "download", image]).args(parts).current_dir(&debs))?;
+        run(self.0.command("apt-get").args(["-qq", "download", image]).args(parts).current_dir(&debs))?;
         for deb in fs::read_dir(&debs)?.flatten() {
             run(Command::new("dpkg-deb").arg("-x").arg(deb.path()).arg(&root))?;
         }
@@ -180,25 +151,6 @@ fn unpacked(home: &Path, label: &str) -> Option<Unpacked> {
     found.pop()
 }
 
-/// The address of this machine's own Debian mirror.
-fn mirror() -> Result<String> {
-    let sites = stdout(Command::new("apt-get").args(["indextargets", "--format", "$(SITE)"]));
-    let sites = sites.context("apt-get indextargets: is this Debian?")?;
-    let mirror = sites.lines().find_map(|site| site.split_once("/debian").map(|(base, _)| base.to_owned()));
-    let mirror = mirror.context("apt has no Debian mirror configured: kernels come from Debian's archive")?;
-    ensure!(!mirror.is_empty(), "apt's Debian mirror has no address");
-    Ok(mirror)
-}
-
-fn sources_list(mirror: &str) -> String {
-    let key = "[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]";
-    let line = |archive: &str, suite: &str| format!("deb {key} {mirror}/{archive} {suite} main\n");
-    MATRIX
-        .iter()
-        .map(|k| line(if k.suite.ends_with("-security") { "debian-security" } else { "debian" }, k.suite))
-        .collect()
-}
-
 /// Names in the first `Depends` field of a package's record.
 fn dependencies(record: &str) -> Vec<String> {
     let field = record.lines().find_map(|line| line.strip_prefix("Depends: ")).unwrap_or_default();
@@ -214,12 +166,5 @@ mod tests {
     fn dependencies_are_read_without_versions_and_alternatives() {
         let record = "Package: x\nDepends: linux-image-6.1.0-1 (= 1), kmod | busybox, linux-base\n";
         assert_eq!(dependencies(record), ["linux-image-6.1.0-1", "kmod", "linux-base"]);
-    }
-
-    #[test]
-    fn security_suites_come_from_their_own_archive() {
-        let list = sources_list("http://mirror.example");
-        assert!(list.contains("http://mirror.example/debian-security bookworm-security main\n"), "{list}");
-        assert!(list.contains("http://mirror.example/debian trixie-backports main\n"), "{list}");
     }
 }
