@@ -193,7 +193,7 @@ fn uninstall(config: Option<PathBuf>, pin_path: Option<PathBuf>, stay: bool) -> 
 }
 
 fn agent(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<()> {
-    start_log(verbose, format)?;
+    let _lines = start_log(verbose, format)?;
     let config = Config::read(config)?;
     // For control alone; flows have threads of their own.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
@@ -204,7 +204,7 @@ fn agent(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<(
 }
 
 fn run_authority(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<()> {
-    start_log(verbose, format)?;
+    let _lines = start_log(verbose, format)?;
     let config = authority::config::Config::read(config)?;
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
@@ -212,13 +212,12 @@ fn run_authority(config: &std::path::Path, verbose: bool, format: LogFormat) -> 
     Ok(())
 }
 
-fn start_log(verbose: bool, format: LogFormat) -> Result<()> {
+fn start_log(verbose: bool, format: LogFormat) -> Result<impl Drop> {
     let format = match format {
         LogFormat::Text => log::Format::Human,
         LogFormat::Json => log::Format::Json,
     };
-    log::init(format, verbose.then_some("debug"))?;
-    Ok(())
+    Ok(log::init(format, verbose.then_some("debug"))?)
 }
 
 fn family(text: &str) -> Result<tacit_attack::Family, String> {

@@ -130,6 +130,7 @@ impl Telemetry {
         metrics::text(metrics::Exposition {
             series,
             overflowed,
+            log_lines_lost: log::lost_lines(),
             refusals: self.refusals.totals(),
             revocations: self.revocations.totals(),
             audits: self.audits.totals(),

@@ -1,14 +1,33 @@
 //! Where log lines go: standard error, for people or as JSON, filtered by level and target.
+//!
+//! A thread of its own writes them, many at a time: no flow waits for a reader of the log that is slow or gone, and a line
+//! of the access log costs no system call. What does not fit is lost, and counted.
 
-use std::io::{self, IsTerminal};
+use std::{
+    io::{self, BufWriter, IsTerminal, Stderr, Write},
+    sync::OnceLock,
+    thread,
+    time::Duration,
+};
 
 use tracing::subscriber::SetGlobalDefaultError;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{EnvFilter, filter::ParseError};
 
 /// Environment variable with the filter, used when no flag gives one.
 const FILTER_VARIABLE: &str = "TACIT_LOG";
 /// State changes, warnings, errors and the access log.
 const FILTER_DEFAULT: &str = "info";
+
+/// Lines that may wait to be written; some 4 MB.
+const LINES_MAX: usize = 8192;
+/// How much is written at once.
+const WRITE_BYTES: usize = 64 << 10;
+/// How long lines gather.
+const GATHER: Duration = Duration::from_millis(10);
+
+/// Counts lines that were lost.
+static LOST: OnceLock<ErrorCounter> = OnceLock::new();
 
 /// How a line looks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
@@ -39,16 +58,21 @@ pub enum LogError {
     Twice(#[from] SetGlobalDefaultError),
 }
 
-/// Sends log lines to standard error from now on. `filter` comes from the command line; without one,
-/// `TACIT_LOG` counts, else `info`. Call it once.
+/// Sends log lines to standard error from now on; dropping the answer writes those that wait. `filter` comes from the
+/// command line; without one, `TACIT_LOG` counts, else `info`. Call it once.
 ///
 /// # Errors
 /// [`LogError`] when the filter is not understood or logging is set up already.
-pub fn init(format: Format, filter: Option<&str>) -> Result<(), LogError> {
+pub fn init(format: Format, filter: Option<&str>) -> Result<WorkerGuard, LogError> {
     let variable = std::env::var(FILTER_VARIABLE).ok();
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(parse(choose(filter, variable.as_deref()))?)
-        .with_writer(io::stderr);
+    let filter = parse(choose(filter, variable.as_deref()))?;
+    let (lines, guard) = NonBlockingBuilder::default()
+        .buffered_lines_limit(LINES_MAX)
+        .lossy(true)
+        .thread_name("tacit-log")
+        .finish(Gathering(BufWriter::with_capacity(WRITE_BYTES, io::stderr())));
+    let _ = LOST.set(lines.error_counter());
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(lines);
     match format {
         Format::Human => {
             let colour =
@@ -57,7 +81,28 @@ pub fn init(format: Format, filter: Option<&str>) -> Result<(), LogError> {
         }
         Format::Json => tracing::subscriber::set_global_default(builder.json().flatten_event(true).finish())?,
     }
-    Ok(())
+    Ok(guard)
+}
+
+/// Lines that were lost because standard error did not take them in time.
+#[must_use]
+pub fn lost_lines() -> u64 {
+    LOST.get().map_or(0, |lost| lost.dropped_lines() as u64)
+}
+
+/// Is flushed when no line waits, and then lets some gather.
+struct Gathering(BufWriter<Stderr>);
+
+impl Write for Gathering {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.0.write(line)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()?;
+        thread::sleep(GATHER);
+        Ok(())
+    }
 }
 
 /// The flag, else the variable, else the default; an empty one counts as not given.

@@ -104,6 +104,13 @@ static SERIES_OVERFLOWED: Metric = Metric {
     labels: &[],
     help: "Connections counted with unknown ends because there were too many different pairs.",
 };
+static LOG_LINES_LOST: Metric = Metric {
+    name: "tacit_log_lines_lost",
+    unit: None,
+    kind: MetricType::Counter,
+    labels: &[],
+    help: "Log lines that were lost because standard error did not take them in time.",
+};
 static REFUSED: Metric = Metric {
     name: "tacit_connections_refused",
     unit: None,
@@ -244,6 +251,7 @@ pub(super) struct Exposition {
     pub(super) series: Vec<SeriesTotals>,
     /// Flows counted with unknown ends because the table of series was full.
     pub(super) overflowed: u64,
+    pub(super) log_lines_lost: u64,
     pub(super) refusals: Vec<((Reporter, &'static str), u64)>,
     pub(super) revocations: Vec<((Reporter, &'static str), u64)>,
     pub(super) audits: Vec<((Reporter, &'static str), u64)>,
@@ -281,6 +289,7 @@ impl Exposition {
         writer.family(&RECEIVED, by_pair(|series| series.sent_bytes))?;
         writer.family(&SENT, by_pair(|series| series.received_bytes))?;
         writer.single(&SERIES_OVERFLOWED, self.overflowed)?;
+        writer.single(&LOG_LINES_LOST, self.log_lines_lost)?;
         for (metric, totals) in [(&REFUSED, &self.refusals), (&REVOKED, &self.revocations)] {
             let totals = totals.iter();
             writer.family(
