@@ -10,7 +10,7 @@
 pub(crate) mod busy;
 mod plain;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod tunnelled;
 
 pub use plain::plain;

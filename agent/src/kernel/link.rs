@@ -1,5 +1,5 @@
-//! The bpf(2) commands on links that aya 0.14 keeps private: open a pin, make one, read what a link is attached to, and swap its
-//! program atomically.
+//! The bpf(2) commands that aya 0.14 keeps private: open a pin, make one, read what a link is attached to, swap its program
+//! atomically, and take an entry out of a hash map.
 
 use std::{
     ffi::CString,
@@ -12,10 +12,22 @@ use std::{
     path::Path,
 };
 
+use aya::Pod;
+
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_long = 21;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+
+#[repr(C)]
+struct ElemAttr {
+    map_fd: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
 
 #[repr(C)]
 struct ObjAttr {
@@ -119,4 +131,19 @@ pub(super) fn update_raw(link: RawFd, program: BorrowedFd<'_>) -> io::Result<()>
         old_prog_fd: 0,
     };
     bpf(BPF_LINK_UPDATE, &mut attr).map(drop)
+}
+
+/// Takes the entry of `key` out of a hash map whose keys are `K` and whose values are `V`; `None` when there is none.
+pub(super) fn take<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K) -> Option<V> {
+    let mut value = MaybeUninit::<V>::zeroed();
+    let mut attr = ElemAttr {
+        map_fd: map.as_raw_fd() as u32,
+        pad: 0,
+        key: std::ptr::from_ref(key) as u64,
+        value: value.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    bpf(BPF_MAP_LOOKUP_AND_DELETE_ELEM, &mut attr).ok()?;
+    // SAFETY: zeroed before, plain data, and filled by the kernel.
+    Some(unsafe { value.assume_init() })
 }

@@ -5,7 +5,7 @@
 use std::{
     collections::{BTreeMap, HashSet},
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    os::fd::AsRawFd,
+    os::fd::{AsFd as _, AsRawFd},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -19,7 +19,7 @@ use tacit_abi::{
     listener_index, names_kind, pod_flag, steer_flag,
 };
 
-use super::{KernelError, programs::Programs};
+use super::{KernelError, link, programs::Programs};
 
 mod guard;
 
@@ -108,7 +108,7 @@ pub struct Maps {
     node: Mutex<HashMap<MapData, Address, u32>>,
     listeners: Mutex<SockMap<MapData>>,
     names: Mutex<SkStorage<MapData, Names>>,
-    captured: Mutex<HashMap<MapData, Tuple, Destination>>,
+    captured: Captured,
     counters: PerCpuArray<MapData, u64>,
     guard: GuardMaps,
 }
@@ -123,7 +123,7 @@ impl Maps {
             node: typed(programs, "NODE")?,
             listeners: typed(programs, "LISTENERS")?,
             names: typed(programs, "NAMES")?,
-            captured: typed(programs, "CAPTURED")?,
+            captured: Captured::take(programs)?,
             counters: typed::<PerCpuArray<MapData, u64>>(programs, "COUNTERS")?
                 .into_inner()
                 .unwrap_or_else(PoisonError::into_inner),
@@ -302,9 +302,7 @@ impl Maps {
             local_port: u32::from(client.port()),
             remote_port: u32::from(accepted_at.port()),
         };
-        let mut captured = lock(&self.captured);
-        let found = captured.get(&key, 0).ok()?;
-        let _ = captured.remove(&key);
+        let found = self.captured.take_out(&key)?;
         Some(SocketAddr::new(ip(&found.address), u16::try_from(found.port).ok()?))
     }
 
@@ -333,6 +331,28 @@ impl Maps {
                 KernelCounter { name: text.name, help: text.help, value }
             })
             .collect()
+    }
+}
+
+/// The map of captured connections, from which entries are taken in one system call and without a lock: each captured
+/// connection costs one.
+struct Captured(MapData);
+
+impl Captured {
+    fn take(programs: &mut Programs) -> Result<Self, KernelError> {
+        const NAME: &str = "CAPTURED";
+        let problem = |problem: &str| KernelError::Map { map: NAME, problem: problem.to_owned() };
+        let map = programs.ebpf().take_map(NAME).ok_or_else(|| problem("not in the object"))?;
+        // Whether its keys and values are what is taken for them.
+        HashMap::<_, Tuple, Destination>::try_from(&map).map_err(failed(NAME))?;
+        match map {
+            Map::HashMap(data) => Ok(Self(data)),
+            _ => Err(problem("not a hash map")),
+        }
+    }
+
+    fn take_out(&self, key: &Tuple) -> Option<Destination> {
+        link::take(self.0.fd().as_fd(), key)
     }
 }
 

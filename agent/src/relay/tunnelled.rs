@@ -21,7 +21,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{io::Interest, net::TcpStream, time::timeout};
+use tokio::{io::Interest, net::TcpStream, task::yield_now, time::timeout};
 
 use super::{FlowEnd, Party, busy::Busy};
 use crate::{
@@ -36,9 +36,9 @@ use crate::{
     },
 };
 
-/// How long a client waits for DONE before it gives up the session: a round trip if the destination reads what it got.
-/// If not, a new handshake costs the next flow less than waiting.
-const DONE_MAX: Duration = Duration::from_secs(1);
+/// How long a client waits for DONE before it gives up the session: a round trip if the destination reads what it got. Longer
+/// than the tick of `workers`: a timer that is the first to end costs a system call, and nobody waits for this.
+const DONE_MAX: Duration = Duration::from_secs(6);
 /// How long to try to get RESET out over a tunnel that is full. Closing the session then says the same.
 const RESET_MAX: Duration = Duration::from_secs(5);
 
@@ -124,6 +124,8 @@ struct Flow<'a> {
     down: &'a AtomicU64,
     /// How much to read from the application at once.
     size: Size,
+    /// ACCEPT waits for the application's first bytes, to leave with them, while the thread sees to its other flows once.
+    holds_answer: bool,
     /// FIN is queued or sent.
     app_ended: bool,
     /// FIN has left this node for sure.
@@ -140,12 +142,14 @@ impl<'a> Flow<'a> {
             Role::Client => (&counters.sent, &counters.received),
             Role::Server => (&counters.received, &counters.sent),
         };
+        let holds_answer = session.unsent();
         Self {
             app,
             session,
             up,
             down,
             size: Size::default(),
+            holds_answer,
             app_ended: false,
             end_sent: false,
             peer_ended: false,
@@ -156,9 +160,15 @@ impl<'a> Flow<'a> {
     async fn run(mut self) -> Ending {
         let app = self.app;
         let mut broken = pin!(app.ready(Interest::ERROR));
+        let mut others = pin!(yield_now());
         let (mut watched, mut busy) = (true, Busy::new());
         poll_fn(|cx| {
-            let ending = self.poll(cx);
+            let mut ending = self.poll(cx);
+            if ending.is_pending() && self.holds_answer {
+                ready!(others.as_mut().poll(cx));
+                self.holds_answer = false;
+                ending = self.poll(cx);
+            }
             if ending.is_pending() {
                 busy.pending(cx, self.up.load(Relaxed) + self.down.load(Relaxed));
             }
@@ -207,7 +217,9 @@ impl<'a> Flow<'a> {
         if self.lost.is_some() {
             return Poll::Pending;
         }
-        if let Err(error) = ready!(self.session.poll_flush(cx)) {
+        if !self.holds_answer
+            && let Err(error) = ready!(self.session.poll_flush(cx))
+        {
             self.lost = Some(error);
             return GO_ON;
         }
@@ -220,25 +232,35 @@ impl<'a> Flow<'a> {
         let mut buffer = Buffer::take(self.size);
         let (mut slots, room_bytes) = payload_slots(&mut buffer);
         let queued = match ready!(socket::poll_read(self.app, cx, &mut slots)) {
-            Ok(0) => {
-                self.app_ended = true;
-                self.session.send(&Control::Fin).and_then(|()| self.done())
-            }
+            Ok(0) => self.fin(),
             Ok(read_bytes) => {
                 self.up.fetch_add(read_bytes as u64, Relaxed);
                 self.size = self.size.after(read_bytes, room_bytes);
-                self.session.send_data(buffer, read_bytes)
+                let queued = self.session.send_data(buffer, read_bytes);
+                // An end that is known by now goes with the last bytes.
+                match if read_bytes < room_bytes { socket::is_at_end(self.app) } else { Ok(false) } {
+                    Ok(true) => queued.and_then(|()| self.fin()),
+                    Ok(false) => queued,
+                    Err(_) => return end(Ending::ResetByApp),
+                }
             }
             Err(_) => return end(Ending::ResetByApp),
         };
         if let Err(error) = queued {
             return end(Ending::Lost(error));
         }
+        self.holds_answer = false;
         // At once; what does not fit now goes with the next step.
         if let Poll::Ready(Err(error)) = self.session.poll_flush(cx) {
             self.lost = Some(error);
         }
         GO_ON
+    }
+
+    /// The application has ended its direction.
+    fn fin(&mut self) -> Result<(), TunnelError> {
+        self.app_ended = true;
+        self.session.send(&Control::Fin).and_then(|()| self.done())
     }
 
     /// Tunnel to application: one write, or one frame.
@@ -249,7 +271,8 @@ impl<'a> Flow<'a> {
         let mut slices = [IoSlice::new(&[]); FRAMES_MAX];
         let used = self.session.payloads(&mut slices);
         if used > 0 {
-            return match ready!(socket::poll_write(self.app, cx, &slices[..used])) {
+            let write = if self.session.ends_behind() { socket::poll_write_last } else { socket::poll_write };
+            return match ready!(write(self.app, cx, &slices[..used])) {
                 Ok(written_bytes) => {
                     self.session.consume(written_bytes);
                     self.down.fetch_add(written_bytes as u64, Relaxed);

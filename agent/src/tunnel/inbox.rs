@@ -165,6 +165,11 @@ impl Inbox {
         used
     }
 
+    /// True when all up to FIN has been opened.
+    pub(crate) fn ends_behind(&self) -> bool {
+        matches!(self.next, Some(Next::Control(Control::Fin)))
+    }
+
     /// `written_bytes` of what [`Inbox::payloads`] showed were taken.
     pub(crate) fn consume(&mut self, written_bytes: usize) {
         self.payloads.consume(written_bytes);

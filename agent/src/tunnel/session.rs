@@ -347,6 +347,11 @@ impl Session {
         self.inbox.payloads(slices)
     }
 
+    /// True when FIN is known to stand behind that payload.
+    pub(crate) fn ends_behind(&self) -> bool {
+        self.inbox.ends_behind()
+    }
+
     /// `written_bytes` of the payload are passed on.
     pub(crate) fn consume(&mut self, written_bytes: usize) {
         self.inbox.consume(written_bytes);

@@ -2,10 +2,12 @@
 //! so that one task moves both directions, and the two ways a connection ends, FIN and RST.
 
 use std::{
+    future::Future as _,
     io::{self, IoSlice, IoSliceMut, Read},
     mem::MaybeUninit,
     net::Shutdown,
-    task::{Context, Poll, ready},
+    pin::pin,
+    task::{Context, Poll, Waker, ready},
 };
 
 use socket2::SockRef;
@@ -42,15 +44,52 @@ pub(crate) fn read_now(tcp: &TcpStream, slices: &mut [IoSliceMut<'_>]) -> usize 
     (&*SockRef::from(tcp)).read_vectored(slices).unwrap_or(0)
 }
 
+/// True when the peer has ended its direction and nothing is left to read. Asks the kernel only if the poller has said that an
+/// end is coming.
+///
+/// # Errors
+/// When the connection was reset. The kernel says so once: a later read would look like an end.
+pub(crate) fn is_at_end(tcp: &TcpStream) -> io::Result<bool> {
+    let ready = pin!(tcp.ready(Interest::READABLE)).poll(&mut Context::from_waker(Waker::noop()));
+    if !matches!(ready, Poll::Ready(Ok(ready)) if ready.is_read_closed()) {
+        return Ok(false);
+    }
+    match SockRef::from(tcp).peek(&mut [MaybeUninit::uninit()]) {
+        Ok(peeked_bytes) => Ok(peeked_bytes == 0),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
 /// Writes as much of `slices` as fits.
 pub(crate) fn poll_write(
     tcp: &TcpStream,
     cx: &mut Context<'_>,
     slices: &[IoSlice<'_>],
 ) -> Poll<io::Result<usize>> {
+    poll_send(tcp, cx, slices, 0)
+}
+
+/// As [`poll_write`], for the last bytes before [`finish`]: they leave together with the end, in one segment.
+pub(crate) fn poll_write_last(
+    tcp: &TcpStream,
+    cx: &mut Context<'_>,
+    slices: &[IoSlice<'_>],
+) -> Poll<io::Result<usize>> {
+    poll_send(tcp, cx, slices, libc::MSG_MORE)
+}
+
+fn poll_send(
+    tcp: &TcpStream,
+    cx: &mut Context<'_>,
+    slices: &[IoSlice<'_>],
+    flags: i32,
+) -> Poll<io::Result<usize>> {
+    let socket = SockRef::from(tcp);
     loop {
         ready!(tcp.poll_write_ready(cx))?;
-        match tcp.try_write_vectored(slices) {
+        let send = || socket.send_vectored_with_flags(slices, flags | libc::MSG_NOSIGNAL);
+        match tcp.try_io(Interest::WRITABLE, send) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             outcome => return Poll::Ready(outcome),
         }
@@ -89,5 +128,58 @@ pub(crate) fn is_quiet(tcp: &TcpStream) -> bool {
         Err(e) => e.kind() == io::ErrorKind::WouldBlock,
         // The end of the stream, or bytes nobody asked for.
         Ok(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{io::AsyncWriteExt as _, task::yield_now};
+
+    use super::*;
+    use crate::{relay::testing::soon, tunnel::testing::connection};
+
+    /// Reads "last" byte by byte once the poller knows of the end behind it; says after each whether that was all.
+    async fn ends_of(how: impl AsyncFnOnce(TcpStream)) -> Vec<io::Result<bool>> {
+        let (tcp, mut peer) = connection().await;
+        assert!(!is_at_end(&tcp).expect("open"), "of an open connection");
+        peer.write_all(b"last").await.expect("open");
+        how(peer).await;
+        while !soon(tcp.ready(Interest::READABLE)).await.expect("polled").is_read_closed() {
+            yield_now().await;
+        }
+        let read_one = |_| {
+            assert_eq!(read_now(&tcp, &mut [IoSliceMut::new(&mut [0])]), 1);
+            is_at_end(&tcp)
+        };
+        (0..4).map(read_one).collect()
+    }
+
+    #[tokio::test]
+    async fn an_end_is_known_once_all_before_it_is_read() {
+        let ends = ends_of(async |mut peer| peer.shutdown().await.expect("open")).await;
+        assert!(matches!(ends[..], [Ok(false), Ok(false), Ok(false), Ok(true)]), "{ends:?}");
+    }
+
+    #[tokio::test]
+    async fn a_reset_is_no_end() {
+        let ends = ends_of(async |peer| reset(peer)).await;
+        let last = ends.last().expect("four");
+        assert!(last.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::ConnectionReset), "{ends:?}");
+    }
+
+    #[tokio::test]
+    async fn last_bytes_arrive_with_the_end_and_also_without() {
+        for ends in [true, false] {
+            let (tcp, mut peer) = connection().await;
+            let sent = std::future::poll_fn(|cx| poll_write_last(&tcp, cx, &[IoSlice::new(b"last")]));
+            assert_eq!(soon(sent).await.expect("open"), 4);
+            if ends {
+                finish(&tcp).expect("open");
+            }
+            let mut read = [0; 5];
+            let all = if ends { 5 } else { 4 };
+            let outcome = soon(tokio::io::AsyncReadExt::read_exact(&mut peer, &mut read[..all])).await;
+            assert_eq!((&read[..4], outcome.is_err()), (b"last".as_slice(), ends));
+        }
     }
 }
