@@ -91,6 +91,13 @@ impl Balancer {
         Ok(Held { balancer: self.clone(), endpoint })
     }
 
+    /// Whether there is an endpoint beside those `tried`.
+    #[must_use]
+    pub fn has_more(&self, wish: &Wish<'_>, tried: &[SocketAddr]) -> bool {
+        let asks = Asks { node: wish.node, sticky: None, tried, random: 0 };
+        choose(wish.service, wish.address, &asks, |_| 0).is_ok()
+    }
+
     /// Remembers where the client got, if the service wants that.
     pub fn stay(&self, wish: &Wish<'_>, endpoint: SocketAddr, now: Instant) {
         let Affinity::ClientIp(time) = wish.service.affinity else { return };
@@ -181,6 +188,10 @@ mod tests {
         // An endpoint that fails holds nobody.
         let other = balancer.pick(&wish(&service, 2), &[first], now).expect("one");
         assert_ne!(other.endpoint(), first);
+        let all: Vec<SocketAddr> = (1..=4).map(|i| SocketAddr::from(([10, 0, 0, i], 80))).collect();
+        assert!(
+            balancer.has_more(&wish(&service, 2), &all[1..]) && !balancer.has_more(&wish(&service, 2), &all)
+        );
         now += time;
         let picks: Vec<_> =
             (0..200).map(|_| balancer.pick(&wish(&service, 2), &[], now).expect("one")).collect();

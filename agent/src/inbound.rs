@@ -23,13 +23,33 @@ use crate::{
     identity::SpiffeId,
     policy::{Flow, Source},
     relay,
-    telemetry::{FlowSpec, Reporter, Security},
+    telemetry::{FlowSpec, LiveFlow, Reporter, Security},
     tunnel::{DenyReason, Open, Session, TunnelError, session::SERVER_IDLE, socket},
 };
 
-/// Serves one tunnel session to its end.
+/// Serves one tunnel session to its end. What is needed only before and between flows is boxed: a flow keeps no room for it.
 pub async fn tunnel(path: Arc<DataPath>, pod: Arc<Pod>, tcp: TcpStream, peer: SocketAddr) {
-    let Ok(at) = tcp.local_addr().map(canonical) else { return };
+    let Some((mut session, at)) = Box::pin(greet(&path, &pod, tcp, peer)).await else { return };
+    while let Some(begun) = Box::pin(next_flow(&path, &pod, session, peer.ip(), at)).await {
+        let ended = match begun {
+            Begun::Flow(flow) => flow.carry(&path, &pod).await,
+            Begun::Denied(session) => Some(session),
+        };
+        match ended {
+            Some(again) => session = again,
+            None => return,
+        }
+    }
+}
+
+/// A session with the peer, and the address of the pod that it came to.
+async fn greet(
+    path: &DataPath,
+    pod: &Pod,
+    tcp: TcpStream,
+    peer: SocketAddr,
+) -> Option<(Box<Session>, IpAddr)> {
+    let at = tcp.local_addr().map(canonical).ok()?;
     let refused = |reason, detail| Refused {
         reporter: Reporter::Destination,
         source: peer,
@@ -38,77 +58,96 @@ pub async fn tunnel(path: Arc<DataPath>, pod: Arc<Pod>, tcp: TcpStream, peer: So
         reason,
         detail,
     };
-    if let Err(detail) = came_from_outside(&pod, at) {
-        return path.refuse(tcp, refused("not_steered", detail));
+    let refuse = |tcp, reason, detail| {
+        path.refuse(tcp, refused(reason, detail));
+        None
+    };
+    if let Err(detail) = came_from_outside(pod, at) {
+        return refuse(tcp, "not_steered", detail);
     }
     let Ok(Ok(permit)) = timeout(HANDSHAKE_WAIT, path.handshakes.acquire()).await else {
         let detail = format!("{HANDSHAKES_MAX} handshakes have been under way for {HANDSHAKE_WAIT:?}");
-        return path.refuse(tcp, refused("handshake_limit", detail));
+        return refuse(tcp, "handshake_limit", detail);
     };
     let Some(own) = path.identities.current(&pod.workload.identity) else {
         let detail = format!("{} has no valid certificate; see `tacit status`", pod.workload.identity);
-        return path.refuse(tcp, refused("no_certificate", detail));
+        return refuse(tcp, "no_certificate", detail);
     };
     let accepted = Session::accept(tcp, &own).await;
     drop(permit);
     match accepted {
-        Ok(session) => serve(&path, &pod, session, peer.ip(), at.ip()).await,
-        Err(error) => path.report(refused(error.reason(), error.to_string())),
-    }
-}
-
-async fn serve(path: &DataPath, pod: &Pod, mut session: Box<Session>, peer: IpAddr, at: IpAddr) {
-    loop {
-        let next = tokio::select! {
-            next = session.next(SERVER_IDLE) => next,
-            () = path.drain.stop.cancelled() => return,
-            () = pod.closed.cancelled() => return,
-        };
-        let open = match next {
-            Ok(Some(open)) => open,
-            Ok(None) => return,
-            // Between two flows a peer may go at any time, and how is its own affair. Bytes that are no flow are not.
-            Err(error @ (TunnelError::Io(_) | TunnelError::Closed | TunnelError::Timeout { .. })) => {
-                return tracing::debug!(peer = %session.peer(), %error, "session ended between flows");
-            }
-            Err(error) => {
-                let (source, destination) = (SocketAddr::new(peer, 0), SocketAddr::new(at, tcp_port::TUNNEL));
-                return path.report(refusal(
-                    source,
-                    destination,
-                    session.peer(),
-                    error.reason(),
-                    error.to_string(),
-                ));
-            }
-        };
-        match one_flow(path, pod, session, &open, peer, at).await {
-            Some(again) => session = again,
-            None => return,
+        Ok(session) => Some((session, at.ip())),
+        Err(error) => {
+            path.report(refused(error.reason(), error.to_string()));
+            None
         }
     }
 }
 
-/// Serves one flow; gives the session back when it can carry another.
-async fn one_flow(
+/// What came of a flow that a peer asked for.
+enum Begun {
+    Flow(Admitted),
+    /// The session is as good as before.
+    Denied(Box<Session>),
+}
+
+/// A flow that may be, with its application.
+struct Admitted {
+    application: TcpStream,
+    session: Box<Session>,
+    live: LiveFlow,
+    changes: Changes,
+}
+
+/// The next flow of a session; `None` at its end.
+async fn next_flow(
+    path: &DataPath,
+    pod: &Pod,
+    mut session: Box<Session>,
+    peer: IpAddr,
+    at: IpAddr,
+) -> Option<Begun> {
+    let next = tokio::select! {
+        next = session.next(SERVER_IDLE) => next,
+        () = path.drain.stop.cancelled() => return None,
+        () = pod.closed.cancelled() => return None,
+    };
+    match next {
+        Ok(Some(open)) => begin(path, pod, session, &open, peer, at).await,
+        Ok(None) => None,
+        // Between two flows a peer may go at any time, and how is its own affair. Bytes that are no flow are not.
+        Err(error @ (TunnelError::Io(_) | TunnelError::Closed | TunnelError::Timeout { .. })) => {
+            tracing::debug!(peer = %session.peer(), %error, "session ended between flows");
+            None
+        }
+        Err(error) => {
+            let (source, destination) = (SocketAddr::new(peer, 0), SocketAddr::new(at, tcp_port::TUNNEL));
+            let (reason, detail) = (error.reason(), error.to_string());
+            path.report(refusal(source, destination, session.peer(), reason, detail));
+            None
+        }
+    }
+}
+
+/// Decides on the flow that `open` asks for, and reaches its application.
+async fn begin(
     path: &DataPath,
     pod: &Pod,
     mut session: Box<Session>,
     open: &Open,
     peer: IpAddr,
     at: IpAddr,
-) -> Option<Box<Session>> {
-    let identity = session.peer().clone();
+) -> Option<Begun> {
     let changes = match admit(path, pod, &session, open, peer, at) {
         Ok(changes) => changes,
-        Err(denied) => return deny(path, session, open, denied).await,
+        Err(denied) => return deny(path, session, open, denied).await.map(Begun::Denied),
     };
     let application = match path.to_application(pod, open.destination, open.client).await {
         Ok(application) => application,
         Err(error) => {
             let reason = deny_reason(&error);
             let denied = Denied { reason, label: reason.label(), detail: error.to_string() };
-            return deny(path, session, open, denied).await;
+            return deny(path, session, open, denied).await.map(Begun::Denied);
         }
     };
     if session.accept_flow().is_err() {
@@ -117,25 +156,43 @@ async fn one_flow(
     }
     let live = path.telemetry.open_flow(FlowSpec {
         reporter: Reporter::Destination,
-        source: path.party(open.client, Some(identity.clone())),
+        source: path.party(open.client, Some(session.peer().clone())),
         destination: path.party(open.destination, Some(pod.workload.identity.clone())),
         security: security(session.tls()),
         trace: open.trace.0,
     });
-    let flow = asked(&identity, open);
-    let (end, session) = tokio::select! {
-        ended = relay::tunnelled(application, session, live.counters()) => ended,
-        () = path.drain.cut.cancelled() => {
-            live.close("cut");
-            return None;
+    Some(Begun::Flow(Admitted { application, session, live, changes }))
+}
+
+impl Admitted {
+    /// Moves its bytes to its end; gives the session back when it can carry another.
+    fn carry(self, path: &DataPath, pod: &Pod) -> impl Future<Output = Option<Box<Session>>> {
+        let Self { application, session, live, changes } = self;
+        async move {
+            let (end, session) = tokio::select! {
+                ended = relay::tunnelled(application, session, live.counters()) => ended,
+                () = path.drain.cut.cancelled() => {
+                    live.close("cut");
+                    return None;
+                }
+                denial = revoked(pod, &live, changes) => {
+                    admission::revoke(&path.telemetry, live, denial);
+                    return None;
+                }
+            };
+            live.close(end.label());
+            session
         }
-        denial = admission::revoked(pod, &flow, changes) => {
-            admission::revoke(&path.telemetry, live, denial);
-            return None;
-        }
-    };
-    live.close(end.label());
-    session
+    }
+}
+
+/// Waits until policy no longer allows the flow.
+async fn revoked(pod: &Pod, live: &LiveFlow, changes: Changes) -> Denial {
+    let FlowSpec { source, destination, .. } = live.spec();
+    // The session's peer has an identity, which `begin` has put here.
+    let proven = source.identity.as_ref().map_or(Source::Plaintext, Source::Tunnel);
+    let flow = Flow { source: proven, client: source.address.ip(), destination: destination.address };
+    admission::revoked(pod, &flow, changes).await
 }
 
 /// A flow that is not to be: what the peer is told, what is counted, what is logged.

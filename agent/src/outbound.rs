@@ -99,16 +99,29 @@ impl Failure {
 
 /// Serves one captured connection to its end.
 pub async fn handle(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) {
+    // Boxed, so that a flow does not keep room for what is needed only until there is a way.
+    let carried = Box::pin(set_out(path, pod, app, client)).await;
+    if let Some(carried) = carried {
+        carried.await;
+    }
+}
+
+/// A flow on its way; it lasts as long as the flow.
+type Carried = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Finds a way and sets out; `None` when the connection was refused.
+async fn set_out(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) -> Option<Carried> {
     let Some((source, destination)) = find_destination(&path, &pod, &app, client) else {
         let at = app.local_addr().map_or(client, canonical);
         path.refuse(app, refused(client, at, Failure::new("no_destination", "not a captured connection")));
-        return;
+        return None;
     };
-    // Boxed, so that a flow does not keep room for what is needed only until there is a way.
-    let found = Box::pin(find_way(&path, &pod, Ends { source, destination }, &app)).await;
-    match found {
-        Ok((way, _held)) => carry(&path, &pod, app, way).await,
-        Err(failure) => path.refuse(app, refused(source, destination, failure)),
+    match find_way(&path, &pod, Ends { source, destination }, &app).await {
+        Ok((way, held)) => Some(carry(path, pod, app, way, held)),
+        Err(failure) => {
+            path.refuse(app, refused(source, destination, failure));
+            None
+        }
     }
 }
 
@@ -155,27 +168,35 @@ async fn reach(
 }
 
 /// Moves the flow's bytes to its end. Each way's future is boxed by itself: a flow keeps no room for the others'.
-fn carry<'a>(
-    path: &'a DataPath,
-    pod: &'a Pod,
-    app: TcpStream,
-    way: Way,
-) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>> {
+fn carry(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, way: Way, held: Option<Held>) -> Carried {
     match way {
         Way::Plain(server, spec) => {
             let flow = path.telemetry.open_flow(spec);
-            Box::pin(relay_plain(path, app, server, flow, pending()))
+            Box::pin(relay_plain(path, app, server, flow, pending(), held))
         }
         Way::SameNode(server, spec, target, changes) => Box::pin(async move {
             let (client, destination) = (spec.source.address.ip(), spec.destination.address);
             let flow = path.telemetry.open_flow(spec);
             let asked = Flow { source: Source::SameNode(&pod.workload.identity), client, destination };
-            relay_plain(path, app, server, flow, admission::revoked(&target, &asked, changes)).await;
+            let revoked = admission::revoked(&target, &asked, changes);
+            relay_plain(path, app, server, flow, revoked, held).await;
         }),
         Way::Tunnel(session, ahead_bytes, spec, key) => {
             let live = path.telemetry.open_flow(spec);
             live.counters().sent.fetch_add(ahead_bytes as u64, Relaxed);
-            Box::pin(relay_tunnelled(path, pod, app, session, live, key))
+            Box::pin(async move {
+                let _held = held;
+                let (end, session) = tokio::select! {
+                    ended = relay::tunnelled(app, session, live.counters()) => ended,
+                    () = path.drain.cut.cancelled() => return live.close("cut"),
+                };
+                live.close(end.label());
+                if let Some(session) = session
+                    && !pod.closed.is_cancelled()
+                {
+                    session::keep(&path, key, session);
+                }
+            })
         }
     }
 }
@@ -277,11 +298,12 @@ fn unreachable(error: std::io::Error) -> Failure {
 }
 
 async fn relay_plain(
-    path: &DataPath,
+    path: Arc<DataPath>,
     app: TcpStream,
     server: TcpStream,
     flow: LiveFlow,
     revoked: impl Future<Output = Denial>,
+    _held: Option<Held>,
 ) {
     let end = tokio::select! {
         end = relay::plain(app, server, flow.counters()) => end.label(),
@@ -289,29 +311,6 @@ async fn relay_plain(
         denial = revoked => return admission::revoke(&path.telemetry, flow, denial),
     };
     flow.close(end);
-}
-
-async fn relay_tunnelled(
-    path: &DataPath,
-    pod: &Pod,
-    app: TcpStream,
-    session: Box<Session>,
-    live: LiveFlow,
-    key: PoolKey,
-) {
-    let (end, session) = tokio::select! {
-        ended = relay::tunnelled(app, session, live.counters()) => ended,
-        () = path.drain.cut.cancelled() => {
-            live.close("cut");
-            return;
-        }
-    };
-    live.close(end.label());
-    if let Some(session) = session
-        && !pod.closed.is_cancelled()
-    {
-        session::keep(path, key, session);
-    }
 }
 
 #[cfg(test)]
@@ -324,11 +323,7 @@ mod tests {
         fn of4<A, B, C, D, F>(_: fn(A, B, C, D) -> F) -> usize {
             size_of::<F>()
         }
-        fn of6<A, B, C, D, E, F, G>(_: fn(A, B, C, D, E, F) -> G) -> usize {
-            size_of::<G>()
-        }
-        let source = of4(handle) + of6(relay_tunnelled);
-        let destination = of4(crate::inbound::tunnel);
-        assert!(source <= 2048 && destination <= 2048, "{source} and {destination} bytes");
+        let parts = [of4(handle), of4(crate::inbound::tunnel), size_of::<Session>()];
+        assert!(parts[0] <= 256 && parts[1] <= 1536 && parts[2] <= 768, "{parts:?} bytes");
     }
 }

@@ -5,8 +5,9 @@
 //! it, because making one costs far more than a connection should.
 
 use std::{
+    collections::HashMap,
     fmt,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::SystemTime,
 };
 
@@ -21,6 +22,9 @@ use super::{
     SpiffeId,
     certificate::{self, CertificateError},
 };
+
+/// Servers whose configurations are kept; some 500 bytes each. They are all made again when there are more.
+const SERVERS_MAX: usize = 1024;
 
 /// Why a key and a chain are no credentials.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +57,7 @@ pub struct Credentials {
     pub serial: String,
     certified: Arc<CertifiedKey>,
     client: OnceLock<Arc<ClientConfig>>,
+    clients: Mutex<HashMap<SpiffeId, Arc<ClientConfig>>>,
     server: OnceLock<Arc<ServerConfig>>,
 }
 
@@ -83,6 +88,7 @@ impl Credentials {
             serial,
             certified: Arc::new(certified),
             client: OnceLock::new(),
+            clients: Mutex::default(),
             server: OnceLock::new(),
         })
     }
@@ -107,6 +113,23 @@ impl Credentials {
     /// The client configuration, made by `make` the first time.
     pub(crate) fn client_config(&self, make: impl FnOnce() -> ClientConfig) -> &Arc<ClientConfig> {
         self.client.get_or_init(|| Arc::new(make()))
+    }
+
+    /// The client configuration for servers that must be `expected`, made by `make` the first time. All sessions with them
+    /// share it.
+    pub(crate) fn client_config_for(
+        &self,
+        expected: &SpiffeId,
+        make: impl FnOnce() -> ClientConfig,
+    ) -> Arc<ClientConfig> {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(config) = clients.get(expected) {
+            return config.clone();
+        }
+        if clients.len() == SERVERS_MAX {
+            clients.clear();
+        }
+        clients.entry(expected.clone()).insert_entry(Arc::new(make())).get().clone()
     }
 
     /// The server configuration, made by `make` the first time.

@@ -45,10 +45,12 @@ pub(super) async fn reach(
             }
         };
         let ends = Ends { source: asked.source, destination: held.endpoint() };
-        let attempt = if tried.len() + 1 < TRIES {
-            Attempt { limit: TRY_CONNECT, ahead: None }
-        } else {
+        tried.push(ends.destination);
+        let is_last = tried.len() == TRIES || !path.balancer.has_more(&wish, &tried);
+        let attempt = if is_last {
             Attempt { limit: PEER_CONNECT, ahead: Some(app) }
+        } else {
+            Attempt { limit: TRY_CONNECT, ahead: None }
         };
         let directory = super::discover(path, ends.destination).await;
         let route = super::find_route(path, pod, &directory, ends.destination);
@@ -57,9 +59,8 @@ pub(super) async fn reach(
                 path.balancer.stay(&wish, held.endpoint(), Instant::now());
                 return Ok((way, Some(held)));
             }
-            Err(failure) if failure.fault == Fault::Destination && tried.len() + 1 < TRIES => {
+            Err(failure) if failure.fault == Fault::Destination && !is_last => {
                 tracing::debug!(service = %service.name, endpoint = %ends.destination, reason = failure.reason, "next endpoint");
-                tried.push(ends.destination);
                 last = Some(failure);
             }
             Err(failure) => {

@@ -44,37 +44,69 @@ const RESET_MAX: Duration = Duration::from_secs(5);
 
 /// Moves bytes between `app`, which is reset when dropped, and the open flow of `session`. Returns the session if it can
 /// carry another flow: a client may open, a server wait for the next.
-pub async fn tunnelled(
+#[expect(clippy::manual_async_fn, reason = "an async fn keeps its arguments twice, and idle flows are many")]
+pub fn tunnelled(
     app: TcpStream,
     mut session: Box<Session>,
     counters: &FlowCounters,
-) -> (FlowEnd, Option<Box<Session>>) {
-    let (ours, theirs) = match session.role() {
-        Role::Client => (Party::Source, Party::Destination),
-        Role::Server => (Party::Destination, Party::Source),
-    };
-    match Flow::new(&app, &mut session, counters).run().await {
-        Ending::Finished => {
-            socket::deliver_if_dropped(&app);
-            drop(app);
-            (FlowEnd::Clean, reusable(session).await)
-        }
-        Ending::ResetByApp => {
-            socket::reset(app);
-            send_reset(session).await;
-            (FlowEnd::Reset(ours), None)
-        }
-        Ending::ResetByPeer => {
-            socket::reset(app);
-            session.close();
-            (FlowEnd::Reset(theirs), None)
-        }
-        Ending::Lost(error) => {
-            socket::reset(app);
-            session.close();
-            (FlowEnd::TunnelLost(error), None)
+) -> impl Future<Output = (FlowEnd, Option<Box<Session>>)> + Send {
+    async move {
+        let (ours, theirs) = match session.role() {
+            Role::Client => (Party::Source, Party::Destination),
+            Role::Server => (Party::Destination, Party::Source),
+        };
+        // What may come behind the flow is boxed: it keeps no room for that.
+        match run(&app, &mut session, counters).await {
+            Ending::Finished => {
+                socket::deliver_if_dropped(&app);
+                drop(app);
+                (FlowEnd::Clean, Box::pin(reusable(session)).await)
+            }
+            Ending::ResetByApp => {
+                socket::reset(app);
+                Box::pin(send_reset(session)).await;
+                (FlowEnd::Reset(ours), None)
+            }
+            Ending::ResetByPeer => {
+                socket::reset(app);
+                session.close();
+                (FlowEnd::Reset(theirs), None)
+            }
+            Ending::Lost(error) => {
+                socket::reset(app);
+                session.close();
+                (FlowEnd::TunnelLost(error), None)
+            }
         }
     }
+}
+
+/// Runs the flow to its end.
+async fn run(app: &TcpStream, session: &mut Session, counters: &FlowCounters) -> Ending {
+    let mut flow = Flow::new(app, session, counters);
+    let mut broken = pin!(app.ready(Interest::ERROR));
+    let mut others = pin!(yield_now());
+    let (mut watched, mut busy) = (true, Busy::new());
+    poll_fn(|cx| {
+        let mut ending = flow.poll(cx);
+        if ending.is_pending() && flow.holds_answer {
+            ready!(others.as_mut().poll(cx));
+            flow.holds_answer = false;
+            ending = flow.poll(cx);
+        }
+        if ending.is_pending() {
+            busy.pending(cx, flow.up.load(Relaxed) + flow.down.load(Relaxed));
+        }
+        // Once the application has ended its direction, reads no longer show that it resets.
+        if ending.is_pending() && flow.app_ended && watched && broken.as_mut().poll(cx).is_ready() {
+            watched = false;
+            if matches!(app.take_error(), Ok(Some(_)) | Err(_)) {
+                return Poll::Ready(Ending::ResetByApp);
+            }
+        }
+        ending
+    })
+    .await
 }
 
 /// The session, once nothing of the flow is left in it.
@@ -155,33 +187,6 @@ impl<'a> Flow<'a> {
             peer_ended: false,
             lost: None,
         }
-    }
-
-    async fn run(mut self) -> Ending {
-        let app = self.app;
-        let mut broken = pin!(app.ready(Interest::ERROR));
-        let mut others = pin!(yield_now());
-        let (mut watched, mut busy) = (true, Busy::new());
-        poll_fn(|cx| {
-            let mut ending = self.poll(cx);
-            if ending.is_pending() && self.holds_answer {
-                ready!(others.as_mut().poll(cx));
-                self.holds_answer = false;
-                ending = self.poll(cx);
-            }
-            if ending.is_pending() {
-                busy.pending(cx, self.up.load(Relaxed) + self.down.load(Relaxed));
-            }
-            // Once the application has ended its direction, reads no longer show that it resets.
-            if ending.is_pending() && self.app_ended && watched && broken.as_mut().poll(cx).is_ready() {
-                watched = false;
-                if matches!(app.take_error(), Ok(Some(_)) | Err(_)) {
-                    return Poll::Ready(Ending::ResetByApp);
-                }
-            }
-            ending
-        })
-        .await
     }
 
     /// Steps both directions by turns, so that neither starves the other, until neither can go on.

@@ -191,36 +191,35 @@ fn frame_of(content: &[u8]) -> Result<Option<Control>, frame::FrameError> {
     Control::decode(head.kind, &content[HEADER_BYTES..])
 }
 
-/// Where opened payload stands, in the order of arrival.
+/// Where opened payload stands, in the order of arrival. Holds no memory while there is none: a flow keeps this while it is
+/// idle.
 #[derive(Default)]
 struct Payloads {
-    /// Offsets; 32 bits, since a flow keeps this while it is idle.
-    places: [(u32, u32); FRAMES_MAX],
+    /// At most [`FRAMES_MAX`] offsets.
+    places: Vec<(u32, u32)>,
     first: usize,
-    after: usize,
 }
 
 impl Payloads {
     fn is_empty(&self) -> bool {
-        self.first == self.after
+        self.first == self.places.len()
     }
 
     fn is_full(&self) -> bool {
-        self.after == FRAMES_MAX
+        self.places.len() == FRAMES_MAX
     }
 
     /// Only while there is room.
     fn push(&mut self, place: Range<usize>) {
-        self.places[self.after] = (place.start as u32, place.end as u32);
-        self.after += 1;
+        self.places.push((place.start as u32, place.end as u32));
     }
 
     fn iter(&self) -> impl ExactSizeIterator<Item = Range<usize>> + use<'_> {
-        self.places[self.first..self.after].iter().map(|&(start, end)| start as usize..end as usize)
+        self.places[self.first..].iter().map(|&(start, end)| start as usize..end as usize)
     }
 
     fn consume(&mut self, mut bytes: usize) {
-        while self.first < self.after && bytes > 0 {
+        while self.first < self.places.len() && bytes > 0 {
             let (start, end) = &mut self.places[self.first];
             let here = bytes.min((*end - *start) as usize);
             *start += here as u32;
@@ -228,7 +227,7 @@ impl Payloads {
             self.first += usize::from(start == end);
         }
         if self.is_empty() {
-            (self.first, self.after) = (0, 0);
+            *self = Self::default();
         }
     }
 }

@@ -161,7 +161,7 @@ static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
 });
 
 /// The client side of `own`, for a server that must be `expected`.
-fn client_config(own: &Credentials, expected: &SpiffeId) -> ClientConfig {
+fn client_config(own: &Credentials, expected: &SpiffeId) -> Arc<ClientConfig> {
     let verifier = |expected| {
         Arc::new(ServerVerifier {
             roots: own.roots.clone(),
@@ -170,12 +170,12 @@ fn client_config(own: &Credentials, expected: &SpiffeId) -> ClientConfig {
             expected,
         })
     };
-    let shared = own.client_config(|| {
+    let shared = || {
         let mut config = ClientConfig::builder_with_provider(PROVIDER.clone())
             .with_protocol_versions(&[&TLS13])
             .expect("PROVIDER has suites and key exchanges of TLS 1.3")
             .dangerous()
-            // Stands in: each connection sets one that expects its own peer.
+            // Stands in: each expected peer has one of its own.
             .with_custom_certificate_verifier(verifier(own.identity.clone()))
             .with_client_cert_resolver(resolver(own));
         config.alpn_protocols = vec![ALPN.to_vec()];
@@ -184,11 +184,13 @@ fn client_config(own: &Credentials, expected: &SpiffeId) -> ClientConfig {
         // For the record layer of our own.
         config.enable_secret_extraction = true;
         config
-    });
-    // Cheap: shared parts but for the ALPN list.
-    let mut config = ClientConfig::clone(shared);
-    config.dangerous().set_certificate_verifier(verifier(expected.clone()));
-    config
+    };
+    own.client_config_for(expected, || {
+        // Shares most parts.
+        let mut config = ClientConfig::clone(own.client_config(shared));
+        config.dangerous().set_certificate_verifier(verifier(expected.clone()));
+        config
+    })
 }
 
 /// The server side of `own`, for clients of its trust domain.

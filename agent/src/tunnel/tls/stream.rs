@@ -8,7 +8,6 @@ use std::{
     io::{self, IoSlice, IoSliceMut},
     mem,
     ops::Deref,
-    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -67,8 +66,7 @@ pub(in crate::tunnel) async fn connect(
     prepare(&tcp)?;
     // Only for rustls to have a name: it is neither sent nor compared.
     let name = ServerName::from(tcp.peer_addr()?.ip());
-    let config = Arc::new(client_config(own, expected));
-    establish(tcp, UnbufferedClientConnection::new(config, name)?).await
+    establish(tcp, UnbufferedClientConnection::new(client_config(own, expected), name)?).await
 }
 
 /// Accepts a client of the trust domain of `own`.

@@ -110,7 +110,7 @@ async fn a_certificate_must_name_exactly_one_identity() {
         );
         assert_eq!(client.map_or_else(|e| e.reason(), |_| "ok"), reason, "server with {uris:?}");
 
-        let mut client = client_config(&web, &expected);
+        let mut client = ClientConfig::clone(&client_config(&web, &expected));
         client.client_auth_cert_resolver = odd;
         assert_eq!(accept_from(client, &db).await, reason, "client with {uris:?}");
     }
@@ -140,7 +140,7 @@ impl ResolvesClientCert for NoCertificate {
 
 #[tokio::test]
 async fn a_client_without_certificate_is_refused() {
-    let mut client = client_config(&credentials("web"), &identity("db"));
+    let mut client = ClientConfig::clone(&client_config(&credentials("web"), &identity("db")));
     client.client_auth_cert_resolver = Arc::new(NoCertificate);
     assert_eq!(accept_from(client, &credentials("db")).await, "no_client_certificate");
 }
@@ -149,7 +149,7 @@ async fn a_client_without_certificate_is_refused() {
 async fn both_sides_insist_on_the_alpn() {
     let (web, db, expected) = (credentials("web"), credentials("db"), identity("db"));
     for alpn in [vec![], vec![b"h2".to_vec()], vec![b"tacit/2".to_vec(), b"http/1.1".to_vec()]] {
-        let mut client = client_config(&web, &expected);
+        let mut client = ClientConfig::clone(&client_config(&web, &expected));
         client.alpn_protocols.clone_from(&alpn);
         assert_eq!(accept_from(client, &db).await, "alpn");
 

@@ -3,7 +3,7 @@
 use std::{io::Read, io::Write, sync::Arc};
 
 use rustls::{
-    ClientConnection, Connection, ServerConfig, ServerConnection, SupportedCipherSuite,
+    ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection, SupportedCipherSuite,
     client::UnbufferedClientConnection, pki_types::ServerName, server::UnbufferedServerConnection,
 };
 
@@ -68,7 +68,7 @@ fn feed(connection: &mut Connection, mut bytes: &[u8]) -> Result<(), rustls::Err
 /// We connect to a server of `suite` that sends `tickets`.
 fn as_client(suite: SupportedCipherSuite, tickets: usize) -> Pair {
     let (web, db) = (credentials("web"), credentials("db"));
-    let mut config = client_config(&web, &identity("db"));
+    let mut config = ClientConfig::clone(&client_config(&web, &identity("db")));
     let mut provider = (**PROVIDER).clone();
     provider.cipher_suites = vec![suite];
     let verifier = ServerConfig::clone(&server_config(&db));
@@ -92,7 +92,7 @@ fn as_server() -> Pair {
     let client = client_config(&web, &identity("db"));
     let name = ServerName::try_from("x").expect("a name");
     let ours = UnbufferedServerConnection::new(server_config(&db)).expect("configured");
-    pair(ours, ClientConnection::new(Arc::new(client), name).expect("configured").into())
+    pair(ours, ClientConnection::new(client, name).expect("configured").into())
 }
 
 impl Pair {
