@@ -1,17 +1,21 @@
 //! One request, from its headers to a certificate or a refusal.
 //!
-//! The order is that of what it costs: rate by address, token, rate by node, the request itself, pods, signing. Every
-//! issue and every refusal is logged with node, identity and serial number, and counted; of those for the rate one a second
+//! The order is that of what it costs: rate by address, token, rate by node, the request itself, pods, signing. Nothing
+//! of the body is read before the first three. Every issue and every refusal is logged with node, identity and serial number, and counted; of those for the rate one a second
 //! is logged, with the number of the others.
 
 use std::{
+    fmt::Display,
     net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
 
 use arc_swap::ArcSwapOption;
-use hyper::{HeaderMap, header::AUTHORIZATION};
+use bytes::Bytes;
+use http_body_util::BodyExt as _;
+use hyper::{HeaderMap, body::Body, header::AUTHORIZATION};
+use tokio::time::timeout;
 use tracing::{info, warn};
 
 use super::{
@@ -32,6 +36,9 @@ use crate::identity::{
 /// How many nodes' rates one address gets before it has said which node it is: where the path to this service is
 /// masqueraded, several agents come from one address.
 const NODES_AT_ONE_ADDRESS: u32 = 16;
+
+/// From the headers of a request to its answer; agents give up after 10 s.
+const REQUEST_MAX: Duration = Duration::from_secs(10);
 
 /// Least time between two log lines about callers that ask too often.
 const LOG_PAUSE: Duration = Duration::from_secs(1);
@@ -79,15 +86,18 @@ impl Service {
         }
     }
 
-    /// Answers the request in `body` that came from `peer`.
+    /// Answers the request in `body` that came from `peer`, within `REQUEST_MAX`. The length of `body` is for its owner
+    /// to bound.
     pub(super) async fn answer(
         &self,
         peer: IpAddr,
         headers: &HeaderMap,
-        body: &[u8],
+        body: impl Body<Data = Bytes, Error: Display>,
     ) -> Result<CertificateResponse, Refusal> {
         let mut asked = Asked::default();
-        let outcome = self.decide(peer, headers, body, &mut asked).await;
+        let late = |_| Err(Refusal::NotReady(format!("the request took more than {REQUEST_MAX:?}")));
+        let decided = timeout(REQUEST_MAX, self.decide(peer, headers, body, &mut asked)).await;
+        let outcome = decided.unwrap_or_else(late);
         let node = asked.node.as_deref().unwrap_or("unknown");
         let identity = asked.identity.as_ref().map_or_else(|| "unknown".to_owned(), ToString::to_string);
         match outcome {
@@ -124,7 +134,7 @@ impl Service {
         &self,
         peer: IpAddr,
         headers: &HeaderMap,
-        body: &[u8],
+        body: impl Body<Data = Bytes, Error: Display>,
         asked: &mut Asked,
     ) -> Result<(Issued, String), Refusal> {
         take(&self.by_address, peer, peer.to_string())?;
@@ -132,7 +142,8 @@ impl Service {
         let caller: Caller = self.callers.authenticate(token).await?;
         asked.node = Some(caller.node.clone());
         take(&self.by_node, caller.node.clone(), caller.node.clone())?;
-        let message: CertificateRequest = api::unframe(body).map_err(|e| Refusal::Message(e.to_string()))?;
+        let body = body.collect().await.map_err(|e| Refusal::Message(e.to_string()))?.to_bytes();
+        let message: CertificateRequest = api::unframe(&body).map_err(|e| Refusal::Message(e.to_string()))?;
         asked.identity = message.impersonated().and_then(|id| SpiffeId::parse(id).ok());
         let own = caller.identity.as_ref();
         let wanted = request::read(&message, own, &self.trust_domain, self.lifetimes.leaf)?;

@@ -123,6 +123,19 @@ async fn a_certificate_request_must_be_for_exactly_what_is_asked() {
 }
 
 #[tokio::test]
+async fn a_request_that_is_too_long_is_refused_and_counted_once_its_caller_is_known() {
+    let (_api, running, agent) = started(HOUR).await;
+    let csr = "x".repeat(17 * 1024);
+    let message = CertificateRequest::for_identity("spiffe://cluster.local/ns/shop/sa/web", csr, 60);
+    agent.send_token("unknown");
+    assert_eq!(code(agent.issuer.ask(&message).await.map(drop)), Code::Unauthenticated);
+    agent.send_token("a");
+    assert_eq!(code(agent.issuer.ask(&message).await.map(drop)), Code::InvalidArgument);
+    let metrics = get(&running, "/metrics").await;
+    assert!(metrics.contains("tacit_authority_requests_refused_total{reason=\"message\"} 1"), "{metrics}");
+}
+
+#[tokio::test]
 async fn a_node_that_asks_too_often_waits_and_others_do_not() {
     let api = cluster().await;
     let config = Config { rate: Rate { per_second: 1, burst: 3 }, ..config(HOUR) };
