@@ -11,7 +11,7 @@
 //! | module | job |
 //! |---|---|
 //! | `config` | `authority.yaml` |
-//! | `server`, `service` | the door, and one request from headers to answer |
+//! | `server`, `places`, `service` | the door, who holds how much of it, and one request from headers to answer |
 //! | `callers` | who asks, and what is on the caller's node |
 //! | `request`, `bucket`, `rotation` | pure decisions: what is asked for, how often, which root when |
 //! | `root`, `signer` | certificates made and read |
@@ -26,6 +26,7 @@ mod callers;
 pub mod config;
 mod counters;
 mod keeper;
+mod places;
 mod refusal;
 mod request;
 mod root;

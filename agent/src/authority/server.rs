@@ -1,7 +1,8 @@
 //! The CA API's door: TCP, TLS 1.3 with the intermediate's own certificate, HTTP/2, gRPC.
 //!
 //! Everything that a caller can hold open is bounded: connections, handshakes, streams, header and message sizes, the
-//! time of a request, the age of a connection. Connections beyond the bound wait in the kernel's queue.
+//! time of a request, the age of a connection. Connections beyond the bound of all wait in the kernel's queue; those
+//! beyond the bound of one address are closed, so that no pod takes the place of all agents.
 
 use std::{convert::Infallible, fmt, net::IpAddr, sync::Arc, time::Duration};
 
@@ -32,11 +33,13 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use super::{keeper::Live, service::Service};
+use super::{keeper::Live, places::Places, service::Service};
 use crate::identity::istio::api::{self, CertificateResponse, Code};
 
 /// Connections served at once; an agent of Tacit holds one for some milliseconds, a ztunnel holds one all day.
 const CONNECTIONS_MAX: usize = 8192;
+/// Of those, from one address; several agents come from one where the path to this service is masqueraded.
+pub(super) const CONNECTIONS_OF_ONE_ADDRESS_MAX: usize = 256;
 /// From the TCP handshake to the end of the TLS one.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
 /// Requests under way at once on a connection.
@@ -65,6 +68,7 @@ pub(super) async fn serve(
     stop: CancellationToken,
 ) {
     let acceptor = TlsAcceptor::from(Arc::new(tls(live)));
+    let places = Arc::new(Places::new(CONNECTIONS_OF_ONE_ADDRESS_MAX));
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -72,8 +76,16 @@ pub(super) async fn serve(
             Some(_) = connections.join_next(), if !connections.is_empty() => {}
             accepted = listener.accept(), if connections.len() < CONNECTIONS_MAX => match accepted {
                 Ok((tcp, peer)) => {
-                    let (acceptor, service, stop) = (acceptor.clone(), service.clone(), stop.clone());
-                    connections.spawn(connection(acceptor, service, tcp, peer.ip().to_canonical(), stop));
+                    let peer = peer.ip().to_canonical();
+                    let Some(place) = places.take(peer) else {
+                        service.turned_away(peer);
+                        continue;
+                    };
+                    let served = connection(acceptor.clone(), service.clone(), tcp, peer, stop.clone());
+                    connections.spawn(async move {
+                        let _place = place;
+                        served.await;
+                    });
                 }
                 Err(error) => {
                     warn!(%error, "cannot accept a connection; trying again");

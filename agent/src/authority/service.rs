@@ -16,7 +16,7 @@ use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use hyper::{HeaderMap, body::Body, header::AUTHORIZATION};
 use tokio::time::timeout;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     bucket::Buckets,
@@ -116,6 +116,12 @@ impl Service {
                 Err(refusal)
             }
         }
+    }
+
+    /// A connection of `peer` was closed, as it has too many.
+    pub(super) fn turned_away(&self, peer: IpAddr) {
+        self.counters.refused("connections");
+        debug!(%peer, "a connection too many from this address");
     }
 
     /// Whether to log, and how many like it were not since: callers that ask too often must not fill the log.

@@ -2,6 +2,7 @@
 
 mod api;
 mod bench;
+mod door;
 mod roots;
 
 use std::time::Duration;
@@ -239,16 +240,6 @@ async fn until_issued(agent: &Agent) {
         assert!(std::time::Instant::now() < deadline, "not in time: {error}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-}
-
-#[tokio::test]
-async fn what_is_not_the_one_method_is_unimplemented() {
-    let (_api, running, _agent) = started(HOUR).await;
-    let mut tcp = tokio::net::TcpStream::connect(running.address).await.expect("connects");
-    tcp.write_all(b"GET / HTTP/1.1\r\n\r\n").await.expect("sent");
-    let mut answer = Vec::new();
-    let _reset_or_end = tcp.read_to_end(&mut answer).await;
-    assert!(!answer.starts_with(b"HTTP"), "nothing is served in clear");
 }
 
 /// The answer to a plain request at the door of metrics and readiness.

@@ -27,7 +27,7 @@ static REFUSED: Metric = Metric {
     unit: None,
     kind: MetricType::Counter,
     labels: &["reason"],
-    help: "Requests for a certificate that were refused.",
+    help: "Requests for a certificate that were refused, and connections (reason `connections`).",
 };
 static READY: Metric = Metric {
     name: "tacit_authority_ready",
