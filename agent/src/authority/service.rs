@@ -159,7 +159,11 @@ impl Service {
         if live.stale(Instant::now()) {
             return Err(Refusal::NotReady("the store of the root could not be read for too long".to_owned()));
         }
-        let issued = live.signer.issue(&wanted.identity, &wanted.key, wanted.lifetime, SystemTime::now());
+        let now = SystemTime::now();
+        if live.signer.not_after <= now {
+            return Err(Refusal::NotReady("its intermediate has expired".to_owned()));
+        }
+        let issued = live.signer.issue(&wanted.identity, &wanted.key, wanted.lifetime, now);
         Ok((issued.map_err(|e| Refusal::Sign(e.to_string()))?, live.bundle.clone()))
     }
 }

@@ -106,6 +106,11 @@ pub enum IstioError {
         /// Whom it is for.
         presented: SpiffeId,
     },
+    /// It was no longer valid as it came.
+    #[error(
+        "the authority's certificate had expired as it came; is this node's clock right, and the authority's?"
+    )]
+    Expired,
 }
 
 /// What is known of the authority.
@@ -170,7 +175,7 @@ impl IstioIssuer {
             let skew = skew::by_certificate(exchange.sent, exchange.received, validity);
             self.answered(exchange.received, Some(skew));
         }
-        Ok(credentials)
+        still_valid(credentials, exchange.received)
     }
 
     /// Sends one message with token and roots as they are now.
@@ -293,6 +298,11 @@ fn credentials(
         return Err(IstioError::Identity { asked: asked.clone(), presented });
     }
     Ok(credentials)
+}
+
+/// Credentials that nobody could use would be renewed at once, and again.
+fn still_valid(credentials: Credentials, received: SystemTime) -> Result<Credentials, IstioError> {
+    if credentials.not_after <= received { Err(IstioError::Expired) } else { Ok(credentials) }
 }
 
 /// Whether peers can verify the chain, as client and as server. Time is not the question: a clock that is wrong is
