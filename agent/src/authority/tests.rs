@@ -54,6 +54,33 @@ async fn an_agent_gets_certificates_for_its_own_node_and_no_other() {
 }
 
 #[tokio::test]
+async fn a_service_account_whose_pods_have_all_ended_gets_no_certificate() {
+    let (api, _running, agent) = started(HOUR).await;
+    for phase in ["Succeeded", "Failed"] {
+        api.add_pod_in(phase, "shop", "job-1", "job", "a");
+        assert_eq!(agent.refused("job").await, Code::PermissionDenied, "{phase}");
+    }
+    api.add_pod("shop", "job-1", "job", "a");
+    agent.issue("job").await.expect("issued while its pod runs");
+}
+
+#[tokio::test]
+async fn a_pod_is_found_behind_pages_of_others_and_no_more_than_a_page_is_sent() {
+    let (api, _running, agent) = started(HOUR).await;
+    for number in 0..120 {
+        api.add_pod_in("Succeeded", "shop", &format!("ended-{number}"), "job", "a");
+    }
+    api.add_pod("shop", "running", "job", "a");
+    agent.issue("job").await.expect("issued");
+    assert_eq!(api.content().pods_sent, 1, "pods that have ended are not sent");
+    for number in 0..120 {
+        api.add_pod("shop", &format!("ended-{number}"), "job", "a");
+    }
+    agent.issue("job").await.expect("issued");
+    assert!(api.content().pods_sent <= 1 + 50);
+}
+
+#[tokio::test]
 async fn only_a_good_token_of_an_agent_is_taken() {
     let (api, _running, agent) = started(HOUR).await;
     let good = api.content().tokens["a"].clone();
