@@ -57,7 +57,7 @@ use bundle::Bundle;
 use callers::{Callers, Kubernetes};
 use config::{Agents, BundlePlace, Config, RootPlace};
 use counters::Counters;
-use keeper::{Keeper, Live};
+use keeper::{Keeper, LOOK_MAX, Live};
 use service::Service;
 use store::Store;
 
@@ -146,6 +146,7 @@ impl Authority {
             trust_domain: config.trust_domain.clone(),
             names: config.names.clone(),
             lifetimes: config.lifetimes,
+            look_max: LOOK_MAX,
             live: state.live.clone(),
             trouble: state.trouble.clone(),
             known: None,

@@ -11,7 +11,7 @@ use std::{
 };
 
 use arc_swap::ArcSwapOption;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tracing::{error, info, warn};
 
 use super::{
@@ -31,6 +31,8 @@ const ROTATION: &str = "tacit.json";
 const CONFLICTS_MAX: usize = 8;
 /// Longest time between two looks at the store.
 const LOOK: Duration = Duration::from_secs(10);
+/// Longest look: an API that answers at all does so in less, and one that does not must show as trouble.
+pub(super) const LOOK_MAX: Duration = Duration::from_secs(30);
 /// Looks at the store within the slack of a rotation: a few may fail.
 const LOOKS_WITHIN_SLACK: u32 = 8;
 
@@ -45,6 +47,10 @@ pub(super) enum KeepError {
         "{ROTATION} in the store cannot be read: {0}; correct it, or remove it to begin anew with the root that is there"
     )]
     Rotation(#[from] serde_json::Error),
+    #[error(
+        "the store or the place of the bundle has not answered within {0:?}: is the Kubernetes API, or the disk, overloaded?"
+    )]
+    Late(Duration),
     #[error("{CONFLICTS_MAX} times somebody else changed the store first")]
     Conflicts,
     #[error("the roots are not published: {0}")]
@@ -79,6 +85,8 @@ pub(super) struct Keeper {
     pub(super) trust_domain: TrustDomain,
     pub(super) names: Vec<String>,
     pub(super) lifetimes: Lifetimes,
+    /// Longest look.
+    pub(super) look_max: Duration,
     pub(super) live: Arc<ArcSwapOption<Live>>,
     /// What the latest look failed with.
     pub(super) trouble: Arc<ArcSwapOption<String>>,
@@ -114,8 +122,14 @@ impl Keeper {
         (Duration::from_secs(self.waits().slack) / LOOKS_WITHIN_SLACK).min(LOOK)
     }
 
-    /// One look: the store is brought to where it should be, and the snapshot and the bundle to what it says.
+    /// One look: the store is brought to where it should be, and the snapshot and the bundle to what it says. One that is
+    /// given up half-way does no harm: what it wrote is whole, and the next one reads it.
     pub(super) async fn look(&mut self, now: SystemTime) -> Result<(), KeepError> {
+        let look_max = self.look_max;
+        timeout(look_max, self.bring_up_to_date(now)).await.unwrap_or(Err(KeepError::Late(look_max)))
+    }
+
+    async fn bring_up_to_date(&mut self, now: SystemTime) -> Result<(), KeepError> {
         for _ in 0..CONFLICTS_MAX {
             let read_at = Instant::now();
             let Some(stored) = self.store.load().await? else {

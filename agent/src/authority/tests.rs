@@ -3,6 +3,7 @@
 mod api;
 mod bench;
 mod door;
+mod keeper;
 mod roots;
 
 use std::time::Duration;

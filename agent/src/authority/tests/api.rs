@@ -30,6 +30,8 @@ pub(super) struct Content {
     pub(super) pods_sent: usize,
     /// A path that has this in it is answered with 500.
     pub(super) failing: Option<&'static str>,
+    /// A path that has this in it is never answered.
+    pub(super) hanging: Option<&'static str>,
 }
 
 /// A running API.
@@ -206,6 +208,10 @@ async fn answer(
     let bytes = body.collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
     let body = serde_json::from_slice(&bytes).unwrap_or_default();
     let (path, query) = (head.uri.path(), head.uri.query().unwrap_or_default());
+    let hanging = content.lock().expect("no panic").hanging;
+    if hanging.is_some_and(|hanging| path.contains(hanging)) {
+        return std::future::pending().await;
+    }
     let (status, body) = content.lock().expect("no panic").answer(&head.method, path, query, body);
     let mut response = Response::new(Full::new(body.to_string().into()));
     *response.status_mut() = status;

@@ -1,0 +1,56 @@
+//! The keeper alone, with a store and a place of the bundle that have their days.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use tokio::time::timeout;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{
+    api::Api,
+    bench::{config, until},
+};
+use crate::authority::{
+    bundle,
+    keeper::{KeepError, Keeper},
+    store,
+};
+
+const HOUR: Duration = Duration::from_secs(3600);
+/// Far above what a busy machine needs.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+fn keeper(api: &Api) -> Keeper {
+    let config = config(HOUR);
+    Keeper {
+        store: store(&config, Some(&api.client)),
+        bundle: bundle(&config, Some(&api.client)),
+        trust_domain: config.trust_domain,
+        names: config.names,
+        lifetimes: config.lifetimes,
+        look_max: HOUR,
+        live: Arc::default(),
+        trouble: Arc::default(),
+        known: None,
+        published: None,
+    }
+}
+
+#[tokio::test]
+async fn an_api_that_hangs_is_trouble_and_waited_for_no_longer_than_a_look() {
+    for hanging in ["/secrets/", "/configmaps/"] {
+        let api = Api::start().await;
+        let mut keeper = keeper(&api);
+        keeper.look(SystemTime::now()).await.expect("a root is made and published");
+
+        api.content().hanging = Some(hanging);
+        keeper.look_max = Duration::from_millis(100);
+        let looked = timeout(DEADLINE, keeper.look(SystemTime::now())).await.expect("a look that ends");
+        assert!(matches!(looked, Err(KeepError::Late(_))), "{hanging}: {looked:?}");
+        let trouble = keeper.trouble.clone();
+        let _running = AbortOnDropHandle::new(tokio::spawn(keeper.run()));
+        until("it is shown", || trouble.load().is_some()).await;
+    }
+}
