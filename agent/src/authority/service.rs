@@ -35,7 +35,7 @@ use crate::identity::{
 
 /// How many nodes' rates one address gets before it has said which node it is: where the path to this service is
 /// masqueraded, several agents come from one address.
-const NODES_AT_ONE_ADDRESS: u32 = 16;
+pub(super) const NODES_AT_ONE_ADDRESS: u32 = 16;
 
 /// From the headers of a request to its answer; agents give up after 10 s.
 const REQUEST_MAX: Duration = Duration::from_secs(10);

@@ -1,4 +1,4 @@
-//! The door itself: what is served there, and how much of it one address may hold.
+//! The door itself: what is served there, and how much of it one address may hold and ask.
 
 use std::{
     io,
@@ -30,11 +30,15 @@ use tokio_rustls::TlsConnector;
 
 use super::{
     api::Api,
-    bench::{NAME, Running, published, started},
+    bench::{NAME, Running, cluster, config, published, ready, started},
     get,
 };
 use crate::{
-    authority::server::CONNECTIONS_OF_ONE_ADDRESS_MAX,
+    authority::{
+        config::{Config, Rate},
+        server::CONNECTIONS_OF_ONE_ADDRESS_MAX,
+        service::NODES_AT_ONE_ADDRESS,
+    },
     identity::istio::api::{self, Code},
 };
 
@@ -63,6 +67,24 @@ async fn what_is_not_the_one_method_is_unimplemented() {
         Code::Unimplemented
     );
     assert_eq!(with_token(&mut door, "unknown").await, Code::Unauthenticated, "the one method is served");
+}
+
+#[tokio::test]
+async fn an_address_that_asks_too_often_waits_whoever_asks_and_another_does_not() {
+    let api = cluster().await;
+    let slow = Config { rate: Rate { per_second: 1, burst: 3 }, ..config(HOUR) };
+    let running = Running::start(slow, Some(&api)).await;
+    ready(&api, &running).await;
+    let mut door = open(&api, &running, ONE).await.expect("opens");
+    for _ in 0..NODES_AT_ONE_ADDRESS * 3 {
+        assert_eq!(with_token(&mut door, "unknown").await, Code::Unauthenticated, "within the burst");
+    }
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while with_token(&mut door, "unknown").await != Code::ResourceExhausted {
+        assert!(Instant::now() < deadline, "never too often");
+    }
+    let mut other = open(&api, &running, OTHER).await.expect("opens");
+    assert_eq!(with_token(&mut other, "unknown").await, Code::Unauthenticated, "its own rate");
 }
 
 #[tokio::test]
