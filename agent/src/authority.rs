@@ -132,12 +132,14 @@ struct State {
     live: Arc<ArcSwapOption<Live>>,
     counters: Arc<Counters>,
     trouble: Arc<ArcSwapOption<String>>,
+    callers: Arc<Callers>,
 }
 
 impl Authority {
     async fn start(config: Config, client: Option<Client>) -> Result<Self, AuthorityError> {
-        let state = State { live: Arc::default(), counters: Arc::default(), trouble: Arc::default() };
-        let callers = callers(&config, client.as_ref())?;
+        let callers = Arc::new(callers(&config, client.as_ref())?);
+        let state =
+            State { live: Arc::default(), counters: Arc::default(), trouble: Arc::default(), callers };
         let listener = bind("listen", config.listen).await?;
         let metrics = bind("metrics", config.metrics).await?;
         let keeper = Keeper {
@@ -152,7 +154,7 @@ impl Authority {
             known: None,
             published: None,
         };
-        let (live, counters) = (state.live.clone(), state.counters.clone());
+        let (live, counters, callers) = (state.live.clone(), state.counters.clone(), state.callers.clone());
         let service =
             Service::new(live, callers, config.trust_domain.clone(), config.lifetimes, config.rate, counters);
         tracing::info!(trust_domain = %config.trust_domain, listen = %config.listen, "authority runs");
@@ -182,7 +184,7 @@ impl State {
             },
             issued,
             refused,
-            upkeep_failing: self.trouble.load().is_some(),
+            upkeep_failing: self.trouble.load().is_some() || self.callers.trouble().is_some(),
             root_not_after: live.as_ref().map(|live| live.root_not_after),
             intermediate_not_after: live.as_ref().map(|live| live.signer.not_after),
             roots: live.as_ref().map_or(0, |live| live.roots as u64),

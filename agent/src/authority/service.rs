@@ -46,7 +46,7 @@ const LOG_PAUSE: Duration = Duration::from_secs(1);
 /// Answers requests.
 pub(super) struct Service {
     live: Arc<ArcSwapOption<Live>>,
-    callers: Callers,
+    callers: Arc<Callers>,
     trust_domain: TrustDomain,
     lifetimes: Lifetimes,
     by_address: Mutex<Buckets<IpAddr>>,
@@ -66,7 +66,7 @@ struct Asked {
 impl Service {
     pub(super) fn new(
         live: Arc<ArcSwapOption<Live>>,
-        callers: Callers,
+        callers: Arc<Callers>,
         trust_domain: TrustDomain,
         lifetimes: Lifetimes,
         rate: Rate,

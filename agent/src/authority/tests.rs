@@ -224,6 +224,46 @@ async fn an_authority_that_is_not_of_the_root_file_gets_no_token() {
 #[tokio::test]
 async fn an_authority_works_without_kubernetes() {
     let files = Scratch::new();
+    let standalone = standalone(&files);
+    let running = Running::start(standalone.clone(), None).await;
+    let agent = Agent::new(running.address, "secret");
+    until("the bundle is published", || files.path().join("roots.pem").exists()).await;
+    mount(&files, &agent);
+    let first = agent.issue("web").await.expect("issued");
+    assert_eq!(agent.refused("db").await, Code::PermissionDenied);
+    running.stop().await;
+
+    let again = Running::start(standalone, None).await;
+    let agent = Agent::new(again.address, "secret");
+    mount(&files, &agent);
+    until_issued(&agent).await;
+    let second = agent.issue("web").await.expect("issued");
+    bench::accepts(&first, &second).expect("the root outlives the process");
+    bench::accepts(&second, &first).expect("the root outlives the process");
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_read_any_more_stays_in_use_and_is_shown() {
+    let files = Scratch::new();
+    let running = Running::start(standalone(&files), None).await;
+    let agent = Agent::new(running.address, "secret");
+    until("the bundle is published", || files.path().join("roots.pem").exists()).await;
+    mount(&files, &agent);
+    for name in ["agents.yaml", "directory.yaml"] {
+        bench::upkeep(&running, false, name).await;
+        let path = files.path().join(name);
+        let good = std::fs::read_to_string(&path).expect("written before");
+        std::fs::write(&path, "nonsense").expect("written");
+        bench::upkeep(&running, true, name).await;
+        agent.issue("web").await.expect("the last good version is in use");
+        std::fs::write(&path, good).expect("written");
+    }
+    bench::upkeep(&running, false, "both files are good again").await;
+}
+
+/// The configuration of an authority without Kubernetes, with `files`: an agent on node a (token `secret`), a pod of
+/// shop/web there, and of shop/db on node b.
+fn standalone(files: &Scratch) -> Config {
     let path = |name: &str| files.path().join(name);
     let hash = crate::authority::root::hex(
         aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"secret").as_ref(),
@@ -237,28 +277,16 @@ async fn an_authority_works_without_kubernetes() {
     };
     let directory = format!("workloads:\n{}{}", workload("web", "a", 2), workload("db", "b", 3));
     std::fs::write(path("directory.yaml"), directory).expect("written");
-    let standalone = Config {
+    Config {
         root: RootPlace::Directory(path("root")),
         bundle: BundlePlace::File(path("roots.pem")),
         agents: Agents::Standalone { tokens: path("agents.yaml"), directory: path("directory.yaml") },
         ..config(HOUR)
-    };
-    let running = Running::start(standalone.clone(), None).await;
-    let agent = Agent::new(running.address, "secret");
-    until("the bundle is published", || path("roots.pem").exists()).await;
-    std::fs::copy(path("roots.pem"), agent.root_file()).expect("copied");
-    let first = agent.issue("web").await.expect("issued");
-    assert_eq!(agent.refused("db").await, Code::PermissionDenied);
-    running.stop().await;
+    }
+}
 
-    let again =
-        Running::start(Config { listen: "127.0.0.1:0".parse().expect("valid"), ..standalone }, None).await;
-    let agent = Agent::new(again.address, "secret");
-    std::fs::copy(path("roots.pem"), agent.root_file()).expect("copied");
-    until_issued(&agent).await;
-    let second = agent.issue("web").await.expect("issued");
-    bench::accepts(&first, &second).expect("the root outlives the process");
-    bench::accepts(&second, &first).expect("the root outlives the process");
+fn mount(files: &Scratch, agent: &Agent) {
+    std::fs::copy(files.path().join("roots.pem"), agent.root_file()).expect("copied");
 }
 
 /// A new authority shows no certificate before it has read its root.

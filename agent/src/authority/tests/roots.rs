@@ -8,7 +8,7 @@ use tokio::time::sleep;
 
 use super::bench::{
     Agent, CONFIG_MAP, Running, SECRET, accepts, cluster, config, field, published, ready, secret, started,
-    until,
+    until, upkeep,
 };
 use crate::identity::{credentials::Credentials, istio::api::Code};
 
@@ -149,16 +149,6 @@ async fn a_root_that_cannot_sign_is_refused_and_the_last_good_one_stays() {
     api.put(SECRET, secret(&[("tls.crt", &other), ("tls.key", &other_key), ("ca.crt", "")]));
     until("another root that can sign is taken", || published(&api).contains(other.trim())).await;
     upkeep(&running, false, "another root that can sign").await;
-}
-
-/// Waits until the metrics show that upkeep fails, or does not.
-async fn upkeep(running: &Running, failing: bool, what: &str) {
-    let line = format!("tacit_authority_upkeep_failing {}", u8::from(failing));
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !super::get(running, "/metrics").await.lines().any(|found| found == line) {
-        assert!(Instant::now() < deadline, "not in time: {line}: {what}");
-        sleep(Duration::from_millis(10)).await;
-    }
 }
 
 #[tokio::test]
