@@ -13,7 +13,7 @@ use k8s_openapi::{api::core::v1::ConfigMap, apimachinery::pkg::apis::meta::v1::O
 use kube::{Api, api::PostParams};
 use tokio::task::spawn_blocking;
 
-use super::store::{StoreError, write_renamed};
+use super::store::{StoreError, Written, write_renamed, written};
 
 /// Why the bundle could not be published.
 #[derive(Debug, thiserror::Error)]
@@ -37,35 +37,35 @@ pub(super) enum Bundle {
 }
 
 impl Bundle {
-    /// Makes sure that `pem` is what is published.
-    pub(super) async fn publish(&self, pem: &str) -> Result<(), BundleError> {
+    /// Makes sure that `pem` is what is published, unless somebody else was faster.
+    pub(super) async fn publish(&self, pem: &str) -> Result<Written, BundleError> {
         match self {
             Self::ConfigMap { api, name, key } => publish(api, name, key, pem).await,
             Self::File(path) => {
                 let (path, pem) = (path.clone(), pem.to_owned());
                 let work = spawn_blocking(move || write(&path, &pem));
                 let panicked = |panic| Err(StoreError::Content("the bundle".to_owned(), format!("{panic}")));
-                Ok(work.await.unwrap_or_else(panicked)?)
+                Ok(work.await.unwrap_or_else(panicked).map(|()| Written::Done)?)
             }
         }
     }
 }
 
-async fn publish(api: &Api<ConfigMap>, name: &str, key: &str, pem: &str) -> Result<(), BundleError> {
+async fn publish(api: &Api<ConfigMap>, name: &str, key: &str, pem: &str) -> Result<Written, BundleError> {
     let failed = |what| {
         move |source| BundleError::Kubernetes { what, name: name.to_owned(), source: Box::new(source) }
     };
     let Some(mut found) = api.get_opt(name).await.map_err(failed("read"))? else {
         let made = config_map(name, key, pem);
-        return api.create(&PostParams::default(), &made).await.map(drop).map_err(failed("create"));
+        return written(api.create(&PostParams::default(), &made).await).map_err(failed("create"));
     };
     let data = found.data.get_or_insert_default();
     if data.get(key).is_some_and(|published| published == pem) {
-        return Ok(());
+        return Ok(Written::Done);
     }
     data.insert(key.to_owned(), pem.to_owned());
     // The resource version in it makes the API refuse when somebody was faster; the next look finds what that was.
-    api.replace(name, &PostParams::default(), &found).await.map(drop).map_err(failed("replace"))
+    written(api.replace(name, &PostParams::default(), &found).await).map_err(failed("replace"))
 }
 
 fn config_map(name: &str, key: &str, pem: &str) -> ConfigMap {

@@ -150,7 +150,9 @@ impl Keeper {
             };
             self.take(&root, &rotation, read_at, now)?;
             self.known = Some(rotation);
-            return self.publish().await;
+            if self.publish().await? == Written::Done {
+                return Ok(());
+            }
         }
         Err(KeepError::Conflicts)
     }
@@ -256,13 +258,13 @@ impl Keeper {
         Ok(())
     }
 
-    async fn publish(&mut self) -> Result<(), KeepError> {
-        let Some(live) = self.live.load_full() else { return Ok(()) };
+    async fn publish(&mut self) -> Result<Written, KeepError> {
+        let Some(live) = self.live.load_full() else { return Ok(Written::Done) };
         // Looked at each time: somebody may have removed or changed it.
         self.published = None;
-        self.bundle.publish(&live.bundle).await?;
-        self.published = Some(live.bundle.clone());
-        Ok(())
+        let written = self.bundle.publish(&live.bundle).await?;
+        self.published = (written == Written::Done).then(|| live.bundle.clone());
+        Ok(written)
     }
 }
 

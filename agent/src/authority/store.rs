@@ -103,7 +103,7 @@ impl Store {
         match self {
             Self::Secret { api, name } => {
                 let outcome = api.create(&PostParams::default(), &secret(name, fields)).await;
-                written("create", name, outcome)
+                written(outcome).map_err(|e| failed("create", name, e))
             }
             Self::Directory(directory) => {
                 let directory = directory.clone();
@@ -120,7 +120,7 @@ impl Store {
                 secret.data.get_or_insert_default().extend(bytes);
                 // The resource version in it makes the API refuse when somebody was faster.
                 let outcome = api.replace(name, &PostParams::default(), &secret).await;
-                written("replace", name, outcome)
+                written(outcome).map_err(|e| failed("replace", name, e))
             }
             (Self::Directory(directory), Version::File(before)) => {
                 let (directory, mut all) = (directory.clone(), stored.fields);
@@ -137,15 +137,11 @@ fn failed(what: &'static str, secret: &str, source: kube::Error) -> StoreError {
 }
 
 /// 409 means that the object was created or changed by somebody else.
-fn written(
-    what: &'static str,
-    name: &str,
-    outcome: Result<Secret, kube::Error>,
-) -> Result<Written, StoreError> {
+pub(super) fn written<T>(outcome: Result<T, kube::Error>) -> Result<Written, kube::Error> {
     match outcome {
         Ok(_) => Ok(Written::Done),
         Err(kube::Error::Api(status)) if status.code == 409 => Ok(Written::Conflict),
-        Err(e) => Err(failed(what, name, e)),
+        Err(e) => Err(e),
     }
 }
 

@@ -30,6 +30,8 @@ pub(super) struct Content {
     pub(super) pods_sent: usize,
     /// A path that has this in it is answered with 500.
     pub(super) failing: Option<&'static str>,
+    /// The next writes to a path that has this in it meet somebody faster, this many.
+    pub(super) conflicts: Option<(&'static str, u32)>,
     /// A path that has this in it is never answered.
     pub(super) hanging: Option<&'static str>,
 }
@@ -121,6 +123,13 @@ impl Content {
     fn answer(&mut self, method: &Method, path: &str, query: &str, body: Value) -> (StatusCode, Value) {
         if self.failing.is_some_and(|failing| path.contains(failing)) {
             return failure(StatusCode::INTERNAL_SERVER_ERROR);
+        }
+        if *method != Method::GET
+            && let Some((of, left @ 1..)) = &mut self.conflicts
+            && path.contains(*of)
+        {
+            *left -= 1;
+            return failure(StatusCode::CONFLICT);
         }
         match *method {
             Method::POST if path == "/apis/authentication.k8s.io/v1/tokenreviews" => self.review(body),

@@ -5,12 +5,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use serde_json::json;
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     api::Api,
-    bench::{config, until},
+    bench::{CONFIG_MAP, config, published, until},
 };
 use crate::authority::{
     bundle,
@@ -52,5 +53,24 @@ async fn an_api_that_hangs_is_trouble_and_waited_for_no_longer_than_a_look() {
         let trouble = keeper.trouble.clone();
         let _running = AbortOnDropHandle::new(tokio::spawn(keeper.run()));
         until("it is shown", || trouble.load().is_some()).await;
+    }
+}
+
+#[tokio::test]
+async fn somebody_faster_is_no_trouble_unless_it_never_ends() {
+    for path in ["/secrets", "/configmaps"] {
+        let api = Api::start().await;
+        let mut keeper = keeper(&api);
+        api.content().conflicts = Some((path, 2));
+        keeper.look(SystemTime::now()).await.expect("tried again");
+        let live = keeper.live.load_full().expect("a root is in use");
+        assert_eq!(published(&api), live.bundle);
+
+        let mut changed = api.object(CONFIG_MAP);
+        changed["data"]["root-cert.pem"] = json!("nonsense");
+        api.put(CONFIG_MAP, changed);
+        api.content().conflicts = Some(("/configmaps", u32::MAX));
+        let looked = keeper.look(SystemTime::now()).await;
+        assert!(matches!(looked, Err(KeepError::Conflicts)), "{looked:?}");
     }
 }
