@@ -17,6 +17,7 @@
 //! | `directory` | which workload or service has an address; which endpoint a client gets |
 //! | `balance` | how loaded endpoints are, and who stays with which |
 //! | `policy` | modes, authorization, and the verdict on an inbound flow |
+//! | `files` | small files, whole or not at all |
 //! | `reload` | watched files: the last good version stays |
 //! | `kubernetes` | the Kubernetes API, followed: what is known stays |
 //! | `identity` | SPIFFE ids, credentials, renewal, issuers: embedded, or Istio's CA API |
@@ -51,6 +52,7 @@ pub mod datapath;
 pub mod directory;
 pub mod drain;
 pub mod enrol;
+pub mod files;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod identity;
