@@ -151,7 +151,7 @@ impl Keeper {
             self.take(&root, &rotation, read_at, now)?;
             self.known = Some(rotation);
             if self.publish().await? == Written::Done {
-                return Ok(());
+                return stored.request.map(drop).map_err(KeepError::from);
             }
         }
         Err(KeepError::Conflicts)
@@ -163,7 +163,7 @@ impl Keeper {
             not_before: seconds(root.validity.not_before),
             not_after: seconds(root.validity.not_after),
             rotation,
-            request: stored.request.as_deref(),
+            request: stored.asked(),
         };
         let published = rotation.is_some_and(|rotation| self.published.as_ref() == Some(&rotation.bundle()));
         decide(&held, self.waits(), seconds(now), published)
@@ -196,7 +196,7 @@ impl Keeper {
         let after = match (step, known) {
             (Step::Begin, Some(known)) => {
                 let (certificate, key) = root::make(&self.trust_domain, self.lifetimes.root, now)?;
-                known.begin(certificate, key, stored.request.as_deref(), seconds(now))
+                known.begin(certificate, key, stored.asked(), seconds(now))
             }
             (Step::Promote, Some(known @ Rotation { next: Some(next), .. })) => {
                 fields = with_root(next.certificate.clone(), next.key.clone());

@@ -8,7 +8,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, DirBuilder, OpenOptions},
+    fs::{DirBuilder, OpenOptions},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
@@ -60,9 +60,16 @@ pub(super) enum Store {
 /// What a store holds.
 pub(super) struct Stored {
     pub(super) fields: Fields,
-    /// A request to rotate.
-    pub(super) request: Option<String>,
+    /// A request to rotate; one that cannot be read is no reason to stop signing.
+    pub(super) request: Result<Option<String>, StoreError>,
     version: Version,
+}
+
+impl Stored {
+    /// The request to rotate, if there is one that can be read.
+    pub(super) fn asked(&self) -> Option<&str> {
+        self.request.as_ref().ok()?.as_deref()
+    }
 }
 
 /// What a writer must know of what it replaces.
@@ -160,10 +167,11 @@ fn read_secret(secret: Secret, name: &str) -> Result<Stored, StoreError> {
         fields.insert(field.clone(), text);
     }
     let request = secret.metadata.annotations.as_ref().and_then(|all| all.get(ROTATE)).cloned();
-    Ok(Stored { fields, request: request.map(shortened), version: Version::Secret(Box::new(secret)) })
+    let request = Ok(request.as_deref().map(shortened));
+    Ok(Stored { fields, request, version: Version::Secret(Box::new(secret)) })
 }
 
-fn shortened(request: String) -> String {
+fn shortened(request: &str) -> String {
     request.chars().take(REQUEST_MAX_CHARS).collect()
 }
 
@@ -179,8 +187,13 @@ fn read_directory(directory: &Path) -> Result<Option<Stored>, StoreError> {
     let Some(text) = read_private(&path)? else { return Ok(None) };
     let fields: Fields = serde_json::from_str(&text)
         .map_err(|e| StoreError::Content(path.display().to_string(), e.to_string()))?;
-    let request = fs::read_to_string(directory.join(ROTATE_FILE)).ok().map(|text| text.trim().to_owned());
-    Ok(Some(Stored { fields, request: request.map(shortened), version: Version::File(text) }))
+    let request = read_request(&directory.join(ROTATE_FILE));
+    Ok(Some(Stored { fields, request, version: Version::File(text) }))
+}
+
+fn read_request(path: &Path) -> Result<Option<String>, StoreError> {
+    let Some(file) = files::open(path)? else { return Ok(None) };
+    Ok(Some(shortened(files::text(&file, path, FILE_MAX_BYTES)?.trim())))
 }
 
 /// The text of a file that only its owner may touch; `None` when there is none.

@@ -13,10 +13,14 @@ use super::{
     api::Api,
     bench::{CONFIG_MAP, config, published, until},
 };
-use crate::authority::{
-    bundle,
-    keeper::{KeepError, Keeper},
-    store,
+use crate::{
+    authority::{
+        bundle,
+        keeper::{KeepError, Keeper},
+        store,
+        store::Store,
+    },
+    identity::issuer::testing::Scratch,
 };
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -73,4 +77,23 @@ async fn somebody_faster_is_no_trouble_unless_it_never_ends() {
         let looked = keeper.look(SystemTime::now()).await;
         assert!(matches!(looked, Err(KeepError::Conflicts)), "{looked:?}");
     }
+}
+
+#[tokio::test]
+async fn a_request_to_rotate_that_cannot_be_read_is_trouble_while_signing_goes_on() {
+    let (api, files) = (Api::start().await, Scratch::new());
+    let mut keeper = Keeper { store: Store::Directory(files.path().into()), ..keeper(&api) };
+    let request = files.path().join("rotate-root");
+    std::fs::create_dir(&request).expect("made");
+    let error = keeper.look(SystemTime::now()).await.expect_err("a folder is no request").to_string();
+    assert!(error.contains("rotate-root"), "{error}");
+    let live = keeper.live.load_full().expect("it signs");
+    assert_eq!((published(&api), live.roots), (live.bundle.clone(), 1));
+
+    std::fs::remove_dir(&request).expect("removed");
+    keeper.look(SystemTime::now()).await.expect("no request");
+    assert_eq!(keeper.live.load_full().expect("it signs").roots, 1);
+    std::fs::write(&request, "now\n").expect("written");
+    keeper.look(SystemTime::now()).await.expect("a request");
+    assert_eq!(keeper.live.load_full().expect("it signs").roots, 2, "the next root is trusted");
 }
