@@ -47,6 +47,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
+    causes::in_full,
     telemetry::{
         admin,
         authority::{AuthorityStatus, Readiness},
@@ -94,7 +95,7 @@ pub async fn run(config: Config) -> Result<(), AuthorityError> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = CancellationToken::new();
     let client = if needs_kubernetes(&config) {
-        Some(Client::try_default().await.map_err(|e| AuthorityError::Kubernetes(e.to_string()))?)
+        Some(Client::try_default().await.map_err(|e| AuthorityError::Kubernetes(in_full(&e)))?)
     } else {
         None
     };
@@ -190,21 +191,6 @@ impl State {
             roots: live.as_ref().map_or(0, |live| live.roots as u64),
         }
     }
-}
-
-/// An error with what caused it: clients of the Kubernetes API say only "cannot connect" themselves.
-fn in_full(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        // Most messages have that of their source in them.
-        if !text.contains(&next) {
-            text = format!("{text}: {next}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, AuthorityError> {

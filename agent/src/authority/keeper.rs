@@ -17,13 +17,12 @@ use tracing::{error, info, warn};
 use super::{
     bundle::{Bundle, BundleError},
     config::Lifetimes,
-    in_full,
     root::{self, Root, RootError, seconds},
     rotation::{Held, Rotation, Step, Waits, decide},
     signer::{Signer, moment},
     store::{Fields, Store, StoreError, Stored, Written},
 };
-use crate::identity::TrustDomain;
+use crate::{causes::in_full, identity::TrustDomain};
 
 /// Field of the store with the rotation.
 const ROTATION: &str = "tacit.json";

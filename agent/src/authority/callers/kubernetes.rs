@@ -17,7 +17,7 @@ use tokio::{sync::Semaphore, time::timeout};
 
 use super::{Caller, Refusal};
 use crate::{
-    authority::in_full,
+    causes::in_full,
     identity::{SpiffeId, TrustDomain},
 };
 
