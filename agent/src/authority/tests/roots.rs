@@ -10,7 +10,10 @@ use super::bench::{
     Agent, CONFIG_MAP, Running, SECRET, accepts, cluster, config, field, published, ready, secret, started,
     until, upkeep,
 };
-use crate::identity::{credentials::Credentials, istio::api::Code};
+use crate::{
+    authority::config::{Config, Lifetimes},
+    identity::{credentials::Credentials, istio::api::Code},
+};
 
 const HOUR: Duration = Duration::from_secs(3600);
 /// Short enough to see a rotation end: two turns of three seconds.
@@ -101,7 +104,7 @@ async fn a_brought_root_is_used_and_its_replacement_noticed_by_nobody() {
         api.put(SECRET, secret(&[("tls.crt", certificate), ("tls.key", key), ("ca.crt", certificate)]));
     };
     put(&first);
-    let running = Running::start(config(SHORT), Some(&api)).await;
+    let running = Running::start(long_intermediates(), Some(&api)).await;
     let agent = Agent::new(running.address, "a");
     ready(&api, &running).await;
     agent.mount(&api);
@@ -205,4 +208,10 @@ fn brought(deep: bool) -> (String, String) {
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
     let certificate = params.self_signed(&key).expect("signed").der().clone();
     (crate::authority::root::pem(&certificate), key.serialize_pem())
+}
+
+/// An intermediate that is about to be replaced still signs for a whole turn, as with the defaults.
+fn long_intermediates() -> Config {
+    let short = config(SHORT);
+    Config { lifetimes: Lifetimes { intermediate: SHORT * 8, ..short.lifetimes }, ..short }
 }
