@@ -11,7 +11,7 @@
 //! | module | job |
 //! |---|---|
 //! | `config` | `authority.yaml` |
-//! | `server`, `service` | the door, and one request from headers to answer |
+//! | `server`, `places`, `service` | the door, who holds how much of it, and one request from headers to answer |
 //! | `callers` | who asks, and what is on the caller's node |
 //! | `request`, `bucket`, `rotation` | pure decisions: what is asked for, how often, which root when |
 //! | `root`, `signer` | certificates made and read |
@@ -26,6 +26,7 @@ mod callers;
 pub mod config;
 mod counters;
 mod keeper;
+mod places;
 mod refusal;
 mod request;
 mod root;
@@ -46,6 +47,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
+    causes::in_full,
     telemetry::{
         admin,
         authority::{AuthorityStatus, Readiness},
@@ -56,7 +58,7 @@ use bundle::Bundle;
 use callers::{Callers, Kubernetes};
 use config::{Agents, BundlePlace, Config, RootPlace};
 use counters::Counters;
-use keeper::{Keeper, Live};
+use keeper::{Keeper, LOOK_MAX, Live};
 use service::Service;
 use store::Store;
 
@@ -93,7 +95,7 @@ pub async fn run(config: Config) -> Result<(), AuthorityError> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = CancellationToken::new();
     let client = if needs_kubernetes(&config) {
-        Some(Client::try_default().await.map_err(|e| AuthorityError::Kubernetes(e.to_string()))?)
+        Some(Client::try_default().await.map_err(|e| AuthorityError::Kubernetes(in_full(&e)))?)
     } else {
         None
     };
@@ -131,12 +133,14 @@ struct State {
     live: Arc<ArcSwapOption<Live>>,
     counters: Arc<Counters>,
     trouble: Arc<ArcSwapOption<String>>,
+    callers: Arc<Callers>,
 }
 
 impl Authority {
     async fn start(config: Config, client: Option<Client>) -> Result<Self, AuthorityError> {
-        let state = State { live: Arc::default(), counters: Arc::default(), trouble: Arc::default() };
-        let callers = callers(&config, client.as_ref())?;
+        let callers = Arc::new(callers(&config, client.as_ref())?);
+        let state =
+            State { live: Arc::default(), counters: Arc::default(), trouble: Arc::default(), callers };
         let listener = bind("listen", config.listen).await?;
         let metrics = bind("metrics", config.metrics).await?;
         let keeper = Keeper {
@@ -145,12 +149,13 @@ impl Authority {
             trust_domain: config.trust_domain.clone(),
             names: config.names.clone(),
             lifetimes: config.lifetimes,
+            look_max: LOOK_MAX,
             live: state.live.clone(),
             trouble: state.trouble.clone(),
             known: None,
             published: None,
         };
-        let (live, counters) = (state.live.clone(), state.counters.clone());
+        let (live, counters, callers) = (state.live.clone(), state.counters.clone(), state.callers.clone());
         let service =
             Service::new(live, callers, config.trust_domain.clone(), config.lifetimes, config.rate, counters);
         tracing::info!(trust_domain = %config.trust_domain, listen = %config.listen, "authority runs");
@@ -180,27 +185,12 @@ impl State {
             },
             issued,
             refused,
-            upkeep_failing: self.trouble.load().is_some(),
+            upkeep_failing: self.trouble.load().is_some() || self.callers.trouble().is_some(),
             root_not_after: live.as_ref().map(|live| live.root_not_after),
             intermediate_not_after: live.as_ref().map(|live| live.signer.not_after),
             roots: live.as_ref().map_or(0, |live| live.roots as u64),
         }
     }
-}
-
-/// An error with what caused it: clients of the Kubernetes API say only "cannot connect" themselves.
-fn in_full(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        // Most messages have that of their source in them.
-        if !text.contains(&next) {
-            text = format!("{text}: {next}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, AuthorityError> {

@@ -17,6 +17,8 @@
 //! | `directory` | which workload or service has an address; which endpoint a client gets |
 //! | `balance` | how loaded endpoints are, and who stays with which |
 //! | `policy` | modes, authorization, and the verdict on an inbound flow |
+//! | `causes` | an error with what caused it, in one line |
+//! | `files` | small files, whole or not at all |
 //! | `reload` | watched files: the last good version stays |
 //! | `kubernetes` | the Kubernetes API, followed: what is known stays |
 //! | `identity` | SPIFFE ids, credentials, renewal, issuers: embedded, or Istio's CA API |
@@ -46,11 +48,13 @@ pub mod admission;
 pub mod app;
 pub mod authority;
 pub mod balance;
+mod causes;
 pub mod config;
 pub mod datapath;
 pub mod directory;
 pub mod drain;
 pub mod enrol;
+pub mod files;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod identity;

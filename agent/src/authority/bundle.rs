@@ -13,7 +13,8 @@ use k8s_openapi::{api::core::v1::ConfigMap, apimachinery::pkg::apis::meta::v1::O
 use kube::{Api, api::PostParams};
 use tokio::task::spawn_blocking;
 
-use super::store::{StoreError, write_renamed};
+use super::store::{Written, written};
+use crate::files::{self, FileError};
 
 /// Why the bundle could not be published.
 #[derive(Debug, thiserror::Error)]
@@ -26,7 +27,7 @@ pub(super) enum BundleError {
         source: Box<kube::Error>,
     },
     #[error(transparent)]
-    File(#[from] StoreError),
+    File(#[from] FileError),
 }
 
 /// Where the roots in use are published.
@@ -37,35 +38,35 @@ pub(super) enum Bundle {
 }
 
 impl Bundle {
-    /// Makes sure that `pem` is what is published.
-    pub(super) async fn publish(&self, pem: &str) -> Result<(), BundleError> {
+    /// Makes sure that `pem` is what is published, unless somebody else was faster.
+    pub(super) async fn publish(&self, pem: &str) -> Result<Written, BundleError> {
         match self {
             Self::ConfigMap { api, name, key } => publish(api, name, key, pem).await,
             Self::File(path) => {
-                let (path, pem) = (path.clone(), pem.to_owned());
-                let work = spawn_blocking(move || write(&path, &pem));
-                let panicked = |panic| Err(StoreError::Content("the bundle".to_owned(), format!("{panic}")));
-                Ok(work.await.unwrap_or_else(panicked)?)
+                let (owned, pem) = (path.clone(), pem.to_owned());
+                let work = spawn_blocking(move || write(&owned, &pem));
+                let panicked = |panic| Err(FileError::of("write", path)(io::Error::other(panic)));
+                Ok(work.await.unwrap_or_else(panicked).map(|()| Written::Done)?)
             }
         }
     }
 }
 
-async fn publish(api: &Api<ConfigMap>, name: &str, key: &str, pem: &str) -> Result<(), BundleError> {
+async fn publish(api: &Api<ConfigMap>, name: &str, key: &str, pem: &str) -> Result<Written, BundleError> {
     let failed = |what| {
         move |source| BundleError::Kubernetes { what, name: name.to_owned(), source: Box::new(source) }
     };
     let Some(mut found) = api.get_opt(name).await.map_err(failed("read"))? else {
         let made = config_map(name, key, pem);
-        return api.create(&PostParams::default(), &made).await.map(drop).map_err(failed("create"));
+        return written(api.create(&PostParams::default(), &made).await).map_err(failed("create"));
     };
     let data = found.data.get_or_insert_default();
     if data.get(key).is_some_and(|published| published == pem) {
-        return Ok(());
+        return Ok(Written::Done);
     }
     data.insert(key.to_owned(), pem.to_owned());
     // The resource version in it makes the API refuse when somebody was faster; the next look finds what that was.
-    api.replace(name, &PostParams::default(), &found).await.map(drop).map_err(failed("replace"))
+    written(api.replace(name, &PostParams::default(), &found).await).map_err(failed("replace"))
 }
 
 fn config_map(name: &str, key: &str, pem: &str) -> ConfigMap {
@@ -80,13 +81,13 @@ fn config_map(name: &str, key: &str, pem: &str) -> ConfigMap {
     }
 }
 
-fn write(path: &Path, pem: &str) -> Result<(), StoreError> {
-    match std::fs::read_to_string(path) {
-        Ok(published) if published == pem => return Ok(()),
+fn write(path: &Path, pem: &str) -> Result<(), FileError> {
+    match std::fs::read(path) {
+        Ok(published) if published == pem.as_bytes() => return Ok(()),
         Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            return Err(StoreError::Io { what: "read", path: path.into(), source: e });
+            return Err(FileError::of("read", path)(e));
         }
         _ => {}
     }
-    write_renamed(path.parent().unwrap_or(Path::new(".")), path, 0o644, pem.as_bytes())
+    files::replace(path, 0o644, pem.as_bytes())
 }

@@ -1,8 +1,9 @@
 //! Who asks, and what may be had: an agent gets certificates for service accounts that have a pod on its own node.
 //!
 //! In Kubernetes the API server reviews the agent's token and names its pod, and pods are read from it. Standalone, a file
-//! names the token of each node, and the directory file says which workloads are where. Whatever is absent or cannot be
-//! read is a refusal.
+//! names the token of each node, and the directory file says which workloads are where. What neither says, and what the
+//! API server does not answer, is a refusal. Of a file that cannot be read any more the last good version counts, and
+//! that is trouble which operators are shown.
 
 mod kubernetes;
 mod tokens;
@@ -50,6 +51,16 @@ impl Callers {
         let file = tokens.clone();
         let tokens = Watched::open(tokens, move |text| Tokens::parse(text, &file))?;
         Ok(Self::Standalone { tokens, directory })
+    }
+
+    /// Why a file as it is now is not in use; `None` when all are.
+    pub(super) fn trouble(&self) -> Option<String> {
+        match self {
+            Self::Kubernetes(_) => None,
+            Self::Standalone { tokens, directory } => {
+                tokens.state().last_error.or_else(|| directory.state().last_error)
+            }
+        }
     }
 
     /// Who sent `token`.

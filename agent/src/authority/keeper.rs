@@ -11,19 +11,18 @@ use std::{
 };
 
 use arc_swap::ArcSwapOption;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tracing::{error, info, warn};
 
 use super::{
     bundle::{Bundle, BundleError},
     config::Lifetimes,
-    in_full,
     root::{self, Root, RootError, seconds},
     rotation::{Held, Rotation, Step, Waits, decide},
     signer::{Signer, moment},
     store::{Fields, Store, StoreError, Stored, Written},
 };
-use crate::identity::TrustDomain;
+use crate::{causes::in_full, identity::TrustDomain};
 
 /// Field of the store with the rotation.
 const ROTATION: &str = "tacit.json";
@@ -31,6 +30,8 @@ const ROTATION: &str = "tacit.json";
 const CONFLICTS_MAX: usize = 8;
 /// Longest time between two looks at the store.
 const LOOK: Duration = Duration::from_secs(10);
+/// Longest look: an API that answers at all does so in less, and one that does not must show as trouble.
+pub(super) const LOOK_MAX: Duration = Duration::from_secs(30);
 /// Looks at the store within the slack of a rotation: a few may fail.
 const LOOKS_WITHIN_SLACK: u32 = 8;
 
@@ -45,6 +46,10 @@ pub(super) enum KeepError {
         "{ROTATION} in the store cannot be read: {0}; correct it, or remove it to begin anew with the root that is there"
     )]
     Rotation(#[from] serde_json::Error),
+    #[error(
+        "the store or the place of the bundle has not answered within {0:?}: is the Kubernetes API, or the disk, overloaded?"
+    )]
+    Late(Duration),
     #[error("{CONFLICTS_MAX} times somebody else changed the store first")]
     Conflicts,
     #[error("the roots are not published: {0}")]
@@ -79,6 +84,8 @@ pub(super) struct Keeper {
     pub(super) trust_domain: TrustDomain,
     pub(super) names: Vec<String>,
     pub(super) lifetimes: Lifetimes,
+    /// Longest look.
+    pub(super) look_max: Duration,
     pub(super) live: Arc<ArcSwapOption<Live>>,
     /// What the latest look failed with.
     pub(super) trouble: Arc<ArcSwapOption<String>>,
@@ -114,8 +121,14 @@ impl Keeper {
         (Duration::from_secs(self.waits().slack) / LOOKS_WITHIN_SLACK).min(LOOK)
     }
 
-    /// One look: the store is brought to where it should be, and the snapshot and the bundle to what it says.
+    /// One look: the store is brought to where it should be, and the snapshot and the bundle to what it says. One that is
+    /// given up half-way does no harm: what it wrote is whole, and the next one reads it.
     pub(super) async fn look(&mut self, now: SystemTime) -> Result<(), KeepError> {
+        let look_max = self.look_max;
+        timeout(look_max, self.bring_up_to_date(now)).await.unwrap_or(Err(KeepError::Late(look_max)))
+    }
+
+    async fn bring_up_to_date(&mut self, now: SystemTime) -> Result<(), KeepError> {
         for _ in 0..CONFLICTS_MAX {
             let read_at = Instant::now();
             let Some(stored) = self.store.load().await? else {
@@ -136,7 +149,9 @@ impl Keeper {
             };
             self.take(&root, &rotation, read_at, now)?;
             self.known = Some(rotation);
-            return self.publish().await;
+            if self.publish().await? == Written::Done {
+                return stored.request.map(drop).map_err(KeepError::from);
+            }
         }
         Err(KeepError::Conflicts)
     }
@@ -147,7 +162,7 @@ impl Keeper {
             not_before: seconds(root.validity.not_before),
             not_after: seconds(root.validity.not_after),
             rotation,
-            request: stored.request.as_deref(),
+            request: stored.asked(),
         };
         let published = rotation.is_some_and(|rotation| self.published.as_ref() == Some(&rotation.bundle()));
         decide(&held, self.waits(), seconds(now), published)
@@ -180,7 +195,7 @@ impl Keeper {
         let after = match (step, known) {
             (Step::Begin, Some(known)) => {
                 let (certificate, key) = root::make(&self.trust_domain, self.lifetimes.root, now)?;
-                known.begin(certificate, key, stored.request.as_deref(), seconds(now))
+                known.begin(certificate, key, stored.asked(), seconds(now))
             }
             (Step::Promote, Some(known @ Rotation { next: Some(next), .. })) => {
                 fields = with_root(next.certificate.clone(), next.key.clone());
@@ -242,13 +257,13 @@ impl Keeper {
         Ok(())
     }
 
-    async fn publish(&mut self) -> Result<(), KeepError> {
-        let Some(live) = self.live.load_full() else { return Ok(()) };
+    async fn publish(&mut self) -> Result<Written, KeepError> {
+        let Some(live) = self.live.load_full() else { return Ok(Written::Done) };
         // Looked at each time: somebody may have removed or changed it.
         self.published = None;
-        self.bundle.publish(&live.bundle).await?;
-        self.published = Some(live.bundle.clone());
-        Ok(())
+        let written = self.bundle.publish(&live.bundle).await?;
+        self.published = (written == Written::Done).then(|| live.bundle.clone());
+        Ok(written)
     }
 }
 

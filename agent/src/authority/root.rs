@@ -25,15 +25,13 @@ use crate::identity::{
 pub(super) const CERTIFICATE: &str = "tls.crt";
 pub(super) const KEY: &str = "tls.key";
 pub(super) const ROOTS: &str = "ca.crt";
-/// Most certificates read from one field, a number.
-const CERTIFICATES_MAX: usize = 16;
 
 /// Why a root cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum RootError {
     #[error("{0} is missing: write the CA's certificate to {CERTIFICATE} and its key to {KEY}")]
     Missing(&'static str),
-    #[error("{field} holds no readable certificate in PEM: {reason}")]
+    #[error("{field} cannot be used: {reason}")]
     Certificate { field: &'static str, reason: String },
     #[error("{KEY} holds no readable private key in PEM: {0}")]
     Key(String),
@@ -164,13 +162,5 @@ fn key_pair(key: &PrivateKeyDer<'static>) -> Result<KeyPair, RootError> {
 }
 
 fn certificates(field: &'static str, text: &str) -> Result<Vec<CertificateDer<'static>>, RootError> {
-    let list: Result<Vec<_>, _> =
-        CertificateDer::pem_slice_iter(text.as_bytes()).take(CERTIFICATES_MAX).collect();
-    match list {
-        Ok(list) if list.is_empty() => {
-            Err(RootError::Certificate { field, reason: "there is none".to_owned() })
-        }
-        Ok(list) => Ok(list),
-        Err(e) => Err(RootError::Certificate { field, reason: e.to_string() }),
-    }
+    certificate::list(text.as_bytes()).map_err(|e| RootError::Certificate { field, reason: e.to_string() })
 }

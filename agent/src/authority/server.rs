@@ -1,7 +1,8 @@
 //! The CA API's door: TCP, TLS 1.3 with the intermediate's own certificate, HTTP/2, gRPC.
 //!
 //! Everything that a caller can hold open is bounded: connections, handshakes, streams, header and message sizes, the
-//! time of a request, the age of a connection. Connections beyond the bound wait in the kernel's queue.
+//! time of a request, the age of a connection. Connections beyond the bound of all wait in the kernel's queue; those
+//! beyond the bound of one address are closed, so that no pod takes the place of all agents.
 
 use std::{convert::Infallible, fmt, net::IpAddr, sync::Arc, time::Duration};
 
@@ -32,21 +33,24 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use super::{keeper::Live, refusal::Refusal, service::Service};
+use super::{keeper::Live, places::Places, service::Service};
 use crate::identity::istio::api::{self, CertificateResponse, Code};
 
 /// Connections served at once; an agent of Tacit holds one for some milliseconds, a ztunnel holds one all day.
 const CONNECTIONS_MAX: usize = 8192;
+/// Of those, from one address; several agents come from one where the path to this service is masqueraded.
+pub(super) const CONNECTIONS_OF_ONE_ADDRESS_MAX: usize = 256;
 /// From the TCP handshake to the end of the TLS one.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
 /// Requests under way at once on a connection.
 const STREAMS_MAX: u32 = 32;
-/// From the headers of a request to its answer; agents give up after 10 s.
-const REQUEST_MAX: Duration = Duration::from_secs(10);
 /// A request's headers, mostly its token.
 const HEADERS_MAX_BYTES: u32 = 32 * 1024;
-/// A request is some 700 bytes.
-const REQUEST_MAX_BYTES: usize = 64 * 1024;
+/// A request is some 700 bytes, a few thousand with an RSA key. What is on its way to a stream is held in memory before
+/// its caller is known, hence the small windows.
+const REQUEST_MAX_BYTES: u32 = 16 * 1024;
+/// The same for a connection; HTTP/2 allows no less.
+const CONNECTION_WINDOW_BYTES: u32 = 65_535;
 /// Oldest connection; callers then meet another replica, and a new certificate of this one.
 const CONNECTION_MAX: Duration = Duration::from_secs(3600);
 /// Requests under way get this long when a connection is to end.
@@ -64,6 +68,7 @@ pub(super) async fn serve(
     stop: CancellationToken,
 ) {
     let acceptor = TlsAcceptor::from(Arc::new(tls(live)));
+    let places = Arc::new(Places::new(CONNECTIONS_OF_ONE_ADDRESS_MAX));
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -71,8 +76,16 @@ pub(super) async fn serve(
             Some(_) = connections.join_next(), if !connections.is_empty() => {}
             accepted = listener.accept(), if connections.len() < CONNECTIONS_MAX => match accepted {
                 Ok((tcp, peer)) => {
-                    let (acceptor, service, stop) = (acceptor.clone(), service.clone(), stop.clone());
-                    connections.spawn(connection(acceptor, service, tcp, peer.ip().to_canonical(), stop));
+                    let peer = peer.ip().to_canonical();
+                    let Some(place) = places.take(peer) else {
+                        service.turned_away(peer);
+                        continue;
+                    };
+                    let served = connection(acceptor.clone(), service.clone(), tcp, peer, stop.clone());
+                    connections.spawn(async move {
+                        let _place = place;
+                        served.await;
+                    });
                 }
                 Err(error) => {
                     warn!(%error, "cannot accept a connection; trying again");
@@ -132,6 +145,8 @@ async fn connection(
         .timer(TokioTimer::new())
         .max_concurrent_streams(STREAMS_MAX)
         .max_header_list_size(HEADERS_MAX_BYTES)
+        .initial_stream_window_size(REQUEST_MAX_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .keep_alive_interval(PING)
         .keep_alive_timeout(PING);
     let mut connection = std::pin::pin!(builder.serve_connection(TokioIo::new(tls), handler));
@@ -157,13 +172,7 @@ async fn handle(
         return response(Err((Code::Unimplemented, format!("only {} is served here", api::PATH))));
     }
     let (head, body) = request.into_parts();
-    let answered = timeout(REQUEST_MAX, async {
-        let body = Limited::new(body, REQUEST_MAX_BYTES).collect().await;
-        let body = body.map_err(|e| Refusal::Message(e.to_string()))?;
-        service.answer(peer, &head.headers, &body.to_bytes()).await
-    });
-    let late = |_| Err(Refusal::NotReady(format!("the request took more than {REQUEST_MAX:?}")));
-    let answer = answered.await.unwrap_or_else(late);
+    let answer = service.answer(peer, &head.headers, Limited::new(body, REQUEST_MAX_BYTES as usize)).await;
     response(answer.map_err(|refusal| (refusal.code(), refusal.to_string())))
 }
 

@@ -1,18 +1,22 @@
 //! One request, from its headers to a certificate or a refusal.
 //!
-//! The order is that of what it costs: rate by address, token, rate by node, the request itself, pods, signing. Every
-//! issue and every refusal is logged with node, identity and serial number, and counted; of those for the rate one a second
+//! The order is that of what it costs: rate by address, token, rate by node, the request itself, pods, signing. Nothing
+//! of the body is read before the first three. Every issue and every refusal is logged with node, identity and serial number, and counted; of those for the rate one a second
 //! is logged, with the number of the others.
 
 use std::{
+    fmt::Display,
     net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
 
 use arc_swap::ArcSwapOption;
-use hyper::{HeaderMap, header::AUTHORIZATION};
-use tracing::{info, warn};
+use bytes::Bytes;
+use http_body_util::BodyExt as _;
+use hyper::{HeaderMap, body::Body, header::AUTHORIZATION};
+use tokio::time::timeout;
+use tracing::{debug, info, warn};
 
 use super::{
     bucket::Buckets,
@@ -31,7 +35,10 @@ use crate::identity::{
 
 /// How many nodes' rates one address gets before it has said which node it is: where the path to this service is
 /// masqueraded, several agents come from one address.
-const NODES_AT_ONE_ADDRESS: u32 = 16;
+pub(super) const NODES_AT_ONE_ADDRESS: u32 = 16;
+
+/// From the headers of a request to its answer; agents give up after 10 s.
+const REQUEST_MAX: Duration = Duration::from_secs(10);
 
 /// Least time between two log lines about callers that ask too often.
 const LOG_PAUSE: Duration = Duration::from_secs(1);
@@ -39,7 +46,7 @@ const LOG_PAUSE: Duration = Duration::from_secs(1);
 /// Answers requests.
 pub(super) struct Service {
     live: Arc<ArcSwapOption<Live>>,
-    callers: Callers,
+    callers: Arc<Callers>,
     trust_domain: TrustDomain,
     lifetimes: Lifetimes,
     by_address: Mutex<Buckets<IpAddr>>,
@@ -59,7 +66,7 @@ struct Asked {
 impl Service {
     pub(super) fn new(
         live: Arc<ArcSwapOption<Live>>,
-        callers: Callers,
+        callers: Arc<Callers>,
         trust_domain: TrustDomain,
         lifetimes: Lifetimes,
         rate: Rate,
@@ -79,15 +86,18 @@ impl Service {
         }
     }
 
-    /// Answers the request in `body` that came from `peer`.
+    /// Answers the request in `body` that came from `peer`, within `REQUEST_MAX`. The length of `body` is for its owner
+    /// to bound.
     pub(super) async fn answer(
         &self,
         peer: IpAddr,
         headers: &HeaderMap,
-        body: &[u8],
+        body: impl Body<Data = Bytes, Error: Display>,
     ) -> Result<CertificateResponse, Refusal> {
         let mut asked = Asked::default();
-        let outcome = self.decide(peer, headers, body, &mut asked).await;
+        let late = |_| Err(Refusal::NotReady(format!("the request took more than {REQUEST_MAX:?}")));
+        let decided = timeout(REQUEST_MAX, self.decide(peer, headers, body, &mut asked)).await;
+        let outcome = decided.unwrap_or_else(late);
         let node = asked.node.as_deref().unwrap_or("unknown");
         let identity = asked.identity.as_ref().map_or_else(|| "unknown".to_owned(), ToString::to_string);
         match outcome {
@@ -108,6 +118,12 @@ impl Service {
         }
     }
 
+    /// A connection of `peer` was closed, as it has too many.
+    pub(super) fn turned_away(&self, peer: IpAddr) {
+        self.counters.refused("connections");
+        debug!(%peer, "a connection too many from this address");
+    }
+
     /// Whether to log, and how many like it were not since: callers that ask too often must not fill the log.
     fn to_log(&self, refusal: &Refusal) -> Option<u64> {
         if !matches!(refusal, Refusal::Rate { .. }) {
@@ -124,7 +140,7 @@ impl Service {
         &self,
         peer: IpAddr,
         headers: &HeaderMap,
-        body: &[u8],
+        body: impl Body<Data = Bytes, Error: Display>,
         asked: &mut Asked,
     ) -> Result<(Issued, String), Refusal> {
         take(&self.by_address, peer, peer.to_string())?;
@@ -132,7 +148,8 @@ impl Service {
         let caller: Caller = self.callers.authenticate(token).await?;
         asked.node = Some(caller.node.clone());
         take(&self.by_node, caller.node.clone(), caller.node.clone())?;
-        let message: CertificateRequest = api::unframe(body).map_err(|e| Refusal::Message(e.to_string()))?;
+        let body = body.collect().await.map_err(|e| Refusal::Message(e.to_string()))?.to_bytes();
+        let message: CertificateRequest = api::unframe(&body).map_err(|e| Refusal::Message(e.to_string()))?;
         asked.identity = message.impersonated().and_then(|id| SpiffeId::parse(id).ok());
         let own = caller.identity.as_ref();
         let wanted = request::read(&message, own, &self.trust_domain, self.lifetimes.leaf)?;
@@ -142,7 +159,11 @@ impl Service {
         if live.stale(Instant::now()) {
             return Err(Refusal::NotReady("the store of the root could not be read for too long".to_owned()));
         }
-        let issued = live.signer.issue(&wanted.identity, &wanted.key, wanted.lifetime, SystemTime::now());
+        let now = SystemTime::now();
+        if live.signer.not_after <= now {
+            return Err(Refusal::NotReady("its intermediate has expired".to_owned()));
+        }
+        let issued = live.signer.issue(&wanted.identity, &wanted.key, wanted.lifetime, now);
         Ok((issued.map_err(|e| Refusal::Sign(e.to_string()))?, live.bundle.clone()))
     }
 }

@@ -120,15 +120,31 @@ impl Signer {
         let params =
             leaf_params(&[format!("spiffe://{trust_domain}/ns/a/sa/a")], now, Duration::from_secs(1))?;
         let leaf = params.signed_by(&KeyPair::generate()?, &self.issuer)?;
-        let anchors: Result<Vec<_>, _> = root.anchors.iter().map(webpki::anchor_from_trusted_cert).collect();
-        let time = UnixTime::since_unix_epoch(Duration::from_secs(seconds(now)));
-        EndEntityCert::try_from(leaf.der())
-            .and_then(|leaf| {
-                let (algorithms, usage) = (webpki::ALL_VERIFICATION_ALGS, KeyUsage::client_auth());
-                leaf.verify_for_usage(algorithms, &anchors?, &self.chain, time, usage, None, None).map(drop)
-            })
-            .map_err(RootError::Useless)
+        self.verify(leaf.der(), root, now).map_err(RootError::Useless)
     }
+
+    fn verify(&self, leaf: &CertificateDer<'_>, root: &Root, now: SystemTime) -> Result<(), webpki::Error> {
+        let (algorithms, usage) = (webpki::ALL_VERIFICATION_ALGS, KeyUsage::client_auth());
+        let time = UnixTime::since_unix_epoch(Duration::from_secs(seconds(now)));
+        let anchors: Result<Vec<_>, _> = root.anchors.iter().map(webpki::anchor_from_trusted_cert).collect();
+        let anchors = anchors?;
+        let leaf = EndEntityCert::try_from(leaf)?;
+        let path = leaf.verify_for_usage(algorithms, &anchors, &self.chain, time, usage, None, None)?;
+        // webpki takes a trusted root for a CA of any depth; other verifiers, such as Envoy's, ask its certificate.
+        let depth = path.intermediate_certificates().count();
+        let used = root.anchors.iter().zip(&anchors).filter(|(_, anchor)| *anchor == path.anchor());
+        let deep_enough =
+            used.filter_map(|(certificate, _)| depth_below(certificate)).any(|most| depth <= most);
+        if deep_enough { Ok(()) } else { Err(webpki::Error::PathLenConstraintViolated) }
+    }
+}
+
+/// How many CAs may stand below the one of `certificate`; `None` when it is no CA.
+fn depth_below(certificate: &CertificateDer<'_>) -> Option<usize> {
+    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    let constraints = parsed.basic_constraints().ok()??.value;
+    let depth = constraints.path_len_constraint.map_or(usize::MAX, |most| most as usize);
+    constraints.ca.then_some(depth)
 }
 
 /// Key and certificate of this server, as long-lived as its issuer.

@@ -8,8 +8,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, Read as _, Write as _},
+    fs::{DirBuilder, OpenOptions},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
@@ -17,6 +16,8 @@ use std::{
 use k8s_openapi::{ByteString, api::core::v1::Secret, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{Api, api::PostParams};
 use tokio::task::spawn_blocking;
+
+use crate::files::{self, FileError};
 
 /// Asks for the next root.
 const ROTATE: &str = "tacit.io/rotate-root";
@@ -41,13 +42,8 @@ pub(super) enum StoreError {
         #[source]
         source: Box<kube::Error>,
     },
-    #[error("cannot {what} {}: {source}", path.display())]
-    Io {
-        what: &'static str,
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     #[error("{} has mode {mode:03o} and would be readable by others; make sure nobody has read it, then run chmod 600", path.display())]
     Exposed { path: PathBuf, mode: u32 },
     #[error("{0} is not as it was written: {1}; restore it")]
@@ -64,9 +60,16 @@ pub(super) enum Store {
 /// What a store holds.
 pub(super) struct Stored {
     pub(super) fields: Fields,
-    /// A request to rotate.
-    pub(super) request: Option<String>,
+    /// A request to rotate; one that cannot be read is no reason to stop signing.
+    pub(super) request: Result<Option<String>, StoreError>,
     version: Version,
+}
+
+impl Stored {
+    /// The request to rotate, if there is one that can be read.
+    pub(super) fn asked(&self) -> Option<&str> {
+        self.request.as_ref().ok()?.as_deref()
+    }
 }
 
 /// What a writer must know of what it replaces.
@@ -103,7 +106,7 @@ impl Store {
         match self {
             Self::Secret { api, name } => {
                 let outcome = api.create(&PostParams::default(), &secret(name, fields)).await;
-                written("create", name, outcome)
+                written(outcome).map_err(|e| failed("create", name, e))
             }
             Self::Directory(directory) => {
                 let directory = directory.clone();
@@ -120,7 +123,7 @@ impl Store {
                 secret.data.get_or_insert_default().extend(bytes);
                 // The resource version in it makes the API refuse when somebody was faster.
                 let outcome = api.replace(name, &PostParams::default(), &secret).await;
-                written("replace", name, outcome)
+                written(outcome).map_err(|e| failed("replace", name, e))
             }
             (Self::Directory(directory), Version::File(before)) => {
                 let (directory, mut all) = (directory.clone(), stored.fields);
@@ -137,15 +140,11 @@ fn failed(what: &'static str, secret: &str, source: kube::Error) -> StoreError {
 }
 
 /// 409 means that the object was created or changed by somebody else.
-fn written(
-    what: &'static str,
-    name: &str,
-    outcome: Result<Secret, kube::Error>,
-) -> Result<Written, StoreError> {
+pub(super) fn written<T>(outcome: Result<T, kube::Error>) -> Result<Written, kube::Error> {
     match outcome {
         Ok(_) => Ok(Written::Done),
         Err(kube::Error::Api(status)) if status.code == 409 => Ok(Written::Conflict),
-        Err(e) => Err(failed(what, name, e)),
+        Err(e) => Err(e),
     }
 }
 
@@ -168,10 +167,11 @@ fn read_secret(secret: Secret, name: &str) -> Result<Stored, StoreError> {
         fields.insert(field.clone(), text);
     }
     let request = secret.metadata.annotations.as_ref().and_then(|all| all.get(ROTATE)).cloned();
-    Ok(Stored { fields, request: request.map(shortened), version: Version::Secret(Box::new(secret)) })
+    let request = Ok(request.as_deref().map(shortened));
+    Ok(Stored { fields, request, version: Version::Secret(Box::new(secret)) })
 }
 
-fn shortened(request: String) -> String {
+fn shortened(request: &str) -> String {
     request.chars().take(REQUEST_MAX_CHARS).collect()
 }
 
@@ -182,43 +182,38 @@ async fn blocking<T: Send + 'static>(
     spawn_blocking(work).await.unwrap_or_else(|panic| Err(panicked(panic)))
 }
 
-fn io_error<'a>(what: &'static str, path: &'a Path) -> impl Fn(io::Error) -> StoreError + 'a {
-    move |source| StoreError::Io { what, path: path.into(), source }
-}
-
 fn read_directory(directory: &Path) -> Result<Option<Stored>, StoreError> {
     let path = directory.join(FILE);
     let Some(text) = read_private(&path)? else { return Ok(None) };
     let fields: Fields = serde_json::from_str(&text)
         .map_err(|e| StoreError::Content(path.display().to_string(), e.to_string()))?;
-    let request = fs::read_to_string(directory.join(ROTATE_FILE)).ok().map(|text| text.trim().to_owned());
-    Ok(Some(Stored { fields, request: request.map(shortened), version: Version::File(text) }))
+    let request = read_request(&directory.join(ROTATE_FILE));
+    Ok(Some(Stored { fields, request, version: Version::File(text) }))
+}
+
+fn read_request(path: &Path) -> Result<Option<String>, StoreError> {
+    let Some(file) = files::open(path)? else { return Ok(None) };
+    Ok(Some(shortened(files::text(&file, path, FILE_MAX_BYTES)?.trim())))
 }
 
 /// The text of a file that only its owner may touch; `None` when there is none.
 fn read_private(path: &Path) -> Result<Option<String>, StoreError> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(io_error("open", path)(e)),
-    };
-    let mode = file.metadata().map_err(io_error("stat", path))?.permissions().mode() & 0o777;
+    let Some(file) = files::open(path)? else { return Ok(None) };
+    let mode = file.metadata().map_err(FileError::of("stat", path))?.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
         return Err(StoreError::Exposed { path: path.into(), mode });
     }
-    let mut text = String::new();
-    file.take(FILE_MAX_BYTES).read_to_string(&mut text).map_err(io_error("read", path))?;
-    Ok(Some(text))
+    Ok(Some(files::text(&file, path, FILE_MAX_BYTES)?))
 }
 
 /// Writes when what is there is still `before`.
 fn write_directory(directory: &Path, fields: &Fields, before: Option<&str>) -> Result<Written, StoreError> {
     let mut builder = DirBuilder::new();
-    builder.recursive(true).mode(0o700).create(directory).map_err(io_error("create", directory))?;
+    builder.recursive(true).mode(0o700).create(directory).map_err(FileError::of("create", directory))?;
     let lock_path = directory.join(LOCK_FILE);
     let mut options = OpenOptions::new();
     let lock = options.create(true).truncate(false).write(true).mode(0o600).open(&lock_path);
-    let lock = lock.map_err(io_error("open", &lock_path))?;
+    let lock = lock.map_err(FileError::of("open", &lock_path))?;
     // Held by others for milliseconds; whoever comes meanwhile reads again, as after any other conflict.
     if lock.try_lock().is_err() {
         return Ok(Written::Conflict);
@@ -229,27 +224,6 @@ fn write_directory(directory: &Path, fields: &Fields, before: Option<&str>) -> R
     }
     let text = serde_json::to_string_pretty(fields)
         .map_err(|e| StoreError::Content(path.display().to_string(), e.to_string()))?;
-    write_renamed(directory, &path, 0o600, text.as_bytes())?;
+    files::replace(&path, 0o600, text.as_bytes())?;
     Ok(Written::Done)
-}
-
-/// Puts `content` at `path` so that it is there wholly or not at all. Only one writer at a time.
-pub(super) fn write_renamed(
-    directory: &Path,
-    path: &Path,
-    mode: u32,
-    content: &[u8],
-) -> Result<(), StoreError> {
-    let temporary = path.with_extension("new");
-    // Left by a process that died while it wrote.
-    match fs::remove_file(&temporary) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io_error("remove", &temporary)(e)),
-        _ => {}
-    }
-    let mut options = OpenOptions::new();
-    let file = options.create_new(true).write(true).mode(mode).open(&temporary);
-    let mut file = file.map_err(io_error("create", &temporary))?;
-    file.write_all(content).and_then(|()| file.sync_all()).map_err(io_error("write", &temporary))?;
-    fs::rename(&temporary, path).map_err(io_error("rename to", path))?;
-    File::open(directory).and_then(|d| d.sync_all()).map_err(io_error("sync", directory))
 }

@@ -2,6 +2,8 @@
 
 mod api;
 mod bench;
+mod door;
+mod keeper;
 mod roots;
 
 use std::time::Duration;
@@ -50,6 +52,33 @@ async fn an_agent_gets_certificates_for_its_own_node_and_no_other() {
         "{metrics}"
     );
     assert!(get(&running, "/healthz/ready").await.contains("200 OK"));
+}
+
+#[tokio::test]
+async fn a_service_account_whose_pods_have_all_ended_gets_no_certificate() {
+    let (api, _running, agent) = started(HOUR).await;
+    for phase in ["Succeeded", "Failed"] {
+        api.add_pod_in(phase, "shop", "job-1", "job", "a");
+        assert_eq!(agent.refused("job").await, Code::PermissionDenied, "{phase}");
+    }
+    api.add_pod("shop", "job-1", "job", "a");
+    agent.issue("job").await.expect("issued while its pod runs");
+}
+
+#[tokio::test]
+async fn a_pod_is_found_behind_pages_of_others_and_no_more_than_a_page_is_sent() {
+    let (api, _running, agent) = started(HOUR).await;
+    for number in 0..120 {
+        api.add_pod_in("Succeeded", "shop", &format!("ended-{number}"), "job", "a");
+    }
+    api.add_pod("shop", "running", "job", "a");
+    agent.issue("job").await.expect("issued");
+    assert_eq!(api.content().pods_sent, 1, "pods that have ended are not sent");
+    for number in 0..120 {
+        api.add_pod("shop", &format!("ended-{number}"), "job", "a");
+    }
+    agent.issue("job").await.expect("issued");
+    assert!(api.content().pods_sent <= 1 + 50);
 }
 
 #[tokio::test]
@@ -123,6 +152,19 @@ async fn a_certificate_request_must_be_for_exactly_what_is_asked() {
 }
 
 #[tokio::test]
+async fn a_request_that_is_too_long_is_refused_and_counted_once_its_caller_is_known() {
+    let (_api, running, agent) = started(HOUR).await;
+    let csr = "x".repeat(17 * 1024);
+    let message = CertificateRequest::for_identity("spiffe://cluster.local/ns/shop/sa/web", csr, 60);
+    agent.send_token("unknown");
+    assert_eq!(code(agent.issuer.ask(&message).await.map(drop)), Code::Unauthenticated);
+    agent.send_token("a");
+    assert_eq!(code(agent.issuer.ask(&message).await.map(drop)), Code::InvalidArgument);
+    let metrics = get(&running, "/metrics").await;
+    assert!(metrics.contains("tacit_authority_requests_refused_total{reason=\"message\"} 1"), "{metrics}");
+}
+
+#[tokio::test]
 async fn a_node_that_asks_too_often_waits_and_others_do_not() {
     let api = cluster().await;
     let config = Config { rate: Rate { per_second: 1, burst: 3 }, ..config(HOUR) };
@@ -182,6 +224,46 @@ async fn an_authority_that_is_not_of_the_root_file_gets_no_token() {
 #[tokio::test]
 async fn an_authority_works_without_kubernetes() {
     let files = Scratch::new();
+    let standalone = standalone(&files);
+    let running = Running::start(standalone.clone(), None).await;
+    let agent = Agent::new(running.address, "secret");
+    until("the bundle is published", || files.path().join("roots.pem").exists()).await;
+    mount(&files, &agent);
+    let first = agent.issue("web").await.expect("issued");
+    assert_eq!(agent.refused("db").await, Code::PermissionDenied);
+    running.stop().await;
+
+    let again = Running::start(standalone, None).await;
+    let agent = Agent::new(again.address, "secret");
+    mount(&files, &agent);
+    until_issued(&agent).await;
+    let second = agent.issue("web").await.expect("issued");
+    bench::accepts(&first, &second).expect("the root outlives the process");
+    bench::accepts(&second, &first).expect("the root outlives the process");
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_read_any_more_stays_in_use_and_is_shown() {
+    let files = Scratch::new();
+    let running = Running::start(standalone(&files), None).await;
+    let agent = Agent::new(running.address, "secret");
+    until("the bundle is published", || files.path().join("roots.pem").exists()).await;
+    mount(&files, &agent);
+    for name in ["agents.yaml", "directory.yaml"] {
+        bench::upkeep(&running, false, name).await;
+        let path = files.path().join(name);
+        let good = std::fs::read_to_string(&path).expect("written before");
+        std::fs::write(&path, "nonsense").expect("written");
+        bench::upkeep(&running, true, name).await;
+        agent.issue("web").await.expect("the last good version is in use");
+        std::fs::write(&path, good).expect("written");
+    }
+    bench::upkeep(&running, false, "both files are good again").await;
+}
+
+/// The configuration of an authority without Kubernetes, with `files`: an agent on node a (token `secret`), a pod of
+/// shop/web there, and of shop/db on node b.
+fn standalone(files: &Scratch) -> Config {
     let path = |name: &str| files.path().join(name);
     let hash = crate::authority::root::hex(
         aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"secret").as_ref(),
@@ -195,28 +277,16 @@ async fn an_authority_works_without_kubernetes() {
     };
     let directory = format!("workloads:\n{}{}", workload("web", "a", 2), workload("db", "b", 3));
     std::fs::write(path("directory.yaml"), directory).expect("written");
-    let standalone = Config {
+    Config {
         root: RootPlace::Directory(path("root")),
         bundle: BundlePlace::File(path("roots.pem")),
         agents: Agents::Standalone { tokens: path("agents.yaml"), directory: path("directory.yaml") },
         ..config(HOUR)
-    };
-    let running = Running::start(standalone.clone(), None).await;
-    let agent = Agent::new(running.address, "secret");
-    until("the bundle is published", || path("roots.pem").exists()).await;
-    std::fs::copy(path("roots.pem"), agent.root_file()).expect("copied");
-    let first = agent.issue("web").await.expect("issued");
-    assert_eq!(agent.refused("db").await, Code::PermissionDenied);
-    running.stop().await;
+    }
+}
 
-    let again =
-        Running::start(Config { listen: "127.0.0.1:0".parse().expect("valid"), ..standalone }, None).await;
-    let agent = Agent::new(again.address, "secret");
-    std::fs::copy(path("roots.pem"), agent.root_file()).expect("copied");
-    until_issued(&agent).await;
-    let second = agent.issue("web").await.expect("issued");
-    bench::accepts(&first, &second).expect("the root outlives the process");
-    bench::accepts(&second, &first).expect("the root outlives the process");
+fn mount(files: &Scratch, agent: &Agent) {
+    std::fs::copy(files.path().join("roots.pem"), agent.root_file()).expect("copied");
 }
 
 /// A new authority shows no certificate before it has read its root.
@@ -226,16 +296,6 @@ async fn until_issued(agent: &Agent) {
         assert!(std::time::Instant::now() < deadline, "not in time: {error}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-}
-
-#[tokio::test]
-async fn what_is_not_the_one_method_is_unimplemented() {
-    let (_api, running, _agent) = started(HOUR).await;
-    let mut tcp = tokio::net::TcpStream::connect(running.address).await.expect("connects");
-    tcp.write_all(b"GET / HTTP/1.1\r\n\r\n").await.expect("sent");
-    let mut answer = Vec::new();
-    let _reset_or_end = tcp.read_to_end(&mut answer).await;
-    assert!(!answer.starts_with(b"HTTP"), "nothing is served in clear");
 }
 
 /// The answer to a plain request at the door of metrics and readiness.

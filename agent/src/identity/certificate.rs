@@ -9,7 +9,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rustls::pki_types::CertificateDer;
+use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use webpki::EndEntityCert;
 
 use super::{IdentityError, SpiffeId};
@@ -20,6 +20,23 @@ const GENERALIZED_TIME: u8 = 0x18;
 const SEQUENCE: u8 = 0x30;
 /// `[0] EXPLICIT` around the version.
 const VERSION: u8 = 0xa0;
+
+/// Most certificates of one text, a number: the roots of a whole system are some 150.
+const LIST_MAX: usize = 256;
+
+/// Why a text is no list of certificates.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ListError {
+    /// There is none in it.
+    #[error("it holds no certificate in PEM")]
+    Empty,
+    /// More than are ever needed.
+    #[error("it holds more than {LIST_MAX} certificates: leave out those that are not needed")]
+    Long,
+    /// Not PEM.
+    #[error("it holds a certificate that cannot be read: {0}")]
+    Pem(String),
+}
 
 /// Why a certificate cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -45,6 +62,20 @@ pub struct Validity {
     pub not_before: SystemTime,
     /// Last moment.
     pub not_after: SystemTime,
+}
+
+/// The certificates of a PEM text, at least one.
+///
+/// # Errors
+/// [`ListError`]; a list that is too long is not cut.
+pub fn list(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, ListError> {
+    let list: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).take(LIST_MAX + 1).collect();
+    match list {
+        Ok(list) if list.is_empty() => Err(ListError::Empty),
+        Ok(list) if list.len() > LIST_MAX => Err(ListError::Long),
+        Ok(list) => Ok(list),
+        Err(e) => Err(ListError::Pem(e.to_string())),
+    }
 }
 
 /// The URI names of `certificate`, in its order. Other kinds of names never count as an identity and are left out.
@@ -215,6 +246,27 @@ mod tests {
             "spiffe://cluster.local/ns/shop/sa/web"
         );
         assert_eq!(serial(&certificate).as_deref(), Ok("f00102"));
+    }
+
+    #[test]
+    fn a_list_has_one_certificate_at_least_and_is_never_cut() {
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let one = rcgen::CertificateParams::default().self_signed(&key).expect("signed").pem();
+        let broken = one.replace("MII", "M!I");
+        for (text, expected) in [
+            (one.clone(), Ok(1)),
+            (one.repeat(LIST_MAX), Ok(LIST_MAX)),
+            (one.repeat(LIST_MAX + 1), Err("more than 256")),
+            (String::new(), Err("no certificate")),
+            (format!("{one}{broken}"), Err("cannot be read")),
+        ] {
+            let read = list(text.as_bytes()).map(|list| list.len()).map_err(|e| e.to_string());
+            match (read, expected) {
+                (Ok(count), Ok(expected)) => assert_eq!(count, expected),
+                (Err(problem), Err(expected)) => assert!(problem.contains(expected), "{problem}"),
+                (read, expected) => panic!("{read:?}, not {expected:?}"),
+            }
+        }
     }
 
     #[test]

@@ -20,7 +20,7 @@ use hyper::header::HeaderValue;
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
 use rustls::{
     RootCertStore,
-    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime, pem::PemObject as _},
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime},
 };
 use tokio::{sync::Semaphore, task::spawn_blocking};
 use webpki::{EndEntityCert, KeyUsage};
@@ -33,6 +33,7 @@ use super::{
     certificate::{self, Validity},
     credentials::{Credentials, CredentialsError},
 };
+use crate::files;
 use api::{CertificateRequest, CertificateResponse};
 use connection::{Answer, Target};
 
@@ -40,8 +41,6 @@ use connection::{Answer, Target};
 const CALLS_MAX: usize = 8;
 /// Longest token or root file, in bytes; tokens are some 1,200 and root files some 1,000 for each root.
 const FILE_MAX_BYTES: u64 = 256 * 1024;
-/// Most certificates taken from an answer or a root file, a number.
-const CERTIFICATES_MAX: usize = 64;
 /// A clock this far off is reported: certificates are backdated by 60 s, so there is time left to act.
 const SKEW_REPORTED: Duration = Duration::from_secs(5);
 
@@ -106,6 +105,11 @@ pub enum IstioError {
         /// Whom it is for.
         presented: SpiffeId,
     },
+    /// It was no longer valid as it came.
+    #[error(
+        "the authority's certificate had expired as it came; is this node's clock right, and the authority's?"
+    )]
+    Expired,
 }
 
 /// What is known of the authority.
@@ -170,7 +174,7 @@ impl IstioIssuer {
             let skew = skew::by_certificate(exchange.sent, exchange.received, validity);
             self.answered(exchange.received, Some(skew));
         }
-        Ok(credentials)
+        still_valid(credentials, exchange.received)
     }
 
     /// Sends one message with token and roots as they are now.
@@ -207,8 +211,8 @@ impl IstioIssuer {
         let (what, path) = ("rootFile", &self.config.root_file);
         let bytes = read(what, path).await?;
         let refuse = |problem| IstioError::Content { what, path: path.clone(), problem };
-        let certificates = certificates(&bytes).map_err(refuse)?;
-        store(certificates).map_err(refuse)
+        let roots = certificate::list(&bytes).map_err(|e| refuse(e.to_string()))?;
+        store(roots).map_err(refuse)
     }
 
     async fn token(&self) -> Result<HeaderValue, IstioError> {
@@ -237,24 +241,9 @@ fn request(identity: &SpiffeId, key: &KeyPair) -> Result<String, rcgen::Error> {
 
 async fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, IstioError> {
     let owned = path.to_owned();
-    let blocking = spawn_blocking(move || {
-        use io::Read as _;
-        let mut bytes = Vec::new();
-        std::fs::File::open(owned)?.take(FILE_MAX_BYTES).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    });
+    let blocking = spawn_blocking(move || files::at_most(std::fs::File::open(owned)?, FILE_MAX_BYTES));
     let read = blocking.await.unwrap_or_else(|panic| Err(io::Error::other(panic)));
     read.map_err(|source| IstioError::File { what, path: path.to_owned(), source })
-}
-
-/// The certificates of a PEM text, at least one.
-fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
-    let list: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).take(CERTIFICATES_MAX).collect();
-    match list {
-        Ok(list) if list.is_empty() => Err("it holds no certificate in PEM".to_owned()),
-        Ok(list) => Ok(list),
-        Err(e) => Err(format!("it holds a certificate that cannot be read: {e}")),
-    }
 }
 
 fn store(certificates: Vec<CertificateDer<'static>>) -> Result<RootCertStore, String> {
@@ -277,7 +266,8 @@ fn credentials(
             "{count} elements, where a certificate and its roots belong"
         )));
     };
-    let read = |pem: &String| certificates(pem.as_bytes()).map_err(IstioError::Answer);
+    let read =
+        |pem: &String| certificate::list(pem.as_bytes()).map_err(|e| IstioError::Answer(e.to_string()));
     let roots = store(read(roots)?).map_err(IstioError::Answer)?;
     let mut chain = read(leaf)?;
     // istiod sends an empty text when nothing is between.
@@ -293,6 +283,11 @@ fn credentials(
         return Err(IstioError::Identity { asked: asked.clone(), presented });
     }
     Ok(credentials)
+}
+
+/// Credentials that nobody could use would be renewed at once, and again.
+fn still_valid(credentials: Credentials, received: SystemTime) -> Result<Credentials, IstioError> {
+    if credentials.not_after <= received { Err(IstioError::Expired) } else { Ok(credentials) }
 }
 
 /// Whether peers can verify the chain, as client and as server. Time is not the question: a clock that is wrong is

@@ -6,8 +6,7 @@
 //! be used for another trust domain by mistake. It is valid for ten years; to replace it, replace the directory.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions, TryLockError},
-    io::{self, Read, Write},
+    fs::{DirBuilder, File, OpenOptions, TryLockError},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     thread,
@@ -25,6 +24,7 @@ use super::{
     certificate::{self, CertificateError},
     issuer::{BACKDATED, random_serial},
 };
+use crate::files::{self, FileError};
 
 const KEY_FILE: &str = "root-key.pem";
 const CERTIFICATE_FILE: &str = "root-cert.pem";
@@ -40,16 +40,8 @@ const LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 #[derive(Debug, thiserror::Error)]
 pub enum RootError {
     /// A file or the directory cannot be read or written.
-    #[error("cannot {what} {}: {source}", path.display())]
-    Io {
-        /// What was tried.
-        what: &'static str,
-        /// On which file.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     /// Another process holds the directory's lock.
     #[error("{} is locked by another process for more than {LOCK_WAIT:?}; see which one holds it", .0.display())]
     Locked(PathBuf),
@@ -122,7 +114,7 @@ impl Root {
     /// [`RootError`]; nothing that is found is ever replaced.
     pub fn open(directory: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<Self, RootError> {
         let mut builder = DirBuilder::new();
-        builder.recursive(true).mode(0o700).create(directory).map_err(io_error("create", directory))?;
+        builder.recursive(true).mode(0o700).create(directory).map_err(FileError::of("create", directory))?;
         let _lock = lock(&directory.join(LOCK_FILE))?;
         let (key_path, certificate_path) = (directory.join(KEY_FILE), directory.join(CERTIFICATE_FILE));
         let key_pem = read_key(&key_path)?;
@@ -134,13 +126,13 @@ impl Root {
             Some(pem) => parse_key(&key_path, &pem)?,
             None => {
                 let key = KeyPair::generate()?;
-                write(directory, &key_path, 0o600, key.serialize_pem().as_bytes())?;
+                files::replace(&key_path, 0o600, key.serialize_pem().as_bytes())?;
                 key
             }
         };
         let params = params(trust_domain, now)?;
         if certificate_pem.is_none() {
-            write(directory, &certificate_path, 0o644, params.self_signed(&key)?.pem().as_bytes())?;
+            files::replace(&certificate_path, 0o644, params.self_signed(&key)?.pem().as_bytes())?;
         }
         let certificate =
             match certificate_pem.map_or_else(|| read(&certificate_path), |pem| Ok(Some(pem)))? {
@@ -200,12 +192,12 @@ fn check(
 fn lock(path: &Path) -> Result<File, RootError> {
     let mut options = OpenOptions::new();
     let file = options.create(true).truncate(false).write(true).mode(0o600).open(path);
-    let file = file.map_err(io_error("open", path))?;
+    let file = file.map_err(FileError::of("open", path))?;
     let deadline = Instant::now() + LOCK_WAIT;
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(file),
-            Err(TryLockError::Error(source)) => return Err(io_error("lock", path)(source)),
+            Err(TryLockError::Error(source)) => return Err(FileError::of("lock", path)(source).into()),
             Err(TryLockError::WouldBlock) if Instant::now() > deadline => {
                 return Err(RootError::Locked(path.into()));
             }
@@ -216,47 +208,18 @@ fn lock(path: &Path) -> Result<File, RootError> {
 
 /// The text of `path`; `None` when there is no such file.
 fn read(path: &Path) -> Result<Option<String>, RootError> {
-    open(path)?.map(|file| read_all(&file, path)).transpose()
+    let Some(file) = files::open(path)? else { return Ok(None) };
+    Ok(Some(files::text(&file, path, FILE_MAX_BYTES)?))
 }
 
 /// As [`read`], for a file that only its owner may touch.
 fn read_key(path: &Path) -> Result<Option<String>, RootError> {
-    let Some(file) = open(path)? else { return Ok(None) };
-    let mode = file.metadata().map_err(io_error("stat", path))?.permissions().mode() & 0o777;
+    let Some(file) = files::open(path)? else { return Ok(None) };
+    let mode = file.metadata().map_err(FileError::of("stat", path))?.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
         return Err(RootError::KeyExposed { path: path.into(), mode });
     }
-    read_all(&file, path).map(Some)
-}
-
-fn open(path: &Path) -> Result<Option<File>, RootError> {
-    match File::open(path) {
-        Ok(file) => Ok(Some(file)),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(io_error("open", path)(source)),
-    }
-}
-
-fn read_all(file: &File, path: &Path) -> Result<String, RootError> {
-    let mut text = String::new();
-    file.take(FILE_MAX_BYTES).read_to_string(&mut text).map_err(io_error("read", path))?;
-    Ok(text)
-}
-
-/// Puts `content` at `path` so that after a crash it is there wholly or not at all.
-fn write(directory: &Path, path: &Path, mode: u32, content: &[u8]) -> Result<(), RootError> {
-    let temporary = path.with_extension("pem.new");
-    // Left by an agent that died while it wrote; the lock says that nobody writes now.
-    match fs::remove_file(&temporary) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io_error("remove", &temporary)(e)),
-        _ => {}
-    }
-    let mut options = OpenOptions::new();
-    let file = options.create_new(true).write(true).mode(mode).open(&temporary);
-    let mut file = file.map_err(io_error("create", &temporary))?;
-    file.write_all(content).and_then(|()| file.sync_all()).map_err(io_error("write", &temporary))?;
-    fs::rename(&temporary, path).map_err(io_error("rename to", path))?;
-    File::open(directory).and_then(|d| d.sync_all()).map_err(io_error("sync", directory))
+    Ok(Some(files::text(&file, path, FILE_MAX_BYTES)?))
 }
 
 fn parse_key(path: &Path, pem: &str) -> Result<KeyPair, RootError> {
@@ -267,8 +230,4 @@ fn parse_key(path: &Path, pem: &str) -> Result<KeyPair, RootError> {
 fn parse_certificate(path: &Path, pem: &[u8]) -> Result<CertificateDer<'static>, RootError> {
     CertificateDer::from_pem_slice(pem)
         .map_err(|e| RootError::CertificateUnreadable { path: path.into(), reason: e.to_string() })
-}
-
-fn io_error<'a>(what: &'static str, path: &'a Path) -> impl Fn(io::Error) -> RootError + 'a {
-    move |source| RootError::Io { what, path: path.into(), source }
 }

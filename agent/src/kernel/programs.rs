@@ -34,8 +34,9 @@ use super::{
     netns::Netns,
     pins::Pins,
     probe,
-    verifier::{describe, refused, verify},
+    verifier::{refused, verify},
 };
+use crate::causes::in_full;
 
 pub(super) static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tacit-ebpf.o"));
 
@@ -166,7 +167,7 @@ impl Programs {
         let failed =
             |e: String| KernelError::Attach { program: ESTABLISHED, target: shown.clone(), problem: e };
         let program = self.sock_ops(ESTABLISHED).map_err(|e| failed(e.to_string()))?;
-        program.attach(&target, CgroupAttachMode::Single).map_err(|e| failed(describe(&e)))?;
+        program.attach(&target, CgroupAttachMode::Single).map_err(|e| failed(in_full(&e)))?;
         let id = program.info().map_err(|e| failed(e.to_string()))?.id();
         self.attached.push(ProgramState {
             name: ESTABLISHED.to_owned(),
@@ -267,7 +268,7 @@ impl Programs {
     ) -> Result<u32, KernelError> {
         let failed = |problem: String| KernelError::Attach { program, target: shown.to_owned(), problem };
         let path = self.pins.link(pin);
-        let link = self.link_to(program, target).map_err(|e| failed(describe(&e)))?;
+        let link = self.link_to(program, target).map_err(|e| failed(in_full(&e)))?;
         link.pin(&path).map_err(|e| failed(format!("pin {}: {e}", path.display())))?;
         self.pins.hold(&path).map_err(|e| failed(e.to_string()))?;
         let link = link::open_pin(&path).map_err(|e| failed(e.to_string()))?;

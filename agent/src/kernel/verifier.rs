@@ -16,6 +16,7 @@ use aya::{
 };
 
 use super::{KernelError, node};
+use crate::causes::in_full;
 
 /// Lines of a log that an error shows.
 const TAIL_LINES: usize = 12;
@@ -52,20 +53,9 @@ pub(super) fn refused(program: &str, problem: &dyn std::error::Error, log: Strin
     KernelError::Refused {
         program: program.to_owned(),
         release: node::kernel_release(),
-        problem: describe(problem),
+        problem: in_full(problem),
         log,
     }
-}
-
-/// An error with its causes: aya's outermost texts name the call only.
-pub(super) fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 /// The log's end, and where all of it is.

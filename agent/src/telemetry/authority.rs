@@ -11,7 +11,8 @@ pub struct AuthorityStatus {
     pub issued: u64,
     /// Requests refused since then, by reason.
     pub refused: Vec<(&'static str, u64)>,
-    /// The store of the root could not be read or written, or the bundle not published, at the latest look.
+    /// The store of the root could not be read or written, the bundle not published, or the file of tokens or workloads not
+    /// read, at the latest look.
     pub upkeep_failing: bool,
     /// Last moment of the root that signs.
     pub root_not_after: Option<SystemTime>,

@@ -17,7 +17,7 @@ use tokio::{sync::Semaphore, time::timeout};
 
 use super::{Caller, Refusal};
 use crate::{
-    authority::in_full,
+    causes::in_full,
     identity::{SpiffeId, TrustDomain},
 };
 
@@ -25,8 +25,8 @@ use crate::{
 const REQUESTS_MAX: usize = 32;
 /// From asking to the answer; an agent gives up after 10 s and needs two or three answers.
 const REQUEST_MAX: Duration = Duration::from_secs(3);
-/// Pods of one service account on one node that are looked at; any one will do.
-const PODS_MAX: u32 = 50;
+/// Pods in one page of a list; any one will do.
+const PAGE_PODS_MAX: u32 = 50;
 
 const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
 const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
@@ -87,14 +87,24 @@ impl Kubernetes {
         Ok(Caller { node, identity: Some(identity) })
     }
 
+    /// Whether a pod of `identity` on `node` may run. An API server may send a page without pods and more after it, so
+    /// pages are followed; the time of a request bounds how many.
     pub(super) async fn has_pod(&self, node: &str, identity: &SpiffeId) -> Result<bool, Refusal> {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), identity.namespace());
-        let account = identity.service_account();
-        let selector = format!("spec.nodeName={node},spec.serviceAccountName={account}");
-        let pods = self.ask("list pods", async {
-            api.list(&ListParams::default().fields(&selector).limit(PODS_MAX)).await
+        let mut page = ListParams::default().fields(&selector(node, identity)).limit(PAGE_PODS_MAX);
+        let found = self.ask("list pods", async {
+            loop {
+                let pods = api.list(&page).await?;
+                if pods.items.iter().any(|pod| counts(pod, node, identity)) {
+                    return Ok(true);
+                }
+                let Some(next) = pods.metadata.continue_.filter(|next| !next.is_empty()) else {
+                    return Ok(false);
+                };
+                page = page.continue_token(&next);
+            }
         });
-        Ok(pods.await?.items.iter().any(|pod| counts(pod, node, identity)))
+        found.await
     }
 
     async fn ask<T>(
@@ -178,6 +188,14 @@ fn node_of(pod: Option<&Pod>, bearer: &Bearer) -> Result<String, Refusal> {
     let spec = spec.ok_or_else(|| no_node("its pod has another service account"))?;
     let node = spec.node_name.clone().filter(|node| !node.is_empty());
     node.ok_or_else(|| no_node("its pod is on no node"))
+}
+
+/// The pods of `identity` on `node` that have not ended: those of Jobs stay in the API, and would fill pages.
+fn selector(node: &str, identity: &SpiffeId) -> String {
+    let account = identity.service_account();
+    format!(
+        "spec.nodeName={node},spec.serviceAccountName={account},status.phase!=Succeeded,status.phase!=Failed"
+    )
 }
 
 /// Whether the pod is one of `identity` on `node`, and has not ended. What the API was asked for is not taken for granted.

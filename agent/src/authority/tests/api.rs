@@ -26,8 +26,14 @@ pub(super) struct Content {
     /// Pods, Secrets and ConfigMaps by path.
     objects: BTreeMap<String, Value>,
     version: u64,
+    /// Pods sent in lists.
+    pub(super) pods_sent: usize,
     /// A path that has this in it is answered with 500.
     pub(super) failing: Option<&'static str>,
+    /// The next writes to a path that has this in it meet somebody faster, this many.
+    pub(super) conflicts: Option<(&'static str, u32)>,
+    /// A path that has this in it is never answered.
+    pub(super) hanging: Option<&'static str>,
 }
 
 /// A running API.
@@ -79,12 +85,17 @@ impl Api {
     }
 
     pub(super) fn add_pod(&self, namespace: &str, name: &str, account: &str, node: &str) {
+        self.add_pod_in("Running", namespace, name, account, node);
+    }
+
+    /// A pod in a phase of its life.
+    pub(super) fn add_pod_in(&self, phase: &str, namespace: &str, name: &str, account: &str, node: &str) {
         let pod = json!({
             "apiVersion": "v1",
             "kind": "Pod",
             "metadata": {"name": name, "namespace": namespace, "uid": format!("uid-{name}")},
             "spec": {"nodeName": node, "serviceAccountName": account, "containers": []},
-            "status": {"phase": "Running"},
+            "status": {"phase": phase},
         });
         let path = format!("/api/v1/namespaces/{namespace}/pods/{name}");
         self.content().objects.insert(path, pod);
@@ -112,6 +123,13 @@ impl Content {
     fn answer(&mut self, method: &Method, path: &str, query: &str, body: Value) -> (StatusCode, Value) {
         if self.failing.is_some_and(|failing| path.contains(failing)) {
             return failure(StatusCode::INTERNAL_SERVER_ERROR);
+        }
+        if *method != Method::GET
+            && let Some((of, left @ 1..)) = &mut self.conflicts
+            && path.contains(*of)
+        {
+            *left -= 1;
+            return failure(StatusCode::CONFLICT);
         }
         match *method {
             Method::POST if path == "/apis/authentication.k8s.io/v1/tokenreviews" => self.review(body),
@@ -151,21 +169,34 @@ impl Content {
         (StatusCode::CREATED, body)
     }
 
-    fn pods(&self, path: &str, query: &str) -> (StatusCode, Value) {
-        let decoded = query.replace("%2C", ",").replace("%3D", "=");
-        let selector = decoded.split('&').find_map(|part| part.strip_prefix("fieldSelector=")).unwrap_or("");
-        let terms: Vec<_> = selector.split(',').filter_map(|term| term.split_once('=')).collect();
-        let fits = |pod: &Value| {
-            terms.iter().all(|(field, value)| {
-                let pointer = format!("/{}", field.replace('.', "/"));
-                pod.pointer(&pointer).and_then(Value::as_str) == Some(value)
-            })
-        };
+    /// Pages are cut before pods are selected, as the API allows: one may be empty with more after it.
+    fn pods(&mut self, path: &str, query: &str) -> (StatusCode, Value) {
+        let decoded = query.replace("%2C", ",").replace("%3D", "=").replace("%21", "!");
+        let part =
+            |name: &str| decoded.split('&').find_map(|part| part.strip_prefix(name)?.strip_prefix('='));
+        let selector: Vec<_> =
+            part("fieldSelector").unwrap_or_default().split(',').filter(|term| !term.is_empty()).collect();
+        let number = |name: &str| part(name).map(|text| text.parse::<usize>().expect("a number"));
+        let (from, limit) = (number("continue").unwrap_or(0), number("limit").unwrap_or(usize::MAX));
         let prefix = format!("{path}/");
-        let pods = self.objects.iter().filter(|(path, _)| path.starts_with(&prefix)).map(|(_, pod)| pod);
-        let items: Vec<_> = pods.filter(|pod| fits(pod)).cloned().collect();
-        (StatusCode::OK, json!({"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": items}))
+        let all: Vec<_> = self.objects.iter().filter(|(path, _)| path.starts_with(&prefix)).collect();
+        let page = all.iter().skip(from).take(limit).map(|(_, pod)| *pod);
+        let items: Vec<_> = page.filter(|pod| selector.iter().all(|term| fits(pod, term))).cloned().collect();
+        let next = from.saturating_add(limit);
+        let next = if next < all.len() { next.to_string() } else { String::new() };
+        self.pods_sent += items.len();
+        let list =
+            json!({"apiVersion": "v1", "kind": "PodList", "metadata": {"continue": next}, "items": items});
+        (StatusCode::OK, list)
     }
+}
+
+/// Whether an object fits a term of a field selector, `field=value` or `field!=value`.
+fn fits(object: &Value, term: &str) -> bool {
+    let (field, value) = term.split_once('=').expect("a term");
+    let (field, wanted) = field.strip_suffix('!').map_or((field, true), |field| (field, false));
+    let pointer = format!("/{}", field.replace('.', "/"));
+    (object.pointer(&pointer).and_then(Value::as_str) == Some(value)) == wanted
 }
 
 fn failure(status: StatusCode) -> (StatusCode, Value) {
@@ -186,6 +217,10 @@ async fn answer(
     let bytes = body.collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
     let body = serde_json::from_slice(&bytes).unwrap_or_default();
     let (path, query) = (head.uri.path(), head.uri.query().unwrap_or_default());
+    let hanging = content.lock().expect("no panic").hanging;
+    if hanging.is_some_and(|hanging| path.contains(hanging)) {
+        return std::future::pending().await;
+    }
     let (status, body) = content.lock().expect("no panic").answer(&head.method, path, query, body);
     let mut response = Response::new(Full::new(body.to_string().into()));
     *response.status_mut() = status;

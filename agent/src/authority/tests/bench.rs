@@ -212,3 +212,13 @@ pub(super) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
         sleep(Duration::from_millis(10)).await;
     }
 }
+
+/// Waits until the metrics show that upkeep fails, or does not.
+pub(super) async fn upkeep(running: &Running, failing: bool, what: &str) {
+    let line = format!("tacit_authority_upkeep_failing {}", u8::from(failing));
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !super::get(running, "/metrics").await.lines().any(|found| found == line) {
+        assert!(Instant::now() < deadline, "not in time: {line}: {what}");
+        sleep(Duration::from_millis(10)).await;
+    }
+}

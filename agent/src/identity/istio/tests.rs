@@ -55,3 +55,16 @@ fn an_answer_that_peers_could_not_verify_is_refused() {
     }
     assert!(matches!(judged(&[&db_leaf, &db_root], &db_key), Err(IstioError::Identity { .. })));
 }
+
+#[test]
+fn a_certificate_that_has_expired_as_it_comes_is_refused() {
+    let (key, leaf, root) = answer(&web());
+    let end = judged(&[&leaf, &root], &key).expect("good").not_after;
+    let second = Duration::from_secs(1);
+    for (received, good) in [(end - second, true), (end, false), (end + second, false)] {
+        let credentials = judged(&[&leaf, &root], &key).expect("good");
+        let outcome = still_valid(credentials, received);
+        assert_eq!(outcome.is_ok(), good, "{received:?}");
+        assert!(good || matches!(outcome, Err(IstioError::Expired)));
+    }
+}

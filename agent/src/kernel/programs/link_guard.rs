@@ -23,10 +23,10 @@ use super::{
     super::{
         KernelError, netlink,
         netns::{HostNetns, Netns},
-        verifier::describe,
     },
     Programs,
 };
+use crate::causes::in_full;
 
 pub(super) const GUARD_LINK: &str = "guard_link";
 /// Before whatever else filters there.
@@ -83,18 +83,18 @@ impl Programs {
             problem,
         };
         let path = self.pins.link(&pin);
-        match tcx(self.classifier().map_err(|e| failed(describe(&e)))?, &end.name) {
+        match tcx(self.classifier().map_err(|e| failed(in_full(&e)))?, &end.name) {
             Ok(link) => {
                 link.pin(&path).map_err(|e| failed(format!("pin {}: {e}", path.display())))?;
                 self.pins.hold(&path).map_err(|e| failed(e.to_string()))?;
                 Ok("tcx")
             }
             Err(error) if is_unknown(&error) => {
-                let classifier = self.classifier().map_err(|e| failed(describe(&e)))?;
-                clsact(classifier, &end.name).map_err(|e| failed(describe(&e)))?;
+                let classifier = self.classifier().map_err(|e| failed(in_full(&e)))?;
+                clsact(classifier, &end.name).map_err(|e| failed(in_full(&e)))?;
                 Ok("clsact")
             }
-            Err(error) => Err(failed(describe(&error))),
+            Err(error) => Err(failed(in_full(&error))),
         }
     }
 

@@ -27,7 +27,7 @@ static REFUSED: Metric = Metric {
     unit: None,
     kind: MetricType::Counter,
     labels: &["reason"],
-    help: "Requests for a certificate that were refused.",
+    help: "Requests for a certificate that were refused, and connections (reason `connections`).",
 };
 static READY: Metric = Metric {
     name: "tacit_authority_ready",
@@ -41,7 +41,7 @@ static UPKEEP_FAILING: Metric = Metric {
     unit: None,
     kind: MetricType::Gauge,
     labels: &[],
-    help: "1 when the root could not be read or written, or the bundle not published, at the latest attempt.",
+    help: "1 when the root could not be read or written, the bundle not published, or the file of tokens or workloads not read, at the latest attempt.",
 };
 static ROOT_EXPIRY: Metric = Metric {
     name: "tacit_authority_root_expiry_timestamp",
