@@ -4,7 +4,10 @@
 //! A live flow waits for changes beside its relay: it costs nothing while bytes pass. What policy no longer allows is
 //! reset at both ends; what it still allows does not notice.
 
-use std::{future::pending, sync::Arc};
+use std::{
+    future::{Future, pending},
+    sync::Arc,
+};
 
 use tokio::sync::watch;
 
@@ -53,14 +56,24 @@ fn verdict(pod: &Pod, flow: &Flow<'_>) -> Result<(), Denial> {
     }
 }
 
-/// Waits until policy no longer allows a flow that was admitted.
-pub async fn revoked(pod: &Pod, flow: &Flow<'_>, mut changes: Changes) -> Denial {
-    while changes.changed().await.is_ok() {
-        if let Err(denial) = verdict(pod, flow) {
-            return denial;
+/// Waits until policy no longer allows a flow that was admitted. `flow` tells it when it is needed.
+#[expect(
+    clippy::manual_async_fn,
+    reason = "an async fn keeps its arguments twice, and waiting flows are many"
+)]
+pub fn revoked<'a>(
+    pod: &'a Pod,
+    flow: impl Fn() -> Flow<'a> + Send + 'a,
+    mut changes: Changes,
+) -> impl Future<Output = Denial> + Send + 'a {
+    async move {
+        while changes.changed().await.is_ok() {
+            if let Err(denial) = verdict(pod, &flow()) {
+                return denial;
+            }
         }
+        pending().await
     }
-    pending().await
 }
 
 /// Ends a flow that policy no longer allows; its sockets were reset by then.

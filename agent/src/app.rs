@@ -39,7 +39,10 @@ use crate::{
     outbound,
     policy::{self, Policies},
     reload::{Opening, Watched},
-    telemetry::{Telemetry, admin, status::SourceKind},
+    telemetry::{
+        Telemetry, admin,
+        status::{SourceKind, UncoveredStatus},
+    },
     tunnel::Session,
     workers::Workers,
     yaml::LoadError,
@@ -314,8 +317,18 @@ async fn housekeeping(path: Arc<DataPath>) {
     let mut tick = interval(HOUSEKEEPING);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut trimmed_at = 0;
+    let (mut looked_at, mut told) = (Arc::default(), UncoveredStatus::default());
     loop {
         tick.tick().await;
+        let directory = path.directory.current();
+        if !Arc::ptr_eq(&directory, &looked_at) {
+            looked_at = directory;
+            let uncovered = report::uncovered(&path);
+            if uncovered != told && uncovered.example.is_some() {
+                tracing::warn!("{uncovered}");
+            }
+            told = uncovered;
+        }
         let connections = path.drain.tasks.len();
         if connections.abs_diff(trimmed_at) > MANY {
             trimmed_at = connections;

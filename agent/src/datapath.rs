@@ -2,7 +2,6 @@
 //! application in its pod. Nothing here waits for a control task.
 
 use std::{
-    borrow::Cow,
     io,
     net::{IpAddr, SocketAddr, TcpListener},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -56,7 +55,7 @@ pub struct PoolKey {
     /// Identity the server proved.
     pub identity: SpiffeId,
     /// Serial number of the certificate the client showed.
-    pub serial: String,
+    pub serial: Arc<str>,
 }
 
 /// Everything a connection needs.
@@ -229,11 +228,7 @@ pub struct Refused {
 /// How a flow over a session is protected.
 #[must_use]
 pub fn security(tls: &TlsInfo) -> Security {
-    Security::MutualTls {
-        version: tls.version,
-        cipher: Cow::Borrowed(tls.cipher),
-        key_exchange: Cow::Borrowed(tls.key_exchange),
-    }
+    Security::MutualTls { version: tls.version, cipher: tls.cipher, key_exchange: tls.key_exchange }
 }
 
 /// What a failed connect to an application is called, to the peer and in metrics.

@@ -14,6 +14,8 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::IpNet;
+
 use crate::{
     identity::{SpiffeId, TrustDomain},
     yaml::Mistakes,
@@ -120,6 +122,17 @@ pub struct Directory {
     departed: Arc<Vec<Arc<Workload>>>,
 }
 
+/// Of what traffic goes in clear because no range of the mesh covers it.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Uncovered {
+    /// Enrolled workloads with an address in no range.
+    pub workloads: usize,
+    /// Services of enrolled workloads with a virtual address in no range.
+    pub services: usize,
+    /// One of them, with its address.
+    pub example: Option<String>,
+}
+
 /// Who has an address that two workloads claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Claim {
@@ -200,6 +213,36 @@ impl Directory {
     /// processes of theirs may live on. A bounded number of the latest.
     pub fn departed(&self) -> impl Iterator<Item = &Arc<Workload>> {
         self.departed.iter()
+    }
+
+    /// Who should be in `ranges` and is not. Looks at all: some milliseconds for 100,000.
+    #[must_use]
+    pub fn uncovered(&self, ranges: &[IpNet]) -> Uncovered {
+        let outside = |addresses: &[IpAddr]| {
+            addresses.iter().copied().find(|address| !ranges.iter().any(|range| range.contains(address)))
+        };
+        let enrolled = |workload: &&Arc<Workload>| workload.protocol == Protocol::Tacit;
+        let leads_to_one = |service: &&Arc<Service>| {
+            let endpoints = service.ports.iter().flat_map(|port| port.ipv4.iter().chain(port.ipv6.iter()));
+            endpoints.filter_map(|endpoint| self.at(endpoint.address.ip())).any(|found| enrolled(&found))
+        };
+        let mut found = Uncovered::default();
+        for workload in self.iter().filter(enrolled) {
+            if let Some(address) = outside(&workload.addresses) {
+                found.workloads += 1;
+                found.example.get_or_insert_with(|| format!("pod {} ({address})", workload.full_name()));
+            }
+        }
+        for service in self.services() {
+            if let Some(address) = outside(&service.addresses)
+                && leads_to_one(&service)
+            {
+                found.services += 1;
+                let name = full_name(&service.namespace, &service.name);
+                found.example.get_or_insert_with(|| format!("service {name} ({address})"));
+            }
+        }
+        found
     }
 
     /// Number of workloads.

@@ -8,7 +8,9 @@
 //! ```
 
 use std::{
+    future::Future,
     net::{IpAddr, SocketAddr},
+    pin::Pin,
     sync::Arc,
     time::SystemTime,
 };
@@ -32,7 +34,7 @@ pub async fn tunnel(path: Arc<DataPath>, pod: Arc<Pod>, tcp: TcpStream, peer: So
     let Some((mut session, at)) = Box::pin(greet(&path, &pod, tcp, peer)).await else { return };
     while let Some(begun) = Box::pin(next_flow(&path, &pod, session, peer.ip(), at)).await {
         let ended = match begun {
-            Begun::Flow(flow) => flow.carry(&path, &pod).await,
+            Begun::Flow(carried) => carried.await,
             Begun::Denied(session) => Some(session),
         };
         match ended {
@@ -85,28 +87,21 @@ async fn greet(
 }
 
 /// What came of a flow that a peer asked for.
-enum Begun {
-    Flow(Admitted),
+enum Begun<'a> {
+    /// Its way to its end, after which the session may be of use again.
+    Flow(Pin<Box<dyn Future<Output = Option<Box<Session>>> + Send + 'a>>),
     /// The session is as good as before.
     Denied(Box<Session>),
 }
 
-/// A flow that may be, with its application.
-struct Admitted {
-    application: TcpStream,
-    session: Box<Session>,
-    live: LiveFlow,
-    changes: Changes,
-}
-
 /// The next flow of a session; `None` at its end.
-async fn next_flow(
-    path: &DataPath,
-    pod: &Pod,
+async fn next_flow<'a>(
+    path: &'a DataPath,
+    pod: &'a Pod,
     mut session: Box<Session>,
     peer: IpAddr,
     at: IpAddr,
-) -> Option<Begun> {
+) -> Option<Begun<'a>> {
     let next = tokio::select! {
         next = session.next(SERVER_IDLE) => next,
         () = path.drain.stop.cancelled() => return None,
@@ -130,14 +125,14 @@ async fn next_flow(
 }
 
 /// Decides on the flow that `open` asks for, and reaches its application.
-async fn begin(
-    path: &DataPath,
-    pod: &Pod,
+async fn begin<'a>(
+    path: &'a DataPath,
+    pod: &'a Pod,
     mut session: Box<Session>,
     open: &Open,
     peer: IpAddr,
     at: IpAddr,
-) -> Option<Begun> {
+) -> Option<Begun<'a>> {
     let changes = match admit(path, pod, &session, open, peer, at) {
         Ok(changes) => changes,
         Err(denied) => return deny(path, session, open, denied).await.map(Begun::Denied),
@@ -161,38 +156,29 @@ async fn begin(
         security: security(session.tls()),
         trace: open.trace.0,
     });
-    Some(Begun::Flow(Admitted { application, session, live, changes }))
+    Some(Begun::Flow(Box::pin(async move {
+        let (end, session) = tokio::select! {
+            ended = relay::tunnelled(application, session, live.counters()) => ended,
+            () = path.drain.cut.cancelled() => {
+                live.close("cut");
+                return None;
+            }
+            denial = admission::revoked(pod, || carried(&live), changes) => {
+                admission::revoke(&path.telemetry, live, denial);
+                return None;
+            }
+        };
+        live.close(end.label());
+        session
+    })))
 }
 
-impl Admitted {
-    /// Moves its bytes to its end; gives the session back when it can carry another.
-    fn carry(self, path: &DataPath, pod: &Pod) -> impl Future<Output = Option<Box<Session>>> {
-        let Self { application, session, live, changes } = self;
-        async move {
-            let (end, session) = tokio::select! {
-                ended = relay::tunnelled(application, session, live.counters()) => ended,
-                () = path.drain.cut.cancelled() => {
-                    live.close("cut");
-                    return None;
-                }
-                denial = revoked(pod, &live, changes) => {
-                    admission::revoke(&path.telemetry, live, denial);
-                    return None;
-                }
-            };
-            live.close(end.label());
-            session
-        }
-    }
-}
-
-/// Waits until policy no longer allows the flow.
-async fn revoked(pod: &Pod, live: &LiveFlow, changes: Changes) -> Denial {
+/// What policy is asked about as long as the flow lives.
+fn carried(live: &LiveFlow) -> Flow<'_> {
     let FlowSpec { source, destination, .. } = live.spec();
     // The session's peer has an identity, which `begin` has put here.
     let proven = source.identity.as_ref().map_or(Source::Plaintext, Source::Tunnel);
-    let flow = Flow { source: proven, client: source.address.ip(), destination: destination.address };
-    admission::revoked(pod, &flow, changes).await
+    Flow { source: proven, client: source.address.ip(), destination: destination.address }
 }
 
 /// A flow that is not to be: what the peer is told, what is counted, what is logged.
@@ -319,7 +305,7 @@ pub async fn plaintext(path: Arc<DataPath>, pod: Arc<Pod>, client: TcpStream, pe
             let end = tokio::select! {
                 end = relay::plain(client, application, live.counters()) => end.label(),
                 () = path.drain.cut.cancelled() => "cut",
-                denial = admission::revoked(&pod, &flow, changes) => {
+                denial = admission::revoked(&pod, || flow, changes) => {
                     return admission::revoke(&path.telemetry, live, denial);
                 }
             };

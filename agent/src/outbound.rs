@@ -117,7 +117,7 @@ async fn set_out(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, client: Soc
         return None;
     };
     match find_way(&path, &pod, Ends { source, destination }, &app).await {
-        Ok((way, held)) => Some(carry(path, pod, app, way, held)),
+        Ok((way, held)) => Some(carry(path, pod, app, way, held.map(Box::new))),
         Err(failure) => {
             path.refuse(app, refused(source, destination, failure));
             None
@@ -168,7 +168,7 @@ async fn reach(
 }
 
 /// Moves the flow's bytes to its end. Each way's future is boxed by itself: a flow keeps no room for the others'.
-fn carry(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, way: Way, held: Option<Held>) -> Carried {
+fn carry(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, way: Way, held: Option<Box<Held>>) -> Carried {
     match way {
         Way::Plain(server, spec) => {
             let flow = path.telemetry.open_flow(spec);
@@ -177,15 +177,14 @@ fn carry(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, way: Way, held: Opt
         Way::SameNode(server, spec, target, changes) => Box::pin(async move {
             let (client, destination) = (spec.source.address.ip(), spec.destination.address);
             let flow = path.telemetry.open_flow(spec);
-            let asked = Flow { source: Source::SameNode(&pod.workload.identity), client, destination };
-            let revoked = admission::revoked(&target, &asked, changes);
+            let asked = || Flow { source: Source::SameNode(&pod.workload.identity), client, destination };
+            let revoked = admission::revoked(&target, asked, changes);
             relay_plain(path, app, server, flow, revoked, held).await;
         }),
         Way::Tunnel(session, ahead_bytes, spec, key) => {
             let live = path.telemetry.open_flow(spec);
             live.counters().sent.fetch_add(ahead_bytes as u64, Relaxed);
             Box::pin(async move {
-                let _held = held;
                 let (end, session) = tokio::select! {
                     ended = relay::tunnelled(app, session, live.counters()) => ended,
                     () = path.drain.cut.cancelled() => return live.close("cut"),
@@ -196,6 +195,7 @@ fn carry(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, way: Way, held: Opt
                 {
                     session::keep(&path, key, session);
                 }
+                drop(held);
             })
         }
     }
@@ -303,7 +303,7 @@ async fn relay_plain(
     server: TcpStream,
     flow: LiveFlow,
     revoked: impl Future<Output = Denial>,
-    _held: Option<Held>,
+    _held: Option<Box<Held>>,
 ) {
     let end = tokio::select! {
         end = relay::plain(app, server, flow.counters()) => end.label(),

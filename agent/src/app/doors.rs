@@ -23,7 +23,10 @@ use crate::{
     reload::ReloadState,
     telemetry::{
         Telemetry, admin,
-        status::{AgentState, FlowsStatus, GuardStatus, IssuerStatus, PoolStatus, SourceKind, Status},
+        status::{
+            AgentState, FlowsStatus, GuardStatus, IssuerStatus, PoolStatus, SourceKind, Status,
+            UncoveredStatus,
+        },
     },
 };
 
@@ -117,6 +120,7 @@ impl Shown {
             programs: Vec::new(),
             kernel: Vec::new(),
             guard: GuardStatus::default(),
+            uncovered: UncoveredStatus::default(),
             issuer: IssuerStatus::default(),
             certificates: Vec::new(),
             sources: self.sources.iter().map(|(kind, state)| source(*kind, &state.borrow())).collect(),

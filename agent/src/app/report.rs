@@ -13,7 +13,7 @@ use std::{
 use crate::{
     config::Config,
     datapath::DataPath,
-    directory::Workload,
+    directory::{Uncovered, Workload},
     enrol::in_clear,
     identity::{issuer::Issuer, istio::Skew, manager::CertificateState},
     kernel::{Drops, GuardedLink, InClear, node},
@@ -24,7 +24,7 @@ use crate::{
     reload::ReloadState,
     telemetry::status::{
         AgentState, CertificateStatus, DropStatus, GuardStatus, IssuerStatus, KernelCounter, PodState,
-        PodStatus, PoolStatus, ProgramStatus, SourceKind, SourceStatus, Status,
+        PodStatus, PoolStatus, ProgramStatus, SourceKind, SourceStatus, Status, UncoveredStatus,
     },
 };
 
@@ -78,6 +78,7 @@ impl Report {
             programs: self.programs(),
             kernel: self.kernel(),
             guard: self.guard(),
+            uncovered: uncovered(&self.path),
             issuer: issuer(self.path.identities.issuer()),
             certificates: self.path.identities.certificates().iter().filter_map(certificate).collect(),
             sources: vec![
@@ -184,6 +185,12 @@ impl Report {
             drops: self.path.kernel.maps.drops().into_iter().map(status).collect(),
         }
     }
+}
+
+/// Who is in no range of the mesh.
+pub(super) fn uncovered(path: &DataPath) -> UncoveredStatus {
+    let Uncovered { workloads, services, example } = path.directory.current().uncovered(&path.mesh_ranges);
+    UncoveredStatus { pods: workloads as u64, services: services as u64, example }
 }
 
 fn in_clear_text(what: InClear) -> &'static str {

@@ -46,6 +46,13 @@ pub struct Endpoints {
     terminating: Box<[Endpoint]>,
 }
 
+impl Endpoints {
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Endpoint> {
+        self.ready.iter().chain(&self.terminating)
+    }
+}
+
 /// A place where a port of a service is served.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Endpoint {

@@ -136,3 +136,24 @@ fn a_service_is_found_by_its_addresses_until_it_is_removed() {
     assert_eq!(directory.services().count(), 2);
     assert!(directory.service_named("shop", "web").is_none());
 }
+
+#[test]
+fn who_is_in_no_range_of_the_mesh_is_found_if_it_is_enrolled() {
+    let text = format!(
+        "{TEXT}services:\n\
+         - {{name: web, namespace: shop, addresses: [10.96.0.1], ports: [{{port: 80}}], endpoints: [{{addresses: [10.77.1.2]}}]}}\n\
+         - {{name: db, namespace: shop, addresses: [10.96.0.2], ports: [{{port: 80}}], endpoints: [{{addresses: ['fd77:2::3']}}]}}\n"
+    );
+    let trust_domain = TrustDomain::parse("cluster.local").expect("valid");
+    let directory = Directory::parse(&text, Path::new("directory.yaml"), &trust_domain).expect("valid");
+    let uncovered = |ranges: &[&str]| {
+        let ranges: Vec<IpNet> = ranges.iter().map(|range| range.parse().expect("a range")).collect();
+        let Uncovered { workloads, services, example } = directory.uncovered(&ranges);
+        (workloads, services, example.unwrap_or_default())
+    };
+    // db is not enrolled, and so is what leads to it alone.
+    assert_eq!(uncovered(&["10.77.0.0/16", "fd77:1::/32", "10.96.0.1/32"]), (0, 0, String::new()));
+    assert_eq!(uncovered(&["10.77.0.0/16", "fd77::/16"]), (0, 1, "service shop/web (10.96.0.1)".to_owned()));
+    assert_eq!(uncovered(&["10.77.0.0/16", "10.96.0.0/16"]), (1, 0, "pod shop/web (fd77:1::2)".to_owned()));
+    assert_eq!((uncovered(&[]).0, uncovered(&[]).1), (2, 1));
+}

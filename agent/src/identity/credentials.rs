@@ -54,7 +54,7 @@ pub struct Credentials {
     /// Last moment of validity.
     pub not_after: SystemTime,
     /// Serial number in hexadecimal.
-    pub serial: String,
+    pub serial: Arc<str>,
     certified: Arc<CertifiedKey>,
     client: OnceLock<Arc<ClientConfig>>,
     clients: Mutex<HashMap<SpiffeId, Arc<ClientConfig>>>,
@@ -85,7 +85,7 @@ impl Credentials {
             roots,
             not_before: validity.not_before,
             not_after: validity.not_after,
-            serial,
+            serial: serial.into(),
             certified: Arc::new(certified),
             client: OnceLock::new(),
             clients: Mutex::default(),

@@ -227,7 +227,7 @@ impl Shared {
         let held = self.credentials.load_full();
         CertificateState {
             identity: identity.clone(),
-            serial: held.as_ref().map(|c| c.serial.clone()).unwrap_or_default(),
+            serial: held.as_ref().map(|c| c.serial.to_string()).unwrap_or_default(),
             not_before: held.as_ref().map(|c| c.not_before),
             not_after: held.as_ref().map(|c| c.not_after),
             last_renewal: progress.obtained,
@@ -259,7 +259,7 @@ async fn keep_current(
         let attempt = timeout(ISSUE_TIMEOUT, issuer.issue(&identity)).await;
         match attempt.unwrap_or(Err(IssueError::Timeout(ISSUE_TIMEOUT))) {
             Ok(credentials) => {
-                info!(%identity, serial = credentials.serial, "certificate issued");
+                info!(%identity, serial = &*credentials.serial, "certificate issued");
                 shared.succeeded(credentials);
                 outcome.send_replace(None);
             }

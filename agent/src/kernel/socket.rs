@@ -5,7 +5,7 @@
 
 use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
-    io,
+    io::{self, IoSlice},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     time::Duration,
 };
@@ -216,6 +216,15 @@ pub async fn connected(socket: Socket, to: SocketAddr, limit: Duration) -> io::R
         }
     }
     Ok(stream)
+}
+
+/// Writes as much of `slices` as fits. With `more` the last segment waits for what follows at once: more bytes or the end.
+///
+/// # Errors
+/// The kernel's.
+pub fn send(socket: &Socket, slices: &[IoSlice<'_>], more: bool) -> io::Result<usize> {
+    let flags = if more { libc::MSG_MORE | libc::MSG_NOSIGNAL } else { libc::MSG_NOSIGNAL };
+    socket.send_vectored_with_flags(slices, flags)
 }
 
 /// Connects from inside `netns`.

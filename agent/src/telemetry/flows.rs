@@ -6,7 +6,6 @@
 //! mutex guards it: a flow takes it twice.
 
 use std::{
-    borrow::Cow,
     collections::BTreeMap,
     fmt,
     net::SocketAddr,
@@ -76,9 +75,9 @@ pub enum Security {
         /// Protocol version, such as `TLSv1.3`.
         version: &'static str,
         /// Cipher suite, such as `TLS13_AES_256_GCM_SHA384`.
-        cipher: Cow<'static, str>,
+        cipher: &'static str,
         /// Key exchange group, such as `X25519MLKEM768`.
-        key_exchange: Cow<'static, str>,
+        key_exchange: &'static str,
     },
     /// Handed over inside this agent: identities hold, nothing touches a wire.
     SameNode,

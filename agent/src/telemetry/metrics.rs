@@ -202,6 +202,13 @@ static KERNEL_VERDICTS: Metric = Metric {
     labels: &["reason"],
     help: "Decisions of the kernel programs.",
 };
+static UNCOVERED: Metric = Metric {
+    name: "tacit_mesh_uncovered",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &["kind"],
+    help: "Enrolled pods and their services in no range of the mesh: what is sent there goes in clear.",
+};
 static RESETS_AT_ENROLMENT: Metric = Metric {
     name: "tacit_enrolment_resets",
     unit: None,
@@ -311,6 +318,8 @@ impl Exposition {
         writer.single(&FLOWS_LIVE, status.flows.live)?;
         writer.single(&POOL_IDLE, status.pool.idle_sessions)?;
         writer.single(&RESETS_AT_ENROLMENT, status.guard.resets_at_enrolment)?;
+        let uncovered = [("pod", status.uncovered.pods), ("service", status.uncovered.services)];
+        writer.family(&UNCOVERED, uncovered.map(|(kind, count)| ([Value::Text(kind)], count)))?;
         writer.histogram(&ENROLMENT, &self.enrolments)?;
         let verdicts = status.kernel.iter();
         writer.family(&KERNEL_VERDICTS, verdicts.map(|verdict| ([Value::Text(&verdict.name)], verdict.value)))

@@ -48,6 +48,9 @@ pub struct Status {
     /// What the guard did beside counting verdicts.
     #[serde(default)]
     pub guard: GuardStatus,
+    /// Who is in no range of the mesh: what pods of this node send there goes in clear.
+    #[serde(default)]
+    pub uncovered: UncoveredStatus,
     /// Who signs certificates.
     #[serde(default)]
     pub issuer: IssuerStatus,
@@ -185,6 +188,29 @@ pub struct GuardStatus {
     pub resets_at_enrolment: u64,
     /// What was dropped, most packets first; the least recently seen kinds are forgotten beyond 4,096.
     pub drops: Vec<DropStatus>,
+}
+
+/// Who should be in a range of the mesh and is not.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct UncoveredStatus {
+    /// Enrolled pods of any node.
+    pub pods: u64,
+    /// Services of enrolled pods.
+    pub services: u64,
+    /// One of them, with its address.
+    pub example: Option<String>,
+}
+
+impl fmt::Display for UncoveredStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { pods, services, example } = self;
+        let example = example.as_deref().unwrap_or("none");
+        write!(
+            f,
+            "{pods} enrolled pods and {services} of their services are in no range of meshRanges or serviceRanges, \
+             for example {example}: what pods of this node send there goes in clear"
+        )
+    }
 }
 
 /// Packets of one kind that the guard dropped.

@@ -13,6 +13,8 @@ use std::{
 use socket2::SockRef;
 use tokio::{io::Interest, net::TcpStream};
 
+use crate::kernel::socket::send;
+
 /// Reads what is there into `slices`, in their order. `Ok(0)` is the end of the stream.
 pub(crate) fn poll_read(
     tcp: &TcpStream,
@@ -67,7 +69,7 @@ pub(crate) fn poll_write(
     cx: &mut Context<'_>,
     slices: &[IoSlice<'_>],
 ) -> Poll<io::Result<usize>> {
-    poll_send(tcp, cx, slices, 0)
+    poll_send(tcp, cx, slices, false)
 }
 
 /// As [`poll_write`], for the last bytes before [`finish`]: they leave together with the end, in one segment.
@@ -76,20 +78,19 @@ pub(crate) fn poll_write_last(
     cx: &mut Context<'_>,
     slices: &[IoSlice<'_>],
 ) -> Poll<io::Result<usize>> {
-    poll_send(tcp, cx, slices, libc::MSG_MORE)
+    poll_send(tcp, cx, slices, true)
 }
 
 fn poll_send(
     tcp: &TcpStream,
     cx: &mut Context<'_>,
     slices: &[IoSlice<'_>],
-    flags: i32,
+    more: bool,
 ) -> Poll<io::Result<usize>> {
     let socket = SockRef::from(tcp);
     loop {
         ready!(tcp.poll_write_ready(cx))?;
-        let send = || socket.send_vectored_with_flags(slices, flags | libc::MSG_NOSIGNAL);
-        match tcp.try_io(Interest::WRITABLE, send) {
+        match tcp.try_io(Interest::WRITABLE, || send(&socket, slices, more)) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             outcome => return Poll::Ready(outcome),
         }

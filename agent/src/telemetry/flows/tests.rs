@@ -115,7 +115,7 @@ pub(in crate::telemetry) fn party(name: &str, address: &str) -> Party {
 pub(in crate::telemetry) fn mutual_tls() -> Security {
     Security::MutualTls {
         version: "TLSv1.3",
-        cipher: "TLS13_AES_256_GCM_SHA384".into(),
-        key_exchange: "X25519MLKEM768".into(),
+        cipher: "TLS13_AES_256_GCM_SHA384",
+        key_exchange: "X25519MLKEM768",
     }
 }

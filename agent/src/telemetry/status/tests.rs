@@ -81,6 +81,11 @@ pub(in crate::telemetry) fn sample() -> Status {
                 packets: 41,
             }],
         },
+        uncovered: UncoveredStatus {
+            pods: 0,
+            services: 1,
+            example: Some("service shop/web (10.96.0.1)".to_owned()),
+        },
         issuer: IssuerStatus {
             address: "authority.tacit:15012".to_owned(),
             last_answer: Some(timestamp("2026-01-01T03:04:05Z")),
