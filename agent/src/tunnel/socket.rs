@@ -21,6 +21,9 @@ pub(crate) fn poll_read(
     cx: &mut Context<'_>,
     slices: &mut [IoSliceMut<'_>],
 ) -> Poll<io::Result<usize>> {
+    // Beyond eight slices the kernel takes memory for each call: those without room are not shown to it.
+    let used = slices.iter().take_while(|slice| !slice.is_empty()).count();
+    let slices = &mut slices[..used];
     let room: usize = slices.iter().map(|slice| slice.len()).sum();
     loop {
         ready!(tcp.poll_read_ready(cx))?;
