@@ -87,10 +87,11 @@ impl Identities {
             (slot.shared.clone(), slot.attempts.clone())
         };
         loop {
+            // Before the credentials are looked at: an attempt that ends meanwhile is a change then, and not missed.
+            let failure = attempts.borrow_and_update().clone();
             if shared.usable(SystemTime::now()).is_some() {
                 return Ok(());
             }
-            let failure = attempts.borrow_and_update().clone();
             if let Some(failure) = failure {
                 return Err(failure);
             }
