@@ -176,7 +176,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
     let report = Arc::new(Report::new(&config, path.clone(), started));
     doors.show(report.clone());
     let enrolment = tokio::spawn(enroller(&config, &path, pods_cgroup, &report).run(path.drain.stop.clone()));
-    let keeper = tokio::spawn(housekeeping(path.clone()));
+    let keeper = tokio::spawn(housekeeping(path.clone(), report.clone()));
     let heart = tokio::spawn(heartbeat(path.clone(), config.heartbeat_timeout));
     let watched = path.kernel.clone();
     let listener = tokio::spawn(async move { events::forward(&watched).await });
@@ -313,22 +313,18 @@ fn beat(kernel: &Kernel, timeout: Duration, policies: &Watched<Policies>) -> Res
 }
 
 /// Keeps the node's addresses true, and sessions from staying beyond their time.
-async fn housekeeping(path: Arc<DataPath>) {
+async fn housekeeping(path: Arc<DataPath>, report: Arc<Report>) {
     let mut tick = interval(HOUSEKEEPING);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut trimmed_at = 0;
-    let (mut looked_at, mut told) = (Arc::default(), UncoveredStatus::default());
+    let mut told = UncoveredStatus::default();
     loop {
         tick.tick().await;
-        let directory = path.directory.current();
-        if !Arc::ptr_eq(&directory, &looked_at) {
-            looked_at = directory;
-            let uncovered = report::uncovered(&path);
-            if uncovered != told && uncovered.example.is_some() {
-                tracing::warn!("{uncovered}");
-            }
-            told = uncovered;
+        let uncovered = report.uncovered();
+        if uncovered != told && uncovered.example.is_some() {
+            tracing::warn!("{uncovered}");
         }
+        told = uncovered;
         let connections = path.drain.tasks.len();
         if connections.abs_diff(trimmed_at) > MANY {
             trimmed_at = connections;

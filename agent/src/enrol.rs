@@ -28,22 +28,24 @@ use crate::{
     directory::{Directory, Protocol, Workload},
     identity::{SpiffeId, manager::Identities},
     kernel::{
-        GuardedLink, InClear, Kernel,
+        Kernel,
         cgroup::{self, Cgroup},
         netns::{HostNetns, Netns},
         socket::Listeners,
     },
-    policy::{Authorization, Modes, Policies},
+    policy::Policies,
     reload::Watched,
     telemetry::Telemetry,
 };
 
 mod cover;
 mod events;
+mod table;
 
 use cover::entry;
 pub use cover::{in_clear, kernel_mode};
 use events::CgroupEvents;
+pub use table::{Pod, Table, Waiting};
 
 /// Rescan without any event: covers what inotify can miss (an overflow, a cgroup made before its watch).
 const RESCAN: Duration = Duration::from_secs(1);
@@ -51,85 +53,6 @@ const RESCAN: Duration = Duration::from_secs(1);
 const SOONEST: Duration = Duration::from_millis(5);
 /// Levels below the pods' cgroup at which the connect hooks look for a pod.
 const POD_LEVELS: std::ops::RangeInclusive<u32> = 1..=2;
-
-/// An enrolled pod, as the data path sees it.
-#[derive(Debug)]
-pub struct Pod {
-    /// Who it is.
-    pub workload: Arc<Workload>,
-    /// Id of its cgroup.
-    pub cgroup: u64,
-    /// Its network namespace.
-    pub netns: Netns,
-    /// What inbound plaintext meets.
-    pub modes: ArcSwap<Modes>,
-    /// Links of it whose host ends are guarded.
-    pub links: Vec<GuardedLink>,
-    /// Cancelled when the pod is no longer enrolled.
-    pub closed: CancellationToken,
-    /// The policies that select it; sent again when its modes change.
-    authorization: watch::Sender<Arc<Authorization>>,
-    slot: u32,
-}
-
-impl Pod {
-    /// Does it send nothing in clear into the mesh?
-    #[must_use]
-    pub fn is_strict(&self) -> bool {
-        matches!(in_clear(&self.workload, &self.modes.load()), InClear::Nothing | InClear::Udp)
-    }
-
-    /// Which of `workers` threads accepts its connections.
-    #[must_use]
-    pub fn home(&self, workers: usize) -> usize {
-        self.slot as usize % workers
-    }
-
-    /// The authorization policies that select it.
-    #[must_use]
-    pub fn authorization(&self) -> Arc<Authorization> {
-        Arc::clone(&self.authorization.borrow())
-    }
-
-    /// Notice of every change of its policies or modes.
-    #[must_use]
-    pub fn policy_changes(&self) -> watch::Receiver<Arc<Authorization>> {
-        self.authorization.subscribe()
-    }
-
-    /// Its address of the same family as `other`.
-    #[must_use]
-    pub fn address_like(&self, other: IpAddr) -> Option<IpAddr> {
-        self.workload.addresses.iter().copied().find(|a| a.is_ipv4() == other.is_ipv4())
-    }
-}
-
-/// A workload of this node that is not enrolled yet, and why.
-#[derive(Debug, Clone)]
-pub struct Waiting {
-    /// The workload.
-    pub workload: Arc<Workload>,
-    /// What is missing.
-    pub reason: String,
-}
-
-/// Snapshot of all pods of this node.
-#[derive(Debug, Default)]
-pub struct Table {
-    /// Enrolled pods.
-    pub pods: Vec<Arc<Pod>>,
-    /// Pods that should be enrolled and are not yet.
-    pub waiting: Vec<Waiting>,
-    by_address: HashMap<IpAddr, Arc<Pod>>,
-}
-
-impl Table {
-    /// The enrolled pod that has `address`.
-    #[must_use]
-    pub fn at(&self, address: IpAddr) -> Option<&Arc<Pod>> {
-        self.by_address.get(&address.to_canonical())
-    }
-}
 
 /// Starts serving a pod's listeners until the pod's `closed` token is cancelled.
 pub type Serve = Arc<dyn Fn(Arc<Pod>, Listeners) + Send + Sync>;
@@ -393,10 +316,8 @@ impl Enroller {
     }
 
     fn publish(&self, state: &State, waiting: Vec<Waiting>) {
-        let pods: Vec<Arc<Pod>> = state.current.values().cloned().collect();
-        let by_address =
-            pods.iter().flat_map(|p| p.workload.addresses.iter().map(move |a| (*a, p.clone()))).collect();
-        let before = self.table.swap(Arc::new(Table { pods, waiting: waiting.clone(), by_address }));
+        let table = Table::new(state.current.values().cloned().collect(), waiting.clone());
+        let before = self.table.swap(Arc::new(table));
         for Waiting { workload, reason } in waiting {
             let known =
                 before.waiting.iter().any(|w| w.workload.cgroup == workload.cgroup && w.reason == reason);

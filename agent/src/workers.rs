@@ -23,8 +23,9 @@ use crate::{relay::busy, tunnel::buffers};
 
 /// How many more connections than the idlest thread one may have before it passes new ones on.
 const LEAD_MAX: usize = 2;
-/// How often a thread gives back memory that it no longer uses.
-const TRIM: Duration = Duration::from_secs(5);
+/// How often a thread gives back memory that it no longer uses. A timer of a flow that is longer is never the first to end,
+/// which would cost a system call.
+pub const TRIM: Duration = Duration::from_secs(5);
 
 thread_local! {
     static CURRENT: Cell<usize> = const { Cell::new(0) };

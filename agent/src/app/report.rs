@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU8, Ordering},
     },
     time::{Instant, SystemTime},
@@ -13,7 +13,7 @@ use std::{
 use crate::{
     config::Config,
     datapath::DataPath,
-    directory::{Uncovered, Workload},
+    directory::{Directory, Uncovered, Workload},
     enrol::in_clear,
     identity::{issuer::Issuer, istio::Skew, manager::CertificateState},
     kernel::{Drops, GuardedLink, InClear, node},
@@ -39,6 +39,8 @@ pub(super) struct Report {
     pods_cgroup: PathBuf,
     started: Instant,
     state: AtomicU8,
+    /// Who was in no range of the mesh, in that directory.
+    uncovered: Mutex<(Arc<Directory>, UncoveredStatus)>,
 }
 
 impl Report {
@@ -49,6 +51,7 @@ impl Report {
             pods_cgroup: config.pods_cgroup.clone(),
             started,
             state: AtomicU8::new(STARTING),
+            uncovered: Mutex::default(),
         }
     }
 
@@ -78,7 +81,7 @@ impl Report {
             programs: self.programs(),
             kernel: self.kernel(),
             guard: self.guard(),
-            uncovered: uncovered(&self.path),
+            uncovered: self.uncovered(),
             issuer: issuer(self.path.identities.issuer()),
             certificates: self.path.identities.certificates().iter().filter_map(certificate).collect(),
             sources: vec![
@@ -88,6 +91,18 @@ impl Report {
             flows: self.path.telemetry.live_flows(),
             pool: PoolStatus { idle_sessions: self.path.pool().len() as u64 },
         }
+    }
+
+    /// Who is in no range of the mesh. All are looked at once for each version of the directory.
+    pub(super) fn uncovered(&self) -> UncoveredStatus {
+        let directory = self.path.directory.current();
+        let mut known = self.uncovered.lock().unwrap_or_else(PoisonError::into_inner);
+        if !Arc::ptr_eq(&known.0, &directory) {
+            let Uncovered { workloads, services, example } = directory.uncovered(&self.path.mesh_ranges);
+            *known =
+                (directory, UncoveredStatus { pods: workloads as u64, services: services as u64, example });
+        }
+        known.1.clone()
     }
 
     /// What policy says about a connection.
@@ -185,12 +200,6 @@ impl Report {
             drops: self.path.kernel.maps.drops().into_iter().map(status).collect(),
         }
     }
-}
-
-/// Who is in no range of the mesh.
-pub(super) fn uncovered(path: &DataPath) -> UncoveredStatus {
-    let Uncovered { workloads, services, example } = path.directory.current().uncovered(&path.mesh_ranges);
-    UncoveredStatus { pods: workloads as u64, services: services as u64, example }
 }
 
 fn in_clear_text(what: InClear) -> &'static str {

@@ -1,8 +1,8 @@
 //! One request, from its headers to a certificate or a refusal.
 //!
 //! The order is that of what it costs: rate by address, token, rate by node, the request itself, pods, signing. Nothing
-//! of the body is read before the first three. Every issue and every refusal is logged with node, identity and serial number, and counted; of those for the rate one a second
-//! is logged, with the number of the others.
+//! of the body is read before the first three. Every issue and every refusal is logged with node, identity and serial
+//! number, and counted; of those for the rate one a second is logged, with the number of the others.
 
 use std::{
     fmt::Display,

@@ -34,11 +34,12 @@ use crate::{
         inbox::Received,
         socket,
     },
+    workers::TRIM,
 };
 
-/// How long a client waits for DONE before it gives up the session: a round trip if the destination reads what it got. Longer
-/// than the tick of `workers`: a timer that is the first to end costs a system call, and nobody waits for this.
-const DONE_MAX: Duration = Duration::from_secs(6);
+/// How long a client waits for DONE before it gives up the session: a round trip if the destination reads what it got. Nobody
+/// waits for this, so it is as long as costs least.
+const DONE_MAX: Duration = TRIM.saturating_add(Duration::from_secs(1));
 /// How long to try to get RESET out over a tunnel that is full. Closing the session then says the same.
 const RESET_MAX: Duration = Duration::from_secs(5);
 

@@ -93,6 +93,9 @@ impl Inbox {
             self.beginning = buffer[self.start..self.end].to_vec();
             (self.start, self.end) = (0, 0);
         }
+        if self.payloads.is_empty() {
+            self.payloads = Payloads::default();
+        }
     }
 
     /// The next frame, by records that `open` decrypts; `None` until more arrives. [`Received::Data`] is returned until its
@@ -191,8 +194,8 @@ fn frame_of(content: &[u8]) -> Result<Option<Control>, frame::FrameError> {
     Control::decode(head.kind, &content[HEADER_BYTES..])
 }
 
-/// Where opened payload stands, in the order of arrival. Holds no memory while there is none: a flow keeps this while it is
-/// idle.
+/// Where opened payload stands, in the order of arrival. [`Inbox::pause`] gives its memory back: a flow keeps this while it
+/// is idle.
 #[derive(Default)]
 struct Payloads {
     /// At most [`FRAMES_MAX`] offsets.
@@ -227,7 +230,8 @@ impl Payloads {
             self.first += usize::from(start == end);
         }
         if self.is_empty() {
-            *self = Self::default();
+            self.places.clear();
+            self.first = 0;
         }
     }
 }

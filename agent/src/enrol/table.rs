@@ -1,0 +1,99 @@
+//! The pods of this node as the data path and the operator see them.
+
+use std::{collections::HashMap, net::IpAddr, sync::Arc};
+
+use arc_swap::ArcSwap;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::in_clear;
+use crate::{
+    directory::Workload,
+    kernel::{GuardedLink, InClear, netns::Netns},
+    policy::{Authorization, Modes},
+};
+
+/// An enrolled pod, as the data path sees it.
+#[derive(Debug)]
+pub struct Pod {
+    /// Who it is.
+    pub workload: Arc<Workload>,
+    /// Id of its cgroup.
+    pub cgroup: u64,
+    /// Its network namespace.
+    pub netns: Netns,
+    /// What inbound plaintext meets.
+    pub modes: ArcSwap<Modes>,
+    /// Links of it whose host ends are guarded.
+    pub links: Vec<GuardedLink>,
+    /// Cancelled when the pod is no longer enrolled.
+    pub closed: CancellationToken,
+    /// The policies that select it; sent again when its modes change.
+    pub(super) authorization: watch::Sender<Arc<Authorization>>,
+    pub(super) slot: u32,
+}
+
+impl Pod {
+    /// Does it send nothing in clear into the mesh?
+    #[must_use]
+    pub fn is_strict(&self) -> bool {
+        matches!(in_clear(&self.workload, &self.modes.load()), InClear::Nothing | InClear::Udp)
+    }
+
+    /// Which of `workers` threads accepts its connections.
+    #[must_use]
+    pub fn home(&self, workers: usize) -> usize {
+        self.slot as usize % workers
+    }
+
+    /// The authorization policies that select it.
+    #[must_use]
+    pub fn authorization(&self) -> Arc<Authorization> {
+        Arc::clone(&self.authorization.borrow())
+    }
+
+    /// Notice of every change of its policies or modes.
+    #[must_use]
+    pub fn policy_changes(&self) -> watch::Receiver<Arc<Authorization>> {
+        self.authorization.subscribe()
+    }
+
+    /// Its address of the same family as `other`.
+    #[must_use]
+    pub fn address_like(&self, other: IpAddr) -> Option<IpAddr> {
+        self.workload.addresses.iter().copied().find(|a| a.is_ipv4() == other.is_ipv4())
+    }
+}
+
+/// A workload of this node that is not enrolled yet, and why.
+#[derive(Debug, Clone)]
+pub struct Waiting {
+    /// The workload.
+    pub workload: Arc<Workload>,
+    /// What is missing.
+    pub reason: String,
+}
+
+/// Snapshot of all pods of this node.
+#[derive(Debug, Default)]
+pub struct Table {
+    /// Enrolled pods.
+    pub pods: Vec<Arc<Pod>>,
+    /// Pods that should be enrolled and are not yet.
+    pub waiting: Vec<Waiting>,
+    by_address: HashMap<IpAddr, Arc<Pod>>,
+}
+
+impl Table {
+    pub(super) fn new(pods: Vec<Arc<Pod>>, waiting: Vec<Waiting>) -> Self {
+        let by_address =
+            pods.iter().flat_map(|p| p.workload.addresses.iter().map(move |a| (*a, p.clone()))).collect();
+        Self { pods, waiting, by_address }
+    }
+
+    /// The enrolled pod that has `address`.
+    #[must_use]
+    pub fn at(&self, address: IpAddr) -> Option<&Arc<Pod>> {
+        self.by_address.get(&address.to_canonical())
+    }
+}
