@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     num::NonZeroUsize,
     path::Path,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -32,7 +32,7 @@ use crate::{
     },
     inbound,
     kernel::{
-        Kernel, KernelError, VerifierLog, cgroup::Cgroup, events, netns::HostNetns, node, probe,
+        Kernel, KernelError, Turn, VerifierLog, cgroup::Cgroup, events, netns::HostNetns, node, probe,
         socket::Listeners,
     },
     kubernetes::OpenError,
@@ -50,9 +50,11 @@ use crate::{
 
 mod doors;
 mod report;
+mod succession;
 
 use doors::Doors;
 use report::Report;
+use succession::{Ending, hand_over};
 
 /// How often the node's own addresses are read again and idle sessions are thrown out.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
@@ -123,11 +125,12 @@ fn system(what: &'static str) -> impl FnOnce(io::Error) -> AppError {
     move |source| AppError::System { what, source }
 }
 
-/// Runs the agent with `config` until SIGTERM or SIGINT, then drains. To be called on a tokio runtime.
+/// Runs the agent with `config` until SIGTERM or SIGINT, then drains. To be called on a tokio runtime. With `stands_by` it
+/// waits for the end of an agent that serves this node, and takes over from it; else that is an error.
 ///
 /// # Errors
 /// [`AppError`] when the agent cannot start. Once it runs, nothing that a peer, a pod or a file does ends it.
-pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppError> {
+pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> Result<(), AppError> {
     // First of all: a kernel that cannot do it is left as it was.
     probe::require(&config.pin_path).map_err(KernelError::from)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(system("listen for SIGTERM"))?;
@@ -140,7 +143,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
     let sources = vec![(SourceKind::Directory, directory.states()), (SourceKind::Policy, policies.states())];
     let telemetry = Telemetry::new();
     // Doors before programs: an agent that cannot be looked at should not touch the kernel.
-    let doors = Doors::open(&config, started, sources, telemetry.clone()).await?;
+    let doors = Doors::open(&config, started, sources, telemetry.clone(), stands_by).await?;
     let (directory, policies) = tokio::select! {
         complete = async { tokio::join!(directory.complete(), policies.complete()) } => complete,
         () = wait_for(&mut terminate, &mut interrupt) => {
@@ -152,7 +155,25 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
     let directory = Arc::new(directory.ok_or_else(ended("directory"))?);
     let policies = Arc::new(policies.ok_or_else(ended("policy"))?);
     let identities = Arc::new(Identities::start(issuer(&config)?));
-    let kernel = Arc::new(Kernel::open(&config.pin_path, &pods_cgroup, &verifier_log)?);
+    let succession = async {
+        match stands_by {
+            true => {
+                let known = directory.current();
+                let can_load = || Kernel::try_load(&pods_cgroup, &verifier_log);
+                succession::stand_by(&config, &known, &identities, can_load, || doors.stand_by()).await
+            }
+            false => succession::first(&config.pin_path),
+        }
+    };
+    let (claim, turn) = tokio::select! {
+        succession = succession => succession?,
+        () = wait_for(&mut terminate, &mut interrupt) => {
+            remove_socket(&config.socket);
+            return Ok(());
+        }
+    };
+    let takes_over = turn.is_some();
+    let kernel = Arc::new(Kernel::open(claim, &pods_cgroup, &verifier_log, takes_over)?);
     kernel.maps.set_mesh(&config.captured_ranges())?;
     kernel.maps.set_clear(&config.allow_clear)?;
     refresh_node(&kernel)?;
@@ -175,7 +196,9 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
     }));
     let report = Arc::new(Report::new(&config, path.clone(), started));
     doors.show(report.clone());
-    let enrolment = tokio::spawn(enroller(&config, &path, pods_cgroup, &report).run(path.drain.stop.clone()));
+    let settle = path.drain.stop.child_token();
+    let enroller = enroller(&config, &path, pods_cgroup, &report, turn);
+    let mut enrolment = Some(tokio::spawn(enroller.run(settle.clone())));
     let keeper = tokio::spawn(housekeeping(path.clone(), report.clone()));
     let heart = tokio::spawn(heartbeat(path.clone(), config.heartbeat_timeout));
     let watched = path.kernel.clone();
@@ -183,9 +206,28 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
     tracing::info!(node = %config.node, trust_domain = %config.trust_domain, descriptors, "agent runs");
 
     wait_for(&mut terminate, &mut interrupt).await;
+    let ending = hand_over(&path.kernel, &config.pin_path, async || {
+        settle.cancel();
+        keeper.abort();
+        if let Some(enrolment) = enrolment.take() {
+            // An error of it was logged.
+            let _ = enrolment.await;
+        }
+    });
+    let ending = ending.await.unwrap_or_else(|error| {
+        tracing::error!(%error, "ending as if no agent stood by");
+        Ending::Alone(None)
+    });
+    let mut doors = Some(doors);
+    if ending.is_taken_over() {
+        // Awaited, so that no beat comes between those of the next agent; which waits for the port of the metrics.
+        heart.abort();
+        close(&mut doors, &config.socket).await;
+    }
     tracing::info!(limit = ?config.drain_timeout, "draining: no new flows, open ones may finish");
     report.drains();
-    match path.drain.run(config.drain_timeout).await {
+    let linger = if ending.is_taken_over() { succession::LINGER } else { Duration::ZERO };
+    match path.drain.run(config.drain_timeout, linger).await {
         Drained::Finished => tracing::info!("drained"),
         Drained::Cut(tasks) => tracing::warn!(tasks, "drain deadline passed; the rest was reset"),
     }
@@ -195,14 +237,26 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
     heart.abort();
     // Awaited, so that no beat follows the last word.
     let _ = heart.await;
-    if let Err(error) = path.kernel.maps.stop_beating() {
-        tracing::error!(%error, "the kernel takes this agent for alive until its heartbeat is stale");
+    let last_word = match &ending {
+        Ending::Alone(_) => path.kernel.maps.stop_beating(),
+        Ending::TakenOver(_) => path.kernel.maps.leave_agent(path.kernel.cgroup),
+    };
+    if let Err(error) = last_word {
+        tracing::error!(%error, "the kernel takes this agent for alive until it is noticed otherwise");
     }
-    // An error of it was logged, and the agent ends anyway.
-    let _ = enrolment.await;
-    doors.close().await;
-    remove_socket(&config.socket);
+    if let Some(enrolment) = enrolment {
+        // An error of it was logged, and the agent ends anyway.
+        let _ = enrolment.await;
+    }
+    close(&mut doors, &config.socket).await;
     Ok(())
+}
+
+async fn close(doors: &mut Option<Doors>, socket: &Path) {
+    if let Some(doors) = doors.take() {
+        doors.close().await;
+        remove_socket(socket);
+    }
 }
 
 /// One thread for each core that this process may use.
@@ -261,8 +315,16 @@ fn issuer(config: &Config) -> Result<Issuer, RootError> {
     }
 }
 
-fn enroller(config: &Config, path: &Arc<DataPath>, pods_cgroup: Cgroup, report: &Arc<Report>) -> Enroller {
+fn enroller(
+    config: &Config,
+    path: &Arc<DataPath>,
+    pods_cgroup: Cgroup,
+    report: &Arc<Report>,
+    turn: Option<Turn>,
+) -> Enroller {
     let (serving, ready) = (path.clone(), report.clone());
+    let takes_over = turn.is_some();
+    let turn = Mutex::new(turn);
     let serve: Serve = Arc::new(move |pod, listeners| serve_pod(&serving, &pod, listeners));
     Enroller {
         kernel: path.kernel.clone(),
@@ -270,13 +332,18 @@ fn enroller(config: &Config, path: &Arc<DataPath>, pods_cgroup: Cgroup, report: 
         node: config.node.clone(),
         mesh_ranges: config.captured_ranges(),
         telemetry: path.telemetry.clone(),
+        takes_over,
         pods_cgroup,
         directory: path.directory.clone(),
         policies: path.policies.clone(),
         identities: path.identities.clone(),
         table: path.table.clone(),
         serve,
-        reconciled: Arc::new(move || ready.is_ready()),
+        reconciled: Arc::new(move || {
+            ready.is_ready();
+            // The last agent may end now.
+            drop(turn.lock().unwrap_or_else(PoisonError::into_inner).take());
+        }),
     }
 }
 

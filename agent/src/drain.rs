@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// How long resetting may take, after the deadline.
@@ -11,8 +11,10 @@ const CUT: Duration = Duration::from_secs(1);
 /// Shared by everything that serves connections.
 #[derive(Debug, Clone, Default)]
 pub struct Drain {
-    /// Cancelled when no new flow is taken any more.
+    /// Cancelled when no new connection is taken any more. A session ends with its flow from then on.
     pub stop: CancellationToken,
+    /// Cancelled when sessions without a flow end.
+    pub idle: CancellationToken,
     /// Cancelled when flows that still live are to be reset.
     pub cut: CancellationToken,
     /// Counts the tasks that serve flows.
@@ -29,11 +31,23 @@ pub enum Drained {
 }
 
 impl Drain {
-    /// Stops accepting, waits up to `limit` for flows to end, then resets the rest.
-    pub async fn run(&self, limit: Duration) -> Drained {
+    /// Stops accepting, waits up to `limit` for flows to end, then resets the rest. For `linger`, flows may still begin on
+    /// sessions that peers have in their pools: to close one just as its peer sends the first bytes of a flow on it would
+    /// lose that flow.
+    pub async fn run(&self, limit: Duration, linger: Duration) -> Drained {
         self.stop.cancel();
         self.tasks.close();
-        if timeout(limit, self.tasks.wait()).await.is_ok() {
+        let end_idle = async {
+            sleep(linger).await;
+            self.idle.cancel();
+        };
+        let ended = async {
+            tokio::select! {
+                () = self.tasks.wait() => {}
+                () = end_idle => self.tasks.wait().await,
+            }
+        };
+        if timeout(limit, ended).await.is_ok() {
             return Drained::Finished;
         }
         let left = self.tasks.len();
@@ -54,11 +68,21 @@ mod tests {
         let (stop, cut) = (drain.stop.clone(), drain.cut.clone());
         drain.tasks.spawn(async move { stop.cancelled().await });
         drain.tasks.spawn(async move { cut.cancelled().await });
-        assert_eq!(drain.run(Duration::from_millis(20)).await, Drained::Cut(1));
+        assert_eq!(drain.run(Duration::from_millis(20), Duration::ZERO).await, Drained::Cut(1));
 
         let drain = Drain::default();
         let stop = drain.stop.clone();
         drain.tasks.spawn(async move { stop.cancelled().await });
-        assert_eq!(drain.run(Duration::from_secs(60)).await, Drained::Finished);
+        assert_eq!(drain.run(Duration::from_secs(60), Duration::ZERO).await, Drained::Finished);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn sessions_without_a_flow_linger_no_longer_than_they_may() {
+        for (limit, ended) in [(60, Drained::Finished), (2, Drained::Cut(1))] {
+            let drain = Drain::default();
+            let idle = drain.idle.clone();
+            drain.tasks.spawn(async move { idle.cancelled().await });
+            assert_eq!(drain.run(Duration::from_secs(limit), Duration::from_secs(3)).await, ended);
+        }
     }
 }

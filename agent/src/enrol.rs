@@ -31,7 +31,7 @@ use crate::{
         Kernel,
         cgroup::{self, Cgroup},
         netns::{HostNetns, Netns},
-        socket::Listeners,
+        socket::{Listeners, Ports},
     },
     policy::Policies,
     reload::Watched,
@@ -69,6 +69,8 @@ pub struct Enroller {
     pub mesh_ranges: Vec<IpNet>,
     /// Counts connections from before enrolment that were reset.
     pub telemetry: Telemetry,
+    /// Another agent serves the pods until all were looked at once.
+    pub takes_over: bool,
     /// The cgroup that holds all pods.
     pub pods_cgroup: Cgroup,
     /// Who is where.
@@ -121,6 +123,7 @@ impl Enroller {
         state.known.extend(self.kernel.maps.pods());
         while !stop.is_cancelled() {
             self.reconcile(&mut state, &events).await;
+            state.took_over = true;
             (self.reconciled)();
             tokio::select! {
                 () = stop.cancelled() => {}
@@ -241,9 +244,14 @@ impl Enroller {
         // As they are now: that may have been a wait.
         let policies = self.policies.current();
         let (modes, authorization) = (policies.modes(&workload), policies.authorization(&workload));
-        let listeners = Listeners::open(&netns, &self.host).map_err(|e| NotYet::Kernel(e.to_string()))?;
+        // Those of the agent that this one takes over from are still open.
+        let ports = if self.takes_over && !state.took_over { Ports::OrSpare } else { Ports::Own };
+        let listeners =
+            Listeners::open(&netns, &self.host, ports).map_err(|e| NotYet::Kernel(e.to_string()))?;
+        let capture_port = listeners.capture_port().map_err(|e| NotYet::Kernel(e.to_string()))?;
         let was_enrolled_here = self.kernel.maps.enrolled_in(cgroup.id()) == Some(netns.cookie());
-        let entry = entry(&workload, cgroup.id(), slot, netns.cookie(), &modes);
+        let at = (netns.cookie(), capture_port);
+        let entry = entry(&workload, cgroup.id(), slot, at, &modes);
         let links = self
             .tell_kernel(&entry, &netns, &listeners, (&modes, &authorization))
             .map_err(|e| NotYet::Kernel(e.to_string()))?;
@@ -259,6 +267,7 @@ impl Enroller {
             closed: CancellationToken::new(),
             authorization: watch::Sender::new(Arc::new(authorization)),
             slot,
+            capture_port,
         });
         (self.serve)(pod.clone(), listeners);
         Ok(pod)
@@ -366,6 +375,8 @@ struct State {
     populated: HashMap<u64, Instant>,
     /// Whether what an earlier agent left was looked through.
     swept: bool,
+    /// Whether all pods were looked at once.
+    took_over: bool,
 }
 
 impl State {

@@ -38,6 +38,8 @@ pub async fn tunnel(path: Arc<DataPath>, pod: Arc<Pod>, tcp: TcpStream, peer: So
             Begun::Denied(session) => Some(session),
         };
         match ended {
+            // It has said that it closes.
+            Some(_) if path.drain.stop.is_cancelled() => return,
             Some(again) => session = again,
             None => return,
         }
@@ -78,7 +80,10 @@ async fn greet(
     let accepted = Session::accept(tcp, &own).await;
     drop(permit);
     match accepted {
-        Ok(session) => Some((session, at.ip())),
+        Ok(mut session) => {
+            session.end_with_flow_after(path.drain.stop.clone());
+            Some((session, at.ip()))
+        }
         Err(error) => {
             path.report(refused(error.reason(), error.to_string()));
             None
@@ -104,7 +109,7 @@ async fn next_flow<'a>(
 ) -> Option<Begun<'a>> {
     let next = tokio::select! {
         next = session.next(SERVER_IDLE) => next,
-        () = path.drain.stop.cancelled() => return None,
+        () = path.drain.idle.cancelled() => return None,
         () = pod.closed.cancelled() => return None,
     };
     match next {
@@ -207,7 +212,7 @@ fn admit(
         let detail = format!("OPEN names {}, the session is for {at}", open.destination);
         return deny(DenyReason::UnknownDestination, "forged_destination", detail);
     }
-    if [tcp_port::CAPTURE, tcp_port::PLAINTEXT, tcp_port::TUNNEL].contains(&open.destination.port()) {
+    if tcp_port::is_reserved(open.destination.port()) {
         let detail = format!("port {} is the agent's", open.destination.port());
         return deny(DenyReason::UnknownDestination, "reserved_port", detail);
     }
@@ -266,7 +271,7 @@ fn came_from_outside(pod: &Pod, at: SocketAddr) -> Result<(), String> {
     if pod.address_like(at.ip()) != Some(at.ip()) {
         return Err(format!("{at} is not an address of the pod"));
     }
-    if [tcp_port::CAPTURE, tcp_port::PLAINTEXT].contains(&at.port()) {
+    if at.port() != tcp_port::TUNNEL && tcp_port::is_reserved(at.port()) {
         return Err(format!("port {} is the agent's", at.port()));
     }
     Ok(())

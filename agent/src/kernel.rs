@@ -42,7 +42,7 @@ use std::{
 };
 
 pub use maps::{ClearDestination, Drops, InClear, KernelCounter, Maps, Plaintext, PodEntry};
-pub use pins::uninstall;
+pub use pins::{Claim, Turn, uninstall};
 pub use programs::{GuardedLink, ProgramState, Programs};
 pub use verifier::VerifierLog;
 
@@ -115,6 +115,13 @@ pub enum KernelError {
         /// The error.
         problem: String,
     },
+    /// No thread to wait on.
+    #[error("a thread to wait for another agent: {source}")]
+    Thread {
+        /// The error.
+        #[source]
+        source: io::Error,
+    },
     /// A file system operation failed.
     #[error("{what} {path}: {source}")]
     File {
@@ -154,18 +161,29 @@ pub struct Kernel {
 impl Kernel {
     /// Loads the programs, re-adopting pinned maps and links of an earlier run, and attaches them.
     ///
+    /// Sockets of earlier agents are no longer an agent's, unless one is `still_there`.
+    ///
     /// # Errors
     /// [`KernelError`]; nothing new stays attached or pinned then, what was there before stays.
     pub fn open(
-        pin_path: &Path,
+        claim: Claim,
         pods_cgroup: &cgroup::Cgroup,
         log: &VerifierLog,
+        still_there: bool,
     ) -> Result<Self, KernelError> {
-        let mut programs = Programs::load(pin_path, pods_cgroup, log)?;
+        let mut programs = Programs::load(claim, pods_cgroup, log)?;
         let maps = Maps::take(&mut programs)?;
         let cgroup = cgroup::Cgroup::of_self()?.id();
-        maps.set_agent(cgroup)?;
+        maps.set_agent(cgroup, still_there)?;
         Ok(Self { programs: Mutex::new(programs), maps, cgroup })
+    }
+
+    /// Has the running kernel verify the programs, and changes nothing.
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    pub fn try_load(pods_cgroup: &cgroup::Cgroup, log: &VerifierLog) -> Result<(), KernelError> {
+        Programs::try_load(pods_cgroup, log)
     }
 
     /// Programs and their links. Held for a few system calls, never across an await.

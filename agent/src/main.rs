@@ -33,6 +33,10 @@ enum Command {
         /// Configuration file.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
+        /// When an agent serves this node already, wait for its end and take over from it, so that no connection notices;
+        /// else that is an error.
+        #[arg(long)]
+        stand_by: bool,
         /// Log more, and write the whole verifier log of a refused program to a file in the temporary folder;
         /// TACIT_LOG takes a filter such as `info,tacit::outbound=trace`.
         #[arg(short, long)]
@@ -61,6 +65,15 @@ enum Command {
         /// Output format.
         #[arg(short, long, value_enum, default_value_t = Output::Table)]
         output: Output,
+    },
+    /// Ask the agent whether it is well, for the probes of a kubelet; ends with 1 and says why when it is not.
+    Probe {
+        /// What to ask.
+        #[arg(value_enum)]
+        what: Health,
+        /// The agent's operator socket.
+        #[arg(long, value_name = "PATH", default_value = "/run/tacit/agent.sock")]
+        socket: PathBuf,
     },
     /// Try what this kernel can do; ends with 78 when the agent cannot run on it.
     Doctor {
@@ -131,6 +144,14 @@ enum LogFormat {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
+enum Health {
+    /// It answers.
+    Live,
+    /// It takes flows, or stands by to take over.
+    Ready,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum Output {
     Table,
     Json,
@@ -160,9 +181,12 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 
 fn run(command: Command) -> Result<ExitCode> {
     let done = match command {
-        Command::Agent { config, verbose, log_format } => agent(&config, verbose, log_format),
+        Command::Agent { config, stand_by, verbose, log_format } => {
+            agent(&config, stand_by, verbose, log_format)
+        }
         Command::Authority { config, verbose, log_format } => run_authority(&config, verbose, log_format),
         Command::Status { socket, output } => show_status(&socket, output),
+        Command::Probe { what, socket } => probe(what, &socket),
         Command::Policy(PolicyCommand::Explain { from, to, port, socket, output }) => {
             return explain(&socket, [&from, &to, &port], output);
         }
@@ -192,14 +216,14 @@ fn uninstall(config: Option<PathBuf>, pin_path: Option<PathBuf>, stay: bool) -> 
     })
 }
 
-fn agent(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<()> {
+fn agent(config: &std::path::Path, stand_by: bool, verbose: bool, format: LogFormat) -> Result<()> {
     let _lines = start_log(verbose, format)?;
     let config = Config::read(config)?;
     // For control alone; flows have threads of their own.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.worker_threads(2).enable_all().build().context("start the runtime")?;
     let verifier_log = if verbose { VerifierLog::Folder(std::env::temp_dir()) } else { VerifierLog::Tail };
-    runtime.block_on(app::run(config, verifier_log))?;
+    runtime.block_on(app::run(config, verifier_log, stand_by))?;
     Ok(())
 }
 
@@ -250,6 +274,14 @@ fn show_status(socket: &std::path::Path, output: Output) -> Result<()> {
         Output::Table => write!(out, "{}", status::render(&status, out.is_terminal()))?,
     }
     Ok(())
+}
+
+fn probe(what: Health, socket: &std::path::Path) -> Result<()> {
+    let health = match what {
+        Health::Live => admin::Health::Live,
+        Health::Ready => admin::Health::Ready,
+    };
+    Ok(client_runtime()?.block_on(admin::fetch_health(socket, health))?)
 }
 
 /// The exit code is the verdict: 0 allows, 1 denies.

@@ -41,7 +41,7 @@ pub enum Route {
 /// Decides. There is no way back from `Tunnel` to `Clear`: a tunnel that fails resets the connection.
 #[must_use]
 pub fn decide(facts: &Facts<'_>) -> Route {
-    if [tcp_port::CAPTURE, tcp_port::PLAINTEXT, tcp_port::TUNNEL].contains(&facts.port) {
+    if tcp_port::is_reserved(facts.port) {
         return Route::Refuse("reserved_port");
     }
     let clear =

@@ -5,7 +5,7 @@
 
 use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::warn;
-use tacit_abi::{Address, Connect, ConnectFacts, Names, Pod, Reason, decide_connect, names_kind, tcp_port};
+use tacit_abi::{Address, Connect, ConnectFacts, Names, Pod, Reason, decide_connect, names_kind};
 
 use crate::{
     ALLOW, DENY,
@@ -112,7 +112,7 @@ fn capture(sock: &SockAddr<'_>, family: Family, destination: Address, pod: &Pod)
         return deny(sock.0, sock, &destination, Reason::ConnectNoStorage);
     }
     sock.set_address(family, &destination.capture_target(port));
-    sock.set_port(tcp_port::CAPTURE);
+    sock.set_port(pod.captures_at());
     count(Reason::ConnectCaptured);
     ALLOW
 }

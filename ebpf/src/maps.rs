@@ -24,7 +24,7 @@ pub static SETTINGS: Global<Settings> =
 #[btf_map]
 pub static STATE: Array<State, 1> = Array::new();
 
-/// Cgroups of agents by id. Missing: treated as any pod.
+/// Cgroups of agents by id, with the process. Missing: treated as any pod.
 #[btf_map]
 pub static AGENTS: HashMap<u64, u32, { limits::AGENTS as usize }> = HashMap::new();
 

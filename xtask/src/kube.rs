@@ -6,6 +6,7 @@
 
 mod authority;
 mod cluster;
+mod handover;
 mod install;
 mod leftovers;
 mod load;

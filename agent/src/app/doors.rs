@@ -2,14 +2,20 @@
 //! waits for.
 
 use std::{
-    sync::{Arc, OnceLock},
-    time::Instant,
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
 };
 
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::watch,
     task::JoinHandle,
+    time::interval,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -30,6 +36,9 @@ use crate::{
     },
 };
 
+/// Between two looks whether the port of the metrics is free.
+const PORT_PAUSE: Duration = Duration::from_millis(200);
+
 /// Open doors.
 pub(super) struct Doors {
     shown: Arc<Shown>,
@@ -43,32 +52,45 @@ struct Shown {
     trust_domain: String,
     started: Instant,
     sources: Vec<(SourceKind, watch::Receiver<ReloadState>)>,
+    stands_by: AtomicBool,
     /// Set when there is more to see than that.
     report: OnceLock<Arc<Report>>,
 }
 
 impl Doors {
-    /// Opens them; `sources` may not be complete.
+    /// Opens them; `sources` may not be complete. An agent that may stand by takes the port of the metrics as soon as the
+    /// agent that has it lets it go.
     pub(super) async fn open(
         config: &Config,
         started: Instant,
         sources: Vec<(SourceKind, watch::Receiver<ReloadState>)>,
         telemetry: Telemetry,
+        may_stand_by: bool,
     ) -> Result<Self, AppError> {
         let operator = admin::bind_operator(&config.socket)?;
-        let metrics = TcpListener::bind(config.metrics)
-            .await
-            .map_err(|source| AppError::Metrics { address: config.metrics, source })?;
+        let metrics = match TcpListener::bind(config.metrics).await {
+            Ok(listener) => Metrics::Listener(listener),
+            Err(error) if may_stand_by && error.kind() == io::ErrorKind::AddrInUse => {
+                Metrics::TakenBy(config.metrics)
+            }
+            Err(source) => return Err(AppError::Metrics { address: config.metrics, source }),
+        };
         let shown = Arc::new(Shown {
             node: config.node.to_string(),
             trust_domain: config.trust_domain.to_string(),
             started,
             sources,
+            stands_by: AtomicBool::new(false),
             report: OnceLock::new(),
         });
         let stop = CancellationToken::new();
         let task = tokio::spawn(serve(shown.clone(), operator, metrics, telemetry, stop.clone()));
         Ok(Self { shown, task, stop })
+    }
+
+    /// Nothing is missing but the end of another agent.
+    pub(super) fn stand_by(&self) {
+        self.shown.stands_by.store(true, Relaxed);
     }
 
     /// From now on this is what can be seen.
@@ -84,20 +106,51 @@ impl Doors {
     }
 }
 
+/// The port of the metrics.
+enum Metrics {
+    Listener(TcpListener),
+    /// By another agent at this address.
+    TakenBy(SocketAddr),
+}
+
+impl Metrics {
+    async fn listener(self) -> TcpListener {
+        let address = match self {
+            Self::Listener(listener) => return listener,
+            Self::TakenBy(address) => address,
+        };
+        // Nothing tells when a port is free.
+        let mut tick = interval(PORT_PAUSE);
+        loop {
+            tick.tick().await;
+            match TcpListener::bind(address).await {
+                Ok(listener) => return listener,
+                Err(error) => tracing::debug!(%address, %error, "no metrics yet"),
+            }
+        }
+    }
+}
+
 async fn serve(
     shown: Arc<Shown>,
     operator: UnixListener,
-    metrics: TcpListener,
+    metrics: Metrics,
     telemetry: Telemetry,
     stop: CancellationToken,
 ) {
     let asked = shown.clone();
     let explain: admin::ExplainSource = Arc::new(move |from, to, port| asked.explain(from, to, port));
     let source: admin::StatusSource = Arc::new(move || shown.status());
-    tokio::join!(
-        admin::serve_metrics(metrics, source.clone(), telemetry, stop.cancelled()),
-        admin::serve_operator(operator, source, explain, stop.cancelled()),
-    );
+    let for_metrics = source.clone();
+    let serve_metrics = async {
+        tokio::select! {
+            listener = metrics.listener() => {
+                admin::serve_metrics(listener, for_metrics, telemetry, stop.cancelled()).await;
+            }
+            () = stop.cancelled() => {}
+        }
+    };
+    tokio::join!(serve_metrics, admin::serve_operator(operator, source, explain, stop.cancelled()),);
 }
 
 impl Shown {
@@ -115,7 +168,10 @@ impl Shown {
             trust_domain: self.trust_domain.clone(),
             pid: std::process::id(),
             uptime_seconds: self.started.elapsed().as_secs(),
-            state: AgentState::Starting,
+            state: match self.stands_by.load(Relaxed) {
+                true => AgentState::StandingBy,
+                false => AgentState::Starting,
+            },
             pods: Vec::new(),
             programs: Vec::new(),
             kernel: Vec::new(),

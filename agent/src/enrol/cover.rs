@@ -38,7 +38,7 @@ impl Enroller {
             return Ok(*slot);
         }
         let slot = state.free_slot();
-        let entry = entry(workload, cgroup, slot, 0, modes);
+        let entry = entry(workload, cgroup, slot, (0, 0), modes);
         self.kernel.maps.set_pod(&entry).map_err(|e| NotYet::Kernel(e.to_string()))?;
         state.known.insert(cgroup, slot);
         Ok(slot)
@@ -106,7 +106,8 @@ impl Enroller {
         let maps = &self.kernel.maps;
         let default = (kernel_mode(modes.default), plaintext(authorization));
         maps.set_modes(pod.slot, &pod.workload.addresses, default, &kernel_ports(modes))?;
-        maps.set_pod(&entry(&pod.workload, pod.cgroup, pod.slot, pod.netns.cookie(), modes))
+        let at = (pod.netns.cookie(), pod.capture_port);
+        maps.set_pod(&entry(&pod.workload, pod.cgroup, pod.slot, at, modes))
     }
 
     /// Ends connections that the pod's applications accepted in clear, with no agent between, while that was allowed.
@@ -207,7 +208,7 @@ pub(super) fn entry(
     workload: &Workload,
     cgroup: u64,
     slot: u32,
-    netns_cookie: u64,
+    (netns_cookie, capture_port): (u64, u16),
     modes: &Modes,
 ) -> PodEntry {
     PodEntry {
@@ -217,6 +218,7 @@ pub(super) fn entry(
         slot,
         mode: kernel_mode(modes.default),
         clear: in_clear(workload, modes),
+        capture_port,
     }
 }
 

@@ -31,6 +31,8 @@ pub struct Pod {
     /// The policies that select it; sent again when its modes change.
     pub(super) authorization: watch::Sender<Arc<Authorization>>,
     pub(super) slot: u32,
+    /// Where the agent listens for its captured connections.
+    pub(super) capture_port: u16,
 }
 
 impl Pod {

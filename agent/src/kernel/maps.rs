@@ -55,6 +55,8 @@ pub struct PodEntry {
     pub mode: Mode,
     /// What it may do in clear.
     pub clear: InClear,
+    /// Where the agent listens for its captured connections; 0 while it does not.
+    pub capture_port: u16,
 }
 
 /// Who decides on plaintext that the mode of its port takes.
@@ -146,7 +148,7 @@ impl Maps {
             slot: entry.slot,
             mode: entry.mode as u32,
             flags: entry.clear.flags(),
-            pad: 0,
+            capture_port: u32::from(entry.capture_port),
         };
         lock(&self.pods).insert(entry.cgroup, pod, 0).map_err(failed("PODS"))
     }

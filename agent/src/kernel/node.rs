@@ -54,6 +54,11 @@ pub fn raise_descriptor_limit() -> io::Result<u64> {
     Ok(hard)
 }
 
+/// Is there a process `id`? The first one of a system is no agent's.
+pub(super) fn is_process(id: u32) -> bool {
+    id > 1 && std::path::Path::new(&format!("/proc/{id}")).exists()
+}
+
 /// The running kernel's release, such as `6.18.0-1-amd64`.
 #[must_use]
 pub fn kernel_release() -> String {

@@ -1,6 +1,7 @@
 //! The folder of pins: what keeps programs and maps alive when the agent is not.
 //!
-//! One agent at a time: the folder is locked for as long as [`Pins`] lives. Its layout is told in `programs`.
+//! One agent at a time: the folder is locked by its [`Claim`]. Its layout is told in `programs`. Who is to be the next one
+//! has its [`Turn`]: an agent that ends and finds it taken gives up its claim first, and serves on until the turn is free.
 
 use std::{
     collections::BTreeMap,
@@ -12,6 +13,7 @@ use std::{
 
 use aya::programs::links::PinnedLink;
 use nix::{
+    errno::Errno,
     fcntl::{Flock, FlockArg},
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
@@ -19,25 +21,78 @@ use tacit_abi::ABI_VERSION;
 
 use super::{KernelError, link, programs::remove_filters};
 
+/// The right to the folder of pins, for as long as it lives.
+pub struct Claim {
+    root: PathBuf,
+    lock: Flock<File>,
+}
+
+impl Claim {
+    /// Takes it; makes the folder.
+    ///
+    /// # Errors
+    /// [`KernelError::Locked`] while another agent has it.
+    pub fn take(root: &Path) -> Result<Self, KernelError> {
+        make_root(root)?;
+        Ok(Self { root: root.to_owned(), lock: lock(root)? })
+    }
+
+    /// Takes it as soon as the agent that has it gives it up or ends. Blocks the thread.
+    ///
+    /// # Errors
+    /// When the folder cannot be locked at all.
+    pub fn wait(root: &Path) -> Result<Self, KernelError> {
+        make_root(root)?;
+        Ok(Self { root: root.to_owned(), lock: wait_lock(root)? })
+    }
+}
+
+/// The right to be the next agent here, for as long as it lives.
+pub struct Turn(#[expect(dead_code, reason = "held, not used")] Flock<File>);
+
+impl Turn {
+    /// Takes it; `None` while another agent has it.
+    ///
+    /// # Errors
+    /// When there is no folder of pins.
+    pub fn take(root: &Path) -> Result<Option<Self>, KernelError> {
+        match lock(&turn_folder(root)?) {
+            Ok(lock) => Ok(Some(Self(lock))),
+            Err(KernelError::Locked { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes it as soon as it is free. Blocks the thread.
+    ///
+    /// # Errors
+    /// As [`Turn::take`].
+    pub fn wait(root: &Path) -> Result<Self, KernelError> {
+        wait_lock(&turn_folder(root)?).map(Self)
+    }
+}
+
+/// What a turn locks.
+fn turn_folder(root: &Path) -> Result<PathBuf, KernelError> {
+    let folder = root.join("next");
+    fs::create_dir_all(&folder).map_err(KernelError::file("create", &folder))?;
+    Ok(folder)
+}
+
 /// The folder of pins, locked for one agent.
 ///
 /// What is pinned is also held open: a pin that is deleted under a running agent detaches nothing, and
 /// [`Pins::restore`] makes it again, so that the agent's end does not either.
 pub(super) struct Pins {
     root: PathBuf,
-    lock: Flock<File>,
+    /// `None` once another agent may have it.
+    lock: Option<Flock<File>>,
     held: BTreeMap<PathBuf, OwnedFd>,
 }
 
 impl Pins {
-    pub(super) fn open(root: &Path) -> Result<Self, KernelError> {
-        let parent = root.ancestors().find(|p| p.exists()).unwrap_or(root);
-        let on_bpffs = statfs(parent).is_ok_and(|s| s.filesystem_type() == BPF_FS_MAGIC);
-        if !on_bpffs {
-            return Err(KernelError::NotBpffs { path: root.to_owned() });
-        }
-        fs::create_dir_all(root).map_err(KernelError::file("create", root))?;
-        let pins = Self { root: root.to_owned(), lock: lock(root)?, held: BTreeMap::new() };
+    pub(super) fn open(Claim { root, lock }: Claim) -> Result<Self, KernelError> {
+        let pins = Self { root, lock: Some(lock), held: BTreeMap::new() };
         pins.check_version()?;
         pins.make_folders()?;
         Ok(pins)
@@ -56,18 +111,33 @@ impl Pins {
         Ok(())
     }
 
+    /// Another agent may have the folder from now on. What it removes is not kept alive here.
+    pub(super) fn give_up(&mut self) {
+        self.held.clear();
+        self.lock = None;
+    }
+
+    /// Takes the folder back that was given up; false when another agent has it.
+    pub(super) fn take_back(&mut self) -> bool {
+        self.lock = self.lock.take().or_else(|| lock(&self.root).ok());
+        self.lock.is_some()
+    }
+
     /// Makes the pins again that were deleted; returns how many.
     ///
     /// # Errors
     /// [`KernelError::File`]; what could be restored is.
     pub(super) fn restore(&mut self) -> Result<usize, KernelError> {
+        if self.lock.is_none() {
+            return Ok(0);
+        }
         let missing: Vec<&PathBuf> = self.held.keys().filter(|path| !path.exists()).collect();
         if missing.is_empty() {
             return Ok(0);
         }
         if !self.root.exists() {
             fs::create_dir_all(&self.root).map_err(KernelError::file("create", &self.root))?;
-            self.lock = lock(&self.root)?;
+            self.lock = Some(lock(&self.root)?);
         }
         self.make_folders()?;
         let restored = missing.len();
@@ -139,10 +209,30 @@ impl Pins {
     }
 }
 
-fn lock(root: &Path) -> Result<Flock<File>, KernelError> {
-    let folder = File::open(root).map_err(KernelError::file("open", root))?;
-    Flock::lock(folder, FlockArg::LockExclusiveNonblock)
-        .map_err(|_| KernelError::Locked { path: root.to_owned() })
+fn make_root(root: &Path) -> Result<(), KernelError> {
+    let parent = root.ancestors().find(|p| p.exists()).unwrap_or(root);
+    let on_bpffs = statfs(parent).is_ok_and(|s| s.filesystem_type() == BPF_FS_MAGIC);
+    if !on_bpffs {
+        return Err(KernelError::NotBpffs { path: root.to_owned() });
+    }
+    fs::create_dir_all(root).map_err(KernelError::file("create", root))
+}
+
+fn lock(folder: &Path) -> Result<Flock<File>, KernelError> {
+    let file = File::open(folder).map_err(KernelError::file("open", folder))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|_| KernelError::Locked { path: folder.to_owned() })
+}
+
+fn wait_lock(folder: &Path) -> Result<Flock<File>, KernelError> {
+    let mut file = File::open(folder).map_err(KernelError::file("open", folder))?;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusive) {
+            Ok(lock) => return Ok(lock),
+            Err((again, Errno::EINTR)) => file = again,
+            Err((_, error)) => return Err(KernelError::file("lock", folder)(error.into())),
+        }
+    }
 }
 
 fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, KernelError> {

@@ -10,12 +10,7 @@
 //! program swapped atomically; any other is replaced. The link at the agent's own cgroup is not pinned: it only
 //! serves connections that the agent makes.
 
-use std::{
-    fs::File,
-    io,
-    os::fd::AsFd as _,
-    path::{Path, PathBuf},
-};
+use std::{fs::File, io, os::fd::AsFd as _, path::PathBuf};
 
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
@@ -32,7 +27,7 @@ use super::{
     cgroup::Cgroup,
     link,
     netns::Netns,
-    pins::Pins,
+    pins::{Claim, Pins},
     probe,
     verifier::{refused, verify},
 };
@@ -101,13 +96,20 @@ pub struct Programs {
 }
 
 impl Programs {
-    pub(super) fn load(pin_path: &Path, pods: &Cgroup, log: &VerifierLog) -> Result<Self, KernelError> {
+    pub(super) fn try_load(pods: &Cgroup, log: &VerifierLog) -> Result<(), KernelError> {
         if OBJECT.is_empty() {
             return Err(KernelError::NoObject);
         }
-        let pins = Pins::open(pin_path)?;
+        load_verified(None, pods, log).map(drop)
+    }
+
+    pub(super) fn load(claim: Claim, pods: &Cgroup, log: &VerifierLog) -> Result<Self, KernelError> {
+        if OBJECT.is_empty() {
+            return Err(KernelError::NoObject);
+        }
+        let pins = Pins::open(claim)?;
         let (maps, links) = (pins.maps()?, pins.links()?);
-        let ebpf = match load_verified(&pins, pods, log) {
+        let ebpf = match load_verified(Some(&pins), pods, log) {
             Ok(ebpf) => ebpf,
             Err(error) => {
                 pins.remove_maps_but(&maps);
@@ -196,6 +198,16 @@ impl Programs {
     /// [`KernelError::File`]; what could be restored is.
     pub fn restore_pins(&mut self) -> Result<usize, KernelError> {
         self.pins.restore()
+    }
+
+    /// Lets another agent have the programs, the pins and all that follows from them.
+    pub fn give_up(&mut self) {
+        self.pins.give_up();
+    }
+
+    /// Takes back what was given up; false when another agent has it.
+    pub fn take_back(&mut self) -> bool {
+        self.pins.take_back()
     }
 
     /// Ends the steering in a pod's namespace.
@@ -308,7 +320,8 @@ fn steer_pin(pod: u64) -> String {
     format!("steer-{pod}")
 }
 
-fn load_verified(pins: &Pins, pods: &Cgroup, log: &VerifierLog) -> Result<Ebpf, KernelError> {
+/// With maps of its own unless there are `pins`.
+fn load_verified(pins: Option<&Pins>, pods: &Cgroup, log: &VerifierLog) -> Result<Ebpf, KernelError> {
     let mut ebpf = load_object(pins, pods)?;
     for name in CGROUP_PROGRAMS.into_iter().chain([STEER, GUARD_LINK]) {
         verify(&mut ebpf, name, log)?;
@@ -316,7 +329,7 @@ fn load_verified(pins: &Pins, pods: &Cgroup, log: &VerifierLog) -> Result<Ebpf, 
     Ok(ebpf)
 }
 
-fn load_object(pins: &Pins, pods: &Cgroup) -> Result<Ebpf, KernelError> {
+fn load_object(pins: Option<&Pins>, pods: &Cgroup) -> Result<Ebpf, KernelError> {
     let settings = Settings {
         pods_level: pods.level(),
         abi_version: ABI_VERSION,
@@ -324,7 +337,8 @@ fn load_object(pins: &Pins, pods: &Cgroup) -> Result<Ebpf, KernelError> {
         has_set_retval: u32::from(probe::has_set_retval()),
         pad: 0,
     };
-    let paths: Vec<(&str, PathBuf)> = MAPS.iter().map(|name| (*name, pins.map(name))).collect();
+    let pinned = |pins: &Pins| MAPS.iter().map(|name| (*name, pins.map(name))).collect();
+    let paths: Vec<(&str, PathBuf)> = pins.map(pinned).unwrap_or_default();
     let mut loader = EbpfLoader::new();
     loader.override_global("SETTINGS", &settings, true);
     for (name, path) in &paths {

@@ -45,6 +45,15 @@ pub struct Listeners {
     pub tunnel: TcpListener,
 }
 
+/// Where listeners may be opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ports {
+    /// At the data path's own ports alone.
+    Own,
+    /// At a spare one where the own is taken: by the agent from which this one takes over.
+    OrSpare,
+}
+
 /// A listener that could not be opened in a pod.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
@@ -53,7 +62,7 @@ pub enum ListenError {
     Enter(#[source] io::Error),
     /// The port could not be had.
     #[error(
-        "listen on port {port} in the pod: {source}; ports 15001, 15006 and 15008 are the agent's in an enrolled pod"
+        "listen on port {port} in the pod: {source}; ports 15001, 15002 and 15006 to 15009 are the agent's in an enrolled pod"
     )]
     Listen {
         /// The port.
@@ -65,24 +74,32 @@ pub enum ListenError {
 }
 
 impl Listeners {
-    /// Opens all three in `netns`.
+    /// Opens all three in `netns`, at `ports`. Where they are makes no difference to who is steered to them.
     ///
     /// # Errors
     /// [`ListenError`]; none stays open then.
-    pub fn open(netns: &Netns, host: &HostNetns) -> Result<Self, ListenError> {
+    pub fn open(netns: &Netns, host: &HostNetns, ports: Ports) -> Result<Self, ListenError> {
         let opened = host.within(netns.file(), || {
             // Capture targets are spread over 127.0.0.0/8, and the kernel resets an IPv4 connection that is steered to
             // a socket bound to `::1`: so all listen on all addresses. The steering program refuses what comes from
             // outside to a port that is not to be dialled.
-            let capture = of_applications(tcp_port::CAPTURE)?;
+            let capture = of_applications(tcp_port::CAPTURE, ports)?;
             // As the kernel side does for the other ends on loopback; what is accepted inherits it.
             let _ = setsockopt(&capture, TcpCongestion, &LOOPBACK_CONGESTION.into());
-            let plaintext = of_applications(tcp_port::PLAINTEXT)?;
-            let tunnel = listener(tcp_port::TUNNEL)?;
+            let plaintext = of_applications(tcp_port::PLAINTEXT, ports)?;
+            let tunnel = listener(tcp_port::TUNNEL, ports)?;
             Ok((capture, plaintext, tunnel))
         });
         let (capture, plaintext, tunnel) = opened.map_err(ListenError::Enter)??;
         Ok(Self { capture: capture.into(), plaintext: plaintext.into(), tunnel: tunnel.into() })
+    }
+
+    /// Where captured connections have to go.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn capture_port(&self) -> io::Result<u16> {
+        self.capture.local_addr().map(|at| at.port())
     }
 
     /// Gives the kernel those that it steers connections to.
@@ -98,8 +115,8 @@ impl Listeners {
 /// A listener whose connections are applications'. They inherit what each of them needs, which saves two system calls for
 /// each: bytes are passed on as they come, since waiting for more belongs to the applications; and they end with RST however
 /// they are closed, also those that nobody has accepted yet when the agent dies.
-fn of_applications(port: u16) -> Result<Socket, ListenError> {
-    let listener = listener(port)?;
+fn of_applications(port: u16, ports: Ports) -> Result<Socket, ListenError> {
+    let listener = listener(port, ports)?;
     let set = || {
         listener.set_tcp_nodelay(true)?;
         listener.set_linger(Some(Duration::ZERO))
@@ -108,8 +125,20 @@ fn of_applications(port: u16) -> Result<Socket, ListenError> {
     Ok(listener)
 }
 
+/// A listener at `port`, or where `ports` lets it be instead.
+fn listener(port: u16, ports: Ports) -> Result<Socket, ListenError> {
+    match listener_at(port) {
+        Err(ListenError::Listen { source, .. })
+            if ports == Ports::OrSpare && source.kind() == io::ErrorKind::AddrInUse =>
+        {
+            listener_at(tcp_port::spare(port))
+        }
+        opened => opened,
+    }
+}
+
 /// One socket for both families where the pod has IPv6, else for IPv4.
-fn listener(port: u16) -> Result<Socket, ListenError> {
+fn listener_at(port: u16) -> Result<Socket, ListenError> {
     let open = |domain: Domain, ip: IpAddr| -> io::Result<Socket> {
         let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
         // A restarted agent must not wait for connections of its predecessor to leave TIME_WAIT.
@@ -248,7 +277,7 @@ mod tests {
 
     #[test]
     fn accepted_connections_inherit_what_applications_need() {
-        let listener: TcpListener = of_applications(0).expect("a port").into();
+        let listener: TcpListener = of_applications(0, Ports::Own).expect("a port").into();
         let port = listener.local_addr().expect("bound").port();
         let _client = std::net::TcpStream::connect(("127.0.0.1", port)).expect("loopback");
         let (accepted, _) = listener.accept().expect("connected");

@@ -308,7 +308,7 @@ impl<'a> Flow<'a> {
     /// The server says DONE as soon as both directions have ended, if it can behind its FIN.
     fn done(&mut self) -> Result<(), TunnelError> {
         match self.session.role() {
-            Role::Server if self.both_ended() => self.session.send(&Control::Done),
+            Role::Server if self.both_ended() => self.session.done(),
             _ => Ok(()),
         }
     }

@@ -6,6 +6,7 @@
 //! | port | `GET /metrics` | all metrics, `OpenMetrics` text |
 //! | port | `GET /healthz/live` | 200 for as long as requests are answered at all |
 //! | port | `GET /healthz/ready` | 200, or 503 with the reasons, one a line |
+//! | socket | `GET /healthz/live`, `/healthz/ready` | as on the port, for probes: two agents of a node have sockets of their own |
 //! | socket | `GET /status` | the status as JSON |
 //! | socket | `GET /policy/explain?from=..&to=..&port=..` | an `Explanation` as JSON, or 400 with what is wrong |
 //!
@@ -36,7 +37,7 @@ use tokio::{
 };
 
 pub use explain::{ExplainSource, fetch_explanation};
-pub use socket::{BindError, FetchError, bind_operator, fetch_status};
+pub use socket::{BindError, FetchError, Health, bind_operator, fetch_health, fetch_status};
 
 use super::{Telemetry, authority::AuthorityStatus, metrics, status::Status};
 
@@ -61,9 +62,7 @@ pub async fn serve_metrics(
 ) {
     let routes = move |uri: &Uri| match uri.path() {
         "/metrics" => Some(metrics_answer(&telemetry, source())),
-        "/healthz/live" => Some(plain(StatusCode::OK, "alive\n")),
-        "/healthz/ready" => Some(ready_answer(&source())),
-        _ => None,
+        path => health_answer(path, &*source),
     };
     serve(listener, Arc::new(routes), shutdown).await;
 }
@@ -101,7 +100,7 @@ pub async fn serve_operator(
     let routes = move |uri: &Uri| match uri.path() {
         "/status" => Some(status_answer(&source())),
         explain::PATH => Some(explain::answer(uri.query().unwrap_or_default(), &*explain)),
-        _ => None,
+        path => health_answer(path, &*source),
     };
     serve(listener, Arc::new(routes), shutdown).await;
 }
@@ -110,6 +109,14 @@ fn metrics_answer(telemetry: &Telemetry, status: Status) -> Answer {
     match telemetry.metrics_text(status) {
         Ok(text) => answer(StatusCode::OK, metrics::CONTENT_TYPE, text),
         Err(fmt_error) => failure(&fmt_error),
+    }
+}
+
+fn health_answer(path: &str, source: &dyn Fn() -> Status) -> Option<Answer> {
+    match path {
+        "/healthz/live" => Some(plain(StatusCode::OK, "alive\n")),
+        "/healthz/ready" => Some(ready_answer(&source())),
+        _ => None,
     }
 }
 

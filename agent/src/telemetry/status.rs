@@ -65,12 +65,12 @@ pub struct Status {
 }
 
 impl Status {
-    /// Why the agent is not ready; empty when it is: it takes flows, and every pod that was there has been looked at. A
+    /// Why the agent is not ready; empty when it is: it takes flows, or would as soon as another agent ends, and every pod that was there has been looked at. A
     /// pod that waits is no reason: it may not have been started yet, and it is covered meanwhile.
     #[must_use]
     pub fn unready(&self) -> Vec<String> {
         match self.state {
-            AgentState::Ready => Vec::new(),
+            AgentState::Ready | AgentState::StandingBy => Vec::new(),
             state => {
                 let missing = self.sources.iter().filter(|source| source.loads == 0);
                 let why = missing.filter_map(|source| source.last_error.clone());
@@ -97,6 +97,8 @@ pub struct IssuerStatus {
 pub enum AgentState {
     /// Not yet.
     Starting,
+    /// Not yet: another agent does, and this one takes over when that one ends.
+    StandingBy,
     /// It does.
     Ready,
     /// No more: it lets open flows end.
@@ -107,6 +109,7 @@ impl fmt::Display for AgentState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Starting => "starting",
+            Self::StandingBy => "standing by",
             Self::Ready => "ready",
             Self::Draining => "draining",
         })

@@ -17,6 +17,7 @@ use std::{
 };
 
 use tokio::{net::TcpStream, time::timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     TunnelError,
@@ -86,6 +87,8 @@ pub struct Session {
     peer: SpiffeId,
     peer_validity: Validity,
     info: TlsInfo,
+    /// Server: once cancelled, the session ends with its flow.
+    leaving: Option<CancellationToken>,
 }
 
 impl Session {
@@ -121,7 +124,13 @@ impl Session {
             peer: established.peer,
             peer_validity: established.peer_validity,
             info: established.tls,
+            leaving: None,
         })
+    }
+
+    /// Server: from when `leaving` is cancelled, the session ends with the flow that it carries or the next one.
+    pub fn end_with_flow_after(&mut self, leaving: CancellationToken) {
+        self.leaving = Some(leaving);
     }
 
     /// Who the peer is, by its certificate.
@@ -295,6 +304,14 @@ impl Session {
         let mut bytes = Vec::with_capacity(HEADER_BYTES + OPEN_BYTES);
         frame.encode(&mut bytes);
         self.tls.queue(&bytes)
+    }
+
+    /// Server: says that the flow is over; and when the session ends with it, that in the same bytes, so that the client
+    /// never takes it for one that another flow can begin on.
+    pub(crate) fn done(&mut self) -> Result<(), TunnelError> {
+        self.send(&Control::Done)?;
+        let ends = self.leaving.as_ref().is_some_and(CancellationToken::is_cancelled);
+        if ends { self.tls.queue_close() } else { Ok(()) }
     }
 
     /// Queues `payload_bytes` that were read into the slots of `batch` as DATA frames.

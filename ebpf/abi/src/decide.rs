@@ -137,7 +137,7 @@ pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
     if flow.port == tcp_port::TUNNEL {
         return agent(facts, steered, Listener::Tunnel, Reason::InboundTunnel);
     }
-    if flow.port == tcp_port::CAPTURE || flow.port == tcp_port::PLAINTEXT {
+    if tcp_port::is_reserved(flow.port) {
         return Steer::Drop(Reason::InboundReserved);
     }
     if facts.is_node(&flow.remote) {
@@ -376,7 +376,8 @@ mod tests {
         let facts = known(Mode::Disable, None);
         let tunnel = Steer::Agent(3, Listener::Tunnel, Reason::InboundTunnel);
         assert_eq!(decide_inbound(&facts, &to(tcp_port::TUNNEL)), tunnel);
-        for port in [tcp_port::CAPTURE, tcp_port::PLAINTEXT] {
+        let spare = [tcp_port::CAPTURE, tcp_port::PLAINTEXT, tcp_port::TUNNEL].map(tcp_port::spare);
+        for port in [tcp_port::CAPTURE, tcp_port::PLAINTEXT].into_iter().chain(spare) {
             assert_eq!(decide_inbound(&facts, &to(port)), Steer::Drop(Reason::InboundReserved));
         }
     }

@@ -13,6 +13,20 @@ pub mod tcp_port {
     pub const PLAINTEXT: u16 = 15006;
     /// The tunnel.
     pub const TUNNEL: u16 = 15008;
+
+    /// Where an agent listens instead that takes over from one whose listeners are still open. Nobody dials it: who is to
+    /// be reached there is led there.
+    #[must_use]
+    pub const fn spare(port: u16) -> u16 {
+        port + 1
+    }
+
+    /// Is it one of these?
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_reserved(port: u16) -> bool {
+        matches!(port, 15001 | 15002 | 15006 | 15007 | 15008 | 15009)
+    }
 }
 
 /// Bounds of the maps, in entries.
@@ -93,8 +107,8 @@ pub struct Pod {
     pub mode: u32,
     /// Bits of [`pod_flag`].
     pub flags: u32,
-    /// Explicit padding, zero.
-    pub pad: u32,
+    /// Where the agent listens for its captured connections; 0 is [`tcp_port::CAPTURE`].
+    pub capture_port: u32,
 }
 
 impl Pod {
@@ -109,8 +123,15 @@ impl Pod {
             slot: u32::MAX,
             mode: Mode::Strict as u32,
             flags: pod_flag::EGRESS_STRICT,
-            pad: 0,
+            capture_port: 0,
         }
+    }
+
+    /// The port that its captured connections are sent to.
+    #[inline(always)]
+    #[must_use]
+    pub const fn captures_at(&self) -> u16 {
+        if self.capture_port == 0 { tcp_port::CAPTURE } else { self.capture_port as u16 }
     }
 
     /// Is it one of the pod's addresses?

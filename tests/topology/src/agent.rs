@@ -55,8 +55,17 @@ impl Agent {
         Self::start_with(node, program, files, &[])
     }
 
+    /// Starts one more on the same node, which stands by to take over. It is called `name`, and has a cgroup and a socket of
+    /// its own.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_beside(&self, node: &Node, name: &str) -> Result<Self> {
+        Self::start_with(node, &self.program, &self.files.beside(name)?, &["-v", "--stand-by"])
+    }
+
     fn start_with(node: &Node, program: &Path, files: &MeshFiles, flags: &[&str]) -> Result<Self> {
-        let mut command = node.command_in("agent", program)?;
+        let mut command = node.command_in(files.agent(), program)?;
         command.arg("agent").arg("--config").arg(files.config()).args(flags);
         let mut agent = Self {
             program: program.to_owned(),
@@ -64,7 +73,7 @@ impl Agent {
             netns: node.netns().clone(),
             command,
             files: files.clone(),
-            log: files.folder().join("agent.log"),
+            log: files.log(),
             process: None,
         };
         agent.restart()?;

@@ -82,6 +82,9 @@ pub struct MeshFiles {
     folder: PathBuf,
     issuer: PathBuf,
     pin_path: PathBuf,
+    /// Name of its log, and of its socket.
+    agent: String,
+    config: PathBuf,
 }
 
 impl MeshFiles {
@@ -101,10 +104,13 @@ impl MeshFiles {
         policy: &str,
         extra: &str,
     ) -> Result<Self> {
+        let folder = node.files()?;
         let files = Self {
-            folder: node.files()?,
             issuer: topology.files().join("issuer"),
             pin_path: node.pin_path(),
+            agent: "agent".to_owned(),
+            config: folder.join("tacit.yaml"),
+            folder,
         };
         files.set_directory(workloads)?;
         files.set_policy(policy)?;
@@ -154,13 +160,13 @@ impl MeshFiles {
     /// `tacit.yaml`.
     #[must_use]
     pub fn config(&self) -> PathBuf {
-        self.folder.join("tacit.yaml")
+        self.config.clone()
     }
 
     /// The operator's socket.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
-        self.folder.join("agent.sock")
+        self.folder.join(format!("{}.sock", self.agent))
     }
 
     /// Where the node's agent pins its programs.
@@ -175,8 +181,23 @@ impl MeshFiles {
         &self.issuer
     }
 
-    pub(crate) fn folder(&self) -> &Path {
-        &self.folder
+    /// The same, for an agent beside it that is called `agent`: all is shared but the socket.
+    pub(crate) fn beside(&self, agent: &str) -> Result<Self> {
+        let config = self.folder.join(format!("{agent}.yaml"));
+        let files = Self { agent: agent.to_owned(), config, ..self.clone() };
+        let socket = |files: &Self| format!("socket: {}\n", files.socket().display());
+        let text = fs::read_to_string(&self.config).context("read the configuration beside it")?;
+        fs::write(&files.config, text.replace(&socket(self), &socket(&files)))
+            .with_context(|| format!("write {}", files.config.display()))?;
+        Ok(files)
+    }
+
+    pub(crate) fn agent(&self) -> &str {
+        &self.agent
+    }
+
+    pub(crate) fn log(&self) -> PathBuf {
+        self.folder.join(format!("{}.log", self.agent))
     }
 }
 

@@ -6,6 +6,7 @@
 //! | the authority's Service has a fixed address, which agents are given with its name | there is no cluster DNS |
 //! | `serviceRanges` are this cluster's | the base's hold the nodes' own addresses here |
 //! | PodDisruptionBudget of `policy/v1beta1` | the server is 1.20 |
+//! | `maxUnavailable: 1` instead of `maxSurge: 1` | so it is; `handover` does by hand what a newer controller does |
 
 use std::fs;
 
@@ -38,6 +39,11 @@ pub(super) fn objects(workspace: &Workspace, cluster: &Cluster) -> Result<Vec<Va
                 let arguments = container["args"].as_array_mut().context("an agent without arguments")?;
                 let file = arguments.iter_mut().find(|argument| *argument == "/etc/tacit/tacit.yaml");
                 *file.context("an agent without its configuration")? = json!("/etc/tacit/$(NODE_NAME).yaml");
+                ensure!(
+                    object["spec"]["updateStrategy"]["rollingUpdate"]["maxSurge"] == 1,
+                    "no surge to replace"
+                );
+                object["spec"]["updateStrategy"]["rollingUpdate"] = json!({"maxUnavailable": 1});
             }
             _ => {}
         }

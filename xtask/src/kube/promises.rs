@@ -7,6 +7,7 @@ use tacit_topology::{Traffic, run};
 use super::{
     authority,
     cluster::Cluster,
+    handover,
     install::{self, status, tacit},
     leftovers,
     pods::{self, MARKER, OUTSIDE, SHOP, get_web},
@@ -94,6 +95,11 @@ pub(super) const ALL: &[Promise] = &[
     ),
     leaf("agent-killed", "its pods send nothing in clear, and talk again later", agent_killed),
     leaf("agent-rolled", "a DaemonSet update under load: nothing in clear", agent_rolled),
+    measured(
+        "agent-handed-over",
+        "an agent that stands by takes over: no connection fails, nothing in clear",
+        handover::taken_over,
+    ),
     leaf("authority-down", "pods talk on with the certificates that they have", authority_down),
     measured("root-rotated", "no connection fails; certificates lead to the new root", rotation::rotated),
     measured("enrolled-in-time", "a pod is enrolled soon after its sandbox is there", swift::enrolled),

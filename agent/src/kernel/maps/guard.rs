@@ -14,7 +14,7 @@ use nix::time::{ClockId, clock_gettime};
 use tacit_abi::{ClearKey, DropKey, Mode, REASONS, State};
 
 use super::{
-    super::{KernelError, programs::Programs},
+    super::{KernelError, node, programs::Programs},
     PRESENT, address, failed, ip, lock, typed,
 };
 
@@ -91,18 +91,35 @@ impl super::Maps {
         state.set(0, State { heartbeat: 0, ..last }, 0).map_err(failed("STATE"))
     }
 
-    /// Makes `cgroup` the only one whose sockets are an agent's.
+    /// Makes `cgroup` one whose sockets are this agent's, and the only one of an agent but for `others_stay`: those whose
+    /// process lives.
     ///
     /// # Errors
     /// [`KernelError::Map`]. The new one is added before old ones go.
-    pub fn set_agent(&self, cgroup: u64) -> Result<(), KernelError> {
+    pub fn set_agent(&self, cgroup: u64, others_stay: bool) -> Result<(), KernelError> {
         let mut agents = lock(&self.guard.agents);
-        agents.insert(cgroup, PRESENT, 0).map_err(failed("AGENTS"))?;
-        let former: Vec<u64> = agents.keys().filter_map(Result::ok).filter(|id| *id != cgroup).collect();
+        agents.insert(cgroup, std::process::id(), 0).map_err(failed("AGENTS"))?;
+        let others = agents.iter().filter_map(Result::ok).filter(|(id, _)| *id != cgroup);
+        let former: Vec<u64> = others
+            .filter(|(_, process)| !others_stay || !node::is_process(*process))
+            .map(|(id, _)| id)
+            .collect();
         for id in former {
             agents.remove(&id).map_err(failed("AGENTS"))?;
         }
         Ok(())
+    }
+
+    /// Sockets of `cgroup` are no agent's any more, unless a later agent is in the same cgroup.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn leave_agent(&self, cgroup: u64) -> Result<(), KernelError> {
+        let mut agents = lock(&self.guard.agents);
+        match agents.get(&cgroup, 0) {
+            Ok(process) if process == std::process::id() => agents.remove(&cgroup).map_err(failed("AGENTS")),
+            _ => Ok(()),
+        }
     }
 
     /// Makes the destinations that may be reached in clear exactly `wanted`.

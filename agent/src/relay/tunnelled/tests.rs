@@ -4,6 +4,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     task::JoinHandle,
 };
+use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
@@ -75,6 +76,27 @@ async fn a_clean_flow_leaves_both_sessions_for_the_next() {
         assert_eq!(((near.2, near.3), (far.2, far.3)), (counted, counted));
         (client, server) = (near.1.expect("reusable"), far.1.expect("reusable"));
         assert!(client.is_idle_alive());
+    }
+}
+
+#[tokio::test]
+async fn a_session_that_ends_with_its_flow_is_never_taken_for_another() {
+    let (client, mut server) = sessions().await;
+    let leaving = CancellationToken::new();
+    server.end_with_flow_after(leaving.clone());
+    let mut pair = (client, server);
+    for ends in [false, true] {
+        let Path { mut source, near, far, mut destination } = Path::over(pair.0, pair.1).await;
+        if ends {
+            leaving.cancel();
+        }
+        source.shutdown().await.expect("open");
+        destination.shutdown().await.expect("open");
+        let (near, far) = (soon(near).await.expect("no panic"), soon(far).await.expect("no panic"));
+        assert_eq!((near.0.label(), far.0.label()), ("clean", "clean"));
+        pair = (near.1.expect("said DONE"), far.1.expect("still open"));
+        // At once: what says so came with DONE.
+        assert_eq!(pair.0.is_idle_alive(), !ends);
     }
 }
 

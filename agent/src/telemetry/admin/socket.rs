@@ -197,6 +197,27 @@ pub async fn fetch_status(socket: &Path) -> Result<Status, FetchError> {
     fetch_json(socket, Uri::from_static("/status")).await
 }
 
+/// What a probe asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Health {
+    /// Does it answer at all?
+    Live,
+    /// Does it take flows, or would it as soon as another agent ends?
+    Ready,
+}
+
+/// Asks the agent behind `socket`; an error when it is not so, or as [`fetch_status`].
+///
+/// # Errors
+/// [`FetchError`]; its text says why.
+pub async fn fetch_health(socket: &Path, health: Health) -> Result<(), FetchError> {
+    let uri = Uri::from_static(match health {
+        Health::Live => "/healthz/live",
+        Health::Ready => "/healthz/ready",
+    });
+    time::timeout(FETCH_MAX, fetch(socket, uri)).await.map_err(|_| FetchError::Timeout)?.map(drop)
+}
+
 /// Asks the agent behind `socket` for the JSON at `uri`.
 pub(super) async fn fetch_json<T: DeserializeOwned>(socket: &Path, uri: Uri) -> Result<T, FetchError> {
     let body = time::timeout(FETCH_MAX, fetch(socket, uri)).await.map_err(|_| FetchError::Timeout)??;
@@ -214,12 +235,13 @@ async fn fetch(socket: &Path, uri: Uri) -> Result<Bytes, FetchError> {
         request.headers_mut().insert(HOST, hyper::header::HeaderValue::from_static("agent"));
         let response = sender.send_request(request).await.map_err(FetchError::Broken)?;
         let status = response.status();
-        if ![StatusCode::OK, StatusCode::BAD_REQUEST].contains(&status) {
+        // The last two with why.
+        if ![StatusCode::OK, StatusCode::BAD_REQUEST, StatusCode::SERVICE_UNAVAILABLE].contains(&status) {
             return Err(FetchError::Refused(status));
         }
         let body = Limited::new(response.into_body(), STATUS_MAX_BYTES);
         let body = body.collect().await.map_err(FetchError::Body)?.to_bytes();
-        if status == StatusCode::BAD_REQUEST {
+        if status != StatusCode::OK {
             return Err(FetchError::Question(String::from_utf8_lossy(&body).trim_end().to_owned()));
         }
         Ok(body)

@@ -136,6 +136,13 @@ impl TlsStream {
         Ok(())
     }
 
+    /// Queues close_notify: nothing may follow.
+    pub(in crate::tunnel) fn queue_close(&mut self) -> Result<(), TunnelError> {
+        let record = self.records.alert(AlertDescription::CloseNotify)?;
+        self.outgoing.behind.extend(record);
+        Ok(())
+    }
+
     fn queue_key_update(&mut self, more: u64) -> Result<(), RecordError> {
         if let Some(record) = self.records.key_update(more)? {
             self.outgoing.behind.extend(record);

@@ -1,4 +1,4 @@
-//! Many connections at once: all are open, and each was echoed, before the first one closes.
+//! Many connections: at once, all open and each echoed before the first one closes; or one after the other.
 
 use crate::{
     Origin, PATIENCE, STACK, connect,
@@ -10,7 +10,10 @@ use std::{
     collections::BTreeMap,
     io::{self, Read, Write},
     net::{SocketAddr, TcpStream},
-    sync::{Arc, Barrier},
+    sync::{
+        Arc, Barrier,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     thread,
 };
 
@@ -31,6 +34,35 @@ pub(crate) fn run(to: SocketAddr, count: usize) -> Result<()> {
         }
     }
     Teller::new(0).tell("flows", json!({ "echoed": echoed, "failures": failures }));
+    Ok(())
+}
+
+/// Opens one connection after the other to an echo server until a line comes on stdin. Tells `begun` after the first, and
+/// `again` {echoed, failures} at the end.
+pub(crate) fn again(to: SocketAddr) -> Result<()> {
+    let ends = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&ends);
+    thread::spawn(move || {
+        // Its end says the same.
+        let _ = io::stdin().read_line(&mut String::new());
+        told.store(true, Relaxed);
+    });
+    let teller = Teller::new(0);
+    let (mut echoed, mut failures) = (0_u64, BTreeMap::<String, u64>::new());
+    while !ends.load(Relaxed) {
+        let exchange = connect(to, Origin::Any).and_then(|stream| {
+            stream.set_read_timeout(Some(PATIENCE))?;
+            echo(&stream, "words of one after the other")
+        });
+        match exchange {
+            Ok(()) => echoed += 1,
+            Err(error) => *failures.entry(kind(&error)).or_default() += 1,
+        }
+        if echoed == 1 {
+            teller.tell("begun", json!({}));
+        }
+    }
+    teller.tell("again", json!({ "echoed": echoed, "failures": failures }));
     Ok(())
 }
 

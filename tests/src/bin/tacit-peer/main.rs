@@ -53,7 +53,8 @@ fn main() -> Result<()> {
         ["flows", address, count] => {
             flows::run(address.parse().context("ADDRESS")?, count.parse().context("COUNT")?)
         }
-        _ => bail!("usage: tacit-peer serve|connect|flows ADDRESS ..."),
+        ["again", address] => flows::again(address.parse().context("ADDRESS")?),
+        _ => bail!("usage: tacit-peer serve|connect|flows|again ADDRESS ..."),
     }
 }
 

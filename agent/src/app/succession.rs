@@ -1,0 +1,129 @@
+//! One agent follows another on a node, and no connection notices.
+//!
+//! ```text
+//! last   serves ───────────── SIGTERM ── gives up its claim ── serves on ──────── has the turn: no new flows ── drains
+//! next   starts ── turn ── waits for the claim ─────────────── takes over ── all pods looked at: frees the turn ── serves
+//! ```
+//! The claim is the lock on the pins, the turn another one beside it: what an agent waits for ends with the process that it
+//! waits for, however that ends. Steering and capture change from one agent's listeners to the other's in one map update
+//! each, so at every moment there is one that accepts. Without a next agent there is no claim to give up early: the last
+//! one drains and ends as if nobody ever followed.
+
+use std::{path::Path, thread, time::Duration};
+
+use tokio::{
+    sync::oneshot,
+    time::{sleep, timeout},
+};
+
+use crate::{
+    config::Config,
+    directory::{Directory, Protocol},
+    identity::manager::Identities,
+    kernel::{Claim, Kernel, KernelError, Turn},
+};
+
+/// How long the last agent serves on while the next one takes over: loading programs and a certificate for each pod that is
+/// not known yet. With `drainTimeout` it has to fit into the time that a node gives an agent to end.
+const TAKE_OVER_MAX: Duration = Duration::from_secs(10);
+/// How long connections may come to the last agent's listeners that were on their way before they were told of the next
+/// one's: the answer to a SYN-ACK, sent again once.
+const ON_THEIR_WAY: Duration = Duration::from_millis(1500);
+/// How long peers may begin flows on sessions that they have with the last agent. One that is busy ends with its next flow,
+/// and one that was not used for so long will hardly be used in the very moment of its end.
+pub(super) const LINGER: Duration = Duration::from_secs(3);
+/// Between two tries to get a certificate.
+const ISSUE_PAUSE: Duration = Duration::from_secs(1);
+
+/// The right to the pins, and with it the turn if another agent serves on until that is free.
+pub(super) type Succession = (Claim, Option<Turn>);
+
+/// The pins of no other agent; an error while one has them.
+pub(super) fn first(pin_path: &Path) -> Result<Succession, KernelError> {
+    Claim::take(pin_path).map(|claim| (claim, None))
+}
+
+/// Has all that taking over needs, programs that this kernel takes and certificates for this node's pods, and then waits until
+/// the agent that has the pins gives them up or ends. `stands_by` is told when there is nothing else to wait for.
+pub(super) async fn stand_by(
+    config: &Config,
+    directory: &Directory,
+    identities: &Identities,
+    can_load: impl FnOnce() -> Result<(), KernelError>,
+    stands_by: impl FnOnce(),
+) -> Result<Succession, KernelError> {
+    match first(&config.pin_path) {
+        Err(KernelError::Locked { .. }) => {}
+        free => return free,
+    }
+    can_load()?;
+    for workload in directory.on_node(&config.node).filter(|w| w.protocol == Protocol::Tacit) {
+        while let Err(error) = identities.require(&workload.identity).await {
+            tracing::warn!(identity = %workload.identity, %error, "not ready to take over without a certificate");
+            sleep(ISSUE_PAUSE).await;
+        }
+    }
+    let path = config.pin_path.clone();
+    let turn = on_a_thread(move || Turn::wait(&path)).await?;
+    tracing::info!("another agent serves this node; standing by to take over from it");
+    stands_by();
+    let path = config.pin_path.clone();
+    let claim = on_a_thread(move || Claim::wait(&path)).await?;
+    tracing::info!("taking over");
+    Ok((claim, Some(turn)))
+}
+
+/// How an agent ends.
+pub(super) enum Ending {
+    /// Nobody takes over. The turn is held so that it stays so.
+    Alone(#[expect(dead_code, reason = "held, not used")] Option<Turn>),
+    /// Another agent serves the pods; nothing of the kernel side is this one's any more.
+    TakenOver(#[expect(dead_code, reason = "held, not used")] Option<Turn>),
+}
+
+impl Ending {
+    pub(super) fn is_taken_over(&self) -> bool {
+        matches!(self, Self::TakenOver(_))
+    }
+}
+
+/// Lets the agent that stands by take over, if one does. `settle` is called before: from then on this agent must change
+/// nothing on the kernel side.
+pub(super) async fn hand_over(
+    kernel: &Kernel,
+    pin_path: &Path,
+    settle: impl AsyncFnOnce(),
+) -> Result<Ending, KernelError> {
+    if let Some(turn) = Turn::take(pin_path)? {
+        return Ok(Ending::Alone(Some(turn)));
+    }
+    tracing::info!("handing over to the agent that stands by");
+    settle().await;
+    kernel.programs().give_up();
+    let path = pin_path.to_owned();
+    let turn = timeout(TAKE_OVER_MAX, on_a_thread(move || Turn::wait(&path))).await;
+    // It gave up before it had taken over, or has not begun to.
+    if kernel.programs().take_back() {
+        tracing::warn!("nobody took over");
+        return Ok(Ending::Alone(turn.ok().transpose()?));
+    }
+    let Ok(turn) = turn else {
+        tracing::warn!(limit = ?TAKE_OVER_MAX, "taking over takes long; not waiting for its end");
+        return Ok(Ending::TakenOver(None));
+    };
+    sleep(ON_THEIR_WAY).await;
+    turn.map(|turn| Ending::TakenOver(Some(turn)))
+}
+
+/// Runs what blocks on a thread that nobody has to wait for when the process ends.
+async fn on_a_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, KernelError> + Send + 'static,
+) -> Result<T, KernelError> {
+    let (tell, told) = oneshot::channel();
+    thread::Builder::new()
+        .name("tacit-succession".to_owned())
+        // Nobody listens any more when the process ends.
+        .spawn(move || drop(tell.send(work())))
+        .map_err(|source| KernelError::Thread { source })?;
+    told.await.unwrap_or(Err(KernelError::Thread { source: std::io::ErrorKind::BrokenPipe.into() }))
+}

@@ -1,0 +1,135 @@
+//! One agent takes over from another while pods talk: none of their connections notices, and nothing goes in clear. That holds
+//! for a permissive pod too, which would go on in clear without an agent.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::{net::SocketAddr, time::Duration};
+use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe};
+use tacit_topology::{Agent, until};
+
+/// Taking over, what is on its way, and the drain limit of the meshes below.
+const ENDED: Duration = Duration::from_secs(30);
+const DRAIN: &str = "drainTimeout: 5s\n";
+/// What every connection says.
+const WORDS: &[u8] = b"words of";
+
+#[test]
+#[ignore = "needs root"]
+fn an_agent_that_stands_by_takes_over_and_no_connection_notices() -> Result<()> {
+    for node in ["a", "b"] {
+        let mut mesh = plan().with_agents()?;
+        let server = serve(&mesh)?;
+        let capture = mesh.topology().capture()?;
+        // Twice: the second one listens where the first has, the first one beside the last.
+        let next = take_over(&mesh, mesh.agent(node)?, "next", &server)?;
+        ensure!(mesh.agent_mut(node)?.wait_end(ENDED)?.success(), "{}", mesh.agent(node)?.log()?);
+        let mut next = next;
+        let mut third = take_over(&mesh, &next, "third", &server)?;
+        ensure!(next.wait_end(ENDED)?.success(), "{}", next.log()?);
+        assert_eq!(capture.finish()?.occurrences(WORDS), 0, "in clear while agents of node {node} changed");
+        // As after any end: nothing of the earlier ones is in its way.
+        ensure!(third.terminate(ENDED)?.success(), "{}", third.log()?);
+        mesh.agent_mut(node)?.restart()?;
+        mesh.agent_mut(node)?.wait_ready()?;
+        observe::wait_enrolled(mesh.agent(node)?)?;
+        Client::echo(mesh.pod("client")?, server.address(), "words of the last one")?;
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn control_connections_fail_while_no_agent_takes_over() -> Result<()> {
+    let mut mesh = plan().with_agents()?;
+    let server = serve(&mesh)?;
+    let load = load(&mesh, &server)?;
+    ensure!(mesh.agent_mut("a")?.terminate(ENDED)?.success());
+    mesh.agent_mut("a")?.restart()?;
+    mesh.agent_mut("a")?.wait_ready()?;
+    let (_, failures) = outcome(load)?;
+    ensure!(!failures.is_empty(), "an agent was away, and nothing noticed");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn an_agent_that_stands_by_serves_at_once_when_the_other_dies() -> Result<()> {
+    let mut mesh = plan().with_agents()?;
+    let server = serve(&mesh)?;
+    let mut next = stand_by(&mesh, mesh.agent("a")?, "next")?;
+    mesh.agent_mut("a")?.kill()?;
+    next.wait_ready()?;
+    observe::wait_enrolled(&next)?;
+    Client::echo(mesh.pod("client")?, server.address(), "words after a death")
+}
+
+#[test]
+#[ignore = "needs root"]
+fn an_agent_whose_successor_dies_first_ends_as_if_there_had_been_none() -> Result<()> {
+    let mut mesh = plan().with_agents()?;
+    let server = serve(&mesh)?;
+    let mut next = stand_by(&mesh, mesh.agent("a")?, "next")?;
+    next.kill()?;
+    Client::echo(mesh.pod("client")?, server.address(), "words of the first one")?;
+    ensure!(mesh.agent_mut("a")?.terminate(ENDED)?.success());
+    let log = mesh.agent("a")?.log()?;
+    ensure!(!log.contains("handing over"), "handed over to nobody: {log}");
+    mesh.agent_mut("a")?.restart()?;
+    mesh.agent_mut("a")?.wait_ready()?;
+    Client::echo(mesh.pod("client")?, server.address(), "words of the last one")
+}
+
+/// `last` is asked to end, and `name` takes over from it; a flow that was open before ends well on `last`.
+fn take_over(mesh: &Mesh, last: &Agent, name: &str, server: &Server) -> Result<Agent> {
+    let steps = ["send:words of before", "line", "pause", "send:words of after", "line", "shut", "read-end"];
+    let mut open = Client::start(mesh.pod("client")?, server.address(), &steps)?;
+    open.events().first("line")?;
+    let mut next = stand_by(mesh, last, name)?;
+    let load = load(mesh, server)?;
+    last.ask_to_end()?;
+    observe::wait_enrolled(&next)?;
+    open.proceed()?;
+    let told = open.finish()?;
+    ensure!(told.iter().any(|event| event["text"] == "words of after"), "{told:?}");
+    ensure!(told.iter().any(|event| event["end"] == "eof"), "{told:?}");
+    // By the port of the metrics, which the last one had.
+    next.wait_ready()?;
+    let (echoed, failures) = outcome(load)?;
+    ensure!(failures.is_empty(), "{failures:?} beside {echoed} that worked: {}", next.log()?);
+    Ok(next)
+}
+
+fn stand_by(mesh: &Mesh, last: &Agent, name: &str) -> Result<Agent> {
+    let next = last.start_beside(mesh.topology().node(last.node())?, name)?;
+    // Nobody answers at first.
+    until("the next agent standing by", ENDED, || {
+        Ok(observe::status(&next).is_ok_and(|status| status["state"] == "standing_by").then_some(()))
+    })
+    .with_context(|| next.log().unwrap_or_default())?;
+    Ok(next)
+}
+
+/// One connection after the other.
+fn load(mesh: &Mesh, server: &Server) -> Result<Client> {
+    let load = Client::with_args(mesh.pod("client")?, &["again", &server.address().to_string()])?;
+    load.events().first("begun")?;
+    Ok(load)
+}
+
+/// How many were echoed, and the others' errors.
+fn outcome(mut load: Client) -> Result<(u64, serde_json::Map<String, Value>)> {
+    load.proceed()?;
+    let told = load.finish()?;
+    let outcome = told.iter().find(|event| event["event"] == "again").context("no outcome")?;
+    let failures = outcome["failures"].as_object().context("failures")?;
+    Ok((outcome["echoed"].as_u64().context("echoed")?, failures.clone()))
+}
+
+fn plan() -> Plan {
+    Plan::new("next").pod("a", "shop", "client").pod("b", "shop", "web").config(DRAIN)
+}
+
+fn serve(mesh: &Mesh) -> Result<Server> {
+    let web = mesh.pod("web")?;
+    Server::start(web, SocketAddr::new(web.ipv4().into(), fresh_port()), &["echo"])
+}
