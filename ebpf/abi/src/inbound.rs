@@ -1,6 +1,6 @@
 //! The decision on a connection that arrives in a pod.
 
-use crate::{Address, Listener, Mode, Reason, Steered, steer_flag, tcp_port};
+use crate::{Address, Listener, Mode, Reason, Steered, Tuple, steer_flag, tcp_port};
 
 /// A TCP connection that arrives in an enrolled pod's network namespace.
 #[derive(Clone, Copy, Debug)]
@@ -11,12 +11,30 @@ pub struct Inbound {
     pub remote: Address,
     /// Port it was sent to.
     pub port: u16,
+    /// Port it claims to come from.
+    pub remote_port: u16,
+}
+
+impl Inbound {
+    /// As its connecting side sees it; the namespace is not known.
+    #[inline(always)]
+    const fn tuple(&self) -> Tuple {
+        Tuple {
+            netns_cookie: 0,
+            local: self.remote,
+            remote: self.local,
+            local_port: self.remote_port as u32,
+            remote_port: self.port as u32,
+        }
+    }
 }
 
 /// What the steering program can look up.
 pub trait InboundFacts {
     /// The enrolled pod that has this address.
     fn steered(&self, local: &Address) -> Option<Steered>;
+    /// Was a connection captured under this key, and not accepted by the agent yet?
+    fn is_captured(&self, key: &Tuple) -> bool;
     /// The mode of one port, when it has its own.
     fn port_mode(&self, slot: u32, port: u16) -> Option<u32>;
     /// Is it one of the node's own addresses?
@@ -34,6 +52,8 @@ pub enum Steer {
     Pass(Reason),
     /// To the agent's listener of this slot; refused when it is not there.
     Agent(u32, Listener, Reason),
+    /// To the agent's listener for what the pod of this slot sends; refused when it is not there.
+    Capture(u32, Reason),
     /// Refused with a reset.
     Drop(Reason),
 }
@@ -44,6 +64,10 @@ pub enum Steer {
 /// is the agent's to judge, and without the agent it is refused.
 #[inline(always)]
 pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
+    let tuple = flow.tuple();
+    if tuple.is_spread() && !flow.remote.is_loopback() {
+        return captured(facts, &tuple);
+    }
     // What the pod says to itself, and what the agent says to its applications, which it dials from loopback addresses.
     // Such packets cannot come from outside: the kernel drops a source address that is its own, or a loopback address.
     // (A pod that lets the latter in, by route_localnet, can be sent a SYN; its answer goes to the pod itself.)
@@ -77,6 +101,23 @@ pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
     }
 }
 
+/// What the pod sends from its own address to a port that captured connections are spread over. Only what was captured is
+/// the agent's; nothing of it may come to a process of the pod that listens there. Connections from `::1` are the pod's own
+/// affair: the connect hook binds what it captures to the pod's address.
+#[inline(always)]
+fn captured(facts: &impl InboundFacts, key: &Tuple) -> Steer {
+    let Some(steered) = facts.steered(&key.local) else {
+        return Steer::Drop(Reason::InboundReserved);
+    };
+    if !facts.is_captured(key) {
+        return Steer::Drop(Reason::InboundReserved);
+    }
+    if facts.is_stale() {
+        return Steer::Drop(Reason::InboundStale);
+    }
+    Steer::Capture(steered.slot, Reason::InboundLocal)
+}
+
 /// A stuck agent's listeners still exist, and would hold the peer until it gives up.
 #[inline(always)]
 fn agent(facts: &impl InboundFacts, steered: Steered, listener: Listener, reason: Reason) -> Steer {
@@ -98,6 +139,7 @@ mod tests {
     struct In {
         steered: Option<Steered>,
         port_mode: Option<u32>,
+        captured: bool,
         node: bool,
         mesh: bool,
         stale: bool,
@@ -106,6 +148,10 @@ mod tests {
     impl InboundFacts for In {
         fn steered(&self, _: &Address) -> Option<Steered> {
             self.steered
+        }
+        fn is_captured(&self, key: &Tuple) -> bool {
+            assert_eq!((key.netns_cookie, key.local_port), (0, 4000));
+            self.captured
         }
         fn port_mode(&self, slot: u32, _: u16) -> Option<u32> {
             assert_eq!(slot, 3);
@@ -126,6 +172,7 @@ mod tests {
         In {
             steered: Some(Steered { slot: 3, mode: mode as u32, ..Steered::default() }),
             port_mode: port_mode.map(|m| m as u32),
+            captured: false,
             node: false,
             mesh: true,
             stale: false,
@@ -133,7 +180,7 @@ mod tests {
     }
 
     fn to(port: u16) -> Inbound {
-        Inbound { local: v4(2), remote: v4(9), port }
+        Inbound { local: v4(2), remote: v4(9), port, remote_port: 4000 }
     }
 
     const REFUSED: Steer = Steer::Agent(3, Listener::Plaintext, Reason::InboundRefused);
@@ -211,11 +258,41 @@ mod tests {
     fn probes_and_local_connections_pass_under_strict() {
         let node = In { node: true, ..known(Mode::Strict, None) };
         assert_eq!(decide_inbound(&node, &to(80)), Steer::Pass(Reason::InboundNode));
-        let dial = Inbound { local: v4(2), remote: v4(2), port: 80 };
+        let dial = Inbound { remote: v4(2), ..to(80) };
         assert_eq!(decide_inbound(&known(Mode::Strict, None), &dial), Steer::Pass(Reason::InboundLocal));
         for v4_source in [true, false] {
-            let dial = Inbound { local: v4(2), remote: Address::dial_source(v4_source, 7), port: 80 };
+            let dial = Inbound { remote: Address::dial_source(v4_source, 7), ..to(80) };
             assert_eq!(decide_inbound(&known(Mode::Strict, None), &dial), Steer::Pass(Reason::InboundLocal));
+        }
+    }
+
+    #[test]
+    fn of_what_a_pod_sends_to_the_spread_ports_only_what_was_captured_is_the_agents() {
+        let own = Address::from_octets([0xfd, 0x77, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2]);
+        let sent = Inbound {
+            local: Address::LOOPBACK_V6,
+            remote: own,
+            port: tcp_port::CAPTURE_V6_FIRST,
+            remote_port: 4000,
+        };
+        let facts = In { captured: true, ..known(Mode::Strict, None) };
+        let (taken, local) = (Steer::Capture(3, Reason::InboundLocal), Steer::Pass(Reason::InboundLocal));
+        let reserved = Steer::Drop(Reason::InboundReserved);
+        let last = tcp_port::CAPTURE_V6_FIRST + tcp_port::CAPTURE_V6_COUNT - 1;
+        let table = [
+            (facts, sent, taken),
+            (facts, Inbound { port: last, ..sent }, taken),
+            (In { captured: false, ..facts }, sent, reserved),
+            (In { steered: None, ..facts }, sent, reserved),
+            (In { stale: true, ..facts }, sent, Steer::Drop(Reason::InboundStale)),
+            (facts, Inbound { remote: Address::LOOPBACK_V6, ..sent }, local),
+            (facts, Inbound { port: last + 1, ..sent }, local),
+            (facts, Inbound { port: tcp_port::CAPTURE_V6_FIRST - 1, ..sent }, local),
+            (facts, Inbound { local: own, ..sent }, local),
+            (facts, Inbound { local: own, remote: v4(9), ..sent }, REFUSED),
+        ];
+        for (facts, flow, expected) in table {
+            assert_eq!(decide_inbound(&facts, &flow), expected, "{flow:?}");
         }
     }
 
