@@ -5,7 +5,7 @@
 
 use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::warn;
-use tacit_abi::{Address, Connect, ConnectFacts, Names, Pod, Reason, decide_connect, names_kind};
+use tacit_abi::{Address, Connect, ConnectFacts, Names, Pod, Reason, decide_connect, names_kind, pod_flag};
 
 use crate::{
     ALLOW, DENY,
@@ -112,7 +112,11 @@ fn capture(sock: &SockAddr<'_>, family: Family, destination: Address, pod: &Pod)
         return deny(sock.0, sock, &destination, Reason::ConnectNoStorage);
     }
     sock.set_address(family, &destination.capture_target(port));
-    sock.set_port(pod.captures_at());
+    let may_spread = matches!(family, Family::V6) && !destination.is_v4() && pod.has(pod_flag::SPREAD);
+    // The steering program knows the pod by its address. A socket that its application has bound otherwise keeps what it
+    // has, and shares the one port on which the agent listens.
+    let spread = may_spread && sock.stand_at(&own);
+    sock.set_port(if spread { destination.capture_port_v6(port) } else { pod.captures_at() });
     count(Reason::ConnectCaptured);
     ALLOW
 }

@@ -3,10 +3,10 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr},
+    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, sockaddr},
     btf_maps::lpm_trie::Key,
     helpers::generated::{
-        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
+        bpf_bind, bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
         bpf_ktime_get_ns, bpf_set_retval, bpf_setsockopt, bpf_sk_storage_delete, bpf_sk_storage_get,
         bpf_sock_ops_cb_flags_set,
     },
@@ -51,6 +51,18 @@ macro_rules! store {
 }
 
 const AF_INET: u32 = 2;
+const AF_INET6: u16 = 10;
+
+/// `struct sockaddr_in6`; all of it in network order.
+#[repr(C)]
+struct SocketAddressV6 {
+    family: u16,
+    port: u16,
+    flow: u32,
+    address: [u32; 4],
+    scope: u32,
+}
+
 mod skb;
 
 pub use skb::Skb;
@@ -223,6 +235,23 @@ impl SockAddr<'_> {
         })
     }
 
+    /// Makes the IPv6 address `own` the socket's own end, the port still to be chosen by the kernel; true also when it is
+    /// that already. It would be chosen anyway, if the connection left the pod. The socket keeps it when it is connected
+    /// again elsewhere.
+    #[inline(always)]
+    pub fn stand_at(&self, own: &Address) -> bool {
+        if own.is_none() {
+            return false;
+        }
+        if self.own_address(Family::V6).is_some_and(|bound| bound.same(own)) {
+            return true;
+        }
+        let mut name = SocketAddressV6 { family: AF_INET6, port: 0, flow: 0, address: own.0, scope: 0 };
+        let bytes = size_of::<SocketAddressV6>() as i32;
+        // SAFETY: the helper takes the program's own context and reads as many bytes as it is told.
+        unsafe { bpf_bind(self.raw(), (&raw mut name).cast::<sockaddr>(), bytes) == 0 }
+    }
+
     #[inline(always)]
     pub fn port(&self) -> u16 {
         u16::from_be(load!(self.raw(), user_port) as u16)
@@ -387,6 +416,7 @@ impl SkLookup<'_> {
             local: pick(v4, load!(raw, local_ip4), load_words!(raw, local_ip6)),
             remote: pick(v4, load!(raw, remote_ip4), load_words!(raw, remote_ip6)),
             port: load!(raw, local_port) as u16,
+            remote_port: u16::from_be(load!(raw, remote_port)),
         }
     }
 }

@@ -48,7 +48,11 @@ fn publish(sock: &SockOps<'_>, ends: &Ends) {
     let entry = Destination { address: names.peer, port: names.peer_port, pad: 0 };
     let key = ends.connecting(sock.netns_cookie());
     let (stored, lost) = match names.kind {
-        names_kind::CAPTURED => (CAPTURED.insert(&key, &entry, BPF_ANY.into()), Reason::PendingFull),
+        // What the socket was bound to when it was captured: no other pod's address is published in its name.
+        names_kind::CAPTURED if key.is_spread() && !key.local.same(&names.own) => return,
+        names_kind::CAPTURED => {
+            (CAPTURED.insert(&key.of_captured(), &entry, BPF_ANY.into()), Reason::PendingFull)
+        }
         names_kind::DIALLED => (DIALLED.insert(&key, &entry, BPF_ANY.into()), Reason::NamesFull),
         _ => return,
     };
@@ -64,6 +68,10 @@ fn publish(sock: &SockOps<'_>, ends: &Ends) {
 fn take_over(sock: &SockOps<'_>, ends: &Ends) {
     // The agent dials a pod's applications from loopback addresses.
     let key = ends.accepting(sock.netns_cookie());
+    // The agent's end of a captured connection.
+    if key.is_spread() {
+        return;
+    }
     if !key.local.is_loopback() {
         return mark_clear(sock, &key.local, key.remote_port);
     }
@@ -98,7 +106,7 @@ fn withdraw(sock: &SockOps<'_>, ends: &Ends) {
     let Some(names) = sock.names() else { return };
     let key = ends.connecting(sock.netns_cookie());
     let _ = match names.kind {
-        names_kind::CAPTURED => CAPTURED.remove(&key),
+        names_kind::CAPTURED => CAPTURED.remove(&key.of_captured()),
         names_kind::DIALLED => DIALLED.remove(&key),
         _ => Ok(()),
     };

@@ -65,6 +65,11 @@ pub static NODE: HashMap<Address, u32, { limits::NODE_ADDRESSES as usize }> = Ha
 #[btf_map]
 pub static LISTENERS: SockMap<{ (limits::PODS * LISTENERS_PER_POD) as usize }> = SockMap::new();
 
+/// The agent's listeners for captured connections, by slot: those that are spread over ports on which nobody listens are
+/// steered to it. An entry goes with its socket: missing means no agent.
+#[btf_map]
+pub static CAPTURERS: SockMap<{ limits::PODS as usize }> = SockMap::new();
+
 /// What a socket's application should be told; lives and dies with the socket.
 #[btf_map]
 pub static NAMES: SkStorage<Names> = SkStorage::new();

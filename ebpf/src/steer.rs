@@ -1,12 +1,12 @@
 //! sk_lookup in a pod's network namespace: which inbound connections go to the agent.
 
 use aya_ebpf::programs::SkLookupContext;
-use tacit_abi::{Address, InboundFacts, Reason, Steer, Steered, decide_inbound, listener_index};
+use tacit_abi::{Address, InboundFacts, Reason, Steer, Steered, Tuple, decide_inbound, listener_index};
 
 use crate::{
     context::{self, SkLookup},
     count::count,
-    maps::{LISTENERS, STEERED},
+    maps::{CAPTURED, CAPTURERS, LISTENERS, STEERED},
 };
 
 const IPPROTO_TCP: u32 = 6;
@@ -18,6 +18,12 @@ impl InboundFacts for Facts {
     fn steered(&self, local: &Address) -> Option<Steered> {
         // SAFETY: copied at once; the agent replaces entries whole.
         unsafe { STEERED.get(local) }.copied()
+    }
+
+    #[inline(always)]
+    fn is_captured(&self, key: &Tuple) -> bool {
+        // SAFETY: only presence is read.
+        unsafe { CAPTURED.get(key) }.is_some()
     }
 
     #[inline(always)]
@@ -58,9 +64,15 @@ pub fn run(ctx: &SkLookupContext) -> bool {
             false
         }
         Steer::Agent(slot, listener, reason) => {
-            let found = LISTENERS.redirect_sk_lookup(ctx, listener_index(slot, listener), 0).is_ok();
-            count(if found { reason } else { Reason::InboundNoAgent });
-            found
+            handed(LISTENERS.redirect_sk_lookup(ctx, listener_index(slot, listener), 0).is_ok(), reason)
         }
+        Steer::Capture(slot, reason) => handed(CAPTURERS.redirect_sk_lookup(ctx, slot, 0).is_ok(), reason),
     }
+}
+
+/// Whether the agent has it; without the agent it is refused.
+#[inline(always)]
+fn handed(found: bool, reason: Reason) -> bool {
+    count(if found { reason } else { Reason::InboundNoAgent });
+    found
 }

@@ -118,7 +118,7 @@ fn two_thousand_flows_are_open_at_once(mesh: &Mesh) -> Result<()> {
     let server = serve(mesh, &["echo"])?;
     let address = server.address().to_string();
     let count = flows_wanted.to_string();
-    let told = Client::with_args(mesh.pod("client")?, &["flows", &address, &count])?.finish()?;
+    let told = Client::with_args(mesh.pod("client")?, &["flows", &count, &address])?.finish()?;
     let refused = |node| mesh.agent(node).and_then(observe::refusals).unwrap_or_default();
     let flows = event(&told, "flows")?;
     assert_eq!(

@@ -178,7 +178,7 @@ fn flows_and_agents_that_end_well_are_not_counted_as_refused() -> Result<()> {
     let mut mesh = plan().with_agents()?;
     let server = serve(&mesh)?;
     let address = server.address().to_string();
-    Client::with_args(mesh.pod("client")?, &["flows", &address, "200"])?.finish()?;
+    Client::with_args(mesh.pod("client")?, &["flows", "200", &address])?.finish()?;
     ensure!(server.accepted()? == 200, "only {} of 200 flows arrived", server.accepted()?);
     assert_eq!(observe::refusals(mesh.agent("a")?)?, Vec::<String>::new());
     mesh.agent_mut("a")?.terminate(ENDED)?;

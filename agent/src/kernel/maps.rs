@@ -109,6 +109,7 @@ pub struct Maps {
     mesh: Mutex<LpmTrie<MapData, MeshKey, u32>>,
     node: Mutex<HashMap<MapData, Address, u32>>,
     listeners: Mutex<SockMap<MapData>>,
+    capturers: Mutex<SockMap<MapData>>,
     names: Mutex<SkStorage<MapData, Names>>,
     captured: Captured,
     counters: PerCpuArray<MapData, u64>,
@@ -124,6 +125,7 @@ impl Maps {
             mesh: typed(programs, "MESH")?,
             node: typed(programs, "NODE")?,
             listeners: typed(programs, "LISTENERS")?,
+            capturers: typed(programs, "CAPTURERS")?,
             names: typed(programs, "NAMES")?,
             captured: Captured::take(programs)?,
             counters: typed::<PerCpuArray<MapData, u64>>(programs, "COUNTERS")?
@@ -133,7 +135,8 @@ impl Maps {
         })
     }
 
-    /// Makes the kernel treat a pod as enrolled: its connections into the mesh go to the agent from now on.
+    /// Makes the kernel treat a pod as enrolled: its connections into the mesh go to the agent from now on. Where that is
+    /// in a namespace, it is steered already.
     ///
     /// # Errors
     /// [`KernelError::Map`], for instance when the map is full.
@@ -147,7 +150,7 @@ impl Maps {
             v6: of(false),
             slot: entry.slot,
             mode: entry.mode as u32,
-            flags: entry.clear.flags(),
+            flags: entry.clear.flags() | pod_flag::SPREAD,
             capture_port: u32::from(entry.capture_port),
         };
         lock(&self.pods).insert(entry.cgroup, pod, 0).map_err(failed("PODS"))
@@ -242,6 +245,14 @@ impl Maps {
         lock(&self.listeners).set(listener_index(slot, listener), socket, 0).map_err(failed("LISTENERS"))
     }
 
+    /// Gives the kernel the listener for a pod's captured connections. It leaves the map as the others do.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn set_capturer(&self, slot: u32, socket: &impl AsRawFd) -> Result<(), KernelError> {
+        lock(&self.capturers).set(slot, socket, 0).map_err(failed("CAPTURERS"))
+    }
+
     /// Makes the mesh's ranges exactly `ranges`.
     ///
     /// # Errors
@@ -304,7 +315,7 @@ impl Maps {
             local_port: u32::from(client.port()),
             remote_port: u32::from(accepted_at.port()),
         };
-        let found = self.captured.take_out(&key)?;
+        let found = self.captured.take_out(&key.of_captured())?;
         Some(SocketAddr::new(ip(&found.address), u16::try_from(found.port).ok()?))
     }
 

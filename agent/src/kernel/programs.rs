@@ -51,7 +51,7 @@ const STEER: &str = "steer";
 const ESTABLISHED: &str = "established";
 
 /// Maps that outlive the agent.
-pub(super) const MAPS: [&str; 15] = [
+pub(super) const MAPS: [&str; 16] = [
     "STATE",
     "AGENTS",
     "CLEAR",
@@ -63,6 +63,7 @@ pub(super) const MAPS: [&str; 15] = [
     "MESH",
     "NODE",
     "LISTENERS",
+    "CAPTURERS",
     "NAMES",
     "CAPTURED",
     "DIALLED",

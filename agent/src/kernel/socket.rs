@@ -82,7 +82,8 @@ impl Listeners {
         let opened = host.within(netns.file(), || {
             // Capture targets are spread over 127.0.0.0/8, and the kernel resets an IPv4 connection that is steered to
             // a socket bound to `::1`: so all listen on all addresses. The steering program refuses what comes from
-            // outside to a port that is not to be dialled.
+            // outside to a port that is not to be dialled, and hands captured IPv6 connections, which are spread over
+            // ports instead of addresses, to the one listener.
             let capture = of_applications(tcp_port::CAPTURE, ports)?;
             // As the kernel side does for the other ends on loopback; what is accepted inherits it.
             let _ = setsockopt(&capture, TcpCongestion, &LOOPBACK_CONGESTION.into());
@@ -108,7 +109,8 @@ impl Listeners {
     /// [`KernelError::Map`].
     pub fn publish(&self, maps: &Maps, slot: u32) -> Result<(), KernelError> {
         maps.set_listener(slot, Listener::Tunnel, &self.tunnel)?;
-        maps.set_listener(slot, Listener::Plaintext, &self.plaintext)
+        maps.set_listener(slot, Listener::Plaintext, &self.plaintext)?;
+        maps.set_capturer(slot, &self.capture)
     }
 }
 

@@ -1,5 +1,7 @@
 //! One address type for both families: 16 bytes, IPv4 as v4-mapped IPv6 (`::ffff:a.b.c.d`).
 
+use crate::tcp_port;
+
 /// Third word of a v4-mapped address, in network byte order.
 const MAPPED: u32 = 0x0000_ffff_u32.to_be();
 
@@ -124,7 +126,7 @@ impl Address {
     /// target, so a pod has as many concurrent flows to each destination as without Tacit (28,000 by default), not
     /// 28,000 to all; and because the target is a function of the destination, the (address, port) pair that the
     /// server sees stays unique among concurrent flows, as it would be without Tacit.
-    /// IPv6 has one loopback address: all captured IPv6 flows of a pod share `::1`.
+    /// IPv6 has one loopback address, so what is spread there are ports: [`Self::capture_port_v6`].
     #[inline(always)]
     #[must_use]
     pub const fn capture_target(&self, port: u16) -> Self {
@@ -136,11 +138,28 @@ impl Address {
         let host = 0x7f60_0000 | (mixed >> 12);
         Self::from_v4_be(host.to_be())
     }
+
+    /// The port of `::1` that a captured connection to the IPv6 address `self` and `port` is sent to instead, by
+    /// destination and port alone as with IPv4. Destinations share the source ports (28,000 by default) of one of
+    /// [`tcp_port::CAPTURE_V6_COUNT`] targets.
+    #[inline(always)]
+    #[must_use]
+    pub const fn capture_port_v6(&self, port: u16) -> u16 {
+        // Rotated, so that parts which differ alike do not cancel each other out.
+        let [a, b, c, d] = self.0;
+        let folded = a ^ b.rotate_left(8) ^ c.rotate_left(16) ^ d.rotate_left(24);
+        let mixed = (folded ^ ((port as u32) << 16 | port as u32)).wrapping_mul(0x9e37_79b9);
+        tcp_port::CAPTURE_V6_FIRST + (mixed >> CAPTURE_V6_SHIFT) as u16
+    }
 }
 
 /// 127.64.0.0/12, from which the agent dials applications.
 const DIAL_RANGE: u32 = 0x7f40_0000;
 const DIAL_RANGE_BITS: u32 = 12;
+
+/// Leaves as many bits of a word as number the ports.
+const CAPTURE_V6_SHIFT: u32 = 32 - tcp_port::CAPTURE_V6_COUNT.ilog2();
+const _: () = assert!(tcp_port::CAPTURE_V6_COUNT.is_power_of_two());
 
 #[cfg(test)]
 mod tests {
@@ -210,5 +229,29 @@ mod tests {
         }
         assert!(seen.len() > 1000, "only {} targets for 1024 destinations", seen.len());
         assert_eq!(v4(10, 77, 1, 1).capture_target(80), v4(10, 77, 1, 1).capture_target(80));
+    }
+    #[test]
+    fn ipv6_destinations_are_spread_evenly_over_all_capture_ports() {
+        type Destination = fn(u16) -> ([u16; 8], u16);
+        let count = usize::from(tcp_port::CAPTURE_V6_COUNT);
+        let kinds: [(&str, Destination); 4] = [
+            ("addresses", |n| ([0xfd77, 1, 0, 0, 0, 0, 0, n], 80)),
+            ("subnets", |n| ([0xfd77, n, 0, 0, 0, 0, 0, 2], 80)),
+            ("random hosts", |n| ([0xfd77, 1, 0, 0, n.wrapping_mul(40_503), !n, 7, n.rotate_left(5)], 443)),
+            ("ports", |n| ([0xfd77, 1, 0, 0, 0, 0, 0, 2], n)),
+        ];
+        for (kind, of) in kinds {
+            let mut flows = std::vec![0_usize; count];
+            for n in 0..1024 {
+                let (words, port) = of(n);
+                let address = Address::from_octets(Ipv6Addr::from(words).octets());
+                let target = address.capture_port_v6(port);
+                assert_eq!(target, address.capture_port_v6(port), "a function of the destination");
+                assert_eq!(address.capture_target(port), Address::LOOPBACK_V6);
+                flows[usize::from(target - tcp_port::CAPTURE_V6_FIRST)] += 1;
+            }
+            let even = 1024 / count;
+            assert!(flows.iter().all(|n| (even / 2..=even * 2).contains(n)), "{kind}: {flows:?}");
+        }
     }
 }

@@ -5,10 +5,16 @@ use crate::Address;
 /// Raised with every change to a map's layout or meaning. Pinned maps of another version are not adopted.
 pub const ABI_VERSION: u32 = 3;
 
-/// TCP ports of the data path, reserved in every enrolled pod.
+/// TCP ports of the data path, reserved in every enrolled pod where nothing else is said.
 pub mod tcp_port {
     /// Captured outbound connections, on the pod's loopback.
     pub const CAPTURE: u16 = 15001;
+    /// First of the ports of `::1` that captured IPv6 connections are spread over, see `Address::capture_port_v6`.
+    /// Nobody listens on them: the steering program hands what was captured to the listener on [`CAPTURE`], and leaves
+    /// everything else alone.
+    pub const CAPTURE_V6_FIRST: u16 = 15040;
+    /// Number of those ports; a power of two.
+    pub const CAPTURE_V6_COUNT: u16 = 16;
     /// Steered inbound plaintext.
     pub const PLAINTEXT: u16 = 15006;
     /// The tunnel.
@@ -157,6 +163,9 @@ pub mod pod_flag {
     pub const UDP_ALLOWED: u32 = 2;
     /// It belongs to no mesh: left alone.
     pub const EXEMPT: u32 = 4;
+    /// The program that steers its namespace knows the ports that captured IPv6 connections are spread over. An entry of an
+    /// earlier agent says that it does not.
+    pub const SPREAD: u32 = 8;
 }
 
 /// A destination that strict pods may reach in clear.
@@ -285,6 +294,26 @@ pub struct Tuple {
     pub remote_port: u32,
 }
 
+impl Tuple {
+    /// Was it captured over IPv6 and spread, so that the steering program has to hand it to the agent?
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_spread(&self) -> bool {
+        let first = tcp_port::CAPTURE_V6_FIRST as u32;
+        self.remote.same(&Address::LOOPBACK_V6)
+            && self.remote_port >= first
+            && self.remote_port < first + tcp_port::CAPTURE_V6_COUNT as u32
+    }
+
+    /// The key under which a captured connection is kept. The steering program is not told in which namespace it runs, so
+    /// a spread connection is known by its source alone: the pod's own address.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of_captured(self) -> Self {
+        if self.is_spread() { Self { netns_cookie: 0, ..self } } else { self }
+    }
+}
+
 /// Address and port that stand behind a [`Tuple`]: the destination asked for, or the client behind an agent's dial.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -316,7 +345,7 @@ pub mod names_kind {
 pub struct Names {
     /// Answer for `getpeername` and `accept`.
     pub peer: Address,
-    /// Answer for `getsockname`, for [`names_kind::CAPTURED`] only.
+    /// Answer for `getsockname`, for [`names_kind::CAPTURED`] only: the address of the pod that the socket is of.
     pub own: Address,
     /// Port that goes with `peer`.
     pub peer_port: u32,

@@ -8,17 +8,19 @@
 extern crate std;
 
 mod address;
-mod decide;
 mod guard;
+mod inbound;
 mod layout;
+mod outbound;
 mod reason;
 
 pub use address::Address;
-pub use decide::{Connect, ConnectFacts, Inbound, InboundFacts, Steer, decide_connect, decide_inbound};
 pub use guard::{GuardFacts, Packet, Seen, Verdict, decide_egress, decide_ingress, protocol};
+pub use inbound::{Inbound, InboundFacts, Steer, decide_inbound};
 pub use layout::{
     ABI_VERSION, ClearKey, Destination, DropKey, LISTENERS_PER_POD, Listener, MeshKey, Mode, Names, Pod,
     PortKey, Settings, State, Steered, Tuple, limits, listener_index, names_kind, pod_flag, steer_flag,
     tcp_port,
 };
+pub use outbound::{Connect, ConnectFacts, decide_connect};
 pub use reason::{REASONS, Reason, ReasonText};

@@ -32,7 +32,7 @@ reasons! {
     ConnectCaptured, "connect_captured", "connect into the mesh: sent to the agent";
     ConnectForeignNetns, "connect_foreign_netns", "mesh connect from a network namespace that is not the pod's: denied";
     ConnectNoStorage, "connect_no_storage", "no memory to remember a destination: denied";
-    PendingFull, "pending_full", "table of pending connections full: the agent resets the connection, it knows no destination";
+    PendingFull, "pending_full", "table of pending connections full: the connection is reset, its destination is not known";
     NamesFull, "names_full", "no memory for a client's address: the application sees the agent's";
     InboundTunnel, "inbound_tunnel", "inbound connection to the tunnel port: to the agent";
     InboundRefused, "inbound_to_refuse", "inbound plaintext under STRICT: to the agent, which resets and logs it";
@@ -40,7 +40,7 @@ reasons! {
     InboundDisabled, "inbound_disabled", "inbound plaintext under DISABLE: straight to the application";
     InboundNode, "inbound_node", "inbound connection from the node itself (probe): straight to the application";
     InboundLocal, "inbound_local", "connection inside the pod or from the agent: straight to the application";
-    InboundReserved, "inbound_reserved", "connection from outside to a port of the agent: refused";
+    InboundReserved, "inbound_reserved", "connection from outside, or one that was not captured, to a port of the agent: refused";
     InboundUnknown, "inbound_unknown", "inbound connection to a mesh address without a mode: refused";
     InboundForeign, "inbound_foreign", "inbound connection to an address outside the mesh: straight to the application";
     InboundNoAgent, "inbound_no_agent", "the agent is needed for an inbound connection and not there: refused";

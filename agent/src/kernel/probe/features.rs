@@ -48,6 +48,7 @@ pub(super) enum Trial {
     ConnectionReset,
 }
 
+const BIND: BpfHelper = BpfHelper::BPF_FUNC_bind;
 const SKB_ANCESTOR_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_skb_ancestor_cgroup_id;
 const SKB_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_skb_cgroup_id;
 const FULL_SOCKET: BpfHelper = BpfHelper::BPF_FUNC_sk_fullsock;
@@ -174,6 +175,7 @@ pub(super) static FEATURES: &[Feature] = &[
         ANCESTOR_CGROUP,
     ),
     helper("bpf_get_netns_cookie in sock_addr", CAPTURE, Release(5, 7), SOCK_ADDR, NETNS_COOKIE),
+    helper("bpf_bind in sock_addr", CAPTURE, Release(4, 17), SOCK_ADDR, BIND),
     helper("bpf_sk_storage_get in sock_addr", NAMES, Release(5, 3), SOCK_ADDR, STORAGE_GET),
     helper("bpf_sk_storage_delete in sock_addr", NAMES, Release(5, 3), SOCK_ADDR, STORAGE_DELETE),
     helper("bpf_ringbuf_reserve in sock_addr", LOG, Release(5, 8), SOCK_ADDR, RINGBUF_RESERVE),

@@ -17,15 +17,15 @@ use std::{
     thread,
 };
 
-/// Opens `count` connections to an echo server and tells `flows` {echoed, failures}: how many were right both when
+/// Opens `count` connections to echo servers in turn and tells `flows` {echoed, failures}: how many were right both when
 /// they had opened and when all were open, and the errors of the others by how often they came.
-pub(crate) fn run(to: SocketAddr, count: usize) -> Result<()> {
+pub(crate) fn run(to: &[SocketAddr], count: usize) -> Result<()> {
     let all_open = Arc::new(Barrier::new(count));
-    let start = |number| {
+    let start = |(number, to): (usize, SocketAddr)| {
         let all_open = Arc::clone(&all_open);
         thread::Builder::new().stack_size(STACK).spawn(move || one(to, number, &all_open))
     };
-    let threads: Vec<_> = (0..count).map(start).collect::<io::Result<_>>()?;
+    let threads: Vec<_> = (0..count).zip(to.iter().copied().cycle()).map(start).collect::<io::Result<_>>()?;
     let (mut echoed, mut failures) = (0, BTreeMap::<String, u64>::new());
     for thread in threads {
         match thread.join().map_err(|_| anyhow!("a thread panicked"))? {

@@ -3,7 +3,8 @@
 //! ```text
 //! tacit-peer serve ADDRESS STEP...              every connection goes through the steps, until the process is killed
 //! tacit-peer connect ADDRESS [--from IP | --mptcp] STEP...   one connection goes through the steps
-//! tacit-peer flows ADDRESS COUNT                COUNT connections at once, each echoed, all open before any closes
+//! tacit-peer flows COUNT ADDRESS...             COUNT connections at once, to the addresses in turn, each echoed, all
+//!                                               open before any closes
 //! ```
 //!
 //! What happens is told on stdout, one JSON object a line; the test that started the program draws the conclusions.
@@ -50,8 +51,9 @@ fn main() -> Result<()> {
         ["connect", address, steps @ ..] => {
             client(address.parse().context("ADDRESS")?, Origin::Any, &parse(steps)?)
         }
-        ["flows", address, count] => {
-            flows::run(address.parse().context("ADDRESS")?, count.parse().context("COUNT")?)
+        ["flows", count, addresses @ ..] if !addresses.is_empty() => {
+            let addresses = addresses.iter().map(|address| address.parse().context("ADDRESS"));
+            flows::run(&addresses.collect::<Result<Vec<_>>>()?, count.parse().context("COUNT")?)
         }
         ["again", address] => flows::again(address.parse().context("ADDRESS")?),
         _ => bail!("usage: tacit-peer serve|connect|flows|again ADDRESS ..."),

@@ -1,83 +1,6 @@
-//! The programs' decisions, as functions of facts. The kernel side looks facts up in maps, the tests in tables.
-//!
-//! Facts are asked for in order of cost, and only as far as needed: a connection outside the mesh costs one lookup of
-//! its pod and one of its destination.
+//! The decision on a connection that arrives in a pod.
 
-use crate::{Address, Listener, Mode, Pod, Reason, Steered, pod_flag, steer_flag, tcp_port};
-
-/// What the connect hook can look up.
-pub trait ConnectFacts {
-    /// The enrolled pod the calling process is in.
-    fn pod(&self) -> Option<Pod>;
-    /// Is it TCP (or MPTCP, which starts as TCP)?
-    fn is_tcp(&self) -> bool;
-    /// Is the address inside the mesh's ranges?
-    fn in_mesh(&self, address: &Address) -> bool;
-    /// Cookie of the socket's network namespace.
-    fn netns_cookie(&self) -> u64;
-    /// Is the calling process an agent's?
-    fn is_agent(&self) -> bool;
-    /// Are pods that have no entry yet held to STRICT?
-    fn default_is_strict(&self) -> bool;
-    /// May the destination be reached in clear, as the operator said?
-    fn is_allowed_clear(&self, destination: &Address) -> bool;
-    /// Does the agent give no sign of life?
-    fn is_stale(&self) -> bool;
-}
-
-/// Verdict on an outbound connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Connect {
-    /// Goes as if Tacit were not there.
-    Leave(Reason),
-    /// Goes to the agent; the pod's facts are needed to remember it.
-    Capture(Pod),
-    /// Fails with ECONNREFUSED, or EPERM where the kernel cannot choose.
-    Deny(Reason),
-}
-
-/// Decides on `connect()` to `destination`.
-#[inline(always)]
-pub fn decide_connect(facts: &impl ConnectFacts, destination: &Address) -> Connect {
-    let Some(pod) = facts.pod() else {
-        return unknown_pod(facts, destination);
-    };
-    if pod.has(pod_flag::EXEMPT) {
-        return Connect::Leave(Reason::ConnectNotEnrolled);
-    }
-    if !facts.is_tcp() {
-        return Connect::Leave(Reason::ConnectNotStream);
-    }
-    if !facts.in_mesh(destination) {
-        return Connect::Leave(Reason::ConnectOutsideMesh);
-    }
-    if pod.owns(destination) {
-        return Connect::Leave(Reason::ConnectOwnAddress);
-    }
-    if facts.is_allowed_clear(destination) {
-        return Connect::Leave(Reason::ConnectAllowedClear);
-    }
-    // A namespace made inside the pod: the agent's listener is not there, and neither is the pod's address.
-    if facts.netns_cookie() != pod.netns_cookie {
-        return Connect::Deny(Reason::ConnectForeignNetns);
-    }
-    match (facts.is_stale(), pod.has(pod_flag::EGRESS_STRICT)) {
-        (false, _) => Connect::Capture(pod),
-        (true, true) => Connect::Deny(Reason::ConnectAgentStale),
-        (true, false) => Connect::Leave(Reason::ConnectStaleClear),
-    }
-}
-
-/// A process below the pods' cgroup whose pod the agent has not told yet. What is no TCP meets the guard.
-#[inline(always)]
-fn unknown_pod(facts: &impl ConnectFacts, destination: &Address) -> Connect {
-    let held = facts.default_is_strict()
-        && facts.is_tcp()
-        && facts.in_mesh(destination)
-        && !facts.is_allowed_clear(destination)
-        && !facts.is_agent();
-    if held { Connect::Deny(Reason::ConnectUnknownPod) } else { Connect::Leave(Reason::ConnectNotEnrolled) }
-}
+use crate::{Address, Listener, Mode, Reason, Steered, Tuple, steer_flag, tcp_port};
 
 /// A TCP connection that arrives in an enrolled pod's network namespace.
 #[derive(Clone, Copy, Debug)]
@@ -88,12 +11,30 @@ pub struct Inbound {
     pub remote: Address,
     /// Port it was sent to.
     pub port: u16,
+    /// Port it claims to come from.
+    pub remote_port: u16,
+}
+
+impl Inbound {
+    /// As its connecting side sees it; the namespace is not known.
+    #[inline(always)]
+    const fn tuple(&self) -> Tuple {
+        Tuple {
+            netns_cookie: 0,
+            local: self.remote,
+            remote: self.local,
+            local_port: self.remote_port as u32,
+            remote_port: self.port as u32,
+        }
+    }
 }
 
 /// What the steering program can look up.
 pub trait InboundFacts {
     /// The enrolled pod that has this address.
     fn steered(&self, local: &Address) -> Option<Steered>;
+    /// Was a connection captured under this key, and not accepted by the agent yet?
+    fn is_captured(&self, key: &Tuple) -> bool;
     /// The mode of one port, when it has its own.
     fn port_mode(&self, slot: u32, port: u16) -> Option<u32>;
     /// Is it one of the node's own addresses?
@@ -111,6 +52,8 @@ pub enum Steer {
     Pass(Reason),
     /// To the agent's listener of this slot; refused when it is not there.
     Agent(u32, Listener, Reason),
+    /// To the agent's listener for what the pod of this slot sends; refused when it is not there.
+    Capture(u32, Reason),
     /// Refused with a reset.
     Drop(Reason),
 }
@@ -121,6 +64,10 @@ pub enum Steer {
 /// is the agent's to judge, and without the agent it is refused.
 #[inline(always)]
 pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
+    let tuple = flow.tuple();
+    if tuple.is_spread() && !flow.remote.is_loopback() {
+        return captured(facts, &tuple);
+    }
     // What the pod says to itself, and what the agent says to its applications, which it dials from loopback addresses.
     // Such packets cannot come from outside: the kernel drops a source address that is its own, or a loopback address.
     // (A pod that lets the latter in, by route_localnet, can be sent a SYN; its answer goes to the pod itself.)
@@ -154,6 +101,23 @@ pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
     }
 }
 
+/// What the pod sends from its own address to a port that captured connections are spread over. Only what was captured is
+/// the agent's; nothing of it may come to a process of the pod that listens there. Connections from `::1` are the pod's own
+/// affair: the connect hook binds what it captures to the pod's address.
+#[inline(always)]
+fn captured(facts: &impl InboundFacts, key: &Tuple) -> Steer {
+    let Some(steered) = facts.steered(&key.local) else {
+        return Steer::Drop(Reason::InboundReserved);
+    };
+    if !facts.is_captured(key) {
+        return Steer::Drop(Reason::InboundReserved);
+    }
+    if facts.is_stale() {
+        return Steer::Drop(Reason::InboundStale);
+    }
+    Steer::Capture(steered.slot, Reason::InboundLocal)
+}
+
 /// A stuck agent's listeners still exist, and would hold the peer until it gives up.
 #[inline(always)]
 fn agent(facts: &impl InboundFacts, steered: Steered, listener: Listener, reason: Reason) -> Steer {
@@ -171,117 +135,11 @@ mod tests {
         Address::from_v4_be(u32::from_ne_bytes([10, 77, 1, last]))
     }
 
-    fn pod() -> Pod {
-        Pod { netns_cookie: 7, v4: v4(2), slot: 3, ..Pod::default() }
-    }
-
-    #[derive(Clone, Copy)]
-    struct Out {
-        pod: Option<Pod>,
-        tcp: bool,
-        mesh: bool,
-        netns: u64,
-        agent: bool,
-        strict: bool,
-        clear: bool,
-        stale: bool,
-    }
-
-    const USUAL: Out = Out {
-        pod: None,
-        tcp: true,
-        mesh: true,
-        netns: 7,
-        agent: false,
-        strict: false,
-        clear: false,
-        stale: false,
-    };
-
-    impl ConnectFacts for Out {
-        fn pod(&self) -> Option<Pod> {
-            self.pod
-        }
-        fn is_tcp(&self) -> bool {
-            self.tcp
-        }
-        fn in_mesh(&self, _: &Address) -> bool {
-            self.mesh
-        }
-        fn netns_cookie(&self) -> u64 {
-            self.netns
-        }
-        fn is_agent(&self) -> bool {
-            self.agent
-        }
-        fn default_is_strict(&self) -> bool {
-            self.strict
-        }
-        fn is_allowed_clear(&self, _: &Address) -> bool {
-            self.clear
-        }
-        fn is_stale(&self) -> bool {
-            self.stale
-        }
-    }
-
-    #[test]
-    fn connect_is_captured_only_from_an_enrolled_pod_into_the_mesh() {
-        let of = |pod| Out { pod: Some(pod), ..USUAL };
-        let known = of(pod());
-        let leave = Connect::Leave;
-        let table = [
-            (USUAL, v4(9), leave(Reason::ConnectNotEnrolled)),
-            (of(Pod { flags: pod_flag::EXEMPT, ..pod() }), v4(9), leave(Reason::ConnectNotEnrolled)),
-            (Out { tcp: false, ..known }, v4(9), leave(Reason::ConnectNotStream)),
-            (Out { mesh: false, ..known }, v4(9), leave(Reason::ConnectOutsideMesh)),
-            (known, v4(2), leave(Reason::ConnectOwnAddress)),
-            (Out { clear: true, ..known }, v4(9), leave(Reason::ConnectAllowedClear)),
-            (Out { netns: 8, ..known }, v4(9), Connect::Deny(Reason::ConnectForeignNetns)),
-            (known, v4(9), Connect::Capture(pod())),
-        ];
-        for (facts, destination, expected) in table {
-            assert_eq!(decide_connect(&facts, &destination), expected);
-        }
-    }
-
-    #[test]
-    fn without_a_sign_of_life_the_mode_alone_decides() {
-        let strict = Pod { flags: pod_flag::EGRESS_STRICT, ..pod() };
-        let stale = |pod| Out { pod: Some(pod), stale: true, ..USUAL };
-        assert_eq!(decide_connect(&stale(strict), &v4(9)), Connect::Deny(Reason::ConnectAgentStale));
-        assert_eq!(decide_connect(&stale(pod()), &v4(9)), Connect::Leave(Reason::ConnectStaleClear));
-        let nested = Out { netns: 8, ..stale(pod()) };
-        assert_eq!(decide_connect(&nested, &v4(9)), Connect::Deny(Reason::ConnectForeignNetns));
-        let here = |mode| In { stale: true, ..known(mode, None) };
-        let dropped = Steer::Drop(Reason::InboundStale);
-        assert_eq!(decide_inbound(&here(Mode::Strict), &to(80)), dropped);
-        assert_eq!(decide_inbound(&here(Mode::Permissive), &to(tcp_port::TUNNEL)), dropped);
-        let passed = Steer::Pass(Reason::InboundPermitted);
-        assert_eq!(decide_inbound(&here(Mode::Permissive), &to(80)), passed);
-    }
-
-    #[test]
-    fn a_pod_without_an_entry_is_held_to_strict_when_the_mesh_is() {
-        let strict = Out { strict: true, ..USUAL };
-        let left = Connect::Leave(Reason::ConnectNotEnrolled);
-        let table = [
-            (strict, Connect::Deny(Reason::ConnectUnknownPod)),
-            (Out { strict: false, ..strict }, left),
-            (Out { mesh: false, ..strict }, left),
-            (Out { tcp: false, ..strict }, left),
-            (Out { clear: true, ..strict }, left),
-            (Out { agent: true, ..strict }, left),
-        ];
-        for (facts, expected) in table {
-            assert_eq!(decide_connect(&facts, &v4(9)), expected);
-        }
-    }
-
     #[derive(Clone, Copy)]
     struct In {
         steered: Option<Steered>,
         port_mode: Option<u32>,
+        captured: bool,
         node: bool,
         mesh: bool,
         stale: bool,
@@ -290,6 +148,10 @@ mod tests {
     impl InboundFacts for In {
         fn steered(&self, _: &Address) -> Option<Steered> {
             self.steered
+        }
+        fn is_captured(&self, key: &Tuple) -> bool {
+            assert_eq!((key.netns_cookie, key.local_port), (0, 4000));
+            self.captured
         }
         fn port_mode(&self, slot: u32, _: u16) -> Option<u32> {
             assert_eq!(slot, 3);
@@ -310,6 +172,7 @@ mod tests {
         In {
             steered: Some(Steered { slot: 3, mode: mode as u32, ..Steered::default() }),
             port_mode: port_mode.map(|m| m as u32),
+            captured: false,
             node: false,
             mesh: true,
             stale: false,
@@ -317,7 +180,7 @@ mod tests {
     }
 
     fn to(port: u16) -> Inbound {
-        Inbound { local: v4(2), remote: v4(9), port }
+        Inbound { local: v4(2), remote: v4(9), port, remote_port: 4000 }
     }
 
     const REFUSED: Steer = Steer::Agent(3, Listener::Plaintext, Reason::InboundRefused);
@@ -336,6 +199,16 @@ mod tests {
         for (facts, expected) in table {
             assert_eq!(decide_inbound(&facts, &to(80)), expected);
         }
+    }
+
+    #[test]
+    fn without_a_sign_of_life_the_mode_alone_decides() {
+        let here = |mode| In { stale: true, ..known(mode, None) };
+        let dropped = Steer::Drop(Reason::InboundStale);
+        assert_eq!(decide_inbound(&here(Mode::Strict), &to(80)), dropped);
+        assert_eq!(decide_inbound(&here(Mode::Permissive), &to(tcp_port::TUNNEL)), dropped);
+        let passed = Steer::Pass(Reason::InboundPermitted);
+        assert_eq!(decide_inbound(&here(Mode::Permissive), &to(80)), passed);
     }
 
     #[test]
@@ -386,11 +259,41 @@ mod tests {
     fn probes_and_local_connections_pass_under_strict() {
         let node = In { node: true, ..known(Mode::Strict, None) };
         assert_eq!(decide_inbound(&node, &to(80)), Steer::Pass(Reason::InboundNode));
-        let dial = Inbound { local: v4(2), remote: v4(2), port: 80 };
+        let dial = Inbound { remote: v4(2), ..to(80) };
         assert_eq!(decide_inbound(&known(Mode::Strict, None), &dial), Steer::Pass(Reason::InboundLocal));
         for v4_source in [true, false] {
-            let dial = Inbound { local: v4(2), remote: Address::dial_source(v4_source, 7), port: 80 };
+            let dial = Inbound { remote: Address::dial_source(v4_source, 7), ..to(80) };
             assert_eq!(decide_inbound(&known(Mode::Strict, None), &dial), Steer::Pass(Reason::InboundLocal));
+        }
+    }
+
+    #[test]
+    fn of_what_a_pod_sends_to_the_spread_ports_only_what_was_captured_is_the_agents() {
+        let own = Address::from_octets([0xfd, 0x77, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2]);
+        let sent = Inbound {
+            local: Address::LOOPBACK_V6,
+            remote: own,
+            port: tcp_port::CAPTURE_V6_FIRST,
+            remote_port: 4000,
+        };
+        let facts = In { captured: true, ..known(Mode::Strict, None) };
+        let (taken, local) = (Steer::Capture(3, Reason::InboundLocal), Steer::Pass(Reason::InboundLocal));
+        let reserved = Steer::Drop(Reason::InboundReserved);
+        let last = tcp_port::CAPTURE_V6_FIRST + tcp_port::CAPTURE_V6_COUNT - 1;
+        let table = [
+            (facts, sent, taken),
+            (facts, Inbound { port: last, ..sent }, taken),
+            (In { captured: false, ..facts }, sent, reserved),
+            (In { steered: None, ..facts }, sent, reserved),
+            (In { stale: true, ..facts }, sent, Steer::Drop(Reason::InboundStale)),
+            (facts, Inbound { remote: Address::LOOPBACK_V6, ..sent }, local),
+            (facts, Inbound { port: last + 1, ..sent }, local),
+            (facts, Inbound { port: tcp_port::CAPTURE_V6_FIRST - 1, ..sent }, local),
+            (facts, Inbound { local: own, ..sent }, local),
+            (facts, Inbound { local: own, remote: v4(9), ..sent }, REFUSED),
+        ];
+        for (facts, flow, expected) in table {
+            assert_eq!(decide_inbound(&facts, &flow), expected, "{flow:?}");
         }
     }
 

@@ -1,0 +1,191 @@
+//! The decision on a connection that a pod opens.
+//!
+//! Decisions are functions of facts: the kernel side looks them up in maps, the tests in tables. Facts are asked for in
+//! order of cost, and only as far as needed: a connection outside the mesh costs one lookup of its pod and one of its
+//! destination.
+
+use crate::{Address, Pod, Reason, pod_flag};
+
+/// What the connect hook can look up.
+pub trait ConnectFacts {
+    /// The enrolled pod the calling process is in.
+    fn pod(&self) -> Option<Pod>;
+    /// Is it TCP (or MPTCP, which starts as TCP)?
+    fn is_tcp(&self) -> bool;
+    /// Is the address inside the mesh's ranges?
+    fn in_mesh(&self, address: &Address) -> bool;
+    /// Cookie of the socket's network namespace.
+    fn netns_cookie(&self) -> u64;
+    /// Is the calling process an agent's?
+    fn is_agent(&self) -> bool;
+    /// Are pods that have no entry yet held to STRICT?
+    fn default_is_strict(&self) -> bool;
+    /// May the destination be reached in clear, as the operator said?
+    fn is_allowed_clear(&self, destination: &Address) -> bool;
+    /// Does the agent give no sign of life?
+    fn is_stale(&self) -> bool;
+}
+
+/// Verdict on an outbound connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connect {
+    /// Goes as if Tacit were not there.
+    Leave(Reason),
+    /// Goes to the agent; the pod's facts are needed to remember it.
+    Capture(Pod),
+    /// Fails with ECONNREFUSED, or EPERM where the kernel cannot choose.
+    Deny(Reason),
+}
+
+/// Decides on `connect()` to `destination`.
+#[inline(always)]
+pub fn decide_connect(facts: &impl ConnectFacts, destination: &Address) -> Connect {
+    let Some(pod) = facts.pod() else {
+        return unknown_pod(facts, destination);
+    };
+    if pod.has(pod_flag::EXEMPT) {
+        return Connect::Leave(Reason::ConnectNotEnrolled);
+    }
+    if !facts.is_tcp() {
+        return Connect::Leave(Reason::ConnectNotStream);
+    }
+    if !facts.in_mesh(destination) {
+        return Connect::Leave(Reason::ConnectOutsideMesh);
+    }
+    if pod.owns(destination) {
+        return Connect::Leave(Reason::ConnectOwnAddress);
+    }
+    if facts.is_allowed_clear(destination) {
+        return Connect::Leave(Reason::ConnectAllowedClear);
+    }
+    // A namespace made inside the pod: the agent's listener is not there, and neither is the pod's address.
+    if facts.netns_cookie() != pod.netns_cookie {
+        return Connect::Deny(Reason::ConnectForeignNetns);
+    }
+    match (facts.is_stale(), pod.has(pod_flag::EGRESS_STRICT)) {
+        (false, _) => Connect::Capture(pod),
+        (true, true) => Connect::Deny(Reason::ConnectAgentStale),
+        (true, false) => Connect::Leave(Reason::ConnectStaleClear),
+    }
+}
+
+/// A process below the pods' cgroup whose pod the agent has not told yet. What is no TCP meets the guard.
+#[inline(always)]
+fn unknown_pod(facts: &impl ConnectFacts, destination: &Address) -> Connect {
+    let held = facts.default_is_strict()
+        && facts.is_tcp()
+        && facts.in_mesh(destination)
+        && !facts.is_allowed_clear(destination)
+        && !facts.is_agent();
+    if held { Connect::Deny(Reason::ConnectUnknownPod) } else { Connect::Leave(Reason::ConnectNotEnrolled) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn v4(last: u8) -> Address {
+        Address::from_v4_be(u32::from_ne_bytes([10, 77, 1, last]))
+    }
+
+    fn pod() -> Pod {
+        Pod { netns_cookie: 7, v4: v4(2), slot: 3, ..Pod::default() }
+    }
+
+    #[derive(Clone, Copy)]
+    struct Out {
+        pod: Option<Pod>,
+        tcp: bool,
+        mesh: bool,
+        netns: u64,
+        agent: bool,
+        strict: bool,
+        clear: bool,
+        stale: bool,
+    }
+
+    const USUAL: Out = Out {
+        pod: None,
+        tcp: true,
+        mesh: true,
+        netns: 7,
+        agent: false,
+        strict: false,
+        clear: false,
+        stale: false,
+    };
+
+    impl ConnectFacts for Out {
+        fn pod(&self) -> Option<Pod> {
+            self.pod
+        }
+        fn is_tcp(&self) -> bool {
+            self.tcp
+        }
+        fn in_mesh(&self, _: &Address) -> bool {
+            self.mesh
+        }
+        fn netns_cookie(&self) -> u64 {
+            self.netns
+        }
+        fn is_agent(&self) -> bool {
+            self.agent
+        }
+        fn default_is_strict(&self) -> bool {
+            self.strict
+        }
+        fn is_allowed_clear(&self, _: &Address) -> bool {
+            self.clear
+        }
+        fn is_stale(&self) -> bool {
+            self.stale
+        }
+    }
+
+    #[test]
+    fn connect_is_captured_only_from_an_enrolled_pod_into_the_mesh() {
+        let of = |pod| Out { pod: Some(pod), ..USUAL };
+        let known = of(pod());
+        let leave = Connect::Leave;
+        let table = [
+            (USUAL, v4(9), leave(Reason::ConnectNotEnrolled)),
+            (of(Pod { flags: pod_flag::EXEMPT, ..pod() }), v4(9), leave(Reason::ConnectNotEnrolled)),
+            (Out { tcp: false, ..known }, v4(9), leave(Reason::ConnectNotStream)),
+            (Out { mesh: false, ..known }, v4(9), leave(Reason::ConnectOutsideMesh)),
+            (known, v4(2), leave(Reason::ConnectOwnAddress)),
+            (Out { clear: true, ..known }, v4(9), leave(Reason::ConnectAllowedClear)),
+            (Out { netns: 8, ..known }, v4(9), Connect::Deny(Reason::ConnectForeignNetns)),
+            (known, v4(9), Connect::Capture(pod())),
+        ];
+        for (facts, destination, expected) in table {
+            assert_eq!(decide_connect(&facts, &destination), expected);
+        }
+    }
+
+    #[test]
+    fn without_a_sign_of_life_the_mode_alone_decides() {
+        let strict = Pod { flags: pod_flag::EGRESS_STRICT, ..pod() };
+        let stale = |pod| Out { pod: Some(pod), stale: true, ..USUAL };
+        assert_eq!(decide_connect(&stale(strict), &v4(9)), Connect::Deny(Reason::ConnectAgentStale));
+        assert_eq!(decide_connect(&stale(pod()), &v4(9)), Connect::Leave(Reason::ConnectStaleClear));
+        let nested = Out { netns: 8, ..stale(pod()) };
+        assert_eq!(decide_connect(&nested, &v4(9)), Connect::Deny(Reason::ConnectForeignNetns));
+    }
+
+    #[test]
+    fn a_pod_without_an_entry_is_held_to_strict_when_the_mesh_is() {
+        let strict = Out { strict: true, ..USUAL };
+        let left = Connect::Leave(Reason::ConnectNotEnrolled);
+        let table = [
+            (strict, Connect::Deny(Reason::ConnectUnknownPod)),
+            (Out { strict: false, ..strict }, left),
+            (Out { mesh: false, ..strict }, left),
+            (Out { tcp: false, ..strict }, left),
+            (Out { clear: true, ..strict }, left),
+            (Out { agent: true, ..strict }, left),
+        ];
+        for (facts, expected) in table {
+            assert_eq!(decide_connect(&facts, &v4(9)), expected);
+        }
+    }
+}
