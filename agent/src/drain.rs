@@ -76,13 +76,19 @@ mod tests {
         assert_eq!(drain.run(Duration::from_secs(60), Duration::ZERO).await, Drained::Finished);
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn sessions_without_a_flow_linger_no_longer_than_they_may() {
-        for (limit, ended) in [(60, Drained::Finished), (2, Drained::Cut(1))] {
+        let (short, long) = (Duration::from_millis(20), Duration::from_secs(60));
+        for (limit, linger, ended) in [(long, short, Drained::Finished), (short, long, Drained::Cut(1))] {
             let drain = Drain::default();
-            let idle = drain.idle.clone();
-            drain.tasks.spawn(async move { idle.cancelled().await });
-            assert_eq!(drain.run(Duration::from_secs(limit), Duration::from_secs(3)).await, ended);
+            let (idle, cut) = (drain.idle.clone(), drain.cut.clone());
+            drain.tasks.spawn(async move {
+                tokio::select! {
+                    () = idle.cancelled() => {}
+                    () = cut.cancelled() => {}
+                }
+            });
+            assert_eq!(drain.run(limit, linger).await, ended);
         }
     }
 }
