@@ -19,7 +19,7 @@ use crate::{
     config::{Config, IssuerConfig, Source},
     datapath::{DataPath, Parts, accept_loop},
     directory::{
-        self, Directory,
+        self, Directory, Ranges,
         kubernetes::{CgroupLayout, Place},
     },
     drain::{Drain, Drained},
@@ -36,6 +36,7 @@ use crate::{
         socket::Listeners,
     },
     kubernetes::OpenError,
+    mesh::Mesh,
     outbound,
     policy::{self, Policies},
     reload::{Opening, Watched},
@@ -153,7 +154,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
     let policies = Arc::new(policies.ok_or_else(ended("policy"))?);
     let identities = Arc::new(Identities::start(issuer(&config)?));
     let kernel = Arc::new(Kernel::open(&config.pin_path, &pods_cgroup, &verifier_log)?);
-    kernel.maps.set_mesh(&config.captured_ranges())?;
+    let mesh = Arc::new(Mesh::start(kernel.clone(), &directory.current())?);
     kernel.maps.set_clear(&config.allow_clear)?;
     refresh_node(&kernel)?;
     beat(&kernel, config.heartbeat_timeout, &policies)?;
@@ -171,12 +172,13 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
         table: Arc::new(ArcSwap::from_pointee(Table::default())),
         telemetry,
         drain: Drain::default(),
-        mesh_ranges: config.captured_ranges(),
+        mesh,
     }));
     let report = Arc::new(Report::new(&config, path.clone(), started));
     doors.show(report.clone());
     let enrolment = tokio::spawn(enroller(&config, &path, pods_cgroup, &report).run(path.drain.stop.clone()));
     let keeper = tokio::spawn(housekeeping(path.clone(), report.clone()));
+    let ranges = tokio::spawn(path.mesh.clone().keep(path.directory.clone()));
     let heart = tokio::spawn(heartbeat(path.clone(), config.heartbeat_timeout));
     let watched = path.kernel.clone();
     let listener = tokio::spawn(async move { events::forward(&watched).await });
@@ -191,6 +193,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog) -> Result<(), AppErr
     }
     path.pool().clear_where(|_, _| true).into_iter().for_each(Session::close);
     keeper.abort();
+    ranges.abort();
     listener.abort();
     heart.abort();
     // Awaited, so that no beat follows the last word.
@@ -213,16 +216,21 @@ fn cores() -> NonZeroUsize {
 /// The directory. It is used once it is complete: what an earlier agent left for pods that are not in it would be removed.
 async fn open_directory(config: &Config) -> Result<Opening<Directory>, AppError> {
     let domain = config.trust_domain.clone();
+    let ranges = Arc::new(Ranges::configured(&config.captured_ranges()));
     match &config.directory {
         Source::File(file) => {
             let named = file.clone();
-            Ok(Watched::open(file, move |text| Directory::parse(text, &named, &domain))?.into())
+            let parse = move |text: &str| {
+                Directory::parse(text, &named, &domain).map(|known| known.within(ranges.clone()))
+            };
+            Ok(Watched::open(file, parse)?.into())
         }
         Source::Kubernetes(options) => {
             let place = Place {
                 node: config.node.clone(),
                 trust_domain: domain,
                 cgroups: CgroupLayout::of(&config.pods_cgroup),
+                ranges,
             };
             let opened = directory::kubernetes::open(options, place).await;
             opened.map_err(|source| AppError::Kubernetes { field: "directory", source })
@@ -268,7 +276,7 @@ fn enroller(config: &Config, path: &Arc<DataPath>, pods_cgroup: Cgroup, report: 
         kernel: path.kernel.clone(),
         host: path.host.clone(),
         node: config.node.clone(),
-        mesh_ranges: config.captured_ranges(),
+        mesh: path.mesh.clone(),
         telemetry: path.telemetry.clone(),
         pods_cgroup,
         directory: path.directory.clone(),

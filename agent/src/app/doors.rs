@@ -24,7 +24,7 @@ use crate::{
     telemetry::{
         Telemetry, admin,
         status::{
-            AgentState, FlowsStatus, GuardStatus, IssuerStatus, PoolStatus, SourceKind, Status,
+            AgentState, FlowsStatus, GuardStatus, IssuerStatus, MeshStatus, PoolStatus, SourceKind, Status,
             UncoveredStatus,
         },
     },
@@ -120,6 +120,7 @@ impl Shown {
             programs: Vec::new(),
             kernel: Vec::new(),
             guard: GuardStatus::default(),
+            mesh: MeshStatus::default(),
             uncovered: UncoveredStatus::default(),
             issuer: IssuerStatus::default(),
             certificates: Vec::new(),
