@@ -19,7 +19,7 @@ use crate::{
     config::{Config, IssuerConfig, Source},
     datapath::{DataPath, Parts, accept_loop},
     directory::{
-        self, Directory,
+        self, Directory, Ranges,
         kubernetes::{CgroupLayout, Place},
     },
     drain::{Drain, Drained},
@@ -36,6 +36,7 @@ use crate::{
         socket::Listeners,
     },
     kubernetes::OpenError,
+    mesh::Mesh,
     outbound,
     policy::{self, Policies},
     reload::{Opening, Watched},
@@ -174,7 +175,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     };
     let takes_over = turn.is_some();
     let kernel = Arc::new(Kernel::open(claim, &pods_cgroup, &verifier_log, takes_over)?);
-    kernel.maps.set_mesh(&config.captured_ranges())?;
+    let mesh = Arc::new(Mesh::start(kernel.clone(), &directory.current())?);
     kernel.maps.set_clear(&config.allow_clear)?;
     refresh_node(&kernel)?;
     beat(&kernel, config.heartbeat_timeout, &policies)?;
@@ -192,7 +193,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
         table: Arc::new(ArcSwap::from_pointee(Table::default())),
         telemetry,
         drain: Drain::default(),
-        mesh_ranges: config.captured_ranges(),
+        mesh,
     }));
     let report = Arc::new(Report::new(&config, path.clone(), started));
     doors.show(report.clone());
@@ -200,6 +201,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     let enroller = enroller(&config, &path, pods_cgroup, &report, turn);
     let mut enrolment = Some(tokio::spawn(enroller.run(settle.clone())));
     let keeper = tokio::spawn(housekeeping(path.clone(), report.clone()));
+    let ranges = tokio::spawn(path.mesh.clone().keep(path.directory.clone()));
     let heart = tokio::spawn(heartbeat(path.clone(), config.heartbeat_timeout));
     let watched = path.kernel.clone();
     let listener = tokio::spawn(async move { events::forward(&watched).await });
@@ -209,6 +211,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     let ending = hand_over(&path.kernel, &config.pin_path, async || {
         settle.cancel();
         keeper.abort();
+        ranges.abort();
         if let Some(enrolment) = enrolment.take() {
             // An error of it was logged.
             let _ = enrolment.await;
@@ -233,6 +236,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     }
     path.pool().clear_where(|_, _| true).into_iter().for_each(Session::close);
     keeper.abort();
+    ranges.abort();
     listener.abort();
     heart.abort();
     // Awaited, so that no beat follows the last word.
@@ -267,16 +271,21 @@ fn cores() -> NonZeroUsize {
 /// The directory. It is used once it is complete: what an earlier agent left for pods that are not in it would be removed.
 async fn open_directory(config: &Config) -> Result<Opening<Directory>, AppError> {
     let domain = config.trust_domain.clone();
+    let ranges = Arc::new(Ranges::configured(&config.captured_ranges()));
     match &config.directory {
         Source::File(file) => {
             let named = file.clone();
-            Ok(Watched::open(file, move |text| Directory::parse(text, &named, &domain))?.into())
+            let parse = move |text: &str| {
+                Directory::parse(text, &named, &domain).map(|known| known.within(ranges.clone()))
+            };
+            Ok(Watched::open(file, parse)?.into())
         }
         Source::Kubernetes(options) => {
             let place = Place {
                 node: config.node.clone(),
                 trust_domain: domain,
                 cgroups: CgroupLayout::of(&config.pods_cgroup),
+                ranges,
             };
             let opened = directory::kubernetes::open(options, place).await;
             opened.map_err(|source| AppError::Kubernetes { field: "directory", source })
@@ -330,7 +339,7 @@ fn enroller(
         kernel: path.kernel.clone(),
         host: path.host.clone(),
         node: config.node.clone(),
-        mesh_ranges: config.captured_ranges(),
+        mesh: path.mesh.clone(),
         telemetry: path.telemetry.clone(),
         takes_over,
         pods_cgroup,

@@ -16,7 +16,7 @@ use std::{
 use ipnet::IpNet;
 
 use crate::{
-    directory::kubernetes::Options as DirectoryOptions,
+    directory::{kubernetes::Options as DirectoryOptions, mesh_range},
     identity::{TrustDomain, istio::IstioConfig},
     kernel::ClearDestination,
     policy::kubernetes::Options as PolicyOptions,
@@ -27,11 +27,9 @@ mod clear;
 mod duration;
 mod issuer;
 mod kubernetes;
-mod range;
 
 use clear::clear_destination;
 use duration::duration;
-use range::mesh_range;
 
 const FIELDS: [&str; 17] = [
     "trustDomain",
@@ -92,7 +90,8 @@ pub struct Config {
     pub node: Arc<str>,
     /// The cgroup v2 directory that holds all pods of the node.
     pub pods_cgroup: PathBuf,
-    /// Addresses of the mesh, 1 to 256 ranges; a connection to any other address is left alone.
+    /// Addresses of the mesh, at most 256 ranges, none only where the directory detects them; a connection to any other
+    /// address is left alone.
     pub mesh_ranges: Vec<IpNet>,
     /// Virtual addresses of services; at most 256 ranges, none where there are no services.
     pub service_ranges: Vec<IpNet>,
@@ -191,8 +190,7 @@ impl Config {
         let node = self::node(f, root, node_name);
         let pods_cgroup = f.required("podsCgroup", "the cgroup of all pods, such as /sys/fs/cgroup/kubepods");
         let pods_cgroup = pods_cgroup.and_then(|value| absolute(&value));
-        let mesh_ranges = f.required("meshRanges", "the ranges of pod addresses, such as [10.77.0.0/16]");
-        let mesh_ranges = mesh_ranges.and_then(|value| self::mesh_ranges(&value));
+        let mesh_ranges = mesh_ranges(f, root);
         let service_ranges = or(f, "serviceRanges", Vec::new(), ranges);
         let directory = source(f, "directory", folder, kubernetes::directory);
         let policy = source(f, "policy", folder, kubernetes::policy);
@@ -240,11 +238,17 @@ pub(crate) fn or<T>(
     fields.optional(name).map_or(Some(default), |value| decoder(&value))
 }
 
-fn mesh_ranges(value: &Value<'_>) -> Option<Vec<IpNet>> {
+/// The API of Kubernetes tells of nodes and pods, a file of nobody that is not in it: only there ranges have to be written.
+fn mesh_ranges(fields: &mut Fields<'_>, root: &Value<'_>) -> Option<Vec<IpNet>> {
+    if root.peek("directory").is_some_and(|directory| directory.peek("kubernetes").is_some()) {
+        return or(fields, "meshRanges", Vec::new(), ranges);
+    }
+    let what = "the ranges of pod addresses, such as [10.77.0.0/16]; they are detected with {kubernetes: {}} as directory alone";
+    let value = fields.required("meshRanges", what)?;
     if value.items()?.is_empty() {
         value.refuse("the list is empty, nothing would be protected: write the ranges of pod addresses");
     }
-    ranges(value)
+    ranges(&value)
 }
 
 fn ranges(value: &Value<'_>) -> Option<Vec<IpNet>> {

@@ -9,7 +9,6 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use ipnet::IpNet;
 use tokio::{net::TcpStream, sync::Semaphore};
 
 use crate::{
@@ -23,6 +22,7 @@ use crate::{
         netns::HostNetns,
         socket::{self, Acceptor},
     },
+    mesh::Mesh,
     policy::Policies,
     reload::Watched,
     telemetry::{Party, Refusal, Reporter, Security, Telemetry},
@@ -79,7 +79,7 @@ pub struct DataPath {
     /// How the agent ends.
     pub drain: Drain,
     /// Addresses of the mesh, those of services included.
-    pub mesh_ranges: Vec<IpNet>,
+    pub mesh: Arc<Mesh>,
     /// Chooses endpoints of services.
     pub balancer: Balancer,
     /// Bounds handshakes.
@@ -111,8 +111,8 @@ pub struct Parts {
     pub drain: Drain,
     /// See [`DataPath::workers`].
     pub workers: Workers,
-    /// See [`DataPath::mesh_ranges`].
-    pub mesh_ranges: Vec<IpNet>,
+    /// See [`DataPath::mesh`].
+    pub mesh: Arc<Mesh>,
 }
 
 impl DataPath {
@@ -130,7 +130,7 @@ impl DataPath {
             telemetry,
             drain,
             workers,
-            mesh_ranges,
+            mesh,
         } = parts;
         Self {
             trust_domain,
@@ -142,7 +142,7 @@ impl DataPath {
             table,
             telemetry,
             drain,
-            mesh_ranges,
+            mesh,
             balancer: Balancer::default(),
             handshakes: Semaphore::new(HANDSHAKES_MAX),
             workers,
@@ -153,7 +153,7 @@ impl DataPath {
     /// Whether the mesh's promises hold for `address`.
     #[must_use]
     pub fn is_mesh(&self, address: IpAddr) -> bool {
-        self.mesh_ranges.iter().any(|range| range.contains(&address))
+        self.mesh.contains(address)
     }
 
     /// The idle sessions.

@@ -14,8 +14,6 @@ use std::{
     sync::Arc,
 };
 
-use ipnet::IpNet;
-
 use crate::{
     identity::{SpiffeId, TrustDomain},
     yaml::Mistakes,
@@ -23,11 +21,15 @@ use crate::{
 
 mod file;
 pub mod kubernetes;
+mod range;
+mod ranges;
 mod service;
 mod sharded;
 
 use sharded::Sharded;
 
+pub(crate) use range::mesh_range;
+pub use ranges::Ranges;
 pub use service::{
     Affinity, Asks, Condition, Endpoint, Endpoints, NoEndpoint, Service, ServicePort, Traffic, choose,
 };
@@ -120,6 +122,7 @@ pub struct Directory {
     services_by_name: Sharded<Arc<str>, Arc<Service>>,
     host_network: Arc<Vec<Arc<Workload>>>,
     departed: Arc<Vec<Arc<Workload>>>,
+    ranges: Arc<Ranges>,
 }
 
 /// Of what traffic goes in clear because no range of the mesh covers it.
@@ -157,6 +160,18 @@ impl Directory {
             directory.insert_service(service);
         }
         Ok(directory)
+    }
+
+    /// The same directory, of a mesh with these ranges.
+    #[must_use]
+    pub fn within(self, ranges: Arc<Ranges>) -> Self {
+        Self { ranges, ..self }
+    }
+
+    /// The ranges of the mesh, as far as the source knows them: those configured, and what it found.
+    #[must_use]
+    pub fn ranges(&self) -> &Arc<Ranges> {
+        &self.ranges
     }
 
     /// The workload that has `address`; an IPv4-mapped IPv6 address counts as the IPv4 address.
@@ -217,17 +232,11 @@ impl Directory {
 
     /// Who should be in `ranges` and is not. Looks at all: some milliseconds for 100,000.
     #[must_use]
-    pub fn uncovered(&self, ranges: &[IpNet]) -> Uncovered {
-        let outside = |addresses: &[IpAddr]| {
-            addresses.iter().copied().find(|address| !ranges.iter().any(|range| range.contains(address)))
-        };
-        let enrolled = |workload: &&Arc<Workload>| workload.protocol == Protocol::Tacit;
-        let leads_to_one = |service: &&Arc<Service>| {
-            let endpoints = service.ports.iter().flat_map(|port| port.ipv4.iter().chain(port.ipv6.iter()));
-            endpoints.filter_map(|endpoint| self.at(endpoint.address.ip())).any(|found| enrolled(&found))
-        };
+    pub fn uncovered(&self, ranges: &Ranges) -> Uncovered {
+        let outside =
+            |addresses: &[IpAddr]| addresses.iter().copied().find(|address| !ranges.contains(*address));
         let mut found = Uncovered::default();
-        for workload in self.iter().filter(enrolled) {
+        for workload in self.iter().filter(|workload| workload.protocol == Protocol::Tacit) {
             if let Some(address) = outside(&workload.addresses) {
                 found.workloads += 1;
                 found.example.get_or_insert_with(|| format!("pod {} ({address})", workload.full_name()));
@@ -235,7 +244,7 @@ impl Directory {
         }
         for service in self.services() {
             if let Some(address) = outside(&service.addresses)
-                && leads_to_one(&service)
+                && self.leads_to_enrolled(service)
             {
                 found.services += 1;
                 let name = full_name(&service.namespace, &service.name);
@@ -243,6 +252,17 @@ impl Directory {
             }
         }
         found
+    }
+
+    /// Whether an enrolled workload has `address`.
+    pub(crate) fn is_enrolled(&self, address: IpAddr) -> bool {
+        self.at(address).is_some_and(|workload| workload.protocol == Protocol::Tacit)
+    }
+
+    /// Whether an endpoint of `service` is an enrolled workload's.
+    pub(crate) fn leads_to_enrolled(&self, service: &Service) -> bool {
+        let mut endpoints = service.ports.iter().flat_map(|port| port.ipv4.iter().chain(port.ipv6.iter()));
+        endpoints.any(|endpoint| self.is_enrolled(endpoint.address.ip()))
     }
 
     /// Number of workloads.
@@ -309,6 +329,10 @@ impl Directory {
             Arc::make_mut(&mut self.host_network).retain(|known| !is_it(known));
         }
         is_there
+    }
+
+    pub(crate) fn set_ranges(&mut self, ranges: Arc<Ranges>) {
+        self.ranges = ranges;
     }
 
     pub(crate) fn set_departed(&mut self, departed: Vec<Arc<Workload>>) {

@@ -20,12 +20,11 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use ipnet::IpNet;
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    directory::{Directory, Protocol, Workload},
+    directory::{Directory, Protocol, Ranges, Workload},
     identity::{SpiffeId, manager::Identities},
     kernel::{
         Kernel,
@@ -33,6 +32,7 @@ use crate::{
         netns::{HostNetns, Netns},
         socket::{Listeners, Ports},
     },
+    mesh::Mesh,
     policy::Policies,
     reload::Watched,
     telemetry::Telemetry,
@@ -66,7 +66,7 @@ pub struct Enroller {
     /// This node's name in the directory.
     pub node: Arc<str>,
     /// Ranges of the mesh.
-    pub mesh_ranges: Vec<IpNet>,
+    pub mesh: Arc<Mesh>,
     /// Counts connections from before enrolment that were reset.
     pub telemetry: Telemetry,
     /// Another agent serves the pods until all were looked at once.
@@ -100,7 +100,7 @@ enum NotYet {
     NoAddress(String),
     #[error("neither the directory nor its network namespace has an address of it yet")]
     AddressUnknown,
-    #[error("its address {0} is in no range of meshRanges; what it sends there would go in clear")]
+    #[error("its address {0} is in no range of the mesh; what it sends there would go in clear")]
     OutsideMesh(IpAddr),
     #[error("the address {0} that its network namespace has is another pod's")]
     AddressTaken(IpAddr),
@@ -138,6 +138,7 @@ impl Enroller {
 
     async fn reconcile(&self, state: &mut State, events: &CgroupEvents) {
         let directory = self.directory.current();
+        self.grow(state, &directory);
         let wanted: Vec<Arc<Workload>> =
             directory.on_node(&self.node).filter(|w| w.protocol == Protocol::Tacit).cloned().collect();
         events.watch(self.pods_cgroup.path());
@@ -225,7 +226,7 @@ impl Enroller {
         }
         let slot = self.cover(state, cgroup.id(), workload, &self.policies.current().modes(workload))?;
         // Its packets to others with such an address are outside of what Tacit keeps.
-        if let Some(outside) = workload.addresses.iter().find(|address| !self.is_mesh(**address)) {
+        if let Some(outside) = workload.addresses.iter().find(|address| !self.mesh.contains(**address)) {
             return Err(NotYet::OutsideMesh(*outside));
         }
         let processes = cgroup::processes(&path).unwrap_or_default();
@@ -256,7 +257,7 @@ impl Enroller {
             .tell_kernel(&entry, &netns, &listeners, (&modes, &authorization))
             .map_err(|e| NotYet::Kernel(e.to_string()))?;
         if !was_enrolled_here {
-            self.reset_clear(&netns, &workload);
+            self.reset_clear(&netns, &workload, |address| self.mesh.contains(address));
         }
         let pod = Arc::new(Pod {
             workload: workload.clone(),
@@ -271,10 +272,6 @@ impl Enroller {
         });
         (self.serve)(pod.clone(), listeners);
         Ok(pod)
-    }
-
-    fn is_mesh(&self, address: IpAddr) -> bool {
-        self.mesh_ranges.iter().any(|range| range.contains(&address))
     }
 
     /// The pod's namespace, that of the first process with all the pod's addresses: a namespace nested in a pod has not.
@@ -294,7 +291,7 @@ impl Enroller {
         let listed = |netns: &Netns| netns.addresses(&self.host).unwrap_or_default();
         if workload.addresses.is_empty() {
             let only = found.pop().filter(|_| found.is_empty()).ok_or(NotYet::AddressUnknown)?;
-            let addresses = mesh_addresses(&listed(&only), &self.mesh_ranges);
+            let addresses = mesh_addresses(&listed(&only), &self.mesh.ranges());
             if addresses.is_empty() {
                 return Err(NotYet::AddressUnknown);
             }
@@ -344,8 +341,8 @@ fn pause(waiting: impl Iterator<Item = Duration>) -> Duration {
 }
 
 /// The first address of each family that lies in the mesh.
-fn mesh_addresses(listed: &[IpAddr], ranges: &[IpNet]) -> Vec<IpAddr> {
-    let of_mesh = |address: &&IpAddr| ranges.iter().any(|range| range.contains(*address));
+fn mesh_addresses(listed: &[IpAddr], ranges: &Ranges) -> Vec<IpAddr> {
+    let of_mesh = |address: &&IpAddr| ranges.contains(**address);
     let first = |is_ipv4| listed.iter().filter(of_mesh).find(|address| address.is_ipv4() == is_ipv4);
     [first(true), first(false)].into_iter().flatten().copied().collect()
 }
@@ -377,6 +374,8 @@ struct State {
     swept: bool,
     /// Whether all pods were looked at once.
     took_over: bool,
+    /// The ranges of the mesh at the last look.
+    ranges: Option<Arc<Ranges>>,
 }
 
 impl State {

@@ -15,6 +15,7 @@
 //! | `app` | puts everything together, runs it, takes it down |
 //! | `config`, `yaml` | the configuration; every mistake with line and field |
 //! | `directory` | which workload or service has an address; which endpoint a client gets |
+//! | `mesh` | the ranges of the mesh, in the kernel first |
 //! | `balance` | how loaded endpoints are, and who stays with which |
 //! | `policy` | modes, authorization, and the verdict on an inbound flow |
 //! | `causes` | an error with what caused it, in one line |
@@ -61,6 +62,7 @@ pub mod identity;
 pub mod inbound;
 pub mod kernel;
 pub mod kubernetes;
+pub mod mesh;
 pub mod outbound;
 pub mod policy;
 pub mod relay;

@@ -59,7 +59,8 @@ pub struct ReloadState {
     pub last_error: Option<String>,
     /// Since when what is in use may be outdated; `None` when it is not.
     pub stale_since: Option<SystemTime>,
-    /// What of the version in use could not be read, a line each: those objects deny what they select.
+    /// What of the version in use could not be read, a line each: such policies deny what they select, such ranges
+    /// are not used.
     pub unreadable: Vec<String>,
 }
 

@@ -30,7 +30,7 @@ use crate::{
     telemetry::{
         Telemetry, admin,
         status::{
-            AgentState, FlowsStatus, GuardStatus, IssuerStatus, PoolStatus, SourceKind, Status,
+            AgentState, FlowsStatus, GuardStatus, IssuerStatus, MeshStatus, PoolStatus, SourceKind, Status,
             UncoveredStatus,
         },
     },
@@ -176,6 +176,7 @@ impl Shown {
             programs: Vec::new(),
             kernel: Vec::new(),
             guard: GuardStatus::default(),
+            mesh: MeshStatus::default(),
             uncovered: UncoveredStatus::default(),
             issuer: IssuerStatus::default(),
             certificates: Vec::new(),

@@ -13,7 +13,7 @@ use std::{
 use crate::{
     config::Config,
     datapath::DataPath,
-    directory::{Directory, Uncovered, Workload},
+    directory::{Directory, Ranges, Uncovered, Workload},
     enrol::in_clear,
     identity::{issuer::Issuer, istio::Skew, manager::CertificateState},
     kernel::{Drops, GuardedLink, InClear, node},
@@ -23,8 +23,9 @@ use crate::{
     },
     reload::ReloadState,
     telemetry::status::{
-        AgentState, CertificateStatus, DropStatus, GuardStatus, IssuerStatus, KernelCounter, PodState,
-        PodStatus, PoolStatus, ProgramStatus, SourceKind, SourceStatus, Status, UncoveredStatus,
+        AgentState, CertificateStatus, DropStatus, GuardStatus, IssuerStatus, KernelCounter, MeshStatus,
+        PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, SourceKind, SourceStatus, Status,
+        UncoveredStatus,
     },
 };
 
@@ -39,8 +40,8 @@ pub(super) struct Report {
     pods_cgroup: PathBuf,
     started: Instant,
     state: AtomicU8,
-    /// Who was in no range of the mesh, in that directory.
-    uncovered: Mutex<(Arc<Directory>, UncoveredStatus)>,
+    /// Who was in no range of the mesh, in that directory with those ranges.
+    uncovered: Mutex<(Arc<Directory>, Arc<Ranges>, UncoveredStatus)>,
 }
 
 impl Report {
@@ -81,6 +82,7 @@ impl Report {
             programs: self.programs(),
             kernel: self.kernel(),
             guard: self.guard(),
+            mesh: mesh(&self.path.mesh.ranges()),
             uncovered: self.uncovered(),
             issuer: issuer(self.path.identities.issuer()),
             certificates: self.path.identities.certificates().iter().filter_map(certificate).collect(),
@@ -93,16 +95,17 @@ impl Report {
         }
     }
 
-    /// Who is in no range of the mesh. All are looked at once for each version of the directory.
+    /// Who is in no range of the mesh. All are looked at once for each version of the directory and the ranges.
     pub(super) fn uncovered(&self) -> UncoveredStatus {
         let directory = self.path.directory.current();
         let mut known = self.uncovered.lock().unwrap_or_else(PoisonError::into_inner);
-        if !Arc::ptr_eq(&known.0, &directory) {
-            let Uncovered { workloads, services, example } = directory.uncovered(&self.path.mesh_ranges);
-            *known =
-                (directory, UncoveredStatus { pods: workloads as u64, services: services as u64, example });
+        let ranges = self.path.mesh.ranges();
+        if !Arc::ptr_eq(&known.0, &directory) || !Arc::ptr_eq(&known.1, &ranges) {
+            let Uncovered { workloads, services, example } = directory.uncovered(&ranges);
+            let found = UncoveredStatus { pods: workloads as u64, services: services as u64, example };
+            *known = (directory, ranges, found);
         }
-        known.1.clone()
+        known.2.clone()
     }
 
     /// What policy says about a connection.
@@ -216,6 +219,14 @@ fn mode(mode: Mode) -> &'static str {
         Mode::Disable => "DISABLE",
         Mode::Permissive => "PERMISSIVE",
         Mode::Strict => "STRICT",
+    }
+}
+
+fn mesh(ranges: &Ranges) -> MeshStatus {
+    MeshStatus {
+        configured: ranges.count_configured() as u64,
+        detected: ranges.count_detected() as u64,
+        ranges: ranges.iter().take(RANGES_LISTED_MAX).map(ToString::to_string).collect(),
     }
 }
 

@@ -236,6 +236,8 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
     }
     assert_eq!(embedded["properties"]["leafLifetime"]["default"], "24h");
     assert_eq!(schema["properties"]["meshRanges"]["maxItems"], RANGES_MAX);
+    assert_eq!(schema["if"]["properties"]["directory"]["required"], serde_json::json!(["file"]));
+    assert_eq!(schema["then"]["required"], serde_json::json!(["meshRanges"]));
     assert_eq!(schema["properties"]["allowClear"]["maxItems"], ALLOW_CLEAR_MAX);
     assert_eq!(schema["properties"]["workers"]["maximum"], WORKERS_MAX);
     let busy_poll = &schema["properties"]["busyPollMicroseconds"];
@@ -289,6 +291,34 @@ fn the_directory_can_come_from_kubernetes_and_the_node_from_the_environment() {
         let mistakes = parse(directory, node).expect_err(directory).to_string();
         assert!(mistakes.contains(problem), "{directory}: {mistakes}");
     }
+}
+
+#[test]
+fn ranges_can_be_left_out_where_they_are_detected_and_nowhere_else() {
+    let ranges = |directory: &str, ranges: &str| {
+        let text = MINIMAL.replace("{file: directory.yaml}", directory);
+        parse(&text.replace("meshRanges: [10.77.0.0/16, \"fd77::/16\"]\n", ranges))
+    };
+    for text in ["", "meshRanges: []\n", "meshRanges: []\nserviceRanges: []\n"] {
+        let config = ranges("{kubernetes: {}}", text).expect("valid");
+        assert_eq!(config.captured_ranges(), [], "{text:?}");
+        let problem = ranges("{file: directory.yaml}", text).expect_err(text).to_string();
+        let expected = if text.is_empty() {
+            "meshRanges: missing: write the ranges of pod addresses, such as [10.77.0.0/16]; they are detected with \
+             {kubernetes: {}} as directory alone"
+        } else {
+            "meshRanges: the list is empty, nothing would be protected: write the ranges of pod addresses"
+        };
+        assert!(problem.contains(expected), "{text:?}: {problem}");
+    }
+    let config = ranges("{kubernetes: }", "meshRanges: [10.77.0.0/16]\n").expect("valid");
+    assert_eq!(config.captured_ranges().len(), 1);
+    // A range that is written has to be right all the same.
+    let problem = ranges("{kubernetes: {}}", "meshRanges: [127.0.0.0/8]\n").expect_err("loopback");
+    assert!(problem.to_string().contains("meshRanges[0]: \"127.0.0.0/8\": overlaps"), "{problem}");
+    // A mistake in the directory is one mistake.
+    let mistakes = ranges("{kubernetes: {label: x}}", "").expect_err("unknown field");
+    assert_eq!(mistakes.list.len(), 1, "{mistakes}");
 }
 
 #[test]

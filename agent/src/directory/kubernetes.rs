@@ -1,11 +1,11 @@
 //! The directory of a cluster, from the API of Kubernetes: namespaces, pods, services and endpoint slices become a
-//! directory in `store`.
+//! directory in `store`, with the ranges of the mesh that they, nodes and ServiceCIDRs tell of.
 
 use std::{fmt, path::PathBuf, sync::Arc};
 
 use kube::{Client, Config};
 
-use super::Directory;
+use super::{Directory, Ranges};
 use crate::{
     identity::TrustDomain,
     kubernetes::{self, Followers, OpenError, Sender, access, follow},
@@ -17,7 +17,7 @@ mod objects;
 mod store;
 
 pub use cgroup::CgroupLayout;
-use objects::{Namespace, Pod, Service, Slice};
+use objects::{Namespace, Node, Pod, Service, ServiceCidr, Slice};
 use store::Store;
 
 /// How the API is reached and what enrols a pod.
@@ -59,6 +59,8 @@ pub struct Place {
     pub trust_domain: TrustDomain,
     /// How the node names pods' cgroups.
     pub cgroups: CgroupLayout,
+    /// Ranges of the mesh that need not be found.
+    pub ranges: Arc<Ranges>,
 }
 
 /// Follows the API from now on.
@@ -78,7 +80,9 @@ fn followers(client: Client, news: Sender<Store>) -> Followers {
     followers.spawn(follow::<Namespace>(client.clone(), news.clone()));
     followers.spawn(follow::<Pod>(client.clone(), news.clone()));
     followers.spawn(follow::<Service>(client.clone(), news.clone()));
-    followers.spawn(follow::<Slice>(client, news));
+    followers.spawn(follow::<Slice>(client.clone(), news.clone()));
+    followers.spawn(follow::<Node>(client.clone(), news.clone()));
+    followers.spawn(follow::<ServiceCidr>(client, news));
     followers
 }
 

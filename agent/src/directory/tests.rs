@@ -147,8 +147,8 @@ fn who_is_in_no_range_of_the_mesh_is_found_if_it_is_enrolled() {
     let trust_domain = TrustDomain::parse("cluster.local").expect("valid");
     let directory = Directory::parse(&text, Path::new("directory.yaml"), &trust_domain).expect("valid");
     let uncovered = |ranges: &[&str]| {
-        let ranges: Vec<IpNet> = ranges.iter().map(|range| range.parse().expect("a range")).collect();
-        let Uncovered { workloads, services, example } = directory.uncovered(&ranges);
+        let ranges: Vec<_> = ranges.iter().map(|range| range.parse().expect("a range")).collect();
+        let Uncovered { workloads, services, example } = directory.uncovered(&Ranges::configured(&ranges));
         (workloads, services, example.unwrap_or_default())
     };
     // db is not enrolled, and so is what leads to it alone.

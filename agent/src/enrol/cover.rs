@@ -10,7 +10,7 @@ use std::{
 
 use super::{Enroller, NotYet, Pod, State};
 use crate::{
-    directory::{Egress, Udp, Workload},
+    directory::{Directory, Egress, Udp, Workload},
     kernel::{
         GuardedLink, InClear, KernelError, Plaintext, PodEntry, cgroup, existing, netns::Netns, node,
         socket::Listeners,
@@ -146,11 +146,25 @@ impl Enroller {
         }
     }
 
-    /// Ends what the pod opened or accepted in clear before. Without the kernel's help its packets meet the guard.
-    pub(super) fn reset_clear(&self, netns: &Netns, workload: &Workload) {
+    /// Takes over the ranges that the directory has found. What enrolled pods have in clear with addresses that are of the
+    /// mesh since is ended, as at an enrolment.
+    pub(super) fn grow(&self, state: &mut State, directory: &Directory) {
+        self.mesh.follow(directory);
+        let ranges = self.mesh.ranges();
+        let before = state.ranges.replace(Arc::clone(&ranges));
+        let Some(before) = before.filter(|before| !Arc::ptr_eq(before, &ranges)) else { return };
+        for pod in state.current.values() {
+            let is_new = |address| ranges.contains(address) && !before.contains(address);
+            self.reset_clear(&pod.netns, &pod.workload, is_new);
+        }
+    }
+
+    /// Ends what the pod opened or accepted in clear before, with addresses of which `is_mesh` tells that they are of the
+    /// mesh. Without the kernel's help its packets meet the guard.
+    pub(super) fn reset_clear(&self, netns: &Netns, workload: &Workload, is_mesh: impl Fn(IpAddr) -> bool) {
         let nodes = node::addresses().unwrap_or_default();
         let is_mesh = |address: IpAddr| {
-            self.is_mesh(address) && !workload.addresses.contains(&address) && !nodes.contains(&address)
+            is_mesh(address) && !workload.addresses.contains(&address) && !nodes.contains(&address)
         };
         match existing::reset_clear(netns, &self.host, self.kernel.cgroup, is_mesh) {
             Ok(ended) => self.telemetry.reset_at_enrolment(ended),

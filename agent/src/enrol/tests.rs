@@ -38,8 +38,8 @@ fn a_pod_stays_the_same_while_its_addresses_become_known() {
 #[test]
 fn of_a_pods_interfaces_the_mesh_addresses_count() {
     let parse = |text: &&str| text.parse::<IpAddr>().expect("an address");
-    let ranges: Vec<IpNet> =
-        ["10.77.0.0/16", "fd77::/16"].iter().map(|text| text.parse().expect("a range")).collect();
+    let ranges = ["10.77.0.0/16", "fd77::/16"].map(|text| text.parse().expect("a range"));
+    let ranges = Ranges::configured(&ranges);
     for (listed, found) in [
         (&["127.0.0.1", "::1", "fe80::1", "10.77.1.2", "fd77::2"][..], &["10.77.1.2", "fd77::2"][..]),
         (&["fd77::2", "10.77.1.2", "10.77.1.3"], &["10.77.1.2", "fd77::2"]),

@@ -275,6 +275,22 @@ impl Maps {
         Ok(())
     }
 
+    /// Adds `new` to the mesh's ranges, and then takes out `replaced`, which lie in them.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`]; nothing was taken out when not all could be added.
+    pub fn grow_mesh(&self, new: &[IpNet], replaced: &[IpNet]) -> Result<(), KernelError> {
+        let mut mesh = lock(&self.mesh);
+        for (bits, data) in new.iter().map(mesh_key) {
+            mesh.insert(&Key::new(bits, data), PRESENT, 0).map_err(failed("MESH"))?;
+        }
+        for (bits, data) in replaced.iter().map(mesh_key) {
+            // One that stays only repeats what the new ones say.
+            let _ = mesh.remove(&Key::new(bits, data));
+        }
+        Ok(())
+    }
+
     /// Makes the node's own addresses exactly `addresses`; more than the map holds are left out with a warning.
     ///
     /// # Errors

@@ -34,6 +34,11 @@ pub(crate) trait Store: Send + 'static {
     /// The value when it is complete and has changed since it was last asked for.
     fn news(&mut self) -> Option<Self::Value>;
 
+    /// What the log should say once.
+    fn warnings(&mut self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Objects that are not as they should be.
     fn complaints(&self) -> Complaints {
         Complaints::default()
@@ -149,6 +154,7 @@ impl<S: Store> Publisher<S> {
 
     fn publish(&mut self) {
         let Some(value) = self.store.news() else { return };
+        self.store.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
         let Complaints { list, total } = self.store.complaints();
         self.values.send_replace(Arc::new(value));
         self.state.send_modify(|state| {

@@ -10,6 +10,8 @@
 //! Pauses double from half a second to half a minute, each by chance up to half shorter, so that the agents of a large
 //! cluster do not return at one moment. A connection that went silent is given up when the watch's own time is over.
 //!
+//! A kind that only newer servers have is one without objects where it is not served; it is asked for again now and then.
+//!
 //! A custom kind can go as a whole: the API server then deletes all its objects, which looks as if each had been deleted by
 //! its owner. So before an object of such a kind counts as gone the definition is looked at, and while that is being
 //! deleted, or is gone, what is known stays.
@@ -48,6 +50,8 @@ const WATCH_SILENCE: Duration = Duration::from_secs(300);
 const WATCH_OPEN: Duration = Duration::from_secs(30);
 /// A watch that ends sooner did not work, whatever its end says.
 const WATCH_SHORT: Duration = Duration::from_secs(1);
+/// Between looks for a kind that the server does not have: as long as a watch lasts.
+const ABSENT_PAUSE: Duration = Duration::from_secs(290);
 const PAUSE_FIRST: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
 
@@ -86,6 +90,8 @@ pub(crate) trait Followed: DeserializeOwned + Clone + Send + 'static {
 pub(crate) enum Definition {
     /// The API server itself.
     BuiltIn,
+    /// The API server itself, if it is new enough: where it does not serve the kind, there are no objects.
+    Newer,
     /// The CustomResourceDefinition of this name.
     Custom(&'static str),
 }
@@ -145,7 +151,11 @@ pub(crate) async fn follow<K: Followed>(client: Client, news: Sender<K>) {
     let mut pause = Pause::default();
     while !news.is_closed() {
         match list_served::<K>(&client, &news).await {
-            Ok((path, version)) => {
+            Ok(None) => {
+                pause = Pause::default();
+                sleep(ABSENT_PAUSE).await;
+            }
+            Ok(Some((path, version))) => {
                 pause = Pause::default();
                 if watch_on::<K>(&client, path, version, &news, &mut pause).await.is_none() {
                     return;
@@ -161,20 +171,29 @@ pub(crate) async fn follow<K: Followed>(client: Client, news: Sender<K>) {
     }
 }
 
-/// Lists all objects from the newest path that is served; answers it, and the version from which to watch.
+/// Lists all objects from the newest path that is served; answers it, and the version from which to watch. `None` when the
+/// server is too old for the kind.
 async fn list_served<K: Followed>(
     client: &Client,
     news: &Sender<K>,
-) -> Result<(&'static str, String), String> {
+) -> Result<Option<(&'static str, String)>, String> {
     for path in K::PATHS {
         match list::<K>(client, path, news).await {
-            Ok(version) => return Ok((path, version)),
+            Ok(version) => return Ok(Some((path, version))),
             Err(Failure::NotServed) => {}
             Err(Failure::Other(problem)) => return Err(format!("{path}: {problem}")),
         }
     }
     let help = match K::DEFINITION {
         Definition::BuiltIn => String::new(),
+        Definition::Newer => {
+            for told in [Change::Listing(K::KIND), Change::Listed(K::KIND)].map(News::Change) {
+                // Closed is seen by the caller.
+                let _ = news.send(told).await;
+            }
+            let _ = news.send(News::Fresh(K::KIND)).await;
+            return Ok(None);
+        }
         Definition::Custom(name) => {
             format!(": apply deploy/crds, or Istio's own definition {name}")
         }

@@ -102,6 +102,8 @@ impl Exposition {
         writer.single(&RESETS_AT_ENROLMENT, status.guard.resets_at_enrolment)?;
         let uncovered = [("pod", status.uncovered.pods), ("service", status.uncovered.services)];
         writer.family(&UNCOVERED, uncovered.map(|(kind, count)| ([Value::Text(kind)], count)))?;
+        let ranges = [("configured", status.mesh.configured), ("detected", status.mesh.detected)];
+        writer.family(&RANGES, ranges.map(|(origin, count)| ([Value::Text(origin)], count)))?;
         writer.histogram(&ENROLMENT, &self.enrolments)?;
         let verdicts = status.kernel.iter();
         writer.family(&KERNEL_VERDICTS, verdicts.map(|verdict| ([Value::Text(&verdict.name)], verdict.value)))

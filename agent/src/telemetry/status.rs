@@ -21,6 +21,8 @@ pub use render::render;
 
 /// Flows listed in a status, a number; beyond it they are counted only. Some 400 bytes each.
 pub const FLOWS_LISTED_MAX: usize = 1000;
+/// Ranges of the mesh listed in a status, a number; beyond it they are counted only.
+pub const RANGES_LISTED_MAX: usize = 100;
 /// 9999-12-31T23:59:59Z, the last second RFC 3339 can write, in seconds since 1970.
 const RFC3339_LAST: u64 = 253_402_300_799;
 
@@ -48,6 +50,9 @@ pub struct Status {
     /// What the guard did beside counting verdicts.
     #[serde(default)]
     pub guard: GuardStatus,
+    /// Which addresses are of the mesh.
+    #[serde(default)]
+    pub mesh: MeshStatus,
     /// Who is in no range of the mesh: what pods of this node send there goes in clear.
     #[serde(default)]
     pub uncovered: UncoveredStatus,
@@ -193,6 +198,17 @@ pub struct GuardStatus {
     pub drops: Vec<DropStatus>,
 }
 
+/// The ranges of the mesh that the kernel has.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct MeshStatus {
+    /// How many are configured.
+    pub configured: u64,
+    /// How many were found in the cluster beside those; none goes while the agent runs.
+    pub detected: u64,
+    /// All of them, joined where two make one; at most 100.
+    pub ranges: Vec<String>,
+}
+
 /// Who should be in a range of the mesh and is not.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct UncoveredStatus {
@@ -210,7 +226,7 @@ impl fmt::Display for UncoveredStatus {
         let example = example.as_deref().unwrap_or("none");
         write!(
             f,
-            "{pods} enrolled pods and {services} of their services are in no range of meshRanges or serviceRanges, \
+            "{pods} enrolled pods and {services} of their services are in no range of meshRanges or serviceRanges, and in none that was detected, \
              for example {example}: what pods of this node send there goes in clear"
         )
     }

@@ -43,8 +43,8 @@ pub mod limits {
     pub const ADDRESSES: u32 = 2 * PODS;
     /// Per-port modes over all pods.
     pub const PORT_MODES: u32 = 16 * 1024;
-    /// Ranges of the mesh.
-    pub const MESH_RANGES: u32 = 1024;
+    /// Ranges of the mesh: where services' ranges are not told, each enrolled service has one. They take memory as they come.
+    pub const MESH_RANGES: u32 = 64 * 1024;
     /// The node's own addresses.
     pub const NODE_ADDRESSES: u32 = 1024;
     /// Agents' cgroups: one, and those of predecessors that still drain.

@@ -95,6 +95,41 @@ fn the_agent_may_only_list_look_at_two_definitions_and_make_events() {
     });
     let events = json!({"apiGroups": [""], "resources": ["events"], "verbs": ["create"]});
     assert_eq!(others, [&definitions, &events]);
+    let listed: BTreeSet<String> = rules
+        .iter()
+        .filter(|rule| rule["verbs"] == json!(["list", "watch"]))
+        .flat_map(|rule| rule["resources"].as_array().into_iter().flatten())
+        .map(|resource| resource.as_str().unwrap_or_default().to_owned())
+        .collect();
+    let expected = [
+        "authorizationpolicies",
+        "endpointslices",
+        "namespaces",
+        "nodes",
+        "peerauthentications",
+        "pods",
+        "servicecidrs",
+        "services",
+    ];
+    assert_eq!(listed, expected.map(str::to_owned).into());
+}
+
+#[test]
+fn an_installation_needs_no_ranges_and_takes_those_that_are_given() {
+    let config = |objects: Vec<Value>| {
+        let objects = by_name(objects);
+        let text =
+            objects["\"tacit-system\" ConfigMap/tacit-agent"]["data"]["tacit.yaml"].as_str().expect("text");
+        parse(text).expect("YAML")
+    };
+    let base = config(base(&workspace()).expect("base"));
+    assert_eq!((&base["meshRanges"], &base["serviceRanges"]), (&json!([]), &json!([])));
+    let given = json!({"meshRanges": ["10.1.0.0/16"], "serviceRanges": ["10.2.0.0/16"]});
+    let chart = config(chart::objects(&workspace(), NAMESPACE, &given).expect("chart"));
+    assert_eq!(
+        (&chart["meshRanges"], &chart["serviceRanges"]),
+        (&given["meshRanges"], &given["serviceRanges"])
+    );
 }
 
 #[test]

@@ -27,8 +27,8 @@ const PLACES: [Place; 2] = [
     Place { name: "node2", address: "10.99.0.2", pods: "10.244.1.0/24" },
 ];
 /// Of all pods, and of all services.
-pub(super) const PODS: &str = "10.244.0.0/16";
-pub(super) const SERVICES: &str = "10.96.0.0/16";
+const PODS: &str = "10.244.0.0/16";
+const SERVICES: &str = "10.96.0.0/16";
 /// The device of the wire between the nodes.
 pub(super) const WIRE: &str = "eth0";
 
@@ -236,7 +236,18 @@ impl Cluster {
             let path = "jsonpath={.items[*].status.conditions[?(@.type==\"Ready\")].status}";
             let states = cluster.kubectl(&["get", "nodes", "-o", path])?;
             if states == "True True" { Ok(()) } else { bail!("{states:?}") }
-        })
+        })?;
+        self.tell_pod_ranges()
+    }
+
+    /// Nodes say where their pods' addresses are taken from. The controller manager would give out ranges in the order in
+    /// which nodes come.
+    fn tell_pod_ranges(&self) -> Result<()> {
+        for Place { name, pods, .. } in PLACES {
+            let ranges = json!({"spec": {"podCIDR": pods, "podCIDRs": [pods]}}).to_string();
+            self.kubectl(&["patch", "node", name, "--type=merge", "-p", &ranges])?;
+        }
+        Ok(())
     }
 
     /// Waits until a command of the first node succeeds; says what the daemon wrote when it never does.

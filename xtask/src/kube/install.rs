@@ -4,7 +4,7 @@
 //! |---|---|
 //! | a configuration for each node, with its `podsCgroup` | the nodes share one cgroup hierarchy |
 //! | the authority's Service has a fixed address, which agents are given with its name | there is no cluster DNS |
-//! | `serviceRanges` are this cluster's | the base's hold the nodes' own addresses here |
+//! | no ranges, as in the base: those of pods are the nodes', a service's address comes with it | a cluster of 1.20 has no ServiceCIDR |
 //! | PodDisruptionBudget of `policy/v1beta1` | the server is 1.20 |
 //! | `maxUnavailable: 1` instead of `maxSurge: 1` | so it is; `handover` does by hand what a newer controller does |
 
@@ -14,10 +14,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use tacit_topology::run;
 
-use super::{
-    cluster::{Cluster, SERVICES},
-    node::Node,
-};
+use super::{cluster::Cluster, node::Node};
 use crate::{
     deploy::{self, NAMESPACE, name_of},
     workspace::Workspace,
@@ -57,7 +54,6 @@ fn one_for_each_node(config_map: &mut Value, cluster: &Cluster) -> Result<()> {
     let mut data = json!({});
     for node in &cluster.nodes {
         let name = node.place.name;
-        config["serviceRanges"] = json!([SERVICES]);
         config["podsCgroup"] = json!(cluster.pods_cgroup(name)?);
         config["issuer"]["istio"]["address"] = json!(format!("{AUTHORITY}:15012"));
         config["issuer"]["istio"]["serverName"] = json!(format!("tacit-authority.{NAMESPACE}.svc"));

@@ -1,7 +1,7 @@
 //! What a user is promised, each tried on the cluster. They run in this order, and later ones build on earlier ones.
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tacit_topology::{Traffic, run};
 
 use super::{
@@ -22,6 +22,9 @@ use crate::{
 pub(super) const ENROLLED: &str = "tacit.io/enrol=true";
 /// The authority's pods.
 pub(super) const AUTHORITY: &str = "app.kubernetes.io/name=tacit-authority";
+
+/// The ranges of both nodes' pods, joined.
+const ALL_NODES_PODS: &str = "10.244.0.0/23";
 
 /// One test.
 pub(super) struct Promise {
@@ -70,6 +73,7 @@ pub(super) const ALL: &[Promise] = &[
     ground("install", "from nothing to ready agents on both nodes", install_all),
     leaf("doctor", "the agent's container has all that it needs", doctor),
     ground("enrol", "running pods are enrolled: the marker is on the wire no more", enrol),
+    leaf("ranges", "the nodes' pod ranges and the service's address are found, none is configured", ranges),
     measured(
         "enrol-under-load",
         "what is in clear into the mesh is reset, nothing else; the rest is tunnelled",
@@ -218,9 +222,26 @@ pub(super) fn is_strict(pod: &Value) -> bool {
     pod["mode"].as_str().is_some_and(|mode| mode.eq_ignore_ascii_case("strict"))
 }
 
+fn ranges(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    let service = format!("{}/32", service_address(cluster)?);
+    for node in ["node1", "node2"] {
+        cluster.eventually("the ranges are found", |cluster| {
+            let mesh = &status(cluster, node)?["mesh"];
+            let found = mesh["ranges"].as_array().context("a status without ranges")?;
+            let is_found = [ALL_NODES_PODS, &service].iter().all(|range| found.contains(&json!(range)));
+            ensure!(mesh["configured"] == 0 && is_found, "{mesh}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+fn service_address(cluster: &Cluster) -> Result<String> {
+    cluster.kubectl(&["-n", SHOP, "get", "service", "web", "-o", "jsonpath={.spec.clusterIP}"])
+}
+
 fn service(_: &Workspace, cluster: &Cluster) -> Result<()> {
-    let address =
-        cluster.kubectl(&["-n", SHOP, "get", "service", "web", "-o", "jsonpath={.spec.clusterIP}"])?;
+    let address = service_address(cluster)?;
     encrypted(&wire::during(cluster, || {
         let answer = pods::get(cluster, SHOP, "client", &address, 80)?;
         ensure!(answer.contains(MARKER), "the service answered {answer:?}");

@@ -48,12 +48,15 @@ const PURE: [&str; 10] = [
 const DRIVERS: [&str; 1] = ["policy/kubernetes"];
 
 /// Pure files whose folder is not.
-const PURE_FILES: [&str; 8] = [
+const PURE_FILES: [&str; 11] = [
     "directory.rs",
+    "directory/range.rs",
+    "directory/ranges.rs",
     "directory/service.rs",
     "directory/sharded.rs",
     "directory/kubernetes/cgroup.rs",
     "directory/kubernetes/store.rs",
+    "directory/kubernetes/store/detection.rs",
     "directory/kubernetes/store/services.rs",
     "policy/kubernetes/document.rs",
     "policy/kubernetes/store.rs",

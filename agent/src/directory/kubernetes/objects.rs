@@ -8,6 +8,10 @@ use serde::Deserialize;
 
 use crate::kubernetes::{Followed, Label, or_default};
 
+mod network;
+
+pub(super) use network::{Node, ServiceCidr};
+
 /// What is watched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Kind {
@@ -15,10 +19,13 @@ pub(super) enum Kind {
     Pods,
     Services,
     EndpointSlices,
+    Nodes,
+    ServiceCidrs,
 }
 
 impl Kind {
-    pub(super) const ALL: [Self; 4] = [Self::Namespaces, Self::Pods, Self::Services, Self::EndpointSlices];
+    pub(super) const ALL: [Self; 6] =
+        [Self::Namespaces, Self::Pods, Self::Services, Self::EndpointSlices, Self::Nodes, Self::ServiceCidrs];
 }
 
 impl Label for Kind {
@@ -28,6 +35,8 @@ impl Label for Kind {
             Self::Pods => "pods",
             Self::Services => "services",
             Self::EndpointSlices => "endpointslices",
+            Self::Nodes => "nodes",
+            Self::ServiceCidrs => "servicecidrs",
         }
     }
 }
@@ -39,6 +48,8 @@ pub(super) enum Object {
     Pod(Box<Pod>),
     Service(Box<Service>),
     Slice(Box<Slice>),
+    Node(Box<Node>),
+    ServiceCidr(Box<ServiceCidr>),
 }
 
 impl Object {
@@ -48,6 +59,8 @@ impl Object {
             Self::Pod(_) => Kind::Pods,
             Self::Service(_) => Kind::Services,
             Self::Slice(_) => Kind::EndpointSlices,
+            Self::Node(_) => Kind::Nodes,
+            Self::ServiceCidr(_) => Kind::ServiceCidrs,
         }
     }
 
@@ -57,6 +70,8 @@ impl Object {
             Self::Pod(object) => &object.metadata,
             Self::Service(object) => &object.metadata,
             Self::Slice(object) => &object.metadata,
+            Self::Node(object) => &object.metadata,
+            Self::ServiceCidr(object) => &object.metadata,
         }
     }
 }

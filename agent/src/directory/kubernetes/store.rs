@@ -15,11 +15,13 @@ use super::{
 use crate::{
     directory::{Claim, Directory, Protocol, Workload},
     identity::SpiffeId,
-    kubernetes,
+    kubernetes::{self, Complaints},
 };
 
+mod detection;
 mod services;
 
+use detection::Detection;
 use services::{ServiceRecord, SliceRecord};
 
 /// Pods of this node that are kept after their end, until their last process is gone; more than run on a node.
@@ -45,6 +47,7 @@ pub(super) struct Store {
     listed: BTreeSet<Kind>,
     departed: VecDeque<Arc<Workload>>,
     words: Words,
+    detection: Detection,
     changed: bool,
 }
 
@@ -52,8 +55,8 @@ impl Store {
     pub(super) fn new(enrol: EnrolLabel, place: Place) -> Self {
         Self {
             enrol,
+            directory: Directory::default().within(Arc::clone(&place.ranges)),
             place,
-            directory: Directory::default(),
             namespaces: HashMap::new(),
             services: HashMap::new(),
             slices: HashMap::new(),
@@ -62,6 +65,7 @@ impl Store {
             listed: BTreeSet::new(),
             departed: VecDeque::new(),
             words: Words::default(),
+            detection: Detection::default(),
             changed: true,
         }
     }
@@ -75,6 +79,8 @@ impl Store {
             Object::Pod(pod) => self.pod(*pod),
             Object::Service(service) => self.service(*service),
             Object::Slice(slice) => self.slice(*slice),
+            Object::Node(node) => self.detection.node(*node),
+            Object::ServiceCidr(cidr) => self.detection.service_cidr(*cidr),
         }
     }
 
@@ -90,6 +96,7 @@ impl Store {
                 self.rebuild(name);
             }
             Kind::EndpointSlices => self.remove_slice(name),
+            Kind::Nodes | Kind::ServiceCidrs => self.detection.forget(kind, name),
         }
     }
 
@@ -103,6 +110,7 @@ impl Store {
             }
             Kind::Services => self.services.keys().cloned().collect(),
             Kind::EndpointSlices => self.slices.keys().cloned().collect(),
+            Kind::Nodes | Kind::ServiceCidrs => self.detection.names(kind),
         };
         for name in known.into_iter().filter(|name| !seen.contains(name)) {
             self.delete(kind, &name);
@@ -130,8 +138,7 @@ impl Store {
             let protocol = protocol(own.unwrap_or(enrols));
             if protocol != workload.protocol {
                 // An address that was lost to another before stays lost.
-                self.directory.insert(Workload { protocol, ..(*workload).clone() }, Claim::Yields);
-                self.changed = true;
+                self.insert(Workload { protocol, ..(*workload).clone() }, Claim::Yields);
             }
         }
     }
@@ -161,6 +168,13 @@ impl Store {
             return;
         }
         let claim = if is_ending { Claim::Yields } else { Claim::Takes };
+        self.insert(workload, claim);
+    }
+
+    fn insert(&mut self, workload: Workload, claim: Claim) {
+        if workload.protocol == Protocol::Tacit {
+            self.detection.enrolled(&workload.addresses, self.directory.ranges());
+        }
         self.directory.insert(workload, claim);
         self.changed = true;
     }
@@ -232,10 +246,20 @@ impl kubernetes::Store for Store {
     }
 
     fn news(&mut self) -> Option<Directory> {
-        if self.listed.len() < Kind::ALL.len() || !std::mem::take(&mut self.changed) {
+        if self.listed.len() < Kind::ALL.len() {
             return None;
         }
-        Some(self.directory.clone())
+        // Nobody sees a pod or a service before the range that it brought along.
+        self.changed |= self.detection.grow(&mut self.directory);
+        std::mem::take(&mut self.changed).then(|| self.directory.clone())
+    }
+
+    fn warnings(&mut self) -> Vec<String> {
+        self.detection.warnings()
+    }
+
+    fn complaints(&self) -> Complaints {
+        self.detection.complaints()
     }
 }
 

@@ -18,6 +18,9 @@ const NAMESPACES: &str = "/api/v1/namespaces";
 const PODS: &str = "/api/v1/pods";
 const SERVICES: &str = "/api/v1/services";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
+const NODES: &str = "/api/v1/nodes";
+const CIDRS: &str = "/apis/networking.k8s.io/v1/servicecidrs";
+const CIDRS_BETA: &str = "/apis/networking.k8s.io/v1beta1/servicecidrs";
 const SLICES_BETA: &str = "/apis/discovery.k8s.io/v1beta1/endpointslices";
 
 /// Above the longest pause between tries that a test meets (some seconds).
@@ -29,6 +32,7 @@ async fn follow_all(server: &Server) -> Watched<Directory> {
         node: "a".into(),
         trust_domain: TrustDomain::parse("cluster.local").expect("valid"),
         cgroups: CgroupLayout::of(Path::new("/sys/fs/cgroup/kubepods")),
+        ranges: Arc::default(),
     };
     let opening = start(config, EnrolLabel::default(), place).expect("a client");
     let opened = timeout(DEADLINE, opening.complete()).await;
@@ -195,6 +199,7 @@ async fn nothing_is_in_use_before_all_is_known() {
         node: "a".into(),
         trust_domain: TrustDomain::parse("cluster.local").expect("valid"),
         cgroups: CgroupLayout::Cgroupfs,
+        ranges: Arc::default(),
     };
     let opening = start(config, EnrolLabel::default(), place).expect("a client").complete();
     let mut opening = std::pin::pin!(opening);
@@ -209,4 +214,78 @@ async fn nothing_is_in_use_before_all_is_known() {
     server.with(SERVICES);
     let watched = timeout(DEADLINE, opening).await.expect("before the deadline").expect("followed");
     assert!(watched.current().service_named("shop", "web").is_some());
+}
+
+fn node(name: &str, cidr: &str) -> Value {
+    json!({"metadata": {"name": name}, "spec": {"podCIDR": cidr, "podCIDRs": [cidr]}})
+}
+
+fn service_cidr(cidr: &str) -> Value {
+    json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": [cidr]}})
+}
+
+fn ranges(directory: &Directory) -> String {
+    directory.ranges().iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+}
+
+#[tokio::test]
+async fn ranges_are_complete_at_the_start_and_grow_with_the_cluster() {
+    let server = cluster();
+    // More than a page of them.
+    for i in 0..4 {
+        server.set(NODES, node(&format!("n{i}"), &format!("10.77.{i}.0/24")));
+    }
+    server.set(CIDRS, service_cidr("10.96.0.0/12"));
+    let watched = follow_all(&server).await;
+    assert_eq!(ranges(&watched.current()), "10.77.0.0/22 10.96.0.0/12");
+    server.watches(NODES, 1).await;
+    server.set(NODES, node("n9", "10.79.0.0/24"));
+    until(&watched, "a new node", |d| ranges(d) == "10.77.0.0/22 10.79.0.0/24 10.96.0.0/12").await;
+    server.remove(NODES, "n9");
+    server.set(NODES, node("n8", "0.0.0.0/0"));
+    let state = until_state(&watched, "nonsense is told", |state| !state.unreadable.is_empty()).await;
+    assert!(state.unreadable[0].starts_with("Node n8: spec.podCIDRs[0]: \"0.0.0.0/0\": "), "{state:?}");
+    assert_eq!(ranges(&watched.current()), "10.77.0.0/22 10.79.0.0/24 10.96.0.0/12", "nothing goes");
+}
+
+#[tokio::test]
+async fn a_server_without_service_cidrs_is_no_trouble() {
+    let server = cluster();
+    server.without(CIDRS);
+    server.without(CIDRS_BETA);
+    server.set(SLICES, slice());
+    let watched = follow_all(&server).await;
+    let state = watched.state();
+    assert_eq!((state.last_error, state.refusals, state.stale_since), (None, 0, None));
+    // Pods and services are covered one by one.
+    assert_eq!(ranges(&watched.current()), "10.77.2.2/31 10.77.2.4/32 10.96.0.1/32");
+}
+
+#[tokio::test]
+async fn an_older_server_has_its_service_cidrs_elsewhere() {
+    let server = cluster();
+    server.without(CIDRS);
+    server.set(CIDRS_BETA, service_cidr("10.96.0.0/12"));
+    let watched = follow_all(&server).await;
+    assert!(ranges(&watched.current()).ends_with("10.96.0.0/12"));
+    server.watches(CIDRS_BETA, 1).await;
+    server.set(CIDRS_BETA, service_cidr("10.112.0.0/12"));
+    until(&watched, "one more range", |d| ranges(d).ends_with("10.96.0.0/11")).await;
+}
+
+#[tokio::test]
+async fn nothing_is_in_use_before_ranges_are_known() {
+    for path in [NODES, CIDRS] {
+        let server = cluster();
+        server.set(NODES, node("n1", "10.77.0.0/16"));
+        server.set(CIDRS, service_cidr("10.96.0.0/12"));
+        server.fail_only(Some(path));
+        let mut opening = std::pin::pin!(follow_all(&server));
+        tokio::select! {
+            opened = &mut opening => panic!("open without {path}: {}", ranges(&opened.current())),
+            () = async { server.watches(PODS, 1).await; server.lists_failed(path, 2).await } => {}
+        }
+        server.fail_only(None);
+        assert_eq!(ranges(&opening.await.current()), "10.77.0.0/16 10.96.0.0/12", "{path}");
+    }
 }

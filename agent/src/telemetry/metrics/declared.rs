@@ -172,6 +172,13 @@ pub(super) static KERNEL_VERDICTS: Metric = Metric {
     labels: &["reason"],
     help: "Decisions of the kernel programs.",
 };
+pub(super) static RANGES: Metric = Metric {
+    name: "tacit_mesh_ranges",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &["origin"],
+    help: "Ranges of the mesh, as they were configured or found in the cluster.",
+};
 pub(super) static UNCOVERED: Metric = Metric {
     name: "tacit_mesh_uncovered",
     unit: None,

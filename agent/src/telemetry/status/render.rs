@@ -121,6 +121,10 @@ impl Page {
                 format!("{} connections from before enrolment were reset", status.guard.resets_at_enrolment);
             self.note(Style::Caution, &text);
         }
+        let mesh = &status.mesh;
+        let (configured, detected) = (mesh.configured, mesh.detected);
+        let ranges = mesh.ranges.join(" ");
+        self.line(&format!("  ranges of the mesh ({configured} configured, {detected} detected): {ranges}"));
         if status.uncovered.example.is_some() {
             self.note(Style::Caution, &status.uncovered.to_string());
         }
@@ -299,6 +303,7 @@ mod tests {
             "  POD       STATE     MODE                    POLICIES    IN CLEAR  LINKS       ADDRESSES  IDENTITY   ",
             "  shop/web  enrolled  strict 9090=permissive  shop/allow  nothing   pod2 (tcx)  10.77.1.2  spiffe://cluster.local/ns/shop/sa/web  shop_web  1",
             "  shop/web    10.77.2.9  17        guard_udp  41",
+            "  ranges of the mesh (1 configured, 2 detected): 10.77.0.0/16 10.96.0.10/31",
             "for example service shop/web (10.96.0.1): what pods of this node send there goes in clear",
             "  ! shop/api waits: no certificate yet",
             "  connect4  12  /cgroup/pods  /bpf/tacit/connect4",

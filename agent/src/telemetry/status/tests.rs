@@ -81,6 +81,11 @@ pub(in crate::telemetry) fn sample() -> Status {
                 packets: 41,
             }],
         },
+        mesh: MeshStatus {
+            configured: 1,
+            detected: 2,
+            ranges: ["10.77.0.0/16", "10.96.0.10/31"].map(str::to_owned).to_vec(),
+        },
         uncovered: UncoveredStatus {
             pods: 0,
             services: 1,

@@ -83,6 +83,7 @@ impl Store {
     /// Makes the directory's entry of a service true.
     pub(super) fn rebuild(&mut self, full: &str) {
         let Some(record) = self.services.get(full) else {
+            self.detection.forget_service(full);
             if let Some((namespace, name)) = full.split_once('/')
                 && self.directory.service_named(namespace, name).is_some()
             {
@@ -96,6 +97,7 @@ impl Store {
         let service = build(record, &slices);
         let known = self.directory.service_named(&record.namespace, &record.name);
         if known.is_none_or(|known| **known != service) {
+            self.detection.service(full, &service.addresses, self.directory.ranges());
             self.directory.insert_service(service);
             self.changed = true;
         }

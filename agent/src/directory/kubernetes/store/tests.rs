@@ -17,11 +17,14 @@ use crate::{
     kubernetes::{Followed, Store as _},
 };
 
+mod ranges;
+
 fn store() -> Store {
     let place = Place {
         node: "a".into(),
         trust_domain: TrustDomain::parse("cluster.local").expect("valid"),
         cgroups: CgroupLayout::of(Path::new("/sys/fs/cgroup/kubepods")),
+        ranges: Arc::default(),
     };
     Store::new(EnrolLabel::default(), place)
 }
@@ -168,7 +171,7 @@ fn what_does_not_matter_is_no_news() {
 #[test]
 fn nothing_is_published_before_all_is_listed() {
     let mut store = store();
-    for (kind, done) in Kind::ALL.into_iter().zip([false, false, false, true]) {
+    for (kind, done) in Kind::ALL.into_iter().zip([false, false, false, false, false, true]) {
         store.take(Change::Listing(kind));
         store.take(Change::Listed(kind));
         assert_eq!(store.news().is_some(), done, "{kind:?}");

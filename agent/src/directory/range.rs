@@ -1,4 +1,5 @@
-//! Address ranges of the mesh: CIDRs in which no address is special.
+//! One address range of the mesh: a CIDR in which no address is special. What an operator writes has to be exact; what
+//! the API tells is taken without the bits after its prefix.
 
 use std::net::IpAddr;
 
@@ -20,7 +21,7 @@ const SPECIAL: [(&str, &str); 9] = [
 
 /// Why a text is no range of mesh addresses.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(super) enum RangeError {
+pub(crate) enum RangeError {
     /// Neither an IPv4 nor an IPv6 CIDR.
     #[error("no address range: write an IPv4 or IPv6 CIDR such as 10.77.0.0/16 or \"fd77::/16\"")]
     Form,
@@ -44,7 +45,7 @@ pub(super) enum RangeError {
 }
 
 /// Parses a range of mesh addresses.
-pub(super) fn mesh_range(text: &str) -> Result<IpNet, RangeError> {
+pub(crate) fn mesh_range(text: &str) -> Result<IpNet, RangeError> {
     if let Ok(address) = text.parse::<IpAddr>() {
         return Err(RangeError::NoPrefix(address.into()));
     }
@@ -58,6 +59,14 @@ pub(super) fn mesh_range(text: &str) -> Result<IpNet, RangeError> {
     match SPECIAL.iter().find(|(special, _)| overlaps(&net, special)) {
         Some((range, what)) => Err(RangeError::Special { range, what }),
         None => Ok(net),
+    }
+}
+
+/// A range that somebody told of who did not write it for this: bits after the prefix are cleared.
+pub(super) fn told_range(text: &str) -> Result<IpNet, RangeError> {
+    match mesh_range(text) {
+        Err(RangeError::HostBits(net)) => mesh_range(&net.to_string()),
+        other => other,
     }
 }
 
@@ -127,6 +136,15 @@ mod tests {
         }
         for text in ["0.0.0.0/0", "::/0", "10.77.0.0/0"] {
             assert_eq!(mesh_range(text), Err(RangeError::Everything), "{text}");
+        }
+    }
+
+    #[test]
+    fn of_what_is_told_bits_after_the_prefix_are_cleared_and_nothing_else_is_let_pass() {
+        assert_eq!(told_range("10.77.3.7/24").map(|range| range.to_string()), Ok("10.77.3.0/24".to_owned()));
+        assert_eq!(told_range("fd77::1/64").map(|range| range.to_string()), Ok("fd77::/64".to_owned()));
+        for text in ["0.0.0.0/0", "127.0.0.1/8", "129.0.0.0/1", "fe80::1/64", "10.77.0.0", "pods"] {
+            assert!(told_range(text).is_err(), "{text}");
         }
     }
 

@@ -1,0 +1,88 @@
+//! The ranges of the mesh as the kernel has them: what the directory knows of them, put into the kernel's map before
+//! anybody here goes by it.
+//!
+//! They only grow. In the map, new ranges come before those go that they replace, so there is no moment with less.
+
+use std::{
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use arc_swap::ArcSwap;
+use ipnet::IpNet;
+
+use crate::{
+    directory::{Directory, Ranges},
+    kernel::{Kernel, KernelError},
+    reload::Watched,
+};
+
+/// The ranges in force.
+pub struct Mesh {
+    kernel: Arc<Kernel>,
+    ranges: ArcSwap<Ranges>,
+    /// One change at a time.
+    changing: Mutex<()>,
+}
+
+impl Mesh {
+    /// Puts the directory's ranges in force; others, of an agent before, go.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn start(kernel: Arc<Kernel>, directory: &Directory) -> Result<Self, KernelError> {
+        let ranges = Arc::clone(directory.ranges());
+        let list: Vec<IpNet> = ranges.iter().copied().collect();
+        kernel.maps.set_mesh(&list)?;
+        let shown: Vec<String> = list.iter().map(ToString::to_string).collect();
+        let (configured, detected) = (ranges.count_configured(), ranges.count_detected());
+        tracing::info!(configured, detected, ranges = shown.join(" "), "ranges of the mesh");
+        Ok(Self { kernel, ranges: ArcSwap::new(ranges), changing: Mutex::default() })
+    }
+
+    /// The ranges that the kernel has.
+    #[must_use]
+    pub fn ranges(&self) -> Arc<Ranges> {
+        self.ranges.load_full()
+    }
+
+    /// Whether the mesh's promises hold for `address`.
+    #[must_use]
+    pub fn contains(&self, address: IpAddr) -> bool {
+        self.ranges.load().contains(address)
+    }
+
+    /// Puts what the directory has found since in force. When the kernel refuses, all stays as it is, and is tried again
+    /// when this is called again.
+    pub fn follow(&self, directory: &Directory) {
+        let _guard = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let (before, after) = (self.ranges.load_full(), directory.ranges());
+        // A caller may come with a directory that is no longer the latest.
+        if Arc::ptr_eq(&before, after) || after.count_detected() <= before.count_detected() {
+            return;
+        }
+        let (new, replaced) = (missing(&before, after), missing(after, &before));
+        if let Err(error) = self.kernel.maps.grow_mesh(&new, &replaced) {
+            tracing::error!(%error, "detected ranges are not in force: what pods of this node send there goes in clear");
+            return;
+        }
+        let new: Vec<String> = new.iter().map(ToString::to_string).collect();
+        tracing::info!(ranges = new.join(" "), total = after.iter().count(), "the mesh has grown");
+        self.ranges.store(Arc::clone(after));
+    }
+
+    /// Follows the directory for as long as that changes.
+    pub async fn keep(self: Arc<Self>, directory: Arc<Watched<Directory>>) {
+        let mut changes = directory.subscribe();
+        while changes.changed().await.is_ok() {
+            let latest = Arc::clone(&changes.borrow_and_update());
+            self.follow(&latest);
+        }
+    }
+}
+
+/// Ranges of `wanted` that `there` does not have as they are.
+fn missing(there: &Ranges, wanted: &Ranges) -> Vec<IpNet> {
+    let there: std::collections::HashSet<&IpNet> = there.iter().collect();
+    wanted.iter().filter(|range| !there.contains(range)).copied().collect()
+}
