@@ -8,7 +8,6 @@
 //! that ends may be another's already.
 
 use std::{
-    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     sync::Arc,
@@ -23,11 +22,13 @@ use crate::{
 
 mod file;
 pub mod kubernetes;
+mod labels;
 mod service;
 mod sharded;
 
 use sharded::Sharded;
 
+pub use labels::Labels;
 pub use service::{
     Affinity, Asks, Condition, Endpoint, Endpoints, NoEndpoint, Service, ServicePort, Traffic, choose,
 };
@@ -46,7 +47,7 @@ pub struct Workload {
     /// Name of the node it runs on.
     pub node: Arc<str>,
     /// Its Kubernetes labels, which policies select by.
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     /// Its cgroup, relative to the directory that holds all pods of the node.
     pub cgroup: PathBuf,
     /// How it is reached.
