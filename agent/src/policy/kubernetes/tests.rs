@@ -228,6 +228,42 @@ async fn policies_that_go_with_their_definition_stay_in_use() {
 }
 
 #[tokio::test]
+async fn the_definition_is_looked_at_after_each_deletion_however_soon() {
+    let server = cluster(MODES, POLICIES);
+    let watched = opened(&server).await;
+    server.watches(POLICIES, 1).await;
+    server.remove(POLICIES, "deny-a");
+    until(&watched, "deleted by its owner", |policies| !is_denied(policies, "a")).await;
+    server.end(&format!("{DEFINITIONS}/authorizationpolicies.security.istio.io"));
+    server.remove(POLICIES, "deny-b");
+    server.remove(POLICIES, "deny-c");
+    let told =
+        |state: &ReloadState| state.last_error.as_ref().is_some_and(|error| error.contains("all objects"));
+    until_state(&watched, "told", told).await;
+    let policies = watched.current();
+    assert!(is_denied(&policies, "b") && is_denied(&policies, "c"), "gone with their definition");
+}
+
+#[tokio::test]
+async fn many_deletions_at_a_time_are_few_looks_at_the_definition() {
+    const MANY: usize = 200;
+    let server = cluster(MODES, POLICIES);
+    let name = |number: usize| format!("many-{number}");
+    (0..MANY).for_each(|number| server.set(POLICIES, deny(&name(number), "many", "DENY")));
+    let watched = opened(&server).await;
+    server.watches(POLICIES, 1).await;
+    let definition = format!("{DEFINITIONS}/authorizationpolicies.security.istio.io");
+    let before = server.lists(&definition);
+    (0..MANY).for_each(|number| server.remove(POLICIES, &name(number)));
+    // One that comes amid them keeps its place.
+    server.set(POLICIES, deny("deny-a", "new", "DENY"));
+    until(&watched, "all are gone", |policies| !is_denied(policies, "many") && is_denied(policies, "new"))
+        .await;
+    let looks = server.lists(&definition) - before;
+    assert!((1..=10).contains(&looks), "{looks} looks for {MANY} policies");
+}
+
+#[tokio::test]
 async fn an_unreadable_policy_denies_what_it_selects_alone_and_an_event_says_why() {
     let server = cluster(MODES, POLICIES);
     let watched = opened(&server).await;
