@@ -99,3 +99,15 @@ async fn an_identity_that_is_forgotten_leaves_memory_and_is_not_asked_for_again(
     })
     .await;
 }
+
+#[tokio::test]
+async fn an_issuer_that_hangs_for_one_identity_holds_up_no_other() {
+    let db = SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/db").expect("valid");
+    let issuer = Issuer::Hanging(embedded(Duration::from_secs(3600)), db.clone());
+    let identities = Identities::start(issuer);
+    identities.prepare(&db);
+    identities.require(&web()).await.expect("issued");
+    assert!(matches!(identities.ready(&db), Err(IssueError::Awaited)));
+    identities.ready(&web()).expect("still there");
+    assert!(identities.current(&db).is_none());
+}
