@@ -41,13 +41,9 @@ async fn until_state(
     what: &str,
     is: impl Fn(&ReloadState) -> bool,
 ) -> ReloadState {
-    let waiting = async {
-        while !is(&watched.state()) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        watched.state()
-    };
-    timeout(DEADLINE, waiting).await.unwrap_or_else(|_| panic!("{what}: {:?}", watched.state()))
+    let mut states = watched.states();
+    let reached = timeout(DEADLINE, states.wait_for(is)).await;
+    reached.unwrap_or_else(|_| panic!("{what}: {:?}", watched.state())).expect("followed").clone()
 }
 
 fn mode(name: &str, mode: &str) -> Value {
