@@ -8,7 +8,6 @@
 //! that ends may be another's already.
 
 use std::{
-    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     sync::Arc,
@@ -21,6 +20,7 @@ use crate::{
 
 mod file;
 pub mod kubernetes;
+mod labels;
 mod range;
 mod ranges;
 mod service;
@@ -28,6 +28,7 @@ mod sharded;
 
 use sharded::Sharded;
 
+pub use labels::Labels;
 pub(crate) use range::mesh_range;
 pub use ranges::Ranges;
 pub use service::{
@@ -48,7 +49,7 @@ pub struct Workload {
     /// Name of the node it runs on.
     pub node: Arc<str>,
     /// Its Kubernetes labels, which policies select by.
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     /// Its cgroup, relative to the directory that holds all pods of the node.
     pub cgroup: PathBuf,
     /// How it is reached.

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! cgroup exists ──> PODS entry (mesh connections fail: nobody listens yet; the guard holds)
-//!   └ process with the pod's addresses ──> certificate ──> listeners ──> modes ──> steering ──> guard on its links ──>
+//!   └ process ──> certificate ──> the pod's addresses ──> listeners ──> modes ──> steering ──> guard on its links ──>
 //!       PODS entry with the pod's namespace: connections are captured ──> those from before are reset
 //! processes gone ──> listeners closed, entry stays (mesh connections fail)
 //! cgroup gone    ──> everything removed
@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     directory::{Directory, Protocol, Ranges, Workload},
-    identity::{SpiffeId, manager::Identities},
+    identity::{SpiffeId, issuer::IssueError, manager::Identities},
     kernel::{
         Kernel,
         cgroup::{self, Cgroup},
@@ -83,7 +83,7 @@ pub struct Enroller {
     pub table: Arc<ArcSwap<Table>>,
     /// Starts the accept loops of a pod.
     pub serve: Serve,
-    /// Told after every look at all pods.
+    /// Told after every look at all pods, once the issuer has answered for each or was given up.
     pub reconciled: Arc<dyn Fn() + Send + Sync>,
 }
 
@@ -119,24 +119,29 @@ impl Enroller {
         let mut events = CgroupEvents::new()?;
         let mut directory = self.directory.subscribe();
         let mut policies = self.policies.subscribe();
+        let mut certificates = self.identities.changes();
         let mut state = State::default();
         state.known.extend(self.kernel.maps.pods());
         while !stop.is_cancelled() {
-            self.reconcile(&mut state, &events).await;
-            state.took_over = true;
-            (self.reconciled)();
+            self.reconcile(&mut state, &events);
+            if !self.awaits_first_answer() {
+                state.took_over = true;
+                (self.reconciled)();
+            }
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = events.changed() => {}
                 _ = directory.changed() => {}
                 _ = policies.changed() => {}
+                _ = certificates.changed() => {}
                 () = tokio::time::sleep(pause(state.populated.values().map(Instant::elapsed))) => {}
             }
         }
         Ok(())
     }
 
-    async fn reconcile(&self, state: &mut State, events: &CgroupEvents) {
+    /// Waits for nobody: a certificate that is there later leads to the next look.
+    fn reconcile(&self, state: &mut State, events: &CgroupEvents) {
         let directory = self.directory.current();
         self.grow(state, &directory);
         let wanted: Vec<Arc<Workload>> =
@@ -148,11 +153,11 @@ impl Enroller {
             directory.departed().chain(&wanted).map(|w| (w.cgroup.as_path(), w)).collect();
         self.release_gone(state, &kept);
         self.remove_leftovers(state, &kept);
-        // All at once, so that an authority which does not answer costs one wait and not one for each.
+        // Before a pod has processes, and all at once: less to wait for later.
         wanted.iter().for_each(|workload| self.identities.prepare(&workload.identity));
         let mut waiting = Vec::new();
         for workload in &wanted {
-            // Enrolling one may have been a wait for its certificate; a policy of others must not wait for it too.
+            // Enrolling takes milliseconds a pod; a policy of others must not wait for all of them.
             if state.applied.as_ref().is_none_or(|applied| !Arc::ptr_eq(applied, &self.policies.current())) {
                 self.apply_policies(state, &kept);
             }
@@ -161,7 +166,7 @@ impl Enroller {
             if state.current.contains_key(&workload.cgroup) {
                 continue;
             }
-            match self.enrol(state, workload).await {
+            match self.enrol(state, workload) {
                 Ok(pod) => {
                     let took =
                         state.populated.remove(&pod.cgroup).map_or(Duration::ZERO, |since| since.elapsed());
@@ -180,6 +185,13 @@ impl Enroller {
         self.apply_policies(state, &kept);
         self.publish(state, waiting);
         self.forget_identities(state, &wanted);
+    }
+
+    /// Whether the issuer may yet answer for an identity that it was not asked for before.
+    fn awaits_first_answer(&self) -> bool {
+        let directory = self.directory.current();
+        let mut wanted = directory.on_node(&self.node).filter(|w| w.protocol == Protocol::Tacit);
+        wanted.any(|w| matches!(self.identities.ready(&w.identity), Err(IssueError::Awaited)))
     }
 
     /// Ends what is no longer true: another identity or address, another cgroup, no process left.
@@ -217,7 +229,7 @@ impl Enroller {
         cgroup::id_at(&path) == Some(pod.cgroup) && cgroup::is_populated(&path)
     }
 
-    async fn enrol(&self, state: &mut State, workload: &Arc<Workload>) -> Result<Arc<Pod>, NotYet> {
+    fn enrol(&self, state: &mut State, workload: &Arc<Workload>) -> Result<Arc<Pod>, NotYet> {
         let path = self.pods_cgroup.path().join(&workload.cgroup);
         let cgroup = Cgroup::open(&path).map_err(|_| NotYet::NoCgroup(path.clone()))?;
         let below = cgroup.level().saturating_sub(self.pods_cgroup.level());
@@ -234,15 +246,14 @@ impl Enroller {
             return Err(NotYet::NoProcess);
         }
         state.populated.entry(cgroup.id()).or_insert_with(Instant::now);
+        // Before the network is looked at: pods that wait for an authority are looked at each time it gives a certificate.
+        self.identities.ready(&workload.identity).map_err(|e| NotYet::NoCertificate(e.to_string()))?;
         let (netns, workload) = self.find_netns(processes, workload)?;
         // A pod that may change its addresses must not get a neighbour's connections by it.
         let mut others = state.current.values().flat_map(|pod| &pod.workload.addresses);
         if let Some(taken) = others.find(|address| workload.addresses.contains(address)) {
             return Err(NotYet::AddressTaken(*taken));
         }
-        let identity = &workload.identity;
-        self.identities.require(identity).await.map_err(|e| NotYet::NoCertificate(e.to_string()))?;
-        // As they are now: that may have been a wait.
         let policies = self.policies.current();
         let (modes, authorization) = (policies.modes(&workload), policies.authorization(&workload));
         // Those of the agent that this one takes over from are still open.

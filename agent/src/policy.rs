@@ -112,7 +112,7 @@ struct Selecting {
 
 /// Whether a workload has all of `labels`.
 fn selects(labels: &BTreeMap<String, String>, workload: &Workload) -> bool {
-    labels.iter().all(|(name, value)| workload.labels.get(name) == Some(value))
+    labels.iter().all(|(name, value)| workload.labels.get(name) == Some(value.as_str()))
 }
 
 impl Policies {

@@ -143,6 +143,12 @@ impl<T> Watched<T> {
     pub fn state(&self) -> ReloadState {
         self.state.borrow().clone()
     }
+
+    /// What the operator should know, now and later.
+    #[cfg(test)]
+    pub(crate) fn states(&self) -> watch::Receiver<ReloadState> {
+        self.state.clone()
+    }
 }
 
 impl<T> Drop for Watched<T> {

@@ -65,7 +65,7 @@ pub fn decide(facts: &Facts<'_>) -> Route {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, path::PathBuf};
+    use std::path::PathBuf;
 
     use super::*;
     use crate::identity::TrustDomain;
@@ -78,7 +78,7 @@ mod tests {
             identity: SpiffeId::new(&domain, "shop", "web").expect("valid"),
             addresses: vec!["10.77.2.2".parse().expect("literal")],
             node: "b".into(),
-            labels: BTreeMap::new(),
+            labels: crate::directory::Labels::default(),
             cgroup: PathBuf::from("shop_web"),
             protocol,
             egress: None,

@@ -32,8 +32,6 @@ const ON_THEIR_WAY: Duration = Duration::from_millis(1500);
 /// How long peers may begin flows on sessions that they have with the last agent. One that is busy ends with its next flow,
 /// and one that was not used for so long will hardly be used in the very moment of its end.
 pub(super) const LINGER: Duration = Duration::from_secs(3);
-/// Between two tries to get a certificate.
-const ISSUE_PAUSE: Duration = Duration::from_secs(1);
 
 /// The right to the pins, and with it the turn if another agent serves on until that is free.
 pub(super) type Succession = (Claim, Option<Turn>);
@@ -57,11 +55,13 @@ pub(super) async fn stand_by(
         free => return free,
     }
     can_load()?;
-    for workload in directory.on_node(&config.node).filter(|w| w.protocol == Protocol::Tacit) {
-        while let Err(error) = identities.require(&workload.identity).await {
-            tracing::warn!(identity = %workload.identity, %error, "not ready to take over without a certificate");
-            sleep(ISSUE_PAUSE).await;
-        }
+    let mut attempts = identities.changes();
+    let needed = || directory.on_node(&config.node).filter(|w| w.protocol == Protocol::Tacit);
+    needed().for_each(|workload| identities.prepare(&workload.identity));
+    // Failed ones are logged and go on by themselves.
+    while needed().any(|workload| identities.ready(&workload.identity).is_err()) {
+        // Its sender is part of `identities`.
+        let _ = attempts.changed().await;
     }
     let path = config.pin_path.clone();
     let turn = on_a_thread(move || Turn::wait(&path)).await?;

@@ -44,9 +44,11 @@ const DAY: Duration = Duration::from_secs(24 * 3600);
 const ROOT_LIFETIME: Duration = DAY.saturating_mul(3650);
 const INTERMEDIATE_LIFETIME: Duration = DAY.saturating_mul(7);
 /// The lower ends are set by the lifetimes below, see [`Config::check_lifetimes`].
-const ROOT_LIFETIME_RANGE: RangeInclusive<Duration> = Duration::from_secs(100)..=DAY.saturating_mul(7300);
+const ROOT_LIFETIME_RANGE: RangeInclusive<Duration> = Duration::from_secs(250)..=DAY.saturating_mul(7300);
 const INTERMEDIATE_LIFETIME_RANGE: RangeInclusive<Duration> =
-    Duration::from_secs(20)..=DAY.saturating_mul(365);
+    Duration::from_secs(50)..=DAY.saturating_mul(365);
+/// See [`Config::check_lifetimes`].
+const LEAVES_OF_AN_INTERMEDIATE: u32 = 5;
 /// An agent asks once for each service account of its node when it starts, and a node has some hundred pods at most.
 const RATE: Rate = Rate { per_second: 10, burst: 300 };
 const RATE_MAX: u32 = 10_000;
@@ -74,7 +76,7 @@ pub struct Config {
     pub rate: Rate,
 }
 
-/// How long certificates live: a root at least five times an intermediate, that at least twice a leaf.
+/// How long certificates live: a root at least five times an intermediate, that at least five times a leaf.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lifetimes {
     /// Of a root that Tacit makes.
@@ -203,12 +205,17 @@ impl Config {
     }
 
     /// What is signed never outlives its signer, nor is it cut short: a signer is replaced at half of its life, so that
-    /// half must hold the whole life of what it signs, and for a root the time that a rotation takes.
+    /// half must hold the whole life of what it signs, and the time that a rotation takes.
+    ///
+    /// For an intermediate that is the turn in which it still signs after somebody replaced its root (`rotation`): a life
+    /// of a leaf, and up to a quarter of that for replicas that have not noticed yet; then the whole life of the last leaf
+    /// that it signs. Twice two and a quarter is four and a half, the rest to five is for looks at the store that come
+    /// late. With less, peers would meet certificates of the new root before they trust it.
     fn check_lifetimes(&self, root: &Value<'_>) -> Option<()> {
         let Lifetimes { root: root_life, intermediate, leaf } = self.lifetimes;
-        if intermediate < leaf * 2 {
+        if intermediate < leaf * LEAVES_OF_AN_INTERMEDIATE {
             root.refuse(format_args!(
-                "intermediateLifetime {intermediate:?} is less than twice leafLifetime {leaf:?}: write more, or shorten leafLifetime"
+                "intermediateLifetime {intermediate:?} is less than five times leafLifetime {leaf:?}: a root that is replaced would be met before it is trusted; write more, or shorten leafLifetime"
             ));
             return None;
         }

@@ -5,13 +5,13 @@
 //! described in `deploy/directory.schema.json`.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     net::IpAddr,
     path::{Component, Path, PathBuf},
     sync::Arc,
 };
 
-use super::{Egress, Protocol, Service, Udp, Workload};
+use super::{Egress, Labels, Protocol, Service, Udp, Workload};
 use crate::{
     identity::{SpiffeId, TrustDomain},
     yaml::{self, Mistakes, Value},
@@ -81,7 +81,7 @@ fn workload<'a>(item: &Value<'a>, trust_domain: &TrustDomain, taken: &mut Taken<
     let owner = format!("{}/{}", namespace.unwrap_or("?"), name.unwrap_or("?"));
     let list = fields.required("addresses", "the pod's addresses, such as [10.77.1.2]");
     let addresses = list.and_then(|value| addresses(&value, &owner, taken));
-    let labels = fields.optional("labels").map_or(Some(BTreeMap::new()), |value| labels(&value));
+    let labels = fields.optional("labels").map_or(Some(Labels::default()), |value| labels(&value));
     let protocol = fields.optional("tunnel").map_or(Some(Protocol::Tacit), |value| value.choice(&PROTOCOLS));
     let egress = fields.optional("egress").map_or(Some(None), |value| value.choice(&EGRESS));
     let udp = fields.optional("udp").map_or(Some(None), |value| value.choice(&UDP));
@@ -150,9 +150,8 @@ fn pod_address(text: &str) -> Result<IpAddr, AddressError> {
     }
 }
 
-fn labels(value: &Value<'_>) -> Option<BTreeMap<String, String>> {
-    let label =
-        |entry: yaml::Entry<'_>| Some((entry.name.to_owned(), entry.value.text_or_empty()?.to_owned()));
+fn labels<'a>(value: &Value<'a>) -> Option<Labels> {
+    let label = |entry: yaml::Entry<'a>| Some((entry.name, entry.value.text_or_empty()?));
     let labels: Vec<_> = value.entries()?.into_iter().map(label).collect();
     labels.into_iter().collect()
 }

@@ -39,13 +39,13 @@ fn a_workload_has_what_the_file_says_and_the_defaults() {
     assert_eq!(web.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/web");
     assert_eq!(web.cgroup, Path::new("shop_web"));
     assert_eq!(web.protocol, Protocol::Tacit);
-    assert_eq!(web.labels, BTreeMap::from([("app".to_owned(), "web".to_owned())]));
+    assert_eq!(web.labels.iter().collect::<Vec<_>>(), [("app", "web")]);
     assert_eq!(web.ipv4(), Some(Ipv4Addr::new(10, 77, 1, 2)));
     assert_eq!(web.ipv6(), Some("fd77:1::2".parse().expect("an address")));
     assert_eq!(db.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/default");
     assert_eq!(db.cgroup, Path::new("shop/db"));
     assert_eq!(db.protocol, Protocol::None);
-    assert_eq!((db.ipv4(), db.labels.len()), (None, 0));
+    assert_eq!((db.ipv4(), db.labels.iter().count()), (None, 0));
 }
 
 #[test]
@@ -67,7 +67,7 @@ fn workload(name: &str, node: &str, address: &str) -> Workload {
         identity: SpiffeId::new(&trust_domain, "shop", name).expect("valid"),
         addresses: vec![address.parse().expect("an address")],
         node: node.into(),
-        labels: BTreeMap::new(),
+        labels: Labels::default(),
         cgroup: name.into(),
         protocol: Protocol::Tacit,
         egress: None,

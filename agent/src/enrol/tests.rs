@@ -11,7 +11,7 @@ fn workload(account: &str, addresses: &[&str]) -> Workload {
         identity: SpiffeId::new(&trust_domain, "shop", account).expect("valid"),
         addresses: addresses.iter().map(|text| text.parse().expect("an address")).collect(),
         node: "a".into(),
-        labels: std::collections::BTreeMap::new(),
+        labels: crate::directory::Labels::default(),
         cgroup: "burstable/pod1".into(),
         protocol: Protocol::Tacit,
         egress: None,

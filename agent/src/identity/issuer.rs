@@ -51,9 +51,9 @@ pub enum IssueError {
     /// The issuer did not answer in time.
     #[error("the issuer did not answer within {0:?}")]
     Timeout(Duration),
-    /// The identity was forgotten while its certificate was awaited.
-    #[error("the identity is no longer wanted on this node")]
-    Forgotten,
+    /// The first attempt has not ended.
+    #[error("the issuer was asked and has not answered yet")]
+    Awaited,
     /// The failure a test asked for.
     #[cfg(test)]
     #[error("the test wants a failure")]
@@ -69,6 +69,9 @@ pub enum Issuer {
     /// The agent itself, failing as often as the counter says.
     #[cfg(test)]
     Failing(EmbeddedIssuer, std::sync::atomic::AtomicU32),
+    /// The agent itself, with no answer ever for one identity.
+    #[cfg(test)]
+    Hanging(EmbeddedIssuer, SpiffeId),
 }
 
 impl Issuer {
@@ -88,6 +91,10 @@ impl Issuer {
                     Err(_) => issuer.issue(identity, SystemTime::now()),
                 }
             }
+            #[cfg(test)]
+            Self::Hanging(_, hangs) if hangs == identity => std::future::pending().await,
+            #[cfg(test)]
+            Self::Hanging(issuer, _) => issuer.issue(identity, SystemTime::now()),
         }
     }
 }

@@ -35,6 +35,8 @@ const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 pub struct Identities {
     issuer: Arc<Issuer>,
     slots: Arc<Slots>,
+    /// Told after each attempt.
+    changes: watch::Sender<()>,
 }
 
 /// One certificate as an operator sees it.
@@ -57,10 +59,10 @@ pub struct CertificateState {
 }
 
 impl Identities {
-    /// Starts with no identity; they come by [`Identities::require`].
+    /// Starts with no identity; they come by [`Identities::ready`].
     #[must_use]
     pub fn start(issuer: Issuer) -> Self {
-        Self { issuer: Arc::new(issuer), slots: Arc::default() }
+        Self { issuer: Arc::new(issuer), slots: Arc::default(), changes: watch::Sender::new(()) }
     }
 
     /// Who signs.
@@ -74,30 +76,39 @@ impl Identities {
         self.slot(identity);
     }
 
-    /// Makes sure that `identity` has credentials, and keeps renewing them until [`Identities::forget`].
+    /// Whether `identity` has credentials. They are asked for when that is not done yet, and renewed until
+    /// [`Identities::forget`].
     ///
-    /// Needs a tokio runtime. Takes no longer than one attempt at the issuer.
+    /// Needs a tokio runtime. Never waits: [`Identities::changes`] tells when there may be another answer.
     ///
     /// # Errors
-    /// [`IssueError`] of the attempt. Attempts go on in the background.
-    pub async fn require(&self, identity: &SpiffeId) -> Result<(), IssueError> {
-        // The slot itself is let go, so that `forget` ends its task at once.
-        let (shared, mut attempts) = {
-            let slot = self.slot(identity);
-            (slot.shared.clone(), slot.attempts.clone())
-        };
+    /// [`IssueError`] of the latest attempt, [`IssueError::Awaited`] before the first has ended. Attempts go on in the
+    /// background.
+    pub fn ready(&self, identity: &SpiffeId) -> Result<(), IssueError> {
+        let slot = self.slot(identity);
+        if slot.shared.usable(SystemTime::now()).is_some() {
+            return Ok(());
+        }
+        let failure = slot.shared.progress().last_error.clone();
+        Err(failure.unwrap_or(IssueError::Awaited))
+    }
+
+    /// Notice of every attempt that ended, of any identity.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
+    }
+
+    /// Waits for [`Identities::ready`], for no longer than one attempt at the issuer.
+    #[cfg(test)]
+    pub(crate) async fn require(&self, identity: &SpiffeId) -> Result<(), IssueError> {
+        let mut changes = self.changes();
         loop {
-            // Before the credentials are looked at: an attempt that ends meanwhile is a change then, and not missed.
-            let failure = attempts.borrow_and_update().clone();
-            if shared.usable(SystemTime::now()).is_some() {
-                return Ok(());
-            }
-            if let Some(failure) = failure {
-                return Err(failure);
-            }
-            let task_ended = attempts.changed().await.is_err();
-            if task_ended {
-                return Err(IssueError::Forgotten);
+            match self.ready(identity) {
+                Err(IssueError::Awaited) => {
+                    changes.changed().await.expect("the sender lives as long as this")
+                }
+                told => return told,
             }
         }
     }
@@ -131,7 +142,7 @@ impl Identities {
         }
         let _writer = self.slots.writer();
         let mut map = HashMap::clone(&self.slots.map.load());
-        let start = || Arc::new(Slot::start(identity.clone(), self.issuer.clone()));
+        let start = || Arc::new(Slot::start(identity.clone(), self.issuer.clone(), self.changes.clone()));
         let slot = map.entry(identity.clone()).or_insert_with(start).clone();
         self.slots.map.store(Arc::new(map));
         slot
@@ -154,17 +165,14 @@ impl Slots {
 /// One identity with the task that renews it.
 struct Slot {
     shared: Arc<Shared>,
-    /// The latest attempt's failure; `None` before the first attempt and after a success.
-    attempts: watch::Receiver<Option<IssueError>>,
     task: AbortHandle,
 }
 
 impl Slot {
-    fn start(identity: SpiffeId, issuer: Arc<Issuer>) -> Self {
+    fn start(identity: SpiffeId, issuer: Arc<Issuer>, changes: watch::Sender<()>) -> Self {
         let shared = Arc::new(Shared::default());
-        let (outcome, attempts) = watch::channel(None);
-        let task = tokio::spawn(keep_current(identity, issuer, shared.clone(), outcome)).abort_handle();
-        Self { shared, attempts, task }
+        let task = tokio::spawn(keep_current(identity, issuer, shared.clone(), changes)).abort_handle();
+        Self { shared, task }
     }
 }
 
@@ -186,7 +194,8 @@ struct Progress {
     obtained: Option<SystemTime>,
     failures: u32,
     failed_at: Option<SystemTime>,
-    last_error: Option<String>,
+    /// The latest attempt's failure; `None` before the first attempt and after a success.
+    last_error: Option<IssueError>,
 }
 
 impl Shared {
@@ -216,11 +225,11 @@ impl Shared {
         *self.progress() = Progress { obtained: Some(SystemTime::now()), ..Progress::default() };
     }
 
-    fn failed(&self, error: &IssueError) {
+    fn failed(&self, error: IssueError) {
         let mut progress = self.progress();
         progress.failures = progress.failures.saturating_add(1);
         progress.failed_at = Some(SystemTime::now());
-        progress.last_error = Some(error.to_string());
+        progress.last_error = Some(error);
     }
 
     fn state(&self, identity: &SpiffeId) -> CertificateState {
@@ -233,7 +242,7 @@ impl Shared {
             not_after: held.as_ref().map(|c| c.not_after),
             last_renewal: progress.obtained,
             renewal_failures: progress.failures,
-            last_error: progress.last_error,
+            last_error: progress.last_error.map(|error| error.to_string()),
         }
     }
 }
@@ -242,7 +251,7 @@ async fn keep_current(
     identity: SpiffeId,
     issuer: Arc<Issuer>,
     shared: Arc<Shared>,
-    outcome: watch::Sender<Option<IssueError>>,
+    changes: watch::Sender<()>,
 ) {
     loop {
         // Drawn once a pause: a new draw at every look would move the moment waited for.
@@ -262,18 +271,17 @@ async fn keep_current(
             Ok(credentials) => {
                 info!(%identity, serial = &*credentials.serial, "certificate issued");
                 shared.succeeded(credentials);
-                outcome.send_replace(None);
             }
             Err(failure) => {
-                shared.failed(&failure);
                 if held == "none" {
                     error!(%identity, %failure, "no certificate: traffic of this identity is refused");
                 } else {
                     warn!(%identity, %failure, "certificate not renewed, the old one stays in use");
                 }
-                outcome.send_replace(Some(failure));
+                shared.failed(failure);
             }
         }
+        changes.send_replace(());
     }
 }
 
@@ -287,86 +295,4 @@ fn jitter() -> u8 {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{sync::atomic::AtomicU32, time::Instant};
-
-    use super::*;
-    use crate::identity::{
-        TrustDomain,
-        issuer::{EmbeddedIssuer, testing::Scratch},
-    };
-
-    fn web() -> SpiffeId {
-        SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/web").expect("valid")
-    }
-
-    fn embedded(lifetime: Duration) -> EmbeddedIssuer {
-        let directory = Scratch::new();
-        let domain = TrustDomain::parse("cluster.local").expect("valid");
-        EmbeddedIssuer::open(directory.path(), &domain, lifetime).expect("a root")
-    }
-
-    async fn until(what: &str, condition: impl Fn() -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while !condition() {
-            assert!(Instant::now() < deadline, "not in time: {what}");
-            sleep(Duration::from_millis(10)).await;
-        }
-    }
-
-    #[tokio::test]
-    async fn a_required_identity_has_credentials_until_it_is_forgotten() {
-        let identities = Identities::start(Issuer::Embedded(embedded(Duration::from_secs(3600))));
-        assert!(identities.current(&web()).is_none());
-        identities.require(&web()).await.expect("issued");
-        let first = identities.current(&web()).expect("there");
-        identities.require(&web()).await.expect("still there");
-        assert_eq!(identities.current(&web()).expect("there").serial, first.serial);
-        identities.forget(&web());
-        assert!(identities.current(&web()).is_none());
-        assert!(identities.certificates().is_empty());
-    }
-
-    #[tokio::test]
-    async fn credentials_are_renewed_at_half_life() {
-        let identities = Identities::start(Issuer::Embedded(embedded(Duration::from_secs(4))));
-        identities.require(&web()).await.expect("issued");
-        let first = identities.current(&web()).expect("there");
-        until("a new serial number", || {
-            identities.current(&web()).expect("never a gap").serial != first.serial
-        })
-        .await;
-        assert!(!first.expired(SystemTime::now()), "renewed only after the old one had expired");
-    }
-
-    #[tokio::test]
-    async fn a_failing_issuer_is_asked_again_and_its_error_shown() {
-        let issuer = Issuer::Failing(embedded(Duration::from_secs(3600)), AtomicU32::new(1));
-        let identities = Identities::start(issuer);
-        assert!(matches!(identities.require(&web()).await, Err(IssueError::Injected)));
-        assert!(identities.current(&web()).is_none());
-        let state = identities.certificates().remove(0);
-        assert_eq!((state.renewal_failures, state.serial.as_str()), (1, ""));
-        assert!(state.last_error.is_some());
-        until("the second attempt", || identities.current(&web()).is_some()).await;
-        assert_eq!(identities.certificates().remove(0).renewal_failures, 0);
-    }
-
-    #[tokio::test]
-    async fn expired_credentials_are_not_handed_out() {
-        let issuer = embedded(Duration::from_secs(3600));
-        let shared = Shared::default();
-        let long_ago = SystemTime::now() - Duration::from_secs(7200);
-        shared.succeeded(issuer.issue(&web(), long_ago).expect("issued"));
-        assert!(shared.usable(SystemTime::now()).is_none());
-        assert!(shared.usable(long_ago).is_some());
-    }
-
-    #[tokio::test]
-    async fn another_trust_domain_is_an_error_at_once() {
-        let identities = Identities::start(Issuer::Embedded(embedded(Duration::from_secs(3600))));
-        let stranger = SpiffeId::parse("spiffe://other.local/ns/shop/sa/web").expect("valid");
-        let refused = identities.require(&stranger).await;
-        assert!(matches!(refused, Err(IssueError::TrustDomain { .. })));
-    }
-}
+mod tests;

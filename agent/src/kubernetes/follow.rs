@@ -12,9 +12,8 @@
 //!
 //! A kind that only newer servers have is one without objects where it is not served; it is asked for again now and then.
 //!
-//! A custom kind can go as a whole: the API server then deletes all its objects, which looks as if each had been deleted by
-//! its owner. So before an object of such a kind counts as gone the definition is looked at, and while that is being
-//! deleted, or is gone, what is known stays.
+//! A custom kind can go as a whole, and all its objects with it. While its definition is being deleted, or is gone, what is
+//! known stays: see `definition`.
 
 use std::{
     fmt::Debug,
@@ -22,12 +21,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::TryStreamExt as _;
+use futures_util::StreamExt as _;
 use kube::{
     Client, Error,
     core::{
-        PartialObjectMeta, Request, WatchEvent,
-        params::{GetParams, ListParams, WatchParams},
+        Request, WatchEvent,
+        params::{ListParams, WatchParams},
     },
 };
 use serde::{Deserialize, de::DeserializeOwned};
@@ -37,6 +36,10 @@ use tokio::{
 };
 
 use super::or_default;
+
+mod definition;
+
+use definition::{Looks, defined};
 
 /// Objects of one answer, as other clients ask for: some MB of pods.
 const PAGE: u32 = 500;
@@ -57,9 +60,6 @@ const PAUSE_MAX: Duration = Duration::from_secs(30);
 
 const GONE: u16 = 410;
 const NOT_FOUND: u16 = 404;
-
-/// Where the API has the definitions of custom kinds.
-const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
 
 /// Kinds of objects that one store takes.
 pub(crate) trait Label: Copy + Ord + Debug + Send + 'static {
@@ -228,25 +228,6 @@ async fn list<K: Followed>(client: &Client, path: &str, news: &Sender<K>) -> Res
     }
 }
 
-/// Whether an object that is gone was deleted by its owner: an error when it may have gone with its definition.
-async fn defined<K: Followed>(client: &Client) -> Result<(), String> {
-    let Definition::Custom(name) = K::DEFINITION else { return Ok(()) };
-    let request = Request::new(DEFINITIONS).get_metadata(name, &GetParams::default());
-    let unknown = |problem: &dyn std::fmt::Display| {
-        format!("cannot tell whether the definition {name} is being deleted: {problem}")
-    };
-    let request = request.map_err(|error| unknown(&error))?;
-    match timeout(PAGE_TIMEOUT, client.request::<PartialObjectMeta>(request)).await {
-        Ok(Ok(found)) if found.metadata.deletion_timestamp.is_none() => Ok(()),
-        Ok(Ok(_)) => Err(format!("the definition {name} is being deleted, and all objects with it")),
-        Ok(Err(error)) if code(&error) == Some(NOT_FOUND) => {
-            Err(format!("the definition {name} was deleted, and all objects with it: apply it again"))
-        }
-        Ok(Err(error)) => Err(unknown(&error)),
-        Err(_) => Err(unknown(&format_args!("no answer within {PAGE_TIMEOUT:?}"))),
-    }
-}
-
 /// Watches until a list is needed; `None` when nobody listens any more.
 async fn watch_on<K: Followed>(
     client: &Client,
@@ -297,32 +278,54 @@ async fn watch<K: Followed>(client: &Client, path: &str, version: &mut String, n
         Ok(Err(error)) => return ended(&error),
         Err(_) => return End::Failed(format!("no answer within {WATCH_OPEN:?}")),
     };
-    let mut events = std::pin::pin!(events);
+    let mut events = std::pin::pin!(events.map(told::<K>));
     if news.send(News::Fresh(K::KIND)).await.is_err() {
         return End::Unwanted;
     }
+    let mut looks = Looks::new();
     loop {
-        let event = match timeout(WATCH_SILENCE, events.try_next()).await {
-            Ok(Ok(Some(event))) => event,
-            Ok(Ok(None)) => return End::Closed,
-            Ok(Err(error)) => return ended(&error),
+        let first = match timeout(WATCH_SILENCE, events.next()).await {
+            Ok(Some(Ok(first))) => first,
+            Ok(Some(Err(end))) => return end,
+            Ok(None) => return End::Closed,
             Err(_) => return End::Failed(format!("silent for {WATCH_SILENCE:?}")),
         };
-        let (next, told) = match event {
-            WatchEvent::Added(object) | WatchEvent::Modified(object) => {
-                (object.version().to_owned(), News::Change(Change::Applied(object.into_object())))
-            }
-            WatchEvent::Deleted(object) => match defined::<K>(client).await {
-                Ok(()) => (object.version().to_owned(), News::Change(Change::Deleted(object.into_object()))),
-                Err(problem) => return End::Failed(problem),
-            },
-            WatchEvent::Bookmark(bookmark) => (bookmark.metadata.resource_version, News::Fresh(K::KIND)),
-            WatchEvent::Error(status) => return ended(&Error::Api(status)),
+        let is_gone = matches!(first.1, News::Change(Change::Deleted(_)));
+        let mut together = vec![first];
+        let end = match K::DEFINITION {
+            Definition::Custom(_) if is_gone => looks.look::<K>(client, &mut together, events.as_mut()).await,
+            _ => Ok(None),
         };
-        *version = next;
-        if news.send(told).await.is_err() {
-            return End::Unwanted;
+        let end = match end {
+            Ok(end) => end,
+            Err(problem) => return End::Failed(problem),
+        };
+        for (next, told) in together {
+            *version = next;
+            if news.send(told).await.is_err() {
+                return End::Unwanted;
+            }
         }
+        if let Some(end) = end {
+            return end;
+        }
+    }
+}
+
+/// What an event of a watch says: the version it leads to, and what is told of it.
+type Told<K> = (String, News<<K as Followed>::Kind, <K as Followed>::Object>);
+
+fn told<K: Followed>(event: Result<WatchEvent<K>, Error>) -> Result<Told<K>, End> {
+    match event {
+        Ok(WatchEvent::Added(object) | WatchEvent::Modified(object)) => {
+            Ok((object.version().to_owned(), News::Change(Change::Applied(object.into_object()))))
+        }
+        Ok(WatchEvent::Deleted(object)) => {
+            Ok((object.version().to_owned(), News::Change(Change::Deleted(object.into_object()))))
+        }
+        Ok(WatchEvent::Bookmark(bookmark)) => Ok((bookmark.metadata.resource_version, News::Fresh(K::KIND))),
+        Ok(WatchEvent::Error(status)) => Err(ended(&Error::Api(status))),
+        Err(error) => Err(ended(&error)),
     }
 }
 

@@ -149,6 +149,7 @@ impl Server {
         });
     }
 
+    /// How often it was listed, or read when it is a definition.
     pub(crate) fn lists(&self, path: &str) -> usize {
         lock(&self.state).lists.get(path).copied().unwrap_or(0)
     }
@@ -207,6 +208,7 @@ async fn serve(mut connection: TcpStream, state: Arc<Mutex<State>>, changed: wat
         changed.send_modify(|count| *count += 1);
         let _ = answer(&mut connection, status, &answered).await;
     } else if path.starts_with(DEFINITIONS) {
+        *lock(&state).lists.entry(path.to_owned()).or_default() += 1;
         let ending = lock(&state).ending.contains(path).then_some("2026-01-01T00:00:00Z");
         let definition = json!({"metadata": {"name": "definition", "deletionTimestamp": ending}});
         let _ = answer(&mut connection, "200 OK", &definition).await;

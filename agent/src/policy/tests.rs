@@ -12,7 +12,7 @@ pub(in crate::policy) fn workload(namespace: &str, labels: &[(&str, &str)]) -> W
         identity: SpiffeId::new(&trust_domain, namespace, "web").expect("valid"),
         addresses: Vec::new(),
         node: "a".into(),
-        labels: labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
+        labels: labels.iter().copied().collect(),
         cgroup: "web".into(),
         protocol: crate::directory::Protocol::Tacit,
         egress: None,

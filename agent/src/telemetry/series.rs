@@ -98,13 +98,13 @@ impl End {
 /// Istio's canonical service (istio/istio `pkg/labels`): the first label there is, else the workload's name.
 fn canonical_service(workload: &Workload) -> &str {
     const KEYS: [&str; 3] = ["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"];
-    KEYS.iter().find_map(|key| workload.labels.get(*key)).map_or(&workload.name, String::as_str)
+    KEYS.iter().find_map(|key| workload.labels.get(key)).unwrap_or(&workload.name)
 }
 
 /// Istio's canonical revision: the first label there is, else `latest`.
 fn canonical_revision(workload: &Workload) -> &str {
     const KEYS: [&str; 3] = ["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"];
-    KEYS.iter().find_map(|key| workload.labels.get(*key)).map_or("latest", String::as_str)
+    KEYS.iter().find_map(|key| workload.labels.get(key)).unwrap_or("latest")
 }
 
 impl PartialEq for End {

@@ -65,7 +65,7 @@ fn every_field_can_be_set() {
     let text = MINIMAL
         .replace("tacit-root}}", "tacit-root}, lifetime: 100d}")
         .replace("configMap: tacit-roots", "configMap: roots, namespace: mesh, key: ca.pem")
-        + "listen: \"[::]:1\"\nnames: [ca.mesh.svc, ca]\nmetrics: 0.0.0.0:2\nleafLifetime: 1h\nintermediateLifetime: 2h\n\
+        + "listen: \"[::]:1\"\nnames: [ca.mesh.svc, ca]\nmetrics: 0.0.0.0:2\nleafLifetime: 1h\nintermediateLifetime: 5h\n\
          rate: {perSecond: 1, burst: 2}\n";
     let config = parse(&text).expect("valid");
     assert_eq!((config.listen.port(), config.metrics.port()), (1, 2));
@@ -96,7 +96,8 @@ fn mistakes_are_named() {
         ),
         (MINIMAL.replace("[tacit-system/tacit-agent]", "[]"), "agents.serviceAccounts: 0 items"),
         (MINIMAL.to_owned() + "names: []\n", "names: 0 items"),
-        (MINIMAL.to_owned() + "leafLifetime: 4d\n", "less than twice leafLifetime"),
+        (MINIMAL.to_owned() + "leafLifetime: 34h\n", "less than five times leafLifetime"),
+        (MINIMAL.to_owned() + "leafLifetime: 10s\nintermediateLifetime: 49s\n", "intermediateLifetime: "),
         (MINIMAL.replace("name: tacit-root}}", "name: tacit-root}, lifetime: 30d}"), "less than five times"),
         (MINIMAL.to_owned() + "rate: {burst: 0}\n", "rate.burst: \"0\": no number of requests"),
         (MINIMAL.to_owned() + "metrics: 127.0.0.1:0\n", "port 0"),

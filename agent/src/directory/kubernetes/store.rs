@@ -14,15 +14,16 @@ use super::{
 };
 use crate::{
     directory::{Claim, Directory, Protocol, Workload},
-    identity::SpiffeId,
     kubernetes::{self, Complaints},
 };
 
 mod detection;
 mod services;
+mod words;
 
 use detection::Detection;
 use services::{ServiceRecord, SliceRecord};
+use words::Words;
 
 /// Pods of this node that are kept after their end, until their last process is gone; more than run on a node.
 const DEPARTED_MAX: usize = 512;
@@ -103,16 +104,17 @@ impl Store {
     /// Removes what was not in the list.
     fn end_list(&mut self, kind: Kind) {
         let seen = self.seen.remove(&kind).unwrap_or_default();
-        let known: Vec<String> = match kind {
-            Kind::Namespaces => self.namespaces.keys().cloned().collect(),
+        let gone: Vec<String> = match kind {
+            Kind::Namespaces => not_in(&seen, self.namespaces.keys().cloned()),
             Kind::Pods => {
-                self.directory.iter().chain(self.directory.host_network()).map(|w| w.full_name()).collect()
+                let pods = self.directory.iter().chain(self.directory.host_network());
+                not_in(&seen, pods.map(|workload| workload.full_name()))
             }
-            Kind::Services => self.services.keys().cloned().collect(),
-            Kind::EndpointSlices => self.slices.keys().cloned().collect(),
-            Kind::Nodes | Kind::ServiceCidrs => self.detection.names(kind),
+            Kind::Services => not_in(&seen, self.services.keys().cloned()),
+            Kind::EndpointSlices => not_in(&seen, self.slices.keys().cloned()),
+            Kind::Nodes | Kind::ServiceCidrs => not_in(&seen, self.detection.names(kind).into_iter()),
         };
-        for name in known.into_iter().filter(|name| !seen.contains(name)) {
+        for name in gone {
             self.delete(kind, &name);
         }
         if self.listed.insert(kind) {
@@ -134,7 +136,7 @@ impl Store {
         let pods: Vec<Arc<Workload>> =
             self.directory.iter().filter(|workload| *workload.namespace == *name).cloned().collect();
         for workload in pods {
-            let own = workload.labels.get(&self.enrol.name).map(|value| *value == self.enrol.value);
+            let own = workload.labels.get(&self.enrol.name).map(|value| value == self.enrol.value);
             let protocol = protocol(own.unwrap_or(enrols));
             if protocol != workload.protocol {
                 // An address that was lost to another before stays lost.
@@ -198,7 +200,7 @@ impl Store {
             node: self.words.word(&pod.spec.node_name),
             addresses: pod.addresses(),
             name: pod.metadata.name.into(),
-            labels: pod.metadata.labels,
+            labels: self.words.labels(&pod.metadata.labels),
             identity,
             cgroup,
             protocol: protocol(enrols),
@@ -243,6 +245,7 @@ impl kubernetes::Store for Store {
             Change::Deleted(object) => self.delete(object.kind(), &full_name(object.meta())),
             Change::Listed(kind) => self.end_list(kind),
         }
+        self.words.forget_when_many();
     }
 
     fn news(&mut self) -> Option<Directory> {
@@ -263,6 +266,10 @@ impl kubernetes::Store for Store {
     }
 }
 
+fn not_in(seen: &HashSet<String>, known: impl Iterator<Item = String>) -> Vec<String> {
+    known.filter(|name| !seen.contains(name)).collect()
+}
+
 fn protocol(enrols: bool) -> Protocol {
     if enrols { Protocol::Tacit } else { Protocol::None }
 }
@@ -270,40 +277,6 @@ fn protocol(enrols: bool) -> Protocol {
 /// `namespace/name`; of a namespace its name.
 fn full_name(meta: &Meta) -> String {
     if meta.namespace.is_empty() { meta.name.clone() } else { format!("{}/{}", meta.namespace, meta.name) }
-}
-
-/// Names and identities that many workloads have, kept once.
-#[derive(Debug, Default)]
-struct Words {
-    words: HashSet<Arc<str>>,
-    identities: HashMap<(Arc<str>, Arc<str>), SpiffeId>,
-}
-
-impl Words {
-    fn word(&mut self, text: &str) -> Arc<str> {
-        if let Some(word) = self.words.get(text) {
-            return Arc::clone(word);
-        }
-        let word: Arc<str> = text.into();
-        self.words.insert(Arc::clone(&word));
-        word
-    }
-
-    fn identity(&mut self, place: &Place, namespace: &str, account: &str) -> Option<SpiffeId> {
-        let key = (self.word(namespace), self.word(account));
-        if let Some(identity) = self.identities.get(&key) {
-            return Some(identity.clone());
-        }
-        let identity = SpiffeId::new(&place.trust_domain, namespace, account).ok()?;
-        self.identities.insert(key, identity.clone());
-        Some(identity)
-    }
-
-    /// After a list: what no object has any more. Between lists there is as much as was ever seen.
-    fn forget_unused(&mut self) {
-        self.identities.clear();
-        self.words.retain(|word| Arc::strong_count(word) > 1);
-    }
 }
 
 #[cfg(test)]

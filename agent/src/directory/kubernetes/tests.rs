@@ -50,16 +50,9 @@ async fn until_state(
     what: &str,
     is: impl Fn(&ReloadState) -> bool,
 ) -> ReloadState {
-    let waiting = async {
-        loop {
-            let state = watched.state();
-            if is(&state) {
-                return state;
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    timeout(DEADLINE, waiting).await.unwrap_or_else(|_| panic!("{what}: {:?}", watched.state()))
+    let mut states = watched.states();
+    let reached = timeout(DEADLINE, states.wait_for(is)).await;
+    reached.unwrap_or_else(|_| panic!("{what}: {:?}", watched.state())).expect("followed").clone()
 }
 
 fn pod(name: &str, ip: &str) -> Value {

@@ -41,13 +41,9 @@ async fn until_state(
     what: &str,
     is: impl Fn(&ReloadState) -> bool,
 ) -> ReloadState {
-    let waiting = async {
-        while !is(&watched.state()) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        watched.state()
-    };
-    timeout(DEADLINE, waiting).await.unwrap_or_else(|_| panic!("{what}: {:?}", watched.state()))
+    let mut states = watched.states();
+    let reached = timeout(DEADLINE, states.wait_for(is)).await;
+    reached.unwrap_or_else(|_| panic!("{what}: {:?}", watched.state())).expect("followed").clone()
 }
 
 fn mode(name: &str, mode: &str) -> Value {
@@ -225,6 +221,42 @@ async fn policies_that_go_with_their_definition_stay_in_use() {
     server.break_connections();
     until_state(&watched, "told", says("was deleted, and all objects with it")).await;
     assert!(are_all_there(&watched.current()) && watched.state().stale_since.is_some());
+}
+
+#[tokio::test]
+async fn the_definition_is_looked_at_after_each_deletion_however_soon() {
+    let server = cluster(MODES, POLICIES);
+    let watched = opened(&server).await;
+    server.watches(POLICIES, 1).await;
+    server.remove(POLICIES, "deny-a");
+    until(&watched, "deleted by its owner", |policies| !is_denied(policies, "a")).await;
+    server.end(&format!("{DEFINITIONS}/authorizationpolicies.security.istio.io"));
+    server.remove(POLICIES, "deny-b");
+    server.remove(POLICIES, "deny-c");
+    let told =
+        |state: &ReloadState| state.last_error.as_ref().is_some_and(|error| error.contains("all objects"));
+    until_state(&watched, "told", told).await;
+    let policies = watched.current();
+    assert!(is_denied(&policies, "b") && is_denied(&policies, "c"), "gone with their definition");
+}
+
+#[tokio::test]
+async fn many_deletions_at_a_time_are_few_looks_at_the_definition() {
+    const MANY: usize = 200;
+    let server = cluster(MODES, POLICIES);
+    let name = |number: usize| format!("many-{number}");
+    (0..MANY).for_each(|number| server.set(POLICIES, deny(&name(number), "many", "DENY")));
+    let watched = opened(&server).await;
+    server.watches(POLICIES, 1).await;
+    let definition = format!("{DEFINITIONS}/authorizationpolicies.security.istio.io");
+    let before = server.lists(&definition);
+    (0..MANY).for_each(|number| server.remove(POLICIES, &name(number)));
+    // One that comes amid them keeps its place.
+    server.set(POLICIES, deny("deny-a", "new", "DENY"));
+    until(&watched, "all are gone", |policies| !is_denied(policies, "many") && is_denied(policies, "new"))
+        .await;
+    let looks = server.lists(&definition) - before;
+    assert!((1..=10).contains(&looks), "{looks} looks for {MANY} policies");
 }
 
 #[tokio::test]

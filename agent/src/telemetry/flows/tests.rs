@@ -87,7 +87,7 @@ pub(in crate::telemetry) fn workload(name: &str) -> Workload {
         identity: SpiffeId::new(&trust_domain, "shop", name).expect("valid"),
         addresses: vec![[10, 77, 1, 2].into()],
         node: "a".into(),
-        labels: BTreeMap::new(),
+        labels: crate::directory::Labels::default(),
         cgroup: PathBuf::from(format!("shop_{name}")),
         protocol: Protocol::Tacit,
         egress: None,

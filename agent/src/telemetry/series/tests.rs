@@ -1,7 +1,5 @@
 //! Tests of the table of series: what is one series, and what its bound does.
 
-use std::collections::BTreeMap;
-
 use super::*;
 use crate::telemetry::flows::tests::workload;
 
@@ -55,6 +53,5 @@ fn traffic(source: &str, labels: &[(&str, &str)]) -> Traffic {
 }
 
 fn labelled(name: &str, labels: &[(&str, &str)]) -> Workload {
-    let labels: BTreeMap<_, _> = labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-    Workload { labels, ..workload(name) }
+    Workload { labels: labels.iter().copied().collect(), ..workload(name) }
 }

@@ -83,7 +83,7 @@ fn a_pod_is_decoded_to_what_is_needed() {
     let web = store.directory.named("shop", "web-1").expect("known");
     assert_eq!(web.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/web");
     assert_eq!(web.cgroup, Path::new("burstable/poduid-web-1"));
-    assert_eq!((&*web.node, web.labels.len(), web.protocol), ("a", 1, Protocol::Tacit));
+    assert_eq!((&*web.node, web.labels.iter().count(), web.protocol), ("a", 1, Protocol::Tacit));
     assert_eq!((at(&store, "10.77.1.2"), at(&store, "fd77::2")), (Some("web-1"), Some("web-1")));
     store.take(Change::Applied(pod("static", "a", "10.77.1.3", |value| {
         value["metadata"]["annotations"] = json!({"kubernetes.io/config.mirror": "0123abcd"});
