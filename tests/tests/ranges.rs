@@ -1,0 +1,191 @@
+//! Ranges of the mesh that nobody configured: an agent finds them in the API, puts them into the kernel while pods talk,
+//! and has them before it begins again.
+//!
+//! The API is a server of this test, in the node's network: lists of what it was given, and watches that tell what comes.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{BufRead as _, BufReader, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Duration,
+};
+use tacit_tests::{Client, Plan, Server, agent_program, fresh_port, observe};
+use tacit_topology::{Agent, MeshFiles, Netns, until};
+
+const PODS: &str = "/api/v1/pods";
+const NODES: &str = "/api/v1/nodes";
+const STRICT_MESH: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+                           metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
+/// The namespace of the pod: its cgroup is then called as the kubelet would, `pod` with the UID.
+const NAMESPACE: &str = "podx";
+/// Where node b's pods have their addresses from.
+const RANGE: &str = "10.77.2.0/24";
+const MARKER: &str = "this-can-be-read";
+const SOON: Duration = Duration::from_secs(30);
+
+#[test]
+#[ignore = "needs root"]
+fn a_range_holds_from_when_it_is_found_and_after_a_restart() -> Result<()> {
+    let mesh = Plan::new("ranges")
+        .pod("a", NAMESPACE, "client")
+        .outside("b", "shop", "stranger")
+        .without_agents()?;
+    let (client, stranger) = (mesh.pod("client")?, mesh.pod("stranger")?);
+    let node = mesh.topology().node("a")?;
+    let api = Api::start(node.netns())?;
+    api.set(
+        PODS,
+        json!({
+            "metadata": {"name": "client", "namespace": NAMESPACE, "uid": "x_client", "labels": {"tacit.io/enrol": "true"}},
+            "spec": {"nodeName": "a", "serviceAccountName": "client"},
+            "status": {"phase": "Running", "qosClass": "Guaranteed",
+                       "podIPs": [{"ip": client.ipv4()}, {"ip": client.ipv6()}]},
+        }),
+    );
+    let files = MeshFiles::write(mesh.topology(), node, &[], STRICT_MESH, "")?;
+    api.configure(&files)?;
+    let mut agent = Agent::start(node, &agent_program()?, &files)?;
+    agent.wait_ready()?;
+    observe::wait_enrolled(&agent)?;
+    let own = [format!("{}/32", client.ipv4()), format!("{}/128", client.ipv6())];
+    let found = observe::status(&agent)?["mesh"].clone();
+    ensure!(found == json!({"configured": 0, "detected": 2, "ranges": own}), "{found}");
+
+    // The control: nobody has told of the stranger's range, so a STRICT pod talks to it in clear.
+    let server = Server::start(stranger, SocketAddr::new(stranger.ipv4().into(), fresh_port()), &["echo"])?;
+    let capture = mesh.topology().capture()?;
+    Client::echo(client, server.address(), MARKER)?;
+    ensure!(capture.finish()?.occurrences(MARKER.as_bytes()) == 2, "the marker cannot be seen");
+    let held = Client::start(client, server.address(), &["send:held", "pause", "read-end"])?;
+    held.events().first("connected")?;
+
+    api.tell(NODES, json!({"metadata": {"name": "b"}, "spec": {"podCIDR": RANGE, "podCIDRs": [RANGE]}}))?;
+    let has_range =
+        |status: &Value| status["mesh"]["ranges"].as_array()?.contains(&json!(RANGE)).then_some(());
+    observe::wait_status(&agent, "the range is found", has_range)?;
+    observe::wait_status(&agent, "what was held is reset", |status| {
+        (status["guard"]["resets_at_enrolment"].as_u64()? > 0).then_some(())
+    })?;
+    let capture = mesh.topology().capture()?;
+    ensure!(Client::echo(client, server.address(), MARKER).is_err(), "in clear though the range is known");
+
+    agent.kill()?;
+    let refused =
+        || Client::echo(client, server.address(), MARKER).err().context("in clear around a restart");
+    refused()?;
+    agent.restart()?;
+    until("the range is there again", SOON, || {
+        refused()?;
+        Ok(observe::status(&agent).ok().as_ref().and_then(has_range))
+    })?;
+    agent.wait_ready()?;
+    refused()?;
+    ensure!(capture.finish()?.occurrences(MARKER.as_bytes()) == 0, "the marker was read");
+    Ok(())
+}
+
+/// An API server that knows no ServiceCIDR.
+struct Api {
+    address: SocketAddr,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Default)]
+struct State {
+    objects: BTreeMap<String, Vec<Value>>,
+    watches: BTreeMap<String, Vec<TcpStream>>,
+}
+
+impl Api {
+    fn start(netns: &Netns) -> Result<Self> {
+        let listener = netns.enter(|| TcpListener::bind("127.0.0.1:0"))??;
+        let (address, state) = (listener.local_addr()?, Arc::<Mutex<State>>::default());
+        let of_thread = Arc::clone(&state);
+        thread::spawn(move || {
+            for connection in listener.incoming().flatten() {
+                let state = Arc::clone(&of_thread);
+                // A client that goes is no business of the server's.
+                thread::spawn(move || serve(connection, &state).ok());
+            }
+        });
+        Ok(Self { address, state })
+    }
+
+    /// Makes an agent read its directory from here, with no ranges.
+    fn configure(&self, files: &MeshFiles) -> Result<()> {
+        let kubeconfig = files.config().with_file_name("kubeconfig.yaml");
+        let text = format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: c\nclusters: [{{name: c, cluster: {{server: \"http://{}\"}}}}]\n\
+             contexts: [{{name: c, context: {{cluster: c, user: c}}}}]\nusers: [{{name: c, user: {{}}}}]\n",
+            self.address
+        );
+        fs::write(&kubeconfig, text)?;
+        let config = fs::read_to_string(files.config())?;
+        let kept =
+            config.lines().filter(|line| !line.starts_with("meshRanges:") && !line.starts_with("directory:"));
+        let source = "directory: {kubernetes: {kubeconfig: kubeconfig.yaml}}";
+        let lines: Vec<&str> = kept.chain([source, ""]).collect();
+        Ok(fs::write(files.config(), lines.join("\n"))?)
+    }
+
+    fn set(&self, path: &str, object: Value) {
+        lock(&self.state).objects.entry(path.to_owned()).or_default().push(object);
+    }
+
+    /// Adds an object, and tells whoever watches; waits for somebody.
+    fn tell(&self, path: &str, mut object: Value) -> Result<()> {
+        until("somebody watches", SOON, || {
+            Ok(lock(&self.state).watches.get(path).is_some_and(|all| !all.is_empty()).then_some(()))
+        })?;
+        object["metadata"]["resourceVersion"] = json!("2");
+        self.set(path, object.clone());
+        let line = format!("{}\n", json!({"type": "ADDED", "object": object}));
+        for watch in lock(&self.state).watches.get_mut(path).into_iter().flatten() {
+            write!(watch, "{:x}\r\n{line}\r\n", line.len())?;
+        }
+        Ok(())
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Answers one request.
+fn serve(mut connection: TcpStream, state: &Mutex<State>) -> Result<()> {
+    let mut lines = BufReader::new(connection.try_clone()?).lines();
+    let first = lines.next().context("no request")??;
+    for line in lines {
+        if line?.is_empty() {
+            break;
+        }
+    }
+    let target = first.split(' ').nth(1).context("no target")?;
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    if query.contains("watch=") {
+        connection.write_all(
+            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n",
+        )?;
+        lock(state).watches.entry(path.to_owned()).or_default().push(connection);
+        return Ok(());
+    }
+    let (status, body) = if path.contains("servicecidrs") {
+        let refusal = json!({"kind": "Status", "status": "Failure", "message": "none", "reason": "NotFound", "code": 404});
+        ("404 Not Found", refusal)
+    } else {
+        let items = lock(state).objects.get(path).cloned();
+        ("200 OK", json!({"metadata": {"resourceVersion": "1"}, "items": items}))
+    };
+    let body = body.to_string();
+    let length = body.len();
+    write!(
+        connection,
+        "HTTP/1.1 {status}\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
+    )?;
+    Ok(())
+}
