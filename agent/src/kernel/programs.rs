@@ -1,10 +1,11 @@
 //! Load, attach and pin the programs; adopt those of an earlier agent without a gap.
 //!
 //! ```text
-//! <pinPath>/maps-v2/<MAP>            every map, by name; v2 is the ABI's version
+//! <pinPath>/maps-v3/<MAP>            every map, by name; v3 is the ABI's version
 //! <pinPath>/links/<program>          the programs at the pods' cgroup
 //! <pinPath>/links/steer-<cgroup id>  the steering program in one pod's network namespace
 //! <pinPath>/links/guard-<cgroup id>-<interface>  the guard on the host end of one pod's link
+//! <pinPath>/next                     empty; locked by who takes over next
 //! ```
 //! All programs are verified before the first is attached. A pinned link whose target is still ours is kept and its
 //! program swapped atomically; any other is replaced. The link at the agent's own cgroup is not pinned: it only
