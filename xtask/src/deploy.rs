@@ -43,7 +43,12 @@ pub(crate) fn base(workspace: &Workspace) -> Result<Vec<Value>> {
 
 /// The objects of one file.
 pub(crate) fn read_objects(file: &Path) -> Result<Vec<Value>> {
-    let mut objects = yaml::documents(&read(file)?).with_context(|| file.display().to_string())?;
+    objects_of(&read(file)?).with_context(|| file.display().to_string())
+}
+
+/// The objects of a text.
+pub(crate) fn objects_of(text: &str) -> Result<Vec<Value>> {
+    let mut objects = yaml::documents(text)?;
     objects.retain(|object| !object.is_null());
     Ok(objects)
 }

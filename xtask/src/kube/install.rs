@@ -64,6 +64,18 @@ fn one_for_each_node(config_map: &mut Value, cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
+/// What kustomize, which is part of kubectl, makes of the base, is what is installed here.
+pub(super) fn kustomized(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
+    let folder = workspace.root().join("deploy/kustomize/base");
+    let rendered = deploy::objects_of(&cluster.kubectl(&["kustomize", &folder.display().to_string()])?)?;
+    let base = deploy::base(workspace)?;
+    ensure!(rendered.len() == base.len(), "{} objects, not {}", rendered.len(), base.len());
+    for object in &base {
+        ensure!(rendered.contains(object), "kustomize renders another {}", name_of(object));
+    }
+    Ok(())
+}
+
 /// Creates the definitions of Istio's policies; those that are there stay as they are.
 pub(super) fn define(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
     let folder = workspace.root().join("deploy/crds");

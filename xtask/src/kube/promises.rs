@@ -70,6 +70,7 @@ const fn measured(name: &'static str, what: &'static str, hold: Try<String>) -> 
 /// All of them.
 pub(super) const ALL: &[Promise] = &[
     ground("control", "without Tacit the marker is read on the wire", control),
+    leaf("kustomize", "kubectl's own kustomize renders what is installed here", install::kustomized),
     ground("install", "from nothing to ready agents on both nodes", install_all),
     leaf("doctor", "the agent's container has all that it needs", doctor),
     ground("enrol", "running pods are enrolled: the marker is on the wire no more", enrol),
