@@ -10,6 +10,8 @@ use tacit_topology::{Agent, until};
 /// Taking over, what is on its way, and the drain limit of the meshes below.
 const ENDED: Duration = Duration::from_secs(30);
 const DRAIN: &str = "drainTimeout: 5s\n";
+/// Clients at a time.
+const CLIENTS: usize = 4;
 /// What every connection says.
 const WORDS: &[u8] = b"words of";
 
@@ -109,20 +111,28 @@ fn stand_by(mesh: &Mesh, last: &Agent, name: &str) -> Result<Agent> {
     Ok(next)
 }
 
-/// One connection after the other.
-fn load(mesh: &Mesh, server: &Server) -> Result<Client> {
-    let load = Client::with_args(mesh.pod("client")?, &["again", &server.address().to_string()])?;
-    load.events().first("begun")?;
-    Ok(load)
+/// Clients that each make one connection after the other.
+fn load(mesh: &Mesh, server: &Server) -> Result<Vec<Client>> {
+    let start = |_| {
+        let client = Client::with_args(mesh.pod("client")?, &["again", &server.address().to_string()])?;
+        client.events().first("begun")?;
+        Ok(client)
+    };
+    (0..CLIENTS).map(start).collect()
 }
 
-/// How many were echoed, and the others' errors.
-fn outcome(mut load: Client) -> Result<(u64, serde_json::Map<String, Value>)> {
-    load.proceed()?;
-    let told = load.finish()?;
-    let outcome = told.iter().find(|event| event["event"] == "again").context("no outcome")?;
-    let failures = outcome["failures"].as_object().context("failures")?;
-    Ok((outcome["echoed"].as_u64().context("echoed")?, failures.clone()))
+/// How many connections were echoed, and the others' errors.
+fn outcome(load: Vec<Client>) -> Result<(u64, Vec<Value>)> {
+    let (mut echoed, mut failures) = (0, Vec::new());
+    for mut client in load {
+        client.proceed()?;
+        let told = client.finish()?;
+        let outcome = told.iter().find(|event| event["event"] == "again").context("no outcome")?;
+        echoed += outcome["echoed"].as_u64().context("echoed")?;
+        let failed = outcome["failures"].as_object().context("failures")?;
+        failures.extend((!failed.is_empty()).then(|| Value::from(failed.clone())));
+    }
+    Ok((echoed, failures))
 }
 
 fn plan() -> Plan {
