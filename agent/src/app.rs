@@ -12,6 +12,7 @@ use std::{
 use arc_swap::ArcSwap;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
+    task::JoinHandle,
     time::{MissedTickBehavior, interval},
 };
 
@@ -159,9 +160,8 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     let succession = async {
         match stands_by {
             true => {
-                let known = directory.current();
                 let can_load = || Kernel::try_load(&pods_cgroup, &verifier_log);
-                succession::stand_by(&config, &known, &identities, can_load, || doors.stand_by()).await
+                succession::stand_by(&config, &directory, &identities, can_load, || doors.stand_by()).await
             }
             false => succession::first(&config.pin_path),
         }
@@ -202,7 +202,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     let mut enrolment = Some(tokio::spawn(enroller.run(settle.clone())));
     let keeper = tokio::spawn(housekeeping(path.clone(), report.clone()));
     let ranges = tokio::spawn(path.mesh.clone().keep(path.directory.clone()));
-    let heart = tokio::spawn(heartbeat(path.clone(), config.heartbeat_timeout));
+    let mut heart = Some(tokio::spawn(heartbeat(path.clone(), config.heartbeat_timeout)));
     let watched = path.kernel.clone();
     let listener = tokio::spawn(async move { events::forward(&watched).await });
     tracing::info!(node = %config.node, trust_domain = %config.trust_domain, descriptors, "agent runs");
@@ -223,8 +223,8 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     });
     let mut doors = Some(doors);
     if ending.is_taken_over() {
-        // Awaited, so that no beat comes between those of the next agent; which waits for the port of the metrics.
-        heart.abort();
+        stop_beating(&mut heart).await;
+        // The next agent waits for the port of the metrics.
         close(&mut doors, &config.socket).await;
     }
     tracing::info!(limit = ?config.drain_timeout, "draining: no new flows, open ones may finish");
@@ -238,9 +238,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     keeper.abort();
     ranges.abort();
     listener.abort();
-    heart.abort();
-    // Awaited, so that no beat follows the last word.
-    let _ = heart.await;
+    stop_beating(&mut heart).await;
     let last_word = match &ending {
         Ending::Alone(_) => path.kernel.maps.stop_beating(),
         Ending::TakenOver(_) => path.kernel.maps.leave_agent(path.kernel.cgroup),
@@ -254,6 +252,14 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     }
     close(&mut doors, &config.socket).await;
     Ok(())
+}
+
+/// Awaited, so that no beat follows: neither this agent's last word nor those of the next one.
+async fn stop_beating(heart: &mut Option<JoinHandle<()>>) {
+    if let Some(heart) = heart.take() {
+        heart.abort();
+        let _ = heart.await;
+    }
 }
 
 async fn close(doors: &mut Option<Doors>, socket: &Path) {

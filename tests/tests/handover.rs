@@ -23,9 +23,8 @@ fn an_agent_that_stands_by_takes_over_and_no_connection_notices() -> Result<()> 
         let server = serve(&mesh)?;
         let capture = mesh.topology().capture()?;
         // Twice: the second one listens where the first has, the first one beside the last.
-        let next = take_over(&mesh, mesh.agent(node)?, "next", &server)?;
+        let mut next = take_over(&mesh, mesh.agent(node)?, "next", &server)?;
         ensure!(mesh.agent_mut(node)?.wait_end(ENDED)?.success(), "{}", mesh.agent(node)?.log()?);
-        let mut next = next;
         let mut third = take_over(&mesh, &next, "third", &server)?;
         ensure!(next.wait_end(ENDED)?.success(), "{}", next.log()?);
         assert_eq!(capture.finish()?.occurrences(WORDS), 0, "in clear while agents of node {node} changed");

@@ -9,7 +9,7 @@
 //! each, so at every moment there is one that accepts. Without a next agent there is no claim to give up early: the last
 //! one drains and ends as if nobody ever followed.
 
-use std::{path::Path, thread, time::Duration};
+use std::{path::Path, sync::Arc, thread, time::Duration};
 
 use tokio::{
     sync::oneshot,
@@ -18,9 +18,10 @@ use tokio::{
 
 use crate::{
     config::Config,
-    directory::{Directory, Protocol},
+    directory::{Directory, Protocol, Workload},
     identity::manager::Identities,
     kernel::{Claim, Kernel, KernelError, Turn},
+    reload::Watched,
 };
 
 /// How long the last agent serves on while the next one takes over: loading programs and a certificate for each pod that is
@@ -45,7 +46,7 @@ pub(super) fn first(pin_path: &Path) -> Result<Succession, KernelError> {
 /// the agent that has the pins gives them up or ends. `stands_by` is told when there is nothing else to wait for.
 pub(super) async fn stand_by(
     config: &Config,
-    directory: &Directory,
+    directory: &Watched<Directory>,
     identities: &Identities,
     can_load: impl FnOnce() -> Result<(), KernelError>,
     stands_by: impl FnOnce(),
@@ -55,14 +56,7 @@ pub(super) async fn stand_by(
         free => return free,
     }
     can_load()?;
-    let mut attempts = identities.changes();
-    let needed = || directory.on_node(&config.node).filter(|w| w.protocol == Protocol::Tacit);
-    needed().for_each(|workload| identities.prepare(&workload.identity));
-    // Failed ones are logged and go on by themselves.
-    while needed().any(|workload| identities.ready(&workload.identity).is_err()) {
-        // Its sender is part of `identities`.
-        let _ = attempts.changed().await;
-    }
+    certified(directory, identities, &config.node).await;
     let path = config.pin_path.clone();
     let turn = on_a_thread(move || Turn::wait(&path)).await?;
     tracing::info!("another agent serves this node; standing by to take over from it");
@@ -71,6 +65,25 @@ pub(super) async fn stand_by(
     let claim = on_a_thread(move || Claim::wait(&path)).await?;
     tracing::info!("taking over");
     Ok((claim, Some(turn)))
+}
+
+/// Waits until all pods that `node` has have certificates. A pod may go meanwhile, and then nobody gets its certificate.
+async fn certified(directory: &Watched<Directory>, identities: &Identities, node: &str) {
+    let (mut attempts, mut changes) = (identities.changes(), directory.subscribe());
+    loop {
+        let known = directory.current();
+        // All are asked for; failed attempts are logged and go on by themselves.
+        let missing = |workload: &&Arc<Workload>| identities.ready(&workload.identity).is_err();
+        let wanted = known.on_node(node).filter(|workload| workload.protocol == Protocol::Tacit);
+        if wanted.filter(missing).count() == 0 {
+            return;
+        }
+        // The senders are parts of what was given.
+        tokio::select! {
+            _ = attempts.changed() => {}
+            _ = changes.changed() => {}
+        }
+    }
 }
 
 /// How an agent ends.
@@ -126,4 +139,44 @@ async fn on_a_thread<T: Send + 'static>(
         .spawn(move || drop(tell.send(work())))
         .map_err(|source| KernelError::Thread { source })?;
     told.await.unwrap_or(Err(KernelError::Thread { source: std::io::ErrorKind::BrokenPipe.into() }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, sync::atomic::AtomicU32};
+
+    use super::*;
+    use crate::identity::{
+        TrustDomain,
+        issuer::{EmbeddedIssuer, Issuer, testing::Scratch},
+    };
+
+    #[tokio::test]
+    async fn a_pod_that_goes_meanwhile_is_not_waited_for() {
+        let folder = Scratch::new();
+        let domain = TrustDomain::parse("cluster.local").expect("valid");
+        let issuer = EmbeddedIssuer::open(folder.path(), &domain, Duration::from_secs(3600)).expect("a root");
+        let identities = Identities::start(Issuer::Failing(issuer, AtomicU32::new(u32::MAX)));
+        let file = folder.path().join("directory.yaml");
+        let pod = "workloads: [{name: web, namespace: shop, addresses: [10.77.1.2], node: a}]\n";
+        fs::write(&file, pod).expect("written");
+        let named = file.clone();
+        let parse = move |text: &str| Directory::parse(text, &named, &domain);
+        let directory = Watched::open(&file, parse).expect("read");
+        let soon = Duration::from_secs(10);
+        certified(&directory, &identities, "b").await;
+        let mut waiting = std::pin::pin!(certified(&directory, &identities, "a"));
+        let refused = async {
+            let mut attempts = identities.changes();
+            attempts.changed().await
+        };
+        tokio::select! {
+            () = &mut waiting => panic!("nobody has a certificate"),
+            _ = refused => {}
+        }
+        let fresh = folder.path().join("fresh");
+        fs::write(&fresh, "workloads: []\n").expect("written");
+        fs::rename(&fresh, &file).expect("replaced");
+        timeout(soon, waiting).await.expect("the pod is gone");
+    }
 }

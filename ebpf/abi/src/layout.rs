@@ -27,11 +27,16 @@ pub mod tcp_port {
         port + 1
     }
 
+    #[inline(always)]
+    const fn is_own_or_spare(port: u16, own: u16) -> bool {
+        port == own || port == spare(own)
+    }
+
     /// Is it one of these?
     #[inline(always)]
     #[must_use]
     pub const fn is_reserved(port: u16) -> bool {
-        matches!(port, 15001 | 15002 | 15006 | 15007 | 15008 | 15009)
+        is_own_or_spare(port, CAPTURE) || is_own_or_spare(port, PLAINTEXT) || is_own_or_spare(port, TUNNEL)
     }
 }
 

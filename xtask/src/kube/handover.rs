@@ -36,11 +36,7 @@ pub(super) fn taken_over(workspace: &Workspace, cluster: &Cluster) -> Result<Str
     pods::ready(cluster, SHOP, &["pod/host", "pod/caller"])?;
     both_are(cluster, "enrolled", is_enrolled)?;
     let host = pods::address(cluster, SHOP, "host")?;
-    cluster.eventually("the caller reaches it", |cluster| {
-        let answer = pods::get(cluster, SHOP, "caller", &host, pods::PORT)?;
-        ensure!(answer.contains(MARKER), "the host answered {answer:?}");
-        Ok(())
-    })?;
+    load::reaches(cluster, SHOP, "caller", &host)?;
     let first = agent_on(cluster, NODE)?;
     cluster.apply(&[surge(workspace, cluster)?])?;
     wait_ready(cluster, SURGE)?;

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::{
     cluster::Cluster,
-    pods::{MARKER, PORT, exec, request},
+    pods::{MARKER, PORT, exec, get, request},
 };
 
 /// Echoes lines for as long as a connection lasts.
@@ -34,6 +34,15 @@ pub(super) fn serve() -> String {
 /// A script that echoes.
 pub(super) fn echo(port: u16) -> String {
     format!("nc -ll -p {port} -e /bin/busybox cat")
+}
+
+/// Waits until a pod is answered by one that serves the marker.
+pub(super) fn reaches(cluster: &Cluster, namespace: &str, from: &str, to: &str) -> Result<()> {
+    cluster.eventually(&format!("{from} reaches {to}"), |cluster| {
+        let answer = get(cluster, namespace, from, to, PORT)?;
+        ensure!(answer.contains(MARKER), "{to} answered {answer:?}");
+        Ok(())
+    })
 }
 
 /// Has a pod hold connections and, when there is `web`, make a new one to it all the time.

@@ -103,19 +103,11 @@ fn start(cluster: &Cluster) -> Result<()> {
     cluster.apply(&[pods::pod(SHOP, "host", far.place.name, &load::serve())])?;
     pods::ready(cluster, SHOP, &["pod/host"])?;
     let host = pods::address(cluster, SHOP, "host")?;
-    cluster.eventually("the host is reached", |cluster| {
-        let answer = pods::get(cluster, SHOP, "client", &host, pods::PORT)?;
-        ensure!(answer.contains(MARKER), "the host answered {answer:?}");
-        Ok(())
-    })?;
+    load::reaches(cluster, SHOP, "client", &host)?;
     // From a pod that is enrolled: what it opened before would be reset, or fail.
     cluster.apply(&[pods::pod(SHOP, "caller", near.place.name, "sleep infinity")])?;
     pods::ready(cluster, SHOP, &["pod/caller"])?;
-    cluster.eventually("the caller reaches it", |cluster| {
-        let answer = pods::get(cluster, SHOP, "caller", &host, pods::PORT)?;
-        ensure!(answer.contains(MARKER), "the host answered {answer:?}");
-        Ok(())
-    })?;
+    load::reaches(cluster, SHOP, "caller", &host)?;
     let held = [Held { name: "held", to: &host, port: ECHO, line: MARKER, number: HELD }];
     load::begin(cluster, SHOP, "caller", &held, Some(&host))
 }
