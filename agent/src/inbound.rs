@@ -150,7 +150,7 @@ async fn begin<'a>(
             return deny(path, session, open, denied).await.map(Begun::Denied);
         }
     };
-    if session.accept_flow().is_err() {
+    if session.accept_flow(open).is_err() {
         socket::reset(application);
         return None;
     }

@@ -56,8 +56,9 @@ struct Ends {
 struct Attempt<'a> {
     /// How long connecting may take.
     limit: Duration,
-    /// The application whose first bytes may go ahead; `None` when there may be another try, since nothing is sent twice.
-    ahead: Option<&'a TcpStream>,
+    /// The application, if what it says may be sent before the way stands; `None` when there may be another try, since nothing
+    /// is sent twice.
+    early: Option<&'a TcpStream>,
 }
 
 /// What is ready to carry a flow.
@@ -65,8 +66,8 @@ enum Way {
     Plain(TcpStream, FlowSpec),
     /// To an application of this pod, whose policies hold as long as the flow lives.
     SameNode(TcpStream, FlowSpec, Arc<Pod>, Changes),
-    /// With the number of bytes that went ahead.
-    Tunnel(Box<Session>, usize, FlowSpec, PoolKey),
+    /// With the number of bytes that were sent before it stood.
+    Tunnel(Box<Session>, u64, FlowSpec, PoolKey),
 }
 
 /// Why a captured connection was reset.
@@ -137,7 +138,7 @@ async fn find_way(
         return service::reach(path, pod, service, ends, app).await;
     }
     let route = find_route(path, pod, &directory, ends.destination);
-    let attempt = Attempt { limit: PEER_CONNECT, ahead: Some(app) };
+    let attempt = Attempt { limit: PEER_CONNECT, early: Some(app) };
     reach(path, pod, route, ends, attempt).await.map(|way| (way, None))
 }
 
@@ -181,9 +182,9 @@ fn carry(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, way: Way, held: Opt
             let revoked = admission::revoked(&target, asked, changes);
             relay_plain(path, app, server, flow, revoked, held).await;
         }),
-        Way::Tunnel(session, ahead_bytes, spec, key) => {
+        Way::Tunnel(session, early_bytes, spec, key) => {
             let live = path.telemetry.open_flow(spec);
-            live.counters().sent.fetch_add(ahead_bytes as u64, Relaxed);
+            live.counters().sent.fetch_add(early_bytes, Relaxed);
             Box::pin(async move {
                 let (end, session) = tokio::select! {
                     ended = relay::tunnelled(app, session, live.counters()) => ended,

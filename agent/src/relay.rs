@@ -8,6 +8,7 @@
 //! A reset keeps its place behind the data that was sent before it: an application that does not read sees it late.
 
 pub(crate) mod busy;
+mod held;
 mod plain;
 #[cfg(test)]
 pub(crate) mod testing;

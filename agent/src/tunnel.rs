@@ -27,6 +27,7 @@ pub mod open;
 pub mod phase;
 pub mod pool;
 pub mod session;
+pub(crate) mod said;
 pub(crate) mod socket;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -35,6 +36,7 @@ pub mod tls;
 pub use open::{Ahead, DenyReason, Open, TraceId};
 pub use phase::Role;
 pub use pool::Pool;
+pub(crate) use session::Early;
 pub use session::{OpenError, Session};
 pub use tls::{Refusal, TlsInfo, TunnelError};
 

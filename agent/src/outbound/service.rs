@@ -48,9 +48,9 @@ pub(super) async fn reach(
         tried.push(ends.destination);
         let is_last = tried.len() == TRIES || !path.balancer.has_more(&wish, &tried);
         let attempt = if is_last {
-            Attempt { limit: PEER_CONNECT, ahead: Some(app) }
+            Attempt { limit: PEER_CONNECT, early: Some(app) }
         } else {
-            Attempt { limit: TRY_CONNECT, ahead: None }
+            Attempt { limit: TRY_CONNECT, early: None }
         };
         let directory = super::discover(path, ends.destination).await;
         let route = super::find_route(path, pod, &directory, ends.destination);

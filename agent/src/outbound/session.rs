@@ -6,8 +6,6 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use tokio::net::TcpStream;
-
 use super::{Attempt, DataPath, Ends, Failure, Pod, Way};
 use crate::{
     datapath::{PoolKey, security},
@@ -15,10 +13,7 @@ use crate::{
     kernel::socket::connect,
     telemetry::{FlowSpec, Reporter},
     tunnel::{
-        Ahead, DenyReason, Open, OpenError, Session, TraceId,
-        batch::payload_slots,
-        buffers::{Buffer, Size},
-        socket,
+        Ahead, DenyReason, Early, Open, OpenError, Session, TraceId,
     },
     workers::Workers,
 };
@@ -48,7 +43,7 @@ pub(super) async fn tunnel(
         serial: own.serial.clone(),
     };
     let open = Open { destination, client: source, trace: TraceId::random(), ahead: Ahead::Nothing };
-    let (session, ahead_bytes) = Box::pin(opened(path, pod, &own, &key, &open, attempt)).await?;
+    let (session, early_bytes) = Box::pin(opened(path, pod, &own, &key, &open, attempt)).await?;
     let spec = FlowSpec {
         reporter: Reporter::Source,
         source: path.party(source, Some(identity)),
@@ -56,10 +51,10 @@ pub(super) async fn tunnel(
         security: security(session.tls()),
         trace: open.trace.0,
     };
-    Ok(Way::Tunnel(session, ahead_bytes, spec, key))
+    Ok(Way::Tunnel(session, early_bytes, spec, key))
 }
 
-/// A session on which the peer has accepted the flow, and how many bytes of the application went ahead of that.
+/// A session on which the peer has accepted the flow, and how many bytes of the application were sent before.
 async fn opened(
     path: &DataPath,
     pod: &Pod,
@@ -67,15 +62,15 @@ async fn opened(
     key: &PoolKey,
     open: &Open,
     attempt: Attempt<'_>,
-) -> Result<(Box<Session>, usize), Failure> {
-    // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it went ahead: the
+) -> Result<(Box<Session>, u64), Failure> {
+    let mut early = attempt.early.map(Early::new);
+    // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it were sent: the
     // destination may have read those, so they are not sent twice.
     while let Some(mut session) = take(path, key) {
-        let (ahead, ahead_bytes) = attempt.ahead.map_or((None, 0), ready_payload);
-        match session.open(open, ahead).await {
-            Ok(()) => return Ok((session, ahead_bytes)),
+        match session.open(open, early.as_mut()).await {
+            Ok(()) => return Ok((session, sent_bytes(&early))),
             Err(OpenError::Denied(reason)) => return Err(denied(path, key, session, reason)),
-            Err(error) if ahead_bytes > 0 => return Err(Failure::new(error.reason(), error)),
+            Err(error) if sent_bytes(&early) > 0 => return Err(Failure::new(error.reason(), error)),
             Err(error) => tracing::debug!(%error, "idle session was dead"),
         }
     }
@@ -85,22 +80,16 @@ async fn opened(
     })?;
     let connected = Session::connect(tcp, own, &key.identity).await;
     let mut session = connected.map_err(|e| Failure::new(e.reason(), e))?;
-    let (ahead, ahead_bytes) = attempt.ahead.map_or((None, 0), ready_payload);
-    match session.open(open, ahead).await {
-        Ok(()) => Ok((session, ahead_bytes)),
+    match session.open(open, early.as_mut()).await {
+        Ok(()) => Ok((session, sent_bytes(&early))),
         Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason)),
         Err(OpenError::Stale(error) | OpenError::Tunnel(error)) => Err(Failure::new(error.reason(), error)),
+        Err(error @ OpenError::Abandoned) => Err(Failure::new(error.reason(), error)),
     }
 }
 
-/// What the application has sent already, in the slots of a batch.
-fn ready_payload(app: &TcpStream) -> (Option<(Buffer, usize)>, usize) {
-    let mut batch = Buffer::take(Size::Small);
-    let (mut slots, _) = payload_slots(&mut batch);
-    match socket::read_now(app, &mut slots) {
-        0 => (None, 0),
-        read_bytes => (Some((batch, read_bytes)), read_bytes),
-    }
+fn sent_bytes(early: &Option<Early<'_>>) -> u64 {
+    early.as_ref().map_or(0, |early| early.sent_bytes)
 }
 
 /// An idle session: one of this thread, or else one that another thread polls, which moves here.
@@ -119,7 +108,7 @@ fn take(path: &DataPath, key: &PoolKey) -> Option<Box<Session>> {
     found?.rehomed().inspect_err(|error| tracing::debug!(%error, "idle session lost on its way")).ok()
 }
 
-/// A denied flow leaves its session as good as before, if none of its bytes went ahead.
+/// A denied flow leaves its session as good as before, if nothing was sent before the answer.
 fn denied(path: &DataPath, key: &PoolKey, session: Box<Session>, reason: DenyReason) -> Failure {
     if session.is_idle() {
         keep(path, key.clone(), session);

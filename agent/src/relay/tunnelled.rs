@@ -23,15 +23,16 @@ use std::{
 
 use tokio::{io::Interest, net::TcpStream, task::yield_now, time::timeout};
 
-use super::{FlowEnd, Party, busy::Busy};
+use super::{FlowEnd, Party, busy::Busy, held::Held};
 use crate::{
     telemetry::flows::FlowCounters,
     tunnel::{
         Role, Session, TunnelError,
-        batch::{FRAMES_MAX, payload_slots},
-        buffers::{Buffer, Size},
+        batch::FRAMES_MAX,
+        buffers::Size,
         frame::Control,
         inbox::Received,
+        said::poll_said,
         socket,
     },
     workers::TRIM,
@@ -91,7 +92,10 @@ async fn run(app: &TcpStream, session: &mut Session, counters: &FlowCounters) ->
     poll_fn(|cx| {
         let mut ending = flow.poll(cx);
         if ending.is_pending() && flow.holds_answer {
-            ready!(others.as_mut().poll(cx));
+            match &mut flow.held {
+                Some(held) if held.is_crowded() => ready!(held.poll(cx)),
+                _ => ready!(others.as_mut().poll(cx)),
+            }
             flow.holds_answer = false;
             ending = flow.poll(cx);
         }
@@ -157,8 +161,11 @@ struct Flow<'a> {
     down: &'a AtomicU64,
     /// How much to read from the application at once.
     size: Size,
-    /// ACCEPT waits for the application's first bytes, to leave with them, while the thread sees to its other flows once.
+    /// ACCEPT waits for the application's first bytes, to leave with them: at least while the thread sees to its other flows
+    /// once.
     holds_answer: bool,
+    /// And it may wait longer, as the client does not. Until the application has spoken.
+    held: Option<Held>,
     /// FIN is queued or sent.
     app_ended: bool,
     /// FIN has left this node for sure.
@@ -176,6 +183,9 @@ impl<'a> Flow<'a> {
             Role::Server => (&counters.received, &counters.sent),
         };
         let holds_answer = session.unsent();
+        let held = (holds_answer && session.answer_can_wait()).then(Held::new);
+        // Ahead of the answer.
+        let app_ended = session.role() == Role::Client && session.client_ended();
         Self {
             app,
             session,
@@ -183,7 +193,8 @@ impl<'a> Flow<'a> {
             down,
             size: Size::default(),
             holds_answer,
-            app_ended: false,
+            held,
+            app_ended,
             end_sent: false,
             peer_ended: false,
             lost: None,
@@ -233,40 +244,23 @@ impl<'a> Flow<'a> {
             self.end_sent = true;
             return Poll::Pending;
         }
-        // Before a buffer is taken.
-        let _ = ready!(self.app.poll_read_ready(cx));
-        let mut buffer = Buffer::take(self.size);
-        let (mut slots, room_bytes) = payload_slots(&mut buffer);
-        let queued = match ready!(socket::poll_read(self.app, cx, &mut slots)) {
-            Ok(0) => self.fin(),
-            Ok(read_bytes) => {
-                self.up.fetch_add(read_bytes as u64, Relaxed);
-                self.size = self.size.after(read_bytes, room_bytes);
-                let queued = self.session.send_data(buffer, read_bytes);
-                // An end that is known by now goes with the last bytes.
-                match if read_bytes < room_bytes { socket::is_at_end(self.app) } else { Ok(false) } {
-                    Ok(true) => queued.and_then(|()| self.fin()),
-                    Ok(false) => queued,
-                    Err(_) => return end(Ending::ResetByApp),
-                }
-            }
-            Err(_) => return end(Ending::ResetByApp),
-        };
-        if let Err(error) = queued {
+        let Ok(said) = ready!(poll_said(self.app, cx, self.size)) else { return end(Ending::ResetByApp) };
+        self.up.fetch_add(said.payload_bytes as u64, Relaxed);
+        self.size = said.next;
+        match self.session.send_said(said) {
+            Ok(Ok(ends)) => self.app_ended = ends,
+            Ok(Err(_)) => return end(Ending::ResetByApp),
+            Err(error) => return end(Ending::Lost(error)),
+        }
+        if let Err(error) = self.done() {
             return end(Ending::Lost(error));
         }
-        self.holds_answer = false;
+        (self.holds_answer, self.held) = (false, None);
         // At once; what does not fit now goes with the next step.
         if let Poll::Ready(Err(error)) = self.session.poll_flush(cx) {
             self.lost = Some(error);
         }
         GO_ON
-    }
-
-    /// The application has ended its direction.
-    fn fin(&mut self) -> Result<(), TunnelError> {
-        self.app_ended = true;
-        self.session.send(&Control::Fin).and_then(|()| self.done())
     }
 
     /// Tunnel to application: one write, or one frame.

@@ -35,14 +35,15 @@ pub struct Open {
     pub ahead: Ahead,
 }
 
-/// What follows OPEN at once. A destination that answers a request is reached a round trip earlier with it; after a DENY
-/// the session ends, since nobody can tell where the data of a denied flow does.
+/// What follows OPEN at once. A destination that answers a request is reached a round trip earlier with it, and ACCEPT may
+/// wait for the first bytes of that answer; after a DENY the session ends, since nobody can tell where the data of a denied
+/// flow does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Ahead {
     /// Nothing: the client waits.
     #[default]
     Nothing,
-    /// DATA.
+    /// All that the application says, as it says it: DATA, and FIN or RESET behind.
     Data,
 }
 

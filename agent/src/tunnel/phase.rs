@@ -3,9 +3,9 @@
 //! ```text
 //!          OPEN (client)             ACCEPT (server)
 //!  Idle ------------------> Opening ------------------> Flow { client ended: no, server ended: no }
-//!   ^                          |                          |  DATA of a side that has not ended: stays
-//!   |        DENY (server)     |  DATA (client): stays    |  FIN of a side: that side has ended
-//!   +--------------------------+                          |  RESET of either side: Over
+//!   ^                          |  DATA, FIN, RESET        |  DATA of a side that has not ended: stays
+//!   |        DENY (server)     |  (client): as in Flow,   |  FIN of a side: that side has ended
+//!   +--------------------------+  where ACCEPT leads      |  RESET of either side: Over
 //!   |                                  DONE (server)      v
 //!   +------------------------------------------------- Flow { client ended: yes, server ended: yes }
 //! ```
@@ -41,7 +41,10 @@ pub enum Phase {
     /// No flow; the session can be used.
     Idle,
     /// A flow was asked for and not yet answered.
-    Opening,
+    Opening {
+        /// The client has sent FIN.
+        client_ended: bool,
+    },
     /// A flow runs; a side that has sent FIN sends no more data.
     Flow {
         /// The client has sent FIN.
@@ -73,11 +76,16 @@ impl Phase {
     pub fn after(self, from: Role, kind: Kind) -> Result<Self, OutOfTurn> {
         use Role::{Client, Server};
         Ok(match (self, from, kind) {
-            (Self::Idle, Client, Kind::Open) => Self::Opening,
+            (Self::Idle, Client, Kind::Open) => Self::Opening { client_ended: false },
             // Ahead of the answer, as OPEN has said.
-            (Self::Opening, Client, Kind::Data) => self,
-            (Self::Opening, Server, Kind::Accept) => Self::Flow { client_ended: false, server_ended: false },
-            (Self::Opening, Server, Kind::Deny) => Self::Idle,
+            (Self::Opening { client_ended: false }, Client, Kind::Data) => self,
+            (Self::Opening { client_ended: false }, Client, Kind::Fin) => {
+                Self::Opening { client_ended: true }
+            }
+            (Self::Opening { client_ended }, Server, Kind::Accept) => {
+                Self::Flow { client_ended, server_ended: false }
+            }
+            (Self::Opening { .. }, Server, Kind::Deny) => Self::Idle,
             (Self::Flow { client_ended: false, .. }, Client, Kind::Data)
             | (Self::Flow { server_ended: false, .. }, Server, Kind::Data) => self,
             (Self::Flow { client_ended: false, server_ended }, Client, Kind::Fin) => {
@@ -87,7 +95,8 @@ impl Phase {
                 Self::Flow { client_ended, server_ended: true }
             }
             // In `Idle` it crossed the server's DONE: the source reset a flow that had just ended.
-            (Self::Flow { .. }, _, Kind::Reset) | (Self::Idle, Client, Kind::Reset) => Self::Over,
+            (Self::Flow { .. }, _, Kind::Reset)
+            | (Self::Idle | Self::Opening { .. }, Client, Kind::Reset) => Self::Over,
             (Self::Flow { client_ended: true, server_ended: true }, Server, Kind::Done) => Self::Idle,
             (phase, from, kind) => return Err(OutOfTurn { phase, from, kind }),
         })
@@ -102,16 +111,25 @@ mod tests {
         Phase::Flow { client_ended, server_ended }
     }
 
+    const fn opening(client_ended: bool) -> Phase {
+        Phase::Opening { client_ended }
+    }
+
     #[test]
     fn all_pairs_of_phase_and_frame() {
         use Kind::*;
         use Role::*;
         let allowed = [
-            (Phase::Idle, Client, Open, Phase::Opening),
+            (Phase::Idle, Client, Open, opening(false)),
             (Phase::Idle, Client, Reset, Phase::Over),
-            (Phase::Opening, Client, Data, Phase::Opening),
-            (Phase::Opening, Server, Accept, flow(false, false)),
-            (Phase::Opening, Server, Deny, Phase::Idle),
+            (opening(false), Client, Data, opening(false)),
+            (opening(false), Client, Fin, opening(true)),
+            (opening(false), Client, Reset, Phase::Over),
+            (opening(false), Server, Accept, flow(false, false)),
+            (opening(false), Server, Deny, Phase::Idle),
+            (opening(true), Client, Reset, Phase::Over),
+            (opening(true), Server, Accept, flow(true, false)),
+            (opening(true), Server, Deny, Phase::Idle),
             (flow(false, false), Client, Data, flow(false, false)),
             (flow(false, false), Server, Data, flow(false, false)),
             (flow(false, false), Client, Fin, flow(true, false)),
@@ -132,7 +150,8 @@ mod tests {
         ];
         let phases = [
             Phase::Idle,
-            Phase::Opening,
+            opening(false),
+            opening(true),
             flow(false, false),
             flow(true, false),
             flow(false, true),

@@ -4,6 +4,7 @@
 //! accepts and answers each OPEN with ACCEPT or DENY. The order of frames is `phase`'s; a session on which it is broken is
 //! of no further use. Dropping a session cuts the connection; [`Session::close`] says goodbye first.
 
+mod early;
 #[cfg(test)]
 mod tests;
 
@@ -27,11 +28,13 @@ use super::{
     inbox::{Inbox, Received},
     open::{Ahead, DenyReason, OPEN_BYTES, Open},
     phase::{Phase, Role},
+    said::Said,
     tls::{
         TlsInfo,
         stream::{self, Established, TlsStream},
     },
 };
+pub(crate) use early::Early;
 use crate::identity::{SpiffeId, certificate::Validity, credentials::Credentials};
 
 /// How long a server keeps an idle session. Longer than a client keeps it in its pool, so that the client closes first and
@@ -54,6 +57,9 @@ pub enum OpenError {
     /// The tunnel failed in a way that a fresh session would not mend.
     #[error(transparent)]
     Tunnel(TunnelError),
+    /// The application did not wait for the answer; the server has been told.
+    #[error("the application has reset its connection")]
+    Abandoned,
 }
 
 impl OpenError {
@@ -64,6 +70,7 @@ impl OpenError {
             Self::Denied(reason) => reason.label(),
             Self::Stale(_) => "stale",
             Self::Tunnel(error) => error.reason(),
+            Self::Abandoned => "reset_by_source",
         }
     }
 }
@@ -89,6 +96,8 @@ pub struct Session {
     info: TlsInfo,
     /// Server: once cancelled, the session ends with its flow.
     leaving: Option<CancellationToken>,
+    /// Server: the client does not wait for the answer to its OPEN.
+    answer_can_wait: bool,
 }
 
 impl Session {
@@ -125,6 +134,7 @@ impl Session {
             peer_validity: established.peer_validity,
             info: established.tls,
             leaving: None,
+            answer_can_wait: false,
         })
     }
 
@@ -194,31 +204,18 @@ impl Session {
         self.phase == Phase::Idle && self.inbox.is_empty() && self.tls.is_quiet()
     }
 
-    /// Client: opens a flow and waits for the answer, at most `OPEN_MAX`. `ahead` is payload in a batch of its slots that
-    /// goes with it.
+    /// Client: opens a flow and waits for the answer, at most `OPEN_MAX`. What `early` has said already goes with OPEN, and
+    /// if that is something, then also what it says until the answer comes.
     ///
     /// # Errors
     /// [`OpenError`]; see [`Session::is_idle`] for whether the session can be used further.
-    pub(crate) async fn open(
-        &mut self,
-        open: &Open,
-        ahead: Option<(Buffer, usize)>,
-    ) -> Result<(), OpenError> {
-        let data = if ahead.is_some() { Ahead::Data } else { Ahead::Nothing };
-        let asked = async {
-            self.send(&Control::Open(Open { ahead: data, ..*open }))?;
-            if let Some((batch, payload_bytes)) = ahead {
-                self.send_data(batch, payload_bytes)?;
-            }
-            if let Err(failed) = poll_fn(|cx| self.poll_flush(cx)).await {
-                // What the server said before it closed tells more than that it is closed.
-                return Err(poll_fn(|cx| Poll::Ready(self.last_words(cx))).await.unwrap_or(failed));
-            }
-            poll_fn(|cx| self.poll_received(cx)).await
-        };
-        match bounded("the answer to OPEN", OPEN_MAX, asked).await? {
+    pub(crate) async fn open(&mut self, open: &Open, early: Option<&mut Early<'_>>) -> Result<(), OpenError> {
+        let early = early.and_then(|early| early.said_already().map(|first| (early, first)));
+        let ahead = if early.is_some() { Ahead::Data } else { Ahead::Nothing };
+        self.send(&Control::Open(Open { ahead, ..*open }))?;
+        match bounded("the answer to OPEN", OPEN_MAX, self.answered(early)).await? {
             Received::Control(Control::Deny(reason)) => {
-                self.end_after_deny(data);
+                self.end_after_deny(ahead);
                 Err(OpenError::Denied(reason))
             }
             // Anything else than ACCEPT is out of turn and has been refused.
@@ -243,11 +240,12 @@ impl Session {
         }
     }
 
-    /// Server: the flow asked for may begin. The relay sends the answer.
+    /// Server: the flow that `open` asked for may begin. The relay sends the answer.
     ///
     /// # Errors
     /// [`TunnelError`].
-    pub fn accept_flow(&mut self) -> Result<(), TunnelError> {
+    pub fn accept_flow(&mut self, open: &Open) -> Result<(), TunnelError> {
+        self.answer_can_wait = open.ahead == Ahead::Data;
         self.send(&Control::Accept)
     }
 
@@ -298,6 +296,16 @@ impl Session {
         bounded("sending the answer", ANSWER_MAX, poll_fn(|cx| self.poll_flush(cx))).await
     }
 
+    /// Server: true while a client waits for nothing but what the application says.
+    pub(crate) fn answer_can_wait(&self) -> bool {
+        self.answer_can_wait
+    }
+
+    /// True when the client has sent FIN.
+    pub(crate) fn client_ended(&self) -> bool {
+        matches!(self.phase, Phase::Opening { client_ended: true } | Phase::Flow { client_ended: true, .. })
+    }
+
     /// Queues a frame; [`Session::poll_flush`] sends it.
     pub(crate) fn send(&mut self, frame: &Control) -> Result<(), TunnelError> {
         self.phase = self.phase.after(self.role, frame.kind())?;
@@ -318,6 +326,17 @@ impl Session {
     pub(crate) fn send_data(&mut self, batch: Buffer, payload_bytes: usize) -> Result<(), TunnelError> {
         self.phase = self.phase.after(self.role, Kind::Data)?;
         self.tls.queue_batch(batch, payload_bytes)
+    }
+
+    /// Queues what an application has said; returns whether that was all.
+    pub(crate) fn send_said(&mut self, said: Said) -> Result<io::Result<bool>, TunnelError> {
+        if said.payload_bytes > 0 {
+            self.send_data(said.batch, said.payload_bytes)?;
+        }
+        if matches!(said.ends, Ok(true)) {
+            self.send(&Control::Fin)?;
+        }
+        Ok(said.ends)
     }
 
     /// True while queued bytes wait to be sent.
@@ -359,6 +378,12 @@ impl Session {
         }
     }
 
+    /// True when something has come that was not looked at.
+    #[cfg(test)]
+    pub(crate) fn has_received(&self) -> bool {
+        !self.inbox.is_empty()
+    }
+
     /// Received payload that is not consumed: points `slices` at it, returns how many are used.
     pub(crate) fn payloads<'a>(&'a self, slices: &mut [IoSlice<'a>; FRAMES_MAX]) -> usize {
         self.inbox.payloads(slices)
@@ -375,10 +400,10 @@ impl Session {
     }
 }
 
-async fn bounded<T>(
+async fn bounded<T, E: From<TunnelError>>(
     what: &'static str,
     limit: Duration,
-    work: impl Future<Output = Result<T, TunnelError>>,
-) -> Result<T, TunnelError> {
-    timeout(limit, work).await.unwrap_or(Err(TunnelError::Timeout { what, limit }))
+    work: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    timeout(limit, work).await.unwrap_or_else(|_| Err(TunnelError::Timeout { what, limit }.into()))
 }

@@ -60,7 +60,7 @@ pub(crate) async fn open_flow(client: &mut Session, server: &mut Session) {
     let asked = open();
     let serve = async {
         let got = server.next(Duration::from_secs(5)).await.expect("no error").expect("not closed");
-        server.accept_flow().expect("in turn");
+        server.accept_flow(&got).expect("in turn");
         std::future::poll_fn(|cx| server.poll_flush(cx)).await.expect("sent");
         got
     };

@@ -9,7 +9,10 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     relay::testing::{DEADLINE, exchange, is_reset, soon},
-    tunnel::testing::{connection, open_flow, sessions},
+    tunnel::{
+        Ahead, Open,
+        testing::{connection, open, open_flow, sessions},
+    },
 };
 
 type Relayed = JoinHandle<(FlowEnd, Option<Box<Session>>, u64, u64)>;
@@ -77,6 +80,58 @@ async fn a_clean_flow_leaves_both_sessions_for_the_next() {
         (client, server) = (near.1.expect("reusable"), far.1.expect("reusable"));
         assert!(client.is_idle_alive());
     }
+}
+
+/// A session on which the server has accepted a flow whose client does not wait for the answer.
+async fn accepted_early() -> (Box<Session>, Box<Session>) {
+    let (mut client, mut server) = sessions().await;
+    client.send(&Control::Open(Open { ahead: Ahead::Data, ..open() })).expect("in turn");
+    soon(poll_fn(|cx| client.poll_flush(cx))).await.expect("sent");
+    let got = soon(server.next(DEADLINE)).await.expect("no error").expect("not closed");
+    server.accept_flow(&got).expect("in turn");
+    (client, server)
+}
+
+/// Waits for ACCEPT; true when more has come with it.
+async fn accepted_with_more(client: &mut Session) -> bool {
+    let received = soon(poll_fn(|cx| client.poll_received(cx))).await;
+    assert!(matches!(received, Ok(Received::Control(Control::Accept))), "{received:?}");
+    client.has_received()
+}
+
+/// Two flows that begin together, of which the second's application speaks late, or not at all. Whether ACCEPT came to each
+/// client with more.
+async fn begun_together(speaks: bool) -> [bool; 2] {
+    let ((mut first, first_server), (mut second, second_server)) =
+        (accepted_early().await, accepted_early().await);
+    let ((first_app, _silent), (second_app, mut second_speaker)) = (connection().await, connection().await);
+    let _relays = [relay(first_app, first_server), relay(second_app, second_server)];
+    // Several turns of the thread, in which all could be sent.
+    for _ in 0..10 {
+        yield_now().await;
+    }
+    if speaks {
+        second_speaker.write_all(b"late").await.expect("open");
+    }
+    [accepted_with_more(&mut first).await, accepted_with_more(&mut second).await]
+}
+
+#[tokio::test]
+async fn of_flows_that_begin_together_the_answer_leaves_with_the_first_bytes() {
+    // Again where the application had no time on a loaded machine.
+    for _ in 0..20 {
+        match begun_together(true).await {
+            [true, _] => panic!("the first application has said nothing"),
+            [false, true] => return,
+            [false, false] => {}
+        }
+    }
+    panic!("ACCEPT always came alone");
+}
+
+#[tokio::test]
+async fn an_application_that_says_nothing_keeps_no_answer_back() {
+    assert_eq!(begun_together(false).await, [false, false]);
 }
 
 #[tokio::test]

@@ -9,7 +9,6 @@ use tokio::{
 
 use super::*;
 use crate::tunnel::{
-    batch::payload_slots,
     buffers::Size,
     testing::{connection, credentials, identity, open, open_flow, sessions},
 };
@@ -78,28 +77,81 @@ async fn a_denied_flow_leaves_the_session_usable() {
     open_flow(&mut client, &mut server).await;
 }
 
-/// A batch that holds `text` in its first slot.
-fn batch(text: &[u8]) -> Option<(Buffer, usize)> {
-    let mut batch = Buffer::take(Size::Small);
-    payload_slots(&mut batch).0[0][..text.len()].copy_from_slice(text);
-    Some((batch, text.len()))
+/// An application that has said `text`, and its agent's socket, which has it.
+async fn speaker(text: &[u8]) -> (TcpStream, TcpStream) {
+    let (mut app, ours) = connection().await;
+    app.write_all(text).await.expect("open");
+    timeout(SOON, ours.readable()).await.expect("in time").expect("open");
+    (app, ours)
+}
+
+/// What the client says in its flow on `server`, up to `length` bytes or the end.
+async fn said(server: &mut Session, length: usize) -> Vec<u8> {
+    let mut all = Vec::new();
+    while all.len() < length && frame(server).await.expect("a frame") == Received::Data {
+        let mut slices = [IoSlice::new(&[]); FRAMES_MAX];
+        let used = server.payloads(&mut slices);
+        all.extend(slices[..used].iter().flat_map(|slice| slice.iter().copied()));
+        server.consume(usize::MAX);
+    }
+    all
 }
 
 #[tokio::test]
-async fn data_ahead_of_the_answer_arrives_once_the_flow_is_accepted() {
+async fn what_is_said_before_the_answer_arrives_once_the_flow_is_accepted() {
     let (mut client, mut server) = sessions().await;
+    let (_app, ours) = speaker(b"early").await;
+    let mut early = Early::new(&ours);
     let serve = async {
         let asked = server.next(SOON).await.expect("no error").expect("not closed");
         assert_eq!(asked.ahead, Ahead::Data);
-        server.accept_flow().expect("in turn");
+        server.accept_flow(&asked).expect("in turn");
         poll_fn(|cx| server.poll_flush(cx)).await.expect("sent");
     };
     let asked = open();
-    let (opened, ()) = tokio::join!(client.open(&asked, batch(b"early")), serve);
+    let (opened, ()) = tokio::join!(client.open(&asked, Some(&mut early)), serve);
     opened.expect("accepted");
-    assert_eq!(frame(&mut server).await.expect("DATA"), Received::Data);
-    let mut slices = [IoSlice::new(&[]); FRAMES_MAX];
-    assert_eq!((server.payloads(&mut slices), &*slices[0]), (1, b"early".as_slice()));
+    assert_eq!((early.sent_bytes, said(&mut server, 5).await), (5, b"early".to_vec()));
+}
+
+#[tokio::test]
+async fn a_client_goes_on_while_it_waits_for_the_answer() {
+    let (mut client, mut server) = sessions().await;
+    let (mut app, ours) = speaker(b"early").await;
+    let mut early = Early::new(&ours);
+    let serve = async {
+        let asked = server.next(SOON).await.expect("no error").expect("not closed");
+        // Queued, and not sent before all has come.
+        server.accept_flow(&asked).expect("in turn");
+        assert_eq!(said(&mut server, 5).await, b"early");
+        app.write_all(b"more").await.expect("open");
+        assert_eq!(said(&mut server, 4).await, b"more");
+        app.shutdown().await.expect("open");
+        assert_eq!(frame(&mut server).await.expect("FIN"), Received::Control(Control::Fin));
+        poll_fn(|cx| server.poll_flush(cx)).await.expect("sent");
+    };
+    let asked = open();
+    let (opened, ()) = tokio::join!(client.open(&asked, Some(&mut early)), serve);
+    opened.expect("accepted");
+    assert_eq!((early.sent_bytes, client.client_ended(), server.client_ended()), (9, true, true));
+}
+
+#[tokio::test]
+async fn an_application_that_resets_before_the_answer_is_no_end() {
+    let (mut client, mut server) = sessions().await;
+    let (app, ours) = speaker(b"early").await;
+    let mut early = Early::new(&ours);
+    let serve = async {
+        let asked = server.next(SOON).await.expect("no error").expect("not closed");
+        server.accept_flow(&asked).expect("in turn");
+        assert_eq!(said(&mut server, 5).await, b"early");
+        crate::tunnel::socket::reset(app);
+        assert_eq!(frame(&mut server).await.expect("RESET"), Received::Control(Control::Reset));
+    };
+    let asked = open();
+    let (opened, ()) = tokio::join!(client.open(&asked, Some(&mut early)), serve);
+    assert!(matches!(opened, Err(OpenError::Abandoned)), "{opened:?}");
+    assert!(!client.is_idle());
 }
 
 #[tokio::test]
@@ -112,13 +164,31 @@ async fn a_flow_denied_with_data_ahead_ends_its_session_and_is_told_why() {
         server
     };
     let ask = async {
-        let denied = client.open(&open(), batch(b"early")).await;
+        let (_app, ours) = speaker(b"early").await;
+        let denied = client.open(&open(), Some(&mut Early::new(&ours))).await;
         assert!(matches!(denied, Err(OpenError::Denied(DenyReason::Policy))), "{denied:?}");
         assert!(!client.is_idle());
         client.close();
     };
     let (server, ()) = timeout(SOON, async { tokio::join!(serve, ask) }).await.expect("in time");
     assert!(!server.is_idle());
+}
+
+#[tokio::test]
+async fn a_client_that_has_said_nothing_waits_for_the_answer() {
+    let (mut client, mut server) = sessions().await;
+    let (mut app, ours) = connection().await;
+    let mut early = Early::new(&ours);
+    let serve = async {
+        let asked = server.next(SOON).await.expect("no error").expect("not closed");
+        assert_eq!(asked.ahead, Ahead::Nothing);
+        app.write_all(b"late").await.expect("open");
+        server.deny(&asked, DenyReason::ConnectionRefused).await.expect("sent");
+    };
+    let asked = open();
+    let (denied, ()) = tokio::join!(client.open(&asked, Some(&mut early)), serve);
+    assert!(matches!(denied, Err(OpenError::Denied(_))));
+    assert!(client.is_idle_alive() && early.sent_bytes == 0, "another try may be made");
 }
 
 #[test]
@@ -130,8 +200,8 @@ fn a_session_goes_on_when_another_runtime_polls_it() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             first.block_on(async {
-                server.next(SOON).await.expect("no error").expect("not closed");
-                server.accept_flow().expect("in turn");
+                let asked = server.next(SOON).await.expect("no error").expect("not closed");
+                server.accept_flow(&asked).expect("in turn");
                 poll_fn(|cx| server.poll_flush(cx)).await.expect("sent");
             });
         });

@@ -1,0 +1,60 @@
+//! What an application says: its bytes in batches, and its end.
+
+use std::{
+    io,
+    task::{Context, Poll, ready},
+};
+
+use tokio::net::TcpStream;
+
+use super::{
+    batch::payload_slots,
+    buffers::{Buffer, Size},
+    socket,
+};
+
+/// What was read at once.
+pub(crate) struct Said {
+    /// Payload in its slots.
+    pub batch: Buffer,
+    /// How much; 0 when there is only the end.
+    pub payload_bytes: usize,
+    /// How much to read next time.
+    pub next: Size,
+    /// Whether that was all. An end that is known by now goes with the last bytes; a reset keeps its place behind them.
+    pub ends: io::Result<bool>,
+}
+
+/// Reads what there is, at most `size`.
+///
+/// # Errors
+/// When the connection was reset, and nothing was read before.
+pub(crate) fn poll_said(app: &TcpStream, cx: &mut Context<'_>, size: Size) -> Poll<io::Result<Said>> {
+    // Before a buffer is taken.
+    let _ = ready!(app.poll_read_ready(cx));
+    let mut batch = Buffer::take(size);
+    let (mut slots, room_bytes) = payload_slots(&mut batch);
+    let payload_bytes = ready!(socket::poll_read(app, cx, &mut slots))?;
+    Poll::Ready(Ok(said(app, batch, payload_bytes, size.after(payload_bytes, room_bytes), room_bytes)))
+}
+
+/// What `app` has said already. Does not ask the poller, which may not have looked yet; `None` also for an end or a reset
+/// without bytes, which are to be found later.
+pub(crate) fn said_already(app: &TcpStream) -> Option<Said> {
+    let mut batch = Buffer::take(Size::Small);
+    let (mut slots, room_bytes) = payload_slots(&mut batch);
+    match socket::read_now(app, &mut slots) {
+        0 => None,
+        payload_bytes => Some(said(app, batch, payload_bytes, Size::Small, room_bytes)),
+    }
+}
+
+fn said(app: &TcpStream, batch: Buffer, payload_bytes: usize, next: Size, room_bytes: usize) -> Said {
+    let ends = match payload_bytes {
+        0 => Ok(true),
+        // The end can only be known once everything before it is read.
+        _ if payload_bytes == room_bytes => Ok(false),
+        _ => socket::is_at_end(app),
+    };
+    Said { batch, payload_bytes, next, ends }
+}
