@@ -138,6 +138,7 @@ async fn begin<'a>(
     peer: IpAddr,
     at: IpAddr,
 ) -> Option<Begun<'a>> {
+    relay::begins();
     let changes = match admit(path, pod, &session, open, peer, at) {
         Ok(changes) => changes,
         Err(denied) => return deny(path, session, open, denied).await.map(Begun::Denied),

@@ -14,6 +14,7 @@ mod plain;
 pub(crate) mod testing;
 mod tunnelled;
 
+pub(crate) use busy::begins;
 pub use plain::plain;
 pub use tunnelled::tunnelled;
 

@@ -26,8 +26,8 @@ pub(crate) mod inbox;
 pub mod open;
 pub mod phase;
 pub mod pool;
-pub mod session;
 pub(crate) mod said;
+pub mod session;
 pub(crate) mod socket;
 #[cfg(test)]
 pub(crate) mod testing;

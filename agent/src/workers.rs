@@ -57,7 +57,7 @@ impl Drop for Load {
 }
 
 impl Workers {
-    /// Starts `count` threads, which flows may keep awake for up to `busy_poll` at a time.
+    /// Starts `count` threads, which stay awake for up to `busy_poll` when quick exchanges make that worth it.
     ///
     /// # Errors
     /// When the system gives no thread or no poller.
@@ -107,6 +107,7 @@ impl Worker {
                     // Nothing is ever sent.
                     _ = ended => {}
                     () = trim() => {}
+                    () = busy::stay_awake() => {}
                 }
             });
         };

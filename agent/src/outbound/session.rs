@@ -12,9 +12,7 @@ use crate::{
     identity::{SpiffeId, credentials::Credentials},
     kernel::socket::connect,
     telemetry::{FlowSpec, Reporter},
-    tunnel::{
-        Ahead, DenyReason, Early, Open, OpenError, Session, TraceId,
-    },
+    tunnel::{Ahead, DenyReason, Early, Open, OpenError, Session, TraceId},
     workers::Workers,
 };
 

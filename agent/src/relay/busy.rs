@@ -1,10 +1,11 @@
 //! Waiting for the next bytes of a quick exchange without going to sleep.
 //!
 //! To sleep and be woken costs a thread some 20 us, an application on the same core as much again, and an exchange of a few
-//! bytes passes through both agents twice. So a flow that is alone on its thread and whose bytes come quickly one after the
-//! other has its thread look at the sockets again, for as long as [`set_limit`] says, before it sleeps. Measured on two cores
-//! that all four ends share: an echo of 64 bytes took 2.3 times as long as without Tacit, and takes less time than without
-//! (the cores no longer fall asleep), for the same CPU time of the agents.
+//! bytes passes through both agents twice. So a thread on which one flow at a time moves, and on which something moves
+//! quickly one after the other, looks at its sockets again for as long as [`set_limit`] says before it sleeps. That may be
+//! one flow, or one connection after another: what begins and ends then belongs to the exchange. Measured on two cores that
+//! all four ends share: an echo of 64 bytes took 2.3 times as long as without Tacit, and takes less time than without (the
+//! cores no longer fall asleep), for the same CPU time of the agents.
 //!
 //! Between two looks the thread lets others have the core that want it: without that, the application that the flow waits
 //! for may be kept from it, and one exchange in a hundred took 200 us.
@@ -13,46 +14,95 @@
 //! thread (each would keep the others waiting), and after waits in vain none for more and more moves, up to [`REST_MAX`].
 
 use std::{
-    cell::Cell,
-    future::Future as _,
-    pin::pin,
-    task::Context,
+    cell::{Cell, RefCell},
+    rc::Rc,
     thread,
     time::{Duration, Instant},
 };
 
-use tokio::task::yield_now;
+use tokio::{sync::Notify, task::yield_now};
 
 /// More bytes than this at once are bulk: there throughput counts, and the next are there already.
 const SMALL_BYTES: u64 = 16 * 1024;
 /// Moves that follow each other within this are quick.
 const QUICK: Duration = Duration::from_micros(500);
-/// Quick moves of one flow, with none of another flow of the thread between, before its thread waits for it.
+/// Quick moves one after the other before the thread waits for the next.
 const STREAK: u32 = 8;
-/// Moves of a flow without a wait after one in vain. Twice as many after each that follows, until one was not in vain: where
-/// waiting helps, a late answer now and then must not end it, as the other agent then waits in vain too.
+/// Moves without a wait after one in vain. Twice as many after each that follows, until one was not in vain: where waiting
+/// helps, a late answer now and then must not end it, as the other agent then waits in vain too.
 const REST_MIN: u32 = 4;
 const REST_MAX: u32 = 256;
 
 thread_local! {
-    static LIMIT: Cell<Duration> = const { Cell::new(Duration::ZERO) };
-    static NEXT: Cell<u64> = const { Cell::new(0) };
-    /// The flow whose bytes moved last on this thread.
-    static LAST: Cell<u64> = const { Cell::new(0) };
+    static NEXT: Cell<u64> = const { Cell::new(1) };
+    static PACE: RefCell<Pace> = RefCell::new(Pace::new(Duration::ZERO, Instant::now()));
+    /// Told when the thread is to wait.
+    static WAIT: Rc<Notify> = Rc::default();
 }
 
-/// How long flows of the calling thread may keep it awake; zero, as it is at first, is not at all.
+/// How long the calling thread may wait, in [`stay_awake`]; zero, as it is at first, is not at all.
 pub(crate) fn set_limit(limit: Duration) {
-    LIMIT.set(limit);
+    PACE.set(Pace::new(limit, Instant::now()));
 }
 
-/// What one flow may expect of waiting.
+/// Keeps the calling thread awake while that may be worth it. Never ends.
+pub(crate) async fn stay_awake() {
+    let wait = WAIT.with(Rc::clone);
+    loop {
+        wait.notified().await;
+        while PACE.with_borrow_mut(|pace| pace.waits(Instant::now())) {
+            thread::yield_now();
+            // The thread's other tasks and its poller have their turn.
+            yield_now().await;
+        }
+    }
+}
+
+/// A connection begins on this thread, which may be the next of a quick exchange.
+pub(crate) fn begins() {
+    PACE.with_borrow_mut(|pace| pace.begins(Instant::now()));
+}
+
+/// One flow, as far as its thread's pace goes.
 pub(super) struct Busy {
     id: u64,
-    limit: Duration,
     /// Bytes of both directions when last looked at.
     seen: u64,
+}
+
+impl Busy {
+    /// For a flow of this thread.
+    pub(super) fn new() -> Self {
+        Self { id: NEXT.replace(NEXT.get() + 1), seen: 0 }
+    }
+
+    /// The flow can do nothing now, and has moved `total_bytes` so far.
+    pub(super) fn pending(&mut self, total_bytes: u64) {
+        let moved_bytes = total_bytes - self.seen;
+        if moved_bytes > 0 {
+            self.seen = total_bytes;
+            PACE.with_borrow_mut(|pace| {
+                if pace.moves(self.id, moved_bytes, Instant::now()) {
+                    WAIT.with(|wait| wait.notify_one());
+                }
+            });
+        }
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        PACE.with_borrow_mut(|pace| pace.ends(self.id, Instant::now()));
+    }
+}
+
+/// What moves on one thread.
+struct Pace {
+    limit: Duration,
+    /// The flow whose bytes moved last; `None` between two connections.
+    last: Option<u64>,
     moved_at: Instant,
+    /// Quick moves, with none of another flow between.
     streak: u32,
     /// Moves without a wait from here on.
     rest: u32,
@@ -61,49 +111,54 @@ pub(super) struct Busy {
     is_waiting: bool,
 }
 
-impl Busy {
-    /// For a flow of this thread.
-    pub(super) fn new() -> Self {
-        let id = NEXT.get() + 1;
-        NEXT.set(id);
-        let limit = LIMIT.get();
-        Self {
-            id,
-            limit,
-            seen: 0,
-            moved_at: Instant::now(),
-            streak: 0,
-            rest: 0,
-            next_rest: REST_MIN,
-            is_waiting: false,
+impl Pace {
+    fn new(limit: Duration, now: Instant) -> Self {
+        Self { limit, last: None, moved_at: now, streak: 0, rest: 0, next_rest: REST_MIN, is_waiting: false }
+    }
+
+    /// Bytes of a flow; true when a wait begins.
+    fn moves(&mut self, id: u64, bytes: u64, now: Instant) -> bool {
+        if self.limit.is_zero() {
+            return false;
+        }
+        let was_waiting = self.is_waiting;
+        let is_alone = self.last.replace(id).is_none_or(|last| last == id);
+        self.counts(is_alone && bytes <= SMALL_BYTES, now);
+        self.rest = self.rest.saturating_sub(1);
+        if was_waiting {
+            self.next_rest = REST_MIN;
+        }
+        self.is_waiting = self.streak >= STREAK && self.rest == 0;
+        self.is_waiting && !was_waiting
+    }
+
+    /// A connection.
+    fn begins(&mut self, now: Instant) {
+        if !self.limit.is_zero() {
+            let is_alone = self.last.take().is_none();
+            self.counts(is_alone, now);
         }
     }
 
-    /// The flow can do nothing now, and has moved `total_bytes` so far. Has its task polled again at once if that may be
-    /// worth it; the thread's other tasks, its poller and other threads have their turn before.
-    pub(super) fn pending(&mut self, cx: &mut Context<'_>, total_bytes: u64) {
-        if !self.limit.is_zero() && self.is_worth_it(total_bytes, Instant::now()) {
-            // Registers the task to be polled after the poller; nothing is left to be done with the future.
-            let _ = pin!(yield_now()).poll(cx);
-            thread::yield_now();
+    /// A flow.
+    fn ends(&mut self, id: u64, now: Instant) {
+        if self.last == Some(id) {
+            self.last = None;
+            self.counts(true, now);
         }
     }
 
-    fn is_worth_it(&mut self, total_bytes: u64, now: Instant) -> bool {
-        let moved_bytes = total_bytes - self.seen;
-        if moved_bytes > 0 {
-            let is_alone = LAST.replace(self.id) == self.id;
-            let is_quick = now.duration_since(self.moved_at) < QUICK && moved_bytes <= SMALL_BYTES;
-            self.streak = if is_alone && is_quick { self.streak.saturating_add(1) } else { 0 };
-            self.rest = self.rest.saturating_sub(1);
-            (self.seen, self.moved_at) = (total_bytes, now);
-            if self.is_waiting {
-                self.next_rest = REST_MIN;
-            }
-            self.is_waiting = self.streak >= STREAK && self.rest == 0;
-        } else if self.is_waiting
-            && (now.duration_since(self.moved_at) >= self.limit || LAST.get() != self.id)
-        {
+    fn counts(&mut self, is_one_exchange: bool, now: Instant) {
+        let is_quick = now.duration_since(self.moved_at) < QUICK;
+        self.streak = if is_one_exchange && is_quick { self.streak.saturating_add(1) } else { 0 };
+        self.moved_at = now;
+        // The exchange is over, or no longer the only one.
+        self.is_waiting &= self.streak > 0;
+    }
+
+    /// True as long as a wait goes on.
+    fn waits(&mut self, now: Instant) -> bool {
+        if self.is_waiting && now.duration_since(self.moved_at) >= self.limit {
             (self.is_waiting, self.rest) = (false, self.next_rest);
             self.next_rest = (2 * self.next_rest).min(REST_MAX);
         }
@@ -118,74 +173,106 @@ mod tests {
     const LIMIT: Duration = Duration::from_micros(200);
     const SOON: Duration = Duration::from_micros(120);
 
-    struct Exchange {
-        busy: Busy,
-        total_bytes: u64,
+    struct Thread {
+        pace: Pace,
         now: Instant,
     }
 
-    impl Exchange {
+    impl Thread {
         fn new() -> Self {
-            set_limit(LIMIT);
-            Self { busy: Busy::new(), total_bytes: 0, now: Instant::now() }
+            let now = Instant::now();
+            Self { pace: Pace::new(LIMIT, now), now }
         }
 
-        fn moves(&mut self, bytes: u64, after: Duration) -> bool {
-            self.total_bytes += bytes;
-            self.looks(after)
-        }
-
-        fn looks(&mut self, after: Duration) -> bool {
+        fn moves(&mut self, id: u64, bytes: u64, after: Duration) -> bool {
             self.now += after;
-            self.busy.is_worth_it(self.total_bytes, self.now)
+            self.pace.moves(id, bytes, self.now);
+            self.pace.is_waiting
         }
 
-        fn quick_moves(&mut self, count: u32) -> u32 {
-            (0..count).map(|_| u32::from(self.moves(64, SOON))).sum()
+        fn waits(&mut self, after: Duration) -> bool {
+            self.now += after;
+            self.pace.waits(self.now)
+        }
+
+        /// How many of these moves were followed by a wait.
+        fn quick_moves(&mut self, id: u64, count: u32) -> u32 {
+            (0..count).map(|_| u32::from(self.moves(id, 64, SOON))).sum()
+        }
+
+        /// One connection with one exchange.
+        fn connection(&mut self, id: u64, after: Duration) -> bool {
+            self.now += after;
+            self.pace.begins(self.now);
+            let waits = self.moves(id, 64, SOON);
+            self.now += SOON;
+            self.pace.ends(id, self.now);
+            waits
         }
     }
 
     #[test]
     fn a_quick_exchange_is_waited_for_up_to_the_limit() {
-        let mut flow = Exchange::new();
-        assert_eq!(flow.quick_moves(1 + STREAK), 1);
-        assert!(flow.looks(SOON), "within the limit");
-        assert!(!flow.looks(SOON), "beyond it");
-        assert!(!flow.looks(SOON), "and not again");
+        let mut thread = Thread::new();
+        assert_eq!(thread.quick_moves(1, STREAK), 1);
+        assert!(thread.waits(SOON), "within the limit");
+        assert!(!thread.waits(SOON), "beyond it");
+        assert!(!thread.waits(SOON), "and not again");
         for rest in [REST_MIN, 2 * REST_MIN, 4 * REST_MIN] {
-            assert_eq!(flow.quick_moves(rest - 1), 0, "a rest after a wait in vain");
-            assert_eq!(flow.quick_moves(1), 1);
-            assert!(!flow.looks(LIMIT), "in vain again");
+            assert_eq!(thread.quick_moves(1, rest - 1), 0, "a rest after a wait in vain");
+            assert_eq!(thread.quick_moves(1, 1), 1);
+            assert!(!thread.waits(LIMIT), "in vain again");
         }
-        assert_eq!(flow.quick_moves(8 * REST_MIN + 1), 2);
-        assert!(!flow.looks(LIMIT));
-        assert_eq!(flow.quick_moves(REST_MIN), 1, "short again after a wait that was not in vain");
+        assert_eq!(thread.quick_moves(1, 8 * REST_MIN + 1), 2);
+        assert!(!thread.waits(LIMIT));
+        assert_eq!(thread.quick_moves(1, REST_MIN), 1, "short again after a wait that was not in vain");
+    }
+
+    #[test]
+    fn connections_one_after_the_other_are_one_exchange() {
+        let mut thread = Thread::new();
+        let waits = (1..=10).filter(|id| thread.connection(*id, SOON)).count();
+        assert!(waits >= 7, "{waits}");
+        assert!(thread.waits(SOON), "for the next");
+        assert!(!thread.connection(11, QUICK), "which came late");
+        // Two at a time.
+        let mut thread = Thread::new();
+        let waits = (1..100).any(|id| {
+            thread.pace.begins(thread.now);
+            thread.pace.begins(thread.now);
+            let waits = thread.moves(2 * id, 64, SOON) | thread.moves(2 * id + 1, 64, SOON);
+            thread.pace.ends(2 * id, thread.now);
+            thread.pace.ends(2 * id + 1, thread.now);
+            waits
+        });
+        assert!(!waits);
     }
 
     #[test]
     fn neither_slow_moves_nor_bulk_are_waited_for() {
-        let mut flow = Exchange::new();
-        assert!((0..1000).all(|_| !flow.moves(64, QUICK)), "slow");
-        assert!((0..1000).all(|_| !flow.moves(SMALL_BYTES + 1, SOON)), "bulk");
-        flow.quick_moves(STREAK);
-        assert!(!flow.moves(SMALL_BYTES + 1, SOON), "a bulk after an exchange");
+        let mut thread = Thread::new();
+        assert!((0..1000).all(|_| !thread.moves(1, 64, QUICK)), "slow");
+        assert!((0..1000).all(|_| !thread.moves(1, SMALL_BYTES + 1, SOON)), "bulk");
+        thread.quick_moves(1, STREAK);
+        assert!(!thread.moves(1, SMALL_BYTES + 1, SOON), "a bulk after an exchange");
     }
 
     #[test]
     fn several_flows_of_a_thread_are_not_waited_for() {
-        let (mut one, mut other) = (Exchange::new(), Exchange::new());
-        assert!((0..1000).all(|_| one.quick_moves(1) + other.quick_moves(1) == 0));
-        assert_eq!(one.quick_moves(2 + STREAK), 2);
-        other.quick_moves(1);
-        assert!(!one.looks(Duration::ZERO), "another has moved");
+        let mut thread = Thread::new();
+        assert!((0..1000).all(|_| thread.quick_moves(1, 1) + thread.quick_moves(2, 1) == 0));
+        assert_eq!(thread.quick_moves(1, 1 + STREAK), 1);
+        thread.quick_moves(2, 1);
+        assert!(!thread.waits(Duration::ZERO), "another has moved");
+        assert_eq!(thread.quick_moves(1, 1 + STREAK), 1);
+        thread.pace.begins(thread.now);
+        assert!(!thread.waits(Duration::ZERO), "another begins");
     }
 
     #[test]
-    fn without_a_limit_a_task_is_not_polled_again() {
-        set_limit(Duration::ZERO);
-        let mut busy = Busy::new();
-        let mut cx = Context::from_waker(std::task::Waker::noop());
-        (0..2 * u64::from(STREAK)).for_each(|total| busy.pending(&mut cx, total));
-        assert!(!busy.is_waiting && busy.streak == 0);
+    fn without_a_limit_nothing_is_waited_for() {
+        let mut thread = Thread::new();
+        thread.pace.limit = Duration::ZERO;
+        assert_eq!(thread.quick_moves(1, 2 * STREAK), 0);
     }
 }

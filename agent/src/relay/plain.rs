@@ -47,7 +47,7 @@ async fn run(source: &TcpStream, destination: &TcpStream, counters: &FlowCounter
         if let Poll::Ready(ending) = poll_both(&mut there, &mut back, cx) {
             return Poll::Ready(ending);
         }
-        busy.pending(cx, counters.sent.load(Relaxed) + counters.received.load(Relaxed));
+        busy.pending(counters.sent.load(Relaxed) + counters.received.load(Relaxed));
         // Once a party has ended its direction, reads no longer show that it resets.
         for (half, broken) in [(&mut there, &mut source_broken), (&mut back, &mut destination_broken)] {
             if half.ended && !half.looked && broken.as_mut().poll(cx).is_ready() {

@@ -27,13 +27,8 @@ use super::{FlowEnd, Party, busy::Busy, held::Held};
 use crate::{
     telemetry::flows::FlowCounters,
     tunnel::{
-        Role, Session, TunnelError,
-        batch::FRAMES_MAX,
-        buffers::Size,
-        frame::Control,
-        inbox::Received,
-        said::poll_said,
-        socket,
+        Role, Session, TunnelError, batch::FRAMES_MAX, buffers::Size, frame::Control, inbox::Received,
+        said::poll_said, socket,
     },
     workers::TRIM,
 };
@@ -100,7 +95,7 @@ async fn run(app: &TcpStream, session: &mut Session, counters: &FlowCounters) ->
             ending = flow.poll(cx);
         }
         if ending.is_pending() {
-            busy.pending(cx, flow.up.load(Relaxed) + flow.down.load(Relaxed));
+            busy.pending(flow.up.load(Relaxed) + flow.down.load(Relaxed));
         }
         // Once the application has ended its direction, reads no longer show that it resets.
         if ending.is_pending() && flow.app_ended && watched && broken.as_mut().poll(cx).is_ready() {

@@ -34,8 +34,8 @@ use super::{
         stream::{self, Established, TlsStream},
     },
 };
-pub(crate) use early::Early;
 use crate::identity::{SpiffeId, certificate::Validity, credentials::Credentials};
+pub(crate) use early::Early;
 
 /// How long a server keeps an idle session. Longer than a client keeps it in its pool, so that the client closes first and
 /// never opens a flow on a session that is just being closed.

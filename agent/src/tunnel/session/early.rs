@@ -74,12 +74,7 @@ impl Session {
     }
 
     /// Queues what `early` has said.
-    fn pass_on(
-        &mut self,
-        cx: &mut Context<'_>,
-        early: &mut Early<'_>,
-        said: Said,
-    ) -> Result<(), OpenError> {
+    fn pass_on(&mut self, cx: &mut Context<'_>, early: &mut Early<'_>, said: Said) -> Result<(), OpenError> {
         early.sent_bytes += said.payload_bytes as u64;
         match self.send_said(said)? {
             Ok(_) => Ok(()),
