@@ -177,10 +177,12 @@ impl<'a> Flow<'a> {
             Role::Client => (&counters.sent, &counters.received),
             Role::Server => (&counters.received, &counters.sent),
         };
-        let holds_answer = session.unsent();
+        let (app_ended, holds_answer) = match session.role() {
+            // It may have ended ahead of the answer. What is unsent then are bytes of it, which wait for nothing.
+            Role::Client => (session.client_ended(), false),
+            Role::Server => (false, session.unsent()),
+        };
         let held = (holds_answer && session.answer_can_wait()).then(Held::new);
-        // Ahead of the answer.
-        let app_ended = session.role() == Role::Client && session.client_ended();
         Self {
             app,
             session,

@@ -10,7 +10,7 @@ use super::*;
 use crate::{
     relay::testing::{DEADLINE, exchange, is_reset, soon},
     tunnel::{
-        Ahead, Open,
+        Ahead, Early, Open,
         testing::{connection, open, open_flow, sessions},
     },
 };
@@ -163,6 +163,42 @@ async fn both_sides_write_much_at_once_and_nothing_is_lost() {
     assert_eq!((near.0.label(), near.2, near.3), ("clean", 20 << 20, 20 << 20));
     assert_eq!((far.0.label(), far.2, far.3), ("clean", 20 << 20, 20 << 20));
     assert!(near.1.is_some_and(|session| session.is_idle_alive()) && far.1.is_some());
+}
+
+#[tokio::test]
+async fn an_answer_in_the_middle_of_much_loses_nothing() {
+    let (mut client, mut server) = sessions().await;
+    let ((mut source, near), (far, mut destination)) = (connection().await, connection().await);
+    let mut sent: Vec<u8> = Vec::new();
+    // More than all buffers on the way hold, while nobody reads: the answer comes when a batch cannot be sent.
+    let write = async {
+        let chunk: Vec<u8> = (0..1_u32 << 18).flat_map(u32::to_le_bytes).collect();
+        while let Ok(written) = timeout(Duration::from_millis(300), source.write(&chunk)).await {
+            sent.extend_from_slice(&chunk[..written.expect("open")]);
+        }
+        let got = soon(server.next(DEADLINE)).await.expect("no error").expect("not closed");
+        assert_eq!(got.ahead, Ahead::Data);
+        server.accept_flow(&got).expect("in turn");
+        soon(poll_fn(|cx| server.poll_flush(cx))).await.expect("sent");
+    };
+    let ask = async {
+        near.readable().await.expect("open");
+        let mut early = Early::new(&near);
+        client.open(&open(), Some(&mut early)).await.expect("accepted");
+        early.sent_bytes
+    };
+    let ((), early_bytes) = tokio::join!(write, ask);
+    assert!(client.unsent() && early_bytes > 1 << 20, "{early_bytes}");
+    let relays = [relay(near, client), relay(far, server)];
+    let mut received = Vec::new();
+    let read = destination.read_to_end(&mut received);
+    let (read, ended) = soon(async { tokio::join!(read, source.shutdown()) }).await;
+    (read.expect("a clean end"), ended.expect("open"));
+    assert!(received == sent, "{} of {} bytes, or others", received.len(), sent.len());
+    destination.shutdown().await.expect("open");
+    for relay in relays {
+        assert_eq!(soon(relay).await.expect("no panic").0.label(), "clean");
+    }
 }
 
 #[tokio::test]
