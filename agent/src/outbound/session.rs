@@ -62,13 +62,13 @@ async fn opened(
     attempt: Attempt<'_>,
 ) -> Result<(Box<Session>, u64), Failure> {
     let mut early = attempt.early.map(Early::new);
-    // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it were sent: the
+    // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it were taken: the
     // destination may have read those, so they are not sent twice.
     while let Some(mut session) = take(path, key) {
         match session.open(open, early.as_mut()).await {
-            Ok(()) => return Ok((session, sent_bytes(&early))),
+            Ok(()) => return Ok((session, taken_bytes(&early))),
             Err(OpenError::Denied(reason)) => return Err(denied(path, key, session, reason)),
-            Err(error) if sent_bytes(&early) > 0 => return Err(Failure::new(error.reason(), error)),
+            Err(error) if taken_bytes(&early) > 0 => return Err(Failure::new(error.reason(), error)),
             Err(error) => tracing::debug!(%error, "idle session was dead"),
         }
     }
@@ -79,15 +79,15 @@ async fn opened(
     let connected = Session::connect(tcp, own, &key.identity).await;
     let mut session = connected.map_err(|e| Failure::new(e.reason(), e))?;
     match session.open(open, early.as_mut()).await {
-        Ok(()) => Ok((session, sent_bytes(&early))),
+        Ok(()) => Ok((session, taken_bytes(&early))),
         Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason)),
         Err(OpenError::Stale(error) | OpenError::Tunnel(error)) => Err(Failure::new(error.reason(), error)),
         Err(error @ OpenError::Abandoned) => Err(Failure::new(error.reason(), error)),
     }
 }
 
-fn sent_bytes(early: &Option<Early<'_>>) -> u64 {
-    early.as_ref().map_or(0, |early| early.sent_bytes)
+fn taken_bytes(early: &Option<Early<'_>>) -> u64 {
+    early.as_ref().map_or(0, |early| early.taken_bytes)
 }
 
 /// An idle session: one of this thread, or else one that another thread polls, which moves here.

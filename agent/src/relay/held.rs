@@ -1,8 +1,8 @@
 //! How long ACCEPT waits for the application's first bytes, to leave with them.
 //!
 //! A message less is a wake-up less on the client's node. That pays when a thread has several connections to begin at a
-//! time: 16 clients with a connection each for 64 bytes made 6 % more of them. A connection that begins alone is 6 % slower
-//! with it: there the client's agent wakes up while the application is at work, and the answer finds it awake.
+//! time: it saves 3 % of both agents' CPU for a connection of 64 bytes, with 16 clients. A connection that begins alone is 6 %
+//! slower with it: there the client's agent wakes up while the application is at work, and the answer finds it awake.
 //!
 //! So an answer waits only while the connection that began before it on the same thread still waits for its application.
 //! All such answers share one timer: one each would cost more than what they save.

@@ -185,7 +185,7 @@ async fn an_answer_in_the_middle_of_much_loses_nothing() {
         near.readable().await.expect("open");
         let mut early = Early::new(&near);
         client.open(&open(), Some(&mut early)).await.expect("accepted");
-        early.sent_bytes
+        early.taken_bytes
     };
     let ((), early_bytes) = tokio::join!(write, ask);
     assert!(client.unsent() && early_bytes > 1 << 20, "{early_bytes}");
@@ -193,7 +193,8 @@ async fn an_answer_in_the_middle_of_much_loses_nothing() {
     let mut received = Vec::new();
     let read = destination.read_to_end(&mut received);
     let (read, ended) = soon(async { tokio::join!(read, source.shutdown()) }).await;
-    (read.expect("a clean end"), ended.expect("open"));
+    read.expect("a clean end");
+    ended.expect("open");
     assert!(received == sent, "{} of {} bytes, or others", received.len(), sent.len());
     destination.shutdown().await.expect("open");
     for relay in relays {

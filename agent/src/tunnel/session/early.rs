@@ -4,6 +4,7 @@
 
 use std::{
     future::poll_fn,
+    io,
     task::{Context, Poll, ready},
 };
 
@@ -18,17 +19,22 @@ use crate::tunnel::{
 /// An application that does not wait for the answer.
 pub(crate) struct Early<'a> {
     app: &'a TcpStream,
-    /// How much of what it said was passed on: the destination may have read it, so it is not sent twice.
-    pub(crate) sent_bytes: u64,
+    /// How much of what it said was taken to be sent: the destination may have read it, so it is not sent twice.
+    pub(crate) taken_bytes: u64,
 }
 
 impl<'a> Early<'a> {
     pub(crate) fn new(app: &'a TcpStream) -> Self {
-        Self { app, sent_bytes: 0 }
+        Self { app, taken_bytes: 0 }
     }
 
-    pub(super) fn said_already(&self) -> Option<Said> {
-        said_already(self.app)
+    pub(super) fn said_already(&mut self) -> Option<Said> {
+        said_already(self.app).inspect(|said| self.taken_bytes += said.payload_bytes as u64)
+    }
+
+    fn poll_said(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Said>> {
+        let said = ready!(poll_said(self.app, cx, Size::Small));
+        Poll::Ready(said.inspect(|said| self.taken_bytes += said.payload_bytes as u64))
     }
 }
 
@@ -40,8 +46,8 @@ impl Session {
     ) -> Result<Received, OpenError> {
         let (mut early, mut first) = early.unzip();
         poll_fn(|cx| {
-            if let (Some(early), Some(first)) = (&mut early, first.take()) {
-                self.pass_on(cx, early, first)?;
+            if let Some(first) = first.take() {
+                self.pass_on(cx, first)?;
             }
             loop {
                 let passed = self.poll_pass_on(cx, early.as_deref_mut())?;
@@ -67,15 +73,14 @@ impl Session {
         let Some(early) = early.filter(|_| self.phase == Phase::Opening { client_ended: false }) else {
             return Poll::Pending;
         };
-        match ready!(poll_said(early.app, cx, Size::Small)) {
-            Ok(said) => Poll::Ready(self.pass_on(cx, early, said)),
+        match ready!(early.poll_said(cx)) {
+            Ok(said) => Poll::Ready(self.pass_on(cx, said)),
             Err(_) => Poll::Ready(Err(self.abandoned(cx))),
         }
     }
 
-    /// Queues what `early` has said.
-    fn pass_on(&mut self, cx: &mut Context<'_>, early: &mut Early<'_>, said: Said) -> Result<(), OpenError> {
-        early.sent_bytes += said.payload_bytes as u64;
+    /// Queues what the application has said.
+    fn pass_on(&mut self, cx: &mut Context<'_>, said: Said) -> Result<(), OpenError> {
         match self.send_said(said)? {
             Ok(_) => Ok(()),
             Err(_) => Err(self.abandoned(cx)),

@@ -111,7 +111,7 @@ async fn what_is_said_before_the_answer_arrives_once_the_flow_is_accepted() {
     let asked = open();
     let (opened, ()) = tokio::join!(client.open(&asked, Some(&mut early)), serve);
     opened.expect("accepted");
-    assert_eq!((early.sent_bytes, said(&mut server, 5).await), (5, b"early".to_vec()));
+    assert_eq!((early.taken_bytes, said(&mut server, 5).await), (5, b"early".to_vec()));
 }
 
 #[tokio::test]
@@ -133,7 +133,7 @@ async fn a_client_goes_on_while_it_waits_for_the_answer() {
     let asked = open();
     let (opened, ()) = tokio::join!(client.open(&asked, Some(&mut early)), serve);
     opened.expect("accepted");
-    assert_eq!((early.sent_bytes, client.client_ended(), server.client_ended()), (9, true, true));
+    assert_eq!((early.taken_bytes, client.client_ended(), server.client_ended()), (9, true, true));
 }
 
 #[tokio::test]
@@ -188,7 +188,7 @@ async fn a_client_that_has_said_nothing_waits_for_the_answer() {
     let asked = open();
     let (denied, ()) = tokio::join!(client.open(&asked, Some(&mut early)), serve);
     assert!(matches!(denied, Err(OpenError::Denied(_))));
-    assert!(client.is_idle_alive() && early.sent_bytes == 0, "another try may be made");
+    assert!(client.is_idle_alive() && early.taken_bytes == 0, "another try may be made");
 }
 
 #[test]
