@@ -155,6 +155,17 @@ async fn an_application_that_resets_before_the_answer_is_no_end() {
 }
 
 #[tokio::test]
+async fn what_a_session_took_and_could_not_send_is_known() {
+    let (mut client, _server) = sessions().await;
+    let (_app, ours) = speaker(b"early").await;
+    let mut early = Early::new(&ours);
+    // A session that fails before anything is sent.
+    client.phase = Phase::Over;
+    assert!(client.open(&open(), Some(&mut early)).await.is_err());
+    assert_eq!(early.taken_bytes, 5, "no other session can carry the flow");
+}
+
+#[tokio::test]
 async fn a_flow_denied_with_data_ahead_ends_its_session_and_is_told_why() {
     let (mut client, mut server) = sessions().await;
     let serve = async {
