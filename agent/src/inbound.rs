@@ -281,6 +281,7 @@ fn came_from_outside(pod: &Pod, at: SocketAddr) -> Result<(), String> {
 /// Serves plaintext that was steered here: what mode and policies do not allow is reset. Both may have changed since the
 /// kernel steered it, so they are looked at again.
 pub async fn plaintext(path: Arc<DataPath>, pod: Arc<Pod>, client: TcpStream, peer: SocketAddr) {
+    relay::begins();
     let Ok(at) = client.local_addr().map(canonical) else { return };
     let refused = |reason, detail| Refused {
         reporter: Reporter::Destination,

@@ -102,12 +102,12 @@ impl Worker {
         let run = move || {
             CURRENT.set(index);
             busy::set_limit(busy_poll);
+            runtime.spawn(busy::stay_awake());
             runtime.block_on(async {
                 tokio::select! {
                     // Nothing is ever sent.
                     _ = ended => {}
                     () = trim() => {}
-                    () = busy::stay_awake() => {}
                 }
             });
         };

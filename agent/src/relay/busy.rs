@@ -15,7 +15,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    rc::Rc,
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -37,7 +37,7 @@ thread_local! {
     static NEXT: Cell<u64> = const { Cell::new(1) };
     static PACE: RefCell<Pace> = RefCell::new(Pace::new(Duration::ZERO, Instant::now()));
     /// Told when the thread is to wait.
-    static WAIT: Rc<Notify> = Rc::default();
+    static WAIT: Arc<Notify> = Arc::default();
 }
 
 /// How long the calling thread may wait, in [`stay_awake`]; zero, as it is at first, is not at all.
@@ -45,9 +45,9 @@ pub(crate) fn set_limit(limit: Duration) {
     PACE.set(Pace::new(limit, Instant::now()));
 }
 
-/// Keeps the calling thread awake while that may be worth it. Never ends.
+/// Keeps the calling thread awake while that may be worth it. Never ends. A task of its own: it is polled again and again.
 pub(crate) async fn stay_awake() {
-    let wait = WAIT.with(Rc::clone);
+    let wait = WAIT.with(Arc::clone);
     loop {
         wait.notified().await;
         while PACE.with_borrow_mut(|pace| pace.waits(Instant::now())) {

@@ -301,9 +301,9 @@ impl Session {
         self.answer_can_wait
     }
 
-    /// True when the client has sent FIN.
+    /// True when the client of the flow that runs has sent FIN.
     pub(crate) fn client_ended(&self) -> bool {
-        matches!(self.phase, Phase::Opening { client_ended: true } | Phase::Flow { client_ended: true, .. })
+        matches!(self.phase, Phase::Flow { client_ended: true, .. })
     }
 
     /// Queues a frame; [`Session::poll_flush`] sends it.
