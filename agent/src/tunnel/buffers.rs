@@ -31,6 +31,8 @@ struct Free {
 /// How much a flow moves at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum Size {
+    /// One full record, in a small buffer: a read into one place costs less than one into several.
+    Single,
     /// Four full records.
     #[default]
     Small,
@@ -39,8 +41,10 @@ pub(crate) enum Size {
 }
 
 impl Size {
-    const fn bytes(self) -> usize {
+    /// That of a batch.
+    pub(crate) const fn bytes(self) -> usize {
         match self {
+            Self::Single => batch::bytes(1),
             Self::Small => batch::bytes(4),
             Self::Large => batch::bytes(batch::FRAMES_MAX),
         }
@@ -49,9 +53,10 @@ impl Size {
     /// What to use next, after a read of `read_bytes` into `room_bytes`.
     pub(crate) fn after(self, read_bytes: usize, room_bytes: usize) -> Self {
         match self {
-            Self::Small if read_bytes == room_bytes => Self::Large,
+            Self::Single | Self::Small if read_bytes == room_bytes => Self::Large,
             // A burst has ended.
             Self::Large if read_bytes < Self::Small.bytes() / 2 => Self::Small,
+            Self::Small if read_bytes < Self::Single.bytes() / 2 => Self::Single,
             same => same,
         }
     }
@@ -71,8 +76,8 @@ impl Buffer {
             _ => Size::Small,
         };
         let kept = FREE.with_borrow_mut(|free| match size {
-            Size::Small => free.small.pop(),
             Size::Large => free.large.pop(),
+            _ => free.small.pop(),
         });
         Self(kept.unwrap_or_else(|| vec![0; size.bytes()].into_boxed_slice()))
     }
@@ -138,9 +143,12 @@ mod tests {
 
     #[test]
     fn the_size_follows_what_comes() {
-        let small = Size::Small.bytes();
+        let (single, small) = (Size::Single.bytes(), Size::Small.bytes());
+        assert_eq!(Size::Single.after(single, single), Size::Large);
+        assert_eq!(Size::Single.after(single - 1, single), Size::Single);
         assert_eq!(Size::Small.after(small, small), Size::Large);
         assert_eq!(Size::Small.after(small - 1, small), Size::Small);
+        assert_eq!(Size::Small.after(64, small), Size::Single);
         assert_eq!(Size::Large.after(small, Size::Large.bytes()), Size::Large);
         assert_eq!(Size::Large.after(64, Size::Large.bytes()), Size::Small);
     }

@@ -33,7 +33,8 @@ pub(crate) fn poll_said(app: &TcpStream, cx: &mut Context<'_>, size: Size) -> Po
     // Before a buffer is taken.
     let _ = ready!(app.poll_read_ready(cx));
     let mut batch = Buffer::take(size);
-    let (mut slots, room_bytes) = payload_slots(&mut batch);
+    let shown_bytes = size.bytes().min(batch.len());
+    let (mut slots, room_bytes) = payload_slots(&mut batch[..shown_bytes]);
     let payload_bytes = ready!(socket::poll_read(app, cx, &mut slots))?;
     Poll::Ready(Ok(said(app, batch, payload_bytes, size.after(payload_bytes, room_bytes), room_bytes)))
 }

@@ -29,7 +29,7 @@ pub(crate) fn poll_read(
         ready!(tcp.poll_read_ready(cx))?;
         let mut read = None;
         let outcome = tcp.try_io(Interest::READABLE, || {
-            let read_bytes = (&*SockRef::from(tcp)).read_vectored(slices)?;
+            let read_bytes = read_into(tcp, slices)?;
             read = Some(read_bytes);
             // A short read has emptied the socket (epoll(7), "Questions and answers", 9): saying so here saves the next
             // read, which would find nothing. An end of stream or reset behind it is kept by tokio as "closed".
@@ -46,7 +46,16 @@ pub(crate) fn poll_read(
 /// Reads what is there right now, without waiting and without asking the poller, which may not have looked yet; 0 when there
 /// is nothing, or an end or error that is to be found later.
 pub(crate) fn read_now(tcp: &TcpStream, slices: &mut [IoSliceMut<'_>]) -> usize {
-    (&*SockRef::from(tcp)).read_vectored(slices).unwrap_or(0)
+    read_into(tcp, slices).unwrap_or(0)
+}
+
+/// One system call; that for one slice costs a third less than that for several.
+fn read_into(tcp: &TcpStream, slices: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+    let socket = SockRef::from(tcp);
+    match slices {
+        [slice] => (&*socket).read(slice),
+        _ => (&*socket).read_vectored(slices),
+    }
 }
 
 /// True when the peer has ended its direction and nothing is left to read. Asks the kernel only if the poller has said that an
