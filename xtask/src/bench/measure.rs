@@ -14,7 +14,7 @@ use super::{
     own,
     quiet::Patience,
     result::Measured,
-    table,
+    rival, table,
     usage::{self, Cpu},
 };
 use crate::progress::{Style, Tone, note, seconds};
@@ -131,7 +131,10 @@ fn columns(programs: &Programs, rival: Option<&str>) -> Result<Vec<Column>> {
     ];
     if let Some(command) = rival {
         note("making the topology of the rival");
-        columns.push(Column { name: RIVAL, ground: Ground::rival("rival", programs, command)? });
+        columns.push(Column {
+            name: RIVAL,
+            ground: Ground::rival("rival", programs, &rival::command(command, &programs.load))?,
+        });
     }
     Ok(columns)
 }

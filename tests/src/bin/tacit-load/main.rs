@@ -7,6 +7,7 @@
 //! tacit-load connect ADDRESS CLIENTS BYTES SECONDS            a new connection for every request, one at a time per client
 //! tacit-load connect-close ADDRESS CLIENTS BYTES SECONDS      the same, and the client is the first to close
 //! tacit-load idle ADDRESS COUNT                               opens COUNT connections, one request on each, then stays silent
+//! tacit-load relay LISTEN TO [LISTEN TO ...]                  passes on to TO what is accepted at LISTEN, both ways
 //! ```
 //!
 //! Clients are threads with plain blocking sockets, as ordinary applications are, one request in flight each: a closed
@@ -18,6 +19,7 @@
 
 mod client;
 mod idle;
+mod relay;
 mod server;
 mod times;
 
@@ -47,7 +49,8 @@ fn main() -> Result<()> {
             client::connect(&load(address, rest)?, client::Closer::Client)
         }
         ["idle", address, count] => idle::run(parse(address, "ADDRESS")?, parse(count, "COUNT")?),
-        _ => bail!("usage: tacit-load serve|echo|connect|connect-close|idle ADDRESS ..."),
+        ["relay", addresses @ ..] if !addresses.is_empty() => relay::run(&routes(addresses)?),
+        _ => bail!("usage: tacit-load serve|echo|connect|connect-close|idle|relay ADDRESS ..."),
     }
 }
 
@@ -67,6 +70,14 @@ fn load(address: &str, rest: &[&str]) -> Result<Load> {
         request_bytes: request_size(bytes)?,
         time: Duration::from_secs_f64(parse(seconds, "SECONDS")?),
     })
+}
+
+fn routes(addresses: &[&str]) -> Result<Vec<relay::Route>> {
+    let pairs = addresses.chunks(2).map(|pair| {
+        let [listen, to] = pair else { bail!("relay: LISTEN {} has no TO", pair[0]) };
+        Ok(relay::Route { listen: parse(listen, "LISTEN")?, to: parse(to, "TO")? })
+    });
+    pairs.collect()
 }
 
 fn request_size(text: &str) -> Result<usize> {

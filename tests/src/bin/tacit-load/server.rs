@@ -11,9 +11,9 @@ use std::{
 };
 
 /// Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn.
-const BACKLOG: i32 = 4096;
+pub(crate) const BACKLOG: i32 = 4096;
 /// Events taken from the kernel at once.
-const EVENTS: usize = 256;
+pub(crate) const EVENTS: usize = 256;
 
 /// What is done with each connection.
 #[derive(Clone, Copy)]
