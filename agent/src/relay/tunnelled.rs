@@ -198,28 +198,38 @@ impl<'a> Flow<'a> {
         }
     }
 
-    /// Steps both directions by turns, so that neither starves the other, until neither can go on.
+    /// Steps both directions by turns, so that neither starves the other, until neither can go on. One that waits for its
+    /// socket has told the poller, and is not asked again meanwhile.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ending> {
+        let (mut down_waits, mut up_waits) = (false, false);
         loop {
             // Down first: what came with OPEN reaches a server's application before ACCEPT leaves.
-            let down = self.step_down(cx);
-            if let Poll::Ready(ControlFlow::Break(ending)) = down {
-                return Poll::Ready(ending);
+            if !down_waits {
+                match self.step_down(cx) {
+                    Poll::Ready(ControlFlow::Break(ending)) => return Poll::Ready(ending),
+                    Poll::Ready(ControlFlow::Continue(())) => {}
+                    Poll::Pending => down_waits = true,
+                }
+                // DONE, or new keys that the peer asked for.
+                up_waits &= !self.session.unsent();
             }
-            let up = self.step_up(cx);
-            if let Poll::Ready(ControlFlow::Break(ending)) = up {
-                return Poll::Ready(ending);
+            if !up_waits {
+                match self.step_up(cx) {
+                    Poll::Ready(ControlFlow::Break(ending)) => return Poll::Ready(ending),
+                    Poll::Ready(ControlFlow::Continue(())) => {}
+                    Poll::Pending => up_waits = true,
+                }
             }
             if self.both_ended() && !self.session.unsent() {
                 return Poll::Ready(Ending::Finished);
             }
-            if down.is_pending() {
+            if down_waits {
                 if let Some(error) = self.lost.take() {
                     // A client may go without waiting for DONE.
                     let complete = self.end_sent && self.peer_ended;
                     return Poll::Ready(if complete { Ending::Finished } else { Ending::Lost(error) });
                 }
-                if up.is_pending() {
+                if up_waits {
                     return Poll::Pending;
                 }
             }
@@ -265,9 +275,9 @@ impl<'a> Flow<'a> {
         if self.both_ended() {
             return Poll::Pending;
         }
-        let mut slices = [IoSlice::new(&[]); FRAMES_MAX];
-        let used = self.session.payloads(&mut slices);
-        if used > 0 {
+        if self.session.has_payload() {
+            let mut slices = [IoSlice::new(&[]); FRAMES_MAX];
+            let used = self.session.payloads(&mut slices);
             let write = if self.session.ends_behind() { socket::poll_write_last } else { socket::poll_write };
             return match ready!(write(self.app, cx, &slices[..used])) {
                 Ok(written_bytes) => {

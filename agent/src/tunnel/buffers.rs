@@ -41,8 +41,7 @@ pub(crate) enum Size {
 }
 
 impl Size {
-    /// That of a batch.
-    pub(crate) const fn bytes(self) -> usize {
+    const fn bytes(self) -> usize {
         match self {
             Self::Single => batch::bytes(1),
             Self::Small => batch::bytes(4),

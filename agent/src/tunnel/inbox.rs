@@ -157,13 +157,18 @@ impl Inbox {
         }
     }
 
+    /// True when payload is opened.
+    pub(crate) fn has_payload(&self) -> bool {
+        !self.payloads.is_empty()
+    }
+
     /// Points `slices` at the payload that is opened; returns how many are used.
     pub(crate) fn payloads<'a>(&'a self, slices: &mut [IoSlice<'a>; FRAMES_MAX]) -> usize {
         let Some(buffer) = &self.buffer else { return 0 };
-        let payloads = self.payloads.iter();
-        let used = payloads.len();
-        for (slice, payload) in slices.iter_mut().zip(payloads) {
+        let mut used = 0;
+        for (slice, payload) in slices.iter_mut().zip(self.payloads.iter()) {
             *slice = IoSlice::new(&buffer[payload]);
+            used += 1;
         }
         used
     }
@@ -194,44 +199,76 @@ fn frame_of(content: &[u8]) -> Result<Option<Control>, frame::FrameError> {
     Control::decode(head.kind, &content[HEADER_BYTES..])
 }
 
-/// Where opened payload stands, in the order of arrival. [`Inbox::pause`] gives its memory back: a flow keeps this while it
-/// is idle.
+/// Where opened payload stands, in the order of arrival; at most [`FRAMES_MAX`] places.
 #[derive(Default)]
 struct Payloads {
-    /// At most [`FRAMES_MAX`] offsets.
-    places: Vec<(u32, u32)>,
-    first: usize,
+    /// The first place, most often the only one: an exchange of a few bytes takes no memory for places.
+    head: Place,
+    /// Those behind it. [`Inbox::pause`] gives their memory back, as a flow keeps this while it is idle.
+    tail: Vec<Place>,
+    /// How many of `tail` are consumed.
+    consumed: usize,
+}
+
+/// Offsets; empty when nothing stands there.
+#[derive(Clone, Copy, Default)]
+struct Place {
+    start: u32,
+    end: u32,
+}
+
+impl Place {
+    fn is_empty(self) -> bool {
+        self.start == self.end
+    }
+
+    fn range(self) -> Range<usize> {
+        self.start as usize..self.end as usize
+    }
+
+    /// Takes up to `bytes` off; returns how many of those belong to what follows.
+    fn consume(&mut self, bytes: usize) -> usize {
+        let here = bytes.min(self.range().len());
+        self.start += here as u32;
+        bytes - here
+    }
 }
 
 impl Payloads {
     fn is_empty(&self) -> bool {
-        self.first == self.places.len()
+        self.head.is_empty() && self.consumed == self.tail.len()
     }
 
     fn is_full(&self) -> bool {
-        self.places.len() == FRAMES_MAX
+        1 + self.tail.len() == FRAMES_MAX
     }
 
     /// Only while there is room.
     fn push(&mut self, place: Range<usize>) {
-        self.places.push((place.start as u32, place.end as u32));
+        let place = Place { start: place.start as u32, end: place.end as u32 };
+        if self.is_empty() {
+            self.head = place;
+        } else {
+            self.tail.push(place);
+        }
     }
 
-    fn iter(&self) -> impl ExactSizeIterator<Item = Range<usize>> + use<'_> {
-        self.places[self.first..].iter().map(|&(start, end)| start as usize..end as usize)
+    fn iter(&self) -> impl Iterator<Item = Range<usize>> + use<'_> {
+        let head = Some(self.head).filter(|head| !head.is_empty());
+        head.into_iter().chain(self.tail[self.consumed..].iter().copied()).map(Place::range)
     }
 
-    fn consume(&mut self, mut bytes: usize) {
-        while self.first < self.places.len() && bytes > 0 {
-            let (start, end) = &mut self.places[self.first];
-            let here = bytes.min((*end - *start) as usize);
-            *start += here as u32;
-            bytes -= here;
-            self.first += usize::from(start == end);
+    fn consume(&mut self, bytes: usize) {
+        let mut bytes = self.head.consume(bytes);
+        while bytes > 0
+            && let Some(place) = self.tail.get_mut(self.consumed)
+        {
+            bytes = place.consume(bytes);
+            self.consumed += usize::from(place.is_empty());
         }
         if self.is_empty() {
-            self.places.clear();
-            self.first = 0;
+            self.tail.clear();
+            self.consumed = 0;
         }
     }
 }

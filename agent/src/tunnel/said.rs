@@ -8,7 +8,7 @@ use std::{
 use tokio::net::TcpStream;
 
 use super::{
-    batch::payload_slots,
+    batch::{payload_slot, payload_slots},
     buffers::{Buffer, Size},
     socket,
 };
@@ -30,13 +30,24 @@ pub(crate) struct Said {
 /// # Errors
 /// When the connection was reset, and nothing was read before.
 pub(crate) fn poll_said(app: &TcpStream, cx: &mut Context<'_>, size: Size) -> Poll<io::Result<Said>> {
-    // Before a buffer is taken.
-    let _ = ready!(app.poll_read_ready(cx));
-    let mut batch = Buffer::take(size);
-    let shown_bytes = size.bytes().min(batch.len());
-    let (mut slots, room_bytes) = payload_slots(&mut batch[..shown_bytes]);
-    let payload_bytes = ready!(socket::poll_read(app, cx, &mut slots))?;
-    Poll::Ready(Ok(said(app, batch, payload_bytes, size.after(payload_bytes, room_bytes), room_bytes)))
+    loop {
+        // Before a buffer is taken.
+        ready!(app.poll_read_ready(cx))?;
+        let mut batch = Buffer::take(size);
+        let (outcome, room_bytes) = if size == Size::Single {
+            let slot = payload_slot(&mut batch);
+            let room_bytes = slot.len();
+            (socket::try_read(app, &mut [slot]), room_bytes)
+        } else {
+            let (mut slots, room_bytes) = payload_slots(&mut batch);
+            (socket::try_read(app, &mut slots), room_bytes)
+        };
+        if let Some(outcome) = outcome {
+            let payload_bytes = outcome?;
+            let next = size.after(payload_bytes, room_bytes);
+            return Poll::Ready(Ok(said(app, batch, payload_bytes, next, room_bytes)));
+        }
+    }
 }
 
 /// What `app` has said already. Does not ask the poller, which may not have looked yet; `None` also for an end or a reset

@@ -384,6 +384,11 @@ impl Session {
         !self.inbox.is_empty()
     }
 
+    /// True when received payload is not consumed.
+    pub(crate) fn has_payload(&self) -> bool {
+        self.inbox.has_payload()
+    }
+
     /// Received payload that is not consumed: points `slices` at it, returns how many are used.
     pub(crate) fn payloads<'a>(&'a self, slices: &mut [IoSlice<'a>; FRAMES_MAX]) -> usize {
         self.inbox.payloads(slices)

@@ -21,25 +21,32 @@ pub(crate) fn poll_read(
     cx: &mut Context<'_>,
     slices: &mut [IoSliceMut<'_>],
 ) -> Poll<io::Result<usize>> {
+    loop {
+        ready!(tcp.poll_read_ready(cx))?;
+        if let Some(outcome) = try_read(tcp, slices) {
+            return Poll::Ready(outcome);
+        }
+    }
+}
+
+/// As [`poll_read`], once the poller has said that there is something; `None` when there is nothing after all.
+pub(crate) fn try_read(tcp: &TcpStream, slices: &mut [IoSliceMut<'_>]) -> Option<io::Result<usize>> {
     // Beyond eight slices the kernel takes memory for each call: those without room are not shown to it.
     let used = slices.iter().take_while(|slice| !slice.is_empty()).count();
     let slices = &mut slices[..used];
     let room: usize = slices.iter().map(|slice| slice.len()).sum();
-    loop {
-        ready!(tcp.poll_read_ready(cx))?;
-        let mut read = None;
-        let outcome = tcp.try_io(Interest::READABLE, || {
-            let read_bytes = read_into(tcp, slices)?;
-            read = Some(read_bytes);
-            // A short read has emptied the socket (epoll(7), "Questions and answers", 9): saying so here saves the next
-            // read, which would find nothing. An end of stream or reset behind it is kept by tokio as "closed".
-            if read_bytes > 0 && read_bytes < room { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
-        });
-        match (read, outcome) {
-            (Some(read_bytes), _) => return Poll::Ready(Ok(read_bytes)),
-            (None, Err(e)) if e.kind() == io::ErrorKind::WouldBlock => {}
-            (None, outcome) => return Poll::Ready(outcome.map(|()| 0)),
-        }
+    let mut read = None;
+    let outcome = tcp.try_io(Interest::READABLE, || {
+        let read_bytes = read_into(tcp, slices)?;
+        read = Some(read_bytes);
+        // A short read has emptied the socket (epoll(7), "Questions and answers", 9): saying so here saves the next
+        // read, which would find nothing. An end of stream or reset behind it is kept by tokio as "closed".
+        if read_bytes > 0 && read_bytes < room { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+    });
+    match (read, outcome) {
+        (Some(read_bytes), _) => Some(Ok(read_bytes)),
+        (None, Err(e)) if e.kind() == io::ErrorKind::WouldBlock => None,
+        (None, outcome) => Some(outcome.map(|()| 0)),
     }
 }
 

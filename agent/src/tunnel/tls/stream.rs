@@ -175,23 +175,22 @@ impl TlsStream {
         cx: &mut Context<'_>,
         inbox: &mut Inbox,
     ) -> Poll<Result<(), TunnelError>> {
-        // Before a buffer is taken.
-        if self.tcp.poll_read_ready(cx)?.is_pending() {
-            inbox.pause();
-            return Poll::Pending;
-        }
-        let room = inbox.room();
-        let room_bytes = room.len();
-        let Poll::Ready(read) = socket::poll_read(&self.tcp, cx, &mut [IoSliceMut::new(room)]) else {
-            inbox.pause();
-            return Poll::Pending;
-        };
-        match read? {
-            // Without close_notify: cut on its way.
-            0 => Poll::Ready(Err(io::Error::from(io::ErrorKind::UnexpectedEof).into())),
-            read_bytes => {
-                inbox.filled(read_bytes, room_bytes);
-                Poll::Ready(Ok(()))
+        loop {
+            // Before a buffer is taken.
+            if self.tcp.poll_read_ready(cx)?.is_pending() {
+                inbox.pause();
+                return Poll::Pending;
+            }
+            let room = inbox.room();
+            let room_bytes = room.len();
+            match socket::try_read(&self.tcp, &mut [IoSliceMut::new(room)]).transpose()? {
+                None => {}
+                // Without close_notify: cut on its way.
+                Some(0) => return Poll::Ready(Err(io::Error::from(io::ErrorKind::UnexpectedEof).into())),
+                Some(read_bytes) => {
+                    inbox.filled(read_bytes, room_bytes);
+                    return Poll::Ready(Ok(()));
+                }
             }
         }
     }
