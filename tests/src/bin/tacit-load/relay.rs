@@ -5,14 +5,15 @@ use std::{
     io::{self, ErrorKind, Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     os::fd::AsRawFd,
+    sync::mpsc,
     thread,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use socket2::{Domain, Socket, Type};
 
-use crate::server::{BACKLOG, EVENTS};
+use crate::server::{EVENTS, Port, listen};
 
 /// As many as the agent has on two cores.
 const THREADS: usize = 2;
@@ -30,11 +31,13 @@ pub(crate) struct Route {
 pub(crate) fn run(routes: &[Route]) -> Result<()> {
     let relays: Vec<_> = (0..THREADS).map(|_| Relay::new(routes)).collect::<Result<_>>()?;
     println!("ready");
-    let running: Vec<_> = relays.into_iter().map(|mut relay| thread::spawn(move || relay.run())).collect();
-    match running.into_iter().map(thread::JoinHandle::join).next() {
-        Some(Ok(Err(error))) => Err(error),
-        _ => bail!("a thread of the relay has ended"),
+    let (tell, told) = mpsc::channel();
+    for mut relay in relays {
+        let tell = tell.clone();
+        // Nobody listens any more once another thread has failed.
+        thread::spawn(move || drop(tell.send(relay.run())));
     }
+    told.recv().context("no thread of the relay runs")?
 }
 
 /// One thread: its listeners, which share the ports with those of the others, and the ends of its connections.
@@ -53,15 +56,21 @@ struct End {
     other: usize,
     /// Read from the other, and not taken by this socket yet. Nothing more is read there while there is some.
     unsent: Vec<u8>,
-    /// The other has ended: this one is to be shut down behind what is unsent.
-    other_ended: bool,
+    /// Its end has been read.
+    has_ended: bool,
+    /// The end of the other has been passed on.
+    is_shut: bool,
+    /// What the poller watches for.
+    watched: EpollFlags,
 }
 
 impl Relay {
     fn new(routes: &[Route]) -> Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("make an epoll")?;
-        let listeners: Vec<_> =
-            routes.iter().map(|route| Ok((listen(route.listen)?, route.to))).collect::<Result<_>>()?;
+        let listeners: Vec<_> = routes
+            .iter()
+            .map(|route| Ok((listen(route.listen, Port::Shared)?, route.to)))
+            .collect::<Result<_>>()?;
         for (listener, _) in &listeners {
             epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, place(listener) as u64))?;
         }
@@ -82,7 +91,7 @@ impl Relay {
                     // Its other may have closed it since.
                     None if self.end(at).is_none() => {}
                     None => {
-                        if self.serve(at, event.events()).is_err() {
+                        if !matches!(self.serve(at), Ok(true)) {
                             self.close(at);
                         }
                     }
@@ -110,7 +119,14 @@ impl Relay {
         for (stream, at, other) in [(accepted, first, second), (dialled, second, first)] {
             stream.set_nodelay(true)?;
             self.epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, at as u64))?;
-            self.ends[at] = Some(End { stream, other, unsent: Vec::new(), other_ended: false });
+            self.ends[at] = Some(End {
+                stream,
+                other,
+                unsent: Vec::new(),
+                has_ended: false,
+                is_shut: false,
+                watched: EpollFlags::EPOLLIN,
+            });
         }
         Ok(())
     }
@@ -119,64 +135,21 @@ impl Relay {
         self.ends.get_mut(at)?.as_mut()
     }
 
-    /// Sends what waits to be sent, or reads once and passes it on.
-    fn serve(&mut self, at: usize, ready: EpollFlags) -> io::Result<()> {
-        let mut buffer = std::mem::take(&mut self.buffer);
-        let outcome = if ready.contains(EpollFlags::EPOLLOUT) {
-            let unsent = self.end(at).map(|end| std::mem::take(&mut end.unsent)).unwrap_or_default();
-            self.pass(at, &unsent, true)
-        } else {
-            self.read(at, &mut buffer)
-        };
-        self.buffer = buffer;
-        outcome
-    }
-
-    fn read(&mut self, at: usize, buffer: &mut [u8]) -> io::Result<()> {
-        let Some(end) = self.end(at) else { return Ok(()) };
-        let other = end.other;
-        match end.stream.read(buffer) {
-            Ok(0) => {
-                self.watch(at, EpollFlags::empty())?;
-                if let Some(other) = self.end(other) {
-                    other.other_ended = true;
-                }
-                self.pass(other, &[], false)
-            }
-            Ok(read) => self.pass(other, &buffer[..read], false),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
-            Err(error) => Err(error),
+    /// Sends what waits for this socket, reads once from it, and passes that on. False once both directions have ended.
+    fn serve(&mut self, at: usize) -> io::Result<bool> {
+        let Some(mut end) = self.ends[at].take() else { return Ok(true) };
+        let Some(mut other) = self.ends[end.other].take() else { return Ok(false) };
+        let outcome = end.send().and_then(|()| end.read(&mut other, &mut self.buffer));
+        end.pass_end_of(&other)?;
+        other.pass_end_of(&end)?;
+        let goes_on = !(end.is_shut && other.is_shut);
+        if goes_on {
+            end.watch(&self.epoll, &other, at)?;
+            other.watch(&self.epoll, &end, end.other)?;
         }
-    }
-
-    /// Sends `bytes` to the end at `at`, and its end once all is sent. What does not fit waits, and so does its other;
-    /// `waited` says that they did.
-    fn pass(&mut self, at: usize, bytes: &[u8], waited: bool) -> io::Result<()> {
-        let Some(end) = self.end(at) else { return Ok(()) };
-        let sent = match end.stream.write(bytes) {
-            Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
-            outcome => outcome?,
-        };
-        end.unsent.extend_from_slice(&bytes[sent..]);
-        let (other, waits, ended) = (end.other, !end.unsent.is_empty(), end.other_ended);
-        if ended && !waits {
-            end.stream.shutdown(Shutdown::Write)?;
-            if self.end(other).is_some_and(|other| other.other_ended && other.unsent.is_empty()) {
-                self.close(at);
-                return Ok(());
-            }
-        }
-        if waits != waited {
-            let own = if waits { EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT } else { EpollFlags::EPOLLIN };
-            self.watch(at, own)?;
-            self.watch(other, if waits || ended { EpollFlags::empty() } else { EpollFlags::EPOLLIN })?;
-        }
-        Ok(())
-    }
-
-    fn watch(&mut self, at: usize, what: EpollFlags) -> io::Result<()> {
-        let Some(Some(end)) = self.ends.get(at) else { return Ok(()) };
-        Ok(self.epoll.modify(&end.stream, &mut EpollEvent::new(what, at as u64))?)
+        let other_at = end.other;
+        (self.ends[at], self.ends[other_at]) = (Some(end), Some(other));
+        outcome.map(|()| goes_on)
     }
 
     /// Both ends. Closing a descriptor also removes it from the epoll.
@@ -187,14 +160,59 @@ impl Relay {
     }
 }
 
-fn listen(address: SocketAddr) -> Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    socket.set_reuse_address(true)?;
-    socket.set_reuse_port(true)?;
-    socket.bind(&address.into()).with_context(|| format!("bind {address}"))?;
-    socket.listen(BACKLOG)?;
-    socket.set_nonblocking(true)?;
-    Ok(socket.into())
+impl End {
+    /// Sends what waits.
+    fn send(&mut self) -> io::Result<()> {
+        let unsent = std::mem::take(&mut self.unsent);
+        self.take(&unsent)
+    }
+
+    /// Sends `bytes`; what does not fit waits.
+    fn take(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let sent = match self.stream.write(bytes) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
+            outcome => outcome?,
+        };
+        self.unsent.extend_from_slice(&bytes[sent..]);
+        Ok(())
+    }
+
+    /// Reads once and passes it on to `other`, if nothing waits there.
+    fn read(&mut self, other: &mut Self, buffer: &mut [u8]) -> io::Result<()> {
+        if self.has_ended || !other.unsent.is_empty() {
+            return Ok(());
+        }
+        match self.stream.read(buffer) {
+            Ok(0) => self.has_ended = true,
+            Ok(read) => return other.take(&buffer[..read]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Ends this direction once the other socket has ended and all of it is sent.
+    fn pass_end_of(&mut self, other: &Self) -> io::Result<()> {
+        if other.has_ended && self.unsent.is_empty() && !self.is_shut {
+            self.stream.shutdown(Shutdown::Write)?;
+            self.is_shut = true;
+        }
+        Ok(())
+    }
+
+    fn watch(&mut self, epoll: &Epoll, other: &Self, at: usize) -> io::Result<()> {
+        let mut wanted = EpollFlags::empty();
+        wanted.set(EpollFlags::EPOLLIN, !self.has_ended && other.unsent.is_empty());
+        wanted.set(EpollFlags::EPOLLOUT, !self.unsent.is_empty());
+        if wanted != self.watched {
+            epoll.modify(&self.stream, &mut EpollEvent::new(wanted, at as u64))?;
+            self.watched = wanted;
+        }
+        Ok(())
+    }
 }
 
 /// Begins to connect. Until that is done, writes do not fit.
@@ -211,4 +229,49 @@ fn dial(to: SocketAddr) -> Result<TcpStream> {
 
 fn place(socket: &impl AsRawFd) -> usize {
     usize::try_from(socket.as_raw_fd()).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// More than all sockets and buffers on the way hold.
+    const BYTES: usize = 32 << 20;
+
+    /// A listener, and its address.
+    fn listener() -> Result<(TcpListener, SocketAddr)> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let address = listener.local_addr()?;
+        Ok((listener, address))
+    }
+
+    #[test]
+    fn all_bytes_and_both_ends_pass_two_relays() -> Result<()> {
+        let (server, at) = listener()?;
+        // Ports that are free now: the relay takes them again.
+        let [first, second] = [listener()?.1, listener()?.1];
+        thread::spawn(move || run(&[Route { listen: first, to: second }, Route { listen: second, to: at }]));
+        let serving = thread::spawn(move || -> Result<usize> {
+            let (mut stream, _) = server.accept()?;
+            let mut all = Vec::new();
+            stream.read_to_end(&mut all)?;
+            // The client has ended its direction, and still reads.
+            stream.write_all(&all)?;
+            Ok(all.len())
+        });
+        let mut client = loop {
+            match TcpStream::connect(first) {
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused => thread::yield_now(),
+                connected => break connected?,
+            }
+        };
+        let bytes: Vec<u8> = (0..BYTES).map(|at| (at % 251) as u8).collect();
+        client.write_all(&bytes)?;
+        client.shutdown(Shutdown::Write)?;
+        let mut back = Vec::new();
+        client.read_to_end(&mut back)?;
+        assert_eq!(serving.join().expect("it does not panic")?, BYTES);
+        assert!(back == bytes);
+        Ok(())
+    }
 }

@@ -11,7 +11,7 @@ use std::{
 };
 
 /// Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn.
-pub(crate) const BACKLOG: i32 = 4096;
+const BACKLOG: i32 = 4096;
 /// Events taken from the kernel at once.
 pub(crate) const EVENTS: usize = 256;
 
@@ -42,7 +42,7 @@ enum Next {
 
 /// Serves until the process is killed.
 pub(crate) fn run(address: SocketAddr, duty: Duty) -> Result<()> {
-    let listener = listen(address)?;
+    let listener = listen(address, Port::Own)?;
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("make an epoll")?;
     epoll
         .add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, token(&listener)))
@@ -64,9 +64,18 @@ pub(crate) fn run(address: SocketAddr, duty: Duty) -> Result<()> {
     }
 }
 
-fn listen(address: SocketAddr) -> Result<TcpListener> {
+/// Whose a port is.
+#[derive(PartialEq, Eq)]
+pub(crate) enum Port {
+    Own,
+    /// The listeners of several threads share it, each with its part of the connections.
+    Shared,
+}
+
+pub(crate) fn listen(address: SocketAddr, port: Port) -> Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
+    socket.set_reuse_port(port == Port::Shared)?;
     socket.bind(&address.into()).with_context(|| format!("bind {address}"))?;
     socket.listen(BACKLOG)?;
     socket.set_nonblocking(true)?;
