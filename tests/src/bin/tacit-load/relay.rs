@@ -88,13 +88,8 @@ impl Relay {
                 let at = usize::try_from(event.data())?;
                 match self.listeners.iter().position(|(listener, _)| place(listener) == at) {
                     Some(index) => self.accept(index)?,
-                    // Its other may have closed it since.
-                    None if self.end(at).is_none() => {}
-                    None => {
-                        if !matches!(self.serve(at), Ok(true)) {
-                            self.close(at);
-                        }
-                    }
+                    None if matches!(self.serve(at), Ok(true)) => {}
+                    None => self.close(at),
                 }
             }
         }
@@ -131,12 +126,9 @@ impl Relay {
         Ok(())
     }
 
-    fn end(&mut self, at: usize) -> Option<&mut End> {
-        self.ends.get_mut(at)?.as_mut()
-    }
-
     /// Sends what waits for this socket, reads once from it, and passes that on. False once both directions have ended.
     fn serve(&mut self, at: usize) -> io::Result<bool> {
+        // Closed since the event.
         let Some(mut end) = self.ends[at].take() else { return Ok(true) };
         let Some(mut other) = self.ends[end.other].take() else { return Ok(false) };
         let outcome = end.send().and_then(|()| end.read(&mut other, &mut self.buffer));
