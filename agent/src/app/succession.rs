@@ -25,7 +25,8 @@ use crate::{
 };
 
 /// How long the last agent serves on while the next one takes over: loading programs and a certificate for each pod that is
-/// not known yet: half a second, or 9 s on an emulated machine under load. With `drainTimeout` it has to fit into the time that a node gives an agent to end.
+/// not known yet (9 s on an emulated machine under load). With `drainTimeout` it has to fit into the time that a node gives
+/// an agent to end.
 const TAKE_OVER_MAX: Duration = Duration::from_secs(14);
 /// How long connections may come to the last agent's listeners that were on their way before they were told of the next
 /// one's: the answer to a SYN-ACK, sent again once.
