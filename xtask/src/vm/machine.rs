@@ -44,7 +44,9 @@ const EMULATION: &str = "tcg,thread=single";
 
 impl Machine<'_> {
     fn command(&self) -> Command {
-        let mut qemu = Command::new("qemu-system-x86_64");
+        // It must not outlive this thread, however that ends.
+        let mut qemu = Command::new("setpriv");
+        qemu.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
         qemu.args(["-accel", EMULATION, "-M", "q35", "-cpu", "max", "-smp", "2", "-m", MEMORY_MB])
             .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
             .args(["-chardev", "stdio,id=c0,signal=off", "-serial", "chardev:c0", "-serial"])
