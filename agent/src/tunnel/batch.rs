@@ -36,11 +36,6 @@ pub(crate) fn payload_slots(batch: &mut [u8]) -> ([IoSliceMut<'_>; FRAMES_MAX], 
     (slots, room_bytes)
 }
 
-/// The first of these places, when no other is needed.
-pub(crate) fn payload_slot(batch: &mut [u8]) -> IoSliceMut<'_> {
-    IoSliceMut::new(&mut batch[BEFORE_BYTES..][..PAYLOAD_MAX_BYTES])
-}
-
 /// Writes the frame headers for `payload_bytes` read into the slots of `batch`, and hands each record to `seal`. Returns
 /// how many bytes the records take, from the first.
 pub(crate) fn seal_frames<E>(

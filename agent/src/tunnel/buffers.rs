@@ -32,16 +32,17 @@ struct Free {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum Size {
     /// One full record, in a small buffer: a read into one place costs less than one into several.
+    #[default]
     Single,
     /// Four full records.
-    #[default]
     Small,
     /// [`batch::FRAMES_MAX`] full records.
     Large,
 }
 
 impl Size {
-    const fn bytes(self) -> usize {
+    /// Those of a batch.
+    pub(crate) const fn bytes(self) -> usize {
         match self {
             Self::Single => batch::bytes(1),
             Self::Small => batch::bytes(4),

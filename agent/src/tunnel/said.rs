@@ -1,14 +1,14 @@
 //! What an application says: its bytes in batches, and its end.
 
 use std::{
-    io,
+    io::{self, IoSliceMut},
     task::{Context, Poll, ready},
 };
 
 use tokio::net::TcpStream;
 
 use super::{
-    batch::{payload_slot, payload_slots},
+    batch::{FRAMES_MAX, payload_slots},
     buffers::{Buffer, Size},
     socket,
 };
@@ -34,15 +34,8 @@ pub(crate) fn poll_said(app: &TcpStream, cx: &mut Context<'_>, size: Size) -> Po
         // Before a buffer is taken.
         ready!(app.poll_read_ready(cx))?;
         let mut batch = Buffer::take(size);
-        let (outcome, room_bytes) = if size == Size::Single {
-            let slot = payload_slot(&mut batch);
-            let room_bytes = slot.len();
-            (socket::try_read(app, &mut [slot]), room_bytes)
-        } else {
-            let (mut slots, room_bytes) = payload_slots(&mut batch);
-            (socket::try_read(app, &mut slots), room_bytes)
-        };
-        if let Some(outcome) = outcome {
+        let (mut slots, room_bytes) = slots(&mut batch, size);
+        if let Some(outcome) = socket::try_read(app, &mut slots) {
             let payload_bytes = outcome?;
             let next = size.after(payload_bytes, room_bytes);
             return Poll::Ready(Ok(said(app, batch, payload_bytes, next, room_bytes)));
@@ -53,12 +46,22 @@ pub(crate) fn poll_said(app: &TcpStream, cx: &mut Context<'_>, size: Size) -> Po
 /// What `app` has said already. Does not ask the poller, which may not have looked yet; `None` also for an end or a reset
 /// without bytes, which are to be found later.
 pub(crate) fn said_already(app: &TcpStream) -> Option<Said> {
-    let mut batch = Buffer::take(Size::Small);
-    let (mut slots, room_bytes) = payload_slots(&mut batch);
+    let size = Size::default();
+    let mut batch = Buffer::take(size);
+    let (mut slots, room_bytes) = slots(&mut batch, size);
     match socket::read_now(app, &mut slots) {
         0 => None,
-        payload_bytes => Some(said(app, batch, payload_bytes, Size::Small, room_bytes)),
+        payload_bytes => {
+            let next = size.after(payload_bytes, room_bytes);
+            Some(said(app, batch, payload_bytes, next, room_bytes))
+        }
     }
+}
+
+/// Where a read of `size` goes, and its bytes. A large one may have been given a small buffer.
+fn slots(batch: &mut Buffer, size: Size) -> ([IoSliceMut<'_>; FRAMES_MAX], usize) {
+    let shown_bytes = size.bytes().min(batch.len());
+    payload_slots(&mut batch[..shown_bytes])
 }
 
 fn said(app: &TcpStream, batch: Buffer, payload_bytes: usize, next: Size, room_bytes: usize) -> Said {

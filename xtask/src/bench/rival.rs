@@ -11,6 +11,8 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use tacit_topology::{Node, Pod, Process, Topology, until};
 
+use super::servers;
+
 /// Time for the command to say that it is ready.
 const READY: Duration = Duration::from_secs(120);
 
@@ -29,16 +31,16 @@ cgroup. Its environment:
   TACIT_BENCH_PEER_PODS    the pods of the other node, in the same form
   TACIT_BENCH_FILES        a folder for files, the same on both nodes, removed at the end
   TACIT_BENCH_READY        create this file when connections between pods go through the proxy
-`--rival relays` are two plain relays of the load generator, in the places of the agents: without TLS,
-identity, policy or guard, what passing through user space twice costs. They listen in the client's pod on the address
-of the far pod, and reach one another by IPv6; other pods are not in their way.
+`--rival relays` are two plain relays of the load generator in the places of the agents, without TLS, identity, policy or
+guard: what passing through user space twice costs. The first listens in the client's pod on the far pod's address, and
+reaches the second by IPv6. Connections within a node are direct.
 Pods reach each other by their addresses, IPv4, TCP ports 80, 5201 and 7001 to 7004. What the command prints goes to
 standard error.";
 
 /// What stands for [`relays`] on the command line.
 const RELAYS: &str = "relays";
-/// Ports of the servers, and of the second relay above these.
-const RELAYED: &str = "80 5201 7001 7002 7003 7004";
+/// Ports of the second relay, above those of the servers.
+const ABOVE: u16 = 20_000;
 
 /// The command that `--rival` asks for.
 pub(super) fn command(asked: &str, load: &Path) -> String {
@@ -46,22 +48,19 @@ pub(super) fn command(asked: &str, load: &Path) -> String {
 }
 
 fn relays(load: &Path) -> String {
+    let (load, ports) = (load.display(), servers::PORTS.map(|port| port.to_string()).join(" "));
     format!(
         r#"set -e
 pod() {{ echo "$1" | awk -v name="$2" -v column="$3" '$2 == name {{ print $column }}'; }}
+if [ "$TACIT_BENCH_NODE" = a ]; then place=client far="$TACIT_BENCH_PEER_PODS"; else place=far far="$TACIT_BENCH_PODS"; fi
+netns=$(pod "$TACIT_BENCH_PODS" $place 3) far4=$(pod "$far" far 4) far6=$(pod "$far" far 5)
 routes=""
-if [ "$TACIT_BENCH_NODE" = a ]; then
-    netns=$(pod "$TACIT_BENCH_PODS" client 3)
-    far4=$(pod "$TACIT_BENCH_PEER_PODS" far 4) far6=$(pod "$TACIT_BENCH_PEER_PODS" far 5)
-    ip -n "$netns" address add "$far4/32" dev lo
-    for port in {RELAYED}; do routes="$routes $far4:$port [$far6]:$((port + 20000))"; done
-else
-    netns=$(pod "$TACIT_BENCH_PODS" far 3)
-    far4=$(pod "$TACIT_BENCH_PODS" far 4) far6=$(pod "$TACIT_BENCH_PODS" far 5)
-    for port in {RELAYED}; do routes="$routes [$far6]:$((port + 20000)) $far4:$port"; done
-fi
-ip netns exec "$netns" '{load}' relay $routes | {{ read -r ready; echo "$ready" > "$TACIT_BENCH_READY"; cat; }}"#,
-        load = load.display()
+for port in {ports}; do
+    between="[$far6]:$((port + {ABOVE}))"
+    if [ $place = client ]; then routes="$routes $far4:$port $between"; else routes="$routes $between $far4:$port"; fi
+done
+if [ $place = client ]; then ip -n "$netns" address add "$far4/32" dev lo; fi
+ip netns exec "$netns" '{load}' relay $routes | {{ read -r ready; echo "$ready" > "$TACIT_BENCH_READY"; cat; }}"#
     )
 }
 

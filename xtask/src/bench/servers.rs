@@ -28,6 +28,9 @@ const ANSWER: [u16; 2] = [7002, 7004];
 /// Where nginx listens.
 const HTTP: u16 = 80;
 
+/// All of them.
+pub(super) const PORTS: [u16; 6] = [HTTP, IPERF, ECHO[0], ECHO[1], ANSWER[0], ANSWER[1]];
+
 /// Bytes of a request on a connection of its own.
 pub(super) const REQUEST: u32 = 64;
 

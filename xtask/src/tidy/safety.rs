@@ -121,8 +121,8 @@ mod tests {
 
     #[test]
     fn unsafe_is_explained_nearby() {
-        assert_eq!(problems(KERNEL, "let x = unsafe { f() };"), 1);
         assert_eq!(problems(KERNEL, "let x = unsafe { f() }; // SAFETY: f has no condition."), 0);
+        assert_eq!(problems(KERNEL, "let x = unsafe { f() };"), 1);
         assert_eq!(
             problems(KERNEL, "// SAFETY: one\n// two\n// three\n// four\n// five\n// six\nunsafe { f() }"),
             0

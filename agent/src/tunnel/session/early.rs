@@ -21,20 +21,27 @@ pub(crate) struct Early<'a> {
     app: &'a TcpStream,
     /// How much of what it said was taken to be sent: the destination may have read it, so it is not sent twice.
     pub(crate) taken_bytes: u64,
+    /// How much to read at once.
+    size: Size,
 }
 
 impl<'a> Early<'a> {
     pub(crate) fn new(app: &'a TcpStream) -> Self {
-        Self { app, taken_bytes: 0 }
+        Self { app, taken_bytes: 0, size: Size::default() }
     }
 
     pub(super) fn said_already(&mut self) -> Option<Said> {
-        said_already(self.app).inspect(|said| self.taken_bytes += said.payload_bytes as u64)
+        said_already(self.app).inspect(|said| self.takes(said))
     }
 
     fn poll_said(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Said>> {
-        let said = ready!(poll_said(self.app, cx, Size::Small));
-        Poll::Ready(said.inspect(|said| self.taken_bytes += said.payload_bytes as u64))
+        let said = ready!(poll_said(self.app, cx, self.size));
+        Poll::Ready(said.inspect(|said| self.takes(said)))
+    }
+
+    fn takes(&mut self, said: &Said) {
+        self.taken_bytes += said.payload_bytes as u64;
+        self.size = said.next;
     }
 }
 

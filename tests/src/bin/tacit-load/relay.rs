@@ -225,7 +225,10 @@ fn place(socket: &impl AsRawFd) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use tacit_topology::until;
+
     use super::*;
+    use crate::PATIENCE;
 
     /// More than all sockets and buffers on the way hold.
     const BYTES: usize = 32 << 20;
@@ -251,12 +254,9 @@ mod tests {
             stream.write_all(&all)?;
             Ok(all.len())
         });
-        let mut client = loop {
-            match TcpStream::connect(first) {
-                Err(error) if error.kind() == ErrorKind::ConnectionRefused => thread::yield_now(),
-                connected => break connected?,
-            }
-        };
+        let mut client = until("the relay listening", PATIENCE, || Ok(TcpStream::connect(first).ok()))?;
+        client.set_read_timeout(Some(PATIENCE))?;
+        client.set_write_timeout(Some(PATIENCE))?;
         let bytes: Vec<u8> = (0..BYTES).map(|at| (at % 251) as u8).collect();
         client.write_all(&bytes)?;
         client.shutdown(Shutdown::Write)?;
