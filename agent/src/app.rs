@@ -160,21 +160,21 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     let succession = async {
         match stands_by {
             true => {
-                let can_load = || Kernel::try_load(&pods_cgroup, &verifier_log);
-                succession::stand_by(&config, &directory, &identities, can_load, || doors.stand_by()).await
+                let prepare = || Kernel::prepare(&config.pin_path, &pods_cgroup, &verifier_log);
+                succession::stand_by(&config, &directory, &identities, prepare, || doors.stand_by()).await
             }
             false => succession::first(&config.pin_path),
         }
     };
-    let (claim, turn) = tokio::select! {
+    let (claim, follows) = tokio::select! {
         succession = succession => succession?,
         () = wait_for(&mut terminate, &mut interrupt) => {
             remove_socket(&config.socket);
             return Ok(());
         }
     };
-    let takes_over = turn.is_some();
-    let kernel = Arc::new(Kernel::open(claim, &pods_cgroup, &verifier_log, takes_over)?);
+    let (turn, prepared) = follows.unzip();
+    let kernel = Arc::new(Kernel::open(claim, &pods_cgroup, &verifier_log, prepared)?);
     let mesh = Arc::new(Mesh::start(kernel.clone(), &directory.current())?);
     kernel.maps.set_clear(&config.allow_clear)?;
     refresh_node(&kernel)?;

@@ -43,7 +43,7 @@ use std::{
 
 pub use maps::{ClearDestination, Drops, InClear, KernelCounter, Maps, Plaintext, PodEntry};
 pub use pins::{Claim, Turn, uninstall};
-pub use programs::{GuardedLink, ProgramState, Programs};
+pub use programs::{GuardedLink, Prepared, ProgramState, Programs};
 pub use verifier::VerifierLog;
 
 /// Something the kernel would not do.
@@ -161,7 +161,8 @@ pub struct Kernel {
 impl Kernel {
     /// Loads the programs, re-adopting pinned maps and links of an earlier run, and attaches them.
     ///
-    /// Sockets of earlier agents are no longer an agent's, unless one is `still_there`.
+    /// With programs `prepared` while another agent had the pins, that one may still be there; else the sockets of earlier
+    /// agents are no longer an agent's.
     ///
     /// # Errors
     /// [`KernelError`]; nothing new stays attached or pinned then, what was there before stays.
@@ -169,21 +170,26 @@ impl Kernel {
         claim: Claim,
         pods_cgroup: &cgroup::Cgroup,
         log: &VerifierLog,
-        still_there: bool,
+        prepared: Option<Prepared>,
     ) -> Result<Self, KernelError> {
-        let mut programs = Programs::load(claim, pods_cgroup, log)?;
+        let still_there = prepared.is_some();
+        let mut programs = Programs::load(claim, pods_cgroup, log, prepared)?;
         let maps = Maps::take(&mut programs)?;
         let cgroup = cgroup::Cgroup::of_self()?.id();
         maps.set_agent(cgroup, still_there)?;
         Ok(Self { programs: Mutex::new(programs), maps, cgroup })
     }
 
-    /// Has the running kernel verify the programs, and changes nothing.
+    /// Loads the programs while another agent has the pins, for [`Kernel::open`] to attach. Changes nothing.
     ///
     /// # Errors
     /// [`KernelError`].
-    pub fn try_load(pods_cgroup: &cgroup::Cgroup, log: &VerifierLog) -> Result<(), KernelError> {
-        Programs::try_load(pods_cgroup, log)
+    pub fn prepare(
+        pin_path: &Path,
+        pods_cgroup: &cgroup::Cgroup,
+        log: &VerifierLog,
+    ) -> Result<Prepared, KernelError> {
+        Prepared::load(pin_path, pods_cgroup, log)
     }
 
     /// Programs and their links. Held for a few system calls, never across an await.

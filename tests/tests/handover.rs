@@ -3,7 +3,8 @@
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use std::{net::SocketAddr, time::Duration};
+use std::{collections::HashSet, fs, net::SocketAddr, time::Duration};
+use tacit_abi::ABI_VERSION;
 use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe};
 use tacit_topology::{Agent, until};
 
@@ -66,6 +67,24 @@ fn an_agent_that_stands_by_serves_at_once_when_the_other_dies() -> Result<()> {
 
 #[test]
 #[ignore = "needs root"]
+fn an_agent_that_stands_by_serves_also_when_the_pinned_maps_have_changed() -> Result<()> {
+    let mut mesh = plan().with_agents()?;
+    let server = serve(&mesh)?;
+    let mut next = stand_by(&mesh, mesh.agent("a")?, "next")?;
+    // Else it pins it again.
+    mesh.agent("a")?.pause()?;
+    let pin = mesh.agent("a")?.files().pin_path().join(format!("maps-v{ABI_VERSION}/PODS"));
+    fs::remove_file(&pin)?;
+    mesh.agent_mut("a")?.kill()?;
+    next.wait_ready()?;
+    observe::wait_enrolled(&next)?;
+    Client::echo(mesh.pod("client")?, server.address(), "words after a change")?;
+    ensure!(pin.exists(), "what the programs use is not pinned: {}", next.log()?);
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
 fn an_agent_whose_successor_dies_first_ends_as_if_there_had_been_none() -> Result<()> {
     let mut mesh = plan().with_agents()?;
     let server = serve(&mesh)?;
@@ -86,9 +105,14 @@ fn take_over(mesh: &Mesh, last: &Agent, name: &str, server: &Server) -> Result<A
     let mut open = Client::start(mesh.pod("client")?, server.address(), &steps)?;
     open.events().first("line")?;
     let mut next = stand_by(mesh, last, name)?;
+    let verified = held_programs(&next)?;
     let load = load(mesh, server)?;
     last.ask_to_end()?;
     observe::wait_enrolled(&next)?;
+    for program in observe::status(&next)?["programs"].as_array().context("no programs")? {
+        let known = program["id"].as_u64().is_some_and(|id| verified.contains(&id));
+        ensure!(known, "loaded while taking over, not before: {program}");
+    }
     open.proceed()?;
     let told = open.finish()?;
     ensure!(told.iter().any(|event| event["text"] == "words of after"), "{told:?}");
@@ -108,6 +132,19 @@ fn stand_by(mesh: &Mesh, last: &Agent, name: &str) -> Result<Agent> {
     })
     .with_context(|| next.log().unwrap_or_default())?;
     Ok(next)
+}
+
+/// Ids of the programs that an agent has descriptors of.
+fn held_programs(agent: &Agent) -> Result<HashSet<u64>> {
+    let folder = format!("/proc/{}/fdinfo", agent.id().context("the agent does not run")?);
+    let mut ids = HashSet::new();
+    for entry in fs::read_dir(folder)? {
+        // Others are closed meanwhile.
+        let Ok(info) = fs::read_to_string(entry?.path()) else { continue };
+        let id = info.lines().find_map(|line| line.strip_prefix("prog_id:")?.trim().parse::<u64>().ok());
+        ids.extend(id);
+    }
+    Ok(ids)
 }
 
 /// Clients that each make one connection after the other.

@@ -9,7 +9,12 @@
 //! each, so at every moment there is one that accepts. Without a next agent there is no claim to give up early: the last
 //! one drains and ends as if nobody ever followed.
 
-use std::{path::Path, sync::Arc, thread, time::Duration};
+use std::{
+    path::Path,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use tokio::{
     sync::oneshot,
@@ -20,14 +25,14 @@ use crate::{
     config::Config,
     directory::{Directory, Protocol, Workload},
     identity::manager::Identities,
-    kernel::{Claim, Kernel, KernelError, Turn},
+    kernel::{Claim, Kernel, KernelError, Prepared, Turn},
     reload::Watched,
 };
 
-/// How long the last agent serves on while the next one takes over: loading programs and a certificate for each pod that is
-/// not known yet (9 s on an emulated machine under load). With `drainTimeout` it has to fit into the time that a node gives
-/// an agent to end.
-const TAKE_OVER_MAX: Duration = Duration::from_secs(14);
+/// How long the last agent serves on while the next one takes over: 25 ms, or 1.2 s on an emulated machine under load; there
+/// 9.5 s when it finds the pinned maps changed and has to load the programs again. With `drainTimeout` it has to fit into the
+/// time that a node gives an agent to end.
+const TAKE_OVER_MAX: Duration = Duration::from_secs(10);
 /// How long connections may come to the last agent's listeners that were on their way before they were told of the next
 /// one's: the answer to a SYN-ACK, sent again once.
 const ON_THEIR_WAY: Duration = Duration::from_millis(1500);
@@ -35,28 +40,28 @@ const ON_THEIR_WAY: Duration = Duration::from_millis(1500);
 /// and one that was not used for so long will hardly be used in the very moment of its end.
 pub(super) const LINGER: Duration = Duration::from_secs(3);
 
-/// The right to the pins, and with it the turn if another agent serves on until that is free.
-pub(super) type Succession = (Claim, Option<Turn>);
+/// The right to the pins, and what an agent has that follows another one, which serves on until the turn is free.
+pub(super) type Succession = (Claim, Option<(Turn, Prepared)>);
 
 /// The pins of no other agent; an error while one has them.
 pub(super) fn first(pin_path: &Path) -> Result<Succession, KernelError> {
     Claim::take(pin_path).map(|claim| (claim, None))
 }
 
-/// Has all that taking over needs, programs that this kernel takes and certificates for this node's pods, and then waits until
-/// the agent that has the pins gives them up or ends. `stands_by` is told when there is nothing else to wait for.
+/// Has all that taking over needs, programs that this kernel has verified and certificates for this node's pods, and then waits
+/// until the agent that has the pins gives them up or ends. `stands_by` is told when there is nothing else to wait for.
 pub(super) async fn stand_by(
     config: &Config,
     directory: &Watched<Directory>,
     identities: &Identities,
-    can_load: impl FnOnce() -> Result<(), KernelError>,
+    prepare: impl FnOnce() -> Result<Prepared, KernelError>,
     stands_by: impl FnOnce(),
 ) -> Result<Succession, KernelError> {
     match first(&config.pin_path) {
         Err(KernelError::Locked { .. }) => {}
         free => return free,
     }
-    can_load()?;
+    let prepared = prepare()?;
     certified(directory, identities, &config.node).await;
     let path = config.pin_path.clone();
     let turn = on_a_thread(move || Turn::wait(&path)).await?;
@@ -65,7 +70,7 @@ pub(super) async fn stand_by(
     let path = config.pin_path.clone();
     let claim = on_a_thread(move || Claim::wait(&path)).await?;
     tracing::info!("taking over");
-    Ok((claim, Some(turn)))
+    Ok((claim, Some((turn, prepared))))
 }
 
 /// Waits until all pods that `node` has have certificates. A pod may go meanwhile, and then nobody gets its certificate.
@@ -112,6 +117,7 @@ pub(super) async fn hand_over(
         return Ok(Ending::Alone(Some(turn)));
     }
     tracing::info!("handing over to the agent that stands by");
+    let begun = Instant::now();
     settle().await;
     kernel.programs().give_up();
     let path = pin_path.to_owned();
@@ -125,6 +131,7 @@ pub(super) async fn hand_over(
         tracing::warn!(limit = ?TAKE_OVER_MAX, "taking over takes long; not waiting for its end");
         return Ok(Ending::TakenOver(None));
     };
+    tracing::info!(took = ?begun.elapsed(), "handed over");
     sleep(ON_THEIR_WAY).await;
     turn.map(|turn| Ending::TakenOver(Some(turn)))
 }

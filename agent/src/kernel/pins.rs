@@ -92,8 +92,8 @@ pub(super) struct Pins {
 
 impl Pins {
     pub(super) fn open(Claim { root, lock }: Claim) -> Result<Self, KernelError> {
+        check_version(&root)?;
         let pins = Self { root, lock: Some(lock), held: BTreeMap::new() };
-        pins.check_version()?;
         pins.make_folders()?;
         Ok(pins)
     }
@@ -147,29 +147,16 @@ impl Pins {
         Ok(restored)
     }
 
-    fn check_version(&self) -> Result<(), KernelError> {
-        let ours = maps_folder_name();
-        for entry in
-            fs::read_dir(&self.root).map_err(KernelError::file("read", &self.root))?.filter_map(Result::ok)
-        {
-            let found = entry.file_name().to_string_lossy().into_owned();
-            if found.starts_with("maps-") && found != ours {
-                return Err(KernelError::OtherVersion { path: self.root.clone(), found });
-            }
-        }
-        Ok(())
+    pub(super) fn root(&self) -> &Path {
+        &self.root
     }
 
     fn maps_folder(&self) -> PathBuf {
-        self.root.join(maps_folder_name())
+        maps_folder(&self.root)
     }
 
     fn links_folder(&self) -> PathBuf {
         self.root.join("links")
-    }
-
-    pub(super) fn map(&self, name: &str) -> PathBuf {
-        self.maps_folder().join(name)
     }
 
     pub(super) fn link(&self, name: &str) -> PathBuf {
@@ -243,6 +230,23 @@ fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, KernelError> {
         .collect())
 }
 
+/// An error when pins of another version are below `root`.
+pub(super) fn check_version(root: &Path) -> Result<(), KernelError> {
+    let ours = maps_folder_name();
+    for entry in fs::read_dir(root).map_err(KernelError::file("read", root))?.filter_map(Result::ok) {
+        let found = entry.file_name().to_string_lossy().into_owned();
+        if found.starts_with("maps-") && found != ours {
+            return Err(KernelError::OtherVersion { path: root.to_owned(), found });
+        }
+    }
+    Ok(())
+}
+
+/// Where the maps are pinned below `root`.
+pub(super) fn maps_folder(root: &Path) -> PathBuf {
+    root.join(maps_folder_name())
+}
+
 fn maps_folder_name() -> String {
     format!("maps-v{ABI_VERSION}")
 }
@@ -256,7 +260,7 @@ pub fn uninstall(pin_path: &Path) -> Result<usize, KernelError> {
         return Ok(0);
     }
     let _lock = lock(pin_path)?;
-    remove_filters(&pin_path.join(maps_folder_name()).join("LINKS"));
+    remove_filters(&maps_folder(pin_path).join("LINKS"));
     let mut removed = 0;
     // Links first: a program must not run on while its maps are being unpinned.
     let mut folders: Vec<PathBuf> = vec![pin_path.join("links")];

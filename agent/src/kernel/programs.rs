@@ -11,10 +11,16 @@
 //! program swapped atomically; any other is replaced. The link at the agent's own cgroup is not pinned: it only
 //! serves connections that the agent makes.
 
-use std::{fs::File, io, os::fd::AsFd as _, path::PathBuf};
+use std::{
+    fs::File,
+    io,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+};
 
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
+    maps::MapInfo,
     programs::{
         CgroupAttachMode, Program, ProgramError, SockOps,
         links::{FdLink, LinkError},
@@ -28,7 +34,7 @@ use super::{
     cgroup::Cgroup,
     link,
     netns::Netns,
-    pins::{Claim, Pins},
+    pins::{self, Claim, Pins},
     probe,
     verifier::{refused, verify},
 };
@@ -97,21 +103,56 @@ pub struct Programs {
     attached: Vec<ProgramState>,
 }
 
-impl Programs {
-    pub(super) fn try_load(pods: &Cgroup, log: &VerifierLog) -> Result<(), KernelError> {
-        if OBJECT.is_empty() {
-            return Err(KernelError::NoObject);
-        }
-        load_verified(None, pods, log).map(drop)
+/// Programs that this kernel has verified while another agent has the pins. Nothing is attached.
+pub struct Prepared {
+    ebpf: Ebpf,
+    /// The pinned maps that they use; `None` when they have maps of their own.
+    maps: Option<MapIds>,
+}
+
+impl Prepared {
+    pub(super) fn load(pin_path: &Path, pods: &Cgroup, log: &VerifierLog) -> Result<Self, KernelError> {
+        pins::check_version(pin_path)?;
+        let maps = MapIds::of(pin_path);
+        // Without all maps there, loading would pin new ones, which is for the agent that has the pins.
+        let ebpf = load_verified(maps.is_some().then_some(pin_path), pods, log)?;
+        Ok(Self { ebpf, maps: maps.filter(|maps| MapIds::of(pin_path).as_ref() == Some(maps)) })
     }
 
-    pub(super) fn load(claim: Claim, pods: &Cgroup, log: &VerifierLog) -> Result<Self, KernelError> {
-        if OBJECT.is_empty() {
-            return Err(KernelError::NoObject);
+    /// The programs, if they use the maps that are pinned now.
+    fn still_fit(self, pin_path: &Path) -> Option<Ebpf> {
+        let fits = self.maps.is_some() && self.maps == MapIds::of(pin_path);
+        if !fits {
+            tracing::info!("the pinned maps have changed since the programs were loaded; loading them again");
         }
+        fits.then_some(self.ebpf)
+    }
+}
+
+/// The kernel's ids of all [`MAPS`], which are never given twice.
+#[derive(PartialEq, Eq)]
+struct MapIds(Vec<u32>);
+
+impl MapIds {
+    /// `None` unless all are pinned.
+    fn of(pin_path: &Path) -> Option<Self> {
+        let folder = pins::maps_folder(pin_path);
+        let id = |name: &&str| MapInfo::from_pin(folder.join(name)).ok().map(|info| info.id());
+        MAPS.iter().map(id).collect::<Option<_>>().map(Self)
+    }
+}
+
+impl Programs {
+    pub(super) fn load(
+        claim: Claim,
+        pods: &Cgroup,
+        log: &VerifierLog,
+        prepared: Option<Prepared>,
+    ) -> Result<Self, KernelError> {
         let pins = Pins::open(claim)?;
         let (maps, links) = (pins.maps()?, pins.links()?);
-        let ebpf = match load_verified(Some(&pins), pods, log) {
+        let prepared = prepared.and_then(|prepared| prepared.still_fit(pins.root()));
+        let ebpf = match prepared.map_or_else(|| load_verified(Some(pins.root()), pods, log), Ok) {
             Ok(ebpf) => ebpf,
             Err(error) => {
                 pins.remove_maps_but(&maps);
@@ -322,16 +363,19 @@ fn steer_pin(pod: u64) -> String {
     format!("steer-{pod}")
 }
 
-/// With maps of its own unless there are `pins`.
-fn load_verified(pins: Option<&Pins>, pods: &Cgroup, log: &VerifierLog) -> Result<Ebpf, KernelError> {
-    let mut ebpf = load_object(pins, pods)?;
+/// With maps of its own unless there is a `pin_path`.
+fn load_verified(pin_path: Option<&Path>, pods: &Cgroup, log: &VerifierLog) -> Result<Ebpf, KernelError> {
+    if OBJECT.is_empty() {
+        return Err(KernelError::NoObject);
+    }
+    let mut ebpf = load_object(pin_path, pods)?;
     for name in CGROUP_PROGRAMS.into_iter().chain([STEER, GUARD_LINK]) {
         verify(&mut ebpf, name, log)?;
     }
     Ok(ebpf)
 }
 
-fn load_object(pins: Option<&Pins>, pods: &Cgroup) -> Result<Ebpf, KernelError> {
+fn load_object(pin_path: Option<&Path>, pods: &Cgroup) -> Result<Ebpf, KernelError> {
     let settings = Settings {
         pods_level: pods.level(),
         abi_version: ABI_VERSION,
@@ -339,12 +383,12 @@ fn load_object(pins: Option<&Pins>, pods: &Cgroup) -> Result<Ebpf, KernelError> 
         has_set_retval: u32::from(probe::has_set_retval()),
         pad: 0,
     };
-    let pinned = |pins: &Pins| MAPS.iter().map(|name| (*name, pins.map(name))).collect();
-    let paths: Vec<(&str, PathBuf)> = pins.map(pinned).unwrap_or_default();
     let mut loader = EbpfLoader::new();
     loader.override_global("SETTINGS", &settings, true);
-    for (name, path) in &paths {
-        loader.map_pin_path(name, path.as_path());
+    if let Some(folder) = pin_path.map(pins::maps_folder) {
+        for name in MAPS {
+            loader.map_pin_path(name, folder.join(name));
+        }
     }
     loader.load(OBJECT).map_err(|error| refused("object", &error, String::new()))
 }
