@@ -27,7 +27,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         ensure!(TARGETS.contains(&target.as_str()), "no target {target:?}: there are {}", TARGETS.join(", "));
     }
     let cargo_fuzz = ensure_cargo_fuzz(workspace)?;
-    let folder = workspace.root().join("tests/fuzz");
+    let folder = folder(workspace);
     for target in chosen {
         let found = workspace.cache().join("fuzz").join(target);
         fs::create_dir_all(&found).with_context(|| format!("cannot create {}", found.display()))?;
@@ -41,6 +41,11 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         command::run(&mut cargo).with_context(|| format!("target {target}"))?;
     }
     Ok(())
+}
+
+/// The package of the targets.
+pub(crate) fn folder(workspace: &Workspace) -> PathBuf {
+    workspace.root().join("tests/fuzz")
 }
 
 /// cargo-fuzz from the cache, or built into it.

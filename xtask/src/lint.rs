@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result};
 
-use crate::{command, ebpf, setup::toolchain::require_component, workspace::Workspace};
+use crate::{command, ebpf, fuzz, setup::toolchain::require_component, workspace::Workspace};
 
 /// Whether files are rewritten or only looked at.
 #[derive(Clone, Copy)]
@@ -35,5 +35,16 @@ pub(crate) fn host(workspace: &Workspace) -> Result<()> {
     cargo
         .args(["--workspace", "--exclude", ebpf::PACKAGE, "--all-targets", "--target-dir"])
         .arg(workspace.target());
-    command::run(cargo.args(["--", "-Dwarnings"]))
+    command::run(cargo.args(["--", "-Dwarnings"]))?;
+    fuzz_lock(workspace)
+}
+
+/// The fuzz targets are no members of the workspace, so nothing else notices when the agent's dependencies change.
+fn fuzz_lock(workspace: &Workspace) -> Result<()> {
+    let manifest = fuzz::folder(workspace).join("Cargo.toml");
+    let mut cargo = workspace.cargo("tree");
+    cargo.args(["--locked", "--depth", "0", "--manifest-path"]).arg(&manifest);
+    command::run(&mut cargo).with_context(|| {
+        format!("to renew the lock file: cargo update -w --manifest-path {}", manifest.display())
+    })
 }
