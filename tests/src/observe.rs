@@ -6,7 +6,7 @@ use std::time::Duration;
 use tacit_topology::{Agent, until};
 
 /// Time for what happened on a connection, or to an agent, to show up in its metrics, status or log. On an emulated machine
-/// under load an agent takes 9 s to take over from another.
+/// under load an agent takes 9 s to load its programs.
 const SHOWN: Duration = Duration::from_secs(30);
 
 /// The sum of all samples of `name` (as exposed, suffix included) that have all of `labels`.

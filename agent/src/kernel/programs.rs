@@ -106,22 +106,22 @@ pub struct Programs {
 /// Programs that this kernel has verified while another agent has the pins. Nothing is attached.
 pub struct Prepared {
     ebpf: Ebpf,
-    /// The pinned maps that they use; `None` when they have maps of their own.
-    maps: Option<MapIds>,
+    /// Of the pinned maps that they use; `None` when they have maps of their own.
+    map_ids: Option<Vec<u32>>,
 }
 
 impl Prepared {
     pub(super) fn load(pin_path: &Path, pods: &Cgroup, log: &VerifierLog) -> Result<Self, KernelError> {
         pins::check_version(pin_path)?;
-        let maps = MapIds::of(pin_path);
+        let before = pinned_map_ids(pin_path);
         // Without all maps there, loading would pin new ones, which is for the agent that has the pins.
-        let ebpf = load_verified(maps.is_some().then_some(pin_path), pods, log)?;
-        Ok(Self { ebpf, maps: maps.filter(|maps| MapIds::of(pin_path).as_ref() == Some(maps)) })
+        let ebpf = load_verified(before.is_some().then_some(pin_path), pods, log)?;
+        Ok(Self { ebpf, map_ids: before.filter(|before| is_pinned(pin_path, before)) })
     }
 
     /// The programs, if they use the maps that are pinned now.
     fn still_fit(self, pin_path: &Path) -> Option<Ebpf> {
-        let fits = self.maps.is_some() && self.maps == MapIds::of(pin_path);
+        let fits = self.map_ids.is_some_and(|ids| is_pinned(pin_path, &ids));
         if !fits {
             tracing::info!("the pinned maps have changed since the programs were loaded; loading them again");
         }
@@ -129,17 +129,14 @@ impl Prepared {
     }
 }
 
-/// The kernel's ids of all [`MAPS`], which are never given twice.
-#[derive(PartialEq, Eq)]
-struct MapIds(Vec<u32>);
+/// The kernel's ids of all [`MAPS`], which it gives once; `None` unless all are pinned.
+fn pinned_map_ids(pin_path: &Path) -> Option<Vec<u32>> {
+    let folder = pins::maps_folder(pin_path);
+    MAPS.iter().map(|name| MapInfo::from_pin(folder.join(name)).ok().map(|info| info.id())).collect()
+}
 
-impl MapIds {
-    /// `None` unless all are pinned.
-    fn of(pin_path: &Path) -> Option<Self> {
-        let folder = pins::maps_folder(pin_path);
-        let id = |name: &&str| MapInfo::from_pin(folder.join(name)).ok().map(|info| info.id());
-        MAPS.iter().map(id).collect::<Option<_>>().map(Self)
-    }
+fn is_pinned(pin_path: &Path, map_ids: &[u32]) -> bool {
+    pinned_map_ids(pin_path).is_some_and(|now| now == map_ids)
 }
 
 impl Programs {
