@@ -19,10 +19,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use tacit::{
-    directory::kubernetes::{self, CgroupLayout, EnrolLabel, Options, Place},
-    identity::TrustDomain,
     kernel::node,
+    sources::directory::{self, CgroupLayout, EnrolLabel, Options, Place},
 };
+use tacit_core::spiffe::TrustDomain;
 
 const PODS: usize = 100_000;
 const SERVICES: usize = 10_000;
@@ -63,7 +63,7 @@ async fn measure(pods: usize, services: usize) -> Result<()> {
         cgroups: CgroupLayout::of(Path::new("/sys/fs/cgroup/kubepods.slice")),
         ranges: Arc::default(),
     };
-    let opening = kubernetes::open(&options, place).await;
+    let opening = directory::open(&options, place).await;
     std::fs::remove_file(config)?;
     let watched = opening?.complete().await.context("the API is not followed any more")?;
     let directory = watched.current();

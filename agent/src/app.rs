@@ -10,6 +10,10 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use tacit_core::{
+    directory::{Directory, Ranges},
+    policy::Policies,
+};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     task::JoinHandle,
@@ -19,10 +23,6 @@ use tokio::{
 use crate::{
     config::{Config, IssuerConfig, Source},
     datapath::{DataPath, Parts, accept_loop},
-    directory::{
-        self, Directory, Ranges,
-        kubernetes::{CgroupLayout, Place},
-    },
     drain::{Drain, Drained},
     enrol::{Enroller, Pod, Serve, Table, kernel_mode},
     identity::{
@@ -36,18 +36,21 @@ use crate::{
         Kernel, KernelError, Turn, VerifierLog, cgroup::Cgroup, events, netns::HostNetns, node, probe,
         socket::Listeners,
     },
-    kubernetes::OpenError,
     mesh::Mesh,
     outbound,
-    policy::{self, Policies},
-    reload::{Opening, Watched},
+    sources::{
+        self,
+        directory::{CgroupLayout, Place},
+        file::LoadError,
+        kubernetes::OpenError,
+        reload::{Opening, Watched},
+    },
     telemetry::{
         Telemetry, admin,
         status::{SourceKind, UncoveredStatus},
     },
     tunnel::Session,
     workers::Workers,
-    yaml::LoadError,
 };
 
 mod doors;
@@ -293,7 +296,7 @@ async fn open_directory(config: &Config) -> Result<Opening<Directory>, AppError>
                 cgroups: CgroupLayout::of(&config.pods_cgroup),
                 ranges,
             };
-            let opened = directory::kubernetes::open(options, place).await;
+            let opened = sources::directory::open(options, place).await;
             opened.map_err(|source| AppError::Kubernetes { field: "directory", source })
         }
     }
@@ -315,7 +318,7 @@ async fn open_policies(config: &Config) -> Result<Opening<Policies>, AppError> {
             .into())
         }
         Source::Kubernetes(options) => {
-            let opened = policy::kubernetes::open(options, root).await;
+            let opened = sources::policy::open(options, root).await;
             opened.map_err(|source| AppError::Kubernetes { field: "policy", source })
         }
     }

@@ -40,6 +40,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Instant};
 
 use arc_swap::ArcSwapOption;
 use kube::{Api, Client};
+use tacit_core::error_chain::format_chain;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -47,12 +48,11 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
-    causes::in_full,
+    sources::file::LoadError,
     telemetry::{
         admin,
         authority::{AuthorityStatus, Readiness},
     },
-    yaml::LoadError,
 };
 use bundle::Bundle;
 use callers::{Callers, Kubernetes};
@@ -95,7 +95,7 @@ pub async fn run(config: Config) -> Result<(), AuthorityError> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = CancellationToken::new();
     let client = if needs_kubernetes(&config) {
-        Some(Client::try_default().await.map_err(|e| AuthorityError::Kubernetes(in_full(&e)))?)
+        Some(Client::try_default().await.map_err(|e| AuthorityError::Kubernetes(format_chain(&e)))?)
     } else {
         None
     };

@@ -9,25 +9,30 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use tacit_core::{
+    balance::Balancer,
+    directory::{Directory, Workload},
+    policy::Policies,
+    pool::Pool,
+    spiffe::{SpiffeId, TrustDomain},
+    wire::open::DenyReason,
+};
 use tokio::{net::TcpStream, sync::Semaphore};
 
 use crate::{
-    balance::Balancer,
-    directory::{Directory, Workload},
     drain::Drain,
     enrol::{Pod, Table},
-    identity::{SpiffeId, TrustDomain, manager::Identities},
+    identity::manager::Identities,
     kernel::{
         Kernel,
         netns::HostNetns,
         socket::{self, Acceptor},
     },
     mesh::Mesh,
-    policy::Policies,
-    reload::Watched,
+    sources::reload::Watched,
     telemetry::{Party, Refusal, Reporter, Security, Telemetry},
     tunnel::{
-        DenyReason, Pool, Session, TlsInfo,
+        Session, TlsInfo,
         socket::{reset, reset_if_dropped},
     },
     workers::Workers,

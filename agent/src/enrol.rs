@@ -20,12 +20,16 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use tacit_core::{
+    directory::{Directory, Protocol, Ranges, Workload},
+    policy::Policies,
+    spiffe::SpiffeId,
+};
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    directory::{Directory, Protocol, Ranges, Workload},
-    identity::{SpiffeId, issuer::IssueError, manager::Identities},
+    identity::{issuer::IssueError, manager::Identities},
     kernel::{
         Kernel,
         cgroup::{self, Cgroup},
@@ -33,8 +37,7 @@ use crate::{
         socket::{Listeners, Ports},
     },
     mesh::Mesh,
-    policy::Policies,
-    reload::Watched,
+    sources::reload::Watched,
     telemetry::Telemetry,
 };
 

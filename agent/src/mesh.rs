@@ -10,11 +10,11 @@ use std::{
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
+use tacit_core::directory::{Directory, Ranges};
 
 use crate::{
-    directory::{Directory, Ranges},
     kernel::{Kernel, KernelError},
-    reload::Watched,
+    sources::reload::Watched,
 };
 
 /// The ranges in force.

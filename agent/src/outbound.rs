@@ -18,19 +18,21 @@ use std::{
     time::Duration,
 };
 
+use tacit_core::{
+    balance::Held,
+    directory::Directory,
+    policy::{self, Flow, Source},
+    route::{self, Facts, Route},
+    spiffe::SpiffeId,
+};
 use tokio::net::TcpStream;
 
 use crate::{
     admission::{self, Changes, Denial},
-    balance::Held,
     datapath::{DataPath, PoolKey, Refused, canonical, deny_reason},
-    directory::Directory,
     enrol::{self, Pod},
-    identity::SpiffeId,
     kernel::socket::connect,
-    policy::{self, Flow, Source},
     relay,
-    route::{self, Facts, Route},
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
     tunnel::{Session, socket},
 };

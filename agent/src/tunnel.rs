@@ -21,11 +21,9 @@
 
 pub(crate) mod batch;
 pub(crate) mod buffers;
-pub mod frame;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub(crate) mod inbox;
-pub mod open;
-pub mod phase;
-pub mod pool;
 pub(crate) mod said;
 pub mod session;
 pub(crate) mod socket;
@@ -33,17 +31,14 @@ pub(crate) mod socket;
 pub(crate) mod testing;
 pub mod tls;
 
-pub use open::{Ahead, DenyReason, Open, TraceId};
-pub use phase::Role;
-pub use pool::Pool;
+use tacit_core::wire::TraceId;
+
 pub(crate) use session::Early;
 pub use session::{OpenError, Session};
 pub use tls::{Refusal, TlsInfo, TunnelError};
 
-impl TraceId {
-    /// A new one.
-    #[must_use]
-    pub fn random() -> Self {
-        Self(tls::random())
-    }
+/// A new trace id.
+#[must_use]
+pub fn random_trace_id() -> TraceId {
+    TraceId(tls::random())
 }

@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tacit_core::policy::explain::{End, ExplainError, Explanation};
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::watch,
@@ -25,8 +26,7 @@ use super::{
 };
 use crate::{
     config::Config,
-    policy::explain::{End, ExplainError, Explanation},
-    reload::ReloadState,
+    sources::reload::ReloadState,
     telemetry::{
         Telemetry, admin,
         status::{

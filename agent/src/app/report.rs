@@ -10,18 +10,21 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use crate::{
-    config::Config,
-    datapath::DataPath,
+use tacit_core::{
     directory::{Directory, Ranges, Uncovered, Workload},
-    enrol::in_clear,
-    identity::{issuer::Issuer, istio::Skew, manager::CertificateState},
-    kernel::{Drops, GuardedLink, InClear, node},
     policy::{
         Authorization, Mode, Modes,
         explain::{self, End, ExplainError, Explanation, Knowledge},
     },
-    reload::ReloadState,
+};
+
+use crate::{
+    config::Config,
+    datapath::DataPath,
+    enrol::in_clear,
+    identity::{issuer::Issuer, istio::Skew, manager::CertificateState},
+    kernel::{Drops, GuardedLink, InClear, node},
+    sources::reload::ReloadState,
     telemetry::status::{
         AgentState, CertificateStatus, DropStatus, GuardStatus, IssuerStatus, KernelCounter, MeshStatus,
         PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, SourceKind, SourceStatus, Status,

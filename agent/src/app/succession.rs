@@ -16,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tacit_core::directory::{Directory, Protocol, Workload};
 use tokio::{
     sync::oneshot,
     time::{sleep, timeout},
@@ -23,10 +24,9 @@ use tokio::{
 
 use crate::{
     config::Config,
-    directory::{Directory, Protocol, Workload},
     identity::manager::Identities,
     kernel::{Claim, Kernel, KernelError, Prepared, Turn},
-    reload::Watched,
+    sources::reload::Watched,
 };
 
 /// How long the last agent serves on while the next one takes over: 25 ms, or 1.2 s on an emulated machine under load; there
@@ -154,10 +154,8 @@ mod tests {
     use std::{fs, sync::atomic::AtomicU32};
 
     use super::*;
-    use crate::identity::{
-        TrustDomain,
-        issuer::{EmbeddedIssuer, Issuer, testing::Scratch},
-    };
+    use crate::identity::issuer::{EmbeddedIssuer, Issuer, testing::Scratch};
+    use tacit_core::spiffe::TrustDomain;
 
     #[tokio::test]
     async fn a_pod_that_goes_meanwhile_is_not_waited_for() {

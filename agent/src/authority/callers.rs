@@ -10,13 +10,13 @@ mod tokens;
 
 use std::path::PathBuf;
 
-use super::refusal::Refusal;
-use crate::{
+use tacit_core::{
     directory::Directory,
-    identity::{SpiffeId, TrustDomain},
-    reload::Watched,
-    yaml::LoadError,
+    spiffe::{SpiffeId, TrustDomain},
 };
+
+use super::refusal::Refusal;
+use crate::sources::{file::LoadError, reload::Watched};
 
 pub(super) use kubernetes::Kubernetes;
 use tokens::Tokens;

@@ -10,10 +10,14 @@ use std::{
     time::Duration,
 };
 
+use tacit_core::{
+    spiffe::TrustDomain,
+    yaml::{self, Fields, Mistakes, Value},
+};
+
 use crate::{
-    config::{LEAF_LIFETIME, LEAF_LIFETIME_RANGE, listen_address, or, within},
-    identity::TrustDomain,
-    yaml::{self, Fields, LoadError, Mistakes, Value},
+    config::{LEAF_LIFETIME, LEAF_LIFETIME_RANGE},
+    sources::file::{self, LoadError},
 };
 
 const FIELDS: [&str; 10] = [
@@ -152,7 +156,7 @@ impl Config {
     /// [`LoadError`]: unreadable, or all mistakes in it.
     pub fn read(path: &Path) -> Result<Self, LoadError> {
         let file = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        yaml::load(path, |text| Self::parse(text, &file))
+        file::load(path, |text| Self::parse(text, &file))
     }
 
     /// Parses the text of `file`; relative paths are relative to the folder of `file`.
@@ -172,10 +176,10 @@ impl Config {
     fn decode(f: &mut Fields<'_>, folder: &Path) -> Option<Self> {
         let trust_domain = f.required("trustDomain", "the SPIFFE trust domain, such as cluster.local");
         let trust_domain = trust_domain.and_then(|value| value.parse(TrustDomain::parse));
-        let listen = or(f, "listen", LISTEN, listen_address);
+        let listen = f.or("listen", LISTEN, Value::listen_address);
         let names =
-            or(f, "names", vec![NAME.to_owned()], |v| texts(v, NAMES_MAX, |v| v.name().map(Into::into)));
-        let metrics = or(f, "metrics", METRICS, listen_address);
+            f.or("names", vec![NAME.to_owned()], |v| texts(v, NAMES_MAX, |v| v.name().map(Into::into)));
+        let metrics = f.or("metrics", METRICS, Value::listen_address);
         let root = f.required("root", "{secret: {namespace: tacit-system, name: tacit-root}}");
         let root = root.and_then(|value| self::root(&value, folder));
         let namespace = match &root {
@@ -186,10 +190,10 @@ impl Config {
         let bundle = bundle.and_then(|value| self::bundle(&value, namespace, folder));
         let agents = f.required("agents", "{serviceAccounts: [tacit-system/tacit-agent]}");
         let agents = agents.and_then(|value| self::agents(&value, folder));
-        let leaf = or(f, "leafLifetime", LEAF_LIFETIME, |v| within(v, LEAF_LIFETIME_RANGE));
+        let leaf = f.or("leafLifetime", LEAF_LIFETIME, |v| v.duration(LEAF_LIFETIME_RANGE));
         let intermediate =
-            or(f, "intermediateLifetime", INTERMEDIATE_LIFETIME, |v| within(v, INTERMEDIATE_LIFETIME_RANGE));
-        let rate = or(f, "rate", RATE, rate);
+            f.or("intermediateLifetime", INTERMEDIATE_LIFETIME, |v| v.duration(INTERMEDIATE_LIFETIME_RANGE));
+        let rate = f.or("rate", RATE, rate);
         let (root, lifetime) = root?;
         Some(Self {
             trust_domain: trust_domain?,
@@ -231,7 +235,7 @@ impl Config {
 
 fn root(value: &Value<'_>, folder: &Path) -> Option<(RootPlace, Duration)> {
     let mut fields = value.fields(&ROOT_FIELDS)?;
-    let lifetime = or(&mut fields, "lifetime", ROOT_LIFETIME, |v| within(v, ROOT_LIFETIME_RANGE));
+    let lifetime = fields.or("lifetime", ROOT_LIFETIME, |v| v.duration(ROOT_LIFETIME_RANGE));
     let place = match (fields.optional("secret"), fields.optional("directory")) {
         (Some(secret), None) => secret_place(&secret)?,
         (None, Some(directory)) => RootPlace::Directory(folder.join(directory.text()?)),
@@ -251,7 +255,7 @@ fn secret_place(value: &Value<'_>) -> Option<RootPlace> {
 
 fn bundle(value: &Value<'_>, default_namespace: Option<&str>, folder: &Path) -> Option<BundlePlace> {
     let mut fields = value.fields(&BUNDLE_FIELDS)?;
-    let key = or(&mut fields, "key", BUNDLE_KEY.to_owned(), |v| v.text().map(Into::into))?;
+    let key = fields.or("key", BUNDLE_KEY.to_owned(), |v| v.text().map(Into::into))?;
     let namespace = fields.optional("namespace");
     match (fields.optional("configMap"), fields.optional("file")) {
         (Some(name), None) => {
@@ -271,7 +275,7 @@ fn bundle(value: &Value<'_>, default_namespace: Option<&str>, folder: &Path) -> 
 
 fn agents(value: &Value<'_>, folder: &Path) -> Option<Agents> {
     let mut fields = value.fields(&AGENTS_FIELDS)?;
-    let audience = or(&mut fields, "audience", AUDIENCE.to_owned(), |v| v.text().map(Into::into))?;
+    let audience = fields.or("audience", AUDIENCE.to_owned(), |v| v.text().map(Into::into))?;
     let accounts = fields.optional("serviceAccounts");
     match (accounts, fields.optional("tokens"), fields.optional("directory")) {
         (Some(accounts), None, None) => {
@@ -317,8 +321,8 @@ fn rate(value: &Value<'_>) -> Option<Rate> {
         let number = text.parse().ok().filter(|number| (1..=RATE_MAX).contains(number));
         number.ok_or_else(|| format!("no number of requests: write 1 to {RATE_MAX}"))
     };
-    let per_second = or(&mut fields, "perSecond", RATE.per_second, |v| v.parse(number));
-    let burst = or(&mut fields, "burst", RATE.burst, |v| v.parse(number));
+    let per_second = fields.or("perSecond", RATE.per_second, |v| v.parse(number));
+    let burst = fields.or("burst", RATE.burst, |v| v.parse(number));
     Some(Rate { per_second: per_second?, burst: burst? })
 }
 

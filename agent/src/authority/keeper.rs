@@ -11,6 +11,7 @@ use std::{
 };
 
 use arc_swap::ArcSwapOption;
+use tacit_core::{error_chain::format_chain, spiffe::TrustDomain};
 use tokio::time::{sleep, timeout};
 use tracing::{error, info, warn};
 
@@ -22,7 +23,6 @@ use super::{
     signer::{Signer, moment},
     store::{Fields, Store, StoreError, Stored, Written},
 };
-use crate::{causes::in_full, identity::TrustDomain};
 
 /// Field of the store with the rotation.
 const ROTATION: &str = "tacit.json";
@@ -100,7 +100,7 @@ impl Keeper {
     pub(super) async fn run(mut self) {
         loop {
             let looked = self.look(SystemTime::now()).await;
-            let problem = looked.err().map(|error| in_full(&error));
+            let problem = looked.err().map(|error| format_chain(&error));
             match (&problem, self.trouble.load().as_deref()) {
                 (Some(problem), before) if before != Some(problem) => {
                     error!(%problem, "root, intermediate or bundle cannot be brought up to date; trying again");

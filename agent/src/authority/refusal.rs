@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use crate::identity::{IdentityError, SpiffeId, TrustDomain, istio::api::Code};
+use tacit_core::spiffe::{IdentityError, SpiffeId, TrustDomain};
+
+use crate::identity::istio::api::Code;
 
 /// Why a request got no certificate.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -6,9 +6,10 @@
 use std::time::Duration;
 
 use rcgen::{CertificateSigningRequestParams, PublicKey, SanType};
+use tacit_core::spiffe::{SpiffeId, TrustDomain};
 
 use super::refusal::Refusal;
-use crate::identity::{SpiffeId, TrustDomain, istio::api::CertificateRequest};
+use crate::identity::istio::api::CertificateRequest;
 
 /// A request that may be granted, if the caller may have it.
 #[derive(Debug)]

@@ -15,9 +15,9 @@ use rcgen::{
     SerialNumber,
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
+use tacit_core::spiffe::TrustDomain;
 
 use crate::identity::{
-    TrustDomain,
     certificate::{self, Validity},
     issuer::{BACKDATED, random_serial},
 };

@@ -15,6 +15,7 @@ use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use hyper::{HeaderMap, body::Body, header::AUTHORIZATION};
+use tacit_core::spiffe::{SpiffeId, TrustDomain};
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
@@ -28,10 +29,7 @@ use super::{
     request,
     signer::Issued,
 };
-use crate::identity::{
-    SpiffeId, TrustDomain,
-    istio::api::{self, CertificateRequest, CertificateResponse},
-};
+use crate::identity::istio::api::{self, CertificateRequest, CertificateResponse};
 
 /// How many nodes' rates one address gets before it has said which node it is: where the path to this service is
 /// masqueraded, several agents come from one address.

@@ -17,16 +17,14 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime},
     sign::CertifiedKey,
 };
+use tacit_core::spiffe::{SpiffeId, TrustDomain};
 use webpki::{EndEntityCert, KeyUsage};
 
 use super::{
     config::Lifetimes,
     root::{Root, RootError, ca_params, hex, pem, seconds},
 };
-use crate::identity::{
-    SpiffeId, TrustDomain,
-    issuer::{BACKDATED, leaf_params, random_serial, whole_seconds},
-};
+use crate::identity::issuer::{BACKDATED, leaf_params, random_serial, whole_seconds};
 
 /// An intermediate with its key.
 pub(super) struct Signer {

@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use rcgen::{CertificateParams, KeyPair, SanType};
 use serde_json::json;
+use tacit_core::spiffe::SpiffeId;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::{
     authority::config::{Agents, BundlePlace, Config, Rate, RootPlace},
     identity::{
-        SpiffeId,
         issuer::{Issuer, testing::Scratch},
         istio::{
             CallError, IstioError, Skew,

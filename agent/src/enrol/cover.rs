@@ -8,14 +8,17 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tacit_core::{
+    directory::{Directory, Egress, Udp, Workload},
+    policy::{Authorization, Flow, Mode, Modes, Source, Verdict, decide},
+};
+
 use super::{Enroller, NotYet, Pod, State};
 use crate::{
-    directory::{Directory, Egress, Udp, Workload},
     kernel::{
         GuardedLink, InClear, KernelError, Plaintext, PodEntry, cgroup, existing, netns::Netns, node,
         socket::Listeners,
     },
-    policy::{Authorization, Flow, Mode, Modes, Source, Verdict, decide},
     telemetry::{Party, Refusal, Reporter},
 };
 

@@ -3,15 +3,15 @@
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
 use arc_swap::ArcSwap;
+use tacit_core::{
+    directory::Workload,
+    policy::{Authorization, Modes},
+};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::in_clear;
-use crate::{
-    directory::Workload,
-    kernel::{GuardedLink, InClear, netns::Netns},
-    policy::{Authorization, Modes},
-};
+use crate::kernel::{GuardedLink, InClear, netns::Netns};
 
 /// An enrolled pod, as the data path sees it.
 #[derive(Debug)]

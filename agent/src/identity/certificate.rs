@@ -10,9 +10,8 @@ use std::{
 };
 
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
+use tacit_core::spiffe::{IdentityError, SpiffeId};
 use webpki::EndEntityCert;
-
-use super::{IdentityError, SpiffeId};
 
 const INTEGER: u8 = 0x02;
 const UTC_TIME: u8 = 0x17;

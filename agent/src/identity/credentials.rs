@@ -17,11 +17,9 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer},
     sign::CertifiedKey,
 };
+use tacit_core::spiffe::SpiffeId;
 
-use super::{
-    SpiffeId,
-    certificate::{self, CertificateError},
-};
+use super::certificate::{self, CertificateError};
 
 /// Servers whose configurations are kept; some 500 bytes each. They are all made again when there are more.
 const SERVERS_MAX: usize = 1024;

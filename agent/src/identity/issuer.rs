@@ -19,9 +19,9 @@ use rustls::{
     crypto::aws_lc_rs,
     pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
 };
+use tacit_core::spiffe::{SpiffeId, TrustDomain};
 
 use super::{
-    SpiffeId, TrustDomain,
     credentials::{Credentials, CredentialsError},
     istio::{IstioError, IstioIssuer},
     root::{Root, RootError},

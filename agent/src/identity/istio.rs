@@ -22,6 +22,7 @@ use rustls::{
     RootCertStore,
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime},
 };
+use tacit_core::spiffe::SpiffeId;
 use tokio::{sync::Semaphore, task::spawn_blocking};
 use webpki::{EndEntityCert, KeyUsage};
 
@@ -29,7 +30,6 @@ pub use connection::CallError;
 pub use skew::Skew;
 
 use super::{
-    SpiffeId,
     certificate::{self, Validity},
     credentials::{Credentials, CredentialsError},
 };

@@ -11,6 +11,10 @@ use std::{
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use rustls::crypto::aws_lc_rs;
+use tacit_core::{
+    renewal::{Renewal, Schedule},
+    spiffe::SpiffeId,
+};
 use tokio::{
     sync::watch,
     task::AbortHandle,
@@ -19,10 +23,8 @@ use tokio::{
 use tracing::{error, info, warn};
 
 use super::{
-    SpiffeId,
     credentials::Credentials,
     issuer::{IssueError, Issuer},
-    renewal::{Renewal, Schedule},
 };
 
 /// One attempt to get a certificate takes this long at most.

@@ -18,9 +18,9 @@ use rcgen::{
     PublicKeyData, SanType, SerialNumber,
 };
 use rustls::pki_types::{CertificateDer, pem::PemObject};
+use tacit_core::spiffe::TrustDomain;
 
 use super::{
-    TrustDomain,
     certificate::{self, CertificateError},
     issuer::{BACKDATED, random_serial},
 };

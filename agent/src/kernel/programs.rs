@@ -28,6 +28,7 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use tacit_abi::{ABI_VERSION, Settings};
+use tacit_core::error_chain::format_chain;
 
 use super::{
     KernelError, VerifierLog,
@@ -38,7 +39,6 @@ use super::{
     probe,
     verifier::{refused, verify},
 };
-use crate::causes::in_full;
 
 pub(super) static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tacit-ebpf.o"));
 
@@ -209,7 +209,7 @@ impl Programs {
         let failed =
             |e: String| KernelError::Attach { program: ESTABLISHED, target: shown.clone(), problem: e };
         let program = self.sock_ops(ESTABLISHED).map_err(|e| failed(e.to_string()))?;
-        program.attach(&target, CgroupAttachMode::Single).map_err(|e| failed(in_full(&e)))?;
+        program.attach(&target, CgroupAttachMode::Single).map_err(|e| failed(format_chain(&e)))?;
         let id = program.info().map_err(|e| failed(e.to_string()))?.id();
         self.attached.push(ProgramState {
             name: ESTABLISHED.to_owned(),
@@ -320,7 +320,7 @@ impl Programs {
     ) -> Result<u32, KernelError> {
         let failed = |problem: String| KernelError::Attach { program, target: shown.to_owned(), problem };
         let path = self.pins.link(pin);
-        let link = self.link_to(program, target).map_err(|e| failed(in_full(&e)))?;
+        let link = self.link_to(program, target).map_err(|e| failed(format_chain(&e)))?;
         link.pin(&path).map_err(|e| failed(format!("pin {}: {e}", path.display())))?;
         self.pins.hold(&path).map_err(|e| failed(e.to_string()))?;
         let link = link::open_pin(&path).map_err(|e| failed(e.to_string()))?;

@@ -14,9 +14,9 @@ use aya::{
     Ebpf,
     programs::{CgroupSkb, CgroupSockAddr, Program, ProgramError, SchedClassifier, SkLookup, SockOps},
 };
+use tacit_core::error_chain::format_chain;
 
 use super::{KernelError, node};
-use crate::causes::in_full;
 
 /// Lines of a log that an error shows.
 const TAIL_LINES: usize = 12;
@@ -53,7 +53,7 @@ pub(super) fn refused(program: &str, problem: &dyn std::error::Error, log: Strin
     KernelError::Refused {
         program: program.to_owned(),
         release: node::kernel_release(),
-        problem: in_full(problem),
+        problem: format_chain(problem),
         log,
     }
 }

@@ -9,13 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::net::TcpStream;
-
-use super::{Attempt, DataPath, Ends, Failure, Fault, PEER_CONNECT, Pod, Way};
-use crate::{
+use tacit_core::{
     balance::{Held, Wish},
     directory::{NoEndpoint, Service},
 };
+use tokio::net::TcpStream;
+
+use super::{Attempt, DataPath, Ends, Failure, Fault, PEER_CONNECT, Pod, Way};
 
 /// Endpoints that are tried for one connection.
 const TRIES: usize = 3;

@@ -6,13 +6,18 @@ use std::{
     time::{Instant, SystemTime},
 };
 
+use tacit_core::{
+    spiffe::SpiffeId,
+    wire::open::{Ahead, DenyReason, Open},
+};
+
 use super::{Attempt, DataPath, Ends, Failure, Pod, Way};
 use crate::{
     datapath::{PoolKey, security},
-    identity::{SpiffeId, credentials::Credentials},
+    identity::credentials::Credentials,
     kernel::socket::connect,
     telemetry::{FlowSpec, Reporter},
-    tunnel::{Ahead, DenyReason, Early, Open, OpenError, Session, TraceId},
+    tunnel::{Early, OpenError, Session, random_trace_id},
     workers::Workers,
 };
 
@@ -40,7 +45,7 @@ pub(super) async fn tunnel(
         identity: expected.clone(),
         serial: own.serial.clone(),
     };
-    let open = Open { destination, client: source, trace: TraceId::random(), ahead: Ahead::Nothing };
+    let open = Open { destination, client: source, trace: random_trace_id(), ahead: Ahead::Nothing };
     let (session, early_bytes) = Box::pin(opened(path, pod, &own, &key, &open, attempt)).await?;
     let spec = FlowSpec {
         reporter: Reporter::Source,

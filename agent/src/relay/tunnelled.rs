@@ -21,14 +21,14 @@ use std::{
     time::Duration,
 };
 
+use tacit_core::wire::{flow_state::Role, frame::Control};
 use tokio::{io::Interest, net::TcpStream, task::yield_now, time::timeout};
 
 use super::{FlowEnd, Party, busy::Busy, held::Held};
 use crate::{
     telemetry::flows::FlowCounters,
     tunnel::{
-        Role, Session, TunnelError, batch::FRAMES_MAX, buffers::Size, frame::Control, inbox::Received,
-        said::poll_said, socket,
+        Session, TunnelError, batch::FRAMES_MAX, buffers::Size, inbox::Received, said::poll_said, socket,
     },
     workers::TRIM,
 };

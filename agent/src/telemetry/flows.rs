@@ -16,12 +16,13 @@ use std::{
     time::Instant,
 };
 
+use tacit_core::{directory::Workload, spiffe::SpiffeId};
+
 use super::{
     access_log,
     series::{Pair, Series, SeriesTotals, Traffic},
     status::{FLOWS_LISTED_MAX, FlowStatus, FlowsStatus, PartyStatus},
 };
-use crate::{directory::Workload, identity::SpiffeId};
 
 /// How a flow ended when its [`LiveFlow`] was dropped without a word.
 const ABORTED: &str = "aborted";

@@ -7,10 +7,9 @@
 
 use std::io::IoSliceMut;
 
-use super::{
-    frame::{self, Kind, PAYLOAD_MAX_BYTES, encode_header},
-    tls::record,
-};
+use tacit_core::wire::frame::{self, Kind, PAYLOAD_MAX_BYTES, encode_header};
+
+use super::tls::record;
 
 /// How many DATA frames one batch holds at most: one read fills them, one write sends them. 32 are half a MiB, of which a
 /// system call's own cost is no longer a part that can be seen.
@@ -68,7 +67,7 @@ mod tests {
     use std::convert::Infallible;
 
     use super::*;
-    use crate::tunnel::frame::{HEADER_BYTES, header};
+    use tacit_core::wire::frame::{HEADER_BYTES, header};
 
     #[test]
     fn a_batch_is_full_frames_and_a_rest() {

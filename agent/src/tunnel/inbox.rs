@@ -5,11 +5,12 @@
 
 use std::{io::IoSlice, ops::Range};
 
+use tacit_core::wire::frame::{self, Control, HEADER_BYTES};
+
 use super::{
     TunnelError,
     batch::FRAMES_MAX,
     buffers::{Buffer, Size},
-    frame::{self, Control, HEADER_BYTES},
     tls::record::{self, Opened, RecordError},
 };
 
@@ -276,10 +277,8 @@ impl Payloads {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tunnel::{
-        frame::Kind,
-        tls::record::{HEADER_BYTES as RECORD_HEADER, TAIL_BYTES},
-    };
+    use crate::tunnel::tls::record::{HEADER_BYTES as RECORD_HEADER, TAIL_BYTES};
+    use tacit_core::wire::frame::Kind;
 
     /// A record as `open` below takes it: sealed with nothing.
     fn record(content: &[u8]) -> Vec<u8> {

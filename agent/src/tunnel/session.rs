@@ -17,6 +17,14 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use tacit_core::{
+    spiffe::SpiffeId,
+    wire::{
+        flow_state::{Phase, Role},
+        frame::{Control, HEADER_BYTES, Kind},
+        open::{Ahead, DenyReason, OPEN_BYTES, Open},
+    },
+};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -24,17 +32,14 @@ use super::{
     TunnelError,
     batch::FRAMES_MAX,
     buffers::Buffer,
-    frame::{Control, HEADER_BYTES, Kind},
     inbox::{Inbox, Received},
-    open::{Ahead, DenyReason, OPEN_BYTES, Open},
-    phase::{Phase, Role},
     said::Said,
     tls::{
         TlsInfo,
         stream::{self, Established, TlsStream},
     },
 };
-use crate::identity::{SpiffeId, certificate::Validity, credentials::Credentials};
+use crate::identity::{certificate::Validity, credentials::Credentials};
 pub(crate) use early::Early;
 
 /// How long a server keeps an idle session. Longer than a client keeps it in its pool, so that the client closes first and

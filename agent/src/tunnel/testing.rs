@@ -5,11 +5,14 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use tacit_core::{
+    spiffe::SpiffeId,
+    wire::open::{Ahead, Open},
+};
 use tokio::net::{TcpListener, TcpStream};
 
-use super::{Ahead, Open, Session, TraceId};
+use super::{Session, random_trace_id};
 use crate::identity::{
-    SpiffeId,
     credentials::Credentials,
     issuer::{EmbeddedIssuer, testing::issuer},
 };
@@ -50,7 +53,7 @@ pub(crate) fn open() -> Open {
     Open {
         destination: "10.77.2.3:80".parse().expect("an address"),
         client: "10.77.1.2:40000".parse().expect("an address"),
-        trace: TraceId::random(),
+        trace: random_trace_id(),
         ahead: Ahead::Nothing,
     }
 }

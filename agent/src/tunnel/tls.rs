@@ -30,12 +30,15 @@ use rustls::{
     sign::SingleCertAndKey,
     version::TLS13,
 };
+use tacit_core::{
+    spiffe::SpiffeId,
+    wire::{flow_state::OutOfTurn, frame::FrameError},
+};
 
 pub use record::RecordError;
 pub use verify::Refusal;
 
-use super::{frame::FrameError, phase::OutOfTurn};
-use crate::identity::{SpiffeId, credentials::Credentials};
+use crate::identity::credentials::Credentials;
 use verify::{ClientVerifier, ServerVerifier};
 
 /// The wire format, as ALPN names it.

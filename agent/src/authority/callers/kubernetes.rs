@@ -13,13 +13,13 @@ use kube::{
     Api, Client,
     api::{ListParams, PostParams},
 };
+use tacit_core::{
+    error_chain::format_chain,
+    spiffe::{SpiffeId, TrustDomain},
+};
 use tokio::{sync::Semaphore, time::timeout};
 
 use super::{Caller, Refusal};
-use crate::{
-    causes::in_full,
-    identity::{SpiffeId, TrustDomain},
-};
 
 /// Requests to the API server at once; the rest waits its turn within its own time.
 const REQUESTS_MAX: usize = 32;
@@ -118,7 +118,7 @@ impl Kubernetes {
         };
         match timeout(REQUEST_MAX, turn).await {
             Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(e)) => Err(Refusal::Api(format!("cannot {what}: {}", in_full(&e)))),
+            Ok(Err(e)) => Err(Refusal::Api(format!("cannot {what}: {}", format_chain(&e)))),
             Err(_) => {
                 Err(Refusal::Api(format!("cannot {what}: the API server took more than {REQUEST_MAX:?}")))
             }

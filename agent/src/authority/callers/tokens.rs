@@ -6,8 +6,7 @@ use std::{
 };
 
 use aws_lc_rs::digest;
-
-use crate::yaml::{self, Mistakes, Value};
+use tacit_core::yaml::{self, Mistakes, Value};
 
 const HASH_BYTES: usize = 32;
 

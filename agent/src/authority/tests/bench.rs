@@ -8,6 +8,7 @@ use std::{
 
 use rustls::pki_types::{CertificateDer, UnixTime};
 use serde_json::{Value, json};
+use tacit_core::spiffe::{SpiffeId, TrustDomain};
 use tokio::time::sleep;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use webpki::{EndEntityCert, KeyUsage};
@@ -19,7 +20,6 @@ use crate::{
         config::{Agents, BundlePlace, Config, Lifetimes, Rate, RootPlace},
     },
     identity::{
-        SpiffeId, TrustDomain,
         credentials::Credentials,
         issuer::testing::Scratch,
         istio::{CallError, IstioConfig, IstioError, IstioIssuer, api::Code},

@@ -5,11 +5,10 @@ use std::{
     time::Instant,
 };
 
+use tacit_core::spiffe::TrustDomain;
+
 use super::*;
-use crate::identity::{
-    TrustDomain,
-    issuer::{EmbeddedIssuer, testing::Scratch},
-};
+use crate::identity::issuer::{EmbeddedIssuer, testing::Scratch};
 
 fn web() -> SpiffeId {
     SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/web").expect("valid")

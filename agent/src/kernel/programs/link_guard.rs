@@ -18,6 +18,7 @@ use aya::{
     },
     sys::SyscallError,
 };
+use tacit_core::error_chain::format_chain;
 
 use super::{
     super::{
@@ -26,7 +27,6 @@ use super::{
     },
     Programs,
 };
-use crate::causes::in_full;
 
 pub(super) const GUARD_LINK: &str = "guard_link";
 /// Before whatever else filters there.
@@ -83,18 +83,18 @@ impl Programs {
             problem,
         };
         let path = self.pins.link(&pin);
-        match tcx(self.classifier().map_err(|e| failed(in_full(&e)))?, &end.name) {
+        match tcx(self.classifier().map_err(|e| failed(format_chain(&e)))?, &end.name) {
             Ok(link) => {
                 link.pin(&path).map_err(|e| failed(format!("pin {}: {e}", path.display())))?;
                 self.pins.hold(&path).map_err(|e| failed(e.to_string()))?;
                 Ok("tcx")
             }
             Err(error) if is_unknown(&error) => {
-                let classifier = self.classifier().map_err(|e| failed(in_full(&e)))?;
-                clsact(classifier, &end.name).map_err(|e| failed(in_full(&e)))?;
+                let classifier = self.classifier().map_err(|e| failed(format_chain(&e)))?;
+                clsact(classifier, &end.name).map_err(|e| failed(format_chain(&e)))?;
                 Ok("clsact")
             }
-            Err(error) => Err(failed(in_full(&error))),
+            Err(error) => Err(failed(format_chain(&error))),
         }
     }
 

@@ -1,5 +1,6 @@
 //! Tests of the relay between an application and a tunnel.
 
+use tacit_core::wire::open::{Ahead, Open};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     task::JoinHandle,
@@ -10,7 +11,7 @@ use super::*;
 use crate::{
     relay::testing::{DEADLINE, exchange, is_reset, soon},
     tunnel::{
-        Ahead, Early, Open,
+        Early,
         testing::{connection, open, open_flow, sessions},
     },
 };

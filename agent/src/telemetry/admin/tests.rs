@@ -7,6 +7,7 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
+use tacit_core::policy::explain::{ExplainError, Explanation};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -14,10 +15,7 @@ use tokio::{
 };
 
 use super::*;
-use crate::{
-    policy::explain::{ExplainError, Explanation},
-    telemetry::status::{AgentState, tests::sample},
-};
+use crate::telemetry::status::{AgentState, tests::sample};
 
 #[tokio::test]
 async fn metrics_are_served_with_their_content_type() {

@@ -290,7 +290,7 @@ async fn a_server_that_refuses_our_certificate_says_so_at_open() {
 
 #[tokio::test]
 async fn one_frame_fills_one_record() {
-    use crate::tunnel::frame::PAYLOAD_MAX_BYTES;
+    use tacit_core::wire::frame::PAYLOAD_MAX_BYTES;
     // A man in the middle who sees the records.
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let (near, mut near_wire) = connection().await;

@@ -17,6 +17,7 @@ use rustls::{
     server::UnbufferedServerConnection,
 };
 use socket2::{SockRef, TcpKeepalive};
+use tacit_core::spiffe::SpiffeId;
 use tokio::{net::TcpStream, time::timeout};
 
 use super::{
@@ -27,7 +28,10 @@ use super::{
     server_config,
 };
 use crate::{
-    identity::{SpiffeId, certificate, certificate::Validity, credentials::Credentials},
+    identity::{
+        certificate::{self, Validity},
+        credentials::Credentials,
+    },
     tunnel::{batch, buffers::Buffer, inbox::Inbox, socket},
 };
 

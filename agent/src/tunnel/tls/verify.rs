@@ -20,8 +20,9 @@ use rustls::{
         danger::{ClientCertVerified, ClientCertVerifier},
     },
 };
+use tacit_core::spiffe::{SpiffeId, TrustDomain};
 
-use crate::identity::{SpiffeId, TrustDomain, certificate};
+use crate::identity::certificate;
 
 /// Why a peer's certificate is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
