@@ -18,11 +18,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use tacit::{
-    kernel::node,
-    sources::directory::{self, CgroupLayout, EnrolLabel, Options, Place},
-};
+use tacit::sources::directory::{self, CgroupLayout, EnrolLabel, Options, Place};
 use tacit_core::spiffe::TrustDomain;
+use tacit_kernel::host;
 
 const PODS: usize = 100_000;
 const SERVICES: usize = 10_000;
@@ -76,7 +74,7 @@ async fn measure(pods: usize, services: usize) -> Result<()> {
         memory()?.1
     );
     // As the agent does every few seconds.
-    node::release_memory();
+    host::release_memory();
     println!("memory once what the lists left is given back: {} MiB", memory()?.0);
     let random = shuffled(pods);
     lookups("workload by address", &random, |i| directory.at(pod_address(i)).is_some());
@@ -94,7 +92,7 @@ async fn measure(pods: usize, services: usize) -> Result<()> {
     took.sort_unstable();
     let at = |percent: usize| took[(took.len() - 1) * percent / 100];
     println!("one pod change: p50 {:.1?}, p99 {:.1?}, most {:.1?}", at(50), at(99), at(100));
-    node::release_memory();
+    host::release_memory();
     println!("memory after {CHANGES} changes: {} MiB", memory()?.0);
     // The peak is counted from here on.
     std::fs::write("/proc/self/clear_refs", "5")?;

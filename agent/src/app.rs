@@ -14,6 +14,10 @@ use tacit_core::{
     directory::{Directory, Ranges},
     policy::Policies,
 };
+use tacit_kernel::{
+    Kernel, KernelError, Turn, VerifierLog, cgroup::Cgroup, events, host, netns::HostNetns, probe,
+    socket::Listeners,
+};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     task::JoinHandle,
@@ -32,10 +36,6 @@ use crate::{
         root::RootError,
     },
     inbound,
-    kernel::{
-        Kernel, KernelError, Turn, VerifierLog, cgroup::Cgroup, events, netns::HostNetns, node, probe,
-        socket::Listeners,
-    },
     mesh::Mesh,
     outbound,
     sources::{
@@ -141,7 +141,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     let mut terminate = signal(SignalKind::terminate()).map_err(system("listen for SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(system("listen for SIGINT"))?;
     let started = Instant::now();
-    let descriptors = node::raise_descriptor_limit().map_err(system("raise the limit of open files"))?;
+    let descriptors = host::raise_descriptor_limit().map_err(system("raise the limit of open files"))?;
     let host = Arc::new(HostNetns::current().map_err(system("open the node's network namespace"))?);
     let pods_cgroup = Cgroup::open(&config.pods_cgroup)?;
     let (directory, policies) = (open_directory(&config).await?, open_policies(&config).await?);
@@ -413,7 +413,7 @@ async fn housekeeping(path: Arc<DataPath>, report: Arc<Report>) {
         let connections = path.drain.tasks.len();
         if connections.abs_diff(trimmed_at) > MANY {
             trimmed_at = connections;
-            node::release_memory();
+            host::release_memory();
         }
         if let Err(error) = refresh_node(&path.kernel) {
             tracing::error!(%error, "the node's own addresses may be outdated: probes from new ones are refused under STRICT");
@@ -431,8 +431,8 @@ fn close_unused(path: &DataPath) {
 }
 
 fn refresh_node(kernel: &Kernel) -> Result<(), KernelError> {
-    let listed = node::addresses().map_err(|e| KernelError::Map { map: "NODE", problem: e.to_string() })?;
-    let sources: Vec<_> = listed.into_iter().filter(node::is_probe_source).collect();
+    let listed = host::addresses().map_err(|e| KernelError::Map { map: "NODE", problem: e.to_string() })?;
+    let sources: Vec<_> = listed.into_iter().filter(host::is_probe_source).collect();
     kernel.maps.set_node(&sources)
 }
 

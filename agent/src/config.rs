@@ -19,10 +19,10 @@ use tacit_core::{
     spiffe::TrustDomain,
     yaml::{self, Fields, Mistakes, Value},
 };
+use tacit_kernel::ClearDestination;
 
 use crate::{
     identity::istio::IstioConfig,
-    kernel::ClearDestination,
     sources::{
         directory::Options as DirectoryOptions,
         file::{self, LoadError},

@@ -17,17 +17,17 @@ use tacit_core::{
     spiffe::{SpiffeId, TrustDomain},
     wire::open::DenyReason,
 };
+use tacit_kernel::{
+    Kernel,
+    netns::HostNetns,
+    socket::{self, Acceptor},
+};
 use tokio::{net::TcpStream, sync::Semaphore};
 
 use crate::{
     drain::Drain,
     enrol::{Pod, Table},
     identity::manager::Identities,
-    kernel::{
-        Kernel,
-        netns::HostNetns,
-        socket::{self, Acceptor},
-    },
     mesh::Mesh,
     sources::reload::Watched,
     telemetry::{Party, Refusal, Reporter, Security, Telemetry},

@@ -25,17 +25,17 @@ use tacit_core::{
     policy::Policies,
     spiffe::SpiffeId,
 };
+use tacit_kernel::{
+    Kernel,
+    cgroup::{self, Cgroup},
+    netns::{HostNetns, Netns},
+    socket::{Listeners, Ports},
+};
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     identity::{issuer::IssueError, manager::Identities},
-    kernel::{
-        Kernel,
-        cgroup::{self, Cgroup},
-        netns::{HostNetns, Netns},
-        socket::{Listeners, Ports},
-    },
     mesh::Mesh,
     sources::reload::Watched,
     telemetry::Telemetry,

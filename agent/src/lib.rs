@@ -19,7 +19,6 @@
 //! | `identity` | SPIFFE ids, credentials, renewal, issuers: embedded, or Istio's CA API |
 //! | `authority` | the certificate authority: who may have which certificate, root rotation |
 //! | `enrol` | a pod appears or goes |
-//! | `kernel` | eBPF programs and maps, cgroups, namespaces, sockets in pods |
 //! | `outbound` | captured connections |
 //! | `inbound` | tunnel sessions, and plaintext that needs a verdict |
 //! | `datapath` | what those two share |
@@ -30,7 +29,7 @@
 //! | `drain` | ending in good order |
 //! | `telemetry` | metrics, access log, status, admin doors |
 //!
-//! The pure decisions are in `tacit-core`. `cargo xtask tidy` checks the rest: `outbound` and `inbound` never import each
+//! The pure decisions are in `tacit-core`; eBPF programs, maps, namespaces and sockets in `tacit-kernel`. `cargo xtask tidy` checks the rest: `outbound` and `inbound` never import each
 //! other, and only `main` imports `app`.
 #![deny(missing_docs)]
 
@@ -46,7 +45,6 @@ pub mod files;
 pub mod fuzz;
 pub mod identity;
 pub mod inbound;
-pub mod kernel;
 pub mod mesh;
 pub mod outbound;
 pub mod relay;

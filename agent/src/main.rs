@@ -13,9 +13,9 @@ use tacit::{
     app::{self, AppError},
     authority,
     config::{self, Config},
-    kernel::{self, KernelError, VerifierLog, probe},
     telemetry::{admin, doctor, log, status},
 };
+use tacit_kernel::{KernelError, VerifierLog, probe};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Encrypts and authenticates pod-to-pod traffic of this node, without sidecars.
@@ -201,7 +201,7 @@ fn run(command: Command) -> Result<ExitCode> {
 fn uninstall(config: Option<PathBuf>, pin_path: Option<PathBuf>, stay: bool) -> Result<()> {
     let configured = config.map(|file| Config::read(&file)).transpose()?.map(|config| config.pin_path);
     let pin_path = configured.or(pin_path).context("name the configuration file or the pin path")?;
-    let removed = kernel::uninstall(&pin_path)?;
+    let removed = tacit_kernel::uninstall(&pin_path)?;
     println!("removed {removed} pins under {}", pin_path.display());
     if !stay {
         return Ok(());

@@ -11,11 +11,9 @@ use std::{
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
 use tacit_core::directory::{Directory, Ranges};
+use tacit_kernel::{Kernel, KernelError};
 
-use crate::{
-    kernel::{Kernel, KernelError},
-    sources::reload::Watched,
-};
+use crate::sources::reload::Watched;
 
 /// The ranges in force.
 pub struct Mesh {

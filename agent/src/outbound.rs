@@ -25,13 +25,13 @@ use tacit_core::{
     route::{self, Facts, Route},
     spiffe::SpiffeId,
 };
+use tacit_kernel::socket::connect;
 use tokio::net::TcpStream;
 
 use crate::{
     admission::{self, Changes, Denial},
     datapath::{DataPath, PoolKey, Refused, canonical, deny_reason},
     enrol::{self, Pod},
-    kernel::socket::connect,
     relay,
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
     tunnel::{Session, socket},

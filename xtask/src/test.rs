@@ -32,8 +32,8 @@ use report::Report;
 /// Packages whose tests need namespaces, cgroups and BPF.
 const PRIVILEGED: [&str; 2] = ["tacit-tests", "tacit-topology"];
 
-/// The agent's package: its unit tests and those that need a kernel are in one program.
-const AGENT: &str = "tacit";
+/// The package whose unit tests load programs into the kernel. Its other unit tests are in the same program.
+const KERNEL: &str = "tacit-kernel";
 
 /// What to run.
 #[derive(clap::Args)]
@@ -132,7 +132,7 @@ impl Session<'_> {
         }
         self.check("agent (release)", || workspace.build_agent())?;
         self.unit_tests();
-        self.agent_tests(&privileged);
+        self.kernel_tests(&privileged);
         self.privileged_tests(&programs, &privileged);
         self.other_kernels();
         Some(())
@@ -156,19 +156,19 @@ impl Session<'_> {
         for package in PRIVILEGED {
             cargo.args(["--exclude", package]);
         }
-        cargo.args(["--exclude", AGENT]);
+        cargo.args(["--exclude", KERNEL]);
         self.run_tests("unit tests", cargo, &[]);
     }
 
-    /// The agent's own tests. Some load programs into the kernel.
-    fn agent_tests(&mut self, privileged: &Privileged) {
+    /// Unit tests of which some need root.
+    fn kernel_tests(&mut self, privileged: &Privileged) {
         let mut cargo = self.cargo_test();
-        cargo.args(["--package", AGENT]);
+        cargo.args(["--package", KERNEL]);
         match privileged {
-            Privileged::Skip(_) => self.run_tests("tests of the agent (without root)", cargo, &[]),
+            Privileged::Skip(_) => self.run_tests("unit tests of tacit-kernel (without root)", cargo, &[]),
             Privileged::Run => {
                 through_sudo(&mut cargo, &tacit_environment());
-                self.run_tests("tests of the agent (as root)", cargo, &["--include-ignored"]);
+                self.run_tests("unit tests of tacit-kernel (as root)", cargo, &["--include-ignored"]);
             }
         }
     }

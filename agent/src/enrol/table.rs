@@ -7,11 +7,11 @@ use tacit_core::{
     directory::Workload,
     policy::{Authorization, Modes},
 };
+use tacit_kernel::{GuardedLink, InClear, netns::Netns};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::in_clear;
-use crate::kernel::{GuardedLink, InClear, netns::Netns};
 
 /// An enrolled pod, as the data path sees it.
 #[derive(Debug)]

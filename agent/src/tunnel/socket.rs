@@ -11,9 +11,8 @@ use std::{
 };
 
 use socket2::SockRef;
+use tacit_kernel::socket::send;
 use tokio::{io::Interest, net::TcpStream};
-
-use crate::kernel::socket::send;
 
 /// Reads what is there into `slices`, in their order. `Ok(0)` is the end of the stream.
 pub(crate) fn poll_read(

@@ -55,7 +55,7 @@ impl Netns {
     /// # Errors
     /// When it cannot be entered or its interfaces cannot be listed.
     pub fn addresses(&self, host: &HostNetns) -> io::Result<Vec<IpAddr>> {
-        host.within(&self.file, super::node::addresses)?
+        host.within(&self.file, crate::host::addresses)?
     }
 }
 

@@ -13,13 +13,13 @@ use super::{
     Presence,
     features::Trial,
     raw::{self, Hook},
-    seat,
 };
+use crate::probe::cgroup_probe;
 
 /// ENOTSUPP of the kernel, which libc does not know.
 const ENOTSUPP: i32 = 524;
 
-pub(super) fn attempt(trial: &Trial, pin_path: &Path) -> Presence {
+pub(super) fn run(trial: &Trial, pin_path: &Path) -> Presence {
     match trial {
         Trial::Hook(hook) => made(raw::load(*hook, &raw::NEUTRAL)),
         Trial::Helper(program, helper) => supported(
@@ -45,7 +45,7 @@ pub(super) fn attempt(trial: &Trial, pin_path: &Path) -> Presence {
         }
         Trial::Bpffs => bpffs(pin_path),
         Trial::Cgroup2 => cgroup2(),
-        Trial::SocketCgroup => seat::sockets_in_their_cgroup(),
+        Trial::SocketCgroup => cgroup_probe::sockets_in_their_cgroup(),
         Trial::NetnsCookie => netns_cookie().map_or_else(|e| refused(&e), |_| Presence::Present),
         Trial::ConnectionReset => connection_reset(),
     }

@@ -14,9 +14,10 @@ use nix::time::{ClockId, clock_gettime};
 use tacit_abi::{ClearKey, DropKey, Mode, REASONS, State};
 
 use super::{
-    super::{KernelError, node, programs::Programs},
+    super::{KernelError, programs::Programs},
     PRESENT, address, failed, ip, lock, typed,
 };
+use crate::host;
 
 /// A destination that strict pods may reach in clear.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -101,7 +102,7 @@ impl super::Maps {
         agents.insert(cgroup, std::process::id(), 0).map_err(failed("AGENTS"))?;
         let others = agents.iter().filter_map(Result::ok).filter(|(id, _)| *id != cgroup);
         let former: Vec<u64> = others
-            .filter(|(_, process)| !others_stay || !node::is_process(*process))
+            .filter(|(_, process)| !others_stay || !host::is_process(*process))
             .map(|(id, _)| id)
             .collect();
         for id in former {

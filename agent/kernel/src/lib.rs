@@ -1,12 +1,11 @@
 //! The kernel side as the agent sees it: load, attach and pin the programs, typed maps, sockets inside pods.
 //!
-//! The only module that uses aya, libc and `unsafe`. Nothing here decides: callers say what holds, this module makes
-//! the kernel hold it. Every method is synchronous and short; none blocks on the network.
+//! The only crate of the agent that uses aya, libc and `unsafe`. Nothing here decides: callers say what holds, this crate
+//! makes the kernel hold it. Every method is synchronous and short; none blocks on the network.
 //!
 //! | file | what |
 //! |---|---|
 //! | `cgroup` | where cgroup v2 is mounted, a cgroup's id, depth and processes |
-//! | `existing` | connections from before enrolment |
 //! | `netlink` | interfaces and connections of a namespace |
 //! | `netns` | open, enter and name network namespaces |
 //! | `link` | the bpf(2) link commands that aya keeps private |
@@ -17,21 +16,23 @@
 //! | `maps` | what each map is for, behind typed methods |
 //! | `events` | the programs' log lines |
 //! | `socket` | listeners and outgoing sockets in a pod's namespace |
-//! | `node` | the node's own addresses, host checks |
+//! | `reset_sockets` | resets connections of a pod that no agent carries |
+//! | `host` | the node's own addresses, its kernel's name, limits of this process |
+#![deny(missing_docs)]
 
 pub mod cgroup;
 pub mod events;
-pub mod existing;
+pub mod host;
 mod link;
 mod maps;
 mod netlink;
 pub mod netns;
-pub mod node;
 #[cfg(test)]
 mod object;
 mod pins;
 pub mod probe;
 mod programs;
+pub mod reset_sockets;
 pub mod socket;
 mod verifier;
 

@@ -183,7 +183,7 @@ fn remove_filter(interface: &str) {
 }
 
 /// Removes the filters that an agent has left on the links that the pinned map tells. Pins do not hold them.
-pub(in crate::kernel) fn remove_filters(links: &Path) {
+pub(crate) fn remove_filters(links: &Path) {
     let Ok(map) = MapData::from_pin(links).map(Map::HashMap) else { return };
     let Ok(map): Result<HashMap<MapData, u32, u64>, _> = map.try_into() else { return };
     let told: Vec<u32> = map.keys().filter_map(Result::ok).collect();

@@ -16,7 +16,8 @@ use aya::{
 };
 use tacit_core::error_chain::format_chain;
 
-use super::{KernelError, node};
+use super::KernelError;
+use crate::host;
 
 /// Lines of a log that an error shows.
 const TAIL_LINES: usize = 12;
@@ -52,7 +53,7 @@ pub(super) fn verify(ebpf: &mut Ebpf, name: &str, log: &VerifierLog) -> Result<(
 pub(super) fn refused(program: &str, problem: &dyn std::error::Error, log: String) -> KernelError {
     KernelError::Refused {
         program: program.to_owned(),
-        release: node::kernel_release(),
+        release: host::kernel_release(),
         problem: format_chain(problem),
         log,
     }
@@ -146,7 +147,7 @@ mod tests {
             .expect_err("no value to return");
 
         let text = error.to_string();
-        let first = format!("kernel {} refused program {REFUSED}: ", node::kernel_release());
+        let first = format!("kernel {} refused program {REFUSED}: ", host::kernel_release());
         assert!(text.starts_with(&first), "{text}");
         let whole = fs::read_to_string(named_file(&text)).expect("written");
         assert!(whole.contains("unreachable insn 1") || whole.contains("R0 !read_ok"), "{whole}");

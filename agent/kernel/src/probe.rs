@@ -10,18 +10,18 @@
 //! Promises: nothing stays loaded, attached or pinned, nobody else's traffic is touched, and a start's share of the
 //! trials takes a few milliseconds. What could not be tried counts as missing.
 
-mod attempt;
+mod cgroup_probe;
 mod features;
 mod raw;
 mod refusal;
-mod seat;
+mod trial;
 
 use std::{fmt, path::Path};
 
 use features::{FEATURES, Feature};
 pub use refusal::Unsupported;
 
-use super::node;
+use crate::host;
 
 /// A kernel's version as far as features care, such as `5.15`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -116,7 +116,7 @@ impl Finding {
             since: feature.since,
             need: feature.need,
             remedy: feature.remedy,
-            presence: attempt::attempt(&feature.trial, pin_path),
+            presence: trial::run(&feature.trial, pin_path),
         }
     }
 }
@@ -170,7 +170,7 @@ pub(super) fn has_set_retval() -> bool {
 fn run(pin_path: &Path, select: impl Fn(&Feature) -> bool) -> Report {
     raw::lift_memory_limit();
     let findings = FEATURES.iter().filter(|f| select(f)).map(|f| Finding::of(f, pin_path)).collect();
-    Report { kernel: node::kernel_release(), findings }
+    Report { kernel: host::kernel_release(), findings }
 }
 
 #[cfg(test)]

@@ -26,9 +26,9 @@ use socket2::{Domain, Socket, Type};
 use super::{
     super::{cgroup::Cgroup, link},
     Presence,
-    attempt::refused,
     raw::{self, Hook, Insn},
 };
+use crate::probe::trial::refused;
 
 /// Id of the root of the cgroup v2 hierarchy.
 const ROOT: u64 = 1;
@@ -42,8 +42,8 @@ const MARKERS: [&str; 2] = ["net_cls", "net_prio"];
 
 pub(super) fn sockets_in_their_cgroup() -> Presence {
     // On a thread of its own: it may move.
-    let tried = thread::spawn(|| match Seat::take() {
-        Ok(Some(seat)) => seat.sees_its_sockets(),
+    let tried = thread::spawn(|| match ProbeCgroup::take() {
+        Ok(Some(probe)) => probe.sees_its_sockets(),
         Ok(None) => Ok(without_trial()),
         Err(error) => Err(error),
     });
@@ -63,13 +63,13 @@ fn untried(error: &io::Error) -> Presence {
 }
 
 /// A cgroup below the root that the calling thread is in.
-struct Seat {
+struct ProbeCgroup {
     cgroup: PathBuf,
     /// The root, when the cgroup was made for the trial.
     made_in: Option<PathBuf>,
 }
 
-impl Seat {
+impl ProbeCgroup {
     /// `None` when the thread's cgroup cannot be seen from here, as in a cgroup namespace with the node's hierarchy
     /// mounted.
     fn take() -> io::Result<Option<Self>> {
@@ -81,10 +81,10 @@ impl Seat {
         // Left behind by a thread of the same number that was killed: empty, or this fails and the next call says why.
         let _ = fs::remove_dir(&cgroup);
         fs::create_dir(&cgroup)?;
-        let seat = Self { cgroup, made_in: Some(own.path().to_owned()) };
-        fs::write(seat.cgroup.join("cgroup.type"), "threaded")?;
-        move_to(&seat.cgroup)?;
-        Ok(Some(seat))
+        let probe = Self { cgroup, made_in: Some(own.path().to_owned()) };
+        fs::write(probe.cgroup.join("cgroup.type"), "threaded")?;
+        move_to(&probe.cgroup)?;
+        Ok(Some(probe))
     }
 
     fn sees_its_sockets(&self) -> io::Result<Presence> {
@@ -102,7 +102,7 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Drop for ProbeCgroup {
     fn drop(&mut self) {
         let Some(root) = &self.made_in else { return };
         let left = move_to(root).and_then(|()| fs::remove_dir(&self.cgroup));
@@ -180,8 +180,9 @@ mod tests {
     #[test]
     #[ignore = "needs root"]
     fn a_cgroup_made_for_the_trial_does_not_stay() {
-        let taken =
-            thread::spawn(|| Seat::take().map(|seat| seat.map(|s| (s.cgroup.clone(), s.made_in.is_some()))));
+        let taken = thread::spawn(|| {
+            ProbeCgroup::take().map(|probe| probe.map(|s| (s.cgroup.clone(), s.made_in.is_some())))
+        });
         let (cgroup, made) =
             taken.join().expect("no panic").expect("cgroups can be made").expect("own cgroup is in sight");
         assert_ne!(cgroup.exists(), made, "{}", cgroup.display());
@@ -192,10 +193,10 @@ mod tests {
     #[ignore = "needs root"]
     fn a_socket_that_is_not_in_the_cgroup_is_noticed() {
         let own = Cgroup::of_self().expect("cgroup v2 is mounted");
-        let elsewhere = own.path().join(format!("tacit-test-seat-{}", std::process::id()));
+        let elsewhere = own.path().join(format!("tacit-test-probe-{}", std::process::id()));
         fs::create_dir(&elsewhere).expect("cgroups can be made");
-        let seat = Seat { cgroup: elsewhere.clone(), made_in: None };
-        let seen = seat.sees_its_sockets();
+        let probe = ProbeCgroup { cgroup: elsewhere.clone(), made_in: None };
+        let seen = probe.sees_its_sockets();
         fs::remove_dir(&elsewhere).expect("it is empty");
         assert!(matches!(seen, Ok(Presence::Absent(_))), "{seen:?}");
     }
