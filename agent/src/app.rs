@@ -14,6 +14,12 @@ use tacit_core::{
     directory::{Directory, Ranges},
     policy::Policies,
 };
+use tacit_identity::{
+    issuer::{EmbeddedIssuer, Issuer},
+    istio::IstioIssuer,
+    manager::Identities,
+    root::RootError,
+};
 use tacit_kernel::{
     Kernel, KernelError, Turn, VerifierLog, cgroup::Cgroup, events, host, netns::HostNetns, probe,
     socket::Listeners,
@@ -29,12 +35,6 @@ use crate::{
     datapath::{DataPath, Parts, accept_loop},
     drain::{Drain, Drained},
     enrol::{Enroller, Pod, Serve, Table, kernel_mode},
-    identity::{
-        issuer::{EmbeddedIssuer, Issuer},
-        istio::IstioIssuer,
-        manager::Identities,
-        root::RootError,
-    },
     inbound,
     mesh::Mesh,
     outbound,

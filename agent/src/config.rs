@@ -19,15 +19,13 @@ use tacit_core::{
     spiffe::TrustDomain,
     yaml::{self, Fields, Mistakes, Value},
 };
+use tacit_identity::istio::IstioConfig;
 use tacit_kernel::ClearDestination;
 
-use crate::{
-    identity::istio::IstioConfig,
-    sources::{
-        directory::Options as DirectoryOptions,
-        file::{self, LoadError},
-        policy::Options as PolicyOptions,
-    },
+use crate::sources::{
+    directory::Options as DirectoryOptions,
+    file::{self, LoadError},
+    policy::Options as PolicyOptions,
 };
 
 mod clear;
@@ -71,11 +69,6 @@ const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(3);
 const HEARTBEAT_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(60);
 /// Most destinations that may be reached in clear: each takes an entry in a kernel map of fixed size.
 const ALLOW_CLEAR_MAX: usize = 256;
-pub(crate) const LEAF_LIFETIME: Duration = Duration::from_secs(24 * 3600);
-/// Below ten seconds renewal at half life could not be tried twice; leaves cannot be revoked, so a month is
-/// the most.
-pub(crate) const LEAF_LIFETIME_RANGE: RangeInclusive<Duration> =
-    Duration::from_secs(10)..=Duration::from_secs(30 * 24 * 3600);
 /// Most ranges of a list: each takes an entry in a kernel map of fixed size, and a cluster has a handful.
 const RANGES_MAX: usize = 256;
 /// Most worker threads: beyond the cores of any node, and a typing mistake should not start millions.

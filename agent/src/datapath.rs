@@ -17,6 +17,7 @@ use tacit_core::{
     spiffe::{SpiffeId, TrustDomain},
     wire::open::DenyReason,
 };
+use tacit_identity::manager::Identities;
 use tacit_kernel::{
     Kernel,
     netns::HostNetns,
@@ -27,7 +28,6 @@ use tokio::{net::TcpStream, sync::Semaphore};
 use crate::{
     drain::Drain,
     enrol::{Pod, Table},
-    identity::manager::Identities,
     mesh::Mesh,
     sources::reload::Watched,
     telemetry::{Party, Refusal, Reporter, Security, Telemetry},

@@ -25,6 +25,7 @@ use tacit_core::{
     policy::Policies,
     spiffe::SpiffeId,
 };
+use tacit_identity::{issuer::IssueError, manager::Identities};
 use tacit_kernel::{
     Kernel,
     cgroup::{self, Cgroup},
@@ -34,12 +35,7 @@ use tacit_kernel::{
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    identity::{issuer::IssueError, manager::Identities},
-    mesh::Mesh,
-    sources::reload::Watched,
-    telemetry::Telemetry,
-};
+use crate::{mesh::Mesh, sources::reload::Watched, telemetry::Telemetry};
 
 mod cover;
 mod events;

@@ -6,7 +6,7 @@
 //!                                            │               ├─ clear (allowed by mode)
 //!                                            │               └─ refuse (reset)
 //!  directory and policy files, Kubernetes API ── sources ──> snapshots read by every decision
-//!  issuer ── identity::manager ──> credentials        cgroups ── enrol ──> pods, listeners, kernel maps
+//!  issuer ── tacit-identity ──> credentials        cgroups ── enrol ──> pods, listeners, kernel maps
 //! ```
 //!
 //! | module | job |
@@ -15,8 +15,6 @@
 //! | `mesh` | the ranges of the mesh, in the kernel first |
 //! | `config` | the configuration; every mistake with line and field |
 //! | `sources` | watched files and the Kubernetes API, as snapshots |
-//! | `files` | small files, whole or not at all |
-//! | `identity` | SPIFFE ids, credentials, renewal, issuers: embedded, or Istio's CA API |
 //! | `authority` | the certificate authority: who may have which certificate, root rotation |
 //! | `enrol` | a pod appears or goes |
 //! | `outbound` | captured connections |
@@ -29,7 +27,8 @@
 //! | `drain` | ending in good order |
 //! | `telemetry` | metrics, access log, status, admin doors |
 //!
-//! The pure decisions are in `tacit-core`; eBPF programs, maps, namespaces and sockets in `tacit-kernel`. `cargo xtask tidy` checks the rest: `outbound` and `inbound` never import each
+//! The pure decisions are in `tacit-core`; eBPF programs, maps, namespaces and sockets in
+//! `tacit-kernel`; certificates in `tacit-identity`. `cargo xtask tidy` checks the rest: `outbound` and `inbound` never import each
 //! other, and only `main` imports `app`.
 #![deny(missing_docs)]
 
@@ -40,10 +39,8 @@ pub mod config;
 pub mod datapath;
 pub mod drain;
 pub mod enrol;
-pub mod files;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
-pub mod identity;
 pub mod inbound;
 pub mod mesh;
 pub mod outbound;

@@ -17,13 +17,13 @@ use tacit_core::{
         explain::{self, End, ExplainError, Explanation, Knowledge},
     },
 };
+use tacit_identity::{issuer::Issuer, istio::Skew, manager::CertificateState};
 use tacit_kernel::{Drops, GuardedLink, InClear, host};
 
 use crate::{
     config::Config,
     datapath::DataPath,
     enrol::in_clear,
-    identity::{issuer::Issuer, istio::Skew, manager::CertificateState},
     sources::reload::ReloadState,
     telemetry::status::{
         AgentState, CertificateStatus, DropStatus, GuardStatus, IssuerStatus, KernelCounter, MeshStatus,

@@ -11,10 +11,10 @@ use std::{
 
 use k8s_openapi::{api::core::v1::ConfigMap, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{Api, api::PostParams};
+use tacit_identity::atomic_file::{self, FileError};
 use tokio::task::spawn_blocking;
 
 use super::store::{Written, written};
-use crate::files::{self, FileError};
 
 /// Why the bundle could not be published.
 #[derive(Debug, thiserror::Error)]
@@ -89,5 +89,5 @@ fn write(path: &Path, pem: &str) -> Result<(), FileError> {
         }
         _ => {}
     }
-    files::replace(path, 0o644, pem.as_bytes())
+    atomic_file::replace(path, 0o644, pem.as_bytes())
 }

@@ -14,11 +14,9 @@ use tacit_core::{
     spiffe::TrustDomain,
     yaml::{self, Fields, Mistakes, Value},
 };
+use tacit_identity::issuer::{LEAF_LIFETIME, LEAF_LIFETIME_RANGE};
 
-use crate::{
-    config::{LEAF_LIFETIME, LEAF_LIFETIME_RANGE},
-    sources::file::{self, LoadError},
-};
+use crate::sources::file::{self, LoadError};
 
 const FIELDS: [&str; 10] = [
     "trustDomain",

@@ -3,8 +3,7 @@
 use std::time::Duration;
 
 use tacit_core::spiffe::{IdentityError, SpiffeId, TrustDomain};
-
-use crate::identity::istio::api::Code;
+use tacit_identity::istio::api::Code;
 
 /// Why a request got no certificate.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

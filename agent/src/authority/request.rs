@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use rcgen::{CertificateSigningRequestParams, PublicKey, SanType};
 use tacit_core::spiffe::{SpiffeId, TrustDomain};
+use tacit_identity::istio::api::CertificateRequest;
 
 use super::refusal::Refusal;
-use crate::identity::istio::api::CertificateRequest;
 
 /// A request that may be granted, if the caller may have it.
 #[derive(Debug)]

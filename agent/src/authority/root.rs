@@ -16,8 +16,7 @@ use rcgen::{
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 use tacit_core::spiffe::TrustDomain;
-
-use crate::identity::{
+use tacit_identity::{
     certificate::{self, Validity},
     issuer::{BACKDATED, random_serial},
 };

@@ -24,6 +24,7 @@ use rustls::{
     sign::CertifiedKey,
     version::TLS13,
 };
+use tacit_identity::istio::api::{self, CertificateResponse, Code};
 use tokio::{
     net::{TcpListener, TcpStream},
     task::JoinSet,
@@ -34,7 +35,6 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::{keeper::Live, places::Places, service::Service};
-use crate::identity::istio::api::{self, CertificateResponse, Code};
 
 /// Connections served at once; an agent of Tacit holds one for some milliseconds, a ztunnel holds one all day.
 const CONNECTIONS_MAX: usize = 8192;

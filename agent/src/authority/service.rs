@@ -16,6 +16,7 @@ use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use hyper::{HeaderMap, body::Body, header::AUTHORIZATION};
 use tacit_core::spiffe::{SpiffeId, TrustDomain};
+use tacit_identity::istio::api::{self, CertificateRequest, CertificateResponse};
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
@@ -29,7 +30,6 @@ use super::{
     request,
     signer::Issued,
 };
-use crate::identity::istio::api::{self, CertificateRequest, CertificateResponse};
 
 /// How many nodes' rates one address gets before it has said which node it is: where the path to this service is
 /// masqueraded, several agents come from one address.

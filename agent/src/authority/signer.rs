@@ -18,13 +18,13 @@ use rustls::{
     sign::CertifiedKey,
 };
 use tacit_core::spiffe::{SpiffeId, TrustDomain};
+use tacit_identity::issuer::{BACKDATED, leaf_params, random_serial, whole_seconds};
 use webpki::{EndEntityCert, KeyUsage};
 
 use super::{
     config::Lifetimes,
     root::{Root, RootError, ca_params, hex, pem, seconds},
 };
-use crate::identity::issuer::{BACKDATED, leaf_params, random_serial, whole_seconds};
 
 /// An intermediate with its key.
 pub(super) struct Signer {

@@ -15,9 +15,8 @@ use std::{
 
 use k8s_openapi::{ByteString, api::core::v1::Secret, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{Api, api::PostParams};
+use tacit_identity::atomic_file::{self, FileError};
 use tokio::task::spawn_blocking;
-
-use crate::files::{self, FileError};
 
 /// Asks for the next root.
 const ROTATE: &str = "tacit.io/rotate-root";
@@ -192,18 +191,18 @@ fn read_directory(directory: &Path) -> Result<Option<Stored>, StoreError> {
 }
 
 fn read_request(path: &Path) -> Result<Option<String>, StoreError> {
-    let Some(file) = files::open(path)? else { return Ok(None) };
-    Ok(Some(shortened(files::text(&file, path, FILE_MAX_BYTES)?.trim())))
+    let Some(file) = atomic_file::open(path)? else { return Ok(None) };
+    Ok(Some(shortened(atomic_file::text(&file, path, FILE_MAX_BYTES)?.trim())))
 }
 
 /// The text of a file that only its owner may touch; `None` when there is none.
 fn read_private(path: &Path) -> Result<Option<String>, StoreError> {
-    let Some(file) = files::open(path)? else { return Ok(None) };
+    let Some(file) = atomic_file::open(path)? else { return Ok(None) };
     let mode = file.metadata().map_err(FileError::of("stat", path))?.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
         return Err(StoreError::Exposed { path: path.into(), mode });
     }
-    Ok(Some(files::text(&file, path, FILE_MAX_BYTES)?))
+    Ok(Some(atomic_file::text(&file, path, FILE_MAX_BYTES)?))
 }
 
 /// Writes when what is there is still `before`.
@@ -224,6 +223,6 @@ fn write_directory(directory: &Path, fields: &Fields, before: Option<&str>) -> R
     }
     let text = serde_json::to_string_pretty(fields)
         .map_err(|e| StoreError::Content(path.display().to_string(), e.to_string()))?;
-    files::replace(&path, 0o600, text.as_bytes())?;
+    atomic_file::replace(&path, 0o600, text.as_bytes())?;
     Ok(Written::Done)
 }

@@ -11,19 +11,18 @@ use std::time::Duration;
 use rcgen::{CertificateParams, KeyPair, SanType};
 use serde_json::json;
 use tacit_core::spiffe::SpiffeId;
+use tacit_identity::{
+    issuer::Issuer,
+    istio::{
+        CallError, IstioError, Skew,
+        api::{CertificateRequest, Code},
+    },
+    manager::Identities,
+};
+use tacit_testing::Scratch;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::{
-    authority::config::{Agents, BundlePlace, Config, Rate, RootPlace},
-    identity::{
-        issuer::{Issuer, testing::Scratch},
-        istio::{
-            CallError, IstioError, Skew,
-            api::{CertificateRequest, Code},
-        },
-        manager::Identities,
-    },
-};
+use crate::authority::config::{Agents, BundlePlace, Config, Rate, RootPlace};
 use bench::{Agent, Running, cluster, code, config, ready, started, until};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -192,7 +191,7 @@ async fn certificates_stay_in_use_while_the_authority_is_down() {
     let address = running.address;
     let (_files, issuer) = agent.into_parts();
     let identities = Identities::start(Issuer::Istio(issuer));
-    identities.require(&web).await.expect("issued");
+    until("a certificate", || identities.ready(&web).is_ok()).await;
     let first = identities.current(&web).expect("there");
 
     running.stop().await;
@@ -211,11 +210,8 @@ async fn certificates_stay_in_use_while_the_authority_is_down() {
 #[tokio::test]
 async fn an_authority_that_is_not_of_the_root_file_gets_no_token() {
     let (_api, _running, agent) = started(HOUR).await;
-    let stranger = crate::identity::issuer::testing::issuer("cluster.local");
-    let web = SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/web").expect("valid");
-    let root = stranger.any(&web, std::time::SystemTime::now(), HOUR);
-    let pem = crate::authority::root::pem(&root.chain()[0]);
-    std::fs::write(agent.root_file(), pem).expect("written");
+    let stranger = rcgen::generate_simple_self_signed(["stranger".to_owned()]).expect("made");
+    std::fs::write(agent.root_file(), stranger.cert.pem()).expect("written");
     assert!(matches!(agent.issue("web").await, Err(IstioError::Call(CallError::Tls { .. }))));
     std::fs::write(agent.root_file(), "nonsense").expect("written");
     assert!(matches!(agent.issue("web").await, Err(IstioError::Content { what: "rootFile", .. })));

@@ -4,9 +4,12 @@ use std::path::Path;
 
 use hyper::header::HeaderValue;
 use tacit_core::yaml::{Fields, Value};
+use tacit_identity::{
+    issuer::{LEAF_LIFETIME, LEAF_LIFETIME_RANGE},
+    istio::IstioConfig,
+};
 
-use super::{IssuerConfig, LEAF_LIFETIME, LEAF_LIFETIME_RANGE};
-use crate::identity::istio::IstioConfig;
+use super::IssuerConfig;
 
 pub(super) const FIELDS: [&str; 2] = ["embedded", "istio"];
 pub(super) const EMBEDDED_FIELDS: [&str; 2] = ["directory", "leafLifetime"];

@@ -10,12 +10,12 @@ use tacit_core::{
     spiffe::SpiffeId,
     wire::open::{Ahead, DenyReason, Open},
 };
+use tacit_identity::credentials::Credentials;
 use tacit_kernel::socket::connect;
 
 use super::{Attempt, DataPath, Ends, Failure, Pod, Way};
 use crate::{
     datapath::{PoolKey, security},
-    identity::credentials::Credentials,
     telemetry::{FlowSpec, Reporter},
     tunnel::{Early, OpenError, Session, random_trace_id},
     workers::Workers,

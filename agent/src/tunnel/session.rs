@@ -25,6 +25,7 @@ use tacit_core::{
         open::{Ahead, DenyReason, OPEN_BYTES, Open},
     },
 };
+use tacit_identity::{certificate::Validity, credentials::Credentials};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -39,7 +40,6 @@ use super::{
         stream::{self, Established, TlsStream},
     },
 };
-use crate::identity::{certificate::Validity, credentials::Credentials};
 pub(crate) use early::Early;
 
 /// How long a server keeps an idle session. Longer than a client keeps it in its pool, so that the client closes first and

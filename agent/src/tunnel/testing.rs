@@ -9,16 +9,17 @@ use tacit_core::{
     spiffe::SpiffeId,
     wire::open::{Ahead, Open},
 };
+use tacit_identity::credentials::Credentials;
 use tokio::net::{TcpListener, TcpStream};
 
+mod issuer;
+
+pub(crate) use issuer::TestIssuer;
+
 use super::{Session, random_trace_id};
-use crate::identity::{
-    credentials::Credentials,
-    issuer::{EmbeddedIssuer, testing::issuer},
-};
 
 /// The issuer of the mesh under test.
-pub(crate) static ISSUER: LazyLock<EmbeddedIssuer> = LazyLock::new(|| issuer("cluster.local"));
+pub(crate) static ISSUER: LazyLock<TestIssuer> = LazyLock::new(TestIssuer::new);
 
 /// The identity of `account` in our trust domain.
 pub(crate) fn identity(account: &str) -> SpiffeId {

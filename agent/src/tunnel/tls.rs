@@ -34,11 +34,11 @@ use tacit_core::{
     spiffe::SpiffeId,
     wire::{flow_state::OutOfTurn, frame::FrameError},
 };
+use tacit_identity::credentials::Credentials;
 
 pub use record::RecordError;
 pub use verify::Refusal;
 
-use crate::identity::credentials::Credentials;
 use verify::{ClientVerifier, ServerVerifier};
 
 /// The wire format, as ALPN names it.

@@ -9,21 +9,19 @@ use std::{
 use rustls::pki_types::{CertificateDer, UnixTime};
 use serde_json::{Value, json};
 use tacit_core::spiffe::{SpiffeId, TrustDomain};
+use tacit_identity::{
+    credentials::Credentials,
+    istio::{CallError, IstioConfig, IstioError, IstioIssuer, api::Code},
+};
+use tacit_testing::Scratch;
 use tokio::time::sleep;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use webpki::{EndEntityCert, KeyUsage};
 
 use super::api::Api;
-use crate::{
-    authority::{
-        Authority,
-        config::{Agents, BundlePlace, Config, Lifetimes, Rate, RootPlace},
-    },
-    identity::{
-        credentials::Credentials,
-        issuer::testing::Scratch,
-        istio::{CallError, IstioConfig, IstioError, IstioIssuer, api::Code},
-    },
+use crate::authority::{
+    Authority,
+    config::{Agents, BundlePlace, Config, Lifetimes, Rate, RootPlace},
 };
 
 pub(super) const SECRET: &str = "/api/v1/namespaces/tacit-system/secrets/tacit-root";

@@ -21,6 +21,7 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, pem::PemObject as _},
     version::TLS13,
 };
+use tacit_identity::istio::api::{self, Code};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpSocket, TcpStream},
@@ -33,13 +34,10 @@ use super::{
     bench::{NAME, Running, cluster, config, published, ready, started},
     get,
 };
-use crate::{
-    authority::{
-        config::{Config, Rate},
-        server::CONNECTIONS_OF_ONE_ADDRESS_MAX,
-        service::NODES_AT_ONE_ADDRESS,
-    },
-    identity::istio::api::{self, Code},
+use crate::authority::{
+    config::{Config, Rate},
+    server::CONNECTIONS_OF_ONE_ADDRESS_MAX,
+    service::NODES_AT_ONE_ADDRESS,
 };
 
 const HOUR: Duration = Duration::from_secs(3600);

@@ -6,6 +6,7 @@ use std::{
 };
 
 use serde_json::json;
+use tacit_testing::Scratch;
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -13,14 +14,11 @@ use super::{
     api::Api,
     bench::{CONFIG_MAP, config, published, until},
 };
-use crate::{
-    authority::{
-        bundle,
-        keeper::{KeepError, Keeper},
-        store,
-        store::Store,
-    },
-    identity::issuer::testing::Scratch,
+use crate::authority::{
+    bundle,
+    keeper::{KeepError, Keeper},
+    store,
+    store::Store,
 };
 
 const HOUR: Duration = Duration::from_secs(3600);

@@ -4,16 +4,14 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair, KeyUsagePurpose};
 use serde_json::json;
+use tacit_identity::{credentials::Credentials, istio::api::Code};
 use tokio::time::sleep;
 
 use super::bench::{
     Agent, CONFIG_MAP, Running, SECRET, accepts, cluster, config, field, published, ready, secret, started,
     until, upkeep,
 };
-use crate::{
-    authority::config::{Config, Lifetimes},
-    identity::{credentials::Credentials, istio::api::Code},
-};
+use crate::authority::config::{Config, Lifetimes};
 
 const HOUR: Duration = Duration::from_secs(3600);
 /// Short enough to see a rotation end: two turns of three seconds.

@@ -273,7 +273,7 @@ async fn an_idle_client_is_let_go() {
 #[tokio::test]
 async fn a_server_that_refuses_our_certificate_says_so_at_open() {
     let (client, server) = connection().await;
-    let stranger = crate::identity::issuer::testing::issuer("cluster.local");
+    let stranger = crate::tunnel::testing::TestIssuer::new();
     let mut web = stranger.any(&identity("web"), SystemTime::now(), SOON * 60);
     let db = credentials("db");
     // The stranger would refuse the server first, so it trusts the server's root.

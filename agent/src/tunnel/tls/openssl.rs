@@ -2,6 +2,7 @@
 
 use std::{future::poll_fn, io::IoSlice, process::Stdio, task::Poll, time::Duration};
 
+use tacit_testing::Scratch;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines},
     net::{TcpListener, TcpStream},
@@ -13,13 +14,10 @@ use super::{
     TunnelError,
     stream::{self, Established},
 };
-use crate::{
-    identity::issuer::testing::Scratch,
-    tunnel::{
-        batch::FRAMES_MAX,
-        inbox::Received,
-        testing::{ISSUER, credentials, identity},
-    },
+use crate::tunnel::{
+    batch::FRAMES_MAX,
+    inbox::Received,
+    testing::{ISSUER, credentials, identity},
 };
 
 const SOON: Duration = Duration::from_secs(20);

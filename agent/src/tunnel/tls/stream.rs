@@ -18,6 +18,10 @@ use rustls::{
 };
 use socket2::{SockRef, TcpKeepalive};
 use tacit_core::spiffe::SpiffeId;
+use tacit_identity::{
+    certificate::{self, Validity},
+    credentials::Credentials,
+};
 use tokio::{net::TcpStream, time::timeout};
 
 use super::{
@@ -27,13 +31,7 @@ use super::{
     record::{Opened, RecordError, Records},
     server_config,
 };
-use crate::{
-    identity::{
-        certificate::{self, Validity},
-        credentials::Credentials,
-    },
-    tunnel::{batch, buffers::Buffer, inbox::Inbox, socket},
-};
+use crate::tunnel::{batch, buffers::Buffer, inbox::Inbox, socket};
 
 /// A handshake takes two round trips and about a millisecond of work.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);

@@ -10,10 +10,7 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::{stream::Established, *};
-use crate::{
-    identity::issuer::testing::issuer,
-    tunnel::testing::{ISSUER, connection, credentials, identity},
-};
+use crate::tunnel::testing::{ISSUER, TestIssuer, connection, credentials, identity};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -54,7 +51,7 @@ fn of(id: &str, made: SystemTime, lifetime: Duration) -> Credentials {
 async fn each_wrong_certificate_is_refused_with_its_reason() {
     let now = SystemTime::now();
     let (web, db, db_id) = (credentials("web"), credentials("db"), identity("db"));
-    let stranger = |account| issuer("cluster.local").any(&identity(account), now, HOUR);
+    let stranger = |account| TestIssuer::new().any(&identity(account), now, HOUR);
     let other = "spiffe://other.local/ns/shop/sa/db";
     let expired = |id| of(id, now - 2 * HOUR, HOUR);
     let future = |id| of(id, now + 2 * HOUR, HOUR);

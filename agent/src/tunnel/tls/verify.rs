@@ -21,8 +21,7 @@ use rustls::{
     },
 };
 use tacit_core::spiffe::{SpiffeId, TrustDomain};
-
-use crate::identity::certificate;
+use tacit_identity::certificate;
 
 /// Why a peer's certificate is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -1,7 +1,7 @@
 //! Tests of what is made of an authority's answer, whoever the authority is.
 
 use super::*;
-use crate::identity::issuer::testing;
+use crate::issuer::testing;
 
 fn pem(certificate: &CertificateDer<'_>) -> String {
     pem::encode(&pem::Pem::new("CERTIFICATE", certificate.as_ref()))

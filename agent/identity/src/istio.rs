@@ -33,7 +33,7 @@ use super::{
     certificate::{self, Validity},
     credentials::{Credentials, CredentialsError},
 };
-use crate::files;
+use crate::atomic_file;
 use api::{CertificateRequest, CertificateResponse};
 use connection::{Answer, Target};
 
@@ -122,8 +122,9 @@ pub struct Contact {
 }
 
 /// One answer of the authority.
-pub(crate) struct Exchange {
-    pub(crate) answer: CertificateResponse,
+pub struct Exchange {
+    /// The certificate and its roots.
+    pub answer: CertificateResponse,
     sent: SystemTime,
     received: SystemTime,
     /// What its date shows; `None` when it has none.
@@ -178,7 +179,10 @@ impl IstioIssuer {
     }
 
     /// Sends one message with token and roots as they are now.
-    pub(crate) async fn ask(&self, message: &CertificateRequest) -> Result<Exchange, IstioError> {
+    ///
+    /// # Errors
+    /// [`IstioError`].
+    pub async fn ask(&self, message: &CertificateRequest) -> Result<Exchange, IstioError> {
         let (roots, token) = (self.roots().await?, self.token().await?);
         let target = Target {
             address: &self.config.address,
@@ -241,7 +245,7 @@ fn request(identity: &SpiffeId, key: &KeyPair) -> Result<String, rcgen::Error> {
 
 async fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, IstioError> {
     let owned = path.to_owned();
-    let blocking = spawn_blocking(move || files::at_most(std::fs::File::open(owned)?, FILE_MAX_BYTES));
+    let blocking = spawn_blocking(move || atomic_file::at_most(std::fs::File::open(owned)?, FILE_MAX_BYTES));
     let read = blocking.await.unwrap_or_else(|panic| Err(io::Error::other(panic)));
     read.map_err(|source| IstioError::File { what, path: path.to_owned(), source })
 }

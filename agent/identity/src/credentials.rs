@@ -104,18 +104,18 @@ impl Credentials {
     }
 
     /// Chain and signer, as rustls wants them.
-    pub(crate) fn certified(&self) -> &Arc<CertifiedKey> {
+    pub fn certified(&self) -> &Arc<CertifiedKey> {
         &self.certified
     }
 
     /// The client configuration, made by `make` the first time.
-    pub(crate) fn client_config(&self, make: impl FnOnce() -> ClientConfig) -> &Arc<ClientConfig> {
+    pub fn client_config(&self, make: impl FnOnce() -> ClientConfig) -> &Arc<ClientConfig> {
         self.client.get_or_init(|| Arc::new(make()))
     }
 
     /// The client configuration for servers that must be `expected`, made by `make` the first time. All sessions with them
     /// share it.
-    pub(crate) fn client_config_for(
+    pub fn client_config_for(
         &self,
         expected: &SpiffeId,
         make: impl FnOnce() -> ClientConfig,
@@ -131,7 +131,7 @@ impl Credentials {
     }
 
     /// The server configuration, made by `make` the first time.
-    pub(crate) fn server_config(&self, make: impl FnOnce() -> ServerConfig) -> &Arc<ServerConfig> {
+    pub fn server_config(&self, make: impl FnOnce() -> ServerConfig) -> &Arc<ServerConfig> {
         self.server.get_or_init(|| Arc::new(make()))
     }
 }

@@ -11,7 +11,7 @@ use std::{
 
 use time::{OffsetDateTime, format_description::well_known::Rfc2822};
 
-use crate::identity::certificate::Validity;
+use crate::certificate::Validity;
 
 /// An HTTP date has no fractions: the clock that wrote it may have been this much further.
 const DATE_RESOLUTION: Duration = Duration::from_secs(1);

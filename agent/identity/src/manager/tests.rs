@@ -6,9 +6,10 @@ use std::{
 };
 
 use tacit_core::spiffe::TrustDomain;
+use tacit_testing::Scratch;
 
 use super::*;
-use crate::identity::issuer::{EmbeddedIssuer, testing::Scratch};
+use crate::issuer::EmbeddedIssuer;
 
 fn web() -> SpiffeId {
     SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/web").expect("valid")

@@ -24,7 +24,7 @@ use super::{
     certificate::{self, CertificateError},
     issuer::{BACKDATED, random_serial},
 };
-use crate::files::{self, FileError};
+use crate::atomic_file::{self, FileError};
 
 const KEY_FILE: &str = "root-key.pem";
 const CERTIFICATE_FILE: &str = "root-cert.pem";
@@ -126,13 +126,13 @@ impl Root {
             Some(pem) => parse_key(&key_path, &pem)?,
             None => {
                 let key = KeyPair::generate()?;
-                files::replace(&key_path, 0o600, key.serialize_pem().as_bytes())?;
+                atomic_file::replace(&key_path, 0o600, key.serialize_pem().as_bytes())?;
                 key
             }
         };
         let params = params(trust_domain, now)?;
         if certificate_pem.is_none() {
-            files::replace(&certificate_path, 0o644, params.self_signed(&key)?.pem().as_bytes())?;
+            atomic_file::replace(&certificate_path, 0o644, params.self_signed(&key)?.pem().as_bytes())?;
         }
         let certificate =
             match certificate_pem.map_or_else(|| read(&certificate_path), |pem| Ok(Some(pem)))? {
@@ -208,18 +208,18 @@ fn lock(path: &Path) -> Result<File, RootError> {
 
 /// The text of `path`; `None` when there is no such file.
 fn read(path: &Path) -> Result<Option<String>, RootError> {
-    let Some(file) = files::open(path)? else { return Ok(None) };
-    Ok(Some(files::text(&file, path, FILE_MAX_BYTES)?))
+    let Some(file) = atomic_file::open(path)? else { return Ok(None) };
+    Ok(Some(atomic_file::text(&file, path, FILE_MAX_BYTES)?))
 }
 
 /// As [`read`], for a file that only its owner may touch.
 fn read_key(path: &Path) -> Result<Option<String>, RootError> {
-    let Some(file) = files::open(path)? else { return Ok(None) };
+    let Some(file) = atomic_file::open(path)? else { return Ok(None) };
     let mode = file.metadata().map_err(FileError::of("stat", path))?.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
         return Err(RootError::KeyExposed { path: path.into(), mode });
     }
-    Ok(Some(files::text(&file, path, FILE_MAX_BYTES)?))
+    Ok(Some(atomic_file::text(&file, path, FILE_MAX_BYTES)?))
 }
 
 fn parse_key(path: &Path, pem: &str) -> Result<KeyPair, RootError> {

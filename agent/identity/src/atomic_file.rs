@@ -27,13 +27,13 @@ pub struct FileError {
 
 impl FileError {
     /// For `map_err`: what was tried on `path`.
-    pub(crate) fn of<'a>(what: &'static str, path: &'a Path) -> impl Fn(io::Error) -> Self + 'a {
+    pub fn of<'a>(what: &'static str, path: &'a Path) -> impl Fn(io::Error) -> Self + 'a {
         move |source| Self { what, path: path.into(), source }
     }
 }
 
 /// Opens `path`; `None` when there is no such file.
-pub(crate) fn open(path: &Path) -> Result<Option<File>, FileError> {
+pub fn open(path: &Path) -> Result<Option<File>, FileError> {
     match File::open(path) {
         Ok(file) => Ok(Some(file)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -42,14 +42,14 @@ pub(crate) fn open(path: &Path) -> Result<Option<File>, FileError> {
 }
 
 /// The text of `file`, which was opened at `path`. More than `max_bytes` is an error, not a part of it.
-pub(crate) fn text(file: &File, path: &Path, max_bytes: u64) -> Result<String, FileError> {
+pub fn text(file: &File, path: &Path, max_bytes: u64) -> Result<String, FileError> {
     let text = at_most(file, max_bytes)
         .and_then(|bytes| String::from_utf8(bytes).map_err(|_| io::ErrorKind::InvalidData.into()));
     text.map_err(FileError::of("read", path))
 }
 
 /// All that can be read, when that is not more than `max_bytes`.
-pub(crate) fn at_most(from: impl Read, max_bytes: u64) -> io::Result<Vec<u8>> {
+pub fn at_most(from: impl Read, max_bytes: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     from.take(max_bytes + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > max_bytes {
@@ -60,7 +60,7 @@ pub(crate) fn at_most(from: impl Read, max_bytes: u64) -> io::Result<Vec<u8>> {
 }
 
 /// Puts `content` at `path`, on disk when this returns.
-pub(crate) fn replace(path: &Path, mode: u32, content: &[u8]) -> Result<(), FileError> {
+pub fn replace(path: &Path, mode: u32, content: &[u8]) -> Result<(), FileError> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let temporary = temporary(path);
     let written = write_new(&temporary, mode, content)
@@ -91,7 +91,7 @@ mod tests {
     use std::{os::unix::fs::PermissionsExt as _, thread};
 
     use super::*;
-    use crate::identity::issuer::testing::Scratch;
+    use tacit_testing::Scratch;
 
     #[test]
     fn of_several_writers_one_stays_whole_and_nothing_else_is_left() {

@@ -5,6 +5,7 @@
 //! and server. Their keys never leave memory.
 
 use std::{
+    ops::RangeInclusive,
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -29,7 +30,12 @@ use super::{
 
 /// Certificates are valid from this long before they are made: the clocks of two nodes differ, and a peer whose clock is
 /// behind would refuse a fresh certificate as not yet valid.
-pub(crate) const BACKDATED: Duration = Duration::from_secs(60);
+pub const BACKDATED: Duration = Duration::from_secs(60);
+/// Lifetime of a leaf certificate where none is configured.
+pub const LEAF_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+/// Below ten seconds renewal at half life could not be tried twice; leaves cannot be revoked, so a month is the most.
+pub const LEAF_LIFETIME_RANGE: RangeInclusive<Duration> =
+    Duration::from_secs(10)..=Duration::from_secs(30 * 24 * 3600);
 
 /// Why no certificate was issued.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -161,7 +167,11 @@ fn sign_error(error: rcgen::Error) -> IssueError {
     IssueError::Sign(error.to_string())
 }
 
-pub(crate) fn leaf_params(
+/// The parameters of a leaf certificate for exactly these URI names, valid for `lifetime` from `now`.
+///
+/// # Errors
+/// [`rcgen::Error`] when a name is not ASCII, or there is no randomness for the serial number.
+pub fn leaf_params(
     uris: &[String],
     now: SystemTime,
     lifetime: Duration,
@@ -184,13 +194,14 @@ pub(crate) fn leaf_params(
     Ok(params)
 }
 
-/// Certificates know whole seconds only.
-pub(crate) fn whole_seconds(time: SystemTime) -> SystemTime {
+/// Returns `time` without fractions of a second, which certificates do not have.
+#[must_use]
+pub fn whole_seconds(time: SystemTime) -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs())
 }
 
 /// A random serial number of 128 bits.
-pub(crate) fn random_serial() -> Result<[u8; 16], rcgen::Error> {
+pub fn random_serial() -> Result<[u8; 16], rcgen::Error> {
     let mut serial = [0; 16];
     aws_lc_rs::default_provider()
         .secure_random
@@ -201,9 +212,10 @@ pub(crate) fn random_serial() -> Result<[u8; 16], rcgen::Error> {
 
 #[cfg(test)]
 pub(crate) mod testing {
-    //! Issuers and odd certificates for the tests of the tunnel.
+    //! An issuer for the tests of this crate.
 
     use rustls::pki_types::CertificateDer;
+    use tacit_testing::Scratch;
 
     use super::*;
 
@@ -215,21 +227,6 @@ pub(crate) mod testing {
     }
 
     impl EmbeddedIssuer {
-        /// Credentials of `identity` whatever its trust domain, valid until `lifetime` after `now`.
-        pub(crate) fn any(&self, identity: &SpiffeId, now: SystemTime, lifetime: Duration) -> Credentials {
-            let params = leaf_params(&[identity.to_string()], now, lifetime).expect("ascii");
-            self.sign(&params).expect("signed")
-        }
-
-        /// Key and certificate of `identity` as PEM, for programs of others.
-        pub(crate) fn pem(&self, identity: &SpiffeId) -> [String; 2] {
-            let key = KeyPair::generate().expect("a key");
-            let lifetime = Duration::from_secs(600);
-            let params = leaf_params(&[identity.to_string()], SystemTime::now(), lifetime).expect("ascii");
-            let leaf = params.signed_by(&key, &self.root.issuer).expect("signed");
-            [key.serialize_pem(), leaf.pem()]
-        }
-
         /// A certificate of `identity` for `key`, and the root.
         pub(crate) fn for_key(
             &self,
@@ -240,47 +237,14 @@ pub(crate) mod testing {
             let leaf = params.and_then(|params| params.signed_by(key, &self.root.issuer)).expect("signed");
             (leaf.der().clone(), self.root.certificate.clone())
         }
-
-        /// A chain and key with exactly these URI names, which `Credentials` would refuse.
-        pub(crate) fn odd(&self, uris: &[String]) -> Arc<rustls::sign::CertifiedKey> {
-            let key = KeyPair::generate().expect("a key");
-            let mut params = leaf_params(uris, SystemTime::now(), Duration::from_secs(60)).expect("ascii");
-            params.subject_alt_names.push(SanType::DnsName("web.shop".try_into().expect("ascii")));
-            let leaf = params.signed_by(&key, &self.root.issuer).expect("signed");
-            let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
-            let signer = aws_lc_rs::sign::any_supported_type(&key).expect("P-256");
-            Arc::new(rustls::sign::CertifiedKey::new(vec![leaf.der().clone()], signer))
-        }
-    }
-
-    /// A directory that goes when the test ends.
-    pub(crate) struct Scratch(std::path::PathBuf);
-
-    impl Scratch {
-        pub(crate) fn new() -> Self {
-            let name: String =
-                random_serial().expect("random").iter().map(|byte| format!("{byte:02x}")).collect();
-            let path = std::env::temp_dir().join(format!("tacit-test-{name}"));
-            std::fs::create_dir(&path).expect("a new directory");
-            Self(path)
-        }
-
-        pub(crate) fn path(&self) -> &Path {
-            &self.0
-        }
-    }
-
-    impl Drop for Scratch {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{testing::Scratch, *};
+    use super::*;
     use std::{fs, os::unix::fs::PermissionsExt, sync::Barrier, thread};
+    use tacit_testing::Scratch;
 
     const HOUR: Duration = Duration::from_secs(3600);
 
