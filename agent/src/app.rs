@@ -24,6 +24,7 @@ use tacit_kernel::{
     Kernel, KernelError, Turn, VerifierLog, cgroup::Cgroup, events, host, netns::HostNetns, probe,
     socket::Listeners,
 };
+use tacit_tunnel::Session;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     task::JoinHandle,
@@ -49,7 +50,6 @@ use crate::{
         Telemetry, admin,
         status::{SourceKind, UncoveredStatus},
     },
-    tunnel::Session,
     workers::Workers,
 };
 

@@ -23,6 +23,10 @@ use tacit_kernel::{
     netns::HostNetns,
     socket::{self, Acceptor},
 };
+use tacit_tunnel::{
+    Session, TlsInfo,
+    socket::{reset, reset_if_dropped},
+};
 use tokio::{net::TcpStream, sync::Semaphore};
 
 use crate::{
@@ -31,10 +35,6 @@ use crate::{
     mesh::Mesh,
     sources::reload::Watched,
     telemetry::{Party, Refusal, Reporter, Security, Telemetry},
-    tunnel::{
-        Session, TlsInfo,
-        socket::{reset, reset_if_dropped},
-    },
     workers::Workers,
 };
 

@@ -21,15 +21,14 @@ use tacit_core::{
     spiffe::SpiffeId,
     wire::open::{DenyReason, Open},
 };
+use tacit_tunnel::{Session, TunnelError, relay, session::SERVER_IDLE, socket};
 use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
     admission::{self, Changes, Denial},
     datapath::{DataPath, HANDSHAKE_WAIT, HANDSHAKES_MAX, Refused, canonical, deny_reason, security},
     enrol::Pod,
-    relay,
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
-    tunnel::{Session, TunnelError, session::SERVER_IDLE, socket},
 };
 
 /// Serves one tunnel session to its end. What is needed only before and between flows is boxed: a flow keeps no room for it.

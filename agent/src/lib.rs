@@ -21,14 +21,12 @@
 //! | `inbound` | tunnel sessions, and plaintext that needs a verdict |
 //! | `datapath` | what those two share |
 //! | `admission` | asks policy about a flow, when it opens and when policy changes |
-//! | `tunnel` | TLS sessions |
-//! | `relay` | moves the bytes of a flow |
 //! | `workers` | the threads that carry flows |
 //! | `drain` | ending in good order |
 //! | `telemetry` | metrics, access log, status, admin doors |
 //!
 //! The pure decisions are in `tacit-core`; eBPF programs, maps, namespaces and sockets in
-//! `tacit-kernel`; certificates in `tacit-identity`. `cargo xtask tidy` checks the rest: `outbound` and `inbound` never import each
+//! `tacit-kernel`; certificates in `tacit-identity`; TLS sessions and the relay in `tacit-tunnel`. `cargo xtask tidy` checks the rest: `outbound` and `inbound` never import each
 //! other, and only `main` imports `app`.
 #![deny(missing_docs)]
 
@@ -44,8 +42,6 @@ pub mod fuzz;
 pub mod inbound;
 pub mod mesh;
 pub mod outbound;
-pub mod relay;
 pub mod sources;
 pub mod telemetry;
-pub mod tunnel;
 pub mod workers;

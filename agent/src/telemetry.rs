@@ -46,7 +46,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use flows::{FlowCounters, FlowSpec, LiveFlow, Party, Reporter, Security};
+pub use flows::{FlowSpec, LiveFlow, Party, Reporter, Security};
 pub use refusals::Refusal;
 
 use enrolments::Enrolments;

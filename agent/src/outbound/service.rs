@@ -48,9 +48,9 @@ pub(super) async fn reach(
         tried.push(ends.destination);
         let is_last = tried.len() == TRIES || !path.balancer.has_more(&wish, &tried);
         let attempt = if is_last {
-            Attempt { limit: PEER_CONNECT, early: Some(app) }
+            Attempt { limit: PEER_CONNECT, optimistic: Some(app) }
         } else {
-            Attempt { limit: TRY_CONNECT, early: None }
+            Attempt { limit: TRY_CONNECT, optimistic: None }
         };
         let directory = super::discover(path, ends.destination).await;
         let route = super::find_route(path, pod, &directory, ends.destination);

@@ -38,7 +38,7 @@ impl Role {
 
 /// Where the conversation stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
+pub enum FlowState {
     /// No flow; the session can be used.
     Idle,
     /// A flow was asked for and not yet answered.
@@ -59,18 +59,18 @@ pub enum Phase {
 
 /// A frame that may not come now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{kind:?} from the {from:?} is not allowed in phase {phase:?}")]
+#[error("{kind:?} from the {from:?} is not allowed in phase {state:?}")]
 pub struct OutOfTurn {
     /// Where the conversation stood.
-    pub phase: Phase,
+    pub state: FlowState,
     /// Who sent the frame.
     pub from: Role,
     /// Its type.
     pub kind: Kind,
 }
 
-impl Phase {
-    /// The phase after a frame of `kind` from `from`.
+impl FlowState {
+    /// The state after a frame of `kind` from `from`.
     ///
     /// # Errors
     /// [`OutOfTurn`] when it may not come now.
@@ -100,7 +100,7 @@ impl Phase {
             (Self::Flow { .. }, _, Kind::Reset)
             | (Self::Idle | Self::Opening { .. }, Client, Kind::Reset) => Self::Over,
             (Self::Flow { client_ended: true, server_ended: true }, Server, Kind::Done) => Self::Idle,
-            (phase, from, kind) => return Err(OutOfTurn { phase, from, kind }),
+            (state, from, kind) => return Err(OutOfTurn { state, from, kind }),
         })
     }
 }
@@ -109,12 +109,12 @@ impl Phase {
 mod tests {
     use super::*;
 
-    const fn flow(client_ended: bool, server_ended: bool) -> Phase {
-        Phase::Flow { client_ended, server_ended }
+    const fn flow(client_ended: bool, server_ended: bool) -> FlowState {
+        FlowState::Flow { client_ended, server_ended }
     }
 
-    const fn opening(client_ended: bool) -> Phase {
-        Phase::Opening { client_ended }
+    const fn opening(client_ended: bool) -> FlowState {
+        FlowState::Opening { client_ended }
     }
 
     #[test]
@@ -122,50 +122,50 @@ mod tests {
         use Kind::*;
         use Role::*;
         let allowed = [
-            (Phase::Idle, Client, Open, opening(false)),
-            (Phase::Idle, Client, Reset, Phase::Over),
+            (FlowState::Idle, Client, Open, opening(false)),
+            (FlowState::Idle, Client, Reset, FlowState::Over),
             (opening(false), Client, Data, opening(false)),
             (opening(false), Client, Fin, opening(true)),
-            (opening(false), Client, Reset, Phase::Over),
+            (opening(false), Client, Reset, FlowState::Over),
             (opening(false), Server, Accept, flow(false, false)),
-            (opening(false), Server, Deny, Phase::Idle),
-            (opening(true), Client, Reset, Phase::Over),
+            (opening(false), Server, Deny, FlowState::Idle),
+            (opening(true), Client, Reset, FlowState::Over),
             (opening(true), Server, Accept, flow(true, false)),
-            (opening(true), Server, Deny, Phase::Idle),
+            (opening(true), Server, Deny, FlowState::Idle),
             (flow(false, false), Client, Data, flow(false, false)),
             (flow(false, false), Server, Data, flow(false, false)),
             (flow(false, false), Client, Fin, flow(true, false)),
             (flow(false, false), Server, Fin, flow(false, true)),
-            (flow(false, false), Client, Reset, Phase::Over),
-            (flow(false, false), Server, Reset, Phase::Over),
+            (flow(false, false), Client, Reset, FlowState::Over),
+            (flow(false, false), Server, Reset, FlowState::Over),
             (flow(true, false), Server, Data, flow(true, false)),
             (flow(true, false), Server, Fin, flow(true, true)),
-            (flow(true, false), Client, Reset, Phase::Over),
-            (flow(true, false), Server, Reset, Phase::Over),
+            (flow(true, false), Client, Reset, FlowState::Over),
+            (flow(true, false), Server, Reset, FlowState::Over),
             (flow(false, true), Client, Data, flow(false, true)),
             (flow(false, true), Client, Fin, flow(true, true)),
-            (flow(false, true), Client, Reset, Phase::Over),
-            (flow(false, true), Server, Reset, Phase::Over),
-            (flow(true, true), Client, Reset, Phase::Over),
-            (flow(true, true), Server, Reset, Phase::Over),
-            (flow(true, true), Server, Done, Phase::Idle),
+            (flow(false, true), Client, Reset, FlowState::Over),
+            (flow(false, true), Server, Reset, FlowState::Over),
+            (flow(true, true), Client, Reset, FlowState::Over),
+            (flow(true, true), Server, Reset, FlowState::Over),
+            (flow(true, true), Server, Done, FlowState::Idle),
         ];
         let phases = [
-            Phase::Idle,
+            FlowState::Idle,
             opening(false),
             opening(true),
             flow(false, false),
             flow(true, false),
             flow(false, true),
             flow(true, true),
-            Phase::Over,
+            FlowState::Over,
         ];
-        for phase in phases {
+        for state in phases {
             for from in [Client, Server] {
                 for kind in [Open, Accept, Deny, Data, Fin, Reset, Done] {
-                    let next = allowed.iter().find(|row| (row.0, row.1, row.2) == (phase, from, kind));
-                    let expected = next.map(|row| row.3).ok_or(OutOfTurn { phase, from, kind });
-                    assert_eq!(phase.after(from, kind), expected);
+                    let next = allowed.iter().find(|row| (row.0, row.1, row.2) == (state, from, kind));
+                    let expected = next.map(|row| row.3).ok_or(OutOfTurn { state, from, kind });
+                    assert_eq!(state.after(from, kind), expected);
                 }
             }
         }

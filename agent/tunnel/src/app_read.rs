@@ -14,7 +14,7 @@ use super::{
 };
 
 /// What was read at once.
-pub(crate) struct Said {
+pub(crate) struct AppRead {
     /// Payload in its slots.
     pub batch: Buffer,
     /// How much; 0 when there is only the end.
@@ -29,7 +29,7 @@ pub(crate) struct Said {
 ///
 /// # Errors
 /// When the connection was reset, and nothing was read before.
-pub(crate) fn poll_said(app: &TcpStream, cx: &mut Context<'_>, size: Size) -> Poll<io::Result<Said>> {
+pub(crate) fn poll_app_read(app: &TcpStream, cx: &mut Context<'_>, size: Size) -> Poll<io::Result<AppRead>> {
     loop {
         // Before a buffer is taken.
         ready!(app.poll_read_ready(cx))?;
@@ -38,14 +38,14 @@ pub(crate) fn poll_said(app: &TcpStream, cx: &mut Context<'_>, size: Size) -> Po
         if let Some(outcome) = socket::try_read(app, &mut slots) {
             let payload_bytes = outcome?;
             let next = size.after(payload_bytes, room_bytes);
-            return Poll::Ready(Ok(said(app, batch, payload_bytes, next, room_bytes)));
+            return Poll::Ready(Ok(app_read(app, batch, payload_bytes, next, room_bytes)));
         }
     }
 }
 
 /// What `app` has said already. Does not ask the poller, which may not have looked yet; `None` also for an end or a reset
 /// without bytes, which are to be found later.
-pub(crate) fn said_already(app: &TcpStream) -> Option<Said> {
+pub(crate) fn app_read_now(app: &TcpStream) -> Option<AppRead> {
     let size = Size::default();
     let mut batch = Buffer::take(size);
     let (mut slots, room_bytes) = slots(&mut batch, size);
@@ -53,7 +53,7 @@ pub(crate) fn said_already(app: &TcpStream) -> Option<Said> {
         0 => None,
         payload_bytes => {
             let next = size.after(payload_bytes, room_bytes);
-            Some(said(app, batch, payload_bytes, next, room_bytes))
+            Some(app_read(app, batch, payload_bytes, next, room_bytes))
         }
     }
 }
@@ -64,12 +64,12 @@ fn slots(batch: &mut Buffer, size: Size) -> ([IoSliceMut<'_>; FRAMES_MAX], usize
     payload_slots(&mut batch[..shown_bytes])
 }
 
-fn said(app: &TcpStream, batch: Buffer, payload_bytes: usize, next: Size, room_bytes: usize) -> Said {
+fn app_read(app: &TcpStream, batch: Buffer, payload_bytes: usize, next: Size, room_bytes: usize) -> AppRead {
     let ends = match payload_bytes {
         0 => Ok(true),
         // The end can only be known once everything before it is read.
         _ if payload_bytes == room_bytes => Ok(false),
         _ => socket::is_at_end(app),
     };
-    Said { batch, payload_bytes, next, ends }
+    AppRead { batch, payload_bytes, next, ends }
 }

@@ -10,10 +10,8 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     relay::testing::{DEADLINE, exchange, is_reset, soon},
-    tunnel::{
-        Early,
-        testing::{connection, open, open_flow, sessions},
-    },
+    session::OptimisticData,
+    testing::{connection, open, open_flow, sessions},
 };
 
 type Relayed = JoinHandle<(FlowEnd, Option<Box<Session>>, u64, u64)>;
@@ -21,7 +19,7 @@ type Relayed = JoinHandle<(FlowEnd, Option<Box<Session>>, u64, u64)>;
 fn relay(app: TcpStream, session: Box<Session>) -> Relayed {
     tokio::spawn(async move {
         let counters = FlowCounters::default();
-        crate::tunnel::socket::reset_if_dropped(&app);
+        crate::socket::reset_if_dropped(&app);
         let (end, session) = tunnelled(app, session, &counters).await;
         (end, session, counters.sent.load(Relaxed), counters.received.load(Relaxed))
     })
@@ -184,12 +182,12 @@ async fn an_answer_in_the_middle_of_much_loses_nothing() {
     };
     let ask = async {
         near.readable().await.expect("open");
-        let mut early = Early::new(&near);
-        client.open(&open(), Some(&mut early)).await.expect("accepted");
-        early.taken_bytes
+        let mut optimistic = OptimisticData::new(&near);
+        client.open(&open(), Some(&mut optimistic)).await.expect("accepted");
+        optimistic.taken_bytes
     };
-    let ((), early_bytes) = tokio::join!(write, ask);
-    assert!(client.unsent() && early_bytes > 1 << 20, "{early_bytes}");
+    let ((), optimistic_bytes) = tokio::join!(write, ask);
+    assert!(client.unsent() && optimistic_bytes > 1 << 20, "{optimistic_bytes}");
     let relays = [relay(near, client), relay(far, server)];
     let mut received = Vec::new();
     let read = destination.read_to_end(&mut received);

@@ -14,9 +14,9 @@ use super::{
     TunnelError,
     stream::{self, Established},
 };
-use crate::tunnel::{
+use crate::{
     batch::FRAMES_MAX,
-    inbox::Received,
+    receive_buffer::Received,
     testing::{ISSUER, credentials, identity},
 };
 
@@ -77,19 +77,19 @@ impl Program {
 
 /// The payload of the next DATA frames.
 async fn received(established: &mut Established) -> Result<Vec<u8>, TunnelError> {
-    let Established { stream, inbox, .. } = established;
+    let Established { stream, receive_buffer, .. } = established;
     let next = poll_fn(|cx| {
         loop {
-            match inbox.next(|record| stream.open(record))? {
+            match receive_buffer.next(|record| stream.open(record))? {
                 Some(Received::Data) => {
                     let mut slices = [IoSlice::new(&[]); FRAMES_MAX];
-                    let used = inbox.payloads(&mut slices);
+                    let used = receive_buffer.payloads(&mut slices);
                     let payload: Vec<u8> = slices[..used].iter().flat_map(|slice| slice.to_vec()).collect();
-                    inbox.consume(payload.len());
+                    receive_buffer.consume(payload.len());
                     return Poll::Ready(Ok(payload));
                 }
                 Some(Received::Control(control)) => panic!("{control:?}"),
-                None => std::task::ready!(stream.poll_fill(cx, inbox))?,
+                None => std::task::ready!(stream.poll_fill(cx, receive_buffer))?,
             }
         }
     });
@@ -108,12 +108,12 @@ async fn send(established: &mut Established, line: &str) {
 
 /// Waits until the peer has asked for new keys of ours, which goes first in what we send next.
 async fn asked_for_keys(established: &mut Established) {
-    let Established { stream, inbox, .. } = established;
+    let Established { stream, receive_buffer, .. } = established;
     let asked = poll_fn(|cx| {
         loop {
-            match inbox.next(|record| stream.open(record))? {
+            match receive_buffer.next(|record| stream.open(record))? {
                 None if stream.unsent() => return Poll::Ready(Ok::<_, TunnelError>(())),
-                None => std::task::ready!(stream.poll_fill(cx, inbox))?,
+                None => std::task::ready!(stream.poll_fill(cx, receive_buffer))?,
                 Some(received) => panic!("{received:?}"),
             }
         }

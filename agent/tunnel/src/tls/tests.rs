@@ -10,7 +10,7 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::{stream::Established, *};
-use crate::tunnel::testing::{ISSUER, TestIssuer, connection, credentials, identity};
+use crate::testing::{ISSUER, TestIssuer, connection, credentials, identity};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -29,10 +29,10 @@ async fn handshake(client: &Credentials, expected: &SpiffeId, server: &Credentia
 
 async fn outcome(established: Result<Established, TunnelError>) -> String {
     let read = match established {
-        Ok(Established { mut stream, mut inbox, .. }) => {
+        Ok(Established { mut stream, mut receive_buffer, .. }) => {
             std::future::poll_fn(move |cx| {
-                while inbox.next(|record| stream.open(record))?.is_none() {
-                    std::task::ready!(stream.poll_fill(cx, &mut inbox))?;
+                while receive_buffer.next(|record| stream.open(record))?.is_none() {
+                    std::task::ready!(stream.poll_fill(cx, &mut receive_buffer))?;
                 }
                 std::task::Poll::Ready(Ok(()))
             })

@@ -8,7 +8,7 @@ use rustls::{
 };
 
 use super::*;
-use crate::tunnel::{
+use crate::{
     testing::{credentials, identity},
     tls::{PROVIDER, client_config, handshake::Handshake, server_config},
 };

@@ -31,7 +31,7 @@ use super::{
     record::{Opened, RecordError, Records},
     server_config,
 };
-use crate::tunnel::{batch, buffers::Buffer, inbox::Inbox, socket};
+use crate::{batch, buffers::Buffer, receive_buffer::ReceiveBuffer, socket};
 
 /// A handshake takes two round trips and about a millisecond of work.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
@@ -43,24 +43,24 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_PROBES: u32 = 6;
 
 /// An established TLS connection.
-pub(in crate::tunnel) struct TlsStream {
+pub(crate) struct TlsStream {
     tcp: TcpStream,
     records: Records,
     outgoing: Outgoing,
 }
 
 /// What the handshake has shown.
-pub(in crate::tunnel) struct Established {
-    pub(in crate::tunnel) stream: TlsStream,
+pub(crate) struct Established {
+    pub(crate) stream: TlsStream,
     /// What came behind the handshake.
-    pub(in crate::tunnel) inbox: Inbox,
-    pub(in crate::tunnel) peer: SpiffeId,
-    pub(in crate::tunnel) peer_validity: Validity,
-    pub(in crate::tunnel) tls: TlsInfo,
+    pub(crate) receive_buffer: ReceiveBuffer,
+    pub(crate) peer: SpiffeId,
+    pub(crate) peer_validity: Validity,
+    pub(crate) tls: TlsInfo,
 }
 
 /// Connects as `own` to a server that must be `expected`.
-pub(in crate::tunnel) async fn connect(
+pub(crate) async fn connect(
     tcp: TcpStream,
     own: &Credentials,
     expected: &SpiffeId,
@@ -72,7 +72,7 @@ pub(in crate::tunnel) async fn connect(
 }
 
 /// Accepts a client of the trust domain of `own`.
-pub(in crate::tunnel) async fn accept(tcp: TcpStream, own: &Credentials) -> Result<Established, TunnelError> {
+pub(crate) async fn accept(tcp: TcpStream, own: &Credentials) -> Result<Established, TunnelError> {
     prepare(&tcp)?;
     establish(tcp, UnbufferedServerConnection::new(server_config(own))?).await
 }
@@ -96,7 +96,7 @@ async fn establish(tcp: TcpStream, mut connection: impl Handshake) -> Result<Est
     let peer_validity = certificate::validity(leaf).map_err(super::Refusal::from)?;
     let (secrets, schedule) = connection.into_secrets()?;
     let stream = TlsStream { tcp, records: Records::new(secrets, schedule)?, outgoing: Outgoing::default() };
-    Ok(Established { stream, inbox: Inbox::with(behind), peer, peer_validity, tls })
+    Ok(Established { stream, receive_buffer: ReceiveBuffer::with(behind), peer, peer_validity, tls })
 }
 
 async fn bounded<T>(handshake: impl Future<Output = Result<T, TunnelError>>) -> Result<T, TunnelError> {
@@ -106,21 +106,17 @@ async fn bounded<T>(handshake: impl Future<Output = Result<T, TunnelError>>) -> 
 
 impl TlsStream {
     /// The TCP connection below.
-    pub(in crate::tunnel) fn tcp(&self) -> &TcpStream {
+    pub(crate) fn tcp(&self) -> &TcpStream {
         &self.tcp
     }
 
     /// The same, polled by the calling thread's runtime.
-    pub(in crate::tunnel) fn rehomed(self) -> io::Result<Self> {
+    pub(crate) fn rehomed(self) -> io::Result<Self> {
         Ok(Self { tcp: TcpStream::from_std(self.tcp.into_std()?)?, ..self })
     }
 
     /// Seals the `payload_bytes` that were read into the slots of `batch`, and queues them. Only while no batch is unsent.
-    pub(in crate::tunnel) fn queue_batch(
-        &mut self,
-        mut batch: Buffer,
-        payload_bytes: usize,
-    ) -> Result<(), TunnelError> {
+    pub(crate) fn queue_batch(&mut self, mut batch: Buffer, payload_bytes: usize) -> Result<(), TunnelError> {
         self.queue_key_update(batch::records(payload_bytes))?;
         let records = &mut self.records;
         let sealed_bytes = batch::seal_frames(&mut batch, payload_bytes, |record| {
@@ -131,7 +127,7 @@ impl TlsStream {
     }
 
     /// Seals one frame in a record of its own, and queues it.
-    pub(in crate::tunnel) fn queue(&mut self, frame: &[u8]) -> Result<(), TunnelError> {
+    pub(crate) fn queue(&mut self, frame: &[u8]) -> Result<(), TunnelError> {
         self.queue_key_update(1)?;
         let record = self.records.sealed(ContentType::ApplicationData, frame)?;
         self.outgoing.behind.extend(record);
@@ -139,7 +135,7 @@ impl TlsStream {
     }
 
     /// Queues close_notify: nothing may follow.
-    pub(in crate::tunnel) fn queue_close(&mut self) -> Result<(), TunnelError> {
+    pub(crate) fn queue_close(&mut self) -> Result<(), TunnelError> {
         let record = self.records.alert(AlertDescription::CloseNotify)?;
         self.outgoing.behind.extend(record);
         Ok(())
@@ -153,12 +149,12 @@ impl TlsStream {
     }
 
     /// True while something is to be sent.
-    pub(in crate::tunnel) fn unsent(&self) -> bool {
+    pub(crate) fn unsent(&self) -> bool {
         !self.outgoing.is_empty() || self.records.owes_key_update()
     }
 
     /// Sends what is queued.
-    pub(in crate::tunnel) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), TunnelError>> {
+    pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), TunnelError>> {
         if self.records.owes_key_update() {
             self.queue_key_update(0)?;
         }
@@ -171,26 +167,26 @@ impl TlsStream {
         Poll::Ready(Ok(()))
     }
 
-    /// Reads once into `inbox`, as much as there is and fits.
-    pub(in crate::tunnel) fn poll_fill(
+    /// Reads once into `receive_buffer`, as much as there is and fits.
+    pub(crate) fn poll_fill(
         &mut self,
         cx: &mut Context<'_>,
-        inbox: &mut Inbox,
+        receive_buffer: &mut ReceiveBuffer,
     ) -> Poll<Result<(), TunnelError>> {
         loop {
             // Before a buffer is taken.
             if self.tcp.poll_read_ready(cx)?.is_pending() {
-                inbox.pause();
+                receive_buffer.pause();
                 return Poll::Pending;
             }
-            let room = inbox.room();
+            let room = receive_buffer.room();
             let room_bytes = room.len();
             match socket::try_read(&self.tcp, &mut [IoSliceMut::new(room)]).transpose()? {
                 None => {}
                 // Without close_notify: cut on its way.
                 Some(0) => return Poll::Ready(Err(io::Error::from(io::ErrorKind::UnexpectedEof).into())),
                 Some(read_bytes) => {
-                    inbox.filled(read_bytes, room_bytes);
+                    receive_buffer.filled(read_bytes, room_bytes);
                     return Poll::Ready(Ok(()));
                 }
             }
@@ -198,12 +194,12 @@ impl TlsStream {
     }
 
     /// Opens a record that is complete.
-    pub(in crate::tunnel) fn open(&mut self, record: &mut [u8]) -> Result<Opened, RecordError> {
+    pub(crate) fn open(&mut self, record: &mut [u8]) -> Result<Opened, RecordError> {
         self.records.open(record)
     }
 
     /// Tells the peer what it did wrong, if the socket takes it at once.
-    pub(in crate::tunnel) fn tell(&mut self, error: &TunnelError) {
+    pub(crate) fn tell(&mut self, error: &TunnelError) {
         if let TunnelError::Record(error) = error
             && let Some(description) = error.alert()
         {
@@ -212,12 +208,12 @@ impl TlsStream {
     }
 
     /// True when the connection stands and no byte waits to be sent or read.
-    pub(in crate::tunnel) fn is_quiet(&self) -> bool {
+    pub(crate) fn is_quiet(&self) -> bool {
         !self.unsent() && socket::is_quiet(&self.tcp)
     }
 
     /// Sends close_notify if the socket takes it at once, and closes. Never waits.
-    pub(in crate::tunnel) fn close(mut self) {
+    pub(crate) fn close(mut self) {
         self.say(AlertDescription::CloseNotify);
     }
 

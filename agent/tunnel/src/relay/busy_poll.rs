@@ -41,12 +41,12 @@ thread_local! {
 }
 
 /// How long the calling thread may wait, in [`stay_awake`]; zero, as it is at first, is not at all.
-pub(crate) fn set_limit(limit: Duration) {
+pub fn set_limit(limit: Duration) {
     PACE.set(Pace::new(limit, Instant::now()));
 }
 
 /// Keeps the calling thread awake while that may be worth it. Never ends. A task of its own: it is polled again and again.
-pub(crate) async fn stay_awake() {
+pub async fn stay_awake() {
     let wait = WAIT.with(Arc::clone);
     loop {
         wait.notified().await;
@@ -59,18 +59,18 @@ pub(crate) async fn stay_awake() {
 }
 
 /// A connection begins on this thread, which may be the next of a quick exchange.
-pub(crate) fn begins() {
+pub fn begins() {
     PACE.with_borrow_mut(|pace| pace.begins(Instant::now()));
 }
 
 /// One flow, as far as its thread's pace goes.
-pub(super) struct Busy {
+pub(super) struct BusyPoll {
     id: u64,
     /// Bytes of both directions when last looked at.
     seen: u64,
 }
 
-impl Busy {
+impl BusyPoll {
     /// For a flow of this thread.
     pub(super) fn new() -> Self {
         Self { id: NEXT.replace(NEXT.get() + 1), seen: 0 }
@@ -90,7 +90,7 @@ impl Busy {
     }
 }
 
-impl Drop for Busy {
+impl Drop for BusyPoll {
     fn drop(&mut self) {
         PACE.with_borrow_mut(|pace| pace.ends(self.id, Instant::now()));
     }

@@ -22,11 +22,11 @@ use rustls::{
 };
 
 /// Type, legacy version and length.
-pub(in crate::tunnel) const HEADER_BYTES: usize = 5;
+pub(crate) const HEADER_BYTES: usize = 5;
 /// The inner content type and the AEAD's tag.
-pub(in crate::tunnel) const TAIL_BYTES: usize = 1 + TAG_BYTES;
+pub(crate) const TAIL_BYTES: usize = 1 + TAG_BYTES;
 /// The most a record carries.
-pub(in crate::tunnel) const CONTENT_MAX_BYTES: usize = 1 << 14;
+pub(crate) const CONTENT_MAX_BYTES: usize = 1 << 14;
 
 /// Tag of every AEAD of TLS 1.3.
 const TAG_BYTES: usize = 16;
@@ -128,11 +128,7 @@ impl Records {
     }
 
     /// Seals `record`: room for a header, the content, room for the tail.
-    pub(in crate::tunnel) fn seal(
-        &mut self,
-        content: ContentType,
-        record: &mut [u8],
-    ) -> Result<(), RecordError> {
+    pub(crate) fn seal(&mut self, content: ContentType, record: &mut [u8]) -> Result<(), RecordError> {
         self.sending.seal(content, record)
     }
 
@@ -374,7 +370,7 @@ impl Keys {
 ///
 /// # Errors
 /// [`RecordError::Overflow`] for a length that no record may have.
-pub(in crate::tunnel) fn record_bytes(input: &[u8]) -> Result<Option<usize>, RecordError> {
+pub(crate) fn record_bytes(input: &[u8]) -> Result<Option<usize>, RecordError> {
     let Some(&[_, _, _, high, low]) = input.first_chunk::<HEADER_BYTES>() else {
         return Ok(None);
     };

@@ -24,13 +24,15 @@ use std::{
 use tacit_core::wire::{flow_state::Role, frame::Control};
 use tokio::{io::Interest, net::TcpStream, task::yield_now, time::timeout};
 
-use super::{FlowEnd, Party, busy::Busy, held::Held};
+use super::{App, FlowEnd};
 use crate::{
-    telemetry::flows::FlowCounters,
-    tunnel::{
-        Session, TunnelError, batch::FRAMES_MAX, buffers::Size, inbox::Received, said::poll_said, socket,
-    },
-    workers::TRIM,
+    Session, TunnelError,
+    app_read::poll_app_read,
+    batch::FRAMES_MAX,
+    buffers::{Size, TRIM},
+    receive_buffer::Received,
+    relay::{FlowCounters, busy_poll::BusyPoll, delayed_accept::DelayedAccept},
+    socket,
 };
 
 /// How long a client waits for DONE before it gives up the session: a round trip if the destination reads what it got. Nobody
@@ -49,8 +51,8 @@ pub fn tunnelled(
 ) -> impl Future<Output = (FlowEnd, Option<Box<Session>>)> + Send {
     async move {
         let (ours, theirs) = match session.role() {
-            Role::Client => (Party::Source, Party::Destination),
-            Role::Server => (Party::Destination, Party::Source),
+            Role::Client => (App::Source, App::Destination),
+            Role::Server => (App::Destination, App::Source),
         };
         // What may come behind the flow is boxed: it keeps no room for that.
         match run(&app, &mut session, counters).await {
@@ -83,7 +85,7 @@ async fn run(app: &TcpStream, session: &mut Session, counters: &FlowCounters) ->
     let mut flow = Flow::new(app, session, counters);
     let mut broken = pin!(app.ready(Interest::ERROR));
     let mut others = pin!(yield_now());
-    let (mut watched, mut busy) = (true, Busy::new());
+    let (mut watched, mut busy) = (true, BusyPoll::new());
     poll_fn(|cx| {
         let mut ending = flow.poll(cx);
         if ending.is_pending() && flow.holds_answer {
@@ -160,7 +162,7 @@ struct Flow<'a> {
     /// once.
     holds_answer: bool,
     /// And it may wait longer, as the client does not. Until the application has spoken.
-    held: Option<Held>,
+    held: Option<DelayedAccept>,
     /// FIN is queued or sent.
     app_ended: bool,
     /// FIN has left this node for sure.
@@ -182,7 +184,7 @@ impl<'a> Flow<'a> {
             Role::Client => (session.client_ended(), false),
             Role::Server => (false, session.unsent()),
         };
-        let held = (holds_answer && session.answer_can_wait()).then(Held::new);
+        let held = (holds_answer && session.answer_can_wait()).then(DelayedAccept::new);
         Self {
             app,
             session,
@@ -251,10 +253,10 @@ impl<'a> Flow<'a> {
             self.end_sent = true;
             return Poll::Pending;
         }
-        let Ok(said) = ready!(poll_said(self.app, cx, self.size)) else { return end(Ending::ResetByApp) };
-        self.up.fetch_add(said.payload_bytes as u64, Relaxed);
-        self.size = said.next;
-        match self.session.send_said(said) {
+        let Ok(read) = ready!(poll_app_read(self.app, cx, self.size)) else { return end(Ending::ResetByApp) };
+        self.up.fetch_add(read.payload_bytes as u64, Relaxed);
+        self.size = read.next;
+        match self.session.send_app_read(read) {
             Ok(Ok(ends)) => self.app_ended = ends,
             Ok(Err(_)) => return end(Ending::ResetByApp),
             Err(error) => return end(Ending::Lost(error)),
@@ -291,7 +293,7 @@ impl<'a> Flow<'a> {
         match ready!(self.session.poll_received(cx)) {
             Ok(Received::Data) => GO_ON,
             Ok(Received::Control(Control::Fin)) => self.peer_fin(),
-            // Of the others, `phase` lets only RESET come here.
+            // Of the others, `flow_state` lets only RESET come here.
             Ok(Received::Control(_)) => end(Ending::ResetByPeer),
             Err(error) => end(Ending::Lost(error)),
         }

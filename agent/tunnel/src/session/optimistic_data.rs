@@ -10,54 +10,56 @@ use std::{
 
 use tokio::net::TcpStream;
 
-use super::{Control, OpenError, Phase, Received, Session};
-use crate::tunnel::{
+use super::{Control, FlowState, OpenError, Received, Session};
+use crate::{
+    app_read::{AppRead, app_read_now, poll_app_read},
     buffers::Size,
-    said::{Said, poll_said, said_already},
 };
 
 /// An application that does not wait for the answer.
-pub(crate) struct Early<'a> {
+pub struct OptimisticData<'a> {
     app: &'a TcpStream,
     /// How much of what it said was taken to be sent: the destination may have read it, so it is not sent twice.
-    pub(crate) taken_bytes: u64,
+    pub taken_bytes: u64,
     /// How much to read at once.
     size: Size,
 }
 
-impl<'a> Early<'a> {
-    pub(crate) fn new(app: &'a TcpStream) -> Self {
+impl<'a> OptimisticData<'a> {
+    /// Starts with nothing read from `app`.
+    #[must_use]
+    pub fn new(app: &'a TcpStream) -> Self {
         Self { app, taken_bytes: 0, size: Size::default() }
     }
 
-    pub(super) fn said_already(&mut self) -> Option<Said> {
-        said_already(self.app).inspect(|said| self.takes(said))
+    pub(super) fn app_read_now(&mut self) -> Option<AppRead> {
+        app_read_now(self.app).inspect(|read| self.takes(read))
     }
 
-    fn poll_said(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Said>> {
-        let said = ready!(poll_said(self.app, cx, self.size));
-        Poll::Ready(said.inspect(|said| self.takes(said)))
+    fn poll_app_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<AppRead>> {
+        let read = ready!(poll_app_read(self.app, cx, self.size));
+        Poll::Ready(read.inspect(|read| self.takes(read)))
     }
 
-    fn takes(&mut self, said: &Said) {
-        self.taken_bytes += said.payload_bytes as u64;
-        self.size = said.next;
+    fn takes(&mut self, read: &AppRead) {
+        self.taken_bytes += read.payload_bytes as u64;
+        self.size = read.next;
     }
 }
 
 impl Session {
-    /// The answer to OPEN. What `early` says from `first` on is passed on meanwhile, if there is a `first`.
+    /// The answer to OPEN. What `optimistic` says from `first` on is passed on meanwhile, if there is a `first`.
     pub(super) async fn answered(
         &mut self,
-        early: Option<(&mut Early<'_>, Said)>,
+        optimistic: Option<(&mut OptimisticData<'_>, AppRead)>,
     ) -> Result<Received, OpenError> {
-        let (mut early, mut first) = early.unzip();
+        let (mut optimistic, mut first) = optimistic.unzip();
         poll_fn(|cx| {
             if let Some(first) = first.take() {
                 self.pass_on(cx, first)?;
             }
             loop {
-                let passed = self.poll_pass_on(cx, early.as_deref_mut())?;
+                let passed = self.poll_pass_on(cx, optimistic.as_deref_mut())?;
                 if let Poll::Ready(answer) = self.poll_received(cx) {
                     return Poll::Ready(answer.map_err(OpenError::from));
                 }
@@ -67,28 +69,30 @@ impl Session {
         .await
     }
 
-    /// Sends what is queued, and queues what `early` says next.
+    /// Sends what is queued, and queues what `optimistic` says next.
     fn poll_pass_on(
         &mut self,
         cx: &mut Context<'_>,
-        early: Option<&mut Early<'_>>,
+        optimistic: Option<&mut OptimisticData<'_>>,
     ) -> Poll<Result<(), OpenError>> {
         if let Err(failed) = ready!(self.poll_flush(cx)) {
             // What the server said before it closed tells more than that it is closed.
             return Poll::Ready(Err(self.last_words(cx).unwrap_or(failed).into()));
         }
-        let Some(early) = early.filter(|_| self.phase == Phase::Opening { client_ended: false }) else {
+        let Some(optimistic) =
+            optimistic.filter(|_| self.state == FlowState::Opening { client_ended: false })
+        else {
             return Poll::Pending;
         };
-        match ready!(early.poll_said(cx)) {
-            Ok(said) => Poll::Ready(self.pass_on(cx, said)),
+        match ready!(optimistic.poll_app_read(cx)) {
+            Ok(read) => Poll::Ready(self.pass_on(cx, read)),
             Err(_) => Poll::Ready(Err(self.abandoned(cx))),
         }
     }
 
     /// Queues what the application has said.
-    fn pass_on(&mut self, cx: &mut Context<'_>, said: Said) -> Result<(), OpenError> {
-        match self.send_said(said)? {
+    fn pass_on(&mut self, cx: &mut Context<'_>, read: AppRead) -> Result<(), OpenError> {
+        match self.send_app_read(read)? {
             Ok(_) => Ok(()),
             Err(_) => Err(self.abandoned(cx)),
         }

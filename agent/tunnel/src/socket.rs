@@ -121,7 +121,7 @@ pub(crate) fn finish(tcp: &TcpStream) -> io::Result<()> {
 }
 
 /// Ends the connection with RST; what was written and not yet sent is lost, and the peer knows it.
-pub(crate) fn reset(tcp: TcpStream) {
+pub fn reset(tcp: TcpStream) {
     // Fails only when the connection is gone already, and then there is nobody to tell.
     let _ = tcp.set_zero_linger();
 }
@@ -129,7 +129,7 @@ pub(crate) fn reset(tcp: TcpStream) {
 /// From now on this connection ends with RST however it is closed: on an early return, a dropped task, or the death of
 /// this process. Without it the kernel would end it with FIN, and a flow cut short would look complete. Connections that
 /// were accepted have it from their listener.
-pub(crate) fn reset_if_dropped(tcp: &TcpStream) {
+pub fn reset_if_dropped(tcp: &TcpStream) {
     // Fails only when the connection is gone already.
     let _ = tcp.set_zero_linger();
 }
@@ -155,7 +155,7 @@ mod tests {
     use tokio::{io::AsyncWriteExt as _, task::yield_now};
 
     use super::*;
-    use crate::{relay::testing::soon, tunnel::testing::connection};
+    use crate::{relay::testing::soon, testing::connection};
 
     /// Reads "last" byte by byte once the poller knows of the end behind it; says after each whether that was all.
     async fn ends_of(how: impl AsyncFnOnce(TcpStream)) -> Vec<io::Result<bool>> {

@@ -1,7 +1,7 @@
 //! Received records on their way to the application: opened and taken apart where they were received, no I/O.
 //!
-//! DATA payload is never copied: [`Inbox::payloads`] shows where it lies, for one write to take as much as it can, and
-//! [`Inbox::consume`] says how much it took. Records may arrive in any pieces; each holds exactly one frame.
+//! DATA payload is never copied: [`ReceiveBuffer::payloads`] shows where it lies, for one write to take as much as it can, and
+//! [`ReceiveBuffer::consume`] says how much it took. Records may arrive in any pieces; each holds exactly one frame.
 
 use std::{io::IoSlice, ops::Range};
 
@@ -22,7 +22,7 @@ const ROOM_MIN_BYTES: usize = frame::RECORD_BYTES + 512;
 pub(crate) enum Received {
     /// A frame other than DATA.
     Control(Control),
-    /// DATA frames: see [`Inbox::payloads`].
+    /// DATA frames: see [`ReceiveBuffer::payloads`].
     Data,
 }
 
@@ -36,7 +36,7 @@ enum Next {
 
 /// What was received and not yet passed on.
 #[derive(Default)]
-pub(crate) struct Inbox {
+pub(crate) struct ReceiveBuffer {
     /// `None` when nothing is in it, or less than a record that waits for its rest.
     buffer: Option<Buffer>,
     /// What is not opened.
@@ -49,7 +49,7 @@ pub(crate) struct Inbox {
     size: Size,
 }
 
-impl Inbox {
+impl ReceiveBuffer {
     /// Begins with bytes that came behind the handshake.
     pub(crate) fn with(beginning: Vec<u8>) -> Self {
         Self { beginning, ..Self::default() }
@@ -60,7 +60,7 @@ impl Inbox {
         self.start == self.end && self.beginning.is_empty() && self.payloads.is_empty() && self.next.is_none()
     }
 
-    /// Where received bytes go; never empty. Only while [`Inbox::next`] has nothing.
+    /// Where received bytes go; never empty. Only while [`ReceiveBuffer::next`] has nothing.
     pub(crate) fn room(&mut self) -> &mut [u8] {
         let buffer = match self.buffer.take() {
             // What is left is less than a record, so the front has room for it and more.
@@ -179,7 +179,7 @@ impl Inbox {
         matches!(self.next, Some(Next::Control(Control::Fin)))
     }
 
-    /// `written_bytes` of what [`Inbox::payloads`] showed were taken.
+    /// `written_bytes` of what [`ReceiveBuffer::payloads`] showed were taken.
     pub(crate) fn consume(&mut self, written_bytes: usize) {
         self.payloads.consume(written_bytes);
         self.release();
@@ -205,7 +205,7 @@ fn frame_of(content: &[u8]) -> Result<Option<Control>, frame::FrameError> {
 struct Payloads {
     /// The first place, most often the only one: an exchange of a few bytes takes no memory for places.
     head: Place,
-    /// Those behind it. [`Inbox::pause`] gives their memory back, as a flow keeps this while it is idle.
+    /// Those behind it. [`ReceiveBuffer::pause`] gives their memory back, as a flow keeps this while it is idle.
     tail: Vec<Place>,
     /// How many of `tail` are consumed.
     consumed: usize,
@@ -277,7 +277,7 @@ impl Payloads {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tunnel::tls::record::{HEADER_BYTES as RECORD_HEADER, TAIL_BYTES};
+    use crate::tls::record::{HEADER_BYTES as RECORD_HEADER, TAIL_BYTES};
     use tacit_core::wire::frame::Kind;
 
     /// A record as `open` below takes it: sealed with nothing.
@@ -321,35 +321,36 @@ mod tests {
 
     /// Feeds `bytes` in pieces of `piece`, takes at most `bite` at a time; payload, control frames and the end.
     fn run(bytes: &[u8], piece: usize, bite: usize) -> (Vec<u8>, Vec<Control>, Option<TunnelError>) {
-        let (mut inbox, mut payload, mut controls) = (Inbox::default(), Vec::new(), Vec::new());
+        let (mut receive_buffer, mut payload, mut controls) =
+            (ReceiveBuffer::default(), Vec::new(), Vec::new());
         let mut left = bytes;
         while !left.is_empty() {
-            let room = inbox.room();
+            let room = receive_buffer.room();
             let (part, rest) = left.split_at(piece.min(left.len()).min(room.len()));
             room[..part.len()].copy_from_slice(part);
             let room_bytes = room.len();
-            inbox.filled(part.len(), room_bytes);
+            receive_buffer.filled(part.len(), room_bytes);
             left = rest;
             loop {
-                match inbox.next(open) {
+                match receive_buffer.next(open) {
                     Ok(None) => break,
                     Ok(Some(Received::Control(control))) => controls.push(control),
                     Ok(Some(Received::Data)) => {
                         let mut slices = [IoSlice::new(&[]); FRAMES_MAX];
-                        let used = inbox.payloads(&mut slices);
+                        let used = receive_buffer.payloads(&mut slices);
                         assert!(used > 0);
                         let shown: Vec<u8> = slices[..used].iter().flat_map(|slice| slice.to_vec()).collect();
                         let taken = shown.len().min(bite);
                         payload.extend(&shown[..taken]);
-                        inbox.consume(taken);
+                        receive_buffer.consume(taken);
                     }
                     Err(error) => return (payload, controls, Some(error)),
                 }
             }
-            inbox.pause();
-            assert!(inbox.buffer.is_none(), "a flow that waits holds a buffer");
+            receive_buffer.pause();
+            assert!(receive_buffer.buffer.is_none(), "a flow that waits holds a buffer");
         }
-        assert!(inbox.is_empty());
+        assert!(receive_buffer.is_empty());
         (payload, controls, None)
     }
 

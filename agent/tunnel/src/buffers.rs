@@ -7,10 +7,14 @@ use std::{
     mem,
     ops::{Deref, DerefMut},
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    time::Duration,
 };
 
 use super::batch;
 
+/// How often a thread gives back memory that it no longer uses. A timer of a flow that is longer is never the first to end,
+/// which would cost a system call.
+pub const TRIM: Duration = Duration::from_secs(5);
 /// Free buffers of each size kept by each thread: 4 MiB and 1 MiB. A thread rarely is in the middle of more flows at once.
 const KEPT: usize = 8;
 const KEPT_SMALL: usize = 16;
@@ -116,7 +120,7 @@ impl Drop for Buffer {
 }
 
 /// Gives back the memory of this thread's free buffers, but for one of each size.
-pub(crate) fn trim() {
+pub fn trim() {
     FREE.with_borrow_mut(|free| {
         free.large.truncate(1);
         free.small.truncate(1);

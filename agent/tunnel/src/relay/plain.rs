@@ -11,13 +11,11 @@ use std::{
 
 use tokio::{io::Interest, net::TcpStream};
 
-use super::{FlowEnd, Party, busy::Busy};
+use super::{App, FlowEnd};
 use crate::{
-    telemetry::flows::FlowCounters,
-    tunnel::{
-        buffers::{Buffer, Size},
-        socket,
-    },
+    buffers::{Buffer, Size},
+    relay::{FlowCounters, busy_poll::BusyPoll},
+    socket,
 };
 
 /// Moves bytes between `source`, which connected, and `destination`; both are reset when dropped.
@@ -37,12 +35,12 @@ pub async fn plain(source: TcpStream, destination: TcpStream, counters: &FlowCou
 }
 
 /// Runs both directions to their ends; the party that reset, if one did.
-async fn run(source: &TcpStream, destination: &TcpStream, counters: &FlowCounters) -> Option<Party> {
-    let mut there = Half::new(source, destination, Party::Source, &counters.sent);
-    let mut back = Half::new(destination, source, Party::Destination, &counters.received);
+async fn run(source: &TcpStream, destination: &TcpStream, counters: &FlowCounters) -> Option<App> {
+    let mut there = Half::new(source, destination, App::Source, &counters.sent);
+    let mut back = Half::new(destination, source, App::Destination, &counters.received);
     let mut source_broken = pin!(source.ready(Interest::ERROR));
     let mut destination_broken = pin!(destination.ready(Interest::ERROR));
-    let mut busy = Busy::new();
+    let mut busy = BusyPoll::new();
     poll_fn(|cx| {
         if let Poll::Ready(ending) = poll_both(&mut there, &mut back, cx) {
             return Poll::Ready(ending);
@@ -63,7 +61,7 @@ async fn run(source: &TcpStream, destination: &TcpStream, counters: &FlowCounter
 }
 
 /// Steps both directions by turns until neither can go on.
-fn poll_both(there: &mut Half<'_>, back: &mut Half<'_>, cx: &mut Context<'_>) -> Poll<Option<Party>> {
+fn poll_both(there: &mut Half<'_>, back: &mut Half<'_>, cx: &mut Context<'_>) -> Poll<Option<App>> {
     loop {
         let steps = [there.step(cx), back.step(cx)];
         for step in &steps {
@@ -85,7 +83,7 @@ struct Half<'a> {
     from: &'a TcpStream,
     to: &'a TcpStream,
     /// The application behind `from`.
-    party: Party,
+    party: App,
     counter: &'a AtomicU64,
     size: Size,
     /// What was read and not yet written.
@@ -97,12 +95,12 @@ struct Half<'a> {
 }
 
 impl<'a> Half<'a> {
-    fn new(from: &'a TcpStream, to: &'a TcpStream, party: Party, counter: &'a AtomicU64) -> Self {
+    fn new(from: &'a TcpStream, to: &'a TcpStream, party: App, counter: &'a AtomicU64) -> Self {
         Self { from, to, party, counter, size: Size::default(), held: None, ended: false, looked: false }
     }
 
     /// One read or one write; `Break` with the party that reset.
-    fn step(&mut self, cx: &mut Context<'_>) -> Poll<ControlFlow<Party>> {
+    fn step(&mut self, cx: &mut Context<'_>) -> Poll<ControlFlow<App>> {
         if self.ended {
             return Poll::Pending;
         }
@@ -110,7 +108,7 @@ impl<'a> Half<'a> {
         Poll::Ready(moved.map_or_else(ControlFlow::Break, ControlFlow::Continue))
     }
 
-    fn read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Party>> {
+    fn read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), App>> {
         // Before a buffer is taken.
         let _ = ready!(self.from.poll_read_ready(cx));
         let mut buffer = Buffer::take(self.size);
@@ -129,7 +127,7 @@ impl<'a> Half<'a> {
         })
     }
 
-    fn write(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Party>> {
+    fn write(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), App>> {
         let Some((buffer, start, end)) = &mut self.held else {
             return Poll::Ready(Ok(()));
         };
@@ -147,10 +145,10 @@ impl<'a> Half<'a> {
     }
 
     /// The application behind `to`.
-    fn other(&self) -> Party {
+    fn other(&self) -> App {
         match self.party {
-            Party::Source => Party::Destination,
-            Party::Destination => Party::Source,
+            App::Source => App::Destination,
+            App::Destination => App::Source,
         }
     }
 }
@@ -165,7 +163,7 @@ mod tests {
     use super::*;
     use crate::{
         relay::testing::{exchange, is_reset, soon},
-        tunnel::testing::connection,
+        testing::connection,
     };
 
     async fn path() -> (TcpStream, JoinHandle<(&'static str, u64, u64)>, TcpStream) {

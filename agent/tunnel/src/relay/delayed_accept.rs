@@ -17,7 +17,7 @@ use std::{
 use tokio::time::{Sleep, sleep};
 
 /// The longest wait. An application that is about to answer has had the core by then.
-const HELD_MAX: Duration = Duration::from_millis(5);
+const DELAY_MAX: Duration = Duration::from_millis(5);
 
 thread_local! {
     static NEXT: Cell<u64> = const { Cell::new(0) };
@@ -26,18 +26,18 @@ thread_local! {
 }
 
 /// The wait of one flow of this thread. Dropped when the application has spoken.
-pub(super) struct Held {
+pub(super) struct DelayedAccept {
     id: u64,
     is_crowded: bool,
     /// Boxed, as a flow has no use for it later.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
-impl Held {
+impl DelayedAccept {
     pub(super) fn new() -> Self {
         let (id, now) = (NEXT.replace(NEXT.get() + 1), Instant::now());
         let before = LATEST.replace(Some((id, now)));
-        let is_crowded = before.is_some_and(|(_, since)| now.duration_since(since) < HELD_MAX);
+        let is_crowded = before.is_some_and(|(_, since)| now.duration_since(since) < DELAY_MAX);
         Self { id, is_crowded, timer: None }
     }
 
@@ -46,9 +46,9 @@ impl Held {
         self.is_crowded
     }
 
-    /// Pending for [`HELD_MAX`].
+    /// Pending for [`DELAY_MAX`].
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let ended = self.timer.get_or_insert_with(|| Box::pin(sleep(HELD_MAX))).as_mut().poll(cx);
+        let ended = self.timer.get_or_insert_with(|| Box::pin(sleep(DELAY_MAX))).as_mut().poll(cx);
         if ended.is_ready() {
             self.timer = None;
         }
@@ -56,7 +56,7 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for DelayedAccept {
     fn drop(&mut self) {
         if LATEST.get().is_some_and(|(id, _)| id == self.id) {
             LATEST.set(None);
@@ -70,16 +70,16 @@ mod tests {
 
     #[test]
     fn only_a_connection_behind_one_that_waits_is_crowded() {
-        let first = Held::new();
+        let first = DelayedAccept::new();
         assert!(!first.is_crowded());
-        let second = Held::new();
+        let second = DelayedAccept::new();
         assert!(second.is_crowded());
         drop(first);
-        let third = Held::new();
+        let third = DelayedAccept::new();
         assert!(third.is_crowded(), "the second still waits");
         drop(third);
-        assert!(!Held::new().is_crowded(), "the latest has spoken");
-        LATEST.set(Instant::now().checked_sub(HELD_MAX).map(|long_ago| (0, long_ago)));
-        assert!(!Held::new().is_crowded(), "the latest may never speak");
+        assert!(!DelayedAccept::new().is_crowded(), "the latest has spoken");
+        LATEST.set(Instant::now().checked_sub(DELAY_MAX).map(|long_ago| (0, long_ago)));
+        assert!(!DelayedAccept::new().is_crowded(), "the latest may never speak");
     }
 }

@@ -1,10 +1,10 @@
 //! One TLS session carrying one flow at a time in frames. Many flows mean many sessions, so no flow waits for another.
 //!
 //! A client connects, opens a flow, relays it (`crate::relay`) and may open the next when the server has said DONE. A server
-//! accepts and answers each OPEN with ACCEPT or DENY. The order of frames is `phase`'s; a session on which it is broken is
+//! accepts and answers each OPEN with ACCEPT or DENY. The order of frames is `flow_state`'s; a session on which it is broken is
 //! of no further use. Dropping a session cuts the connection; [`Session::close`] says goodbye first.
 
-mod early;
+mod optimistic_data;
 #[cfg(test)]
 mod tests;
 
@@ -20,7 +20,7 @@ use std::{
 use tacit_core::{
     spiffe::SpiffeId,
     wire::{
-        flow_state::{Phase, Role},
+        flow_state::{FlowState, Role},
         frame::{Control, HEADER_BYTES, Kind},
         open::{Ahead, DenyReason, OPEN_BYTES, Open},
     },
@@ -33,14 +33,16 @@ use super::{
     TunnelError,
     batch::FRAMES_MAX,
     buffers::Buffer,
-    inbox::{Inbox, Received},
-    said::Said,
     tls::{
         TlsInfo,
         stream::{self, Established, TlsStream},
     },
 };
-pub(crate) use early::Early;
+use crate::{
+    app_read::AppRead,
+    receive_buffer::{ReceiveBuffer, Received},
+};
+pub use optimistic_data::OptimisticData;
 
 /// How long a server keeps an idle session. Longer than a client keeps it in its pool, so that the client closes first and
 /// never opens a flow on a session that is just being closed.
@@ -93,9 +95,9 @@ impl From<TunnelError> for OpenError {
 /// be in; so are handshakes, of which nothing is left while a flow runs.
 pub struct Session {
     tls: TlsStream,
-    inbox: Inbox,
+    receive_buffer: ReceiveBuffer,
     role: Role,
-    phase: Phase,
+    state: FlowState,
     peer: SpiffeId,
     peer_validity: Validity,
     info: TlsInfo,
@@ -132,9 +134,9 @@ impl Session {
     fn new(established: Established, role: Role) -> Box<Self> {
         Box::new(Self {
             tls: established.stream,
-            inbox: established.inbox,
+            receive_buffer: established.receive_buffer,
             role,
-            phase: Phase::Idle,
+            state: FlowState::Idle,
             peer: established.peer,
             peer_validity: established.peer_validity,
             info: established.tls,
@@ -200,25 +202,30 @@ impl Session {
     /// True when another flow may be opened.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.phase == Phase::Idle
+        self.state == FlowState::Idle
     }
 
     /// True when no flow runs, the connection stands and nothing unexpected has arrived. One system call.
     #[must_use]
     pub fn is_idle_alive(&self) -> bool {
-        self.phase == Phase::Idle && self.inbox.is_empty() && self.tls.is_quiet()
+        self.state == FlowState::Idle && self.receive_buffer.is_empty() && self.tls.is_quiet()
     }
 
-    /// Client: opens a flow and waits for the answer, at most `OPEN_MAX`. What `early` has said already goes with OPEN, and
+    /// Client: opens a flow and waits for the answer, at most `OPEN_MAX`. What `optimistic` has said already goes with OPEN, and
     /// if that is something, then also what it says until the answer comes.
     ///
     /// # Errors
     /// [`OpenError`]; see [`Session::is_idle`] for whether the session can be used further.
-    pub(crate) async fn open(&mut self, open: &Open, early: Option<&mut Early<'_>>) -> Result<(), OpenError> {
-        let early = early.and_then(|early| early.said_already().map(|first| (early, first)));
-        let ahead = if early.is_some() { Ahead::Data } else { Ahead::Nothing };
+    pub async fn open(
+        &mut self,
+        open: &Open,
+        optimistic: Option<&mut OptimisticData<'_>>,
+    ) -> Result<(), OpenError> {
+        let optimistic =
+            optimistic.and_then(|optimistic| optimistic.app_read_now().map(|first| (optimistic, first)));
+        let ahead = if optimistic.is_some() { Ahead::Data } else { Ahead::Nothing };
         self.send(&Control::Open(Open { ahead, ..*open }))?;
-        match bounded("the answer to OPEN", OPEN_MAX, self.answered(early)).await? {
+        match bounded("the answer to OPEN", OPEN_MAX, self.answered(optimistic)).await? {
             Received::Control(Control::Deny(reason)) => {
                 self.end_after_deny(ahead);
                 Err(OpenError::Denied(reason))
@@ -240,7 +247,7 @@ impl Session {
             // Of a flow that had ended when it was sent: nothing is lost but the session.
             Ok(Ok(Received::Control(Control::Reset))) => Ok(None),
             Ok(Err(error)) => Err(error),
-            // `phase` lets nothing but OPEN begin; in the middle of a flow there is no next one.
+            // `flow_state` lets nothing but OPEN begin; in the middle of a flow there is no next one.
             Ok(Ok(_)) => Err(TunnelError::Closed),
         }
     }
@@ -272,18 +279,18 @@ impl Session {
 
     fn end_after_deny(&mut self, ahead: Ahead) {
         if ahead == Ahead::Data {
-            self.phase = Phase::Over;
+            self.state = FlowState::Over;
         }
     }
 
     /// Throws away what comes until the peer closes.
     fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
-            match self.inbox.next(|record| self.tls.open(record)) {
-                Ok(Some(Received::Data)) => self.inbox.consume(usize::MAX),
+            match self.receive_buffer.next(|record| self.tls.open(record)) {
+                Ok(Some(Received::Data)) => self.receive_buffer.consume(usize::MAX),
                 Ok(Some(Received::Control(_))) => {}
                 Err(_) => return Poll::Ready(()),
-                Ok(None) => match ready!(self.tls.poll_fill(cx, &mut self.inbox)) {
+                Ok(None) => match ready!(self.tls.poll_fill(cx, &mut self.receive_buffer)) {
                     Ok(()) => {}
                     Err(_) => return Poll::Ready(()),
                 },
@@ -308,12 +315,12 @@ impl Session {
 
     /// True when the client of the flow that runs has sent FIN.
     pub(crate) fn client_ended(&self) -> bool {
-        matches!(self.phase, Phase::Flow { client_ended: true, .. })
+        matches!(self.state, FlowState::Flow { client_ended: true, .. })
     }
 
     /// Queues a frame; [`Session::poll_flush`] sends it.
     pub(crate) fn send(&mut self, frame: &Control) -> Result<(), TunnelError> {
-        self.phase = self.phase.after(self.role, frame.kind())?;
+        self.state = self.state.after(self.role, frame.kind())?;
         let mut bytes = Vec::with_capacity(HEADER_BYTES + OPEN_BYTES);
         frame.encode(&mut bytes);
         self.tls.queue(&bytes)
@@ -329,19 +336,19 @@ impl Session {
 
     /// Queues `payload_bytes` that were read into the slots of `batch` as DATA frames.
     pub(crate) fn send_data(&mut self, batch: Buffer, payload_bytes: usize) -> Result<(), TunnelError> {
-        self.phase = self.phase.after(self.role, Kind::Data)?;
+        self.state = self.state.after(self.role, Kind::Data)?;
         self.tls.queue_batch(batch, payload_bytes)
     }
 
     /// Queues what an application has said; returns whether that was all.
-    pub(crate) fn send_said(&mut self, said: Said) -> Result<io::Result<bool>, TunnelError> {
-        if said.payload_bytes > 0 {
-            self.send_data(said.batch, said.payload_bytes)?;
+    pub(crate) fn send_app_read(&mut self, read: AppRead) -> Result<io::Result<bool>, TunnelError> {
+        if read.payload_bytes > 0 {
+            self.send_data(read.batch, read.payload_bytes)?;
         }
-        if matches!(said.ends, Ok(true)) {
+        if matches!(read.ends, Ok(true)) {
             self.send(&Control::Fin)?;
         }
-        Ok(said.ends)
+        Ok(read.ends)
     }
 
     /// True while queued bytes wait to be sent.
@@ -357,14 +364,14 @@ impl Session {
     /// The next frame. For DATA, take the payload before the next call.
     pub(crate) fn poll_received(&mut self, cx: &mut Context<'_>) -> Poll<Result<Received, TunnelError>> {
         loop {
-            match self.inbox.next(|record| self.tls.open(record)) {
-                Ok(None) => ready!(self.tls.poll_fill(cx, &mut self.inbox))?,
+            match self.receive_buffer.next(|record| self.tls.open(record)) {
+                Ok(None) => ready!(self.tls.poll_fill(cx, &mut self.receive_buffer))?,
                 Ok(Some(received)) => {
                     let kind = match &received {
                         Received::Control(frame) => frame.kind(),
                         Received::Data => Kind::Data,
                     };
-                    self.phase = self.phase.after(self.role.peer(), kind)?;
+                    self.state = self.state.after(self.role.peer(), kind)?;
                     return Poll::Ready(Ok(received));
                 }
                 Err(error) => {
@@ -386,27 +393,27 @@ impl Session {
     /// True when something has come that was not looked at.
     #[cfg(test)]
     pub(crate) fn has_received(&self) -> bool {
-        !self.inbox.is_empty()
+        !self.receive_buffer.is_empty()
     }
 
     /// True when received payload is not consumed.
     pub(crate) fn has_payload(&self) -> bool {
-        self.inbox.has_payload()
+        self.receive_buffer.has_payload()
     }
 
     /// Received payload that is not consumed: points `slices` at it, returns how many are used.
     pub(crate) fn payloads<'a>(&'a self, slices: &mut [IoSlice<'a>; FRAMES_MAX]) -> usize {
-        self.inbox.payloads(slices)
+        self.receive_buffer.payloads(slices)
     }
 
     /// True when FIN is known to stand behind that payload.
     pub(crate) fn ends_behind(&self) -> bool {
-        self.inbox.ends_behind()
+        self.receive_buffer.ends_behind()
     }
 
     /// `written_bytes` of the payload are passed on.
     pub(crate) fn consume(&mut self, written_bytes: usize) {
-        self.inbox.consume(written_bytes);
+        self.receive_buffer.consume(written_bytes);
     }
 }
 

@@ -7,22 +7,34 @@
 //!
 //! A reset keeps its place behind the data that was sent before it: an application that does not read sees it late.
 
-pub(crate) mod busy;
-mod held;
+use std::sync::atomic::AtomicU64;
+
+pub mod busy_poll;
+mod delayed_accept;
 mod plain;
 #[cfg(test)]
 pub(crate) mod testing;
 mod tunnelled;
 
-pub(crate) use busy::begins;
+pub use busy_poll::begins;
 pub use plain::plain;
 pub use tunnelled::tunnelled;
 
-use crate::tunnel::TunnelError;
+use crate::TunnelError;
+
+/// Payload bytes of one flow, counted by the relay as they pass. Relaxed ordering is enough: they are
+/// statistics.
+#[derive(Debug, Default)]
+pub struct FlowCounters {
+    /// Bytes from source to destination.
+    pub sent: AtomicU64,
+    /// Bytes from destination to source.
+    pub received: AtomicU64,
+}
 
 /// One of the two applications of a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Party {
+pub enum App {
     /// The one that connected.
     Source,
     /// The one it connected to.
@@ -35,7 +47,7 @@ pub enum FlowEnd {
     /// Both directions ended, every byte was passed on.
     Clean,
     /// This application's connection was reset (or its agent gave up on it); the other one was reset too.
-    Reset(Party),
+    Reset(App),
     /// The tunnel broke; the application on our side was reset.
     TunnelLost(TunnelError),
 }
@@ -46,8 +58,8 @@ impl FlowEnd {
     pub fn label(&self) -> &'static str {
         match self {
             Self::Clean => "clean",
-            Self::Reset(Party::Source) => "reset_by_source",
-            Self::Reset(Party::Destination) => "reset_by_destination",
+            Self::Reset(App::Source) => "reset_by_source",
+            Self::Reset(App::Destination) => "reset_by_destination",
             Self::TunnelLost(_) => "tunnel_lost",
         }
     }

@@ -7,18 +7,15 @@ use std::io::IoSlice;
 
 use tacit_core::wire::frame::{HEADER_BYTES, Kind};
 
-use super::{
-    batch::FRAMES_MAX,
-    inbox::{Inbox, Received},
-    tls::record::fixed,
-};
+use super::{batch::FRAMES_MAX, tls::record::fixed};
+use crate::receive_buffer::{ReceiveBuffer, Received};
 
 /// Records after the handshake, and what is in them: for each, a byte for its type, one for its length, and its content. They
 /// are sealed as a peer would that keeps no rule, received in pieces, and opened as far as they go. What the sender
 /// sealed as data is what comes out.
 pub fn records(input: &[u8]) {
     let Ok((mut ours, mut theirs)) = fixed::pair() else { panic!("keys") };
-    let mut inbox = Inbox::default();
+    let mut receive_buffer = ReceiveBuffer::default();
     let mut rest = input;
     while let Some((&[kind, length], after)) = rest.split_first_chunk::<2>() {
         let (content, after) = after.split_at(usize::from(length).min(after.len()));
@@ -27,32 +24,32 @@ pub fn records(input: &[u8]) {
         let kind = if kind % 6 == 5 { 0 } else { 20 + kind % 6 };
         let Ok(record) = theirs.sealed(kind.into(), content) else { return };
         for piece in record.chunks(100) {
-            let room = inbox.room();
+            let room = receive_buffer.room();
             room[..piece.len()].copy_from_slice(piece);
             let room_bytes = room.len();
-            inbox.filled(piece.len(), room_bytes);
+            receive_buffer.filled(piece.len(), room_bytes);
             loop {
-                match inbox.next(|record| ours.open(record)) {
+                match receive_buffer.next(|record| ours.open(record)) {
                     Ok(None) => break,
                     Ok(Some(Received::Control(control))) => assert_ne!(control.kind(), Kind::Data),
                     Ok(Some(Received::Data)) => {
                         let mut slices = [IoSlice::new(&[]); FRAMES_MAX];
-                        let used = inbox.payloads(&mut slices);
+                        let used = receive_buffer.payloads(&mut slices);
                         let shown: Vec<u8> = slices[..used].iter().flat_map(|slice| slice.to_vec()).collect();
                         assert_eq!(shown, content[HEADER_BYTES..]);
-                        inbox.consume(shown.len());
+                        receive_buffer.consume(shown.len());
                     }
                     Err(_) => return,
                 }
             }
-            inbox.pause();
+            receive_buffer.pause();
         }
         // A peer that was asked for new keys has them from here on.
         if let Ok(Some(mut answer)) = ours.key_update(0) {
             assert!(theirs.open(&mut answer).is_ok());
         }
     }
-    assert!(inbox.is_empty());
+    assert!(receive_buffer.is_empty());
 }
 
 #[cfg(test)]
@@ -62,7 +59,7 @@ mod tests {
     use super::*;
 
     fn replay(target: &str, run: fn(&[u8])) {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus").join(target);
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/corpus").join(target);
         let mut files = 0;
         for entry in fs::read_dir(&folder).expect("the corpus is committed") {
             let file = entry.expect("readable").path();

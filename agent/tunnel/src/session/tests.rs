@@ -8,7 +8,7 @@ use tokio::{
 };
 
 use super::*;
-use crate::tunnel::{
+use crate::{
     buffers::Size,
     testing::{connection, credentials, identity, open, open_flow, sessions},
 };
@@ -101,7 +101,7 @@ async fn said(server: &mut Session, length: usize) -> Vec<u8> {
 async fn what_is_said_before_the_answer_arrives_once_the_flow_is_accepted() {
     let (mut client, mut server) = sessions().await;
     let (_app, ours) = speaker(b"early").await;
-    let mut early = Early::new(&ours);
+    let mut optimistic = OptimisticData::new(&ours);
     let serve = async {
         let asked = server.next(SOON).await.expect("no error").expect("not closed");
         assert_eq!(asked.ahead, Ahead::Data);
@@ -109,16 +109,16 @@ async fn what_is_said_before_the_answer_arrives_once_the_flow_is_accepted() {
         poll_fn(|cx| server.poll_flush(cx)).await.expect("sent");
     };
     let asked = open();
-    let (opened, ()) = tokio::join!(client.open(&asked, Some(&mut early)), serve);
+    let (opened, ()) = tokio::join!(client.open(&asked, Some(&mut optimistic)), serve);
     opened.expect("accepted");
-    assert_eq!((early.taken_bytes, said(&mut server, 5).await), (5, b"early".to_vec()));
+    assert_eq!((optimistic.taken_bytes, said(&mut server, 5).await), (5, b"early".to_vec()));
 }
 
 #[tokio::test]
 async fn a_client_goes_on_while_it_waits_for_the_answer() {
     let (mut client, mut server) = sessions().await;
     let (mut app, ours) = speaker(b"early").await;
-    let mut early = Early::new(&ours);
+    let mut optimistic = OptimisticData::new(&ours);
     let serve = async {
         let asked = server.next(SOON).await.expect("no error").expect("not closed");
         // Queued, and not sent before all has come.
@@ -131,25 +131,25 @@ async fn a_client_goes_on_while_it_waits_for_the_answer() {
         poll_fn(|cx| server.poll_flush(cx)).await.expect("sent");
     };
     let asked = open();
-    let (opened, ()) = tokio::join!(client.open(&asked, Some(&mut early)), serve);
+    let (opened, ()) = tokio::join!(client.open(&asked, Some(&mut optimistic)), serve);
     opened.expect("accepted");
-    assert_eq!((early.taken_bytes, client.client_ended(), server.client_ended()), (9, true, true));
+    assert_eq!((optimistic.taken_bytes, client.client_ended(), server.client_ended()), (9, true, true));
 }
 
 #[tokio::test]
 async fn an_application_that_resets_before_the_answer_is_no_end() {
     let (mut client, mut server) = sessions().await;
     let (app, ours) = speaker(b"early").await;
-    let mut early = Early::new(&ours);
+    let mut optimistic = OptimisticData::new(&ours);
     let serve = async {
         let asked = server.next(SOON).await.expect("no error").expect("not closed");
         server.accept_flow(&asked).expect("in turn");
         assert_eq!(said(&mut server, 5).await, b"early");
-        crate::tunnel::socket::reset(app);
+        crate::socket::reset(app);
         assert_eq!(frame(&mut server).await.expect("RESET"), Received::Control(Control::Reset));
     };
     let asked = open();
-    let (opened, ()) = tokio::join!(client.open(&asked, Some(&mut early)), serve);
+    let (opened, ()) = tokio::join!(client.open(&asked, Some(&mut optimistic)), serve);
     assert!(matches!(opened, Err(OpenError::Abandoned)), "{opened:?}");
     assert!(!client.is_idle());
 }
@@ -158,11 +158,11 @@ async fn an_application_that_resets_before_the_answer_is_no_end() {
 async fn what_a_session_took_and_could_not_send_is_known() {
     let (mut client, _server) = sessions().await;
     let (_app, ours) = speaker(b"early").await;
-    let mut early = Early::new(&ours);
+    let mut optimistic = OptimisticData::new(&ours);
     // A session that fails before anything is sent.
-    client.phase = Phase::Over;
-    assert!(client.open(&open(), Some(&mut early)).await.is_err());
-    assert_eq!(early.taken_bytes, 5, "no other session can carry the flow");
+    client.state = FlowState::Over;
+    assert!(client.open(&open(), Some(&mut optimistic)).await.is_err());
+    assert_eq!(optimistic.taken_bytes, 5, "no other session can carry the flow");
 }
 
 #[tokio::test]
@@ -176,7 +176,7 @@ async fn a_flow_denied_with_data_ahead_ends_its_session_and_is_told_why() {
     };
     let ask = async {
         let (_app, ours) = speaker(b"early").await;
-        let denied = client.open(&open(), Some(&mut Early::new(&ours))).await;
+        let denied = client.open(&open(), Some(&mut OptimisticData::new(&ours))).await;
         assert!(matches!(denied, Err(OpenError::Denied(DenyReason::Policy))), "{denied:?}");
         assert!(!client.is_idle());
         client.close();
@@ -189,7 +189,7 @@ async fn a_flow_denied_with_data_ahead_ends_its_session_and_is_told_why() {
 async fn a_client_that_has_said_nothing_waits_for_the_answer() {
     let (mut client, mut server) = sessions().await;
     let (mut app, ours) = connection().await;
-    let mut early = Early::new(&ours);
+    let mut optimistic = OptimisticData::new(&ours);
     let serve = async {
         let asked = server.next(SOON).await.expect("no error").expect("not closed");
         assert_eq!(asked.ahead, Ahead::Nothing);
@@ -197,9 +197,9 @@ async fn a_client_that_has_said_nothing_waits_for_the_answer() {
         server.deny(&asked, DenyReason::ConnectionRefused).await.expect("sent");
     };
     let asked = open();
-    let (denied, ()) = tokio::join!(client.open(&asked, Some(&mut early)), serve);
+    let (denied, ()) = tokio::join!(client.open(&asked, Some(&mut optimistic)), serve);
     assert!(matches!(denied, Err(OpenError::Denied(_))));
-    assert!(client.is_idle_alive() && early.taken_bytes == 0, "another try may be made");
+    assert!(client.is_idle_alive() && optimistic.taken_bytes == 0, "another try may be made");
 }
 
 #[test]
@@ -225,12 +225,12 @@ async fn frames_out_of_turn_end_the_session() {
     let (mut client, mut server) = sessions().await;
     open_flow(&mut client, &mut server).await;
     // A client that does not keep to the order, which ours cannot be made to break.
-    client.phase = Phase::Idle;
+    client.state = FlowState::Idle;
     say(&mut client, &Control::Open(open())).await;
     assert!(matches!(frame(&mut server).await, Err(TunnelError::OutOfTurn(_))));
 
     let (mut client, mut server) = sessions().await;
-    client.phase = Phase::Flow { client_ended: false, server_ended: false };
+    client.state = FlowState::Flow { client_ended: false, server_ended: false };
     client.send_data(Buffer::take(Size::Small), 1).expect("in turn");
     poll_fn(|cx| client.poll_flush(cx)).await.expect("sent");
     let refused = server.next(SOON).await.expect_err("DATA before OPEN");
@@ -273,7 +273,7 @@ async fn an_idle_client_is_let_go() {
 #[tokio::test]
 async fn a_server_that_refuses_our_certificate_says_so_at_open() {
     let (client, server) = connection().await;
-    let stranger = crate::tunnel::testing::TestIssuer::new();
+    let stranger = crate::testing::TestIssuer::new();
     let mut web = stranger.any(&identity("web"), SystemTime::now(), SOON * 60);
     let db = credentials("db");
     // The stranger would refuse the server first, so it trusts the server's root.
