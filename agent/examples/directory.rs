@@ -18,9 +18,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use tacit::sources::directory::{self, CgroupLayout, EnrolLabel, Options, Place};
 use tacit_core::spiffe::TrustDomain;
 use tacit_kernel::host;
+use tacit_sources::directory::{self, CgroupLayout, EnrolLabel, Options, Place};
 
 const PODS: usize = 100_000;
 const SERVICES: usize = 10_000;

@@ -24,6 +24,12 @@ use tacit_kernel::{
     Kernel, KernelError, Turn, VerifierLog, cgroup::Cgroup, events, host, netns::HostNetns, probe,
     socket::Listeners,
 };
+use tacit_sources::{
+    directory::{CgroupLayout, Place},
+    file::LoadError,
+    kubernetes::OpenError,
+    reload::{Opening, Watched},
+};
 use tacit_tunnel::Session;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -39,13 +45,6 @@ use crate::{
     inbound,
     mesh::Mesh,
     outbound,
-    sources::{
-        self,
-        directory::{CgroupLayout, Place},
-        file::LoadError,
-        kubernetes::OpenError,
-        reload::{Opening, Watched},
-    },
     telemetry::{
         Telemetry, admin,
         status::{SourceKind, UncoveredStatus},
@@ -296,7 +295,7 @@ async fn open_directory(config: &Config) -> Result<Opening<Directory>, AppError>
                 cgroups: CgroupLayout::of(&config.pods_cgroup),
                 ranges,
             };
-            let opened = sources::directory::open(options, place).await;
+            let opened = tacit_sources::directory::open(options, place).await;
             opened.map_err(|source| AppError::Kubernetes { field: "directory", source })
         }
     }
@@ -318,7 +317,7 @@ async fn open_policies(config: &Config) -> Result<Opening<Policies>, AppError> {
             .into())
         }
         Source::Kubernetes(options) => {
-            let opened = sources::policy::open(options, root).await;
+            let opened = tacit_sources::policy::open(options, root).await;
             opened.map_err(|source| AppError::Kubernetes { field: "policy", source })
         }
     }

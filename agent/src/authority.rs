@@ -41,18 +41,16 @@ use std::{io, net::SocketAddr, sync::Arc, time::Instant};
 use arc_swap::ArcSwapOption;
 use kube::{Api, Client};
 use tacit_core::error_chain::format_chain;
+use tacit_sources::file::LoadError;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
-use crate::{
-    sources::file::LoadError,
-    telemetry::{
-        admin,
-        authority::{AuthorityStatus, Readiness},
-    },
+use crate::telemetry::{
+    admin,
+    authority::{AuthorityStatus, Readiness},
 };
 use bundle::Bundle;
 use callers::{Callers, Kubernetes};

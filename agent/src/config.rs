@@ -21,8 +21,7 @@ use tacit_core::{
 };
 use tacit_identity::istio::IstioConfig;
 use tacit_kernel::ClearDestination;
-
-use crate::sources::{
+use tacit_sources::{
     directory::Options as DirectoryOptions,
     file::{self, LoadError},
     policy::Options as PolicyOptions,

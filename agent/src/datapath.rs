@@ -23,6 +23,7 @@ use tacit_kernel::{
     netns::HostNetns,
     socket::{self, Acceptor},
 };
+use tacit_sources::reload::Watched;
 use tacit_tunnel::{
     Session, TlsInfo,
     socket::{reset, reset_if_dropped},
@@ -33,7 +34,6 @@ use crate::{
     drain::Drain,
     enrol::{Pod, Table},
     mesh::Mesh,
-    sources::reload::Watched,
     telemetry::{Party, Refusal, Reporter, Security, Telemetry},
     workers::Workers,
 };

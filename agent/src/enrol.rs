@@ -32,10 +32,11 @@ use tacit_kernel::{
     netns::{HostNetns, Netns},
     socket::{Listeners, Ports},
 };
+use tacit_sources::reload::Watched;
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::{mesh::Mesh, sources::reload::Watched, telemetry::Telemetry};
+use crate::{mesh::Mesh, telemetry::Telemetry};
 
 mod cover;
 mod events;

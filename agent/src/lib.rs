@@ -5,7 +5,7 @@
 //!                                            │               ├─ same node ── policy ──> app in a pod here
 //!                                            │               ├─ clear (allowed by mode)
 //!                                            │               └─ refuse (reset)
-//!  directory and policy files, Kubernetes API ── sources ──> snapshots read by every decision
+//!  directory and policy files, Kubernetes API ── tacit-sources ──> snapshots read by every decision
 //!  issuer ── tacit-identity ──> credentials        cgroups ── enrol ──> pods, listeners, kernel maps
 //! ```
 //!
@@ -14,7 +14,6 @@
 //! | `app` | puts everything together, runs it, takes it down |
 //! | `mesh` | the ranges of the mesh, in the kernel first |
 //! | `config` | the configuration; every mistake with line and field |
-//! | `sources` | watched files and the Kubernetes API, as snapshots |
 //! | `authority` | the certificate authority: who may have which certificate, root rotation |
 //! | `enrol` | a pod appears or goes |
 //! | `outbound` | captured connections |
@@ -26,7 +25,8 @@
 //! | `telemetry` | metrics, access log, status, admin doors |
 //!
 //! The pure decisions are in `tacit-core`; eBPF programs, maps, namespaces and sockets in
-//! `tacit-kernel`; certificates in `tacit-identity`; TLS sessions and the relay in `tacit-tunnel`. `cargo xtask tidy` checks the rest: `outbound` and `inbound` never import each
+//! `tacit-kernel`; certificates in `tacit-identity`; TLS sessions and the relay in `tacit-tunnel`; watched
+//! files and the Kubernetes API in `tacit-sources`. `cargo xtask tidy` checks the rest: `outbound` and `inbound` never import each
 //! other, and only `main` imports `app`.
 #![deny(missing_docs)]
 
@@ -42,6 +42,5 @@ pub mod fuzz;
 pub mod inbound;
 pub mod mesh;
 pub mod outbound;
-pub mod sources;
 pub mod telemetry;
 pub mod workers;

@@ -12,8 +12,7 @@ use arc_swap::ArcSwap;
 use ipnet::IpNet;
 use tacit_core::directory::{Directory, Ranges};
 use tacit_kernel::{Kernel, KernelError};
-
-use crate::sources::reload::Watched;
+use tacit_sources::reload::Watched;
 
 /// The ranges in force.
 pub struct Mesh {

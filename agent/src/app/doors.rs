@@ -12,6 +12,7 @@ use std::{
 };
 
 use tacit_core::policy::explain::{End, ExplainError, Explanation};
+use tacit_sources::reload::ReloadState;
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::watch,
@@ -26,7 +27,6 @@ use super::{
 };
 use crate::{
     config::Config,
-    sources::reload::ReloadState,
     telemetry::{
         Telemetry, admin,
         status::{

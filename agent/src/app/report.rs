@@ -19,12 +19,12 @@ use tacit_core::{
 };
 use tacit_identity::{issuer::Issuer, istio::Skew, manager::CertificateState};
 use tacit_kernel::{Drops, GuardedLink, InClear, host};
+use tacit_sources::reload::ReloadState;
 
 use crate::{
     config::Config,
     datapath::DataPath,
     enrol::in_clear,
-    sources::reload::ReloadState,
     telemetry::status::{
         AgentState, CertificateStatus, DropStatus, GuardStatus, IssuerStatus, KernelCounter, MeshStatus,
         PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, SourceKind, SourceStatus, Status,

@@ -19,12 +19,13 @@ use std::{
 use tacit_core::directory::{Directory, Protocol, Workload};
 use tacit_identity::manager::Identities;
 use tacit_kernel::{Claim, Kernel, KernelError, Prepared, Turn};
+use tacit_sources::reload::Watched;
 use tokio::{
     sync::oneshot,
     time::{sleep, timeout},
 };
 
-use crate::{config::Config, sources::reload::Watched};
+use crate::config::Config;
 
 /// How long the last agent serves on while the next one takes over: 25 ms, or 1.2 s on an emulated machine under load; there
 /// 9.5 s when it finds the pinned maps changed and has to load the programs again. With `drainTimeout` it has to fit into the

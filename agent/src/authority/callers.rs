@@ -14,9 +14,9 @@ use tacit_core::{
     directory::Directory,
     spiffe::{SpiffeId, TrustDomain},
 };
+use tacit_sources::{file::LoadError, reload::Watched};
 
 use super::refusal::Refusal;
-use crate::sources::{file::LoadError, reload::Watched};
 
 pub(super) use kubernetes::Kubernetes;
 use tokens::Tokens;

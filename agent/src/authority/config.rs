@@ -15,8 +15,7 @@ use tacit_core::{
     yaml::{self, Fields, Mistakes, Value},
 };
 use tacit_identity::issuer::{LEAF_LIFETIME, LEAF_LIFETIME_RANGE};
-
-use crate::sources::file::{self, LoadError};
+use tacit_sources::file::{self, LoadError};
 
 const FIELDS: [&str; 10] = [
     "trustDomain",

@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use tacit_sources::directory::EnrolLabel;
+
 use super::{DirectoryOptions, Fields, PolicyOptions, Value};
-use crate::sources::directory::EnrolLabel;
 
 pub(super) const DIRECTORY_FIELDS: [&str; 2] = ["enrolLabel", "kubeconfig"];
 pub(super) const POLICY_FIELDS: [&str; 1] = ["kubeconfig"];

@@ -3,7 +3,7 @@
 use serde::Deserialize;
 
 use super::{Kind, Meta, Object};
-use crate::sources::kubernetes::{Definition, Followed, or_default};
+use crate::kubernetes::{Definition, Followed, or_default};
 
 #[derive(Debug, Clone, Deserialize)]
 pub(in super::super) struct Node {

@@ -9,7 +9,7 @@ use tacit_core::{
     spiffe::TrustDomain,
 };
 
-use crate::sources::{
+use crate::{
     kubernetes::{self, Followers, OpenError, Sender, access, follow},
     reload::Opening,
 };

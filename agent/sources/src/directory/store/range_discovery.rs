@@ -21,7 +21,7 @@ use ipnet::IpNet;
 use tacit_core::directory::{Added, Directory, Ranges, told_range};
 
 use super::super::objects::{Kind, Node, ServiceCidr};
-use crate::sources::kubernetes::Complaints;
+use crate::kubernetes::Complaints;
 
 /// Ranges that one object may have: there are two families, and a cluster that has outgrown its ranges adds some.
 const OF_ONE_MAX: usize = 16;

@@ -8,7 +8,7 @@ use tokio::time::timeout;
 
 use super::testing::workload;
 use super::*;
-use crate::sources::{
+use crate::{
     kubernetes::testing::{DEFINITIONS, Server},
     reload::{ReloadState, Watched},
 };

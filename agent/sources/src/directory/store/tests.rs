@@ -15,7 +15,7 @@ use super::{
     },
     *,
 };
-use crate::sources::kubernetes::{Followed, Store as _};
+use crate::kubernetes::{Followed, Store as _};
 
 mod ranges;
 

@@ -7,7 +7,7 @@ use super::{
     super::document::{AuthorizationPolicies, PeerAuthentications},
     *,
 };
-use crate::sources::{kubernetes::Followed, policy::testing::workload};
+use crate::{kubernetes::Followed, policy::testing::workload};
 
 fn peer_authentication(value: Value) -> Document {
     serde_json::from_str::<PeerAuthentications>(&value.to_string()).expect("an object").into_object()

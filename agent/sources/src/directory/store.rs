@@ -14,7 +14,7 @@ use super::{
     EnrolLabel, Place,
     objects::{Kind, Meta, Object, Pod},
 };
-use crate::sources::kubernetes::{self, Complaints};
+use crate::kubernetes::{self, Complaints};
 
 mod interner;
 mod range_discovery;

@@ -29,7 +29,7 @@ use tokio::{
     time::{MissedTickBehavior, interval, sleep},
 };
 
-use crate::sources::file::{self, LoadError};
+use crate::file::{self, LoadError};
 
 mod folder;
 

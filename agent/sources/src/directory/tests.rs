@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use super::*;
-use crate::sources::{
+use crate::{
     kubernetes::testing::Server,
     reload::{ReloadState, Watched},
 };

@@ -14,7 +14,7 @@ use tacit_core::{
 };
 
 use super::document::{Document, Metadata};
-use crate::sources::kubernetes::{self, Complaints};
+use crate::kubernetes::{self, Complaints};
 
 /// Unreadable policies that are shown with all that is wrong; more are counted.
 const SHOWN_MAX: usize = 20;

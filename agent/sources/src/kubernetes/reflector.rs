@@ -9,7 +9,7 @@ use tokio::{
 };
 
 use super::OpenError;
-use crate::sources::{
+use crate::{
     kubernetes::watcher::{Change, Label, News},
     reload::{Opening, ReloadState},
 };

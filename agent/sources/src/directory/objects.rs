@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use serde::Deserialize;
 
-use crate::sources::kubernetes::{Followed, Label, or_default};
+use crate::kubernetes::{Followed, Label, or_default};
 
 mod network;
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 use tacit_core::policy::Kind;
 
-use crate::sources::kubernetes::{Definition, Followed, Label, or_default};
+use crate::kubernetes::{Definition, Followed, Label, or_default};
 
 impl Label for Kind {
     fn label(self) -> &'static str {

@@ -16,7 +16,7 @@ use kube::{Client, Config};
 use tacit_core::policy::{Kind, Policies};
 use tokio::sync::mpsc;
 
-use crate::sources::{
+use crate::{
     kubernetes::{self, Change, Complaints, Followers, OpenError, Sender, access, follow},
     reload::Opening,
 };

@@ -3,7 +3,7 @@
 use tacit_core::directory::Ranges;
 
 use super::*;
-use crate::sources::directory::objects::{Node, ServiceCidr};
+use crate::directory::objects::{Node, ServiceCidr};
 
 fn node(name: &str, cidrs: &[&str], addresses: &[&str]) -> Object {
     let addresses: Vec<Value> =

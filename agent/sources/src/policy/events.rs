@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use super::store::Refused;
-use crate::sources::kubernetes::random;
+use crate::kubernetes::random;
 
 /// Events that wait to be sent.
 pub(super) const WAITING_MAX: usize = 64;
