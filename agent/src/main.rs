@@ -50,7 +50,7 @@ enum Command {
         /// Configuration file.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
-        /// Log more; TACIT_LOG takes a filter such as `info,tacit::authority=trace`.
+        /// Log more; TACIT_LOG takes a filter such as `info,tacit_authority=trace`.
         #[arg(short, long)]
         verbose: bool,
         /// How log lines look.
@@ -229,7 +229,7 @@ fn agent(config: &std::path::Path, stand_by: bool, verbose: bool, format: LogFor
 
 fn run_authority(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<()> {
     let _lines = start_log(verbose, format)?;
-    let config = authority::config::Config::read(config)?;
+    let config = tacit_authority::config::Config::read(config)?;
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
     runtime.block_on(authority::run(config))?;

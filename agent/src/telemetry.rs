@@ -25,7 +25,6 @@
 
 mod access_log;
 pub mod admin;
-pub mod authority;
 pub mod doctor;
 mod enrolments;
 pub mod flows;

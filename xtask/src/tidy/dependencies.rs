@@ -16,17 +16,17 @@ struct Reserved {
 const RESERVED: [Reserved; 3] = [
     Reserved {
         dependencies: &["aya", "aya-log", "aya-obj", "libc"],
-        allowed: &["agent", "agent/kernel"],
+        allowed: &["agent/kernel"],
         why: "only `tacit-kernel` uses the interfaces of the kernel",
     },
     Reserved {
         dependencies: &["rustls", "rustls-webpki", "tokio-rustls", "aws-lc-rs"],
-        allowed: &["agent", "agent/tunnel", "agent/identity", "agent/authority", "agent/testing"],
+        allowed: &["agent/tunnel", "agent/identity", "agent/authority"],
         why: "only the tunnel, `tacit-identity` and `tacit-authority` use TLS",
     },
     Reserved {
         dependencies: &["kube", "k8s-openapi"],
-        allowed: &["agent", "agent/sources", "agent/authority"],
+        allowed: &["agent/sources", "agent/authority"],
         why: "only `tacit-sources` and `tacit-authority` use the Kubernetes API",
     },
 ];
@@ -182,7 +182,7 @@ mod tests {
     #[test]
     fn reserved_dependencies_are_listed_by_their_crates_alone() {
         assert_eq!(manifest_problems("agent/kernel", &["aya", "aya-log", "libc", "tokio"]), 0);
-        assert_eq!(manifest_problems("agent/tunnel", &["libc", "kube", "tokio"]), 2);
+        assert_eq!(manifest_problems("agent", &["libc", "kube", "tokio"]), 2);
         assert_eq!(manifest_problems("agent/tunnel", &["rustls", "aws-lc-rs"]), 0);
         assert_eq!(manifest_problems("agent/sources", &["kube", "k8s-openapi", "rustls"]), 1);
         assert_eq!(manifest_problems("xtask", &["libc"]), 0);

@@ -12,7 +12,7 @@ const HASH_BYTES: usize = 32;
 
 /// Node by the hash of its token.
 #[derive(Debug, PartialEq, Eq)]
-pub(in crate::authority) struct Tokens(HashMap<[u8; HASH_BYTES], String>);
+pub(crate) struct Tokens(HashMap<[u8; HASH_BYTES], String>);
 
 impl Tokens {
     /// Parses the text of `file`.

@@ -32,9 +32,8 @@ use tokio_rustls::TlsConnector;
 use super::{
     api::Api,
     bench::{NAME, Running, cluster, config, published, ready, started},
-    get,
 };
-use crate::authority::{
+use crate::{
     config::{Config, Rate},
     server::CONNECTIONS_OF_ONE_ADDRESS_MAX,
     service::NODES_AT_ONE_ADDRESS,
@@ -94,8 +93,7 @@ async fn an_address_beyond_its_connections_is_not_served_while_another_is() {
     }
     open(&api, &running, ONE).await.expect_err("one too many");
     open(&api, &running, OTHER).await.expect("another address is served");
-    let metrics = get(&running, "/metrics").await;
-    assert!(metrics.contains("refused_total{reason=\"connections\"} 1"), "{metrics}");
+    assert_eq!(running.refused("connections"), 1);
     drop(held);
     let deadline = Instant::now() + Duration::from_secs(30);
     while let Err(error) = open(&api, &running, ONE).await {

@@ -19,8 +19,8 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use webpki::{EndEntityCert, KeyUsage};
 
 use super::api::Api;
-use crate::authority::{
-    Authority,
+use crate::{
+    Authority, StatusSource,
     config::{Agents, BundlePlace, Config, Lifetimes, Rate, RootPlace},
 };
 
@@ -31,7 +31,7 @@ pub(super) const NAME: &str = "tacit-authority.tacit-system.svc";
 /// An authority that ends with this value.
 pub(super) struct Running {
     pub(super) address: SocketAddr,
-    pub(super) metrics: SocketAddr,
+    pub(super) status: StatusSource,
     stop: CancellationToken,
     task: AbortOnDropHandle<()>,
 }
@@ -40,10 +40,16 @@ impl Running {
     pub(super) async fn start(config: Config, api: Option<&Api>) -> Self {
         let authority = Authority::start(config, api.map(|api| api.client.clone())).await.expect("starts");
         let address = authority.listener.local_addr().expect("bound");
-        let metrics = authority.metrics.local_addr().expect("bound");
+        let status = authority.status();
         let stop = CancellationToken::new();
         let task = AbortOnDropHandle::new(tokio::spawn(authority.serve(stop.clone())));
-        Self { address, metrics, stop, task }
+        Self { address, status, stop, task }
+    }
+
+    /// Requests refused for this reason.
+    pub(super) fn refused(&self, reason: &str) -> u64 {
+        let refused = (self.status)().refused;
+        refused.iter().find(|(known, _)| *known == reason).map_or(0, |(_, count)| *count)
     }
 
     pub(super) async fn stop(self) {
@@ -196,7 +202,7 @@ pub(super) async fn ready(api: &Api, running: &Running) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while published(api).is_empty() {
         if Instant::now() > deadline {
-            panic!("no root is published: {}", super::get(running, "/healthz/ready").await);
+            panic!("no root is published: {}", (running.status)().unready().unwrap_or_default());
         }
         sleep(Duration::from_millis(10)).await;
     }
@@ -211,12 +217,11 @@ pub(super) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Waits until the metrics show that upkeep fails, or does not.
+/// Waits until the status shows that upkeep fails, or does not.
 pub(super) async fn upkeep(running: &Running, failing: bool, what: &str) {
-    let line = format!("tacit_authority_upkeep_failing {}", u8::from(failing));
     let deadline = Instant::now() + Duration::from_secs(30);
-    while !super::get(running, "/metrics").await.lines().any(|found| found == line) {
-        assert!(Instant::now() < deadline, "not in time: {line}: {what}");
+    while (running.status)().upkeep_failing != failing {
+        assert!(Instant::now() < deadline, "not in time: {what}");
         sleep(Duration::from_millis(10)).await;
     }
 }

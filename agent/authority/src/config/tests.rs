@@ -109,7 +109,7 @@ fn mistakes_are_named() {
 
 #[test]
 fn the_schema_has_the_fields_and_defaults_of_the_code() {
-    let text = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/authority.schema.json"));
+    let text = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/authority.schema.json"));
     let schema: Json = serde_json::from_str(text).expect("the schema is JSON");
     let properties = &schema["properties"];
     for (schema, fields) in [

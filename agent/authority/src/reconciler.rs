@@ -37,7 +37,7 @@ const LOOKS_WITHIN_SLACK: u32 = 8;
 
 /// Why the authority cannot sign, or not for long.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum KeepError {
+pub(super) enum ReconcileError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error("the root is refused: {0}")]
@@ -78,7 +78,7 @@ impl Live {
 }
 
 /// Keeps root, intermediate and bundle current.
-pub(super) struct Keeper {
+pub(super) struct Reconciler {
     pub(super) store: Store,
     pub(super) bundle: Bundle,
     pub(super) trust_domain: TrustDomain,
@@ -95,7 +95,7 @@ pub(super) struct Keeper {
     pub(super) published: Option<String>,
 }
 
-impl Keeper {
+impl Reconciler {
     /// Looks, writes and publishes until it is dropped. What goes wrong is logged here, once for each change.
     pub(super) async fn run(mut self) {
         loop {
@@ -123,12 +123,12 @@ impl Keeper {
 
     /// One look: the store is brought to where it should be, and the snapshot and the bundle to what it says. One that is
     /// given up half-way does no harm: what it wrote is whole, and the next one reads it.
-    pub(super) async fn look(&mut self, now: SystemTime) -> Result<(), KeepError> {
+    pub(super) async fn look(&mut self, now: SystemTime) -> Result<(), ReconcileError> {
         let look_max = self.look_max;
-        timeout(look_max, self.bring_up_to_date(now)).await.unwrap_or(Err(KeepError::Late(look_max)))
+        timeout(look_max, self.bring_up_to_date(now)).await.unwrap_or(Err(ReconcileError::Late(look_max)))
     }
 
-    async fn bring_up_to_date(&mut self, now: SystemTime) -> Result<(), KeepError> {
+    async fn bring_up_to_date(&mut self, now: SystemTime) -> Result<(), ReconcileError> {
         for _ in 0..CONFLICTS_MAX {
             let read_at = Instant::now();
             let Some(stored) = self.store.load().await? else {
@@ -150,10 +150,10 @@ impl Keeper {
             self.take(&root, &rotation, read_at, now)?;
             self.known = Some(rotation);
             if self.publish().await? == Written::Done {
-                return stored.request.map(drop).map_err(KeepError::from);
+                return stored.request.map(drop).map_err(ReconcileError::from);
             }
         }
-        Err(KeepError::Conflicts)
+        Err(ReconcileError::Conflicts)
     }
 
     fn step(&self, root: &Root, rotation: Option<&Rotation>, stored: &Stored, now: SystemTime) -> Step {
@@ -169,7 +169,7 @@ impl Keeper {
     }
 
     /// The content of a store that holds none. Roots known from before it was emptied stay trusted for their time.
-    fn first(&self, now: SystemTime) -> Result<Fields, KeepError> {
+    fn first(&self, now: SystemTime) -> Result<Fields, ReconcileError> {
         let (certificate, key) = root::make(&self.trust_domain, self.lifetimes.root, now)?;
         let mut fields = with_root(certificate, key);
         let root = Root::read(&fields)?;
@@ -186,7 +186,7 @@ impl Keeper {
         root: &Root,
         stored: Stored,
         now: SystemTime,
-    ) -> Result<Written, KeepError> {
+    ) -> Result<Written, ReconcileError> {
         let waits = self.waits();
         let before: Option<Rotation> =
             stored.fields.get(ROTATION).map(|text| serde_json::from_str(text)).transpose()?;
@@ -226,7 +226,7 @@ impl Keeper {
         rotation: &Rotation,
         read_at: Instant,
         now: SystemTime,
-    ) -> Result<(), KeepError> {
+    ) -> Result<(), ReconcileError> {
         let held = self.live.load_full().map(|live| live.signer.clone());
         let waits = now < moment(rotation.signs_from);
         let signer = match held {
@@ -257,7 +257,7 @@ impl Keeper {
         Ok(())
     }
 
-    async fn publish(&mut self) -> Result<Written, KeepError> {
+    async fn publish(&mut self) -> Result<Written, ReconcileError> {
         let Some(live) = self.live.load_full() else { return Ok(Written::Done) };
         // Looked at each time: somebody may have removed or changed it.
         self.published = None;

@@ -16,7 +16,7 @@ const CALLERS_MAX: usize = 16_384;
 
 /// The buckets of all callers.
 #[derive(Debug)]
-pub(super) struct Buckets<K> {
+pub(super) struct RateLimits<K> {
     rate: Rate,
     by_caller: HashMap<K, Bucket>,
 }
@@ -28,7 +28,7 @@ struct Bucket {
     at: Instant,
 }
 
-impl<K: Eq + Hash> Buckets<K> {
+impl<K: Eq + Hash> RateLimits<K> {
     pub(super) fn new(rate: Rate) -> Self {
         Self { rate, by_caller: HashMap::new() }
     }
@@ -64,7 +64,7 @@ mod tests {
 
     #[test]
     fn a_burst_passes_and_then_the_rate_holds() {
-        let (mut buckets, start) = (Buckets::new(RATE), Instant::now());
+        let (mut limits, start) = (RateLimits::new(RATE), Instant::now());
         let at = |ms| start + Duration::from_millis(ms);
         for (ms, passes) in [
             (0, true),
@@ -82,35 +82,35 @@ mod tests {
             (60_000, true),
             (60_000, false),
         ] {
-            assert_eq!(buckets.take("a", at(ms)).is_ok(), passes, "after {ms} ms");
+            assert_eq!(limits.take("a", at(ms)).is_ok(), passes, "after {ms} ms");
         }
-        assert_eq!(buckets.take("a", at(60_000)), Err(Duration::from_millis(500)));
+        assert_eq!(limits.take("a", at(60_000)), Err(Duration::from_millis(500)));
     }
 
     #[test]
     fn one_caller_does_not_use_up_what_another_has() {
-        let (mut buckets, now) = (Buckets::new(RATE), Instant::now());
-        while buckets.take("a", now).is_ok() {}
-        assert_eq!(buckets.take("b", now), Ok(()));
+        let (mut limits, now) = (RateLimits::new(RATE), Instant::now());
+        while limits.take("a", now).is_ok() {}
+        assert_eq!(limits.take("b", now), Ok(()));
     }
 
     #[test]
     fn a_clock_that_goes_back_gives_nothing_away() {
-        let (mut buckets, start) = (Buckets::new(RATE), Instant::now());
+        let (mut limits, start) = (RateLimits::new(RATE), Instant::now());
         let later = start + Duration::from_secs(100);
-        while buckets.take("a", later).is_ok() {}
-        assert!(buckets.take("a", start).is_err());
+        while limits.take("a", later).is_ok() {}
+        assert!(limits.take("a", start).is_err());
     }
 
     #[test]
     fn a_full_table_forgets_only_callers_that_have_all_their_requests_again() {
-        let (mut buckets, start) = (Buckets::new(RATE), Instant::now());
+        let (mut limits, start) = (RateLimits::new(RATE), Instant::now());
         for caller in 0..CALLERS_MAX {
-            assert_eq!(buckets.take(caller, start), Ok(()));
+            assert_eq!(limits.take(caller, start), Ok(()));
         }
-        assert!(buckets.take(CALLERS_MAX, start).is_err());
+        assert!(limits.take(CALLERS_MAX, start).is_err());
         let later = start + Duration::from_millis(500);
-        assert_eq!(buckets.take(CALLERS_MAX, later), Ok(()));
-        assert_eq!(buckets.by_caller.len(), 1);
+        assert_eq!(limits.take(CALLERS_MAX, later), Ok(()));
+        assert_eq!(limits.by_caller.len(), 1);
     }
 }

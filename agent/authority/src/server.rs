@@ -34,7 +34,8 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use super::{keeper::Live, places::Places, service::Service};
+use super::service::Service;
+use crate::{connection_limit::ConnectionLimit, reconciler::Live};
 
 /// Connections served at once; an agent of Tacit holds one for some milliseconds, a ztunnel holds one all day.
 const CONNECTIONS_MAX: usize = 8192;
@@ -68,7 +69,7 @@ pub(super) async fn serve(
     stop: CancellationToken,
 ) {
     let acceptor = TlsAcceptor::from(Arc::new(tls(live)));
-    let places = Arc::new(Places::new(CONNECTIONS_OF_ONE_ADDRESS_MAX));
+    let limit = Arc::new(ConnectionLimit::new(CONNECTIONS_OF_ONE_ADDRESS_MAX));
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -77,13 +78,13 @@ pub(super) async fn serve(
             accepted = listener.accept(), if connections.len() < CONNECTIONS_MAX => match accepted {
                 Ok((tcp, peer)) => {
                     let peer = peer.ip().to_canonical();
-                    let Some(place) = places.take(peer) else {
+                    let Some(permit) = limit.take(peer) else {
                         service.turned_away(peer);
                         continue;
                     };
                     let served = connection(acceptor.clone(), service.clone(), tcp, peer, stop.clone());
                     connections.spawn(async move {
-                        let _place = place;
+                        let _permit = permit;
                         served.await;
                     });
                 }

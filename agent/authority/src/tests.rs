@@ -2,8 +2,8 @@
 
 mod api;
 mod bench;
-mod door;
-mod keeper;
+mod connections;
+mod reconciler;
 mod roots;
 
 use std::time::Duration;
@@ -20,9 +20,8 @@ use tacit_identity::{
     manager::Identities,
 };
 use tacit_testing::Scratch;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::authority::config::{Agents, BundlePlace, Config, Rate, RootPlace};
+use crate::config::{Agents, BundlePlace, Config, Rate, RootPlace};
 use bench::{Agent, Running, cluster, code, config, ready, started, until};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -44,13 +43,8 @@ async fn an_agent_gets_certificates_for_its_own_node_and_no_other() {
 
     let own = SpiffeId::parse("spiffe://cluster.local/ns/tacit-system/sa/tacit-agent").expect("valid");
     agent.issuer.issue(&own).await.expect("issued: the agent's own pod is on its node");
-    let metrics = get(&running, "/metrics").await;
-    assert!(metrics.contains("tacit_authority_certificates_issued_total 3"), "{metrics}");
-    assert!(
-        metrics.contains("tacit_authority_requests_refused_total{reason=\"not_on_node\"} 2"),
-        "{metrics}"
-    );
-    assert!(get(&running, "/healthz/ready").await.contains("200 OK"));
+    let status = (running.status)();
+    assert_eq!((status.issued, running.refused("not_on_node"), status.unready()), (3, 2, None));
 }
 
 #[tokio::test]
@@ -159,8 +153,7 @@ async fn a_request_that_is_too_long_is_refused_and_counted_once_its_caller_is_kn
     assert_eq!(code(agent.issuer.ask(&message).await.map(drop)), Code::Unauthenticated);
     agent.send_token("a");
     assert_eq!(code(agent.issuer.ask(&message).await.map(drop)), Code::InvalidArgument);
-    let metrics = get(&running, "/metrics").await;
-    assert!(metrics.contains("tacit_authority_requests_refused_total{reason=\"message\"} 1"), "{metrics}");
+    assert_eq!(running.refused("message"), 1);
 }
 
 #[tokio::test]
@@ -261,9 +254,7 @@ async fn a_file_that_cannot_be_read_any_more_stays_in_use_and_is_shown() {
 /// shop/web there, and of shop/db on node b.
 fn standalone(files: &Scratch) -> Config {
     let path = |name: &str| files.path().join(name);
-    let hash = crate::authority::root::hex(
-        aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"secret").as_ref(),
-    );
+    let hash = crate::root::hex(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"secret").as_ref());
     let tokens = format!("agents: [{{node: a, tokenSha256: \"{hash}\"}}]\n");
     std::fs::write(path("agents.yaml"), tokens).expect("written");
     let workload = |name: &str, node: &str, last: u8| {
@@ -292,13 +283,4 @@ async fn until_issued(agent: &Agent) {
         assert!(std::time::Instant::now() < deadline, "not in time: {error}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-}
-
-/// The answer to a plain request at the door of metrics and readiness.
-async fn get(running: &Running, path: &str) -> String {
-    let mut tcp = tokio::net::TcpStream::connect(running.metrics).await.expect("connects");
-    tcp.write_all(format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes()).await.expect("sent");
-    let mut answer = String::new();
-    tcp.read_to_string(&mut answer).await.expect("an answer");
-    answer
 }

@@ -33,7 +33,7 @@ const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
 
 /// The Kubernetes API.
-pub(in crate::authority) struct Kubernetes {
+pub(crate) struct Kubernetes {
     client: Client,
     /// Namespace and name.
     service_accounts: Vec<(String, String)>,
@@ -54,7 +54,7 @@ struct Bearer {
 }
 
 impl Kubernetes {
-    pub(in crate::authority) fn new(
+    pub(crate) fn new(
         client: Client,
         service_accounts: Vec<(String, String)>,
         audience: String,

@@ -31,12 +31,12 @@ pub(super) struct Caller {
 }
 
 /// Where agents and workloads are known from.
-pub(super) enum Callers {
+pub(super) enum Authenticator {
     Kubernetes(Kubernetes),
     Standalone { tokens: Watched<Tokens>, directory: Watched<Directory> },
 }
 
-impl Callers {
+impl Authenticator {
     /// Reads both files, and watches them. Needs a tokio runtime.
     ///
     /// # Errors

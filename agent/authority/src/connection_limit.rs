@@ -8,33 +8,33 @@ use std::{
 
 /// The connections of all addresses. Only addresses that have one are remembered.
 #[derive(Debug)]
-pub(super) struct Places {
+pub(super) struct ConnectionLimit {
     most: usize,
     taken: Mutex<HashMap<IpAddr, usize>>,
 }
 
-/// One connection's place; dropping it gives it back.
+/// The permit of one connection. Dropping it gives it back.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct Permit {
     address: IpAddr,
-    places: Arc<Places>,
+    limit: Arc<ConnectionLimit>,
 }
 
-impl Places {
+impl ConnectionLimit {
     /// At most `most` for one address.
     pub(super) fn new(most: usize) -> Self {
         Self { most, taken: Mutex::default() }
     }
 
-    /// A place for a connection of `address`; `None` when it has all of its own.
-    pub(super) fn take(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
+    /// Returns a permit for a connection of `address`, or `None` if the address has all of its own.
+    pub(super) fn take(self: &Arc<Self>, address: IpAddr) -> Option<Permit> {
         let mut taken = self.taken();
         let number = taken.get(&address).copied().unwrap_or_default();
         if number >= self.most {
             return None;
         }
         taken.insert(address, number + 1);
-        Some(Place { address, places: self.clone() })
+        Some(Permit { address, limit: self.clone() })
     }
 
     fn taken(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
@@ -42,9 +42,9 @@ impl Places {
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
-        let mut taken = self.places.taken();
+        let mut taken = self.limit.taken();
         match taken.get_mut(&self.address) {
             Some(number) if *number > 1 => *number -= 1,
             _ => drop(taken.remove(&self.address)),
@@ -57,15 +57,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_has_its_own_places_and_gets_them_back() {
-        let places = Arc::new(Places::new(2));
+    fn an_address_has_its_own_permits_and_gets_them_back() {
+        let limit = Arc::new(ConnectionLimit::new(2));
         let (a, b) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
-        let held = [places.take(a), places.take(a)];
+        let held = [limit.take(a), limit.take(a)];
         assert!(held.iter().all(Option::is_some));
-        assert!(places.take(a).is_none(), "all of its own are taken");
-        assert!(places.take(b).is_some(), "another address has its own");
+        assert!(limit.take(a).is_none(), "all of its own are taken");
+        assert!(limit.take(b).is_some(), "another address has its own");
         drop(held);
-        assert!(places.take(a).is_some());
-        assert!(places.taken().is_empty(), "who has none is forgotten");
+        assert!(limit.take(a).is_some());
+        assert!(limit.taken().is_empty(), "who has none is forgotten");
     }
 }

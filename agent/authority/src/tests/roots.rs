@@ -11,7 +11,7 @@ use super::bench::{
     Agent, CONFIG_MAP, Running, SECRET, accepts, cluster, config, field, published, ready, secret, started,
     until, upkeep,
 };
-use crate::authority::config::{Config, Lifetimes};
+use crate::config::{Config, Lifetimes};
 
 const HOUR: Duration = Duration::from_secs(3600);
 /// Short enough to see a rotation end: two turns of three seconds.
@@ -163,7 +163,7 @@ async fn a_replica_that_cannot_read_the_store_stops_signing_in_time() {
         sleep(Duration::from_millis(20)).await;
     }
     assert_eq!(agent.refused("web").await, Code::Unavailable);
-    assert!(super::get(&running, "/healthz/ready").await.contains("503"));
+    assert!((running.status)().unready().is_some());
     api.content().failing = None;
     super::until_issued(&agent).await;
 }
@@ -205,7 +205,7 @@ fn brought(deep: bool) -> (String, String) {
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(u8::from(deep)));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
     let certificate = params.self_signed(&key).expect("signed").der().clone();
-    (crate::authority::root::pem(&certificate), key.serialize_pem())
+    (crate::root::pem(&certificate), key.serialize_pem())
 }
 
 /// An intermediate that is about to be replaced still signs for a whole turn, as with the defaults.

@@ -21,14 +21,16 @@ use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 use super::{
-    bucket::Buckets,
-    callers::{Caller, Callers},
     config::{Lifetimes, Rate},
     counters::Counters,
-    keeper::Live,
     refusal::Refusal,
     request,
     signer::Issued,
+};
+use crate::{
+    authn::{Authenticator, Caller},
+    rate_limit::RateLimits,
+    reconciler::Live,
 };
 
 /// How many nodes' rates one address gets before it has said which node it is: where the path to this service is
@@ -44,11 +46,11 @@ const LOG_PAUSE: Duration = Duration::from_secs(1);
 /// Answers requests.
 pub(super) struct Service {
     live: Arc<ArcSwapOption<Live>>,
-    callers: Arc<Callers>,
+    authn: Arc<Authenticator>,
     trust_domain: TrustDomain,
     lifetimes: Lifetimes,
-    by_address: Mutex<Buckets<IpAddr>>,
-    by_node: Mutex<Buckets<String>>,
+    by_address: Mutex<RateLimits<IpAddr>>,
+    by_node: Mutex<RateLimits<String>>,
     counters: Arc<Counters>,
     /// When a refusal for the rate was last logged, and how many were not since.
     unlogged: Mutex<(Option<Instant>, u64)>,
@@ -64,7 +66,7 @@ struct Asked {
 impl Service {
     pub(super) fn new(
         live: Arc<ArcSwapOption<Live>>,
-        callers: Arc<Callers>,
+        authn: Arc<Authenticator>,
         trust_domain: TrustDomain,
         lifetimes: Lifetimes,
         rate: Rate,
@@ -74,11 +76,11 @@ impl Service {
         let address_rate = Rate { per_second: times(rate.per_second), burst: times(rate.burst) };
         Self {
             live,
-            callers,
+            authn,
             trust_domain,
             lifetimes,
-            by_address: Mutex::new(Buckets::new(address_rate)),
-            by_node: Mutex::new(Buckets::new(rate)),
+            by_address: Mutex::new(RateLimits::new(address_rate)),
+            by_node: Mutex::new(RateLimits::new(rate)),
             counters,
             unlogged: Mutex::default(),
         }
@@ -143,7 +145,7 @@ impl Service {
     ) -> Result<(Issued, String), Refusal> {
         take(&self.by_address, peer, peer.to_string())?;
         let token = bearer(headers).ok_or(Refusal::NoToken)?;
-        let caller: Caller = self.callers.authenticate(token).await?;
+        let caller: Caller = self.authn.authenticate(token).await?;
         asked.node = Some(caller.node.clone());
         take(&self.by_node, caller.node.clone(), caller.node.clone())?;
         let body = body.collect().await.map_err(|e| Refusal::Message(e.to_string()))?.to_bytes();
@@ -152,7 +154,7 @@ impl Service {
         let own = caller.identity.as_ref();
         let wanted = request::read(&message, own, &self.trust_domain, self.lifetimes.leaf)?;
         asked.identity = Some(wanted.identity.clone());
-        self.callers.allow(&caller, &wanted.identity).await?;
+        self.authn.allow(&caller, &wanted.identity).await?;
         let live = self.live.load_full().ok_or_else(|| Refusal::NotReady("it has no root yet".to_owned()))?;
         if live.stale(Instant::now()) {
             return Err(Refusal::NotReady("the store of the root could not be read for too long".to_owned()));
@@ -166,9 +168,9 @@ impl Service {
     }
 }
 
-fn take<K: Eq + std::hash::Hash>(buckets: &Mutex<Buckets<K>>, who: K, node: String) -> Result<(), Refusal> {
-    let mut buckets = buckets.lock().unwrap_or_else(PoisonError::into_inner);
-    buckets.take(who, Instant::now()).map_err(|again| Refusal::Rate { node, again })
+fn take<K: Eq + std::hash::Hash>(limits: &Mutex<RateLimits<K>>, who: K, node: String) -> Result<(), Refusal> {
+    let mut limits = limits.lock().unwrap_or_else(PoisonError::into_inner);
+    limits.take(who, Instant::now()).map_err(|again| Refusal::Rate { node, again })
 }
 
 /// The token of the one authorization header.
