@@ -39,24 +39,25 @@ use tokio::{
 
 use crate::{
     config::{Config, IssuerConfig, Source},
-    datapath::{DataPath, Parts, accept_loop},
-    drain::{Drain, Drained},
-    enrol::{Enroller, Pod, Serve, Table, kernel_mode},
-    inbound,
+    enrol::{Enroller, Pod, Pods, Serve, kernel_mode},
     mesh::Mesh,
-    outbound,
+    proxy::{
+        Parts, Proxy, accept_loop,
+        drain::{Drain, Drained},
+        inbound, outbound,
+        workers::Workers,
+    },
     telemetry::{
         Telemetry, admin,
         status::{SourceKind, UncoveredStatus},
     },
-    workers::Workers,
 };
 
-mod doors;
+mod admin_servers;
 mod report;
 mod succession;
 
-use doors::Doors;
+use admin_servers::AdminServers;
 use report::Report;
 use succession::{Ending, hand_over};
 
@@ -146,8 +147,8 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     let (directory, policies) = (open_directory(&config).await?, open_policies(&config).await?);
     let sources = vec![(SourceKind::Directory, directory.states()), (SourceKind::Policy, policies.states())];
     let telemetry = Telemetry::new();
-    // Doors before programs: an agent that cannot be looked at should not touch the kernel.
-    let doors = Doors::open(&config, started, sources, telemetry.clone(), stands_by).await?;
+    // AdminServers before programs: an agent that cannot be looked at should not touch the kernel.
+    let doors = AdminServers::open(&config, started, sources, telemetry.clone(), stands_by).await?;
     let (directory, policies) = tokio::select! {
         complete = async { tokio::join!(directory.complete(), policies.complete()) } => complete,
         () = wait_for(&mut terminate, &mut interrupt) => {
@@ -184,7 +185,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
 
     let workers = Workers::start(config.workers.unwrap_or_else(cores), config.busy_poll)
         .map_err(system("start the threads that carry flows"))?;
-    let path = Arc::new(DataPath::new(Parts {
+    let path = Arc::new(Proxy::new(Parts {
         trust_domain: config.trust_domain.clone(),
         workers,
         kernel,
@@ -192,7 +193,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
         directory,
         policies,
         identities,
-        table: Arc::new(ArcSwap::from_pointee(Table::default())),
+        table: Arc::new(ArcSwap::from_pointee(Pods::default())),
         telemetry,
         drain: Drain::default(),
         mesh,
@@ -264,7 +265,7 @@ async fn stop_beating(heart: &mut Option<JoinHandle<()>>) {
     }
 }
 
-async fn close(doors: &mut Option<Doors>, socket: &Path) {
+async fn close(doors: &mut Option<AdminServers>, socket: &Path) {
     if let Some(doors) = doors.take() {
         doors.close().await;
         remove_socket(socket);
@@ -334,7 +335,7 @@ fn issuer(config: &Config) -> Result<Issuer, RootError> {
 
 fn enroller(
     config: &Config,
-    path: &Arc<DataPath>,
+    path: &Arc<Proxy>,
     pods_cgroup: Cgroup,
     report: &Arc<Report>,
     turn: Option<Turn>,
@@ -364,7 +365,7 @@ fn enroller(
     }
 }
 
-fn serve_pod(path: &Arc<DataPath>, pod: &Arc<Pod>, listeners: Listeners) {
+fn serve_pod(path: &Arc<Proxy>, pod: &Arc<Pod>, listeners: Listeners) {
     let Listeners { capture, plaintext, tunnel } = listeners;
     accept_loop(path, pod, capture, outbound::handle);
     accept_loop(path, pod, tunnel, inbound::tunnel);
@@ -373,7 +374,7 @@ fn serve_pod(path: &Arc<DataPath>, pod: &Arc<Pod>, listeners: Listeners) {
 
 /// Tells the kernel that this agent lives, for as long as its tasks are run: an agent that is stuck is as good as dead.
 /// Pins that were deleted are made again, or the agent's end would take the programs with it.
-async fn heartbeat(path: Arc<DataPath>, timeout: Duration) {
+async fn heartbeat(path: Arc<Proxy>, timeout: Duration) {
     let mut tick = interval(timeout / BEATS_WITHIN_TIMEOUT);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -397,7 +398,7 @@ fn beat(kernel: &Kernel, timeout: Duration, policies: &Watched<Policies>) -> Res
 }
 
 /// Keeps the node's addresses true, and sessions from staying beyond their time.
-async fn housekeeping(path: Arc<DataPath>, report: Arc<Report>) {
+async fn housekeeping(path: Arc<Proxy>, report: Arc<Report>) {
     let mut tick = interval(HOUSEKEEPING);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut trimmed_at = 0;
@@ -422,7 +423,7 @@ async fn housekeeping(path: Arc<DataPath>, report: Arc<Report>) {
 }
 
 /// Closes sessions that idled too long, and those of pods that are gone: they would keep the pods' namespaces alive.
-fn close_unused(path: &DataPath) {
+fn close_unused(path: &Proxy) {
     let table = path.table.load();
     let mut unused = path.pool().expire(Instant::now());
     unused.extend(path.pool().clear_where(|key, _| !table.pods.iter().any(|pod| pod.cgroup == key.pod)));

@@ -38,14 +38,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{mesh::Mesh, telemetry::Telemetry};
 
-mod cover;
 mod events;
-mod table;
+mod kernel_state;
+mod pods;
 
-use cover::entry;
-pub use cover::{in_clear, kernel_mode};
 use events::CgroupEvents;
-pub use table::{Pod, Table, Waiting};
+use kernel_state::entry;
+pub use kernel_state::{in_clear, kernel_mode};
+pub use pods::{Pod, Pods, Waiting};
 
 /// Rescan without any event: covers what inotify can miss (an overflow, a cgroup made before its watch).
 const RESCAN: Duration = Duration::from_secs(1);
@@ -80,7 +80,7 @@ pub struct Enroller {
     /// Certificates.
     pub identities: Arc<Identities>,
     /// Where the snapshot is published.
-    pub table: Arc<ArcSwap<Table>>,
+    pub table: Arc<ArcSwap<Pods>>,
     /// Starts the accept loops of a pod.
     pub serve: Serve,
     /// Told after every look at all pods, once the issuer has answered for each or was given up.
@@ -333,7 +333,7 @@ impl Enroller {
     }
 
     fn publish(&self, state: &State, waiting: Vec<Waiting>) {
-        let table = Table::new(state.current.values().cloned().collect(), waiting.clone());
+        let table = Pods::new(state.current.values().cloned().collect(), waiting.clone());
         let before = self.table.swap(Arc::new(table));
         for Waiting { workload, reason } in waiting {
             let known =

@@ -11,36 +11,47 @@
 //!
 //! | module | job |
 //! |---|---|
-//! | `app` | puts everything together, runs it, takes it down |
-//! | `mesh` | the ranges of the mesh, in the kernel first |
+//! | `app` | starts everything, runs it, takes it down |
 //! | `config` | the configuration; every mistake with line and field |
-//! | `authority` | the certificate authority: who may have which certificate, root rotation |
-//! | `enrol` | a pod appears or goes |
-//! | `outbound` | captured connections |
-//! | `inbound` | tunnel sessions, and plaintext that needs a verdict |
-//! | `datapath` | what those two share |
-//! | `admission` | asks policy about a flow, when it opens and when policy changes |
-//! | `workers` | the threads that carry flows |
-//! | `drain` | ending in good order |
-//! | `telemetry` | metrics, access log, status, admin doors |
+//! | `enrol` | enrols a pod that appears, and removes one that goes |
+//! | `mesh` | the ranges of the mesh, in the kernel first |
+//! | `proxy` | captured connections, tunnel sessions, and plaintext that needs a verdict |
+//! | `telemetry` | metrics, access log, status, admin servers |
+//! | `authority` | the certificate authority as a command |
 //!
-//! The pure decisions are in `tacit-core`; eBPF programs, maps, namespaces and sockets in
-//! `tacit-kernel`; certificates in `tacit-identity`; TLS sessions and the relay in `tacit-tunnel`; watched
-//! files and the Kubernetes API in `tacit-sources`. `cargo xtask tidy` checks the rest: `outbound` and `inbound` never import each
-//! other, and only `main` imports `app`.
+//! The crates below:
+//!
+//! ```text
+//!                      tacit
+//!          ┌─────────┬───┴──────┬───────────┐
+//!      authority     │       tunnel         │
+//!       │     └──> sources    │  └──┐       │
+//!       └──────> identity <───┘    kernel <─┘
+//!                    └───> core <───┘
+//! ```
+//!
+//! | crate | content |
+//! |---|---|
+//! | `tacit-core` | pure decisions: identities, directory, policy, routes, wire format, YAML |
+//! | `tacit-kernel` | eBPF programs and maps, cgroups, namespaces, sockets; the only `unsafe` |
+//! | `tacit-identity` | credentials of workloads and their issuers |
+//! | `tacit-tunnel` | TLS sessions, the record layer, the relay of a flow |
+//! | `tacit-sources` | watched files and the Kubernetes API, as snapshots |
+//! | `tacit-authority` | the certificate authority |
+//! | `tacit-testing` | helpers of unit tests |
+//!
+//! cargo keeps these crates apart. `cargo xtask tidy` checks three rules that cargo cannot: `tacit-core` depends on nothing
+//! that acts, `proxy::outbound` and `proxy::inbound` never import each other, and only `main` imports `app`. The proxy reads
+//! control snapshots and never awaits a control task, except for the bounded discovery of an unknown address.
+#![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
-pub mod admission;
 pub mod app;
 pub mod authority;
 pub mod config;
-pub mod datapath;
-pub mod drain;
 pub mod enrol;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
-pub mod inbound;
 pub mod mesh;
-pub mod outbound;
+pub mod proxy;
 pub mod telemetry;
-pub mod workers;

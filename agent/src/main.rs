@@ -38,7 +38,7 @@ enum Command {
         #[arg(long)]
         stand_by: bool,
         /// Log more, and write the whole verifier log of a refused program to a file in the temporary folder;
-        /// TACIT_LOG takes a filter such as `info,tacit::outbound=trace`.
+        /// TACIT_LOG takes a filter such as `info,tacit::proxy::outbound=trace`.
         #[arg(short, long)]
         verbose: bool,
         /// How log lines look.
@@ -63,7 +63,7 @@ enum Command {
         #[arg(long, value_name = "PATH", default_value = "/run/tacit/agent.sock")]
         socket: PathBuf,
         /// Output format.
-        #[arg(short, long, value_enum, default_value_t = Output::Table)]
+        #[arg(short, long, value_enum, default_value_t = Output::Pods)]
         output: Output,
     },
     /// Ask the agent whether it is well, for the probes of a kubelet; ends with 1 and says why when it is not.
@@ -81,7 +81,7 @@ enum Command {
         #[arg(long, value_name = "PATH", default_value = config::PIN_PATH)]
         pin_path: PathBuf,
         /// Output format.
-        #[arg(short, long, value_enum, default_value_t = Output::Table)]
+        #[arg(short, long, value_enum, default_value_t = Output::Pods)]
         output: Output,
         /// Attack two nodes made in namespaces here, with and without Tacit; ends with 1 unless every attack was held
         /// that succeeds without it.
@@ -132,7 +132,7 @@ enum PolicyCommand {
         #[arg(long, value_name = "PATH", default_value = "/run/tacit/agent.sock")]
         socket: PathBuf,
         /// Output format.
-        #[arg(short, long, value_enum, default_value_t = Output::Table)]
+        #[arg(short, long, value_enum, default_value_t = Output::Pods)]
         output: Output,
     },
 }
@@ -153,7 +153,7 @@ enum Health {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Output {
-    Table,
+    Pods,
     Json,
 }
 
@@ -261,7 +261,7 @@ fn show_doctor(pin_path: &std::path::Path, output: Output) -> Result<()> {
     let mut out = std::io::stdout().lock();
     match output {
         Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&doctor::json(&report))?)?,
-        Output::Table => write!(out, "{}", doctor::render(&report, out.is_terminal()))?,
+        Output::Pods => write!(out, "{}", doctor::render(&report, out.is_terminal()))?,
     }
     Ok(report.verdict().map_err(KernelError::from)?)
 }
@@ -271,7 +271,7 @@ fn show_status(socket: &std::path::Path, output: Output) -> Result<()> {
     let mut out = std::io::stdout().lock();
     match output {
         Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&status)?)?,
-        Output::Table => write!(out, "{}", status::render(&status, out.is_terminal()))?,
+        Output::Pods => write!(out, "{}", status::render(&status, out.is_terminal()))?,
     }
     Ok(())
 }
@@ -291,7 +291,7 @@ fn explain(socket: &std::path::Path, [from, to, port]: [&str; 3], output: Output
     let mut out = std::io::stdout().lock();
     match output {
         Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&explanation)?)?,
-        Output::Table => write!(out, "{explanation}")?,
+        Output::Pods => write!(out, "{explanation}")?,
     }
     Ok(ExitCode::from(u8::from(!explanation.allow)))
 }

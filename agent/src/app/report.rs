@@ -23,8 +23,8 @@ use tacit_sources::reload::ReloadState;
 
 use crate::{
     config::Config,
-    datapath::DataPath,
     enrol::in_clear,
+    proxy::Proxy,
     telemetry::status::{
         AgentState, CertificateStatus, DropStatus, GuardStatus, IssuerStatus, KernelCounter, MeshStatus,
         PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, SourceKind, SourceStatus, Status,
@@ -38,7 +38,7 @@ const DRAINING: u8 = 2;
 
 /// Gathers a [`Status`].
 pub(super) struct Report {
-    path: Arc<DataPath>,
+    path: Arc<Proxy>,
     node: Arc<str>,
     pods_cgroup: PathBuf,
     started: Instant,
@@ -48,7 +48,7 @@ pub(super) struct Report {
 }
 
 impl Report {
-    pub(super) fn new(config: &Config, path: Arc<DataPath>, started: Instant) -> Self {
+    pub(super) fn new(config: &Config, path: Arc<Proxy>, started: Instant) -> Self {
         Self {
             path,
             node: config.node.clone(),

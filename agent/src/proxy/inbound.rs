@@ -25,14 +25,17 @@ use tacit_tunnel::{Session, TunnelError, relay, session::SERVER_IDLE, socket};
 use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
-    admission::{self, Changes, Denial},
-    datapath::{DataPath, HANDSHAKE_WAIT, HANDSHAKES_MAX, Refused, canonical, deny_reason, security},
     enrol::Pod,
+    proxy::{
+        HANDSHAKE_WAIT, HANDSHAKES_MAX, Proxy, Refused,
+        authorize::{self, Changes, Denial},
+        canonical, deny_reason, security,
+    },
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
 };
 
 /// Serves one tunnel session to its end. What is needed only before and between flows is boxed: a flow keeps no room for it.
-pub async fn tunnel(path: Arc<DataPath>, pod: Arc<Pod>, tcp: TcpStream, peer: SocketAddr) {
+pub async fn tunnel(path: Arc<Proxy>, pod: Arc<Pod>, tcp: TcpStream, peer: SocketAddr) {
     let Some((mut session, at)) = Box::pin(greet(&path, &pod, tcp, peer)).await else { return };
     while let Some(begun) = Box::pin(next_flow(&path, &pod, session, peer.ip(), at)).await {
         let ended = match begun {
@@ -49,12 +52,7 @@ pub async fn tunnel(path: Arc<DataPath>, pod: Arc<Pod>, tcp: TcpStream, peer: So
 }
 
 /// A session with the peer, and the address of the pod that it came to.
-async fn greet(
-    path: &DataPath,
-    pod: &Pod,
-    tcp: TcpStream,
-    peer: SocketAddr,
-) -> Option<(Box<Session>, IpAddr)> {
+async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Option<(Box<Session>, IpAddr)> {
     let at = tcp.local_addr().map(canonical).ok()?;
     let refused = |reason, detail| Refused {
         reporter: Reporter::Destination,
@@ -103,7 +101,7 @@ enum Begun<'a> {
 
 /// The next flow of a session; `None` at its end.
 async fn next_flow<'a>(
-    path: &'a DataPath,
+    path: &'a Proxy,
     pod: &'a Pod,
     mut session: Box<Session>,
     peer: IpAddr,
@@ -133,7 +131,7 @@ async fn next_flow<'a>(
 
 /// Decides on the flow that `open` asks for, and reaches its application.
 async fn begin<'a>(
-    path: &'a DataPath,
+    path: &'a Proxy,
     pod: &'a Pod,
     mut session: Box<Session>,
     open: &Open,
@@ -171,8 +169,8 @@ async fn begin<'a>(
                 live.close("cut");
                 return None;
             }
-            denial = admission::revoked(pod, || carried(&live), changes) => {
-                admission::revoke(&path.telemetry, live, denial);
+            denial = authorize::revoked(pod, || carried(&live), changes) => {
+                authorize::revoke(&path.telemetry, live, denial);
                 return None;
             }
         };
@@ -198,7 +196,7 @@ struct Denied {
 
 /// May this flow be? The peer's identity is proven; everything in OPEN is only claimed.
 fn admit(
-    path: &DataPath,
+    path: &Proxy,
     pod: &Pod,
     session: &Session,
     open: &Open,
@@ -230,7 +228,7 @@ fn admit(
         let own = Some(pod.workload.identity.clone());
         (Reporter::Destination, source, path.party(open.destination, own))
     };
-    let admitted = admission::admit(&path.telemetry, pod, &flow, ends);
+    let admitted = authorize::admit(&path.telemetry, pod, &flow, ends);
     admitted.map_err(|Denial { label, detail }| Denied { reason: DenyReason::Policy, label, detail })
 }
 
@@ -239,12 +237,7 @@ fn asked<'a>(identity: &'a SpiffeId, open: &Open) -> Flow<'a> {
     Flow { source: Source::Tunnel(identity), client: open.client.ip(), destination: open.destination }
 }
 
-async fn deny(
-    path: &DataPath,
-    mut session: Box<Session>,
-    open: &Open,
-    denied: Denied,
-) -> Option<Box<Session>> {
+async fn deny(path: &Proxy, mut session: Box<Session>, open: &Open, denied: Denied) -> Option<Box<Session>> {
     let Denied { reason, label, detail } = denied;
     path.report(refusal(open.client, open.destination, session.peer(), label, detail));
     let answered = session.deny(open, reason).await;
@@ -282,7 +275,7 @@ fn came_from_outside(pod: &Pod, at: SocketAddr) -> Result<(), String> {
 
 /// Serves plaintext that was steered here: what mode and policies do not allow is reset. Both may have changed since the
 /// kernel steered it, so they are looked at again.
-pub async fn plaintext(path: Arc<DataPath>, pod: Arc<Pod>, client: TcpStream, peer: SocketAddr) {
+pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: TcpStream, peer: SocketAddr) {
     relay::begins();
     let Ok(at) = client.local_addr().map(canonical) else { return };
     let refused = |reason, detail| Refused {
@@ -298,7 +291,7 @@ pub async fn plaintext(path: Arc<DataPath>, pod: Arc<Pod>, client: TcpStream, pe
     }
     let flow = Flow { source: Source::Plaintext, client: peer.ip(), destination: at };
     let ends = || (Reporter::Destination, path.party(peer, None), path.party(at, None));
-    let changes = match admission::admit(&path.telemetry, &pod, &flow, ends) {
+    let changes = match authorize::admit(&path.telemetry, &pod, &flow, ends) {
         Ok(changes) => changes,
         Err(denial) => return path.refuse(client, refused(denial.label, denial.detail)),
     };
@@ -314,8 +307,8 @@ pub async fn plaintext(path: Arc<DataPath>, pod: Arc<Pod>, client: TcpStream, pe
             let end = tokio::select! {
                 end = relay::plain(client, application, live.counters()) => end.label(),
                 () = path.drain.cut.cancelled() => "cut",
-                denial = admission::revoked(&pod, || flow, changes) => {
-                    return admission::revoke(&path.telemetry, live, denial);
+                denial = authorize::revoked(&pod, || flow, changes) => {
+                    return authorize::revoke(&path.telemetry, live, denial);
                 }
             };
             live.close(end);

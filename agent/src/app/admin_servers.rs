@@ -21,11 +21,11 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    AppError,
-    report::{Report, source},
-};
 use crate::{
+    app::{
+        AppError,
+        report::{Report, source},
+    },
     config::Config,
     telemetry::{
         Telemetry, admin,
@@ -40,7 +40,7 @@ use crate::{
 const PORT_PAUSE: Duration = Duration::from_millis(200);
 
 /// Open doors.
-pub(super) struct Doors {
+pub(super) struct AdminServers {
     shown: Arc<Shown>,
     task: JoinHandle<()>,
     stop: CancellationToken,
@@ -57,7 +57,7 @@ struct Shown {
     report: OnceLock<Arc<Report>>,
 }
 
-impl Doors {
+impl AdminServers {
     /// Opens them; `sources` may not be complete. An agent that may stand by takes the port of the metrics as soon as the
     /// agent that has it lets it go.
     pub(super) async fn open(

@@ -17,8 +17,10 @@ use tacit_kernel::{
     socket::Listeners,
 };
 
-use super::{Enroller, NotYet, Pod, State};
-use crate::telemetry::{Party, Refusal, Reporter};
+use crate::{
+    enrol::{Enroller, NotYet, Pod, State},
+    telemetry::{Party, Refusal, Reporter},
+};
 
 /// How long after a change of policy connections are looked for that came before it: above the time in which a client
 /// answers the kernel's SYN-ACK or is sent another.

@@ -15,7 +15,7 @@ use tacit_core::{
 };
 use tokio::net::TcpStream;
 
-use super::{Attempt, DataPath, Ends, Failure, Fault, PEER_CONNECT, Pod, Way};
+use super::{Attempt, Ends, Failure, Fault, PEER_CONNECT, Pod, Proxy, Way};
 
 /// Endpoints that are tried for one connection.
 const TRIES: usize = 3;
@@ -25,7 +25,7 @@ const TRY_CONNECT: Duration = Duration::from_secs(2);
 
 /// Makes a way to an endpoint of `service`, which counts as loaded until the answer's second part is dropped.
 pub(super) async fn reach(
-    path: &DataPath,
+    path: &Proxy,
     pod: &Pod,
     service: &Arc<Service>,
     asked: Ends,

@@ -30,9 +30,12 @@ use tacit_tunnel::{Session, relay, socket};
 use tokio::net::TcpStream;
 
 use crate::{
-    admission::{self, Changes, Denial},
-    datapath::{DataPath, PoolKey, Refused, canonical, deny_reason},
     enrol::{self, Pod},
+    proxy::{
+        PoolKey, Proxy, Refused,
+        authorize::{self, Changes, Denial},
+        canonical, deny_reason,
+    },
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
 };
 
@@ -100,7 +103,7 @@ impl Failure {
 }
 
 /// Serves one captured connection to its end.
-pub async fn handle(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) {
+pub async fn handle(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) {
     relay::begins();
     // Boxed, so that a flow does not keep room for what is needed only until there is a way.
     let carried = Box::pin(set_out(path, pod, app, client)).await;
@@ -113,7 +116,7 @@ pub async fn handle(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, client: 
 type Carried = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Finds a way and sets out; `None` when the connection was refused.
-async fn set_out(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) -> Option<Carried> {
+async fn set_out(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) -> Option<Carried> {
     let Some((source, destination)) = find_destination(&path, &pod, &app, client) else {
         let at = app.local_addr().map_or(client, canonical);
         path.refuse(app, refused(client, at, Failure::new("no_destination", "not a captured connection")));
@@ -130,7 +133,7 @@ async fn set_out(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, client: Soc
 
 /// A way to a pod, or to an endpoint of a service, which counts the flow while it lives.
 async fn find_way(
-    path: &DataPath,
+    path: &Proxy,
     pod: &Pod,
     ends: Ends,
     app: &TcpStream,
@@ -145,7 +148,7 @@ async fn find_way(
 }
 
 /// The directory, once it knows the address: a bounded wait for an unknown one.
-async fn discover(path: &DataPath, destination: SocketAddr) -> Arc<Directory> {
+async fn discover(path: &Proxy, destination: SocketAddr) -> Arc<Directory> {
     let directory = path.directory.current();
     let wait = !directory.knows(destination.ip()) && path.is_mesh(destination.ip());
     if wait { enrol::discover(&path.directory, destination.ip(), DISCOVERY).await } else { directory }
@@ -153,7 +156,7 @@ async fn discover(path: &DataPath, destination: SocketAddr) -> Arc<Directory> {
 
 /// Makes a way to the destination, as was decided for it.
 async fn reach(
-    path: &DataPath,
+    path: &Proxy,
     pod: &Pod,
     route: Route,
     ends: Ends,
@@ -171,7 +174,7 @@ async fn reach(
 }
 
 /// Moves the flow's bytes to its end. Each way's future is boxed by itself: a flow keeps no room for the others'.
-fn carry(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, way: Way, held: Option<Box<Held>>) -> Carried {
+fn carry(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, way: Way, held: Option<Box<Held>>) -> Carried {
     match way {
         Way::Plain(server, spec) => {
             let flow = path.telemetry.open_flow(spec);
@@ -181,7 +184,7 @@ fn carry(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, way: Way, held: Opt
             let (client, destination) = (spec.source.address.ip(), spec.destination.address);
             let flow = path.telemetry.open_flow(spec);
             let asked = || Flow { source: Source::SameNode(&pod.workload.identity), client, destination };
-            let revoked = admission::revoked(&target, asked, changes);
+            let revoked = authorize::revoked(&target, asked, changes);
             relay_plain(path, app, server, flow, revoked, held).await;
         }),
         Way::Tunnel(session, optimistic_bytes, spec, key) => {
@@ -207,7 +210,7 @@ fn carry(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, way: Way, held: Opt
 /// The flow's two ends as both applications see them. `None` also for a client that took another's address as its own
 /// (IP_TRANSPARENT): answers to it would leave the pod, in clear.
 fn find_destination(
-    path: &DataPath,
+    path: &Proxy,
     pod: &Pod,
     app: &TcpStream,
     client: SocketAddr,
@@ -221,7 +224,7 @@ fn find_destination(
     Some((source, destination))
 }
 
-fn find_route(path: &DataPath, pod: &Pod, directory: &Directory, destination: SocketAddr) -> Route {
+fn find_route(path: &Proxy, pod: &Pod, directory: &Directory, destination: SocketAddr) -> Route {
     let workload = directory.at(destination.ip());
     let modes = workload.map(|w| path.policies.current().modes(w));
     route::decide(&Facts {
@@ -246,7 +249,7 @@ fn refused(source: SocketAddr, destination: SocketAddr, failure: Failure) -> Ref
 }
 
 /// Both pods are on this node: identity, mode and policies apply, no byte touches a wire.
-async fn hand_over(path: &DataPath, pod: &Pod, ends: Ends) -> Result<Way, Failure> {
+async fn hand_over(path: &Proxy, pod: &Pod, ends: Ends) -> Result<Way, Failure> {
     let Ends { source, destination } = ends;
     let target = path.table.load().at(destination.ip()).cloned();
     let target = target.ok_or_else(|| {
@@ -258,7 +261,7 @@ async fn hand_over(path: &DataPath, pod: &Pod, ends: Ends) -> Result<Way, Failur
         let own = Some(target.workload.identity.clone());
         (Reporter::Source, path.party(source, Some(identity.clone())), path.party(destination, own))
     };
-    let admitted = admission::admit(&path.telemetry, &target, &asked, ends);
+    let admitted = authorize::admit(&path.telemetry, &target, &asked, ends);
     let changes = admitted.map_err(|denial| Failure {
         identity: Some(identity.clone()),
         ..Failure::new(denial.label, denial.detail)
@@ -276,7 +279,7 @@ async fn hand_over(path: &DataPath, pod: &Pod, ends: Ends) -> Result<Way, Failur
 
 /// In clear, from the pod's own namespace, as it would have gone without Tacit.
 async fn clear(
-    path: &DataPath,
+    path: &Proxy,
     pod: &Pod,
     ends: Ends,
     why: &'static str,
@@ -301,7 +304,7 @@ fn unreachable(error: std::io::Error) -> Failure {
 }
 
 async fn relay_plain(
-    path: Arc<DataPath>,
+    path: Arc<Proxy>,
     app: TcpStream,
     server: TcpStream,
     flow: LiveFlow,
@@ -311,7 +314,7 @@ async fn relay_plain(
     let end = tokio::select! {
         end = relay::plain(app, server, flow.counters()) => end.label(),
         () = path.drain.cut.cancelled() => "cut",
-        denial = revoked => return admission::revoke(&path.telemetry, flow, denial),
+        denial = revoked => return authorize::revoke(&path.telemetry, flow, denial),
     };
     flow.close(end);
 }
@@ -326,7 +329,7 @@ mod tests {
         fn of4<A, B, C, D, F>(_: fn(A, B, C, D) -> F) -> usize {
             size_of::<F>()
         }
-        let parts = [of4(handle), of4(crate::inbound::tunnel), size_of::<Session>()];
+        let parts = [of4(handle), of4(crate::proxy::inbound::tunnel), size_of::<Session>()];
         assert!(parts[0] <= 256 && parts[1] <= 1536 && parts[2] <= 768, "{parts:?} bytes");
     }
 }

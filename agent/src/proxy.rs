@@ -1,5 +1,21 @@
-//! What `outbound` and `inbound` share: snapshots of control, the kernel's handles, the pool, and reaching an
-//! application in its pod. Nothing here waits for a control task.
+//! The proxy of a node: it carries the flows of the node's pods.
+//!
+//! | module | content |
+//! |---|---|
+//! | `outbound` | captured connections |
+//! | `inbound` | tunnel sessions, and plaintext that needs a verdict |
+//! | `authorize` | asks policy about a flow, when it opens and when policy changes |
+//! | `workers` | the threads that carry flows |
+//! | `drain` | ends flows and listeners in order |
+//!
+//! This file has the parts that `outbound` and `inbound` share: snapshots of control, the kernel's handles, the pool, and
+//! connections to an application in its pod. Nothing here waits for a control task.
+
+pub mod authorize;
+pub mod drain;
+pub mod inbound;
+pub mod outbound;
+pub mod workers;
 
 use std::{
     io,
@@ -31,11 +47,10 @@ use tacit_tunnel::{
 use tokio::{net::TcpStream, sync::Semaphore};
 
 use crate::{
-    drain::Drain,
-    enrol::{Pod, Table},
+    enrol::{Pod, Pods},
     mesh::Mesh,
+    proxy::{drain::Drain, workers::Workers},
     telemetry::{Party, Refusal, Reporter, Security, Telemetry},
-    workers::Workers,
 };
 
 /// How long an application may take to accept. It is on this node: more means its backlog is full.
@@ -64,7 +79,7 @@ pub struct PoolKey {
 }
 
 /// Everything a connection needs.
-pub struct DataPath {
+pub struct Proxy {
     /// Identities outside it do not exist.
     pub trust_domain: TrustDomain,
     /// The kernel side.
@@ -78,7 +93,7 @@ pub struct DataPath {
     /// Certificates.
     pub identities: Arc<Identities>,
     /// Pods of this node.
-    pub table: Arc<ArcSwap<Table>>,
+    pub table: Arc<ArcSwap<Pods>>,
     /// Counters and logs.
     pub telemetry: Telemetry,
     /// How the agent ends.
@@ -94,33 +109,33 @@ pub struct DataPath {
     pool: Mutex<Pool<PoolKey, Box<Session>>>,
 }
 
-/// Parts of a [`DataPath`] that others made.
+/// Parts of a [`Proxy`] that others made.
 pub struct Parts {
-    /// See [`DataPath::trust_domain`].
+    /// See [`Proxy::trust_domain`].
     pub trust_domain: TrustDomain,
-    /// See [`DataPath::kernel`].
+    /// See [`Proxy::kernel`].
     pub kernel: Arc<Kernel>,
-    /// See [`DataPath::host`].
+    /// See [`Proxy::host`].
     pub host: Arc<HostNetns>,
-    /// See [`DataPath::directory`].
+    /// See [`Proxy::directory`].
     pub directory: Arc<Watched<Directory>>,
-    /// See [`DataPath::policies`].
+    /// See [`Proxy::policies`].
     pub policies: Arc<Watched<Policies>>,
-    /// See [`DataPath::identities`].
+    /// See [`Proxy::identities`].
     pub identities: Arc<Identities>,
-    /// See [`DataPath::table`].
-    pub table: Arc<ArcSwap<Table>>,
-    /// See [`DataPath::telemetry`].
+    /// See [`Proxy::table`].
+    pub table: Arc<ArcSwap<Pods>>,
+    /// See [`Proxy::telemetry`].
     pub telemetry: Telemetry,
-    /// See [`DataPath::drain`].
+    /// See [`Proxy::drain`].
     pub drain: Drain,
-    /// See [`DataPath::workers`].
+    /// See [`Proxy::workers`].
     pub workers: Workers,
-    /// See [`DataPath::mesh`].
+    /// See [`Proxy::mesh`].
     pub mesh: Arc<Mesh>,
 }
 
-impl DataPath {
+impl Proxy {
     /// Puts the parts together.
     #[must_use]
     pub fn new(parts: Parts) -> Self {
@@ -248,10 +263,10 @@ pub fn deny_reason(error: &io::Error) -> DenyReason {
 
 /// Accepts on `listener` until the pod or the agent ends; each connection gets a task of its own.
 pub fn accept_loop<F>(
-    path: &Arc<DataPath>,
+    path: &Arc<Proxy>,
     pod: &Arc<Pod>,
     listener: TcpListener,
-    handle: fn(Arc<DataPath>, Arc<Pod>, TcpStream, SocketAddr) -> F,
+    handle: fn(Arc<Proxy>, Arc<Pod>, TcpStream, SocketAddr) -> F,
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -267,11 +282,11 @@ pub fn accept_loop<F>(
 }
 
 async fn accept_on<F>(
-    path: Arc<DataPath>,
+    path: Arc<Proxy>,
     pod: Arc<Pod>,
     home: usize,
     listener: Acceptor,
-    handle: fn(Arc<DataPath>, Arc<Pod>, TcpStream, SocketAddr) -> F,
+    handle: fn(Arc<Proxy>, Arc<Pod>, TcpStream, SocketAddr) -> F,
 ) where
     F: Future<Output = ()> + Send + 'static,
 {

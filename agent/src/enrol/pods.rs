@@ -11,7 +11,7 @@ use tacit_kernel::{GuardedLink, InClear, netns::Netns};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::in_clear;
+use crate::enrol::in_clear;
 
 /// An enrolled pod, as the data path sees it.
 #[derive(Debug)]
@@ -78,7 +78,7 @@ pub struct Waiting {
 
 /// Snapshot of all pods of this node.
 #[derive(Debug, Default)]
-pub struct Table {
+pub struct Pods {
     /// Enrolled pods.
     pub pods: Vec<Arc<Pod>>,
     /// Pods that should be enrolled and are not yet.
@@ -86,7 +86,7 @@ pub struct Table {
     by_address: HashMap<IpAddr, Arc<Pod>>,
 }
 
-impl Table {
+impl Pods {
     pub(super) fn new(pods: Vec<Arc<Pod>>, waiting: Vec<Waiting>) -> Self {
         let by_address =
             pods.iter().flat_map(|p| p.workload.addresses.iter().map(move |a| (*a, p.clone()))).collect();

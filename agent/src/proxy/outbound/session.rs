@@ -14,11 +14,10 @@ use tacit_identity::credentials::Credentials;
 use tacit_kernel::socket::connect;
 use tacit_tunnel::{OpenError, Session, random_trace_id, session::OptimisticData};
 
-use super::{Attempt, DataPath, Ends, Failure, Pod, Way};
+use super::{Attempt, Ends, Failure, Pod, Proxy, Way};
 use crate::{
-    datapath::{PoolKey, security},
+    proxy::{PoolKey, security, workers::Workers},
     telemetry::{FlowSpec, Reporter},
-    workers::Workers,
 };
 
 /// Port of the tunnel.
@@ -26,7 +25,7 @@ const TUNNEL: u16 = tacit_abi::tcp_port::TUNNEL;
 
 /// A way through the tunnel to a server that must be `expected`.
 pub(super) async fn tunnel(
-    path: &DataPath,
+    path: &Proxy,
     pod: &Pod,
     ends: Ends,
     expected: &SpiffeId,
@@ -59,7 +58,7 @@ pub(super) async fn tunnel(
 
 /// A session on which the peer has accepted the flow, and how many bytes of the application were sent before.
 async fn opened(
-    path: &DataPath,
+    path: &Proxy,
     pod: &Pod,
     own: &Arc<Credentials>,
     key: &PoolKey,
@@ -96,7 +95,7 @@ fn taken_bytes(optimistic: &Option<OptimisticData<'_>>) -> u64 {
 }
 
 /// An idle session: one of this thread, or else one that another thread polls, which moves here.
-fn take(path: &DataPath, key: &PoolKey) -> Option<Box<Session>> {
+fn take(path: &Proxy, key: &PoolKey) -> Option<Box<Session>> {
     let now = Instant::now();
     let mut pool = path.pool();
     if let Some(session) = pool.take(key, now, |session| is_usable(session)) {
@@ -112,7 +111,7 @@ fn take(path: &DataPath, key: &PoolKey) -> Option<Box<Session>> {
 }
 
 /// A denied flow leaves its session as good as before, if nothing was sent before the answer.
-fn denied(path: &DataPath, key: &PoolKey, session: Box<Session>, reason: DenyReason) -> Failure {
+fn denied(path: &Proxy, key: &PoolKey, session: Box<Session>, reason: DenyReason) -> Failure {
     if session.is_idle() {
         keep(path, key.clone(), session);
     } else {
@@ -136,7 +135,7 @@ fn is_usable(session: &Session) -> bool {
 }
 
 /// Keeps a session for the next flow.
-pub(super) fn keep(path: &DataPath, key: PoolKey, session: Box<Session>) {
+pub(super) fn keep(path: &Proxy, key: PoolKey, session: Box<Session>) {
     let no_room = path.pool().put(key, session, Instant::now());
     if let Some(session) = no_room {
         session.close();
