@@ -17,8 +17,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use xtask_support::{ebpf, progress::Progress, setup, workspace::Workspace};
 
-use crate::{ebpf, progress::Progress, setup, workspace::Workspace};
 use archive::Entry;
 use layout::Description;
 

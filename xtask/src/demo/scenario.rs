@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use tacit_topology::{Agent, MeshFiles, Pod, Process, Topology, Traffic, WorkloadEntry, until};
+use xtask_support::progress::{Progress, Style};
 
 use super::{
     Prepared,
@@ -11,7 +12,6 @@ use super::{
     traffic::{self, Pods},
     verdict::Verdict,
 };
-use crate::progress::{Progress, Style};
 
 /// What every application sends and receives; looked for on the wire.
 const MARKER: &str = "tacit-demo-marker-4c9e1f";

@@ -11,12 +11,13 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 use tacit_topology::{run, until};
+use xtask_support::progress::Progress;
 
 use super::{
     node::{Lifetime, Node, Place, SOCKET, remove_cgroups},
     packages::Programs,
 };
-use crate::{image, progress::Progress};
+use crate::image;
 
 const PKI: &str = include_str!("pki.sh");
 /// Folders and cgroups of clusters are called so, with the id of the process that made them.

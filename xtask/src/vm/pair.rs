@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::Result;
+use xtask_support::report::Report;
 
 use super::{
     Payload, Work,
@@ -16,7 +17,6 @@ use super::{
     machine::{Machine, Wire},
     outcome::Outcome,
 };
-use crate::test::report::Report;
 
 /// Both machines; some 30 s on two quiet cores.
 const LIMIT: Duration = Duration::from_secs(6 * 60);

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use crate::command;
 
 /// The folders all commands work in.
-pub(crate) struct Workspace {
+pub struct Workspace {
     root: PathBuf,
     target: PathBuf,
     cache: PathBuf,
@@ -19,11 +19,10 @@ pub(crate) struct Workspace {
 
 impl Workspace {
     /// Reads cargo's and the user's environment; nothing is created yet.
-    pub(crate) fn find() -> Result<Self> {
+    pub fn find() -> Result<Self> {
         // cargo sets the variable on `cargo run`; a process started through sudo has only the compiled-in value.
         let manifest = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
-        let root =
-            Path::new(&manifest).parent().context("xtask stands in a folder of the workspace")?.to_path_buf();
+        let root = root_above(Path::new(&manifest))?;
         let target = match env::var_os("CARGO_TARGET_DIR") {
             Some(dir) => root.join(dir),
             None => root.join("target"),
@@ -32,54 +31,54 @@ impl Workspace {
     }
 
     /// The repository's top folder.
-    pub(crate) fn root(&self) -> &Path {
+    pub fn root(&self) -> &Path {
         &self.root
     }
 
     /// cargo's target folder: `$CARGO_TARGET_DIR` or `target`.
-    pub(crate) fn target(&self) -> &Path {
+    pub fn target(&self) -> &Path {
         &self.target
     }
 
     /// Tools that are slow to make: `$TACIT_CACHE`, `$XDG_CACHE_HOME/tacit` or `~/.cache/tacit`.
-    pub(crate) fn cache(&self) -> &Path {
+    pub fn cache(&self) -> &Path {
         &self.cache
     }
 
     /// The built kernel side. It does not follow `$CARGO_TARGET_DIR`: the agent's build script looks for it here.
-    pub(crate) fn object(&self) -> PathBuf {
+    pub fn object(&self) -> PathBuf {
         self.root.join("target/ebpf/tacit-ebpf.o")
     }
 
     /// The agent's release binary.
-    pub(crate) fn agent(&self) -> PathBuf {
+    pub fn agent(&self) -> PathBuf {
         self.target.join("release/tacit")
     }
 
     /// The attack suite's release binary: beside the agent's, where the agent looks for it.
-    pub(crate) fn attack(&self) -> PathBuf {
+    pub fn attack(&self) -> PathBuf {
         self.target.join("release/tacit-attack")
     }
 
     /// The load generator's release binary.
-    pub(crate) fn load_generator(&self) -> PathBuf {
+    pub fn load_generator(&self) -> PathBuf {
         self.target.join("release/tacit-load")
     }
 
     /// cargo, started in the repository with its target folder stated.
-    pub(crate) fn cargo(&self, subcommand: &str) -> Command {
+    pub fn cargo(&self, subcommand: &str) -> Command {
         let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         cargo.arg(subcommand).current_dir(&self.root);
         cargo
     }
 
     /// Builds the agent in release mode; the kernel side must be there.
-    pub(crate) fn build_agent(&self) -> Result<()> {
+    pub fn build_agent(&self) -> Result<()> {
         self.build_release(&["tacit"])
     }
 
     /// Builds the agent and the attack suite in release mode; the kernel side must be there.
-    pub(crate) fn build_agent_and_attack(&self) -> Result<()> {
+    pub fn build_agent_and_attack(&self) -> Result<()> {
         self.build_release(&["tacit", "tacit-attack"])
     }
 
@@ -90,11 +89,17 @@ impl Workspace {
     }
 
     /// Builds the load generator in release mode.
-    pub(crate) fn build_load_generator(&self) -> Result<()> {
+    pub fn build_load_generator(&self) -> Result<()> {
         let mut cargo = self.cargo("build");
         cargo.args(["--release", "--package", "tacit-tests", "--bin", "tacit-load", "--target-dir"]);
         command::run(cargo.arg(&self.target))
     }
+}
+
+/// The folder that holds the workspace's lock file, above one of its packages.
+fn root_above(package: &Path) -> Result<PathBuf> {
+    let root = package.ancestors().find(|folder| folder.join("Cargo.lock").is_file());
+    root.map(Path::to_owned).with_context(|| format!("no Cargo.lock above {}", package.display()))
 }
 
 fn cache_folder() -> Result<PathBuf> {
@@ -108,4 +113,18 @@ fn cache_folder() -> Result<PathBuf> {
     }
     let home = set("HOME").context("HOME is not set: set TACIT_CACHE to a folder for the built tools")?;
     Ok(home.join(".cache/tacit"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_top_folder_is_found_from_any_package() {
+        let own = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let root = root_above(own).expect("a workspace");
+        assert_eq!(root, own.ancestors().nth(2).expect("xtask/support"));
+        assert_eq!(root_above(&root.join("agent")).expect("a workspace"), root);
+        assert!(root_above(Path::new("/nowhere")).is_err());
+    }
 }
