@@ -35,7 +35,6 @@ use xtask_support::{
     workspace::Workspace,
 };
 
-use crate::image;
 use cluster::Cluster;
 use node::Lifetime;
 use verdict::Verdict;
@@ -78,7 +77,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     sweep::left_behind()?;
     let programs = packages::ensure(workspace)?;
     let lifetime = if options.keep { Lifetime::Kept } else { Lifetime::Run };
-    let cluster = Cluster::start(&programs, &image::make(workspace, None, None)?.archive, lifetime)?;
+    let cluster = Cluster::start(&programs, &xtask_image::make(workspace, None, None)?.archive, lifetime)?;
     let verdict = try_all(workspace, &cluster, &options.test);
     if options.keep {
         println!("as root, with kubectl on PATH:\n  {}\nto end it: cargo xtask kube --down", cluster.reach());

@@ -8,9 +8,9 @@ mod bench;
 mod demo;
 mod deploy;
 mod fuzz;
-mod image;
 mod kube;
 mod lint;
+mod program;
 mod test;
 mod tidy;
 mod vm;
@@ -21,7 +21,7 @@ use anyhow::Result;
 use clap::{CommandFactory as _, Parser, Subcommand};
 use xtask_support::{
     ebpf,
-    progress::{Progress, Style, Tone},
+    progress::{self, Progress},
     setup,
     workspace::Workspace,
 };
@@ -60,7 +60,8 @@ enum Task {
     /// Run the tests of whole nodes inside virtual machines with other kernels
     Vm(vm::Options),
     /// Make the container image, without a daemon
-    Image(image::Options),
+    #[command(disable_help_flag = true)]
+    Image(program::Arguments),
     /// Install Tacit on a real cluster of two nodes, and try what it promises
     Kube(kube::Options),
     /// Run the fuzz targets
@@ -75,8 +76,7 @@ fn main() -> ExitCode {
     match run(Args::parse().command) {
         Ok(code) => code,
         Err(error) => {
-            // The chain without a backtrace: what failed is another program or a file, not this code.
-            eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
+            progress::error(&error);
             ExitCode::FAILURE
         }
     }
@@ -95,7 +95,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Tidy => tidy::run(&workspace, &commands()),
         Task::Test(options) => return Ok(test::run(&workspace, &options, &commands())),
         Task::Vm(options) => vm::run(&workspace, &options),
-        Task::Image(options) => image::run(&workspace, &options),
+        Task::Image(arguments) => return program::run(&workspace, "xtask-image", &arguments),
         Task::Kube(options) => kube::run(&workspace, &options),
         Task::Fuzz(options) => fuzz::run(&workspace, &options),
         Task::Demo(options) => demo::run(&workspace, &options),

@@ -20,7 +20,7 @@ use xtask_support::{
     command::{succeeds, tacit_environment},
     ebpf,
     privilege::{as_root, is_root},
-    progress::{Progress, Style, Tone},
+    progress::{self, Progress, Style},
     report::Report,
     setup::{self, Programs},
     workspace::Workspace,
@@ -95,13 +95,7 @@ fn attack(workspace: &Workspace, json: bool) -> ExitCode {
         ensure!(status.success(), "the attack suite: {status}");
         Ok(())
     };
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
-            ExitCode::FAILURE
-        }
-    }
+    progress::exit_code(run())
 }
 
 struct Session<'a> {
@@ -142,7 +136,7 @@ impl Session<'_> {
         match self.progress.step(name, run) {
             Ok(value) => Some(value),
             Err(error) => {
-                eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
+                progress::error(&error);
                 self.report.failed_check(name);
                 None
             }
@@ -214,7 +208,7 @@ impl Session<'_> {
         let name = format!("tests of whole nodes on kernels {}", vm::IN_TEST.join(", "));
         let outcome = self.progress.step(&name, || vm::in_test(workspace, report));
         if let Err(error) = outcome {
-            eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
+            progress::error(&error);
             self.report.failed_check(&name);
         }
     }
@@ -238,7 +232,7 @@ impl Session<'_> {
         let outcome = self.progress.step(name, run);
         self.report.end(name, outcome.is_ok());
         if let Err(error) = outcome {
-            eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
+            progress::error(&error);
         }
     }
 }

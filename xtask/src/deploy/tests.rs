@@ -53,7 +53,7 @@ fn values_reach_the_objects() {
 fn the_image_that_is_made_is_the_one_that_is_asked_for() {
     for object in base(&workspace()).expect("base") {
         for container in object["spec"]["template"]["spec"]["containers"].as_array().into_iter().flatten() {
-            assert_eq!(container["image"], json!(crate::image::default_name()), "{}", name_of(&object));
+            assert_eq!(container["image"], json!(xtask_image::default_name()), "{}", name_of(&object));
         }
     }
 }

@@ -17,7 +17,6 @@ use super::{
     node::{Lifetime, Node, Place, SOCKET, remove_cgroups},
     packages::Programs,
 };
-use crate::image;
 
 const PKI: &str = include_str!("pki.sh");
 /// Folders and cgroups of clusters are called so, with the id of the process that made them.
@@ -185,8 +184,8 @@ impl Cluster {
     fn start_containers(&mut self, programs: &Programs, tacit: &Path) -> Result<()> {
         let busybox = self.programs.join("busybox");
         let archives = [self.folder.join("busybox.tar"), self.folder.join("pause.tar"), tacit.to_owned()];
-        image::single(BUSYBOX, &busybox, &["bin/busybox", "sh"], &archives[0])?;
-        image::single(PAUSE, &busybox, &["bin/busybox", "sleep", "infinity"], &archives[1])?;
+        xtask_image::single(BUSYBOX, &busybox, &["bin/busybox", "sh"], &archives[0])?;
+        xtask_image::single(PAUSE, &busybox, &["bin/busybox", "sleep", "infinity"], &archives[1])?;
         for node in &mut self.nodes {
             let network = node.folder.join("net.d");
             fs::create_dir_all(&network)?;

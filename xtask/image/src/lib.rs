@@ -1,4 +1,4 @@
-//! `cargo xtask image`: the container image, made without a daemon and without root.
+//! Container images, made without a daemon and without root: for `cargo xtask image` and for clusters of tests.
 //!
 //! The image holds the release binaries of the agent and of its attack suite (`tacit doctor --attack`) and the shared
 //! libraries that their loader names, and nothing else: no shell, no package manager, no certificates (Tacit trusts the mesh's own root only). The archive is an OCI layout and a
@@ -6,6 +6,8 @@
 //! all take it.
 //!
 //! Promises: the same binary and libraries give the same bytes, and so the same digest, whoever builds and whenever.
+
+#![forbid(unsafe_code)]
 
 mod archive;
 mod layout;
@@ -17,7 +19,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use xtask_support::{ebpf, progress::Progress, setup, workspace::Workspace};
+use xtask_support::workspace::Workspace;
 
 use archive::Entry;
 use layout::Description;
@@ -27,49 +29,20 @@ const PROGRAM: &str = "usr/bin/tacit";
 /// Path of the attack suite in the image: beside the agent, which starts it.
 const ATTACK: &str = "usr/bin/tacit-attack";
 /// What the manifests in `deploy/` ask for.
-pub(crate) const NAME: &str = "localhost/tacit";
-
-/// What to make.
-#[derive(clap::Args)]
-pub(crate) struct Options {
-    /// Name and tag of the image [default: localhost/tacit:<version>]
-    #[arg(long, value_name = "NAME:TAG")]
-    name: Option<String>,
-    /// Write the archive here [default: target/image/tacit.tar]
-    #[arg(long, value_name = "FILE", conflicts_with = "root")]
-    output: Option<PathBuf>,
-    /// Write the files into this folder instead of an archive, for a Containerfile's COPY
-    #[arg(long, value_name = "FOLDER")]
-    root: Option<PathBuf>,
-}
+const NAME: &str = "localhost/tacit";
 
 /// A finished image.
-pub(crate) struct Image {
+pub struct Image {
     /// The archive.
-    pub(crate) archive: PathBuf,
+    pub archive: PathBuf,
     /// Name and tag.
-    pub(crate) name: String,
+    pub name: String,
     /// Digest of the manifest, `sha256:..`.
-    pub(crate) digest: String,
-}
-
-/// The command.
-pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
-    let mut progress = Progress::new(4);
-    progress.step("what is needed", || setup::ensure_ebpf(workspace).map(drop))?;
-    progress.step("kernel side", || ebpf::build(workspace).map(drop))?;
-    progress.step("agent and attack suite (release)", || workspace.build_agent_and_attack())?;
-    if let Some(root) = &options.root {
-        return progress.step("files", || write_files(&contents(&programs(workspace))?, root));
-    }
-    let image =
-        progress.step("image", || make(workspace, options.name.as_deref(), options.output.as_deref()))?;
-    println!("{}\n{} {}", image.archive.display(), image.name, image.digest);
-    Ok(())
+    pub digest: String,
 }
 
 /// Makes the archive of the release binaries, which must be there.
-pub(crate) fn make(workspace: &Workspace, name: Option<&str>, output: Option<&Path>) -> Result<Image> {
+pub fn make(workspace: &Workspace, name: Option<&str>, output: Option<&Path>) -> Result<Image> {
     let name = name.map_or_else(default_name, str::to_owned);
     let archive = output.map_or_else(|| workspace.target().join("image/tacit.tar"), Path::to_owned);
     let entries = contents(&programs(workspace))?;
@@ -79,7 +52,7 @@ pub(crate) fn make(workspace: &Workspace, name: Option<&str>, output: Option<&Pa
 }
 
 /// Makes the archive of an image with one program that needs no libraries. `entrypoint` begins with its place there.
-pub(crate) fn single(name: &str, program: &Path, entrypoint: &[&str], archive: &Path) -> Result<()> {
+pub fn single(name: &str, program: &Path, entrypoint: &[&str], archive: &Path) -> Result<()> {
     let place = entrypoint.first().context("an image without an entrypoint")?;
     let entries = [Entry::program(place, program)?];
     write(archive, &Description { name, entrypoint, version: version() }, &entries).map(drop)
@@ -95,7 +68,7 @@ fn write(archive: &Path, description: &Description<'_>, entries: &[Entry]) -> Re
 }
 
 /// The name that the manifests in `deploy/` use.
-pub(crate) fn default_name() -> String {
+pub fn default_name() -> String {
     format!("{NAME}:{}", version())
 }
 
@@ -125,14 +98,18 @@ fn contents(programs: &[(&str, PathBuf)]) -> Result<Vec<Entry>> {
     Ok(entries)
 }
 
-fn write_files(entries: &[Entry], root: &Path) -> Result<()> {
+/// Writes the files of the image into a new or empty folder; the release binaries must be there.
+///
+/// # Errors
+/// When the folder is not empty, or a file cannot be read or written.
+pub fn write_files(workspace: &Workspace, root: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     ensure!(
         fs::read_dir(root).map_or(true, |mut found| found.next().is_none()),
         "{} is not empty: name a new folder",
         root.display()
     );
-    for entry in entries {
+    for entry in contents(&programs(workspace))? {
         let file = root.join(&entry.path);
         let failed = || format!("cannot write {}", file.display());
         fs::create_dir_all(file.parent().unwrap_or(root)).with_context(failed)?;
