@@ -4,7 +4,6 @@
 //! a message that names the next action. Whatever needs root is announced before it runs (`privilege`).
 #![forbid(unsafe_code)]
 
-mod bench;
 mod demo;
 mod deploy;
 mod fuzz;
@@ -69,7 +68,8 @@ enum Task {
     /// Show two pods talking through Tacit, and what the wire carried
     Demo(demo::Options),
     /// Measure what Tacit costs: the same load directly and through it, in turn
-    Bench(bench::Options),
+    #[command(disable_help_flag = true)]
+    Bench(program::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -99,7 +99,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Kube(options) => kube::run(&workspace, &options),
         Task::Fuzz(options) => fuzz::run(&workspace, &options),
         Task::Demo(options) => demo::run(&workspace, &options),
-        Task::Bench(options) => bench::run(&workspace, &options),
+        Task::Bench(arguments) => return program::run(&workspace, "tacit-bench", &arguments),
     };
     done.map(|()| ExitCode::SUCCESS)
 }

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use tacit_topology::Process;
 
-use crate::bench::{
+use crate::{
     cases::Better,
     ground::{Ground, Programs},
     load,

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use tacit_topology::{Pod, WorkloadEntry};
 
-use crate::bench::{
+use crate::{
     cases::Better,
     ground::{Ground, Programs, wait_enrolled},
     result::Measured,

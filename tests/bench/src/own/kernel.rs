@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fs};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::bench::{
+use crate::{
     cases::{self, Better},
     ground::{Ground, Programs},
     load::Work,

@@ -21,6 +21,8 @@
 //! | `baseline` | `--check`: ratios against the committed ones |
 //! | `table` | results for people |
 
+#![forbid(unsafe_code)]
+
 mod baseline;
 mod cases;
 mod ground;
@@ -40,16 +42,18 @@ use std::{
     ffi::OsString,
     fs,
     path::{Path, PathBuf},
+    process::ExitCode,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use clap::Parser;
 use serde_json::Value;
 use xtask_support::{
     command::{self, tacit_environment},
     ebpf,
     privilege::{as_root, is_root},
-    progress::{Progress, Style, Tone, note},
+    progress::{self, Progress, Style, Tone, note},
     setup,
     workspace::Workspace,
 };
@@ -63,10 +67,10 @@ use result::Measured;
 /// How often and how long, when nothing else is asked for.
 const PLAN: Plan = Plan { rounds: 3, seconds: 5, patience: Duration::ZERO };
 
-/// What to measure, and how.
-#[derive(clap::Args)]
-#[command(after_help = rival::HELP)]
-pub(crate) struct Options {
+/// Measure what Tacit costs: the same load directly and through it, in turn
+#[derive(Parser)]
+#[command(name = "cargo xtask bench", bin_name = "cargo xtask bench", after_help = rival::HELP)]
+struct Options {
     /// Only this case, or all whose names begin so when none is named so; repeatable
     #[arg(long = "case", value_name = "NAME")]
     cases: Vec<String>,
@@ -103,12 +107,17 @@ pub(crate) struct Options {
     prepared: bool,
 }
 
+fn main() -> ExitCode {
+    progress::exit_code(run(&Options::parse()))
+}
+
 /// Builds what is missing, measures, prints the table.
-pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
+fn run(options: &Options) -> Result<()> {
     if options.list {
         print!("{}", cases::list());
         return Ok(());
     }
+    let workspace = &Workspace::find()?;
     let (chosen, plan) = options.chosen()?;
     // Before minutes of measuring.
     let committed = if options.check { Some(Baseline::read(workspace.root())?) } else { None };

@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result};
 
-use crate::bench::{
+use crate::{
     cases,
     ground::{Ground, Programs},
     measure::{self, Column, DIRECT, Plan, TACIT},
