@@ -5,9 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod demo;
-mod deploy;
 mod fuzz;
-mod kube;
 mod lint;
 mod program;
 mod test;
@@ -62,7 +60,8 @@ enum Task {
     #[command(disable_help_flag = true)]
     Image(program::Arguments),
     /// Install Tacit on a real cluster of two nodes, and try what it promises
-    Kube(kube::Options),
+    #[command(disable_help_flag = true)]
+    Kube(program::Arguments),
     /// Run the fuzz targets
     Fuzz(fuzz::Options),
     /// Show two pods talking through Tacit, and what the wire carried
@@ -96,7 +95,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Test(options) => return Ok(test::run(&workspace, &options, &commands())),
         Task::Vm(options) => vm::run(&workspace, &options),
         Task::Image(arguments) => return program::run(&workspace, "xtask-image", &arguments),
-        Task::Kube(options) => kube::run(&workspace, &options),
+        Task::Kube(arguments) => return program::run(&workspace, "tacit-kube", &arguments),
         Task::Fuzz(options) => fuzz::run(&workspace, &options),
         Task::Demo(options) => demo::run(&workspace, &options),
         Task::Bench(arguments) => return program::run(&workspace, "tacit-bench", &arguments),

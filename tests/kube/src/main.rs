@@ -4,8 +4,11 @@
 //! Each node is a set of namespaces; see `cluster`. Nothing is installed on the machine but tools, no port is opened on
 //! it, and everything is gone when the command ends, unless `--keep` is given.
 
+#![forbid(unsafe_code)]
+
 mod authority;
 mod cluster;
+mod deploy;
 mod handover;
 mod install;
 mod leftovers;
@@ -23,14 +26,15 @@ mod swift;
 mod verdict;
 mod wire;
 
-use std::{env, ffi::OsStr};
+use std::{env, ffi::OsStr, process::ExitCode};
 
 use anyhow::{Context as _, Result, ensure};
+use clap::Parser;
 use xtask_support::{
     command::{self, tacit_environment},
     ebpf,
     privilege::{as_root, is_root},
-    progress::{Progress, Style, note},
+    progress::{self, Progress, Style, note},
     setup,
     workspace::Workspace,
 };
@@ -39,9 +43,10 @@ use cluster::Cluster;
 use node::Lifetime;
 use verdict::Verdict;
 
-/// What to run.
-#[derive(clap::Args)]
-pub(crate) struct Options {
+/// Install Tacit on a real cluster of two nodes, and try what it promises
+#[derive(Parser)]
+#[command(name = "cargo xtask kube", bin_name = "cargo xtask kube")]
+struct Options {
     /// Run only tests whose name contains this, or one of several; those that they build on run too
     #[arg(long, value_name = "NAME")]
     test: Vec<String>,
@@ -59,12 +64,16 @@ pub(crate) struct Options {
     prepared: bool,
 }
 
-/// The command.
-pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
+fn main() -> ExitCode {
+    progress::exit_code(run(&Options::parse()))
+}
+
+fn run(options: &Options) -> Result<()> {
     if options.list {
         promises::ALL.iter().for_each(|promise| println!("{:<28} {}", promise.name, promise.what));
         return Ok(());
     }
+    let workspace = &Workspace::find()?;
     if !options.prepared && !options.down {
         prepare(workspace)?;
     }
@@ -115,7 +124,7 @@ fn as_root_again(workspace: &Workspace, options: &Options) -> Result<()> {
     environment.retain(|(name, _)| name != "TACIT_CACHE");
     environment.push(("TACIT_CACHE".into(), workspace.cache().into()));
     environment.push(("CARGO_TARGET_DIR".into(), workspace.target().into()));
-    let mut arguments = vec![OsStr::new("kube"), OsStr::new("--prepared")];
+    let mut arguments = vec![OsStr::new("--prepared")];
     let switches = [(options.keep, "--keep"), (options.down, "--down")];
     arguments.extend(switches.iter().filter(|(on, _)| *on).map(|(_, name)| OsStr::new(*name)));
     arguments.extend(options.test.iter().flat_map(|test| [OsStr::new("--test"), OsStr::new(test)]));
