@@ -1,7 +1,9 @@
 //! `cargo xtask <command>`: everything that is done with this repository, as code.
 //!
 //! Promises: each command fetches what it lacks through `setup`, says what it does while it does it, and fails with
-//! a message that names the next action. Whatever needs root is announced before it runs (`privilege`).
+//! a message that names the next action. Whatever needs root is announced before it runs (`privilege`). Little is compiled
+//! for it: `bench`, `kube`, `vm` and `image` are programs of other packages (`program`), which are built when they are asked
+//! for, and what they share with it is in `xtask-support`.
 #![forbid(unsafe_code)]
 
 mod demo;
@@ -10,7 +12,6 @@ mod lint;
 mod program;
 mod test;
 mod tidy;
-mod vm;
 
 use std::process::ExitCode;
 
@@ -55,7 +56,8 @@ enum Task {
     /// Run every check and every test
     Test(test::Options),
     /// Run the tests of whole nodes inside virtual machines with other kernels
-    Vm(vm::Options),
+    #[command(disable_help_flag = true)]
+    Vm(program::Arguments),
     /// Make the container image, without a daemon
     #[command(disable_help_flag = true)]
     Image(program::Arguments),
@@ -93,7 +95,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Clippy => lint::clippy(&workspace),
         Task::Tidy => tidy::run(&workspace, &commands()),
         Task::Test(options) => return Ok(test::run(&workspace, &options, &commands())),
-        Task::Vm(options) => vm::run(&workspace, &options),
+        Task::Vm(arguments) => return program::run(&workspace, "tacit-vm", &arguments),
         Task::Image(arguments) => return program::run(&workspace, "xtask-image", &arguments),
         Task::Kube(arguments) => return program::run(&workspace, "tacit-kube", &arguments),
         Task::Fuzz(options) => fuzz::run(&workspace, &options),

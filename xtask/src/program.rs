@@ -21,12 +21,12 @@ pub(crate) struct Arguments {
 /// Builds a package's program and runs it; its exit code is the command's.
 pub(crate) fn run(workspace: &Workspace, package: &str, arguments: &Arguments) -> Result<ExitCode> {
     let mut command = command(workspace, package)?;
-    let status = command.args(&arguments.arguments).status().with_context(|| format!("start {package}"))?;
+    let status = command.args(&arguments.arguments).status().context("start cargo")?;
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
 /// The command that builds a package's program and runs it. Its arguments are the program's.
-fn command(workspace: &Workspace, package: &str) -> Result<Command> {
+pub(crate) fn command(workspace: &Workspace, package: &str) -> Result<Command> {
     let mut cargo = workspace.cargo("run");
     cargo.args(["--quiet", "--package", package, "--manifest-path"]).arg(workspace.root().join("Cargo.toml"));
     cargo.arg("--target-dir").arg(workspace.target()).arg("--");

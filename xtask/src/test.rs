@@ -12,12 +12,13 @@ mod stream;
 
 use std::{
     ffi::{OsStr, OsString},
+    fs,
     process::{Command, ExitCode},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use xtask_support::{
-    command::{succeeds, tacit_environment},
+    command::{self, succeeds, tacit_environment},
     ebpf,
     privilege::{as_root, is_root},
     progress::{self, Progress, Style},
@@ -26,10 +27,16 @@ use xtask_support::{
     workspace::Workspace,
 };
 
-use crate::{lint, tidy, vm};
+use crate::{lint, program, tidy};
 
 /// Packages whose tests need namespaces, cgroups and BPF.
 const PRIVILEGED: [&str; 2] = ["tacit-tests", "tacit-topology"];
+
+/// The package that runs tests of whole nodes on other kernels.
+const VIRTUAL_MACHINES: &str = "tacit-vm";
+
+/// Kernels that it boots: the oldest supported one that Debian has, and the newest.
+const KERNELS: [&str; 2] = ["6.1", "newest"];
 
 /// The agent's package: its unit tests and those that need a kernel are in one program.
 const AGENT: &str = "tacit";
@@ -199,14 +206,14 @@ impl Session<'_> {
         if self.options.quick || !self.options.filters.is_empty() {
             return self
                 .report
-                .note(format!("not run on kernels {}: see `cargo xtask vm`", vm::IN_TEST.join(", ")));
+                .note(format!("not run on kernels {}: see `cargo xtask vm`", KERNELS.join(", ")));
         }
-        if !vm::is_possible() {
+        if !has_kernels() {
             return self.report.note("not run on other kernels: that needs Debian on x86_64".to_owned());
         }
         let (workspace, report) = (self.workspace, &mut self.report);
-        let name = format!("tests of whole nodes on kernels {}", vm::IN_TEST.join(", "));
-        let outcome = self.progress.step(&name, || vm::in_test(workspace, report));
+        let name = format!("tests of whole nodes on kernels {}", KERNELS.join(", "));
+        let outcome = self.progress.step(&name, || on_kernels(workspace, report));
         if let Err(error) = outcome {
             progress::error(&error);
             self.report.failed_check(&name);
@@ -237,6 +244,26 @@ impl Session<'_> {
     }
 }
 
+/// Are there kernels to be had? They are Debian's, for x86_64.
+fn has_kernels() -> bool {
+    cfg!(target_arch = "x86_64") && succeeds(Command::new("apt-get").arg("--version"))
+}
+
+/// Boots the kernels; failures of tests are counted in the report.
+fn on_kernels(workspace: &Workspace, report: &mut Report) -> Result<()> {
+    let counts = workspace.target().join("vm-report");
+    if counts.exists() {
+        fs::remove_file(&counts).with_context(|| format!("cannot remove {}", counts.display()))?;
+    }
+    let mut machines = program::command(workspace, VIRTUAL_MACHINES)?;
+    let ran = command::run(machines.arg("--report").arg(&counts).args(KERNELS));
+    // One that ended early has counted what it ran.
+    if let Ok(text) = fs::read_to_string(&counts) {
+        report.append(Report::parse(&text)?);
+    }
+    ran
+}
+
 /// Whether this machine lets us make what the privileged tests are made of.
 fn ability(unprivileged: bool) -> Result<Privileged> {
     if unprivileged {
@@ -254,7 +281,7 @@ fn ability(unprivileged: bool) -> Result<Privileged> {
             "not allowed to make a network namespace (`unshare --net --mount true`)".to_owned(),
         ));
     }
-    let mounts = std::fs::read_to_string("/proc/self/mounts").context("/proc is not mounted")?;
+    let mounts = fs::read_to_string("/proc/self/mounts").context("/proc is not mounted")?;
     if !mounts.lines().any(|mount| mount.split(' ').nth(2) == Some("cgroup2")) {
         return Ok(Privileged::Skip("no cgroup v2 hierarchy is mounted".to_owned()));
     }

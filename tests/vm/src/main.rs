@@ -4,6 +4,8 @@
 //! much data divide their sizes by [`SCALE`]. A kernel that is too old is booted as well: there the agent must refuse to
 //! start with exit code 78, say what is missing, and leave nothing behind.
 
+#![forbid(unsafe_code)]
+
 mod initramfs;
 mod kernels;
 mod machine;
@@ -13,15 +15,16 @@ mod pair;
 use std::{
     env, fs,
     path::{Path, PathBuf},
-    process::Command,
+    process::ExitCode,
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use clap::Parser;
 use xtask_support::{
     command, ebpf,
-    progress::{Progress, Style},
+    progress::{self, Progress, Style},
     report::Report,
     setup,
     workspace::Workspace,
@@ -36,13 +39,12 @@ use outcome::{Outcome, json, table};
 const SCALE: u32 = 20;
 /// A kernel's whole run; some fifteen minutes on a core of its own.
 const LIMIT: Duration = Duration::from_secs(40 * 60);
-/// Kernels that `cargo xtask test` boots: the oldest supported one that Debian has, and the newest.
-pub(crate) const IN_TEST: [&str; 2] = ["6.1", "newest"];
-const REFUSAL: &str = include_str!("vm/refusal.sh");
+const REFUSAL: &str = include_str!("refusal.sh");
 
-/// What to boot.
-#[derive(clap::Args)]
-pub(crate) struct Options {
+/// Run the tests of whole nodes inside virtual machines with other kernels
+#[derive(Parser)]
+#[command(name = "cargo xtask vm", bin_name = "cargo xtask vm")]
+struct Options {
     /// Kernels: 5.10, 6.1, 6.12, newest; all of them when none is named
     kernels: Vec<String>,
     /// Boot this kernel and give a prompt in it
@@ -60,6 +62,9 @@ pub(crate) struct Options {
     /// Write the table to this file too, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Be a part of `cargo xtask test`: write the counts to this file instead of a table. A failed test is no error then
+    #[arg(long, value_name = "FILE", hide = true, conflicts_with_all = ["shell", "test", "two_nodes", "json"])]
+    report: Option<PathBuf>,
 }
 
 /// What goes into a guest.
@@ -70,8 +75,15 @@ struct Payload {
     suites: Vec<(String, PathBuf)>,
 }
 
-/// The command.
-pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
+fn main() -> ExitCode {
+    progress::exit_code(run(&Options::parse()))
+}
+
+fn run(options: &Options) -> Result<()> {
+    let workspace = &Workspace::find()?;
+    if let Some(file) = &options.report {
+        return in_test(workspace, &options.kernels, file);
+    }
     if let Some(label) = &options.shell {
         return shell(workspace, label);
     }
@@ -98,23 +110,25 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// The part of `cargo xtask test`: failures are counted in its report.
+/// The part of `cargo xtask test`: failures are counted in the report that is written to `file`.
 ///
 /// # Errors
-/// When nothing could be booted.
-pub(crate) fn in_test(workspace: &Workspace, report: &mut Report) -> Result<()> {
-    let chosen = choose(&IN_TEST.map(str::to_owned))?;
+/// When a machine could not be booted. What was counted before is in the file all the same.
+fn in_test(workspace: &Workspace, kernels: &[String], file: &Path) -> Result<()> {
+    let mut report = Report::default();
+    let outcome = boot_all(workspace, kernels, &mut report);
+    fs::write(file, report.to_text()).with_context(|| format!("cannot write {}", file.display()))?;
+    outcome
+}
+
+fn boot_all(workspace: &Workspace, kernels: &[String], report: &mut Report) -> Result<()> {
+    let chosen = choose(kernels)?;
     let (payload, unpacked) = prepare(workspace, &chosen)?;
     let machines: Vec<_> = chosen.into_iter().zip(&unpacked).collect();
     for some in machines.chunks(at_once()) {
         side_by_side(some, &payload, None, report)?;
     }
     two_nodes(&machines, &payload, report).map(drop)
-}
-
-/// Are there kernels to be had? They are Debian's, for x86_64.
-pub(crate) fn is_possible() -> bool {
-    cfg!(target_arch = "x86_64") && command::succeeds(Command::new("apt-get").arg("--version"))
 }
 
 /// Two machines with the first and the last supported kernel; nothing when there are no two.
