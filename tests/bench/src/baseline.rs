@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 
 use super::{
     cases::{self, Better, Case},
-    measure::{Plan, TACIT},
-    result::Measured,
-    table,
+    figures::{Figure, TACIT},
+    machine,
+    rounds::Plan,
 };
 
 /// Where the committed ratios are, from the top folder.
@@ -95,14 +95,14 @@ impl Baseline {
 
     /// What a reader should know before trusting the comparison.
     pub(super) fn warning(&self) -> Option<String> {
-        let cores = table::cores();
+        let cores = machine::cores();
         (cores != self.cores).then(|| {
             format!("the committed ratios are of a machine with {} cores, this one has {cores}", self.cores)
         })
     }
 
     /// Compares all committed ratios that belong to the measured cases.
-    pub(super) fn judge(&self, measured: &[Measured]) -> Result<Vec<Judged>> {
+    pub(super) fn judge(&self, measured: &[Figure]) -> Result<Vec<Judged>> {
         let mut judged = Vec::new();
         for row in measured.iter().filter(|row| row.leads) {
             let Some(&committed) = self.ratios.get(&row.name) else {
@@ -146,7 +146,7 @@ fn compare(committed: f64, now: f64, better: Better, tolerance: f64) -> Verdict 
 }
 
 /// Commits the ratios to the file; a tolerance that stands in it stays.
-pub(super) fn write(root: &Path, measured: &[Measured]) -> Result<()> {
+pub(super) fn write(root: &Path, measured: &[Figure]) -> Result<()> {
     let file = root.join(FILE);
     let tolerance = Baseline::read(root).map_or(TOLERANCE, |old| old.tolerance);
     let mut ratios = serde_json::Map::new();
@@ -156,8 +156,8 @@ pub(super) fn write(root: &Path, measured: &[Measured]) -> Result<()> {
     }
     let value = json!({
         "about": "ratios of Tacit to direct traffic, made by `cargo xtask bench --write-baseline`",
-        "machine": table::machine(),
-        "cores": table::cores(),
+        "machine": machine::description(),
+        "cores": machine::cores(),
         "tolerance": tolerance,
         "ratios": ratios,
     });

@@ -5,9 +5,10 @@ use std::fmt::Write as _;
 use anyhow::{Result, bail};
 
 use super::{
-    ground::{Ground, Programs},
     load::{self, Direction, Done, Keep},
+    programs::Programs,
     servers,
+    testbed::Testbed,
 };
 
 /// One case.
@@ -35,7 +36,7 @@ pub(super) enum Kind {
     /// Connections for a minute, from the default range of ports.
     Churn { closer: Closer },
     /// A measurement of its own, with a topology of its own.
-    Own(Own),
+    Special(Special),
 }
 
 /// Which side closes first.
@@ -48,7 +49,7 @@ pub(super) enum Closer {
 
 /// Measurements of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Own {
+pub(super) enum Special {
     /// Thousands of open and silent flows.
     Idle,
     /// One and two worker threads.
@@ -140,8 +141,8 @@ pub(super) fn all() -> Vec<Case> {
         let what = format!("new connections, {} clients for {} s, {who} closes", CHURN.0, CHURN.2);
         add(name.to_owned(), what, Kind::Churn { closer });
     }
-    for (name, what, own) in OWN {
-        add(name.to_owned(), what.to_owned(), Kind::Own(own));
+    for (name, what, own) in SPECIAL {
+        add(name.to_owned(), what.to_owned(), Kind::Special(own));
     }
     for case in &mut cases {
         if matches!(case.kind, Kind::Churn { .. }) {
@@ -151,11 +152,11 @@ pub(super) fn all() -> Vec<Case> {
     cases
 }
 
-const OWN: [(&str, &str, Own); 4] = [
-    ("idle-flows", "8,000 open and silent flows: memory, CPU, memory afterwards", Own::Idle),
-    ("workers", "one and two worker threads", Own::Workers),
-    ("pods", "100 pods on one node: time and memory for each", Own::Pods),
-    ("kernel", "time of each BPF program", Own::Kernel),
+const SPECIAL: [(&str, &str, Special); 4] = [
+    ("idle-flows", "8,000 open and silent flows: memory, CPU, memory afterwards", Special::Idle),
+    ("workers", "one and two worker threads", Special::Workers),
+    ("pods", "100 pods on one node: time and memory for each", Special::Pods),
+    ("kernel", "time of each BPF program", Special::Kernel),
 ];
 
 /// The case of that name.
@@ -186,19 +187,19 @@ impl Case {
             Kind::Connect { .. } => &[CONNECTIONS, P99],
             Kind::Http { .. } => &[REQUESTS, P99],
             Kind::Churn { .. } => &[CONNECTIONS, FLAT, FAILED],
-            Kind::Own(_) => &[],
+            Kind::Special(_) => &[],
         }
     }
 
     /// Runs it once.
-    pub(super) fn run(&self, ground: &Ground, programs: &Programs, seconds: u64) -> Result<Done> {
-        let (client, far) = (&ground.client, &ground.far);
+    pub(super) fn run(&self, testbed: &Testbed, programs: &Programs, seconds: u64) -> Result<Done> {
+        let (client, far) = (&testbed.client, &testbed.far);
         let generator = programs.load.as_path();
         let done = match self.kind {
             Kind::Throughput { streams, direction, server } => {
                 let to = match server {
                     Server::Far => far,
-                    Server::Near => &ground.near,
+                    Server::Near => &testbed.near,
                 };
                 load::iperf(client, servers::iperf_of(to), streams, direction, seconds)
             }
@@ -222,7 +223,7 @@ impl Case {
                 };
                 load::requests(client, generator, kind, to, size)
             }
-            Kind::Own(own) => bail!("{own:?} has a runner of its own"),
+            Kind::Special(own) => bail!("{own:?} has a runner of its own"),
         }?;
         // Churn is there to find out how many fail.
         match self.kind {

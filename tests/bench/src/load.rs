@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use tacit_topology::{Pod, run};
 
-use super::place::{self, End};
+use super::cpu_pinning::{self, End};
 
 /// What one run of a load generator did.
 pub(super) struct Done {
@@ -128,7 +128,7 @@ pub(super) fn requests(
     (clients, bytes, seconds): (u16, u32, u64),
 ) -> Result<Done> {
     let mut command = match clients {
-        1 => place::command(from, program, End::Client)?,
+        1 => cpu_pinning::command(from, program, End::Client)?,
         _ => from.command(program),
     };
     command.args([kind, &to.to_string(), &clients.to_string(), &bytes.to_string(), &seconds.to_string()]);

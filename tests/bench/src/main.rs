@@ -9,32 +9,38 @@
 //! | module | what it holds |
 //! |---|---|
 //! | `cases` | what is measured, by name |
-//! | `ground`, `servers` | one column: topology, pods, servers, agents |
+//! | `testbed`, `servers` | one column: topology, pods, servers, agents |
+//! | `programs` | what is started in it |
 //! | `rival` | another proxy in a column of its own |
-//! | `place` | which cores the ends of a request run on |
+//! | `cpu_pinning` | which cores the ends of a request run on |
 //! | `load` | iperf3, wrk, `tacit-load`: started and read |
 //! | `usage` | CPU and memory of processes and of the machine |
-//! | `measure` | one case in all columns, round after round |
-//! | `quiet` | waiting for a machine that others use as well |
-//! | `own` | idle flows, worker threads, many pods, BPF programs: measured in topologies of their own |
-//! | `result` | medians and ratios |
+//! | `machine` | CPU, cores and kernel |
+//! | `measure` | all cases that were asked for |
+//! | `rounds` | one case in all columns, round after round |
+//! | `idle_wait` | waiting for a machine that others use as well |
+//! | `special_cases` | idle flows, worker threads, many pods, BPF programs: measured in topologies of their own |
+//! | `figures` | medians and ratios |
 //! | `baseline` | `--check`: ratios against the committed ones |
-//! | `table` | results for people |
+//! | `results_table` | the figures for people |
 
 #![forbid(unsafe_code)]
 
 mod baseline;
 mod cases;
-mod ground;
+mod cpu_pinning;
+mod figures;
+mod idle_wait;
 mod load;
+mod machine;
 mod measure;
-mod own;
-mod place;
-mod quiet;
-mod result;
+mod programs;
+mod results_table;
 mod rival;
+mod rounds;
 mod servers;
-mod table;
+mod special_cases;
+mod testbed;
 mod usage;
 
 use std::{
@@ -60,9 +66,9 @@ use xtask_support::{
 
 use baseline::{Baseline, Judged, Verdict};
 use cases::Case;
-use ground::Programs;
-use measure::Plan;
-use result::Measured;
+use figures::Figure;
+use programs::Programs;
+use rounds::Plan;
 
 /// How often and how long, when nothing else is asked for.
 const PLAN: Plan = Plan { rounds: 3, seconds: 5, patience: Duration::ZERO };
@@ -134,7 +140,7 @@ fn run(options: &Options) -> Result<()> {
     };
     let outcome = measure::run(&programs, &chosen, plan, options.rival.as_deref())?;
     let measured = &outcome.measured;
-    print!("{}", table::render(measured, plan));
+    print!("{}", results_table::render(measured, plan));
     if let Some(file) = &options.json {
         write_json(file, measured)?;
     }
@@ -166,7 +172,7 @@ impl Options {
 }
 
 /// Fails when a ratio is worse than the committed one, twice.
-fn check(committed: &Baseline, measured: &[Measured], programs: &Programs, plan: Plan) -> Result<()> {
+fn check(committed: &Baseline, measured: &[Figure], programs: &Programs, plan: Plan) -> Result<()> {
     if let Some(warning) = committed.warning() {
         note(&warning);
     }
@@ -181,7 +187,7 @@ fn check(committed: &Baseline, measured: &[Measured], programs: &Programs, plan:
         let outcome = measure::run(programs, &again, plan, None)?;
         outcome.complete()?;
         let measured = outcome.measured;
-        if measured.iter().any(Measured::is_noisy) {
+        if measured.iter().any(Figure::is_noisy) {
             note("others keep the machine busy: what follows says little; check again when it is quiet");
         }
         worse = committed.judge(&measured)?;
@@ -251,8 +257,8 @@ fn as_root_again(workspace: &Workspace) -> Result<()> {
     command::run(&mut as_root(why, &environment, program, &arguments)?)
 }
 
-fn write_json(file: &Path, measured: &[Measured]) -> Result<()> {
-    let rows: Vec<Value> = measured.iter().map(Measured::json).collect();
+fn write_json(file: &Path, measured: &[Figure]) -> Result<()> {
+    let rows: Vec<Value> = measured.iter().map(Figure::json).collect();
     let text = serde_json::to_string_pretty(&rows)? + "\n";
     fs::write(file, text).with_context(|| format!("write {}", file.display()))?;
     note(&format!("written: {}", file.display()));

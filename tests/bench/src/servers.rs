@@ -12,8 +12,8 @@ use anyhow::{Context as _, Result, bail};
 use tacit_topology::{Pod, Process, until};
 
 use super::{
-    ground::Programs,
-    place::{self, End},
+    cpu_pinning::{self, End},
+    programs::Programs,
 };
 
 /// Time for a server to listen.
@@ -61,7 +61,7 @@ pub(super) fn start(pod: &Pod, programs: &Programs, folder: &Path) -> Result<Vec
     let mut commands = vec![iperf];
     for clients in [1, 2] {
         let server = || match clients {
-            1 => place::command(pod, &programs.load, End::Server),
+            1 => cpu_pinning::command(pod, &programs.load, End::Server),
             _ => Ok(pod.command(&programs.load)),
         };
         let (mut echo, mut answer) = (server()?, server()?);

@@ -8,8 +8,9 @@ use tacit_topology::{Pod, WorkloadEntry};
 
 use crate::{
     cases::Better,
-    ground::{Ground, Programs, wait_enrolled},
-    result::Measured,
+    figures::Figure,
+    programs::Programs,
+    testbed::{Testbed, wait_enrolled},
     usage,
 };
 
@@ -17,34 +18,28 @@ use crate::{
 const PODS: u16 = 100;
 
 /// Runs it: the agent is started over with the few pods and with the many.
-pub(super) fn run(programs: &Programs) -> Result<Vec<Measured>> {
-    let mut ground = Ground::tacit("pods", programs, "")?;
-    let few = ground.restart("a")?;
-    let rss_few = usage::rss(&ground.proxies()?[0])?;
-    let node = ground.topology().node("a")?;
+pub(super) fn run(programs: &Programs) -> Result<Vec<Figure>> {
+    let mut testbed = Testbed::tacit("pods", programs, "")?;
+    let few = testbed.restart("a")?;
+    let rss_few = usage::rss(&testbed.proxies()?[0])?;
+    let node = testbed.topology().node("a")?;
     let pods: Vec<Pod> =
         (0..PODS).map(|number| node.pod("many", &format!("pod{number}"))).collect::<Result<_>>()?;
     let holds = pods.iter().map(Pod::hold).collect::<Result<Vec<_>>>()?;
-    let all = [&ground.client, &ground.near, &ground.far].into_iter().chain(&pods);
+    let all = [&testbed.client, &testbed.near, &testbed.far].into_iter().chain(&pods);
     let directory: Vec<WorkloadEntry> = all.map(WorkloadEntry::of).collect();
     let begin = Instant::now();
-    ground.agent("a")?.files().set_directory(&directory)?;
-    wait_for(&ground, usize::from(PODS) + 2)?;
+    testbed.agent("a")?.files().set_directory(&directory)?;
+    wait_for(&testbed, usize::from(PODS) + 2)?;
     let live = begin.elapsed();
-    let many = ground.restart("a")?;
-    wait_for(&ground, usize::from(PODS) + 2)?;
-    let rss_many = usage::rss(&ground.proxies()?[0])?;
+    let many = testbed.restart("a")?;
+    wait_for(&testbed, usize::from(PODS) + 2)?;
+    let rss_many = usage::rss(&testbed.proxies()?[0])?;
     drop(holds);
-    ground.close()?;
+    testbed.close()?;
     let each = |value: f64| value / f64::from(PODS);
     let row = |name: &str, what: &str, unit, value| {
-        Measured::alone(
-            "pods",
-            name,
-            format!("{PODS} pods on one node: {what}"),
-            (unit, Better::Lower),
-            value,
-        )
+        Figure::alone("pods", name, format!("{PODS} pods on one node: {what}"), (unit, Better::Lower), value)
     };
     let per_start = each((many.as_secs_f64() - few.as_secs_f64()) * 1e3);
     let mut start = row("start", "time of each at the agent's start", "ms/pod", per_start);
@@ -64,8 +59,8 @@ pub(super) fn run(programs: &Programs) -> Result<Vec<Measured>> {
 }
 
 /// Waits until that many pods of node a are enrolled.
-fn wait_for(ground: &Ground, count: usize) -> Result<()> {
-    let agent = ground.agent("a")?;
+fn wait_for(testbed: &Testbed, count: usize) -> Result<()> {
+    let agent = testbed.agent("a")?;
     tacit_topology::until(&format!("{count} pods enrolled"), std::time::Duration::from_secs(60), || {
         let status: Value = serde_json::from_str(&agent.status()?)?;
         let enrolled = status["pods"]

@@ -4,15 +4,30 @@ use serde_json::{Value, json};
 
 use super::{
     cases::{Better, Case, Metric},
-    load::Work,
-    measure::{DIRECT, Sample, TACIT},
-    quiet,
+    idle_wait,
+    load::{Done, Work},
     usage::Cpu,
 };
 
+/// What a column is called in results.
+pub(super) const DIRECT: &str = "direct";
+pub(super) const TACIT: &str = "tacit";
+pub(super) const RIVAL: &str = "rival";
+
+/// One run of one case in one column.
+pub(super) struct Sample {
+    pub(super) done: Done,
+    /// Of the proxies on node a and node b: seconds per GiB, or microseconds per request.
+    pub(super) cpu: [Cpu; 2],
+    /// Of the proxies after the run, in bytes.
+    pub(super) rss: [f64; 2],
+    /// Part of the machine's CPU that others used meanwhile, 0 to 1.
+    pub(super) noise: f64,
+}
+
 /// One figure of one case.
 #[derive(Clone, Debug)]
-pub(super) struct Measured {
+pub(super) struct Figure {
     /// Unique among the results.
     pub(super) name: String,
     /// The case it belongs to.
@@ -43,7 +58,7 @@ pub(super) struct Column {
     pub(super) noise: f64,
 }
 
-impl Measured {
+impl Figure {
     /// The lines of a case from its samples by column.
     pub(super) fn of(case: &Case, columns: &[(&'static str, &[Sample])]) -> Vec<Self> {
         let metrics = case.metrics();
@@ -107,7 +122,7 @@ impl Measured {
 
     /// Whether others kept the machine busy in any of its columns: such a line says little.
     pub(super) fn is_noisy(&self) -> bool {
-        self.columns.iter().any(|column| column.noise > quiet::LIMIT)
+        self.columns.iter().any(|column| column.noise > idle_wait::LIMIT)
     }
 
     /// For who waits.

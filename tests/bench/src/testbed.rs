@@ -1,7 +1,7 @@
 //! One column of the comparison: two nodes, three pods, the servers in them, and what stands in the way.
 //!
-//! `client` and `near` are on node a, `far` is on node b. The servers run in all grounds from the beginning, idle but
-//! for the ground that is being loaded.
+//! `client` and `near` are on node a, `far` is on node b. The servers run in all testbeds from the beginning, idle but
+//! for the testbed that is being loaded.
 
 use std::{
     path::PathBuf,
@@ -12,25 +12,15 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use tacit_topology::{Agent, MeshFiles, Pod, Process, Topology, WorkloadEntry, until};
 
-use super::{rival::Rival, servers};
+use super::{programs::Programs, rival::Rival, servers};
 
 /// Time for an agent to enrol its pods.
 const ENROLLED: Duration = Duration::from_secs(60);
 /// Time for an agent to end: its drain limit and a margin.
 const AGENT_END: Duration = Duration::from_secs(30);
 
-/// What is started.
-#[derive(Clone)]
-pub(super) struct Programs {
-    pub(super) agent: PathBuf,
-    /// nginx, which may not be on `PATH`.
-    pub(super) nginx: PathBuf,
-    /// `tacit-load`.
-    pub(super) load: PathBuf,
-}
-
-/// A ground. Dropped in this order, the topology last.
-pub(super) struct Ground {
+/// A testbed. Dropped in this order, the topology last.
+pub(super) struct Testbed {
     agents: Vec<Agent>,
     rivals: Vec<Rival>,
     _servers: Vec<Process>,
@@ -41,7 +31,7 @@ pub(super) struct Ground {
     topology: Topology,
 }
 
-impl Ground {
+impl Testbed {
     /// Without anything in the way.
     pub(super) fn direct(tag: &str, programs: &Programs) -> Result<Self> {
         let topology = Topology::new(tag)?;
@@ -68,29 +58,29 @@ impl Ground {
 
     /// With an agent on each node; `extra` are further lines of their `tacit.yaml`.
     pub(super) fn tacit(tag: &str, programs: &Programs, extra: &str) -> Result<Self> {
-        let mut ground = Self::direct(tag, programs)?;
-        let workloads = [&ground.client, &ground.near, &ground.far].map(WorkloadEntry::of);
-        for node in ground.topology.nodes() {
-            let files = MeshFiles::write(&ground.topology, node, &workloads, "", extra)?;
+        let mut testbed = Self::direct(tag, programs)?;
+        let workloads = [&testbed.client, &testbed.near, &testbed.far].map(WorkloadEntry::of);
+        for node in testbed.topology.nodes() {
+            let files = MeshFiles::write(&testbed.topology, node, &workloads, "", extra)?;
             let mut agent = Agent::start_quiet(node, &programs.agent, &files)?;
             // One after the other: the first makes the root that they share.
             agent.wait_ready()?;
             wait_enrolled(&agent)?;
-            ground.agents.push(agent);
+            testbed.agents.push(agent);
         }
-        Ok(ground)
+        Ok(testbed)
     }
 
     /// With another proxy: `command` runs on each node.
     pub(super) fn rival(tag: &str, programs: &Programs, command: &str) -> Result<Self> {
-        let mut ground = Self::direct(tag, programs)?;
-        let pods = [&ground.client, &ground.near, &ground.far];
-        let nodes = ground.topology.nodes().iter();
+        let mut testbed = Self::direct(tag, programs)?;
+        let pods = [&testbed.client, &testbed.near, &testbed.far];
+        let nodes = testbed.topology.nodes().iter();
         // All are started before the first is waited for: they may need each other.
-        ground.rivals =
-            nodes.map(|node| Rival::start(&ground.topology, node, &pods, command)).collect::<Result<_>>()?;
-        ground.rivals.iter_mut().try_for_each(Rival::wait_ready)?;
-        Ok(ground)
+        testbed.rivals =
+            nodes.map(|node| Rival::start(&testbed.topology, node, &pods, command)).collect::<Result<_>>()?;
+        testbed.rivals.iter_mut().try_for_each(Rival::wait_ready)?;
+        Ok(testbed)
     }
 
     /// Processes that stand in the way on node a and on node b.

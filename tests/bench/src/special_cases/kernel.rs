@@ -8,10 +8,11 @@ use serde_json::{Value, json};
 
 use crate::{
     cases::{self, Better},
-    ground::{Ground, Programs},
+    figures::Figure,
     load::Work,
-    measure::Plan,
-    result::Measured,
+    programs::Programs,
+    rounds::Plan,
+    testbed::Testbed,
 };
 
 const SWITCH: &str = "/proc/sys/kernel/bpf_stats_enabled";
@@ -26,30 +27,30 @@ struct Runs {
 }
 
 /// Runs it.
-pub(super) fn run(programs: &Programs, plan: Plan) -> Result<Vec<Measured>> {
-    let ground = Ground::tacit("kernel", programs, "")?;
+pub(super) fn run(programs: &Programs, plan: Plan) -> Result<Vec<Figure>> {
+    let testbed = Testbed::tacit("kernel", programs, "")?;
     let counting = Counting::start()?;
     let mut totals = Vec::new();
     for name in LOADS {
         let case = cases::named(name).with_context(|| format!("no case {name}"))?;
-        let before = of_both(&ground)?;
-        let done = case.run(&ground, programs, plan.seconds)?;
-        totals.push((before, of_both(&ground)?, done.work));
+        let before = of_both(&testbed)?;
+        let done = case.run(&testbed, programs, plan.seconds)?;
+        totals.push((before, of_both(&testbed)?, done.work));
     }
     drop(counting);
     let mut rows = Vec::new();
     for node in ["a", "b"] {
-        rows.extend(of_node(&ground, node, &totals)?);
+        rows.extend(of_node(&testbed, node, &totals)?);
     }
-    ground.close()?;
+    testbed.close()?;
     Ok(rows)
 }
 
 type Snapshot = BTreeMap<u64, Runs>;
 
 /// A line for each program that the agent of the node reports. The kernel counts by program, wherever it is attached.
-fn of_node(ground: &Ground, node: &str, totals: &[(Snapshot, Snapshot, Work)]) -> Result<Vec<Measured>> {
-    let status: Value = serde_json::from_str(&ground.agent(node)?.status()?).context("status is no JSON")?;
+fn of_node(testbed: &Testbed, node: &str, totals: &[(Snapshot, Snapshot, Work)]) -> Result<Vec<Figure>> {
+    let status: Value = serde_json::from_str(&testbed.agent(node)?.status()?).context("status is no JSON")?;
     let programs = listed(&status)?;
     ensure!(!programs.is_empty(), "the agent of node {node} reports no program");
     programs.iter().map(|(id, program)| line(node, *id, program, totals)).collect()
@@ -76,7 +77,7 @@ fn listed(status: &Value) -> Result<BTreeMap<u64, Program>> {
     Ok(programs)
 }
 
-fn line(node: &str, id: u64, program: &Program, totals: &[(Snapshot, Snapshot, Work)]) -> Result<Measured> {
+fn line(node: &str, id: u64, program: &Program, totals: &[(Snapshot, Snapshot, Work)]) -> Result<Figure> {
     let mut all = Runs::default();
     let mut per = Vec::new();
     for (before, after, work) in totals {
@@ -97,7 +98,7 @@ fn line(node: &str, id: u64, program: &Program, totals: &[(Snapshot, Snapshot, W
     let what = format!("BPF {name}, node {node}: {:.0} runs a GiB, {:.1} a connection", per[0].1, per[1].1);
     // Without runs this is no number, and shown so.
     let each = all.time_ns / all.count;
-    let mut row = Measured::alone("kernel", &format!("{node}-{name}"), what, ("ns/run", Better::Lower), each);
+    let mut row = Figure::alone("kernel", &format!("{node}-{name}"), what, ("ns/run", Better::Lower), each);
     row.extra = vec![
         ("program".to_owned(), json!(name)),
         ("attached_to".to_owned(), json!(places)),
@@ -108,9 +109,9 @@ fn line(node: &str, id: u64, program: &Program, totals: &[(Snapshot, Snapshot, W
 }
 
 /// Runs so far of all programs that an agent has a descriptor of, by the program's id.
-fn of_both(ground: &Ground) -> Result<Snapshot> {
+fn of_both(testbed: &Testbed) -> Result<Snapshot> {
     let mut all = Snapshot::new();
-    for id in ground.proxies()?.into_iter().flatten() {
+    for id in testbed.proxies()?.into_iter().flatten() {
         let folder = format!("/proc/{id}/fdinfo");
         for entry in fs::read_dir(&folder).with_context(|| format!("list {folder}"))?.flatten() {
             // A descriptor may be closed meanwhile.

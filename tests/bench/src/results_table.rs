@@ -1,16 +1,13 @@
 //! Results for people: Markdown that also reads well in a terminal.
 
-use std::{fs, process::Command};
-
-use xtask_support::command::stdout;
-
 use super::{
-    measure::{DIRECT, Plan, RIVAL, TACIT},
-    result::{Column, Measured, median},
+    figures::{Column, DIRECT, Figure, RIVAL, TACIT, median},
+    machine,
+    rounds::Plan,
 };
 
 /// The table with everything that is needed to judge it. Markdown.
-pub(super) fn render(measured: &[Measured], plan: Plan) -> String {
+pub(super) fn render(measured: &[Figure], plan: Plan) -> String {
     let rival = measured.iter().any(|line| line.column(RIVAL).is_some());
     let mut head = vec!["case", "unit", "direct", "tacit", "ratio"];
     head.extend(["CPU A (user + system)", "CPU B (user + system)", "RSS A / B, MB"]);
@@ -22,7 +19,7 @@ pub(super) fn render(measured: &[Measured], plan: Plan) -> String {
     format!("{}\n{}", method(measured, plan), markdown(&rows))
 }
 
-fn row(measured: &Measured, rival: bool) -> Vec<String> {
+fn row(measured: &Figure, rival: bool) -> Vec<String> {
     let median = |name: &str| measured.column(name).map_or(String::new(), |column| number(column.median));
     let ratio = |name: &str| measured.ratio(name).map_or(String::new(), |ratio| format!("{ratio:.2}x"));
     let what = if measured.is_noisy() { format!("{} (~)", measured.what) } else { measured.what.clone() };
@@ -57,7 +54,7 @@ fn number(value: f64) -> String {
     }
 }
 
-fn method(measured: &[Measured], plan: Plan) -> String {
+fn method(measured: &[Figure], plan: Plan) -> String {
     let columns = measured.iter().filter(|line| line.leads).flat_map(|line| &line.columns);
     let noise: Vec<f64> = columns.map(|column| column.noise).collect();
     let rounds = if plan.rounds == 1 { "one round".to_owned() } else { format!("{} rounds", plan.rounds) };
@@ -74,29 +71,9 @@ fn method(measured: &[Measured], plan: Plan) -> String {
         "{}.\nTwo nodes in network namespaces on one machine, routed veth. Direct is the same layout without agents, \
          measured in turn;\nmedians of {rounds} of {} s. CPU and memory are those of the agent on the clients' node (A) \
          and on the servers' (B).{noise}\n",
-        machine(),
+        machine::description(),
         plan.seconds,
     )
-}
-
-/// CPU, kernel and date.
-pub(super) fn machine() -> String {
-    let date = stdout(Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"]));
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let date = date.unwrap_or_else(|| "date unknown".to_owned());
-    format!("{}, {} cores, Linux {}, {date}", cpu_model(), cores(), kernel.trim())
-}
-
-/// Cores that this process may use.
-pub(super) fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
-}
-
-fn cpu_model() -> String {
-    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let line = text.lines().find(|line| line.starts_with("model name") || line.starts_with("Model"));
-    let model = line.and_then(|line| line.split_once(':')).map(|(_, name)| name.trim().to_owned());
-    model.unwrap_or_else(|| "unknown CPU".to_owned())
 }
 
 /// The rows, the first of them the head, with columns of equal width.

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Result;
 
-use super::{table, usage};
+use super::{machine, usage};
 
 /// Part of the machine that others may use, 0 to 1: the background of a machine where nobody works.
 pub(super) const LIMIT: f64 = 0.1;
@@ -30,7 +30,7 @@ impl Patience {
             let (before, begin) = (usage::machine_busy()?, Instant::now());
             sleep(LOOK.min(self.left));
             let part =
-                (usage::machine_busy()? - before) / (begin.elapsed().as_secs_f64() * table::cores() as f64);
+                (usage::machine_busy()? - before) / (begin.elapsed().as_secs_f64() * machine::cores() as f64);
             if part <= LIMIT {
                 return Ok(());
             }

@@ -12,13 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use tacit_topology::Process;
 
-use crate::{
-    cases::Better,
-    ground::{Ground, Programs},
-    load,
-    result::Measured,
-    servers, usage,
-};
+use crate::{cases::Better, figures::Figure, load, programs::Programs, servers, testbed::Testbed, usage};
 
 /// Flows. Each takes two descriptors of an agent, and some machines give a process no more than 20,000.
 const FLOWS: u32 = 8000;
@@ -28,15 +22,15 @@ const SILENCE: Duration = Duration::from_secs(10);
 const AFTERWARDS: Duration = Duration::from_secs(15);
 
 /// Runs it.
-pub(super) fn run(programs: &Programs) -> Result<Vec<Measured>> {
-    let ground = Ground::tacit("idle", programs, "")?;
-    let proxies = ground.proxies()?;
+pub(super) fn run(programs: &Programs) -> Result<Vec<Figure>> {
+    let testbed = Testbed::tacit("idle", programs, "")?;
+    let proxies = testbed.proxies()?;
     let rss = || -> Result<[f64; 2]> { Ok([usage::rss(&proxies[0])?, usage::rss(&proxies[1])?]) };
-    let to = servers::echo_of(&ground.far, 2);
+    let to = servers::echo_of(&testbed.far, 2);
     // Some work first: an agent that never did any has not touched its own code yet.
-    load::requests(&ground.client, &programs.load, "echo", to, (8, 64, 1))?;
+    load::requests(&testbed.client, &programs.load, "echo", to, (8, 64, 1))?;
     let before = rss()?;
-    let mut command = ground.client.command(&programs.load);
+    let mut command = testbed.client.command(&programs.load);
     command.args(["idle", &to.to_string(), &FLOWS.to_string()]);
     let mut flows = Process::spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
     let mut told = BufReader::new(flows.take_stdout().context("no pipe from tacit-load")?).lines();
@@ -58,7 +52,7 @@ pub(super) fn run(programs: &Programs) -> Result<Vec<Measured>> {
     next("closed")?;
     let after = least(rss)?;
     drop(flows);
-    ground.close()?;
+    testbed.close()?;
     let mut rows = Vec::new();
     for (at, node) in ["a", "b"].into_iter().enumerate() {
         let per_flow = (open[at] - before[at]) / 1024.0 / f64::from(FLOWS);
@@ -66,7 +60,7 @@ pub(super) fn run(programs: &Programs) -> Result<Vec<Measured>> {
         let what = |what: &str| format!("{FLOWS} idle flows, agent {}: {what}", node.to_uppercase());
         let mut row = |name: &str, text: &str, unit, value| {
             let name = format!("{name}-{node}");
-            rows.push(Measured::alone("idle-flows", &name, what(text), (unit, Better::Lower), value));
+            rows.push(Figure::alone("idle-flows", &name, what(text), (unit, Better::Lower), value));
         };
         row("rss", "memory of each", "KiB/flow", per_flow);
         row("cpu", "CPU while silent", "ms/s", used);
