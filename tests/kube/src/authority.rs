@@ -7,11 +7,11 @@ use tacit_topology::run;
 use xtask_support::workspace::Workspace;
 
 use super::{
+    checks::AUTHORITY,
     cluster::Cluster,
     install,
     node::Node,
     pods::{self, SHOP},
-    promises::AUTHORITY,
 };
 use crate::deploy::NAMESPACE;
 
@@ -23,8 +23,8 @@ const FAR: &str = "far";
 pub(super) fn elsewhere(_: &Workspace, cluster: &Cluster) -> Result<()> {
     let [first, second] = cluster.nodes.as_slice() else { anyhow::bail!("there are two nodes") };
     let sleep = "sleep infinity";
-    let near = pods::with_account(SHOP, NEAR, first.place.name, sleep);
-    let far = pods::with_account(SHOP, FAR, second.place.name, sleep);
+    let near = pods::with_account(SHOP, NEAR, first.plan.name, sleep);
+    let far = pods::with_account(SHOP, FAR, second.plan.name, sleep);
     cluster.apply(&[near, far].concat())?;
     pods::ready(cluster, SHOP, &["pod/near", "pod/far"])?;
     // Each is issued to one agent and refused to the other: neither request is refused for what it looks like.
@@ -45,13 +45,13 @@ fn refused(cluster: &Cluster, node: &Node, account: &str) -> Result<()> {
     ensure!(
         !answer.body.contains("CERTIFICATE"),
         "{} was issued an identity of the other node",
-        node.place.name
+        node.plan.name
     );
     ensure!(answer.headers.contains("grpc-status: 7"), "not PERMISSION_DENIED: {}", answer.headers);
     let wanted = [
         "certificate refused".to_owned(),
         "not_on_node".to_owned(),
-        node.place.name.to_owned(),
+        node.plan.name.to_owned(),
         identity(account),
     ];
     cluster.eventually("the refusal is logged", |cluster| {
@@ -116,7 +116,7 @@ pub(super) fn roots(cluster: &Cluster) -> Result<String> {
 
 /// The token in the agent's own volume.
 fn token(cluster: &Cluster, node: &Node) -> Result<String> {
-    let pod = install::agent_on(cluster, node.place.name)?;
+    let pod = install::agent_on(cluster, node.plan.name)?;
     let uid = cluster.kubectl(&["-n", NAMESPACE, "get", "pod", &pod, "-o", "jsonpath={.metadata.uid}"])?;
     let file = format!("/var/lib/kubelet/pods/{uid}/volumes/kubernetes.io~projected/token/token");
     let token = run(node.command("cat").arg(&file)).with_context(|| file)?;

@@ -14,7 +14,7 @@ use tacit_topology::{run, until};
 use xtask_support::progress::Progress;
 
 use super::{
-    node::{Lifetime, Node, Place, SOCKET, remove_cgroups},
+    node::{Lifetime, Node, NodePlan, SOCKET, remove_cgroups},
     packages::Programs,
 };
 
@@ -22,9 +22,9 @@ const PKI: &str = include_str!("pki.sh");
 /// Folders and cgroups of clusters are called so, with the id of the process that made them.
 pub(super) const MARK: &str = "tacit-kube-";
 
-const PLACES: [Place; 2] = [
-    Place { name: "node1", address: "10.99.0.1", pods: "10.244.0.0/24" },
-    Place { name: "node2", address: "10.99.0.2", pods: "10.244.1.0/24" },
+const PLANS: [NodePlan; 2] = [
+    NodePlan { name: "node1", address: "10.99.0.1", pods: "10.244.0.0/24" },
+    NodePlan { name: "node2", address: "10.99.0.2", pods: "10.244.1.0/24" },
 ];
 /// Of all pods, and of all services.
 const PODS: &str = "10.244.0.0/16";
@@ -40,6 +40,9 @@ const PAUSE: &str = "localhost/pause:1";
 const DAEMON: Duration = Duration::from_secs(120);
 /// For one `kubectl`, in seconds; above the 120 s that some are told to wait.
 const KUBECTL_SECONDS: &str = "180";
+
+/// File in the folder of a cluster that was kept.
+pub(super) const KEPT: &str = "kept";
 
 /// A running cluster. Dropping it takes it down.
 pub(super) struct Cluster {
@@ -66,15 +69,15 @@ impl Cluster {
     }
 
     fn add_nodes(&mut self, lifetime: Lifetime) -> Result<()> {
-        for place in PLACES {
-            let folder = self.folder.join(place.name);
-            let cgroup = cgroup(&self.name, place.name);
-            self.nodes.push(Node::start(place, folder, &cgroup, &self.programs, lifetime)?);
+        for plan in PLANS {
+            let folder = self.folder.join(plan.name);
+            let cgroup = cgroup(&self.name, plan.name);
+            self.nodes.push(Node::start(plan, folder, &cgroup, &self.programs, lifetime)?);
         }
         self.connect()?;
         let mut pki = Command::new("sh");
-        pki.args(["-c", PKI, "pki"]).arg(self.pki()).arg(PLACES[0].address);
-        run(pki.args(PLACES.map(|place| format!("{}={}", place.name, place.address)))).map(drop)
+        pki.args(["-c", PKI, "pki"]).arg(self.pki()).arg(PLANS[0].address);
+        run(pki.args(PLANS.map(|plan| format!("{}={}", plan.name, plan.address)))).map(drop)
     }
 
     /// One wire between the nodes, and routes to each other's pods. Services are translated before they would leave.
@@ -87,9 +90,9 @@ impl Cluster {
         run(link.args(["--target", &first.pid.to_string(), "--net", "ip"]).args(ends))?;
         for (near, far) in [(first, second), (second, first)] {
             let ip = |line: &str| run(near.command("ip").args(line.split(' ')));
-            ip(&format!("address add {}/24 dev {WIRE}", near.place.address))?;
+            ip(&format!("address add {}/24 dev {WIRE}", near.plan.address))?;
             ip(&format!("link set {WIRE} up"))?;
-            ip(&format!("route add {} via {}", far.place.pods, far.place.address))?;
+            ip(&format!("route add {} via {}", far.plan.pods, far.plan.address))?;
             ip(&format!("route add {SERVICES} dev {WIRE}"))?;
         }
         Ok(())
@@ -124,7 +127,7 @@ impl Cluster {
         flags(&[
             ("etcd-servers", "http://127.0.0.1:2379"),
             ("secure-port", "6443"),
-            ("advertise-address", PLACES[0].address),
+            ("advertise-address", PLANS[0].address),
             ("service-cluster-ip-range", SERVICES),
             ("tls-cert-file", &pki("apiserver.crt")),
             ("tls-private-key-file", &pki("apiserver.key")),
@@ -189,7 +192,7 @@ impl Cluster {
         for node in &mut self.nodes {
             let network = node.folder.join("net.d");
             fs::create_dir_all(&network)?;
-            fs::write(network.join("10-bridge.conflist"), bridge(node.place.pods).to_string())?;
+            fs::write(network.join("10-bridge.conflist"), bridge(node.plan.pods).to_string())?;
             let file = node.folder.join("containerd.toml");
             fs::write(&file, containerd(&node.folder, &programs.bin, &programs.cni, &network))?;
             node.daemon("containerd", &["-c".to_owned(), file.display().to_string()])?;
@@ -206,7 +209,7 @@ impl Cluster {
     fn start_kubelets(&mut self) -> Result<()> {
         let (pki, proxy) = (self.pki(), self.kubeconfig("proxy").display().to_string());
         for node in &mut self.nodes {
-            let Place { name, address, .. } = node.place;
+            let NodePlan { name, address, .. } = node.plan;
             let file = node.folder.join("kubelet.json");
             fs::write(&file, kubelet(&pki, name, &cgroup(&self.name, name)).to_string())?;
             let endpoint = format!("unix://{SOCKET}");
@@ -243,7 +246,7 @@ impl Cluster {
     /// Nodes say where their pods' addresses are taken from. The controller manager would give out ranges in the order in
     /// which nodes come.
     fn tell_pod_ranges(&self) -> Result<()> {
-        for Place { name, pods, .. } in PLACES {
+        for NodePlan { name, pods, .. } in PLANS {
             let ranges = json!({"spec": {"podCIDR": pods, "podCIDRs": [pods]}}).to_string();
             self.kubectl(&["patch", "node", name, "--type=merge", "-p", &ranges])?;
         }
@@ -307,7 +310,7 @@ impl Cluster {
 
     /// Lets the cluster run on when this program ends.
     pub(super) fn keep(mut self) -> Result<()> {
-        fs::write(self.folder.join(super::sweep::KEPT), "")?;
+        fs::write(self.folder.join(KEPT), "")?;
         std::mem::take(&mut self.nodes).into_iter().for_each(Node::keep);
         // Not dropped: that would take it down.
         std::mem::forget(self);
@@ -326,16 +329,16 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         self.nodes.clear();
-        if let Err(error) = sweep(&self.folder, &self.name) {
+        if let Err(error) = remove(&self.folder, &self.name) {
             eprintln!("cannot remove {}: {error:#}", self.name);
         }
     }
 }
 
 /// Removes what a cluster leaves when its processes are gone.
-pub(super) fn sweep(folder: &Path, name: &str) -> Result<()> {
-    for place in PLACES {
-        remove_cgroups(&cgroup(name, place.name))?;
+pub(super) fn remove(folder: &Path, name: &str) -> Result<()> {
+    for plan in PLANS {
+        remove_cgroups(&cgroup(name, plan.name))?;
     }
     if folder.exists() {
         fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;

@@ -8,11 +8,11 @@ use serde_json::json;
 use xtask_support::workspace::Workspace;
 
 use super::{
+    checks::{both_are, encrypted, is_enrolled},
     cluster::Cluster,
     install::{agent_on, objects, status},
     load::{self, ECHO, Held, Stream},
     pods::{self, MARKER, SHOP},
-    promises::{both_are, encrypted, is_enrolled},
     wire,
 };
 use crate::deploy::{NAMESPACE, name_of};
@@ -26,10 +26,10 @@ const HELD: usize = 2;
 
 pub(super) fn taken_over(workspace: &Workspace, cluster: &Cluster) -> Result<String> {
     let [near, far] = cluster.nodes.as_slice() else { anyhow::bail!("there are two nodes") };
-    ensure!(near.place.name == NODE, "{NODE} is not the first");
+    ensure!(near.plan.name == NODE, "{NODE} is not the first");
     cluster.apply(&[
-        pods::pod(SHOP, "host", far.place.name, &load::serve()),
-        pods::pod(SHOP, "caller", near.place.name, "sleep infinity"),
+        pods::pod(SHOP, "host", far.plan.name, &load::serve()),
+        pods::pod(SHOP, "caller", near.plan.name, "sleep infinity"),
     ])?;
     pods::ready(cluster, SHOP, &["pod/host", "pod/caller"])?;
     both_are(cluster, "enrolled", is_enrolled)?;

@@ -51,7 +51,7 @@ fn one_for_each_node(config_map: &mut Value, cluster: &Cluster) -> Result<()> {
     let mut config = deploy::parse(text)?;
     let mut data = json!({});
     for node in &cluster.nodes {
-        let name = node.place.name;
+        let name = node.plan.name;
         config["podsCgroup"] = json!(cluster.pods_cgroup(name)?);
         config["issuer"]["istio"]["address"] = json!(format!("{AUTHORITY}:15012"));
         config["issuer"]["istio"]["serverName"] = json!(format!("tacit-authority.{NAMESPACE}.svc"));

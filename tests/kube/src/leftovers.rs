@@ -20,7 +20,7 @@ pub(super) fn found(cluster: &Cluster) -> Result<Vec<String>> {
             processes(node)?,
             rules(node)?,
         ];
-        let name = node.place.name;
+        let name = node.plan.name;
         found.extend(all.into_iter().flatten().map(|line| format!("{name}: {line}")));
     }
     Ok(found)
@@ -43,7 +43,7 @@ fn pins(node: &Node) -> Result<Vec<String>> {
 }
 
 fn cgroup_programs(cluster: &Cluster, node: &Node) -> Result<Vec<String>> {
-    let tree = json(node, &["cgroup", "tree", &cluster.pods_cgroup(node.place.name)?])?;
+    let tree = json(node, &["cgroup", "tree", &cluster.pods_cgroup(node.plan.name)?])?;
     let groups = tree.as_array().cloned().unwrap_or_default();
     let programs = groups.iter().flat_map(|group| group["programs"].as_array().cloned().unwrap_or_default());
     // What runc attaches itself to keep a container from devices.

@@ -6,9 +6,13 @@
 
 #![forbid(unsafe_code)]
 
+mod address_reuse;
 mod authority;
+mod checks;
 mod cluster;
 mod deploy;
+mod enrol_latency;
+mod enrol_under_load;
 mod handover;
 mod install;
 mod leftovers;
@@ -17,12 +21,9 @@ mod node;
 mod packages;
 mod pods;
 mod policies;
-mod promises;
-mod reuse;
 mod rotation;
-mod running;
+mod scenarios;
 mod sweep;
-mod swift;
 mod verdict;
 mod wire;
 
@@ -70,7 +71,7 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     if options.list {
-        promises::ALL.iter().for_each(|promise| println!("{:<28} {}", promise.name, promise.what));
+        scenarios::ALL.iter().for_each(|scenario| println!("{:<28} {}", scenario.name, scenario.what));
         return Ok(());
     }
     let workspace = &Workspace::find()?;
@@ -100,10 +101,10 @@ fn run(options: &Options) -> Result<()> {
 
 fn try_all(workspace: &Workspace, cluster: &Cluster, only: &[String]) -> Verdict {
     let mut verdict = Verdict::default();
-    for promise in promises::chosen(only) {
-        note(&format!("{}: {}", promise.name, promise.what));
-        let went_on = verdict.run(promise.name, || promise.hold.on(workspace, cluster));
-        if !went_on && promise.is_ground {
+    for scenario in scenarios::chosen(only) {
+        note(&format!("{}: {}", scenario.name, scenario.what));
+        let passed = verdict.run(scenario.name, || scenario.test.on(workspace, cluster));
+        if !passed && scenario.is_required {
             break;
         }
     }

@@ -23,7 +23,7 @@ const LEAVE: Duration = Duration::from_secs(20);
 /// A running node.
 pub(super) struct Node {
     /// What it is called and where.
-    pub(super) place: Place,
+    pub(super) plan: NodePlan,
     /// Its state and logs.
     pub(super) folder: PathBuf,
     /// The first process, as this machine numbers it.
@@ -37,7 +37,7 @@ pub(super) struct Node {
 
 /// What a node is called and where.
 #[derive(Clone, Copy)]
-pub(super) struct Place {
+pub(super) struct NodePlan {
     pub(super) name: &'static str,
     /// Its address on the wire between the nodes.
     pub(super) address: &'static str,
@@ -60,7 +60,7 @@ pub(super) const PID: &str = "pid";
 impl Node {
     /// Starts the first process; `cgroup` is made in every hierarchy.
     pub(super) fn start(
-        place: Place,
+        plan: NodePlan,
         folder: PathBuf,
         cgroup: &str,
         programs: &Path,
@@ -77,11 +77,11 @@ impl Node {
             command.args(["--pdeathsig", "KILL"]);
         }
         command.args(["unshare", "--net", "--mount", "--pid", "--uts", "--ipc"]);
-        command.args(["--fork", "--kill-child", "--mount-proc", "bash", "-c", SHELL, "node", place.name]);
+        command.args(["--fork", "--kill-child", "--mount-proc", "bash", "-c", SHELL, "node", plan.name]);
         command.arg(&folder).arg(cgroup).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let mut shell = Process::spawn(&mut command)?;
         let ready = folder.join("ready");
-        until(&format!("node {}", place.name), SETUP, || {
+        until(&format!("node {}", plan.name), SETUP, || {
             if shell.ended()?.is_some() {
                 bail!("{}", fs::read_to_string(folder.join("logs/node.log")).unwrap_or_default());
             }
@@ -90,7 +90,7 @@ impl Node {
         let pid = first_child(shell.id())?;
         fs::write(folder.join(PID), pid.to_string())?;
         let programs = programs.to_owned();
-        Ok(Self { place, folder, pid, programs, daemons: Vec::new(), shell: Some(shell) })
+        Ok(Self { plan, folder, pid, programs, daemons: Vec::new(), shell: Some(shell) })
     }
 
     /// A command that runs inside the node.

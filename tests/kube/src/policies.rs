@@ -5,10 +5,10 @@ use serde_json::{Value, json};
 use xtask_support::workspace::Workspace;
 
 use super::{
+    checks::{both_are, is_strict},
     cluster::Cluster,
     install::{self, status},
     pods::{OUTSIDE, SHOP, get_web},
-    promises::{both_are, is_strict},
 };
 
 /// Namespace shop takes no plaintext.

@@ -9,11 +9,11 @@ use xtask_support::workspace::Workspace;
 
 use super::{
     authority::roots,
+    checks::{both_are, encrypted, is_enrolled, rolled_out},
     cluster::Cluster,
     install::{self, status},
     load::{self, ECHO, Ends, Held, Stream},
     pods::{self, MARKER, SHOP},
-    promises::{both_are, encrypted, is_enrolled, rolled_out},
     wire,
 };
 use crate::deploy::{self, NAMESPACE, name_of};
@@ -98,12 +98,12 @@ fn shorten_lives(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
 
 fn start(cluster: &Cluster) -> Result<()> {
     let [near, far] = cluster.nodes.as_slice() else { bail!("there are two nodes") };
-    cluster.apply(&[pods::pod(SHOP, "host", far.place.name, &load::serve())])?;
+    cluster.apply(&[pods::pod(SHOP, "host", far.plan.name, &load::serve())])?;
     pods::ready(cluster, SHOP, &["pod/host"])?;
     let host = pods::address(cluster, SHOP, "host")?;
     load::reaches(cluster, SHOP, "client", &host)?;
     // From a pod that is enrolled: what it opened before would be reset, or fail.
-    cluster.apply(&[pods::pod(SHOP, "caller", near.place.name, "sleep infinity")])?;
+    cluster.apply(&[pods::pod(SHOP, "caller", near.plan.name, "sleep infinity")])?;
     pods::ready(cluster, SHOP, &["pod/caller"])?;
     load::reaches(cluster, SHOP, "caller", &host)?;
     let held = [Held { name: "held", to: &host, port: ECHO, line: MARKER, number: HELD }];

@@ -7,12 +7,9 @@ use tacit_topology::run;
 use xtask_support::progress::note;
 
 use super::{
-    cluster::{self, MARK},
+    cluster::{self, KEPT, MARK},
     node::PID,
 };
-
-/// File in the folder of a cluster that was kept.
-pub(super) const KEPT: &str = "kept";
 
 /// Takes all clusters of this machine down that no running program has.
 pub(super) fn all() -> Result<()> {
@@ -32,14 +29,14 @@ fn sweep_where(wanted: impl Fn(&Path) -> bool) -> Result<()> {
         }
         note(&format!("taking down {name}"));
         end_nodes(&folder)?;
-        cluster::sweep(&folder, &name)?;
+        cluster::remove(&folder, &name)?;
     }
     Ok(())
 }
 
 fn clusters() -> Result<Vec<(PathBuf, String, u32)>> {
-    let place = env::temp_dir();
-    let entries = fs::read_dir(&place).with_context(|| format!("cannot read {}", place.display()))?;
+    let folder = env::temp_dir();
+    let entries = fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
     Ok(entries
         .flatten()
         .filter_map(|entry| {

@@ -19,13 +19,13 @@ struct Row {
 }
 
 impl Verdict {
-    /// Runs one test, which says what it measured, if anything; returns whether it held.
-    pub(super) fn run(&mut self, name: &'static str, hold: impl FnOnce() -> Result<String>) -> bool {
+    /// Runs one test, which says what it measured, if anything; returns whether it passed.
+    pub(super) fn run(&mut self, name: &'static str, test: impl FnOnce() -> Result<String>) -> bool {
         let begin = Instant::now();
-        let outcome = hold().map_err(|error| format!("{error:#}"));
-        let held = outcome.is_ok();
+        let outcome = test().map_err(|error| format!("{error:#}"));
+        let passed = outcome.is_ok();
         self.rows.push(Row { name, took: begin.elapsed(), outcome });
-        held
+        passed
     }
 
     /// A line for each test with what it measured, then why those failed that did, then a sentence.

@@ -8,11 +8,11 @@ use tacit_topology::run;
 use xtask_support::workspace::Workspace;
 
 use super::{
+    checks::{self, is_enrolled},
     cluster::Cluster,
     install::metrics,
     node::Node,
     pods::{self, PORT, SHOP},
-    promises::{self, is_enrolled},
 };
 
 const FIRST: &str = "first";
@@ -66,7 +66,7 @@ pub(super) fn reused(_: &Workspace, cluster: &Cluster) -> Result<String> {
     }
     let seen = principals(far)?;
     for name in [FIRST, SECOND] {
-        ensure!(seen.contains(&principal(name)), "{}: no flow to {name} in:\n{seen}", far.place.name);
+        ensure!(seen.contains(&principal(name)), "{}: no flow to {name} in:\n{seen}", far.plan.name);
     }
     cluster.apply(&[only_from(SECOND)])?;
     cluster.eventually("the second is admitted", |cluster| asks_web(cluster, SECOND))?;
@@ -82,9 +82,9 @@ pub(super) fn reused(_: &Workspace, cluster: &Cluster) -> Result<String> {
 
 fn start(cluster: &Cluster, name: &str, node: &Node) -> Result<()> {
     let serve = format!("mkdir /www; echo 'I am {name}' >/www/index.html; exec httpd -f -p {PORT} -h /www");
-    cluster.apply(&pods::with_account(SHOP, name, node.place.name, &serve))?;
+    cluster.apply(&pods::with_account(SHOP, name, node.plan.name, &serve))?;
     pods::ready(cluster, SHOP, &[&format!("pod/{name}")])?;
-    promises::is(cluster, node.place.name, name, "enrolled", is_enrolled)
+    checks::is(cluster, node.plan.name, name, "enrolled", is_enrolled)
 }
 
 /// The next pod of the node gets this address: host-local goes on from the one it gave last.

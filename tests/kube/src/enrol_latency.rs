@@ -12,12 +12,12 @@ use tacit_topology::run;
 use xtask_support::workspace::Workspace;
 
 use super::{
+    checks::{self, is_enrolled, pod_in},
     cluster::Cluster,
     install::{agent_on, status},
     load,
     node::Node,
     pods::{self, SHOP},
-    promises::{self, is_enrolled, pod_in},
 };
 use crate::deploy::NAMESPACE;
 
@@ -50,10 +50,10 @@ fn start(cluster: &Cluster, batch: usize) -> Result<Vec<Enrolment>> {
     let (mut objects, mut names) = (Vec::new(), Vec::new());
     for node in &cluster.nodes {
         for kind in KINDS {
-            let name = format!("{kind}-{batch}-{}", node.place.name);
+            let name = format!("{kind}-{batch}-{}", node.plan.name);
             match kind {
-                "new" => objects.extend(pods::with_account(SHOP, &name, node.place.name, "sleep infinity")),
-                _ => objects.push(pods::pod(SHOP, &name, node.place.name, "sleep infinity")),
+                "new" => objects.extend(pods::with_account(SHOP, &name, node.plan.name, "sleep infinity")),
+                _ => objects.push(pods::pod(SHOP, &name, node.plan.name, "sleep infinity")),
             }
             names.push((node, name));
         }
@@ -61,7 +61,7 @@ fn start(cluster: &Cluster, batch: usize) -> Result<Vec<Enrolment>> {
     cluster.apply(&objects)?;
     let mut found = Vec::new();
     for (node, name) in &names {
-        promises::is(cluster, node.place.name, name, "enrolled", is_enrolled)?;
+        checks::is(cluster, node.plan.name, name, "enrolled", is_enrolled)?;
         found.push(measure(cluster, node, name)?);
     }
     let names: Vec<&str> = names.iter().map(|(_, name)| name.as_str()).collect();
@@ -71,7 +71,7 @@ fn start(cluster: &Cluster, batch: usize) -> Result<Vec<Enrolment>> {
 
 fn measure(cluster: &Cluster, node: &Node, name: &str) -> Result<Enrolment> {
     let log =
-        cluster.kubectl(&["-n", NAMESPACE, "logs", &agent_on(cluster, node.place.name)?, "--tail=-1"])?;
+        cluster.kubectl(&["-n", NAMESPACE, "logs", &agent_on(cluster, node.plan.name)?, "--tail=-1"])?;
     let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let is_it = |line: &Value| line["message"] == "enrolled" && line["pod"] == name;
     let line = lines.into_iter().find(is_it).context("the agent did not log the enrolment")?;
@@ -84,8 +84,7 @@ fn measure(cluster: &Cluster, node: &Node, name: &str) -> Result<Enrolment> {
 
 /// When the first of a pod's processes was started, since boot.
 fn sandbox_start(cluster: &Cluster, node: &Node, name: &str) -> Result<Duration> {
-    let place = node.place.name;
-    let pod = pod_in(&status(cluster, place)?, name)?;
+    let pod = pod_in(&status(cluster, node.plan.name)?, name)?;
     let cgroup = pod["cgroup"].as_str().context("a pod without its cgroup")?;
     // The 22nd field, of which two are before the parenthesis.
     let script = format!(

@@ -15,11 +15,11 @@ use serde_json::json;
 use xtask_support::workspace::Workspace;
 
 use super::{
+    checks::{self, ENROLLED, encrypted, is_enrolled},
     cluster::Cluster,
     install::status,
     load::{self, ECHO, Ends, Held, Stream},
     pods::{self, MARKER, OUTSIDE},
-    promises::{self, ENROLLED, encrypted, is_enrolled},
     wire,
 };
 
@@ -59,7 +59,7 @@ pub(super) fn enrolled(_: &Workspace, cluster: &Cluster) -> Result<String> {
     let (before, labelled) = (resets(cluster)?, load::now()?);
     cluster.kubectl(&["label", "namespace", YARD, ENROLLED])?;
     for (node, pod) in [("node1", "caller"), ("node2", "host")] {
-        promises::is(cluster, node, pod, "enrolled", is_enrolled)?;
+        checks::is(cluster, node, pod, "enrolled", is_enrolled)?;
     }
     load::answered(cluster, YARD, "caller", STREAM)?;
     encrypted(&wire::during(cluster, || load::answered(cluster, YARD, "caller", STREAM))?)?;
@@ -86,7 +86,7 @@ pub(super) fn enrolled(_: &Workspace, cluster: &Cluster) -> Result<String> {
 
 fn start(cluster: &Cluster) -> Result<()> {
     let [near, far] = cluster.nodes.as_slice() else { bail!("there are two nodes") };
-    let (near, far) = (near.place, far.place);
+    let (near, far) = (near.plan, far.plan);
     cluster.apply(&[pods::namespace(YARD)])?;
     cluster.eventually("the service account", |cluster| {
         cluster.kubectl(&["-n", YARD, "get", "serviceaccount", "default"]).map(drop)

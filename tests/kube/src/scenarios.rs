@@ -1,40 +1,37 @@
-//! What a user is promised, each tried on the cluster. They run in this order, and later ones build on earlier ones.
+//! The scenarios, each a promise to users that is tried on the cluster. They run in this order, and later ones build on
+//! earlier ones.
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::{Value, json};
-use tacit_topology::{Traffic, run};
+use serde_json::json;
+use tacit_topology::run;
 use xtask_support::workspace::Workspace;
 
 use super::{
-    authority,
+    address_reuse, authority,
+    checks::{AUTHORITY, ENROLLED, both_are, encrypted, in_clear, is_enrolled, is_strict, rolled_out},
     cluster::Cluster,
-    handover,
+    enrol_latency, enrol_under_load, handover,
     install::{self, status, tacit},
     leftovers,
     pods::{self, MARKER, OUTSIDE, SHOP, get_web},
-    policies, reuse, rotation, running, swift, wire,
+    policies, rotation, wire,
 };
 use crate::deploy::{self, NAMESPACE};
-
-/// The label that enrols.
-pub(super) const ENROLLED: &str = "tacit.io/enrol=true";
-/// The authority's pods.
-pub(super) const AUTHORITY: &str = "app.kubernetes.io/name=tacit-authority";
 
 /// The ranges of both nodes' pods, joined.
 const ALL_NODES_PODS: &str = "10.244.0.0/23";
 
 /// One test.
-pub(super) struct Promise {
+pub(super) struct Scenario {
     pub(super) name: &'static str,
     pub(super) what: &'static str,
     /// Do later ones need it?
-    pub(super) is_ground: bool,
-    pub(super) hold: Hold,
+    pub(super) is_required: bool,
+    pub(super) test: Test,
 }
 
 /// How it is tried.
-pub(super) enum Hold {
+pub(super) enum Test {
     /// It holds or not.
     Plain(Try<()>),
     /// And there are numbers, for the table.
@@ -43,77 +40,93 @@ pub(super) enum Hold {
 
 type Try<T> = fn(&Workspace, &Cluster) -> Result<T>;
 
-impl Hold {
+impl Test {
     /// Tries it; returns what was measured.
     pub(super) fn on(&self, workspace: &Workspace, cluster: &Cluster) -> Result<String> {
         match self {
-            Self::Plain(hold) => hold(workspace, cluster).map(|()| String::new()),
-            Self::Measured(hold) => hold(workspace, cluster),
+            Self::Plain(run) => run(workspace, cluster).map(|()| String::new()),
+            Self::Measured(run) => run(workspace, cluster),
         }
     }
 }
 
-const fn ground(name: &'static str, what: &'static str, hold: Try<()>) -> Promise {
-    Promise { name, what, is_ground: true, hold: Hold::Plain(hold) }
+const fn required(name: &'static str, what: &'static str, run: Try<()>) -> Scenario {
+    Scenario { name, what, is_required: true, test: Test::Plain(run) }
 }
 
-const fn leaf(name: &'static str, what: &'static str, hold: Try<()>) -> Promise {
-    Promise { name, what, is_ground: false, hold: Hold::Plain(hold) }
+const fn independent(name: &'static str, what: &'static str, run: Try<()>) -> Scenario {
+    Scenario { name, what, is_required: false, test: Test::Plain(run) }
 }
 
-const fn measured(name: &'static str, what: &'static str, hold: Try<String>) -> Promise {
-    Promise { name, what, is_ground: false, hold: Hold::Measured(hold) }
+const fn measured(name: &'static str, what: &'static str, run: Try<String>) -> Scenario {
+    Scenario { name, what, is_required: false, test: Test::Measured(run) }
 }
 
 /// All of them.
-pub(super) const ALL: &[Promise] = &[
-    ground("control", "without Tacit the marker is read on the wire", control),
-    leaf("kustomize", "kubectl's own kustomize renders what is installed here", install::kustomized),
-    ground("install", "from nothing to ready agents on both nodes", install_all),
-    leaf("doctor", "the agent's container has all that it needs", doctor),
-    ground("enrol", "running pods are enrolled: the marker is on the wire no more", enrol),
-    leaf("ranges", "the nodes' pod ranges and the service's address are found, none is configured", ranges),
+pub(super) const ALL: &[Scenario] = &[
+    required("control", "without Tacit the marker is read on the wire", control),
+    independent("kustomize", "kubectl's own kustomize renders what is installed here", install::kustomized),
+    required("install", "from nothing to ready agents on both nodes", install_all),
+    independent("doctor", "the agent's container has all that it needs", doctor),
+    required("enrol", "running pods are enrolled: the marker is on the wire no more", enrol),
+    independent(
+        "ranges",
+        "the nodes' pod ranges and the service's address are found, none is configured",
+        ranges,
+    ),
     measured(
         "enrol-under-load",
         "what is in clear into the mesh is reset, nothing else; the rest is tunnelled",
-        running::enrolled,
+        enrol_under_load::enrolled,
     ),
-    leaf("service", "a ClusterIP leads through the tunnel to a pod on the other node", service),
-    leaf("permissive", "plaintext of a pod outside is taken", permissive),
-    ground("strict", "plaintext of a pod outside is refused, probes and enrolled pods are not", strict),
-    leaf("policy", "a connection that a policy denies fails, until the policy is deleted", policies::denied),
-    leaf("policy-unreadable", "it denies what it selects, and an Event says why", policies::unreadable),
-    leaf("policy-undefined", "policies that go with their definition hold on", policies::undefined),
-    leaf("job", "a Job that talks to the mesh completes, and never in clear", job),
-    leaf(
+    independent("service", "a ClusterIP leads through the tunnel to a pod on the other node", service),
+    independent("permissive", "plaintext of a pod outside is taken", permissive),
+    required("strict", "plaintext of a pod outside is refused, probes and enrolled pods are not", strict),
+    independent(
+        "policy",
+        "a connection that a policy denies fails, until the policy is deleted",
+        policies::denied,
+    ),
+    independent(
+        "policy-unreadable",
+        "it denies what it selects, and an Event says why",
+        policies::unreadable,
+    ),
+    independent("policy-undefined", "policies that go with their definition hold on", policies::undefined),
+    independent("job", "a Job that talks to the mesh completes, and never in clear", job),
+    independent(
         "identity-elsewhere",
         "an agent is issued identities of its node's pods, no others",
         authority::elsewhere,
     ),
-    leaf("restarted", "pods made anew under STRICT are ready, enrolled, never in clear", restarted),
+    independent("restarted", "pods made anew under STRICT are ready, enrolled, never in clear", restarted),
     measured(
         "address-reused",
         "a pod with another's old address has its own identity and policies",
-        reuse::reused,
+        address_reuse::reused,
     ),
-    leaf("agent-killed", "its pods send nothing in clear, and talk again later", agent_killed),
-    leaf("agent-rolled", "a DaemonSet update under load: nothing in clear", agent_rolled),
+    independent("agent-killed", "its pods send nothing in clear, and talk again later", agent_killed),
+    independent("agent-rolled", "a DaemonSet update under load: nothing in clear", agent_rolled),
     measured(
         "agent-handed-over",
         "an agent that stands by takes over: no connection fails, nothing in clear",
         handover::taken_over,
     ),
-    leaf("authority-down", "pods talk on with the certificates that they have", authority_down),
+    independent("authority-down", "pods talk on with the certificates that they have", authority_down),
     measured("root-rotated", "no connection fails; certificates lead to the new root", rotation::rotated),
-    measured("enrolled-in-time", "a pod is enrolled soon after its sandbox is there", swift::enrolled),
-    leaf("un-enrolled", "without the label pods talk in clear again", un_enrolled),
-    leaf("uninstall", "no program, pin, link, filter or rule is left", uninstall),
+    measured(
+        "enrolled-in-time",
+        "a pod is enrolled soon after its sandbox is there",
+        enrol_latency::enrolled,
+    ),
+    independent("un-enrolled", "without the label pods talk in clear again", un_enrolled),
+    independent("uninstall", "no program, pin, link, filter or rule is left", uninstall),
 ];
 
-/// Those whose name contains one of `only`, or all when there is none; and the ground that they stand on.
-pub(super) fn chosen(only: &[String]) -> impl Iterator<Item = &'static Promise> {
+/// Those whose name contains one of `only`, or all when there is none; and the required ones.
+pub(super) fn chosen(only: &[String]) -> impl Iterator<Item = &'static Scenario> {
     let is_wanted = |name: &str| only.is_empty() || only.iter().any(|part| name.contains(part));
-    ALL.iter().filter(move |promise| promise.is_ground || is_wanted(promise.name))
+    ALL.iter().filter(move |scenario| scenario.is_required || is_wanted(scenario.name))
 }
 
 fn control(_: &Workspace, cluster: &Cluster) -> Result<()> {
@@ -137,67 +150,14 @@ fn install_all(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
         .try_for_each(|what| rolled_out(cluster, what))
 }
 
-pub(super) fn rolled_out(cluster: &Cluster, what: &str) -> Result<()> {
-    cluster.kubectl(&["-n", NAMESPACE, "rollout", "status", what, "--timeout=120s"]).map(drop)
-}
-
 fn doctor(_: &Workspace, cluster: &Cluster) -> Result<()> {
-    cluster.nodes.iter().try_for_each(|node| tacit(cluster, node.place.name, &["doctor"]).map(drop))
+    cluster.nodes.iter().try_for_each(|node| tacit(cluster, node.plan.name, &["doctor"]).map(drop))
 }
 
 fn enrol(_: &Workspace, cluster: &Cluster) -> Result<()> {
     cluster.kubectl(&["label", "namespace", SHOP, ENROLLED])?;
     both_are(cluster, "enrolled", is_enrolled)?;
     encrypted(&wire::during(cluster, || get_web(cluster, SHOP, "client"))?)
-}
-
-/// Waits until the agents say so of the client and of the server.
-pub(super) fn both_are(cluster: &Cluster, what: &str, is_so: fn(&Value) -> bool) -> Result<()> {
-    [("node1", "client"), ("node2", "web")]
-        .iter()
-        .try_for_each(|(node, pod)| is(cluster, node, pod, what, is_so))
-}
-
-/// Waits until a node's agent says so of a pod.
-pub(super) fn is(
-    cluster: &Cluster,
-    node: &str,
-    pod: &str,
-    what: &str,
-    is_so: fn(&Value) -> bool,
-) -> Result<()> {
-    cluster.eventually(&format!("{pod} is {what}"), |cluster| {
-        let found = pod_in(&status(cluster, node)?, pod)?;
-        ensure!(is_so(&found), "{found}");
-        Ok(())
-    })
-}
-
-pub(super) fn is_enrolled(pod: &Value) -> bool {
-    pod["state"] == "enrolled"
-}
-
-/// Both a request and its answer can be read: so a client that leaks is seen even when no server answers it.
-fn in_clear(traffic: &Traffic) -> Result<()> {
-    let seen = traffic.occurrences(MARKER.as_bytes());
-    ensure!(
-        seen >= 2,
-        "the marker is in the request and in the answer, and was read on the wire {seen} times"
-    );
-    Ok(())
-}
-
-pub(super) fn encrypted(traffic: &Traffic) -> Result<()> {
-    let seen = traffic.occurrences(MARKER.as_bytes());
-    ensure!(seen == 0, "the marker was read on the wire {seen} times");
-    ensure!(traffic.tunnel_bytes > 0 && traffic.tunnel_is_tls(), "nothing went through the tunnel");
-    Ok(())
-}
-
-/// What an agent says of a pod.
-pub(super) fn pod_in(status: &Value, name: &str) -> Result<Value> {
-    let pods = status["pods"].as_array().context("a status without pods")?;
-    pods.iter().find(|pod| pod["name"] == name).cloned().with_context(|| format!("the agent knows no {name}"))
 }
 
 fn permissive(_: &Workspace, cluster: &Cluster) -> Result<()> {
@@ -215,10 +175,6 @@ fn strict(_: &Workspace, cluster: &Cluster) -> Result<()> {
     cluster
         .kubectl(&["-n", SHOP, "wait", "--for=condition=Ready=false", "pod/web", "--timeout=5s"])
         .map_or(Ok(()), |_| bail!("the kubelet's probes are refused"))
-}
-
-pub(super) fn is_strict(pod: &Value) -> bool {
-    pod["mode"].as_str().is_some_and(|mode| mode.eq_ignore_ascii_case("strict"))
 }
 
 fn ranges(_: &Workspace, cluster: &Cluster) -> Result<()> {
