@@ -41,7 +41,7 @@ pub(crate) enum Driver {
     /// A step in a cgroup below the pod's.
     NestedCgroup(&'static str),
     /// A step whose process is moved to another cgroup before it begins.
-    Moved(&'static str, Place),
+    Moved(&'static str, MovedTo),
     /// A step in a network namespace made inside the pod.
     NestedNetns,
     /// A socket made outside the pod's cgroup, in its namespace, passed in.
@@ -54,7 +54,7 @@ pub(crate) enum Driver {
 
 /// Where a process is moved.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Place {
+pub(crate) enum MovedTo {
     /// Out of the pods' cgroup.
     Outside,
     /// Into another pod.
@@ -149,10 +149,10 @@ pub(crate) static ATTACKS: &[Attack] = &[
         ..identity("nested-cgroup", ALL, Driver::NestedCgroup("tcp"), Stopped::AtSocket)
     },
     identity("nested-cgroup-udp", ALL, Driver::NestedCgroup("udp"), Stopped::AtSocket),
-    identity("left-cgroup-tcp", ALL, Driver::Moved("tcp", Place::Outside), Stopped::OnLink),
-    identity("left-cgroup-udp", ALL, Driver::Moved("udp", Place::Outside), Stopped::OnLink),
-    identity("other-pods-cgroup", ALL, Driver::Moved("tcp", Place::OtherPod), Stopped::AtSocket),
-    identity("other-pods-cgroup-udp", ALL, Driver::Moved("udp", Place::OtherPod), Stopped::AtSocket),
+    identity("left-cgroup-tcp", ALL, Driver::Moved("tcp", MovedTo::Outside), Stopped::OnLink),
+    identity("left-cgroup-udp", ALL, Driver::Moved("udp", MovedTo::Outside), Stopped::OnLink),
+    identity("other-pods-cgroup", ALL, Driver::Moved("tcp", MovedTo::OtherPod), Stopped::AtSocket),
+    identity("other-pods-cgroup-udp", ALL, Driver::Moved("udp", MovedTo::OtherPod), Stopped::AtSocket),
     identity("nested-netns", ONLY_V4, Driver::NestedNetns, Stopped::AtSocket),
     identity("passed-fd-connected", ALL, Driver::PassedFd(PassedFd::Connected), Stopped::OnLink),
     identity("passed-fd-datagram", ALL, Driver::PassedFd(PassedFd::Datagram), Stopped::OnLink),

@@ -21,7 +21,7 @@ use tacit_topology::{Pod, Process, run};
 
 use crate::{
     Family,
-    catalogue::{Attack, Driver, PassedFd, Place},
+    catalogue::{Attack, Driver, MovedTo, PassedFd},
     judge::Outcome,
     lifecycle,
     world::{PORT, World, address, foreign},
@@ -62,7 +62,7 @@ pub(crate) fn drive(world: &mut World, attack: &Attack, family: Family, marker: 
             let nested = pod.container("c")?.container("deep")?;
             simple(world, &nested, step, target, marker, &[])
         }
-        Driver::Moved(step, place) => moved(world, step, place, target, marker),
+        Driver::Moved(step, to) => moved(world, step, to, target, marker),
         Driver::NestedNetns => nested_netns(world, target, marker),
         Driver::PassedFd(what) => passed_fd(world, what, target, marker),
         Driver::Simultaneous => simultaneous(world, family, marker),
@@ -161,13 +161,13 @@ impl Step {
     }
 }
 
-fn moved(world: &World, step: &str, place: Place, target: SocketAddr, marker: &str) -> Result<Outcome> {
+fn moved(world: &World, step: &str, to: MovedTo, target: SocketAddr, marker: &str) -> Result<Outcome> {
     let mut step = Step::start(command(world, &world.attacker, "after-go", target, marker, &[step]))?;
     step.wait_ready()?;
-    let cgroup = match place {
+    let cgroup = match to {
         // The stranger's is out of any agent's sight.
-        Place::Outside => world.stranger.cgroup(),
-        Place::OtherPod => world.other.cgroup(),
+        MovedTo::Outside => world.stranger.cgroup(),
+        MovedTo::OtherPod => world.other.cgroup(),
     };
     move_to(cgroup, step.id())?;
     step.go();

@@ -52,7 +52,7 @@ pub(crate) struct Programs {
 
 /// Nodes, pods, recorders, servers, agents.
 pub(crate) struct World {
-    // Dropped in this order: processes first, the ground they stand on last.
+    // Dropped in this order: processes first, the topology that they run in last.
     pub(crate) agents: Vec<Agent>,
     servers: Vec<Process>,
     #[expect(dead_code, reason = "held for what dropping it does")]
