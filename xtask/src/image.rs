@@ -1,7 +1,7 @@
 //! `cargo xtask image`: the container image, made without a daemon and without root.
 //!
-//! The image holds the release binary and the shared libraries that its loader names, and nothing else: no shell, no
-//! package manager, no certificates (Tacit trusts the mesh's own root only). The archive is an OCI layout and a
+//! The image holds the release binaries of the agent and of its attack suite (`tacit doctor --attack`) and the shared
+//! libraries that their loader names, and nothing else: no shell, no package manager, no certificates (Tacit trusts the mesh's own root only). The archive is an OCI layout and a
 //! docker archive in one file, so that `ctr images import`, `docker load`, `podman load` and `skopeo copy oci-archive:`
 //! all take it.
 //!
@@ -22,8 +22,10 @@ use crate::{ebpf, progress::Progress, setup, workspace::Workspace};
 use archive::Entry;
 use layout::Description;
 
-/// Where the program stands in the image.
+/// Path of the agent in the image.
 const PROGRAM: &str = "usr/bin/tacit";
+/// Path of the attack suite in the image: beside the agent, which starts it.
+const ATTACK: &str = "usr/bin/tacit-attack";
 /// What the manifests in `deploy/` ask for.
 pub(crate) const NAME: &str = "localhost/tacit";
 
@@ -56,9 +58,9 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     let mut progress = Progress::new(4);
     progress.step("what is needed", || setup::ensure_ebpf(workspace).map(drop))?;
     progress.step("kernel side", || ebpf::build(workspace).map(drop))?;
-    progress.step("agent (release)", || workspace.build_agent())?;
+    progress.step("agent and attack suite (release)", || workspace.build_agent_and_attack())?;
     if let Some(root) = &options.root {
-        return progress.step("files", || write_files(&contents(&workspace.agent())?, root));
+        return progress.step("files", || write_files(&contents(&programs(workspace))?, root));
     }
     let image =
         progress.step("image", || make(workspace, options.name.as_deref(), options.output.as_deref()))?;
@@ -66,11 +68,11 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Makes the archive of the release binary, which must be there.
+/// Makes the archive of the release binaries, which must be there.
 pub(crate) fn make(workspace: &Workspace, name: Option<&str>, output: Option<&Path>) -> Result<Image> {
     let name = name.map_or_else(default_name, str::to_owned);
     let archive = output.map_or_else(|| workspace.target().join("image/tacit.tar"), Path::to_owned);
-    let entries = contents(&workspace.agent())?;
+    let entries = contents(&programs(workspace))?;
     let description = Description { name: &name, entrypoint: &[PROGRAM], version: version() };
     let digest = write(&archive, &description, &entries)?;
     Ok(Image { archive, name, digest })
@@ -101,15 +103,25 @@ fn version() -> &'static str {
     env!("CARGO_PKG_VERSION")
 }
 
-/// Everything in the image: the program, and each library at the place where the loader looks for it.
-fn contents(program: &Path) -> Result<Vec<Entry>> {
-    let mut entries = vec![Entry::program(PROGRAM, program)?];
-    for library in libraries::of(program)? {
-        let place = library.strip_prefix("/").context("a library without an absolute path")?;
-        let place = place.to_str().context("a library whose path is no text")?;
-        entries.push(Entry::program(place, &library)?);
+/// The release binaries, by their paths in the image.
+fn programs(workspace: &Workspace) -> [(&'static str, PathBuf); 2] {
+    [(PROGRAM, workspace.agent()), (ATTACK, workspace.attack())]
+}
+
+/// Everything in the image: the programs, and each library at the place where the loader looks for it.
+fn contents(programs: &[(&str, PathBuf)]) -> Result<Vec<Entry>> {
+    let mut entries = Vec::new();
+    for (place, program) in programs {
+        entries.push(Entry::program(place, program)?);
+        for library in libraries::of(program)? {
+            let place = library.strip_prefix("/").context("a library without an absolute path")?;
+            let place = place.to_str().context("a library whose path is no text")?;
+            entries.push(Entry::program(place, &library)?);
+        }
     }
     entries.sort_by(|a, b| a.path.cmp(&b.path));
+    // Both programs need the C library.
+    entries.dedup_by(|a, b| a.path == b.path);
     Ok(entries)
 }
 

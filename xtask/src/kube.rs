@@ -106,7 +106,7 @@ fn prepare(workspace: &Workspace) -> Result<()> {
     progress.step("what is needed", || setup::ensure_kube(workspace))?;
     progress.step("Kubernetes", || packages::ensure(workspace).map(drop))?;
     progress.step("kernel side", || ebpf::build(workspace).map(drop))?;
-    progress.step("agent (release)", || workspace.build_agent())
+    progress.step("agent and attack suite (release)", || workspace.build_agent_and_attack())
 }
 
 fn as_root_again(workspace: &Workspace, options: &Options) -> Result<()> {

@@ -85,7 +85,7 @@ fn attack(workspace: &Workspace, json: bool) -> ExitCode {
     let run = || -> Result<()> {
         setup::ensure_all(workspace)?;
         ebpf::build(workspace)?;
-        workspace.build_agent()?;
+        workspace.build_agent_and_attack()?;
         let agent = workspace.agent();
         let mut arguments = vec![OsStr::new("doctor"), OsStr::new("--attack")];
         if json {
@@ -130,7 +130,7 @@ impl Session<'_> {
             self.check("lints", || lint::host(workspace));
             self.check("lints of the kernel side", || ebpf::clippy(workspace));
         }
-        self.check("agent (release)", || workspace.build_agent())?;
+        self.check("agent and attack suite (release)", || workspace.build_agent_and_attack())?;
         self.unit_tests();
         self.agent_tests(&privileged);
         self.privileged_tests(&programs, &privileged);

@@ -65,6 +65,7 @@ pub(crate) struct Options {
 /// What goes into a guest.
 struct Payload {
     agent: PathBuf,
+    attack: PathBuf,
     peer: PathBuf,
     suites: Vec<(String, PathBuf)>,
 }
@@ -144,9 +145,9 @@ fn prepare(workspace: &Workspace, chosen: &[&Kernel]) -> Result<(Payload, Vec<Un
     let mut progress = Progress::new(4);
     progress.step("what virtual machines need", || setup::ensure_vm(workspace))?;
     let unpacked = progress.step("kernels", || kernels::ensure(workspace, chosen))?;
-    progress.step("agent (release)", || {
+    progress.step("agent and attack suite (release)", || {
         ebpf::build(workspace)?;
-        workspace.build_agent()
+        workspace.build_agent_and_attack()
     })?;
     let payload = progress.step("tests (release)", || payload(workspace))?;
     Ok((payload, unpacked))
@@ -160,7 +161,8 @@ fn payload(workspace: &Workspace) -> Result<Payload> {
     let messages = command::stdout(cargo.arg("--message-format=json")).context("cargo test --no-run")?;
     let suites: Vec<(String, PathBuf)> = messages.lines().filter_map(suite).collect();
     ensure!(!suites.is_empty(), "cargo built no test program");
-    Ok(Payload { agent: workspace.agent(), peer: workspace.target().join("release/tacit-peer"), suites })
+    let peer = workspace.target().join("release/tacit-peer");
+    Ok(Payload { agent: workspace.agent(), attack: workspace.attack(), peer, suites })
 }
 
 /// Name and program of an integration test, from one of cargo's messages.
@@ -264,6 +266,7 @@ fn image(
     match kernel.expected {
         Expected::Refused => root.text("payload/run", &REFUSAL.replace("@LABEL@", kernel.label))?,
         Expected::Supported => {
+            root.stripped(&payload.attack, "t/tacit-attack")?;
             root.stripped(&payload.peer, "t/tacit-peer")?;
             for (name, program) in &payload.suites {
                 root.stripped(program, &format!("t/deps/{name}"))?;
@@ -349,7 +352,8 @@ mod tests {
 
     #[test]
     fn a_filter_cannot_become_a_command() {
-        let payload = Payload { agent: PathBuf::new(), peer: PathBuf::new(), suites: vec![] };
+        let none = PathBuf::new;
+        let payload = Payload { agent: none(), attack: none(), peer: none(), suites: vec![] };
         assert!(script("6.1", &payload, Some("x; poweroff")).is_err());
         assert!(script("6.1", &payload, Some("with_tacit::ipv4")).is_ok());
     }

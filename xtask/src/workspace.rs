@@ -56,6 +56,11 @@ impl Workspace {
         self.target.join("release/tacit")
     }
 
+    /// The attack suite's release binary: beside the agent's, where the agent looks for it.
+    pub(crate) fn attack(&self) -> PathBuf {
+        self.target.join("release/tacit-attack")
+    }
+
     /// The load generator's release binary.
     pub(crate) fn load_generator(&self) -> PathBuf {
         self.target.join("release/tacit-load")
@@ -70,9 +75,18 @@ impl Workspace {
 
     /// Builds the agent in release mode; the kernel side must be there.
     pub(crate) fn build_agent(&self) -> Result<()> {
+        self.build_release(&["tacit"])
+    }
+
+    /// Builds the agent and the attack suite in release mode; the kernel side must be there.
+    pub(crate) fn build_agent_and_attack(&self) -> Result<()> {
+        self.build_release(&["tacit", "tacit-attack"])
+    }
+
+    fn build_release(&self, packages: &[&str]) -> Result<()> {
         let mut cargo = self.cargo("build");
-        cargo.args(["--release", "--package", "tacit", "--target-dir"]).arg(&self.target);
-        command::run(&mut cargo)
+        cargo.arg("--release").args(packages.iter().flat_map(|package| ["--package", package]));
+        command::run(cargo.arg("--target-dir").arg(&self.target))
     }
 
     /// Builds the load generator in release mode.

@@ -101,8 +101,8 @@ pub(crate) fn command(
     marker: &str,
     extra: &[&str],
 ) -> Command {
-    let mut command = pod.command(&world.program);
-    command.args(["attack-step", step, &target.to_string(), marker]).args(extra);
+    let mut command = pod.command(&world.programs.own);
+    command.args(["step", step, &target.to_string(), marker]).args(extra);
     command
 }
 
@@ -191,8 +191,8 @@ fn nested_netns(world: &World, target: SocketAddr, marker: &str) -> Result<Outco
         nsenter -t $inner -n "$@"; status=$?
         kill $inner; exit $status"#;
     let mut shell = world.attacker.command("sh");
-    shell.args(["-c", SCRIPT, "sh"]).arg(&world.program);
-    shell.args(["attack-step", "udp", &target.to_string(), marker]);
+    shell.args(["-c", SCRIPT, "sh"]).arg(&world.programs.own);
+    shell.args(["step", "udp", &target.to_string(), marker]);
     Step::start(shell)?.end()
 }
 

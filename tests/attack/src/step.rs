@@ -1,4 +1,4 @@
-//! What runs inside a pod: one attack step in a process of its own, started as `tacit attack-step NAME TARGET MARKER ..`.
+//! What runs inside a pod: one attack step in a process of its own, started as `tacit-attack step NAME TARGET MARKER ..`.
 //!
 //! A step prints one line: `sent`, `refused: ..` (what the system told it), or `absent: ..` (this kernel lacks it). It
 //! ends with an error only when it was started wrongly.
@@ -42,7 +42,7 @@ impl Given {
 ///
 /// # Errors
 /// When there is no such step, or its arguments are wrong.
-pub fn run(arguments: &[String]) -> Result<()> {
+pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let [name, target, marker, extra @ ..] = arguments else { bail!("NAME TARGET MARKER [..]") };
     if name == "serve" {
         return serve::run(target);

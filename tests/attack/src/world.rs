@@ -41,6 +41,15 @@ const FASTOPEN: &str = "1543";
 const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
                       metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
 
+/// What is started.
+#[derive(Debug, Clone)]
+pub(crate) struct Programs {
+    /// `tacit`.
+    pub(crate) agent: PathBuf,
+    /// This one, for the steps.
+    pub(crate) own: PathBuf,
+}
+
 /// Nodes, pods, recorders, servers, agents.
 pub(crate) struct World {
     // Dropped in this order: processes first, the ground they stand on last.
@@ -50,7 +59,7 @@ pub(crate) struct World {
     holds: Vec<Process>,
     recorders: Vec<Recorder>,
     got: Arc<Mutex<HashSet<String>>>,
-    pub(crate) program: PathBuf,
+    pub(crate) programs: Programs,
     pub(crate) attacker: Pod,
     pub(crate) other: Pod,
     pub(crate) victim: Pod,
@@ -60,19 +69,19 @@ pub(crate) struct World {
 
 impl World {
     /// The control: no agent ever ran here.
-    pub(crate) fn without_tacit(program: &Path) -> Result<Self> {
+    pub(crate) fn without_tacit(programs: &Programs) -> Result<Self> {
         // The agents' ports are open too: what an attack on them carries must be seen to leave.
-        Self::build("atkctl", program, &format!("{PORT},15001,15006,15008"))
+        Self::build("atkctl", programs, &format!("{PORT},15001,15006,15008"))
     }
 
     /// An agent on each node, all STRICT.
-    pub(crate) fn with_tacit(program: &Path) -> Result<Self> {
-        let mut world = Self::build("atk", program, &PORT.to_string())?;
+    pub(crate) fn with_tacit(programs: &Programs) -> Result<Self> {
+        let mut world = Self::build("atk", programs, &PORT.to_string())?;
         let extra = format!("heartbeatTimeout: {}s\n", HEARTBEAT.as_secs());
         let workloads = world.directory();
         for node in world.topology.nodes() {
             let files = MeshFiles::write(&world.topology, node, &workloads, STRICT, &extra)?;
-            let mut agent = Agent::start(node, program, &files)?;
+            let mut agent = Agent::start(node, &programs.agent, &files)?;
             // One after the other: the first makes the root that they share.
             agent.wait_ready()?;
             wait_enrolled(&agent)?;
@@ -81,7 +90,7 @@ impl World {
         Ok(world)
     }
 
-    fn build(tag: &str, program: &Path, ports: &str) -> Result<Self> {
+    fn build(tag: &str, programs: &Programs, ports: &str) -> Result<Self> {
         let topology = Topology::new(tag)?;
         let (a, b) = (topology.node("a")?, topology.node("b")?);
         let (attacker, other) = (a.pod("attack", "attacker")?, a.pod("attack", "other")?);
@@ -100,7 +109,7 @@ impl World {
             holds,
             recorders,
             got: Arc::default(),
-            program: program.to_owned(),
+            programs: programs.clone(),
             attacker,
             other,
             victim,
@@ -113,8 +122,8 @@ impl World {
     }
 
     fn serve(&mut self, pod: &Pod, ports: &str) -> Result<()> {
-        let mut command = pod.command(&self.program);
-        command.args(["attack-step", "serve", ports, "-"]);
+        let mut command = pod.command(&self.programs.own);
+        command.args(["step", "serve", ports, "-"]);
         let mut server = Process::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()))?;
         let mut lines = BufReader::new(server.take_stdout().context("stdout")?).lines();
         match lines.next() {
