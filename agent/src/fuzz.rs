@@ -2,7 +2,7 @@
 //! panics when a promise is broken.
 //!
 //! Promises: what is decoded and encoded again is the same; a parser says the same twice; every mistake names its line.
-//! Not for other callers.
+//! Not for other callers: the module is there in tests and with cargo-fuzz (`cfg(fuzzing)`), not in the agent.
 
 use std::path::Path;
 
@@ -38,7 +38,6 @@ pub fn frames(mut input: &[u8]) {
 /// Records after the handshake, and what is in them: for each, a byte for its type, one for its length, and its content. They
 /// are sealed as a peer would that keeps no rule, received in pieces, and opened as far as they go. What the sender
 /// sealed as data is what comes out.
-#[cfg(any(test, fuzzing))]
 pub fn records(input: &[u8]) {
     use crate::tunnel::{
         batch::FRAMES_MAX,

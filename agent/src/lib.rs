@@ -34,7 +34,7 @@
 //! | `relay` | moves the bytes of a flow |
 //! | `workers` | the threads that carry flows |
 //! | `drain` | ending in good order |
-//! | `fuzz` | what the fuzz targets call |
+//! | `fuzz` | what the fuzz targets call, built for them and for tests alone |
 //! | `telemetry` | metrics, access log, status, admin doors |
 //!
 //! Rules of dependency, checked by `cargo xtask tidy`: only `kernel` uses aya, libc and `unsafe`; only `tunnel` (tls,
@@ -56,6 +56,7 @@ pub mod directory;
 pub mod drain;
 pub mod enrol;
 pub mod files;
+#[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;
 pub mod identity;
