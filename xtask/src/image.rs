@@ -18,7 +18,12 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::{ebpf, progress::Progress, setup, workspace::Workspace};
+use crate::{
+    ebpf,
+    progress::Progress,
+    setup,
+    workspace::{Profile, Workspace},
+};
 use archive::Entry;
 use layout::Description;
 
@@ -58,7 +63,9 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     let mut progress = Progress::new(4);
     progress.step("what is needed", || setup::ensure_ebpf(workspace).map(drop))?;
     progress.step("kernel side", || ebpf::build(workspace).map(drop))?;
-    progress.step("agent and attack suite (release)", || workspace.build_agent_and_attack())?;
+    progress.step("agent and attack suite (release)", || {
+        workspace.build(Profile::Release, &["tacit", "tacit-attack"])
+    })?;
     if let Some(root) = &options.root {
         return progress.step("files", || write_files(&contents(&programs(workspace))?, root));
     }
@@ -105,7 +112,7 @@ fn version() -> &'static str {
 
 /// The release binaries, by their paths in the image.
 fn programs(workspace: &Workspace) -> [(&'static str, PathBuf); 2] {
-    [(PROGRAM, workspace.agent()), (ATTACK, workspace.attack())]
+    [(PROGRAM, workspace.agent(Profile::Release)), (ATTACK, workspace.attack(Profile::Release))]
 }
 
 /// Everything in the image: the programs, and each library at the place where the loader looks for it.

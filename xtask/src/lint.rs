@@ -2,7 +2,11 @@
 
 use anyhow::{Context as _, Result};
 
-use crate::{command, ebpf, fuzz, setup::toolchain::require_component, workspace::Workspace};
+use crate::{
+    command, ebpf, fuzz,
+    setup::toolchain::require_component,
+    workspace::{Profile, Workspace},
+};
 
 /// Whether files are rewritten or only looked at.
 #[derive(Clone, Copy)]
@@ -33,7 +37,9 @@ pub(crate) fn host(workspace: &Workspace) -> Result<()> {
     require_component("clippy")?;
     let mut cargo = workspace.cargo("clippy");
     cargo
-        .args(["--workspace", "--exclude", ebpf::PACKAGE, "--all-targets", "--target-dir"])
+        .args(["--workspace", "--exclude", ebpf::PACKAGE, "--all-targets"])
+        // Build scripts and procedural macros are those of the build then.
+        .args(["--profile", Profile::Fast.name(), "--target-dir"])
         .arg(workspace.target());
     command::run(cargo.args(["--", "-Dwarnings"]))?;
     fuzz_lock(workspace)
