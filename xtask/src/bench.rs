@@ -45,8 +45,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
-
-use crate::{
+use xtask_support::{
     command::{self, tacit_environment},
     ebpf,
     privilege::{as_root, is_root},
@@ -54,6 +53,7 @@ use crate::{
     setup,
     workspace::{Profile, Workspace},
 };
+
 use baseline::{Baseline, Judged, Verdict};
 use cases::Case;
 use ground::Programs;

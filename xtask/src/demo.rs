@@ -14,8 +14,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-
-use crate::{
+use xtask_support::{
     command::{self, tacit_environment},
     ebpf,
     privilege::{as_root, is_root},

@@ -17,8 +17,7 @@ use std::{fs, path::Path};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
-
-use crate::workspace::Workspace;
+use xtask_support::workspace::Workspace;
 
 /// The namespace of the base.
 pub(crate) const NAMESPACE: &str = "tacit-system";

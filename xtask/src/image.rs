@@ -17,13 +17,13 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-
-use crate::{
+use xtask_support::{
     ebpf,
     progress::Progress,
     setup,
     workspace::{Profile, Workspace},
 };
+
 use archive::Entry;
 use layout::Description;
 

@@ -26,15 +26,16 @@ mod wire;
 use std::{env, ffi::OsStr};
 
 use anyhow::{Context as _, Result, ensure};
-
-use crate::{
+use xtask_support::{
     command::{self, tacit_environment},
-    ebpf, image,
+    ebpf,
     privilege::{as_root, is_root},
     progress::{Progress, Style, note},
     setup,
     workspace::{Profile, Workspace},
 };
+
+use crate::image;
 use cluster::Cluster;
 use node::Lifetime;
 use verdict::Verdict;

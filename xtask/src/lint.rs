@@ -1,12 +1,13 @@
 //! rustfmt and clippy over the whole workspace, each with the compiler that a crate is built with.
 
 use anyhow::{Context as _, Result};
-
-use crate::{
-    command, ebpf, fuzz,
+use xtask_support::{
+    command, ebpf,
     setup::toolchain::require_component,
     workspace::{Profile, Workspace},
 };
+
+use crate::fuzz;
 
 /// Whether files are rewritten or only looked at.
 #[derive(Clone, Copy)]

@@ -5,30 +5,24 @@
 #![forbid(unsafe_code)]
 
 mod bench;
-mod command;
-mod debian;
 mod demo;
 mod deploy;
-mod ebpf;
 mod fuzz;
 mod image;
 mod kube;
 mod lint;
-mod privilege;
-mod progress;
-mod setup;
 mod test;
 mod tidy;
 mod vm;
-mod workspace;
 
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{CommandFactory as _, Parser, Subcommand};
-
-use crate::{
+use xtask_support::{
+    ebpf,
     progress::{Progress, Style, Tone},
+    setup,
     workspace::{Profile, Workspace},
 };
 

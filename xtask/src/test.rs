@@ -8,7 +8,6 @@
 //!
 //! A check that fails does not stop the tests; a build that fails does, since there is nothing to test then.
 
-pub(crate) mod report;
 mod stream;
 
 use std::{
@@ -18,17 +17,17 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-
-use crate::{
+use xtask_support::{
     command::{succeeds, tacit_environment},
-    ebpf, lint,
+    ebpf,
     privilege::{as_root, is_root},
     progress::{Progress, Style, Tone},
+    report::Report,
     setup::{self, Programs},
-    tidy, vm,
     workspace::{Profile, Workspace},
 };
-use report::Report;
+
+use crate::{lint, tidy, vm};
 
 /// Packages whose tests need namespaces, cgroups and BPF.
 const PRIVILEGED: [&str; 2] = ["tacit-tests", "tacit-topology"];

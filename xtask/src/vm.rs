@@ -19,14 +19,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-
-use crate::{
+use xtask_support::{
     command, ebpf,
     progress::{Progress, Style},
+    report::Report,
     setup,
-    test::report::Report,
     workspace::{Profile, Workspace},
 };
+
 use initramfs::Initramfs;
 use kernels::{Expected, Kernel, MATRIX, Unpacked};
 use machine::Machine;

@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use xtask_support::progress::{Style, Tone, note, seconds};
 
 use super::{
     cases::{Case, Kind},
@@ -17,7 +18,6 @@ use super::{
     rival, table,
     usage::{self, Cpu},
 };
-use crate::progress::{Style, Tone, note, seconds};
 
 /// How often and how long.
 #[derive(Clone, Copy, Debug)]

@@ -2,11 +2,12 @@
 
 use std::{fs, process::Command};
 
+use xtask_support::command::stdout;
+
 use super::{
     measure::{DIRECT, Plan, RIVAL, TACIT},
     result::{Column, Measured, median},
 };
-use crate::command::stdout;
 
 /// The table with everything that is needed to judge it. Markdown.
 pub(super) fn render(measured: &[Measured], plan: Plan) -> String {

@@ -12,8 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-
-use crate::command::stdout;
+use xtask_support::command::stdout;
 
 /// CPU time, in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

@@ -7,9 +7,9 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
+use xtask_support::workspace::Workspace;
 
 use super::{read, template, yaml};
-use crate::workspace::Workspace;
 
 /// The objects, as `helm template --namespace` renders them with `changed` over the chart's values.
 pub(super) fn objects(workspace: &Workspace, namespace: &str, changed: &Value) -> Result<Vec<Value>> {

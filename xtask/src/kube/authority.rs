@@ -4,6 +4,7 @@ use std::{fs, path::PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 use tacit_topology::run;
+use xtask_support::workspace::Workspace;
 
 use super::{
     cluster::Cluster,
@@ -12,7 +13,7 @@ use super::{
     pods::{self, SHOP},
     promises::AUTHORITY,
 };
-use crate::{deploy::NAMESPACE, workspace::Workspace};
+use crate::deploy::NAMESPACE;
 
 const METHOD: &str = "/istio.v1.auth.IstioCertificateService/CreateCertificate";
 /// Pods of service accounts of the same names.

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
+use xtask_support::workspace::Workspace;
 
 use super::{
     cluster::Cluster,
@@ -14,10 +15,7 @@ use super::{
     promises::{both_are, encrypted, is_enrolled},
     wire,
 };
-use crate::{
-    deploy::{NAMESPACE, name_of},
-    workspace::Workspace,
-};
+use crate::deploy::{NAMESPACE, name_of};
 
 const NODE: &str = "node1";
 const SURGE: &str = "tacit-agent-surge";

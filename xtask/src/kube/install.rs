@@ -13,12 +13,10 @@ use std::fs;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use tacit_topology::run;
+use xtask_support::workspace::Workspace;
 
 use super::{cluster::Cluster, node::Node};
-use crate::{
-    deploy::{self, NAMESPACE, name_of},
-    workspace::Workspace,
-};
+use crate::deploy::{self, NAMESPACE, name_of};
 
 /// Address of the authority's Service.
 pub(super) const AUTHORITY: &str = "10.96.0.15";

@@ -10,8 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-
-use crate::{
+use xtask_support::{
     command::run,
     debian::{Apt, Packages},
     progress::note,

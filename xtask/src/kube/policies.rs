@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
+use xtask_support::workspace::Workspace;
 
 use super::{
     cluster::Cluster,
@@ -9,7 +10,6 @@ use super::{
     pods::{OUTSIDE, SHOP, get_web},
     promises::{both_are, is_strict},
 };
-use crate::workspace::Workspace;
 
 /// Namespace shop takes no plaintext.
 pub(super) fn strict() -> Value {

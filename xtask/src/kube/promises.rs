@@ -3,6 +3,7 @@
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 use tacit_topology::{Traffic, run};
+use xtask_support::workspace::Workspace;
 
 use super::{
     authority,
@@ -13,10 +14,7 @@ use super::{
     pods::{self, MARKER, OUTSIDE, SHOP, get_web},
     policies, reuse, rotation, running, swift, wire,
 };
-use crate::{
-    deploy::{self, NAMESPACE},
-    workspace::Workspace,
-};
+use crate::deploy::{self, NAMESPACE};
 
 /// The label that enrols.
 pub(super) const ENROLLED: &str = "tacit.io/enrol=true";

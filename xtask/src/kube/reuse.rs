@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 use tacit_topology::run;
+use xtask_support::workspace::Workspace;
 
 use super::{
     cluster::Cluster,
@@ -13,7 +14,6 @@ use super::{
     pods::{self, PORT, SHOP},
     promises::{self, is_enrolled},
 };
-use crate::workspace::Workspace;
 
 const FIRST: &str = "first";
 const SECOND: &str = "second";

@@ -5,6 +5,7 @@ use std::{fs, time::Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 use tacit_topology::run;
+use xtask_support::workspace::Workspace;
 
 use super::{
     authority::roots,
@@ -15,10 +16,7 @@ use super::{
     promises::{both_are, encrypted, is_enrolled, rolled_out},
     wire,
 };
-use crate::{
-    deploy::{self, NAMESPACE, name_of},
-    workspace::Workspace,
-};
+use crate::deploy::{self, NAMESPACE, name_of};
 
 /// Certificates live so long here: a root is replaced in two and a half such times, and agents renew at half of it.
 const LEAF_SECONDS: i64 = 30;

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
+use xtask_support::workspace::Workspace;
 
 use super::{
     cluster::Cluster,
@@ -21,7 +22,6 @@ use super::{
     promises::{self, ENROLLED, encrypted, is_enrolled},
     wire,
 };
-use crate::workspace::Workspace;
 
 const YARD: &str = "yard";
 const HELD: usize = 4;

@@ -4,12 +4,12 @@ use std::{env, fs, path::Path, path::PathBuf};
 
 use anyhow::{Context as _, Result};
 use tacit_topology::run;
+use xtask_support::progress::note;
 
 use super::{
     cluster::{self, MARK},
     node::PID,
 };
-use crate::progress::note;
 
 /// File in the folder of a cluster that was kept.
 pub(super) const KEPT: &str = "kept";

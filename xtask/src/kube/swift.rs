@@ -9,6 +9,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use tacit_topology::run;
+use xtask_support::workspace::Workspace;
 
 use super::{
     cluster::Cluster,
@@ -18,7 +19,7 @@ use super::{
     pods::{self, SHOP},
     promises::{self, is_enrolled, pod_in},
 };
-use crate::{deploy::NAMESPACE, workspace::Workspace};
+use crate::deploy::NAMESPACE;
 
 /// Of each batch on each node: one of an account that the node has, one of a new one.
 const KINDS: [&str; 2] = ["known", "new"];

@@ -3,8 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-
-use crate::progress::{Style, Tone, seconds};
+use xtask_support::progress::{Style, Tone, seconds};
 
 /// Results in the order in which they came.
 #[derive(Default)]

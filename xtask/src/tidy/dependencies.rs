@@ -218,7 +218,10 @@ mod tests {
     #[test]
     fn the_two_directions_do_not_import_each_other() {
         assert_eq!(problems("agent/src/outbound.rs", "use crate::inbound::Dial;"), 1);
-        assert_eq!(problems("agent/src/outbound.rs", "use crate::{\n    relay,\n    inbound::Dial,\n};"), 1);
+        assert_eq!(
+            problems("agent/src/outbound.rs", "use crate::{\n    relay, \n    inbound::Dial, \n};"),
+            1
+        );
         assert_eq!(problems("agent/src/inbound.rs", "super::outbound::x();"), 1);
         assert_eq!(problems("agent/src/inbound.rs", "use crate::relay::plain;"), 0);
         assert_eq!(problems("agent/src/enrol.rs", "use crate::{inbound, outbound};"), 0);

@@ -10,9 +10,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use xtask_support::command::{find_program, run, stdout};
 
 use super::kernels::Unpacked;
-use crate::command::{find_program, run, stdout};
 
 /// Modules that nodes, pods and the wire between two machines need where they are not built in.
 const MODULES: [&str; 8] =

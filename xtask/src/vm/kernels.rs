@@ -9,8 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-
-use crate::{
+use xtask_support::{
     command::{run, stdout},
     debian::{Apt, Packages},
     progress::note,

@@ -3,8 +3,7 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-
-use crate::progress::{Style, Tone, seconds};
+use xtask_support::progress::{Style, Tone, seconds};
 
 /// How a kernel, or a pair of them, did.
 #[derive(Debug, Default)]

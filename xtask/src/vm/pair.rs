@@ -5,6 +5,7 @@
 use std::{path::Path, time::Instant};
 
 use anyhow::Result;
+use xtask_support::report::Report;
 
 use super::{
     Payload, Work,
@@ -13,7 +14,6 @@ use super::{
     machine::{Machine, Wire},
     outcome::Outcome,
 };
-use crate::test::report::Report;
 
 const SCRIPT: &str = include_str!("pair.sh");
 

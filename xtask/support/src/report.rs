@@ -30,7 +30,7 @@ enum State {
 
 /// Everything that was run.
 #[derive(Debug, Default)]
-pub(crate) struct Report {
+pub struct Report {
     suites: Vec<Suite>,
     failures: Vec<String>,
     notes: Vec<String>,
@@ -42,12 +42,12 @@ pub(crate) struct Report {
 
 impl Report {
     /// A command begins.
-    pub(crate) fn begin(&mut self) {
+    pub fn begin(&mut self) {
         self.command = self.suites.len();
     }
 
     /// One line of a `cargo test`.
-    pub(crate) fn line(&mut self, raw: &str) {
+    pub fn line(&mut self, raw: &str) {
         let line = without_escapes(raw);
         let line = line.trim();
         if let Some(name) = suite_name(line) {
@@ -65,7 +65,7 @@ impl Report {
 
     /// The command ended. A failed one leaves at least one failure behind: when no suite can be blamed (it did not
     /// even build, for example), the command itself, as `name`.
-    pub(crate) fn end(&mut self, name: &str, succeeded: bool) {
+    pub fn end(&mut self, name: &str, succeeded: bool) {
         if succeeded {
             return;
         }
@@ -76,7 +76,7 @@ impl Report {
     }
 
     /// A step that has no tests of its own failed.
-    pub(super) fn failed_check(&mut self, name: &str) {
+    pub fn failed_check(&mut self, name: &str) {
         self.failures.push(name.to_owned());
         self.suites.push(Suite {
             name: name.to_owned(),
@@ -87,17 +87,17 @@ impl Report {
     }
 
     /// A step took so long.
-    pub(super) fn part(&mut self, name: &str, took: Duration) {
+    pub fn part(&mut self, name: &str, took: Duration) {
         self.parts.push((name.to_owned(), took));
     }
 
     /// Something to know beside the numbers.
-    pub(super) fn note(&mut self, note: String) {
+    pub fn note(&mut self, note: String) {
         self.notes.push(note);
     }
 
     /// An error when anything failed, or when there was nothing that could have.
-    pub(super) fn verdict(&self) -> Result<()> {
+    pub fn verdict(&self) -> Result<()> {
         let (passed, failed, skipped) = self.totals();
         ensure!(failed == 0, "{failed} failed");
         ensure!(passed > 0, "no test ran ({skipped} skipped)");
@@ -105,13 +105,13 @@ impl Report {
     }
 
     /// `N passed, M failed, K skipped`.
-    pub(super) fn summary(&self) -> String {
+    pub fn summary(&self) -> String {
         let (passed, failed, skipped) = self.totals();
         format!("{passed} passed, {failed} failed, {skipped} skipped")
     }
 
     /// A line for each suite that had something to run, then what failed and what to know.
-    pub(crate) fn table(&self, style: Style) -> String {
+    pub fn table(&self, style: Style) -> String {
         let shown: Vec<&Suite> = self.suites.iter().filter(|suite| suite.count() > 0).collect();
         let names = shown.iter().map(|suite| &suite.name).chain(self.parts.iter().map(|(name, _)| name));
         let width = names.map(|name| name.chars().count()).max().unwrap_or(0).max("suite".len());
@@ -147,7 +147,7 @@ impl Report {
     }
 
     /// Adds what another report has.
-    pub(crate) fn append(&mut self, other: Self) {
+    pub fn append(&mut self, other: Self) {
         self.suites.extend(other.suites);
         self.failures.extend(other.failures);
         self.notes.extend(other.notes);
@@ -155,7 +155,7 @@ impl Report {
     }
 
     /// Passed, failed, skipped so far.
-    pub(crate) fn totals(&self) -> (u64, u64, u64) {
+    pub fn totals(&self) -> (u64, u64, u64) {
         let add = |sum: (u64, u64, u64), suite: &Suite| {
             (sum.0 + suite.passed, sum.1 + suite.failed, sum.2 + suite.skipped)
         };

@@ -13,7 +13,7 @@ use anyhow::Result;
 
 /// Colours, or none of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Style {
+pub enum Style {
     /// ANSI escapes.
     Terminal,
     /// For logs and pipes.
@@ -22,22 +22,27 @@ pub(crate) enum Style {
 
 /// What a piece of text means; the style decides how that looks.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Tone {
+pub enum Tone {
+    /// Headings and the steps of a command.
     Strong,
+    /// A success.
     Good,
+    /// A failure.
     Bad,
+    /// Something to look at.
     Warning,
+    /// Details.
     Faint,
 }
 
 impl Style {
     /// For text that goes to standard error.
-    pub(crate) fn of_stderr() -> Self {
+    pub fn of_stderr() -> Self {
         Self::of(stderr().is_terminal())
     }
 
     /// For text that goes to standard output.
-    pub(crate) fn of_stdout() -> Self {
+    pub fn of_stdout() -> Self {
         Self::of(stdout().is_terminal())
     }
 
@@ -47,7 +52,7 @@ impl Style {
     }
 
     /// The text in its tone.
-    pub(crate) fn paint(self, tone: Tone, text: &str) -> String {
+    pub fn paint(self, tone: Tone, text: &str) -> String {
         if self == Self::Plain {
             return text.to_owned();
         }
@@ -63,7 +68,7 @@ impl Style {
 }
 
 /// The steps of one command.
-pub(crate) struct Progress {
+pub struct Progress {
     style: Style,
     current: usize,
     total: usize,
@@ -71,12 +76,12 @@ pub(crate) struct Progress {
 
 impl Progress {
     /// `total`: how many times `step` will be called.
-    pub(crate) fn new(total: usize) -> Self {
+    pub fn new(total: usize) -> Self {
         Self { style: Style::of_stderr(), current: 0, total }
     }
 
     /// Runs one step and says how it ended and how long it took.
-    pub(crate) fn step<T>(&mut self, what: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
+    pub fn step<T>(&mut self, what: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
         self.current += 1;
         let number = format!("[{}/{}]", self.current, self.total);
         eprintln!("{} {}", self.style.paint(Tone::Strong, &number), self.style.paint(Tone::Strong, what));
@@ -94,12 +99,12 @@ impl Progress {
 }
 
 /// One line about something that takes a while or that the reader should know.
-pub(crate) fn note(text: &str) {
+pub fn note(text: &str) {
     eprintln!("{}", Style::of_stderr().paint(Tone::Faint, &format!("  {text}")));
 }
 
 /// A duration as people read it.
-pub(crate) fn seconds(elapsed: Duration) -> String {
+pub fn seconds(elapsed: Duration) -> String {
     if elapsed < Duration::from_secs(60) {
         return format!("{:.1} s", elapsed.as_secs_f64());
     }

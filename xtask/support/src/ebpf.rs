@@ -14,16 +14,15 @@ use anyhow::{Context as _, Result};
 use crate::{
     command,
     progress::note,
-    setup::{self, EbpfTools, toolchain::Toolchain},
+    setup::{
+        self, EbpfTools,
+        toolchain::{TARGET, Toolchain},
+    },
     workspace::Workspace,
 };
 
-/// The BPF target of this machine's byte order.
-pub(crate) const TARGET: &str =
-    if cfg!(target_endian = "big") { "bpfeb-unknown-none" } else { "bpfel-unknown-none" };
-
 /// The crate; it is excluded wherever host code is meant.
-pub(crate) const PACKAGE: &str = "tacit-ebpf";
+pub const PACKAGE: &str = "tacit-ebpf";
 
 /// What a rustup proxy or a developer may have set for host builds and what would break this one.
 const FOREIGN_ENVIRONMENT: [&str; 4] =
@@ -31,7 +30,7 @@ const FOREIGN_ENVIRONMENT: [&str; 4] =
 
 /// Builds the object and returns its path. An object with the same content is left alone, so that cargo does not
 /// rebuild the agent that embeds it.
-pub(crate) fn build(workspace: &Workspace) -> Result<PathBuf> {
+pub fn build(workspace: &Workspace) -> Result<PathBuf> {
     let tools = setup::ensure_ebpf(workspace)?;
     note(&format!("kernel side with {}", tools.toolchain));
     command::run(&mut cargo(workspace, &tools, "build"))?;
@@ -42,7 +41,7 @@ pub(crate) fn build(workspace: &Workspace) -> Result<PathBuf> {
 }
 
 /// Lints the crate with the clippy that belongs to its compiler; warnings are errors.
-pub(crate) fn clippy(workspace: &Workspace) -> Result<()> {
+pub fn clippy(workspace: &Workspace) -> Result<()> {
     let tools = setup::ensure_ebpf(workspace)?;
     let mut cargo = cargo(workspace, &tools, "clippy");
     command::run(cargo.args(["--", "-Dwarnings"]))

@@ -10,7 +10,7 @@ mod apt;
 mod linker;
 mod nginx;
 mod programs;
-pub(crate) mod toolchain;
+pub mod toolchain;
 
 use std::path::PathBuf;
 
@@ -24,21 +24,21 @@ use apt::Apt;
 use toolchain::Toolchain;
 
 /// What `ebpf` builds with.
-pub(crate) struct EbpfTools {
+pub struct EbpfTools {
     /// The compiler that has a `core` for the BPF target.
-    pub(crate) toolchain: Toolchain,
+    pub toolchain: Toolchain,
     /// A bpf-linker that uses the same LLVM major version as the compiler.
-    pub(crate) linker: PathBuf,
+    pub linker: PathBuf,
 }
 
 /// The real programs that tests and the demo run in pods.
-pub(crate) struct Programs {
+pub struct Programs {
     /// nginx: the system's, or the one in the cache.
-    pub(crate) nginx: PathBuf,
+    pub nginx: PathBuf,
 }
 
 /// The command: everything, and a summary of what is used.
-pub(crate) fn run(workspace: &Workspace) -> Result<()> {
+pub fn run(workspace: &Workspace) -> Result<()> {
     let ebpf = ensure_ebpf(workspace)?;
     let programs = ensure_programs(workspace)?;
     let style = Style::of_stderr();
@@ -53,13 +53,13 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
 }
 
 /// Everything, quietly when nothing is missing.
-pub(crate) fn ensure_all(workspace: &Workspace) -> Result<Programs> {
+pub fn ensure_all(workspace: &Workspace) -> Result<Programs> {
     ensure_ebpf(workspace)?;
     ensure_programs(workspace)
 }
 
 /// Compiler and linker of the kernel side.
-pub(crate) fn ensure_ebpf(workspace: &Workspace) -> Result<EbpfTools> {
+pub fn ensure_ebpf(workspace: &Workspace) -> Result<EbpfTools> {
     let toolchain = toolchain::ensure(&mut Apt::new())?;
     let linker = match &toolchain {
         Toolchain::Distribution { llvm, .. } => linker::ensure(workspace, *llvm)?,
@@ -70,7 +70,7 @@ pub(crate) fn ensure_ebpf(workspace: &Workspace) -> Result<EbpfTools> {
 }
 
 /// Everything for virtual machines.
-pub(crate) fn ensure_vm(workspace: &Workspace) -> Result<()> {
+pub fn ensure_vm(workspace: &Workspace) -> Result<()> {
     ensure_ebpf(workspace)?;
     let mut apt = Apt::new();
     programs::ensure(&mut apt)?;
@@ -78,19 +78,19 @@ pub(crate) fn ensure_vm(workspace: &Workspace) -> Result<()> {
 }
 
 /// Everything for a cluster.
-pub(crate) fn ensure_kube(workspace: &Workspace) -> Result<()> {
+pub fn ensure_kube(workspace: &Workspace) -> Result<()> {
     ensure_ebpf(workspace)?;
     programs::ensure_kube(&mut Apt::new())
 }
 
 /// Load generators, beside the programs of the demo.
-pub(crate) fn ensure_bench(workspace: &Workspace) -> Result<Programs> {
+pub fn ensure_bench(workspace: &Workspace) -> Result<Programs> {
     programs::ensure_bench(&mut Apt::new())?;
     ensure_programs(workspace)
 }
 
 /// Programs of the tests and the demo.
-pub(crate) fn ensure_programs(workspace: &Workspace) -> Result<Programs> {
+pub fn ensure_programs(workspace: &Workspace) -> Result<Programs> {
     let mut apt = Apt::new();
     programs::ensure(&mut apt)?;
     Ok(Programs { nginx: nginx::ensure(workspace, &mut apt)? })

@@ -9,19 +9,21 @@ use crate::command::stdout;
 
 /// What is looked for in a suite.
 #[derive(Clone, Copy)]
-pub(crate) enum Packages {
+pub enum Packages {
+    /// Packages to unpack.
     Binary,
+    /// Their sources as well.
     BinaryAndSource,
 }
 
 /// apt with a state of its own.
-pub(crate) struct Apt {
+pub struct Apt {
     options: Vec<String>,
 }
 
 impl Apt {
     /// Its state stands in `folder`.
-    pub(crate) fn new(folder: &Path, packages: Packages, suites: &[&str]) -> Result<Self> {
+    pub fn new(folder: &Path, packages: Packages, suites: &[&str]) -> Result<Self> {
         for part in ["lists/partial", "cache/archives/partial"] {
             let part = folder.join(part);
             fs::create_dir_all(&part).with_context(|| format!("cannot create {}", part.display()))?;
@@ -43,7 +45,7 @@ impl Apt {
     }
 
     /// A program of apt, with this state.
-    pub(crate) fn command(&self, program: &str) -> Command {
+    pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command.args(&self.options);
         command

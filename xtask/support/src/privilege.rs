@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Whether this process already is root. The owner of /proc/self is the process's effective user.
-pub(crate) fn is_root() -> Result<bool> {
+pub fn is_root() -> Result<bool> {
     let owner = fs::metadata("/proc/self").context("/proc is not mounted")?.uid();
     Ok(owner == 0)
 }
@@ -26,7 +26,7 @@ pub(crate) fn is_root() -> Result<bool> {
 /// A command that runs as root: as it is for root, through sudo for everybody else, who is told `why` first.
 ///
 /// `environment` is passed explicitly, since sudo drops the caller's.
-pub(crate) fn as_root(
+pub fn as_root(
     why: &str,
     environment: &[(OsString, OsString)],
     program: impl AsRef<OsStr>,

@@ -10,26 +10,26 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 /// Runs to the end with the caller's standard streams; a failure names the command line.
-pub(crate) fn run(command: &mut Command) -> Result<()> {
+pub fn run(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("cannot start {}", line(command)))?;
     ensure!(status.success(), "failed ({status}): {}", line(command));
     Ok(())
 }
 
 /// What the command printed, when it could be started and succeeded.
-pub(crate) fn stdout(command: &mut Command) -> Option<String> {
+pub fn stdout(command: &mut Command) -> Option<String> {
     let output = command.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 /// Whether the command could be started and succeeded; its output is not shown.
-pub(crate) fn succeeds(command: &mut Command) -> bool {
+pub fn succeeds(command: &mut Command) -> bool {
     let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     quiet.status().is_ok_and(|status| status.success())
 }
 
 /// A program on `PATH`, or where daemons live: plain users often have no sbin on theirs.
-pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
+pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let folders = env::split_paths(&path).chain(["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from));
     folders.map(|folder| folder.join(name)).find(|file| is_executable(file))
@@ -41,7 +41,7 @@ fn is_executable(file: &Path) -> bool {
 }
 
 /// The caller's variables that mean something to us or to a debugging developer; sudo drops them unless told.
-pub(crate) fn tacit_environment() -> Vec<(OsString, OsString)> {
+pub fn tacit_environment() -> Vec<(OsString, OsString)> {
     let is_ours = |name: &OsString| {
         let name = name.to_string_lossy();
         name.starts_with("TACIT_") || ["RUST_LOG", "RUST_BACKTRACE", "NO_COLOR"].contains(&name.as_ref())
@@ -50,7 +50,7 @@ pub(crate) fn tacit_environment() -> Vec<(OsString, OsString)> {
 }
 
 /// The command as one would type it.
-pub(crate) fn line(command: &Command) -> String {
+pub fn line(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words.map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
 }

@@ -13,10 +13,11 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use super::apt::Apt;
-use crate::{
-    command::{find_program, stdout},
-    ebpf::TARGET,
-};
+use crate::command::{find_program, stdout};
+
+/// The BPF target of this machine's byte order.
+pub const TARGET: &str =
+    if cfg!(target_endian = "big") { "bpfeb-unknown-none" } else { "bpfel-unknown-none" };
 
 /// Not through `PATH`: rustup's proxy usually stands before the distribution's compiler.
 const DISTRIBUTION_RUSTC: &str = "/usr/bin/rustc";
@@ -29,11 +30,21 @@ const CHOICE: &str = "TACIT_EBPF_TOOLCHAIN";
 
 /// A compiler that can build the kernel side.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Toolchain {
+pub enum Toolchain {
     /// A rustc whose sysroot has a compiled `core` for the BPF target.
-    Distribution { rustc: PathBuf, version: String, llvm: u32 },
+    Distribution {
+        /// The compiler.
+        rustc: PathBuf,
+        /// Its release.
+        version: String,
+        /// Major version of its LLVM.
+        llvm: u32,
+    },
     /// A rustup toolchain with `rust-src`.
-    Rustup { name: String },
+    Rustup {
+        /// As rustup knows it.
+        name: String,
+    },
 }
 
 impl fmt::Display for Toolchain {
@@ -130,7 +141,7 @@ pub(super) fn remedy(component: &str) -> String {
 }
 
 /// An error with the remedy when the component is not installed.
-pub(crate) fn require_component(component: &str) -> Result<()> {
+pub fn require_component(component: &str) -> Result<()> {
     if missing_components().contains(&component) { bail!("{}", remedy(component)) } else { Ok(()) }
 }
 
