@@ -12,6 +12,7 @@ use std::{
     sync::OnceLock,
 };
 use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe, with_and_without_tacit};
+use tacit_topology::HANG;
 
 /// Greeting of the servers: clients say nothing, so that nothing but their connection can be refused.
 const GREETING: &str = "welcome";

@@ -4,7 +4,7 @@
 use std::{
     fs,
     net::SocketAddr,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use anyhow::{Context as _, Result};

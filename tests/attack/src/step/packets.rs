@@ -5,7 +5,6 @@ use std::{
     mem::MaybeUninit,
     net::{SocketAddr, UdpSocket},
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
