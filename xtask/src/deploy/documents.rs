@@ -7,7 +7,7 @@
 //! | `troubleshooting.md` | every reason that the kernel, an agent or an authority counts |
 //! | `security-model.md` | tests and attacks that exist |
 //!
-//! Relative links lead somewhere, and the README stays short.
+//! Metrics and the targets of relative links exist, and the README stays short.
 
 use std::{
     collections::BTreeSet,
@@ -17,7 +17,7 @@ use std::{
 
 use serde_json::Value;
 
-use super::{chart::files, read_objects};
+use super::{chart::files, metrics, read_objects};
 use crate::workspace::Workspace;
 
 const README: &str = "README.md";
@@ -247,6 +247,17 @@ fn the_security_model_names_tests_and_attacks_that_exist() {
         }
     }
     assert!(found > 20 && attacked > 5, "{found} tests, {attacked} attacks");
+}
+
+#[test]
+fn documents_name_metrics_that_exist() {
+    let declared: BTreeSet<String> =
+        sources_of(&["agent"], &[]).iter().flat_map(|source| metrics::declared(source)).collect();
+    for file in files(&root().join(DOCUMENTS)).expect("documents") {
+        let named = metrics::asked_for(&fs::read_to_string(&file).expect("text"));
+        let unknown: Vec<&String> = named.difference(&declared).collect();
+        assert!(unknown.is_empty(), "{}: {unknown:?} do not exist", file.display());
+    }
 }
 
 #[test]
