@@ -63,20 +63,23 @@ fn control_connections_fail_while_no_agent_takes_over() -> Result<()> {
 fn an_agent_starts_among_clients_that_retry_without_a_pause() -> Result<()> {
     let mut mesh = plan().with_agents()?;
     let server = serve(&mesh)?;
-    let mut ready_after = || -> Result<Duration> {
-        ensure!(mesh.agent_mut("a")?.terminate()?.success());
-        let begin = Instant::now();
-        mesh.agent_mut("a")?.restart()?;
-        mesh.agent_mut("a")?.wait_ready()?;
-        Ok(begin.elapsed())
-    };
-    let quiet = ready_after()?;
+    let quiet = restarted(&mut mesh)?;
     let storm = load(&mesh, &server, "storm")?;
-    let stormy = ready_after()?;
+    let stormy = restarted(&mut mesh)?;
     let (echoed, failures) = outcome(storm)?;
     println!("ready after {quiet:?}, among {CLIENTS} clients that do not pause after {stormy:?}");
     ensure!(echoed > 0 && !failures.is_empty(), "no storm: {echoed} echoed, {failures:?}");
     Ok(())
+}
+
+/// The agent of node a ends and starts again; returns how long it took from its start until it was ready.
+fn restarted(mesh: &mut Mesh) -> Result<Duration> {
+    let agent = mesh.agent_mut("a")?;
+    ensure!(agent.terminate()?.success());
+    let begin = Instant::now();
+    agent.restart()?;
+    agent.wait_ready()?;
+    Ok(begin.elapsed())
 }
 
 #[test]

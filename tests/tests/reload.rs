@@ -5,7 +5,7 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::{net::SocketAddr, os::unix::fs::MetadataExt as _};
-use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe};
+use tacit_tests::{Client, Plan, Server, fresh_port, observe};
 use tacit_topology::{Agent, Pod, WorkloadEntry, until};
 
 #[test]
