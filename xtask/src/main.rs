@@ -21,7 +21,7 @@ use xtask_support::{
     ebpf,
     progress::{self, Progress},
     setup,
-    workspace::Workspace,
+    workspace::{Profile, Workspace},
 };
 
 #[derive(Parser)]
@@ -53,6 +53,8 @@ enum Task {
     Clippy,
     /// Check the rules of the repository
     Tidy,
+    /// Run what takes no root and under a minute: rules, format, lints, unit tests
+    Check,
     /// Run every check and every test
     Test(test::Options),
     /// Run the tests of whole nodes inside virtual machines with other kernels
@@ -94,6 +96,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Fmt { check: true } => lint::format(&workspace, lint::Format::Check),
         Task::Clippy => lint::clippy(&workspace),
         Task::Tidy => tidy::run(&workspace, &commands()),
+        Task::Check => return Ok(test::check(&workspace, &commands())),
         Task::Test(options) => return Ok(test::run(&workspace, &options, &commands())),
         Task::Vm(arguments) => return program::run(&workspace, "tacit-vm", &arguments),
         Task::Image(arguments) => return program::run(&workspace, "xtask-image", &arguments),
@@ -113,7 +116,7 @@ fn commands() -> Vec<String> {
 fn build(workspace: &Workspace) -> Result<()> {
     let mut progress = Progress::new(2);
     progress.step("kernel side", || ebpf::build(workspace))?;
-    progress.step("agent (release)", || workspace.build_agent())?;
-    eprintln!("{}", workspace.agent().display());
+    progress.step("agent (release)", || workspace.build(Profile::Release, &["tacit"]))?;
+    eprintln!("{}", workspace.agent(Profile::Release).display());
     Ok(())
 }

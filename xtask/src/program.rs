@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use xtask_support::workspace::Workspace;
+use xtask_support::workspace::{Profile, Workspace};
 
 /// What the program is given, `--help` included.
 #[derive(clap::Args)]
@@ -28,7 +28,9 @@ pub(crate) fn run(workspace: &Workspace, package: &str, arguments: &Arguments) -
 /// The command that builds a package's program and runs it. Its arguments are the program's.
 pub(crate) fn command(workspace: &Workspace, package: &str) -> Result<Command> {
     let mut cargo = workspace.cargo("run");
-    cargo.args(["--quiet", "--package", package, "--manifest-path"]).arg(workspace.root().join("Cargo.toml"));
+    // As `cargo xtask` itself is built: what both need is compiled once.
+    cargo.args(["--quiet", "--profile", Profile::Fast.name(), "--package", package]);
+    cargo.arg("--manifest-path").arg(workspace.root().join("Cargo.toml"));
     cargo.arg("--target-dir").arg(workspace.target()).arg("--");
     // Files that the arguments name are meant from here.
     cargo.current_dir(env::current_dir().context("the folder that this was started in")?);

@@ -14,6 +14,7 @@ use std::{
     ffi::{OsStr, OsString},
     fs,
     process::{Command, ExitCode},
+    time::Instant,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -24,7 +25,7 @@ use xtask_support::{
     progress::{self, Progress, Style},
     report::Report,
     setup::{self, Programs},
-    workspace::Workspace,
+    workspace::{Profile, Workspace},
 };
 
 use crate::{lint, program, tidy};
@@ -42,7 +43,7 @@ const KERNELS: [&str; 2] = ["6.1", "newest"];
 const AGENT: &str = "tacit";
 
 /// What to run.
-#[derive(clap::Args)]
+#[derive(clap::Args, Default)]
 pub(crate) struct Options {
     /// Run only tests whose name contains one of these
     filters: Vec<String>,
@@ -76,7 +77,19 @@ pub(crate) fn run(workspace: &Workspace, options: &Options, commands: &[String])
     let mut session =
         Session { workspace, options, progress: Progress::new(steps), report: Report::default() };
     session.all(commands);
-    let Session { mut report, .. } = session;
+    conclude(session.report)
+}
+
+/// The loop of a developer: rules, format, lints and unit tests, without root and without other programs.
+pub(crate) fn check(workspace: &Workspace, commands: &[String]) -> ExitCode {
+    let options = Options { unprivileged: true, ..Options::default() };
+    let mut session =
+        Session { workspace, options: &options, progress: Progress::new(5), report: Report::default() };
+    session.inner_loop(commands);
+    conclude(session.report)
+}
+
+fn conclude(mut report: Report) -> ExitCode {
     let verdict = report.verdict();
     if let Err(problem) = &verdict {
         report.note(problem.to_string());
@@ -91,8 +104,8 @@ fn attack(workspace: &Workspace, json: bool) -> ExitCode {
     let run = || -> Result<()> {
         setup::ensure_all(workspace)?;
         ebpf::build(workspace)?;
-        workspace.build_agent_and_attack()?;
-        let agent = workspace.agent();
+        workspace.build(Profile::Fast, &["tacit", "tacit-attack"])?;
+        let agent = workspace.agent(Profile::Fast);
         let mut arguments = vec![OsStr::new("doctor"), OsStr::new("--attack")];
         if json {
             arguments.extend([OsStr::new("-o"), OsStr::new("json")]);
@@ -130,7 +143,7 @@ impl Session<'_> {
             self.check("lints", || lint::host(workspace));
             self.check("lints of the kernel side", || ebpf::clippy(workspace));
         }
-        self.check("agent and attack suite (release)", || workspace.build_agent_and_attack())?;
+        self.check("agent and attack suite", || workspace.build(Profile::Fast, &["tacit", "tacit-attack"]))?;
         self.unit_tests();
         self.agent_tests(&privileged);
         self.privileged_tests(&programs, &privileged);
@@ -138,9 +151,26 @@ impl Session<'_> {
         Some(())
     }
 
+    /// `None` when what follows cannot be run.
+    fn inner_loop(&mut self, commands: &[String]) -> Option<()> {
+        let workspace = self.workspace;
+        self.check("rules of the repository", || tidy::run(workspace, commands));
+        self.check("format", || lint::format(workspace, lint::Format::Check));
+        self.check("kernel side", || ebpf::build(workspace))?;
+        self.check("lints", || lint::host(workspace));
+        let mut cargo = self.cargo_test();
+        // Tests of whole nodes need root; building them takes longer than all others run.
+        cargo.args(["--workspace", "--exclude", ebpf::PACKAGE, "--lib", "--bins"]);
+        self.run_tests("unit tests", cargo, &[]);
+        Some(())
+    }
+
     /// A step that passes or fails as a whole.
     fn check<T>(&mut self, name: &str, run: impl FnOnce() -> Result<T>) -> Option<T> {
-        match self.progress.step(name, run) {
+        let begin = Instant::now();
+        let outcome = self.progress.step(name, run);
+        self.report.part(name, begin.elapsed());
+        match outcome {
             Ok(value) => Some(value),
             Err(error) => {
                 progress::error(&error);
@@ -175,11 +205,10 @@ impl Session<'_> {
 
     fn privileged_tests(&mut self, programs: &Programs, privileged: &Privileged) {
         let mut cargo = self.cargo_test();
-        cargo.arg("--release");
         for package in PRIVILEGED {
             cargo.args(["--package", package]);
         }
-        let agent = self.workspace.agent();
+        let agent = self.workspace.agent(Profile::Fast);
         let mut environment = tacit_environment();
         environment.push(("TACIT_BIN".into(), agent.into_os_string()));
         environment.push(("TACIT_NGINX".into(), programs.nginx.clone().into_os_string()));
@@ -213,7 +242,9 @@ impl Session<'_> {
         }
         let (workspace, report) = (self.workspace, &mut self.report);
         let name = format!("tests of whole nodes on kernels {}", KERNELS.join(", "));
+        let begin = Instant::now();
         let outcome = self.progress.step(&name, || on_kernels(workspace, report));
+        self.report.part(&name, begin.elapsed());
         if let Err(error) = outcome {
             progress::error(&error);
             self.report.failed_check(&name);
@@ -222,7 +253,8 @@ impl Session<'_> {
 
     fn cargo_test(&self) -> Command {
         let mut cargo = self.workspace.cargo("test");
-        cargo.args(["--no-fail-fast", "--target-dir"]).arg(self.workspace.target());
+        cargo.args(["--no-fail-fast", "--profile", Profile::Fast.name(), "--target-dir"]);
+        cargo.arg(self.workspace.target());
         cargo
     }
 
@@ -236,8 +268,10 @@ impl Session<'_> {
             ensure!(status.success(), "cargo test: {status}");
             Ok(())
         };
+        let begin = Instant::now();
         let outcome = self.progress.step(name, run);
         self.report.end(name, outcome.is_ok());
+        self.report.part(name, begin.elapsed());
         if let Err(error) = outcome {
             progress::error(&error);
         }

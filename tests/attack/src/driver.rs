@@ -11,7 +11,6 @@ use std::{
     },
     path::Path,
     process::{ChildStdin, Command, Stdio},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -23,13 +22,10 @@ use crate::{
     Family,
     catalogue::{Attack, Driver, MovedTo, PassedFd},
     judge::Outcome,
-    lifecycle,
+    lifecycle, step,
     world::{PORT, World, address, foreign},
 };
 
-/// A step has its own, shorter limits.
-const STEP: Duration = Duration::from_secs(60);
-const CONNECT: Duration = Duration::from_secs(1);
 const PROTOCOL_MPTCP: u16 = 1;
 const PROTOCOL_SCTP: u16 = 2;
 const PROTOCOL_DCCP: u16 = 3;
@@ -103,6 +99,12 @@ pub(crate) fn command(
 ) -> Command {
     let mut command = pod.command(&world.programs.own);
     command.args(["step", step, &target.to_string(), marker]).args(extra);
+    patient(world, command)
+}
+
+/// A step that knows how long to wait.
+fn patient(world: &World, mut command: Command) -> Command {
+    command.env(step::PATIENCE, world.patience.as_millis().to_string());
     command
 }
 
@@ -150,7 +152,7 @@ impl Step {
             Some(line) => line,
             None => self.lines.next().transpose()?.unwrap_or_default(),
         };
-        let status = self.process.wait(STEP)?;
+        let status = self.process.wait()?;
         if !status.success() {
             bail!("the step ended with {status}: {told}");
         }
@@ -193,7 +195,7 @@ fn nested_netns(world: &World, target: SocketAddr, marker: &str) -> Result<Outco
     let mut shell = world.attacker.command("sh");
     shell.args(["-c", SCRIPT, "sh"]).arg(&world.programs.own);
     shell.args(["step", "udp", &target.to_string(), marker]);
-    Step::start(shell)?.end()
+    Step::start(patient(world, shell))?.end()
 }
 
 /// The socket is made by this process: in the pod's namespace, in a cgroup of no pod.
@@ -210,7 +212,7 @@ fn passed_fd(world: &World, what: PassedFd, target: SocketAddr, marker: &str) ->
             PassedFd::Connected => {
                 let socket = Socket::new(domain, Type::STREAM, None)?;
                 // Where this is held, the socket is passed as it is: still trying.
-                let _ = socket.connect_timeout(&target.into(), CONNECT);
+                let _ = socket.connect_timeout(&target.into(), world.patience);
                 socket.set_nonblocking(false)?;
                 Ok(socket)
             }

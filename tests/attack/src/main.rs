@@ -35,6 +35,7 @@ use std::{
     io::Write as _,
     path::{Path, PathBuf},
     process::ExitCode,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -177,8 +178,15 @@ fn run(args: &Args, programs: &Programs) -> Result<bool> {
     Ok(results.iter().all(|judged| matches!(judged.verdict, Verdict::Held | Verdict::Absent)))
 }
 
+/// Shortest wait of a step for what Tacit keeps from it: two repetitions of a SYN.
+const SHORTEST_WAIT: Duration = Duration::from_secs(4);
+/// Nothing that takes so many times as long as without Tacit is still on its way.
+const LONGER: u32 = 10;
+
 fn judge(attack: &Attack, family: Family, control: &mut World, protected: &mut World) -> Result<Judged> {
+    let begin = Instant::now();
     let without = control.attack(attack, family).with_context(|| format!("{} without Tacit", attack.name))?;
+    protected.patience = SHORTEST_WAIT.max(begin.elapsed() * LONGER);
     let with = protected.attack(attack, family).with_context(|| format!("{} with Tacit", attack.name))?;
     Ok(Judged::of(attack, family, &without, &with))
 }

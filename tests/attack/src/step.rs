@@ -11,6 +11,7 @@ mod sockets;
 use std::{
     io::{self, BufRead as _, Write as _},
     net::SocketAddr,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -102,6 +103,16 @@ fn perform(name: &str, given: &Given) -> Result<Told> {
         "packet-fragment" => packets::later_fragment(given),
         other => bail!("no step {other:?}"),
     }
+}
+
+/// The environment variable with [`patience`] in milliseconds.
+pub(crate) const PATIENCE: &str = "TACIT_ATTACK_PATIENCE_MS";
+
+/// How long a step waits for a connection or an answer: the driver knows how long this machine needs without Tacit.
+fn patience() -> Result<Duration> {
+    let text = std::env::var(PATIENCE).with_context(|| format!("{PATIENCE} is not set"))?;
+    let milliseconds = text.parse().with_context(|| format!("{PATIENCE}={text:?}: expected milliseconds"))?;
+    Ok(Duration::from_millis(milliseconds))
 }
 
 /// Tells the driver that the step is ready, and waits for its word.

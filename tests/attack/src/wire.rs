@@ -13,7 +13,6 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -30,7 +29,6 @@ pub(crate) const MARKER: usize = PREFIX.len() + 8;
 const QUEUE: libc::c_int = 64 << 20;
 /// The largest frame on a veth pair, with segmentation left to the receiver.
 const FRAME: usize = 80 * 1024;
-const PATIENCE: Duration = Duration::from_secs(20);
 
 type Seen = Arc<Mutex<BTreeMap<String, BTreeSet<Sighting>>>>;
 
@@ -66,9 +64,7 @@ impl Recorder {
 
     /// Waits until `fence` has been seen.
     pub(crate) fn wait_for(&self, fence: &str) -> Result<()> {
-        until("the recorder seeing the fence", PATIENCE, || {
-            Ok((!self.sightings(fence).is_empty()).then_some(()))
-        })
+        until("the recorder seeing the fence", || Ok((!self.sightings(fence).is_empty()).then_some(())))
     }
 
     /// Ends the recording.

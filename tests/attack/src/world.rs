@@ -20,7 +20,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
-use tacit_topology::{Agent, MeshFiles, Node, Pod, Process, Topology, WorkloadEntry, until};
+use tacit_topology::{Agent, HANG, MeshFiles, Node, Pod, Process, Topology, WorkloadEntry, until};
 
 use crate::{
     Family,
@@ -32,10 +32,9 @@ use crate::{
 
 /// Where the victim's application listens: TCP, then MPTCP, SCTP and DCCP.
 pub(crate) const PORT: u16 = 9100;
-/// Silence of an agent after which the kernel decides alone: the least there is.
-pub(crate) const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Silence of an agent after which the kernel decides alone. An agent on an emulated machine beats late, but not so late.
+pub(crate) const HEARTBEAT: Duration = Duration::from_secs(3);
 const DISCARD: u16 = 9;
-const PATIENCE: Duration = Duration::from_secs(30);
 /// Both flags of client and server: a cookie is not asked for, so that the very first SYN carries data.
 const FASTOPEN: &str = "1543";
 const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
@@ -60,6 +59,8 @@ pub(crate) struct World {
     recorders: Vec<Recorder>,
     got: Arc<Mutex<HashSet<String>>>,
     pub(crate) programs: Programs,
+    /// How long a step waits for a connection or an answer.
+    pub(crate) patience: Duration,
     pub(crate) attacker: Pod,
     pub(crate) other: Pod,
     pub(crate) victim: Pod,
@@ -110,6 +111,7 @@ impl World {
             recorders,
             got: Arc::default(),
             programs: programs.clone(),
+            patience: HANG,
             attacker,
             other,
             victim,
@@ -171,9 +173,7 @@ impl World {
             outcome.seen.extend(recorder.sightings(&marker));
         }
         if attack.must_arrive && self.has_tacit() && outcome.absent.is_none() {
-            let arrived = until("the marker at the victim", Duration::from_secs(3), || {
-                Ok(self.has_arrived(&marker).then_some(()))
-            });
+            let arrived = until("the marker at the victim", || Ok(self.has_arrived(&marker).then_some(())));
             outcome.delivered = arrived.is_ok();
         }
         Ok(outcome)
@@ -230,7 +230,7 @@ fn fence(node: &Node, to: IpAddr) -> Result<String> {
 
 /// Waits until an agent has enrolled every pod it knows of its node.
 pub(crate) fn wait_enrolled(agent: &Agent) -> Result<()> {
-    until(&format!("pods of node {} enrolled", agent.node()), PATIENCE, || {
+    until(&format!("pods of node {} enrolled", agent.node()), || {
         let Ok(text) = agent.status() else { return Ok(None) };
         let status: Value = serde_json::from_str(&text)?;
         let pods = status["pods"].as_array().cloned().unwrap_or_default();

@@ -61,7 +61,7 @@ use xtask_support::{
     privilege::{as_root, is_root},
     progress::{self, Progress, Style, Tone, note},
     setup,
-    workspace::Workspace,
+    workspace::{Profile, Workspace},
 };
 
 use baseline::{Baseline, Judged, Verdict};
@@ -135,8 +135,8 @@ fn run(options: &Options) -> Result<()> {
     }
     let programs = Programs {
         nginx: setup::ensure_bench(workspace)?.nginx,
-        load: workspace.load_generator(),
-        agent: options.agent.clone().unwrap_or_else(|| workspace.agent()),
+        load: workspace.program(Profile::Release, "tacit-load"),
+        agent: options.agent.clone().unwrap_or_else(|| workspace.agent(Profile::Release)),
     };
     let outcome = measure::run(&programs, &chosen, plan, options.rival.as_deref())?;
     let measured = &outcome.measured;
@@ -238,9 +238,9 @@ fn prepare(workspace: &Workspace, options: &Options) -> Result<()> {
     })?;
     if options.agent.is_none() {
         progress.step("kernel side", || ebpf::build(workspace))?;
-        progress.step("agent (release)", || workspace.build_agent())?;
+        progress.step("agent (release)", || workspace.build(Profile::Release, &["tacit"]))?;
     }
-    progress.step("load generator (release)", || workspace.build_load_generator())
+    progress.step("load generator (release)", || workspace.build(Profile::Release, &["tacit-tests"]))
 }
 
 fn as_root_again(workspace: &Workspace) -> Result<()> {

@@ -5,16 +5,12 @@ use std::{
     fs::{self, File},
     path::{Path, PathBuf},
     process::Stdio,
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
 use tacit_topology::{Node, Pod, Process, Topology, until};
 
 use super::servers;
-
-/// Time for the command to say that it is ready.
-const READY: Duration = Duration::from_secs(120);
 
 /// What `--rival` needs to know; stands in `--help`.
 pub(super) const HELP: &str = "\
@@ -103,7 +99,7 @@ impl Rival {
     /// Waits until it has made its file.
     pub(super) fn wait_ready(&mut self) -> Result<()> {
         let (process, ready) = (&mut self.process, &self.ready);
-        until(&format!("rival on node {} ready ({} created)", self.node, ready.display()), READY, || {
+        until(&format!("rival on node {} ready ({} created)", self.node, ready.display()), || {
             if let Some(status) = process.ended()? {
                 bail!("the rival ended: {status}");
             }
@@ -136,7 +132,7 @@ fn describe(pod: &Pod) -> String {
 /// The cgroup directory that a command of the node stands in, as soon as it does.
 fn cgroup_of(id: u32, pods_cgroup: &Path, prefix: &str) -> Result<PathBuf> {
     let mount = pods_cgroup.ancestors().nth(2).context("the pods' cgroup has no place")?;
-    until("the rival in its cgroup", READY, || {
+    until("the rival in its cgroup", || {
         let text = fs::read_to_string(format!("/proc/{id}/cgroup")).context("the rival ended at once")?;
         let path = text.lines().find_map(|line| line.strip_prefix("0::/"));
         Ok(path.filter(|path| path.starts_with(prefix)).map(|path| mount.join(path)))

@@ -5,7 +5,6 @@ use std::{
     net::SocketAddr,
     path::Path,
     process::{Command, Stdio},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -15,9 +14,6 @@ use super::{
     cpu_pinning::{self, End},
     programs::Programs,
 };
-
-/// Time for a server to listen.
-const START: Duration = Duration::from_secs(20);
 
 /// Where iperf3 listens.
 const IPERF: u16 = 5201;
@@ -75,7 +71,7 @@ pub(super) fn start(pod: &Pod, programs: &Programs, folder: &Path) -> Result<Vec
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
         processes.push(Process::spawn(&mut command)?);
     }
-    until(&format!("servers of pod {} listen", pod.name()), START, || {
+    until(&format!("servers of pod {} listen", pod.name()), || {
         for process in &mut processes {
             if let Some(status) = process.ended()? {
                 bail!("a server of pod {} ended: {status}", pod.name());

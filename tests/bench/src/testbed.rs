@@ -14,11 +14,6 @@ use tacit_topology::{Agent, MeshFiles, Pod, Process, Topology, WorkloadEntry, un
 
 use super::{programs::Programs, rival::Rival, servers};
 
-/// Time for an agent to enrol its pods.
-const ENROLLED: Duration = Duration::from_secs(60);
-/// Time for an agent to end: its drain limit and a margin.
-const AGENT_END: Duration = Duration::from_secs(30);
-
 /// A testbed. Dropped in this order, the topology last.
 pub(super) struct Testbed {
     agents: Vec<Agent>,
@@ -106,7 +101,7 @@ impl Testbed {
     pub(super) fn restart(&mut self, node: &str) -> Result<Duration> {
         let found = self.agents.iter_mut().find(|agent| agent.node() == node);
         let agent = found.with_context(|| format!("no agent on node {node}"))?;
-        agent.terminate(AGENT_END)?;
+        agent.terminate()?;
         let begin = Instant::now();
         agent.restart()?;
         agent.wait_ready()?;
@@ -131,7 +126,7 @@ impl Testbed {
     pub(super) fn close(self) -> Result<()> {
         let Self { mut agents, rivals, _servers, _holds, client, near, far, topology } = self;
         for agent in &mut agents {
-            let ended = agent.terminate(AGENT_END)?;
+            let ended = agent.terminate()?;
             ensure!(ended.success(), "the agent of node {} ended with {ended}", agent.node());
             agent.uninstall()?;
         }
@@ -142,7 +137,7 @@ impl Testbed {
 
 /// Waits until all pods of the agent's node are enrolled.
 pub(super) fn wait_enrolled(agent: &Agent) -> Result<()> {
-    until(&format!("all pods of node {} enrolled", agent.node()), ENROLLED, || {
+    until(&format!("all pods of node {} enrolled", agent.node()), || {
         let status: Value = serde_json::from_str(&agent.status()?).context("status is no JSON")?;
         let pods = status["pods"].as_array().context("status has no pods")?;
         let all = !pods.is_empty() && pods.iter().all(|pod| pod["state"] == "enrolled");

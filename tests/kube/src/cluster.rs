@@ -5,7 +5,6 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::Command,
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -36,8 +35,6 @@ pub(super) const WIRE: &str = "eth0";
 pub(super) const BUSYBOX: &str = "localhost/busybox:1";
 const PAUSE: &str = "localhost/pause:1";
 
-/// For a daemon to answer. An API server takes 7 s on a quiet machine with two cores.
-const DAEMON: Duration = Duration::from_secs(120);
 /// For one `kubectl`, in seconds; above the 120 s that some are told to wait.
 const KUBECTL_SECONDS: &str = "180";
 
@@ -198,7 +195,7 @@ impl Cluster {
             node.daemon("containerd", &["-c".to_owned(), file.display().to_string()])?;
         }
         for node in &self.nodes {
-            until("containerd answers", DAEMON, || Ok(run(node.command("ctr").arg("version")).ok()))?;
+            until("containerd answers", || Ok(run(node.command("ctr").arg("version")).ok()))?;
             for archive in &archives {
                 run(node.command("ctr").args(["images", "import"]).arg(archive))?;
             }
@@ -256,14 +253,14 @@ impl Cluster {
     /// Waits until a command of the first node succeeds; says what the daemon wrote when it never does.
     fn answers(&self, daemon: &str, command: impl Fn(&Node) -> Command) -> Result<()> {
         let node = &self.nodes[0];
-        until(&format!("{daemon} answers"), DAEMON, || Ok(run(&mut command(node)).ok().map(drop)))
+        until(&format!("{daemon} answers"), || Ok(run(&mut command(node)).ok().map(drop)))
             .with_context(|| tail(&node.log(daemon)))
     }
 
     /// Asks until it is so; the last answer is the error's.
     pub(super) fn eventually(&self, what: &str, ask: impl Fn(&Self) -> Result<()>) -> Result<()> {
         let mut last = String::new();
-        until(what, DAEMON, || match ask(self) {
+        until(what, || match ask(self) {
             Ok(()) => Ok(Some(())),
             Err(error) => {
                 last = format!("{error:#}");

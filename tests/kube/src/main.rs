@@ -37,7 +37,7 @@ use xtask_support::{
     privilege::{as_root, is_root},
     progress::{self, Progress, Style, note},
     setup,
-    workspace::Workspace,
+    workspace::{Profile, Workspace},
 };
 
 use cluster::Cluster;
@@ -116,7 +116,9 @@ fn prepare(workspace: &Workspace) -> Result<()> {
     progress.step("what is needed", || setup::ensure_kube(workspace))?;
     progress.step("Kubernetes", || packages::ensure(workspace).map(drop))?;
     progress.step("kernel side", || ebpf::build(workspace).map(drop))?;
-    progress.step("agent and attack suite (release)", || workspace.build_agent_and_attack())
+    progress.step("agent and attack suite (release)", || {
+        workspace.build(Profile::Release, &["tacit", "tacit-attack"])
+    })
 }
 
 fn as_root_again(workspace: &Workspace, options: &Options) -> Result<()> {

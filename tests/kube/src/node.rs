@@ -8,17 +8,12 @@ use std::{
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
 use tacit_topology::{Process, until};
 
 const SHELL: &str = include_str!("node.sh");
-/// For the shell to set the node up; it mounts some twenty times.
-const SETUP: Duration = Duration::from_secs(20);
-/// For the last processes of a killed node to leave its cgroups.
-const LEAVE: Duration = Duration::from_secs(20);
 
 /// A running node.
 pub(super) struct Node {
@@ -81,7 +76,7 @@ impl Node {
         command.arg(&folder).arg(cgroup).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let mut shell = Process::spawn(&mut command)?;
         let ready = folder.join("ready");
-        until(&format!("node {}", plan.name), SETUP, || {
+        until(&format!("node {}", plan.name), || {
             if shell.ended()?.is_some() {
                 bail!("{}", fs::read_to_string(folder.join("logs/node.log")).unwrap_or_default());
             }
@@ -161,7 +156,7 @@ pub(super) fn remove_cgroups(cgroup: &str) -> Result<()> {
     let mounts = fs::read_to_string("/proc/self/mounts").context("/proc is not mounted")?;
     for point in cgroup_mounts(&mounts) {
         let top = Path::new(point).join(cgroup);
-        until(&format!("processes leave {}", top.display()), LEAVE, || {
+        until(&format!("processes leave {}", top.display()), || {
             remove_tree(&top);
             Ok((!top.exists()).then_some(()))
         })?;

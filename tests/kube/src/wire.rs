@@ -4,7 +4,6 @@ use std::{
     fs::{self, File},
     path::PathBuf,
     process::Stdio,
-    time::Duration,
 };
 
 use anyhow::{Result, bail};
@@ -12,8 +11,6 @@ use tacit_topology::{Process, Traffic, run, until};
 
 use super::cluster::{Cluster, WIRE};
 
-/// For tcpdump to start, and to have written the last packet.
-const TCPDUMP: Duration = Duration::from_secs(15);
 /// The discard port: the packet matters, not that somebody gets it.
 const LAST: &str = "/dev/udp/10.99.0.2/9";
 
@@ -38,7 +35,7 @@ impl Recording {
         command.args(["-i", WIRE, "-n", "-U", "--immediate-mode", "-B", "65536", "-Z", "root", "-w"]);
         command.arg(&file).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let mut tcpdump = Process::spawn(&mut command)?;
-        until("tcpdump records", TCPDUMP, || {
+        until("tcpdump records", || {
             let text = fs::read_to_string(&said)?;
             if tcpdump.ended()?.is_some() {
                 bail!("{text}");
@@ -51,14 +48,14 @@ impl Recording {
     fn finish(self, cluster: &Cluster) -> Result<Traffic> {
         let last = format!("end of recording {}", std::process::id());
         run(cluster.nodes[0].command("bash").args(["-c", &format!("printf '{last}' >{LAST}")]))?;
-        until("the last packet is recorded", TCPDUMP, || {
+        until("the last packet is recorded", || {
             let bytes = fs::read(&self.file)?;
             Ok(bytes.windows(last.len()).any(|window| window == last.as_bytes()).then_some(()))
         })?;
         // nsenter waits for tcpdump in the node's pid namespace: a signal to nsenter would not reach it.
         run(cluster.nodes[0].command("sh").args(["-c", "kill -INT $(pidof tcpdump)"]))?;
         let mut tcpdump = self.tcpdump;
-        tcpdump.wait(TCPDUMP)?;
+        tcpdump.wait()?;
         let said = fs::read_to_string(&self.said)?;
         let is_whole = said.lines().any(|line| line.starts_with("0 ") && line.ends_with("dropped by kernel"));
         if !is_whole {

@@ -27,7 +27,7 @@
 //! | `mesh` | [`MeshFiles`]: `tacit.yaml`, `directory.yaml`, `policy.yaml` of a node |
 //! | `agent` | [`Agent`]: start, wait until ready, ask, stop, kill, restart |
 //! | `capture`, `pcap` | [`Capture`]: what crossed the wire; [`Traffic`]: what it was |
-//! | `process`, `wait` | run a command to its end, a child killed on drop, poll a condition with a deadline |
+//! | `process`, `wait` | run a command to its end, a child killed on drop, poll a condition, up to the limit for hangs |
 
 #![forbid(unsafe_code)]
 
@@ -54,4 +54,4 @@ pub use pod::{Membership, Pod};
 pub use process::{Process, run};
 pub use sweep::cleanup_stale;
 pub use topology::Topology;
-pub use wait::until;
+pub use wait::{HANG, until, within};

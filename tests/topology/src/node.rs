@@ -20,15 +20,12 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::atomic::{AtomicU8, Ordering},
-    time::Duration,
 };
 
 /// Name of the node-to-node link, in every node.
 pub(crate) const WIRE: &str = "wire";
 /// Address of the last pod of a node; it also bounds the number of pods.
 const LAST_POD: u8 = 250;
-/// Kernel work on links and addresses is a matter of milliseconds; this much only on a machine that is stuck.
-const LINKS_READY: Duration = Duration::from_secs(10);
 
 /// One node: a namespace that forwards between the wire and its pods.
 #[derive(Debug)]
@@ -213,7 +210,7 @@ impl Node {
 impl Netns {
     /// Waits until every link carries and no address is tentative.
     fn wait_for_links(&self) -> Result<()> {
-        until(&format!("links of {} ready", self.name()), LINKS_READY, || {
+        until(&format!("links of {} ready", self.name()), || {
             self.enter(|| {
                 let links = fs::read_to_string("/proc/thread-self/net/if_inet6").context("read if_inet6")?;
                 Ok((!links.lines().any(is_tentative)).then_some(()))

@@ -17,7 +17,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     thread,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -27,7 +27,7 @@ use xtask_support::{
     progress::{self, Progress, Style},
     report::Report,
     setup,
-    workspace::Workspace,
+    workspace::{Profile, Workspace},
 };
 
 use initramfs::Initramfs;
@@ -37,8 +37,6 @@ use outcome::{Outcome, json, table};
 
 /// What large tests divide their sizes by: an emulated machine is some twenty times slower.
 const SCALE: u32 = 20;
-/// A kernel's whole run; some fifteen minutes on a core of its own.
-const LIMIT: Duration = Duration::from_secs(40 * 60);
 const REFUSAL: &str = include_str!("refusal.sh");
 
 /// Run the tests of whole nodes inside virtual machines with other kernels
@@ -159,24 +157,30 @@ fn prepare(workspace: &Workspace, chosen: &[&Kernel]) -> Result<(Payload, Vec<Un
     let mut progress = Progress::new(4);
     progress.step("what virtual machines need", || setup::ensure_vm(workspace))?;
     let unpacked = progress.step("kernels", || kernels::ensure(workspace, chosen))?;
-    progress.step("agent and attack suite (release)", || {
+    progress.step("agent and attack suite", || {
         ebpf::build(workspace)?;
-        workspace.build_agent_and_attack()
+        workspace.build(Profile::Fast, &["tacit", "tacit-attack"])
     })?;
-    let payload = progress.step("tests (release)", || payload(workspace))?;
+    let payload = progress.step("tests", || payload(workspace))?;
     Ok((payload, unpacked))
 }
 
 /// Builds the test programs and asks cargo where they are.
 fn payload(workspace: &Workspace) -> Result<Payload> {
     let mut cargo = workspace.cargo("test");
-    cargo.args(["--release", "--package", "tacit-tests", "--no-run", "--target-dir"]).arg(workspace.target());
+    cargo.args(["--profile", Profile::Fast.name(), "--package", "tacit-tests", "--no-run", "--target-dir"]);
+    cargo.arg(workspace.target());
     command::run(&mut cargo)?;
     let messages = command::stdout(cargo.arg("--message-format=json")).context("cargo test --no-run")?;
     let suites: Vec<(String, PathBuf)> = messages.lines().filter_map(suite).collect();
     ensure!(!suites.is_empty(), "cargo built no test program");
-    let peer = workspace.target().join("release/tacit-peer");
-    Ok(Payload { agent: workspace.agent(), attack: workspace.attack(), peer, suites })
+    let peer = workspace.program(Profile::Fast, "tacit-peer");
+    Ok(Payload {
+        agent: workspace.agent(Profile::Fast),
+        attack: workspace.attack(Profile::Fast),
+        peer,
+        suites,
+    })
 }
 
 /// Name and program of an integration test, from one of cargo's messages.
@@ -231,13 +235,8 @@ fn one(
     let image = image(kernel, unpacked, payload, filter, &work.0)?;
     let (mut boot, before) = ("?".to_owned(), report.totals());
     report.begin();
-    let guest = Machine {
-        kernel: &unpacked.folder.join("vmlinuz"),
-        initramfs: &image,
-        work: &work.0,
-        limit: LIMIT,
-        wire: None,
-    };
+    let guest =
+        Machine { kernel: &unpacked.folder.join("vmlinuz"), initramfs: &image, work: &work.0, wire: None };
     let ended = watched(&guest, kernel.label, report, &mut boot);
     let note = match (&ended, kernel.expected) {
         (Err(error), _) => format!("{error:#}"),
@@ -317,14 +316,7 @@ fn shell(workspace: &Workspace, label: &str) -> Result<()> {
     root.text("payload/shell", "")?;
     let image = work.0.join("initramfs");
     root.pack(&image)?;
-    Machine {
-        kernel: &unpacked.folder.join("vmlinuz"),
-        initramfs: &image,
-        work: &work.0,
-        limit: LIMIT,
-        wire: None,
-    }
-    .shell()
+    Machine { kernel: &unpacked.folder.join("vmlinuz"), initramfs: &image, work: &work.0, wire: None }.shell()
 }
 
 /// A folder that is removed again.

@@ -2,10 +2,7 @@
 //!
 //! The wire is a pair of Unix datagram sockets, so nothing of the host's network is touched.
 
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::{path::Path, time::Instant};
 
 use anyhow::Result;
 use xtask_support::report::Report;
@@ -18,8 +15,6 @@ use super::{
     outcome::Outcome,
 };
 
-/// Both machines; some 30 s on two quiet cores.
-const LIMIT: Duration = Duration::from_secs(6 * 60);
 const SCRIPT: &str = include_str!("pair.sh");
 
 /// Boots both and reports the one test; node 1 has the first kernel.
@@ -76,5 +71,5 @@ fn node(
     let image = work.join("initramfs");
     root.pack(&image)?;
     let vmlinuz = kernel.folder.join("vmlinuz");
-    Machine { kernel: &vmlinuz, initramfs: &image, work, limit: LIMIT, wire: Some(wire) }.run(line)
+    Machine { kernel: &vmlinuz, initramfs: &image, work, wire: Some(wire) }.run(line)
 }

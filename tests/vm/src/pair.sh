@@ -3,8 +3,8 @@ N=@NUMBER@ O=@OTHER@ MARKER=tacit-pair-marker-7d31
 release() { for port in 9001 9002; do nc -w 1 10.76.0.$O $port </dev/null; done; } # node 2 waits at no door any more
 fail() { [ $N = 2 ] || release; echo "pair: $1"; cat /tmp/agent.log /tmp/*.pcap.log 2>/dev/null; echo 'test two_machines_talk_through_both_agents ... FAILED'
     echo 'test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s'; exit 1; }
-# Tries a command until it succeeds, 90 s at most.
-await() { what=$1; shift; end=$(($(date +%s) + 90))
+# Tries a command until it succeeds; five minutes are for hangs.
+await() { what=$1; shift; end=$(($(date +%s) + 300))
     until "$@" >/dev/null 2>&1; do [ "$(date +%s)" -lt $end ] || fail "$what"; sleep 0.2; done; }
 
 ip addr add 10.76.0.$N/24 dev eth0; ip link set eth0 up

@@ -19,7 +19,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use xtask_support::workspace::Workspace;
+use xtask_support::workspace::{Profile, Workspace};
 
 use archive::Entry;
 use layout::Description;
@@ -78,7 +78,7 @@ fn version() -> &'static str {
 
 /// The release binaries, by their paths in the image.
 fn programs(workspace: &Workspace) -> [(&'static str, PathBuf); 2] {
-    [(PROGRAM, workspace.agent()), (ATTACK, workspace.attack())]
+    [(PROGRAM, workspace.agent(Profile::Release)), (ATTACK, workspace.attack(Profile::Release))]
 }
 
 /// Everything in the image: the programs, and each library at the place where the loader looks for it.

@@ -9,7 +9,7 @@ use xtask_support::{
     ebpf,
     progress::{self, Progress},
     setup,
-    workspace::Workspace,
+    workspace::{Profile, Workspace},
 };
 
 /// Make the container image, without a daemon
@@ -36,7 +36,9 @@ fn run(options: &Options) -> Result<()> {
     let mut progress = Progress::new(4);
     progress.step("what is needed", || setup::ensure_ebpf(&workspace).map(drop))?;
     progress.step("kernel side", || ebpf::build(&workspace).map(drop))?;
-    progress.step("agent and attack suite (release)", || workspace.build_agent_and_attack())?;
+    progress.step("agent and attack suite (release)", || {
+        workspace.build(Profile::Release, &["tacit", "tacit-attack"])
+    })?;
     if let Some(root) = &options.root {
         return progress.step("files", || xtask_image::write_files(&workspace, root));
     }

@@ -3,7 +3,7 @@
 //! Recognised lines: cargo's `Running ..` and `Doc-tests ..`, which name a suite; the harness's `test NAME ... FAILED`,
 //! `test NAME ... ignored` and `test result: ..`. A suite that ends without a result has crashed and counts as failed.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -34,6 +34,8 @@ pub struct Report {
     suites: Vec<Suite>,
     failures: Vec<String>,
     notes: Vec<String>,
+    /// The steps, in their order, and how long each took.
+    parts: Vec<(String, Duration)>,
     /// Where the suites of the running command begin.
     command: usize,
 }
@@ -84,6 +86,11 @@ impl Report {
         });
     }
 
+    /// A step took so long.
+    pub fn part(&mut self, name: &str, took: Duration) {
+        self.parts.push((name.to_owned(), took));
+    }
+
     /// Something to know beside the numbers.
     pub fn note(&mut self, note: String) {
         self.notes.push(note);
@@ -106,8 +113,8 @@ impl Report {
     /// A line for each suite that had something to run, then what failed and what to know.
     pub fn table(&self, style: Style) -> String {
         let shown: Vec<&Suite> = self.suites.iter().filter(|suite| suite.count() > 0).collect();
-        let width =
-            shown.iter().map(|suite| suite.name.chars().count()).max().unwrap_or(0).max("suite".len());
+        let names = shown.iter().map(|suite| &suite.name).chain(self.parts.iter().map(|(name, _)| name));
+        let width = names.map(|name| name.chars().count()).max().unwrap_or(0).max("suite".len());
         let head =
             format!("{:<width$}  {:>7} {:>7} {:>7} {:>9}", "suite", "passed", "failed", "skipped", "seconds");
         let mut table = format!("\n{}\n", style.paint(Tone::Strong, &head));
@@ -117,6 +124,7 @@ impl Report {
             let Suite { name, passed, skipped, seconds, .. } = suite;
             table += &format!("{name:<width$}  {passed:>7} {failed} {skipped:>7} {seconds:>9.2}\n");
         }
+        table += &self.times(width, style);
         for failure in &self.failures {
             table += &format!("{} {failure}\n", style.paint(Tone::Bad, "failed:"));
         }
@@ -126,11 +134,24 @@ impl Report {
         table + "\n"
     }
 
+    /// A line for each step, and their sum.
+    fn times(&self, width: usize, style: Style) -> String {
+        if self.parts.is_empty() {
+            return String::new();
+        }
+        let line = |name: &str, took: Duration| format!("{name:<width$}  {:>33.1}\n", took.as_secs_f64());
+        let head = format!("{:<width$}  {:>33}", "part", "seconds");
+        let mut text = format!("\n{}\n", style.paint(Tone::Strong, &head));
+        text.extend(self.parts.iter().map(|(name, took)| line(name, *took)));
+        text + &line("all", self.parts.iter().map(|(_, took)| *took).sum()) + "\n"
+    }
+
     /// Adds what another report has.
     pub fn append(&mut self, other: Self) {
         self.suites.extend(other.suites);
         self.failures.extend(other.failures);
         self.notes.extend(other.notes);
+        self.parts.extend(other.parts);
     }
 
     /// The report for another process, which reads it with [`Report::parse`]: a suite, a failure or a note a line.
@@ -369,6 +390,23 @@ mod tests {
         assert_eq!(read.summary(), "3 passed, 1 failed, 2 skipped");
         assert_eq!(read.table(Style::Plain), written.table(Style::Plain).replace("two\nlines", "two lines"));
         assert!(Report::parse("suite\t1\tx").is_err() && Report::parse("nothing").is_err());
+    }
+
+    #[test]
+    fn the_time_of_each_part_is_told() {
+        let mut report = report(GOOD, true);
+        assert!(!report.table(Style::Plain).contains("part"));
+        report.part("lints", Duration::from_millis(1500));
+        report.part("unit tests", Duration::from_millis(2500));
+        let table = report.table(Style::Plain);
+        let seconds = |part: &str| {
+            let line = table.lines().find(|line| line.starts_with(part)).expect("its line");
+            line.split_whitespace().last().expect("a number").to_owned()
+        };
+        assert_eq!(
+            (seconds("lints"), seconds("unit tests"), seconds("all")),
+            ("1.5".into(), "2.5".into(), "4.0".into())
+        );
     }
 
     #[test]

@@ -10,6 +10,25 @@ use anyhow::{Context as _, Result};
 
 use crate::command;
 
+/// With which of cargo's profiles something is built.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// For the demo, the tests and the checks: quick to build, with assertions.
+    Fast,
+    /// For the image and the bench.
+    Release,
+}
+
+impl Profile {
+    /// Its name in `Cargo.toml`, which is also that of its folder in the target folder.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fast => "fast",
+            Self::Release => "release",
+        }
+    }
+}
+
 /// The folders all commands work in.
 pub struct Workspace {
     root: PathBuf,
@@ -50,19 +69,19 @@ impl Workspace {
         self.root.join("target/ebpf/tacit-ebpf.o")
     }
 
-    /// The agent's release binary.
-    pub fn agent(&self) -> PathBuf {
-        self.target.join("release/tacit")
+    /// A built program of the workspace.
+    pub fn program(&self, profile: Profile, name: &str) -> PathBuf {
+        self.target.join(profile.name()).join(name)
     }
 
-    /// The attack suite's release binary: beside the agent's, where the agent looks for it.
-    pub fn attack(&self) -> PathBuf {
-        self.target.join("release/tacit-attack")
+    /// The agent.
+    pub fn agent(&self, profile: Profile) -> PathBuf {
+        self.program(profile, "tacit")
     }
 
-    /// The load generator's release binary.
-    pub fn load_generator(&self) -> PathBuf {
-        self.target.join("release/tacit-load")
+    /// The attack suite: beside the agent, where the agent looks for it.
+    pub fn attack(&self, profile: Profile) -> PathBuf {
+        self.program(profile, "tacit-attack")
     }
 
     /// cargo, started in the repository with its target folder stated.
@@ -72,27 +91,11 @@ impl Workspace {
         cargo
     }
 
-    /// Builds the agent in release mode; the kernel side must be there.
-    pub fn build_agent(&self) -> Result<()> {
-        self.build_release(&["tacit"])
-    }
-
-    /// Builds the agent and the attack suite in release mode; the kernel side must be there.
-    pub fn build_agent_and_attack(&self) -> Result<()> {
-        self.build_release(&["tacit", "tacit-attack"])
-    }
-
-    fn build_release(&self, packages: &[&str]) -> Result<()> {
+    /// Builds the programs of these packages; the kernel side must be there for the agent's.
+    pub fn build(&self, profile: Profile, packages: &[&str]) -> Result<()> {
         let mut cargo = self.cargo("build");
-        cargo.arg("--release").args(packages.iter().flat_map(|package| ["--package", package]));
-        command::run(cargo.arg("--target-dir").arg(&self.target))
-    }
-
-    /// Builds the load generator in release mode.
-    pub fn build_load_generator(&self) -> Result<()> {
-        let mut cargo = self.cargo("build");
-        cargo.args(["--release", "--package", "tacit-tests", "--bin", "tacit-load", "--target-dir"]);
-        command::run(cargo.arg(&self.target))
+        cargo.args(["--profile", profile.name(), "--bins", "--target-dir"]).arg(&self.target);
+        command::run(cargo.args(packages.iter().flat_map(|package| ["--package", package])))
     }
 }
 

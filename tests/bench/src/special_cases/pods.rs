@@ -61,7 +61,7 @@ pub(super) fn run(programs: &Programs) -> Result<Vec<Figure>> {
 /// Waits until that many pods of node a are enrolled.
 fn wait_for(testbed: &Testbed, count: usize) -> Result<()> {
     let agent = testbed.agent("a")?;
-    tacit_topology::until(&format!("{count} pods enrolled"), std::time::Duration::from_secs(60), || {
+    tacit_topology::until(&format!("{count} pods enrolled"), || {
         let status: Value = serde_json::from_str(&agent.status()?)?;
         let enrolled = status["pods"]
             .as_array()
