@@ -1,9 +1,6 @@
 //! The attacks. To add one: a line here, and a step (`step`) or a driver (`driver`, `lifecycle`) that it names.
 
-use crate::{
-    Family::{self, Mapped, V4, V6},
-    lifecycle::Misfortune,
-};
+use crate::Family::{self, Mapped, V4, V6};
 
 /// One attack.
 pub(crate) struct Attack {
@@ -68,6 +65,29 @@ pub(crate) enum PassedFd {
     Connected,
     /// A UDP socket.
     Datagram,
+}
+
+/// What happens to agents, or to what they have in the kernel.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Misfortune {
+    /// A pod of which the agent was told nothing runs a step.
+    UnknownPod(&'static str),
+    /// The pod's own cgroup has a program that sends every connection to the victim.
+    ProgramInPod,
+    /// A cgroup above the pods' has such a program: it runs after ours.
+    ProgramAbove,
+    /// The table of pending connections is full.
+    PendingFull,
+    /// The agent is stopped (SIGSTOP), and its heartbeat stale.
+    Stopped(&'static str),
+    /// The agent is killed, and its heartbeat stale.
+    Killed(&'static str),
+    /// The pins are deleted under the agent, which is then killed.
+    PinsDeleted,
+    /// The agent is started again with a directory that names nobody.
+    EmptyDirectory(&'static str),
+    /// No agent was ever here when the connection was made; then one comes, and then the marker is sent.
+    LateAgent,
 }
 
 const ALL: &[Family] = &[V4, V6, Mapped];
