@@ -1,11 +1,7 @@
 //! Attacks on agents that stop, die or come late, and on what they left in the kernel. In the control nothing happens to
 //! anybody: the same step is simply run.
 
-use std::{
-    fs,
-    net::SocketAddr,
-    time::Instant,
-};
+use std::{fs, net::SocketAddr, time::Instant};
 
 use anyhow::{Context as _, Result};
 use tacit_topology::{Agent, until};
