@@ -14,7 +14,7 @@ use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe};
 use tacit_topology::{Agent, until};
 
 /// Longer than any test here: an agent that ends well does not wait for it.
-const DRAIN: &str = "drainTimeout: 1h\n";
+const DRAIN: &str = "drainTimeout: 10m\n";
 /// Clients at a time.
 const CLIENTS: usize = 4;
 /// What every connection says.

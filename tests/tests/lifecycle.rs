@@ -127,7 +127,7 @@ fn a_pod_whose_node_has_no_agent_is_never_reached_in_clear() -> Result<()> {
 fn a_stop_lets_an_open_flow_finish() -> Result<()> {
     for node in ["a", "b"] {
         // Longer than this test: the agent ends with the flow, not at the limit.
-        let mut mesh = plan().config("drainTimeout: 1h\n").with_agents()?;
+        let mut mesh = plan().config("drainTimeout: 10m\n").with_agents()?;
         let server = serve(&mesh)?;
         let steps = ["send:before", "line", "pause", "send:after", "line", "shut", "read-end"];
         let mut client = Client::start(mesh.pod("client")?, server.address(), &steps)?;

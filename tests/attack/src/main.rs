@@ -180,8 +180,8 @@ fn run(args: &Args, programs: &Programs) -> Result<bool> {
     Ok(results.iter().all(|judged| matches!(judged.verdict, Verdict::Held | Verdict::Absent)))
 }
 
-/// Shortest wait of a step for what Tacit keeps from it: two repetitions of a SYN.
-const SHORTEST_WAIT: Duration = Duration::from_secs(4);
+/// Shortest wait of a step for what Tacit keeps from it: above the first repetition of a SYN, after a second.
+const SHORTEST_WAIT: Duration = Duration::from_secs(2);
 /// Nothing that takes so many times as long as without Tacit is still on its way.
 const LONGER: u32 = 10;
 
