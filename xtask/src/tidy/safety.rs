@@ -15,8 +15,9 @@ const SAFETY_REACH: usize = 4;
 /// Generated from kernel headers, lint attributes included.
 const BINDINGS: &str = "ebpf/src/bindings";
 
-/// Where tests sleep: between two looks at a condition, with a deadline; and in the bench, which measures over a time.
-const SLEEPING: [&str; 2] = ["tests/topology/src/wait.rs", "tests/bench/"];
+/// Code below `tests/` that may sleep: between two looks at a condition, with a deadline; in programs that tests start, as
+/// clients that pause; and in the bench, which measures over a time.
+const SLEEPING: [&str; 3] = ["tests/topology/src/wait.rs", "tests/src/bin/", "tests/bench/"];
 
 pub(super) fn check(source: &Source) -> Vec<Finding> {
     let mut findings = unsafe_code(source);
@@ -158,6 +159,8 @@ mod tests {
         assert_eq!(problems("tests/tests/modes.rs", "use std::thread::sleep;"), 1);
         assert_eq!(problems("tests/topology/src/wait.rs", "std::thread::sleep(POLL);"), 0);
         assert_eq!(problems("tests/bench/src/cases.rs", "std::thread::sleep(SILENCE);"), 0);
+        assert_eq!(problems("tests/src/bin/tacit-peer/flows.rs", "std::thread::sleep(PAUSE);"), 0);
+        assert_eq!(problems("tests/src/mesh.rs", "std::thread::sleep(PAUSE);"), 1);
         assert_eq!(
             problems("tests/tests/modes.rs", "wait::until(what, deadline, || x); command(\"sleep\");"),
             0
