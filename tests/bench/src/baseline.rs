@@ -41,7 +41,10 @@ const TOLERANCE: f64 = 0.25;
 pub(super) struct Baseline {
     tolerance: f64,
     cores: usize,
-    ratios: BTreeMap<String, f64>,
+    /// CPU, cores, kernel and date, if the file names them.
+    pub(super) machine: Option<String>,
+    /// By the name of the line.
+    pub(super) ratios: BTreeMap<String, f64>,
 }
 
 /// One comparison.
@@ -76,7 +79,7 @@ impl Baseline {
         Self::parse(&text).with_context(|| format!("{}", file.display()))
     }
 
-    fn parse(text: &str) -> Result<Self> {
+    pub(super) fn parse(text: &str) -> Result<Self> {
         let value: Value = serde_json::from_str(text).context("no JSON")?;
         let tolerance = value["tolerance"].as_f64().filter(|part| (0.0..1.0).contains(part));
         let ratios = value["ratios"].as_object().context("no ratios")?;
@@ -89,6 +92,7 @@ impl Baseline {
         Ok(Self {
             tolerance: tolerance.context("no tolerance from 0 to 1")?,
             cores: value["cores"].as_u64().context("no cores")?.try_into()?,
+            machine: value["machine"].as_str().map(str::to_owned),
             ratios,
         })
     }

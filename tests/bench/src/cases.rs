@@ -191,6 +191,17 @@ impl Case {
         }
     }
 
+    /// The name and the description of the line that shows a metric.
+    pub(super) fn labels(&self, metric: &Metric) -> (String, String) {
+        match metric.name {
+            "rate" => (self.name.clone(), self.what.clone()),
+            other => {
+                let metric = other.replace("p999", "p99.9");
+                (format!("{}-{other}", self.name), format!("{}, {metric}", self.what))
+            }
+        }
+    }
+
     /// Runs it once.
     pub(super) fn run(&self, testbed: &Testbed, programs: &Programs, seconds: u64) -> Result<Done> {
         let (client, far) = (&testbed.client, &testbed.far);

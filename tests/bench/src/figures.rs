@@ -63,14 +63,11 @@ impl Figure {
     pub(super) fn of(case: &Case, columns: &[(&'static str, &[Sample])]) -> Vec<Self> {
         let metrics = case.metrics();
         let line = |(at, metric): (usize, &Metric)| {
-            let (end, what) = match metric.name {
-                "rate" => (String::new(), String::new()),
-                other => (format!("-{other}"), format!(", {}", other.replace("p999", "p99.9"))),
-            };
+            let (name, what) = case.labels(metric);
             Self {
-                name: format!("{}{end}", case.name),
+                name,
                 case: case.name.clone(),
-                what: format!("{}{what}", case.what),
+                what,
                 unit: metric.unit,
                 better: metric.better,
                 columns: columns.iter().map(|(name, samples)| Column::of(name, samples, metric)).collect(),
@@ -140,6 +137,7 @@ impl Figure {
         let mut object = json!({
             "case": self.name,
             "group": self.case,
+            "leads": self.leads,
             "what": self.what,
             "unit": self.unit,
             "better": match self.better { Better::Higher => "higher", Better::Lower => "lower" },
@@ -158,6 +156,10 @@ impl Figure {
             object[format!("{name}_noise")] = json!(column.noise);
             if name == DIRECT {
                 continue;
+            }
+            if name == RIVAL {
+                object[RIVAL] = json!(column.median);
+                object["rival_ratio"] = json!(self.ratio(RIVAL));
             }
             let prefix = if name == TACIT { String::new() } else { format!("{name}_") };
             if self.cpu_unit.is_empty() {

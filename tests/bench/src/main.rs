@@ -23,6 +23,7 @@
 //! | `figures` | medians and ratios |
 //! | `baseline` | `--check`: ratios against the committed ones |
 //! | `results_table` | the figures for people |
+//! | `ratios`, `plot` | `--plot`: ratios of a result as SVG |
 
 #![forbid(unsafe_code)]
 
@@ -34,7 +35,9 @@ mod idle_wait;
 mod load;
 mod machine;
 mod measure;
+mod plot;
 mod programs;
+mod ratios;
 mod results_table;
 mod rival;
 mod rounds;
@@ -68,6 +71,7 @@ use baseline::{Baseline, Judged, Verdict};
 use cases::Case;
 use figures::Figure;
 use programs::Programs;
+use ratios::Ratios;
 use rounds::Plan;
 
 /// How often and how long, when nothing else is asked for.
@@ -96,6 +100,18 @@ struct Options {
     /// Write the results to FILE: an array with one object for each line of the table
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write the ratios to FILE as SVG: a bar for each case
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+    /// Measure nothing: plot this file of --json, or the committed ratios when no file is named
+    #[arg(
+        long,
+        value_name = "RESULT",
+        num_args = 0..=1,
+        requires = "plot",
+        conflicts_with_all = ["cases", "list", "rounds", "seconds", "json", "agent", "rival", "check", "write_baseline"]
+    )]
+    from: Option<Option<PathBuf>>,
     /// Measure this agent instead of the one of this repository, which is not built then
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
@@ -124,6 +140,9 @@ fn run(options: &Options) -> Result<()> {
         return Ok(());
     }
     let workspace = &Workspace::find()?;
+    if let (Some(file), Some(from)) = (&options.plot, &options.from) {
+        return plot_file(file, &from.clone().unwrap_or_else(|| workspace.root().join(baseline::FILE)));
+    }
     let (chosen, plan) = options.chosen()?;
     // Before minutes of measuring.
     let committed = if options.check { Some(Baseline::read(workspace.root())?) } else { None };
@@ -144,12 +163,16 @@ fn run(options: &Options) -> Result<()> {
     if let Some(file) = &options.json {
         write_json(file, measured)?;
     }
+    if let Some(file) = &options.plot {
+        write_plot(file, &Ratios::of(&rows(measured))?)?;
+    }
     outcome.complete()?;
     if options.write_baseline {
         let noisy = measured.iter().filter(|row| row.leads && row.is_noisy()).count();
         ensure!(noisy == 0, "{noisy} lines were disturbed by others: nothing is written; try --patience 600");
         baseline::write(workspace.root(), measured)?;
         note(&format!("written: {}", baseline::FILE));
+        plot_file(&workspace.root().join(plot::FILE), &workspace.root().join(baseline::FILE))?;
     }
     committed.map_or(Ok(()), |committed| check(&committed, measured, &programs, plan))
 }
@@ -258,9 +281,32 @@ fn as_root_again(workspace: &Workspace) -> Result<()> {
 }
 
 fn write_json(file: &Path, measured: &[Figure]) -> Result<()> {
-    let rows: Vec<Value> = measured.iter().map(Figure::json).collect();
+    let rows = rows(measured);
     let text = serde_json::to_string_pretty(&rows)? + "\n";
     fs::write(file, text).with_context(|| format!("write {}", file.display()))?;
     note(&format!("written: {}", file.display()));
     if rows.is_empty() { bail!("nothing was measured") } else { Ok(()) }
+}
+
+/// The objects of `--json`, each with the machine that it was measured on.
+fn rows(measured: &[Figure]) -> Vec<Value> {
+    let machine = machine::description();
+    let row = |figure: &Figure| {
+        let mut row = figure.json();
+        row["machine"] = machine.as_str().into();
+        row
+    };
+    measured.iter().map(row).collect()
+}
+
+/// Plots a result that was written before.
+fn plot_file(file: &Path, result: &Path) -> Result<()> {
+    let text = fs::read_to_string(result).with_context(|| format!("read {}", result.display()))?;
+    write_plot(file, &Ratios::parse(&text).with_context(|| format!("{}", result.display()))?)
+}
+
+fn write_plot(file: &Path, ratios: &Ratios) -> Result<()> {
+    fs::write(file, plot::svg(ratios)).with_context(|| format!("write {}", file.display()))?;
+    note(&format!("written: {}", file.display()));
+    Ok(())
 }
