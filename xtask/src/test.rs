@@ -39,8 +39,8 @@ const VIRTUAL_MACHINES: &str = "tacit-vm";
 /// Kernels that it boots: the oldest supported one that Debian has, and the newest.
 const KERNELS: [&str; 2] = ["6.1", "newest"];
 
-/// The agent's package: its unit tests and those that need a kernel are in one program.
-const AGENT: &str = "tacit";
+/// The package whose unit tests load programs into the kernel. Its other unit tests are in the same program.
+const KERNEL: &str = "tacit-kernel";
 
 /// What to run.
 #[derive(clap::Args, Default)]
@@ -145,7 +145,7 @@ impl Session<'_> {
         }
         self.check("agent and attack suite", || workspace.build(Profile::Fast, &["tacit", "tacit-attack"]))?;
         self.unit_tests();
-        self.agent_tests(&privileged);
+        self.kernel_tests(&privileged);
         self.privileged_tests(&programs, &privileged);
         self.other_kernels();
         Some(())
@@ -186,19 +186,19 @@ impl Session<'_> {
         for package in PRIVILEGED {
             cargo.args(["--exclude", package]);
         }
-        cargo.args(["--exclude", AGENT]);
+        cargo.args(["--exclude", KERNEL]);
         self.run_tests("unit tests", cargo, &[]);
     }
 
-    /// The agent's own tests. Some load programs into the kernel.
-    fn agent_tests(&mut self, privileged: &Privileged) {
+    /// Unit tests of which some need root.
+    fn kernel_tests(&mut self, privileged: &Privileged) {
         let mut cargo = self.cargo_test();
-        cargo.args(["--package", AGENT]);
+        cargo.args(["--package", KERNEL]);
         match privileged {
-            Privileged::Skip(_) => self.run_tests("tests of the agent (without root)", cargo, &[]),
+            Privileged::Skip(_) => self.run_tests("unit tests of tacit-kernel (without root)", cargo, &[]),
             Privileged::Run => {
                 through_sudo(&mut cargo, &tacit_environment());
-                self.run_tests("tests of the agent (as root)", cargo, &["--include-ignored"]);
+                self.run_tests("unit tests of tacit-kernel (as root)", cargo, &["--include-ignored"]);
             }
         }
     }
