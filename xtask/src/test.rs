@@ -160,7 +160,7 @@ impl Session<'_> {
         self.check("lints", || lint::host(workspace));
         let mut cargo = self.cargo_test();
         // Tests of whole nodes need root; building them takes longer than all others run.
-        cargo.args(["--workspace", "--exclude", ebpf::PACKAGE, "--lib", "--bins"]);
+        cargo.args(["--workspace", "--exclude", ebpf::PACKAGE, "--lib", "--bins", "--test", "properties"]);
         self.run_tests("unit tests", cargo, &[]);
         Some(())
     }
