@@ -148,7 +148,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     let sources = vec![(SourceKind::Directory, directory.states()), (SourceKind::Policy, policies.states())];
     let telemetry = Telemetry::new();
     // AdminServers before programs: an agent that cannot be looked at should not touch the kernel.
-    let doors = AdminServers::open(&config, started, sources, telemetry.clone(), stands_by).await?;
+    let servers = AdminServers::open(&config, started, sources, telemetry.clone(), stands_by).await?;
     let (directory, policies) = tokio::select! {
         complete = async { tokio::join!(directory.complete(), policies.complete()) } => complete,
         () = wait_for(&mut terminate, &mut interrupt) => {
@@ -164,7 +164,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
         match stands_by {
             true => {
                 let prepare = || Kernel::prepare(&config.pin_path, &pods_cgroup, &verifier_log);
-                succession::stand_by(&config, &directory, &identities, prepare, || doors.stand_by()).await
+                succession::stand_by(&config, &directory, &identities, prepare, || servers.stand_by()).await
             }
             false => succession::first(&config.pin_path),
         }
@@ -199,7 +199,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
         mesh,
     }));
     let report = Arc::new(Report::new(&config, path.clone(), started));
-    doors.show(report.clone());
+    servers.show(report.clone());
     let settle = path.drain.stop.child_token();
     let enroller = enroller(&config, &path, pods_cgroup, &report, turn);
     let mut enrolment = Some(tokio::spawn(enroller.run(settle.clone())));
@@ -224,11 +224,11 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
         tracing::error!(%error, "ending as if no agent stood by");
         Ending::Alone(None)
     });
-    let mut doors = Some(doors);
+    let mut servers = Some(servers);
     if ending.is_taken_over() {
         stop_beating(&mut heart).await;
         // The next agent waits for the port of the metrics.
-        close(&mut doors, &config.socket).await;
+        close(&mut servers, &config.socket).await;
     }
     tracing::info!(limit = ?config.drain_timeout, "draining: no new flows, open ones may finish");
     report.drains();
@@ -253,7 +253,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
         // An error of it was logged, and the agent ends anyway.
         let _ = enrolment.await;
     }
-    close(&mut doors, &config.socket).await;
+    close(&mut servers, &config.socket).await;
     Ok(())
 }
 
@@ -265,9 +265,9 @@ async fn stop_beating(heart: &mut Option<JoinHandle<()>>) {
     }
 }
 
-async fn close(doors: &mut Option<AdminServers>, socket: &Path) {
-    if let Some(doors) = doors.take() {
-        doors.close().await;
+async fn close(servers: &mut Option<AdminServers>, socket: &Path) {
+    if let Some(servers) = servers.take() {
+        servers.close().await;
         remove_socket(socket);
     }
 }

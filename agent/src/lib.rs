@@ -51,6 +51,7 @@ pub mod authority;
 pub mod config;
 pub mod enrol;
 #[cfg(any(test, fuzzing))]
+#[doc(hidden)]
 pub mod fuzz;
 pub mod mesh;
 pub mod proxy;

@@ -2,8 +2,11 @@
 #![forbid(unsafe_code)]
 
 use std::{
+    env,
+    ffi::OsStr,
     io::{IsTerminal as _, Write as _},
-    path::PathBuf,
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
@@ -84,25 +87,19 @@ enum Command {
         #[arg(short, long, value_enum, default_value_t = Output::Pods)]
         output: Output,
         /// Attack two nodes made in namespaces here, with and without Tacit; ends with 1 unless every attack was held
-        /// that succeeds without it.
+        /// that succeeds without it. Starts the program tacit-attack, from the folder of this program or from PATH.
         #[arg(long)]
         attack: bool,
         /// With --attack: only attacks whose name contains this.
         #[arg(long, value_name = "NAME", requires = "attack")]
         only: Option<String>,
         /// With --attack: only this family: v4, v6 or mapped.
-        #[arg(long, value_name = "FAMILY", requires = "attack", value_parser = family)]
-        family: Option<tacit_attack::Family>,
+        #[arg(long, value_name = "FAMILY", requires = "attack", value_parser = ["v4", "v6", "mapped"])]
+        family: Option<String>,
     },
     /// Ask about policies.
     #[command(subcommand)]
     Policy(PolicyCommand),
-    /// One step of an attack; started by `doctor --attack` inside a pod of its own.
-    #[command(hide = true)]
-    AttackStep {
-        /// Name, target, marker, and what else the step takes.
-        arguments: Vec<String>,
-    },
     /// Detach and remove everything that an agent left pinned in the kernel.
     Uninstall {
         /// Configuration file of that agent.
@@ -192,7 +189,6 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Doctor { attack: true, output, only, family, .. } => attack(output, only, family),
         Command::Doctor { pin_path, output, .. } => show_doctor(&pin_path, output),
-        Command::AttackStep { arguments } => tacit_attack::step::run(&arguments),
         Command::Uninstall { config, pin_path, stay } => uninstall(config, pin_path, stay),
     };
     done.map(|()| ExitCode::SUCCESS)
@@ -244,16 +240,33 @@ fn start_log(verbose: bool, format: LogFormat) -> Result<impl Drop> {
     Ok(log::init(format, verbose.then_some("debug"))?)
 }
 
-fn family(text: &str) -> Result<tacit_attack::Family, String> {
-    tacit_attack::Family::parse(text).ok_or_else(|| format!("{text:?} is no family: write v4, v6 or mapped"))
+/// The attack suite, a program of its own: the agent holds no code that attacks.
+const ATTACK: &str = "tacit-attack";
+
+/// Replaces this process by the attack suite, which attacks this program. Returns only when that fails.
+fn attack(output: Output, only: Option<String>, family: Option<String>) -> Result<()> {
+    let own = env::current_exe().context("path of this program")?;
+    let path = env::var_os("PATH").unwrap_or_default();
+    let suite = find_attack(&own, &path).with_context(|| {
+        format!(
+            "cannot attack: {ATTACK} is neither in the folder of {} nor on PATH. Put it there: the container image has it in \
+             /usr/bin, and `cargo build --release --package {ATTACK}` builds it",
+            own.display()
+        )
+    })?;
+    let mut command = std::process::Command::new(&suite);
+    command.arg("--agent").arg(&own);
+    command.args(["-o", if matches!(output, Output::Json) { "json" } else { "table" }]);
+    let choices = [("--only", only), ("--family", family)];
+    command.args(choices.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value?])).flatten());
+    Err(command.exec()).with_context(|| format!("start {}", suite.display()))
 }
 
-fn attack(output: Output, only: Option<String>, family: Option<tacit_attack::Family>) -> Result<()> {
-    let program = std::env::current_exe().context("path of this program")?;
-    let json = matches!(output, Output::Json);
-    let held = tacit_attack::run(&tacit_attack::Options { program, only, family, json })?;
-    anyhow::ensure!(held, "not every attack was held, or proven to leak without Tacit");
-    Ok(())
+/// Returns the attack suite that stands beside the program `own`, or else the first one on `path`.
+fn find_attack(own: &Path, path: &OsStr) -> Option<PathBuf> {
+    let beside = own.with_file_name(ATTACK);
+    let on_path = env::split_paths(path).map(|folder| folder.join(ATTACK));
+    std::iter::once(beside).chain(on_path).find(|file| file.is_file())
 }
 
 fn show_doctor(pin_path: &std::path::Path, output: Output) -> Result<()> {
@@ -303,6 +316,22 @@ fn client_runtime() -> Result<tokio::runtime::Runtime> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_attack_suite_is_looked_for_beside_the_program_and_then_on_the_path() {
+        let folder = env::temp_dir().join(format!("tacit-find-attack-{}", std::process::id()));
+        let (beside, on_path) = (folder.join("a"), folder.join("b"));
+        for folder in [&beside, &on_path] {
+            std::fs::create_dir_all(folder).expect("created");
+        }
+        let (own, path) = (beside.join("tacit"), on_path.as_os_str());
+        assert_eq!(find_attack(&own, path), None);
+        std::fs::write(on_path.join(ATTACK), "").expect("written");
+        assert_eq!(find_attack(&own, path), Some(on_path.join(ATTACK)));
+        std::fs::write(beside.join(ATTACK), "").expect("written");
+        assert_eq!(find_attack(&own, path), Some(beside.join(ATTACK)));
+        std::fs::remove_dir_all(&folder).expect("removed");
+    }
 
     #[test]
     fn a_kernel_that_cannot_do_it_ends_with_78_and_anything_else_with_1() {

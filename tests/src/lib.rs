@@ -23,7 +23,7 @@ mod program;
 
 pub use mesh::{Mesh, Plan};
 pub use peer::{Client, Events, Server};
-pub use program::{agent_program, peer_program, scaled, slowed};
+pub use program::{agent_program, peer_program, scaled};
 
 use std::sync::atomic::{AtomicU16, Ordering};
 

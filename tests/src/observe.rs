@@ -2,12 +2,7 @@
 
 use anyhow::{Context, Result};
 use serde_json::Value;
-use std::time::Duration;
 use tacit_topology::{Agent, until};
-
-/// Time for what happened on a connection, or to an agent, to show up in its metrics, status or log. On an emulated machine
-/// under load an agent takes 9 s to load its programs.
-const SHOWN: Duration = Duration::from_secs(30);
 
 /// The sum of all samples of `name` (as exposed, suffix included) that have all of `labels`.
 ///
@@ -58,7 +53,7 @@ pub fn refusals(agent: &Agent) -> Result<Vec<String>> {
 /// When that does not happen; the message has what it refused instead.
 pub fn wait_refused(agent: &Agent, reason: &str, before: u64, who: &str) -> Result<()> {
     let what = format!("node {}: a refusal of {who} for {reason} counted and logged", agent.node());
-    let shown = until(&what, SHOWN, || {
+    let shown = until(&what, || {
         let counted = refused(agent, reason)? > before;
         let log = agent.log()?;
         let of_reason = |line: &&str| line.contains("connection refused") && line.contains(reason);
@@ -88,7 +83,7 @@ pub fn status(agent: &Agent) -> Result<Value> {
 pub fn wait_status<T>(agent: &Agent, what: &str, condition: impl Fn(&Value) -> Option<T>) -> Result<T> {
     let what = format!("status of node {}: {what}", agent.node());
     let mut last = Value::Null;
-    let found = until(&what, SHOWN, || {
+    let found = until(&what, || {
         last = status(agent)?;
         Ok(condition(&last))
     });

@@ -9,12 +9,8 @@ use std::{
     process::{ChildStdin, Stdio},
     sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
-    time::Duration,
 };
-use tacit_topology::{Netns, Pod, Process};
-
-/// Longest wait for something a peer tells; above the patience of the peer itself, so that its own error comes first.
-const PATIENCE: Duration = Duration::from_secs(90);
+use tacit_topology::{HANG, Netns, Pod, Process};
 
 /// Events a peer told so far, and whether it can tell more. Cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -55,14 +51,14 @@ impl Events {
         let found = |told: &Told| told.events.iter().filter(|event| is(event)).nth(skip).cloned();
         let told = told.lock().unwrap_or_else(PoisonError::into_inner);
         let waiting = |told: &mut Told| found(told).is_none() && !told.ended;
-        let waited = news.wait_timeout_while(told, PATIENCE, waiting).unwrap_or_else(PoisonError::into_inner);
+        let waited = news.wait_timeout_while(told, HANG, waiting).unwrap_or_else(PoisonError::into_inner);
         found(&waited.0).with_context(|| format!("the peer told no {what:?} but {:?}", waited.0.events))
     }
 
     fn wait_end(&self) -> Result<Vec<Value>> {
         let (told, news) = &*self.0;
         let told = told.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = news.wait_timeout_while(told, PATIENCE * 2, |told| !told.ended);
+        let waited = news.wait_timeout_while(told, HANG, |told| !told.ended);
         let (told, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
         if timeout.timed_out() {
             bail!("the peer does not end; it told {:?}", told.events);
@@ -125,7 +121,7 @@ impl Server {
             _ => self.address,
         };
         let visit =
-            self.netns.enter(|| TcpStream::connect_timeout(&local, PATIENCE))?.context("visit the server")?;
+            self.netns.enter(|| TcpStream::connect_timeout(&local, HANG))?.context("visit the server")?;
         let from = visit.local_addr()?.to_string();
         let mut visits = self.visits.lock().unwrap_or_else(PoisonError::into_inner);
         visits.push(from.clone());

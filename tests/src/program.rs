@@ -1,14 +1,14 @@
 //! Where the programs under test are, and how large the large tests may be.
 
 use anyhow::{Context, Result, bail};
-use std::{path::PathBuf, time::Duration};
+use std::path::PathBuf;
 
-/// The agent: `TACIT_BIN`, or the release build of this workspace.
+/// The agent: `TACIT_BIN`, or the build of this workspace for tests.
 ///
 /// # Errors
 /// When it is not there.
 pub fn agent_program() -> Result<PathBuf> {
-    let built = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/release/tacit");
+    let built = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/fast/tacit");
     let path = std::env::var_os("TACIT_BIN").map_or_else(built, PathBuf::from);
     if !path.exists() {
         bail!("no agent at {}: build it (cargo xtask build) or name it in TACIT_BIN", path.display());
@@ -40,14 +40,6 @@ pub fn peer_program() -> Result<PathBuf> {
 /// When the variable is no positive number.
 pub fn scaled(full: u64) -> Result<u64> {
     Ok((full / u64::from(scale()?)).max(1))
-}
-
-/// A time limit multiplied by `TACIT_TEST_SCALE`.
-///
-/// # Errors
-/// As [`scaled`].
-pub fn slowed(limit: Duration) -> Result<Duration> {
-    Ok(limit * scale()?)
 }
 
 fn scale() -> Result<u32> {

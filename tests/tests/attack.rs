@@ -1,4 +1,4 @@
-//! The attack suite of `tacit doctor --attack`, each attack and family as a test of its own: held is passed, absent on
+//! The attack suite, `tacit-attack` as `tacit doctor --attack` starts it: each attack and family as a test of its own: held is passed, absent on
 //! this kernel is ignored, anything else is failed.
 //!
 //! Its own harness, because the suite builds its two worlds once and attacks them in order. It speaks the usual

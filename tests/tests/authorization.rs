@@ -10,13 +10,10 @@ use std::{
     io::Read,
     net::{IpAddr, SocketAddr, TcpStream},
     process::Command,
-    time::Duration,
 };
-use tacit_tests::{Client, Mesh, Plan, Server, agent_program, fresh_port, observe, slowed};
-use tacit_topology::{Agent, Pod, until};
+use tacit_tests::{Client, Mesh, Plan, Server, agent_program, fresh_port, observe};
+use tacit_topology::{Agent, HANG, Pod, until};
 
-/// Time for a changed policy to hold, and for a dead agent's heartbeat to be stale.
-const CHANGED: Duration = Duration::from_secs(15);
 const GREETING: &str = "welcome";
 
 /// Clients `cart` and `batch` on node a, `near` and `other` beside the servers `web` and `db` on node b, and strangers.
@@ -112,7 +109,7 @@ fn a_policy_decides_on_plaintext_in_permissive_and_without_an_agent_it_is_refuse
     meets(&mesh, "neighbour", &web, true)?;
     mesh.agent("b")?.files().set_policy(&policy)?;
     let neighbour = mesh.pod("neighbour")?;
-    until("the policy in force", slowed(CHANGED)?, || Ok((!is_greeted(neighbour, &web[0])?).then_some(())))?;
+    until("the policy in force", || Ok((!is_greeted(neighbour, &web[0])?).then_some(())))?;
     for (name, allowed) in [("stranger", true), ("neighbour", false)] {
         meets(&mesh, name, &web, allowed)?;
         meets(&mesh, name, &db, true)?;
@@ -129,9 +126,7 @@ fn a_policy_decides_on_plaintext_in_permissive_and_without_an_agent_it_is_refuse
     ensure!(observe::metric(mesh.agent("b")?, "tacit_kernel_verdicts_total", &judged)? >= 4, "not steered");
     mesh.agent_mut("b")?.kill()?;
     let stranger = mesh.pod("stranger")?;
-    until("refused without an agent", slowed(CHANGED)?, || {
-        Ok((!is_greeted(stranger, &web[0])?).then_some(()))
-    })?;
+    until("refused without an agent", || Ok((!is_greeted(stranger, &web[0])?).then_some(())))?;
     meets(&mesh, "stranger", &web, false)?;
     meets(&mesh, "stranger", &db, true)
 }
@@ -143,8 +138,8 @@ fn stranger_of(mesh: &Mesh) -> Result<String> {
 /// From node b itself, as its kubelet would.
 fn probe(mesh: &Mesh, to: SocketAddr) -> Result<String> {
     let read = mesh.topology().node("b")?.netns().enter(|| -> Result<String> {
-        let mut stream = TcpStream::connect_timeout(&to, CHANGED)?;
-        stream.set_read_timeout(Some(CHANGED))?;
+        let mut stream = TcpStream::connect_timeout(&to, HANG)?;
+        stream.set_read_timeout(Some(HANG))?;
         let mut text = String::new();
         stream.read_to_string(&mut text)?;
         Ok(text)
@@ -173,7 +168,7 @@ fn a_changed_policy_closes_the_flows_it_no_longer_allows_and_no_others() -> Resu
         ended += closing.len() as u64;
         change(&mesh, (before, &after), &closing, &staying).with_context(|| format!("step {number}"))?;
         let counted = || observe::metric(mesh.agent("b")?, "tacit_connections_revoked_total", &[]);
-        until("all counted", slowed(CHANGED)?, || Ok((counted()? == ended).then_some(())))
+        until("all counted", || Ok((counted()? == ended).then_some(())))
             .with_context(|| format!("step {number}: {ended} ended, {:?} counted", counted()))?;
     }
     let log = mesh.agent("b")?.log()?;

@@ -49,7 +49,7 @@ fn the_table_names_what_is_missing_and_the_exit_code_says_so() -> Result<()> {
 #[test]
 #[ignore = "needs root"]
 fn an_agent_that_cannot_run_here_ends_before_it_does_anything() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new("unfit")?;
     let output = agent_in(&folder.0)?;
     assert_eq!(output.status.code(), Some(CANNOT_RUN), "{}", text(&output.stderr));
 
@@ -60,6 +60,21 @@ fn an_agent_that_cannot_run_here_ends_before_it_does_anything() -> Result<()> {
         .collect::<Result<_>>()?;
     left.sort();
     assert_eq!(left, ["directory.yaml", "policy.yaml", "tacit.yaml"], "no pins, no socket, no issuer");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs the agent's program"]
+fn without_the_attack_suite_the_error_names_it_and_the_places_looked_at() -> Result<()> {
+    let folder = Folder::new("alone")?;
+    let alone = folder.0.join("tacit");
+    fs::copy(agent_program()?, &alone)?;
+    let output = Command::new(&alone).args(["doctor", "--attack"]).env("PATH", &folder.0).output()?;
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = text(&output.stderr);
+    let place = alone.display().to_string();
+    let wanted = ["tacit-attack", place.as_str(), "PATH", "cargo build"];
+    assert!(wanted.iter().all(|word| said.contains(*word)), "{said}");
     Ok(())
 }
 
@@ -85,8 +100,8 @@ fn text(bytes: &[u8]) -> String {
 struct Folder(std::path::PathBuf);
 
 impl Folder {
-    fn new() -> Result<Self> {
-        let path = std::env::temp_dir().join(format!("tacit-doctor-{}", std::process::id()));
+    fn new(name: &str) -> Result<Self> {
+        let path = std::env::temp_dir().join(format!("tacit-doctor-{name}-{}", std::process::id()));
         fs::create_dir_all(&path)?;
         Ok(Self(path))
     }

@@ -10,12 +10,10 @@ use std::{
     io::Read,
     net::{IpAddr, SocketAddr, TcpStream},
     sync::OnceLock,
-    time::Duration,
 };
 use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe, with_and_without_tacit};
+use tacit_topology::HANG;
 
-/// Longest wait of a probe.
-const PROBE: Duration = Duration::from_secs(20);
 /// Greeting of the servers: clients say nothing, so that nothing but their connection can be refused.
 const GREETING: &str = "welcome";
 /// The port without an override; each [`Setting`] has the port its number above it.
@@ -245,8 +243,8 @@ fn visit(mesh: &Mesh, from: From, to: SocketAddr) -> Result<Outcome> {
 /// From a node itself: no pod, no cgroup of a pod.
 fn probe(mesh: &Mesh, node: &str, to: SocketAddr) -> Result<Outcome> {
     let answer = mesh.topology().node(node)?.netns().enter(|| -> std::io::Result<String> {
-        let mut stream = TcpStream::connect_timeout(&to, PROBE)?;
-        stream.set_read_timeout(Some(PROBE))?;
+        let mut stream = TcpStream::connect_timeout(&to, HANG)?;
+        stream.set_read_timeout(Some(HANG))?;
         let mut text = String::new();
         stream.read_to_string(&mut text)?;
         Ok(text)

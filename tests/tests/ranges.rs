@@ -12,7 +12,6 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
-    time::Duration,
 };
 use tacit_tests::{Client, Plan, Server, agent_program, fresh_port, observe};
 use tacit_topology::{Agent, MeshFiles, Netns, until};
@@ -26,7 +25,6 @@ const NAMESPACE: &str = "podx";
 /// Where node b's pods have their addresses from.
 const RANGE: &str = "10.77.2.0/24";
 const MARKER: &str = "this-can-be-read";
-const SOON: Duration = Duration::from_secs(30);
 
 #[test]
 #[ignore = "needs root"]
@@ -79,7 +77,7 @@ fn a_range_holds_from_when_it_is_found_and_after_a_restart() -> Result<()> {
         || Client::echo(client, server.address(), MARKER).err().context("in clear around a restart");
     refused()?;
     agent.restart()?;
-    until("the range is there again", SOON, || {
+    until("the range is there again", || {
         refused()?;
         Ok(observe::status(&agent).ok().as_ref().and_then(has_range))
     })?;
@@ -145,7 +143,7 @@ impl Api {
 
     /// Adds an object, and tells whoever watches; waits for somebody.
     fn tell(&self, path: &str, mut object: Value) -> Result<()> {
-        until("somebody watches", SOON, || {
+        until("somebody watches", || {
             Ok(lock(&self.state).watches.get(path).is_some_and(|all| !all.is_empty()).then_some(()))
         })?;
         object["metadata"]["resourceVersion"] = json!("2");

@@ -4,15 +4,9 @@
 
 use anyhow::Result;
 use serde_json::Value;
-use std::{
-    net::{IpAddr, SocketAddr},
-    time::Duration,
-};
+use std::net::{IpAddr, SocketAddr};
 use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe, with_and_without_tacit};
 use tacit_topology::{Pod, until};
-
-/// Time for a flow that ended to be counted.
-const COUNTED: Duration = Duration::from_secs(10);
 
 with_and_without_tacit!(plan:
     ipv4_bytes_cannot_be_read,
@@ -170,7 +164,7 @@ fn a_live_flow_is_shown_with_both_identities_by_both_agents() -> Result<()> {
             ("source_principal", "spiffe://cluster.local/ns/shop/sa/client"),
             ("destination_principal", "spiffe://cluster.local/ns/shop/sa/far"),
         ];
-        until("the flow counted as closed", COUNTED, || {
+        until("the flow counted as closed", || {
             let closed = observe::metric(agent, "istio_tcp_connections_closed_total", &labels)?;
             Ok((closed == 1).then_some(()))
         })?;

@@ -14,14 +14,13 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-
-use crate::{
+use xtask_support::{
     command::{self, tacit_environment},
     ebpf,
     privilege::{as_root, is_root},
     progress::Progress,
     setup,
-    workspace::Workspace,
+    workspace::{Profile, Workspace},
 };
 
 /// How to show it.
@@ -37,7 +36,7 @@ pub(crate) struct Options {
 
 /// What the scenario starts.
 pub(crate) struct Prepared {
-    /// The agent's release binary.
+    /// The agent's binary.
     pub(crate) agent: PathBuf,
     /// nginx, which may not be on `PATH`.
     pub(crate) nginx: PathBuf,
@@ -54,14 +53,18 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         }
     }
     let programs = setup::ensure_programs(workspace)?;
-    scenario::run(&Prepared { agent: workspace.agent(), nginx: programs.nginx, json: options.json })
+    scenario::run(&Prepared {
+        agent: workspace.agent(Profile::Fast),
+        nginx: programs.nginx,
+        json: options.json,
+    })
 }
 
 fn prepare(workspace: &Workspace) -> Result<()> {
     let mut progress = Progress::new(3);
     progress.step("what is needed", || setup::ensure_all(workspace))?;
     progress.step("kernel side", || ebpf::build(workspace))?;
-    progress.step("agent (release)", || workspace.build_agent())
+    progress.step("agent", || workspace.build(Profile::Fast, &["tacit"]))
 }
 
 fn as_root_again(workspace: &Workspace, options: &Options) -> Result<()> {

@@ -3,8 +3,7 @@
 use std::{fs, path::PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
-
-use crate::{command, progress::note, workspace::Workspace};
+use xtask_support::{command, progress::note, workspace::Workspace};
 
 const VERSION: &str = "0.13.2";
 const TARGETS: [&str; 5] = ["frames", "records", "policy", "directory", "config"];

@@ -1,8 +1,13 @@
 //! rustfmt and clippy over the whole workspace, each with the compiler that a crate is built with.
 
 use anyhow::{Context as _, Result};
+use xtask_support::{
+    command, ebpf,
+    setup::toolchain::require_component,
+    workspace::{Profile, Workspace},
+};
 
-use crate::{command, ebpf, fuzz, setup::toolchain::require_component, workspace::Workspace};
+use crate::fuzz;
 
 /// Whether files are rewritten or only looked at.
 #[derive(Clone, Copy)]
@@ -33,7 +38,9 @@ pub(crate) fn host(workspace: &Workspace) -> Result<()> {
     require_component("clippy")?;
     let mut cargo = workspace.cargo("clippy");
     cargo
-        .args(["--workspace", "--exclude", ebpf::PACKAGE, "--all-targets", "--target-dir"])
+        .args(["--workspace", "--exclude", ebpf::PACKAGE, "--all-targets"])
+        // Build scripts and procedural macros are those of the build then.
+        .args(["--profile", Profile::Fast.name(), "--target-dir"])
         .arg(workspace.target());
     command::run(cargo.args(["--", "-Dwarnings"]))?;
     fuzz_lock(workspace)

@@ -1,35 +1,27 @@
 //! `cargo xtask <command>`: everything that is done with this repository, as code.
 //!
 //! Promises: each command fetches what it lacks through `setup`, says what it does while it does it, and fails with
-//! a message that names the next action. Whatever needs root is announced before it runs (`privilege`).
+//! a message that names the next action. Whatever needs root is announced before it runs (`privilege`). Little is compiled
+//! for it: `bench`, `kube`, `vm` and `image` are programs of other packages (`program`), which are built when they are asked
+//! for, and what they share with it is in `xtask-support`.
 #![forbid(unsafe_code)]
 
-mod bench;
-mod command;
-mod debian;
 mod demo;
-mod deploy;
-mod ebpf;
 mod fuzz;
-mod image;
-mod kube;
 mod lint;
-mod privilege;
-mod progress;
-mod setup;
+mod program;
 mod test;
 mod tidy;
-mod vm;
-mod workspace;
 
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{CommandFactory as _, Parser, Subcommand};
-
-use crate::{
-    progress::{Progress, Style, Tone},
-    workspace::Workspace,
+use xtask_support::{
+    ebpf,
+    progress::{self, Progress},
+    setup,
+    workspace::{Profile, Workspace},
 };
 
 #[derive(Parser)]
@@ -61,28 +53,33 @@ enum Task {
     Clippy,
     /// Check the rules of the repository
     Tidy,
+    /// Run what takes no root and under a minute: rules, format, lints, unit tests
+    Check,
     /// Run every check and every test
     Test(test::Options),
     /// Run the tests of whole nodes inside virtual machines with other kernels
-    Vm(vm::Options),
+    #[command(disable_help_flag = true)]
+    Vm(program::Arguments),
     /// Make the container image, without a daemon
-    Image(image::Options),
+    #[command(disable_help_flag = true)]
+    Image(program::Arguments),
     /// Install Tacit on a real cluster of two nodes, and try what it promises
-    Kube(kube::Options),
+    #[command(disable_help_flag = true)]
+    Kube(program::Arguments),
     /// Run the fuzz targets
     Fuzz(fuzz::Options),
     /// Show two pods talking through Tacit, and what the wire carried
     Demo(demo::Options),
     /// Measure what Tacit costs: the same load directly and through it, in turn
-    Bench(bench::Options),
+    #[command(disable_help_flag = true)]
+    Bench(program::Arguments),
 }
 
 fn main() -> ExitCode {
     match run(Args::parse().command) {
         Ok(code) => code,
         Err(error) => {
-            // The chain without a backtrace: what failed is another program or a file, not this code.
-            eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
+            progress::error(&error);
             ExitCode::FAILURE
         }
     }
@@ -99,13 +96,14 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Fmt { check: true } => lint::format(&workspace, lint::Format::Check),
         Task::Clippy => lint::clippy(&workspace),
         Task::Tidy => tidy::run(&workspace, &commands()),
+        Task::Check => return Ok(test::check(&workspace, &commands())),
         Task::Test(options) => return Ok(test::run(&workspace, &options, &commands())),
-        Task::Vm(options) => vm::run(&workspace, &options),
-        Task::Image(options) => image::run(&workspace, &options),
-        Task::Kube(options) => kube::run(&workspace, &options),
+        Task::Vm(arguments) => return program::run(&workspace, "tacit-vm", &arguments),
+        Task::Image(arguments) => return program::run(&workspace, "xtask-image", &arguments),
+        Task::Kube(arguments) => return program::run(&workspace, "tacit-kube", &arguments),
         Task::Fuzz(options) => fuzz::run(&workspace, &options),
         Task::Demo(options) => demo::run(&workspace, &options),
-        Task::Bench(options) => bench::run(&workspace, &options),
+        Task::Bench(arguments) => return program::run(&workspace, "tacit-bench", &arguments),
     };
     done.map(|()| ExitCode::SUCCESS)
 }
@@ -118,7 +116,7 @@ fn commands() -> Vec<String> {
 fn build(workspace: &Workspace) -> Result<()> {
     let mut progress = Progress::new(2);
     progress.step("kernel side", || ebpf::build(workspace))?;
-    progress.step("agent (release)", || workspace.build_agent())?;
-    eprintln!("{}", workspace.agent().display());
+    progress.step("agent (release)", || workspace.build(Profile::Release, &["tacit"]))?;
+    eprintln!("{}", workspace.agent(Profile::Release).display());
     Ok(())
 }

@@ -8,35 +8,42 @@
 //!
 //! A check that fails does not stop the tests; a build that fails does, since there is nothing to test then.
 
-pub(crate) mod report;
 mod stream;
 
 use std::{
     ffi::{OsStr, OsString},
+    fs,
     process::{Command, ExitCode},
+    time::Instant,
 };
 
 use anyhow::{Context as _, Result, ensure};
-
-use crate::{
-    command::{succeeds, tacit_environment},
-    ebpf, lint,
+use xtask_support::{
+    command::{self, succeeds, tacit_environment},
+    ebpf,
     privilege::{as_root, is_root},
-    progress::{Progress, Style, Tone},
+    progress::{self, Progress, Style},
+    report::Report,
     setup::{self, Programs},
-    tidy, vm,
-    workspace::Workspace,
+    workspace::{Profile, Workspace},
 };
-use report::Report;
+
+use crate::{lint, program, tidy};
 
 /// Packages whose tests need namespaces, cgroups and BPF.
 const PRIVILEGED: [&str; 2] = ["tacit-tests", "tacit-topology"];
+
+/// The package that runs tests of whole nodes on other kernels.
+const VIRTUAL_MACHINES: &str = "tacit-vm";
+
+/// Kernels that it boots: the oldest supported one that Debian has, and the newest.
+const KERNELS: [&str; 2] = ["6.1", "newest"];
 
 /// The package whose unit tests load programs into the kernel. Its other unit tests are in the same program.
 const KERNEL: &str = "tacit-kernel";
 
 /// What to run.
-#[derive(clap::Args)]
+#[derive(clap::Args, Default)]
 pub(crate) struct Options {
     /// Run only tests whose name contains one of these
     filters: Vec<String>,
@@ -70,7 +77,19 @@ pub(crate) fn run(workspace: &Workspace, options: &Options, commands: &[String])
     let mut session =
         Session { workspace, options, progress: Progress::new(steps), report: Report::default() };
     session.all(commands);
-    let Session { mut report, .. } = session;
+    conclude(session.report)
+}
+
+/// The loop of a developer: rules, format, lints and unit tests, without root and without other programs.
+pub(crate) fn check(workspace: &Workspace, commands: &[String]) -> ExitCode {
+    let options = Options { unprivileged: true, ..Options::default() };
+    let mut session =
+        Session { workspace, options: &options, progress: Progress::new(5), report: Report::default() };
+    session.inner_loop(commands);
+    conclude(session.report)
+}
+
+fn conclude(mut report: Report) -> ExitCode {
     let verdict = report.verdict();
     if let Err(problem) = &verdict {
         report.note(problem.to_string());
@@ -85,8 +104,8 @@ fn attack(workspace: &Workspace, json: bool) -> ExitCode {
     let run = || -> Result<()> {
         setup::ensure_all(workspace)?;
         ebpf::build(workspace)?;
-        workspace.build_agent()?;
-        let agent = workspace.agent();
+        workspace.build(Profile::Fast, &["tacit", "tacit-attack"])?;
+        let agent = workspace.agent(Profile::Fast);
         let mut arguments = vec![OsStr::new("doctor"), OsStr::new("--attack")];
         if json {
             arguments.extend([OsStr::new("-o"), OsStr::new("json")]);
@@ -96,13 +115,7 @@ fn attack(workspace: &Workspace, json: bool) -> ExitCode {
         ensure!(status.success(), "the attack suite: {status}");
         Ok(())
     };
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
-            ExitCode::FAILURE
-        }
-    }
+    progress::exit_code(run())
 }
 
 struct Session<'a> {
@@ -130,7 +143,7 @@ impl Session<'_> {
             self.check("lints", || lint::host(workspace));
             self.check("lints of the kernel side", || ebpf::clippy(workspace));
         }
-        self.check("agent (release)", || workspace.build_agent())?;
+        self.check("agent and attack suite", || workspace.build(Profile::Fast, &["tacit", "tacit-attack"]))?;
         self.unit_tests();
         self.kernel_tests(&privileged);
         self.privileged_tests(&programs, &privileged);
@@ -138,12 +151,29 @@ impl Session<'_> {
         Some(())
     }
 
+    /// `None` when what follows cannot be run.
+    fn inner_loop(&mut self, commands: &[String]) -> Option<()> {
+        let workspace = self.workspace;
+        self.check("rules of the repository", || tidy::run(workspace, commands));
+        self.check("format", || lint::format(workspace, lint::Format::Check));
+        self.check("kernel side", || ebpf::build(workspace))?;
+        self.check("lints", || lint::host(workspace));
+        let mut cargo = self.cargo_test();
+        // Tests of whole nodes need root; building them takes longer than all others run.
+        cargo.args(["--workspace", "--exclude", ebpf::PACKAGE, "--lib", "--bins", "--test", "properties"]);
+        self.run_tests("unit tests", cargo, &[]);
+        Some(())
+    }
+
     /// A step that passes or fails as a whole.
     fn check<T>(&mut self, name: &str, run: impl FnOnce() -> Result<T>) -> Option<T> {
-        match self.progress.step(name, run) {
+        let begin = Instant::now();
+        let outcome = self.progress.step(name, run);
+        self.report.part(name, begin.elapsed());
+        match outcome {
             Ok(value) => Some(value),
             Err(error) => {
-                eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
+                progress::error(&error);
                 self.report.failed_check(name);
                 None
             }
@@ -175,11 +205,10 @@ impl Session<'_> {
 
     fn privileged_tests(&mut self, programs: &Programs, privileged: &Privileged) {
         let mut cargo = self.cargo_test();
-        cargo.arg("--release");
         for package in PRIVILEGED {
             cargo.args(["--package", package]);
         }
-        let agent = self.workspace.agent();
+        let agent = self.workspace.agent(Profile::Fast);
         let mut environment = tacit_environment();
         environment.push(("TACIT_BIN".into(), agent.into_os_string()));
         environment.push(("TACIT_NGINX".into(), programs.nginx.clone().into_os_string()));
@@ -206,23 +235,26 @@ impl Session<'_> {
         if self.options.quick || !self.options.filters.is_empty() {
             return self
                 .report
-                .note(format!("not run on kernels {}: see `cargo xtask vm`", vm::IN_TEST.join(", ")));
+                .note(format!("not run on kernels {}: see `cargo xtask vm`", KERNELS.join(", ")));
         }
-        if !vm::is_possible() {
+        if !has_kernels() {
             return self.report.note("not run on other kernels: that needs Debian on x86_64".to_owned());
         }
         let (workspace, report) = (self.workspace, &mut self.report);
-        let name = format!("tests of whole nodes on kernels {}", vm::IN_TEST.join(", "));
-        let outcome = self.progress.step(&name, || vm::in_test(workspace, report));
+        let name = format!("tests of whole nodes on kernels {}", KERNELS.join(", "));
+        let begin = Instant::now();
+        let outcome = self.progress.step(&name, || on_kernels(workspace, report));
+        self.report.part(&name, begin.elapsed());
         if let Err(error) = outcome {
-            eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
+            progress::error(&error);
             self.report.failed_check(&name);
         }
     }
 
     fn cargo_test(&self) -> Command {
         let mut cargo = self.workspace.cargo("test");
-        cargo.args(["--no-fail-fast", "--target-dir"]).arg(self.workspace.target());
+        cargo.args(["--no-fail-fast", "--profile", Profile::Fast.name(), "--target-dir"]);
+        cargo.arg(self.workspace.target());
         cargo
     }
 
@@ -236,12 +268,34 @@ impl Session<'_> {
             ensure!(status.success(), "cargo test: {status}");
             Ok(())
         };
+        let begin = Instant::now();
         let outcome = self.progress.step(name, run);
         self.report.end(name, outcome.is_ok());
+        self.report.part(name, begin.elapsed());
         if let Err(error) = outcome {
-            eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
+            progress::error(&error);
         }
     }
+}
+
+/// Are there kernels to be had? They are Debian's, for x86_64.
+fn has_kernels() -> bool {
+    cfg!(target_arch = "x86_64") && succeeds(Command::new("apt-get").arg("--version"))
+}
+
+/// Boots the kernels; failures of tests are counted in the report.
+fn on_kernels(workspace: &Workspace, report: &mut Report) -> Result<()> {
+    let counts = workspace.target().join("vm-report");
+    if counts.exists() {
+        fs::remove_file(&counts).with_context(|| format!("cannot remove {}", counts.display()))?;
+    }
+    let mut machines = program::command(workspace, VIRTUAL_MACHINES)?;
+    let ran = command::run(machines.arg("--report").arg(&counts).args(KERNELS));
+    // One that ended early has counted what it ran.
+    if let Ok(text) = fs::read_to_string(&counts) {
+        report.append(Report::parse(&text)?);
+    }
+    ran
 }
 
 /// Whether this machine lets us make what the privileged tests are made of.
@@ -261,7 +315,7 @@ fn ability(unprivileged: bool) -> Result<Privileged> {
             "not allowed to make a network namespace (`unshare --net --mount true`)".to_owned(),
         ));
     }
-    let mounts = std::fs::read_to_string("/proc/self/mounts").context("/proc is not mounted")?;
+    let mounts = fs::read_to_string("/proc/self/mounts").context("/proc is not mounted")?;
     if !mounts.lines().any(|mount| mount.split(' ').nth(2) == Some("cgroup2")) {
         return Ok(Privileged::Skip("no cgroup v2 hierarchy is mounted".to_owned()));
     }

@@ -23,11 +23,11 @@ mod traces;
 use std::fmt;
 
 use anyhow::{Result, bail};
-
-use crate::{
+use xtask_support::{
     progress::{Style, Tone},
     workspace::Workspace,
 };
+
 use source::Source;
 
 /// One place that breaks a rule.

@@ -1,4 +1,4 @@
-//! The CA API's door: TCP, TLS 1.3 with the intermediate's own certificate, HTTP/2, gRPC.
+//! The server of the CA API: TCP, TLS 1.3 with the intermediate's own certificate, HTTP/2, gRPC.
 //!
 //! Everything that a caller can hold open is bounded: connections, handshakes, streams, header and message sizes, the
 //! time of a request, the age of a connection. Connections beyond the bound of all wait in the kernel's queue; those

@@ -1,4 +1,4 @@
-//! The operator's doors. They are open before directory and policies are complete, so that it can be seen what an agent
+//! The admin servers of the agent. They answer before directory and policies are complete, so that it can be seen what an agent
 //! waits for.
 
 use std::{
@@ -39,7 +39,7 @@ use crate::{
 /// Between two looks whether the port of the metrics is free.
 const PORT_PAUSE: Duration = Duration::from_millis(200);
 
-/// Open doors.
+/// The running servers.
 pub(super) struct AdminServers {
     shown: Arc<Shown>,
     task: JoinHandle<()>,

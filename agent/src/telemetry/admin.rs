@@ -1,7 +1,7 @@
-//! The two doors for an operator (the authority has the first alone): the metrics port (plain HTTP on the node's loopback) and the
-//! operator's socket (HTTP on a Unix socket that only root can open).
+//! The two admin servers: the metrics port (plain HTTP on the node's loopback) and the operator's socket (HTTP on a Unix socket
+//! that only root can open). The authority has the metrics port alone.
 //!
-//! | door | request | answer |
+//! | server | request | answer |
 //! |---|---|---|
 //! | port | `GET /metrics` | all metrics, `OpenMetrics` text |
 //! | port | `GET /healthz/live` | 200 for as long as requests are answered at all |
@@ -41,7 +41,7 @@ pub use socket::{BindError, FetchError, Health, bind_operator, fetch_health, fet
 
 use super::{Telemetry, metrics, status::Status};
 
-/// Connections served at once, for each door; two scrapers, a probe and a few people.
+/// Connections served at once by each server; two scrapers, a probe and a few people.
 const CONNECTIONS_MAX: usize = 16;
 /// From connecting to the end of the request's headers.
 const HEADERS_MAX: Duration = Duration::from_secs(5);
@@ -165,13 +165,13 @@ fn route(request: &Request<Incoming>, routes: &Routes) -> Answer {
 }
 
 /// What connections come from: the two kinds of listener.
-trait Door: Send + Sync {
+trait Listener: Send + Sync {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
     fn accept(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
 }
 
-impl Door for TcpListener {
+impl Listener for TcpListener {
     type Stream = tokio::net::TcpStream;
 
     async fn accept(&self) -> io::Result<Self::Stream> {
@@ -179,7 +179,7 @@ impl Door for TcpListener {
     }
 }
 
-impl Door for UnixListener {
+impl Listener for UnixListener {
     type Stream = tokio::net::UnixStream;
 
     async fn accept(&self) -> io::Result<Self::Stream> {
@@ -187,14 +187,14 @@ impl Door for UnixListener {
     }
 }
 
-async fn serve<D: Door>(door: D, routes: Arc<Routes>, shutdown: impl Future<Output = ()> + Send) {
+async fn serve<L: Listener>(listener: L, routes: Arc<Routes>, shutdown: impl Future<Output = ()> + Send) {
     let mut connections = JoinSet::new();
     let mut shutdown = std::pin::pin!(shutdown);
     loop {
         tokio::select! {
             () = &mut shutdown => return,
             Some(_) = connections.join_next(), if !connections.is_empty() => {}
-            accepted = door.accept(), if connections.len() < CONNECTIONS_MAX => match accepted {
+            accepted = listener.accept(), if connections.len() < CONNECTIONS_MAX => match accepted {
                 Ok(stream) => {
                     connections.spawn(serve_connection(stream, Arc::clone(&routes)));
                 }

@@ -1,4 +1,4 @@
-//! What runs inside a pod: one attack step in a process of its own, started as `tacit attack-step NAME TARGET MARKER ..`.
+//! What runs inside a pod: one attack step in a process of its own, started as `tacit-attack step NAME TARGET MARKER ..`.
 //!
 //! A step prints one line: `sent`, `refused: ..` (what the system told it), or `absent: ..` (this kernel lacks it). It
 //! ends with an error only when it was started wrongly.
@@ -11,6 +11,7 @@ mod sockets;
 use std::{
     io::{self, BufRead as _, Write as _},
     net::SocketAddr,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -42,7 +43,7 @@ impl Given {
 ///
 /// # Errors
 /// When there is no such step, or its arguments are wrong.
-pub fn run(arguments: &[String]) -> Result<()> {
+pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let [name, target, marker, extra @ ..] = arguments else { bail!("NAME TARGET MARKER [..]") };
     if name == "serve" {
         return serve::run(target);
@@ -102,6 +103,16 @@ fn perform(name: &str, given: &Given) -> Result<Told> {
         "packet-fragment" => packets::later_fragment(given),
         other => bail!("no step {other:?}"),
     }
+}
+
+/// The environment variable with [`patience`] in milliseconds.
+pub(crate) const PATIENCE: &str = "TACIT_ATTACK_PATIENCE_MS";
+
+/// How long a step waits for a connection or an answer: the driver knows how long this machine needs without Tacit.
+fn patience() -> Result<Duration> {
+    let text = std::env::var(PATIENCE).with_context(|| format!("{PATIENCE} is not set"))?;
+    let milliseconds = text.parse().with_context(|| format!("{PATIENCE}={text:?}: expected milliseconds"))?;
+    Ok(Duration::from_millis(milliseconds))
 }
 
 /// Tells the driver that the step is ready, and waits for its word.

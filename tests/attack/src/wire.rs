@@ -13,14 +13,11 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
 use nix::net::if_::if_nameindex;
 use tacit_topology::{Node, until};
-
-use crate::judge::Sighting;
 
 /// What every marker begins with.
 pub(crate) const PREFIX: &str = "tacit-attack-";
@@ -30,7 +27,28 @@ pub(crate) const MARKER: usize = PREFIX.len() + 8;
 const QUEUE: libc::c_int = 64 << 20;
 /// The largest frame on a veth pair, with segmentation left to the receiver.
 const FRAME: usize = 80 * 1024;
-const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Where a marker was seen.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Sighting {
+    /// On the wire between the nodes.
+    Wire,
+    /// Leaving a node towards a pod, on the host end of its link.
+    ToPod(String),
+    /// Coming from a pod, on the host end of its link: before the guard there has its say.
+    FromPod(String),
+}
+
+impl Sighting {
+    /// As it stands in results.
+    pub(crate) fn text(&self) -> String {
+        match self {
+            Self::Wire => "wire".to_owned(),
+            Self::ToPod(link) => format!("to {link}"),
+            Self::FromPod(link) => format!("from {link}"),
+        }
+    }
+}
 
 type Seen = Arc<Mutex<BTreeMap<String, BTreeSet<Sighting>>>>;
 
@@ -66,9 +84,7 @@ impl Recorder {
 
     /// Waits until `fence` has been seen.
     pub(crate) fn wait_for(&self, fence: &str) -> Result<()> {
-        until("the recorder seeing the fence", PATIENCE, || {
-            Ok((!self.sightings(fence).is_empty()).then_some(()))
-        })
+        until("the recorder seeing the fence", || Ok((!self.sightings(fence).is_empty()).then_some(())))
     }
 
     /// Ends the recording.

@@ -5,7 +5,7 @@
 //! ```
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     fs,
     io::{BufRead as _, BufReader},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
@@ -20,37 +20,44 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
-use tacit_topology::{Agent, MeshFiles, Node, Pod, Process, Topology, WorkloadEntry, until};
+use tacit_topology::{Agent, HANG, MeshFiles, Node, Pod, Process, Topology, WorkloadEntry, until};
 
 use crate::{
     Family,
-    catalogue::Attack,
-    driver,
-    judge::Outcome,
-    wire::{PREFIX, Recorder},
+    wire::{PREFIX, Recorder, Sighting},
 };
 
 /// Where the victim's application listens: TCP, then MPTCP, SCTP and DCCP.
 pub(crate) const PORT: u16 = 9100;
-/// Silence of an agent after which the kernel decides alone: the least there is.
-pub(crate) const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Silence of an agent after which the kernel decides alone. An agent on an emulated machine beats late, but not so late.
+pub(crate) const HEARTBEAT: Duration = Duration::from_secs(3);
 const DISCARD: u16 = 9;
-const PATIENCE: Duration = Duration::from_secs(30);
 /// Both flags of client and server: a cookie is not asked for, so that the very first SYN carries data.
 const FASTOPEN: &str = "1543";
 const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
                       metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
 
+/// What is started.
+#[derive(Debug, Clone)]
+pub(crate) struct Programs {
+    /// `tacit`.
+    pub(crate) agent: PathBuf,
+    /// This one, for the steps.
+    pub(crate) own: PathBuf,
+}
+
 /// Nodes, pods, recorders, servers, agents.
 pub(crate) struct World {
-    // Dropped in this order: processes first, the ground they stand on last.
+    // Dropped in this order: processes first, the topology that they run in last.
     pub(crate) agents: Vec<Agent>,
     servers: Vec<Process>,
     #[expect(dead_code, reason = "held for what dropping it does")]
     holds: Vec<Process>,
     recorders: Vec<Recorder>,
     got: Arc<Mutex<HashSet<String>>>,
-    pub(crate) program: PathBuf,
+    pub(crate) programs: Programs,
+    /// How long a step waits for a connection or an answer.
+    pub(crate) patience: Duration,
     pub(crate) attacker: Pod,
     pub(crate) other: Pod,
     pub(crate) victim: Pod,
@@ -60,19 +67,19 @@ pub(crate) struct World {
 
 impl World {
     /// The control: no agent ever ran here.
-    pub(crate) fn without_tacit(program: &Path) -> Result<Self> {
+    pub(crate) fn without_tacit(programs: &Programs) -> Result<Self> {
         // The agents' ports are open too: what an attack on them carries must be seen to leave.
-        Self::build("atkctl", program, &format!("{PORT},15001,15006,15008"))
+        Self::build("atkctl", programs, &format!("{PORT},15001,15006,15008"))
     }
 
     /// An agent on each node, all STRICT.
-    pub(crate) fn with_tacit(program: &Path) -> Result<Self> {
-        let mut world = Self::build("atk", program, &PORT.to_string())?;
+    pub(crate) fn with_tacit(programs: &Programs) -> Result<Self> {
+        let mut world = Self::build("atk", programs, &PORT.to_string())?;
         let extra = format!("heartbeatTimeout: {}s\n", HEARTBEAT.as_secs());
         let workloads = world.directory();
         for node in world.topology.nodes() {
             let files = MeshFiles::write(&world.topology, node, &workloads, STRICT, &extra)?;
-            let mut agent = Agent::start(node, program, &files)?;
+            let mut agent = Agent::start(node, &programs.agent, &files)?;
             // One after the other: the first makes the root that they share.
             agent.wait_ready()?;
             wait_enrolled(&agent)?;
@@ -81,7 +88,7 @@ impl World {
         Ok(world)
     }
 
-    fn build(tag: &str, program: &Path, ports: &str) -> Result<Self> {
+    fn build(tag: &str, programs: &Programs, ports: &str) -> Result<Self> {
         let topology = Topology::new(tag)?;
         let (a, b) = (topology.node("a")?, topology.node("b")?);
         let (attacker, other) = (a.pod("attack", "attacker")?, a.pod("attack", "other")?);
@@ -100,7 +107,8 @@ impl World {
             holds,
             recorders,
             got: Arc::default(),
-            program: program.to_owned(),
+            programs: programs.clone(),
+            patience: HANG,
             attacker,
             other,
             victim,
@@ -113,8 +121,8 @@ impl World {
     }
 
     fn serve(&mut self, pod: &Pod, ports: &str) -> Result<()> {
-        let mut command = pod.command(&self.program);
-        command.args(["attack-step", "serve", ports, "-"]);
+        let mut command = pod.command(&self.programs.own);
+        command.args(["step", "serve", ports, "-"]);
         let mut server = Process::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()))?;
         let mut lines = BufReader::new(server.take_stdout().context("stdout")?).lines();
         match lines.next() {
@@ -153,24 +161,17 @@ impl World {
         [&self.attacker, &self.other, &self.victim].into_iter().map(WorkloadEntry::of).collect()
     }
 
-    /// Runs one attack, and looks where its marker was.
-    pub(crate) fn attack(&mut self, attack: &Attack, family: Family) -> Result<Outcome> {
-        let marker = marker();
-        let mut outcome = driver::drive(self, attack, family, &marker)?;
+    /// Where `marker` was seen until now.
+    ///
+    /// # Errors
+    /// When the recorders do not get to see what was sent last.
+    pub(crate) fn sightings(&self, marker: &str) -> Result<BTreeSet<Sighting>> {
         self.fence()?;
-        for recorder in &self.recorders {
-            outcome.seen.extend(recorder.sightings(&marker));
-        }
-        if attack.must_arrive && self.has_tacit() && outcome.absent.is_none() {
-            let arrived = until("the marker at the victim", Duration::from_secs(3), || {
-                Ok(self.has_arrived(&marker).then_some(()))
-            });
-            outcome.delivered = arrived.is_ok();
-        }
-        Ok(outcome)
+        Ok(self.recorders.iter().flat_map(|recorder| recorder.sightings(marker)).collect())
     }
 
-    fn has_arrived(&self, marker: &str) -> bool {
+    /// Whether the victim's or the stranger's application got `marker`.
+    pub(crate) fn has_arrived(&self, marker: &str) -> bool {
         let got = self.got.lock().unwrap_or_else(PoisonError::into_inner);
         got.iter().any(|line| line.contains(marker))
     }
@@ -202,7 +203,7 @@ impl World {
 }
 
 /// A marker that no other run, attack or family has.
-fn marker() -> String {
+pub(crate) fn marker() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed).wrapping_add(std::process::id() << 12);
     format!("{PREFIX}{number:08x}")
@@ -221,7 +222,7 @@ fn fence(node: &Node, to: IpAddr) -> Result<String> {
 
 /// Waits until an agent has enrolled every pod it knows of its node.
 pub(crate) fn wait_enrolled(agent: &Agent) -> Result<()> {
-    until(&format!("pods of node {} enrolled", agent.node()), PATIENCE, || {
+    until(&format!("pods of node {} enrolled", agent.node()), || {
         let Ok(text) = agent.status() else { return Ok(None) };
         let status: Value = serde_json::from_str(&text)?;
         let pods = status["pods"].as_array().cloned().unwrap_or_default();

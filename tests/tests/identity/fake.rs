@@ -5,12 +5,13 @@
 use crate::forge::Shown;
 use anyhow::{Context, Result, bail};
 use rustls::{
-    ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName, Error, ServerConfig,
-    ServerConnection, SignatureScheme, Stream, SupportedProtocolVersion,
+    ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName, Error, PeerIncompatible,
+    ServerConfig, ServerConnection, SignatureScheme, Stream,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature},
+    crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature},
     pki_types::{CertificateDer, ServerName, UnixTime},
     server::danger::{ClientCertVerified, ClientCertVerifier},
+    version::TLS13,
 };
 use std::{
     io::{Read, Write},
@@ -20,11 +21,9 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     thread,
-    time::Duration,
 };
-use tacit_topology::{Netns, TUNNEL_PORT};
+use tacit_topology::{HANG, Netns, TUNNEL_PORT};
 
-const PATIENCE: Duration = Duration::from_secs(20);
 /// OPEN with its header, in bytes.
 const OPEN_BYTES: usize = 58;
 const ACCEPT: [u8; 4] = [2, 0, 0, 0];
@@ -34,12 +33,29 @@ const FIN: [u8; 4] = [5, 0, 0, 0];
 /// How a fake speaks TLS.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Speech {
-    pub(crate) version: &'static SupportedProtocolVersion,
     pub(crate) alpn: &'static [u8],
 }
 
 /// As an agent does.
-pub(crate) const RIGHT: Speech = Speech { version: &rustls::version::TLS13, alpn: b"tacit/1" };
+pub(crate) const RIGHT: Speech = Speech { alpn: b"tacit/1" };
+
+/// A ClientHello that offers TLS 1.2 and nothing newer (RFC 5246, 7.4.1.2).
+pub(crate) const CLIENT_HELLO_1_2: &[u8] = &[
+    22, 3, 1, 0, 63, 1, 0, 0, 59, 3, 3, // record, handshake, version
+    1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28,
+    29, 30, 31, 32, 0, // random, no session id
+    0, 2, 0xc0, 0x2b, 1, 0, // ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, no compression
+    0, 16, 0, 10, 0, 4, 0, 2, 0, 29, // extensions; groups: X25519
+    0, 13, 0, 4, 0, 2, 4, 3, // signatures: ecdsa_secp256r1_sha256
+];
+
+/// A ServerHello that chooses TLS 1.2.
+pub(crate) const SERVER_HELLO_1_2: &[u8] = &[
+    22, 3, 3, 0, 42, 2, 0, 0, 38, 3, 3, //
+    1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28,
+    29, 30, 31, 32, 0, // random, no session id
+    0xc0, 0x2b, 0, // ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, no compression
+];
 
 /// What came back on a flow that a fake client asked for.
 #[derive(Debug, PartialEq, Eq)]
@@ -68,8 +84,8 @@ pub(crate) fn ask(
 ) -> Result<(SocketAddr, Answer)> {
     let mut tls = client(server, shown, speech)?;
     let mut tcp =
-        netns.enter(|| TcpStream::connect_timeout(&SocketAddr::new(server, TUNNEL_PORT), PATIENCE))??;
-    tcp.set_read_timeout(Some(PATIENCE))?;
+        netns.enter(|| TcpStream::connect_timeout(&SocketAddr::new(server, TUNNEL_PORT), HANG))??;
+    tcp.set_read_timeout(Some(HANG))?;
     let from = tcp.local_addr()?;
     let mut stream = Stream::new(&mut tls, &mut tcp);
     let mut header = [0; 4];
@@ -97,8 +113,8 @@ pub(crate) fn flood_with_key_updates(
 ) -> Result<usize> {
     let mut tls = client(server, Some(shown), RIGHT)?;
     let mut tcp =
-        netns.enter(|| TcpStream::connect_timeout(&SocketAddr::new(server, TUNNEL_PORT), PATIENCE))??;
-    tcp.set_read_timeout(Some(PATIENCE))?;
+        netns.enter(|| TcpStream::connect_timeout(&SocketAddr::new(server, TUNNEL_PORT), HANG))??;
+    tcp.set_read_timeout(Some(HANG))?;
     let mut header = [0; 4];
     let mut stream = Stream::new(&mut tls, &mut tcp);
     stream.write_all(&open(asked))?;
@@ -119,7 +135,7 @@ pub(crate) fn flood_with_key_updates(
 
 fn client(server: IpAddr, shown: Option<Shown>, speech: Speech) -> Result<ClientConnection> {
     let config = ClientConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[speech.version])?
+        .with_protocol_versions(&[&TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Anybody));
     let mut config = match shown {
@@ -141,8 +157,8 @@ pub(crate) struct Server {
 #[derive(Debug)]
 pub(crate) enum Says {
     Tls(Shown, Speech),
-    /// Something else than TLS.
-    Text(&'static str),
+    /// These bytes and nothing else.
+    Bytes(&'static [u8]),
 }
 
 impl Server {
@@ -153,7 +169,7 @@ impl Server {
         let opened = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&opened);
         let serve: Box<dyn Fn(TcpStream) -> Result<()> + Send> = match says {
-            Says::Text(text) => Box::new(move |mut tcp| Ok(tcp.write_all(text.as_bytes())?)),
+            Says::Bytes(bytes) => Box::new(move |mut tcp| Ok(tcp.write_all(bytes)?)),
             Says::Tls(shown, speech) => {
                 let config = Arc::new(server_config(shown, speech)?);
                 Box::new(move |tcp| serve(tcp, &config, &count))
@@ -176,7 +192,7 @@ impl Server {
 
 fn server_config(shown: Shown, speech: Speech) -> Result<ServerConfig> {
     let mut config = ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[speech.version])?
+        .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(Arc::new(Anybody))
         .with_single_cert(shown.chain, shown.key)?;
     config.alpn_protocols = vec![speech.alpn.to_vec()];
@@ -184,7 +200,7 @@ fn server_config(shown: Shown, speech: Speech) -> Result<ServerConfig> {
 }
 
 fn serve(mut tcp: TcpStream, config: &Arc<ServerConfig>, opened: &AtomicUsize) -> Result<()> {
-    tcp.set_read_timeout(Some(PATIENCE))?;
+    tcp.set_read_timeout(Some(HANG))?;
     let mut tls = ServerConnection::new(Arc::clone(config))?;
     let mut stream = Stream::new(&mut tls, &mut tcp);
     stream.read_exact(&mut [0; OPEN_BYTES])?;
@@ -234,11 +250,11 @@ impl ServerCertVerifier for Anybody {
 
     fn verify_tls12_signature(
         &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, certificate, signed, &provider().signature_verification_algorithms)
+        Err(PeerIncompatible::ServerTlsVersionIsDisabledByOurConfig.into())
     }
 
     fn verify_tls13_signature(

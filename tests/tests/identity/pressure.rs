@@ -11,13 +11,10 @@ use std::{
     net::{IpAddr, SocketAddr, TcpStream},
     time::{Duration, Instant},
 };
-use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, scaled, slowed};
-use tacit_topology::TUNNEL_PORT;
+use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, scaled};
+use tacit_topology::{HANG, TUNNEL_PORT};
 
 const CLIENT: &str = "spiffe://cluster.local/ns/shop/sa/client";
-const PATIENCE: Duration = Duration::from_secs(20);
-/// A handshake may take 10 s; then its turn is another's.
-const CUT_OFF: Duration = Duration::from_secs(15);
 /// More than a thousand connections with what TLS needs before the first byte.
 const MEMORY_MAX_KIB: u64 = 64 * 1024;
 /// The first bytes of a handshake record, of a length that never comes.
@@ -32,10 +29,9 @@ fn a_thousand_handshakes_held_open_keep_nobody_out() -> Result<()> {
     Client::echo(mesh.pod("client")?, server.address(), "served meanwhile")?;
     let grown = memory(&mesh)?.saturating_sub(before);
     ensure!(grown < MEMORY_MAX_KIB, "{} held handshakes cost {grown} KiB", held.len());
-    let limit = slowed(CUT_OFF)?;
     for mut tcp in held {
-        tcp.set_read_timeout(Some(limit))?;
-        ensure!(is_ended(&mut tcp)?, "a handshake is still open after {limit:?}");
+        tcp.set_read_timeout(Some(HANG))?;
+        ensure!(is_ended(&mut tcp)?, "a handshake is still open after {HANG:?}");
     }
     Ok(())
 }
@@ -46,11 +42,10 @@ fn a_byte_a_second_is_cut_off() -> Result<()> {
     let (mesh, server) = mesh("slow")?;
     let mut tcp = begin(&mesh)?;
     let begin = Instant::now();
-    let limit = slowed(CUT_OFF)?;
     // What is waited for is the end, a second at a time.
     tcp.set_read_timeout(Some(Duration::from_secs(1)))?;
     while !is_ended(&mut tcp)? {
-        ensure!(begin.elapsed() < limit, "still open after {limit:?}");
+        ensure!(begin.elapsed() < HANG, "still open after {HANG:?}");
         if tcp.write_all(&[0]).is_err() {
             break;
         }
@@ -76,7 +71,7 @@ fn a_flood_of_key_updates_is_cut_off() -> Result<()> {
 /// A connection to the tunnel port that has begun a handshake.
 fn begin(mesh: &Mesh) -> Result<TcpStream> {
     let address = SocketAddr::new(mesh.pod("web")?.ipv4().into(), TUNNEL_PORT);
-    let connect = || TcpStream::connect_timeout(&address, PATIENCE);
+    let connect = || TcpStream::connect_timeout(&address, HANG);
     let mut tcp = mesh.pod("forger")?.netns().enter(connect)??;
     tcp.write_all(&HELLO)?;
     Ok(tcp)

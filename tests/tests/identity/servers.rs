@@ -1,7 +1,7 @@
 //! Fake servers at the tunnel port of a pod that the client's directory names as one of the mesh.
 
 use crate::{
-    fake::{RIGHT, Says, Server, Speech},
+    fake::{RIGHT, SERVER_HELLO_1_2, Says, Server, Speech},
     forge::{Forge, Leaf, Root, Valid},
 };
 use anyhow::{Context, Result, ensure};
@@ -82,24 +82,28 @@ fn a_server_without_an_identity_is_refused() -> Result<()> {
 #[test]
 #[ignore = "needs root"]
 fn a_server_that_speaks_tls_1_2_only_is_refused() -> Result<()> {
-    let old = Speech { version: &rustls::version::TLS12, ..RIGHT };
-    refused("oldtls", |leaf| leaf, old, "tls_mismatch")
+    refused_bytes("oldtls", SERVER_HELLO_1_2, "tls_mismatch")
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_server_of_another_wire_format_is_refused() -> Result<()> {
-    refused("format", |leaf| leaf, Speech { alpn: b"tacit/0", ..RIGHT }, "alpn")
+    refused("format", |leaf| leaf, Speech { alpn: b"tacit/0" }, "alpn")
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_server_that_speaks_no_tls_is_refused() -> Result<()> {
+    refused_bytes("text", b"HTTP/1.1 200 OK\r\n\r\nhello\n", "tls")
+}
+
+/// A server whose first bytes are these.
+fn refused_bytes(name: &str, first: &'static [u8], reason: &str) -> Result<()> {
     let mesh = mesh()?;
-    let before = observe::refused(mesh.agent("a")?, "tls")?;
-    let _fake = Server::start(mesh.pod("text")?.netns(), Says::Text("HTTP/1.1 200 OK\r\n\r\nhello\n"))?;
-    reset_without_a_byte(mesh, "text")?;
-    observe::wait_refused(mesh.agent("a")?, "tls", before, &mesh.pod("text")?.ipv4().to_string())
+    let before = observe::refused(mesh.agent("a")?, reason)?;
+    let _fake = Server::start(mesh.pod(name)?.netns(), Says::Bytes(first))?;
+    reset_without_a_byte(mesh, name)?;
+    observe::wait_refused(mesh.agent("a")?, reason, before, &mesh.pod(name)?.ipv4().to_string())
 }
 
 /// Both agents are real; the client's directory names another service account for the server's pod.

@@ -4,9 +4,9 @@
 use crate::{
     mesh::MeshFiles,
     netns::Netns,
+    node::Node,
     process::{Process, run},
-    topology::Node,
-    wait::until,
+    wait::{HANG, until},
 };
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
@@ -16,13 +16,8 @@ use std::{
     net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
-    time::Duration,
 };
 
-/// Time for an agent to load its programs and enrol its pods.
-const READY: Duration = Duration::from_secs(20);
-/// Time for one answer of the metrics port.
-const ANSWER: Duration = Duration::from_secs(5);
 /// Most of an answer that is read, in bytes.
 const ANSWER_MAX: u64 = 4 << 20;
 
@@ -101,7 +96,7 @@ impl Agent {
     /// When it ends or stays unready; the message has its log.
     pub fn wait_ready(&mut self) -> Result<()> {
         let what = format!("agent of node {} ready", self.node);
-        let ready = until(&what, READY, || {
+        let ready = until(&what, || {
             if let Some(status) = self.process.as_mut().context("the agent was stopped")?.ended()? {
                 bail!("the agent of node {} ended: {status}", self.node);
             }
@@ -175,9 +170,9 @@ impl Agent {
     /// Asks it to drain and end (SIGTERM), and waits.
     ///
     /// # Errors
-    /// When it is not running, or still runs at `deadline`.
-    pub fn terminate(&mut self, deadline: Duration) -> Result<ExitStatus> {
-        self.end(Signal::SIGTERM, deadline)
+    /// When it is not running, or does not end.
+    pub fn terminate(&mut self) -> Result<ExitStatus> {
+        self.end(Signal::SIGTERM)
     }
 
     /// Asks it to drain and end (SIGTERM), without waiting; see [`Agent::wait_end`].
@@ -193,7 +188,7 @@ impl Agent {
     /// # Errors
     /// When it is not running.
     pub fn kill(&mut self) -> Result<ExitStatus> {
-        self.end(Signal::SIGKILL, ANSWER)
+        self.end(Signal::SIGKILL)
     }
 
     /// Stops it where it stands (SIGSTOP).
@@ -215,16 +210,16 @@ impl Agent {
     /// Waits for it to end by itself.
     ///
     /// # Errors
-    /// When it still runs at `deadline`.
-    pub fn wait_end(&mut self, deadline: Duration) -> Result<ExitStatus> {
-        let status = self.process.as_mut().context("the agent was stopped")?.wait(deadline)?;
+    /// When it does not end.
+    pub fn wait_end(&mut self) -> Result<ExitStatus> {
+        let status = self.process.as_mut().context("the agent was stopped")?.wait()?;
         self.process = None;
         Ok(status)
     }
 
-    fn end(&mut self, signal: Signal, deadline: Duration) -> Result<ExitStatus> {
+    fn end(&mut self, signal: Signal) -> Result<ExitStatus> {
         self.process.as_mut().context("the agent was stopped")?.signal(signal)?;
-        self.wait_end(deadline)
+        self.wait_end()
     }
 
     fn operator(&self, args: &[&str]) -> Result<String> {
@@ -235,12 +230,12 @@ impl Agent {
 /// One HTTP GET from within `netns`: status and body.
 ///
 /// # Errors
-/// When nothing answers within a few seconds, or not with HTTP.
+/// When nothing answers, or not with HTTP.
 pub fn http_get(netns: &Netns, address: &str, path: &str) -> Result<(u16, String)> {
     let address: SocketAddr = address.parse().with_context(|| format!("address {address}"))?;
     let answer = netns.enter(|| -> Result<String> {
-        let mut stream = TcpStream::connect_timeout(&address, ANSWER)?;
-        stream.set_read_timeout(Some(ANSWER))?;
+        let mut stream = TcpStream::connect_timeout(&address, HANG)?;
+        stream.set_read_timeout(Some(HANG))?;
         write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
         let mut answer = String::new();
         stream.take(ANSWER_MAX).read_to_string(&mut answer)?;

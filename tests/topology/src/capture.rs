@@ -2,9 +2,9 @@
 
 use crate::{
     netns::Netns,
+    node::{Node, WIRE},
     pcap::Traffic,
     process::Process,
-    topology::{Node, WIRE},
     wait::until,
 };
 use anyhow::{Context, Result, bail};
@@ -15,11 +15,8 @@ use std::{
     path::{Path, PathBuf},
     process::Stdio,
     sync::atomic::{AtomicU32, Ordering},
-    time::Duration,
 };
 
-/// Time for tcpdump to start, to write the last packet, or to end.
-const TCPDUMP: Duration = Duration::from_secs(10);
 /// The discard port: nothing listens there; the packet matters, not its delivery.
 const DISCARD: u16 = 9;
 /// Where the last packet is looked for, in bytes before the end of the file: some packets may follow it.
@@ -46,7 +43,7 @@ impl Capture {
         command.args(["-i", WIRE, "-n", "-U", "--immediate-mode", "-B", "65536", "-Z", "root", "-w"]);
         command.arg(&file).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let mut tcpdump = Process::spawn(&mut command)?;
-        until("tcpdump recording", TCPDUMP, || {
+        until("tcpdump recording", || {
             let said = fs::read_to_string(&messages)?;
             if let Some(status) = tcpdump.ended()? {
                 bail!("tcpdump ended: {status}: {said}");
@@ -73,13 +70,13 @@ impl Capture {
             socket.send_to(last.as_bytes(), self.far).context("send the last packet")?;
             Ok(())
         })??;
-        until("last packet recorded", TCPDUMP, || {
+        until("last packet recorded", || {
             let bytes = fs::read(&self.file)?;
             let tail = bytes.get(bytes.len().saturating_sub(TAIL)..).unwrap_or_default();
             Ok(tail.windows(last.len()).any(|window| window == last.as_bytes()).then_some(()))
         })?;
         self.tcpdump.signal(Signal::SIGINT)?;
-        self.tcpdump.wait(TCPDUMP)?;
+        self.tcpdump.wait()?;
         let said = fs::read_to_string(&self.messages)?;
         let lost = said
             .lines()

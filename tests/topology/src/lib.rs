@@ -19,14 +19,15 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | `topology` | [`Topology`], [`Node`]: build, address plan, bpffs |
+//! | `topology` | [`Topology`]: the nodes and their wire, bpffs |
+//! | `node` | [`Node`]: the pods of a node, address plan |
 //! | `pod` | [`Pod`]: run programs in it, keep it alive, remove it |
 //! | `netns`, `cgroup` | one namespace, one cgroup tree |
 //! | `sweep` | removal by name, the guard process |
 //! | `mesh` | [`MeshFiles`]: `tacit.yaml`, `directory.yaml`, `policy.yaml` of a node |
 //! | `agent` | [`Agent`]: start, wait until ready, ask, stop, kill, restart |
 //! | `capture`, `pcap` | [`Capture`]: what crossed the wire; [`Traffic`]: what it was |
-//! | `process`, `wait` | run a command to its end, a child killed on drop, poll a condition with a deadline |
+//! | `process`, `wait` | run a command to its end, a child killed on drop, poll a condition, up to the limit for hangs |
 
 #![forbid(unsafe_code)]
 
@@ -35,6 +36,7 @@ mod capture;
 mod cgroup;
 mod mesh;
 mod netns;
+mod node;
 mod pcap;
 mod pod;
 mod process;
@@ -46,9 +48,10 @@ pub use agent::{Agent, http_get};
 pub use capture::Capture;
 pub use mesh::{MeshFiles, Tunnel, WorkloadEntry};
 pub use netns::Netns;
+pub use node::Node;
 pub use pcap::{TUNNEL_PORT, Traffic};
 pub use pod::{Membership, Pod};
 pub use process::{Process, run};
 pub use sweep::cleanup_stale;
-pub use topology::{Node, Topology};
-pub use wait::until;
+pub use topology::Topology;
+pub use wait::{HANG, until, within};

@@ -3,10 +3,7 @@
 //! Each node has its own directory and policy, so that a test can tell one node something wrong. The issuer's
 //! directory is shared: one root for the mesh.
 
-use crate::{
-    pod::Pod,
-    topology::{Node, Topology},
-};
+use crate::{node::Node, pod::Pod, topology::Topology};
 use anyhow::{Context, Result};
 use std::{
     fmt::Write,

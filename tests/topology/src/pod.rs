@@ -9,11 +9,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Arc,
-    time::Duration,
 };
-
-/// Time for a program to start; milliseconds on a machine that is not stuck.
-const STARTED: Duration = Duration::from_secs(10);
 
 /// Whether an agent has to do with the pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,7 +122,7 @@ impl Pod {
         let mut command = self.command("sleep");
         command.arg("infinity").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut process = Process::spawn(&mut command)?;
-        until(&format!("process of pod {}", self.name()), STARTED, || {
+        until(&format!("process of pod {}", self.name()), || {
             if let Some(status) = process.ended()? {
                 bail!("the process that holds pod {} ended: {status}", self.name());
             }

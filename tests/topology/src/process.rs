@@ -9,7 +9,6 @@ use nix::{
 use std::{
     io::Write,
     process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio},
-    time::Duration,
 };
 
 /// Runs `command` to its end and returns what it printed on stdout.
@@ -93,10 +92,10 @@ impl Process {
     /// Waits for its end.
     ///
     /// # Errors
-    /// When it still runs at `deadline`.
-    pub fn wait(&mut self, deadline: Duration) -> Result<ExitStatus> {
+    /// When it still runs after [`HANG`](crate::HANG).
+    pub fn wait(&mut self) -> Result<ExitStatus> {
         let what = format!("end of {}", self.name);
-        until(&what, deadline, || self.ended())
+        until(&what, || self.ended())
     }
 
     /// Sends a signal. One that has ended and was not waited for keeps its id, so no stranger can be hit.

@@ -1,27 +1,33 @@
-//! Waiting for a condition: polled, with a deadline, and an error that says what never came.
+//! Waiting for a condition: polled, and an error that names the condition when it never comes.
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result};
 use std::time::{Duration, Instant};
 
 /// Time between two looks at a condition; short against everything waited for here.
 const POLL: Duration = Duration::from_millis(5);
 
-/// Asks `condition` until it answers `Some`, and returns that.
+/// The longest wait for anything in a test. It only ends hangs: an emulated machine under load needs a tenth of it. A test
+/// that promises a time compares it with another time of the same run, never with this.
+pub const HANG: Duration = Duration::from_secs(300);
+
+/// Polls `condition` until it returns `Some`, and returns its value.
 ///
 /// # Errors
-/// When `deadline` passes first (the message names `what`), or as soon as `condition` itself fails.
-pub fn until<T>(
-    what: &str,
-    deadline: Duration,
-    mut condition: impl FnMut() -> Result<Option<T>>,
-) -> Result<T> {
+/// When [`HANG`] passes first (the message names `what`), or as soon as `condition` itself fails.
+pub fn until<T>(what: &str, condition: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    within(HANG, condition)?.with_context(|| format!("{what}: not within {HANG:?}"))
+}
+
+/// Polls `condition` until it returns `Some`, and returns its value, or `None` when `limit` passes first.
+///
+/// # Errors
+/// As soon as `condition` itself fails.
+pub fn within<T>(limit: Duration, mut condition: impl FnMut() -> Result<Option<T>>) -> Result<Option<T>> {
     let start = Instant::now();
     loop {
-        if let Some(value) = condition()? {
+        let value = condition()?;
+        if value.is_some() || start.elapsed() >= limit {
             return Ok(value);
-        }
-        if start.elapsed() >= deadline {
-            bail!("{what}: not within {deadline:?}");
         }
         std::thread::sleep(POLL);
     }

@@ -7,12 +7,10 @@ use std::{
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::Duration,
 };
-use tacit_topology::{Membership, Pod, Process, Topology, cleanup_stale, run, until};
+use tacit_topology::{HANG, Membership, Pod, Process, Topology, cleanup_stale, run, until};
 
 const MARKER: &[u8] = b"topology-marker-5c2f";
-const SOON: Duration = Duration::from_secs(10);
 
 #[test]
 #[ignore = "needs root"]
@@ -41,9 +39,7 @@ fn a_program_stands_in_its_pods_cgroup_and_namespace() -> Result<()> {
     for pod in [node.pod("shop", "in")?, node.outside_pod("shop", "out")?] {
         let held = pod.hold()?;
         let members = || fs::read_to_string(pod.cgroup().join("cgroup.procs"));
-        until("process in its cgroup", SOON, || {
-            Ok(members()?.contains(&held.id().to_string()).then_some(()))
-        })?;
+        until("process in its cgroup", || Ok(members()?.contains(&held.id().to_string()).then_some(())))?;
         let inside = run(pod.command("stat").args(["-Lc", "%i", "/proc/self/ns/net"]))?;
         let named = run(Command::new("stat").args(["-Lc", "%i"]).arg(pod.netns().path()))?;
         assert_eq!(inside, named);
@@ -89,7 +85,7 @@ fn nothing_stays_behind_when_the_owner_is_killed() -> Result<()> {
     };
     assert!(!leftovers(&prefix)?.is_empty());
     drop(owner);
-    until("everything removed", SOON, || Ok(leftovers(&prefix)?.is_empty().then_some(())))
+    until("everything removed", || Ok(leftovers(&prefix)?.is_empty().then_some(())))
 }
 
 #[test]
@@ -113,7 +109,7 @@ fn leftovers_of_a_dead_process_are_removed_and_others_kept() -> Result<()> {
     let living = Topology::new("top")?;
     let mut gone = Process::spawn(Command::new("true").stdout(Stdio::null()))?;
     let dead = format!("tacit-top{}x0", gone.id());
-    gone.wait(SOON)?;
+    gone.wait()?;
     run(Command::new("ip").args(["netns", "add", &format!("{dead}-a")]))?;
     fs::create_dir(std::env::temp_dir().join(&dead))?;
     cleanup_stale()?;
@@ -125,7 +121,7 @@ fn leftovers_of_a_dead_process_are_removed_and_others_kept() -> Result<()> {
 fn exchange(client: &Pod, server: &Pod, address: IpAddr) -> Result<()> {
     let listener = server.netns().enter(|| TcpListener::bind(SocketAddr::new(address, 0)))??;
     let address = listener.local_addr()?;
-    let mut sent = client.netns().enter(|| TcpStream::connect_timeout(&address, SOON))??;
+    let mut sent = client.netns().enter(|| TcpStream::connect_timeout(&address, HANG))??;
     let (mut accepted, _) = listener.accept()?;
     let mut buffer = [0; MARKER.len()];
     sent.write_all(MARKER)?;

@@ -1,9 +1,8 @@
 //! Two nodes, four pods, real programs: the same traffic without Tacit, with it, and with it under STRICT.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, Result, ensure};
 use tacit_topology::{Agent, MeshFiles, Pod, Process, Topology, Traffic, WorkloadEntry, until};
+use xtask_support::progress::{Progress, Style};
 
 use super::{
     Prepared,
@@ -11,16 +10,11 @@ use super::{
     traffic::{self, Pods},
     verdict::Verdict,
 };
-use crate::progress::{Progress, Style};
 
 /// What every application sends and receives; looked for on the wire.
 const MARKER: &str = "tacit-demo-marker-4c9e1f";
 /// Steps of [`play`].
 const STEPS: usize = 6;
-/// Time for an agent to take a new policy file.
-const RELOAD: Duration = Duration::from_secs(10);
-/// Time for an agent to end: its drain limit and a margin.
-const AGENT_END: Duration = Duration::from_secs(20);
 
 const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
     metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
@@ -138,7 +132,7 @@ impl Stage {
     fn strict(&self) -> Result<bool> {
         for agent in &self.agents {
             agent.files().set_policy(STRICT)?;
-            until("STRICT in force", RELOAD, || {
+            until("STRICT in force", || {
                 let status = agent.status()?;
                 Ok((status.contains("\"STRICT\"") && !status.contains("\"PERMISSIVE\"")).then_some(()))
             })?;
@@ -150,7 +144,7 @@ impl Stage {
     fn take_down(self) -> Result<()> {
         let Self { mut agents, servers, holders, pods, outsider, topology } = self;
         for agent in &mut agents {
-            let ended = agent.terminate(AGENT_END)?;
+            let ended = agent.terminate()?;
             ensure!(ended.success(), "the agent of node {} ended with {ended}", agent.node());
             agent.uninstall()?;
         }

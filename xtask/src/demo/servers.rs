@@ -8,14 +8,11 @@ use std::{
     net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
 use tacit_topology::{Pod, Process, run, until};
 
-/// Time for a server to take its first connection; MariaDB initialises its tables meanwhile.
-const START: Duration = Duration::from_secs(30);
 /// Where HTTP is served.
 pub(super) const HTTP: u16 = 80;
 /// Where MariaDB listens.
@@ -102,7 +99,7 @@ impl Server {
         command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
         let mut server = Self { name, process: Process::spawn(command)?, log };
         let here = SocketAddr::from((pod.ipv4(), port));
-        until(&format!("{name} takes connections"), START, || {
+        until(&format!("{name} takes connections"), || {
             if let Some(status) = server.process.ended()? {
                 bail!("{name} ended: {status}");
             }

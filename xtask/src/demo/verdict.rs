@@ -1,7 +1,8 @@
 //! What the demo found: a table for people, one JSON object for machines.
 
+use xtask_support::progress::{Style, Tone};
+
 use super::traffic::Request;
-use crate::progress::{Style, Tone};
 
 /// Everything the demo measured.
 pub(super) struct Verdict {

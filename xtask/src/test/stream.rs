@@ -6,8 +6,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-
-use crate::command;
+use xtask_support::command;
 
 /// Runs to the end; each line goes to standard output and to `read`.
 ///

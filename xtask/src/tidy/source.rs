@@ -3,9 +3,9 @@
 use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context as _, Result};
+use xtask_support::command::stdout;
 
 use super::scan::{self, Line};
-use crate::command::stdout;
 
 /// One file, read once.
 pub(super) struct Source {

@@ -1,4 +1,4 @@
-//! The door itself: what is served there, and how much of it one address may hold and ask.
+//! The server itself: the requests it serves, and the connections and requests that one address may have.
 
 use std::{
     io,
@@ -56,14 +56,17 @@ async fn nothing_is_served_in_clear() {
 #[tokio::test]
 async fn what_is_not_the_one_method_is_unimplemented() {
     let (api, running, _agent) = started(HOUR).await;
-    let mut door = open(&api, &running, ONE).await.expect("opens");
+    let mut client = open(&api, &running, ONE).await.expect("opens");
     let other = "/istio.v1.auth.IstioCertificateService/Other";
-    assert_eq!(asked(&mut door, Request::post(url(other)).body(Full::default())).await, Code::Unimplemented);
     assert_eq!(
-        asked(&mut door, Request::get(url(api::PATH)).body(Full::default())).await,
+        asked(&mut client, Request::post(url(other)).body(Full::default())).await,
         Code::Unimplemented
     );
-    assert_eq!(with_token(&mut door, "unknown").await, Code::Unauthenticated, "the one method is served");
+    assert_eq!(
+        asked(&mut client, Request::get(url(api::PATH)).body(Full::default())).await,
+        Code::Unimplemented
+    );
+    assert_eq!(with_token(&mut client, "unknown").await, Code::Unauthenticated, "the one method is served");
 }
 
 #[tokio::test]
@@ -72,12 +75,12 @@ async fn an_address_that_asks_too_often_waits_whoever_asks_and_another_does_not(
     let slow = Config { rate: Rate { per_second: 1, burst: 3 }, ..config(HOUR) };
     let running = Running::start(slow, Some(&api)).await;
     ready(&api, &running).await;
-    let mut door = open(&api, &running, ONE).await.expect("opens");
+    let mut client = open(&api, &running, ONE).await.expect("opens");
     for _ in 0..NODES_AT_ONE_ADDRESS * 3 {
-        assert_eq!(with_token(&mut door, "unknown").await, Code::Unauthenticated, "within the burst");
+        assert_eq!(with_token(&mut client, "unknown").await, Code::Unauthenticated, "within the burst");
     }
     let deadline = Instant::now() + Duration::from_secs(30);
-    while with_token(&mut door, "unknown").await != Code::ResourceExhausted {
+    while with_token(&mut client, "unknown").await != Code::ResourceExhausted {
         assert!(Instant::now() < deadline, "never too often");
     }
     let mut other = open(&api, &running, OTHER).await.expect("opens");
@@ -132,17 +135,17 @@ fn url(path: &str) -> String {
     format!("https://{NAME}{path}")
 }
 
-async fn with_token(door: &mut SendRequest<Full<Bytes>>, token: &str) -> Code {
+async fn with_token(client: &mut SendRequest<Full<Bytes>>, token: &str) -> Code {
     let request = Request::post(url(api::PATH)).header(AUTHORIZATION, format!("Bearer {token}"));
-    asked(door, request.body(Full::default())).await
+    asked(client, request.body(Full::default())).await
 }
 
 /// What a request ends with.
 async fn asked(
-    door: &mut SendRequest<Full<Bytes>>,
+    client: &mut SendRequest<Full<Bytes>>,
     request: hyper::http::Result<Request<Full<Bytes>>>,
 ) -> Code {
-    let response = door.send_request(request.expect("a request")).await.expect("an answer");
+    let response = client.send_request(request.expect("a request")).await.expect("an answer");
     let body = response.into_body().collect().await.expect("whole");
     let status = body.trailers().and_then(|trailers| trailers.get("grpc-status")).expect("a status");
     Code::parse(status.as_bytes()).expect("a number")

@@ -1,4 +1,4 @@
-//! Both doors, for real: a TCP listener on loopback and a Unix socket in a directory of its own.
+//! Both servers, for real: a TCP listener on loopback and a Unix socket in a directory of its own.
 
 use std::{
     net::SocketAddr,
@@ -20,7 +20,7 @@ use crate::telemetry::status::{AgentState, tests::sample};
 
 #[tokio::test]
 async fn metrics_are_served_with_their_content_type() {
-    let answer = get(metrics_door(sample).await, "GET /metrics").await;
+    let answer = get(metrics_server(sample).await, "GET /metrics").await;
     assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
     let content_type = "content-type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n";
     assert!(answer.contains(content_type), "{answer}");
@@ -29,10 +29,10 @@ async fn metrics_are_served_with_their_content_type() {
 
 #[tokio::test]
 async fn readiness_follows_the_status_and_says_why() {
-    let ready = get(metrics_door(sample).await, "GET /healthz/ready").await;
+    let ready = get(metrics_server(sample).await, "GET /healthz/ready").await;
     assert!(ready.starts_with("HTTP/1.1 200 "), "{ready}");
     let draining = || Status { state: AgentState::Draining, ..sample() };
-    let draining = get(metrics_door(draining).await, "GET /healthz/ready").await;
+    let draining = get(metrics_server(draining).await, "GET /healthz/ready").await;
     assert!(draining.starts_with("HTTP/1.1 503 ") && draining.ends_with("agent is draining\n"), "{draining}");
 }
 
@@ -47,40 +47,40 @@ async fn an_authority_has_metrics_and_readiness() {
         intermediate_not_after: None,
         roots: 1,
     };
-    let ready = authority_door(status(Readiness::Ready)).await;
+    let ready = authority_server(status(Readiness::Ready)).await;
     let metrics = get(ready, "GET /metrics").await;
     assert!(metrics.contains("\ntacit_authority_certificates_issued_total 3\n"), "{metrics}");
     assert!(get(ready, "GET /healthz/ready").await.contains("200 OK"));
-    let unready = authority_door(status(Readiness::NoRoot(None))).await;
+    let unready = authority_server(status(Readiness::NoRoot(None))).await;
     assert!(get(unready, "GET /healthz/ready").await.contains("503"));
 }
 
 #[tokio::test]
 async fn an_agent_that_is_not_ready_is_alive_all_the_same() {
     let draining = || Status { state: AgentState::Draining, ..sample() };
-    let alive = get(metrics_door(draining).await, "GET /healthz/live").await;
+    let alive = get(metrics_server(draining).await, "GET /healthz/live").await;
     assert!(alive.starts_with("HTTP/1.1 200 ") && alive.ends_with("alive\n"), "{alive}");
 }
 
 #[tokio::test]
 async fn other_paths_and_methods_are_refused() {
-    let door = metrics_door(sample).await;
-    assert!(get(door, "GET /status").await.starts_with("HTTP/1.1 404 "));
-    let refused = get(door, "POST /metrics").await;
+    let server = metrics_server(sample).await;
+    assert!(get(server, "GET /status").await.starts_with("HTTP/1.1 404 "));
+    let refused = get(server, "POST /metrics").await;
     assert!(refused.starts_with("HTTP/1.1 405 ") && refused.contains("allow: GET\r\n"), "{refused}");
 }
 
 #[tokio::test]
 async fn silent_clients_are_cut_off_and_block_nobody_for_longer() {
-    let door = metrics_door(sample).await;
+    let server = metrics_server(sample).await;
     let mut silent = Vec::new();
     for _ in 0..CONNECTIONS_MAX {
-        silent.push(TcpStream::connect(door).await.expect("listening"));
+        silent.push(TcpStream::connect(server).await.expect("listening"));
     }
     // More than all places are taken; the next client gets its answer once the silent ones run into their
     // deadline.
     let answer =
-        time::timeout(HEADERS_MAX * 3, get(door, "GET /healthz/ready")).await.expect("served in time");
+        time::timeout(HEADERS_MAX * 3, get(server, "GET /healthz/ready")).await.expect("served in time");
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
 }
 
@@ -165,14 +165,14 @@ async fn a_directory_others_can_write_is_refused() {
     assert!(matches!(error, BindError::Exposed { mode: 0o1777, .. }), "{error}");
 }
 
-async fn metrics_door(status: impl Fn() -> Status + Send + Sync + 'static) -> SocketAddr {
+async fn metrics_server(status: impl Fn() -> Status + Send + Sync + 'static) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
     let address = listener.local_addr().expect("bound");
     tokio::spawn(serve_metrics(listener, Arc::new(status), Telemetry::new(), std::future::pending()));
     address
 }
 
-async fn authority_door(status: AuthorityStatus) -> SocketAddr {
+async fn authority_server(status: AuthorityStatus) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
     let address = listener.local_addr().expect("bound");
     tokio::spawn(serve_authority(listener, Arc::new(move || status.clone()), std::future::pending()));

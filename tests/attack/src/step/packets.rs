@@ -5,7 +5,6 @@ use std::{
     mem::MaybeUninit,
     net::{SocketAddr, UdpSocket},
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -92,7 +91,7 @@ fn send(given: &Given, packet: &[u8]) -> Result<Told> {
 fn hardware_address(gateway: &str) -> Result<[u8; 6]> {
     let ask = UdpSocket::bind("0.0.0.0:0")?;
     ask.send_to(b"who are you", (gateway, 9))?;
-    until("the gateway's hardware address", Duration::from_secs(5), || {
+    until("the gateway's hardware address", || {
         let table = fs::read_to_string("/proc/thread-self/net/arp")?;
         let line = table.lines().find(|line| line.split_whitespace().next() == Some(gateway));
         let text = line.and_then(|line| line.split_whitespace().nth(3)).unwrap_or_default();

@@ -3,16 +3,15 @@
 use std::{
     io::{self, Read as _, Write as _},
     net::{Ipv6Addr, SocketAddr},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
 use socket2::{Domain, Protocol, Socket, Type};
+use tacit_topology::HANG;
 
 use super::sockets::{dccp_socket, set};
 
 const BACKLOG: i32 = 128;
-const ANSWER: Duration = Duration::from_secs(5);
 
 /// Serves TCP on the comma-separated `ports`, and the first also by MPTCP, SCTP and DCCP where the kernel has them, at
 /// the next three ports. Prints `ready`, then `got ..` for what each connection brought.
@@ -64,7 +63,7 @@ fn accept(listener: &Socket) {
     while let Ok((mut connection, _)) = listener.accept() {
         std::thread::spawn(move || {
             let mut bytes = Vec::new();
-            let _ = connection.set_read_timeout(Some(ANSWER));
+            let _ = connection.set_read_timeout(Some(HANG));
             // What came before an error counts too.
             let _ = connection.read_to_end(&mut bytes);
             println!("got {}", String::from_utf8_lossy(&bytes));

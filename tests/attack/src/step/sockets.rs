@@ -5,22 +5,14 @@ use std::{
     mem::MaybeUninit,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use socket2::{Domain, MsgHdr, Protocol, SockAddr, Socket, Type};
-use tacit_topology::until;
+use tacit_topology::within;
 
-use super::{Given, Told, wait_for_go};
-
-/// A connection across two nodes takes less than a millisecond; one that is dropped takes for ever.
-const CONNECT: Duration = Duration::from_secs(2);
-/// For a peer that should close, and does not.
-const ANSWER: Duration = Duration::from_secs(2);
-/// Two repetitions of a SYN.
-const MEETING: Duration = Duration::from_secs(4);
+use super::{Given, Told, patience, wait_for_go};
 
 fn stream(given: &Given, protocol: i32) -> io::Result<Socket> {
     Socket::new(Domain::for_address(given.target), Type::STREAM, Some(Protocol::from(protocol)))
@@ -39,14 +31,14 @@ fn finish(mut socket: Socket, marker: &[u8]) -> Result<Told> {
 
 fn close(mut socket: Socket) -> Result<Told> {
     socket.shutdown(std::net::Shutdown::Write)?;
-    socket.set_read_timeout(Some(ANSWER))?;
+    socket.set_read_timeout(Some(patience()?))?;
     let mut rest = Vec::new();
     socket.read_to_end(&mut rest)?;
     Ok(Told::Sent)
 }
 
-fn connect(socket: &Socket, target: SocketAddr) -> io::Result<()> {
-    socket.connect_timeout(&target.into(), CONNECT)
+fn connect(socket: &Socket, target: SocketAddr) -> Result<()> {
+    Ok(socket.connect_timeout(&target.into(), patience()?)?)
 }
 
 pub(super) fn tcp(given: &Given) -> Result<Told> {
@@ -246,12 +238,13 @@ pub(super) fn simultaneous(given: &Given) -> Result<Told> {
     }
     wait_for_go()?;
     // The first SYN is lost; it is repeated after a second.
-    let met = until("the other end", MEETING, || {
+    let met = within(patience()?, || {
         socket.take_error()?.map_or(Ok(()), Err)?;
         Ok(socket.peer_addr().is_ok().then_some(()))
     });
     match met {
-        Ok(()) => finish(socket, &given.marker),
+        Ok(Some(())) => finish(socket, &given.marker),
+        Ok(None) => Ok(Told::Refused("the other end never came".to_owned())),
         Err(error) => Ok(Told::Refused(error.to_string())),
     }
 }
@@ -274,7 +267,7 @@ pub(super) fn passed_fd(given: &Given) -> Result<Told> {
         return Ok(Told::Sent);
     }
     // One that never came to be connected would be waited for.
-    socket.set_write_timeout(Some(ANSWER))?;
+    socket.set_write_timeout(Some(patience()?))?;
     (&socket).write_all(&given.marker)?;
     Ok(Told::Sent)
 }

@@ -254,7 +254,7 @@ mod tests {
             stream.write_all(&all)?;
             Ok(all.len())
         });
-        let mut client = until("the relay listening", PATIENCE, || Ok(TcpStream::connect(first).ok()))?;
+        let mut client = until("the relay listening", || Ok(TcpStream::connect(first).ok()))?;
         client.set_read_timeout(Some(PATIENCE))?;
         client.set_write_timeout(Some(PATIENCE))?;
         let bytes: Vec<u8> = (0..BYTES).map(|at| (at % 251) as u8).collect();

@@ -15,6 +15,7 @@ use std::{
         atomic::{AtomicBool, Ordering::Relaxed},
     },
     thread,
+    time::Duration,
 };
 
 /// Opens `count` connections to echo servers in turn and tells `flows` {echoed, failures}: how many were right both when
@@ -37,9 +38,21 @@ pub(crate) fn run(to: &[SocketAddr], count: usize) -> Result<()> {
     Ok(())
 }
 
+/// What a client does when a connection failed, before it tries again.
+#[derive(Clone, Copy)]
+pub(crate) enum AfterFailure {
+    /// Pauses shortly, as clients do.
+    Pause,
+    /// Nothing, as the worst clients do.
+    Storm,
+}
+
+/// Pause of a client between a failure and its next connection.
+const PAUSE: Duration = Duration::from_millis(10);
+
 /// Opens one connection after the other to an echo server until a line comes on stdin. Tells `begun` after the first, and
 /// `again` {echoed, failures} at the end.
-pub(crate) fn again(to: SocketAddr) -> Result<()> {
+pub(crate) fn again(to: SocketAddr, after_failure: AfterFailure) -> Result<()> {
     let ends = Arc::new(AtomicBool::new(false));
     let told = Arc::clone(&ends);
     thread::spawn(move || {
@@ -56,7 +69,12 @@ pub(crate) fn again(to: SocketAddr) -> Result<()> {
         });
         match exchange {
             Ok(()) => echoed += 1,
-            Err(error) => *failures.entry(kind(&error)).or_default() += 1,
+            Err(error) => {
+                *failures.entry(kind(&error)).or_default() += 1;
+                if let AfterFailure::Pause = after_failure {
+                    thread::sleep(PAUSE);
+                }
+            }
         }
         if echoed == 1 {
             teller.tell("begun", json!({}));

@@ -5,6 +5,8 @@
 //! tacit-peer connect ADDRESS [--from IP | --mptcp] STEP...   one connection goes through the steps
 //! tacit-peer flows COUNT ADDRESS...             COUNT connections at once, to the addresses in turn, each echoed, all
 //!                                               open before any closes
+//! tacit-peer again|storm ADDRESS                one connection after the other until a line comes on stdin; a storm does
+//!                                               not pause after one that failed
 //! ```
 //!
 //! What happens is told on stdout, one JSON object a line; the test that started the program draws the conclusions.
@@ -19,6 +21,7 @@ mod steps;
 
 use anyhow::{Context, Result, bail};
 use event::{Teller, kind};
+use flows::AfterFailure;
 use serde_json::json;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use std::{
@@ -55,8 +58,9 @@ fn main() -> Result<()> {
             let addresses = addresses.iter().map(|address| address.parse().context("ADDRESS"));
             flows::run(&addresses.collect::<Result<Vec<_>>>()?, count.parse().context("COUNT")?)
         }
-        ["again", address] => flows::again(address.parse().context("ADDRESS")?),
-        _ => bail!("usage: tacit-peer serve|connect|flows|again ADDRESS ..."),
+        ["again", address] => flows::again(address.parse().context("ADDRESS")?, AfterFailure::Pause),
+        ["storm", address] => flows::again(address.parse().context("ADDRESS")?, AfterFailure::Storm),
+        _ => bail!("usage: tacit-peer serve|connect|flows|again|storm ADDRESS ..."),
     }
 }
 

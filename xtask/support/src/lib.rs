@@ -1,0 +1,23 @@
+//! Builds and starts things of this repository, for `cargo xtask` and for the suites that it starts.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `workspace` | folders, cargo, the release binaries |
+//! | `ebpf` | the kernel side, built and linted |
+//! | `setup` | compilers, linker and programs, installed when absent |
+//! | `debian` | packages of Debian's archive, fetched and not installed |
+//! | `command`, `privilege` | other programs, started as the caller or as root |
+//! | `progress` | steps of a command, notes, colours |
+//! | `report` | results of tests, counted |
+//!
+//! It depends on nothing but `anyhow`: `cargo xtask` is the first thing that is compiled in a new clone.
+#![forbid(unsafe_code)]
+
+pub mod command;
+pub mod debian;
+pub mod ebpf;
+pub mod privilege;
+pub mod progress;
+pub mod report;
+pub mod setup;
+pub mod workspace;

@@ -1,0 +1,97 @@
+//! `cargo xtask setup`: what building, testing and the demo need, installed when absent.
+//!
+//! Promises: when everything is there it only looks (a few file checks and two short processes); no service is ever
+//! started or enabled, since only packages without one are installed and nginx is unpacked into the cache instead of
+//! being installed; root is asked for one announced command at a time.
+//!
+//! Debian and its kin are set up automatically. Elsewhere the error names what to install.
+
+mod apt;
+mod linker;
+mod nginx;
+mod programs;
+pub mod toolchain;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::{
+    progress::{Style, Tone, note},
+    workspace::Workspace,
+};
+use apt::Apt;
+use toolchain::Toolchain;
+
+/// What `ebpf` builds with.
+pub struct EbpfTools {
+    /// The compiler that has a `core` for the BPF target.
+    pub toolchain: Toolchain,
+    /// A bpf-linker that uses the same LLVM major version as the compiler.
+    pub linker: PathBuf,
+}
+
+/// The real programs that tests and the demo run in pods.
+pub struct Programs {
+    /// nginx: the system's, or the one in the cache.
+    pub nginx: PathBuf,
+}
+
+/// The command: everything, and a summary of what is used.
+pub fn run(workspace: &Workspace) -> Result<()> {
+    let ebpf = ensure_ebpf(workspace)?;
+    let programs = ensure_programs(workspace)?;
+    let style = Style::of_stderr();
+    eprintln!("{}", style.paint(Tone::Good, "everything is in place"));
+    note(&format!("compiler for the kernel side: {}", ebpf.toolchain));
+    note(&format!("bpf-linker: {}", ebpf.linker.display()));
+    note(&format!("nginx: {}", programs.nginx.display()));
+    for missing in toolchain::missing_components() {
+        eprintln!("{}", style.paint(Tone::Warning, &toolchain::remedy(missing)));
+    }
+    Ok(())
+}
+
+/// Everything, quietly when nothing is missing.
+pub fn ensure_all(workspace: &Workspace) -> Result<Programs> {
+    ensure_ebpf(workspace)?;
+    ensure_programs(workspace)
+}
+
+/// Compiler and linker of the kernel side.
+pub fn ensure_ebpf(workspace: &Workspace) -> Result<EbpfTools> {
+    let toolchain = toolchain::ensure(&mut Apt::new())?;
+    let linker = match &toolchain {
+        Toolchain::Distribution { llvm, .. } => linker::ensure(workspace, *llvm)?,
+        // Its LLVM is not a system library; `toolchain::ensure` took this toolchain because the linker is on PATH.
+        Toolchain::Rustup { .. } => PathBuf::from("bpf-linker"),
+    };
+    Ok(EbpfTools { toolchain, linker })
+}
+
+/// Everything for virtual machines.
+pub fn ensure_vm(workspace: &Workspace) -> Result<()> {
+    ensure_ebpf(workspace)?;
+    let mut apt = Apt::new();
+    programs::ensure(&mut apt)?;
+    programs::ensure_vm(&mut apt)
+}
+
+/// Everything for a cluster.
+pub fn ensure_kube(workspace: &Workspace) -> Result<()> {
+    ensure_ebpf(workspace)?;
+    programs::ensure_kube(&mut Apt::new())
+}
+
+/// Load generators, beside the programs of the demo.
+pub fn ensure_bench(workspace: &Workspace) -> Result<Programs> {
+    programs::ensure_bench(&mut Apt::new())?;
+    ensure_programs(workspace)
+}
+
+/// Programs of the tests and the demo.
+pub fn ensure_programs(workspace: &Workspace) -> Result<Programs> {
+    let mut apt = Apt::new();
+    programs::ensure(&mut apt)?;
+    Ok(Programs { nginx: nginx::ensure(workspace, &mut apt)? })
+}
