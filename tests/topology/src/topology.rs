@@ -1,8 +1,8 @@
 //! Nodes joined by a wire, and the address plan.
 //!
-//! Node `n` (counted from 0) has 10.76.0.`n+1` and fd76::`n+1` on the wire; its pods are 10.77.`n+1`.0/24 and
-//! fd77:`n+1`::/64 with the node itself at .1 and ::1. The plan is the same in every topology: namespaces keep
-//! topologies that run side by side apart.
+//! Node `n` (counted from 0) has 10.76.0.`n+1` and fd76::`n+1` on the wire. Its pods are in 10.77.`n+1`.0/24 and
+//! fd77:`n+1`::/64, where the node itself has .1 and ::1. Every topology has the same plan, because namespaces isolate
+//! topologies that run at the same time.
 
 use crate::{
     capture::Capture,
@@ -10,7 +10,7 @@ use crate::{
     netns::{NETNS_DIR, Netns},
     pod::{Membership, Pod},
     process::run,
-    sweep::{Guard, Prefix},
+    sweep::{Prefix, Sweeper},
     wait::until,
 };
 use anyhow::{Context, Result, bail};
@@ -29,16 +29,16 @@ use std::{
 
 /// Name of the node-to-node link, in every node.
 pub(crate) const WIRE: &str = "wire";
-/// Address of the last pod of a node; it also bounds the number of pods.
+/// Host part of the last pod's address, which bounds the number of pods of a node.
 const LAST_POD: u8 = 250;
 
-/// Nodes, their wire and their pods. Dropping it removes all of them.
+/// Nodes, their wire and their pods. Dropping the topology removes all of them.
 #[derive(Debug)]
 pub struct Topology {
     prefix: Prefix,
     cgroups: PathBuf,
     nodes: Vec<Node>,
-    guard: Mutex<Guard>,
+    sweeper: Mutex<Sweeper>,
 }
 
 /// One node: a namespace that forwards between the wire and its pods.
@@ -53,80 +53,80 @@ pub struct Node {
 }
 
 impl Topology {
-    /// Two nodes, `a` and `b`. `tag` (1 to 8 letters a-z) becomes part of all names.
+    /// Builds two nodes, `a` and `b`. `tag` (1 to 8 letters a-z) becomes part of all names.
     ///
     /// # Errors
-    /// When not root, or when a tool (`ip`, `nsenter`, `mount`) or the cgroup v2 hierarchy is missing.
+    /// Fails if not root, or when a tool (`ip`, `nsenter`, `mount`) or the cgroup v2 hierarchy is missing.
     pub fn new(tag: &str) -> Result<Self> {
         Self::with_nodes(tag, &["a", "b"])
     }
 
-    /// Two nodes of these names, joined by a wire; or one alone.
+    /// Builds two nodes with these names and a wire between them, or a single node.
     ///
     /// # Errors
     /// As [`Topology::new`].
     pub fn with_nodes(tag: &str, names: &[&str]) -> Result<Self> {
         if !(1..=2).contains(&names.len()) {
-            bail!("a wire joins two nodes: {names:?} were asked for");
+            bail!("invalid nodes {names:?}: expected one or two");
         }
         let cgroups = cgroup::mount_point()?;
         let prefix = Prefix::fresh(tag)?;
-        // From here on, whatever was made is removed however this function ends.
-        let guard = Mutex::new(Guard::start(&prefix, &cgroups)?);
-        fs::create_dir(prefix.files()).with_context(|| format!("make {}", prefix.files().display()))?;
-        let mut topology = Self { prefix, cgroups, nodes: Vec::new(), guard };
+        // From here on, resources are removed on every exit of this function.
+        let sweeper = Mutex::new(Sweeper::start(&prefix, &cgroups)?);
+        fs::create_dir(prefix.files()).with_context(|| format!("create {}", prefix.files().display()))?;
+        let mut topology = Self { prefix, cgroups, nodes: Vec::new(), sweeper };
         topology.build_nodes(names)?;
         mount_bpffs()?;
         Ok(topology)
     }
 
-    /// The node of that name.
+    /// Returns the node with this name.
     ///
     /// # Errors
-    /// When there is none.
+    /// Fails if there is none.
     pub fn node(&self, name: &str) -> Result<&Node> {
         self.nodes.iter().find(|node| node.name == name).with_context(|| format!("no node {name}"))
     }
 
-    /// All nodes.
+    /// Returns all nodes.
     #[must_use]
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
     }
 
-    /// What every name of this topology begins with.
+    /// Returns the prefix of every name of this topology.
     #[must_use]
     pub fn prefix(&self) -> &str {
         self.prefix.as_str()
     }
 
-    /// A directory for files, removed with the topology.
+    /// Returns a directory for files, which is removed with the topology.
     #[must_use]
     pub fn files(&self) -> PathBuf {
         self.prefix.files()
     }
 
-    /// Starts recording what crosses the wire; it is recording when this returns.
+    /// Starts a capture of the wire, which is running when this function returns.
     ///
     /// # Errors
-    /// When `tcpdump` cannot be started, or there is one node only.
+    /// Fails if `tcpdump` cannot be started or there is only one node.
     pub fn capture(&self) -> Result<Capture> {
         match self.nodes.as_slice() {
-            [near, far] => Capture::start(near, IpAddr::V4(far.wire_ipv4()), &self.files()),
-            _ => bail!("one node alone has no wire"),
+            [first, second] => Capture::start(first, IpAddr::V4(second.wire_ipv4()), &self.files()),
+            _ => bail!("a topology of one node has no wire to capture"),
         }
     }
 
-    /// Removes everything and says what could not be removed. Dropping does the same, printing instead.
+    /// Removes all resources and returns an error if one could not be removed. Dropping prints the error instead.
     ///
     /// # Errors
-    /// When something is left.
+    /// Fails if a resource remains.
     pub fn close(self) -> Result<()> {
         self.release()
     }
 
     fn release(&self) -> Result<()> {
-        self.guard.lock().unwrap_or_else(PoisonError::into_inner).release()
+        self.sweeper.lock().unwrap_or_else(PoisonError::into_inner).release()
     }
 
     fn build_nodes(&mut self, names: &[&str]) -> Result<()> {
@@ -149,13 +149,13 @@ impl Topology {
             cgroup::create(&node.pods_cgroup())?;
             self.nodes.push(node);
         }
-        if let [near, far] = self.nodes.as_slice() {
-            let peer = far.netns.name();
-            near.netns.ip(&format!("link add {WIRE} type veth peer name {WIRE} netns {peer}\n"))?;
-            near.join_wire(far)?;
-            far.join_wire(near)?;
-            near.netns.wait_for_links()?;
-            far.netns.wait_for_links()?;
+        if let [first, second] = self.nodes.as_slice() {
+            let peer = second.netns.name();
+            first.netns.ip(&format!("link add {WIRE} type veth peer name {WIRE} netns {peer}\n"))?;
+            first.join_wire(second)?;
+            second.join_wire(first)?;
+            first.netns.wait_for_links()?;
+            second.netns.wait_for_links()?;
         }
         Ok(())
     }
@@ -170,76 +170,76 @@ impl Drop for Topology {
 }
 
 impl Node {
-    /// Its name, without the prefix.
+    /// Returns the node's name, without the prefix.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Its namespace.
+    /// Returns the network namespace.
     #[must_use]
     pub fn netns(&self) -> &Netns {
         &self.netns
     }
 
-    /// Its address on the wire.
+    /// Returns the node's IPv4 address on the wire.
     #[must_use]
     pub fn wire_ipv4(&self) -> Ipv4Addr {
         Ipv4Addr::new(10, 76, 0, self.number)
     }
 
-    /// Its address on the wire.
+    /// Returns the node's IPv6 address on the wire.
     #[must_use]
     pub fn wire_ipv6(&self) -> Ipv6Addr {
         Ipv6Addr::new(0xfd76, 0, 0, 0, 0, 0, 0, self.number.into())
     }
 
-    /// The cgroup directory that holds its pods.
+    /// Returns the cgroup directory of the node's pods.
     #[must_use]
     pub fn pods_cgroup(&self) -> PathBuf {
         self.cgroups.join(self.prefix.as_str()).join(&self.name)
     }
 
-    /// Where an agent of this node pins its programs.
+    /// Returns the folder in which an agent of this node pins its programs.
     #[must_use]
     pub fn pin_path(&self) -> PathBuf {
         PathBuf::from(format!("/sys/fs/bpf/{}-{}", self.prefix.as_str(), self.name))
     }
 
-    /// A directory for the node's files, made on first use and removed with the topology.
+    /// Returns a directory for the node's files. It is created on first use and removed with the topology.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// Fails if it cannot be made.
     pub fn files(&self) -> Result<PathBuf> {
         let path = self.prefix.files().join(&self.name);
-        fs::create_dir_all(&path).with_context(|| format!("make {}", path.display()))?;
+        fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
         Ok(path)
     }
 
-    /// A command in the node's namespace, outside the pods' cgroup.
+    /// Returns a command in the node's namespace, outside the pods' cgroup.
     ///
     /// # Errors
-    /// When the cgroup cannot be made.
+    /// Fails if the cgroup cannot be made.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
         self.command_in("exec", program)
     }
 
-    /// As [`Node::command`], in the host cgroup `group` of this node.
+    /// Returns a command like [`Node::command`], in the host cgroup `group` of this node.
     pub(crate) fn command_in(&self, group: &str, program: impl AsRef<OsStr>) -> Result<Command> {
         let cgroup = self.host_cgroup().join(group);
         cgroup::create(&cgroup)?;
         Ok(self.netns.command(&cgroup, program))
     }
 
-    /// Adds a pod of the mesh: under the pods' cgroup. It has no process before [`Pod::hold`] or [`Pod::command`].
+    /// Adds a pod under the pods' cgroup. It has no process before [`Pod::keep_alive`] or [`Pod::command`].
     ///
     /// # Errors
-    /// When a part of it cannot be made, or the node is full.
+    /// Fails if a part of the pod cannot be made or the node is full.
     pub fn pod(&self, namespace: &str, name: &str) -> Result<Pod> {
         self.add_pod(namespace, name, Membership::Mesh)
     }
 
-    /// Adds a pod that no agent knows: its cgroup is not under the pods' one.
+    /// Adds a pod whose cgroup is outside the pods' cgroup, so no agent covers it.
     ///
     /// # Errors
     /// As [`Node::pod`].
@@ -248,10 +248,10 @@ impl Node {
     }
 
     fn add_pod(&self, namespace: &str, name: &str, membership: Membership) -> Result<Pod> {
-        let taken = self
+        let reserved = self
             .next_pod
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| (next <= LAST_POD).then(|| next + 1));
-        let Ok(host) = taken else { bail!("node {} is full", self.name) };
+        let Ok(host) = reserved else { bail!("node {} has no free pod address", self.name) };
         let short = format!("{namespace}_{name}");
         let netns = Netns::create(&[format!("{}-{short}", self.netns.name())])?.remove(0);
         let cgroup = match membership {
@@ -271,7 +271,7 @@ impl Node {
         Ok(pod)
     }
 
-    /// A point-to-point link as CNI's ptp plugin makes it: the node is the pod's only neighbour.
+    /// Adds a point-to-point link like CNI's ptp plugin, so the node is the pod's only neighbour.
     fn link_pod(&self, pod: &Pod, host: u8) -> Result<()> {
         let (v4, v6) = (pod.ipv4(), pod.ipv6());
         let (gw4, gw6) = (self.pod_ipv4(1), self.pod_ipv6(1));
@@ -321,26 +321,26 @@ impl Node {
 }
 
 impl Netns {
-    /// Waits until every link carries and no address is tentative.
+    /// Waits until no address is tentative.
     fn wait_for_links(&self) -> Result<()> {
         until(&format!("links of {} ready", self.name()), || {
             self.enter(|| {
                 let links = fs::read_to_string("/proc/thread-self/net/if_inet6").context("read if_inet6")?;
-                Ok((!links.lines().any(is_tentative)).then_some(()))
+                Ok((!links.lines().any(may_be_tentative)).then_some(()))
             })?
         })
     }
 }
 
-/// Reads the flags column of a line of `/proc/net/if_inet6`. Unreadable means not ready.
-fn is_tentative(line: &str) -> bool {
+/// Returns true if the flags column of a line of `/proc/net/if_inet6` has the flag, or cannot be parsed.
+fn may_be_tentative(line: &str) -> bool {
     /// `IFA_F_TENTATIVE` of linux/if_addr.h.
     const TENTATIVE: u32 = 0x40;
     let flags = line.split_whitespace().nth(4).and_then(|flags| u32::from_str_radix(flags, 16).ok());
     flags.is_none_or(|flags| flags & TENTATIVE != 0)
 }
 
-/// Mounts bpffs where it is missing. The source name marks it as ours, so that the last topology unmounts it.
+/// Mounts bpffs if it is missing. The source's name marks the mount, so that the last topology unmounts it.
 fn mount_bpffs() -> Result<()> {
     let lock = File::open(NETNS_DIR).with_context(|| format!("open {NETNS_DIR}"))?;
     lock.lock().with_context(|| format!("lock {NETNS_DIR}"))?;
