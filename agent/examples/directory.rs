@@ -18,11 +18,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use tacit::{
-    directory::kubernetes::{self, CgroupLayout, EnrolLabel, Options, Place},
-    identity::TrustDomain,
-    kernel::node,
-};
+use tacit_core::spiffe::TrustDomain;
+use tacit_kernel::host;
+use tacit_sources::directory::{self, CgroupLayout, EnrolLabel, Options, Place};
 
 const PODS: usize = 100_000;
 const SERVICES: usize = 10_000;
@@ -63,7 +61,7 @@ async fn measure(pods: usize, services: usize) -> Result<()> {
         cgroups: CgroupLayout::of(Path::new("/sys/fs/cgroup/kubepods.slice")),
         ranges: Arc::default(),
     };
-    let opening = kubernetes::open(&options, place).await;
+    let opening = directory::open(&options, place).await;
     std::fs::remove_file(config)?;
     let watched = opening?.complete().await.context("the API is not followed any more")?;
     let directory = watched.current();
@@ -76,7 +74,7 @@ async fn measure(pods: usize, services: usize) -> Result<()> {
         memory()?.1
     );
     // As the agent does every few seconds.
-    node::release_memory();
+    host::release_memory();
     println!("memory once what the lists left is given back: {} MiB", memory()?.0);
     let random = shuffled(pods);
     lookups("workload by address", &random, |i| directory.at(pod_address(i)).is_some());
@@ -94,7 +92,7 @@ async fn measure(pods: usize, services: usize) -> Result<()> {
     took.sort_unstable();
     let at = |percent: usize| took[(took.len() - 1) * percent / 100];
     println!("one pod change: p50 {:.1?}, p99 {:.1?}, most {:.1?}", at(50), at(99), at(100));
-    node::release_memory();
+    host::release_memory();
     println!("memory after {CHANGES} changes: {} MiB", memory()?.0);
     // The peak is counted from here on.
     std::fs::write("/proc/self/clear_refs", "5")?;

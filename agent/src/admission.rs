@@ -9,11 +9,11 @@ use std::{
     sync::Arc,
 };
 
+use tacit_core::policy::{Authorization, Flow, Verdict, decide};
 use tokio::sync::watch;
 
 use crate::{
     enrol::Pod,
-    policy::{Authorization, Flow, Verdict, decide},
     telemetry::{LiveFlow, Party, Refusal, Reporter, Telemetry},
 };
 

@@ -10,6 +10,27 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use tacit_core::{
+    directory::{Directory, Ranges},
+    policy::Policies,
+};
+use tacit_identity::{
+    issuer::{EmbeddedIssuer, Issuer},
+    istio::IstioIssuer,
+    manager::Identities,
+    root::RootError,
+};
+use tacit_kernel::{
+    Kernel, KernelError, Turn, VerifierLog, cgroup::Cgroup, events, host, netns::HostNetns, probe,
+    socket::Listeners,
+};
+use tacit_sources::{
+    directory::{CgroupLayout, Place},
+    file::LoadError,
+    kubernetes::OpenError,
+    reload::{Opening, Watched},
+};
+use tacit_tunnel::Session;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     task::JoinHandle,
@@ -19,35 +40,16 @@ use tokio::{
 use crate::{
     config::{Config, IssuerConfig, Source},
     datapath::{DataPath, Parts, accept_loop},
-    directory::{
-        self, Directory, Ranges,
-        kubernetes::{CgroupLayout, Place},
-    },
     drain::{Drain, Drained},
     enrol::{Enroller, Pod, Serve, Table, kernel_mode},
-    identity::{
-        issuer::{EmbeddedIssuer, Issuer},
-        istio::IstioIssuer,
-        manager::Identities,
-        root::RootError,
-    },
     inbound,
-    kernel::{
-        Kernel, KernelError, Turn, VerifierLog, cgroup::Cgroup, events, netns::HostNetns, node, probe,
-        socket::Listeners,
-    },
-    kubernetes::OpenError,
     mesh::Mesh,
     outbound,
-    policy::{self, Policies},
-    reload::{Opening, Watched},
     telemetry::{
         Telemetry, admin,
         status::{SourceKind, UncoveredStatus},
     },
-    tunnel::Session,
     workers::Workers,
-    yaml::LoadError,
 };
 
 mod doors;
@@ -138,7 +140,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     let mut terminate = signal(SignalKind::terminate()).map_err(system("listen for SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(system("listen for SIGINT"))?;
     let started = Instant::now();
-    let descriptors = node::raise_descriptor_limit().map_err(system("raise the limit of open files"))?;
+    let descriptors = host::raise_descriptor_limit().map_err(system("raise the limit of open files"))?;
     let host = Arc::new(HostNetns::current().map_err(system("open the node's network namespace"))?);
     let pods_cgroup = Cgroup::open(&config.pods_cgroup)?;
     let (directory, policies) = (open_directory(&config).await?, open_policies(&config).await?);
@@ -293,7 +295,7 @@ async fn open_directory(config: &Config) -> Result<Opening<Directory>, AppError>
                 cgroups: CgroupLayout::of(&config.pods_cgroup),
                 ranges,
             };
-            let opened = directory::kubernetes::open(options, place).await;
+            let opened = tacit_sources::directory::open(options, place).await;
             opened.map_err(|source| AppError::Kubernetes { field: "directory", source })
         }
     }
@@ -315,7 +317,7 @@ async fn open_policies(config: &Config) -> Result<Opening<Policies>, AppError> {
             .into())
         }
         Source::Kubernetes(options) => {
-            let opened = policy::kubernetes::open(options, root).await;
+            let opened = tacit_sources::policy::open(options, root).await;
             opened.map_err(|source| AppError::Kubernetes { field: "policy", source })
         }
     }
@@ -410,7 +412,7 @@ async fn housekeeping(path: Arc<DataPath>, report: Arc<Report>) {
         let connections = path.drain.tasks.len();
         if connections.abs_diff(trimmed_at) > MANY {
             trimmed_at = connections;
-            node::release_memory();
+            host::release_memory();
         }
         if let Err(error) = refresh_node(&path.kernel) {
             tracing::error!(%error, "the node's own addresses may be outdated: probes from new ones are refused under STRICT");
@@ -428,8 +430,8 @@ fn close_unused(path: &DataPath) {
 }
 
 fn refresh_node(kernel: &Kernel) -> Result<(), KernelError> {
-    let listed = node::addresses().map_err(|e| KernelError::Map { map: "NODE", problem: e.to_string() })?;
-    let sources: Vec<_> = listed.into_iter().filter(node::is_probe_source).collect();
+    let listed = host::addresses().map_err(|e| KernelError::Map { map: "NODE", problem: e.to_string() })?;
+    let sources: Vec<_> = listed.into_iter().filter(host::is_probe_source).collect();
     kernel.maps.set_node(&sources)
 }
 

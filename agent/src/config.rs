@@ -14,22 +14,24 @@ use std::{
 };
 
 use ipnet::IpNet;
-
-use crate::{
-    directory::{kubernetes::Options as DirectoryOptions, mesh_range},
-    identity::{TrustDomain, istio::IstioConfig},
-    kernel::ClearDestination,
-    policy::kubernetes::Options as PolicyOptions,
-    yaml::{self, Fields, LoadError, Mistakes, Value},
+use tacit_core::{
+    directory::mesh_range,
+    spiffe::TrustDomain,
+    yaml::{self, Fields, Mistakes, Value},
+};
+use tacit_identity::istio::IstioConfig;
+use tacit_kernel::ClearDestination;
+use tacit_sources::{
+    directory::Options as DirectoryOptions,
+    file::{self, LoadError},
+    policy::Options as PolicyOptions,
 };
 
 mod clear;
-mod duration;
 mod issuer;
 mod kubernetes;
 
 use clear::clear_destination;
-use duration::duration;
 
 const FIELDS: [&str; 17] = [
     "trustDomain",
@@ -66,11 +68,6 @@ const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(3);
 const HEARTBEAT_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(60);
 /// Most destinations that may be reached in clear: each takes an entry in a kernel map of fixed size.
 const ALLOW_CLEAR_MAX: usize = 256;
-pub(crate) const LEAF_LIFETIME: Duration = Duration::from_secs(24 * 3600);
-/// Below ten seconds renewal at half life could not be tried twice; leaves cannot be revoked, so a month is
-/// the most.
-pub(crate) const LEAF_LIFETIME_RANGE: RangeInclusive<Duration> =
-    Duration::from_secs(10)..=Duration::from_secs(30 * 24 * 3600);
 /// Most ranges of a list: each takes an entry in a kernel map of fixed size, and a cluster has a handful.
 const RANGES_MAX: usize = 256;
 /// Most worker threads: beyond the cores of any node, and a typing mistake should not start millions.
@@ -159,7 +156,7 @@ impl Config {
         let file = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         let node = std::env::var(NODE_NAME).ok();
         let folder = file.parent().unwrap_or(Path::new("."));
-        yaml::load(path, |text| Self::parse_in(text, path, folder, node.as_deref()))
+        file::load(path, |text| Self::parse_in(text, path, folder, node.as_deref()))
     }
 
     /// Parses the text of `file`; relative paths are relative to the folder of `file`.
@@ -191,21 +188,21 @@ impl Config {
         let pods_cgroup = f.required("podsCgroup", "the cgroup of all pods, such as /sys/fs/cgroup/kubepods");
         let pods_cgroup = pods_cgroup.and_then(|value| absolute(&value));
         let mesh_ranges = mesh_ranges(f, root);
-        let service_ranges = or(f, "serviceRanges", Vec::new(), ranges);
+        let service_ranges = f.or("serviceRanges", Vec::new(), ranges);
         let directory = source(f, "directory", folder, kubernetes::directory);
         let policy = source(f, "policy", folder, kubernetes::policy);
         let issuer = f.required("issuer", "{embedded: {directory: issuer}}");
         let issuer = issuer.and_then(|value| issuer::decode(&value, folder));
-        let root_namespace = or(f, "rootNamespace", ROOT_NAMESPACE.into(), |v| v.name().map(Arc::from));
-        let pin_path = or(f, "pinPath", PIN_PATH.into(), absolute);
-        let socket = or(f, "socket", SOCKET.into(), |v| socket_path(v, folder));
-        let metrics = or(f, "metrics", METRICS, listen_address);
-        let drain_timeout = or(f, "drainTimeout", DRAIN_TIMEOUT, |v| within(v, DRAIN_TIMEOUT_RANGE));
+        let root_namespace = f.or("rootNamespace", ROOT_NAMESPACE.into(), |v| v.name().map(Arc::from));
+        let pin_path = f.or("pinPath", PIN_PATH.into(), absolute);
+        let socket = f.or("socket", SOCKET.into(), |v| socket_path(v, folder));
+        let metrics = f.or("metrics", METRICS, Value::listen_address);
+        let drain_timeout = f.or("drainTimeout", DRAIN_TIMEOUT, |v| v.duration(DRAIN_TIMEOUT_RANGE));
         let heartbeat_timeout =
-            or(f, "heartbeatTimeout", HEARTBEAT_TIMEOUT, |v| within(v, HEARTBEAT_TIMEOUT_RANGE));
-        let allow_clear = or(f, "allowClear", Vec::new(), allow_clear);
-        let workers = or(f, "workers", None, |v| v.parse(workers).map(Some));
-        let busy_poll_us = or(f, "busyPollMicroseconds", BUSY_POLL_DEFAULT_US, |v| v.parse(busy_poll_us));
+            f.or("heartbeatTimeout", HEARTBEAT_TIMEOUT, |v| v.duration(HEARTBEAT_TIMEOUT_RANGE));
+        let allow_clear = f.or("allowClear", Vec::new(), allow_clear);
+        let workers = f.or("workers", None, |v| v.parse(workers).map(Some));
+        let busy_poll_us = f.or("busyPollMicroseconds", BUSY_POLL_DEFAULT_US, |v| v.parse(busy_poll_us));
         Some(Self {
             trust_domain: trust_domain?,
             node: node?,
@@ -228,20 +225,10 @@ impl Config {
     }
 }
 
-/// The default for an absent field; a refused one stays `None`, so a mistake never becomes a default.
-pub(crate) fn or<T>(
-    fields: &mut Fields<'_>,
-    name: &str,
-    default: T,
-    decoder: impl FnOnce(&Value<'_>) -> Option<T>,
-) -> Option<T> {
-    fields.optional(name).map_or(Some(default), |value| decoder(&value))
-}
-
 /// The API of Kubernetes tells of nodes and pods, a file of nobody that is not in it: only there ranges have to be written.
 fn mesh_ranges(fields: &mut Fields<'_>, root: &Value<'_>) -> Option<Vec<IpNet>> {
     if root.peek("directory").is_some_and(|directory| directory.peek("kubernetes").is_some()) {
-        return or(fields, "meshRanges", Vec::new(), ranges);
+        return fields.or("meshRanges", Vec::new(), ranges);
     }
     let what = "the ranges of pod addresses, such as [10.77.0.0/16]; they are detected with {kubernetes: {}} as directory alone";
     let value = fields.required("meshRanges", what)?;
@@ -308,10 +295,6 @@ fn source<K>(
     }
 }
 
-pub(crate) fn within(value: &Value<'_>, range: RangeInclusive<Duration>) -> Option<Duration> {
-    value.parse(|text| duration(text, range))
-}
-
 fn absolute(value: &Value<'_>) -> Option<PathBuf> {
     let path = Path::new(value.text()?);
     if !path.is_absolute() {
@@ -348,17 +331,6 @@ fn workers(text: &str) -> Result<NonZeroUsize, String> {
     number.ok_or_else(|| {
         format!("no number of threads: write 1 to {WORKERS_MAX}, or leave it out for one per core")
     })
-}
-
-pub(crate) fn listen_address(value: &Value<'_>) -> Option<SocketAddr> {
-    let address: Option<SocketAddr> = value.parse(|text| {
-        text.parse().map_err(|_| "no address with a port: write it as 127.0.0.1:15020 or \"[::1]:15020\"")
-    });
-    if address?.port() == 0 {
-        value.refuse("port 0: write a port from 1 to 65535");
-        return None;
-    }
-    address
 }
 
 #[cfg(test)]

@@ -9,27 +9,32 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use tacit_core::{
+    balance::Balancer,
+    directory::{Directory, Workload},
+    policy::Policies,
+    pool::Pool,
+    spiffe::{SpiffeId, TrustDomain},
+    wire::open::DenyReason,
+};
+use tacit_identity::manager::Identities;
+use tacit_kernel::{
+    Kernel,
+    netns::HostNetns,
+    socket::{self, Acceptor},
+};
+use tacit_sources::reload::Watched;
+use tacit_tunnel::{
+    Session, TlsInfo,
+    socket::{reset, reset_if_dropped},
+};
 use tokio::{net::TcpStream, sync::Semaphore};
 
 use crate::{
-    balance::Balancer,
-    directory::{Directory, Workload},
     drain::Drain,
     enrol::{Pod, Table},
-    identity::{SpiffeId, TrustDomain, manager::Identities},
-    kernel::{
-        Kernel,
-        netns::HostNetns,
-        socket::{self, Acceptor},
-    },
     mesh::Mesh,
-    policy::Policies,
-    reload::Watched,
     telemetry::{Party, Refusal, Reporter, Security, Telemetry},
-    tunnel::{
-        DenyReason, Pool, Session, TlsInfo,
-        socket::{reset, reset_if_dropped},
-    },
     workers::Workers,
 };
 

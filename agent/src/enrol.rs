@@ -20,23 +20,23 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use tacit_core::{
+    directory::{Directory, Protocol, Ranges, Workload},
+    policy::Policies,
+    spiffe::SpiffeId,
+};
+use tacit_identity::{issuer::IssueError, manager::Identities};
+use tacit_kernel::{
+    Kernel,
+    cgroup::{self, Cgroup},
+    netns::{HostNetns, Netns},
+    socket::{Listeners, Ports},
+};
+use tacit_sources::reload::Watched;
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    directory::{Directory, Protocol, Ranges, Workload},
-    identity::{SpiffeId, issuer::IssueError, manager::Identities},
-    kernel::{
-        Kernel,
-        cgroup::{self, Cgroup},
-        netns::{HostNetns, Netns},
-        socket::{Listeners, Ports},
-    },
-    mesh::Mesh,
-    policy::Policies,
-    reload::Watched,
-    telemetry::Telemetry,
-};
+use crate::{mesh::Mesh, telemetry::Telemetry};
 
 mod cover;
 mod events;

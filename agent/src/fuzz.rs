@@ -1,134 +1,17 @@
-//! What the fuzz targets of `tests/fuzz` call, and the tests replay on the committed corpus: each takes any bytes and
-//! panics when a promise is broken.
+//! Entry points of the fuzz targets in `tests/fuzz`. The tests replay the committed corpus.
 //!
-//! Promises: what is decoded and encoded again is the same; a parser says the same twice; every mistake names its line.
-//! Not for other callers: the module is there in tests and with cargo-fuzz (`cfg(fuzzing)`), not in the agent.
+//! Each entry point takes any bytes and panics when a promise is broken: a value that is decoded and encoded again is the
+//! same, a parser returns the same result twice, and every mistake names its line. Nothing else calls this module.
 
 use std::path::Path;
 
-use crate::{
-    config::Config,
-    directory::Directory,
-    identity::TrustDomain,
-    policy::{Origin, Policies, PolicyObject},
-    tunnel::frame::{Control, HEADER_BYTES, Header, PAYLOAD_MAX_BYTES, header},
-    yaml::Mistakes,
-};
+use tacit_core::yaml::Mistakes;
+
+use crate::config::Config;
 
 /// Longest text that is looked at, in bytes: files of an operator are shorter, and a fuzzer should not spend its time on
 /// length alone.
 const TEXT_MAX: usize = 1 << 16;
-
-/// The frames of a stream, one after the other, until one is wrong or incomplete.
-pub fn frames(mut input: &[u8]) {
-    while let Ok(Some(Header { kind, payload_bytes })) = header(input) {
-        assert!(payload_bytes <= PAYLOAD_MAX_BYTES, "{kind:?} of {payload_bytes} bytes");
-        let Some((frame, rest)) = input.split_at_checked(HEADER_BYTES + payload_bytes) else { return };
-        if let Ok(Some(control)) = Control::decode(kind, &frame[HEADER_BYTES..]) {
-            assert_eq!(control.kind(), kind);
-            let mut again = Vec::new();
-            control.encode(&mut again);
-            let read = Control::decode(kind, &again[HEADER_BYTES..]);
-            assert_eq!(read, Ok(Some(control)), "{again:?}");
-        }
-        input = rest;
-    }
-}
-
-/// Records after the handshake, and what is in them: for each, a byte for its type, one for its length, and its content. They
-/// are sealed as a peer would that keeps no rule, received in pieces, and opened as far as they go. What the sender
-/// sealed as data is what comes out.
-pub fn records(input: &[u8]) {
-    use crate::tunnel::{
-        batch::FRAMES_MAX,
-        frame::Kind,
-        inbox::{Inbox, Received},
-        tls::record::fixed,
-    };
-    let Ok((mut ours, mut theirs)) = fixed::pair() else { panic!("keys") };
-    let mut inbox = Inbox::default();
-    let mut rest = input;
-    while let Some((&[kind, length], after)) = rest.split_first_chunk::<2>() {
-        let (content, after) = after.split_at(usize::from(length).min(after.len()));
-        rest = after;
-        // Types 20 to 24 are what TLS has, and 0 is padding.
-        let kind = if kind % 6 == 5 { 0 } else { 20 + kind % 6 };
-        let Ok(record) = theirs.sealed(kind.into(), content) else { return };
-        for piece in record.chunks(100) {
-            let room = inbox.room();
-            room[..piece.len()].copy_from_slice(piece);
-            let room_bytes = room.len();
-            inbox.filled(piece.len(), room_bytes);
-            loop {
-                match inbox.next(|record| ours.open(record)) {
-                    Ok(None) => break,
-                    Ok(Some(Received::Control(control))) => assert_ne!(control.kind(), Kind::Data),
-                    Ok(Some(Received::Data)) => {
-                        let mut slices = [std::io::IoSlice::new(&[]); FRAMES_MAX];
-                        let used = inbox.payloads(&mut slices);
-                        let shown: Vec<u8> = slices[..used].iter().flat_map(|slice| slice.to_vec()).collect();
-                        assert_eq!(shown, content[HEADER_BYTES..]);
-                        inbox.consume(shown.len());
-                    }
-                    Err(_) => return,
-                }
-            }
-            inbox.pause();
-        }
-        // A peer that was asked for new keys has them from here on.
-        if let Ok(Some(mut answer)) = ours.key_update(0) {
-            assert!(theirs.open(&mut answer).is_ok());
-        }
-    }
-    assert!(inbox.is_empty());
-}
-
-/// A policy file, and the same text as one object.
-pub fn policy(input: &[u8]) {
-    let Some(text) = text(input) else { return };
-    policy_object(text);
-    let parse = || Policies::parse(text, Path::new("policy.yaml"), "istio-system");
-    let parsed = parse();
-    assert_eq!(parsed, parse());
-    mistakes(text, parsed.err());
-}
-
-/// An object that does not parse counts all the same, and holds somebody to something.
-fn policy_object(text: &str) {
-    let origin = Origin { name: "object", namespace: None, kind: None };
-    let (object, wrong) = PolicyObject::read(text, origin);
-    assert_eq!(PolicyObject::read(text, origin), (object.clone(), wrong.clone()));
-    if wrong.is_some() {
-        assert_ne!(Policies::of(&[object], "istio-system"), Policies::default(), "{wrong:?}");
-    }
-    mistakes(text, wrong);
-}
-
-/// A directory file.
-pub fn directory(input: &[u8]) {
-    let Some(text) = text(input) else { return };
-    let domain = TrustDomain::parse("cluster.local").unwrap_or_else(|error| panic!("{error}"));
-    let parse = || Directory::parse(text, Path::new("directory.yaml"), &domain);
-    let parsed = parse();
-    match (&parsed, parse()) {
-        (Ok(one), Ok(other)) => {
-            assert_eq!(one.len(), other.len());
-            assert!(
-                one.iter().all(|workload| other.named(&workload.namespace, &workload.name) == Some(workload))
-            );
-            let services = |all: &Directory| all.services().cloned().collect::<Vec<_>>();
-            assert!(services(one).iter().all(|s| other.service_named(&s.namespace, &s.name) == Some(s)));
-            for workload in one.iter() {
-                for address in &workload.addresses {
-                    assert!(one.at(*address).is_some_and(|found| found == workload), "{address}");
-                }
-            }
-        }
-        (Err(one), Err(other)) => assert_eq!(*one, other),
-        (one, _) => panic!("taken once only: {one:?}"),
-    }
-    mistakes(text, parsed.err());
-}
 
 /// A configuration file.
 pub fn config(input: &[u8]) {
@@ -173,43 +56,6 @@ mod tests {
             files += 1;
         }
         assert!(files >= 5, "only {files} files in {}", folder.display());
-    }
-
-    #[test]
-    fn the_corpus_of_frames_is_replayed() {
-        replay("frames", frames);
-    }
-
-    #[test]
-    fn the_corpus_of_records_is_replayed() {
-        replay("records", records);
-    }
-
-    #[test]
-    fn any_records_are_opened_or_refused_and_never_panic() {
-        let mut state = 0x2545_f491_4f6c_dd1d_u64;
-        for _ in 0..20_000 {
-            let input: Vec<u8> = (0..48)
-                .map(|at| {
-                    state ^= state << 13;
-                    state ^= state >> 7;
-                    state ^= state << 17;
-                    // Lengths and contents of what there is to say are small numbers.
-                    (state >> 32) as u8 % if at % 4 == 1 { 9 } else { 26 }
-                })
-                .collect();
-            records(&input);
-        }
-    }
-
-    #[test]
-    fn the_corpus_of_policies_is_replayed() {
-        replay("policy", policy);
-    }
-
-    #[test]
-    fn the_corpus_of_directories_is_replayed() {
-        replay("directory", directory);
     }
 
     #[test]

@@ -16,17 +16,19 @@ use std::{
 };
 
 use tacit_abi::tcp_port;
+use tacit_core::{
+    policy::{Flow, Source},
+    spiffe::SpiffeId,
+    wire::open::{DenyReason, Open},
+};
+use tacit_tunnel::{Session, TunnelError, relay, session::SERVER_IDLE, socket};
 use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
     admission::{self, Changes, Denial},
     datapath::{DataPath, HANDSHAKE_WAIT, HANDSHAKES_MAX, Refused, canonical, deny_reason, security},
     enrol::Pod,
-    identity::SpiffeId,
-    policy::{Flow, Source},
-    relay,
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
-    tunnel::{DenyReason, Open, Session, TunnelError, session::SERVER_IDLE, socket},
 };
 
 /// Serves one tunnel session to its end. What is needed only before and between flows is boxed: a flow keeps no room for it.

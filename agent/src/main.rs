@@ -16,9 +16,9 @@ use tacit::{
     app::{self, AppError},
     authority,
     config::{self, Config},
-    kernel::{self, KernelError, VerifierLog, probe},
     telemetry::{admin, doctor, log, status},
 };
+use tacit_kernel::{KernelError, VerifierLog, probe};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Encrypts and authenticates pod-to-pod traffic of this node, without sidecars.
@@ -53,7 +53,7 @@ enum Command {
         /// Configuration file.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
-        /// Log more; TACIT_LOG takes a filter such as `info,tacit::authority=trace`.
+        /// Log more; TACIT_LOG takes a filter such as `info,tacit_authority=trace`.
         #[arg(short, long)]
         verbose: bool,
         /// How log lines look.
@@ -197,7 +197,7 @@ fn run(command: Command) -> Result<ExitCode> {
 fn uninstall(config: Option<PathBuf>, pin_path: Option<PathBuf>, stay: bool) -> Result<()> {
     let configured = config.map(|file| Config::read(&file)).transpose()?.map(|config| config.pin_path);
     let pin_path = configured.or(pin_path).context("name the configuration file or the pin path")?;
-    let removed = kernel::uninstall(&pin_path)?;
+    let removed = tacit_kernel::uninstall(&pin_path)?;
     println!("removed {removed} pins under {}", pin_path.display());
     if !stay {
         return Ok(());
@@ -225,7 +225,7 @@ fn agent(config: &std::path::Path, stand_by: bool, verbose: bool, format: LogFor
 
 fn run_authority(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<()> {
     let _lines = start_log(verbose, format)?;
-    let config = authority::config::Config::read(config)?;
+    let config = tacit_authority::config::Config::read(config)?;
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
     runtime.block_on(authority::run(config))?;

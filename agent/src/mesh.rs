@@ -10,12 +10,9 @@ use std::{
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
-
-use crate::{
-    directory::{Directory, Ranges},
-    kernel::{Kernel, KernelError},
-    reload::Watched,
-};
+use tacit_core::directory::{Directory, Ranges};
+use tacit_kernel::{Kernel, KernelError};
+use tacit_sources::reload::Watched;
 
 /// The ranges in force.
 pub struct Mesh {

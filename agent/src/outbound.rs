@@ -18,21 +18,22 @@ use std::{
     time::Duration,
 };
 
+use tacit_core::{
+    balance::Held,
+    directory::Directory,
+    policy::{self, Flow, Source},
+    route::{self, Facts, Route},
+    spiffe::SpiffeId,
+};
+use tacit_kernel::socket::connect;
+use tacit_tunnel::{Session, relay, socket};
 use tokio::net::TcpStream;
 
 use crate::{
     admission::{self, Changes, Denial},
-    balance::Held,
     datapath::{DataPath, PoolKey, Refused, canonical, deny_reason},
-    directory::Directory,
     enrol::{self, Pod},
-    identity::SpiffeId,
-    kernel::socket::connect,
-    policy::{self, Flow, Source},
-    relay,
-    route::{self, Facts, Route},
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
-    tunnel::{Session, socket},
 };
 
 /// How long an address that the directory does not know is waited for. Above the delay of a watch (tens of ms), below
@@ -58,7 +59,7 @@ struct Attempt<'a> {
     limit: Duration,
     /// The application, if what it says may be sent before the way stands; `None` when there may be another try, since nothing
     /// is sent twice.
-    early: Option<&'a TcpStream>,
+    optimistic: Option<&'a TcpStream>,
 }
 
 /// What is ready to carry a flow.
@@ -139,7 +140,7 @@ async fn find_way(
         return service::reach(path, pod, service, ends, app).await;
     }
     let route = find_route(path, pod, &directory, ends.destination);
-    let attempt = Attempt { limit: PEER_CONNECT, early: Some(app) };
+    let attempt = Attempt { limit: PEER_CONNECT, optimistic: Some(app) };
     reach(path, pod, route, ends, attempt).await.map(|way| (way, None))
 }
 
@@ -183,9 +184,9 @@ fn carry(path: Arc<DataPath>, pod: Arc<Pod>, app: TcpStream, way: Way, held: Opt
             let revoked = admission::revoked(&target, asked, changes);
             relay_plain(path, app, server, flow, revoked, held).await;
         }),
-        Way::Tunnel(session, early_bytes, spec, key) => {
+        Way::Tunnel(session, optimistic_bytes, spec, key) => {
             let live = path.telemetry.open_flow(spec);
-            live.counters().sent.fetch_add(early_bytes, Relaxed);
+            live.counters().sent.fetch_add(optimistic_bytes, Relaxed);
             Box::pin(async move {
                 let (end, session) = tokio::select! {
                     ended = relay::tunnelled(app, session, live.counters()) => ended,

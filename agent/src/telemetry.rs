@@ -25,7 +25,6 @@
 
 mod access_log;
 pub mod admin;
-pub mod authority;
 pub mod doctor;
 mod enrolments;
 pub mod flows;
@@ -46,7 +45,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use flows::{FlowCounters, FlowSpec, LiveFlow, Party, Reporter, Security};
+pub use flows::{FlowSpec, LiveFlow, Party, Reporter, Security};
 pub use refusals::Refusal;
 
 use enrolments::Enrolments;

@@ -17,15 +17,11 @@ use std::{
     time::Duration,
 };
 
+use tacit_tunnel::{buffers, relay::busy_poll};
 use tokio::{runtime::Handle, sync::oneshot, time::interval};
-
-use crate::{relay::busy, tunnel::buffers};
 
 /// How many more connections than the idlest thread one may have before it passes new ones on.
 const LEAD_MAX: usize = 2;
-/// How often a thread gives back memory that it no longer uses. A timer of a flow that is longer is never the first to end,
-/// which would cost a system call.
-pub const TRIM: Duration = Duration::from_secs(5);
 
 thread_local! {
     static CURRENT: Cell<usize> = const { Cell::new(0) };
@@ -101,8 +97,8 @@ impl Worker {
         let (running, ended) = oneshot::channel();
         let run = move || {
             CURRENT.set(index);
-            busy::set_limit(busy_poll);
-            runtime.spawn(busy::stay_awake());
+            busy_poll::set_limit(busy_poll);
+            runtime.spawn(busy_poll::stay_awake());
             runtime.block_on(async {
                 tokio::select! {
                     // Nothing is ever sent.
@@ -117,7 +113,7 @@ impl Worker {
 }
 
 async fn trim() {
-    let mut tick = interval(TRIM);
+    let mut tick = interval(buffers::TRIM);
     loop {
         tick.tick().await;
         buffers::trim();

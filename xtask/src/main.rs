@@ -1,19 +1,17 @@
 //! `cargo xtask <command>`: everything that is done with this repository, as code.
 //!
 //! Promises: each command fetches what it lacks through `setup`, says what it does while it does it, and fails with
-//! a message that names the next action. Whatever needs root is announced before it runs (`privilege`).
+//! a message that names the next action. Whatever needs root is announced before it runs (`privilege`). Little is compiled
+//! for it: `bench`, `kube`, `vm` and `image` are programs of other packages (`program`), which are built when they are asked
+//! for, and what they share with it is in `xtask-support`.
 #![forbid(unsafe_code)]
 
-mod bench;
 mod demo;
-mod deploy;
 mod fuzz;
-mod image;
-mod kube;
 mod lint;
+mod program;
 mod test;
 mod tidy;
-mod vm;
 
 use std::process::ExitCode;
 
@@ -21,7 +19,7 @@ use anyhow::Result;
 use clap::{CommandFactory as _, Parser, Subcommand};
 use xtask_support::{
     ebpf,
-    progress::{Progress, Style, Tone},
+    progress::{self, Progress},
     setup,
     workspace::{Profile, Workspace},
 };
@@ -60,25 +58,28 @@ enum Task {
     /// Run every check and every test
     Test(test::Options),
     /// Run the tests of whole nodes inside virtual machines with other kernels
-    Vm(vm::Options),
+    #[command(disable_help_flag = true)]
+    Vm(program::Arguments),
     /// Make the container image, without a daemon
-    Image(image::Options),
+    #[command(disable_help_flag = true)]
+    Image(program::Arguments),
     /// Install Tacit on a real cluster of two nodes, and try what it promises
-    Kube(kube::Options),
+    #[command(disable_help_flag = true)]
+    Kube(program::Arguments),
     /// Run the fuzz targets
     Fuzz(fuzz::Options),
     /// Show two pods talking through Tacit, and what the wire carried
     Demo(demo::Options),
     /// Measure what Tacit costs: the same load directly and through it, in turn
-    Bench(bench::Options),
+    #[command(disable_help_flag = true)]
+    Bench(program::Arguments),
 }
 
 fn main() -> ExitCode {
     match run(Args::parse().command) {
         Ok(code) => code,
         Err(error) => {
-            // The chain without a backtrace: what failed is another program or a file, not this code.
-            eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
+            progress::error(&error);
             ExitCode::FAILURE
         }
     }
@@ -97,12 +98,12 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Tidy => tidy::run(&workspace, &commands()),
         Task::Check => return Ok(test::check(&workspace, &commands())),
         Task::Test(options) => return Ok(test::run(&workspace, &options, &commands())),
-        Task::Vm(options) => vm::run(&workspace, &options),
-        Task::Image(options) => image::run(&workspace, &options),
-        Task::Kube(options) => kube::run(&workspace, &options),
+        Task::Vm(arguments) => return program::run(&workspace, "tacit-vm", &arguments),
+        Task::Image(arguments) => return program::run(&workspace, "xtask-image", &arguments),
+        Task::Kube(arguments) => return program::run(&workspace, "tacit-kube", &arguments),
         Task::Fuzz(options) => fuzz::run(&workspace, &options),
         Task::Demo(options) => demo::run(&workspace, &options),
-        Task::Bench(options) => bench::run(&workspace, &options),
+        Task::Bench(arguments) => return program::run(&workspace, "tacit-bench", &arguments),
     };
     done.map(|()| ExitCode::SUCCESS)
 }

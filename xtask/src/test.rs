@@ -12,28 +12,35 @@ mod stream;
 
 use std::{
     ffi::{OsStr, OsString},
+    fs,
     process::{Command, ExitCode},
     time::Instant,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use xtask_support::{
-    command::{succeeds, tacit_environment},
+    command::{self, succeeds, tacit_environment},
     ebpf,
     privilege::{as_root, is_root},
-    progress::{Progress, Style, Tone},
+    progress::{self, Progress, Style},
     report::Report,
     setup::{self, Programs},
     workspace::{Profile, Workspace},
 };
 
-use crate::{lint, tidy, vm};
+use crate::{lint, program, tidy};
 
 /// Packages whose tests need namespaces, cgroups and BPF.
 const PRIVILEGED: [&str; 2] = ["tacit-tests", "tacit-topology"];
 
-/// The agent's package: its unit tests and those that need a kernel are in one program.
-const AGENT: &str = "tacit";
+/// The package that runs tests of whole nodes on other kernels.
+const VIRTUAL_MACHINES: &str = "tacit-vm";
+
+/// Kernels that it boots: the oldest supported one that Debian has, and the newest.
+const KERNELS: [&str; 2] = ["6.1", "newest"];
+
+/// The package whose unit tests load programs into the kernel. Its other unit tests are in the same program.
+const KERNEL: &str = "tacit-kernel";
 
 /// What to run.
 #[derive(clap::Args, Default)]
@@ -108,13 +115,7 @@ fn attack(workspace: &Workspace, json: bool) -> ExitCode {
         ensure!(status.success(), "the attack suite: {status}");
         Ok(())
     };
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
-            ExitCode::FAILURE
-        }
-    }
+    progress::exit_code(run())
 }
 
 struct Session<'a> {
@@ -144,7 +145,7 @@ impl Session<'_> {
         }
         self.check("agent and attack suite", || workspace.build(Profile::Fast, &["tacit", "tacit-attack"]))?;
         self.unit_tests();
-        self.agent_tests(&privileged);
+        self.kernel_tests(&privileged);
         self.privileged_tests(&programs, &privileged);
         self.other_kernels();
         Some(())
@@ -159,7 +160,7 @@ impl Session<'_> {
         self.check("lints", || lint::host(workspace));
         let mut cargo = self.cargo_test();
         // Tests of whole nodes need root; building them takes longer than all others run.
-        cargo.args(["--workspace", "--exclude", ebpf::PACKAGE, "--lib", "--bins"]);
+        cargo.args(["--workspace", "--exclude", ebpf::PACKAGE, "--lib", "--bins", "--test", "properties"]);
         self.run_tests("unit tests", cargo, &[]);
         Some(())
     }
@@ -172,7 +173,7 @@ impl Session<'_> {
         match outcome {
             Ok(value) => Some(value),
             Err(error) => {
-                eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
+                progress::error(&error);
                 self.report.failed_check(name);
                 None
             }
@@ -185,19 +186,19 @@ impl Session<'_> {
         for package in PRIVILEGED {
             cargo.args(["--exclude", package]);
         }
-        cargo.args(["--exclude", AGENT]);
+        cargo.args(["--exclude", KERNEL]);
         self.run_tests("unit tests", cargo, &[]);
     }
 
-    /// The agent's own tests. Some load programs into the kernel.
-    fn agent_tests(&mut self, privileged: &Privileged) {
+    /// Unit tests of which some need root.
+    fn kernel_tests(&mut self, privileged: &Privileged) {
         let mut cargo = self.cargo_test();
-        cargo.args(["--package", AGENT]);
+        cargo.args(["--package", KERNEL]);
         match privileged {
-            Privileged::Skip(_) => self.run_tests("tests of the agent (without root)", cargo, &[]),
+            Privileged::Skip(_) => self.run_tests("unit tests of tacit-kernel (without root)", cargo, &[]),
             Privileged::Run => {
                 through_sudo(&mut cargo, &tacit_environment());
-                self.run_tests("tests of the agent (as root)", cargo, &["--include-ignored"]);
+                self.run_tests("unit tests of tacit-kernel (as root)", cargo, &["--include-ignored"]);
             }
         }
     }
@@ -234,18 +235,18 @@ impl Session<'_> {
         if self.options.quick || !self.options.filters.is_empty() {
             return self
                 .report
-                .note(format!("not run on kernels {}: see `cargo xtask vm`", vm::IN_TEST.join(", ")));
+                .note(format!("not run on kernels {}: see `cargo xtask vm`", KERNELS.join(", ")));
         }
-        if !vm::is_possible() {
+        if !has_kernels() {
             return self.report.note("not run on other kernels: that needs Debian on x86_64".to_owned());
         }
         let (workspace, report) = (self.workspace, &mut self.report);
-        let name = format!("tests of whole nodes on kernels {}", vm::IN_TEST.join(", "));
+        let name = format!("tests of whole nodes on kernels {}", KERNELS.join(", "));
         let begin = Instant::now();
-        let outcome = self.progress.step(&name, || vm::in_test(workspace, report));
+        let outcome = self.progress.step(&name, || on_kernels(workspace, report));
         self.report.part(&name, begin.elapsed());
         if let Err(error) = outcome {
-            eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
+            progress::error(&error);
             self.report.failed_check(&name);
         }
     }
@@ -272,9 +273,29 @@ impl Session<'_> {
         self.report.end(name, outcome.is_ok());
         self.report.part(name, begin.elapsed());
         if let Err(error) = outcome {
-            eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
+            progress::error(&error);
         }
     }
+}
+
+/// Are there kernels to be had? They are Debian's, for x86_64.
+fn has_kernels() -> bool {
+    cfg!(target_arch = "x86_64") && succeeds(Command::new("apt-get").arg("--version"))
+}
+
+/// Boots the kernels; failures of tests are counted in the report.
+fn on_kernels(workspace: &Workspace, report: &mut Report) -> Result<()> {
+    let counts = workspace.target().join("vm-report");
+    if counts.exists() {
+        fs::remove_file(&counts).with_context(|| format!("cannot remove {}", counts.display()))?;
+    }
+    let mut machines = program::command(workspace, VIRTUAL_MACHINES)?;
+    let ran = command::run(machines.arg("--report").arg(&counts).args(KERNELS));
+    // One that ended early has counted what it ran.
+    if let Ok(text) = fs::read_to_string(&counts) {
+        report.append(Report::parse(&text)?);
+    }
+    ran
 }
 
 /// Whether this machine lets us make what the privileged tests are made of.
@@ -294,7 +315,7 @@ fn ability(unprivileged: bool) -> Result<Privileged> {
             "not allowed to make a network namespace (`unshare --net --mount true`)".to_owned(),
         ));
     }
-    let mounts = std::fs::read_to_string("/proc/self/mounts").context("/proc is not mounted")?;
+    let mounts = fs::read_to_string("/proc/self/mounts").context("/proc is not mounted")?;
     if !mounts.lines().any(|mount| mount.split(' ').nth(2) == Some("cgroup2")) {
         return Ok(Privileged::Skip("no cgroup v2 hierarchy is mounted".to_owned()));
     }

@@ -6,7 +6,7 @@
 //!
 //! | module | rules |
 //! |---|---|
-//! | `dependencies` | who may use which crate; which modules are pure; who never imports whom |
+//! | `dependencies` | which crate may depend on what; which modules are pure; which never import each other |
 //! | `safety` | `unsafe` in its places and explained; lints silenced with a reason; no sleeping tests |
 //! | `shape` | `//!` first, names, lengths, folders, nothing left for later |
 //! | `traces` | nothing of the building machine: paths, registries, binaries |
@@ -90,6 +90,7 @@ fn check(source: &Source, machine: &traces::Machine, commands: &[String]) -> Vec
     let mut findings = traces::check(source, machine);
     findings.extend(shape::check(source));
     findings.extend(manifests::check(source, commands));
+    findings.extend(dependencies::manifest(source));
     if source.is_rust() {
         findings.extend(dependencies::check(source));
         findings.extend(safety::check(source));

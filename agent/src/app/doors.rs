@@ -11,6 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tacit_core::policy::explain::{End, ExplainError, Explanation};
+use tacit_sources::reload::ReloadState;
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::watch,
@@ -25,8 +27,6 @@ use super::{
 };
 use crate::{
     config::Config,
-    policy::explain::{End, ExplainError, Explanation},
-    reload::ReloadState,
     telemetry::{
         Telemetry, admin,
         status::{

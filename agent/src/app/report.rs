@@ -10,18 +10,21 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use crate::{
-    config::Config,
-    datapath::DataPath,
+use tacit_core::{
     directory::{Directory, Ranges, Uncovered, Workload},
-    enrol::in_clear,
-    identity::{issuer::Issuer, istio::Skew, manager::CertificateState},
-    kernel::{Drops, GuardedLink, InClear, node},
     policy::{
         Authorization, Mode, Modes,
         explain::{self, End, ExplainError, Explanation, Knowledge},
     },
-    reload::ReloadState,
+};
+use tacit_identity::{issuer::Issuer, istio::Skew, manager::CertificateState};
+use tacit_kernel::{Drops, GuardedLink, InClear, host};
+use tacit_sources::reload::ReloadState;
+
+use crate::{
+    config::Config,
+    datapath::DataPath,
+    enrol::in_clear,
     telemetry::status::{
         AgentState, CertificateStatus, DropStatus, GuardStatus, IssuerStatus, KernelCounter, MeshStatus,
         PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, SourceKind, SourceStatus, Status,
@@ -110,12 +113,12 @@ impl Report {
 
     /// What policy says about a connection.
     pub(super) fn explain(&self, from: &End, to: &End, port: u16) -> Result<Explanation, ExplainError> {
-        let addresses = node::addresses().unwrap_or_default();
+        let addresses = host::addresses().unwrap_or_default();
         let known = Knowledge {
             directory: &self.path.directory.current(),
             policies: &self.path.policies.current(),
             node: &self.node,
-            is_node: &|address| addresses.iter().any(|own| *own == address && node::is_probe_source(own)),
+            is_node: &|address| addresses.iter().any(|own| *own == address && host::is_probe_source(own)),
         };
         explain::explain(known, from, to, port)
     }
@@ -166,7 +169,7 @@ impl Report {
 
     fn programs(&self) -> Vec<ProgramStatus> {
         let states = self.path.kernel.programs().states();
-        let status = |p: crate::kernel::ProgramState| ProgramStatus {
+        let status = |p: tacit_kernel::ProgramState| ProgramStatus {
             name: p.name,
             attached_to: p.attached_to,
             id: p.id,
@@ -177,7 +180,7 @@ impl Report {
 
     fn kernel(&self) -> Vec<KernelCounter> {
         let counters = self.path.kernel.maps.counters();
-        let counter = |c: crate::kernel::KernelCounter| KernelCounter {
+        let counter = |c: tacit_kernel::KernelCounter| KernelCounter {
             name: c.name.to_owned(),
             help: c.help.to_owned(),
             value: c.value,

@@ -16,18 +16,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tacit_core::directory::{Directory, Protocol, Workload};
+use tacit_identity::manager::Identities;
+use tacit_kernel::{Claim, Kernel, KernelError, Prepared, Turn};
+use tacit_sources::reload::Watched;
 use tokio::{
     sync::oneshot,
     time::{sleep, timeout},
 };
 
-use crate::{
-    config::Config,
-    directory::{Directory, Protocol, Workload},
-    identity::manager::Identities,
-    kernel::{Claim, Kernel, KernelError, Prepared, Turn},
-    reload::Watched,
-};
+use crate::config::Config;
 
 /// How long the last agent serves on while the next one takes over: 25 ms, or 1.2 s on an emulated machine under load; there
 /// 9.5 s when it finds the pinned maps changed and has to load the programs again. With `drainTimeout` it has to fit into the
@@ -151,20 +149,31 @@ async fn on_a_thread<T: Send + 'static>(
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, sync::atomic::AtomicU32};
+    use std::fs;
+
+    use tacit_core::spiffe::TrustDomain;
+    use tacit_identity::{
+        issuer::Issuer,
+        istio::{IstioConfig, IstioIssuer},
+    };
+    use tacit_testing::Scratch;
 
     use super::*;
-    use crate::identity::{
-        TrustDomain,
-        issuer::{EmbeddedIssuer, Issuer, testing::Scratch},
-    };
 
     #[tokio::test]
     async fn a_pod_that_goes_meanwhile_is_not_waited_for() {
         let folder = Scratch::new();
         let domain = TrustDomain::parse("cluster.local").expect("valid");
-        let issuer = EmbeddedIssuer::open(folder.path(), &domain, Duration::from_secs(3600)).expect("a root");
-        let identities = Identities::start(Issuer::Failing(issuer, AtomicU32::new(u32::MAX)));
+        // Its files are absent, so that every attempt fails.
+        let issuer = IstioIssuer::new(IstioConfig {
+            address: "127.0.0.1:1".to_owned(),
+            server_name: "127.0.0.1".to_owned(),
+            root_file: folder.path().join("root.pem"),
+            token_file: folder.path().join("token"),
+            cluster_id: None,
+            lifetime: Duration::from_secs(3600),
+        });
+        let identities = Identities::start(Issuer::Istio(issuer));
         let file = folder.path().join("directory.yaml");
         let pod = "workloads: [{name: web, namespace: shop, addresses: [10.77.1.2], node: a}]\n";
         fs::write(&file, pod).expect("written");

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use crate::kernel::ClearDestination;
+use tacit_kernel::ClearDestination;
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;

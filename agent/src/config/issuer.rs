@@ -3,12 +3,13 @@
 use std::path::Path;
 
 use hyper::header::HeaderValue;
-
-use super::{IssuerConfig, LEAF_LIFETIME, LEAF_LIFETIME_RANGE, or, within};
-use crate::{
-    identity::istio::IstioConfig,
-    yaml::{Fields, Value},
+use tacit_core::yaml::{Fields, Value};
+use tacit_identity::{
+    issuer::{LEAF_LIFETIME, LEAF_LIFETIME_RANGE},
+    istio::IstioConfig,
 };
+
+use super::IssuerConfig;
 
 pub(super) const FIELDS: [&str; 2] = ["embedded", "istio"];
 pub(super) const EMBEDDED_FIELDS: [&str; 2] = ["directory", "leafLifetime"];
@@ -29,7 +30,7 @@ pub(super) fn decode(value: &Value<'_>, folder: &Path) -> Option<IssuerConfig> {
 
 fn embedded(fields: &mut Fields<'_>, folder: &Path) -> Option<IssuerConfig> {
     let directory = fields.required("directory", "the folder of the root key").and_then(|value| value.text());
-    let leaf_lifetime = or(fields, "leafLifetime", LEAF_LIFETIME, |v| within(v, LEAF_LIFETIME_RANGE));
+    let leaf_lifetime = fields.or("leafLifetime", LEAF_LIFETIME, |v| v.duration(LEAF_LIFETIME_RANGE));
     Some(IssuerConfig::Embedded { directory: folder.join(directory?), leaf_lifetime: leaf_lifetime? })
 }
 
@@ -41,10 +42,10 @@ fn istio(fields: &mut Fields<'_>, folder: &Path) -> Option<IssuerConfig> {
     let root_file = root_file.and_then(|value| value.text());
     let token_file = fields.required("tokenFile", "the file of the projected ServiceAccount token");
     let token_file = token_file.and_then(|value| value.text());
-    let cluster_id = or(fields, "clusterId", None, |value| {
+    let cluster_id = fields.or("clusterId", None, |value| {
         value.parse(|text| HeaderValue::try_from(text).map_err(|_| "no cluster id: write ASCII")).map(Some)
     });
-    let lifetime = or(fields, "leafLifetime", LEAF_LIFETIME, |v| within(v, LEAF_LIFETIME_RANGE));
+    let lifetime = fields.or("leafLifetime", LEAF_LIFETIME, |v| v.duration(LEAF_LIFETIME_RANGE));
     let (address, host) = address?;
     Some(IssuerConfig::Istio(IstioConfig {
         address,

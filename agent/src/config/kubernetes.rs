@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{DirectoryOptions, Fields, PolicyOptions, Value, or};
-use crate::directory::kubernetes::EnrolLabel;
+use tacit_sources::directory::EnrolLabel;
+
+use super::{DirectoryOptions, Fields, PolicyOptions, Value};
 
 pub(super) const DIRECTORY_FIELDS: [&str; 2] = ["enrolLabel", "kubeconfig"];
 pub(super) const POLICY_FIELDS: [&str; 1] = ["kubeconfig"];
@@ -17,7 +18,7 @@ pub(super) fn directory(value: &Value<'_>, folder: &Path) -> Option<DirectoryOpt
         return Some(DirectoryOptions::default());
     }
     let mut fields = value.fields(&DIRECTORY_FIELDS)?;
-    let enrol_label = or(&mut fields, "enrolLabel", EnrolLabel::default(), |v| v.parse(label));
+    let enrol_label = fields.or("enrolLabel", EnrolLabel::default(), |v| v.parse(label));
     let kubeconfig = kubeconfig(&mut fields, folder);
     Some(DirectoryOptions { enrol_label: enrol_label?, kubeconfig: kubeconfig? })
 }
@@ -31,14 +32,15 @@ pub(super) fn policy(value: &Value<'_>, folder: &Path) -> Option<PolicyOptions> 
 }
 
 fn kubeconfig(fields: &mut Fields<'_>, folder: &Path) -> Option<Option<PathBuf>> {
-    or(fields, "kubeconfig", None, |value| Some(Some(folder.join(value.text()?))))
+    fields.or("kubeconfig", None, |value| Some(Some(folder.join(value.text()?))))
 }
 
 fn label(text: &str) -> Result<EnrolLabel, &'static str> {
     let form = "no label with a value: write it as tacit.io/enrol=true";
     let (name, value) = text.split_once('=').ok_or(form)?;
     let (prefix, part) = name.split_once('/').map_or((None, name), |(prefix, part)| (Some(prefix), part));
-    let prefix_is_good = prefix.is_none_or(|p| p.len() <= PREFIX_MAX_BYTES && crate::yaml::is_object_name(p));
+    let prefix_is_good =
+        prefix.is_none_or(|p| p.len() <= PREFIX_MAX_BYTES && tacit_core::yaml::is_object_name(p));
     if prefix_is_good && is_label_part(part) && is_label_part(value) {
         Ok(EnrolLabel { name: name.to_owned(), value: value.to_owned() })
     } else {

@@ -128,7 +128,7 @@ fn an_authority_is_named_by_address_root_and_token() {
         root_file: "/etc/tacit/conf/roots.pem".into(),
         token_file: "/run/token".into(),
         cluster_id: None,
-        lifetime: LEAF_LIFETIME,
+        lifetime: tacit_identity::issuer::LEAF_LIFETIME,
     };
     assert_eq!(issuer(minimal), Ok(IssuerConfig::Istio(expected)));
     let refused = |text: &str| problems(&MINIMAL.replace("{embedded: {directory: issuer}}", text));

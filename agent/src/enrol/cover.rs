@@ -8,16 +8,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Enroller, NotYet, Pod, State};
-use crate::{
+use tacit_core::{
     directory::{Directory, Egress, Udp, Workload},
-    kernel::{
-        GuardedLink, InClear, KernelError, Plaintext, PodEntry, cgroup, existing, netns::Netns, node,
-        socket::Listeners,
-    },
     policy::{Authorization, Flow, Mode, Modes, Source, Verdict, decide},
-    telemetry::{Party, Refusal, Reporter},
 };
+use tacit_kernel::{
+    GuardedLink, InClear, KernelError, Plaintext, PodEntry, cgroup, host, netns::Netns, reset_sockets,
+    socket::Listeners,
+};
+
+use super::{Enroller, NotYet, Pod, State};
+use crate::telemetry::{Party, Refusal, Reporter};
 
 /// How long after a change of policy connections are looked for that came before it: above the time in which a client
 /// answers the kernel's SYN-ACK or is sent another.
@@ -113,7 +114,7 @@ impl Enroller {
     /// Ends connections that the pod's applications accepted in clear, with no agent between, while that was allowed.
     /// Called for [`SETTLING`]: the handshake of one that the kernel let through may not have ended at the change.
     fn reset_denied(&self, pod: &Pod) {
-        let nodes = node::addresses().unwrap_or_default();
+        let nodes = host::addresses().unwrap_or_default();
         let (modes, authorization) = (pod.modes.load(), pod.authorization());
         let directory = self.directory.current();
         let party = |address: SocketAddr| Party {
@@ -140,7 +141,7 @@ impl Enroller {
         };
         let ended = |refusal: &Refusal| self.telemetry.revoked(refusal);
         if let Err(error) =
-            existing::reset_accepted(&pod.netns, &self.host, self.kernel.cgroup, denial, ended)
+            reset_sockets::reset_accepted(&pod.netns, &self.host, self.kernel.cgroup, denial, ended)
         {
             tracing::warn!(pod = %pod.workload.name, %error, "connections in clear from before a policy changed are not reset");
         }
@@ -162,11 +163,11 @@ impl Enroller {
     /// Ends what the pod opened or accepted in clear before, with addresses of which `is_mesh` tells that they are of the
     /// mesh. Without the kernel's help its packets meet the guard.
     pub(super) fn reset_clear(&self, netns: &Netns, workload: &Workload, is_mesh: impl Fn(IpAddr) -> bool) {
-        let nodes = node::addresses().unwrap_or_default();
+        let nodes = host::addresses().unwrap_or_default();
         let is_mesh = |address: IpAddr| {
             is_mesh(address) && !workload.addresses.contains(&address) && !nodes.contains(&address)
         };
-        match existing::reset_clear(netns, &self.host, self.kernel.cgroup, is_mesh) {
+        match reset_sockets::reset_clear(netns, &self.host, self.kernel.cgroup, is_mesh) {
             Ok(ended) => self.telemetry.reset_at_enrolment(ended),
             Err(error) => {
                 tracing::warn!(pod = %workload.name, %error, "connections from before enrolment are not reset; the guard drops their packets");

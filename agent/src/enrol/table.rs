@@ -3,15 +3,15 @@
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
 use arc_swap::ArcSwap;
+use tacit_core::{
+    directory::Workload,
+    policy::{Authorization, Modes},
+};
+use tacit_kernel::{GuardedLink, InClear, netns::Netns};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::in_clear;
-use crate::{
-    directory::Workload,
-    kernel::{GuardedLink, InClear, netns::Netns},
-    policy::{Authorization, Modes},
-};
 
 /// An enrolled pod, as the data path sees it.
 #[derive(Debug)]

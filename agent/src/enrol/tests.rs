@@ -1,7 +1,8 @@
 //! Tests of what makes two entries one pod, and of addresses that a pod has before the directory knows them.
 
+use tacit_core::spiffe::{SpiffeId, TrustDomain};
+
 use super::*;
-use crate::identity::{SpiffeId, TrustDomain};
 
 fn workload(account: &str, addresses: &[&str]) -> Workload {
     let trust_domain = TrustDomain::parse("cluster.local").expect("valid");
@@ -11,7 +12,7 @@ fn workload(account: &str, addresses: &[&str]) -> Workload {
         identity: SpiffeId::new(&trust_domain, "shop", account).expect("valid"),
         addresses: addresses.iter().map(|text| text.parse().expect("an address")).collect(),
         node: "a".into(),
-        labels: crate::directory::Labels::default(),
+        labels: tacit_core::directory::Labels::default(),
         cgroup: "burstable/pod1".into(),
         protocol: Protocol::Tacit,
         egress: None,

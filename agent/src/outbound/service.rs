@@ -9,13 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::net::TcpStream;
-
-use super::{Attempt, DataPath, Ends, Failure, Fault, PEER_CONNECT, Pod, Way};
-use crate::{
+use tacit_core::{
     balance::{Held, Wish},
     directory::{NoEndpoint, Service},
 };
+use tokio::net::TcpStream;
+
+use super::{Attempt, DataPath, Ends, Failure, Fault, PEER_CONNECT, Pod, Way};
 
 /// Endpoints that are tried for one connection.
 const TRIES: usize = 3;
@@ -48,9 +48,9 @@ pub(super) async fn reach(
         tried.push(ends.destination);
         let is_last = tried.len() == TRIES || !path.balancer.has_more(&wish, &tried);
         let attempt = if is_last {
-            Attempt { limit: PEER_CONNECT, early: Some(app) }
+            Attempt { limit: PEER_CONNECT, optimistic: Some(app) }
         } else {
-            Attempt { limit: TRY_CONNECT, early: None }
+            Attempt { limit: TRY_CONNECT, optimistic: None }
         };
         let directory = super::discover(path, ends.destination).await;
         let route = super::find_route(path, pod, &directory, ends.destination);

@@ -6,13 +6,18 @@ use std::{
     time::{Instant, SystemTime},
 };
 
+use tacit_core::{
+    spiffe::SpiffeId,
+    wire::open::{Ahead, DenyReason, Open},
+};
+use tacit_identity::credentials::Credentials;
+use tacit_kernel::socket::connect;
+use tacit_tunnel::{OpenError, Session, random_trace_id, session::OptimisticData};
+
 use super::{Attempt, DataPath, Ends, Failure, Pod, Way};
 use crate::{
     datapath::{PoolKey, security},
-    identity::{SpiffeId, credentials::Credentials},
-    kernel::socket::connect,
     telemetry::{FlowSpec, Reporter},
-    tunnel::{Ahead, DenyReason, Early, Open, OpenError, Session, TraceId},
     workers::Workers,
 };
 
@@ -40,8 +45,8 @@ pub(super) async fn tunnel(
         identity: expected.clone(),
         serial: own.serial.clone(),
     };
-    let open = Open { destination, client: source, trace: TraceId::random(), ahead: Ahead::Nothing };
-    let (session, early_bytes) = Box::pin(opened(path, pod, &own, &key, &open, attempt)).await?;
+    let open = Open { destination, client: source, trace: random_trace_id(), ahead: Ahead::Nothing };
+    let (session, optimistic_bytes) = Box::pin(opened(path, pod, &own, &key, &open, attempt)).await?;
     let spec = FlowSpec {
         reporter: Reporter::Source,
         source: path.party(source, Some(identity)),
@@ -49,7 +54,7 @@ pub(super) async fn tunnel(
         security: security(session.tls()),
         trace: open.trace.0,
     };
-    Ok(Way::Tunnel(session, early_bytes, spec, key))
+    Ok(Way::Tunnel(session, optimistic_bytes, spec, key))
 }
 
 /// A session on which the peer has accepted the flow, and how many bytes of the application were sent before.
@@ -61,14 +66,14 @@ async fn opened(
     open: &Open,
     attempt: Attempt<'_>,
 ) -> Result<(Box<Session>, u64), Failure> {
-    let mut early = attempt.early.map(Early::new);
+    let mut optimistic = attempt.optimistic.map(OptimisticData::new);
     // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it were taken: the
     // destination may have read those, so they are not sent twice.
     while let Some(mut session) = take(path, key) {
-        match session.open(open, early.as_mut()).await {
-            Ok(()) => return Ok((session, taken_bytes(&early))),
+        match session.open(open, optimistic.as_mut()).await {
+            Ok(()) => return Ok((session, taken_bytes(&optimistic))),
             Err(OpenError::Denied(reason)) => return Err(denied(path, key, session, reason)),
-            Err(error) if taken_bytes(&early) > 0 => return Err(Failure::new(error.reason(), error)),
+            Err(error) if taken_bytes(&optimistic) > 0 => return Err(Failure::new(error.reason(), error)),
             Err(error) => tracing::debug!(%error, "idle session was dead"),
         }
     }
@@ -78,16 +83,16 @@ async fn opened(
     })?;
     let connected = Session::connect(tcp, own, &key.identity).await;
     let mut session = connected.map_err(|e| Failure::new(e.reason(), e))?;
-    match session.open(open, early.as_mut()).await {
-        Ok(()) => Ok((session, taken_bytes(&early))),
+    match session.open(open, optimistic.as_mut()).await {
+        Ok(()) => Ok((session, taken_bytes(&optimistic))),
         Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason)),
         Err(OpenError::Stale(error) | OpenError::Tunnel(error)) => Err(Failure::new(error.reason(), error)),
         Err(error @ OpenError::Abandoned) => Err(Failure::new(error.reason(), error)),
     }
 }
 
-fn taken_bytes(early: &Option<Early<'_>>) -> u64 {
-    early.as_ref().map_or(0, |early| early.taken_bytes)
+fn taken_bytes(optimistic: &Option<OptimisticData<'_>>) -> u64 {
+    optimistic.as_ref().map_or(0, |optimistic| optimistic.taken_bytes)
 }
 
 /// An idle session: one of this thread, or else one that another thread polls, which moves here.

@@ -80,7 +80,7 @@ pub(super) fn namespace(party: &Party) -> Option<&str> {
 }
 
 /// The proven identity, as a log field.
-pub(super) fn identity(party: &Party) -> Option<DisplayValue<&crate::identity::SpiffeId>> {
+pub(super) fn identity(party: &Party) -> Option<DisplayValue<&tacit_core::spiffe::SpiffeId>> {
     party.identity.as_ref().map(display)
 }
 

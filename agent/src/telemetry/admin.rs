@@ -39,7 +39,7 @@ use tokio::{
 pub use explain::{ExplainSource, fetch_explanation};
 pub use socket::{BindError, FetchError, Health, bind_operator, fetch_health, fetch_status};
 
-use super::{Telemetry, authority::AuthorityStatus, metrics, status::Status};
+use super::{Telemetry, metrics, status::Status};
 
 /// Connections served at once, for each door; two scrapers, a probe and a few people.
 const CONNECTIONS_MAX: usize = 16;
@@ -67,13 +67,10 @@ pub async fn serve_metrics(
     serve(listener, Arc::new(routes), shutdown).await;
 }
 
-/// Makes the status of the authority as of now. Called for every request; must not block.
-pub type AuthoritySource = Arc<dyn Fn() -> AuthorityStatus + Send + Sync>;
-
 /// Serves metrics and readiness of the authority until `shutdown` completes.
 pub async fn serve_authority(
     listener: TcpListener,
-    source: AuthoritySource,
+    source: tacit_authority::StatusSource,
     shutdown: impl Future<Output = ()> + Send,
 ) {
     let routes = move |uri: &Uri| match uri.path() {

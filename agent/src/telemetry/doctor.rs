@@ -3,9 +3,9 @@
 use std::fmt::Write as _;
 
 use serde_json::{Value, json};
+use tacit_kernel::probe::{Finding, Need, Presence, Report};
 
 use super::table::{Cell, Colour, Style, Table};
-use crate::kernel::probe::{Finding, Need, Presence, Report};
 
 /// The report as a table, and a line for each feature that is not there.
 #[must_use]
@@ -91,7 +91,7 @@ fn fallback(finding: &Finding) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::probe::{Release, Remedy};
+    use tacit_kernel::probe::{Release, Remedy};
 
     #[test]
     fn the_table_tells_what_is_there_and_what_is_done_without() {

@@ -16,12 +16,14 @@ use std::{
     time::Instant,
 };
 
+use tacit_core::{directory::Workload, spiffe::SpiffeId};
+use tacit_tunnel::relay::FlowCounters;
+
 use super::{
     access_log,
     series::{Pair, Series, SeriesTotals, Traffic},
     status::{FLOWS_LISTED_MAX, FlowStatus, FlowsStatus, PartyStatus},
 };
-use crate::{directory::Workload, identity::SpiffeId};
 
 /// How a flow ended when its [`LiveFlow`] was dropped without a word.
 const ABORTED: &str = "aborted";
@@ -146,16 +148,6 @@ impl fmt::Display for Hex {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:032x}", u128::from_be_bytes(self.0))
     }
-}
-
-/// Payload bytes of one flow, counted by the relay as they pass. Relaxed ordering is enough: they are
-/// statistics.
-#[derive(Debug, Default)]
-pub struct FlowCounters {
-    /// Bytes from source to destination.
-    pub sent: AtomicU64,
-    /// Bytes from destination to source.
-    pub received: AtomicU64,
 }
 
 /// A flow that is open. Close it with [`LiveFlow::close`]; dropped without, it ends as `aborted`.

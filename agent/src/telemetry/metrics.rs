@@ -21,6 +21,7 @@ use prometheus_client::{
     metrics::MetricType,
     registry::Registry,
 };
+use tacit_core::spiffe::SpiffeId;
 
 use super::{
     enrolments::Durations,
@@ -28,7 +29,6 @@ use super::{
     series::{End, SeriesTotals, Traffic, UNKNOWN},
     status::{PodState, Status},
 };
-use crate::identity::SpiffeId;
 use declared::*;
 
 /// What [`text()`] writes, and what scrapers must be told it is.

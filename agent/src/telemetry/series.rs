@@ -14,8 +14,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tacit_core::{directory::Workload, spiffe::SpiffeId};
+
 use super::flows::{FlowSpec, Party, Reporter, Security};
-use crate::{directory::Workload, identity::SpiffeId};
 
 /// Series kept, a number. A node of 110 pods with 70 peers each fits; at 800 bytes a line and four lines
 /// each, a full scrape is some 26 MB.

@@ -1,9 +1,6 @@
 //! The attacks. To add one: a line here, and a step (`step`) or a driver (`driver`, `lifecycle`) that it names.
 
-use crate::{
-    Family::{self, Mapped, V4, V6},
-    lifecycle::Misfortune,
-};
+use crate::Family::{self, Mapped, V4, V6};
 
 /// One attack.
 pub(crate) struct Attack {
@@ -41,7 +38,7 @@ pub(crate) enum Driver {
     /// A step in a cgroup below the pod's.
     NestedCgroup(&'static str),
     /// A step whose process is moved to another cgroup before it begins.
-    Moved(&'static str, Place),
+    Moved(&'static str, MovedTo),
     /// A step in a network namespace made inside the pod.
     NestedNetns,
     /// A socket made outside the pod's cgroup, in its namespace, passed in.
@@ -54,7 +51,7 @@ pub(crate) enum Driver {
 
 /// Where a process is moved.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Place {
+pub(crate) enum MovedTo {
     /// Out of the pods' cgroup.
     Outside,
     /// Into another pod.
@@ -68,6 +65,29 @@ pub(crate) enum PassedFd {
     Connected,
     /// A UDP socket.
     Datagram,
+}
+
+/// What happens to agents, or to what they have in the kernel.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Misfortune {
+    /// A pod of which the agent was told nothing runs a step.
+    UnknownPod(&'static str),
+    /// The pod's own cgroup has a program that sends every connection to the victim.
+    ProgramInPod,
+    /// A cgroup above the pods' has such a program: it runs after ours.
+    ProgramAbove,
+    /// The table of pending connections is full.
+    PendingFull,
+    /// The agent is stopped (SIGSTOP), and its heartbeat stale.
+    Stopped(&'static str),
+    /// The agent is killed, and its heartbeat stale.
+    Killed(&'static str),
+    /// The pins are deleted under the agent, which is then killed.
+    PinsDeleted,
+    /// The agent is started again with a directory that names nobody.
+    EmptyDirectory(&'static str),
+    /// No agent was ever here when the connection was made; then one comes, and then the marker is sent.
+    LateAgent,
 }
 
 const ALL: &[Family] = &[V4, V6, Mapped];
@@ -149,10 +169,10 @@ pub(crate) static ATTACKS: &[Attack] = &[
         ..identity("nested-cgroup", ALL, Driver::NestedCgroup("tcp"), Stopped::AtSocket)
     },
     identity("nested-cgroup-udp", ALL, Driver::NestedCgroup("udp"), Stopped::AtSocket),
-    identity("left-cgroup-tcp", ALL, Driver::Moved("tcp", Place::Outside), Stopped::OnLink),
-    identity("left-cgroup-udp", ALL, Driver::Moved("udp", Place::Outside), Stopped::OnLink),
-    identity("other-pods-cgroup", ALL, Driver::Moved("tcp", Place::OtherPod), Stopped::AtSocket),
-    identity("other-pods-cgroup-udp", ALL, Driver::Moved("udp", Place::OtherPod), Stopped::AtSocket),
+    identity("left-cgroup-tcp", ALL, Driver::Moved("tcp", MovedTo::Outside), Stopped::OnLink),
+    identity("left-cgroup-udp", ALL, Driver::Moved("udp", MovedTo::Outside), Stopped::OnLink),
+    identity("other-pods-cgroup", ALL, Driver::Moved("tcp", MovedTo::OtherPod), Stopped::AtSocket),
+    identity("other-pods-cgroup-udp", ALL, Driver::Moved("udp", MovedTo::OtherPod), Stopped::AtSocket),
     identity("nested-netns", ONLY_V4, Driver::NestedNetns, Stopped::AtSocket),
     identity("passed-fd-connected", ALL, Driver::PassedFd(PassedFd::Connected), Stopped::OnLink),
     identity("passed-fd-datagram", ALL, Driver::PassedFd(PassedFd::Datagram), Stopped::OnLink),

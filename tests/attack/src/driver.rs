@@ -1,37 +1,50 @@
 //! The attacker's side: starts a step where the attack wants it, does what has to be done around it, and hears how it
-//! went.
+//! went and where its marker was seen.
 
 use std::{
     fs,
-    io::{self, BufRead as _, BufReader, IoSlice, Write as _},
+    io::{self, IoSlice},
     net::{IpAddr, SocketAddr},
     os::{
         fd::{AsRawFd as _, OwnedFd},
         unix::net::UnixStream,
     },
     path::Path,
-    process::{ChildStdin, Command, Stdio},
+    process::Command,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use socket2::{Domain, Socket, Type};
-use tacit_topology::{Pod, Process, run};
+use tacit_topology::{Pod, run, until};
 
 use crate::{
     Family,
-    catalogue::{Attack, Driver, PassedFd, Place},
+    catalogue::{Attack, Driver, MovedTo, PassedFd},
     judge::Outcome,
-    lifecycle, step,
-    world::{PORT, World, address, foreign},
+    lifecycle,
+    step_process::{Step, command, patient, simple},
+    world::{PORT, World, address, foreign, marker},
 };
 
 const PROTOCOL_MPTCP: u16 = 1;
 const PROTOCOL_SCTP: u16 = 2;
 const PROTOCOL_DCCP: u16 = 3;
 
+/// Runs one attack, and looks where its marker was.
+pub(crate) fn attack(world: &mut World, attack: &Attack, family: Family) -> Result<Outcome> {
+    let marker = marker();
+    let mut outcome = drive(world, attack, family, &marker)?;
+    outcome.seen.extend(world.sightings(&marker)?);
+    if attack.must_arrive && world.has_tacit() && outcome.absent.is_none() {
+        let arrived = until("the marker at the victim", || Ok(world.has_arrived(&marker).then_some(())));
+        outcome.delivered = arrived.is_ok();
+    }
+    Ok(outcome)
+}
+
 /// Runs an attack to its end.
-pub(crate) fn drive(world: &mut World, attack: &Attack, family: Family, marker: &str) -> Result<Outcome> {
+fn drive(world: &mut World, attack: &Attack, family: Family, marker: &str) -> Result<Outcome> {
     let target = address(&world.victim, family, PORT);
     let pod = world.attacker.clone();
     match attack.driver {
@@ -58,7 +71,7 @@ pub(crate) fn drive(world: &mut World, attack: &Attack, family: Family, marker: 
             let nested = pod.container("c")?.container("deep")?;
             simple(world, &nested, step, target, marker, &[])
         }
-        Driver::Moved(step, place) => moved(world, step, place, target, marker),
+        Driver::Moved(step, to) => moved(world, step, to, target, marker),
         Driver::NestedNetns => nested_netns(world, target, marker),
         Driver::PassedFd(what) => passed_fd(world, what, target, marker),
         Driver::Simultaneous => simultaneous(world, family, marker),
@@ -77,99 +90,13 @@ fn to(step: &str, target: SocketAddr) -> SocketAddr {
     SocketAddr::new(target.ip(), target.port() + offset)
 }
 
-/// A step from start to end.
-pub(crate) fn simple(
-    world: &World,
-    pod: &Pod,
-    step: &str,
-    target: SocketAddr,
-    marker: &str,
-    extra: &[&str],
-) -> Result<Outcome> {
-    Step::start(command(world, pod, step, target, marker, extra))?.end()
-}
-
-pub(crate) fn command(
-    world: &World,
-    pod: &Pod,
-    step: &str,
-    target: SocketAddr,
-    marker: &str,
-    extra: &[&str],
-) -> Command {
-    let mut command = pod.command(&world.programs.own);
-    command.args(["step", step, &target.to_string(), marker]).args(extra);
-    patient(world, command)
-}
-
-/// A step that knows how long to wait.
-fn patient(world: &World, mut command: Command) -> Command {
-    command.env(step::PATIENCE, world.patience.as_millis().to_string());
-    command
-}
-
-/// A running step.
-pub(crate) struct Step {
-    process: Process,
-    stdin: Option<ChildStdin>,
-    lines: io::Lines<BufReader<std::process::ChildStdout>>,
-    first: Option<String>,
-}
-
-impl Step {
-    pub(crate) fn start(mut command: Command) -> Result<Self> {
-        let mut process = Process::spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
-        let stdin = process.take_stdin();
-        let lines = BufReader::new(process.take_stdout().context("stdout")?).lines();
-        Ok(Self { process, stdin, lines, first: None })
-    }
-
-    /// Waits until the step waits; one that has ended instead has said why.
-    pub(crate) fn wait_ready(&mut self) -> Result<()> {
-        match self.lines.next().transpose()? {
-            Some(line) if line == "waiting" => Ok(()),
-            other => {
-                self.first = other;
-                Ok(())
-            }
-        }
-    }
-
-    pub(crate) fn id(&self) -> u32 {
-        self.process.id()
-    }
-
-    pub(crate) fn go(&mut self) {
-        if let Some(mut stdin) = self.stdin.take() {
-            // One that has ended has said why.
-            let _ = stdin.write_all(b"go\n");
-        }
-    }
-
-    /// What the step says at its end.
-    pub(crate) fn end(mut self) -> Result<Outcome> {
-        let told = match self.first.take() {
-            Some(line) => line,
-            None => self.lines.next().transpose()?.unwrap_or_default(),
-        };
-        let status = self.process.wait()?;
-        if !status.success() {
-            bail!("the step ended with {status}: {told}");
-        }
-        match told.split_once(": ") {
-            Some(("absent", why)) => Ok(Outcome { absent: Some(why.to_owned()), ..Outcome::default() }),
-            _ => Ok(Outcome { told, ..Outcome::default() }),
-        }
-    }
-}
-
-fn moved(world: &World, step: &str, place: Place, target: SocketAddr, marker: &str) -> Result<Outcome> {
+fn moved(world: &World, step: &str, to: MovedTo, target: SocketAddr, marker: &str) -> Result<Outcome> {
     let mut step = Step::start(command(world, &world.attacker, "after-go", target, marker, &[step]))?;
     step.wait_ready()?;
-    let cgroup = match place {
+    let cgroup = match to {
         // The stranger's is out of any agent's sight.
-        Place::Outside => world.stranger.cgroup(),
-        Place::OtherPod => world.other.cgroup(),
+        MovedTo::Outside => world.stranger.cgroup(),
+        MovedTo::OtherPod => world.other.cgroup(),
     };
     move_to(cgroup, step.id())?;
     step.go();
@@ -201,10 +128,8 @@ fn nested_netns(world: &World, target: SocketAddr, marker: &str) -> Result<Outco
 /// The socket is made by this process: in the pod's namespace, in a cgroup of no pod.
 fn passed_fd(world: &World, what: PassedFd, target: SocketAddr, marker: &str) -> Result<Outcome> {
     let (ours, theirs) = UnixStream::pair()?;
-    let mut command = command(world, &world.attacker, "passed-fd", target, marker, &[]);
-    let mut process =
-        Process::spawn(command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::piped()))?;
-    let lines = BufReader::new(process.take_stdout().context("stdout")?).lines();
+    let command = command(world, &world.attacker, "passed-fd", target, marker, &[]);
+    let mut step = Step::start_with(command, OwnedFd::from(theirs).into())?;
     let socket = world.attacker.netns().enter(|| -> io::Result<Socket> {
         let domain = Domain::for_address(target);
         match what {
@@ -218,7 +143,6 @@ fn passed_fd(world: &World, what: PassedFd, target: SocketAddr, marker: &str) ->
             }
         }
     })??;
-    let mut step = Step { process, stdin: None, lines, first: None };
     step.wait_ready()?;
     let rights = [socket.as_raw_fd()];
     sendmsg::<()>(

@@ -7,28 +7,8 @@ use serde_json::{Value, json};
 use crate::{
     Family,
     catalogue::{Attack, Stopped},
+    wire::Sighting,
 };
-
-/// Where a marker was seen.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Sighting {
-    /// On the wire between the nodes.
-    Wire,
-    /// Leaving a node towards a pod, on the host end of its link.
-    ToPod(String),
-    /// Coming from a pod, on the host end of its link: before the guard there has its say.
-    FromPod(String),
-}
-
-impl Sighting {
-    fn text(&self) -> String {
-        match self {
-            Self::Wire => "wire".to_owned(),
-            Self::ToPod(link) => format!("to {link}"),
-            Self::FromPod(link) => format!("from {link}"),
-        }
-    }
-}
 
 /// What one run of an attack came to.
 #[derive(Debug, Clone, Default)]

@@ -8,34 +8,12 @@ use tacit_topology::{Agent, until};
 
 use crate::{
     Family,
-    driver::{Step, command, simple},
+    catalogue::Misfortune,
     judge::Outcome,
     kernel::{CapturedMap, Redirect},
+    step_process::{Step, command, simple},
     world::{HEARTBEAT, PORT, World, address, wait_enrolled},
 };
-
-/// What happens.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Misfortune {
-    /// A pod of which the agent was told nothing runs a step.
-    UnknownPod(&'static str),
-    /// The pod's own cgroup has a program that sends every connection to the victim.
-    ProgramInPod,
-    /// A cgroup above the pods' has such a program: it runs after ours.
-    ProgramAbove,
-    /// The table of pending connections is full.
-    PendingFull,
-    /// The agent is stopped (SIGSTOP), and its heartbeat stale.
-    Stopped(&'static str),
-    /// The agent is killed, and its heartbeat stale.
-    Killed(&'static str),
-    /// The pins are deleted under the agent, which is then killed.
-    PinsDeleted,
-    /// The agent is started again with a directory that names nobody.
-    EmptyDirectory(&'static str),
-    /// No agent was ever here when the connection was made; then one comes, and then the marker is sent.
-    LateAgent,
-}
 
 /// Runs a step under a misfortune, and puts things right again.
 pub(crate) fn drive(

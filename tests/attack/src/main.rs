@@ -17,6 +17,7 @@
 //! | `kernel` | a program beside ours, a map filled up |
 //! | `lifecycle` | attacks on agents that stop, die, or come late |
 //! | `step` | what runs inside a pod: one system call after the other |
+//! | `step_process` | a step as the driver sees it |
 //! | `world` | nodes, pods, agents, the victim's server |
 //! | `wire` | the recorder |
 //! | `judge` | verdicts and their texts |
@@ -27,6 +28,7 @@ mod judge;
 mod kernel;
 mod lifecycle;
 mod step;
+mod step_process;
 mod wire;
 mod world;
 
@@ -185,9 +187,11 @@ const LONGER: u32 = 10;
 
 fn judge(attack: &Attack, family: Family, control: &mut World, protected: &mut World) -> Result<Judged> {
     let begin = Instant::now();
-    let without = control.attack(attack, family).with_context(|| format!("{} without Tacit", attack.name))?;
+    let without =
+        driver::attack(control, attack, family).with_context(|| format!("{} without Tacit", attack.name))?;
     protected.patience = SHORTEST_WAIT.max(begin.elapsed() * LONGER);
-    let with = protected.attack(attack, family).with_context(|| format!("{} with Tacit", attack.name))?;
+    let with =
+        driver::attack(protected, attack, family).with_context(|| format!("{} with Tacit", attack.name))?;
     Ok(Judged::of(attack, family, &without, &with))
 }
 

@@ -19,8 +19,6 @@ use anyhow::{Context as _, Result, bail};
 use nix::net::if_::if_nameindex;
 use tacit_topology::{Node, until};
 
-use crate::judge::Sighting;
-
 /// What every marker begins with.
 pub(crate) const PREFIX: &str = "tacit-attack-";
 /// Bytes of a whole marker.
@@ -29,6 +27,28 @@ pub(crate) const MARKER: usize = PREFIX.len() + 8;
 const QUEUE: libc::c_int = 64 << 20;
 /// The largest frame on a veth pair, with segmentation left to the receiver.
 const FRAME: usize = 80 * 1024;
+
+/// Where a marker was seen.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Sighting {
+    /// On the wire between the nodes.
+    Wire,
+    /// Leaving a node towards a pod, on the host end of its link.
+    ToPod(String),
+    /// Coming from a pod, on the host end of its link: before the guard there has its say.
+    FromPod(String),
+}
+
+impl Sighting {
+    /// As it stands in results.
+    pub(crate) fn text(&self) -> String {
+        match self {
+            Self::Wire => "wire".to_owned(),
+            Self::ToPod(link) => format!("to {link}"),
+            Self::FromPod(link) => format!("from {link}"),
+        }
+    }
+}
 
 type Seen = Arc<Mutex<BTreeMap<String, BTreeSet<Sighting>>>>;
 

@@ -5,7 +5,7 @@
 //! ```
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     fs,
     io::{BufRead as _, BufReader},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
@@ -24,10 +24,7 @@ use tacit_topology::{Agent, HANG, MeshFiles, Node, Pod, Process, Topology, Workl
 
 use crate::{
     Family,
-    catalogue::Attack,
-    driver,
-    judge::Outcome,
-    wire::{PREFIX, Recorder},
+    wire::{PREFIX, Recorder, Sighting},
 };
 
 /// Where the victim's application listens: TCP, then MPTCP, SCTP and DCCP.
@@ -51,7 +48,7 @@ pub(crate) struct Programs {
 
 /// Nodes, pods, recorders, servers, agents.
 pub(crate) struct World {
-    // Dropped in this order: processes first, the ground they stand on last.
+    // Dropped in this order: processes first, the topology that they run in last.
     pub(crate) agents: Vec<Agent>,
     servers: Vec<Process>,
     #[expect(dead_code, reason = "held for what dropping it does")]
@@ -164,22 +161,17 @@ impl World {
         [&self.attacker, &self.other, &self.victim].into_iter().map(WorkloadEntry::of).collect()
     }
 
-    /// Runs one attack, and looks where its marker was.
-    pub(crate) fn attack(&mut self, attack: &Attack, family: Family) -> Result<Outcome> {
-        let marker = marker();
-        let mut outcome = driver::drive(self, attack, family, &marker)?;
+    /// Where `marker` was seen until now.
+    ///
+    /// # Errors
+    /// When the recorders do not get to see what was sent last.
+    pub(crate) fn sightings(&self, marker: &str) -> Result<BTreeSet<Sighting>> {
         self.fence()?;
-        for recorder in &self.recorders {
-            outcome.seen.extend(recorder.sightings(&marker));
-        }
-        if attack.must_arrive && self.has_tacit() && outcome.absent.is_none() {
-            let arrived = until("the marker at the victim", || Ok(self.has_arrived(&marker).then_some(())));
-            outcome.delivered = arrived.is_ok();
-        }
-        Ok(outcome)
+        Ok(self.recorders.iter().flat_map(|recorder| recorder.sightings(marker)).collect())
     }
 
-    fn has_arrived(&self, marker: &str) -> bool {
+    /// Whether the victim's or the stranger's application got `marker`.
+    pub(crate) fn has_arrived(&self, marker: &str) -> bool {
         let got = self.got.lock().unwrap_or_else(PoisonError::into_inner);
         got.iter().any(|line| line.contains(marker))
     }
@@ -211,7 +203,7 @@ impl World {
 }
 
 /// A marker that no other run, attack or family has.
-fn marker() -> String {
+pub(crate) fn marker() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed).wrapping_add(std::process::id() << 12);
     format!("{PREFIX}{number:08x}")

@@ -1,4 +1,4 @@
-//! Any text as a directory file. See `tacit::fuzz`.
+//! Any text as a directory file. See `tacit_core::fuzz`.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|input: &[u8]| tacit::fuzz::directory(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| tacit_core::fuzz::directory(input));

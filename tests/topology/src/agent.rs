@@ -4,8 +4,8 @@
 use crate::{
     mesh::MeshFiles,
     netns::Netns,
+    node::Node,
     process::{Process, run},
-    topology::Node,
     wait::{HANG, until},
 };
 use anyhow::{Context, Result, bail};

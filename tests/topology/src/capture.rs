@@ -2,9 +2,9 @@
 
 use crate::{
     netns::Netns,
+    node::{Node, WIRE},
     pcap::Traffic,
     process::Process,
-    topology::{Node, WIRE},
     wait::until,
 };
 use anyhow::{Context, Result, bail};

@@ -17,7 +17,8 @@
 //!
 //! | module | content |
 //! |---|---|
-//! | `topology` | [`Topology`], [`Node`]: build, address plan, bpffs |
+//! | `topology` | [`Topology`]: the nodes and their wire, bpffs |
+//! | `node` | [`Node`]: the pods of a node, address plan |
 //! | `pod` | [`Pod`]: run programs in it, keep it alive |
 //! | `netns`, `cgroup` | one namespace, one cgroup tree |
 //! | `sweep` | removal by name, the sweeper process |
@@ -33,6 +34,7 @@ mod capture;
 mod cgroup;
 mod mesh;
 mod netns;
+mod node;
 mod pcap;
 mod pod;
 mod process;
@@ -44,9 +46,10 @@ pub use agent::{Agent, http_get};
 pub use capture::Capture;
 pub use mesh::{MeshFiles, Tunnel, WorkloadEntry};
 pub use netns::Netns;
+pub use node::Node;
 pub use pcap::{TUNNEL_PORT, Traffic};
 pub use pod::{Membership, Pod};
 pub use process::{Process, run};
 pub use sweep::cleanup_stale;
-pub use topology::{Node, Topology};
+pub use topology::Topology;
 pub use wait::{HANG, until, within};

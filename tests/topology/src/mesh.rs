@@ -3,10 +3,7 @@
 //! Each node has its own directory and policy, so a test can give one node a wrong one. The nodes share the issuer's
 //! folder, and so the root of the mesh.
 
-use crate::{
-    pod::Pod,
-    topology::{Node, Topology},
-};
+use crate::{node::Node, pod::Pod, topology::Topology};
 use anyhow::{Context, Result};
 use std::{
     fmt::Write,

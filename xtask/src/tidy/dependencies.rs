@@ -1,108 +1,135 @@
-//! Who may depend on what inside the agent. The same rules stand in words in `agent/src/lib.rs`.
+//! Rules of dependency between and inside the agent's crates that neither cargo nor clippy checks.
 //!
-//! Unit tests are exempt: they may drive a pure module with whatever they like.
+//! cargo keeps a crate from using what its manifest does not list, so the rules for crates look at manifests. The rules for
+//! modules look at paths in the sources. Unit tests are exempt: they may drive a pure module with anything.
 
 use super::{Finding, scan, source::Source};
 
-/// Crates that only some modules may use.
+/// Dependencies that only some crates may list.
 struct Reserved {
-    crates: &'static [&'static str],
-    /// Module prefixes below `agent/src/`.
+    dependencies: &'static [&'static str],
+    /// Folders of the crates that may.
     allowed: &'static [&'static str],
     why: &'static str,
 }
 
 const RESERVED: [Reserved; 3] = [
     Reserved {
-        crates: &["aya", "aya_log", "aya_obj", "libc"],
-        allowed: &["kernel"],
-        why: "only `kernel` talks to the kernel's interfaces",
+        dependencies: &["aya", "aya-log", "aya-obj", "libc"],
+        allowed: &["agent/kernel"],
+        why: "only `tacit-kernel` uses the interfaces of the kernel",
     },
     Reserved {
-        crates: &["rustls", "webpki", "tokio_rustls"],
-        allowed: &["tunnel/tls", "tunnel/verify", "tunnel/session", "tunnel/record", "identity", "authority"],
-        why: "TLS is the business of the tunnel's TLS files, `identity` and `authority`",
+        dependencies: &["rustls", "rustls-webpki", "tokio-rustls", "aws-lc-rs"],
+        allowed: &["agent/tunnel", "agent/identity", "agent/authority"],
+        why: "only the tunnel, `tacit-identity` and `tacit-authority` use TLS",
     },
     Reserved {
-        crates: &["kube", "k8s_openapi"],
-        allowed: &["kubernetes", "directory/kubernetes", "policy/kubernetes", "identity", "authority"],
-        why: "the Kubernetes API is the business of `kubernetes`, the sources and `authority`",
+        dependencies: &["kube", "k8s-openapi"],
+        allowed: &["agent/sources", "agent/authority"],
+        why: "only `tacit-sources` and `tacit-authority` use the Kubernetes API",
     },
 ];
 
-/// Modules that decide and nothing else; `x` means the file x.rs and the folder x/.
-const PURE: [&str; 10] = [
-    "policy",
-    "yaml",
-    "tunnel/frame",
-    "tunnel/pool",
-    "identity/renewal",
-    "identity/istio/api",
-    "identity/istio/skew",
-    "authority/request",
-    "authority/rotation",
-    "authority/bucket",
+/// The crate of pure decisions, and all that it may depend on.
+const CORE: &str = "agent/core";
+const CORE_DEPENDENCIES: [&str; 5] = ["tacit-abi", "ipnet", "saphyr-parser", "serde", "thiserror"];
+
+/// Pure modules of other crates; `x` means the file x.rs and the folder x/.
+const PURE: [&str; 9] = [
+    "agent/identity/src/istio/api",
+    "agent/identity/src/istio/skew",
+    "agent/authority/src/request",
+    "agent/authority/src/rotation",
+    "agent/authority/src/rate_limit",
+    "agent/sources/src/directory/cgroup",
+    "agent/sources/src/directory/store",
+    "agent/sources/src/policy/document",
+    "agent/sources/src/policy/store",
 ];
 
-/// What drives a pure module: `kubernetes` of `policy` is no part of it.
-const DRIVERS: [&str; 1] = ["policy/kubernetes"];
-
-/// Pure files whose folder is not.
-const PURE_FILES: [&str; 11] = [
-    "directory.rs",
-    "directory/range.rs",
-    "directory/ranges.rs",
-    "directory/service.rs",
-    "directory/sharded.rs",
-    "directory/kubernetes/cgroup.rs",
-    "directory/kubernetes/store.rs",
-    "directory/kubernetes/store/detection.rs",
-    "directory/kubernetes/store/services.rs",
-    "policy/kubernetes/document.rs",
-    "policy/kubernetes/store.rs",
+/// Inputs that a pure module takes as arguments, and effects that its caller has.
+const IMPURE: [&str; 13] = [
+    "tokio",
+    "tracing",
+    "std::time::Instant::now",
+    "std::time::SystemTime::now",
+    "std::fs",
+    "std::env",
+    "std::process",
+    "std::thread",
+    "std::net::TcpListener",
+    "std::net::TcpStream",
+    "std::net::UdpSocket",
+    "std::os::unix::net",
+    "std::os::fd",
 ];
-
-const IMPURE: [&str; 4] = ["tokio", "tracing", "std::time::Instant::now", "std::time::SystemTime::now"];
 
 /// Modules that never import each other, and the one that nobody but `main` imports.
 const STRANGERS: [(&str, &str); 2] = [("outbound", "inbound"), ("inbound", "outbound")];
 const TOP: &str = "app";
 
+/// Checks a Rust source.
 pub(super) fn check(source: &Source) -> Vec<Finding> {
-    let paths = scan::paths(source.product_lines());
     let mut findings = Vec::new();
-    for (line, path) in &paths {
-        if let Some(module) = source.path.strip_prefix("agent/src/") {
-            let problems = [reserved(module, path), impure(module, path), stranger(module, path)];
-            findings
-                .extend(problems.into_iter().flatten().map(|problem| Finding::error(source, *line, problem)));
-        }
-        if let Some(problem) = imports_top(&source.path, path) {
-            findings.push(Finding::error(source, *line, problem));
+    for (line, path) in scan::paths(source.product_lines()) {
+        let module = source.path.strip_prefix("agent/src/");
+        let problems = [
+            impure(&source.path, &path),
+            module.and_then(|module| stranger(module, &path)),
+            imports_top(&source.path, &path),
+        ];
+        findings.extend(problems.into_iter().flatten().map(|problem| Finding::error(source, line, problem)));
+    }
+    findings
+}
+
+/// Checks the manifest of a crate of the agent.
+pub(super) fn manifest(source: &Source) -> Vec<Finding> {
+    let Some(folder) = source.path.strip_suffix("/Cargo.toml").filter(|folder| is_agent(folder)) else {
+        return Vec::new();
+    };
+    let mut findings = Vec::new();
+    for (line, name) in dependencies(source) {
+        let reserved = RESERVED.iter().find(|rule| rule.dependencies.contains(&name));
+        let reserved = reserved.filter(|rule| !rule.allowed.contains(&folder));
+        findings.extend(reserved.map(|rule| Finding::error(source, line, format!("`{name}`: {}", rule.why))));
+        if folder == CORE && !CORE_DEPENDENCIES.contains(&name) {
+            let problem = format!("`{name}` in the crate of pure decisions: use it in the caller");
+            findings.push(Finding::error(source, line, problem));
         }
     }
     findings
 }
 
-fn reserved(module: &str, path: &str) -> Option<String> {
-    let root = path.split("::").next()?;
-    let rule = RESERVED.iter().find(|rule| rule.crates.contains(&root))?;
-    let allowed = rule.allowed.iter().any(|prefix| is_in(module, prefix));
-    (!allowed).then(|| format!("`{path}`: {}", rule.why))
+fn is_agent(folder: &str) -> bool {
+    folder == "agent" || folder.starts_with("agent/")
 }
 
-fn impure(module: &str, path: &str) -> Option<String> {
-    let is_of = |modules: &[&str]| modules.iter().any(|prefix| is_in(module, prefix));
-    let pure = is_of(&PURE) && !is_of(&DRIVERS) || PURE_FILES.contains(&module);
+/// The names below `[dependencies]`.
+fn dependencies(source: &Source) -> impl Iterator<Item = (usize, &str)> {
+    let mut inside = false;
+    source.numbered().filter_map(move |(line, text)| {
+        if text.starts_with('[') {
+            inside = text.trim() == "[dependencies]";
+            return None;
+        }
+        let name = text.split(['=', '.']).next()?.trim();
+        (inside && !name.is_empty() && !name.starts_with('#')).then_some((line, name))
+    })
+}
+
+fn impure(file: &str, path: &str) -> Option<String> {
+    let pure = file.starts_with("agent/core/src/") || PURE.iter().any(|module| is_in(file, module));
+    let pure = pure && !file.ends_with("/tests.rs") && !file.contains("/tests/");
     // `Instant::now()` and `std::time::Instant::now()` are the same thing.
-    let used = IMPURE.iter().find(|used| {
+    let used = IMPURE.iter().filter(|_| pure).find(|used| {
         path.starts_with(*used) && is_boundary(&path[used.len()..])
             || used
                 .strip_prefix("std::time::")
                 .is_some_and(|short| path == short || path.ends_with(&format!("::{short}")))
-    });
-    let used = used.filter(|_| pure)?;
-    Some(format!("`{used}` in a pure module: take what it gives as an argument and let the caller log"))
+    })?;
+    Some(format!("`{used}` in a pure module: take the value as an argument, and leave effects to the caller"))
 }
 
 fn stranger(module: &str, path: &str) -> Option<String> {
@@ -126,7 +153,7 @@ fn crate_member(path: &str) -> Option<&str> {
     rest.split("::").next()
 }
 
-/// Whether the file belongs to the module: `kernel.rs`, `kernel/maps.rs`.
+/// Returns true if the file belongs to the module: `store.rs`, `store/services.rs`.
 fn is_in(file: &str, module: &str) -> bool {
     file.strip_prefix(module).is_some_and(|rest| rest.starts_with('/') || rest == ".rs")
 }
@@ -143,76 +170,59 @@ mod tests {
         check(&Source::sample(path, text)).len()
     }
 
-    #[test]
-    fn only_the_kernel_module_uses_aya_and_libc() {
-        assert_eq!(problems("agent/src/kernel/maps.rs", "use aya::maps::Array;\nlet x = libc::AF_INET;"), 0);
-        assert_eq!(problems("agent/src/kernel.rs", "use libc::AF_INET;"), 0);
-        assert_eq!(problems("agent/src/relay.rs", "use aya::maps::Array;\nlet x = libc::AF_INET;"), 2);
-        assert_eq!(problems("agent/src/kernels.rs", "use {std::io, libc};"), 1);
-        assert_eq!(problems("agent/src/relay.rs", "// libc::AF_INET\nlet x = \"libc::AF_INET\";"), 0);
+    fn manifest_problems(folder: &str, dependencies: &[&str]) -> usize {
+        let lines: String =
+            dependencies.iter().map(|name| format!("{name} = {{ workspace = true }}\n")).collect();
+        let text = format!(
+            "[package]\nname = \"libc\"\n\n[dependencies]\n{lines}\n[dev-dependencies]\nrustls = \"1\"\n"
+        );
+        manifest(&Source::sample(&format!("{folder}/Cargo.toml"), &text)).len()
     }
 
     #[test]
-    fn only_tls_files_use_rustls() {
-        for allowed in
-            ["tunnel/tls.rs", "tunnel/session.rs", "identity.rs", "identity/issuer.rs", "authority/sign.rs"]
-        {
-            assert_eq!(
-                problems(&format!("agent/src/{allowed}"), "use rustls::pki_types::CertificateDer;"),
-                0
-            );
-        }
-        assert_eq!(problems("agent/src/inbound.rs", "use rustls::pki_types::CertificateDer;"), 1);
-        assert_eq!(problems("agent/src/tunnel/pool.rs", "fn f() { webpki::x(); tokio_rustls::y() }"), 2);
+    fn reserved_dependencies_are_listed_by_their_crates_alone() {
+        assert_eq!(manifest_problems("agent/kernel", &["aya", "aya-log", "libc", "tokio"]), 0);
+        assert_eq!(manifest_problems("agent", &["libc", "kube", "tokio"]), 2);
+        assert_eq!(manifest_problems("agent/tunnel", &["rustls", "aws-lc-rs"]), 0);
+        assert_eq!(manifest_problems("agent/sources", &["kube", "k8s-openapi", "rustls"]), 1);
+        assert_eq!(manifest_problems("xtask", &["libc"]), 0);
     }
 
     #[test]
-    fn only_sources_and_the_authority_use_the_kubernetes_api() {
-        for allowed in [
-            "kubernetes/follow.rs",
-            "directory/kubernetes.rs",
-            "policy/kubernetes/events.rs",
-            "authority/review.rs",
-        ] {
-            assert_eq!(problems(&format!("agent/src/{allowed}"), "use kube::Client;"), 0);
-        }
-        assert_eq!(problems("agent/src/outbound.rs", "use kube::Client;"), 1);
-        assert_eq!(problems("agent/src/directory/kubernetes/store.rs", "use tokio::sync::mpsc;"), 1);
+    fn the_crate_of_pure_decisions_depends_on_nothing_that_acts() {
+        assert_eq!(manifest_problems("agent/core", &CORE_DEPENDENCIES), 0);
+        assert_eq!(manifest_problems("agent/core", &["tokio", "tracing", "nix", "libc"]), 5);
     }
 
     #[test]
-    fn pure_modules_have_no_clock_no_runtime_and_no_log() {
+    fn pure_modules_have_no_clock_no_runtime_no_log_and_no_files() {
         for pure in [
-            "policy.rs",
-            "policy/parse.rs",
-            "directory.rs",
-            "yaml.rs",
-            "tunnel/frame.rs",
-            "identity/renewal.rs",
+            "agent/core/src/policy.rs",
+            "agent/core/src/wire/frame.rs",
+            "agent/authority/src/rotation.rs",
+            "agent/sources/src/directory/store/services.rs",
         ] {
-            let path = format!("agent/src/{pure}");
+            let text = "use tokio::sync::watch;\nfn f() { tracing::info!(x); Instant::now() }";
+            assert_eq!(problems(pure, text), 3);
+            assert_eq!(problems(pure, "std::time::SystemTime::now();\ntime::SystemTime::now();"), 2);
+            assert_eq!(problems(pure, "use std::{fs::File, net::{IpAddr, TcpStream}};"), 2);
             assert_eq!(
-                problems(&path, "use tokio::sync::watch;\nfn f() { tracing::info!(x); Instant::now() }"),
-                3
-            );
-            assert_eq!(problems(&path, "std::time::SystemTime::now();\ntime::SystemTime::now();"), 2);
-            assert_eq!(
-                problems(&path, "use std::time::{Instant, SystemTime};\nfn next(now: SystemTime) {}"),
+                problems(pure, "use std::time::{Instant, SystemTime};\nfn next(now: SystemTime) {}"),
                 0
             );
         }
-        assert_eq!(problems("agent/src/directory/file.rs", "use tokio::fs;"), 0);
-        assert_eq!(problems("agent/src/policy/kubernetes.rs", "use tokio::fs;"), 0);
-        assert_eq!(problems("agent/src/policy/kubernetes/store.rs", "use tokio::fs;"), 1);
-        assert_eq!(problems("agent/src/relay.rs", "use tokio::io; fn f() { Instant::now() }"), 0);
+        assert_eq!(problems("agent/sources/src/directory.rs", "use tokio::fs;"), 0);
+        assert_eq!(problems("agent/tunnel/src/relay.rs", "use tokio::io; fn f() { Instant::now() }"), 0);
     }
 
     #[test]
-    fn unit_tests_may_use_what_they_like() {
+    fn unit_tests_may_use_anything() {
         assert_eq!(
-            problems("agent/src/policy.rs", "fn f() {}\n#[cfg(test)]\nmod tests { use tokio::sync; }"),
+            problems("agent/core/src/policy.rs", "fn f() {}\n#[cfg(test)]\nmod tests { use tokio::sync; }"),
             0
         );
+        assert_eq!(problems("agent/core/src/policy/tests.rs", "use std::fs;"), 0);
+        assert_eq!(problems("agent/sources/src/directory/store/tests/ranges.rs", "use std::fs;"), 0);
     }
 
     #[test]
@@ -223,7 +233,7 @@ mod tests {
             1
         );
         assert_eq!(problems("agent/src/inbound.rs", "super::outbound::x();"), 1);
-        assert_eq!(problems("agent/src/inbound.rs", "use crate::relay::plain;"), 0);
+        assert_eq!(problems("agent/src/inbound.rs", "use crate::authorize::Changes;"), 0);
         assert_eq!(problems("agent/src/enrol.rs", "use crate::{inbound, outbound};"), 0);
     }
 
@@ -234,6 +244,6 @@ mod tests {
         assert_eq!(problems("agent/src/lib.rs", "pub mod app;"), 0);
         assert_eq!(problems("agent/src/enrol.rs", "use crate::app::Agent;"), 1);
         assert_eq!(problems("tests/src/lib.rs", "use tacit::app::run;"), 1);
-        assert_eq!(problems("agent/src/relay.rs", "use crate::application::x; use hyper::app::y;"), 0);
+        assert_eq!(problems("agent/src/proxy.rs", "use crate::application::x; use hyper::app::y;"), 0);
     }
 }

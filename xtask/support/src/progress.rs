@@ -6,6 +6,7 @@
 use std::{
     env,
     io::{IsTerminal as _, stderr, stdout},
+    process::ExitCode,
     time::{Duration, Instant},
 };
 
@@ -96,6 +97,22 @@ impl Progress {
         );
         result
     }
+}
+
+/// The exit code of a command, whose error is printed.
+pub fn exit_code(outcome: Result<()>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(problem) => {
+            error(&problem);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Prints an error with its causes, without a backtrace: what failed is another program or a file, not this code.
+pub fn error(error: &anyhow::Error) {
+    eprintln!("{} {error:#}", Style::of_stderr().paint(Tone::Bad, "error:"));
 }
 
 /// One line about something that takes a while or that the reader should know.

@@ -3,9 +3,9 @@
 //! Recognised lines: cargo's `Running ..` and `Doc-tests ..`, which name a suite; the harness's `test NAME ... FAILED`,
 //! `test NAME ... ignored` and `test result: ..`. A suite that ends without a result has crashed and counts as failed.
 
-use std::time::Duration;
+use std::{fmt::Write as _, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::progress::{Style, Tone};
 
@@ -154,6 +154,37 @@ impl Report {
         self.parts.extend(other.parts);
     }
 
+    /// The report for another process, which reads it with [`Report::parse`]: a suite, a failure or a note a line.
+    pub fn to_text(&self) -> String {
+        let mut text = String::new();
+        for Suite { name, passed, failed, skipped, seconds, .. } in &self.suites {
+            let _ = writeln!(text, "suite\t{passed}\t{failed}\t{skipped}\t{seconds}\t{name}");
+        }
+        for (kind, lines) in [("failure", &self.failures), ("note", &self.notes)] {
+            for line in lines {
+                let _ = writeln!(text, "{kind}\t{}", line.replace('\n', " "));
+            }
+        }
+        text
+    }
+
+    /// What [`Report::to_text`] wrote.
+    ///
+    /// # Errors
+    /// When a line is none of a report.
+    pub fn parse(text: &str) -> Result<Self> {
+        let mut report = Self::default();
+        for line in text.lines() {
+            match line.split_once('\t') {
+                Some(("suite", rest)) => report.suites.push(Suite::parse(rest).context(line.to_owned())?),
+                Some(("failure", rest)) => report.failures.push(rest.to_owned()),
+                Some(("note", rest)) => report.notes.push(rest.to_owned()),
+                _ => bail!("not a line of a report: {line:?}"),
+            }
+        }
+        Ok(report)
+    }
+
     /// Passed, failed, skipped so far.
     pub fn totals(&self) -> (u64, u64, u64) {
         let add = |sum: (u64, u64, u64), suite: &Suite| {
@@ -194,6 +225,19 @@ impl Report {
 impl Suite {
     fn count(&self) -> u64 {
         self.passed + self.failed + self.skipped
+    }
+
+    fn parse(fields: &str) -> Result<Self> {
+        let fields: Vec<&str> = fields.splitn(5, '\t').collect();
+        let [passed, failed, skipped, seconds, name] = fields[..] else { bail!("not five fields") };
+        Ok(Self {
+            name: name.to_owned(),
+            passed: passed.parse()?,
+            failed: failed.parse()?,
+            skipped: skipped.parse()?,
+            seconds: seconds.parse()?,
+            state: State::Reported,
+        })
     }
 
     fn plus(mut self, other: Self) -> Self {
@@ -333,6 +377,19 @@ mod tests {
         );
         assert_eq!(suite_name("Running tests/half-close.rs (t/half_close-1)").as_deref(), Some("half_close"));
         assert_eq!(suite_name("running 3 tests"), None);
+    }
+
+    #[test]
+    fn another_process_reads_the_same_counts_failures_and_notes() {
+        let lines = "Running tests/modes.rs (target/release/deps/modes-ab)\n\
+            test strict_refuses_plaintext ... FAILED\n\
+            test result: FAILED. 3 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; finished in 4.25s";
+        let mut written = report(lines, false);
+        written.note("two\nlines".to_owned());
+        let read = Report::parse(&written.to_text()).expect("a report");
+        assert_eq!(read.summary(), "3 passed, 1 failed, 2 skipped");
+        assert_eq!(read.table(Style::Plain), written.table(Style::Plain).replace("two\nlines", "two lines"));
+        assert!(Report::parse("suite\t1\tx").is_err() && Report::parse("nothing").is_err());
     }
 
     #[test]

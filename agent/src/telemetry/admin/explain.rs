@@ -3,9 +3,9 @@
 use std::{path::Path, sync::Arc};
 
 use hyper::{StatusCode, Uri};
+use tacit_core::policy::explain::{End, ExplainError, Explanation, port};
 
 use super::{Answer, FetchError, answer as respond, failure, plain, socket::fetch_json};
-use crate::policy::explain::{End, ExplainError, Explanation, port};
 
 pub(super) const PATH: &str = "/policy/explain";
 

@@ -7,6 +7,8 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
+use tacit_authority::status::{AuthorityStatus, Readiness};
+use tacit_core::policy::explain::{ExplainError, Explanation};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -14,10 +16,7 @@ use tokio::{
 };
 
 use super::*;
-use crate::{
-    policy::explain::{ExplainError, Explanation},
-    telemetry::status::{AgentState, tests::sample},
-};
+use crate::telemetry::status::{AgentState, tests::sample};
 
 #[tokio::test]
 async fn metrics_are_served_with_their_content_type() {
@@ -35,6 +34,25 @@ async fn readiness_follows_the_status_and_says_why() {
     let draining = || Status { state: AgentState::Draining, ..sample() };
     let draining = get(metrics_door(draining).await, "GET /healthz/ready").await;
     assert!(draining.starts_with("HTTP/1.1 503 ") && draining.ends_with("agent is draining\n"), "{draining}");
+}
+
+#[tokio::test]
+async fn an_authority_has_metrics_and_readiness() {
+    let status = |readiness| AuthorityStatus {
+        readiness,
+        issued: 3,
+        refused: Vec::new(),
+        upkeep_failing: false,
+        root_not_after: None,
+        intermediate_not_after: None,
+        roots: 1,
+    };
+    let ready = authority_door(status(Readiness::Ready)).await;
+    let metrics = get(ready, "GET /metrics").await;
+    assert!(metrics.contains("\ntacit_authority_certificates_issued_total 3\n"), "{metrics}");
+    assert!(get(ready, "GET /healthz/ready").await.contains("200 OK"));
+    let unready = authority_door(status(Readiness::NoRoot(None))).await;
+    assert!(get(unready, "GET /healthz/ready").await.contains("503"));
 }
 
 #[tokio::test]
@@ -151,6 +169,13 @@ async fn metrics_door(status: impl Fn() -> Status + Send + Sync + 'static) -> So
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
     let address = listener.local_addr().expect("bound");
     tokio::spawn(serve_metrics(listener, Arc::new(status), Telemetry::new(), std::future::pending()));
+    address
+}
+
+async fn authority_door(status: AuthorityStatus) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let address = listener.local_addr().expect("bound");
+    tokio::spawn(serve_authority(listener, Arc::new(move || status.clone()), std::future::pending()));
     address
 }
 

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
+use tacit_core::{directory::Protocol, spiffe::TrustDomain};
+
 use super::*;
-use crate::{directory::Protocol, identity::TrustDomain};
 
 #[test]
 fn bytes_of_a_live_flow_show_at_each_scrape_and_once_only() {
@@ -87,7 +88,7 @@ pub(in crate::telemetry) fn workload(name: &str) -> Workload {
         identity: SpiffeId::new(&trust_domain, "shop", name).expect("valid"),
         addresses: vec![[10, 77, 1, 2].into()],
         node: "a".into(),
-        labels: crate::directory::Labels::default(),
+        labels: tacit_core::directory::Labels::default(),
         cgroup: PathBuf::from(format!("shop_{name}")),
         protocol: Protocol::Tacit,
         egress: None,

@@ -11,9 +11,9 @@ use prometheus_client::{
     metrics::MetricType,
     registry::{Registry, Unit},
 };
+use tacit_authority::status::AuthorityStatus;
 
 use super::{BUILD, Metric, Value, Writer};
-use crate::telemetry::authority::AuthorityStatus;
 
 static ISSUED: Metric = Metric {
     name: "tacit_authority_certificates_issued",
@@ -98,7 +98,7 @@ fn seconds(time: SystemTime) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::telemetry::authority::Readiness;
+    use tacit_authority::status::Readiness;
 
     #[test]
     fn the_exposition_has_what_the_status_says() {

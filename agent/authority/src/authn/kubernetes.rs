@@ -1,0 +1,213 @@
+//! Agents as the Kubernetes API knows them: TokenReview for who asks, pods for what may be had.
+//!
+//! The node comes from the reviewed token: a claim of its own since Kubernetes 1.30, else that of the pod that the token
+//! is bound to, which must still be the same pod.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use k8s_openapi::api::{
+    authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus},
+    core::v1::Pod,
+};
+use kube::{
+    Api, Client,
+    api::{ListParams, PostParams},
+};
+use tacit_core::{
+    error_chain::format_chain,
+    spiffe::{SpiffeId, TrustDomain},
+};
+use tokio::{sync::Semaphore, time::timeout};
+
+use super::{Caller, Refusal};
+
+/// Requests to the API server at once; the rest waits its turn within its own time.
+const REQUESTS_MAX: usize = 32;
+/// From asking to the answer; an agent gives up after 10 s and needs two or three answers.
+const REQUEST_MAX: Duration = Duration::from_secs(3);
+/// Pods in one page of a list; any one will do.
+const PAGE_PODS_MAX: u32 = 50;
+
+const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
+const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
+const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
+
+/// The Kubernetes API.
+pub(crate) struct Kubernetes {
+    client: Client,
+    /// Namespace and name.
+    service_accounts: Vec<(String, String)>,
+    audience: String,
+    trust_domain: TrustDomain,
+    turns: Semaphore,
+}
+
+/// The bearer of a token that was found good.
+#[derive(Debug, PartialEq, Eq)]
+struct Bearer {
+    namespace: String,
+    service_account: String,
+    pod: String,
+    pod_uid: String,
+    /// The node, when the token says it.
+    node: Option<String>,
+}
+
+impl Kubernetes {
+    pub(crate) fn new(
+        client: Client,
+        service_accounts: Vec<(String, String)>,
+        audience: String,
+        trust_domain: TrustDomain,
+    ) -> Self {
+        Self { client, service_accounts, audience, trust_domain, turns: Semaphore::new(REQUESTS_MAX) }
+    }
+
+    pub(super) async fn authenticate(&self, token: &str) -> Result<Caller, Refusal> {
+        let review = TokenReview {
+            spec: TokenReviewSpec {
+                token: Some(token.to_owned()),
+                audiences: Some(vec![self.audience.clone()]),
+            },
+            ..TokenReview::default()
+        };
+        let api: Api<TokenReview> = Api::all(self.client.clone());
+        let reviewed = self.ask("review the token", api.create(&PostParams::default(), &review)).await?;
+        let status = reviewed.status.unwrap_or_default();
+        let bearer = bearer(&status, &self.audience, &self.service_accounts)?;
+        let node = match &bearer.node {
+            Some(node) => node.clone(),
+            None => {
+                let api: Api<Pod> = Api::namespaced(self.client.clone(), &bearer.namespace);
+                let pod = self.ask("read the agent's pod", api.get_opt(&bearer.pod)).await?;
+                node_of(pod.as_ref(), &bearer)?
+            }
+        };
+        let identity = SpiffeId::new(&self.trust_domain, &bearer.namespace, &bearer.service_account)?;
+        Ok(Caller { node, identity: Some(identity) })
+    }
+
+    /// Whether a pod of `identity` on `node` may run. An API server may send a page without pods and more after it, so
+    /// pages are followed; the time of a request bounds how many.
+    pub(super) async fn has_pod(&self, node: &str, identity: &SpiffeId) -> Result<bool, Refusal> {
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), identity.namespace());
+        let mut page = ListParams::default().fields(&selector(node, identity)).limit(PAGE_PODS_MAX);
+        let found = self.ask("list pods", async {
+            loop {
+                let pods = api.list(&page).await?;
+                if pods.items.iter().any(|pod| counts(pod, node, identity)) {
+                    return Ok(true);
+                }
+                let Some(next) = pods.metadata.continue_.filter(|next| !next.is_empty()) else {
+                    return Ok(false);
+                };
+                page = page.continue_token(&next);
+            }
+        });
+        found.await
+    }
+
+    async fn ask<T>(
+        &self,
+        what: &str,
+        request: impl Future<Output = Result<T, kube::Error>>,
+    ) -> Result<T, Refusal> {
+        let turn = async {
+            let _turn = self.turns.acquire().await.expect("never closed");
+            request.await
+        };
+        match timeout(REQUEST_MAX, turn).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(e)) => Err(Refusal::Api(format!("cannot {what}: {}", format_chain(&e)))),
+            Err(_) => {
+                Err(Refusal::Api(format!("cannot {what}: the API server took more than {REQUEST_MAX:?}")))
+            }
+        }
+    }
+}
+
+/// The bearer, if the review says that it is one of `accounts`, with a token for `audience`.
+fn bearer(
+    status: &TokenReviewStatus,
+    audience: &str,
+    accounts: &[(String, String)],
+) -> Result<Bearer, Refusal> {
+    if let Some(error) = status.error.as_ref().filter(|error| !error.is_empty()) {
+        return Err(Refusal::Token(error.clone()));
+    }
+    if status.authenticated != Some(true) {
+        return Err(Refusal::Token("the API server does not know it".to_owned()));
+    }
+    // An authenticator that knows nothing of audiences names none: its yes is none to this audience.
+    if !status.audiences.as_ref().is_some_and(|for_these| for_these.iter().any(|it| it == audience)) {
+        return Err(Refusal::Audience(audience.to_owned()));
+    }
+    let user = status.user.clone().unwrap_or_default();
+    let name = user.username.unwrap_or_default();
+    let account = name.strip_prefix("system:serviceaccount:").and_then(|rest| rest.split_once(':'));
+    let is = |(namespace, account): (&str, &str)| {
+        accounts.iter().any(|(known_in, known)| known_in == namespace && known == account)
+    };
+    let Some((namespace, account)) = account.filter(|account| is(*account)) else {
+        return Err(Refusal::NotAnAgent(name));
+    };
+    let extra = user.extra.unwrap_or_default();
+    let pod = single(&extra, POD_NAME).ok_or_else(|| no_node("it is not bound to a pod"))?;
+    let pod_uid = single(&extra, POD_UID).ok_or_else(|| no_node("it does not say its pod's UID"))?;
+    Ok(Bearer {
+        namespace: namespace.to_owned(),
+        service_account: account.to_owned(),
+        pod,
+        pod_uid,
+        node: single(&extra, NODE_NAME),
+    })
+}
+
+/// A claim with exactly one value.
+fn single(extra: &BTreeMap<String, Vec<String>>, claim: &str) -> Option<String> {
+    match extra.get(claim)?.as_slice() {
+        [one] if !one.is_empty() => Some(one.clone()),
+        _ => None,
+    }
+}
+
+fn no_node(why: &str) -> Refusal {
+    Refusal::NoNode(why.to_owned())
+}
+
+/// The node of the pod that the token is bound to.
+fn node_of(pod: Option<&Pod>, bearer: &Bearer) -> Result<String, Refusal> {
+    let pod = pod.ok_or_else(|| no_node("its pod is gone"))?;
+    if pod.metadata.uid.as_deref() != Some(&bearer.pod_uid) {
+        return Err(no_node("its pod was replaced by another one of the same name"));
+    }
+    let spec = pod
+        .spec
+        .as_ref()
+        .filter(|spec| spec.service_account_name.as_deref() == Some(&bearer.service_account));
+    let spec = spec.ok_or_else(|| no_node("its pod has another service account"))?;
+    let node = spec.node_name.clone().filter(|node| !node.is_empty());
+    node.ok_or_else(|| no_node("its pod is on no node"))
+}
+
+/// The pods of `identity` on `node` that have not ended: those of Jobs stay in the API, and would fill pages.
+fn selector(node: &str, identity: &SpiffeId) -> String {
+    let account = identity.service_account();
+    format!(
+        "spec.nodeName={node},spec.serviceAccountName={account},status.phase!=Succeeded,status.phase!=Failed"
+    )
+}
+
+/// Whether the pod is one of `identity` on `node`, and has not ended. What the API was asked for is not taken for granted.
+fn counts(pod: &Pod, node: &str, identity: &SpiffeId) -> bool {
+    let namespace = pod.metadata.namespace.as_deref() == Some(identity.namespace());
+    let spec = pod.spec.as_ref().is_some_and(|spec| {
+        spec.node_name.as_deref() == Some(node)
+            && spec.service_account_name.as_deref() == Some(identity.service_account())
+    });
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    namespace && spec && matches!(phase, Some("Pending" | "Running" | "Unknown"))
+}
+
+#[cfg(test)]
+mod tests;

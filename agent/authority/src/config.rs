@@ -1,0 +1,327 @@
+//! `authority.yaml`: the configuration of `tacit authority`, read once at start.
+//!
+//! Every field with unit, default and effect is in `deploy/authority.schema.json`, which a test keeps in step with this
+//! file. All mistakes are reported together. Relative paths are relative to the folder of the file.
+
+use std::{
+    net::SocketAddr,
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use tacit_core::{
+    spiffe::TrustDomain,
+    yaml::{self, Fields, Mistakes, Value},
+};
+use tacit_identity::issuer::{LEAF_LIFETIME, LEAF_LIFETIME_RANGE};
+use tacit_sources::file::{self, LoadError};
+
+const FIELDS: [&str; 10] = [
+    "trustDomain",
+    "listen",
+    "names",
+    "metrics",
+    "root",
+    "bundle",
+    "agents",
+    "leafLifetime",
+    "intermediateLifetime",
+    "rate",
+];
+const ROOT_FIELDS: [&str; 3] = ["secret", "directory", "lifetime"];
+const BUNDLE_FIELDS: [&str; 4] = ["configMap", "namespace", "key", "file"];
+const AGENTS_FIELDS: [&str; 4] = ["serviceAccounts", "audience", "tokens", "directory"];
+const RATE_FIELDS: [&str; 2] = ["perSecond", "burst"];
+
+const LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 15012);
+const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 15020);
+const NAME: &str = "tacit-authority.tacit-system.svc";
+const NAMES_MAX: usize = 16;
+const SERVICE_ACCOUNTS_MAX: usize = 16;
+const AUDIENCE: &str = "tacit-authority";
+const BUNDLE_KEY: &str = "root-cert.pem";
+const DAY: Duration = Duration::from_secs(24 * 3600);
+const ROOT_LIFETIME: Duration = DAY.saturating_mul(3650);
+const INTERMEDIATE_LIFETIME: Duration = DAY.saturating_mul(7);
+/// The lower ends are set by the lifetimes below, see [`Config::check_lifetimes`].
+const ROOT_LIFETIME_RANGE: RangeInclusive<Duration> = Duration::from_secs(250)..=DAY.saturating_mul(7300);
+const INTERMEDIATE_LIFETIME_RANGE: RangeInclusive<Duration> =
+    Duration::from_secs(50)..=DAY.saturating_mul(365);
+/// See [`Config::check_lifetimes`].
+const LEAVES_OF_AN_INTERMEDIATE: u32 = 5;
+/// An agent asks once for each service account of its node when it starts, and a node has some hundred pods at most.
+const RATE: Rate = Rate { per_second: 10, burst: 300 };
+const RATE_MAX: u32 = 10_000;
+
+/// The configuration of an authority. All paths are ready to use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Trust domain of every certificate.
+    pub trust_domain: TrustDomain,
+    /// Address of the CA API.
+    pub listen: SocketAddr,
+    /// DNS names of this server, 1 to 16.
+    pub names: Vec<String>,
+    /// Address of metrics and readiness.
+    pub metrics: SocketAddr,
+    /// Where the root is kept.
+    pub root: RootPlace,
+    /// Where the roots in use are published.
+    pub bundle: BundlePlace,
+    /// Who may ask.
+    pub agents: Agents,
+    /// How long certificates live.
+    pub lifetimes: Lifetimes,
+    /// Requests that one node may make.
+    pub rate: Rate,
+}
+
+/// How long certificates live: a root at least five times an intermediate, that at least five times a leaf.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lifetimes {
+    /// Of a root that Tacit makes.
+    pub root: Duration,
+    /// Of an intermediate.
+    pub intermediate: Duration,
+    /// Longest of a workload's certificate.
+    pub leaf: Duration,
+}
+
+/// Where the root is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RootPlace {
+    /// A Secret.
+    Secret {
+        /// Its namespace.
+        namespace: String,
+        /// Its name.
+        name: String,
+    },
+    /// A folder on disk.
+    Directory(PathBuf),
+}
+
+/// Where the roots in use are published.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BundlePlace {
+    /// A ConfigMap.
+    ConfigMap {
+        /// Its namespace.
+        namespace: String,
+        /// Its name.
+        name: String,
+        /// Its key.
+        key: String,
+    },
+    /// A file.
+    File(PathBuf),
+}
+
+/// Who may ask for certificates.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Agents {
+    /// Pods of these service accounts, by a token that the API server reviews.
+    Kubernetes {
+        /// Namespace and name, 1 to 16.
+        service_accounts: Vec<(String, String)>,
+        /// Audience of the tokens.
+        audience: String,
+    },
+    /// Nodes of a standalone mesh, by tokens of a file.
+    Standalone {
+        /// File of the tokens.
+        tokens: PathBuf,
+        /// File of the workloads.
+        directory: PathBuf,
+    },
+}
+
+/// Requests that one node may make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rate {
+    /// On average, 1 to 10,000.
+    pub per_second: u32,
+    /// At once, 1 to 10,000.
+    pub burst: u32,
+}
+
+impl Config {
+    /// Reads and parses the file at `path`.
+    ///
+    /// # Errors
+    /// [`LoadError`]: unreadable, or all mistakes in it.
+    pub fn read(path: &Path) -> Result<Self, LoadError> {
+        let file = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        file::load(path, |text| Self::parse(text, &file))
+    }
+
+    /// Parses the text of `file`; relative paths are relative to the folder of `file`.
+    ///
+    /// # Errors
+    /// All [`Mistakes`] of the text.
+    pub fn parse(text: &str, file: &Path) -> Result<Self, Mistakes> {
+        let folder = file.parent().unwrap_or(Path::new("."));
+        yaml::decode(text, file, |root| {
+            let config = Self::decode(&mut root.fields(&FIELDS)?, folder)?;
+            config.check_lifetimes(root)?;
+            Some(config)
+        })
+    }
+
+    /// Decodes all fields before the first `?`, so that the mistakes of each one are recorded.
+    fn decode(f: &mut Fields<'_>, folder: &Path) -> Option<Self> {
+        let trust_domain = f.required("trustDomain", "the SPIFFE trust domain, such as cluster.local");
+        let trust_domain = trust_domain.and_then(|value| value.parse(TrustDomain::parse));
+        let listen = f.or("listen", LISTEN, Value::listen_address);
+        let names =
+            f.or("names", vec![NAME.to_owned()], |v| texts(v, NAMES_MAX, |v| v.name().map(Into::into)));
+        let metrics = f.or("metrics", METRICS, Value::listen_address);
+        let root = f.required("root", "{secret: {namespace: tacit-system, name: tacit-root}}");
+        let root = root.and_then(|value| self::root(&value, folder));
+        let namespace = match &root {
+            Some((RootPlace::Secret { namespace, .. }, _)) => Some(namespace.as_str()),
+            _ => None,
+        };
+        let bundle = f.required("bundle", "{configMap: tacit-roots}");
+        let bundle = bundle.and_then(|value| self::bundle(&value, namespace, folder));
+        let agents = f.required("agents", "{serviceAccounts: [tacit-system/tacit-agent]}");
+        let agents = agents.and_then(|value| self::agents(&value, folder));
+        let leaf = f.or("leafLifetime", LEAF_LIFETIME, |v| v.duration(LEAF_LIFETIME_RANGE));
+        let intermediate =
+            f.or("intermediateLifetime", INTERMEDIATE_LIFETIME, |v| v.duration(INTERMEDIATE_LIFETIME_RANGE));
+        let rate = f.or("rate", RATE, rate);
+        let (root, lifetime) = root?;
+        Some(Self {
+            trust_domain: trust_domain?,
+            listen: listen?,
+            names: names?,
+            metrics: metrics?,
+            root,
+            bundle: bundle?,
+            agents: agents?,
+            lifetimes: Lifetimes { root: lifetime, intermediate: intermediate?, leaf: leaf? },
+            rate: rate?,
+        })
+    }
+
+    /// What is signed never outlives its signer, nor is it cut short: a signer is replaced at half of its life, so that
+    /// half must hold the whole life of what it signs, and the time that a rotation takes.
+    ///
+    /// For an intermediate that is the turn in which it still signs after somebody replaced its root (`rotation`): a life
+    /// of a leaf, and up to a quarter of that for replicas that have not noticed yet; then the whole life of the last leaf
+    /// that it signs. Twice two and a quarter is four and a half, the rest to five is for looks at the store that come
+    /// late. With less, peers would meet certificates of the new root before they trust it.
+    fn check_lifetimes(&self, root: &Value<'_>) -> Option<()> {
+        let Lifetimes { root: root_life, intermediate, leaf } = self.lifetimes;
+        if intermediate < leaf * LEAVES_OF_AN_INTERMEDIATE {
+            root.refuse(format_args!(
+                "intermediateLifetime {intermediate:?} is less than five times leafLifetime {leaf:?}: a root that is replaced would be met before it is trusted; write more, or shorten leafLifetime"
+            ));
+            return None;
+        }
+        if root_life < intermediate * 5 {
+            root.refuse(format_args!(
+                "root.lifetime {root_life:?} is less than five times intermediateLifetime {intermediate:?}: write more"
+            ));
+            return None;
+        }
+        Some(())
+    }
+}
+
+fn root(value: &Value<'_>, folder: &Path) -> Option<(RootPlace, Duration)> {
+    let mut fields = value.fields(&ROOT_FIELDS)?;
+    let lifetime = fields.or("lifetime", ROOT_LIFETIME, |v| v.duration(ROOT_LIFETIME_RANGE));
+    let place = match (fields.optional("secret"), fields.optional("directory")) {
+        (Some(secret), None) => secret_place(&secret)?,
+        (None, Some(directory)) => RootPlace::Directory(folder.join(directory.text()?)),
+        _ => return exactly_one(value, "secret or directory"),
+    };
+    Some((place, lifetime?))
+}
+
+fn secret_place(value: &Value<'_>) -> Option<RootPlace> {
+    let mut fields = value.fields(&["namespace", "name"])?;
+    let namespace = fields.required("namespace", "the namespace of the Secret");
+    let name = fields.required("name", "the name of the Secret, such as tacit-root");
+    let (namespace, name) =
+        (namespace.and_then(|v| v.name().map(Into::into)), name.and_then(|v| v.name().map(Into::into)));
+    Some(RootPlace::Secret { namespace: namespace?, name: name? })
+}
+
+fn bundle(value: &Value<'_>, default_namespace: Option<&str>, folder: &Path) -> Option<BundlePlace> {
+    let mut fields = value.fields(&BUNDLE_FIELDS)?;
+    let key = fields.or("key", BUNDLE_KEY.to_owned(), |v| v.text().map(Into::into))?;
+    let namespace = fields.optional("namespace");
+    match (fields.optional("configMap"), fields.optional("file")) {
+        (Some(name), None) => {
+            let namespace = match namespace {
+                Some(value) => value.name().map(Into::into),
+                None => default_namespace.map(Into::into),
+            };
+            if namespace.is_none() {
+                value.refuse("no namespace: write bundle.namespace, as root.secret names none");
+            }
+            Some(BundlePlace::ConfigMap { namespace: namespace?, name: name.name()?.into(), key })
+        }
+        (None, Some(file)) => Some(BundlePlace::File(folder.join(file.text()?))),
+        _ => exactly_one(value, "configMap or file"),
+    }
+}
+
+fn agents(value: &Value<'_>, folder: &Path) -> Option<Agents> {
+    let mut fields = value.fields(&AGENTS_FIELDS)?;
+    let audience = fields.or("audience", AUDIENCE.to_owned(), |v| v.text().map(Into::into))?;
+    let accounts = fields.optional("serviceAccounts");
+    match (accounts, fields.optional("tokens"), fields.optional("directory")) {
+        (Some(accounts), None, None) => {
+            let service_accounts = texts(&accounts, SERVICE_ACCOUNTS_MAX, |v| v.parse(service_account))?;
+            Some(Agents::Kubernetes { service_accounts, audience })
+        }
+        (None, Some(tokens), Some(directory)) => Some(Agents::Standalone {
+            tokens: folder.join(tokens.text()?),
+            directory: folder.join(directory.text()?),
+        }),
+        _ => exactly_one(value, "serviceAccounts, or tokens together with directory"),
+    }
+}
+
+fn exactly_one<T>(value: &Value<'_>, choices: &str) -> Option<T> {
+    value.refuse(format_args!("not exactly one way is written: write {choices}"));
+    None
+}
+
+/// A list of 1 to `max` items; the mistakes of each one are recorded.
+fn texts<T>(value: &Value<'_>, max: usize, item: impl Fn(&Value<'_>) -> Option<T>) -> Option<Vec<T>> {
+    let items = value.items()?;
+    if items.is_empty() || items.len() > max {
+        value.refuse(format_args!("{} items: write 1 to {max}", items.len()));
+        return None;
+    }
+    let decoded: Vec<_> = items.iter().map(item).collect();
+    decoded.into_iter().collect()
+}
+
+fn service_account(text: &str) -> Result<(String, String), &'static str> {
+    match text.split_once('/') {
+        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+            Ok((namespace.to_owned(), name.to_owned()))
+        }
+        _ => Err("no service account: write it as namespace/name"),
+    }
+}
+
+fn rate(value: &Value<'_>) -> Option<Rate> {
+    let mut fields = value.fields(&RATE_FIELDS)?;
+    let number = |text: &str| {
+        let number = text.parse().ok().filter(|number| (1..=RATE_MAX).contains(number));
+        number.ok_or_else(|| format!("no number of requests: write 1 to {RATE_MAX}"))
+    };
+    let per_second = fields.or("perSecond", RATE.per_second, |v| v.parse(number));
+    let burst = fields.or("burst", RATE.burst, |v| v.parse(number));
+    Some(Rate { per_second: per_second?, burst: burst? })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,231 @@
+//! Tacit's certificate authority. It speaks Istio's CA API: agents of Tacit, ztunnel and others can ask it, and agents of
+//! Tacit can ask istiod or istio-csr instead.
+//!
+//! ```text
+//!  agent ── CreateCertificate (gRPC, TLS) ──> server ── service ─┬─ authn: which node, and has it such a pod?
+//!                                                                ├─ request: one identity, proven key
+//!                                                                └─ signer: intermediate, key in memory
+//!  store (Secret or folder): root <── reconciler ── rotation ──> signer, bundle (ConfigMap or file)
+//! ```
+//!
+//! | module | content |
+//! |---|---|
+//! | `config` | `authority.yaml` |
+//! | `server`, `connection_limit`, `service` | connections, their number for each address, and one request from headers to answer |
+//! | `authn` | the identity and the node of a caller, and the pods of that node |
+//! | `request`, `rate_limit`, `rotation` | pure decisions: the content of a request, requests of a caller, the root to use |
+//! | `root`, `signer` | certificates made and read |
+//! | `store`, `bundle`, `reconciler` | the places of root and bundle, and the task that keeps both current |
+//! | `status` | the state for metrics and readiness |
+//!
+//! Replicas share the store and nothing else. Keys of workloads are made by the agents and never seen here; the
+//! intermediate's key never leaves its process. Metrics and readiness are served by the caller of [`Authority`].
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+mod authn;
+mod bundle;
+pub mod config;
+mod connection_limit;
+mod counters;
+mod rate_limit;
+mod reconciler;
+mod refusal;
+mod request;
+mod root;
+mod rotation;
+mod server;
+mod service;
+mod signer;
+pub mod status;
+mod store;
+
+use std::{io, net::SocketAddr, sync::Arc, time::Instant};
+
+use arc_swap::ArcSwapOption;
+use kube::{Api, Client};
+use tacit_core::error_chain::format_chain;
+use tacit_sources::file::LoadError;
+use tokio::net::TcpListener;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+
+use authn::{Authenticator, Kubernetes};
+use bundle::Bundle;
+use config::{Agents, BundlePlace, Config, RootPlace};
+use counters::Counters;
+use reconciler::{LOOK_MAX, Live, Reconciler};
+use service::Service;
+use status::{AuthorityStatus, Readiness};
+use store::Store;
+
+/// Why the authority did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthorityError {
+    /// A file could not be read or holds mistakes.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The Kubernetes API is not configured here.
+    #[error("no access to the Kubernetes API: {0}; run it in a pod, or set KUBECONFIG")]
+    Kubernetes(String),
+    /// An address cannot be had.
+    #[error("{what} {address}: {source}")]
+    Listen {
+        /// `listen` or `metrics`.
+        what: &'static str,
+        /// The configured address.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The system did not give what every process gets.
+    #[error("listen for signals: {0}")]
+    Signal(#[from] io::Error),
+}
+
+fn needs_kubernetes(config: &Config) -> bool {
+    matches!(config.root, RootPlace::Secret { .. })
+        || matches!(config.bundle, BundlePlace::ConfigMap { .. })
+        || matches!(config.agents, Agents::Kubernetes { .. })
+}
+
+/// Makes the status as of now.
+pub type StatusSource = Arc<dyn Fn() -> AuthorityStatus + Send + Sync>;
+
+/// A started authority: its address is bound, its root is looked after.
+pub struct Authority {
+    listener: TcpListener,
+    service: Arc<Service>,
+    state: State,
+    _reconciler: AbortOnDropHandle<()>,
+}
+
+/// What is shown to operators.
+#[derive(Clone)]
+struct State {
+    live: Arc<ArcSwapOption<Live>>,
+    counters: Arc<Counters>,
+    trouble: Arc<ArcSwapOption<String>>,
+    authn: Arc<Authenticator>,
+}
+
+impl Authority {
+    /// Starts the authority. To be called on a tokio runtime.
+    ///
+    /// # Errors
+    /// [`AuthorityError`]. Once it runs, a store or an API that fails is tried again.
+    pub async fn open(config: Config) -> Result<Self, AuthorityError> {
+        let client = if needs_kubernetes(&config) {
+            Some(Client::try_default().await.map_err(|e| AuthorityError::Kubernetes(format_chain(&e)))?)
+        } else {
+            None
+        };
+        Self::start(config, client).await
+    }
+
+    /// Returns a function that makes the status as of now. The function does not block.
+    #[must_use]
+    pub fn status(&self) -> StatusSource {
+        let state = self.state.clone();
+        Arc::new(move || state.status())
+    }
+
+    async fn start(config: Config, client: Option<Client>) -> Result<Self, AuthorityError> {
+        let authn = Arc::new(authn(&config, client.as_ref())?);
+        let state = State { live: Arc::default(), counters: Arc::default(), trouble: Arc::default(), authn };
+        let listener = bind("listen", config.listen).await?;
+        let reconciler = Reconciler {
+            store: store(&config, client.as_ref()),
+            bundle: bundle(&config, client.as_ref()),
+            trust_domain: config.trust_domain.clone(),
+            names: config.names.clone(),
+            lifetimes: config.lifetimes,
+            look_max: LOOK_MAX,
+            live: state.live.clone(),
+            trouble: state.trouble.clone(),
+            known: None,
+            published: None,
+        };
+        let (live, counters, authn) = (state.live.clone(), state.counters.clone(), state.authn.clone());
+        let service =
+            Service::new(live, authn, config.trust_domain.clone(), config.lifetimes, config.rate, counters);
+        tracing::info!(trust_domain = %config.trust_domain, listen = %config.listen, "authority runs");
+        let reconciler = AbortOnDropHandle::new(tokio::spawn(reconciler.run()));
+        Ok(Self { listener, service: Arc::new(service), state, _reconciler: reconciler })
+    }
+
+    /// Serves callers until `stop`. Requests under way are then answered.
+    pub async fn serve(self, stop: CancellationToken) {
+        server::serve(self.listener, self.state.live.clone(), self.service, stop).await;
+    }
+}
+
+impl State {
+    fn status(&self) -> AuthorityStatus {
+        let live = self.live.load_full();
+        let (issued, refused) = self.counters.totals();
+        AuthorityStatus {
+            readiness: match &live {
+                None => Readiness::NoRoot(self.trouble.load_full().map(|it| (*it).clone())),
+                Some(live) if live.stale(Instant::now()) => {
+                    Readiness::Stale(self.trouble.load_full().map(|it| (*it).clone()))
+                }
+                Some(_) => Readiness::Ready,
+            },
+            issued,
+            refused,
+            upkeep_failing: self.trouble.load().is_some() || self.authn.trouble().is_some(),
+            root_not_after: live.as_ref().map(|live| live.root_not_after),
+            intermediate_not_after: live.as_ref().map(|live| live.signer.not_after),
+            roots: live.as_ref().map_or(0, |live| live.roots as u64),
+        }
+    }
+}
+
+/// Listens on the configured `address` of `what`.
+///
+/// # Errors
+/// [`AuthorityError::Listen`].
+pub async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, AuthorityError> {
+    TcpListener::bind(address).await.map_err(|source| AuthorityError::Listen { what, address, source })
+}
+
+fn authn(config: &Config, client: Option<&Client>) -> Result<Authenticator, AuthorityError> {
+    let domain = &config.trust_domain;
+    match &config.agents {
+        Agents::Kubernetes { service_accounts, audience } => {
+            let client = client.expect(CLIENT).clone();
+            let kubernetes =
+                Kubernetes::new(client, service_accounts.clone(), audience.clone(), domain.clone());
+            Ok(Authenticator::Kubernetes(kubernetes))
+        }
+        Agents::Standalone { tokens, directory } => {
+            Ok(Authenticator::standalone(tokens.clone(), directory.clone(), domain)?)
+        }
+    }
+}
+
+fn store(config: &Config, client: Option<&Client>) -> Store {
+    match &config.root {
+        RootPlace::Secret { namespace, name } => Store::Secret {
+            api: Box::new(Api::namespaced(client.expect(CLIENT).clone(), namespace)),
+            name: name.clone(),
+        },
+        RootPlace::Directory(path) => Store::Directory(path.clone()),
+    }
+}
+
+fn bundle(config: &Config, client: Option<&Client>) -> Bundle {
+    match &config.bundle {
+        BundlePlace::ConfigMap { namespace, name, key } => {
+            let api = Box::new(Api::namespaced(client.expect(CLIENT).clone(), namespace));
+            Bundle::ConfigMap { api, name: name.clone(), key: key.clone() }
+        }
+        BundlePlace::File(path) => Bundle::File(path.clone()),
+    }
+}
+
+const CLIENT: &str = "`needs_kubernetes` names every use of the API";
+
+#[cfg(test)]
+mod tests;

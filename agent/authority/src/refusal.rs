@@ -1,0 +1,88 @@
+//! Why a request got no certificate.
+
+use std::time::Duration;
+
+use tacit_core::spiffe::{IdentityError, SpiffeId, TrustDomain};
+use tacit_identity::istio::api::Code;
+
+/// Why a request got no certificate.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Refusal {
+    #[error("the request has no bearer token in its authorization header")]
+    NoToken,
+    #[error("the token is refused: {0}")]
+    Token(String),
+    #[error("the token is not for audience {0:?}: project it for that audience")]
+    Audience(String),
+    #[error("{0} is not one of the agents' service accounts")]
+    NotAnAgent(String),
+    #[error("the token does not say on which node its bearer runs: {0}")]
+    NoNode(String),
+    #[error("the request cannot be read: {0}")]
+    Message(String),
+    #[error("the certificate request is refused: {0}")]
+    Csr(String),
+    #[error("the certificate request has {0} names, exactly one URI is required")]
+    Names(usize),
+    #[error("the certificate request's name is no identity: {0}")]
+    Identity(#[from] IdentityError),
+    #[error("{identity} is not of trust domain {ours}")]
+    TrustDomain { identity: SpiffeId, ours: TrustDomain },
+    #[error("the certificate request is for {csr}, but {asked} is asked for")]
+    Mismatch { csr: SpiffeId, asked: String },
+    #[error("the requested lifetime of {0} s is none")]
+    Lifetime(i64),
+    #[error("no pod of {identity} is on node {node}")]
+    NotOnNode { identity: SpiffeId, node: String },
+    #[error("node {node} asks too often; again in {again:?}")]
+    Rate { node: String, again: Duration },
+    #[error("the caller cannot be checked now: {0}")]
+    Api(String),
+    #[error("the authority cannot sign now: {0}")]
+    NotReady(String),
+    #[error("the certificate could not be made: {0}")]
+    Sign(String),
+}
+
+impl Refusal {
+    /// For logs and metric labels; one of a fixed set.
+    pub(super) fn reason(&self) -> &'static str {
+        match self {
+            Self::NoToken => "no_token",
+            Self::Token(_) => "token",
+            Self::Audience(_) => "audience",
+            Self::NotAnAgent(_) => "not_an_agent",
+            Self::NoNode(_) => "no_node",
+            Self::Message(_) => "message",
+            Self::Csr(_) => "csr",
+            Self::Names(_) => "names",
+            Self::Identity(_) => "identity",
+            Self::TrustDomain { .. } => "trust_domain",
+            Self::Mismatch { .. } => "mismatch",
+            Self::Lifetime(_) => "lifetime",
+            Self::NotOnNode { .. } => "not_on_node",
+            Self::Rate { .. } => "rate",
+            Self::Api(_) => "api",
+            Self::NotReady(_) => "not_ready",
+            Self::Sign(_) => "sign",
+        }
+    }
+
+    /// What the caller is told.
+    pub(super) fn code(&self) -> Code {
+        match self {
+            Self::NoToken | Self::Token(_) | Self::Audience(_) => Code::Unauthenticated,
+            Self::NotAnAgent(_)
+            | Self::NoNode(_)
+            | Self::TrustDomain { .. }
+            | Self::Mismatch { .. }
+            | Self::NotOnNode { .. } => Code::PermissionDenied,
+            Self::Message(_) | Self::Csr(_) | Self::Names(_) | Self::Identity(_) | Self::Lifetime(_) => {
+                Code::InvalidArgument
+            }
+            Self::Rate { .. } => Code::ResourceExhausted,
+            Self::Api(_) | Self::NotReady(_) => Code::Unavailable,
+            Self::Sign(_) => Code::Internal,
+        }
+    }
+}

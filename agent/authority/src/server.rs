@@ -1,0 +1,195 @@
+//! The CA API's door: TCP, TLS 1.3 with the intermediate's own certificate, HTTP/2, gRPC.
+//!
+//! Everything that a caller can hold open is bounded: connections, handshakes, streams, header and message sizes, the
+//! time of a request, the age of a connection. Connections beyond the bound of all wait in the kernel's queue; those
+//! beyond the bound of one address are closed, so that no pod takes the place of all agents.
+
+use std::{convert::Infallible, fmt, net::IpAddr, sync::Arc, time::Duration};
+
+use arc_swap::ArcSwapOption;
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::{
+    HeaderMap, Method, Request, Response,
+    body::{Body, Incoming},
+    header::{CONTENT_TYPE, HeaderValue},
+    server::conn::http2,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::{
+    ServerConfig,
+    crypto::aws_lc_rs,
+    server::{ClientHello, ResolvesServerCert},
+    sign::CertifiedKey,
+    version::TLS13,
+};
+use tacit_identity::istio::api::{self, CertificateResponse, Code};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use super::service::Service;
+use crate::{connection_limit::ConnectionLimit, reconciler::Live};
+
+/// Connections served at once; an agent of Tacit holds one for some milliseconds, a ztunnel holds one all day.
+const CONNECTIONS_MAX: usize = 8192;
+/// Of those, from one address; several agents come from one where the path to this service is masqueraded.
+pub(super) const CONNECTIONS_OF_ONE_ADDRESS_MAX: usize = 256;
+/// From the TCP handshake to the end of the TLS one.
+const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
+/// Requests under way at once on a connection.
+const STREAMS_MAX: u32 = 32;
+/// A request's headers, mostly its token.
+const HEADERS_MAX_BYTES: u32 = 32 * 1024;
+/// A request is some 700 bytes, a few thousand with an RSA key. What is on its way to a stream is held in memory before
+/// its caller is known, hence the small windows.
+const REQUEST_MAX_BYTES: u32 = 16 * 1024;
+/// The same for a connection; HTTP/2 allows no less.
+const CONNECTION_WINDOW_BYTES: u32 = 65_535;
+/// Oldest connection; callers then meet another replica, and a new certificate of this one.
+const CONNECTION_MAX: Duration = Duration::from_secs(3600);
+/// Requests under way get this long when a connection is to end.
+const END_MAX: Duration = Duration::from_secs(5);
+/// A peer that says nothing is asked for a sign of life this often, and dropped without one.
+const PING: Duration = Duration::from_secs(30);
+/// Pause after accept() failed, as it does without free descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+
+/// Serves until `stop`, then lets requests under way end.
+pub(super) async fn serve(
+    listener: TcpListener,
+    live: Arc<ArcSwapOption<Live>>,
+    service: Arc<Service>,
+    stop: CancellationToken,
+) {
+    let acceptor = TlsAcceptor::from(Arc::new(tls(live)));
+    let limit = Arc::new(ConnectionLimit::new(CONNECTIONS_OF_ONE_ADDRESS_MAX));
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => break,
+            Some(_) = connections.join_next(), if !connections.is_empty() => {}
+            accepted = listener.accept(), if connections.len() < CONNECTIONS_MAX => match accepted {
+                Ok((tcp, peer)) => {
+                    let peer = peer.ip().to_canonical();
+                    let Some(permit) = limit.take(peer) else {
+                        service.turned_away(peer);
+                        continue;
+                    };
+                    let served = connection(acceptor.clone(), service.clone(), tcp, peer, stop.clone());
+                    connections.spawn(async move {
+                        let _permit = permit;
+                        served.await;
+                    });
+                }
+                Err(error) => {
+                    warn!(%error, "cannot accept a connection; trying again");
+                    sleep(ACCEPT_PAUSE).await;
+                }
+            },
+        }
+    }
+    // Each ends by itself, within END_MAX.
+    while connections.join_next().await.is_some() {}
+}
+
+fn tls(live: Arc<ArcSwapOption<Live>>) -> ServerConfig {
+    let mut config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_protocol_versions(&[&TLS13])
+        .expect("the provider has suites of TLS 1.3")
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(Current(live)));
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    config.send_tls13_tickets = 0;
+    config
+}
+
+/// Shows the certificate of the intermediate in use; none before there is one, which refuses the handshake.
+struct Current(Arc<ArcSwapOption<Live>>);
+
+impl ResolvesServerCert for Current {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        self.0.load().as_ref().map(|live| live.signer.server.clone())
+    }
+}
+
+impl fmt::Debug for Current {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Current")
+    }
+}
+
+async fn connection(
+    acceptor: TlsAcceptor,
+    service: Arc<Service>,
+    tcp: TcpStream,
+    peer: IpAddr,
+    stop: CancellationToken,
+) {
+    let tls = match timeout(HANDSHAKE_MAX, acceptor.accept(tcp)).await {
+        Ok(Ok(tls)) => tls,
+        Ok(Err(error)) => return debug!(%peer, %error, "no TLS session"),
+        Err(_) => return debug!(%peer, "no TLS session within {HANDSHAKE_MAX:?}"),
+    };
+    let handler = service_fn(move |request| {
+        let service = service.clone();
+        async move { Ok::<_, Infallible>(handle(&service, peer, request).await) }
+    });
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(STREAMS_MAX)
+        .max_header_list_size(HEADERS_MAX_BYTES)
+        .initial_stream_window_size(REQUEST_MAX_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .keep_alive_interval(PING)
+        .keep_alive_timeout(PING);
+    let mut connection = std::pin::pin!(builder.serve_connection(TokioIo::new(tls), handler));
+    let ended = tokio::select! {
+        ended = &mut connection => ended,
+        () = async { tokio::select! { () = stop.cancelled() => {}, () = sleep(CONNECTION_MAX) => {} } } => {
+            connection.as_mut().graceful_shutdown();
+            timeout(END_MAX, connection).await.unwrap_or(Ok(()))
+        }
+    };
+    if let Err(error) = ended {
+        debug!(%peer, %error, "a connection ended early");
+    }
+}
+
+/// Answers one request; always with HTTP 200, as gRPC wants it: the status stands in the trailers.
+async fn handle(
+    service: &Service,
+    peer: IpAddr,
+    request: Request<Incoming>,
+) -> Response<impl Body<Data = Bytes, Error = Infallible> + use<>> {
+    if request.method() != Method::POST || request.uri().path() != api::PATH {
+        return response(Err((Code::Unimplemented, format!("only {} is served here", api::PATH))));
+    }
+    let (head, body) = request.into_parts();
+    let answer = service.answer(peer, &head.headers, Limited::new(body, REQUEST_MAX_BYTES as usize)).await;
+    response(answer.map_err(|refusal| (refusal.code(), refusal.to_string())))
+}
+
+fn response(
+    outcome: Result<CertificateResponse, (Code, String)>,
+) -> Response<impl Body<Data = Bytes, Error = Infallible> + use<>> {
+    let (body, code, text) = match &outcome {
+        Ok(message) => (api::frame(message), Code::Ok, ""),
+        Err((code, text)) => (Bytes::new(), *code, text.as_str()),
+    };
+    let mut trailers = HeaderMap::new();
+    trailers.insert("grpc-status", HeaderValue::from(code.number()));
+    if let Ok(text) = HeaderValue::try_from(api::encode_text(text)) {
+        trailers.insert("grpc-message", text);
+    }
+    let mut response = Response::new(Full::new(body).with_trailers(std::future::ready(Some(Ok(trailers)))));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(api::CONTENT_TYPE));
+    response
+}

@@ -1,0 +1,286 @@
+//! Whole authorities on loopback: real TLS, real gRPC, and a Kubernetes API that keeps its rules.
+
+mod api;
+mod bench;
+mod connections;
+mod reconciler;
+mod roots;
+
+use std::time::Duration;
+
+use rcgen::{CertificateParams, KeyPair, SanType};
+use serde_json::json;
+use tacit_core::spiffe::SpiffeId;
+use tacit_identity::{
+    issuer::Issuer,
+    istio::{
+        CallError, IstioError, Skew,
+        api::{CertificateRequest, Code},
+    },
+    manager::Identities,
+};
+use tacit_testing::Scratch;
+
+use crate::config::{Agents, BundlePlace, Config, Rate, RootPlace};
+use bench::{Agent, Running, cluster, code, config, ready, started, until};
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+#[tokio::test]
+async fn an_agent_gets_certificates_for_its_own_node_and_no_other() {
+    let (api, running, agent) = started(HOUR).await;
+    let credentials = agent.issue("web").await.expect("issued");
+    assert_eq!(credentials.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/web");
+    let life = credentials.not_after.duration_since(credentials.not_before).expect("valid");
+    assert_eq!(life, HOUR + Duration::from_secs(60), "clamped to the longest, backdated");
+    assert_eq!(agent.issuer.contact().skew, Some(Skew::None));
+    bench::accepts(&credentials, &credentials).expect("verifies");
+
+    assert_eq!(agent.refused("db").await, Code::PermissionDenied, "on node b alone");
+    assert_eq!(agent.refused("nobody").await, Code::PermissionDenied);
+    api.add_pod("shop", "db-2", "db", "a");
+    agent.issue("db").await.expect("issued, once a pod of it is here");
+
+    let own = SpiffeId::parse("spiffe://cluster.local/ns/tacit-system/sa/tacit-agent").expect("valid");
+    agent.issuer.issue(&own).await.expect("issued: the agent's own pod is on its node");
+    let status = (running.status)();
+    assert_eq!((status.issued, running.refused("not_on_node"), status.unready()), (3, 2, None));
+}
+
+#[tokio::test]
+async fn a_service_account_whose_pods_have_all_ended_gets_no_certificate() {
+    let (api, _running, agent) = started(HOUR).await;
+    for phase in ["Succeeded", "Failed"] {
+        api.add_pod_in(phase, "shop", "job-1", "job", "a");
+        assert_eq!(agent.refused("job").await, Code::PermissionDenied, "{phase}");
+    }
+    api.add_pod("shop", "job-1", "job", "a");
+    agent.issue("job").await.expect("issued while its pod runs");
+}
+
+#[tokio::test]
+async fn a_pod_is_found_behind_pages_of_others_and_no_more_than_a_page_is_sent() {
+    let (api, _running, agent) = started(HOUR).await;
+    for number in 0..120 {
+        api.add_pod_in("Succeeded", "shop", &format!("ended-{number}"), "job", "a");
+    }
+    api.add_pod("shop", "running", "job", "a");
+    agent.issue("job").await.expect("issued");
+    assert_eq!(api.content().pods_sent, 1, "pods that have ended are not sent");
+    for number in 0..120 {
+        api.add_pod("shop", &format!("ended-{number}"), "job", "a");
+    }
+    agent.issue("job").await.expect("issued");
+    assert!(api.content().pods_sent <= 1 + 50);
+}
+
+#[tokio::test]
+async fn only_a_good_token_of_an_agent_is_taken() {
+    let (api, _running, agent) = started(HOUR).await;
+    let good = api.content().tokens["a"].clone();
+    let variants = [
+        ("expired", json!({"authenticated": false, "error": "token has expired"}), Code::Unauthenticated),
+        (
+            "audience",
+            json!({"authenticated": false, "error": "token audiences invalid"}),
+            Code::Unauthenticated,
+        ),
+    ];
+    for (token, review, expected) in variants {
+        api.content().tokens.insert(token.to_owned(), review);
+        agent.send_token(token);
+        assert_eq!(agent.refused("web").await, expected, "{token}");
+    }
+    for (token, pointer, value, expected) in [
+        ("other audience", "/audiences", json!(["kubernetes"]), Code::Unauthenticated),
+        ("a workload", "/user/username", json!("system:serviceaccount:shop:web"), Code::PermissionDenied),
+        ("no pod", "/user/extra", json!({}), Code::PermissionDenied),
+    ] {
+        let mut review = good.clone();
+        *review.pointer_mut(pointer).expect("there") = value;
+        api.content().tokens.insert(token.to_owned(), review);
+        agent.send_token(token);
+        assert_eq!(agent.refused("web").await, expected, "{token}");
+    }
+    agent.send_token("unknown");
+    assert_eq!(agent.refused("web").await, Code::Unauthenticated);
+    agent.send_token("a\n");
+    agent.issue("web").await.expect("the token file is read again for each call");
+    agent.send_token("");
+    assert!(matches!(agent.issue("web").await, Err(IstioError::Content { what: "tokenFile", .. })));
+}
+
+#[tokio::test]
+async fn a_certificate_request_must_be_for_exactly_what_is_asked() {
+    const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
+    const OTHER: &str = "spiffe://other.local/ns/shop/sa/web";
+    let (_api, _running, agent) = started(HOUR).await;
+    let csr = |uris: &[&str]| {
+        let mut params = CertificateParams::default();
+        params.subject_alt_names =
+            uris.iter().map(|uri| SanType::URI((*uri).try_into().expect("ascii"))).collect();
+        let key = KeyPair::generate().expect("a key");
+        params.serialize_request(&key).expect("a request")
+    };
+    let pem = |uris: &[&str]| csr(uris).pem().expect("PEM");
+    let forged = {
+        let mut der = csr(&[WEB]).der().to_vec();
+        *der.last_mut().expect("not empty") ^= 1;
+        pem::encode(&pem::Pem::new("CERTIFICATE REQUEST", der))
+    };
+    for (what, csr, asked, expected) in [
+        ("two names", pem(&[WEB, WEB]), WEB, Code::InvalidArgument),
+        ("no name", pem(&[]), WEB, Code::InvalidArgument),
+        ("another trust domain", pem(&[OTHER]), OTHER, Code::PermissionDenied),
+        ("another identity", pem(&[WEB]), "spiffe://cluster.local/ns/shop/sa/db", Code::PermissionDenied),
+        ("a forged signature", forged, WEB, Code::InvalidArgument),
+        ("no request", "nonsense".to_owned(), WEB, Code::InvalidArgument),
+    ] {
+        let message = CertificateRequest::for_identity(asked, csr, 60);
+        assert_eq!(code(agent.issuer.ask(&message).await.map(drop)), expected, "{what}");
+    }
+    let message = CertificateRequest::for_identity(WEB, pem(&[WEB]), 60);
+    let exchange = agent.issuer.ask(&message).await.expect("the same request without the fault is granted");
+    assert_eq!(exchange.answer.cert_chain.len(), 3, "leaf, intermediate, root");
+}
+
+#[tokio::test]
+async fn a_request_that_is_too_long_is_refused_and_counted_once_its_caller_is_known() {
+    let (_api, running, agent) = started(HOUR).await;
+    let csr = "x".repeat(17 * 1024);
+    let message = CertificateRequest::for_identity("spiffe://cluster.local/ns/shop/sa/web", csr, 60);
+    agent.send_token("unknown");
+    assert_eq!(code(agent.issuer.ask(&message).await.map(drop)), Code::Unauthenticated);
+    agent.send_token("a");
+    assert_eq!(code(agent.issuer.ask(&message).await.map(drop)), Code::InvalidArgument);
+    assert_eq!(running.refused("message"), 1);
+}
+
+#[tokio::test]
+async fn a_node_that_asks_too_often_waits_and_others_do_not() {
+    let api = cluster().await;
+    let config = Config { rate: Rate { per_second: 1, burst: 3 }, ..config(HOUR) };
+    let running = Running::start(config, Some(&api)).await;
+    let (a, b) = (Agent::new(running.address, "a"), Agent::new(running.address, "b"));
+    ready(&api, &running).await;
+    a.mount(&api);
+    b.mount(&api);
+    let mut refusals = Vec::new();
+    for _ in 0..20 {
+        refusals.extend(a.issue("web").await.err());
+    }
+    assert!(!refusals.is_empty(), "20 requests in less than 17 s");
+    for refusal in refusals {
+        assert_eq!(code(Err(refusal)), Code::ResourceExhausted);
+    }
+    b.issue("db").await.expect("another node has its own rate");
+}
+
+#[tokio::test]
+async fn certificates_stay_in_use_while_the_authority_is_down() {
+    let leaf = Duration::from_secs(8);
+    let (api, running, agent) = started(leaf).await;
+    let web = SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/web").expect("valid");
+    let address = running.address;
+    let (_files, issuer) = agent.into_parts();
+    let identities = Identities::start(Issuer::Istio(issuer));
+    until("a certificate", || identities.ready(&web).is_ok()).await;
+    let first = identities.current(&web).expect("there");
+
+    running.stop().await;
+    until("renewal fails", || identities.certificates()[0].renewal_failures > 0).await;
+    let state = identities.certificates().remove(0);
+    assert!(state.last_error.is_some_and(|error| error.contains("cannot connect")));
+    assert_eq!(identities.current(&web).expect("still in use").serial, first.serial);
+
+    let back = Config { listen: address, ..config(leaf) };
+    let _running = Running::start(back, Some(&api)).await;
+    until("a new certificate", || identities.current(&web).expect("never a gap").serial != first.serial)
+        .await;
+    assert_eq!(identities.certificates()[0].renewal_failures, 0);
+}
+
+#[tokio::test]
+async fn an_authority_that_is_not_of_the_root_file_gets_no_token() {
+    let (_api, _running, agent) = started(HOUR).await;
+    let stranger = rcgen::generate_simple_self_signed(["stranger".to_owned()]).expect("made");
+    std::fs::write(agent.root_file(), stranger.cert.pem()).expect("written");
+    assert!(matches!(agent.issue("web").await, Err(IstioError::Call(CallError::Tls { .. }))));
+    std::fs::write(agent.root_file(), "nonsense").expect("written");
+    assert!(matches!(agent.issue("web").await, Err(IstioError::Content { what: "rootFile", .. })));
+}
+
+#[tokio::test]
+async fn an_authority_works_without_kubernetes() {
+    let files = Scratch::new();
+    let standalone = standalone(&files);
+    let running = Running::start(standalone.clone(), None).await;
+    let agent = Agent::new(running.address, "secret");
+    until("the bundle is published", || files.path().join("roots.pem").exists()).await;
+    mount(&files, &agent);
+    let first = agent.issue("web").await.expect("issued");
+    assert_eq!(agent.refused("db").await, Code::PermissionDenied);
+    running.stop().await;
+
+    let again = Running::start(standalone, None).await;
+    let agent = Agent::new(again.address, "secret");
+    mount(&files, &agent);
+    until_issued(&agent).await;
+    let second = agent.issue("web").await.expect("issued");
+    bench::accepts(&first, &second).expect("the root outlives the process");
+    bench::accepts(&second, &first).expect("the root outlives the process");
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_read_any_more_stays_in_use_and_is_shown() {
+    let files = Scratch::new();
+    let running = Running::start(standalone(&files), None).await;
+    let agent = Agent::new(running.address, "secret");
+    until("the bundle is published", || files.path().join("roots.pem").exists()).await;
+    mount(&files, &agent);
+    for name in ["agents.yaml", "directory.yaml"] {
+        bench::upkeep(&running, false, name).await;
+        let path = files.path().join(name);
+        let good = std::fs::read_to_string(&path).expect("written before");
+        std::fs::write(&path, "nonsense").expect("written");
+        bench::upkeep(&running, true, name).await;
+        agent.issue("web").await.expect("the last good version is in use");
+        std::fs::write(&path, good).expect("written");
+    }
+    bench::upkeep(&running, false, "both files are good again").await;
+}
+
+/// The configuration of an authority without Kubernetes, with `files`: an agent on node a (token `secret`), a pod of
+/// shop/web there, and of shop/db on node b.
+fn standalone(files: &Scratch) -> Config {
+    let path = |name: &str| files.path().join(name);
+    let hash = crate::root::hex(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"secret").as_ref());
+    let tokens = format!("agents: [{{node: a, tokenSha256: \"{hash}\"}}]\n");
+    std::fs::write(path("agents.yaml"), tokens).expect("written");
+    let workload = |name: &str, node: &str, last: u8| {
+        format!(
+            "  - {{name: {name}, namespace: shop, serviceAccount: {name}, addresses: [10.77.1.{last}], node: {node}}}\n"
+        )
+    };
+    let directory = format!("workloads:\n{}{}", workload("web", "a", 2), workload("db", "b", 3));
+    std::fs::write(path("directory.yaml"), directory).expect("written");
+    Config {
+        root: RootPlace::Directory(path("root")),
+        bundle: BundlePlace::File(path("roots.pem")),
+        agents: Agents::Standalone { tokens: path("agents.yaml"), directory: path("directory.yaml") },
+        ..config(HOUR)
+    }
+}
+
+fn mount(files: &Scratch, agent: &Agent) {
+    std::fs::copy(files.path().join("roots.pem"), agent.root_file()).expect("copied");
+}
+
+/// A new authority shows no certificate before it has read its root.
+async fn until_issued(agent: &Agent) {
+    let deadline = std::time::Instant::now() + Duration::from_secs(30);
+    while let Err(error) = agent.issue("web").await {
+        assert!(std::time::Instant::now() < deadline, "not in time: {error}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}

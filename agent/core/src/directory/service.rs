@@ -1,0 +1,214 @@
+//! Services: a virtual address and port that stand for the endpoints behind it, and the choice among these.
+//!
+//! Pure. The choice is the less loaded of two at random, which keeps the longest queue short with no more knowledge than
+//! this node's own flows (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001). What kube-proxy
+//! promises is kept: endpoints that are not ready are never used, those that are ending only when no other is left (KEP
+//! 1669), `internalTrafficPolicy: Local` never leaves the node.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+/// A service of Kubernetes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Service {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Its namespace.
+    pub namespace: Arc<str>,
+    /// Its virtual addresses, at most one of each family; none when it is headless.
+    pub addresses: Vec<IpAddr>,
+    /// Its TCP ports.
+    pub ports: Vec<ServicePort>,
+    /// Which endpoints a client may reach.
+    pub traffic: Traffic,
+    /// Whether a client stays with its endpoint.
+    pub affinity: Affinity,
+}
+
+/// A port of a service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServicePort {
+    /// The port that clients ask for.
+    pub port: u16,
+    /// What stands behind it for clients of IPv4.
+    pub ipv4: Endpoints,
+    /// What stands behind it for clients of IPv6.
+    pub ipv6: Endpoints,
+}
+
+/// Endpoints that may be used; those that are not ready are left out.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Endpoints {
+    ready: Box<[Endpoint]>,
+    terminating: Box<[Endpoint]>,
+}
+
+impl Endpoints {
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Endpoint> {
+        self.ready.iter().chain(&self.terminating)
+    }
+}
+
+/// A place where a port of a service is served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Address of the workload and port of its application.
+    pub address: SocketAddr,
+    /// Node it runs on; empty when it is not known.
+    pub node: Arc<str>,
+}
+
+/// Whether an endpoint can be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Condition {
+    /// It can.
+    Ready,
+    /// It is ending but still serves.
+    Terminating,
+    /// It cannot.
+    NotReady,
+}
+
+/// Which endpoints a client may reach (`internalTrafficPolicy`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Traffic {
+    /// All of them.
+    Cluster,
+    /// Those of its own node.
+    Local,
+}
+
+/// Whether a client stays with its endpoint (`sessionAffinity`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Affinity {
+    /// It does not.
+    None,
+    /// A client of one address does, until it has not connected for this long.
+    ClientIp(Duration),
+}
+
+/// What the choice depends on beside the service.
+#[derive(Debug, Clone, Copy)]
+pub struct Asks<'a> {
+    /// Node of the client.
+    pub node: &'a str,
+    /// The endpoint that the client has to stay with while that can be used.
+    pub sticky: Option<SocketAddr>,
+    /// Endpoints to which connecting has just failed.
+    pub tried: &'a [SocketAddr],
+    /// Random bits.
+    pub random: u64,
+}
+
+/// Why there is no endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NoEndpoint {
+    /// The service has no such port.
+    #[error("the service has no TCP port {0}")]
+    UnknownPort(u16),
+    /// None is ready.
+    #[error("no endpoint of the service is ready")]
+    NoneReady,
+    /// None is ready on the client's node, which it must not leave.
+    #[error("no endpoint of the service is ready on this node, and its internalTrafficPolicy is Local")]
+    NoneOnNode,
+    /// Connecting to each of them has failed.
+    #[error("no other endpoint is left")]
+    AllTried,
+}
+
+impl NoEndpoint {
+    /// A stable name for metrics and logs.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::UnknownPort(_) => "service_port_unknown",
+            Self::NoneReady | Self::NoneOnNode | Self::AllTried => "no_endpoint",
+        }
+    }
+}
+
+impl Endpoints {
+    /// Keeps those that can be used.
+    pub fn new(all: impl IntoIterator<Item = (Endpoint, Condition)>) -> Self {
+        let (mut ready, mut terminating) = (Vec::new(), Vec::new());
+        for (endpoint, condition) in all {
+            match condition {
+                Condition::Ready => ready.push(endpoint),
+                Condition::Terminating => terminating.push(endpoint),
+                Condition::NotReady => {}
+            }
+        }
+        Self { ready: ready.into(), terminating: terminating.into() }
+    }
+
+    /// Those that are used as things are.
+    #[must_use]
+    pub fn usable(&self) -> &[Endpoint] {
+        if self.ready.is_empty() { &self.terminating } else { &self.ready }
+    }
+}
+
+/// Chooses the endpoint for a client that asked for `address`, a virtual address of `service`. `load` is the number of
+/// flows that this node has to an endpoint.
+///
+/// # Errors
+/// [`NoEndpoint`] when there is none to choose.
+pub fn choose<'a>(
+    service: &'a Service,
+    address: SocketAddr,
+    asks: &Asks<'_>,
+    load: impl Fn(SocketAddr) -> usize,
+) -> Result<&'a Endpoint, NoEndpoint> {
+    let port = service.ports.iter().find(|port| port.port == address.port());
+    let port = port.ok_or(NoEndpoint::UnknownPort(address.port()))?;
+    let endpoints = if address.ip().to_canonical().is_ipv4() { &port.ipv4 } else { &port.ipv6 };
+    match service.traffic {
+        Traffic::Cluster => {
+            let usable = endpoints.usable();
+            let none = if usable.is_empty() { NoEndpoint::NoneReady } else { NoEndpoint::AllTried };
+            among(usable.len(), |index| &usable[index], asks, load).ok_or(none)
+        }
+        Traffic::Local => {
+            let here = |list: &'a [Endpoint]| -> Vec<&'a Endpoint> {
+                list.iter().filter(|endpoint| *endpoint.node == *asks.node).collect()
+            };
+            let ready = here(&endpoints.ready);
+            let usable = if ready.is_empty() { here(&endpoints.terminating) } else { ready };
+            let none = if usable.is_empty() { NoEndpoint::NoneOnNode } else { NoEndpoint::AllTried };
+            among(usable.len(), |index| usable[index], asks, load).ok_or(none)
+        }
+    }
+}
+
+/// The client's own endpoint, else the better of two at random, among those of `count` that were not tried.
+fn among<'a>(
+    count: usize,
+    at: impl Fn(usize) -> &'a Endpoint,
+    asks: &Asks<'_>,
+    load: impl Fn(SocketAddr) -> usize,
+) -> Option<&'a Endpoint> {
+    let is_free = |endpoint: &Endpoint| !asks.tried.contains(&endpoint.address);
+    if let Some(sticky) = asks.sticky
+        && let Some(own) =
+            (0..count).map(&at).find(|endpoint| endpoint.address == sticky && is_free(endpoint))
+    {
+        return Some(own);
+    }
+    // One that was tried gives way to the next that was not.
+    let free_from = |start: usize| (start..count).chain(0..start).find(|index| is_free(at(*index)));
+    let random = |bits: u64, below: usize| usize::try_from(bits % below.max(1) as u64).unwrap_or(0);
+    let first = free_from(random(asks.random & u64::from(u32::MAX), count))?;
+    let other = (first + 1 + random(asks.random >> 32, count - 1)) % count;
+    let (first, second) = (at(first), at(free_from(other)?));
+    // Of two with one load the one that is here is nearer; else the first.
+    let rank = |endpoint: &Endpoint| (load(endpoint.address), *endpoint.node != *asks.node);
+    Some(if rank(second) < rank(first) { second } else { first })
+}
+
+#[cfg(test)]
+mod tests;

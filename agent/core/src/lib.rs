@@ -1,0 +1,31 @@
+//! The decisions of Tacit's node agent. Data and the time go in, a value comes out.
+//!
+//! | module | content |
+//! |---|---|
+//! | `spiffe` | SPIFFE ids and trust domains |
+//! | `directory` | workloads and services by address; choice of an endpoint |
+//! | `balance` | flows of each endpoint, and clients that stay with one |
+//! | `policy` | modes, authorization, the verdict on an inbound flow |
+//! | `route` | the route of a captured connection |
+//! | `renewal` | when to renew a certificate |
+//! | `wire` | the wire format `tacit/1`: frames, OPEN, the states of a flow |
+//! | `pool` | idle sessions of a pair |
+//! | `yaml` | YAML to typed values, with all mistakes of a file |
+//! | `error_chain` | an error and its causes in one line |
+//!
+//! Nothing here reads a clock, a file or a socket, and nothing logs. `cargo xtask tidy` checks the manifest and the sources.
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+pub mod balance;
+pub mod directory;
+pub mod error_chain;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+pub mod policy;
+pub mod pool;
+pub mod renewal;
+pub mod route;
+pub mod spiffe;
+pub mod wire;
+pub mod yaml;

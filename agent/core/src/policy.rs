@@ -1,0 +1,301 @@
+//! Modes and policy: may this flow reach that workload? Pure: no clock, no I/O, no logging.
+//!
+//! Modes are Istio's, from PeerAuthentication objects of `security.istio.io`. The narrowest scope that says
+//! something holds:
+//!
+//! ```text
+//! port (portLevelMtls) > workload (selector) > namespace > mesh (root namespace) > PERMISSIVE
+//! ```
+//!
+//! UNSET and a left-out mode say nothing, the next wider scope holds. Of several policies of one scope the
+//! first is the one that counts (Istio: the oldest), even when it says UNSET. A PeerAuthentication with a
+//! selector holds in its own namespace only; in the root namespace too it selects only workloads of that
+//! namespace.
+//!
+//! A flow that the mode lets in meets the AuthorizationPolicies that select its workload: all that do, from the
+//! workload's namespace and from the root namespace, whose policies select workloads of every namespace. What they say
+//! is in `authorization`, how objects are read in `object`, how a verdict is put in words in `explain`.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fmt,
+    net::{IpAddr, SocketAddr},
+    path::Path,
+    sync::Arc,
+};
+
+use crate::{directory::Workload, spiffe::SpiffeId, yaml::Mistakes};
+
+mod authorization;
+pub mod explain;
+mod object;
+mod peer_authentication;
+
+pub use authorization::{Authorization, AuthorizationPolicy, Match, NoneOf, Ruling};
+pub use object::{Kind, Origin, PolicyObject};
+
+use object::{Attachment, Authorizing, Kinds};
+use peer_authentication::PeerAuthentication;
+
+/// What a workload takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// Plaintext is expected; authenticated flows pass too.
+    Disable,
+    /// Both plaintext and authenticated flows.
+    Permissive,
+    /// Authenticated flows only.
+    Strict,
+}
+
+/// The modes of one workload.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Modes {
+    /// Mode of every port that is not in `ports`.
+    pub default: Mode,
+    /// Ports with a mode of their own, as the application listens on them.
+    pub ports: BTreeMap<u16, Mode>,
+}
+
+impl Modes {
+    /// The mode of a port.
+    #[must_use]
+    pub fn at(&self, port: u16) -> Mode {
+        self.ports.get(&port).copied().unwrap_or(self.default)
+    }
+}
+
+/// All policies known at one time.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Policies {
+    mesh: Setting,
+    namespaces: HashMap<Arc<str>, Setting>,
+    /// Policies with a selector, by namespace, in the order of the file.
+    selecting: HashMap<Arc<str>, Vec<Selecting>>,
+    /// Namespaces that are STRICT whatever else says, the root namespace for all of them: of a PeerAuthentication there it
+    /// cannot be read whom it selects, or what it says to all.
+    strict: HashSet<Arc<str>>,
+    strict_everywhere: bool,
+    /// Those of the root namespace, which select in every namespace.
+    authorizing_everywhere: Vec<Authorizing>,
+    authorizing: HashMap<Arc<str>, Vec<Authorizing>>,
+    notes: Vec<String>,
+}
+
+/// What one policy says about the mode.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Setting {
+    /// UNSET or left out: the next wider scope holds.
+    #[default]
+    Inherit,
+    Set(Mode),
+}
+
+impl Setting {
+    fn or(self, wider: Mode) -> Mode {
+        match self {
+            Self::Inherit => wider,
+            Self::Set(mode) => mode,
+        }
+    }
+}
+
+/// A policy for the workloads that have all of `labels`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Selecting {
+    labels: BTreeMap<String, String>,
+    mode: Setting,
+    ports: BTreeMap<u16, Setting>,
+}
+
+/// Whether a workload has all of `labels`.
+fn selects(labels: &BTreeMap<String, String>, workload: &Workload) -> bool {
+    labels.iter().all(|(name, value)| workload.labels.get(name) == Some(value.as_str()))
+}
+
+impl Policies {
+    /// Parses a file of PeerAuthentication and AuthorizationPolicy documents; policies in `root_namespace` hold
+    /// mesh-wide. An empty file leaves every workload at Istio's default, PERMISSIVE, and allows every flow.
+    ///
+    /// # Errors
+    /// All [`Mistakes`] of the text. A kind that is not supported is one: a policy that is skipped would let
+    /// through what it denies.
+    pub fn parse(text: &str, file: &Path, root_namespace: &str) -> Result<Self, Mistakes> {
+        object::parse(text, file, root_namespace)
+    }
+
+    /// All policies of a source that knows objects one by one, oldest first: of two PeerAuthentications of one scope the
+    /// first counts.
+    #[must_use]
+    pub fn of(objects: &[PolicyObject], root_namespace: &str) -> Self {
+        let mut policies = Self::default();
+        let mut mesh = None;
+        for object in objects {
+            match &*object.0 {
+                Kinds::PeerAuthentication(policy) => policies.add_modes(policy, &mut mesh, root_namespace),
+                Kinds::Authorization(policy) => policies.add_authorizing(policy, root_namespace),
+            }
+        }
+        policies.mesh = mesh.unwrap_or_default();
+        policies.strict_everywhere = policies.strict.contains(root_namespace);
+        policies
+    }
+
+    fn add_modes(&mut self, policy: &PeerAuthentication, mesh: &mut Option<Setting>, root_namespace: &str) {
+        let PeerAuthentication { namespace, labels, mode, ports, unreadable } = policy.clone();
+        if unreadable && labels.is_empty() {
+            self.strict.insert(namespace);
+        } else if !labels.is_empty() {
+            self.selecting.entry(namespace).or_default().push(Selecting { labels, mode, ports });
+        } else if *namespace == *root_namespace {
+            mesh.get_or_insert(mode);
+        } else {
+            self.namespaces.entry(namespace).or_insert(mode);
+        }
+    }
+
+    fn add_authorizing(&mut self, policy: &Authorizing, root_namespace: &str) {
+        self.notes.extend(policy.notes.iter().cloned());
+        if policy.attachment == Attachment::Elsewhere {
+            return;
+        }
+        match &policy.namespace {
+            Some(namespace) if **namespace != *root_namespace => {
+                self.authorizing.entry(Arc::clone(namespace)).or_default().push(policy.clone());
+            }
+            _ => self.authorizing_everywhere.push(policy.clone()),
+        }
+    }
+
+    /// What authors of policies should know: rules that never match, or match more than they say.
+    #[must_use]
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// The authorization policies that select a workload.
+    #[must_use]
+    pub fn authorization(&self, workload: &Workload) -> Authorization {
+        let own = self.authorizing.get(&workload.namespace).into_iter().flatten();
+        let all = self.authorizing_everywhere.iter().chain(own);
+        let selecting = all.filter(|policy| selects(&policy.labels, workload));
+        Authorization::new(selecting.map(|policy| Arc::clone(&policy.policy)).collect())
+    }
+
+    /// The mode of the mesh: what holds where nothing narrower does.
+    #[must_use]
+    pub fn mesh_default(&self) -> Mode {
+        if self.strict_everywhere { Mode::Strict } else { self.mesh.or(Mode::Permissive) }
+    }
+
+    /// The modes that hold for a workload.
+    #[must_use]
+    pub fn modes(&self, workload: &Workload) -> Modes {
+        let mesh = self.mesh_default();
+        if self.strict_everywhere || self.strict.contains(&workload.namespace) {
+            return Modes { default: Mode::Strict, ports: BTreeMap::new() };
+        }
+        let namespace = self.namespaces.get(&workload.namespace).map_or(mesh, |setting| setting.or(mesh));
+        let selecting = self.selecting.get(&workload.namespace);
+        match selecting.and_then(|list| list.iter().find(|policy| selects(&policy.labels, workload))) {
+            None => Modes { default: namespace, ports: BTreeMap::new() },
+            Some(policy) => {
+                let default = policy.mode.or(namespace);
+                let ports = policy.ports.iter().map(|(port, setting)| (*port, setting.or(default))).collect();
+                Modes { default, ports }
+            }
+        }
+    }
+}
+
+/// How a flow came, and who sent it where that was proved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source<'a> {
+    /// Through a tunnel, from the identity in the peer's certificate.
+    Tunnel(&'a SpiffeId),
+    /// From an enrolled pod of this node, handed over inside the agent; the identity is the directory's for
+    /// the pod's cgroup.
+    SameNode(&'a SpiffeId),
+    /// From the node's own addresses: the kubelet's probes.
+    Node,
+    /// In clear, from anybody.
+    Plaintext,
+}
+
+/// A flow that wants to reach a workload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Flow<'a> {
+    /// How it came, and from whom.
+    pub source: Source<'a>,
+    /// Address it comes from.
+    pub client: IpAddr,
+    /// Where it wants to go: the workload's address, and the port that its application listens on.
+    pub destination: SocketAddr,
+}
+
+/// What happens to a flow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict<'p> {
+    /// It reaches the workload.
+    Allow,
+    /// It is reset.
+    Deny(DenyReason<'p>),
+}
+
+/// Why policy denies a flow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DenyReason<'p> {
+    /// It came in clear to a port in STRICT.
+    PlaintextInStrict,
+    /// A policy denies it.
+    DeniedBy(Match<'p>),
+    /// Policies say who is allowed, and it is not among them.
+    NotAllowed(NoneOf<'p>),
+}
+
+impl DenyReason<'_> {
+    /// Stable name for logs and metric labels.
+    #[must_use]
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::PlaintextInStrict => "plaintext_in_strict",
+            Self::DeniedBy(_) => "denied_by_policy",
+            Self::NotAllowed(_) => "not_allowed_by_policy",
+        }
+    }
+}
+
+impl fmt::Display for DenyReason<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PlaintextInStrict => f.write_str("plaintext to a port in STRICT"),
+            Self::DeniedBy(by) => write!(f, "denied by {by}"),
+            Self::NotAllowed(policies) => write!(f, "no rule allows it of ALLOW {policies}"),
+        }
+    }
+}
+
+/// Whether a flow may reach a workload with these modes, which these policies select.
+///
+/// | source | Disable | Permissive | Strict |
+/// |---|---|---|---|
+/// | Tunnel, SameNode (authenticated) | policies | policies | policies |
+/// | Node (probes) | allow | allow | allow |
+/// | Plaintext | policies | policies | deny |
+#[must_use]
+pub fn decide<'p>(modes: &Modes, authorization: &'p Authorization, flow: &Flow<'_>) -> Verdict<'p> {
+    match (flow.source, modes.at(flow.destination.port())) {
+        (Source::Node, _) => return Verdict::Allow,
+        (Source::Plaintext, Mode::Strict) => return Verdict::Deny(DenyReason::PlaintextInStrict),
+        (Source::Plaintext, Mode::Disable | Mode::Permissive)
+        | (Source::Tunnel(_) | Source::SameNode(_), _) => {}
+    }
+    match authorization.ruling(flow) {
+        Ruling::Unrestricted | Ruling::Allowed(_) => Verdict::Allow,
+        Ruling::Denied(by) => Verdict::Deny(DenyReason::DeniedBy(by)),
+        Ruling::NotAllowed(policies) => Verdict::Deny(DenyReason::NotAllowed(policies)),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,340 @@
+//! AuthorizationPolicy of `security.istio.io`, as an L4 proxy can keep it: which policies select a workload, and what
+//! they say about one flow.
+//!
+//! ```text
+//! any CUSTOM or unreadable policy, or a DENY rule that matches ─> deny
+//! no ALLOW policy selects the workload                        ─> allow
+//! any ALLOW rule matches                                      ─> allow
+//! else                                                        ─> deny
+//! ```
+//! AUDIT policies and those of a dry run (annotation `istio.io/dry-run`) decide nothing; their matches are told.
+//!
+//! What needs HTTP (hosts, methods, paths, request principals, headers, remote IPs, SNI) an L4 proxy cannot see. As Istio
+//! does for ztunnel (pilot/pkg/serviceregistry/kube/controller/ambient/authorization.go), an ALLOW rule that has such a
+//! field never matches, and in another rule the field is left out, so that it matches more: both are more restrictive
+//! than what was asked for. A CUSTOM policy needs an external provider; istiod does not give it to ztunnel at all, which
+//! lets through what the provider might have denied. Here it denies all that it selects, as Istio's sidecars do when
+//! they have no such provider. A policy with `targetRefs` belongs to a waypoint or gateway, and selects nobody here.
+//!
+//! A source without a proven identity matches no principal, namespace or service account; so it matches every negation.
+
+use std::{fmt, net::IpAddr, sync::Arc};
+
+use ipnet::IpNet;
+
+use super::{Flow, Source};
+use crate::spiffe::SpiffeId;
+
+mod matching;
+pub(super) mod parse;
+
+use matching::{Account, Listed, Pattern};
+
+/// One policy that selects workloads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuthorizationPolicy {
+    /// `namespace/name`, for people.
+    id: String,
+    action: Action,
+    enforcement: Enforcement,
+    rules: Vec<Rule>,
+}
+
+/// What happens to a flow that matches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Action {
+    Allow,
+    Deny,
+    Audit,
+    /// Asks a provider that is not there: all is denied.
+    Custom,
+    /// The policy could not be read, and why: all is denied.
+    Unreadable(String),
+}
+
+/// Whether a policy decides or is only watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Enforcement {
+    Enforced,
+    DryRun,
+}
+
+/// Matches a flow that one of its sources, one of its operations and all of its conditions match; an empty list of
+/// sources or operations matches any.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Rule {
+    sources: Vec<SourceMatch>,
+    operations: Vec<OperationMatch>,
+    conditions: Vec<Condition>,
+    reach: Reach,
+}
+
+/// Whether a rule can match at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reach {
+    Some,
+    /// An ALLOW rule with a field that needs HTTP.
+    Nothing,
+}
+
+/// `from.source`: all of its fields must hold.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct SourceMatch {
+    principals: Listed<Pattern>,
+    namespaces: Listed<Pattern>,
+    service_accounts: Listed<Account>,
+    blocks: Listed<IpNet>,
+}
+
+/// `to.operation`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct OperationMatch {
+    ports: Listed<u16>,
+}
+
+/// One entry of `when`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Condition {
+    SourceIp(Listed<IpNet>),
+    SourceNamespace(Listed<Pattern>),
+    SourceAccount(Listed<Account>),
+    SourcePrincipal(Listed<Pattern>),
+    DestinationIp(Listed<IpNet>),
+    DestinationPort(Listed<u16>),
+}
+
+/// In policies, this stands for the mesh's own trust domain, whatever that is called, as Istio has it. Identities of other
+/// trust domains do not come here: the tunnel refuses them.
+const OWN_DOMAIN: &str = "cluster.local";
+
+/// What rules look at.
+struct Seen<'a> {
+    identity: Option<&'a SpiffeId>,
+    /// The identity as policies write it, without `spiffe://`: by its trust domain, and by [`OWN_DOMAIN`].
+    principals: Vec<String>,
+    client: IpAddr,
+    server: IpAddr,
+    port: u16,
+}
+
+impl<'a> Seen<'a> {
+    fn of(flow: &Flow<'a>) -> Self {
+        let identity = match flow.source {
+            Source::Tunnel(identity) | Source::SameNode(identity) => Some(identity),
+            Source::Node | Source::Plaintext => None,
+        };
+        let principals = identity.map_or_else(Vec::new, |id| {
+            let of = |domain: &str| format!("{domain}/ns/{}/sa/{}", id.namespace(), id.service_account());
+            let own = id.trust_domain().to_string();
+            if own == OWN_DOMAIN { vec![of(&own)] } else { vec![of(&own), of(OWN_DOMAIN)] }
+        });
+        Self {
+            identity,
+            principals,
+            client: flow.client.to_canonical(),
+            server: flow.destination.ip().to_canonical(),
+            port: flow.destination.port(),
+        }
+    }
+
+    fn has_principal(&self, pattern: &Pattern) -> bool {
+        self.principals.iter().any(|principal| pattern.matches(principal))
+    }
+
+    fn has_namespace(&self, pattern: &Pattern) -> bool {
+        self.identity.is_some_and(|identity| pattern.matches(identity.namespace()))
+    }
+
+    fn has_account(&self, account: &Account) -> bool {
+        self.identity.is_some_and(|identity| account.is(identity))
+    }
+}
+
+impl SourceMatch {
+    fn matches(&self, seen: &Seen<'_>) -> bool {
+        self.principals.holds(|pattern| seen.has_principal(pattern))
+            && self.namespaces.holds(|pattern| seen.has_namespace(pattern))
+            && self.service_accounts.holds(|account| seen.has_account(account))
+            && self.blocks.holds(|block| block.contains(&seen.client))
+    }
+}
+
+impl OperationMatch {
+    fn matches(&self, seen: &Seen<'_>) -> bool {
+        self.ports.holds(|port| *port == seen.port)
+    }
+}
+
+impl Condition {
+    fn matches(&self, seen: &Seen<'_>) -> bool {
+        match self {
+            Self::SourceIp(blocks) => blocks.holds(|block| block.contains(&seen.client)),
+            Self::SourceNamespace(patterns) => patterns.holds(|pattern| seen.has_namespace(pattern)),
+            Self::SourceAccount(accounts) => accounts.holds(|account| seen.has_account(account)),
+            Self::SourcePrincipal(patterns) => patterns.holds(|pattern| seen.has_principal(pattern)),
+            Self::DestinationIp(blocks) => blocks.holds(|block| block.contains(&seen.server)),
+            Self::DestinationPort(ports) => ports.holds(|port| *port == seen.port),
+        }
+    }
+}
+
+impl Rule {
+    fn matches(&self, seen: &Seen<'_>) -> bool {
+        let from = self.sources.is_empty() || self.sources.iter().any(|source| source.matches(seen));
+        let to =
+            self.operations.is_empty() || self.operations.iter().any(|operation| operation.matches(seen));
+        self.reach == Reach::Some && from && to && self.conditions.iter().all(|when| when.matches(seen))
+    }
+}
+
+impl AuthorizationPolicy {
+    /// A policy that could not be read. It denies all that it selects.
+    pub(super) fn unreadable(id: String, why: String) -> Self {
+        let enforcement = Enforcement::Enforced;
+        Self { id, action: Action::Unreadable(why), enforcement, rules: Vec::new() }
+    }
+
+    fn matching(&self, seen: &Seen<'_>) -> Option<Match<'_>> {
+        let rule = match self.action {
+            Action::Custom | Action::Unreadable(_) => None,
+            Action::Allow | Action::Deny | Action::Audit => {
+                Some(self.rules.iter().position(|rule| rule.matches(seen))?)
+            }
+        };
+        Some(Match { policy: self, rule })
+    }
+
+    fn denies(&self) -> bool {
+        matches!(self.action, Action::Deny | Action::Custom | Action::Unreadable(_))
+    }
+
+    fn action(&self) -> &'static str {
+        match self.action {
+            Action::Allow => "ALLOW",
+            Action::Deny => "DENY",
+            Action::Audit => "AUDIT",
+            Action::Custom => "CUSTOM",
+            Action::Unreadable(_) => "unreadable",
+        }
+    }
+}
+
+/// A policy that matched a flow, and by which of its rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Match<'p> {
+    policy: &'p AuthorizationPolicy,
+    /// Index of the rule; `None` when the policy as a whole decides.
+    rule: Option<usize>,
+}
+
+impl Match<'_> {
+    /// `namespace/name` of the policy.
+    #[must_use]
+    pub fn policy(&self) -> &str {
+        &self.policy.id
+    }
+}
+
+impl fmt::Display for Match<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let AuthorizationPolicy { id, action, enforcement, .. } = self.policy;
+        if *enforcement == Enforcement::DryRun {
+            f.write_str("dry run of ")?;
+        }
+        match (action, self.rule) {
+            (Action::Custom, _) => {
+                write!(f, "CUSTOM policy {id}, whose provider is not supported: it denies all it selects")
+            }
+            (Action::Unreadable(why), _) => {
+                write!(f, "policy {id}, which could not be read and so denies all it selects ({why})")
+            }
+            (_, Some(index)) => write!(f, "rule {} of {} policy {id}", index + 1, self.policy.action()),
+            (_, None) => write!(f, "{} policy {id}", self.policy.action()),
+        }
+    }
+}
+
+/// What authorization says about a flow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ruling<'p> {
+    /// No ALLOW policy selects the workload, and no other policy denies: allowed.
+    Unrestricted,
+    /// An ALLOW rule matches.
+    Allowed(Match<'p>),
+    /// Denied by this.
+    Denied(Match<'p>),
+    /// ALLOW policies select the workload, and none of their rules matches: denied.
+    NotAllowed(NoneOf<'p>),
+}
+
+/// ALLOW policies of which no rule matched; displayed as the list of their names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NoneOf<'p>(Vec<&'p AuthorizationPolicy>);
+
+impl fmt::Display for NoneOf<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<_> = self.0.iter().map(|policy| policy.id.as_str()).collect();
+        write!(f, "{}", names.join(", "))
+    }
+}
+
+/// The policies that select one workload, mesh-wide ones first.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Authorization(Vec<Arc<AuthorizationPolicy>>);
+
+impl Authorization {
+    pub(super) fn new(policies: Vec<Arc<AuthorizationPolicy>>) -> Self {
+        Self(policies)
+    }
+
+    /// Whether no policy selects the workload, so that no flow needs a look.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// `namespace/name` of every policy, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(|policy| policy.id.as_str())
+    }
+
+    /// What the policies say about a flow.
+    #[must_use]
+    pub fn ruling(&self, flow: &Flow<'_>) -> Ruling<'_> {
+        if self.is_empty() {
+            return Ruling::Unrestricted;
+        }
+        let seen = Seen::of(flow);
+        let enforced = || self.0.iter().filter(|policy| policy.enforcement == Enforcement::Enforced);
+        let denied = enforced().filter(|policy| policy.denies()).find_map(|policy| policy.matching(&seen));
+        if let Some(by) = denied {
+            return Ruling::Denied(by);
+        }
+        let allows: Vec<_> =
+            enforced().filter(|policy| policy.action == Action::Allow).map(|p| &**p).collect();
+        if allows.is_empty() {
+            return Ruling::Unrestricted;
+        }
+        match allows.iter().find_map(|policy| policy.matching(&seen)) {
+            Some(by) => Ruling::Allowed(by),
+            None => Ruling::NotAllowed(NoneOf(allows)),
+        }
+    }
+
+    /// AUDIT policies, and policies of a dry run, that match a flow.
+    #[must_use]
+    pub fn audits(&self, flow: &Flow<'_>) -> Vec<Match<'_>> {
+        let is_watched = |policy: &&Arc<AuthorizationPolicy>| {
+            policy.action == Action::Audit || policy.enforcement == Enforcement::DryRun
+        };
+        let watched: Vec<_> = self.0.iter().filter(is_watched).collect();
+        if watched.is_empty() {
+            return Vec::new();
+        }
+        let seen = Seen::of(flow);
+        watched.into_iter().filter_map(|policy| policy.matching(&seen)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,118 @@
+//! Every way a connection comes, and every kind of verdict, in the words an operator reads.
+
+use std::path::Path;
+
+use super::*;
+use crate::spiffe::TrustDomain;
+
+const DIRECTORY: &str = "\
+workloads:
+- {name: web, namespace: shop, serviceAccount: web, addresses: [10.77.1.2, 'fd77:1::2'], node: a, labels: {app: web}}
+- {name: near, namespace: shop, serviceAccount: near, addresses: [10.77.1.3], node: a}
+- {name: far, namespace: shop, serviceAccount: far, addresses: [10.77.2.2, 'fd77:2::2'], node: b}
+- {name: old, namespace: shop, serviceAccount: old, addresses: [10.77.2.3], node: b, tunnel: none}
+- {name: six, namespace: shop, serviceAccount: six, addresses: ['fd77:2::6'], node: b}
+";
+const POLICY: &str = "\
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: web, namespace: shop}
+spec: {selector: {matchLabels: {app: web}}, portLevelMtls: {81: {mode: STRICT}, 82: {mode: DISABLE}}}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: allow, namespace: shop}
+spec:
+  selector: {matchLabels: {app: web}}
+  rules:
+  - from: [{source: {principals: ['*/sa/far']}}]
+  - to: [{operation: {methods: [GET]}}]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: no-83, namespace: shop}
+spec: {selector: {matchLabels: {app: web}}, action: DENY, rules: [{to: [{operation: {ports: ['83']}}]}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: six-only, namespace: shop}
+spec:
+  selector: {matchLabels: {app: web}}
+  action: DENY
+  rules: [{when: [{key: destination.ip, values: ['fd77::/16']}], to: [{operation: {ports: ['84']}}]}]
+";
+
+fn ask(from: &str, to: &str, port: u16) -> Result<Explanation, ExplainError> {
+    let domain = TrustDomain::parse("cluster.local").expect("valid");
+    let directory = Directory::parse(DIRECTORY, Path::new("directory.yaml"), &domain).expect("valid");
+    let policies = Policies::parse(POLICY, Path::new("policy.yaml"), "istio-system").expect("valid");
+    let is_node = |address: IpAddr| address.to_string() == "10.77.1.1";
+    let known = Knowledge { directory: &directory, policies: &policies, node: "a", is_node: &is_node };
+    explain(known, &End::parse(from)?, &End::parse(to)?, port)
+}
+
+#[test]
+fn each_way_and_each_verdict_is_told() {
+    for (from, to, port, allow, parts) in [
+        (
+            "shop/far",
+            "shop/web",
+            80,
+            true,
+            &[
+                "through a tunnel, as spiffe://cluster.local/ns/shop/sa/far",
+                "PERMISSIVE",
+                "Allowed by rule 1 of ALLOW policy shop/allow",
+            ][..],
+        ),
+        ("10.77.2.2", "10.77.1.2", 80, true, &["Allowed by rule 1 of ALLOW policy shop/allow"]),
+        (
+            "shop/near",
+            "shop/web",
+            80,
+            false,
+            &["handed over on one node", "no rule of ALLOW shop/allow matches"],
+        ),
+        ("shop/far", "shop/web", 83, false, &["Denied by rule 1 of DENY policy shop/no-83"]),
+        ("shop/far", "shop/web", 82, false, &["in clear", "does not tunnel", "DISABLE", "no rule of ALLOW"]),
+        ("10.99.0.1", "shop/web", 80, false, &["in clear", "the source is not enrolled"]),
+        ("shop/old", "shop/web", 81, false, &["STRICT takes no plaintext"]),
+        ("10.77.1.1", "shop/web", 81, true, &["own node", "always pass"]),
+        ("shop/web", "shop/far", 80, true, &["No AuthorizationPolicy selects"]),
+        ("shop/web", "shop/old", 80, true, &["not enrolled"]),
+        ("shop/web", "10.99.0.1", 80, true, &["not enrolled"]),
+        // Allowed over one family only is not allowed.
+        (
+            "shop/far",
+            "shop/web",
+            84,
+            false,
+            &["Allowed by rule 1", "Denied by rule 1 of DENY policy shop/six-only"],
+        ),
+    ] {
+        let explanation = ask(from, to, port).expect("known");
+        let text = explanation.to_string();
+        assert_eq!(explanation.allow, allow, "{from} {to} {port}: {text}");
+        for part in parts {
+            assert!(text.contains(part), "{part} is missing for {from} {to} {port}: {text}");
+        }
+    }
+    let text = ask("shop/far", "shop/web", 80).expect("known").to_string();
+    assert!(text.contains("Note: AuthorizationPolicy shop/allow: rule 2 needs HTTP (methods)"), "{text}");
+    assert_eq!(text.matches("ALLOW  shop/far").count(), 2, "one for each family: {text}");
+}
+
+#[test]
+fn questions_without_an_answer_say_what_is_wrong() {
+    for (from, to, expected) in [
+        ("shop/none", "shop/web", ExplainError::Unknown("shop/none".to_owned())),
+        ("web", "shop/web", ExplainError::End("web".to_owned())),
+        ("a/b/c", "shop/web", ExplainError::End("a/b/c".to_owned())),
+    ] {
+        assert_eq!(ask(from, to, 80), Err(expected));
+    }
+    assert!(matches!(ask("shop/near", "shop/six", 80), Err(ExplainError::Families { .. })));
+    for text in ["", "0", "65536", "http"] {
+        assert_eq!(port(text), Err(ExplainError::Port(text.to_owned())));
+    }
+}

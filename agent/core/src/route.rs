@@ -1,0 +1,156 @@
+//! Where a captured connection goes: a pure decision on what is known about its destination.
+
+use tacit_abi::tcp_port;
+
+use crate::{
+    directory::{Protocol, Workload},
+    policy::Mode,
+    spiffe::SpiffeId,
+};
+
+/// What is known about a captured connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts<'a> {
+    /// Port asked for.
+    pub port: u16,
+    /// The directory's entry for the address asked for.
+    pub destination: Option<&'a Workload>,
+    /// Is the address outside the mesh's ranges, as an endpoint of a service may be? Nothing is promised about it.
+    pub outside_mesh: bool,
+    /// Is that workload enrolled on this very node?
+    pub on_this_node: bool,
+    /// The destination's mode at that port.
+    pub destination_mode: Mode,
+    /// Whether the source pod sends nothing in clear into the mesh.
+    pub source_is_strict: bool,
+}
+
+/// Where it goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Route {
+    /// Handed over inside this agent.
+    SameNode,
+    /// Through the tunnel, to a server that proves this identity.
+    Tunnel(SpiffeId),
+    /// In clear, as without Tacit; the text says why that is allowed.
+    Clear(&'static str),
+    /// Reset; the text is the reason's stable label.
+    Refuse(&'static str),
+}
+
+/// Decides. There is no way back from `Tunnel` to `Clear`: a tunnel that fails resets the connection.
+#[must_use]
+pub fn decide(facts: &Facts<'_>) -> Route {
+    if tcp_port::is_reserved(facts.port) {
+        return Route::Refuse("reserved_port");
+    }
+    let clear =
+        |why: &'static str| if facts.source_is_strict { Route::Refuse(why) } else { Route::Clear(why) };
+    let Some(destination) = facts.destination else {
+        if facts.outside_mesh {
+            return Route::Clear("destination_outside_mesh");
+        }
+        return clear("destination_unknown");
+    };
+    match destination.protocol {
+        Protocol::None => clear("destination_not_enrolled"),
+        Protocol::Tacit if facts.on_this_node => Route::SameNode,
+        // The operator said in so many words that this port is not to be encrypted.
+        Protocol::Tacit if facts.destination_mode == Mode::Disable => {
+            Route::Clear("destination_mode_disable")
+        }
+        Protocol::Tacit => Route::Tunnel(destination.identity.clone()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::spiffe::TrustDomain;
+
+    fn workload(protocol: Protocol) -> Workload {
+        let domain = TrustDomain::parse("cluster.local").expect("valid");
+        Workload {
+            name: "web".into(),
+            namespace: "shop".into(),
+            identity: SpiffeId::new(&domain, "shop", "web").expect("valid"),
+            addresses: vec!["10.77.2.2".parse().expect("literal")],
+            node: "b".into(),
+            labels: crate::directory::Labels::default(),
+            cgroup: PathBuf::from("shop_web"),
+            protocol,
+            egress: None,
+            udp: None,
+        }
+    }
+
+    #[test]
+    fn every_combination_has_its_route() {
+        use Mode::{Disable, Permissive, Strict};
+        let meshed = workload(Protocol::Tacit);
+        let plain = workload(Protocol::None);
+        let tunnel = || Route::Tunnel(meshed.identity.clone());
+        let table = [
+            (None, false, Permissive, Permissive, Route::Clear("destination_unknown")),
+            (None, false, Permissive, Strict, Route::Refuse("destination_unknown")),
+            (Some(&plain), false, Permissive, Permissive, Route::Clear("destination_not_enrolled")),
+            (Some(&plain), false, Disable, Strict, Route::Refuse("destination_not_enrolled")),
+            (Some(&meshed), true, Strict, Strict, Route::SameNode),
+            (Some(&meshed), true, Disable, Permissive, Route::SameNode),
+            (Some(&meshed), false, Permissive, Permissive, tunnel()),
+            (Some(&meshed), false, Strict, Permissive, tunnel()),
+            (Some(&meshed), false, Permissive, Disable, tunnel()),
+            (Some(&meshed), false, Disable, Strict, Route::Clear("destination_mode_disable")),
+        ];
+        for (destination, on_this_node, destination_mode, source_mode, expected) in table {
+            let source_is_strict = source_mode == Strict;
+            let facts = Facts {
+                port: 80,
+                destination,
+                outside_mesh: false,
+                on_this_node,
+                destination_mode,
+                source_is_strict,
+            };
+            assert_eq!(decide(&facts), expected, "{facts:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_outside_the_mesh_and_unknown_goes_in_clear_and_nothing_else_does() {
+        let meshed = workload(Protocol::Tacit);
+        let decided = |destination, outside_mesh| {
+            let (on_this_node, destination_mode, source_is_strict) = (false, Mode::Strict, true);
+            decide(&Facts {
+                port: 443,
+                destination,
+                outside_mesh,
+                on_this_node,
+                destination_mode,
+                source_is_strict,
+            })
+        };
+        assert_eq!(decided(None, true), Route::Clear("destination_outside_mesh"));
+        assert_eq!(decided(None, false), Route::Refuse("destination_unknown"));
+        assert_eq!(decided(Some(&meshed), true), Route::Tunnel(meshed.identity.clone()));
+        assert_eq!(decided(Some(&workload(Protocol::None)), true), Route::Refuse("destination_not_enrolled"));
+    }
+
+    #[test]
+    fn the_agents_ports_cannot_be_dialled() {
+        let meshed = workload(Protocol::Tacit);
+        for port in [15001, 15006, 15008] {
+            let facts = Facts {
+                port,
+                destination: Some(&meshed),
+                outside_mesh: true,
+                on_this_node: false,
+                destination_mode: Mode::Permissive,
+                source_is_strict: false,
+            };
+            assert_eq!(decide(&facts), Route::Refuse("reserved_port"));
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! The wire format `tacit/1` between two agents.
+
+pub mod flow_state;
+pub mod frame;
+pub mod open;
+
+pub use flow_state::Role;
+pub use open::{Ahead, DenyReason, Open, TraceId};

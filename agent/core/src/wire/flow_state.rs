@@ -1,0 +1,173 @@
+//! The conversation of one session: which frame may come next. Pure.
+//!
+//! ```text
+//!          OPEN (client)             ACCEPT (server)
+//!  Idle ------------------> Opening ------------------> Flow { client ended: no, server ended: no }
+//!   ^                          |  DATA, FIN, RESET        |  DATA of a side that has not ended: stays
+//!   |        DENY (server)     |  (client): as in Flow,   |  FIN of a side: that side has ended
+//!   +--------------------------+  where ACCEPT leads      |  RESET of either side: Over
+//!   |                                  DONE (server)      v
+//!   +------------------------------------------------- Flow { client ended: yes, server ended: yes }
+//! ```
+//! A RESET of the client may cross the server's DONE and come in Idle: the session is then Over as well.
+//! Any other frame is a mistake of the peer (or ours) and ends the session. Both ends run the same machine over the frames
+//! they send and those they receive.
+
+use super::frame::Kind;
+
+/// Who sent a frame: the side that connected or the side that accepted the connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Connected; the agent of the source.
+    Client,
+    /// Accepted; the agent of the destination.
+    Server,
+}
+
+impl Role {
+    /// The other one.
+    #[must_use]
+    #[inline]
+    pub fn peer(self) -> Self {
+        match self {
+            Self::Client => Self::Server,
+            Self::Server => Self::Client,
+        }
+    }
+}
+
+/// Where the conversation stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FlowState {
+    /// No flow; the session can be used.
+    Idle,
+    /// A flow was asked for and not yet answered.
+    Opening {
+        /// The client has sent FIN.
+        client_ended: bool,
+    },
+    /// A flow runs; a side that has sent FIN sends no more data.
+    Flow {
+        /// The client has sent FIN.
+        client_ended: bool,
+        /// The server has sent FIN.
+        server_ended: bool,
+    },
+    /// The flow was reset; nothing more may come.
+    Over,
+}
+
+/// A frame that may not come now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{kind:?} from the {from:?} is not allowed in phase {state:?}")]
+pub struct OutOfTurn {
+    /// Where the conversation stood.
+    pub state: FlowState,
+    /// Who sent the frame.
+    pub from: Role,
+    /// Its type.
+    pub kind: Kind,
+}
+
+impl FlowState {
+    /// The state after a frame of `kind` from `from`.
+    ///
+    /// # Errors
+    /// [`OutOfTurn`] when it may not come now.
+    #[inline]
+    pub fn after(self, from: Role, kind: Kind) -> Result<Self, OutOfTurn> {
+        use Role::{Client, Server};
+        Ok(match (self, from, kind) {
+            (Self::Idle, Client, Kind::Open) => Self::Opening { client_ended: false },
+            // Ahead of the answer, as OPEN has said.
+            (Self::Opening { client_ended: false }, Client, Kind::Data) => self,
+            (Self::Opening { client_ended: false }, Client, Kind::Fin) => {
+                Self::Opening { client_ended: true }
+            }
+            (Self::Opening { client_ended }, Server, Kind::Accept) => {
+                Self::Flow { client_ended, server_ended: false }
+            }
+            (Self::Opening { .. }, Server, Kind::Deny) => Self::Idle,
+            (Self::Flow { client_ended: false, .. }, Client, Kind::Data)
+            | (Self::Flow { server_ended: false, .. }, Server, Kind::Data) => self,
+            (Self::Flow { client_ended: false, server_ended }, Client, Kind::Fin) => {
+                Self::Flow { client_ended: true, server_ended }
+            }
+            (Self::Flow { client_ended, server_ended: false }, Server, Kind::Fin) => {
+                Self::Flow { client_ended, server_ended: true }
+            }
+            // In `Idle` it crossed the server's DONE: the source reset a flow that had just ended.
+            (Self::Flow { .. }, _, Kind::Reset)
+            | (Self::Idle | Self::Opening { .. }, Client, Kind::Reset) => Self::Over,
+            (Self::Flow { client_ended: true, server_ended: true }, Server, Kind::Done) => Self::Idle,
+            (state, from, kind) => return Err(OutOfTurn { state, from, kind }),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn flow(client_ended: bool, server_ended: bool) -> FlowState {
+        FlowState::Flow { client_ended, server_ended }
+    }
+
+    const fn opening(client_ended: bool) -> FlowState {
+        FlowState::Opening { client_ended }
+    }
+
+    #[test]
+    fn all_pairs_of_phase_and_frame() {
+        use Kind::*;
+        use Role::*;
+        let allowed = [
+            (FlowState::Idle, Client, Open, opening(false)),
+            (FlowState::Idle, Client, Reset, FlowState::Over),
+            (opening(false), Client, Data, opening(false)),
+            (opening(false), Client, Fin, opening(true)),
+            (opening(false), Client, Reset, FlowState::Over),
+            (opening(false), Server, Accept, flow(false, false)),
+            (opening(false), Server, Deny, FlowState::Idle),
+            (opening(true), Client, Reset, FlowState::Over),
+            (opening(true), Server, Accept, flow(true, false)),
+            (opening(true), Server, Deny, FlowState::Idle),
+            (flow(false, false), Client, Data, flow(false, false)),
+            (flow(false, false), Server, Data, flow(false, false)),
+            (flow(false, false), Client, Fin, flow(true, false)),
+            (flow(false, false), Server, Fin, flow(false, true)),
+            (flow(false, false), Client, Reset, FlowState::Over),
+            (flow(false, false), Server, Reset, FlowState::Over),
+            (flow(true, false), Server, Data, flow(true, false)),
+            (flow(true, false), Server, Fin, flow(true, true)),
+            (flow(true, false), Client, Reset, FlowState::Over),
+            (flow(true, false), Server, Reset, FlowState::Over),
+            (flow(false, true), Client, Data, flow(false, true)),
+            (flow(false, true), Client, Fin, flow(true, true)),
+            (flow(false, true), Client, Reset, FlowState::Over),
+            (flow(false, true), Server, Reset, FlowState::Over),
+            (flow(true, true), Client, Reset, FlowState::Over),
+            (flow(true, true), Server, Reset, FlowState::Over),
+            (flow(true, true), Server, Done, FlowState::Idle),
+        ];
+        let phases = [
+            FlowState::Idle,
+            opening(false),
+            opening(true),
+            flow(false, false),
+            flow(true, false),
+            flow(false, true),
+            flow(true, true),
+            FlowState::Over,
+        ];
+        for state in phases {
+            for from in [Client, Server] {
+                for kind in [Open, Accept, Deny, Data, Fin, Reset, Done] {
+                    let next = allowed.iter().find(|row| (row.0, row.1, row.2) == (state, from, kind));
+                    let expected = next.map(|row| row.3).ok_or(OutOfTurn { state, from, kind });
+                    assert_eq!(state.after(from, kind), expected);
+                }
+            }
+        }
+    }
+}

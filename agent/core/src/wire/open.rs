@@ -1,0 +1,167 @@
+//! What opens a flow: the request, and why it may be refused. Pure.
+
+use std::{
+    fmt,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+};
+
+use super::frame::FrameError;
+
+/// Payload of OPEN: version, two addresses with ports, trace id, what comes ahead of the answer.
+pub const OPEN_BYTES: usize = 1 + 18 + 18 + 16 + 1;
+/// The only version of OPEN there is; another layout gets another number.
+const OPEN_VERSION: u8 = 1;
+
+/// Names one flow in the logs of both nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct TraceId(pub [u8; 16]);
+
+impl fmt::Display for TraceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// What a client asks for when it opens a flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Open {
+    /// Where the application wanted to connect.
+    pub destination: SocketAddr,
+    /// The application's own address; a claim for logs, never a credential.
+    pub client: SocketAddr,
+    /// Ties the logs of both nodes together.
+    pub trace: TraceId,
+    /// What the client sends without waiting for the answer.
+    pub ahead: Ahead,
+}
+
+/// What follows OPEN at once. A destination that answers a request is reached a round trip earlier with it, and ACCEPT may
+/// wait for the first bytes of that answer; after a DENY the session ends, since nobody can tell where the data of a denied
+/// flow does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Ahead {
+    /// Nothing: the client waits.
+    #[default]
+    Nothing,
+    /// All that the application says, as it says it: DATA, and FIN or RESET behind.
+    Data,
+}
+
+/// Why a server refused a flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DenyReason {
+    /// Policy does not allow this client.
+    Policy,
+    /// The destination is no workload behind this tunnel.
+    UnknownDestination,
+    /// Nothing listens at the destination.
+    ConnectionRefused,
+    /// The destination cannot be reached.
+    Unreachable,
+    /// The destination did not answer in time.
+    TimedOut,
+    /// The agent is shutting down.
+    Draining,
+    /// The agent is at one of its bounds.
+    Overloaded,
+    /// The agent failed; its log says how.
+    Internal,
+    /// A reason of a newer version.
+    Other(u8),
+}
+
+impl DenyReason {
+    /// For logs and metric labels.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Policy => "policy",
+            Self::UnknownDestination => "unknown_destination",
+            Self::ConnectionRefused => "connection_refused",
+            Self::Unreachable => "unreachable",
+            Self::TimedOut => "timed_out",
+            Self::Draining => "draining",
+            Self::Overloaded => "overloaded",
+            Self::Internal => "internal",
+            Self::Other(_) => "other",
+        }
+    }
+
+    pub(super) fn code(self) -> u8 {
+        match self {
+            Self::Policy => 1,
+            Self::UnknownDestination => 2,
+            Self::ConnectionRefused => 3,
+            Self::Unreachable => 4,
+            Self::TimedOut => 5,
+            Self::Draining => 6,
+            Self::Overloaded => 7,
+            Self::Internal => 8,
+            Self::Other(code) => code,
+        }
+    }
+
+    pub(super) fn of(code: u8) -> Self {
+        match code {
+            1 => Self::Policy,
+            2 => Self::UnknownDestination,
+            3 => Self::ConnectionRefused,
+            4 => Self::Unreachable,
+            5 => Self::TimedOut,
+            6 => Self::Draining,
+            7 => Self::Overloaded,
+            8 => Self::Internal,
+            code => Self::Other(code),
+        }
+    }
+}
+
+impl fmt::Display for DenyReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Other(code) => write!(f, "other ({code})"),
+            known => f.write_str(known.label()),
+        }
+    }
+}
+
+impl Open {
+    pub(super) fn encode(&self, out: &mut Vec<u8>) {
+        out.push(OPEN_VERSION);
+        for address in [self.destination, self.client] {
+            let ip = match address.ip() {
+                IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+                IpAddr::V6(v6) => v6,
+            };
+            out.extend(ip.octets());
+            out.extend(address.port().to_be_bytes());
+        }
+        out.extend(self.trace.0);
+        out.push(self.ahead as u8);
+    }
+
+    pub(super) fn decode(payload: &[u8; OPEN_BYTES]) -> Result<Self, FrameError> {
+        if payload[0] != OPEN_VERSION {
+            return Err(FrameError::Version(payload[0]));
+        }
+        let mut trace = [0; 16];
+        trace.copy_from_slice(&payload[37..53]);
+        let destination = decode_address(&payload[1..19]);
+        if destination.port() == 0 || destination.ip().is_unspecified() {
+            return Err(FrameError::Destination(destination));
+        }
+        let ahead = match payload[53] {
+            0 => Ahead::Nothing,
+            1 => Ahead::Data,
+            other => return Err(FrameError::Ahead(other)),
+        };
+        Ok(Self { destination, client: decode_address(&payload[19..37]), trace: TraceId(trace), ahead })
+    }
+}
+
+fn decode_address(bytes: &[u8]) -> SocketAddr {
+    let mut ip = [0; 16];
+    ip.copy_from_slice(&bytes[..16]);
+    let port = u16::from_be_bytes([bytes[16], bytes[17]]);
+    SocketAddr::new(IpAddr::V6(Ipv6Addr::from(ip)).to_canonical(), port)
+}

@@ -1,0 +1,20 @@
+//! Credentials of the workloads of a node, and their issuers.
+//!
+//! | module | content |
+//! |---|---|
+//! | `certificate` | the identity and the validity of a certificate |
+//! | `credentials` | a key with its certificate, and the roots to trust |
+//! | `issuer`, `root` | the embedded issuer, and its root on disk |
+//! | `istio` | a client of Istio's CA API: Tacit's authority, istiod, istio-csr |
+//! | `manager` | keeps the credentials of every workload of the node current |
+//! | `atomic_file` | small files that are written whole or not at all |
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+pub mod atomic_file;
+pub mod certificate;
+pub mod credentials;
+pub mod issuer;
+pub mod istio;
+pub mod manager;
+pub mod root;

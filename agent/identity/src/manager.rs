@@ -1,0 +1,300 @@
+//! Keeps the credentials of every workload of the node current.
+//!
+//! One task an identity asks the issuer when `renewal` says so. Readers take the latest snapshot without waiting; what has
+//! expired is never handed out, even when the task is late.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use rustls::crypto::aws_lc_rs;
+use tacit_core::{
+    renewal::{Renewal, Schedule},
+    spiffe::SpiffeId,
+};
+use tokio::{
+    sync::watch,
+    task::AbortHandle,
+    time::{sleep, timeout},
+};
+use tracing::{error, info, warn};
+
+use super::{
+    credentials::Credentials,
+    issuer::{IssueError, Issuer},
+};
+
+/// One attempt to get a certificate takes this long at most.
+const ISSUE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest sleep before the clock is looked at again: it may be set while we sleep.
+const LONGEST_SLEEP: Duration = Duration::from_secs(30);
+
+/// The credentials of the node's identities. Cheap to clone; the tasks end with the last clone.
+#[derive(Clone)]
+pub struct Identities {
+    issuer: Arc<Issuer>,
+    slots: Arc<Slots>,
+    /// Told after each attempt.
+    changes: watch::Sender<()>,
+}
+
+/// One certificate as an operator sees it.
+#[derive(Debug, Clone)]
+pub struct CertificateState {
+    /// Whom it speaks for.
+    pub identity: SpiffeId,
+    /// Serial number in hexadecimal; empty when none was issued yet.
+    pub serial: String,
+    /// First moment of validity; `None` when none was issued yet.
+    pub not_before: Option<SystemTime>,
+    /// Last moment of validity; `None` when none was issued yet.
+    pub not_after: Option<SystemTime>,
+    /// When it was issued.
+    pub last_renewal: Option<SystemTime>,
+    /// Failed attempts since then.
+    pub renewal_failures: u32,
+    /// What the latest attempt failed with.
+    pub last_error: Option<String>,
+}
+
+impl Identities {
+    /// Starts with no identity; they come by [`Identities::ready`].
+    #[must_use]
+    pub fn start(issuer: Issuer) -> Self {
+        Self { issuer: Arc::new(issuer), slots: Arc::default(), changes: watch::Sender::new(()) }
+    }
+
+    /// Who signs.
+    #[must_use]
+    pub fn issuer(&self) -> &Issuer {
+        &self.issuer
+    }
+
+    /// Has the credentials of `identity` asked for, when that is not done yet. Needs a tokio runtime; never waits.
+    pub fn prepare(&self, identity: &SpiffeId) {
+        self.slot(identity);
+    }
+
+    /// Whether `identity` has credentials. They are asked for when that is not done yet, and renewed until
+    /// [`Identities::forget`].
+    ///
+    /// Needs a tokio runtime. Never waits: [`Identities::changes`] tells when there may be another answer.
+    ///
+    /// # Errors
+    /// [`IssueError`] of the latest attempt, [`IssueError::Awaited`] before the first has ended. Attempts go on in the
+    /// background.
+    pub fn ready(&self, identity: &SpiffeId) -> Result<(), IssueError> {
+        let slot = self.slot(identity);
+        if slot.shared.usable(SystemTime::now()).is_some() {
+            return Ok(());
+        }
+        let failure = slot.shared.progress().last_error.clone();
+        Err(failure.unwrap_or(IssueError::Awaited))
+    }
+
+    /// Notice of every attempt that ended, of any identity.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
+    }
+
+    /// Waits for [`Identities::ready`], for no longer than one attempt at the issuer.
+    #[cfg(test)]
+    pub(crate) async fn require(&self, identity: &SpiffeId) -> Result<(), IssueError> {
+        let mut changes = self.changes();
+        loop {
+            match self.ready(identity) {
+                Err(IssueError::Awaited) => {
+                    changes.changed().await.expect("the sender lives as long as this")
+                }
+                told => return told,
+            }
+        }
+    }
+
+    /// The credentials of `identity`; `None` when there are none or they have expired. Never waits.
+    #[must_use]
+    pub fn current(&self, identity: &SpiffeId) -> Option<Arc<Credentials>> {
+        self.slots.map.load().get(identity)?.shared.usable(SystemTime::now())
+    }
+
+    /// Drops the credentials of `identity` and stops renewing them.
+    pub fn forget(&self, identity: &SpiffeId) {
+        let _writer = self.slots.writer();
+        let mut map = HashMap::clone(&self.slots.map.load());
+        map.remove(identity);
+        self.slots.map.store(Arc::new(map));
+    }
+
+    /// All certificates, by identity.
+    #[must_use]
+    pub fn certificates(&self) -> Vec<CertificateState> {
+        let map = self.slots.map.load();
+        let mut list: Vec<_> = map.iter().map(|(identity, slot)| slot.shared.state(identity)).collect();
+        list.sort_by(|a, b| a.identity.cmp(&b.identity));
+        list
+    }
+
+    fn slot(&self, identity: &SpiffeId) -> Arc<Slot> {
+        if let Some(slot) = self.slots.map.load().get(identity) {
+            return slot.clone();
+        }
+        let _writer = self.slots.writer();
+        let mut map = HashMap::clone(&self.slots.map.load());
+        let start = || Arc::new(Slot::start(identity.clone(), self.issuer.clone(), self.changes.clone()));
+        let slot = map.entry(identity.clone()).or_insert_with(start).clone();
+        self.slots.map.store(Arc::new(map));
+        slot
+    }
+}
+
+/// The slots by identity: a snapshot for readers, a lock for writers.
+#[derive(Default)]
+struct Slots {
+    map: ArcSwap<HashMap<SpiffeId, Arc<Slot>>>,
+    writing: Mutex<()>,
+}
+
+impl Slots {
+    fn writer(&self) -> MutexGuard<'_, ()> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One identity with the task that renews it.
+struct Slot {
+    shared: Arc<Shared>,
+    task: AbortHandle,
+}
+
+impl Slot {
+    fn start(identity: SpiffeId, issuer: Arc<Issuer>, changes: watch::Sender<()>) -> Self {
+        let shared = Arc::new(Shared::default());
+        let task = tokio::spawn(keep_current(identity, issuer, shared.clone(), changes)).abort_handle();
+        Self { shared, task }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// What the task and the readers share.
+#[derive(Default)]
+struct Shared {
+    credentials: ArcSwapOption<Credentials>,
+    progress: Mutex<Progress>,
+}
+
+#[derive(Default, Clone)]
+struct Progress {
+    obtained: Option<SystemTime>,
+    failures: u32,
+    failed_at: Option<SystemTime>,
+    /// The latest attempt's failure; `None` before the first attempt and after a success.
+    last_error: Option<IssueError>,
+}
+
+impl Shared {
+    fn usable(&self, now: SystemTime) -> Option<Arc<Credentials>> {
+        self.credentials.load_full().filter(|credentials| !credentials.expired(now))
+    }
+
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn schedule(&self) -> Schedule {
+        let progress = self.progress().clone();
+        let held = self.credentials.load();
+        let obtained = progress.obtained.unwrap_or(SystemTime::UNIX_EPOCH);
+        Schedule {
+            obtained,
+            not_after: held.as_ref().map_or(obtained, |credentials| credentials.not_after),
+            failures: progress.failures,
+            failed_at: progress.failed_at.unwrap_or(SystemTime::UNIX_EPOCH),
+            jitter: jitter(),
+        }
+    }
+
+    fn succeeded(&self, credentials: Credentials) {
+        self.credentials.store(Some(Arc::new(credentials)));
+        *self.progress() = Progress { obtained: Some(SystemTime::now()), ..Progress::default() };
+    }
+
+    fn failed(&self, error: IssueError) {
+        let mut progress = self.progress();
+        progress.failures = progress.failures.saturating_add(1);
+        progress.failed_at = Some(SystemTime::now());
+        progress.last_error = Some(error);
+    }
+
+    fn state(&self, identity: &SpiffeId) -> CertificateState {
+        let progress = self.progress().clone();
+        let held = self.credentials.load_full();
+        CertificateState {
+            identity: identity.clone(),
+            serial: held.as_ref().map(|c| c.serial.to_string()).unwrap_or_default(),
+            not_before: held.as_ref().map(|c| c.not_before),
+            not_after: held.as_ref().map(|c| c.not_after),
+            last_renewal: progress.obtained,
+            renewal_failures: progress.failures,
+            last_error: progress.last_error.map(|error| error.to_string()),
+        }
+    }
+}
+
+async fn keep_current(
+    identity: SpiffeId,
+    issuer: Arc<Issuer>,
+    shared: Arc<Shared>,
+    changes: watch::Sender<()>,
+) {
+    loop {
+        // Drawn once a pause: a new draw at every look would move the moment waited for.
+        let schedule = shared.schedule();
+        let held = loop {
+            let now = SystemTime::now();
+            match schedule.next(now) {
+                Renewal::Wait(until) => {
+                    sleep(until.duration_since(now).unwrap_or_default().min(LONGEST_SLEEP)).await;
+                }
+                Renewal::Renew => break "still valid",
+                Renewal::Expired => break "none",
+            }
+        };
+        let attempt = timeout(ISSUE_TIMEOUT, issuer.issue(&identity)).await;
+        match attempt.unwrap_or(Err(IssueError::Timeout(ISSUE_TIMEOUT))) {
+            Ok(credentials) => {
+                info!(%identity, serial = &*credentials.serial, "certificate issued");
+                shared.succeeded(credentials);
+            }
+            Err(failure) => {
+                if held == "none" {
+                    error!(%identity, %failure, "no certificate: traffic of this identity is refused");
+                } else {
+                    warn!(%identity, %failure, "certificate not renewed, the old one stays in use");
+                }
+                shared.failed(failure);
+            }
+        }
+        changes.send_replace(());
+    }
+}
+
+/// Random; without randomness the middle, as retries then only lose their spread.
+fn jitter() -> u8 {
+    let mut byte = [128];
+    match aws_lc_rs::default_provider().secure_random.fill(&mut byte) {
+        Ok(()) => byte[0],
+        Err(_) => 128,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,201 @@
+//! The kernel side as the agent sees it: load, attach and pin the programs, typed maps, sockets inside pods.
+//!
+//! The only crate of the agent that uses aya, libc and `unsafe`. Nothing here decides: callers say what holds, this crate
+//! makes the kernel hold it. Every method is synchronous and short; none blocks on the network.
+//!
+//! | file | what |
+//! |---|---|
+//! | `cgroup` | where cgroup v2 is mounted, a cgroup's id, depth and processes |
+//! | `netlink` | interfaces and connections of a namespace |
+//! | `netns` | open, enter and name network namespaces |
+//! | `link` | the bpf(2) link commands that aya keeps private |
+//! | `probe` | what the running kernel can do, by trying |
+//! | `programs` | load, attach, pin, re-adopt |
+//! | `pins` | the folder that keeps programs and maps alive |
+//! | `verifier` | the verifier's verdict, and its log |
+//! | `maps` | what each map is for, behind typed methods |
+//! | `events` | the programs' log lines |
+//! | `socket` | listeners and outgoing sockets in a pod's namespace |
+//! | `reset_sockets` | resets connections of a pod that no agent carries |
+//! | `host` | the node's own addresses, its kernel's name, limits of this process |
+#![deny(missing_docs)]
+
+pub mod cgroup;
+pub mod events;
+pub mod host;
+mod link;
+mod maps;
+mod netlink;
+pub mod netns;
+#[cfg(test)]
+mod object;
+mod pins;
+pub mod probe;
+mod programs;
+pub mod reset_sockets;
+pub mod socket;
+mod verifier;
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+pub use maps::{ClearDestination, Drops, InClear, KernelCounter, Maps, Plaintext, PodEntry};
+pub use pins::{Claim, Turn, uninstall};
+pub use programs::{GuardedLink, Prepared, ProgramState, Programs};
+pub use verifier::VerifierLog;
+
+/// Something the kernel would not do.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// The kernel lacks what the agent cannot do without.
+    #[error(transparent)]
+    Unsupported(#[from] probe::Unsupported),
+    /// The binary was built without its eBPF object.
+    #[error("this binary holds no eBPF object: run `cargo xtask build-ebpf` and build it again")]
+    NoObject,
+    /// The pin path is not on a BPF file system.
+    #[error("pinPath {path}: not on a BPF file system; mount one: mount -t bpf bpf /sys/fs/bpf")]
+    NotBpffs {
+        /// The configured path.
+        path: PathBuf,
+    },
+    /// Another agent holds the pin path.
+    #[error("pinPath {path}: another agent uses it; stop that agent or configure another path")]
+    Locked {
+        /// The configured path.
+        path: PathBuf,
+    },
+    /// Pins of another, incompatible version.
+    #[error(
+        "pinPath {path}: holds state of another version ({found}); run `tacit uninstall` of that version first"
+    )]
+    OtherVersion {
+        /// The configured path.
+        path: PathBuf,
+        /// Name of the folder found.
+        found: String,
+    },
+    /// The pods' cgroup is not usable.
+    #[error("podsCgroup {path}: {problem}")]
+    Cgroup {
+        /// The path asked for.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        problem: String,
+    },
+    /// The verifier or the loader refused the object or a program.
+    #[error("kernel {release} refused program {program}: {problem}\n{log}")]
+    Refused {
+        /// Program name, or `object` when loading failed before.
+        program: String,
+        /// Running kernel's release.
+        release: String,
+        /// The error.
+        problem: String,
+        /// Last lines of the verifier's log, and where all of it is.
+        log: String,
+    },
+    /// A program could not be attached.
+    #[error("attach {program} to {target}: {problem}")]
+    Attach {
+        /// Program name.
+        program: &'static str,
+        /// Where to.
+        target: String,
+        /// The error.
+        problem: String,
+    },
+    /// A map operation failed.
+    #[error("map {map}: {problem}")]
+    Map {
+        /// Map name.
+        map: &'static str,
+        /// The error.
+        problem: String,
+    },
+    /// No thread to wait on.
+    #[error("a thread to wait for another agent: {source}")]
+    Thread {
+        /// The error.
+        #[source]
+        source: io::Error,
+    },
+    /// A file system operation failed.
+    #[error("{what} {path}: {source}")]
+    File {
+        /// What was done.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The error.
+        source: io::Error,
+    },
+}
+
+impl KernelError {
+    /// What the process ends with when this ends it: 78 (`EX_CONFIG`) when no restart can help, else 1.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Unsupported(unsupported) => unsupported.exit_code(),
+            _ => 1,
+        }
+    }
+
+    fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::File { what, path: path.to_owned(), source }
+    }
+}
+
+/// The loaded kernel side. One for each agent; it holds the lock on the pin path.
+pub struct Kernel {
+    programs: Mutex<Programs>,
+    /// Typed maps.
+    pub maps: Maps,
+    /// Id of the cgroup that this agent's sockets belong to.
+    pub cgroup: u64,
+}
+
+impl Kernel {
+    /// Loads the programs, re-adopting pinned maps and links of an earlier run, and attaches them.
+    ///
+    /// With programs `prepared` while another agent had the pins, that one may still be there; else the sockets of earlier
+    /// agents are no longer an agent's.
+    ///
+    /// # Errors
+    /// [`KernelError`]; nothing new stays attached or pinned then, what was there before stays.
+    pub fn open(
+        claim: Claim,
+        pods_cgroup: &cgroup::Cgroup,
+        log: &VerifierLog,
+        prepared: Option<Prepared>,
+    ) -> Result<Self, KernelError> {
+        let still_there = prepared.is_some();
+        let mut programs = Programs::load(claim, pods_cgroup, log, prepared)?;
+        let maps = Maps::take(&mut programs)?;
+        let cgroup = cgroup::Cgroup::of_self()?.id();
+        maps.set_agent(cgroup, still_there)?;
+        Ok(Self { programs: Mutex::new(programs), maps, cgroup })
+    }
+
+    /// Loads the programs while another agent has the pins, for [`Kernel::open`] to attach. Changes nothing.
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    pub fn prepare(
+        pin_path: &Path,
+        pods_cgroup: &cgroup::Cgroup,
+        log: &VerifierLog,
+    ) -> Result<Prepared, KernelError> {
+        Prepared::load(pin_path, pods_cgroup, log)
+    }
+
+    /// Programs and their links. Held for a few system calls, never across an await.
+    pub fn programs(&self) -> MutexGuard<'_, Programs> {
+        // A panic meanwhile leaves descriptors and paths as they were.
+        self.programs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

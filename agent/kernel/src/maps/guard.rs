@@ -1,0 +1,192 @@
+//! The maps of the guard: the agent's heartbeat, who is an agent, what may be in clear, which link is whose, and what
+//! was dropped.
+
+use std::{
+    collections::HashSet,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Mutex,
+    time::Duration,
+};
+
+use aya::maps::{Array, HashMap, MapData};
+use nix::time::{ClockId, clock_gettime};
+use tacit_abi::{ClearKey, DropKey, Mode, REASONS, State};
+
+use super::{
+    super::{KernelError, programs::Programs},
+    PRESENT, address, failed, ip, lock, typed,
+};
+use crate::host;
+
+/// A destination that strict pods may reach in clear.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ClearDestination {
+    /// Its address and port.
+    pub address: SocketAddr,
+    /// Number of its IP protocol.
+    pub protocol: u8,
+}
+
+/// Packets that the guard dropped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Drops {
+    /// Id of the pod's cgroup.
+    pub cgroup: u64,
+    /// The other end.
+    pub remote: IpAddr,
+    /// Stable label of the reason.
+    pub reason: &'static str,
+    /// Number of the IP protocol; 0 where the packet did not say.
+    pub protocol: u8,
+    /// How many, since the entry was made.
+    pub packets: u64,
+}
+
+/// Typed handles of the guard's maps.
+pub(super) struct GuardMaps {
+    state: Mutex<Array<MapData, State>>,
+    agents: Mutex<HashMap<MapData, u64, u32>>,
+    clear: Mutex<HashMap<MapData, ClearKey, u32>>,
+    links: Mutex<HashMap<MapData, u32, u64>>,
+    drops: Mutex<HashMap<MapData, DropKey, u64>>,
+}
+
+impl GuardMaps {
+    pub(super) fn take(programs: &mut Programs) -> Result<Self, KernelError> {
+        Ok(Self {
+            state: typed(programs, "STATE")?,
+            agents: typed(programs, "AGENTS")?,
+            clear: typed(programs, "CLEAR")?,
+            links: typed(programs, "LINKS")?,
+            drops: typed(programs, "DROPS")?,
+        })
+    }
+}
+
+impl super::Maps {
+    /// Says that the agent lives. `stale_after`: from which silence on the kernel decides without it; `default_mode`:
+    /// what pods meet that have no entry yet.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn beat(&self, stale_after: Duration, default_mode: Mode) -> Result<(), KernelError> {
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(io::Error::from);
+        let now = now.map_err(|e| KernelError::Map { map: "STATE", problem: e.to_string() })?;
+        let state = State {
+            heartbeat: nanoseconds(Duration::from(now)),
+            stale_after: nanoseconds(stale_after),
+            default_mode: default_mode as u32,
+            pad: 0,
+        };
+        lock(&self.guard.state).set(0, state, 0).map_err(failed("STATE"))
+    }
+
+    /// Says that the agent goes: from now on the kernel decides by mode alone.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn stop_beating(&self) -> Result<(), KernelError> {
+        let mut state = lock(&self.guard.state);
+        let last = state.get(&0, 0).map_err(failed("STATE"))?;
+        state.set(0, State { heartbeat: 0, ..last }, 0).map_err(failed("STATE"))
+    }
+
+    /// Makes `cgroup` one whose sockets are this agent's, and the only one of an agent but for `others_stay`: those whose
+    /// process lives.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`]. The new one is added before old ones go.
+    pub fn set_agent(&self, cgroup: u64, others_stay: bool) -> Result<(), KernelError> {
+        let mut agents = lock(&self.guard.agents);
+        agents.insert(cgroup, std::process::id(), 0).map_err(failed("AGENTS"))?;
+        let others = agents.iter().filter_map(Result::ok).filter(|(id, _)| *id != cgroup);
+        let former: Vec<u64> = others
+            .filter(|(_, process)| !others_stay || !host::is_process(*process))
+            .map(|(id, _)| id)
+            .collect();
+        for id in former {
+            agents.remove(&id).map_err(failed("AGENTS"))?;
+        }
+        Ok(())
+    }
+
+    /// Sockets of `cgroup` are no agent's any more, unless a later agent is in the same cgroup.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn leave_agent(&self, cgroup: u64) -> Result<(), KernelError> {
+        let mut agents = lock(&self.guard.agents);
+        match agents.get(&cgroup, 0) {
+            Ok(process) if process == std::process::id() => agents.remove(&cgroup).map_err(failed("AGENTS")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes the destinations that may be reached in clear exactly `wanted`.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`]. Old ones go before new ones come.
+    pub fn set_clear(&self, wanted: &[ClearDestination]) -> Result<(), KernelError> {
+        let wanted: HashSet<ClearKey> = wanted.iter().map(clear_key).collect();
+        let mut clear = lock(&self.guard.clear);
+        let present: HashSet<ClearKey> = clear.keys().filter_map(Result::ok).collect();
+        for gone in present.difference(&wanted) {
+            clear.remove(gone).map_err(failed("CLEAR"))?;
+        }
+        for new in wanted.difference(&present) {
+            clear.insert(new, PRESENT, 0).map_err(failed("CLEAR"))?;
+        }
+        Ok(())
+    }
+
+    /// Says which pod is behind the link whose host end is `interface`.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn set_link(&self, interface: u32, cgroup: u64) -> Result<(), KernelError> {
+        lock(&self.guard.links).insert(interface, cgroup, 0).map_err(failed("LINKS"))
+    }
+
+    /// Forgets the links of a pod.
+    pub fn remove_links(&self, cgroup: u64) {
+        let mut links = lock(&self.guard.links);
+        let own: Vec<u32> =
+            links.iter().filter_map(Result::ok).filter(|(_, c)| *c == cgroup).map(|(i, _)| i).collect();
+        for interface in own {
+            let _ = links.remove(&interface);
+        }
+    }
+
+    /// What the guard dropped, most packets first. The least recently seen kinds are left out once there are too many.
+    #[must_use]
+    pub fn drops(&self) -> Vec<Drops> {
+        let drops = lock(&self.guard.drops);
+        let mut all: Vec<Drops> =
+            drops.iter().filter_map(Result::ok).map(|(key, packets)| drops_of(&key, packets)).collect();
+        all.sort_by(|a, b| b.packets.cmp(&a.packets).then(a.remote.cmp(&b.remote)));
+        all
+    }
+}
+
+fn clear_key(destination: &ClearDestination) -> ClearKey {
+    ClearKey {
+        address: address(destination.address.ip()),
+        port: u32::from(destination.address.port()),
+        protocol: u32::from(destination.protocol),
+    }
+}
+
+fn drops_of(key: &DropKey, packets: u64) -> Drops {
+    Drops {
+        cgroup: key.cgroup,
+        remote: ip(&key.remote),
+        reason: REASONS.get(key.reason as usize).map_or("?", |text| text.name),
+        protocol: u8::try_from(key.protocol).unwrap_or(u8::MAX),
+        packets,
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}

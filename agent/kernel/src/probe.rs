@@ -1,0 +1,177 @@
+//! What the running kernel can do, found out by trying, never by its version: distributions carry features back and
+//! leave others out.
+//!
+//! ```text
+//! FEATURES (features) --attempt--> Presence      tiny programs and maps, loaded and dropped at once (raw, attempt)
+//!                     --seat-----> Presence      one real link on one real socket (seat)
+//!         all of them: Report ---> `tacit doctor`
+//!         required and not there: Unsupported --> exit code 78 (refusal)
+//! ```
+//! Promises: nothing stays loaded, attached or pinned, nobody else's traffic is touched, and a start's share of the
+//! trials takes a few milliseconds. What could not be tried counts as missing.
+
+mod cgroup_probe;
+mod features;
+mod raw;
+mod refusal;
+mod trial;
+
+use std::{fmt, path::Path};
+
+use features::{FEATURES, Feature};
+pub use refusal::Unsupported;
+
+use crate::host;
+
+/// A kernel's version as far as features care, such as `5.15`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Release(pub u16, pub u16);
+
+impl Release {
+    /// The oldest that has everything required; what the documentation promises.
+    pub const MINIMUM: Self = Self(5, 15);
+
+    /// From a release string such as `6.1.0-13-amd64`.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut numbers = text.split(|c: char| !c.is_ascii_digit());
+        Some(Self(numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+    }
+}
+
+impl fmt::Display for Release {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.0, self.1)
+    }
+}
+
+/// What a trial showed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Presence {
+    /// It works.
+    Present,
+    /// It does not; why, as far as the kernel says.
+    Absent(String),
+    /// It could not be tried; why.
+    Unknown(String),
+}
+
+impl Presence {
+    /// Why it is not known to work; empty when it is.
+    #[must_use]
+    pub fn problem(&self) -> &str {
+        match self {
+            Self::Present => "",
+            Self::Absent(why) | Self::Unknown(why) => why,
+        }
+    }
+}
+
+/// What happens where a feature is missing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// The agent does not start.
+    Required,
+    /// The agent does this instead.
+    Fallback(&'static str),
+}
+
+/// How an operator gets a feature.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Remedy {
+    /// By another kernel: since that release, with that build option.
+    Kernel(&'static str),
+    /// By setting up the node.
+    Node(&'static str),
+}
+
+/// One feature and what became of its trial.
+#[derive(Debug, Clone)]
+pub struct Finding {
+    /// Its name, stable.
+    pub feature: &'static str,
+    /// What Tacit does with it.
+    pub needed_for: &'static str,
+    /// First release of Linux that has it.
+    pub since: Release,
+    /// What is done without it.
+    pub need: Need,
+    /// What to do about it.
+    pub remedy: Remedy,
+    /// What the trial showed.
+    pub presence: Presence,
+}
+
+impl Finding {
+    /// Does the agent refuse to start over it?
+    #[must_use]
+    pub fn stops_the_agent(&self) -> bool {
+        self.need == Need::Required && self.presence != Presence::Present
+    }
+
+    fn of(feature: &Feature, pin_path: &Path) -> Self {
+        Self {
+            feature: feature.name,
+            needed_for: feature.needed_for,
+            since: feature.since,
+            need: feature.need,
+            remedy: feature.remedy,
+            presence: trial::run(&feature.trial, pin_path),
+        }
+    }
+}
+
+/// What was tried on one kernel.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// The running kernel's release.
+    pub kernel: String,
+    /// In the order of the table.
+    pub findings: Vec<Finding>,
+}
+
+impl Report {
+    /// Can the agent run?
+    ///
+    /// # Errors
+    /// [`Unsupported`] with everything that stands against it.
+    pub fn verdict(&self) -> Result<(), Unsupported> {
+        let missing: Vec<Finding> = self.findings.iter().filter(|f| f.stops_the_agent()).cloned().collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        Err(Unsupported { kernel: self.kernel.clone(), missing })
+    }
+}
+
+/// Tries every feature. `pin_path`: where the agent would pin.
+#[must_use]
+pub fn everything(pin_path: &Path) -> Report {
+    run(pin_path, |_| true)
+}
+
+/// Tries what the agent cannot run without. To be called before anything is attached or pinned.
+///
+/// # Errors
+/// [`Unsupported`].
+pub fn require(pin_path: &Path) -> Result<(), Unsupported> {
+    run(pin_path, |feature| feature.need == Need::Required).verdict()
+}
+
+/// Can a connect hook choose the error that an application sees?
+pub(super) fn has_set_retval() -> bool {
+    let name = features::SET_RETVAL_IN_SOCK_ADDR;
+    run(Path::new("/"), |feature| feature.name == name)
+        .findings
+        .iter()
+        .all(|f| f.presence == Presence::Present)
+}
+
+fn run(pin_path: &Path, select: impl Fn(&Feature) -> bool) -> Report {
+    raw::lift_memory_limit();
+    let findings = FEATURES.iter().filter(|f| select(f)).map(|f| Finding::of(f, pin_path)).collect();
+    Report { kernel: host::kernel_release(), findings }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,118 @@
+//! Tries one feature. What the kernel answers becomes a [`Presence`]; a refusal for lack of rights is not an answer.
+
+use std::{io, os::fd::OwnedFd, path::Path};
+
+use aya::{
+    programs::ProgramError,
+    sys::{SyscallError, is_helper_supported, is_map_supported},
+};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+use super::{
+    super::{cgroup::Cgroup, netlink, netns::netns_cookie},
+    Presence,
+    features::Trial,
+    raw::{self, Hook},
+};
+use crate::probe::cgroup_probe;
+
+/// ENOTSUPP of the kernel, which libc does not know.
+const ENOTSUPP: i32 = 524;
+
+pub(super) fn run(trial: &Trial, pin_path: &Path) -> Presence {
+    match trial {
+        Trial::Hook(hook) => made(raw::load(*hook, &raw::NEUTRAL)),
+        Trial::Helper(program, helper) => supported(
+            is_helper_supported(*program, *helper).map_err(system_error),
+            "unknown to programs of this type",
+        ),
+        Trial::Map(kind) => supported(
+            is_map_supported(*kind).map_err(|SyscallError { io_error, .. }| io_error),
+            "unknown map type",
+        ),
+        // Not by aya's check, whose failing request costs the kernel some 20 ms of waiting.
+        Trial::SocketStorage => made(raw::load_btf().and_then(|btf| raw::make_socket_storage(&btf))),
+        Trial::Btf => made(raw::load_btf()),
+        Trial::CgroupLink => {
+            on_nothing(Hook::CONNECT4, libc::EBADF, |p| raw::attach_nowhere(p, Hook::CONNECT4))
+        }
+        Trial::NetnsLink => {
+            on_nothing(Hook::SK_LOOKUP, libc::EBADF, |p| raw::attach_nowhere(p, Hook::SK_LOOKUP))
+        }
+        Trial::LinkUpdate => on_nothing(Hook::CONNECT4, libc::EBADF, raw::update_nothing),
+        Trial::Tcx => {
+            on_nothing(Hook::TCX_INGRESS, libc::ENODEV, |p| raw::attach_nowhere(p, Hook::TCX_INGRESS))
+        }
+        Trial::Bpffs => bpffs(pin_path),
+        Trial::Cgroup2 => cgroup2(),
+        Trial::SocketCgroup => cgroup_probe::sockets_in_their_cgroup(),
+        Trial::NetnsCookie => netns_cookie().map_or_else(|e| refused(&e), |_| Presence::Present),
+        Trial::ConnectionReset => connection_reset(),
+    }
+}
+
+/// What an error of the kernel says about what was asked for.
+pub(super) fn refused(error: &io::Error) -> Presence {
+    match error.raw_os_error() {
+        Some(libc::EINVAL | libc::E2BIG | libc::ENOPROTOOPT | libc::EOPNOTSUPP | ENOTSUPP) => {
+            Presence::Absent(error.to_string())
+        }
+        Some(libc::EPERM | libc::EACCES) => Presence::Unknown(format!("{error}; run as root")),
+        _ => Presence::Unknown(error.to_string()),
+    }
+}
+
+/// Something that exists for this moment only.
+fn made(result: io::Result<OwnedFd>) -> Presence {
+    result.map_or_else(|e| refused(&e), |_| Presence::Present)
+}
+
+fn supported(answer: io::Result<bool>, why_not: &str) -> Presence {
+    match answer {
+        Ok(true) => Presence::Present,
+        Ok(false) => Presence::Absent(why_not.to_owned()),
+        Err(error) => refused(&error),
+    }
+}
+
+fn system_error(error: ProgramError) -> io::Error {
+    match error {
+        ProgramError::SyscallError(SyscallError { io_error, .. }) => io_error,
+        other => io::Error::other(other),
+    }
+}
+
+/// Asks for something on a target that cannot be. A kernel that knows the thing misses the target, with
+/// `missing_target`; one that does not calls the request invalid. So nothing is attached for a trial.
+fn on_nothing(hook: Hook, missing_target: i32, ask: impl FnOnce(&OwnedFd) -> io::Error) -> Presence {
+    let program = match raw::load(hook, &raw::NEUTRAL) {
+        Ok(program) => program,
+        Err(error) => return refused(&error),
+    };
+    let error = ask(&program);
+    if error.raw_os_error() == Some(missing_target) { Presence::Present } else { refused(&error) }
+}
+
+fn bpffs(pin_path: &Path) -> Presence {
+    let there = pin_path.ancestors().find(|p| p.exists()).unwrap_or(pin_path);
+    match statfs(there) {
+        Ok(found) if found.filesystem_type() == BPF_FS_MAGIC => Presence::Present,
+        Ok(_) => Presence::Absent(format!("{} is not on a BPF file system", pin_path.display())),
+        Err(error) => Presence::Unknown(format!("{}: {error}", there.display())),
+    }
+}
+
+fn cgroup2() -> Presence {
+    Cgroup::of_self().map_or_else(|e| Presence::Absent(e.to_string()), |_| Presence::Present)
+}
+
+fn connection_reset() -> Presence {
+    match netlink::reset_own() {
+        Ok(()) => Presence::Present,
+        // Neither there nor to be had as a module.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+            Presence::Absent("no CONFIG_INET_TCP_DIAG, and no module tcp_diag for it".to_owned())
+        }
+        Err(error) => refused(&error),
+    }
+}

@@ -1,0 +1,167 @@
+//! Services and their endpoint slices: a change of either builds the one service anew.
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use tacit_core::directory::{self, Affinity, Condition, Endpoint, Endpoints, ServicePort, Traffic};
+
+use super::{
+    super::objects::{Conditions, Service, ServiceSpec, Slice, SlicePort},
+    Store, full_name,
+};
+
+/// Label of a slice that names its service.
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
+const HEADLESS: &str = "None";
+/// Kubernetes' default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
+const AFFINITY: Duration = Duration::from_secs(10_800);
+
+#[derive(Debug)]
+pub(super) struct ServiceRecord {
+    spec: ServiceSpec,
+    namespace: Arc<str>,
+    name: Arc<str>,
+}
+
+#[derive(Debug)]
+pub(super) struct SliceRecord {
+    /// Full name of its service.
+    service: String,
+    ports: Vec<SlicePort>,
+    endpoints: Vec<(IpAddr, Arc<str>, Condition)>,
+}
+
+impl Store {
+    pub(super) fn service(&mut self, service: Service) {
+        let full = full_name(&service.metadata);
+        let record = ServiceRecord {
+            spec: service.spec,
+            namespace: self.interner.word(&service.metadata.namespace),
+            name: service.metadata.name.into(),
+        };
+        self.services.insert(full.clone(), record);
+        self.rebuild(&full);
+    }
+
+    pub(super) fn slice(&mut self, slice: Slice) {
+        let name = full_name(&slice.metadata);
+        let Some(service) = slice.metadata.labels.get(SERVICE_NAME) else {
+            return self.remove_slice(&name);
+        };
+        let service = format!("{}/{service}", slice.metadata.namespace);
+        if self.slices.get(&name).is_some_and(|known| known.service != service) {
+            self.remove_slice(&name);
+        }
+        let record = self.record(slice, service.clone());
+        self.slices.insert(name.clone(), record);
+        self.slices_of.entry(service.clone()).or_default().insert(name);
+        self.rebuild(&service);
+    }
+
+    pub(super) fn remove_slice(&mut self, name: &str) {
+        let Some(record) = self.slices.remove(name) else { return };
+        if let Some(names) = self.slices_of.get_mut(&record.service) {
+            names.remove(name);
+            if names.is_empty() {
+                self.slices_of.remove(&record.service);
+            }
+        }
+        self.rebuild(&record.service);
+    }
+
+    /// Of an endpoint's addresses the first counts; a slice of names (`FQDN`) has none.
+    fn record(&mut self, slice: Slice, service: String) -> SliceRecord {
+        let is_ipv4 = slice.address_type == "IPv4";
+        let endpoints = slice.endpoints.iter().filter_map(|endpoint| {
+            let address: IpAddr = endpoint.addresses.first()?.parse().ok()?;
+            let topology = endpoint.topology.as_ref().and_then(|topology| topology.hostname.as_deref());
+            let node = endpoint.node_name.as_deref().or(topology).unwrap_or_default();
+            let of_family = address.is_ipv4() == is_ipv4;
+            of_family.then(|| (address, self.interner.word(node), condition(endpoint.conditions)))
+        });
+        SliceRecord { service, endpoints: endpoints.collect(), ports: slice.ports }
+    }
+
+    /// Makes the directory's entry of a service true.
+    pub(super) fn rebuild(&mut self, full: &str) {
+        let Some(record) = self.services.get(full) else {
+            self.range_discovery.forget_service(full);
+            if let Some((namespace, name)) = full.split_once('/')
+                && self.directory.service_named(namespace, name).is_some()
+            {
+                self.directory.remove_service(namespace, name);
+                self.changed = true;
+            }
+            return;
+        };
+        let slices: Vec<&SliceRecord> =
+            self.slices_of.get(full).into_iter().flatten().filter_map(|name| self.slices.get(name)).collect();
+        let service = build(record, &slices);
+        let known = self.directory.service_named(&record.namespace, &record.name);
+        if known.is_none_or(|known| **known != service) {
+            self.range_discovery.service(full, &service.addresses, self.directory.ranges());
+            self.directory.insert_service(service);
+            self.changed = true;
+        }
+    }
+}
+
+fn build(record: &ServiceRecord, slices: &[&SliceRecord]) -> directory::Service {
+    let spec = &record.spec;
+    let listed = spec.cluster_ips.iter().chain(&spec.cluster_ip);
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    for address in listed.filter(|text| *text != HEADLESS).filter_map(|text| text.parse::<IpAddr>().ok()) {
+        if !addresses.contains(&address) {
+            addresses.push(address);
+        }
+    }
+    // Nobody asks a headless service for anything: its clients have the endpoints' addresses from the DNS.
+    let slices = if addresses.is_empty() { &[] } else { slices };
+    let tcp = spec.ports.iter().filter(|port| is_tcp(port.protocol.as_deref()));
+    let ports = tcp.map(|port| {
+        let all = slices.iter().flat_map(|slice| served(slice, &port.name));
+        let (ipv4, ipv6): (Vec<_>, Vec<_>) = all.partition(|(endpoint, _)| endpoint.address.is_ipv4());
+        ServicePort { port: port.port, ipv4: Endpoints::new(ipv4), ipv6: Endpoints::new(ipv6) }
+    });
+    let time = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
+    let time = time.and_then(|client| client.timeout_seconds);
+    let is_local = spec.internal_traffic_policy.as_deref() == Some("Local");
+    let is_sticky = spec.session_affinity.as_deref() == Some("ClientIP");
+    let time = time.map_or(AFFINITY, |seconds| Duration::from_secs(seconds.into()));
+    directory::Service {
+        name: Arc::clone(&record.name),
+        namespace: Arc::clone(&record.namespace),
+        ports: ports.collect(),
+        addresses,
+        traffic: if is_local { Traffic::Local } else { Traffic::Cluster },
+        affinity: if is_sticky { Affinity::ClientIp(time) } else { Affinity::None },
+    }
+}
+
+/// The endpoints of a slice at the port of that name: the slice has the number, which a named target port makes differ
+/// between pods.
+fn served<'a>(slice: &'a SliceRecord, name: &'a str) -> impl Iterator<Item = (Endpoint, Condition)> + 'a {
+    let named = slice.ports.iter().filter(move |port| {
+        port.name.as_deref().unwrap_or_default() == name && is_tcp(port.protocol.as_deref())
+    });
+    let numbers = named.filter_map(|port| port.port);
+    numbers.flat_map(|number| {
+        slice.endpoints.iter().map(move |(address, node, condition)| {
+            (Endpoint { address: (*address, number).into(), node: Arc::clone(node) }, *condition)
+        })
+    })
+}
+
+fn is_tcp(protocol: Option<&str>) -> bool {
+    protocol.is_none_or(|protocol| protocol == "TCP")
+}
+
+/// As the API says to read what is not there: ready when unknown, serving when ready.
+fn condition(conditions: Conditions) -> Condition {
+    let is_ready = conditions.ready.unwrap_or(true);
+    let is_serving = conditions.serving.unwrap_or(is_ready);
+    match (is_ready, is_serving && conditions.terminating == Some(true)) {
+        (true, _) => Condition::Ready,
+        (false, true) => Condition::Terminating,
+        (false, false) => Condition::NotReady,
+    }
+}

@@ -1,0 +1,364 @@
+//! Tests of the store: JSON as the API writes it, what the directory makes of it, and what a relist removes.
+
+use std::{path::Path, time::Duration};
+
+use serde_json::{Value, json};
+use tacit_core::{
+    directory::{Affinity, Traffic},
+    spiffe::TrustDomain,
+};
+
+use super::{
+    super::{
+        CgroupLayout,
+        objects::{Namespace, Service, Slice},
+    },
+    *,
+};
+use crate::kubernetes::{Followed, Store as _};
+
+mod ranges;
+
+fn store() -> Store {
+    let place = Place {
+        node: "a".into(),
+        trust_domain: TrustDomain::parse("cluster.local").expect("valid"),
+        cgroups: CgroupLayout::of(Path::new("/sys/fs/cgroup/kubepods")),
+        ranges: Arc::default(),
+    };
+    Store::new(EnrolLabel::default(), place)
+}
+
+/// A store that has listed everything: no object of any kind.
+fn listed() -> Store {
+    let mut store = store();
+    for kind in Kind::ALL {
+        store.take(Change::Listing(kind));
+        store.take(Change::Listed(kind));
+    }
+    store
+}
+
+fn object<K: Followed<Object = Object>>(value: Value) -> Object {
+    serde_json::from_value::<K>(value).expect("an object").into_object()
+}
+
+fn namespace(name: &str, label: Option<&str>) -> Object {
+    let labels = label.map(|value| json!({"tacit.io/enrol": value}));
+    object::<Namespace>(json!({"metadata": {"name": name, "uid": "n", "labels": labels}}))
+}
+
+/// A running pod of namespace shop, changed by `change`.
+fn pod(name: &str, node: &str, ip: &str, change: impl FnOnce(&mut Value)) -> Object {
+    let mut value = json!({
+        "metadata": {
+            "name": name, "namespace": "shop", "uid": format!("uid-{name}"), "resourceVersion": "7",
+            "labels": {"app": "web"}, "annotations": {"other": "x"}, "managedFields": [{"manager": "kubelet"}],
+        },
+        "spec": {"nodeName": node, "serviceAccountName": "web", "containers": [{"name": "c", "image": "i"}]},
+        "status": {"phase": "Running", "qosClass": "Burstable", "podIP": ip, "podIPs": [{"ip": ip}],
+                   "conditions": null},
+    });
+    change(&mut value);
+    object::<Pod>(value)
+}
+
+fn as_is(_: &mut Value) {}
+
+fn protocol_of(store: &Store, name: &str) -> Option<Protocol> {
+    store.directory.named("shop", name).map(|workload| workload.protocol)
+}
+
+fn at<'a>(store: &'a Store, address: &str) -> Option<&'a str> {
+    store.directory.at(address.parse().expect("an address")).map(|workload| &*workload.name)
+}
+
+#[test]
+fn a_pod_is_decoded_to_what_is_needed() {
+    let mut store = store();
+    store.take(Change::Applied(namespace("shop", Some("true"))));
+    store.take(Change::Applied(pod("web-1", "a", "10.77.1.2", |value| {
+        value["status"]["podIPs"] = json!([{"ip": "10.77.1.2"}, {"ip": "fd77::2"}]);
+    })));
+    let web = store.directory.named("shop", "web-1").expect("known");
+    assert_eq!(web.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/web");
+    assert_eq!(web.cgroup, Path::new("burstable/poduid-web-1"));
+    assert_eq!((&*web.node, web.labels.iter().count(), web.protocol), ("a", 1, Protocol::Tacit));
+    assert_eq!((at(&store, "10.77.1.2"), at(&store, "fd77::2")), (Some("web-1"), Some("web-1")));
+    store.take(Change::Applied(pod("static", "a", "10.77.1.3", |value| {
+        value["metadata"]["annotations"] = json!({"kubernetes.io/config.mirror": "0123abcd"});
+        value["status"]["qosClass"] = json!("Guaranteed");
+        value["spec"]["serviceAccountName"] = json!(null);
+        value["spec"].as_object_mut().expect("spec").remove("serviceAccountName");
+    })));
+    let fixed = store.directory.named("shop", "static").expect("known");
+    assert_eq!(
+        (fixed.cgroup.as_path(), fixed.identity.to_string()),
+        (Path::new("pod0123abcd"), "spiffe://cluster.local/ns/shop/sa/default".to_owned())
+    );
+}
+
+#[test]
+fn a_pods_own_label_wins_over_its_namespaces() {
+    use Protocol::{None as Clear, Tacit};
+    for (of_namespace, of_pod, expected) in [
+        (None, None, Clear),
+        (Some("true"), None, Tacit),
+        (Some("false"), None, Clear),
+        (None, Some("true"), Tacit),
+        (Some("true"), Some("false"), Clear),
+        (Some("true"), Some("no"), Clear),
+        (Some("false"), Some("true"), Tacit),
+    ] {
+        let own = |value: &mut Value| {
+            if let Some(label) = of_pod {
+                value["metadata"]["labels"]["tacit.io/enrol"] = json!(label);
+            }
+        };
+        // In whichever order they become known.
+        let mut store_a = store();
+        store_a.take(Change::Applied(namespace("shop", of_namespace)));
+        store_a.take(Change::Applied(pod("web", "a", "10.77.1.2", own)));
+        let mut store_b = store();
+        store_b.take(Change::Applied(pod("web", "a", "10.77.1.2", own)));
+        store_b.take(Change::Applied(namespace("shop", of_namespace)));
+        for store in [&store_a, &store_b] {
+            assert_eq!(protocol_of(store, "web"), Some(expected), "{of_namespace:?} {of_pod:?}");
+            assert_eq!(at(store, "10.77.1.2"), Some("web"));
+        }
+    }
+}
+
+#[test]
+fn another_label_can_enrol() {
+    let mut store = store();
+    store.enrol = EnrolLabel { name: "istio.io/dataplane-mode".to_owned(), value: "ambient".to_owned() };
+    for (label, expected) in [("ambient", Protocol::Tacit), ("none", Protocol::None)] {
+        store.take(Change::Applied(pod("web", "a", "10.77.1.2", |value| {
+            value["metadata"]["labels"]["istio.io/dataplane-mode"] = json!(label);
+        })));
+        assert_eq!(protocol_of(&store, "web"), Some(expected), "{label}");
+    }
+}
+
+#[test]
+fn a_namespace_enrols_and_releases_running_pods() {
+    let mut store = listed();
+    store.take(Change::Applied(pod("web", "a", "10.77.1.2", as_is)));
+    assert!(store.news().is_some());
+    for (label, expected) in [(Some("true"), Protocol::Tacit), (None, Protocol::None)] {
+        store.take(Change::Applied(namespace("shop", label)));
+        let news = store.news().expect("changed");
+        assert_eq!(news.named("shop", "web").expect("known").protocol, expected);
+    }
+    assert_eq!(store.directory.departed().count(), 0, "released on purpose");
+}
+
+#[test]
+fn what_does_not_matter_is_no_news() {
+    let mut store = listed();
+    assert!(store.news().is_some_and(|directory| directory.is_empty()), "complete, though empty");
+    assert!(store.news().is_none());
+    store.take(Change::Applied(pod("web", "a", "10.77.1.2", as_is)));
+    assert!(store.news().is_some());
+    store.take(Change::Applied(pod("web", "a", "10.77.1.2", |value| {
+        value["status"]["conditions"] = json!([{"type": "Ready"}]);
+        value["metadata"]["resourceVersion"] = json!("8");
+    })));
+    assert!(store.news().is_none());
+}
+
+#[test]
+fn nothing_is_published_before_all_is_listed() {
+    let mut store = store();
+    for (kind, done) in Kind::ALL.into_iter().zip([false, false, false, false, false, true]) {
+        store.take(Change::Listing(kind));
+        store.take(Change::Listed(kind));
+        assert_eq!(store.news().is_some(), done, "{kind:?}");
+    }
+}
+
+#[test]
+fn a_relist_removes_what_is_gone_at_its_end_and_nothing_before() {
+    let mut store = listed();
+    for (name, ip) in [("web", "10.77.1.2"), ("db", "10.77.1.3")] {
+        store.take(Change::Applied(pod(name, "b", ip, as_is)));
+    }
+    store.take(Change::Listing(Kind::Pods));
+    assert_eq!(store.directory.len(), 2);
+    store.take(Change::Applied(pod("web", "b", "10.77.1.2", as_is)));
+    assert_eq!(store.directory.len(), 2);
+    store.take(Change::Listed(Kind::Pods));
+    assert_eq!((at(&store, "10.77.1.2"), at(&store, "10.77.1.3")), (Some("web"), None));
+}
+
+#[test]
+fn a_pod_that_goes_is_kept_for_its_processes_on_its_own_node() {
+    let enrolled = |value: &mut Value| value["metadata"]["labels"]["tacit.io/enrol"] = json!("true");
+    let mut store = listed();
+    store.take(Change::Applied(pod("here", "a", "10.77.1.2", enrolled)));
+    store.take(Change::Applied(pod("far", "b", "10.77.2.2", enrolled)));
+    store.take(Change::Applied(pod("plain", "a", "10.77.1.3", as_is)));
+    store.take(Change::Applied(pod("job", "a", "10.77.1.4", enrolled)));
+    // Terminating changes nothing; the end of the object, or of a job, does.
+    store.take(Change::Applied(pod("here", "a", "10.77.1.2", |value| {
+        enrolled(value);
+        value["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    })));
+    assert_eq!(at(&store, "10.77.1.2"), Some("here"));
+    for name in ["here", "far", "plain"] {
+        store.take(Change::Deleted(pod(name, "a", "10.77.1.2", as_is)));
+    }
+    store.take(Change::Applied(pod("job", "a", "10.77.1.4", |value| {
+        value["status"]["phase"] = json!("Succeeded")
+    })));
+    let departed: Vec<&str> = store.directory.departed().map(|workload| &*workload.name).collect();
+    assert_eq!(departed, ["here", "job"]);
+    assert!(store.directory.is_empty());
+    for i in 0..2 * DEPARTED_MAX {
+        store.take(Change::Applied(pod(&format!("p{i}"), "a", "10.77.1.2", enrolled)));
+        store.take(Change::Deleted(pod(&format!("p{i}"), "a", "10.77.1.2", as_is)));
+    }
+    assert_eq!(store.directory.departed().count(), DEPARTED_MAX);
+}
+
+#[test]
+fn an_address_that_is_reused_belongs_to_the_pod_that_lives() {
+    let ending = |value: &mut Value| value["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    let mut store = listed();
+    store.take(Change::Applied(pod("old", "b", "10.77.1.2", as_is)));
+    store.take(Change::Applied(pod("new", "b", "10.77.1.2", as_is)));
+    store.take(Change::Applied(pod("old", "b", "10.77.1.2", |value| {
+        ending(value);
+        value["metadata"]["labels"]["changed"] = json!("yes");
+    })));
+    assert_eq!(at(&store, "10.77.1.2"), Some("new"));
+    store.take(Change::Deleted(pod("old", "b", "10.77.1.2", as_is)));
+    assert_eq!(at(&store, "10.77.1.2"), Some("new"));
+}
+
+#[test]
+fn pods_with_the_nodes_network_are_left_alone_and_listed() {
+    let host = |value: &mut Value| value["spec"]["hostNetwork"] = json!(true);
+    let mut store = listed();
+    store.take(Change::Applied(pod("agent", "a", "192.0.2.1", host)));
+    store.take(Change::Applied(pod("agent-b", "b", "192.0.2.2", host)));
+    let names =
+        |store: &Store| store.directory.host_network().map(|w| w.name.to_string()).collect::<Vec<_>>();
+    assert_eq!(names(&store), ["agent"]);
+    assert_eq!((at(&store, "192.0.2.1"), at(&store, "192.0.2.2"), store.directory.len()), (None, None, 0));
+    store.take(Change::Listing(Kind::Pods));
+    store.take(Change::Listed(Kind::Pods));
+    assert!(names(&store).is_empty());
+}
+
+#[test]
+fn a_pod_without_address_is_known_on_its_own_node() {
+    let fresh = |value: &mut Value| {
+        value["status"] = json!({"phase": "Pending", "qosClass": "BestEffort"});
+        value["metadata"]["labels"]["tacit.io/enrol"] = json!("true");
+    };
+    let mut store = listed();
+    store.take(Change::Applied(pod("here", "a", "", fresh)));
+    store.take(Change::Applied(pod("far", "b", "", fresh)));
+    store.take(Change::Applied(pod("unscheduled", "", "", fresh)));
+    let here: Vec<_> = store.directory.on_node("a").collect();
+    assert_eq!((here.len(), store.directory.len()), (1, 1));
+    assert_eq!((here[0].addresses.len(), here[0].cgroup.as_path()), (0, Path::new("besteffort/poduid-here")));
+}
+
+fn service(change: impl FnOnce(&mut Value)) -> Object {
+    let mut value = json!({
+        "metadata": {"name": "web", "namespace": "shop", "uid": "s"},
+        "spec": {
+            "clusterIP": "10.96.0.1", "clusterIPs": ["10.96.0.1", "fd96::1"], "type": "ClusterIP",
+            "ports": [{"name": "http", "port": 80, "targetPort": "web", "protocol": "TCP"},
+                      {"name": "dns", "port": 53, "protocol": "UDP"}],
+        },
+    });
+    change(&mut value);
+    object::<Service>(value)
+}
+
+fn slice(name: &str, family: &str, port: u16, endpoints: Value) -> Object {
+    object::<Slice>(json!({
+        "metadata": {"name": name, "namespace": "shop", "labels": {"kubernetes.io/service-name": "web"}},
+        "addressType": family,
+        "ports": [{"name": "http", "port": port, "protocol": "TCP"}, {"name": "dns", "port": 53, "protocol": "UDP"}],
+        "endpoints": endpoints,
+    }))
+}
+
+fn usable(store: &Store) -> Vec<String> {
+    let service = store.directory.service_at("10.96.0.1".parse().expect("an address")).expect("known");
+    let all = service.ports.iter().flat_map(|port| port.ipv4.usable().iter().chain(port.ipv6.usable()));
+    all.map(|endpoint| format!("{} {}", endpoint.address, endpoint.node)).collect()
+}
+
+#[test]
+fn a_service_is_built_of_its_slices_in_whichever_order() {
+    let mut store = listed();
+    store.take(Change::Applied(slice("web-1", "IPv4", 8080, json!([
+        {"addresses": ["10.77.1.2"], "conditions": {"ready": true}, "nodeName": "a"},
+        {"addresses": ["10.77.1.3"], "conditions": {"ready": false}, "nodeName": "a"},
+        {"addresses": ["10.77.1.4"], "conditions": {}, "topology": {"kubernetes.io/hostname": "b"}},
+        {"addresses": ["10.77.1.5"], "conditions": {"ready": false, "serving": true, "terminating": true}},
+    ]))));
+    assert!(store.directory.services().next().is_none());
+    store.take(Change::Applied(service(as_is)));
+    assert_eq!(usable(&store), ["10.77.1.2:8080 a", "10.77.1.4:8080 b"]);
+    // Another slice has another number for the same name, and one the other family.
+    store.take(Change::Applied(slice(
+        "web-2",
+        "IPv4",
+        9090,
+        json!([{"addresses": ["10.77.2.2"], "nodeName": "b"}]),
+    )));
+    store.take(Change::Applied(slice(
+        "web-3",
+        "IPv6",
+        8080,
+        json!([{"addresses": ["fd77::2"], "nodeName": "b"}]),
+    )));
+    assert_eq!(
+        usable(&store),
+        ["10.77.1.2:8080 a", "10.77.1.4:8080 b", "10.77.2.2:9090 b", "[fd77::2]:8080 b"]
+    );
+    assert!(store.news().is_some());
+    store.take(Change::Deleted(slice("web-1", "IPv4", 8080, json!(null))));
+    assert_eq!(usable(&store), ["10.77.2.2:9090 b", "[fd77::2]:8080 b"]);
+    assert!(store.news().is_some());
+    store.take(Change::Deleted(service(as_is)));
+    assert!(store.news().is_some_and(|directory| directory.services().next().is_none()));
+}
+
+#[test]
+fn what_is_ending_serves_when_nothing_else_does() {
+    let mut store = listed();
+    store.take(Change::Applied(service(as_is)));
+    store.take(Change::Applied(slice("web-1", "IPv4", 80, json!([
+        {"addresses": ["10.77.1.5"], "conditions": {"ready": false, "serving": true, "terminating": true}},
+        {"addresses": ["10.77.1.6"], "conditions": {"ready": false, "serving": false, "terminating": true}},
+    ]))));
+    assert_eq!(usable(&store), ["10.77.1.5:80 "]);
+}
+
+#[test]
+fn a_service_says_who_may_use_which_endpoint_and_who_stays() {
+    let mut store = listed();
+    store.take(Change::Applied(service(|value| {
+        value["spec"]["internalTrafficPolicy"] = json!("Local");
+        value["spec"]["sessionAffinity"] = json!("ClientIP");
+        value["spec"]["sessionAffinityConfig"] = json!({"clientIP": {"timeoutSeconds": 60}});
+        value["spec"].as_object_mut().expect("spec").remove("clusterIPs");
+    })));
+    let web = store.directory.service_named("shop", "web").expect("known");
+    assert_eq!((web.traffic, web.affinity), (Traffic::Local, Affinity::ClientIp(Duration::from_secs(60))));
+    assert_eq!((web.addresses.len(), web.ports.len()), (1, 1), "TCP alone");
+    store.take(Change::Applied(service(|value| {
+        value["spec"]["clusterIP"] = json!("None");
+        value["spec"]["clusterIPs"] = json!(["None"]);
+    })));
+    assert!(store.directory.service_named("shop", "web").expect("known").addresses.is_empty(), "headless");
+    assert!(store.directory.service_at("10.96.0.1".parse().expect("an address")).is_none());
+}

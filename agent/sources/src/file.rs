@@ -1,0 +1,104 @@
+//! Reading a file whole, within bounds.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read},
+    path::{Path, PathBuf},
+};
+
+use tacit_core::yaml::Mistakes;
+
+/// Largest file read, in bytes: a directory of 40,000 workloads, 200 bytes each.
+pub const FILE_MAX_BYTES: u64 = 8 << 20;
+
+/// Why a file could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The system refused.
+    #[error("cannot read {}: {source}; check the path and the permissions", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A directory, device or pipe.
+    #[error("{} is no regular file: name a file", path.display())]
+    NotAFile {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Larger than [`FILE_MAX_BYTES`].
+    #[error("{} is larger than {FILE_MAX_BYTES} bytes: make it smaller", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Not UTF-8.
+    #[error("{} is no UTF-8 text: save it as UTF-8", path.display())]
+    NotText {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// Why a file gave no value.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// It could not be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// It was read, and it is wrong.
+    #[error(transparent)]
+    Invalid(#[from] Mistakes),
+}
+
+/// Reads `path` and gives its text to `parse`.
+///
+/// # Errors
+/// [`LoadError`]: unreadable, or read and wrong.
+pub fn load<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T, Mistakes>) -> Result<T, LoadError> {
+    Ok(parse(&read(path)?)?)
+}
+
+/// The text of a regular file of at most [`FILE_MAX_BYTES`].
+///
+/// # Errors
+/// [`ReadError`] naming the file.
+pub(crate) fn read(path: &Path) -> Result<String, ReadError> {
+    let io = |source| ReadError::Io { path: path.to_owned(), source };
+    // Asked before opening: opening a pipe would wait for a writer.
+    if !fs::metadata(path).map_err(io)?.is_file() {
+        return Err(ReadError::NotAFile { path: path.to_owned() });
+    }
+    let mut bytes = Vec::new();
+    File::open(path).map_err(io)?.take(FILE_MAX_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;
+    if bytes.len() as u64 > FILE_MAX_BYTES {
+        return Err(ReadError::TooLarge { path: path.to_owned() });
+    }
+    String::from_utf8(bytes).map_err(|_| ReadError::NotText { path: path.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_readable_regular_utf8_files_are_read() {
+        let folder = std::env::temp_dir().join(format!("tacit-yaml-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder for the test");
+        let file = |name: &str, bytes: &[u8]| {
+            let path = folder.join(name);
+            std::fs::write(&path, bytes).expect("a file for the test");
+            path
+        };
+        assert_eq!(read(&file("good", "größe".as_bytes())).expect("readable"), "größe");
+        let huge = vec![b' '; usize::try_from(FILE_MAX_BYTES).expect("fits") + 1];
+        assert!(matches!(read(&file("huge", &huge)), Err(ReadError::TooLarge { .. })));
+        assert!(matches!(read(&file("binary", &[0xff])), Err(ReadError::NotText { .. })));
+        assert!(matches!(read(&folder), Err(ReadError::NotAFile { .. })));
+        assert!(matches!(read(&folder.join("absent")), Err(ReadError::Io { .. })));
+        std::fs::remove_dir_all(&folder).expect("removable");
+    }
+}

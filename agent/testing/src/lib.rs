@@ -1,0 +1,40 @@
+//! Helpers that the unit tests of several crates share. Only tests depend on this crate.
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+use std::{
+    env, fs,
+    hash::{BuildHasher as _, Hasher as _, RandomState},
+    path::{Path, PathBuf},
+};
+
+/// A folder that is removed when the test ends.
+#[derive(Debug)]
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    /// Makes a new, empty folder below the temporary folder.
+    ///
+    /// # Panics
+    /// If the folder cannot be made.
+    #[must_use]
+    #[expect(clippy::new_without_default, reason = "a default value should not make a folder")]
+    pub fn new() -> Self {
+        let name = RandomState::new().build_hasher().finish();
+        let path = env::temp_dir().join(format!("tacit-test-{name:016x}"));
+        fs::create_dir(&path).expect("a new folder");
+        Self(path)
+    }
+
+    /// Returns the path of the folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}

@@ -1,0 +1,103 @@
+//! A batch of records in one buffer: payload is read straight into its place, then frame headers are written before it, and
+//! each record is sealed where it stands. One write sends them all.
+//!
+//! ```text
+//! | record header, frame header, payload, tail | record header, frame header, payload, tail | ...
+//! ```
+
+use std::io::IoSliceMut;
+
+use tacit_core::wire::frame::{self, Kind, PAYLOAD_MAX_BYTES, encode_header};
+
+use super::tls::record;
+
+/// How many DATA frames one batch holds at most: one read fills them, one write sends them. 32 are half a MiB, of which a
+/// system call's own cost is no longer a part that can be seen.
+pub(crate) const FRAMES_MAX: usize = 32;
+/// Before the payload of a record.
+const BEFORE_BYTES: usize = record::HEADER_BYTES + frame::HEADER_BYTES;
+/// A full record, of one full frame.
+const RECORD_BYTES: usize = record::HEADER_BYTES + frame::RECORD_BYTES + record::TAIL_BYTES;
+
+/// The buffer that holds `frames` full frames.
+pub(crate) const fn bytes(frames: usize) -> usize {
+    frames * RECORD_BYTES
+}
+
+/// The places in `batch` where payload goes, and how many bytes fit in them together. Those that `batch` has not are empty.
+pub(crate) fn payload_slots(batch: &mut [u8]) -> ([IoSliceMut<'_>; FRAMES_MAX], usize) {
+    let mut records = batch.chunks_exact_mut(RECORD_BYTES);
+    let room_bytes = records.len() * PAYLOAD_MAX_BYTES;
+    let slots = std::array::from_fn(|_| {
+        let payload = records.next().map(|record| &mut record[BEFORE_BYTES..][..PAYLOAD_MAX_BYTES]);
+        IoSliceMut::new(payload.unwrap_or_default())
+    });
+    (slots, room_bytes)
+}
+
+/// Writes the frame headers for `payload_bytes` read into the slots of `batch`, and hands each record to `seal`. Returns
+/// how many bytes the records take, from the first.
+pub(crate) fn seal_frames<E>(
+    batch: &mut [u8],
+    payload_bytes: usize,
+    mut seal: impl FnMut(&mut [u8]) -> Result<(), E>,
+) -> Result<usize, E> {
+    let (mut left, mut end) = (payload_bytes, 0);
+    for record in batch.chunks_exact_mut(RECORD_BYTES) {
+        if left == 0 {
+            break;
+        }
+        let here = left.min(PAYLOAD_MAX_BYTES);
+        record[record::HEADER_BYTES..BEFORE_BYTES].copy_from_slice(&encode_header(Kind::Data, here));
+        let record_bytes = BEFORE_BYTES + here + record::TAIL_BYTES;
+        seal(&mut record[..record_bytes])?;
+        end += record_bytes;
+        left -= here;
+    }
+    Ok(end)
+}
+
+/// How many records `payload_bytes` make.
+pub(crate) fn records(payload_bytes: usize) -> u64 {
+    payload_bytes.div_ceil(PAYLOAD_MAX_BYTES) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use super::*;
+    use tacit_core::wire::frame::{HEADER_BYTES, header};
+
+    #[test]
+    fn a_batch_is_full_frames_and_a_rest() {
+        for (payload_bytes, expected) in [
+            (0, vec![]),
+            (1, vec![1]),
+            (PAYLOAD_MAX_BYTES, vec![PAYLOAD_MAX_BYTES]),
+            (PAYLOAD_MAX_BYTES + 5, vec![PAYLOAD_MAX_BYTES, 5]),
+            (4 * PAYLOAD_MAX_BYTES, vec![PAYLOAD_MAX_BYTES; 4]),
+        ] {
+            let mut batch = vec![0; bytes(4)];
+            let mut value = 0_u8;
+            let (mut slots, room_bytes) = payload_slots(&mut batch);
+            assert_eq!(room_bytes, slots.iter().map(|slot| slot.len()).sum::<usize>());
+            for byte in slots.iter_mut().flat_map(|slot| slot.iter_mut()) {
+                *byte = value;
+                value = value.wrapping_add(1);
+            }
+            let (mut lengths, mut payload) = (vec![], Vec::<u8>::new());
+            let sealed_bytes = seal_frames(&mut batch, payload_bytes, |record| {
+                let frame = &record[record::HEADER_BYTES..record.len() - record::TAIL_BYTES];
+                let head = header(frame).expect("well formed").expect("complete");
+                payload.extend(&frame[HEADER_BYTES..]);
+                lengths.push(head.payload_bytes);
+                Ok::<_, Infallible>(())
+            });
+            let tails = expected.len() * (BEFORE_BYTES + record::TAIL_BYTES);
+            assert_eq!(sealed_bytes, Ok(payload_bytes + tails));
+            assert_eq!((lengths.len() as u64, lengths), (records(payload_bytes), expected));
+            assert!(payload.iter().enumerate().all(|(at, byte)| *byte == (at % 256) as u8));
+        }
+    }
+}

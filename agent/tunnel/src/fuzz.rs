@@ -1,0 +1,96 @@
+//! Entry points of the fuzz targets in `tests/fuzz`. The tests replay the committed corpus.
+//!
+//! Each entry point takes any bytes and panics when a promise is broken: a value that is decoded and encoded again is the
+//! same, a parser returns the same result twice, and every mistake names its line. Nothing else calls this module.
+
+use std::io::IoSlice;
+
+use tacit_core::wire::frame::{HEADER_BYTES, Kind};
+
+use super::{batch::FRAMES_MAX, tls::record::fixed};
+use crate::receive_buffer::{ReceiveBuffer, Received};
+
+/// Records after the handshake, and what is in them: for each, a byte for its type, one for its length, and its content. They
+/// are sealed as a peer would that keeps no rule, received in pieces, and opened as far as they go. What the sender
+/// sealed as data is what comes out.
+pub fn records(input: &[u8]) {
+    let Ok((mut ours, mut theirs)) = fixed::pair() else { panic!("keys") };
+    let mut receive_buffer = ReceiveBuffer::default();
+    let mut rest = input;
+    while let Some((&[kind, length], after)) = rest.split_first_chunk::<2>() {
+        let (content, after) = after.split_at(usize::from(length).min(after.len()));
+        rest = after;
+        // Types 20 to 24 are what TLS has, and 0 is padding.
+        let kind = if kind % 6 == 5 { 0 } else { 20 + kind % 6 };
+        let Ok(record) = theirs.sealed(kind.into(), content) else { return };
+        for piece in record.chunks(100) {
+            let room = receive_buffer.room();
+            room[..piece.len()].copy_from_slice(piece);
+            let room_bytes = room.len();
+            receive_buffer.filled(piece.len(), room_bytes);
+            loop {
+                match receive_buffer.next(|record| ours.open(record)) {
+                    Ok(None) => break,
+                    Ok(Some(Received::Control(control))) => assert_ne!(control.kind(), Kind::Data),
+                    Ok(Some(Received::Data)) => {
+                        let mut slices = [IoSlice::new(&[]); FRAMES_MAX];
+                        let used = receive_buffer.payloads(&mut slices);
+                        let shown: Vec<u8> = slices[..used].iter().flat_map(|slice| slice.to_vec()).collect();
+                        assert_eq!(shown, content[HEADER_BYTES..]);
+                        receive_buffer.consume(shown.len());
+                    }
+                    Err(_) => return,
+                }
+            }
+            receive_buffer.pause();
+        }
+        // A peer that was asked for new keys has them from here on.
+        if let Ok(Some(mut answer)) = ours.key_update(0) {
+            assert!(theirs.open(&mut answer).is_ok());
+        }
+    }
+    assert!(receive_buffer.is_empty());
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    use super::*;
+
+    fn replay(target: &str, run: fn(&[u8])) {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/corpus").join(target);
+        let mut files = 0;
+        for entry in fs::read_dir(&folder).expect("the corpus is committed") {
+            let file = entry.expect("readable").path();
+            let input = fs::read(&file).expect("readable");
+            // The file is named when it panics.
+            let outcome = std::panic::catch_unwind(|| run(&input));
+            assert!(outcome.is_ok(), "{}", file.display());
+            files += 1;
+        }
+        assert!(files >= 5, "only {files} files in {}", folder.display());
+    }
+
+    #[test]
+    fn the_corpus_of_records_is_replayed() {
+        replay("records", records);
+    }
+
+    #[test]
+    fn any_records_are_opened_or_refused_and_never_panic() {
+        let mut state = 0x2545_f491_4f6c_dd1d_u64;
+        for _ in 0..20_000 {
+            let input: Vec<u8> = (0..48)
+                .map(|at| {
+                    state ^= state << 13;
+                    state ^= state >> 7;
+                    state ^= state << 17;
+                    // Lengths and contents of what there is to say are small numbers.
+                    (state >> 32) as u8 % if at % 4 == 1 { 9 } else { 26 }
+                })
+                .collect();
+            records(&input);
+        }
+    }
+}

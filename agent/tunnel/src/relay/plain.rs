@@ -1,0 +1,225 @@
+//! Two sockets: flows within a node, and flows in clear where policy allows them.
+
+use std::{
+    future::{Future, poll_fn},
+    io::{IoSlice, IoSliceMut},
+    ops::ControlFlow,
+    pin::pin,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    task::{Context, Poll, ready},
+};
+
+use tokio::{io::Interest, net::TcpStream};
+
+use super::{App, FlowEnd};
+use crate::{
+    buffers::{Buffer, Size},
+    relay::{FlowCounters, busy_poll::BusyPoll},
+    socket,
+};
+
+/// Moves bytes between `source`, which connected, and `destination`; both are reset when dropped.
+pub async fn plain(source: TcpStream, destination: TcpStream, counters: &FlowCounters) -> FlowEnd {
+    match run(&source, &destination, counters).await {
+        None => {
+            socket::deliver_if_dropped(&source);
+            socket::deliver_if_dropped(&destination);
+            FlowEnd::Clean
+        }
+        Some(party) => {
+            socket::reset(source);
+            socket::reset(destination);
+            FlowEnd::Reset(party)
+        }
+    }
+}
+
+/// Runs both directions to their ends; the party that reset, if one did.
+async fn run(source: &TcpStream, destination: &TcpStream, counters: &FlowCounters) -> Option<App> {
+    let mut there = Half::new(source, destination, App::Source, &counters.sent);
+    let mut back = Half::new(destination, source, App::Destination, &counters.received);
+    let mut source_broken = pin!(source.ready(Interest::ERROR));
+    let mut destination_broken = pin!(destination.ready(Interest::ERROR));
+    let mut busy = BusyPoll::new();
+    poll_fn(|cx| {
+        if let Poll::Ready(ending) = poll_both(&mut there, &mut back, cx) {
+            return Poll::Ready(ending);
+        }
+        busy.pending(counters.sent.load(Relaxed) + counters.received.load(Relaxed));
+        // Once a party has ended its direction, reads no longer show that it resets.
+        for (half, broken) in [(&mut there, &mut source_broken), (&mut back, &mut destination_broken)] {
+            if half.ended && !half.looked && broken.as_mut().poll(cx).is_ready() {
+                half.looked = true;
+                if matches!(half.from.take_error(), Ok(Some(_)) | Err(_)) {
+                    return Poll::Ready(Some(half.party));
+                }
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}
+
+/// Steps both directions by turns until neither can go on.
+fn poll_both(there: &mut Half<'_>, back: &mut Half<'_>, cx: &mut Context<'_>) -> Poll<Option<App>> {
+    loop {
+        let steps = [there.step(cx), back.step(cx)];
+        for step in &steps {
+            if let Poll::Ready(ControlFlow::Break(party)) = step {
+                return Poll::Ready(Some(*party));
+            }
+        }
+        if there.ended && back.ended {
+            return Poll::Ready(None);
+        }
+        if steps.iter().all(Poll::is_pending) {
+            return Poll::Pending;
+        }
+    }
+}
+
+/// One direction.
+struct Half<'a> {
+    from: &'a TcpStream,
+    to: &'a TcpStream,
+    /// The application behind `from`.
+    party: App,
+    counter: &'a AtomicU64,
+    size: Size,
+    /// What was read and not yet written.
+    held: Option<(Buffer, usize, usize)>,
+    /// The end of `from` was passed on.
+    ended: bool,
+    /// The error readiness of `from` was used up.
+    looked: bool,
+}
+
+impl<'a> Half<'a> {
+    fn new(from: &'a TcpStream, to: &'a TcpStream, party: App, counter: &'a AtomicU64) -> Self {
+        Self { from, to, party, counter, size: Size::default(), held: None, ended: false, looked: false }
+    }
+
+    /// One read or one write; `Break` with the party that reset.
+    fn step(&mut self, cx: &mut Context<'_>) -> Poll<ControlFlow<App>> {
+        if self.ended {
+            return Poll::Pending;
+        }
+        let moved = if self.held.is_some() { ready!(self.write(cx)) } else { ready!(self.read(cx)) };
+        Poll::Ready(moved.map_or_else(ControlFlow::Break, ControlFlow::Continue))
+    }
+
+    fn read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), App>> {
+        // Before a buffer is taken.
+        let _ = ready!(self.from.poll_read_ready(cx));
+        let mut buffer = Buffer::take(self.size);
+        let room_bytes = buffer.len();
+        Poll::Ready(match ready!(socket::poll_read(self.from, cx, &mut [IoSliceMut::new(&mut buffer)])) {
+            Ok(0) => {
+                self.ended = true;
+                socket::finish(self.to).map_err(|_| self.other())
+            }
+            Ok(read_bytes) => {
+                self.size = self.size.after(read_bytes, room_bytes);
+                self.held = Some((buffer, 0, read_bytes));
+                Ok(())
+            }
+            Err(_) => Err(self.party),
+        })
+    }
+
+    fn write(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), App>> {
+        let Some((buffer, start, end)) = &mut self.held else {
+            return Poll::Ready(Ok(()));
+        };
+        let Ok(written_bytes) =
+            ready!(socket::poll_write(self.to, cx, &[IoSlice::new(&buffer[*start..*end])]))
+        else {
+            return Poll::Ready(Err(self.other()));
+        };
+        self.counter.fetch_add(written_bytes as u64, Relaxed);
+        *start += written_bytes;
+        if start == end {
+            self.held = None;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// The application behind `to`.
+    fn other(&self) -> App {
+        match self.party {
+            App::Source => App::Destination,
+            App::Destination => App::Source,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        task::JoinHandle,
+    };
+
+    use super::*;
+    use crate::{
+        relay::testing::{exchange, is_reset, soon},
+        testing::connection,
+    };
+
+    async fn path() -> (TcpStream, JoinHandle<(&'static str, u64, u64)>, TcpStream) {
+        let (source, near) = connection().await;
+        let (far, destination) = connection().await;
+        let relay = tokio::spawn(async move {
+            let counters = FlowCounters::default();
+            socket::reset_if_dropped(&near);
+            socket::reset_if_dropped(&far);
+            let end = plain(near, far, &counters).await;
+            (end.label(), counters.sent.load(Relaxed), counters.received.load(Relaxed))
+        });
+        (source, relay, destination)
+    }
+
+    #[tokio::test]
+    async fn each_direction_ends_on_its_own() {
+        let (mut source, relay, mut destination) = path().await;
+        let mut text = String::new();
+        source.write_all(b"question").await.expect("open");
+        source.shutdown().await.expect("open");
+        soon(destination.read_to_string(&mut text)).await.expect("open");
+        destination.write_all(b"answer!").await.expect("open");
+        destination.shutdown().await.expect("open");
+        soon(source.read_to_string(&mut text)).await.expect("open");
+        assert_eq!(text, "questionanswer!");
+        assert_eq!(soon(relay).await.expect("no panic"), ("clean", 8, 7));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn both_sides_write_much_at_once_and_nothing_is_lost() {
+        let (source, relay, destination) = path().await;
+        exchange(source, destination, 20 << 20).await;
+        assert_eq!(soon(relay).await.expect("no panic"), ("clean", 20 << 20, 20 << 20));
+    }
+
+    #[tokio::test]
+    async fn a_reset_of_either_side_resets_the_other() {
+        let (source, relay, mut destination) = path().await;
+        socket::reset(source);
+        assert!(is_reset(&mut destination).await);
+        assert_eq!(soon(relay).await.expect("no panic").0, "reset_by_source");
+
+        let (mut source, relay, destination) = path().await;
+        socket::reset(destination);
+        assert!(is_reset(&mut source).await);
+        assert_eq!(soon(relay).await.expect("no panic").0, "reset_by_destination");
+    }
+
+    #[tokio::test]
+    async fn a_reset_after_the_end_of_a_direction_is_still_noticed() {
+        let (mut source, relay, mut destination) = path().await;
+        source.shutdown().await.expect("open");
+        assert_eq!(soon(destination.read(&mut [0; 1])).await.expect("an end"), 0);
+        socket::reset(source);
+        assert_eq!(soon(relay).await.expect("no panic").0, "reset_by_source");
+        assert!(destination.write_all(b"x").await.is_err() || is_reset(&mut destination).await);
+    }
+}

@@ -1,0 +1,308 @@
+//! Tests of the relay between an application and a tunnel.
+
+use tacit_core::wire::open::{Ahead, Open};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::{
+    relay::testing::{DEADLINE, exchange, is_reset, soon},
+    session::OptimisticData,
+    testing::{connection, open, open_flow, sessions},
+};
+
+type Relayed = JoinHandle<(FlowEnd, Option<Box<Session>>, u64, u64)>;
+
+fn relay(app: TcpStream, session: Box<Session>) -> Relayed {
+    tokio::spawn(async move {
+        let counters = FlowCounters::default();
+        crate::socket::reset_if_dropped(&app);
+        let (end, session) = tunnelled(app, session, &counters).await;
+        (end, session, counters.sent.load(Relaxed), counters.received.load(Relaxed))
+    })
+}
+
+/// Source application, its agent's relay, the destination's agent's relay, destination application.
+struct Path {
+    source: TcpStream,
+    near: Relayed,
+    far: Relayed,
+    destination: TcpStream,
+}
+
+impl Path {
+    async fn new() -> Self {
+        let (client, server) = sessions().await;
+        Self::over(client, server).await
+    }
+
+    async fn over(mut client: Box<Session>, mut server: Box<Session>) -> Self {
+        open_flow(&mut client, &mut server).await;
+        let (source, near) = connection().await;
+        let (far, destination) = connection().await;
+        Self { source, near: relay(near, client), far: relay(far, server), destination }
+    }
+
+    /// How both relays saw the flow end.
+    async fn ends(near: Relayed, far: Relayed) -> (&'static str, &'static str) {
+        let near = soon(near).await.expect("no panic");
+        let far = soon(far).await.expect("no panic");
+        assert!(near.1.is_none() && far.1.is_none(), "a broken flow must not leave a session");
+        (near.0.label(), far.0.label())
+    }
+}
+
+#[tokio::test]
+async fn a_clean_flow_leaves_both_sessions_for_the_next() {
+    let (mut client, mut server) = sessions().await;
+    for round in 0..3 {
+        let Path { mut source, near, far, mut destination } = Path::over(client, server).await;
+        // The two sides end in either order.
+        let (first, second) =
+            if round % 2 == 0 { (&mut source, &mut destination) } else { (&mut destination, &mut source) };
+        let mut text = String::new();
+        first.write_all(b"question").await.expect("open");
+        first.shutdown().await.expect("open");
+        soon(second.read_to_string(&mut text)).await.expect("open");
+        assert_eq!(text, "question");
+        second.write_all(b"answer!").await.expect("open");
+        second.shutdown().await.expect("open");
+        soon(first.read_to_string(&mut text)).await.expect("open");
+        assert_eq!(text, "questionanswer!");
+        let (near, far) = (soon(near).await.expect("no panic"), soon(far).await.expect("no panic"));
+        assert_eq!((near.0.label(), far.0.label()), ("clean", "clean"));
+        let counted = if round % 2 == 0 { (8, 7) } else { (7, 8) };
+        assert_eq!(((near.2, near.3), (far.2, far.3)), (counted, counted));
+        (client, server) = (near.1.expect("reusable"), far.1.expect("reusable"));
+        assert!(client.is_idle_alive());
+    }
+}
+
+/// A session on which the server has accepted a flow whose client does not wait for the answer.
+async fn accepted_early() -> (Box<Session>, Box<Session>) {
+    let (mut client, mut server) = sessions().await;
+    client.send(&Control::Open(Open { ahead: Ahead::Data, ..open() })).expect("in turn");
+    soon(poll_fn(|cx| client.poll_flush(cx))).await.expect("sent");
+    let got = soon(server.next(DEADLINE)).await.expect("no error").expect("not closed");
+    server.accept_flow(&got).expect("in turn");
+    (client, server)
+}
+
+/// Waits for ACCEPT; true when more has come with it.
+async fn accepted_with_more(client: &mut Session) -> bool {
+    let received = soon(poll_fn(|cx| client.poll_received(cx))).await;
+    assert!(matches!(received, Ok(Received::Control(Control::Accept))), "{received:?}");
+    client.has_received()
+}
+
+/// Two flows that begin together, of which the second's application speaks late, or not at all. Whether ACCEPT came to each
+/// client with more.
+async fn begun_together(speaks: bool) -> [bool; 2] {
+    let ((mut first, first_server), (mut second, second_server)) =
+        (accepted_early().await, accepted_early().await);
+    let ((first_app, _silent), (second_app, mut second_speaker)) = (connection().await, connection().await);
+    let _relays = [relay(first_app, first_server), relay(second_app, second_server)];
+    // Several turns of the thread, in which all could be sent.
+    for _ in 0..10 {
+        yield_now().await;
+    }
+    if speaks {
+        second_speaker.write_all(b"late").await.expect("open");
+    }
+    [accepted_with_more(&mut first).await, accepted_with_more(&mut second).await]
+}
+
+#[tokio::test]
+async fn of_flows_that_begin_together_the_answer_leaves_with_the_first_bytes() {
+    // Again where the application had no time on a loaded machine.
+    for _ in 0..20 {
+        match begun_together(true).await {
+            [true, _] => panic!("the first application has said nothing"),
+            [false, true] => return,
+            [false, false] => {}
+        }
+    }
+    panic!("ACCEPT always came alone");
+}
+
+#[tokio::test]
+async fn an_application_that_says_nothing_keeps_no_answer_back() {
+    assert_eq!(begun_together(false).await, [false, false]);
+}
+
+#[tokio::test]
+async fn a_session_that_ends_with_its_flow_is_never_taken_for_another() {
+    let (client, mut server) = sessions().await;
+    let leaving = CancellationToken::new();
+    server.end_with_flow_after(leaving.clone());
+    let mut pair = (client, server);
+    for ends in [false, true] {
+        let Path { mut source, near, far, mut destination } = Path::over(pair.0, pair.1).await;
+        if ends {
+            leaving.cancel();
+        }
+        source.shutdown().await.expect("open");
+        destination.shutdown().await.expect("open");
+        let (near, far) = (soon(near).await.expect("no panic"), soon(far).await.expect("no panic"));
+        assert_eq!((near.0.label(), far.0.label()), ("clean", "clean"));
+        pair = (near.1.expect("said DONE"), far.1.expect("still open"));
+        // At once: what says so came with DONE.
+        assert_eq!(pair.0.is_idle_alive(), !ends);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn both_sides_write_much_at_once_and_nothing_is_lost() {
+    let Path { source, near, far, destination } = Path::new().await;
+    exchange(source, destination, 20 << 20).await;
+    let (near, far) = (soon(near).await.expect("no panic"), soon(far).await.expect("no panic"));
+    assert_eq!((near.0.label(), near.2, near.3), ("clean", 20 << 20, 20 << 20));
+    assert_eq!((far.0.label(), far.2, far.3), ("clean", 20 << 20, 20 << 20));
+    assert!(near.1.is_some_and(|session| session.is_idle_alive()) && far.1.is_some());
+}
+
+#[tokio::test]
+async fn an_answer_in_the_middle_of_much_loses_nothing() {
+    let (mut client, mut server) = sessions().await;
+    let ((mut source, near), (far, mut destination)) = (connection().await, connection().await);
+    let mut sent: Vec<u8> = Vec::new();
+    // More than all buffers on the way hold, while nobody reads: the answer comes when a batch cannot be sent.
+    let write = async {
+        let chunk: Vec<u8> = (0..1_u32 << 18).flat_map(u32::to_le_bytes).collect();
+        while let Ok(written) = timeout(Duration::from_millis(300), source.write(&chunk)).await {
+            sent.extend_from_slice(&chunk[..written.expect("open")]);
+        }
+        let got = soon(server.next(DEADLINE)).await.expect("no error").expect("not closed");
+        assert_eq!(got.ahead, Ahead::Data);
+        server.accept_flow(&got).expect("in turn");
+        soon(poll_fn(|cx| server.poll_flush(cx))).await.expect("sent");
+    };
+    let ask = async {
+        near.readable().await.expect("open");
+        let mut optimistic = OptimisticData::new(&near);
+        client.open(&open(), Some(&mut optimistic)).await.expect("accepted");
+        optimistic.taken_bytes
+    };
+    let ((), optimistic_bytes) = tokio::join!(write, ask);
+    assert!(client.unsent() && optimistic_bytes > 1 << 20, "{optimistic_bytes}");
+    let relays = [relay(near, client), relay(far, server)];
+    let mut received = Vec::new();
+    let read = destination.read_to_end(&mut received);
+    let (read, ended) = soon(async { tokio::join!(read, source.shutdown()) }).await;
+    read.expect("a clean end");
+    ended.expect("open");
+    assert!(received == sent, "{} of {} bytes, or others", received.len(), sent.len());
+    destination.shutdown().await.expect("open");
+    for relay in relays {
+        assert_eq!(soon(relay).await.expect("no panic").0.label(), "clean");
+    }
+}
+
+#[tokio::test]
+async fn a_reset_of_either_application_resets_the_other() {
+    let Path { source, near, far, mut destination } = Path::new().await;
+    socket::reset(source);
+    assert!(is_reset(&mut destination).await);
+    assert_eq!(Path::ends(near, far).await, ("reset_by_source", "reset_by_source"));
+
+    let Path { mut source, near, far, destination } = Path::new().await;
+    socket::reset(destination);
+    assert!(is_reset(&mut source).await);
+    assert_eq!(Path::ends(near, far).await, ("reset_by_destination", "reset_by_destination"));
+}
+
+#[tokio::test]
+async fn a_reset_after_the_end_of_a_direction_is_still_noticed() {
+    let Path { mut source, near, far, mut destination } = Path::new().await;
+    source.shutdown().await.expect("open");
+    assert_eq!(soon(destination.read(&mut [0; 1])).await.expect("an end, not a reset"), 0);
+    socket::reset(source);
+    assert_eq!(Path::ends(near, far).await, ("reset_by_source", "reset_by_source"));
+    assert!(destination.write_all(b"x").await.is_err() || is_reset(&mut destination).await);
+}
+
+#[tokio::test]
+async fn data_before_a_reset_arrives_first() {
+    let Path { mut source, near, far, mut destination } = Path::new().await;
+    source.write_all(b"last words").await.expect("open");
+    let mut words = [0; 10];
+    soon(destination.read_exact(&mut words)).await.expect("arrives");
+    assert_eq!(&words, b"last words");
+    socket::reset(source);
+    assert!(is_reset(&mut destination).await);
+    assert_eq!(Path::ends(near, far).await, ("reset_by_source", "reset_by_source"));
+}
+
+#[tokio::test]
+async fn a_tunnel_that_is_cut_resets_the_application() {
+    for goodbye in [true, false] {
+        let (mut client, mut server) = sessions().await;
+        open_flow(&mut client, &mut server).await;
+        let (mut source, app) = connection().await;
+        let near = relay(app, client);
+        source.write_all(b"x").await.expect("open");
+        let received = soon(poll_fn(|cx| server.poll_received(cx))).await;
+        assert!(matches!(received, Ok(Received::Data)));
+        server.consume(1);
+        if goodbye {
+            server.close()
+        } else {
+            drop(server)
+        }
+        assert!(is_reset(&mut source).await, "goodbye: {goodbye}");
+        let (end, session, ..) = soon(near).await.expect("no panic");
+        assert!(session.is_none());
+        assert_eq!(end.label(), "tunnel_lost");
+    }
+}
+
+#[tokio::test]
+async fn a_tunnel_closed_after_one_end_only_is_no_clean_end() {
+    let (mut client, mut server) = sessions().await;
+    open_flow(&mut client, &mut server).await;
+    let (mut source, app) = connection().await;
+    let near = relay(app, client);
+    server.send(&Control::Fin).expect("in turn");
+    poll_fn(|cx| server.poll_flush(cx)).await.expect("sent");
+    assert_eq!(soon(source.read(&mut [0; 1])).await.expect("an end"), 0);
+    server.close();
+    assert_eq!(soon(near).await.expect("no panic").0.label(), "tunnel_lost");
+    assert!(source.write_all(b"x").await.is_err() || is_reset(&mut source).await);
+}
+
+#[tokio::test]
+async fn a_destination_that_reads_late_still_gets_everything() {
+    let Path { mut source, near, far, mut destination } = Path::new().await;
+    destination.shutdown().await.expect("open");
+    assert_eq!(soon(source.read(&mut [0; 1])).await.expect("an end"), 0);
+    // More than all buffers on the way hold (their kernel limit is a few MiB each), to a destination that does not read.
+    let mut written_bytes = 0_usize;
+    let chunk = vec![7; 1 << 20];
+    while let Ok(outcome) = timeout(Duration::from_millis(300), source.write(&chunk)).await {
+        written_bytes += outcome.expect("open");
+    }
+    source.shutdown().await.expect("open");
+    let mut read = Vec::new();
+    soon(destination.read_to_end(&mut read)).await.expect("open");
+    assert_eq!(read.len(), written_bytes);
+    let (near, far) = (soon(near).await.expect("no panic"), soon(far).await.expect("no panic"));
+    assert_eq!((near.0.label(), far.0.label()), ("clean", "clean"));
+    assert!(near.1.is_some());
+}
+
+#[tokio::test]
+async fn a_server_that_never_says_done_costs_the_session_and_not_the_flow() {
+    let (mut client, mut server) = sessions().await;
+    open_flow(&mut client, &mut server).await;
+    let (mut source, app) = connection().await;
+    let near = relay(app, client);
+    server.send(&Control::Fin).expect("in turn");
+    poll_fn(|cx| server.poll_flush(cx)).await.expect("sent");
+    source.shutdown().await.expect("open");
+    let (end, session, ..) = timeout(DEADLINE, near).await.expect("in time").expect("no panic");
+    assert_eq!(end.label(), "clean");
+    assert!(session.is_none());
+}

@@ -1,0 +1,74 @@
+//! Sockets, credentials and sessions for tests of the tunnel and the relay.
+
+use std::{
+    sync::{Arc, LazyLock},
+    time::{Duration, SystemTime},
+};
+
+use tacit_core::{
+    spiffe::SpiffeId,
+    wire::open::{Ahead, Open},
+};
+use tacit_identity::credentials::Credentials;
+use tokio::net::{TcpListener, TcpStream};
+
+mod issuer;
+
+pub(crate) use issuer::TestIssuer;
+
+use super::{Session, random_trace_id};
+
+/// The issuer of the mesh under test.
+pub(crate) static ISSUER: LazyLock<TestIssuer> = LazyLock::new(TestIssuer::new);
+
+/// The identity of `account` in our trust domain.
+pub(crate) fn identity(account: &str) -> SpiffeId {
+    SpiffeId::parse(&format!("spiffe://cluster.local/ns/shop/sa/{account}")).expect("a service account")
+}
+
+/// Good credentials of `account`.
+pub(crate) fn credentials(account: &str) -> Arc<Credentials> {
+    Arc::new(ISSUER.any(&identity(account), SystemTime::now(), Duration::from_secs(600)))
+}
+
+/// Two ends of one connection; the first has connected.
+pub(crate) async fn connection() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("bound");
+    let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+    (client.expect("connected"), accepted.expect("accepted").0)
+}
+
+/// A session of `web` with `db`: client and server.
+pub(crate) async fn sessions() -> (Box<Session>, Box<Session>) {
+    let (client, server) = connection().await;
+    let (web, db) = (credentials("web"), credentials("db"));
+    let expected = identity("db");
+    let (client, server) =
+        tokio::join!(Session::connect(client, &web, &expected), Session::accept(server, &db));
+    (client.expect("connected"), server.expect("accepted"))
+}
+
+/// What the tests ask for.
+pub(crate) fn open() -> Open {
+    Open {
+        destination: "10.77.2.3:80".parse().expect("an address"),
+        client: "10.77.1.2:40000".parse().expect("an address"),
+        trace: random_trace_id(),
+        ahead: Ahead::Nothing,
+    }
+}
+
+/// Opens a flow over `client` and `server`.
+pub(crate) async fn open_flow(client: &mut Session, server: &mut Session) {
+    let asked = open();
+    let serve = async {
+        let got = server.next(Duration::from_secs(5)).await.expect("no error").expect("not closed");
+        server.accept_flow(&got).expect("in turn");
+        std::future::poll_fn(|cx| server.poll_flush(cx)).await.expect("sent");
+        got
+    };
+    let (opened, got) = tokio::join!(client.open(&asked, None), serve);
+    opened.expect("accepted");
+    assert_eq!(got, asked);
+}

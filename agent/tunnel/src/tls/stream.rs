@@ -1,0 +1,300 @@
+//! The bytes of one TLS connection on its socket: handshake, then sealed records out and received bytes in.
+//!
+//! What is queued is sealed at once and sent in that order; nothing more is queued while something is unsent, which bounds
+//! what is held here to one batch. Buffers are held only while bytes are in them.
+
+use std::{
+    future::Future,
+    io::{self, IoSlice, IoSliceMut},
+    mem,
+    ops::Deref,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use rustls::{
+    AlertDescription, ContentType, client::UnbufferedClientConnection, pki_types::ServerName,
+    server::UnbufferedServerConnection,
+};
+use socket2::{SockRef, TcpKeepalive};
+use tacit_core::spiffe::SpiffeId;
+use tacit_identity::{
+    certificate::{self, Validity},
+    credentials::Credentials,
+};
+use tokio::{net::TcpStream, time::timeout};
+
+use super::{
+    TlsInfo, TunnelError, client_config,
+    handshake::{self, Handshake},
+    negotiated,
+    record::{Opened, RecordError, Records},
+    server_config,
+};
+use crate::{batch, buffers::Buffer, receive_buffer::ReceiveBuffer, socket};
+
+/// A handshake takes two round trips and about a millisecond of work.
+const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
+
+/// A peer whose node has vanished is noticed after about two minutes without an answer. The applications' own keep-alive
+/// ends at their agents and cannot notice it.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_PROBES: u32 = 6;
+
+/// An established TLS connection.
+pub(crate) struct TlsStream {
+    tcp: TcpStream,
+    records: Records,
+    outgoing: Outgoing,
+}
+
+/// What the handshake has shown.
+pub(crate) struct Established {
+    pub(crate) stream: TlsStream,
+    /// What came behind the handshake.
+    pub(crate) receive_buffer: ReceiveBuffer,
+    pub(crate) peer: SpiffeId,
+    pub(crate) peer_validity: Validity,
+    pub(crate) tls: TlsInfo,
+}
+
+/// Connects as `own` to a server that must be `expected`.
+pub(crate) async fn connect(
+    tcp: TcpStream,
+    own: &Credentials,
+    expected: &SpiffeId,
+) -> Result<Established, TunnelError> {
+    prepare(&tcp)?;
+    // Only for rustls to have a name: it is neither sent nor compared.
+    let name = ServerName::from(tcp.peer_addr()?.ip());
+    establish(tcp, UnbufferedClientConnection::new(client_config(own, expected), name)?).await
+}
+
+/// Accepts a client of the trust domain of `own`.
+pub(crate) async fn accept(tcp: TcpStream, own: &Credentials) -> Result<Established, TunnelError> {
+    prepare(&tcp)?;
+    establish(tcp, UnbufferedServerConnection::new(server_config(own))?).await
+}
+
+fn prepare(tcp: &TcpStream) -> io::Result<()> {
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE_IDLE)
+        .with_interval(KEEPALIVE_INTERVAL)
+        .with_retries(KEEPALIVE_PROBES);
+    SockRef::from(tcp).set_tcp_keepalive(&keepalive)?;
+    tcp.set_nodelay(true)
+}
+
+async fn establish(tcp: TcpStream, mut connection: impl Handshake) -> Result<Established, TunnelError> {
+    let behind = bounded(handshake::run(&tcp, &mut connection)).await?;
+    let tls = negotiated(connection.state())?;
+    // The verifiers have accepted this certificate; reading it again cannot say anything else.
+    let leaf = connection.state().peer_certificates().and_then(|chain| chain.first());
+    let leaf = leaf.ok_or(super::Refusal::NoClientCertificate)?;
+    let peer = certificate::spiffe_id(leaf).map_err(super::Refusal::from)?;
+    let peer_validity = certificate::validity(leaf).map_err(super::Refusal::from)?;
+    let (secrets, schedule) = connection.into_secrets()?;
+    let stream = TlsStream { tcp, records: Records::new(secrets, schedule)?, outgoing: Outgoing::default() };
+    Ok(Established { stream, receive_buffer: ReceiveBuffer::with(behind), peer, peer_validity, tls })
+}
+
+async fn bounded<T>(handshake: impl Future<Output = Result<T, TunnelError>>) -> Result<T, TunnelError> {
+    let limit = HANDSHAKE_MAX;
+    timeout(limit, handshake).await.unwrap_or(Err(TunnelError::Timeout { what: "the TLS handshake", limit }))
+}
+
+impl TlsStream {
+    /// The TCP connection below.
+    pub(crate) fn tcp(&self) -> &TcpStream {
+        &self.tcp
+    }
+
+    /// The same, polled by the calling thread's runtime.
+    pub(crate) fn rehomed(self) -> io::Result<Self> {
+        Ok(Self { tcp: TcpStream::from_std(self.tcp.into_std()?)?, ..self })
+    }
+
+    /// Seals the `payload_bytes` that were read into the slots of `batch`, and queues them. Only while no batch is unsent.
+    pub(crate) fn queue_batch(&mut self, mut batch: Buffer, payload_bytes: usize) -> Result<(), TunnelError> {
+        self.queue_key_update(batch::records(payload_bytes))?;
+        let records = &mut self.records;
+        let sealed_bytes = batch::seal_frames(&mut batch, payload_bytes, |record| {
+            records.seal(ContentType::ApplicationData, record)
+        })?;
+        self.outgoing.push(batch, sealed_bytes);
+        Ok(())
+    }
+
+    /// Seals one frame in a record of its own, and queues it.
+    pub(crate) fn queue(&mut self, frame: &[u8]) -> Result<(), TunnelError> {
+        self.queue_key_update(1)?;
+        let record = self.records.sealed(ContentType::ApplicationData, frame)?;
+        self.outgoing.behind.extend(record);
+        Ok(())
+    }
+
+    /// Queues close_notify: nothing may follow.
+    pub(crate) fn queue_close(&mut self) -> Result<(), TunnelError> {
+        let record = self.records.alert(AlertDescription::CloseNotify)?;
+        self.outgoing.behind.extend(record);
+        Ok(())
+    }
+
+    fn queue_key_update(&mut self, more: u64) -> Result<(), RecordError> {
+        if let Some(record) = self.records.key_update(more)? {
+            self.outgoing.behind.extend(record);
+        }
+        Ok(())
+    }
+
+    /// True while something is to be sent.
+    pub(crate) fn unsent(&self) -> bool {
+        !self.outgoing.is_empty() || self.records.owes_key_update()
+    }
+
+    /// Sends what is queued.
+    pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), TunnelError>> {
+        if self.records.owes_key_update() {
+            self.queue_key_update(0)?;
+        }
+        while !self.outgoing.is_empty() {
+            match ready!(socket::poll_write(&self.tcp, cx, &self.outgoing.slices()))? {
+                0 => return Poll::Ready(Err(io::Error::from(io::ErrorKind::WriteZero).into())),
+                sent => self.outgoing.advance(sent),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Reads once into `receive_buffer`, as much as there is and fits.
+    pub(crate) fn poll_fill(
+        &mut self,
+        cx: &mut Context<'_>,
+        receive_buffer: &mut ReceiveBuffer,
+    ) -> Poll<Result<(), TunnelError>> {
+        loop {
+            // Before a buffer is taken.
+            if self.tcp.poll_read_ready(cx)?.is_pending() {
+                receive_buffer.pause();
+                return Poll::Pending;
+            }
+            let room = receive_buffer.room();
+            let room_bytes = room.len();
+            match socket::try_read(&self.tcp, &mut [IoSliceMut::new(room)]).transpose()? {
+                None => {}
+                // Without close_notify: cut on its way.
+                Some(0) => return Poll::Ready(Err(io::Error::from(io::ErrorKind::UnexpectedEof).into())),
+                Some(read_bytes) => {
+                    receive_buffer.filled(read_bytes, room_bytes);
+                    return Poll::Ready(Ok(()));
+                }
+            }
+        }
+    }
+
+    /// Opens a record that is complete.
+    pub(crate) fn open(&mut self, record: &mut [u8]) -> Result<Opened, RecordError> {
+        self.records.open(record)
+    }
+
+    /// Tells the peer what it did wrong, if the socket takes it at once.
+    pub(crate) fn tell(&mut self, error: &TunnelError) {
+        if let TunnelError::Record(error) = error
+            && let Some(description) = error.alert()
+        {
+            self.say(description);
+        }
+    }
+
+    /// True when the connection stands and no byte waits to be sent or read.
+    pub(crate) fn is_quiet(&self) -> bool {
+        !self.unsent() && socket::is_quiet(&self.tcp)
+    }
+
+    /// Sends close_notify if the socket takes it at once, and closes. Never waits.
+    pub(crate) fn close(mut self) {
+        self.say(AlertDescription::CloseNotify);
+    }
+
+    /// Sends an alert behind what is queued, if the socket takes it at once.
+    fn say(&mut self, description: AlertDescription) {
+        if let Ok(record) = self.records.alert(description) {
+            self.outgoing.behind.extend(record);
+            let _ = self.tcp.try_write_vectored(&self.outgoing.slices());
+        }
+    }
+}
+
+/// Sealed bytes in the order they were sealed.
+#[derive(Default)]
+struct Outgoing {
+    /// Small records ahead of the batch.
+    before: Unsent<Vec<u8>>,
+    batch: Option<Unsent<Buffer>>,
+    /// Small records behind it, or alone.
+    behind: Unsent<Vec<u8>>,
+}
+
+/// The bytes of `all` from `start` to `end`.
+#[derive(Default)]
+struct Unsent<B> {
+    all: B,
+    start: usize,
+    end: usize,
+}
+
+impl Outgoing {
+    fn is_empty(&self) -> bool {
+        self.before.is_empty() && self.batch.is_none() && self.behind.is_empty()
+    }
+
+    /// Puts a batch behind what is there.
+    fn push(&mut self, batch: Buffer, sealed_bytes: usize) {
+        debug_assert!(self.batch.is_none() && self.before.is_empty(), "two batches");
+        self.before = mem::take(&mut self.behind);
+        self.batch = Some(Unsent { all: batch, start: 0, end: sealed_bytes });
+    }
+
+    fn slices(&self) -> [IoSlice<'_>; 3] {
+        let batch = self.batch.as_ref().map_or(&[][..], Unsent::bytes);
+        [self.before.bytes(), batch, self.behind.bytes()].map(IoSlice::new)
+    }
+
+    fn advance(&mut self, sent: usize) {
+        let sent = self.before.advance(sent);
+        let sent = self.batch.as_mut().map_or(sent, |batch| batch.advance(sent));
+        self.behind.advance(sent);
+        if self.before.is_empty() {
+            self.before = Unsent::default();
+        }
+        self.batch = self.batch.take().filter(|batch| !batch.is_empty());
+        if self.behind.is_empty() {
+            self.behind = Unsent::default();
+        }
+    }
+}
+
+impl Unsent<Vec<u8>> {
+    fn extend(&mut self, bytes: Vec<u8>) {
+        self.all.extend(bytes);
+        self.end = self.all.len();
+    }
+}
+
+impl<B: Deref<Target = [u8]>> Unsent<B> {
+    fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.all[self.start..self.end]
+    }
+
+    /// Takes up to `sent` bytes off; returns how many of those belong to what follows.
+    fn advance(&mut self, sent: usize) -> usize {
+        let here = sent.min(self.end - self.start);
+        self.start += here;
+        sent - here
+    }
+}

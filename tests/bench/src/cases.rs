@@ -1,0 +1,245 @@
+//! What is measured, by name.
+
+use std::fmt::Write as _;
+
+use anyhow::{Result, bail};
+
+use super::{
+    load::{self, Direction, Done, Keep},
+    programs::Programs,
+    servers,
+    testbed::Testbed,
+};
+
+/// One case.
+#[derive(Clone, Debug)]
+pub(super) struct Case {
+    pub(super) name: String,
+    /// For the reader, without the unit.
+    pub(super) what: String,
+    pub(super) kind: Kind,
+    /// Rounds and seconds of this case, whatever is asked for.
+    pub(super) fixed: Option<(usize, u64)>,
+}
+
+/// What is done.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Kind {
+    /// Bytes from one pod to another.
+    Throughput { streams: u16, direction: Direction, server: Server },
+    /// Requests on open connections.
+    Echo { connections: u16, bytes: u32 },
+    /// A connection for every request.
+    Connect { clients: u16 },
+    /// wrk against nginx.
+    Http { keep: Keep },
+    /// Connections for a minute, from the default range of ports.
+    Churn { closer: Closer },
+    /// A measurement of its own, with a topology of its own.
+    Special(Special),
+}
+
+/// Which side closes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Closer {
+    Server,
+    /// Not possible directly: the client's ports are all in TIME_WAIT after some seconds.
+    Client,
+}
+
+/// Measurements of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Special {
+    /// Thousands of open and silent flows.
+    Idle,
+    /// One and two worker threads.
+    Workers,
+    /// A hundred pods on a node.
+    Pods,
+    /// Each BPF program.
+    Kernel,
+}
+
+/// Which pod serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Server {
+    /// The one on the other node.
+    Far,
+    /// The one on the client's own node.
+    Near,
+}
+
+/// A figure of a case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Metric {
+    /// As [`Done::figures`] names it.
+    pub(super) name: &'static str,
+    pub(super) unit: &'static str,
+    pub(super) better: Better,
+}
+
+/// Which of two figures is the better one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Better {
+    Higher,
+    Lower,
+}
+
+const GBITS: Metric = Metric { name: "rate", unit: "Gbit/s", better: Better::Higher };
+const REQUESTS: Metric = Metric { name: "rate", unit: "requests/s", better: Better::Higher };
+const CONNECTIONS: Metric = Metric { name: "rate", unit: "connections/s", better: Better::Higher };
+const FLAT: Metric = Metric { name: "flat", unit: "last 10 s / first 10 s", better: Better::Higher };
+const FAILED: Metric = Metric { name: "failed", unit: "% of connections", better: Better::Lower };
+const P50: Metric = Metric { name: "p50", unit: "us", better: Better::Lower };
+const P99: Metric = Metric { name: "p99", unit: "us", better: Better::Lower };
+const P999: Metric = Metric { name: "p999", unit: "us", better: Better::Lower };
+
+/// Clients, rounds and seconds of churn.
+const CHURN: (u16, usize, u64) = (16, 1, 60);
+/// Connections of wrk.
+const HTTP_CONNECTIONS: u16 = 32;
+
+/// All cases, in the order of the table.
+pub(super) fn all() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let mut add = |name: String, what: String, kind| cases.push(Case { name, what, kind, fixed: None });
+    for direction in [Direction::Forward, Direction::Reverse] {
+        for streams in [1, 8] {
+            let (end, how) = match direction {
+                Direction::Forward => ("", ""),
+                Direction::Reverse => ("-reverse", ", reverse"),
+            };
+            let what = format!("iperf3, {streams} stream{}{how}", if streams == 1 { "" } else { "s" });
+            let kind = Kind::Throughput { streams, direction, server: Server::Far };
+            add(format!("throughput-x{streams}{end}"), what, kind);
+        }
+    }
+    let kind = Kind::Throughput { streams: 1, direction: Direction::Forward, server: Server::Near };
+    add("same-node-x1".to_owned(), "iperf3, 1 stream, same node".to_owned(), kind);
+    for connections in [1, 8, 64] {
+        for bytes in [1, 64, 1024] {
+            let what = format!(
+                "echo {bytes} B, {connections} connection{}",
+                if connections == 1 { "" } else { "s" }
+            );
+            add(format!("echo-{bytes}B-x{connections}"), what, Kind::Echo { connections, bytes });
+        }
+    }
+    for clients in [1, 16, 64] {
+        let what = format!("new connection + 64 B, {clients} client{}", if clients == 1 { "" } else { "s" });
+        add(format!("connect-x{clients}"), what, Kind::Connect { clients });
+    }
+    add("http-keepalive".to_owned(), "HTTP keep-alive, wrk c32".to_owned(), Kind::Http { keep: Keep::Alive });
+    add(
+        "http-close".to_owned(),
+        "HTTP Connection: close, wrk c32".to_owned(),
+        Kind::Http { keep: Keep::Close },
+    );
+    for (name, closer, who) in
+        [("churn", Closer::Server, "the server"), ("churn-client-closes", Closer::Client, "the client")]
+    {
+        let what = format!("new connections, {} clients for {} s, {who} closes", CHURN.0, CHURN.2);
+        add(name.to_owned(), what, Kind::Churn { closer });
+    }
+    for (name, what, own) in SPECIAL {
+        add(name.to_owned(), what.to_owned(), Kind::Special(own));
+    }
+    for case in &mut cases {
+        if matches!(case.kind, Kind::Churn { .. }) {
+            case.fixed = Some((CHURN.1, CHURN.2));
+        }
+    }
+    cases
+}
+
+const SPECIAL: [(&str, &str, Special); 4] = [
+    ("idle-flows", "8,000 open and silent flows: memory, CPU, memory afterwards", Special::Idle),
+    ("workers", "one and two worker threads", Special::Workers),
+    ("pods", "100 pods on one node: time and memory for each", Special::Pods),
+    ("kernel", "time of each BPF program", Special::Kernel),
+];
+
+/// The case of that name.
+pub(super) fn named(name: &str) -> Option<Case> {
+    all().into_iter().find(|case| case.name == name)
+}
+
+/// The cases as text.
+pub(super) fn list() -> String {
+    all().iter().fold(String::new(), |mut text, case| {
+        let _ = writeln!(text, "{:<24} {}", case.name, case.what);
+        text
+    })
+}
+
+impl Case {
+    /// Whether the load can be carried without a mesh in between.
+    pub(super) fn works_directly(&self) -> bool {
+        !matches!(self.kind, Kind::Churn { closer: Closer::Client })
+    }
+
+    /// What of it stands in the table, the most telling figure first.
+    pub(super) fn metrics(&self) -> &'static [Metric] {
+        match self.kind {
+            Kind::Throughput { .. } => &[GBITS],
+            Kind::Echo { connections: 1, .. } => &[P50, P99, P999],
+            Kind::Echo { .. } => &[REQUESTS, P50, P99, P999],
+            Kind::Connect { .. } => &[CONNECTIONS, P99],
+            Kind::Http { .. } => &[REQUESTS, P99],
+            Kind::Churn { .. } => &[CONNECTIONS, FLAT, FAILED],
+            Kind::Special(_) => &[],
+        }
+    }
+
+    /// The name and the description of the line that shows a metric.
+    pub(super) fn labels(&self, metric: &Metric) -> (String, String) {
+        match metric.name {
+            "rate" => (self.name.clone(), self.what.clone()),
+            other => {
+                let metric = other.replace("p999", "p99.9");
+                (format!("{}-{other}", self.name), format!("{}, {metric}", self.what))
+            }
+        }
+    }
+
+    /// Runs it once.
+    pub(super) fn run(&self, testbed: &Testbed, programs: &Programs, seconds: u64) -> Result<Done> {
+        let (client, far) = (&testbed.client, &testbed.far);
+        let generator = programs.load.as_path();
+        let done = match self.kind {
+            Kind::Throughput { streams, direction, server } => {
+                let to = match server {
+                    Server::Far => far,
+                    Server::Near => &testbed.near,
+                };
+                load::iperf(client, servers::iperf_of(to), streams, direction, seconds)
+            }
+            Kind::Echo { connections, bytes } => load::requests(
+                client,
+                generator,
+                "echo",
+                servers::echo_of(far, connections),
+                (connections, bytes, seconds),
+            ),
+            Kind::Connect { clients } => {
+                let size = (clients, servers::REQUEST, seconds);
+                load::requests(client, generator, "connect", servers::answer_of(far, clients), size)
+            }
+            Kind::Http { keep } => load::wrk(client, servers::http_of(far), HTTP_CONNECTIONS, keep, seconds),
+            Kind::Churn { closer } => {
+                let size = (CHURN.0, servers::REQUEST, seconds);
+                let (kind, to) = match closer {
+                    Closer::Server => ("connect", servers::answer_of(far, CHURN.0)),
+                    Closer::Client => ("connect-close", servers::echo_of(far, CHURN.0)),
+                };
+                load::requests(client, generator, kind, to, size)
+            }
+            Kind::Special(own) => bail!("{own:?} has a runner of its own"),
+        }?;
+        // Churn is there to find out how many fail.
+        match self.kind {
+            Kind::Churn { .. } => Ok(done),
+            _ => done.without_failures(),
+        }
+    }
+}

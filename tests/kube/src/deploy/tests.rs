@@ -1,0 +1,188 @@
+//! What `deploy/` promises, held against the files themselves.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+};
+
+use serde_json::{Value, json};
+
+use super::{chart::files, *};
+
+fn workspace() -> Workspace {
+    Workspace::find().expect("workspace")
+}
+
+/// Kind, namespace and name decide which object it is.
+fn by_name(objects: Vec<Value>) -> BTreeMap<String, Value> {
+    let key = |object: &Value| format!("{} {}", object["metadata"]["namespace"], name_of(object));
+    let count = objects.len();
+    let named: BTreeMap<String, Value> = objects.into_iter().map(|object| (key(&object), object)).collect();
+    assert_eq!(named.len(), count, "two objects of one name");
+    named
+}
+
+#[test]
+fn chart_and_base_render_the_same_objects() {
+    let base = by_name(base(&workspace()).expect("base"));
+    let whole = json!({"namespace": {"create": true}});
+    let chart = by_name(chart::objects(&workspace(), NAMESPACE, &whole).expect("chart"));
+    assert_eq!(base.keys().collect::<Vec<_>>(), chart.keys().collect::<Vec<_>>());
+    for (name, object) in &base {
+        assert_eq!(object, &chart[name], "{name}");
+    }
+}
+
+#[test]
+fn values_reach_the_objects() {
+    let changed = json!({
+        "image": {"repository": "registry.example/tacit", "tag": "2"},
+        "trustDomain": "example.org",
+        "authority": {"replicas": 3},
+    });
+    let objects = by_name(chart::objects(&workspace(), "mesh", &changed).expect("chart"));
+    let agent = &objects["\"mesh\" DaemonSet/tacit-agent"];
+    assert_eq!(agent["spec"]["template"]["spec"]["containers"][0]["image"], "registry.example/tacit:2");
+    assert_eq!(objects["\"mesh\" Deployment/tacit-authority"]["spec"]["replicas"], 3);
+    let config = objects["\"mesh\" ConfigMap/tacit-agent"]["data"]["tacit.yaml"].as_str().expect("text");
+    assert!(config.contains("trustDomain: example.org\n"), "{config}");
+    assert!(!objects.keys().any(|name| name.contains("Namespace/")), "made by --create-namespace");
+}
+
+#[test]
+fn the_image_that_is_made_is_the_one_that_is_asked_for() {
+    for object in base(&workspace()).expect("base") {
+        for container in object["spec"]["template"]["spec"]["containers"].as_array().into_iter().flatten() {
+            assert_eq!(container["image"], json!(xtask_image::default_name()), "{}", name_of(&object));
+        }
+    }
+}
+
+#[test]
+fn the_agent_is_given_the_capabilities_and_mounts_that_are_listed_and_no_others() {
+    let objects = by_name(base(&workspace()).expect("base"));
+    let spec = &objects["\"tacit-system\" DaemonSet/tacit-agent"]["spec"]["template"]["spec"];
+    let context = &spec["containers"][0]["securityContext"];
+    assert_eq!(
+        context["capabilities"],
+        json!({"drop": ["ALL"], "add": ["SYS_ADMIN", "NET_ADMIN", "SYS_PTRACE"]})
+    );
+    assert_eq!(context["privileged"], Value::Null);
+    assert_eq!(context["readOnlyRootFilesystem"], true);
+    let mounts: Vec<&Value> = spec["volumes"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|volume| &volume["hostPath"]["path"])
+        .filter(|path| !path.is_null())
+        .collect();
+    assert_eq!(mounts, ["/sys/fs/cgroup", "/sys/fs/bpf"]);
+}
+
+#[test]
+fn the_agent_may_only_list_look_at_two_definitions_and_make_events() {
+    let objects = by_name(base(&workspace()).expect("base"));
+    let rules = objects["null ClusterRole/tacit-agent"]["rules"].as_array().expect("rules").clone();
+    let others: Vec<&Value> = rules.iter().filter(|rule| rule["verbs"] != json!(["list", "watch"])).collect();
+    let definitions = json!({
+        "apiGroups": ["apiextensions.k8s.io"],
+        "resources": ["customresourcedefinitions"],
+        "resourceNames": [
+            "peerauthentications.security.istio.io",
+            "authorizationpolicies.security.istio.io",
+        ],
+        "verbs": ["get"],
+    });
+    let events = json!({"apiGroups": [""], "resources": ["events"], "verbs": ["create"]});
+    assert_eq!(others, [&definitions, &events]);
+    let listed: BTreeSet<String> = rules
+        .iter()
+        .filter(|rule| rule["verbs"] == json!(["list", "watch"]))
+        .flat_map(|rule| rule["resources"].as_array().into_iter().flatten())
+        .map(|resource| resource.as_str().unwrap_or_default().to_owned())
+        .collect();
+    let expected = [
+        "authorizationpolicies",
+        "endpointslices",
+        "namespaces",
+        "nodes",
+        "peerauthentications",
+        "pods",
+        "servicecidrs",
+        "services",
+    ];
+    assert_eq!(listed, expected.map(str::to_owned).into());
+}
+
+#[test]
+fn an_installation_needs_no_ranges_and_takes_those_that_are_given() {
+    let config = |objects: Vec<Value>| {
+        let objects = by_name(objects);
+        let text =
+            objects["\"tacit-system\" ConfigMap/tacit-agent"]["data"]["tacit.yaml"].as_str().expect("text");
+        parse(text).expect("YAML")
+    };
+    let base = config(base(&workspace()).expect("base"));
+    assert_eq!((&base["meshRanges"], &base["serviceRanges"]), (&json!([]), &json!([])));
+    let given = json!({"meshRanges": ["10.1.0.0/16"], "serviceRanges": ["10.2.0.0/16"]});
+    let chart = config(chart::objects(&workspace(), NAMESPACE, &given).expect("chart"));
+    assert_eq!(
+        (&chart["meshRanges"], &chart["serviceRanges"]),
+        (&given["meshRanges"], &given["serviceRanges"])
+    );
+}
+
+#[test]
+fn dashboards_and_alerts_ask_for_metrics_that_exist() {
+    let root = workspace().root().to_owned();
+    let telemetry = root.join("agent/src/telemetry");
+    let parts = files(&telemetry.join("metrics")).expect("metrics");
+    let sources = parts.into_iter().chain([telemetry.join("metrics.rs")]);
+    let declared: BTreeSet<String> =
+        sources.flat_map(|file| metrics::declared(&fs::read_to_string(file).expect("text"))).collect();
+    assert!(declared.contains("tacit_pods_enrolled"), "{declared:?}");
+    for file in files(&root.join("deploy/monitoring")).expect("monitoring") {
+        let asked = metrics::asked_for(&fs::read_to_string(&file).expect("text"));
+        let unknown: Vec<&String> = asked.difference(&declared).collect();
+        assert!(unknown.is_empty(), "{}: {unknown:?} do not exist", file.display());
+        assert!(!asked.is_empty(), "{}: asks for nothing", file.display());
+    }
+}
+
+#[test]
+fn every_file_of_objects_can_be_read() {
+    let root = workspace().root().join("deploy");
+    for folder in ["crds", "network", "helm/tacit/crds"] {
+        for file in files(&root.join(folder)).expect("folder") {
+            let objects = read_objects(&file).unwrap_or_else(|error| panic!("{error:#}"));
+            assert!(objects.iter().all(|object| object["kind"].is_string()), "{}", file.display());
+            assert!(!objects.is_empty(), "{}", file.display());
+        }
+    }
+}
+
+#[test]
+fn both_policies_are_defined_in_both_versions_and_the_chart_brings_them() {
+    let root = workspace().root().join("deploy");
+    let definitions = |folder: &str| -> Vec<Value> {
+        let files = files(&root.join(folder)).expect("folder");
+        files.iter().flat_map(|file| read_objects(file).expect("objects")).collect()
+    };
+    let all = definitions("crds");
+    let mut kinds: Vec<&str> = all.iter().filter_map(|crd| crd["spec"]["names"]["kind"].as_str()).collect();
+    kinds.sort_unstable();
+    assert_eq!(kinds, ["AuthorizationPolicy", "PeerAuthentication"]);
+    for definition in &all {
+        assert_eq!(definition["spec"]["group"], "security.istio.io");
+        let versions = definition["spec"]["versions"].as_array().expect("versions");
+        let served: Vec<&Value> = versions
+            .iter()
+            .filter(|version| version["served"] == true)
+            .map(|version| &version["name"])
+            .collect();
+        assert_eq!(served, ["v1", "v1beta1"], "{}", name_of(definition));
+        assert_eq!(versions[0]["schema"], versions[1]["schema"], "{}", name_of(definition));
+    }
+    // In this folder of a chart helm leaves a definition that is there as it is.
+    assert_eq!(all, definitions("helm/tacit/crds"));
+}
