@@ -1,7 +1,7 @@
-//! connect4 and connect6: which connections go to the agent.
+//! connect4 and connect6: redirect connections to the agent.
 //!
-//! The destination is remembered in the socket itself (socket storage): it cannot be evicted, needs no cleaning, and
-//! the name hooks find it there. `established` publishes it once the source port is known.
+//! The destination is stored in the socket itself (socket storage). There it cannot be evicted, needs no cleanup, and is
+//! found by getpeername and getsockname. `established` publishes it once the source port is known.
 
 use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::warn;
@@ -11,12 +11,12 @@ use crate::{
     ALLOW, DENY,
     context::{self, Family, SockAddr},
     count::count,
-    event,
+    log_budget,
     maps::{SETTINGS, pod_of},
 };
 
 const IPPROTO_TCP: u32 = 6;
-/// Multipath TCP: its first subflow is connected by this very call.
+/// Multipath TCP. The same connect() opens its first subflow.
 const IPPROTO_MPTCP: u32 = 262;
 const SOCK_STREAM: u32 = 1;
 const ECONNREFUSED: i32 = 111;
@@ -66,16 +66,16 @@ impl ConnectFacts for Facts<'_> {
     }
 }
 
-/// Entry of both hooks.
+/// Runs either hook.
 #[inline(always)]
 pub fn run(ctx: &SockAddrContext, family: Family) -> i32 {
     let sock = SockAddr(ctx);
     let destination = sock.address(family);
     match decide_connect(&Facts(&sock), &destination) {
         Connect::Leave(reason) => {
-            // A socket can be connected again after AF_UNSPEC; what was true then is not now.
+            // A socket can be connected again after AF_UNSPEC, and its stored names are then wrong.
             if !matches!(reason, Reason::ConnectNotEnrolled) {
-                sock.forget_names();
+                sock.delete_names();
             }
             count(reason);
             ALLOW
@@ -88,7 +88,7 @@ pub fn run(ctx: &SockAddrContext, family: Family) -> i32 {
 #[inline(always)]
 fn deny(ctx: &SockAddrContext, sock: &SockAddr<'_>, destination: &Address, reason: Reason) -> i32 {
     count(reason);
-    if event::admit() {
+    if log_budget::take_line() {
         warn!(
             ctx,
             "connect to [{:i}]:{} denied, reason {}",
@@ -108,15 +108,15 @@ fn capture(sock: &SockAddr<'_>, family: Family, destination: Address, pod: &Pod)
     let port = sock.port();
     let own = if destination.is_v4() { pod.v4 } else { pod.v6 };
     let names = Names { peer: destination, own, peer_port: u32::from(port), kind: names_kind::CAPTURED };
-    if !sock.remember_names(names) {
+    if !sock.store_names(names) {
         return deny(sock.0, sock, &destination, Reason::ConnectNoStorage);
     }
     sock.set_address(family, &destination.capture_target(port));
     let may_spread = matches!(family, Family::V6) && !destination.is_v4() && pod.has(pod_flag::SPREAD);
-    // The steering program knows the pod by its address. A socket that its application has bound otherwise keeps what it
-    // has, and shares the one port on which the agent listens.
-    let spread = may_spread && sock.stand_at(&own);
-    sock.set_port(if spread { destination.capture_port_v6(port) } else { pod.captures_at() });
+    // The steering program identifies the pod by its address. A socket that its application bound to another address keeps
+    // that address and shares the one port on which the agent listens.
+    let spread = may_spread && sock.bind_to(&own);
+    sock.set_port(if spread { destination.capture_port_v6(port) } else { pod.effective_capture_port() });
     count(Reason::ConnectCaptured);
     ALLOW
 }

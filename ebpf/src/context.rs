@@ -1,5 +1,5 @@
-//! The only file that touches raw contexts. Loads and stores are single aligned words and volatile: LLVM merges
-//! neighbouring 4-byte accesses into one of 8 bytes, which the verifier refuses for contexts.
+//! Access to raw contexts; no other file has it. Loads and stores are single aligned words and volatile: LLVM merges
+//! neighbouring 4-byte accesses into one of 8 bytes, which the verifier rejects for contexts.
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -17,14 +17,14 @@ use tacit_abi::{Address, ClearKey, Inbound, Mode, Names, PortKey, Tuple};
 
 use crate::maps::{AGENTS, CLEAR, MESH, NAMES, NODE, PORT_MODES, STATE};
 
-/// Of the kernel's headers.
+/// From the kernel's headers, as are the constants below.
 const IPPROTO_TCP: i32 = 6;
 const TCP_CONGESTION: i32 = 13;
 
 /// Loads a word of a context.
 macro_rules! load {
     ($ctx:expr, $field:ident) => {
-        // SAFETY: aligned word of a context that this program type may read.
+        // SAFETY: aligned word of a context, readable for this program type.
         unsafe { (&raw const (*$ctx).$field).read_volatile() }
     };
 }
@@ -44,7 +44,7 @@ macro_rules! load_words {
 macro_rules! store {
     ($ctx:expr, $($field:tt)+) => { store!(@ $ctx, () $($field)+) };
     (@ $ctx:expr, ($($f:tt)*) = $value:expr) => {
-        // SAFETY: aligned word of a context that this program type may write.
+        // SAFETY: aligned word of a context, writable for this program type.
         unsafe { (&raw mut (*$ctx).$($f)*).write_volatile($value) }
     };
     (@ $ctx:expr, ($($f:tt)*) $t:tt $($rest:tt)+) => { store!(@ $ctx, ($($f)* $t) $($rest)+) };
@@ -53,7 +53,7 @@ macro_rules! store {
 const AF_INET: u32 = 2;
 const AF_INET6: u16 = 10;
 
-/// `struct sockaddr_in6`; all of it in network order.
+/// `struct sockaddr_in6`, in network order but for `family`.
 #[repr(C)]
 struct SocketAddressV6 {
     family: u16,
@@ -67,97 +67,97 @@ mod skb;
 
 pub use skb::Skb;
 
-/// Bits of a full address in the mesh's map.
+/// Prefix length of a full address in the mesh's map.
 const FULL_PREFIX: u32 = 128;
 
-/// Which hook runs: the address stands in another field.
+/// Family of the hook, which decides the context field that holds the address.
 #[derive(Clone, Copy)]
 pub enum Family {
     V4,
     V6,
 }
 
-/// Id of the calling process' ancestor cgroup at `level`; 0 when there is none so deep.
+/// Returns the id of the calling process' ancestor cgroup at `level`; 0 if there is none at that level.
 #[inline(always)]
 pub fn current_ancestor_cgroup(level: u32) -> u64 {
     // SAFETY: takes no pointer.
     unsafe { bpf_get_current_ancestor_cgroup_id(level as i32) }
 }
 
-/// Id of the calling process' own cgroup.
+/// Returns the id of the calling process' cgroup.
 #[inline(always)]
 pub fn current_cgroup() -> u64 {
     // SAFETY: takes no pointer.
     unsafe { bpf_get_current_cgroup_id() }
 }
 
-/// Nanoseconds of `CLOCK_MONOTONIC`.
+/// Returns the time in nanoseconds of `CLOCK_MONOTONIC`.
 #[inline(always)]
 pub fn now() -> u64 {
     // SAFETY: takes no pointer.
     unsafe { bpf_ktime_get_ns() }
 }
 
-/// Makes the system call fail with `error` instead of EPERM, once the program has denied it.
+/// Sets the error of a denied system call, which is EPERM otherwise.
 #[inline(always)]
 pub fn set_error(error: i32) {
     // SAFETY: takes no pointer.
     unsafe { bpf_set_retval(-error) };
 }
 
-/// Does the agent give no sign of life? Without an entry: it gives none.
+/// Returns true if the agent's heartbeat is stale or missing.
 #[inline(always)]
 pub fn is_stale() -> bool {
     STATE.get(0).is_none_or(|state| state.is_stale(now()))
 }
 
-/// Are pods without an entry held to STRICT? Without a state nothing was ever enforced here.
+/// Returns true if STRICT applies to pods without an entry. Without a state, nothing was ever enforced here.
 #[inline(always)]
 pub fn default_is_strict() -> bool {
     STATE.get(0).is_some_and(|state| state.default_mode == Mode::Strict as u32)
 }
 
-/// Is it the cgroup of an agent?
+/// Returns true for cgroups of agents.
 #[inline(always)]
 pub fn is_agent_cgroup(id: u64) -> bool {
     // SAFETY: only presence is read.
     unsafe { AGENTS.get(&id) }.is_some()
 }
 
-/// Is it one of the node's own addresses?
+/// Returns true for the node's own addresses.
 #[inline(always)]
 pub fn is_node(address: &Address) -> bool {
     // SAFETY: only presence is read.
     unsafe { NODE.get(address) }.is_some()
 }
 
-/// The mode of one port of a pod, when it has its own.
+/// Returns the mode of a pod's port that has its own.
 #[inline(always)]
 pub fn port_mode(slot: u32, port: u16) -> Option<u32> {
     // SAFETY: copied at once; the agent replaces entries whole.
     unsafe { PORT_MODES.get(&PortKey { slot, port: u32::from(port) }) }.copied()
 }
 
-/// May strict pods reach this end in clear?
+/// Returns true for destinations of `allowClear`.
 #[inline(always)]
 pub fn is_allowed_clear(address: &Address, port: u16, protocol: u32) -> bool {
     // SAFETY: only presence is read.
     unsafe { CLEAR.get(&ClearKey { address: *address, port: u32::from(port), protocol }) }.is_some()
 }
 
-/// Is the address inside the mesh's ranges?
+/// Returns true for addresses in the mesh's ranges.
 #[inline(always)]
 pub fn in_mesh(address: &Address) -> bool {
     MESH.get(&Key::new(FULL_PREFIX, address.0)).is_some()
 }
 
-/// The map as the helpers want it: its symbol's address, which the loader replaces.
+/// Returns the map as the helpers expect it: its symbol's address, which the loader replaces.
 #[inline(always)]
 fn names_map() -> *mut c_void {
     (&raw const NAMES).cast_mut().cast()
 }
 
-/// Names kept in `sk`, copied.
+/// Returns a copy of the names stored in `sk`.
 #[inline(always)]
 fn names_of(sk: *mut bpf_sock) -> Option<Names> {
     if sk.is_null() {
@@ -169,9 +169,9 @@ fn names_of(sk: *mut bpf_sock) -> Option<Names> {
     unsafe { found.as_ref() }.copied()
 }
 
-/// Keeps `names` in `sk`; false when there was no memory.
+/// Stores `names` in `sk`; false without memory.
 #[inline(always)]
-fn keep_names(sk: *mut bpf_sock, mut names: Names) -> bool {
+fn store_names(sk: *mut bpf_sock, mut names: Names) -> bool {
     if sk.is_null() {
         return false;
     }
@@ -181,7 +181,7 @@ fn keep_names(sk: *mut bpf_sock, mut names: Names) -> bool {
     if kept.is_null() {
         return false;
     }
-    // SAFETY: a live storage of this size. Written again: an existing storage is returned as it was.
+    // SAFETY: a live storage of this size. The helper does not overwrite an existing storage, so it is written here.
     unsafe { *kept.cast::<Names>() = names };
     true
 }
@@ -222,7 +222,7 @@ impl SockAddr<'_> {
         }
     }
 
-    /// The socket's own end, as the kernel knows it.
+    /// Returns the socket's own address in the kernel.
     #[inline(always)]
     pub fn own_address(&self, family: Family) -> Option<Address> {
         let sk = self.sk();
@@ -235,11 +235,10 @@ impl SockAddr<'_> {
         })
     }
 
-    /// Makes the IPv6 address `own` the socket's own end, the port still to be chosen by the kernel; true also when it is
-    /// that already. It would be chosen anyway, if the connection left the pod. The socket keeps it when it is connected
-    /// again elsewhere.
+    /// Binds the socket to the IPv6 address `own` without a port; true if it already is. The kernel would choose the same
+    /// address for a connection that leaves the pod. The socket stays bound to it if it is connected elsewhere later.
     #[inline(always)]
-    pub fn stand_at(&self, own: &Address) -> bool {
+    pub fn bind_to(&self, own: &Address) -> bool {
         if own.is_none() {
             return false;
         }
@@ -248,7 +247,7 @@ impl SockAddr<'_> {
         }
         let mut name = SocketAddressV6 { family: AF_INET6, port: 0, flow: 0, address: own.0, scope: 0 };
         let bytes = size_of::<SocketAddressV6>() as i32;
-        // SAFETY: the helper takes the program's own context and reads as many bytes as it is told.
+        // SAFETY: the helper takes the program's own context and reads `bytes` bytes of `name`.
         unsafe { bpf_bind(self.raw(), (&raw mut name).cast::<sockaddr>(), bytes) == 0 }
     }
 
@@ -284,12 +283,12 @@ impl SockAddr<'_> {
     }
 
     #[inline(always)]
-    pub fn remember_names(&self, names: Names) -> bool {
-        keep_names(self.sk(), names)
+    pub fn store_names(&self, names: Names) -> bool {
+        store_names(self.sk(), names)
     }
 
     #[inline(always)]
-    pub fn forget_names(&self) {
+    pub fn delete_names(&self) {
         let sk = self.sk();
         if !sk.is_null() {
             // SAFETY: `sk` is the context's socket, not null.
@@ -314,21 +313,21 @@ impl SockOps<'_> {
     }
 
     #[inline(always)]
-    pub fn remember_names(&self, names: Names) -> bool {
-        keep_names(self.sk(), names)
+    pub fn store_names(&self, names: Names) -> bool {
+        store_names(self.sk(), names)
     }
 
     #[inline(always)]
-    pub fn watch_state(&self, flag: i32) {
+    pub fn set_callback_flags(&self, flag: i32) {
         // SAFETY: the helper takes the program's own context.
         unsafe { bpf_sock_ops_cb_flags_set(self.0.ops, flag) };
     }
 
-    /// Tells the kernel that this connection ends on loopback, where nothing is lost and nobody else is in the way: it
-    /// sends by `reno`, whatever the node prefers for its network. BBR paces packets by a timer, here too: one stream through
-    /// the tunnel reached 0.60 of the direct throughput with it, and reaches 0.75. Where it fails nothing is lost but that.
+    /// Sets the congestion control of a loopback connection to `reno`, regardless of the node's default.
+    ///
+    /// BBR paces packets by a timer, which costs throughput on loopback. An error changes nothing else and is ignored.
     #[inline(always)]
-    pub fn ends_on_loopback(&self) {
+    pub fn use_reno(&self) {
         let mut name = *b"reno\0";
         // SAFETY: the helper takes the program's own context and reads the five bytes.
         let _ = unsafe {
@@ -342,8 +341,8 @@ impl SockOps<'_> {
         unsafe { bpf_get_netns_cookie(self.0.as_ptr()) }
     }
 
-    /// Addresses and ports of the connection. To be called before any branch: of loads in several branches LLVM makes
-    /// one with a computed offset, which the verifier refuses for contexts.
+    /// Returns addresses and ports of the connection. Call it before any branch: LLVM merges loads of several branches into
+    /// one with a computed offset, which the verifier rejects for contexts.
     #[inline(always)]
     pub fn ends(&self) -> Ends {
         let ops = self.0.ops;
@@ -352,13 +351,13 @@ impl SockOps<'_> {
             local: pick(v4, load!(ops, local_ip4), load_words!(ops, local_ip6)),
             remote: pick(v4, load!(ops, remote_ip4), load_words!(ops, remote_ip6)),
             local_port: load!(ops, local_port),
-            // In network order in the upper half.
+            // The kernel stores the port in network order in the upper half of the word.
             remote_port: u32::from_be(load!(ops, remote_port)),
         }
     }
 }
 
-/// Both ends of a connection, seen from one socket.
+/// Both ends of a connection, as one socket sees them.
 pub struct Ends {
     local: Address,
     remote: Address,
@@ -367,7 +366,7 @@ pub struct Ends {
 }
 
 impl Ends {
-    /// Key of the connection when this socket connects.
+    /// Returns the key of a connection that this socket opens.
     #[inline(always)]
     pub fn connecting(&self, netns_cookie: u64) -> Tuple {
         Tuple {
@@ -379,7 +378,7 @@ impl Ends {
         }
     }
 
-    /// Key of the connection when this socket accepts.
+    /// Returns the key of a connection that this socket accepts.
     #[inline(always)]
     pub fn accepting(&self, netns_cookie: u64) -> Tuple {
         Tuple {
@@ -401,13 +400,13 @@ fn pick(v4: bool, four: u32, six: [u32; 4]) -> Address {
 pub struct SkLookup<'a>(pub &'a SkLookupContext);
 
 impl SkLookup<'_> {
-    /// Protocol of the packet.
+    /// Returns the packet's IP protocol number.
     #[inline(always)]
     pub fn protocol(&self) -> u32 {
         load!(self.0.lookup, protocol)
     }
 
-    /// The connection asked for. As with [`SockOps::ends`], all is loaded before any branch.
+    /// Returns the inbound connection. As in [`SockOps::ends`], all fields are loaded before any branch.
     #[inline(always)]
     pub fn inbound(&self) -> Inbound {
         let raw = self.0.lookup;

@@ -1,4 +1,4 @@
-//! Counting: every verdict and every error goes through here once.
+//! Counters: every verdict and every error is counted here once.
 
 use tacit_abi::Reason;
 
@@ -8,7 +8,7 @@ use crate::maps::COUNTERS;
 #[inline(always)]
 pub fn count(reason: Reason) {
     if let Some(counter) = COUNTERS.get_ptr_mut(reason as u32) {
-        // SAFETY: the pointer is this CPU's slot of a per-CPU array; programs are not preempted by themselves.
+        // SAFETY: the pointer is this CPU's slot of a per-CPU array; a program does not preempt itself.
         unsafe { *counter += 1 }
     }
 }

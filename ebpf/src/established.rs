@@ -1,14 +1,14 @@
-//! sock_ops: hands what a connecting socket knows to the accepting side.
+//! sock_ops: passes the stored names of a connecting socket to the accepting side.
 //!
 //! ```text
-//! application --TCP_CONNECT--> CAPTURED[tuple] = destination   --agent accepts, takes the entry
+//! application --TCP_CONNECT--> CAPTURED[tuple] = destination   --agent accepts and removes the entry
 //! agent dials --TCP_CONNECT--> DIALLED[tuple]  = client        --PASSIVE_ESTABLISHED at the application's socket:
-//!                                                                entry moves into that socket's storage
-//! either      --CLOSE--------> entry is removed, if it is still there
-//! a mesh peer in clear        --PASSIVE_ESTABLISHED--> the application's socket is marked for the guard
+//!                                                                the entry moves into that socket's storage
+//! either      --CLOSE--------> the entry is removed if it still exists
+//! mesh peer with plaintext    --PASSIVE_ESTABLISHED--> the application's socket is marked for the guard
 //! ```
-//! TCP_CONNECT comes after the source port is chosen and before the SYN leaves; PASSIVE_ESTABLISHED comes while the
-//! new socket is locked, so `accept()` cannot return before. Nobody ever waits for an entry.
+//! TCP_CONNECT runs after the source port is chosen and before the SYN is sent. PASSIVE_ESTABLISHED runs while the new
+//! socket is locked, so `accept()` cannot return before it. No side ever waits for an entry.
 
 use aya_ebpf::{
     bindings::{
@@ -25,18 +25,18 @@ use crate::{
     maps::{CAPTURED, DIALLED},
 };
 
-/// sock_ops programs have no verdict; the kernel reads a reply only for other operations than ours.
+/// Return value of the program. The kernel ignores it for the operations that are handled here.
 const DONE: u32 = 1;
 
-/// Entry of the program.
+/// Runs the program.
 #[inline(always)]
 pub fn run(ctx: &SockOpsContext) -> u32 {
     let sock = SockOps(ctx);
     let ends = sock.ends();
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => publish(&sock, &ends),
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => take_over(&sock, &ends),
-        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => withdraw(&sock, &ends),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => inherit_names(&sock, &ends),
+        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => remove_pending(&sock, &ends),
         _ => {}
     }
     DONE
@@ -48,7 +48,7 @@ fn publish(sock: &SockOps<'_>, ends: &Ends) {
     let entry = Destination { address: names.peer, port: names.peer_port, pad: 0 };
     let key = ends.connecting(sock.netns_cookie());
     let (stored, lost) = match names.kind {
-        // What the socket was bound to when it was captured: no other pod's address is published in its name.
+        // A captured socket that is no longer bound to its pod's address must not publish an entry for another address.
         names_kind::CAPTURED if key.is_spread() && !key.local.same(&names.own) => return,
         names_kind::CAPTURED => {
             (CAPTURED.insert(&key.of_captured(), &entry, BPF_ANY.into()), Reason::PendingFull)
@@ -56,22 +56,22 @@ fn publish(sock: &SockOps<'_>, ends: &Ends) {
         names_kind::DIALLED => (DIALLED.insert(&key, &entry, BPF_ANY.into()), Reason::NamesFull),
         _ => return,
     };
-    sock.ends_on_loopback();
+    sock.use_reno();
     match stored {
-        // Without the flag the entry would only be overwritten, never removed: a lost flag costs memory, not safety.
-        Ok(()) => sock.watch_state(BPF_SOCK_OPS_STATE_CB_FLAG as i32),
+        // The flag makes the kernel call this program at CLOSE. If it cannot be set, the entry leaks until it is overwritten.
+        Ok(()) => sock.set_callback_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32),
         Err(_) => count(lost),
     }
 }
 
 #[inline(always)]
-fn take_over(sock: &SockOps<'_>, ends: &Ends) {
-    // The agent dials a pod's applications from loopback addresses.
+fn inherit_names(sock: &SockOps<'_>, ends: &Ends) {
     let key = ends.accepting(sock.netns_cookie());
-    // The agent's end of a captured connection.
+    // This socket is the agent's end of a captured connection.
     if key.is_spread() {
         return;
     }
+    // The agent dials applications from loopback addresses only.
     if !key.local.is_loopback() {
         return mark_clear(sock, &key.local, key.remote_port);
     }
@@ -83,26 +83,26 @@ fn take_over(sock: &SockOps<'_>, ends: &Ends) {
         kind: names_kind::ACCEPTED,
         ..Names::default()
     };
-    sock.ends_on_loopback();
-    if !sock.remember_names(names) {
+    sock.use_reno();
+    if !sock.store_names(names) {
         count(Reason::NamesFull);
     }
     let _ = DIALLED.remove(&key);
 }
 
-/// The steering program let this connection through to the application, so its port takes plaintext: the guard must
-/// know its packets from those that the pod sends on its own account. Without memory for the mark they are dropped.
+/// Marks a plaintext connection from a mesh address that the steering program passed to the application. Without the
+/// mark, for example for lack of memory, the guard takes its packets for connections of the pod and drops them.
 #[inline(always)]
 fn mark_clear(sock: &SockOps<'_>, client: &Address, own_port: u32) {
     if own_port == u32::from(tcp_port::TUNNEL) || !context::in_mesh(client) {
         return;
     }
     let names = Names { kind: names_kind::CLEAR, ..Names::default() };
-    let _ = sock.remember_names(names);
+    let _ = sock.store_names(names);
 }
 
 #[inline(always)]
-fn withdraw(sock: &SockOps<'_>, ends: &Ends) {
+fn remove_pending(sock: &SockOps<'_>, ends: &Ends) {
     let Some(names) = sock.names() else { return };
     let key = ends.connecting(sock.netns_cookie());
     let _ = match names.kind {

@@ -1,26 +1,26 @@
-//! The guard: what must not be in clear does not pass, whatever made it. See `tacit_abi`'s `guard` for the rules.
+//! The guard: drops plaintext between pods and the mesh where it is not allowed. The rules are in `tacit_abi`'s `guard`.
 //!
-//! Verdicts without a fact: no entry of the pod is `Pod::unknown` when the mesh is STRICT, else it passes; a packet
-//! that cannot be read is dropped for strict pods; a table of drops that is full loses a line, never a verdict.
+//! Verdicts without facts: a pod without an entry is `Pod::unknown` in a STRICT mesh and passes otherwise. Packets of
+//! STRICT pods that cannot be parsed are dropped. A full table of drops loses a count, never a verdict.
 
 use aya_ebpf::{bindings::BPF_NOEXIST, programs::SkBuffContext};
 use aya_log_ebpf::warn;
 use tacit_abi::{
-    Address, DropKey, GuardFacts, Packet, Pod, Reason, Seen, Verdict, decide_egress, decide_ingress,
+    Address, DropKey, GuardFacts, Hook, Packet, Pod, Reason, Verdict, decide_egress, decide_ingress,
     names_kind, pod_flag,
 };
 
 use crate::{
     context::{self, Skb},
     count::count,
-    event,
+    log_budget,
     maps::{DROPS, LINKS, PODS, SETTINGS, pod_of},
-    packet::{self, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, Way},
+    packet::{self, Direction, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6},
 };
 
-/// Links of pods that are guarded are Ethernet's.
+/// Length of the Ethernet header; guarded links of pods are Ethernet links.
 const ETHERNET_HEADER: u32 = 14;
-/// The smallest frame of Ethernet: an ARP packet (42 bytes) padded. Longer ones carry something else.
+/// Length of the smallest Ethernet frame: an ARP packet (42 bytes) with padding. A longer frame carries other data.
 const ARP_MAX: u32 = 60;
 
 struct Facts<'a>(&'a Skb<'a>);
@@ -52,50 +52,50 @@ impl GuardFacts for Facts<'_> {
     }
 
     #[inline(always)]
-    fn is_of_node(&self) -> bool {
+    fn is_node_socket(&self) -> bool {
         let settings = SETTINGS.load();
         self.0.cgroup() != 0 && self.0.ancestor_cgroup(settings.pods_level) != settings.pods_cgroup
     }
 
     #[inline(always)]
-    fn is_of_tcp(&self) -> bool {
-        self.0.is_of_tcp()
+    fn is_tcp_socket(&self) -> bool {
+        self.0.is_tcp_socket()
     }
 }
 
-/// Packets from and to sockets of pods. Returns whether the packet passes.
+/// Decides on packets from and to sockets of pods; true if the packet passes.
 #[inline(always)]
-pub fn socket(ctx: &SkBuffContext, way: Way) -> bool {
+pub fn socket(ctx: &SkBuffContext, direction: Direction) -> bool {
     let skb = Skb(ctx);
     let ethertype = skb.ethertype();
-    // Sockets of other families have nothing that these hooks see.
+    // Sockets of other families never reach these hooks.
     if ethertype != ETH_P_IP && ethertype != ETH_P_IPV6 {
         return true;
     }
-    let Some(head) = packet::head(&skb, ethertype) else {
+    let Some(header) = packet::ip_header(&skb, ethertype) else {
         return unreadable(ctx, &skb);
     };
-    let remote = match way {
-        Way::Out => &head.destination,
-        Way::In => &head.source,
+    let remote = match direction {
+        Direction::Egress => &header.destination,
+        Direction::Ingress => &header.source,
     };
-    // First of all: what goes to the agent goes by loopback.
+    // This check is first because all traffic to the agent is loopback.
     if remote.is_loopback() || !context::in_mesh(remote) {
         return true;
     }
     let Some((cgroup, pod)) = of_socket(&skb) else { return true };
-    let Some(packet) = packet::packet(&skb, &head, way, 0) else {
+    let Some(packet) = packet::parse(&skb, &header, direction, 0) else {
         return unreadable(ctx, &skb);
     };
     let facts = Facts(&skb);
-    let verdict = match way {
-        Way::Out => decide_egress(&facts, &pod, Seen::Socket, &packet),
-        Way::In => decide_ingress(&facts, &pod, &packet),
+    let verdict = match direction {
+        Direction::Egress => decide_egress(&facts, &pod, Hook::Socket, &packet),
+        Direction::Ingress => decide_ingress(&facts, &pod, &packet),
     };
     apply(ctx, cgroup, &packet, verdict)
 }
 
-/// The pod that a packet's socket belongs to; `None` is nobody who is held to anything.
+/// Returns the pod of a packet's socket and its cgroup's id; `None` if nothing is enforced for the socket.
 #[inline(always)]
 fn of_socket(skb: &Skb<'_>) -> Option<(u64, Pod)> {
     if let Some(found) = pod_of(|level| skb.ancestor_cgroup(level)) {
@@ -104,18 +104,18 @@ fn of_socket(skb: &Skb<'_>) -> Option<(u64, Pod)> {
     if context::default_is_strict() { Some((skb.cgroup(), Pod::unknown())) } else { None }
 }
 
-/// A packet too short for its own headers: nobody's answer depends on it.
+/// Decides on a packet that is too short for its own headers.
 #[inline(always)]
 fn unreadable(ctx: &SkBuffContext, skb: &Skb<'_>) -> bool {
     let Some((cgroup, pod)) = of_socket(skb) else { return true };
-    refuse_strict(ctx, cgroup, &pod, Reason::GuardUnreadable)
+    drop_if_strict(ctx, cgroup, &pod, Reason::GuardUnreadable)
 }
 
-/// Frames that leave a pod, on the host end of its link. Returns whether the frame passes.
+/// Decides on frames that leave a pod, on the host end of its link; true if the frame passes.
 #[inline(always)]
 pub fn link(ctx: &SkBuffContext) -> bool {
     let skb = Skb(ctx);
-    // The hot path: the agent's own tunnels.
+    // This check is first because tunnels of the agent are the hot path.
     if context::is_agent_cgroup(skb.cgroup()) {
         return true;
     }
@@ -131,24 +131,24 @@ pub fn link(ctx: &SkBuffContext) -> bool {
     let is_ip = ethertype == ETH_P_IP || ethertype == ETH_P_IPV6;
     if !is_ip || skb.has_vlan() {
         let is_arp = ethertype == ETH_P_ARP && !skb.has_vlan() && skb.len() <= ARP_MAX;
-        return is_arp || refuse_strict(ctx, cgroup, &pod, Reason::GuardNotIp);
+        return is_arp || drop_if_strict(ctx, cgroup, &pod, Reason::GuardNotIp);
     }
-    let Some(head) = packet::head(&skb, ethertype) else {
-        return refuse_strict(ctx, cgroup, &pod, Reason::GuardUnreadable);
+    let Some(header) = packet::ip_header(&skb, ethertype) else {
+        return drop_if_strict(ctx, cgroup, &pod, Reason::GuardUnreadable);
     };
-    if !context::in_mesh(&head.destination) {
+    if !context::in_mesh(&header.destination) {
         return true;
     }
-    let Some(packet) = packet::packet(&skb, &head, Way::Out, ETHERNET_HEADER) else {
-        return refuse_strict(ctx, cgroup, &pod, Reason::GuardUnreadable);
+    let Some(packet) = packet::parse(&skb, &header, Direction::Egress, ETHERNET_HEADER) else {
+        return drop_if_strict(ctx, cgroup, &pod, Reason::GuardUnreadable);
     };
-    let verdict = decide_egress(&Facts(&skb), &pod, Seen::Link, &packet);
+    let verdict = decide_egress(&Facts(&skb), &pod, Hook::Link, &packet);
     apply(ctx, cgroup, &packet, verdict)
 }
 
-/// Drops for strict pods what cannot be told apart further.
+/// Drops a packet that cannot be classified if its pod is STRICT; true if the packet passes.
 #[inline(always)]
-fn refuse_strict(ctx: &SkBuffContext, cgroup: u64, pod: &Pod, reason: Reason) -> bool {
+fn drop_if_strict(ctx: &SkBuffContext, cgroup: u64, pod: &Pod, reason: Reason) -> bool {
     if pod.has(pod_flag::EXEMPT) || !pod.has(pod_flag::EGRESS_STRICT) {
         return true;
     }
@@ -169,7 +169,7 @@ fn apply(ctx: &SkBuffContext, cgroup: u64, packet: &Packet, verdict: Verdict) ->
     }
 }
 
-/// Counts and tells a drop; always false.
+/// Counts and logs a drop; always false.
 #[inline(always)]
 fn drop(ctx: &SkBuffContext, cgroup: u64, remote: &Address, port: u16, protocol: u8, reason: Reason) -> bool {
     count(reason);
@@ -181,7 +181,7 @@ fn drop(ctx: &SkBuffContext, cgroup: u64, remote: &Address, port: u16, protocol:
             let _ = DROPS.insert(&key, &1, BPF_NOEXIST.into());
         }
     }
-    if event::admit() {
+    if log_budget::take_line() {
         warn!(
             ctx,
             "packet of cgroup {}, other end [{:i}]:{}, protocol {}: dropped, reason {}",

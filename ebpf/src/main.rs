@@ -1,5 +1,5 @@
-//! Tacit's kernel side: the list of programs. Each entry point only turns a decision into the kernel's verdict; the
-//! decisions themselves are pure and live in `tacit-abi`, the raw context accesses in `context`.
+//! Kernel side of Tacit: the list of programs. Entry points only turn a decision into the kernel's verdict. The
+//! decisions are pure functions in `tacit-abi`, and raw context accesses are in `context`.
 #![no_std]
 #![no_main]
 #![expect(
@@ -11,8 +11,8 @@ mod connect;
 mod context;
 mod count;
 mod established;
-mod event;
 mod guard;
+mod log_budget;
 mod maps;
 mod names;
 mod packet;
@@ -24,16 +24,16 @@ use aya_ebpf::{
     programs::{SkBuffContext, SkLookupContext, SockAddrContext, SockOpsContext, TcContext},
 };
 use context::Family;
-use packet::Way;
+use packet::Direction;
 
-/// Return value of a cgroup program that lets the system call go on.
+/// Return value of a cgroup program that allows the system call or passes the packet.
 const ALLOW: i32 = 1;
-/// Return value of a cgroup program that makes the system call fail, or drops the packet.
+/// Return value of a cgroup program that fails the system call or drops the packet.
 const DENY: i32 = 0;
-/// Return value of a program on a link: the next program, or the stack, goes on.
-const NEXT: i32 = -1;
-/// Return value of a program on a link: the frame ends here.
-const SHOT: i32 = 2;
+/// Return value of a program on a link that passes the frame to the next program (`TC_ACT_UNSPEC`, `TCX_NEXT`).
+const TC_NEXT: i32 = -1;
+/// Return value of a program on a link that drops the frame.
+const TC_DROP: i32 = 2;
 
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
@@ -77,17 +77,17 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
 
 #[cgroup_skb(egress)]
 pub fn guard_egress(ctx: SkBuffContext) -> i32 {
-    if guard::socket(&ctx, Way::Out) { ALLOW } else { DENY }
+    if guard::socket(&ctx, Direction::Egress) { ALLOW } else { DENY }
 }
 
 #[cgroup_skb(ingress)]
 pub fn guard_ingress(ctx: SkBuffContext) -> i32 {
-    if guard::socket(&ctx, Way::In) { ALLOW } else { DENY }
+    if guard::socket(&ctx, Direction::Ingress) { ALLOW } else { DENY }
 }
 
 #[classifier]
 pub fn guard_link(ctx: TcContext) -> i32 {
-    if guard::link(&SkBuffContext::new(ctx.skb.skb)) { NEXT } else { SHOT }
+    if guard::link(&SkBuffContext::new(ctx.skb.skb)) { TC_NEXT } else { TC_DROP }
 }
 
 #[panic_handler]

@@ -1,4 +1,4 @@
-//! The maps. All but the log's are pinned by the agent under their name, so they outlive it.
+//! Maps of the programs. The agent pins all but those of the log under their names, so they outlive it.
 
 use aya_ebpf::{
     Global,
@@ -11,90 +11,90 @@ use tacit_abi::{
     Settings, State, Steered, Tuple, limits,
 };
 
-use crate::event::Budget;
+use crate::log_budget::Budget;
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 
-/// Written by the agent before the programs are loaded; constant to the verifier.
+/// Settings that the agent writes before it loads the programs. The verifier sees constants.
 #[unsafe(no_mangle)]
 pub static SETTINGS: Global<Settings> =
     Global::new(Settings { pods_level: u32::MAX, abi_version: 0, pods_cgroup: 0, has_set_retval: 0, pad: 0 });
 
-/// The agent's heartbeat and the mesh's default. Zero: no agent ever ran, nobody is held to anything.
+/// The agent's heartbeat and the mesh's default mode. Zero: no agent ever ran, and nothing is enforced.
 #[btf_map]
 pub static STATE: Array<State, 1> = Array::new();
 
-/// Cgroups of agents by id, with the process. Missing: treated as any pod.
+/// Cgroups of agents by id, with the process id. Missing: treated as a pod.
 #[btf_map]
 pub static AGENTS: HashMap<u64, u32, { limits::AGENTS as usize }> = HashMap::new();
 
-/// Destinations that strict pods may reach in clear. Missing: they may not.
+/// Destinations of `allowClear`. Missing: STRICT pods cannot reach it as plaintext.
 #[btf_map]
 pub static CLEAR: HashMap<ClearKey, u32, { limits::CLEAR as usize }, ON_DEMAND> = HashMap::new();
 
-/// The pod behind a link, its cgroup's id by the index of the link's host end. Missing: not guarded there.
+/// Cgroup id of the pod behind a link, by the index of the link's host end. Missing: the link is not guarded.
 #[btf_map]
 pub static LINKS: HashMap<u32, u64, { limits::PODS as usize }> = HashMap::new();
 
-/// How many packets the guard dropped, by pod, destination and reason. Full: the least recently seen makes room;
-/// the verdict does not depend on it, and `COUNTERS` loses nothing.
+/// Numbers of dropped packets by pod, destination and reason. Full: the least recently used entry is evicted.
+/// Verdicts do not depend on this map, and `COUNTERS` stays complete.
 #[btf_map]
 pub static DROPS: LruHashMap<DropKey, u64, { limits::DROPS as usize }> = LruHashMap::new();
 
-/// Enrolled pods by cgroup id. Missing: left alone, or held to STRICT when that is the mesh's default.
+/// Enrolled pods by cgroup id. Missing: left alone, or treated as STRICT if that is the mesh's default.
 #[btf_map]
 pub static PODS: HashMap<u64, Pod, { limits::PODS as usize }> = HashMap::new();
 
-/// Enrolled pods by address. Missing: refused inside the mesh, left alone outside.
+/// Enrolled pods by address. Missing: reset inside the mesh, passed outside.
 #[btf_map]
 pub static STEERED: HashMap<Address, Steered, { limits::ADDRESSES as usize }> = HashMap::new();
 
-/// Modes of ports that have their own. Missing: the pod's mode.
+/// Modes of single ports. Missing: the pod's mode.
 #[btf_map]
 pub static PORT_MODES: HashMap<PortKey, u32, { limits::PORT_MODES as usize }, ON_DEMAND> = HashMap::new();
 
-/// The mesh's ranges.
+/// Ranges of the mesh.
 #[btf_map]
 pub static MESH: LpmTrie<MeshKey, u32, { limits::MESH_RANGES as usize }> = LpmTrie::new();
 
-/// The node's own addresses: probes come from them.
+/// The node's own addresses, which probes come from.
 #[btf_map]
 pub static NODE: HashMap<Address, u32, { limits::NODE_ADDRESSES as usize }> = HashMap::new();
 
-/// The agent's listeners, see `tacit_abi::listener_index`. An entry goes with its socket: missing means no agent.
+/// The agent's listeners, see `tacit_abi::listener_index`. The kernel removes an entry with its socket. Missing: no agent.
 #[btf_map]
 pub static LISTENERS: SockMap<{ (limits::PODS * LISTENERS_PER_POD) as usize }> = SockMap::new();
 
-/// The agent's listeners for captured connections, by slot: those that are spread over ports on which nobody listens are
-/// steered to it. An entry goes with its socket: missing means no agent.
+/// The agent's listeners for captured connections, by slot. Connections that are spread over ports without a listener are
+/// redirected to them. The kernel removes an entry with its socket. Missing: no agent.
 #[btf_map]
 pub static CAPTURERS: SockMap<{ limits::PODS as usize }> = SockMap::new();
 
-/// What a socket's application should be told; lives and dies with the socket.
+/// Names that a socket's application sees. The kernel frees an entry with its socket.
 #[btf_map]
 pub static NAMES: SkStorage<Names> = SkStorage::new();
 
-/// Captured connections on their way to the agent: where they wanted to go. Full: the agent finds nothing and resets.
+/// Destinations of captured connections until the agent accepts them. Full: the agent finds no entry and resets.
 #[btf_map]
 pub static CAPTURED: HashMap<Tuple, Destination, { limits::PENDING as usize }, ON_DEMAND> = HashMap::new();
 
-/// The agent's connections on their way to an application: whom they stand for. Full: the application sees the
-/// agent's address; nothing is let through that was not decided already.
+/// Clients of the agent's connections until the application accepts them. Full: the application sees an address of its
+/// own pod. Access does not depend on this map.
 #[btf_map]
 pub static DIALLED: HashMap<Tuple, Destination, { limits::PENDING as usize }, ON_DEMAND> = HashMap::new();
 
-/// One counter for each `tacit_abi::Reason`.
+/// One counter for each `tacit_abi::Reason`, by its number.
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { REASONS.len() }> = PerCpuArray::new();
 
-/// How many log lines each CPU has written in its current second. Not pinned: it means nothing to a successor.
+/// Numbers of log lines that each CPU wrote in its current second. Not pinned, because a successor does not need them.
 #[btf_map]
 pub static LOG_BUDGET: PerCpuArray<Budget, 1> = PerCpuArray::new();
 
-/// How deep below the pods' cgroup a pod's own cgroup can be: directly, or below a QoS class as Kubernetes has it.
+/// Levels below the pods' cgroup at which pods' cgroups can be: directly, or below a QoS class of Kubernetes.
 const POD_DEPTHS: u32 = 2;
 
-/// The enrolled pod, with its cgroup's id, of whatever has the ancestor cgroups that `ancestor` tells by level.
+/// Returns the enrolled pod and its cgroup's id. `ancestor` returns the id of the ancestor cgroup at a level.
 #[inline(always)]
 pub fn pod_of(ancestor: impl Fn(u32) -> u64) -> Option<(u64, Pod)> {
     let level = SETTINGS.load().pods_level;

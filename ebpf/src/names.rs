@@ -1,5 +1,5 @@
-//! getpeername and getsockname, both families: applications are told the addresses they would see without Tacit.
-//! `accept()` answers through getpeername too.
+//! getpeername and getsockname, both families: applications see the addresses that they would see without Tacit.
+//! `accept()` also reports its address through getpeername.
 
 use aya_ebpf::programs::SockAddrContext;
 use tacit_abi::names_kind;
@@ -9,7 +9,7 @@ use crate::{
     context::{Family, SockAddr},
 };
 
-/// The other end's name.
+/// Rewrites the address of the other end.
 #[inline(always)]
 pub fn peer(ctx: &SockAddrContext, family: Family) -> i32 {
     let sock = SockAddr(ctx);
@@ -18,11 +18,11 @@ pub fn peer(ctx: &SockAddrContext, family: Family) -> i32 {
             sock.set_address(family, &names.peer);
             sock.set_port(names.peer_port as u16);
         }
-        // A name that was lost (a map was full, or memory was short: counted as `names_full`) must not make a client of
-        // the mesh look like loopback, which applications trust. The pod's own address is what they are told instead.
+        // The names were lost because a map was full or memory was short (counted as `names_full`). The client must not look
+        // like loopback, which applications trust, so the application sees its pod's own address.
         _ => {
             if let Some(own) = sock.own_address(family)
-                && !sock.address(family).may_be_told_to(&own)
+                && !sock.address(family).may_be_reported_to(&own)
             {
                 sock.set_address(family, &own);
             }
@@ -31,7 +31,7 @@ pub fn peer(ctx: &SockAddrContext, family: Family) -> i32 {
     ALLOW
 }
 
-/// The socket's own name. Only a captured connection has a wrong one: it ends at the pod's loopback. The port is right.
+/// Rewrites the socket's own address. Only a captured connection needs it: it ends at the pod's loopback. The port is right.
 #[inline(always)]
 pub fn own(ctx: &SockAddrContext, family: Family) -> i32 {
     let sock = SockAddr(ctx);

@@ -1,4 +1,4 @@
-//! sk_lookup in a pod's network namespace: which inbound connections go to the agent.
+//! sk_lookup in a pod's network namespace: redirects inbound connections to the agent.
 
 use aya_ebpf::programs::SkLookupContext;
 use tacit_abi::{Address, InboundFacts, Reason, Steer, Steered, Tuple, decide_inbound, listener_index};
@@ -47,7 +47,7 @@ impl InboundFacts for Facts {
     }
 }
 
-/// Entry of the program: may the lookup go on?
+/// Runs the program; false resets the connection.
 #[inline(always)]
 pub fn run(ctx: &SkLookupContext) -> bool {
     let lookup = SkLookup(ctx);
@@ -64,15 +64,17 @@ pub fn run(ctx: &SkLookupContext) -> bool {
             false
         }
         Steer::Agent(slot, listener, reason) => {
-            handed(LISTENERS.redirect_sk_lookup(ctx, listener_index(slot, listener), 0).is_ok(), reason)
+            redirected(LISTENERS.redirect_sk_lookup(ctx, listener_index(slot, listener), 0).is_ok(), reason)
         }
-        Steer::Capture(slot, reason) => handed(CAPTURERS.redirect_sk_lookup(ctx, slot, 0).is_ok(), reason),
+        Steer::Capture(slot, reason) => {
+            redirected(CAPTURERS.redirect_sk_lookup(ctx, slot, 0).is_ok(), reason)
+        }
     }
 }
 
-/// Whether the agent has it; without the agent it is refused.
+/// Counts a redirection; false, which resets the connection, if the agent has no listener.
 #[inline(always)]
-fn handed(found: bool, reason: Reason) -> bool {
+fn redirected(found: bool, reason: Reason) -> bool {
     count(if found { reason } else { Reason::InboundNoAgent });
     found
 }

@@ -1,18 +1,18 @@
-//! Harness of the privileged tests: two nodes with pods, with or without Tacit, and peers that talk between them.
+//! Harness of the privileged tests: two nodes with pods, with or without Tacit, and peers that connect to each other.
 //!
-//! | module | what it holds |
+//! | module | content |
 //! |---|---|
-//! | `mesh` | [`Mesh`]: a topology, its pods, its agents (or none: the control run) |
-//! | `peer` | [`Server`], [`Client`]: `tacit-peer` inside a pod, and what it told |
+//! | `mesh` | [`Mesh`]: a topology, its pods, its agents (or none, in a control run) |
+//! | `peer` | [`Server`], [`Client`]: `tacit-peer` in a pod, and its events |
 //! | `observe` | metrics, status and log of an agent |
-//! | `program` | where the programs under test are |
+//! | `program` | paths of the programs under test |
 //!
-//! Tests that need root are `#[ignore = "needs root"]` and run with `--include-ignored`. Those of one file share a mesh
-//! where they change nothing in it; each takes a fresh port ([`fresh_port`]). What they made is removed when the test
-//! process ends, however it ends (see `tacit_topology`).
+//! Tests that need root are `#[ignore = "needs root"]` and run with `--include-ignored`. The tests of one file share a
+//! mesh if they do not change it, and each uses a fresh port ([`fresh_port`]). Resources are removed when the test
+//! process exits, even after a crash (see `tacit_topology`).
 //!
-//! Every promise about what must not be seen is tested twice: with Tacit, and in a control run without, in which the
-//! same thing must be seen. [`with_and_without_tacit`] makes both tests from one function.
+//! Every test that a marker is not visible has a control run without Tacit, in which the marker must be visible.
+//! [`with_and_without_tacit`] makes both tests from one function.
 
 #![forbid(unsafe_code)]
 
@@ -27,16 +27,16 @@ pub use program::{agent_program, peer_program, scaled};
 
 use std::sync::atomic::{AtomicU16, Ordering};
 
-/// A port no other test of this process uses. Below the kernel's ephemeral range, above Tacit's own ports.
+/// Returns a port that no other test of this process uses, above Tacit's ports and below the kernel's ephemeral range.
 #[must_use]
 pub fn fresh_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(20_000);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// Makes two tests of each function `fn(&Mesh) -> anyhow::Result<()>`: in `without_tacit` and in `with_tacit`.
+/// Makes two tests of each function `fn(&Mesh) -> anyhow::Result<()>`, in the modules `without_tacit` and `with_tacit`.
 ///
-/// `plan` is a function that gives the [`Plan`] of the mesh both need.
+/// `plan` is a function that returns the [`Plan`] of both meshes.
 #[macro_export]
 macro_rules! with_and_without_tacit {
     ($plan:ident: $($name:ident),+ $(,)?) => {

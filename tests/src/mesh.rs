@@ -1,95 +1,98 @@
-//! A topology with its pods and, unless it is the control run, an agent on each node.
+//! A topology with its pods and, except in a control run, an agent on each node.
 
 use crate::{observe, program::agent_program};
 use anyhow::{Context, Result, anyhow};
 use std::sync::OnceLock;
 use tacit_topology::{Agent, Membership, MeshFiles, Pod, Process, Topology, WorkloadEntry, cleanup_stale};
 
-/// What to build.
+/// Nodes, pods, policy and configuration of a mesh.
 #[derive(Debug, Clone, Default)]
 pub struct Plan {
     tag: String,
     pods: Vec<(String, String, String, Membership)>,
     policy: String,
-    extra: String,
+    config: String,
 }
 
 impl Plan {
-    /// Two nodes, `a` and `b`, without pods. `tag` (1 to 8 letters) becomes part of all names.
+    /// Makes a plan of two nodes, `a` and `b`, without pods. `tag` (1 to 8 letters) becomes part of all names.
     #[must_use]
     pub fn new(tag: &str) -> Self {
         Self { tag: tag.to_owned(), ..Self::default() }
     }
 
-    /// A pod of the mesh on `node`, named `namespace/name`; its service account and its label `app` are its name.
+    /// Adds a pod of the mesh on `node`, named `namespace/name`. Its service account and its label `app` are its name.
     #[must_use]
     pub fn pod(mut self, node: &str, namespace: &str, name: &str) -> Self {
         self.pods.push((node.to_owned(), namespace.to_owned(), name.to_owned(), Membership::Mesh));
         self
     }
 
-    /// A pod that no agent watches and no directory names.
+    /// Adds a pod that no agent covers and no directory contains.
     #[must_use]
     pub fn outside(mut self, node: &str, namespace: &str, name: &str) -> Self {
         self.pods.push((node.to_owned(), namespace.to_owned(), name.to_owned(), Membership::Outside));
         self
     }
 
-    /// The policy both nodes start with.
+    /// Sets the policy that both nodes start with.
     #[must_use]
     pub fn policy(mut self, yaml: &str) -> Self {
         yaml.clone_into(&mut self.policy);
         self
     }
 
-    /// Further lines of `tacit.yaml`.
+    /// Sets additional lines of `tacit.yaml`.
     #[must_use]
     pub fn config(mut self, yaml: &str) -> Self {
-        yaml.clone_into(&mut self.extra);
+        yaml.clone_into(&mut self.config);
         self
     }
 
-    /// Builds it with no agent: the control run.
+    /// Builds the mesh without agents, for a control run.
     ///
     /// # Errors
-    /// When the topology cannot be built.
+    /// Fails if the topology cannot be built.
     pub fn without_agents(self) -> Result<Mesh> {
         cleanup_stale()?;
         let topology = Topology::new(&self.tag)?;
-        let mut mesh = Mesh { pods: Vec::new(), holds: Vec::new(), agents: Vec::new(), topology };
+        let mut mesh = Mesh { pods: Vec::new(), pod_processes: Vec::new(), agents: Vec::new(), topology };
         for (node, namespace, name, membership) in &self.pods {
             let node = mesh.topology.node(node)?;
             let pod = match membership {
                 Membership::Mesh => node.pod(namespace, name)?,
                 Membership::Outside => node.outside_pod(namespace, name)?,
             };
-            mesh.holds.push(pod.hold()?);
+            mesh.pod_processes.push(pod.keep_alive()?);
             mesh.pods.push(pod);
         }
         Ok(mesh)
     }
 
-    /// Builds it with an agent on each node, ready and with all pods enrolled.
+    /// Builds the mesh with an agent on each node. All agents are ready and all pods enrolled when this returns.
     ///
     /// # Errors
-    /// When the topology cannot be built or an agent does not become ready.
+    /// Fails if the topology cannot be built or an agent does not become ready.
     pub fn with_agents(self) -> Result<Mesh> {
-        self.with_agents_told(|_, mesh| Ok(mesh.directory()))
+        self.with_directories(|_, mesh| Ok(mesh.directory()))
     }
 
-    /// As [`Plan::with_agents`]; `tell` gives the directory of the node whose name it is given, true or not.
+    /// Builds the mesh like [`Plan::with_agents`]. `directory_of` returns the directory of a node, which may be wrong.
     ///
     /// # Errors
     /// As [`Plan::with_agents`].
-    pub fn with_agents_told(self, tell: impl Fn(&str, &Mesh) -> Result<Vec<WorkloadEntry>>) -> Result<Mesh> {
+    pub fn with_directories(
+        self,
+        directory_of: impl Fn(&str, &Mesh) -> Result<Vec<WorkloadEntry>>,
+    ) -> Result<Mesh> {
         let program = agent_program()?;
-        let (policy, extra) = (self.policy.clone(), self.extra.clone());
+        let (policy, config) = (self.policy.clone(), self.config.clone());
         let mut mesh = self.without_agents()?;
         for node in mesh.topology.nodes() {
-            let directory = tell(node.name(), &mesh)?;
-            let files = MeshFiles::write(&mesh.topology, node, &directory, &policy, &extra)?;
+            let directory = directory_of(node.name(), &mesh)?;
+            let files = MeshFiles::write(&mesh.topology, node, &directory, &policy, &config)?;
             let mut agent = Agent::start(node, &program, &files)?;
-            // One after the other: the first makes the root that they share.
+            // Sequential, because the first agent creates the root that the agents share.
             agent.wait_ready()?;
             observe::wait_enrolled(&agent)?;
             mesh.agents.push(agent);
@@ -98,21 +101,21 @@ impl Plan {
     }
 }
 
-/// A topology, its pods, its agents. Everything is removed when it is dropped or the process ends.
+/// A topology, its pods and its agents. All resources are removed when it is dropped or the process exits.
 #[derive(Debug)]
 pub struct Mesh {
-    // Dropped in this order: processes first, the ground they stand on last.
+    // Fields are dropped in this order: processes first, the topology last.
     agents: Vec<Agent>,
-    holds: Vec<Process>,
+    pod_processes: Vec<Process>,
     pods: Vec<Pod>,
     topology: Topology,
 }
 
 impl Mesh {
-    /// The mesh in `cell`, built by the first test that asks. When building failed, every test is told why.
+    /// Returns the mesh in `cell`, which the first caller builds. If the build fails, every caller gets its error.
     ///
     /// # Errors
-    /// When it could not be built.
+    /// Fails if the mesh could not be built.
     pub fn shared(
         cell: &OnceLock<Result<Self, String>>,
         build: impl FnOnce() -> Result<Self>,
@@ -122,30 +125,30 @@ impl Mesh {
             .map_err(|text| anyhow!("{text}"))
     }
 
-    /// The pod of that name.
+    /// Returns the pod with this name.
     ///
     /// # Errors
-    /// When there is none.
+    /// Fails if there is none.
     pub fn pod(&self, name: &str) -> Result<&Pod> {
         self.pods.iter().find(|pod| pod.name() == name).with_context(|| format!("no pod {name}"))
     }
 
-    /// The ground it stands on.
+    /// Returns the topology.
     #[must_use]
     pub fn topology(&self) -> &Topology {
         &self.topology
     }
 
-    /// Whether Tacit runs here; it does not in a control run.
+    /// Returns true unless this is a control run.
     #[must_use]
     pub fn has_tacit(&self) -> bool {
         !self.agents.is_empty()
     }
 
-    /// The agent of that node.
+    /// Returns the agent of a node.
     ///
     /// # Errors
-    /// When there is none, as in a control run.
+    /// Fails if there is none, as in a control run.
     pub fn agent(&self, node: &str) -> Result<&Agent> {
         self.agents
             .iter()
@@ -153,7 +156,7 @@ impl Mesh {
             .with_context(|| format!("no agent on node {node}"))
     }
 
-    /// The agent of that node, to stop or start it.
+    /// Returns the agent of a node, to stop or start it.
     ///
     /// # Errors
     /// As [`Mesh::agent`].
@@ -164,7 +167,7 @@ impl Mesh {
             .with_context(|| format!("no agent on node {node}"))
     }
 
-    /// The true directory of the pods that belong to the mesh.
+    /// Returns the right directory of the mesh's pods.
     #[must_use]
     pub fn directory(&self) -> Vec<WorkloadEntry> {
         self.pods.iter().filter(|pod| pod.membership() == Membership::Mesh).map(WorkloadEntry::of).collect()

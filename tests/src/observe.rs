@@ -1,13 +1,13 @@
-//! What an agent reports of itself: metrics and log, read as a test needs them.
+//! Metrics, status and log of an agent.
 
 use anyhow::{Context, Result};
 use serde_json::Value;
 use tacit_topology::{Agent, until};
 
-/// The sum of all samples of `name` (as exposed, suffix included) that have all of `labels`.
+/// Returns the sum of all samples of `name` (as exposed, with its suffix) that have all of `labels`.
 ///
 /// # Errors
-/// When a matching sample has no whole number as its value.
+/// Fails if the value of a matching sample is not a whole number.
 pub fn sum(metrics: &str, name: &str, labels: &[(&str, &str)]) -> Result<u64> {
     let wanted: Vec<String> = labels.iter().map(|(label, value)| format!("{label}=\"{value}\"")).collect();
     let mut total = 0;
@@ -21,38 +21,38 @@ pub fn sum(metrics: &str, name: &str, labels: &[(&str, &str)]) -> Result<u64> {
     Ok(total)
 }
 
-/// [`sum`] of what `agent` exposes now.
+/// Returns the [`sum`] over the current metrics of `agent`.
 ///
 /// # Errors
-/// When it does not answer.
+/// Fails if it does not answer.
 pub fn metric(agent: &Agent, name: &str, labels: &[(&str, &str)]) -> Result<u64> {
     sum(&agent.metrics()?, name, labels)
 }
 
-/// Connections `agent` refused so far for `reason`.
+/// Returns the number of connections that `agent` rejected for `reason`.
 ///
 /// # Errors
-/// When it does not answer.
+/// Fails if it does not answer.
 pub fn refused(agent: &Agent, reason: &str) -> Result<u64> {
     metric(agent, "tacit_connections_refused_total", &[("reason", reason)])
 }
 
-/// All that `agent` refused so far: the lines of its metrics, for the message of a failure.
+/// Returns the lines of `agent`'s metrics that count rejected connections, for error messages.
 ///
 /// # Errors
-/// When it does not answer.
+/// Fails if it does not answer.
 pub fn refusals(agent: &Agent) -> Result<Vec<String>> {
     let metrics = agent.metrics()?;
     let lines = metrics.lines().filter(|line| line.starts_with("tacit_connections_refused_total"));
     Ok(lines.map(str::to_owned).collect())
 }
 
-/// Waits until `agent` has counted more than `before` refusals for `reason`, and logged one that names `who`.
+/// Waits until `agent` has counted more than `before` rejections for `reason` and logged one whose line has `who`.
 ///
 /// # Errors
-/// When that does not happen; the message has what it refused instead.
+/// Fails if the wait times out; the message has the rejections that were counted and logged.
 pub fn wait_refused(agent: &Agent, reason: &str, before: u64, who: &str) -> Result<()> {
-    let what = format!("node {}: a refusal of {who} for {reason} counted and logged", agent.node());
+    let what = format!("node {}: a rejection of {who} for {reason} counted and logged", agent.node());
     let shown = until(&what, || {
         let counted = refused(agent, reason)? > before;
         let log = agent.log()?;
@@ -64,22 +64,22 @@ pub fn wait_refused(agent: &Agent, reason: &str, before: u64, who: &str) -> Resu
         let counted = refusals(agent).unwrap_or_default();
         let log = agent.log().unwrap_or_default();
         let logged: Vec<_> = log.lines().filter(|line| line.contains("refused")).collect();
-        format!("refusals counted: {counted:#?}\nlogged: {logged:#?}")
+        format!("rejections counted: {counted:#?}\nlogged: {logged:#?}")
     })
 }
 
-/// What `tacit status -o json` says.
+/// Returns the output of `tacit status -o json`.
 ///
 /// # Errors
-/// When the command fails or prints no JSON.
+/// Fails if the command fails or its output is not JSON.
 pub fn status(agent: &Agent) -> Result<Value> {
-    serde_json::from_str(&agent.status()?).context("status is no JSON")
+    serde_json::from_str(&agent.status()?).context("parse the status as JSON")
 }
 
-/// Waits until the status fulfils `condition`, and returns what that found in it.
+/// Waits until `condition` returns `Some` for the status, and returns its value.
 ///
 /// # Errors
-/// When it never does; the message has the last status.
+/// Fails if the wait times out; the message has the last status.
 pub fn wait_status<T>(agent: &Agent, what: &str, condition: impl Fn(&Value) -> Option<T>) -> Result<T> {
     let what = format!("status of node {}: {what}", agent.node());
     let mut last = Value::Null;
@@ -93,7 +93,7 @@ pub fn wait_status<T>(agent: &Agent, what: &str, condition: impl Fn(&Value) -> O
 /// Waits until all pods of the agent's node are enrolled.
 ///
 /// # Errors
-/// When they do not become so; the message says what they wait for.
+/// Fails if the wait times out; the message has the last status.
 pub fn wait_enrolled(agent: &Agent) -> Result<()> {
     wait_status(agent, "all pods enrolled", |status| {
         let pods = status["pods"].as_array()?;

@@ -1,4 +1,4 @@
-//! `tacit-peer` inside a pod, and what it told.
+//! `tacit-peer` in a pod, and its events.
 
 use crate::program::peer_program;
 use anyhow::{Context, Result, bail};
@@ -12,107 +12,108 @@ use std::{
 };
 use tacit_topology::{HANG, Netns, Pod, Process};
 
-/// Events a peer told so far, and whether it can tell more. Cheap to clone.
+/// Events that a peer has printed. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Events(Arc<(Mutex<Told>, Condvar)>);
+pub struct Events(Arc<(Mutex<EventLog>, Condvar)>);
 
 #[derive(Debug, Default)]
-struct Told {
+struct EventLog {
     events: Vec<Value>,
     ended: bool,
 }
 
 impl Events {
-    /// All so far.
+    /// Returns all events so far.
     #[must_use]
     pub fn so_far(&self) -> Vec<Value> {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner).events.clone()
     }
 
-    /// The first one of that name, of whichever connection; waits for it.
+    /// Waits for the first event with this name, of any connection.
     ///
     /// # Errors
-    /// When it never comes; the message has what came instead.
+    /// Fails if the event does not come; the message has all events.
     pub fn first(&self, event: &str) -> Result<Value> {
         self.nth(event, 0)
     }
 
-    /// As [`Events::first`], passing over the first `skip` of that name.
+    /// Waits for an event like [`Events::first`], after skipping `skip` events with this name.
     ///
     /// # Errors
     /// As [`Events::first`].
     pub fn nth(&self, event: &str, skip: usize) -> Result<Value> {
-        self.matching(event, |told| told["event"] == event, skip)
+        self.matching(event, |found| found["event"] == event, skip)
     }
 
-    /// Waits for the event of which `is` says that it is the one, passing over the first `skip`; `what` names it.
+    /// Waits for an event for which `is` returns true, after skipping `skip` of them. `what` names it in the error.
     fn matching(&self, what: &str, is: impl Fn(&Value) -> bool, skip: usize) -> Result<Value> {
-        let (told, news) = &*self.0;
-        let found = |told: &Told| told.events.iter().filter(|event| is(event)).nth(skip).cloned();
-        let told = told.lock().unwrap_or_else(PoisonError::into_inner);
-        let waiting = |told: &mut Told| found(told).is_none() && !told.ended;
-        let waited = news.wait_timeout_while(told, HANG, waiting).unwrap_or_else(PoisonError::into_inner);
-        found(&waited.0).with_context(|| format!("the peer told no {what:?} but {:?}", waited.0.events))
+        let (log, changed) = &*self.0;
+        let found = |log: &EventLog| log.events.iter().filter(|event| is(event)).nth(skip).cloned();
+        let log = log.lock().unwrap_or_else(PoisonError::into_inner);
+        let waiting = |log: &mut EventLog| found(log).is_none() && !log.ended;
+        let waited = changed.wait_timeout_while(log, HANG, waiting).unwrap_or_else(PoisonError::into_inner);
+        found(&waited.0)
+            .with_context(|| format!("no event {what:?} from the peer, only {:?}", waited.0.events))
     }
 
     fn wait_end(&self) -> Result<Vec<Value>> {
-        let (told, news) = &*self.0;
-        let told = told.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = news.wait_timeout_while(told, HANG, |told| !told.ended);
-        let (told, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        let (log, changed) = &*self.0;
+        let log = log.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = changed.wait_timeout_while(log, HANG, |log| !log.ended);
+        let (log, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
         if timeout.timed_out() {
-            bail!("the peer does not end; it told {:?}", told.events);
+            bail!("the peer does not exit; events: {:?}", log.events);
         }
-        Ok(told.events.clone())
+        Ok(log.events.clone())
     }
 
-    fn push(&self, change: impl FnOnce(&mut Told)) {
+    fn push(&self, change: impl FnOnce(&mut EventLog)) {
         change(&mut self.0.0.lock().unwrap_or_else(PoisonError::into_inner));
         self.0.1.notify_all();
     }
 }
 
-/// A server in a pod; it is killed on drop.
+/// A server in a pod, killed on drop.
 #[derive(Debug)]
 pub struct Server {
     peer: Peer,
     address: SocketAddr,
     netns: Netns,
-    /// Where our own visits came from.
-    visits: Mutex<Vec<String>>,
+    /// Source addresses of the connections that [`Server::accepted`] opens itself.
+    probes: Mutex<Vec<String>>,
 }
 
 impl Server {
-    /// Listens on `address` in `pod`; every connection goes through `steps`.
+    /// Starts a server on `address` in `pod` that runs `steps` on every connection.
     ///
     /// # Errors
-    /// When it cannot listen there.
+    /// Fails if the server cannot listen on `address`.
     pub fn start(pod: &Pod, address: SocketAddr, steps: &[&str]) -> Result<Self> {
         let text = address.to_string();
         let peer = Peer::start(pod, &[&["serve", &text], steps].concat())?;
         peer.events
             .first("listening")
             .with_context(|| format!("server on {address} in pod {}", pod.name()))?;
-        Ok(Self { peer, address, netns: pod.netns().clone(), visits: Mutex::default() })
+        Ok(Self { peer, address, netns: pod.netns().clone(), probes: Mutex::default() })
     }
 
-    /// Where it listens.
+    /// Returns the address that the server listens on.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// What it told.
+    /// Returns the server's events.
     #[must_use]
     pub fn events(&self) -> &Events {
         &self.peer.events
     }
 
-    /// How many connections it accepted until now. It visits the server itself, from inside the pod, and waits until
-    /// that visit is told: what was accepted before it has been told then too.
+    /// Returns the number of connections that the server has accepted. It connects to the server from inside the pod and
+    /// waits for the event of this connection, so the events of all earlier connections are there too.
     ///
     /// # Errors
-    /// When the server does not answer its visit.
+    /// Fails if the server does not accept this connection.
     pub fn accepted(&self) -> Result<usize> {
         let local = match self.address.ip() {
             IpAddr::V6(v6) if v6.is_unspecified() => {
@@ -120,79 +121,80 @@ impl Server {
             }
             _ => self.address,
         };
-        let visit =
-            self.netns.enter(|| TcpStream::connect_timeout(&local, HANG))?.context("visit the server")?;
-        let from = visit.local_addr()?.to_string();
-        let mut visits = self.visits.lock().unwrap_or_else(PoisonError::into_inner);
-        visits.push(from.clone());
-        self.events().matching(&format!("visit from {from}"), |event| event["peer"] == from, 0)?;
+        let probe = self
+            .netns
+            .enter(|| TcpStream::connect_timeout(&local, HANG))?
+            .context("connect to the server")?;
+        let from = probe.local_addr()?.to_string();
+        let mut probes = self.probes.lock().unwrap_or_else(PoisonError::into_inner);
+        probes.push(from.clone());
+        self.events().matching(&format!("connection from {from}"), |event| event["peer"] == from, 0)?;
         let accepted = self.events().so_far().into_iter().filter(|event| event["event"] == "accepted");
-        Ok(accepted.filter(|event| !visits.iter().any(|visit| event["peer"] == *visit)).count())
+        Ok(accepted.filter(|event| !probes.iter().any(|probe| event["peer"] == *probe)).count())
     }
 }
 
-/// A client in a pod; it is killed on drop.
+/// A client in a pod, killed on drop.
 #[derive(Debug)]
 pub struct Client {
     peer: Peer,
 }
 
 impl Client {
-    /// Connects from `pod` to `address` and goes through `steps`.
+    /// Starts a client in `pod` that connects to `address` and runs `steps`.
     ///
     /// # Errors
-    /// When it cannot be started. That a connection fails is an event.
+    /// Fails if the client cannot be started. A failed connection is an event.
     pub fn start(pod: &Pod, address: SocketAddr, steps: &[&str]) -> Result<Self> {
         let text = address.to_string();
         Self::with_args(pod, &[&["connect", &text], steps].concat())
     }
 
-    /// Runs `tacit-peer` with these arguments in `pod`.
+    /// Starts `tacit-peer` with these arguments in `pod`.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// Fails if it cannot be started.
     pub fn with_args(pod: &Pod, args: &[&str]) -> Result<Self> {
         Ok(Self { peer: Peer::start(pod, args)? })
     }
 
-    /// [`Client::start`] and [`Client::finish`].
+    /// Calls [`Client::start`] and [`Client::finish`].
     ///
     /// # Errors
-    /// As these.
+    /// As [`Client::start`] and [`Client::finish`].
     pub fn run(pod: &Pod, address: SocketAddr, steps: &[&str]) -> Result<Vec<Value>> {
         Self::start(pod, address, steps)?.finish()
     }
 
-    /// Says a line to [`Client::run`], go on, and answers whether the exchange was right: connects, sends, gets the echo
-    /// and the end.
+    /// Connects, sends a line, and checks that the server echoes the line and closes.
     ///
     /// # Errors
-    /// When it was not; the message has what happened instead.
+    /// Fails if the exchange differs; the message has the events.
     pub fn echo(pod: &Pod, address: SocketAddr, text: &str) -> Result<()> {
         let events = Self::run(pod, address, &[&format!("send:{text}"), "shut", "read-end"])?;
         let end = events.iter().find(|event| event["event"] == "end");
-        let right = end.is_some_and(|end| end["text"] == format!("{text}\n") && end["end"] == "eof");
-        if right { Ok(()) } else { bail!("no echo from {address}: {events:?}") }
+        let is_echo = end.is_some_and(|end| end["text"] == format!("{text}\n") && end["end"] == "eof");
+        if is_echo { Ok(()) } else { bail!("no echo from {address}: {events:?}") }
     }
 
-    /// What it told.
+    /// Returns the client's events.
     #[must_use]
     pub fn events(&self) -> &Events {
         &self.peer.events
     }
 
-    /// Lets it go on after a `pause`.
+    /// Continues a client that waits in the step `pause`.
     ///
     /// # Errors
-    /// When it is gone.
+    /// Fails if the client has exited.
     pub fn proceed(&mut self) -> Result<()> {
-        self.peer.stdin.write_all(b"\n").context("the peer is gone")
+        self.peer.stdin.write_all(b"\n").context("the peer has exited")
     }
 
-    /// Waits for its end and returns all it told.
+    /// Waits until the client exits and returns its events.
     ///
     /// # Errors
-    /// When it does not end.
+    /// Fails if the client does not exit.
     pub fn finish(self) -> Result<Vec<Value>> {
         self.peer.events.wait_end()
     }
@@ -212,14 +214,14 @@ impl Peer {
         let stdin = process.take_stdin().context("stdin of the peer")?;
         let stdout = process.take_stdout().context("stdout of the peer")?;
         let events = Events::default();
-        let told = events.clone();
+        let sink = events.clone();
         thread::spawn(move || {
             for line in BufReader::new(stdout).lines().map_while(std::io::Result::ok) {
-                // What is no event is kept as the text it was: it shows up in the message of a failure.
+                // A line that is not an event is kept as text, for error messages.
                 let event = serde_json::from_str(&line).unwrap_or(Value::String(line));
-                told.push(|told| told.events.push(event));
+                sink.push(|log| log.events.push(event));
             }
-            told.push(|told| told.ended = true);
+            sink.push(|log| log.ended = true);
         });
         Ok(Self { _process: process, stdin, events })
     }

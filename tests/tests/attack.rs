@@ -1,9 +1,9 @@
-//! The attack suite, `tacit-attack` as `tacit doctor --attack` starts it: each attack and family as a test of its own: held is passed, absent on
-//! this kernel is ignored, anything else is failed.
+//! Harness of the attack suite, `tacit-attack` as `tacit doctor --attack` starts it. Each attack and address family is a
+//! test: verdict `held` passes, `absent here` is ignored, any other verdict fails.
 //!
-//! Its own harness, because the suite builds its two worlds once and attacks them in order. It speaks the usual
-//! harness's language: `--include-ignored` runs it (it needs root), a word filters by name; the names begin with `attack::`,
-//! and a word that does not begin so asks for other tests.
+//! The harness is custom because the suite builds its two meshes once and runs the attacks in order. It has the options
+//! of the usual harness: `--include-ignored` runs the suite, which needs root, and a word filters by name. All names
+//! begin with `attack::`, so a word with another beginning selects no test here.
 
 use std::{
     process::{Command, ExitCode, Stdio},
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs the suite; without an attack of that name there is nothing to run, as with any filter.
+/// Runs the suite and returns the results of attacks whose name contains `filter`, which may be none.
 fn attacks(filter: Option<&String>) -> Result<Vec<Value>> {
     let mut tacit = Command::new(agent_program()?);
     tacit.args(["doctor", "--attack", "-o", "json"]).stdout(Stdio::piped());

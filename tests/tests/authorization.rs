@@ -1,7 +1,7 @@
-//! AuthorizationPolicy on whole nodes: who is let in across nodes, on one node and in clear, and what becomes of flows
-//! under way when policy changes.
+//! AuthorizationPolicy on whole nodes: connections across nodes, on one node and as plaintext, and open flows when a
+//! policy changes.
 //!
-//! The control of every refusal is beside it: the same client at a pod that no policy selects, or an allowed client at the
+//! Every rejection has a control: the same client connects to a pod that no policy selects, or an allowed client to the
 //! same pod.
 
 use anyhow::{Context, Result, ensure};
@@ -16,7 +16,8 @@ use tacit_topology::{Agent, HANG, Pod, until};
 
 const GREETING: &str = "welcome";
 
-/// Clients `cart` and `batch` on node a, `near` and `other` beside the servers `web` and `db` on node b, and strangers.
+/// Clients `cart` and `batch` on node a, `near` and `other` beside the servers `web` and `db` on node b, and pods outside
+/// the mesh.
 fn plan() -> Plan {
     Plan::new("authz")
         .pod("a", "shop", "cart")
@@ -29,7 +30,7 @@ fn plan() -> Plan {
         .outside("b", "shop", "neighbour")
 }
 
-/// An AuthorizationPolicy for `web`; the rest of its `spec` in flow style.
+/// Returns an AuthorizationPolicy for `web`. `rest` is the rest of its `spec` in flow style.
 fn for_web(name: &str, rest: &str) -> String {
     format!(
         "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: {name}, namespace: shop}}\n\
@@ -42,7 +43,7 @@ fn principals(names: &[&str]) -> String {
     format!("rules: [{{from: [{{source: {{principals: [{}]}}}}]}}]", all.join(", "))
 }
 
-/// A server that greets everybody, for each family.
+/// Starts a server for each family that sends a greeting to every client.
 fn greeters(pod: &Pod) -> Result<Vec<Server>> {
     let greeting = format!("send:{GREETING}");
     let port = fresh_port();
@@ -50,20 +51,20 @@ fn greeters(pod: &Pod) -> Result<Vec<Server>> {
     Ok(vec![start(pod.ipv4().into())?, start(pod.ipv6().into())?])
 }
 
-/// Whether `pod` is greeted; anything else than a greeting or a reset is an error.
+/// Returns true if `pod` gets the greeting and false after a reset. Any other outcome is an error.
 fn is_greeted(pod: &Pod, server: &Server) -> Result<bool> {
-    let told = Client::run(pod, server.address(), &["read-end"])?;
-    let has = |key: &str, value: &str| told.iter().any(|event| event[key] == value);
+    let events = Client::run(pod, server.address(), &["read-end"])?;
+    let has = |key: &str, value: &str| events.iter().any(|event| event[key] == value);
     if has("end", "eof") && has("text", &format!("{GREETING}\n")) {
         return Ok(true);
     }
     let reset =
         has("end", "ConnectionReset") || has("error", "ConnectionRefused") || has("error", "ConnectionReset");
-    ensure!(reset, "{} at {}: {told:?}", pod.name(), server.address());
+    ensure!(reset, "{} at {}: {events:?}", pod.name(), server.address());
     Ok(false)
 }
 
-fn meets(mesh: &Mesh, name: &str, servers: &[Server], expected: bool) -> Result<()> {
+fn check_access(mesh: &Mesh, name: &str, servers: &[Server], expected: bool) -> Result<()> {
     for server in servers {
         let greeted = is_greeted(mesh.pod(name)?, server)?;
         ensure!(greeted == expected, "{name} at {}: greeted {greeted}", server.address());
@@ -81,8 +82,8 @@ fn a_policy_lets_in_only_allowed_principals_across_nodes_and_on_one() -> Result<
     let agent = mesh.agent("b")?;
     for (name, allowed) in [("cart", true), ("near", true), ("batch", false), ("other", false)] {
         let before = observe::refused(agent, "not_allowed_by_policy")?;
-        meets(&mesh, name, &web, allowed)?;
-        meets(&mesh, name, &db, true)?;
+        check_access(&mesh, name, &web, allowed)?;
+        check_access(&mesh, name, &db, true)?;
         if !allowed {
             let who = format!("ns/shop/sa/{name}");
             observe::wait_refused(agent, "not_allowed_by_policy", before, &who)?;
@@ -93,7 +94,7 @@ fn a_policy_lets_in_only_allowed_principals_across_nodes_and_on_one() -> Result<
     }
     assert_eq!(observe::metric(agent, "tacit_connections_audited_total", &[])?, 2);
     let log = agent.log()?;
-    ensure!(log.contains("rule 1 of AUDIT policy shop/watch"), "no audit is logged");
+    ensure!(log.contains("rule 1 of AUDIT policy shop/watch"), "the log has no audit");
     ensure!(log.contains("no rule allows it of ALLOW shop/allow"), "the log does not name the policy");
     Ok(())
 }
@@ -106,36 +107,36 @@ fn a_policy_decides_on_plaintext_in_permissive_and_without_an_agent_it_is_refuse
     let blocks = format!("{}, \"{}\"", stranger.ipv4(), stranger.ipv6());
     let policy = for_web("strangers", &format!("rules: [{{from: [{{source: {{ipBlocks: [{blocks}]}}}}]}}]"));
     let (web, db) = (greeters(mesh.pod("web")?)?, greeters(mesh.pod("db")?)?);
-    meets(&mesh, "neighbour", &web, true)?;
+    check_access(&mesh, "neighbour", &web, true)?;
     mesh.agent("b")?.files().set_policy(&policy)?;
     let neighbour = mesh.pod("neighbour")?;
     until("the policy in force", || Ok((!is_greeted(neighbour, &web[0])?).then_some(())))?;
     for (name, allowed) in [("stranger", true), ("neighbour", false)] {
-        meets(&mesh, name, &web, allowed)?;
-        meets(&mesh, name, &db, true)?;
+        check_access(&mesh, name, &web, allowed)?;
+        check_access(&mesh, name, &db, true)?;
     }
-    // The application still sees who it talks to, though the agent is between.
+    // The application sees the client's address although the agent relays the connection.
     let (peers, stranger) = (web[0].events().so_far(), stranger_of(&mesh)?);
     let named =
         peers.iter().any(|event| event["peer"].as_str().is_some_and(|peer| peer.starts_with(&stranger)));
-    ensure!(named, "{peers:?}");
+    ensure!(named, "no peer {stranger} in {peers:?}");
     for server in &web {
         ensure!(probe(&mesh, server.address())? == format!("{GREETING}\n"), "the node's probe");
     }
-    let judged = [("reason", "inbound_to_judge")];
-    ensure!(observe::metric(mesh.agent("b")?, "tacit_kernel_verdicts_total", &judged)? >= 4, "not steered");
+    let steered = [("reason", "inbound_to_judge")];
+    ensure!(observe::metric(mesh.agent("b")?, "tacit_kernel_verdicts_total", &steered)? >= 4, "not steered");
     mesh.agent_mut("b")?.kill()?;
     let stranger = mesh.pod("stranger")?;
-    until("refused without an agent", || Ok((!is_greeted(stranger, &web[0])?).then_some(())))?;
-    meets(&mesh, "stranger", &web, false)?;
-    meets(&mesh, "stranger", &db, true)
+    until("connections rejected without an agent", || Ok((!is_greeted(stranger, &web[0])?).then_some(())))?;
+    check_access(&mesh, "stranger", &web, false)?;
+    check_access(&mesh, "stranger", &db, true)
 }
 
 fn stranger_of(mesh: &Mesh) -> Result<String> {
     Ok(mesh.pod("stranger")?.ipv4().to_string())
 }
 
-/// From node b itself, as its kubelet would.
+/// Connects from node b itself, as its kubelet does.
 fn probe(mesh: &Mesh, to: SocketAddr) -> Result<String> {
     let read = mesh.topology().node("b")?.netns().enter(|| -> Result<String> {
         let mut stream = TcpStream::connect_timeout(&to, HANG)?;
@@ -156,7 +157,7 @@ fn a_changed_policy_closes_the_flows_it_no_longer_allows_and_no_others() -> Resu
     let strict = "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
                   metadata: {name: default, namespace: shop}\nspec: {mtls: {mode: STRICT}}\n";
     let (meshed, strangers) = (["cart", "near"], ["stranger", "neighbour"]);
-    // Without a policy plaintext goes by the kernel alone, with one it goes through the agent: both must end.
+    // Without a policy plaintext passes in the kernel alone, with one it passes through the agent. Both must be closed.
     let steps = [
         ("", few.clone(), [&meshed[..], &strangers].concat(), vec!["batch", "other"]),
         (&all, few, [&meshed[..], &strangers].concat(), vec!["batch", "other"]),
@@ -168,15 +169,19 @@ fn a_changed_policy_closes_the_flows_it_no_longer_allows_and_no_others() -> Resu
         ended += closing.len() as u64;
         change(&mesh, (before, &after), &closing, &staying).with_context(|| format!("step {number}"))?;
         let counted = || observe::metric(mesh.agent("b")?, "tacit_connections_revoked_total", &[]);
-        until("all counted", || Ok((counted()? == ended).then_some(())))
-            .with_context(|| format!("step {number}: {ended} ended, {:?} counted", counted()))?;
+        until("all closed flows counted", || Ok((counted()? == ended).then_some(()))).with_context(|| {
+            format!("step {number}: expected {ended} closed flows, counted {:?}", counted())
+        })?;
     }
     let log = mesh.agent("b")?.log()?;
-    ensure!(log.contains("connection closed: policy no longer allows it"), "not logged");
+    ensure!(
+        log.contains("connection closed: policy no longer allows it"),
+        "the log has no closed connection"
+    );
     Ok(())
 }
 
-/// Opens flows to `web` under one policy and looks at them under the next.
+/// Opens flows to `web` under one policy and checks them under the next.
 fn change(mesh: &Mesh, (before, after): (&str, &str), closing: &[&str], staying: &[&str]) -> Result<()> {
     let (agent, web) = (mesh.agent("b")?, mesh.pod("web")?);
     let server = Server::start(web, SocketAddr::new(web.ipv4().into(), fresh_port()), &["echo"])?;
@@ -194,10 +199,10 @@ fn change(mesh: &Mesh, (before, after): (&str, &str), closing: &[&str], staying:
     let mut staying: Vec<_> = staying.iter().map(|name| start(name, &stay)).collect::<Result<_>>()?;
     agent.files().set_policy(after)?;
     for (name, client) in closing {
-        let told = client.finish()?;
+        let events = client.finish()?;
         ensure!(
-            told.iter().any(|event| event["end"] == "ConnectionReset"),
-            "{name}: {told:?}\n{}",
+            events.iter().any(|event| event["end"] == "ConnectionReset"),
+            "{name}: {events:?}\n{}",
             agent.log()?
         );
     }
@@ -205,14 +210,14 @@ fn change(mesh: &Mesh, (before, after): (&str, &str), closing: &[&str], staying:
         client.proceed()?;
     }
     for (name, client) in staying {
-        let told = client.finish()?;
-        let has = |key: &str, value: &str| told.iter().any(|event| event[key] == value);
-        ensure!(has("text", "two") && has("end", "eof"), "{name}: {told:?}");
+        let events = client.finish()?;
+        let has = |key: &str, value: &str| events.iter().any(|event| event[key] == value);
+        ensure!(has("text", "two") && has("end", "eof"), "{name}: {events:?}");
     }
     Ok(())
 }
 
-/// Whether these policies, and no others, select `web`, and its mode is PERMISSIVE.
+/// Returns `Some` if exactly these policies select `web` and its mode is PERMISSIVE.
 fn is_in_force(status: &Value, names: &[&str]) -> Option<()> {
     let web = status["pods"].as_array()?.iter().find(|pod| pod["name"] == "web")?;
     let policies: Vec<_> = web["policies"].as_array()?.iter().filter_map(Value::as_str).collect();

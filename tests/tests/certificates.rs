@@ -1,7 +1,7 @@
-//! Certificates of a node's identities: they are forgotten with the last pod that needs them, and an authority that hangs
-//! delays nobody who has one already.
+//! Certificates of a node's identities: an identity is removed with its last pod, and an authority that hangs does not
+//! delay pods that have a certificate.
 //!
-//! Each test changes its mesh, so each has one of its own.
+//! Each test changes its mesh, so each has its own.
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
@@ -15,9 +15,9 @@ use std::{
 use tacit_tests::{Mesh, Plan, agent_program, observe};
 use tacit_topology::{Agent, Process, WorkloadEntry};
 
-/// The agent gives up an attempt at the authority after this time.
-const ATTEMPT: Duration = Duration::from_secs(10);
-const TRIES: usize = 5;
+/// Timeout of an agent's request to the authority.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+const ATTEMPTS: usize = 5;
 const TOKEN: &str = "token of node b";
 const TOKEN_SHA256: &str = "1e09d162a15ad69e20a6d9425e69582da5c01d515b46f8b9acdc2f74da691c34";
 const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
@@ -26,22 +26,22 @@ const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication
 #[test]
 #[ignore = "needs root"]
 fn an_identity_is_forgotten_with_its_last_pod() -> Result<()> {
-    let mesh = plan("cf").with_agents_told(|_, mesh| Ok(of_one_account(mesh)))?;
+    let mesh = plan("cf").with_directories(|_, mesh| Ok(of_one_account(mesh)))?;
     let b = mesh.agent("b")?;
-    let told = |without: &[&str]| {
+    let update_directory = |without: &[&str]| {
         let mut directory = of_one_account(&mesh);
         directory.retain(|workload| !without.contains(&workload.name.as_str()));
         b.files().set_directory(&directory)
     };
     ensure!(certificate(&observe::status(b)?, "shop").is_some(), "no certificate of the account");
-    told(&["web"])?;
+    update_directory(&["web"])?;
     observe::wait_status(b, "one pod gone", |status| pod(status, "web").is_none().then_some(()))?;
-    ensure!(certificate(&observe::status(b)?, "shop").is_some(), "forgotten while a pod needs it");
-    told(&["web", "db"])?;
-    observe::wait_status(b, "the identity forgotten", |status| {
+    ensure!(certificate(&observe::status(b)?, "shop").is_some(), "removed while a pod needs it");
+    update_directory(&["web", "db"])?;
+    observe::wait_status(b, "the identity removed", |status| {
         certificate(status, "shop").is_none().then_some(())
     })?;
-    ensure!(certificate(&observe::status(b)?, "other").is_some(), "another identity forgotten too");
+    ensure!(certificate(&observe::status(b)?, "other").is_some(), "another identity is removed too");
     Ok(())
 }
 
@@ -51,11 +51,11 @@ fn an_authority_that_hangs_delays_nobody_who_has_a_certificate() -> Result<()> {
     let mut mesh = plan("ch").with_agents()?;
     let authority = with_authority(&mut mesh)?;
     authority.signal(Signal::SIGSTOP)?;
-    // An agent that waits for the attempt never stays below it; a slow machine may need more than one try.
-    let mut tries = (0..TRIES).map(|number| changes_beside_an_attempt(&mesh, &format!("late{number}")));
+    // An agent that waits for the request always exceeds the timeout. A slow machine may need more than one attempt.
+    let mut attempts = (0..ATTEMPTS).map(|number| changes_during_a_request(&mesh, &format!("late{number}")));
     let _late = loop {
-        let (took, late) = tries.next().context("policies and un-enrolment waited for the attempt")??;
-        if took < ATTEMPT {
+        let (took, late) = attempts.next().context("policies and un-enrolment waited for the request")??;
+        if took < REQUEST_TIMEOUT {
             break late;
         }
     };
@@ -63,15 +63,17 @@ fn an_authority_that_hangs_delays_nobody_who_has_a_certificate() -> Result<()> {
     observe::wait_enrolled(mesh.agent("b")?)
 }
 
-/// Makes pod `late` wait for a certificate, changes a policy and takes a pod out of the directory. Returns how long that took,
-/// and what keeps the pod.
-fn changes_beside_an_attempt(mesh: &Mesh, late: &str) -> Result<(Duration, Process)> {
+/// Adds pod `late`, which waits for a certificate, changes a policy and removes a pod from the directory. Returns the
+/// duration and the process that keeps the pod alive.
+fn changes_during_a_request(mesh: &Mesh, late: &str) -> Result<(Duration, Process)> {
     let b = mesh.agent("b")?;
     b.files().set_policy("")?;
     b.files().set_directory(&mesh.directory())?;
-    observe::wait_status(b, "as it was", |status| has_mode(status, "db", "PERMISSIVE").then_some(()))?;
+    observe::wait_status(b, "the initial state", |status| {
+        has_mode(status, "db", "PERMISSIVE").then_some(())
+    })?;
     let pod_late = mesh.topology().node("b")?.pod("shop", late)?;
-    let running = pod_late.hold()?;
+    let running = pod_late.keep_alive()?;
     let begin = Instant::now();
     let mut directory = mesh.directory();
     directory.push(WorkloadEntry::of(&pod_late));
@@ -88,7 +90,7 @@ fn changes_beside_an_attempt(mesh: &Mesh, late: &str) -> Result<(Duration, Proce
     observe::wait_status(b, "a pod gone", |status| pod(status, "db").is_none().then_some(()))?;
     let took = begin.elapsed();
     let waits = pod(&observe::status(b)?, late).is_some_and(|pod| pod["state"] != "enrolled");
-    ensure!(waits, "the authority hung for nobody");
+    ensure!(waits, "pod {late} is enrolled although the authority hangs");
     Ok((took, running))
 }
 
@@ -96,12 +98,12 @@ fn has_mode(status: &Value, name: &str, mode: &str) -> bool {
     pod(status, name).is_some_and(|pod| pod["mode"] == mode)
 }
 
-/// Node a is only there because a topology has two.
+/// Returns the plan. Node a has no pods; a topology has two nodes.
 fn plan(tag: &str) -> Plan {
     Plan::new(tag).pod("b", "shop", "web").pod("b", "shop", "db").pod("b", "shop", "other")
 }
 
-/// Pods web and db are of service account `shop`.
+/// Returns a directory in which pods web and db have service account `shop`.
 fn of_one_account(mesh: &Mesh) -> Vec<WorkloadEntry> {
     let mut directory = mesh.directory();
     for workload in directory.iter_mut().filter(|workload| workload.name != "other") {
@@ -120,7 +122,7 @@ fn certificate(status: &Value, account: &str) -> Option<Value> {
     status["certificates"].as_array()?.iter().find(is_of).cloned()
 }
 
-/// An authority on node b, which its agent is made to ask from now on. All pods are enrolled when this returns.
+/// Starts an authority on node b and restarts the agent with it as its issuer. All pods are enrolled when this returns.
 fn with_authority(mesh: &mut Mesh) -> Result<Process> {
     let node = mesh.topology().node("b")?;
     let folder = node.files()?;
@@ -137,22 +139,23 @@ fn with_authority(mesh: &mut Mesh) -> Result<Process> {
     let authority = Process::spawn(command.stderr(File::create(folder.join("authority.log"))?))?;
     let agent = mesh.agent_mut("b")?;
     agent.terminate()?;
-    ask_authority(agent, &folder)?;
+    set_issuer(agent, &folder)?;
     agent.restart()?;
     agent.wait_ready()?;
     observe::wait_enrolled(agent)?;
     Ok(authority)
 }
 
-fn ask_authority(agent: &Agent, folder: &Path) -> Result<()> {
+fn set_issuer(agent: &Agent, folder: &Path) -> Result<()> {
     let path = agent.files().config();
     let text = fs::read_to_string(&path)?;
-    let own = text.lines().find(|line| line.starts_with("issuer: ")).context("no issuer is configured")?;
-    let asked = format!(
+    let old =
+        text.lines().find(|line| line.starts_with("issuer: ")).context("no issuer in the configuration")?;
+    let new = format!(
         "issuer: {{istio: {{address: \"127.0.0.1:15012\", serverName: tacit-authority.tacit-system.svc, \
          rootFile: {folder}/roots.pem, tokenFile: {folder}/token}}}}",
         folder = folder.display()
     );
-    fs::write(path, text.replace(own, &asked))?;
+    fs::write(path, text.replace(old, &new))?;
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! `tacit doctor`, and an agent that cannot run where it is: says why, ends with 78, leaves nothing.
+//! `tacit doctor`, and an agent whose node lacks a requirement: it names the requirement, exits with code 78 and leaves
+//! no files.
 
 use std::{
     fs,
@@ -11,14 +12,14 @@ use serde_json::Value;
 use tacit_tests::agent_program;
 use tacit_topology::Topology;
 
-/// `EX_CONFIG`: no restart can help.
+/// `EX_CONFIG`: a restart does not help.
 const CANNOT_RUN: i32 = 78;
 
 #[test]
 #[ignore = "needs root"]
 fn this_machine_is_found_fit() -> Result<()> {
-    // For its bpffs.
-    let _ground = Topology::new("doctor")?;
+    // The topology mounts the bpffs that doctor checks.
+    let _topology = Topology::new("doctor")?;
     let output = Command::new(agent_program()?).args(["doctor", "-o", "json"]).output()?;
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
 
@@ -49,12 +50,12 @@ fn the_table_names_what_is_missing_and_the_exit_code_says_so() -> Result<()> {
 #[test]
 #[ignore = "needs root"]
 fn an_agent_that_cannot_run_here_ends_before_it_does_anything() -> Result<()> {
-    let folder = Folder::new("unfit")?;
+    let folder = Folder::new("unsupported")?;
     let output = agent_in(&folder.0)?;
     assert_eq!(output.status.code(), Some(CANNOT_RUN), "{}", text(&output.stderr));
 
-    let said = text(&output.stderr);
-    assert!(said.contains("bpffs") && said.contains("mount -t bpf bpf /sys/fs/bpf"), "{said}");
+    let stderr = text(&output.stderr);
+    assert!(stderr.contains("bpffs") && stderr.contains("mount -t bpf bpf /sys/fs/bpf"), "{stderr}");
     let mut left: Vec<_> = fs::read_dir(&folder.0)?
         .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
         .collect::<Result<_>>()?;
@@ -71,14 +72,14 @@ fn without_the_attack_suite_the_error_names_it_and_the_places_looked_at() -> Res
     fs::copy(agent_program()?, &alone)?;
     let output = Command::new(&alone).args(["doctor", "--attack"]).env("PATH", &folder.0).output()?;
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    let said = text(&output.stderr);
-    let place = alone.display().to_string();
-    let wanted = ["tacit-attack", place.as_str(), "PATH", "cargo build"];
-    assert!(wanted.iter().all(|word| said.contains(*word)), "{said}");
+    let stderr = text(&output.stderr);
+    let path = alone.display().to_string();
+    let wanted = ["tacit-attack", path.as_str(), "PATH", "cargo build"];
+    assert!(wanted.iter().all(|word| stderr.contains(*word)), "{stderr}");
     Ok(())
 }
 
-/// Runs an agent that would keep everything in `folder`, which is no place to pin in.
+/// Runs an agent with all paths in `folder`, which is not on a bpffs.
 fn agent_in(folder: &Path) -> Result<Output> {
     let config = format!(
         "trustDomain: cluster.local\nnode: a\npodsCgroup: /sys/fs/cgroup\nmeshRanges: [10.77.0.0/16]\n\

@@ -1,5 +1,5 @@
-//! One agent takes over from another while pods talk: none of their connections notices, and nothing goes in clear. That holds
-//! for a permissive pod too, which would go on in clear without an agent.
+//! Handover from one agent to the next while pods exchange data: no connection fails, and no plaintext is sent. The pods
+//! are PERMISSIVE, so without an agent they would send plaintext.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -13,12 +13,12 @@ use tacit_abi::ABI_VERSION;
 use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe};
 use tacit_topology::{Agent, until};
 
-/// Longer than any test here: an agent that ends well does not wait for it.
+/// Longer than any test here. An agent that drains correctly exits before the deadline.
 const DRAIN: &str = "drainTimeout: 10m\n";
-/// Clients at a time.
+/// Number of concurrent clients.
 const CLIENTS: usize = 4;
-/// What every connection says.
-const WORDS: &[u8] = b"words of";
+/// Text that every connection sends.
+const MARKER: &[u8] = b"text of";
 
 #[test]
 #[ignore = "needs root"]
@@ -27,18 +27,18 @@ fn an_agent_that_stands_by_takes_over_and_no_connection_notices() -> Result<()> 
         let mut mesh = plan().with_agents()?;
         let server = serve(&mesh)?;
         let capture = mesh.topology().capture()?;
-        // Twice: the second one listens where the first has, the first one beside the last.
-        let mut next = take_over(&mesh, mesh.agent(node)?, "next", &server)?;
+        // Two handovers: the successor listens on the spare ports first, and on the original ports in the second handover.
+        let mut next = hand_over(&mesh, mesh.agent(node)?, "next", &server)?;
         ensure!(mesh.agent_mut(node)?.wait_end()?.success(), "{}", mesh.agent(node)?.log()?);
-        let mut third = take_over(&mesh, &next, "third", &server)?;
+        let mut third = hand_over(&mesh, &next, "third", &server)?;
         ensure!(next.wait_end()?.success(), "{}", next.log()?);
-        assert_eq!(capture.finish()?.occurrences(WORDS), 0, "in clear while agents of node {node} changed");
-        // As after any end: nothing of the earlier ones is in its way.
+        assert_eq!(capture.finish()?.occurrences(MARKER), 0, "plaintext during the handover of node {node}");
+        // The predecessors' listeners and pins must not block a restart.
         ensure!(third.terminate()?.success(), "{}", third.log()?);
         mesh.agent_mut(node)?.restart()?;
         mesh.agent_mut(node)?.wait_ready()?;
         observe::wait_enrolled(mesh.agent(node)?)?;
-        Client::echo(mesh.pod("client")?, server.address(), "words of the last one")?;
+        Client::echo(mesh.pod("client")?, server.address(), "text of the last one")?;
     }
     Ok(())
 }
@@ -48,32 +48,35 @@ fn an_agent_that_stands_by_takes_over_and_no_connection_notices() -> Result<()> 
 fn control_connections_fail_while_no_agent_takes_over() -> Result<()> {
     let mut mesh = plan().with_agents()?;
     let server = serve(&mesh)?;
-    let load = load(&mesh, &server, "again")?;
+    let load = load(&mesh, &server, "repeat")?;
     ensure!(mesh.agent_mut("a")?.terminate()?.success());
     mesh.agent_mut("a")?.restart()?;
     mesh.agent_mut("a")?.wait_ready()?;
     let (_, failures) = outcome(load)?;
-    ensure!(!failures.is_empty(), "an agent was away, and nothing noticed");
+    ensure!(!failures.is_empty(), "no connection failed while no agent ran");
     Ok(())
 }
 
-/// Refused connections cost nearly nothing, so clients that do not pause take all the time that the node has.
+/// A refused connection takes almost no time, so clients that retry without a pause use all CPU time of the node.
 #[test]
 #[ignore = "needs root"]
 fn an_agent_starts_among_clients_that_retry_without_a_pause() -> Result<()> {
     let mut mesh = plan().with_agents()?;
     let server = serve(&mesh)?;
-    let quiet = restarted(&mut mesh)?;
+    let unloaded = restart_time(&mut mesh)?;
     let storm = load(&mesh, &server, "storm")?;
-    let stormy = restarted(&mut mesh)?;
+    let loaded = restart_time(&mut mesh)?;
     let (echoed, failures) = outcome(storm)?;
-    println!("ready after {quiet:?}, among {CLIENTS} clients that do not pause after {stormy:?}");
-    ensure!(echoed > 0 && !failures.is_empty(), "no storm: {echoed} echoed, {failures:?}");
+    println!("ready after {unloaded:?}; with {CLIENTS} clients that do not pause after {loaded:?}");
+    ensure!(
+        echoed > 0 && !failures.is_empty(),
+        "expected echoed connections and failures: {echoed} echoed, {failures:?}"
+    );
     Ok(())
 }
 
-/// The agent of node a ends and starts again; returns how long it took from its start until it was ready.
-fn restarted(mesh: &mut Mesh) -> Result<Duration> {
+/// Restarts the agent of node a and returns the time from its start until it is ready.
+fn restart_time(mesh: &mut Mesh) -> Result<Duration> {
     let agent = mesh.agent_mut("a")?;
     ensure!(agent.terminate()?.success());
     let begin = Instant::now();
@@ -87,8 +90,8 @@ fn restarted(mesh: &mut Mesh) -> Result<Duration> {
 fn an_agent_that_stands_by_serves_at_once_when_the_other_dies() -> Result<()> {
     let mut mesh = plan().with_agents()?;
     let server = serve(&mesh)?;
-    let next = stand_by(&mesh, mesh.agent("a")?, "next")?;
-    dies_and_next_serves(&mut mesh, next, &server).map(drop)
+    let next = start_standby_agent(&mesh, mesh.agent("a")?, "next")?;
+    kill_and_fail_over(&mut mesh, next, &server).map(drop)
 }
 
 #[test]
@@ -96,13 +99,13 @@ fn an_agent_that_stands_by_serves_at_once_when_the_other_dies() -> Result<()> {
 fn an_agent_that_stands_by_serves_also_when_the_pinned_maps_have_changed() -> Result<()> {
     let mut mesh = plan().with_agents()?;
     let server = serve(&mesh)?;
-    let next = stand_by(&mesh, mesh.agent("a")?, "next")?;
-    // Else it pins it again.
+    let next = start_standby_agent(&mesh, mesh.agent("a")?, "next")?;
+    // A running agent would pin the map again.
     mesh.agent("a")?.pause()?;
     let pin = mesh.agent("a")?.files().pin_path().join(format!("maps-v{ABI_VERSION}/PODS"));
     fs::remove_file(&pin)?;
-    let next = dies_and_next_serves(&mut mesh, next, &server)?;
-    ensure!(pin.exists(), "what the programs use is not pinned: {}", next.log()?);
+    let next = kill_and_fail_over(&mut mesh, next, &server)?;
+    ensure!(pin.exists(), "the successor did not pin the map that its programs use: {}", next.log()?);
     Ok(())
 }
 
@@ -114,12 +117,12 @@ fn an_agent_does_not_stand_by_for_pins_of_another_version() -> Result<()> {
     let last = mesh.agent("a")?;
     let other = last.files().pin_path().join("maps-v0");
     fs::create_dir(&other)?;
-    let mut next = last.start_beside(mesh.topology().node("a")?, "next")?;
+    let mut next = last.start_standby(mesh.topology().node("a")?, "next")?;
     let status = next.wait_end()?;
     fs::remove_dir(&other)?;
     let log = next.log()?;
     ensure!(!status.success() && log.contains("state of another version (maps-v0)"), "{status}: {log}");
-    Client::echo(mesh.pod("client")?, server.address(), "words of the first one")
+    Client::echo(mesh.pod("client")?, server.address(), "text of the first one")
 }
 
 #[test]
@@ -127,54 +130,54 @@ fn an_agent_does_not_stand_by_for_pins_of_another_version() -> Result<()> {
 fn an_agent_whose_successor_dies_first_ends_as_if_there_had_been_none() -> Result<()> {
     let mut mesh = plan().with_agents()?;
     let server = serve(&mesh)?;
-    let mut next = stand_by(&mesh, mesh.agent("a")?, "next")?;
+    let mut next = start_standby_agent(&mesh, mesh.agent("a")?, "next")?;
     next.kill()?;
-    Client::echo(mesh.pod("client")?, server.address(), "words of the first one")?;
+    Client::echo(mesh.pod("client")?, server.address(), "text of the first one")?;
     ensure!(mesh.agent_mut("a")?.terminate()?.success());
     let log = mesh.agent("a")?.log()?;
-    ensure!(!log.contains("handing over"), "handed over to nobody: {log}");
+    ensure!(!log.contains("handing over"), "handover without a successor: {log}");
     mesh.agent_mut("a")?.restart()?;
     mesh.agent_mut("a")?.wait_ready()?;
-    Client::echo(mesh.pod("client")?, server.address(), "words of the last one")
+    Client::echo(mesh.pod("client")?, server.address(), "text of the last one")
 }
 
-/// The agent of node a dies, and `next`, which stands by, serves its pods.
-fn dies_and_next_serves(mesh: &mut Mesh, mut next: Agent, server: &Server) -> Result<Agent> {
+/// Kills the agent of node a and waits until the standby `next` serves its pods.
+fn kill_and_fail_over(mesh: &mut Mesh, mut next: Agent, server: &Server) -> Result<Agent> {
     mesh.agent_mut("a")?.kill()?;
     next.wait_ready()?;
     observe::wait_enrolled(&next)?;
-    Client::echo(mesh.pod("client")?, server.address(), "words after a death")?;
+    Client::echo(mesh.pod("client")?, server.address(), "text of a flow after a death")?;
     Ok(next)
 }
 
-/// `last` is asked to end, and `name` takes over from it; a flow that was open before ends well on `last`.
-fn take_over(mesh: &Mesh, last: &Agent, name: &str, server: &Server) -> Result<Agent> {
-    let steps = ["send:words of before", "line", "pause", "send:words of after", "line", "shut", "read-end"];
+/// Stops `last` and waits until the successor `name` has taken over. A flow that was open before completes on `last`.
+fn hand_over(mesh: &Mesh, last: &Agent, name: &str, server: &Server) -> Result<Agent> {
+    let steps = ["send:text of before", "line", "pause", "send:text of after", "line", "shut", "read-end"];
     let mut open = Client::start(mesh.pod("client")?, server.address(), &steps)?;
     open.events().first("line")?;
-    let mut next = stand_by(mesh, last, name)?;
-    let verified = held_programs(&next)?;
-    let load = load(mesh, server, "again")?;
-    last.ask_to_end()?;
+    let mut next = start_standby_agent(mesh, last, name)?;
+    let verified = open_programs(&next)?;
+    let load = load(mesh, server, "repeat")?;
+    last.send_sigterm()?;
     observe::wait_enrolled(&next)?;
     for program in observe::status(&next)?["programs"].as_array().context("no programs")? {
         let known = program["id"].as_u64().is_some_and(|id| verified.contains(&id));
-        ensure!(known, "loaded while taking over, not before: {program}");
+        ensure!(known, "program loaded during the handover, not before: {program}");
     }
     open.proceed()?;
-    let told = open.finish()?;
-    ensure!(told.iter().any(|event| event["text"] == "words of after"), "{told:?}");
-    ensure!(told.iter().any(|event| event["end"] == "eof"), "{told:?}");
-    // By the port of the metrics, which the last one had.
+    let events = open.finish()?;
+    ensure!(events.iter().any(|event| event["text"] == "text of after"), "{events:?}");
+    ensure!(events.iter().any(|event| event["end"] == "eof"), "{events:?}");
+    // Readiness is read from the metrics port, which `last` had before.
     next.wait_ready()?;
     let (echoed, failures) = outcome(load)?;
-    ensure!(failures.is_empty(), "{failures:?} beside {echoed} that worked: {}", next.log()?);
+    ensure!(failures.is_empty(), "failures {failures:?}, {echoed} connections echoed: {}", next.log()?);
     Ok(next)
 }
 
-fn stand_by(mesh: &Mesh, last: &Agent, name: &str) -> Result<Agent> {
-    let next = last.start_beside(mesh.topology().node(last.node())?, name)?;
-    // Nobody answers at first.
+fn start_standby_agent(mesh: &Mesh, last: &Agent, name: &str) -> Result<Agent> {
+    let next = last.start_standby(mesh.topology().node(last.node())?, name)?;
+    // The socket does not exist at first.
     until("the next agent standing by", || {
         Ok(observe::status(&next).is_ok_and(|status| status["state"] == "standing_by").then_some(()))
     })
@@ -182,12 +185,12 @@ fn stand_by(mesh: &Mesh, last: &Agent, name: &str) -> Result<Agent> {
     Ok(next)
 }
 
-/// Ids of the programs that an agent has descriptors of.
-fn held_programs(agent: &Agent) -> Result<HashSet<u64>> {
+/// Returns the ids of the programs that an agent holds descriptors of.
+fn open_programs(agent: &Agent) -> Result<HashSet<u64>> {
     let folder = format!("/proc/{}/fdinfo", agent.id().context("the agent does not run")?);
     let mut ids = HashSet::new();
     for entry in fs::read_dir(folder)? {
-        // Others are closed meanwhile.
+        // The agent closes other descriptors in the meantime.
         let Ok(info) = fs::read_to_string(entry?.path()) else { continue };
         let id = info.lines().find_map(|line| line.strip_prefix("prog_id:")?.trim().parse::<u64>().ok());
         ids.extend(id);
@@ -195,23 +198,23 @@ fn held_programs(agent: &Agent) -> Result<HashSet<u64>> {
     Ok(ids)
 }
 
-/// Clients that each make one connection after the other; `kind` is `again` or `storm`.
+/// Starts clients that open sequential connections; `kind` is `repeat` or `storm`.
 fn load(mesh: &Mesh, server: &Server, kind: &str) -> Result<Vec<Client>> {
     let start = |_| {
         let client = Client::with_args(mesh.pod("client")?, &[kind, &server.address().to_string()])?;
-        client.events().first("begun")?;
+        client.events().first("started")?;
         Ok(client)
     };
     (0..CLIENTS).map(start).collect()
 }
 
-/// How many connections were echoed, and the others' errors.
+/// Returns the number of echoed connections and the errors of the others.
 fn outcome(load: Vec<Client>) -> Result<(u64, Vec<Value>)> {
     let (mut echoed, mut failures) = (0, Vec::new());
     for mut client in load {
         client.proceed()?;
-        let told = client.finish()?;
-        let outcome = told.iter().find(|event| event["event"] == "again").context("no outcome")?;
+        let events = client.finish()?;
+        let outcome = events.iter().find(|event| event["event"] == "repeat").context("no outcome")?;
         echoed += outcome["echoed"].as_u64().context("echoed")?;
         let failed = outcome["failures"].as_object().context("failures")?;
         failures.extend((!failed.is_empty()).then(|| Value::from(failed.clone())));

@@ -1,7 +1,7 @@
-//! Agents end, die, come back and go for good, while the pods keep running. Nothing of a strict pod is ever sent in clear
-//! meanwhile; a permissive one goes on in clear, as its operator chose.
+//! Agents that are stopped, killed, restarted and uninstalled while pods keep running. A STRICT pod sends no plaintext
+//! in the meantime. A PERMISSIVE pod continues as plaintext, as its operator chose.
 //!
-//! Each test stops an agent, so each has a mesh of its own.
+//! Each test stops an agent, so each has its own mesh.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -35,7 +35,7 @@ fn after_a_stop_nothing_goes_in_clear_and_a_new_agent_takes_over() -> Result<()>
     Ok(())
 }
 
-/// The operator chose reachability: without an agent an open pod goes on in clear, and every connection is counted.
+/// PERMISSIVE prefers reachability: without an agent an open pod continues as plaintext, and every connection is counted.
 #[test]
 #[ignore = "needs root"]
 fn without_a_sign_of_life_a_permissive_pod_goes_on_in_clear_and_is_counted() -> Result<()> {
@@ -44,7 +44,7 @@ fn without_a_sign_of_life_a_permissive_pod_goes_on_in_clear_and_is_counted() -> 
     mesh.agent_mut("a")?.kill()?;
     let marker = marker("stale");
     let capture = mesh.topology().capture()?;
-    until("a connection in clear", || {
+    until("a plaintext connection", || {
         Ok(Client::echo(mesh.pod("client")?, server.address(), &marker).is_ok().then_some(()))
     })?;
     assert_eq!(capture.finish()?.occurrences(marker.as_bytes()), 2);
@@ -56,7 +56,7 @@ fn without_a_sign_of_life_a_permissive_pod_goes_on_in_clear_and_is_counted() -> 
     Ok(())
 }
 
-/// An agent that is stuck still has its listeners; a strict pod must be told at once, not left waiting.
+/// A stuck agent still has its listeners. A STRICT pod's connections must fail at once and not hang.
 #[test]
 #[ignore = "needs root"]
 fn without_a_sign_of_life_a_strict_pod_is_refused_at_once() -> Result<()> {
@@ -64,10 +64,10 @@ fn without_a_sign_of_life_a_strict_pod_is_refused_at_once() -> Result<()> {
     let server = serve(&mesh)?;
     Client::echo(mesh.pod("client")?, server.address(), "before")?;
     mesh.agent("a")?.pause()?;
-    let refused = until("a refusal", || {
-        // Only connected: while the heartbeat is fresh nobody would ever answer.
-        let told = Client::run(mesh.pod("client")?, server.address(), &[])?;
-        Ok(told.iter().any(|event| event["error"] == "ConnectionRefused").then_some(told))
+    let refused = until("a rejection", || {
+        // The client only connects: while the heartbeat is fresh, the paused agent never responds.
+        let events = Client::run(mesh.pod("client")?, server.address(), &[])?;
+        Ok(events.iter().any(|event| event["error"] == "ConnectionRefused").then_some(events))
     });
     mesh.agent("a")?.resume()?;
     refused?;
@@ -76,7 +76,7 @@ fn without_a_sign_of_life_a_strict_pod_is_refused_at_once() -> Result<()> {
     })
 }
 
-/// The controls of the tests above: without Tacit, the same exchange can be read.
+/// Control of the tests above: without Tacit, the capture contains the exchange.
 #[test]
 #[ignore = "needs root"]
 fn control_the_same_exchange_without_tacit_can_be_read() -> Result<()> {
@@ -98,9 +98,9 @@ fn strict_holds_while_the_agent_is_dead() -> Result<()> {
     let (web, open) = (serve(&mesh)?, mesh.pod("open")?.clone());
     let open = Server::start(&open, SocketAddr::new(open.ipv4().into(), fresh_port()), &["echo"])?;
     mesh.agent_mut("b")?.kill()?;
-    let told = Client::run(mesh.pod("stranger")?, web.address(), &["read-end"])?;
-    ensure!(failed(&told) && web.accepted()? == 0, "{told:?}");
-    // PERMISSIVE lets strangers in, whether its agent lives or not; and a node may always probe.
+    let events = Client::run(mesh.pod("stranger")?, web.address(), &["read-end"])?;
+    ensure!(failed(&events) && web.accepted()? == 0, "{events:?}");
+    // PERMISSIVE admits strangers with and without an agent, and the node may always probe.
     Client::echo(mesh.pod("stranger")?, open.address(), "permissive")?;
     let address = web.address();
     mesh.topology().node("b")?.netns().enter(|| std::net::TcpStream::connect_timeout(&address, HANG))??;
@@ -116,9 +116,10 @@ fn a_pod_whose_node_has_no_agent_is_never_reached_in_clear() -> Result<()> {
     let server = serve(&mesh)?;
     let marker = marker("no-agent");
     let capture = mesh.topology().capture()?;
-    let told = Client::run(mesh.pod("client")?, server.address(), &[&format!("send:{marker}"), "read-end"])?;
+    let events =
+        Client::run(mesh.pod("client")?, server.address(), &[&format!("send:{marker}"), "read-end"])?;
     assert_eq!(capture.finish()?.occurrences(marker.as_bytes()), 0);
-    ensure!(failed(&told) && server.accepted()? == 0, "{told:?}");
+    ensure!(failed(&events) && server.accepted()? == 0, "{events:?}");
     observe::wait_refused(mesh.agent("a")?, "peer_unreachable", 0, &server.address().ip().to_string())
 }
 
@@ -126,7 +127,7 @@ fn a_pod_whose_node_has_no_agent_is_never_reached_in_clear() -> Result<()> {
 #[ignore = "needs root"]
 fn a_stop_lets_an_open_flow_finish() -> Result<()> {
     for node in ["a", "b"] {
-        // Longer than this test: the agent ends with the flow, not at the limit.
+        // Longer than this test: the agent exits when the flow ends, not at the deadline.
         let mut mesh = plan().config("drainTimeout: 10m\n").with_agents()?;
         let server = serve(&mesh)?;
         let steps = ["send:before", "line", "pause", "send:after", "line", "shut", "read-end"];
@@ -134,9 +135,9 @@ fn a_stop_lets_an_open_flow_finish() -> Result<()> {
         client.events().first("line")?;
         begin_stop(&mesh, node)?;
         client.proceed()?;
-        let told = client.finish()?;
-        ensure!(told.iter().any(|event| event["text"] == "after"), "node {node}: {told:?}");
-        ensure!(told.iter().any(|event| event["end"] == "eof"), "node {node}: {told:?}");
+        let events = client.finish()?;
+        ensure!(events.iter().any(|event| event["text"] == "after"), "node {node}: {events:?}");
+        ensure!(events.iter().any(|event| event["end"] == "eof"), "node {node}: {events:?}");
         let status = mesh.agent_mut(node)?.wait_end()?;
         ensure!(status.success(), "{status}");
     }
@@ -153,14 +154,14 @@ fn a_flow_that_does_not_finish_is_reset_at_the_drain_deadline() -> Result<()> {
             Client::start(mesh.pod("client")?, server.address(), &["send:stuck", "line", "read-end"])?;
         client.events().first("line")?;
         begin_stop(&mesh, node)?;
-        let told = client.finish()?;
-        ensure!(told.iter().any(|event| event["end"] == "ConnectionReset"), "node {node}: {told:?}");
+        let events = client.finish()?;
+        ensure!(events.iter().any(|event| event["end"] == "ConnectionReset"), "node {node}: {events:?}");
         mesh.agent_mut(node)?.wait_end()?;
     }
     Ok(())
 }
 
-/// Sessions that end because nobody needs them any more are no refused connections: an alert on these must be right.
+/// Sessions that end normally are not rejected connections, which alerts rely on.
 #[test]
 #[ignore = "needs root"]
 fn flows_and_agents_that_end_well_are_not_counted_as_refused() -> Result<()> {
@@ -173,7 +174,7 @@ fn flows_and_agents_that_end_well_are_not_counted_as_refused() -> Result<()> {
     ensure!(arrived == flows, "only {arrived} of {flows} flows arrived");
     assert_eq!(observe::refusals(mesh.agent("a")?)?, Vec::<String>::new());
     mesh.agent_mut("a")?.terminate()?;
-    // Node b sees the sessions end; then it serves this, which is counted after them.
+    // Node b sees the sessions end before this connection, and counts both in order.
     let open = mesh.pod("open")?;
     let open = Server::start(open, SocketAddr::new(open.ipv4().into(), fresh_port()), &["echo"])?;
     Client::echo(mesh.pod("web")?, open.address(), "same node")?;
@@ -187,7 +188,7 @@ fn two_agents_on_one_pin_path_refuse_each_other() -> Result<()> {
     let mesh = plan().with_agents()?;
     let node = mesh.topology().node("a")?;
     let files = mesh.agent("a")?.files();
-    // All its own but the pin path.
+    // Everything differs but the pin path.
     let other = files.config().with_file_name("other.yaml");
     let text = fs::read_to_string(files.config())?;
     let text = text.replace("agent.sock", "other.sock").replace("15020", "15021");
@@ -200,10 +201,10 @@ fn two_agents_on_one_pin_path_refuse_each_other() -> Result<()> {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     let mut second = Process::spawn(&mut command)?;
-    let status = second.wait().context("the second agent goes on")?;
+    let status = second.wait().context("the second agent does not exit")?;
     let output = std::io::read_to_string(second.take_stderr().context("stderr")?)?;
     ensure!(!status.success() && output.contains("another agent"), "{status}: {output}");
-    Client::echo(mesh.pod("client")?, serve(&mesh)?.address(), "the first goes on")
+    Client::echo(mesh.pod("client")?, serve(&mesh)?.address(), "the first agent still serves")
 }
 
 #[test]
@@ -211,15 +212,18 @@ fn two_agents_on_one_pin_path_refuse_each_other() -> Result<()> {
 fn uninstall_is_refused_while_the_agent_runs_and_then_removes_everything() -> Result<()> {
     let mut mesh = plan().with_agents()?;
     let server = serve(&mesh)?;
-    ensure!(mesh.agent("a")?.uninstall().is_err(), "uninstalled under a running agent");
+    ensure!(mesh.agent("a")?.uninstall().is_err(), "uninstall succeeded while the agent runs");
     Client::echo(mesh.pod("client")?, server.address(), "still there")?;
     for node in ["a", "b"] {
         mesh.agent_mut(node)?.terminate()?;
-        ensure!(mesh.agent(node)?.files().pin_path().exists(), "no pins survive the agent of node {node}");
+        ensure!(
+            mesh.agent(node)?.files().pin_path().exists(),
+            "no pins remain after the agent of node {node} exited"
+        );
         mesh.agent(node)?.uninstall()?;
-        ensure!(!mesh.agent(node)?.files().pin_path().exists(), "pins of node {node} are left");
+        ensure!(!mesh.agent(node)?.files().pin_path().exists(), "pins of node {node} remain");
     }
-    // As without Tacit: reached, and readable.
+    // As without Tacit, the server is reached and the capture contains the exchange.
     let marker = marker("uninstalled");
     let capture = mesh.topology().capture()?;
     Client::echo(mesh.pod("client")?, server.address(), &marker)?;
@@ -227,7 +231,7 @@ fn uninstall_is_refused_while_the_agent_runs_and_then_removes_everything() -> Re
     Ok(())
 }
 
-/// One node's agent goes, by `stop`, and comes again.
+/// Stops one node's agent by `stop` and restarts it.
 fn survives(node: &str, stop: impl FnOnce(&mut Mesh) -> Result<()>) -> Result<()> {
     let mut mesh = plan().policy(STRICT_MESH).config(DRAIN).with_agents()?;
     let server = serve(&mesh)?;
@@ -239,19 +243,23 @@ fn survives(node: &str, stop: impl FnOnce(&mut Mesh) -> Result<()>) -> Result<()
     let capture = mesh.topology().capture()?;
     stop(&mut mesh)?;
     let reached = server.accepted()?;
-    let told = Client::run(mesh.pod("client")?, server.address(), &[&format!("send:{marker}"), "read-end"])?;
+    let events =
+        Client::run(mesh.pod("client")?, server.address(), &[&format!("send:{marker}"), "read-end"])?;
     let near = mesh.pod("near")?;
     let local = SocketAddr::new(near.ipv4().into(), fresh_port());
     let _local = Server::start(near, local, &["echo"])?;
-    let told_near =
+    let near_events =
         Client::run(mesh.pod("client")?, local, &[&format!("send:{marker}"), "shut", "read-end"])?;
     assert_eq!(
         capture.finish()?.occurrences(marker.as_bytes()),
         0,
-        "in clear while node {node} had no agent"
+        "plaintext while node {node} had no agent"
     );
-    ensure!(failed(&told) && server.accepted()? == reached, "while node {node} had no agent: {told:?}");
-    ensure!(failed(&told_near) == (node == "a"), "same node while node {node} had no agent: {told_near:?}");
+    ensure!(failed(&events) && server.accepted()? == reached, "while node {node} had no agent: {events:?}");
+    ensure!(
+        failed(&near_events) == (node == "a"),
+        "same node while node {node} had no agent: {near_events:?}"
+    );
 
     mesh.agent_mut(node)?.restart()?;
     mesh.agent_mut(node)?.wait_ready()?;
@@ -262,16 +270,16 @@ fn survives(node: &str, stop: impl FnOnce(&mut Mesh) -> Result<()>) -> Result<()
     Ok(())
 }
 
-/// SIGTERM, without waiting for the end; returns when the agent says it drains, or is gone.
+/// Sends SIGTERM and returns when the agent drains or has exited.
 fn begin_stop(mesh: &Mesh, node: &str) -> Result<()> {
     let agent = mesh.agent(node)?;
-    agent.ask_to_end()?;
+    agent.send_sigterm()?;
     until("the agent draining", || {
         Ok(observe::status(agent).map_or(true, |status| status["state"] == "draining").then_some(()))
     })
 }
 
-/// Where programs are attached and pinned, with their ids.
+/// Returns the ids of pinned programs by name and attachment.
 fn pinned_programs(status: &Value) -> BTreeMap<String, u64> {
     let programs = status["programs"].as_array().cloned().unwrap_or_default();
     let pinned = programs.iter().filter(|program| program["pinned"].is_string());
@@ -285,10 +293,10 @@ fn pinned_programs(status: &Value) -> BTreeMap<String, u64> {
         .collect()
 }
 
-/// No byte came, and the connection did not end as if nothing had been wrong.
-fn failed(told: &[Value]) -> bool {
-    let silent = !told.iter().any(|event| event["event"] == "line" || event["bytes"].as_u64() > Some(0));
-    let ended_well = told.iter().any(|event| event["end"] == "eof");
+/// Returns true if the client got no byte and no clean end of file.
+fn failed(events: &[Value]) -> bool {
+    let silent = !events.iter().any(|event| event["event"] == "line" || event["bytes"].as_u64() > Some(0));
+    let ended_well = events.iter().any(|event| event["end"] == "eof");
     silent && !ended_well
 }
 
@@ -306,7 +314,7 @@ fn serve(mesh: &Mesh) -> Result<Server> {
     Server::start(web, SocketAddr::new(web.ipv4().into(), fresh_port()), &["echo"])
 }
 
-/// A text that occurs nowhere else.
+/// Returns a text that occurs nowhere else.
 fn marker(what: &str) -> String {
     format!("marker-{what}-{}-{}", std::process::id(), fresh_port())
 }

@@ -1,7 +1,7 @@
-//! PERMISSIVE, STRICT and DISABLE, of workloads and of ports, met by every kind of client.
+//! PERMISSIVE, STRICT and DISABLE, of workloads and of ports, with every kind of client.
 //!
-//! One server pod for each mode a workload can have, with one port for each mode a port can have; what must happen is
-//! derived from a table below, not written down case by case.
+//! The mesh has one server pod for each mode of a workload, with one port for each mode of a port. Expected outcomes are
+//! computed by `Origin::is_accepted` and not listed case by case.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -14,12 +14,12 @@ use std::{
 use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe, with_and_without_tacit};
 use tacit_topology::HANG;
 
-/// Greeting of the servers: clients say nothing, so that nothing but their connection can be refused.
+/// Greeting of the servers. Clients send nothing, so only their connection can be rejected.
 const GREETING: &str = "welcome";
-/// The port without an override; each [`Setting`] has the port its number above it.
+/// Port without an override. The port of a [`Setting`] is its number above this one.
 const PORT: u16 = 8000;
 
-/// What a policy says.
+/// Mode in a policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Setting {
     Absent,
@@ -29,16 +29,16 @@ enum Setting {
     Strict,
 }
 
-/// Who connects.
+/// Origin of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum From {
+enum Origin {
     MeshedFar,
     MeshedNear,
     StrangerFar,
     StrangerNear,
-    /// The server's own node, as a kubelet's probe does.
+    /// The server's own node, like a kubelet's probe.
     OwnNode,
-    /// Another node: no probe of this node.
+    /// Another node, whose connections are not probes.
     OtherNode,
 }
 
@@ -61,18 +61,18 @@ impl Setting {
         PORT + self as u16
     }
 
-    /// What says nothing inherits.
+    /// Returns `wider` for an absent or unset mode.
     fn or(self, wider: Self) -> Self {
         match self {
             Self::Absent | Self::Unset => wider,
-            said => said,
+            mode => mode,
         }
     }
 }
 
-impl From {
-    /// Istio's table: only what is not authenticated, and no probe, is refused, and only in STRICT.
-    fn may(self, workload: Setting, port: Setting) -> bool {
+impl Origin {
+    /// Returns true if the connection is accepted. By Istio's rules, STRICT rejects plaintext that is not the node's probe.
+    fn is_accepted(self, workload: Setting, port: Setting) -> bool {
         let mode = port.or(workload.or(Setting::Permissive));
         match self {
             Self::MeshedFar | Self::MeshedNear | Self::OwnNode => true,
@@ -117,46 +117,46 @@ fn policy() -> String {
 }
 
 fn a_meshed_client_of_the_other_node_is_always_let_in(mesh: &Mesh) -> Result<()> {
-    matrix(mesh, From::MeshedFar)
+    matrix(mesh, Origin::MeshedFar)
 }
 
 fn a_meshed_client_of_the_same_node_is_always_let_in(mesh: &Mesh) -> Result<()> {
-    matrix(mesh, From::MeshedNear)
+    matrix(mesh, Origin::MeshedNear)
 }
 
 fn a_stranger_of_the_other_node_is_refused_in_strict(mesh: &Mesh) -> Result<()> {
-    matrix(mesh, From::StrangerFar)
+    matrix(mesh, Origin::StrangerFar)
 }
 
 fn a_stranger_of_the_same_node_is_refused_in_strict(mesh: &Mesh) -> Result<()> {
-    matrix(mesh, From::StrangerNear)
+    matrix(mesh, Origin::StrangerNear)
 }
 
 fn a_probe_of_the_pods_own_node_is_always_let_in(mesh: &Mesh) -> Result<()> {
-    matrix(mesh, From::OwnNode)
+    matrix(mesh, Origin::OwnNode)
 }
 
 fn another_node_is_refused_in_strict(mesh: &Mesh) -> Result<()> {
-    matrix(mesh, From::OtherNode)
+    matrix(mesh, Origin::OtherNode)
 }
 
-/// All workloads, all ports, both families. All that is wrong is told together.
-fn matrix(mesh: &Mesh, from: From) -> Result<()> {
+/// Connects to all workloads and ports over both families and reports all wrong outcomes together.
+fn matrix(mesh: &Mesh, origin: Origin) -> Result<()> {
     serve_all(mesh)?;
     let mut wrong = Vec::new();
     for workload in WORKLOADS {
         let pod = mesh.pod(workload.name())?;
         for port in SETTINGS {
             for address in [IpAddr::V4(pod.ipv4()), IpAddr::V6(pod.ipv6())] {
-                let expected = !mesh.has_tacit() || from.may(workload, port);
-                let outcome = visit(mesh, from, SocketAddr::new(address, port.port()))?;
+                let expected = !mesh.has_tacit() || origin.is_accepted(workload, port);
+                let outcome = connect(mesh, origin, SocketAddr::new(address, port.port()))?;
                 if outcome != if expected { Outcome::Greeted } else { Outcome::Reset } {
-                    wrong.push(format!("{from:?} to {workload:?} port {port:?} at {address}: {outcome:?}"));
+                    wrong.push(format!("{origin:?} to {workload:?} port {port:?} at {address}: {outcome:?}"));
                 }
             }
         }
     }
-    ensure!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+    ensure!(wrong.is_empty(), "{} wrong outcomes:\n{}", wrong.len(), wrong.join("\n"));
     Ok(())
 }
 
@@ -165,7 +165,7 @@ fn only_what_is_disabled_can_be_read_on_the_wire(mesh: &Mesh) -> Result<()> {
     for workload in WORKLOADS {
         let pod = mesh.pod(workload.name())?;
         for port in [Setting::Absent, Setting::Disable] {
-            // Ports above those of the matrix have no override.
+            // A fresh port has no override.
             let number = if port == Setting::Absent { fresh_port() } else { port.port() };
             let address = SocketAddr::new(pod.ipv4().into(), number);
             let marker = format!("mode-marker-{}-{}", workload.name(), port.name());
@@ -175,15 +175,16 @@ fn only_what_is_disabled_can_be_read_on_the_wire(mesh: &Mesh) -> Result<()> {
             };
             serve_all(mesh)?;
             let capture = mesh.topology().capture()?;
-            let told = Client::run(mesh.pod("client-a")?, address, &[&format!("send:{marker}"), "read-end"])?;
+            let events =
+                Client::run(mesh.pod("client-a")?, address, &[&format!("send:{marker}"), "read-end"])?;
             let readable = capture.finish()?.occurrences(marker.as_bytes()) > 0;
             let disabled = port.or(workload) == Setting::Disable;
             if readable != (disabled || !mesh.has_tacit()) {
-                wrong.push(format!("{workload:?} port {port:?}: readable {readable}; {told:?}"));
+                wrong.push(format!("{workload:?} port {port:?}: readable {readable}; {events:?}"));
             }
         }
     }
-    ensure!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+    ensure!(wrong.is_empty(), "{} wrong outcomes:\n{}", wrong.len(), wrong.join("\n"));
     Ok(())
 }
 
@@ -207,7 +208,7 @@ fn a_refused_stranger_is_counted_and_logged_by_address_and_reason() -> Result<()
     Ok(())
 }
 
-/// What came of a visit.
+/// Outcome of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Outcome {
     Greeted,
@@ -216,31 +217,31 @@ enum Outcome {
     Other(String),
 }
 
-fn visit(mesh: &Mesh, from: From, to: SocketAddr) -> Result<Outcome> {
-    let pod = match from {
-        From::MeshedFar => "client-a",
-        From::MeshedNear => "client-b",
-        From::StrangerFar => "stranger-a",
-        From::StrangerNear => "stranger-b",
-        From::OwnNode => return probe(mesh, "b", to),
-        From::OtherNode => return probe(mesh, "a", to),
+fn connect(mesh: &Mesh, origin: Origin, to: SocketAddr) -> Result<Outcome> {
+    let pod = match origin {
+        Origin::MeshedFar => "client-a",
+        Origin::MeshedNear => "client-b",
+        Origin::StrangerFar => "stranger-a",
+        Origin::StrangerNear => "stranger-b",
+        Origin::OwnNode => return probe(mesh, "b", to),
+        Origin::OtherNode => return probe(mesh, "a", to),
     };
-    let told = Client::run(mesh.pod(pod)?, to, &["read-end"])?;
+    let events = Client::run(mesh.pod(pod)?, to, &["read-end"])?;
     let is = |event: &Value, key: &str, value: &str| event[key] == value;
-    // A reset that comes at once may find connect() still on its way out.
+    // A reset can arrive before connect() returns.
     let is_refusal =
         |event: &Value| ["ConnectionRefused", "ConnectionReset"].iter().any(|kind| is(event, "error", kind));
-    let refused = told.iter().any(|event| is(event, "step", "connect") && is_refusal(event));
-    let end = told.iter().find(|event| is(event, "event", "end"));
+    let refused = events.iter().any(|event| is(event, "step", "connect") && is_refusal(event));
+    let end = events.iter().find(|event| is(event, "event", "end"));
     Ok(match end {
         Some(end) if is(end, "end", "eof") && end["text"] == format!("{GREETING}\n") => Outcome::Greeted,
         Some(end) if is(end, "end", "ConnectionReset") && end["bytes"] == 0 => Outcome::Reset,
         None if refused => Outcome::Reset,
-        _ => Outcome::Other(format!("{told:?}")),
+        _ => Outcome::Other(format!("{events:?}")),
     })
 }
 
-/// From a node itself: no pod, no cgroup of a pod.
+/// Connects from a node itself, outside all pods and their cgroups.
 fn probe(mesh: &Mesh, node: &str, to: SocketAddr) -> Result<Outcome> {
     let answer = mesh.topology().node(node)?.netns().enter(|| -> std::io::Result<String> {
         let mut stream = TcpStream::connect_timeout(&to, HANG)?;
@@ -261,7 +262,7 @@ fn probe(mesh: &Mesh, node: &str, to: SocketAddr) -> Result<Outcome> {
     })
 }
 
-/// Starts the servers of the matrix, once for each mesh; they live as long as the test process.
+/// Starts the servers of the matrix, once for each mesh. They run until the test process exits.
 fn serve_all(mesh: &Mesh) -> Result<()> {
     static WITH: OnceLock<Result<Vec<Server>, String>> = OnceLock::new();
     static WITHOUT: OnceLock<Result<Vec<Server>, String>> = OnceLock::new();

@@ -1,4 +1,4 @@
-//! The addresses that applications are told: with Tacit those they would be told without.
+//! Addresses that applications see: with Tacit the same as without.
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -9,8 +9,8 @@ use std::{
 use tacit_tests::{Client, Mesh, Plan, Server, fresh_port};
 use tacit_topology::Pod;
 
-/// What both applications were told about one connection. The client's port, chosen by the kernel, is written 0
-/// wherever it stands.
+/// Addresses of one connection as both applications see them. The client's port, which the kernel chooses, is replaced
+/// by 0.
 #[derive(Debug, PartialEq, Eq)]
 struct Names {
     client_getpeername: SocketAddr,
@@ -20,19 +20,19 @@ struct Names {
     server_getsockname: SocketAddr,
 }
 
-/// Who connects, to whom, over which address.
+/// A connection whose names are compared.
 type Case = fn(&Mesh) -> Result<Names>;
 
 #[test]
 #[ignore = "needs root"]
 fn an_ipv4_connection_to_the_other_node() -> Result<()> {
-    same(|mesh| connect(mesh.pod("client")?, mesh.pod("far")?, |pod| pod.ipv4().into(), as_it_is))
+    same(|mesh| connect(mesh.pod("client")?, mesh.pod("far")?, |pod| pod.ipv4().into(), unchanged))
 }
 
 #[test]
 #[ignore = "needs root"]
 fn an_ipv6_connection_to_the_other_node() -> Result<()> {
-    same(|mesh| connect(mesh.pod("client")?, mesh.pod("far")?, |pod| pod.ipv6().into(), as_it_is))
+    same(|mesh| connect(mesh.pod("client")?, mesh.pod("far")?, |pod| pod.ipv6().into(), unchanged))
 }
 
 #[test]
@@ -50,19 +50,19 @@ fn a_mapped_connection_to_an_ipv6_listener() -> Result<()> {
 #[test]
 #[ignore = "needs root"]
 fn an_ipv4_connection_to_an_ipv6_listener() -> Result<()> {
-    same(|mesh| to_any(mesh, "client", as_it_is))
+    same(|mesh| to_any(mesh, "client", unchanged))
 }
 
 #[test]
 #[ignore = "needs root"]
 fn an_ipv4_connection_on_the_same_node() -> Result<()> {
-    same(|mesh| connect(mesh.pod("client")?, mesh.pod("near")?, |pod| pod.ipv4().into(), as_it_is))
+    same(|mesh| connect(mesh.pod("client")?, mesh.pod("near")?, |pod| pod.ipv4().into(), unchanged))
 }
 
 #[test]
 #[ignore = "needs root"]
 fn an_ipv6_connection_on_the_same_node() -> Result<()> {
-    same(|mesh| connect(mesh.pod("client")?, mesh.pod("near")?, |pod| pod.ipv6().into(), as_it_is))
+    same(|mesh| connect(mesh.pod("client")?, mesh.pod("near")?, |pod| pod.ipv6().into(), unchanged))
 }
 
 #[test]
@@ -74,20 +74,22 @@ fn a_mapped_connection_on_the_same_node() -> Result<()> {
 #[test]
 #[ignore = "needs root"]
 fn a_connection_to_the_pods_own_address() -> Result<()> {
-    same(|mesh| connect(mesh.pod("client")?, mesh.pod("client")?, |pod| pod.ipv4().into(), as_it_is))
+    same(|mesh| connect(mesh.pod("client")?, mesh.pod("client")?, |pod| pod.ipv4().into(), unchanged))
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_loopback_connection_inside_a_pod() -> Result<()> {
-    same(|mesh| connect(mesh.pod("client")?, mesh.pod("client")?, |_| IpAddr::from([127, 0, 0, 1]), as_it_is))
+    same(|mesh| {
+        connect(mesh.pod("client")?, mesh.pod("client")?, |_| IpAddr::from([127, 0, 0, 1]), unchanged)
+    })
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_connection_from_outside_the_mesh() -> Result<()> {
-    same(|mesh| connect(mesh.pod("stranger")?, mesh.pod("far")?, |pod| pod.ipv4().into(), as_it_is))?;
-    same(|mesh| connect(mesh.pod("stranger")?, mesh.pod("far")?, |pod| pod.ipv6().into(), as_it_is))
+    same(|mesh| connect(mesh.pod("stranger")?, mesh.pod("far")?, |pod| pod.ipv4().into(), unchanged))?;
+    same(|mesh| connect(mesh.pod("stranger")?, mesh.pod("far")?, |pod| pod.ipv6().into(), unchanged))
 }
 
 #[test]
@@ -98,37 +100,37 @@ fn a_connection_from_an_address_bound_before() -> Result<()> {
         let server =
             Server::start(far, SocketAddr::new(far.ipv4().into(), fresh_port()), &["shut", "read-end"])?;
         let (to, from) = (server.address().to_string(), client.ipv4().to_string());
-        let told = Client::with_args(client, &["connect", &to, "--from", &from, "read-end"])?.finish()?;
-        Names::of(&told, &server)
+        let events = Client::with_args(client, &["connect", &to, "--from", &from, "read-end"])?.finish()?;
+        Names::of(&events, &server)
     })
 }
 
-/// The agent dials applications from loopback addresses, which they trust. What they are told instead comes from it; here
-/// nobody has said anything, as when that was lost.
+/// The agent dials applications from loopback addresses, which they trust, and replaces the names that they see. In this
+/// test no agent has stored names, as if they were lost.
 #[test]
 #[ignore = "needs root"]
 fn a_peer_at_an_address_the_agent_dials_from_never_looks_like_loopback() -> Result<()> {
     type Own = fn(&Pod) -> IpAddr;
     let (v4, v6): (Own, Own) = (|pod| pod.ipv4().into(), |pod| pod.ipv6().into());
     for (from, own) in [("127.64.3.4", v4), ("::1", v6)] {
-        let told = |mesh: &Mesh| {
+        let accepted_address = |mesh: &Mesh| {
             let pod = mesh.pod("near")?;
             let server = Server::start(pod, SocketAddr::new(own(pod), fresh_port()), &["shut", "read-end"])?;
             let to = server.address().to_string();
-            let told = Client::with_args(pod, &["connect", &to, "--from", from, "read-end"])?.finish()?;
-            let names = Names::of(&told, &server)?;
+            let events = Client::with_args(pod, &["connect", &to, "--from", from, "read-end"])?.finish()?;
+            let names = Names::of(&events, &server)?;
             anyhow::ensure!(names.server_accept == names.server_getpeername);
             anyhow::Ok((names.server_accept.ip(), own(pod)))
         };
-        let (control, _) = told(&lonely().without_agents()?)?;
+        let (control, _) = accepted_address(&pods_without_traffic().without_agents()?)?;
         assert_eq!(control, from.parse::<IpAddr>()?, "without Tacit");
-        let (shown, own) = told(&lonely().with_agents()?)?;
+        let (shown, own) = accepted_address(&pods_without_traffic().with_agents()?)?;
         assert_eq!(shown, own, "with Tacit");
     }
     Ok(())
 }
 
-fn lonely() -> Plan {
+fn pods_without_traffic() -> Plan {
     Plan::new("unnamed").pod("a", "shop", "near").pod("b", "shop", "far")
 }
 
@@ -137,7 +139,7 @@ fn same(case: Case) -> Result<()> {
     static WITH: OnceLock<Result<Mesh, String>> = OnceLock::new();
     let mut without = case(Mesh::shared(&WITHOUT, || plan().without_agents())?).context("without Tacit")?;
     let mut with = case(Mesh::shared(&WITH, || plan().with_agents())?).context("with Tacit")?;
-    // Each case takes a fresh port, so the server's differs between the two; everything else must not.
+    // Each run takes a fresh port, so the server's port differs. All other names must be equal.
     for names in [&mut without, &mut with] {
         let server = names.server_getsockname.port();
         for name in names.all() {
@@ -168,7 +170,7 @@ fn connect(
     Names::of(&Client::run(from, reach(server.address()), &["read-end"])?, &server)
 }
 
-/// To the far pod's IPv4 address, where the server listens on `[::]`.
+/// Connects to the far pod's IPv4 address, where the server listens on `[::]`.
 fn to_any(mesh: &Mesh, from: &str, reach: fn(SocketAddr) -> SocketAddr) -> Result<Names> {
     let far = mesh.pod("far")?;
     let any = SocketAddr::new(IpAddr::from([0_u16; 8]), fresh_port());
@@ -177,7 +179,7 @@ fn to_any(mesh: &Mesh, from: &str, reach: fn(SocketAddr) -> SocketAddr) -> Resul
     Names::of(&Client::run(mesh.pod(from)?, to, &["read-end"])?, &server)
 }
 
-fn as_it_is(address: SocketAddr) -> SocketAddr {
+fn unchanged(address: SocketAddr) -> SocketAddr {
     address
 }
 
@@ -221,6 +223,6 @@ impl Names {
 }
 
 fn address(value: &Value) -> Result<SocketAddr> {
-    let text = value.as_str().with_context(|| format!("no address but {value}"))?;
+    let text = value.as_str().with_context(|| format!("invalid address {value}: expected a string"))?;
     text.parse().with_context(|| format!("address {text}"))
 }

@@ -1,7 +1,7 @@
-//! Ranges of the mesh that nobody configured: an agent finds them in the API, puts them into the kernel while pods talk,
-//! and has them before it begins again.
+//! Detected ranges of the mesh: an agent reads them from the API, writes them to the kernel while pods are connected, and
+//! has them again after a restart.
 //!
-//! The API is a server of this test, in the node's network: lists of what it was given, and watches that tell what comes.
+//! The API is a server of this test in the node's network. It serves lists of its objects, and watches with new ones.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -20,9 +20,9 @@ const PODS: &str = "/api/v1/pods";
 const NODES: &str = "/api/v1/nodes";
 const STRICT_MESH: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
                            metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
-/// The namespace of the pod: its cgroup is then called as the kubelet would, `pod` with the UID.
+/// Namespace of the pod. It makes the pod's cgroup look like the kubelet's, `pod` with the UID.
 const NAMESPACE: &str = "podx";
-/// Where node b's pods have their addresses from.
+/// Range of the addresses of node b's pods.
 const RANGE: &str = "10.77.2.0/24";
 const MARKER: &str = "this-can-be-read";
 
@@ -54,40 +54,43 @@ fn a_range_holds_from_when_it_is_found_and_after_a_restart() -> Result<()> {
     let found = observe::status(&agent)?["mesh"].clone();
     ensure!(found == json!({"configured": 0, "detected": 2, "ranges": own}), "{found}");
 
-    // The control: nobody has told of the stranger's range, so a STRICT pod talks to it in clear.
+    // Control: the API does not have the stranger's range yet, so a STRICT pod sends it plaintext.
     let server = Server::start(stranger, SocketAddr::new(stranger.ipv4().into(), fresh_port()), &["echo"])?;
     let capture = mesh.topology().capture()?;
     Client::echo(client, server.address(), MARKER)?;
-    ensure!(capture.finish()?.occurrences(MARKER.as_bytes()) == 2, "the marker cannot be seen");
-    let held = Client::start(client, server.address(), &["send:held", "pause", "read-end"])?;
-    held.events().first("connected")?;
+    ensure!(capture.finish()?.occurrences(MARKER.as_bytes()) == 2, "the control capture lacks the marker");
+    let open_flow = Client::start(client, server.address(), &["send:open", "pause", "read-end"])?;
+    open_flow.events().first("connected")?;
 
-    api.tell(NODES, json!({"metadata": {"name": "b"}, "spec": {"podCIDR": RANGE, "podCIDRs": [RANGE]}}))?;
+    api.add(NODES, json!({"metadata": {"name": "b"}, "spec": {"podCIDR": RANGE, "podCIDRs": [RANGE]}}))?;
     let has_range =
         |status: &Value| status["mesh"]["ranges"].as_array()?.contains(&json!(RANGE)).then_some(());
-    observe::wait_status(&agent, "the range is found", has_range)?;
-    observe::wait_status(&agent, "what was held is reset", |status| {
+    observe::wait_status(&agent, "the range detected", has_range)?;
+    observe::wait_status(&agent, "the open flow reset", |status| {
         (status["guard"]["resets_at_enrolment"].as_u64()? > 0).then_some(())
     })?;
     let capture = mesh.topology().capture()?;
-    ensure!(Client::echo(client, server.address(), MARKER).is_err(), "in clear though the range is known");
+    ensure!(
+        Client::echo(client, server.address(), MARKER).is_err(),
+        "plaintext although the range is detected"
+    );
 
     agent.kill()?;
     let refused =
-        || Client::echo(client, server.address(), MARKER).err().context("in clear around a restart");
+        || Client::echo(client, server.address(), MARKER).err().context("plaintext during a restart");
     refused()?;
     agent.restart()?;
-    until("the range is there again", || {
+    until("the range detected again", || {
         refused()?;
         Ok(observe::status(&agent).ok().as_ref().and_then(has_range))
     })?;
     agent.wait_ready()?;
     refused()?;
-    ensure!(capture.finish()?.occurrences(MARKER.as_bytes()) == 0, "the marker was read");
+    ensure!(capture.finish()?.occurrences(MARKER.as_bytes()) == 0, "the capture contains the marker");
     Ok(())
 }
 
-/// An API server that knows no ServiceCIDR.
+/// An API server without ServiceCIDRs.
 struct Api {
     address: SocketAddr,
     state: Arc<Mutex<State>>,
@@ -103,24 +106,24 @@ impl Api {
     fn start(netns: &Netns) -> Result<Self> {
         let listener = netns.enter(|| TcpListener::bind("127.0.0.1:0"))??;
         let (address, state) = (listener.local_addr()?, Arc::<Mutex<State>>::default());
-        let of_thread = Arc::clone(&state);
+        let thread_state = Arc::clone(&state);
         thread::spawn(move || {
             for connection in listener.incoming().flatten() {
-                let state = Arc::clone(&of_thread);
-                // A client that goes is no business of the server's.
+                let state = Arc::clone(&thread_state);
+                // A client that disconnects is not an error of the server.
                 thread::spawn(move || serve(connection, &state).ok());
             }
         });
         Ok(Self { address, state })
     }
 
-    /// Makes an agent read its directory from here, with no ranges.
+    /// Configures an agent to read its directory from this API, without configured ranges.
     fn configure(&self, files: &MeshFiles) -> Result<()> {
         let kubeconfig = files.config().with_file_name("kubeconfig.yaml");
-        // Not asked for by a server without TLS, but a client wants one, and not every system has some.
+        // A server without TLS does not need a CA, but the client requires one, and not every system has one.
         let authority = files.config().with_file_name("api-ca.pem");
-        let made = rcgen::generate_simple_self_signed(["api".to_owned()]).context("a certificate")?;
-        fs::write(&authority, made.cert.pem())?;
+        let certificate = rcgen::generate_simple_self_signed(["api".to_owned()]).context("a certificate")?;
+        fs::write(&authority, certificate.cert.pem())?;
         let text = format!(
             "apiVersion: v1\nkind: Config\ncurrent-context: c\n\
              clusters: [{{name: c, cluster: {{server: \"http://{}\", certificate-authority: \"{}\"}}}}]\n\
@@ -130,10 +133,10 @@ impl Api {
         );
         fs::write(&kubeconfig, text)?;
         let config = fs::read_to_string(files.config())?;
-        let kept =
+        let other_lines =
             config.lines().filter(|line| !line.starts_with("meshRanges:") && !line.starts_with("directory:"));
         let source = "directory: {kubernetes: {kubeconfig: kubeconfig.yaml}}";
-        let lines: Vec<&str> = kept.chain([source, ""]).collect();
+        let lines: Vec<&str> = other_lines.chain([source, ""]).collect();
         Ok(fs::write(files.config(), lines.join("\n"))?)
     }
 
@@ -141,9 +144,9 @@ impl Api {
         lock(&self.state).objects.entry(path.to_owned()).or_default().push(object);
     }
 
-    /// Adds an object, and tells whoever watches; waits for somebody.
-    fn tell(&self, path: &str, mut object: Value) -> Result<()> {
-        until("somebody watches", || {
+    /// Adds an object and sends it to the watches, after at least one has started.
+    fn add(&self, path: &str, mut object: Value) -> Result<()> {
+        until("a watch has started", || {
             Ok(lock(&self.state).watches.get(path).is_some_and(|all| !all.is_empty()).then_some(()))
         })?;
         object["metadata"]["resourceVersion"] = json!("2");
@@ -160,7 +163,7 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Answers one request.
+/// Serves one request.
 fn serve(mut connection: TcpStream, state: &Mutex<State>) -> Result<()> {
     let mut lines = BufReader::new(connection.try_clone()?).lines();
     let first = lines.next().context("no request")??;

@@ -1,6 +1,7 @@
-//! Directory and policy are watched: a good new version holds at once, a bad one is refused and the last good stays.
+//! Watched files of directory and policy: a valid new version applies at once, an invalid one is rejected and the last
+//! valid one stays.
 //!
-//! Each test changes its mesh, so each has one of its own.
+//! Each test changes its mesh, so each has its own.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -23,7 +24,7 @@ fn modes_of_mesh_namespace_workload_and_port_hold_as_soon_as_they_are_written() 
         workload.trim_end(),
         two.address().port()
     );
-    // What a stranger meets at both ports, while the policy grows and shrinks again.
+    // Expected access of a stranger to both ports, while the policy grows and shrinks again.
     let steps = [
         (vec![], [true, true]),
         (vec![&mesh_wide], [false, false]),
@@ -51,7 +52,7 @@ fn a_bad_policy_is_refused_and_the_last_good_one_stays() -> Result<()> {
     let web = mesh.pod("web")?;
     let server = Server::start(web, SocketAddr::new(web.ipv4().into(), fresh_port()), &["shut"])?;
     let agent = mesh.agent("b")?;
-    for (number, bad) in [
+    for (number, invalid) in [
         "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: x}\nspec: {mtls: {mode: STRICTT}}\n",
         "kind: [",
         "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: x, namespace: shop}\nspec: {mtls: 7}\n",
@@ -60,9 +61,9 @@ fn a_bad_policy_is_refused_and_the_last_good_one_stays() -> Result<()> {
     .into_iter()
     .enumerate()
     {
-        agent.files().set_policy(bad)?;
+        agent.files().set_policy(invalid)?;
         let refusals = number as u64 + 1;
-        let error = observe::wait_status(agent, "the refused policy", |status| {
+        let error = observe::wait_status(agent, "the rejected policy", |status| {
             let source = source(status, "policy")?;
             (source["refusals"] == refusals).then(|| source["last_error"].clone())
         })?;
@@ -74,10 +75,10 @@ fn a_bad_policy_is_refused_and_the_last_good_one_stays() -> Result<()> {
     let refused = [("source", "policy"), ("result", "refused")];
     assert_eq!(observe::metric(agent, "tacit_config_reloads_total", &refused)?, 4);
     ensure!(agent.log()?.contains("STRICTT"), "the log does not name the mistake");
-    // A good one is taken again, and the error is gone.
+    // A valid policy is accepted again, and the error is cleared.
     agent.files().set_policy("")?;
     reaches(mesh.pod("stranger")?, &server, true)?;
-    let error = observe::wait_status(agent, "the policy taken", |status| {
+    let error = observe::wait_status(agent, "the policy accepted", |status| {
         source(status, "policy").map(|source| source["last_error"].clone())
     })?;
     assert_eq!(error, Value::Null);
@@ -95,15 +96,15 @@ fn a_bad_directory_is_refused_and_the_last_good_one_stays() -> Result<()> {
         agent.files().set_directory_text(
             "workloads:\n  - name: web\n    namespace: shop\n    addresses: [10.77.2.999]\n",
         )?;
-        let error = observe::wait_status(agent, "the refused directory", |status| {
+        let error = observe::wait_status(agent, "the rejected directory", |status| {
             let source = source(status, "directory")?;
             (source["refusals"] == 1).then(|| source["last_error"].clone())
         })?;
         let error = error.as_str().context("no error shown")?;
         ensure!(error.contains("directory.yaml:") && error.contains("10.77.2.999"), "{error:?}");
-        ensure!(error.contains("node"), "not all mistakes are told: {error:?}");
+        ensure!(error.contains("node"), "not all mistakes are reported: {error:?}");
     }
-    let marker = format!("marker-after-bad-directory-{}", std::process::id());
+    let marker = format!("marker-after-invalid-directory-{}", std::process::id());
     let capture = mesh.topology().capture()?;
     Client::echo(mesh.pod("client")?, server.address(), &marker)?;
     assert_eq!(capture.finish()?.occurrences(marker.as_bytes()), 0);
@@ -121,11 +122,11 @@ fn a_pod_that_comes_later_is_enrolled_and_one_that_goes_is_released() -> Result<
     for agent in [a, b] {
         agent.files().set_directory(&directory)?;
     }
-    // Without a process there is no namespace to be found.
+    // The agent finds the namespace through a process of the pod.
     observe::wait_status(b, "the pod waiting", |status| {
         pod(status, "late").filter(|pod| pod["state"] != "enrolled")
     })?;
-    let held = late.hold()?;
+    let process = late.keep_alive()?;
     observe::wait_status(b, "the pod enrolled", |status| {
         pod(status, "late").filter(|pod| pod["state"] == "enrolled")
     })?;
@@ -138,13 +139,13 @@ fn a_pod_that_comes_later_is_enrolled_and_one_that_goes_is_released() -> Result<
     Client::echo(mesh.pod("client")?, server.address(), &marker)?;
     let traffic = capture.finish()?;
     assert_eq!((traffic.occurrences(marker.as_bytes()), traffic.tunnel_bytes > 0), (0, true));
-    drop((server, held));
+    drop((server, process));
     observe::wait_status(b, "the pod no longer enrolled", |status| {
         pod(status, "late").filter(|pod| pod["state"] != "enrolled")
     })?;
-    // A process could still appear in its cgroup: what holds for it stays, over a restart too.
+    // A process can still join the pod's cgroup, so the pod's entries stay, also over a restart.
     let id = std::fs::metadata(late.cgroup())?.ino();
-    ensure!(!pins_of(b, id)?.is_empty(), "nothing is pinned for the pod");
+    ensure!(!pins_of(b, id)?.is_empty(), "no pins of the pod");
     mesh.agent_mut("b")?.kill()?;
     mesh.agent_mut("b")?.restart()?;
     mesh.agent_mut("b")?.wait_ready()?;
@@ -154,16 +155,16 @@ fn a_pod_that_comes_later_is_enrolled_and_one_that_goes_is_released() -> Result<
     })?;
     ensure!(
         pins_of(b, id)?.iter().any(|pin| pin.starts_with("steer-")),
-        "its namespace is no longer steered"
+        "the steering program of its namespace is not pinned"
     );
     for agent in [a, b] {
         agent.files().set_directory(&mesh.directory())?;
     }
     observe::wait_status(b, "the pod gone", |status| pod(status, "late").is_none().then_some(()))?;
-    until("nothing is pinned for it", || Ok(pins_of(b, id)?.is_empty().then_some(())))
+    until("no pins of the pod", || Ok(pins_of(b, id)?.is_empty().then_some(())))
 }
 
-/// Names of the links that are pinned for the pod with this cgroup.
+/// Returns the names of the links that are pinned for the pod with this cgroup.
 fn pins_of(agent: &Agent, cgroup: u64) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for folder in std::fs::read_dir(agent.files().pin_path())? {
@@ -192,16 +193,16 @@ fn policy(name: &str, namespace: &str, spec: &str) -> String {
     )
 }
 
-/// Waits until the server is reached from `pod`, or until it no longer is.
+/// Waits until `pod` reaches the server, or until it no longer does.
 fn reaches(pod: &Pod, server: &Server, expected: bool) -> Result<()> {
     let mut last = Vec::new();
-    let held = until(&format!("reached: {expected}"), || {
+    let reached = until(&format!("reached: {expected}"), || {
         last = Client::run(pod, server.address(), &["read-end"])?;
         let ended = last.iter().any(|event| event["end"] == "eof");
         let reset = last.iter().any(|event| event["end"] == "ConnectionReset" || event["step"] == "connect");
         Ok(if expected { ended } else { reset }.then_some(()))
     });
-    held.with_context(|| format!("{} last met {last:?}", pod.name()))
+    reached.with_context(|| format!("{}: last events {last:?}", pod.name()))
 }
 
 fn source<'a>(status: &'a Value, kind: &str) -> Option<&'a Value> {

@@ -1,6 +1,6 @@
-//! Services: a pod asks for a virtual address and gets an endpoint that answers.
+//! Services: a pod connects to a virtual address and gets an endpoint that answers.
 //!
-//! There is no kube-proxy here: without Tacit the virtual address leads nowhere, which is the control.
+//! The topology has no kube-proxy. Without Tacit the virtual address is unreachable, which is the control.
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -15,20 +15,20 @@ use tacit_topology::{Pod, until};
 
 const VIP4: &str = "10.96.0.10";
 const VIP6: &str = "fd96::10";
-/// Connections by which chance shows: that one of two endpoints is missed by all has odds of one in a million.
+/// Number of connections. All miss one of two endpoints with a probability of one in a million.
 const MANY: usize = 20;
 
-/// A service that `directory.yaml` gets: port 80, and these endpoints, each a pod's and whether it is ready.
+/// A service in `directory.yaml`: port 80, and its endpoints with their pod and readiness.
 struct Service<'a> {
     port: u16,
     endpoints: &'a [(&'a str, bool)],
     more: &'a str,
 }
 
-/// Tests share no mesh: each writes its own services.
+/// Builds a mesh. Tests do not share one, because each writes its own services.
 fn mesh(tag: &str, policy: &str, service: &Service<'_>) -> Result<Mesh> {
     let mesh = plan(tag).policy(policy).with_agents()?;
-    tell(&mesh, service)?;
+    update_directory(&mesh, service)?;
     Ok(mesh)
 }
 
@@ -41,8 +41,8 @@ fn plan(tag: &str) -> Plan {
         .config("serviceRanges: [10.96.0.0/16, \"fd96::/64\"]\n")
 }
 
-/// Gives both agents the directory with the service, and waits until they have it.
-fn tell(mesh: &Mesh, service: &Service<'_>) -> Result<()> {
+/// Writes the directory with the service for both agents and waits until they have loaded it.
+fn update_directory(mesh: &Mesh, service: &Service<'_>) -> Result<()> {
     let text = directory(mesh, service)?;
     for node in ["a", "b"] {
         let agent = mesh.agent(node)?;
@@ -88,14 +88,14 @@ fn vip(text: &str) -> Result<SocketAddr> {
     Ok(SocketAddr::new(text.parse::<IpAddr>()?, 80))
 }
 
-/// A server on both addresses of a pod, that says who it is by echoing.
+/// Starts an echo server on both addresses of a pod.
 fn serve(pod: &Pod, port: u16) -> Result<[Server; 2]> {
     let start = |ip: IpAddr| Server::start(pod, SocketAddr::new(ip, port), &["echo"]);
     Ok([start(pod.ipv4().into())?, start(pod.ipv6().into())?])
 }
 
-/// Asks for `address` and answers the peer that the client saw. Fails when there is no echo.
-fn ask(pod: &Pod, address: SocketAddr) -> Result<String> {
+/// Connects to `address` and returns the peer that the client saw. Fails without an echo.
+fn connect(pod: &Pod, address: SocketAddr) -> Result<String> {
     let events = Client::run(pod, address, &["send:hello", "shut", "read-end"])?;
     let connected = events.iter().find(|event| event["event"] == "connected");
     let end = events.iter().find(|event| event["event"] == "end");
@@ -106,15 +106,15 @@ fn ask(pod: &Pod, address: SocketAddr) -> Result<String> {
     Ok(peer.to_owned())
 }
 
-/// As [`ask`] from the client pod; what its agent refused is in the message of a failure.
-fn ask_vip(mesh: &Mesh) -> Result<String> {
-    ask(mesh.pod("client")?, vip(VIP4)?).with_context(|| {
+/// Connects to the virtual address from the client pod. An error has the log lines of rejected connections.
+fn connect_to_vip(mesh: &Mesh) -> Result<String> {
+    connect(mesh.pod("client")?, vip(VIP4)?).with_context(|| {
         let log = mesh.agent("a").and_then(|agent| agent.log()).unwrap_or_default();
         log.lines().filter(|line| line.contains("refused")).collect::<Vec<_>>().join("\n")
     })
 }
 
-/// Connections of `servers`, both families together.
+/// Returns the number of accepted connections of `servers`, both families together.
 fn accepted(servers: &[Server]) -> Result<usize> {
     servers.iter().map(Server::accepted).sum()
 }
@@ -124,7 +124,7 @@ fn accepted(servers: &[Server]) -> Result<usize> {
 fn a_virtual_address_leads_nowhere_without_tacit() -> Result<()> {
     let mesh = plan("svcnone").without_agents()?;
     let _far = serve(mesh.pod("far")?, 8080)?;
-    ensure!(ask(mesh.pod("client")?, vip(VIP4)?).is_err(), "somebody else serves {VIP4}");
+    ensure!(connect(mesh.pod("client")?, vip(VIP4)?).is_err(), "another server answers on {VIP4}");
     Ok(())
 }
 
@@ -139,7 +139,7 @@ fn endpoints_of_both_nodes_are_reached_and_the_client_sees_what_it_asked_for() -
         (serve(mesh.pod("near")?, 8080)?, serve(mesh.pod("far")?, 8080)?, serve(mesh.pod("far2")?, 8080)?);
     for text in [VIP4, VIP6] {
         let address = vip(text)?;
-        // Held open, so that the load of the near one makes the far one the better choice.
+        // The connections stay open, so that the load of the near endpoint makes the far one the better choice.
         let mut open = Vec::new();
         for _ in 0..MANY / 2 {
             let client =
@@ -170,15 +170,15 @@ fn an_endpoint_that_does_not_answer_is_replaced_unnoticed() -> Result<()> {
     let service =
         Service { port: 8080, endpoints: &[("near", true), ("far", true), ("far2", true)], more: "" };
     let mesh = mesh("svcdead", STRICT, &service)?;
-    // Nobody listens in near and far.
+    // Pods near and far have no listener.
     let alive = serve(mesh.pod("far2")?, 8080)?;
     for _ in 0..MANY {
-        ask_vip(&mesh)?;
+        connect_to_vip(&mesh)?;
     }
-    ensure!(accepted(&alive)? == MANY, "each connection came through once");
-    // The control: with no endpoint that answers the client is reset.
+    ensure!(accepted(&alive)? == MANY, "expected each connection once at the live endpoint");
+    // Control: without an endpoint that answers, the client is reset.
     drop(alive);
-    ensure!(ask(mesh.pod("client")?, vip(VIP4)?).is_err(), "nobody is left");
+    ensure!(connect(mesh.pod("client")?, vip(VIP4)?).is_err(), "an echo without a server");
     Ok(())
 }
 
@@ -191,13 +191,13 @@ fn a_client_stays_with_its_endpoint_when_the_service_says_so() -> Result<()> {
     let servers = [serve(mesh.pod("far")?, 8080)?, serve(mesh.pod("far2")?, 8080)?];
     let counts = || -> Result<BTreeSet<usize>> { servers.iter().map(|server| accepted(server)).collect() };
     for _ in 0..MANY {
-        ask_vip(&mesh)?;
+        connect_to_vip(&mesh)?;
     }
     ensure!(counts()? == BTreeSet::from([0, MANY]), "one endpoint has all: {:?}", counts()?);
-    // The control: without affinity both get some.
-    tell(&mesh, &Service { more: "", ..sticky })?;
+    // Control: without affinity both endpoints get connections.
+    update_directory(&mesh, &Service { more: "", ..sticky })?;
     for _ in 0..MANY {
-        ask_vip(&mesh)?;
+        connect_to_vip(&mesh)?;
     }
     ensure!(!counts()?.contains(&0), "both have some: {:?}", counts()?);
     Ok(())
@@ -214,11 +214,11 @@ fn what_no_endpoint_can_serve_is_refused_with_its_reason() -> Result<()> {
     for (port, reason) in [(80, "no_endpoint"), (81, "service_port_unknown")] {
         let before = observe::refused(agent, reason)?;
         let address = SocketAddr::new(VIP4.parse()?, port);
-        ensure!(ask(mesh.pod("client")?, address).is_err(), "{address} was served");
+        ensure!(connect(mesh.pod("client")?, address).is_err(), "{address} was served");
         observe::wait_refused(agent, reason, before, VIP4)?;
     }
-    tell(&mesh, &Service { more: "", ..service })?;
-    until("the far endpoint serves once it may", || Ok(ask(mesh.pod("client")?, vip(VIP4)?).ok()))?;
+    update_directory(&mesh, &Service { more: "", ..service })?;
+    until("the far endpoint used with policy Cluster", || Ok(connect(mesh.pod("client")?, vip(VIP4)?).ok()))?;
     Ok(())
 }
 

@@ -1,5 +1,5 @@
-//! Captured IPv6 connections are spread over ports of `::1`, by destination, as IPv4 ones over addresses: the source ports
-//! of one target are no bound for all. What is not captured notices nothing of it.
+//! Captured IPv6 connections are spread over ports of `::1` by destination, like IPv4 connections over addresses. So the
+//! source ports of one target do not limit all of them. Other connections are not affected.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -14,7 +14,7 @@ use tacit_abi::{Address, tcp_port};
 use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, with_and_without_tacit};
 use tacit_topology::{Agent, Pod};
 
-/// Source ports of a client's namespace: so few that a test can use them up.
+/// Source ports of a client's namespace, few enough for a test to use them up.
 const SOURCE_PORTS: RangeInclusive<u16> = 40_000..=40_039;
 const FAR: [&str; 3] = ["far-1", "far-2", "far-3"];
 
@@ -24,7 +24,7 @@ with_and_without_tacit!(plan:
 );
 
 fn plan() -> Plan {
-    let plan = Plan::new("spread").pod("a", "shop", "client").pod("a", "shop", "faithful");
+    let plan = Plan::new("spread").pod("a", "shop", "client").pod("a", "shop", "single");
     FAR.into_iter().fold(plan.pod("b", "shop", "alone"), |plan, name| plan.pod("b", "shop", name))
 }
 
@@ -32,18 +32,18 @@ fn flows_to_several_destinations_may_be_more_than_there_are_source_ports(mesh: &
     let servers = servers_of_different_targets(mesh)?;
     let wanted = servers.len() * (SOURCE_PORTS.len() - 10);
     ensure!(wanted > 2 * SOURCE_PORTS.len());
-    let told = flows(mesh.pod("client")?, wanted, &servers)?;
-    ensure!(told["echoed"] == wanted, "{told}");
+    let outcome = flows(mesh.pod("client")?, wanted, &servers)?;
+    ensure!(outcome["echoed"] == wanted, "{outcome}");
     Ok(())
 }
 
 fn flows_to_one_destination_may_not(mesh: &Mesh) -> Result<()> {
-    // Ends that no other test has to do with: tunnels take source ports too.
+    // Pods that no other test uses, because tunnels take source ports too.
     let servers = [serve(mesh.pod("alone")?, fresh_port())?];
-    let told = flows(mesh.pod("faithful")?, SOURCE_PORTS.len() + 10, &servers)?;
-    let echoed = told["echoed"].as_u64().context("a number")?;
-    ensure!(echoed > 0 && echoed <= SOURCE_PORTS.len() as u64, "{told}");
-    ensure!(told["failures"]["AddrNotAvailable"].as_u64().is_some_and(|failed| failed >= 10), "{told}");
+    let outcome = flows(mesh.pod("single")?, SOURCE_PORTS.len() + 10, &servers)?;
+    let echoed = outcome["echoed"].as_u64().context("a number")?;
+    ensure!(echoed > 0 && echoed <= SOURCE_PORTS.len() as u64, "{outcome}");
+    ensure!(outcome["failures"]["AddrNotAvailable"].as_u64().is_some_and(|failed| failed >= 10), "{outcome}");
     Ok(())
 }
 
@@ -53,11 +53,11 @@ fn the_target_is_a_function_of_the_destination() -> Result<()> {
     let mesh = mesh()?;
     let client = mesh.pod("client")?;
     let servers = servers_of_different_targets(mesh)?;
-    let steps = ["send:held", "line", "pause"];
-    let held = |server: &Server| Client::start(client, server.address(), &steps);
-    let mut clients = servers.iter().chain(&servers).map(held).collect::<Result<Vec<_>>>()?;
+    let steps = ["send:open", "line", "pause"];
+    let open = |server: &Server| Client::start(client, server.address(), &steps);
+    let mut clients = servers.iter().chain(&servers).map(open).collect::<Result<Vec<_>>>()?;
     for client in &clients {
-        ensure!(client.events().first("line")?["text"] == "held");
+        ensure!(client.events().first("line")?["text"] == "open");
     }
     let used = loopback_targets(client)?;
     for server in &servers {
@@ -76,9 +76,9 @@ fn a_client_that_chose_its_own_end_is_carried_too() -> Result<()> {
     let to = server.address().to_string();
     for from in [IpAddr::V6(client.ipv6()), IpAddr::V6(Ipv6Addr::UNSPECIFIED)] {
         let steps = ["connect", &to, "--from", &from.to_string(), "send:bound", "shut", "read-end"];
-        let told = Client::with_args(client, &steps)?.finish()?;
-        ensure!(find(&told, "end").is_some_and(|end| end["text"] == "bound\n"), "from {from}: {told:?}");
-        let names = find(&told, "connected").context("connected")?;
+        let events = Client::with_args(client, &steps)?.finish()?;
+        ensure!(find(&events, "end").is_some_and(|end| end["text"] == "bound\n"), "from {from}: {events:?}");
+        let names = find(&events, "connected").context("connected")?;
         ensure!(names["peer"] == to, "{names}");
         let own: SocketAddr = names["local"].as_str().unwrap_or_default().parse()?;
         ensure!(own.ip() == client.ipv6(), "{names}");
@@ -86,7 +86,7 @@ fn a_client_that_chose_its_own_end_is_carried_too() -> Result<()> {
     Ok(())
 }
 
-/// The ports are not taken from the pod: only what was captured is steered.
+/// Applications keep the ports, because only captured connections are redirected.
 #[test]
 #[ignore = "needs root"]
 fn applications_may_serve_the_ports() -> Result<()> {
@@ -101,7 +101,7 @@ fn applications_may_serve_the_ports() -> Result<()> {
         }
         Client::echo(far, SocketAddr::new(far.ipv6().into(), port), "to my own address")?;
         Client::echo(far, SocketAddr::from((Ipv6Addr::LOCALHOST, port)), "to my loopback")?;
-        ensure!(own.accepted()? == 1, "and nothing else came");
+        ensure!(own.accepted()? == 1, "expected one connection");
         drop(any);
     }
     Ok(())
@@ -114,18 +114,18 @@ fn a_dial_that_was_not_captured_gets_nowhere() -> Result<()> {
     let client = mesh.pod("client")?;
     let port = tcp_port::CAPTURE_V6_FIRST + 5;
     let to = SocketAddr::from((Ipv6Addr::LOCALHOST, port));
-    let told = Client::run(client, to, &["read-end"])?;
-    ensure!(find(&told, "failed").is_some_and(|f| f["error"] == "ConnectionRefused"), "{told:?}");
-    // From the address that captured connections come from, a listener of the pod makes no difference.
+    let events = Client::run(client, to, &["read-end"])?;
+    ensure!(find(&events, "failed").is_some_and(|f| f["error"] == "ConnectionRefused"), "{events:?}");
+    // With the source address of captured connections, a listener of the pod makes no difference.
     let own = Server::start(client, to, &["echo"])?;
     let (to, from) = (to.to_string(), client.ipv6().to_string());
-    let told = Client::with_args(client, &["connect", &to, "--from", &from, "read-end"])?.finish()?;
-    ensure!(find(&told, "failed").is_some_and(|f| f["error"] == "ConnectionRefused"), "{told:?}");
+    let events = Client::with_args(client, &["connect", &to, "--from", &from, "read-end"])?.finish()?;
+    ensure!(find(&events, "failed").is_some_and(|f| f["error"] == "ConnectionRefused"), "{events:?}");
     ensure!(own.accepted()? == 0);
     Ok(())
 }
 
-/// Another pod's address as one's own is anybody's to take; it leads to no listener but one's own.
+/// A pod can add another pod's address to its loopback. Connections from this address never reach an agent.
 #[test]
 #[ignore = "needs root"]
 fn a_foreign_source_address_leads_to_no_agent() -> Result<()> {
@@ -140,14 +140,14 @@ fn a_foreign_source_address_leads_to_no_agent() -> Result<()> {
     };
     ip("add")?;
     let to = SocketAddr::from((Ipv6Addr::LOCALHOST, tcp_port::CAPTURE_V6_FIRST)).to_string();
-    let told = Client::with_args(pod, &["connect", &to, "--from", &neighbour, "read-end"])?.finish();
+    let events = Client::with_args(pod, &["connect", &to, "--from", &neighbour, "read-end"])?.finish();
     ip("del")?;
-    let told = told?;
-    ensure!(find(&told, "failed").is_some_and(|f| f["error"] == "ConnectionRefused"), "{told:?}");
+    let events = events?;
+    ensure!(find(&events, "failed").is_some_and(|f| f["error"] == "ConnectionRefused"), "{events:?}");
     Ok(())
 }
 
-/// The agent's end frees no port for a process of the pod to take what is captured.
+/// When the agent has exited, a process of the pod must not get captured connections by listening on their ports.
 #[test]
 #[ignore = "needs root"]
 fn without_an_agent_nothing_captured_comes_to_a_listener_of_the_pod() -> Result<()> {
@@ -159,10 +159,10 @@ fn without_an_agent_nothing_captured_comes_to_a_listener_of_the_pod() -> Result<
         |port| Server::start(mesh.pod("client")?, SocketAddr::from((Ipv6Addr::LOCALHOST, port)), &["echo"]);
     let own = ports.map(listen).collect::<Result<Vec<_>>>()?;
     mesh.agent_mut("a").map(Agent::kill)??;
-    let told = Client::run(mesh.pod("client")?, server.address(), &["read-end"])?;
-    ensure!(find(&told, "failed").is_some_and(|f| f["error"] == "ConnectionRefused"), "{told:?}");
+    let events = Client::run(mesh.pod("client")?, server.address(), &["read-end"])?;
+    ensure!(find(&events, "failed").is_some_and(|f| f["error"] == "ConnectionRefused"), "{events:?}");
     for server in own {
-        ensure!(server.accepted()? == 0, "came to {}", server.address());
+        ensure!(server.accepted()? == 0, "captured connections reached {}", server.address());
     }
     Ok(())
 }
@@ -176,7 +176,7 @@ fn serve(pod: &Pod, port: u16) -> Result<Server> {
     Server::start(pod, SocketAddr::new(pod.ipv6().into(), port), &["echo"])
 }
 
-/// One in each far pod, at ports whose targets differ.
+/// Starts a server in each far pod, on ports whose targets differ.
 fn servers_of_different_targets(mesh: &Mesh) -> Result<Vec<Server>> {
     let mut targets = BTreeSet::new();
     let mut servers = Vec::new();
@@ -194,7 +194,7 @@ fn target(destination: SocketAddr) -> u16 {
     Address::from_octets(address.octets()).capture_port_v6(destination.port())
 }
 
-/// Ports of `::1` that connections of the pod lead to.
+/// Returns the ports of `::1` that connections of the pod are redirected to.
 fn loopback_targets(pod: &Pod) -> Result<BTreeSet<u16>> {
     let table = pod.netns().enter(|| fs::read_to_string("/proc/thread-self/net/tcp6"))??;
     let remote = |line: &str| -> Option<u16> {
@@ -204,17 +204,17 @@ fn loopback_targets(pod: &Pod) -> Result<BTreeSet<u16>> {
     Ok(table.lines().filter_map(remote).collect())
 }
 
-/// So many flows at once to the servers in turn, from a client that has few source ports.
+/// Opens `count` concurrent flows, distributed over the servers, from a client with few source ports.
 fn flows(client: &Pod, count: usize, servers: &[Server]) -> Result<Value> {
     let range = format!("{} {}", SOURCE_PORTS.start(), SOURCE_PORTS.end());
     client.netns().enter(|| fs::write("/proc/sys/net/ipv4/ip_local_port_range", range))??;
     let addresses: Vec<String> = servers.iter().map(|server| server.address().to_string()).collect();
     let count = count.to_string();
     let args: Vec<&str> = ["flows", &count].into_iter().chain(addresses.iter().map(String::as_str)).collect();
-    let told = Client::with_args(client, &args)?.finish()?;
-    find(&told, "flows").cloned().with_context(|| format!("{told:?}"))
+    let events = Client::with_args(client, &args)?.finish()?;
+    find(&events, "flows").cloned().with_context(|| format!("{events:?}"))
 }
 
-fn find<'a>(told: &'a [Value], event: &str) -> Option<&'a Value> {
-    told.iter().find(|told| told["event"] == event)
+fn find<'a>(events: &'a [Value], event: &str) -> Option<&'a Value> {
+    events.iter().find(|found| found["event"] == event)
 }

@@ -1,6 +1,6 @@
-//! What can be read on the wire between the nodes, and what the agents tell about the flows that crossed it.
+//! Content of the wire between the nodes, and reports of agents about the flows that crossed it.
 //!
-//! Every "is not there" has its control: the same exchange without Tacit, in which it is there.
+//! Every check that a marker is absent has a control: the same exchange without Tacit, in which the marker is present.
 
 use anyhow::Result;
 use serde_json::Value;
@@ -34,17 +34,17 @@ fn plan() -> Plan {
 
 fn ipv4_bytes_cannot_be_read(mesh: &Mesh) -> Result<()> {
     let far = mesh.pod("far")?;
-    crosses_unread(mesh, SocketAddr::new(far.ipv4().into(), fresh_port()), |address| address)
+    crosses_encrypted(mesh, SocketAddr::new(far.ipv4().into(), fresh_port()), |address| address)
 }
 
 fn ipv6_bytes_cannot_be_read(mesh: &Mesh) -> Result<()> {
     let far = mesh.pod("far")?;
-    crosses_unread(mesh, SocketAddr::new(far.ipv6().into(), fresh_port()), |address| address)
+    crosses_encrypted(mesh, SocketAddr::new(far.ipv6().into(), fresh_port()), |address| address)
 }
 
 fn bytes_to_a_mapped_address_cannot_be_read(mesh: &Mesh) -> Result<()> {
     let far = mesh.pod("far")?;
-    crosses_unread(mesh, SocketAddr::new(far.ipv4().into(), fresh_port()), |address| match address.ip() {
+    crosses_encrypted(mesh, SocketAddr::new(far.ipv4().into(), fresh_port()), |address| match address.ip() {
         IpAddr::V4(v4) => SocketAddr::new(v4.to_ipv6_mapped().into(), address.port()),
         IpAddr::V6(_) => address,
     })
@@ -56,14 +56,14 @@ fn bytes_to_a_server_that_speaks_first_cannot_be_read(mesh: &Mesh) -> Result<()>
     let capture = mesh.topology().capture()?;
     let address = SocketAddr::new(far.ipv4().into(), fresh_port());
     let _server = Server::start(far, address, &[&format!("send:{marker}"), "read-end"])?;
-    let told = Client::run(mesh.pod("client")?, address, &["line", &format!("send:{marker}")])?;
-    assert!(told.iter().any(|event| event["text"] == marker.as_str()), "{told:?}");
+    let events = Client::run(mesh.pod("client")?, address, &["line", &format!("send:{marker}")])?;
+    assert!(events.iter().any(|event| event["text"] == marker.as_str()), "{events:?}");
     let readable = capture.finish()?.occurrences(marker.as_bytes());
     assert_eq!(readable, if mesh.has_tacit() { 0 } else { 2 });
     Ok(())
 }
 
-/// A program that connects in its first moments: it is in its pod before it begins, and so is its first connection.
+/// A program that connects right after its start. It is in its pod's cgroup before it starts, so the connection is captured.
 fn bytes_of_a_pod_that_begins_at_once_cannot_be_read(mesh: &Mesh) -> Result<()> {
     let far = mesh.pod("far")?;
     let (marker, address) = (marker(), SocketAddr::new(far.ipv4().into(), fresh_port()));
@@ -94,20 +94,20 @@ fn bytes_of_a_container_inside_the_pod_cannot_be_read(mesh: &Mesh) -> Result<()>
     Ok(())
 }
 
-/// It may work or be refused; what it may not is go past the agent.
+/// The connection may succeed or fail, but must not bypass the agent.
 fn bytes_of_a_multipath_socket_cannot_be_read(mesh: &Mesh) -> Result<()> {
     let far = mesh.pod("far")?;
     let (marker, address) = (marker(), SocketAddr::new(far.ipv4().into(), fresh_port()));
     let _server = Server::start(far, address, &["echo"])?;
     let capture = mesh.topology().capture()?;
     let (to, text) = (address.to_string(), format!("send:{marker}"));
-    let told =
+    let events =
         Client::with_args(mesh.pod("client")?, &["connect", &to, "--mptcp", &text, "shut", "read-end"])?
             .finish()?;
     let readable = capture.finish()?.occurrences(marker.as_bytes());
     let unsupported =
-        told.iter().any(|event| event["step"] == "connect" && event["error"] == "Uncategorized");
-    assert_eq!(readable, if mesh.has_tacit() || unsupported { 0 } else { 2 }, "{told:?}");
+        events.iter().any(|event| event["step"] == "connect" && event["error"] == "Uncategorized");
+    assert_eq!(readable, if mesh.has_tacit() || unsupported { 0 } else { 2 }, "{events:?}");
     Ok(())
 }
 
@@ -203,7 +203,7 @@ fn a_flow_on_the_same_node_has_identities_but_no_tunnel() -> Result<()> {
     Ok(())
 }
 
-fn crosses_unread(mesh: &Mesh, address: SocketAddr, reach: fn(SocketAddr) -> SocketAddr) -> Result<()> {
+fn crosses_encrypted(mesh: &Mesh, address: SocketAddr, reach: fn(SocketAddr) -> SocketAddr) -> Result<()> {
     let far = mesh.pod("far")?;
     let marker = marker();
     let _server = Server::start(far, address, &["echo"])?;
@@ -221,7 +221,7 @@ fn crosses_unread(mesh: &Mesh, address: SocketAddr, reach: fn(SocketAddr) -> Soc
             .collect();
         assert_eq!(clear, Vec::new());
     } else {
-        // Once there and once back.
+        // One occurrence in each direction.
         assert_eq!(traffic.occurrences(marker.as_bytes()), 2);
         assert_eq!(traffic.tunnel_bytes, 0);
     }
@@ -233,7 +233,7 @@ fn exchange(mesh: &Mesh, server: &Pod, address: SocketAddr, marker: &str) -> Res
     Client::echo(mesh.pod("client")?, address, marker)
 }
 
-/// A text that occurs nowhere else.
+/// Returns a text that occurs nowhere else.
 fn marker() -> String {
     format!("marker-of-{}-{}", std::process::id(), fresh_port())
 }

@@ -1,4 +1,4 @@
-//! One address type for both families: 16 bytes, IPv4 as v4-mapped IPv6 (`::ffff:a.b.c.d`).
+//! [`Address`], one type for both families: 16 bytes, with IPv4 as v4-mapped IPv6 (`::ffff:a.b.c.d`).
 
 use crate::tcp_port;
 
@@ -11,19 +11,19 @@ const MAPPED: u32 = 0x0000_ffff_u32.to_be();
 pub struct Address(pub [u32; 4]);
 
 impl Address {
-    /// No address: the pod has none of that family.
+    /// The unspecified address. As a pod's address, the pod has none of that family.
     pub const NONE: Self = Self([0; 4]);
     /// `::1`.
     pub const LOOPBACK_V6: Self = Self([0, 0, 0, 1_u32.to_be()]);
 
-    /// From an IPv4 address in network byte order.
+    /// Makes an address from an IPv4 address in network byte order.
     #[inline(always)]
     #[must_use]
     pub const fn from_v4_be(ip: u32) -> Self {
         Self([0, 0, MAPPED, ip])
     }
 
-    /// From the 16 bytes of an IPv6 address (or of a v4-mapped one).
+    /// Makes an address from the 16 bytes of an IPv6 or v4-mapped address.
     #[must_use]
     pub const fn from_octets(o: [u8; 16]) -> Self {
         Self([
@@ -34,7 +34,7 @@ impl Address {
         ])
     }
 
-    /// The 16 bytes, network order.
+    /// Returns the 16 bytes in network order.
     #[inline(always)]
     #[must_use]
     pub const fn octets(&self) -> [u8; 16] {
@@ -47,28 +47,28 @@ impl Address {
         [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]]
     }
 
-    /// Is it an IPv4 address?
+    /// Returns true for an IPv4 address.
     #[inline(always)]
     #[must_use]
     pub const fn is_v4(&self) -> bool {
         self.0[0] == 0 && self.0[1] == 0 && self.0[2] == MAPPED
     }
 
-    /// The IPv4 address in network byte order; only meaningful when [`Self::is_v4`].
+    /// Returns the IPv4 address in network byte order. Valid only if [`Self::is_v4`].
     #[inline(always)]
     #[must_use]
     pub const fn v4_be(&self) -> u32 {
         self.0[3]
     }
 
-    /// Is it [`Self::NONE`]?
+    /// Returns true for [`Self::NONE`].
     #[inline(always)]
     #[must_use]
     pub const fn is_none(&self) -> bool {
         self.0[0] == 0 && self.0[1] == 0 && self.0[2] == 0 && self.0[3] == 0
     }
 
-    /// 127.0.0.0/8 or `::1`.
+    /// Returns true for 127.0.0.0/8 and `::1`.
     #[inline(always)]
     #[must_use]
     pub const fn is_loopback(&self) -> bool {
@@ -79,14 +79,14 @@ impl Address {
         }
     }
 
-    /// fe80::/10.
+    /// Returns true for fe80::/10.
     #[inline(always)]
     #[must_use]
     pub const fn is_link_local(&self) -> bool {
         u32::from_be(self.0[0]) >> 22 == 0xfe80_0000 >> 22
     }
 
-    /// Word-wise equality: unlike the derived one it never becomes a `memcmp` call, which BPF has not.
+    /// Compares word by word. The derived equality compiles to a `memcmp` call, which BPF does not have.
     #[inline(always)]
     #[must_use]
     pub const fn same(&self, other: &Self) -> bool {
@@ -96,8 +96,9 @@ impl Address {
             && self.0[3] == other.0[3]
     }
 
-    /// The address from which the agent dials an application for a client of `hash`: in 127.64.0.0/12, apart from the targets
-    /// of captured connections. IPv6 has one loopback address.
+    /// Returns the address that the agent dials an application from, for a client with this `hash`.
+    ///
+    /// IPv4 addresses lie in 127.64.0.0/12, apart from the targets of captured connections. IPv6 has one loopback address.
     #[must_use]
     pub const fn dial_source(v4: bool, hash: u32) -> Self {
         if v4 {
@@ -107,11 +108,13 @@ impl Address {
         }
     }
 
-    /// May an application's peer be told as `self`, when its own end is `own` and nothing is known of who that peer is? Not
-    /// when the agent may have dialled: the peer is some client then, and must not look like a process of the pod.
+    /// Returns true if getpeername may report `self` to a socket that has no stored names and whose own address is `own`.
+    ///
+    /// It may not if the agent may have dialled the connection. The peer is then a client, and an application would trust
+    /// it as a process of its own pod.
     #[inline(always)]
     #[must_use]
-    pub const fn may_be_told_to(&self, own: &Self) -> bool {
+    pub const fn may_be_reported_to(&self, own: &Self) -> bool {
         let dialled = if self.is_v4() {
             u32::from_be(self.0[3]) >> (32 - DIAL_RANGE_BITS) == DIAL_RANGE >> (32 - DIAL_RANGE_BITS)
         } else {
@@ -120,13 +123,13 @@ impl Address {
         !dialled || own.is_loopback()
     }
 
-    /// The loopback address a captured connection to `self:port` is sent to instead.
+    /// Returns the loopback address that a captured connection to `self:port` is redirected to.
     ///
-    /// IPv4: somewhere in 127.96.0.0/12 decided by destination and port alone. Source ports are unique for each such
-    /// target, so a pod has as many concurrent flows to each destination as without Tacit (28,000 by default), not
-    /// 28,000 to all; and because the target is a function of the destination, the (address, port) pair that the
-    /// server sees stays unique among concurrent flows, as it would be without Tacit.
-    /// IPv6 has one loopback address, so what is spread there are ports: [`Self::capture_port_v6`].
+    /// IPv4 addresses lie in 127.96.0.0/12 and depend on the destination and port alone. Each target has its own source
+    /// ports, so a pod has 28,000 concurrent flows (the kernel's default) to each destination, and not to all together.
+    /// The (address, port) pair that the server sees stays unique among concurrent flows, as without Tacit.
+    ///
+    /// IPv6 has one loopback address, so connections are spread over ports: [`Self::capture_port_v6`].
     #[inline(always)]
     #[must_use]
     pub const fn capture_target(&self, port: u16) -> Self {
@@ -139,13 +142,14 @@ impl Address {
         Self::from_v4_be(host.to_be())
     }
 
-    /// The port of `::1` that a captured connection to the IPv6 address `self` and `port` is sent to instead, by
-    /// destination and port alone as with IPv4. Destinations share the source ports (28,000 by default) of one of
-    /// [`tcp_port::CAPTURE_V6_COUNT`] targets.
+    /// Returns the port of `::1` that a captured connection to the IPv6 address `self` and `port` is redirected to.
+    ///
+    /// The port depends on the destination address and port alone, as with IPv4. The destinations of one of the
+    /// [`tcp_port::CAPTURE_V6_COUNT`] targets share its source ports (28,000 by default).
     #[inline(always)]
     #[must_use]
     pub const fn capture_port_v6(&self, port: u16) -> u16 {
-        // Rotated, so that parts which differ alike do not cancel each other out.
+        // The words are rotated so that equal differences in two of them do not cancel out.
         let [a, b, c, d] = self.0;
         let folded = a ^ b.rotate_left(8) ^ c.rotate_left(16) ^ d.rotate_left(24);
         let mixed = (folded ^ ((port as u32) << 16 | port as u32)).wrapping_mul(0x9e37_79b9);
@@ -153,11 +157,11 @@ impl Address {
     }
 }
 
-/// 127.64.0.0/12, from which the agent dials applications.
+/// 127.64.0.0/12, the agent's source addresses when it dials applications.
 const DIAL_RANGE: u32 = 0x7f40_0000;
 const DIAL_RANGE_BITS: u32 = 12;
 
-/// Leaves as many bits of a word as number the ports.
+/// Shift that leaves as many bits of a word as are needed to number the ports.
 const CAPTURE_V6_SHIFT: u32 = 32 - tcp_port::CAPTURE_V6_COUNT.ilog2();
 const _: () = assert!(tcp_port::CAPTURE_V6_COUNT.is_power_of_two());
 
@@ -172,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn octets_round_trip_and_families_are_told_apart() {
+    fn octets_round_trip_and_families_differ() {
         let six = Address::from_octets("fd00::7".parse::<Ipv6Addr>().expect("literal").octets());
         assert!(!six.is_v4() && v4(10, 0, 0, 1).is_v4());
         assert_eq!(Address::from_octets(six.octets()), six);
@@ -199,22 +203,24 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_the_agent_may_have_dialled_for_is_not_told_as_loopback() {
+    fn a_client_that_the_agent_may_have_dialled_for_is_not_reported_as_loopback() {
         let (pod, local) = (v4(10, 77, 1, 2), v4(127, 0, 0, 1));
         let pod6 = Address::from_octets(Ipv6Addr::new(0xfd77, 1, 0, 0, 0, 0, 0, 2).octets());
         for hash in [0, 1, 0x1234_5678, u32::MAX] {
             let source = Address::dial_source(true, hash);
             assert!(source.is_loopback() && (64..80).contains(&source.octets()[13]), "{:?}", source.octets());
-            assert!(!source.may_be_told_to(&pod));
-            assert!(source.may_be_told_to(&local), "what the pod says to itself");
+            assert!(!source.may_be_reported_to(&pod));
+            assert!(source.may_be_reported_to(&local), "a connection inside the pod");
             assert!(!source.same(&pod.capture_target(80)));
         }
         let source = Address::dial_source(false, 7);
-        assert!(source.is_loopback() && !source.may_be_told_to(&pod6) && source.may_be_told_to(&source));
+        assert!(
+            source.is_loopback() && !source.may_be_reported_to(&pod6) && source.may_be_reported_to(&source)
+        );
         for peer in [v4(10, 77, 2, 2), v4(127, 0, 0, 1), v4(127, 63, 0, 1), v4(127, 80, 0, 1)] {
-            assert!(peer.may_be_told_to(&pod));
+            assert!(peer.may_be_reported_to(&pod));
         }
-        assert!(pod6.may_be_told_to(&pod6));
+        assert!(pod6.may_be_reported_to(&pod6));
     }
 
     #[test]

@@ -1,18 +1,18 @@
-//! What the guard decides on a packet. It sees every packet of a pod, whatever made it; the connect hooks see only what
-//! asks to connect.
+//! Decisions of the guard on packets. The guard sees every packet of a pod, including those of raw and packet sockets,
+//! which the connect hooks do not see.
 //!
 //! ```text
-//! egress   cgroup_skb at the pods' cgroup     every socket of a pod's process, in whatever network namespace
+//! egress   cgroup_skb at the pods' cgroup     every socket of a pod's process, in any network namespace
 //! link     tcx or clsact, host end of a link  every frame that leaves the pod: packet sockets, nested namespaces,
 //!                                             processes that left the pod's cgroup
-//! ingress  cgroup_skb at the pods' cgroup     what reaches a socket of a pod
+//! ingress  cgroup_skb at the pods' cgroup     every packet that reaches a socket of a pod
 //! ```
-//! Only packets to and from mesh addresses come here; loopback and the pod's own addresses do not. The agent's sockets
-//! are told by their cgroup, which no pod can enter: not by port, mark or address, which every pod can forge.
+//! These functions decide only on packets between a pod and a mesh address. Loopback traffic does not get here.
+//! The guard identifies the agent's sockets by cgroup, which pods cannot join, and not by port, mark or address.
 
 use crate::{Address, Mode, Pod, Reason, pod_flag};
 
-/// Numbers of IP protocols.
+/// IP protocol numbers.
 pub mod protocol {
     /// ICMP.
     pub const ICMP: u8 = 1;
@@ -22,63 +22,63 @@ pub mod protocol {
     pub const UDP: u8 = 17;
     /// ICMP for IPv6.
     pub const ICMP_V6: u8 = 58;
-    /// None: a part of a packet without the head, or a chain of headers that is too long.
+    /// Not known: the chain of extension headers is too long.
     pub const UNKNOWN: u8 = 255;
 }
 
 /// A packet between a pod and a mesh address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet {
-    /// The pod's end.
+    /// Address of the pod.
     pub local: Address,
-    /// The other end.
+    /// Address of the other end.
     pub remote: Address,
-    /// One of [`protocol`], or any other number.
+    /// IP protocol number, such as those in [`protocol`].
     pub protocol: u8,
-    /// The pod's port; 0 where there is none.
+    /// Port of the pod; 0 if the protocol has no ports.
     pub local_port: u16,
-    /// The other port; 0 where there is none.
+    /// Port of the other end; 0 if the protocol has no ports.
     pub remote_port: u16,
-    /// TCP only: it opens a connection (SYN without ACK) or carries data. The rest (ACK, FIN, RST) carries nothing
-    /// that an application wrote when the kernel's TCP made it, and ends connections in good order.
-    pub matters: bool,
-    /// Neighbour or router discovery of IPv6.
+    /// False only for a TCP segment that neither opens a connection (SYN without ACK) nor carries data.
+    /// The kernel's TCP writes no application bytes into such a segment, and connections need them to end in order.
+    pub is_syn_or_data: bool,
+    /// True for IPv6 neighbour and router discovery.
     pub is_discovery: bool,
 }
 
-/// Where a packet of a pod is seen.
+/// Hook at which the guard sees a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Seen {
-    /// At its socket.
+pub enum Hook {
+    /// cgroup_skb, at the packet's socket.
     Socket,
-    /// On the pod's link.
+    /// tcx or clsact, on the host end of the pod's link.
     Link,
 }
 
-/// What the guard can look up.
+/// Facts that the guard can look up.
 pub trait GuardFacts {
-    /// Does the agent own the packet's socket?
+    /// Returns true if an agent owns the packet's socket.
     fn is_agent(&self) -> bool;
-    /// Is it one of the node's own addresses?
+    /// Returns true for the node's own addresses.
     fn is_node(&self, remote: &Address) -> bool;
-    /// Did an application accept the packet's connection in clear, with its mode's consent?
+    /// Returns true if an application accepted the packet's connection as plaintext, as its port's mode allowed.
     fn is_accepted_clear(&self) -> bool;
-    /// The mode of one port, when it has its own.
+    /// Returns the mode of a port that has its own.
     fn port_mode(&self, slot: u32, port: u16) -> Option<u32>;
-    /// May this end be reached in clear, as the operator said?
+    /// Returns true for destinations of `allowClear`.
     fn is_allowed_clear(&self, remote: &Address, port: u16, protocol: u8) -> bool;
-    /// Is the packet's socket one of the kernel itself or of the node, not of any pod? Asked on links only.
-    fn is_of_node(&self) -> bool;
-    /// Is the packet's socket one of TCP, so that the kernel made its headers? A raw or packet socket's owner did.
-    fn is_of_tcp(&self) -> bool;
+    /// Returns true if the packet's socket belongs to the kernel or the node, and not to a pod. Used on links only.
+    fn is_node_socket(&self) -> bool;
+    /// Returns true for a TCP socket, whose headers the kernel wrote. The owner of a raw or packet socket writes its own.
+    fn is_tcp_socket(&self) -> bool;
 }
 
 /// Verdict on a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Passes; nothing to count.
+    /// Passes without a count.
     Pass,
-    /// Passes in clear, and is counted.
+    /// Passes as plaintext and is counted.
     Clear(Reason),
     /// Dropped and counted.
     Drop(Reason),
@@ -86,33 +86,33 @@ pub enum Verdict {
 
 /// Decides on a packet from `pod` to a mesh address.
 #[inline(always)]
-pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, seen: Seen, packet: &Packet) -> Verdict {
+pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Packet) -> Verdict {
     if pod.has(pod_flag::EXEMPT) || facts.is_agent() || pod.owns(&packet.remote) {
         return Verdict::Pass;
     }
     let is_denied_udp = packet.protocol == protocol::UDP && !pod.has(pod_flag::UDP_ALLOWED);
     if !pod.has(pod_flag::EGRESS_STRICT) && !is_denied_udp {
-        return if packet.matters { Verdict::Clear(Reason::GuardClear) } else { Verdict::Pass };
+        return if packet.is_syn_or_data { Verdict::Clear(Reason::GuardClear) } else { Verdict::Pass };
     }
-    if matches!(seen, Seen::Link) && !is_source(pod, &packet.local) {
+    if matches!(hook, Hook::Link) && !is_source(pod, &packet.local) {
         return Verdict::Drop(Reason::GuardSpoofed);
     }
     match packet.protocol {
-        // The kernel's own resets have a socket of the node's, and are seen on links only.
+        // Resets that the kernel sends on its own belong to a socket of the node. Only the link hook sees them.
         protocol::TCP
-            if !packet.matters
-                && (facts.is_of_tcp() || (matches!(seen, Seen::Link) && facts.is_of_node())) =>
+            if !packet.is_syn_or_data
+                && (facts.is_tcp_socket() || (matches!(hook, Hook::Link) && facts.is_node_socket())) =>
         {
             Verdict::Pass
         }
         protocol::TCP if is_reply(facts, pod, packet) => Verdict::Clear(Reason::GuardReply),
         protocol::UDP if pod.has(pod_flag::UDP_ALLOWED) => Verdict::Clear(Reason::GuardUdpClear),
-        // A probe's answer: it goes no further than this node.
+        // Answers to the node's probes stay on this node.
         protocol::UDP if facts.is_node(&packet.remote) => Verdict::Pass,
         protocol::ICMP | protocol::ICMP_V6 if facts.is_node(&packet.remote) => Verdict::Pass,
-        // Of what the kernel says by itself, only this: in errors and echo replies it repeats what it was sent, and a
-        // pod can send itself a request in another's name.
-        protocol::ICMP_V6 if packet.is_discovery && matches!(seen, Seen::Link) && facts.is_of_node() => {
+        // ICMP errors and echo replies repeat the packet they answer. A pod can spoof one to itself, and so send data in
+        // another address' name. Of the kernel's own ICMP only discovery passes.
+        protocol::ICMP_V6 if packet.is_discovery && matches!(hook, Hook::Link) && facts.is_node_socket() => {
             Verdict::Pass
         }
         _ if facts.is_allowed_clear(&packet.remote, packet.remote_port, packet.protocol) => {
@@ -125,20 +125,21 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, seen: Seen, packet: &Pa
     }
 }
 
-/// Does the pod send from this address? Link-local and unspecified ones are those of neighbour discovery.
+/// Returns true for the pod's addresses, and for link-local and unspecified ones, which neighbour discovery uses.
 #[inline(always)]
 fn is_source(pod: &Pod, local: &Address) -> bool {
     pod.owns(local) || local.is_none() || local.is_link_local()
 }
 
-/// A packet of a connection that came in clear, and may still.
+/// Returns true for a packet of a connection that was accepted as plaintext and that the mode still allows.
 #[inline(always)]
 fn is_reply(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> bool {
-    facts.is_accepted_clear() && (takes_clear(facts, pod, packet.local_port) || facts.is_node(&packet.remote))
+    facts.is_accepted_clear()
+        && (accepts_plaintext(facts, pod, packet.local_port) || facts.is_node(&packet.remote))
 }
 
 #[inline(always)]
-fn takes_clear(facts: &impl GuardFacts, pod: &Pod, port: u16) -> bool {
+fn accepts_plaintext(facts: &impl GuardFacts, pod: &Pod, port: u16) -> bool {
     let mode = facts.port_mode(pod.slot, port).unwrap_or(pod.mode);
     !matches!(Mode::from_raw(mode), Mode::Strict)
 }
@@ -150,22 +151,22 @@ pub fn decide_ingress(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> Ve
         || facts.is_agent()
         || pod.owns(&packet.remote)
         || facts.is_node(&packet.remote)
-        || (packet.protocol != protocol::UDP && takes_clear(facts, pod, packet.local_port))
+        || (packet.protocol != protocol::UDP && accepts_plaintext(facts, pod, packet.local_port))
     {
         return Verdict::Pass;
     }
     match packet.protocol {
-        protocol::TCP if !packet.matters => Verdict::Pass,
+        protocol::TCP if !packet.is_syn_or_data => Verdict::Pass,
         protocol::UDP if pod.has(pod_flag::UDP_ALLOWED) => match Mode::from_raw(pod.mode) {
             Mode::Strict => Verdict::Clear(Reason::GuardUdpClear),
             Mode::Permissive | Mode::Disable => Verdict::Pass,
         },
-        // Nothing of the pod's is in it, and errors are needed.
+        // Inbound ICMP carries no data of the pod, and applications need the errors.
         protocol::ICMP | protocol::ICMP_V6 => Verdict::Pass,
         _ if facts.is_allowed_clear(&packet.remote, packet.remote_port, packet.protocol) => {
             Verdict::Clear(Reason::GuardAllowed)
         }
-        // The pod asked this end in clear while that was allowed; what it may not say any more, it may still hear.
+        // The pod may send plaintext, so the packet can belong to a connection that the pod opened.
         protocol::TCP if !pod.has(pod_flag::EGRESS_STRICT) && !facts.is_accepted_clear() => {
             Verdict::Clear(Reason::GuardClear)
         }
@@ -208,7 +209,7 @@ mod tests {
             protocol,
             local_port: 4000,
             remote_port: 80,
-            matters: true,
+            is_syn_or_data: true,
             is_discovery: false,
         }
     }
@@ -220,8 +221,8 @@ mod tests {
         accepted: bool,
         port_mode: Option<Mode>,
         clear: bool,
-        of_node: bool,
-        of_tcp: bool,
+        node_socket: bool,
+        tcp_socket: bool,
     }
 
     impl GuardFacts for Facts {
@@ -241,11 +242,11 @@ mod tests {
         fn is_allowed_clear(&self, _: &Address, _: u16, _: u8) -> bool {
             self.clear
         }
-        fn is_of_node(&self) -> bool {
-            self.of_node
+        fn is_node_socket(&self) -> bool {
+            self.node_socket
         }
-        fn is_of_tcp(&self) -> bool {
-            self.of_tcp
+        fn is_tcp_socket(&self) -> bool {
+            self.tcp_socket
         }
     }
 
@@ -255,13 +256,13 @@ mod tests {
         accepted: false,
         port_mode: None,
         clear: false,
-        of_node: false,
-        of_tcp: false,
+        node_socket: false,
+        tcp_socket: false,
     };
     const SCTP: u8 = 132;
 
     #[test]
-    fn a_strict_pods_sockets_send_nothing_in_clear() {
+    fn a_strict_pods_sockets_send_no_plaintext() {
         let table = [
             (protocol::TCP, GuardTcp),
             (protocol::UDP, GuardUdp),
@@ -271,8 +272,8 @@ mod tests {
             (protocol::UNKNOWN, GuardOther),
         ];
         for (number, reason) in table {
-            for seen in [Seen::Socket, Seen::Link] {
-                let egress = |facts, pod| decide_egress(&facts, &pod, seen, &packet(number));
+            for hook in [Hook::Socket, Hook::Link] {
+                let egress = |facts, pod| decide_egress(&facts, &pod, hook, &packet(number));
                 assert_eq!(egress(NONE, strict()), Verdict::Drop(reason));
                 assert_eq!(egress(Facts { clear: true, ..NONE }, strict()), Verdict::Clear(GuardAllowed));
                 assert_eq!(egress(Facts { agent: true, ..NONE }, strict()), Verdict::Pass);
@@ -283,30 +284,30 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_that_nobody_told_of_is_strict_in_all() {
+    fn a_pod_without_an_entry_is_treated_as_strict() {
         for number in [protocol::TCP, protocol::UDP, SCTP] {
-            let verdict = decide_egress(&NONE, &Pod::unknown(), Seen::Socket, &packet(number));
+            let verdict = decide_egress(&NONE, &Pod::unknown(), Hook::Socket, &packet(number));
             assert!(matches!(verdict, Verdict::Drop(_)), "{verdict:?}");
         }
     }
 
     #[test]
-    fn only_what_an_application_wrote_matters_in_tcp() {
-        let empty = Packet { matters: false, ..packet(protocol::TCP) };
-        let egress = |facts, seen| decide_egress(&facts, &strict(), seen, &empty);
-        assert_eq!(egress(Facts { of_tcp: true, ..NONE }, Seen::Socket), Verdict::Pass);
-        assert_eq!(egress(Facts { of_tcp: true, ..NONE }, Seen::Link), Verdict::Pass);
-        // Headers have room for a text too.
-        assert_eq!(egress(NONE, Seen::Socket), Verdict::Drop(GuardTcp));
-        assert_eq!(egress(NONE, Seen::Link), Verdict::Drop(GuardTcp));
-        assert_eq!(egress(Facts { of_node: true, ..NONE }, Seen::Link), Verdict::Pass);
+    fn tcp_segments_without_data_pass() {
+        let empty = Packet { is_syn_or_data: false, ..packet(protocol::TCP) };
+        let egress = |facts, hook| decide_egress(&facts, &strict(), hook, &empty);
+        assert_eq!(egress(Facts { tcp_socket: true, ..NONE }, Hook::Socket), Verdict::Pass);
+        assert_eq!(egress(Facts { tcp_socket: true, ..NONE }, Hook::Link), Verdict::Pass);
+        // A raw socket can write data into header fields.
+        assert_eq!(egress(NONE, Hook::Socket), Verdict::Drop(GuardTcp));
+        assert_eq!(egress(NONE, Hook::Link), Verdict::Drop(GuardTcp));
+        assert_eq!(egress(Facts { node_socket: true, ..NONE }, Hook::Link), Verdict::Pass);
         assert_eq!(decide_ingress(&NONE, &strict(), &empty), Verdict::Pass);
     }
 
     #[test]
     fn replies_pass_as_long_as_their_port_takes_plaintext() {
         let accepted = Facts { accepted: true, ..NONE };
-        let egress = |facts: Facts| decide_egress(&facts, &strict(), Seen::Socket, &packet(protocol::TCP));
+        let egress = |facts: Facts| decide_egress(&facts, &strict(), Hook::Socket, &packet(protocol::TCP));
         assert_eq!(egress(accepted), Verdict::Drop(GuardTcp));
         let permissive = Facts { port_mode: Some(Mode::Permissive), ..accepted };
         assert_eq!(egress(permissive), Verdict::Clear(GuardReply));
@@ -316,50 +317,50 @@ mod tests {
     }
 
     #[test]
-    fn udp_is_a_choice_of_its_own() {
+    fn udp_has_its_own_setting() {
         let pod = Pod { flags: pod_flag::EGRESS_STRICT | pod_flag::UDP_ALLOWED, ..strict() };
         let udp = packet(protocol::UDP);
-        assert_eq!(decide_egress(&NONE, &pod, Seen::Link, &udp), Verdict::Clear(GuardUdpClear));
+        assert_eq!(decide_egress(&NONE, &pod, Hook::Link, &udp), Verdict::Clear(GuardUdpClear));
         assert_eq!(decide_ingress(&NONE, &pod, &udp), Verdict::Clear(GuardUdpClear));
         let tcp = packet(protocol::TCP);
-        assert_eq!(decide_egress(&NONE, &pod, Seen::Link, &tcp), Verdict::Drop(GuardTcp));
+        assert_eq!(decide_egress(&NONE, &pod, Hook::Link, &tcp), Verdict::Drop(GuardTcp));
     }
 
     #[test]
     fn an_open_pod_may_be_denied_udp() {
         let pod = Pod { flags: 0, ..open() };
         let udp = packet(protocol::UDP);
-        assert_eq!(decide_egress(&NONE, &pod, Seen::Socket, &udp), Verdict::Drop(GuardUdp));
+        assert_eq!(decide_egress(&NONE, &pod, Hook::Socket, &udp), Verdict::Drop(GuardUdp));
         assert_eq!(decide_ingress(&NONE, &pod, &udp), Verdict::Drop(GuardInboundUdp));
-        assert_eq!(decide_egress(&Facts { node: true, ..NONE }, &pod, Seen::Socket, &udp), Verdict::Pass);
+        assert_eq!(decide_egress(&Facts { node: true, ..NONE }, &pod, Hook::Socket, &udp), Verdict::Pass);
     }
 
     #[test]
     fn a_link_carries_the_pods_own_addresses_only() {
         let spoofed = Packet { local: v4(7), ..packet(protocol::UDP) };
-        let egress = |facts: Facts, seen| decide_egress(&facts, &strict(), seen, &spoofed);
-        assert_eq!(egress(NONE, Seen::Link), Verdict::Drop(GuardSpoofed));
-        assert_eq!(egress(Facts { clear: true, ..NONE }, Seen::Link), Verdict::Drop(GuardSpoofed));
-        assert_eq!(egress(Facts { agent: true, ..NONE }, Seen::Link), Verdict::Pass);
+        let egress = |facts: Facts, hook| decide_egress(&facts, &strict(), hook, &spoofed);
+        assert_eq!(egress(NONE, Hook::Link), Verdict::Drop(GuardSpoofed));
+        assert_eq!(egress(Facts { clear: true, ..NONE }, Hook::Link), Verdict::Drop(GuardSpoofed));
+        assert_eq!(egress(Facts { agent: true, ..NONE }, Hook::Link), Verdict::Pass);
     }
 
     #[test]
     fn of_icmp_only_discovery_by_the_kernel_passes_the_link() {
         let icmp = packet(protocol::ICMP_V6);
-        let kernels = Facts { of_node: true, ..NONE };
-        assert_eq!(decide_egress(&kernels, &strict(), Seen::Link, &icmp), Verdict::Drop(GuardIcmp));
+        let kernels = Facts { node_socket: true, ..NONE };
+        assert_eq!(decide_egress(&kernels, &strict(), Hook::Link, &icmp), Verdict::Drop(GuardIcmp));
         let discovery = Packet { is_discovery: true, ..icmp };
-        assert_eq!(decide_egress(&kernels, &strict(), Seen::Link, &discovery), Verdict::Pass);
-        assert_eq!(decide_egress(&NONE, &strict(), Seen::Link, &discovery), Verdict::Drop(GuardIcmp));
-        assert_eq!(decide_egress(&kernels, &strict(), Seen::Socket, &discovery), Verdict::Drop(GuardIcmp));
+        assert_eq!(decide_egress(&kernels, &strict(), Hook::Link, &discovery), Verdict::Pass);
+        assert_eq!(decide_egress(&NONE, &strict(), Hook::Link, &discovery), Verdict::Drop(GuardIcmp));
+        assert_eq!(decide_egress(&kernels, &strict(), Hook::Socket, &discovery), Verdict::Drop(GuardIcmp));
         let node = Facts { node: true, ..NONE };
-        assert_eq!(decide_egress(&node, &strict(), Seen::Socket, &icmp), Verdict::Pass);
+        assert_eq!(decide_egress(&node, &strict(), Hook::Socket, &icmp), Verdict::Pass);
         let udp = packet(protocol::UDP);
-        assert_eq!(decide_egress(&kernels, &strict(), Seen::Link, &udp), Verdict::Drop(GuardUdp));
+        assert_eq!(decide_egress(&kernels, &strict(), Hook::Link, &udp), Verdict::Drop(GuardUdp));
     }
 
     #[test]
-    fn a_strict_pod_hears_nothing_in_clear() {
+    fn a_strict_pod_receives_no_plaintext() {
         let table = [
             (protocol::TCP, Verdict::Drop(GuardInboundTcp)),
             (protocol::UDP, Verdict::Drop(GuardInboundUdp)),

@@ -1,22 +1,22 @@
-//! The decision on a connection that arrives in a pod.
+//! Decision on a connection that arrives in a pod.
 
 use crate::{Address, Listener, Mode, Reason, Steered, Tuple, steer_flag, tcp_port};
 
 /// A TCP connection that arrives in an enrolled pod's network namespace.
 #[derive(Clone, Copy, Debug)]
 pub struct Inbound {
-    /// Address it was sent to.
+    /// Destination address.
     pub local: Address,
-    /// Address it claims to come from.
+    /// Source address, which the sender may have spoofed.
     pub remote: Address,
-    /// Port it was sent to.
+    /// Destination port.
     pub port: u16,
-    /// Port it claims to come from.
+    /// Source port.
     pub remote_port: u16,
 }
 
 impl Inbound {
-    /// As its connecting side sees it; the namespace is not known.
+    /// Returns the connection as its connecting side sees it. The namespace cookie is 0, because sk_lookup cannot read it.
     #[inline(always)]
     const fn tuple(&self) -> Tuple {
         Tuple {
@@ -29,48 +29,48 @@ impl Inbound {
     }
 }
 
-/// What the steering program can look up.
+/// Facts that the steering program can look up.
 pub trait InboundFacts {
-    /// The enrolled pod that has this address.
+    /// Returns the enrolled pod with this address.
     fn steered(&self, local: &Address) -> Option<Steered>;
-    /// Was a connection captured under this key, and not accepted by the agent yet?
+    /// Returns true if a connection was captured under this key and the agent has not accepted it yet.
     fn is_captured(&self, key: &Tuple) -> bool;
-    /// The mode of one port, when it has its own.
+    /// Returns the mode of a port that has its own.
     fn port_mode(&self, slot: u32, port: u16) -> Option<u32>;
-    /// Is it one of the node's own addresses?
+    /// Returns true for the node's own addresses.
     fn is_node(&self, remote: &Address) -> bool;
-    /// Is the address inside the mesh's ranges?
+    /// Returns true for addresses in the mesh's ranges.
     fn in_mesh(&self, address: &Address) -> bool;
-    /// Does the agent give no sign of life?
+    /// Returns true if the agent's heartbeat is stale.
     fn is_stale(&self) -> bool;
 }
 
 /// Verdict on an inbound connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Steer {
-    /// To whatever socket listens there.
+    /// Delivered to the socket that listens on the port.
     Pass(Reason),
-    /// To the agent's listener of this slot; refused when it is not there.
+    /// Redirected to the agent's listener of this slot; reset if the agent has none.
     Agent(u32, Listener, Reason),
-    /// To the agent's listener for what the pod of this slot sends; refused when it is not there.
+    /// Redirected to the agent's listener for captured connections of this slot; reset if the agent has none.
     Capture(u32, Reason),
-    /// Refused with a reset.
+    /// Reset.
     Drop(Reason),
 }
 
-/// Decides where an inbound connection goes.
+/// Decides on an inbound connection.
 ///
-/// Plaintext that a mode takes goes straight to the application, unless authorization policies select the pod: then it
-/// is the agent's to judge, and without the agent it is refused.
+/// Plaintext that the mode allows is delivered to the application. If authorization policies select the pod, the agent
+/// decides on the connection first, and it is reset while there is no agent.
 #[inline(always)]
 pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
     let tuple = flow.tuple();
     if tuple.is_spread() && !flow.remote.is_loopback() {
         return captured(facts, &tuple);
     }
-    // What the pod says to itself, and what the agent says to its applications, which it dials from loopback addresses.
-    // Such packets cannot come from outside: the kernel drops a source address that is its own, or a loopback address.
-    // (A pod that lets the latter in, by route_localnet, can be sent a SYN; its answer goes to the pod itself.)
+    // Connections inside the pod, and the agent's dials to applications, come from loopback addresses or the pod's own.
+    // The kernel drops packets from outside with one of its own addresses or a loopback address as source. A pod that
+    // sets route_localnet admits a loopback source, but its answer stays in the pod.
     if flow.local.is_loopback() || flow.remote.is_loopback() || flow.local.same(&flow.remote) {
         return Steer::Pass(Reason::InboundLocal);
     }
@@ -94,16 +94,17 @@ pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
     match Mode::from_raw(mode) {
         Mode::Strict => agent(facts, steered, Listener::Plaintext, Reason::InboundRefused),
         Mode::Permissive | Mode::Disable if steered.has(steer_flag::JUDGED) => {
-            agent(facts, steered, Listener::Plaintext, Reason::InboundJudged)
+            agent(facts, steered, Listener::Plaintext, Reason::InboundAuthorize)
         }
         Mode::Permissive => Steer::Pass(Reason::InboundPermitted),
         Mode::Disable => Steer::Pass(Reason::InboundDisabled),
     }
 }
 
-/// What the pod sends from its own address to a port that captured connections are spread over. Only what was captured is
-/// the agent's; nothing of it may come to a process of the pod that listens there. Connections from `::1` are the pod's own
-/// affair: the connect hook binds what it captures to the pod's address.
+/// Decides on a connection from the pod's own address to a port that captured connections are spread over.
+///
+/// The agent gets only captured connections, and no process that listens on such a port may get one. The connect hook
+/// binds captured sockets to the pod's address, so connections from `::1` are not captured ones.
 #[inline(always)]
 fn captured(facts: &impl InboundFacts, key: &Tuple) -> Steer {
     let Some(steered) = facts.steered(&key.local) else {
@@ -118,7 +119,7 @@ fn captured(facts: &impl InboundFacts, key: &Tuple) -> Steer {
     Steer::Capture(steered.slot, Reason::InboundLocal)
 }
 
-/// A stuck agent's listeners still exist, and would hold the peer until it gives up.
+/// Redirects to a listener, but not to a stale agent's. A stuck agent's listeners still exist and would block the peer.
 #[inline(always)]
 fn agent(facts: &impl InboundFacts, steered: Steered, listener: Listener, reason: Reason) -> Steer {
     if facts.is_stale() {
@@ -186,7 +187,7 @@ mod tests {
     const REFUSED: Steer = Steer::Agent(3, Listener::Plaintext, Reason::InboundRefused);
 
     #[test]
-    fn plaintext_meets_the_mode_of_its_port() {
+    fn the_mode_of_its_port_decides_on_plaintext() {
         use Mode::{Disable, Permissive, Strict};
         let table = [
             (known(Strict, None), REFUSED),
@@ -202,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_sign_of_life_the_mode_alone_decides() {
+    fn with_a_stale_heartbeat_the_mode_alone_decides() {
         let here = |mode| In { stale: true, ..known(mode, None) };
         let dropped = Steer::Drop(Reason::InboundStale);
         assert_eq!(decide_inbound(&here(Mode::Strict), &to(80)), dropped);
@@ -212,26 +213,26 @@ mod tests {
     }
 
     #[test]
-    fn plaintext_to_a_judged_pod_goes_to_the_agent_or_nowhere() {
+    fn plaintext_to_a_pod_with_policies_goes_to_the_agent_or_is_reset() {
         use Mode::{Disable, Permissive, Strict};
-        let judged = |mode, port_mode, stale| {
+        let selected = |mode, port_mode, stale| {
             let steered = Steered { slot: 3, mode: mode as u32, flags: steer_flag::JUDGED, pad: 0 };
             In { steered: Some(steered), stale, ..known(mode, port_mode) }
         };
         let to_agent = |reason| Steer::Agent(3, Listener::Plaintext, reason);
         let table = [
-            (Permissive, None, Reason::InboundJudged),
-            (Disable, None, Reason::InboundJudged),
-            (Strict, Some(Permissive), Reason::InboundJudged),
+            (Permissive, None, Reason::InboundAuthorize),
+            (Disable, None, Reason::InboundAuthorize),
+            (Strict, Some(Permissive), Reason::InboundAuthorize),
             (Permissive, Some(Strict), Reason::InboundRefused),
             (Strict, None, Reason::InboundRefused),
         ];
         for (mode, port_mode, reason) in table {
-            assert_eq!(decide_inbound(&judged(mode, port_mode, false), &to(80)), to_agent(reason));
-            let dead = decide_inbound(&judged(mode, port_mode, true), &to(80));
+            assert_eq!(decide_inbound(&selected(mode, port_mode, false), &to(80)), to_agent(reason));
+            let dead = decide_inbound(&selected(mode, port_mode, true), &to(80));
             assert_eq!(dead, Steer::Drop(Reason::InboundStale), "{mode:?} {port_mode:?}");
         }
-        let probe = In { node: true, ..judged(Permissive, None, true) };
+        let probe = In { node: true, ..selected(Permissive, None, true) };
         assert_eq!(decide_inbound(&probe, &to(80)), Steer::Pass(Reason::InboundNode));
     }
 
@@ -245,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn the_agents_ports_are_the_agents() {
+    fn connections_to_the_agents_ports_reach_no_application() {
         let facts = known(Mode::Disable, None);
         let tunnel = Steer::Agent(3, Listener::Tunnel, Reason::InboundTunnel);
         assert_eq!(decide_inbound(&facts, &to(tcp_port::TUNNEL)), tunnel);
@@ -268,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn of_what_a_pod_sends_to_the_spread_ports_only_what_was_captured_is_the_agents() {
+    fn only_captured_connections_to_the_spread_ports_go_to_the_agent() {
         let own = Address::from_octets([0xfd, 0x77, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2]);
         let sent = Inbound {
             local: Address::LOOPBACK_V6,

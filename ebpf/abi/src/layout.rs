@@ -1,27 +1,27 @@
-//! Keys, values and sizes of the maps, with the constants that both sides need.
+//! Keys, values and sizes of the maps, with the constants that both sides use.
 
 use crate::Address;
 
-/// Raised with every change to a map's layout or meaning. Pinned maps of another version are not adopted.
+/// Version of the maps' layout and meaning, raised with every change. Pinned maps of another version are not adopted.
 pub const ABI_VERSION: u32 = 3;
 
-/// TCP ports of the data path, reserved in every enrolled pod where nothing else is said.
+/// TCP ports of the data path, reserved in every enrolled pod unless noted otherwise.
 pub mod tcp_port {
     /// Captured outbound connections, on the pod's loopback.
     pub const CAPTURE: u16 = 15001;
     /// First of the ports of `::1` that captured IPv6 connections are spread over, see `Address::capture_port_v6`.
-    /// Nobody listens on them: the steering program hands what was captured to the listener on [`CAPTURE`], and leaves
-    /// everything else alone.
+    /// Nothing listens on these ports, and they are not reserved. The steering program redirects captured connections to
+    /// the listener on [`CAPTURE`] and passes all others.
     pub const CAPTURE_V6_FIRST: u16 = 15040;
-    /// Number of those ports; a power of two.
+    /// Number of ports of `::1` that captured connections are spread over; a power of two.
     pub const CAPTURE_V6_COUNT: u16 = 16;
     /// Steered inbound plaintext.
     pub const PLAINTEXT: u16 = 15006;
     /// The tunnel.
     pub const TUNNEL: u16 = 15008;
 
-    /// Where an agent listens instead that takes over from one whose listeners are still open. Nobody dials it: who is to
-    /// be reached there is led there.
+    /// Returns the port that a successor listens on while its predecessor's listener on `port` is still open.
+    /// Clients never connect to it: the programs redirect connections there.
     #[must_use]
     pub const fn spare(port: u16) -> u16 {
         port + 1
@@ -32,7 +32,7 @@ pub mod tcp_port {
         port == own || port == spare(own)
     }
 
-    /// Is it one of these?
+    /// Returns true for the agent's ports and their spares.
     #[inline(always)]
     #[must_use]
     pub const fn is_reserved(port: u16) -> bool {
@@ -42,24 +42,24 @@ pub mod tcp_port {
 
 /// Bounds of the maps, in entries.
 pub mod limits {
-    /// Pods enrolled on one node; Kubernetes' default limit is 110, large nodes run 250-500.
+    /// Enrolled pods of one node. Kubernetes' default limit is 110; large nodes run 250 to 500.
     pub const PODS: u32 = 1024;
-    /// Addresses of enrolled pods: one of each family.
+    /// Addresses of enrolled pods, one of each family.
     pub const ADDRESSES: u32 = 2 * PODS;
-    /// Per-port modes over all pods.
+    /// Modes of single ports, over all pods.
     pub const PORT_MODES: u32 = 16 * 1024;
-    /// Ranges of the mesh: where services' ranges are not told, each enrolled service has one. They take memory as they come.
+    /// Ranges of the mesh. Without service ranges, each enrolled service needs an entry. Memory is allocated on demand.
     pub const MESH_RANGES: u32 = 64 * 1024;
     /// The node's own addresses.
     pub const NODE_ADDRESSES: u32 = 1024;
-    /// Agents' cgroups: one, and those of predecessors that still drain.
+    /// Cgroups of the agent and of predecessors that still drain.
     pub const AGENTS: u32 = 16;
-    /// Destinations that may be reached in clear.
+    /// Destinations of `allowClear`.
     pub const CLEAR: u32 = 1024;
-    /// Kinds of dropped packets that are told apart; the least recently seen makes room.
+    /// Counters of dropped packets by pod, destination and reason. The least recently used entry is evicted.
     pub const DROPS: u32 = 4096;
-    /// Connections between `connect()` and the agent's (or the application's) `accept()`. Above the sum of accept
-    /// backlogs of a busy node; a full map refuses new captured connections and counts them.
+    /// Connections between `connect()` and the `accept()` of the agent or application. Above the sum of accept backlogs of
+    /// a busy node. If the map is full, new captured connections are reset and counted.
     pub const PENDING: u32 = 64 * 1024;
 }
 
@@ -69,7 +69,7 @@ pub mod limits {
 pub struct Settings {
     /// Depth of the pods' parent cgroup below the hierarchy's root (the root itself is 0).
     pub pods_level: u32,
-    /// [`ABI_VERSION`] of the agent that loads.
+    /// [`ABI_VERSION`] of the agent that loads the programs.
     pub abi_version: u32,
     /// Id of the pods' parent cgroup.
     pub pods_cgroup: u64,
@@ -79,22 +79,22 @@ pub struct Settings {
     pub pad: u32,
 }
 
-/// What the agent keeps telling the programs; one entry, written whole.
+/// State that the agent keeps up to date for the programs. It is one entry, written whole.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct State {
-    /// When the agent last said that it lives: nanoseconds of `CLOCK_MONOTONIC`; 0 is never.
+    /// Time of the last heartbeat in nanoseconds of `CLOCK_MONOTONIC`; 0 before the first one.
     pub heartbeat: u64,
-    /// Age in nanoseconds from which on a heartbeat is stale.
+    /// Age in nanoseconds above which the heartbeat is stale.
     pub stale_after: u64,
-    /// [`Mode`] of the mesh: what pods meet that have no entry yet. 0 (never written) leaves them alone.
+    /// [`Mode`] of the mesh, applied to pods without an entry. 0 (never written) leaves them alone.
     pub default_mode: u32,
     /// Explicit padding, zero.
     pub pad: u32,
 }
 
 impl State {
-    /// Is the agent gone, or stuck? A clock that seems to run backwards (another CPU's) is no sign of it.
+    /// Returns true if the agent is gone or stuck. Clocks of two CPUs may differ, so a heartbeat in the future is fresh.
     #[inline(always)]
     #[must_use]
     pub const fn is_stale(&self, now: u64) -> bool {
@@ -102,7 +102,7 @@ impl State {
     }
 }
 
-/// An enrolled pod; map key: its cgroup's id.
+/// An enrolled pod. The map's key is the id of the pod's cgroup.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pod {
@@ -112,18 +112,18 @@ pub struct Pod {
     pub v4: Address,
     /// The pod's IPv6 address or [`Address::NONE`].
     pub v6: Address,
-    /// Index of its listeners, see [`listener_index`].
+    /// Index of the pod's listeners, see [`listener_index`].
     pub slot: u32,
-    /// [`Mode`] of its ports without an own entry.
+    /// [`Mode`] of ports without an entry of their own.
     pub mode: u32,
     /// Bits of [`pod_flag`].
     pub flags: u32,
-    /// Where the agent listens for its captured connections; 0 is [`tcp_port::CAPTURE`].
+    /// Port on which the agent listens for the pod's captured connections; 0 is [`tcp_port::CAPTURE`].
     pub capture_port: u32,
 }
 
 impl Pod {
-    /// What a pod without an entry is held to when the mesh is STRICT: no address, no listener, nothing in clear.
+    /// Returns the entry that applies to a pod without one in a STRICT mesh: no address, no listener, no plaintext.
     #[inline(always)]
     #[must_use]
     pub const fn unknown() -> Self {
@@ -138,21 +138,21 @@ impl Pod {
         }
     }
 
-    /// The port that its captured connections are sent to.
+    /// Returns the port that the pod's captured connections are redirected to.
     #[inline(always)]
     #[must_use]
-    pub const fn captures_at(&self) -> u16 {
+    pub const fn effective_capture_port(&self) -> u16 {
         if self.capture_port == 0 { tcp_port::CAPTURE } else { self.capture_port as u16 }
     }
 
-    /// Is it one of the pod's addresses?
+    /// Returns true for the pod's addresses.
     #[inline(always)]
     #[must_use]
     pub const fn owns(&self, address: &Address) -> bool {
         address.same(&self.v4) || address.same(&self.v6)
     }
 
-    /// Is this bit of [`pod_flag`] set?
+    /// Returns true if this bit of [`pod_flag`] is set.
     #[inline(always)]
     #[must_use]
     pub const fn has(&self, flag: u32) -> bool {
@@ -160,52 +160,52 @@ impl Pod {
     }
 }
 
-/// What holds for one pod.
+/// Flags of a pod.
 pub mod pod_flag {
-    /// It sends nothing in clear into the mesh.
+    /// The pod sends no plaintext into the mesh.
     pub const EGRESS_STRICT: u32 = 1;
-    /// Its UDP may pass in clear.
+    /// The pod's UDP may pass as plaintext.
     pub const UDP_ALLOWED: u32 = 2;
-    /// It belongs to no mesh: left alone.
+    /// The pod is not in the mesh and is left alone.
     pub const EXEMPT: u32 = 4;
-    /// The program that steers its namespace knows the ports that captured IPv6 connections are spread over. An entry of an
-    /// earlier agent says that it does not.
+    /// The steering program of the pod's namespace supports the ports that captured IPv6 connections are spread over.
+    /// Entries of earlier agents lack the flag.
     pub const SPREAD: u32 = 8;
 }
 
-/// A destination that strict pods may reach in clear.
+/// A destination of `allowClear`, which STRICT pods may reach as plaintext.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct ClearKey {
-    /// Its address.
+    /// Destination address.
     pub address: Address,
-    /// Its port.
+    /// Destination port.
     pub port: u32,
-    /// Number of its IP protocol.
+    /// IP protocol number.
     pub protocol: u32,
 }
 
-/// What was dropped: key of a counter.
+/// Key of a counter of dropped packets.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct DropKey {
     /// Id of the pod's cgroup.
     pub cgroup: u64,
-    /// The other end's address.
+    /// Address of the other end.
     pub remote: Address,
     /// The `Reason`.
     pub reason: u32,
-    /// Number of the IP protocol.
+    /// IP protocol number.
     pub protocol: u32,
 }
 
-/// What `steer` needs of an enrolled pod; map key: one of its addresses.
+/// Facts about an enrolled pod for `steer`. The map's key is one of the pod's addresses.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Steered {
-    /// Index of its listeners.
+    /// Index of the pod's listeners.
     pub slot: u32,
-    /// [`Mode`] of ports without an own entry.
+    /// [`Mode`] of ports without an entry of their own.
     pub mode: u32,
     /// Bits of [`steer_flag`].
     pub flags: u32,
@@ -214,7 +214,7 @@ pub struct Steered {
 }
 
 impl Steered {
-    /// Is this bit of [`steer_flag`] set?
+    /// Returns true if this bit of [`steer_flag`] is set.
     #[inline(always)]
     #[must_use]
     pub const fn has(&self, flag: u32) -> bool {
@@ -222,13 +222,13 @@ impl Steered {
     }
 }
 
-/// What holds for plaintext that arrives at one pod.
+/// Flags for plaintext that arrives at a pod.
 pub mod steer_flag {
-    /// Authorization policies select the pod: the agent decides on plaintext that its mode would let through.
+    /// Authorization policies select the pod, so the agent decides on plaintext that the mode allows.
     pub const JUDGED: u32 = 1;
 }
 
-/// Key of a port's own mode.
+/// Key of the mode of a single port.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct PortKey {
@@ -238,20 +238,20 @@ pub struct PortKey {
     pub port: u32,
 }
 
-/// What an inbound plaintext connection meets, as a number in maps.
+/// Mode for inbound connections, as a number in maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Mode {
-    /// Plaintext passes; peers are told not to tunnel.
+    /// Plaintext passes, and peers do not tunnel.
     Disable = 1,
     /// Plaintext and mTLS both pass.
     Permissive = 2,
-    /// Only mTLS passes. Any number that is no mode is read as this.
+    /// Only mTLS passes. Unknown numbers are read as this mode.
     Strict = 3,
 }
 
 impl Mode {
-    /// From a map's number; unknown is [`Mode::Strict`].
+    /// Returns the mode for a number in a map; [`Mode::Strict`] for an unknown one.
     #[inline(always)]
     #[must_use]
     pub const fn from_raw(raw: u32) -> Self {
@@ -267,27 +267,27 @@ impl Mode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Listener {
-    /// Takes connections to the tunnel port.
+    /// Accepts connections to the tunnel port.
     Tunnel = 0,
-    /// Takes plaintext that needs the agent's look (STRICT: to refuse it by name; authorization policies: to judge it).
+    /// Accepts plaintext that the agent rejects with a log line (STRICT) or checks against authorization policies.
     Plaintext = 1,
 }
 
-/// Number of [`Listener`]s a pod has.
+/// Number of [`Listener`]s of a pod.
 pub const LISTENERS_PER_POD: u32 = 2;
 
-/// Index into the listeners' map.
+/// Returns the index into the map of listeners.
 #[inline(always)]
 #[must_use]
 pub const fn listener_index(slot: u32, listener: Listener) -> u32 {
     slot * LISTENERS_PER_POD + listener as u32
 }
 
-/// A connection as its connecting side sees it: key from `connect()` to the other side's `accept()`.
+/// Key of a connection from `connect()` to the other side's `accept()`, as the connecting side sees it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Tuple {
-    /// Cookie of the network namespace both ends live in.
+    /// Cookie of the network namespace of both ends.
     pub netns_cookie: u64,
     /// Connecting side's address.
     pub local: Address,
@@ -300,7 +300,7 @@ pub struct Tuple {
 }
 
 impl Tuple {
-    /// Was it captured over IPv6 and spread, so that the steering program has to hand it to the agent?
+    /// Returns true for the target of a spread IPv6 connection, which the steering program redirects to the agent.
     #[inline(always)]
     #[must_use]
     pub const fn is_spread(&self) -> bool {
@@ -310,8 +310,8 @@ impl Tuple {
             && self.remote_port < first + tcp_port::CAPTURE_V6_COUNT as u32
     }
 
-    /// The key under which a captured connection is kept. The steering program is not told in which namespace it runs, so
-    /// a spread connection is known by its source alone: the pod's own address.
+    /// Returns the key under which a captured connection is stored. sk_lookup cannot read its namespace's cookie, so the
+    /// key of a spread connection leaves the cookie out. Its source, the pod's own address, identifies the pod.
     #[inline(always)]
     #[must_use]
     pub const fn of_captured(self) -> Self {
@@ -319,7 +319,7 @@ impl Tuple {
     }
 }
 
-/// Address and port that stand behind a [`Tuple`]: the destination asked for, or the client behind an agent's dial.
+/// Address and port behind a [`Tuple`]: a captured connection's destination, or the client that the agent dials for.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Destination {
@@ -331,34 +331,34 @@ pub struct Destination {
     pub pad: u32,
 }
 
-/// What a [`Names`] entry is for.
+/// Kinds of [`Names`] entries.
 pub mod names_kind {
-    /// An application's connection that was captured: `peer` is what it asked for, `own` its pod's address.
+    /// A captured connection of an application: `peer` is its destination, `own` the pod's address.
     pub const CAPTURED: u32 = 1;
-    /// The agent's connection to an application: `peer` is the client it stands for.
+    /// A connection of the agent to an application: `peer` is the client that the agent dials for.
     pub const DIALLED: u32 = 2;
-    /// The application's end of such a connection.
+    /// The application's end of a connection that the agent dialled.
     pub const ACCEPTED: u32 = 3;
-    /// A connection that an application accepted in clear from a mesh address, as its port's mode allowed: the names
-    /// are true as they are.
+    /// A plaintext connection from a mesh address that an application accepted, as its port's mode allowed. The kernel's
+    /// own names are right.
     pub const CLEAR: u32 = 4;
 }
 
-/// The truth about a socket, kept in the socket: what its application should be told.
+/// Names that a socket's application sees, stored in the socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Names {
     /// Answer for `getpeername` and `accept`.
     pub peer: Address,
-    /// Answer for `getsockname`, for [`names_kind::CAPTURED`] only: the address of the pod that the socket is of.
+    /// Answer for `getsockname`, for [`names_kind::CAPTURED`] only: the address of the socket's pod.
     pub own: Address,
-    /// Port that goes with `peer`.
+    /// Port of `peer`.
     pub peer_port: u32,
     /// One of [`names_kind`].
     pub kind: u32,
 }
 
-/// Data of a mesh range's key in the longest-prefix map; IPv4 prefixes are lengthened by 96.
+/// Address in a key of the longest-prefix map of mesh ranges. IPv4 prefix lengths are raised by 96.
 pub type MeshKey = [u32; 4];
 
 const _: () = {

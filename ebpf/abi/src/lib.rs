@@ -1,7 +1,8 @@
-//! What the kernel side and the agent agree on: map keys and values, counters, ports, and the pure decisions.
+//! Contract between the kernel side and the agent: map keys and values, counters, ports, and the pure decisions.
 //!
-//! No dependencies and no I/O, so every decision is tested on the host. All types are `repr(C)`, of fixed size, with
-//! explicit padding. Addresses are in network byte order; ports are in host byte order unless a name says `_be`.
+//! The crate has no dependencies and no I/O, so every decision is tested on the host. All types are `repr(C)`, of fixed
+//! size, with explicit padding. Addresses are in network byte order. Ports are in host byte order unless a name ends
+//! in `_be`.
 #![no_std]
 
 #[cfg(test)]
@@ -15,7 +16,7 @@ mod outbound;
 mod reason;
 
 pub use address::Address;
-pub use guard::{GuardFacts, Packet, Seen, Verdict, decide_egress, decide_ingress, protocol};
+pub use guard::{GuardFacts, Hook, Packet, Verdict, decide_egress, decide_ingress, protocol};
 pub use inbound::{Inbound, InboundFacts, Steer, decide_inbound};
 pub use layout::{
     ABI_VERSION, ClearKey, Destination, DropKey, LISTENERS_PER_POD, Listener, MeshKey, Mode, Names, Pod,

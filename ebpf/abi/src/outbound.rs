@@ -1,39 +1,39 @@
-//! The decision on a connection that a pod opens.
+//! Decision on a connection that a pod opens.
 //!
-//! Decisions are functions of facts: the kernel side looks them up in maps, the tests in tables. Facts are asked for in
-//! order of cost, and only as far as needed: a connection outside the mesh costs one lookup of its pod and one of its
+//! Decisions are functions of facts, which the kernel side looks up in maps and the tests in tables. Facts are looked
+//! up in order of cost and only as far as needed. A connection outside the mesh costs two lookups: of its pod and of its
 //! destination.
 
 use crate::{Address, Pod, Reason, pod_flag};
 
-/// What the connect hook can look up.
+/// Facts that the connect hook can look up.
 pub trait ConnectFacts {
-    /// The enrolled pod the calling process is in.
+    /// Returns the enrolled pod of the calling process.
     fn pod(&self) -> Option<Pod>;
-    /// Is it TCP (or MPTCP, which starts as TCP)?
+    /// Returns true for TCP, and for MPTCP, which starts as TCP.
     fn is_tcp(&self) -> bool;
-    /// Is the address inside the mesh's ranges?
+    /// Returns true for addresses in the mesh's ranges.
     fn in_mesh(&self, address: &Address) -> bool;
-    /// Cookie of the socket's network namespace.
+    /// Returns the cookie of the socket's network namespace.
     fn netns_cookie(&self) -> u64;
-    /// Is the calling process an agent's?
+    /// Returns true if the calling process is an agent's.
     fn is_agent(&self) -> bool;
-    /// Are pods that have no entry yet held to STRICT?
+    /// Returns true if STRICT applies to pods without an entry.
     fn default_is_strict(&self) -> bool;
-    /// May the destination be reached in clear, as the operator said?
+    /// Returns true for destinations of `allowClear`.
     fn is_allowed_clear(&self, destination: &Address) -> bool;
-    /// Does the agent give no sign of life?
+    /// Returns true if the agent's heartbeat is stale.
     fn is_stale(&self) -> bool;
 }
 
 /// Verdict on an outbound connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Connect {
-    /// Goes as if Tacit were not there.
+    /// Connects as without Tacit.
     Leave(Reason),
-    /// Goes to the agent; the pod's facts are needed to remember it.
+    /// Is redirected to the agent. The hook stores the destination and needs the pod's entry.
     Capture(Pod),
-    /// Fails with ECONNREFUSED, or EPERM where the kernel cannot choose.
+    /// Fails with ECONNREFUSED, or with EPERM where the kernel has no `bpf_set_retval`.
     Deny(Reason),
 }
 
@@ -58,7 +58,7 @@ pub fn decide_connect(facts: &impl ConnectFacts, destination: &Address) -> Conne
     if facts.is_allowed_clear(destination) {
         return Connect::Leave(Reason::ConnectAllowedClear);
     }
-    // A namespace made inside the pod: the agent's listener is not there, and neither is the pod's address.
+    // A namespace that the pod made has neither the agent's listener nor the pod's address.
     if facts.netns_cookie() != pod.netns_cookie {
         return Connect::Deny(Reason::ConnectForeignNetns);
     }
@@ -69,15 +69,15 @@ pub fn decide_connect(facts: &impl ConnectFacts, destination: &Address) -> Conne
     }
 }
 
-/// A process below the pods' cgroup whose pod the agent has not told yet. What is no TCP meets the guard.
+/// Decides for a process of a pod that has no entry yet. The guard decides on protocols other than TCP.
 #[inline(always)]
 fn unknown_pod(facts: &impl ConnectFacts, destination: &Address) -> Connect {
-    let held = facts.default_is_strict()
+    let denied = facts.default_is_strict()
         && facts.is_tcp()
         && facts.in_mesh(destination)
         && !facts.is_allowed_clear(destination)
         && !facts.is_agent();
-    if held { Connect::Deny(Reason::ConnectUnknownPod) } else { Connect::Leave(Reason::ConnectNotEnrolled) }
+    if denied { Connect::Deny(Reason::ConnectUnknownPod) } else { Connect::Leave(Reason::ConnectNotEnrolled) }
 }
 
 #[cfg(test)]
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_sign_of_life_the_mode_alone_decides() {
+    fn with_a_stale_heartbeat_the_mode_alone_decides() {
         let strict = Pod { flags: pod_flag::EGRESS_STRICT, ..pod() };
         let stale = |pod| Out { pod: Some(pod), stale: true, ..USUAL };
         assert_eq!(decide_connect(&stale(strict), &v4(9)), Connect::Deny(Reason::ConnectAgentStale));
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_without_an_entry_is_held_to_strict_when_the_mesh_is() {
+    fn in_a_strict_mesh_a_pod_without_an_entry_is_denied() {
         let strict = Out { strict: true, ..USUAL };
         let left = Connect::Leave(Reason::ConnectNotEnrolled);
         let table = [

@@ -1,17 +1,17 @@
-//! Every outcome of the programs, as an index into the per-CPU counters, with the words an operator reads.
+//! Outcomes of the programs: indexes into the per-CPU counters, with metric labels and texts for operators.
 
 /// Name (metric label) and meaning of a [`Reason`].
 #[derive(Clone, Copy, Debug)]
 pub struct ReasonText {
     /// Stable label.
     pub name: &'static str,
-    /// What happened and with which verdict.
+    /// Event and verdict.
     pub help: &'static str,
 }
 
 macro_rules! reasons {
     ($($variant:ident, $name:literal, $help:literal;)+) => {
-        /// Why a program decided as it did; the number is the index of its counter.
+        /// Reason of a program's decision; the number is the index of its counter.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[repr(u32)]
         pub enum Reason { $(#[doc = $help] $variant,)+ }
@@ -25,45 +25,45 @@ macro_rules! reasons {
 }
 
 reasons! {
-    ConnectNotEnrolled, "connect_not_enrolled", "connect from a process that is in no enrolled pod: left alone";
-    ConnectNotStream, "connect_not_tcp", "connect of another protocol than TCP: left alone by the connect hook";
+    ConnectNotEnrolled, "connect_not_enrolled", "connect of a process outside all enrolled pods: left alone";
+    ConnectNotStream, "connect_not_tcp", "connect of a protocol other than TCP: left alone by the connect hook";
     ConnectOutsideMesh, "connect_outside_mesh", "connect to an address outside the mesh ranges: left alone";
     ConnectOwnAddress, "connect_own_address", "connect of a pod to itself: left alone";
-    ConnectCaptured, "connect_captured", "connect into the mesh: sent to the agent";
+    ConnectCaptured, "connect_captured", "connect into the mesh: redirected to the agent";
     ConnectForeignNetns, "connect_foreign_netns", "mesh connect from a network namespace that is not the pod's: denied";
-    ConnectNoStorage, "connect_no_storage", "no memory to remember a destination: denied";
-    PendingFull, "pending_full", "table of pending connections full: the connection is reset, its destination is not known";
-    NamesFull, "names_full", "no memory for a client's address: the application sees the agent's";
-    InboundTunnel, "inbound_tunnel", "inbound connection to the tunnel port: to the agent";
-    InboundRefused, "inbound_to_refuse", "inbound plaintext under STRICT: to the agent, which resets and logs it";
-    InboundPermitted, "inbound_permitted", "inbound plaintext under PERMISSIVE: straight to the application";
-    InboundDisabled, "inbound_disabled", "inbound plaintext under DISABLE: straight to the application";
-    InboundNode, "inbound_node", "inbound connection from the node itself (probe): straight to the application";
-    InboundLocal, "inbound_local", "connection inside the pod or from the agent: straight to the application";
-    InboundReserved, "inbound_reserved", "connection from outside, or one that was not captured, to a port of the agent: refused";
-    InboundUnknown, "inbound_unknown", "inbound connection to a mesh address without a mode: refused";
-    InboundForeign, "inbound_foreign", "inbound connection to an address outside the mesh: straight to the application";
-    InboundNoAgent, "inbound_no_agent", "the agent is needed for an inbound connection and not there: refused";
-    InboundStale, "inbound_stale", "the agent is needed for an inbound connection and gives no sign of life: refused";
-    ConnectAgentStale, "connect_stale_denied", "mesh connect of a strict pod while the agent gives no sign of life: denied";
-    ConnectStaleClear, "connect_stale_clear", "mesh connect of an open pod while the agent gives no sign of life: passed in clear";
-    ConnectUnknownPod, "connect_unknown_pod", "mesh connect of a pod that has no entry yet, the mesh being STRICT: denied";
+    ConnectNoStorage, "connect_no_storage", "no memory to store a destination: denied";
+    PendingFull, "pending_full", "table of pending connections full: the connection is reset because its destination is lost";
+    NamesFull, "names_full", "no memory for a client's address: the application sees an address of its own pod";
+    InboundTunnel, "inbound_tunnel", "inbound connection to the tunnel port: redirected to the agent";
+    InboundRefused, "inbound_to_refuse", "inbound plaintext under STRICT: redirected to the agent, which resets and logs it";
+    InboundPermitted, "inbound_permitted", "inbound plaintext under PERMISSIVE: passed to the application";
+    InboundDisabled, "inbound_disabled", "inbound plaintext under DISABLE: passed to the application";
+    InboundNode, "inbound_node", "inbound connection from the node itself (probe): passed to the application";
+    InboundLocal, "inbound_local", "connection inside the pod or from the agent: passed to the application";
+    InboundReserved, "inbound_reserved", "connection from outside, or one that was not captured, to a port of the agent: reset";
+    InboundUnknown, "inbound_unknown", "inbound connection to a mesh address without a mode: reset";
+    InboundForeign, "inbound_foreign", "inbound connection to an address outside the mesh: passed to the application";
+    InboundNoAgent, "inbound_no_agent", "inbound connection that needs the agent, which has no listener: reset";
+    InboundStale, "inbound_stale", "inbound connection that needs the agent, whose heartbeat is stale: reset";
+    ConnectAgentStale, "connect_stale_denied", "mesh connect of a STRICT pod while the agent's heartbeat is stale: denied";
+    ConnectStaleClear, "connect_stale_clear", "mesh connect of an open pod while the agent's heartbeat is stale: passed as plaintext";
+    ConnectUnknownPod, "connect_unknown_pod", "mesh connect of a pod without an entry in a STRICT mesh: denied";
     ConnectAllowedClear, "connect_allowed_clear", "mesh connect to a destination of allowClear: left alone";
-    GuardTcp, "guard_tcp", "TCP of a strict pod's socket in clear into the mesh: dropped";
-    GuardUdp, "guard_udp", "UDP of a strict pod in clear into the mesh: dropped";
-    GuardIcmp, "guard_icmp", "ICMP of a strict pod's socket into the mesh: dropped";
-    GuardOther, "guard_other", "another IP protocol, or a part of a packet, of a strict pod into the mesh: dropped";
-    GuardSpoofed, "guard_spoofed", "packet into the mesh with a source address that is not the strict pod's: dropped on its link";
-    GuardNotIp, "guard_not_ip", "frame of a strict pod that is neither IP nor plain ARP: dropped on its link";
-    GuardUnreadable, "guard_unreadable", "packet of a strict pod that ends before its headers do: dropped";
-    GuardClear, "guard_open_clear", "packet of an open pod in clear into the mesh: passed";
-    GuardReply, "guard_reply_clear", "packet of a connection that was accepted in clear, as its mode allows: passed";
-    GuardUdpClear, "guard_udp_clear", "UDP in clear into the mesh of a pod with `udp: allow`: passed";
+    GuardTcp, "guard_tcp", "plaintext TCP of a STRICT pod's socket into the mesh: dropped";
+    GuardUdp, "guard_udp", "plaintext UDP of a STRICT pod into the mesh: dropped";
+    GuardIcmp, "guard_icmp", "ICMP of a STRICT pod's socket into the mesh: dropped";
+    GuardOther, "guard_other", "another IP protocol, or a later fragment, of a STRICT pod into the mesh: dropped";
+    GuardSpoofed, "guard_spoofed", "packet into the mesh with a source address that is not the STRICT pod's: dropped on its link";
+    GuardNotIp, "guard_not_ip", "frame of a STRICT pod that is neither IP nor plain ARP: dropped on its link";
+    GuardUnreadable, "guard_unreadable", "packet of a STRICT pod that ends before its headers do: dropped";
+    GuardClear, "guard_open_clear", "plaintext packet of an open pod into the mesh: passed";
+    GuardReply, "guard_reply_clear", "packet of a connection that was accepted as plaintext, as its mode allows: passed";
+    GuardUdpClear, "guard_udp_clear", "plaintext UDP into the mesh of a pod with `udp: allow`: passed";
     GuardAllowed, "guard_allowed_clear", "packet to or from a destination of allowClear: passed";
-    GuardInboundTcp, "guard_inbound_tcp", "TCP in clear from the mesh to a strict port: dropped";
-    GuardInboundUdp, "guard_inbound_udp", "UDP in clear from the mesh to a strict pod: dropped";
-    GuardInboundOther, "guard_inbound_other", "another IP protocol in clear from the mesh to a strict pod: dropped";
-    InboundJudged, "inbound_to_judge", "inbound plaintext to a pod that authorization policies select: to the agent, which lets it through or resets it";
+    GuardInboundTcp, "guard_inbound_tcp", "plaintext TCP from the mesh to a STRICT port: dropped";
+    GuardInboundUdp, "guard_inbound_udp", "plaintext UDP from the mesh to a STRICT pod: dropped";
+    GuardInboundOther, "guard_inbound_other", "another IP protocol as plaintext from the mesh to a STRICT pod: dropped";
+    InboundAuthorize, "inbound_to_judge", "inbound plaintext to a pod that authorization policies select: redirected to the agent, which passes or resets it";
 }
 
 #[cfg(test)]

@@ -1,23 +1,23 @@
 //! Properties of addresses and of the kernel side's decisions, for random facts.
 //!
-//! The lists of exceptions below are written from the promises of the security model, not from the code. A failure prints the
-//! smallest input that was found: make it a test of its own beside the code.
+//! The lists of exceptions below follow the security model and not the code. A failure prints the smallest input that was
+//! found. Add this input as a test beside the code.
 
 use std::net::{IpAddr, Ipv6Addr};
 
 use proptest::{prelude::*, sample::select, test_runner::Config};
 use tacit_abi::{
-    Address, Connect, ConnectFacts, GuardFacts, Inbound, InboundFacts, Listener, Mode, Packet, Pod, Reason,
-    Seen, Steer, Steered, Tuple, Verdict, decide_connect, decide_egress, decide_inbound, decide_ingress,
+    Address, Connect, ConnectFacts, GuardFacts, Hook, Inbound, InboundFacts, Listener, Mode, Packet, Pod,
+    Reason, Steer, Steered, Tuple, Verdict, decide_connect, decide_egress, decide_inbound, decide_ingress,
     pod_flag, protocol, steer_flag, tcp_port,
 };
 
 fn config() -> Config {
-    // Cheap, and combinations of facts are what matters.
+    // Cases are cheap, and defects show in combinations of facts.
     Config { failure_persistence: None, cases: 4096, ..Config::default() }
 }
 
-/// Facts of all decisions. Each is asked of one thing, so one value each is enough.
+/// Facts of all decisions. A decision looks up each fact for one subject, so one value is enough.
 #[derive(Debug, Clone, Copy)]
 struct Facts {
     agent: bool,
@@ -25,8 +25,8 @@ struct Facts {
     accepted_clear: bool,
     port_mode: Option<u32>,
     allowed_clear: bool,
-    of_node: bool,
-    of_tcp: bool,
+    node_socket: bool,
+    tcp_socket: bool,
     pod: Option<Pod>,
     tcp: bool,
     mesh: bool,
@@ -53,11 +53,11 @@ impl GuardFacts for Facts {
     fn is_allowed_clear(&self, _: &Address, _: u16, _: u8) -> bool {
         self.allowed_clear
     }
-    fn is_of_node(&self) -> bool {
-        self.of_node
+    fn is_node_socket(&self) -> bool {
+        self.node_socket
     }
-    fn is_of_tcp(&self) -> bool {
-        self.of_tcp
+    fn is_tcp_socket(&self) -> bool {
+        self.tcp_socket
     }
 }
 
@@ -127,15 +127,27 @@ fn facts() -> impl Strategy<Value = Facts> {
     let options =
         (proptest::option::of(raw_mode()), proptest::option::of(pod()), proptest::option::of(steered));
     (any::<[bool; 11]>(), 7..9_u64, options).prop_map(|(is, netns, (port_mode, pod, steered))| {
-        let [agent, node, accepted_clear, allowed_clear, of_node, of_tcp, tcp, mesh, strict, stale, captured] = is;
+        let [
+            agent,
+            node,
+            accepted_clear,
+            allowed_clear,
+            node_socket,
+            tcp_socket,
+            tcp,
+            mesh,
+            strict,
+            stale,
+            captured,
+        ] = is;
         Facts {
             agent,
             node,
             accepted_clear,
             port_mode,
             allowed_clear,
-            of_node,
-            of_tcp,
+            node_socket,
+            tcp_socket,
             pod,
             tcp,
             mesh,
@@ -171,23 +183,23 @@ fn packet() -> impl Strategy<Value = Packet> {
     let known = [protocol::TCP, protocol::UDP, protocol::ICMP, protocol::ICMP_V6, protocol::UNKNOWN, 132];
     let number = prop_oneof![5 => select(known.to_vec()), 1 => any::<u8>()];
     (address(), address(), number, any::<[u16; 2]>(), any::<[bool; 2]>()).prop_map(
-        |(local, remote, protocol, [local_port, remote_port], [matters, is_discovery])| Packet {
+        |(local, remote, protocol, [local_port, remote_port], [is_syn_or_data, is_discovery])| Packet {
             local,
             remote,
             protocol,
             local_port,
             remote_port,
-            matters,
+            is_syn_or_data,
             is_discovery,
         },
     )
 }
 
-fn seen() -> impl Strategy<Value = Seen> {
-    prop_oneof![Just(Seen::Socket), Just(Seen::Link)]
+fn hook() -> impl Strategy<Value = Hook> {
+    prop_oneof![Just(Hook::Socket), Just(Hook::Link)]
 }
 
-fn takes_clear(facts: &Facts, mode: u32) -> bool {
+fn accepts_plaintext(facts: &Facts, mode: u32) -> bool {
     let mode = facts.port_mode.unwrap_or(mode);
     mode == Mode::Disable as u32 || mode == Mode::Permissive as u32
 }
@@ -229,27 +241,27 @@ proptest! {
         let spread = tcp_port::CAPTURE_V6_FIRST..tcp_port::CAPTURE_V6_FIRST + tcp_port::CAPTURE_V6_COUNT;
         prop_assert!(spread.contains(&address.capture_port_v6(port)));
         prop_assert!(spread.clone().all(|port| !tcp_port::is_reserved(port)));
-        prop_assert!(!source.may_be_told_to(&POD_V4) && source.may_be_told_to(&Address::LOOPBACK_V6));
+        prop_assert!(!source.may_be_reported_to(&POD_V4) && source.may_be_reported_to(&Address::LOOPBACK_V6));
     }
 
     #[test]
-    fn a_strict_or_unknown_pod_sends_in_clear_only_what_is_listed(
-        facts in facts(), pod in pod(), seen in seen(), packet in packet(),
+    fn a_strict_or_unknown_pod_sends_only_listed_plaintext(
+        facts in facts(), pod in pod(), hook in hook(), packet in packet(),
     ) {
         let pod = Pod { flags: pod.flags & pod_flag::SPREAD | pod_flag::EGRESS_STRICT, ..pod };
-        let verdict = decide_egress(&facts, &pod, seen, &packet);
-        let on_link = seen == Seen::Link;
+        let verdict = decide_egress(&facts, &pod, hook, &packet);
+        let on_link = hook == Hook::Link;
         let of = |numbers: &[u8]| numbers.contains(&packet.protocol);
         let own = [&packet.local, &packet.remote].map(|end| pod.v4.same(end) || pod.v6.same(end));
         let is_untouched = facts.agent || own[1];
         let is_own_source = own[0] || packet.local.is_none() || packet.local.is_link_local();
         let uncounted = [
-            of(&[protocol::TCP]) && !packet.matters && (facts.of_tcp || on_link && facts.of_node),
+            of(&[protocol::TCP]) && !packet.is_syn_or_data && (facts.tcp_socket || on_link && facts.node_socket),
             of(&[protocol::UDP, protocol::ICMP, protocol::ICMP_V6]) && facts.node,
-            of(&[protocol::ICMP_V6]) && packet.is_discovery && on_link && facts.of_node,
+            of(&[protocol::ICMP_V6]) && packet.is_discovery && on_link && facts.node_socket,
         ];
         let counted = [
-            of(&[protocol::TCP]) && facts.accepted_clear && (takes_clear(&facts, pod.mode) || facts.node),
+            of(&[protocol::TCP]) && facts.accepted_clear && (accepts_plaintext(&facts, pod.mode) || facts.node),
             facts.allowed_clear,
         ];
         let is_listed = uncounted.contains(&true) || counted.contains(&true);
@@ -264,7 +276,7 @@ proptest! {
     fn a_pods_link_carries_no_other_source_once_something_is_refused(
         facts in facts(), pod in pod(), packet in packet(),
     ) {
-        let verdict = decide_egress(&facts, &pod, Seen::Link, &packet);
+        let verdict = decide_egress(&facts, &pod, Hook::Link, &packet);
         let is_left = pod.has(pod_flag::EXEMPT) || facts.agent || pod.owns(&packet.remote);
         let is_own = pod.owns(&packet.local) || packet.local.is_none() || packet.local.is_link_local();
         if pod.has(pod_flag::EGRESS_STRICT) && !is_left && !is_own {
@@ -273,13 +285,13 @@ proptest! {
     }
 
     #[test]
-    fn strict_never_lets_through_what_open_does_not(
-        facts in facts(), pod in pod(), seen in seen(), packet in packet(),
+    fn strict_passes_no_packet_that_open_drops(
+        facts in facts(), pod in pod(), hook in hook(), packet in packet(),
     ) {
         let strict = Pod { flags: pod.flags | pod_flag::EGRESS_STRICT, mode: Mode::Strict as u32, ..pod };
         let open = Pod { flags: pod.flags & !pod_flag::EGRESS_STRICT, mode: Mode::Permissive as u32, ..pod };
-        if passes(decide_egress(&facts, &strict, seen, &packet)) {
-            prop_assert!(passes(decide_egress(&facts, &open, seen, &packet)));
+        if passes(decide_egress(&facts, &strict, hook, &packet)) {
+            prop_assert!(passes(decide_egress(&facts, &open, hook, &packet)));
         }
         if passes(decide_ingress(&facts, &strict, &packet)) {
             prop_assert!(passes(decide_ingress(&facts, &open, &packet)));
@@ -287,7 +299,7 @@ proptest! {
     }
 
     #[test]
-    fn a_strict_pod_hears_in_clear_only_what_is_listed(facts in facts(), pod in pod(), packet in packet()) {
+    fn a_strict_pod_receives_only_listed_plaintext(facts in facts(), pod in pod(), packet in packet()) {
         let pod = Pod { flags: pod.flags & pod_flag::SPREAD | pod_flag::EGRESS_STRICT, ..pod };
         let verdict = decide_ingress(&facts, &pod, &packet);
         let is_tcp = packet.protocol == protocol::TCP;
@@ -297,19 +309,19 @@ proptest! {
             || pod.owns(&packet.remote)
             || facts.allowed_clear
             || is_icmp
-            || is_tcp && !packet.matters
-            || packet.protocol != protocol::UDP && takes_clear(&facts, pod.mode);
+            || is_tcp && !packet.is_syn_or_data
+            || packet.protocol != protocol::UDP && accepts_plaintext(&facts, pod.mode);
         prop_assert_eq!(passes(verdict), expected, "{:?}", verdict);
     }
 
     #[test]
-    fn a_number_that_is_no_mode_is_read_as_strict(facts in facts(), pod in pod(), packet in packet(), raw: u32) {
+    fn an_unknown_mode_is_read_as_strict(facts in facts(), pod in pod(), packet in packet(), raw: u32) {
         prop_assume!(raw != Mode::Disable as u32 && raw != Mode::Permissive as u32);
         let strict = Pod { mode: Mode::Strict as u32, ..pod };
         let other = Pod { mode: raw, ..pod };
         prop_assert_eq!(decide_ingress(&facts, &other, &packet), decide_ingress(&facts, &strict, &packet));
-        for seen in [Seen::Socket, Seen::Link] {
-            let egress = |pod| decide_egress(&facts, pod, seen, &packet);
+        for hook in [Hook::Socket, Hook::Link] {
+            let egress = |pod| decide_egress(&facts, pod, hook, &packet);
             prop_assert_eq!(egress(&other), egress(&strict));
         }
     }
@@ -350,8 +362,8 @@ proptest! {
                 || match facts.steered {
                     None => !facts.mesh,
                     Some(steered) => {
-                        let is_judged = steered.flags & steer_flag::JUDGED != 0;
-                        !is_agents && (facts.node || takes_clear(&facts, steered.mode) && !is_judged)
+                        let has_policy = steered.flags & steer_flag::JUDGED != 0;
+                        !is_agents && (facts.node || accepts_plaintext(&facts, steered.mode) && !has_policy)
                     }
                 });
         prop_assert_eq!(matches!(verdict, Steer::Pass(_)), expected, "{:?}", verdict);

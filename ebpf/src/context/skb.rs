@@ -1,4 +1,4 @@
-//! The raw context of the guard's programs.
+//! Access to the raw context of the guard's programs.
 
 use aya_ebpf::{
     bindings::__sk_buff,
@@ -14,7 +14,7 @@ use super::names_of;
 
 const SOCK_STREAM: u32 = 1;
 
-/// Context of the guard's programs: a packet, and the socket it belongs to, if any.
+/// Context of the guard's programs: a packet, and its socket if it has one.
 pub struct Skb<'a>(pub &'a SkBuffContext);
 
 /// Offsets count from the network header.
@@ -26,31 +26,31 @@ impl Skb<'_> {
         self.0.skb.skb
     }
 
-    /// Bytes of the packet, counted from where the program's view begins.
+    /// Returns the length of the packet in bytes, from the start of the program's view.
     #[inline(always)]
     pub fn len(&self) -> u32 {
         load!(self.raw(), len)
     }
 
-    /// EtherType in host order.
+    /// Returns the EtherType in host order.
     #[inline(always)]
     pub fn ethertype(&self) -> u16 {
         u16::from_be(load!(self.raw(), protocol) as u16)
     }
 
-    /// Does it carry a VLAN's tag beside its bytes?
+    /// Returns true if the packet has a VLAN tag, which the kernel keeps outside its bytes.
     #[inline(always)]
     pub fn has_vlan(&self) -> bool {
         load!(self.raw(), vlan_present) != 0
     }
 
-    /// Index of the interface it is seen on.
+    /// Returns the index of the interface on which the program runs.
     #[inline(always)]
     pub fn interface(&self) -> u32 {
         load!(self.raw(), ifindex)
     }
 
-    /// A plain value at `offset` behind the start of the network header; `None` when the packet ends before.
+    /// Reads a plain value at `offset` from the start of the network header; `None` if the packet ends before its end.
     #[inline(always)]
     pub fn read<T: Copy>(&self, offset: u32) -> Option<T> {
         let mut value = MaybeUninit::<T>::uninit();
@@ -68,28 +68,28 @@ impl Skb<'_> {
         if failed != 0 {
             return None;
         }
-        // SAFETY: filled by the helper; all `T` used here are arrays of integers.
+        // SAFETY: filled by the helper; every `T` used here is an array of integers.
         Some(unsafe { value.assume_init() })
     }
 
-    /// Id of the cgroup of the packet's socket; 0 when it has none.
+    /// Returns the id of the cgroup of the packet's socket; 0 without a socket.
     #[inline(always)]
     pub fn cgroup(&self) -> u64 {
         // SAFETY: the helper takes the program's own context.
         unsafe { bpf_skb_cgroup_id(self.raw()) }
     }
 
-    /// Id of that cgroup's ancestor at `level`; 0 when there is none so deep.
+    /// Returns the id of the ancestor at `level` of the socket's cgroup; 0 if there is none at that level.
     #[inline(always)]
     pub fn ancestor_cgroup(&self, level: u32) -> u64 {
         // SAFETY: the helper takes the program's own context.
         unsafe { bpf_skb_ancestor_cgroup_id(self.raw(), level as i32) }
     }
 
-    /// Does the packet belong to a TCP socket? One without a full socket belongs to a connection that begins or ends:
-    /// only TCP has such.
+    /// Returns true if the packet belongs to a TCP socket. A socket that is not full belongs to a connection that is being
+    /// opened or closed, which only TCP has.
     #[inline(always)]
-    pub fn is_of_tcp(&self) -> bool {
+    pub fn is_tcp_socket(&self) -> bool {
         // SAFETY: aligned load of a context field.
         let sk = unsafe { (*self.raw()).__bindgen_anon_2.sk };
         if sk.is_null() {
@@ -103,7 +103,7 @@ impl Skb<'_> {
         load!(full, type_) == SOCK_STREAM
     }
 
-    /// Names kept in the packet's socket.
+    /// Returns the names stored in the packet's socket.
     #[inline(always)]
     pub fn names(&self) -> Option<Names> {
         // SAFETY: aligned load of a context field.

@@ -98,8 +98,10 @@ impl World {
         }
         // Without this the control of a spoofed node address would be stopped by the kernel.
         sysctl(a.netns(), "ipv4/conf/all/accept_local", "1")?;
-        let holds =
-            [&attacker, &other, &victim, &stranger].map(Pod::hold).into_iter().collect::<Result<_>>()?;
+        let holds = [&attacker, &other, &victim, &stranger]
+            .map(Pod::keep_alive)
+            .into_iter()
+            .collect::<Result<_>>()?;
         let recorders = vec![Recorder::start(a)?, Recorder::start(b)?];
         let mut world = Self {
             agents: Vec::new(),

@@ -34,7 +34,7 @@ impl Testbed {
         let client = a.pod("bench", "client")?;
         let near = a.pod("bench", "near")?;
         let far = b.pod("bench", "far")?;
-        let holds = [&client, &near, &far].into_iter().map(Pod::hold).collect::<Result<_>>()?;
+        let holds = [&client, &near, &far].into_iter().map(Pod::keep_alive).collect::<Result<_>>()?;
         let mut running = Vec::new();
         for pod in [&near, &far] {
             running.extend(servers::start(pod, programs, &topology.files().join(pod.name()))?);

@@ -1,8 +1,8 @@
-//! Peers of our own making that speak the tunnel's wire format, as agents of another implementation could.
+//! Fake peers that implement the tunnel's wire format, as agents of another implementation could.
 //!
-//! They trust everybody: what is under test is whether they are trusted.
+//! They accept every certificate, because the tests check the agent's verification and not theirs.
 
-use crate::forge::Shown;
+use crate::certificates::Credentials;
 use anyhow::{Context, Result, bail};
 use rustls::{
     ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName, Error, PeerIncompatible,
@@ -30,14 +30,14 @@ const ACCEPT: [u8; 4] = [2, 0, 0, 0];
 const DENY: u8 = 3;
 const FIN: [u8; 4] = [5, 0, 0, 0];
 
-/// How a fake speaks TLS.
+/// TLS settings of a fake peer.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Speech {
+pub(crate) struct TlsOptions {
     pub(crate) alpn: &'static [u8],
 }
 
-/// As an agent does.
-pub(crate) const RIGHT: Speech = Speech { alpn: b"tacit/1" };
+/// The settings of an agent.
+pub(crate) const VALID_OPTIONS: TlsOptions = TlsOptions { alpn: b"tacit/1" };
 
 /// A ClientHello that offers TLS 1.2 and nothing newer (RFC 5246, 7.4.1.2).
 pub(crate) const CLIENT_HELLO_1_2: &[u8] = &[
@@ -57,154 +57,155 @@ pub(crate) const SERVER_HELLO_1_2: &[u8] = &[
     0xc0, 0x2b, 0, // ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, no compression
 ];
 
-/// What came back on a flow that a fake client asked for.
+/// Response to a fake client's flow.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Answer {
+pub(crate) enum Response {
     Accepted,
-    /// With the code of the reason.
+    /// DENY, with the code of its reason.
     Denied(u8),
-    /// No answer: the session was ended before.
+    /// No response, because the session was closed before.
     Ended(String),
 }
 
-/// The flow a fake client asks for.
+/// Flow that a fake client requests.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Asked {
+pub(crate) struct FlowRequest {
     pub(crate) destination: SocketAddr,
     pub(crate) client: SocketAddr,
 }
 
-/// Connects from `netns` to the tunnel port of `server` and asks for a flow. Also tells the address it connected from.
-pub(crate) fn ask(
+/// Connects from `netns` to the tunnel port of `server` and requests a flow. Returns also the client's address.
+pub(crate) fn request_flow(
     netns: &Netns,
     server: IpAddr,
-    shown: Option<Shown>,
-    speech: Speech,
-    asked: Asked,
-) -> Result<(SocketAddr, Answer)> {
-    let mut tls = client(server, shown, speech)?;
+    credentials: Option<Credentials>,
+    options: TlsOptions,
+    request: FlowRequest,
+) -> Result<(SocketAddr, Response)> {
+    let mut tls = client(server, credentials, options)?;
     let mut tcp =
         netns.enter(|| TcpStream::connect_timeout(&SocketAddr::new(server, TUNNEL_PORT), HANG))??;
     tcp.set_read_timeout(Some(HANG))?;
     let from = tcp.local_addr()?;
     let mut stream = Stream::new(&mut tls, &mut tcp);
     let mut header = [0; 4];
-    let answered = stream.write_all(&open(asked)).and_then(|()| stream.read_exact(&mut header));
-    let answer = match (answered, header) {
-        (Err(error), _) => Answer::Ended(error.to_string()),
-        (Ok(()), ACCEPT) => Answer::Accepted,
+    let received = stream.write_all(&open(request)).and_then(|()| stream.read_exact(&mut header));
+    let response = match (received, header) {
+        (Err(error), _) => Response::Ended(error.to_string()),
+        (Ok(()), ACCEPT) => Response::Accepted,
         (Ok(()), [DENY, 0, 0, 1]) => {
             let mut reason = [0];
             stream.read_exact(&mut reason)?;
-            Answer::Denied(reason[0])
+            Response::Denied(reason[0])
         }
-        (Ok(()), other) => bail!("a frame that is no answer: {other:?}"),
+        (Ok(()), other) => bail!("invalid response {other:?}: expected ACCEPT or DENY"),
     };
-    Ok((from, answer))
+    Ok((from, response))
 }
 
-/// Connects as [`ask`] does, and asks for new keys again and again, `most` times at most. Returns how often it could.
+/// Connects like [`request_flow`] and sends up to `max` key updates. Returns the number that could be sent.
 pub(crate) fn flood_with_key_updates(
     netns: &Netns,
     server: IpAddr,
-    shown: Shown,
-    asked: Asked,
-    most: usize,
+    credentials: Credentials,
+    request: FlowRequest,
+    max: usize,
 ) -> Result<usize> {
-    let mut tls = client(server, Some(shown), RIGHT)?;
+    let mut tls = client(server, Some(credentials), VALID_OPTIONS)?;
     let mut tcp =
         netns.enter(|| TcpStream::connect_timeout(&SocketAddr::new(server, TUNNEL_PORT), HANG))??;
     tcp.set_read_timeout(Some(HANG))?;
     let mut header = [0; 4];
     let mut stream = Stream::new(&mut tls, &mut tcp);
-    stream.write_all(&open(asked))?;
+    stream.write_all(&open(request))?;
     stream.read_exact(&mut header)?;
     if header != ACCEPT {
         bail!("not accepted: {header:?}");
     }
-    for done in 0..most {
+    for sent in 0..max {
         tls.refresh_traffic_keys()?;
         while tls.wants_write() {
             if tls.write_tls(&mut tcp).is_err() {
-                return Ok(done);
+                return Ok(sent);
             }
         }
     }
-    Ok(most)
+    Ok(max)
 }
 
-fn client(server: IpAddr, shown: Option<Shown>, speech: Speech) -> Result<ClientConnection> {
+fn client(server: IpAddr, credentials: Option<Credentials>, options: TlsOptions) -> Result<ClientConnection> {
     let config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Anybody));
-    let mut config = match shown {
-        Some(Shown { chain, key }) => config.with_client_auth_cert(chain, key)?,
+        .with_custom_certificate_verifier(Arc::new(NoVerification));
+    let mut config = match credentials {
+        Some(Credentials { chain, key }) => config.with_client_auth_cert(chain, key)?,
         None => config.with_no_client_auth(),
     };
-    config.alpn_protocols = vec![speech.alpn.to_vec()];
+    config.alpn_protocols = vec![options.alpn.to_vec()];
     config.enable_sni = false;
     Ok(ClientConnection::new(Arc::new(config), ServerName::from(server))?)
 }
 
-/// A server on the tunnel port of a pod, which answers every flow with `hello` and its end.
+/// A server on the tunnel port of a pod. It accepts every flow, sends `hello` and FIN.
 #[derive(Debug)]
 pub(crate) struct Server {
-    opened: Arc<AtomicUsize>,
+    requested_flows: Arc<AtomicUsize>,
 }
 
-/// What a fake server says.
+/// Script of a fake server.
 #[derive(Debug)]
-pub(crate) enum Says {
-    Tls(Shown, Speech),
-    /// These bytes and nothing else.
+pub(crate) enum Script {
+    Tls(Credentials, TlsOptions),
+    /// These bytes only.
     Bytes(&'static [u8]),
 }
 
 impl Server {
     /// Serves in `netns` until the test process ends.
-    pub(crate) fn start(netns: &Netns, says: Says) -> Result<Self> {
+    pub(crate) fn start(netns: &Netns, script: Script) -> Result<Self> {
         let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, TUNNEL_PORT));
-        let listener = netns.enter(|| TcpListener::bind(any))?.context("tunnel port of a fake")?;
-        let opened = Arc::new(AtomicUsize::new(0));
-        let count = Arc::clone(&opened);
-        let serve: Box<dyn Fn(TcpStream) -> Result<()> + Send> = match says {
-            Says::Bytes(bytes) => Box::new(move |mut tcp| Ok(tcp.write_all(bytes)?)),
-            Says::Tls(shown, speech) => {
-                let config = Arc::new(server_config(shown, speech)?);
+        let listener =
+            netns.enter(|| TcpListener::bind(any))?.context("bind the tunnel port of a fake server")?;
+        let requested_flows = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&requested_flows);
+        let serve: Box<dyn Fn(TcpStream) -> Result<()> + Send> = match script {
+            Script::Bytes(bytes) => Box::new(move |mut tcp| Ok(tcp.write_all(bytes)?)),
+            Script::Tls(credentials, options) => {
+                let config = Arc::new(server_config(credentials, options)?);
                 Box::new(move |tcp| serve(tcp, &config, &count))
             }
         };
         thread::spawn(move || {
             for tcp in listener.incoming().map_while(std::io::Result::ok) {
-                // A client that refuses us is what most tests want.
+                // The error is ignored, because most tests expect the client to reject the server.
                 let _ = serve(tcp);
             }
         });
-        Ok(Self { opened })
+        Ok(Self { requested_flows })
     }
 
-    /// Flows that clients asked it for: each one trusted it.
-    pub(crate) fn opened(&self) -> usize {
-        self.opened.load(Ordering::Relaxed)
+    /// Returns the number of requested flows. A client requests one only if it trusts the server.
+    pub(crate) fn requested_flows(&self) -> usize {
+        self.requested_flows.load(Ordering::Relaxed)
     }
 }
 
-fn server_config(shown: Shown, speech: Speech) -> Result<ServerConfig> {
+fn server_config(credentials: Credentials, options: TlsOptions) -> Result<ServerConfig> {
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
-        .with_client_cert_verifier(Arc::new(Anybody))
-        .with_single_cert(shown.chain, shown.key)?;
-    config.alpn_protocols = vec![speech.alpn.to_vec()];
+        .with_client_cert_verifier(Arc::new(NoVerification))
+        .with_single_cert(credentials.chain, credentials.key)?;
+    config.alpn_protocols = vec![options.alpn.to_vec()];
     Ok(config)
 }
 
-fn serve(mut tcp: TcpStream, config: &Arc<ServerConfig>, opened: &AtomicUsize) -> Result<()> {
+fn serve(mut tcp: TcpStream, config: &Arc<ServerConfig>, requested_flows: &AtomicUsize) -> Result<()> {
     tcp.set_read_timeout(Some(HANG))?;
     let mut tls = ServerConnection::new(Arc::clone(config))?;
     let mut stream = Stream::new(&mut tls, &mut tcp);
     stream.read_exact(&mut [0; OPEN_BYTES])?;
-    opened.fetch_add(1, Ordering::Relaxed);
+    requested_flows.fetch_add(1, Ordering::Relaxed);
     stream.write_all(&ACCEPT)?;
     stream.write_all(b"\x04\0\0\x06hello\n")?;
     stream.write_all(&FIN)?;
@@ -212,9 +213,9 @@ fn serve(mut tcp: TcpStream, config: &Arc<ServerConfig>, opened: &AtomicUsize) -
     Ok(())
 }
 
-fn open(asked: Asked) -> Vec<u8> {
+fn open(request: FlowRequest) -> Vec<u8> {
     let mut frame = vec![1, 0, 0, 54, 1];
-    for address in [asked.destination, asked.client] {
+    for address in [request.destination, request.client] {
         let ip = match address.ip() {
             IpAddr::V4(v4) => v4.to_ipv6_mapped(),
             IpAddr::V6(v6) => v6,
@@ -223,7 +224,7 @@ fn open(asked: Asked) -> Vec<u8> {
         frame.extend(address.port().to_be_bytes());
     }
     frame.extend([0x5a; 16]);
-    // No data ahead of the answer.
+    // No data before the response.
     frame.push(0);
     frame
 }
@@ -232,11 +233,11 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(aws_lc_rs::default_provider())
 }
 
-/// Takes every certificate; still checks that the peer holds its key.
+/// Accepts every certificate, but checks that the peer holds its key.
 #[derive(Debug)]
-struct Anybody;
+struct NoVerification;
 
-impl ServerCertVerifier for Anybody {
+impl ServerCertVerifier for NoVerification {
     fn verify_server_cert(
         &self,
         _: &CertificateDer<'_>,
@@ -271,7 +272,7 @@ impl ServerCertVerifier for Anybody {
     }
 }
 
-impl ClientCertVerifier for Anybody {
+impl ClientCertVerifier for NoVerification {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
     }

@@ -1,11 +1,11 @@
-//! Peers that must be refused, on both sides of the tunnel: with the reason logged and counted, and without a byte
-//! for or from an application.
+//! Peers that must be rejected, on both sides of the tunnel. The reason is logged and counted, and no byte from or to an
+//! application passes.
 //!
-//! The fakes of this test hold the mesh's root key, so each can be right in everything but one thing. That they are
-//! refused for that thing, and not because they are fakes, is shown by the ones that are right in everything.
+//! The fakes hold the mesh's root key, so each is valid in every property but one. Fakes that are valid in every property
+//! are accepted, which shows that the others are rejected for this property.
 
+mod certificates;
 mod clients;
 mod fake;
-mod forge;
 mod pressure;
 mod servers;

@@ -1,15 +1,15 @@
-//! Fake servers at the tunnel port of a pod that the client's directory names as one of the mesh.
+//! Fake servers on the tunnel port of a pod that the client's directory lists as a pod of the mesh.
 
 use crate::{
-    fake::{RIGHT, SERVER_HELLO_1_2, Says, Server, Speech},
-    forge::{Forge, Leaf, Root, Valid},
+    certificates::{Leaf, Roots, SigningRoot, Validity},
+    fake::{SERVER_HELLO_1_2, Script, Server, TlsOptions, VALID_OPTIONS},
 };
 use anyhow::{Context, Result, ensure};
 use std::{net::SocketAddr, sync::OnceLock};
 use tacit_tests::{Client, Mesh, Plan, Server as Application, fresh_port, observe};
 use tacit_topology::WorkloadEntry;
 
-/// One pod for each fake: the tunnel port is one.
+/// Pods of the fake servers. Each has its own, because a pod has one tunnel port.
 const FAKES: [&str; 12] = [
     "right", "someone", "expired", "future", "domain", "foreign", "namesake", "two", "none", "oldtls",
     "format", "text",
@@ -19,9 +19,12 @@ const FAKES: [&str; 12] = [
 #[ignore = "needs root"]
 fn a_server_that_is_right_in_everything_is_trusted() -> Result<()> {
     let mesh = mesh()?;
-    let fake = start(mesh, "right", |leaf| leaf, RIGHT)?;
-    let told = visit(mesh, "right")?;
-    ensure!(told.iter().any(|event| event["text"] == "hello\n") && fake.opened() == 1, "{told:?}");
+    let fake = start(mesh, "right", |leaf| leaf, VALID_OPTIONS)?;
+    let events = connect(mesh, "right")?;
+    ensure!(
+        events.iter().any(|event| event["text"] == "hello\n") && fake.requested_flows() == 1,
+        "{events:?}"
+    );
     Ok(())
 }
 
@@ -29,38 +32,38 @@ fn a_server_that_is_right_in_everything_is_trusted() -> Result<()> {
 #[ignore = "needs root"]
 fn a_server_that_is_someone_else_is_refused() -> Result<()> {
     let other = |leaf| Leaf { uris: vec!["spiffe://cluster.local/ns/shop/sa/right".to_owned()], ..leaf };
-    refused("someone", other, RIGHT, "identity_mismatch")
+    refused("someone", other, VALID_OPTIONS, "identity_mismatch")
 }
 
 #[test]
 #[ignore = "needs root"]
 fn an_expired_server_is_refused() -> Result<()> {
-    refused("expired", |leaf| Leaf { valid: Valid::Past, ..leaf }, RIGHT, "expired")
+    refused("expired", |leaf| Leaf { validity: Validity::Past, ..leaf }, VALID_OPTIONS, "expired")
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_server_of_the_future_is_refused() -> Result<()> {
-    refused("future", |leaf| Leaf { valid: Valid::Future, ..leaf }, RIGHT, "not_yet_valid")
+    refused("future", |leaf| Leaf { validity: Validity::Future, ..leaf }, VALID_OPTIONS, "not_yet_valid")
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_server_of_another_trust_domain_is_refused() -> Result<()> {
     let other = |leaf| Leaf { uris: vec!["spiffe://other.domain/ns/shop/sa/domain".to_owned()], ..leaf };
-    refused("domain", other, RIGHT, "other_trust_domain")
+    refused("domain", other, VALID_OPTIONS, "other_trust_domain")
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_server_of_a_foreign_root_is_refused() -> Result<()> {
-    refused("foreign", |leaf| Leaf { root: Root::Foreign, ..leaf }, RIGHT, "unknown_issuer")
+    refused("foreign", |leaf| Leaf { root: SigningRoot::Foreign, ..leaf }, VALID_OPTIONS, "unknown_issuer")
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_server_of_a_root_that_only_has_the_name_of_ours_is_refused() -> Result<()> {
-    refused("namesake", |leaf| Leaf { root: Root::Namesake, ..leaf }, RIGHT, "unknown_issuer")
+    refused("namesake", |leaf| Leaf { root: SigningRoot::Namesake, ..leaf }, VALID_OPTIONS, "unknown_issuer")
 }
 
 #[test]
@@ -70,13 +73,13 @@ fn a_server_with_two_identities_is_refused() -> Result<()> {
         leaf.uris.push("spiffe://cluster.local/ns/shop/sa/right".to_owned());
         leaf
     };
-    refused("two", both, RIGHT, "uri_names")
+    refused("two", both, VALID_OPTIONS, "uri_names")
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_server_without_an_identity_is_refused() -> Result<()> {
-    refused("none", |leaf| Leaf { uris: Vec::new(), ..leaf }, RIGHT, "uri_names")
+    refused("none", |leaf| Leaf { uris: Vec::new(), ..leaf }, VALID_OPTIONS, "uri_names")
 }
 
 #[test]
@@ -88,7 +91,7 @@ fn a_server_that_speaks_tls_1_2_only_is_refused() -> Result<()> {
 #[test]
 #[ignore = "needs root"]
 fn a_server_of_another_wire_format_is_refused() -> Result<()> {
-    refused("format", |leaf| leaf, Speech { alpn: b"tacit/0" }, "alpn")
+    refused("format", |leaf| leaf, TlsOptions { alpn: b"tacit/0" }, "alpn")
 }
 
 #[test]
@@ -97,11 +100,11 @@ fn a_server_that_speaks_no_tls_is_refused() -> Result<()> {
     refused_bytes("text", b"HTTP/1.1 200 OK\r\n\r\nhello\n", "tls")
 }
 
-/// A server whose first bytes are these.
+/// Checks that the agent rejects a server that sends `first`.
 fn refused_bytes(name: &str, first: &'static [u8], reason: &str) -> Result<()> {
     let mesh = mesh()?;
     let before = observe::refused(mesh.agent("a")?, reason)?;
-    let _fake = Server::start(mesh.pod(name)?.netns(), Says::Bytes(first))?;
+    let _fake = Server::start(mesh.pod(name)?.netns(), Script::Bytes(first))?;
     reset_without_a_byte(mesh, name)?;
     observe::wait_refused(mesh.agent("a")?, reason, before, &mesh.pod(name)?.ipv4().to_string())
 }
@@ -113,7 +116,7 @@ fn a_real_server_is_refused_when_the_directory_expects_another_identity() -> Res
     const REASON: &str = "identity_mismatch";
     let plan =
         Plan::new("servers").pod("a", "shop", "client").pod("b", "shop", "web").pod("b", "shop", "honest");
-    let mesh = plan.with_agents_told(|node, mesh| {
+    let mesh = plan.with_directories(|node, mesh| {
         let mut directory = mesh.directory();
         for entry in directory.iter_mut().filter(|entry| node == "a" && entry.name == "web") {
             entry.service_account = "another".to_owned();
@@ -123,46 +126,46 @@ fn a_real_server_is_refused_when_the_directory_expects_another_identity() -> Res
     let (web, honest) = (mesh.pod("web")?, mesh.pod("honest")?);
     let before = observe::refused(mesh.agent("a")?, REASON)?;
     let server = Application::start(web, SocketAddr::new(web.ipv4().into(), fresh_port()), &["echo"])?;
-    let told = Client::run(mesh.pod("client")?, server.address(), &["read-end"])?;
-    ensure!(is_reset(&told) && server.accepted()? == 0, "{told:?}");
+    let events = Client::run(mesh.pod("client")?, server.address(), &["read-end"])?;
+    ensure!(is_reset(&events) && server.accepted()? == 0, "{events:?}");
     observe::wait_refused(mesh.agent("a")?, REASON, before, &web.ipv4().to_string())?;
-    // The other pod of that node, about which the directory is right, is reached.
+    // Control: the client reaches the other pod of the node, whose entry in the directory is right.
     let server = Application::start(honest, SocketAddr::new(honest.ipv4().into(), fresh_port()), &["echo"])?;
     Client::echo(mesh.pod("client")?, server.address(), "honest")
 }
 
-fn refused(name: &str, change: impl FnOnce(Leaf) -> Leaf, speech: Speech, reason: &str) -> Result<()> {
+fn refused(name: &str, change: impl FnOnce(Leaf) -> Leaf, options: TlsOptions, reason: &str) -> Result<()> {
     let mesh = mesh()?;
     let before = observe::refused(mesh.agent("a")?, reason)?;
-    let fake = start(mesh, name, change, speech)?;
+    let fake = start(mesh, name, change, options)?;
     reset_without_a_byte(mesh, name)?;
-    assert_eq!(fake.opened(), 0, "the client asked it for a flow");
+    assert_eq!(fake.requested_flows(), 0, "the client requested a flow");
     observe::wait_refused(mesh.agent("a")?, reason, before, &mesh.pod(name)?.ipv4().to_string())
 }
 
-fn start(mesh: &Mesh, name: &str, change: impl FnOnce(Leaf) -> Leaf, speech: Speech) -> Result<Server> {
-    let forge = Forge::open(mesh.agent("a")?.files().issuer())?;
-    let leaf = change(Leaf::right(&format!("spiffe://cluster.local/ns/shop/sa/{name}")));
-    Server::start(mesh.pod(name)?.netns(), Says::Tls(forge.sign(&leaf)?, speech))
+fn start(mesh: &Mesh, name: &str, change: impl FnOnce(Leaf) -> Leaf, options: TlsOptions) -> Result<Server> {
+    let roots = Roots::open(mesh.agent("a")?.files().issuer())?;
+    let leaf = change(Leaf::valid(&format!("spiffe://cluster.local/ns/shop/sa/{name}")));
+    Server::start(mesh.pod(name)?.netns(), Script::Tls(roots.sign(&leaf)?, options))
 }
 
 fn reset_without_a_byte(mesh: &Mesh, name: &str) -> Result<()> {
-    let told = visit(mesh, name)?;
-    ensure!(is_reset(&told), "not reset: {told:?}");
+    let events = connect(mesh, name)?;
+    ensure!(is_reset(&events), "not reset: {events:?}");
     Ok(())
 }
 
-fn is_reset(told: &[serde_json::Value]) -> bool {
-    // A reset may come while the client still looks at what connect() said.
+fn is_reset(events: &[serde_json::Value]) -> bool {
+    // A reset can arrive before connect() returns.
     let at_connect = |event: &serde_json::Value| {
         event["step"] == "connect"
             && (event["error"] == "ConnectionRefused" || event["error"] == "ConnectionReset")
     };
-    told.iter().any(at_connect)
-        || told.iter().any(|event| event["end"] == "ConnectionReset" && event["bytes"] == 0)
+    events.iter().any(at_connect)
+        || events.iter().any(|event| event["end"] == "ConnectionReset" && event["bytes"] == 0)
 }
 
-fn visit(mesh: &Mesh, name: &str) -> Result<Vec<serde_json::Value>> {
+fn connect(mesh: &Mesh, name: &str) -> Result<Vec<serde_json::Value>> {
     let address = SocketAddr::new(mesh.pod(name)?.ipv4().into(), fresh_port());
     Client::run(mesh.pod("client")?, address, &["read-end"])
 }
@@ -172,7 +175,7 @@ fn mesh() -> Result<&'static Mesh> {
     Mesh::shared(&MESH, || {
         let plan = Plan::new("servers").pod("a", "shop", "client");
         let plan = FAKES.iter().fold(plan, |plan, name| plan.outside("b", "shop", name));
-        plan.with_agents_told(|node, mesh| {
+        plan.with_directories(|node, mesh| {
             let mut directory = mesh.directory();
             for name in FAKES.iter().filter(|_| node == "a") {
                 directory.push(WorkloadEntry::of(mesh.pod(name).context("pod of a fake")?));

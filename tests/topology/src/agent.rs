@@ -1,5 +1,5 @@
-//! A `tacit agent` on a node: started in the node's namespace and in a cgroup outside the pods', asked through its
-//! socket and its metrics port, stopped, killed, started again.
+//! A `tacit agent` on a node, in the node's namespace and a cgroup outside the pods'. It is queried through its socket
+//! and its metrics port.
 
 use crate::{
     mesh::MeshFiles,
@@ -18,8 +18,8 @@ use std::{
     process::{Command, ExitStatus, Stdio},
 };
 
-/// Most of an answer that is read, in bytes.
-const ANSWER_MAX: u64 = 4 << 20;
+/// Largest response that is read, in bytes.
+const RESPONSE_MAX: u64 = 4 << 20;
 
 /// An agent, running or stopped. Dropping it kills it.
 #[derive(Debug)]
@@ -34,29 +34,29 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts `program agent --config <files>` on `node`, logging at debug, without waiting for it to be ready.
+    /// Starts `program agent --config <files>` on `node` with debug logs. Does not wait until it is ready.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// Fails if it cannot be started.
     pub fn start(node: &Node, program: &Path, files: &MeshFiles) -> Result<Self> {
         Self::start_with(node, program, files, &["-v"])
     }
 
-    /// As [`Agent::start`], but logging as much as it does in production, not more.
+    /// Starts an agent like [`Agent::start`], with the log level of production.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// Fails if it cannot be started.
     pub fn start_quiet(node: &Node, program: &Path, files: &MeshFiles) -> Result<Self> {
         Self::start_with(node, program, files, &[])
     }
 
-    /// Starts one more on the same node, which stands by to take over. It is called `name`, and has a cgroup and a socket of
-    /// its own.
+    /// Starts a second agent on the same node with `--stand-by`, which takes over from this one. `name` is the name of its
+    /// cgroup and its socket.
     ///
     /// # Errors
-    /// When it cannot be started.
-    pub fn start_beside(&self, node: &Node, name: &str) -> Result<Self> {
-        Self::start_with(node, &self.program, &self.files.beside(name)?, &["-v", "--stand-by"])
+    /// Fails if it cannot be started.
+    pub fn start_standby(&self, node: &Node, name: &str) -> Result<Self> {
+        Self::start_with(node, &self.program, &self.files.standby(name)?, &["-v", "--stand-by"])
     }
 
     fn start_with(node: &Node, program: &Path, files: &MeshFiles, flags: &[&str]) -> Result<Self> {
@@ -75,83 +75,83 @@ impl Agent {
         Ok(agent)
     }
 
-    /// Starts it again after it ended; the log goes on in the same file.
+    /// Starts the agent again after it exited. It appends to the same log file.
     ///
     /// # Errors
-    /// When it still runs or cannot be started.
+    /// Fails if it still runs or cannot be started.
     pub fn restart(&mut self) -> Result<()> {
         if self.process.is_some() {
-            bail!("the agent of node {} runs already", self.node);
+            bail!("the agent of node {} is already running", self.node);
         }
         let log = File::options().create(true).append(true).open(&self.log);
         let log = log.with_context(|| format!("open {}", self.log.display()))?;
-        let also = log.try_clone().context("share the log")?;
-        self.process = Some(Process::spawn(self.command.stdin(Stdio::null()).stdout(log).stderr(also))?);
+        let stderr = log.try_clone().context("duplicate the log file's descriptor")?;
+        self.process = Some(Process::spawn(self.command.stdin(Stdio::null()).stdout(log).stderr(stderr))?);
         Ok(())
     }
 
-    /// Waits until it says it is ready.
+    /// Waits until `/healthz/ready` returns 200.
     ///
     /// # Errors
-    /// When it ends or stays unready; the message has its log.
+    /// Fails if the agent exits or does not become ready; the message has its log.
     pub fn wait_ready(&mut self) -> Result<()> {
         let what = format!("agent of node {} ready", self.node);
         let ready = until(&what, || {
-            if let Some(status) = self.process.as_mut().context("the agent was stopped")?.ended()? {
-                bail!("the agent of node {} ended: {status}", self.node);
+            if let Some(status) = self.process.as_mut().context("the agent does not run")?.ended()? {
+                bail!("the agent of node {} exited: {status}", self.node);
             }
-            let answer = http_get(&self.netns, MeshFiles::METRICS, "/healthz/ready");
-            Ok(answer.ok().filter(|(status, _)| *status == 200).map(drop))
+            let response = http_get(&self.netns, MeshFiles::METRICS, "/healthz/ready");
+            Ok(response.ok().filter(|(status, _)| *status == 200).map(drop))
         });
         ready.with_context(|| format!("log of the agent:\n{}", self.log().unwrap_or_default()))
     }
 
-    /// Its node's name.
+    /// Returns the node's name.
     #[must_use]
     pub fn node(&self) -> &str {
         &self.node
     }
 
-    /// The files it reads.
+    /// Returns the files that the agent reads.
     #[must_use]
     pub fn files(&self) -> &MeshFiles {
         &self.files
     }
 
-    /// Its process id, while it runs.
+    /// Returns the agent's process id while it runs.
     #[must_use]
     pub fn id(&self) -> Option<u32> {
         self.process.as_ref().map(Process::id)
     }
 
-    /// What it logged so far, over all its starts.
+    /// Returns the agent's log, from all its starts.
     ///
     /// # Errors
-    /// When the log cannot be read.
+    /// Fails if the log cannot be read.
     pub fn log(&self) -> Result<String> {
         fs::read_to_string(&self.log).with_context(|| format!("read {}", self.log.display()))
     }
 
-    /// What `tacit status -o json` prints.
+    /// Returns the output of `tacit status -o json`.
     ///
     /// # Errors
-    /// When the command fails.
+    /// Fails if the command fails.
     pub fn status(&self) -> Result<String> {
-        self.operator(&["status", "-o", "json"])
+        self.run_command(&["status", "-o", "json"])
     }
 
-    /// What `tacit status -o table` prints.
+    /// Returns the output of `tacit status -o table`.
     ///
     /// # Errors
-    /// When the command fails.
+    /// Fails if the command fails.
     pub fn status_table(&self) -> Result<String> {
-        self.operator(&["status", "-o", "table"])
+        self.run_command(&["status", "-o", "table"])
     }
 
-    /// The text of its metrics.
+    /// Returns the text of the agent's metrics.
     ///
     /// # Errors
-    /// When it does not answer with them.
+    /// Fails if the response is not 200.
     pub fn metrics(&self) -> Result<String> {
         match http_get(&self.netns, MeshFiles::METRICS, "/metrics")? {
             (200, text) => Ok(text),
@@ -159,90 +159,90 @@ impl Agent {
         }
     }
 
-    /// Runs `tacit uninstall` for its configuration and returns what it printed.
+    /// Runs `tacit uninstall` with the agent's configuration and returns its output.
     ///
     /// # Errors
-    /// When the command fails, as it must while the agent runs.
+    /// Fails if the command fails, which it does while an agent runs.
     pub fn uninstall(&self) -> Result<String> {
         run(Command::new(&self.program).arg("uninstall").arg("--config").arg(self.files.config()))
     }
 
-    /// Asks it to drain and end (SIGTERM), and waits.
+    /// Sends SIGTERM, which drains the agent, and waits until it exits.
     ///
     /// # Errors
-    /// When it is not running, or does not end.
+    /// Fails if the agent does not run or does not exit.
     pub fn terminate(&mut self) -> Result<ExitStatus> {
-        self.end(Signal::SIGTERM)
+        self.stop_with(Signal::SIGTERM)
     }
 
-    /// Asks it to drain and end (SIGTERM), without waiting; see [`Agent::wait_end`].
+    /// Sends SIGTERM without waiting; see [`Agent::wait_end`].
     ///
     /// # Errors
-    /// When it is not running.
-    pub fn ask_to_end(&self) -> Result<()> {
-        self.process.as_ref().context("the agent was stopped")?.signal(Signal::SIGTERM)
+    /// Fails if it is not running.
+    pub fn send_sigterm(&self) -> Result<()> {
+        self.process.as_ref().context("the agent does not run")?.signal(Signal::SIGTERM)
     }
 
-    /// Kills it with no chance to say good-bye (SIGKILL).
+    /// Kills the agent (SIGKILL) and waits until it exits.
     ///
     /// # Errors
-    /// When it is not running.
+    /// Fails if it is not running.
     pub fn kill(&mut self) -> Result<ExitStatus> {
-        self.end(Signal::SIGKILL)
+        self.stop_with(Signal::SIGKILL)
     }
 
-    /// Stops it where it stands (SIGSTOP).
+    /// Stops the agent's process (SIGSTOP).
     ///
     /// # Errors
-    /// When it is not running.
+    /// Fails if it is not running.
     pub fn pause(&self) -> Result<()> {
-        self.process.as_ref().context("the agent was stopped")?.signal(Signal::SIGSTOP)
+        self.process.as_ref().context("the agent does not run")?.signal(Signal::SIGSTOP)
     }
 
-    /// Lets it go on (SIGCONT).
+    /// Continues the agent's process (SIGCONT).
     ///
     /// # Errors
-    /// When it is not running.
+    /// Fails if it is not running.
     pub fn resume(&self) -> Result<()> {
-        self.process.as_ref().context("the agent was stopped")?.signal(Signal::SIGCONT)
+        self.process.as_ref().context("the agent does not run")?.signal(Signal::SIGCONT)
     }
 
-    /// Waits for it to end by itself.
+    /// Waits until the agent exits.
     ///
     /// # Errors
-    /// When it does not end.
+    /// Fails if the agent does not exit.
     pub fn wait_end(&mut self) -> Result<ExitStatus> {
-        let status = self.process.as_mut().context("the agent was stopped")?.wait()?;
+        let status = self.process.as_mut().context("the agent does not run")?.wait()?;
         self.process = None;
         Ok(status)
     }
 
-    fn end(&mut self, signal: Signal) -> Result<ExitStatus> {
-        self.process.as_mut().context("the agent was stopped")?.signal(signal)?;
+    fn stop_with(&mut self, signal: Signal) -> Result<ExitStatus> {
+        self.process.as_mut().context("the agent does not run")?.signal(signal)?;
         self.wait_end()
     }
 
-    fn operator(&self, args: &[&str]) -> Result<String> {
+    fn run_command(&self, args: &[&str]) -> Result<String> {
         run(Command::new(&self.program).args(args).arg("--socket").arg(self.files.socket()))
     }
 }
 
-/// One HTTP GET from within `netns`: status and body.
+/// Sends one HTTP GET from `netns` and returns the status and the body.
 ///
 /// # Errors
-/// When nothing answers, or not with HTTP.
+/// Fails if there is no response, or if it is not HTTP.
 pub fn http_get(netns: &Netns, address: &str, path: &str) -> Result<(u16, String)> {
     let address: SocketAddr = address.parse().with_context(|| format!("address {address}"))?;
-    let answer = netns.enter(|| -> Result<String> {
+    let response = netns.enter(|| -> Result<String> {
         let mut stream = TcpStream::connect_timeout(&address, HANG)?;
         stream.set_read_timeout(Some(HANG))?;
         write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.take(ANSWER_MAX).read_to_string(&mut answer)?;
-        Ok(answer)
+        let mut response = String::new();
+        stream.take(RESPONSE_MAX).read_to_string(&mut response)?;
+        Ok(response)
     })??;
-    let (head, body) = answer.split_once("\r\n\r\n").context("answer without an end of its head")?;
+    let (head, body) = response.split_once("\r\n\r\n").context("response without an end of its headers")?;
     let status =
-        head.split(' ').nth(1).and_then(|status| status.parse().ok()).context("answer without a status")?;
+        head.split(' ').nth(1).and_then(|status| status.parse().ok()).context("response without a status")?;
     Ok((status, body.to_owned()))
 }

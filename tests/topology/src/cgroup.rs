@@ -1,4 +1,4 @@
-//! Where cgroup v2 is mounted, and directories in it.
+//! The mount point of cgroup v2, and directories below it.
 
 use anyhow::{Context, Result};
 use std::{
@@ -6,14 +6,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The mount point of the cgroup v2 hierarchy, which a host that also has v1 mounts at another place than others do.
+/// Returns the mount point of the cgroup v2 hierarchy, which differs on hosts that also have cgroup v1.
 pub(crate) fn mount_point() -> Result<PathBuf> {
     let text = fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
     find_mount(&text, "cgroup2")
         .context("no cgroup v2 hierarchy is mounted; mount one: mount -t cgroup2 none /sys/fs/cgroup")
 }
 
-/// The first mount point of file system type `kind` in the text of a mountinfo file (proc_pid_mountinfo(5)).
+/// Returns the first mount point of file system type `kind` in the text of a mountinfo file (proc_pid_mountinfo(5)).
 pub(crate) fn find_mount(mountinfo: &str, kind: &str) -> Option<PathBuf> {
     mountinfo.lines().find_map(|line| {
         let (mount, source) = line.split_once(" - ")?;
@@ -21,9 +21,9 @@ pub(crate) fn find_mount(mountinfo: &str, kind: &str) -> Option<PathBuf> {
     })
 }
 
-/// Makes the directory and those above it.
+/// Creates the directory and its parents.
 pub(crate) fn create(path: &Path) -> Result<()> {
-    fs::create_dir_all(path).with_context(|| format!("make cgroup {}", path.display()))
+    fs::create_dir_all(path).with_context(|| format!("create cgroup {}", path.display()))
 }
 
 #[cfg(test)]

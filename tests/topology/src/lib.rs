@@ -8,26 +8,24 @@
 //!           `tacit agent` runs here                                `tacit agent` runs here
 //! ```
 //!
-//! A pod is a network namespace, a cgroup v2 directory and a link to its node; programs started in it stand in that
-//! cgroup from before their first instruction. Pods of a node lie under `<cgroup2>/<prefix>/<node>`, which is what an
-//! agent is told to watch; everything else that is started (agents, captures, pods outside the mesh) lies under
-//! `<cgroup2>/<prefix>-host/<node>`.
+//! A pod is a network namespace, a cgroup v2 directory and a link to its node. A program started in it is in that
+//! cgroup before its first instruction. Pods of a node are under `<cgroup2>/<prefix>/<node>`, which is the agent's
+//! `podsCgroup`. Everything else (agents, captures, pods outside the mesh) is under `<cgroup2>/<prefix>-host/<node>`.
 //!
-//! Nothing leaves these namespaces: no address of the host, no route and no sysctl of the host is touched. Everything
-//! made carries the topology's prefix in its name, so it is removed by name: on drop, by a guard process when the
-//! owner dies, and by [`cleanup_stale`] should even that have been killed.
+//! No address, route or sysctl of the host is changed. Every resource has the topology's prefix in its name and is
+//! removed by name: on drop, by a sweeper process when the owner dies, and by [`cleanup_stale`] when both were killed.
 //!
-//! | module | what it holds |
+//! | module | content |
 //! |---|---|
 //! | `topology` | [`Topology`]: the nodes and their wire, bpffs |
 //! | `node` | [`Node`]: the pods of a node, address plan |
-//! | `pod` | [`Pod`]: run programs in it, keep it alive, remove it |
+//! | `pod` | [`Pod`]: run programs in it, keep it alive |
 //! | `netns`, `cgroup` | one namespace, one cgroup tree |
-//! | `sweep` | removal by name, the guard process |
+//! | `sweep` | removal by name, the sweeper process |
 //! | `mesh` | [`MeshFiles`]: `tacit.yaml`, `directory.yaml`, `policy.yaml` of a node |
-//! | `agent` | [`Agent`]: start, wait until ready, ask, stop, kill, restart |
-//! | `capture`, `pcap` | [`Capture`]: what crossed the wire; [`Traffic`]: what it was |
-//! | `process`, `wait` | run a command to its end, a child killed on drop, poll a condition, up to the limit for hangs |
+//! | `agent` | [`Agent`]: start, wait until ready, query, stop, kill, restart |
+//! | `capture`, `pcap` | [`Capture`]: a capture of the wire; [`Traffic`]: its content |
+//! | `process`, `wait` | run a command, a child that is killed on drop, poll a condition until a deadline |
 
 #![forbid(unsafe_code)]
 

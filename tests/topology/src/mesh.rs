@@ -1,7 +1,7 @@
-//! The files an agent reads: `tacit.yaml`, `directory.yaml` and `policy.yaml`, one set for each node.
+//! Files of an agent: `tacit.yaml`, `directory.yaml` and `policy.yaml`, one set for each node.
 //!
-//! Each node has its own directory and policy, so that a test can tell one node something wrong. The issuer's
-//! directory is shared: one root for the mesh.
+//! Each node has its own directory and policy, so a test can give one node a wrong one. The nodes share the issuer's
+//! folder, and so the root of the mesh.
 
 use crate::{node::Node, pod::Pod, topology::Topology};
 use anyhow::{Context, Result};
@@ -12,12 +12,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// How a workload of the directory is reached.
+/// Value of `tunnel` of a workload in the directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tunnel {
-    /// Through the tunnel.
+    /// Peers reach the workload through the tunnel.
     Tacit,
-    /// In clear.
+    /// Peers reach the workload as plaintext.
     None,
 }
 
@@ -32,16 +32,16 @@ pub struct WorkloadEntry {
     pub service_account: String,
     /// Addresses, at most one of each family.
     pub addresses: Vec<IpAddr>,
-    /// Node it runs on.
+    /// Node of the workload.
     pub node: String,
     /// Labels, for policy selectors.
     pub labels: Vec<(String, String)>,
-    /// How it is reached.
+    /// Value of `tunnel`.
     pub tunnel: Tunnel,
 }
 
 impl WorkloadEntry {
-    /// The truth about a pod: service account and label `app` are its name.
+    /// Returns the right entry of a pod. Its service account and its label `app` are the pod's name.
     #[must_use]
     pub fn of(pod: &Pod) -> Self {
         Self {
@@ -79,7 +79,7 @@ pub struct MeshFiles {
     folder: PathBuf,
     issuer: PathBuf,
     pin_path: PathBuf,
-    /// Name of its log, and of its socket.
+    /// Name of the agent's log and socket.
     agent: String,
     config: PathBuf,
 }
@@ -87,13 +87,13 @@ pub struct MeshFiles {
 impl MeshFiles {
     /// Trust domain of every topology.
     pub const TRUST_DOMAIN: &str = "cluster.local";
-    /// Where an agent answers metrics and readiness, in its node's namespace.
+    /// Address of an agent's metrics and readiness, in its node's namespace.
     pub const METRICS: &str = "127.0.0.1:15020";
 
     /// Writes the three files of `node`. `extra` are further lines of `tacit.yaml` (top-level fields).
     ///
     /// # Errors
-    /// When a file cannot be written.
+    /// Fails if a file cannot be written.
     pub fn write(
         topology: &Topology,
         node: &Node,
@@ -128,62 +128,62 @@ impl MeshFiles {
         Ok(files)
     }
 
-    /// Replaces the directory.
+    /// Replaces `directory.yaml`.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// Fails if it cannot be written.
     pub fn set_directory(&self, workloads: &[WorkloadEntry]) -> Result<()> {
         let mut text = String::from(if workloads.is_empty() { "workloads: []\n" } else { "workloads:\n" });
         workloads.iter().for_each(|workload| workload.write(&mut text));
         self.set_directory_text(&text)
     }
 
-    /// Replaces the directory by this text, right or wrong.
+    /// Replaces `directory.yaml` with `text`, which may be invalid.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// Fails if it cannot be written.
     pub fn set_directory_text(&self, text: &str) -> Result<()> {
         replace(&self.folder.join("directory.yaml"), text)
     }
 
-    /// Replaces the policy by this text, right or wrong.
+    /// Replaces `policy.yaml` with `text`, which may be invalid.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// Fails if it cannot be written.
     pub fn set_policy(&self, text: &str) -> Result<()> {
         replace(&self.folder.join("policy.yaml"), text)
     }
 
-    /// `tacit.yaml`.
+    /// Returns the path of `tacit.yaml`.
     #[must_use]
     pub fn config(&self) -> PathBuf {
         self.config.clone()
     }
 
-    /// The operator's socket.
+    /// Returns the path of the agent's socket.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.folder.join(format!("{}.sock", self.agent))
     }
 
-    /// Where the node's agent pins its programs.
+    /// Returns the folder in which the node's agent pins its programs.
     #[must_use]
     pub fn pin_path(&self) -> &Path {
         &self.pin_path
     }
 
-    /// Directory of the issuer's `root-key.pem` and `root-cert.pem`, shared by the nodes.
+    /// Returns the folder of the issuer's `root-key.pem` and `root-cert.pem`, which the nodes share.
     #[must_use]
     pub fn issuer(&self) -> &Path {
         &self.issuer
     }
 
-    /// The same, for an agent beside it that is called `agent`: all is shared but the socket.
-    pub(crate) fn beside(&self, agent: &str) -> Result<Self> {
+    /// Returns the files of a second agent on the node, named `agent`. Only the socket and the log differ.
+    pub(crate) fn standby(&self, agent: &str) -> Result<Self> {
         let config = self.folder.join(format!("{agent}.yaml"));
         let files = Self { agent: agent.to_owned(), config, ..self.clone() };
         let socket = |files: &Self| format!("socket: {}\n", files.socket().display());
-        let text = fs::read_to_string(&self.config).context("read the configuration beside it")?;
+        let text = fs::read_to_string(&self.config).context("read the first agent's configuration")?;
         fs::write(&files.config, text.replace(&socket(self), &socket(&files)))
             .with_context(|| format!("write {}", files.config.display()))?;
         Ok(files)
@@ -198,7 +198,7 @@ impl MeshFiles {
     }
 }
 
-/// Replaces a watched file in one step: its reader sees the old or the new text, never a part.
+/// Replaces a watched file atomically, so its reader never sees a part of the text.
 fn replace(path: &Path, text: &str) -> Result<()> {
     let fresh = path.with_extension("new");
     fs::write(&fresh, text).with_context(|| format!("write {}", fresh.display()))?;

@@ -1,24 +1,24 @@
-//! One named network namespace, as `ip netns` lists it.
+//! A named network namespace, as `ip netns` lists it.
 //!
-//! Programs enter it with `nsenter --net`: unlike `ip netns exec` that keeps the mount namespace, so bpffs and the
-//! cgroup hierarchy stay visible. Code of this process enters it on a thread of its own.
+//! Programs enter it with `nsenter --net`. Unlike `ip netns exec`, it keeps the mount namespace, so bpffs and the cgroup
+//! hierarchy stay visible. Code of this process enters it on a separate thread.
 
 use crate::process::run_with_input;
 use anyhow::{Context, Result, anyhow};
 use nix::sched::{CloneFlags, setns};
 use std::{fmt::Write, fs::File, path::PathBuf, process::Command};
 
-/// Where `ip netns` keeps its names.
+/// Folder in which `ip netns` keeps its names.
 pub(crate) const NETNS_DIR: &str = "/run/netns";
 
-/// A network namespace. It is removed with its topology.
+/// A network namespace, which is removed with its topology.
 #[derive(Debug, Clone)]
 pub struct Netns {
     name: String,
 }
 
 impl Netns {
-    /// Makes namespaces of these names, with loopback up and IPv6 addresses usable at once.
+    /// Creates namespaces with these names. Loopback is up, and IPv6 addresses are usable at once.
     pub(crate) fn create(names: &[String]) -> Result<Vec<Self>> {
         let batch = names.iter().fold(String::new(), |mut text, name| {
             let _ = writeln!(text, "netns add {name}");
@@ -32,33 +32,33 @@ impl Netns {
         Ok(made)
     }
 
-    /// Name as `ip netns` shows it.
+    /// Returns the name in `ip netns`.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The file that stands for it.
+    /// Returns the path of the namespace's file.
     #[must_use]
     pub fn path(&self) -> PathBuf {
         PathBuf::from(NETNS_DIR).join(&self.name)
     }
 
-    /// A command that enters this namespace and the cgroup directory `cgroup`, then becomes `program`.
+    /// Returns a command that enters this namespace and `cgroup` and then executes `program`.
     pub(crate) fn command(&self, cgroup: &std::path::Path, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.path().display()));
-        // The shell moves itself and then becomes the program: no instruction of it runs outside its cgroup.
+        // The shell joins the cgroup and then executes the program, so the program never runs outside its cgroup.
         command.args(["--", "sh", "-c", r#"echo $$ >"$0/cgroup.procs" && exec "$@""#]);
         command.arg(cgroup).arg(program);
         command
     }
 
-    /// Runs `work` on a thread of this process that stands in the namespace. Sockets made there stay in it; their
-    /// cgroup is the one of this process.
+    /// Runs `work` on a thread of this process that is in the namespace. Sockets made there stay in the namespace; their
+    /// cgroup is that of this process.
     ///
     /// # Errors
-    /// When the namespace is gone or may not be entered.
+    /// Fails if the namespace does not exist or entering it is not permitted.
     pub fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         let file = File::open(self.path()).with_context(|| format!("open {}", self.path().display()))?;
         std::thread::scope(|scope| {

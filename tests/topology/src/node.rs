@@ -1,8 +1,8 @@
-//! One node, its pods, and the address plan.
+//! A node, its pods, and the address plan.
 //!
-//! Node `n` (counted from 0) has 10.76.0.`n+1` and fd76::`n+1` on the wire; its pods are 10.77.`n+1`.0/24 and
-//! fd77:`n+1`::/64 with the node itself at .1 and ::1. The plan is the same in every topology: namespaces keep
-//! topologies that run side by side apart.
+//! Node `n` (counted from 0) has 10.76.0.`n+1` and fd76::`n+1` on the wire. Its pods are in 10.77.`n+1`.0/24 and
+//! fd77:`n+1`::/64, where the node itself has .1 and ::1. Every topology has the same plan, because namespaces isolate
+//! topologies that run at the same time.
 
 use crate::{
     cgroup,
@@ -24,10 +24,10 @@ use std::{
 
 /// Name of the node-to-node link, in every node.
 pub(crate) const WIRE: &str = "wire";
-/// Address of the last pod of a node; it also bounds the number of pods.
+/// Host part of the last pod's address, which bounds the number of pods of a node.
 const LAST_POD: u8 = 250;
 
-/// One node: a namespace that forwards between the wire and its pods.
+/// A node: a namespace that forwards between the wire and its pods.
 #[derive(Debug)]
 pub struct Node {
     name: String,
@@ -39,7 +39,7 @@ pub struct Node {
 }
 
 impl Node {
-    /// A node without pods; its number begins at 1 and makes its addresses.
+    /// Makes a node without pods. Its number starts at 1 and is part of its addresses.
     pub(crate) fn new(name: &str, number: u8, netns: Netns, prefix: &Prefix, cgroups: &Path) -> Result<Self> {
         let (name, prefix, cgroups) = (name.to_owned(), prefix.clone(), cgroups.to_owned());
         let node = Self { name, number, netns, prefix, cgroups, next_pod: AtomicU8::new(2) };
@@ -47,76 +47,76 @@ impl Node {
         Ok(node)
     }
 
-    /// Its name, without the prefix.
+    /// Returns the node's name, without the prefix.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Its namespace.
+    /// Returns the network namespace.
     #[must_use]
     pub fn netns(&self) -> &Netns {
         &self.netns
     }
 
-    /// Its address on the wire.
+    /// Returns the node's IPv4 address on the wire.
     #[must_use]
     pub fn wire_ipv4(&self) -> Ipv4Addr {
         Ipv4Addr::new(10, 76, 0, self.number)
     }
 
-    /// Its address on the wire.
+    /// Returns the node's IPv6 address on the wire.
     #[must_use]
     pub fn wire_ipv6(&self) -> Ipv6Addr {
         Ipv6Addr::new(0xfd76, 0, 0, 0, 0, 0, 0, self.number.into())
     }
 
-    /// The cgroup directory that holds its pods.
+    /// Returns the cgroup directory of the node's pods.
     #[must_use]
     pub fn pods_cgroup(&self) -> PathBuf {
         self.cgroups.join(self.prefix.as_str()).join(&self.name)
     }
 
-    /// Where an agent of this node pins its programs.
+    /// Returns the folder in which an agent of this node pins its programs.
     #[must_use]
     pub fn pin_path(&self) -> PathBuf {
         PathBuf::from(format!("/sys/fs/bpf/{}-{}", self.prefix.as_str(), self.name))
     }
 
-    /// A directory for the node's files, made on first use and removed with the topology.
+    /// Returns a directory for the node's files. It is created on first use and removed with the topology.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// Fails if it cannot be made.
     pub fn files(&self) -> Result<PathBuf> {
         let path = self.prefix.files().join(&self.name);
-        fs::create_dir_all(&path).with_context(|| format!("make {}", path.display()))?;
+        fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
         Ok(path)
     }
 
-    /// A command in the node's namespace, outside the pods' cgroup.
+    /// Returns a command in the node's namespace, outside the pods' cgroup.
     ///
     /// # Errors
-    /// When the cgroup cannot be made.
+    /// Fails if the cgroup cannot be made.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
         self.command_in("exec", program)
     }
 
-    /// As [`Node::command`], in the host cgroup `group` of this node.
+    /// Returns a command like [`Node::command`], in the host cgroup `group` of this node.
     pub(crate) fn command_in(&self, group: &str, program: impl AsRef<OsStr>) -> Result<Command> {
         let cgroup = self.host_cgroup().join(group);
         cgroup::create(&cgroup)?;
         Ok(self.netns.command(&cgroup, program))
     }
 
-    /// Adds a pod of the mesh: under the pods' cgroup. It has no process before [`Pod::hold`] or [`Pod::command`].
+    /// Adds a pod under the pods' cgroup. It has no process before [`Pod::keep_alive`] or [`Pod::command`].
     ///
     /// # Errors
-    /// When a part of it cannot be made, or the node is full.
+    /// Fails if a part of the pod cannot be made or the node is full.
     pub fn pod(&self, namespace: &str, name: &str) -> Result<Pod> {
         self.add_pod(namespace, name, Membership::Mesh)
     }
 
-    /// Adds a pod that no agent knows: its cgroup is not under the pods' one.
+    /// Adds a pod whose cgroup is outside the pods' cgroup, so no agent covers it.
     ///
     /// # Errors
     /// As [`Node::pod`].
@@ -125,10 +125,10 @@ impl Node {
     }
 
     fn add_pod(&self, namespace: &str, name: &str, membership: Membership) -> Result<Pod> {
-        let taken = self
+        let reserved = self
             .next_pod
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| (next <= LAST_POD).then(|| next + 1));
-        let Ok(host) = taken else { bail!("node {} is full", self.name) };
+        let Ok(host) = reserved else { bail!("node {} has no free pod address", self.name) };
         let short = format!("{namespace}_{name}");
         let netns = Netns::create(&[format!("{}-{short}", self.netns.name())])?.remove(0);
         let cgroup = match membership {
@@ -148,7 +148,7 @@ impl Node {
         Ok(pod)
     }
 
-    /// A point-to-point link as CNI's ptp plugin makes it: the node is the pod's only neighbour.
+    /// Adds a point-to-point link like CNI's ptp plugin, so the node is the pod's only neighbour.
     fn link_pod(&self, pod: &Pod, host: u8) -> Result<()> {
         let (v4, v6) = (pod.ipv4(), pod.ipv6());
         let (gw4, gw6) = (self.pod_ipv4(1), self.pod_ipv6(1));
@@ -174,14 +174,14 @@ impl Node {
         self.netns.wait_for_links()
     }
 
-    /// Makes the wire to the other node, with addresses and routes at both ends.
-    pub(crate) fn wire_to(&self, far: &Self) -> Result<()> {
-        let peer = far.netns.name();
+    /// Adds the wire to the other node, with addresses and routes at both ends.
+    pub(crate) fn wire_to(&self, other: &Self) -> Result<()> {
+        let peer = other.netns.name();
         self.netns.ip(&format!("link add {WIRE} type veth peer name {WIRE} netns {peer}\n"))?;
-        self.join_wire(far)?;
-        far.join_wire(self)?;
+        self.join_wire(other)?;
+        other.join_wire(self)?;
         self.netns.wait_for_links()?;
-        far.netns.wait_for_links()
+        other.netns.wait_for_links()
     }
 
     fn join_wire(&self, other: &Self) -> Result<()> {
@@ -208,19 +208,19 @@ impl Node {
 }
 
 impl Netns {
-    /// Waits until every link carries and no address is tentative.
+    /// Waits until no address is tentative.
     fn wait_for_links(&self) -> Result<()> {
         until(&format!("links of {} ready", self.name()), || {
             self.enter(|| {
                 let links = fs::read_to_string("/proc/thread-self/net/if_inet6").context("read if_inet6")?;
-                Ok((!links.lines().any(is_tentative)).then_some(()))
+                Ok((!links.lines().any(may_be_tentative)).then_some(()))
             })?
         })
     }
 }
 
-/// Reads the flags column of a line of `/proc/net/if_inet6`. Unreadable means not ready.
-fn is_tentative(line: &str) -> bool {
+/// Returns true if the flags column of a line of `/proc/net/if_inet6` has the flag, or cannot be parsed.
+fn may_be_tentative(line: &str) -> bool {
     /// `IFA_F_TENTATIVE` of linux/if_addr.h.
     const TENTATIVE: u32 = 0x40;
     let flags = line.split_whitespace().nth(4).and_then(|flags| u32::from_str_radix(flags, 16).ok());

@@ -1,8 +1,8 @@
-//! What a recording contains: bytes in the tunnel, bytes in clear, and whether a marker can be read anywhere.
+//! Content of a capture: bytes in the tunnel, plaintext bytes, and the number of times a marker is readable.
 //!
-//! TCP streams are put together by sequence number before anything is looked for, so a marker that was cut over two
-//! packets, or sent twice, is counted as it was written: once. This reads what `tcpdump` writes on an Ethernet link of
-//! this machine (pcap in the machine's byte order); it is no general reader.
+//! TCP streams are reassembled by sequence number before the search. A marker that was split over two packets or
+//! retransmitted is counted once. The parser reads files that `tcpdump` writes on an Ethernet link of this machine (pcap
+//! in the machine's byte order), and no other variants.
 
 use anyhow::{Context, Result, bail};
 use std::{
@@ -22,7 +22,7 @@ const ETHERNET_HEADER: usize = 14;
 const TCP: u8 = 6;
 const SYN: u8 = 0x02;
 
-/// What crossed the wire.
+/// Packets that crossed the wire.
 #[derive(Debug, Default)]
 pub struct Traffic {
     /// Packets of any kind.
@@ -43,9 +43,9 @@ pub struct Traffic {
 struct Stream {
     from: SocketAddr,
     to: SocketAddr,
-    /// Sequence number of its first byte; the first one seen when the recording began in the middle of it.
+    /// Sequence number of its first byte, or of its first captured byte if the SYN was not captured.
     start: u32,
-    from_the_beginning: bool,
+    has_syn: bool,
     segments: Vec<(i32, Vec<u8>)>,
 }
 
@@ -61,23 +61,25 @@ impl Traffic {
     /// Reads a pcap file.
     ///
     /// # Errors
-    /// When it is no such file or a packet was not recorded whole.
+    /// Fails if the file is not a pcap file of this machine, or if a packet is truncated.
     pub fn parse(file: &[u8]) -> Result<Self> {
         let magic = native_u32(file, 0).context("pcap file without a header")?;
         if !MAGICS.contains(&magic) {
-            bail!("not a pcap file of this machine: it begins with {magic:#x}");
+            bail!("invalid pcap magic {magic:#x}: expected one in this machine's byte order");
         }
         let mut traffic = Self::default();
         let mut open = HashMap::new();
         let mut at = FILE_HEADER;
-        while let (Some(kept), Some(sent)) = (native_u32(file, at + 8), native_u32(file, at + 12)) {
+        while let (Some(captured), Some(sent)) = (native_u32(file, at + 8), native_u32(file, at + 12)) {
             let begin = at + PACKET_HEADER;
             // The last packet may be cut when the file is read while it is written.
-            let Some(packet) = file.get(begin..begin + kept as usize) else {
+            let Some(packet) = file.get(begin..begin + captured as usize) else {
                 break;
             };
-            if kept != sent {
-                bail!("packet of {sent} bytes of which only {kept} were recorded");
+            if captured != sent {
+                bail!(
+                    "packet of {sent} bytes is truncated to {captured} bytes: expected a capture of whole packets"
+                );
             }
             traffic.packet(packet, &mut open);
             at = begin + packet.len();
@@ -85,14 +87,14 @@ impl Traffic {
         Ok(traffic)
     }
 
-    /// How often `marker` can be read in clear: in TCP streams, and in packets that are not TCP.
+    /// Counts occurrences of `marker` in TCP streams and in packets that are not TCP.
     #[must_use]
     pub fn occurrences(&self, marker: &[u8]) -> usize {
         let streams: usize = self.streams.iter().map(|stream| count(&stream.bytes(), marker)).sum();
         streams + self.others.iter().map(|packet| count(packet, marker)).sum::<usize>()
     }
 
-    /// Connections to the tunnel port that began with a TLS ClientHello.
+    /// Counts connections to the tunnel port that begin with a TLS ClientHello.
     #[must_use]
     pub fn client_hellos(&self) -> usize {
         self.tunnel_streams()
@@ -100,7 +102,7 @@ impl Traffic {
             .count()
     }
 
-    /// Connections to the tunnel port that carried anything.
+    /// Counts connections to the tunnel port that carry data.
     #[must_use]
     pub fn tunnel_connections(&self) -> usize {
         self.tunnel_streams()
@@ -108,14 +110,14 @@ impl Traffic {
             .count()
     }
 
-    /// Whether everything to and from the tunnel port, both directions, is a sequence of TLS records. Connections
-    /// older than the recording cannot be judged and do not count.
+    /// Returns true if all data to and from the tunnel port is a sequence of TLS records. Connections whose SYN was not
+    /// captured are skipped, because their first record is not known.
     #[must_use]
     pub fn tunnel_is_tls(&self) -> bool {
-        self.tunnel_streams().filter(|stream| stream.from_the_beginning).all(|stream| is_tls(&stream.bytes()))
+        self.tunnel_streams().filter(|stream| stream.has_syn).all(|stream| is_tls(&stream.bytes()))
     }
 
-    /// The pairs of addresses between which bytes crossed in clear, for the message of a failure.
+    /// Returns the pairs of addresses that exchanged plaintext bytes, for error messages.
     #[must_use]
     pub fn clear_streams(&self) -> Vec<(SocketAddr, SocketAddr)> {
         let clear = self.streams.iter().filter(|stream| !stream.is_tunnel() && !stream.segments.is_empty());
@@ -143,17 +145,17 @@ impl Traffic {
         let start = if syn { segment.sequence.wrapping_add(1) } else { segment.sequence };
         let key = (segment.from, segment.to);
         let known = open.get(&key).copied().filter(|index| {
-            // A SYN with another number opens the next connection between the same ports.
+            // A SYN with another sequence number opens a new connection between the same ports.
             !syn || self.streams.get(*index).is_some_and(|stream| stream.start == start)
         });
         let index = known.unwrap_or_else(|| {
             let (from, to) = key;
-            self.streams.push(Stream { from, to, start, from_the_beginning: syn, segments: Vec::new() });
+            self.streams.push(Stream { from, to, start, has_syn: syn, segments: Vec::new() });
             open.insert(key, self.streams.len() - 1);
             self.streams.len() - 1
         });
         if let Some(stream) = self.streams.get_mut(index).filter(|_| !segment.payload.is_empty()) {
-            // Wrapping is what sequence numbers do; streams here stay far below 2 GiB.
+            // Sequence numbers wrap. Streams of the tests stay far below 2 GiB, so the difference fits.
             let offset = start.wrapping_sub(stream.start).cast_signed();
             stream.segments.push((offset, segment.payload.to_owned()));
         }
@@ -165,7 +167,7 @@ impl Stream {
         [self.from.port(), self.to.port()].contains(&TUNNEL_PORT)
     }
 
-    /// Its bytes in order, each once.
+    /// Returns the stream's bytes in order, without retransmissions.
     fn bytes(&self) -> Vec<u8> {
         let mut sorted: Vec<_> = self.segments.iter().collect();
         sorted.sort_by_key(|(offset, _)| *offset);
@@ -181,7 +183,7 @@ impl Stream {
     }
 }
 
-/// The TCP segment of an Ethernet packet, `None` when it holds something else (fragments included).
+/// Returns the TCP segment of an Ethernet packet; `None` for other packets and for fragments.
 fn tcp(packet: &[u8]) -> Option<Segment<'_>> {
     let ip = packet.get(ETHERNET_HEADER..)?;
     let (from, to, tcp) = match packet.get(12..14)? {
@@ -216,12 +218,13 @@ fn tcp(packet: &[u8]) -> Option<Segment<'_>> {
     })
 }
 
-/// Record type handshake (RFC 8446 section 5.1), any 3.x record version, message type ClientHello (section 4).
+/// Returns true for record type handshake (RFC 8446 section 5.1) and message type ClientHello (section 4). Any 3.x
+/// record version is accepted.
 fn is_client_hello(bytes: &[u8]) -> bool {
     matches!(bytes, [22, 3, _, _, _, 1, ..])
 }
 
-/// A sequence of TLS records; the last one may be cut, since a connection may be cut.
+/// Returns true for a sequence of TLS records. The last one may be truncated, because a connection can be reset.
 fn is_tls(mut bytes: &[u8]) -> bool {
     while let [kind, major, _, high, low, rest @ ..] = bytes {
         if !(20..=23).contains(kind) || *major != 3 {

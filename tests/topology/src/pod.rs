@@ -1,4 +1,4 @@
-//! A pod: a namespace, a cgroup, one address of each family, and the programs started in it.
+//! A pod: a namespace, a cgroup, one address of each family, and the programs in it.
 
 use crate::{cgroup, netns::Netns, process::Process, wait::until};
 use anyhow::{Result, bail};
@@ -11,21 +11,21 @@ use std::{
     sync::Arc,
 };
 
-/// Whether an agent has to do with the pod.
+/// Place of a pod's cgroup, which decides whether an agent covers the pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Membership {
-    /// Its cgroup lies under the node's pods' cgroup.
+    /// The cgroup is under the node's pods' cgroup.
     Mesh,
-    /// Its cgroup lies elsewhere: to an agent it is a stranger.
+    /// The cgroup is elsewhere, so no agent covers the pod.
     Outside,
 }
 
-/// A handle to a pod; the pod itself is removed with its topology. Cheap to clone.
+/// A handle to a pod, cheap to clone. The pod is removed with its topology.
 #[derive(Debug, Clone)]
-pub struct Pod(Arc<Parts>);
+pub struct Pod(Arc<PodState>);
 
 #[derive(Debug, Clone)]
-struct Parts {
+struct PodState {
     node: String,
     namespace: String,
     name: String,
@@ -46,85 +46,84 @@ impl Pod {
         membership: Membership,
     ) -> Self {
         let (namespace, name) = (namespace.to_owned(), name.to_owned());
-        Self(Arc::new(Parts { node, namespace, name, ipv4, ipv6, netns, cgroup, membership }))
+        Self(Arc::new(PodState { node, namespace, name, ipv4, ipv6, netns, cgroup, membership }))
     }
 
-    /// Name of its node.
+    /// Returns the node's name.
     #[must_use]
     pub fn node(&self) -> &str {
         &self.0.node
     }
 
-    /// Its Kubernetes namespace.
+    /// Returns the Kubernetes namespace.
     #[must_use]
     pub fn namespace(&self) -> &str {
         &self.0.namespace
     }
 
-    /// Its name.
+    /// Returns the pod's name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.0.name
     }
 
-    /// Its address.
+    /// Returns the IPv4 address.
     #[must_use]
     pub fn ipv4(&self) -> Ipv4Addr {
         self.0.ipv4
     }
 
-    /// Its address.
+    /// Returns the IPv6 address.
     #[must_use]
     pub fn ipv6(&self) -> Ipv6Addr {
         self.0.ipv6
     }
 
-    /// Its network namespace.
+    /// Returns the network namespace.
     #[must_use]
     pub fn netns(&self) -> &Netns {
         &self.0.netns
     }
 
-    /// Its cgroup directory.
+    /// Returns the cgroup directory.
     #[must_use]
     pub fn cgroup(&self) -> &Path {
         &self.0.cgroup
     }
 
-    /// Whether it is under the pods' cgroup.
+    /// Returns the place of the pod's cgroup.
     #[must_use]
     pub fn membership(&self) -> Membership {
         self.0.membership
     }
 
-    /// The same pod seen from a container of it: its programs stand in a cgroup below the pod's.
+    /// Returns a handle to a container of the pod. Programs started through it are in a cgroup below the pod's.
     ///
     /// # Errors
-    /// When the cgroup cannot be made.
+    /// Fails if the cgroup cannot be made.
     pub fn container(&self, name: &str) -> Result<Self> {
         let cgroup = self.0.cgroup.join(name);
         cgroup::create(&cgroup)?;
-        Ok(Self(Arc::new(Parts { cgroup, ..Parts::clone(&self.0) })))
+        Ok(Self(Arc::new(PodState { cgroup, ..PodState::clone(&self.0) })))
     }
 
-    /// A command in the pod: it stands in the pod's namespace and cgroup before the program begins, and the child's
-    /// process id is the program's.
+    /// Returns a command that runs `program` in the pod's namespace and cgroup. The child's process id is the program's.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         self.0.netns.command(&self.0.cgroup, program)
     }
 
-    /// Keeps a process in the pod, as the pause container of Kubernetes does, until the handle is dropped.
-    /// It is in the pod when this returns.
+    /// Starts a process that keeps the pod alive until the handle is dropped, like the pause container of Kubernetes. The
+    /// process is in the pod's cgroup when this function returns.
     ///
     /// # Errors
-    /// When it cannot be started.
-    pub fn hold(&self) -> Result<Process> {
+    /// Fails if it cannot be started.
+    pub fn keep_alive(&self) -> Result<Process> {
         let mut command = self.command("sleep");
         command.arg("infinity").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut process = Process::spawn(&mut command)?;
         until(&format!("process of pod {}", self.name()), || {
             if let Some(status) = process.ended()? {
-                bail!("the process that holds pod {} ended: {status}", self.name());
+                bail!("the process that keeps pod {} alive exited: {status}", self.name());
             }
             let members = fs::read_to_string(self.cgroup().join("cgroup.procs"))?;
             Ok(members.lines().any(|id| id == process.id().to_string()).then_some(()))

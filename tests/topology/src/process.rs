@@ -1,4 +1,4 @@
-//! Commands run to their end with the reason of a failure, and children that do not outlive their handle.
+//! Commands that run to their end and report a failure with its stderr, and children that die with their handle.
 
 use crate::wait::until;
 use anyhow::{Context, Result, bail};
@@ -11,15 +11,15 @@ use std::{
     process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio},
 };
 
-/// Runs `command` to its end and returns what it printed on stdout.
+/// Runs `command` to its end and returns its stdout.
 ///
 /// # Errors
-/// When it cannot be started or does not succeed; the message has the command and its stderr.
+/// Fails if the command cannot be started or exits with an error; the message has the command and its stderr.
 pub fn run(command: &mut Command) -> Result<String> {
     run_with_input(command, "")
 }
 
-/// As [`run`], with `input` on stdin.
+/// Runs `command` like [`run`], with `input` on stdin.
 pub(crate) fn run_with_input(command: &mut Command, input: &str) -> Result<String> {
     let name = format!("{command:?}");
     let mut child = command
@@ -29,7 +29,7 @@ pub(crate) fn run_with_input(command: &mut Command, input: &str) -> Result<Strin
         .spawn()
         .with_context(|| format!("start {name}"))?;
     if let Some(mut stdin) = child.stdin.take() {
-        // A program that ends without reading its input tells why by its status.
+        // A program that exits without reading its input reports the reason by its status.
         let _ = stdin.write_all(input.as_bytes());
     }
     let output = child.wait_with_output().with_context(|| format!("wait for {name}"))?;
@@ -45,7 +45,7 @@ pub(crate) fn run_with_input(command: &mut Command, input: &str) -> Result<Strin
 pub struct Process {
     child: Child,
     name: String,
-    /// Known once its end was waited for; its id may be another process's then.
+    /// Set once the process was reaped. The kernel may then reuse its id.
     status: Option<ExitStatus>,
 }
 
@@ -53,59 +53,59 @@ impl Process {
     /// Starts `command`.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// Fails if it cannot be started.
     pub fn spawn(command: &mut Command) -> Result<Self> {
         let name = format!("{command:?}");
         let child = command.spawn().with_context(|| format!("start {name}"))?;
         Ok(Self { child, name, status: None })
     }
 
-    /// Takes its end of the child's stdin, where that is a pipe.
+    /// Takes this side of the child's stdin, if it is a pipe.
     pub fn take_stdin(&mut self) -> Option<ChildStdin> {
         self.child.stdin.take()
     }
 
-    /// Takes its end of the child's stdout, where that is a pipe.
+    /// Takes this side of the child's stdout, if it is a pipe.
     pub fn take_stdout(&mut self) -> Option<ChildStdout> {
         self.child.stdout.take()
     }
 
-    /// Takes its end of the child's stderr, where that is a pipe.
+    /// Takes this side of the child's stderr, if it is a pipe.
     pub fn take_stderr(&mut self) -> Option<ChildStderr> {
         self.child.stderr.take()
     }
 
-    /// Its process id; wrappers used here `exec`, so it is the id of the program itself.
+    /// Returns the process id. Wrappers used here `exec`, so it is the id of the program itself.
     #[must_use]
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// How it ended, `None` while it runs.
+    /// Returns the exit status; `None` while the process runs.
     ///
     /// # Errors
-    /// When the kernel cannot say.
+    /// Fails if `waitpid` fails.
     pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
         self.child.try_wait().with_context(|| format!("wait for {}", self.name))
     }
 
-    /// Waits for its end.
+    /// Waits until the process exits.
     ///
     /// # Errors
-    /// When it still runs after [`HANG`](crate::HANG).
+    /// Fails if the process still runs after [`HANG`](crate::HANG).
     pub fn wait(&mut self) -> Result<ExitStatus> {
         let what = format!("end of {}", self.name);
         until(&what, || self.ended())
     }
 
-    /// Sends a signal. One that has ended and was not waited for keeps its id, so no stranger can be hit.
+    /// Sends a signal. An exited process keeps its id until it is reaped, so the signal cannot hit another process.
     ///
     /// # Errors
-    /// When the signal cannot be sent, as to one whose end was waited for.
+    /// Fails if the signal cannot be sent or the process was reaped.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let pid = i32::try_from(self.child.id()).context("process id")?;
         if self.status.is_some() {
-            bail!("{} has ended", self.name);
+            bail!("{} has exited", self.name);
         }
         kill(Pid::from_raw(pid), signal).with_context(|| format!("{signal} to {}", self.name))
     }

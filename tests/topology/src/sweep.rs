@@ -1,7 +1,7 @@
-//! Removal of everything a topology made, by name.
+//! Removal of everything that a topology made, by name.
 //!
-//! One script does it in all three cases: the owner drops the topology, the owner dies (a guard process holds the other
-//! end of a pipe and notices), or both died and a later run finds the leftovers of a process that is gone.
+//! One script runs in three cases: the owner drops the topology; the owner dies, which a sweeper process notices because
+//! it reads the other end of a pipe; or both died, and a later run finds resources of a process that no longer exists.
 //! Processes are found through the topology's cgroups, never by their names.
 
 use crate::{cgroup, netns::NETNS_DIR, process::run};
@@ -16,55 +16,55 @@ use std::{
 };
 
 const SCRIPT: &str = include_str!("sweep.sh");
-/// Every name begins with it; the part after it is `<tag><pid>x<counter>`.
-const MARK: &str = "tacit-";
+/// First part of every name. The rest is `<tag><pid>x<counter>`.
+const NAME_PREFIX: &str = "tacit-";
 
-/// The name that all parts of one topology share.
+/// The prefix of all names of one topology.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Prefix(String);
 
 impl Prefix {
-    /// A prefix no other topology of this machine has now.
+    /// Returns a prefix that no other topology of this machine has.
     pub(crate) fn fresh(tag: &str) -> Result<Self> {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         if tag.is_empty() || tag.len() > 8 || !tag.bytes().all(|b| b.is_ascii_lowercase()) {
-            bail!("topology tag {tag:?} must be 1 to 8 letters a-z");
+            bail!("invalid topology tag {tag:?}: expected 1 to 8 letters a-z");
         }
         let counter = COUNTER.fetch_add(1, Ordering::Relaxed);
-        Ok(Self(format!("{MARK}{tag}{}x{counter}", std::process::id())))
+        Ok(Self(format!("{NAME_PREFIX}{tag}{}x{counter}", std::process::id())))
     }
 
     pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Directory of the topology's files.
+    /// Returns the directory of the topology's files.
     pub(crate) fn files(&self) -> PathBuf {
         std::env::temp_dir().join(&self.0)
     }
 
-    /// The prefix a name was made from, and the process that made it; `None` for a name that is not ours.
+    /// Returns the prefix in a name and the process id in the prefix; `None` for names that no topology made.
     fn of(name: &str) -> Option<(Self, u32)> {
-        let rest = name.strip_prefix(MARK)?;
+        let rest = name.strip_prefix(NAME_PREFIX)?;
         let stem = rest.split('-').next()?;
         let digits = stem.trim_start_matches(|c: char| c.is_ascii_lowercase());
         let (pid, counter) = digits.split_once('x')?;
         counter.parse::<u32>().ok()?;
         let named = stem.len() > digits.len();
-        Some((Self(format!("{MARK}{stem}")), pid.parse().ok().filter(|_| named)?))
+        Some((Self(format!("{NAME_PREFIX}{stem}")), pid.parse().ok().filter(|_| named)?))
     }
 }
 
-/// Removes what processes that are gone left behind.
+/// Removes resources of topologies whose process no longer exists.
 ///
 /// # Errors
-/// When something cannot be removed; the message says what.
+/// Fails if a resource cannot be removed; the message names it.
 pub fn cleanup_stale() -> Result<()> {
     let mount = cgroup::mount_point()?;
-    let places =
+    let folders =
         [PathBuf::from(NETNS_DIR), mount.clone(), std::env::temp_dir(), PathBuf::from("/sys/fs/bpf")];
     let mut stale = BTreeSet::new();
-    for entry in places.iter().filter_map(|place| fs::read_dir(place).ok()).flatten().flatten() {
+    for entry in folders.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten().flatten() {
         match entry.file_name().to_str().and_then(Prefix::of) {
             Some((prefix, pid)) if !Path::new("/proc").join(pid.to_string()).exists() => stale.insert(prefix),
             _ => false,
@@ -73,38 +73,38 @@ pub fn cleanup_stale() -> Result<()> {
     stale.iter().try_for_each(|prefix| sweep(prefix, &mount))
 }
 
-/// Removes everything of one prefix.
+/// Removes all resources of one prefix.
 pub(crate) fn sweep(prefix: &Prefix, mount: &Path) -> Result<()> {
     run(&mut script(prefix, mount)).with_context(|| format!("remove topology {}", prefix.as_str()))?;
     Ok(())
 }
 
-/// A process that sweeps as soon as its owner lets go of it or dies.
+/// A process that removes all resources of a prefix once its owner closes a pipe or dies.
 #[derive(Debug)]
-pub(crate) struct Guard {
+pub(crate) struct Sweeper {
     child: Child,
     prefix: Prefix,
     mount: PathBuf,
 }
 
-impl Guard {
+impl Sweeper {
     pub(crate) fn start(prefix: &Prefix, mount: &Path) -> Result<Self> {
         let child = script(prefix, mount)
             .arg("wait")
             .stdin(Stdio::piped())
-            // It outlives its owner: it must not keep the owner's pipes open, nor die of a ^C meant for the owner.
+            // It outlives its owner, so it must not keep the owner's pipes open, nor get a ^C that is meant for the owner.
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .process_group(0)
             .spawn()
-            .context("start the guard process")?;
+            .context("start the sweeper process")?;
         Ok(Self { child, prefix: prefix.clone(), mount: mount.to_owned() })
     }
 
-    /// Removes everything now.
+    /// Removes all resources now.
     pub(crate) fn release(&mut self) -> Result<()> {
         drop(self.child.stdin.take());
-        let status = self.child.wait().context("wait for the guard process")?;
+        let status = self.child.wait().context("wait for the sweeper process")?;
         if status.success() { Ok(()) } else { sweep(&self.prefix, &self.mount) }
     }
 }

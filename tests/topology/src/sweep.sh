@@ -1,16 +1,16 @@
-# Removes everything that carries a topology's prefix. Safe to run again; says what it could not remove.
+# Removes every resource with a topology's prefix. Safe to run again. Prints resources that it could not remove.
 # $1 prefix, $2 mount point of cgroup v2, $3 the topology's directory of files
 trap '' HUP INT TERM
 prefix=$1 mount=$2 files=$3
-[ "$4" = wait ] && cat >/dev/null   # ends when the owner lets go of the pipe, or dies
+[ "$4" = wait ] && cat >/dev/null   # returns when the owner closes the pipe or dies
 
-# One at a time: a later run may find the leftovers before the guard is done with them.
+# One at a time, because a later run can find the resources before the sweeper process has removed them.
 [ -d "$files" ] && exec 9<"$files" && flock 9
 
 left=0
 for tree in "$mount/$prefix" "$mount/$prefix-host"; do
     tries=0
-    # Again and again: a program that was just started moves into its cgroup at any moment, until that is gone.
+    # Repeated, because a program that was just started can join its cgroup until the cgroup is removed.
     while [ -d "$tree" ] && [ $tries -lt 200 ]; do
         [ $tries -eq 0 ] || sleep 0.02
         tries=$((tries + 1))
@@ -27,11 +27,11 @@ for name in "/run/netns/$prefix"-*; do
 done
 rm -rf "$files" || left=1
 
-# bpffs that a topology mounted goes with the last topology; the lock is the one taken for mounting.
+# The last topology unmounts a bpffs that a topology mounted. Mounting takes the same lock.
 if [ -d /run/netns ]; then
     flock /run/netns sh -c '
         grep -q "^tacit-topology /sys/fs/bpf bpf " /proc/mounts || exit 0
-        # The kernel puts two iterators there itself.
+        # The kernel creates two iterators in every bpffs.
         [ -z "$(ls -A -I maps.debug -I progs.debug /sys/fs/bpf)" ] || exit 0
         for name in /run/netns/tacit-*; do [ -e "$name" ] && exit 0; done
         umount /sys/fs/bpf' || left=1

@@ -6,7 +6,7 @@ use crate::{
     netns::{NETNS_DIR, Netns},
     node::Node,
     process::run,
-    sweep::{Guard, Prefix},
+    sweep::{Prefix, Sweeper},
 };
 use anyhow::{Context, Result, bail};
 use std::{
@@ -17,90 +17,90 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-/// Nodes, their wire and their pods. Dropping it removes all of them.
+/// Nodes, their wire and their pods. Dropping the topology removes all of them.
 #[derive(Debug)]
 pub struct Topology {
     prefix: Prefix,
     cgroups: PathBuf,
     nodes: Vec<Node>,
-    guard: Mutex<Guard>,
+    sweeper: Mutex<Sweeper>,
 }
 
 impl Topology {
-    /// Two nodes, `a` and `b`. `tag` (1 to 8 letters a-z) becomes part of all names.
+    /// Builds two nodes, `a` and `b`. `tag` (1 to 8 letters a-z) becomes part of all names.
     ///
     /// # Errors
-    /// When not root, or when a tool (`ip`, `nsenter`, `mount`) or the cgroup v2 hierarchy is missing.
+    /// Fails without root, or if a tool (`ip`, `nsenter`, `mount`) or the cgroup v2 hierarchy is missing.
     pub fn new(tag: &str) -> Result<Self> {
         Self::with_nodes(tag, &["a", "b"])
     }
 
-    /// Two nodes of these names, joined by a wire; or one alone.
+    /// Builds two nodes with these names and a wire between them, or a single node.
     ///
     /// # Errors
     /// As [`Topology::new`].
     pub fn with_nodes(tag: &str, names: &[&str]) -> Result<Self> {
         if !(1..=2).contains(&names.len()) {
-            bail!("a wire joins two nodes: {names:?} were asked for");
+            bail!("invalid nodes {names:?}: expected one or two");
         }
         let cgroups = cgroup::mount_point()?;
         let prefix = Prefix::fresh(tag)?;
-        // From here on, whatever was made is removed however this function ends.
-        let guard = Mutex::new(Guard::start(&prefix, &cgroups)?);
-        fs::create_dir(prefix.files()).with_context(|| format!("make {}", prefix.files().display()))?;
-        let mut topology = Self { prefix, cgroups, nodes: Vec::new(), guard };
+        // From here on, resources are removed on every exit of this function.
+        let sweeper = Mutex::new(Sweeper::start(&prefix, &cgroups)?);
+        fs::create_dir(prefix.files()).with_context(|| format!("create {}", prefix.files().display()))?;
+        let mut topology = Self { prefix, cgroups, nodes: Vec::new(), sweeper };
         topology.build_nodes(names)?;
         mount_bpffs()?;
         Ok(topology)
     }
 
-    /// The node of that name.
+    /// Returns the node with this name.
     ///
     /// # Errors
-    /// When there is none.
+    /// Fails if there is none.
     pub fn node(&self, name: &str) -> Result<&Node> {
         self.nodes.iter().find(|node| node.name() == name).with_context(|| format!("no node {name}"))
     }
 
-    /// All nodes.
+    /// Returns all nodes.
     #[must_use]
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
     }
 
-    /// What every name of this topology begins with.
+    /// Returns the prefix of every name of this topology.
     #[must_use]
     pub fn prefix(&self) -> &str {
         self.prefix.as_str()
     }
 
-    /// A directory for files, removed with the topology.
+    /// Returns a directory for files, which is removed with the topology.
     #[must_use]
     pub fn files(&self) -> PathBuf {
         self.prefix.files()
     }
 
-    /// Starts recording what crosses the wire; it is recording when this returns.
+    /// Starts a capture of the wire, which is running when this function returns.
     ///
     /// # Errors
-    /// When `tcpdump` cannot be started, or there is one node only.
+    /// Fails if `tcpdump` cannot be started or there is only one node.
     pub fn capture(&self) -> Result<Capture> {
         match self.nodes.as_slice() {
-            [near, far] => Capture::start(near, IpAddr::V4(far.wire_ipv4()), &self.files()),
-            _ => bail!("one node alone has no wire"),
+            [first, second] => Capture::start(first, IpAddr::V4(second.wire_ipv4()), &self.files()),
+            _ => bail!("a topology of one node has no wire to capture"),
         }
     }
 
-    /// Removes everything and says what could not be removed. Dropping does the same, printing instead.
+    /// Removes all resources and returns an error if one could not be removed. Dropping prints the error instead.
     ///
     /// # Errors
-    /// When something is left.
+    /// Fails if a resource remains.
     pub fn close(self) -> Result<()> {
         self.release()
     }
 
     fn release(&self) -> Result<()> {
-        self.guard.lock().unwrap_or_else(PoisonError::into_inner).release()
+        self.sweeper.lock().unwrap_or_else(PoisonError::into_inner).release()
     }
 
     fn build_nodes(&mut self, names: &[&str]) -> Result<()> {
@@ -114,8 +114,8 @@ impl Topology {
             ])?;
             self.nodes.push(Node::new(name, number, netns, &self.prefix, &self.cgroups)?);
         }
-        if let [near, far] = self.nodes.as_slice() {
-            near.wire_to(far)?;
+        if let [first, second] = self.nodes.as_slice() {
+            first.wire_to(second)?;
         }
         Ok(())
     }
@@ -129,7 +129,7 @@ impl Drop for Topology {
     }
 }
 
-/// Mounts bpffs where it is missing. The source name marks it as ours, so that the last topology unmounts it.
+/// Mounts bpffs if it is missing. The source's name marks the mount, so that the last topology unmounts it.
 fn mount_bpffs() -> Result<()> {
     let lock = File::open(NETNS_DIR).with_context(|| format!("open {NETNS_DIR}"))?;
     lock.lock().with_context(|| format!("lock {NETNS_DIR}"))?;

@@ -1,19 +1,19 @@
-//! Waiting for a condition: polled, and an error that names the condition when it never comes.
+//! Polling of a condition until a deadline, with an error that names the condition.
 
 use anyhow::{Context as _, Result};
 use std::time::{Duration, Instant};
 
-/// Time between two looks at a condition; short against everything waited for here.
+/// Time between two evaluations of a condition; short compared to every awaited condition.
 const POLL: Duration = Duration::from_millis(5);
 
-/// The longest wait for anything in a test. It only ends hangs: an emulated machine under load needs a tenth of it. A test
-/// that promises a time compares it with another time of the same run, never with this.
+/// Longest wait in a test, which only ends hangs: an emulated machine under load needs a tenth of it. A test of a
+/// duration compares it with another duration of the same run, never with this constant.
 pub const HANG: Duration = Duration::from_secs(300);
 
 /// Polls `condition` until it returns `Some`, and returns its value.
 ///
 /// # Errors
-/// When [`HANG`] passes first (the message names `what`), or as soon as `condition` itself fails.
+/// Fails if [`HANG`] passes first, with `what` in the message, or if `condition` fails.
 pub fn until<T>(what: &str, condition: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     within(HANG, condition)?.with_context(|| format!("{what}: not within {HANG:?}"))
 }
@@ -21,7 +21,7 @@ pub fn until<T>(what: &str, condition: impl FnMut() -> Result<Option<T>>) -> Res
 /// Polls `condition` until it returns `Some`, and returns its value, or `None` when `limit` passes first.
 ///
 /// # Errors
-/// As soon as `condition` itself fails.
+/// Fails if `condition` fails.
 pub fn within<T>(limit: Duration, mut condition: impl FnMut() -> Result<Option<T>>) -> Result<Option<T>> {
     let start = Instant::now();
     loop {

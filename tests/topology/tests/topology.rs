@@ -1,4 +1,4 @@
-//! The ground the other tests stand on: pods reach each other without any agent, and nothing stays behind.
+//! The topology of the other tests: pods reach each other without an agent, and every resource is removed.
 
 use anyhow::{Context, Result, ensure};
 use std::{
@@ -14,7 +14,7 @@ const MARKER: &[u8] = b"topology-marker-5c2f";
 
 #[test]
 #[ignore = "needs root"]
-fn pods_of_both_nodes_reach_each_other_in_clear() -> Result<()> {
+fn pods_of_both_nodes_reach_each_other_as_plaintext() -> Result<()> {
     let topology = Topology::new("top")?;
     let client = topology.node("a")?.pod("shop", "client")?;
     let near = topology.node("a")?.pod("shop", "near")?;
@@ -25,7 +25,7 @@ fn pods_of_both_nodes_reach_each_other_in_clear() -> Result<()> {
         exchange(&client, server, IpAddr::V6(server.ipv6()))?;
     }
     let traffic = capture.finish()?;
-    // Only the far pod is beyond the wire: once for each family, and once each for the answer.
+    // Only pod `far` is across the wire. Each family crosses it twice: the request and the response.
     assert_eq!(traffic.occurrences(MARKER), 4);
     assert_eq!((traffic.tunnel_bytes, traffic.client_hellos()), (0, 0));
     topology.close()
@@ -33,13 +33,13 @@ fn pods_of_both_nodes_reach_each_other_in_clear() -> Result<()> {
 
 #[test]
 #[ignore = "needs root"]
-fn a_program_stands_in_its_pods_cgroup_and_namespace() -> Result<()> {
+fn a_program_runs_in_its_pods_cgroup_and_namespace() -> Result<()> {
     let topology = Topology::new("top")?;
     let node = topology.node("a")?;
     for pod in [node.pod("shop", "in")?, node.outside_pod("shop", "out")?] {
-        let held = pod.hold()?;
+        let process = pod.keep_alive()?;
         let members = || fs::read_to_string(pod.cgroup().join("cgroup.procs"));
-        until("process in its cgroup", || Ok(members()?.contains(&held.id().to_string()).then_some(())))?;
+        until("process in its cgroup", || Ok(members()?.contains(&process.id().to_string()).then_some(())))?;
         let inside = run(pod.command("stat").args(["-Lc", "%i", "/proc/self/ns/net"]))?;
         let named = run(Command::new("stat").args(["-Lc", "%i"]).arg(pod.netns().path()))?;
         assert_eq!(inside, named);
@@ -51,34 +51,34 @@ fn a_program_stands_in_its_pods_cgroup_and_namespace() -> Result<()> {
 
 #[test]
 #[ignore = "needs root"]
-fn nothing_stays_behind_after_close() -> Result<()> {
+fn nothing_remains_after_close() -> Result<()> {
     let topology = Topology::new("top")?;
     let prefix = topology.prefix().to_owned();
     let pod = topology.node("b")?.pod("shop", "web")?;
-    let held = pod.hold()?;
+    let process = pod.keep_alive()?;
     fs::create_dir_all(topology.node("b")?.pin_path().join("maps"))?;
     assert!(!leftovers(&prefix)?.is_empty());
     topology.close()?;
-    drop(held);
+    drop(process);
     assert_eq!(leftovers(&prefix)?, Vec::<PathBuf>::new());
     Ok(())
 }
 
-/// The guard removes everything when the owner is killed; this test is also the owner, in another process.
+/// The sweeper process removes all resources when the owner is killed. The owner is this test in another process.
 #[test]
 #[ignore = "needs root"]
-fn nothing_stays_behind_when_the_owner_is_killed() -> Result<()> {
+fn nothing_remains_when_the_owner_is_killed() -> Result<()> {
     let mut owner = Command::new(std::env::current_exe()?);
     owner.args(["--exact", "--include-ignored", "--nocapture", "owner_that_waits_to_be_killed"]);
     let mut owner = Process::spawn(owner.env("TOPOLOGY_OWNER", "1").stdout(Stdio::piped()))?;
     let mut stdout = owner.take_stdout().context("stdout")?;
-    let mut said = String::new();
+    let mut output = String::new();
     let prefix = loop {
         let mut byte = [0];
-        ensure!(stdout.read(&mut byte)? == 1, "the owner ended: {said}");
-        said.push(char::from(byte[0]));
+        ensure!(stdout.read(&mut byte)? == 1, "the owner exited: {output}");
+        output.push(char::from(byte[0]));
         if let Some((_, prefix)) =
-            said.trim_end_matches('\n').split_once("built ").filter(|_| said.ends_with('\n'))
+            output.trim_end_matches('\n').split_once("built ").filter(|_| output.ends_with('\n'))
         {
             break prefix.to_owned();
         }
@@ -95,11 +95,11 @@ fn owner_that_waits_to_be_killed() -> Result<()> {
         return Ok(());
     }
     let topology = Topology::new("top")?;
-    let held = topology.node("a")?.pod("shop", "web")?.hold()?;
+    let process = topology.node("a")?.pod("shop", "web")?.keep_alive()?;
     println!("built {}", topology.prefix());
     loop {
         std::thread::park();
-        std::hint::black_box(&held);
+        std::hint::black_box(&process);
     }
 }
 
@@ -128,20 +128,20 @@ fn exchange(client: &Pod, server: &Pod, address: IpAddr) -> Result<()> {
     accepted.read_exact(&mut buffer)?;
     accepted.write_all(&buffer)?;
     sent.read_exact(&mut buffer)?;
-    ensure!(buffer == MARKER, "another answer");
+    ensure!(buffer == MARKER, "response differs from the request");
     Ok(())
 }
 
-/// Everything on this machine whose name begins with `prefix`.
+/// Returns all resources of this machine whose name begins with `prefix`.
 fn leftovers(prefix: &str) -> Result<Vec<PathBuf>> {
     let mounts = fs::read_to_string("/proc/mounts")?;
     let cgroups =
         mounts.lines().find_map(|line| line.split(' ').nth(1).filter(|_| line.contains(" cgroup2 ")));
-    let places =
+    let folders =
         [Path::new("/run/netns"), Path::new("/sys/fs/bpf"), Path::new(cgroups.context("cgroup v2")?)];
     let temporary = std::env::temp_dir();
-    let places = places.into_iter().chain([temporary.as_path()]);
-    let entries = places.filter_map(|place| fs::read_dir(place).ok()).flatten().flatten();
+    let folders = folders.into_iter().chain([temporary.as_path()]);
+    let entries = folders.filter_map(|folder| fs::read_dir(folder).ok()).flatten().flatten();
     Ok(entries
         .filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix))
         .map(|e| e.path())

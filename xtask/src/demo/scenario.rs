@@ -82,7 +82,7 @@ fn build() -> Result<Stage> {
     };
     let outsider = a.outside_pod("legacy", "cron")?;
     let all = [&pods.frontend, &pods.apache, &pods.nginx, &pods.mariadb, &outsider];
-    let holders = all.into_iter().map(Pod::hold).collect::<Result<_>>()?;
+    let holders = all.into_iter().map(Pod::keep_alive).collect::<Result<_>>()?;
     Ok(Stage { agents: Vec::new(), servers: Vec::new(), holders, pods, outsider, topology })
 }
 

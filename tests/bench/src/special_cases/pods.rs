@@ -25,7 +25,7 @@ pub(super) fn run(programs: &Programs) -> Result<Vec<Figure>> {
     let node = testbed.topology().node("a")?;
     let pods: Vec<Pod> =
         (0..PODS).map(|number| node.pod("many", &format!("pod{number}"))).collect::<Result<_>>()?;
-    let holds = pods.iter().map(Pod::hold).collect::<Result<Vec<_>>>()?;
+    let holds = pods.iter().map(Pod::keep_alive).collect::<Result<Vec<_>>>()?;
     let all = [&testbed.client, &testbed.near, &testbed.far].into_iter().chain(&pods);
     let directory: Vec<WorkloadEntry> = all.map(WorkloadEntry::of).collect();
     let begin = Instant::now();

@@ -1,6 +1,6 @@
-//! Clients in a closed loop: each has one request in flight, on one connection or on a new one each time.
+//! Clients in a closed loop: each has one request in flight, on a persistent connection or on a new one for each request.
 
-use crate::{Load, PATIENCE, times::Times};
+use crate::{IO_TIMEOUT, Load, times::Times};
 use anyhow::{Result, anyhow};
 use serde_json::{Value, json};
 use std::{
@@ -12,77 +12,77 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Requests of each connection before the clock starts.
+/// Requests of each connection before the measurement starts.
 const WARM_UP: usize = 20;
-/// Threads here do little, in bytes.
+/// Stack of a client's thread, in bytes. A thread needs little of it.
 const STACK: usize = 128 << 10;
 
-/// What one client did.
+/// Measurements of one client.
 #[derive(Default)]
-struct Done {
-    /// When each request ended, in nanoseconds since the start, and how long it took, in nanoseconds.
+struct Measurements {
+    /// End of each request in nanoseconds since the start, and its duration in nanoseconds.
     requests: Vec<(u64, u32)>,
-    /// Requests before the start, which cost CPU as well.
+    /// Number of requests before the start. They count in `requests`, because they cost CPU too.
     warm_up: usize,
-    /// Failed requests by the name of the error.
+    /// Numbers of failed requests by the error's name.
     failures: BTreeMap<String, u64>,
 }
 
-/// Requests on connections that stay open.
+/// Sends requests on persistent connections.
 pub(crate) fn echo(load: &Load) -> Result<()> {
     report(load, |barrier| {
-        let mut done = Done::default();
+        let mut measurements = Measurements::default();
         let opened = open(load.to).and_then(|stream| {
             (0..WARM_UP).try_for_each(|_| exchange(&stream, &mut vec![b'x'; load.request_bytes]))?;
-            done.warm_up = WARM_UP;
+            measurements.warm_up = WARM_UP;
             Ok(stream)
         });
-        // Also one that failed comes here: the others wait for it.
+        // A client that failed waits here too, because the others wait for it.
         barrier.wait();
         let result = opened.and_then(|stream| {
             let mut request = vec![b'x'; load.request_bytes];
-            until_time(load.time, &mut done, || exchange(&stream, &mut request))
+            run_for(load.time, &mut measurements, || exchange(&stream, &mut request))
         });
         if let Err(error) = result {
-            done.count(&error);
+            measurements.count(&error);
         }
-        done
+        measurements
     })
 }
 
-/// Which side ends a connection first, and then keeps it in TIME_WAIT.
+/// Side that closes a connection first and then keeps it in TIME_WAIT.
 #[derive(Clone, Copy)]
 pub(crate) enum Closer {
-    /// As with HTTP's `Connection: close`.
+    /// The server, as with HTTP's `Connection: close`.
     Server,
     Client,
 }
 
-/// A connection for each request.
+/// Opens a connection for each request.
 pub(crate) fn connect(load: &Load, closer: Closer) -> Result<()> {
     report(load, |barrier| {
-        let mut done = Done::default();
+        let mut measurements = Measurements::default();
         let mut request = vec![b'x'; load.request_bytes];
         match one_shot(load.to, &mut request, closer) {
-            Ok(()) => done.warm_up = 1,
-            Err(error) => done.count(&error),
+            Ok(()) => measurements.warm_up = 1,
+            Err(error) => measurements.count(&error),
         }
         barrier.wait();
         let begin = Instant::now();
-        // A failure is counted and the next connection tried, as a busy client would.
+        // After a failure the client opens the next connection, as a busy client would.
         while let Some(left) = load.time.checked_sub(begin.elapsed()) {
             let once = || one_shot(load.to, &mut request, closer);
-            if let Err(error) = until_time_from(begin, left, &mut done, once) {
-                done.count(&error);
+            if let Err(error) = run_for_from(begin, left, &mut measurements, once) {
+                measurements.count(&error);
             }
         }
-        done
+        measurements
     })
 }
 
-impl Done {
+impl Measurements {
     fn count(&mut self, error: &io::Error) {
-        // A blocking socket whose time is over reports what a non-blocking one does.
+        // A blocking socket reports a timeout with the error of a non-blocking one.
         let name = match error.kind() {
             ErrorKind::WouldBlock => "TimedOut".to_owned(),
             kind => format!("{kind:?}"),
@@ -91,15 +91,19 @@ impl Done {
     }
 }
 
-fn until_time(time: Duration, done: &mut Done, request: impl FnMut() -> io::Result<()>) -> io::Result<()> {
-    until_time_from(Instant::now(), time, done, request)
+fn run_for(
+    time: Duration,
+    measurements: &mut Measurements,
+    request: impl FnMut() -> io::Result<()>,
+) -> io::Result<()> {
+    run_for_from(Instant::now(), time, measurements, request)
 }
 
-/// Requests for `time` from now; the times at which they end count from `begin`.
-fn until_time_from(
+/// Sends requests for `time`. The ends of requests count from `begin`.
+fn run_for_from(
     begin: Instant,
     time: Duration,
-    done: &mut Done,
+    measurements: &mut Measurements,
     mut request: impl FnMut() -> io::Result<()>,
 ) -> io::Result<()> {
     let mut before = Instant::now();
@@ -108,7 +112,7 @@ fn until_time_from(
         request()?;
         let after = Instant::now();
         let took = u32::try_from((after - before).as_nanos()).unwrap_or(u32::MAX);
-        done.requests.push((u64::try_from((after - begin).as_nanos()).unwrap_or(u64::MAX), took));
+        measurements.requests.push((u64::try_from((after - begin).as_nanos()).unwrap_or(u64::MAX), took));
         if after >= end {
             return Ok(());
         }
@@ -119,8 +123,8 @@ fn until_time_from(
 pub(crate) fn open(to: SocketAddr) -> io::Result<TcpStream> {
     let stream = TcpStream::connect(to)?;
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(IO_TIMEOUT))?;
+    stream.set_write_timeout(Some(IO_TIMEOUT))?;
     Ok(stream)
 }
 
@@ -137,14 +141,14 @@ fn one_shot(to: SocketAddr, request: &mut [u8], closer: Closer) -> io::Result<()
     }
     match (&stream).read(&mut [0])? {
         0 => Ok(()),
-        _ => Err(io::Error::new(ErrorKind::InvalidData, "more than was asked for")),
+        _ => Err(io::Error::new(ErrorKind::InvalidData, "more bytes than requested")),
     }
 }
 
-/// Runs the clients at once and prints what they did together.
-fn report(load: &Load, client: impl Fn(&Barrier) -> Done + Sync) -> Result<()> {
+/// Runs the clients concurrently and prints their combined measurements.
+fn report(load: &Load, client: impl Fn(&Barrier) -> Measurements + Sync) -> Result<()> {
     let barrier = Barrier::new(load.clients);
-    let all = thread::scope(|scope| -> Result<Vec<Done>> {
+    let all = thread::scope(|scope| -> Result<Vec<Measurements>> {
         let start = |_| thread::Builder::new().stack_size(STACK).spawn_scoped(scope, || client(&barrier));
         let threads: Vec<_> = (0..load.clients).map(start).collect::<io::Result<_>>()?;
         threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a client panicked"))).collect()
@@ -153,23 +157,24 @@ fn report(load: &Load, client: impl Fn(&Barrier) -> Done + Sync) -> Result<()> {
     Ok(())
 }
 
-fn summary(load: &Load, all: Vec<Done>) -> Value {
+fn summary(load: &Load, all: Vec<Measurements>) -> Value {
     let seconds = load.time.as_secs_f64();
-    // What ended after the time was begun before it: counting it would favour slow requests.
+    // A request that ended late began in time. Counting it would favour slow requests.
     let limit = u64::try_from(load.time.as_nanos()).unwrap_or(u64::MAX);
-    let in_time = || all.iter().flat_map(|done| &done.requests).filter(|(ended, _)| *ended <= limit);
+    let in_time =
+        || all.iter().flat_map(|measurements| &measurements.requests).filter(|(ended, _)| *ended <= limit);
     let mut per_second = vec![0_u64; load.time.as_secs().try_into().unwrap_or(0)];
     for (ended, _) in in_time() {
         let second = usize::try_from(ended / 1_000_000_000).unwrap_or(usize::MAX);
         per_second.get_mut(second).into_iter().for_each(|count| *count += 1);
     }
     let mut failures = BTreeMap::<&str, u64>::new();
-    for (name, count) in all.iter().flat_map(|done| &done.failures) {
+    for (name, count) in all.iter().flat_map(|measurements| &measurements.failures) {
         *failures.entry(name).or_default() += count;
     }
     let times = Times::new(in_time().map(|(_, took)| *took).collect());
     json!({
-        "requests": all.iter().map(|done| done.requests.len() + done.warm_up).sum::<usize>(),
+        "requests": all.iter().map(|measurements| measurements.requests.len() + measurements.warm_up).sum::<usize>(),
         "per_second": times.count() as f64 / seconds,
         "p50_us": times.percentile(500),
         "p99_us": times.percentile(990),

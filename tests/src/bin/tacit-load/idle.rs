@@ -1,4 +1,4 @@
-//! Connections that are open and silent: each had one request, to show that it goes all the way.
+//! Idle connections. Each one sends a request after it is opened, to show that it works end to end.
 
 use crate::client::{exchange, open};
 use anyhow::{Context, Result};
@@ -9,8 +9,8 @@ use std::{
     time::Instant,
 };
 
-/// Opens them, tells `{"open": COUNT, "seconds": ..}`, waits for the end of stdin, asks once more on each, closes them
-/// all and tells `{"closed": COUNT}`.
+/// Opens the connections, prints `{"open": COUNT, "seconds": ..}` and waits for the end of stdin. Then it sends one more
+/// request on each, closes all and prints `{"closed": COUNT}`.
 pub(crate) fn run(to: SocketAddr, count: usize) -> Result<()> {
     let begin = Instant::now();
     let connections: Vec<TcpStream> = (0..count)
@@ -22,8 +22,7 @@ pub(crate) fn run(to: SocketAddr, count: usize) -> Result<()> {
     println!("{}", json!({ "open": count, "seconds": begin.elapsed().as_secs_f64() }));
     io::stdin().read_to_end(&mut Vec::new())?;
     for (number, stream) in connections.iter().enumerate() {
-        exchange(stream, &mut [b'y'; 64])
-            .with_context(|| format!("connection {number} after its silence"))?;
+        exchange(stream, &mut [b'y'; 64]).with_context(|| format!("connection {number} after being idle"))?;
     }
     drop(connections);
     println!("{}", json!({ "closed": count }));

@@ -1,19 +1,19 @@
-//! The load generator of `cargo xtask bench`, on one side or the other of many connections.
+//! Load generator of `cargo xtask bench`, for either side of many connections.
 //!
 //! ```text
-//! tacit-load serve ADDRESS                                    echoes on every connection until its end
+//! tacit-load serve ADDRESS                                    echoes on every connection until the client closes it
 //! tacit-load serve ADDRESS --answer BYTES                     echoes the first BYTES of every connection, then closes it
 //! tacit-load echo ADDRESS CONNECTIONS BYTES SECONDS           requests on open connections, one at a time on each
 //! tacit-load connect ADDRESS CLIENTS BYTES SECONDS            a new connection for every request, one at a time per client
 //! tacit-load connect-close ADDRESS CLIENTS BYTES SECONDS      the same, and the client is the first to close
-//! tacit-load idle ADDRESS COUNT                               opens COUNT connections, one request on each, then stays silent
-//! tacit-load relay LISTEN TO [LISTEN TO ...]                  passes on to TO what is accepted at LISTEN, both ways
+//! tacit-load idle ADDRESS COUNT                               opens COUNT connections, sends one request on each, then idles
+//! tacit-load relay LISTEN TO [LISTEN TO ...]                  relays connections accepted at LISTEN to TO, both ways
 //! ```
 //!
 //! Clients are threads with plain blocking sockets, as ordinary applications are, one request in flight each: a closed
-//! loop. The server is one thread with epoll. Each time is kept, so percentiles are exact. A client ends with one
-//! JSON object on stdout; `idle` tells when all are open and closes them when its stdin ends. Nothing here knows of
-//! Tacit.
+//! loop. The server is one thread with epoll. Every duration is kept, so percentiles are exact. A client prints one JSON
+//! object when it is done. `idle` prints one when all connections are open, and closes them when its stdin ends. Nothing
+//! in this program depends on Tacit.
 
 #![forbid(unsafe_code)]
 
@@ -27,21 +27,21 @@ use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::{net::SocketAddr, str::FromStr, time::Duration};
 
-/// Longest wait of one socket call: what takes longer counts as a failure.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Timeout of one socket call; a longer call counts as a failure.
+const IO_TIMEOUT: Duration = Duration::from_secs(20);
 /// Largest request, in bytes.
 const REQUEST_MAX: usize = 64 << 10;
 
 fn main() -> Result<()> {
-    // Thousands of connections: all descriptors that the machine gives.
+    // Thousands of connections need the highest possible limit of descriptors.
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).context("limit of descriptors")?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most).context("raise the limit of descriptors")?;
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {
-        ["serve", address] => server::run(parse(address, "ADDRESS")?, server::Duty::Echo),
+        ["serve", address] => server::run(parse(address, "ADDRESS")?, server::Behaviour::Echo),
         ["serve", address, "--answer", bytes] => {
-            server::run(parse(address, "ADDRESS")?, server::Duty::Answer(request_size(bytes)?))
+            server::run(parse(address, "ADDRESS")?, server::Behaviour::Answer(request_size(bytes)?))
         }
         ["echo", address, rest @ ..] => client::echo(&load(address, rest)?),
         ["connect", address, rest @ ..] => client::connect(&load(address, rest)?, client::Closer::Server),
@@ -54,7 +54,7 @@ fn main() -> Result<()> {
     }
 }
 
-/// What the clients do, and for how long.
+/// Parameters of the clients.
 struct Load {
     to: SocketAddr,
     clients: usize,
@@ -63,7 +63,7 @@ struct Load {
 }
 
 fn load(address: &str, rest: &[&str]) -> Result<Load> {
-    let [clients, bytes, seconds] = rest else { bail!("give ADDRESS CLIENTS BYTES SECONDS") };
+    let [clients, bytes, seconds] = rest else { bail!("expected ADDRESS CLIENTS BYTES SECONDS") };
     Ok(Load {
         to: parse(address, "ADDRESS")?,
         clients: parse(clients, "CLIENTS")?,
@@ -83,7 +83,7 @@ fn routes(addresses: &[&str]) -> Result<Vec<relay::Route>> {
 fn request_size(text: &str) -> Result<usize> {
     match parse(text, "BYTES")? {
         bytes @ 1..=REQUEST_MAX => Ok(bytes),
-        bytes => bail!("{bytes} bytes: a request has 1 to {REQUEST_MAX}"),
+        bytes => bail!("invalid BYTES {bytes}: expected 1 to {REQUEST_MAX}"),
     }
 }
 

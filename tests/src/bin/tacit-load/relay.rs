@@ -1,5 +1,5 @@
-//! A plain relay: what an agent does to the bytes of a connection, without TLS, identity, policy or guard. Two in a row show
-//! what passing through user space twice costs, whoever does it.
+//! A plain relay: copies bytes as an agent does, without TLS, identity, policy or guard. Two relays in a row show the cost
+//! of passing through user space twice.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
@@ -13,54 +13,54 @@ use anyhow::{Context, Result};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use socket2::{Domain, Socket, Type};
 
-use crate::server::{EVENTS, Port, listen};
+use crate::server::{EVENTS, PortSharing, listen};
 
-/// As many as the agent has on two cores.
+/// Number of threads, that of an agent on two cores.
 const THREADS: usize = 2;
-/// Bytes moved at once, as many as the agent moves.
+/// Buffer of one read in bytes, the agent's size.
 const BUFFER_BYTES: usize = 512 << 10;
 
-/// What is accepted at `listen` goes on to `to`.
+/// A route: connections accepted at `listen` are relayed to `to`.
 #[derive(Clone, Copy)]
 pub(crate) struct Route {
     pub(crate) listen: SocketAddr,
     pub(crate) to: SocketAddr,
 }
 
-/// Relays until the process is killed; says `ready` when it listens.
+/// Relays until the process is killed. Prints `ready` when it listens.
 pub(crate) fn run(routes: &[Route]) -> Result<()> {
     let relays: Vec<_> = (0..THREADS).map(|_| Relay::new(routes)).collect::<Result<_>>()?;
     println!("ready");
-    let (tell, told) = mpsc::channel();
+    let (sender, results) = mpsc::channel();
     for mut relay in relays {
-        let tell = tell.clone();
-        // Nobody listens any more once another thread has failed.
-        thread::spawn(move || drop(tell.send(relay.run())));
+        let sender = sender.clone();
+        // The receiver is gone if another thread failed before.
+        thread::spawn(move || drop(sender.send(relay.run())));
     }
-    told.recv().context("no thread of the relay runs")?
+    results.recv().context("all threads of the relay have exited")?
 }
 
-/// One thread: its listeners, which share the ports with those of the others, and the ends of its connections.
+/// One thread: its listeners, which share their ports with those of other threads, and the sockets of its connections.
 struct Relay {
     epoll: Epoll,
     listeners: Vec<(TcpListener, SocketAddr)>,
-    /// By descriptor, which the kernel keeps small.
-    ends: Vec<Option<End>>,
+    /// Sockets by descriptor. The kernel allocates small descriptors first.
+    ends: Vec<Option<Endpoint>>,
     buffer: Vec<u8>,
 }
 
 /// One of the two sockets of a connection.
-struct End {
+struct Endpoint {
     stream: TcpStream,
-    /// Descriptor of the other.
+    /// Descriptor of the other socket.
     other: usize,
-    /// Read from the other, and not taken by this socket yet. Nothing more is read there while there is some.
+    /// Bytes read from the other socket that this socket has not accepted yet. Reading pauses while there are any.
     unsent: Vec<u8>,
-    /// Its end has been read.
+    /// True after this socket's end of file was read.
     has_ended: bool,
-    /// The end of the other has been passed on.
+    /// True after the other socket's end of file was forwarded.
     is_shut: bool,
-    /// What the poller watches for.
+    /// Events that epoll reports.
     watched: EpollFlags,
 }
 
@@ -69,10 +69,10 @@ impl Relay {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("make an epoll")?;
         let listeners: Vec<_> = routes
             .iter()
-            .map(|route| Ok((listen(route.listen, Port::Shared)?, route.to)))
+            .map(|route| Ok((listen(route.listen, PortSharing::Shared)?, route.to)))
             .collect::<Result<_>>()?;
         for (listener, _) in &listeners {
-            epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, place(listener) as u64))?;
+            epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, descriptor(listener) as u64))?;
         }
         Ok(Self { epoll, listeners, ends: Vec::new(), buffer: vec![0; BUFFER_BYTES] })
     }
@@ -86,7 +86,7 @@ impl Relay {
             };
             for event in &events[..count] {
                 let at = usize::try_from(event.data())?;
-                match self.listeners.iter().position(|(listener, _)| place(listener) == at) {
+                match self.listeners.iter().position(|(listener, _)| descriptor(listener) == at) {
                     Some(index) => self.accept(index)?,
                     None if matches!(self.serve(at), Ok(true)) => {}
                     None => self.close(at),
@@ -99,7 +99,7 @@ impl Relay {
         let (listener, to) = &self.listeners[index];
         let accepted = match listener.accept() {
             Ok((accepted, _)) => accepted,
-            // Another thread was faster, or the client is gone.
+            // Another thread accepted the connection, or the client closed it.
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::ConnectionAborted) => {
                 return Ok(());
             }
@@ -107,14 +107,14 @@ impl Relay {
         };
         accepted.set_nonblocking(true)?;
         let dialled = dial(*to)?;
-        let (first, second) = (place(&accepted), place(&dialled));
+        let (first, second) = (descriptor(&accepted), descriptor(&dialled));
         if self.ends.len() <= first.max(second) {
             self.ends.resize_with(first.max(second) + 1, || None);
         }
         for (stream, at, other) in [(accepted, first, second), (dialled, second, first)] {
             stream.set_nodelay(true)?;
             self.epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, at as u64))?;
-            self.ends[at] = Some(End {
+            self.ends[at] = Some(Endpoint {
                 stream,
                 other,
                 unsent: Vec::new(),
@@ -126,25 +126,25 @@ impl Relay {
         Ok(())
     }
 
-    /// Sends what waits for this socket, reads once from it, and passes that on. False once both directions have ended.
+    /// Sends pending bytes, reads once from this socket and forwards the bytes. False once both directions have ended.
     fn serve(&mut self, at: usize) -> io::Result<bool> {
-        // Closed since the event.
+        // The connection was closed after the event.
         let Some(mut end) = self.ends[at].take() else { return Ok(true) };
         let Some(mut other) = self.ends[end.other].take() else { return Ok(false) };
         let outcome = end.send().and_then(|()| end.read(&mut other, &mut self.buffer));
-        end.pass_end_of(&other)?;
-        other.pass_end_of(&end)?;
-        let goes_on = !(end.is_shut && other.is_shut);
-        if goes_on {
+        end.shut_down_after(&other)?;
+        other.shut_down_after(&end)?;
+        let is_open = !(end.is_shut && other.is_shut);
+        if is_open {
             end.watch(&self.epoll, &other, at)?;
             other.watch(&self.epoll, &end, end.other)?;
         }
         let other_at = end.other;
         (self.ends[at], self.ends[other_at]) = (Some(end), Some(other));
-        outcome.map(|()| goes_on)
+        outcome.map(|()| is_open)
     }
 
-    /// Both ends. Closing a descriptor also removes it from the epoll.
+    /// Closes both sockets. Closing a descriptor also removes it from the epoll.
     fn close(&mut self, at: usize) {
         if let Some(end) = self.ends[at].take() {
             self.ends[end.other] = None;
@@ -152,15 +152,15 @@ impl Relay {
     }
 }
 
-impl End {
-    /// Sends what waits.
+impl Endpoint {
+    /// Sends pending bytes.
     fn send(&mut self) -> io::Result<()> {
         let unsent = std::mem::take(&mut self.unsent);
-        self.take(&unsent)
+        self.write(&unsent)
     }
 
-    /// Sends `bytes`; what does not fit waits.
-    fn take(&mut self, bytes: &[u8]) -> io::Result<()> {
+    /// Sends `bytes` and keeps those that the socket does not accept.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         if bytes.is_empty() {
             return Ok(());
         }
@@ -172,22 +172,22 @@ impl End {
         Ok(())
     }
 
-    /// Reads once and passes it on to `other`, if nothing waits there.
+    /// Reads once and forwards the bytes to `other`, if no bytes are pending there.
     fn read(&mut self, other: &mut Self, buffer: &mut [u8]) -> io::Result<()> {
         if self.has_ended || !other.unsent.is_empty() {
             return Ok(());
         }
         match self.stream.read(buffer) {
             Ok(0) => self.has_ended = true,
-            Ok(read) => return other.take(&buffer[..read]),
+            Ok(read) => return other.write(&buffer[..read]),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
         Ok(())
     }
 
-    /// Ends this direction once the other socket has ended and all of it is sent.
-    fn pass_end_of(&mut self, other: &Self) -> io::Result<()> {
+    /// Shuts down this direction once the other socket has ended and no bytes are pending.
+    fn shut_down_after(&mut self, other: &Self) -> io::Result<()> {
         if other.has_ended && self.unsent.is_empty() && !self.is_shut {
             self.stream.shutdown(Shutdown::Write)?;
             self.is_shut = true;
@@ -207,7 +207,7 @@ impl End {
     }
 }
 
-/// Begins to connect. Until that is done, writes do not fit.
+/// Starts a non-blocking connect. Writes return WouldBlock until it is done.
 fn dial(to: SocketAddr) -> Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
@@ -219,7 +219,7 @@ fn dial(to: SocketAddr) -> Result<TcpStream> {
     }
 }
 
-fn place(socket: &impl AsRawFd) -> usize {
+fn descriptor(socket: &impl AsRawFd) -> usize {
     usize::try_from(socket.as_raw_fd()).unwrap_or(usize::MAX)
 }
 
@@ -228,12 +228,12 @@ mod tests {
     use tacit_topology::until;
 
     use super::*;
-    use crate::PATIENCE;
+    use crate::IO_TIMEOUT;
 
-    /// More than all sockets and buffers on the way hold.
+    /// More bytes than all sockets and buffers on the path hold.
     const BYTES: usize = 32 << 20;
 
-    /// A listener, and its address.
+    /// Returns a listener and its address.
     fn listener() -> Result<(TcpListener, SocketAddr)> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
@@ -243,20 +243,20 @@ mod tests {
     #[test]
     fn all_bytes_and_both_ends_pass_two_relays() -> Result<()> {
         let (server, at) = listener()?;
-        // Ports that are free now: the relay takes them again.
+        // The ports are free now, and the relay binds them again.
         let [first, second] = [listener()?.1, listener()?.1];
         thread::spawn(move || run(&[Route { listen: first, to: second }, Route { listen: second, to: at }]));
         let serving = thread::spawn(move || -> Result<usize> {
             let (mut stream, _) = server.accept()?;
             let mut all = Vec::new();
             stream.read_to_end(&mut all)?;
-            // The client has ended its direction, and still reads.
+            // The client has shut down its direction and still reads.
             stream.write_all(&all)?;
             Ok(all.len())
         });
         let mut client = until("the relay listening", || Ok(TcpStream::connect(first).ok()))?;
-        client.set_read_timeout(Some(PATIENCE))?;
-        client.set_write_timeout(Some(PATIENCE))?;
+        client.set_read_timeout(Some(IO_TIMEOUT))?;
+        client.set_write_timeout(Some(IO_TIMEOUT))?;
         let bytes: Vec<u8> = (0..BYTES).map(|at| (at % 251) as u8).collect();
         client.write_all(&bytes)?;
         client.shutdown(Shutdown::Write)?;

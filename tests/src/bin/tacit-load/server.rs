@@ -1,4 +1,4 @@
-//! The server: one thread, epoll, a buffer of its own only for a connection whose client does not read.
+//! Server: one thread with epoll. A connection has a buffer of its own only while its client does not read.
 
 use crate::REQUEST_MAX;
 use anyhow::{Context, Result};
@@ -10,29 +10,29 @@ use std::{
     os::fd::AsRawFd,
 };
 
-/// Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn.
+/// Accept backlog; the kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
-/// Events taken from the kernel at once.
+/// Events of one epoll call.
 pub(crate) const EVENTS: usize = 256;
 
-/// What is done with each connection.
+/// Behaviour on each connection.
 #[derive(Clone, Copy)]
-pub(crate) enum Duty {
-    /// Send back what comes until the client ends.
+pub(crate) enum Behaviour {
+    /// Echo until the client closes.
     Echo,
-    /// Send back that many bytes, then close: the server is the first to close, as with HTTP's `Connection: close`.
+    /// Echo that many bytes, then close. The server closes first, as with HTTP's `Connection: close`.
     Answer(usize),
 }
 
 struct Connection {
     stream: TcpStream,
-    /// Bytes still to be sent back before the connection is closed; `None` when only the client closes it.
+    /// Bytes to echo before the server closes; `None` if the client closes.
     left: Option<usize>,
-    /// Read, but not taken by the socket yet. Nothing is read while there is some.
+    /// Bytes that the socket has not accepted yet. Reading pauses while there are any.
     unsent: Vec<u8>,
 }
 
-/// Whether a connection goes on.
+/// Next action on a connection.
 #[derive(PartialEq, Eq)]
 enum Next {
     Read,
@@ -41,13 +41,13 @@ enum Next {
 }
 
 /// Serves until the process is killed.
-pub(crate) fn run(address: SocketAddr, duty: Duty) -> Result<()> {
-    let listener = listen(address, Port::Own)?;
+pub(crate) fn run(address: SocketAddr, behaviour: Behaviour) -> Result<()> {
+    let listener = listen(address, PortSharing::Exclusive)?;
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("make an epoll")?;
     epoll
         .add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, token(&listener)))
         .context("watch the listener")?;
-    let mut server = Server { duty, epoll, connections: Vec::new(), buffer: vec![0; REQUEST_MAX] };
+    let mut server = Server { behaviour, epoll, connections: Vec::new(), buffer: vec![0; REQUEST_MAX] };
     let mut events = [EpollEvent::empty(); EVENTS];
     loop {
         let count = match server.epoll.wait(&mut events, EpollTimeout::NONE) {
@@ -64,18 +64,18 @@ pub(crate) fn run(address: SocketAddr, duty: Duty) -> Result<()> {
     }
 }
 
-/// Whose a port is.
+/// Sharing of a port.
 #[derive(PartialEq, Eq)]
-pub(crate) enum Port {
-    Own,
-    /// The listeners of several threads share it, each with its part of the connections.
+pub(crate) enum PortSharing {
+    Exclusive,
+    /// Listeners of several threads share the port, and each gets a part of the connections.
     Shared,
 }
 
-pub(crate) fn listen(address: SocketAddr, port: Port) -> Result<TcpListener> {
+pub(crate) fn listen(address: SocketAddr, sharing: PortSharing) -> Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
-    socket.set_reuse_port(port == Port::Shared)?;
+    socket.set_reuse_port(sharing == PortSharing::Shared)?;
     socket.bind(&address.into()).with_context(|| format!("bind {address}"))?;
     socket.listen(BACKLOG)?;
     socket.set_nonblocking(true)?;
@@ -87,15 +87,15 @@ fn token(socket: &impl AsRawFd) -> u64 {
 }
 
 struct Server {
-    duty: Duty,
+    behaviour: Behaviour,
     epoll: Epoll,
-    /// By descriptor, which the kernel keeps small.
+    /// Connections by descriptor. The kernel allocates small descriptors first.
     connections: Vec<Option<Connection>>,
     buffer: Vec<u8>,
 }
 
 impl Server {
-    /// Accepts what waits. A connection that broke meanwhile is its client's matter.
+    /// Accepts pending connections. A connection that its client aborted is skipped.
     fn accept(&mut self, listener: &TcpListener) -> Result<()> {
         loop {
             let stream = match listener.accept() {
@@ -108,9 +108,9 @@ impl Server {
             stream.set_nodelay(true)?;
             let number = token(&stream);
             self.epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, number))?;
-            let left = match self.duty {
-                Duty::Echo => None,
-                Duty::Answer(bytes) => Some(bytes),
+            let left = match self.behaviour {
+                Behaviour::Echo => None,
+                Behaviour::Answer(bytes) => Some(bytes),
             };
             let at = usize::try_from(number)?;
             if self.connections.len() <= at {
@@ -167,7 +167,7 @@ impl Connection {
         })
     }
 
-    /// Sends what the socket takes.
+    /// Sends bytes and returns the number that the socket accepted.
     fn send(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self.stream.write(bytes) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(0),

@@ -1,22 +1,22 @@
-//! Times of requests, all of them kept: percentiles are exact, not those of buckets.
+//! Durations of requests. All are kept, so percentiles are exact and not those of buckets.
 
-/// Times of requests, in nanoseconds.
+/// Sorted durations of requests, in nanoseconds.
 #[derive(Debug, Default)]
 pub(crate) struct Times(Vec<u32>);
 
 impl Times {
-    /// From times in any order.
+    /// Makes the list from durations in any order.
     pub(crate) fn new(mut times: Vec<u32>) -> Self {
         times.sort_unstable();
         Self(times)
     }
 
-    /// How many there are.
+    /// Returns the number of durations.
     pub(crate) fn count(&self) -> usize {
         self.0.len()
     }
 
-    /// The smallest time that `per_mille` of 1000 requests did not exceed, in microseconds; `None` without requests.
+    /// Returns the smallest duration that `per_mille` of 1000 requests did not exceed, in microseconds; `None` if empty.
     pub(crate) fn percentile(&self, per_mille: usize) -> Option<f64> {
         let rank = (self.0.len() * per_mille).div_ceil(1000).max(1);
         self.0.get(rank - 1).map(|&time| f64::from(time) / 1e3)

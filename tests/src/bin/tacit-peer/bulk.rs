@@ -1,9 +1,9 @@
-//! Many bytes in both directions at the same time, each one checked on arrival.
+//! Bulk transfer in both directions at the same time, with a check of every byte.
 //!
-//! Both sides know what the other sends: a block of pseudo-random bytes, repeated. Its length is a prime, so that no
-//! piece of it stands at the same place in two buffers of a usual size: bytes lost, doubled or swapped are noticed.
+//! Each side sends a block of pseudo-random bytes repeatedly, and the other side knows the block. Its length is a prime,
+//! so it is aligned differently in every buffer, and lost, duplicated or swapped bytes are noticed.
 
-use crate::event::Teller;
+use crate::event::Reporter;
 use serde_json::json;
 use std::{
     io::{self, Read, Write},
@@ -16,19 +16,19 @@ const BLOCK: usize = 1_048_573;
 /// Length of one read, in bytes.
 const READ: usize = 128 << 10;
 
-/// Sends `bytes` of stream `mine` and ends that direction, while it reads to the end and compares with stream `theirs`.
+/// Sends `bytes` of stream `mine` and shuts down, while it reads to the end and compares with stream `theirs`.
 pub(crate) fn exchange(
     stream: &TcpStream,
     bytes: usize,
     mine: u64,
     theirs: u64,
-    teller: &Teller,
+    reporter: &Reporter,
 ) -> io::Result<()> {
     thread::scope(|scope| {
         let sending = scope.spawn(move || send(stream, bytes, &block(mine)));
         let (received, same) = receive(stream, &block(theirs))?;
         let sent = sending.join().map_err(|_| io::Error::other("the sending thread panicked"))?;
-        teller.tell("bulk", json!({ "received": received, "as_sent": same }));
+        reporter.emit("bulk", json!({ "received": received, "intact": same }));
         sent
     })
 }
@@ -43,12 +43,12 @@ fn send(mut stream: &TcpStream, bytes: usize, block: &[u8]) -> io::Result<()> {
     stream.shutdown(Shutdown::Write)
 }
 
-/// How many bytes came, and whether they were those of the repeated block.
+/// Returns the number of received bytes and whether they match the repeated block.
 fn receive(mut stream: &TcpStream, block: &[u8]) -> io::Result<(usize, bool)> {
     let mut buffer = vec![0; READ];
     let (mut received, mut same) = (0, true);
     loop {
-        // No read goes over the end of the block, so that one comparison does.
+        // A read never crosses the end of the block, so one comparison is enough.
         let expected = block.get(received % block.len()..).unwrap_or_default();
         let room = expected.len().min(buffer.len());
         let read = stream.read(buffer.get_mut(..room).unwrap_or_default())?;
@@ -60,7 +60,7 @@ fn receive(mut stream: &TcpStream, block: &[u8]) -> io::Result<(usize, bool)> {
     }
 }
 
-/// The block of a seed, by xorshift64* (Vigna, "An experimental exploration of Marsaglia's xorshift generators").
+/// Returns the block of a seed, by xorshift64* (Vigna, "An experimental exploration of Marsaglia's xorshift generators").
 fn block(seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(2).wrapping_add(1);
     let mut next = || {

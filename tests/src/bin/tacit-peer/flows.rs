@@ -1,8 +1,8 @@
-//! Many connections: at once, all open and each echoed before the first one closes; or one after the other.
+//! Many connections: concurrent, all open and echoed before the first one closes, or sequential.
 
 use crate::{
-    Origin, PATIENCE, STACK, connect,
-    event::{Teller, kind},
+    IO_TIMEOUT, Origin, STACK, connect,
+    event::{Reporter, error_name},
 };
 use anyhow::{Result, anyhow};
 use serde_json::json;
@@ -18,8 +18,8 @@ use std::{
     time::Duration,
 };
 
-/// Opens `count` connections to echo servers in turn and tells `flows` {echoed, failures}: how many were right both when
-/// they had opened and when all were open, and the errors of the others by how often they came.
+/// Opens `count` connections, distributed over the echo servers, and prints `flows` {echoed, failures}. A connection
+/// counts as echoed if it echoed after it opened and again when all were open. Failures are counted by error.
 pub(crate) fn run(to: &[SocketAddr], count: usize) -> Result<()> {
     let all_open = Arc::new(Barrier::new(count));
     let start = |(number, to): (usize, SocketAddr)| {
@@ -31,69 +31,69 @@ pub(crate) fn run(to: &[SocketAddr], count: usize) -> Result<()> {
     for thread in threads {
         match thread.join().map_err(|_| anyhow!("a thread panicked"))? {
             Ok(()) => echoed += 1,
-            Err(error) => *failures.entry(kind(&error)).or_default() += 1,
+            Err(error) => *failures.entry(error_name(&error)).or_default() += 1,
         }
     }
-    Teller::new(0).tell("flows", json!({ "echoed": echoed, "failures": failures }));
+    Reporter::new(0).emit("flows", json!({ "echoed": echoed, "failures": failures }));
     Ok(())
 }
 
-/// What a client does when a connection failed, before it tries again.
+/// Behaviour of a client between a failed connection and the next one.
 #[derive(Clone, Copy)]
 pub(crate) enum AfterFailure {
-    /// Pauses shortly, as clients do.
+    /// Pauses for [`PAUSE`], as usual clients do.
     Pause,
-    /// Nothing, as the worst clients do.
+    /// Connects again at once, as the worst clients do.
     Storm,
 }
 
 /// Pause of a client between a failure and its next connection.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Opens one connection after the other to an echo server until a line comes on stdin. Tells `begun` after the first, and
-/// `again` {echoed, failures} at the end.
-pub(crate) fn again(to: SocketAddr, after_failure: AfterFailure) -> Result<()> {
-    let ends = Arc::new(AtomicBool::new(false));
-    let told = Arc::clone(&ends);
+/// Opens sequential connections to an echo server until a line comes on stdin. Prints `started` after the first one, and
+/// `repeat` {echoed, failures} at the end.
+pub(crate) fn repeat(to: SocketAddr, after_failure: AfterFailure) -> Result<()> {
+    let is_done = Arc::new(AtomicBool::new(false));
+    let stop = Arc::clone(&is_done);
     thread::spawn(move || {
-        // Its end says the same.
+        // End of file has the same meaning as a line.
         let _ = io::stdin().read_line(&mut String::new());
-        told.store(true, Relaxed);
+        stop.store(true, Relaxed);
     });
-    let teller = Teller::new(0);
+    let reporter = Reporter::new(0);
     let (mut echoed, mut failures) = (0_u64, BTreeMap::<String, u64>::new());
-    while !ends.load(Relaxed) {
+    while !is_done.load(Relaxed) {
         let exchange = connect(to, Origin::Any).and_then(|stream| {
-            stream.set_read_timeout(Some(PATIENCE))?;
-            echo(&stream, "words of one after the other")
+            stream.set_read_timeout(Some(IO_TIMEOUT))?;
+            echo(&stream, "text of a sequential connection")
         });
         match exchange {
             Ok(()) => echoed += 1,
             Err(error) => {
-                *failures.entry(kind(&error)).or_default() += 1;
+                *failures.entry(error_name(&error)).or_default() += 1;
                 if let AfterFailure::Pause = after_failure {
                     thread::sleep(PAUSE);
                 }
             }
         }
         if echoed == 1 {
-            teller.tell("begun", json!({}));
+            reporter.emit("started", json!({}));
         }
     }
-    teller.tell("again", json!({ "echoed": echoed, "failures": failures }));
+    reporter.emit("repeat", json!({ "echoed": echoed, "failures": failures }));
     Ok(())
 }
 
 fn one(to: SocketAddr, number: usize, all_open: &Barrier) -> io::Result<()> {
     let opened = connect(to, Origin::Any).and_then(|stream| {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        echo(&stream, &format!("first words of flow {number}"))?;
+        stream.set_read_timeout(Some(IO_TIMEOUT))?;
+        echo(&stream, &format!("first text of flow {number}"))?;
         Ok(stream)
     });
-    // Also one that failed comes here: the others wait for it.
+    // A connection that failed waits here too, because the others wait for it.
     all_open.wait();
     let stream = opened?;
-    echo(&stream, &format!("last words of flow {number}"))
+    echo(&stream, &format!("last text of flow {number}"))
 }
 
 fn echo(mut stream: &TcpStream, text: &str) -> io::Result<()> {
@@ -103,6 +103,6 @@ fn echo(mut stream: &TcpStream, text: &str) -> io::Result<()> {
     if answer == text.as_bytes() {
         Ok(())
     } else {
-        Err(io::Error::new(io::ErrorKind::InvalidData, "another answer"))
+        Err(io::Error::new(io::ErrorKind::InvalidData, "echo differs from the text"))
     }
 }

@@ -1,16 +1,16 @@
-//! The program that the tests run inside pods, on one side or both of a connection.
+//! Program that the tests run in pods, for one side or both sides of a connection.
 //!
 //! ```text
-//! tacit-peer serve ADDRESS STEP...              every connection goes through the steps, until the process is killed
-//! tacit-peer connect ADDRESS [--from IP | --mptcp] STEP...   one connection goes through the steps
-//! tacit-peer flows COUNT ADDRESS...             COUNT connections at once, to the addresses in turn, each echoed, all
-//!                                               open before any closes
-//! tacit-peer again|storm ADDRESS                one connection after the other until a line comes on stdin; a storm does
-//!                                               not pause after one that failed
+//! tacit-peer serve ADDRESS STEP...              runs the steps on every connection, until the process is killed
+//! tacit-peer connect ADDRESS [--from IP | --mptcp] STEP...   runs the steps on one connection
+//! tacit-peer flows COUNT ADDRESS...             opens COUNT concurrent connections, distributed over the addresses; each
+//!                                               is echoed, and all are open before any closes
+//! tacit-peer repeat|storm ADDRESS               opens sequential connections until a line comes on stdin; a storm does
+//!                                               not pause after a failure
 //! ```
 //!
-//! What happens is told on stdout, one JSON object a line; the test that started the program draws the conclusions.
-//! It uses plain blocking sockets, as an ordinary application does, and knows nothing of Tacit. `steps` lists the steps.
+//! Events are printed on stdout, one JSON object a line, and the test that started the program evaluates them. The program
+//! uses plain blocking sockets, as an ordinary application does, and does not depend on Tacit. `steps` lists the steps.
 
 #![forbid(unsafe_code)]
 
@@ -20,7 +20,7 @@ mod flows;
 mod steps;
 
 use anyhow::{Context, Result, bail};
-use event::{Teller, kind};
+use event::{Reporter, error_name};
 use flows::AfterFailure;
 use serde_json::json;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -32,11 +32,11 @@ use std::{
 };
 use steps::Step;
 
-/// Longest wait of one socket call: above what a loaded machine needs, below what hides a hang.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn.
+/// Timeout of one socket call: longer than a loaded machine needs, shorter than a hang of a test.
+const IO_TIMEOUT: Duration = Duration::from_secs(60);
+/// Accept backlog; the kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
-/// Threads here do little: small stacks let thousands of them run, in bytes.
+/// Stack of a thread, in bytes. Threads need little of it, and thousands of them run.
 const STACK: usize = 256 << 10;
 
 fn main() -> Result<()> {
@@ -58,9 +58,9 @@ fn main() -> Result<()> {
             let addresses = addresses.iter().map(|address| address.parse().context("ADDRESS"));
             flows::run(&addresses.collect::<Result<Vec<_>>>()?, count.parse().context("COUNT")?)
         }
-        ["again", address] => flows::again(address.parse().context("ADDRESS")?, AfterFailure::Pause),
-        ["storm", address] => flows::again(address.parse().context("ADDRESS")?, AfterFailure::Storm),
-        _ => bail!("usage: tacit-peer serve|connect|flows|again|storm ADDRESS ..."),
+        ["repeat", address] => flows::repeat(address.parse().context("ADDRESS")?, AfterFailure::Pause),
+        ["storm", address] => flows::repeat(address.parse().context("ADDRESS")?, AfterFailure::Storm),
+        _ => bail!("usage: tacit-peer serve|connect|flows|repeat|storm ADDRESS ..."),
     }
 }
 
@@ -74,43 +74,43 @@ fn serve(address: SocketAddr, steps: &[Step]) -> Result<()> {
     socket.bind(&address.into()).with_context(|| format!("bind {address}"))?;
     socket.listen(BACKLOG)?;
     let listener = TcpListener::from(socket);
-    Teller::new(0).tell("listening", json!({ "address": listener.local_addr()? }));
+    Reporter::new(0).emit("listening", json!({ "address": listener.local_addr()? }));
     for connection in 1.. {
         let (stream, from) = listener.accept().context("accept")?;
         let steps = steps.to_vec();
-        let teller = Teller::new(connection);
-        // Before its thread runs, so that connections are told in the order in which they were accepted.
+        let reporter = Reporter::new(connection);
+        // Printed before the thread runs, so that events are in the order of accepts.
         let names =
             json!({ "accept": from, "peer": stream.peer_addr().ok(), "local": stream.local_addr().ok() });
-        teller.tell("accepted", names);
-        thread::Builder::new().stack_size(STACK).spawn(move || converse(stream, &steps, &teller))?;
+        reporter.emit("accepted", names);
+        thread::Builder::new().stack_size(STACK).spawn(move || run_steps(stream, &steps, &reporter))?;
     }
     Ok(())
 }
 
 fn client(to: SocketAddr, origin: Origin, steps: &[Step]) -> Result<()> {
-    let teller = Teller::new(1);
+    let reporter = Reporter::new(1);
     match connect(to, origin) {
         Ok(stream) => {
-            teller.tell(
+            reporter.emit(
                 "connected",
                 json!({ "peer": stream.peer_addr().ok(), "local": stream.local_addr().ok() }),
             );
-            converse(stream, steps, &teller);
+            run_steps(stream, steps, &reporter);
         }
-        Err(error) => teller.tell("failed", json!({ "step": "connect", "error": kind(&error) })),
+        Err(error) => reporter.emit("failed", json!({ "step": "connect", "error": error_name(&error) })),
     }
     Ok(())
 }
 
-/// What a client connects from.
+/// Local end of a client's socket.
 #[derive(Debug, Clone, Copy)]
 enum Origin {
-    /// The address and port that the kernel chooses.
+    /// Address and port are chosen by the kernel.
     Any,
-    /// This address, bound first.
+    /// The socket is bound to this address.
     Address(IpAddr),
-    /// A multipath socket (RFC 8684), which looks to its application as TCP does.
+    /// A multipath socket (RFC 8684), which applications use like TCP.
     Multipath,
 }
 
@@ -121,7 +121,7 @@ fn connect(to: SocketAddr, origin: Origin) -> io::Result<TcpStream> {
         Origin::Any | Origin::Address(_) => Protocol::TCP,
     };
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(protocol))?;
-    socket.set_write_timeout(Some(PATIENCE))?;
+    socket.set_write_timeout(Some(IO_TIMEOUT))?;
     if let Origin::Address(from) = origin {
         socket.bind(&SocketAddr::new(from, 0).into())?;
     }
@@ -129,18 +129,20 @@ fn connect(to: SocketAddr, origin: Origin) -> io::Result<TcpStream> {
     Ok(socket.into())
 }
 
-fn converse(stream: TcpStream, steps: &[Step], teller: &Teller) {
+fn run_steps(stream: TcpStream, steps: &[Step], reporter: &Reporter) {
     let socket = SockRef::from(&stream);
-    let patient =
-        socket.set_read_timeout(Some(PATIENCE)).and_then(|()| socket.set_write_timeout(Some(PATIENCE)));
-    let result = patient.map_err(|error| ("timeouts".to_owned(), error));
+    let timeouts =
+        socket.set_read_timeout(Some(IO_TIMEOUT)).and_then(|()| socket.set_write_timeout(Some(IO_TIMEOUT)));
+    let result = timeouts.map_err(|error| ("timeouts".to_owned(), error));
     let result = result.and_then(|()| {
-        steps.iter().try_for_each(|step| step.run(&stream, teller).map_err(|error| (step.to_string(), error)))
+        steps
+            .iter()
+            .try_for_each(|step| step.run(&stream, reporter).map_err(|error| (step.to_string(), error)))
     });
     if let Err((step, error)) = result {
-        teller.tell("failed", json!({ "step": step, "error": kind(&error) }));
+        reporter.emit("failed", json!({ "step": step, "error": error_name(&error) }));
     }
-    // The connection closes before this is told: who waits for it may count on that.
+    // The connection is closed before this event, so tests can rely on the order.
     drop(stream);
-    teller.tell("closed", json!({}));
+    reporter.emit("closed", json!({}));
 }

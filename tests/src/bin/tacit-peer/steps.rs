@@ -1,20 +1,19 @@
-//! What one side does on a connection, step by step.
+//! Steps of one side of a connection.
 //!
-//! | step | does | tells |
+//! | step | action | event |
 //! |---|---|---|
 //! | `send:TEXT` | sends the text and a line feed | |
 //! | `line` | reads up to a line feed | `line` {text} |
-//! | `read-end` | reads until the other side ends or the connection breaks | `end` {bytes, text, end} |
-//! | `echo` | sends back what comes, until the other side ends | |
-//! | `shut` | ends its sending direction | |
+//! | `read-end` | reads until the other side closes or the connection breaks | `end` {bytes, text, end} |
+//! | `echo` | echoes until the other side closes | |
+//! | `shut` | shuts down its sending direction | |
 //! | `reset` | closes with RST | |
-//! | `bulk:BYTES:MINE:THEIRS` | sends and checks that many bytes at the same time, see `bulk` | `bulk` {received, as_sent} |
-//! | `say:TEXT` | | `said` {text} |
+//! | `bulk:BYTES:MINE:THEIRS` | sends and checks that many bytes concurrently, see `bulk` | `bulk` {received, intact} |
 //! | `pause` | waits for a line on stdin | |
 
 use crate::{
     bulk,
-    event::{Teller, kind},
+    event::{Reporter, error_name},
 };
 use anyhow::{Context, Result, bail};
 use serde_json::json;
@@ -26,7 +25,7 @@ use std::{
     time::Duration,
 };
 
-/// Longest line and longest text that is told, in bytes.
+/// Longest line, and longest text in an event, in bytes.
 const TEXT_MAX: usize = 4096;
 
 /// One step.
@@ -39,7 +38,6 @@ pub(crate) enum Step {
     Shut,
     Reset,
     Bulk { bytes: usize, mine: u64, theirs: u64 },
-    Say(String),
     Pause,
 }
 
@@ -59,31 +57,29 @@ impl Step {
                     [bytes, mine, theirs] => {
                         Self::Bulk { bytes: usize::try_from(*bytes)?, mine: *mine, theirs: *theirs }
                     }
-                    _ => bail!("step {text} is not bulk:BYTES:MINE:THEIRS"),
+                    _ => bail!("invalid step {text}: expected bulk:BYTES:MINE:THEIRS"),
                 }
             }
-            "say" => Self::Say(rest.to_owned()),
             "pause" => Self::Pause,
-            _ => bail!("no step {text}"),
+            _ => bail!("unknown step {text}: see the table of steps"),
         })
     }
 
-    pub(crate) fn run(&self, mut stream: &TcpStream, teller: &Teller) -> io::Result<()> {
+    pub(crate) fn run(&self, mut stream: &TcpStream, reporter: &Reporter) -> io::Result<()> {
         match self {
             Self::Send(text) => stream.write_all(format!("{text}\n").as_bytes())?,
-            Self::Line => teller.tell("line", json!({ "text": line(stream)? })),
-            Self::ReadEnd => read_end(stream, teller),
+            Self::Line => reporter.emit("line", json!({ "text": line(stream)? })),
+            Self::ReadEnd => read_end(stream, reporter),
             Self::Echo => {
                 let mut back = stream;
                 io::copy(&mut stream, &mut back)?;
             }
             Self::Shut => stream.shutdown(Shutdown::Write)?,
             Self::Reset => {
-                // Closing a socket that lingers for no time sends RST instead of FIN.
+                // With SO_LINGER of 0, close() sends RST instead of FIN.
                 SockRef::from(stream).set_linger(Some(Duration::ZERO))?;
             }
-            Self::Bulk { bytes, mine, theirs } => bulk::exchange(stream, *bytes, *mine, *theirs, teller)?,
-            Self::Say(text) => teller.tell("said", json!({ "text": text })),
+            Self::Bulk { bytes, mine, theirs } => bulk::exchange(stream, *bytes, *mine, *theirs, reporter)?,
             Self::Pause => {
                 io::stdin().read_line(&mut String::new())?;
             }
@@ -102,13 +98,12 @@ impl fmt::Display for Step {
             Self::Shut => "shut",
             Self::Reset => "reset",
             Self::Bulk { .. } => "bulk",
-            Self::Say(_) => "say",
             Self::Pause => "pause",
         })
     }
 }
 
-/// Reads byte by byte, so that what follows the line stays in the socket.
+/// Reads a line byte by byte, so that the bytes after it stay in the socket.
 fn line(mut stream: &TcpStream) -> io::Result<String> {
     let mut text = Vec::new();
     let mut byte = [0];
@@ -122,7 +117,7 @@ fn line(mut stream: &TcpStream) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-fn read_end(mut stream: &TcpStream, teller: &Teller) {
+fn read_end(mut stream: &TcpStream, reporter: &Reporter) {
     let mut buffer = vec![0; 64 << 10];
     let mut text = Vec::new();
     let mut bytes = 0_u64;
@@ -134,8 +129,8 @@ fn read_end(mut stream: &TcpStream, teller: &Teller) {
                 text.extend(buffer.iter().take(read.min(TEXT_MAX - text.len())));
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => break kind(&error),
+            Err(error) => break error_name(&error),
         }
     };
-    teller.tell("end", json!({ "bytes": bytes, "text": String::from_utf8_lossy(&text), "end": end }));
+    reporter.emit("end", json!({ "bytes": bytes, "text": String::from_utf8_lossy(&text), "end": end }));
 }

@@ -1,14 +1,14 @@
-//! Lines for the agent's log about what was denied or lost, at a bounded rate. Counters tell all of it, lines tell who.
+//! Rate limit for lines in the agent's log about denied or lost connections. Counters are complete; lines name the ends.
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 
 use crate::maps::LOG_BUDGET;
 
-/// Lines each CPU may write in one second: enough to see what happens, too few to fill the agent's log by connecting.
+/// Lines that each CPU may write in one second. A pod must not be able to fill the agent's log by connecting.
 const LINES_PER_SECOND: u64 = 10;
 const SECOND_NS: u64 = 1_000_000_000;
 
-/// What is left of this CPU's second.
+/// Lines that a CPU wrote in its current second.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Budget {
@@ -16,9 +16,9 @@ pub struct Budget {
     lines: u64,
 }
 
-/// May this program write one line now?
+/// Takes one line from this CPU's budget; false if the budget is used up.
 #[inline(always)]
-pub fn admit() -> bool {
+pub fn take_line() -> bool {
     let Some(slot) = LOG_BUDGET.get_ptr_mut(0) else { return false };
     // SAFETY: takes no pointer.
     let second = unsafe { bpf_ktime_get_ns() } / SECOND_NS;

@@ -1,5 +1,5 @@
-//! Certificates as a peer could show them: right, or wrong in one way. Signed by the mesh's own root, whose key the
-//! issuer keeps in its directory, or by a root of our own.
+//! Certificates of fake peers: valid, or invalid in one property. They are signed by the mesh's root, whose key is in the
+//! issuer's folder, or by another root.
 
 use anyhow::{Context, Result};
 use rcgen::{
@@ -10,26 +10,26 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use std::{fs, path::Path};
 use time::{Duration, OffsetDateTime};
 
-/// Signs as the mesh's root or as another one.
-pub(crate) struct Forge {
+/// Root keys that sign the certificates of fake peers.
+pub(crate) struct Roots {
     mesh: Issuer<'static, KeyPair>,
     foreign: Issuer<'static, KeyPair>,
     namesake: Issuer<'static, KeyPair>,
 }
 
-/// Who signs.
+/// Root that signs a certificate.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Root {
+pub(crate) enum SigningRoot {
     Mesh,
-    /// Another mesh's.
+    /// The root of another mesh.
     Foreign,
-    /// Another key under the same name, as when two nodes each made a root of their own.
+    /// Another key with the subject of the mesh's root, as if two nodes each had created a root.
     Namesake,
 }
 
-/// When it is valid.
+/// Validity period of a certificate.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Valid {
+pub(crate) enum Validity {
     /// Expired an hour ago.
     Past,
     /// Expired 30 seconds ago.
@@ -41,31 +41,31 @@ pub(crate) enum Valid {
     Future,
 }
 
-/// What a certificate says.
+/// Properties of a certificate.
 #[derive(Debug, Clone)]
 pub(crate) struct Leaf {
-    pub(crate) root: Root,
-    pub(crate) valid: Valid,
-    /// Its URI names.
+    pub(crate) root: SigningRoot,
+    pub(crate) validity: Validity,
+    /// URI names of the certificate.
     pub(crate) uris: Vec<String>,
 }
 
-/// Certificate and key.
+/// Certificate chain and key of a fake peer.
 #[derive(Debug)]
-pub(crate) struct Shown {
+pub(crate) struct Credentials {
     pub(crate) chain: Vec<CertificateDer<'static>>,
     pub(crate) key: PrivateKeyDer<'static>,
 }
 
 impl Leaf {
-    /// As the mesh's issuer would make it for this identity.
-    pub(crate) fn right(identity: &str) -> Self {
-        Self { root: Root::Mesh, valid: Valid::Now, uris: vec![identity.to_owned()] }
+    /// Returns the properties that the mesh's issuer gives this identity.
+    pub(crate) fn valid(identity: &str) -> Self {
+        Self { root: SigningRoot::Mesh, validity: Validity::Now, uris: vec![identity.to_owned()] }
     }
 }
 
-impl Forge {
-    /// Reads the root in `folder`.
+impl Roots {
+    /// Reads the mesh's root in `folder` and creates the other roots.
     pub(crate) fn open(folder: &Path) -> Result<Self> {
         let read = |name: &str| fs::read_to_string(folder.join(name)).with_context(|| format!("read {name}"));
         let mesh =
@@ -73,8 +73,8 @@ impl Forge {
         Ok(Self { mesh, foreign: root("other.domain")?, namesake: root("cluster.local")? })
     }
 
-    /// A certificate and its key.
-    pub(crate) fn sign(&self, leaf: &Leaf) -> Result<Shown> {
+    /// Signs a certificate and returns it with its key.
+    pub(crate) fn sign(&self, leaf: &Leaf) -> Result<Credentials> {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.extended_key_usages =
@@ -86,26 +86,26 @@ impl Forge {
             params.subject_alt_names.push(SanType::DnsName("web.shop.svc".try_into()?));
         }
         let now = OffsetDateTime::now_utc();
-        (params.not_before, params.not_after) = match leaf.valid {
-            Valid::Past => (now - Duration::hours(2), now - Duration::hours(1)),
-            Valid::JustPast => (now - Duration::hours(1), now - Duration::seconds(30)),
-            Valid::Soon => (now + Duration::seconds(30), now + Duration::hours(1)),
-            Valid::Now => (now - Duration::minutes(1), now + Duration::hours(1)),
-            Valid::Future => (now + Duration::hours(1), now + Duration::hours(2)),
+        (params.not_before, params.not_after) = match leaf.validity {
+            Validity::Past => (now - Duration::hours(2), now - Duration::hours(1)),
+            Validity::JustPast => (now - Duration::hours(1), now - Duration::seconds(30)),
+            Validity::Soon => (now + Duration::seconds(30), now + Duration::hours(1)),
+            Validity::Now => (now - Duration::minutes(1), now + Duration::hours(1)),
+            Validity::Future => (now + Duration::hours(1), now + Duration::hours(2)),
         };
         let key = KeyPair::generate()?;
         let root = match leaf.root {
-            Root::Mesh => &self.mesh,
-            Root::Foreign => &self.foreign,
-            Root::Namesake => &self.namesake,
+            SigningRoot::Mesh => &self.mesh,
+            SigningRoot::Foreign => &self.foreign,
+            SigningRoot::Namesake => &self.namesake,
         };
         let certificate = params.signed_by(&key, root)?;
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
-        Ok(Shown { chain: vec![certificate.der().clone()], key })
+        Ok(Credentials { chain: vec![certificate.der().clone()], key })
     }
 }
 
-/// A root with the subject that Tacit gives the root of that trust domain.
+/// Creates a root with the subject that Tacit gives the root of this trust domain.
 fn root(trust_domain: &str) -> Result<Issuer<'static, KeyPair>> {
     let mut name = DistinguishedName::new();
     name.push(DnType::OrganizationName, "Tacit");
