@@ -2,13 +2,15 @@
 //! none of what they need.
 
 use std::{
-    env,
     ffi::OsString,
     process::{Command, ExitCode},
 };
 
 use anyhow::{Context as _, Result};
-use xtask_support::workspace::{Profile, Workspace};
+use xtask_support::{
+    command, ebpf,
+    workspace::{Profile, Workspace},
+};
 
 /// What the program is given, `--help` included.
 #[derive(clap::Args)]
@@ -18,21 +20,19 @@ pub(crate) struct Arguments {
     arguments: Vec<OsString>,
 }
 
-/// Builds a package's program and runs it; its exit code is the command's.
+/// Builds a package's program and runs it; its exit code is the command's. The program has the package's name.
 pub(crate) fn run(workspace: &Workspace, package: &str, arguments: &Arguments) -> Result<ExitCode> {
     let mut command = command(workspace, package)?;
-    let status = command.args(&arguments.arguments).status().context("start cargo")?;
+    let status = command.args(&arguments.arguments).status().with_context(|| format!("start {package}"))?;
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
-/// The command that builds a package's program and runs it. Its arguments are the program's.
+/// Builds a package's program and returns the command that runs it.
 pub(crate) fn command(workspace: &Workspace, package: &str) -> Result<Command> {
-    let mut cargo = workspace.cargo("run");
-    // As `cargo xtask` itself is built: what both need is compiled once.
-    cargo.args(["--quiet", "--profile", Profile::Fast.name(), "--package", package]);
-    cargo.arg("--manifest-path").arg(workspace.root().join("Cargo.toml"));
-    cargo.arg("--target-dir").arg(workspace.target()).arg("--");
-    // Files that the arguments name are meant from here.
-    cargo.current_dir(env::current_dir().context("the folder that this was started in")?);
-    Ok(cargo)
+    let mut cargo = workspace.cargo("build");
+    // As `cargo xtask` itself is built. With the features of the whole workspace nothing is compiled twice.
+    cargo.args(["--quiet", "--profile", Profile::Fast.name(), "--bin", package]);
+    cargo.args(["--workspace", "--exclude", ebpf::PACKAGE, "--target-dir"]).arg(workspace.target());
+    command::run(&mut cargo)?;
+    Ok(Command::new(workspace.program(Profile::Fast, package)))
 }

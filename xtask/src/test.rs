@@ -13,6 +13,7 @@ mod stream;
 use std::{
     ffi::{OsStr, OsString},
     fs,
+    path::Path,
     process::{Command, ExitCode},
     time::Instant,
 };
@@ -25,13 +26,14 @@ use xtask_support::{
     progress::{self, Progress, Style},
     report::Report,
     setup::{self, Programs},
+    test_programs::{self, TestProgram},
     workspace::{Profile, Workspace},
 };
 
 use crate::{lint, program, tidy};
 
-/// Packages whose tests need namespaces, cgroups and BPF.
-const PRIVILEGED: [&str; 2] = ["tacit-tests", "tacit-topology"];
+/// Folders of packages whose tests need namespaces, cgroups and BPF.
+const PRIVILEGED: [&str; 2] = ["tests", "tests/topology"];
 
 /// The package that runs tests of whole nodes on other kernels.
 const VIRTUAL_MACHINES: &str = "tacit-vm";
@@ -39,8 +41,8 @@ const VIRTUAL_MACHINES: &str = "tacit-vm";
 /// Kernels that it boots: the oldest supported one that Debian has, and the newest.
 const KERNELS: [&str; 2] = ["6.1", "newest"];
 
-/// The package whose unit tests load programs into the kernel. Its other unit tests are in the same program.
-const KERNEL: &str = "tacit-kernel";
+/// The folder of the package whose unit tests load programs into the kernel. Its other unit tests are in the same program.
+const KERNEL: &str = "agent/kernel";
 
 /// What to run.
 #[derive(clap::Args, Default)]
@@ -73,7 +75,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Options, commands: &[String])
     if options.attack {
         return attack(workspace, options.json);
     }
-    let steps = if options.quick { 6 } else { 11 };
+    let steps = if options.quick { 7 } else { 12 };
     let mut session =
         Session { workspace, options, progress: Progress::new(steps), report: Report::default() };
     session.all(commands);
@@ -84,7 +86,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Options, commands: &[String])
 pub(crate) fn check(workspace: &Workspace, commands: &[String]) -> ExitCode {
     let options = Options { unprivileged: true, ..Options::default() };
     let mut session =
-        Session { workspace, options: &options, progress: Progress::new(5), report: Report::default() };
+        Session { workspace, options: &options, progress: Progress::new(6), report: Report::default() };
     session.inner_loop(commands);
     conclude(session.report)
 }
@@ -144,9 +146,10 @@ impl Session<'_> {
             self.check("lints of the kernel side", || ebpf::clippy(workspace));
         }
         self.check("agent and attack suite", || workspace.build(Profile::Fast, &["tacit", "tacit-attack"]))?;
-        self.unit_tests();
-        self.kernel_tests(&privileged);
-        self.privileged_tests(&programs, &privileged);
+        let tests = self.check("build the tests", || test_programs::build(workspace, &[]))?;
+        self.unit_tests(&tests);
+        self.kernel_tests(&tests, &privileged);
+        self.privileged_tests(&tests, &programs, &privileged);
         self.other_kernels();
         Some(())
     }
@@ -158,10 +161,10 @@ impl Session<'_> {
         self.check("format", || lint::format(workspace, lint::Format::Check));
         self.check("kernel side", || ebpf::build(workspace))?;
         self.check("lints", || lint::host(workspace));
-        let mut cargo = self.cargo_test();
         // Tests of whole nodes need root; building them takes longer than all others run.
-        cargo.args(["--workspace", "--exclude", ebpf::PACKAGE, "--lib", "--bins", "--test", "properties"]);
-        self.run_tests("unit tests", cargo, &[]);
+        let selection = ["--lib", "--bins", "--test", "properties"];
+        let tests = self.check("build the tests", || test_programs::build(workspace, &selection))?;
+        self.run_tests("unit tests", &chosen(&tests, |_| true), &Start::default());
         Some(())
     }
 
@@ -180,52 +183,46 @@ impl Session<'_> {
         }
     }
 
-    fn unit_tests(&mut self) {
-        let mut cargo = self.cargo_test();
-        cargo.args(["--workspace", "--exclude", ebpf::PACKAGE]);
-        for package in PRIVILEGED {
-            cargo.args(["--exclude", package]);
-        }
-        cargo.args(["--exclude", KERNEL]);
-        self.run_tests("unit tests", cargo, &[]);
+    fn unit_tests(&mut self, tests: &[TestProgram]) {
+        let unit = |program: &TestProgram| !is_of(program, &PRIVILEGED) && !is_of(program, &[KERNEL]);
+        self.run_tests("unit tests", &chosen(tests, unit), &Start::default());
     }
 
     /// Unit tests of which some need root.
-    fn kernel_tests(&mut self, privileged: &Privileged) {
-        let mut cargo = self.cargo_test();
-        cargo.args(["--package", KERNEL]);
+    fn kernel_tests(&mut self, tests: &[TestProgram], privileged: &Privileged) {
+        let tests = chosen(tests, |program| is_of(program, &[KERNEL]));
         match privileged {
-            Privileged::Skip(_) => self.run_tests("unit tests of tacit-kernel (without root)", cargo, &[]),
+            Privileged::Skip(_) => {
+                self.run_tests("unit tests of agent/kernel (without root)", &tests, &Start::default());
+            }
             Privileged::Run => {
-                through_sudo(&mut cargo, &tacit_environment());
-                self.run_tests("unit tests of tacit-kernel (as root)", cargo, &["--include-ignored"]);
+                let start = Start {
+                    as_root: true,
+                    environment: tacit_environment(),
+                    harness: &["--include-ignored"],
+                };
+                self.run_tests("unit tests of agent/kernel (as root)", &tests, &start);
             }
         }
     }
 
-    fn privileged_tests(&mut self, programs: &Programs, privileged: &Privileged) {
-        let mut cargo = self.cargo_test();
-        for package in PRIVILEGED {
-            cargo.args(["--package", package]);
-        }
+    fn privileged_tests(&mut self, tests: &[TestProgram], programs: &Programs, privileged: &Privileged) {
+        let tests = chosen(tests, |program| is_of(program, &PRIVILEGED));
         let agent = self.workspace.agent(Profile::Fast);
         let mut environment = tacit_environment();
         environment.push(("TACIT_BIN".into(), agent.into_os_string()));
         environment.push(("TACIT_NGINX".into(), programs.nginx.clone().into_os_string()));
-        cargo.envs(environment.iter().cloned());
         match privileged {
             Privileged::Skip(why) => {
                 self.report.note(format!("tests that need root were skipped: {why}"));
-                self.run_tests("tests of whole nodes (without root)", cargo, &[]);
+                let start = Start { environment, ..Start::default() };
+                self.run_tests("tests of whole nodes (without root)", &tests, &start);
             }
             Privileged::Run => {
-                through_sudo(&mut cargo, &environment);
                 // They share the machine's cgroups and bpffs, and measure what crosses a wire: one at a time.
-                self.run_tests(
-                    "tests of whole nodes (as root)",
-                    cargo,
-                    &["--include-ignored", "--test-threads=1"],
-                );
+                let harness = &["--include-ignored", "--test-threads=1"];
+                let start = Start { as_root: true, environment, harness };
+                self.run_tests("tests of whole nodes (as root)", &tests, &start);
             }
         }
     }
@@ -251,21 +248,22 @@ impl Session<'_> {
         }
     }
 
-    fn cargo_test(&self) -> Command {
-        let mut cargo = self.workspace.cargo("test");
-        cargo.args(["--no-fail-fast", "--profile", Profile::Fast.name(), "--target-dir"]);
-        cargo.arg(self.workspace.target());
-        cargo
-    }
-
-    fn run_tests(&mut self, name: &str, mut cargo: Command, harness: &[&str]) {
+    fn run_tests(&mut self, name: &str, tests: &[&TestProgram], start: &Start<'_>) {
         let color = if Style::of_stdout() == Style::Terminal { "--color=always" } else { "--color=never" };
-        cargo.args([color, "--"]).args(harness).arg(color).args(&self.options.filters);
-        let report = &mut self.report;
+        let (workspace, filters, report) = (self.workspace, &self.options.filters, &mut self.report);
         report.begin();
         let run = || {
-            let status = stream::run(&mut cargo, |line| report.line(line))?;
-            ensure!(status.success(), "cargo test: {status}");
+            let mut failed = 0;
+            for test in tests {
+                let shown = running(test);
+                println!("{shown}");
+                report.line(&shown);
+                let mut command = start.command(workspace, test)?;
+                command.args(start.harness).arg(color).args(filters);
+                let status = stream::run(&mut command, |line| report.line(line))?;
+                failed += u32::from(!status.success());
+            }
+            ensure!(failed == 0, "test programs that failed: {failed}");
             Ok(())
         };
         let begin = Instant::now();
@@ -276,6 +274,51 @@ impl Session<'_> {
             progress::error(&error);
         }
     }
+}
+
+/// How test programs are started.
+#[derive(Default)]
+struct Start<'a> {
+    as_root: bool,
+    environment: Vec<(OsString, OsString)>,
+    /// Options of the test harness.
+    harness: &'a [&'a str],
+}
+
+impl Start<'_> {
+    /// The program in its package's folder, where `cargo test` starts it too.
+    fn command(&self, workspace: &Workspace, test: &TestProgram) -> Result<Command> {
+        let mut command = if self.as_root && !is_root()? {
+            // sudo passes no environment on.
+            let assigned = self.environment.iter().map(|(name, value)| {
+                let mut text = name.clone();
+                text.push("=");
+                text.push(value);
+                text
+            });
+            let mut sudo = Command::new("sudo");
+            sudo.arg("env").args(assigned).arg(&test.path);
+            sudo
+        } else {
+            Command::new(&test.path)
+        };
+        command.envs(self.environment.iter().cloned()).current_dir(workspace.root().join(&test.package));
+        Ok(command)
+    }
+}
+
+/// The line by which cargo announces a test program.
+fn running(test: &TestProgram) -> String {
+    let what = if test.is_integration() { "" } else { "unittests " };
+    format!("     Running {what}{} ({})", test.source.display(), test.path.display())
+}
+
+fn chosen(tests: &[TestProgram], is: impl Fn(&TestProgram) -> bool) -> Vec<&TestProgram> {
+    tests.iter().filter(|test| is(test)).collect()
+}
+
+fn is_of(test: &TestProgram, packages: &[&str]) -> bool {
+    packages.iter().any(|package| test.package == Path::new(package))
 }
 
 /// Are there kernels to be had? They are Debian's, for x86_64.
@@ -322,29 +365,25 @@ fn ability(unprivileged: bool) -> Result<Privileged> {
     Ok(Privileged::Run)
 }
 
-/// cargo builds as the caller; only the finished test programs are started through sudo, where that is needed.
-fn through_sudo(cargo: &mut Command, environment: &[(OsString, OsString)]) {
-    if !is_root().unwrap_or(false) {
-        cargo.arg("--config").arg(sudo_runner(environment));
-    }
-}
-
-/// cargo's setting that starts every test program through sudo with the environment stated.
-fn sudo_runner(environment: &[(OsString, OsString)]) -> String {
-    let assignments =
-        environment.iter().map(|(name, value)| format!("{}={}", name.display(), value.display()));
-    let words = ["sudo", "env"].map(str::to_owned).into_iter().chain(assignments);
-    let quoted: Vec<String> = words.map(|word| format!("{word:?}")).collect();
-    format!("target.'cfg(all())'.runner=[{}]", quoted.join(","))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn test_programs_are_started_through_sudo_with_their_environment() {
-        let runner = sudo_runner(&[("TACIT_BIN".into(), "/a b/tacit".into())]);
-        assert_eq!(runner, "target.'cfg(all())'.runner=[\"sudo\",\"env\",\"TACIT_BIN=/a b/tacit\"]");
+    fn test_programs_are_announced_as_cargo_does() {
+        let test = |source: &str| TestProgram {
+            package: "agent/core".into(),
+            source: source.into(),
+            name: "tacit_core".to_owned(),
+            path: "/t/fast/deps/tacit_core-0f3c".into(),
+        };
+        assert_eq!(
+            running(&test("src/lib.rs")),
+            "     Running unittests src/lib.rs (/t/fast/deps/tacit_core-0f3c)"
+        );
+        assert_eq!(
+            running(&test("tests/flows.rs")),
+            "     Running tests/flows.rs (/t/fast/deps/tacit_core-0f3c)"
+        );
     }
 }

@@ -23,10 +23,11 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
 use xtask_support::{
-    command, ebpf,
+    ebpf,
     progress::{self, Progress, Style},
     report::Report,
     setup,
+    test_programs::{self, TestProgram},
     workspace::{Profile, Workspace},
 };
 
@@ -165,15 +166,12 @@ fn prepare(workspace: &Workspace, chosen: &[&Kernel]) -> Result<(Payload, Vec<Un
     Ok((payload, unpacked))
 }
 
-/// Builds the test programs and asks cargo where they are.
+/// The tests of whole nodes, with the programs that they start.
 fn payload(workspace: &Workspace) -> Result<Payload> {
-    let mut cargo = workspace.cargo("test");
-    cargo.args(["--profile", Profile::Fast.name(), "--package", "tacit-tests", "--no-run", "--target-dir"]);
-    cargo.arg(workspace.target());
-    command::run(&mut cargo)?;
-    let messages = command::stdout(cargo.arg("--message-format=json")).context("cargo test --no-run")?;
-    let suites: Vec<(String, PathBuf)> = messages.lines().filter_map(suite).collect();
-    ensure!(!suites.is_empty(), "cargo built no test program");
+    let of_nodes = |test: &TestProgram| test.package == Path::new("tests") && test.is_integration();
+    let tests = test_programs::build(workspace, &[])?.into_iter().filter(of_nodes);
+    let suites: Vec<(String, PathBuf)> = tests.map(|test| (test.name, test.path)).collect();
+    ensure!(!suites.is_empty(), "cargo built no tests of whole nodes");
     let peer = workspace.program(Profile::Fast, "tacit-peer");
     Ok(Payload {
         agent: workspace.agent(Profile::Fast),
@@ -181,16 +179,6 @@ fn payload(workspace: &Workspace) -> Result<Payload> {
         peer,
         suites,
     })
-}
-
-/// Name and program of an integration test, from one of cargo's messages.
-fn suite(message: &str) -> Option<(String, PathBuf)> {
-    if !message.contains("\"kind\":[\"test\"]") {
-        return None;
-    }
-    let program = message.split_once("\"executable\":\"")?.1.split_once('"')?.0;
-    let file = program.rsplit('/').next()?;
-    Some((file.rsplit_once('-')?.0.to_owned(), PathBuf::from(program)))
 }
 
 /// How many machines run at a time: each keeps one core busy.
@@ -341,20 +329,6 @@ impl Drop for Work {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_integration_tests_are_taken_from_cargos_messages() {
-        let message = |kind: &str| {
-            format!(
-                "{{\"reason\":\"compiler-artifact\",\"target\":{{\"kind\":[\"{kind}\"]}},\
-                 \"executable\":\"/t/release/deps/flows-0f3c\"}}"
-            )
-        };
-        let flows = ("flows".to_owned(), PathBuf::from("/t/release/deps/flows-0f3c"));
-        assert_eq!(suite(&message("test")), Some(flows));
-        assert_eq!(suite(&message("lib")), None);
-        assert_eq!(suite("{\"reason\":\"build-finished\",\"success\":true}"), None);
-    }
 
     #[test]
     fn a_filter_cannot_become_a_command() {

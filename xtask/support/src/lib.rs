@@ -2,12 +2,13 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | `workspace` | folders, cargo, the release binaries |
+//! | `workspace` | folders, cargo, built programs |
 //! | `ebpf` | the kernel side, built and linted |
 //! | `setup` | compilers, linker and programs, installed when absent |
 //! | `debian` | packages of Debian's archive, fetched and not installed |
 //! | `command`, `privilege` | other programs, started as the caller or as root |
 //! | `progress` | steps of a command, notes, colours |
+//! | `test_programs` | the workspace's tests, built once and found |
 //! | `report` | results of tests, counted |
 //!
 //! It depends on nothing but `anyhow`: `cargo xtask` is the first thing that is compiled in a new clone.
@@ -20,4 +21,5 @@ pub mod privilege;
 pub mod progress;
 pub mod report;
 pub mod setup;
+pub mod test_programs;
 pub mod workspace;
