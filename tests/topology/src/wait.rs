@@ -25,10 +25,13 @@ pub fn until<T>(what: &str, condition: impl FnMut() -> Result<Option<T>>) -> Res
 pub fn within<T>(limit: Duration, mut condition: impl FnMut() -> Result<Option<T>>) -> Result<Option<T>> {
     let start = Instant::now();
     loop {
+        let begin = Instant::now();
         let value = condition()?;
+        let took = begin.elapsed();
         if value.is_some() || start.elapsed() >= limit {
             return Ok(value);
         }
-        std::thread::sleep(POLL);
+        // Most conditions start a program: on a slow machine that must not take the time of what is waited for.
+        std::thread::sleep(POLL.max(took * 2));
     }
 }
