@@ -14,7 +14,7 @@ use tacit_core::{
     directory::{Directory, Ranges, Uncovered, Workload},
     policy::{
         Authorization, Mode, Modes,
-        explain::{self, End, ExplainError, Explanation, Knowledge},
+        explain::{self, ExplainContext, ExplainError, Explanation, WorkloadRef},
     },
 };
 use tacit_identity::{issuer::Issuer, istio::Skew, manager::CertificateState};
@@ -112,9 +112,14 @@ impl Report {
     }
 
     /// What policy says about a connection.
-    pub(super) fn explain(&self, from: &End, to: &End, port: u16) -> Result<Explanation, ExplainError> {
+    pub(super) fn explain(
+        &self,
+        from: &WorkloadRef,
+        to: &WorkloadRef,
+        port: u16,
+    ) -> Result<Explanation, ExplainError> {
         let addresses = host::addresses().unwrap_or_default();
-        let known = Knowledge {
+        let known = ExplainContext {
             directory: &self.path.directory.current(),
             policies: &self.path.policies.current(),
             node: &self.node,

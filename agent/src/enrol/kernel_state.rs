@@ -10,7 +10,7 @@ use std::{
 
 use tacit_core::{
     directory::{Directory, Egress, Udp, Workload},
-    policy::{Authorization, Flow, Mode, Modes, Source, Verdict, decide},
+    policy::{Authorization, Flow, FlowSource, Mode, Modes, Verdict, decide},
 };
 use tacit_kernel::{
     GuardedLink, InClear, KernelError, Plaintext, PodEntry, cgroup, host, netns::Netns, reset_sockets,
@@ -131,7 +131,7 @@ impl Enroller {
             if !from_outside || by_agent || nodes.contains(&remote.ip()) {
                 return None;
             }
-            let flow = Flow { source: Source::Plaintext, client: remote.ip(), destination: local };
+            let flow = Flow { source: FlowSource::Plaintext, client: remote.ip(), destination: local };
             let Verdict::Deny(reason) = decide(&modes, &authorization, &flow) else { return None };
             Some(Refusal {
                 reporter: Reporter::Destination,
