@@ -18,7 +18,7 @@ use tacit_core::{
     },
 };
 use tacit_identity::{issuer::Issuer, istio::Skew, manager::CertificateState};
-use tacit_kernel::{Drops, GuardedLink, InClear, host};
+use tacit_kernel::{DropCount, GuardedLink, PlaintextEgress, host};
 use tacit_sources::reload::ReloadState;
 
 use crate::{
@@ -199,7 +199,7 @@ impl Report {
             Some(pod) => format!("{}/{}", pod.workload.namespace, pod.workload.name),
             None => format!("cgroup {cgroup}"),
         };
-        let status = |drops: Drops| DropStatus {
+        let status = |drops: DropCount| DropStatus {
             pod: name(drops.cgroup),
             remote: drops.remote,
             protocol: drops.protocol,
@@ -213,12 +213,12 @@ impl Report {
     }
 }
 
-fn in_clear_text(what: InClear) -> &'static str {
+fn in_clear_text(what: PlaintextEgress) -> &'static str {
     match what {
-        InClear::Nothing => "nothing",
-        InClear::Udp => "udp",
-        InClear::AllButUdp => "all but udp",
-        InClear::All => "everything",
+        PlaintextEgress::Nothing => "nothing",
+        PlaintextEgress::Udp => "udp",
+        PlaintextEgress::AllButUdp => "all but udp",
+        PlaintextEgress::All => "everything",
     }
 }
 
