@@ -18,10 +18,10 @@ use tacit_identity::{
     issuer::{EmbeddedIssuer, Issuer},
     istio::IstioIssuer,
     manager::Identities,
-    root::RootError,
+    root::EmbeddedRootError,
 };
 use tacit_kernel::{
-    Kernel, KernelError, Turn, VerifierLog, cgroup::Cgroup, events, host, netns::HostNetns, probe,
+    Kernel, KernelError, SuccessorLock, VerifierLog, cgroup::Cgroup, events, host, netns::HostNetns, probe,
     socket::Listeners,
 };
 use tacit_sources::{
@@ -88,7 +88,7 @@ pub enum AppError {
     },
     /// The issuer could not be opened.
     #[error("issuer: {0}")]
-    Issuer(#[from] RootError),
+    Issuer(#[from] EmbeddedRootError),
     /// The kernel side could not be loaded or attached.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -179,7 +179,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     let (turn, prepared) = follows.unzip();
     let kernel = Arc::new(Kernel::open(claim, &pods_cgroup, &verifier_log, prepared)?);
     let mesh = Arc::new(Mesh::start(kernel.clone(), &directory.current())?);
-    kernel.maps.set_clear(&config.allow_clear)?;
+    kernel.maps.set_plaintext_destinations(&config.allow_clear)?;
     refresh_node(&kernel)?;
     beat(&kernel, config.heartbeat_timeout, &policies)?;
 
@@ -243,8 +243,8 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     listener.abort();
     stop_beating(&mut heart).await;
     let last_word = match &ending {
-        Ending::Alone(_) => path.kernel.maps.stop_beating(),
-        Ending::TakenOver(_) => path.kernel.maps.leave_agent(path.kernel.cgroup),
+        Ending::Alone(_) => path.kernel.maps.clear_heartbeat(),
+        Ending::TakenOver(_) => path.kernel.maps.remove_agent(path.kernel.cgroup),
     };
     if let Err(error) = last_word {
         tracing::error!(%error, "the kernel takes this agent for alive until it is noticed otherwise");
@@ -324,7 +324,7 @@ async fn open_policies(config: &Config) -> Result<Opening<Policies>, AppError> {
     }
 }
 
-fn issuer(config: &Config) -> Result<Issuer, RootError> {
+fn issuer(config: &Config) -> Result<Issuer, EmbeddedRootError> {
     match &config.issuer {
         IssuerConfig::Embedded { directory, leaf_lifetime } => {
             EmbeddedIssuer::open(directory, &config.trust_domain, *leaf_lifetime).map(Issuer::Embedded)
@@ -338,7 +338,7 @@ fn enroller(
     path: &Arc<Proxy>,
     pods_cgroup: Cgroup,
     report: &Arc<Report>,
-    turn: Option<Turn>,
+    turn: Option<SuccessorLock>,
 ) -> Enroller {
     let (serving, ready) = (path.clone(), report.clone());
     let takes_over = turn.is_some();
@@ -394,7 +394,7 @@ async fn heartbeat(path: Arc<Proxy>, timeout: Duration) {
 }
 
 fn beat(kernel: &Kernel, timeout: Duration, policies: &Watched<Policies>) -> Result<(), KernelError> {
-    kernel.maps.beat(timeout, kernel_mode(policies.current().mesh_default()))
+    kernel.maps.set_heartbeat(timeout, kernel_mode(policies.current().mesh_default()))
 }
 
 /// Keeps the node's addresses true, and sessions from staying beyond their time.

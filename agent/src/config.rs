@@ -20,7 +20,7 @@ use tacit_core::{
     yaml::{self, Fields, Mistakes, Value},
 };
 use tacit_identity::istio::IstioConfig;
-use tacit_kernel::ClearDestination;
+use tacit_kernel::PlaintextDestination;
 use tacit_sources::{
     directory::Options as DirectoryOptions,
     file::{self, LoadError},
@@ -111,7 +111,7 @@ pub struct Config {
     /// Silence of the agent from which on the kernel decides by mode alone, 1 s to 1 min.
     pub heartbeat_timeout: Duration,
     /// Destinations that strict pods may reach in clear, at most 256; each use is counted.
-    pub allow_clear: Vec<ClearDestination>,
+    pub allow_clear: Vec<PlaintextDestination>,
     /// Threads that carry flows, 1 to 256; `None` is one for each core that the agent may run on.
     pub workers: Option<NonZeroUsize>,
     /// How long such a thread waits awake for the next bytes of a quick exchange, up to 1 ms; zero is not at all.
@@ -248,7 +248,7 @@ fn ranges(value: &Value<'_>) -> Option<Vec<IpNet>> {
     ranges.into_iter().collect()
 }
 
-fn allow_clear(value: &Value<'_>) -> Option<Vec<ClearDestination>> {
+fn allow_clear(value: &Value<'_>) -> Option<Vec<PlaintextDestination>> {
     let items = value.items()?;
     if items.len() > ALLOW_CLEAR_MAX {
         value.refuse(format_args!("{} destinations: write at most {ALLOW_CLEAR_MAX}", items.len()));

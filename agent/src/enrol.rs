@@ -257,7 +257,7 @@ impl Enroller {
         let policies = self.policies.current();
         let (modes, authorization) = (policies.modes(&workload), policies.authorization(&workload));
         // Those of the agent that this one takes over from are still open.
-        let ports = if self.takes_over && !state.took_over { Ports::OrSpare } else { Ports::Own };
+        let ports = if self.takes_over && !state.took_over { Ports::OrSpare } else { Ports::Default };
         let listeners =
             Listeners::open(&netns, &self.host, ports).map_err(|e| NotYet::Kernel(e.to_string()))?;
         let capture_port = listeners.capture_port().map_err(|e| NotYet::Kernel(e.to_string()))?;
@@ -268,7 +268,7 @@ impl Enroller {
             .tell_kernel(&entry, &netns, &listeners, (&modes, &authorization))
             .map_err(|e| NotYet::Kernel(e.to_string()))?;
         if !was_enrolled_here {
-            self.reset_clear(&netns, &workload, |address| self.mesh.contains(address));
+            self.reset_plaintext(&netns, &workload, |address| self.mesh.contains(address));
         }
         let pod = Arc::new(Pod {
             workload: workload.clone(),

@@ -59,7 +59,7 @@ impl Mesh {
             return;
         }
         let (new, replaced) = (missing(&before, after), missing(after, &before));
-        if let Err(error) = self.kernel.maps.grow_mesh(&new, &replaced) {
+        if let Err(error) = self.kernel.maps.extend_mesh(&new, &replaced) {
             tracing::error!(%error, "detected ranges are not in force: what pods of this node send there goes in clear");
             return;
         }

@@ -191,9 +191,9 @@ impl Proxy {
         application: SocketAddr,
         client: SocketAddr,
     ) -> io::Result<TcpStream> {
-        let socket = socket::inward(&pod.netns, &self.host, application, client)?;
+        let socket = socket::dialer(&pod.netns, &self.host, application, client)?;
         // An application decides by who it is told its client is: without the name there is no connection.
-        self.kernel.maps.stand_for(&socket, client).map_err(io::Error::other)?;
+        self.kernel.maps.set_peer_name(&socket, client).map_err(io::Error::other)?;
         let connected = socket::connected(socket, application, APPLICATION_CONNECT).await?;
         reset_if_dropped(&connected);
         Ok(connected)

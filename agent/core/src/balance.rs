@@ -1,4 +1,4 @@
-//! Which endpoint of a service a connection gets: how many flows of this node each endpoint has, and which client stays
+//! Which endpoint of a service a connection gets: how many flows of this node each endpoint has, and which client affinities
 //! with which.
 //!
 //! A client's pod is on one node only, so what this node knows about its clients is all there is to know.
@@ -11,19 +11,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::directory::{Affinity, Asks, NoEndpoint, Service, choose};
+use crate::directory::{Affinity, EndpointQuery, NoEndpoint, Service, choose};
 
 /// Most clients and services whose endpoint is remembered (some 10 MB): a node's pods, each with hundreds of services.
-const STAYS_MAX: usize = 65_536;
+const AFFINITY_ENTRIES_MAX: usize = 65_536;
 
 /// A connection that wants an endpoint.
 #[derive(Debug, Clone, Copy)]
-pub struct Wish<'a> {
+pub struct EndpointRequest<'a> {
     /// The service.
     pub service: &'a Service,
     /// Which of its addresses, and the port.
     pub address: SocketAddr,
-    /// Who asks.
+    /// Who query.
     pub client: IpAddr,
     /// The client's node.
     pub node: &'a str,
@@ -37,23 +37,23 @@ pub struct Balancer(Arc<Mutex<State>>);
 struct State {
     /// Flows of this node; an endpoint without one has no entry.
     flows: HashMap<SocketAddr, usize>,
-    stays: HashMap<(IpAddr, SocketAddr), Stay>,
+    affinities: HashMap<(IpAddr, SocketAddr), AffinityEntry>,
 }
 
 #[derive(Debug)]
-struct Stay {
+struct AffinityEntry {
     endpoint: SocketAddr,
     until: Instant,
 }
 
 /// An endpoint that counts one flow more as long as this lives.
 #[derive(Debug)]
-pub struct Held {
+pub struct PickedEndpoint {
     balancer: Balancer,
     endpoint: SocketAddr,
 }
 
-impl Held {
+impl PickedEndpoint {
     /// Where it is.
     #[must_use]
     pub fn endpoint(&self) -> SocketAddr {
@@ -61,7 +61,7 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for PickedEndpoint {
     fn drop(&mut self) {
         let mut state = self.balancer.state();
         if let Some(flows) = state.flows.get_mut(&self.endpoint) {
@@ -78,30 +78,35 @@ impl Balancer {
     ///
     /// # Errors
     /// [`NoEndpoint`].
-    pub fn pick(&self, wish: &Wish<'_>, tried: &[SocketAddr], now: Instant) -> Result<Held, NoEndpoint> {
+    pub fn pick(
+        &self,
+        request: &EndpointRequest<'_>,
+        tried: &[SocketAddr],
+        now: Instant,
+    ) -> Result<PickedEndpoint, NoEndpoint> {
         let mut state = self.state();
-        let sticky = match wish.service.affinity {
+        let sticky = match request.service.affinity {
             Affinity::None => None,
-            Affinity::ClientIp(_) => state.sticky(wish, now),
+            Affinity::ClientIp(_) => state.sticky(request, now),
         };
-        let asks = Asks { node: wish.node, sticky, tried, random: random() };
+        let query = EndpointQuery { node: request.node, sticky, tried, random: random() };
         let load = |endpoint| state.flows.get(&endpoint).copied().unwrap_or(0);
-        let endpoint = choose(wish.service, wish.address, &asks, load)?.address;
+        let endpoint = choose(request.service, request.address, &query, load)?.address;
         *state.flows.entry(endpoint).or_default() += 1;
-        Ok(Held { balancer: self.clone(), endpoint })
+        Ok(PickedEndpoint { balancer: self.clone(), endpoint })
     }
 
     /// Whether there is an endpoint beside those `tried`.
     #[must_use]
-    pub fn has_more(&self, wish: &Wish<'_>, tried: &[SocketAddr]) -> bool {
-        let asks = Asks { node: wish.node, sticky: None, tried, random: 0 };
-        choose(wish.service, wish.address, &asks, |_| 0).is_ok()
+    pub fn has_more(&self, request: &EndpointRequest<'_>, tried: &[SocketAddr]) -> bool {
+        let query = EndpointQuery { node: request.node, sticky: None, tried, random: 0 };
+        choose(request.service, request.address, &query, |_| 0).is_ok()
     }
 
     /// Remembers where the client got, if the service wants that.
-    pub fn stay(&self, wish: &Wish<'_>, endpoint: SocketAddr, now: Instant) {
-        let Affinity::ClientIp(time) = wish.service.affinity else { return };
-        self.state().stay((wish.client, wish.address), endpoint, now, time);
+    pub fn record_affinity(&self, request: &EndpointRequest<'_>, endpoint: SocketAddr, now: Instant) {
+        let Affinity::ClientIp(time) = request.service.affinity else { return };
+        self.state().record_affinity((request.client, request.address), endpoint, now, time);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -110,20 +115,26 @@ impl Balancer {
 }
 
 impl State {
-    fn sticky(&self, wish: &Wish<'_>, now: Instant) -> Option<SocketAddr> {
-        let stay = self.stays.get(&(wish.client, wish.address))?;
-        (now < stay.until).then_some(stay.endpoint)
+    fn sticky(&self, request: &EndpointRequest<'_>, now: Instant) -> Option<SocketAddr> {
+        let entry = self.affinities.get(&(request.client, request.address))?;
+        (now < entry.until).then_some(entry.endpoint)
     }
 
     /// Of more than can be remembered the newest are not: they may change their endpoint.
-    fn stay(&mut self, who: (IpAddr, SocketAddr), endpoint: SocketAddr, now: Instant, time: Duration) {
-        if self.stays.len() >= STAYS_MAX && !self.stays.contains_key(&who) {
-            self.stays.retain(|_, stay| now < stay.until);
-            if self.stays.len() >= STAYS_MAX {
+    fn record_affinity(
+        &mut self,
+        who: (IpAddr, SocketAddr),
+        endpoint: SocketAddr,
+        now: Instant,
+        time: Duration,
+    ) {
+        if self.affinities.len() >= AFFINITY_ENTRIES_MAX && !self.affinities.contains_key(&who) {
+            self.affinities.retain(|_, entry| now < entry.until);
+            if self.affinities.len() >= AFFINITY_ENTRIES_MAX {
                 return;
             }
         }
-        self.stays.insert(who, Stay { endpoint, until: now + time });
+        self.affinities.insert(who, AffinityEntry { endpoint, until: now + time });
     }
 }
 
@@ -135,37 +146,37 @@ fn random() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::directory::{Condition, Endpoint, Endpoints, ServicePort, Traffic};
+    use crate::directory::{Endpoint, EndpointCondition, Endpoints, InternalTrafficPolicy, ServicePort};
 
     fn service(affinity: Affinity) -> Service {
         let endpoint = |i: u8| Endpoint { address: SocketAddr::from(([10, 0, 0, i], 80)), node: "b".into() };
-        let ipv4 = Endpoints::new((1..=4).map(|i| (endpoint(i), Condition::Ready)));
+        let ipv4 = Endpoints::new((1..=4).map(|i| (endpoint(i), EndpointCondition::Ready)));
         Service {
             name: "web".into(),
             namespace: "shop".into(),
             addresses: vec![IpAddr::from([10, 96, 0, 1])],
             ports: vec![ServicePort { port: 80, ipv4, ipv6: Endpoints::default() }],
-            traffic: Traffic::Cluster,
+            traffic: InternalTrafficPolicy::Cluster,
             affinity,
         }
     }
 
-    fn wish(service: &Service, client: u8) -> Wish<'_> {
+    fn request(service: &Service, client: u8) -> EndpointRequest<'_> {
         let address = SocketAddr::from(([10, 96, 0, 1], 80));
-        Wish { service, address, client: IpAddr::from([10, 77, 1, client]), node: "a" }
+        EndpointRequest { service, address, client: IpAddr::from([10, 77, 1, client]), node: "a" }
     }
 
     #[test]
     fn a_flow_counts_until_it_ends() {
         let (balancer, service) = (Balancer::default(), service(Affinity::None));
         let now = Instant::now();
-        let held: Vec<Held> =
-            (0..400).map(|_| balancer.pick(&wish(&service, 2), &[], now).expect("one")).collect();
+        let picked: Vec<PickedEndpoint> =
+            (0..400).map(|_| balancer.pick(&request(&service, 2), &[], now).expect("one")).collect();
         let flows: Vec<usize> = balancer.state().flows.values().copied().collect();
         assert_eq!((flows.len(), flows.iter().sum::<usize>()), (4, 400));
         // With one random choice they would lie some tens apart.
         assert!(flows.iter().all(|flows| (95..=105).contains(flows)), "{flows:?}");
-        drop(held);
+        drop(picked);
         assert!(balancer.state().flows.is_empty());
     }
 
@@ -174,28 +185,29 @@ mod tests {
         let time = Duration::from_secs(60);
         let (balancer, service) = (Balancer::default(), service(Affinity::ClientIp(time)));
         let mut now = Instant::now();
-        let first = balancer.pick(&wish(&service, 2), &[], now).expect("one").endpoint();
-        balancer.stay(&wish(&service, 2), first, now);
+        let first = balancer.pick(&request(&service, 2), &[], now).expect("one").endpoint();
+        balancer.record_affinity(&request(&service, 2), first, now);
         let others =
-            (0..200).map(|i| balancer.pick(&wish(&service, 3), &[], now).map(|h| (i, h)).expect("one"));
+            (0..200).map(|i| balancer.pick(&request(&service, 3), &[], now).map(|h| (i, h)).expect("one"));
         let others: Vec<_> = others.collect();
-        assert!(others.iter().any(|(_, held)| held.endpoint() != first), "another client is free");
+        assert!(others.iter().any(|(_, picked)| picked.endpoint() != first), "another client is free");
         for _ in 0..100 {
             now += Duration::from_secs(59);
-            assert_eq!(balancer.pick(&wish(&service, 2), &[], now).expect("one").endpoint(), first);
-            balancer.stay(&wish(&service, 2), first, now);
+            assert_eq!(balancer.pick(&request(&service, 2), &[], now).expect("one").endpoint(), first);
+            balancer.record_affinity(&request(&service, 2), first, now);
         }
         // An endpoint that fails holds nobody.
-        let other = balancer.pick(&wish(&service, 2), &[first], now).expect("one");
+        let other = balancer.pick(&request(&service, 2), &[first], now).expect("one");
         assert_ne!(other.endpoint(), first);
         let all: Vec<SocketAddr> = (1..=4).map(|i| SocketAddr::from(([10, 0, 0, i], 80))).collect();
         assert!(
-            balancer.has_more(&wish(&service, 2), &all[1..]) && !balancer.has_more(&wish(&service, 2), &all)
+            balancer.has_more(&request(&service, 2), &all[1..])
+                && !balancer.has_more(&request(&service, 2), &all)
         );
         now += time;
         let picks: Vec<_> =
-            (0..200).map(|_| balancer.pick(&wish(&service, 2), &[], now).expect("one")).collect();
-        assert!(picks.iter().any(|held| held.endpoint() != first), "free again after {time:?}");
+            (0..200).map(|_| balancer.pick(&request(&service, 2), &[], now).expect("one")).collect();
+        assert!(picks.iter().any(|picked| picked.endpoint() != first), "free again after {time:?}");
     }
 
     #[test]
@@ -204,9 +216,9 @@ mod tests {
         let (now, time) = (Instant::now(), Duration::from_secs(1));
         let at = SocketAddr::from(([10, 96, 0, 1], 80));
         let client = |i: usize| IpAddr::from(u32::try_from(i).expect("small").to_be_bytes());
-        (0..STAYS_MAX + 10).for_each(|i| state.stay((client(i), at), at, now, time));
-        assert_eq!(state.stays.len(), STAYS_MAX);
-        state.stay((client(STAYS_MAX + 10), at), at, now + time, time);
-        assert_eq!(state.stays.len(), 1);
+        (0..AFFINITY_ENTRIES_MAX + 10).for_each(|i| state.record_affinity((client(i), at), at, now, time));
+        assert_eq!(state.affinities.len(), AFFINITY_ENTRIES_MAX);
+        state.record_affinity((client(AFFINITY_ENTRIES_MAX + 10), at), at, now + time, time);
+        assert_eq!(state.affinities.len(), 1);
     }
 }

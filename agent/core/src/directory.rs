@@ -28,10 +28,11 @@ mod service;
 use cow_map::CowMap;
 
 pub use labels::Labels;
-pub use range::{RangeError, mesh_range, told_range};
-pub use ranges::{Added, Ranges};
+pub use range::{RangeError, discovered_range, mesh_range};
+pub use ranges::{RangeAddition, Ranges};
 pub use service::{
-    Affinity, Asks, Condition, Endpoint, Endpoints, NoEndpoint, Service, ServicePort, Traffic, choose,
+    Affinity, Endpoint, EndpointCondition, EndpointQuery, Endpoints, InternalTrafficPolicy, NoEndpoint,
+    Service, ServicePort, choose,
 };
 
 /// One pod of the mesh, or one known neighbour without a tunnel.
@@ -138,11 +139,11 @@ pub struct Uncovered {
 
 /// Who has an address that two workloads claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Claim {
+pub enum AddressConflict {
     /// The new one.
-    Takes,
+    Replace,
     /// The one that has it, if it is another workload: the new one is about to end, or news of an old one.
-    Yields,
+    Keep,
 }
 
 impl Directory {
@@ -154,7 +155,7 @@ impl Directory {
         let content = file::parse(text, file, trust_domain)?;
         let mut directory = Self::default();
         for workload in content.workloads {
-            directory.insert(workload, Claim::Takes);
+            directory.insert(workload, AddressConflict::Replace);
         }
         for service in content.services {
             directory.insert_service(service);
@@ -244,7 +245,7 @@ impl Directory {
         }
         for service in self.services() {
             if let Some(address) = outside(&service.addresses)
-                && self.leads_to_enrolled(service)
+                && self.has_enrolled_endpoint(service)
             {
                 found.services += 1;
                 let name = full_name(&service.namespace, &service.name);
@@ -260,7 +261,7 @@ impl Directory {
     }
 
     /// Whether an endpoint of `service` is an enrolled workload's.
-    pub fn leads_to_enrolled(&self, service: &Service) -> bool {
+    pub fn has_enrolled_endpoint(&self, service: &Service) -> bool {
         let mut endpoints = service.ports.iter().flat_map(|port| port.ipv4.iter().chain(port.ipv6.iter()));
         endpoints.any(|endpoint| self.is_enrolled(endpoint.address.ip()))
     }
@@ -278,16 +279,16 @@ impl Directory {
     }
 
     /// Adds a workload, or replaces the one of its name.
-    pub fn insert(&mut self, workload: Workload, claim: Claim) {
+    pub fn insert(&mut self, workload: Workload, conflict: AddressConflict) {
         self.remove(&workload.namespace, &workload.name);
         let workload = Arc::new(workload);
         for address in &workload.addresses {
-            if claim == Claim::Takes || self.by_address.get(address).is_none() {
+            if conflict == AddressConflict::Replace || self.by_address.get(address).is_none() {
                 self.by_address.insert(*address, Arc::clone(&workload));
             }
         }
         let mut on_node = self.by_node.get(&*workload.node).cloned().unwrap_or_default();
-        // Taken out of the map first, so that a list nobody else holds is changed in place.
+        // Removed from the map first, so that a list nobody else holds is changed in place.
         self.by_node.remove(&*workload.node);
         Arc::make_mut(&mut on_node).push(Arc::clone(&workload));
         self.by_node.insert(Arc::clone(&workload.node), on_node);

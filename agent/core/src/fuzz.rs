@@ -9,7 +9,7 @@ use crate::{
     directory::Directory,
     policy::{Origin, Policies, PolicyObject},
     spiffe::TrustDomain,
-    wire::frame::{Control, HEADER_BYTES, Header, PAYLOAD_MAX_BYTES, header},
+    wire::frame::{Control, FrameHeader, HEADER_BYTES, PAYLOAD_MAX_BYTES, header},
     yaml::Mistakes,
 };
 
@@ -19,7 +19,7 @@ const TEXT_MAX: usize = 1 << 16;
 
 /// The frames of a stream, one after the other, until one is wrong or incomplete.
 pub fn frames(mut input: &[u8]) {
-    while let Ok(Some(Header { kind, payload_bytes })) = header(input) {
+    while let Ok(Some(FrameHeader { kind, payload_bytes })) = header(input) {
         assert!(payload_bytes <= PAYLOAD_MAX_BYTES, "{kind:?} of {payload_bytes} bytes");
         let Some((frame, rest)) = input.split_at_checked(HEADER_BYTES + payload_bytes) else { return };
         if let Ok(Some(control)) = Control::decode(kind, &frame[HEADER_BYTES..]) {

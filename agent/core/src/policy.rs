@@ -31,10 +31,12 @@ pub mod explain;
 mod object;
 mod peer_authentication;
 
-pub use authorization::{Authorization, AuthorizationPolicy, Match, NoneOf, Ruling};
-pub use object::{Kind, Origin, PolicyObject};
+pub use authorization::{
+    Authorization, AuthorizationDecision, AuthorizationPolicy, Match, UnmatchedPolicies,
+};
+pub use object::{Origin, PolicyKind, PolicyObject};
 
-use object::{Attachment, Authorizing, Kinds};
+use object::{Attachment, ParsedPolicy, ScopedAuthorization};
 use peer_authentication::PeerAuthentication;
 
 /// What a workload takes.
@@ -68,30 +70,30 @@ impl Modes {
 /// All policies known at one time.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Policies {
-    mesh: Setting,
-    namespaces: HashMap<Arc<str>, Setting>,
+    mesh: ModeSetting,
+    namespaces: HashMap<Arc<str>, ModeSetting>,
     /// Policies with a selector, by namespace, in the order of the file.
-    selecting: HashMap<Arc<str>, Vec<Selecting>>,
+    selecting: HashMap<Arc<str>, Vec<SelectorPolicy>>,
     /// Namespaces that are STRICT whatever else says, the root namespace for all of them: of a PeerAuthentication there it
     /// cannot be read whom it selects, or what it says to all.
     strict: HashSet<Arc<str>>,
     strict_everywhere: bool,
     /// Those of the root namespace, which select in every namespace.
-    authorizing_everywhere: Vec<Authorizing>,
-    authorizing: HashMap<Arc<str>, Vec<Authorizing>>,
+    authorizing_everywhere: Vec<ScopedAuthorization>,
+    authorizing: HashMap<Arc<str>, Vec<ScopedAuthorization>>,
     notes: Vec<String>,
 }
 
 /// What one policy says about the mode.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-enum Setting {
+enum ModeSetting {
     /// UNSET or left out: the next wider scope holds.
     #[default]
     Inherit,
     Set(Mode),
 }
 
-impl Setting {
+impl ModeSetting {
     fn or(self, wider: Mode) -> Mode {
         match self {
             Self::Inherit => wider,
@@ -102,10 +104,10 @@ impl Setting {
 
 /// A policy for the workloads that have all of `labels`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Selecting {
+struct SelectorPolicy {
     labels: BTreeMap<String, String>,
-    mode: Setting,
-    ports: BTreeMap<u16, Setting>,
+    mode: ModeSetting,
+    ports: BTreeMap<u16, ModeSetting>,
 }
 
 /// Whether a workload has all of `labels`.
@@ -132,8 +134,10 @@ impl Policies {
         let mut mesh = None;
         for object in objects {
             match &*object.0 {
-                Kinds::PeerAuthentication(policy) => policies.add_modes(policy, &mut mesh, root_namespace),
-                Kinds::Authorization(policy) => policies.add_authorizing(policy, root_namespace),
+                ParsedPolicy::PeerAuthentication(policy) => {
+                    policies.add_modes(policy, &mut mesh, root_namespace)
+                }
+                ParsedPolicy::Authorization(policy) => policies.add_authorizing(policy, root_namespace),
             }
         }
         policies.mesh = mesh.unwrap_or_default();
@@ -141,12 +145,17 @@ impl Policies {
         policies
     }
 
-    fn add_modes(&mut self, policy: &PeerAuthentication, mesh: &mut Option<Setting>, root_namespace: &str) {
+    fn add_modes(
+        &mut self,
+        policy: &PeerAuthentication,
+        mesh: &mut Option<ModeSetting>,
+        root_namespace: &str,
+    ) {
         let PeerAuthentication { namespace, labels, mode, ports, unreadable } = policy.clone();
         if unreadable && labels.is_empty() {
             self.strict.insert(namespace);
         } else if !labels.is_empty() {
-            self.selecting.entry(namespace).or_default().push(Selecting { labels, mode, ports });
+            self.selecting.entry(namespace).or_default().push(SelectorPolicy { labels, mode, ports });
         } else if *namespace == *root_namespace {
             mesh.get_or_insert(mode);
         } else {
@@ -154,7 +163,7 @@ impl Policies {
         }
     }
 
-    fn add_authorizing(&mut self, policy: &Authorizing, root_namespace: &str) {
+    fn add_authorizing(&mut self, policy: &ScopedAuthorization, root_namespace: &str) {
         self.notes.extend(policy.notes.iter().cloned());
         if policy.attachment == Attachment::Elsewhere {
             return;
@@ -210,7 +219,7 @@ impl Policies {
 
 /// How a flow came, and who sent it where that was proved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source<'a> {
+pub enum FlowSource<'a> {
     /// Through a tunnel, from the identity in the peer's certificate.
     Tunnel(&'a SpiffeId),
     /// From an enrolled pod of this node, handed over inside the agent; the identity is the directory's for
@@ -226,7 +235,7 @@ pub enum Source<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Flow<'a> {
     /// How it came, and from whom.
-    pub source: Source<'a>,
+    pub source: FlowSource<'a>,
     /// Address it comes from.
     pub client: IpAddr,
     /// Where it wants to go: the workload's address, and the port that its application listens on.
@@ -239,21 +248,21 @@ pub enum Verdict<'p> {
     /// It reaches the workload.
     Allow,
     /// It is reset.
-    Deny(DenyReason<'p>),
+    Deny(PolicyDenial<'p>),
 }
 
 /// Why policy denies a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum DenyReason<'p> {
+pub enum PolicyDenial<'p> {
     /// It came in clear to a port in STRICT.
     PlaintextInStrict,
     /// A policy denies it.
     DeniedBy(Match<'p>),
     /// Policies say who is allowed, and it is not among them.
-    NotAllowed(NoneOf<'p>),
+    NotAllowed(UnmatchedPolicies<'p>),
 }
 
-impl DenyReason<'_> {
+impl PolicyDenial<'_> {
     /// Stable name for logs and metric labels.
     #[must_use]
     pub fn label(&self) -> &'static str {
@@ -265,7 +274,7 @@ impl DenyReason<'_> {
     }
 }
 
-impl fmt::Display for DenyReason<'_> {
+impl fmt::Display for PolicyDenial<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::PlaintextInStrict => f.write_str("plaintext to a port in STRICT"),
@@ -285,15 +294,15 @@ impl fmt::Display for DenyReason<'_> {
 #[must_use]
 pub fn decide<'p>(modes: &Modes, authorization: &'p Authorization, flow: &Flow<'_>) -> Verdict<'p> {
     match (flow.source, modes.at(flow.destination.port())) {
-        (Source::Node, _) => return Verdict::Allow,
-        (Source::Plaintext, Mode::Strict) => return Verdict::Deny(DenyReason::PlaintextInStrict),
-        (Source::Plaintext, Mode::Disable | Mode::Permissive)
-        | (Source::Tunnel(_) | Source::SameNode(_), _) => {}
+        (FlowSource::Node, _) => return Verdict::Allow,
+        (FlowSource::Plaintext, Mode::Strict) => return Verdict::Deny(PolicyDenial::PlaintextInStrict),
+        (FlowSource::Plaintext, Mode::Disable | Mode::Permissive)
+        | (FlowSource::Tunnel(_) | FlowSource::SameNode(_), _) => {}
     }
-    match authorization.ruling(flow) {
-        Ruling::Unrestricted | Ruling::Allowed(_) => Verdict::Allow,
-        Ruling::Denied(by) => Verdict::Deny(DenyReason::DeniedBy(by)),
-        Ruling::NotAllowed(policies) => Verdict::Deny(DenyReason::NotAllowed(policies)),
+    match authorization.evaluate(flow) {
+        AuthorizationDecision::Unrestricted | AuthorizationDecision::Allowed(_) => Verdict::Allow,
+        AuthorizationDecision::Denied(by) => Verdict::Deny(PolicyDenial::DeniedBy(by)),
+        AuthorizationDecision::NotAllowed(policies) => Verdict::Deny(PolicyDenial::NotAllowed(policies)),
     }
 }
 

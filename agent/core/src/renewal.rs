@@ -25,7 +25,7 @@ pub enum Renewal {
 
 /// What decides when to renew.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Schedule {
+pub struct RenewalSchedule {
     /// Since when the credentials are held; with `not_after` equal to it, nothing is held yet.
     pub obtained: SystemTime,
     /// Their last moment of validity.
@@ -38,7 +38,7 @@ pub struct Schedule {
     pub jitter: u8,
 }
 
-impl Schedule {
+impl RenewalSchedule {
     /// What to do at `now`.
     #[must_use]
     pub fn next(&self, now: SystemTime) -> Renewal {
@@ -74,8 +74,8 @@ mod tests {
         SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
     }
 
-    fn held(obtained: u64, not_after: u64, failures: u32, failed_at: u64) -> Schedule {
-        Schedule {
+    fn held(obtained: u64, not_after: u64, failures: u32, failed_at: u64) -> RenewalSchedule {
+        RenewalSchedule {
             obtained: at(obtained),
             not_after: at(not_after),
             failures,
@@ -116,7 +116,7 @@ mod tests {
     fn a_pause_is_bounded_whatever_the_failures_and_jitter() {
         for failures in 1..200 {
             for jitter in [0, 127, 255] {
-                let schedule = Schedule { jitter, ..held(0, 10_000_000, failures, 100) };
+                let schedule = RenewalSchedule { jitter, ..held(0, 10_000_000, failures, 100) };
                 let Renewal::Wait(until) = schedule.next(at(100)) else { panic!("no pause") };
                 let pause = until.duration_since(at(100)).expect("later");
                 assert!(pause >= FIRST_PAUSE * 3 / 4 && pause <= LONGEST_PAUSE * 5 / 4, "{pause:?}");

@@ -10,7 +10,7 @@ use crate::{
 
 /// What is known about a captured connection.
 #[derive(Debug, Clone, Copy)]
-pub struct Facts<'a> {
+pub struct RouteInput<'a> {
     /// Port asked for.
     pub port: u16,
     /// The directory's entry for the address asked for.
@@ -33,31 +33,31 @@ pub enum Route {
     /// Through the tunnel, to a server that proves this identity.
     Tunnel(SpiffeId),
     /// In clear, as without Tacit; the text says why that is allowed.
-    Clear(&'static str),
+    Plaintext(&'static str),
     /// Reset; the text is the reason's stable label.
     Refuse(&'static str),
 }
 
 /// Decides. There is no way back from `Tunnel` to `Clear`: a tunnel that fails resets the connection.
 #[must_use]
-pub fn decide(facts: &Facts<'_>) -> Route {
-    if tcp_port::is_reserved(facts.port) {
+pub fn decide(input: &RouteInput<'_>) -> Route {
+    if tcp_port::is_reserved(input.port) {
         return Route::Refuse("reserved_port");
     }
     let clear =
-        |why: &'static str| if facts.source_is_strict { Route::Refuse(why) } else { Route::Clear(why) };
-    let Some(destination) = facts.destination else {
-        if facts.outside_mesh {
-            return Route::Clear("destination_outside_mesh");
+        |why: &'static str| if input.source_is_strict { Route::Refuse(why) } else { Route::Plaintext(why) };
+    let Some(destination) = input.destination else {
+        if input.outside_mesh {
+            return Route::Plaintext("destination_outside_mesh");
         }
         return clear("destination_unknown");
     };
     match destination.protocol {
         Protocol::None => clear("destination_not_enrolled"),
-        Protocol::Tacit if facts.on_this_node => Route::SameNode,
+        Protocol::Tacit if input.on_this_node => Route::SameNode,
         // The operator said in so many words that this port is not to be encrypted.
-        Protocol::Tacit if facts.destination_mode == Mode::Disable => {
-            Route::Clear("destination_mode_disable")
+        Protocol::Tacit if input.destination_mode == Mode::Disable => {
+            Route::Plaintext("destination_mode_disable")
         }
         Protocol::Tacit => Route::Tunnel(destination.identity.clone()),
     }
@@ -93,20 +93,20 @@ mod tests {
         let plain = workload(Protocol::None);
         let tunnel = || Route::Tunnel(meshed.identity.clone());
         let table = [
-            (None, false, Permissive, Permissive, Route::Clear("destination_unknown")),
+            (None, false, Permissive, Permissive, Route::Plaintext("destination_unknown")),
             (None, false, Permissive, Strict, Route::Refuse("destination_unknown")),
-            (Some(&plain), false, Permissive, Permissive, Route::Clear("destination_not_enrolled")),
+            (Some(&plain), false, Permissive, Permissive, Route::Plaintext("destination_not_enrolled")),
             (Some(&plain), false, Disable, Strict, Route::Refuse("destination_not_enrolled")),
             (Some(&meshed), true, Strict, Strict, Route::SameNode),
             (Some(&meshed), true, Disable, Permissive, Route::SameNode),
             (Some(&meshed), false, Permissive, Permissive, tunnel()),
             (Some(&meshed), false, Strict, Permissive, tunnel()),
             (Some(&meshed), false, Permissive, Disable, tunnel()),
-            (Some(&meshed), false, Disable, Strict, Route::Clear("destination_mode_disable")),
+            (Some(&meshed), false, Disable, Strict, Route::Plaintext("destination_mode_disable")),
         ];
         for (destination, on_this_node, destination_mode, source_mode, expected) in table {
             let source_is_strict = source_mode == Strict;
-            let facts = Facts {
+            let input = RouteInput {
                 port: 80,
                 destination,
                 outside_mesh: false,
@@ -114,7 +114,7 @@ mod tests {
                 destination_mode,
                 source_is_strict,
             };
-            assert_eq!(decide(&facts), expected, "{facts:?}");
+            assert_eq!(decide(&input), expected, "{input:?}");
         }
     }
 
@@ -123,7 +123,7 @@ mod tests {
         let meshed = workload(Protocol::Tacit);
         let decided = |destination, outside_mesh| {
             let (on_this_node, destination_mode, source_is_strict) = (false, Mode::Strict, true);
-            decide(&Facts {
+            decide(&RouteInput {
                 port: 443,
                 destination,
                 outside_mesh,
@@ -132,7 +132,7 @@ mod tests {
                 source_is_strict,
             })
         };
-        assert_eq!(decided(None, true), Route::Clear("destination_outside_mesh"));
+        assert_eq!(decided(None, true), Route::Plaintext("destination_outside_mesh"));
         assert_eq!(decided(None, false), Route::Refuse("destination_unknown"));
         assert_eq!(decided(Some(&meshed), true), Route::Tunnel(meshed.identity.clone()));
         assert_eq!(decided(Some(&workload(Protocol::None)), true), Route::Refuse("destination_not_enrolled"));
@@ -142,7 +142,7 @@ mod tests {
     fn the_agents_ports_cannot_be_dialled() {
         let meshed = workload(Protocol::Tacit);
         for port in [15001, 15006, 15008] {
-            let facts = Facts {
+            let input = RouteInput {
                 port,
                 destination: Some(&meshed),
                 outside_mesh: true,
@@ -150,7 +150,7 @@ mod tests {
                 destination_mode: Mode::Permissive,
                 source_is_strict: false,
             };
-            assert_eq!(decide(&facts), Route::Refuse("reserved_port"));
+            assert_eq!(decide(&input), Route::Refuse("reserved_port"));
         }
     }
 }

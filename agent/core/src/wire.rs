@@ -5,4 +5,4 @@ pub mod frame;
 pub mod open;
 
 pub use flow_state::Role;
-pub use open::{Ahead, DenyReason, Open, TraceId};
+pub use open::{DenyReason, Open, OptimisticMode, TraceId};

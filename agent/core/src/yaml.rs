@@ -22,8 +22,8 @@ pub use mistakes::{Mistake, Mistakes};
 pub use scalar::is_object_name;
 
 use mistakes::Collector;
-use scalar::{Kind, nearest, seen};
-use tree::{Content, Node};
+use scalar::{ScalarType, nearest, quoted};
+use tree::{Node, NodeContent};
 
 /// Decodes a file of exactly one document (an empty file counts as one empty document).
 ///
@@ -81,12 +81,12 @@ impl<'a> Value<'a> {
 
     /// Whether nothing is written here (`field:`, `~` or `null`), which Kubernetes reads as an absent field.
     pub fn is_null(&self) -> bool {
-        matches!(&self.node.content, Content::Scalar { text, quoted: false } if Kind::of(text) == Kind::Null)
+        matches!(&self.node.content, NodeContent::Scalar { text, quoted: false } if ScalarType::of(text) == ScalarType::Null)
     }
 
     /// A field of a mapping, looked at before all fields are decoded; nothing is recorded.
     pub fn peek(&self, name: &str) -> Option<Value<'a>> {
-        let Content::Map(pairs) = &self.node.content else {
+        let NodeContent::Map(pairs) = &self.node.content else {
             return None;
         };
         let pair = pairs.iter().find(|pair| pair.key == name)?;
@@ -109,7 +109,7 @@ impl<'a> Value<'a> {
 
     /// The entries of a mapping with free names, in the order of the file; repeated ones are recorded.
     pub fn entries(&self) -> Option<Vec<Entry<'a>>> {
-        let Content::Map(entries) = &self.node.content else {
+        let NodeContent::Map(entries) = &self.node.content else {
             return self.wrong_type("a mapping (`name: value` lines)");
         };
         let mut first_lines: HashMap<&str, usize> = HashMap::with_capacity(entries.len());
@@ -129,7 +129,7 @@ impl<'a> Value<'a> {
 
     /// The items of a list.
     pub fn items(&self) -> Option<Vec<Value<'a>>> {
-        let Content::List(nodes) = &self.node.content else {
+        let NodeContent::List(nodes) = &self.node.content else {
             return self.wrong_type("a list (`- item` lines or `[a, b]`)");
         };
         let item =
@@ -140,7 +140,7 @@ impl<'a> Value<'a> {
     /// The text of a scalar, whatever YAML takes it for: for values that have a parser of their own.
     pub fn scalar(&self) -> Option<&'a str> {
         match &self.node.content {
-            Content::Scalar { text, .. } if !self.is_null() => Some(text),
+            NodeContent::Scalar { text, .. } if !self.is_null() => Some(text),
             _ => self.wrong_type("a single value"),
         }
     }
@@ -159,11 +159,11 @@ impl<'a> Value<'a> {
     /// Like [`Self::text`], but `""` is accepted.
     pub fn text_or_empty(&self) -> Option<&'a str> {
         let text = self.scalar()?;
-        let plain = matches!(self.node.content, Content::Scalar { quoted: false, .. });
-        if plain && Kind::of(text) != Kind::Text {
+        let plain = matches!(self.node.content, NodeContent::Scalar { quoted: false, .. });
+        if plain && ScalarType::of(text) != ScalarType::Text {
             self.refuse(format_args!(
                 "{text} is {} where text is expected: write \"{text}\"",
-                Kind::of(text)
+                ScalarType::of(text)
             ));
             return None;
         }
@@ -174,7 +174,7 @@ impl<'a> Value<'a> {
     /// it.
     pub fn parse<T, E: Display>(&self, parser: impl FnOnce(&str) -> Result<T, E>) -> Option<T> {
         let text = self.scalar()?;
-        parser(text).map_err(|error| self.refuse(format_args!("{}: {error}", seen(text)))).ok()
+        parser(text).map_err(|error| self.refuse(format_args!("{}: {error}", quoted(text)))).ok()
     }
 
     /// A Kubernetes object name (RFC 1123 subdomain).
@@ -185,7 +185,7 @@ impl<'a> Value<'a> {
         }
         let rule =
             "1 to 253 characters of a-z, 0-9, '-' and '.', beginning and ending with a letter or digit";
-        self.refuse(format_args!("{} is no Kubernetes name: write {rule}", seen(text)));
+        self.refuse(format_args!("{} is no Kubernetes name: write {rule}", quoted(text)));
         None
     }
 
@@ -198,8 +198,10 @@ impl<'a> Value<'a> {
         let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
         let list = names.join(", ");
         match nearest(text, &names) {
-            Some(name) => self.refuse(format_args!("{} is none of {list}: did you mean {name}?", seen(text))),
-            None => self.refuse(format_args!("{} is none of {list}: write one of them", seen(text))),
+            Some(name) => {
+                self.refuse(format_args!("{} is none of {list}: did you mean {name}?", quoted(text)))
+            }
+            None => self.refuse(format_args!("{} is none of {list}: write one of them", quoted(text))),
         }
         None
     }
@@ -226,11 +228,11 @@ impl<'a> Value<'a> {
     /// Records that something else than `expected` is written here, unless that was recorded already.
     fn wrong_type<T>(&self, expected: &str) -> Option<T> {
         let found = match &self.node.content {
-            Content::Refused => return None,
-            Content::Scalar { .. } if self.is_null() => "is empty".to_owned(),
-            Content::Scalar { text, .. } => format!("is the single value {}", seen(text)),
-            Content::List(_) => "is a list".to_owned(),
-            Content::Map(_) => "is a mapping".to_owned(),
+            NodeContent::Refused => return None,
+            NodeContent::Scalar { .. } if self.is_null() => "is empty".to_owned(),
+            NodeContent::Scalar { text, .. } => format!("is the single value {}", quoted(text)),
+            NodeContent::List(_) => "is a list".to_owned(),
+            NodeContent::Map(_) => "is a mapping".to_owned(),
         };
         self.refuse(format_args!("{found}: write {expected}"));
         None
@@ -290,7 +292,7 @@ impl<'a> Fields<'a> {
 fn join(path: &str, name: &str) -> String {
     let plain = !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
     match (path, plain) {
-        (path, false) => format!("{path}[{}]", seen(name)),
+        (path, false) => format!("{path}[{}]", quoted(name)),
         ("", true) => name.to_owned(),
         (path, true) => format!("{path}.{name}"),
     }

@@ -25,7 +25,7 @@ use tacit_core::spiffe::{SpiffeId, TrustDomain};
 use super::{
     credentials::{Credentials, CredentialsError},
     istio::{IstioError, IstioIssuer},
-    root::{Root, RootError},
+    root::{EmbeddedRoot, EmbeddedRootError},
 };
 
 /// Certificates are valid from this long before they are made: the clocks of two nodes differ, and a peer whose clock is
@@ -107,7 +107,7 @@ impl Issuer {
 
 /// Signs with a root of its own.
 pub struct EmbeddedIssuer {
-    root: Root,
+    root: EmbeddedRoot,
     roots: Arc<RootCertStore>,
     trust_domain: TrustDomain,
     leaf_lifetime: Duration,
@@ -117,15 +117,15 @@ impl EmbeddedIssuer {
     /// The issuer whose root is in `directory`; makes the root when there is none. Blocks for the disk.
     ///
     /// # Errors
-    /// [`RootError`] when the root cannot be used.
+    /// [`EmbeddedRootError`] when the root cannot be used.
     pub fn open(
         directory: &Path,
         trust_domain: &TrustDomain,
         leaf_lifetime: Duration,
-    ) -> Result<Self, RootError> {
-        let root = Root::open(directory, trust_domain, SystemTime::now())?;
+    ) -> Result<Self, EmbeddedRootError> {
+        let root = EmbeddedRoot::open(directory, trust_domain, SystemTime::now())?;
         let mut roots = RootCertStore::empty();
-        roots.add(root.certificate.clone()).map_err(|e| RootError::CertificateUnreadable {
+        roots.add(root.certificate.clone()).map_err(|e| EmbeddedRootError::CertificateUnreadable {
             path: directory.into(),
             reason: e.to_string(),
         })?;
@@ -248,7 +248,7 @@ mod tests {
 
     const HOUR: Duration = Duration::from_secs(3600);
 
-    fn open(directory: &Path, trust_domain: &str) -> Result<EmbeddedIssuer, RootError> {
+    fn open(directory: &Path, trust_domain: &str) -> Result<EmbeddedIssuer, EmbeddedRootError> {
         EmbeddedIssuer::open(directory, &TrustDomain::parse(trust_domain).expect("valid"), HOUR)
     }
 
@@ -299,29 +299,32 @@ mod tests {
         let (key, certificate) =
             (directory.path().join("root-key.pem"), directory.path().join("root-cert.pem"));
 
-        assert!(matches!(open(directory.path(), "other.local"), Err(RootError::TrustDomain { .. })));
+        assert!(matches!(open(directory.path(), "other.local"), Err(EmbeddedRootError::TrustDomain { .. })));
 
         fs::set_permissions(&key, fs::Permissions::from_mode(0o640)).expect("ours");
         assert!(matches!(
             open(directory.path(), "cluster.local"),
-            Err(RootError::KeyExposed { mode: 0o640, .. })
+            Err(EmbeddedRootError::KeyExposed { mode: 0o640, .. })
         ));
         fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).expect("ours");
 
         fs::copy(other.path().join("root-cert.pem"), &certificate).expect("copied");
-        assert!(matches!(open(directory.path(), "cluster.local"), Err(RootError::Mismatch(_))));
+        assert!(matches!(open(directory.path(), "cluster.local"), Err(EmbeddedRootError::Mismatch(_))));
 
         fs::write(&certificate, "nonsense").expect("written");
         assert!(matches!(
             open(directory.path(), "cluster.local"),
-            Err(RootError::CertificateUnreadable { .. })
+            Err(EmbeddedRootError::CertificateUnreadable { .. })
         ));
 
         fs::write(&key, "nonsense").expect("written");
-        assert!(matches!(open(directory.path(), "cluster.local"), Err(RootError::KeyUnreadable { .. })));
+        assert!(matches!(
+            open(directory.path(), "cluster.local"),
+            Err(EmbeddedRootError::KeyUnreadable { .. })
+        ));
 
         fs::remove_file(&key).expect("was there");
-        assert!(matches!(open(directory.path(), "cluster.local"), Err(RootError::KeyMissing(_))));
+        assert!(matches!(open(directory.path(), "cluster.local"), Err(EmbeddedRootError::KeyMissing(_))));
     }
 
     #[test]

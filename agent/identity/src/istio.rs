@@ -35,7 +35,7 @@ use super::{
 };
 use crate::atomic_file;
 use api::{CertificateRequest, CertificateResponse};
-use connection::{Answer, Target};
+use connection::{CallResponse, CallTarget};
 
 /// Calls under way at once. A starting agent wants all its identities; an authority serves many agents.
 const CALLS_MAX: usize = 8;
@@ -184,7 +184,7 @@ impl IstioIssuer {
     /// [`IstioError`].
     pub async fn ask(&self, message: &CertificateRequest) -> Result<Exchange, IstioError> {
         let (roots, token) = (self.roots().await?, self.token().await?);
-        let target = Target {
+        let target = CallTarget {
             address: &self.config.address,
             server_name: &self.config.server_name,
             roots,
@@ -192,7 +192,7 @@ impl IstioIssuer {
             cluster: self.config.cluster_id.clone(),
         };
         let sent = SystemTime::now();
-        let Answer { outcome, date } = connection::call(target, message).await?;
+        let CallResponse { outcome, date } = connection::call(target, message).await?;
         let received = SystemTime::now();
         let skew = date.map(|date| skew::by_date(sent, received, date));
         self.answered(received, skew);

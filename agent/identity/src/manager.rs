@@ -12,7 +12,7 @@ use std::{
 use arc_swap::{ArcSwap, ArcSwapOption};
 use rustls::crypto::aws_lc_rs;
 use tacit_core::{
-    renewal::{Renewal, Schedule},
+    renewal::{Renewal, RenewalSchedule},
     spiffe::SpiffeId,
 };
 use tokio::{
@@ -209,11 +209,11 @@ impl Shared {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn schedule(&self) -> Schedule {
+    fn schedule(&self) -> RenewalSchedule {
         let progress = self.progress().clone();
         let held = self.credentials.load();
         let obtained = progress.obtained.unwrap_or(SystemTime::UNIX_EPOCH);
-        Schedule {
+        RenewalSchedule {
             obtained,
             not_after: held.as_ref().map_or(obtained, |credentials| credentials.not_after),
             failures: progress.failures,

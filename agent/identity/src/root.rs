@@ -38,7 +38,7 @@ const LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// Why the root cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum RootError {
+pub enum EmbeddedRootError {
     /// A file or the directory cannot be read or written.
     #[error(transparent)]
     File(#[from] FileError),
@@ -100,19 +100,23 @@ pub enum RootError {
 }
 
 /// The root of the embedded issuer.
-pub struct Root {
+pub struct EmbeddedRoot {
     /// Signs the certificates of workloads.
     pub(super) issuer: rcgen::Issuer<'static, KeyPair>,
     /// What peers trust.
     pub(super) certificate: CertificateDer<'static>,
 }
 
-impl Root {
+impl EmbeddedRoot {
     /// Reads the root of `trust_domain` in `directory`, or makes it. Blocks, at most for `LOCK_WAIT` and the disk.
     ///
     /// # Errors
-    /// [`RootError`]; nothing that is found is ever replaced.
-    pub fn open(directory: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<Self, RootError> {
+    /// [`EmbeddedRootError`]; nothing that is found is ever replaced.
+    pub fn open(
+        directory: &Path,
+        trust_domain: &TrustDomain,
+        now: SystemTime,
+    ) -> Result<Self, EmbeddedRootError> {
         let mut builder = DirBuilder::new();
         builder.recursive(true).mode(0o700).create(directory).map_err(FileError::of("create", directory))?;
         let _lock = lock(&directory.join(LOCK_FILE))?;
@@ -120,7 +124,7 @@ impl Root {
         let key_pem = read_key(&key_path)?;
         let certificate_pem = read(&certificate_path)?;
         if key_pem.is_none() && certificate_pem.is_some() {
-            return Err(RootError::KeyMissing(key_path));
+            return Err(EmbeddedRootError::KeyMissing(key_path));
         }
         let key = match key_pem {
             Some(pem) => parse_key(&key_path, &pem)?,
@@ -137,7 +141,7 @@ impl Root {
         let certificate =
             match certificate_pem.map_or_else(|| read(&certificate_path), |pem| Ok(Some(pem)))? {
                 Some(pem) => parse_certificate(&certificate_path, pem.as_bytes())?,
-                None => return Err(RootError::Mismatch(certificate_path)),
+                None => return Err(EmbeddedRootError::Mismatch(certificate_path)),
             };
         check(&certificate_path, &certificate, &params, &key, trust_domain, now)?;
         Ok(Self { issuer: rcgen::Issuer::new(params, key), certificate })
@@ -146,7 +150,7 @@ impl Root {
 
 /// Name, serial number and use of the root of `trust_domain`. The subject depends on the trust domain alone, so the
 /// issuer name that leaves carry is known without parsing the certificate.
-fn params(trust_domain: &TrustDomain, now: SystemTime) -> Result<CertificateParams, RootError> {
+fn params(trust_domain: &TrustDomain, now: SystemTime) -> Result<CertificateParams, EmbeddedRootError> {
     let mut name = DistinguishedName::new();
     name.push(DnType::OrganizationName, "Tacit");
     // RFC 5280 appendix A bounds a common name to 64 characters; the URI name carries the whole.
@@ -169,27 +173,29 @@ fn check(
     key: &KeyPair,
     trust_domain: &TrustDomain,
     now: SystemTime,
-) -> Result<(), RootError> {
-    let unreadable =
-        |e: CertificateError| RootError::CertificateUnreadable { path: path.into(), reason: e.to_string() };
+) -> Result<(), EmbeddedRootError> {
+    let unreadable = |e: CertificateError| EmbeddedRootError::CertificateUnreadable {
+        path: path.into(),
+        reason: e.to_string(),
+    };
     let found = certificate::uri_names(certificate).map_err(unreadable)?;
     let (subject, public_key) = certificate::subject_and_key(certificate).map_err(unreadable)?;
     let expected = params.self_signed(key)?;
     let (our_subject, our_key) = certificate::subject_and_key(expected.der()).map_err(unreadable)?;
     if found != [format!("spiffe://{trust_domain}")] || subject != our_subject {
-        return Err(RootError::TrustDomain { path: path.into(), found, ours: trust_domain.clone() });
+        return Err(EmbeddedRootError::TrustDomain { path: path.into(), found, ours: trust_domain.clone() });
     }
     if public_key != our_key || our_key != key.subject_public_key_info() {
-        return Err(RootError::Mismatch(path.into()));
+        return Err(EmbeddedRootError::Mismatch(path.into()));
     }
     let validity = certificate::validity(certificate).map_err(unreadable)?;
     if now < validity.not_before || now > validity.not_after {
-        return Err(RootError::NotValidNow(path.into()));
+        return Err(EmbeddedRootError::NotValidNow(path.into()));
     }
     Ok(())
 }
 
-fn lock(path: &Path) -> Result<File, RootError> {
+fn lock(path: &Path) -> Result<File, EmbeddedRootError> {
     let mut options = OpenOptions::new();
     let file = options.create(true).truncate(false).write(true).mode(0o600).open(path);
     let file = file.map_err(FileError::of("open", path))?;
@@ -199,7 +205,7 @@ fn lock(path: &Path) -> Result<File, RootError> {
             Ok(()) => return Ok(file),
             Err(TryLockError::Error(source)) => return Err(FileError::of("lock", path)(source).into()),
             Err(TryLockError::WouldBlock) if Instant::now() > deadline => {
-                return Err(RootError::Locked(path.into()));
+                return Err(EmbeddedRootError::Locked(path.into()));
             }
             Err(TryLockError::WouldBlock) => thread::sleep(LOCK_RETRY),
         }
@@ -207,27 +213,27 @@ fn lock(path: &Path) -> Result<File, RootError> {
 }
 
 /// The text of `path`; `None` when there is no such file.
-fn read(path: &Path) -> Result<Option<String>, RootError> {
+fn read(path: &Path) -> Result<Option<String>, EmbeddedRootError> {
     let Some(file) = atomic_file::open(path)? else { return Ok(None) };
     Ok(Some(atomic_file::text(&file, path, FILE_MAX_BYTES)?))
 }
 
 /// As [`read`], for a file that only its owner may touch.
-fn read_key(path: &Path) -> Result<Option<String>, RootError> {
+fn read_key(path: &Path) -> Result<Option<String>, EmbeddedRootError> {
     let Some(file) = atomic_file::open(path)? else { return Ok(None) };
     let mode = file.metadata().map_err(FileError::of("stat", path))?.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
-        return Err(RootError::KeyExposed { path: path.into(), mode });
+        return Err(EmbeddedRootError::KeyExposed { path: path.into(), mode });
     }
     Ok(Some(atomic_file::text(&file, path, FILE_MAX_BYTES)?))
 }
 
-fn parse_key(path: &Path, pem: &str) -> Result<KeyPair, RootError> {
+fn parse_key(path: &Path, pem: &str) -> Result<KeyPair, EmbeddedRootError> {
     KeyPair::from_pkcs8_pem_and_sign_algo(pem, &rcgen::PKCS_ECDSA_P256_SHA256)
-        .map_err(|e| RootError::KeyUnreadable { path: path.into(), reason: e.to_string() })
+        .map_err(|e| EmbeddedRootError::KeyUnreadable { path: path.into(), reason: e.to_string() })
 }
 
-fn parse_certificate(path: &Path, pem: &[u8]) -> Result<CertificateDer<'static>, RootError> {
+fn parse_certificate(path: &Path, pem: &[u8]) -> Result<CertificateDer<'static>, EmbeddedRootError> {
     CertificateDer::from_pem_slice(pem)
-        .map_err(|e| RootError::CertificateUnreadable { path: path.into(), reason: e.to_string() })
+        .map_err(|e| EmbeddedRootError::CertificateUnreadable { path: path.into(), reason: e.to_string() })
 }

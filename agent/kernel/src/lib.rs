@@ -42,9 +42,11 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-pub use maps::{ClearDestination, Drops, InClear, KernelCounter, Maps, Plaintext, PodEntry};
-pub use pins::{Claim, Turn, uninstall};
-pub use programs::{GuardedLink, Prepared, ProgramState, Programs};
+pub use maps::{
+    DropCount, KernelCounter, Maps, PlaintextDestination, PlaintextEgress, PlaintextHandling, PodEntry,
+};
+pub use pins::{PinLock, SuccessorLock, uninstall};
+pub use programs::{GuardedLink, PreparedPrograms, ProgramState, Programs};
 pub use verifier::VerifierLog;
 
 /// Something the kernel would not do.
@@ -168,10 +170,10 @@ impl Kernel {
     /// # Errors
     /// [`KernelError`]; nothing new stays attached or pinned then, what was there before stays.
     pub fn open(
-        claim: Claim,
+        claim: PinLock,
         pods_cgroup: &cgroup::Cgroup,
         log: &VerifierLog,
-        prepared: Option<Prepared>,
+        prepared: Option<PreparedPrograms>,
     ) -> Result<Self, KernelError> {
         let still_there = prepared.is_some();
         let mut programs = Programs::load(claim, pods_cgroup, log, prepared)?;
@@ -189,8 +191,8 @@ impl Kernel {
         pin_path: &Path,
         pods_cgroup: &cgroup::Cgroup,
         log: &VerifierLog,
-    ) -> Result<Prepared, KernelError> {
-        Prepared::load(pin_path, pods_cgroup, log)
+    ) -> Result<PreparedPrograms, KernelError> {
+        PreparedPrograms::load(pin_path, pods_cgroup, log)
     }
 
     /// Programs and their links. Held for a few system calls, never across an await.

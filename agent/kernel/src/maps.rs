@@ -24,7 +24,7 @@ use super::{KernelError, link, programs::Programs};
 mod guard;
 
 use guard::GuardMaps;
-pub use guard::{ClearDestination, Drops};
+pub use guard::{DropCount, PlaintextDestination};
 
 /// Present in the mesh: the value carries no more.
 const PRESENT: u32 = 1;
@@ -54,32 +54,32 @@ pub struct PodEntry {
     /// What plaintext meets at ports without a mode of their own.
     pub mode: Mode,
     /// What it may do in clear.
-    pub clear: InClear,
+    pub clear: PlaintextEgress,
     /// Where the agent listens for its captured connections; 0 while it does not.
     pub capture_port: u16,
 }
 
 /// Who decides on plaintext that the mode of its port takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Plaintext {
+pub enum PlaintextHandling {
     /// Nobody: it goes straight to the application.
-    Passes,
+    Direct,
     /// The agent, by authorization policies; while it is dead, plaintext is refused.
-    Judged,
+    Authorized,
 }
 
-impl Plaintext {
+impl PlaintextHandling {
     fn flags(self) -> u32 {
         match self {
-            Self::Passes => 0,
-            Self::Judged => steer_flag::JUDGED,
+            Self::Direct => 0,
+            Self::Authorized => steer_flag::JUDGED,
         }
     }
 }
 
 /// What a pod may send in clear into the mesh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum InClear {
+pub enum PlaintextEgress {
     /// Nothing.
     Nothing,
     /// UDP only.
@@ -90,7 +90,7 @@ pub enum InClear {
     All,
 }
 
-impl InClear {
+impl PlaintextEgress {
     fn flags(self) -> u32 {
         match self {
             Self::Nothing => pod_flag::EGRESS_STRICT,
@@ -183,7 +183,7 @@ impl Maps {
         &self,
         slot: u32,
         addresses: &[IpAddr],
-        (default, plaintext): (Mode, Plaintext),
+        (default, plaintext): (Mode, PlaintextHandling),
         ports: &BTreeMap<u16, Mode>,
     ) -> Result<(), KernelError> {
         let mut port_modes = lock(&self.port_modes);
@@ -249,7 +249,7 @@ impl Maps {
     ///
     /// # Errors
     /// [`KernelError::Map`].
-    pub fn set_capturer(&self, slot: u32, socket: &impl AsRawFd) -> Result<(), KernelError> {
+    pub fn set_capture_listener(&self, slot: u32, socket: &impl AsRawFd) -> Result<(), KernelError> {
         lock(&self.capturers).set(slot, socket, 0).map_err(failed("CAPTURERS"))
     }
 
@@ -279,7 +279,7 @@ impl Maps {
     ///
     /// # Errors
     /// [`KernelError::Map`]; nothing was taken out when not all could be added.
-    pub fn grow_mesh(&self, new: &[IpNet], replaced: &[IpNet]) -> Result<(), KernelError> {
+    pub fn extend_mesh(&self, new: &[IpNet], replaced: &[IpNet]) -> Result<(), KernelError> {
         let mut mesh = lock(&self.mesh);
         for (bits, data) in new.iter().map(mesh_key) {
             mesh.insert(&Key::new(bits, data), PRESENT, 0).map_err(failed("MESH"))?;
@@ -340,7 +340,7 @@ impl Maps {
     ///
     /// # Errors
     /// [`KernelError::Map`].
-    pub fn stand_for(&self, socket: &impl AsRawFd, client: SocketAddr) -> Result<(), KernelError> {
+    pub fn set_peer_name(&self, socket: &impl AsRawFd, client: SocketAddr) -> Result<(), KernelError> {
         let names = Names {
             peer: address(client.ip()),
             own: Address::NONE,

@@ -30,7 +30,7 @@ impl Netns {
     fn open(path: &Path, host: &HostNetns) -> io::Result<Self> {
         let file = File::open(path)?;
         let inode = file.metadata()?.ino();
-        let cookie = host.within(&file, netns_cookie)??;
+        let cookie = host.run_in(&file, netns_cookie)??;
         Ok(Self { file, inode, cookie })
     }
 
@@ -55,7 +55,7 @@ impl Netns {
     /// # Errors
     /// When it cannot be entered or its interfaces cannot be listed.
     pub fn addresses(&self, host: &HostNetns) -> io::Result<Vec<IpAddr>> {
-        host.within(&self.file, crate::host::addresses)?
+        host.run_in(&self.file, crate::host::addresses)?
     }
 }
 
@@ -89,7 +89,7 @@ impl HostNetns {
     ///
     /// # Errors
     /// When the namespace cannot be entered.
-    pub fn within<T>(&self, netns: &File, act: impl FnOnce() -> T) -> io::Result<T> {
+    pub fn run_in<T>(&self, netns: &File, act: impl FnOnce() -> T) -> io::Result<T> {
         setns(netns, CloneFlags::CLONE_NEWNET)?;
         let _back = Return(&self.file);
         Ok(act())

@@ -1,7 +1,7 @@
 //! The folder of pins: what keeps programs and maps alive when the agent is not.
 //!
-//! One agent at a time: the folder is locked by its [`Claim`]. Its layout is told in `programs`. Who is to be the next one
-//! has its [`Turn`]: an agent that ends and finds it taken gives up its claim first, and serves on until the turn is free.
+//! One agent at a time: the folder is locked by its [`PinLock`]. Its layout is told in `programs`. Who is to be the next one
+//! has its [`SuccessorLock`]: an agent that ends and finds it taken gives up its claim first, and serves on until the turn is free.
 
 use std::{
     collections::BTreeMap,
@@ -22,17 +22,17 @@ use tacit_abi::ABI_VERSION;
 use super::{KernelError, link, programs::remove_filters};
 
 /// The right to the folder of pins, for as long as it lives.
-pub struct Claim {
+pub struct PinLock {
     root: PathBuf,
     lock: Flock<File>,
 }
 
-impl Claim {
+impl PinLock {
     /// Takes it; makes the folder.
     ///
     /// # Errors
     /// [`KernelError::Locked`] while another agent has it.
-    pub fn take(root: &Path) -> Result<Self, KernelError> {
+    pub fn try_acquire(root: &Path) -> Result<Self, KernelError> {
         make_root(root)?;
         Ok(Self { root: root.to_owned(), lock: lock(root)? })
     }
@@ -41,22 +41,22 @@ impl Claim {
     ///
     /// # Errors
     /// When the folder cannot be locked at all.
-    pub fn wait(root: &Path) -> Result<Self, KernelError> {
+    pub fn acquire(root: &Path) -> Result<Self, KernelError> {
         make_root(root)?;
         Ok(Self { root: root.to_owned(), lock: wait_lock(root)? })
     }
 }
 
 /// The right to be the next agent here, for as long as it lives.
-pub struct Turn(#[expect(dead_code, reason = "held, not used")] Flock<File>);
+pub struct SuccessorLock(#[expect(dead_code, reason = "held, not used")] Flock<File>);
 
-impl Turn {
+impl SuccessorLock {
     /// Takes it; `None` while another agent has it.
     ///
     /// # Errors
     /// When there is no folder of pins.
-    pub fn take(root: &Path) -> Result<Option<Self>, KernelError> {
-        match lock(&turn_folder(root)?) {
+    pub fn try_acquire(root: &Path) -> Result<Option<Self>, KernelError> {
+        match lock(&successor_folder(root)?) {
             Ok(lock) => Ok(Some(Self(lock))),
             Err(KernelError::Locked { .. }) => Ok(None),
             Err(error) => Err(error),
@@ -66,14 +66,14 @@ impl Turn {
     /// Takes it as soon as it is free. Blocks the thread.
     ///
     /// # Errors
-    /// As [`Turn::take`].
-    pub fn wait(root: &Path) -> Result<Self, KernelError> {
-        wait_lock(&turn_folder(root)?).map(Self)
+    /// As [`SuccessorLock::try_acquire`].
+    pub fn acquire(root: &Path) -> Result<Self, KernelError> {
+        wait_lock(&successor_folder(root)?).map(Self)
     }
 }
 
 /// What a turn locks.
-fn turn_folder(root: &Path) -> Result<PathBuf, KernelError> {
+fn successor_folder(root: &Path) -> Result<PathBuf, KernelError> {
     let folder = root.join("next");
     fs::create_dir_all(&folder).map_err(KernelError::file("create", &folder))?;
     Ok(folder)
@@ -91,7 +91,7 @@ pub(super) struct Pins {
 }
 
 impl Pins {
-    pub(super) fn open(Claim { root, lock }: Claim) -> Result<Self, KernelError> {
+    pub(super) fn open(PinLock { root, lock }: PinLock) -> Result<Self, KernelError> {
         check_version(&root)?;
         let pins = Self { root, lock: Some(lock), held: BTreeMap::new() };
         pins.make_folders()?;
@@ -112,13 +112,13 @@ impl Pins {
     }
 
     /// Another agent may have the folder from now on. What it removes is not kept alive here.
-    pub(super) fn give_up(&mut self) {
+    pub(super) fn release(&mut self) {
         self.held.clear();
         self.lock = None;
     }
 
     /// Takes the folder back that was given up; false when another agent has it.
-    pub(super) fn take_back(&mut self) -> bool {
+    pub(super) fn reacquire(&mut self) -> bool {
         self.lock = self.lock.take().or_else(|| lock(&self.root).ok());
         self.lock.is_some()
     }

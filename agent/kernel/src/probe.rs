@@ -4,8 +4,8 @@
 //! ```text
 //! FEATURES (features) --attempt--> Presence      tiny programs and maps, loaded and dropped at once (raw, attempt)
 //!                     --seat-----> Presence      one real link on one real socket (seat)
-//!         all of them: Report ---> `tacit doctor`
-//!         required and not there: Unsupported --> exit code 78 (refusal)
+//!         all of them: ProbeReport ---> `tacit doctor`
+//!         required and not there: Unsupported --> exit code 78 (unsupported)
 //! ```
 //! Promises: nothing stays loaded, attached or pinned, nobody else's traffic is touched, and a start's share of the
 //! trials takes a few milliseconds. What could not be tried counts as missing.
@@ -13,13 +13,13 @@
 mod cgroup_probe;
 mod features;
 mod raw;
-mod refusal;
 mod trial;
+mod unsupported;
 
 use std::{fmt, path::Path};
 
 use features::{FEATURES, Feature};
-pub use refusal::Unsupported;
+pub use unsupported::Unsupported;
 
 use crate::host;
 
@@ -87,7 +87,7 @@ pub enum Remedy {
 
 /// One feature and what became of its trial.
 #[derive(Debug, Clone)]
-pub struct Finding {
+pub struct ProbeFinding {
     /// Its name, stable.
     pub feature: &'static str,
     /// What Tacit does with it.
@@ -102,7 +102,7 @@ pub struct Finding {
     pub presence: Presence,
 }
 
-impl Finding {
+impl ProbeFinding {
     /// Does the agent refuse to start over it?
     #[must_use]
     pub fn stops_the_agent(&self) -> bool {
@@ -123,20 +123,21 @@ impl Finding {
 
 /// What was tried on one kernel.
 #[derive(Debug, Clone)]
-pub struct Report {
+pub struct ProbeReport {
     /// The running kernel's release.
     pub kernel: String,
     /// In the order of the table.
-    pub findings: Vec<Finding>,
+    pub findings: Vec<ProbeFinding>,
 }
 
-impl Report {
+impl ProbeReport {
     /// Can the agent run?
     ///
     /// # Errors
     /// [`Unsupported`] with everything that stands against it.
     pub fn verdict(&self) -> Result<(), Unsupported> {
-        let missing: Vec<Finding> = self.findings.iter().filter(|f| f.stops_the_agent()).cloned().collect();
+        let missing: Vec<ProbeFinding> =
+            self.findings.iter().filter(|f| f.stops_the_agent()).cloned().collect();
         if missing.is_empty() {
             return Ok(());
         }
@@ -146,7 +147,7 @@ impl Report {
 
 /// Tries every feature. `pin_path`: where the agent would pin.
 #[must_use]
-pub fn everything(pin_path: &Path) -> Report {
+pub fn everything(pin_path: &Path) -> ProbeReport {
     run(pin_path, |_| true)
 }
 
@@ -167,10 +168,10 @@ pub(super) fn has_set_retval() -> bool {
         .all(|f| f.presence == Presence::Present)
 }
 
-fn run(pin_path: &Path, select: impl Fn(&Feature) -> bool) -> Report {
+fn run(pin_path: &Path, select: impl Fn(&Feature) -> bool) -> ProbeReport {
     raw::lift_memory_limit();
-    let findings = FEATURES.iter().filter(|f| select(f)).map(|f| Finding::of(f, pin_path)).collect();
-    Report { kernel: host::kernel_release(), findings }
+    let findings = FEATURES.iter().filter(|f| select(f)).map(|f| ProbeFinding::of(f, pin_path)).collect();
+    ProbeReport { kernel: host::kernel_release(), findings }
 }
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ use super::{
     cgroup::Cgroup,
     link,
     netns::Netns,
-    pins::{self, Claim, Pins},
+    pins::{self, PinLock, Pins},
     probe,
     verifier::{refused, verify},
 };
@@ -104,13 +104,13 @@ pub struct Programs {
 }
 
 /// Programs that this kernel has verified while another agent has the pins. Nothing is attached.
-pub struct Prepared {
+pub struct PreparedPrograms {
     ebpf: Ebpf,
     /// Of the pinned maps that they use; `None` when they have maps of their own.
     map_ids: Option<Vec<u32>>,
 }
 
-impl Prepared {
+impl PreparedPrograms {
     pub(super) fn load(pin_path: &Path, pods: &Cgroup, log: &VerifierLog) -> Result<Self, KernelError> {
         pins::check_version(pin_path)?;
         let before = pinned_map_ids(pin_path);
@@ -141,10 +141,10 @@ fn is_pinned(pin_path: &Path, map_ids: &[u32]) -> bool {
 
 impl Programs {
     pub(super) fn load(
-        claim: Claim,
+        claim: PinLock,
         pods: &Cgroup,
         log: &VerifierLog,
-        prepared: Option<Prepared>,
+        prepared: Option<PreparedPrograms>,
     ) -> Result<Self, KernelError> {
         let pins = Pins::open(claim)?;
         let (maps, links) = (pins.maps()?, pins.links()?);
@@ -241,13 +241,13 @@ impl Programs {
     }
 
     /// Lets another agent have the programs, the pins and all that follows from them.
-    pub fn give_up(&mut self) {
-        self.pins.give_up();
+    pub fn release(&mut self) {
+        self.pins.release();
     }
 
     /// Takes back what was given up; false when another agent has it.
-    pub fn take_back(&mut self) -> bool {
-        self.pins.take_back()
+    pub fn reacquire(&mut self) -> bool {
+        self.pins.reacquire()
     }
 
     /// Ends the steering in a pod's namespace.

@@ -17,14 +17,14 @@ use super::{
 ///
 /// # Errors
 /// The kernel's; `EOPNOTSUPP` without CONFIG_INET_DIAG_DESTROY. The guard drops the packets of what is left.
-pub fn reset_clear(
+pub fn reset_plaintext(
     netns: &Netns,
     host: &HostNetns,
     agent: u64,
     is_mesh: impl Fn(IpAddr) -> bool,
 ) -> io::Result<usize> {
     let is_clear = |c: &Connection| c.cgroup != Some(agent) && is_mesh(c.remote.ip());
-    host.within(netns.file(), || {
+    host.run_in(netns.file(), || {
         let mut ended = 0;
         for connection in netlink::connections()?.iter().filter(|c| is_clear(c)) {
             netlink::destroy(connection)?;
@@ -47,7 +47,7 @@ pub fn reset_accepted<T>(
     denial: impl Fn(SocketAddr, SocketAddr) -> Option<T>,
     ended: impl Fn(&T),
 ) -> io::Result<()> {
-    host.within(netns.file(), || {
+    host.run_in(netns.file(), || {
         let ports: HashSet<u16> = netlink::listeners()?.iter().map(|c| c.local.port()).collect();
         for connection in netlink::connections()? {
             let is_accepted = connection.cgroup != Some(agent) && ports.contains(&connection.local.port());

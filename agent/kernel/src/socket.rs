@@ -49,7 +49,7 @@ pub struct Listeners {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ports {
     /// At the data path's own ports alone.
-    Own,
+    Default,
     /// At a spare one where the own is taken: by the agent from which this one takes over.
     OrSpare,
 }
@@ -79,7 +79,7 @@ impl Listeners {
     /// # Errors
     /// [`ListenError`]; none stays open then.
     pub fn open(netns: &Netns, host: &HostNetns, ports: Ports) -> Result<Self, ListenError> {
-        let opened = host.within(netns.file(), || {
+        let opened = host.run_in(netns.file(), || {
             // Capture targets are spread over 127.0.0.0/8, and the kernel resets an IPv4 connection that is steered to
             // a socket bound to `::1`: so all listen on all addresses. The steering program refuses what comes from
             // outside to a port that is not to be dialled, and hands captured IPv6 connections, which are spread over
@@ -110,7 +110,7 @@ impl Listeners {
     pub fn publish(&self, maps: &Maps, slot: u32) -> Result<(), KernelError> {
         maps.set_listener(slot, Listener::Tunnel, &self.tunnel)?;
         maps.set_listener(slot, Listener::Plaintext, &self.plaintext)?;
-        maps.set_capturer(slot, &self.capture)
+        maps.set_capture_listener(slot, &self.capture)
     }
 }
 
@@ -199,7 +199,7 @@ impl Acceptor {
 /// When the namespace cannot be entered or descriptors are used up.
 pub fn outgoing(netns: &Netns, host: &HostNetns, to: SocketAddr) -> io::Result<Socket> {
     let open = || Socket::new(Domain::for_address(to), Type::STREAM.nonblocking(), Some(Protocol::TCP));
-    let socket = host.within(netns.file(), open)??;
+    let socket = host.run_in(netns.file(), open)??;
     socket.set_tcp_nodelay(true)?;
     Ok(socket)
 }
@@ -214,7 +214,7 @@ pub fn outgoing(netns: &Netns, host: &HostNetns, to: SocketAddr) -> io::Result<S
 ///
 /// # Errors
 /// As [`outgoing`].
-pub fn inward(netns: &Netns, host: &HostNetns, to: SocketAddr, client: SocketAddr) -> io::Result<Socket> {
+pub fn dialer(netns: &Netns, host: &HostNetns, to: SocketAddr, client: SocketAddr) -> io::Result<Socket> {
     let socket = outgoing(netns, host, to)?;
     setsockopt(&socket, IpBindAddressNoPort, &true)?;
     socket.bind(&SocketAddr::new(loopback_for(to.ip(), client), 0).into())?;
@@ -285,7 +285,7 @@ mod tests {
 
     #[test]
     fn accepted_connections_inherit_what_applications_need() {
-        let listener: TcpListener = of_applications(0, Ports::Own).expect("a port").into();
+        let listener: TcpListener = of_applications(0, Ports::Default).expect("a port").into();
         let port = listener.local_addr().expect("bound").port();
         let _client = std::net::TcpStream::connect(("127.0.0.1", port)).expect("loopback");
         let (accepted, _) = listener.accept().expect("connected");

@@ -13,7 +13,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use kube::{Client, Config};
-use tacit_core::policy::{Kind, Policies};
+use tacit_core::policy::{Policies, PolicyKind};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -67,11 +67,11 @@ struct Source {
 }
 
 impl kubernetes::Store for Source {
-    type Kind = Kind;
+    type Kind = PolicyKind;
     type Object = Document;
     type Value = Policies;
 
-    fn take(&mut self, change: Change<Kind, Document>) {
+    fn take(&mut self, change: Change<PolicyKind, Document>) {
         for finding in self.store.take(change) {
             match finding {
                 Finding::Noted(note) => tracing::warn!("{note}"),

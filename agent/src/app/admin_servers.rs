@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tacit_core::policy::explain::{End, ExplainError, Explanation};
+use tacit_core::policy::explain::{ExplainError, Explanation, WorkloadRef};
 use tacit_sources::reload::ReloadState;
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -154,7 +154,7 @@ async fn serve(
 }
 
 impl Shown {
-    fn explain(&self, from: &End, to: &End, port: u16) -> Result<Explanation, ExplainError> {
+    fn explain(&self, from: &WorkloadRef, to: &WorkloadRef, port: u16) -> Result<Explanation, ExplainError> {
         self.report.get().ok_or(ExplainError::Starting)?.explain(from, to, port)
     }
 

@@ -14,11 +14,11 @@ use tacit_core::{
     directory::{Directory, Ranges, Uncovered, Workload},
     policy::{
         Authorization, Mode, Modes,
-        explain::{self, End, ExplainError, Explanation, Knowledge},
+        explain::{self, ExplainContext, ExplainError, Explanation, WorkloadRef},
     },
 };
 use tacit_identity::{issuer::Issuer, istio::Skew, manager::CertificateState};
-use tacit_kernel::{Drops, GuardedLink, InClear, host};
+use tacit_kernel::{DropCount, GuardedLink, PlaintextEgress, host};
 use tacit_sources::reload::ReloadState;
 
 use crate::{
@@ -112,9 +112,14 @@ impl Report {
     }
 
     /// What policy says about a connection.
-    pub(super) fn explain(&self, from: &End, to: &End, port: u16) -> Result<Explanation, ExplainError> {
+    pub(super) fn explain(
+        &self,
+        from: &WorkloadRef,
+        to: &WorkloadRef,
+        port: u16,
+    ) -> Result<Explanation, ExplainError> {
         let addresses = host::addresses().unwrap_or_default();
-        let known = Knowledge {
+        let known = ExplainContext {
             directory: &self.path.directory.current(),
             policies: &self.path.policies.current(),
             node: &self.node,
@@ -194,7 +199,7 @@ impl Report {
             Some(pod) => format!("{}/{}", pod.workload.namespace, pod.workload.name),
             None => format!("cgroup {cgroup}"),
         };
-        let status = |drops: Drops| DropStatus {
+        let status = |drops: DropCount| DropStatus {
             pod: name(drops.cgroup),
             remote: drops.remote,
             protocol: drops.protocol,
@@ -208,12 +213,12 @@ impl Report {
     }
 }
 
-fn in_clear_text(what: InClear) -> &'static str {
+fn in_clear_text(what: PlaintextEgress) -> &'static str {
     match what {
-        InClear::Nothing => "nothing",
-        InClear::Udp => "udp",
-        InClear::AllButUdp => "all but udp",
-        InClear::All => "everything",
+        PlaintextEgress::Nothing => "nothing",
+        PlaintextEgress::Udp => "udp",
+        PlaintextEgress::AllButUdp => "all but udp",
+        PlaintextEgress::All => "everything",
     }
 }
 

@@ -18,7 +18,7 @@ use std::{
 
 use tacit_core::directory::{Directory, Protocol, Workload};
 use tacit_identity::manager::Identities;
-use tacit_kernel::{Claim, Kernel, KernelError, Prepared, Turn};
+use tacit_kernel::{Kernel, KernelError, PinLock, PreparedPrograms, SuccessorLock};
 use tacit_sources::reload::Watched;
 use tokio::{
     sync::oneshot,
@@ -39,11 +39,11 @@ const ON_THEIR_WAY: Duration = Duration::from_millis(1500);
 pub(super) const LINGER: Duration = Duration::from_secs(3);
 
 /// The right to the pins, and what an agent has that follows another one, which serves on until the turn is free.
-pub(super) type Succession = (Claim, Option<(Turn, Prepared)>);
+pub(super) type Succession = (PinLock, Option<(SuccessorLock, PreparedPrograms)>);
 
 /// The pins of no other agent; an error while one has them.
 pub(super) fn first(pin_path: &Path) -> Result<Succession, KernelError> {
-    Claim::take(pin_path).map(|claim| (claim, None))
+    PinLock::try_acquire(pin_path).map(|claim| (claim, None))
 }
 
 /// Has all that taking over needs, programs that this kernel has verified and certificates for this node's pods, and then waits
@@ -52,7 +52,7 @@ pub(super) async fn stand_by(
     config: &Config,
     directory: &Watched<Directory>,
     identities: &Identities,
-    prepare: impl FnOnce() -> Result<Prepared, KernelError>,
+    prepare: impl FnOnce() -> Result<PreparedPrograms, KernelError>,
     stands_by: impl FnOnce(),
 ) -> Result<Succession, KernelError> {
     match first(&config.pin_path) {
@@ -62,11 +62,11 @@ pub(super) async fn stand_by(
     let prepared = prepare()?;
     certified(directory, identities, &config.node).await;
     let path = config.pin_path.clone();
-    let turn = on_a_thread(move || Turn::wait(&path)).await?;
+    let turn = on_a_thread(move || SuccessorLock::acquire(&path)).await?;
     tracing::info!("another agent serves this node; standing by to take over from it");
     stands_by();
     let path = config.pin_path.clone();
-    let claim = on_a_thread(move || Claim::wait(&path)).await?;
+    let claim = on_a_thread(move || PinLock::acquire(&path)).await?;
     tracing::info!("taking over");
     Ok((claim, Some((turn, prepared))))
 }
@@ -93,9 +93,9 @@ async fn certified(directory: &Watched<Directory>, identities: &Identities, node
 /// How an agent ends.
 pub(super) enum Ending {
     /// Nobody takes over. The turn is held so that it stays so.
-    Alone(#[expect(dead_code, reason = "held, not used")] Option<Turn>),
+    Alone(#[expect(dead_code, reason = "held, not used")] Option<SuccessorLock>),
     /// Another agent serves the pods; nothing of the kernel side is this one's any more.
-    TakenOver(#[expect(dead_code, reason = "held, not used")] Option<Turn>),
+    TakenOver(#[expect(dead_code, reason = "held, not used")] Option<SuccessorLock>),
 }
 
 impl Ending {
@@ -111,17 +111,17 @@ pub(super) async fn hand_over(
     pin_path: &Path,
     settle: impl AsyncFnOnce(),
 ) -> Result<Ending, KernelError> {
-    if let Some(turn) = Turn::take(pin_path)? {
+    if let Some(turn) = SuccessorLock::try_acquire(pin_path)? {
         return Ok(Ending::Alone(Some(turn)));
     }
     tracing::info!("handing over to the agent that stands by");
     let begun = Instant::now();
     settle().await;
-    kernel.programs().give_up();
+    kernel.programs().release();
     let path = pin_path.to_owned();
-    let turn = timeout(TAKE_OVER_MAX, on_a_thread(move || Turn::wait(&path))).await;
+    let turn = timeout(TAKE_OVER_MAX, on_a_thread(move || SuccessorLock::acquire(&path))).await;
     // It gave up before it had taken over, or has not begun to.
-    if kernel.programs().take_back() {
+    if kernel.programs().reacquire() {
         tracing::warn!("nobody took over");
         return Ok(Ending::Alone(turn.ok().transpose()?));
     }

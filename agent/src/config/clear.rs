@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use tacit_kernel::ClearDestination;
+use tacit_kernel::PlaintextDestination;
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
@@ -27,7 +27,7 @@ pub(super) enum ClearError {
 }
 
 /// Parses a destination.
-pub(super) fn clear_destination(text: &str) -> Result<ClearDestination, ClearError> {
+pub(super) fn clear_destination(text: &str) -> Result<PlaintextDestination, ClearError> {
     let (address, protocol) = text.rsplit_once('/').ok_or(ClearError::Form)?;
     let address: SocketAddr = address.parse().map_err(|_| ClearError::Form)?;
     let address = SocketAddr::new(address.ip().to_canonical(), address.port());
@@ -42,7 +42,7 @@ pub(super) fn clear_destination(text: &str) -> Result<ClearDestination, ClearErr
     if address.ip().is_unspecified() || address.ip().is_multicast() {
         return Err(ClearError::Address(address.ip()));
     }
-    Ok(ClearDestination { address, protocol })
+    Ok(PlaintextDestination { address, protocol })
 }
 
 #[cfg(test)]

@@ -10,11 +10,11 @@ use std::{
 
 use tacit_core::{
     directory::{Directory, Egress, Udp, Workload},
-    policy::{Authorization, Flow, Mode, Modes, Source, Verdict, decide},
+    policy::{Authorization, Flow, FlowSource, Mode, Modes, Verdict, decide},
 };
 use tacit_kernel::{
-    GuardedLink, InClear, KernelError, Plaintext, PodEntry, cgroup, host, netns::Netns, reset_sockets,
-    socket::Listeners,
+    GuardedLink, KernelError, PlaintextEgress, PlaintextHandling, PodEntry, cgroup, host, netns::Netns,
+    reset_sockets, socket::Listeners,
 };
 
 use crate::{
@@ -131,7 +131,7 @@ impl Enroller {
             if !from_outside || by_agent || nodes.contains(&remote.ip()) {
                 return None;
             }
-            let flow = Flow { source: Source::Plaintext, client: remote.ip(), destination: local };
+            let flow = Flow { source: FlowSource::Plaintext, client: remote.ip(), destination: local };
             let Verdict::Deny(reason) = decide(&modes, &authorization, &flow) else { return None };
             Some(Refusal {
                 reporter: Reporter::Destination,
@@ -158,18 +158,23 @@ impl Enroller {
         let Some(before) = before.filter(|before| !Arc::ptr_eq(before, &ranges)) else { return };
         for pod in state.current.values() {
             let is_new = |address| ranges.contains(address) && !before.contains(address);
-            self.reset_clear(&pod.netns, &pod.workload, is_new);
+            self.reset_plaintext(&pod.netns, &pod.workload, is_new);
         }
     }
 
     /// Ends what the pod opened or accepted in clear before, with addresses of which `is_mesh` tells that they are of the
     /// mesh. Without the kernel's help its packets meet the guard.
-    pub(super) fn reset_clear(&self, netns: &Netns, workload: &Workload, is_mesh: impl Fn(IpAddr) -> bool) {
+    pub(super) fn reset_plaintext(
+        &self,
+        netns: &Netns,
+        workload: &Workload,
+        is_mesh: impl Fn(IpAddr) -> bool,
+    ) {
         let nodes = host::addresses().unwrap_or_default();
         let is_mesh = |address: IpAddr| {
             is_mesh(address) && !workload.addresses.contains(&address) && !nodes.contains(&address)
         };
-        match reset_sockets::reset_clear(netns, &self.host, self.kernel.cgroup, is_mesh) {
+        match reset_sockets::reset_plaintext(netns, &self.host, self.kernel.cgroup, is_mesh) {
             Ok(ended) => self.telemetry.reset_at_enrolment(ended),
             Err(error) => {
                 tracing::warn!(pod = %workload.name, %error, "connections from before enrolment are not reset; the guard drops their packets");
@@ -208,16 +213,16 @@ impl Enroller {
 
 /// What a pod may send in clear into the mesh: what its entry says, else what goes with its mode.
 #[must_use]
-pub fn in_clear(workload: &Workload, modes: &Modes) -> InClear {
+pub fn in_clear(workload: &Workload, modes: &Modes) -> PlaintextEgress {
     let is_strict = modes.default == Mode::Strict;
     let default = if is_strict { Egress::Strict } else { Egress::Open };
     let egress = workload.egress.unwrap_or(default);
     let default = if is_strict || egress == Egress::Strict { Udp::Deny } else { Udp::Allow };
     match (egress, workload.udp.unwrap_or(default)) {
-        (Egress::Strict, Udp::Deny) => InClear::Nothing,
-        (Egress::Strict, Udp::Allow) => InClear::Udp,
-        (Egress::Open, Udp::Deny) => InClear::AllButUdp,
-        (Egress::Open, Udp::Allow) => InClear::All,
+        (Egress::Strict, Udp::Deny) => PlaintextEgress::Nothing,
+        (Egress::Strict, Udp::Allow) => PlaintextEgress::Udp,
+        (Egress::Open, Udp::Deny) => PlaintextEgress::AllButUdp,
+        (Egress::Open, Udp::Allow) => PlaintextEgress::All,
     }
 }
 
@@ -250,8 +255,8 @@ pub fn kernel_mode(mode: Mode) -> tacit_abi::Mode {
 }
 
 /// Policies can only be kept by whoever sees the connection: with any, plaintext goes to the agent.
-fn plaintext(authorization: &Authorization) -> Plaintext {
-    if authorization.is_empty() { Plaintext::Passes } else { Plaintext::Judged }
+fn plaintext(authorization: &Authorization) -> PlaintextHandling {
+    if authorization.is_empty() { PlaintextHandling::Direct } else { PlaintextHandling::Authorized }
 }
 
 fn kernel_ports(modes: &Modes) -> BTreeMap<u16, tacit_abi::Mode> {

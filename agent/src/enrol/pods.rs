@@ -7,7 +7,7 @@ use tacit_core::{
     directory::Workload,
     policy::{Authorization, Modes},
 };
-use tacit_kernel::{GuardedLink, InClear, netns::Netns};
+use tacit_kernel::{GuardedLink, PlaintextEgress, netns::Netns};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -39,7 +39,10 @@ impl Pod {
     /// Does it send nothing in clear into the mesh?
     #[must_use]
     pub fn is_strict(&self) -> bool {
-        matches!(in_clear(&self.workload, &self.modes.load()), InClear::Nothing | InClear::Udp)
+        matches!(
+            in_clear(&self.workload, &self.modes.load()),
+            PlaintextEgress::Nothing | PlaintextEgress::Udp
+        )
     }
 
     /// Which of `workers` threads accepts its connections.

@@ -17,7 +17,7 @@ use std::{
 
 use tacit_abi::tcp_port;
 use tacit_core::{
-    policy::{Flow, Source},
+    policy::{Flow, FlowSource},
     spiffe::SpiffeId,
     wire::open::{DenyReason, Open},
 };
@@ -183,7 +183,7 @@ async fn begin<'a>(
 fn carried(live: &LiveFlow) -> Flow<'_> {
     let FlowSpec { source, destination, .. } = live.spec();
     // The session's peer has an identity, which `begin` has put here.
-    let proven = source.identity.as_ref().map_or(Source::Plaintext, Source::Tunnel);
+    let proven = source.identity.as_ref().map_or(FlowSource::Plaintext, FlowSource::Tunnel);
     Flow { source: proven, client: source.address.ip(), destination: destination.address }
 }
 
@@ -234,7 +234,7 @@ fn admit(
 
 /// What policy is asked about; the client's address has been checked.
 fn asked<'a>(identity: &'a SpiffeId, open: &Open) -> Flow<'a> {
-    Flow { source: Source::Tunnel(identity), client: open.client.ip(), destination: open.destination }
+    Flow { source: FlowSource::Tunnel(identity), client: open.client.ip(), destination: open.destination }
 }
 
 async fn deny(path: &Proxy, mut session: Box<Session>, open: &Open, denied: Denied) -> Option<Box<Session>> {
@@ -289,7 +289,7 @@ pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: TcpStream, peer:
     if let Err(detail) = came_from_outside(&pod, at) {
         return path.refuse(client, refused("not_steered", detail));
     }
-    let flow = Flow { source: Source::Plaintext, client: peer.ip(), destination: at };
+    let flow = Flow { source: FlowSource::Plaintext, client: peer.ip(), destination: at };
     let ends = || (Reporter::Destination, path.party(peer, None), path.party(at, None));
     let changes = match authorize::admit(&path.telemetry, &pod, &flow, ends) {
         Ok(changes) => changes,

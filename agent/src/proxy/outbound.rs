@@ -19,10 +19,10 @@ use std::{
 };
 
 use tacit_core::{
-    balance::Held,
+    balance::PickedEndpoint,
     directory::Directory,
-    policy::{self, Flow, Source},
-    route::{self, Facts, Route},
+    policy::{self, Flow, FlowSource},
+    route::{self, Route, RouteInput},
     spiffe::SpiffeId,
 };
 use tacit_kernel::socket::connect;
@@ -137,7 +137,7 @@ async fn find_way(
     pod: &Pod,
     ends: Ends,
     app: &TcpStream,
-) -> Result<(Way, Option<Held>), Failure> {
+) -> Result<(Way, Option<PickedEndpoint>), Failure> {
     let directory = discover(path, ends.destination).await;
     if let Some(service) = directory.service_at(ends.destination.ip()) {
         return service::reach(path, pod, service, ends, app).await;
@@ -165,7 +165,7 @@ async fn reach(
     match route {
         Route::SameNode => hand_over(path, pod, ends).await,
         Route::Tunnel(expected) => session::tunnel(path, pod, ends, &expected, attempt).await,
-        Route::Clear(why) => clear(path, pod, ends, why, attempt.limit).await,
+        Route::Plaintext(why) => clear(path, pod, ends, why, attempt.limit).await,
         Route::Refuse(reason) => {
             let mode = pod.modes.load().default;
             Err(Failure::new(reason, format!("mode of {} is {mode:?}", pod.workload.name)))
@@ -174,7 +174,13 @@ async fn reach(
 }
 
 /// Moves the flow's bytes to its end. Each way's future is boxed by itself: a flow keeps no room for the others'.
-fn carry(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, way: Way, held: Option<Box<Held>>) -> Carried {
+fn carry(
+    path: Arc<Proxy>,
+    pod: Arc<Pod>,
+    app: TcpStream,
+    way: Way,
+    held: Option<Box<PickedEndpoint>>,
+) -> Carried {
     match way {
         Way::Plain(server, spec) => {
             let flow = path.telemetry.open_flow(spec);
@@ -183,7 +189,7 @@ fn carry(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, way: Way, held: Option
         Way::SameNode(server, spec, target, changes) => Box::pin(async move {
             let (client, destination) = (spec.source.address.ip(), spec.destination.address);
             let flow = path.telemetry.open_flow(spec);
-            let asked = || Flow { source: Source::SameNode(&pod.workload.identity), client, destination };
+            let asked = || Flow { source: FlowSource::SameNode(&pod.workload.identity), client, destination };
             let revoked = authorize::revoked(&target, asked, changes);
             relay_plain(path, app, server, flow, revoked, held).await;
         }),
@@ -227,7 +233,7 @@ fn find_destination(
 fn find_route(path: &Proxy, pod: &Pod, directory: &Directory, destination: SocketAddr) -> Route {
     let workload = directory.at(destination.ip());
     let modes = workload.map(|w| path.policies.current().modes(w));
-    route::decide(&Facts {
+    route::decide(&RouteInput {
         port: destination.port(),
         destination: workload.map(|w| &**w),
         outside_mesh: !path.is_mesh(destination.ip()),
@@ -256,7 +262,7 @@ async fn hand_over(path: &Proxy, pod: &Pod, ends: Ends) -> Result<Way, Failure> 
         Failure::of_destination("destination_gone", "the destination is no longer enrolled here")
     })?;
     let identity = &pod.workload.identity;
-    let asked = Flow { source: Source::SameNode(identity), client: source.ip(), destination };
+    let asked = Flow { source: FlowSource::SameNode(identity), client: source.ip(), destination };
     let ends = || {
         let own = Some(target.workload.identity.clone());
         (Reporter::Source, path.party(source, Some(identity.clone())), path.party(destination, own))
@@ -309,7 +315,7 @@ async fn relay_plain(
     server: TcpStream,
     flow: LiveFlow,
     revoked: impl Future<Output = Denial>,
-    _held: Option<Box<Held>>,
+    _held: Option<Box<PickedEndpoint>>,
 ) {
     let end = tokio::select! {
         end = relay::plain(app, server, flow.counters()) => end.label(),

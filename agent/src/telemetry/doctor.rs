@@ -3,13 +3,13 @@
 use std::fmt::Write as _;
 
 use serde_json::{Value, json};
-use tacit_kernel::probe::{Finding, Need, Presence, Report};
+use tacit_kernel::probe::{Need, Presence, ProbeFinding, ProbeReport};
 
 use super::table::{Cell, Colour, Style, Table};
 
 /// The report as a table, and a line for each feature that is not there.
 #[must_use]
-pub fn render(report: &Report, colour: bool) -> String {
+pub fn render(report: &ProbeReport, colour: bool) -> String {
     let colour = if colour { Colour::On } else { Colour::Off };
     let mut table = Table::new(["FEATURE", "NEEDED FOR", "PRESENT", "SINCE", "FALLBACK"]);
     for finding in &report.findings {
@@ -33,12 +33,12 @@ pub fn render(report: &Report, colour: bool) -> String {
 
 /// The report as JSON. Fields are added, never renamed; `present` is null for what could not be tried.
 #[must_use]
-pub fn json(report: &Report) -> Value {
+pub fn json(report: &ProbeReport) -> Value {
     let features: Vec<Value> = report.findings.iter().map(feature).collect();
     json!({ "kernel": report.kernel, "supported": report.verdict().is_ok(), "features": features })
 }
 
-fn feature(finding: &Finding) -> Value {
+fn feature(finding: &ProbeFinding) -> Value {
     let present = match finding.presence {
         Presence::Present => Some(true),
         Presence::Absent(_) => Some(false),
@@ -55,7 +55,7 @@ fn feature(finding: &Finding) -> Value {
     })
 }
 
-fn summary(report: &Report, colour: Colour) -> String {
+fn summary(report: &ProbeReport, colour: Colour) -> String {
     let (word, style) = match report.verdict() {
         Ok(()) => ("can run the agent", Style::Good),
         Err(_) => ("cannot run the agent", Style::Bad),
@@ -64,7 +64,7 @@ fn summary(report: &Report, colour: Colour) -> String {
     format!("kernel {kernel} {}\n", style.paint(word, colour))
 }
 
-fn presence(finding: &Finding) -> Cell {
+fn presence(finding: &ProbeFinding) -> Cell {
     let word = match finding.presence {
         Presence::Present => "yes",
         Presence::Absent(_) => "no",
@@ -73,7 +73,7 @@ fn presence(finding: &Finding) -> Cell {
     Cell::styled(word, style(finding))
 }
 
-fn style(finding: &Finding) -> Style {
+fn style(finding: &ProbeFinding) -> Style {
     match finding.presence {
         Presence::Present => Style::Good,
         _ if finding.stops_the_agent() => Style::Bad,
@@ -81,7 +81,7 @@ fn style(finding: &Finding) -> Style {
     }
 }
 
-fn fallback(finding: &Finding) -> Option<&'static str> {
+fn fallback(finding: &ProbeFinding) -> Option<&'static str> {
     match finding.need {
         Need::Required => None,
         Need::Fallback(fallback) => Some(fallback),
@@ -121,8 +121,8 @@ mod tests {
         assert_eq!(value["features"][2]["fallback"], "clsact");
     }
 
-    fn report() -> Report {
-        let finding = |feature, since, need, presence| Finding {
+    fn report() -> ProbeReport {
+        let finding = |feature, since, need, presence| ProbeFinding {
             feature,
             needed_for: "work",
             since,
@@ -130,7 +130,7 @@ mod tests {
             remedy: Remedy::Kernel("CONFIG_X"),
             presence,
         };
-        Report {
+        ProbeReport {
             kernel: "5.10.0".to_owned(),
             findings: vec![
                 finding("sk_lookup", Release(5, 9), Need::Required, Presence::Present),

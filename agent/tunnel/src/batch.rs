@@ -7,7 +7,7 @@
 
 use std::io::IoSliceMut;
 
-use tacit_core::wire::frame::{self, Kind, PAYLOAD_MAX_BYTES, encode_header};
+use tacit_core::wire::frame::{self, FrameType, PAYLOAD_MAX_BYTES, encode_header};
 
 use super::tls::record;
 
@@ -48,7 +48,7 @@ pub(crate) fn seal_frames<E>(
             break;
         }
         let here = left.min(PAYLOAD_MAX_BYTES);
-        record[record::HEADER_BYTES..BEFORE_BYTES].copy_from_slice(&encode_header(Kind::Data, here));
+        record[record::HEADER_BYTES..BEFORE_BYTES].copy_from_slice(&encode_header(FrameType::Data, here));
         let record_bytes = BEFORE_BYTES + here + record::TAIL_BYTES;
         seal(&mut record[..record_bytes])?;
         end += record_bytes;

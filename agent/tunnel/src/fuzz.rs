@@ -5,7 +5,7 @@
 
 use std::io::IoSlice;
 
-use tacit_core::wire::frame::{HEADER_BYTES, Kind};
+use tacit_core::wire::frame::{FrameType, HEADER_BYTES};
 
 use super::{batch::FRAMES_MAX, tls::record::fixed};
 use crate::receive_buffer::{ReceiveBuffer, Received};
@@ -31,7 +31,7 @@ pub fn records(input: &[u8]) {
             loop {
                 match receive_buffer.next(|record| ours.open(record)) {
                     Ok(None) => break,
-                    Ok(Some(Received::Control(control))) => assert_ne!(control.kind(), Kind::Data),
+                    Ok(Some(Received::Control(control))) => assert_ne!(control.kind(), FrameType::Data),
                     Ok(Some(Received::Data)) => {
                         let mut slices = [IoSlice::new(&[]); FRAMES_MAX];
                         let used = receive_buffer.payloads(&mut slices);

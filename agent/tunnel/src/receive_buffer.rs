@@ -278,7 +278,7 @@ impl Payloads {
 mod tests {
     use super::*;
     use crate::tls::record::{HEADER_BYTES as RECORD_HEADER, TAIL_BYTES};
-    use tacit_core::wire::frame::Kind;
+    use tacit_core::wire::frame::FrameType;
 
     /// A record as `open` below takes it: sealed with nothing.
     fn record(content: &[u8]) -> Vec<u8> {
@@ -297,7 +297,7 @@ mod tests {
     }
 
     fn data(payload: &[u8]) -> Vec<u8> {
-        record(&[&frame::encode_header(Kind::Data, payload.len()), payload].concat())
+        record(&[&frame::encode_header(FrameType::Data, payload.len()), payload].concat())
     }
 
     fn control(control: Control) -> Vec<u8> {

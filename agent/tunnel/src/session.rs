@@ -21,8 +21,8 @@ use tacit_core::{
     spiffe::SpiffeId,
     wire::{
         flow_state::{FlowState, Role},
-        frame::{Control, HEADER_BYTES, Kind},
-        open::{Ahead, DenyReason, OPEN_BYTES, Open},
+        frame::{Control, FrameType, HEADER_BYTES},
+        open::{DenyReason, OPEN_BYTES, Open, OptimisticMode},
     },
 };
 use tacit_identity::{certificate::Validity, credentials::Credentials};
@@ -223,11 +223,11 @@ impl Session {
     ) -> Result<(), OpenError> {
         let optimistic =
             optimistic.and_then(|optimistic| optimistic.app_read_now().map(|first| (optimistic, first)));
-        let ahead = if optimistic.is_some() { Ahead::Data } else { Ahead::Nothing };
-        self.send(&Control::Open(Open { ahead, ..*open }))?;
+        let optimistic_data = if optimistic.is_some() { OptimisticMode::On } else { OptimisticMode::Off };
+        self.send(&Control::Open(Open { optimistic_data, ..*open }))?;
         match bounded("the answer to OPEN", OPEN_MAX, self.answered(optimistic)).await? {
             Received::Control(Control::Deny(reason)) => {
-                self.end_after_deny(ahead);
+                self.end_after_deny(optimistic_data);
                 Err(OpenError::Denied(reason))
             }
             // Anything else than ACCEPT is out of turn and has been refused.
@@ -257,7 +257,7 @@ impl Session {
     /// # Errors
     /// [`TunnelError`].
     pub fn accept_flow(&mut self, open: &Open) -> Result<(), TunnelError> {
-        self.answer_can_wait = open.ahead == Ahead::Data;
+        self.answer_can_wait = open.optimistic_data == OptimisticMode::On;
         self.send(&Control::Accept)
     }
 
@@ -268,8 +268,8 @@ impl Session {
     /// [`TunnelError`].
     pub async fn deny(&mut self, open: &Open, reason: DenyReason) -> Result<(), TunnelError> {
         self.answer(&Control::Deny(reason)).await?;
-        self.end_after_deny(open.ahead);
-        if open.ahead == Ahead::Data {
+        self.end_after_deny(open.optimistic_data);
+        if open.optimistic_data == OptimisticMode::On {
             let rest = poll_fn(|cx| self.poll_discard(cx));
             // The client closes as soon as it has the answer.
             let _ = timeout(ANSWER_MAX, rest).await;
@@ -277,9 +277,9 @@ impl Session {
         Ok(())
     }
 
-    fn end_after_deny(&mut self, ahead: Ahead) {
-        if ahead == Ahead::Data {
-            self.state = FlowState::Over;
+    fn end_after_deny(&mut self, optimistic_data: OptimisticMode) {
+        if optimistic_data == OptimisticMode::On {
+            self.state = FlowState::Closed;
         }
     }
 
@@ -336,7 +336,7 @@ impl Session {
 
     /// Queues `payload_bytes` that were read into the slots of `batch` as DATA frames.
     pub(crate) fn send_data(&mut self, batch: Buffer, payload_bytes: usize) -> Result<(), TunnelError> {
-        self.state = self.state.after(self.role, Kind::Data)?;
+        self.state = self.state.after(self.role, FrameType::Data)?;
         self.tls.queue_batch(batch, payload_bytes)
     }
 
@@ -369,7 +369,7 @@ impl Session {
                 Ok(Some(received)) => {
                     let kind = match &received {
                         Received::Control(frame) => frame.kind(),
-                        Received::Data => Kind::Data,
+                        Received::Data => FrameType::Data,
                     };
                     self.state = self.state.after(self.role.peer(), kind)?;
                     return Poll::Ready(Ok(received));

@@ -7,7 +7,7 @@ use std::{
 
 use tacit_core::{
     spiffe::SpiffeId,
-    wire::open::{Ahead, Open},
+    wire::open::{Open, OptimisticMode},
 };
 use tacit_identity::credentials::Credentials;
 use tokio::net::{TcpListener, TcpStream};
@@ -55,7 +55,7 @@ pub(crate) fn open() -> Open {
         destination: "10.77.2.3:80".parse().expect("an address"),
         client: "10.77.1.2:40000".parse().expect("an address"),
         trace: random_trace_id(),
-        ahead: Ahead::Nothing,
+        optimistic_data: OptimisticMode::Off,
     }
 }
 

@@ -32,7 +32,7 @@ use rustls::{
 };
 use tacit_core::{
     spiffe::SpiffeId,
-    wire::{flow_state::OutOfTurn, frame::FrameError},
+    wire::{flow_state::UnexpectedFrame, frame::FrameError},
 };
 use tacit_identity::credentials::Credentials;
 
@@ -95,7 +95,7 @@ pub enum TunnelError {
     Frame(#[from] FrameError),
     /// The peer sent a frame that may not come now.
     #[error("the peer broke the wire format: {0}")]
-    OutOfTurn(#[from] OutOfTurn),
+    UnexpectedFrame(#[from] UnexpectedFrame),
 }
 
 impl TunnelError {
@@ -111,7 +111,7 @@ impl TunnelError {
             Self::Timeout { .. } => "timeout",
             Self::Io(_) => "io",
             Self::Closed => "closed",
-            Self::Frame(_) | Self::OutOfTurn(_) => "protocol",
+            Self::Frame(_) | Self::UnexpectedFrame(_) => "protocol",
         }
     }
 }

@@ -48,31 +48,35 @@ enum AddressError {
 }
 
 /// What the file holds.
-pub(super) struct Content {
+pub(super) struct ParsedFile {
     pub(super) workloads: Vec<Workload>,
     pub(super) services: Vec<Service>,
 }
 
-pub(super) fn parse(text: &str, file: &Path, trust_domain: &TrustDomain) -> Result<Content, Mistakes> {
+pub(super) fn parse(text: &str, file: &Path, trust_domain: &TrustDomain) -> Result<ParsedFile, Mistakes> {
     yaml::decode(text, file, |root| {
         let mut fields = root.fields(&["workloads", "services"])?;
         let services = fields.optional("services");
         let list = fields.required("workloads", "a list of workloads, or [] for none");
-        let mut taken = Taken::default();
+        let mut uniqueness = Uniqueness::default();
         // Not collected to an `Option`: that would stop at the first mistake.
         let workloads: Vec<_> =
-            list?.items()?.iter().map(|item| workload(item, trust_domain, &mut taken)).collect();
-        taken.refuse_nested_cgroups();
+            list?.items()?.iter().map(|item| workload(item, trust_domain, &mut uniqueness)).collect();
+        uniqueness.refuse_nested_cgroups();
         let services = match services {
-            Some(list) => services::services(&list, &workloads, &mut taken),
+            Some(list) => services::services(&list, &workloads, &mut uniqueness),
             None => Some(Vec::new()),
         };
-        Some(Content { workloads: workloads.into_iter().collect::<Option<_>>()?, services: services? })
+        Some(ParsedFile { workloads: workloads.into_iter().collect::<Option<_>>()?, services: services? })
     })
 }
 
 /// Decodes all fields before the first `?`, so that the mistakes of each one are recorded.
-fn workload<'a>(item: &Value<'a>, trust_domain: &TrustDomain, taken: &mut Taken<'a>) -> Option<Workload> {
+fn workload<'a>(
+    item: &Value<'a>,
+    trust_domain: &TrustDomain,
+    uniqueness: &mut Uniqueness<'a>,
+) -> Option<Workload> {
     let mut fields = item.fields(&FIELDS)?;
     let name = fields.required("name", "the pod's name").and_then(|value| value.name());
     let namespace = fields.required("namespace", "the pod's namespace").and_then(|value| value.name());
@@ -80,7 +84,7 @@ fn workload<'a>(item: &Value<'a>, trust_domain: &TrustDomain, taken: &mut Taken<
     let node = fields.required("node", "the name of the node it runs on").and_then(|value| value.name());
     let owner = format!("{}/{}", namespace.unwrap_or("?"), name.unwrap_or("?"));
     let list = fields.required("addresses", "the pod's addresses, such as [10.77.1.2]");
-    let addresses = list.and_then(|value| addresses(&value, &owner, taken));
+    let addresses = list.and_then(|value| addresses(&value, &owner, uniqueness));
     let labels = fields.optional("labels").map_or(Some(Labels::default()), |value| labels(&value));
     let protocol = fields.optional("tunnel").map_or(Some(Protocol::Tacit), |value| value.choice(&PROTOCOLS));
     let egress = fields.optional("egress").map_or(Some(None), |value| value.choice(&EGRESS));
@@ -91,8 +95,8 @@ fn workload<'a>(item: &Value<'a>, trust_domain: &TrustDomain, taken: &mut Taken<
         None => Some(PathBuf::from(format!("{}_{}", namespace?, name?))),
     };
     let (name, namespace, node, path) = (name?, namespace?, node?, path?);
-    taken.name(item, &owner);
-    taken.cgroup(cgroup.unwrap_or_else(|| item.clone()), node, &path, &owner);
+    uniqueness.name(item, &owner);
+    uniqueness.cgroup(cgroup.unwrap_or_else(|| item.clone()), node, &path, &owner);
     Some(Workload {
         name: name.into(),
         namespace: namespace.into(),
@@ -109,7 +113,7 @@ fn workload<'a>(item: &Value<'a>, trust_domain: &TrustDomain, taken: &mut Taken<
     })
 }
 
-fn addresses(list: &Value<'_>, owner: &str, taken: &mut Taken<'_>) -> Option<Vec<IpAddr>> {
+fn addresses(list: &Value<'_>, owner: &str, uniqueness: &mut Uniqueness<'_>) -> Option<Vec<IpAddr>> {
     let items = list.items()?;
     if items.is_empty() {
         list.refuse("the list is empty: write at least one address");
@@ -122,7 +126,7 @@ fn addresses(list: &Value<'_>, owner: &str, taken: &mut Taken<'_>) -> Option<Vec
         if let Some(other) = addresses.iter().find(|other| other.is_ipv4() == address.is_ipv4()) {
             item.refuse(format_args!("{address}: {other} is of the same family: write at most one of each"));
         }
-        taken.address(item, address, owner);
+        uniqueness.address(item, address, owner);
         addresses.push(address);
     }
     Some(addresses)
@@ -167,15 +171,15 @@ fn cgroup_path(value: &Value<'_>) -> Option<PathBuf> {
     Some(path.components().collect())
 }
 
-/// What the workloads read so far have taken, with who took it and in which line.
+/// What the workloads read so far have uniqueness, with who took it and in which line.
 #[derive(Default)]
-struct Taken<'a> {
+struct Uniqueness<'a> {
     names: HashMap<String, usize>,
     addresses: HashMap<IpAddr, (String, usize)>,
     cgroups: HashMap<(Arc<str>, PathBuf), (String, Value<'a>)>,
 }
 
-impl<'a> Taken<'a> {
+impl<'a> Uniqueness<'a> {
     fn name(&mut self, item: &Value<'_>, owner: &str) {
         if let Some(line) = self.names.insert(owner.to_owned(), item.line()) {
             item.refuse(format_args!("workload {owner} is already in line {line}: remove one or rename it"));

@@ -63,7 +63,7 @@ pub fn mesh_range(text: &str) -> Result<IpNet, RangeError> {
 }
 
 /// A range that somebody told of who did not write it for this: bits after the prefix are cleared.
-pub fn told_range(text: &str) -> Result<IpNet, RangeError> {
+pub fn discovered_range(text: &str) -> Result<IpNet, RangeError> {
     match mesh_range(text) {
         Err(RangeError::HostBits(net)) => mesh_range(&net.to_string()),
         other => other,
@@ -141,10 +141,13 @@ mod tests {
 
     #[test]
     fn of_what_is_told_bits_after_the_prefix_are_cleared_and_nothing_else_is_let_pass() {
-        assert_eq!(told_range("10.77.3.7/24").map(|range| range.to_string()), Ok("10.77.3.0/24".to_owned()));
-        assert_eq!(told_range("fd77::1/64").map(|range| range.to_string()), Ok("fd77::/64".to_owned()));
+        assert_eq!(
+            discovered_range("10.77.3.7/24").map(|range| range.to_string()),
+            Ok("10.77.3.0/24".to_owned())
+        );
+        assert_eq!(discovered_range("fd77::1/64").map(|range| range.to_string()), Ok("fd77::/64".to_owned()));
         for text in ["0.0.0.0/0", "127.0.0.1/8", "129.0.0.0/1", "fe80::1/64", "10.77.0.0", "pods"] {
-            assert!(told_range(text).is_err(), "{text}");
+            assert!(discovered_range(text).is_err(), "{text}");
         }
     }
 

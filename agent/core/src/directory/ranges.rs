@@ -22,7 +22,7 @@ pub struct Ranges {
 
 /// What became of a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Added {
+pub enum RangeAddition {
     /// All of it was there.
     Known,
     /// It is there now.
@@ -64,16 +64,16 @@ impl Ranges {
     }
 
     /// Adds a range that was found.
-    pub fn add(&mut self, range: IpNet) -> Added {
+    pub fn add(&mut self, range: IpNet) -> RangeAddition {
         if self.covers(&range) {
-            return Added::Known;
+            return RangeAddition::Known;
         }
         if self.list.len() >= RANGES_MAX && !self.replaces(&range) {
-            return Added::Full;
+            return RangeAddition::Full;
         }
         self.put(range);
         self.detected += 1;
-        Added::New
+        RangeAddition::New
     }
 
     /// All of `range` lies in one range: where it lies in several, they would have been joined.
@@ -134,14 +134,14 @@ mod tests {
         let mut ranges = Ranges::configured(&[net("10.77.1.0/24"), net("fd77::/16"), net("10.77.1.128/25")]);
         assert_eq!(texts(&ranges), ["10.77.1.0/24", "fd77::/16"]);
         for (range, added, expected) in [
-            ("10.77.1.7/32", Added::Known, &["10.77.1.0/24", "fd77::/16"][..]),
-            ("10.77.2.0/24", Added::New, &["10.77.1.0/24", "10.77.2.0/24", "fd77::/16"]),
-            ("10.77.3.0/24", Added::New, &["10.77.1.0/24", "10.77.2.0/23", "fd77::/16"]),
-            ("10.77.0.0/24", Added::New, &["10.77.0.0/22", "fd77::/16"]),
-            ("10.76.0.0/14", Added::New, &["10.76.0.0/14", "fd77::/16"]),
-            ("fd77:1::/32", Added::Known, &["10.76.0.0/14", "fd77::/16"]),
-            ("10.96.0.1/32", Added::New, &["10.76.0.0/14", "10.96.0.1/32", "fd77::/16"]),
-            ("10.96.0.0/32", Added::New, &["10.76.0.0/14", "10.96.0.0/31", "fd77::/16"]),
+            ("10.77.1.7/32", RangeAddition::Known, &["10.77.1.0/24", "fd77::/16"][..]),
+            ("10.77.2.0/24", RangeAddition::New, &["10.77.1.0/24", "10.77.2.0/24", "fd77::/16"]),
+            ("10.77.3.0/24", RangeAddition::New, &["10.77.1.0/24", "10.77.2.0/23", "fd77::/16"]),
+            ("10.77.0.0/24", RangeAddition::New, &["10.77.0.0/22", "fd77::/16"]),
+            ("10.76.0.0/14", RangeAddition::New, &["10.76.0.0/14", "fd77::/16"]),
+            ("fd77:1::/32", RangeAddition::Known, &["10.76.0.0/14", "fd77::/16"]),
+            ("10.96.0.1/32", RangeAddition::New, &["10.76.0.0/14", "10.96.0.1/32", "fd77::/16"]),
+            ("10.96.0.0/32", RangeAddition::New, &["10.76.0.0/14", "10.96.0.0/31", "fd77::/16"]),
         ] {
             assert_eq!(ranges.add(net(range)), added, "{range}");
             assert_eq!(texts(&ranges), expected, "{range}");
@@ -169,17 +169,17 @@ mod tests {
         let mut ranges = Ranges::configured(&[net("fd77::/16")]);
         let every_other = |i: usize| IpNet::from(IpAddr::from((0x0a00_0000 + 2 * i as u32).to_be_bytes()));
         for i in 0..RANGES_MAX - 1 {
-            assert_eq!(ranges.add(every_other(i)), Added::New, "{i}");
+            assert_eq!(ranges.add(every_other(i)), RangeAddition::New, "{i}");
         }
         let full = ranges.clone();
-        assert_eq!(ranges.add(every_other(RANGES_MAX)), Added::Full);
+        assert_eq!(ranges.add(every_other(RANGES_MAX)), RangeAddition::Full);
         assert_eq!(ranges, full);
         // What joins others needs no room, and may make some.
-        assert_eq!(ranges.add(net("10.0.0.1/32")), Added::New);
-        assert_eq!(ranges.add(every_other(RANGES_MAX)), Added::Full);
-        assert_eq!(ranges.add(net("10.0.0.3/32")), Added::New);
-        assert_eq!(ranges.add(every_other(RANGES_MAX)), Added::New);
-        assert_eq!(ranges.add(net("10.0.0.0/8")), Added::New);
+        assert_eq!(ranges.add(net("10.0.0.1/32")), RangeAddition::New);
+        assert_eq!(ranges.add(every_other(RANGES_MAX)), RangeAddition::Full);
+        assert_eq!(ranges.add(net("10.0.0.3/32")), RangeAddition::New);
+        assert_eq!(ranges.add(every_other(RANGES_MAX)), RangeAddition::New);
+        assert_eq!(ranges.add(net("10.0.0.0/8")), RangeAddition::New);
         assert_eq!(texts(&ranges), ["10.0.0.0/8", "fd77::/16"]);
     }
 

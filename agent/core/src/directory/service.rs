@@ -23,7 +23,7 @@ pub struct Service {
     /// Its TCP ports.
     pub ports: Vec<ServicePort>,
     /// Which endpoints a client may reach.
-    pub traffic: Traffic,
+    pub traffic: InternalTrafficPolicy,
     /// Whether a client stays with its endpoint.
     pub affinity: Affinity,
 }
@@ -64,7 +64,7 @@ pub struct Endpoint {
 
 /// Whether an endpoint can be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Condition {
+pub enum EndpointCondition {
     /// It can.
     Ready,
     /// It is ending but still serves.
@@ -75,7 +75,7 @@ pub enum Condition {
 
 /// Which endpoints a client may reach (`internalTrafficPolicy`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Traffic {
+pub enum InternalTrafficPolicy {
     /// All of them.
     Cluster,
     /// Those of its own node.
@@ -93,7 +93,7 @@ pub enum Affinity {
 
 /// What the choice depends on beside the service.
 #[derive(Debug, Clone, Copy)]
-pub struct Asks<'a> {
+pub struct EndpointQuery<'a> {
     /// Node of the client.
     pub node: &'a str,
     /// The endpoint that the client has to stay with while that can be used.
@@ -134,13 +134,13 @@ impl NoEndpoint {
 
 impl Endpoints {
     /// Keeps those that can be used.
-    pub fn new(all: impl IntoIterator<Item = (Endpoint, Condition)>) -> Self {
+    pub fn new(all: impl IntoIterator<Item = (Endpoint, EndpointCondition)>) -> Self {
         let (mut ready, mut terminating) = (Vec::new(), Vec::new());
         for (endpoint, condition) in all {
             match condition {
-                Condition::Ready => ready.push(endpoint),
-                Condition::Terminating => terminating.push(endpoint),
-                Condition::NotReady => {}
+                EndpointCondition::Ready => ready.push(endpoint),
+                EndpointCondition::Terminating => terminating.push(endpoint),
+                EndpointCondition::NotReady => {}
             }
         }
         Self { ready: ready.into(), terminating: terminating.into() }
@@ -161,26 +161,26 @@ impl Endpoints {
 pub fn choose<'a>(
     service: &'a Service,
     address: SocketAddr,
-    asks: &Asks<'_>,
+    query: &EndpointQuery<'_>,
     load: impl Fn(SocketAddr) -> usize,
 ) -> Result<&'a Endpoint, NoEndpoint> {
     let port = service.ports.iter().find(|port| port.port == address.port());
     let port = port.ok_or(NoEndpoint::UnknownPort(address.port()))?;
     let endpoints = if address.ip().to_canonical().is_ipv4() { &port.ipv4 } else { &port.ipv6 };
     match service.traffic {
-        Traffic::Cluster => {
+        InternalTrafficPolicy::Cluster => {
             let usable = endpoints.usable();
             let none = if usable.is_empty() { NoEndpoint::NoneReady } else { NoEndpoint::AllTried };
-            among(usable.len(), |index| &usable[index], asks, load).ok_or(none)
+            among(usable.len(), |index| &usable[index], query, load).ok_or(none)
         }
-        Traffic::Local => {
+        InternalTrafficPolicy::Local => {
             let here = |list: &'a [Endpoint]| -> Vec<&'a Endpoint> {
-                list.iter().filter(|endpoint| *endpoint.node == *asks.node).collect()
+                list.iter().filter(|endpoint| *endpoint.node == *query.node).collect()
             };
             let ready = here(&endpoints.ready);
             let usable = if ready.is_empty() { here(&endpoints.terminating) } else { ready };
             let none = if usable.is_empty() { NoEndpoint::NoneOnNode } else { NoEndpoint::AllTried };
-            among(usable.len(), |index| usable[index], asks, load).ok_or(none)
+            among(usable.len(), |index| usable[index], query, load).ok_or(none)
         }
     }
 }
@@ -189,11 +189,11 @@ pub fn choose<'a>(
 fn among<'a>(
     count: usize,
     at: impl Fn(usize) -> &'a Endpoint,
-    asks: &Asks<'_>,
+    query: &EndpointQuery<'_>,
     load: impl Fn(SocketAddr) -> usize,
 ) -> Option<&'a Endpoint> {
-    let is_free = |endpoint: &Endpoint| !asks.tried.contains(&endpoint.address);
-    if let Some(sticky) = asks.sticky
+    let is_free = |endpoint: &Endpoint| !query.tried.contains(&endpoint.address);
+    if let Some(sticky) = query.sticky
         && let Some(own) =
             (0..count).map(&at).find(|endpoint| endpoint.address == sticky && is_free(endpoint))
     {
@@ -202,11 +202,11 @@ fn among<'a>(
     // One that was tried gives way to the next that was not.
     let free_from = |start: usize| (start..count).chain(0..start).find(|index| is_free(at(*index)));
     let random = |bits: u64, below: usize| usize::try_from(bits % below.max(1) as u64).unwrap_or(0);
-    let first = free_from(random(asks.random & u64::from(u32::MAX), count))?;
-    let other = (first + 1 + random(asks.random >> 32, count - 1)) % count;
+    let first = free_from(random(query.random & u64::from(u32::MAX), count))?;
+    let other = (first + 1 + random(query.random >> 32, count - 1)) % count;
     let (first, second) = (at(first), at(free_from(other)?));
     // Of two with one load the one that is here is nearer; else the first.
-    let rank = |endpoint: &Endpoint| (load(endpoint.address), *endpoint.node != *asks.node);
+    let rank = |endpoint: &Endpoint| (load(endpoint.address), *endpoint.node != *query.node);
     Some(if rank(second) < rank(first) { second } else { first })
 }
 

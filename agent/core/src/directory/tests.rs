@@ -83,7 +83,7 @@ fn name_at(directory: &Directory, address: &str) -> Option<String> {
 fn a_change_is_not_seen_in_a_copy_made_before() {
     let mut directory = sample();
     let before = directory.clone();
-    directory.insert(workload("web", "b", "10.77.1.9"), Claim::Takes);
+    directory.insert(workload("web", "b", "10.77.1.9"), AddressConflict::Replace);
     directory.remove("shop", "cart");
     assert_eq!(name_at(&directory, "10.77.1.2"), None);
     assert_eq!(name_at(&directory, "10.77.1.9").as_deref(), Some("web"));
@@ -97,11 +97,11 @@ fn a_change_is_not_seen_in_a_copy_made_before() {
 #[test]
 fn a_reused_address_belongs_to_the_pod_that_lives() {
     let mut directory = Directory::default();
-    directory.insert(workload("old", "a", "10.77.1.2"), Claim::Takes);
-    directory.insert(workload("new", "a", "10.77.1.2"), Claim::Takes);
+    directory.insert(workload("old", "a", "10.77.1.2"), AddressConflict::Replace);
+    directory.insert(workload("new", "a", "10.77.1.2"), AddressConflict::Replace);
     assert_eq!(name_at(&directory, "10.77.1.2").as_deref(), Some("new"));
     // News of the old one, which is ending, takes nothing back; nor does its end take the address away.
-    directory.insert(workload("old", "a", "10.77.1.2"), Claim::Yields);
+    directory.insert(workload("old", "a", "10.77.1.2"), AddressConflict::Keep);
     assert_eq!(name_at(&directory, "10.77.1.2").as_deref(), Some("new"));
     assert!(directory.remove("shop", "old").is_some());
     assert_eq!(name_at(&directory, "10.77.1.2").as_deref(), Some("new"));
@@ -118,7 +118,7 @@ fn a_service_is_found_by_its_addresses_until_it_is_removed() {
         namespace: "shop".into(),
         addresses: addresses.iter().map(|text| vip(text)).collect(),
         ports: Vec::new(),
-        traffic: Traffic::Cluster,
+        traffic: InternalTrafficPolicy::Cluster,
         affinity: Affinity::None,
     };
     directory.insert_service(service("web", &["10.96.0.1", "fd96::1"]));

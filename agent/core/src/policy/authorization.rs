@@ -22,13 +22,13 @@ use std::{fmt, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 
-use super::{Flow, Source};
+use super::{Flow, FlowSource};
 use crate::spiffe::SpiffeId;
 
 mod matching;
 pub(super) mod parse;
 
-use matching::{Account, Listed, Pattern};
+use matching::{Pattern, ServiceAccount, ValueMatch};
 
 /// One policy that selects workloads.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,41 +66,41 @@ struct Rule {
     sources: Vec<SourceMatch>,
     operations: Vec<OperationMatch>,
     conditions: Vec<Condition>,
-    reach: Reach,
+    reach: Applicability,
 }
 
 /// Whether a rule can match at all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Reach {
-    Some,
+enum Applicability {
+    Evaluated,
     /// An ALLOW rule with a field that needs HTTP.
-    Nothing,
+    NeverMatches,
 }
 
 /// `from.source`: all of its fields must hold.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct SourceMatch {
-    principals: Listed<Pattern>,
-    namespaces: Listed<Pattern>,
-    service_accounts: Listed<Account>,
-    blocks: Listed<IpNet>,
+    principals: ValueMatch<Pattern>,
+    namespaces: ValueMatch<Pattern>,
+    service_accounts: ValueMatch<ServiceAccount>,
+    blocks: ValueMatch<IpNet>,
 }
 
 /// `to.operation`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct OperationMatch {
-    ports: Listed<u16>,
+    ports: ValueMatch<u16>,
 }
 
 /// One entry of `when`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Condition {
-    SourceIp(Listed<IpNet>),
-    SourceNamespace(Listed<Pattern>),
-    SourceAccount(Listed<Account>),
-    SourcePrincipal(Listed<Pattern>),
-    DestinationIp(Listed<IpNet>),
-    DestinationPort(Listed<u16>),
+    SourceIp(ValueMatch<IpNet>),
+    SourceNamespace(ValueMatch<Pattern>),
+    SourceAccount(ValueMatch<ServiceAccount>),
+    SourcePrincipal(ValueMatch<Pattern>),
+    DestinationIp(ValueMatch<IpNet>),
+    DestinationPort(ValueMatch<u16>),
 }
 
 /// In policies, this stands for the mesh's own trust domain, whatever that is called, as Istio has it. Identities of other
@@ -108,7 +108,7 @@ enum Condition {
 const OWN_DOMAIN: &str = "cluster.local";
 
 /// What rules look at.
-struct Seen<'a> {
+struct FlowAttributes<'a> {
     identity: Option<&'a SpiffeId>,
     /// The identity as policies write it, without `spiffe://`: by its trust domain, and by [`OWN_DOMAIN`].
     principals: Vec<String>,
@@ -117,11 +117,11 @@ struct Seen<'a> {
     port: u16,
 }
 
-impl<'a> Seen<'a> {
+impl<'a> FlowAttributes<'a> {
     fn of(flow: &Flow<'a>) -> Self {
         let identity = match flow.source {
-            Source::Tunnel(identity) | Source::SameNode(identity) => Some(identity),
-            Source::Node | Source::Plaintext => None,
+            FlowSource::Tunnel(identity) | FlowSource::SameNode(identity) => Some(identity),
+            FlowSource::Node | FlowSource::Plaintext => None,
         };
         let principals = identity.map_or_else(Vec::new, |id| {
             let of = |domain: &str| format!("{domain}/ns/{}/sa/{}", id.namespace(), id.service_account());
@@ -145,45 +145,48 @@ impl<'a> Seen<'a> {
         self.identity.is_some_and(|identity| pattern.matches(identity.namespace()))
     }
 
-    fn has_account(&self, account: &Account) -> bool {
+    fn has_account(&self, account: &ServiceAccount) -> bool {
         self.identity.is_some_and(|identity| account.is(identity))
     }
 }
 
 impl SourceMatch {
-    fn matches(&self, seen: &Seen<'_>) -> bool {
-        self.principals.holds(|pattern| seen.has_principal(pattern))
-            && self.namespaces.holds(|pattern| seen.has_namespace(pattern))
-            && self.service_accounts.holds(|account| seen.has_account(account))
-            && self.blocks.holds(|block| block.contains(&seen.client))
+    fn matches(&self, flow: &FlowAttributes<'_>) -> bool {
+        self.principals.holds(|pattern| flow.has_principal(pattern))
+            && self.namespaces.holds(|pattern| flow.has_namespace(pattern))
+            && self.service_accounts.holds(|account| flow.has_account(account))
+            && self.blocks.holds(|block| block.contains(&flow.client))
     }
 }
 
 impl OperationMatch {
-    fn matches(&self, seen: &Seen<'_>) -> bool {
-        self.ports.holds(|port| *port == seen.port)
+    fn matches(&self, flow: &FlowAttributes<'_>) -> bool {
+        self.ports.holds(|port| *port == flow.port)
     }
 }
 
 impl Condition {
-    fn matches(&self, seen: &Seen<'_>) -> bool {
+    fn matches(&self, flow: &FlowAttributes<'_>) -> bool {
         match self {
-            Self::SourceIp(blocks) => blocks.holds(|block| block.contains(&seen.client)),
-            Self::SourceNamespace(patterns) => patterns.holds(|pattern| seen.has_namespace(pattern)),
-            Self::SourceAccount(accounts) => accounts.holds(|account| seen.has_account(account)),
-            Self::SourcePrincipal(patterns) => patterns.holds(|pattern| seen.has_principal(pattern)),
-            Self::DestinationIp(blocks) => blocks.holds(|block| block.contains(&seen.server)),
-            Self::DestinationPort(ports) => ports.holds(|port| *port == seen.port),
+            Self::SourceIp(blocks) => blocks.holds(|block| block.contains(&flow.client)),
+            Self::SourceNamespace(patterns) => patterns.holds(|pattern| flow.has_namespace(pattern)),
+            Self::SourceAccount(accounts) => accounts.holds(|account| flow.has_account(account)),
+            Self::SourcePrincipal(patterns) => patterns.holds(|pattern| flow.has_principal(pattern)),
+            Self::DestinationIp(blocks) => blocks.holds(|block| block.contains(&flow.server)),
+            Self::DestinationPort(ports) => ports.holds(|port| *port == flow.port),
         }
     }
 }
 
 impl Rule {
-    fn matches(&self, seen: &Seen<'_>) -> bool {
-        let from = self.sources.is_empty() || self.sources.iter().any(|source| source.matches(seen));
+    fn matches(&self, flow: &FlowAttributes<'_>) -> bool {
+        let from = self.sources.is_empty() || self.sources.iter().any(|source| source.matches(flow));
         let to =
-            self.operations.is_empty() || self.operations.iter().any(|operation| operation.matches(seen));
-        self.reach == Reach::Some && from && to && self.conditions.iter().all(|when| when.matches(seen))
+            self.operations.is_empty() || self.operations.iter().any(|operation| operation.matches(flow));
+        self.reach == Applicability::Evaluated
+            && from
+            && to
+            && self.conditions.iter().all(|when| when.matches(flow))
     }
 }
 
@@ -194,11 +197,11 @@ impl AuthorizationPolicy {
         Self { id, action: Action::Unreadable(why), enforcement, rules: Vec::new() }
     }
 
-    fn matching(&self, seen: &Seen<'_>) -> Option<Match<'_>> {
+    fn matching(&self, flow: &FlowAttributes<'_>) -> Option<Match<'_>> {
         let rule = match self.action {
             Action::Custom | Action::Unreadable(_) => None,
             Action::Allow | Action::Deny | Action::Audit => {
-                Some(self.rules.iter().position(|rule| rule.matches(seen))?)
+                Some(self.rules.iter().position(|rule| rule.matches(flow))?)
             }
         };
         Some(Match { policy: self, rule })
@@ -256,7 +259,7 @@ impl fmt::Display for Match<'_> {
 
 /// What authorization says about a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ruling<'p> {
+pub enum AuthorizationDecision<'p> {
     /// No ALLOW policy selects the workload, and no other policy denies: allowed.
     Unrestricted,
     /// An ALLOW rule matches.
@@ -264,14 +267,14 @@ pub enum Ruling<'p> {
     /// Denied by this.
     Denied(Match<'p>),
     /// ALLOW policies select the workload, and none of their rules matches: denied.
-    NotAllowed(NoneOf<'p>),
+    NotAllowed(UnmatchedPolicies<'p>),
 }
 
 /// ALLOW policies of which no rule matched; displayed as the list of their names.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NoneOf<'p>(Vec<&'p AuthorizationPolicy>);
+pub struct UnmatchedPolicies<'p>(Vec<&'p AuthorizationPolicy>);
 
-impl fmt::Display for NoneOf<'_> {
+impl fmt::Display for UnmatchedPolicies<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names: Vec<_> = self.0.iter().map(|policy| policy.id.as_str()).collect();
         write!(f, "{}", names.join(", "))
@@ -300,24 +303,24 @@ impl Authorization {
 
     /// What the policies say about a flow.
     #[must_use]
-    pub fn ruling(&self, flow: &Flow<'_>) -> Ruling<'_> {
+    pub fn evaluate(&self, flow: &Flow<'_>) -> AuthorizationDecision<'_> {
         if self.is_empty() {
-            return Ruling::Unrestricted;
+            return AuthorizationDecision::Unrestricted;
         }
-        let seen = Seen::of(flow);
+        let flow = FlowAttributes::of(flow);
         let enforced = || self.0.iter().filter(|policy| policy.enforcement == Enforcement::Enforced);
-        let denied = enforced().filter(|policy| policy.denies()).find_map(|policy| policy.matching(&seen));
+        let denied = enforced().filter(|policy| policy.denies()).find_map(|policy| policy.matching(&flow));
         if let Some(by) = denied {
-            return Ruling::Denied(by);
+            return AuthorizationDecision::Denied(by);
         }
         let allows: Vec<_> =
             enforced().filter(|policy| policy.action == Action::Allow).map(|p| &**p).collect();
         if allows.is_empty() {
-            return Ruling::Unrestricted;
+            return AuthorizationDecision::Unrestricted;
         }
-        match allows.iter().find_map(|policy| policy.matching(&seen)) {
-            Some(by) => Ruling::Allowed(by),
-            None => Ruling::NotAllowed(NoneOf(allows)),
+        match allows.iter().find_map(|policy| policy.matching(&flow)) {
+            Some(by) => AuthorizationDecision::Allowed(by),
+            None => AuthorizationDecision::NotAllowed(UnmatchedPolicies(allows)),
         }
     }
 
@@ -331,8 +334,8 @@ impl Authorization {
         if watched.is_empty() {
             return Vec::new();
         }
-        let seen = Seen::of(flow);
-        watched.into_iter().filter_map(|policy| policy.matching(&seen)).collect()
+        let flow = FlowAttributes::of(flow);
+        watched.into_iter().filter_map(|policy| policy.matching(&flow)).collect()
     }
 }
 

@@ -10,12 +10,14 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Authorization, DenyReason, Flow, Mode, Policies, Ruling, Source, Verdict, decide};
+use super::{
+    Authorization, AuthorizationDecision, Flow, FlowSource, Mode, Policies, PolicyDenial, Verdict, decide,
+};
 use crate::directory::{Directory, Protocol, Workload};
 
 /// One end, as an operator names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum End {
+pub enum WorkloadRef {
     /// `namespace/name` of a workload.
     Workload(String, String),
     /// An address.
@@ -27,7 +29,7 @@ pub enum End {
 pub enum ExplainError {
     /// Neither form.
     #[error("{0:?} is neither <namespace>/<name> of a workload nor an IP address: write one of them")]
-    End(String),
+    WorkloadRef(String),
     /// Directory or policies are not complete.
     #[error("the agent has not read yet what it needs: `tacit status` says why")]
     Starting,
@@ -47,7 +49,7 @@ pub enum ExplainError {
     },
 }
 
-impl fmt::Display for End {
+impl fmt::Display for WorkloadRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Workload(namespace, name) => write!(f, "{namespace}/{name}"),
@@ -56,11 +58,11 @@ impl fmt::Display for End {
     }
 }
 
-impl End {
+impl WorkloadRef {
     /// Parses `namespace/name` or an IP address.
     ///
     /// # Errors
-    /// [`ExplainError::End`].
+    /// [`ExplainError::WorkloadRef`].
     pub fn parse(text: &str) -> Result<Self, ExplainError> {
         if let Ok(address) = text.parse::<IpAddr>() {
             return Ok(Self::Address(address.to_canonical()));
@@ -69,7 +71,7 @@ impl End {
             Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
                 Ok(Self::Workload(namespace.to_owned(), name.to_owned()))
             }
-            _ => Err(ExplainError::End(text.to_owned())),
+            _ => Err(ExplainError::WorkloadRef(text.to_owned())),
         }
     }
 
@@ -144,7 +146,7 @@ pub struct PathVerdict {
 
 /// What the agent knows.
 #[derive(Clone, Copy)]
-pub struct Knowledge<'a> {
+pub struct ExplainContext<'a> {
     /// Who is where.
     pub directory: &'a Directory,
     /// All policies.
@@ -159,7 +161,12 @@ pub struct Knowledge<'a> {
 ///
 /// # Errors
 /// [`ExplainError`] when an end is not known.
-pub fn explain(known: Knowledge<'_>, from: &End, to: &End, port: u16) -> Result<Explanation, ExplainError> {
+pub fn explain(
+    known: ExplainContext<'_>,
+    from: &WorkloadRef,
+    to: &WorkloadRef,
+    port: u16,
+) -> Result<Explanation, ExplainError> {
     let (source, destination) = (from.resolve(known.directory)?, to.resolve(known.directory)?);
     let mut paths = Vec::new();
     for to in &destination.addresses {
@@ -176,7 +183,7 @@ pub fn explain(known: Knowledge<'_>, from: &End, to: &End, port: u16) -> Result<
 }
 
 fn path(
-    known: Knowledge<'_>,
+    known: ExplainContext<'_>,
     (source, client): (&Resolved<'_>, IpAddr),
     (destination, server): (&Resolved<'_>, IpAddr),
     port: u16,
@@ -201,14 +208,14 @@ fn path(
     verdict.policies = authorization.names().map(str::to_owned).collect();
     let (how, why) = arrival(known, source, client, target, mode);
     verdict.why.push(why);
-    if let Source::Tunnel(identity) | Source::SameNode(identity) = how {
+    if let FlowSource::Tunnel(identity) | FlowSource::SameNode(identity) = how {
         verdict.principal = Some(identity.to_string());
     }
     let flow = Flow { source: how, client, destination: SocketAddr::new(server, port) };
     verdict.why.push(format!("The mode of the destination at port {port} is {}.", name(mode)));
     let decision = decide(&modes, &authorization, &flow);
     verdict.allow = decision == Verdict::Allow;
-    verdict.why.push(reason(&decision, how, authorization.is_empty(), &authorization.ruling(&flow)));
+    verdict.why.push(reason(&decision, how, authorization.is_empty(), &authorization.evaluate(&flow)));
     verdict.why.extend(remarks(known.policies, &authorization, &flow));
     verdict
 }
@@ -225,49 +232,54 @@ fn remarks(policies: &Policies, authorization: &Authorization, flow: &Flow<'_>) 
 
 /// How the connection comes to the destination's agent, and a sentence about it.
 fn arrival<'a>(
-    known: Knowledge<'_>,
+    known: ExplainContext<'_>,
     source: &Resolved<'a>,
     client: IpAddr,
     target: &Workload,
     mode: Mode,
-) -> (Source<'a>, String) {
+) -> (FlowSource<'a>, String) {
     match source.workload.filter(|workload| workload.protocol == Protocol::Tacit) {
         Some(workload) if workload.node == target.node => {
             let identity = &workload.identity;
-            (Source::SameNode(identity), format!("It is handed over on one node, as {identity}."))
+            (FlowSource::SameNode(identity), format!("It is handed over on one node, as {identity}."))
         }
         Some(_) if mode == Mode::Disable => (
-            Source::Plaintext,
+            FlowSource::Plaintext,
             "It comes in clear, without an identity: the port does not tunnel.".to_owned(),
         ),
         Some(workload) => {
             let identity = &workload.identity;
-            (Source::Tunnel(identity), format!("It comes through a tunnel, as {identity}."))
+            (FlowSource::Tunnel(identity), format!("It comes through a tunnel, as {identity}."))
         }
         None if *target.node == *known.node && (known.is_node)(client) => {
-            (Source::Node, "It comes from the destination's own node.".to_owned())
+            (FlowSource::Node, "It comes from the destination's own node.".to_owned())
         }
         None => (
-            Source::Plaintext,
+            FlowSource::Plaintext,
             "It comes in clear, without an identity: the source is not enrolled.".to_owned(),
         ),
     }
 }
 
-fn reason(decision: &Verdict<'_>, how: Source<'_>, unselected: bool, ruling: &Ruling<'_>) -> String {
+fn reason(
+    decision: &Verdict<'_>,
+    how: FlowSource<'_>,
+    unselected: bool,
+    ruling: &AuthorizationDecision<'_>,
+) -> String {
     match decision {
-        Verdict::Deny(DenyReason::PlaintextInStrict) => {
+        Verdict::Deny(PolicyDenial::PlaintextInStrict) => {
             "Denied: STRICT takes no plaintext. No AuthorizationPolicy is asked.".to_owned()
         }
-        Verdict::Deny(DenyReason::DeniedBy(by)) => format!("Denied by {by}."),
-        Verdict::Deny(DenyReason::NotAllowed(policies)) => {
+        Verdict::Deny(PolicyDenial::DeniedBy(by)) => format!("Denied by {by}."),
+        Verdict::Deny(PolicyDenial::NotAllowed(policies)) => {
             format!("Denied: ALLOW policies select the destination, and no rule of ALLOW {policies} matches.")
         }
-        Verdict::Allow if how == Source::Node => {
+        Verdict::Allow if how == FlowSource::Node => {
             "Allowed: a node's own connections to its pods (probes) always pass.".to_owned()
         }
         Verdict::Allow => match ruling {
-            Ruling::Allowed(by) => format!("Allowed by {by}."),
+            AuthorizationDecision::Allowed(by) => format!("Allowed by {by}."),
             _ if unselected => "Allowed: No AuthorizationPolicy selects the destination.".to_owned(),
             _ => {
                 "Allowed: no ALLOW policy selects the destination, and no other policy denies it.".to_owned()

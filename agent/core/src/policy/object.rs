@@ -49,17 +49,17 @@ const DRY_RUN: &str = "istio.io/dry-run";
 
 /// One policy object. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PolicyObject(pub(super) Arc<Kinds>);
+pub struct PolicyObject(pub(super) Arc<ParsedPolicy>);
 
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Kinds {
+pub(super) enum ParsedPolicy {
     PeerAuthentication(PeerAuthentication),
-    Authorization(Authorizing),
+    Authorization(ScopedAuthorization),
 }
 
 /// An AuthorizationPolicy and what it selects.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Authorizing {
+pub(super) struct ScopedAuthorization {
     /// `None`: not readable, so every namespace.
     pub(super) namespace: Option<Arc<str>>,
     /// Labels a workload must have; none selects all.
@@ -85,9 +85,9 @@ pub struct Origin<'a> {
     pub name: &'a str,
     /// Namespace; `None` where only the text says it.
     pub namespace: Option<&'a str>,
-    /// Kind; `None` where only the text says it. With it `apiVersion` and `kind` may be missing, as in the items of the
+    /// PolicyKind; `None` where only the text says it. With it `apiVersion` and `kind` may be missing, as in the items of the
     /// API server's lists.
-    pub kind: Option<Kind>,
+    pub kind: Option<PolicyKind>,
 }
 
 impl PolicyObject {
@@ -111,8 +111,8 @@ impl PolicyObject {
         let labels = namespace.as_ref().and_then(|_| labels_of(text)).unwrap_or_default();
         let kind = origin.kind.or_else(|| part_of(text, |document| supported(&member(document, "kind")?)));
         Self(Arc::new(match (namespace, kind) {
-            (Some(namespace), Some(Kind::PeerAuthentication)) => {
-                Kinds::PeerAuthentication(PeerAuthentication::strict(&namespace, labels))
+            (Some(namespace), Some(PolicyKind::PeerAuthentication)) => {
+                ParsedPolicy::PeerAuthentication(PeerAuthentication::strict(&namespace, labels))
             }
             (namespace, _) => {
                 let why = mistakes.list.first().map(Mistake::text).unwrap_or_default();
@@ -120,7 +120,7 @@ impl PolicyObject {
                     Some(namespace) => format!("{namespace}/{}", origin.name),
                     None => origin.name.to_owned(),
                 };
-                Kinds::Authorization(Authorizing {
+                ParsedPolicy::Authorization(ScopedAuthorization {
                     namespace: namespace.map(Arc::from),
                     labels,
                     attachment: Attachment::Workloads,
@@ -145,16 +145,16 @@ pub(super) fn parse(text: &str, file: &Path, root_namespace: &str) -> Result<Pol
     })
 }
 
-/// Kinds of `security.istio.io` that are kept.
+/// ParsedPolicy of `security.istio.io` that are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kind {
+pub enum PolicyKind {
     /// What a workload takes in clear.
     PeerAuthentication,
     /// Who may talk to a workload.
     AuthorizationPolicy,
 }
 
-impl Kind {
+impl PolicyKind {
     /// All of them.
     pub const ALL: [Self; 2] = [Self::PeerAuthentication, Self::AuthorizationPolicy];
 
@@ -168,17 +168,21 @@ impl Kind {
     }
 }
 
-/// Lines of the objects seen so far, by kind, namespace and name.
-type Lines<'a> = HashMap<(Kind, &'a str, &'a str), usize>;
+/// ObjectLines of the objects seen so far, by kind, namespace and name.
+type ObjectLines<'a> = HashMap<(PolicyKind, &'a str, &'a str), usize>;
 
 /// What an object says about itself.
-pub(super) struct Header<'a> {
+pub(super) struct ObjectMeta<'a> {
     pub(super) namespace: &'a str,
     pub(super) name: &'a str,
     pub(super) dry_run: bool,
 }
 
-fn object<'a>(document: &Value<'a>, expected: Option<Kind>, lines: &mut Lines<'a>) -> Option<PolicyObject> {
+fn object<'a>(
+    document: &Value<'a>,
+    expected: Option<PolicyKind>,
+    lines: &mut ObjectLines<'a>,
+) -> Option<PolicyObject> {
     // The kind goes first: the fields of another kind would only be a list of unknown ones.
     let written = match document.peek("kind").filter(|kind| !kind.is_null()) {
         Some(kind) => Some(is_expected(supported(&kind)?, expected, &kind)?),
@@ -199,7 +203,7 @@ fn object<'a>(document: &Value<'a>, expected: Option<Kind>, lines: &mut Lines<'a
 }
 
 /// `apiVersion`, and that `kind` is there.
-fn version(fields: &mut Fields<'_>, expected: Option<Kind>) -> Option<()> {
+fn version(fields: &mut Fields<'_>, expected: Option<PolicyKind>) -> Option<()> {
     let (version, kind) = (fields.optional("apiVersion"), fields.optional("kind"));
     if expected.is_none() {
         version.is_none().then(|| fields.required("apiVersion", "security.istio.io/v1"));
@@ -210,32 +214,32 @@ fn version(fields: &mut Fields<'_>, expected: Option<Kind>) -> Option<()> {
 
 /// What the `spec` of a kind says.
 enum Spec {
-    Modes(peer_authentication::Read),
-    Authorizing(authorization::parse::Read),
+    Modes(peer_authentication::PeerAuthenticationSpec),
+    Authorization(authorization::parse::AuthorizationSpec),
 }
 
 impl Spec {
     fn read(
-        kind: Kind,
-        header: Option<&Header<'_>>,
+        kind: PolicyKind,
+        header: Option<&ObjectMeta<'_>>,
         spec: Option<&Value<'_>>,
         labels: Option<&BTreeMap<String, String>>,
     ) -> Option<Self> {
         // Without a header it is read all the same, for its mistakes.
-        let unnamed = Header { namespace: "", name: "", dry_run: false };
+        let unnamed = ObjectMeta { namespace: "", name: "", dry_run: false };
         Some(match kind {
-            Kind::PeerAuthentication => Self::Modes(peer_authentication::spec(spec, labels)?),
-            Kind::AuthorizationPolicy => {
-                Self::Authorizing(authorization::parse::spec(header.unwrap_or(&unnamed), spec)?)
+            PolicyKind::PeerAuthentication => Self::Modes(peer_authentication::spec(spec, labels)?),
+            PolicyKind::AuthorizationPolicy => {
+                Self::Authorization(authorization::parse::spec(header.unwrap_or(&unnamed), spec)?)
             }
         })
     }
 
-    fn of(self, header: &Header<'_>, labels: BTreeMap<String, String>) -> Kinds {
+    fn of(self, header: &ObjectMeta<'_>, labels: BTreeMap<String, String>) -> ParsedPolicy {
         let namespace = header.namespace.into();
         match self {
-            Self::Modes(peer_authentication::Read { mode, ports }) => {
-                Kinds::PeerAuthentication(PeerAuthentication {
+            Self::Modes(peer_authentication::PeerAuthenticationSpec { mode, ports }) => {
+                ParsedPolicy::PeerAuthentication(PeerAuthentication {
                     namespace,
                     labels,
                     mode,
@@ -243,16 +247,22 @@ impl Spec {
                     unreadable: false,
                 })
             }
-            Self::Authorizing(authorization::parse::Read { policy, attachment, notes }) => {
+            Self::Authorization(authorization::parse::AuthorizationSpec { policy, attachment, notes }) => {
                 let (namespace, policy) = (Some(namespace), Arc::new(policy));
-                Kinds::Authorization(Authorizing { namespace, labels, attachment, policy, notes })
+                ParsedPolicy::Authorization(ScopedAuthorization {
+                    namespace,
+                    labels,
+                    attachment,
+                    policy,
+                    notes,
+                })
             }
         }
     }
 }
 
 /// The kind that is written, when it is the one that the source knows.
-fn is_expected(written: Kind, expected: Option<Kind>, value: &Value<'_>) -> Option<Kind> {
+fn is_expected(written: PolicyKind, expected: Option<PolicyKind>, value: &Value<'_>) -> Option<PolicyKind> {
     if let Some(expected) = expected.filter(|expected| *expected != written) {
         value.refuse(format_args!("is not the kind of this object: write {}", expected.name()));
         return None;
@@ -260,10 +270,10 @@ fn is_expected(written: Kind, expected: Option<Kind>, value: &Value<'_>) -> Opti
     Some(written)
 }
 
-fn supported(kind: &Value<'_>) -> Option<Kind> {
+fn supported(kind: &Value<'_>) -> Option<PolicyKind> {
     match kind.text()? {
-        "PeerAuthentication" => return Some(Kind::PeerAuthentication),
-        "AuthorizationPolicy" => return Some(Kind::AuthorizationPolicy),
+        "PeerAuthentication" => return Some(PolicyKind::PeerAuthentication),
+        "AuthorizationPolicy" => return Some(PolicyKind::AuthorizationPolicy),
         "RequestAuthentication" => kind.refuse(
             "RequestAuthentication is not supported, it needs HTTP: remove it, since skipping it would let through what it denies",
         ),
@@ -275,14 +285,14 @@ fn supported(kind: &Value<'_>) -> Option<Kind> {
     None
 }
 
-fn header<'a>(metadata: &Value<'a>) -> Option<Header<'a>> {
+fn header<'a>(metadata: &Value<'a>) -> Option<ObjectMeta<'a>> {
     let mut fields = metadata.fields(&METADATA_FIELDS)?;
     let name = fields.required("name", "the policy's name").and_then(|value| value.name());
     let namespace =
         fields.required("namespace", "the namespace it holds in; the root namespace for the whole mesh");
     let namespace = namespace.and_then(|value| value.name());
     let dry_run = dry_run(&mut fields);
-    Some(Header { namespace: namespace?, name: name?, dry_run: dry_run? })
+    Some(ObjectMeta { namespace: namespace?, name: name?, dry_run: dry_run? })
 }
 
 fn dry_run(fields: &mut Fields<'_>) -> Option<bool> {
@@ -297,8 +307,8 @@ fn dry_run(fields: &mut Fields<'_>) -> Option<bool> {
     })
 }
 
-fn unique<'a>(kind: Kind, header: &Header<'a>, document: &Value<'_>, lines: &mut Lines<'a>) {
-    let Header { namespace, name, .. } = *header;
+fn unique<'a>(kind: PolicyKind, header: &ObjectMeta<'a>, document: &Value<'_>, lines: &mut ObjectLines<'a>) {
+    let ObjectMeta { namespace, name, .. } = *header;
     if let Some(line) = lines.insert((kind, namespace, name), document.line()) {
         let kind = kind.name();
         document.refuse(format_args!("{kind} {namespace}/{name} is already in line {line}: remove one"));

@@ -5,15 +5,15 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use super::{Mode, Setting};
+use super::{Mode, ModeSetting};
 use crate::yaml::{Entry, Fields, Value};
 
 const SPEC_FIELDS: [&str; 3] = ["selector", "mtls", "portLevelMtls"];
-const MODES: [(&str, Setting); 4] = [
-    ("UNSET", Setting::Inherit),
-    ("DISABLE", Setting::Set(Mode::Disable)),
-    ("PERMISSIVE", Setting::Set(Mode::Permissive)),
-    ("STRICT", Setting::Set(Mode::Strict)),
+const MODES: [(&str, ModeSetting); 4] = [
+    ("UNSET", ModeSetting::Inherit),
+    ("DISABLE", ModeSetting::Set(Mode::Disable)),
+    ("PERMISSIVE", ModeSetting::Set(Mode::Permissive)),
+    ("STRICT", ModeSetting::Set(Mode::Strict)),
 ];
 
 /// One PeerAuthentication.
@@ -22,8 +22,8 @@ pub(super) struct PeerAuthentication {
     pub(super) namespace: Arc<str>,
     /// Labels a workload must have; none selects the whole namespace.
     pub(super) labels: BTreeMap<String, String>,
-    pub(super) mode: Setting,
-    pub(super) ports: BTreeMap<u16, Setting>,
+    pub(super) mode: ModeSetting,
+    pub(super) ports: BTreeMap<u16, ModeSetting>,
     /// It could not be read.
     pub(super) unreadable: bool,
 }
@@ -31,41 +31,44 @@ pub(super) struct PeerAuthentication {
 impl PeerAuthentication {
     /// What one that cannot be read counts as.
     pub(super) fn strict(namespace: &str, labels: BTreeMap<String, String>) -> Self {
-        let mode = Setting::Set(Mode::Strict);
+        let mode = ModeSetting::Set(Mode::Strict);
         Self { namespace: namespace.into(), labels, mode, ports: BTreeMap::new(), unreadable: true }
     }
 }
 
 /// What its `spec` says about modes.
-pub(super) struct Read {
-    pub(super) mode: Setting,
-    pub(super) ports: BTreeMap<u16, Setting>,
+pub(super) struct PeerAuthenticationSpec {
+    pub(super) mode: ModeSetting,
+    pub(super) ports: BTreeMap<u16, ModeSetting>,
 }
 
 /// Reads `spec`; `labels` are those of its selector, `None` when they are wrong.
-pub(super) fn spec(spec: Option<&Value<'_>>, labels: Option<&BTreeMap<String, String>>) -> Option<Read> {
+pub(super) fn spec(
+    spec: Option<&Value<'_>>,
+    labels: Option<&BTreeMap<String, String>>,
+) -> Option<PeerAuthenticationSpec> {
     let mut fields = match spec {
         Some(value) => Some(value.fields(&SPEC_FIELDS)?),
         None => None,
     };
-    let mode = fields.as_mut().map_or(Some(Setting::Inherit), mode);
+    let mode = fields.as_mut().map_or(Some(ModeSetting::Inherit), mode);
     let ports = fields.as_mut().and_then(|fields| fields.optional("portLevelMtls"));
     let selects = labels.is_none_or(|labels| !labels.is_empty());
     let ports = ports.map_or(Some(BTreeMap::new()), |value| port_modes(&value, selects));
-    Some(Read { mode: mode?, ports: ports? })
+    Some(PeerAuthenticationSpec { mode: mode?, ports: ports? })
 }
 
 /// `mtls: {mode: <mode>}` of a spec or a port.
-fn mode(fields: &mut Fields<'_>) -> Option<Setting> {
-    fields.optional("mtls").map_or(Some(Setting::Inherit), |value| mtls_mode(&value))
+fn mode(fields: &mut Fields<'_>) -> Option<ModeSetting> {
+    fields.optional("mtls").map_or(Some(ModeSetting::Inherit), |value| mtls_mode(&value))
 }
 
-fn mtls_mode(mtls: &Value<'_>) -> Option<Setting> {
+fn mtls_mode(mtls: &Value<'_>) -> Option<ModeSetting> {
     let mode = mtls.fields(&["mode"])?.optional("mode");
-    mode.map_or(Some(Setting::Inherit), |value| value.choice(&MODES))
+    mode.map_or(Some(ModeSetting::Inherit), |value| value.choice(&MODES))
 }
 
-fn port_modes(value: &Value<'_>, selects: bool) -> Option<BTreeMap<u16, Setting>> {
+fn port_modes(value: &Value<'_>, selects: bool) -> Option<BTreeMap<u16, ModeSetting>> {
     let entries = value.entries()?;
     if entries.is_empty() {
         value.refuse("the mapping is empty: write at least one port, or remove the field");
@@ -77,13 +80,13 @@ fn port_modes(value: &Value<'_>, selects: bool) -> Option<BTreeMap<u16, Setting>
     modes.into_iter().collect()
 }
 
-fn port_mode(Entry { name, value, .. }: Entry<'_>) -> Option<(u16, Setting)> {
+fn port_mode(Entry { name, value, .. }: Entry<'_>) -> Option<(u16, ModeSetting)> {
     // One spelling for each port: `080` next to `80` would be two modes for one port.
     let port = name.parse::<u16>().ok().filter(|port| *port != 0 && port.to_string() == name);
     if port.is_none() {
         value.refuse(format_args!("{name:?} is no port: write a number from 1 to 65535"));
     }
-    let mode = if value.is_null() { Some(Setting::Inherit) } else { mtls_mode(&value) };
+    let mode = if value.is_null() { Some(ModeSetting::Inherit) } else { mtls_mode(&value) };
     Some((port?, mode?))
 }
 

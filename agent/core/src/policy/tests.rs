@@ -165,15 +165,15 @@ fn another_root_namespace_can_be_named() {
 #[test]
 fn plaintext_is_denied_in_strict_and_nothing_else_is() {
     let id = SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/web").expect("valid");
-    let deny = Verdict::Deny(DenyReason::PlaintextInStrict);
+    let deny = Verdict::Deny(PolicyDenial::PlaintextInStrict);
     for (mode, plaintext) in
         [(Mode::Disable, Verdict::Allow), (Mode::Permissive, Verdict::Allow), (Mode::Strict, deny)]
     {
         for (source, expected) in [
-            (Source::Tunnel(&id), Verdict::Allow),
-            (Source::SameNode(&id), Verdict::Allow),
-            (Source::Node, Verdict::Allow),
-            (Source::Plaintext, plaintext.clone()),
+            (FlowSource::Tunnel(&id), Verdict::Allow),
+            (FlowSource::SameNode(&id), Verdict::Allow),
+            (FlowSource::Node, Verdict::Allow),
+            (FlowSource::Plaintext, plaintext.clone()),
         ] {
             let asked = Flow {
                 source,

@@ -13,7 +13,7 @@
 //! Any other frame is a mistake of the peer (or ours) and ends the session. Both ends run the same machine over the frames
 //! they send and those they receive.
 
-use super::frame::Kind;
+use super::frame::FrameType;
 
 /// Who sent a frame: the side that connected or the side that accepted the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,53 +54,53 @@ pub enum FlowState {
         server_ended: bool,
     },
     /// The flow was reset; nothing more may come.
-    Over,
+    Closed,
 }
 
 /// A frame that may not come now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{kind:?} from the {from:?} is not allowed in phase {state:?}")]
-pub struct OutOfTurn {
+pub struct UnexpectedFrame {
     /// Where the conversation stood.
     pub state: FlowState,
     /// Who sent the frame.
     pub from: Role,
     /// Its type.
-    pub kind: Kind,
+    pub kind: FrameType,
 }
 
 impl FlowState {
     /// The state after a frame of `kind` from `from`.
     ///
     /// # Errors
-    /// [`OutOfTurn`] when it may not come now.
+    /// [`UnexpectedFrame`] when it may not come now.
     #[inline]
-    pub fn after(self, from: Role, kind: Kind) -> Result<Self, OutOfTurn> {
+    pub fn after(self, from: Role, kind: FrameType) -> Result<Self, UnexpectedFrame> {
         use Role::{Client, Server};
         Ok(match (self, from, kind) {
-            (Self::Idle, Client, Kind::Open) => Self::Opening { client_ended: false },
-            // Ahead of the answer, as OPEN has said.
-            (Self::Opening { client_ended: false }, Client, Kind::Data) => self,
-            (Self::Opening { client_ended: false }, Client, Kind::Fin) => {
+            (Self::Idle, Client, FrameType::Open) => Self::Opening { client_ended: false },
+            // OptimisticMode of the answer, as OPEN has said.
+            (Self::Opening { client_ended: false }, Client, FrameType::Data) => self,
+            (Self::Opening { client_ended: false }, Client, FrameType::Fin) => {
                 Self::Opening { client_ended: true }
             }
-            (Self::Opening { client_ended }, Server, Kind::Accept) => {
+            (Self::Opening { client_ended }, Server, FrameType::Accept) => {
                 Self::Flow { client_ended, server_ended: false }
             }
-            (Self::Opening { .. }, Server, Kind::Deny) => Self::Idle,
-            (Self::Flow { client_ended: false, .. }, Client, Kind::Data)
-            | (Self::Flow { server_ended: false, .. }, Server, Kind::Data) => self,
-            (Self::Flow { client_ended: false, server_ended }, Client, Kind::Fin) => {
+            (Self::Opening { .. }, Server, FrameType::Deny) => Self::Idle,
+            (Self::Flow { client_ended: false, .. }, Client, FrameType::Data)
+            | (Self::Flow { server_ended: false, .. }, Server, FrameType::Data) => self,
+            (Self::Flow { client_ended: false, server_ended }, Client, FrameType::Fin) => {
                 Self::Flow { client_ended: true, server_ended }
             }
-            (Self::Flow { client_ended, server_ended: false }, Server, Kind::Fin) => {
+            (Self::Flow { client_ended, server_ended: false }, Server, FrameType::Fin) => {
                 Self::Flow { client_ended, server_ended: true }
             }
             // In `Idle` it crossed the server's DONE: the source reset a flow that had just ended.
-            (Self::Flow { .. }, _, Kind::Reset)
-            | (Self::Idle | Self::Opening { .. }, Client, Kind::Reset) => Self::Over,
-            (Self::Flow { client_ended: true, server_ended: true }, Server, Kind::Done) => Self::Idle,
-            (state, from, kind) => return Err(OutOfTurn { state, from, kind }),
+            (Self::Flow { .. }, _, FrameType::Reset)
+            | (Self::Idle | Self::Opening { .. }, Client, FrameType::Reset) => Self::Closed,
+            (Self::Flow { client_ended: true, server_ended: true }, Server, FrameType::Done) => Self::Idle,
+            (state, from, kind) => return Err(UnexpectedFrame { state, from, kind }),
         })
     }
 }
@@ -119,35 +119,35 @@ mod tests {
 
     #[test]
     fn all_pairs_of_phase_and_frame() {
-        use Kind::*;
+        use FrameType::*;
         use Role::*;
         let allowed = [
             (FlowState::Idle, Client, Open, opening(false)),
-            (FlowState::Idle, Client, Reset, FlowState::Over),
+            (FlowState::Idle, Client, Reset, FlowState::Closed),
             (opening(false), Client, Data, opening(false)),
             (opening(false), Client, Fin, opening(true)),
-            (opening(false), Client, Reset, FlowState::Over),
+            (opening(false), Client, Reset, FlowState::Closed),
             (opening(false), Server, Accept, flow(false, false)),
             (opening(false), Server, Deny, FlowState::Idle),
-            (opening(true), Client, Reset, FlowState::Over),
+            (opening(true), Client, Reset, FlowState::Closed),
             (opening(true), Server, Accept, flow(true, false)),
             (opening(true), Server, Deny, FlowState::Idle),
             (flow(false, false), Client, Data, flow(false, false)),
             (flow(false, false), Server, Data, flow(false, false)),
             (flow(false, false), Client, Fin, flow(true, false)),
             (flow(false, false), Server, Fin, flow(false, true)),
-            (flow(false, false), Client, Reset, FlowState::Over),
-            (flow(false, false), Server, Reset, FlowState::Over),
+            (flow(false, false), Client, Reset, FlowState::Closed),
+            (flow(false, false), Server, Reset, FlowState::Closed),
             (flow(true, false), Server, Data, flow(true, false)),
             (flow(true, false), Server, Fin, flow(true, true)),
-            (flow(true, false), Client, Reset, FlowState::Over),
-            (flow(true, false), Server, Reset, FlowState::Over),
+            (flow(true, false), Client, Reset, FlowState::Closed),
+            (flow(true, false), Server, Reset, FlowState::Closed),
             (flow(false, true), Client, Data, flow(false, true)),
             (flow(false, true), Client, Fin, flow(true, true)),
-            (flow(false, true), Client, Reset, FlowState::Over),
-            (flow(false, true), Server, Reset, FlowState::Over),
-            (flow(true, true), Client, Reset, FlowState::Over),
-            (flow(true, true), Server, Reset, FlowState::Over),
+            (flow(false, true), Client, Reset, FlowState::Closed),
+            (flow(false, true), Server, Reset, FlowState::Closed),
+            (flow(true, true), Client, Reset, FlowState::Closed),
+            (flow(true, true), Server, Reset, FlowState::Closed),
             (flow(true, true), Server, Done, FlowState::Idle),
         ];
         let phases = [
@@ -158,13 +158,13 @@ mod tests {
             flow(true, false),
             flow(false, true),
             flow(true, true),
-            FlowState::Over,
+            FlowState::Closed,
         ];
         for state in phases {
             for from in [Client, Server] {
                 for kind in [Open, Accept, Deny, Data, Fin, Reset, Done] {
                     let next = allowed.iter().find(|row| (row.0, row.1, row.2) == (state, from, kind));
-                    let expected = next.map(|row| row.3).ok_or(OutOfTurn { state, from, kind });
+                    let expected = next.map(|row| row.3).ok_or(UnexpectedFrame { state, from, kind });
                     assert_eq!(state.after(from, kind), expected);
                 }
             }

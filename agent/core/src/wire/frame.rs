@@ -30,7 +30,7 @@ pub const RECORD_BYTES: usize = 1 << 14;
 /// The type of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the table at the top of the file says what each is")]
-pub enum Kind {
+pub enum FrameType {
     Open = 1,
     Accept = 2,
     Deny = 3,
@@ -40,7 +40,7 @@ pub enum Kind {
     Done = 7,
 }
 
-impl Kind {
+impl FrameType {
     fn of(code: u8) -> Option<Self> {
         [Self::Open, Self::Accept, Self::Deny, Self::Data, Self::Fin, Self::Reset, Self::Done]
             .into_iter()
@@ -80,7 +80,7 @@ pub enum FrameError {
     #[error("a frame of type {kind:?} cannot have {payload_bytes} bytes")]
     Length {
         /// Its type.
-        kind: Kind,
+        kind: FrameType,
         /// The length it claims.
         payload_bytes: usize,
     },
@@ -95,7 +95,7 @@ pub enum FrameError {
     Version(u8),
     /// OPEN with something else than 0 or 1 where it says whether DATA comes ahead of the answer.
     #[error("OPEN says {0} where 0 or 1 tells whether DATA comes ahead")]
-    Ahead(u8),
+    OptimisticData(u8),
     /// OPEN to no address or no port.
     #[error("OPEN names {0}, which is no destination")]
     Destination(SocketAddr),
@@ -103,9 +103,9 @@ pub enum FrameError {
 
 /// Type and length of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Header {
+pub struct FrameHeader {
     /// Its type.
-    pub kind: Kind,
+    pub kind: FrameType,
     /// How many bytes follow the header.
     pub payload_bytes: usize,
 }
@@ -115,17 +115,17 @@ pub struct Header {
 /// # Errors
 /// [`FrameError`] as soon as the bytes that are there are wrong.
 #[inline]
-pub fn header(input: &[u8]) -> Result<Option<Header>, FrameError> {
+pub fn header(input: &[u8]) -> Result<Option<FrameHeader>, FrameError> {
     let Some(first) = input.first() else {
         return Ok(None);
     };
-    let kind = Kind::of(*first).ok_or(FrameError::Type(*first))?;
+    let kind = FrameType::of(*first).ok_or(FrameError::Type(*first))?;
     let Some(&[_, high, middle, low]) = input.first_chunk::<HEADER_BYTES>() else {
         return Ok(None);
     };
     let payload_bytes = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
     if kind.allows(payload_bytes) {
-        Ok(Some(Header { kind, payload_bytes }))
+        Ok(Some(FrameHeader { kind, payload_bytes }))
     } else {
         Err(FrameError::Length { kind, payload_bytes })
     }
@@ -135,7 +135,7 @@ pub fn header(input: &[u8]) -> Result<Option<Header>, FrameError> {
 ///
 /// # Errors
 /// [`FrameError`].
-pub fn only(content: &[u8]) -> Result<Header, FrameError> {
+pub fn only(content: &[u8]) -> Result<FrameHeader, FrameError> {
     match header(content)? {
         Some(head) if content.len() == HEADER_BYTES + head.payload_bytes => Ok(head),
         _ => Err(FrameError::NotOne { record_bytes: content.len() }),
@@ -145,14 +145,14 @@ pub fn only(content: &[u8]) -> Result<Header, FrameError> {
 impl Control {
     /// Its type.
     #[must_use]
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> FrameType {
         match self {
-            Self::Open(_) => Kind::Open,
-            Self::Accept => Kind::Accept,
-            Self::Deny(_) => Kind::Deny,
-            Self::Fin => Kind::Fin,
-            Self::Reset => Kind::Reset,
-            Self::Done => Kind::Done,
+            Self::Open(_) => FrameType::Open,
+            Self::Accept => FrameType::Accept,
+            Self::Deny(_) => FrameType::Deny,
+            Self::Fin => FrameType::Fin,
+            Self::Reset => FrameType::Reset,
+            Self::Done => FrameType::Done,
         }
     }
 
@@ -160,15 +160,15 @@ impl Control {
     ///
     /// # Errors
     /// [`FrameError`] when the payload says nothing of the kind.
-    pub fn decode(kind: Kind, payload: &[u8]) -> Result<Option<Self>, FrameError> {
+    pub fn decode(kind: FrameType, payload: &[u8]) -> Result<Option<Self>, FrameError> {
         Ok(match kind {
-            Kind::Data => None,
-            Kind::Open => payload.first_chunk().map(Open::decode).transpose()?.map(Self::Open),
-            Kind::Deny => payload.first().map(|code| Self::Deny(DenyReason::of(*code))),
-            Kind::Accept => Some(Self::Accept),
-            Kind::Fin => Some(Self::Fin),
-            Kind::Reset => Some(Self::Reset),
-            Kind::Done => Some(Self::Done),
+            FrameType::Data => None,
+            FrameType::Open => payload.first_chunk().map(Open::decode).transpose()?.map(Self::Open),
+            FrameType::Deny => payload.first().map(|code| Self::Deny(DenyReason::of(*code))),
+            FrameType::Accept => Some(Self::Accept),
+            FrameType::Fin => Some(Self::Fin),
+            FrameType::Reset => Some(Self::Reset),
+            FrameType::Done => Some(Self::Done),
         })
     }
 
@@ -176,11 +176,11 @@ impl Control {
     pub fn encode(&self, out: &mut Vec<u8>) {
         match self {
             Self::Open(open) => {
-                out.extend(encode_header(Kind::Open, OPEN_BYTES));
+                out.extend(encode_header(FrameType::Open, OPEN_BYTES));
                 open.encode(out);
             }
             Self::Deny(reason) => {
-                out.extend(encode_header(Kind::Deny, 1));
+                out.extend(encode_header(FrameType::Deny, 1));
                 out.push(reason.code());
             }
             Self::Accept | Self::Fin | Self::Reset | Self::Done => out.extend(encode_header(self.kind(), 0)),
@@ -191,7 +191,7 @@ impl Control {
 /// The header of a frame of `kind` with this many bytes of payload.
 #[must_use]
 #[inline]
-pub fn encode_header(kind: Kind, payload_bytes: usize) -> [u8; HEADER_BYTES] {
+pub fn encode_header(kind: FrameType, payload_bytes: usize) -> [u8; HEADER_BYTES] {
     let [.., high, middle, low] = payload_bytes.to_be_bytes();
     [kind as u8, high, middle, low]
 }
@@ -199,14 +199,14 @@ pub fn encode_header(kind: Kind, payload_bytes: usize) -> [u8; HEADER_BYTES] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::open::{Ahead, TraceId};
+    use crate::wire::open::{OptimisticMode, TraceId};
 
     fn open() -> Open {
         Open {
             destination: "10.77.2.3:80".parse().expect("an address"),
             client: "[fd77:1::2]:40000".parse().expect("an address"),
             trace: TraceId([0xab; 16]),
-            ahead: Ahead::Data,
+            optimistic_data: OptimisticMode::On,
         }
     }
 
@@ -251,16 +251,16 @@ mod tests {
             (vec![0], Err(FrameError::Type(0))),
             (vec![8, 0], Err(FrameError::Type(8))),
             (vec![255, 0, 0, 0], Err(FrameError::Type(255))),
-            (vec![1, 0, 0, 53], length(Kind::Open, 53)),
-            (vec![1, 0, 0, 55], length(Kind::Open, 55)),
-            (vec![2, 0, 0, 1], length(Kind::Accept, 1)),
-            (vec![3, 0, 0, 0], length(Kind::Deny, 0)),
-            (vec![4, 0, 0, 0], length(Kind::Data, 0)),
-            (vec![4, 0, 0x3f, 0xfd], length(Kind::Data, 16381)),
-            (vec![4, 0xff, 0xff, 0xff], length(Kind::Data, 0xff_ffff)),
-            (vec![5, 0, 1, 0], length(Kind::Fin, 256)),
-            (vec![6, 1, 0, 0], length(Kind::Reset, 65536)),
-            (vec![7, 0, 0, 2], length(Kind::Done, 2)),
+            (vec![1, 0, 0, 53], length(FrameType::Open, 53)),
+            (vec![1, 0, 0, 55], length(FrameType::Open, 55)),
+            (vec![2, 0, 0, 1], length(FrameType::Accept, 1)),
+            (vec![3, 0, 0, 0], length(FrameType::Deny, 0)),
+            (vec![4, 0, 0, 0], length(FrameType::Data, 0)),
+            (vec![4, 0, 0x3f, 0xfd], length(FrameType::Data, 16381)),
+            (vec![4, 0xff, 0xff, 0xff], length(FrameType::Data, 0xff_ffff)),
+            (vec![5, 0, 1, 0], length(FrameType::Fin, 256)),
+            (vec![6, 1, 0, 0], length(FrameType::Reset, 65536)),
+            (vec![7, 0, 0, 2], length(FrameType::Done, 2)),
         ] {
             assert_eq!(read_back(&bytes), expected, "{bytes:?}");
         }
@@ -271,7 +271,7 @@ mod tests {
         assert_eq!(read_back(&newer), Err(FrameError::Version(2)));
         let mut odd = bytes.clone();
         odd[57] = 2;
-        assert_eq!(read_back(&odd), Err(FrameError::Ahead(2)));
+        assert_eq!(read_back(&odd), Err(FrameError::OptimisticData(2)));
         bytes[21..23].fill(0);
         assert!(matches!(read_back(&bytes), Err(FrameError::Destination(_))));
     }

@@ -32,19 +32,19 @@ pub struct Open {
     /// Ties the logs of both nodes together.
     pub trace: TraceId,
     /// What the client sends without waiting for the answer.
-    pub ahead: Ahead,
+    pub optimistic_data: OptimisticMode,
 }
 
 /// What follows OPEN at once. A destination that answers a request is reached a round trip earlier with it, and ACCEPT may
 /// wait for the first bytes of that answer; after a DENY the session ends, since nobody can tell where the data of a denied
 /// flow does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Ahead {
+pub enum OptimisticMode {
     /// Nothing: the client waits.
     #[default]
-    Nothing,
+    Off,
     /// All that the application says, as it says it: DATA, and FIN or RESET behind.
-    Data,
+    On,
 }
 
 /// Why a server refused a flow.
@@ -137,7 +137,7 @@ impl Open {
             out.extend(address.port().to_be_bytes());
         }
         out.extend(self.trace.0);
-        out.push(self.ahead as u8);
+        out.push(self.optimistic_data as u8);
     }
 
     pub(super) fn decode(payload: &[u8; OPEN_BYTES]) -> Result<Self, FrameError> {
@@ -150,12 +150,17 @@ impl Open {
         if destination.port() == 0 || destination.ip().is_unspecified() {
             return Err(FrameError::Destination(destination));
         }
-        let ahead = match payload[53] {
-            0 => Ahead::Nothing,
-            1 => Ahead::Data,
-            other => return Err(FrameError::Ahead(other)),
+        let optimistic_data = match payload[53] {
+            0 => OptimisticMode::Off,
+            1 => OptimisticMode::On,
+            other => return Err(FrameError::OptimisticData(other)),
         };
-        Ok(Self { destination, client: decode_address(&payload[19..37]), trace: TraceId(trace), ahead })
+        Ok(Self {
+            destination,
+            client: decode_address(&payload[19..37]),
+            trace: TraceId(trace),
+            optimistic_data,
+        })
     }
 }
 

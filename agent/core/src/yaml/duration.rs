@@ -14,7 +14,7 @@ pub(super) enum DurationError {
     )]
     Form,
     /// A duration outside the range of the field.
-    #[error("outside the range: write a duration from {} to {}", Written(*.0.start()), Written(*.0.end()))]
+    #[error("outside the range: write a duration from {} to {}", DisplayDuration(*.0.start()), DisplayDuration(*.0.end()))]
     Range(RangeInclusive<Duration>),
 }
 
@@ -49,9 +49,9 @@ fn total_ms(text: &str) -> Option<u64> {
 }
 
 /// Displays a duration in the form that is parsed.
-struct Written(Duration);
+struct DisplayDuration(Duration);
 
-impl fmt::Display for Written {
+impl fmt::Display for DisplayDuration {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut rest = self.0.as_millis();
         if rest == 0 {
@@ -117,7 +117,7 @@ mod tests {
     fn what_is_written_is_parsed_to_the_same() {
         for ms in [0, 1, 999, 1_000, 61_001, 93_784_005] {
             let expected = Duration::from_millis(ms);
-            assert_eq!(duration(&Written(expected).to_string(), ALL), Ok(expected));
+            assert_eq!(duration(&DisplayDuration(expected).to_string(), ALL), Ok(expected));
         }
     }
 }

@@ -9,14 +9,14 @@ const NAME_MAX_BYTES: usize = 253;
 
 /// What the YAML 1.2 core schema takes a plain (unquoted) scalar for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum ScalarType {
     Null,
     Boolean,
     Number,
     Text,
 }
 
-impl Kind {
+impl ScalarType {
     /// The kind of an unquoted scalar (YAML 1.2.2 section 10.3.2).
     pub(super) fn of(text: &str) -> Self {
         match text {
@@ -28,7 +28,7 @@ impl Kind {
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for ScalarType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Null => "nothing",
@@ -58,7 +58,7 @@ fn is_number(text: &str) -> bool {
 }
 
 /// A value as messages show it: quoted, control characters escaped, shortened.
-pub(super) fn seen(text: &str) -> impl fmt::Display {
+pub(super) fn quoted(text: &str) -> impl fmt::Display {
     match text.char_indices().nth(SEEN_MAX_CHARS) {
         Some((end, _)) => format!("{:?}…", &text[..end]),
         None => format!("{text:?}"),
@@ -111,28 +111,28 @@ mod tests {
     #[test]
     fn plain_scalars_have_the_kinds_of_the_core_schema() {
         for (text, kind) in [
-            ("", Kind::Null),
-            ("~", Kind::Null),
-            ("null", Kind::Null),
-            ("true", Kind::Boolean),
-            ("False", Kind::Boolean),
-            ("1", Kind::Number),
-            ("-1.5e3", Kind::Number),
-            ("1.0", Kind::Number),
-            ("0x1f", Kind::Number),
-            ("0o17", Kind::Number),
-            ("-.inf", Kind::Number),
-            (".nan", Kind::Number),
-            ("yes", Kind::Text),
-            ("inf", Kind::Text),
-            ("nan", Kind::Text),
-            ("e", Kind::Text),
-            ("1.2.3", Kind::Text),
-            ("10s", Kind::Text),
-            ("0x", Kind::Text),
-            ("10.77.0.0/16", Kind::Text),
+            ("", ScalarType::Null),
+            ("~", ScalarType::Null),
+            ("null", ScalarType::Null),
+            ("true", ScalarType::Boolean),
+            ("False", ScalarType::Boolean),
+            ("1", ScalarType::Number),
+            ("-1.5e3", ScalarType::Number),
+            ("1.0", ScalarType::Number),
+            ("0x1f", ScalarType::Number),
+            ("0o17", ScalarType::Number),
+            ("-.inf", ScalarType::Number),
+            (".nan", ScalarType::Number),
+            ("yes", ScalarType::Text),
+            ("inf", ScalarType::Text),
+            ("nan", ScalarType::Text),
+            ("e", ScalarType::Text),
+            ("1.2.3", ScalarType::Text),
+            ("10s", ScalarType::Text),
+            ("0x", ScalarType::Text),
+            ("10.77.0.0/16", ScalarType::Text),
         ] {
-            assert_eq!(Kind::of(text), kind, "{text:?}");
+            assert_eq!(ScalarType::of(text), kind, "{text:?}");
         }
     }
 
@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_long_value_is_shortened_at_a_character() {
-        assert_eq!(seen(&"ü".repeat(81)).to_string(), format!("\"{}\"…", "ü".repeat(80)));
-        assert_eq!(seen("a\u{1b}[31m").to_string(), "\"a\\u{1b}[31m\"");
+        assert_eq!(quoted(&"ü".repeat(81)).to_string(), format!("\"{}\"…", "ü".repeat(80)));
+        assert_eq!(quoted("a\u{1b}[31m").to_string(), "\"a\\u{1b}[31m\"");
     }
 }

@@ -18,22 +18,22 @@ const NODES_MAX: usize = 1_000_000;
 pub(super) struct Node<'t> {
     /// Counted from 1.
     pub(super) line: usize,
-    pub(super) content: Content<'t>,
+    pub(super) content: NodeContent<'t>,
 }
 
-pub(super) enum Content<'t> {
+pub(super) enum NodeContent<'t> {
     Scalar {
         text: Cow<'t, str>,
         quoted: bool,
     },
     List(Vec<Node<'t>>),
-    Map(Vec<Pair<'t>>),
+    Map(Vec<MapEntry<'t>>),
     /// A mistake was recorded for it; decoding says nothing more about it.
     Refused,
 }
 
 /// One `key: value` of a mapping.
-pub(super) struct Pair<'t> {
+pub(super) struct MapEntry<'t> {
     pub(super) key: Cow<'t, str>,
     pub(super) line: usize,
     pub(super) value: Node<'t>,
@@ -74,18 +74,18 @@ pub(super) fn parse<'t>(text: &'t str, mistakes: &Collector) -> Option<Vec<Node<
 }
 
 fn empty<'t>(line: usize) -> Node<'t> {
-    Node { line, content: Content::Scalar { text: Cow::Borrowed(""), quoted: false } }
+    Node { line, content: NodeContent::Scalar { text: Cow::Borrowed(""), quoted: false } }
 }
 
 struct Builder<'t, 'm> {
     documents: Vec<Node<'t>>,
-    open: Vec<Open<'t>>,
+    open: Vec<OpenCollection<'t>>,
     nodes: usize,
     mistakes: &'m Collector,
 }
 
 /// A collection whose end has not been seen.
-struct Open<'t> {
+struct OpenCollection<'t> {
     line: usize,
     tagged: bool,
     items: Items<'t>,
@@ -93,11 +93,11 @@ struct Open<'t> {
 
 enum Items<'t> {
     List(Vec<Node<'t>>),
-    Map(Vec<Pair<'t>>, Next<'t>),
+    Map(Vec<MapEntry<'t>>, NextNode<'t>),
 }
 
 /// What the next node of a mapping is.
-enum Next<'t> {
+enum NextNode<'t> {
     Key,
     Value {
         key: Cow<'t, str>,
@@ -113,16 +113,16 @@ impl<'t> Builder<'t, '_> {
             Event::Scalar(text, style, _, tag) => {
                 let quoted = style != ScalarStyle::Plain;
                 let tagged = self.tagged(tag.as_deref(), line);
-                self.place(line, tagged, Content::Scalar { text, quoted });
+                self.place(line, tagged, NodeContent::Scalar { text, quoted });
             }
             Event::SequenceStart(_, tag) => self.begin(line, tag.as_deref(), Items::List(Vec::new())),
             Event::MappingStart(_, tag) => {
-                self.begin(line, tag.as_deref(), Items::Map(Vec::new(), Next::Key))
+                self.begin(line, tag.as_deref(), Items::Map(Vec::new(), NextNode::Key))
             }
             Event::SequenceEnd | Event::MappingEnd => self.end(),
             Event::Alias(_) => {
                 self.mistakes.add(line, "", "aliases (`*name`) are not supported: write the value out");
-                self.place(line, true, Content::Refused);
+                self.place(line, true, NodeContent::Refused);
             }
             Event::DocumentStart(_)
             | Event::DocumentEnd
@@ -134,46 +134,46 @@ impl<'t> Builder<'t, '_> {
 
     fn begin(&mut self, line: usize, tag: Option<&Tag>, items: Items<'t>) {
         let tagged = self.tagged(tag, line);
-        self.open.push(Open { line, tagged, items });
+        self.open.push(OpenCollection { line, tagged, items });
     }
 
     fn end(&mut self) {
         // The parser pairs starts and ends; an end without a start would have been its error.
-        let Some(Open { line, tagged, items }) = self.open.pop() else {
+        let Some(OpenCollection { line, tagged, items }) = self.open.pop() else {
             return;
         };
         let content = match items {
-            Items::List(nodes) => Content::List(nodes),
-            Items::Map(pairs, _) => Content::Map(pairs),
+            Items::List(nodes) => NodeContent::List(nodes),
+            Items::Map(pairs, _) => NodeContent::Map(pairs),
         };
         self.place(line, tagged, content);
     }
 
     /// Puts a finished node where it belongs.
-    fn place(&mut self, line: usize, refused: bool, content: Content<'t>) {
+    fn place(&mut self, line: usize, refused: bool, content: NodeContent<'t>) {
         self.nodes += 1;
-        let node = Node { line, content: if refused { Content::Refused } else { content } };
+        let node = Node { line, content: if refused { NodeContent::Refused } else { content } };
         match self.open.last_mut().map(|open| &mut open.items) {
             None => self.documents.push(node),
             Some(Items::List(nodes)) => nodes.push(node),
             Some(Items::Map(pairs, next)) => {
-                *next = match (std::mem::replace(next, Next::Key), node.content) {
-                    (Next::Key, Content::Scalar { text: key, .. }) => Next::Value { key, line },
-                    (Next::Key, content) => {
-                        if !matches!(content, Content::Refused) {
+                *next = match (std::mem::replace(next, NextNode::Key), node.content) {
+                    (NextNode::Key, NodeContent::Scalar { text: key, .. }) => NextNode::Value { key, line },
+                    (NextNode::Key, content) => {
+                        if !matches!(content, NodeContent::Refused) {
                             self.mistakes.add(
                                 line,
                                 "",
                                 "the name of a field is a list or mapping: write plain text",
                             );
                         }
-                        Next::Dropped
+                        NextNode::Dropped
                     }
-                    (Next::Value { key, line: key_line }, content) => {
-                        pairs.push(Pair { key, line: key_line, value: Node { line, content } });
-                        Next::Key
+                    (NextNode::Value { key, line: key_line }, content) => {
+                        pairs.push(MapEntry { key, line: key_line, value: Node { line, content } });
+                        NextNode::Key
                     }
-                    (Next::Dropped, _) => Next::Key,
+                    (NextNode::Dropped, _) => NextNode::Key,
                 };
             }
         }

@@ -9,7 +9,7 @@ use std::{
 use proptest::{collection::vec, option, prelude::*, sample::select};
 use serde_json::{Value, json};
 use tacit_core::{
-    directory::{Claim, Directory, Labels, Protocol, Workload},
+    directory::{AddressConflict, Directory, Labels, Protocol, Workload},
     spiffe::{SpiffeId, TrustDomain},
 };
 
@@ -22,7 +22,7 @@ const NAMES: [&str; 4] = ["web", "cart", "db", "batch"];
 /// A change of a source.
 #[derive(Debug, Clone)]
 enum Change {
-    Insert(Box<Workload>, Claim),
+    Insert(Box<Workload>, AddressConflict),
     Remove(&'static str, &'static str),
 }
 
@@ -59,7 +59,7 @@ fn workload() -> impl Strategy<Value = Workload> {
 }
 
 fn change() -> impl Strategy<Value = Change> {
-    let claim = prop_oneof![Just(Claim::Takes), Just(Claim::Yields)];
+    let claim = prop_oneof![Just(AddressConflict::Replace), Just(AddressConflict::Keep)];
     prop_oneof![
         3 => (workload(), claim).prop_map(|(workload, claim)| Change::Insert(Box::new(workload), claim)),
         1 => (select(&NAMESPACES), select(&NAMES)).prop_map(|(namespace, name)| Change::Remove(namespace, name)),
@@ -85,7 +85,7 @@ impl Model {
                 let name = workload.full_name();
                 self.remove(&name);
                 for address in &workload.addresses {
-                    if claim == Claim::Takes {
+                    if claim == AddressConflict::Replace {
                         self.holders.retain(|(held, _)| held != address);
                     }
                     if self.holders.iter().all(|(held, _)| held != address) {

@@ -7,7 +7,7 @@ use proptest::{collection::vec, option, prelude::*, sample::select};
 use serde_json::{Map, Value, json};
 use tacit_core::{
     directory::{Labels, Protocol, Workload},
-    policy::{Flow, Mode, Modes, Origin, Policies, PolicyObject, Source, Verdict, decide},
+    policy::{Flow, FlowSource, Mode, Modes, Origin, Policies, PolicyObject, Verdict, decide},
     spiffe::{SpiffeId, TrustDomain},
 };
 
@@ -219,9 +219,9 @@ proptest! {
         let modes = Modes { default: mode, ports: BTreeMap::new() };
         let client: IpAddr = client.parse().expect("an address");
         let source = match &client_identity {
-            Some(id) => Source::Tunnel(id),
-            None if is_probe => Source::Node,
-            None => Source::Plaintext,
+            Some(id) => FlowSource::Tunnel(id),
+            None if is_probe => FlowSource::Node,
+            None => FlowSource::Plaintext,
         };
         let flow = Flow { source, client, destination: (workload.addresses[0], port).into() };
 
@@ -233,8 +233,8 @@ proptest! {
         let mut allows = selecting.iter().filter(|policy| policy.is_allow).peekable();
         let is_allowed = allows.peek().is_none() || allows.any(|policy| matches(&policy));
         let expected = match source {
-            Source::Node => true,
-            Source::Plaintext if mode == Mode::Strict => false,
+            FlowSource::Node => true,
+            FlowSource::Plaintext if mode == Mode::Strict => false,
             _ => !is_denied && is_allowed,
         };
         prop_assert_eq!(authorization.is_empty(), selecting.is_empty());
@@ -278,7 +278,7 @@ proptest! {
         assert_lines(&text, &mistakes)?;
         let all = Workload { labels: Labels::default(), ..workload };
         let policies = Policies::of(&[object], ROOT);
-        let flow = Flow { source: Source::Plaintext, client: all.addresses[0], destination: (all.addresses[0], 80).into() };
+        let flow = Flow { source: FlowSource::Plaintext, client: all.addresses[0], destination: (all.addresses[0], 80).into() };
         let verdict_is_allow = decide(&policies.modes(&all), &policies.authorization(&all), &flow) == Verdict::Allow;
         prop_assert!(!verdict_is_allow, "{}", text);
     }

@@ -11,7 +11,7 @@ use std::{
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use proptest::{collection::vec, prelude::*};
 use tacit_core::{
-    directory::{Added, Labels, RangeError, Ranges, mesh_range, told_range},
+    directory::{Labels, RangeAddition, RangeError, Ranges, discovered_range, mesh_range},
     spiffe::{SpiffeId, TrustDomain},
     yaml,
 };
@@ -141,7 +141,7 @@ proptest! {
             }
             Err(error) => prop_assert!(false, "{}: {}", net, error),
         }
-        prop_assert_eq!(told_range(&net.to_string()), mesh_range(&net.trunc().to_string()));
+        prop_assert_eq!(discovered_range(&net.to_string()), mesh_range(&net.trunc().to_string()));
     }
 
     #[test]
@@ -159,7 +159,7 @@ proptest! {
             let is_held = |address: IpAddr| held.iter().any(|held| held.contains(&address));
             let is_known = small_addresses().filter(|address| net.contains(address)).all(is_held);
             prop_assert_eq!(ranges.covers(&net), is_known, "{} in {:?}", net, held);
-            prop_assert_eq!(ranges.add(net), if is_known { Added::Known } else { Added::New });
+            prop_assert_eq!(ranges.add(net), if is_known { RangeAddition::Known } else { RangeAddition::New });
             held.push(net);
         }
         for address in small_addresses() {

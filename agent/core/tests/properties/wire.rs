@@ -5,9 +5,10 @@ use std::net::{IpAddr, SocketAddr};
 use proptest::{collection::vec, prelude::*};
 use tacit_core::wire::{
     frame::{
-        Control, FrameError, HEADER_BYTES, Header, Kind, PAYLOAD_MAX_BYTES, encode_header, header, only,
+        Control, FrameError, FrameHeader, FrameType, HEADER_BYTES, PAYLOAD_MAX_BYTES, encode_header, header,
+        only,
     },
-    open::{Ahead, OPEN_BYTES, Open, TraceId},
+    open::{OPEN_BYTES, Open, OptimisticMode, TraceId},
 };
 
 fn address() -> impl Strategy<Value = SocketAddr> {
@@ -16,18 +17,20 @@ fn address() -> impl Strategy<Value = SocketAddr> {
 
 fn open() -> impl Strategy<Value = Open> {
     let destination = address().prop_filter("a destination", |a| a.port() != 0 && !a.ip().is_unspecified());
-    let ahead = prop_oneof![Just(Ahead::Nothing), Just(Ahead::Data)];
-    (destination, address(), any::<[u8; 16]>(), ahead).prop_map(|(destination, client, trace, ahead)| Open {
-        destination,
-        client,
-        trace: TraceId(trace),
-        ahead,
-    })
+    let optimistic_data = prop_oneof![Just(OptimisticMode::Off), Just(OptimisticMode::On)];
+    (destination, address(), any::<[u8; 16]>(), optimistic_data).prop_map(
+        |(destination, client, trace, optimistic_data)| Open {
+            destination,
+            client,
+            trace: TraceId(trace),
+            optimistic_data,
+        },
+    )
 }
 
 fn control() -> impl Strategy<Value = Control> {
     let deny = any::<u8>().prop_map(|code| {
-        let deny = Control::decode(Kind::Deny, &[code]);
+        let deny = Control::decode(FrameType::Deny, &[code]);
         deny.expect("every reason is accepted").expect("the payload is complete")
     });
     prop_oneof![
@@ -91,12 +94,12 @@ proptest! {
 
     #[test]
     fn a_data_frame_has_1_byte_to_the_maximum(payload_bytes in prop_oneof![0..40_000_usize, 0..1_usize << 24]) {
-        let head = Header { kind: Kind::Data, payload_bytes };
-        let read = header(&encode_header(Kind::Data, payload_bytes));
+        let head = FrameHeader { kind: FrameType::Data, payload_bytes };
+        let read = header(&encode_header(FrameType::Data, payload_bytes));
         if (1..=PAYLOAD_MAX_BYTES).contains(&payload_bytes) {
             prop_assert_eq!(read, Ok(Some(head)));
         } else {
-            prop_assert_eq!(read, Err(FrameError::Length { kind: Kind::Data, payload_bytes }));
+            prop_assert_eq!(read, Err(FrameError::Length { kind: FrameType::Data, payload_bytes }));
         }
     }
 
@@ -121,15 +124,15 @@ proptest! {
         addresses in any::<[u8; 32]>(),
         trace in any::<[u8; 16]>(),
         ports in any::<[u8; 4]>(),
-        ahead in 0..4_u8,
+        optimistic in 0..4_u8,
     ) {
         let [a, b, c, d] = ports;
         let (destination, client) = addresses.split_at(16);
         let payload =
-            [&[version], destination, &[a, b], client, &[c, d], trace.as_slice(), &[ahead]].concat();
+            [&[version], destination, &[a, b], client, &[c, d], trace.as_slice(), &[optimistic]].concat();
         prop_assert_eq!(payload.len(), OPEN_BYTES);
-        let is_open = version == 1 && ahead < 2 && [a, b] != [0, 0] && destination != [0; 16];
-        match Control::decode(Kind::Open, &payload) {
+        let is_open = version == 1 && optimistic < 2 && [a, b] != [0, 0] && destination != [0; 16];
+        match Control::decode(FrameType::Open, &payload) {
             Ok(Some(control)) => {
                 prop_assert!(is_open);
                 prop_assert_eq!(&encoded(control)[HEADER_BYTES..], &payload);

@@ -29,7 +29,7 @@ pub struct CertificateRequest {
     pub validity_duration: i64,
     /// Whom it is for.
     #[prost(message, optional, tag = "4")]
-    pub metadata: Option<Metadata>,
+    pub metadata: Option<ProtobufStruct>,
 }
 
 /// `IstioCertificateResponse`.
@@ -42,15 +42,15 @@ pub struct CertificateResponse {
 
 /// `google.protobuf.Struct`.
 #[derive(Clone, PartialEq, Message)]
-pub struct Metadata {
+pub struct ProtobufStruct {
     /// The fields.
     #[prost(btree_map = "string, message", tag = "1")]
-    pub fields: BTreeMap<String, Value>,
+    pub fields: BTreeMap<String, ProtobufValue>,
 }
 
 /// `google.protobuf.Value`, of which only texts are of use here; other kinds are skipped as unknown fields.
 #[derive(Clone, PartialEq, Message)]
-pub struct Value {
+pub struct ProtobufValue {
     /// `string_value`.
     #[prost(string, optional, tag = "3")]
     pub string_value: Option<String>,
@@ -60,8 +60,8 @@ impl CertificateRequest {
     /// A request for a certificate of `identity`, as ztunnel makes it.
     #[must_use]
     pub fn for_identity(identity: &str, csr: String, validity_seconds: i64) -> Self {
-        let value = Value { string_value: Some(identity.to_owned()) };
-        let metadata = Metadata { fields: BTreeMap::from([(IMPERSONATED_IDENTITY.to_owned(), value)]) };
+        let value = ProtobufValue { string_value: Some(identity.to_owned()) };
+        let metadata = ProtobufStruct { fields: BTreeMap::from([(IMPERSONATED_IDENTITY.to_owned(), value)]) };
         Self { csr, validity_duration: validity_seconds, metadata: Some(metadata) }
     }
 

@@ -85,7 +85,7 @@ pub enum CallError {
 }
 
 /// Where to and how.
-pub(super) struct Target<'a> {
+pub(super) struct CallTarget<'a> {
     pub(super) address: &'a str,
     pub(super) server_name: &'a str,
     pub(super) roots: RootCertStore,
@@ -94,7 +94,7 @@ pub(super) struct Target<'a> {
 }
 
 /// What came back.
-pub(super) struct Answer {
+pub(super) struct CallResponse {
     /// The certificate, or why there is none.
     pub(super) outcome: Result<CertificateResponse, CallError>,
     /// The authority's clock, when it says it.
@@ -102,17 +102,20 @@ pub(super) struct Answer {
 }
 
 /// Calls `CreateCertificate` once. Takes as long as the network lets it: the caller sets the deadline.
-pub(super) async fn call(target: Target<'_>, message: &CertificateRequest) -> Result<Answer, CallError> {
+pub(super) async fn call(
+    target: CallTarget<'_>,
+    message: &CertificateRequest,
+) -> Result<CallResponse, CallError> {
     let tls = connect(&target).await?;
     let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(tls)).await?;
     // Ends with this call, whatever becomes of it.
     let _driver = AbortOnDropHandle::new(tokio::spawn(connection));
     let response = sender.send_request(request(target, message)?).await?;
     let date = response.headers().get(DATE).and_then(|date| parse_date(date.to_str().ok()?));
-    Ok(Answer { outcome: outcome(response).await, date })
+    Ok(CallResponse { outcome: outcome(response).await, date })
 }
 
-async fn connect(target: &Target<'_>) -> Result<tokio_rustls::client::TlsStream<TcpStream>, CallError> {
+async fn connect(target: &CallTarget<'_>) -> Result<tokio_rustls::client::TlsStream<TcpStream>, CallError> {
     let address = || target.address.to_owned();
     let name = ServerName::try_from(target.server_name.to_owned())
         .map_err(|source| CallError::Name { name: target.server_name.to_owned(), source })?;
@@ -133,7 +136,7 @@ async fn connect(target: &Target<'_>) -> Result<tokio_rustls::client::TlsStream<
     })
 }
 
-fn request(target: Target<'_>, message: &CertificateRequest) -> Result<Request<Full<Bytes>>, CallError> {
+fn request(target: CallTarget<'_>, message: &CertificateRequest) -> Result<Request<Full<Bytes>>, CallError> {
     let mut request = Request::post(format!("https://{}{}", target.address, api::PATH))
         .header(CONTENT_TYPE, api::CONTENT_TYPE)
         .header(TE, "trailers")

@@ -21,7 +21,7 @@ use crate::host;
 
 /// A destination that strict pods may reach in clear.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct ClearDestination {
+pub struct PlaintextDestination {
     /// Its address and port.
     pub address: SocketAddr,
     /// Number of its IP protocol.
@@ -30,7 +30,7 @@ pub struct ClearDestination {
 
 /// Packets that the guard dropped.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Drops {
+pub struct DropCount {
     /// Id of the pod's cgroup.
     pub cgroup: u64,
     /// The other end.
@@ -70,7 +70,7 @@ impl super::Maps {
     ///
     /// # Errors
     /// [`KernelError::Map`].
-    pub fn beat(&self, stale_after: Duration, default_mode: Mode) -> Result<(), KernelError> {
+    pub fn set_heartbeat(&self, stale_after: Duration, default_mode: Mode) -> Result<(), KernelError> {
         let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(io::Error::from);
         let now = now.map_err(|e| KernelError::Map { map: "STATE", problem: e.to_string() })?;
         let state = State {
@@ -86,7 +86,7 @@ impl super::Maps {
     ///
     /// # Errors
     /// [`KernelError::Map`].
-    pub fn stop_beating(&self) -> Result<(), KernelError> {
+    pub fn clear_heartbeat(&self) -> Result<(), KernelError> {
         let mut state = lock(&self.guard.state);
         let last = state.get(&0, 0).map_err(failed("STATE"))?;
         state.set(0, State { heartbeat: 0, ..last }, 0).map_err(failed("STATE"))
@@ -115,7 +115,7 @@ impl super::Maps {
     ///
     /// # Errors
     /// [`KernelError::Map`].
-    pub fn leave_agent(&self, cgroup: u64) -> Result<(), KernelError> {
+    pub fn remove_agent(&self, cgroup: u64) -> Result<(), KernelError> {
         let mut agents = lock(&self.guard.agents);
         match agents.get(&cgroup, 0) {
             Ok(process) if process == std::process::id() => agents.remove(&cgroup).map_err(failed("AGENTS")),
@@ -127,7 +127,7 @@ impl super::Maps {
     ///
     /// # Errors
     /// [`KernelError::Map`]. Old ones go before new ones come.
-    pub fn set_clear(&self, wanted: &[ClearDestination]) -> Result<(), KernelError> {
+    pub fn set_plaintext_destinations(&self, wanted: &[PlaintextDestination]) -> Result<(), KernelError> {
         let wanted: HashSet<ClearKey> = wanted.iter().map(clear_key).collect();
         let mut clear = lock(&self.guard.clear);
         let present: HashSet<ClearKey> = clear.keys().filter_map(Result::ok).collect();
@@ -160,16 +160,16 @@ impl super::Maps {
 
     /// What the guard dropped, most packets first. The least recently seen kinds are left out once there are too many.
     #[must_use]
-    pub fn drops(&self) -> Vec<Drops> {
+    pub fn drops(&self) -> Vec<DropCount> {
         let drops = lock(&self.guard.drops);
-        let mut all: Vec<Drops> =
+        let mut all: Vec<DropCount> =
             drops.iter().filter_map(Result::ok).map(|(key, packets)| drops_of(&key, packets)).collect();
         all.sort_by(|a, b| b.packets.cmp(&a.packets).then(a.remote.cmp(&b.remote)));
         all
     }
 }
 
-fn clear_key(destination: &ClearDestination) -> ClearKey {
+fn clear_key(destination: &PlaintextDestination) -> ClearKey {
     ClearKey {
         address: address(destination.address.ip()),
         port: u32::from(destination.address.port()),
@@ -177,8 +177,8 @@ fn clear_key(destination: &ClearDestination) -> ClearKey {
     }
 }
 
-fn drops_of(key: &DropKey, packets: u64) -> Drops {
-    Drops {
+fn drops_of(key: &DropKey, packets: u64) -> DropCount {
+    DropCount {
         cgroup: key.cgroup,
         remote: ip(&key.remote),
         reason: REASONS.get(key.reason as usize).map_or("?", |text| text.name),

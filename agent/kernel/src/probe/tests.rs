@@ -7,8 +7,8 @@ use super::{
     *,
 };
 
-fn finding(feature: &'static str, since: Release, presence: Presence) -> Finding {
-    Finding {
+fn finding(feature: &'static str, since: Release, presence: Presence) -> ProbeFinding {
+    ProbeFinding {
         feature,
         needed_for: "something",
         since,
@@ -18,8 +18,8 @@ fn finding(feature: &'static str, since: Release, presence: Presence) -> Finding
     }
 }
 
-fn report(kernel: &str, findings: Vec<Finding>) -> Report {
-    Report { kernel: kernel.to_owned(), findings }
+fn report(kernel: &str, findings: Vec<ProbeFinding>) -> ProbeReport {
+    ProbeReport { kernel: kernel.to_owned(), findings }
 }
 
 fn absent() -> Presence {
@@ -157,6 +157,6 @@ fn trials_take_no_longer_than_a_start_may() {
     assert!(fastest < LIMIT, "{fastest:?}");
 }
 
-fn required() -> Report {
+fn required() -> ProbeReport {
     run(Path::new("/sys/fs/bpf/tacit"), |feature| feature.need == Need::Required)
 }

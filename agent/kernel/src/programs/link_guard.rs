@@ -131,7 +131,7 @@ fn prefix(pod: u64) -> String {
 
 /// Host ends of a namespace's links: each end names the other.
 fn host_ends(netns: &Netns, host: &HostNetns) -> std::io::Result<Vec<netlink::Interface>> {
-    let inside = host.within(netns.file(), netlink::interfaces)??;
+    let inside = host.run_in(netns.file(), netlink::interfaces)??;
     let outside = netlink::interfaces()?;
     let pairs = inside.into_iter().filter_map(|inner| {
         let other = outside.iter().find(|o| Some(o.index) == inner.linked)?;

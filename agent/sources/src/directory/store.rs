@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use tacit_core::directory::{Claim, Directory, Protocol, Workload};
+use tacit_core::directory::{AddressConflict, Directory, Protocol, Workload};
 
 use super::{
     EnrolLabel, Place,
@@ -139,7 +139,7 @@ impl Store {
             let protocol = protocol(own.unwrap_or(enrols));
             if protocol != workload.protocol {
                 // An address that was lost to another before stays lost.
-                self.insert(Workload { protocol, ..(*workload).clone() }, Claim::Yields);
+                self.insert(Workload { protocol, ..(*workload).clone() }, AddressConflict::Keep);
             }
         }
     }
@@ -168,11 +168,11 @@ impl Store {
         {
             return;
         }
-        let claim = if is_ending { Claim::Yields } else { Claim::Takes };
+        let claim = if is_ending { AddressConflict::Keep } else { AddressConflict::Replace };
         self.insert(workload, claim);
     }
 
-    fn insert(&mut self, workload: Workload, claim: Claim) {
+    fn insert(&mut self, workload: Workload, claim: AddressConflict) {
         if workload.protocol == Protocol::Tacit {
             self.range_discovery.enrolled(&workload.addresses, self.directory.ranges());
         }

@@ -5,11 +5,11 @@
 
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
-use tacit_core::policy::Kind;
+use tacit_core::policy::PolicyKind;
 
 use crate::kubernetes::{Definition, Followed, Label, or_default};
 
-impl Label for Kind {
+impl Label for PolicyKind {
     fn label(self) -> &'static str {
         match self {
             Self::PeerAuthentication => "peerauthentications",
@@ -21,7 +21,7 @@ impl Label for Kind {
 /// One policy.
 #[derive(Debug, Clone)]
 pub(super) struct Document {
-    pub(super) kind: Kind,
+    pub(super) kind: PolicyKind,
     pub(super) metadata: Metadata,
     /// What is read of it, as JSON.
     pub(super) text: String,
@@ -66,7 +66,7 @@ struct Written {
 }
 
 impl Document {
-    fn decode<'de, D: Deserializer<'de>>(kind: Kind, decoder: D) -> Result<Self, D::Error> {
+    fn decode<'de, D: Deserializer<'de>>(kind: PolicyKind, decoder: D) -> Result<Self, D::Error> {
         let written = Written::deserialize(decoder)?;
         let text = serde_json::to_string(&written).map_err(serde::de::Error::custom)?;
         Ok(Self { kind, metadata: written.metadata, text })
@@ -79,15 +79,15 @@ pub(super) struct PeerAuthentications(Document);
 
 impl<'de> Deserialize<'de> for PeerAuthentications {
     fn deserialize<D: Deserializer<'de>>(decoder: D) -> Result<Self, D::Error> {
-        Document::decode(Kind::PeerAuthentication, decoder).map(Self)
+        Document::decode(PolicyKind::PeerAuthentication, decoder).map(Self)
     }
 }
 
 impl Followed for PeerAuthentications {
-    type Kind = Kind;
+    type Kind = PolicyKind;
     type Object = Document;
 
-    const KIND: Kind = Kind::PeerAuthentication;
+    const KIND: PolicyKind = PolicyKind::PeerAuthentication;
     const PATHS: &'static [&'static str] = &[
         "/apis/security.istio.io/v1/peerauthentications",
         "/apis/security.istio.io/v1beta1/peerauthentications",
@@ -109,15 +109,15 @@ pub(super) struct AuthorizationPolicies(Document);
 
 impl<'de> Deserialize<'de> for AuthorizationPolicies {
     fn deserialize<D: Deserializer<'de>>(decoder: D) -> Result<Self, D::Error> {
-        Document::decode(Kind::AuthorizationPolicy, decoder).map(Self)
+        Document::decode(PolicyKind::AuthorizationPolicy, decoder).map(Self)
     }
 }
 
 impl Followed for AuthorizationPolicies {
-    type Kind = Kind;
+    type Kind = PolicyKind;
     type Object = Document;
 
-    const KIND: Kind = Kind::AuthorizationPolicy;
+    const KIND: PolicyKind = PolicyKind::AuthorizationPolicy;
     const PATHS: &'static [&'static str] = &[
         "/apis/security.istio.io/v1/authorizationpolicies",
         "/apis/security.istio.io/v1beta1/authorizationpolicies",

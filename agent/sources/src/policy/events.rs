@@ -102,11 +102,11 @@ fn cut(text: &str, max_bytes: usize) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tacit_core::policy::Kind;
+    use tacit_core::policy::PolicyKind;
 
     fn refused(name: &str, message: &str) -> Refused {
         Refused {
-            kind: Kind::AuthorizationPolicy,
+            kind: PolicyKind::AuthorizationPolicy,
             namespace: "shop".to_owned(),
             name: name.to_owned(),
             uid: "0b4c1d9e-6c1f-4a6e-9d8a-2f1f3c5d7e9b".to_owned(),

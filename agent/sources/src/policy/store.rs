@@ -9,7 +9,7 @@ use std::{
 };
 
 use tacit_core::{
-    policy::{Kind, Origin, Policies, PolicyObject},
+    policy::{Origin, Policies, PolicyKind, PolicyObject},
     yaml::Mistakes,
 };
 
@@ -22,9 +22,9 @@ const SHOWN_MAX: usize = 20;
 const MISTAKES_MAX: usize = 5;
 
 /// What happened in the cluster.
-pub(super) type Change = kubernetes::Change<Kind, Document>;
+pub(super) type Change = kubernetes::Change<PolicyKind, Document>;
 /// Kind, namespace and name.
-type Key = (Kind, String, String);
+type Key = (PolicyKind, String, String);
 
 /// What an author should know.
 #[derive(Debug, PartialEq, Eq)]
@@ -37,7 +37,7 @@ pub(super) enum Finding {
 /// A policy that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Refused {
-    pub(super) kind: Kind,
+    pub(super) kind: PolicyKind,
     pub(super) namespace: String,
     pub(super) name: String,
     pub(super) uid: String,
@@ -59,8 +59,8 @@ pub(super) struct Store {
     root_namespace: Arc<str>,
     known: BTreeMap<Key, Known>,
     /// Those seen in a list that is under way.
-    seen: HashMap<Kind, HashSet<Key>>,
-    listed: BTreeSet<Kind>,
+    seen: HashMap<PolicyKind, HashSet<Key>>,
+    listed: BTreeSet<PolicyKind>,
     refused: u64,
     changed: bool,
 }
@@ -106,7 +106,7 @@ impl Store {
 
     /// All policies when both kinds were listed and something has changed since this was last asked.
     pub(super) fn news(&mut self) -> Option<Policies> {
-        if self.listed.len() < Kind::ALL.len() || !std::mem::take(&mut self.changed) {
+        if self.listed.len() < PolicyKind::ALL.len() || !std::mem::take(&mut self.changed) {
             return None;
         }
         // Istio's order: of one age, the name decides.
@@ -164,20 +164,20 @@ fn key(document: &Document) -> Key {
     (document.kind, namespace.clone(), name.clone())
 }
 
-fn refused(kind: Kind, metadata: Metadata, message: String) -> Refused {
+fn refused(kind: PolicyKind, metadata: Metadata, message: String) -> Refused {
     let Metadata { name, namespace, uid, resource_version: version, .. } = metadata;
     Refused { kind, namespace, name, uid, version, message }
 }
 
-fn message(kind: Kind, mistakes: &Mistakes) -> String {
+fn message(kind: PolicyKind, mistakes: &Mistakes) -> String {
     let told: Vec<String> = mistakes.list.iter().take(MISTAKES_MAX).map(|mistake| mistake.text()).collect();
     let more = match mistakes.list.len().saturating_sub(MISTAKES_MAX) {
         0 => String::new(),
         more => format!("; and {more} more"),
     };
     let effect = match kind {
-        Kind::PeerAuthentication => "is STRICT for",
-        Kind::AuthorizationPolicy => "denies every connection to",
+        PolicyKind::PeerAuthentication => "is STRICT for",
+        PolicyKind::AuthorizationPolicy => "denies every connection to",
     };
     format!(
         "{}{more}. Until it is corrected, it {effect} the workloads that it selects, or all of its namespace where its selector cannot be read.",

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tacit_core::policy::{Flow, Mode, Ruling, Source as From};
+use tacit_core::policy::{AuthorizationDecision, Flow, FlowSource as From, Mode};
 use tokio::time::timeout;
 
 use super::testing::workload;
@@ -74,7 +74,7 @@ fn is_denied(policies: &Policies, app: &str) -> bool {
         client: "10.77.1.9".parse().expect("an address"),
         destination: "10.77.2.2:80".parse().expect("an address"),
     };
-    matches!(authorization.ruling(&flow), Ruling::Denied(_))
+    matches!(authorization.evaluate(&flow), AuthorizationDecision::Denied(_))
 }
 
 /// Namespace shop is STRICT, and three policies deny; more than two objects are more than a page.

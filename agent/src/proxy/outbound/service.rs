@@ -10,7 +10,7 @@ use std::{
 };
 
 use tacit_core::{
-    balance::{Held, Wish},
+    balance::{EndpointRequest, PickedEndpoint},
     directory::{NoEndpoint, Service},
 };
 use tokio::net::TcpStream;
@@ -30,13 +30,17 @@ pub(super) async fn reach(
     service: &Arc<Service>,
     asked: Ends,
     app: &TcpStream,
-) -> Result<(Way, Option<Held>), Failure> {
-    let wish =
-        Wish { service, address: asked.destination, client: asked.source.ip(), node: &pod.workload.node };
+) -> Result<(Way, Option<PickedEndpoint>), Failure> {
+    let request = EndpointRequest {
+        service,
+        address: asked.destination,
+        client: asked.source.ip(),
+        node: &pod.workload.node,
+    };
     let mut tried = Vec::with_capacity(TRIES);
     let mut last: Option<Failure> = None;
     loop {
-        let held = match path.balancer.pick(&wish, &tried, Instant::now()) {
+        let held = match path.balancer.pick(&request, &tried, Instant::now()) {
             Ok(held) => held,
             Err(none) => {
                 return Err(last.filter(|_| none == NoEndpoint::AllTried).unwrap_or_else(|| {
@@ -46,7 +50,7 @@ pub(super) async fn reach(
         };
         let ends = Ends { source: asked.source, destination: held.endpoint() };
         tried.push(ends.destination);
-        let is_last = tried.len() == TRIES || !path.balancer.has_more(&wish, &tried);
+        let is_last = tried.len() == TRIES || !path.balancer.has_more(&request, &tried);
         let attempt = if is_last {
             Attempt { limit: PEER_CONNECT, optimistic: Some(app) }
         } else {
@@ -56,7 +60,7 @@ pub(super) async fn reach(
         let route = super::find_route(path, pod, &directory, ends.destination);
         match super::reach(path, pod, route, ends, attempt).await {
             Ok(way) => {
-                path.balancer.stay(&wish, held.endpoint(), Instant::now());
+                path.balancer.record_affinity(&request, held.endpoint(), Instant::now());
                 return Ok((way, Some(held)));
             }
             Err(failure) if failure.fault == Fault::Destination && !is_last => {

@@ -8,7 +8,7 @@ use std::{
 
 use tacit_core::{
     spiffe::SpiffeId,
-    wire::open::{Ahead, DenyReason, Open},
+    wire::open::{DenyReason, Open, OptimisticMode},
 };
 use tacit_identity::credentials::Credentials;
 use tacit_kernel::socket::connect;
@@ -44,7 +44,8 @@ pub(super) async fn tunnel(
         identity: expected.clone(),
         serial: own.serial.clone(),
     };
-    let open = Open { destination, client: source, trace: random_trace_id(), ahead: Ahead::Nothing };
+    let open =
+        Open { destination, client: source, trace: random_trace_id(), optimistic_data: OptimisticMode::Off };
     let (session, optimistic_bytes) = Box::pin(opened(path, pod, &own, &key, &open, attempt)).await?;
     let spec = FlowSpec {
         reporter: Reporter::Source,

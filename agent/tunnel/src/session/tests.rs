@@ -104,7 +104,7 @@ async fn what_is_said_before_the_answer_arrives_once_the_flow_is_accepted() {
     let mut optimistic = OptimisticData::new(&ours);
     let serve = async {
         let asked = server.next(SOON).await.expect("no error").expect("not closed");
-        assert_eq!(asked.ahead, Ahead::Data);
+        assert_eq!(asked.optimistic_data, OptimisticMode::On);
         server.accept_flow(&asked).expect("in turn");
         poll_fn(|cx| server.poll_flush(cx)).await.expect("sent");
     };
@@ -160,7 +160,7 @@ async fn what_a_session_took_and_could_not_send_is_known() {
     let (_app, ours) = speaker(b"early").await;
     let mut optimistic = OptimisticData::new(&ours);
     // A session that fails before anything is sent.
-    client.state = FlowState::Over;
+    client.state = FlowState::Closed;
     assert!(client.open(&open(), Some(&mut optimistic)).await.is_err());
     assert_eq!(optimistic.taken_bytes, 5, "no other session can carry the flow");
 }
@@ -192,7 +192,7 @@ async fn a_client_that_has_said_nothing_waits_for_the_answer() {
     let mut optimistic = OptimisticData::new(&ours);
     let serve = async {
         let asked = server.next(SOON).await.expect("no error").expect("not closed");
-        assert_eq!(asked.ahead, Ahead::Nothing);
+        assert_eq!(asked.optimistic_data, OptimisticMode::Off);
         app.write_all(b"late").await.expect("open");
         server.deny(&asked, DenyReason::ConnectionRefused).await.expect("sent");
     };
@@ -227,7 +227,7 @@ async fn frames_out_of_turn_end_the_session() {
     // A client that does not keep to the order, which ours cannot be made to break.
     client.state = FlowState::Idle;
     say(&mut client, &Control::Open(open())).await;
-    assert!(matches!(frame(&mut server).await, Err(TunnelError::OutOfTurn(_))));
+    assert!(matches!(frame(&mut server).await, Err(TunnelError::UnexpectedFrame(_))));
 
     let (mut client, mut server) = sessions().await;
     client.state = FlowState::Flow { client_ended: false, server_ended: false };

@@ -5,8 +5,10 @@
 
 use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
-use super::{Taken, Value, Workload, addresses, pod_address};
-use crate::directory::{Affinity, Condition, Endpoint, Endpoints, Service, ServicePort, Traffic};
+use super::{Uniqueness, Value, Workload, addresses, pod_address};
+use crate::directory::{
+    Affinity, Endpoint, EndpointCondition, Endpoints, InternalTrafficPolicy, Service, ServicePort,
+};
 
 pub(super) const FIELDS: [&str; 8] = [
     "name",
@@ -20,33 +22,35 @@ pub(super) const FIELDS: [&str; 8] = [
 ];
 pub(super) const PORT_FIELDS: [&str; 2] = ["port", "targetPort"];
 pub(super) const ENDPOINT_FIELDS: [&str; 4] = ["addresses", "ready", "node", "ports"];
-const TRAFFIC: [(&str, Traffic); 2] = [("Cluster", Traffic::Cluster), ("Local", Traffic::Local)];
+const TRAFFIC: [(&str, InternalTrafficPolicy); 2] =
+    [("Cluster", InternalTrafficPolicy::Cluster), ("Local", InternalTrafficPolicy::Local)];
 /// Whether a session affinity is by the client's address.
 const AFFINITY: [(&str, bool); 2] = [("None", false), ("ClientIP", true)];
-const READY: [(&str, Condition); 2] = [("true", Condition::Ready), ("false", Condition::NotReady)];
+const READY: [(&str, EndpointCondition); 2] =
+    [("true", EndpointCondition::Ready), ("false", EndpointCondition::NotReady)];
 /// Kubernetes' own default and limits of `sessionAffinityConfig.clientIP.timeoutSeconds`.
 pub(super) const AFFINITY_SECONDS: u32 = 10_800;
 const AFFINITY_SECONDS_MAX: u32 = 86_400;
 
 /// Where a port of an endpoint is found.
-enum Target<'a> {
+enum TargetPort<'a> {
     Number(u16),
     Name(&'a str),
 }
 
 /// An endpoint before its ports are known.
-struct Place<'a> {
+struct ParsedEndpoint<'a> {
     value: Value<'a>,
     addresses: Vec<std::net::IpAddr>,
     node: Arc<str>,
-    condition: Condition,
+    condition: EndpointCondition,
     ports: HashMap<&'a str, u16>,
 }
 
 pub(super) fn services<'a>(
     list: &Value<'a>,
     workloads: &[Option<Workload>],
-    taken: &mut Taken<'a>,
+    uniqueness: &mut Uniqueness<'a>,
 ) -> Option<Vec<Service>> {
     let nodes =
         workloads.iter().flatten().flat_map(|w| w.addresses.iter().map(|a| (*a, Arc::clone(&w.node))));
@@ -54,7 +58,7 @@ pub(super) fn services<'a>(
     let mut names = HashMap::new();
     // Not collected to an `Option`: that would stop at the first mistake.
     let services: Vec<_> =
-        list.items()?.iter().map(|item| service(item, &nodes, &mut names, taken)).collect();
+        list.items()?.iter().map(|item| service(item, &nodes, &mut names, uniqueness)).collect();
     services.into_iter().collect()
 }
 
@@ -63,24 +67,24 @@ fn service<'a>(
     item: &Value<'a>,
     nodes: &HashMap<std::net::IpAddr, Arc<str>>,
     names: &mut HashMap<String, usize>,
-    taken: &mut Taken<'a>,
+    uniqueness: &mut Uniqueness<'a>,
 ) -> Option<Service> {
     let mut fields = item.fields(&FIELDS)?;
     let name = fields.required("name", "the service's name").and_then(|value| value.name());
     let namespace = fields.required("namespace", "the service's namespace").and_then(|value| value.name());
     let owner = format!("{}/{}", namespace.unwrap_or("?"), name.unwrap_or("?"));
     let addresses = match fields.optional("addresses") {
-        Some(list) => addresses(&list, &format!("service {owner}"), taken),
+        Some(list) => addresses(&list, &format!("service {owner}"), uniqueness),
         None => Some(Vec::new()),
     };
     let ports = fields.required("ports", "the service's ports, such as [{port: 80, targetPort: 8080}]");
     let ports = ports.and_then(|list| ports_of(&list));
-    let places = match fields.optional("endpoints") {
-        Some(list) => places(&list, nodes),
+    let endpoints = match fields.optional("endpoints") {
+        Some(list) => endpoints(&list, nodes),
         None => Some(Vec::new()),
     };
     let traffic = fields.optional("internalTrafficPolicy");
-    let traffic = traffic.map_or(Some(Traffic::Cluster), |value| value.choice(&TRAFFIC));
+    let traffic = traffic.map_or(Some(InternalTrafficPolicy::Cluster), |value| value.choice(&TRAFFIC));
     let by_client = fields.optional("sessionAffinity").map_or(Some(false), |value| value.choice(&AFFINITY));
     let seconds = fields.optional("sessionAffinitySeconds");
     let seconds = seconds.map_or(Some(AFFINITY_SECONDS), |value| value.parse(affinity_seconds));
@@ -88,8 +92,8 @@ fn service<'a>(
     if let Some(line) = names.insert(owner.clone(), item.line()) {
         item.refuse(format_args!("service {owner} is already in line {line}: remove one or rename it"));
     }
-    let places = places?;
-    let ports: Vec<_> = ports?.iter().map(|(port, target)| served(*port, target, &places)).collect();
+    let endpoints = endpoints?;
+    let ports: Vec<_> = ports?.iter().map(|(port, target)| served(*port, target, &endpoints)).collect();
     let after = Duration::from_secs(seconds?.into());
     Some(Service {
         name: name.into(),
@@ -101,7 +105,7 @@ fn service<'a>(
     })
 }
 
-fn ports_of<'a>(list: &Value<'a>) -> Option<Vec<(u16, Target<'a>)>> {
+fn ports_of<'a>(list: &Value<'a>) -> Option<Vec<(u16, TargetPort<'a>)>> {
     let mut seen = HashMap::new();
     let port = |item: &Value<'a>| {
         let mut fields = item.fields(&PORT_FIELDS)?;
@@ -112,29 +116,33 @@ fn ports_of<'a>(list: &Value<'a>) -> Option<Vec<(u16, Target<'a>)>> {
         if let Some(line) = seen.insert(number, item.line()) {
             item.refuse(format_args!("port {number} is already in line {line}: remove one"));
         }
-        Some((number, target.unwrap_or(Some(Target::Number(number)))?))
+        Some((number, target.unwrap_or(Some(TargetPort::Number(number)))?))
     };
     let ports: Vec<_> = list.items()?.iter().map(port).collect();
     ports.into_iter().collect()
 }
 
-fn target<'a>(value: &Value<'a>) -> Option<Target<'a>> {
+fn target<'a>(value: &Value<'a>) -> Option<TargetPort<'a>> {
     let text = value.scalar()?;
     if text.bytes().all(|byte| byte.is_ascii_digit()) {
-        return value.parse(port_number).map(Target::Number);
+        return value.parse(port_number).map(TargetPort::Number);
     }
-    value.text().map(Target::Name)
+    value.text().map(TargetPort::Name)
 }
 
-fn places<'a>(list: &Value<'a>, nodes: &HashMap<std::net::IpAddr, Arc<str>>) -> Option<Vec<Place<'a>>> {
-    let place = |item: &Value<'a>| {
+fn endpoints<'a>(
+    list: &Value<'a>,
+    nodes: &HashMap<std::net::IpAddr, Arc<str>>,
+) -> Option<Vec<ParsedEndpoint<'a>>> {
+    let endpoint = |item: &Value<'a>| {
         let mut fields = item.fields(&ENDPOINT_FIELDS)?;
         let list = fields.required("addresses", "the endpoint's addresses, such as [10.77.1.2]");
         let addresses = list.and_then(|list| {
             let all: Vec<_> = list.items()?.iter().map(|item| item.parse(pod_address)).collect();
             all.into_iter().collect::<Option<Vec<_>>>()
         });
-        let condition = fields.optional("ready").map_or(Some(Condition::Ready), |value| value.choice(&READY));
+        let condition =
+            fields.optional("ready").map_or(Some(EndpointCondition::Ready), |value| value.choice(&READY));
         let node = fields.optional("node").map(|value| value.name().map(Arc::from));
         let ports = match fields.optional("ports") {
             Some(value) => named_ports(&value),
@@ -143,10 +151,10 @@ fn places<'a>(list: &Value<'a>, nodes: &HashMap<std::net::IpAddr, Arc<str>>) -> 
         let addresses = addresses?;
         let of_workload = || addresses.iter().find_map(|address| nodes.get(address).cloned());
         let node = node.unwrap_or_else(|| Some(of_workload().unwrap_or_default()))?;
-        Some(Place { value: item.clone(), node, condition: condition?, ports: ports?, addresses })
+        Some(ParsedEndpoint { value: item.clone(), node, condition: condition?, ports: ports?, addresses })
     };
-    let places: Vec<_> = list.items()?.iter().map(place).collect();
-    places.into_iter().collect()
+    let endpoints: Vec<_> = list.items()?.iter().map(endpoint).collect();
+    endpoints.into_iter().collect()
 }
 
 fn named_ports<'a>(value: &Value<'a>) -> Option<HashMap<&'a str, u16>> {
@@ -157,25 +165,27 @@ fn named_ports<'a>(value: &Value<'a>) -> Option<HashMap<&'a str, u16>> {
 
 /// The endpoints of one port. An endpoint without the named port is a mistake of the file, whatever Kubernetes makes of
 /// it: nobody would learn why it gets no traffic.
-fn served(port: u16, target: &Target<'_>, places: &[Place<'_>]) -> Option<ServicePort> {
+fn served(port: u16, target: &TargetPort<'_>, endpoints: &[ParsedEndpoint<'_>]) -> Option<ServicePort> {
     let mut all = Vec::new();
     let mut complete = true;
-    for place in places {
+    for endpoint in endpoints {
         let number = match target {
-            Target::Number(number) => Some(number),
-            Target::Name(name) => place.ports.get(name),
+            TargetPort::Number(number) => Some(number),
+            TargetPort::Name(name) => endpoint.ports.get(name),
         };
         let Some(number) = number else {
-            let Target::Name(name) = target else { continue };
-            place.value.refuse(format_args!(
+            let TargetPort::Name(name) = target else { continue };
+            endpoint.value.refuse(format_args!(
                 "no port {name:?}, the targetPort of {port}: write ports: {{{name}: 8080}}"
             ));
             complete = false;
             continue;
         };
-        let endpoint =
-            |address| Endpoint { address: SocketAddr::new(address, *number), node: Arc::clone(&place.node) };
-        all.extend(place.addresses.iter().map(|address| (endpoint(*address), place.condition)));
+        let at_port = |address| Endpoint {
+            address: SocketAddr::new(address, *number),
+            node: Arc::clone(&endpoint.node),
+        };
+        all.extend(endpoint.addresses.iter().map(|address| (at_port(*address), endpoint.condition)));
     }
     let (ipv4, ipv6): (Vec<_>, Vec<_>) =
         all.into_iter().partition(|(endpoint, _)| endpoint.address.is_ipv4());

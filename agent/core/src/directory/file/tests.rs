@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::directory::{Affinity, Directory, Traffic};
+use crate::directory::{Affinity, Directory, InternalTrafficPolicy};
 
 fn read(text: &str) -> Result<Directory, Mistakes> {
     let trust_domain = TrustDomain::parse("cluster.local").expect("valid");
@@ -211,10 +211,13 @@ services:
     assert_eq!(usable(0), ["10.77.1.2:8080 a", "10.77.2.2:8081 b", "[fd77::2]:8080 a"]);
     assert_eq!(usable(1), ["10.77.1.2:8443 a", "10.77.2.2:8443 b", "[fd77::2]:8443 a"]);
     assert_eq!(usable(2), ["10.77.1.2:22 a", "10.77.2.2:22 b", "[fd77::2]:22 a"]);
-    assert_eq!((web.traffic, web.affinity), (Traffic::Cluster, Affinity::None));
+    assert_eq!((web.traffic, web.affinity), (InternalTrafficPolicy::Cluster, Affinity::None));
     let db = directory.service_named("shop", "db").expect("db");
     assert!(db.addresses.is_empty() && db.ports[0].ipv4.usable().is_empty());
-    assert_eq!((db.traffic, db.affinity), (Traffic::Local, Affinity::ClientIp(Duration::from_secs(60))));
+    assert_eq!(
+        (db.traffic, db.affinity),
+        (InternalTrafficPolicy::Local, Affinity::ClientIp(Duration::from_secs(60)))
+    );
 }
 
 #[test]

@@ -9,8 +9,8 @@ fn endpoint(address: &str, node: &str) -> Endpoint {
 }
 
 /// 10.0.0.1 on a, .2 and .3 on b, .4 on c is ending, .5 on d is not ready; of IPv6 one, on a.
-fn service(traffic: Traffic) -> Service {
-    use Condition::{NotReady, Ready, Terminating};
+fn service(traffic: InternalTrafficPolicy) -> Service {
+    use EndpointCondition::{NotReady, Ready, Terminating};
     let ipv4 = Endpoints::new([
         (endpoint("10.0.0.1:8080", "a"), Ready),
         (endpoint("10.0.0.2:8080", "b"), Ready),
@@ -37,7 +37,7 @@ fn service(traffic: Traffic) -> Service {
 
 /// The endpoints that clients of `node` get for `address`, over many random numbers.
 fn chosen(
-    traffic: Traffic,
+    traffic: InternalTrafficPolicy,
     address: &str,
     (node, sticky, tried): (&str, Option<&str>, &[&str]),
     load: impl Fn(SocketAddr) -> usize,
@@ -47,8 +47,8 @@ fn chosen(
     let tried: Vec<SocketAddr> = tried.iter().map(parse).collect();
     let mut seen = HashMap::new();
     for random in spread(200) {
-        let asks = Asks { node, sticky: sticky.as_ref().map(parse), tried: &tried, random };
-        let endpoint = choose(&service, parse(&address), &asks, &load)?;
+        let query = EndpointQuery { node, sticky: sticky.as_ref().map(parse), tried: &tried, random };
+        let endpoint = choose(&service, parse(&address), &query, &load)?;
         *seen.entry(endpoint.address.to_string()).or_insert(0) += 1;
     }
     let mut seen: Vec<String> = seen.into_keys().collect();
@@ -69,10 +69,10 @@ type Expected<'a> = Result<&'a [&'a str], NoEndpoint>;
 
 #[test]
 fn who_gets_which_endpoint() {
-    use Traffic::{Cluster, Local};
+    use InternalTrafficPolicy::{Cluster, Local};
     let all: &[&str] = &["10.0.0.1:8080", "10.0.0.2:8080", "10.0.0.3:8081"];
     let far = ("x", None, [].as_slice());
-    let table: [(Traffic, &str, Client<'_>, Expected<'_>); 14] = [
+    let table: [(InternalTrafficPolicy, &str, Client<'_>, Expected<'_>); 14] = [
         (Cluster, "10.96.0.1:80", far, Ok(all)),
         (Cluster, "[::ffff:10.96.0.1]:80", far, Ok(all)),
         (Cluster, "[fd96::1]:80", far, Ok(&["[fd00::1]:8080"])),
@@ -89,17 +89,17 @@ fn who_gets_which_endpoint() {
         (Local, "10.96.0.1:80", ("b", None, &[]), Ok(&all[1..])),
         (Local, "10.96.0.1:80", ("d", None, &[]), Err(NoEndpoint::NoneOnNode)),
     ];
-    for (traffic, address, asks, expected) in table {
+    for (traffic, address, query, expected) in table {
         let expected = expected.map(|list| list.iter().map(ToString::to_string).collect::<Vec<_>>());
-        assert_eq!(chosen(traffic, address, asks, |_| 0), expected, "{traffic:?} {address} {asks:?}");
+        assert_eq!(chosen(traffic, address, query, |_| 0), expected, "{traffic:?} {address} {query:?}");
     }
 }
 
 #[test]
 fn local_traffic_falls_back_to_what_is_ending_here() {
-    let ending = chosen(Traffic::Local, "10.96.0.1:80", ("c", None, &[]), |_| 0);
+    let ending = chosen(InternalTrafficPolicy::Local, "10.96.0.1:80", ("c", None, &[]), |_| 0);
     assert_eq!(ending, Ok(vec!["10.0.0.4:8080".to_owned()]));
-    let tried = chosen(Traffic::Local, "10.96.0.1:80", ("a", None, &["10.0.0.1:8080"]), |_| 0);
+    let tried = chosen(InternalTrafficPolicy::Local, "10.96.0.1:80", ("a", None, &["10.0.0.1:8080"]), |_| 0);
     assert_eq!(tried, Err(NoEndpoint::AllTried));
 }
 
@@ -107,14 +107,14 @@ fn local_traffic_falls_back_to_what_is_ending_here() {
 fn the_most_loaded_is_never_chosen_and_the_nearer_wins_a_tie() {
     let address = "10.0.0.1:8080".parse().expect("an address");
     let busy = |endpoint: SocketAddr| usize::from(endpoint == address);
-    let chosen_far = chosen(Traffic::Cluster, "10.96.0.1:80", ("a", None, &[]), busy);
+    let chosen_far = chosen(InternalTrafficPolicy::Cluster, "10.96.0.1:80", ("a", None, &[]), busy);
     assert_eq!(chosen_far, Ok(vec!["10.0.0.2:8080".to_owned(), "10.0.0.3:8081".to_owned()]));
     // On a the two choices hold 10.0.0.1 in two of three cases, and then it wins.
-    let service = service(Traffic::Cluster);
+    let service = service(InternalTrafficPolicy::Cluster);
     let near = spread(3000).filter(|random| {
-        let asks = Asks { node: "a", sticky: None, tried: &[], random: *random };
+        let query = EndpointQuery { node: "a", sticky: None, tried: &[], random: *random };
         let vip = "10.96.0.1:80".parse().expect("an address");
-        choose(&service, vip, &asks, |_| 0).expect("one").address == address
+        choose(&service, vip, &query, |_| 0).expect("one").address == address
     });
     let share = near.count();
     assert!((1900..=2100).contains(&share), "{share} of 3000");
@@ -122,14 +122,14 @@ fn the_most_loaded_is_never_chosen_and_the_nearer_wins_a_tie() {
 
 #[test]
 fn load_spreads_over_a_hundred_endpoints() {
-    let all = (0..100_u8).map(|i| (endpoint(&format!("10.0.0.{i}:80"), "b"), Condition::Ready));
-    let mut service = service(Traffic::Cluster);
+    let all = (0..100_u8).map(|i| (endpoint(&format!("10.0.0.{i}:80"), "b"), EndpointCondition::Ready));
+    let mut service = service(InternalTrafficPolicy::Cluster);
     service.ports[0].ipv4 = Endpoints::new(all);
     let mut load: HashMap<SocketAddr, usize> = HashMap::new();
     for random in spread(10_000) {
-        let asks = Asks { node: "a", sticky: None, tried: &[], random };
+        let query = EndpointQuery { node: "a", sticky: None, tried: &[], random };
         let vip = "10.96.0.1:80".parse().expect("an address");
-        let least = choose(&service, vip, &asks, |at| load.get(&at).copied().unwrap_or(0)).expect("one");
+        let least = choose(&service, vip, &query, |at| load.get(&at).copied().unwrap_or(0)).expect("one");
         *load.entry(least.address).or_default() += 1;
     }
     let most = load.values().max().copied().unwrap_or(0);

@@ -8,18 +8,18 @@ use crate::spiffe::SpiffeId;
 
 /// Values of which one must match (`values`), and values of which none may (`notValues`). Absent lists ask for nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Listed<T> {
+pub(super) struct ValueMatch<T> {
     pub(super) any: Vec<T>,
     pub(super) none: Vec<T>,
 }
 
-impl<T> Default for Listed<T> {
+impl<T> Default for ValueMatch<T> {
     fn default() -> Self {
         Self { any: Vec::new(), none: Vec::new() }
     }
 }
 
-impl<T> Listed<T> {
+impl<T> ValueMatch<T> {
     /// Whether both lists are satisfied by a flow of which `is` tells which values it has.
     pub(super) fn holds(&self, is: impl Fn(&T) -> bool) -> bool {
         (self.any.is_empty() || self.any.iter().any(&is)) && !self.none.iter().any(&is)
@@ -60,12 +60,12 @@ impl Pattern {
 
 /// A service account of any trust domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Account {
+pub(super) struct ServiceAccount {
     pub(super) namespace: String,
     pub(super) name: String,
 }
 
-impl Account {
+impl ServiceAccount {
     pub(super) fn is(&self, identity: &SpiffeId) -> bool {
         identity.namespace() == self.namespace && identity.service_account() == self.name
     }
@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn a_list_holds_when_one_of_it_matches_and_none_of_its_negation() {
-        let listed = |any: &[u8], none: &[u8]| Listed { any: any.to_vec(), none: none.to_vec() };
+        let listed = |any: &[u8], none: &[u8]| ValueMatch { any: any.to_vec(), none: none.to_vec() };
         for (list, has, expected) in [
             (listed(&[], &[]), vec![], true),
             (listed(&[1, 2], &[]), vec![2], true),

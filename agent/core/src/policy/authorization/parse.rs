@@ -10,17 +10,21 @@ use std::fmt::Display;
 use ipnet::IpNet;
 
 use super::{
-    Action, AuthorizationPolicy, Condition, Enforcement, OperationMatch, Reach, Rule, SourceMatch,
-    matching::{Account, Listed, Pattern, block},
+    Action, Applicability, AuthorizationPolicy, Condition, Enforcement, OperationMatch, Rule, SourceMatch,
+    matching::{Pattern, ServiceAccount, ValueMatch, block},
 };
 use crate::{
-    policy::object::{Attachment, Header},
+    policy::object::{Attachment, ObjectMeta},
     yaml::{Fields, Value},
 };
 
 const SPEC_FIELDS: [&str; 6] = ["selector", "targetRef", "targetRefs", "action", "provider", "rules"];
-const ACTIONS: [(&str, Chosen); 4] =
-    [("ALLOW", Chosen::Allow), ("DENY", Chosen::Deny), ("AUDIT", Chosen::Audit), ("CUSTOM", Chosen::Custom)];
+const ACTIONS: [(&str, ParsedAction); 4] = [
+    ("ALLOW", ParsedAction::Allow),
+    ("DENY", ParsedAction::Deny),
+    ("AUDIT", ParsedAction::Audit),
+    ("CUSTOM", ParsedAction::Custom),
+];
 const SOURCE_FIELDS: [&str; 12] = [
     "principals",
     "notPrincipals",
@@ -53,7 +57,7 @@ const HTTP_ATTRIBUTES: [&str; 8] = [
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Chosen {
+enum ParsedAction {
     Allow,
     Deny,
     Audit,
@@ -61,46 +65,54 @@ enum Chosen {
 }
 
 /// What is read of one policy.
-pub(in crate::policy) struct Read {
+pub(in crate::policy) struct AuthorizationSpec {
     pub(in crate::policy) policy: AuthorizationPolicy,
     pub(in crate::policy) attachment: Attachment,
     pub(in crate::policy) notes: Vec<String>,
 }
 
 /// Reads `spec`; `None` (and mistakes) when something in it is wrong.
-pub(in crate::policy) fn spec(header: &Header<'_>, spec: Option<&Value<'_>>) -> Option<Read> {
-    let mut reader = Reader { namespace: header.namespace, action: Chosen::Allow, notes: Vec::new() };
+pub(in crate::policy) fn spec(
+    header: &ObjectMeta<'_>,
+    spec: Option<&Value<'_>>,
+) -> Option<AuthorizationSpec> {
+    let mut reader =
+        RuleParser { namespace: header.namespace, action: ParsedAction::Allow, notes: Vec::new() };
     let enforcement = if header.dry_run { Enforcement::DryRun } else { Enforcement::Enforced };
     let id = format!("{}/{}", header.namespace, header.name);
     let policy = |action, rules| AuthorizationPolicy { id: id.clone(), action, enforcement, rules };
     let Some(spec) = spec else {
         let policy = policy(Action::Allow, Vec::new());
-        return Some(Read { policy, attachment: Attachment::Workloads, notes: Vec::new() });
+        return Some(AuthorizationSpec { policy, attachment: Attachment::Workloads, notes: Vec::new() });
     };
     let mut fields = spec.fields(&SPEC_FIELDS)?;
     let (selector, targets) = (fields.optional("selector"), targets(&mut fields));
     if let (Some(_), Some(targets)) = (&selector, &targets) {
         targets.refuse("a policy has a selector or targets, not both: remove one of them");
     }
-    let action = fields.optional("action").map_or(Some(Chosen::Allow), |value| value.choice(&ACTIONS));
-    reader.action = action.unwrap_or(Chosen::Allow);
+    let action = fields.optional("action").map_or(Some(ParsedAction::Allow), |value| value.choice(&ACTIONS));
+    reader.action = action.unwrap_or(ParsedAction::Allow);
     provider(&mut fields, reader.action, spec);
     if targets.is_some() {
         // Its rules are another proxy's to read.
         reader.note("its targetRefs belong to a waypoint or gateway: it holds for no workload here");
         let policy = policy(Action::Audit, Vec::new());
-        return Some(Read { policy, attachment: Attachment::Elsewhere, notes: reader.finish(&id) });
+        return Some(AuthorizationSpec {
+            policy,
+            attachment: Attachment::Elsewhere,
+            notes: reader.finish(&id),
+        });
     }
     let rules = fields.optional("rules").map_or(Some(Vec::new()), |value| reader.rules(&value));
     let action = match action? {
-        Chosen::Allow => Action::Allow,
-        Chosen::Deny => Action::Deny,
-        Chosen::Audit => Action::Audit,
-        Chosen::Custom => Action::Custom,
+        ParsedAction::Allow => Action::Allow,
+        ParsedAction::Deny => Action::Deny,
+        ParsedAction::Audit => Action::Audit,
+        ParsedAction::Custom => Action::Custom,
     };
     let policy = policy(action, rules?);
     reader.remark(&policy, spec);
-    Some(Read { policy, attachment: Attachment::Workloads, notes: reader.finish(&id) })
+    Some(AuthorizationSpec { policy, attachment: Attachment::Workloads, notes: reader.finish(&id) })
 }
 
 fn targets<'a>(fields: &mut Fields<'a>) -> Option<Value<'a>> {
@@ -110,15 +122,15 @@ fn targets<'a>(fields: &mut Fields<'a>) -> Option<Value<'a>> {
     many.filter(|value| value.items().is_none_or(|items| !items.is_empty())).or(one)
 }
 
-fn provider(fields: &mut Fields<'_>, action: Chosen, spec: &Value<'_>) {
+fn provider(fields: &mut Fields<'_>, action: ParsedAction, spec: &Value<'_>) {
     match (fields.optional("provider"), action) {
-        (Some(provider), Chosen::Custom) => {
+        (Some(provider), ParsedAction::Custom) => {
             let name = provider.fields(&["name"]);
             name.and_then(|mut fields| fields.required("name", "the provider's name"))
                 .map(|name| name.text());
         }
         (Some(provider), _) => provider.refuse("only a CUSTOM policy has a provider: remove it"),
-        (None, Chosen::Custom) => {
+        (None, ParsedAction::Custom) => {
             spec.refuse("a CUSTOM policy needs a provider: write `provider: {name: <name>}`")
         }
         (None, _) => {}
@@ -126,14 +138,14 @@ fn provider(fields: &mut Fields<'_>, action: Chosen, spec: &Value<'_>) {
 }
 
 /// Reads rules, and collects what their author should know.
-struct Reader<'a> {
+struct RuleParser<'a> {
     /// The policy's own, which service accounts without one are of.
     namespace: &'a str,
-    action: Chosen,
+    action: ParsedAction,
     notes: Vec<String>,
 }
 
-impl Reader<'_> {
+impl RuleParser<'_> {
     fn note(&mut self, text: impl Display) {
         self.notes.push(text.to_string());
     }
@@ -171,11 +183,11 @@ impl Reader<'_> {
         let conditions =
             when.and_then(|items| all(items.iter().map(|item| self.condition(item, &mut unseen))));
         let (sources, operations, conditions) = (sources?, operations?, conditions?);
-        let mut reach = Reach::Some;
+        let mut reach = Applicability::Evaluated;
         if !unseen.is_empty() {
             let (rule, fields) = (index + 1, unseen.join(", "));
-            if self.action == Chosen::Allow {
-                reach = Reach::Nothing;
+            if self.action == ParsedAction::Allow {
+                reach = Applicability::NeverMatches;
                 self.note(format_args!("rule {rule} needs HTTP ({fields}): it never matches"));
             } else {
                 self.note(format_args!(
@@ -261,14 +273,14 @@ impl Reader<'_> {
     }
 
     /// `<namespace>/<name>`, or a name in the policy's own namespace.
-    fn account(&mut self, value: &Value<'_>) -> Option<Account> {
+    fn account(&mut self, value: &Value<'_>) -> Option<ServiceAccount> {
         let text = value.text()?;
         let (namespace, name) = text.split_once('/').unwrap_or((self.namespace, text));
         if namespace.is_empty() || name.is_empty() || name.contains('/') || text.contains('*') {
             value.refuse(format_args!("{text:?} is no service account: write <namespace>/<name> or <name>"));
             return None;
         }
-        Some(Account { namespace: namespace.to_owned(), name: name.to_owned() })
+        Some(ServiceAccount { namespace: namespace.to_owned(), name: name.to_owned() })
     }
 }
 
@@ -306,13 +318,13 @@ fn listed<T>(
     fields: &mut Fields<'_>,
     [any, none]: [&str; 2],
     mut item: impl FnMut(&Value<'_>) -> Option<T>,
-) -> Option<Listed<T>> {
+) -> Option<ValueMatch<T>> {
     let mut list = |name| {
         let items = filled(fields.written(name))?;
         all(items.iter().map(&mut item))
     };
     let (any, none) = (list(any), list(none));
-    Some(Listed { any: any?, none: none? })
+    Some(ValueMatch { any: any?, none: none? })
 }
 
 /// The items of a list that has some, or none when the field is absent. An empty list, and a name with nothing behind it,

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::*;
 use crate::policy::{
-    DenyReason, Modes, Policies, Verdict, decide,
+    Modes, Policies, PolicyDenial, Verdict, decide,
     tests::{modes, workload},
 };
 
@@ -40,13 +40,13 @@ fn identity(namespace: &str, account: &str) -> SpiffeId {
 /// What a flow from `who` (namespace and service account; `None` in clear) at 10.77.1.9 meets at 10.77.2.2:8080.
 fn allows(policies: &Policies, who: Option<(&str, &str)>) -> bool {
     let identity = who.map(|(namespace, account)| identity(namespace, account));
-    let source = identity.as_ref().map_or(Source::Plaintext, Source::Tunnel);
+    let source = identity.as_ref().map_or(FlowSource::Plaintext, FlowSource::Tunnel);
     let authorization = policies.authorization(&workload("shop", &[("app", "web")]));
     let permissive = modes(crate::policy::Mode::Permissive);
     decide(&permissive, &authorization, &flow(source)) == Verdict::Allow
 }
 
-fn flow(source: Source<'_>) -> Flow<'_> {
+fn flow(source: FlowSource<'_>) -> Flow<'_> {
     Flow {
         source,
         client: "10.77.1.9".parse().expect("an address"),
@@ -75,7 +75,7 @@ fn cluster_local_stands_for_the_trust_domain_that_the_mesh_has() {
             let policies = policies(&[&spec]);
             let authorization = policies.authorization(&workload("shop", &[("app", "web")]));
             let permissive = modes(crate::policy::Mode::Permissive);
-            decide(&permissive, &authorization, &flow(Source::Tunnel(&cart))) != Verdict::Allow
+            decide(&permissive, &authorization, &flow(FlowSource::Tunnel(&cart))) != Verdict::Allow
         };
         assert_eq!((with("principals"), with("notPrincipals")), (matches, !matches), "{principal}");
     }
@@ -146,7 +146,7 @@ fn a_rule_matches_by_each_of_its_fields_and_negations() {
             let audited = of("AUDIT");
             assert!(allows(&audited, who), "AUDIT {rule} {who:?}");
             let id = who.map(|(namespace, account)| identity(namespace, account));
-            let source = id.as_ref().map_or(Source::Plaintext, Source::SameNode);
+            let source = id.as_ref().map_or(FlowSource::Plaintext, FlowSource::SameNode);
             let authorization = audited.authorization(&workload("shop", &[]));
             assert_eq!(authorization.audits(&flow(source)).len(), usize::from(matches), "{rule} {who:?}");
         }
@@ -254,7 +254,7 @@ fn a_dry_run_and_a_policy_of_a_waypoint_decide_nothing() {
     assert!(allows(&watched, CLEAR));
     let authorization = watched.authorization(&workload("shop", &[]));
     let audits: Vec<_> =
-        authorization.audits(&flow(Source::Plaintext)).iter().map(ToString::to_string).collect();
+        authorization.audits(&flow(FlowSource::Plaintext)).iter().map(ToString::to_string).collect();
     assert_eq!(audits, ["dry run of rule 1 of DENY policy shop/p0"]);
     assert!(!allows(&read(&document("shop", 0, &dry("false"), deny_all)), CLEAR));
     let text = document("shop", 0, &dry("yes"), deny_all);
@@ -272,11 +272,11 @@ fn the_mode_goes_first_and_the_nodes_probes_pass_both() {
     let authorization = allow_nothing.authorization(&workload("shop", &[]));
     let strict = modes(crate::policy::Mode::Strict);
     let of = |modes: &Modes, source| decide(modes, &authorization, &flow(source));
-    assert_eq!(of(&strict, Source::Plaintext), Verdict::Deny(DenyReason::PlaintextInStrict));
+    assert_eq!(of(&strict, FlowSource::Plaintext), Verdict::Deny(PolicyDenial::PlaintextInStrict));
     let cart = identity("shop", "cart");
     for mode in [&strict, &modes(crate::policy::Mode::Disable)] {
-        assert_eq!(of(mode, Source::Node), Verdict::Allow);
-        assert!(matches!(of(mode, Source::SameNode(&cart)), Verdict::Deny(DenyReason::NotAllowed(_))));
+        assert_eq!(of(mode, FlowSource::Node), Verdict::Allow);
+        assert!(matches!(of(mode, FlowSource::SameNode(&cart)), Verdict::Deny(PolicyDenial::NotAllowed(_))));
     }
 }
 
@@ -290,7 +290,7 @@ fn a_denial_names_policy_and_rule() {
         let policies = policies(specs);
         let authorization = policies.authorization(&workload("shop", &[]));
         let permissive = modes(crate::policy::Mode::Permissive);
-        let Verdict::Deny(reason) = decide(&permissive, &authorization, &flow(Source::Plaintext)) else {
+        let Verdict::Deny(reason) = decide(&permissive, &authorization, &flow(FlowSource::Plaintext)) else {
             panic!("allowed: {specs:?}")
         };
         assert_eq!((reason.to_string().as_str(), reason.label()), (expected, label));

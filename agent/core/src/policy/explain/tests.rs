@@ -47,8 +47,8 @@ fn ask(from: &str, to: &str, port: u16) -> Result<Explanation, ExplainError> {
     let directory = Directory::parse(DIRECTORY, Path::new("directory.yaml"), &domain).expect("valid");
     let policies = Policies::parse(POLICY, Path::new("policy.yaml"), "istio-system").expect("valid");
     let is_node = |address: IpAddr| address.to_string() == "10.77.1.1";
-    let known = Knowledge { directory: &directory, policies: &policies, node: "a", is_node: &is_node };
-    explain(known, &End::parse(from)?, &End::parse(to)?, port)
+    let known = ExplainContext { directory: &directory, policies: &policies, node: "a", is_node: &is_node };
+    explain(known, &WorkloadRef::parse(from)?, &WorkloadRef::parse(to)?, port)
 }
 
 #[test]
@@ -106,8 +106,8 @@ fn each_way_and_each_verdict_is_told() {
 fn questions_without_an_answer_say_what_is_wrong() {
     for (from, to, expected) in [
         ("shop/none", "shop/web", ExplainError::Unknown("shop/none".to_owned())),
-        ("web", "shop/web", ExplainError::End("web".to_owned())),
-        ("a/b/c", "shop/web", ExplainError::End("a/b/c".to_owned())),
+        ("web", "shop/web", ExplainError::WorkloadRef("web".to_owned())),
+        ("a/b/c", "shop/web", ExplainError::WorkloadRef("a/b/c".to_owned())),
     ] {
         assert_eq!(ask(from, to, 80), Err(expected));
     }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     directory::Workload,
-    policy::{Mode, Ruling, tests::workload},
+    policy::{AuthorizationDecision, Mode, tests::workload},
 };
 
 const ORIGIN: Origin<'static> = Origin { name: "p", namespace: None, kind: None };
@@ -16,11 +16,11 @@ fn read(text: &str) -> (Policies, Option<Mistakes>) {
 fn is_denied(policies: &Policies, workload: &Workload) -> bool {
     let authorization = policies.authorization(workload);
     let flow = crate::policy::Flow {
-        source: crate::policy::Source::Plaintext,
+        source: crate::policy::FlowSource::Plaintext,
         client: "10.77.1.9".parse().expect("an address"),
         destination: "10.77.2.2:80".parse().expect("an address"),
     };
-    matches!(authorization.ruling(&flow), Ruling::Denied(_))
+    matches!(authorization.evaluate(&flow), AuthorizationDecision::Denied(_))
 }
 
 #[test]
@@ -117,14 +117,14 @@ fn a_source_that_knows_the_kind_need_not_write_it() {
         (mistakes.map(|m| m.list[0].to_string()), is_denied(&policies, &web), policies.modes(&web).default)
     };
     let item = r#"{"metadata":{"name":"p","namespace":"shop"},"spec":{"action":"DENY","rules":[{}]}}"#;
-    assert_eq!(read(item, Kind::AuthorizationPolicy), (None, true, Mode::Permissive));
+    assert_eq!(read(item, PolicyKind::AuthorizationPolicy), (None, true, Mode::Permissive));
     let item = r#"{"metadata":{"name":"p","namespace":"shop"},"spec":{"mtls":{"mode":"STRICT"}}}"#;
-    assert_eq!(read(item, Kind::PeerAuthentication), (None, false, Mode::Strict));
+    assert_eq!(read(item, PolicyKind::PeerAuthentication), (None, false, Mode::Strict));
     // The wrong kind, and no text at all: what the source knows decides what it counts as.
     let other = r#"{"kind":"AuthorizationPolicy","metadata":{"name":"p","namespace":"shop"}}"#;
     let problem = Some("line 1: kind: is not the kind of this object: write PeerAuthentication".to_owned());
-    assert_eq!(read(other, Kind::PeerAuthentication), (problem, false, Mode::Strict));
-    assert!(read("[", Kind::AuthorizationPolicy).1);
+    assert_eq!(read(other, PolicyKind::PeerAuthentication), (problem, false, Mode::Strict));
+    assert!(read("[", PolicyKind::AuthorizationPolicy).1);
 }
 
 #[test]

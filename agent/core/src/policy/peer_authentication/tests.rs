@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::*;
 use crate::{
-    policy::{Policies, Selecting},
+    policy::{Policies, SelectorPolicy},
     yaml::Mistakes,
 };
 
@@ -52,13 +52,13 @@ spec:
     '8443': {}
 ";
     let policies = read(text).expect("valid");
-    assert_eq!(policies.namespaces["foo"], Setting::Set(Mode::Permissive));
+    assert_eq!(policies.namespaces["foo"], ModeSetting::Set(Mode::Permissive));
     assert_eq!(
         policies.selecting["foo"],
-        [Selecting {
+        [SelectorPolicy {
             labels: BTreeMap::from([("app".to_owned(), "finance".to_owned())]),
-            mode: Setting::Set(Mode::Strict),
-            ports: BTreeMap::from([(8080, Setting::Set(Mode::Disable)), (8443, Setting::Inherit)]),
+            mode: ModeSetting::Set(Mode::Strict),
+            ports: BTreeMap::from([(8080, ModeSetting::Set(Mode::Disable)), (8443, ModeSetting::Inherit)]),
         }]
     );
 }
@@ -80,10 +80,10 @@ metadata:
 spec: {mtls: {mode: STRICT}}
 status: {}
 ";
-    assert_eq!(read(text).expect("valid").mesh, Setting::Set(Mode::Strict));
+    assert_eq!(read(text).expect("valid").mesh, ModeSetting::Set(Mode::Strict));
     let created_by_hand =
         with_spec("\nstatus:").replace("namespace: shop", "namespace: shop, creationTimestamp: null");
-    assert_eq!(read(&created_by_hand).expect("valid").namespaces["shop"], Setting::Inherit);
+    assert_eq!(read(&created_by_hand).expect("valid").namespaces["shop"], ModeSetting::Inherit);
 }
 
 #[test]

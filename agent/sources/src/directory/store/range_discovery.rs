@@ -18,7 +18,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use tacit_core::directory::{Added, Directory, Ranges, told_range};
+use tacit_core::directory::{Directory, RangeAddition, Ranges, discovered_range};
 
 use super::super::objects::{Kind, Node, ServiceCidr};
 use crate::kubernetes::Complaints;
@@ -66,7 +66,7 @@ impl Source {
                     .refused
                     .push(format!("{name}: more than {OF_ONE_MAX} ranges, which are not used"));
             }
-            match told_range(text) {
+            match discovered_range(text) {
                 Ok(range) => self.ranges.push((range, name)),
                 Err(problem) => self.refused.push(format!("{name}: {problem}")),
             }
@@ -163,7 +163,7 @@ impl RangeDiscovery {
                 let mut nodes = self.node_addresses.range(range.network()..=range.broadcast());
                 if let Some(address) = nodes.next() {
                     refused.push(format!("{name}: a node has the address {address} in it"));
-                } else if Arc::make_mut(ranges).add(*range) == Added::Full {
+                } else if Arc::make_mut(ranges).add(*range) == RangeAddition::Full {
                     refused.push(format!("{name}: no room for more ranges; write one in meshRanges or serviceRanges that holds many"));
                 }
             }
@@ -183,7 +183,7 @@ impl RangeDiscovery {
             let named =
                 full.split_once('/').and_then(|(namespace, name)| directory.service_named(namespace, name));
             let Some(service) = named else { continue };
-            if directory.leads_to_enrolled(service) {
+            if directory.has_enrolled_endpoint(service) {
                 service.addresses.iter().for_each(|address| self.add_address(ranges, *address));
             }
             if service.addresses.iter().all(|address| ranges.contains(*address)) {
@@ -197,7 +197,7 @@ impl RangeDiscovery {
         let is_of_node = self.node_addresses.contains(&address);
         if !is_of_node
             && !ranges.contains(address)
-            && let Ok(range) = told_range(&IpNet::from(address).to_string())
+            && let Ok(range) = discovered_range(&IpNet::from(address).to_string())
         {
             Arc::make_mut(ranges).add(range);
         }

@@ -2,7 +2,9 @@
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
-use tacit_core::directory::{self, Affinity, Condition, Endpoint, Endpoints, ServicePort, Traffic};
+use tacit_core::directory::{
+    self, Affinity, Endpoint, EndpointCondition, Endpoints, InternalTrafficPolicy, ServicePort,
+};
 
 use super::{
     super::objects::{Conditions, Service, ServiceSpec, Slice, SlicePort},
@@ -27,7 +29,7 @@ pub(super) struct SliceRecord {
     /// Full name of its service.
     service: String,
     ports: Vec<SlicePort>,
-    endpoints: Vec<(IpAddr, Arc<str>, Condition)>,
+    endpoints: Vec<(IpAddr, Arc<str>, EndpointCondition)>,
 }
 
 impl Store {
@@ -132,14 +134,17 @@ fn build(record: &ServiceRecord, slices: &[&SliceRecord]) -> directory::Service 
         namespace: Arc::clone(&record.namespace),
         ports: ports.collect(),
         addresses,
-        traffic: if is_local { Traffic::Local } else { Traffic::Cluster },
+        traffic: if is_local { InternalTrafficPolicy::Local } else { InternalTrafficPolicy::Cluster },
         affinity: if is_sticky { Affinity::ClientIp(time) } else { Affinity::None },
     }
 }
 
 /// The endpoints of a slice at the port of that name: the slice has the number, which a named target port makes differ
 /// between pods.
-fn served<'a>(slice: &'a SliceRecord, name: &'a str) -> impl Iterator<Item = (Endpoint, Condition)> + 'a {
+fn served<'a>(
+    slice: &'a SliceRecord,
+    name: &'a str,
+) -> impl Iterator<Item = (Endpoint, EndpointCondition)> + 'a {
     let named = slice.ports.iter().filter(move |port| {
         port.name.as_deref().unwrap_or_default() == name && is_tcp(port.protocol.as_deref())
     });
@@ -156,12 +161,12 @@ fn is_tcp(protocol: Option<&str>) -> bool {
 }
 
 /// As the API says to read what is not there: ready when unknown, serving when ready.
-fn condition(conditions: Conditions) -> Condition {
+fn condition(conditions: Conditions) -> EndpointCondition {
     let is_ready = conditions.ready.unwrap_or(true);
     let is_serving = conditions.serving.unwrap_or(is_ready);
     match (is_ready, is_serving && conditions.terminating == Some(true)) {
-        (true, _) => Condition::Ready,
-        (false, true) => Condition::Terminating,
-        (false, false) => Condition::NotReady,
+        (true, _) => EndpointCondition::Ready,
+        (false, true) => EndpointCondition::Terminating,
+        (false, false) => EndpointCondition::NotReady,
     }
 }

@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use serde_json::{Value, json};
 use tacit_core::{
-    directory::{Affinity, Traffic},
+    directory::{Affinity, InternalTrafficPolicy},
     spiffe::TrustDomain,
 };
 
@@ -353,7 +353,10 @@ fn a_service_says_who_may_use_which_endpoint_and_who_stays() {
         value["spec"].as_object_mut().expect("spec").remove("clusterIPs");
     })));
     let web = store.directory.service_named("shop", "web").expect("known");
-    assert_eq!((web.traffic, web.affinity), (Traffic::Local, Affinity::ClientIp(Duration::from_secs(60))));
+    assert_eq!(
+        (web.traffic, web.affinity),
+        (InternalTrafficPolicy::Local, Affinity::ClientIp(Duration::from_secs(60)))
+    );
     assert_eq!((web.addresses.len(), web.ports.len()), (1, 1), "TCP alone");
     store.take(Change::Applied(service(|value| {
         value["spec"]["clusterIP"] = json!("None");

@@ -1,7 +1,7 @@
 //! Tests of the store: JSON as the API writes it, and which policies it becomes.
 
 use serde_json::{Value, json};
-use tacit_core::policy::{Flow, Mode, Ruling, Source};
+use tacit_core::policy::{AuthorizationDecision, Flow, FlowSource, Mode};
 
 use super::{
     super::document::{AuthorizationPolicies, PeerAuthentications},
@@ -45,13 +45,13 @@ fn listed(documents: Vec<Document>) -> Store {
 }
 
 fn list(store: &mut Store, documents: Vec<Document>) {
-    for kind in Kind::ALL {
+    for kind in PolicyKind::ALL {
         store.take(Change::Listing(kind));
     }
     for document in documents {
         store.take(Change::Applied(document));
     }
-    for kind in Kind::ALL {
+    for kind in PolicyKind::ALL {
         store.take(Change::Listed(kind));
     }
 }
@@ -59,17 +59,17 @@ fn list(store: &mut Store, documents: Vec<Document>) {
 fn is_denied(policies: &Policies, app: &str) -> bool {
     let authorization = policies.authorization(&workload("shop", &[("app", app)]));
     let flow = Flow {
-        source: Source::Plaintext,
+        source: FlowSource::Plaintext,
         client: "10.77.1.9".parse().expect("an address"),
         destination: "10.77.2.2:80".parse().expect("an address"),
     };
-    matches!(authorization.ruling(&flow), Ruling::Denied(_))
+    matches!(authorization.evaluate(&flow), AuthorizationDecision::Denied(_))
 }
 
 #[test]
 fn there_are_no_policies_before_both_kinds_were_listed() {
     let mut store = Store::new("istio-system".into());
-    for kind in Kind::ALL {
+    for kind in PolicyKind::ALL {
         assert!(store.news().is_none());
         store.take(Change::Listing(kind));
         assert!(store.news().is_none());
@@ -83,10 +83,10 @@ fn there_are_no_policies_before_both_kinds_were_listed() {
 fn a_list_removes_what_it_does_not_hold_at_its_end() {
     let mut store = listed(vec![deny("a", "web", json!({})), deny("b", "db", json!({}))]);
     assert!(store.news().is_some_and(|policies| is_denied(&policies, "web") && is_denied(&policies, "db")));
-    store.take(Change::Listing(Kind::AuthorizationPolicy));
+    store.take(Change::Listing(PolicyKind::AuthorizationPolicy));
     store.take(Change::Applied(deny("b", "db", json!({}))));
     assert!(store.news().is_none());
-    store.take(Change::Listed(Kind::AuthorizationPolicy));
+    store.take(Change::Listed(PolicyKind::AuthorizationPolicy));
     assert!(store.news().is_some_and(|policies| !is_denied(&policies, "web") && is_denied(&policies, "db")));
     store.take(Change::Deleted(deny("b", "db", json!({}))));
     assert!(store.news().is_some_and(|policies| !is_denied(&policies, "db")));

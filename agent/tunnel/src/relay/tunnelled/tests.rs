@@ -1,6 +1,6 @@
 //! Tests of the relay between an application and a tunnel.
 
-use tacit_core::wire::open::{Ahead, Open};
+use tacit_core::wire::open::{Open, OptimisticMode};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     task::JoinHandle,
@@ -84,7 +84,7 @@ async fn a_clean_flow_leaves_both_sessions_for_the_next() {
 /// A session on which the server has accepted a flow whose client does not wait for the answer.
 async fn accepted_early() -> (Box<Session>, Box<Session>) {
     let (mut client, mut server) = sessions().await;
-    client.send(&Control::Open(Open { ahead: Ahead::Data, ..open() })).expect("in turn");
+    client.send(&Control::Open(Open { optimistic_data: OptimisticMode::On, ..open() })).expect("in turn");
     soon(poll_fn(|cx| client.poll_flush(cx))).await.expect("sent");
     let got = soon(server.next(DEADLINE)).await.expect("no error").expect("not closed");
     server.accept_flow(&got).expect("in turn");
@@ -176,7 +176,7 @@ async fn an_answer_in_the_middle_of_much_loses_nothing() {
             sent.extend_from_slice(&chunk[..written.expect("open")]);
         }
         let got = soon(server.next(DEADLINE)).await.expect("no error").expect("not closed");
-        assert_eq!(got.ahead, Ahead::Data);
+        assert_eq!(got.optimistic_data, OptimisticMode::On);
         server.accept_flow(&got).expect("in turn");
         soon(poll_fn(|cx| server.poll_flush(cx))).await.expect("sent");
     };

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Finding, Presence, Release, Remedy};
+use super::{Presence, ProbeFinding, Release, Remedy};
 
 /// `EX_CONFIG` of sysexits(3): starting again changes nothing, so supervisors should not.
 const EX_CONFIG: u8 = 78;
@@ -13,7 +13,7 @@ pub struct Unsupported {
     /// The running kernel's release.
     pub kernel: String,
     /// What is missing, at least one.
-    pub missing: Vec<Finding>,
+    pub missing: Vec<ProbeFinding>,
 }
 
 impl Unsupported {
@@ -42,7 +42,7 @@ impl fmt::Display for Unsupported {
     }
 }
 
-fn advice(finding: &Finding, why: &str, running: Option<Release>) -> String {
+fn advice(finding: &ProbeFinding, why: &str, running: Option<Release>) -> String {
     let since = finding.since;
     match finding.remedy {
         Remedy::Node(todo) => format!("{why}; {todo}"),
@@ -56,7 +56,7 @@ fn advice(finding: &Finding, why: &str, running: Option<Release>) -> String {
 }
 
 /// Features that could not be tried, grouped by reason: usually all of them for one.
-fn untried(missing: &[Finding]) -> Vec<(&str, Vec<&'static str>)> {
+fn untried(missing: &[ProbeFinding]) -> Vec<(&str, Vec<&'static str>)> {
     let mut groups: Vec<(&str, Vec<&'static str>)> = Vec::new();
     for finding in missing {
         let Presence::Unknown(why) = &finding.presence else { continue };
