@@ -20,7 +20,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use tacit_core::spiffe::TrustDomain;
 use tacit_kernel::host;
-use tacit_sources::directory::{self, CgroupLayout, EnrolLabel, Options, Place};
+use tacit_sources::directory::{self, CgroupLayout, EnrolLabel, LocalNode, Options};
 
 const PODS: usize = 100_000;
 const SERVICES: usize = 10_000;
@@ -55,15 +55,15 @@ async fn measure(pods: usize, services: usize) -> Result<()> {
     let before = memory()?;
     let begin = Instant::now();
     let options = Options { enrol_label: EnrolLabel::default(), kubeconfig: Some(config.clone()) };
-    let place = Place {
+    let local_node = LocalNode {
         node: "node-0".into(),
         trust_domain: TrustDomain::parse("cluster.local")?,
         cgroups: CgroupLayout::of(Path::new("/sys/fs/cgroup/kubepods.slice")),
         ranges: Arc::default(),
     };
-    let opening = directory::open(&options, place).await;
+    let opening = directory::open(&options, local_node).await;
     std::fs::remove_file(config)?;
-    let watched = opening?.complete().await.context("the API is not followed any more")?;
+    let watched = opening?.complete().await.context("the tasks that watch the API exited")?;
     let directory = watched.current();
     println!("{} workloads, {} services", directory.len(), directory.services().count());
     println!(
@@ -73,9 +73,9 @@ async fn measure(pods: usize, services: usize) -> Result<()> {
         memory()?.0,
         memory()?.1
     );
-    // As the agent does every few seconds.
+    // The agent does the same every few seconds.
     host::release_memory();
-    println!("memory once what the lists left is given back: {} MiB", memory()?.0);
+    println!("memory after release: {} MiB", memory()?.0);
     let random = shuffled(pods);
     lookups("workload by address", &random, |i| directory.at(pod_address(i)).is_some());
     lookups("service by address", &random, |i| directory.service_at(service_address(i % services)).is_some());

@@ -25,7 +25,7 @@ use tacit_kernel::{
     socket::Listeners,
 };
 use tacit_sources::{
-    directory::{CgroupLayout, Place},
+    directory::{CgroupLayout, LocalNode},
     file::LoadError,
     kubernetes::OpenError,
     reload::{Opening, Watched},
@@ -290,13 +290,13 @@ async fn open_directory(config: &Config) -> Result<Opening<Directory>, AppError>
             Ok(Watched::open(file, parse)?.into())
         }
         Source::Kubernetes(options) => {
-            let place = Place {
+            let local_node = LocalNode {
                 node: config.node.clone(),
                 trust_domain: domain,
                 cgroups: CgroupLayout::of(&config.pods_cgroup),
                 ranges,
             };
-            let opened = tacit_sources::directory::open(options, place).await;
+            let opened = tacit_sources::directory::open(options, local_node).await;
             opened.map_err(|source| AppError::Kubernetes { field: "directory", source })
         }
     }

@@ -1,9 +1,10 @@
-//! Who asks, and what may be had: an agent gets certificates for service accounts that have a pod on its own node.
+//! Authentication of callers and authorization of requests. An agent may request certificates of service accounts that have a
+//! pod on its own node.
 //!
-//! In Kubernetes the API server reviews the agent's token and names its pod, and pods are read from it. Standalone, a file
-//! names the token of each node, and the directory file says which workloads are where. What neither says, and what the
-//! API server does not answer, is a refusal. Of a file that cannot be read any more the last good version counts, and
-//! that is trouble which operators are shown.
+//! In Kubernetes the API server reviews the agent's token and returns the agent's pod. Pods are read from the API. Standalone, a
+//! file holds the token of each node, and the directory file lists the workloads. Requests are refused if neither source has
+//! an entry or the API does not answer. If a file becomes invalid, its last valid version stays in use and the status reports
+//! the error.
 
 mod kubernetes;
 mod tokens;
@@ -21,26 +22,26 @@ use super::refusal::Refusal;
 pub(super) use kubernetes::Kubernetes;
 use tokens::Tokens;
 
-/// An agent that has proven who it is.
+/// An authenticated agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Caller {
-    /// The node it runs on.
+    /// The node of the agent.
     pub(super) node: String,
-    /// Its own identity, when it is a workload.
+    /// The agent's own identity, if it is a workload.
     pub(super) identity: Option<SpiffeId>,
 }
 
-/// Where agents and workloads are known from.
+/// The source of agents and workloads.
 pub(super) enum Authenticator {
     Kubernetes(Kubernetes),
     Standalone { tokens: Watched<Tokens>, directory: Watched<Directory> },
 }
 
 impl Authenticator {
-    /// Reads both files, and watches them. Needs a tokio runtime.
+    /// Loads both files and watches them. Requires a tokio runtime.
     ///
     /// # Errors
-    /// [`LoadError`] of the first version.
+    /// [`LoadError`] if a first version is invalid.
     pub(super) fn standalone(
         tokens: PathBuf,
         directory: PathBuf,
@@ -53,8 +54,8 @@ impl Authenticator {
         Ok(Self::Standalone { tokens, directory })
     }
 
-    /// Why a file as it is now is not in use; `None` when all are.
-    pub(super) fn trouble(&self) -> Option<String> {
+    /// Returns the error of an invalid file, or `None` if both are in use.
+    pub(super) fn file_error(&self) -> Option<String> {
         match self {
             Self::Kubernetes(_) => None,
             Self::Standalone { tokens, directory } => {
@@ -63,7 +64,7 @@ impl Authenticator {
         }
     }
 
-    /// Who sent `token`.
+    /// Authenticates the sender of `token`.
     pub(super) async fn authenticate(&self, token: &str) -> Result<Caller, Refusal> {
         match self {
             Self::Kubernetes(kubernetes) => kubernetes.authenticate(token).await,
@@ -75,7 +76,7 @@ impl Authenticator {
         }
     }
 
-    /// Whether a pod of `identity` is on the node of `caller`.
+    /// Checks that a pod of `identity` runs on the node of `caller`.
     pub(super) async fn allow(&self, caller: &Caller, identity: &SpiffeId) -> Result<(), Refusal> {
         let found = match self {
             Self::Kubernetes(kubernetes) => kubernetes.has_pod(&caller.node, identity).await?,

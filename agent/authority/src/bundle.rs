@@ -1,7 +1,7 @@
-//! Where the roots in use are published, for the agents' `rootFile`: a ConfigMap or a file.
+//! Publishes the current roots for the agents' `rootFile`, in a ConfigMap or a file.
 //!
-//! Each replica publishes what it has read from the store. One that read before a change and wrote after it puts the old
-//! content back for one look at the store; the waits of a rotation are longer by far.
+//! Each replica publishes the content that it has read from the store. A replica that reads before a change and writes after it
+//! restores the old content until the next reconciliation. The waits of a rotation are much longer.
 
 use std::{
     collections::BTreeMap,
@@ -16,7 +16,7 @@ use tokio::task::spawn_blocking;
 
 use super::store::{Written, written};
 
-/// Why the bundle could not be published.
+/// The reason why the bundle could not be published.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum BundleError {
     #[error("cannot {what} ConfigMap {name}: {source}")]
@@ -30,7 +30,7 @@ pub(super) enum BundleError {
     File(#[from] FileError),
 }
 
-/// Where the roots in use are published.
+/// The target of the bundle.
 #[derive(Clone)]
 pub(super) enum Bundle {
     ConfigMap { api: Box<Api<ConfigMap>>, name: String, key: String },
@@ -38,7 +38,7 @@ pub(super) enum Bundle {
 }
 
 impl Bundle {
-    /// Makes sure that `pem` is what is published, unless somebody else was faster.
+    /// Publishes `pem`, unless another replica has changed the target meanwhile.
     pub(super) async fn publish(&self, pem: &str) -> Result<Written, BundleError> {
         match self {
             Self::ConfigMap { api, name, key } => publish(api, name, key, pem).await,
@@ -65,7 +65,7 @@ async fn publish(api: &Api<ConfigMap>, name: &str, key: &str, pem: &str) -> Resu
         return Ok(Written::Done);
     }
     data.insert(key.to_owned(), pem.to_owned());
-    // The resource version in it makes the API refuse when somebody was faster; the next look finds what that was.
+    // The API server rejects the write if the resource version has changed. The next attempt reads the new content.
     written(api.replace(name, &PostParams::default(), &found).await).map_err(failed("replace"))
 }
 

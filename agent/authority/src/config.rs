@@ -44,17 +44,17 @@ const BUNDLE_KEY: &str = "root-cert.pem";
 const DAY: Duration = Duration::from_secs(24 * 3600);
 const ROOT_LIFETIME: Duration = DAY.saturating_mul(3650);
 const INTERMEDIATE_LIFETIME: Duration = DAY.saturating_mul(7);
-/// The lower ends are set by the lifetimes below, see [`Config::check_lifetimes`].
+/// The minimum also depends on the lifetimes below, see [`Config::check_lifetimes`].
 const ROOT_LIFETIME_RANGE: RangeInclusive<Duration> = Duration::from_secs(250)..=DAY.saturating_mul(7300);
 const INTERMEDIATE_LIFETIME_RANGE: RangeInclusive<Duration> =
     Duration::from_secs(50)..=DAY.saturating_mul(365);
 /// See [`Config::check_lifetimes`].
 const LEAVES_OF_AN_INTERMEDIATE: u32 = 5;
-/// An agent asks once for each service account of its node when it starts, and a node has some hundred pods at most.
+/// An agent requests a certificate for each service account of its node when it starts. A node has at most a few hundred pods.
 const RATE: Rate = Rate { per_second: 10, burst: 300 };
 const RATE_MAX: u32 = 10_000;
 
-/// The configuration of an authority. All paths are ready to use.
+/// The configuration of an authority, with absolute paths.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     /// Trust domain of every certificate.
@@ -65,32 +65,32 @@ pub struct Config {
     pub names: Vec<String>,
     /// Address of metrics and readiness.
     pub metrics: SocketAddr,
-    /// Where the root is kept.
-    pub root: RootPlace,
-    /// Where the roots in use are published.
-    pub bundle: BundlePlace,
-    /// Who may ask.
+    /// The storage of the root.
+    pub root: RootStorage,
+    /// The target of the root bundle.
+    pub bundle: BundleTarget,
+    /// The agents that may request certificates.
     pub agents: Agents,
-    /// How long certificates live.
+    /// Lifetimes of certificates.
     pub lifetimes: Lifetimes,
-    /// Requests that one node may make.
+    /// Rate limit of a node.
     pub rate: Rate,
 }
 
-/// How long certificates live: a root at least five times an intermediate, that at least five times a leaf.
+/// Lifetimes of certificates. A root lives at least five times as long as an intermediate, and an intermediate as a leaf.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lifetimes {
-    /// Of a root that Tacit makes.
+    /// Of a root that the authority creates.
     pub root: Duration,
     /// Of an intermediate.
     pub intermediate: Duration,
-    /// Longest of a workload's certificate.
+    /// Maximum of a workload's certificate.
     pub leaf: Duration,
 }
 
-/// Where the root is kept.
+/// The storage of the root.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum RootPlace {
+pub enum RootStorage {
     /// A Secret.
     Secret {
         /// Its namespace.
@@ -102,9 +102,9 @@ pub enum RootPlace {
     Directory(PathBuf),
 }
 
-/// Where the roots in use are published.
+/// The target of the root bundle.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum BundlePlace {
+pub enum BundleTarget {
     /// A ConfigMap.
     ConfigMap {
         /// Its namespace.
@@ -118,17 +118,17 @@ pub enum BundlePlace {
     File(PathBuf),
 }
 
-/// Who may ask for certificates.
+/// The agents that may request certificates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Agents {
-    /// Pods of these service accounts, by a token that the API server reviews.
+    /// Pods of these service accounts, authenticated by TokenReview.
     Kubernetes {
         /// Namespace and name, 1 to 16.
         service_accounts: Vec<(String, String)>,
         /// Audience of the tokens.
         audience: String,
     },
-    /// Nodes of a standalone mesh, by tokens of a file.
+    /// Nodes of a standalone mesh, authenticated by a file of tokens.
     Standalone {
         /// File of the tokens.
         tokens: PathBuf,
@@ -137,12 +137,12 @@ pub enum Agents {
     },
 }
 
-/// Requests that one node may make.
+/// The rate limit of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rate {
-    /// On average, 1 to 10,000.
+    /// Average requests per second, 1 to 10,000.
     pub per_second: u32,
-    /// At once, 1 to 10,000.
+    /// Burst of requests, 1 to 10,000.
     pub burst: u32,
 }
 
@@ -150,7 +150,7 @@ impl Config {
     /// Reads and parses the file at `path`.
     ///
     /// # Errors
-    /// [`LoadError`]: unreadable, or all mistakes in it.
+    /// [`LoadError`] if the file cannot be read, or with all mistakes in it.
     pub fn read(path: &Path) -> Result<Self, LoadError> {
         let file = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         file::load(path, |text| Self::parse(text, &file))
@@ -169,7 +169,7 @@ impl Config {
         })
     }
 
-    /// Decodes all fields before the first `?`, so that the mistakes of each one are recorded.
+    /// Decodes all fields before the first `?`, so that all mistakes are recorded.
     fn decode(f: &mut Fields<'_>, folder: &Path) -> Option<Self> {
         let trust_domain = f.required("trustDomain", "the SPIFFE trust domain, such as cluster.local");
         let trust_domain = trust_domain.and_then(|value| value.parse(TrustDomain::parse));
@@ -180,7 +180,7 @@ impl Config {
         let root = f.required("root", "{secret: {namespace: tacit-system, name: tacit-root}}");
         let root = root.and_then(|value| self::root(&value, folder));
         let namespace = match &root {
-            Some((RootPlace::Secret { namespace, .. }, _)) => Some(namespace.as_str()),
+            Some((RootStorage::Secret { namespace, .. }, _)) => Some(namespace.as_str()),
             _ => None,
         };
         let bundle = f.required("bundle", "{configMap: tacit-roots}");
@@ -205,24 +205,24 @@ impl Config {
         })
     }
 
-    /// What is signed never outlives its signer, nor is it cut short: a signer is replaced at half of its life, so that
-    /// half must hold the whole life of what it signs, and the time that a rotation takes.
+    /// Checks the ratios of the lifetimes. A certificate never outlives its signer and is never shortened. A signer is replaced
+    /// at half of its life, so that half must cover the full life of its certificates and the duration of a rotation.
     ///
-    /// For an intermediate that is the turn in which it still signs after somebody replaced its root (`rotation`): a life
-    /// of a leaf, and up to a quarter of that for replicas that have not noticed yet; then the whole life of the last leaf
-    /// that it signs. Twice two and a quarter is four and a half, the rest to five is for looks at the store that come
-    /// late. With less, peers would meet certificates of the new root before they trust it.
+    /// After an operator has replaced the root (`rotation`), an intermediate still signs for one leaf life, plus a quarter for
+    /// replicas that have not read the change. The last leaf then lives for one leaf life. The half must therefore cover two and
+    /// a quarter leaf lives. The factor five leaves a margin for late reconciliations. With less, peers would see certificates of
+    /// the new root before they trust it.
     fn check_lifetimes(&self, root: &Value<'_>) -> Option<()> {
         let Lifetimes { root: root_life, intermediate, leaf } = self.lifetimes;
         if intermediate < leaf * LEAVES_OF_AN_INTERMEDIATE {
             root.refuse(format_args!(
-                "intermediateLifetime {intermediate:?} is less than five times leafLifetime {leaf:?}: a root that is replaced would be met before it is trusted; write more, or shorten leafLifetime"
+                "intermediateLifetime {intermediate:?} is less than five times leafLifetime {leaf:?}: peers would see a new root before they trust it; increase intermediateLifetime, or reduce leafLifetime"
             ));
             return None;
         }
         if root_life < intermediate * 5 {
             root.refuse(format_args!(
-                "root.lifetime {root_life:?} is less than five times intermediateLifetime {intermediate:?}: write more"
+                "root.lifetime {root_life:?} is less than five times intermediateLifetime {intermediate:?}; increase root.lifetime"
             ));
             return None;
         }
@@ -230,27 +230,27 @@ impl Config {
     }
 }
 
-fn root(value: &Value<'_>, folder: &Path) -> Option<(RootPlace, Duration)> {
+fn root(value: &Value<'_>, folder: &Path) -> Option<(RootStorage, Duration)> {
     let mut fields = value.fields(&ROOT_FIELDS)?;
     let lifetime = fields.or("lifetime", ROOT_LIFETIME, |v| v.duration(ROOT_LIFETIME_RANGE));
     let place = match (fields.optional("secret"), fields.optional("directory")) {
-        (Some(secret), None) => secret_place(&secret)?,
-        (None, Some(directory)) => RootPlace::Directory(folder.join(directory.text()?)),
+        (Some(secret), None) => secret_storage(&secret)?,
+        (None, Some(directory)) => RootStorage::Directory(folder.join(directory.text()?)),
         _ => return exactly_one(value, "secret or directory"),
     };
     Some((place, lifetime?))
 }
 
-fn secret_place(value: &Value<'_>) -> Option<RootPlace> {
+fn secret_storage(value: &Value<'_>) -> Option<RootStorage> {
     let mut fields = value.fields(&["namespace", "name"])?;
     let namespace = fields.required("namespace", "the namespace of the Secret");
     let name = fields.required("name", "the name of the Secret, such as tacit-root");
     let (namespace, name) =
         (namespace.and_then(|v| v.name().map(Into::into)), name.and_then(|v| v.name().map(Into::into)));
-    Some(RootPlace::Secret { namespace: namespace?, name: name? })
+    Some(RootStorage::Secret { namespace: namespace?, name: name? })
 }
 
-fn bundle(value: &Value<'_>, default_namespace: Option<&str>, folder: &Path) -> Option<BundlePlace> {
+fn bundle(value: &Value<'_>, default_namespace: Option<&str>, folder: &Path) -> Option<BundleTarget> {
     let mut fields = value.fields(&BUNDLE_FIELDS)?;
     let key = fields.or("key", BUNDLE_KEY.to_owned(), |v| v.text().map(Into::into))?;
     let namespace = fields.optional("namespace");
@@ -261,11 +261,11 @@ fn bundle(value: &Value<'_>, default_namespace: Option<&str>, folder: &Path) -> 
                 None => default_namespace.map(Into::into),
             };
             if namespace.is_none() {
-                value.refuse("no namespace: write bundle.namespace, as root.secret names none");
+                value.refuse("missing namespace: write bundle.namespace, because root.secret has none");
             }
-            Some(BundlePlace::ConfigMap { namespace: namespace?, name: name.name()?.into(), key })
+            Some(BundleTarget::ConfigMap { namespace: namespace?, name: name.name()?.into(), key })
         }
-        (None, Some(file)) => Some(BundlePlace::File(folder.join(file.text()?))),
+        (None, Some(file)) => Some(BundleTarget::File(folder.join(file.text()?))),
         _ => exactly_one(value, "configMap or file"),
     }
 }
@@ -288,15 +288,15 @@ fn agents(value: &Value<'_>, folder: &Path) -> Option<Agents> {
 }
 
 fn exactly_one<T>(value: &Value<'_>, choices: &str) -> Option<T> {
-    value.refuse(format_args!("not exactly one way is written: write {choices}"));
+    value.refuse(format_args!("expected exactly one of {choices}"));
     None
 }
 
-/// A list of 1 to `max` items; the mistakes of each one are recorded.
+/// Decodes a list of 1 to `max` items and records the mistakes of each.
 fn texts<T>(value: &Value<'_>, max: usize, item: impl Fn(&Value<'_>) -> Option<T>) -> Option<Vec<T>> {
     let items = value.items()?;
     if items.is_empty() || items.len() > max {
-        value.refuse(format_args!("{} items: write 1 to {max}", items.len()));
+        value.refuse(format_args!("{} items: expected 1 to {max}", items.len()));
         return None;
     }
     let decoded: Vec<_> = items.iter().map(item).collect();
@@ -308,7 +308,7 @@ fn service_account(text: &str) -> Result<(String, String), &'static str> {
         Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
             Ok((namespace.to_owned(), name.to_owned()))
         }
-        _ => Err("no service account: write it as namespace/name"),
+        _ => Err("invalid service account: expected namespace/name"),
     }
 }
 
@@ -316,7 +316,7 @@ fn rate(value: &Value<'_>) -> Option<Rate> {
     let mut fields = value.fields(&RATE_FIELDS)?;
     let number = |text: &str| {
         let number = text.parse().ok().filter(|number| (1..=RATE_MAX).contains(number));
-        number.ok_or_else(|| format!("no number of requests: write 1 to {RATE_MAX}"))
+        number.ok_or_else(|| format!("invalid number of requests: expected 1 to {RATE_MAX}"))
     };
     let per_second = fields.or("perSecond", RATE.per_second, |v| v.parse(number));
     let burst = fields.or("burst", RATE.burst, |v| v.parse(number));

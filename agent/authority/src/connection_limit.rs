@@ -1,4 +1,4 @@
-//! How many connections each address has: bounded, and given back when a connection ends, however it ends.
+//! Limits the connections of each address. A permit is released when its connection ends.
 
 use std::{
     collections::HashMap,
@@ -6,14 +6,14 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-/// The connections of all addresses. Only addresses that have one are remembered.
+/// The connections of all addresses. Addresses without connections have no entry.
 #[derive(Debug)]
 pub(super) struct ConnectionLimit {
     most: usize,
     taken: Mutex<HashMap<IpAddr, usize>>,
 }
 
-/// The permit of one connection. Dropping it gives it back.
+/// The permit of one connection, released when dropped.
 #[derive(Debug)]
 pub(super) struct Permit {
     address: IpAddr,
@@ -21,12 +21,12 @@ pub(super) struct Permit {
 }
 
 impl ConnectionLimit {
-    /// At most `most` for one address.
+    /// Creates a limit of `most` connections per address.
     pub(super) fn new(most: usize) -> Self {
         Self { most, taken: Mutex::default() }
     }
 
-    /// Returns a permit for a connection of `address`, or `None` if the address has all of its own.
+    /// Returns a permit for a connection of `address`, or `None` if the address has reached the limit.
     pub(super) fn take(self: &Arc<Self>, address: IpAddr) -> Option<Permit> {
         let mut taken = self.taken();
         let number = taken.get(&address).copied().unwrap_or_default();

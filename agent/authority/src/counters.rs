@@ -1,4 +1,4 @@
-//! What the authority counts.
+//! Counters of the authority.
 
 use std::{
     collections::BTreeMap,
@@ -24,7 +24,7 @@ impl Counters {
         *self.refused.lock().unwrap_or_else(PoisonError::into_inner).entry(reason).or_default() += 1;
     }
 
-    /// Issued, and refused by reason.
+    /// Returns the certificates issued, and the refusals by reason.
     pub(super) fn totals(&self) -> (u64, Vec<(&'static str, u64)>) {
         let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         (

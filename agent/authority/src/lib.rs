@@ -1,8 +1,8 @@
-//! Tacit's certificate authority. It speaks Istio's CA API: agents of Tacit, ztunnel and others can ask it, and agents of
-//! Tacit can ask istiod or istio-csr instead.
+//! The certificate authority of Tacit. It implements Istio's CA API. Agents of Tacit, ztunnel and other clients can use it, and
+//! agents of Tacit can also use istiod or istio-csr.
 //!
 //! ```text
-//!  agent ── CreateCertificate (gRPC, TLS) ──> server ── service ─┬─ authn: which node, and has it such a pod?
+//!  agent ── CreateCertificate (gRPC, TLS) ──> server ── service ─┬─ authn: the node of the caller, and its pods
 //!                                                                ├─ request: one identity, proven key
 //!                                                                └─ signer: intermediate, key in memory
 //!  store (Secret or folder): root <── reconciler ── rotation ──> signer, bundle (ConfigMap or file)
@@ -11,15 +11,15 @@
 //! | module | content |
 //! |---|---|
 //! | `config` | `authority.yaml` |
-//! | `server`, `connection_limit`, `service` | connections, their number for each address, and one request from headers to answer |
+//! | `server`, `connection_limit`, `service` | connections, their limit per address, and the handling of a request |
 //! | `authn` | the identity and the node of a caller, and the pods of that node |
-//! | `request`, `rate_limit`, `rotation` | pure decisions: the content of a request, requests of a caller, the root to use |
-//! | `root`, `signer` | certificates made and read |
-//! | `store`, `bundle`, `reconciler` | the places of root and bundle, and the task that keeps both current |
+//! | `request`, `rate_limit`, `rotation` | pure decisions: content of a request, rate of a caller, steps of a root rotation |
+//! | `root`, `signer` | creates and reads certificates |
+//! | `store`, `bundle`, `reconciler` | storage of root and bundle, and the task that keeps both current |
 //! | `status` | the state for metrics and readiness |
 //!
-//! Replicas share the store and nothing else. Keys of workloads are made by the agents and never seen here; the
-//! intermediate's key never leaves its process. Metrics and readiness are served by the caller of [`Authority`].
+//! Replicas share only the store. Agents create the keys of workloads, so the authority never sees them. The intermediate's key
+//! never leaves its process. The caller of [`Authority`] serves metrics and readiness.
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
@@ -51,48 +51,48 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use authn::{Authenticator, Kubernetes};
 use bundle::Bundle;
-use config::{Agents, BundlePlace, Config, RootPlace};
+use config::{Agents, BundleTarget, Config, RootStorage};
 use counters::Counters;
-use reconciler::{LOOK_MAX, Live, Reconciler};
+use reconciler::{Live, RECONCILE_MAX, Reconciler};
 use service::Service;
 use status::{AuthorityStatus, Readiness};
 use store::Store;
 
-/// Why the authority did not start.
+/// The reason why the authority did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthorityError {
-    /// A file could not be read or holds mistakes.
+    /// A file could not be read or has mistakes.
     #[error(transparent)]
     Load(#[from] LoadError),
-    /// The Kubernetes API is not configured here.
+    /// The process has no access to the Kubernetes API.
     #[error("no access to the Kubernetes API: {0}; run it in a pod, or set KUBECONFIG")]
     Kubernetes(String),
-    /// An address cannot be had.
+    /// An address cannot be bound.
     #[error("{what} {address}: {source}")]
     Listen {
         /// `listen` or `metrics`.
         what: &'static str,
         /// The configured address.
         address: SocketAddr,
-        /// Why.
+        /// The error of the system.
         #[source]
         source: io::Error,
     },
-    /// The system did not give what every process gets.
+    /// Signal handlers could not be installed.
     #[error("listen for signals: {0}")]
     Signal(#[from] io::Error),
 }
 
 fn needs_kubernetes(config: &Config) -> bool {
-    matches!(config.root, RootPlace::Secret { .. })
-        || matches!(config.bundle, BundlePlace::ConfigMap { .. })
+    matches!(config.root, RootStorage::Secret { .. })
+        || matches!(config.bundle, BundleTarget::ConfigMap { .. })
         || matches!(config.agents, Agents::Kubernetes { .. })
 }
 
-/// Makes the status as of now.
+/// Returns the current status.
 pub type StatusSource = Arc<dyn Fn() -> AuthorityStatus + Send + Sync>;
 
-/// A started authority: its address is bound, its root is looked after.
+/// A started authority. Its address is bound and its reconciler runs.
 pub struct Authority {
     listener: TcpListener,
     service: Arc<Service>,
@@ -100,20 +100,20 @@ pub struct Authority {
     _reconciler: AbortOnDropHandle<()>,
 }
 
-/// What is shown to operators.
+/// The state for operators.
 #[derive(Clone)]
 struct State {
     live: Arc<ArcSwapOption<Live>>,
     counters: Arc<Counters>,
-    trouble: Arc<ArcSwapOption<String>>,
+    last_error: Arc<ArcSwapOption<String>>,
     authn: Arc<Authenticator>,
 }
 
 impl Authority {
-    /// Starts the authority. To be called on a tokio runtime.
+    /// Starts the authority. Requires a tokio runtime.
     ///
     /// # Errors
-    /// [`AuthorityError`]. Once it runs, a store or an API that fails is tried again.
+    /// [`AuthorityError`]. After the start, failures of the store or the API are retried.
     pub async fn open(config: Config) -> Result<Self, AuthorityError> {
         let client = if needs_kubernetes(&config) {
             Some(Client::try_default().await.map_err(|e| AuthorityError::Kubernetes(format_chain(&e)))?)
@@ -123,7 +123,7 @@ impl Authority {
         Self::start(config, client).await
     }
 
-    /// Returns a function that makes the status as of now. The function does not block.
+    /// Returns a function that returns the current status without blocking.
     #[must_use]
     pub fn status(&self) -> StatusSource {
         let state = self.state.clone();
@@ -132,7 +132,8 @@ impl Authority {
 
     async fn start(config: Config, client: Option<Client>) -> Result<Self, AuthorityError> {
         let authn = Arc::new(authn(&config, client.as_ref())?);
-        let state = State { live: Arc::default(), counters: Arc::default(), trouble: Arc::default(), authn };
+        let state =
+            State { live: Arc::default(), counters: Arc::default(), last_error: Arc::default(), authn };
         let listener = bind("listen", config.listen).await?;
         let reconciler = Reconciler {
             store: store(&config, client.as_ref()),
@@ -140,9 +141,9 @@ impl Authority {
             trust_domain: config.trust_domain.clone(),
             names: config.names.clone(),
             lifetimes: config.lifetimes,
-            look_max: LOOK_MAX,
+            reconcile_max: RECONCILE_MAX,
             live: state.live.clone(),
-            trouble: state.trouble.clone(),
+            last_error: state.last_error.clone(),
             known: None,
             published: None,
         };
@@ -154,7 +155,7 @@ impl Authority {
         Ok(Self { listener, service: Arc::new(service), state, _reconciler: reconciler })
     }
 
-    /// Serves callers until `stop`. Requests under way are then answered.
+    /// Serves callers until `stop`, and then finishes the current requests.
     pub async fn serve(self, stop: CancellationToken) {
         server::serve(self.listener, self.state.live.clone(), self.service, stop).await;
     }
@@ -166,15 +167,15 @@ impl State {
         let (issued, refused) = self.counters.totals();
         AuthorityStatus {
             readiness: match &live {
-                None => Readiness::NoRoot(self.trouble.load_full().map(|it| (*it).clone())),
+                None => Readiness::NoRoot(self.last_error.load_full().map(|it| (*it).clone())),
                 Some(live) if live.stale(Instant::now()) => {
-                    Readiness::Stale(self.trouble.load_full().map(|it| (*it).clone()))
+                    Readiness::Stale(self.last_error.load_full().map(|it| (*it).clone()))
                 }
                 Some(_) => Readiness::Ready,
             },
             issued,
             refused,
-            upkeep_failing: self.trouble.load().is_some() || self.authn.trouble().is_some(),
+            upkeep_failing: self.last_error.load().is_some() || self.authn.file_error().is_some(),
             root_not_after: live.as_ref().map(|live| live.root_not_after),
             intermediate_not_after: live.as_ref().map(|live| live.signer.not_after),
             roots: live.as_ref().map_or(0, |live| live.roots as u64),
@@ -182,7 +183,7 @@ impl State {
     }
 }
 
-/// Listens on the configured `address` of `what`.
+/// Binds the configured `address` of `what`.
 ///
 /// # Errors
 /// [`AuthorityError::Listen`].
@@ -207,21 +208,21 @@ fn authn(config: &Config, client: Option<&Client>) -> Result<Authenticator, Auth
 
 fn store(config: &Config, client: Option<&Client>) -> Store {
     match &config.root {
-        RootPlace::Secret { namespace, name } => Store::Secret {
+        RootStorage::Secret { namespace, name } => Store::Secret {
             api: Box::new(Api::namespaced(client.expect(CLIENT).clone(), namespace)),
             name: name.clone(),
         },
-        RootPlace::Directory(path) => Store::Directory(path.clone()),
+        RootStorage::Directory(path) => Store::Directory(path.clone()),
     }
 }
 
 fn bundle(config: &Config, client: Option<&Client>) -> Bundle {
     match &config.bundle {
-        BundlePlace::ConfigMap { namespace, name, key } => {
+        BundleTarget::ConfigMap { namespace, name, key } => {
             let api = Box::new(Api::namespaced(client.expect(CLIENT).clone(), namespace));
             Bundle::ConfigMap { api, name: name.clone(), key: key.clone() }
         }
-        BundlePlace::File(path) => Bundle::File(path.clone()),
+        BundleTarget::File(path) => Bundle::File(path.clone()),
     }
 }
 

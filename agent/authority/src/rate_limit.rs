@@ -1,7 +1,7 @@
-//! How often one caller may ask: a token bucket for each, pure.
+//! Rate limits of callers: one token bucket for each, pure.
 //!
-//! The number of buckets is bounded. A full table first loses buckets that have filled up again, which say nothing; when
-//! none has, a new caller is refused: memory must not be had by inventing callers.
+//! The number of buckets is bounded. If the table is full, buckets that have refilled are removed. If none has, a new caller is
+//! refused, so that invented callers cannot use up memory.
 
 use std::{
     collections::HashMap,
@@ -11,7 +11,7 @@ use std::{
 
 use super::config::Rate;
 
-/// Callers remembered. More than the nodes of the largest clusters (5,000), at some 100 bytes each.
+/// Maximum number of buckets. The largest clusters have 5,000 nodes. A bucket takes some 100 bytes.
 const CALLERS_MAX: usize = 16_384;
 
 /// The buckets of all callers.
@@ -23,7 +23,7 @@ pub(super) struct RateLimits<K> {
 
 #[derive(Debug, Clone, Copy)]
 struct Bucket {
-    /// Requests left at `at`, with fractions.
+    /// Requests left at `at`, including fractions.
     left: f64,
     at: Instant,
 }
@@ -33,7 +33,7 @@ impl<K: Eq + Hash> RateLimits<K> {
         Self { rate, by_caller: HashMap::new() }
     }
 
-    /// Takes one request of `caller` at `now`, if it has one left; else says in how long it will.
+    /// Takes one request of `caller` at `now`. Returns the time until the next request is allowed if none is left.
     pub(super) fn take(&mut self, caller: K, now: Instant) -> Result<(), Duration> {
         let (per_second, burst) = (f64::from(self.rate.per_second), f64::from(self.rate.burst));
         let refilled = |bucket: &Bucket| {

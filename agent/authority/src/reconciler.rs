@@ -1,9 +1,9 @@
-//! Keeps root, intermediate and bundle current: looks at the store every few seconds, writes the step that `rotation`
-//! decides, and hands the result to the service as a snapshot.
+//! Keeps root, intermediate and bundle current. The reconciler reads the store every few seconds, writes the step that
+//! `rotation` decides, and passes the result to the service as a snapshot.
 //!
-//! Several replicas do this without knowing of each other: a step is written only over what it was decided on. A look
-//! that fails leaves the last good snapshot in use, for as long as the waits of a rotation allow (`Live::stale`); after
-//! that this replica refuses to sign, as it may not know which roots others trust.
+//! Replicas work independently. A step is written only if the store has not changed since the decision. If a reconciliation
+//! fails, the last snapshot stays in use while the waits of a rotation allow it (`Live::stale`). After that the replica refuses
+//! to sign, because its knowledge of the trusted roots may be outdated.
 
 use std::{
     sync::Arc,
@@ -19,23 +19,23 @@ use super::{
     bundle::{Bundle, BundleError},
     config::Lifetimes,
     root::{self, Root, RootError, seconds},
-    rotation::{Held, Rotation, Step, Waits, decide},
-    signer::{Signer, moment},
-    store::{Fields, Store, StoreError, Stored, Written},
+    rotation::{Observed, Rotation, Step, Waits, decide},
+    signer::{Signer, time_of},
+    store::{Fields, Store, StoreContent, StoreError, Written},
 };
 
 /// Field of the store with the rotation.
 const ROTATION: &str = "tacit.json";
-/// Looks at the store in a row when others were faster; after that the next turn comes.
+/// Maximum consecutive conflicts with other writers. The next reconciliation then retries.
 const CONFLICTS_MAX: usize = 8;
-/// Longest time between two looks at the store.
-const LOOK: Duration = Duration::from_secs(10);
-/// Longest look: an API that answers at all does so in less, and one that does not must show as trouble.
-pub(super) const LOOK_MAX: Duration = Duration::from_secs(30);
-/// Looks at the store within the slack of a rotation: a few may fail.
-const LOOKS_WITHIN_SLACK: u32 = 8;
+/// Maximum interval between two reconciliations.
+const INTERVAL: Duration = Duration::from_secs(10);
+/// Timeout of a reconciliation. A working API answers sooner, and a hanging API must be reported.
+pub(super) const RECONCILE_MAX: Duration = Duration::from_secs(30);
+/// Reconciliations within the slack of a rotation, so that a few may fail.
+const RECONCILIATIONS_WITHIN_SLACK: u32 = 8;
 
-/// Why the authority cannot sign, or not for long.
+/// The reason why a reconciliation failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ReconcileError {
     #[error(transparent)]
@@ -43,35 +43,35 @@ pub(super) enum ReconcileError {
     #[error("the root is refused: {0}")]
     Root(#[from] RootError),
     #[error(
-        "{ROTATION} in the store cannot be read: {0}; correct it, or remove it to begin anew with the root that is there"
+        "invalid {ROTATION} in the store: {0}; correct it, or remove it to start again with the existing root"
     )]
     Rotation(#[from] serde_json::Error),
     #[error(
-        "the store or the place of the bundle has not answered within {0:?}: is the Kubernetes API, or the disk, overloaded?"
+        "no answer from the store or the bundle within {0:?}; check whether the Kubernetes API or the disk is overloaded"
     )]
-    Late(Duration),
-    #[error("{CONFLICTS_MAX} times somebody else changed the store first")]
+    Timeout(Duration),
+    #[error("another writer changed the store first, {CONFLICTS_MAX} times in a row")]
     Conflicts,
     #[error("the roots are not published: {0}")]
     Bundle(#[from] BundleError),
 }
 
-/// What the service signs with; a snapshot.
+/// A snapshot of the signer and the trusted roots.
 pub(super) struct Live {
     pub(super) signer: Arc<Signer>,
-    /// All roots to trust, in PEM.
+    /// All trusted roots, in PEM.
     pub(super) bundle: String,
-    /// How many roots those are.
+    /// Number of trusted roots.
     pub(super) roots: usize,
-    /// Last moment of the root.
+    /// Expiry of the root.
     pub(super) root_not_after: SystemTime,
-    /// When the store was read last.
+    /// Time at which the store was read.
     read_at: Instant,
     valid_for: Duration,
 }
 
 impl Live {
-    /// What it says may no longer be so.
+    /// Returns true if the snapshot may be outdated.
     pub(super) fn stale(&self, now: Instant) -> bool {
         now.saturating_duration_since(self.read_at) > self.valid_for
     }
@@ -84,31 +84,31 @@ pub(super) struct Reconciler {
     pub(super) trust_domain: TrustDomain,
     pub(super) names: Vec<String>,
     pub(super) lifetimes: Lifetimes,
-    /// Longest look.
-    pub(super) look_max: Duration,
+    /// Timeout of a reconciliation.
+    pub(super) reconcile_max: Duration,
     pub(super) live: Arc<ArcSwapOption<Live>>,
-    /// What the latest look failed with.
-    pub(super) trouble: Arc<ArcSwapOption<String>>,
-    /// What was last read or written; survives the removal of the store's content.
+    /// Error of the latest reconciliation.
+    pub(super) last_error: Arc<ArcSwapOption<String>>,
+    /// The last rotation read or written. It survives the removal of the store's content.
     pub(super) known: Option<Rotation>,
-    /// The bundle that is where agents read it.
+    /// The published bundle.
     pub(super) published: Option<String>,
 }
 
 impl Reconciler {
-    /// Looks, writes and publishes until it is dropped. What goes wrong is logged here, once for each change.
+    /// Reconciles until the future is dropped. Errors are logged once for each change.
     pub(super) async fn run(mut self) {
         loop {
-            let looked = self.look(SystemTime::now()).await;
-            let problem = looked.err().map(|error| format_chain(&error));
-            match (&problem, self.trouble.load().as_deref()) {
+            let result = self.reconcile(SystemTime::now()).await;
+            let problem = result.err().map(|error| format_chain(&error));
+            match (&problem, self.last_error.load().as_deref()) {
                 (Some(problem), before) if before != Some(problem) => {
-                    error!(%problem, "root, intermediate or bundle cannot be brought up to date; trying again");
+                    error!(%problem, "cannot update root, intermediate or bundle; retrying");
                 }
                 (None, Some(_)) => info!("root, intermediate and bundle are up to date again"),
                 _ => {}
             }
-            self.trouble.store(problem.map(Arc::new));
+            self.last_error.store(problem.map(Arc::new));
             sleep(self.pause()).await;
         }
     }
@@ -118,22 +118,24 @@ impl Reconciler {
     }
 
     fn pause(&self) -> Duration {
-        (Duration::from_secs(self.waits().slack) / LOOKS_WITHIN_SLACK).min(LOOK)
+        (Duration::from_secs(self.waits().slack) / RECONCILIATIONS_WITHIN_SLACK).min(INTERVAL)
     }
 
-    /// One look: the store is brought to where it should be, and the snapshot and the bundle to what it says. One that is
-    /// given up half-way does no harm: what it wrote is whole, and the next one reads it.
-    pub(super) async fn look(&mut self, now: SystemTime) -> Result<(), ReconcileError> {
-        let look_max = self.look_max;
-        timeout(look_max, self.bring_up_to_date(now)).await.unwrap_or(Err(ReconcileError::Late(look_max)))
+    /// Reconciles once. Updates the store, then the snapshot and the bundle. Cancellation is safe, because each write is atomic
+    /// and the next reconciliation reads it.
+    pub(super) async fn reconcile(&mut self, now: SystemTime) -> Result<(), ReconcileError> {
+        let reconcile_max = self.reconcile_max;
+        timeout(reconcile_max, self.try_reconcile(now))
+            .await
+            .unwrap_or(Err(ReconcileError::Timeout(reconcile_max)))
     }
 
-    async fn bring_up_to_date(&mut self, now: SystemTime) -> Result<(), ReconcileError> {
+    async fn try_reconcile(&mut self, now: SystemTime) -> Result<(), ReconcileError> {
         for _ in 0..CONFLICTS_MAX {
             let read_at = Instant::now();
             let Some(stored) = self.store.load().await? else {
                 let fields = self.first(now)?;
-                info!("there is no root yet: making one");
+                info!("the store has no root; creating one");
                 let _conflict_or_not_it_is_read_again = self.store.create(fields).await?;
                 continue;
             };
@@ -147,7 +149,7 @@ impl Reconciler {
                 }
                 continue;
             };
-            self.take(&root, &rotation, read_at, now)?;
+            self.update_live(&root, &rotation, read_at, now)?;
             self.known = Some(rotation);
             if self.publish().await? == Written::Done {
                 return stored.request.map(drop).map_err(ReconcileError::from);
@@ -156,19 +158,19 @@ impl Reconciler {
         Err(ReconcileError::Conflicts)
     }
 
-    fn step(&self, root: &Root, rotation: Option<&Rotation>, stored: &Stored, now: SystemTime) -> Step {
-        let held = Held {
+    fn step(&self, root: &Root, rotation: Option<&Rotation>, stored: &StoreContent, now: SystemTime) -> Step {
+        let observed = Observed {
             fingerprint: &root.fingerprint,
             not_before: seconds(root.validity.not_before),
             not_after: seconds(root.validity.not_after),
             rotation,
-            request: stored.asked(),
+            request: stored.rotation_request(),
         };
         let published = rotation.is_some_and(|rotation| self.published.as_ref() == Some(&rotation.bundle()));
-        decide(&held, self.waits(), seconds(now), published)
+        decide(&observed, self.waits(), seconds(now), published)
     }
 
-    /// The content of a store that holds none. Roots known from before it was emptied stay trusted for their time.
+    /// Returns the content of a new store. Roots known from before the store was emptied stay trusted for their time.
     fn first(&self, now: SystemTime) -> Result<Fields, ReconcileError> {
         let (certificate, key) = root::make(&self.trust_domain, self.lifetimes.root, now)?;
         let mut fields = with_root(certificate, key);
@@ -184,7 +186,7 @@ impl Reconciler {
         &self,
         step: Step,
         root: &Root,
-        stored: Stored,
+        stored: StoreContent,
         now: SystemTime,
     ) -> Result<Written, ReconcileError> {
         let waits = self.waits();
@@ -195,17 +197,17 @@ impl Reconciler {
         let after = match (step, known) {
             (Step::Begin, Some(known)) => {
                 let (certificate, key) = root::make(&self.trust_domain, self.lifetimes.root, now)?;
-                known.begin(certificate, key, stored.asked(), seconds(now))
+                known.begin(certificate, key, stored.rotation_request(), seconds(now))
             }
             (Step::Promote, Some(known @ Rotation { next: Some(next), .. })) => {
                 fields = with_root(next.certificate.clone(), next.key.clone());
                 known.promote(Root::read(&fields)?.fingerprint, waits, seconds(now))
             }
             (Step::Forget, Some(known)) => known.forget(seconds(now)),
-            // Somebody wrote the store anew without it.
+            // The field was removed from the store.
             (_, Some(known)) if known.fingerprint == root.fingerprint => known.clone(),
             (_, known) => {
-                // Only what can sign is taken over; else the last good root stays in use.
+                // Adopt only a root that can sign. Otherwise the last valid root stays in use.
                 self.signer(root, now)?;
                 let (fingerprint, anchors) = (root.fingerprint.clone(), root.anchors_pem());
                 Rotation::adopt(false, fingerprint, anchors, known, waits, seconds(now))
@@ -219,26 +221,28 @@ impl Reconciler {
         Signer::make(root, &self.trust_domain, &self.names, self.lifetimes, now)
     }
 
-    /// Makes the snapshot of what the store says.
-    fn take(
+    /// Updates the snapshot from the store's content.
+    fn update_live(
         &self,
         root: &Root,
         rotation: &Rotation,
         read_at: Instant,
         now: SystemTime,
     ) -> Result<(), ReconcileError> {
-        let held = self.live.load_full().map(|live| live.signer.clone());
-        let waits = now < moment(rotation.signs_from);
-        let signer = match held {
-            Some(held) if held.root == root.fingerprint && !held.due(now) => held,
-            Some(held) if held.root != root.fingerprint && waits && held.covers(self.lifetimes.leaf, now) => {
-                held
+        let current = self.live.load_full().map(|live| live.signer.clone());
+        let waits = now < time_of(rotation.signs_from);
+        let signer = match current {
+            Some(current) if current.root == root.fingerprint && !current.due(now) => current,
+            Some(current)
+                if current.root != root.fingerprint && waits && current.covers(self.lifetimes.leaf, now) =>
+            {
+                current
             }
             _ => {
                 let made = Arc::new(self.signer(root, now)?);
                 if waits {
                     warn!(
-                        "the root was replaced and nothing is left that its predecessor signed: some peers may not trust it yet"
+                        "the root was replaced, and no intermediate of the previous root is left; some peers may not trust the new root yet"
                     );
                 }
                 info!(serial = made.serial, root = made.root, "intermediate made");
@@ -259,7 +263,7 @@ impl Reconciler {
 
     async fn publish(&mut self) -> Result<Written, ReconcileError> {
         let Some(live) = self.live.load_full() else { return Ok(Written::Done) };
-        // Looked at each time: somebody may have removed or changed it.
+        // Read each time, because the target may have been changed or removed.
         self.published = None;
         let written = self.bundle.publish(&live.bundle).await?;
         self.published = (written == Written::Done).then(|| live.bundle.clone());

@@ -1,51 +1,51 @@
-//! Why a request got no certificate.
+//! Refusals of certificate requests.
 
 use std::time::Duration;
 
 use tacit_core::spiffe::{IdentityError, SpiffeId, TrustDomain};
 use tacit_identity::istio::api::Code;
 
-/// Why a request got no certificate.
+/// The reason why a request was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Refusal {
     #[error("the request has no bearer token in its authorization header")]
     NoToken,
     #[error("the token is refused: {0}")]
     Token(String),
-    #[error("the token is not for audience {0:?}: project it for that audience")]
+    #[error("the token is not for audience {0:?}; project it for that audience")]
     Audience(String),
     #[error("{0} is not one of the agents' service accounts")]
     NotAnAgent(String),
-    #[error("the token does not say on which node its bearer runs: {0}")]
+    #[error("the node of the token's bearer is unknown: {0}")]
     NoNode(String),
-    #[error("the request cannot be read: {0}")]
+    #[error("invalid request: {0}")]
     Message(String),
     #[error("the certificate request is refused: {0}")]
     Csr(String),
-    #[error("the certificate request has {0} names, exactly one URI is required")]
+    #[error("the certificate request has {0} names, expected exactly one URI")]
     Names(usize),
-    #[error("the certificate request's name is no identity: {0}")]
+    #[error("invalid identity in the certificate request: {0}")]
     Identity(#[from] IdentityError),
     #[error("{identity} is not of trust domain {ours}")]
     TrustDomain { identity: SpiffeId, ours: TrustDomain },
-    #[error("the certificate request is for {csr}, but {asked} is asked for")]
+    #[error("the certificate request is for {csr}, but the message requests {asked}")]
     Mismatch { csr: SpiffeId, asked: String },
-    #[error("the requested lifetime of {0} s is none")]
+    #[error("invalid lifetime of {0} s: expected 0 or more")]
     Lifetime(i64),
     #[error("no pod of {identity} is on node {node}")]
     NotOnNode { identity: SpiffeId, node: String },
-    #[error("node {node} asks too often; again in {again:?}")]
+    #[error("node {node} exceeds its request rate; retry in {again:?}")]
     Rate { node: String, again: Duration },
     #[error("the caller cannot be checked now: {0}")]
     Api(String),
     #[error("the authority cannot sign now: {0}")]
     NotReady(String),
-    #[error("the certificate could not be made: {0}")]
+    #[error("cannot create the certificate: {0}")]
     Sign(String),
 }
 
 impl Refusal {
-    /// For logs and metric labels; one of a fixed set.
+    /// Returns the label for logs and metrics, one of a fixed set.
     pub(super) fn reason(&self) -> &'static str {
         match self {
             Self::NoToken => "no_token",
@@ -68,7 +68,7 @@ impl Refusal {
         }
     }
 
-    /// What the caller is told.
+    /// Returns the gRPC status code.
     pub(super) fn code(&self) -> Code {
         match self {
             Self::NoToken | Self::Token(_) | Self::Audience(_) => Code::Unauthenticated,

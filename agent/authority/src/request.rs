@@ -1,7 +1,7 @@
-//! What a request asks for: pure, and refused unless every part of it fits.
+//! Validation of certificate requests. Pure.
 //!
-//! A certificate request proves that its sender has the key, and names whom it speaks for. Nothing else in it is honoured:
-//! subject, purposes and lifetime are the authority's own, so a request cannot ask for more than one identity.
+//! A certificate request proves possession of the key and names the identity. All other content is ignored. The authority sets
+//! subject, purposes and lifetime, so a request cannot obtain more than one identity.
 
 use std::time::Duration;
 
@@ -11,21 +11,21 @@ use tacit_identity::istio::api::CertificateRequest;
 
 use super::refusal::Refusal;
 
-/// A request that may be granted, if the caller may have it.
+/// A valid request that the caller may still lack permission for.
 #[derive(Debug)]
-pub(super) struct Wanted {
+pub(super) struct ValidRequest {
     pub(super) identity: SpiffeId,
     pub(super) key: PublicKey,
     pub(super) lifetime: Duration,
 }
 
-/// Reads `request` of a caller that is `own` itself, when it is a workload.
+/// Validates `request`. `own` is the identity of the caller, if the caller is a workload.
 pub(super) fn read(
     request: &CertificateRequest,
     own: Option<&SpiffeId>,
     trust_domain: &TrustDomain,
     longest: Duration,
-) -> Result<Wanted, Refusal> {
+) -> Result<ValidRequest, Refusal> {
     let csr =
         CertificateSigningRequestParams::from_pem(&request.csr).map_err(|e| Refusal::Csr(e.to_string()))?;
     let identity = match csr.params.subject_alt_names.as_slice() {
@@ -37,15 +37,19 @@ pub(super) fn read(
     }
     let asked = match request.impersonated() {
         Some(asked) => asked.to_owned(),
-        None => own.ok_or_else(|| Refusal::Message("it names nobody".to_owned()))?.to_string(),
+        None => own.ok_or_else(|| Refusal::Message("it names no identity".to_owned()))?.to_string(),
     };
     if identity.to_string() != asked {
         return Err(Refusal::Mismatch { csr: identity, asked });
     }
-    Ok(Wanted { identity, key: csr.public_key, lifetime: lifetime(request.validity_duration, longest)? })
+    Ok(ValidRequest {
+        identity,
+        key: csr.public_key,
+        lifetime: lifetime(request.validity_duration, longest)?,
+    })
 }
 
-/// Nothing asked for is the longest; more than that is cut down to it.
+/// Returns the lifetime. Zero means `longest`, and longer lifetimes are reduced to it.
 fn lifetime(seconds: i64, longest: Duration) -> Result<Duration, Refusal> {
     match u64::try_from(seconds) {
         Ok(0) => Ok(longest),
@@ -77,7 +81,7 @@ mod tests {
         SanType::URI(text.try_into().expect("ascii"))
     }
 
-    fn answer(csr: String, asked: &str, seconds: i64) -> Result<Wanted, &'static str> {
+    fn answer(csr: String, asked: &str, seconds: i64) -> Result<ValidRequest, &'static str> {
         let request = CertificateRequest::for_identity(asked, csr, seconds);
         let domain = TrustDomain::parse("cluster.local").expect("valid");
         read(&request, None, &domain, DAY).map_err(|refusal| refusal.reason())

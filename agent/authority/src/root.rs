@@ -1,8 +1,8 @@
-//! A root, or any other CA that may sign intermediates: its certificates, its key, and what must be trusted for it.
+//! A root, or another CA that may sign intermediates, with its certificates, key and trust anchors.
 //!
-//! Tacit's own root is ECDSA P-256 with `spiffe://<trust domain>` as its only name. One that was brought stands in the
-//! layout of a `kubernetes.io/tls` Secret as cert-manager writes it: `tls.crt`, which may be followed by what leads to a
-//! root, `tls.key`, and `ca.crt` with the roots; without `ca.crt` the last certificate of `tls.crt` is the root.
+//! The authority's own root is ECDSA P-256 with `spiffe://<trust domain>` as its only name. An operator's root uses the layout
+//! of a `kubernetes.io/tls` Secret, as written by cert-manager. `tls.crt` may include the chain to a root, `tls.key` holds the
+//! key, and `ca.crt` holds the roots. Without `ca.crt` the last certificate of `tls.crt` is the root.
 
 use std::{
     collections::BTreeMap,
@@ -25,39 +25,39 @@ pub(super) const CERTIFICATE: &str = "tls.crt";
 pub(super) const KEY: &str = "tls.key";
 pub(super) const ROOTS: &str = "ca.crt";
 
-/// Why a root cannot be used.
+/// The reason why a root cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum RootError {
     #[error("{0} is missing: write the CA's certificate to {CERTIFICATE} and its key to {KEY}")]
     Missing(&'static str),
-    #[error("{field} cannot be used: {reason}")]
+    #[error("invalid {field}: {reason}")]
     Certificate { field: &'static str, reason: String },
-    #[error("{KEY} holds no readable private key in PEM: {0}")]
+    #[error("{KEY} holds no valid private key in PEM: {0}")]
     Key(String),
     #[error("{KEY} is not the key of the first certificate in {CERTIFICATE}")]
     Mismatch,
     #[error(
-        "nothing that it signs can be verified ({0}): is it a CA that may sign another CA, valid now, and of the roots in {ROOTS}?"
+        "certificates signed by it cannot be verified ({0}); check that it may sign another CA, is valid now, and leads to the roots in {ROOTS}"
     )]
-    Useless(webpki::Error),
-    #[error("a certificate could not be made: {0}")]
+    Unverifiable(webpki::Error),
+    #[error("cannot create a certificate: {0}")]
     Make(#[from] rcgen::Error),
 }
 
 /// A CA that signs intermediates.
 pub(super) struct Root {
-    /// Its own certificate, and what leads to a root.
+    /// Its own certificate, and the chain to a root.
     pub(super) certificates: Vec<CertificateDer<'static>>,
     pub(super) key: PrivateKeyDer<'static>,
-    /// What must be trusted for it.
+    /// The trust anchors.
     pub(super) anchors: Vec<CertificateDer<'static>>,
     pub(super) validity: Validity,
-    /// SHA-256 of its own certificate and of what must be trusted for it, in hexadecimal.
+    /// SHA-256 of its own certificate and of the trust anchors, in hexadecimal.
     pub(super) fingerprint: String,
 }
 
 impl Root {
-    /// Reads the fields of a store.
+    /// Parses the fields of a store.
     pub(super) fn read(fields: &BTreeMap<String, String>) -> Result<Self, RootError> {
         let text = |field: &'static str| fields.get(field).ok_or(RootError::Missing(field));
         let certificates = certificates(CERTIFICATE, text(CERTIFICATE)?)?;
@@ -80,23 +80,23 @@ impl Root {
         Ok(Self { certificates, key, anchors, validity, fingerprint })
     }
 
-    /// What must be trusted for it, in PEM.
+    /// Returns the trust anchors in PEM.
     pub(super) fn anchors_pem(&self) -> String {
         self.anchors.iter().map(|anchor| pem(anchor)).collect()
     }
 
-    /// What leads from it to a root, when it is none itself.
+    /// Returns the certificates between this CA and a trust anchor.
     pub(super) fn between(&self) -> impl Iterator<Item = &CertificateDer<'static>> {
         self.certificates.iter().filter(|certificate| !self.anchors.contains(certificate))
     }
 
-    /// Signs with it.
+    /// Returns the issuer that signs with this CA.
     pub(super) fn issuer(&self) -> Result<rcgen::Issuer<'static, KeyPair>, RootError> {
         Ok(rcgen::Issuer::from_ca_cert_der(&self.certificates[0], key_pair(&self.key)?)?)
     }
 }
 
-/// Certificate and key of a new root of `trust_domain`, in PEM.
+/// Creates a new root of `trust_domain`; returns certificate and key in PEM.
 pub(super) fn make(
     trust_domain: &TrustDomain,
     lifetime: Duration,
@@ -109,8 +109,8 @@ pub(super) fn make(
     Ok((params.self_signed(&key)?.pem(), key.serialize_pem()))
 }
 
-/// What all CAs of Tacit have in common; `depth` more CAs may stand below it. Each has a subject of its own, so that
-/// verifiers find the right one among several.
+/// Returns the common parameters of the authority's CAs; `depth` more CAs may follow. Each CA has a unique subject, so that
+/// verifiers find the right one.
 pub(super) fn ca_params(
     trust_domain: &TrustDomain,
     kind: &str,
@@ -120,7 +120,7 @@ pub(super) fn ca_params(
     let short: String = serial[..4].iter().map(|byte| format!("{byte:02x}")).collect();
     let mut name = DistinguishedName::new();
     name.push(DnType::OrganizationName, "Tacit");
-    // RFC 5280 appendix A bounds a common name to 64 characters; the URI name carries the whole.
+    // RFC 5280 appendix A limits a common name to 64 characters. The URI name holds the full trust domain.
     let domain: String = trust_domain.as_str().chars().take(40).collect();
     name.push(DnType::CommonName, format!("{domain} {kind} {short}"));
     let mut params = CertificateParams::default();
@@ -133,7 +133,7 @@ pub(super) fn ca_params(
     Ok(params)
 }
 
-/// A certificate in PEM.
+/// Encodes a certificate in PEM.
 pub(super) fn pem(certificate: &CertificateDer<'_>) -> String {
     pem::encode_config(
         &pem::Pem::new("CERTIFICATE", certificate.as_ref()),
@@ -151,7 +151,7 @@ pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Whole seconds since 1970.
+/// Returns whole seconds since 1970.
 pub(super) fn seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }

@@ -1,47 +1,47 @@
-//! When a root is made, replaced and forgotten: pure. What it decides is written to the store by `keeper`, in one step
-//! that only one replica wins.
+//! Decides when a root is created, replaced and removed. Pure. `reconciler` writes each step to the store, and only one replica
+//! succeeds.
 //!
 //! ```text
-//!            half of its life, or asked for      one leaf life, and the bundle is published      one leaf life
-//!   signing ───────────────────────────────> next made ──────────────────────────────> next signs ──────────> old forgotten
+//!            half of its life, or requested      one leaf life, and the bundle is published      one leaf life
+//!   signing ───────────────────────────────> next created ───────────────────────────> next signs ──────────> old removed
 //!                                            both trusted                              both trusted
 //! ```
 //!
-//! Why no connection notices: roots come with each certificate. A certificate from before the next root was known is gone
-//! one leaf life later, and only then does the next root sign: whoever meets its first certificate trusts it. The same
-//! holds backwards for the old root. `slack` is added to both waits, for replicas that have not read the store yet; a
-//! replica that has not for longer than that does not sign (see `keeper`).
+//! A rotation breaks no connection, because each certificate is delivered with the trusted roots. One leaf life after the next
+//! root is published, no certificate with an older bundle is in use, and only then does the next root sign. The same holds in
+//! reverse for the old root. `slack` is added to both waits for replicas that have not read the store yet. A replica that has
+//! not read the store for longer does not sign (see `reconciler`).
 //!
-//! A root that somebody else replaced gives no notice: its predecessor's key is gone. Replicas go on signing with the
-//! intermediate they hold for one leaf life (`signs_from`), while both are trusted.
+//! If an operator replaces the root, the previous key is lost. Replicas then sign with the intermediate they have for one more
+//! leaf life (`signs_from`), while both roots are trusted.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// What is remembered beside the root itself; `tacit.json` in the store.
+/// The state of the rotation, stored as `tacit.json` beside the root.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Rotation {
-    /// Whether the root is one that Tacit made, and so may replace.
+    /// True if the authority created the root and may replace it.
     pub(super) own: bool,
-    /// Fingerprint of the root that this is about.
+    /// Fingerprint of the root.
     pub(super) fingerprint: String,
-    /// What must be trusted for it, in PEM.
+    /// The root's trust anchors, in PEM.
     pub(super) anchors: String,
-    /// Seconds since 1970: until then, a replica that holds an intermediate of its predecessor uses that.
+    /// Seconds since 1970. Until then, replicas sign with an intermediate of the previous root if they have one.
     pub(super) signs_from: u64,
-    /// The root that will replace it.
+    /// The next root.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) next: Option<Next>,
-    /// Roots that signed before.
+    /// Previous roots.
     pub(super) retired: Vec<Retired>,
-    /// The latest request to rotate that was followed.
+    /// The last rotation request that was executed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) followed: Option<String>,
 }
 
-/// The root that will replace the one that signs.
+/// The next root.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Next {
@@ -53,7 +53,7 @@ pub(super) struct Next {
     pub(super) trusted_since: u64,
 }
 
-/// A root that signed before.
+/// A previous root.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Retired {
@@ -63,16 +63,16 @@ pub(super) struct Retired {
     pub(super) trusted_until: u64,
 }
 
-/// What the store holds, as far as it decides.
-pub(super) struct Held<'a> {
-    /// Fingerprint of the root found.
+/// The content of the store that affects the decision.
+pub(super) struct Observed<'a> {
+    /// Fingerprint of the stored root.
     pub(super) fingerprint: &'a str,
-    /// Validity of the root found, in seconds since 1970.
+    /// Validity of the stored root, in seconds since 1970.
     pub(super) not_before: u64,
     pub(super) not_after: u64,
-    /// What is remembered; absent for a root that was brought and not seen before.
+    /// The stored rotation, absent for a new root of an operator.
     pub(super) rotation: Option<&'a Rotation>,
-    /// A request to rotate.
+    /// A rotation request.
     pub(super) request: Option<&'a str>,
 }
 
@@ -83,10 +83,10 @@ pub(super) struct Waits {
     pub(super) slack: u64,
 }
 
-/// Roots trusted beside the one that signs: somebody who replaces the root more often than that within a turn leaves peers
-/// behind, but a bundle that grows without end would take all of them along.
+/// Maximum number of trusted previous roots. An operator who replaces roots faster breaks trust between some peers, but an
+/// unbounded bundle would break all of them.
 const RETIRED_MAX: usize = 8;
-/// Longest that replicas may differ in what they know.
+/// Maximum time that replicas may lag behind the store.
 const SLACK_MAX: Duration = Duration::from_secs(600);
 
 impl Waits {
@@ -95,43 +95,43 @@ impl Waits {
         Self { leaf: leaf.as_secs(), slack: slack.as_secs().max(1) }
     }
 
-    /// After this, nobody has a certificate from before. The second more is what is lost by counting whole ones.
-    fn turn(self) -> u64 {
+    /// Seconds after which no older certificate is in use. One second is added for rounding.
+    fn total(self) -> u64 {
         self.leaf + self.slack + 1
     }
 }
 
-/// What is to be written now.
+/// The next write to the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
-    /// Nothing.
+    /// None.
     Keep,
-    /// Take notice of a root that somebody else put there.
+    /// Adopt a root that an operator has stored.
     Adopt,
-    /// Make the next root.
+    /// Create the next root.
     Begin,
-    /// Let the next root sign.
+    /// Sign with the next root.
     Promote,
-    /// Trust a retired root no more.
+    /// Remove a previous root from the trusted roots.
     Forget,
 }
 
-/// What is to be written at `now`; `published` when the bundle as it should be is where agents read it.
-pub(super) fn decide(held: &Held<'_>, waits: Waits, now: u64, published: bool) -> Step {
-    let Some(rotation) = held.rotation.filter(|known| known.fingerprint == held.fingerprint) else {
+/// Decides the step at `now`. `published` is true if the current bundle is published.
+pub(super) fn decide(observed: &Observed<'_>, waits: Waits, now: u64, published: bool) -> Step {
+    let Some(rotation) = observed.rotation.filter(|known| known.fingerprint == observed.fingerprint) else {
         return Step::Adopt;
     };
     if let Some(next) = &rotation.next {
-        // A clock that was set back only makes the wait longer.
-        let known = now >= next.trusted_since.saturating_add(waits.turn());
+        // A clock that was set back only lengthens the wait.
+        let known = now >= next.trusted_since.saturating_add(waits.total());
         return if known && published { Step::Promote } else { Step::Keep };
     }
     if rotation.retired.iter().any(|old| now > old.trusted_until) {
         return Step::Forget;
     }
-    let half = held.not_before + held.not_after.saturating_sub(held.not_before) / 2;
-    let asked = held.request.is_some() && held.request != rotation.followed.as_deref();
-    // One at a time: the number of roots in use stays at two.
+    let half = observed.not_before + observed.not_after.saturating_sub(observed.not_before) / 2;
+    let asked = observed.request.is_some() && observed.request != rotation.followed.as_deref();
+    // One rotation at a time, so that at most two roots are in use.
     if rotation.own && rotation.retired.is_empty() && (now >= half || asked) {
         Step::Begin
     } else {
@@ -140,7 +140,7 @@ pub(super) fn decide(held: &Held<'_>, waits: Waits, now: u64, published: bool) -
 }
 
 impl Rotation {
-    /// Of a root seen for the first time, at `now`; `before` is what was known until then.
+    /// Returns the state of a new root at `now`; `before` is the previous state.
     pub(super) fn adopt(
         own: bool,
         fingerprint: String,
@@ -150,29 +150,29 @@ impl Rotation {
         now: u64,
     ) -> Self {
         let mut retired = before.map(|before| before.retired.clone()).unwrap_or_default();
-        // Its intermediates sign for one turn more, and what they sign lives for another.
+        // Intermediates of the previous root sign for one more period, and their certificates live for another.
         retired.extend(before.map(|before| Retired {
             anchors: before.anchors.clone(),
-            trusted_until: now + 2 * waits.turn(),
+            trusted_until: now + 2 * waits.total(),
         }));
         let surplus = retired.len().saturating_sub(RETIRED_MAX);
         retired.drain(..surplus);
-        let signs_from = if before.is_some() { now + waits.turn() } else { now };
+        let signs_from = if before.is_some() { now + waits.total() } else { now };
         Self { own, fingerprint, anchors, signs_from, next: None, retired, followed: None }
     }
 
-    /// With a next root, at `now`.
+    /// Returns the state with a next root, at `now`.
     pub(super) fn begin(&self, certificate: String, key: String, request: Option<&str>, now: u64) -> Self {
         let next = Some(Next { certificate, key, trusted_since: now });
         let followed = request.map(str::to_owned).or_else(|| self.followed.clone());
         Self { next, followed, ..self.clone() }
     }
 
-    /// With the next root signing, from `now` on.
+    /// Returns the state after the next root has become the signing root, at `now`.
     pub(super) fn promote(&self, fingerprint: String, waits: Waits, now: u64) -> Self {
         let Some(next) = &self.next else { return self.clone() };
         let mut retired = self.retired.clone();
-        retired.push(Retired { anchors: self.anchors.clone(), trusted_until: now + waits.turn() });
+        retired.push(Retired { anchors: self.anchors.clone(), trusted_until: now + waits.total() });
         Self {
             own: self.own,
             fingerprint,
@@ -184,14 +184,14 @@ impl Rotation {
         }
     }
 
-    /// Without the retired roots whose time has passed.
+    /// Returns the state without expired previous roots.
     pub(super) fn forget(&self, now: u64) -> Self {
         let mut left = self.clone();
         left.retired.retain(|old| now <= old.trusted_until);
         left
     }
 
-    /// All roots to trust, in PEM: the one that signs first.
+    /// Returns all trusted roots in PEM, the signing root first.
     pub(super) fn bundle(&self) -> String {
         let next = self.next.iter().map(|next| next.certificate.as_str());
         let retired = self.retired.iter().map(|old| old.anchors.as_str());

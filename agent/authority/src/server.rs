@@ -1,8 +1,8 @@
-//! The server of the CA API: TCP, TLS 1.3 with the intermediate's own certificate, HTTP/2, gRPC.
+//! Server of the CA API: TCP, TLS 1.3 with a certificate of the intermediate, HTTP/2, gRPC.
 //!
-//! Everything that a caller can hold open is bounded: connections, handshakes, streams, header and message sizes, the
-//! time of a request, the age of a connection. Connections beyond the bound of all wait in the kernel's queue; those
-//! beyond the bound of one address are closed, so that no pod takes the place of all agents.
+//! All resources of a caller are bounded: connections, handshakes, streams, header and message sizes, request time, connection
+//! age. Connections beyond the total limit wait in the kernel's queue. Connections beyond the limit of an address are closed, so
+//! that one pod cannot block all agents.
 
 use std::{convert::Infallible, fmt, net::IpAddr, sync::Arc, time::Duration};
 
@@ -37,31 +37,31 @@ use tracing::{debug, warn};
 use super::service::Service;
 use crate::{connection_limit::ConnectionLimit, reconciler::Live};
 
-/// Connections served at once; an agent of Tacit holds one for some milliseconds, a ztunnel holds one all day.
+/// Maximum open connections. An agent of Tacit connects for some milliseconds, a ztunnel for the whole day.
 const CONNECTIONS_MAX: usize = 8192;
-/// Of those, from one address; several agents come from one where the path to this service is masqueraded.
+/// Maximum connections of one address. Several agents share an address if the path to the authority is masqueraded.
 pub(super) const CONNECTIONS_OF_ONE_ADDRESS_MAX: usize = 256;
-/// From the TCP handshake to the end of the TLS one.
+/// Timeout of TCP accept and TLS handshake.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
-/// Requests under way at once on a connection.
+/// Maximum concurrent requests of a connection.
 const STREAMS_MAX: u32 = 32;
-/// A request's headers, mostly its token.
+/// Maximum size of a request's headers, mostly its token.
 const HEADERS_MAX_BYTES: u32 = 32 * 1024;
-/// A request is some 700 bytes, a few thousand with an RSA key. What is on its way to a stream is held in memory before
-/// its caller is known, hence the small windows.
+/// Maximum size of a request. A request has some 700 bytes, or a few thousand with an RSA key. Buffered bytes are not yet
+/// authenticated, so the windows are small.
 const REQUEST_MAX_BYTES: u32 = 16 * 1024;
-/// The same for a connection; HTTP/2 allows no less.
+/// The window of a connection, the minimum of HTTP/2.
 const CONNECTION_WINDOW_BYTES: u32 = 65_535;
-/// Oldest connection; callers then meet another replica, and a new certificate of this one.
+/// Maximum age of a connection. Callers then reconnect to any replica and get its current certificate.
 const CONNECTION_MAX: Duration = Duration::from_secs(3600);
-/// Requests under way get this long when a connection is to end.
+/// Time for current requests when a connection is closed.
 const END_MAX: Duration = Duration::from_secs(5);
-/// A peer that says nothing is asked for a sign of life this often, and dropped without one.
+/// Interval of pings to a silent peer, and the timeout of their answer.
 const PING: Duration = Duration::from_secs(30);
-/// Pause after accept() failed, as it does without free descriptors.
+/// Pause after a failed accept(), for example without free descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
-/// Serves until `stop`, then lets requests under way end.
+/// Serves until `stop`, then finishes the current requests.
 pub(super) async fn serve(
     listener: TcpListener,
     live: Arc<ArcSwapOption<Live>>,
@@ -79,7 +79,7 @@ pub(super) async fn serve(
                 Ok((tcp, peer)) => {
                     let peer = peer.ip().to_canonical();
                     let Some(permit) = limit.take(peer) else {
-                        service.turned_away(peer);
+                        service.count_rejected_connection(peer);
                         continue;
                     };
                     let served = connection(acceptor.clone(), service.clone(), tcp, peer, stop.clone());
@@ -89,13 +89,13 @@ pub(super) async fn serve(
                     });
                 }
                 Err(error) => {
-                    warn!(%error, "cannot accept a connection; trying again");
+                    warn!(%error, "cannot accept a connection; retrying");
                     sleep(ACCEPT_PAUSE).await;
                 }
             },
         }
     }
-    // Each ends by itself, within END_MAX.
+    // Each connection ends within END_MAX.
     while connections.join_next().await.is_some() {}
 }
 
@@ -110,7 +110,7 @@ fn tls(live: Arc<ArcSwapOption<Live>>) -> ServerConfig {
     config
 }
 
-/// Shows the certificate of the intermediate in use; none before there is one, which refuses the handshake.
+/// Resolves to the certificate of the current intermediate. Without one, the handshake fails.
 struct Current(Arc<ArcSwapOption<Live>>);
 
 impl ResolvesServerCert for Current {
@@ -134,8 +134,8 @@ async fn connection(
 ) {
     let tls = match timeout(HANDSHAKE_MAX, acceptor.accept(tcp)).await {
         Ok(Ok(tls)) => tls,
-        Ok(Err(error)) => return debug!(%peer, %error, "no TLS session"),
-        Err(_) => return debug!(%peer, "no TLS session within {HANDSHAKE_MAX:?}"),
+        Ok(Err(error)) => return debug!(%peer, %error, "the TLS handshake failed"),
+        Err(_) => return debug!(%peer, "no TLS handshake within {HANDSHAKE_MAX:?}"),
     };
     let handler = service_fn(move |request| {
         let service = service.clone();
@@ -163,7 +163,7 @@ async fn connection(
     }
 }
 
-/// Answers one request; always with HTTP 200, as gRPC wants it: the status stands in the trailers.
+/// Answers one request, always with HTTP 200. The gRPC status is in the trailers.
 async fn handle(
     service: &Service,
     peer: IpAddr,

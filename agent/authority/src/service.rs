@@ -1,8 +1,8 @@
-//! One request, from its headers to a certificate or a refusal.
+//! Handles one request, from its headers to a certificate or a refusal.
 //!
-//! The order is that of what it costs: rate by address, token, rate by node, the request itself, pods, signing. Nothing
-//! of the body is read before the first three. Every issue and every refusal is logged with node, identity and serial
-//! number, and counted; of those for the rate one a second is logged, with the number of the others.
+//! Checks run in order of cost: rate of the address, token, rate of the node, request content, pods, signing. The body is read
+//! after the first three. Certificates and refusals are counted and logged with node, identity and serial number. Rate refusals
+//! are logged once a second, with the number of suppressed ones.
 
 use std::{
     fmt::Display,
@@ -33,17 +33,17 @@ use crate::{
     reconciler::Live,
 };
 
-/// How many nodes' rates one address gets before it has said which node it is: where the path to this service is
-/// masqueraded, several agents come from one address.
+/// Factor of the rate of an address over the rate of a node. Several agents share an address if the path to the authority is
+/// masqueraded.
 pub(super) const NODES_AT_ONE_ADDRESS: u32 = 16;
 
-/// From the headers of a request to its answer; agents give up after 10 s.
+/// Timeout of a request. Agents give up after 10 s.
 const REQUEST_MAX: Duration = Duration::from_secs(10);
 
-/// Least time between two log lines about callers that ask too often.
+/// Minimum interval of log lines about exceeded rates.
 const LOG_PAUSE: Duration = Duration::from_secs(1);
 
-/// Answers requests.
+/// The request handler.
 pub(super) struct Service {
     live: Arc<ArcSwapOption<Live>>,
     authn: Arc<Authenticator>,
@@ -52,13 +52,13 @@ pub(super) struct Service {
     by_address: Mutex<RateLimits<IpAddr>>,
     by_node: Mutex<RateLimits<String>>,
     counters: Arc<Counters>,
-    /// When a refusal for the rate was last logged, and how many were not since.
+    /// Time of the last logged rate refusal, and the number of suppressed ones since.
     unlogged: Mutex<(Option<Instant>, u64)>,
 }
 
-/// What is known of a request so far, for the log.
+/// The known fields of a request, for the log.
 #[derive(Default)]
-struct Asked {
+struct RequestContext {
     node: Option<String>,
     identity: Option<SpiffeId>,
 }
@@ -86,15 +86,14 @@ impl Service {
         }
     }
 
-    /// Answers the request in `body` that came from `peer`, within `REQUEST_MAX`. The length of `body` is for its owner
-    /// to bound.
+    /// Answers the request in `body` from `peer` within `REQUEST_MAX`. The caller must bound the length of `body`.
     pub(super) async fn answer(
         &self,
         peer: IpAddr,
         headers: &HeaderMap,
         body: impl Body<Data = Bytes, Error: Display>,
     ) -> Result<CertificateResponse, Refusal> {
-        let mut asked = Asked::default();
+        let mut asked = RequestContext::default();
         let late = |_| Err(Refusal::NotReady(format!("the request took more than {REQUEST_MAX:?}")));
         let decided = timeout(REQUEST_MAX, self.decide(peer, headers, body, &mut asked)).await;
         let outcome = decided.unwrap_or_else(late);
@@ -118,13 +117,13 @@ impl Service {
         }
     }
 
-    /// A connection of `peer` was closed, as it has too many.
-    pub(super) fn turned_away(&self, peer: IpAddr) {
+    /// Counts a connection of `peer` that was closed because of the limit.
+    pub(super) fn count_rejected_connection(&self, peer: IpAddr) {
         self.counters.refused("connections");
-        debug!(%peer, "a connection too many from this address");
+        debug!(%peer, "connection limit of the address reached");
     }
 
-    /// Whether to log, and how many like it were not since: callers that ask too often must not fill the log.
+    /// Returns the number of suppressed lines if `refusal` must be logged. Exceeded rates must not fill the log.
     fn to_log(&self, refusal: &Refusal) -> Option<u64> {
         if !matches!(refusal, Refusal::Rate { .. }) {
             return Some(0);
@@ -141,7 +140,7 @@ impl Service {
         peer: IpAddr,
         headers: &HeaderMap,
         body: impl Body<Data = Bytes, Error: Display>,
-        asked: &mut Asked,
+        asked: &mut RequestContext,
     ) -> Result<(Issued, String), Refusal> {
         take(&self.by_address, peer, peer.to_string())?;
         let token = bearer(headers).ok_or(Refusal::NoToken)?;
@@ -155,13 +154,14 @@ impl Service {
         let wanted = request::read(&message, own, &self.trust_domain, self.lifetimes.leaf)?;
         asked.identity = Some(wanted.identity.clone());
         self.authn.allow(&caller, &wanted.identity).await?;
-        let live = self.live.load_full().ok_or_else(|| Refusal::NotReady("it has no root yet".to_owned()))?;
+        let live =
+            self.live.load_full().ok_or_else(|| Refusal::NotReady("there is no root yet".to_owned()))?;
         if live.stale(Instant::now()) {
-            return Err(Refusal::NotReady("the store of the root could not be read for too long".to_owned()));
+            return Err(Refusal::NotReady("the root store could not be read for too long".to_owned()));
         }
         let now = SystemTime::now();
         if live.signer.not_after <= now {
-            return Err(Refusal::NotReady("its intermediate has expired".to_owned()));
+            return Err(Refusal::NotReady("the intermediate has expired".to_owned()));
         }
         let issued = live.signer.issue(&wanted.identity, &wanted.key, wanted.lifetime, now);
         Ok((issued.map_err(|e| Refusal::Sign(e.to_string()))?, live.bundle.clone()))
@@ -173,7 +173,7 @@ fn take<K: Eq + std::hash::Hash>(limits: &Mutex<RateLimits<K>>, who: K, node: St
     limits.take(who, Instant::now()).map_err(|again| Refusal::Rate { node, again })
 }
 
-/// The token of the one authorization header.
+/// Returns the bearer token, if there is exactly one authorization header.
 fn bearer(headers: &HeaderMap) -> Option<&str> {
     let mut all = headers.get_all(AUTHORIZATION).iter();
     let (one, None) = (all.next()?, all.next()) else { return None };

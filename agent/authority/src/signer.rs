@@ -1,7 +1,7 @@
-//! The intermediate: signs certificates of workloads, and the one that this server shows itself.
+//! The intermediate. It signs the certificates of workloads and of this server.
 //!
-//! Its key is made here and never leaves memory; a process that ends takes it along, and the next one makes another.
-//! Before it signs anything it has proven itself: a certificate that it made was verified against the roots.
+//! The key is created in this process and never leaves its memory. A new process creates a new key. Before an intermediate is
+//! used, a test certificate signed by it is verified against the roots.
 
 use std::{
     sync::Arc,
@@ -29,7 +29,7 @@ use super::{
 /// An intermediate with its key.
 pub(super) struct Signer {
     issuer: rcgen::Issuer<'static, KeyPair>,
-    /// Its certificate, and what leads from its root to one that is trusted.
+    /// Its certificate and the chain to a trust anchor.
     chain: Vec<CertificateDer<'static>>,
     /// Fingerprint of the root that signed it.
     pub(super) root: String,
@@ -37,13 +37,13 @@ pub(super) struct Signer {
     pub(super) serial: String,
     obtained: SystemTime,
     pub(super) not_after: SystemTime,
-    /// What this server shows to callers.
+    /// Certificate and key of this server.
     pub(super) server: Arc<CertifiedKey>,
 }
 
-/// A certificate as issued.
+/// An issued certificate.
 pub(super) struct Issued {
-    /// In PEM: the certificate, then what leads to the root.
+    /// The certificate and its chain, in PEM.
     pub(super) chain: Vec<String>,
     /// In hexadecimal.
     pub(super) serial: String,
@@ -51,7 +51,7 @@ pub(super) struct Issued {
 }
 
 impl Signer {
-    /// A new intermediate of `root`, for a server with these DNS names.
+    /// Creates an intermediate of `root` for a server with these DNS names.
     pub(super) fn make(
         root: &Root,
         trust_domain: &TrustDomain,
@@ -83,18 +83,18 @@ impl Signer {
         Ok(made)
     }
 
-    /// Past half of its life.
+    /// Returns true after half of its life.
     pub(super) fn due(&self, now: SystemTime) -> bool {
         let life = self.not_after.duration_since(self.obtained).unwrap_or_default();
         now >= self.obtained + life / 2 || now < self.obtained
     }
 
-    /// Whether what it signs now can live for `lifetime`.
+    /// Returns true if a certificate issued now can live for `lifetime`.
     pub(super) fn covers(&self, lifetime: Duration, now: SystemTime) -> bool {
         now + lifetime <= self.not_after
     }
 
-    /// A certificate of `identity` for `key`.
+    /// Issues a certificate of `identity` for `key`.
     pub(super) fn issue(
         &self,
         identity: &SpiffeId,
@@ -113,12 +113,12 @@ impl Signer {
         })
     }
 
-    /// A certificate made with it must lead to the roots, as peers will see it.
+    /// Verifies a test certificate against the roots, as a peer would.
     fn prove(&self, root: &Root, trust_domain: &TrustDomain, now: SystemTime) -> Result<(), RootError> {
         let params =
             leaf_params(&[format!("spiffe://{trust_domain}/ns/a/sa/a")], now, Duration::from_secs(1))?;
         let leaf = params.signed_by(&KeyPair::generate()?, &self.issuer)?;
-        self.verify(leaf.der(), root, now).map_err(RootError::Useless)
+        self.verify(leaf.der(), root, now).map_err(RootError::Unverifiable)
     }
 
     fn verify(&self, leaf: &CertificateDer<'_>, root: &Root, now: SystemTime) -> Result<(), webpki::Error> {
@@ -128,7 +128,7 @@ impl Signer {
         let anchors = anchors?;
         let leaf = EndEntityCert::try_from(leaf)?;
         let path = leaf.verify_for_usage(algorithms, &anchors, &self.chain, time, usage, None, None)?;
-        // webpki takes a trusted root for a CA of any depth; other verifiers, such as Envoy's, ask its certificate.
+        // webpki ignores the depth limit of a trusted root. Other verifiers, for example Envoy's, enforce it.
         let depth = path.intermediate_certificates().count();
         let used = root.anchors.iter().zip(&anchors).filter(|(_, anchor)| *anchor == path.anchor());
         let deep_enough =
@@ -137,7 +137,7 @@ impl Signer {
     }
 }
 
-/// How many CAs may stand below the one of `certificate`; `None` when it is no CA.
+/// Returns how many CAs may follow `certificate`, or `None` if it is not a CA.
 fn depth_below(certificate: &CertificateDer<'_>) -> Option<usize> {
     let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
     let constraints = parsed.basic_constraints().ok()??.value;
@@ -145,7 +145,7 @@ fn depth_below(certificate: &CertificateDer<'_>) -> Option<usize> {
     constraints.ca.then_some(depth)
 }
 
-/// Key and certificate of this server, as long-lived as its issuer.
+/// Creates key and certificate of this server, which expire with the intermediate.
 fn server(
     issuer: &rcgen::Issuer<'static, KeyPair>,
     chain: &[CertificateDer<'static>],
@@ -175,7 +175,7 @@ fn server(
     Ok(CertifiedKey::new(chain, signer))
 }
 
-/// A moment of `seconds` since 1970.
-pub(super) fn moment(seconds: u64) -> SystemTime {
+/// Returns the time of `seconds` since 1970.
+pub(super) fn time_of(seconds: u64) -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(seconds)
 }

@@ -1,40 +1,39 @@
-//! The authority's state at one moment: what its metrics and its readiness say.
+//! The state of the authority for metrics and readiness.
 
 use std::time::SystemTime;
 
-/// The whole authority.
+/// A snapshot of the authority's state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AuthorityStatus {
-    /// Whether it signs.
+    /// Readiness to sign.
     pub readiness: Readiness,
     /// Certificates issued since it started.
     pub issued: u64,
-    /// Requests refused since then, by reason.
+    /// Refused requests since the start, by reason.
     pub refused: Vec<(&'static str, u64)>,
-    /// The store of the root could not be read or written, the bundle not published, or the file of tokens or workloads not
-    /// read, at the latest look.
+    /// True if the latest reconciliation failed, or a file of tokens or workloads is invalid.
     pub upkeep_failing: bool,
-    /// Last moment of the root that signs.
+    /// Expiry of the signing root.
     pub root_not_after: Option<SystemTime>,
-    /// Last moment of the intermediate in use.
+    /// Expiry of the intermediate.
     pub intermediate_not_after: Option<SystemTime>,
-    /// Roots trusted: more than one while a root is replaced.
+    /// Number of trusted roots, more than one during a rotation.
     pub roots: u64,
 }
 
-/// Whether the authority signs, and why not.
+/// Readiness to sign.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Readiness {
-    /// It does.
+    /// The authority can sign.
     Ready,
-    /// It has no root yet, and this is in the way.
+    /// There is no root yet, because of this error.
     NoRoot(Option<String>),
-    /// The store of the root could not be read for too long.
+    /// The root store could not be read for too long.
     Stale(Option<String>),
 }
 
 impl AuthorityStatus {
-    /// Why it is not ready; `None` when it is.
+    /// Returns the reason why the authority is not ready, or `None` if it is.
     #[must_use]
     pub fn unready(&self) -> Option<String> {
         let because = |why: &Option<String>| why.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
@@ -42,7 +41,7 @@ impl AuthorityStatus {
             Readiness::Ready => None,
             Readiness::NoRoot(why) => Some(format!("there is no root yet{}", because(why))),
             Readiness::Stale(why) => {
-                Some(format!("the store of the root could not be read for too long{}", because(why)))
+                Some(format!("the root store could not be read for too long{}", because(why)))
             }
         }
     }

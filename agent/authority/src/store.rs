@@ -1,10 +1,9 @@
-//! Where the root and its rotation are kept: a Secret, or a folder on disk. A store is a set of named texts that is
-//! replaced as a whole, and only by a writer that knows what it replaces: of several replicas one wins, and the others
-//! read again.
+//! Storage of the root and its rotation, in a Secret or a folder. A store holds named texts and is replaced as a whole. A write
+//! succeeds only if the store has not changed since it was read. Of several replicas one succeeds, and the others read again.
 //!
-//! The folder holds one file, `root.json` (mode 0600), written beside and renamed into place under a lock, so that a
-//! crash leaves the old or the new. A file `rotate-root` beside it asks for the next root, as the annotation
-//! `tacit.io/rotate-root` of the Secret does; each new text in it asks once.
+//! The folder holds one file, `root.json` (mode 0600). It is written beside and renamed into place under a lock, so that a crash
+//! leaves the old or the new content. A file `rotate-root` requests a rotation, like the annotation `tacit.io/rotate-root` of the
+//! Secret. Each new text in it is one request.
 
 use std::{
     collections::BTreeMap,
@@ -18,20 +17,20 @@ use kube::{Api, api::PostParams};
 use tacit_identity::atomic_file::{self, FileError};
 use tokio::task::spawn_blocking;
 
-/// Asks for the next root.
+/// Annotation that requests a rotation.
 const ROTATE: &str = "tacit.io/rotate-root";
 const FILE: &str = "root.json";
 const LOCK_FILE: &str = ".lock";
 const ROTATE_FILE: &str = "rotate-root";
 /// Kubernetes allows 1 MiB for a Secret.
 const FILE_MAX_BYTES: u64 = 1024 * 1024;
-/// Longest request to rotate, in characters; it is remembered.
+/// Maximum length of a rotation request, which is stored.
 const REQUEST_MAX_CHARS: usize = 256;
 
 /// The named texts of a store.
 pub(super) type Fields = BTreeMap<String, String>;
 
-/// Why a store cannot be read or written.
+/// The reason why a store cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StoreError {
     #[error("cannot {what} Secret {secret}: {source}")]
@@ -43,51 +42,51 @@ pub(super) enum StoreError {
     },
     #[error(transparent)]
     File(#[from] FileError),
-    #[error("{} has mode {mode:03o} and would be readable by others; make sure nobody has read it, then run chmod 600", path.display())]
+    #[error("{} has mode {mode:03o} and is readable by other users; check that nobody has read it, then run chmod 600", path.display())]
     Exposed { path: PathBuf, mode: u32 },
-    #[error("{0} is not as it was written: {1}; restore it")]
+    #[error("invalid content of {0}: {1}; restore it")]
     Content(String, String),
 }
 
-/// Where the root is kept.
+/// The storage of the root.
 #[derive(Clone)]
 pub(super) enum Store {
     Secret { api: Box<Api<Secret>>, name: String },
     Directory(PathBuf),
 }
 
-/// What a store holds.
-pub(super) struct Stored {
+/// The content of a store.
+pub(super) struct StoreContent {
     pub(super) fields: Fields,
-    /// A request to rotate; one that cannot be read is no reason to stop signing.
+    /// A rotation request. An invalid request does not stop signing.
     pub(super) request: Result<Option<String>, StoreError>,
     version: Version,
 }
 
-impl Stored {
-    /// The request to rotate, if there is one that can be read.
-    pub(super) fn asked(&self) -> Option<&str> {
+impl StoreContent {
+    /// Returns the rotation request, if it is valid.
+    pub(super) fn rotation_request(&self) -> Option<&str> {
         self.request.as_ref().ok()?.as_deref()
     }
 }
 
-/// What a writer must know of what it replaces.
+/// The version that a writer replaces.
 enum Version {
     Secret(Box<Secret>),
     File(String),
 }
 
-/// What became of a write.
+/// The result of a write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Written {
     Done,
-    /// Somebody else was faster: read again.
+    /// Another writer was faster. Read again.
     Conflict,
 }
 
 impl Store {
-    /// What it holds; `None` when there is nothing yet.
-    pub(super) async fn load(&self) -> Result<Option<Stored>, StoreError> {
+    /// Returns the content, or `None` if the store is empty.
+    pub(super) async fn load(&self) -> Result<Option<StoreContent>, StoreError> {
         match self {
             Self::Secret { api, name } => {
                 let found = api.get_opt(name).await.map_err(|e| failed("read", name, e))?;
@@ -100,7 +99,7 @@ impl Store {
         }
     }
 
-    /// Writes the first content.
+    /// Creates the first content.
     pub(super) async fn create(&self, fields: Fields) -> Result<Written, StoreError> {
         match self {
             Self::Secret { api, name } => {
@@ -114,13 +113,13 @@ impl Store {
         }
     }
 
-    /// Writes `fields` over those of `stored`; other fields stay.
-    pub(super) async fn replace(&self, stored: Stored, fields: Fields) -> Result<Written, StoreError> {
+    /// Replaces `fields` of `stored` and keeps the other fields.
+    pub(super) async fn replace(&self, stored: StoreContent, fields: Fields) -> Result<Written, StoreError> {
         match (self, stored.version) {
             (Self::Secret { api, name }, Version::Secret(mut secret)) => {
                 let bytes = fields.into_iter().map(|(field, text)| (field, ByteString(text.into_bytes())));
                 secret.data.get_or_insert_default().extend(bytes);
-                // The resource version in it makes the API refuse when somebody was faster.
+                // The API server rejects the write if the resource version has changed.
                 let outcome = api.replace(name, &PostParams::default(), &secret).await;
                 written(outcome).map_err(|e| failed("replace", name, e))
             }
@@ -138,7 +137,7 @@ fn failed(what: &'static str, secret: &str, source: kube::Error) -> StoreError {
     StoreError::Kubernetes { what, secret: secret.to_owned(), source: Box::new(source) }
 }
 
-/// 409 means that the object was created or changed by somebody else.
+/// Maps status 409, a concurrent write, to [`Written::Conflict`].
 pub(super) fn written<T>(outcome: Result<T, kube::Error>) -> Result<Written, kube::Error> {
     match outcome {
         Ok(_) => Ok(Written::Done),
@@ -158,16 +157,17 @@ fn secret(name: &str, fields: Fields) -> Secret {
     }
 }
 
-fn read_secret(secret: Secret, name: &str) -> Result<Stored, StoreError> {
+fn read_secret(secret: Secret, name: &str) -> Result<StoreContent, StoreError> {
     let mut fields = Fields::new();
     for (field, ByteString(bytes)) in secret.data.iter().flatten() {
-        let text = String::from_utf8(bytes.clone())
-            .map_err(|_| StoreError::Content(format!("Secret {name}"), format!("{field} is no text")))?;
+        let text = String::from_utf8(bytes.clone()).map_err(|_| {
+            StoreError::Content(format!("Secret {name}"), format!("{field} is not UTF-8 text"))
+        })?;
         fields.insert(field.clone(), text);
     }
     let request = secret.metadata.annotations.as_ref().and_then(|all| all.get(ROTATE)).cloned();
     let request = Ok(request.as_deref().map(shortened));
-    Ok(Stored { fields, request, version: Version::Secret(Box::new(secret)) })
+    Ok(StoreContent { fields, request, version: Version::Secret(Box::new(secret)) })
 }
 
 fn shortened(request: &str) -> String {
@@ -181,13 +181,13 @@ async fn blocking<T: Send + 'static>(
     spawn_blocking(work).await.unwrap_or_else(|panic| Err(panicked(panic)))
 }
 
-fn read_directory(directory: &Path) -> Result<Option<Stored>, StoreError> {
+fn read_directory(directory: &Path) -> Result<Option<StoreContent>, StoreError> {
     let path = directory.join(FILE);
     let Some(text) = read_private(&path)? else { return Ok(None) };
     let fields: Fields = serde_json::from_str(&text)
         .map_err(|e| StoreError::Content(path.display().to_string(), e.to_string()))?;
     let request = read_request(&directory.join(ROTATE_FILE));
-    Ok(Some(Stored { fields, request, version: Version::File(text) }))
+    Ok(Some(StoreContent { fields, request, version: Version::File(text) }))
 }
 
 fn read_request(path: &Path) -> Result<Option<String>, StoreError> {
@@ -195,7 +195,7 @@ fn read_request(path: &Path) -> Result<Option<String>, StoreError> {
     Ok(Some(shortened(atomic_file::text(&file, path, FILE_MAX_BYTES)?.trim())))
 }
 
-/// The text of a file that only its owner may touch; `None` when there is none.
+/// Returns the text of a file that only its owner may access, or `None` if the file is absent.
 fn read_private(path: &Path) -> Result<Option<String>, StoreError> {
     let Some(file) = atomic_file::open(path)? else { return Ok(None) };
     let mode = file.metadata().map_err(FileError::of("stat", path))?.permissions().mode() & 0o777;
@@ -205,7 +205,7 @@ fn read_private(path: &Path) -> Result<Option<String>, StoreError> {
     Ok(Some(atomic_file::text(&file, path, FILE_MAX_BYTES)?))
 }
 
-/// Writes when what is there is still `before`.
+/// Writes the file if its content still is `before`.
 fn write_directory(directory: &Path, fields: &Fields, before: Option<&str>) -> Result<Written, StoreError> {
     let mut builder = DirBuilder::new();
     builder.recursive(true).mode(0o700).create(directory).map_err(FileError::of("create", directory))?;
@@ -213,7 +213,7 @@ fn write_directory(directory: &Path, fields: &Fields, before: Option<&str>) -> R
     let mut options = OpenOptions::new();
     let lock = options.create(true).truncate(false).write(true).mode(0o600).open(&lock_path);
     let lock = lock.map_err(FileError::of("open", &lock_path))?;
-    // Held by others for milliseconds; whoever comes meanwhile reads again, as after any other conflict.
+    // Another writer holds the lock for milliseconds. The caller reads again, as after any conflict.
     if lock.try_lock().is_err() {
         return Ok(Written::Conflict);
     }

@@ -1,4 +1,4 @@
-//! Whole authorities on loopback: real TLS, real gRPC, and a Kubernetes API that keeps its rules.
+//! Tests of complete authorities on loopback, with TLS, gRPC and a simulated Kubernetes API.
 
 mod api;
 mod bench;
@@ -21,7 +21,7 @@ use tacit_identity::{
 };
 use tacit_testing::Scratch;
 
-use crate::config::{Agents, BundlePlace, Config, Rate, RootPlace};
+use crate::config::{Agents, BundleTarget, Config, Rate, RootStorage};
 use bench::{Agent, Running, cluster, code, config, ready, started, until};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -75,7 +75,7 @@ async fn a_pod_is_found_behind_pages_of_others_and_no_more_than_a_page_is_sent()
 }
 
 #[tokio::test]
-async fn only_a_good_token_of_an_agent_is_taken() {
+async fn only_a_valid_token_of_an_agent_is_accepted() {
     let (api, _running, agent) = started(HOUR).await;
     let good = api.content().tokens["a"].clone();
     let variants = [
@@ -134,7 +134,7 @@ async fn a_certificate_request_must_be_for_exactly_what_is_asked() {
         ("another trust domain", pem(&[OTHER]), OTHER, Code::PermissionDenied),
         ("another identity", pem(&[WEB]), "spiffe://cluster.local/ns/shop/sa/db", Code::PermissionDenied),
         ("a forged signature", forged, WEB, Code::InvalidArgument),
-        ("no request", "nonsense".to_owned(), WEB, Code::InvalidArgument),
+        ("no request", "invalid".to_owned(), WEB, Code::InvalidArgument),
     ] {
         let message = CertificateRequest::for_identity(asked, csr, 60);
         assert_eq!(code(agent.issuer.ask(&message).await.map(drop)), expected, "{what}");
@@ -157,7 +157,7 @@ async fn a_request_that_is_too_long_is_refused_and_counted_once_its_caller_is_kn
 }
 
 #[tokio::test]
-async fn a_node_that_asks_too_often_waits_and_others_do_not() {
+async fn a_node_beyond_its_rate_is_refused_and_others_are_served() {
     let api = cluster().await;
     let config = Config { rate: Rate { per_second: 1, burst: 3 }, ..config(HOUR) };
     let running = Running::start(config, Some(&api)).await;
@@ -206,7 +206,7 @@ async fn an_authority_that_is_not_of_the_root_file_gets_no_token() {
     let stranger = rcgen::generate_simple_self_signed(["stranger".to_owned()]).expect("made");
     std::fs::write(agent.root_file(), stranger.cert.pem()).expect("written");
     assert!(matches!(agent.issue("web").await, Err(IstioError::Call(CallError::Tls { .. }))));
-    std::fs::write(agent.root_file(), "nonsense").expect("written");
+    std::fs::write(agent.root_file(), "invalid").expect("written");
     assert!(matches!(agent.issue("web").await, Err(IstioError::Content { what: "rootFile", .. })));
 }
 
@@ -232,7 +232,7 @@ async fn an_authority_works_without_kubernetes() {
 }
 
 #[tokio::test]
-async fn a_file_that_cannot_be_read_any_more_stays_in_use_and_is_shown() {
+async fn the_last_version_of_an_invalid_file_stays_in_use_and_is_reported() {
     let files = Scratch::new();
     let running = Running::start(standalone(&files), None).await;
     let agent = Agent::new(running.address, "secret");
@@ -242,7 +242,7 @@ async fn a_file_that_cannot_be_read_any_more_stays_in_use_and_is_shown() {
         bench::upkeep(&running, false, name).await;
         let path = files.path().join(name);
         let good = std::fs::read_to_string(&path).expect("written before");
-        std::fs::write(&path, "nonsense").expect("written");
+        std::fs::write(&path, "invalid").expect("written");
         bench::upkeep(&running, true, name).await;
         agent.issue("web").await.expect("the last good version is in use");
         std::fs::write(&path, good).expect("written");
@@ -250,8 +250,8 @@ async fn a_file_that_cannot_be_read_any_more_stays_in_use_and_is_shown() {
     bench::upkeep(&running, false, "both files are good again").await;
 }
 
-/// The configuration of an authority without Kubernetes, with `files`: an agent on node a (token `secret`), a pod of
-/// shop/web there, and of shop/db on node b.
+/// Returns the configuration of an authority without Kubernetes. `files` holds an agent on node a (token `secret`), a pod of
+/// shop/web on node a, and a pod of shop/db on node b.
 fn standalone(files: &Scratch) -> Config {
     let path = |name: &str| files.path().join(name);
     let hash = crate::root::hex(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"secret").as_ref());
@@ -265,8 +265,8 @@ fn standalone(files: &Scratch) -> Config {
     let directory = format!("workloads:\n{}{}", workload("web", "a", 2), workload("db", "b", 3));
     std::fs::write(path("directory.yaml"), directory).expect("written");
     Config {
-        root: RootPlace::Directory(path("root")),
-        bundle: BundlePlace::File(path("roots.pem")),
+        root: RootStorage::Directory(path("root")),
+        bundle: BundleTarget::File(path("roots.pem")),
         agents: Agents::Standalone { tokens: path("agents.yaml"), directory: path("directory.yaml") },
         ..config(HOUR)
     }
@@ -276,7 +276,7 @@ fn mount(files: &Scratch, agent: &Agent) {
     std::fs::copy(files.path().join("roots.pem"), agent.root_file()).expect("copied");
 }
 
-/// A new authority shows no certificate before it has read its root.
+/// Retries until the authority has read its root and shows a certificate.
 async fn until_issued(agent: &Agent) {
     let deadline = std::time::Instant::now() + Duration::from_secs(30);
     while let Err(error) = agent.issue("web").await {

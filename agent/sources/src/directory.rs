@@ -1,5 +1,5 @@
-//! The directory of a cluster, from the API of Kubernetes: namespaces, pods, services and endpoint slices become a
-//! directory in `store`, with the ranges of the mesh that they, nodes and ServiceCIDRs tell of.
+//! The directory from the Kubernetes API. `store` combines namespaces, pods, services and endpoint slices into a directory.
+//! The ranges of the mesh are taken from nodes, ServiceCIDRs, pods and services.
 
 use std::{fmt, path::PathBuf, sync::Arc};
 
@@ -10,7 +10,7 @@ use tacit_core::{
 };
 
 use crate::{
-    kubernetes::{self, Followers, OpenError, Sender, access, follow},
+    kubernetes::{self, OpenError, Sender, WatchTasks, access, list_and_watch},
     reload::Opening,
 };
 
@@ -20,21 +20,21 @@ mod store;
 
 pub use cgroup::CgroupLayout;
 use objects::{Namespace, Node, Pod, Service, ServiceCidr, Slice};
-use store::Store;
+use store::DirectoryStore;
 
-/// How the API is reached and what enrols a pod.
+/// Access to the API, and the label that enrols pods.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Options {
-    /// What enrols a pod.
+    /// The label that enrols a pod.
     pub enrol_label: EnrolLabel,
-    /// A kubeconfig file; `None` is the credentials of the pod that the agent runs in.
+    /// A kubeconfig file. `None` uses the credentials of the agent's own pod.
     pub kubeconfig: Option<PathBuf>,
 }
 
-/// The label that enrols a pod, on itself or on its namespace.
+/// The label that enrols a pod, set on the pod or on its namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EnrolLabel {
-    /// Its name.
+    /// The label's name.
     pub name: String,
     /// The value that enrols.
     pub value: String,
@@ -52,40 +52,40 @@ impl fmt::Display for EnrolLabel {
     }
 }
 
-/// Where the agent stands.
+/// Properties of the local node and the mesh.
 #[derive(Debug, Clone)]
-pub struct Place {
-    /// Its node.
+pub struct LocalNode {
+    /// Name of the node.
     pub node: Arc<str>,
     /// Trust domain of all identities.
     pub trust_domain: TrustDomain,
-    /// How the node names pods' cgroups.
+    /// Names of the pods' cgroups on the node.
     pub cgroups: CgroupLayout,
-    /// Ranges of the mesh that need not be found.
+    /// Configured ranges of the mesh.
     pub ranges: Arc<Ranges>,
 }
 
-/// Follows the API from now on.
+/// Starts to watch the API.
 ///
 /// # Errors
-/// [`OpenError`]; that the API does not answer is none.
-pub async fn open(options: &Options, place: Place) -> Result<Opening<Directory>, OpenError> {
-    start(access(options.kubeconfig.as_deref()).await?, options.enrol_label.clone(), place)
+/// [`OpenError`]. An API that does not answer is not an error.
+pub async fn open(options: &Options, local_node: LocalNode) -> Result<Opening<Directory>, OpenError> {
+    start(access(options.kubeconfig.as_deref()).await?, options.enrol_label.clone(), local_node)
 }
 
-fn start(config: Config, enrol: EnrolLabel, place: Place) -> Result<Opening<Directory>, OpenError> {
-    kubernetes::start(config, Store::new(enrol, place), followers)
+fn start(config: Config, enrol: EnrolLabel, local_node: LocalNode) -> Result<Opening<Directory>, OpenError> {
+    kubernetes::start(config, DirectoryStore::new(enrol, local_node), watch_tasks)
 }
 
-fn followers(client: Client, news: Sender<Store>) -> Followers {
-    let mut followers = Followers::new();
-    followers.spawn(follow::<Namespace>(client.clone(), news.clone()));
-    followers.spawn(follow::<Pod>(client.clone(), news.clone()));
-    followers.spawn(follow::<Service>(client.clone(), news.clone()));
-    followers.spawn(follow::<Slice>(client.clone(), news.clone()));
-    followers.spawn(follow::<Node>(client.clone(), news.clone()));
-    followers.spawn(follow::<ServiceCidr>(client, news));
-    followers
+fn watch_tasks(client: Client, news: Sender<DirectoryStore>) -> WatchTasks {
+    let mut watch_tasks = WatchTasks::new();
+    watch_tasks.spawn(list_and_watch::<Namespace>(client.clone(), news.clone()));
+    watch_tasks.spawn(list_and_watch::<Pod>(client.clone(), news.clone()));
+    watch_tasks.spawn(list_and_watch::<Service>(client.clone(), news.clone()));
+    watch_tasks.spawn(list_and_watch::<Slice>(client.clone(), news.clone()));
+    watch_tasks.spawn(list_and_watch::<Node>(client.clone(), news.clone()));
+    watch_tasks.spawn(list_and_watch::<ServiceCidr>(client, news));
+    watch_tasks
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Reading a file whole, within bounds.
+//! Reads files of bounded size.
 
 use std::{
     fs::{self, File},
@@ -8,67 +8,67 @@ use std::{
 
 use tacit_core::yaml::Mistakes;
 
-/// Largest file read, in bytes: a directory of 40,000 workloads, 200 bytes each.
+/// Maximum file size in bytes, enough for a directory of 40,000 workloads with 200 bytes each.
 pub const FILE_MAX_BYTES: u64 = 8 << 20;
 
-/// Why a file could not be read.
+/// The reason why a file could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    /// The system refused.
+    /// A system call failed.
     #[error("cannot read {}: {source}; check the path and the permissions", path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         #[source]
         source: io::Error,
     },
     /// A directory, device or pipe.
-    #[error("{} is no regular file: name a file", path.display())]
+    #[error("{} is not a regular file; configure the path of a file", path.display())]
     NotAFile {
         /// The file.
         path: PathBuf,
     },
     /// Larger than [`FILE_MAX_BYTES`].
-    #[error("{} is larger than {FILE_MAX_BYTES} bytes: make it smaller", path.display())]
+    #[error("{} is larger than {FILE_MAX_BYTES} bytes; reduce its size", path.display())]
     TooLarge {
         /// The file.
         path: PathBuf,
     },
     /// Not UTF-8.
-    #[error("{} is no UTF-8 text: save it as UTF-8", path.display())]
+    #[error("{} is not valid UTF-8; save the file as UTF-8", path.display())]
     NotText {
         /// The file.
         path: PathBuf,
     },
 }
 
-/// Why a file gave no value.
+/// The reason why a file could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// It could not be read.
+    /// The file could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// It was read, and it is wrong.
+    /// The file is invalid.
     #[error(transparent)]
     Invalid(#[from] Mistakes),
 }
 
-/// Reads `path` and gives its text to `parse`.
+/// Reads `path` and parses its text with `parse`.
 ///
 /// # Errors
-/// [`LoadError`]: unreadable, or read and wrong.
+/// [`LoadError`] if the file cannot be read or is invalid.
 pub fn load<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T, Mistakes>) -> Result<T, LoadError> {
     Ok(parse(&read(path)?)?)
 }
 
-/// The text of a regular file of at most [`FILE_MAX_BYTES`].
+/// Returns the text of a regular file of at most [`FILE_MAX_BYTES`].
 ///
 /// # Errors
-/// [`ReadError`] naming the file.
+/// [`ReadError`] with the path.
 pub(crate) fn read(path: &Path) -> Result<String, ReadError> {
     let io = |source| ReadError::Io { path: path.to_owned(), source };
-    // Asked before opening: opening a pipe would wait for a writer.
+    // Checked before opening, because opening a pipe waits for a writer.
     if !fs::metadata(path).map_err(io)?.is_file() {
         return Err(ReadError::NotAFile { path: path.to_owned() });
     }

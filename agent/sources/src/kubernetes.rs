@@ -1,11 +1,11 @@
-//! The API of Kubernetes, for the sources that follow it: how it is reached, and how what it tells becomes a value.
+//! Access to the Kubernetes API, and the reflector that turns watched objects into published values.
 //!
 //! ```text
-//! follow: one kind ────┐
-//! follow: one more ────┤ channel ──> store ──> value, published when complete and changed
+//! watcher of one resource ────┐
+//! watcher of another ─────────┤ channel ──> store ──> value, published when complete and changed
 //! ```
-//! Nothing is published before each kind was listed once. From then on what is known stays in use whatever becomes of the
-//! API: a failure is logged once, and its age is in the status and in the metrics until the API answers again.
+//! Nothing is published before every resource was listed once. Later the last value stays in use while the API fails. Each
+//! failure is logged once. Status and metrics report its age until the API answers again.
 
 use std::path::{Path, PathBuf};
 
@@ -20,33 +20,33 @@ mod reflector;
 pub(crate) mod testing;
 mod watcher;
 
-pub(crate) use reflector::{Complaints, Followers, Sender, Store, start};
-pub(crate) use watcher::{Change, Definition, Followed, Label, follow, random};
+pub(crate) use reflector::{InvalidObjects, ObjectStore, Sender, WatchTasks, start};
+pub(crate) use watcher::{Change, Definition, KindName, Resource, list_and_watch, random};
 
-/// Why the API cannot be used at all.
+/// The reason why the API cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The kubeconfig file is bad.
+    /// The kubeconfig file is invalid.
     #[error("kubeconfig {path:?}: {source}")]
     Kubeconfig {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The error in the file.
         #[source]
         source: kube::config::KubeconfigError,
     },
-    /// There are no credentials of a pod.
-    #[error("no credentials of a pod: {0}; outside a cluster set `kubeconfig`")]
+    /// The agent runs outside a pod, or its pod has no credentials.
+    #[error("no in-cluster credentials: {0}; outside a cluster set `kubeconfig`")]
     InCluster(#[from] kube::config::InClusterError),
     /// The credentials cannot be used.
-    #[error("credentials of the API: {0}")]
+    #[error("invalid credentials for the Kubernetes API: {0}")]
     Client(#[source] Box<kube::Error>),
-    /// The tasks ended, a bug.
-    #[error("the tasks that follow the API ended, a bug of Tacit, please report it")]
+    /// The watch tasks exited, which is a bug.
+    #[error("the tasks that watch the Kubernetes API exited; this is a bug of Tacit, please report it")]
     Ended,
 }
 
-/// How the API is reached: by a kubeconfig file; `None` is the credentials of the pod that the agent runs in.
+/// Loads a kubeconfig file, or the credentials of the agent's own pod if `kubeconfig` is `None`.
 pub(crate) async fn access(kubeconfig: Option<&Path>) -> Result<Config, OpenError> {
     let Some(path) = kubeconfig else { return Ok(Config::incluster()?) };
     let failed = |source| OpenError::Kubeconfig { path: path.to_owned(), source };
@@ -54,7 +54,7 @@ pub(crate) async fn access(kubeconfig: Option<&Path>) -> Result<Config, OpenErro
     Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(failed)
 }
 
-/// Go writes an empty list as `null` as often as not: null is none.
+/// Decodes `null` as the default. Go often encodes an empty list as `null`.
 pub(crate) fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
     decoder: D,
 ) -> Result<T, D::Error> {

@@ -1,9 +1,9 @@
-//! Watched files and the Kubernetes API, as snapshots that decisions read. The last good snapshot stays in use.
+//! Watched files and the Kubernetes API as snapshots. The last valid snapshot stays in use.
 //!
 //! | module | content |
 //! |---|---|
-//! | `file`, `reload` | a file read once, and a file that is watched |
-//! | `kubernetes` | the Kubernetes API: access, one watcher for each kind, the reflector that publishes a value |
+//! | `file`, `reload` | reads a file once, or watches it |
+//! | `kubernetes` | the Kubernetes API: access, one watcher for each resource, the reflector that publishes a value |
 //! | `directory` | workloads, services and ranges from the Kubernetes API |
 //! | `policy` | policies from the Kubernetes API, and Events for unreadable ones |
 //!

@@ -1,14 +1,14 @@
-//! Policies from the API of Kubernetes: PeerAuthentications and AuthorizationPolicies of `security.istio.io`, `v1` where
-//! the API server has it, else `v1beta1`.
+//! Policies from the Kubernetes API: PeerAuthentications and AuthorizationPolicies of `security.istio.io`, in version `v1`, or
+//! `v1beta1` on older servers.
 //!
 //! ```text
-//! follow: PeerAuthentications ────┐
-//! follow: AuthorizationPolicies ──┤──> store ──> Policies
-//!                                      └──> log and Event for what cannot be read
+//! watcher: PeerAuthentications ────┐
+//! watcher: AuthorizationPolicies ──┤──> store ──> Policies
+//!                                       └──> log and Event for invalid policies
 //! ```
-//! Nothing is published before both kinds were listed: a policy that is not known yet would let through what it denies.
-//! While that lasts, because the definitions are missing for instance, the agent waits. An object that cannot be read holds
-//! up no other: it denies what it selects.
+//! Nothing is published before both resources were listed, because a missing policy would allow the traffic it denies. The
+//! agent waits meanwhile, for example if the definitions are missing. An invalid policy denies what it selects and does not
+//! affect other policies.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -17,7 +17,7 @@ use tacit_core::policy::{Policies, PolicyKind};
 use tokio::sync::mpsc;
 
 use crate::{
-    kubernetes::{self, Change, Complaints, Followers, OpenError, Sender, access, follow},
+    kubernetes::{self, Change, InvalidObjects, OpenError, Sender, WatchTasks, access, list_and_watch},
     reload::Opening,
 };
 
@@ -29,67 +29,71 @@ mod testing;
 
 use document::{AuthorizationPolicies, Document, PeerAuthentications};
 use events::report;
-use store::{Finding, Refused, Store};
+use store::{Finding, InvalidPolicy, PolicyStore};
 
-/// How the API is reached.
+/// Access to the API.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Options {
-    /// A kubeconfig file; `None` is the credentials of the pod that the agent runs in.
+    /// A kubeconfig file. `None` uses the credentials of the agent's own pod.
     pub kubeconfig: Option<PathBuf>,
 }
 
-/// Follows the API from now on; policies in `root_namespace` hold mesh-wide.
+/// Starts to watch the API. Policies in `root_namespace` apply to the whole mesh.
 ///
 /// # Errors
-/// [`OpenError`]; that the API does not answer, or does not know the kinds, is none.
+/// [`OpenError`]. An API that does not answer, or does not serve the resources, is not an error.
 pub async fn open(options: &Options, root_namespace: Arc<str>) -> Result<Opening<Policies>, OpenError> {
     start(access(options.kubeconfig.as_deref()).await?, root_namespace)
 }
 
 fn start(config: Config, root_namespace: Arc<str>) -> Result<Opening<Policies>, OpenError> {
     let (events, refused) = mpsc::channel(events::WAITING_MAX);
-    let source = Source { store: Store::new(root_namespace), events };
-    kubernetes::start(config, source, |client, news| followers(client, news, refused))
+    let source = PolicySource { store: PolicyStore::new(root_namespace), events };
+    kubernetes::start(config, source, |client, news| watch_tasks(client, news, refused))
 }
 
-fn followers(client: Client, news: Sender<Source>, refused: mpsc::Receiver<Refused>) -> Followers {
-    let mut followers = Followers::new();
-    followers.spawn(follow::<PeerAuthentications>(client.clone(), news.clone()));
-    followers.spawn(follow::<AuthorizationPolicies>(client.clone(), news));
-    followers.spawn(report(client, refused));
-    followers
+fn watch_tasks(
+    client: Client,
+    news: Sender<PolicySource>,
+    refused: mpsc::Receiver<InvalidPolicy>,
+) -> WatchTasks {
+    let mut watch_tasks = WatchTasks::new();
+    watch_tasks.spawn(list_and_watch::<PeerAuthentications>(client.clone(), news.clone()));
+    watch_tasks.spawn(list_and_watch::<AuthorizationPolicies>(client.clone(), news));
+    watch_tasks.spawn(report(client, refused));
+    watch_tasks
 }
 
-/// The store, and who hears of what it finds.
-struct Source {
-    store: Store,
-    events: mpsc::Sender<Refused>,
+/// The store, and the channel for Events.
+struct PolicySource {
+    store: PolicyStore,
+    events: mpsc::Sender<InvalidPolicy>,
 }
 
-impl kubernetes::Store for Source {
+impl kubernetes::ObjectStore for PolicySource {
     type Kind = PolicyKind;
     type Object = Document;
     type Value = Policies;
 
-    fn take(&mut self, change: Change<PolicyKind, Document>) {
-        for finding in self.store.take(change) {
+    fn apply_change(&mut self, change: Change<PolicyKind, Document>) {
+        for finding in self.store.apply_change(change) {
             match finding {
-                Finding::Noted(note) => tracing::warn!("{note}"),
-                Finding::Refused(refused) => {
-                    tracing::error!(policy = refused.name(), "not readable: {}", refused.message);
-                    // When too many wait, the log has to do.
+                Finding::Warning(note) => tracing::warn!("{note}"),
+                Finding::Invalid(refused) => {
+                    tracing::error!(policy = refused.name(), "invalid policy: {}", refused.message);
+                    // If the channel is full, the policy is only logged.
                     let _ = self.events.try_send(refused);
                 }
             }
         }
     }
 
-    fn news(&mut self) -> Option<Policies> {
-        self.store.news()
+    fn take_changed(&mut self) -> Option<Policies> {
+        self.store.take_changed()
     }
 
-    fn complaints(&self) -> Complaints {
-        self.store.complaints()
+    fn invalid_objects(&self) -> InvalidObjects {
+        self.store.invalid_objects()
     }
 }
 

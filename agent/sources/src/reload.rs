@@ -1,19 +1,18 @@
-//! Watched files: the last good version, always.
+//! Watches files and keeps the last valid version.
 //!
-//! A new version is taken when it parses; a bad one is logged once with all its mistakes and counted, and the
-//! last good one stays. A file that was deleted or cannot be read is a bad version too.
+//! A new version is used if it parses. An invalid version is counted and logged once with all its mistakes, and the last valid
+//! version stays in use. A deleted or unreadable file counts as an invalid version.
 //!
 //! ```text
 //! inotify on the folder --+
-//!                         +--> read until two reads agree --> as before: nothing | parses: publish | else: report
+//!                         +--> read until two reads agree --> unchanged: nothing | parses: publish | else: report
 //! every 5 s --------------+
 //! ```
 //!
-//! The folder is watched, not the file: editors rename a new file over the old one, and Kubernetes swaps the
-//! `..data` symlink beside it. Where inotify sees nothing (symlink into another folder, network file system,
-//! no instances left) the slow re-read does. A half-written file can be valid YAML with less in it, and an
-//! empty policy file means PERMISSIVE: hence a changed content counts only when it is read twice with a pause
-//! between. Renaming a finished file into place is still the safe way.
+//! The folder is watched and not the file, because editors rename a new file over the old one, and Kubernetes swaps the
+//! `..data` symlink. Some changes cause no inotify event, for example behind symlinks or on network file systems. The periodic
+//! re-read finds those. A partly written file can be valid YAML, and an empty policy file means PERMISSIVE. New content is
+//! therefore used only after two equal reads with a pause between. Renaming a finished file into place is the safest way.
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -35,37 +34,37 @@ mod folder;
 
 use folder::Folder;
 
-/// Pause between two reads that must agree, and between an event and its read: a busy folder costs 20 reads a
-/// second at most.
+/// Pause between two reads that must agree, and between an event and its read. It limits a busy folder to 20 reads a second.
 const SETTLE: Duration = Duration::from_millis(50);
-/// Reads to wait for a content to settle (2 s); a writer that is slower is met again by the re-read.
+/// Maximum reads until content settles (2 s). A slower writer is handled by the next re-read.
 const SETTLE_READS: usize = 40;
-/// Time between re-reads that need no event.
+/// Interval of re-reads without an event.
 const REREAD: Duration = Duration::from_secs(5);
 
 type Parse<T> = dyn Fn(&str) -> Result<T, Mistakes> + Send + Sync;
 
-/// What the operator should know about a watched file.
+/// The state of a watched source, for the operator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReloadState {
     /// The file.
     pub file: PathBuf,
-    /// When the version in use was loaded.
+    /// Time at which the current version was loaded.
     pub loaded_at: SystemTime,
-    /// Versions loaded, with the initial one.
+    /// Number of loaded versions, including the first.
     pub loads: u64,
-    /// Bad versions seen; one content seen many times in a row counts once.
+    /// Number of invalid versions. Repeated reads of the same content count once.
     pub refusals: u64,
-    /// Why the file as it is now is not in use; `None` when it is.
+    /// The error of the latest version, or `None` if it is in use.
     pub last_error: Option<String>,
-    /// Since when what is in use may be outdated; `None` when it is not.
+    /// Time since which the current version may be outdated, or `None` if it is up to date.
     pub stale_since: Option<SystemTime>,
-    /// What of the version in use could not be read, a line each: such policies deny what they select, such ranges
+    /// Invalid parts of the current version, one per line. Invalid policies deny what they select, and invalid ranges are
+    /// ignored.
     /// are not used.
     pub unreadable: Vec<String>,
 }
 
-/// The last good version of a file that is watched until this value is dropped.
+/// The last valid version of a source. Dropping this value stops the watch.
 #[derive(Debug)]
 pub struct Watched<T> {
     values: watch::Receiver<Arc<T>>,
@@ -74,11 +73,10 @@ pub struct Watched<T> {
 }
 
 impl<T: Send + Sync + 'static> Watched<T> {
-    /// Loads `path` and watches it. Needs a tokio runtime with time and I/O; `parse` runs on a blocking
-    /// thread from then on.
+    /// Loads `path` and watches it. Requires a tokio runtime with time and I/O. Later versions are parsed on a blocking thread.
     ///
     /// # Errors
-    /// [`LoadError`] when the first version cannot be read or parsed: there is no last good one yet.
+    /// [`LoadError`] if the first version cannot be read or parsed.
     pub fn open(
         path: impl Into<PathBuf>,
         parse: impl Fn(&str) -> Result<T, Mistakes> + Send + Sync + 'static,
@@ -98,7 +96,7 @@ impl<T: Send + Sync + 'static> Watched<T> {
         (hasher, loaded): (RandomState, u64),
         reread: Duration,
     ) -> Self {
-        // Watched before the first read of the task, so that no change falls between.
+        // Watch before the first read of the task, so that no change is missed.
         let folder = Folder::of(&file);
         let loaded_at = SystemTime::now();
         let state = ReloadState {
@@ -117,7 +115,7 @@ impl<T: Send + Sync + 'static> Watched<T> {
             parse,
             hasher,
             loaded,
-            judged: loaded,
+            checked: loaded,
             values: values_sender,
             state: state_sender,
         };
@@ -127,25 +125,25 @@ impl<T: Send + Sync + 'static> Watched<T> {
 }
 
 impl<T> Watched<T> {
-    /// The version in use.
+    /// Returns the version in use.
     #[must_use]
     pub fn current(&self) -> Arc<T> {
         Arc::clone(&self.values.borrow())
     }
 
-    /// The version in use, and notice of each new one.
+    /// Returns a receiver of the current and all later versions.
     #[must_use]
     pub fn subscribe(&self) -> watch::Receiver<Arc<T>> {
         self.values.clone()
     }
 
-    /// What the operator should know.
+    /// Returns the current state.
     #[must_use]
     pub fn state(&self) -> ReloadState {
         self.state.borrow().clone()
     }
 
-    /// What the operator should know, now and later.
+    /// Returns a receiver of the state.
     #[cfg(test)]
     pub(crate) fn states(&self) -> watch::Receiver<ReloadState> {
         self.state.clone()
@@ -158,13 +156,13 @@ impl<T> Drop for Watched<T> {
     }
 }
 
-/// A value that is on its way: nobody sees it before it is complete.
+/// A source whose first value is not complete yet.
 #[derive(Debug)]
 pub struct Opening<T>(Watched<T>);
 
 impl<T> Opening<T> {
-    /// Values that `task` gives, complete from the first load on.
-    pub(crate) fn fed(
+    /// Wraps the values of `task`. The first load completes the value.
+    pub(crate) fn new(
         values: watch::Receiver<Arc<T>>,
         state: watch::Receiver<ReloadState>,
         task: AbortHandle,
@@ -172,13 +170,13 @@ impl<T> Opening<T> {
         Self(Watched { values, state, task })
     }
 
-    /// What the operator should know, now and later.
+    /// Returns a receiver of the state.
     #[must_use]
     pub fn states(&self) -> watch::Receiver<ReloadState> {
         self.0.state.clone()
     }
 
-    /// The value once it is complete, however long that takes; `None` when its task ended.
+    /// Waits for the first complete value, without a limit. Returns `None` if the task exited.
     pub async fn complete(self) -> Option<Watched<T>> {
         let mut state = self.states();
         state.wait_for(|state| state.loads > 0).await.ok()?;
@@ -192,28 +190,28 @@ impl<T> From<Watched<T>> for Opening<T> {
     }
 }
 
-/// The text of the file, or why there is none.
+/// The text of the file, or the error.
 type Content = Result<String, String>;
 
 fn digest(hasher: &RandomState, content: &Content) -> u64 {
     hasher.hash_one(content)
 }
 
-/// What one more read says.
+/// The conclusion from one more read.
 #[derive(Debug, PartialEq, Eq)]
 enum Settle {
-    /// The content is the one judged before.
-    AsBefore,
-    /// A new content, read twice in a row.
+    /// The content was checked before.
+    Unchanged,
+    /// New content, read twice in a row.
     Settled,
-    /// A new content, which may be half written.
+    /// New content that may be partly written.
     ReadAgain,
 }
 
-/// Compares the digest of a read with that judged before and that of the read before.
-fn settle(judged: u64, last: Option<u64>, digest: u64) -> Settle {
-    if digest == judged {
-        Settle::AsBefore
+/// Compares the digest of a read with the last checked digest and with the previous read.
+fn settle(checked: u64, last: Option<u64>, digest: u64) -> Settle {
+    if digest == checked {
+        Settle::Unchanged
     } else if Some(digest) == last {
         Settle::Settled
     } else {
@@ -221,15 +219,15 @@ fn settle(judged: u64, last: Option<u64>, digest: u64) -> Settle {
     }
 }
 
-/// The task that reads.
+/// The task that reads the file.
 struct Reader<T> {
     file: PathBuf,
     parse: Arc<Parse<T>>,
     hasher: RandomState,
     /// Digest of the content in use.
     loaded: u64,
-    /// Digest of the content judged last, good or bad.
-    judged: u64,
+    /// Digest of the content checked last, valid or not.
+    checked: u64,
     values: watch::Sender<Arc<T>>,
     state: watch::Sender<ReloadState>,
 }
@@ -244,19 +242,19 @@ impl<T: Send + Sync + 'static> Reader<T> {
                 _ = ticks.tick() => folder.watch_again(),
             }
             if let Some((content, digest)) = self.settled().await {
-                self.judge(content, digest).await;
+                self.check(content, digest).await;
             }
         }
     }
 
-    /// A content other than the one judged last, once two reads agree on it.
+    /// Returns new content after two equal reads.
     async fn settled(&self) -> Option<(Content, u64)> {
         let mut last = None;
         for _ in 0..SETTLE_READS {
             let content = read(&self.file).await;
             let digest = digest(&self.hasher, &content);
-            match settle(self.judged, last, digest) {
-                Settle::AsBefore => return None,
+            match settle(self.checked, last, digest) {
+                Settle::Unchanged => return None,
                 Settle::Settled => return Some((content, digest)),
                 Settle::ReadAgain => last = Some(digest),
             }
@@ -265,10 +263,10 @@ impl<T: Send + Sync + 'static> Reader<T> {
         None
     }
 
-    async fn judge(&mut self, content: Content, digest: u64) {
-        self.judged = digest;
+    async fn check(&mut self, content: Content, digest: u64) {
+        self.checked = digest;
         let text = match content {
-            Err(problem) => return self.refuse(problem),
+            Err(problem) => return self.reject(problem),
             Ok(_) if self.loaded == digest => return self.accept(None),
             Ok(text) => text,
         };
@@ -278,14 +276,14 @@ impl<T: Send + Sync + 'static> Reader<T> {
                 self.loaded = digest;
                 self.accept(Some(value));
             }
-            Ok(Err(mistakes)) => self.refuse(mistakes.to_string()),
+            Ok(Err(mistakes)) => self.reject(mistakes.to_string()),
             Err(panic) => {
-                self.refuse(format!("the parser failed, a bug of Tacit, please report it: {panic}"))
+                self.reject(format!("the parser panicked; this is a bug of Tacit, please report it: {panic}"))
             }
         }
     }
 
-    /// Publishes a new version; `None` when the file is back to the one in use.
+    /// Publishes a new version, or `None` if the file is back to the version in use.
     fn accept(&self, new: Option<T>) {
         let loads = u64::from(new.is_some());
         if let Some(value) = new {
@@ -299,11 +297,11 @@ impl<T: Send + Sync + 'static> Reader<T> {
                 state.loaded_at = SystemTime::now();
             }
         });
-        tracing::info!(file = %self.file.display(), new = loads > 0, "good version in use");
+        tracing::info!(file = %self.file.display(), new = loads > 0, "valid version in use");
     }
 
-    fn refuse(&self, problem: String) {
-        tracing::error!(file = %self.file.display(), "new version refused, the last good one stays:\n{problem}");
+    fn reject(&self, problem: String) {
+        tracing::error!(file = %self.file.display(), "invalid version, the last valid version stays in use:\n{problem}");
         self.state.send_modify(|state| {
             state.refusals += 1;
             state.last_error = Some(problem);
@@ -316,7 +314,7 @@ async fn read(file: &Path) -> Content {
     let file = file.to_owned();
     match task::spawn_blocking(move || file::read(&file)).await {
         Ok(text) => text.map_err(|error| error.to_string()),
-        Err(panic) => Err(format!("reading failed, a bug of Tacit, please report it: {panic}")),
+        Err(panic) => Err(format!("reading panicked; this is a bug of Tacit, please report it: {panic}")),
     }
 }
 

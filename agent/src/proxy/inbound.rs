@@ -138,7 +138,7 @@ async fn begin<'a>(
     peer: IpAddr,
     at: IpAddr,
 ) -> Option<Begun<'a>> {
-    relay::begins();
+    relay::connection_started();
     let changes = match admit(path, pod, &session, open, peer, at) {
         Ok(changes) => changes,
         Err(denied) => return deny(path, session, open, denied).await.map(Begun::Denied),
@@ -276,7 +276,7 @@ fn came_from_outside(pod: &Pod, at: SocketAddr) -> Result<(), String> {
 /// Serves plaintext that was steered here: what mode and policies do not allow is reset. Both may have changed since the
 /// kernel steered it, so they are looked at again.
 pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: TcpStream, peer: SocketAddr) {
-    relay::begins();
+    relay::connection_started();
     let Ok(at) = client.local_addr().map(canonical) else { return };
     let refused = |reason, detail| Refused {
         reporter: Reporter::Destination,

@@ -104,7 +104,7 @@ impl Failure {
 
 /// Serves one captured connection to its end.
 pub async fn handle(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) {
-    relay::begins();
+    relay::connection_started();
     // Boxed, so that a flow does not keep room for what is needed only until there is a way.
     let carried = Box::pin(set_out(path, pod, app, client)).await;
     if let Some(carried) = carried {

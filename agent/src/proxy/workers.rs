@@ -98,7 +98,7 @@ impl Worker {
         let run = move || {
             CURRENT.set(index);
             busy_poll::set_limit(busy_poll);
-            runtime.spawn(busy_poll::stay_awake());
+            runtime.spawn(busy_poll::run());
             runtime.block_on(async {
                 tokio::select! {
                     // Nothing is ever sent.

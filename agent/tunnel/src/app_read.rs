@@ -1,4 +1,4 @@
-//! What an application says: its bytes in batches, and its end.
+//! Reads an application's socket in batches, together with the end of the stream.
 
 use std::{
     io::{self, IoSliceMut},
@@ -13,25 +13,25 @@ use super::{
     socket,
 };
 
-/// What was read at once.
+/// The result of one read.
 pub(crate) struct AppRead {
     /// Payload in its slots.
     pub batch: Buffer,
-    /// How much; 0 when there is only the end.
+    /// Number of payload bytes; 0 if the stream ended without more bytes.
     pub payload_bytes: usize,
-    /// How much to read next time.
+    /// Size of the next read.
     pub next: Size,
-    /// Whether that was all. An end that is known by now goes with the last bytes; a reset keeps its place behind them.
+    /// True if the stream has ended. An end that is already known is sent with the last bytes. A reset is reported after them.
     pub ends: io::Result<bool>,
 }
 
-/// Reads what there is, at most `size`.
+/// Reads the available bytes, at most `size`.
 ///
 /// # Errors
-/// When the connection was reset, and nothing was read before.
+/// If the connection was reset before any byte was read.
 pub(crate) fn poll_app_read(app: &TcpStream, cx: &mut Context<'_>, size: Size) -> Poll<io::Result<AppRead>> {
     loop {
-        // Before a buffer is taken.
+        // An idle flow takes no buffer.
         ready!(app.poll_read_ready(cx))?;
         let mut batch = Buffer::take(size);
         let (mut slots, room_bytes) = slots(&mut batch, size);
@@ -43,8 +43,8 @@ pub(crate) fn poll_app_read(app: &TcpStream, cx: &mut Context<'_>, size: Size) -
     }
 }
 
-/// What `app` has said already. Does not ask the poller, which may not have looked yet; `None` also for an end or a reset
-/// without bytes, which are to be found later.
+/// Reads the bytes that `app` has already sent, without asking the poller, which may lag behind the socket. Returns `None`
+/// if there are none. An end or a reset without bytes also returns `None` and is found by a later read.
 pub(crate) fn app_read_now(app: &TcpStream) -> Option<AppRead> {
     let size = Size::default();
     let mut batch = Buffer::take(size);
@@ -58,7 +58,7 @@ pub(crate) fn app_read_now(app: &TcpStream) -> Option<AppRead> {
     }
 }
 
-/// Where a read of `size` goes, and its bytes. A large one may have been given a small buffer.
+/// Returns the slots for a read of `size` and their total bytes. A large read may have been given a small buffer.
 fn slots(batch: &mut Buffer, size: Size) -> ([IoSliceMut<'_>; FRAMES_MAX], usize) {
     let shown_bytes = size.bytes().min(batch.len());
     payload_slots(&mut batch[..shown_bytes])
@@ -67,7 +67,7 @@ fn slots(batch: &mut Buffer, size: Size) -> ([IoSliceMut<'_>; FRAMES_MAX], usize
 fn app_read(app: &TcpStream, batch: Buffer, payload_bytes: usize, next: Size, room_bytes: usize) -> AppRead {
     let ends = match payload_bytes {
         0 => Ok(true),
-        // The end can only be known once everything before it is read.
+        // The end is visible only after everything before it is read.
         _ if payload_bytes == room_bytes => Ok(false),
         _ => socket::is_at_end(app),
     };

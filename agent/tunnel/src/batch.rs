@@ -1,5 +1,5 @@
-//! A batch of records in one buffer: payload is read straight into its place, then frame headers are written before it, and
-//! each record is sealed where it stands. One write sends them all.
+//! A batch of records in one buffer. Payload is read directly into its slots. Frame headers are then written before the
+//! payload, and each record is sealed in place. One write sends all records.
 //!
 //! ```text
 //! | record header, frame header, payload, tail | record header, frame header, payload, tail | ...
@@ -11,20 +11,20 @@ use tacit_core::wire::frame::{self, FrameType, PAYLOAD_MAX_BYTES, encode_header}
 
 use super::tls::record;
 
-/// How many DATA frames one batch holds at most: one read fills them, one write sends them. 32 are half a MiB, of which a
-/// system call's own cost is no longer a part that can be seen.
+/// Maximum number of DATA frames in a batch. One read fills them and one write sends them. With 32 frames (half a MiB), the
+/// cost of a system call is negligible.
 pub(crate) const FRAMES_MAX: usize = 32;
-/// Before the payload of a record.
+/// Bytes before the payload of a record.
 const BEFORE_BYTES: usize = record::HEADER_BYTES + frame::HEADER_BYTES;
-/// A full record, of one full frame.
+/// Bytes of a full record with one full frame.
 const RECORD_BYTES: usize = record::HEADER_BYTES + frame::RECORD_BYTES + record::TAIL_BYTES;
 
-/// The buffer that holds `frames` full frames.
+/// Returns the size of a buffer for `frames` full frames.
 pub(crate) const fn bytes(frames: usize) -> usize {
     frames * RECORD_BYTES
 }
 
-/// The places in `batch` where payload goes, and how many bytes fit in them together. Those that `batch` has not are empty.
+/// Returns the payload slots of `batch` and their total bytes. Slots beyond the end of `batch` are empty.
 pub(crate) fn payload_slots(batch: &mut [u8]) -> ([IoSliceMut<'_>; FRAMES_MAX], usize) {
     let mut records = batch.chunks_exact_mut(RECORD_BYTES);
     let room_bytes = records.len() * PAYLOAD_MAX_BYTES;
@@ -35,8 +35,8 @@ pub(crate) fn payload_slots(batch: &mut [u8]) -> ([IoSliceMut<'_>; FRAMES_MAX], 
     (slots, room_bytes)
 }
 
-/// Writes the frame headers for `payload_bytes` read into the slots of `batch`, and hands each record to `seal`. Returns
-/// how many bytes the records take, from the first.
+/// Writes the frame headers for `payload_bytes` read into the slots of `batch`, and passes each record to `seal`. Returns
+/// the total bytes of the records.
 pub(crate) fn seal_frames<E>(
     batch: &mut [u8],
     payload_bytes: usize,
@@ -57,7 +57,7 @@ pub(crate) fn seal_frames<E>(
     Ok(end)
 }
 
-/// How many records `payload_bytes` make.
+/// Returns the number of records for `payload_bytes`.
 pub(crate) fn records(payload_bytes: usize) -> u64 {
     payload_bytes.div_ceil(PAYLOAD_MAX_BYTES) as u64
 }

@@ -1,6 +1,5 @@
-//! Buffers of a batch of records, kept by the worker thread: a flow holds one only while bytes are in it, so an idle flow
-//! costs none. There are two sizes: the small one fits a core's cache, and is what exchanges of a few bytes need; the
-//! large one saves system calls when there is more than fits a small one.
+//! Batch buffers, cached by worker threads. A flow holds a buffer only while it has bytes in transit, so an idle flow holds
+//! none. The small size fits a core's cache and suits short exchanges. The large size saves system calls on bulk transfers.
 
 use std::{
     cell::RefCell,
@@ -12,13 +11,13 @@ use std::{
 
 use super::batch;
 
-/// How often a thread gives back memory that it no longer uses. A timer of a flow that is longer is never the first to end,
-/// which would cost a system call.
+/// Interval at which a thread frees unused memory. Flow timers that are longer than this interval are never the first to
+/// expire, so setting them costs no system call.
 pub const TRIM: Duration = Duration::from_secs(5);
-/// Free buffers of each size kept by each thread: 4 MiB and 1 MiB. A thread rarely is in the middle of more flows at once.
+/// Maximum number of free buffers of each size per thread (4 MiB and 1 MiB). A thread rarely has more flows in transit.
 const KEPT: usize = 8;
 const KEPT_SMALL: usize = 16;
-/// Large buffers in use by all threads; 128 MiB. Beyond it, flows whose bytes are not taken get small ones.
+/// Maximum number of large buffers in use by all threads (128 MiB). Beyond it, flows use small buffers.
 const LARGE_MAX: usize = 256;
 
 static LARGE_USED: AtomicUsize = AtomicUsize::new(0);
@@ -32,10 +31,10 @@ struct Free {
     small: Vec<Box<[u8]>>,
 }
 
-/// How much a flow moves at a time.
+/// The amount of data that a flow moves at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum Size {
-    /// One full record, in a small buffer: a read into one place costs less than one into several.
+    /// One full record, in a small buffer. A read into one slice costs less than a read into several.
     #[default]
     Single,
     /// Four full records.
@@ -45,7 +44,7 @@ pub(crate) enum Size {
 }
 
 impl Size {
-    /// Those of a batch.
+    /// Returns the bytes of a batch of this size.
     pub(crate) const fn bytes(self) -> usize {
         match self {
             Self::Single => batch::bytes(1),
@@ -54,7 +53,7 @@ impl Size {
         }
     }
 
-    /// What to use next, after a read of `read_bytes` into `room_bytes`.
+    /// Returns the size of the next read, after a read of `read_bytes` into `room_bytes`.
     pub(crate) fn after(self, read_bytes: usize, room_bytes: usize) -> Self {
         match self {
             Self::Single | Self::Small if read_bytes == room_bytes => Self::Large,
@@ -66,11 +65,11 @@ impl Size {
     }
 }
 
-/// A buffer that goes back to its worker when dropped. It starts with whatever was left in it.
+/// A buffer that returns to its thread's cache when dropped. Its initial content is undefined.
 pub(crate) struct Buffer(Box<[u8]>);
 
 impl Buffer {
-    /// A free buffer of this thread, or a new one.
+    /// Takes a free buffer of this thread, or allocates one.
     pub(crate) fn take(size: Size) -> Self {
         let size = match size {
             Size::Large if LARGE_USED.load(Relaxed) < LARGE_MAX => {
@@ -108,7 +107,7 @@ impl Drop for Buffer {
         if is_large {
             LARGE_USED.fetch_sub(1, Relaxed);
         }
-        // The lists are gone when a thread ends; the buffer then just goes too.
+        // The cache is gone when the thread exits. The buffer is then freed.
         let _ = FREE.try_with(|free| {
             let mut free = free.borrow_mut();
             let (list, kept) = if is_large { (&mut free.large, KEPT) } else { (&mut free.small, KEPT_SMALL) };
@@ -119,7 +118,7 @@ impl Drop for Buffer {
     }
 }
 
-/// Gives back the memory of this thread's free buffers, but for one of each size.
+/// Frees this thread's cached buffers, except one of each size.
 pub fn trim() {
     FREE.with_borrow_mut(|free| {
         free.large.truncate(1);

@@ -1,7 +1,7 @@
 //! Entry points of the fuzz targets in `tests/fuzz`. The tests replay the committed corpus.
 //!
-//! Each entry point takes any bytes and panics when a promise is broken: a value that is decoded and encoded again is the
-//! same, a parser returns the same result twice, and every mistake names its line. Nothing else calls this module.
+//! Each entry point takes arbitrary bytes and panics if an invariant is broken. A decoded value must encode to the same
+//! bytes, a parser must return the same result twice, and every mistake must name its line.
 
 use std::io::IoSlice;
 
@@ -10,9 +10,9 @@ use tacit_core::wire::frame::{FrameType, HEADER_BYTES};
 use super::{batch::FRAMES_MAX, tls::record::fixed};
 use crate::receive_buffer::{ReceiveBuffer, Received};
 
-/// Records after the handshake, and what is in them: for each, a byte for its type, one for its length, and its content. They
-/// are sealed as a peer would that keeps no rule, received in pieces, and opened as far as they go. What the sender
-/// sealed as data is what comes out.
+/// Fuzzes records after the handshake. The input holds, for each record, a byte for its type, a byte for its length, and the
+/// content. The records are sealed without any protocol checks, received in pieces, and opened. The received data must equal
+/// the data that was sealed.
 pub fn records(input: &[u8]) {
     let Ok((mut ours, mut theirs)) = fixed::pair() else { panic!("keys") };
     let mut receive_buffer = ReceiveBuffer::default();
@@ -20,7 +20,7 @@ pub fn records(input: &[u8]) {
     while let Some((&[kind, length], after)) = rest.split_first_chunk::<2>() {
         let (content, after) = after.split_at(usize::from(length).min(after.len()));
         rest = after;
-        // Types 20 to 24 are what TLS has, and 0 is padding.
+        // TLS uses types 20 to 24; type 0 is padding.
         let kind = if kind % 6 == 5 { 0 } else { 20 + kind % 6 };
         let Ok(record) = theirs.sealed(kind.into(), content) else { return };
         for piece in record.chunks(100) {
@@ -44,7 +44,7 @@ pub fn records(input: &[u8]) {
             }
             receive_buffer.pause();
         }
-        // A peer that was asked for new keys has them from here on.
+        // A peer that was asked for new keys uses them from here on.
         if let Ok(Some(mut answer)) = ours.key_update(0) {
             assert!(theirs.open(&mut answer).is_ok());
         }
@@ -64,7 +64,7 @@ mod tests {
         for entry in fs::read_dir(&folder).expect("the corpus is committed") {
             let file = entry.expect("readable").path();
             let input = fs::read(&file).expect("readable");
-            // The file is named when it panics.
+            // Catch the panic to name the file.
             let outcome = std::panic::catch_unwind(|| run(&input));
             assert!(outcome.is_ok(), "{}", file.display());
             files += 1;
@@ -86,7 +86,7 @@ mod tests {
                     state ^= state << 13;
                     state ^= state >> 7;
                     state ^= state << 17;
-                    // Lengths and contents of what there is to say are small numbers.
+                    // Small numbers make valid lengths and contents likely.
                     (state >> 32) as u8 % if at % 4 == 1 { 9 } else { 26 }
                 })
                 .collect();

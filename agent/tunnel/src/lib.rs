@@ -1,5 +1,5 @@
-//! The tunnel between two agents: mutually authenticated TLS that carries one flow at a time in frames (`tacit/1`), and
-//! the relay of a flow.
+//! The tunnel between two agents. A tunnel is a mutually authenticated TLS session that carries one flow at a time in frames
+//! (`tacit/1`). The crate also contains the relay of a flow.
 //!
 //! ```text
 //!  client: Session::connect --> open --> relay --> pool     server: Session::accept --> next --> accept_flow --> relay --> next
@@ -9,15 +9,15 @@
 //!
 //! | module | content |
 //! |---|---|
-//! | `tls` | the TLS configuration, the verifiers, the record layer |
+//! | `tls` | TLS configuration, verifiers and record layer |
 //! | `session` | one session on one connection |
-//! | `relay` | moves the bytes of a flow until it ends |
-//! | `batch` | DATA frames built in place, pure |
-//! | `receive_buffer` | received bytes to frames, in place, no I/O |
-//! | `app_read` | reads of an application's socket |
+//! | `relay` | forwards the bytes of a flow until the flow ends |
+//! | `batch` | builds DATA frames in place; pure |
+//! | `receive_buffer` | parses received bytes into frames, in place; no I/O |
+//! | `app_read` | reads an application's socket |
 //! | `socket`, `buffers` | polled vectored socket I/O; buffers that idle flows do not hold |
 //!
-//! The frames are in `tacit_core::wire`. A byte is sent to a peer only after the peer's certificate was verified.
+//! The frames are defined in `tacit_core::wire`. No byte of a flow is sent before the peer's certificate is verified.
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
@@ -37,9 +37,9 @@ pub mod tls;
 use tacit_core::wire::TraceId;
 
 pub use session::{OpenError, OptimisticData, Session};
-pub use tls::{Refusal, TlsInfo, TunnelError};
+pub use tls::{PeerCertificateError, TlsInfo, TunnelError};
 
-/// A new trace id.
+/// Returns a new trace id.
 #[must_use]
 pub fn random_trace_id() -> TraceId {
     TraceId(tls::random())

@@ -1,7 +1,7 @@
-//! Received records on their way to the application: opened and taken apart where they were received, no I/O.
+//! Buffer of received records. Records are opened and parsed in place, without I/O.
 //!
-//! DATA payload is never copied: [`ReceiveBuffer::payloads`] shows where it lies, for one write to take as much as it can, and
-//! [`ReceiveBuffer::consume`] says how much it took. Records may arrive in any pieces; each holds exactly one frame.
+//! DATA payload is never copied. [`ReceiveBuffer::payloads`] returns slices of it for one write, and
+//! [`ReceiveBuffer::consume`] removes the written bytes. Records may arrive in any pieces. Each record holds exactly one frame.
 
 use std::{io::IoSlice, ops::Range};
 
@@ -14,10 +14,10 @@ use super::{
     tls::record::{self, Opened, RecordError},
 };
 
-/// With less room than this behind the last byte, the bytes move to the front first: a full record and its padding.
+/// If less room than this is left behind the last byte, the bytes are moved to the front. A full record and its padding.
 const ROOM_MIN_BYTES: usize = frame::RECORD_BYTES + 512;
 
-/// The next thing in the order of arrival.
+/// The next frame in order of arrival.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Received {
     /// A frame other than DATA.
@@ -26,44 +26,44 @@ pub(crate) enum Received {
     Data,
 }
 
-/// What stands behind the payload that is opened.
-enum Next {
+/// The item that follows the opened payload.
+enum Following {
     Control(Control),
     /// The peer has closed the session.
     Closed,
     Failed(TunnelError),
 }
 
-/// What was received and not yet passed on.
+/// Bytes that are received and not yet forwarded.
 #[derive(Default)]
 pub(crate) struct ReceiveBuffer {
-    /// `None` when nothing is in it, or less than a record that waits for its rest.
+    /// `None` if the buffer is empty or holds only part of a record.
     buffer: Option<Buffer>,
-    /// What is not opened.
+    /// The bytes from `start` to `end` are not opened.
     start: usize,
     end: usize,
     payloads: Payloads,
-    next: Option<Next>,
-    /// The beginning of a record while the peer does not go on: a buffer is not held for it.
-    beginning: Vec<u8>,
+    next: Option<Following>,
+    /// The start of an incomplete record, kept here so that a waiting flow holds no buffer.
+    partial: Vec<u8>,
     size: Size,
 }
 
 impl ReceiveBuffer {
-    /// Begins with bytes that came behind the handshake.
-    pub(crate) fn with(beginning: Vec<u8>) -> Self {
-        Self { beginning, ..Self::default() }
+    /// Returns a buffer that starts with the bytes received behind the handshake.
+    pub(crate) fn with(partial: Vec<u8>) -> Self {
+        Self { partial, ..Self::default() }
     }
 
-    /// True when no byte waits.
+    /// Returns true if no byte is buffered.
     pub(crate) fn is_empty(&self) -> bool {
-        self.start == self.end && self.beginning.is_empty() && self.payloads.is_empty() && self.next.is_none()
+        self.start == self.end && self.partial.is_empty() && self.payloads.is_empty() && self.next.is_none()
     }
 
-    /// Where received bytes go; never empty. Only while [`ReceiveBuffer::next`] has nothing.
+    /// Returns the space for received bytes, never empty. Call it only when [`ReceiveBuffer::next`] returns `None`.
     pub(crate) fn room(&mut self) -> &mut [u8] {
         let buffer = match self.buffer.take() {
-            // What is left is less than a record, so the front has room for it and more.
+            // The rest is less than a record, so it fits at the front with room to spare.
             Some(mut buffer) => {
                 if buffer.len() - self.end < ROOM_MIN_BYTES {
                     buffer.copy_within(self.start..self.end, 0);
@@ -73,25 +73,25 @@ impl ReceiveBuffer {
             }
             None => {
                 let mut buffer = Buffer::take(self.size);
-                (self.start, self.end) = (0, self.beginning.len());
-                buffer[..self.end].copy_from_slice(&self.beginning);
-                self.beginning = Vec::new();
+                (self.start, self.end) = (0, self.partial.len());
+                buffer[..self.end].copy_from_slice(&self.partial);
+                self.partial = Vec::new();
                 buffer
             }
         };
         &mut self.buffer.insert(buffer)[self.end..]
     }
 
-    /// `received_bytes` were written to a room of `room_bytes`.
+    /// Records that `received_bytes` were written to a room of `room_bytes`.
     pub(crate) fn filled(&mut self, received_bytes: usize, room_bytes: usize) {
         self.end += received_bytes;
         self.size = self.size.after(received_bytes, room_bytes);
     }
 
-    /// Nothing more is there now: the buffer is given back.
+    /// Returns the buffer to its cache until more bytes arrive.
     pub(crate) fn pause(&mut self) {
         if let Some(buffer) = self.buffer.take() {
-            self.beginning = buffer[self.start..self.end].to_vec();
+            self.partial = buffer[self.start..self.end].to_vec();
             (self.start, self.end) = (0, 0);
         }
         if self.payloads.is_empty() {
@@ -99,11 +99,11 @@ impl ReceiveBuffer {
         }
     }
 
-    /// The next frame, by records that `open` decrypts; `None` until more arrives. [`Received::Data`] is returned until its
-    /// payload is consumed.
+    /// Returns the next frame. `open` decrypts a record. Returns `None` if more bytes are needed, and [`Received::Data`] until
+    /// its payload is consumed.
     ///
     /// # Errors
-    /// What `open` says, or that a record is no frame; once all that came before is taken.
+    /// The error of `open`, or an invalid frame, after everything before it is consumed.
     pub(crate) fn next(
         &mut self,
         open: impl FnMut(&mut [u8]) -> Result<Opened, RecordError>,
@@ -118,15 +118,15 @@ impl ReceiveBuffer {
         self.release();
         match next {
             None => Ok(None),
-            Some(Next::Control(control)) => Ok(Some(Received::Control(control))),
-            Some(Next::Closed) => Err(TunnelError::Closed),
-            Some(Next::Failed(error)) => Err(error),
+            Some(Following::Control(control)) => Ok(Some(Received::Control(control))),
+            Some(Following::Closed) => Err(TunnelError::Closed),
+            Some(Following::Failed(error)) => Err(error),
         }
     }
 
-    /// Opens the records that are complete, up to one that is no DATA.
+    /// Opens the complete records, up to the first that is not DATA.
     fn open_records(&mut self, mut open: impl FnMut(&mut [u8]) -> Result<Opened, RecordError>) {
-        if self.buffer.is_none() && !self.beginning.is_empty() {
+        if self.buffer.is_none() && !self.partial.is_empty() {
             self.room();
         }
         let Some(buffer) = &mut self.buffer else { return };
@@ -136,7 +136,7 @@ impl ReceiveBuffer {
                 Ok(Some(record_bytes)) if record_bytes <= rest.len() => &mut rest[..record_bytes],
                 Ok(_) => return,
                 Err(error) => {
-                    self.next = Some(Next::Failed(error.into()));
+                    self.next = Some(Following::Failed(error.into()));
                     return;
                 }
             };
@@ -144,26 +144,26 @@ impl ReceiveBuffer {
             self.start += record.len();
             self.next = match open(record) {
                 Ok(Opened::Nothing) => None,
-                Ok(Opened::Closed) => Some(Next::Closed),
-                Err(error) => Some(Next::Failed(error.into())),
+                Ok(Opened::Closed) => Some(Following::Closed),
+                Err(error) => Some(Following::Failed(error.into())),
                 Ok(Opened::Data(content)) => match frame_of(&record[content.clone()]) {
                     Ok(None) => {
                         self.payloads.push(at + content.start + HEADER_BYTES..at + content.end);
                         None
                     }
-                    Ok(Some(control)) => Some(Next::Control(control)),
-                    Err(error) => Some(Next::Failed(error.into())),
+                    Ok(Some(control)) => Some(Following::Control(control)),
+                    Err(error) => Some(Following::Failed(error.into())),
                 },
             };
         }
     }
 
-    /// True when payload is opened.
+    /// Returns true if opened payload is waiting.
     pub(crate) fn has_payload(&self) -> bool {
         !self.payloads.is_empty()
     }
 
-    /// Points `slices` at the payload that is opened; returns how many are used.
+    /// Points `slices` at the opened payload; returns the number of slices used.
     pub(crate) fn payloads<'a>(&'a self, slices: &mut [IoSlice<'a>; FRAMES_MAX]) -> usize {
         let Some(buffer) = &self.buffer else { return 0 };
         let mut used = 0;
@@ -174,18 +174,18 @@ impl ReceiveBuffer {
         used
     }
 
-    /// True when all up to FIN has been opened.
-    pub(crate) fn ends_behind(&self) -> bool {
-        matches!(self.next, Some(Next::Control(Control::Fin)))
+    /// Returns true if everything up to FIN is opened.
+    pub(crate) fn fin_follows(&self) -> bool {
+        matches!(self.next, Some(Following::Control(Control::Fin)))
     }
 
-    /// `written_bytes` of what [`ReceiveBuffer::payloads`] showed were taken.
+    /// Removes `written_bytes` of the payload that [`ReceiveBuffer::payloads`] returned.
     pub(crate) fn consume(&mut self, written_bytes: usize) {
         self.payloads.consume(written_bytes);
         self.release();
     }
 
-    /// Gives the buffer back when nothing is in it.
+    /// Returns the buffer to its cache if it is empty.
     fn release(&mut self) {
         if self.start == self.end && self.payloads.is_empty() {
             (self.start, self.end) = (0, 0);
@@ -194,31 +194,31 @@ impl ReceiveBuffer {
     }
 }
 
-/// The frame that is all of `content`; `None` for DATA.
+/// Parses `content` as exactly one frame; returns `None` for DATA.
 fn frame_of(content: &[u8]) -> Result<Option<Control>, frame::FrameError> {
     let head = frame::only(content)?;
     Control::decode(head.kind, &content[HEADER_BYTES..])
 }
 
-/// Where opened payload stands, in the order of arrival; at most [`FRAMES_MAX`] places.
+/// The positions of opened payload in order of arrival, at most [`FRAMES_MAX`].
 #[derive(Default)]
 struct Payloads {
-    /// The first place, most often the only one: an exchange of a few bytes takes no memory for places.
-    head: Place,
-    /// Those behind it. [`ReceiveBuffer::pause`] gives their memory back, as a flow keeps this while it is idle.
-    tail: Vec<Place>,
-    /// How many of `tail` are consumed.
+    /// The first span. Short exchanges have no other, so they allocate nothing.
+    head: Span,
+    /// The following spans. [`ReceiveBuffer::pause`] frees their memory, because idle flows keep this value.
+    tail: Vec<Span>,
+    /// Number of consumed spans of `tail`.
     consumed: usize,
 }
 
-/// Offsets; empty when nothing stands there.
+/// Offsets in the buffer; `start` equals `end` in an empty span.
 #[derive(Clone, Copy, Default)]
-struct Place {
+struct Span {
     start: u32,
     end: u32,
 }
 
-impl Place {
+impl Span {
     fn is_empty(self) -> bool {
         self.start == self.end
     }
@@ -227,7 +227,7 @@ impl Place {
         self.start as usize..self.end as usize
     }
 
-    /// Takes up to `bytes` off; returns how many of those belong to what follows.
+    /// Removes up to `bytes`; returns the bytes left for the following spans.
     fn consume(&mut self, bytes: usize) -> usize {
         let here = bytes.min(self.range().len());
         self.start += here as u32;
@@ -244,28 +244,28 @@ impl Payloads {
         1 + self.tail.len() == FRAMES_MAX
     }
 
-    /// Only while there is room.
-    fn push(&mut self, place: Range<usize>) {
-        let place = Place { start: place.start as u32, end: place.end as u32 };
+    /// Appends a span. Call it only if the list is not full.
+    fn push(&mut self, span: Range<usize>) {
+        let span = Span { start: span.start as u32, end: span.end as u32 };
         if self.is_empty() {
-            self.head = place;
+            self.head = span;
         } else {
-            self.tail.push(place);
+            self.tail.push(span);
         }
     }
 
     fn iter(&self) -> impl Iterator<Item = Range<usize>> + use<'_> {
         let head = Some(self.head).filter(|head| !head.is_empty());
-        head.into_iter().chain(self.tail[self.consumed..].iter().copied()).map(Place::range)
+        head.into_iter().chain(self.tail[self.consumed..].iter().copied()).map(Span::range)
     }
 
     fn consume(&mut self, bytes: usize) {
         let mut bytes = self.head.consume(bytes);
         while bytes > 0
-            && let Some(place) = self.tail.get_mut(self.consumed)
+            && let Some(span) = self.tail.get_mut(self.consumed)
         {
-            bytes = place.consume(bytes);
-            self.consumed += usize::from(place.is_empty());
+            bytes = span.consume(bytes);
+            self.consumed += usize::from(span.is_empty());
         }
         if self.is_empty() {
             self.tail.clear();
@@ -280,7 +280,7 @@ mod tests {
     use crate::tls::record::{HEADER_BYTES as RECORD_HEADER, TAIL_BYTES};
     use tacit_core::wire::frame::FrameType;
 
-    /// A record as `open` below takes it: sealed with nothing.
+    /// Returns a record in the format of `open` below, without encryption.
     fn record(content: &[u8]) -> Vec<u8> {
         let [high, low] = ((content.len() + TAIL_BYTES) as u16).to_be_bytes();
         [&[23, 3, 3, high, low], content, &[0; TAIL_BYTES]].concat()
@@ -319,7 +319,7 @@ mod tests {
         (bytes, payload)
     }
 
-    /// Feeds `bytes` in pieces of `piece`, takes at most `bite` at a time; payload, control frames and the end.
+    /// Feeds `bytes` in pieces of `piece` and consumes at most `bite` at a time. Returns the payload, control frames and error.
     fn run(bytes: &[u8], piece: usize, bite: usize) -> (Vec<u8>, Vec<Control>, Option<TunnelError>) {
         let (mut receive_buffer, mut payload, mut controls) =
             (ReceiveBuffer::default(), Vec::new(), Vec::new());
@@ -370,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_ends_a_session_is_said_once_the_data_before_it_is_taken() {
+    fn a_session_end_is_reported_after_the_data_before_it_is_consumed() {
         for (end, reason) in [
             (record(&[99]), "protocol"),
             (record(&[0xee]), "tls"),

@@ -1,11 +1,10 @@
-//! Moves the bytes of one flow until it ends, and tells how it ended.
+//! Forwards the bytes of one flow until it ends, and reports how it ended.
 //!
-//! [`tunnelled`] joins an application's socket and a tunnel session, [`plain`] two sockets. Both move both directions in one
-//! task, each at its own pace: a direction that is blocked never holds up the other. The ends of a connection keep their
-//! meaning: the end of one direction is passed on as such while the other goes on, a reset arrives as a reset, and a tunnel
-//! that breaks is a reset and never looks like an end.
+//! [`tunnelled`] connects an application's socket and a tunnel session, [`plain`] two sockets. Each moves both directions in
+//! one task, and a blocked direction never blocks the other. A half-close is forwarded as a half-close, and a reset as a
+//! reset. A broken tunnel is forwarded as a reset, never as a clean end.
 //!
-//! A reset keeps its place behind the data that was sent before it: an application that does not read sees it late.
+//! A reset is delivered after the data sent before it, so an application that does not read sees it late.
 
 use std::sync::atomic::AtomicU64;
 
@@ -16,14 +15,13 @@ mod plain;
 pub(crate) mod testing;
 mod tunnelled;
 
-pub use busy_poll::begins;
+pub use busy_poll::connection_started;
 pub use plain::plain;
 pub use tunnelled::tunnelled;
 
 use crate::TunnelError;
 
-/// Payload bytes of one flow, counted by the relay as they pass. Relaxed ordering is enough: they are
-/// statistics.
+/// Payload bytes of one flow. Relaxed ordering is enough for statistics.
 #[derive(Debug, Default)]
 pub struct FlowCounters {
     /// Bytes from source to destination.
@@ -35,25 +33,25 @@ pub struct FlowCounters {
 /// One of the two applications of a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum App {
-    /// The one that connected.
+    /// The client.
     Source,
-    /// The one it connected to.
+    /// The server.
     Destination,
 }
 
-/// How a flow ended.
+/// The way a flow ended.
 #[derive(Debug)]
 pub enum FlowEnd {
-    /// Both directions ended, every byte was passed on.
+    /// Both directions ended, and all bytes were forwarded.
     Clean,
-    /// This application's connection was reset (or its agent gave up on it); the other one was reset too.
+    /// The connection of this application was reset, or its agent gave up on it. The other connection was reset too.
     Reset(App),
-    /// The tunnel broke; the application on our side was reset.
+    /// The tunnel failed. The local application was reset.
     TunnelLost(TunnelError),
 }
 
 impl FlowEnd {
-    /// For logs and metric labels; one of a fixed set.
+    /// Returns the label for logs and metrics, one of a fixed set.
     #[must_use]
     pub fn label(&self) -> &'static str {
         match self {

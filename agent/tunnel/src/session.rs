@@ -1,8 +1,8 @@
-//! One TLS session carrying one flow at a time in frames. Many flows mean many sessions, so no flow waits for another.
+//! A TLS session that carries one flow at a time in frames. Parallel flows use parallel sessions, so no flow waits for another.
 //!
-//! A client connects, opens a flow, relays it (`crate::relay`) and may open the next when the server has said DONE. A server
-//! accepts and answers each OPEN with ACCEPT or DENY. The order of frames is `flow_state`'s; a session on which it is broken is
-//! of no further use. Dropping a session cuts the connection; [`Session::close`] says goodbye first.
+//! A client connects, opens a flow, relays it (`crate::relay`) and may open the next after the server has sent DONE. A server
+//! accepts and answers each OPEN with ACCEPT or DENY. `flow_state` defines the order of frames. A violation ends the session.
+//! Dropping a session cuts the connection; [`Session::close`] sends close_notify first.
 
 mod optimistic_data;
 #[cfg(test)]
@@ -44,33 +44,33 @@ use crate::{
 };
 pub use optimistic_data::OptimisticData;
 
-/// How long a server keeps an idle session. Longer than a client keeps it in its pool, so that the client closes first and
-/// never opens a flow on a session that is just being closed.
+/// How long a server keeps an idle session. The limit is longer than the client's pool limit, so that the client closes first
+/// and never opens a flow on a session that is being closed.
 pub const SERVER_IDLE: Duration = Duration::from_secs(120);
-/// How long a client waits for the answer to OPEN: above the server's own limit for reaching the destination.
+/// Limit for the answer to OPEN. It exceeds the server's limit for connecting to the destination.
 const OPEN_MAX: Duration = Duration::from_secs(30);
-/// How long a server may take to get its answer of a few bytes out.
+/// Limit for a server to send its answer of a few bytes.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 
-/// Why no flow was opened.
+/// The reason why no flow was opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The server refused this flow; the session can be used for others.
+    /// The server rejected this flow; the session can carry others.
     #[error("the destination's agent refused the flow: {0}")]
     Denied(DenyReason),
-    /// The session was gone before the server answered: a fresh session may be tried.
-    #[error("the session was gone before an answer: {0}")]
+    /// The session ended before the server answered. The flow may be retried on a new session.
+    #[error("the session ended before the destination's agent answered: {0}")]
     Stale(#[source] TunnelError),
-    /// The tunnel failed in a way that a fresh session would not mend.
+    /// The tunnel failed, and a retry on a new session would fail too.
     #[error(transparent)]
     Tunnel(TunnelError),
-    /// The application did not wait for the answer; the server has been told.
+    /// The application reset its connection before the answer; the server was informed.
     #[error("the application has reset its connection")]
     Abandoned,
 }
 
 impl OpenError {
-    /// For logs and metric labels; one of a fixed set.
+    /// Returns the label for logs and metrics, one of a fixed set.
     #[must_use]
     pub fn reason(&self) -> &'static str {
         match self {
@@ -91,8 +91,8 @@ impl From<TunnelError> for OpenError {
     }
 }
 
-/// An authenticated session with one peer. Boxed, as the task of a flow would hold room for it in every state that it can
-/// be in; so are handshakes, of which nothing is left while a flow runs.
+/// An authenticated session with one peer. Sessions are boxed, because a flow's task would otherwise reserve space for one in
+/// every state. Handshakes are boxed for the same reason.
 pub struct Session {
     tls: TlsStream,
     receive_buffer: ReceiveBuffer,
@@ -101,18 +101,18 @@ pub struct Session {
     peer: SpiffeId,
     peer_validity: Validity,
     info: TlsInfo,
-    /// Server: once cancelled, the session ends with its flow.
-    leaving: Option<CancellationToken>,
-    /// Server: the client does not wait for the answer to its OPEN.
-    answer_can_wait: bool,
+    /// Server: after this token is cancelled, the session ends with its flow.
+    draining: Option<CancellationToken>,
+    /// Server: the client sends data without waiting for ACCEPT.
+    accept_can_wait: bool,
 }
 
 impl Session {
-    /// Connects over `tcp` as `own` to a server that must be `expected`. Bounded in time.
+    /// Connects over `tcp` as `own` to a server that must have the identity `expected`. Bounded in time.
     ///
     /// # Errors
-    /// [`TunnelError`]. A server that refuses us may show only at the first [`Session::open`]: TLS 1.3 lets a client finish
-    /// before the server has looked at its certificate.
+    /// [`TunnelError`]. A rejection by the server may surface only in the first [`Session::open`]. In TLS 1.3 a client can finish
+    /// the handshake before the server has verified the client's certificate.
     pub async fn connect(
         tcp: TcpStream,
         own: &Arc<Credentials>,
@@ -140,82 +140,82 @@ impl Session {
             peer: established.peer,
             peer_validity: established.peer_validity,
             info: established.tls,
-            leaving: None,
-            answer_can_wait: false,
+            draining: None,
+            accept_can_wait: false,
         })
     }
 
-    /// Server: from when `leaving` is cancelled, the session ends with the flow that it carries or the next one.
-    pub fn end_with_flow_after(&mut self, leaving: CancellationToken) {
-        self.leaving = Some(leaving);
+    /// Server: after `draining` is cancelled, the session ends with its current or next flow.
+    pub fn end_with_flow_after(&mut self, draining: CancellationToken) {
+        self.draining = Some(draining);
     }
 
-    /// Who the peer is, by its certificate.
+    /// Returns the identity in the peer's certificate.
     #[must_use]
     pub fn peer(&self) -> &SpiffeId {
         &self.peer
     }
 
-    /// When the peer's certificate expires; the session should not be used longer.
+    /// Returns when the peer's certificate expires. Do not use the session after that time.
     #[must_use]
     pub fn peer_not_after(&self) -> SystemTime {
         self.peer_validity.not_after
     }
 
-    /// What was negotiated.
+    /// Returns the negotiated TLS parameters.
     #[must_use]
     pub fn tls(&self) -> &TlsInfo {
         &self.info
     }
 
-    /// Which side we are.
+    /// Returns the local side's role.
     #[must_use]
     pub fn role(&self) -> Role {
         self.role
     }
 
-    /// Our address of the connection.
+    /// Returns the local address of the connection.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The error of the kernel.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.tls.tcp().local_addr()
     }
 
-    /// The peer's address of the connection.
+    /// Returns the peer's address of the connection.
     ///
     /// # Errors
-    /// What the kernel says, for example that the connection is gone.
+    /// The error of the kernel, for example if the connection is closed.
     pub fn peer_addr(&self) -> io::Result<SocketAddr> {
         self.tls.tcp().peer_addr()
     }
 
-    /// The same session, polled by the calling thread's runtime from now on.
+    /// Moves the session to the calling thread's runtime.
     ///
     /// # Errors
-    /// When descriptors or memory of the poller are used up; the session is gone then.
-    pub fn rehomed(self: Box<Self>) -> io::Result<Box<Self>> {
+    /// If the poller has no descriptors or memory left. The session is then lost.
+    pub fn moved_to_this_thread(self: Box<Self>) -> io::Result<Box<Self>> {
         let session = *self;
-        Ok(Box::new(Self { tls: session.tls.rehomed()?, ..session }))
+        Ok(Box::new(Self { tls: session.tls.moved_to_this_thread()?, ..session }))
     }
 
-    /// True when another flow may be opened.
+    /// Returns true if another flow may be opened.
     #[must_use]
     pub fn is_idle(&self) -> bool {
         self.state == FlowState::Idle
     }
 
-    /// True when no flow runs, the connection stands and nothing unexpected has arrived. One system call.
+    /// Returns true if no flow runs, the connection is open and no unexpected bytes have arrived. Makes one system call.
     #[must_use]
     pub fn is_idle_alive(&self) -> bool {
         self.state == FlowState::Idle && self.receive_buffer.is_empty() && self.tls.is_quiet()
     }
 
-    /// Client: opens a flow and waits for the answer, at most `OPEN_MAX`. What `optimistic` has said already goes with OPEN, and
-    /// if that is something, then also what it says until the answer comes.
+    /// Client: opens a flow and waits for the answer, at most `OPEN_MAX`. Data that `optimistic` has already sent leaves with
+    /// OPEN. In that case later data is also sent before the answer arrives.
     ///
     /// # Errors
-    /// [`OpenError`]; see [`Session::is_idle`] for whether the session can be used further.
+    /// [`OpenError`]. [`Session::is_idle`] reports whether the session can still be used.
     pub async fn open(
         &mut self,
         open: &Open,
@@ -225,18 +225,18 @@ impl Session {
             optimistic.and_then(|optimistic| optimistic.app_read_now().map(|first| (optimistic, first)));
         let optimistic_data = if optimistic.is_some() { OptimisticMode::On } else { OptimisticMode::Off };
         self.send(&Control::Open(Open { optimistic_data, ..*open }))?;
-        match bounded("the answer to OPEN", OPEN_MAX, self.answered(optimistic)).await? {
+        match bounded("the answer to OPEN", OPEN_MAX, self.wait_for_answer(optimistic)).await? {
             Received::Control(Control::Deny(reason)) => {
                 self.end_after_deny(optimistic_data);
                 Err(OpenError::Denied(reason))
             }
-            // Anything else than ACCEPT is out of turn and has been refused.
+            // `flow_state` has rejected everything except ACCEPT.
             _ => Ok(()),
         }
     }
 
-    /// Server: the next flow a client asks for; `None` when the client has closed the session or was idle for `idle`. May be
-    /// cancelled and called again.
+    /// Server: returns the next flow that the client requests. Returns `None` if the client closed the session or was idle for
+    /// `idle`. Cancel-safe.
     ///
     /// # Errors
     /// [`TunnelError`].
@@ -244,25 +244,25 @@ impl Session {
         match timeout(idle, poll_fn(|cx| self.poll_received(cx))).await {
             Ok(Ok(Received::Control(Control::Open(open)))) => Ok(Some(open)),
             Err(_) | Ok(Err(TunnelError::Closed)) => Ok(None),
-            // Of a flow that had ended when it was sent: nothing is lost but the session.
+            // A RESET of a flow that had already ended. Only the session is lost.
             Ok(Ok(Received::Control(Control::Reset))) => Ok(None),
             Ok(Err(error)) => Err(error),
-            // `flow_state` lets nothing but OPEN begin; in the middle of a flow there is no next one.
+            // `flow_state` accepts only OPEN here, and no flow can start inside another.
             Ok(Ok(_)) => Err(TunnelError::Closed),
         }
     }
 
-    /// Server: the flow that `open` asked for may begin. The relay sends the answer.
+    /// Server: accepts the flow of `open`. The relay sends the answer.
     ///
     /// # Errors
     /// [`TunnelError`].
     pub fn accept_flow(&mut self, open: &Open) -> Result<(), TunnelError> {
-        self.answer_can_wait = open.optimistic_data == OptimisticMode::On;
+        self.accept_can_wait = open.optimistic_data == OptimisticMode::On;
         self.send(&Control::Accept)
     }
 
-    /// Server: the flow that `open` asked for is refused. The session can be used for others, unless data of that flow is
-    /// on its way; that is then taken and thrown away, or it would turn our close into a reset, and the answer be lost.
+    /// Server: rejects the flow of `open`. The session can carry others, unless data of the rejected flow is in transit. Such
+    /// data is read and discarded. Otherwise closing the socket would send RST, and the client would lose the answer.
     ///
     /// # Errors
     /// [`TunnelError`].
@@ -271,7 +271,7 @@ impl Session {
         self.end_after_deny(open.optimistic_data);
         if open.optimistic_data == OptimisticMode::On {
             let rest = poll_fn(|cx| self.poll_discard(cx));
-            // The client closes as soon as it has the answer.
+            // The client closes after it has received the answer.
             let _ = timeout(ANSWER_MAX, rest).await;
         }
         Ok(())
@@ -283,7 +283,7 @@ impl Session {
         }
     }
 
-    /// Throws away what comes until the peer closes.
+    /// Discards received frames until the peer closes.
     fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
             match self.receive_buffer.next(|record| self.tls.open(record)) {
@@ -298,7 +298,7 @@ impl Session {
         }
     }
 
-    /// Closes the session properly, without waiting for anything.
+    /// Sends close_notify and closes, without waiting.
     pub fn close(self: Box<Self>) {
         self.tls.close();
     }
@@ -308,12 +308,12 @@ impl Session {
         bounded("sending the answer", ANSWER_MAX, poll_fn(|cx| self.poll_flush(cx))).await
     }
 
-    /// Server: true while a client waits for nothing but what the application says.
-    pub(crate) fn answer_can_wait(&self) -> bool {
-        self.answer_can_wait
+    /// Server: returns true if the client waits only for data of the application.
+    pub(crate) fn accept_can_wait(&self) -> bool {
+        self.accept_can_wait
     }
 
-    /// True when the client of the flow that runs has sent FIN.
+    /// Returns true if the client of the current flow has sent FIN.
     pub(crate) fn client_ended(&self) -> bool {
         matches!(self.state, FlowState::Flow { client_ended: true, .. })
     }
@@ -326,11 +326,11 @@ impl Session {
         self.tls.queue(&bytes)
     }
 
-    /// Server: says that the flow is over; and when the session ends with it, that in the same bytes, so that the client
-    /// never takes it for one that another flow can begin on.
+    /// Server: queues DONE. If the session ends with this flow, close_notify follows in the same bytes, so that the client
+    /// never reuses the session.
     pub(crate) fn done(&mut self) -> Result<(), TunnelError> {
         self.send(&Control::Done)?;
-        let ends = self.leaving.as_ref().is_some_and(CancellationToken::is_cancelled);
+        let ends = self.draining.as_ref().is_some_and(CancellationToken::is_cancelled);
         if ends { self.tls.queue_close() } else { Ok(()) }
     }
 
@@ -340,7 +340,7 @@ impl Session {
         self.tls.queue_batch(batch, payload_bytes)
     }
 
-    /// Queues what an application has said; returns whether that was all.
+    /// Queues the bytes read from an application; returns whether its stream has ended.
     pub(crate) fn send_app_read(&mut self, read: AppRead) -> Result<io::Result<bool>, TunnelError> {
         if read.payload_bytes > 0 {
             self.send_data(read.batch, read.payload_bytes)?;
@@ -351,17 +351,17 @@ impl Session {
         Ok(read.ends)
     }
 
-    /// True while queued bytes wait to be sent.
+    /// Returns true if queued bytes are unsent.
     pub(crate) fn unsent(&self) -> bool {
         self.tls.unsent()
     }
 
-    /// Sends what is queued.
+    /// Sends the queued bytes.
     pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), TunnelError>> {
         self.tls.poll_flush(cx)
     }
 
-    /// The next frame. For DATA, take the payload before the next call.
+    /// Returns the next frame. The payload of DATA must be consumed before the next call.
     pub(crate) fn poll_received(&mut self, cx: &mut Context<'_>) -> Poll<Result<Received, TunnelError>> {
         loop {
             match self.receive_buffer.next(|record| self.tls.open(record)) {
@@ -375,43 +375,43 @@ impl Session {
                     return Poll::Ready(Ok(received));
                 }
                 Err(error) => {
-                    self.tls.tell(&error);
+                    self.tls.send_alert_for(&error);
                     return Poll::Ready(Err(error));
                 }
             }
         }
     }
 
-    /// Why the peer went, if it said so before; for when a write has failed.
-    fn last_words(&mut self, cx: &mut Context<'_>) -> Option<TunnelError> {
+    /// Returns the alert that the peer sent before it closed, if any. Called after a failed write.
+    fn peer_alert(&mut self, cx: &mut Context<'_>) -> Option<TunnelError> {
         match self.poll_received(cx) {
             Poll::Ready(Err(TunnelError::Io(_) | TunnelError::Closed) | Ok(_)) | Poll::Pending => None,
             Poll::Ready(Err(alert)) => Some(alert),
         }
     }
 
-    /// True when something has come that was not looked at.
+    /// Returns true if received bytes are buffered.
     #[cfg(test)]
     pub(crate) fn has_received(&self) -> bool {
         !self.receive_buffer.is_empty()
     }
 
-    /// True when received payload is not consumed.
+    /// Returns true if received payload is not consumed.
     pub(crate) fn has_payload(&self) -> bool {
         self.receive_buffer.has_payload()
     }
 
-    /// Received payload that is not consumed: points `slices` at it, returns how many are used.
+    /// Points `slices` at received payload that is not consumed; returns the number of slices used.
     pub(crate) fn payloads<'a>(&'a self, slices: &mut [IoSlice<'a>; FRAMES_MAX]) -> usize {
         self.receive_buffer.payloads(slices)
     }
 
-    /// True when FIN is known to stand behind that payload.
-    pub(crate) fn ends_behind(&self) -> bool {
-        self.receive_buffer.ends_behind()
+    /// Returns true if FIN is known to follow that payload.
+    pub(crate) fn fin_follows(&self) -> bool {
+        self.receive_buffer.fin_follows()
     }
 
-    /// `written_bytes` of the payload are passed on.
+    /// Removes `written_bytes` of the payload.
     pub(crate) fn consume(&mut self, written_bytes: usize) {
         self.receive_buffer.consume(written_bytes);
     }

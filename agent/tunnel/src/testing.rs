@@ -26,12 +26,12 @@ pub(crate) fn identity(account: &str) -> SpiffeId {
     SpiffeId::parse(&format!("spiffe://cluster.local/ns/shop/sa/{account}")).expect("a service account")
 }
 
-/// Good credentials of `account`.
+/// Returns valid credentials of `account`.
 pub(crate) fn credentials(account: &str) -> Arc<Credentials> {
     Arc::new(ISSUER.any(&identity(account), SystemTime::now(), Duration::from_secs(600)))
 }
 
-/// Two ends of one connection; the first has connected.
+/// Returns two ends of one connection; the first is the client.
 pub(crate) async fn connection() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("bound");
@@ -39,7 +39,7 @@ pub(crate) async fn connection() -> (TcpStream, TcpStream) {
     (client.expect("connected"), accepted.expect("accepted").0)
 }
 
-/// A session of `web` with `db`: client and server.
+/// Returns a session of `web` with `db`, client and server.
 pub(crate) async fn sessions() -> (Box<Session>, Box<Session>) {
     let (client, server) = connection().await;
     let (web, db) = (credentials("web"), credentials("db"));
@@ -49,7 +49,7 @@ pub(crate) async fn sessions() -> (Box<Session>, Box<Session>) {
     (client.expect("connected"), server.expect("accepted"))
 }
 
-/// What the tests ask for.
+/// Returns the OPEN request of the tests.
 pub(crate) fn open() -> Open {
     Open {
         destination: "10.77.2.3:80".parse().expect("an address"),

@@ -1,8 +1,8 @@
-//! TLS of the tunnel: what is offered and required, and why a connection is refused.
+//! TLS of the tunnel: the offered and required parameters, and the errors.
 //!
-//! TLS 1.3 only, both sides authenticate, ALPN must be [`ALPN`] on both, no resumption, no early data, no server name: a
-//! session is kept open and used again instead, and every certificate is verified in full by whoever relies on it. The
-//! provider is built here explicitly, so that neither a crate feature nor a process-wide default can widen the choice.
+//! Both sides require TLS 1.3, a peer certificate and [`ALPN`]. Resumption, early data and server names are disabled. Sessions
+//! are reused instead, and both sides verify every certificate in full. The crypto provider is built explicitly, so that
+//! neither a crate feature nor a process-wide default can add algorithms.
 
 mod handshake;
 #[cfg(test)]
@@ -37,14 +37,14 @@ use tacit_core::{
 use tacit_identity::credentials::Credentials;
 
 pub use record::RecordError;
-pub use verify::Refusal;
+pub use verify::PeerCertificateError;
 
 use verify::{ClientVerifier, ServerVerifier};
 
-/// The wire format, as ALPN names it.
+/// The wire format as an ALPN protocol name.
 pub const ALPN: &[u8] = b"tacit/1";
 
-/// What was negotiated, in the names of the IANA registries.
+/// The negotiated parameters, with their IANA names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TlsInfo {
     /// `TLSv1.3`.
@@ -55,33 +55,33 @@ pub struct TlsInfo {
     pub key_exchange: &'static str,
 }
 
-/// Why a tunnel could not be made or ended early.
+/// The reason why a tunnel failed to open or ended early.
 #[derive(Debug, thiserror::Error)]
 pub enum TunnelError {
-    /// The peer's certificate is refused.
+    /// The peer's certificate is rejected.
     #[error("the peer's certificate is refused: {0}")]
-    Certificate(#[from] Refusal),
-    /// The peer refused us during the handshake or ended the session with an alert; its log says why.
-    #[error("the peer refused with the TLS alert {0}; its log says why")]
+    Certificate(#[from] PeerCertificateError),
+    /// The peer rejected the handshake or ended the session with an alert. The peer's log has the reason.
+    #[error("the peer refused with the TLS alert {0}; see the log of the peer's agent")]
     RefusedByPeer(String),
-    /// No common TLS version, cipher suite, key exchange or signature.
-    #[error("the peer does not speak TLS as Tacit does (TLS 1.3 only): {0}")]
+    /// The peers share no TLS version, cipher suite, key exchange or signature algorithm.
+    #[error("no common TLS parameters with the peer, which must support TLS 1.3: {0}")]
     TlsMismatch(String),
-    /// The peer speaks another wire format.
-    #[error("the peer did not agree on ALPN tacit/1; is it a Tacit agent?")]
+    /// The peer uses another wire format.
+    #[error("the peer did not agree on ALPN tacit/1; check that it is a Tacit agent")]
     Alpn,
-    /// The peer broke TLS itself.
+    /// The peer violated TLS during the handshake.
     #[error("TLS failed: {0}")]
     Tls(#[source] rustls::Error),
-    /// It took too long.
+    /// The operation exceeded its time limit.
     #[error("{what} took longer than {limit:?}")]
     Timeout {
-        /// What took too long.
+        /// The operation.
         what: &'static str,
-        /// How long it may take.
+        /// Its time limit.
         limit: Duration,
     },
-    /// The peer broke TLS after the handshake, or ended the session with an alert.
+    /// The peer violated TLS after the handshake, or ended the session with an alert.
     #[error("TLS failed: {0}")]
     Record(#[source] RecordError),
     /// The connection failed.
@@ -90,16 +90,16 @@ pub enum TunnelError {
     /// The peer closed the session in the middle of a flow.
     #[error("the peer closed the session before the flow had ended")]
     Closed,
-    /// The peer sent bytes that are no frame.
+    /// The peer sent an invalid frame.
     #[error("the peer broke the wire format: {0}")]
     Frame(#[from] FrameError),
-    /// The peer sent a frame that may not come now.
+    /// The peer sent a frame that is not allowed in the current state.
     #[error("the peer broke the wire format: {0}")]
     UnexpectedFrame(#[from] UnexpectedFrame),
 }
 
 impl TunnelError {
-    /// For logs and metric labels; one of a fixed set.
+    /// Returns the label for logs and metrics, one of a fixed set.
     #[must_use]
     pub fn reason(&self) -> &'static str {
         match self {
@@ -119,8 +119,8 @@ impl TunnelError {
 impl From<rustls::Error> for TunnelError {
     fn from(error: rustls::Error) -> Self {
         match error {
-            rustls::Error::InvalidCertificate(reason) => Refusal::of(&reason).into(),
-            rustls::Error::NoCertificatesPresented => Refusal::NoClientCertificate.into(),
+            rustls::Error::InvalidCertificate(reason) => PeerCertificateError::of(&reason).into(),
+            rustls::Error::NoCertificatesPresented => PeerCertificateError::NoClientCertificate.into(),
             rustls::Error::NoApplicationProtocol
             | rustls::Error::AlertReceived(AlertDescription::NoApplicationProtocol) => Self::Alpn,
             rustls::Error::AlertReceived(
@@ -142,7 +142,7 @@ impl From<RecordError> for TunnelError {
     }
 }
 
-/// 16 random bytes. Not for secrets: zeros when there is no randomness.
+/// Returns 16 random bytes, or zeros if randomness is unavailable. Not for secrets.
 pub(super) fn random() -> [u8; 16] {
     let mut bytes = [0; 16];
     match PROVIDER.secure_random.fill(&mut bytes) {
@@ -163,7 +163,7 @@ static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
     })
 });
 
-/// The client side of `own`, for a server that must be `expected`.
+/// Returns the client configuration of `own` for a server that must have the identity `expected`.
 fn client_config(own: &Credentials, expected: &SpiffeId) -> Arc<ClientConfig> {
     let verifier = |expected| {
         Arc::new(ServerVerifier {
@@ -178,25 +178,25 @@ fn client_config(own: &Credentials, expected: &SpiffeId) -> Arc<ClientConfig> {
             .with_protocol_versions(&[&TLS13])
             .expect("PROVIDER has suites and key exchanges of TLS 1.3")
             .dangerous()
-            // Stands in: each expected peer has one of its own.
+            // A placeholder. Each expected peer gets its own verifier.
             .with_custom_certificate_verifier(verifier(own.identity.clone()))
             .with_client_cert_resolver(resolver(own));
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.resumption = Resumption::disabled();
         config.enable_sni = false;
-        // For the record layer of our own.
+        // The crate has its own record layer.
         config.enable_secret_extraction = true;
         config
     };
     own.client_config_for(expected, || {
-        // Shares most parts.
+        // The clone shares most parts.
         let mut config = ClientConfig::clone(own.client_config(shared));
         config.dangerous().set_certificate_verifier(verifier(expected.clone()));
         config
     })
 }
 
-/// The server side of `own`, for clients of its trust domain.
+/// Returns the server configuration of `own` for clients of its trust domain.
 fn server_config(own: &Credentials) -> Arc<ServerConfig> {
     let make = || {
         let chain = WebPkiClientVerifier::builder_with_provider(own.roots.clone(), PROVIDER.clone())
@@ -221,13 +221,13 @@ fn resolver(own: &Credentials) -> Arc<SingleCertAndKey> {
     Arc::new(SingleCertAndKey::from(own.certified().clone()))
 }
 
-/// What was negotiated, once all of it is as required.
+/// Checks and returns the negotiated parameters.
 fn negotiated(connection: &CommonState) -> Result<TlsInfo, TunnelError> {
-    // A server that knows the client's ALPN refuses another one itself, but takes a client that offers none.
+    // rustls rejects a client with another ALPN, and accepts a client that offers none.
     if connection.alpn_protocol() != Some(ALPN) {
         return Err(TunnelError::Alpn);
     }
-    let incomplete = || TunnelError::TlsMismatch("the handshake named no parameters".to_owned());
+    let incomplete = || TunnelError::TlsMismatch("the handshake negotiated no parameters".to_owned());
     Ok(TlsInfo {
         version: match connection.protocol_version() {
             Some(rustls::ProtocolVersion::TLSv1_3) => "TLSv1.3",

@@ -145,7 +145,7 @@ impl Agent {
     /// # Errors
     /// Fails if the command fails.
     pub fn status_table(&self) -> Result<String> {
-        self.run_command(&["status", "-o", "table"])
+        self.run_command(&["status", "-o", "pods"])
     }
 
     /// Returns the text of the agent's metrics.

@@ -1,7 +1,7 @@
-//! Agents as the Kubernetes API knows them: TokenReview for who asks, pods for what may be had.
+//! Authentication by the Kubernetes API: TokenReview for callers, and pods for authorization.
 //!
-//! The node comes from the reviewed token: a claim of its own since Kubernetes 1.30, else that of the pod that the token
-//! is bound to, which must still be the same pod.
+//! The node is taken from the reviewed token. Since Kubernetes 1.30 the token has a claim for the node. On older servers it is
+//! the node of the pod that the token is bound to, which must still be the same pod.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -21,11 +21,11 @@ use tokio::{sync::Semaphore, time::timeout};
 
 use super::{Caller, Refusal};
 
-/// Requests to the API server at once; the rest waits its turn within its own time.
+/// Maximum concurrent requests to the API server. Further requests wait within their own timeout.
 const REQUESTS_MAX: usize = 32;
-/// From asking to the answer; an agent gives up after 10 s and needs two or three answers.
+/// Timeout of a request. An agent gives up after 10 s, and an answer needs two or three requests.
 const REQUEST_MAX: Duration = Duration::from_secs(3);
-/// Pods in one page of a list; any one will do.
+/// Pods per page of a list. One matching pod is enough.
 const PAGE_PODS_MAX: u32 = 50;
 
 const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
@@ -42,14 +42,14 @@ pub(crate) struct Kubernetes {
     turns: Semaphore,
 }
 
-/// The bearer of a token that was found good.
+/// The owner of a valid token.
 #[derive(Debug, PartialEq, Eq)]
 struct Bearer {
     namespace: String,
     service_account: String,
     pod: String,
     pod_uid: String,
-    /// The node, when the token says it.
+    /// The node, if the token has a claim for it.
     node: Option<String>,
 }
 
@@ -87,8 +87,8 @@ impl Kubernetes {
         Ok(Caller { node, identity: Some(identity) })
     }
 
-    /// Whether a pod of `identity` on `node` may run. An API server may send a page without pods and more after it, so
-    /// pages are followed; the time of a request bounds how many.
+    /// Returns true if `node` has a pod of `identity` that may run. The API server may send empty pages, so all pages are read.
+    /// The timeout bounds their number.
     pub(super) async fn has_pod(&self, node: &str, identity: &SpiffeId) -> Result<bool, Refusal> {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), identity.namespace());
         let mut page = ListParams::default().fields(&selector(node, identity)).limit(PAGE_PODS_MAX);
@@ -119,14 +119,14 @@ impl Kubernetes {
         match timeout(REQUEST_MAX, turn).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(e)) => Err(Refusal::Api(format!("cannot {what}: {}", format_chain(&e)))),
-            Err(_) => {
-                Err(Refusal::Api(format!("cannot {what}: the API server took more than {REQUEST_MAX:?}")))
-            }
+            Err(_) => Err(Refusal::Api(format!(
+                "cannot {what}: no answer from the API server within {REQUEST_MAX:?}"
+            ))),
         }
     }
 }
 
-/// The bearer, if the review says that it is one of `accounts`, with a token for `audience`.
+/// Returns the bearer if the review accepts the token for `audience` and the user is one of `accounts`.
 fn bearer(
     status: &TokenReviewStatus,
     audience: &str,
@@ -136,9 +136,9 @@ fn bearer(
         return Err(Refusal::Token(error.clone()));
     }
     if status.authenticated != Some(true) {
-        return Err(Refusal::Token("the API server does not know it".to_owned()));
+        return Err(Refusal::Token("the API server did not authenticate it".to_owned()));
     }
-    // An authenticator that knows nothing of audiences names none: its yes is none to this audience.
+    // Authenticators without support for audiences return none. Such tokens are refused.
     if !status.audiences.as_ref().is_some_and(|for_these| for_these.iter().any(|it| it == audience)) {
         return Err(Refusal::Audience(audience.to_owned()));
     }
@@ -153,7 +153,7 @@ fn bearer(
     };
     let extra = user.extra.unwrap_or_default();
     let pod = single(&extra, POD_NAME).ok_or_else(|| no_node("it is not bound to a pod"))?;
-    let pod_uid = single(&extra, POD_UID).ok_or_else(|| no_node("it does not say its pod's UID"))?;
+    let pod_uid = single(&extra, POD_UID).ok_or_else(|| no_node("it has no claim for its pod's UID"))?;
     Ok(Bearer {
         namespace: namespace.to_owned(),
         service_account: account.to_owned(),
@@ -163,7 +163,7 @@ fn bearer(
     })
 }
 
-/// A claim with exactly one value.
+/// Returns a claim that has exactly one value.
 fn single(extra: &BTreeMap<String, Vec<String>>, claim: &str) -> Option<String> {
     match extra.get(claim)?.as_slice() {
         [one] if !one.is_empty() => Some(one.clone()),
@@ -175,7 +175,7 @@ fn no_node(why: &str) -> Refusal {
     Refusal::NoNode(why.to_owned())
 }
 
-/// The node of the pod that the token is bound to.
+/// Returns the node of the pod that the token is bound to.
 fn node_of(pod: Option<&Pod>, bearer: &Bearer) -> Result<String, Refusal> {
     let pod = pod.ok_or_else(|| no_node("its pod is gone"))?;
     if pod.metadata.uid.as_deref() != Some(&bearer.pod_uid) {
@@ -190,7 +190,7 @@ fn node_of(pod: Option<&Pod>, bearer: &Bearer) -> Result<String, Refusal> {
     node.ok_or_else(|| no_node("its pod is on no node"))
 }
 
-/// The pods of `identity` on `node` that have not ended: those of Jobs stay in the API, and would fill pages.
+/// Selects the pods of `identity` on `node` that have not ended. Ended pods of Jobs would fill the pages.
 fn selector(node: &str, identity: &SpiffeId) -> String {
     let account = identity.service_account();
     format!(
@@ -198,7 +198,7 @@ fn selector(node: &str, identity: &SpiffeId) -> String {
     )
 }
 
-/// Whether the pod is one of `identity` on `node`, and has not ended. What the API was asked for is not taken for granted.
+/// Returns true if the pod is of `identity`, on `node`, and has not ended. The selection by the API server is checked again.
 fn counts(pod: &Pod, node: &str, identity: &SpiffeId) -> bool {
     let namespace = pod.metadata.namespace.as_deref() == Some(identity.namespace());
     let spec = pod.spec.as_ref().is_some_and(|spec| {

@@ -1,4 +1,4 @@
-//! The tokens of a standalone mesh's nodes: a file of their SHA-256, so that the file gives none of them away.
+//! The tokens of the nodes of a standalone mesh. The file holds SHA-256 hashes, so that it reveals no token.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -10,7 +10,7 @@ use tacit_core::yaml::{self, Mistakes, Value};
 
 const HASH_BYTES: usize = 32;
 
-/// Node by the hash of its token.
+/// Nodes by the hash of their token.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Tokens(HashMap<[u8; HASH_BYTES], String>);
 
@@ -27,17 +27,17 @@ impl Tokens {
             let (mut by_hash, mut nodes) = (HashMap::new(), HashSet::new());
             for ((hash, node), item) in agents.into_iter().collect::<Option<Vec<_>>>()? {
                 if !nodes.insert(node.clone()) {
-                    item.refuse(format_args!("node {node} is written twice: keep one token for each node"));
+                    item.refuse(format_args!("node {node} has two entries; keep one token for each node"));
                 }
                 if by_hash.insert(hash, node).is_some() {
-                    item.refuse("two nodes have this token: make one for each");
+                    item.refuse("this token belongs to two nodes; create one for each node");
                 }
             }
             Some(Self(by_hash))
         })
     }
 
-    /// The node that `token` belongs to. Hashes are looked up, so the time it takes says nothing about tokens.
+    /// Returns the node of `token`. The lookup uses hashes, so its timing reveals nothing about tokens.
     pub(super) fn node(&self, token: &str) -> Option<&str> {
         let hash = digest::digest(&digest::SHA256, token.as_bytes());
         self.0.get(hash.as_ref()).map(String::as_str)
@@ -53,7 +53,7 @@ fn agent(value: &Value<'_>) -> Option<([u8; HASH_BYTES], String)> {
 }
 
 fn hash_bytes(text: &str) -> Result<[u8; HASH_BYTES], &'static str> {
-    const RULE: &str = "no SHA-256: write 64 hexadecimal digits";
+    const RULE: &str = "invalid SHA-256: expected 64 hexadecimal digits";
     if text.len() != 2 * HASH_BYTES || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
         return Err(RULE);
     }
@@ -68,7 +68,7 @@ fn hash_bytes(text: &str) -> Result<[u8; HASH_BYTES], &'static str> {
 mod tests {
     use super::*;
 
-    /// Of `abc` (FIPS 180-2 appendix B.1).
+    /// Hash of `abc` (FIPS 180-2 appendix B.1).
     const ABC: &str = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
 
     fn parse(text: &str) -> Result<Tokens, Vec<String>> {
@@ -91,12 +91,12 @@ mod tests {
         for (text, problem) in [
             (String::new(), "mapping"),
             ("agents: []\nnodes: []\n".to_owned(), "unknown field"),
-            (format!("agents:\n{}", line("a", "ba78")), "no SHA-256"),
+            (format!("agents:\n{}", line("a", "ba78")), "invalid SHA-256"),
             (format!("agents:\n{}", line("A", ABC)), "no Kubernetes name"),
-            (format!("agents:\n{}{}", line("a", ABC), line("b", ABC)), "two nodes have this token"),
+            (format!("agents:\n{}{}", line("a", ABC), line("b", ABC)), "belongs to two nodes"),
             (
                 format!("agents:\n{}{}", line("a", ABC), line("a", &ABC.replace('b', "c"))),
-                "node a is written twice",
+                "node a has two entries",
             ),
         ] {
             let problems = parse(&text).expect_err(&text);

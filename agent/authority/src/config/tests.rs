@@ -1,4 +1,4 @@
-//! Tests of `authority.yaml`: what is accepted, its mistakes, and that the published schema says the same.
+//! Tests of `authority.yaml`: valid files, mistakes, and agreement with the published schema.
 
 use serde_json::Value as Json;
 
@@ -32,8 +32,8 @@ fn a_minimal_file_gets_the_defaults() {
         listen: "0.0.0.0:15012".parse().expect("valid"),
         names: vec!["tacit-authority.tacit-system.svc".to_owned()],
         metrics: "127.0.0.1:15020".parse().expect("valid"),
-        root: RootPlace::Secret { namespace: "tacit-system".to_owned(), name: "tacit-root".to_owned() },
-        bundle: BundlePlace::ConfigMap {
+        root: RootStorage::Secret { namespace: "tacit-system".to_owned(), name: "tacit-root".to_owned() },
+        bundle: BundleTarget::ConfigMap {
             namespace: "tacit-system".to_owned(),
             name: "tacit-roots".to_owned(),
             key: "root-cert.pem".to_owned(),
@@ -51,8 +51,8 @@ fn a_minimal_file_gets_the_defaults() {
 #[test]
 fn a_standalone_authority_has_files() {
     let config = parse(STANDALONE).expect("valid");
-    assert_eq!(config.root, RootPlace::Directory("/etc/tacit/root".into()));
-    assert_eq!(config.bundle, BundlePlace::File("/run/roots.pem".into()));
+    assert_eq!(config.root, RootStorage::Directory("/etc/tacit/root".into()));
+    assert_eq!(config.bundle, BundleTarget::File("/run/roots.pem".into()));
     let agents = Agents::Standalone {
         tokens: "/etc/tacit/agents.yaml".into(),
         directory: "/etc/tacit/directory.yaml".into(),
@@ -72,7 +72,7 @@ fn every_field_can_be_set() {
     assert_eq!(config.names, ["ca.mesh.svc", "ca"]);
     assert_eq!(config.lifetimes.root, DAY * 100);
     assert_eq!(config.rate, Rate { per_second: 1, burst: 2 });
-    let BundlePlace::ConfigMap { namespace, name, key } = config.bundle else { panic!("no ConfigMap") };
+    let BundleTarget::ConfigMap { namespace, name, key } = config.bundle else { panic!("no ConfigMap") };
     assert_eq!((namespace.as_str(), name.as_str(), key.as_str()), ("mesh", "roots", "ca.pem"));
 }
 
@@ -83,23 +83,20 @@ fn mistakes_are_named() {
         ("{}".to_owned(), "root: missing"),
         ("{}".to_owned(), "bundle: missing"),
         ("{}".to_owned(), "agents: missing"),
-        (
-            MINIMAL.replace("root: {secret", "root: {directory: a, secret"),
-            "root: not exactly one way is written",
-        ),
-        (MINIMAL.replace("configMap: tacit-roots", ""), "bundle: not exactly one way is written"),
-        (STANDALONE.replace("tokens: agents.yaml, ", ""), "agents: not exactly one way is written"),
-        (STANDALONE.replace("file: /run/roots.pem", "configMap: a"), "bundle: no namespace"),
+        (MINIMAL.replace("root: {secret", "root: {directory: a, secret"), "root: expected exactly one of"),
+        (MINIMAL.replace("configMap: tacit-roots", ""), "bundle: expected exactly one of"),
+        (STANDALONE.replace("tokens: agents.yaml, ", ""), "agents: expected exactly one of"),
+        (STANDALONE.replace("file: /run/roots.pem", "configMap: a"), "bundle: missing namespace"),
         (
             MINIMAL.replace("tacit-system/tacit-agent", "tacit-agent"),
-            "agents.serviceAccounts[0]: \"tacit-agent\": no",
+            "agents.serviceAccounts[0]: \"tacit-agent\": invalid",
         ),
         (MINIMAL.replace("[tacit-system/tacit-agent]", "[]"), "agents.serviceAccounts: 0 items"),
         (MINIMAL.to_owned() + "names: []\n", "names: 0 items"),
         (MINIMAL.to_owned() + "leafLifetime: 34h\n", "less than five times leafLifetime"),
         (MINIMAL.to_owned() + "leafLifetime: 10s\nintermediateLifetime: 49s\n", "intermediateLifetime: "),
         (MINIMAL.replace("name: tacit-root}}", "name: tacit-root}, lifetime: 30d}"), "less than five times"),
-        (MINIMAL.to_owned() + "rate: {burst: 0}\n", "rate.burst: \"0\": no number of requests"),
+        (MINIMAL.to_owned() + "rate: {burst: 0}\n", "rate.burst: \"0\": invalid number of requests"),
         (MINIMAL.to_owned() + "metrics: 127.0.0.1:0\n", "port 0"),
     ] {
         let found = problems(&text);

@@ -1,4 +1,4 @@
-//! Tests of the rotation: each step at its time, and the promise that no two certificates in use distrust each other.
+//! Tests of the rotation: the time of each step, and mutual trust of all certificates in use.
 
 use super::*;
 
@@ -8,8 +8,8 @@ fn rotation() -> Rotation {
     Rotation::adopt(true, "one".to_owned(), "ONE".to_owned(), None, WAITS, 0)
 }
 
-fn held<'a>(rotation: Option<&'a Rotation>, fingerprint: &'a str) -> Held<'a> {
-    Held { fingerprint, not_before: 0, not_after: 10_000, rotation, request: None }
+fn observed<'a>(rotation: Option<&'a Rotation>, fingerprint: &'a str) -> Observed<'a> {
+    Observed { fingerprint, not_before: 0, not_after: 10_000, rotation, request: None }
 }
 
 fn begun(now: u64) -> Rotation {
@@ -31,12 +31,12 @@ fn each_step_comes_at_its_time() {
         (Some(&begun), "one", 5111, false, Step::Keep),
         (Some(&begun), "one", 5111, true, Step::Promote),
         (Some(&begun), "one", 0, true, Step::Keep),
-        // Past half of the old root's life, but one rotation at a time.
+        // Past half of the old root's life, but only one rotation at a time.
         (Some(&promoted), "two", 5222, true, Step::Keep),
         (Some(&promoted), "two", 5223, true, Step::Forget),
     ] {
         assert_eq!(
-            decide(&held(rotation, fingerprint), WAITS, now, published),
+            decide(&observed(rotation, fingerprint), WAITS, now, published),
             step,
             "{fingerprint} at {now}"
         );
@@ -47,8 +47,8 @@ fn each_step_comes_at_its_time() {
 fn a_request_is_followed_once_and_never_for_a_root_that_was_brought() {
     let own = rotation();
     let asked = |rotation: &Rotation, request| {
-        let held = Held { request, ..held(Some(rotation), "one") };
-        decide(&held, WAITS, 10, true)
+        let observed = Observed { request, ..observed(Some(rotation), "one") };
+        decide(&observed, WAITS, 10, true)
     };
     assert_eq!(asked(&own, None), Step::Keep);
     assert_eq!(asked(&own, Some("now")), Step::Begin);
@@ -57,11 +57,11 @@ fn a_request_is_followed_once_and_never_for_a_root_that_was_brought() {
     assert_eq!(asked(&followed, Some("again")), Step::Begin);
     let brought = Rotation { own: false, ..own };
     assert_eq!(asked(&brought, Some("now")), Step::Keep);
-    assert_eq!(decide(&held(Some(&brought), "one"), WAITS, 9999, true), Step::Keep);
+    assert_eq!(decide(&observed(Some(&brought), "one"), WAITS, 9999, true), Step::Keep);
 }
 
-/// Certificates as (signed by, roots that came with it, issued at), issued every second by two replicas of which one sees
-/// each change of the store up to `slack` late. Any two that are in use at once must trust each other.
+/// Certificates as (signer, delivered roots, time), issued every second by two replicas. One replica sees each change of the
+/// store up to `slack` late. Any two certificates in use must trust each other.
 #[test]
 fn certificates_in_use_at_once_always_trust_each_other() {
     for late in [0, 1, WAITS.slack] {
@@ -70,7 +70,7 @@ fn certificates_in_use_at_once_always_trust_each_other() {
         let mut leaves: Vec<(&str, String, u64)> = Vec::new();
         for now in 4900..5700 {
             let root = if stored.anchors == "ONE" { "one" } else { "two" };
-            let changed = match decide(&held(Some(&stored), root), WAITS, now, true) {
+            let changed = match decide(&observed(Some(&stored), root), WAITS, now, true) {
                 Step::Begin if root == "one" => Some(stored.begin("TWO".into(), "KEY".into(), None, now)),
                 Step::Promote => Some(stored.promote("two".to_owned(), WAITS, now)),
                 Step::Forget => Some(stored.forget(now)),

@@ -1,5 +1,5 @@
-//! A Kubernetes API on loopback, as far as the authority uses it: token reviews, pods, Secrets and ConfigMaps with
-//! optimistic concurrency. What it does not know it refuses.
+//! A simulated Kubernetes API on loopback: token reviews, pods, Secrets and ConfigMaps with optimistic concurrency. Other
+//! requests are rejected.
 
 use std::{
     collections::BTreeMap,
@@ -21,18 +21,18 @@ use tokio_util::task::AbortOnDropHandle;
 /// The API's content.
 #[derive(Default)]
 pub(super) struct Content {
-    /// What a review of a token says.
+    /// Review status by token.
     pub(super) tokens: BTreeMap<String, Value>,
     /// Pods, Secrets and ConfigMaps by path.
     objects: BTreeMap<String, Value>,
     version: u64,
     /// Pods sent in lists.
     pub(super) pods_sent: usize,
-    /// A path that has this in it is answered with 500.
+    /// Paths that contain this text are answered with 500.
     pub(super) failing: Option<&'static str>,
-    /// The next writes to a path that has this in it meet somebody faster, this many.
+    /// Number of conflicts for the next writes to paths that contain this text.
     pub(super) conflicts: Option<(&'static str, u32)>,
-    /// A path that has this in it is never answered.
+    /// Paths that contain this text are never answered.
     pub(super) hanging: Option<&'static str>,
 }
 
@@ -66,7 +66,7 @@ impl Api {
         self.content.lock().expect("no panic")
     }
 
-    /// A token of the agent on `node`, bound to its pod.
+    /// Adds a token of the agent on `node`, bound to its pod.
     pub(super) fn add_agent(&self, token: &str, node: &str) {
         let pod = format!("tacit-{node}");
         self.add_pod("tacit-system", &pod, "tacit-agent", node);
@@ -88,7 +88,7 @@ impl Api {
         self.add_pod_in("Running", namespace, name, account, node);
     }
 
-    /// A pod in a phase of its life.
+    /// Adds a pod in a phase.
     pub(super) fn add_pod_in(&self, phase: &str, namespace: &str, name: &str, account: &str, node: &str) {
         let pod = json!({
             "apiVersion": "v1",
@@ -101,12 +101,12 @@ impl Api {
         self.content().objects.insert(path, pod);
     }
 
-    /// The object at `path`; null when there is none.
+    /// Returns the object at `path`, or null.
     pub(super) fn object(&self, path: &str) -> Value {
         self.content().objects.get(path).cloned().unwrap_or_default()
     }
 
-    /// Writes an object as somebody else would.
+    /// Writes an object as another client.
     pub(super) fn put(&self, path: &str, object: Value) {
         self.content().write(path, object);
     }
@@ -159,7 +159,7 @@ impl Content {
         }
     }
 
-    /// A token for another audience is not authenticated, and the review says so.
+    /// Reviews a token. Unknown tokens are not authenticated.
     fn review(&self, mut body: Value) -> (StatusCode, Value) {
         let token = body["spec"]["token"].as_str().unwrap_or_default();
         let status = self.tokens.get(token).cloned();
@@ -169,7 +169,7 @@ impl Content {
         (StatusCode::CREATED, body)
     }
 
-    /// Pages are cut before pods are selected, as the API allows: one may be empty with more after it.
+    /// Lists pods. Pages are cut before selection, as the API allows, so a page may be empty.
     fn pods(&mut self, path: &str, query: &str) -> (StatusCode, Value) {
         let decoded = query.replace("%2C", ",").replace("%3D", "=").replace("%21", "!");
         let part =
@@ -191,7 +191,7 @@ impl Content {
     }
 }
 
-/// Whether an object fits a term of a field selector, `field=value` or `field!=value`.
+/// Returns true if an object matches a term of a field selector, `field=value` or `field!=value`.
 fn fits(object: &Value, term: &str) -> bool {
     let (field, value) = term.split_once('=').expect("a term");
     let (field, wanted) = field.strip_suffix('!').map_or((field, true), |field| (field, false));
@@ -200,7 +200,7 @@ fn fits(object: &Value, term: &str) -> bool {
 }
 
 fn failure(status: StatusCode) -> (StatusCode, Value) {
-    // Kubernetes writes them without spaces, and clients tell 404 by this.
+    // Kubernetes writes reasons without spaces, and clients recognize 404 by the reason.
     let reason = status.canonical_reason().unwrap_or_default().replace(' ', "");
     let body = json!({
         "apiVersion": "v1", "kind": "Status", "metadata": {}, "status": "Failure",

@@ -1,4 +1,4 @@
-//! An authority and an agent's issuer on loopback, with real TLS and gRPC between them.
+//! Test setup: an authority and an agent's issuer on loopback, with real TLS and gRPC.
 
 use std::{
     net::SocketAddr,
@@ -21,14 +21,14 @@ use webpki::{EndEntityCert, KeyUsage};
 use super::api::Api;
 use crate::{
     Authority, StatusSource,
-    config::{Agents, BundlePlace, Config, Lifetimes, Rate, RootPlace},
+    config::{Agents, BundleTarget, Config, Lifetimes, Rate, RootStorage},
 };
 
 pub(super) const SECRET: &str = "/api/v1/namespaces/tacit-system/secrets/tacit-root";
 pub(super) const CONFIG_MAP: &str = "/api/v1/namespaces/tacit-system/configmaps/tacit-roots";
 pub(super) const NAME: &str = "tacit-authority.tacit-system.svc";
 
-/// An authority that ends with this value.
+/// An authority that stops when dropped.
 pub(super) struct Running {
     pub(super) address: SocketAddr,
     pub(super) status: StatusSource,
@@ -46,7 +46,7 @@ impl Running {
         Self { address, status, stop, task }
     }
 
-    /// Requests refused for this reason.
+    /// Returns the number of requests refused for this reason.
     pub(super) fn refused(&self, reason: &str) -> u64 {
         let refused = (self.status)().refused;
         refused.iter().find(|(known, _)| *known == reason).map_or(0, |(_, count)| *count)
@@ -58,15 +58,15 @@ impl Running {
     }
 }
 
-/// The configuration of an authority in Kubernetes, on any port.
+/// Returns the configuration of an authority in Kubernetes, on any port.
 pub(super) fn config(leaf: Duration) -> Config {
     Config {
         trust_domain: TrustDomain::parse("cluster.local").expect("valid"),
         listen: "127.0.0.1:0".parse().expect("valid"),
         names: vec![NAME.to_owned()],
         metrics: "127.0.0.1:0".parse().expect("valid"),
-        root: RootPlace::Secret { namespace: "tacit-system".to_owned(), name: "tacit-root".to_owned() },
-        bundle: BundlePlace::ConfigMap {
+        root: RootStorage::Secret { namespace: "tacit-system".to_owned(), name: "tacit-root".to_owned() },
+        bundle: BundleTarget::ConfigMap {
             namespace: "tacit-system".to_owned(),
             name: "tacit-roots".to_owned(),
             key: "root-cert.pem".to_owned(),
@@ -102,7 +102,7 @@ impl Agent {
         Self { files, issuer }
     }
 
-    /// The files go when the first of the two is dropped.
+    /// Returns the parts. Dropping the first removes the files.
     pub(super) fn into_parts(self) -> (Scratch, IstioIssuer) {
         (self.files, self.issuer)
     }
@@ -160,12 +160,12 @@ pub(super) async fn started(leaf: Duration) -> (Api, Running, Agent) {
     (api, running, agent)
 }
 
-/// The bundle as agents can read it; empty when there is none.
+/// Returns the published bundle, empty if there is none.
 pub(super) fn published(api: &Api) -> String {
     api.object(CONFIG_MAP)["data"]["root-cert.pem"].as_str().unwrap_or_default().to_owned()
 }
 
-/// A field of the Secret.
+/// Returns a field of the Secret.
 pub(super) fn field(api: &Api, name: &str) -> String {
     let secret: k8s_openapi::api::core::v1::Secret =
         serde_json::from_value(api.object(SECRET)).expect("a Secret");
@@ -173,7 +173,7 @@ pub(super) fn field(api: &Api, name: &str) -> String {
     String::from_utf8(bytes).expect("text")
 }
 
-/// A Secret in cert-manager's layout.
+/// Returns a Secret in cert-manager's layout.
 pub(super) fn secret(fields: &[(&str, &str)]) -> Value {
     let data: std::collections::BTreeMap<_, _> = fields
         .iter()
@@ -188,7 +188,7 @@ pub(super) fn secret(fields: &[(&str, &str)]) -> Value {
     })
 }
 
-/// Whether `verifier` accepts `peer` now, as the tunnel verifies it.
+/// Verifies `peer` with the roots of `verifier`, as the tunnel does.
 pub(super) fn accepts(verifier: &Credentials, peer: &Credentials) -> Result<(), webpki::Error> {
     let now = UnixTime::since_unix_epoch(SystemTime::UNIX_EPOCH.elapsed().expect("after 1970"));
     let chain: &[CertificateDer<'_>] = peer.chain();
@@ -197,7 +197,7 @@ pub(super) fn accepts(verifier: &Credentials, peer: &Credentials) -> Result<(), 
     leaf.verify_for_usage(algorithms, &verifier.roots.roots, &chain[1..], now, usage, None, None).map(drop)
 }
 
-/// Waits until an authority has a root and has published it; says what is in its way when it has not.
+/// Waits until an authority has published a root.
 pub(super) async fn ready(api: &Api, running: &Running) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while published(api).is_empty() {
@@ -217,7 +217,7 @@ pub(super) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Waits until the status shows that upkeep fails, or does not.
+/// Waits until the status reports that upkeep fails, or works.
 pub(super) async fn upkeep(running: &Running, failing: bool, what: &str) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while (running.status)().upkeep_failing != failing {

@@ -1,4 +1,4 @@
-//! The server itself: the requests it serves, and the connections and requests that one address may have.
+//! Tests of the server: its requests, and the limits of connections and requests per address.
 
 use std::{
     io,
@@ -44,7 +44,7 @@ const ONE: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 1);
 const OTHER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 
 #[tokio::test]
-async fn nothing_is_served_in_clear() {
+async fn nothing_is_served_without_tls() {
     let (_api, running, _agent) = started(HOUR).await;
     let mut tcp = connect(&running, ONE).await.expect("connects");
     tcp.write_all(b"GET / HTTP/1.1\r\n\r\n").await.expect("sent");
@@ -54,7 +54,7 @@ async fn nothing_is_served_in_clear() {
 }
 
 #[tokio::test]
-async fn what_is_not_the_one_method_is_unimplemented() {
+async fn other_methods_are_unimplemented() {
     let (api, running, _agent) = started(HOUR).await;
     let mut client = open(&api, &running, ONE).await.expect("opens");
     let other = "/istio.v1.auth.IstioCertificateService/Other";
@@ -70,7 +70,7 @@ async fn what_is_not_the_one_method_is_unimplemented() {
 }
 
 #[tokio::test]
-async fn an_address_that_asks_too_often_waits_whoever_asks_and_another_does_not() {
+async fn an_address_beyond_its_rate_is_refused_and_another_is_served() {
     let api = cluster().await;
     let slow = Config { rate: Rate { per_second: 1, burst: 3 }, ..config(HOUR) };
     let running = Running::start(slow, Some(&api)).await;
@@ -111,7 +111,7 @@ async fn connect(running: &Running, from: Ipv4Addr) -> io::Result<TcpStream> {
     socket.connect(running.address).await
 }
 
-/// A connection of HTTP/2 to the authority.
+/// Opens an HTTP/2 connection to the authority.
 async fn open(api: &Api, running: &Running, from: Ipv4Addr) -> io::Result<SendRequest<Full<Bytes>>> {
     let mut roots = RootCertStore::empty();
     for root in CertificateDer::pem_slice_iter(published(api).as_bytes()) {
@@ -140,7 +140,7 @@ async fn with_token(client: &mut SendRequest<Full<Bytes>>, token: &str) -> Code 
     asked(client, request.body(Full::default())).await
 }
 
-/// What a request ends with.
+/// Returns the gRPC status of a request.
 async fn asked(
     client: &mut SendRequest<Full<Bytes>>,
     request: hyper::http::Result<Request<Full<Bytes>>>,

@@ -1,4 +1,4 @@
-//! The keeper alone, with a store and a place of the bundle that have their days.
+//! Tests of the reconciler with a store and a bundle target that fail on demand.
 
 use std::{
     sync::Arc,
@@ -22,7 +22,7 @@ use crate::{
 };
 
 const HOUR: Duration = Duration::from_secs(3600);
-/// Far above what a busy machine needs.
+/// Longer than a busy machine needs.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 fn reconciler(api: &Api) -> Reconciler {
@@ -33,65 +33,66 @@ fn reconciler(api: &Api) -> Reconciler {
         trust_domain: config.trust_domain,
         names: config.names,
         lifetimes: config.lifetimes,
-        look_max: HOUR,
+        reconcile_max: HOUR,
         live: Arc::default(),
-        trouble: Arc::default(),
+        last_error: Arc::default(),
         known: None,
         published: None,
     }
 }
 
 #[tokio::test]
-async fn an_api_that_hangs_is_trouble_and_waited_for_no_longer_than_a_look() {
+async fn a_hanging_api_is_reported_after_the_timeout() {
     for hanging in ["/secrets/", "/configmaps/"] {
         let api = Api::start().await;
         let mut reconciler = reconciler(&api);
-        reconciler.look(SystemTime::now()).await.expect("a root is made and published");
+        reconciler.reconcile(SystemTime::now()).await.expect("a root is made and published");
 
         api.content().hanging = Some(hanging);
-        reconciler.look_max = Duration::from_millis(100);
-        let looked = timeout(DEADLINE, reconciler.look(SystemTime::now())).await.expect("a look that ends");
-        assert!(matches!(looked, Err(ReconcileError::Late(_))), "{hanging}: {looked:?}");
-        let trouble = reconciler.trouble.clone();
+        reconciler.reconcile_max = Duration::from_millis(100);
+        let result = timeout(DEADLINE, reconciler.reconcile(SystemTime::now())).await.expect("ends in time");
+        assert!(matches!(result, Err(ReconcileError::Timeout(_))), "{hanging}: {result:?}");
+        let last_error = reconciler.last_error.clone();
         let _running = AbortOnDropHandle::new(tokio::spawn(reconciler.run()));
-        until("it is shown", || trouble.load().is_some()).await;
+        until("it is shown", || last_error.load().is_some()).await;
     }
 }
 
 #[tokio::test]
-async fn somebody_faster_is_no_trouble_unless_it_never_ends() {
+async fn write_conflicts_are_retried_up_to_a_limit() {
     for path in ["/secrets", "/configmaps"] {
         let api = Api::start().await;
         let mut reconciler = reconciler(&api);
         api.content().conflicts = Some((path, 2));
-        reconciler.look(SystemTime::now()).await.expect("tried again");
+        reconciler.reconcile(SystemTime::now()).await.expect("tried again");
         let live = reconciler.live.load_full().expect("a root is in use");
         assert_eq!(published(&api), live.bundle);
 
         let mut changed = api.object(CONFIG_MAP);
-        changed["data"]["root-cert.pem"] = json!("nonsense");
+        changed["data"]["root-cert.pem"] = json!("invalid");
         api.put(CONFIG_MAP, changed);
         api.content().conflicts = Some(("/configmaps", u32::MAX));
-        let looked = reconciler.look(SystemTime::now()).await;
-        assert!(matches!(looked, Err(ReconcileError::Conflicts)), "{looked:?}");
+        let result = reconciler.reconcile(SystemTime::now()).await;
+        assert!(matches!(result, Err(ReconcileError::Conflicts)), "{result:?}");
     }
 }
 
 #[tokio::test]
-async fn a_request_to_rotate_that_cannot_be_read_is_trouble_while_signing_goes_on() {
+async fn an_invalid_rotation_request_is_reported_while_signing_continues() {
     let (api, files) = (Api::start().await, Scratch::new());
     let mut reconciler = Reconciler { store: Store::Directory(files.path().into()), ..reconciler(&api) };
     let request = files.path().join("rotate-root");
     std::fs::create_dir(&request).expect("made");
-    let error = reconciler.look(SystemTime::now()).await.expect_err("a folder is no request").to_string();
+    let error =
+        reconciler.reconcile(SystemTime::now()).await.expect_err("a folder is no request").to_string();
     assert!(error.contains("rotate-root"), "{error}");
     let live = reconciler.live.load_full().expect("it signs");
     assert_eq!((published(&api), live.roots), (live.bundle.clone(), 1));
 
     std::fs::remove_dir(&request).expect("removed");
-    reconciler.look(SystemTime::now()).await.expect("no request");
+    reconciler.reconcile(SystemTime::now()).await.expect("no request");
     assert_eq!(reconciler.live.load_full().expect("it signs").roots, 1);
     std::fs::write(&request, "now\n").expect("written");
-    reconciler.look(SystemTime::now()).await.expect("a request");
+    reconciler.reconcile(SystemTime::now()).await.expect("a request");
     assert_eq!(reconciler.live.load_full().expect("it signs").roots, 2, "the next root is trusted");
 }

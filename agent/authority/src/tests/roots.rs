@@ -1,4 +1,4 @@
-//! Roots made, brought, replaced and rotated under agents that keep asking.
+//! Tests of roots that are created, supplied, replaced and rotated while agents request certificates.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -137,7 +137,7 @@ async fn a_root_that_cannot_sign_is_refused_and_the_last_good_one_stays() {
     for (what, fields) in [
         ("no CA below it", [("tls.crt", certificate.as_str()), ("tls.key", &key), ("ca.crt", "")]),
         ("not its key", [("tls.crt", &other), ("tls.key", &key), ("ca.crt", "")]),
-        ("nonsense", [("tls.crt", "nonsense"), ("tls.key", &key), ("ca.crt", "")]),
+        ("invalid", [("tls.crt", "invalid"), ("tls.key", &key), ("ca.crt", "")]),
     ] {
         upkeep(&running, false, what).await;
         api.put(SECRET, secret(&fields));
@@ -184,7 +184,7 @@ async fn a_bundle_that_somebody_changes_is_put_back() {
     let (api, _running, _agent) = started(SHORT).await;
     let good = published(&api);
     let mut changed = api.object(CONFIG_MAP);
-    changed["data"]["root-cert.pem"] = json!("nonsense");
+    changed["data"]["root-cert.pem"] = json!("invalid");
     api.put(CONFIG_MAP, changed);
     until("the bundle is back", || published(&api) == good).await;
 }

@@ -1,29 +1,29 @@
-//! Where the kubelet puts a pod's cgroup. Pure.
+//! Cgroup paths of pods, as the kubelet creates them. Pure.
 //!
 //! | driver | guaranteed | burstable |
 //! |---|---|---|
 //! | cgroupfs | `kubepods/pod<UID>` | `kubepods/burstable/pod<UID>` |
 //! | systemd | `kubepods.slice/kubepods-pod<UID>.slice` | `kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod<UID>.slice` |
 //!
-//! systemd's names repeat those above them, and a `-` in a UID would be a level, so it is written `_`
-//! (kubernetes, pkg/kubelet/cm/cgroup_manager_linux.go). What stands below a pod differs between containerd and CRI-O, and
-//! does not matter: processes are looked for at every depth.
+//! A name of systemd repeats the names of its parents. A `-` in a UID would add a level, so it is replaced by `_`
+//! (kubernetes, pkg/kubelet/cm/cgroup_manager_linux.go). containerd and CRI-O differ below the pod's cgroup. This does not
+//! matter, because the agent searches for processes at every depth.
 
 use std::path::{Path, PathBuf};
 
 use super::objects::QosClass;
 
-/// How the node names its pods' cgroups.
+/// The cgroup driver of the node's kubelet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CgroupLayout {
     /// The cgroupfs driver.
     Cgroupfs,
-    /// The systemd driver; the name of the slice of all pods, without `.slice`.
+    /// The systemd driver, with the name of the slice of all pods, without `.slice`.
     Systemd(String),
 }
 
 impl CgroupLayout {
-    /// The layout below the cgroup of all pods: a slice is systemd's.
+    /// Detects the layout from the cgroup of all pods. A name that ends with `.slice` belongs to systemd.
     #[must_use]
     pub fn of(pods_cgroup: &Path) -> Self {
         let name = pods_cgroup.file_name().and_then(|name| name.to_str()).unwrap_or_default();
@@ -33,7 +33,7 @@ impl CgroupLayout {
         }
     }
 
-    /// The cgroup of a pod, relative to that of all pods.
+    /// Returns the cgroup of a pod, relative to the cgroup of all pods.
     pub(super) fn pod(&self, uid: &str, qos: QosClass) -> PathBuf {
         let class = match qos {
             QosClass::Guaranteed => None,

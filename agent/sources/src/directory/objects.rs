@@ -1,20 +1,20 @@
-//! What is read of Kubernetes' objects, and nothing else: the rest is skipped while decoding.
+//! The fields of Kubernetes objects that the agent reads. All other fields are skipped while decoding.
 //!
-//! Every list takes null for none: see `or_default`.
+//! Every list accepts `null`; see `or_default`.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
 use serde::Deserialize;
 
-use crate::kubernetes::{Followed, Label, or_default};
+use crate::kubernetes::{KindName, Resource, or_default};
 
 mod network;
 
 pub(super) use network::{Node, ServiceCidr};
 
-/// What is watched.
+/// The watched resources.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) enum Kind {
+pub(super) enum ResourceKind {
     Namespaces,
     Pods,
     Services,
@@ -23,12 +23,12 @@ pub(super) enum Kind {
     ServiceCidrs,
 }
 
-impl Kind {
+impl ResourceKind {
     pub(super) const ALL: [Self; 6] =
         [Self::Namespaces, Self::Pods, Self::Services, Self::EndpointSlices, Self::Nodes, Self::ServiceCidrs];
 }
 
-impl Label for Kind {
+impl KindName for ResourceKind {
     fn label(self) -> &'static str {
         match self {
             Self::Namespaces => "namespaces",
@@ -41,7 +41,7 @@ impl Label for Kind {
     }
 }
 
-/// One object of any kind.
+/// An object of any watched resource.
 #[derive(Debug, Clone)]
 pub(super) enum Object {
     Namespace(Namespace),
@@ -53,14 +53,14 @@ pub(super) enum Object {
 }
 
 impl Object {
-    pub(super) fn kind(&self) -> Kind {
+    pub(super) fn kind(&self) -> ResourceKind {
         match self {
-            Self::Namespace(_) => Kind::Namespaces,
-            Self::Pod(_) => Kind::Pods,
-            Self::Service(_) => Kind::Services,
-            Self::Slice(_) => Kind::EndpointSlices,
-            Self::Node(_) => Kind::Nodes,
-            Self::ServiceCidr(_) => Kind::ServiceCidrs,
+            Self::Namespace(_) => ResourceKind::Namespaces,
+            Self::Pod(_) => ResourceKind::Pods,
+            Self::Service(_) => ResourceKind::Services,
+            Self::Slice(_) => ResourceKind::EndpointSlices,
+            Self::Node(_) => ResourceKind::Nodes,
+            Self::ServiceCidr(_) => ResourceKind::ServiceCidrs,
         }
     }
 
@@ -97,7 +97,7 @@ pub(super) struct Meta {
 
 #[derive(Debug, Clone, Default, Deserialize)]
 pub(super) struct Annotations {
-    /// On the API's image of a static pod: the UID by which the kubelet knows it.
+    /// Set on the mirror pod of a static pod: the UID that the kubelet uses for its cgroup.
     #[serde(rename = "kubernetes.io/config.mirror")]
     pub(super) mirror: Option<String>,
 }
@@ -107,11 +107,11 @@ pub(super) struct Namespace {
     pub(super) metadata: Meta,
 }
 
-impl Followed for Namespace {
-    type Kind = Kind;
+impl Resource for Namespace {
+    type Kind = ResourceKind;
     type Object = Object;
 
-    const KIND: Kind = Kind::Namespaces;
+    const KIND: ResourceKind = ResourceKind::Namespaces;
     const PATHS: &'static [&'static str] = &["/api/v1/namespaces"];
 
     fn version(&self) -> &str {
@@ -162,7 +162,7 @@ pub(super) struct PodIp {
     pub(super) ip: String,
 }
 
-/// Which of the node's cgroups a pod stands in. The API server sets it when a pod is made.
+/// The QoS class, which selects the parent of the pod's cgroup. The API server sets it when it creates the pod.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 pub(super) enum QosClass {
     Guaranteed,
@@ -171,11 +171,11 @@ pub(super) enum QosClass {
     BestEffort,
 }
 
-impl Followed for Pod {
-    type Kind = Kind;
+impl Resource for Pod {
+    type Kind = ResourceKind;
     type Object = Object;
 
-    const KIND: Kind = Kind::Pods;
+    const KIND: ResourceKind = ResourceKind::Pods;
     const PATHS: &'static [&'static str] = &["/api/v1/pods"];
 
     fn version(&self) -> &str {
@@ -188,12 +188,12 @@ impl Followed for Pod {
 }
 
 impl Pod {
-    /// Its processes have ended for good.
+    /// Returns true if all containers have ended and will not restart.
     pub(super) fn has_ended(&self) -> bool {
         matches!(self.status.phase.as_str(), "Succeeded" | "Failed")
     }
 
-    /// Its addresses, at most one of each family.
+    /// Returns the pod's addresses, at most one of each family.
     pub(super) fn addresses(&self) -> Vec<IpAddr> {
         let listed = self.status.pod_ips.iter().map(|ip| ip.ip.as_str()).chain(self.status.pod_ip.as_deref());
         let mut addresses: Vec<IpAddr> = Vec::with_capacity(2);
@@ -218,7 +218,7 @@ pub(super) struct Service {
 pub(super) struct ServiceSpec {
     #[serde(rename = "clusterIP")]
     pub(super) cluster_ip: Option<String>,
-    /// Since 1.20; before that there is `clusterIP` alone.
+    /// Since 1.20. Older servers have only `clusterIP`.
     #[serde(rename = "clusterIPs", default, deserialize_with = "or_default")]
     pub(super) cluster_ips: Vec<String>,
     #[serde(default, deserialize_with = "or_default")]
@@ -248,11 +248,11 @@ pub(super) struct ClientIp {
     pub(super) timeout_seconds: Option<u32>,
 }
 
-impl Followed for Service {
-    type Kind = Kind;
+impl Resource for Service {
+    type Kind = ResourceKind;
     type Object = Object;
 
-    const KIND: Kind = Kind::Services;
+    const KIND: ResourceKind = ResourceKind::Services;
     const PATHS: &'static [&'static str] = &["/api/v1/services"];
 
     fn version(&self) -> &str {
@@ -264,7 +264,7 @@ impl Followed for Service {
     }
 }
 
-/// Part of the endpoints of a service. `discovery.k8s.io/v1beta1` differs in where the node's name may stand.
+/// Part of the endpoints of a service. In `discovery.k8s.io/v1beta1` the node's name may be in `topology`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Slice {
@@ -285,7 +285,7 @@ pub(super) struct SliceEndpoint {
     #[serde(default, deserialize_with = "or_default")]
     pub(super) conditions: Conditions,
     pub(super) node_name: Option<String>,
-    /// v1beta1 alone.
+    /// Only in v1beta1.
     pub(super) topology: Option<Topology>,
 }
 
@@ -309,11 +309,11 @@ pub(super) struct SlicePort {
     pub(super) protocol: Option<String>,
 }
 
-impl Followed for Slice {
-    type Kind = Kind;
+impl Resource for Slice {
+    type Kind = ResourceKind;
     type Object = Object;
 
-    const KIND: Kind = Kind::EndpointSlices;
+    const KIND: ResourceKind = ResourceKind::EndpointSlices;
     const PATHS: &'static [&'static str] =
         &["/apis/discovery.k8s.io/v1/endpointslices", "/apis/discovery.k8s.io/v1beta1/endpointslices"];
 

@@ -1,7 +1,8 @@
-//! From objects of the API to the directory, one change at a time. Pure.
+//! Builds the directory from API objects, one change at a time. Pure.
 //!
-//! A list is merged into what is known, and what it did not hold is removed at its end: the directory is never emptier
-//! than the cluster. Most changes of a pod (conditions, container states) change nothing here and are not published.
+//! Objects of a list are merged into the store. Objects that the list did not contain are removed at its end, so the directory
+//! never has fewer entries than the cluster. Most pod updates (conditions, container states) do not affect the directory and are
+//! not published.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
@@ -11,10 +12,10 @@ use std::{
 use tacit_core::directory::{AddressConflict, Directory, Protocol, Workload};
 
 use super::{
-    EnrolLabel, Place,
-    objects::{Kind, Meta, Object, Pod},
+    EnrolLabel, LocalNode,
+    objects::{Meta, Object, Pod, ResourceKind},
 };
-use crate::kubernetes::{self, Complaints};
+use crate::kubernetes::{self, InvalidObjects};
 
 mod interner;
 mod range_discovery;
@@ -24,39 +25,39 @@ use interner::Interner;
 use range_discovery::RangeDiscovery;
 use services::{ServiceRecord, SliceRecord};
 
-/// Pods of this node that are kept after their end, until their last process is gone; more than run on a node.
+/// Maximum number of deleted pods of this node that are kept until their last process exits. More than run on a node.
 const DEPARTED_MAX: usize = 512;
 const DEFAULT_ACCOUNT: &str = "default";
 
-/// What happened in the cluster.
-pub(super) type Change = kubernetes::Change<Kind, Object>;
+/// A change in the cluster.
+pub(super) type Change = kubernetes::Change<ResourceKind, Object>;
 
-/// All that is known, ready to be published.
+/// The state of the cluster, from which the directory is published.
 #[derive(Debug)]
-pub(super) struct Store {
+pub(super) struct DirectoryStore {
     enrol: EnrolLabel,
-    place: Place,
+    local_node: LocalNode,
     directory: Directory,
-    /// Whether a namespace's label enrols its pods.
+    /// True if the namespace's label enrols its pods.
     namespaces: HashMap<String, bool>,
     services: HashMap<String, ServiceRecord>,
     slices: HashMap<String, SliceRecord>,
     slices_of: HashMap<String, BTreeSet<String>>,
-    /// Names seen in a list that is under way.
-    seen: HashMap<Kind, HashSet<String>>,
-    listed: BTreeSet<Kind>,
+    /// Names seen in the current list.
+    seen: HashMap<ResourceKind, HashSet<String>>,
+    listed: BTreeSet<ResourceKind>,
     departed: VecDeque<Arc<Workload>>,
     interner: Interner,
     range_discovery: RangeDiscovery,
     changed: bool,
 }
 
-impl Store {
-    pub(super) fn new(enrol: EnrolLabel, place: Place) -> Self {
+impl DirectoryStore {
+    pub(super) fn new(enrol: EnrolLabel, local_node: LocalNode) -> Self {
         Self {
             enrol,
-            directory: Directory::default().within(Arc::clone(&place.ranges)),
-            place,
+            directory: Directory::default().within(Arc::clone(&local_node.ranges)),
+            local_node,
             namespaces: HashMap::new(),
             services: HashMap::new(),
             slices: HashMap::new(),
@@ -84,34 +85,36 @@ impl Store {
         }
     }
 
-    fn delete(&mut self, kind: Kind, name: &str) {
+    fn delete(&mut self, kind: ResourceKind, name: &str) {
         match kind {
-            Kind::Namespaces => {
+            ResourceKind::Namespaces => {
                 self.namespace(name.to_owned(), false);
                 self.namespaces.remove(name);
             }
-            Kind::Pods => self.end_pod(name),
-            Kind::Services => {
+            ResourceKind::Pods => self.end_pod(name),
+            ResourceKind::Services => {
                 self.services.remove(name);
                 self.rebuild(name);
             }
-            Kind::EndpointSlices => self.remove_slice(name),
-            Kind::Nodes | Kind::ServiceCidrs => self.range_discovery.forget(kind, name),
+            ResourceKind::EndpointSlices => self.remove_slice(name),
+            ResourceKind::Nodes | ResourceKind::ServiceCidrs => self.range_discovery.remove(kind, name),
         }
     }
 
-    /// Removes what was not in the list.
-    fn end_list(&mut self, kind: Kind) {
+    /// Removes the objects that were not in the list.
+    fn end_list(&mut self, kind: ResourceKind) {
         let seen = self.seen.remove(&kind).unwrap_or_default();
         let gone: Vec<String> = match kind {
-            Kind::Namespaces => not_in(&seen, self.namespaces.keys().cloned()),
-            Kind::Pods => {
+            ResourceKind::Namespaces => not_in(&seen, self.namespaces.keys().cloned()),
+            ResourceKind::Pods => {
                 let pods = self.directory.iter().chain(self.directory.host_network());
                 not_in(&seen, pods.map(|workload| workload.full_name()))
             }
-            Kind::Services => not_in(&seen, self.services.keys().cloned()),
-            Kind::EndpointSlices => not_in(&seen, self.slices.keys().cloned()),
-            Kind::Nodes | Kind::ServiceCidrs => not_in(&seen, self.range_discovery.names(kind).into_iter()),
+            ResourceKind::Services => not_in(&seen, self.services.keys().cloned()),
+            ResourceKind::EndpointSlices => not_in(&seen, self.slices.keys().cloned()),
+            ResourceKind::Nodes | ResourceKind::ServiceCidrs => {
+                not_in(&seen, self.range_discovery.names(kind).into_iter())
+            }
         };
         for name in gone {
             self.delete(kind, &name);
@@ -119,10 +122,10 @@ impl Store {
         if self.listed.insert(kind) {
             self.changed = true;
         }
-        self.interner.forget_unused();
+        self.interner.sweep();
     }
 
-    /// What the enrolling label says; `None` when it is not there.
+    /// Returns whether the enrolment label enrols, or `None` if the label is absent.
     fn label(&self, meta: &Meta) -> Option<bool> {
         meta.labels.get(&self.enrol.name).map(|value| *value == self.enrol.value)
     }
@@ -138,7 +141,7 @@ impl Store {
             let own = workload.labels.get(&self.enrol.name).map(|value| value == self.enrol.value);
             let protocol = protocol(own.unwrap_or(enrols));
             if protocol != workload.protocol {
-                // An address that was lost to another before stays lost.
+                // An address that another pod took over stays with that pod.
                 self.insert(Workload { protocol, ..(*workload).clone() }, AddressConflict::Keep);
             }
         }
@@ -152,7 +155,7 @@ impl Store {
         let is_ending = pod.metadata.deletion_timestamp.is_some();
         let host_network = pod.spec.host_network;
         let Some(workload) = self.workload(pod) else { return self.end_pod(&name) };
-        let is_here = workload.node == self.place.node;
+        let is_here = workload.node == self.local_node.node;
         if host_network {
             self.directory.remove(&workload.namespace, &workload.name);
             if is_here && self.directory.set_host_network(workload) {
@@ -160,7 +163,7 @@ impl Store {
             }
             return;
         }
-        // A pod of another node cannot be reached before it has an address; one of this node has to be covered.
+        // A pod of another node is unreachable until it has an address. A pod of this node must be covered before.
         if workload.addresses.is_empty() && !is_here {
             return self.end_pod(&name);
         }
@@ -180,23 +183,23 @@ impl Store {
         self.changed = true;
     }
 
-    /// `None` for a pod whose names no identity can have: it is nobody known.
+    /// Returns `None` if the pod's names cannot form an identity. Such a pod is unknown to the mesh.
     fn workload(&mut self, pod: Pod) -> Option<Workload> {
         let enrols = self.label(&pod.metadata);
         let enrols = enrols.unwrap_or_else(|| self.namespaces.get(&pod.metadata.namespace) == Some(&true));
         let uid = pod.metadata.annotations.mirror.as_ref().unwrap_or(&pod.metadata.uid);
-        // Only the agent of its node looks for its processes.
-        let is_here = *pod.spec.node_name == *self.place.node;
+        // Only the agent of its node uses the cgroup.
+        let is_here = *pod.spec.node_name == *self.local_node.node;
         let cgroup =
-            if is_here { self.place.cgroups.pod(uid, pod.status.qos_class) } else { Default::default() };
+            if is_here { self.local_node.cgroups.pod(uid, pod.status.qos_class) } else { Default::default() };
         let account = match pod.spec.service_account_name.as_str() {
             "" => DEFAULT_ACCOUNT,
             account => account,
         };
-        let identity = self.interner.identity(&self.place, &pod.metadata.namespace, account)?;
+        let identity = self.interner.identity(&self.local_node, &pod.metadata.namespace, account)?;
         Some(Workload {
-            namespace: self.interner.word(&pod.metadata.namespace),
-            node: self.interner.word(&pod.spec.node_name),
+            namespace: self.interner.intern(&pod.metadata.namespace),
+            node: self.interner.intern(&pod.spec.node_name),
             addresses: pod.addresses(),
             name: pod.metadata.name.into(),
             labels: self.interner.labels(&pod.metadata.labels),
@@ -215,7 +218,7 @@ impl Store {
         }
         let Some(workload) = self.directory.remove(namespace, name) else { return };
         self.changed = true;
-        if workload.node == self.place.node && workload.protocol == Protocol::Tacit {
+        if workload.node == self.local_node.node && workload.protocol == Protocol::Tacit {
             self.departed.push_back(workload);
             if self.departed.len() > DEPARTED_MAX {
                 self.departed.pop_front();
@@ -225,12 +228,12 @@ impl Store {
     }
 }
 
-impl kubernetes::Store for Store {
-    type Kind = Kind;
+impl kubernetes::ObjectStore for DirectoryStore {
+    type Kind = ResourceKind;
     type Object = Object;
     type Value = Directory;
 
-    fn take(&mut self, change: Change) {
+    fn apply_change(&mut self, change: Change) {
         match change {
             Change::Listing(kind) => {
                 self.seen.insert(kind, HashSet::new());
@@ -244,15 +247,15 @@ impl kubernetes::Store for Store {
             Change::Deleted(object) => self.delete(object.kind(), &full_name(object.meta())),
             Change::Listed(kind) => self.end_list(kind),
         }
-        self.interner.forget_when_many();
+        self.interner.sweep_if_grown();
     }
 
-    fn news(&mut self) -> Option<Directory> {
-        if self.listed.len() < Kind::ALL.len() {
+    fn take_changed(&mut self) -> Option<Directory> {
+        if self.listed.len() < ResourceKind::ALL.len() {
             return None;
         }
-        // Nobody sees a pod or a service before the range that it brought along.
-        self.changed |= self.range_discovery.grow(&mut self.directory);
+        // Publish a new range together with the pod or service that requires it.
+        self.changed |= self.range_discovery.add_pending(&mut self.directory);
         std::mem::take(&mut self.changed).then(|| self.directory.clone())
     }
 
@@ -260,8 +263,8 @@ impl kubernetes::Store for Store {
         self.range_discovery.warnings()
     }
 
-    fn complaints(&self) -> Complaints {
-        self.range_discovery.complaints()
+    fn invalid_objects(&self) -> InvalidObjects {
+        self.range_discovery.invalid_objects()
     }
 }
 
@@ -273,7 +276,7 @@ fn protocol(enrols: bool) -> Protocol {
     if enrols { Protocol::Tacit } else { Protocol::None }
 }
 
-/// `namespace/name`; of a namespace its name.
+/// Returns `namespace/name`, or the name of a namespace.
 fn full_name(meta: &Meta) -> String {
     if meta.namespace.is_empty() { meta.name.clone() } else { format!("{}/{}", meta.namespace, meta.name) }
 }

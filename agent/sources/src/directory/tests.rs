@@ -1,4 +1,4 @@
-//! Tests of the source against an API server of our own: pages, watches, broken connections, versions that are too old.
+//! Tests against a simulated API server: pages, watches, broken connections, expired versions.
 
 use std::{
     path::Path,
@@ -23,18 +23,18 @@ const CIDRS: &str = "/apis/networking.k8s.io/v1/servicecidrs";
 const CIDRS_BETA: &str = "/apis/networking.k8s.io/v1beta1/servicecidrs";
 const SLICES_BETA: &str = "/apis/discovery.k8s.io/v1beta1/endpointslices";
 
-/// Above the longest pause between tries that a test meets (some seconds).
+/// Longer than the pauses between retries in these tests (some seconds).
 const DEADLINE: Duration = Duration::from_secs(30);
 
-async fn follow_all(server: &Server) -> Watched<Directory> {
+async fn open_all(server: &Server) -> Watched<Directory> {
     let config = Config::new(format!("http://{}", server.address()).parse().expect("a URL"));
-    let place = Place {
+    let local_node = LocalNode {
         node: "a".into(),
         trust_domain: TrustDomain::parse("cluster.local").expect("valid"),
         cgroups: CgroupLayout::of(Path::new("/sys/fs/cgroup/kubepods")),
         ranges: Arc::default(),
     };
-    let opening = start(config, EnrolLabel::default(), place).expect("a client");
+    let opening = start(config, EnrolLabel::default(), local_node).expect("a client");
     let opened = timeout(DEADLINE, opening.complete()).await;
     opened.expect("complete before the deadline").expect("followed")
 }
@@ -63,7 +63,7 @@ fn pod(name: &str, ip: &str) -> Value {
     })
 }
 
-/// Namespace shop, enrolled, with three pods and a service; more than two objects are more than a page.
+/// Namespace shop, enrolled, with three pods and a service. A page holds two objects.
 fn cluster() -> Server {
     let server = Server::start();
     server.set(NAMESPACES, json!({"metadata": {"name": "shop", "labels": {"tacit.io/enrol": "true"}}}));
@@ -101,9 +101,9 @@ fn has_endpoint(directory: &Directory) -> bool {
 }
 
 #[tokio::test]
-async fn lists_and_watches_make_the_directory() {
+async fn the_directory_is_listed_and_watched() {
     let server = cluster();
-    let watched = follow_all(&server).await;
+    let watched = open_all(&server).await;
     let directory = watched.current();
     assert_eq!((directory.len(), has(&directory, "10.77.2.4")), (3, true), "all pages are there at once");
     assert!(watched.state().file.display().to_string().starts_with("kubernetes http://127.0.0.1:"));
@@ -116,19 +116,19 @@ async fn lists_and_watches_make_the_directory() {
 }
 
 #[tokio::test]
-async fn an_old_server_has_its_slices_elsewhere() {
+async fn an_old_server_serves_v1beta1_slices() {
     let server = cluster();
     server.without(SLICES);
     server.set(SLICES_BETA, slice());
-    let watched = follow_all(&server).await;
+    let watched = open_all(&server).await;
     assert!(has_endpoint(&watched.current()));
-    until_state(&watched, "no complaint is left", |state| state.last_error.is_none()).await;
+    until_state(&watched, "no error is left", |state| state.last_error.is_none()).await;
 }
 
 #[tokio::test]
-async fn a_broken_watch_goes_on_where_it_was() {
+async fn a_broken_watch_resumes() {
     let server = cluster();
-    let watched = follow_all(&server).await;
+    let watched = open_all(&server).await;
     server.watches(PODS, 1).await;
     let lists = server.lists(PODS);
     for i in 10..15 {
@@ -141,9 +141,9 @@ async fn a_broken_watch_goes_on_where_it_was() {
 }
 
 #[tokio::test]
-async fn a_version_that_is_too_old_leads_to_a_list_without_a_hole() {
+async fn a_version_that_is_too_old_is_replaced_by_a_list_without_a_gap() {
     let server = cluster();
-    let watched = follow_all(&server).await;
+    let watched = open_all(&server).await;
     server.watches(PODS, 1).await;
     let lists = server.lists(PODS);
     server.go_down();
@@ -153,7 +153,7 @@ async fn a_version_that_is_too_old_leads_to_a_list_without_a_hole() {
     server.forget_history();
     server.come_up();
     let mut least = usize::MAX;
-    until(&watched, "as the list says", |d| {
+    until(&watched, "the state of the list", |d| {
         least = least.min(d.len());
         has(d, "10.77.2.8") && !has(d, "10.77.2.2")
     })
@@ -163,9 +163,9 @@ async fn a_version_that_is_too_old_leads_to_a_list_without_a_hole() {
 }
 
 #[tokio::test]
-async fn without_the_api_what_is_known_stays_and_its_age_is_told() {
+async fn the_last_state_stays_while_the_api_fails_and_its_age_is_reported() {
     let server = cluster();
-    let watched = follow_all(&server).await;
+    let watched = open_all(&server).await;
     server.watches(PODS, 1).await;
     assert_eq!(watched.state().stale_since, None);
     let before = SystemTime::now();
@@ -179,22 +179,22 @@ async fn without_the_api_what_is_known_stays_and_its_age_is_told() {
     assert!(has(&watched.current(), "10.77.2.3"));
     server.come_up();
     server.set(PODS, pod("web-7", "10.77.2.7"));
-    until(&watched, "followed again", |d| has(d, "10.77.2.7")).await;
+    until(&watched, "watched again", |d| has(d, "10.77.2.7")).await;
     until_state(&watched, "fresh", |state| state.stale_since.is_none() && state.last_error.is_none()).await;
 }
 
 #[tokio::test]
-async fn nothing_is_in_use_before_all_is_known() {
+async fn nothing_is_in_use_before_everything_is_listed() {
     let server = cluster();
     server.without(SERVICES);
     let config = Config::new(format!("http://{}", server.address()).parse().expect("a URL"));
-    let place = Place {
+    let local_node = LocalNode {
         node: "a".into(),
         trust_domain: TrustDomain::parse("cluster.local").expect("valid"),
         cgroups: CgroupLayout::Cgroupfs,
         ranges: Arc::default(),
     };
-    let opening = start(config, EnrolLabel::default(), place).expect("a client").complete();
+    let opening = start(config, EnrolLabel::default(), local_node).expect("a client").complete();
     let mut opening = std::pin::pin!(opening);
     let pods_known = async {
         server.watches(PODS, 1).await;
@@ -224,42 +224,43 @@ fn ranges(directory: &Directory) -> String {
 #[tokio::test]
 async fn ranges_are_complete_at_the_start_and_grow_with_the_cluster() {
     let server = cluster();
-    // More than a page of them.
+    // More objects than a page holds.
     for i in 0..4 {
         server.set(NODES, node(&format!("n{i}"), &format!("10.77.{i}.0/24")));
     }
     server.set(CIDRS, service_cidr("10.96.0.0/12"));
-    let watched = follow_all(&server).await;
+    let watched = open_all(&server).await;
     assert_eq!(ranges(&watched.current()), "10.77.0.0/22 10.96.0.0/12");
     server.watches(NODES, 1).await;
     server.set(NODES, node("n9", "10.79.0.0/24"));
     until(&watched, "a new node", |d| ranges(d) == "10.77.0.0/22 10.79.0.0/24 10.96.0.0/12").await;
     server.remove(NODES, "n9");
     server.set(NODES, node("n8", "0.0.0.0/0"));
-    let state = until_state(&watched, "nonsense is told", |state| !state.unreadable.is_empty()).await;
+    let state =
+        until_state(&watched, "invalid ranges are reported", |state| !state.unreadable.is_empty()).await;
     assert!(state.unreadable[0].starts_with("Node n8: spec.podCIDRs[0]: \"0.0.0.0/0\": "), "{state:?}");
     assert_eq!(ranges(&watched.current()), "10.77.0.0/22 10.79.0.0/24 10.96.0.0/12", "nothing goes");
 }
 
 #[tokio::test]
-async fn a_server_without_service_cidrs_is_no_trouble() {
+async fn a_server_without_service_cidrs_causes_no_error() {
     let server = cluster();
     server.without(CIDRS);
     server.without(CIDRS_BETA);
     server.set(SLICES, slice());
-    let watched = follow_all(&server).await;
+    let watched = open_all(&server).await;
     let state = watched.state();
     assert_eq!((state.last_error, state.refusals, state.stale_since), (None, 0, None));
-    // Pods and services are covered one by one.
+    // Each pod and service is covered by its address.
     assert_eq!(ranges(&watched.current()), "10.77.2.2/31 10.77.2.4/32 10.96.0.1/32");
 }
 
 #[tokio::test]
-async fn an_older_server_has_its_service_cidrs_elsewhere() {
+async fn an_older_server_serves_v1beta1_service_cidrs() {
     let server = cluster();
     server.without(CIDRS);
     server.set(CIDRS_BETA, service_cidr("10.96.0.0/12"));
-    let watched = follow_all(&server).await;
+    let watched = open_all(&server).await;
     assert!(ranges(&watched.current()).ends_with("10.96.0.0/12"));
     server.watches(CIDRS_BETA, 1).await;
     server.set(CIDRS_BETA, service_cidr("10.112.0.0/12"));
@@ -273,7 +274,7 @@ async fn nothing_is_in_use_before_ranges_are_known() {
         server.set(NODES, node("n1", "10.77.0.0/16"));
         server.set(CIDRS, service_cidr("10.96.0.0/12"));
         server.fail_only(Some(path));
-        let mut opening = std::pin::pin!(follow_all(&server));
+        let mut opening = std::pin::pin!(open_all(&server));
         tokio::select! {
             opened = &mut opening => panic!("open without {path}: {}", ranges(&opened.current())),
             () = async { server.watches(PODS, 1).await; server.lists_failed(path, 2).await } => {}

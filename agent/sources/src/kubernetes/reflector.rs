@@ -1,4 +1,4 @@
-//! From what followers tell to values that others watch.
+//! Applies the updates of watchers to a store and publishes its values.
 
 use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
@@ -10,63 +10,63 @@ use tokio::{
 
 use super::OpenError;
 use crate::{
-    kubernetes::watcher::{Change, Label, News},
+    kubernetes::watcher::{Change, KindName, Update},
     reload::{Opening, ReloadState},
 };
 
-/// Changes on their way; a follower that is ahead by so many waits.
+/// Capacity of the update channel. Watchers wait while it is full.
 const CHANGES_MAX: usize = 1024;
-/// Most changes that go into one value: a flood is published some hundred times a second.
+/// Maximum number of updates in one published value.
 const BATCH: usize = 512;
 
-/// What is made of the objects of some kinds.
-pub(crate) trait Store: Send + 'static {
-    /// The kinds.
-    type Kind: Label;
-    /// An object of any of them.
+/// A store that turns objects of some resources into a value.
+pub(crate) trait ObjectStore: Send + 'static {
+    /// The resources.
+    type Kind: KindName;
+    /// An object of any of the resources.
     type Object: Send + 'static;
-    /// What is published. Its default is seen by nobody.
+    /// The published value. Its default is never visible.
     type Value: Default + Send + Sync + 'static;
 
-    /// Takes one change.
-    fn take(&mut self, change: Change<Self::Kind, Self::Object>);
+    /// Applies one change.
+    fn apply_change(&mut self, change: Change<Self::Kind, Self::Object>);
 
-    /// The value when it is complete and has changed since it was last asked for.
-    fn news(&mut self) -> Option<Self::Value>;
+    /// Returns the value if it is complete and has changed since the last call.
+    fn take_changed(&mut self) -> Option<Self::Value>;
 
-    /// What the log should say once.
+    /// Returns new warnings to log.
     fn warnings(&mut self) -> Vec<String> {
         Vec::new()
     }
 
-    /// Objects that are not as they should be.
-    fn complaints(&self) -> Complaints {
-        Complaints::default()
+    /// Returns the invalid objects.
+    fn invalid_objects(&self) -> InvalidObjects {
+        InvalidObjects::default()
     }
 }
 
-/// Objects that are not as they should be, for the operator.
+/// Invalid objects, for the status.
 #[derive(Debug, Default)]
-pub(crate) struct Complaints {
-    /// Those of the value in use, a line each.
+pub(crate) struct InvalidObjects {
+    /// Invalid objects of the current value, one per line.
     pub(crate) list: Vec<String>,
-    /// How many there ever were.
+    /// Number of invalid objects seen since the start.
     pub(crate) total: u64,
 }
 
-/// Where followers tell.
-pub(crate) type Sender<S> = mpsc::Sender<News<<S as Store>::Kind, <S as Store>::Object>>;
-/// Tasks that end with the value that they feed.
-pub(crate) type Followers = JoinSet<()>;
+/// The channel from watchers to the reflector.
+pub(crate) type Sender<S> = mpsc::Sender<Update<<S as ObjectStore>::Kind, <S as ObjectStore>::Object>>;
+/// Watch tasks. Dropping the set ends them.
+pub(crate) type WatchTasks = JoinSet<()>;
 
-/// Feeds `store` by the followers that `follow` starts.
+/// Publishes the values of `store`, which is fed by the watchers that `follow` starts.
 ///
 /// # Errors
-/// [`OpenError`]; that the API does not answer is none.
-pub(crate) fn start<S: Store>(
+/// [`OpenError`]. An API that does not answer is not an error.
+pub(crate) fn start<S: ObjectStore>(
     mut config: Config,
     store: S,
-    follow: impl FnOnce(Client, Sender<S>) -> Followers + Send + 'static,
+    follow: impl FnOnce(Client, Sender<S>) -> WatchTasks + Send + 'static,
 ) -> Result<Opening<S::Value>, OpenError> {
     let state = ReloadState {
         file: format!("kubernetes {}", config.cluster_url).into(),
@@ -77,7 +77,7 @@ pub(crate) fn start<S: Store>(
         stale_since: None,
         unreadable: Vec::new(),
     };
-    // Followers pause themselves, and tell at once what fails.
+    // Watchers pause between retries themselves, and report failures at once.
     config.default_retry = false;
     let client = Client::try_from(config).map_err(|error| OpenError::Client(Box::new(error)))?;
     let (values_sender, values) = watch::channel(Arc::new(S::Value::default()));
@@ -85,56 +85,56 @@ pub(crate) fn start<S: Store>(
     let publisher = Publisher {
         store,
         failing: BTreeMap::new(),
-        complaints: 0,
+        invalid_objects: 0,
         values: values_sender,
         state: state_sender,
     };
     let task = tokio::spawn(async move {
-        let (sender, news) = mpsc::channel(CHANGES_MAX);
+        let (sender, updates) = mpsc::channel(CHANGES_MAX);
         let _followers = follow(client, sender);
-        publisher.run(news).await;
+        publisher.run(updates).await;
     });
-    Ok(Opening::fed(values, state, task.abort_handle()))
+    Ok(Opening::new(values, state, task.abort_handle()))
 }
 
-struct Publisher<S: Store> {
+struct Publisher<S: ObjectStore> {
     store: S,
-    /// Since when a kind is not followed, and why.
+    /// Failing resources with the time of the first failure and the latest error.
     failing: BTreeMap<S::Kind, (SystemTime, String)>,
-    /// Complaints that were counted.
-    complaints: u64,
+    /// Total of invalid objects at the last publication.
+    invalid_objects: u64,
     values: watch::Sender<Arc<S::Value>>,
     state: watch::Sender<ReloadState>,
 }
 
-impl<S: Store> Publisher<S> {
-    async fn run(mut self, mut news: mpsc::Receiver<News<S::Kind, S::Object>>) {
+impl<S: ObjectStore> Publisher<S> {
+    async fn run(mut self, mut updates: mpsc::Receiver<Update<S::Kind, S::Object>>) {
         let mut batch = Vec::with_capacity(BATCH);
-        while news.recv_many(&mut batch, BATCH).await > 0 {
+        while updates.recv_many(&mut batch, BATCH).await > 0 {
             for one in batch.drain(..) {
-                self.take(one);
+                self.handle(one);
             }
             self.publish();
         }
     }
 
-    fn take(&mut self, news: News<S::Kind, S::Object>) {
-        match news {
-            News::Change(change) => self.store.take(change),
-            News::Fresh(kind) => {
+    fn handle(&mut self, updates: Update<S::Kind, S::Object>) {
+        match updates {
+            Update::Change(change) => self.store.apply_change(change),
+            Update::Fresh(kind) => {
                 if self.failing.remove(&kind).is_some() {
-                    tracing::info!(kind = kind.label(), "the Kubernetes API is followed again");
-                    self.tell();
+                    tracing::info!(kind = kind.label(), "the Kubernetes API can be watched again");
+                    self.publish_failures();
                 }
             }
-            News::Failed(kind, problem) => {
+            Update::Failed(kind, problem) => {
                 let since = self.failing.get(&kind).map(|(since, _)| *since);
                 if since.is_none() {
                     self.warn(kind, &problem);
                 }
                 self.failing.insert(kind, (since.unwrap_or_else(SystemTime::now), problem));
                 self.state.send_modify(|state| state.refusals += 1);
-                self.tell();
+                self.publish_failures();
             }
         }
     }
@@ -142,32 +142,36 @@ impl<S: Store> Publisher<S> {
     fn warn(&self, kind: S::Kind, problem: &str) {
         let kind = kind.label();
         if self.state.borrow().loads > 0 {
-            tracing::warn!(kind, problem, "the Kubernetes API is not followed; what is known stays in use");
+            tracing::warn!(
+                kind,
+                problem,
+                "cannot watch the Kubernetes API; the last known state stays in use"
+            );
         } else {
             tracing::warn!(
                 kind,
                 problem,
-                "the Kubernetes API is not followed; the agent waits, and serves no pod before it has read all"
+                "cannot watch the Kubernetes API; the agent serves no pod until all resources are listed"
             );
         }
     }
 
     fn publish(&mut self) {
-        let Some(value) = self.store.news() else { return };
+        let Some(value) = self.store.take_changed() else { return };
         self.store.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
-        let Complaints { list, total } = self.store.complaints();
+        let InvalidObjects { list, total } = self.store.invalid_objects();
         self.values.send_replace(Arc::new(value));
         self.state.send_modify(|state| {
             state.loads += 1;
             state.loaded_at = SystemTime::now();
             state.unreadable = list;
-            state.refusals += total.saturating_sub(self.complaints);
+            state.refusals += total.saturating_sub(self.invalid_objects);
         });
-        self.complaints = total;
+        self.invalid_objects = total;
     }
 
-    /// What fails, for the operator.
-    fn tell(&self) {
+    /// Writes the current failures to the state.
+    fn publish_failures(&self) {
         let problems: Vec<&str> = self.failing.values().map(|(_, problem)| problem.as_str()).collect();
         let since = self.failing.values().map(|(since, _)| *since).min();
         self.state.send_modify(|state| {

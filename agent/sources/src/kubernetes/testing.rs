@@ -1,5 +1,5 @@
-//! As much of an API server as list and watch need: versions, pages of two objects, chunked watches, a history that can
-//! be forgotten, definitions of custom kinds, and faults on demand. What is created is kept to be looked at.
+//! A simulated API server with lists and watches: versions, pages of two objects, chunked watches, a history that can expire,
+//! custom resource definitions, and faults on demand. Created objects are recorded.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -15,19 +15,19 @@ use tokio::{
     task::JoinHandle,
 };
 
-/// Where definitions of custom kinds are.
+/// Path of custom resource definitions.
 pub(crate) const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
 
 const PAGE: usize = 2;
 
-/// What happened to an object, and the object.
+/// An event type with its object.
 type Event = (&'static str, Value);
 
-/// The server; it ends with this value.
+/// The server. Dropping it stops it.
 pub(crate) struct Server {
     address: SocketAddr,
     state: Arc<Mutex<State>>,
-    /// Counts what happened, so that everybody looks again.
+    /// Counts changes, to wake all waiters.
     changed: watch::Sender<u64>,
     task: JoinHandle<()>,
 }
@@ -35,12 +35,12 @@ pub(crate) struct Server {
 #[derive(Default)]
 struct State {
     version: u64,
-    /// Events before it are forgotten.
+    /// Events before this version have expired.
     oldest: u64,
     objects: HashMap<String, BTreeMap<String, Value>>,
     history: Vec<(u64, String, Event)>,
     absent: HashSet<String>,
-    /// Paths that are answered with 503.
+    /// Paths answered with 503.
     failing: HashSet<String>,
     /// Objects that are being deleted.
     ending: HashSet<String>,
@@ -80,7 +80,7 @@ impl Server {
         self.address
     }
 
-    /// Makes or changes an object.
+    /// Creates or updates an object.
     pub(crate) fn set(&self, path: &str, mut object: Value) {
         self.change(|state| {
             state.version += 1;
@@ -102,7 +102,7 @@ impl Server {
         });
     }
 
-    /// The server knows no such path.
+    /// Answers this path with 404.
     pub(crate) fn without(&self, path: &str) {
         self.change(|state| _ = state.absent.insert(path.to_owned()));
     }
@@ -111,17 +111,17 @@ impl Server {
         self.change(|state| _ = state.absent.remove(path));
     }
 
-    /// Requests for this path, if any, are answered with 503.
+    /// Answers requests for this path, if any, with 503.
     pub(crate) fn fail_only(&self, path: Option<&str>) {
         self.change(|state| state.failing = path.map(str::to_owned).into_iter().collect());
     }
 
-    /// The object at this path is being deleted.
+    /// Marks the object at this path as being deleted.
     pub(crate) fn end(&self, path: &str) {
         self.change(|state| _ = state.ending.insert(path.to_owned()));
     }
 
-    /// Waits until so many objects were created at this path, and answers them.
+    /// Waits until `count` objects were created at this path, and returns them.
     pub(crate) async fn created(&self, path: &str, count: usize) -> Vec<Value> {
         let found = |state: &State| state.created.get(path).cloned().unwrap_or_default();
         self.until(|state| found(state).len() >= count).await;
@@ -140,7 +140,7 @@ impl Server {
         self.change(|state| state.is_down = false);
     }
 
-    /// Watches from versions up to now are answered with 410.
+    /// Answers watches from versions up to now with 410.
     pub(crate) fn forget_history(&self) {
         self.change(|state| {
             state.version += 1;
@@ -149,17 +149,17 @@ impl Server {
         });
     }
 
-    /// How often it was listed, or read when it is a definition.
+    /// Returns how often the path was listed, or read if it is a definition.
     pub(crate) fn lists(&self, path: &str) -> usize {
         lock(&self.state).lists.get(path).copied().unwrap_or(0)
     }
 
-    /// Waits until so many watches were opened.
+    /// Waits until `count` watches were opened.
     pub(crate) async fn watches(&self, path: &str, count: usize) {
         self.until(|state| state.watches.get(path).copied().unwrap_or(0) >= count).await;
     }
 
-    /// Waits until so many requests were answered with 404 or 503.
+    /// Waits until `count` requests were answered with 404 or 503.
     pub(crate) async fn lists_failed(&self, path: &str, count: usize) {
         self.until(|state| state.refused.get(path).copied().unwrap_or(0) >= count).await;
     }
@@ -181,7 +181,7 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// One request a connection; what goes wrong is the client's to notice.
+/// Serves one request per connection. The client notices failures.
 async fn serve(mut connection: TcpStream, state: Arc<Mutex<State>>, changed: watch::Sender<u64>) {
     let mut head = Vec::new();
     let mut part = [0; 4096];
@@ -221,7 +221,7 @@ async fn serve(mut connection: TcpStream, state: Arc<Mutex<State>>, changed: wat
     }
 }
 
-/// The refusal that a path is answered with.
+/// Returns the configured error of a path.
 fn fault(state: &State, path: &str) -> Option<(&'static str, Value)> {
     let refusal = |message, reason, code| json!({"kind": "Status", "status": "Failure", "message": message, "reason": reason, "code": code});
     if state.absent.contains(path) {
@@ -231,7 +231,7 @@ fn fault(state: &State, path: &str) -> Option<(&'static str, Value)> {
     failing.then(|| ("503 Service Unavailable", refusal("etcd is away", "ServiceUnavailable", 503)))
 }
 
-/// The rest of a request, as `content-length` says.
+/// Reads the rest of a request body, by `content-length`.
 async fn body(connection: &mut TcpStream, read: &str) -> Option<Value> {
     let (head, begun) = read.split_once("\r\n\r\n")?;
     let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok())?;
@@ -320,7 +320,7 @@ async fn watch(
     }
 }
 
-/// The type goes first, as the API server has it.
+/// Writes one event. The type comes first, as in the API server.
 async fn chunk(connection: &mut TcpStream, (kind, object): &Event) -> std::io::Result<()> {
     let line = format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n");
     connection.write_all(format!("{:x}\r\n{line}\r\n", line.len()).as_bytes()).await

@@ -1,19 +1,19 @@
-//! One kind of object, listed and then watched for as long as somebody wants to know.
+//! Lists one resource and then watches it, until the receiver is dropped.
 //!
 //! ```text
-//! list, page by page ──> watch ──closed by the server──> watch on
-//!   ▲                      │ ├── failed ── pause ──> watch on
-//!   │                      │ └── 410 Gone (the version is too old), 404 (the path is gone) ──> list
+//! list, page by page ──> watch ──closed by the server──> watch again
+//!   ▲                      │ ├── failed ── pause ──> watch again
+//!   │                      │ └── 410 Gone (version expired), 404 (path not served) ──> list
 //!   └─ failed ── pause     ▼
-//!                        changes, in order, into a channel of fixed size
+//!                        changes, in order, into a bounded channel
 //! ```
-//! Pauses double from half a second to half a minute, each by chance up to half shorter, so that the agents of a large
-//! cluster do not return at one moment. A connection that went silent is given up when the watch's own time is over.
+//! Pauses double from half a second to half a minute. Jitter shortens each by up to a half, so that the agents of a large
+//! cluster do not reconnect at the same time. A silent connection is dropped after the watch's own timeout.
 //!
-//! A kind that only newer servers have is one without objects where it is not served; it is asked for again now and then.
+//! A resource that only newer servers have counts as empty on older servers. The watcher checks again periodically.
 //!
-//! A custom kind can go as a whole, and all its objects with it. While its definition is being deleted, or is gone, what is
-//! known stays: see `definition`.
+//! Deleting the definition of a custom resource deletes all its objects. While a definition is being deleted, or is absent, the
+//! known objects are kept: see `definition`.
 
 use std::{
     fmt::Debug,
@@ -39,21 +39,21 @@ use super::or_default;
 
 mod definition;
 
-use definition::{Looks, defined};
+use definition::{DefinitionChecks, check_definition};
 
-/// Objects of one answer, as other clients ask for: some MB of pods.
+/// Objects per page, the usual value of clients. A page of pods has some MB.
 const PAGE: u32 = 500;
-/// How long a page may take.
+/// Timeout of a page.
 const PAGE_TIMEOUT: Duration = Duration::from_secs(60);
-/// After this time the server ends a watch, in seconds; other clients choose about the same.
+/// Seconds after which the server ends a watch, about the usual value of clients.
 const WATCH_SECONDS: u32 = 290;
-/// Silence from which on a watch is dead: the server would have ended it.
+/// A watch that is silent for this long has failed, because the server would have ended it.
 const WATCH_SILENCE: Duration = Duration::from_secs(300);
-/// How long the answer to the request for a watch may take.
+/// Timeout of the response to a watch request.
 const WATCH_OPEN: Duration = Duration::from_secs(30);
-/// A watch that ends sooner did not work, whatever its end says.
+/// A watch that ends sooner counts as failed, even if it was closed normally.
 const WATCH_SHORT: Duration = Duration::from_secs(1);
-/// Between looks for a kind that the server does not have: as long as a watch lasts.
+/// Interval between checks for a resource that the server does not have, as long as a watch.
 const ABSENT_PAUSE: Duration = Duration::from_secs(290);
 const PAUSE_FIRST: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
@@ -61,108 +61,108 @@ const PAUSE_MAX: Duration = Duration::from_secs(30);
 const GONE: u16 = 410;
 const NOT_FOUND: u16 = 404;
 
-/// Kinds of objects that one store takes.
-pub(crate) trait Label: Copy + Ord + Debug + Send + 'static {
-    /// Its name in logs.
+/// Names of the resources of a store.
+pub(crate) trait KindName: Copy + Ord + Debug + Send + 'static {
+    /// The name in logs.
     fn label(self) -> &'static str;
 }
 
-/// An object that is followed.
-pub(crate) trait Followed: DeserializeOwned + Clone + Send + 'static {
-    /// The kinds of its store.
-    type Kind: Label;
-    /// What its store takes.
+/// A watched object.
+pub(crate) trait Resource: DeserializeOwned + Clone + Send + 'static {
+    /// The resources of its store.
+    type Kind: KindName;
+    /// The object type of its store.
     type Object: Send + 'static;
 
     const KIND: Self::Kind;
-    /// Where the API has it, the newest version first.
+    /// API paths, the newest version first.
     const PATHS: &'static [&'static str];
     const DEFINITION: Definition = Definition::BuiltIn;
 
-    /// Its resource version.
+    /// Returns the resource version.
     fn version(&self) -> &str;
 
     fn into_object(self) -> Self::Object;
 }
 
-/// Who defines a kind.
+/// The definition of a resource.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Definition {
-    /// The API server itself.
+    /// Built into the API server.
     BuiltIn,
-    /// The API server itself, if it is new enough: where it does not serve the kind, there are no objects.
+    /// Built into newer API servers. On other servers the resource has no objects.
     Newer,
-    /// The CustomResourceDefinition of this name.
+    /// Defined by the CustomResourceDefinition of this name.
     Custom(&'static str),
 }
 
-/// What happened in the cluster.
+/// A change in the cluster.
 #[derive(Debug)]
 pub(crate) enum Change<K, O> {
-    /// A list of this kind begins.
+    /// A list starts.
     Listing(K),
-    /// The object is there, or has changed.
+    /// The object was created or updated.
     Applied(O),
-    /// The object is gone.
+    /// The object was deleted.
     Deleted(O),
     /// The list is complete.
     Listed(K),
 }
 
-/// What followers tell.
+/// A message of a watcher.
 #[derive(Debug)]
-pub(crate) enum News<K, O> {
+pub(crate) enum Update<K, O> {
     Change(Change<K, O>),
-    /// What is known of this kind is up to date.
+    /// The state of this resource is up to date.
     Fresh(K),
     Failed(K, String),
 }
 
-type Sender<K> = mpsc::Sender<News<<K as Followed>::Kind, <K as Followed>::Object>>;
+type Sender<K> = mpsc::Sender<Update<<K as Resource>::Kind, <K as Resource>::Object>>;
 
-/// How a watch ended.
-enum End {
-    /// As the server ends every watch.
+/// The way a watch ended.
+enum WatchEnd {
+    /// Closed by the server, as every watch is.
     Closed,
-    /// What was watched from is no longer known: only a list helps.
+    /// The version has expired. A list is required.
     Gone,
-    /// The path is no longer served: a list may find another.
+    /// The path is no longer served. A list may find another.
     NotServed(String),
-    /// Nobody wants to know any more.
+    /// The receiver was dropped.
     Unwanted,
     Failed(String),
 }
 
-/// Why there is no list.
-enum Failure {
-    /// The server has no such path.
+/// The reason why a list failed.
+enum ListError {
+    /// The server does not serve the path.
     NotServed,
     Other(String),
 }
 
-impl From<Error> for Failure {
+impl From<Error> for ListError {
     fn from(error: Error) -> Self {
         if code(&error) == Some(NOT_FOUND) { Self::NotServed } else { Self::Other(error.to_string()) }
     }
 }
 
-/// Follows `K` until nobody listens.
-pub(crate) async fn follow<K: Followed>(client: Client, news: Sender<K>) {
+/// Lists and watches `K` until the receiver is dropped.
+pub(crate) async fn list_and_watch<K: Resource>(client: Client, updates: Sender<K>) {
     let mut pause = Pause::default();
-    while !news.is_closed() {
-        match list_served::<K>(&client, &news).await {
+    while !updates.is_closed() {
+        match list_served::<K>(&client, &updates).await {
             Ok(None) => {
                 pause = Pause::default();
                 sleep(ABSENT_PAUSE).await;
             }
             Ok(Some((path, version))) => {
                 pause = Pause::default();
-                if watch_on::<K>(&client, path, version, &news, &mut pause).await.is_none() {
+                if watch_on::<K>(&client, path, version, &updates, &mut pause).await.is_none() {
                     return;
                 }
             }
             Err(problem) => {
-                if tell_failed::<K>(&news, problem).await.is_none() {
+                if report_failure::<K>(&updates, problem).await.is_none() {
                     return;
                 }
                 sleep(pause.next(random())).await;
@@ -171,37 +171,37 @@ pub(crate) async fn follow<K: Followed>(client: Client, news: Sender<K>) {
     }
 }
 
-/// Lists all objects from the newest path that is served; answers it, and the version from which to watch. `None` when the
-/// server is too old for the kind.
-async fn list_served<K: Followed>(
+/// Lists all objects from the newest path that is served. Returns the path and the version for the watch, or `None` if the
+/// server is too old for the resource.
+async fn list_served<K: Resource>(
     client: &Client,
-    news: &Sender<K>,
+    updates: &Sender<K>,
 ) -> Result<Option<(&'static str, String)>, String> {
     for path in K::PATHS {
-        match list::<K>(client, path, news).await {
+        match list::<K>(client, path, updates).await {
             Ok(version) => return Ok(Some((path, version))),
-            Err(Failure::NotServed) => {}
-            Err(Failure::Other(problem)) => return Err(format!("{path}: {problem}")),
+            Err(ListError::NotServed) => {}
+            Err(ListError::Other(problem)) => return Err(format!("{path}: {problem}")),
         }
     }
     let help = match K::DEFINITION {
         Definition::BuiltIn => String::new(),
         Definition::Newer => {
-            for told in [Change::Listing(K::KIND), Change::Listed(K::KIND)].map(News::Change) {
-                // Closed is seen by the caller.
-                let _ = news.send(told).await;
+            for update in [Change::Listing(K::KIND), Change::Listed(K::KIND)].map(Update::Change) {
+                // The caller detects a dropped receiver.
+                let _ = updates.send(update).await;
             }
-            let _ = news.send(News::Fresh(K::KIND)).await;
+            let _ = updates.send(Update::Fresh(K::KIND)).await;
             return Ok(None);
         }
         Definition::Custom(name) => {
-            format!(": apply deploy/crds, or Istio's own definition {name}")
+            format!("; apply deploy/crds, or Istio's definition {name}")
         }
     };
-    Err(format!("{}: not served by this API server{help}", K::PATHS.join(", ")))
+    Err(format!("{}: this API server does not serve the resource{help}", K::PATHS.join(", ")))
 }
 
-async fn list<K: Followed>(client: &Client, path: &str, news: &Sender<K>) -> Result<String, Failure> {
+async fn list<K: Resource>(client: &Client, path: &str, updates: &Sender<K>) -> Result<String, ListError> {
     let mut next: Option<String> = None;
     let mut first = true;
     loop {
@@ -209,53 +209,53 @@ async fn list<K: Followed>(client: &Client, path: &str, news: &Sender<K>) -> Res
         let request = Request::new(path).list(&params).map_err(Error::BuildRequest)?;
         let page = timeout(PAGE_TIMEOUT, client.request::<Page<K>>(request)).await;
         let page = page.map_err(|_| Error::ReadEvents(std::io::ErrorKind::TimedOut.into()))??;
-        // A list that failed half way starts again, and this with it.
+        // A failed list starts again, and sends Listing again.
         let begin = std::mem::take(&mut first).then_some(Change::Listing(K::KIND));
         let changes =
             begin.into_iter().chain(page.items.into_iter().map(|item| Change::Applied(item.into_object())));
         for change in changes {
-            // Closed is seen by the caller.
-            let _ = news.send(News::Change(change)).await;
+            // The caller detects a dropped receiver.
+            let _ = updates.send(Update::Change(change)).await;
         }
         next = page.metadata.next.filter(|token| !token.is_empty());
         if next.is_none() {
-            // What the list did not hold counts as gone from here on.
-            defined::<K>(client).await.map_err(Failure::Other)?;
-            let _ = news.send(News::Change(Change::Listed(K::KIND))).await;
-            let _ = news.send(News::Fresh(K::KIND)).await;
+            // From here on, objects that were not in the list count as deleted.
+            check_definition::<K>(client).await.map_err(ListError::Other)?;
+            let _ = updates.send(Update::Change(Change::Listed(K::KIND))).await;
+            let _ = updates.send(Update::Fresh(K::KIND)).await;
             return Ok(page.metadata.resource_version);
         }
     }
 }
 
-/// Watches until a list is needed; `None` when nobody listens any more.
-async fn watch_on<K: Followed>(
+/// Watches until a list is needed. Returns `None` if the receiver was dropped.
+async fn watch_on<K: Resource>(
     client: &Client,
     path: &str,
     mut version: String,
-    news: &Sender<K>,
+    updates: &Sender<K>,
     pause: &mut Pause,
 ) -> Option<()> {
     loop {
         let begin = Instant::now();
-        // A watch that failed for its definition would fail for it again, and be taken for a working one until then.
-        let is_defined = if pause.tries > 0 { defined::<K>(client).await } else { Ok(()) };
+        // After a failure, check the definition first. Otherwise the watch would count as working until it fails again.
+        let is_defined = if pause.tries > 0 { check_definition::<K>(client).await } else { Ok(()) };
         let end = match is_defined {
-            Ok(()) => watch::<K>(client, path, &mut version, news).await,
-            Err(problem) => End::Failed(problem),
+            Ok(()) => watch::<K>(client, path, &mut version, updates).await,
+            Err(problem) => WatchEnd::Failed(problem),
         };
         let (problem, list_again) = match end {
-            End::Unwanted => return None,
-            End::Gone => return Some(()),
-            End::Closed if begin.elapsed() >= WATCH_SHORT => {
+            WatchEnd::Unwanted => return None,
+            WatchEnd::Gone => return Some(()),
+            WatchEnd::Closed if begin.elapsed() >= WATCH_SHORT => {
                 *pause = Pause::default();
                 continue;
             }
-            End::Closed => ("the watch ended at once".to_owned(), false),
-            End::Failed(problem) => (problem, false),
-            End::NotServed(problem) => (problem, true),
+            WatchEnd::Closed => ("the watch ended at once".to_owned(), false),
+            WatchEnd::Failed(problem) => (problem, false),
+            WatchEnd::NotServed(problem) => (problem, true),
         };
-        tell_failed::<K>(news, format!("{path}: {problem}")).await?;
+        report_failure::<K>(updates, format!("{path}: {problem}")).await?;
         if begin.elapsed() >= PAUSE_MAX {
             *pause = Pause::default();
         }
@@ -266,44 +266,49 @@ async fn watch_on<K: Followed>(
     }
 }
 
-/// One watch, from `version` on, which is kept up to date.
-async fn watch<K: Followed>(client: &Client, path: &str, version: &mut String, news: &Sender<K>) -> End {
+/// Runs one watch from `version`, which is updated.
+async fn watch<K: Resource>(
+    client: &Client,
+    path: &str,
+    version: &mut String,
+    updates: &Sender<K>,
+) -> WatchEnd {
     let params = WatchParams { timeout: Some(WATCH_SECONDS), bookmarks: true, ..WatchParams::default() };
     let request = match Request::new(path).watch(&params, version) {
         Ok(request) => request,
-        Err(error) => return End::Failed(error.to_string()),
+        Err(error) => return WatchEnd::Failed(error.to_string()),
     };
     let events = match timeout(WATCH_OPEN, client.request_events::<K>(request)).await {
         Ok(Ok(events)) => events,
         Ok(Err(error)) => return ended(&error),
-        Err(_) => return End::Failed(format!("no answer within {WATCH_OPEN:?}")),
+        Err(_) => return WatchEnd::Failed(format!("no answer within {WATCH_OPEN:?}")),
     };
-    let mut events = std::pin::pin!(events.map(told::<K>));
-    if news.send(News::Fresh(K::KIND)).await.is_err() {
-        return End::Unwanted;
+    let mut events = std::pin::pin!(events.map(decode_event::<K>));
+    if updates.send(Update::Fresh(K::KIND)).await.is_err() {
+        return WatchEnd::Unwanted;
     }
-    let mut looks = Looks::new();
+    let mut checks = DefinitionChecks::new();
     loop {
         let first = match timeout(WATCH_SILENCE, events.next()).await {
             Ok(Some(Ok(first))) => first,
             Ok(Some(Err(end))) => return end,
-            Ok(None) => return End::Closed,
-            Err(_) => return End::Failed(format!("silent for {WATCH_SILENCE:?}")),
+            Ok(None) => return WatchEnd::Closed,
+            Err(_) => return WatchEnd::Failed(format!("silent for {WATCH_SILENCE:?}")),
         };
-        let is_gone = matches!(first.1, News::Change(Change::Deleted(_)));
-        let mut together = vec![first];
+        let is_gone = matches!(first.1, Update::Change(Change::Deleted(_)));
+        let mut batch = vec![first];
         let end = match K::DEFINITION {
-            Definition::Custom(_) if is_gone => looks.look::<K>(client, &mut together, events.as_mut()).await,
+            Definition::Custom(_) if is_gone => checks.check::<K>(client, &mut batch, events.as_mut()).await,
             _ => Ok(None),
         };
         let end = match end {
             Ok(end) => end,
-            Err(problem) => return End::Failed(problem),
+            Err(problem) => return WatchEnd::Failed(problem),
         };
-        for (next, told) in together {
+        for (next, update) in batch {
             *version = next;
-            if news.send(told).await.is_err() {
-                return End::Unwanted;
+            if updates.send(update).await.is_err() {
+                return WatchEnd::Unwanted;
             }
         }
         if let Some(end) = end {
@@ -312,28 +317,30 @@ async fn watch<K: Followed>(client: &Client, path: &str, version: &mut String, n
     }
 }
 
-/// What an event of a watch says: the version it leads to, and what is told of it.
-type Told<K> = (String, News<<K as Followed>::Kind, <K as Followed>::Object>);
+/// A watch event: the new version, and the update for the reflector.
+type WatchUpdate<K> = (String, Update<<K as Resource>::Kind, <K as Resource>::Object>);
 
-fn told<K: Followed>(event: Result<WatchEvent<K>, Error>) -> Result<Told<K>, End> {
+fn decode_event<K: Resource>(event: Result<WatchEvent<K>, Error>) -> Result<WatchUpdate<K>, WatchEnd> {
     match event {
         Ok(WatchEvent::Added(object) | WatchEvent::Modified(object)) => {
-            Ok((object.version().to_owned(), News::Change(Change::Applied(object.into_object()))))
+            Ok((object.version().to_owned(), Update::Change(Change::Applied(object.into_object()))))
         }
         Ok(WatchEvent::Deleted(object)) => {
-            Ok((object.version().to_owned(), News::Change(Change::Deleted(object.into_object()))))
+            Ok((object.version().to_owned(), Update::Change(Change::Deleted(object.into_object()))))
         }
-        Ok(WatchEvent::Bookmark(bookmark)) => Ok((bookmark.metadata.resource_version, News::Fresh(K::KIND))),
+        Ok(WatchEvent::Bookmark(bookmark)) => {
+            Ok((bookmark.metadata.resource_version, Update::Fresh(K::KIND)))
+        }
         Ok(WatchEvent::Error(status)) => Err(ended(&Error::Api(status))),
         Err(error) => Err(ended(&error)),
     }
 }
 
-fn ended(error: &Error) -> End {
+fn ended(error: &Error) -> WatchEnd {
     match code(error) {
-        Some(GONE) => End::Gone,
-        Some(NOT_FOUND) => End::NotServed(error.to_string()),
-        _ => End::Failed(error.to_string()),
+        Some(GONE) => WatchEnd::Gone,
+        Some(NOT_FOUND) => WatchEnd::NotServed(error.to_string()),
+        _ => WatchEnd::Failed(error.to_string()),
     }
 }
 
@@ -344,8 +351,8 @@ fn code(error: &Error) -> Option<u16> {
     }
 }
 
-async fn tell_failed<K: Followed>(news: &Sender<K>, problem: String) -> Option<()> {
-    news.send(News::Failed(K::KIND, problem)).await.ok()
+async fn report_failure<K: Resource>(updates: &Sender<K>, problem: String) -> Option<()> {
+    updates.send(Update::Failed(K::KIND, problem)).await.ok()
 }
 
 /// A page of a list.
@@ -368,14 +375,14 @@ struct PageMeta {
     next: Option<String>,
 }
 
-/// The pause before the next try.
+/// Exponential backoff.
 #[derive(Debug, Default)]
 struct Pause {
     tries: u32,
 }
 
 impl Pause {
-    /// Doubles; `random` takes up to half of it away.
+    /// Returns the next pause. Doubles each time; `random` subtracts up to a half.
     fn next(&mut self, random: u64) -> Duration {
         let full = PAUSE_FIRST.saturating_mul(1 << self.tries.min(16)).min(PAUSE_MAX);
         self.tries = self.tries.saturating_add(1);
@@ -384,7 +391,7 @@ impl Pause {
     }
 }
 
-/// Bits nobody has to be unable to guess; `RandomState` has other keys each time.
+/// Returns random bits. Not for secrets: `RandomState` has new keys for each value.
 pub(crate) fn random() -> u64 {
     RandomState::new().hash_one(())
 }

@@ -1,15 +1,15 @@
-//! A policy as the API has it: who it is, and the text that is read.
+//! A policy as the API stores it.
 //!
-//! What a user may nest without end is not taken apart here, or one object could make a whole list unreadable: `spec` stays
-//! as it was written, and `status` and `managedFields` are skipped.
+//! Fields that users can nest without limit are not parsed here, because one object could otherwise make a whole list invalid.
+//! `spec` stays raw JSON, and `status` and `managedFields` are skipped.
 
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 use tacit_core::policy::PolicyKind;
 
-use crate::kubernetes::{Definition, Followed, Label, or_default};
+use crate::kubernetes::{Definition, KindName, Resource, or_default};
 
-impl Label for PolicyKind {
+impl KindName for PolicyKind {
     fn label(self) -> &'static str {
         match self {
             Self::PeerAuthentication => "peerauthentications",
@@ -23,7 +23,7 @@ impl Label for PolicyKind {
 pub(super) struct Document {
     pub(super) kind: PolicyKind,
     pub(super) metadata: Metadata,
-    /// What is read of it, as JSON.
+    /// The fields that are read, as JSON.
     pub(super) text: String,
 }
 
@@ -38,14 +38,14 @@ pub(super) struct Metadata {
     pub(super) uid: String,
     #[serde(deserialize_with = "or_default")]
     pub(super) resource_version: String,
-    /// RFC 3339 in UTC, so that texts compare as times do.
+    /// RFC 3339 in UTC, so that texts sort by time.
     #[serde(deserialize_with = "or_default")]
     pub(super) creation_timestamp: String,
     #[serde(deserialize_with = "or_default")]
     annotations: Annotations,
 }
 
-/// Those that say something about a policy.
+/// Annotations that affect a policy.
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
 struct Annotations {
     #[serde(rename = "istio.io/dry-run", default, skip_serializing_if = "Option::is_none")]
@@ -54,7 +54,7 @@ struct Annotations {
 
 #[derive(Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Written {
+struct RawPolicy {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     api_version: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -67,7 +67,7 @@ struct Written {
 
 impl Document {
     fn decode<'de, D: Deserializer<'de>>(kind: PolicyKind, decoder: D) -> Result<Self, D::Error> {
-        let written = Written::deserialize(decoder)?;
+        let written = RawPolicy::deserialize(decoder)?;
         let text = serde_json::to_string(&written).map_err(serde::de::Error::custom)?;
         Ok(Self { kind, metadata: written.metadata, text })
     }
@@ -83,7 +83,7 @@ impl<'de> Deserialize<'de> for PeerAuthentications {
     }
 }
 
-impl Followed for PeerAuthentications {
+impl Resource for PeerAuthentications {
     type Kind = PolicyKind;
     type Object = Document;
 
@@ -113,7 +113,7 @@ impl<'de> Deserialize<'de> for AuthorizationPolicies {
     }
 }
 
-impl Followed for AuthorizationPolicies {
+impl Resource for AuthorizationPolicies {
     type Kind = PolicyKind;
     type Object = Document;
 

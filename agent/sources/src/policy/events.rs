@@ -1,8 +1,8 @@
-//! Events that tell the authors of policies what is wrong with them, where `kubectl describe` shows it. As far as they get:
-//! the log and the status have the same.
+//! Events about invalid policies, shown by `kubectl describe`. Delivery is best effort, because log and status have the same
+//! information.
 //!
-//! Every agent reads every policy. So the name of an Event is made of the policy's UID and resource version: the first
-//! agent creates it, the others find it there.
+//! Every agent reads every policy. The name of an Event therefore contains the policy's UID and resource version. The first
+//! agent creates the Event, and the others get a conflict.
 
 use std::time::Duration;
 
@@ -17,25 +17,25 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::store::Refused;
+use super::store::InvalidPolicy;
 use crate::kubernetes::random;
 
-/// Events that wait to be sent.
+/// Capacity of the queue of Events.
 pub(super) const WAITING_MAX: usize = 64;
-/// Least time between two Events of an agent.
+/// Minimum interval between two Events of an agent.
 const PAUSE: Duration = Duration::from_secs(1);
-/// Within this time the agents of a cluster send one, not at one moment.
+/// Maximum random delay of an Event, so that the agents of a cluster do not send at the same time.
 const SPREAD_MS: u64 = 2000;
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Longest message, in bytes: that of `events.k8s.io/v1`.
+/// Maximum message size in bytes, as in `events.k8s.io/v1`.
 const MESSAGE_MAX_BYTES: usize = 1024;
-/// Longest name of an object, in bytes.
+/// Maximum size of an object's name in bytes.
 const NAME_MAX_BYTES: usize = 253;
 const CONFLICT: u16 = 409;
 
-/// Sends an Event for each policy that is refused.
-pub(super) async fn report(client: Client, mut refused: mpsc::Receiver<Refused>) {
+/// Sends an Event for each invalid policy.
+pub(super) async fn report(client: Client, mut refused: mpsc::Receiver<InvalidPolicy>) {
     while let Some(refused) = refused.recv().await {
         sleep(Duration::from_millis(random() % SPREAD_MS)).await;
         let api: Api<Event> = Api::namespaced(client.clone(), &refused.namespace);
@@ -50,15 +50,15 @@ pub(super) async fn report(client: Client, mut refused: mpsc::Receiver<Refused>)
             tracing::warn!(
                 policy = refused.name(),
                 problem,
-                "no Event was made; the log alone tells what is wrong"
+                "cannot create the Event for an invalid policy; see the log for the reason"
             );
         }
         sleep(PAUSE).await;
     }
 }
 
-fn event(refused: &Refused, now: Timestamp) -> Event {
-    let Refused { kind, namespace, name, uid, version, message } = refused;
+fn event(refused: &InvalidPolicy, now: Timestamp) -> Event {
+    let InvalidPolicy { kind, namespace, name, uid, version, message } = refused;
     let now = Some(Time(now));
     Event {
         metadata: ObjectMeta {
@@ -86,14 +86,14 @@ fn event(refused: &Refused, now: Timestamp) -> Event {
     }
 }
 
-/// The same on every node. A long name of a policy is cut, where an object's name may end.
+/// Returns the name, which is equal on every node. A long policy name is truncated to a valid object name.
 fn event_name(policy: &str, uid: &str, version: &str) -> String {
     let end = format!(".{uid}.{version}");
     let begin = cut(policy, NAME_MAX_BYTES.saturating_sub(end.len()));
     begin.trim_end_matches(['-', '.']).to_owned() + &end
 }
 
-/// As much of a text as fits, in whole characters.
+/// Truncates a text to `max_bytes`, at a character boundary.
 fn cut(text: &str, max_bytes: usize) -> &str {
     let end = text.char_indices().map(|(at, c)| at + c.len_utf8()).take_while(|end| *end <= max_bytes).last();
     &text[..end.unwrap_or(0)]
@@ -104,8 +104,8 @@ mod tests {
     use super::*;
     use tacit_core::policy::PolicyKind;
 
-    fn refused(name: &str, message: &str) -> Refused {
-        Refused {
+    fn refused(name: &str, message: &str) -> InvalidPolicy {
+        InvalidPolicy {
             kind: PolicyKind::AuthorizationPolicy,
             namespace: "shop".to_owned(),
             name: name.to_owned(),
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn an_event_tells_of_the_policy_and_keeps_to_the_apis_bounds() {
+    fn an_event_refers_to_the_policy_and_stays_within_the_limits() {
         let event = event(&refused("deny", &"ü".repeat(1000)), Timestamp::UNIX_EPOCH);
         let object = event.involved_object;
         assert_eq!(

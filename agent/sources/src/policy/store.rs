@@ -1,7 +1,7 @@
-//! From objects of the API to policies, one change at a time. Pure.
+//! Builds policies from API objects, one change at a time. Pure.
 //!
-//! A list is merged into what is known, and what it did not hold is removed at its end: there are never fewer policies than
-//! the cluster has. A change of an object that changes nothing that is read of it (its status) is not published.
+//! Objects of a list are merged into the store. Objects that the list did not contain are removed at its end, so there are
+//! never fewer policies than in the cluster. Updates of fields that are not read, for example the status, are not published.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -14,51 +14,51 @@ use tacit_core::{
 };
 
 use super::document::{Document, Metadata};
-use crate::kubernetes::{self, Complaints};
+use crate::kubernetes::{self, InvalidObjects};
 
-/// Unreadable policies that are shown with all that is wrong; more are counted.
-const SHOWN_MAX: usize = 20;
-/// Mistakes of one policy that are told: an author corrects the first ones first.
+/// Maximum number of invalid policies in the status. The rest is counted.
+const REPORTED_MAX: usize = 20;
+/// Maximum number of reported mistakes of one policy.
 const MISTAKES_MAX: usize = 5;
 
-/// What happened in the cluster.
+/// A change in the cluster.
 pub(super) type Change = kubernetes::Change<PolicyKind, Document>;
-/// Kind, namespace and name.
+/// PolicyKind, namespace and name.
 type Key = (PolicyKind, String, String);
 
-/// What an author should know.
+/// A finding for the author of a policy.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Finding {
-    /// A rule that never matches, or matches more than it says.
-    Noted(String),
-    Refused(Refused),
+    /// A warning, for example about a rule that never matches.
+    Warning(String),
+    Invalid(InvalidPolicy),
 }
 
-/// A policy that cannot be read.
+/// An invalid policy.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Refused {
+pub(super) struct InvalidPolicy {
     pub(super) kind: PolicyKind,
     pub(super) namespace: String,
     pub(super) name: String,
     pub(super) uid: String,
     pub(super) version: String,
-    /// What is wrong, what follows from it, and what to do.
+    /// The mistakes, their effect, and the remedy.
     pub(super) message: String,
 }
 
-impl Refused {
-    /// Its kind and whole name.
+impl InvalidPolicy {
+    /// Returns kind, namespace and name.
     pub(super) fn name(&self) -> String {
         format!("{} {}/{}", self.kind.name(), self.namespace, self.name)
     }
 }
 
-/// All policies that are known.
+/// All policies of the cluster.
 #[derive(Debug)]
-pub(super) struct Store {
+pub(super) struct PolicyStore {
     root_namespace: Arc<str>,
-    known: BTreeMap<Key, Known>,
-    /// Those seen in a list that is under way.
+    known: BTreeMap<Key, PolicyRecord>,
+    /// Policies seen in the current list.
     seen: HashMap<PolicyKind, HashSet<Key>>,
     listed: BTreeSet<PolicyKind>,
     refused: u64,
@@ -66,14 +66,14 @@ pub(super) struct Store {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-struct Known {
+struct PolicyRecord {
     created: String,
     object: PolicyObject,
-    /// Why it cannot be read.
+    /// The error, if the policy is invalid.
     message: Option<String>,
 }
 
-impl Store {
+impl PolicyStore {
     pub(super) fn new(root_namespace: Arc<str>) -> Self {
         Self {
             root_namespace,
@@ -85,8 +85,8 @@ impl Store {
         }
     }
 
-    /// Takes one change; answers what its author should know that was not told before.
-    pub(super) fn take(&mut self, change: Change) -> Vec<Finding> {
+    /// Applies one change; returns new findings.
+    pub(super) fn apply_change(&mut self, change: Change) -> Vec<Finding> {
         match change {
             Change::Listing(kind) => _ = self.seen.insert(kind, HashSet::new()),
             Change::Applied(document) => return self.apply(document),
@@ -104,29 +104,29 @@ impl Store {
         Vec::new()
     }
 
-    /// All policies when both kinds were listed and something has changed since this was last asked.
-    pub(super) fn news(&mut self) -> Option<Policies> {
+    /// Returns all policies if both resources were listed and something has changed since the last call.
+    pub(super) fn take_changed(&mut self) -> Option<Policies> {
         if self.listed.len() < PolicyKind::ALL.len() || !std::mem::take(&mut self.changed) {
             return None;
         }
-        // Istio's order: of one age, the name decides.
-        let mut all: Vec<(&Key, &Known)> = self.known.iter().collect();
+        // Istio's order: by age, then by name.
+        let mut all: Vec<(&Key, &PolicyRecord)> = self.known.iter().collect();
         all.sort_by(|(a, x), (b, y)| (&x.created, &a.2, &a.1).cmp(&(&y.created, &b.2, &b.1)));
         let objects: Vec<PolicyObject> = all.into_iter().map(|(_, known)| known.object.clone()).collect();
         Some(Policies::of(&objects, &self.root_namespace))
     }
 
-    /// The policies that cannot be read.
-    pub(super) fn complaints(&self) -> Complaints {
-        let told = self.known.iter().filter_map(|((kind, namespace, name), known)| {
+    /// Returns the invalid policies.
+    pub(super) fn invalid_objects(&self) -> InvalidObjects {
+        let listed = self.known.iter().filter_map(|((kind, namespace, name), known)| {
             Some(format!("{} {namespace}/{name}: {}", kind.name(), known.message.as_ref()?))
         });
-        let mut list: Vec<String> = told.collect();
-        if let Some(more) = list.len().checked_sub(SHOWN_MAX).filter(|more| *more > 0) {
-            list.truncate(SHOWN_MAX);
-            list.push(format!("and {more} more: kubectl get events -A shows those of the last hour"));
+        let mut list: Vec<String> = listed.collect();
+        if let Some(more) = list.len().checked_sub(REPORTED_MAX).filter(|more| *more > 0) {
+            list.truncate(REPORTED_MAX);
+            list.push(format!("and {more} more; `kubectl get events -A` shows those of the last hour"));
         }
-        Complaints { list, total: self.refused }
+        InvalidObjects { list, total: self.refused }
     }
 
     fn apply(&mut self, document: Document) -> Vec<Finding> {
@@ -139,7 +139,7 @@ impl Store {
         let origin = Origin { name: &metadata.name, namespace, kind: Some(kind) };
         let (object, mistakes) = PolicyObject::read(&text, origin);
         let message = mistakes.map(|mistakes| message(kind, &mistakes));
-        let known = Known { created: metadata.creation_timestamp.clone(), object, message };
+        let known = PolicyRecord { created: metadata.creation_timestamp.clone(), object, message };
         if self.known.get(&key) == Some(&known) {
             return Vec::new();
         }
@@ -147,11 +147,11 @@ impl Store {
         let findings = match &known.message {
             Some(message) => {
                 self.refused += 1;
-                vec![Finding::Refused(refused(kind, metadata, message.clone()))]
+                vec![Finding::Invalid(refused(kind, metadata, message.clone()))]
             }
             None => {
                 let alone = Policies::of(std::slice::from_ref(&known.object), &self.root_namespace);
-                alone.notes().iter().cloned().map(Finding::Noted).collect()
+                alone.notes().iter().cloned().map(Finding::Warning).collect()
             }
         };
         self.known.insert(key, known);
@@ -164,13 +164,13 @@ fn key(document: &Document) -> Key {
     (document.kind, namespace.clone(), name.clone())
 }
 
-fn refused(kind: PolicyKind, metadata: Metadata, message: String) -> Refused {
+fn refused(kind: PolicyKind, metadata: Metadata, message: String) -> InvalidPolicy {
     let Metadata { name, namespace, uid, resource_version: version, .. } = metadata;
-    Refused { kind, namespace, name, uid, version, message }
+    InvalidPolicy { kind, namespace, name, uid, version, message }
 }
 
 fn message(kind: PolicyKind, mistakes: &Mistakes) -> String {
-    let told: Vec<String> = mistakes.list.iter().take(MISTAKES_MAX).map(|mistake| mistake.text()).collect();
+    let listed: Vec<String> = mistakes.list.iter().take(MISTAKES_MAX).map(|mistake| mistake.text()).collect();
     let more = match mistakes.list.len().saturating_sub(MISTAKES_MAX) {
         0 => String::new(),
         more => format!("; and {more} more"),
@@ -180,8 +180,8 @@ fn message(kind: PolicyKind, mistakes: &Mistakes) -> String {
         PolicyKind::AuthorizationPolicy => "denies every connection to",
     };
     format!(
-        "{}{more}. Until it is corrected, it {effect} the workloads that it selects, or all of its namespace where its selector cannot be read.",
-        told.join("; ")
+        "{}{more}. Until the policy is corrected, it {effect} the workloads that it selects, or all workloads of its namespace if its selector is invalid.",
+        listed.join("; ")
     )
 }
 

@@ -1,11 +1,11 @@
-//! A workload for the tests of this source.
+//! A workload for the tests of policies.
 
 use tacit_core::{
     directory::{Protocol, Workload},
     spiffe::{SpiffeId, TrustDomain},
 };
 
-/// The pod `web` of `namespace` with these labels.
+/// Returns the pod `web` of `namespace` with these labels.
 pub(super) fn workload(namespace: &str, labels: &[(&str, &str)]) -> Workload {
     let trust_domain = TrustDomain::parse("cluster.local").expect("valid");
     Workload {

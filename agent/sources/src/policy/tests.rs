@@ -1,4 +1,4 @@
-//! Tests of the source against an API server of our own: versions, definitions that come and go, what is kept meanwhile.
+//! Tests against a simulated API server: versions, definitions that come and go, and the state kept meanwhile.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ const POLICIES: &str = "/apis/security.istio.io/v1/authorizationpolicies";
 const POLICIES_BETA: &str = "/apis/security.istio.io/v1beta1/authorizationpolicies";
 const EVENTS: &str = "/api/v1/namespaces/shop/events";
 
-/// Above the longest pause between tries that a test meets (some seconds).
+/// Longer than the pauses between retries in these tests (some seconds).
 const DEADLINE: Duration = Duration::from_secs(30);
 
 async fn open(server: &Server) -> Watched<Policies> {
@@ -77,7 +77,7 @@ fn is_denied(policies: &Policies, app: &str) -> bool {
     matches!(authorization.evaluate(&flow), AuthorizationDecision::Denied(_))
 }
 
-/// Namespace shop is STRICT, and three policies deny; more than two objects are more than a page.
+/// Namespace shop is STRICT, and three policies deny. A page holds two objects.
 fn cluster(modes: &str, policies: &str) -> Server {
     let server = Server::start();
     server.set(modes, mode("default", "STRICT"));
@@ -92,7 +92,7 @@ fn are_all_there(policies: &Policies) -> bool {
 }
 
 #[tokio::test]
-async fn lists_and_watches_make_the_policies() {
+async fn policies_are_listed_and_watched() {
     let server = cluster(MODES, POLICIES);
     let watched = opened(&server).await;
     assert!(are_all_there(&watched.current()) && !is_denied(&watched.current(), "web"));
@@ -114,13 +114,13 @@ async fn a_server_without_v1_has_v1beta1() {
     server.without(POLICIES);
     let watched = opened(&server).await;
     assert!(are_all_there(&watched.current()));
-    assert_eq!((watched.state().refusals, watched.state().last_error), (0, None), "nothing to complain of");
+    assert_eq!((watched.state().refusals, watched.state().last_error), (0, None), "no errors");
     server.set(POLICIES_BETA, deny("deny-web", "web", "DENY"));
     until(&watched, "a new policy", |policies| is_denied(policies, "web")).await;
 }
 
 #[tokio::test]
-async fn a_version_that_is_no_longer_served_is_left_for_the_other_without_a_hole() {
+async fn a_version_that_is_no_longer_served_is_replaced_without_a_gap() {
     let server = cluster(MODES, POLICIES);
     let watched = opened(&server).await;
     server.watches(POLICIES, 1).await;
@@ -130,11 +130,11 @@ async fn a_version_that_is_no_longer_served_is_left_for_the_other_without_a_hole
     server.without(POLICIES);
     server.break_connections();
     until(&watched, "the other version", |policies| {
-        assert!(are_all_there(policies), "a hole");
+        assert!(are_all_there(policies), "a gap");
         is_denied(policies, "web")
     })
     .await;
-    until_state(&watched, "nothing to complain of", |state| state.last_error.is_none()).await;
+    until_state(&watched, "no errors", |state| state.last_error.is_none()).await;
 }
 
 #[tokio::test]
@@ -152,7 +152,7 @@ async fn without_the_definitions_nothing_is_in_use_until_they_are_there() {
         watched = &mut opening => panic!("open without definitions: {:?}", watched.current()),
         () = refused_again => {}
     }
-    // One kind alone is not all.
+    // One resource is not enough.
     server.set(MODES, mode("default", "STRICT"));
     server.with(MODES);
     tokio::select! {
@@ -166,7 +166,7 @@ async fn without_the_definitions_nothing_is_in_use_until_they_are_there() {
 }
 
 #[tokio::test]
-async fn a_version_that_is_too_old_leads_to_a_list_without_a_hole() {
+async fn a_version_that_is_too_old_is_replaced_by_a_list_without_a_gap() {
     let server = cluster(MODES, POLICIES);
     let watched = opened(&server).await;
     server.watches(POLICIES, 1).await;
@@ -176,29 +176,29 @@ async fn a_version_that_is_too_old_leads_to_a_list_without_a_hole() {
     server.set(POLICIES, deny("deny-d", "d", "DENY"));
     server.forget_history();
     server.come_up();
-    until(&watched, "as the list says", |policies| {
-        assert!(is_denied(policies, "b") && is_denied(policies, "c") && is_strict(policies), "a hole");
+    until(&watched, "the state of the list", |policies| {
+        assert!(is_denied(policies, "b") && is_denied(policies, "c") && is_strict(policies), "a gap");
         is_denied(policies, "d") && !is_denied(policies, "a")
     })
     .await;
 }
 
 #[tokio::test]
-async fn what_is_known_stays_while_the_api_fails_and_its_age_is_told() {
+async fn the_last_state_stays_while_the_api_fails_and_its_age_is_reported() {
     let server = cluster(MODES, POLICIES);
     let watched = opened(&server).await;
     server.watches(POLICIES, 1).await;
     server.fail_only(Some(POLICIES));
     server.break_connections();
-    let says =
+    let reports =
         |state: &ReloadState| state.last_error.as_ref().is_some_and(|error| error.contains("etcd is away"));
-    let state = until_state(&watched, "told", says).await;
+    let state = until_state(&watched, "reported", reports).await;
     assert!(state.stale_since.is_some());
     server.lists_failed(POLICIES, 2).await;
     assert!(are_all_there(&watched.current()));
     server.fail_only(None);
     server.set(POLICIES, deny("deny-d", "d", "DENY"));
-    until(&watched, "followed again", |policies| is_denied(policies, "d")).await;
+    until(&watched, "watched again", |policies| is_denied(policies, "d")).await;
     until_state(&watched, "fresh", |state| state.stale_since.is_none() && state.last_error.is_none()).await;
 }
 
@@ -212,20 +212,20 @@ async fn policies_that_go_with_their_definition_stay_in_use() {
     for app in ["a", "b", "c"] {
         server.remove(POLICIES, &format!("deny-{app}"));
     }
-    let says = |words: &'static str| {
+    let reports = |words: &'static str| {
         move |state: &ReloadState| state.last_error.as_ref().is_some_and(|error| error.contains(words))
     };
-    until_state(&watched, "told", says("is being deleted, and all objects with it")).await;
+    until_state(&watched, "reported", reports("is being deleted, and all objects with it")).await;
     server.without(&definition);
     server.without(POLICIES);
     server.without(POLICIES_BETA);
     server.break_connections();
-    until_state(&watched, "told", says("was deleted, and all objects with it")).await;
+    until_state(&watched, "reported", reports("was deleted, and all objects with it")).await;
     assert!(are_all_there(&watched.current()) && watched.state().stale_since.is_some());
 }
 
 #[tokio::test]
-async fn the_definition_is_looked_at_after_each_deletion_however_soon() {
+async fn the_definition_is_checked_after_each_deletion() {
     let server = cluster(MODES, POLICIES);
     let watched = opened(&server).await;
     server.watches(POLICIES, 1).await;
@@ -234,15 +234,15 @@ async fn the_definition_is_looked_at_after_each_deletion_however_soon() {
     server.end(&format!("{DEFINITIONS}/authorizationpolicies.security.istio.io"));
     server.remove(POLICIES, "deny-b");
     server.remove(POLICIES, "deny-c");
-    let told =
+    let reports =
         |state: &ReloadState| state.last_error.as_ref().is_some_and(|error| error.contains("all objects"));
-    until_state(&watched, "told", told).await;
+    until_state(&watched, "reported", reports).await;
     let policies = watched.current();
     assert!(is_denied(&policies, "b") && is_denied(&policies, "c"), "gone with their definition");
 }
 
 #[tokio::test]
-async fn many_deletions_at_a_time_are_few_looks_at_the_definition() {
+async fn many_deletions_at_a_time_need_few_checks_of_the_definition() {
     const MANY: usize = 200;
     let server = cluster(MODES, POLICIES);
     let name = |number: usize| format!("many-{number}");
@@ -252,16 +252,16 @@ async fn many_deletions_at_a_time_are_few_looks_at_the_definition() {
     let definition = format!("{DEFINITIONS}/authorizationpolicies.security.istio.io");
     let before = server.lists(&definition);
     (0..MANY).for_each(|number| server.remove(POLICIES, &name(number)));
-    // One that comes amid them keeps its place.
+    // A change between the deletions keeps its order.
     server.set(POLICIES, deny("deny-a", "new", "DENY"));
     until(&watched, "all are gone", |policies| !is_denied(policies, "many") && is_denied(policies, "new"))
         .await;
     let looks = server.lists(&definition) - before;
-    assert!((1..=10).contains(&looks), "{looks} looks for {MANY} policies");
+    assert!((1..=10).contains(&looks), "{looks} checks for {MANY} policies");
 }
 
 #[tokio::test]
-async fn an_unreadable_policy_denies_what_it_selects_alone_and_an_event_says_why() {
+async fn an_invalid_policy_denies_only_what_it_selects_and_an_event_has_the_reason() {
     let server = cluster(MODES, POLICIES);
     let watched = opened(&server).await;
     server.watches(POLICIES, 1).await;
@@ -269,7 +269,7 @@ async fn an_unreadable_policy_denies_what_it_selects_alone_and_an_event_says_why
     server.set(POLICIES, deny("good", "db", "DENY"));
     until(&watched, "both count", |policies| is_denied(policies, "web") && is_denied(policies, "db")).await;
     assert!(!is_denied(&watched.current(), "x"));
-    let state = until_state(&watched, "told", |state| !state.unreadable.is_empty()).await;
+    let state = until_state(&watched, "reported", |state| !state.unreadable.is_empty()).await;
     assert_eq!(
         (state.unreadable.len(), state.refusals, state.last_error, state.stale_since),
         (1, 1, None, None)
@@ -282,20 +282,22 @@ async fn an_unreadable_policy_denies_what_it_selects_alone_and_an_event_says_why
     );
     let message = event["message"].as_str().expect("a message");
     let wrong = "spec.action: \"DENYY\" is none of ALLOW, DENY, AUDIT, CUSTOM: did you mean DENY?";
-    assert!(message.starts_with(wrong) && message.contains("Until it is corrected, it denies"), "{message}");
-    // Corrected.
+    assert!(
+        message.starts_with(wrong) && message.contains("Until the policy is corrected, it denies"),
+        "{message}"
+    );
     server.set(POLICIES, deny("bad", "web", "ALLOW"));
     until(&watched, "it allows", |policies| !is_denied(policies, "web")).await;
-    until_state(&watched, "nothing to complain of", |state| state.unreadable.is_empty()).await;
+    until_state(&watched, "no errors", |state| state.unreadable.is_empty()).await;
 }
 
 #[tokio::test]
-async fn agents_of_many_nodes_make_one_event() {
+async fn agents_of_many_nodes_create_one_event() {
     let server = cluster(MODES, POLICIES);
     server.set(POLICIES, deny("bad", "web", "DENYY"));
     let both = (opened(&server).await, opened(&server).await);
     server.set(POLICIES, deny("worse", "web", "?"));
-    // The second policy's event is that of the agent that was faster; by then the slower one has been refused for the first.
+    // The faster agent creates the second Event. By then the slower agent got a conflict for the first.
     let events = timeout(DEADLINE, server.created(EVENTS, 2)).await.expect("events before the deadline");
     let names: Vec<&str> =
         events.iter().filter_map(|event| event["involvedObject"]["name"].as_str()).collect();

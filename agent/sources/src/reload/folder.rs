@@ -1,4 +1,4 @@
-//! Notice of changes in the folder of a file, by inotify.
+//! Watches the folder of a file with inotify.
 
 use std::{
     future, io,
@@ -9,7 +9,7 @@ use std::{
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::io::unix::AsyncFd;
 
-/// A folder in which changes are noticed, if inotify can be had.
+/// A watched folder. Without inotify no changes are reported.
 pub(super) struct Folder {
     path: PathBuf,
     events: Option<AsyncFd<Events>>,
@@ -24,7 +24,7 @@ impl AsRawFd for Events {
 }
 
 impl Folder {
-    /// The folder that holds `file`. Without inotify, which is logged, changes are never noticed here.
+    /// Watches the folder that contains `file`. If inotify is unavailable, logs a warning and never reports a change.
     pub(super) fn of(file: &Path) -> Self {
         let path = match file.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
@@ -35,7 +35,7 @@ impl Folder {
             .and_then(|inotify| register(Events(inotify)));
         let events = events
             .map_err(|error| {
-                tracing::warn!(folder = %path.display(), %error, "no inotify: changes of files are noticed late");
+                tracing::warn!(folder = %path.display(), %error, "inotify is unavailable; file changes are detected with a delay");
             })
             .ok();
         let folder = Self { path, events };
@@ -43,8 +43,8 @@ impl Folder {
         folder
     }
 
-    /// Watches the folder that has the path now. The kernel keeps one watch a folder, so asking again costs
-    /// nothing; a folder that was replaced needs it.
+    /// Watches the folder that now has this path. Repeated calls are free, because the kernel keeps one watch per folder. A
+    /// replaced folder requires a new watch.
     pub(super) fn watch_again(&self) {
         let Some(events) = &self.events else { return };
         let flags = AddWatchFlags::IN_CLOSE_WRITE
@@ -53,12 +53,11 @@ impl Folder {
             | AddWatchFlags::IN_MOVE
             | AddWatchFlags::IN_ONLYDIR;
         if let Err(error) = events.get_ref().0.add_watch(&self.path, flags) {
-            tracing::debug!(folder = %self.path.display(), %error, "folder is not watched");
+            tracing::debug!(folder = %self.path.display(), %error, "cannot watch the folder");
         }
     }
 
-    /// Ends when something in the folder changed. Cancel safe: an event that was not waited for is there the
-    /// next time.
+    /// Waits until something in the folder changes. Cancel-safe, because pending events stay queued.
     pub(super) async fn changed(&mut self) {
         let Some(events) = &self.events else {
             return future::pending().await;
@@ -75,7 +74,7 @@ impl Folder {
             match result {
                 Ok(_) => return,
                 Err(error) => {
-                    tracing::warn!(folder = %self.path.display(), %error, "inotify failed: changes are noticed late");
+                    tracing::warn!(folder = %self.path.display(), %error, "inotify failed; file changes are detected with a delay");
                     break;
                 }
             }

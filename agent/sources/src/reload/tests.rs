@@ -1,4 +1,4 @@
-//! Tests with real files. Nothing sleeps: each waits for a state, with a deadline.
+//! Tests with real files. Each test waits for a state with a deadline, and none sleeps.
 
 use std::{fs, os::unix::fs::symlink};
 
@@ -6,12 +6,12 @@ use tacit_core::yaml::Mistake;
 
 use super::*;
 
-/// Far above what a busy machine needs.
+/// Longer than a busy machine needs.
 const DEADLINE: Duration = Duration::from_secs(30);
-/// A re-read that never comes: what the test sees came by inotify.
+/// Disables re-reads, so that only inotify reports changes.
 const NEVER: Duration = Duration::from_secs(3600);
 
-/// A folder of its own for a test, removed at the end.
+/// A folder for one test, removed at the end.
 struct TempFolder(PathBuf);
 
 impl TempFolder {
@@ -34,7 +34,7 @@ impl Drop for TempFolder {
     }
 }
 
-/// A version is its text, and `bad` in it makes it a bad one.
+/// Parses a version. Text that contains `bad` is invalid.
 fn parse(text: &str) -> Result<String, Mistakes> {
     if text.contains("bad") {
         let mistake = Mistake { line: 1, field: "field".to_owned(), problem: text.to_owned() };
@@ -43,7 +43,7 @@ fn parse(text: &str) -> Result<String, Mistakes> {
     Ok(text.to_owned())
 }
 
-/// Like [`Watched::open`], with another pause between re-reads.
+/// As [`Watched::open`], with another re-read interval.
 fn open(path: &Path, reread: Duration) -> Watched<String> {
     let text = file::read(path).expect("readable");
     let initial = parse(&text).expect("good");
@@ -66,14 +66,14 @@ async fn until(
 
 #[test]
 fn a_new_content_counts_when_read_twice_in_a_row() {
-    for (judged, last, digest, expected) in [
-        (1, None, 1, Settle::AsBefore),
-        (1, Some(2), 1, Settle::AsBefore),
+    for (checked, last, digest, expected) in [
+        (1, None, 1, Settle::Unchanged),
+        (1, Some(2), 1, Settle::Unchanged),
         (1, None, 2, Settle::ReadAgain),
         (1, Some(2), 2, Settle::Settled),
         (1, Some(2), 3, Settle::ReadAgain),
     ] {
-        assert_eq!(settle(judged, last, digest), expected, "{judged} {last:?} {digest}");
+        assert_eq!(settle(checked, last, digest), expected, "{checked} {last:?} {digest}");
     }
 }
 
@@ -97,7 +97,7 @@ async fn a_good_version_is_published_and_a_bad_one_refused() {
     assert_eq!(*watched.current(), "two");
     assert!(!values.has_changed().expect("the sender lives"));
 
-    // Written again, the same bad content is no new refusal.
+    // The same invalid content counts once.
     folder.write("file.yaml", "bad three");
     folder.write("file.yaml", "four");
     let state = until(&watched, "good version", |state| state.loads == 3).await;
@@ -165,7 +165,7 @@ async fn a_swapped_data_link_is_noticed() {
 }
 
 #[tokio::test]
-async fn what_inotify_does_not_see_is_re_read() {
+async fn changes_without_an_inotify_event_are_re_read() {
     let (folder, elsewhere) = (TempFolder::new("link"), TempFolder::new("elsewhere"));
     let target = elsewhere.write("file.yaml", "one");
     let path = folder.0.join("file.yaml");

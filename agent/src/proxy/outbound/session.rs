@@ -108,7 +108,10 @@ fn take(path: &Proxy, key: &PoolKey) -> Option<Box<Session>> {
         pool.take(&other, now, |session| is_usable(session))
     });
     drop(pool);
-    found?.rehomed().inspect_err(|error| tracing::debug!(%error, "idle session lost on its way")).ok()
+    found?
+        .moved_to_this_thread()
+        .inspect_err(|error| tracing::debug!(%error, "idle session lost on its way"))
+        .ok()
 }
 
 /// A denied flow leaves its session as good as before, if nothing was sent before the answer.

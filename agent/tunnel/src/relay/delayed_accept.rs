@@ -1,10 +1,10 @@
-//! How long ACCEPT waits for the application's first bytes, to leave with them.
+//! Delays ACCEPT so that it leaves with the application's first bytes.
 //!
-//! A message less is a wake-up less on the client's node. That pays when a thread has several connections to begin at a
-//! time: it saves 3 % of both agents' CPU for a connection of 64 bytes, with 16 clients. A connection that begins alone is 6 %
-//! slower with it: there the client's agent wakes up while the application is at work, and the answer finds it awake.
+//! One message less saves one wake-up on the client's node. The delay pays only when a thread has several connections to
+//! start. For a single connection the delay adds latency, because the client's agent would otherwise wake up while the
+//! application works.
 //!
-//! So an answer waits only while the connection that began before it on the same thread still waits for its application.
+//! ACCEPT is therefore delayed only while the previous connection on the thread still waits for its application.
 
 use std::{
     cell::Cell,
@@ -16,20 +16,20 @@ use std::{
 
 use tokio::time::{Sleep, sleep};
 
-/// The longest wait. An application that is about to answer has had the core by then.
+/// Maximum delay. An application that is about to respond has run by then.
 const DELAY_MAX: Duration = Duration::from_millis(5);
 
 thread_local! {
     static NEXT: Cell<u64> = const { Cell::new(0) };
-    /// The flow that began last on this thread, until its application has spoken.
+    /// The last flow that started on this thread, until its application sends bytes.
     static LATEST: Cell<Option<(u64, Instant)>> = const { Cell::new(None) };
 }
 
-/// The wait of one flow of this thread. Dropped when the application has spoken.
+/// The delay of one flow of this thread. Dropped when the application sends its first bytes.
 pub(super) struct DelayedAccept {
     id: u64,
     is_crowded: bool,
-    /// Boxed, as a flow has no use for it later.
+    /// Boxed to keep idle flows small.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
@@ -41,12 +41,12 @@ impl DelayedAccept {
         Self { id, is_crowded, timer: None }
     }
 
-    /// False for a connection that begins alone: its answer does not wait.
+    /// Returns false if the previous connection on the thread does not wait. ACCEPT is then not delayed.
     pub(super) fn is_crowded(&self) -> bool {
         self.is_crowded
     }
 
-    /// Pending for [`DELAY_MAX`].
+    /// Pending until [`DELAY_MAX`] has passed.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let ended = self.timer.get_or_insert_with(|| Box::pin(sleep(DELAY_MAX))).as_mut().poll(cx);
         if ended.is_ready() {
@@ -78,8 +78,8 @@ mod tests {
         let third = DelayedAccept::new();
         assert!(third.is_crowded(), "the second still waits");
         drop(third);
-        assert!(!DelayedAccept::new().is_crowded(), "the latest has spoken");
+        assert!(!DelayedAccept::new().is_crowded(), "the latest has sent");
         LATEST.set(Instant::now().checked_sub(DELAY_MAX).map(|long_ago| (0, long_ago)));
-        assert!(!DelayedAccept::new().is_crowded(), "the latest may never speak");
+        assert!(!DelayedAccept::new().is_crowded(), "the latest may never send");
     }
 }

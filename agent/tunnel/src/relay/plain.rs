@@ -1,4 +1,4 @@
-//! Two sockets: flows within a node, and flows in clear where policy allows them.
+//! Relay between two sockets, for same-node flows and for plaintext flows that policy allows.
 
 use std::{
     future::{Future, poll_fn},
@@ -18,7 +18,7 @@ use crate::{
     socket,
 };
 
-/// Moves bytes between `source`, which connected, and `destination`; both are reset when dropped.
+/// Forwards bytes between `source`, the client, and `destination`. Both connections are reset if the future is dropped.
 pub async fn plain(source: TcpStream, destination: TcpStream, counters: &FlowCounters) -> FlowEnd {
     match run(&source, &destination, counters).await {
         None => {
@@ -26,32 +26,32 @@ pub async fn plain(source: TcpStream, destination: TcpStream, counters: &FlowCou
             socket::deliver_if_dropped(&destination);
             FlowEnd::Clean
         }
-        Some(party) => {
+        Some(app) => {
             socket::reset(source);
             socket::reset(destination);
-            FlowEnd::Reset(party)
+            FlowEnd::Reset(app)
         }
     }
 }
 
-/// Runs both directions to their ends; the party that reset, if one did.
+/// Runs both directions to their ends; returns the application that reset, if any.
 async fn run(source: &TcpStream, destination: &TcpStream, counters: &FlowCounters) -> Option<App> {
     let mut there = Half::new(source, destination, App::Source, &counters.sent);
     let mut back = Half::new(destination, source, App::Destination, &counters.received);
     let mut source_broken = pin!(source.ready(Interest::ERROR));
     let mut destination_broken = pin!(destination.ready(Interest::ERROR));
-    let mut busy = BusyPoll::new();
+    let mut busy_poll = BusyPoll::new();
     poll_fn(|cx| {
         if let Poll::Ready(ending) = poll_both(&mut there, &mut back, cx) {
             return Poll::Ready(ending);
         }
-        busy.pending(counters.sent.load(Relaxed) + counters.received.load(Relaxed));
-        // Once a party has ended its direction, reads no longer show that it resets.
+        busy_poll.pending(counters.sent.load(Relaxed) + counters.received.load(Relaxed));
+        // After an application has ended its direction, reads no longer report a reset.
         for (half, broken) in [(&mut there, &mut source_broken), (&mut back, &mut destination_broken)] {
-            if half.ended && !half.looked && broken.as_mut().poll(cx).is_ready() {
-                half.looked = true;
+            if half.ended && !half.error_checked && broken.as_mut().poll(cx).is_ready() {
+                half.error_checked = true;
                 if matches!(half.from.take_error(), Ok(Some(_)) | Err(_)) {
-                    return Poll::Ready(Some(half.party));
+                    return Poll::Ready(Some(half.app));
                 }
             }
         }
@@ -60,13 +60,13 @@ async fn run(source: &TcpStream, destination: &TcpStream, counters: &FlowCounter
     .await
 }
 
-/// Steps both directions by turns until neither can go on.
+/// Steps both directions in alternation until both are blocked.
 fn poll_both(there: &mut Half<'_>, back: &mut Half<'_>, cx: &mut Context<'_>) -> Poll<Option<App>> {
     loop {
         let steps = [there.step(cx), back.step(cx)];
         for step in &steps {
-            if let Poll::Ready(ControlFlow::Break(party)) = step {
-                return Poll::Ready(Some(*party));
+            if let Poll::Ready(ControlFlow::Break(app)) = step {
+                return Poll::Ready(Some(*app));
             }
         }
         if there.ended && back.ended {
@@ -82,34 +82,43 @@ fn poll_both(there: &mut Half<'_>, back: &mut Half<'_>, cx: &mut Context<'_>) ->
 struct Half<'a> {
     from: &'a TcpStream,
     to: &'a TcpStream,
-    /// The application behind `from`.
-    party: App,
+    /// The application that sends on `from`.
+    app: App,
     counter: &'a AtomicU64,
     size: Size,
-    /// What was read and not yet written.
-    held: Option<(Buffer, usize, usize)>,
-    /// The end of `from` was passed on.
+    /// Bytes that are read and not yet written.
+    unwritten: Option<(Buffer, usize, usize)>,
+    /// The end of `from` was forwarded.
     ended: bool,
-    /// The error readiness of `from` was used up.
-    looked: bool,
+    /// The error readiness of `from` was consumed.
+    error_checked: bool,
 }
 
 impl<'a> Half<'a> {
-    fn new(from: &'a TcpStream, to: &'a TcpStream, party: App, counter: &'a AtomicU64) -> Self {
-        Self { from, to, party, counter, size: Size::default(), held: None, ended: false, looked: false }
+    fn new(from: &'a TcpStream, to: &'a TcpStream, app: App, counter: &'a AtomicU64) -> Self {
+        Self {
+            from,
+            to,
+            app,
+            counter,
+            size: Size::default(),
+            unwritten: None,
+            ended: false,
+            error_checked: false,
+        }
     }
 
-    /// One read or one write; `Break` with the party that reset.
+    /// Reads or writes once; breaks with the application that reset.
     fn step(&mut self, cx: &mut Context<'_>) -> Poll<ControlFlow<App>> {
         if self.ended {
             return Poll::Pending;
         }
-        let moved = if self.held.is_some() { ready!(self.write(cx)) } else { ready!(self.read(cx)) };
+        let moved = if self.unwritten.is_some() { ready!(self.write(cx)) } else { ready!(self.read(cx)) };
         Poll::Ready(moved.map_or_else(ControlFlow::Break, ControlFlow::Continue))
     }
 
     fn read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), App>> {
-        // Before a buffer is taken.
+        // An idle flow takes no buffer.
         let _ = ready!(self.from.poll_read_ready(cx));
         let mut buffer = Buffer::take(self.size);
         let room_bytes = buffer.len();
@@ -120,15 +129,15 @@ impl<'a> Half<'a> {
             }
             Ok(read_bytes) => {
                 self.size = self.size.after(read_bytes, room_bytes);
-                self.held = Some((buffer, 0, read_bytes));
+                self.unwritten = Some((buffer, 0, read_bytes));
                 Ok(())
             }
-            Err(_) => Err(self.party),
+            Err(_) => Err(self.app),
         })
     }
 
     fn write(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), App>> {
-        let Some((buffer, start, end)) = &mut self.held else {
+        let Some((buffer, start, end)) = &mut self.unwritten else {
             return Poll::Ready(Ok(()));
         };
         let Ok(written_bytes) =
@@ -139,14 +148,14 @@ impl<'a> Half<'a> {
         self.counter.fetch_add(written_bytes as u64, Relaxed);
         *start += written_bytes;
         if start == end {
-            self.held = None;
+            self.unwritten = None;
         }
         Poll::Ready(Ok(()))
     }
 
-    /// The application behind `to`.
+    /// Returns the application on `to`.
     fn other(&self) -> App {
-        match self.party {
+        match self.app {
             App::Source => App::Destination,
             App::Destination => App::Source,
         }

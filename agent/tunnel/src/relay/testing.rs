@@ -1,4 +1,4 @@
-//! What the tests of both relays share.
+//! Helpers for the tests of both relays.
 
 use std::{future::Future, io, time::Duration};
 
@@ -8,15 +8,15 @@ use tokio::{
     time::timeout,
 };
 
-/// No test waits longer for anything.
+/// Limit of every wait in a test.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
 
-/// Waits for `work`, which must not take long.
+/// Awaits `work` with the limit.
 pub(crate) async fn soon<T>(work: impl Future<Output = T>) -> T {
     timeout(DEADLINE, work).await.expect("in time")
 }
 
-/// True when the connection ends with RST, false when it ends with FIN.
+/// Returns true if the connection ends with RST, false if it ends with FIN.
 pub(crate) async fn is_reset(tcp: &mut TcpStream) -> bool {
     let mut rest = Vec::new();
     match soon(tcp.read_to_end(&mut rest)).await {
@@ -25,7 +25,7 @@ pub(crate) async fn is_reset(tcp: &mut TcpStream) -> bool {
     }
 }
 
-/// Both applications write `bytes` at once, end, and check what they read.
+/// Both applications write `bytes` at once, end, and check the received bytes.
 pub(crate) async fn exchange(source: TcpStream, destination: TcpStream, bytes: usize) {
     let one = tokio::spawn(talk(source, 1, 2, bytes));
     let other = tokio::spawn(talk(destination, 2, 1, bytes));
@@ -47,7 +47,7 @@ async fn talk(tcp: TcpStream, ours: u32, theirs: u32, bytes: usize) {
     assert!(received == pattern(theirs, bytes), "{} of {bytes} bytes, or others", received.len());
 }
 
-/// Bytes that differ by seed and place.
+/// Returns bytes that depend on the seed and the position.
 fn pattern(seed: u32, bytes: usize) -> Vec<u8> {
     let mut state = seed;
     let mut next = || {

@@ -1,12 +1,12 @@
-//! An application's socket on one side, a tunnel session on the other.
+//! Relay between an application's socket and a tunnel session.
 //!
-//! | what happens | what follows |
+//! | event | action |
 //! |---|---|
 //! | application ends its direction | FIN frame |
 //! | application resets, also after its end | RESET frame, session closed |
-//! | FIN frame | our direction to the application ends |
+//! | FIN frame | the agent ends its direction to the application |
 //! | RESET frame, session broken or closed early | application reset, session closed |
-//! | both FINs passed | DONE from the server; the session is free for the next flow |
+//! | FIN forwarded in both directions | the server sends DONE; the session is free for the next flow |
 
 #[cfg(test)]
 mod tests;
@@ -35,14 +35,14 @@ use crate::{
     socket,
 };
 
-/// How long a client waits for DONE before it gives up the session: a round trip if the destination reads what it got. Nobody
-/// waits for this, so it is as long as costs least.
+/// Limit for a client's wait for DONE, normally one round trip. Nothing depends on this wait, so the limit is longer than
+/// [`TRIM`], at which timers are cheapest.
 const DONE_MAX: Duration = TRIM.saturating_add(Duration::from_secs(1));
-/// How long to try to get RESET out over a tunnel that is full. Closing the session then says the same.
+/// Limit for sending RESET over a tunnel that is full. Closing the session afterwards has the same effect.
 const RESET_MAX: Duration = Duration::from_secs(5);
 
-/// Moves bytes between `app`, which is reset when dropped, and the open flow of `session`. Returns the session if it can
-/// carry another flow: a client may open, a server wait for the next.
+/// Forwards bytes between `app`, which is reset when dropped, and the open flow of `session`. Returns the session if it can
+/// carry another flow. A client may then open one, and a server waits for the next.
 #[expect(clippy::manual_async_fn, reason = "an async fn keeps its arguments twice, and idle flows are many")]
 pub fn tunnelled(
     app: TcpStream,
@@ -54,7 +54,7 @@ pub fn tunnelled(
             Role::Client => (App::Source, App::Destination),
             Role::Server => (App::Destination, App::Source),
         };
-        // What may come behind the flow is boxed: it keeps no room for that.
+        // The futures after the flow are boxed, so a running flow reserves no space for them.
         match run(&app, &mut session, counters).await {
             Ending::Finished => {
                 socket::deliver_if_dropped(&app);
@@ -84,24 +84,24 @@ pub fn tunnelled(
 async fn run(app: &TcpStream, session: &mut Session, counters: &FlowCounters) -> Ending {
     let mut flow = Flow::new(app, session, counters);
     let mut broken = pin!(app.ready(Interest::ERROR));
-    let mut others = pin!(yield_now());
-    let (mut watched, mut busy) = (true, BusyPoll::new());
+    let mut other_tasks = pin!(yield_now());
+    let (mut watch_errors, mut busy_poll) = (true, BusyPoll::new());
     poll_fn(|cx| {
         let mut ending = flow.poll(cx);
-        if ending.is_pending() && flow.holds_answer {
-            match &mut flow.held {
-                Some(held) if held.is_crowded() => ready!(held.poll(cx)),
-                _ => ready!(others.as_mut().poll(cx)),
+        if ending.is_pending() && flow.accept_pending {
+            match &mut flow.delayed_accept {
+                Some(delayed_accept) if delayed_accept.is_crowded() => ready!(delayed_accept.poll(cx)),
+                _ => ready!(other_tasks.as_mut().poll(cx)),
             }
-            flow.holds_answer = false;
+            flow.accept_pending = false;
             ending = flow.poll(cx);
         }
         if ending.is_pending() {
-            busy.pending(flow.up.load(Relaxed) + flow.down.load(Relaxed));
+            busy_poll.pending(flow.up.load(Relaxed) + flow.down.load(Relaxed));
         }
-        // Once the application has ended its direction, reads no longer show that it resets.
-        if ending.is_pending() && flow.app_ended && watched && broken.as_mut().poll(cx).is_ready() {
-            watched = false;
+        // After the application has ended its direction, reads no longer report a reset.
+        if ending.is_pending() && flow.app_ended && watch_errors && broken.as_mut().poll(cx).is_ready() {
+            watch_errors = false;
             if matches!(app.take_error(), Ok(Some(_)) | Err(_)) {
                 return Poll::Ready(Ending::ResetByApp);
             }
@@ -111,7 +111,7 @@ async fn run(app: &TcpStream, session: &mut Session, counters: &FlowCounters) ->
     .await
 }
 
-/// The session, once nothing of the flow is left in it.
+/// Returns the session after all frames of the flow have arrived.
 async fn reusable(mut session: Box<Session>) -> Option<Box<Session>> {
     if session.role() == Role::Server {
         return Some(session);
@@ -127,7 +127,7 @@ async fn reusable(mut session: Box<Session>) -> Option<Box<Session>> {
 
 async fn send_reset(mut session: Box<Session>) {
     if session.send(&Control::Reset).is_ok() {
-        // Whether it got out or not, the session closes now, and the peer takes a closed one for a reset.
+        // The session is closed in any case, and the peer treats a closed session as a reset.
         let _ = timeout(RESET_MAX, poll_fn(|cx| session.poll_flush(cx))).await;
     }
     session.close();
@@ -140,12 +140,12 @@ enum Ending {
     Lost(TunnelError),
 }
 
-/// One step of one direction: pending when it can do nothing now.
+/// The result of one step of one direction. Pending if the direction is blocked.
 type Step = Poll<ControlFlow<Ending>>;
 
-const GO_ON: Step = Poll::Ready(ControlFlow::Continue(()));
+const CONTINUE: Step = Poll::Ready(ControlFlow::Continue(()));
 
-const fn end(ending: Ending) -> Step {
+const fn finish_with(ending: Ending) -> Step {
     Poll::Ready(ControlFlow::Break(ending))
 }
 
@@ -156,20 +156,20 @@ struct Flow<'a> {
     up: &'a AtomicU64,
     /// Bytes from the tunnel to the application.
     down: &'a AtomicU64,
-    /// How much to read from the application at once.
+    /// Size of the next read from the application.
     size: Size,
-    /// ACCEPT waits for the application's first bytes, to leave with them: at least while the thread sees to its other flows
-    /// once.
-    holds_answer: bool,
-    /// And it may wait longer, as the client does not. Until the application has spoken.
-    held: Option<DelayedAccept>,
+    /// ACCEPT is queued and not sent yet. The thread first runs its other tasks once, so that ACCEPT can leave with the
+    /// application's first bytes.
+    accept_pending: bool,
+    /// A longer delay of ACCEPT, for clients that send without waiting for it. `None` after the application's first bytes.
+    delayed_accept: Option<DelayedAccept>,
     /// FIN is queued or sent.
     app_ended: bool,
-    /// FIN has left this node for sure.
-    end_sent: bool,
-    /// FIN has come, and all before it has reached the application.
+    /// FIN is written to the tunnel's socket.
+    fin_sent: bool,
+    /// FIN was received, and everything before it was written to the application.
     peer_ended: bool,
-    /// Why nothing can be sent any more. What has been received may still say RESET, which tells more.
+    /// The error after which nothing can be sent. Received bytes are still read, because a RESET in them is more specific.
     lost: Option<TunnelError>,
 }
 
@@ -179,40 +179,40 @@ impl<'a> Flow<'a> {
             Role::Client => (&counters.sent, &counters.received),
             Role::Server => (&counters.received, &counters.sent),
         };
-        let (app_ended, holds_answer) = match session.role() {
-            // It may have ended ahead of the answer. What is unsent then are bytes of it, which wait for nothing.
+        let (app_ended, accept_pending) = match session.role() {
+            // The application may have ended before the answer. Unsent bytes are then payload and are not delayed.
             Role::Client => (session.client_ended(), false),
             Role::Server => (false, session.unsent()),
         };
-        let held = (holds_answer && session.answer_can_wait()).then(DelayedAccept::new);
+        let delayed_accept = (accept_pending && session.accept_can_wait()).then(DelayedAccept::new);
         Self {
             app,
             session,
             up,
             down,
             size: Size::default(),
-            holds_answer,
-            held,
+            accept_pending,
+            delayed_accept,
             app_ended,
-            end_sent: false,
+            fin_sent: false,
             peer_ended: false,
             lost: None,
         }
     }
 
-    /// Steps both directions by turns, so that neither starves the other, until neither can go on. One that waits for its
-    /// socket has told the poller, and is not asked again meanwhile.
+    /// Steps both directions in alternation, so that neither starves the other, until both are blocked. A direction that has
+    /// registered with the poller is not stepped again.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ending> {
         let (mut down_waits, mut up_waits) = (false, false);
         loop {
-            // Down first: what came with OPEN reaches a server's application before ACCEPT leaves.
+            // Down first, so that data sent with OPEN reaches a server's application before ACCEPT leaves.
             if !down_waits {
                 match self.step_down(cx) {
                     Poll::Ready(ControlFlow::Break(ending)) => return Poll::Ready(ending),
                     Poll::Ready(ControlFlow::Continue(())) => {}
                     Poll::Pending => down_waits = true,
                 }
-                // DONE, or new keys that the peer asked for.
+                // DONE, or a KeyUpdate that the peer requested.
                 up_waits &= !self.session.unsent();
             }
             if !up_waits {
@@ -227,8 +227,8 @@ impl<'a> Flow<'a> {
             }
             if down_waits {
                 if let Some(error) = self.lost.take() {
-                    // A client may go without waiting for DONE.
-                    let complete = self.end_sent && self.peer_ended;
+                    // A client may close without waiting for DONE.
+                    let complete = self.fin_sent && self.peer_ended;
                     return Poll::Ready(if complete { Ending::Finished } else { Ending::Lost(error) });
                 }
                 if up_waits {
@@ -238,41 +238,43 @@ impl<'a> Flow<'a> {
         }
     }
 
-    /// Application to tunnel: one batch.
+    /// Moves one batch from the application to the tunnel.
     fn step_up(&mut self, cx: &mut Context<'_>) -> Step {
         if self.lost.is_some() {
             return Poll::Pending;
         }
-        if !self.holds_answer
+        if !self.accept_pending
             && let Err(error) = ready!(self.session.poll_flush(cx))
         {
             self.lost = Some(error);
-            return GO_ON;
+            return CONTINUE;
         }
         if self.app_ended {
-            self.end_sent = true;
+            self.fin_sent = true;
             return Poll::Pending;
         }
-        let Ok(read) = ready!(poll_app_read(self.app, cx, self.size)) else { return end(Ending::ResetByApp) };
+        let Ok(read) = ready!(poll_app_read(self.app, cx, self.size)) else {
+            return finish_with(Ending::ResetByApp);
+        };
         self.up.fetch_add(read.payload_bytes as u64, Relaxed);
         self.size = read.next;
         match self.session.send_app_read(read) {
             Ok(Ok(ends)) => self.app_ended = ends,
-            Ok(Err(_)) => return end(Ending::ResetByApp),
-            Err(error) => return end(Ending::Lost(error)),
+            Ok(Err(_)) => return finish_with(Ending::ResetByApp),
+            Err(error) => return finish_with(Ending::Lost(error)),
         }
         if let Err(error) = self.done() {
-            return end(Ending::Lost(error));
+            return finish_with(Ending::Lost(error));
         }
-        (self.holds_answer, self.held) = (false, None);
-        // At once; what does not fit now goes with the next step.
+        (self.accept_pending, self.delayed_accept) = (false, None);
+        // Send at once. The next step sends the rest.
         if let Poll::Ready(Err(error)) = self.session.poll_flush(cx) {
             self.lost = Some(error);
         }
-        GO_ON
+        CONTINUE
     }
 
-    /// Tunnel to application: one write, or one frame.
+    /// Moves one write or one frame from the tunnel to the application.
     fn step_down(&mut self, cx: &mut Context<'_>) -> Step {
         if self.both_ended() {
             return Poll::Pending;
@@ -280,35 +282,35 @@ impl<'a> Flow<'a> {
         if self.session.has_payload() {
             let mut slices = [IoSlice::new(&[]); FRAMES_MAX];
             let used = self.session.payloads(&mut slices);
-            let write = if self.session.ends_behind() { socket::poll_write_last } else { socket::poll_write };
+            let write = if self.session.fin_follows() { socket::poll_write_last } else { socket::poll_write };
             return match ready!(write(self.app, cx, &slices[..used])) {
                 Ok(written_bytes) => {
                     self.session.consume(written_bytes);
                     self.down.fetch_add(written_bytes as u64, Relaxed);
-                    GO_ON
+                    CONTINUE
                 }
-                Err(_) => end(Ending::ResetByApp),
+                Err(_) => finish_with(Ending::ResetByApp),
             };
         }
         match ready!(self.session.poll_received(cx)) {
-            Ok(Received::Data) => GO_ON,
+            Ok(Received::Data) => CONTINUE,
             Ok(Received::Control(Control::Fin)) => self.peer_fin(),
-            // Of the others, `flow_state` lets only RESET come here.
-            Ok(Received::Control(_)) => end(Ending::ResetByPeer),
-            Err(error) => end(Ending::Lost(error)),
+            // `flow_state` accepts only RESET here.
+            Ok(Received::Control(_)) => finish_with(Ending::ResetByPeer),
+            Err(error) => finish_with(Ending::Lost(error)),
         }
     }
 
     fn peer_fin(&mut self) -> Step {
-        // When the application has ended too, closing says the same.
+        // If the application has ended too, closing the socket sends FIN.
         if !self.app_ended && socket::finish(self.app).is_err() {
-            return end(Ending::ResetByApp);
+            return finish_with(Ending::ResetByApp);
         }
         self.peer_ended = true;
-        self.done().map_or_else(|error| end(Ending::Lost(error)), |()| GO_ON)
+        self.done().map_or_else(|error| finish_with(Ending::Lost(error)), |()| CONTINUE)
     }
 
-    /// The server says DONE as soon as both directions have ended, if it can behind its FIN.
+    /// Queues DONE on a server after both directions have ended, directly behind its FIN if possible.
     fn done(&mut self) -> Result<(), TunnelError> {
         match self.session.role() {
             Role::Server if self.both_ended() => self.session.done(),

@@ -1,6 +1,7 @@
-//! What a client's application says before the server has answered OPEN.
+//! Data that a client's application sends before the server has answered OPEN.
 //!
-//! It is passed on as it is said. So the answer keeps nobody waiting, and a server may let it leave with the application's.
+//! The client agent forwards this data at once. ACCEPT therefore delays nothing, and the server agent may send it with the
+//! destination application's first bytes.
 
 use std::{
     future::poll_fn,
@@ -16,68 +17,68 @@ use crate::{
     buffers::Size,
 };
 
-/// An application that does not wait for the answer.
+/// An application that may send data before the answer.
 pub struct OptimisticData<'a> {
     app: &'a TcpStream,
-    /// How much of what it said was taken to be sent: the destination may have read it, so it is not sent twice.
+    /// Number of bytes taken for sending. The destination may have read them, so they must not be sent again.
     pub taken_bytes: u64,
-    /// How much to read at once.
+    /// Size of the next read.
     size: Size,
 }
 
 impl<'a> OptimisticData<'a> {
-    /// Starts with nothing read from `app`.
+    /// Creates the state for `app`, with nothing read yet.
     #[must_use]
     pub fn new(app: &'a TcpStream) -> Self {
         Self { app, taken_bytes: 0, size: Size::default() }
     }
 
     pub(super) fn app_read_now(&mut self) -> Option<AppRead> {
-        app_read_now(self.app).inspect(|read| self.takes(read))
+        app_read_now(self.app).inspect(|read| self.record(read))
     }
 
     fn poll_app_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<AppRead>> {
         let read = ready!(poll_app_read(self.app, cx, self.size));
-        Poll::Ready(read.inspect(|read| self.takes(read)))
+        Poll::Ready(read.inspect(|read| self.record(read)))
     }
 
-    fn takes(&mut self, read: &AppRead) {
+    fn record(&mut self, read: &AppRead) {
         self.taken_bytes += read.payload_bytes as u64;
         self.size = read.next;
     }
 }
 
 impl Session {
-    /// The answer to OPEN. What `optimistic` says from `first` on is passed on meanwhile, if there is a `first`.
-    pub(super) async fn answered(
+    /// Waits for the answer to OPEN. If `first` is present, forwards it and the following data of `optimistic` meanwhile.
+    pub(super) async fn wait_for_answer(
         &mut self,
         optimistic: Option<(&mut OptimisticData<'_>, AppRead)>,
     ) -> Result<Received, OpenError> {
         let (mut optimistic, mut first) = optimistic.unzip();
         poll_fn(|cx| {
             if let Some(first) = first.take() {
-                self.pass_on(cx, first)?;
+                self.forward(cx, first)?;
             }
             loop {
-                let passed = self.poll_pass_on(cx, optimistic.as_deref_mut())?;
+                let forwarded = self.poll_forward(cx, optimistic.as_deref_mut())?;
                 if let Poll::Ready(answer) = self.poll_received(cx) {
                     return Poll::Ready(answer.map_err(OpenError::from));
                 }
-                ready!(passed);
+                ready!(forwarded);
             }
         })
         .await
     }
 
-    /// Sends what is queued, and queues what `optimistic` says next.
-    fn poll_pass_on(
+    /// Sends the queued bytes, then queues the next data of `optimistic`.
+    fn poll_forward(
         &mut self,
         cx: &mut Context<'_>,
         optimistic: Option<&mut OptimisticData<'_>>,
     ) -> Poll<Result<(), OpenError>> {
         if let Err(failed) = ready!(self.poll_flush(cx)) {
-            // What the server said before it closed tells more than that it is closed.
-            return Poll::Ready(Err(self.last_words(cx).unwrap_or(failed).into()));
+            // An alert that the server sent before it closed is more specific than the write error.
+            return Poll::Ready(Err(self.peer_alert(cx).unwrap_or(failed).into()));
         }
         let Some(optimistic) =
             optimistic.filter(|_| self.state == FlowState::Opening { client_ended: false })
@@ -85,21 +86,21 @@ impl Session {
             return Poll::Pending;
         };
         match ready!(optimistic.poll_app_read(cx)) {
-            Ok(read) => Poll::Ready(self.pass_on(cx, read)),
+            Ok(read) => Poll::Ready(self.forward(cx, read)),
             Err(_) => Poll::Ready(Err(self.abandoned(cx))),
         }
     }
 
-    /// Queues what the application has said.
-    fn pass_on(&mut self, cx: &mut Context<'_>, read: AppRead) -> Result<(), OpenError> {
+    /// Queues the bytes that were read.
+    fn forward(&mut self, cx: &mut Context<'_>, read: AppRead) -> Result<(), OpenError> {
         match self.send_app_read(read)? {
             Ok(_) => Ok(()),
             Err(_) => Err(self.abandoned(cx)),
         }
     }
 
-    /// The application has reset its connection. The server is told if the socket takes it at once; otherwise that the session
-    /// is cut says the same.
+    /// Handles a reset by the application. RESET is sent if the socket accepts it at once. Otherwise the closed session has the
+    /// same effect.
     fn abandoned(&mut self, cx: &mut Context<'_>) -> OpenError {
         if self.send(&Control::Reset).is_ok() {
             let _ = self.poll_flush(cx);

@@ -19,12 +19,12 @@ async fn frame(session: &mut Session) -> Result<Received, TunnelError> {
     timeout(SOON, poll_fn(|cx| session.poll_received(cx))).await.expect("in time")
 }
 
-async fn say(session: &mut Session, frame: &Control) {
+async fn send(session: &mut Session, frame: &Control) {
     session.send(frame).expect("in turn");
     poll_fn(|cx| session.poll_flush(cx)).await.expect("sent");
 }
 
-/// Waits for `condition`, which nothing wakes us for.
+/// Polls for `condition`, because no event reports it.
 async fn until<F: Future<Output = bool>>(condition: impl Fn() -> F) {
     let work = async {
         while !condition().await {
@@ -54,11 +54,11 @@ async fn a_session_carries_one_flow_after_another() {
         assert!(client.is_idle_alive());
         open_flow(&mut client, &mut server).await;
         assert!(!client.is_idle_alive());
-        say(&mut client, &Control::Fin).await;
-        say(&mut server, &Control::Fin).await;
+        send(&mut client, &Control::Fin).await;
+        send(&mut server, &Control::Fin).await;
         assert_eq!(frame(&mut server).await.expect("FIN"), Received::Control(Control::Fin));
         assert_eq!(frame(&mut client).await.expect("FIN"), Received::Control(Control::Fin));
-        say(&mut server, &Control::Done).await;
+        send(&mut server, &Control::Done).await;
         assert_eq!(frame(&mut client).await.expect("DONE"), Received::Control(Control::Done));
     }
 }
@@ -77,16 +77,16 @@ async fn a_denied_flow_leaves_the_session_usable() {
     open_flow(&mut client, &mut server).await;
 }
 
-/// An application that has said `text`, and its agent's socket, which has it.
-async fn speaker(text: &[u8]) -> (TcpStream, TcpStream) {
+/// Returns an application that has sent `text`, and its agent's socket, which has received it.
+async fn app_that_sent(text: &[u8]) -> (TcpStream, TcpStream) {
     let (mut app, ours) = connection().await;
     app.write_all(text).await.expect("open");
     timeout(SOON, ours.readable()).await.expect("in time").expect("open");
     (app, ours)
 }
 
-/// What the client says in its flow on `server`, up to `length` bytes or the end.
-async fn said(server: &mut Session, length: usize) -> Vec<u8> {
+/// Returns the client's data on `server`, up to `length` bytes or the end.
+async fn received_data(server: &mut Session, length: usize) -> Vec<u8> {
     let mut all = Vec::new();
     while all.len() < length && frame(server).await.expect("a frame") == Received::Data {
         let mut slices = [IoSlice::new(&[]); FRAMES_MAX];
@@ -98,9 +98,9 @@ async fn said(server: &mut Session, length: usize) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn what_is_said_before_the_answer_arrives_once_the_flow_is_accepted() {
+async fn optimistic_data_arrives_after_the_flow_is_accepted() {
     let (mut client, mut server) = sessions().await;
-    let (_app, ours) = speaker(b"early").await;
+    let (_app, ours) = app_that_sent(b"early").await;
     let mut optimistic = OptimisticData::new(&ours);
     let serve = async {
         let asked = server.next(SOON).await.expect("no error").expect("not closed");
@@ -111,21 +111,21 @@ async fn what_is_said_before_the_answer_arrives_once_the_flow_is_accepted() {
     let asked = open();
     let (opened, ()) = tokio::join!(client.open(&asked, Some(&mut optimistic)), serve);
     opened.expect("accepted");
-    assert_eq!((optimistic.taken_bytes, said(&mut server, 5).await), (5, b"early".to_vec()));
+    assert_eq!((optimistic.taken_bytes, received_data(&mut server, 5).await), (5, b"early".to_vec()));
 }
 
 #[tokio::test]
-async fn a_client_goes_on_while_it_waits_for_the_answer() {
+async fn a_client_keeps_sending_while_it_waits_for_the_answer() {
     let (mut client, mut server) = sessions().await;
-    let (mut app, ours) = speaker(b"early").await;
+    let (mut app, ours) = app_that_sent(b"early").await;
     let mut optimistic = OptimisticData::new(&ours);
     let serve = async {
         let asked = server.next(SOON).await.expect("no error").expect("not closed");
-        // Queued, and not sent before all has come.
+        // ACCEPT is queued, and sent only after all data has arrived.
         server.accept_flow(&asked).expect("in turn");
-        assert_eq!(said(&mut server, 5).await, b"early");
+        assert_eq!(received_data(&mut server, 5).await, b"early");
         app.write_all(b"more").await.expect("open");
-        assert_eq!(said(&mut server, 4).await, b"more");
+        assert_eq!(received_data(&mut server, 4).await, b"more");
         app.shutdown().await.expect("open");
         assert_eq!(frame(&mut server).await.expect("FIN"), Received::Control(Control::Fin));
         poll_fn(|cx| server.poll_flush(cx)).await.expect("sent");
@@ -137,14 +137,14 @@ async fn a_client_goes_on_while_it_waits_for_the_answer() {
 }
 
 #[tokio::test]
-async fn an_application_that_resets_before_the_answer_is_no_end() {
+async fn a_reset_before_the_answer_is_not_a_clean_end() {
     let (mut client, mut server) = sessions().await;
-    let (app, ours) = speaker(b"early").await;
+    let (app, ours) = app_that_sent(b"early").await;
     let mut optimistic = OptimisticData::new(&ours);
     let serve = async {
         let asked = server.next(SOON).await.expect("no error").expect("not closed");
         server.accept_flow(&asked).expect("in turn");
-        assert_eq!(said(&mut server, 5).await, b"early");
+        assert_eq!(received_data(&mut server, 5).await, b"early");
         crate::socket::reset(app);
         assert_eq!(frame(&mut server).await.expect("RESET"), Received::Control(Control::Reset));
     };
@@ -155,9 +155,9 @@ async fn an_application_that_resets_before_the_answer_is_no_end() {
 }
 
 #[tokio::test]
-async fn what_a_session_took_and_could_not_send_is_known() {
+async fn bytes_taken_by_a_failed_session_are_counted() {
     let (mut client, _server) = sessions().await;
-    let (_app, ours) = speaker(b"early").await;
+    let (_app, ours) = app_that_sent(b"early").await;
     let mut optimistic = OptimisticData::new(&ours);
     // A session that fails before anything is sent.
     client.state = FlowState::Closed;
@@ -166,16 +166,16 @@ async fn what_a_session_took_and_could_not_send_is_known() {
 }
 
 #[tokio::test]
-async fn a_flow_denied_with_data_ahead_ends_its_session_and_is_told_why() {
+async fn a_flow_denied_with_data_ahead_ends_its_session_with_the_reason() {
     let (mut client, mut server) = sessions().await;
     let serve = async {
         let asked = server.next(SOON).await.expect("no error").expect("not closed");
-        // Ends when the client has gone, having taken what was on its way.
+        // Returns after the client has closed and its data was discarded.
         server.deny(&asked, DenyReason::Policy).await.expect("sent");
         server
     };
     let ask = async {
-        let (_app, ours) = speaker(b"early").await;
+        let (_app, ours) = app_that_sent(b"early").await;
         let denied = client.open(&open(), Some(&mut OptimisticData::new(&ours))).await;
         assert!(matches!(denied, Err(OpenError::Denied(DenyReason::Policy))), "{denied:?}");
         assert!(!client.is_idle());
@@ -186,7 +186,7 @@ async fn a_flow_denied_with_data_ahead_ends_its_session_and_is_told_why() {
 }
 
 #[tokio::test]
-async fn a_client_that_has_said_nothing_waits_for_the_answer() {
+async fn a_client_without_data_waits_for_the_answer() {
     let (mut client, mut server) = sessions().await;
     let (mut app, ours) = connection().await;
     let mut optimistic = OptimisticData::new(&ours);
@@ -207,7 +207,7 @@ fn a_session_goes_on_when_another_runtime_polls_it() {
     let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let (first, second) = (runtime(), runtime());
     let (client, mut server) = first.block_on(sessions());
-    let mut client = second.block_on(async { client.rehomed().expect("a descriptor") });
+    let mut client = second.block_on(async { client.moved_to_this_thread().expect("a descriptor") });
     std::thread::scope(|scope| {
         scope.spawn(|| {
             first.block_on(async {
@@ -224,9 +224,9 @@ fn a_session_goes_on_when_another_runtime_polls_it() {
 async fn frames_out_of_turn_end_the_session() {
     let (mut client, mut server) = sessions().await;
     open_flow(&mut client, &mut server).await;
-    // A client that does not keep to the order, which ours cannot be made to break.
+    // The client under test cannot break the order, so its state is forced.
     client.state = FlowState::Idle;
-    say(&mut client, &Control::Open(open())).await;
+    send(&mut client, &Control::Open(open())).await;
     assert!(matches!(frame(&mut server).await, Err(TunnelError::UnexpectedFrame(_))));
 
     let (mut client, mut server) = sessions().await;
@@ -238,7 +238,7 @@ async fn frames_out_of_turn_end_the_session() {
 }
 
 #[tokio::test]
-async fn bytes_that_are_no_frame_end_the_session() {
+async fn invalid_frames_end_the_session() {
     let (mut client, mut server) = sessions().await;
     client.tls.queue(&[99, 0, 0, 0]).expect("queued");
     poll_fn(|cx| client.poll_flush(cx)).await.expect("sent");
@@ -265,18 +265,18 @@ async fn a_closed_session_is_no_longer_alive_and_opening_on_it_is_stale() {
 }
 
 #[tokio::test]
-async fn an_idle_client_is_let_go() {
+async fn an_idle_session_ends() {
     let (_client, mut server) = sessions().await;
     assert!(server.next(Duration::from_millis(10)).await.expect("no error").is_none());
 }
 
 #[tokio::test]
-async fn a_server_that_refuses_our_certificate_says_so_at_open() {
+async fn a_rejected_client_certificate_is_reported_at_open() {
     let (client, server) = connection().await;
     let stranger = crate::testing::TestIssuer::new();
     let mut web = stranger.any(&identity("web"), SystemTime::now(), SOON * 60);
     let db = credentials("db");
-    // The stranger would refuse the server first, so it trusts the server's root.
+    // Trust the server's root, so that the client does not reject the server first.
     web.roots = db.roots.clone();
     let web = Arc::new(web);
     let expected = identity("db");
@@ -291,7 +291,7 @@ async fn a_server_that_refuses_our_certificate_says_so_at_open() {
 #[tokio::test]
 async fn one_frame_fills_one_record() {
     use tacit_core::wire::frame::PAYLOAD_MAX_BYTES;
-    // A man in the middle who sees the records.
+    // A proxy that records the bytes on the wire.
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let (near, mut near_wire) = connection().await;
     let mut far_wire = TcpStream::connect(listener.local_addr().expect("bound")).await.expect("connected");

@@ -1,4 +1,4 @@
-//! A certificate authority for tests, which also signs certificates that `Credentials` would refuse.
+//! A certificate authority for tests. It also signs certificates that `Credentials` rejects.
 
 use std::{
     sync::Arc,
@@ -15,7 +15,7 @@ use rustls::{
 use tacit_core::spiffe::SpiffeId;
 use tacit_identity::{credentials::Credentials, issuer::leaf_params};
 
-/// A root of its own.
+/// An authority with its own root.
 pub(crate) struct TestIssuer {
     issuer: Issuer<'static, KeyPair>,
     roots: Arc<RootCertStore>,
@@ -34,7 +34,7 @@ impl TestIssuer {
         Self { issuer: Issuer::new(params, key), roots: Arc::new(roots) }
     }
 
-    /// Credentials of `identity` whatever its trust domain, valid until `lifetime` after `now`.
+    /// Issues credentials of `identity` in any trust domain, valid until `lifetime` after `now`.
     pub(crate) fn any(&self, identity: &SpiffeId, now: SystemTime, lifetime: Duration) -> Credentials {
         let params = leaf_params(&[identity.to_string()], now, lifetime).expect("ascii");
         let (leaf, key) = self.signed(&params);
@@ -42,7 +42,7 @@ impl TestIssuer {
         Credentials::new(vec![leaf.der().clone()], &key, Arc::clone(&self.roots)).expect("good")
     }
 
-    /// Key and certificate of `identity` as PEM, for programs of others.
+    /// Issues key and certificate of `identity` as PEM, for external programs.
     pub(crate) fn pem(&self, identity: &SpiffeId) -> [String; 2] {
         let lifetime = Duration::from_secs(600);
         let params = leaf_params(&[identity.to_string()], SystemTime::now(), lifetime).expect("ascii");
@@ -50,8 +50,8 @@ impl TestIssuer {
         [key.serialize_pem(), leaf.pem()]
     }
 
-    /// A chain and key with exactly these URI names, which `Credentials` would refuse.
-    pub(crate) fn odd(&self, uris: &[String]) -> Arc<CertifiedKey> {
+    /// Issues a chain and key with exactly these URI names, which `Credentials` rejects.
+    pub(crate) fn invalid(&self, uris: &[String]) -> Arc<CertifiedKey> {
         let mut params = leaf_params(uris, SystemTime::now(), Duration::from_secs(60)).expect("ascii");
         params.subject_alt_names.push(SanType::DnsName("web.shop".try_into().expect("ascii")));
         let (leaf, key) = self.signed(&params);

@@ -1,5 +1,5 @@
-//! The TLS handshake over a socket: rustls, unbuffered, shown one record at a time. So it never decrypts what comes behind
-//! the handshake; those bytes go to the record layer as they came.
+//! The TLS handshake over a socket. rustls runs unbuffered and receives one record at a time, so it never decrypts bytes behind
+//! the handshake. The record layer gets those bytes unchanged.
 
 use std::{io, mem};
 
@@ -16,9 +16,9 @@ use super::{
     record::{Schedule, record_bytes},
 };
 
-/// What is read at once: more than a flight of either side.
+/// Bytes per read, more than a flight of either side.
 const READ_BYTES: usize = 8 << 10;
-/// The most of a handshake that is kept; rustls itself takes less.
+/// Maximum bytes of a handshake that are buffered. The limit of rustls is lower.
 const KEPT_MAX_BYTES: usize = 128 << 10;
 
 /// One side of a handshake.
@@ -29,7 +29,7 @@ pub(super) trait Handshake: Sized {
 
     fn state(&self) -> &CommonState;
 
-    /// The secrets, once it is done.
+    /// Returns the secrets after the handshake.
     fn into_secrets(self) -> Result<(ExtractedSecrets, Schedule), rustls::Error>;
 }
 
@@ -67,7 +67,7 @@ impl Handshake for UnbufferedServerConnection {
     }
 }
 
-/// What rustls asks for next.
+/// The action that rustls requires next.
 enum Step {
     Again,
     Send,
@@ -76,10 +76,10 @@ enum Step {
     Failed(TunnelError),
 }
 
-/// Runs `connection`'s handshake over `tcp` to its end; returns what the peer sent behind it.
+/// Runs `connection`'s handshake over `tcp` to its end; returns the bytes that the peer sent behind it.
 pub(super) async fn run<C: Handshake>(tcp: &TcpStream, connection: &mut C) -> Result<Vec<u8>, TunnelError> {
     let (mut incoming, mut outgoing) = (Vec::new(), Vec::new());
-    // How much of `incoming` rustls has been shown: whole records only.
+    // Bytes of `incoming` that rustls has seen, whole records only.
     let mut shown = 0;
     loop {
         let (step, discard) = process(connection, &mut incoming[..shown], &mut outgoing);
@@ -95,8 +95,8 @@ pub(super) async fn run<C: Handshake>(tcp: &TcpStream, connection: &mut C) -> Re
             }
             Step::Done => return Ok(incoming.split_off(shown)),
             Step::Failed(error) => {
-                // The alert that says why, if there is one: the next thing it gives out, and it must not look at what it
-                // was shown a second time. The socket takes these few bytes at once, or nobody reads them.
+                // The next output is the alert, if there is one. rustls must not process the same input again.
+                // Send the alert only if the socket accepts it at once.
                 let _ = process(connection, &mut incoming[..shown], &mut outgoing);
                 let _ = tcp.try_write(&outgoing);
                 return Err(error);
@@ -121,7 +121,7 @@ fn process<C: Handshake>(connection: &mut C, shown: &mut [u8], outgoing: &mut Ve
         Ok(_) => Step::Failed(TunnelError::Closed),
         Err(error) => Step::Failed(error.into()),
     };
-    // rustls may be ready to write before it has heard the peer's last word.
+    // rustls may be ready to write before it has processed the peer's last message.
     let step =
         if matches!(step, Step::Done) && connection.state().is_handshaking() { Step::Receive } else { step };
     (step, discard)
@@ -152,7 +152,7 @@ async fn send(tcp: &TcpStream, outgoing: &mut Vec<u8>) -> io::Result<()> {
 
 async fn receive(tcp: &TcpStream, incoming: &mut Vec<u8>) -> io::Result<()> {
     if incoming.len() > KEPT_MAX_BYTES {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "a handshake without end"));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the TLS handshake exceeds 128 KiB"));
     }
     incoming.reserve(READ_BYTES);
     loop {
@@ -166,7 +166,8 @@ async fn receive(tcp: &TcpStream, incoming: &mut Vec<u8>) -> io::Result<()> {
     }
 }
 
-/// Shows one more record; everything when it cannot be one, for rustls to say what it is. False when there is none.
+/// Passes one more record to rustls, or all bytes if they cannot be TLS, so that rustls reports the error. Returns false if
+/// no complete record is available.
 fn show_more(incoming: &[u8], shown: &mut usize) -> bool {
     let rest = &incoming[*shown..];
     let might_be_tls =

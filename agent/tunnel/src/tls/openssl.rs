@@ -1,4 +1,4 @@
-//! Our records against OpenSSL's: its programs as peers, which also ask for new keys and send tickets.
+//! Interoperability tests of the record layer with the programs of OpenSSL, including key updates and tickets.
 
 use std::{future::poll_fn, io::IoSlice, process::Stdio, task::Poll, time::Duration};
 
@@ -22,8 +22,8 @@ use crate::{
 
 const SOON: Duration = Duration::from_secs(20);
 
-/// One of OpenSSL's programs, which sends each line of its input in a record, and whose commands are single letters. It
-/// verifies nobody: what is under test are records, and how we see it.
+/// A program of OpenSSL. It sends each line of its input in a record, and its commands are single letters. It does not verify
+/// certificates, because these tests cover records only.
 struct Program {
     input: ChildStdin,
     output: Lines<BufReader<ChildStdout>>,
@@ -56,7 +56,7 @@ impl Program {
         Self { input, output, _child: child, _files: files }
     }
 
-    async fn say(&mut self, line: &[u8]) {
+    async fn send_line(&mut self, line: &[u8]) {
         self.input.write_all(line).await.expect("it runs");
         self.input.flush().await.expect("it runs");
     }
@@ -96,17 +96,17 @@ async fn received(established: &mut Established) -> Result<Vec<u8>, TunnelError>
     timeout(SOON, next).await.expect("in time")
 }
 
-/// Sends a frame that is a line too, behind what is owed.
+/// Sends a frame that also is a line, after any owed KeyUpdate.
 async fn send(established: &mut Established, line: &str) {
     let frame = [&[4, 0, 0, line.len() as u8], line.as_bytes()].concat();
     let stream = &mut established.stream;
-    // A KeyUpdate that is owed goes first.
+    // An owed KeyUpdate goes first.
     poll_fn(|cx| stream.poll_flush(cx)).await.expect("sent");
     stream.queue(&frame).expect("keys");
     poll_fn(|cx| stream.poll_flush(cx)).await.expect("sent");
 }
 
-/// Waits until the peer has asked for new keys of ours, which goes first in what we send next.
+/// Waits until the peer has requested a KeyUpdate. The KeyUpdate is sent before the next data.
 async fn asked_for_keys(established: &mut Established) {
     let Established { stream, receive_buffer, .. } = established;
     let asked = poll_fn(|cx| {
@@ -121,18 +121,18 @@ async fn asked_for_keys(established: &mut Established) {
     timeout(SOON, asked).await.expect("in time").expect("good");
 }
 
-/// Data both ways, new keys both ways, data again, and how it goes. What is said before the program has taken the line before is
-/// lost: it looks for commands at the beginning of what it reads.
+/// Exchanges data and key updates in both directions, repeatedly, and returns how the program ends. A command is lost if the
+/// program has not read the line before it, because the program looks for commands only at the start of a read.
 async fn converse(mut established: Established, program: &mut Program) -> TunnelError {
     for round in 0..3 {
         send(&mut established, "answer\n").await;
         program.prints("answer").await;
-        program.say(b"\x04\x00\x00\x06hello\n").await;
+        program.send_line(b"\x04\x00\x00\x06hello\n").await;
         assert_eq!(received(&mut established).await.expect("good"), b"hello\n", "round {round}");
-        program.say(b"K\n").await;
+        program.send_line(b"K\n").await;
         asked_for_keys(&mut established).await;
     }
-    program.say(b"Q\n").await;
+    program.send_line(b"Q\n").await;
     received(&mut established).await.expect_err("it has gone")
 }
 
@@ -159,6 +159,6 @@ async fn our_client_talks_to_openssl() {
     let tcp = TcpStream::connect(&accept).await.expect("it listens");
     let established = stream::connect(tcp, &credentials("web"), &identity("db")).await;
     let established = established.map_err(|error| error.to_string()).expect("a good server");
-    // This one goes without close_notify.
+    // s_server exits without close_notify.
     converse(established, &mut program).await;
 }

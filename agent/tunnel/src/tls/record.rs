@@ -1,10 +1,10 @@
-//! TLS 1.3 records once the handshake is over (RFC 8446 section 5): sealed and opened in place. No I/O, no buffer of its
-//! own but for a handshake message that came in pieces.
+//! TLS 1.3 records after the handshake (RFC 8446 section 5), sealed and opened in place. The layer does no I/O and buffers only
+//! handshake messages that arrive in pieces.
 //!
-//! rustls makes the handshake and keeps the key schedule ([`KernelConnection`]); here are its traffic keys, the sequence
-//! numbers, and what a peer may still say beside data: KeyUpdate (answered, and sent before a key has sealed as many records
-//! as it may), tickets (taken, never used), alerts. Whatever else it says ends the connection with the alert the RFC names.
-//! A connection adapter would copy each byte twice more and read a few KiB a system call; that was half the agent's time.
+//! rustls runs the handshake and keeps the key schedule ([`KernelConnection`]). This layer keeps the traffic keys and the
+//! sequence numbers. It answers KeyUpdate, and sends KeyUpdate before a key reaches its record limit. It accepts tickets without
+//! using them, and handles alerts. Any other message ends the connection with the alert that the RFC requires.
+//! A connection adapter would copy each byte twice more and read only a few KiB per system call.
 
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fixed;
@@ -25,49 +25,49 @@ use rustls::{
 pub(crate) const HEADER_BYTES: usize = 5;
 /// The inner content type and the AEAD's tag.
 pub(crate) const TAIL_BYTES: usize = 1 + TAG_BYTES;
-/// The most a record carries.
+/// Maximum content of a record.
 pub(crate) const CONTENT_MAX_BYTES: usize = 1 << 14;
 
-/// Tag of every AEAD of TLS 1.3.
+/// Tag size of every AEAD of TLS 1.3.
 const TAG_BYTES: usize = 16;
-/// The most that may follow a header (RFC 8446 section 5.2).
+/// Maximum bytes behind a header (RFC 8446 section 5.2).
 const SEALED_MAX_BYTES: usize = CONTENT_MAX_BYTES + 256;
-/// Records without data in a row; above the tickets a server sends at first, far below a flood. As many as rustls takes.
+/// Maximum consecutive records without data. It exceeds the initial tickets of a server, and equals the limit of rustls.
 const WITHOUT_DATA_MAX: u32 = 32;
-/// The longest handshake message after the handshake, a ticket with its extensions; none of ours comes near it.
+/// Maximum size of a handshake message after the handshake, enough for a ticket with its extensions.
 const MESSAGE_MAX_BYTES: usize = 1 << 16;
 
 const NEW_SESSION_TICKET: u8 = 4;
 const KEY_UPDATE: u8 = 24;
 
-/// Why the record layer gives up.
+/// The reason why the record layer ends the connection.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RecordError {
-    /// Changed on its way, or sealed with another key.
-    #[error("a record cannot be decrypted: it was changed on its way, or the peer lost its keys")]
+    /// The record was modified, or sealed with another key.
+    #[error("a record cannot be decrypted: it was modified in transit, or the peer used other keys")]
     Decrypt,
-    /// Longer than the RFC allows.
+    /// The record is longer than the RFC allows.
     #[error("a record is longer than TLS allows")]
     Overflow,
-    /// Something that may not come now.
+    /// The message is not allowed in the current state.
     #[error("{0} is not allowed here")]
     Unexpected(&'static str),
-    /// Something that cannot be read.
-    #[error("{0} cannot be read")]
+    /// The message cannot be parsed.
+    #[error("invalid {0}")]
     Malformed(&'static str),
-    /// Many records, and no data in any.
+    /// Too many consecutive records without data.
     #[error("{WITHOUT_DATA_MAX} records in a row carry no data")]
     Flood,
-    /// The peer ends the connection, and says why.
+    /// The peer ended the connection with an alert.
     #[error("the peer sent the alert {0:?}")]
     Alert(AlertDescription),
-    /// Keys cannot be made, or are used up. Ours.
+    /// Local keys cannot be derived, or have reached their limit.
     #[error("the keys cannot be used: {0}")]
     Keys(&'static str),
 }
 
 impl RecordError {
-    /// The alert that tells the peer (RFC 8446 section 6); `None` when it has ended the connection itself.
+    /// Returns the alert to send (RFC 8446 section 6), or `None` if the peer has ended the connection.
     pub(super) fn alert(&self) -> Option<AlertDescription> {
         match self {
             Self::Decrypt => Some(AlertDescription::BadRecordMac),
@@ -80,14 +80,14 @@ impl RecordError {
     }
 }
 
-/// What a record held.
+/// The content of an opened record.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Opened {
-    /// Data, at this place of the record.
+    /// Data, at this range of the record.
     Data(Range<usize>),
-    /// Something for this layer.
+    /// A message that the record layer has handled.
     Nothing,
-    /// The peer will send no more, and said so.
+    /// close_notify.
     Closed,
 }
 
@@ -95,7 +95,7 @@ pub(crate) enum Opened {
 pub(super) enum Schedule {
     Client(Box<KernelConnection<ClientConnectionData>>),
     Server(Box<KernelConnection<ServerConnectionData>>),
-    /// The same keys again and again, for tests without a handshake.
+    /// Fixed keys, for tests without a handshake.
     #[cfg(any(test, fuzzing))]
     Fixed,
 }
@@ -105,10 +105,10 @@ pub(crate) struct Records {
     sending: Keys,
     receiving: Keys,
     schedule: Schedule,
-    /// A handshake message of which the end has not come.
+    /// The received part of an incomplete handshake message.
     message: Vec<u8>,
     without_data: u32,
-    /// The peer has asked for new keys of ours.
+    /// The peer has requested a KeyUpdate.
     owes_key_update: bool,
     closed: bool,
 }
@@ -127,12 +127,12 @@ impl Records {
         })
     }
 
-    /// Seals `record`: room for a header, the content, room for the tail.
+    /// Seals `record`, which consists of room for a header, the content, and room for the tail.
     pub(crate) fn seal(&mut self, content: ContentType, record: &mut [u8]) -> Result<(), RecordError> {
         self.sending.seal(content, record)
     }
 
-    /// A sealed record of `content`.
+    /// Returns a sealed record of `content`.
     pub(crate) fn sealed(&mut self, kind: ContentType, content: &[u8]) -> Result<Vec<u8>, RecordError> {
         let mut record = vec![0; HEADER_BYTES + content.len() + TAIL_BYTES];
         record[HEADER_BYTES..][..content.len()].copy_from_slice(content);
@@ -140,22 +140,22 @@ impl Records {
         Ok(record)
     }
 
-    /// A sealed alert.
+    /// Returns a sealed alert.
     pub(super) fn alert(&mut self, description: AlertDescription) -> Result<Vec<u8>, RecordError> {
-        // The level means nothing in TLS 1.3; 1 (warning) is customary for close_notify alone.
+        // TLS 1.3 ignores the level. Level 1 (warning) is customary for close_notify only.
         let level = if description == AlertDescription::CloseNotify { 1 } else { 2 };
         self.sealed(ContentType::Alert, &[level, description.into()])
     }
 
-    /// The KeyUpdate to send before `more` further records: when the peer has asked for it, or when the key would seal more
-    /// than it may. New keys hold from then on.
+    /// Returns the KeyUpdate to send before `more` further records, if the peer has requested it or the key would reach its
+    /// limit. New keys apply afterwards.
     pub(crate) fn key_update(&mut self, more: u64) -> Result<Option<Vec<u8>>, RecordError> {
-        // One more for the KeyUpdate itself.
+        // One record is reserved for the KeyUpdate.
         let used_up = self.sending.left() <= more;
         if !self.owes_key_update && !used_up {
             return Ok(None);
         }
-        // update_not_requested: the peer looks after its own keys.
+        // update_not_requested, because the peer manages its own keys.
         let record = self.sealed(ContentType::Handshake, &[KEY_UPDATE, 0, 0, 1, 0])?;
         let secrets = self.schedule.update_sending()?;
         self.sending = Keys::new(secrets, self.sending.limit)?;
@@ -163,19 +163,19 @@ impl Records {
         Ok(Some(record))
     }
 
-    /// Has the peer asked for new keys of ours?
+    /// Returns true if the peer has requested a KeyUpdate.
     pub(super) fn owes_key_update(&self) -> bool {
         self.owes_key_update
     }
 
-    /// Opens `record`, which is complete. After an error nothing more can be opened.
+    /// Opens a complete `record`. After an error no further record can be opened.
     pub(crate) fn open(&mut self, record: &mut [u8]) -> Result<Opened, RecordError> {
         if self.closed {
             return Err(RecordError::Unexpected("a record after close_notify"));
         }
-        // Middlebox compatibility records stand in the handshake alone.
+        // Middlebox compatibility records occur only during the handshake.
         if record.first() != Some(&u8::from(ContentType::ApplicationData)) {
-            return Err(RecordError::Unexpected("a record in clear"));
+            return Err(RecordError::Unexpected("a plaintext record"));
         }
         let (kind, content) = self.receiving.open(record)?;
         if kind != ContentType::Handshake && !self.message.is_empty() {
@@ -199,14 +199,14 @@ impl Records {
 
     fn alerted(&mut self, content: &[u8]) -> Result<Opened, RecordError> {
         let &[_, description] = content else {
-            return Err(RecordError::Malformed("an alert"));
+            return Err(RecordError::Malformed("alert"));
         };
         match AlertDescription::from(description) {
             AlertDescription::CloseNotify => {
                 self.closed = true;
                 Ok(Opened::Closed)
             }
-            // Followed by the close_notify that counts (RFC 8446 section 6.1).
+            // Followed by close_notify (RFC 8446 section 6.1).
             AlertDescription::UserCanceled => Ok(Opened::Nothing),
             other => Err(RecordError::Alert(other)),
         }
@@ -221,7 +221,7 @@ impl Records {
         while let Some(&[kind, high, middle, low]) = rest.first_chunk::<4>() {
             let body_bytes = u32::from_be_bytes([0, high, middle, low]) as usize;
             if body_bytes > MESSAGE_MAX_BYTES {
-                return Err(RecordError::Malformed("a handshake message"));
+                return Err(RecordError::Malformed("handshake message"));
             }
             let Some(body) = rest.get(4..4 + body_bytes) else { break };
             let is_last = rest.len() == 4 + body_bytes;
@@ -234,7 +234,7 @@ impl Records {
 
     fn message(&mut self, kind: u8, body: &[u8], is_last: bool) -> Result<(), RecordError> {
         match (kind, &mut self.schedule) {
-            // What follows it is sealed with other keys, so it ends its record (RFC 8446 section 5.1).
+            // The following bytes are sealed with other keys, so KeyUpdate must end its record (RFC 8446 section 5.1).
             (KEY_UPDATE, _) if !is_last => Err(RecordError::Unexpected("a message behind KeyUpdate")),
             (KEY_UPDATE, schedule) => {
                 self.owes_key_update |= match body {
@@ -272,7 +272,7 @@ impl Schedule {
             #[cfg(any(test, fuzzing))]
             Self::Fixed => Ok((0, fixed::secret())),
         };
-        updated.map_err(|_| RecordError::Keys("the next cannot be derived"))
+        updated.map_err(|_| RecordError::Keys("the next key cannot be derived"))
     }
 
     fn update_receiving(&mut self) -> Result<(u64, ConnectionTrafficSecrets), RecordError> {
@@ -282,11 +282,11 @@ impl Schedule {
             #[cfg(any(test, fuzzing))]
             Self::Fixed => Ok((0, fixed::secret())),
         };
-        updated.map_err(|_| RecordError::Keys("the next cannot be derived"))
+        updated.map_err(|_| RecordError::Keys("the next key cannot be derived"))
     }
 }
 
-/// One direction: key, initialisation vector and how many records it has seen.
+/// Keys of one direction: key, initialisation vector and sequence number.
 #[derive(Debug)]
 struct Keys {
     key: LessSafeKey,
@@ -302,7 +302,7 @@ impl Keys {
             ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (&AES_128_GCM, key, iv),
             ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (&AES_256_GCM, key, iv),
             ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (&CHACHA20_POLY1305, key, iv),
-            _ => return Err(RecordError::Keys("the cipher suite is unknown")),
+            _ => return Err(RecordError::Keys("the cipher suite is unsupported")),
         };
         let key = UnboundKey::new(algorithm, key.as_ref())
             .map_err(|_| RecordError::Keys("a key has a wrong length"))?;
@@ -315,10 +315,10 @@ impl Keys {
         self.limit.saturating_sub(self.sequence)
     }
 
-    /// The nonce of the next record (RFC 8446 section 5.3), used once.
+    /// Returns the nonce of the next record (RFC 8446 section 5.3). Each nonce is used once.
     fn nonce(&mut self) -> Result<Nonce, RecordError> {
         if self.sequence >= self.limit {
-            return Err(RecordError::Keys("used up"));
+            return Err(RecordError::Keys("the key has sealed its maximum of records"));
         }
         let mut nonce = self.vector;
         for (byte, number) in nonce[NONCE_LEN - 8..].iter_mut().zip(self.sequence.to_be_bytes()) {
@@ -331,7 +331,7 @@ impl Keys {
     fn seal(&mut self, kind: ContentType, record: &mut [u8]) -> Result<(), RecordError> {
         let sealed_bytes = record.len().saturating_sub(HEADER_BYTES);
         let content_bytes =
-            sealed_bytes.checked_sub(TAIL_BYTES).ok_or(RecordError::Malformed("our record"))?;
+            sealed_bytes.checked_sub(TAIL_BYTES).ok_or(RecordError::Malformed("local record"))?;
         if content_bytes > CONTENT_MAX_BYTES {
             return Err(RecordError::Overflow);
         }
@@ -346,17 +346,17 @@ impl Keys {
         Ok(())
     }
 
-    /// The type of the content and where it stands in `record`.
+    /// Opens `record`; returns the content type and the range of the content.
     fn open(&mut self, record: &mut [u8]) -> Result<(ContentType, Range<usize>), RecordError> {
         let nonce = self.nonce()?;
         let (header, sealed) =
-            record.split_at_mut_checked(HEADER_BYTES).ok_or(RecordError::Malformed("a record"))?;
+            record.split_at_mut_checked(HEADER_BYTES).ok_or(RecordError::Malformed("record"))?;
         if sealed.len() > SEALED_MAX_BYTES {
             return Err(RecordError::Overflow);
         }
         let inner =
             self.key.open_in_place(nonce, Aad::from(&*header), sealed).map_err(|_| RecordError::Decrypt)?;
-        // Zeros behind the type are padding.
+        // Zeros behind the content type are padding.
         let at = inner.iter().rposition(|byte| *byte != 0);
         let at = at.ok_or(RecordError::Unexpected("a record of nothing but padding"))?;
         if at > CONTENT_MAX_BYTES {
@@ -366,10 +366,10 @@ impl Keys {
     }
 }
 
-/// How long the record at the head of `input` is, with its header; `None` while too little is there to tell.
+/// Returns the length of the record at the start of `input`, header included, or `None` if the header is incomplete.
 ///
 /// # Errors
-/// [`RecordError::Overflow`] for a length that no record may have.
+/// [`RecordError::Overflow`] if the length exceeds the TLS limit.
 pub(crate) fn record_bytes(input: &[u8]) -> Result<Option<usize>, RecordError> {
     let Some(&[_, _, _, high, low]) = input.first_chunk::<HEADER_BYTES>() else {
         return Ok(None);

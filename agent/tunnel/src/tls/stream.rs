@@ -1,7 +1,7 @@
-//! The bytes of one TLS connection on its socket: handshake, then sealed records out and received bytes in.
+//! The bytes of one TLS connection on its socket: handshake, sealed records out, received bytes in.
 //!
-//! What is queued is sealed at once and sent in that order; nothing more is queued while something is unsent, which bounds
-//! what is held here to one batch. Buffers are held only while bytes are in them.
+//! Queued bytes are sealed at once and sent in that order. Nothing is queued while a batch is unsent, so at most one batch is
+//! buffered. Buffers are held only while they contain bytes.
 
 use std::{
     future::Future,
@@ -33,11 +33,11 @@ use super::{
 };
 use crate::{batch, buffers::Buffer, receive_buffer::ReceiveBuffer, socket};
 
-/// A handshake takes two round trips and about a millisecond of work.
+/// Time limit of a handshake, which takes two round trips and about a millisecond of work.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 
-/// A peer whose node has vanished is noticed after about two minutes without an answer. The applications' own keep-alive
-/// ends at their agents and cannot notice it.
+/// A vanished peer node is detected after about two minutes without an answer. Keep-alive of the applications ends at their
+/// agents and cannot detect it.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_PROBES: u32 = 6;
@@ -49,24 +49,24 @@ pub(crate) struct TlsStream {
     outgoing: Outgoing,
 }
 
-/// What the handshake has shown.
+/// The results of a handshake.
 pub(crate) struct Established {
     pub(crate) stream: TlsStream,
-    /// What came behind the handshake.
+    /// Bytes received behind the handshake.
     pub(crate) receive_buffer: ReceiveBuffer,
     pub(crate) peer: SpiffeId,
     pub(crate) peer_validity: Validity,
     pub(crate) tls: TlsInfo,
 }
 
-/// Connects as `own` to a server that must be `expected`.
+/// Connects as `own` to a server that must have the identity `expected`.
 pub(crate) async fn connect(
     tcp: TcpStream,
     own: &Credentials,
     expected: &SpiffeId,
 ) -> Result<Established, TunnelError> {
     prepare(&tcp)?;
-    // Only for rustls to have a name: it is neither sent nor compared.
+    // rustls requires a name. The name is neither sent nor compared.
     let name = ServerName::from(tcp.peer_addr()?.ip());
     establish(tcp, UnbufferedClientConnection::new(client_config(own, expected), name)?).await
 }
@@ -89,11 +89,11 @@ fn prepare(tcp: &TcpStream) -> io::Result<()> {
 async fn establish(tcp: TcpStream, mut connection: impl Handshake) -> Result<Established, TunnelError> {
     let behind = bounded(handshake::run(&tcp, &mut connection)).await?;
     let tls = negotiated(connection.state())?;
-    // The verifiers have accepted this certificate; reading it again cannot say anything else.
+    // The verifiers have accepted this certificate, so parsing it again cannot fail in another way.
     let leaf = connection.state().peer_certificates().and_then(|chain| chain.first());
-    let leaf = leaf.ok_or(super::Refusal::NoClientCertificate)?;
-    let peer = certificate::spiffe_id(leaf).map_err(super::Refusal::from)?;
-    let peer_validity = certificate::validity(leaf).map_err(super::Refusal::from)?;
+    let leaf = leaf.ok_or(super::PeerCertificateError::NoClientCertificate)?;
+    let peer = certificate::spiffe_id(leaf).map_err(super::PeerCertificateError::from)?;
+    let peer_validity = certificate::validity(leaf).map_err(super::PeerCertificateError::from)?;
     let (secrets, schedule) = connection.into_secrets()?;
     let stream = TlsStream { tcp, records: Records::new(secrets, schedule)?, outgoing: Outgoing::default() };
     Ok(Established { stream, receive_buffer: ReceiveBuffer::with(behind), peer, peer_validity, tls })
@@ -105,17 +105,17 @@ async fn bounded<T>(handshake: impl Future<Output = Result<T, TunnelError>>) -> 
 }
 
 impl TlsStream {
-    /// The TCP connection below.
+    /// Returns the TCP connection.
     pub(crate) fn tcp(&self) -> &TcpStream {
         &self.tcp
     }
 
-    /// The same, polled by the calling thread's runtime.
-    pub(crate) fn rehomed(self) -> io::Result<Self> {
+    /// Moves the stream to the calling thread's runtime.
+    pub(crate) fn moved_to_this_thread(self) -> io::Result<Self> {
         Ok(Self { tcp: TcpStream::from_std(self.tcp.into_std()?)?, ..self })
     }
 
-    /// Seals the `payload_bytes` that were read into the slots of `batch`, and queues them. Only while no batch is unsent.
+    /// Seals the `payload_bytes` in the slots of `batch` and queues them. Call it only if no batch is unsent.
     pub(crate) fn queue_batch(&mut self, mut batch: Buffer, payload_bytes: usize) -> Result<(), TunnelError> {
         self.queue_key_update(batch::records(payload_bytes))?;
         let records = &mut self.records;
@@ -126,7 +126,7 @@ impl TlsStream {
         Ok(())
     }
 
-    /// Seals one frame in a record of its own, and queues it.
+    /// Seals one frame in its own record and queues it.
     pub(crate) fn queue(&mut self, frame: &[u8]) -> Result<(), TunnelError> {
         self.queue_key_update(1)?;
         let record = self.records.sealed(ContentType::ApplicationData, frame)?;
@@ -134,7 +134,7 @@ impl TlsStream {
         Ok(())
     }
 
-    /// Queues close_notify: nothing may follow.
+    /// Queues close_notify. Nothing may follow.
     pub(crate) fn queue_close(&mut self) -> Result<(), TunnelError> {
         let record = self.records.alert(AlertDescription::CloseNotify)?;
         self.outgoing.behind.extend(record);
@@ -148,12 +148,12 @@ impl TlsStream {
         Ok(())
     }
 
-    /// True while something is to be sent.
+    /// Returns true if bytes are unsent or a KeyUpdate is owed.
     pub(crate) fn unsent(&self) -> bool {
         !self.outgoing.is_empty() || self.records.owes_key_update()
     }
 
-    /// Sends what is queued.
+    /// Sends the queued bytes.
     pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), TunnelError>> {
         if self.records.owes_key_update() {
             self.queue_key_update(0)?;
@@ -167,14 +167,14 @@ impl TlsStream {
         Poll::Ready(Ok(()))
     }
 
-    /// Reads once into `receive_buffer`, as much as there is and fits.
+    /// Reads the available bytes into `receive_buffer` once.
     pub(crate) fn poll_fill(
         &mut self,
         cx: &mut Context<'_>,
         receive_buffer: &mut ReceiveBuffer,
     ) -> Poll<Result<(), TunnelError>> {
         loop {
-            // Before a buffer is taken.
+            // An idle flow takes no buffer.
             if self.tcp.poll_read_ready(cx)?.is_pending() {
                 receive_buffer.pause();
                 return Poll::Pending;
@@ -183,7 +183,7 @@ impl TlsStream {
             let room_bytes = room.len();
             match socket::try_read(&self.tcp, &mut [IoSliceMut::new(room)]).transpose()? {
                 None => {}
-                // Without close_notify: cut on its way.
+                // The end of the stream without close_notify is a truncation.
                 Some(0) => return Poll::Ready(Err(io::Error::from(io::ErrorKind::UnexpectedEof).into())),
                 Some(read_bytes) => {
                     receive_buffer.filled(read_bytes, room_bytes);
@@ -193,32 +193,32 @@ impl TlsStream {
         }
     }
 
-    /// Opens a record that is complete.
+    /// Opens a complete record.
     pub(crate) fn open(&mut self, record: &mut [u8]) -> Result<Opened, RecordError> {
         self.records.open(record)
     }
 
-    /// Tells the peer what it did wrong, if the socket takes it at once.
-    pub(crate) fn tell(&mut self, error: &TunnelError) {
+    /// Sends the alert for `error`, if the socket accepts it at once.
+    pub(crate) fn send_alert_for(&mut self, error: &TunnelError) {
         if let TunnelError::Record(error) = error
             && let Some(description) = error.alert()
         {
-            self.say(description);
+            self.send_alert(description);
         }
     }
 
-    /// True when the connection stands and no byte waits to be sent or read.
+    /// Returns true if the connection is open and no bytes are unsent or readable.
     pub(crate) fn is_quiet(&self) -> bool {
         !self.unsent() && socket::is_quiet(&self.tcp)
     }
 
-    /// Sends close_notify if the socket takes it at once, and closes. Never waits.
+    /// Sends close_notify if the socket accepts it at once, and closes. Never waits.
     pub(crate) fn close(mut self) {
-        self.say(AlertDescription::CloseNotify);
+        self.send_alert(AlertDescription::CloseNotify);
     }
 
-    /// Sends an alert behind what is queued, if the socket takes it at once.
-    fn say(&mut self, description: AlertDescription) {
+    /// Sends an alert behind the queued bytes, if the socket accepts it at once.
+    fn send_alert(&mut self, description: AlertDescription) {
         if let Ok(record) = self.records.alert(description) {
             self.outgoing.behind.extend(record);
             let _ = self.tcp.try_write_vectored(&self.outgoing.slices());
@@ -226,13 +226,13 @@ impl TlsStream {
     }
 }
 
-/// Sealed bytes in the order they were sealed.
+/// Sealed bytes in the order of sealing.
 #[derive(Default)]
 struct Outgoing {
-    /// Small records ahead of the batch.
+    /// Small records before the batch.
     before: Unsent<Vec<u8>>,
     batch: Option<Unsent<Buffer>>,
-    /// Small records behind it, or alone.
+    /// Small records behind the batch, or without a batch.
     behind: Unsent<Vec<u8>>,
 }
 
@@ -249,7 +249,7 @@ impl Outgoing {
         self.before.is_empty() && self.batch.is_none() && self.behind.is_empty()
     }
 
-    /// Puts a batch behind what is there.
+    /// Appends a batch.
     fn push(&mut self, batch: Buffer, sealed_bytes: usize) {
         debug_assert!(self.batch.is_none() && self.before.is_empty(), "two batches");
         self.before = mem::take(&mut self.behind);
@@ -291,7 +291,7 @@ impl<B: Deref<Target = [u8]>> Unsent<B> {
         &self.all[self.start..self.end]
     }
 
-    /// Takes up to `sent` bytes off; returns how many of those belong to what follows.
+    /// Removes up to `sent` bytes; returns the bytes left for the following part.
     fn advance(&mut self, sent: usize) -> usize {
         let here = sent.min(self.end - self.start);
         self.start += here;

@@ -1,4 +1,4 @@
-//! Tests of what TLS requires: each refusal and its reason.
+//! Tests of the TLS requirements and the reason of each rejection.
 
 use std::time::SystemTime;
 
@@ -14,7 +14,7 @@ use crate::testing::{ISSUER, TestIssuer, connection, credentials, identity};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// What each side makes of the other; a client that succeeds reads on, as TLS 1.3 tells it late that it is refused.
+/// Returns the outcome on both sides. A client reads on after success, because TLS 1.3 reports a rejection late.
 async fn handshake(client: &Credentials, expected: &SpiffeId, server: &Credentials) -> (String, String) {
     let (near, far) = connection().await;
     let connect = async { outcome(stream::connect(near, client, expected).await).await };
@@ -58,7 +58,7 @@ async fn each_wrong_certificate_is_refused_with_its_reason() {
     let (web_text, db_text) =
         ("spiffe://cluster.local/ns/shop/sa/web", "spiffe://cluster.local/ns/shop/sa/db");
 
-    // As the client sees the server.
+    // The client rejects the server.
     for (server, reason) in [
         (of("spiffe://cluster.local/ns/shop/sa/mail", now, HOUR), "identity_mismatch"),
         (of("spiffe://cluster.local/ns/bank/sa/db", now, HOUR), "identity_mismatch"),
@@ -70,13 +70,13 @@ async fn each_wrong_certificate_is_refused_with_its_reason() {
         let (client, server) = handshake(&web, &db_id, &server).await;
         assert_eq!((client.as_str(), server.as_str()), (reason, "refused_by_peer"));
     }
-    // As the server sees the client.
+    // The server rejects the client.
     for (mut client, reason) in [
         (of("spiffe://other.local/ns/shop/sa/web", now, HOUR), "other_trust_domain"),
         (expired(web_text), "expired"),
         (future(web_text), "not_yet_valid"),
     ] {
-        // A client of our own trust domain by its own account, so that it does not refuse the server first.
+        // Give the client our trust domain, so that it does not reject the server first.
         client.identity = identity("web");
         let (client, server) = handshake(&client, &db_id, &db).await;
         assert_eq!((client.as_str(), server.as_str()), ("refused_by_peer", reason));
@@ -96,9 +96,9 @@ async fn a_certificate_must_name_exactly_one_identity() {
         (vec![format!("{first}/x")], "not_an_identity"),
         (vec![first], "ok"),
     ] {
-        let odd = Arc::new(SingleCertAndKey::from(ISSUER.odd(&uris)));
+        let invalid = Arc::new(SingleCertAndKey::from(ISSUER.invalid(&uris)));
         let mut server = ServerConfig::clone(&server_config(&db));
-        server.cert_resolver = odd.clone();
+        server.cert_resolver = invalid.clone();
         let (near, far) = connection().await;
         let expected = identity("db");
         let (client, _) = tokio::join!(
@@ -108,12 +108,12 @@ async fn a_certificate_must_name_exactly_one_identity() {
         assert_eq!(client.map_or_else(|e| e.reason(), |_| "ok"), reason, "server with {uris:?}");
 
         let mut client = ClientConfig::clone(&client_config(&web, &expected));
-        client.client_auth_cert_resolver = odd;
+        client.client_auth_cert_resolver = invalid;
         assert_eq!(accept_from(client, &db).await, reason, "client with {uris:?}");
     }
 }
 
-/// What our server makes of a client with `config`.
+/// Returns the outcome of our server for a client with `config`.
 async fn accept_from(config: ClientConfig, own: &Credentials) -> &'static str {
     let (near, far) = connection().await;
     let name = rustls::pki_types::ServerName::from(far.local_addr().expect("open").ip());
@@ -179,26 +179,26 @@ const SERVER_HELLO_1_2: &[u8] = &[
     0xc0, 0x2b, 0, // ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, no compression
 ];
 
-async fn say(mut tcp: TcpStream, bytes: &[u8]) {
+async fn send(mut tcp: TcpStream, bytes: &[u8]) {
     tcp.write_all(bytes).await.expect("open");
     let mut rest = Vec::new();
     let _ = tcp.read_to_end(&mut rest).await;
 }
 
 #[tokio::test]
-async fn a_peer_of_tls_1_2_or_none_is_refused() {
+async fn a_peer_without_tls_1_3_is_refused() {
     let (web, db, expected) = (credentials("web"), credentials("db"), identity("db"));
     for (bytes, reason) in [(CLIENT_HELLO_1_2, "tls_mismatch"), (b"GET / HTTP/1.1\r\n\r\n", "tls")] {
         let (near, far) = connection().await;
         let accept = async { stream::accept(far, &db).await.map_or_else(|e| e.reason(), |_| "ok") };
-        let (server, ()) = tokio::join!(accept, say(near, bytes));
+        let (server, ()) = tokio::join!(accept, send(near, bytes));
         assert_eq!(server, reason);
     }
     for (bytes, reason) in [(SERVER_HELLO_1_2, "tls_mismatch"), (b"SSH-2.0-OpenSSH_10.0\r\n", "tls")] {
         let (near, far) = connection().await;
         let connect =
             async { stream::connect(near, &web, &expected).await.map_or_else(|e| e.reason(), |_| "ok") };
-        let (client, ()) = tokio::join!(connect, say(far, bytes));
+        let (client, ()) = tokio::join!(connect, send(far, bytes));
         assert_eq!(client, reason);
     }
 }

@@ -1,8 +1,8 @@
-//! Whom the tunnel talks to: the chain must lead to our roots and be valid now, then the certificate must name exactly one
-//! identity, of our trust domain, and for a client exactly the one it expects.
+//! Verification of peer certificates. The chain must lead to a configured root and be valid now. The certificate must then
+//! name exactly one identity of the trust domain. A client also requires the identity it expects.
 //!
-//! The check runs inside the handshake, so a peer that fails it gets a TLS alert and never a byte of a flow. Names are
-//! looked at only after the chain has been verified.
+//! Verification runs inside the handshake, so a rejected peer gets a TLS alert and no byte of a flow. Names are examined only
+//! after the chain is verified.
 
 use std::sync::Arc;
 
@@ -23,50 +23,50 @@ use rustls::{
 use tacit_core::spiffe::{SpiffeId, TrustDomain};
 use tacit_identity::certificate;
 
-/// Why a peer's certificate is refused.
+/// The reason why a peer's certificate is rejected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// Another workload than the one wanted.
-    #[error("it is {presented}, not {expected} as the directory says")]
+pub enum PeerCertificateError {
+    /// The peer has another identity than the expected one.
+    #[error("its identity is {presented}, but the directory expects {expected}")]
     IdentityMismatch {
-        /// Whom we wanted.
+        /// The expected identity.
         expected: SpiffeId,
-        /// Who answered.
+        /// The identity in the certificate.
         presented: SpiffeId,
     },
-    /// It is of another mesh.
+    /// The identity belongs to another mesh.
     #[error("{presented} is not of our trust domain {ours}")]
     OtherTrustDomain {
-        /// Ours.
+        /// The local trust domain.
         ours: TrustDomain,
-        /// Who it is.
+        /// The identity in the certificate.
         presented: SpiffeId,
     },
-    /// It has expired.
+    /// The certificate has expired.
     #[error("it has expired; see why the peer's agent cannot renew, and compare both clocks")]
     Expired,
-    /// It is of the future.
+    /// The certificate is not valid yet.
     #[error("it is not valid yet; compare both clocks")]
     NotYetValid,
-    /// No chain to our roots.
-    #[error("its issuer is not one of our roots; do both nodes have the same issuer?")]
+    /// The chain leads to no configured root.
+    #[error("its issuer is not one of our roots; check that both nodes use the same issuer")]
     UnknownIssuer,
-    /// It names no identity or several.
-    #[error("it names {0} URIs, exactly one is required")]
+    /// The certificate names no identity or several.
+    #[error("it has {0} URI names, expected exactly one")]
     UriNames(usize),
-    /// The one URI is no SPIFFE id.
-    #[error("its name is no identity: {0}")]
+    /// The URI is not a SPIFFE id.
+    #[error("its URI name is not a valid identity: {0}")]
     NotAnIdentity(String),
-    /// The client has sent none.
-    #[error("the client has sent none")]
+    /// The client sent no certificate.
+    #[error("the client sent no certificate")]
     NoClientCertificate,
-    /// Anything else that is wrong with it.
+    /// Any other defect.
     #[error("{0}")]
     Invalid(String),
 }
 
-impl Refusal {
-    /// For logs and metric labels.
+impl PeerCertificateError {
+    /// Returns the label for logs and metrics.
     #[must_use]
     pub fn reason(&self) -> &'static str {
         match self {
@@ -82,7 +82,7 @@ impl Refusal {
         }
     }
 
-    /// What rustls reports, which includes what our own verifiers have said.
+    /// Converts an error of rustls, which may wrap an error of the verifiers below.
     pub(super) fn of(error: &CertificateError) -> Self {
         match error {
             CertificateError::Expired | CertificateError::ExpiredContext { .. } => Self::Expired,
@@ -96,7 +96,7 @@ impl Refusal {
     }
 }
 
-impl From<certificate::CertificateError> for Refusal {
+impl From<certificate::CertificateError> for PeerCertificateError {
     fn from(error: certificate::CertificateError) -> Self {
         match error {
             certificate::CertificateError::UriNames(count) => Self::UriNames(count),
@@ -106,13 +106,14 @@ impl From<certificate::CertificateError> for Refusal {
     }
 }
 
-impl From<Refusal> for Error {
-    fn from(refusal: Refusal) -> Self {
+impl From<PeerCertificateError> for Error {
+    fn from(refusal: PeerCertificateError) -> Self {
         CertificateError::Other(OtherError(Arc::new(refusal))).into()
     }
 }
 
-/// A signature in the chain that does not fit means another root of the same name, for example of another mesh.
+/// Maps an invalid signature in the chain to an unknown issuer. It means another root of the same name, for example of
+/// another mesh.
 fn chain_error(error: Error) -> Error {
     match error {
         Error::InvalidCertificate(CertificateError::BadSignature) => CertificateError::UnknownIssuer.into(),
@@ -120,17 +121,17 @@ fn chain_error(error: Error) -> Error {
     }
 }
 
-/// The identity a verified certificate names, which must be of `trust_domain`.
-fn member(leaf: &CertificateDer<'_>, trust_domain: &TrustDomain) -> Result<SpiffeId, Refusal> {
+/// Returns the identity of a verified certificate, which must be of `trust_domain`.
+fn member(leaf: &CertificateDer<'_>, trust_domain: &TrustDomain) -> Result<SpiffeId, PeerCertificateError> {
     let presented = certificate::spiffe_id(leaf)?;
     if presented.trust_domain() == trust_domain {
         Ok(presented)
     } else {
-        Err(Refusal::OtherTrustDomain { ours: trust_domain.clone(), presented })
+        Err(PeerCertificateError::OtherTrustDomain { ours: trust_domain.clone(), presented })
     }
 }
 
-/// A client's check of the server.
+/// Verifies a server for a client.
 #[derive(Debug)]
 pub(super) struct ServerVerifier {
     pub(super) roots: Arc<RootCertStore>,
@@ -144,7 +145,7 @@ impl ServerCertVerifier for ServerVerifier {
         &self,
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
-        // Addresses are no identities, so the name the connection was made with says nothing.
+        // An address is not an identity, so the name of the connection is ignored.
         _server_name: &ServerName<'_>,
         _ocsp_response: &[u8],
         now: UnixTime,
@@ -162,7 +163,7 @@ impl ServerCertVerifier for ServerVerifier {
         if presented == self.expected {
             Ok(ServerCertVerified::assertion())
         } else {
-            Err(Refusal::IdentityMismatch { expected: self.expected.clone(), presented }.into())
+            Err(PeerCertificateError::IdentityMismatch { expected: self.expected.clone(), presented }.into())
         }
     }
 
@@ -189,7 +190,7 @@ impl ServerCertVerifier for ServerVerifier {
     }
 }
 
-/// A server's check of the client.
+/// Verifies a client for a server.
 #[derive(Debug)]
 pub(super) struct ClientVerifier {
     pub(super) chain: Arc<dyn ClientCertVerifier>,
@@ -198,7 +199,7 @@ pub(super) struct ClientVerifier {
 
 impl ClientCertVerifier for ClientVerifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        // A client has one certificate for us; hints would only make the handshake longer.
+        // A client has one certificate for the mesh. Hints would only lengthen the handshake.
         &[]
     }
 

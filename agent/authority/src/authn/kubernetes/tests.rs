@@ -1,4 +1,4 @@
-//! Tests of what a review and a pod say: one word of them missing is a refusal.
+//! Tests of reviews and pods. Any missing claim leads to a refusal.
 
 use serde_json::{Value, json};
 

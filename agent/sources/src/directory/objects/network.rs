@@ -1,9 +1,9 @@
-//! What tells of address ranges: nodes and ServiceCIDRs.
+//! Objects that define address ranges: nodes and ServiceCIDRs.
 
 use serde::Deserialize;
 
-use super::{Kind, Meta, Object};
-use crate::kubernetes::{Definition, Followed, or_default};
+use super::{Meta, Object, ResourceKind};
+use crate::kubernetes::{Definition, Resource, or_default};
 
 #[derive(Debug, Clone, Deserialize)]
 pub(in super::super) struct Node {
@@ -14,8 +14,7 @@ pub(in super::super) struct Node {
     pub(in super::super) status: NodeStatus,
 }
 
-/// Where the node's pods have their addresses from, if the cluster gives each node a part; network plugins need not keep
-/// to it.
+/// The ranges of the node's pods, if the cluster assigns a range to each node. Network plugins may use other addresses.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub(in super::super) struct NodeSpec {
     #[serde(rename = "podCIDR")]
@@ -30,18 +29,18 @@ pub(in super::super) struct NodeStatus {
     pub(in super::super) addresses: Vec<NodeAddress>,
 }
 
-/// An address, or a name.
+/// An IP address or a host name.
 #[derive(Debug, Clone, Deserialize)]
 pub(in super::super) struct NodeAddress {
     #[serde(default)]
     pub(in super::super) address: String,
 }
 
-impl Followed for Node {
-    type Kind = Kind;
+impl Resource for Node {
+    type Kind = ResourceKind;
     type Object = Object;
 
-    const KIND: Kind = Kind::Nodes;
+    const KIND: ResourceKind = ResourceKind::Nodes;
     const PATHS: &'static [&'static str] = &["/api/v1/nodes"];
 
     fn version(&self) -> &str {
@@ -53,7 +52,7 @@ impl Followed for Node {
     }
 }
 
-/// Where ClusterIPs are taken from.
+/// A range of ClusterIPs.
 #[derive(Debug, Clone, Deserialize)]
 pub(in super::super) struct ServiceCidr {
     pub(in super::super) metadata: Meta,
@@ -67,14 +66,14 @@ pub(in super::super) struct ServiceCidrSpec {
     pub(in super::super) cidrs: Vec<String>,
 }
 
-impl Followed for ServiceCidr {
-    type Kind = Kind;
+impl Resource for ServiceCidr {
+    type Kind = ResourceKind;
     type Object = Object;
 
-    const KIND: Kind = Kind::ServiceCidrs;
+    const KIND: ResourceKind = ResourceKind::ServiceCidrs;
     const PATHS: &'static [&'static str] =
         &["/apis/networking.k8s.io/v1/servicecidrs", "/apis/networking.k8s.io/v1beta1/servicecidrs"];
-    /// Served from 1.33 on; before, if somebody switched it on.
+    /// Served since 1.33, and by older servers with the feature enabled.
     const DEFINITION: Definition = Definition::Newer;
 
     fn version(&self) -> &str {

@@ -1,7 +1,7 @@
-//! Names, labels and identities that many workloads have, kept once.
+//! Interns names, labels and identities, so that workloads share equal values.
 //!
-//! What no object has any more is forgotten after a list, and in between once there is twice as much as was left then: pods
-//! that come and go bring words of their own, such as the hash of their template.
+//! Unused entries are removed after each relist, and whenever the table has doubled since the last sweep. The sweeps are needed
+//! because short-lived pods have unique labels, for example their template hash.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -11,30 +11,30 @@ use std::{
 
 use tacit_core::{directory::Labels, spiffe::SpiffeId};
 
-use super::super::Place;
+use super::super::LocalNode;
 
-/// So many are not worth a look at all.
-const FEW: usize = 1024;
+/// Below this size a sweep is not worthwhile.
+const SWEEP_MIN: usize = 1024;
 
 #[derive(Debug, Default)]
 pub(super) struct Interner {
-    words: HashSet<Arc<str>>,
-    /// By the hash of what they say. Of two with one hash the later is kept.
+    strings: HashSet<Arc<str>>,
+    /// Keyed by hash. If two sets collide, only the later is kept.
     labels: HashMap<u64, Labels>,
     hasher: RandomState,
     identities: HashMap<(Arc<str>, Arc<str>), SpiffeId>,
-    /// How many were in use when that was last looked at.
-    used: usize,
+    /// Number of entries after the last sweep.
+    last_len: usize,
 }
 
 impl Interner {
-    pub(super) fn word(&mut self, text: &str) -> Arc<str> {
-        if let Some(word) = self.words.get(text) {
-            return Arc::clone(word);
+    pub(super) fn intern(&mut self, text: &str) -> Arc<str> {
+        if let Some(string) = self.strings.get(text) {
+            return Arc::clone(string);
         }
-        let word: Arc<str> = text.into();
-        self.words.insert(Arc::clone(&word));
-        word
+        let string: Arc<str> = text.into();
+        self.strings.insert(Arc::clone(&string));
+        string
     }
 
     pub(super) fn labels(&mut self, labels: &BTreeMap<String, String>) -> Labels {
@@ -45,38 +45,44 @@ impl Interner {
         if let Some(known) = self.labels.get(&hash).filter(same) {
             return known.clone();
         }
-        let made: Labels = labels.iter().map(|(name, value)| (self.word(name), self.word(value))).collect();
+        let made: Labels =
+            labels.iter().map(|(name, value)| (self.intern(name), self.intern(value))).collect();
         self.labels.insert(hash, made.clone());
         made
     }
 
-    pub(super) fn identity(&mut self, place: &Place, namespace: &str, account: &str) -> Option<SpiffeId> {
-        let key = (self.word(namespace), self.word(account));
+    pub(super) fn identity(
+        &mut self,
+        local_node: &LocalNode,
+        namespace: &str,
+        account: &str,
+    ) -> Option<SpiffeId> {
+        let key = (self.intern(namespace), self.intern(account));
         if let Some(identity) = self.identities.get(&key) {
             return Some(identity.clone());
         }
-        let identity = SpiffeId::new(&place.trust_domain, namespace, account).ok()?;
+        let identity = SpiffeId::new(&local_node.trust_domain, namespace, account).ok()?;
         self.identities.insert(key, identity.clone());
         Some(identity)
     }
 
-    /// Forgets what no object has any more when there has come much.
-    pub(super) fn forget_when_many(&mut self) {
-        if self.len() > 2 * self.used.max(FEW) {
-            self.forget_unused();
+    /// Sweeps if the table has doubled since the last sweep.
+    pub(super) fn sweep_if_grown(&mut self) {
+        if self.len() > 2 * self.last_len.max(SWEEP_MIN) {
+            self.sweep();
         }
     }
 
-    /// Forgets what no object has any more.
-    pub(super) fn forget_unused(&mut self) {
+    /// Removes the entries that no object uses.
+    pub(super) fn sweep(&mut self) {
         self.identities.clear();
         self.labels.retain(|_, labels| labels.is_shared());
-        self.words.retain(|word| Arc::strong_count(word) > 1);
-        self.used = self.len();
+        self.strings.retain(|string| Arc::strong_count(string) > 1);
+        self.last_len = self.len();
     }
 
     fn len(&self) -> usize {
-        self.words.len() + self.labels.len() + self.identities.len()
+        self.strings.len() + self.labels.len() + self.identities.len()
     }
 }
 
@@ -85,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_equal_is_kept_once_and_what_is_unused_is_forgotten() {
+    fn equal_values_are_shared_and_unused_values_removed() {
         let mut interner = Interner::default();
         let take = |interner: &mut Interner, text: &str| {
             let labels =
@@ -99,10 +105,10 @@ mod tests {
         ));
         for pod in 0..10_000 {
             take(&mut interner, &pod.to_string());
-            interner.forget_when_many();
-            assert!(interner.len() <= 2 * FEW + 2, "{} words of pods that are gone", interner.len());
+            interner.sweep_if_grown();
+            assert!(interner.len() <= 2 * SWEEP_MIN + 2, "{} strings of deleted pods", interner.len());
         }
-        interner.forget_unused();
+        interner.sweep();
         // "app", "web", "hash", "kept" and the labels.
         assert_eq!(interner.len(), 5);
         assert!(std::ptr::eq(

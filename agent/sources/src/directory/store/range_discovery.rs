@@ -1,14 +1,15 @@
-//! Which ranges the mesh has, beside those that are configured. Pure.
+//! Discovery of mesh ranges, in addition to the configured ranges. Pure.
 //!
-//! | told by | range |
+//! | source | range |
 //! |---|---|
-//! | a node: `spec.podCIDRs` | as it is |
-//! | a ServiceCIDR: `spec.cidrs` | as it is |
-//! | an enrolled pod, a service with an enrolled endpoint | each address of it that is in no other range |
+//! | a node: `spec.podCIDRs` | the CIDR |
+//! | a ServiceCIDR: `spec.cidrs` | the CIDR |
+//! | an enrolled pod, a service with an enrolled endpoint | each of its addresses outside all other ranges |
 //!
-//! A range stays for as long as the agent runs, whoever told of it: what is captured once too often is reached in clear by
-//! the agent, what is captured too seldom is not protected. A node's own address is in no range, since nothing but pods and
-//! services is behind the mesh. What is refused, or does not fit, is told; pods in it are found by their addresses.
+//! A range is kept until the agent exits, even if its source is deleted. An unnecessary range costs a plaintext connection
+//! through the agent, but a missing range leaves traffic unprotected. Ranges that contain a node's address are refused, because
+//! only pods and services belong to the mesh. Refused ranges and ranges beyond the limit are reported, and the pods in them are
+//! covered by their addresses.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -20,51 +21,51 @@ use std::{
 use ipnet::IpNet;
 use tacit_core::directory::{Directory, RangeAddition, Ranges, discovered_range};
 
-use super::super::objects::{Kind, Node, ServiceCidr};
-use crate::kubernetes::Complaints;
+use super::super::objects::{Node, ResourceKind, ServiceCidr};
+use crate::kubernetes::InvalidObjects;
 
-/// Ranges that one object may have: there are two families, and a cluster that has outgrown its ranges adds some.
-const OF_ONE_MAX: usize = 16;
-/// Refused ranges that are told at a time; more are counted.
-const TOLD_MAX: usize = 20;
+/// Maximum number of ranges of one object. Clusters that have outgrown a range add more.
+const PER_OBJECT_MAX: usize = 16;
+/// Maximum number of refused ranges in a report. The rest is counted.
+const REPORTED_MAX: usize = 20;
 
-/// What tells of ranges, and what has to be looked at again.
+/// The sources of ranges, and the changes since the last update.
 #[derive(Debug, Default)]
 pub(super) struct RangeDiscovery {
-    sources: BTreeMap<(Kind, String), Source>,
+    sources: BTreeMap<(ResourceKind, String), RangeSource>,
     sources_changed: bool,
-    /// Of all nodes.
+    /// Addresses of all nodes.
     node_addresses: BTreeSet<IpAddr>,
-    /// Addresses of enrolled pods that were in no range when they came.
-    fresh: Vec<IpAddr>,
-    /// Whether pods were enrolled, which services may lead to.
+    /// New addresses of enrolled pods outside all ranges.
+    new_addresses: Vec<IpAddr>,
+    /// True if pods were enrolled, so that services may have enrolled endpoints.
     enrolled: bool,
-    /// Services with an address in no range, and those of them that have changed.
-    outside: BTreeSet<String>,
-    touched: BTreeSet<String>,
-    /// Why ranges are not used, a line each.
+    /// Services with an address outside all ranges, and the changed ones among them.
+    uncovered_services: BTreeSet<String>,
+    changed_services: BTreeSet<String>,
+    /// Refused ranges with the reason, one per line.
     refused: Vec<String>,
     unlogged: Vec<String>,
     refusals: u64,
 }
 
-/// What a node or a ServiceCIDR tells.
+/// The ranges and addresses of a node or a ServiceCIDR.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Source {
-    /// Each with its object, field and value, as it is called in a refusal.
+struct RangeSource {
+    /// Each range with its object, field and value, for error messages.
     ranges: Vec<(IpNet, String)>,
     addresses: Vec<IpAddr>,
     refused: Vec<String>,
 }
 
-impl Source {
-    fn read<'a>(&mut self, object: &str, told: impl Iterator<Item = (String, &'a str)>) {
-        for (index, (field, text)) in told.enumerate() {
+impl RangeSource {
+    fn read<'a>(&mut self, object: &str, listed: impl Iterator<Item = (String, &'a str)>) {
+        for (index, (field, text)) in listed.enumerate() {
             let name = format!("{object}: {field}: {text:?}");
-            if index == OF_ONE_MAX {
-                return self
-                    .refused
-                    .push(format!("{name}: more than {OF_ONE_MAX} ranges, which are not used"));
+            if index == PER_OBJECT_MAX {
+                return self.refused.push(format!(
+                    "{name}: more than {PER_OBJECT_MAX} ranges; this one and the following are not used"
+                ));
             }
             match discovered_range(text) {
                 Ok(range) => self.ranges.push((range, name)),
@@ -76,82 +77,82 @@ impl Source {
 
 impl RangeDiscovery {
     pub(super) fn node(&mut self, node: Node) {
-        let mut source = Source::default();
+        let mut source = RangeSource::default();
         let listed = node.spec.pod_cidrs.iter().enumerate();
         let listed = listed.map(|(index, text)| (format!("spec.podCIDRs[{index}]"), text.as_str()));
-        // The first of the list again, or all that there is.
+        // The first entry of podCIDRs, or the only range on old servers.
         let single = node.spec.pod_cidr.iter().filter(|text| !text.is_empty());
         let single = single.filter(|text| !node.spec.pod_cidrs.contains(text));
         let single = single.map(|text| ("spec.podCIDR".to_owned(), text.as_str()));
         source.read(&format!("Node {}", node.metadata.name), listed.chain(single));
-        // Names among them are none.
+        // Host names fail to parse and are skipped.
         let addresses = node.status.addresses.iter().filter_map(|listed| listed.address.parse().ok());
         source.addresses.extend(addresses.map(|address: IpAddr| address.to_canonical()));
-        self.set((Kind::Nodes, node.metadata.name), source);
+        self.set((ResourceKind::Nodes, node.metadata.name), source);
     }
 
     pub(super) fn service_cidr(&mut self, object: ServiceCidr) {
-        let mut source = Source::default();
+        let mut source = RangeSource::default();
         let listed = object.spec.cidrs.iter().enumerate();
         let listed = listed.map(|(index, text)| (format!("spec.cidrs[{index}]"), text.as_str()));
         source.read(&format!("ServiceCIDR {}", object.metadata.name), listed);
-        self.set((Kind::ServiceCidrs, object.metadata.name), source);
+        self.set((ResourceKind::ServiceCidrs, object.metadata.name), source);
     }
 
-    fn set(&mut self, key: (Kind, String), source: Source) {
+    fn set(&mut self, key: (ResourceKind, String), source: RangeSource) {
         if self.sources.get(&key) != Some(&source) {
             self.sources.insert(key, source);
             self.sources_changed = true;
         }
     }
 
-    pub(super) fn forget(&mut self, kind: Kind, name: &str) {
+    pub(super) fn remove(&mut self, kind: ResourceKind, name: &str) {
         self.sources_changed |= self.sources.remove(&(kind, name.to_owned())).is_some();
     }
 
-    pub(super) fn names(&self, kind: Kind) -> Vec<String> {
+    pub(super) fn names(&self, kind: ResourceKind) -> Vec<String> {
         self.sources.keys().filter(|(of, _)| *of == kind).map(|(_, name)| name.clone()).collect()
     }
 
-    /// An enrolled pod came, or came to these addresses.
+    /// Records an enrolled pod's addresses.
     pub(super) fn enrolled(&mut self, addresses: &[IpAddr], ranges: &Ranges) {
         self.enrolled = true;
-        self.fresh.extend(addresses.iter().filter(|address| !ranges.contains(**address)));
+        self.new_addresses.extend(addresses.iter().filter(|address| !ranges.contains(**address)));
     }
 
-    /// A service came or has changed.
+    /// Records a new or changed service.
     pub(super) fn service(&mut self, name: &str, addresses: &[IpAddr], ranges: &Ranges) {
         if addresses.iter().all(|address| ranges.contains(*address)) {
-            return self.forget_service(name);
+            return self.remove_service(name);
         }
-        self.outside.insert(name.to_owned());
-        self.touched.insert(name.to_owned());
+        self.uncovered_services.insert(name.to_owned());
+        self.changed_services.insert(name.to_owned());
     }
 
-    pub(super) fn forget_service(&mut self, name: &str) {
-        self.outside.remove(name);
-        self.touched.remove(name);
+    pub(super) fn remove_service(&mut self, name: &str) {
+        self.uncovered_services.remove(name);
+        self.changed_services.remove(name);
     }
 
-    /// Adds to the directory's ranges what is to be added now. Says whether there is something to tell.
-    pub(super) fn grow(&mut self, directory: &mut Directory) -> bool {
+    /// Adds the pending ranges to the directory. Returns true if the status must be published.
+    pub(super) fn add_pending(&mut self, directory: &mut Directory) -> bool {
         let mut ranges = Arc::clone(directory.ranges());
-        let is_told = mem::take(&mut self.sources_changed) && self.by_sources(&mut ranges);
-        for address in mem::take(&mut self.fresh) {
+        let is_changed = mem::take(&mut self.sources_changed) && self.add_source_ranges(&mut ranges);
+        for address in mem::take(&mut self.new_addresses) {
             if directory.is_enrolled(address) {
                 self.add_address(&mut ranges, address);
             }
         }
-        self.by_services(directory, &mut ranges);
+        self.add_service_addresses(directory, &mut ranges);
         let has_grown = ranges != *directory.ranges();
         if has_grown {
             directory.set_ranges(ranges);
         }
-        has_grown || is_told
+        has_grown || is_changed
     }
 
-    /// Looks at what all nodes and ServiceCIDRs tell. Says whether something else is refused than before.
-    fn by_sources(&mut self, ranges: &mut Arc<Ranges>) -> bool {
+    /// Recomputes the ranges of nodes and ServiceCIDRs. Returns true if the refused ranges have changed.
+    fn add_source_ranges(&mut self, ranges: &mut Arc<Ranges>) -> bool {
         self.node_addresses = self.sources.values().flat_map(|source| &source.addresses).copied().collect();
         let mut refused = Vec::new();
         for source in self.sources.values() {
@@ -162,23 +163,24 @@ impl RangeDiscovery {
                 }
                 let mut nodes = self.node_addresses.range(range.network()..=range.broadcast());
                 if let Some(address) = nodes.next() {
-                    refused.push(format!("{name}: a node has the address {address} in it"));
+                    refused.push(format!("{name}: contains the address {address} of a node"));
                 } else if Arc::make_mut(ranges).add(*range) == RangeAddition::Full {
-                    refused.push(format!("{name}: no room for more ranges; write one in meshRanges or serviceRanges that holds many"));
+                    refused.push(format!("{name}: too many ranges; write a larger range that contains this one in meshRanges or serviceRanges"));
                 }
             }
         }
         let before: HashSet<String> = mem::replace(&mut self.refused, refused).into_iter().collect();
         let new: Vec<String> = self.refused.iter().filter(|line| !before.contains(*line)).cloned().collect();
         self.refusals += new.len() as u64;
-        let is_told = !new.is_empty() || before.len() != self.refused.len();
+        let is_changed = !new.is_empty() || before.len() != self.refused.len();
         self.unlogged.extend(new);
-        is_told
+        is_changed
     }
 
-    fn by_services(&mut self, directory: &Directory, ranges: &mut Arc<Ranges>) {
-        let touched = mem::take(&mut self.touched);
-        let names = if mem::take(&mut self.enrolled) { self.outside.clone() } else { touched };
+    fn add_service_addresses(&mut self, directory: &Directory, ranges: &mut Arc<Ranges>) {
+        let changed_services = mem::take(&mut self.changed_services);
+        let names =
+            if mem::take(&mut self.enrolled) { self.uncovered_services.clone() } else { changed_services };
         for full in names {
             let named =
                 full.split_once('/').and_then(|(namespace, name)| directory.service_named(namespace, name));
@@ -187,12 +189,12 @@ impl RangeDiscovery {
                 service.addresses.iter().for_each(|address| self.add_address(ranges, *address));
             }
             if service.addresses.iter().all(|address| ranges.contains(*address)) {
-                self.outside.remove(&full);
+                self.uncovered_services.remove(&full);
             }
         }
     }
 
-    /// An address that cannot be added is seen where the agent shows who is in no range.
+    /// Adds an address. An address that cannot be added is reported as uncovered.
     fn add_address(&self, ranges: &mut Arc<Ranges>, address: IpAddr) {
         let is_of_node = self.node_addresses.contains(&address);
         if !is_of_node
@@ -203,23 +205,23 @@ impl RangeDiscovery {
         }
     }
 
-    /// What was refused since this was last asked.
+    /// Returns the ranges refused since the last call.
     pub(super) fn warnings(&mut self) -> Vec<String> {
-        let mut told = some(&self.unlogged);
+        let mut lines = truncated(&self.unlogged);
         self.unlogged.clear();
-        told.iter_mut().for_each(|line| line.insert_str(0, "no range of the mesh: "));
-        told
+        lines.iter_mut().for_each(|line| line.insert_str(0, "mesh range not used: "));
+        lines
     }
 
-    /// What is refused now.
-    pub(super) fn complaints(&self) -> Complaints {
-        Complaints { list: some(&self.refused), total: self.refusals }
+    /// Returns the ranges that are refused now.
+    pub(super) fn invalid_objects(&self) -> InvalidObjects {
+        InvalidObjects { list: truncated(&self.refused), total: self.refusals }
     }
 }
 
-/// The first of many.
-fn some(lines: &[String]) -> Vec<String> {
-    let more = lines.len().saturating_sub(TOLD_MAX);
+/// Truncates a list to [`REPORTED_MAX`] lines.
+fn truncated(lines: &[String]) -> Vec<String> {
+    let more = lines.len().saturating_sub(REPORTED_MAX);
     let rest = (more > 0).then(|| format!("and {more} more"));
-    lines.iter().take(TOLD_MAX).cloned().chain(rest).collect()
+    lines.iter().take(REPORTED_MAX).cloned().chain(rest).collect()
 }

@@ -1,4 +1,4 @@
-//! Services and their endpoint slices: a change of either builds the one service anew.
+//! Services and their endpoint slices. A change of either rebuilds the service.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
@@ -8,13 +8,13 @@ use tacit_core::directory::{
 
 use super::{
     super::objects::{Conditions, Service, ServiceSpec, Slice, SlicePort},
-    Store, full_name,
+    DirectoryStore, full_name,
 };
 
-/// Label of a slice that names its service.
+/// Label of a slice with the name of its service.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 const HEADLESS: &str = "None";
-/// Kubernetes' default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
+/// Default of `sessionAffinityConfig.clientIP.timeoutSeconds` in Kubernetes.
 const AFFINITY: Duration = Duration::from_secs(10_800);
 
 #[derive(Debug)]
@@ -26,18 +26,18 @@ pub(super) struct ServiceRecord {
 
 #[derive(Debug)]
 pub(super) struct SliceRecord {
-    /// Full name of its service.
+    /// `namespace/name` of its service.
     service: String,
     ports: Vec<SlicePort>,
     endpoints: Vec<(IpAddr, Arc<str>, EndpointCondition)>,
 }
 
-impl Store {
+impl DirectoryStore {
     pub(super) fn service(&mut self, service: Service) {
         let full = full_name(&service.metadata);
         let record = ServiceRecord {
             spec: service.spec,
-            namespace: self.interner.word(&service.metadata.namespace),
+            namespace: self.interner.intern(&service.metadata.namespace),
             name: service.metadata.name.into(),
         };
         self.services.insert(full.clone(), record);
@@ -70,7 +70,7 @@ impl Store {
         self.rebuild(&record.service);
     }
 
-    /// Of an endpoint's addresses the first counts; a slice of names (`FQDN`) has none.
+    /// Converts a slice. Only the first address of an endpoint is used. Slices of names (`FQDN`) have no endpoints.
     fn record(&mut self, slice: Slice, service: String) -> SliceRecord {
         let is_ipv4 = slice.address_type == "IPv4";
         let endpoints = slice.endpoints.iter().filter_map(|endpoint| {
@@ -78,15 +78,15 @@ impl Store {
             let topology = endpoint.topology.as_ref().and_then(|topology| topology.hostname.as_deref());
             let node = endpoint.node_name.as_deref().or(topology).unwrap_or_default();
             let of_family = address.is_ipv4() == is_ipv4;
-            of_family.then(|| (address, self.interner.word(node), condition(endpoint.conditions)))
+            of_family.then(|| (address, self.interner.intern(node), condition(endpoint.conditions)))
         });
         SliceRecord { service, endpoints: endpoints.collect(), ports: slice.ports }
     }
 
-    /// Makes the directory's entry of a service true.
+    /// Rebuilds the directory's entry of a service.
     pub(super) fn rebuild(&mut self, full: &str) {
         let Some(record) = self.services.get(full) else {
-            self.range_discovery.forget_service(full);
+            self.range_discovery.remove_service(full);
             if let Some((namespace, name)) = full.split_once('/')
                 && self.directory.service_named(namespace, name).is_some()
             {
@@ -116,7 +116,7 @@ fn build(record: &ServiceRecord, slices: &[&SliceRecord]) -> directory::Service 
             addresses.push(address);
         }
     }
-    // Nobody asks a headless service for anything: its clients have the endpoints' addresses from the DNS.
+    // Clients of a headless service connect to endpoint addresses from DNS.
     let slices = if addresses.is_empty() { &[] } else { slices };
     let tcp = spec.ports.iter().filter(|port| is_tcp(port.protocol.as_deref()));
     let ports = tcp.map(|port| {
@@ -139,8 +139,8 @@ fn build(record: &ServiceRecord, slices: &[&SliceRecord]) -> directory::Service 
     }
 }
 
-/// The endpoints of a slice at the port of that name: the slice has the number, which a named target port makes differ
-/// between pods.
+/// Returns the endpoints of a slice at the named port. The port number is in the slice, because a named target port may have
+/// different numbers in different pods.
 fn served<'a>(
     slice: &'a SliceRecord,
     name: &'a str,
@@ -160,7 +160,7 @@ fn is_tcp(protocol: Option<&str>) -> bool {
     protocol.is_none_or(|protocol| protocol == "TCP")
 }
 
-/// As the API says to read what is not there: ready when unknown, serving when ready.
+/// Applies the API's defaults: `ready` defaults to true, and `serving` to the value of `ready`.
 fn condition(conditions: Conditions) -> EndpointCondition {
     let is_ready = conditions.ready.unwrap_or(true);
     let is_serving = conditions.serving.unwrap_or(is_ready);

@@ -1,4 +1,4 @@
-//! Tests of the store: JSON as the API writes it, what the directory makes of it, and what a relist removes.
+//! Tests of the store: decoding of API JSON, changes, and relists.
 
 use std::{path::Path, time::Duration};
 
@@ -15,31 +15,31 @@ use super::{
     },
     *,
 };
-use crate::kubernetes::{Followed, Store as _};
+use crate::kubernetes::{ObjectStore as _, Resource};
 
 mod ranges;
 
-fn store() -> Store {
-    let place = Place {
+fn store() -> DirectoryStore {
+    let local_node = LocalNode {
         node: "a".into(),
         trust_domain: TrustDomain::parse("cluster.local").expect("valid"),
         cgroups: CgroupLayout::of(Path::new("/sys/fs/cgroup/kubepods")),
         ranges: Arc::default(),
     };
-    Store::new(EnrolLabel::default(), place)
+    DirectoryStore::new(EnrolLabel::default(), local_node)
 }
 
-/// A store that has listed everything: no object of any kind.
-fn listed() -> Store {
+/// Returns a store after the lists of an empty cluster.
+fn listed() -> DirectoryStore {
     let mut store = store();
-    for kind in Kind::ALL {
-        store.take(Change::Listing(kind));
-        store.take(Change::Listed(kind));
+    for kind in ResourceKind::ALL {
+        store.apply_change(Change::Listing(kind));
+        store.apply_change(Change::Listed(kind));
     }
     store
 }
 
-fn object<K: Followed<Object = Object>>(value: Value) -> Object {
+fn object<K: Resource<Object = Object>>(value: Value) -> Object {
     serde_json::from_value::<K>(value).expect("an object").into_object()
 }
 
@@ -48,7 +48,7 @@ fn namespace(name: &str, label: Option<&str>) -> Object {
     object::<Namespace>(json!({"metadata": {"name": name, "uid": "n", "labels": labels}}))
 }
 
-/// A running pod of namespace shop, changed by `change`.
+/// Returns a running pod of namespace shop, modified by `change`.
 fn pod(name: &str, node: &str, ip: &str, change: impl FnOnce(&mut Value)) -> Object {
     let mut value = json!({
         "metadata": {
@@ -65,19 +65,19 @@ fn pod(name: &str, node: &str, ip: &str, change: impl FnOnce(&mut Value)) -> Obj
 
 fn as_is(_: &mut Value) {}
 
-fn protocol_of(store: &Store, name: &str) -> Option<Protocol> {
+fn protocol_of(store: &DirectoryStore, name: &str) -> Option<Protocol> {
     store.directory.named("shop", name).map(|workload| workload.protocol)
 }
 
-fn at<'a>(store: &'a Store, address: &str) -> Option<&'a str> {
+fn at<'a>(store: &'a DirectoryStore, address: &str) -> Option<&'a str> {
     store.directory.at(address.parse().expect("an address")).map(|workload| &*workload.name)
 }
 
 #[test]
-fn a_pod_is_decoded_to_what_is_needed() {
+fn the_fields_of_a_pod_are_decoded() {
     let mut store = store();
-    store.take(Change::Applied(namespace("shop", Some("true"))));
-    store.take(Change::Applied(pod("web-1", "a", "10.77.1.2", |value| {
+    store.apply_change(Change::Applied(namespace("shop", Some("true"))));
+    store.apply_change(Change::Applied(pod("web-1", "a", "10.77.1.2", |value| {
         value["status"]["podIPs"] = json!([{"ip": "10.77.1.2"}, {"ip": "fd77::2"}]);
     })));
     let web = store.directory.named("shop", "web-1").expect("known");
@@ -85,7 +85,7 @@ fn a_pod_is_decoded_to_what_is_needed() {
     assert_eq!(web.cgroup, Path::new("burstable/poduid-web-1"));
     assert_eq!((&*web.node, web.labels.iter().count(), web.protocol), ("a", 1, Protocol::Tacit));
     assert_eq!((at(&store, "10.77.1.2"), at(&store, "fd77::2")), (Some("web-1"), Some("web-1")));
-    store.take(Change::Applied(pod("static", "a", "10.77.1.3", |value| {
+    store.apply_change(Change::Applied(pod("static", "a", "10.77.1.3", |value| {
         value["metadata"]["annotations"] = json!({"kubernetes.io/config.mirror": "0123abcd"});
         value["status"]["qosClass"] = json!("Guaranteed");
         value["spec"]["serviceAccountName"] = json!(null);
@@ -115,13 +115,13 @@ fn a_pods_own_label_wins_over_its_namespaces() {
                 value["metadata"]["labels"]["tacit.io/enrol"] = json!(label);
             }
         };
-        // In whichever order they become known.
+        // The order of the events must not matter.
         let mut store_a = store();
-        store_a.take(Change::Applied(namespace("shop", of_namespace)));
-        store_a.take(Change::Applied(pod("web", "a", "10.77.1.2", own)));
+        store_a.apply_change(Change::Applied(namespace("shop", of_namespace)));
+        store_a.apply_change(Change::Applied(pod("web", "a", "10.77.1.2", own)));
         let mut store_b = store();
-        store_b.take(Change::Applied(pod("web", "a", "10.77.1.2", own)));
-        store_b.take(Change::Applied(namespace("shop", of_namespace)));
+        store_b.apply_change(Change::Applied(pod("web", "a", "10.77.1.2", own)));
+        store_b.apply_change(Change::Applied(namespace("shop", of_namespace)));
         for store in [&store_a, &store_b] {
             assert_eq!(protocol_of(store, "web"), Some(expected), "{of_namespace:?} {of_pod:?}");
             assert_eq!(at(store, "10.77.1.2"), Some("web"));
@@ -134,7 +134,7 @@ fn another_label_can_enrol() {
     let mut store = store();
     store.enrol = EnrolLabel { name: "istio.io/dataplane-mode".to_owned(), value: "ambient".to_owned() };
     for (label, expected) in [("ambient", Protocol::Tacit), ("none", Protocol::None)] {
-        store.take(Change::Applied(pod("web", "a", "10.77.1.2", |value| {
+        store.apply_change(Change::Applied(pod("web", "a", "10.77.1.2", |value| {
             value["metadata"]["labels"]["istio.io/dataplane-mode"] = json!(label);
         })));
         assert_eq!(protocol_of(&store, "web"), Some(expected), "{label}");
@@ -144,96 +144,96 @@ fn another_label_can_enrol() {
 #[test]
 fn a_namespace_enrols_and_releases_running_pods() {
     let mut store = listed();
-    store.take(Change::Applied(pod("web", "a", "10.77.1.2", as_is)));
-    assert!(store.news().is_some());
+    store.apply_change(Change::Applied(pod("web", "a", "10.77.1.2", as_is)));
+    assert!(store.take_changed().is_some());
     for (label, expected) in [(Some("true"), Protocol::Tacit), (None, Protocol::None)] {
-        store.take(Change::Applied(namespace("shop", label)));
-        let news = store.news().expect("changed");
-        assert_eq!(news.named("shop", "web").expect("known").protocol, expected);
+        store.apply_change(Change::Applied(namespace("shop", label)));
+        let published = store.take_changed().expect("changed");
+        assert_eq!(published.named("shop", "web").expect("known").protocol, expected);
     }
     assert_eq!(store.directory.departed().count(), 0, "released on purpose");
 }
 
 #[test]
-fn what_does_not_matter_is_no_news() {
+fn irrelevant_changes_are_not_published() {
     let mut store = listed();
-    assert!(store.news().is_some_and(|directory| directory.is_empty()), "complete, though empty");
-    assert!(store.news().is_none());
-    store.take(Change::Applied(pod("web", "a", "10.77.1.2", as_is)));
-    assert!(store.news().is_some());
-    store.take(Change::Applied(pod("web", "a", "10.77.1.2", |value| {
+    assert!(store.take_changed().is_some_and(|directory| directory.is_empty()), "complete, though empty");
+    assert!(store.take_changed().is_none());
+    store.apply_change(Change::Applied(pod("web", "a", "10.77.1.2", as_is)));
+    assert!(store.take_changed().is_some());
+    store.apply_change(Change::Applied(pod("web", "a", "10.77.1.2", |value| {
         value["status"]["conditions"] = json!([{"type": "Ready"}]);
         value["metadata"]["resourceVersion"] = json!("8");
     })));
-    assert!(store.news().is_none());
+    assert!(store.take_changed().is_none());
 }
 
 #[test]
-fn nothing_is_published_before_all_is_listed() {
+fn nothing_is_published_before_everything_is_listed() {
     let mut store = store();
-    for (kind, done) in Kind::ALL.into_iter().zip([false, false, false, false, false, true]) {
-        store.take(Change::Listing(kind));
-        store.take(Change::Listed(kind));
-        assert_eq!(store.news().is_some(), done, "{kind:?}");
+    for (kind, done) in ResourceKind::ALL.into_iter().zip([false, false, false, false, false, true]) {
+        store.apply_change(Change::Listing(kind));
+        store.apply_change(Change::Listed(kind));
+        assert_eq!(store.take_changed().is_some(), done, "{kind:?}");
     }
 }
 
 #[test]
-fn a_relist_removes_what_is_gone_at_its_end_and_nothing_before() {
+fn a_relist_removes_deleted_objects_at_its_end() {
     let mut store = listed();
     for (name, ip) in [("web", "10.77.1.2"), ("db", "10.77.1.3")] {
-        store.take(Change::Applied(pod(name, "b", ip, as_is)));
+        store.apply_change(Change::Applied(pod(name, "b", ip, as_is)));
     }
-    store.take(Change::Listing(Kind::Pods));
+    store.apply_change(Change::Listing(ResourceKind::Pods));
     assert_eq!(store.directory.len(), 2);
-    store.take(Change::Applied(pod("web", "b", "10.77.1.2", as_is)));
+    store.apply_change(Change::Applied(pod("web", "b", "10.77.1.2", as_is)));
     assert_eq!(store.directory.len(), 2);
-    store.take(Change::Listed(Kind::Pods));
+    store.apply_change(Change::Listed(ResourceKind::Pods));
     assert_eq!((at(&store, "10.77.1.2"), at(&store, "10.77.1.3")), (Some("web"), None));
 }
 
 #[test]
-fn a_pod_that_goes_is_kept_for_its_processes_on_its_own_node() {
+fn a_deleted_pod_is_kept_for_its_processes_on_its_own_node() {
     let enrolled = |value: &mut Value| value["metadata"]["labels"]["tacit.io/enrol"] = json!("true");
     let mut store = listed();
-    store.take(Change::Applied(pod("here", "a", "10.77.1.2", enrolled)));
-    store.take(Change::Applied(pod("far", "b", "10.77.2.2", enrolled)));
-    store.take(Change::Applied(pod("plain", "a", "10.77.1.3", as_is)));
-    store.take(Change::Applied(pod("job", "a", "10.77.1.4", enrolled)));
-    // Terminating changes nothing; the end of the object, or of a job, does.
-    store.take(Change::Applied(pod("here", "a", "10.77.1.2", |value| {
+    store.apply_change(Change::Applied(pod("here", "a", "10.77.1.2", enrolled)));
+    store.apply_change(Change::Applied(pod("far", "b", "10.77.2.2", enrolled)));
+    store.apply_change(Change::Applied(pod("plain", "a", "10.77.1.3", as_is)));
+    store.apply_change(Change::Applied(pod("job", "a", "10.77.1.4", enrolled)));
+    // A terminating pod stays. The deletion of a pod and the end of a job remove the pod.
+    store.apply_change(Change::Applied(pod("here", "a", "10.77.1.2", |value| {
         enrolled(value);
         value["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
     })));
     assert_eq!(at(&store, "10.77.1.2"), Some("here"));
     for name in ["here", "far", "plain"] {
-        store.take(Change::Deleted(pod(name, "a", "10.77.1.2", as_is)));
+        store.apply_change(Change::Deleted(pod(name, "a", "10.77.1.2", as_is)));
     }
-    store.take(Change::Applied(pod("job", "a", "10.77.1.4", |value| {
+    store.apply_change(Change::Applied(pod("job", "a", "10.77.1.4", |value| {
         value["status"]["phase"] = json!("Succeeded")
     })));
     let departed: Vec<&str> = store.directory.departed().map(|workload| &*workload.name).collect();
     assert_eq!(departed, ["here", "job"]);
     assert!(store.directory.is_empty());
     for i in 0..2 * DEPARTED_MAX {
-        store.take(Change::Applied(pod(&format!("p{i}"), "a", "10.77.1.2", enrolled)));
-        store.take(Change::Deleted(pod(&format!("p{i}"), "a", "10.77.1.2", as_is)));
+        store.apply_change(Change::Applied(pod(&format!("p{i}"), "a", "10.77.1.2", enrolled)));
+        store.apply_change(Change::Deleted(pod(&format!("p{i}"), "a", "10.77.1.2", as_is)));
     }
     assert_eq!(store.directory.departed().count(), DEPARTED_MAX);
 }
 
 #[test]
-fn an_address_that_is_reused_belongs_to_the_pod_that_lives() {
+fn a_reused_address_belongs_to_the_running_pod() {
     let ending = |value: &mut Value| value["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
     let mut store = listed();
-    store.take(Change::Applied(pod("old", "b", "10.77.1.2", as_is)));
-    store.take(Change::Applied(pod("new", "b", "10.77.1.2", as_is)));
-    store.take(Change::Applied(pod("old", "b", "10.77.1.2", |value| {
+    store.apply_change(Change::Applied(pod("old", "b", "10.77.1.2", as_is)));
+    store.apply_change(Change::Applied(pod("new", "b", "10.77.1.2", as_is)));
+    store.apply_change(Change::Applied(pod("old", "b", "10.77.1.2", |value| {
         ending(value);
         value["metadata"]["labels"]["changed"] = json!("yes");
     })));
     assert_eq!(at(&store, "10.77.1.2"), Some("new"));
-    store.take(Change::Deleted(pod("old", "b", "10.77.1.2", as_is)));
+    store.apply_change(Change::Deleted(pod("old", "b", "10.77.1.2", as_is)));
     assert_eq!(at(&store, "10.77.1.2"), Some("new"));
 }
 
@@ -241,14 +241,15 @@ fn an_address_that_is_reused_belongs_to_the_pod_that_lives() {
 fn pods_with_the_nodes_network_are_left_alone_and_listed() {
     let host = |value: &mut Value| value["spec"]["hostNetwork"] = json!(true);
     let mut store = listed();
-    store.take(Change::Applied(pod("agent", "a", "192.0.2.1", host)));
-    store.take(Change::Applied(pod("agent-b", "b", "192.0.2.2", host)));
-    let names =
-        |store: &Store| store.directory.host_network().map(|w| w.name.to_string()).collect::<Vec<_>>();
+    store.apply_change(Change::Applied(pod("agent", "a", "192.0.2.1", host)));
+    store.apply_change(Change::Applied(pod("agent-b", "b", "192.0.2.2", host)));
+    let names = |store: &DirectoryStore| {
+        store.directory.host_network().map(|w| w.name.to_string()).collect::<Vec<_>>()
+    };
     assert_eq!(names(&store), ["agent"]);
     assert_eq!((at(&store, "192.0.2.1"), at(&store, "192.0.2.2"), store.directory.len()), (None, None, 0));
-    store.take(Change::Listing(Kind::Pods));
-    store.take(Change::Listed(Kind::Pods));
+    store.apply_change(Change::Listing(ResourceKind::Pods));
+    store.apply_change(Change::Listed(ResourceKind::Pods));
     assert!(names(&store).is_empty());
 }
 
@@ -259,9 +260,9 @@ fn a_pod_without_address_is_known_on_its_own_node() {
         value["metadata"]["labels"]["tacit.io/enrol"] = json!("true");
     };
     let mut store = listed();
-    store.take(Change::Applied(pod("here", "a", "", fresh)));
-    store.take(Change::Applied(pod("far", "b", "", fresh)));
-    store.take(Change::Applied(pod("unscheduled", "", "", fresh)));
+    store.apply_change(Change::Applied(pod("here", "a", "", fresh)));
+    store.apply_change(Change::Applied(pod("far", "b", "", fresh)));
+    store.apply_change(Change::Applied(pod("unscheduled", "", "", fresh)));
     let here: Vec<_> = store.directory.on_node("a").collect();
     assert_eq!((here.len(), store.directory.len()), (1, 1));
     assert_eq!((here[0].addresses.len(), here[0].cgroup.as_path()), (0, Path::new("besteffort/poduid-here")));
@@ -289,32 +290,32 @@ fn slice(name: &str, family: &str, port: u16, endpoints: Value) -> Object {
     }))
 }
 
-fn usable(store: &Store) -> Vec<String> {
+fn usable(store: &DirectoryStore) -> Vec<String> {
     let service = store.directory.service_at("10.96.0.1".parse().expect("an address")).expect("known");
     let all = service.ports.iter().flat_map(|port| port.ipv4.usable().iter().chain(port.ipv6.usable()));
     all.map(|endpoint| format!("{} {}", endpoint.address, endpoint.node)).collect()
 }
 
 #[test]
-fn a_service_is_built_of_its_slices_in_whichever_order() {
+fn a_service_is_built_from_its_slices_in_any_order() {
     let mut store = listed();
-    store.take(Change::Applied(slice("web-1", "IPv4", 8080, json!([
+    store.apply_change(Change::Applied(slice("web-1", "IPv4", 8080, json!([
         {"addresses": ["10.77.1.2"], "conditions": {"ready": true}, "nodeName": "a"},
         {"addresses": ["10.77.1.3"], "conditions": {"ready": false}, "nodeName": "a"},
         {"addresses": ["10.77.1.4"], "conditions": {}, "topology": {"kubernetes.io/hostname": "b"}},
         {"addresses": ["10.77.1.5"], "conditions": {"ready": false, "serving": true, "terminating": true}},
     ]))));
     assert!(store.directory.services().next().is_none());
-    store.take(Change::Applied(service(as_is)));
+    store.apply_change(Change::Applied(service(as_is)));
     assert_eq!(usable(&store), ["10.77.1.2:8080 a", "10.77.1.4:8080 b"]);
-    // Another slice has another number for the same name, and one the other family.
-    store.take(Change::Applied(slice(
+    // Other slices may have another port number for the same name, or the other family.
+    store.apply_change(Change::Applied(slice(
         "web-2",
         "IPv4",
         9090,
         json!([{"addresses": ["10.77.2.2"], "nodeName": "b"}]),
     )));
-    store.take(Change::Applied(slice(
+    store.apply_change(Change::Applied(slice(
         "web-3",
         "IPv6",
         8080,
@@ -324,19 +325,19 @@ fn a_service_is_built_of_its_slices_in_whichever_order() {
         usable(&store),
         ["10.77.1.2:8080 a", "10.77.1.4:8080 b", "10.77.2.2:9090 b", "[fd77::2]:8080 b"]
     );
-    assert!(store.news().is_some());
-    store.take(Change::Deleted(slice("web-1", "IPv4", 8080, json!(null))));
+    assert!(store.take_changed().is_some());
+    store.apply_change(Change::Deleted(slice("web-1", "IPv4", 8080, json!(null))));
     assert_eq!(usable(&store), ["10.77.2.2:9090 b", "[fd77::2]:8080 b"]);
-    assert!(store.news().is_some());
-    store.take(Change::Deleted(service(as_is)));
-    assert!(store.news().is_some_and(|directory| directory.services().next().is_none()));
+    assert!(store.take_changed().is_some());
+    store.apply_change(Change::Deleted(service(as_is)));
+    assert!(store.take_changed().is_some_and(|directory| directory.services().next().is_none()));
 }
 
 #[test]
-fn what_is_ending_serves_when_nothing_else_does() {
+fn terminating_endpoints_serve_if_no_other_is_ready() {
     let mut store = listed();
-    store.take(Change::Applied(service(as_is)));
-    store.take(Change::Applied(slice("web-1", "IPv4", 80, json!([
+    store.apply_change(Change::Applied(service(as_is)));
+    store.apply_change(Change::Applied(slice("web-1", "IPv4", 80, json!([
         {"addresses": ["10.77.1.5"], "conditions": {"ready": false, "serving": true, "terminating": true}},
         {"addresses": ["10.77.1.6"], "conditions": {"ready": false, "serving": false, "terminating": true}},
     ]))));
@@ -344,9 +345,9 @@ fn what_is_ending_serves_when_nothing_else_does() {
 }
 
 #[test]
-fn a_service_says_who_may_use_which_endpoint_and_who_stays() {
+fn traffic_policy_and_session_affinity_are_decoded() {
     let mut store = listed();
-    store.take(Change::Applied(service(|value| {
+    store.apply_change(Change::Applied(service(|value| {
         value["spec"]["internalTrafficPolicy"] = json!("Local");
         value["spec"]["sessionAffinity"] = json!("ClientIP");
         value["spec"]["sessionAffinityConfig"] = json!({"clientIP": {"timeoutSeconds": 60}});
@@ -358,7 +359,7 @@ fn a_service_says_who_may_use_which_endpoint_and_who_stays() {
         (InternalTrafficPolicy::Local, Affinity::ClientIp(Duration::from_secs(60)))
     );
     assert_eq!((web.addresses.len(), web.ports.len()), (1, 1), "TCP alone");
-    store.take(Change::Applied(service(|value| {
+    store.apply_change(Change::Applied(service(|value| {
         value["spec"]["clusterIP"] = json!("None");
         value["spec"]["clusterIPs"] = json!(["None"]);
     })));

@@ -1,9 +1,8 @@
-//! Whether the definition of a custom kind is still there.
+//! Checks that the definition of a custom resource still exists.
 //!
-//! The API server deletes all objects of a kind whose definition is being deleted, which looks as if each had been deleted
-//! by its owner. So before an object of such a kind counts as gone the definition is looked at, after the object went: an
-//! earlier answer says nothing. Of many that go at a time only the first is looked at alone. What happens from then on
-//! within [`BETWEEN`] waits, in its order, for one look together.
+//! While a definition is being deleted, the API server deletes all objects of the resource. These deletions look like
+//! deletions by the owners. The watcher therefore reads the definition after each deletion and before it accepts the deletion.
+//! Only the first of many deletions is checked alone. All events within [`CHECK_INTERVAL`] of it wait, in order, for one common check.
 
 use std::{fmt::Display, pin::Pin, time::Duration};
 
@@ -14,64 +13,64 @@ use kube::{
 };
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::{Definition, End, Followed, NOT_FOUND, PAGE_TIMEOUT, Told, code};
+use super::{Definition, NOT_FOUND, PAGE_TIMEOUT, Resource, WatchEnd, WatchUpdate, code};
 
-/// Where the API has the definitions of custom kinds.
+/// API path of custom resource definitions.
 const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
-/// Shortest time between two looks of one watch: policies that go wait so much longer at most.
-const BETWEEN: Duration = Duration::from_millis(200);
-/// Most events that wait for a look.
+/// Minimum interval between two checks of a watch, and the maximum delay of a deletion.
+const CHECK_INTERVAL: Duration = Duration::from_millis(200);
+/// Maximum number of events that wait for a check.
 const WAITING_MAX: usize = 512;
 
-/// Whether an object that is gone was deleted by its owner: an error when it may have gone with its definition.
-pub(super) async fn defined<K: Followed>(client: &Client) -> Result<(), String> {
+/// Returns an error if deleted objects may have been deleted together with their definition.
+pub(super) async fn check_definition<K: Resource>(client: &Client) -> Result<(), String> {
     let Definition::Custom(name) = K::DEFINITION else { return Ok(()) };
     let request = Request::new(DEFINITIONS).get_metadata(name, &GetParams::default());
     let unknown = |problem: &dyn Display| {
-        format!("cannot tell whether the definition {name} is being deleted: {problem}")
+        format!("cannot check whether the definition {name} is being deleted: {problem}")
     };
     let request = request.map_err(|error| unknown(&error))?;
     match timeout(PAGE_TIMEOUT, client.request::<PartialObjectMeta>(request)).await {
         Ok(Ok(found)) if found.metadata.deletion_timestamp.is_none() => Ok(()),
         Ok(Ok(_)) => Err(format!("the definition {name} is being deleted, and all objects with it")),
         Ok(Err(error)) if code(&error) == Some(NOT_FOUND) => {
-            Err(format!("the definition {name} was deleted, and all objects with it: apply it again"))
+            Err(format!("the definition {name} was deleted, and all objects with it; apply it again"))
         }
         Ok(Err(error)) => Err(unknown(&error)),
         Err(_) => Err(unknown(&format_args!("no answer within {PAGE_TIMEOUT:?}"))),
     }
 }
 
-/// The looks of one watch.
-pub(super) struct Looks {
-    /// No look before it.
+/// The definition checks of one watch.
+pub(super) struct DefinitionChecks {
+    /// Time of the next check.
     next: Instant,
 }
 
-impl Looks {
+impl DefinitionChecks {
     pub(super) fn new() -> Self {
         Self { next: Instant::now() }
     }
 
-    /// Looks after the first of `together` has gone, and adds what `events` have for the time before the look. An end of the
-    /// watch that comes in it is answered; it comes after what was added.
-    pub(super) async fn look<K: Followed>(
+    /// Checks the definition after a deletion at the start of `batch`, and appends the `events` that arrive before the check.
+    /// Returns the end of the watch if it ended meanwhile. The end comes after the appended events.
+    pub(super) async fn check<K: Resource>(
         &mut self,
         client: &Client,
-        together: &mut Vec<Told<K>>,
-        mut events: Pin<&mut impl Stream<Item = Result<Told<K>, End>>>,
-    ) -> Result<Option<End>, String> {
+        batch: &mut Vec<WatchUpdate<K>>,
+        mut events: Pin<&mut impl Stream<Item = Result<WatchUpdate<K>, WatchEnd>>>,
+    ) -> Result<Option<WatchEnd>, String> {
         let mut end = None;
-        while end.is_none() && together.len() < WAITING_MAX {
+        while end.is_none() && batch.len() < WAITING_MAX {
             match timeout_at(self.next, events.next()).await {
-                Ok(Some(Ok(event))) => together.push(event),
+                Ok(Some(Ok(event))) => batch.push(event),
                 Ok(Some(Err(other))) => end = Some(other),
-                Ok(None) => end = Some(End::Closed),
+                Ok(None) => end = Some(WatchEnd::Closed),
                 Err(_) => break,
             }
         }
-        self.next = Instant::now() + BETWEEN;
-        defined::<K>(client).await?;
+        self.next = Instant::now() + CHECK_INTERVAL;
+        check_definition::<K>(client).await?;
         Ok(end)
     }
 }

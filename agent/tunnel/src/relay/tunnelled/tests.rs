@@ -25,7 +25,7 @@ fn relay(app: TcpStream, session: Box<Session>) -> Relayed {
     })
 }
 
-/// Source application, its agent's relay, the destination's agent's relay, destination application.
+/// The source application, both agents' relays and the destination application.
 struct Path {
     source: TcpStream,
     near: Relayed,
@@ -46,7 +46,7 @@ impl Path {
         Self { source, near: relay(near, client), far: relay(far, server), destination }
     }
 
-    /// How both relays saw the flow end.
+    /// Returns how each relay saw the flow end.
     async fn ends(near: Relayed, far: Relayed) -> (&'static str, &'static str) {
         let near = soon(near).await.expect("no panic");
         let far = soon(far).await.expect("no panic");
@@ -60,7 +60,7 @@ async fn a_clean_flow_leaves_both_sessions_for_the_next() {
     let (mut client, mut server) = sessions().await;
     for round in 0..3 {
         let Path { mut source, near, far, mut destination } = Path::over(client, server).await;
-        // The two sides end in either order.
+        // Alternate the side that ends first.
         let (first, second) =
             if round % 2 == 0 { (&mut source, &mut destination) } else { (&mut destination, &mut source) };
         let mut text = String::new();
@@ -81,8 +81,8 @@ async fn a_clean_flow_leaves_both_sessions_for_the_next() {
     }
 }
 
-/// A session on which the server has accepted a flow whose client does not wait for the answer.
-async fn accepted_early() -> (Box<Session>, Box<Session>) {
+/// Returns a session on which the server has accepted a flow whose client does not wait for ACCEPT.
+async fn accepted_with_optimistic_data() -> (Box<Session>, Box<Session>) {
     let (mut client, mut server) = sessions().await;
     client.send(&Control::Open(Open { optimistic_data: OptimisticMode::On, ..open() })).expect("in turn");
     soon(poll_fn(|cx| client.poll_flush(cx))).await.expect("sent");
@@ -91,36 +91,36 @@ async fn accepted_early() -> (Box<Session>, Box<Session>) {
     (client, server)
 }
 
-/// Waits for ACCEPT; true when more has come with it.
+/// Waits for ACCEPT; returns true if more arrived with it.
 async fn accepted_with_more(client: &mut Session) -> bool {
     let received = soon(poll_fn(|cx| client.poll_received(cx))).await;
     assert!(matches!(received, Ok(Received::Control(Control::Accept))), "{received:?}");
     client.has_received()
 }
 
-/// Two flows that begin together, of which the second's application speaks late, or not at all. Whether ACCEPT came to each
-/// client with more.
-async fn begun_together(speaks: bool) -> [bool; 2] {
+/// Starts two flows together. The second application sends bytes late, or never. Returns for each client whether more
+/// arrived with ACCEPT.
+async fn started_together(sends: bool) -> [bool; 2] {
     let ((mut first, first_server), (mut second, second_server)) =
-        (accepted_early().await, accepted_early().await);
-    let ((first_app, _silent), (second_app, mut second_speaker)) = (connection().await, connection().await);
+        (accepted_with_optimistic_data().await, accepted_with_optimistic_data().await);
+    let ((first_app, _silent), (second_app, mut second_sender)) = (connection().await, connection().await);
     let _relays = [relay(first_app, first_server), relay(second_app, second_server)];
-    // Several turns of the thread, in which all could be sent.
+    // Give the thread several chances to send.
     for _ in 0..10 {
         yield_now().await;
     }
-    if speaks {
-        second_speaker.write_all(b"late").await.expect("open");
+    if sends {
+        second_sender.write_all(b"late").await.expect("open");
     }
     [accepted_with_more(&mut first).await, accepted_with_more(&mut second).await]
 }
 
 #[tokio::test]
-async fn of_flows_that_begin_together_the_answer_leaves_with_the_first_bytes() {
-    // Again where the application had no time on a loaded machine.
+async fn accept_leaves_with_the_first_bytes_of_flows_that_start_together() {
+    // Retry, because the application may get no CPU time on a loaded machine.
     for _ in 0..20 {
-        match begun_together(true).await {
-            [true, _] => panic!("the first application has said nothing"),
+        match started_together(true).await {
+            [true, _] => panic!("the first application has sent nothing"),
             [false, true] => return,
             [false, false] => {}
         }
@@ -129,27 +129,27 @@ async fn of_flows_that_begin_together_the_answer_leaves_with_the_first_bytes() {
 }
 
 #[tokio::test]
-async fn an_application_that_says_nothing_keeps_no_answer_back() {
-    assert_eq!(begun_together(false).await, [false, false]);
+async fn a_silent_application_does_not_hold_back_accept() {
+    assert_eq!(started_together(false).await, [false, false]);
 }
 
 #[tokio::test]
 async fn a_session_that_ends_with_its_flow_is_never_taken_for_another() {
     let (client, mut server) = sessions().await;
-    let leaving = CancellationToken::new();
-    server.end_with_flow_after(leaving.clone());
+    let draining = CancellationToken::new();
+    server.end_with_flow_after(draining.clone());
     let mut pair = (client, server);
     for ends in [false, true] {
         let Path { mut source, near, far, mut destination } = Path::over(pair.0, pair.1).await;
         if ends {
-            leaving.cancel();
+            draining.cancel();
         }
         source.shutdown().await.expect("open");
         destination.shutdown().await.expect("open");
         let (near, far) = (soon(near).await.expect("no panic"), soon(far).await.expect("no panic"));
         assert_eq!((near.0.label(), far.0.label()), ("clean", "clean"));
-        pair = (near.1.expect("said DONE"), far.1.expect("still open"));
-        // At once: what says so came with DONE.
+        pair = (near.1.expect("DONE received"), far.1.expect("still open"));
+        // close_notify arrives with DONE.
         assert_eq!(pair.0.is_idle_alive(), !ends);
     }
 }
@@ -165,11 +165,11 @@ async fn both_sides_write_much_at_once_and_nothing_is_lost() {
 }
 
 #[tokio::test]
-async fn an_answer_in_the_middle_of_much_loses_nothing() {
+async fn an_answer_during_a_bulk_transfer_loses_nothing() {
     let (mut client, mut server) = sessions().await;
     let ((mut source, near), (far, mut destination)) = (connection().await, connection().await);
     let mut sent: Vec<u8> = Vec::new();
-    // More than all buffers on the way hold, while nobody reads: the answer comes when a batch cannot be sent.
+    // More than all buffers on the path hold, while nobody reads. ACCEPT arrives when a batch cannot be sent.
     let write = async {
         let chunk: Vec<u8> = (0..1_u32 << 18).flat_map(u32::to_le_bytes).collect();
         while let Ok(written) = timeout(Duration::from_millis(300), source.write(&chunk)).await {
@@ -260,7 +260,7 @@ async fn a_tunnel_that_is_cut_resets_the_application() {
 }
 
 #[tokio::test]
-async fn a_tunnel_closed_after_one_end_only_is_no_clean_end() {
+async fn a_tunnel_closed_after_one_fin_is_not_a_clean_end() {
     let (mut client, mut server) = sessions().await;
     open_flow(&mut client, &mut server).await;
     let (mut source, app) = connection().await;
@@ -278,7 +278,7 @@ async fn a_destination_that_reads_late_still_gets_everything() {
     let Path { mut source, near, far, mut destination } = Path::new().await;
     destination.shutdown().await.expect("open");
     assert_eq!(soon(source.read(&mut [0; 1])).await.expect("an end"), 0);
-    // More than all buffers on the way hold (their kernel limit is a few MiB each), to a destination that does not read.
+    // More than all buffers on the path hold (a few MiB each), to a destination that does not read.
     let mut written_bytes = 0_usize;
     let chunk = vec![7; 1 << 20];
     while let Ok(outcome) = timeout(Duration::from_millis(300), source.write(&chunk)).await {
@@ -294,7 +294,7 @@ async fn a_destination_that_reads_late_still_gets_everything() {
 }
 
 #[tokio::test]
-async fn a_server_that_never_says_done_costs_the_session_and_not_the_flow() {
+async fn a_missing_done_ends_the_session_and_not_the_flow() {
     let (mut client, mut server) = sessions().await;
     open_flow(&mut client, &mut server).await;
     let (mut source, app) = connection().await;

@@ -1,4 +1,4 @@
-//! Connections with keys that everybody knows, without a handshake: for tests and fuzzing of the record layer alone.
+//! Connections with fixed keys and without a handshake, for tests and fuzzing of the record layer.
 
 use aws_lc_rs::aead::NONCE_LEN;
 use rustls::{
@@ -8,12 +8,12 @@ use rustls::{
 
 use super::{RecordError, Records, Schedule};
 
-/// One secret that both directions of both ends have.
+/// Returns the secret of both directions and both ends.
 pub(super) fn secret() -> ConnectionTrafficSecrets {
     ConnectionTrafficSecrets::Aes256Gcm { key: AeadKey::from([7; 32]), iv: Iv::from([9; NONCE_LEN]) }
 }
 
-/// Both ends of a connection with such keys, without a handshake.
+/// Returns both ends of a connection.
 pub(crate) fn pair() -> Result<(Records, Records), RecordError> {
     let end = || {
         let secrets = ExtractedSecrets { tx: (0, secret()), rx: (0, secret()) };

@@ -1,4 +1,4 @@
-//! Tests of the record layer against plain rustls, and against a peer that keeps no rule. `crate::fuzz` has one more.
+//! Tests of the record layer against plain rustls, and against a peer that violates the protocol. See also `crate::fuzz`.
 
 use std::{io::Read, io::Write, sync::Arc};
 
@@ -13,7 +13,7 @@ use crate::{
     tls::{PROVIDER, client_config, handshake::Handshake, server_config},
 };
 
-/// Our side of a connection, the plain rustls of the other, and what each has sent.
+/// The record layer under test, and plain rustls as the peer.
 struct Pair {
     ours: Records,
     theirs: Connection,
@@ -65,7 +65,7 @@ fn feed(connection: &mut Connection, mut bytes: &[u8]) -> Result<(), rustls::Err
     Ok(())
 }
 
-/// We connect to a server of `suite` that sends `tickets`.
+/// Connects to a server of `suite` that sends `tickets`.
 fn as_client(suite: SupportedCipherSuite, tickets: usize) -> Pair {
     let (web, db) = (credentials("web"), credentials("db"));
     let mut config = ClientConfig::clone(&client_config(&web, &identity("db")));
@@ -86,7 +86,7 @@ fn as_client(suite: SupportedCipherSuite, tickets: usize) -> Pair {
     pair(ours, ServerConnection::new(Arc::new(server)).expect("configured").into())
 }
 
-/// We accept a plain client.
+/// Accepts a plain client.
 fn as_server() -> Pair {
     let (web, db) = (credentials("web"), credentials("db"));
     let client = client_config(&web, &identity("db"));
@@ -96,7 +96,7 @@ fn as_server() -> Pair {
 }
 
 impl Pair {
-    /// They read what we send.
+    /// Sends a record to the peer; returns the data that the peer read.
     fn send(&mut self, kind: ContentType, content: &[u8]) -> Result<Vec<u8>, rustls::Error> {
         let record = self.ours.sealed(kind, content).expect("keys");
         feed(&mut self.theirs, &record)?;
@@ -106,8 +106,8 @@ impl Pair {
         Ok(got)
     }
 
-    /// All that they have to say, in records.
-    fn said(&mut self) -> Vec<Vec<u8>> {
+    /// Returns all pending records of the peer.
+    fn pending_records(&mut self) -> Vec<Vec<u8>> {
         let mut bytes = Vec::new();
         while self.theirs.wants_write() {
             self.theirs.write_tls(&mut bytes).expect("memory");
@@ -120,11 +120,11 @@ impl Pair {
         records
     }
 
-    /// We read what they write.
+    /// Lets the peer write `content`; returns the received data.
     fn receive(&mut self, content: &[u8]) -> Vec<u8> {
         self.theirs.writer().write_all(content).expect("memory");
         let mut got = Vec::new();
-        for mut record in self.said() {
+        for mut record in self.pending_records() {
             if let Opened::Data(place) = self.ours.open(&mut record).expect("good records") {
                 got.extend_from_slice(&record[place]);
             }
@@ -167,7 +167,7 @@ fn keys_are_renewed_when_the_peer_asks_and_before_they_are_used_up() {
         for round in 0..40 {
             pair.theirs.refresh_traffic_keys().expect("TLS 1.3");
             assert_eq!(pair.receive(b"after"), b"after", "round {round}");
-            // rustls asks for ours as well.
+            // rustls also requests a KeyUpdate.
             assert!(pair.ours.owes_key_update());
             let update = pair.ours.key_update(0).expect("keys").expect("owed");
             feed(&mut pair.theirs, &update).expect("a KeyUpdate");
@@ -181,7 +181,7 @@ fn keys_are_renewed_when_the_peer_asks_and_before_they_are_used_up() {
         feed(&mut pair.theirs, &update).expect("a KeyUpdate");
         assert_eq!(pair.ours.sending.sequence, 0);
         assert_eq!(pair.send(ContentType::ApplicationData, b"new").expect("good"), b"new");
-        // A key that is used up seals nothing.
+        // A key at its limit seals nothing.
         pair.ours.sending.limit = pair.ours.sending.sequence;
         assert!(matches!(pair.ours.sealed(ContentType::ApplicationData, b"x"), Err(RecordError::Keys(_))));
     }
@@ -193,7 +193,7 @@ fn a_flood_without_data_is_cut_off_and_data_starts_the_count_anew() {
     let updates = |pair: &mut Pair, count: u32| {
         (0..count).find_map(|_| {
             pair.theirs.refresh_traffic_keys().expect("TLS 1.3");
-            pair.said().iter_mut().find_map(|record| pair.ours.open(record).err())
+            pair.pending_records().iter_mut().find_map(|record| pair.ours.open(record).err())
         })
     };
     assert_eq!(updates(&mut pair, WITHOUT_DATA_MAX), None);
@@ -203,7 +203,7 @@ fn a_flood_without_data_is_cut_off_and_data_starts_the_count_anew() {
 }
 
 #[test]
-fn tickets_are_taken_from_a_server_and_from_nobody_else() {
+fn tickets_are_accepted_from_a_server_only() {
     let mut pair = as_client(PROVIDER.cipher_suites[0], 4);
     assert_eq!(pair.receive(b"behind four tickets"), b"behind four tickets");
 
@@ -213,25 +213,25 @@ fn tickets_are_taken_from_a_server_and_from_nobody_else() {
 }
 
 #[test]
-fn goodbye_and_alerts_are_told_apart() {
+fn close_notify_and_alerts_are_distinguished() {
     let mut pair = as_server();
     pair.theirs.send_close_notify();
-    let mut records = pair.said();
+    let mut records = pair.pending_records();
     assert_eq!(pair.ours.open(&mut records[0]), Ok(Opened::Closed));
 
     let mut pair = as_server();
-    let goodbye = pair.ours.alert(AlertDescription::CloseNotify).expect("keys");
-    feed(&mut pair.theirs, &goodbye).expect("no error");
+    let close_notify = pair.ours.alert(AlertDescription::CloseNotify).expect("keys");
+    feed(&mut pair.theirs, &close_notify).expect("no error");
     assert_eq!(pair.theirs.reader().read(&mut [0; 1]).expect("the end"), 0);
 
     let mut pair = as_server();
     let alert = pair.ours.alert(AlertDescription::CertificateRevoked).expect("keys");
-    let told = feed(&mut pair.theirs, &alert);
-    assert_eq!(told, Err(rustls::Error::AlertReceived(AlertDescription::CertificateRevoked)));
+    let received = feed(&mut pair.theirs, &alert);
+    assert_eq!(received, Err(rustls::Error::AlertReceived(AlertDescription::CertificateRevoked)));
 }
 
-/// Our end, and the keys of a sender that keeps no rule.
-fn breaker() -> (Records, Keys) {
+/// Returns a receiver, and the keys of a sender without protocol checks.
+fn unchecked_sender() -> (Records, Keys) {
     let (ours, theirs) = fixed::pair().expect("keys");
     (ours, theirs.sending)
 }
@@ -243,9 +243,9 @@ fn sealed(keys: &mut Keys, kind: ContentType, content: &[u8]) -> Vec<u8> {
     record
 }
 
-/// What opening `contents` one after the other comes to.
+/// Opens `contents` in order; returns the last result, or the first error.
 fn opened(contents: &[(ContentType, &[u8])]) -> Result<Opened, RecordError> {
-    let (mut ours, mut keys) = breaker();
+    let (mut ours, mut keys) = unchecked_sender();
     let mut last = Ok(Opened::Nothing);
     for (kind, content) in contents {
         last = ours.open(&mut sealed(&mut keys, *kind, content));
@@ -257,7 +257,7 @@ fn opened(contents: &[(ContentType, &[u8])]) -> Result<Opened, RecordError> {
 }
 
 #[test]
-fn what_breaks_the_rules_ends_the_connection_with_the_alert_of_the_rfc() {
+fn protocol_violations_end_the_connection_with_the_alert_of_the_rfc() {
     use AlertDescription as Alert;
     use ContentType::{Alert as A, ApplicationData as D, ChangeCipherSpec as C, Handshake as H};
     type Contents = &'static [(ContentType, &'static [u8])];
@@ -275,9 +275,9 @@ fn what_breaks_the_rules_ends_the_connection_with_the_alert_of_the_rfc() {
         (&[(H, &[KEY_UPDATE, 0]), (D, b"x")], Alert::UnexpectedMessage),
         (&[(A, &[1, 0]), (D, b"x")], Alert::UnexpectedMessage),
     ];
-    for (contents, alert) in cases {
-        let told = opened(contents).expect_err("refused").alert();
-        assert_eq!(told, Some(alert), "{contents:?}");
+    for (contents, expected) in cases {
+        let alert = opened(contents).expect_err("refused").alert();
+        assert_eq!(alert, Some(expected), "{contents:?}");
     }
     assert_eq!(opened(&[(A, &[1, 90])]), Ok(Opened::Nothing), "user_canceled waits for close_notify");
     assert_eq!(opened(&[(A, &[2, 0])]), Ok(Opened::Closed), "the level means nothing");
@@ -287,33 +287,33 @@ fn what_breaks_the_rules_ends_the_connection_with_the_alert_of_the_rfc() {
 }
 
 #[test]
-fn padding_is_taken_off_and_nothing_but_padding_refused() {
-    let (mut ours, mut keys) = breaker();
-    // The type stands before the zeros: sealed as content of type 0, which is padding too.
+fn padding_is_removed_and_records_of_only_padding_are_refused() {
+    let (mut ours, mut keys) = unchecked_sender();
+    // The type precedes the zeros. The record is sealed with content type 0, which is padding too.
     let padded = [b"text".as_slice(), &[23, 0, 0, 0]].concat();
     let mut record = sealed(&mut keys, ContentType::from(0), &padded);
     assert_eq!(ours.open(&mut record), Ok(Opened::Data(5..9)));
-    let told = ours.open(&mut sealed(&mut keys, ContentType::from(0), &[0; 40]));
-    assert_eq!(told.expect_err("refused").alert(), Some(AlertDescription::UnexpectedMessage));
+    let opened = ours.open(&mut sealed(&mut keys, ContentType::from(0), &[0; 40]));
+    assert_eq!(opened.expect_err("refused").alert(), Some(AlertDescription::UnexpectedMessage));
 }
 
 #[test]
-fn a_record_that_was_changed_repeated_left_out_or_sent_in_clear_is_refused() {
+fn a_record_that_was_changed_repeated_left_out_or_sent_as_plaintext_is_refused() {
     for at in 0..30 {
-        let (mut ours, mut keys) = breaker();
+        let (mut ours, mut keys) = unchecked_sender();
         let mut record = sealed(&mut keys, ContentType::ApplicationData, b"content");
         record[at % 29] ^= 1 << (at % 8);
         assert!(ours.open(&mut record).is_err(), "byte {at}");
     }
-    let (mut ours, mut keys) = breaker();
+    let (mut ours, mut keys) = unchecked_sender();
     let record = sealed(&mut keys, ContentType::ApplicationData, b"once");
     assert!(ours.open(&mut record.clone()).is_ok());
     assert_eq!(ours.open(&mut record.clone()), Err(RecordError::Decrypt), "repeated");
-    let (mut ours, mut keys) = breaker();
+    let (mut ours, mut keys) = unchecked_sender();
     let _left_out = sealed(&mut keys, ContentType::ApplicationData, b"one");
     let mut record = sealed(&mut keys, ContentType::ApplicationData, b"two");
     assert_eq!(ours.open(&mut record), Err(RecordError::Decrypt));
-    let (mut ours, _) = breaker();
+    let (mut ours, _) = unchecked_sender();
     let clear = ours.open(&mut [22, 3, 3, 0, 5, KEY_UPDATE, 0, 0, 1, 0]);
     assert_eq!(clear.expect_err("refused").alert(), Some(AlertDescription::UnexpectedMessage));
 }
