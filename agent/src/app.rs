@@ -433,6 +433,7 @@ fn close_unused(path: &Proxy) {
 fn refresh_node(kernel: &Kernel) -> Result<(), KernelError> {
     let listed = host::addresses().map_err(|e| KernelError::Map { map: "NODE", problem: e.to_string() })?;
     let sources: Vec<_> = listed.into_iter().filter(host::is_probe_source).collect();
+    kernel.refresh_node_hardware()?;
     kernel.maps.set_node(&sources)
 }
 

@@ -236,7 +236,9 @@ impl Enroller {
         if !POD_LEVELS.contains(&below) {
             return Err(NotYet::Depth(below));
         }
-        let slot = self.cover(state, cgroup.id(), workload, &self.policies.current().modes(workload))?;
+        let policies = self.policies.current();
+        let policy = (&policies.modes(workload), &policies.authorization(workload));
+        let slot = self.cover(state, cgroup.id(), workload, policy)?;
         // Its packets to others with such an address are outside of what Tacit keeps.
         if let Some(outside) = workload.addresses.iter().find(|address| !self.mesh.contains(**address)) {
             return Err(NotYet::OutsideMesh(*outside));
@@ -263,7 +265,7 @@ impl Enroller {
         let capture_port = listeners.capture_port().map_err(|e| NotYet::Kernel(e.to_string()))?;
         let was_enrolled_here = self.kernel.maps.enrolled_in(cgroup.id()) == Some(netns.cookie());
         let at = (netns.cookie(), capture_port);
-        let entry = entry(&workload, cgroup.id(), slot, at, &modes);
+        let entry = entry(&workload, cgroup.id(), slot, at, (&modes, &authorization));
         let links = self
             .tell_kernel(&entry, &netns, &listeners, (&modes, &authorization))
             .map_err(|e| NotYet::Kernel(e.to_string()))?;

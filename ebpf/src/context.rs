@@ -13,9 +13,9 @@ use aya_ebpf::{
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
 use core::{ffi::c_void, ptr};
-use tacit_abi::{Address, ClearKey, Inbound, Mode, Names, PortKey, Tuple};
+use tacit_abi::{Address, ClearKey, Inbound, Mode, Names, NodeFlow, PortKey, Tuple};
 
-use crate::maps::{AGENTS, CLEAR, MESH, NAMES, NODE, PORT_MODES, STATE};
+use crate::maps::{AGENTS, CLEAR, MESH, NAMES, NODE, NODE_FLOWS, NODE_HARDWARE, PORT_MODES, STATE};
 
 /// From the kernel's headers, as are the constants below.
 const IPPROTO_TCP: i32 = 6;
@@ -65,7 +65,7 @@ struct SocketAddressV6 {
 
 mod skb;
 
-pub use skb::Skb;
+pub use skb::{Skb, is_syn_cookie};
 
 /// Prefix length of a full address in the mesh's map.
 const FULL_PREFIX: u32 = 128;
@@ -117,6 +117,19 @@ pub fn default_is_strict() -> bool {
     STATE.get(0).is_some_and(|state| state.default_mode == Mode::Strict as u32)
 }
 
+/// Returns the secret of hashes that pods must not foresee.
+#[inline(always)]
+pub fn seed() -> u64 {
+    STATE.get(0).map_or(0, |state| state.seed)
+}
+
+/// Returns true for hardware addresses of the node's interfaces.
+#[inline(always)]
+pub fn is_node_hardware(address: u64) -> bool {
+    // SAFETY: only presence is read.
+    unsafe { NODE_HARDWARE.get(&address) }.is_some()
+}
+
 /// Returns true for cgroups of agents.
 #[inline(always)]
 pub fn is_agent_cgroup(id: u64) -> bool {
@@ -129,6 +142,13 @@ pub fn is_agent_cgroup(id: u64) -> bool {
 pub fn is_node(address: &Address) -> bool {
     // SAFETY: only presence is read.
     unsafe { NODE.get(address) }.is_some()
+}
+
+/// Returns true if the node itself sent a packet of this flow to the pod.
+#[inline(always)]
+pub fn is_node_flow(flow: &NodeFlow) -> bool {
+    // SAFETY: only presence is read.
+    unsafe { NODE_FLOWS.get(flow) }.is_some()
 }
 
 /// Returns the mode of a pod's port that has its own.

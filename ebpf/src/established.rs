@@ -5,7 +5,7 @@
 //! agent dials --TCP_CONNECT--> DIALLED[tuple]  = client        --PASSIVE_ESTABLISHED at the application's socket:
 //!                                                                the entry moves into that socket's storage
 //! either      --CLOSE--------> the entry is removed if it still exists
-//! mesh peer with plaintext    --PASSIVE_ESTABLISHED--> the application's socket is marked for the guard
+//! others with plaintext       --PASSIVE_ESTABLISHED--> the application's socket is marked for the guard
 //! ```
 //! TCP_CONNECT runs after the source port is chosen and before the SYN is sent. PASSIVE_ESTABLISHED runs while the new
 //! socket is locked, so `accept()` cannot return before it. No side ever waits for an entry.
@@ -17,12 +17,12 @@ use aya_ebpf::{
     },
     programs::SockOpsContext,
 };
-use tacit_abi::{Address, Destination, Names, Reason, names_kind, tcp_port};
+use tacit_abi::{Destination, Names, NodeFlow, Reason, Tuple, names_kind, protocol, tcp_port};
 
 use crate::{
     context::{self, Ends, SockOps},
     count::count,
-    maps::{CAPTURED, DIALLED},
+    maps::{CAPTURED, DIALLED, STEERED},
 };
 
 /// Return value of the program. The kernel ignores it for the operations that are handled here.
@@ -73,7 +73,7 @@ fn inherit_names(sock: &SockOps<'_>, ends: &Ends) {
     }
     // The agent dials applications from loopback addresses only.
     if !key.local.is_loopback() {
-        return mark_clear(sock, &key.local, key.remote_port);
+        return mark_accepted(sock, &key);
     }
     // SAFETY: the entry is copied before it is removed, and only this socket's handshake removes it.
     let Some(client) = (unsafe { DIALLED.get(&key) }).copied() else { return };
@@ -90,15 +90,25 @@ fn inherit_names(sock: &SockOps<'_>, ends: &Ends) {
     let _ = DIALLED.remove(&key);
 }
 
-/// Marks a plaintext connection from a mesh address that the steering program passed to the application. Without the
-/// mark, for example for lack of memory, the guard takes its packets for connections of the pod and drops them.
+/// Marks a plaintext connection that the steering program passed to an application of an enrolled pod. Without the mark,
+/// for example for lack of memory, the guard takes its packets for connections of the pod and drops those into the mesh.
 #[inline(always)]
-fn mark_clear(sock: &SockOps<'_>, client: &Address, own_port: u32) {
-    if own_port == u32::from(tcp_port::TUNNEL) || !context::in_mesh(client) {
+fn mark_accepted(sock: &SockOps<'_>, key: &Tuple) {
+    // SAFETY: only presence is read.
+    let is_enrolled = unsafe { STEERED.get(&key.remote) }.is_some();
+    if key.remote_port == u32::from(tcp_port::TUNNEL) || !is_enrolled {
         return;
     }
-    let names = Names { kind: names_kind::CLEAR, ..Names::default() };
-    let _ = sock.store_names(names);
+    let flow = NodeFlow {
+        node: key.local,
+        pod: key.remote,
+        node_port: key.local_port,
+        pod_port: key.remote_port,
+        protocol: u32::from(protocol::TCP),
+        pad: 0,
+    };
+    let kind = if context::is_node_flow(&flow) { names_kind::NODE } else { names_kind::CLEAR };
+    let _ = sock.store_names(Names { kind, ..Names::default() });
 }
 
 #[inline(always)]

@@ -3,42 +3,73 @@
 //! Verdicts without facts: a pod without an entry is `Pod::unknown` in a STRICT mesh and passes otherwise. Packets of
 //! STRICT pods that cannot be parsed are dropped. A full table of drops loses a count, never a verdict.
 
-use aya_ebpf::{bindings::BPF_NOEXIST, programs::SkBuffContext};
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_NOEXIST},
+    programs::SkBuffContext,
+};
 use aya_log_ebpf::warn;
 use tacit_abi::{
-    Address, DropKey, GuardFacts, Hook, Packet, Pod, Reason, Verdict, decide_egress, decide_ingress,
-    names_kind, pod_flag,
+    ANSWER_WAYS, Accepted, Address, Arrival, ArrivalFacts, DropKey, GuardFacts, Hook, Link, Listener,
+    Packet, Pod, Reason, Verdict, answer_cells, decide_arrival, decide_egress, decide_ingress, is_expected,
+    listener_index, may_claim, may_send_from, names_kind, pod_flag, remember,
 };
 
 use crate::{
     context::{self, Skb},
     count::count,
     log_budget,
-    maps::{DROPS, LINKS, PODS, SETTINGS, pod_of},
-    packet::{self, Direction, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6},
+    maps::{ANSWERS, DROPS, LINKS, NODE_FLOWS, PODS, SETTINGS, pod_of},
+    packet::{self, Direction, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, IpHeader},
 };
 
 /// Length of the Ethernet header; guarded links of pods are Ethernet links.
 const ETHERNET_HEADER: u32 = 14;
 /// Length of the smallest Ethernet frame: an ARP packet (42 bytes) with padding. A longer frame carries other data.
 const ARP_MAX: u32 = 60;
+/// Index of the loopback interface, which the kernel gives to no other interface of a namespace.
+const LOOPBACK: u32 = 1;
 
-struct Facts<'a>(&'a Skb<'a>);
+/// Facts of a packet at a hook. On links, `link` and the header's addresses are known.
+struct Facts<'a> {
+    skb: &'a Skb<'a>,
+    link: &'a Link,
+    header: &'a IpHeader,
+    is_to_neighbour: bool,
+}
 
 impl GuardFacts for Facts<'_> {
     #[inline(always)]
     fn is_agent(&self) -> bool {
-        context::is_agent_cgroup(self.0.cgroup())
+        context::is_agent_cgroup(self.skb.cgroup())
     }
 
     #[inline(always)]
-    fn is_node(&self, remote: &Address) -> bool {
-        context::is_node(remote)
+    fn is_tunnel(&self) -> bool {
+        self.skb.names().is_some_and(|names| names.kind == names_kind::TUNNEL)
     }
 
     #[inline(always)]
-    fn is_accepted_clear(&self) -> bool {
-        self.0.names().is_some_and(|names| names.kind == names_kind::CLEAR)
+    fn in_mesh(&self, address: &Address) -> bool {
+        context::in_mesh(address)
+    }
+
+    #[inline(always)]
+    fn is_node(&self, address: &Address) -> bool {
+        context::is_node(address)
+    }
+
+    #[inline(always)]
+    fn is_node_flow(&self, packet: &Packet) -> bool {
+        context::is_node_flow(&packet.node_flow())
+    }
+
+    #[inline(always)]
+    fn accepted(&self) -> Option<Accepted> {
+        match self.skb.names()?.kind {
+            names_kind::NODE => Some(Accepted::Node),
+            names_kind::CLEAR => Some(Accepted::Other),
+            _ => None,
+        }
     }
 
     #[inline(always)]
@@ -53,47 +84,128 @@ impl GuardFacts for Facts<'_> {
 
     #[inline(always)]
     fn is_node_socket(&self) -> bool {
-        let settings = SETTINGS.load();
-        self.0.cgroup() != 0 && self.0.ancestor_cgroup(settings.pods_level) != settings.pods_cgroup
+        is_node_socket(self.skb)
     }
 
     #[inline(always)]
     fn is_tcp_socket(&self) -> bool {
-        self.0.is_tcp_socket()
+        self.skb.is_tcp_socket()
     }
+
+    #[inline(always)]
+    fn may_send_from(&self, pod: &Pod, address: &Address) -> bool {
+        may_send_from(pod, self.link, address)
+    }
+
+    #[inline(always)]
+    fn is_to_neighbour(&self) -> bool {
+        self.is_to_neighbour
+    }
+
+    #[inline(always)]
+    fn is_answer(&self, pod: &Pod, packet: &Packet) -> bool {
+        is_answer(pod, packet)
+    }
+
+    #[inline(always)]
+    fn is_tunnel_cookie(&self, pod: &Pod, _: &Packet) -> bool {
+        is_tunnel_cookie(self.skb, pod, self.header)
+    }
+}
+
+/// Returns true for a socket of the kernel or of a process outside the pods' cgroup.
+#[inline(always)]
+fn is_node_socket(skb: &Skb<'_>) -> bool {
+    let settings = SETTINGS.load();
+    skb.cgroup() != 0 && skb.ancestor_cgroup(settings.pods_level) != settings.pods_cgroup
+}
+
+/// Returns true if the pod sent a datagram of the packet's flow a short time ago.
+#[inline(always)]
+fn is_answer(pod: &Pod, packet: &Packet) -> bool {
+    let Some((first, tag)) = answer_cells(context::seed(), pod.slot, packet) else { return false };
+    let now = context::now();
+    for way in 0..ANSWER_WAYS {
+        if ANSWERS.get(first + way).is_some_and(|cell| is_expected(*cell, tag, now)) {
+            return true;
+        }
+    }
+    false
+}
+
+/// Remembers that the pod sent a datagram. The flow's own cell is used, else a free or the oldest one.
+#[inline(always)]
+fn expect_answer(pod: &Pod, packet: &Packet) {
+    let Some((first, tag)) = answer_cells(context::seed(), pod.slot, packet) else { return };
+    let fresh = remember(tag, context::now());
+    let mut oldest = (first, u64::MAX);
+    for way in 0..ANSWER_WAYS {
+        let Some(cell) = ANSWERS.get(first + way) else { return };
+        if *cell == fresh {
+            return;
+        }
+        // The time is in the lower bits. Of an own cell it counts as the oldest.
+        let age = if *cell ^ tag < 1 << 24 { 0 } else { *cell & 0xff_ffff };
+        if age < oldest.1 {
+            oldest = (first + way, age);
+        }
+    }
+    if let Some(cell) = ANSWERS.get_ptr_mut(oldest.0) {
+        // SAFETY: a live value of the map, written as one word.
+        unsafe { *cell = fresh };
+    }
+}
+
+/// Returns true if a SYN-ACK carries a SYN cookie of the agent's tunnel listener: the kernel accepts the client's answer.
+/// Without the kernel's secret nobody can make one, so nothing can be said by it.
+#[inline(always)]
+fn is_tunnel_cookie(skb: &Skb<'_>, pod: &Pod, header: &IpHeader) -> bool {
+    let Some(mut tcp) = packet::acknowledgement(skb, header) else { return false };
+    let listener = listener_index(pod.slot, Listener::Tunnel);
+    let (client, server) = (&header.destination, &header.source);
+    if server.is_v4() {
+        let version = u32::from_ne_bytes([0x45, 0, 0, 0]);
+        let mut ip = [version, 0, 0, client.v4_be(), server.v4_be()];
+        return context::is_syn_cookie(listener, &mut ip, &mut tcp);
+    }
+    let version = u32::from_ne_bytes([0x60, 0, 0, 0]);
+    let (c, s) = (client.0, server.0);
+    let mut ip = [version, 0, c[0], c[1], c[2], c[3], s[0], s[1], s[2], s[3]];
+    context::is_syn_cookie(listener, &mut ip, &mut tcp)
 }
 
 /// Decides on packets from and to sockets of pods; true if the packet passes.
 #[inline(always)]
 pub fn socket(ctx: &SkBuffContext, direction: Direction) -> bool {
     let skb = Skb(ctx);
+    // This check is first because all traffic to the agent is loopback.
+    if skb.interface() == LOOPBACK {
+        return true;
+    }
     let ethertype = skb.ethertype();
     // Sockets of other families never reach these hooks.
     if ethertype != ETH_P_IP && ethertype != ETH_P_IPV6 {
         return true;
     }
-    let Some(header) = packet::ip_header(&skb, ethertype) else {
-        return unreadable(ctx, &skb);
-    };
-    let remote = match direction {
-        Direction::Egress => &header.destination,
-        Direction::Ingress => &header.source,
-    };
-    // This check is first because all traffic to the agent is loopback.
-    if remote.is_loopback() || !context::in_mesh(remote) {
+    let Some((cgroup, pod)) = of_socket(&skb) else { return true };
+    if pod.has(pod_flag::EXEMPT) {
         return true;
     }
-    let Some((cgroup, pod)) = of_socket(&skb) else { return true };
-    let Some(packet) = packet::parse(&skb, &header, direction, 0) else {
-        return unreadable(ctx, &skb);
+    let Some(header) = packet::ip_header(&skb, ethertype) else {
+        return drop_if_strict(ctx, cgroup, &pod, Reason::GuardUnreadable);
     };
-    let facts = Facts(&skb);
+    let Some(packet) = packet::parse(&skb, &header, direction, 0) else {
+        return drop_if_strict(ctx, cgroup, &pod, Reason::GuardUnreadable);
+    };
+    let facts = Facts { skb: &skb, link: &NO_LINK, header: &header, is_to_neighbour: false };
     let verdict = match direction {
         Direction::Egress => decide_egress(&facts, &pod, Hook::Socket, &packet),
         Direction::Ingress => decide_ingress(&facts, &pod, &packet),
     };
-    apply(ctx, cgroup, &packet, verdict)
+    apply(ctx, cgroup, &pod, &packet, verdict)
 }
+
+const NO_LINK: Link = Link { cgroup: 0, hardware: 0, has_neighbours: 0, link_local: Address::NONE };
 
 /// Returns the pod of a packet's socket and its cgroup's id; `None` if nothing is enforced for the socket.
 #[inline(always)]
@@ -104,11 +216,17 @@ fn of_socket(skb: &Skb<'_>) -> Option<(u64, Pod)> {
     if context::default_is_strict() { Some((skb.cgroup(), Pod::unknown())) } else { None }
 }
 
-/// Decides on a packet that is too short for its own headers.
+/// Returns the pod behind a link; `None` if nothing is enforced for it.
 #[inline(always)]
-fn unreadable(ctx: &SkBuffContext, skb: &Skb<'_>) -> bool {
-    let Some((cgroup, pod)) = of_socket(skb) else { return true };
-    drop_if_strict(ctx, cgroup, &pod, Reason::GuardUnreadable)
+fn of_link(skb: &Skb<'_>) -> Option<(Link, Pod)> {
+    // SAFETY: copied at once; the agent replaces entries, it never changes one in place.
+    let link = unsafe { LINKS.get(&skb.interface()) }.copied()?;
+    // SAFETY: as above.
+    match unsafe { PODS.get(&link.cgroup) } {
+        Some(pod) => Some((link, *pod)),
+        None if context::default_is_strict() => Some((link, Pod::unknown())),
+        None => None,
+    }
 }
 
 /// Decides on frames that leave a pod, on the host end of its link; true if the frame passes.
@@ -116,34 +234,104 @@ fn unreadable(ctx: &SkBuffContext, skb: &Skb<'_>) -> bool {
 pub fn link(ctx: &SkBuffContext) -> bool {
     let skb = Skb(ctx);
     // This check is first because tunnels of the agent are the hot path.
-    if context::is_agent_cgroup(skb.cgroup()) {
+    let is_tunnel = context::is_agent_cgroup(skb.cgroup())
+        && skb.names().is_some_and(|names| names.kind == names_kind::TUNNEL);
+    if is_tunnel {
         return true;
     }
-    // SAFETY: copied at once.
-    let Some(cgroup) = unsafe { LINKS.get(&skb.interface()) }.copied() else { return true };
-    // SAFETY: the entry is copied at once; the agent replaces entries, it never changes one in place.
-    let pod = match unsafe { PODS.get(&cgroup) } {
-        Some(pod) => *pod,
-        None if context::default_is_strict() => Pod::unknown(),
-        None => return true,
+    let Some((link, pod)) = of_link(&skb) else { return true };
+    let Some((to, from)) = skb.hardware() else {
+        return drop_if_strict(ctx, link.cgroup, &pod, Reason::GuardUnreadable);
     };
+    if link.hardware != 0 && from != link.hardware {
+        return drop(ctx, link.cgroup, &Address::NONE, 0, 0, Reason::GuardSpoofed);
+    }
     let ethertype = skb.ethertype();
     let is_ip = ethertype == ETH_P_IP || ethertype == ETH_P_IPV6;
     if !is_ip || skb.has_vlan() {
-        let is_arp = ethertype == ETH_P_ARP && !skb.has_vlan() && skb.len() <= ARP_MAX;
-        return is_arp || drop_if_strict(ctx, cgroup, &pod, Reason::GuardNotIp);
+        return not_ip(ctx, &skb, &link, &pod, ethertype);
     }
     let Some(header) = packet::ip_header(&skb, ethertype) else {
-        return drop_if_strict(ctx, cgroup, &pod, Reason::GuardUnreadable);
+        return drop_if_strict(ctx, link.cgroup, &pod, Reason::GuardUnreadable);
     };
-    if !context::in_mesh(&header.destination) {
-        return true;
+    if let Some(claim) = packet::discovery_claim(&skb, &header)
+        && !may_claim(&pod, &link, &claim)
+    {
+        return drop(ctx, link.cgroup, &header.source, 0, 0, Reason::GuardSpoofed);
     }
     let Some(packet) = packet::parse(&skb, &header, Direction::Egress, ETHERNET_HEADER) else {
-        return drop_if_strict(ctx, cgroup, &pod, Reason::GuardUnreadable);
+        return drop_if_strict(ctx, link.cgroup, &pod, Reason::GuardUnreadable);
     };
-    let verdict = decide_egress(&Facts(&skb), &pod, Hook::Link, &packet);
-    apply(ctx, cgroup, &packet, verdict)
+    let is_to_neighbour = link.has_neighbours != 0 && !context::is_node_hardware(to);
+    let facts = Facts { skb: &skb, link: &link, header: &header, is_to_neighbour };
+    let verdict = decide_egress(&facts, &pod, Hook::Link, &packet);
+    apply(ctx, link.cgroup, &pod, &packet, verdict)
+}
+
+/// Decides on frames other than plain IP.
+#[inline(always)]
+fn not_ip(ctx: &SkBuffContext, skb: &Skb<'_>, link: &Link, pod: &Pod, ethertype: u16) -> bool {
+    if ethertype != ETH_P_ARP || skb.has_vlan() {
+        return drop_if_strict(ctx, link.cgroup, pod, Reason::GuardNotIp);
+    }
+    let is_own = packet::arp_claim(skb).is_some_and(|claim| may_claim(pod, link, &claim));
+    if !is_own {
+        return drop(ctx, link.cgroup, &Address::NONE, 0, 0, Reason::GuardSpoofed);
+    }
+    skb.len() <= ARP_MAX || drop_if_strict(ctx, link.cgroup, pod, Reason::GuardNotIp)
+}
+
+/// Decides on frames towards a pod, on the host end of its link; true if the frame passes.
+#[inline(always)]
+pub fn arrival(ctx: &SkBuffContext) -> bool {
+    let skb = Skb(ctx);
+    let ethertype = skb.ethertype();
+    if ethertype != ETH_P_IP && ethertype != ETH_P_IPV6 {
+        return true;
+    }
+    let Some((link, pod)) = of_link(&skb) else { return true };
+    if pod.has(pod_flag::EXEMPT) {
+        return true;
+    }
+    let Some(header) = packet::ip_header(&skb, ethertype) else { return true };
+    // Most frames are of tunnels, which come from other addresses.
+    if !pod.owns(&header.source) && !context::is_node(&header.source) {
+        return true;
+    }
+    let Some(packet) = packet::parse(&skb, &header, Direction::Ingress, ETHERNET_HEADER) else { return true };
+    match decide_arrival(&Arriving(&skb), &pod, &packet) {
+        Arrival::Pass => true,
+        Arrival::OfNode => {
+            let flow = packet.node_flow();
+            if !context::is_node_flow(&flow) {
+                // The least recently used entry makes room.
+                let _ = NODE_FLOWS.insert(&flow, &1, BPF_ANY.into());
+            }
+            true
+        }
+        Arrival::Drop(reason) => {
+            drop(ctx, link.cgroup, &packet.remote, packet.remote_port, packet.protocol, reason)
+        }
+    }
+}
+
+struct Arriving<'a>(&'a Skb<'a>);
+
+impl ArrivalFacts for Arriving<'_> {
+    #[inline(always)]
+    fn is_node(&self, address: &Address) -> bool {
+        context::is_node(address)
+    }
+
+    #[inline(always)]
+    fn is_node_socket(&self) -> bool {
+        is_node_socket(self.0)
+    }
+
+    #[inline(always)]
+    fn is_node_flow(&self, packet: &Packet) -> bool {
+        context::is_node_flow(&packet.node_flow())
+    }
 }
 
 /// Drops a packet that cannot be classified if its pod is STRICT; true if the packet passes.
@@ -156,11 +344,20 @@ fn drop_if_strict(ctx: &SkBuffContext, cgroup: u64, pod: &Pod, reason: Reason) -
 }
 
 #[inline(always)]
-fn apply(ctx: &SkBuffContext, cgroup: u64, packet: &Packet, verdict: Verdict) -> bool {
+fn apply(ctx: &SkBuffContext, cgroup: u64, pod: &Pod, packet: &Packet, verdict: Verdict) -> bool {
     match verdict {
         Verdict::Pass => true,
+        Verdict::Ask => {
+            expect_answer(pod, packet);
+            true
+        }
         Verdict::Clear(reason) => {
             count(reason);
+            true
+        }
+        Verdict::AskClear(reason) => {
+            count(reason);
+            expect_answer(pod, packet);
             true
         }
         Verdict::Drop(reason) => {

@@ -90,6 +90,11 @@ pub fn guard_link(ctx: TcContext) -> i32 {
     if guard::link(&SkBuffContext::new(ctx.skb.skb)) { TC_NEXT } else { TC_DROP }
 }
 
+#[classifier]
+pub fn guard_arrival(ctx: TcContext) -> i32 {
+    if guard::arrival(&SkBuffContext::new(ctx.skb.skb)) { TC_NEXT } else { TC_DROP }
+}
+
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     loop {}

@@ -7,8 +7,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use tacit_abi::{
-    Address, ClearKey, Destination, DropKey, LISTENERS_PER_POD, MeshKey, Names, Pod, PortKey, REASONS,
-    Settings, State, Steered, Tuple, limits,
+    Address, ClearKey, Destination, DropKey, LISTENERS_PER_POD, Link, MeshKey, Names, NodeFlow, Pod, PortKey,
+    REASONS, Settings, State, Steered, Tuple, limits,
 };
 
 use crate::log_budget::Budget;
@@ -17,8 +17,13 @@ const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 
 /// Settings that the agent writes before it loads the programs. The verifier sees constants.
 #[unsafe(no_mangle)]
-pub static SETTINGS: Global<Settings> =
-    Global::new(Settings { pods_level: u32::MAX, abi_version: 0, pods_cgroup: 0, has_set_retval: 0, pad: 0 });
+pub static SETTINGS: Global<Settings> = Global::new(Settings {
+    pods_level: u32::MAX,
+    abi_version: 0,
+    pods_cgroup: 0,
+    has_set_retval: 0,
+    pad: 0,
+});
 
 /// The agent's heartbeat and the mesh's default mode. Zero: no agent ever ran, and nothing is enforced.
 #[btf_map]
@@ -32,16 +37,29 @@ pub static AGENTS: HashMap<u64, u32, { limits::AGENTS as usize }> = HashMap::new
 #[btf_map]
 pub static CLEAR: HashMap<ClearKey, u32, { limits::CLEAR as usize }, ON_DEMAND> = HashMap::new();
 
-/// Cgroup id of the pod behind a link, by the index of the link's host end. Missing: the link is not guarded.
+/// Pods' links by the index of their host end. Missing: the link is not guarded.
 #[btf_map]
-pub static LINKS: HashMap<u32, u64, { limits::PODS as usize }> = HashMap::new();
+pub static LINKS: HashMap<u32, Link, { limits::PODS as usize }> = HashMap::new();
+
+/// Hardware addresses of the node's interfaces. Missing: a frame to this address goes to a neighbour.
+#[btf_map]
+pub static NODE_HARDWARE: HashMap<u64, u32, { limits::NODE_HARDWARE as usize }, ON_DEMAND> = HashMap::new();
+
+/// Flows that the node itself has with pods, proven on the host end of the pods' links. Missing: the other end is not the
+/// node, whatever its address.
+#[btf_map]
+pub static NODE_FLOWS: LruHashMap<NodeFlow, u32, { limits::NODE_FLOWS as usize }> = LruHashMap::new();
+
+/// Datagrams of STRICT pods whose answers are expected, see `tacit_abi::answer_cells`. Missing: no answer, dropped.
+#[btf_map]
+pub static ANSWERS: Array<u64, { (limits::SLOTS * limits::ANSWERS_PER_POD) as usize }> = Array::new();
 
 /// Numbers of dropped packets by pod, destination and reason. Full: the least recently used entry is evicted.
 /// Verdicts do not depend on this map, and `COUNTERS` stays complete.
 #[btf_map]
 pub static DROPS: LruHashMap<DropKey, u64, { limits::DROPS as usize }> = LruHashMap::new();
 
-/// Enrolled pods by cgroup id. Missing: left alone, or treated as STRICT if that is the mesh's default.
+/// Known pods by cgroup id, enrolled or exempt. Missing: left alone, or treated as STRICT if that is the mesh's default.
 #[btf_map]
 pub static PODS: HashMap<u64, Pod, { limits::PODS as usize }> = HashMap::new();
 
@@ -57,18 +75,18 @@ pub static PORT_MODES: HashMap<PortKey, u32, { limits::PORT_MODES as usize }, ON
 #[btf_map]
 pub static MESH: LpmTrie<MeshKey, u32, { limits::MESH_RANGES as usize }> = LpmTrie::new();
 
-/// The node's own addresses, which probes come from.
+/// The node's own addresses, except those of services.
 #[btf_map]
 pub static NODE: HashMap<Address, u32, { limits::NODE_ADDRESSES as usize }> = HashMap::new();
 
 /// The agent's listeners, see `tacit_abi::listener_index`. The kernel removes an entry with its socket. Missing: no agent.
 #[btf_map]
-pub static LISTENERS: SockMap<{ (limits::PODS * LISTENERS_PER_POD) as usize }> = SockMap::new();
+pub static LISTENERS: SockMap<{ (limits::SLOTS * LISTENERS_PER_POD) as usize }> = SockMap::new();
 
 /// The agent's listeners for captured connections, by slot. Connections that are spread over ports without a listener are
 /// redirected to them. The kernel removes an entry with its socket. Missing: no agent.
 #[btf_map]
-pub static CAPTURERS: SockMap<{ limits::PODS as usize }> = SockMap::new();
+pub static CAPTURERS: SockMap<{ limits::SLOTS as usize }> = SockMap::new();
 
 /// Names that a socket's application sees. The kernel frees an entry with its socket.
 #[btf_map]

@@ -14,7 +14,9 @@ use crate::{
 pub fn peer(ctx: &SockAddrContext, family: Family) -> i32 {
     let sock = SockAddr(ctx);
     match sock.names() {
-        Some(names) if names.kind != names_kind::CLEAR => {
+        Some(names)
+            if matches!(names.kind, names_kind::CAPTURED | names_kind::DIALLED | names_kind::ACCEPTED) =>
+        {
             sock.set_address(family, &names.peer);
             sock.set_port(names.peer_port as u16);
         }

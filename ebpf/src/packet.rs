@@ -1,7 +1,7 @@
 //! Parser from a packet's bytes to the guard's facts. Packets are untrusted: one that ends early is unreadable, and one
 //! with too long a chain of extension headers has an unknown protocol.
 
-use tacit_abi::{Address, Packet, protocol};
+use tacit_abi::{Address, Claim, Packet, Segment, hardware_address, protocol};
 
 use crate::context::Skb;
 
@@ -22,9 +22,14 @@ const DESTINATION: u8 = 60;
 const FRAGMENT_OFFSET_V4: u16 = 0x1fff;
 const FRAGMENT_OFFSET_V6: u16 = 0xfff8;
 
-/// First and last ICMPv6 type of router and neighbour discovery.
+/// ICMPv6 types of discovery.
+const LISTENER_REPORT: u8 = 131;
+const LISTENER_DONE: u8 = 132;
 const ROUTER_SOLICITATION: u8 = 133;
+const ROUTER_ADVERTISEMENT: u8 = 134;
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
+const REDIRECT: u8 = 137;
+const LISTENER_REPORT_V2: u8 = 143;
 
 const SYN: u8 = 0x02;
 const ACK: u8 = 0x10;
@@ -112,7 +117,7 @@ pub fn parse(skb: &Skb<'_>, header: &IpHeader, direction: Direction, skipped: u3
         protocol: header.protocol,
         local_port: 0,
         remote_port: 0,
-        is_syn_or_data: true,
+        segment: Segment::Data,
         is_discovery: false,
     };
     if header.is_later_fragment {
@@ -121,7 +126,8 @@ pub fn parse(skb: &Skb<'_>, header: &IpHeader, direction: Direction, skipped: u3
     }
     if header.protocol == protocol::ICMP_V6 {
         let kind: [u8; 1] = skb.read(header.payload)?;
-        packet.is_discovery = ROUTER_SOLICITATION <= kind[0] && kind[0] <= NEIGHBOUR_ADVERTISEMENT;
+        packet.is_discovery = (ROUTER_SOLICITATION <= kind[0] && kind[0] <= NEIGHBOUR_ADVERTISEMENT)
+            || matches!(kind[0], LISTENER_REPORT | LISTENER_DONE | LISTENER_REPORT_V2);
         return Some(packet);
     }
     if header.protocol != protocol::TCP && header.protocol != protocol::UDP {
@@ -138,7 +144,51 @@ pub fn parse(skb: &Skb<'_>, header: &IpHeader, direction: Direction, skipped: u3
         // The upper four bits are the header's length in words; the second byte has the flags.
         let tail: [u8; 2] = skb.read(header.payload + 12)?;
         let end = skipped + header.payload + u32::from(tail[0] >> 4) * 4;
-        packet.is_syn_or_data = skb.len() > end || tail[1] & (SYN | ACK) == SYN;
+        packet.segment = match tail[1] & (SYN | ACK) {
+            SYN => Segment::Syn,
+            _ if skb.len() > end => Segment::Data,
+            flags if flags == SYN | ACK => Segment::SynAck,
+            _ => Segment::Bare,
+        };
     }
     Some(packet)
+}
+
+/// Offsets in an ARP packet of Ethernet and IPv4.
+const ARP_SENDER: u32 = 8;
+
+/// Parses what an ARP packet says of its sender; `None` if it is too short.
+#[inline(always)]
+pub fn arp_claim(skb: &Skb<'_>) -> Option<Claim> {
+    let sender: [u16; 5] = skb.read(ARP_SENDER)?;
+    let [a, b, c, high, low] = sender.map(u16::to_ne_bytes);
+    let hardware = hardware_address([a[0], a[1], b[0], b[1], c[0], c[1]]);
+    let address = Address::from_v4_be(u32::from_ne_bytes([high[0], high[1], low[0], low[1]]));
+    Some(Claim::Arp { hardware, address })
+}
+
+/// Parses what a message of neighbour discovery says of its sender; `None` for every other packet.
+#[inline(always)]
+pub fn discovery_claim(skb: &Skb<'_>, header: &IpHeader) -> Option<Claim> {
+    if header.protocol != protocol::ICMP_V6 || header.is_later_fragment {
+        return None;
+    }
+    let kind: [u8; 1] = skb.read(header.payload)?;
+    match kind[0] {
+        ROUTER_ADVERTISEMENT | REDIRECT => Some(Claim::Routing),
+        NEIGHBOUR_ADVERTISEMENT => Some(Claim::Advertisement(Address(skb.read(header.payload + 8)?))),
+        _ => None,
+    }
+}
+
+/// Returns the segment as the client's acknowledgement of it would be, for the kernel's check of SYN cookies: the first 20
+/// bytes of its TCP header.
+#[inline(always)]
+pub fn acknowledgement(skb: &Skb<'_>, header: &IpHeader) -> Option<[u32; 5]> {
+    let words: [u32; 5] = skb.read(header.payload)?;
+    let ports = words[0].to_ne_bytes();
+    let swapped = u32::from_ne_bytes([ports[2], ports[3], ports[0], ports[1]]);
+    let answered = u32::from_be(words[1]).wrapping_add(1).to_be();
+    let flags = u32::from_ne_bytes([5 << 4, ACK, 0, 0]);
+    Some([swapped, words[2], answered, flags, 0])
 }

@@ -1,7 +1,7 @@
 //! sk_lookup in a pod's network namespace: redirects inbound connections to the agent.
 
 use aya_ebpf::programs::SkLookupContext;
-use tacit_abi::{Address, InboundFacts, Reason, Steer, Steered, Tuple, decide_inbound, listener_index};
+use tacit_abi::{Address, Inbound, InboundFacts, Reason, Steer, Steered, Tuple, decide_inbound, listener_index};
 
 use crate::{
     context::{self, SkLookup},
@@ -32,8 +32,8 @@ impl InboundFacts for Facts {
     }
 
     #[inline(always)]
-    fn is_node(&self, remote: &Address) -> bool {
-        context::is_node(remote)
+    fn is_node_flow(&self, flow: &Inbound) -> bool {
+        context::is_node_flow(&flow.node_flow())
     }
 
     #[inline(always)]

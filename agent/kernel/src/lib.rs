@@ -46,7 +46,7 @@ pub use maps::{
     DropCount, KernelCounter, Maps, PlaintextDestination, PlaintextEgress, PlaintextHandling, PodEntry,
 };
 pub use pins::{PinLock, SuccessorLock, uninstall};
-pub use programs::{GuardedLink, PreparedPrograms, ProgramState, Programs};
+pub use programs::{GuardedLink, HostEnd, PreparedPrograms, ProgramState, Programs};
 pub use verifier::VerifierLog;
 
 /// Something the kernel would not do.
@@ -193,6 +193,15 @@ impl Kernel {
         log: &VerifierLog,
     ) -> Result<PreparedPrograms, KernelError> {
         PreparedPrograms::load(pin_path, pods_cgroup, log)
+    }
+
+    /// Tells the programs the hardware addresses of the node's interfaces.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn refresh_node_hardware(&self) -> Result<(), KernelError> {
+        let problem = |e: io::Error| KernelError::Map { map: "NODE_HARDWARE", problem: e.to_string() };
+        self.maps.set_node_hardware(&programs::node_hardware().map_err(problem)?)
     }
 
     /// Programs and their links. Held for a few system calls, never across an await.

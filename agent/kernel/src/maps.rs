@@ -55,6 +55,8 @@ pub struct PodEntry {
     pub mode: Mode,
     /// What it may do in clear.
     pub clear: PlaintextEgress,
+    /// Who decides on plaintext that reaches it.
+    pub plaintext: PlaintextHandling,
     /// Where the agent listens for its captured connections; 0 while it does not.
     pub capture_port: u16,
 }
@@ -73,6 +75,15 @@ impl PlaintextHandling {
         match self {
             Self::Direct => 0,
             Self::Authorized => steer_flag::JUDGED,
+        }
+    }
+}
+
+impl PlaintextHandling {
+    fn pod_flags(self) -> u32 {
+        match self {
+            Self::Direct => 0,
+            Self::Authorized => pod_flag::JUDGED,
         }
     }
 }
@@ -150,10 +161,28 @@ impl Maps {
             v6: of(false),
             slot: entry.slot,
             mode: entry.mode as u32,
-            flags: entry.clear.flags() | pod_flag::SPREAD,
+            flags: entry.clear.flags() | entry.plaintext.pod_flags() | pod_flag::SPREAD,
             capture_port: u32::from(entry.capture_port),
         };
         lock(&self.pods).insert(entry.cgroup, pod, 0).map_err(failed("PODS"))
+    }
+
+    /// Makes the kernel leave a pod alone that is known and not enrolled. On guarded links it is held to its addresses.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`], for instance when the map is full.
+    pub fn set_exempt(&self, cgroup: u64, addresses: &[IpAddr]) -> Result<(), KernelError> {
+        let of = |v4: bool| addresses.iter().find(|a| a.is_ipv4() == v4).map_or(Address::NONE, |a| address(*a));
+        let pod = Pod { v4: of(true), v6: of(false), flags: pod_flag::EXEMPT, ..Pod::unknown() };
+        lock(&self.pods).insert(cgroup, pod, 0).map_err(failed("PODS"))
+    }
+
+    /// Pods that the kernel leaves alone, by cgroup id.
+    #[must_use]
+    pub fn exempt(&self) -> Vec<u64> {
+        let pods = lock(&self.pods);
+        let exempt = pods.iter().filter_map(Result::ok).filter(|(_, pod)| pod.has(pod_flag::EXEMPT));
+        exempt.map(|(cgroup, _)| cgroup).collect()
     }
 
     /// Ends the enrolment of a pod.
@@ -171,7 +200,9 @@ impl Maps {
     /// Pods that the kernel treats as enrolled: cgroup id and slot.
     #[must_use]
     pub fn pods(&self) -> Vec<(u64, u32)> {
-        lock(&self.pods).iter().filter_map(Result::ok).map(|(cgroup, pod)| (cgroup, pod.slot)).collect()
+        let pods = lock(&self.pods);
+        let enrolled = pods.iter().filter_map(Result::ok).filter(|(_, pod)| !pod.has(pod_flag::EXEMPT));
+        enrolled.map(|(cgroup, pod)| (cgroup, pod.slot)).collect()
     }
 
     /// Sets what plaintext meets at a pod's addresses.
@@ -347,6 +378,16 @@ impl Maps {
             peer_port: u32::from(client.port()),
             kind: names_kind::DIALLED,
         };
+        lock(&self.names).insert(socket, names, 0).map_err(failed("NAMES"))
+    }
+
+    /// Marks `socket` as a tunnel: only such sockets of the agent pass a pod's link into the mesh. To be called before
+    /// `connect()`.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn set_tunnel(&self, socket: &impl AsRawFd) -> Result<(), KernelError> {
+        let names = Names { kind: names_kind::TUNNEL, ..Names::default() };
         lock(&self.names).insert(socket, names, 0).map_err(failed("NAMES"))
     }
 

@@ -1,12 +1,12 @@
-//! Two questions to the kernel over netlink, and one order: which interface is at the other end of a pod's link, which
-//! TCP connections a namespace has, and that one of them shall end.
+//! Questions to the kernel over netlink, and one order: which interfaces a namespace has and in which namespace their
+//! other ends are, which TCP connections it has, and that one of them shall end.
 //!
 //! The namespace is the calling thread's. Answers are parsed with every length checked.
 
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
-    os::fd::{AsRawFd as _, OwnedFd},
+    os::fd::{AsRawFd as _, BorrowedFd, OwnedFd},
 };
 
 use nix::sys::socket::{
@@ -27,8 +27,19 @@ const BUFFER: usize = 64 * 1024;
 const RTM_NEWLINK: u16 = 16;
 const RTM_GETLINK: u16 = 18;
 const IFINFO: usize = 16;
+const RTM_NEWNSID: u16 = 88;
+const RTM_GETNSID: u16 = 90;
+/// `struct rtgenmsg`, padded.
+const RTGENMSG: usize = 4;
+const NETNSA_NSID: u16 = 1;
+const NETNSA_FD: u16 = 3;
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_LINK: u16 = 5;
+const IFLA_MASTER: u16 = 10;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_KIND: u16 = 1;
+const IFLA_LINK_NETNSID: u16 = 37;
 const ARPHRD_ETHER: u16 = 1;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
@@ -44,12 +55,20 @@ const OPEN_STATES: u32 = 0xfff & !(LISTEN_STATE | 1 << 6 | 1 << 7 | 1);
 const LISTEN_STATE: u32 = 1 << 10;
 
 /// A network interface.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Interface {
     pub(super) index: u32,
     pub(super) name: String,
     /// Index of what it is linked to: of a veth or netkit, its other end, in that end's namespace.
     pub(super) linked: Option<u32>,
+    /// Number that this namespace has for the one of the other end; `None` where the other end is in this one.
+    pub(super) linked_netns: Option<i32>,
+    /// Index of the bridge or other device that it is a port of.
+    pub(super) master: Option<u32>,
+    /// Hardware address of an Ethernet interface.
+    pub(super) hardware: Option<[u8; 6]>,
+    /// The kernel's name of its kind, such as `veth`; empty for hardware.
+    pub(super) kind: String,
     pub(super) is_ethernet: bool,
 }
 
@@ -71,7 +90,7 @@ pub(super) fn interfaces() -> io::Result<Vec<Interface>> {
 fn interface(body: &[u8]) -> Option<Interface> {
     let index = u32_at(body, 4)?;
     let is_ethernet = u16_at(body, 2)? == ARPHRD_ETHER;
-    let mut interface = Interface { index, name: String::new(), linked: None, is_ethernet };
+    let mut interface = Interface { index, is_ethernet, ..Interface::default() };
     for (kind, value) in attributes(body.get(IFINFO..)?) {
         match kind {
             IFLA_IFNAME => {
@@ -79,10 +98,42 @@ fn interface(body: &[u8]) -> Option<Interface> {
                 interface.name = String::from_utf8_lossy(text).into_owned();
             }
             IFLA_LINK => interface.linked = u32_at(value, 0),
+            IFLA_LINK_NETNSID => interface.linked_netns = u32_at(value, 0).map(|id| id as i32),
+            IFLA_MASTER => interface.master = u32_at(value, 0),
+            IFLA_ADDRESS if is_ethernet => interface.hardware = value.try_into().ok(),
+            IFLA_LINKINFO => {
+                let kind = attributes(value).find(|(kind, _)| *kind == IFLA_INFO_KIND);
+                let text = kind.map_or(&[][..], |(_, text)| text.strip_suffix(&[0]).unwrap_or(text));
+                interface.kind = String::from_utf8_lossy(text).into_owned();
+            }
             _ => {}
         }
     }
     Some(interface)
+}
+
+/// The number that the calling thread's namespace has for `netns`; `None` while it has none, which is while none of its
+/// interfaces has the other end there.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn netns_id(netns: BorrowedFd<'_>) -> io::Result<Option<i32>> {
+    let netlink = Netlink::open(SockProtocol::NetlinkRoute)?;
+    let mut body = [0; RTGENMSG + 8];
+    body[RTGENMSG..RTGENMSG + 2].copy_from_slice(&8_u16.to_ne_bytes());
+    body[RTGENMSG + 2..RTGENMSG + 4].copy_from_slice(&NETNSA_FD.to_ne_bytes());
+    body[RTGENMSG + 4..].copy_from_slice(&netns.as_raw_fd().to_ne_bytes());
+    let mut found = None;
+    // With an acknowledgement, so that the answer ends.
+    netlink.ask(RTM_GETNSID, NLM_F_ACK, &body, |kind, body| {
+        if kind == RTM_NEWNSID
+            && let Some(rest) = body.get(RTGENMSG..)
+        {
+            let id = attributes(rest).find(|(kind, _)| *kind == NETNSA_NSID);
+            found = id.and_then(|(_, value)| u32_at(value, 0)).map(|id| id as i32).filter(|id| *id >= 0);
+        }
+    })?;
+    Ok(found)
 }
 
 /// A TCP connection.

@@ -1,10 +1,11 @@
 //! Load, attach and pin the programs; adopt those of an earlier agent without a gap.
 //!
 //! ```text
-//! <pinPath>/maps-v3/<MAP>            every map, by name; v3 is the ABI's version
+//! <pinPath>/maps-v4/<MAP>            every map, by name; v4 is the ABI's version
 //! <pinPath>/links/<program>          the programs at the pods' cgroup
 //! <pinPath>/links/steer-<cgroup id>  the steering program in one pod's network namespace
-//! <pinPath>/links/guard-<cgroup id>-<interface>  the guard on the host end of one pod's link
+//! <pinPath>/links/guard-<cgroup id>-<interface>  the guard on the host end of one pod's link, for frames from the pod
+//! <pinPath>/links/arrival-<cgroup id>-<interface>  the same, for frames towards the pod
 //! <pinPath>/next                     empty; locked by who takes over next
 //! ```
 //! All programs are verified before the first is attached. A pinned link whose target is still ours is kept and its
@@ -58,11 +59,14 @@ const STEER: &str = "steer";
 const ESTABLISHED: &str = "established";
 
 /// Maps that outlive the agent.
-pub(super) const MAPS: [&str; 16] = [
+pub(super) const MAPS: [&str; 19] = [
     "STATE",
     "AGENTS",
     "CLEAR",
     "LINKS",
+    "NODE_HARDWARE",
+    "NODE_FLOWS",
+    "ANSWERS",
     "DROPS",
     "PODS",
     "STEERED",
@@ -79,9 +83,9 @@ pub(super) const MAPS: [&str; 16] = [
 
 mod link_guard;
 
-use link_guard::GUARD_LINK;
-pub use link_guard::GuardedLink;
-pub(super) use link_guard::remove_filters;
+use link_guard::{GUARD_ARRIVAL, GUARD_LINK};
+pub use link_guard::{GuardedLink, HostEnd};
+pub(super) use link_guard::{node_hardware, remove_filters};
 
 /// One attached program, for the operator.
 #[derive(Debug, Clone)]
@@ -272,6 +276,7 @@ impl Programs {
             let (name, place) = match name.split_once('-') {
                 Some(("steer", _)) => (STEER, "netns"),
                 Some(("guard", _)) => (GUARD_LINK, "interface"),
+                Some(("arrival", _)) => (GUARD_ARRIVAL, "interface"),
                 _ => continue,
             };
             let Ok(info) = link::open_pin(&path).and_then(|fd| link::info(fd.as_fd())) else { continue };
@@ -366,7 +371,7 @@ fn load_verified(pin_path: Option<&Path>, pods: &Cgroup, log: &VerifierLog) -> R
         return Err(KernelError::NoObject);
     }
     let mut ebpf = load_object(pin_path, pods)?;
-    for name in CGROUP_PROGRAMS.into_iter().chain([STEER, GUARD_LINK]) {
+    for name in CGROUP_PROGRAMS.into_iter().chain([STEER, GUARD_LINK, GUARD_ARRIVAL]) {
         verify(&mut ebpf, name, log)?;
     }
     Ok(ebpf)

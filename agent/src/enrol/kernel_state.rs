@@ -13,7 +13,7 @@ use tacit_core::{
     policy::{Authorization, Flow, FlowSource, Mode, Modes, Verdict, decide},
 };
 use tacit_kernel::{
-    GuardedLink, KernelError, PlaintextEgress, PlaintextHandling, PodEntry, cgroup, host, netns::Netns,
+    GuardedLink, HostEnd, KernelError, PlaintextEgress, PlaintextHandling, PodEntry, cgroup, host, netns::Netns,
     reset_sockets, socket::Listeners,
 };
 
@@ -35,14 +35,21 @@ impl Enroller {
         state: &mut State,
         cgroup: u64,
         workload: &Workload,
-        modes: &Modes,
+        policy: (&Modes, &Authorization),
     ) -> Result<u32, NotYet> {
         if let Some(slot) = state.known.get(&cgroup) {
             return Ok(*slot);
         }
         let slot = state.free_slot();
-        let entry = entry(workload, cgroup, slot, (0, 0), modes);
-        self.kernel.maps.set_pod(&entry).map_err(|e| NotYet::Kernel(e.to_string()))?;
+        let entry = entry(workload, cgroup, slot, (0, 0), policy);
+        let (modes, authorization) = policy;
+        let default = (kernel_mode(modes.default), plaintext(authorization));
+        // Single ports can be stricter than the pod.
+        let maps = &self.kernel.maps;
+        let covered = maps
+            .set_modes(slot, &workload.addresses, default, &kernel_ports(modes))
+            .and_then(|()| maps.set_pod(&entry));
+        covered.map_err(|e| NotYet::Kernel(e.to_string()))?;
         state.known.insert(cgroup, slot);
         Ok(slot)
     }
@@ -60,7 +67,7 @@ impl Enroller {
         listeners.publish(maps, entry.slot)?;
         let mut programs = self.kernel.programs();
         programs.steer(entry.cgroup, netns)?;
-        let tell = |interface| maps.set_link(interface, entry.cgroup);
+        let tell = |end: &HostEnd| maps.set_link(entry.cgroup, end);
         let links = programs.guard_links(entry.cgroup, netns, &self.host, tell)?;
         drop(programs);
         maps.set_pod(entry)?;
@@ -110,7 +117,7 @@ impl Enroller {
         let default = (kernel_mode(modes.default), plaintext(authorization));
         maps.set_modes(pod.slot, &pod.workload.addresses, default, &kernel_ports(modes))?;
         let at = (pod.netns.cookie(), pod.capture_port);
-        maps.set_pod(&entry(&pod.workload, pod.cgroup, pod.slot, at, modes))
+        maps.set_pod(&entry(&pod.workload, pod.cgroup, pod.slot, at, (modes, authorization)))
     }
 
     /// Ends connections that the pod's applications accepted in clear, with no agent between, while that was allowed.
@@ -231,7 +238,7 @@ pub(super) fn entry(
     cgroup: u64,
     slot: u32,
     (netns_cookie, capture_port): (u64, u16),
-    modes: &Modes,
+    (modes, authorization): (&Modes, &Authorization),
 ) -> PodEntry {
     PodEntry {
         cgroup,
@@ -240,6 +247,7 @@ pub(super) fn entry(
         slot,
         mode: kernel_mode(modes.default),
         clear: in_clear(workload, modes),
+        plaintext: plaintext(authorization),
         capture_port,
     }
 }

@@ -86,6 +86,22 @@ impl Address {
         u32::from_be(self.0[0]) >> 22 == 0xfe80_0000 >> 22
     }
 
+    /// Returns true for the unspecified address of either family.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_none_of_family(&self) -> bool {
+        self.is_none() || (self.is_v4() && self.0[3] == 0)
+    }
+
+    /// Returns true for multicast addresses of both families and for the limited broadcast address.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_multicast(&self) -> bool {
+        let first = u32::from_be(self.0[0]);
+        let v4 = u32::from_be(self.0[3]);
+        first >> 24 == 0xff || (self.is_v4() && (v4 >> 28 == 0xe || v4 == u32::MAX))
+    }
+
     /// Compares word by word. The derived equality compiles to a `memcmp` call, which BPF does not have.
     #[inline(always)]
     #[must_use]

@@ -1,6 +1,6 @@
 //! Decision on a connection that arrives in a pod.
 
-use crate::{Address, Listener, Mode, Reason, Steered, Tuple, steer_flag, tcp_port};
+use crate::{Address, Listener, Mode, NodeFlow, Reason, Steered, Tuple, steer_flag, tcp_port};
 
 /// A TCP connection that arrives in an enrolled pod's network namespace.
 #[derive(Clone, Copy, Debug)]
@@ -16,6 +16,20 @@ pub struct Inbound {
 }
 
 impl Inbound {
+    /// Returns the key under which the host end of the pod's link stores a connection of the node.
+    #[inline(always)]
+    #[must_use]
+    pub const fn node_flow(&self) -> NodeFlow {
+        NodeFlow {
+            node: self.remote,
+            pod: self.local,
+            node_port: self.remote_port as u32,
+            pod_port: self.port as u32,
+            protocol: crate::protocol::TCP as u32,
+            pad: 0,
+        }
+    }
+
     /// Returns the connection as its connecting side sees it. The namespace cookie is 0, because sk_lookup cannot read it.
     #[inline(always)]
     const fn tuple(&self) -> Tuple {
@@ -37,8 +51,8 @@ pub trait InboundFacts {
     fn is_captured(&self, key: &Tuple) -> bool;
     /// Returns the mode of a port that has its own.
     fn port_mode(&self, slot: u32, port: u16) -> Option<u32>;
-    /// Returns true for the node's own addresses.
-    fn is_node(&self, remote: &Address) -> bool;
+    /// Returns true if the node itself opens this connection, as seen on the host end of the pod's link.
+    fn is_node_flow(&self, flow: &Inbound) -> bool;
     /// Returns true for addresses in the mesh's ranges.
     fn in_mesh(&self, address: &Address) -> bool;
     /// Returns true if the agent's heartbeat is stale.
@@ -87,7 +101,7 @@ pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
     if tcp_port::is_reserved(flow.port) {
         return Steer::Drop(Reason::InboundReserved);
     }
-    if facts.is_node(&flow.remote) {
+    if facts.is_node_flow(flow) {
         return Steer::Pass(Reason::InboundNode);
     }
     let mode = facts.port_mode(steered.slot, flow.port).unwrap_or(steered.mode);
@@ -158,7 +172,7 @@ mod tests {
             assert_eq!(slot, 3);
             self.port_mode
         }
-        fn is_node(&self, _: &Address) -> bool {
+        fn is_node_flow(&self, _: &Inbound) -> bool {
             self.node
         }
         fn in_mesh(&self, _: &Address) -> bool {

@@ -3,7 +3,7 @@
 use crate::Address;
 
 /// Version of the maps' layout and meaning, raised with every change. Pinned maps of another version are not adopted.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// TCP ports of the data path, reserved in every enrolled pod unless noted otherwise.
 pub mod tcp_port {
@@ -43,9 +43,18 @@ pub mod tcp_port {
 /// Bounds of the maps, in entries.
 pub mod limits {
     /// Enrolled pods of one node. Kubernetes' default limit is 110; large nodes run 250 to 500.
-    pub const PODS: u32 = 1024;
+    pub const SLOTS: u32 = 1024;
+    /// Pods of one node that are known, enrolled or not.
+    pub const PODS: u32 = 4 * SLOTS;
     /// Addresses of enrolled pods, one of each family.
-    pub const ADDRESSES: u32 = 2 * PODS;
+    pub const ADDRESSES: u32 = 2 * SLOTS;
+    /// Connections and datagram flows that the node itself has with pods. The least recently used entry is evicted; pods
+    /// cannot make entries.
+    pub const NODE_FLOWS: u32 = 16 * 1024;
+    /// Hardware addresses of the node's interfaces.
+    pub const NODE_HARDWARE: u32 = 4 * PODS;
+    /// Datagram flows of one pod whose answers are expected. A pod with more loses its own oldest ones.
+    pub const ANSWERS_PER_POD: u32 = 1024;
     /// Modes of single ports, over all pods.
     pub const PORT_MODES: u32 = 16 * 1024;
     /// Ranges of the mesh. Without service ranges, each enrolled service needs an entry. Memory is allocated on demand.
@@ -91,6 +100,8 @@ pub struct State {
     pub default_mode: u32,
     /// Explicit padding, zero.
     pub pad: u32,
+    /// Secret that keeps pods from choosing cells of [`crate::answer_cells`]. It stays the same while the map is pinned.
+    pub seed: u64,
 }
 
 impl State {
@@ -102,7 +113,7 @@ impl State {
     }
 }
 
-/// An enrolled pod. The map's key is the id of the pod's cgroup.
+/// A pod that is known: enrolled, or exempt. The map's key is the id of the pod's cgroup.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pod {
@@ -152,6 +163,13 @@ impl Pod {
         address.same(&self.v4) || address.same(&self.v6)
     }
 
+    /// Returns true if any address of the pod is known.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has_addresses(&self) -> bool {
+        !self.v4.is_none() || !self.v6.is_none()
+    }
+
     /// Returns true if this bit of [`pod_flag`] is set.
     #[inline(always)]
     #[must_use]
@@ -166,11 +184,52 @@ pub mod pod_flag {
     pub const EGRESS_STRICT: u32 = 1;
     /// The pod's UDP may pass as plaintext.
     pub const UDP_ALLOWED: u32 = 2;
-    /// The pod is not in the mesh and is left alone.
+    /// The pod is known and not enrolled: it is left alone, but cannot send from addresses that are not its own.
     pub const EXEMPT: u32 = 4;
     /// The steering program of the pod's namespace supports the ports that captured IPv6 connections are spread over.
     /// Entries of earlier agents lack the flag.
     pub const SPREAD: u32 = 8;
+    /// Authorization policies select the pod, so connections reach it through the agent only.
+    pub const JUDGED: u32 = 16;
+}
+
+/// The host end of a pod's link. The map's key is its interface index.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Link {
+    /// Id of the pod's cgroup.
+    pub cgroup: u64,
+    /// Hardware address of the pod's end, see [`hardware_address`]; 0 if it is not checked.
+    pub hardware: u64,
+    /// 1 if other pods can be reached on the link without the node, as on a bridge; else 0.
+    pub has_neighbours: u64,
+    /// The pod's link-local address or [`Address::NONE`].
+    pub link_local: Address,
+}
+
+/// Returns the number of a hardware address of six bytes.
+#[inline(always)]
+#[must_use]
+pub const fn hardware_address(bytes: [u8; 6]) -> u64 {
+    u64::from_be_bytes([0, 0, bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5]])
+}
+
+/// Key of a flow between the node itself and a pod, proven on the host end of the pod's link.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct NodeFlow {
+    /// Address of the node.
+    pub node: Address,
+    /// Address of the pod.
+    pub pod: Address,
+    /// Port of the node.
+    pub node_port: u32,
+    /// Port of the pod.
+    pub pod_port: u32,
+    /// IP protocol number.
+    pub protocol: u32,
+    /// Explicit padding, zero.
+    pub pad: u32,
 }
 
 /// A destination of `allowClear`, which STRICT pods may reach as plaintext.
@@ -339,9 +398,12 @@ pub mod names_kind {
     pub const DIALLED: u32 = 2;
     /// The application's end of a connection that the agent dialled.
     pub const ACCEPTED: u32 = 3;
-    /// A plaintext connection from a mesh address that an application accepted, as its port's mode allowed. The kernel's
-    /// own names are right.
+    /// A plaintext connection that an application accepted, as its port's mode allowed. The kernel's own names are right.
     pub const CLEAR: u32 = 4;
+    /// A plaintext connection from the node itself, proven on the host end of the pod's link, that an application accepted.
+    pub const NODE: u32 = 5;
+    /// A tunnel that the agent opens. Only such sockets of the agent pass a pod's link into the mesh.
+    pub const TUNNEL: u32 = 6;
 }
 
 /// Names that a socket's application sees, stored in the socket.
@@ -364,7 +426,7 @@ pub type MeshKey = [u32; 4];
 const _: () = {
     assert!(size_of::<Address>() == 16);
     assert!(size_of::<Settings>() == 24);
-    assert!(size_of::<State>() == 24);
+    assert!(size_of::<State>() == 32);
     assert!(size_of::<Pod>() == 56);
     assert!(size_of::<ClearKey>() == 24);
     assert!(size_of::<DropKey>() == 32);
@@ -373,12 +435,15 @@ const _: () = {
     assert!(size_of::<Tuple>() == 48);
     assert!(size_of::<Destination>() == 24);
     assert!(size_of::<Names>() == 40);
+    assert!(size_of::<Link>() == 40);
+    assert!(size_of::<NodeFlow>() == 48);
 };
 
 #[cfg(feature = "user")]
 mod user {
     use super::{
-        Address, ClearKey, Destination, DropKey, Names, Pod, PortKey, Settings, State, Steered, Tuple,
+        Address, ClearKey, Destination, DropKey, Link, Names, NodeFlow, Pod, PortKey, Settings, State,
+        Steered, Tuple,
     };
 
     // SAFETY: repr(C), no padding (asserted above by size), every bit pattern is valid.
@@ -403,4 +468,8 @@ mod user {
     unsafe impl aya::Pod for Destination {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Names {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Link {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for NodeFlow {}
 }

@@ -9,6 +9,7 @@
 extern crate std;
 
 mod address;
+mod answers;
 mod guard;
 mod inbound;
 mod layout;
@@ -16,11 +17,15 @@ mod outbound;
 mod reason;
 
 pub use address::Address;
-pub use guard::{GuardFacts, Hook, Packet, Verdict, decide_egress, decide_ingress, protocol};
+pub use answers::{ANSWER_WAYS, answer_cells, is_expected, remember};
+pub use guard::{
+    Accepted, Arrival, ArrivalFacts, Claim, GuardFacts, Hook, Packet, Segment, Verdict, decide_arrival,
+    decide_egress, decide_ingress, may_claim, may_send_from, protocol,
+};
 pub use inbound::{Inbound, InboundFacts, Steer, decide_inbound};
 pub use layout::{
-    ABI_VERSION, ClearKey, Destination, DropKey, LISTENERS_PER_POD, Listener, MeshKey, Mode, Names, Pod,
-    PortKey, Settings, State, Steered, Tuple, limits, listener_index, names_kind, pod_flag, steer_flag,
+    ABI_VERSION, ClearKey, Destination, DropKey, LISTENERS_PER_POD, Link, Listener, MeshKey, Mode, Names, NodeFlow, Pod,
+    PortKey, Settings, State, Steered, Tuple, hardware_address, limits, listener_index, names_kind, pod_flag, steer_flag,
     tcp_port,
 };
 pub use outbound::{Connect, ConnectFacts, decide_connect};

@@ -38,7 +38,7 @@ reasons! {
     InboundRefused, "inbound_to_refuse", "inbound plaintext under STRICT: redirected to the agent, which resets and logs it";
     InboundPermitted, "inbound_permitted", "inbound plaintext under PERMISSIVE: passed to the application";
     InboundDisabled, "inbound_disabled", "inbound plaintext under DISABLE: passed to the application";
-    InboundNode, "inbound_node", "inbound connection from the node itself (probe): passed to the application";
+    InboundNode, "inbound_node", "inbound connection that the node itself sent (probe): passed to the application";
     InboundLocal, "inbound_local", "connection inside the pod or from the agent: passed to the application";
     InboundReserved, "inbound_reserved", "connection from outside, or one that was not captured, to a port of the agent: reset";
     InboundUnknown, "inbound_unknown", "inbound connection to a mesh address without a mode: reset";
@@ -53,16 +53,17 @@ reasons! {
     GuardUdp, "guard_udp", "plaintext UDP of a STRICT pod into the mesh: dropped";
     GuardIcmp, "guard_icmp", "ICMP of a STRICT pod's socket into the mesh: dropped";
     GuardOther, "guard_other", "another IP protocol, or a later fragment, of a STRICT pod into the mesh: dropped";
-    GuardSpoofed, "guard_spoofed", "packet into the mesh with a source address that is not the STRICT pod's: dropped on its link";
+    GuardSpoofed, "guard_spoofed", "frame with an address that is not the pod's, or one towards a pod that claims the pod's or the node's: dropped on its link";
     GuardNotIp, "guard_not_ip", "frame of a STRICT pod that is neither IP nor plain ARP: dropped on its link";
     GuardUnreadable, "guard_unreadable", "packet of a STRICT pod that ends before its headers do: dropped";
     GuardClear, "guard_open_clear", "plaintext packet of an open pod into the mesh: passed";
     GuardReply, "guard_reply_clear", "packet of a connection that was accepted as plaintext, as its mode allows: passed";
     GuardUdpClear, "guard_udp_clear", "plaintext UDP into the mesh of a pod with `udp: allow`: passed";
     GuardAllowed, "guard_allowed_clear", "packet to or from a destination of allowClear: passed";
-    GuardInboundTcp, "guard_inbound_tcp", "plaintext TCP from the mesh to a STRICT port: dropped";
-    GuardInboundUdp, "guard_inbound_udp", "plaintext UDP from the mesh to a STRICT pod: dropped";
-    GuardInboundOther, "guard_inbound_other", "another IP protocol as plaintext from the mesh to a STRICT pod: dropped";
+    GuardInboundTcp, "guard_inbound_tcp", "plaintext TCP to a STRICT port, or past the agent to a pod that policies select: dropped";
+    GuardInboundUdp, "guard_inbound_udp", "plaintext UDP to a STRICT pod that is no answer to it: dropped";
+    GuardInboundOther, "guard_inbound_other", "another IP protocol to a STRICT pod that is no answer to it: dropped";
+    GuardEncapsulated, "guard_encapsulated", "packet of a STRICT pod that a node would unpack, such as VXLAN or GRE: dropped";
     InboundAuthorize, "inbound_to_judge", "inbound plaintext to a pod that authorization policies select: redirected to the agent, which passes or resets it";
 }
 

@@ -1,23 +1,26 @@
 //! Access to the raw context of the guard's programs.
 
 use aya_ebpf::{
-    bindings::__sk_buff,
+    bindings::{__sk_buff, tcphdr},
     helpers::generated::{
-        bpf_sk_fullsock, bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id, bpf_skb_load_bytes_relative,
+        bpf_map_lookup_elem, bpf_sk_fullsock, bpf_sk_release, bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id,
+        bpf_skb_load_bytes_relative, bpf_tcp_check_syncookie,
     },
     programs::SkBuffContext,
 };
 use core::mem::MaybeUninit;
-use tacit_abi::Names;
+use tacit_abi::{Names, hardware_address};
 
 use super::names_of;
+use crate::maps::LISTENERS;
 
 const SOCK_STREAM: u32 = 1;
 
 /// Context of the guard's programs: a packet, and its socket if it has one.
 pub struct Skb<'a>(pub &'a SkBuffContext);
 
-/// Offsets count from the network header.
+/// Offsets count from the link's header, or from the network header.
+const BPF_HDR_START_MAC: u32 = 0;
 const BPF_HDR_START_NET: u32 = 1;
 
 impl Skb<'_> {
@@ -53,6 +56,22 @@ impl Skb<'_> {
     /// Reads a plain value at `offset` from the start of the network header; `None` if the packet ends before its end.
     #[inline(always)]
     pub fn read<T: Copy>(&self, offset: u32) -> Option<T> {
+        self.read_from(BPF_HDR_START_NET, offset)
+    }
+
+    /// Returns destination and source of the Ethernet header, as read by `hardware_address`.
+    #[inline(always)]
+    pub fn hardware(&self) -> Option<(u64, u64)> {
+        let words: [u16; 6] = self.read_from(BPF_HDR_START_MAC, 0)?;
+        let number = |at: usize| {
+            let (a, b, c) = (words[at].to_ne_bytes(), words[at + 1].to_ne_bytes(), words[at + 2].to_ne_bytes());
+            hardware_address([a[0], a[1], b[0], b[1], c[0], c[1]])
+        };
+        Some((number(0), number(3)))
+    }
+
+    #[inline(always)]
+    fn read_from<T: Copy>(&self, start: u32, offset: u32) -> Option<T> {
         let mut value = MaybeUninit::<T>::uninit();
         let to = value.as_mut_ptr().cast();
         // SAFETY: `to` has room for the size given.
@@ -62,7 +81,7 @@ impl Skb<'_> {
                 offset,
                 to,
                 size_of::<T>() as u32,
-                BPF_HDR_START_NET,
+                start,
             )
         };
         if failed != 0 {
@@ -109,4 +128,34 @@ impl Skb<'_> {
         // SAFETY: aligned load of a context field.
         names_of(unsafe { (*self.raw()).__bindgen_anon_2.sk })
     }
+}
+
+/// Asks the kernel whether a client's acknowledgement carries a SYN cookie of a listener of the agent, by its index in the
+/// map. `ip` is the acknowledgement's IP header.
+#[inline(always)]
+pub fn is_syn_cookie<const IP_WORDS: usize>(
+    listener: u32,
+    ip: &mut [u32; IP_WORDS],
+    tcp: &mut [u32; 5],
+) -> bool {
+    let map = (&raw const LISTENERS).cast_mut().cast();
+    // SAFETY: the map's key is the index.
+    let sk = unsafe { bpf_map_lookup_elem(map, (&raw const listener).cast()) };
+    if sk.is_null() {
+        return false;
+    }
+    let (ip_bytes, tcp_bytes) = (size_of_val(ip) as u32, size_of_val(tcp) as u32);
+    // SAFETY: `sk` is a socket of the map, and both headers are of the sizes given.
+    let found = unsafe {
+        bpf_tcp_check_syncookie(
+            sk,
+            ip.as_mut_ptr().cast(),
+            ip_bytes,
+            tcp.as_mut_ptr().cast::<tcphdr>(),
+            tcp_bytes,
+        )
+    };
+    // SAFETY: the lookup took a reference.
+    unsafe { bpf_sk_release(sk) };
+    found == 0
 }

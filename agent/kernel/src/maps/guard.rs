@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashSet,
+    hash::{BuildHasher as _, Hasher as _, RandomState},
     io,
     net::{IpAddr, SocketAddr},
     sync::Mutex,
@@ -11,10 +12,10 @@ use std::{
 
 use aya::maps::{Array, HashMap, MapData};
 use nix::time::{ClockId, clock_gettime};
-use tacit_abi::{ClearKey, DropKey, Mode, REASONS, State};
+use tacit_abi::{Address, ClearKey, DropKey, Link, Mode, REASONS, State, hardware_address};
 
 use super::{
-    super::{KernelError, programs::Programs},
+    super::{KernelError, programs::{HostEnd, Programs}},
     PRESENT, address, failed, ip, lock, typed,
 };
 use crate::host;
@@ -48,7 +49,8 @@ pub(super) struct GuardMaps {
     state: Mutex<Array<MapData, State>>,
     agents: Mutex<HashMap<MapData, u64, u32>>,
     clear: Mutex<HashMap<MapData, ClearKey, u32>>,
-    links: Mutex<HashMap<MapData, u32, u64>>,
+    links: Mutex<HashMap<MapData, u32, Link>>,
+    hardware: Mutex<HashMap<MapData, u64, u32>>,
     drops: Mutex<HashMap<MapData, DropKey, u64>>,
 }
 
@@ -59,6 +61,7 @@ impl GuardMaps {
             agents: typed(programs, "AGENTS")?,
             clear: typed(programs, "CLEAR")?,
             links: typed(programs, "LINKS")?,
+            hardware: typed(programs, "NODE_HARDWARE")?,
             drops: typed(programs, "DROPS")?,
         })
     }
@@ -73,13 +76,16 @@ impl super::Maps {
     pub fn set_heartbeat(&self, stale_after: Duration, default_mode: Mode) -> Result<(), KernelError> {
         let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(io::Error::from);
         let now = now.map_err(|e| KernelError::Map { map: "STATE", problem: e.to_string() })?;
+        let mut map = lock(&self.guard.state);
+        let kept = map.get(&0, 0).map_err(failed("STATE"))?.seed;
         let state = State {
             heartbeat: nanoseconds(Duration::from(now)),
             stale_after: nanoseconds(stale_after),
             default_mode: default_mode as u32,
             pad: 0,
+            seed: if kept == 0 { random() } else { kept },
         };
-        lock(&self.guard.state).set(0, state, 0).map_err(failed("STATE"))
+        map.set(0, state, 0).map_err(failed("STATE"))
     }
 
     /// Says that the agent goes: from now on the kernel decides by mode alone.
@@ -144,15 +150,38 @@ impl super::Maps {
     ///
     /// # Errors
     /// [`KernelError::Map`].
-    pub fn set_link(&self, interface: u32, cgroup: u64) -> Result<(), KernelError> {
-        lock(&self.guard.links).insert(interface, cgroup, 0).map_err(failed("LINKS"))
+    pub fn set_link(&self, cgroup: u64, end: &HostEnd) -> Result<(), KernelError> {
+        let link = Link {
+            cgroup,
+            hardware: if end.has_neighbours { end.hardware.map_or(0, hardware_address) } else { 0 },
+            has_neighbours: u64::from(end.has_neighbours),
+            link_local: end.link_local.map_or(Address::NONE, |ip| address(ip.into())),
+        };
+        lock(&self.guard.links).insert(end.index, link, 0).map_err(failed("LINKS"))
+    }
+
+    /// Makes the hardware addresses of the node's interfaces exactly `addresses`. Frames of pods to others go to neighbours.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn set_node_hardware(&self, addresses: &[[u8; 6]]) -> Result<(), KernelError> {
+        let wanted: HashSet<u64> = addresses.iter().copied().map(hardware_address).collect();
+        let mut map = lock(&self.guard.hardware);
+        let present: HashSet<u64> = map.keys().filter_map(Result::ok).collect();
+        for new in wanted.difference(&present) {
+            map.insert(new, PRESENT, 0).map_err(failed("NODE_HARDWARE"))?;
+        }
+        for gone in present.difference(&wanted) {
+            let _ = map.remove(gone);
+        }
+        Ok(())
     }
 
     /// Forgets the links of a pod.
     pub fn remove_links(&self, cgroup: u64) {
         let mut links = lock(&self.guard.links);
         let own: Vec<u32> =
-            links.iter().filter_map(Result::ok).filter(|(_, c)| *c == cgroup).map(|(i, _)| i).collect();
+            links.iter().filter_map(Result::ok).filter(|(_, link)| link.cgroup == cgroup).map(|(i, _)| i).collect();
         for interface in own {
             let _ = links.remove(&interface);
         }
@@ -185,6 +214,11 @@ fn drops_of(key: &DropKey, packets: u64) -> DropCount {
         protocol: u8::try_from(key.protocol).unwrap_or(u8::MAX),
         packets,
     }
+}
+
+/// A number that nobody can foresee.
+fn random() -> u64 {
+    RandomState::new().build_hasher().finish()
 }
 
 fn nanoseconds(duration: Duration) -> u64 {

@@ -7,10 +7,10 @@
 //! Only links of Ethernet whose other end is in the node's namespace can be guarded so (veth, netkit in its L2 mode).
 //! A pod with another kind of network (macvlan, a passed-through card) has the guard at its sockets alone, and says so.
 
-use std::path::Path;
+use std::{collections::HashMap, net::Ipv6Addr, os::fd::AsFd as _, path::Path};
 
 use aya::{
-    maps::{HashMap, Map, MapData},
+    maps::{HashMap as BpfHashMap, Map, MapData},
     programs::{
         ProgramError, SchedClassifier, TcAttachType,
         links::{FdLink, Link as _, LinkOrder},
@@ -18,6 +18,8 @@ use aya::{
     },
     sys::SyscallError,
 };
+use nix::ifaddrs::getifaddrs;
+use tacit_abi::Link;
 use tacit_core::error_chain::format_chain;
 
 use super::{
@@ -29,6 +31,7 @@ use super::{
 };
 
 pub(super) const GUARD_LINK: &str = "guard_link";
+pub(super) const GUARD_ARRIVAL: &str = "guard_arrival";
 /// Before whatever else filters there.
 const PRIORITY: u16 = 1;
 /// Known, so that a later agent finds it.
@@ -45,9 +48,28 @@ pub struct GuardedLink {
     pub by: &'static str,
 }
 
+/// The host end of a pod's link, as the node sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostEnd {
+    /// Its name.
+    pub interface: String,
+    /// Its index.
+    pub index: u32,
+    /// Whether it is a port of a bridge, on which other pods can be reached without the node.
+    pub has_neighbours: bool,
+    /// Hardware address of the pod's end.
+    pub hardware: Option<[u8; 6]>,
+    /// Link-local address of the pod's end.
+    pub link_local: Option<Ipv6Addr>,
+}
+
+/// Program, direction and start of the pin's name of the two places on a host end.
+const DIRECTIONS: [(&str, TcAttachType, &str); 2] =
+    [(GUARD_LINK, TcAttachType::Ingress, "guard"), (GUARD_ARRIVAL, TcAttachType::Egress, "arrival")];
+
 impl Programs {
     /// Guards every link of a pod that can be; idempotent, and atomic where it was guarded before. `tell` is given each
-    /// host end before the program runs there.
+    /// host end before the programs run there.
     ///
     /// # Errors
     /// [`KernelError::Attach`]; links guarded until then stay so.
@@ -56,7 +78,7 @@ impl Programs {
         pod: u64,
         netns: &Netns,
         host: &HostNetns,
-        tell: impl Fn(u32) -> Result<(), KernelError>,
+        tell: impl Fn(&HostEnd) -> Result<(), KernelError>,
     ) -> Result<Vec<GuardedLink>, KernelError> {
         let ends = host_ends(netns, host).map_err(|e| KernelError::Attach {
             program: GUARD_LINK,
@@ -65,33 +87,42 @@ impl Programs {
         })?;
         let mut guarded = Vec::new();
         for end in ends {
-            tell(end.index)?;
-            let by = self.guard_link(pod, &end)?;
-            guarded.push(GuardedLink { interface: end.name, index: end.index, by });
+            tell(&end)?;
+            let mut by = "";
+            // What arrives is proven before anything is refused for want of proof.
+            for direction in DIRECTIONS.into_iter().rev() {
+                by = self.guard_link(pod, &end, direction)?;
+            }
+            guarded.push(GuardedLink { interface: end.interface, index: end.index, by });
         }
         Ok(guarded)
     }
 
-    fn guard_link(&mut self, pod: u64, end: &netlink::Interface) -> Result<&'static str, KernelError> {
-        let pin = format!("{}{}", prefix(pod), end.index);
-        if self.adopt(GUARD_LINK, &pin, u64::from(end.index))?.is_some() {
+    fn guard_link(
+        &mut self,
+        pod: u64,
+        end: &HostEnd,
+        (name, way, pin): (&'static str, TcAttachType, &str),
+    ) -> Result<&'static str, KernelError> {
+        let pin = format!("{pin}-{pod}-{}", end.index);
+        if self.adopt(name, &pin, u64::from(end.index))?.is_some() {
             return Ok("tcx");
         }
         let failed = |problem: String| KernelError::Attach {
-            program: GUARD_LINK,
-            target: format!("interface {}", end.name),
+            program: name,
+            target: format!("interface {}", end.interface),
             problem,
         };
         let path = self.pins.link(&pin);
-        match tcx(self.classifier().map_err(|e| failed(format_chain(&e)))?, &end.name) {
+        let program = self.classifier(name).map_err(|e| failed(format_chain(&e)))?;
+        match tcx(program, &end.interface, way) {
             Ok(link) => {
                 link.pin(&path).map_err(|e| failed(format!("pin {}: {e}", path.display())))?;
                 self.pins.hold(&path).map_err(|e| failed(e.to_string()))?;
                 Ok("tcx")
             }
             Err(error) if is_unknown(&error) => {
-                let classifier = self.classifier().map_err(|e| failed(format_chain(&e)))?;
-                clsact(classifier, &end.name).map_err(|e| failed(format_chain(&e)))?;
+                clsact(program, &end.interface, way).map_err(|e| failed(format_chain(&e)))?;
                 Ok("clsact")
             }
             Err(error) => Err(failed(format_chain(&error))),
@@ -101,12 +132,12 @@ impl Programs {
     /// Ends the guard on a pod's links; those that went with the pod are gone already. `interfaces`: their host ends.
     pub fn unguard_links(&mut self, pod: u64, interfaces: &[GuardedLink]) {
         for (name, _) in self.pins.links().unwrap_or_default() {
-            if name.starts_with(&prefix(pod)) {
+            if pod_of_pin(&name) == Some(pod) {
                 self.pins.remove_link(&name);
             }
         }
         for end in interfaces.iter().filter(|end| end.by == "clsact") {
-            remove_filter(&end.interface);
+            remove_filters_of(&end.interface);
         }
     }
 
@@ -116,33 +147,68 @@ impl Programs {
     /// When the pins cannot be read.
     pub fn guarded(&self) -> Result<Vec<u64>, KernelError> {
         let links = self.pins.links()?;
-        let pod = |name: &str| name.strip_prefix("guard-")?.split('-').next()?.parse().ok();
-        Ok(links.iter().filter_map(|(name, _)| pod(name)).collect())
+        Ok(links.iter().filter_map(|(name, _)| pod_of_pin(name)).collect())
     }
 
-    fn classifier(&mut self) -> Result<&mut SchedClassifier, ProgramError> {
-        self.ebpf.program_mut(GUARD_LINK).ok_or(ProgramError::UnexpectedProgramType)?.try_into()
+    fn classifier(&mut self, name: &str) -> Result<&mut SchedClassifier, ProgramError> {
+        self.ebpf.program_mut(name).ok_or(ProgramError::UnexpectedProgramType)?.try_into()
     }
 }
 
-fn prefix(pod: u64) -> String {
-    format!("guard-{pod}-")
+/// The pod whose link a pin guards, by cgroup id.
+fn pod_of_pin(name: &str) -> Option<u64> {
+    let (kind, rest) = name.split_once('-')?;
+    let is_guard = DIRECTIONS.iter().any(|(_, _, pin)| *pin == kind);
+    rest.split('-').next()?.parse().ok().filter(|_| is_guard)
 }
 
-/// Host ends of a namespace's links: each end names the other.
-fn host_ends(netns: &Netns, host: &HostNetns) -> std::io::Result<Vec<netlink::Interface>> {
-    let inside = host.run_in(netns.file(), netlink::interfaces)??;
+/// Host ends of a namespace's links. The node's view decides which interfaces have their other end there: what a pod can
+/// write about its own interfaces proves nothing.
+pub(crate) fn host_ends(netns: &Netns, host: &HostNetns) -> std::io::Result<Vec<HostEnd>> {
+    // Listing them gives each namespace of an other end its number.
     let outside = netlink::interfaces()?;
-    let pairs = inside.into_iter().filter_map(|inner| {
-        let other = outside.iter().find(|o| Some(o.index) == inner.linked)?;
-        (other.linked == Some(inner.index) && other.is_ethernet).then(|| other.clone())
-    });
-    Ok(pairs.collect())
+    let Some(id) = netlink::netns_id(netns.file().as_fd())? else { return Ok(Vec::new()) };
+    let inside = host.run_in(netns.file(), || Ok::<_, std::io::Error>((netlink::interfaces()?, link_locals()?)))??;
+    let is_bridge = |index| outside.iter().any(|other| other.index == index && other.kind == "bridge");
+    let ends = outside.iter().filter(|end| end.linked_netns == Some(id) && end.is_ethernet);
+    Ok(ends
+        .map(|end| {
+            let inner = inside.0.iter().find(|inner| Some(inner.index) == end.linked);
+            let link_local = inner.and_then(|inner| inside.1.get(&inner.name)).copied();
+            HostEnd {
+                interface: end.name.clone(),
+                index: end.index,
+                has_neighbours: end.master.is_some_and(is_bridge),
+                hardware: inner.and_then(|inner| inner.hardware),
+                link_local,
+            }
+        })
+        .collect())
 }
 
-fn tcx(program: &mut SchedClassifier, interface: &str) -> Result<FdLink, ProgramError> {
+/// The first link-local address of each interface of the calling thread's namespace.
+fn link_locals() -> std::io::Result<HashMap<String, Ipv6Addr>> {
+    let mut found = HashMap::new();
+    for interface in getifaddrs()? {
+        let address = interface.address.as_ref().and_then(|address| address.as_sockaddr_in6()).map(|v6| v6.ip());
+        if let Some(address) = address.filter(Ipv6Addr::is_unicast_link_local) {
+            found.entry(interface.interface_name).or_insert(address);
+        }
+    }
+    Ok(found)
+}
+
+/// Hardware addresses of the node's interfaces.
+///
+/// # Errors
+/// The kernel's.
+pub(crate) fn node_hardware() -> std::io::Result<Vec<[u8; 6]>> {
+    Ok(netlink::interfaces()?.iter().filter_map(|interface| interface.hardware).collect())
+}
+
+fn tcx(program: &mut SchedClassifier, interface: &str, way: TcAttachType) -> Result<FdLink, ProgramError> {
     let first = TcAttachOptions::TcxOrder(LinkOrder::first());
-    let id = program.attach_with_options(interface, TcAttachType::Ingress, first)?;
+    let id = program.attach_with_options(interface, way, first)?;
     program.take_link(id)?.try_into().map_err(|_| ProgramError::UnexpectedProgramType)
 }
 
@@ -153,15 +219,15 @@ fn is_unknown(error: &ProgramError) -> bool {
 }
 
 /// Adds our filter, or replaces it atomically where it stands.
-fn clsact(program: &mut SchedClassifier, interface: &str) -> Result<(), ProgramError> {
+fn clsact(program: &mut SchedClassifier, interface: &str, way: TcAttachType) -> Result<(), ProgramError> {
     // It may be there already: Cilium's, or ours.
     let _ = qdisc_add_clsact(interface);
     let options =
         TcAttachOptions::Netlink(NlOptions { priority: PRIORITY, handle: HANDLE, ..NlOptions::default() });
-    let id = match program.attach_with_options(interface, TcAttachType::Ingress, options) {
+    let id = match program.attach_with_options(interface, way, options) {
         Ok(id) => id,
         Err(ProgramError::TcError(_) | ProgramError::NetlinkError(_)) => {
-            program.attach_to_link(filter(interface)?)?
+            program.attach_to_link(filter(interface, way)?)?
         }
         Err(error) => return Err(error),
     };
@@ -170,23 +236,25 @@ fn clsact(program: &mut SchedClassifier, interface: &str) -> Result<(), ProgramE
     Ok(())
 }
 
-fn filter(interface: &str) -> Result<SchedClassifierLink, ProgramError> {
-    SchedClassifierLink::attached(interface, TcAttachType::Ingress, PRIORITY, HANDLE, None)
+fn filter(interface: &str, way: TcAttachType) -> Result<SchedClassifierLink, ProgramError> {
+    SchedClassifierLink::attached(interface, way, PRIORITY, HANDLE, None)
         .map_err(ProgramError::IOError)
 }
 
 /// Best effort: without a filter of ours there is nothing to remove.
-fn remove_filter(interface: &str) {
-    if let Ok(filter) = filter(interface) {
-        let _ = filter.detach();
+fn remove_filters_of(interface: &str) {
+    for (_, way, _) in DIRECTIONS {
+        if let Ok(filter) = filter(interface, way) {
+            let _ = filter.detach();
+        }
     }
 }
 
 /// Removes the filters that an agent has left on the links that the pinned map tells. Pins do not hold them.
 pub(crate) fn remove_filters(links: &Path) {
     let Ok(map) = MapData::from_pin(links).map(Map::HashMap) else { return };
-    let Ok(map): Result<HashMap<MapData, u32, u64>, _> = map.try_into() else { return };
+    let Ok(map): Result<BpfHashMap<MapData, u32, Link>, _> = map.try_into() else { return };
     let told: Vec<u32> = map.keys().filter_map(Result::ok).collect();
     let Ok(interfaces) = netlink::interfaces() else { return };
-    interfaces.iter().filter(|i| told.contains(&i.index)).for_each(|i| remove_filter(&i.name));
+    interfaces.iter().filter(|i| told.contains(&i.index)).for_each(|i| remove_filters_of(&i.name));
 }

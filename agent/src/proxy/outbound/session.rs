@@ -1,9 +1,10 @@
 //! A session to the agent of a destination, on which that agent has accepted the flow: an idle one of the pool, or a new one.
 
 use std::{
+    io,
     net::SocketAddr,
     sync::Arc,
-    time::{Instant, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tacit_core::{
@@ -11,8 +12,9 @@ use tacit_core::{
     wire::open::{DenyReason, Open, OptimisticMode},
 };
 use tacit_identity::credentials::Credentials;
-use tacit_kernel::socket::connect;
+use tacit_kernel::socket;
 use tacit_tunnel::{OpenError, Session, random_trace_id, session::OptimisticData};
+use tokio::net::TcpStream;
 
 use super::{Attempt, Ends, Failure, Pod, Proxy, Way};
 use crate::{
@@ -78,7 +80,7 @@ async fn opened(
         }
     }
     let peer = SocketAddr::new(open.destination.ip(), TUNNEL);
-    let tcp = connect(&pod.netns, &path.host, peer, attempt.limit).await.map_err(|e| {
+    let tcp = tunnel_socket(path, pod, peer, attempt.limit).await.map_err(|e| {
         Failure::of_destination("peer_unreachable", format!("{peer}: {e}; does an agent run on that node?"))
     })?;
     let connected = Session::connect(tcp, own, &key.identity).await;
@@ -89,6 +91,13 @@ async fn opened(
         Err(OpenError::Stale(error) | OpenError::Tunnel(error)) => Err(Failure::new(error.reason(), error)),
         Err(error @ OpenError::Abandoned) => Err(Failure::new(error.reason(), error)),
     }
+}
+
+/// A connection to a tunnel port. The pod's own rules may lead it elsewhere, where TLS finds no peer.
+async fn tunnel_socket(path: &Proxy, pod: &Pod, peer: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+    let socket = socket::outgoing(&pod.netns, &path.host, peer)?;
+    path.kernel.maps.set_tunnel(&socket).map_err(io::Error::other)?;
+    socket::connected(socket, peer, limit).await
 }
 
 fn taken_bytes(optimistic: &Option<OptimisticData<'_>>) -> u64 {

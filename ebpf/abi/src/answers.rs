@@ -1,0 +1,122 @@
+//! Datagrams of a pod whose answers are expected: what tells an answer from an unsolicited packet.
+//!
+//! Each pod has [`limits::ANSWERS_PER_POD`] cells of its own in one array, so no pod can take another's. A flow may be in
+//! [`ANSWER_WAYS`] cells, chosen by a keyed hash. A cell holds a second, independent part of the hash and the time of the
+//! pod's last datagram. A pod with more flows than cells loses its own oldest ones.
+
+use crate::{Packet, limits};
+
+/// Neighbouring cells in which a flow may be.
+pub const ANSWER_WAYS: u32 = 4;
+/// How long after the pod's last datagram answers are expected, in seconds. Connection tracking of Linux allows 120.
+const EXPECTED_SECONDS: u64 = 180;
+const SECOND: u64 = 1_000_000_000;
+/// Bits of a cell that hold the time in seconds, which wrap around after half a year.
+const TIME_BITS: u32 = 24;
+const TIME_MASK: u64 = (1 << TIME_BITS) - 1;
+
+/// Returns a flow's hash. It is the same for a datagram of the pod and for its answer.
+#[inline(always)]
+fn hash(seed: u64, packet: &Packet) -> u64 {
+    let remote = &packet.remote.0;
+    let words = [
+        (remote[0] as u64) << 32 | remote[1] as u64,
+        (remote[2] as u64) << 32 | remote[3] as u64,
+        (packet.local_port as u64) << 32 | (packet.remote_port as u64) << 8 | packet.protocol as u64,
+    ];
+    let mut state = seed;
+    for word in words {
+        state = mix(state ^ word);
+    }
+    state
+}
+
+/// A bijection of 64 bits in which each bit of the input changes half of the output (murmur3's finalizer).
+#[inline(always)]
+const fn mix(mut value: u64) -> u64 {
+    value ^= value >> 33;
+    value = value.wrapping_mul(0xff51_afd7_ed55_8ccd);
+    value ^= value >> 33;
+    value = value.wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    value ^ value >> 33
+}
+
+/// Returns the first of a flow's cells in the array, and the tag that marks the flow. `None` for a pod without a slot.
+#[inline(always)]
+#[must_use]
+pub fn answer_cells(seed: u64, slot: u32, packet: &Packet) -> Option<(u32, u64)> {
+    if slot >= limits::SLOTS {
+        return None;
+    }
+    let hash = hash(seed, packet);
+    let set = hash as u32 & (limits::ANSWERS_PER_POD - ANSWER_WAYS);
+    // An empty cell is 0, which no tag is.
+    Some((slot * limits::ANSWERS_PER_POD + set, (hash >> TIME_BITS | 1) << TIME_BITS))
+}
+
+/// Returns what a cell holds after a datagram of the flow `tag`.
+#[inline(always)]
+#[must_use]
+pub const fn remember(tag: u64, now: u64) -> u64 {
+    tag | (now / SECOND) & TIME_MASK
+}
+
+/// Returns true if `cell` says that answers of the flow `tag` are expected.
+#[inline(always)]
+#[must_use]
+pub const fn is_expected(cell: u64, tag: u64, now: u64) -> bool {
+    let age = (now / SECOND).wrapping_sub(cell) & TIME_MASK;
+    cell & !TIME_MASK == tag && age <= EXPECTED_SECONDS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Address, Segment, protocol};
+
+    fn packet(remote: u32, local_port: u16) -> Packet {
+        Packet {
+            local: Address::from_v4_be(7),
+            remote: Address::from_v4_be(remote),
+            protocol: protocol::UDP,
+            local_port,
+            remote_port: 53,
+            segment: Segment::Data,
+            is_discovery: false,
+        }
+    }
+
+    #[test]
+    fn only_the_flow_that_was_sent_is_expected_and_for_a_bounded_time() {
+        let (index, tag) = answer_cells(1, 3, &packet(9, 4000)).expect("a slot");
+        let at = 40_000_000 * SECOND;
+        let cell = remember(tag, at);
+        assert!(is_expected(cell, tag, at) && is_expected(cell, tag, at + EXPECTED_SECONDS * SECOND));
+        assert!(!is_expected(cell, tag, at + (EXPECTED_SECONDS + 1) * SECOND));
+        assert!(!is_expected(0, tag, at));
+        for other in [packet(8, 4000), packet(9, 4001), Packet { protocol: 132, ..packet(9, 4000) }] {
+            let (_, other) = answer_cells(1, 3, &other).expect("a slot");
+            assert_ne!(tag, other);
+        }
+        assert_eq!(index / limits::ANSWERS_PER_POD, 3);
+        assert_eq!(answer_cells(1, 3, &packet(9, 4000)), Some((index, tag)));
+        assert_ne!(answer_cells(2, 3, &packet(9, 4000)), Some((index, tag)));
+    }
+
+    #[test]
+    fn cells_are_inside_the_pods_own_part_of_the_array() {
+        for port in 0..5000 {
+            let (index, _) = answer_cells(5, 1, &packet(9, port)).expect("a slot");
+            assert!(index >= limits::ANSWERS_PER_POD && index + ANSWER_WAYS <= 2 * limits::ANSWERS_PER_POD);
+        }
+        assert_eq!(answer_cells(5, u32::MAX, &packet(9, 1)), None);
+        assert_eq!(answer_cells(5, limits::SLOTS, &packet(9, 1)), None);
+    }
+
+    #[test]
+    fn flows_are_spread_over_all_cells() {
+        let sets: std::collections::HashSet<u32> =
+            (0..20_000).filter_map(|port| answer_cells(5, 0, &packet(9, port))).map(|(index, _)| index).collect();
+        assert_eq!(sets.len() as u32, limits::ANSWERS_PER_POD / ANSWER_WAYS);
+    }
+}
