@@ -33,7 +33,8 @@ const LOOPBACK: u32 = 1;
 struct Facts<'a> {
     skb: &'a Skb<'a>,
     link: &'a Link,
-    header: &'a IpHeader,
+    /// Offset of the first byte after the IP headers, from the network header.
+    payload: u32,
     is_to_neighbour: bool,
 }
 
@@ -108,8 +109,8 @@ impl GuardFacts for Facts<'_> {
     }
 
     #[inline(always)]
-    fn is_tunnel_cookie(&self, pod: &Pod, _: &Packet) -> bool {
-        is_tunnel_cookie(self.skb, pod, self.header)
+    fn is_tunnel_cookie(&self, pod: &Pod, packet: &Packet) -> bool {
+        is_tunnel_cookie(self.skb, pod.slot, packet, self.payload)
     }
 }
 
@@ -121,7 +122,7 @@ fn is_node_socket(skb: &Skb<'_>) -> bool {
 }
 
 /// Returns true if the pod sent a datagram of the packet's flow a short time ago.
-#[inline(always)]
+#[inline(never)]
 fn is_answer(pod: &Pod, packet: &Packet) -> bool {
     let Some((first, tag)) = answer_cells(context::seed(), pod.slot, packet) else { return false };
     let now = context::now();
@@ -134,7 +135,7 @@ fn is_answer(pod: &Pod, packet: &Packet) -> bool {
 }
 
 /// Remembers that the pod sent a datagram. The flow's own cell is used, else a free or the oldest one.
-#[inline(always)]
+#[inline(never)]
 fn expect_answer(pod: &Pod, packet: &Packet) {
     let Some((first, tag)) = answer_cells(context::seed(), pod.slot, packet) else { return };
     let fresh = remember(tag, context::now());
@@ -158,11 +159,11 @@ fn expect_answer(pod: &Pod, packet: &Packet) {
 
 /// Returns true if a SYN-ACK carries a SYN cookie of the agent's tunnel listener: the kernel accepts the client's answer.
 /// Without the kernel's secret nobody can make one, so nothing can be said by it.
-#[inline(always)]
-fn is_tunnel_cookie(skb: &Skb<'_>, pod: &Pod, header: &IpHeader) -> bool {
-    let Some(mut tcp) = packet::acknowledgement(skb, header) else { return false };
-    let listener = listener_index(pod.slot, Listener::Tunnel);
-    let (client, server) = (&header.destination, &header.source);
+#[inline(never)]
+fn is_tunnel_cookie(skb: &Skb<'_>, slot: u32, packet: &Packet, payload: u32) -> bool {
+    let Some(mut tcp) = packet::acknowledgement(skb, payload) else { return false };
+    let listener = listener_index(slot, Listener::Tunnel);
+    let (client, server) = (&packet.remote, &packet.local);
     if server.is_v4() {
         let version = u32::from_ne_bytes([0x45, 0, 0, 0]);
         let mut ip = [version, 0, 0, client.v4_be(), server.v4_be()];
@@ -197,7 +198,7 @@ pub fn socket(ctx: &SkBuffContext, direction: Direction) -> bool {
     let Some(packet) = packet::parse(&skb, &header, direction, 0) else {
         return drop_if_strict(ctx, cgroup, &pod, Reason::GuardUnreadable);
     };
-    let facts = Facts { skb: &skb, link: &NO_LINK, header: &header, is_to_neighbour: false };
+    let facts = Facts { skb: &skb, link: &NO_LINK, payload: header.payload(), is_to_neighbour: false };
     let verdict = match direction {
         Direction::Egress => decide_egress(&facts, &pod, Hook::Socket, &packet),
         Direction::Ingress => decide_ingress(&facts, &pod, &packet),
@@ -218,10 +219,10 @@ fn of_socket(skb: &Skb<'_>) -> Option<(u64, Pod)> {
 
 /// Returns the pod behind a link; `None` if nothing is enforced for it.
 #[inline(always)]
-fn of_link(skb: &Skb<'_>) -> Option<(Link, Pod)> {
-    // SAFETY: copied at once; the agent replaces entries, it never changes one in place.
-    let link = unsafe { LINKS.get(&skb.interface()) }.copied()?;
-    // SAFETY: as above.
+fn of_link<'a>(skb: &Skb<'_>) -> Option<(&'a Link, Pod)> {
+    // SAFETY: the entry of an interface is replaced only by one of the same pod, or after the interface is gone.
+    let link = unsafe { LINKS.get(&skb.interface()) }?;
+    // SAFETY: the entry is copied at once; the agent replaces entries, it never changes one in place.
     match unsafe { PODS.get(&link.cgroup) } {
         Some(pod) => Some((link, *pod)),
         None if context::default_is_strict() => Some((link, Pod::unknown())),
@@ -246,26 +247,38 @@ pub fn link(ctx: &SkBuffContext) -> bool {
     if link.hardware != 0 && from != link.hardware {
         return drop(ctx, link.cgroup, &Address::NONE, 0, 0, Reason::GuardSpoofed);
     }
+    let is_to_neighbour = link.has_neighbours != 0 && !context::is_node_hardware(to);
     let ethertype = skb.ethertype();
     let is_ip = ethertype == ETH_P_IP || ethertype == ETH_P_IPV6;
     if !is_ip || skb.has_vlan() {
-        return not_ip(ctx, &skb, &link, &pod, ethertype);
+        return not_ip(ctx, &skb, link, &pod, ethertype);
     }
     let Some(header) = packet::ip_header(&skb, ethertype) else {
         return drop_if_strict(ctx, link.cgroup, &pod, Reason::GuardUnreadable);
     };
-    if let Some(claim) = packet::discovery_claim(&skb, &header)
-        && !may_claim(&pod, &link, &claim)
-    {
+    if !is_own_discovery(&skb, &pod, link, &header) {
         return drop(ctx, link.cgroup, &header.source, 0, 0, Reason::GuardSpoofed);
     }
     let Some(packet) = packet::parse(&skb, &header, Direction::Egress, ETHERNET_HEADER) else {
         return drop_if_strict(ctx, link.cgroup, &pod, Reason::GuardUnreadable);
     };
-    let is_to_neighbour = link.has_neighbours != 0 && !context::is_node_hardware(to);
-    let facts = Facts { skb: &skb, link: &link, header: &header, is_to_neighbour };
+    let facts = Facts { skb: &skb, link, payload: header.payload(), is_to_neighbour };
     let verdict = decide_egress(&facts, &pod, Hook::Link, &packet);
     apply(ctx, link.cgroup, &pod, &packet, verdict)
+}
+
+// Functions of their own, since they would add to the stack of their caller, which has 512 bytes with all that it calls.
+
+/// Returns true unless the packet is of neighbour discovery and says what the pod may not say.
+#[inline(never)]
+fn is_own_discovery(skb: &Skb<'_>, pod: &Pod, link: &Link, header: &IpHeader) -> bool {
+    packet::discovery_claim(skb, header).is_none_or(|claim| may_claim(pod, link, &claim))
+}
+
+/// Returns true if the pod may say what the ARP packet says.
+#[inline(never)]
+fn is_own_arp(skb: &Skb<'_>, pod: &Pod, link: &Link) -> bool {
+    packet::arp_claim(skb).is_some_and(|claim| may_claim(pod, link, &claim))
 }
 
 /// Decides on frames other than plain IP.
@@ -274,8 +287,7 @@ fn not_ip(ctx: &SkBuffContext, skb: &Skb<'_>, link: &Link, pod: &Pod, ethertype:
     if ethertype != ETH_P_ARP || skb.has_vlan() {
         return drop_if_strict(ctx, link.cgroup, pod, Reason::GuardNotIp);
     }
-    let is_own = packet::arp_claim(skb).is_some_and(|claim| may_claim(pod, link, &claim));
-    if !is_own {
+    if !is_own_arp(skb, pod, link) {
         return drop(ctx, link.cgroup, &Address::NONE, 0, 0, Reason::GuardSpoofed);
     }
     skb.len() <= ARP_MAX || drop_if_strict(ctx, link.cgroup, pod, Reason::GuardNotIp)

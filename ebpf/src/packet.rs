@@ -45,6 +45,14 @@ pub struct IpHeader {
     is_later_fragment: bool,
 }
 
+impl IpHeader {
+    /// Returns the offset of the first byte after the IP headers, from the network header.
+    #[inline(always)]
+    pub const fn payload(&self) -> u32 {
+        self.payload
+    }
+}
+
 /// Direction of a packet, as the pod sees it.
 #[derive(Clone, Copy)]
 pub enum Direction {
@@ -184,8 +192,8 @@ pub fn discovery_claim(skb: &Skb<'_>, header: &IpHeader) -> Option<Claim> {
 /// Returns the segment as the client's acknowledgement of it would be, for the kernel's check of SYN cookies: the first 20
 /// bytes of its TCP header.
 #[inline(always)]
-pub fn acknowledgement(skb: &Skb<'_>, header: &IpHeader) -> Option<[u32; 5]> {
-    let words: [u32; 5] = skb.read(header.payload)?;
+pub fn acknowledgement(skb: &Skb<'_>, payload: u32) -> Option<[u32; 5]> {
+    let words: [u32; 5] = skb.read(payload)?;
     let ports = words[0].to_ne_bytes();
     let swapped = u32::from_ne_bytes([ports[2], ports[3], ports[0], ports[1]]);
     let answered = u32::from_be(words[1]).wrapping_add(1).to_be();
