@@ -9,8 +9,8 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::warn;
 use tacit_abi::{
-    ANSWER_WAYS, Accepted, Address, Arrival, ArrivalFacts, DropKey, GuardFacts, Hook, Link, Listener,
-    Packet, Pod, Reason, Verdict, answer_cells, decide_arrival, decide_egress, decide_ingress, is_expected,
+    ANSWER_WAYS, Accepted, Address, Arrival, ArrivalFacts, DropKey, GuardFacts, Hook, Link, Listener, Packet,
+    Pod, Reason, Verdict, answer_cells, decide_arrival, decide_egress, decide_ingress, is_expected,
     listener_index, may_claim, may_send_from, names_kind, pod_flag, remember,
 };
 

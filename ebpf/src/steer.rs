@@ -1,7 +1,9 @@
 //! sk_lookup in a pod's network namespace: redirects inbound connections to the agent.
 
 use aya_ebpf::programs::SkLookupContext;
-use tacit_abi::{Address, Inbound, InboundFacts, Reason, Steer, Steered, Tuple, decide_inbound, listener_index};
+use tacit_abi::{
+    Address, Inbound, InboundFacts, Reason, Steer, Steered, Tuple, decide_inbound, listener_index,
+};
 
 use crate::{
     context::{self, SkLookup},

@@ -172,7 +172,8 @@ impl Maps {
     /// # Errors
     /// [`KernelError::Map`], for instance when the map is full.
     pub fn set_exempt(&self, cgroup: u64, addresses: &[IpAddr]) -> Result<(), KernelError> {
-        let of = |v4: bool| addresses.iter().find(|a| a.is_ipv4() == v4).map_or(Address::NONE, |a| address(*a));
+        let of =
+            |v4: bool| addresses.iter().find(|a| a.is_ipv4() == v4).map_or(Address::NONE, |a| address(*a));
         let pod = Pod { v4: of(true), v6: of(false), flags: pod_flag::EXEMPT, ..Pod::unknown() };
         lock(&self.pods).insert(cgroup, pod, 0).map_err(failed("PODS"))
     }

@@ -13,8 +13,8 @@ use tacit_core::{
     policy::{Authorization, Flow, FlowSource, Mode, Modes, Verdict, decide},
 };
 use tacit_kernel::{
-    GuardedLink, HostEnd, KernelError, PlaintextEgress, PlaintextHandling, PodEntry, cgroup, host, netns::Netns,
-    reset_sockets, socket::Listeners,
+    GuardedLink, HostEnd, KernelError, PlaintextEgress, PlaintextHandling, PodEntry, cgroup, host,
+    netns::Netns, reset_sockets, socket::Listeners,
 };
 
 use crate::{

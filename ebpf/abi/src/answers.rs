@@ -115,8 +115,10 @@ mod tests {
 
     #[test]
     fn flows_are_spread_over_all_cells() {
-        let sets: std::collections::HashSet<u32> =
-            (0..20_000).filter_map(|port| answer_cells(5, 0, &packet(9, port))).map(|(index, _)| index).collect();
+        let sets: std::collections::HashSet<u32> = (0..20_000)
+            .filter_map(|port| answer_cells(5, 0, &packet(9, port)))
+            .map(|(index, _)| index)
+            .collect();
         assert_eq!(sets.len() as u32, limits::ANSWERS_PER_POD / ANSWER_WAYS);
     }
 }

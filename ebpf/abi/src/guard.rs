@@ -202,8 +202,7 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Pa
     match packet.protocol {
         // Resets that the kernel sends on its own belong to a socket of the node. Only the link hook sees them.
         protocol::TCP
-            if packet.segment.is_bare()
-                && (facts.is_tcp_socket() || (on_link && facts.is_node_socket())) =>
+            if packet.segment.is_bare() && (facts.is_tcp_socket() || (on_link && facts.is_node_socket())) =>
         {
             Verdict::Pass
         }
@@ -295,10 +294,7 @@ fn accepts_plaintext(facts: &impl GuardFacts, pod: &Pod, port: u16) -> bool {
 #[inline(always)]
 pub fn decide_ingress(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> Verdict {
     // The pod's own addresses are a nested namespace's way out. Frames from elsewhere that claim them do not arrive.
-    if pod.has(pod_flag::EXEMPT)
-        || facts.is_agent()
-        || pod.owns(&packet.remote)
-        || facts.is_node_flow(packet)
+    if pod.has(pod_flag::EXEMPT) || facts.is_agent() || pod.owns(&packet.remote) || facts.is_node_flow(packet)
     {
         return Verdict::Pass;
     }
@@ -619,7 +615,8 @@ mod tests {
                 assert_eq!(egress(MESH, open()), Verdict::Clear(GuardClear));
                 assert_eq!(egress(MESH, Pod { flags: pod_flag::EXEMPT, ..strict() }), Verdict::Pass);
                 let allowed = egress(Facts { allowed: true, ..MESH }, strict());
-                let is_allowed = matches!(allowed, Verdict::Clear(GuardAllowed) | Verdict::AskClear(GuardAllowed));
+                let is_allowed =
+                    matches!(allowed, Verdict::Clear(GuardAllowed) | Verdict::AskClear(GuardAllowed));
                 assert!(is_allowed, "{allowed:?}");
             }
         }
@@ -630,7 +627,9 @@ mod tests {
         let link_local = Address([0xfe80_0000_u32.to_be(), 0, 0, 9_u32.to_be()]);
         let multicast = Address([0xff02_0000_u32.to_be(), 0, 0, 251_u32.to_be()]);
         for number in [protocol::TCP, protocol::UDP, SCTP] {
-            let to = |remote, facts, hook| decide_egress(&facts, &strict(), hook, &Packet { remote, ..packet(number) });
+            let to = |remote, facts, hook| {
+                decide_egress(&facts, &strict(), hook, &Packet { remote, ..packet(number) })
+            };
             for hook in HOOKS {
                 assert!(matches!(to(v4(9), OUTSIDE, hook), Verdict::Pass | Verdict::Ask));
                 assert!(matches!(to(link_local, OUTSIDE, hook), Verdict::Drop(_)));
@@ -652,7 +651,10 @@ mod tests {
         let served = Packet { local_port: tcp_port::TUNNEL, ..packet(protocol::TCP) };
         assert_eq!(decide_egress(&agent, &strict(), Hook::Link, &served), Verdict::Pass);
         assert_eq!(decide_egress(&MESH, &strict(), Hook::Link, &served), Verdict::Drop(GuardTcp));
-        assert_eq!(decide_egress(&agent, &open(), Hook::Link, &packet(protocol::TCP)), Verdict::Clear(GuardClear));
+        assert_eq!(
+            decide_egress(&agent, &open(), Hook::Link, &packet(protocol::TCP)),
+            Verdict::Clear(GuardClear)
+        );
     }
 
     #[test]
@@ -690,7 +692,10 @@ mod tests {
         assert_eq!(egress(MESH, Hook::Link, answer), Verdict::Drop(GuardTcp));
         assert_eq!(egress(cookie, Hook::Socket, answer), Verdict::Drop(GuardTcp));
         assert_eq!(egress(cookie, Hook::Link, Packet { local_port: 80, ..answer }), Verdict::Drop(GuardTcp));
-        assert_eq!(egress(cookie, Hook::Link, Packet { segment: Segment::Data, ..answer }), Verdict::Drop(GuardTcp));
+        assert_eq!(
+            egress(cookie, Hook::Link, Packet { segment: Segment::Data, ..answer }),
+            Verdict::Drop(GuardTcp)
+        );
     }
 
     #[test]
@@ -710,7 +715,8 @@ mod tests {
     fn encapsulated_packets_of_a_strict_pod_go_nowhere() {
         let to = |protocol, remote_port| Packet { remote_port, ..packet(protocol) };
         for hook in HOOKS {
-            for facts in [MESH, OUTSIDE, Facts { node: true, ..OUTSIDE }, Facts { allowed: true, ..OUTSIDE }] {
+            for facts in [MESH, OUTSIDE, Facts { node: true, ..OUTSIDE }, Facts { allowed: true, ..OUTSIDE }]
+            {
                 for packet in [to(4, 0), to(41, 0), to(47, 0), to(17, 4789), to(17, 8472), to(17, 6081)] {
                     let verdict = decide_egress(&facts, &strict(), hook, &packet);
                     assert_eq!(verdict, Verdict::Drop(GuardEncapsulated), "{packet:?}");

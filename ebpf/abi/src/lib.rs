@@ -24,9 +24,9 @@ pub use guard::{
 };
 pub use inbound::{Inbound, InboundFacts, Steer, decide_inbound};
 pub use layout::{
-    ABI_VERSION, ClearKey, Destination, DropKey, LISTENERS_PER_POD, Link, Listener, MeshKey, Mode, Names, NodeFlow, Pod,
-    PortKey, Settings, State, Steered, Tuple, hardware_address, limits, listener_index, names_kind, pod_flag, steer_flag,
-    tcp_port,
+    ABI_VERSION, ClearKey, Destination, DropKey, LISTENERS_PER_POD, Link, Listener, MeshKey, Mode, Names,
+    NodeFlow, Pod, PortKey, Settings, State, Steered, Tuple, hardware_address, limits, listener_index,
+    names_kind, pod_flag, steer_flag, tcp_port,
 };
 pub use outbound::{Connect, ConnectFacts, decide_connect};
 pub use reason::{REASONS, Reason, ReasonText};

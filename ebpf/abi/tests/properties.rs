@@ -7,9 +7,9 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use proptest::{prelude::*, sample::select, test_runner::Config};
 use tacit_abi::{
-    Address, Connect, ConnectFacts, GuardFacts, Hook, Inbound, InboundFacts, Listener, Mode, Packet, Pod,
-    Reason, Steer, Steered, Tuple, Verdict, decide_connect, decide_egress, decide_inbound, decide_ingress,
-    pod_flag, protocol, steer_flag, tcp_port,
+    Accepted, Address, Connect, ConnectFacts, GuardFacts, Hook, Inbound, InboundFacts, Link, Listener, Mode,
+    Packet, Pod, Reason, Segment, Steer, Steered, Tuple, Verdict, decide_connect, decide_egress,
+    decide_inbound, decide_ingress, may_send_from, pod_flag, protocol, steer_flag, tcp_port,
 };
 
 fn config() -> Config {
@@ -21,8 +21,13 @@ fn config() -> Config {
 #[derive(Debug, Clone, Copy)]
 struct Facts {
     agent: bool,
+    tunnel: bool,
     node: bool,
-    accepted_clear: bool,
+    node_flow: bool,
+    accepted: Option<Accepted>,
+    to_neighbour: bool,
+    answer: bool,
+    cookie: bool,
     port_mode: Option<u32>,
     allowed_clear: bool,
     node_socket: bool,
@@ -41,11 +46,32 @@ impl GuardFacts for Facts {
     fn is_agent(&self) -> bool {
         self.agent
     }
+    fn is_tunnel(&self) -> bool {
+        self.tunnel
+    }
+    fn in_mesh(&self, _: &Address) -> bool {
+        self.mesh
+    }
     fn is_node(&self, _: &Address) -> bool {
         self.node
     }
-    fn is_accepted_clear(&self) -> bool {
-        self.accepted_clear
+    fn is_node_flow(&self, _: &Packet) -> bool {
+        self.node_flow
+    }
+    fn accepted(&self) -> Option<Accepted> {
+        self.accepted
+    }
+    fn may_send_from(&self, pod: &Pod, address: &Address) -> bool {
+        may_send_from(pod, &Link::default(), address)
+    }
+    fn is_to_neighbour(&self) -> bool {
+        self.to_neighbour
+    }
+    fn is_answer(&self, _: &Pod, _: &Packet) -> bool {
+        self.answer
+    }
+    fn is_tunnel_cookie(&self, _: &Pod, _: &Packet) -> bool {
+        self.cookie
     }
     fn port_mode(&self, _: u32, _: u16) -> Option<u32> {
         self.port_mode
@@ -98,8 +124,8 @@ impl InboundFacts for Facts {
     fn port_mode(&self, _: u32, _: u16) -> Option<u32> {
         self.port_mode
     }
-    fn is_node(&self, _: &Address) -> bool {
-        self.node
+    fn is_node_flow(&self, _: &Inbound) -> bool {
+        self.node_flow
     }
     fn in_mesh(&self, _: &Address) -> bool {
         self.mesh
@@ -116,7 +142,7 @@ fn raw_mode() -> impl Strategy<Value = u32> {
 fn pod() -> impl Strategy<Value = Pod> {
     let own =
         (prop_oneof![Just(Address::NONE), Just(POD_V4)], prop_oneof![Just(Address::NONE), Just(POD_V6)]);
-    let known = (own, raw_mode(), 0..16_u32, 7..9_u64).prop_map(|((v4, v6), mode, flags, netns_cookie)| {
+    let known = (own, raw_mode(), 0..32_u32, 7..9_u64).prop_map(|((v4, v6), mode, flags, netns_cookie)| {
         Pod { netns_cookie, v4, v6, slot: 3, mode, flags, capture_port: 0 }
     });
     prop_oneof![4 => known, 1 => Just(Pod::unknown())]
@@ -124,13 +150,22 @@ fn pod() -> impl Strategy<Value = Pod> {
 
 fn facts() -> impl Strategy<Value = Facts> {
     let steered = (raw_mode(), 0..2_u32).prop_map(|(mode, flags)| Steered { slot: 3, mode, flags, pad: 0 });
-    let options =
-        (proptest::option::of(raw_mode()), proptest::option::of(pod()), proptest::option::of(steered));
-    (any::<[bool; 11]>(), 7..9_u64, options).prop_map(|(is, netns, (port_mode, pod, steered))| {
+    let accepted = select(vec![None, Some(Accepted::Node), Some(Accepted::Other)]);
+    let options = (
+        proptest::option::of(raw_mode()),
+        proptest::option::of(pod()),
+        proptest::option::of(steered),
+        accepted,
+    );
+    (any::<[bool; 16]>(), 7..9_u64, options).prop_map(|(is, netns, (port_mode, pod, steered, accepted))| {
         let [
             agent,
+            tunnel,
             node,
-            accepted_clear,
+            node_flow,
+            to_neighbour,
+            answer,
+            cookie,
             allowed_clear,
             node_socket,
             tcp_socket,
@@ -139,11 +174,17 @@ fn facts() -> impl Strategy<Value = Facts> {
             strict,
             stale,
             captured,
+            _,
         ] = is;
         Facts {
             agent,
+            tunnel,
             node,
-            accepted_clear,
+            node_flow,
+            accepted,
+            to_neighbour,
+            answer,
+            cookie,
             port_mode,
             allowed_clear,
             node_socket,
@@ -180,16 +221,26 @@ fn loopback_v4() -> Address {
 }
 
 fn packet() -> impl Strategy<Value = Packet> {
-    let known = [protocol::TCP, protocol::UDP, protocol::ICMP, protocol::ICMP_V6, protocol::UNKNOWN, 132];
-    let number = prop_oneof![5 => select(known.to_vec()), 1 => any::<u8>()];
-    (address(), address(), number, any::<[u16; 2]>(), any::<[bool; 2]>()).prop_map(
-        |(local, remote, protocol, [local_port, remote_port], [is_syn_or_data, is_discovery])| Packet {
+    let known = [
+        protocol::TCP,
+        protocol::UDP,
+        protocol::ICMP,
+        protocol::ICMP_V6,
+        protocol::UNKNOWN,
+        protocol::GRE,
+        132,
+    ];
+    let number = prop_oneof![6 => select(known.to_vec()), 1 => any::<u8>()];
+    let port = prop_oneof![2 => any::<u16>(), 1 => select(vec![tcp_port::TUNNEL, 53, 4789, 8472])];
+    let segment = select(vec![Segment::Syn, Segment::SynAck, Segment::Data, Segment::Bare]);
+    (address(), address(), number, (port.clone(), port), segment, any::<bool>()).prop_map(
+        |(local, remote, protocol, (local_port, remote_port), segment, is_discovery)| Packet {
             local,
             remote,
             protocol,
             local_port,
             remote_port,
-            is_syn_or_data,
+            segment: if protocol == tacit_abi::protocol::TCP { segment } else { Segment::Data },
             is_discovery,
         },
     )
@@ -253,33 +304,37 @@ proptest! {
         let on_link = hook == Hook::Link;
         let of = |numbers: &[u8]| numbers.contains(&packet.protocol);
         let own = [&packet.local, &packet.remote].map(|end| pod.v4.same(end) || pod.v6.same(end));
-        let is_untouched = facts.agent || own[1];
-        let is_own_source = own[0] || packet.local.is_none() || packet.local.is_link_local();
-        let uncounted = [
-            of(&[protocol::TCP]) && !packet.is_syn_or_data && (facts.tcp_socket || on_link && facts.node_socket),
-            of(&[protocol::UDP, protocol::ICMP, protocol::ICMP_V6]) && facts.node,
+        let is_tunnel = facts.tunnel || packet.local_port == tcp_port::TUNNEL;
+        let is_own_source = own[0] || !pod.has_addresses() || packet.local.is_none_of_family() || packet.local.is_link_local();
+        let is_neighbour = packet.remote.is_link_local() || packet.remote.is_multicast() || on_link && facts.to_neighbour;
+        let is_bare = matches!(packet.segment, Segment::Bare | Segment::SynAck);
+        let is_outside = !facts.mesh && !is_neighbour;
+        let takes_plaintext = accepts_plaintext(&facts, pod.mode);
+        let listed = [
+            is_outside,
+            of(&[protocol::TCP]) && is_bare && (facts.tcp_socket || on_link && facts.node_socket),
+            of(&[protocol::TCP]) && on_link && facts.cookie && packet.local_port == tcp_port::TUNNEL && packet.segment == Segment::SynAck,
+            of(&[protocol::TCP]) && facts.accepted.is_some_and(|by| by == Accepted::Node || takes_plaintext),
+            of(&[protocol::UDP, protocol::ICMP, protocol::ICMP_V6]) && facts.node && !is_neighbour,
             of(&[protocol::ICMP_V6]) && packet.is_discovery && on_link && facts.node_socket,
-        ];
-        let counted = [
-            of(&[protocol::TCP]) && facts.accepted_clear && (accepts_plaintext(&facts, pod.mode) || facts.node),
             facts.allowed_clear,
         ];
-        let is_listed = uncounted.contains(&true) || counted.contains(&true);
-        let expected = is_untouched || (!on_link || is_own_source) && is_listed;
+        let is_unpacked = of(&[4, 41, 47, 97, 115, 137, 143])
+            || of(&[protocol::UDP]) && [1701, 3544, 4789, 4790, 5555, 6080, 6081, 6635, 8472].contains(&packet.remote_port);
+        let expected = facts.agent && (!on_link || is_tunnel)
+            || !on_link && own[1]
+            || (!on_link || is_own_source) && !is_unpacked && listed.contains(&true);
         prop_assert_eq!(passes(verdict), expected, "{:?}", verdict);
-        if verdict == Verdict::Pass {
-            prop_assert!(is_untouched || uncounted.contains(&true), "passes without being counted");
-        }
     }
 
     #[test]
-    fn a_pods_link_carries_no_other_source_once_something_is_refused(
+    fn a_pods_link_carries_no_other_source_in_any_mode(
         facts in facts(), pod in pod(), packet in packet(),
     ) {
         let verdict = decide_egress(&facts, &pod, Hook::Link, &packet);
-        let is_left = pod.has(pod_flag::EXEMPT) || facts.agent || pod.owns(&packet.remote);
-        let is_own = pod.owns(&packet.local) || packet.local.is_none() || packet.local.is_link_local();
-        if pod.has(pod_flag::EGRESS_STRICT) && !is_left && !is_own {
+        let is_tunnel = facts.agent && (facts.tunnel || packet.local_port == tcp_port::TUNNEL);
+        let is_own = pod.owns(&packet.local) || packet.local.is_none_of_family() || packet.local.is_link_local();
+        if pod.has_addresses() && !is_tunnel && !is_own {
             prop_assert_eq!(verdict, Verdict::Drop(Reason::GuardSpoofed));
         }
     }
@@ -300,18 +355,35 @@ proptest! {
 
     #[test]
     fn a_strict_pod_receives_only_listed_plaintext(facts in facts(), pod in pod(), packet in packet()) {
-        let pod = Pod { flags: pod.flags & pod_flag::SPREAD | pod_flag::EGRESS_STRICT, ..pod };
+        let mode = Mode::Strict as u32;
+        let pod = Pod { mode, flags: pod.flags & pod_flag::SPREAD | pod_flag::EGRESS_STRICT, ..pod };
         let verdict = decide_ingress(&facts, &pod, &packet);
         let is_tcp = packet.protocol == protocol::TCP;
         let is_icmp = packet.protocol == protocol::ICMP || packet.protocol == protocol::ICMP_V6;
+        let is_opening = packet.segment == Segment::Syn;
+        let is_outside = !facts.mesh && !packet.remote.is_link_local() && !packet.remote.is_multicast();
+        let takes_plaintext = accepts_plaintext(&facts, mode);
+        let is_own_connection = facts.accepted.is_none() && (is_outside || facts.allowed_clear);
         let expected = facts.agent
-            || facts.node
+            || facts.node_flow
             || pod.owns(&packet.remote)
-            || facts.allowed_clear
             || is_icmp
-            || is_tcp && !packet.is_syn_or_data
-            || packet.protocol != protocol::UDP && accepts_plaintext(&facts, pod.mode);
+            || is_tcp && matches!(packet.segment, Segment::Bare | Segment::SynAck)
+            || is_tcp && takes_plaintext
+            || is_tcp && !is_opening && (facts.accepted == Some(Accepted::Node) || is_own_connection)
+            || !is_tcp && facts.answer;
         prop_assert_eq!(passes(verdict), expected, "{:?}", verdict);
+    }
+
+    #[test]
+    fn a_pod_that_policies_select_gets_connections_from_the_agent_or_the_node_only(
+        facts in facts(), pod in pod(), packet in packet(),
+    ) {
+        let flags = pod.flags & !pod_flag::EXEMPT | pod_flag::JUDGED;
+        let pod = Pod { flags, ..pod };
+        let packet = Packet { protocol: protocol::TCP, segment: Segment::Syn, ..packet };
+        let is_proven = facts.agent || facts.node_flow || pod.owns(&packet.remote);
+        prop_assert_eq!(passes(decide_ingress(&facts, &pod, &packet)), is_proven);
     }
 
     #[test]
@@ -363,7 +435,7 @@ proptest! {
                     None => !facts.mesh,
                     Some(steered) => {
                         let has_policy = steered.flags & steer_flag::JUDGED != 0;
-                        !is_agents && (facts.node || accepts_plaintext(&facts, steered.mode) && !has_policy)
+                        !is_agents && (facts.node_flow || accepts_plaintext(&facts, steered.mode) && !has_policy)
                     }
                 });
         prop_assert_eq!(matches!(verdict, Steer::Pass(_)), expected, "{:?}", verdict);

@@ -64,7 +64,8 @@ impl Skb<'_> {
     pub fn hardware(&self) -> Option<(u64, u64)> {
         let words: [u16; 6] = self.read_from(BPF_HDR_START_MAC, 0)?;
         let number = |at: usize| {
-            let (a, b, c) = (words[at].to_ne_bytes(), words[at + 1].to_ne_bytes(), words[at + 2].to_ne_bytes());
+            let (a, b, c) =
+                (words[at].to_ne_bytes(), words[at + 1].to_ne_bytes(), words[at + 2].to_ne_bytes());
             hardware_address([a[0], a[1], b[0], b[1], c[0], c[1]])
         };
         Some((number(0), number(3)))
@@ -76,13 +77,7 @@ impl Skb<'_> {
         let to = value.as_mut_ptr().cast();
         // SAFETY: `to` has room for the size given.
         let failed = unsafe {
-            bpf_skb_load_bytes_relative(
-                self.raw().cast(),
-                offset,
-                to,
-                size_of::<T>() as u32,
-                start,
-            )
+            bpf_skb_load_bytes_relative(self.raw().cast(), offset, to, size_of::<T>() as u32, start)
         };
         if failed != 0 {
             return None;

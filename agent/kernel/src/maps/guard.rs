@@ -15,7 +15,10 @@ use nix::time::{ClockId, clock_gettime};
 use tacit_abi::{Address, ClearKey, DropKey, Link, Mode, REASONS, State, hardware_address};
 
 use super::{
-    super::{KernelError, programs::{HostEnd, Programs}},
+    super::{
+        KernelError,
+        programs::{HostEnd, Programs},
+    },
     PRESENT, address, failed, ip, lock, typed,
 };
 use crate::host;
@@ -180,8 +183,12 @@ impl super::Maps {
     /// Forgets the links of a pod.
     pub fn remove_links(&self, cgroup: u64) {
         let mut links = lock(&self.guard.links);
-        let own: Vec<u32> =
-            links.iter().filter_map(Result::ok).filter(|(_, link)| link.cgroup == cgroup).map(|(i, _)| i).collect();
+        let own: Vec<u32> = links
+            .iter()
+            .filter_map(Result::ok)
+            .filter(|(_, link)| link.cgroup == cgroup)
+            .map(|(i, _)| i)
+            .collect();
         for interface in own {
             let _ = links.remove(&interface);
         }

@@ -168,7 +168,8 @@ pub(crate) fn host_ends(netns: &Netns, host: &HostNetns) -> std::io::Result<Vec<
     // Listing them gives each namespace of an other end its number.
     let outside = netlink::interfaces()?;
     let Some(id) = netlink::netns_id(netns.file().as_fd())? else { return Ok(Vec::new()) };
-    let inside = host.run_in(netns.file(), || Ok::<_, std::io::Error>((netlink::interfaces()?, link_locals()?)))??;
+    let inside =
+        host.run_in(netns.file(), || Ok::<_, std::io::Error>((netlink::interfaces()?, link_locals()?)))??;
     let is_bridge = |index| outside.iter().any(|other| other.index == index && other.kind == "bridge");
     let ends = outside.iter().filter(|end| end.linked_netns == Some(id) && end.is_ethernet);
     Ok(ends
@@ -190,7 +191,8 @@ pub(crate) fn host_ends(netns: &Netns, host: &HostNetns) -> std::io::Result<Vec<
 fn link_locals() -> std::io::Result<HashMap<String, Ipv6Addr>> {
     let mut found = HashMap::new();
     for interface in getifaddrs()? {
-        let address = interface.address.as_ref().and_then(|address| address.as_sockaddr_in6()).map(|v6| v6.ip());
+        let address =
+            interface.address.as_ref().and_then(|address| address.as_sockaddr_in6()).map(|v6| v6.ip());
         if let Some(address) = address.filter(Ipv6Addr::is_unicast_link_local) {
             found.entry(interface.interface_name).or_insert(address);
         }
@@ -237,8 +239,7 @@ fn clsact(program: &mut SchedClassifier, interface: &str, way: TcAttachType) -> 
 }
 
 fn filter(interface: &str, way: TcAttachType) -> Result<SchedClassifierLink, ProgramError> {
-    SchedClassifierLink::attached(interface, way, PRIORITY, HANDLE, None)
-        .map_err(ProgramError::IOError)
+    SchedClassifierLink::attached(interface, way, PRIORITY, HANDLE, None).map_err(ProgramError::IOError)
 }
 
 /// Best effort: without a filter of ours there is nothing to remove.
