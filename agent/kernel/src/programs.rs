@@ -83,9 +83,9 @@ pub(super) const MAPS: [&str; 19] = [
 
 mod link_guard;
 
+pub(super) use link_guard::node_hardware;
 use link_guard::{GUARD_ARRIVAL, GUARD_LINK};
 pub use link_guard::{GuardedLink, HostEnd};
-pub(super) use link_guard::{node_hardware, remove_filters};
 
 /// One attached program, for the operator.
 #[derive(Debug, Clone)]

@@ -15,6 +15,7 @@ mod inbound;
 mod layout;
 mod outbound;
 mod reason;
+pub mod tcp_port;
 
 pub use address::Address;
 pub use answers::{ANSWER_WAYS, answer_cells, is_expected, remember};
@@ -26,7 +27,7 @@ pub use inbound::{Inbound, InboundFacts, Steer, decide_inbound};
 pub use layout::{
     ABI_VERSION, ClearKey, Destination, DropKey, LISTENERS_PER_POD, Link, Listener, MeshKey, Mode, Names,
     NodeFlow, Pod, PortKey, Settings, State, Steered, Tuple, hardware_address, limits, listener_index,
-    names_kind, pod_flag, steer_flag, tcp_port,
+    names_kind, pod_flag, steer_flag,
 };
 pub use outbound::{Connect, ConnectFacts, decide_connect};
 pub use reason::{REASONS, Reason, ReasonText};

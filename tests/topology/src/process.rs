@@ -86,7 +86,8 @@ impl Process {
     /// # Errors
     /// Fails if `waitpid` fails.
     pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
-        self.child.try_wait().with_context(|| format!("wait for {}", self.name))
+        self.status = self.child.try_wait().with_context(|| format!("wait for {}", self.name))?;
+        Ok(self.status)
     }
 
     /// Waits until the process exits.

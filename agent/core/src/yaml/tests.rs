@@ -39,6 +39,20 @@ fn every_mistake_is_reported_with_line_and_path() {
 }
 
 #[test]
+fn a_syntax_error_at_the_end_names_the_last_line() {
+    for (text, line) in [
+        ("name: [", 1),
+        ("name: [\n", 1),
+        ("name: a\ntags: [", 2),
+        ("name: a\r\ntags: [\r\n", 2),
+        ("name: a\rtags: {\r", 2),
+    ] {
+        let list = read_sample(text).expect_err(text).list;
+        assert_eq!(list[0].line, line, "{text:?}: {}", list[0]);
+    }
+}
+
+#[test]
 fn the_display_names_file_and_line_of_each_mistake() {
     let mistakes = read_sample("nam: 1\n").expect_err("misspelt");
     assert_eq!(

@@ -42,13 +42,16 @@ pub(super) struct MapEntry<'t> {
 /// The documents of a file, at least one. `None` when the text is no YAML or beyond the bounds (recorded).
 pub(super) fn parse<'t>(text: &'t str, mistakes: &Collector) -> Option<Vec<Node<'t>>> {
     let mut builder = Builder { documents: Vec::new(), open: Vec::new(), nodes: 0, mistakes };
+    // The parser reports the end of a text in the line below it.
+    let last = lines(text);
     for event in Parser::new_from_str(text) {
         let (event, span) = event
             .map_err(|error| {
-                mistakes.add(error.marker().line(), "", format_args!("no YAML: {}", error.info()))
+                let line = error.marker().line().clamp(1, last);
+                mistakes.add(line, "", format_args!("no YAML: {}", error.info()));
             })
             .ok()?;
-        let line = span.start.line();
+        let line = span.start.line().clamp(1, last);
         if builder.open.len() > DEPTH_MAX {
             mistakes.add(
                 line,
@@ -71,6 +74,15 @@ pub(super) fn parse<'t>(text: &'t str, mistakes: &Collector) -> Option<Vec<Node<
         builder.documents.push(empty(1));
     }
     Some(builder.documents)
+}
+
+/// Returns the number of lines of a text, at least 1. The line breaks are those of YAML 1.2 (section 5.4).
+fn lines(text: &str) -> usize {
+    let bytes = text.as_bytes();
+    let is_break =
+        |at: usize| bytes[at] == b'\n' || (bytes[at] == b'\r' && bytes.get(at + 1) != Some(&b'\n'));
+    let breaks = (0..bytes.len()).filter(|&at| is_break(at)).count();
+    (breaks + usize::from(!text.ends_with(['\n', '\r']))).max(1)
 }
 
 fn empty<'t>(line: usize) -> Node<'t> {
