@@ -1,6 +1,7 @@
 //! Puts the agent together, runs it until a signal, and takes it down in good order. Imported by `main` only.
 
 use std::{
+    collections::HashSet,
     io,
     net::SocketAddr,
     num::NonZeroUsize,
@@ -30,7 +31,6 @@ use tacit_sources::{
     kubernetes::OpenError,
     reload::{Opening, Watched},
 };
-use tacit_tunnel::Session;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     task::JoinHandle,
@@ -237,7 +237,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
         Drained::Finished => tracing::info!("drained"),
         Drained::Cut(tasks) => tracing::warn!(tasks, "drain deadline passed; the rest was reset"),
     }
-    path.pool().clear_where(|_, _| true).into_iter().for_each(Session::close);
+    path.sessions.close_all();
     keeper.abort();
     ranges.abort();
     listener.abort();
@@ -418,16 +418,9 @@ async fn housekeeping(path: Arc<Proxy>, report: Arc<Report>) {
         if let Err(error) = refresh_node(&path.kernel) {
             tracing::error!(%error, "the node's own addresses may be outdated: probes from new ones are refused under STRICT");
         }
-        close_unused(&path);
+        let enrolled: HashSet<u64> = path.table.load().pods.iter().map(|pod| pod.cgroup).collect();
+        path.sessions.close_unused(|cgroup| enrolled.contains(&cgroup));
     }
-}
-
-/// Closes sessions that idled too long, and those of pods that are gone: they would keep the pods' namespaces alive.
-fn close_unused(path: &Proxy) {
-    let table = path.table.load();
-    let mut unused = path.pool().expire(Instant::now());
-    unused.extend(path.pool().clear_where(|key, _| !table.pods.iter().any(|pod| pod.cgroup == key.pod)));
-    unused.into_iter().for_each(Session::close);
 }
 
 fn refresh_node(kernel: &Kernel) -> Result<(), KernelError> {

@@ -5,6 +5,7 @@
 //! | `outbound` | captured connections |
 //! | `inbound` | tunnel sessions, and plaintext that needs a verdict |
 //! | `authorize` | asks policy about a flow, when it opens and when policy changes |
+//! | `sessions` | tunnel sessions: handshake permits, idle sessions of each worker |
 //! | `workers` | the threads that carry flows |
 //! | `drain` | ends flows and listeners in order |
 //!
@@ -15,12 +16,13 @@ pub mod authorize;
 pub mod drain;
 pub mod inbound;
 pub mod outbound;
+pub mod sessions;
 pub mod workers;
 
 use std::{
     io,
     net::{IpAddr, SocketAddr, TcpListener},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -29,7 +31,6 @@ use tacit_core::{
     balance::Balancer,
     directory::{Directory, Workload},
     policy::Policies,
-    pool::Pool,
     spiffe::{SpiffeId, TrustDomain},
     wire::open::DenyReason,
 };
@@ -41,42 +42,22 @@ use tacit_kernel::{
 };
 use tacit_sources::reload::Watched;
 use tacit_tunnel::{
-    Session, TlsInfo,
+    TlsInfo,
     socket::{reset, reset_if_dropped},
 };
-use tokio::{net::TcpStream, sync::Semaphore};
+use tokio::net::TcpStream;
 
 use crate::{
     enrol::{Pod, Pods},
     mesh::Mesh,
-    proxy::{drain::Drain, workers::Workers},
+    proxy::{drain::Drain, sessions::Sessions, workers::Workers},
     telemetry::{Party, Refusal, Reporter, Security, Telemetry},
 };
 
 /// How long an application may take to accept. It is on this node: more means its backlog is full.
 const APPLICATION_CONNECT: Duration = Duration::from_secs(5);
-/// Handshakes at the same time, over all pods; beyond it peers wait for their turn. One costs about a millisecond of a
-/// core and some 30 kB while it lasts.
-pub const HANDSHAKES_MAX: usize = 1024;
-/// How long a peer waits for its turn: as long as a handshake may take at most, by then every other has ended.
-pub const HANDSHAKE_WAIT: Duration = Duration::from_secs(10);
 /// Pause when descriptors are used up: accepting again at once would only spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(20);
-
-/// Sessions are interchangeable for flows of the same pod to the same server under the same identities.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct PoolKey {
-    /// The thread that polls the session.
-    pub worker: usize,
-    /// Cgroup id of the source pod: a session belongs to its network namespace.
-    pub pod: u64,
-    /// Address of the destination pod.
-    pub server: IpAddr,
-    /// Identity the server proved.
-    pub identity: SpiffeId,
-    /// Serial number of the certificate the client showed.
-    pub serial: Arc<str>,
-}
 
 /// Everything a connection needs.
 pub struct Proxy {
@@ -102,11 +83,10 @@ pub struct Proxy {
     pub mesh: Arc<Mesh>,
     /// Chooses endpoints of services.
     pub balancer: Balancer,
-    /// Bounds handshakes.
-    pub handshakes: Semaphore,
+    /// Tunnel sessions.
+    pub sessions: Sessions,
     /// Who carries flows.
     pub workers: Workers,
-    pool: Mutex<Pool<PoolKey, Box<Session>>>,
 }
 
 /// Parts of a [`Proxy`] that others made.
@@ -164,9 +144,8 @@ impl Proxy {
             drain,
             mesh,
             balancer: Balancer::default(),
-            handshakes: Semaphore::new(HANDSHAKES_MAX),
+            sessions: Sessions::new(workers.count()),
             workers,
-            pool: Mutex::new(Pool::default()),
         }
     }
 
@@ -174,11 +153,6 @@ impl Proxy {
     #[must_use]
     pub fn is_mesh(&self, address: IpAddr) -> bool {
         self.mesh.contains(address)
-    }
-
-    /// The idle sessions.
-    pub fn pool(&self) -> MutexGuard<'_, Pool<PoolKey, Box<Session>>> {
-        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Connects to an application of `pod` as `client`: the application sees the client's address.

@@ -94,7 +94,7 @@ impl Report {
                 source(SourceKind::Policy, &self.path.policies.state()),
             ],
             flows: self.path.telemetry.live_flows(),
-            pool: PoolStatus { idle_sessions: self.path.pool().len() as u64 },
+            pool: PoolStatus { idle_sessions: self.path.sessions.count_idle() as u64 },
         }
     }
 

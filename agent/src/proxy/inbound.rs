@@ -22,14 +22,15 @@ use tacit_core::{
     wire::open::{DenyReason, Open},
 };
 use tacit_tunnel::{Session, TunnelError, relay, session::SERVER_IDLE, socket};
-use tokio::{net::TcpStream, time::timeout};
+use tokio::net::TcpStream;
 
 use crate::{
     enrol::Pod,
     proxy::{
-        HANDSHAKE_WAIT, HANDSHAKES_MAX, Proxy, Refused,
+        Proxy, Refused,
         authorize::{self, Changes, Denial},
         canonical, deny_reason, security,
+        sessions::{HANDSHAKE_WAIT, HANDSHAKES_MAX},
     },
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
 };
@@ -69,7 +70,7 @@ async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Opt
     if let Err(detail) = came_from_outside(pod, at) {
         return refuse(tcp, "not_steered", detail);
     }
-    let Ok(Ok(permit)) = timeout(HANDSHAKE_WAIT, path.handshakes.acquire()).await else {
+    let Some(permit) = path.sessions.handshake_permit().await else {
         let detail = format!("{HANDSHAKES_MAX} handshakes have been under way for {HANDSHAKE_WAIT:?}");
         return refuse(tcp, "handshake_limit", detail);
     };

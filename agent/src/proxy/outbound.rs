@@ -32,9 +32,10 @@ use tokio::net::TcpStream;
 use crate::{
     enrol::{self, Pod},
     proxy::{
-        PoolKey, Proxy, Refused,
+        Proxy, Refused,
         authorize::{self, Changes, Denial},
         canonical, deny_reason,
+        sessions::PoolKey,
     },
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
 };
@@ -205,7 +206,7 @@ fn carry(
                 if let Some(session) = session
                     && !pod.closed.is_cancelled()
                 {
-                    session::keep(&path, key, session);
+                    path.sessions.keep(key, session);
                 }
                 drop(held);
             })

@@ -1,10 +1,6 @@
 //! A session to the agent of a destination, on which that agent has accepted the flow: an idle one of the pool, or a new one.
 
-use std::{
-    net::SocketAddr,
-    sync::Arc,
-    time::{Instant, SystemTime},
-};
+use std::{net::SocketAddr, sync::Arc};
 
 use tacit_core::{
     spiffe::SpiffeId,
@@ -16,7 +12,7 @@ use tacit_tunnel::{OpenError, Session, random_trace_id, session::OptimisticData}
 
 use super::{Attempt, Ends, Failure, Pod, Proxy, Way};
 use crate::{
-    proxy::{PoolKey, security, workers::Workers},
+    proxy::{security, sessions::PoolKey},
     telemetry::{FlowSpec, Reporter},
 };
 
@@ -38,7 +34,6 @@ pub(super) async fn tunnel(
         Failure::new("no_certificate", detail)
     })?;
     let key = PoolKey {
-        worker: Workers::current(),
         pod: pod.cgroup,
         server: destination.ip(),
         identity: expected.clone(),
@@ -69,7 +64,7 @@ async fn opened(
     let mut optimistic = attempt.optimistic.map(OptimisticData::new);
     // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it were taken: the
     // destination may have read those, so they are not sent twice.
-    while let Some(mut session) = take(path, key) {
+    while let Some(mut session) = path.sessions.take(key) {
         match session.open(open, optimistic.as_mut()).await {
             Ok(()) => return Ok((session, taken_bytes(&optimistic))),
             Err(OpenError::Denied(reason)) => return Err(denied(path, key, session, reason)),
@@ -95,29 +90,10 @@ fn taken_bytes(optimistic: &Option<OptimisticData<'_>>) -> u64 {
     optimistic.as_ref().map_or(0, |optimistic| optimistic.taken_bytes)
 }
 
-/// An idle session: one of this thread, or else one that another thread polls, which moves here.
-fn take(path: &Proxy, key: &PoolKey) -> Option<Box<Session>> {
-    let now = Instant::now();
-    let mut pool = path.pool();
-    if let Some(session) = pool.take(key, now, |session| is_usable(session)) {
-        return Some(session);
-    }
-    let mut other = key.clone();
-    let found = (0..path.workers.count()).filter(|worker| *worker != key.worker).find_map(|worker| {
-        other.worker = worker;
-        pool.take(&other, now, |session| is_usable(session))
-    });
-    drop(pool);
-    found?
-        .moved_to_this_thread()
-        .inspect_err(|error| tracing::debug!(%error, "idle session lost on its way"))
-        .ok()
-}
-
 /// A denied flow leaves its session as good as before, if nothing was sent before the answer.
 fn denied(path: &Proxy, key: &PoolKey, session: Box<Session>, reason: DenyReason) -> Failure {
     if session.is_idle() {
-        keep(path, key.clone(), session);
+        path.sessions.keep(key.clone(), session);
     } else {
         session.close();
     }
@@ -131,17 +107,5 @@ fn denied(path: &Proxy, key: &PoolKey, session: Box<Session>, reason: DenyReason
         | DenyReason::Draining
         | DenyReason::Overloaded
         | DenyReason::Internal => Failure::of_destination(reason.label(), detail),
-    }
-}
-
-fn is_usable(session: &Session) -> bool {
-    session.peer_not_after() > SystemTime::now() && session.is_idle_alive()
-}
-
-/// Keeps a session for the next flow.
-pub(super) fn keep(path: &Proxy, key: PoolKey, session: Box<Session>) {
-    let no_room = path.pool().put(key, session, Instant::now());
-    if let Some(session) = no_room {
-        session.close();
     }
 }
