@@ -23,7 +23,6 @@ use tacit_identity::{
 };
 use tacit_kernel::{
     Kernel, KernelError, SuccessorLock, VerifierLog, cgroup::Cgroup, events, host, netns::HostNetns, probe,
-    socket::Listeners,
 };
 use tacit_sources::{
     directory::{CgroupLayout, LocalNode},
@@ -39,12 +38,11 @@ use tokio::{
 
 use crate::{
     config::{Config, IssuerConfig, Source},
-    enrol::{Enroller, Pod, Pods, Serve, kernel_mode},
+    enrol::{Enroller, Pods, Serve, kernel_mode},
     mesh::Mesh,
     proxy::{
-        Parts, Proxy, accept_loop,
+        Parts, Proxy, accept,
         drain::{Drain, Drained},
-        inbound, outbound,
         workers::Workers,
     },
     telemetry::{
@@ -343,7 +341,7 @@ fn enroller(
     let (serving, ready) = (path.clone(), report.clone());
     let takes_over = turn.is_some();
     let turn = Mutex::new(turn);
-    let serve: Serve = Arc::new(move |pod, listeners| serve_pod(&serving, &pod, listeners));
+    let serve: Serve = Arc::new(move |pod, listeners| accept::serve_pod(&serving, &pod, listeners));
     Enroller {
         kernel: path.kernel.clone(),
         host: path.host.clone(),
@@ -363,13 +361,6 @@ fn enroller(
             drop(turn.lock().unwrap_or_else(PoisonError::into_inner).take());
         }),
     }
-}
-
-fn serve_pod(path: &Arc<Proxy>, pod: &Arc<Pod>, listeners: Listeners) {
-    let Listeners { capture, plaintext, tunnel } = listeners;
-    accept_loop(path, pod, capture, outbound::handle);
-    accept_loop(path, pod, tunnel, inbound::tunnel);
-    accept_loop(path, pod, plaintext, inbound::plaintext);
 }
 
 /// Tells the kernel that this agent lives, for as long as its tasks are run: an agent that is stuck is as good as dead.

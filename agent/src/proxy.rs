@@ -2,6 +2,7 @@
 //!
 //! | module | content |
 //! |---|---|
+//! | `accept` | accepts the connections of a pod and gives each to a worker |
 //! | `outbound` | captured connections |
 //! | `inbound` | tunnel sessions, and plaintext that needs a verdict |
 //! | `authorize` | asks policy about a flow, when it opens and when policy changes |
@@ -12,6 +13,7 @@
 //! This file has the parts that `outbound` and `inbound` share: snapshots of control, the kernel's handles, the pool, and
 //! connections to an application in its pod. Nothing here waits for a control task.
 
+pub mod accept;
 pub mod authorize;
 pub mod drain;
 pub mod inbound;
@@ -21,7 +23,7 @@ pub mod workers;
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr, TcpListener},
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
@@ -35,11 +37,7 @@ use tacit_core::{
     wire::open::DenyReason,
 };
 use tacit_identity::manager::Identities;
-use tacit_kernel::{
-    Kernel,
-    netns::HostNetns,
-    socket::{self, Acceptor},
-};
+use tacit_kernel::{Kernel, netns::HostNetns, socket};
 use tacit_sources::reload::Watched;
 use tacit_tunnel::{
     TlsInfo,
@@ -56,9 +54,6 @@ use crate::{
 
 /// How long an application may take to accept. It is on this node: more means its backlog is full.
 const APPLICATION_CONNECT: Duration = Duration::from_secs(5);
-/// Pause when descriptors are used up: accepting again at once would only spin.
-const ACCEPT_RETRY: Duration = Duration::from_millis(20);
-
 /// Everything a connection needs.
 pub struct Proxy {
     /// Identities outside it do not exist.
@@ -233,74 +228,6 @@ pub fn deny_reason(error: &io::Error) -> DenyReason {
         io::ErrorKind::TimedOut => DenyReason::TimedOut,
         _ => DenyReason::Unreachable,
     }
-}
-
-/// Accepts on `listener` until the pod or the agent ends; each connection gets a task of its own.
-pub fn accept_loop<F>(
-    path: &Arc<Proxy>,
-    pod: &Arc<Pod>,
-    listener: TcpListener,
-    handle: fn(Arc<Proxy>, Arc<Pod>, TcpStream, SocketAddr) -> F,
-) where
-    F: Future<Output = ()> + Send + 'static,
-{
-    let (path, pod) = (path.clone(), pod.clone());
-    let home = pod.home(path.workers.count());
-    let thread = path.workers.handle(home).clone();
-    thread.spawn(async move {
-        match Acceptor::new(listener) {
-            Ok(listener) => accept_on(path, pod, home, listener, handle).await,
-            Err(error) => tracing::error!(%error, pod = %pod.workload.name, "a listener cannot be polled"),
-        }
-    });
-}
-
-async fn accept_on<F>(
-    path: Arc<Proxy>,
-    pod: Arc<Pod>,
-    home: usize,
-    listener: Acceptor,
-    handle: fn(Arc<Proxy>, Arc<Pod>, TcpStream, SocketAddr) -> F,
-) where
-    F: Future<Output = ()> + Send + 'static,
-{
-    loop {
-        let accepted = tokio::select! {
-            () = path.drain.stop.cancelled() => return,
-            () = pod.closed.cancelled() => return,
-            accepted = listener.accept() => accepted,
-        };
-        match accepted {
-            Ok((connection, peer)) => {
-                let (worker, load) = path.workers.place(home);
-                let (on, who) = (path.clone(), pod.clone());
-                let flow = async move {
-                    match TcpStream::from_std(connection) {
-                        Ok(connection) => handle(on, who, connection, canonical(peer)).await,
-                        Err(error) => {
-                            tracing::error!(%error, "a connection cannot be polled, and is dropped")
-                        }
-                    }
-                    drop(load);
-                };
-                if worker == home {
-                    path.drain.tasks.spawn(flow);
-                } else {
-                    path.drain.tasks.spawn_on(flow, path.workers.handle(worker));
-                }
-            }
-            Err(error) if is_of_one_connection(&error) => {}
-            Err(error) => {
-                tracing::error!(%error, "cannot accept; raise the limit of open files if this persists");
-                tokio::time::sleep(ACCEPT_RETRY).await;
-            }
-        }
-    }
-}
-
-fn is_of_one_connection(error: &io::Error) -> bool {
-    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
-    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
 /// An address as the application meant it: v4-mapped is IPv4.
