@@ -10,7 +10,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use arc_swap::ArcSwap;
 use tacit_core::{
     directory::{Directory, Ranges},
     policy::Policies,
@@ -38,13 +37,9 @@ use tokio::{
 
 use crate::{
     config::{Config, IssuerConfig, Source},
-    enrol::{Enroller, Pods, Serve, kernel_mode},
+    enrol::{Enroller, Serve, kernel_mode},
     mesh::Mesh,
-    proxy::{
-        Parts, Proxy, accept,
-        drain::{Drain, Drained},
-        workers::Workers,
-    },
+    proxy::{Proxy, accept, dialer::Dialer, drain::Drained, snapshots::Snapshots, workers::Workers},
     telemetry::{
         Telemetry, admin,
         status::{SourceKind, UncoveredStatus},
@@ -183,33 +178,27 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
 
     let workers = Workers::start(config.workers.unwrap_or_else(cores), config.busy_poll)
         .map_err(system("start the threads that carry flows"))?;
-    let path = Arc::new(Proxy::new(Parts {
-        trust_domain: config.trust_domain.clone(),
-        workers,
-        kernel,
-        host,
-        directory,
-        policies,
-        identities,
-        table: Arc::new(ArcSwap::from_pointee(Pods::default())),
-        telemetry,
-        drain: Drain::default(),
-        mesh,
-    }));
-    let report = Arc::new(Report::new(&config, path.clone(), started));
+    let snapshots = Snapshots { directory, policies, mesh, identities };
+    let dialer = Dialer::new(kernel.clone(), host.clone());
+    let path = Arc::new(Proxy::new(snapshots, dialer, workers, telemetry));
+    let report = Arc::new(Report::new(&config, kernel.clone(), path.clone(), started));
     servers.show(report.clone());
     let settle = path.drain.stop.child_token();
-    let enroller = enroller(&config, &path, pods_cgroup, &report, turn);
+    let enroller = enroller(&config, &kernel, host, &path, pods_cgroup, &report, turn);
     let mut enrolment = Some(tokio::spawn(enroller.run(settle.clone())));
-    let keeper = tokio::spawn(housekeeping(path.clone(), report.clone()));
-    let ranges = tokio::spawn(path.mesh.clone().keep(path.directory.clone()));
-    let mut heart = Some(tokio::spawn(heartbeat(path.clone(), config.heartbeat_timeout)));
-    let watched = path.kernel.clone();
+    let keeper = tokio::spawn(housekeeping(kernel.clone(), path.clone(), report.clone()));
+    let ranges = tokio::spawn(path.snapshots.mesh.clone().keep(path.snapshots.directory.clone()));
+    let mut heart = Some(tokio::spawn(heartbeat(
+        kernel.clone(),
+        path.snapshots.policies.clone(),
+        config.heartbeat_timeout,
+    )));
+    let watched = kernel.clone();
     let listener = tokio::spawn(async move { events::forward(&watched).await });
     tracing::info!(node = %config.node, trust_domain = %config.trust_domain, descriptors, "agent runs");
 
     wait_for(&mut terminate, &mut interrupt).await;
-    let ending = hand_over(&path.kernel, &config.pin_path, async || {
+    let ending = hand_over(&kernel, &config.pin_path, async || {
         settle.cancel();
         keeper.abort();
         ranges.abort();
@@ -241,8 +230,8 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     listener.abort();
     stop_beating(&mut heart).await;
     let last_word = match &ending {
-        Ending::Alone(_) => path.kernel.maps.clear_heartbeat(),
-        Ending::TakenOver(_) => path.kernel.maps.remove_agent(path.kernel.cgroup),
+        Ending::Alone(_) => kernel.maps.clear_heartbeat(),
+        Ending::TakenOver(_) => kernel.maps.remove_agent(kernel.cgroup),
     };
     if let Err(error) = last_word {
         tracing::error!(%error, "the kernel takes this agent for alive until it is noticed otherwise");
@@ -333,6 +322,8 @@ fn issuer(config: &Config) -> Result<Issuer, EmbeddedRootError> {
 
 fn enroller(
     config: &Config,
+    kernel: &Arc<Kernel>,
+    host: Arc<HostNetns>,
     path: &Arc<Proxy>,
     pods_cgroup: Cgroup,
     report: &Arc<Report>,
@@ -343,17 +334,17 @@ fn enroller(
     let turn = Mutex::new(turn);
     let serve: Serve = Arc::new(move |pod, listeners| accept::serve_pod(&serving, &pod, listeners));
     Enroller {
-        kernel: path.kernel.clone(),
-        host: path.host.clone(),
+        kernel: kernel.clone(),
+        host,
         node: config.node.clone(),
-        mesh: path.mesh.clone(),
+        mesh: path.snapshots.mesh.clone(),
         telemetry: path.telemetry.clone(),
         takes_over,
         pods_cgroup,
-        directory: path.directory.clone(),
-        policies: path.policies.clone(),
-        identities: path.identities.clone(),
-        table: path.table.clone(),
+        directory: path.snapshots.directory.clone(),
+        policies: path.snapshots.policies.clone(),
+        identities: path.snapshots.identities.clone(),
+        table: path.pods.clone(),
         serve,
         reconciled: Arc::new(move || {
             ready.is_ready();
@@ -365,15 +356,15 @@ fn enroller(
 
 /// Tells the kernel that this agent lives, for as long as its tasks are run: an agent that is stuck is as good as dead.
 /// Pins that were deleted are made again, or the agent's end would take the programs with it.
-async fn heartbeat(path: Arc<Proxy>, timeout: Duration) {
+async fn heartbeat(kernel: Arc<Kernel>, policies: Arc<Watched<Policies>>, timeout: Duration) {
     let mut tick = interval(timeout / BEATS_WITHIN_TIMEOUT);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        if let Err(error) = beat(&path.kernel, timeout, &path.policies) {
+        if let Err(error) = beat(&kernel, timeout, &policies) {
             tracing::error!(%error, "no heartbeat: the kernel decides by mode alone");
         }
-        let restored = path.kernel.programs().restore_pins();
+        let restored = kernel.programs().restore_pins();
         match restored {
             Ok(0) => {}
             Ok(pins) => tracing::warn!(pins, "pins were deleted under this agent, and are made again"),
@@ -389,7 +380,7 @@ fn beat(kernel: &Kernel, timeout: Duration, policies: &Watched<Policies>) -> Res
 }
 
 /// Keeps the node's addresses true, and sessions from staying beyond their time.
-async fn housekeeping(path: Arc<Proxy>, report: Arc<Report>) {
+async fn housekeeping(kernel: Arc<Kernel>, path: Arc<Proxy>, report: Arc<Report>) {
     let mut tick = interval(HOUSEKEEPING);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut trimmed_at = 0;
@@ -406,10 +397,10 @@ async fn housekeeping(path: Arc<Proxy>, report: Arc<Report>) {
             trimmed_at = connections;
             host::release_memory();
         }
-        if let Err(error) = refresh_node(&path.kernel) {
+        if let Err(error) = refresh_node(&kernel) {
             tracing::error!(%error, "the node's own addresses may be outdated: probes from new ones are refused under STRICT");
         }
-        let enrolled: HashSet<u64> = path.table.load().pods.iter().map(|pod| pod.cgroup).collect();
+        let enrolled: HashSet<u64> = path.pods.load().pods.iter().map(|pod| pod.cgroup).collect();
         path.sessions.close_unused(|cgroup| enrolled.contains(&cgroup));
     }
 }

@@ -74,7 +74,7 @@ async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Opt
         let detail = format!("{HANDSHAKES_MAX} handshakes have been under way for {HANDSHAKE_WAIT:?}");
         return refuse(tcp, "handshake_limit", detail);
     };
-    let Some(own) = path.identities.current(&pod.workload.identity) else {
+    let Some(own) = path.snapshots.credentials(&pod.workload.identity) else {
         let detail = format!("{} has no valid certificate; see `tacit status`", pod.workload.identity);
         return refuse(tcp, "no_certificate", detail);
     };
@@ -144,7 +144,7 @@ async fn begin<'a>(
         Ok(changes) => changes,
         Err(denied) => return deny(path, session, open, denied).await.map(Begun::Denied),
     };
-    let application = match path.to_application(pod, open.destination, open.client).await {
+    let application = match path.dialer.to_application(pod, open.destination, open.client).await {
         Ok(application) => application,
         Err(error) => {
             let reason = deny_reason(&error);
@@ -296,7 +296,7 @@ pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: TcpStream, peer:
         Ok(changes) => changes,
         Err(denial) => return path.refuse(client, refused(denial.label, denial.detail)),
     };
-    match path.to_application(&pod, at, peer).await {
+    match path.dialer.to_application(&pod, at, peer).await {
         Ok(application) => {
             let live = path.telemetry.open_flow(FlowSpec {
                 reporter: Reporter::Destination,

@@ -7,7 +7,6 @@ use tacit_core::{
     wire::open::{DenyReason, Open, OptimisticMode},
 };
 use tacit_identity::credentials::Credentials;
-use tacit_kernel::socket::connect;
 use tacit_tunnel::{OpenError, Session, random_trace_id, session::OptimisticData};
 
 use super::{Attempt, Ends, Failure, Pod, Proxy, Way};
@@ -29,7 +28,7 @@ pub(super) async fn tunnel(
 ) -> Result<Way, Failure> {
     let Ends { source, destination } = ends;
     let identity = pod.workload.identity.clone();
-    let own = path.identities.current(&identity).ok_or_else(|| {
+    let own = path.snapshots.credentials(&identity).ok_or_else(|| {
         let detail = format!("{identity} has no valid certificate; see `tacit status`");
         Failure::new("no_certificate", detail)
     })?;
@@ -73,7 +72,7 @@ async fn opened(
         }
     }
     let peer = SocketAddr::new(open.destination.ip(), TUNNEL);
-    let tcp = connect(&pod.netns, &path.host, peer, attempt.limit).await.map_err(|e| {
+    let tcp = path.dialer.connect(pod, peer, attempt.limit).await.map_err(|e| {
         Failure::of_destination("peer_unreachable", format!("{peer}: {e}; does an agent run on that node?"))
     })?;
     let connected = Session::connect(tcp, own, &key.identity).await;
