@@ -33,7 +33,7 @@ use tacit_kernel::{
     socket::{Listeners, Ports},
 };
 use tacit_sources::reload::Watched;
-use tokio::{sync::watch, time::timeout};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{mesh::Mesh, telemetry::Telemetry};
@@ -396,18 +396,6 @@ impl State {
         let used: HashSet<u32> = self.known.values().copied().collect();
         (0_u32..).find(|slot| !used.contains(slot)).unwrap_or(u32::MAX)
     }
-}
-
-/// The directory once it knows `address`, or as it is after `limit`.
-pub async fn discover(
-    directory: &Arc<Watched<Directory>>,
-    address: IpAddr,
-    limit: Duration,
-) -> Arc<Directory> {
-    let mut changes = directory.subscribe();
-    // Unknown still, or the source ended: what there is has to do.
-    let _ = timeout(limit, changes.wait_for(|known| known.knows(address))).await;
-    directory.current()
 }
 
 #[cfg(test)]

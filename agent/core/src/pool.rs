@@ -1,7 +1,10 @@
 //! Idle sessions kept for the next flow of the same pair. Pure: time comes in as an argument, sessions are any type.
 //!
-//! The session used last is taken first, so that those a burst has left over grow old and go. The server waits longer
+//! The most recently used session is taken first, so that sessions left over from a burst expire. The server waits longer
 //! before it closes an idle session (`session::SERVER_IDLE`), so a session is not closed at the moment it is taken.
+//!
+//! The pool drops no session. Every method returns the sessions that it removes, so that a caller that locks the pool can
+//! close their sockets after it has released the lock.
 
 use std::{
     collections::HashMap,
@@ -11,48 +14,40 @@ use std::{
 
 /// An idle session is kept this long: above the usual gap between two calls of one pod.
 pub const IDLE: Duration = Duration::from_secs(90);
-/// Idle sessions of one pair; above the concurrency of an ordinary client of one destination.
+/// Idle sessions of one pair in one pool; above the concurrency of an ordinary client of one destination.
 pub const PER_KEY_MAX: usize = 64;
-/// Idle sessions of the node; each costs a socket and a few KiB here and at its peer.
-pub const TOTAL_MAX: usize = 8192;
-
 /// Idle sessions `S` by pair `K`.
 #[derive(Debug)]
 pub struct Pool<K, S> {
     /// Of each pair the sessions with the time they came, the latest last. No list is empty.
     idle: HashMap<K, Vec<(Instant, S)>>,
     total: usize,
-}
-
-impl<K, S> Default for Pool<K, S> {
-    fn default() -> Self {
-        Self { idle: HashMap::new(), total: 0 }
-    }
+    total_max: usize,
 }
 
 impl<K: Eq + Hash + Clone, S> Pool<K, S> {
-    /// The session of `key` that was used last, is not too old and is `alive`. Those found dead are dropped.
-    pub fn take(&mut self, key: &K, now: Instant, alive: impl Fn(&S) -> bool) -> Option<S> {
+    /// An empty pool that keeps at most `total_max` sessions.
+    #[must_use]
+    pub fn new(total_max: usize) -> Self {
+        Self { idle: HashMap::new(), total: 0, total_max }
+    }
+
+    /// Takes out the most recently used session of `key` that is not too old. Older ones stay until [`Pool::expire`].
+    pub fn take(&mut self, key: &K, now: Instant) -> Option<S> {
         let list = self.idle.get_mut(key)?;
-        let mut found = None;
-        while let Some((since, session)) = list.pop() {
-            self.total -= 1;
-            if now.duration_since(since) < IDLE && alive(&session) {
-                found = Some(session);
-                break;
-            }
-        }
+        let (_, session) = list.pop_if(|(since, _)| now.duration_since(*since) < IDLE)?;
+        self.total -= 1;
         if list.is_empty() {
             self.idle.remove(key);
         }
-        found
+        Some(session)
     }
 
-    /// Keeps `session` for `key`. Returns the session that had to make room, if any: the pair's oldest at the pair's bound,
-    /// `session` itself at the node's.
+    /// Keeps `session` for `key`. Returns the session that has no room, if any: the pair's oldest at the bound of the pair,
+    /// `session` itself at the bound of the pool.
     #[must_use = "close the session that did not fit"]
     pub fn put(&mut self, key: K, session: S, now: Instant) -> Option<S> {
-        let full = self.total >= TOTAL_MAX;
+        let full = self.total >= self.total_max;
         let list = self.idle.get_mut(&key);
         match list {
             Some(list) if list.len() >= PER_KEY_MAX || full => {
@@ -86,6 +81,12 @@ impl<K: Eq + Hash + Clone, S> Pool<K, S> {
         self.total
     }
 
+    /// How many sessions may be idle.
+    #[must_use]
+    pub fn total_max(&self) -> usize {
+        self.total_max
+    }
+
     /// True when none is idle.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -107,71 +108,69 @@ impl<K: Eq + Hash + Clone, S> Pool<K, S> {
 mod tests {
     use super::*;
 
-    fn alive(_: &u32) -> bool {
-        true
-    }
+    const ROOM: usize = 1000;
 
     #[test]
     fn the_latest_session_of_the_pair_is_taken_first() {
         let now = Instant::now();
-        let mut pool = Pool::default();
+        let mut pool = Pool::new(ROOM);
         assert_eq!(pool.put("a", 1, now), None);
         assert_eq!(pool.put("a", 2, now), None);
         assert_eq!(pool.put("b", 3, now), None);
-        assert_eq!(pool.take(&"a", now, alive), Some(2));
-        assert_eq!(pool.take(&"a", now, alive), Some(1));
-        assert_eq!(pool.take(&"a", now, alive), None);
+        assert_eq!(pool.take(&"a", now), Some(2));
+        assert_eq!(pool.take(&"a", now), Some(1));
+        assert_eq!(pool.take(&"a", now), None);
         assert_eq!(pool.len(), 1);
     }
 
     #[test]
-    fn dead_and_old_sessions_are_not_taken() {
+    fn old_sessions_are_not_taken_and_stay_until_they_expire() {
         let now = Instant::now();
-        let mut pool = Pool::default();
-        for session in 1..=3 {
-            assert_eq!(pool.put("a", session, now), None);
-        }
-        assert_eq!(pool.take(&"a", now, |session| *session < 3), Some(2));
-        assert_eq!(pool.take(&"a", now + IDLE, alive), None);
+        let mut pool = Pool::new(ROOM);
+        assert_eq!(pool.put("a", 1, now), None);
+        assert_eq!(pool.put("a", 2, now), None);
+        assert_eq!(pool.take(&"a", now + IDLE), None);
+        assert_eq!(pool.len(), 2);
+        assert_eq!(pool.expire(now + IDLE), [1, 2]);
         assert!(pool.is_empty());
     }
 
     #[test]
     fn sessions_expire_and_are_handed_out_for_closing() {
         let now = Instant::now();
-        let mut pool = Pool::default();
+        let mut pool = Pool::new(ROOM);
         assert_eq!(pool.put("a", 1, now), None);
         assert_eq!(pool.put("a", 2, now + IDLE / 2), None);
         assert!(pool.expire(now + IDLE - Duration::from_millis(1)).is_empty());
         assert_eq!(pool.expire(now + IDLE), [1]);
-        assert_eq!(pool.take(&"a", now + IDLE, alive), Some(2));
+        assert_eq!(pool.take(&"a", now + IDLE), Some(2));
     }
 
     #[test]
     fn sessions_of_an_identity_can_be_cleared() {
         let now = Instant::now();
-        let mut pool = Pool::default();
+        let mut pool = Pool::new(ROOM);
         for (key, session) in [("a", 1), ("b", 2), ("a", 3)] {
             assert_eq!(pool.put(key, session, now), None);
         }
         assert_eq!(pool.clear_where(|key, _| *key == "a"), [1, 3]);
-        assert_eq!((pool.len(), pool.take(&"b", now, alive)), (1, Some(2)));
+        assert_eq!((pool.len(), pool.take(&"b", now)), (1, Some(2)));
     }
 
     #[test]
-    fn a_pair_and_the_node_have_bounds() {
+    fn a_pair_and_the_pool_have_bounds() {
         let now = Instant::now();
-        let mut pool = Pool::default();
+        let mut pool = Pool::new(ROOM);
         for session in 0..PER_KEY_MAX {
             assert_eq!(pool.put(0, session, now), None);
         }
         assert_eq!(pool.put(0, 999, now), Some(0), "the pair's oldest makes room");
-        for key in 1..=TOTAL_MAX - PER_KEY_MAX {
+        for key in 1..=ROOM - PER_KEY_MAX {
             assert_eq!(pool.put(key, key, now), None);
         }
-        assert_eq!(pool.len(), TOTAL_MAX);
-        assert_eq!(pool.put(1_000_000, 7, now), Some(7), "no room on the node");
-        assert_eq!(pool.put(1, 8, now), Some(1), "a pair replaces its own at the node's bound");
-        assert_eq!(pool.len(), TOTAL_MAX);
+        assert_eq!(pool.len(), ROOM);
+        assert_eq!(pool.put(1_000_000, 7, now), Some(7), "no room in the pool");
+        assert_eq!(pool.put(1, 8, now), Some(1), "a pair replaces its own at the pool's bound");
+        assert_eq!(pool.len(), ROOM);
     }
 }

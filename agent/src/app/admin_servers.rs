@@ -4,10 +4,8 @@
 use std::{
     io,
     net::SocketAddr,
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -25,12 +23,13 @@ use crate::{
     app::{
         AppError,
         report::{Report, source},
+        state::State,
     },
     config::Config,
     telemetry::{
         Telemetry, admin,
         status::{
-            AgentState, FlowsStatus, GuardStatus, IssuerStatus, MeshStatus, PoolStatus, SourceKind, Status,
+            FlowsStatus, GuardStatus, IssuerStatus, MeshStatus, PoolStatus, SourceKind, Status,
             UncoveredStatus,
         },
     },
@@ -41,6 +40,7 @@ const PORT_PAUSE: Duration = Duration::from_millis(200);
 
 /// The running servers.
 pub(super) struct AdminServers {
+    socket: PathBuf,
     shown: Arc<Shown>,
     task: JoinHandle<()>,
     stop: CancellationToken,
@@ -52,7 +52,7 @@ struct Shown {
     trust_domain: String,
     started: Instant,
     sources: Vec<(SourceKind, watch::Receiver<ReloadState>)>,
-    stands_by: AtomicBool,
+    state: State,
     /// Set when there is more to see than that.
     report: OnceLock<Arc<Report>>,
 }
@@ -65,6 +65,7 @@ impl AdminServers {
         started: Instant,
         sources: Vec<(SourceKind, watch::Receiver<ReloadState>)>,
         telemetry: Telemetry,
+        state: State,
         may_stand_by: bool,
     ) -> Result<Self, AppError> {
         let operator = admin::bind_operator(&config.socket)?;
@@ -80,17 +81,12 @@ impl AdminServers {
             trust_domain: config.trust_domain.to_string(),
             started,
             sources,
-            stands_by: AtomicBool::new(false),
+            state,
             report: OnceLock::new(),
         });
         let stop = CancellationToken::new();
         let task = tokio::spawn(serve(shown.clone(), operator, metrics, telemetry, stop.clone()));
-        Ok(Self { shown, task, stop })
-    }
-
-    /// Nothing is missing but the end of another agent.
-    pub(super) fn stand_by(&self) {
-        self.shown.stands_by.store(true, Relaxed);
+        Ok(Self { socket: config.socket.clone(), shown, task, stop })
     }
 
     /// From now on this is what can be seen.
@@ -99,10 +95,19 @@ impl AdminServers {
         let _ = self.shown.report.set(report);
     }
 
+    /// Ends the servers and removes the operator's socket.
     pub(super) async fn close(self) {
         self.stop.cancel();
         // An error of it was logged, and the agent ends anyway.
         let _ = self.task.await;
+        remove_socket(&self.socket);
+    }
+}
+
+/// Removes the operator's socket, so that its absence shows that no agent listens.
+pub(super) fn remove_socket(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path) {
+        tracing::debug!(%error, path = %path.display(), "operator socket not removed");
     }
 }
 
@@ -160,7 +165,7 @@ impl Shown {
 
     fn status(&self) -> Status {
         if let Some(report) = self.report.get() {
-            return report.status();
+            return report.status(self.state.current());
         }
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -168,10 +173,7 @@ impl Shown {
             trust_domain: self.trust_domain.clone(),
             pid: std::process::id(),
             uptime_seconds: self.started.elapsed().as_secs(),
-            state: match self.stands_by.load(Relaxed) {
-                true => AgentState::StandingBy,
-                false => AgentState::Starting,
-            },
+            state: self.state.current(),
             pods: Vec::new(),
             programs: Vec::new(),
             kernel: Vec::new(),

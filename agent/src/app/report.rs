@@ -3,10 +3,7 @@
 use std::{
     collections::BTreeMap,
     path::PathBuf,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU8, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::{Instant, SystemTime},
 };
 
@@ -16,9 +13,10 @@ use tacit_core::{
         Authorization, Mode, Modes,
         explain::{self, ExplainContext, ExplainError, Explanation, WorkloadRef},
     },
+    spiffe::TrustDomain,
 };
 use tacit_identity::{issuer::Issuer, istio::Skew, manager::CertificateState};
-use tacit_kernel::{DropCount, GuardedLink, PlaintextEgress, host};
+use tacit_kernel::{DropCount, GuardedLink, Kernel, PlaintextEgress, host};
 use tacit_sources::reload::ReloadState;
 
 use crate::{
@@ -32,77 +30,68 @@ use crate::{
     },
 };
 
-const STARTING: u8 = 0;
-const READY: u8 = 1;
-const DRAINING: u8 = 2;
-
 /// Gathers a [`Status`].
 pub(super) struct Report {
-    path: Arc<Proxy>,
+    kernel: Arc<Kernel>,
+    proxy: Arc<Proxy>,
+    trust_domain: TrustDomain,
     node: Arc<str>,
     pods_cgroup: PathBuf,
     started: Instant,
-    state: AtomicU8,
     /// Who was in no range of the mesh, in that directory with those ranges.
     uncovered: Mutex<(Arc<Directory>, Arc<Ranges>, UncoveredStatus)>,
 }
 
 impl Report {
-    pub(super) fn new(config: &Config, path: Arc<Proxy>, started: Instant) -> Self {
+    pub(super) fn new(config: &Config, kernel: Arc<Kernel>, proxy: Arc<Proxy>, started: Instant) -> Self {
         Self {
-            path,
+            kernel,
+            proxy,
+            trust_domain: config.trust_domain.clone(),
             node: config.node.clone(),
             pods_cgroup: config.pods_cgroup.clone(),
             started,
-            state: AtomicU8::new(STARTING),
             uncovered: Mutex::default(),
         }
     }
 
-    /// All pods have been looked at once.
-    pub(super) fn is_ready(&self) {
-        // An agent that drains already stays so.
-        let _ = self.state.compare_exchange(STARTING, READY, Ordering::Relaxed, Ordering::Relaxed);
-    }
-
-    pub(super) fn drains(&self) {
-        self.state.store(DRAINING, Ordering::Relaxed);
-    }
-
-    pub(super) fn status(&self) -> Status {
+    pub(super) fn status(&self, state: AgentState) -> Status {
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: self.node.to_string(),
-            trust_domain: self.path.trust_domain.to_string(),
+            trust_domain: self.trust_domain.to_string(),
             pid: std::process::id(),
             uptime_seconds: self.started.elapsed().as_secs(),
-            state: match self.state.load(Ordering::Relaxed) {
-                STARTING => AgentState::Starting,
-                READY => AgentState::Ready,
-                _ => AgentState::Draining,
-            },
+            state,
             pods: self.pods(),
             programs: self.programs(),
             kernel: self.kernel(),
             guard: self.guard(),
-            mesh: mesh(&self.path.mesh.ranges()),
+            mesh: mesh(&self.proxy.snapshots.mesh.ranges()),
             uncovered: self.uncovered(),
-            issuer: issuer(self.path.identities.issuer()),
-            certificates: self.path.identities.certificates().iter().filter_map(certificate).collect(),
+            issuer: issuer(self.proxy.snapshots.identities.issuer()),
+            certificates: self
+                .proxy
+                .snapshots
+                .identities
+                .certificates()
+                .iter()
+                .filter_map(certificate)
+                .collect(),
             sources: vec![
-                source(SourceKind::Directory, &self.path.directory.state()),
-                source(SourceKind::Policy, &self.path.policies.state()),
+                source(SourceKind::Directory, &self.proxy.snapshots.directory.state()),
+                source(SourceKind::Policy, &self.proxy.snapshots.policies.state()),
             ],
-            flows: self.path.telemetry.live_flows(),
-            pool: PoolStatus { idle_sessions: self.path.pool().len() as u64 },
+            flows: self.proxy.telemetry.live_flows(),
+            pool: PoolStatus { idle_sessions: self.proxy.sessions.count_idle() as u64 },
         }
     }
 
     /// Who is in no range of the mesh. All are looked at once for each version of the directory and the ranges.
     pub(super) fn uncovered(&self) -> UncoveredStatus {
-        let directory = self.path.directory.current();
+        let directory = self.proxy.snapshots.directory.current();
         let mut known = self.uncovered.lock().unwrap_or_else(PoisonError::into_inner);
-        let ranges = self.path.mesh.ranges();
+        let ranges = self.proxy.snapshots.mesh.ranges();
         if !Arc::ptr_eq(&known.0, &directory) || !Arc::ptr_eq(&known.1, &ranges) {
             let Uncovered { workloads, services, example } = directory.uncovered(&ranges);
             let found = UncoveredStatus { pods: workloads as u64, services: services as u64, example };
@@ -120,8 +109,8 @@ impl Report {
     ) -> Result<Explanation, ExplainError> {
         let addresses = host::addresses().unwrap_or_default();
         let known = ExplainContext {
-            directory: &self.path.directory.current(),
-            policies: &self.path.policies.current(),
+            directory: &self.proxy.snapshots.directory.current(),
+            policies: &self.proxy.snapshots.policies.current(),
             node: &self.node,
             is_node: &|address| addresses.iter().any(|own| *own == address && host::is_probe_source(own)),
         };
@@ -129,9 +118,9 @@ impl Report {
     }
 
     fn pods(&self) -> Vec<PodStatus> {
-        let table = self.path.table.load();
-        let live = self.path.telemetry.live_by_pod();
-        let policies = self.path.policies.current();
+        let table = self.proxy.pods.load();
+        let live = self.proxy.telemetry.live_by_pod();
+        let policies = self.proxy.snapshots.policies.current();
         let pod = |workload: &Workload,
                    (modes, authorization): (&Modes, &Authorization),
                    links: &[GuardedLink],
@@ -161,7 +150,7 @@ impl Report {
             let policy = (&policies.modes(&w.workload), &policies.authorization(&w.workload));
             pod(&w.workload, policy, &[], PodState::Waiting(w.reason.clone()))
         });
-        let directory = self.path.directory.current();
+        let directory = self.proxy.snapshots.directory.current();
         let left_alone = directory.host_network().map(|workload| {
             let reason = "it has the node's network (hostNetwork)".to_owned();
             let policy = (&policies.modes(workload), &policies.authorization(workload));
@@ -173,7 +162,7 @@ impl Report {
     }
 
     fn programs(&self) -> Vec<ProgramStatus> {
-        let states = self.path.kernel.programs().states();
+        let states = self.kernel.programs().states();
         let status = |p: tacit_kernel::ProgramState| ProgramStatus {
             name: p.name,
             attached_to: p.attached_to,
@@ -184,7 +173,7 @@ impl Report {
     }
 
     fn kernel(&self) -> Vec<KernelCounter> {
-        let counters = self.path.kernel.maps.counters();
+        let counters = self.kernel.maps.counters();
         let counter = |c: tacit_kernel::KernelCounter| KernelCounter {
             name: c.name.to_owned(),
             help: c.help.to_owned(),
@@ -194,7 +183,7 @@ impl Report {
     }
 
     fn guard(&self) -> GuardStatus {
-        let table = self.path.table.load();
+        let table = self.proxy.pods.load();
         let name = |cgroup: u64| match table.pods.iter().find(|pod| pod.cgroup == cgroup) {
             Some(pod) => format!("{}/{}", pod.workload.namespace, pod.workload.name),
             None => format!("cgroup {cgroup}"),
@@ -207,8 +196,8 @@ impl Report {
             packets: drops.packets,
         };
         GuardStatus {
-            resets_at_enrolment: self.path.telemetry.resets_at_enrolment(),
-            drops: self.path.kernel.maps.drops().into_iter().map(status).collect(),
+            resets_at_enrolment: self.proxy.telemetry.resets_at_enrolment(),
+            drops: self.kernel.maps.drops().into_iter().map(status).collect(),
         }
     }
 }

@@ -98,12 +98,6 @@ pub(super) enum Ending {
     TakenOver(#[expect(dead_code, reason = "held, not used")] Option<SuccessorLock>),
 }
 
-impl Ending {
-    pub(super) fn is_taken_over(&self) -> bool {
-        matches!(self, Self::TakenOver(_))
-    }
-}
-
 /// Lets the agent that stands by take over, if one does. `settle` is called before: from then on this agent must change
 /// nothing on the kernel side.
 pub(super) async fn hand_over(

@@ -22,14 +22,15 @@ use tacit_core::{
     wire::open::{DenyReason, Open},
 };
 use tacit_tunnel::{Session, TunnelError, relay, session::SERVER_IDLE, socket};
-use tokio::{net::TcpStream, time::timeout};
+use tokio::net::TcpStream;
 
 use crate::{
     enrol::Pod,
     proxy::{
-        HANDSHAKE_WAIT, HANDSHAKES_MAX, Proxy, Refused,
+        Proxy, Refused,
         authorize::{self, Changes, Denial},
         canonical, deny_reason, security,
+        sessions::{HANDSHAKE_WAIT, HANDSHAKES_MAX},
     },
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
 };
@@ -69,11 +70,11 @@ async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Opt
     if let Err(detail) = came_from_outside(pod, at) {
         return refuse(tcp, "not_steered", detail);
     }
-    let Ok(Ok(permit)) = timeout(HANDSHAKE_WAIT, path.handshakes.acquire()).await else {
+    let Some(permit) = path.sessions.handshake_permit().await else {
         let detail = format!("{HANDSHAKES_MAX} handshakes have been under way for {HANDSHAKE_WAIT:?}");
         return refuse(tcp, "handshake_limit", detail);
     };
-    let Some(own) = path.identities.current(&pod.workload.identity) else {
+    let Some(own) = path.snapshots.credentials(&pod.workload.identity) else {
         let detail = format!("{} has no valid certificate; see `tacit status`", pod.workload.identity);
         return refuse(tcp, "no_certificate", detail);
     };
@@ -143,7 +144,7 @@ async fn begin<'a>(
         Ok(changes) => changes,
         Err(denied) => return deny(path, session, open, denied).await.map(Begun::Denied),
     };
-    let application = match path.to_application(pod, open.destination, open.client).await {
+    let application = match path.dialer.to_application(pod, open.destination, open.client).await {
         Ok(application) => application,
         Err(error) => {
             let reason = deny_reason(&error);
@@ -295,7 +296,7 @@ pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: TcpStream, peer:
         Ok(changes) => changes,
         Err(denial) => return path.refuse(client, refused(denial.label, denial.detail)),
     };
-    match path.to_application(&pod, at, peer).await {
+    match path.dialer.to_application(&pod, at, peer).await {
         Ok(application) => {
             let live = path.telemetry.open_flow(FlowSpec {
                 reporter: Reporter::Destination,

@@ -25,16 +25,16 @@ use tacit_core::{
     route::{self, Route, RouteInput},
     spiffe::SpiffeId,
 };
-use tacit_kernel::socket::connect;
 use tacit_tunnel::{Session, relay, socket};
 use tokio::net::TcpStream;
 
 use crate::{
-    enrol::{self, Pod},
+    enrol::Pod,
     proxy::{
-        PoolKey, Proxy, Refused,
+        Proxy, Refused,
         authorize::{self, Changes, Denial},
         canonical, deny_reason,
+        sessions::PoolKey,
     },
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
 };
@@ -149,9 +149,7 @@ async fn find_way(
 
 /// The directory, once it knows the address: a bounded wait for an unknown one.
 async fn discover(path: &Proxy, destination: SocketAddr) -> Arc<Directory> {
-    let directory = path.directory.current();
-    let wait = !directory.knows(destination.ip()) && path.is_mesh(destination.ip());
-    if wait { enrol::discover(&path.directory, destination.ip(), DISCOVERY).await } else { directory }
+    path.snapshots.discover(destination.ip(), DISCOVERY).await
 }
 
 /// Makes a way to the destination, as was decided for it.
@@ -205,7 +203,7 @@ fn carry(
                 if let Some(session) = session
                     && !pod.closed.is_cancelled()
                 {
-                    session::keep(&path, key, session);
+                    path.sessions.keep(key, session);
                 }
                 drop(held);
             })
@@ -222,7 +220,7 @@ fn find_destination(
     client: SocketAddr,
 ) -> Option<(SocketAddr, SocketAddr)> {
     let at = canonical(app.local_addr().ok()?);
-    let destination = path.kernel.maps.destination(pod.netns.cookie(), client, at)?;
+    let destination = path.dialer.take_destination(pod, client, at)?;
     if !client.ip().is_loopback() && !pod.workload.addresses.contains(&client.ip()) {
         return None;
     }
@@ -232,12 +230,12 @@ fn find_destination(
 
 fn find_route(path: &Proxy, pod: &Pod, directory: &Directory, destination: SocketAddr) -> Route {
     let workload = directory.at(destination.ip());
-    let modes = workload.map(|w| path.policies.current().modes(w));
+    let modes = workload.map(|w| path.snapshots.policies.current().modes(w));
     route::decide(&RouteInput {
         port: destination.port(),
         destination: workload.map(|w| &**w),
-        outside_mesh: !path.is_mesh(destination.ip()),
-        on_this_node: path.table.load().at(destination.ip()).is_some(),
+        outside_mesh: !path.snapshots.is_mesh(destination.ip()),
+        on_this_node: path.pods.load().at(destination.ip()).is_some(),
         destination_mode: modes.map_or(policy::Mode::Strict, |m| m.at(destination.port())),
         source_is_strict: pod.is_strict(),
     })
@@ -257,7 +255,7 @@ fn refused(source: SocketAddr, destination: SocketAddr, failure: Failure) -> Ref
 /// Both pods are on this node: identity, mode and policies apply, no byte touches a wire.
 async fn hand_over(path: &Proxy, pod: &Pod, ends: Ends) -> Result<Way, Failure> {
     let Ends { source, destination } = ends;
-    let target = path.table.load().at(destination.ip()).cloned();
+    let target = path.pods.load().at(destination.ip()).cloned();
     let target = target.ok_or_else(|| {
         Failure::of_destination("destination_gone", "the destination is no longer enrolled here")
     })?;
@@ -272,7 +270,7 @@ async fn hand_over(path: &Proxy, pod: &Pod, ends: Ends) -> Result<Way, Failure> 
         identity: Some(identity.clone()),
         ..Failure::new(denial.label, denial.detail)
     })?;
-    let server = path.to_application(&target, destination, source).await.map_err(unreachable)?;
+    let server = path.dialer.to_application(&target, destination, source).await.map_err(unreachable)?;
     let spec = FlowSpec {
         reporter: Reporter::Source,
         source: path.party(source, Some(identity.clone())),
@@ -292,7 +290,7 @@ async fn clear(
     limit: Duration,
 ) -> Result<Way, Failure> {
     let Ends { source, destination } = ends;
-    let server = connect(&pod.netns, &path.host, destination, limit).await.map_err(unreachable)?;
+    let server = path.dialer.connect(pod, destination, limit).await.map_err(unreachable)?;
     socket::reset_if_dropped(&server);
     tracing::debug!(%source, %destination, why, "in clear");
     let spec = FlowSpec {

@@ -1,24 +1,17 @@
 //! A session to the agent of a destination, on which that agent has accepted the flow: an idle one of the pool, or a new one.
 
-use std::{
-    io,
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant, SystemTime},
-};
+use std::{net::SocketAddr, sync::Arc};
 
 use tacit_core::{
     spiffe::SpiffeId,
     wire::open::{DenyReason, Open, OptimisticMode},
 };
 use tacit_identity::credentials::Credentials;
-use tacit_kernel::socket;
 use tacit_tunnel::{OpenError, Session, random_trace_id, session::OptimisticData};
-use tokio::net::TcpStream;
 
 use super::{Attempt, Ends, Failure, Pod, Proxy, Way};
 use crate::{
-    proxy::{PoolKey, security, workers::Workers},
+    proxy::{security, sessions::PoolKey},
     telemetry::{FlowSpec, Reporter},
 };
 
@@ -35,12 +28,11 @@ pub(super) async fn tunnel(
 ) -> Result<Way, Failure> {
     let Ends { source, destination } = ends;
     let identity = pod.workload.identity.clone();
-    let own = path.identities.current(&identity).ok_or_else(|| {
+    let own = path.snapshots.credentials(&identity).ok_or_else(|| {
         let detail = format!("{identity} has no valid certificate; see `tacit status`");
         Failure::new("no_certificate", detail)
     })?;
     let key = PoolKey {
-        worker: Workers::current(),
         pod: pod.cgroup,
         server: destination.ip(),
         identity: expected.clone(),
@@ -71,7 +63,7 @@ async fn opened(
     let mut optimistic = attempt.optimistic.map(OptimisticData::new);
     // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it were taken: the
     // destination may have read those, so they are not sent twice.
-    while let Some(mut session) = take(path, key) {
+    while let Some(mut session) = path.sessions.take(key) {
         match session.open(open, optimistic.as_mut()).await {
             Ok(()) => return Ok((session, taken_bytes(&optimistic))),
             Err(OpenError::Denied(reason)) => return Err(denied(path, key, session, reason)),
@@ -80,7 +72,7 @@ async fn opened(
         }
     }
     let peer = SocketAddr::new(open.destination.ip(), TUNNEL);
-    let tcp = tunnel_socket(path, pod, peer, attempt.limit).await.map_err(|e| {
+    let tcp = path.dialer.to_tunnel(pod, peer, attempt.limit).await.map_err(|e| {
         Failure::of_destination("peer_unreachable", format!("{peer}: {e}; does an agent run on that node?"))
     })?;
     let connected = Session::connect(tcp, own, &key.identity).await;
@@ -93,40 +85,14 @@ async fn opened(
     }
 }
 
-/// A connection to a tunnel port. The pod's own rules may lead it elsewhere, where TLS finds no peer.
-async fn tunnel_socket(path: &Proxy, pod: &Pod, peer: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
-    let socket = socket::outgoing(&pod.netns, &path.host, peer)?;
-    path.kernel.maps.set_tunnel(&socket).map_err(io::Error::other)?;
-    socket::connected(socket, peer, limit).await
-}
-
 fn taken_bytes(optimistic: &Option<OptimisticData<'_>>) -> u64 {
     optimistic.as_ref().map_or(0, |optimistic| optimistic.taken_bytes)
-}
-
-/// An idle session: one of this thread, or else one that another thread polls, which moves here.
-fn take(path: &Proxy, key: &PoolKey) -> Option<Box<Session>> {
-    let now = Instant::now();
-    let mut pool = path.pool();
-    if let Some(session) = pool.take(key, now, |session| is_usable(session)) {
-        return Some(session);
-    }
-    let mut other = key.clone();
-    let found = (0..path.workers.count()).filter(|worker| *worker != key.worker).find_map(|worker| {
-        other.worker = worker;
-        pool.take(&other, now, |session| is_usable(session))
-    });
-    drop(pool);
-    found?
-        .moved_to_this_thread()
-        .inspect_err(|error| tracing::debug!(%error, "idle session lost on its way"))
-        .ok()
 }
 
 /// A denied flow leaves its session as good as before, if nothing was sent before the answer.
 fn denied(path: &Proxy, key: &PoolKey, session: Box<Session>, reason: DenyReason) -> Failure {
     if session.is_idle() {
-        keep(path, key.clone(), session);
+        path.sessions.keep(key.clone(), session);
     } else {
         session.close();
     }
@@ -140,17 +106,5 @@ fn denied(path: &Proxy, key: &PoolKey, session: Box<Session>, reason: DenyReason
         | DenyReason::Draining
         | DenyReason::Overloaded
         | DenyReason::Internal => Failure::of_destination(reason.label(), detail),
-    }
-}
-
-fn is_usable(session: &Session) -> bool {
-    session.peer_not_after() > SystemTime::now() && session.is_idle_alive()
-}
-
-/// Keeps a session for the next flow.
-pub(super) fn keep(path: &Proxy, key: PoolKey, session: Box<Session>) {
-    let no_room = path.pool().put(key, session, Instant::now());
-    if let Some(session) = no_room {
-        session.close();
     }
 }

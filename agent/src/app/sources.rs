@@ -1,0 +1,95 @@
+//! The sources of directory and policies, as the configuration names them: files or the Kubernetes API.
+
+use std::sync::Arc;
+
+use tacit_core::{
+    directory::{Directory, Ranges},
+    policy::Policies,
+};
+use tacit_sources::{
+    directory::{CgroupLayout, LocalNode},
+    kubernetes::OpenError,
+    reload::{Opening, ReloadState, Watched},
+};
+use tokio::sync::watch;
+
+use crate::{
+    app::AppError,
+    config::{Config, Source},
+    telemetry::status::SourceKind,
+};
+
+/// Both sources, opened but perhaps not complete.
+pub(super) struct Sources {
+    directory: Opening<Directory>,
+    policies: Opening<Policies>,
+}
+
+impl Sources {
+    pub(super) async fn open(config: &Config) -> Result<Self, AppError> {
+        let directory = open_directory(config).await?;
+        Ok(Self { directory, policies: open_policies(config).await? })
+    }
+
+    /// Returns the state of each source, for the operator.
+    pub(super) fn states(&self) -> Vec<(SourceKind, watch::Receiver<ReloadState>)> {
+        vec![(SourceKind::Directory, self.directory.states()), (SourceKind::Policy, self.policies.states())]
+    }
+
+    /// Waits until both sources are complete, without a limit.
+    pub(super) async fn complete(
+        self,
+    ) -> Result<(Arc<Watched<Directory>>, Arc<Watched<Policies>>), AppError> {
+        let (directory, policies) = tokio::join!(self.directory.complete(), self.policies.complete());
+        let ended = |field| move || AppError::Kubernetes { field, source: OpenError::Ended };
+        let directory = directory.ok_or_else(ended("directory"))?;
+        Ok((Arc::new(directory), Arc::new(policies.ok_or_else(ended("policy"))?)))
+    }
+}
+
+/// The directory. It is used once it is complete: what an earlier agent left for pods that are not in it would be removed.
+async fn open_directory(config: &Config) -> Result<Opening<Directory>, AppError> {
+    let domain = config.trust_domain.clone();
+    let ranges = Arc::new(Ranges::configured(&config.captured_ranges()));
+    match &config.directory {
+        Source::File(file) => {
+            let named = file.clone();
+            let parse = move |text: &str| {
+                Directory::parse(text, &named, &domain).map(|known| known.within(ranges.clone()))
+            };
+            Ok(Watched::open(file, parse)?.into())
+        }
+        Source::Kubernetes(options) => {
+            let local_node = LocalNode {
+                node: config.node.clone(),
+                trust_domain: domain,
+                cgroups: CgroupLayout::of(&config.pods_cgroup),
+                ranges,
+            };
+            let opened = tacit_sources::directory::open(options, local_node).await;
+            opened.map_err(|source| AppError::Kubernetes { field: "directory", source })
+        }
+    }
+}
+
+/// The policies. They are used once all are known: one that is missing would let through what it denies.
+async fn open_policies(config: &Config) -> Result<Opening<Policies>, AppError> {
+    let root = config.root_namespace.clone();
+    match &config.policy {
+        Source::File(file) => {
+            let named = file.clone();
+            Ok(Watched::open(file, move |text| {
+                let policies = Policies::parse(text, &named, &root)?;
+                for note in policies.notes() {
+                    tracing::warn!(file = %named.display(), "{note}");
+                }
+                Ok(policies)
+            })?
+            .into())
+        }
+        Source::Kubernetes(options) => {
+            let opened = tacit_sources::policy::open(options, root).await;
+            opened.map_err(|source| AppError::Kubernetes { field: "policy", source })
+        }
+    }
+}

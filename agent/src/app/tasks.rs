@@ -1,0 +1,152 @@
+//! The control tasks of an agent that serves: enrolment, upkeep, the heartbeat, the log of the kernel side.
+
+use std::{collections::HashSet, io, sync::Arc, time::Duration};
+
+use tacit_core::policy::Policies;
+use tacit_kernel::{Kernel, KernelError, events, host};
+use tacit_sources::reload::Watched;
+use tokio::{
+    task::JoinSet,
+    time::{MissedTickBehavior, interval},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    app::report::Report,
+    enrol::{Enroller, kernel_mode},
+    proxy::Proxy,
+    telemetry::status::UncoveredStatus,
+};
+
+/// How often the node's own addresses are read again and idle sessions are thrown out.
+const HOUSEKEEPING: Duration = Duration::from_secs(5);
+
+/// When so many connections have come or gone, memory that is left over is given back: that of their handshakes, some
+/// 30 KiB each, or all that they had.
+const MANY: usize = 1000;
+
+/// Heartbeats within the time after which the kernel takes the agent for dead: a few may be late or lost.
+const BEATS_WITHIN_TIMEOUT: u32 = 6;
+
+/// The running tasks. Each method can be called more than once.
+pub(super) struct Tasks {
+    enrolment: JoinSet<io::Result<()>>,
+    /// Ends enrolment after its current pass. A drain cancels it too.
+    settle: CancellationToken,
+    /// Housekeeping, and the ranges of the mesh.
+    upkeep: JoinSet<()>,
+    heart: JoinSet<()>,
+    kernel_log: JoinSet<()>,
+}
+
+impl Tasks {
+    pub(super) fn spawn(
+        kernel: &Arc<Kernel>,
+        proxy: &Arc<Proxy>,
+        report: &Arc<Report>,
+        enroller: Enroller,
+        heartbeat_timeout: Duration,
+    ) -> Self {
+        let settle = proxy.drain.stop.child_token();
+        let snapshots = proxy.snapshots.clone();
+        let mut enrolment = JoinSet::new();
+        enrolment.spawn(enroller.run(settle.clone()));
+        let mut upkeep = JoinSet::new();
+        upkeep.spawn(housekeeping(kernel.clone(), proxy.clone(), report.clone()));
+        upkeep.spawn(snapshots.mesh.keep(snapshots.directory));
+        let mut heart = JoinSet::new();
+        heart.spawn(heartbeat(kernel.clone(), snapshots.policies, heartbeat_timeout));
+        let mut kernel_log = JoinSet::new();
+        let logged = kernel.clone();
+        kernel_log.spawn(async move { events::forward(&logged).await });
+        Self { enrolment, settle, upkeep, heart, kernel_log }
+    }
+
+    /// Ends enrolment and upkeep. After that this agent changes only its heartbeat on the kernel side.
+    pub(super) async fn settle(&mut self) {
+        self.settle.cancel();
+        self.upkeep.abort_all();
+        self.enrolment_ended().await;
+    }
+
+    /// Waits until enrolment has ended, which a drain or [`Tasks::settle`] has asked for.
+    pub(super) async fn enrolment_ended(&mut self) {
+        // An error of it was logged, and the agent ends anyway.
+        while self.enrolment.join_next().await.is_some() {}
+    }
+
+    /// Stops the heartbeat. Waits for its end, so that no beat follows the removal of this agent's entry or the beats of
+    /// the next agent.
+    pub(super) async fn stop_heart(&mut self) {
+        self.heart.shutdown().await;
+    }
+
+    /// Stops upkeep, the log of the kernel side and the heartbeat.
+    pub(super) async fn stop(&mut self) {
+        self.upkeep.abort_all();
+        self.kernel_log.abort_all();
+        self.stop_heart().await;
+    }
+}
+
+/// Tells the kernel that this agent lives, for as long as its tasks are run: an agent that is stuck is as good as dead.
+/// Pins that were deleted are made again, or the agent's end would take the programs with it.
+async fn heartbeat(kernel: Arc<Kernel>, policies: Arc<Watched<Policies>>, timeout: Duration) {
+    let mut tick = interval(timeout / BEATS_WITHIN_TIMEOUT);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        if let Err(error) = beat(&kernel, timeout, &policies) {
+            tracing::error!(%error, "no heartbeat: the kernel decides by mode alone");
+        }
+        let restored = kernel.programs().restore_pins();
+        match restored {
+            Ok(0) => {}
+            Ok(pins) => tracing::warn!(pins, "pins were deleted under this agent, and are made again"),
+            Err(error) => {
+                tracing::error!(%error, "deleted pins cannot be made again: this agent's end would leave its pods uncovered")
+            }
+        }
+    }
+}
+
+pub(super) fn beat(
+    kernel: &Kernel,
+    timeout: Duration,
+    policies: &Watched<Policies>,
+) -> Result<(), KernelError> {
+    kernel.maps.set_heartbeat(timeout, kernel_mode(policies.current().mesh_default()))
+}
+
+/// Keeps the node's addresses true, and sessions from staying beyond their time.
+async fn housekeeping(kernel: Arc<Kernel>, proxy: Arc<Proxy>, report: Arc<Report>) {
+    let mut tick = interval(HOUSEKEEPING);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut trimmed_at = 0;
+    let mut told = UncoveredStatus::default();
+    loop {
+        tick.tick().await;
+        let uncovered = report.uncovered();
+        if uncovered != told && uncovered.example.is_some() {
+            tracing::warn!("{uncovered}");
+        }
+        told = uncovered;
+        let connections = proxy.drain.tasks.len();
+        if connections.abs_diff(trimmed_at) > MANY {
+            trimmed_at = connections;
+            host::release_memory();
+        }
+        if let Err(error) = refresh_node(&kernel) {
+            tracing::error!(%error, "the node's own addresses may be outdated: probes from new ones are refused under STRICT");
+        }
+        let enrolled: HashSet<u64> = proxy.pods.load().pods.iter().map(|pod| pod.cgroup).collect();
+        proxy.sessions.close_unused(|cgroup| enrolled.contains(&cgroup));
+    }
+}
+
+pub(super) fn refresh_node(kernel: &Kernel) -> Result<(), KernelError> {
+    let listed = host::addresses().map_err(|e| KernelError::Map { map: "NODE", problem: e.to_string() })?;
+    let sources: Vec<_> = listed.into_iter().filter(host::is_probe_source).collect();
+    kernel.refresh_node_hardware()?;
+    kernel.maps.set_node(&sources)
+}

@@ -1,0 +1,156 @@
+//! The tunnel sessions of a node: permits for handshakes that run now, and pools of idle sessions for the next flows.
+//!
+//! Each worker has a pool of its own, behind a lock of its own. A flow takes from the pool of its worker first. Only a flow
+//! that finds nothing there looks into the pools of the other workers, and a session found there moves to the flow's thread.
+//! No session is tested, closed or dropped while a lock is held, since each of these makes a system call.
+
+use std::{
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant, SystemTime},
+};
+
+use tacit_core::{pool::Pool, spiffe::SpiffeId};
+use tacit_tunnel::Session;
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::timeout,
+};
+
+use crate::proxy::workers::Workers;
+
+/// Handshakes of the node at the same time, over all pods. Further peers wait. A handshake costs about a millisecond of a
+/// core, and some 30 kB while it lasts.
+pub const HANDSHAKES_MAX: usize = 1024;
+/// How long a peer waits for a permit: the longest time that a handshake may take. Every earlier handshake has ended by then.
+pub const HANDSHAKE_WAIT: Duration = Duration::from_secs(10);
+/// Idle sessions of the node, in equal shares for the workers; each costs a socket and a few KiB here and at its peer.
+const IDLE_MAX: usize = 8192;
+
+/// Sessions are interchangeable for flows of the same pod to the same server under the same identities.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct PoolKey {
+    /// Cgroup id of the source pod: a session belongs to its network namespace.
+    pub pod: u64,
+    /// Address of the destination pod.
+    pub server: IpAddr,
+    /// Identity the server proved.
+    pub identity: SpiffeId,
+    /// Serial number of the certificate the client showed.
+    pub serial: Arc<str>,
+}
+
+type Idle = Pool<PoolKey, Box<Session>>;
+
+/// Handshake permits and the idle sessions of every worker.
+pub struct Sessions {
+    handshakes: Semaphore,
+    /// One for each worker, by its index.
+    pools: Vec<Mutex<Idle>>,
+}
+
+impl Sessions {
+    /// Empty pools for `workers` threads.
+    #[must_use]
+    pub fn new(workers: usize) -> Self {
+        let share = (IDLE_MAX / workers.max(1)).max(1);
+        Self {
+            handshakes: Semaphore::new(HANDSHAKES_MAX),
+            pools: (0..workers.max(1)).map(|_| Mutex::new(Pool::new(share))).collect(),
+        }
+    }
+
+    /// Waits for the permit to begin a handshake. Returns `None` if none is free within [`HANDSHAKE_WAIT`].
+    pub async fn handshake_permit(&self) -> Option<SemaphorePermit<'_>> {
+        timeout(HANDSHAKE_WAIT, self.handshakes.acquire()).await.ok()?.ok()
+    }
+
+    /// Takes an idle session for a flow of the calling worker. A session of another worker moves to the calling thread.
+    #[must_use]
+    pub fn take(&self, key: &PoolKey) -> Option<Box<Session>> {
+        let own = self.own();
+        if let Some(session) = self.take_from(own, key) {
+            return Some(session);
+        }
+        let mut others = (0..self.pools.len()).filter(|worker| *worker != own);
+        let session = others.find_map(|worker| self.take_from(worker, key))?;
+        session
+            .moved_to_this_thread()
+            .inspect_err(|error| tracing::debug!(%error, "idle session lost on its way"))
+            .ok()
+    }
+
+    fn take_from(&self, worker: usize, key: &PoolKey) -> Option<Box<Session>> {
+        loop {
+            // The lock is released at the end of this statement.
+            let session = self.pool(worker).take(key, Instant::now())?;
+            if is_usable(&session) {
+                return Some(session);
+            }
+        }
+    }
+
+    /// Keeps a session of the calling worker for the next flow, or closes one if the pool is full.
+    pub fn keep(&self, key: PoolKey, session: Box<Session>) {
+        let no_room = self.pool(self.own()).put(key, session, Instant::now());
+        if let Some(session) = no_room {
+            session.close();
+        }
+    }
+
+    /// Closes sessions that were idle too long, and sessions of pods for which `is_enrolled(cgroup)` is false. Such a session
+    /// would keep the network namespace of its pod alive.
+    pub fn close_unused(&self, is_enrolled: impl Fn(u64) -> bool) {
+        let now = Instant::now();
+        self.close_removed(|pool| {
+            let mut unused = pool.expire(now);
+            unused.extend(pool.clear_where(|key, _| !is_enrolled(key.pod)));
+            unused
+        });
+    }
+
+    /// Closes all idle sessions.
+    pub fn close_all(&self) {
+        self.close_removed(|pool| pool.clear_where(|_, _| true));
+    }
+
+    /// Returns the number of idle sessions of the node.
+    #[must_use]
+    pub fn count_idle(&self) -> usize {
+        (0..self.pools.len()).map(|worker| self.pool(worker).len()).sum()
+    }
+
+    fn close_removed(&self, remove: impl Fn(&mut Idle) -> Vec<Box<Session>>) {
+        for worker in 0..self.pools.len() {
+            let removed = remove(&mut self.pool(worker));
+            removed.into_iter().for_each(Session::close);
+        }
+    }
+
+    /// The index of the calling worker.
+    fn own(&self) -> usize {
+        Workers::current() % self.pools.len()
+    }
+
+    fn pool(&self, worker: usize) -> MutexGuard<'_, Idle> {
+        self.pools[worker].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn is_usable(session: &Session) -> bool {
+    session.peer_not_after() > SystemTime::now() && session.is_idle_alive()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bound_of_the_node_is_shared_by_its_workers() {
+        for workers in [1, 2, 3, 64] {
+            let sessions = Sessions::new(workers);
+            let shares: usize = (0..workers).map(|worker| sessions.pool(worker).total_max()).sum();
+            assert!(shares <= IDLE_MAX && shares > IDLE_MAX - workers, "{shares} for {workers} workers");
+        }
+    }
+}
