@@ -40,11 +40,15 @@ use crate::{mesh::Mesh, telemetry::Telemetry};
 
 mod events;
 mod kernel_state;
+mod pod_policy;
 mod pods;
+#[cfg(test)]
+mod testing;
 
 use events::CgroupEvents;
 use kernel_state::entry;
 pub use kernel_state::{in_clear, kernel_mode};
+pub use pod_policy::PodPolicy;
 pub use pods::{Pod, Pods, Waiting};
 
 /// Rescan without any event: covers what inotify can miss (an overflow, a cgroup made before its watch).
@@ -254,8 +258,7 @@ impl Enroller {
         if let Some(taken) = others.find(|address| workload.addresses.contains(address)) {
             return Err(NotYet::AddressTaken(*taken));
         }
-        let policies = self.policies.current();
-        let (modes, authorization) = (policies.modes(&workload), policies.authorization(&workload));
+        let policy = PodPolicy::configured(&self.policies.current(), &workload);
         // Those of the agent that this one takes over from are still open.
         let ports = if self.takes_over && !state.took_over { Ports::OrSpare } else { Ports::Default };
         let listeners =
@@ -263,9 +266,9 @@ impl Enroller {
         let capture_port = listeners.capture_port().map_err(|e| NotYet::Kernel(e.to_string()))?;
         let was_enrolled_here = self.kernel.maps.enrolled_in(cgroup.id()) == Some(netns.cookie());
         let at = (netns.cookie(), capture_port);
-        let entry = entry(&workload, cgroup.id(), slot, at, &modes);
+        let entry = entry(&workload, cgroup.id(), slot, at, &policy.modes);
         let links = self
-            .tell_kernel(&entry, &netns, &listeners, (&modes, &authorization))
+            .tell_kernel(&entry, &netns, &listeners, &policy)
             .map_err(|e| NotYet::Kernel(e.to_string()))?;
         if !was_enrolled_here {
             self.reset_plaintext(&netns, &workload, |address| self.mesh.contains(address));
@@ -274,10 +277,9 @@ impl Enroller {
             workload: workload.clone(),
             cgroup: cgroup.id(),
             netns,
-            modes: ArcSwap::from_pointee(modes),
             links,
             closed: CancellationToken::new(),
-            authorization: watch::Sender::new(Arc::new(authorization)),
+            policy: watch::Sender::new(Arc::new(policy)),
             slot,
             capture_port,
         });

@@ -10,15 +10,15 @@ use std::{
 
 use tacit_core::{
     directory::{Directory, Egress, Udp, Workload},
-    policy::{Authorization, Flow, FlowSource, Mode, Modes, Verdict, decide},
+    policy::{Flow, FlowSource, Mode, Modes, Verdict},
 };
 use tacit_kernel::{
-    GuardedLink, KernelError, PlaintextEgress, PlaintextHandling, PodEntry, cgroup, host, netns::Netns,
+    GuardedLink, KernelError, Maps, PlaintextEgress, PlaintextHandling, PodEntry, cgroup, host, netns::Netns,
     reset_sockets, socket::Listeners,
 };
 
 use crate::{
-    enrol::{Enroller, NotYet, Pod, State},
+    enrol::{Enroller, NotYet, Pod, PodPolicy, State},
     telemetry::{Party, Refusal, Reporter},
 };
 
@@ -52,11 +52,10 @@ impl Enroller {
         entry: &PodEntry,
         netns: &Netns,
         listeners: &Listeners,
-        (modes, authorization): (&Modes, &Authorization),
+        policy: &PodPolicy,
     ) -> Result<Vec<GuardedLink>, KernelError> {
         let maps = &self.kernel.maps;
-        let default = (kernel_mode(modes.default), plaintext(authorization));
-        maps.set_modes(entry.slot, &entry.addresses, default, &kernel_ports(modes))?;
+        set_modes(maps, entry.slot, &entry.addresses, policy)?;
         listeners.publish(maps, entry.slot)?;
         let mut programs = self.kernel.programs();
         programs.steer(entry.cgroup, netns)?;
@@ -74,10 +73,8 @@ impl Enroller {
         for pod in state.current.values() {
             // Labels may have changed since the pod was enrolled.
             let entry = kept.get(pod.workload.cgroup.as_path()).map_or(&*pod.workload, |entry| entry);
-            let (modes, authorization) = (policies.modes(entry), policies.authorization(entry));
-            if (modes != **pod.modes.load() || authorization != *pod.authorization())
-                && self.change_policies(pod, modes, authorization)
-            {
+            let wanted = PodPolicy::configured(&policies, entry);
+            if wanted != *pod.policy() && self.replace_policy(pod, wanted) {
                 state.unsettled.insert(pod.cgroup, Instant::now());
             }
             if state.unsettled.contains_key(&pod.cgroup) {
@@ -86,38 +83,51 @@ impl Enroller {
         }
     }
 
-    /// Returns whether they hold now.
-    fn change_policies(&self, pod: &Pod, modes: Modes, authorization: Authorization) -> bool {
-        if let Err(error) = self.set_policies(pod, &modes, &authorization) {
-            tracing::error!(pod = %pod.workload.name, %error, "policy not applied; trying again");
+    /// Puts a policy in force, in the kernel first. A policy that the kernel rejects is replaced by
+    /// [`PodPolicy::fail_closed`] and tried again at the next look. Returns true if the policy in force changed.
+    fn replace_policy(&self, pod: &Pod, wanted: PodPolicy) -> bool {
+        let before = pod.policy();
+        let in_force = match self.set_policy(pod, &wanted) {
+            Ok(()) => wanted,
+            Err(error) => {
+                let closed = wanted.fail_closed(error.to_string());
+                if let Err(error) = self.set_policy(pod, &closed) {
+                    tracing::error!(pod = %pod.workload.name, %error, "STRICT not applied; the kernel keeps the policy before");
+                }
+                closed
+            }
+        };
+        // A failure that lasts is logged once.
+        if in_force == *before {
             return false;
         }
-        let selected_by: Vec<_> = authorization.names().collect();
-        tracing::info!(pod = %pod.workload.name, mode = ?modes.default, ?selected_by, "policy changed");
-        pod.modes.store(Arc::new(modes));
-        // Flows under way look at both when this comes.
-        pod.authorization.send_replace(Arc::new(authorization));
+        match &in_force.not_applied {
+            Some(error) => {
+                tracing::error!(pod = %pod.workload.name, error, "policy not applied, STRICT instead; trying again");
+            }
+            None => {
+                let selected_by: Vec<_> = in_force.authorization.names().collect();
+                tracing::info!(pod = %pod.workload.name, mode = ?in_force.modes.default, ?selected_by, "policy changed");
+            }
+        }
+        pod.policy.send_replace(Arc::new(in_force));
         true
     }
 
-    fn set_policies(
-        &self,
-        pod: &Pod,
-        modes: &Modes,
-        authorization: &Authorization,
-    ) -> Result<(), KernelError> {
+    /// Writes both maps, the second also after the first has failed.
+    fn set_policy(&self, pod: &Pod, policy: &PodPolicy) -> Result<(), KernelError> {
         let maps = &self.kernel.maps;
-        let default = (kernel_mode(modes.default), plaintext(authorization));
-        maps.set_modes(pod.slot, &pod.workload.addresses, default, &kernel_ports(modes))?;
         let at = (pod.netns.cookie(), pod.capture_port);
-        maps.set_pod(&entry(&pod.workload, pod.cgroup, pod.slot, at, modes))
+        let entry = entry(&pod.workload, pod.cgroup, pod.slot, at, &policy.modes);
+        let modes = set_modes(maps, pod.slot, &pod.workload.addresses, policy);
+        modes.and(maps.set_pod(&entry))
     }
 
     /// Ends connections that the pod's applications accepted in clear, with no agent between, while that was allowed.
     /// Called for [`SETTLING`]: the handshake of one that the kernel let through may not have ended at the change.
     fn reset_denied(&self, pod: &Pod) {
         let nodes = host::addresses().unwrap_or_default();
-        let (modes, authorization) = (pod.modes.load(), pod.authorization());
+        let policy = pod.policy();
         let directory = self.directory.current();
         let party = |address: SocketAddr| Party {
             address,
@@ -132,7 +142,7 @@ impl Enroller {
                 return None;
             }
             let flow = Flow { source: FlowSource::Plaintext, client: remote.ip(), destination: local };
-            let Verdict::Deny(reason) = decide(&modes, &authorization, &flow) else { return None };
+            let Verdict::Deny(reason) = policy.decide(&flow) else { return None };
             Some(Refusal {
                 reporter: Reporter::Destination,
                 source: party(remote),
@@ -254,11 +264,13 @@ pub fn kernel_mode(mode: Mode) -> tacit_abi::Mode {
     }
 }
 
-/// Policies can only be kept by whoever sees the connection: with any, plaintext goes to the agent.
-fn plaintext(authorization: &Authorization) -> PlaintextHandling {
-    if authorization.is_empty() { PlaintextHandling::Direct } else { PlaintextHandling::Authorized }
-}
-
-fn kernel_ports(modes: &Modes) -> BTreeMap<u16, tacit_abi::Mode> {
-    modes.ports.iter().map(|(port, mode)| (*port, kernel_mode(*mode))).collect()
+fn set_modes(maps: &Maps, slot: u32, addresses: &[IpAddr], policy: &PodPolicy) -> Result<(), KernelError> {
+    // Authorization needs the identity or the addresses of a connection, which the agent sees.
+    let plaintext = match policy.authorizes_plaintext() {
+        true => PlaintextHandling::Authorized,
+        false => PlaintextHandling::Direct,
+    };
+    let ports: BTreeMap<u16, tacit_abi::Mode> =
+        policy.modes.ports.iter().map(|(port, mode)| (*port, kernel_mode(*mode))).collect();
+    maps.set_modes(slot, addresses, (kernel_mode(policy.modes.default), plaintext), &ports)
 }

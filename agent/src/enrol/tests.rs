@@ -1,24 +1,6 @@
 //! Tests of what makes two entries one pod, and of addresses that a pod has before the directory knows them.
 
-use tacit_core::spiffe::{SpiffeId, TrustDomain};
-
-use super::*;
-
-fn workload(account: &str, addresses: &[&str]) -> Workload {
-    let trust_domain = TrustDomain::parse("cluster.local").expect("valid");
-    Workload {
-        name: "web".into(),
-        namespace: "shop".into(),
-        identity: SpiffeId::new(&trust_domain, "shop", account).expect("valid"),
-        addresses: addresses.iter().map(|text| text.parse().expect("an address")).collect(),
-        node: "a".into(),
-        labels: tacit_core::directory::Labels::default(),
-        cgroup: "burstable/pod1".into(),
-        protocol: Protocol::Tacit,
-        egress: None,
-        udp: None,
-    }
-}
+use super::{testing::workload, *};
 
 #[test]
 fn a_pod_stays_the_same_while_its_addresses_become_known() {
