@@ -39,7 +39,7 @@ use tokio::{
 
 use crate::{
     config::{Config, IssuerConfig, Source},
-    enrol::{Enroller, Pod, Pods, Serve, kernel_mode},
+    enrol::{Enroller, Pod, Pods, Serve, publish_mesh_default},
     mesh::Mesh,
     proxy::{
         Parts, Proxy, accept_loop,
@@ -181,7 +181,8 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     let mesh = Arc::new(Mesh::start(kernel.clone(), &directory.current())?);
     kernel.maps.set_plaintext_destinations(&config.allow_clear)?;
     refresh_node(&kernel)?;
-    beat(&kernel, config.heartbeat_timeout, &policies)?;
+    publish_mesh_default(&kernel, &policies.current())?;
+    kernel.maps.beat(config.heartbeat_timeout)?;
 
     let workers = Workers::start(config.workers.unwrap_or_else(cores), config.busy_poll)
         .map_err(system("start the threads that carry flows"))?;
@@ -379,7 +380,7 @@ async fn heartbeat(path: Arc<Proxy>, timeout: Duration) {
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        if let Err(error) = beat(&path.kernel, timeout, &path.policies) {
+        if let Err(error) = path.kernel.maps.beat(timeout) {
             tracing::error!(%error, "no heartbeat: the kernel decides by mode alone");
         }
         let restored = path.kernel.programs().restore_pins();
@@ -391,10 +392,6 @@ async fn heartbeat(path: Arc<Proxy>, timeout: Duration) {
             }
         }
     }
-}
-
-fn beat(kernel: &Kernel, timeout: Duration, policies: &Watched<Policies>) -> Result<(), KernelError> {
-    kernel.maps.set_heartbeat(timeout, kernel_mode(policies.current().mesh_default()))
 }
 
 /// Keeps the node's addresses true, and sessions from staying beyond their time.

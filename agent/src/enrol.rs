@@ -42,6 +42,7 @@ mod events;
 mod kernel_state;
 mod pod_policy;
 mod pods;
+mod policy_publisher;
 #[cfg(test)]
 mod testing;
 
@@ -50,6 +51,7 @@ use kernel_state::entry;
 pub use kernel_state::{in_clear, kernel_mode};
 pub use pod_policy::PodPolicy;
 pub use pods::{Pod, Pods, Waiting};
+pub use policy_publisher::publish_mesh_default;
 
 /// Rescan without any event: covers what inotify can miss (an overflow, a cgroup made before its watch).
 const RESCAN: Duration = Duration::from_secs(1);
@@ -162,8 +164,8 @@ impl Enroller {
         let mut waiting = Vec::new();
         for workload in &wanted {
             // Enrolling takes milliseconds a pod; a policy of others must not wait for all of them.
-            if state.applied.as_ref().is_none_or(|applied| !Arc::ptr_eq(applied, &self.policies.current())) {
-                self.apply_policies(state, &kept);
+            if state.published.as_ref().is_none_or(|known| !Arc::ptr_eq(known, &self.policies.current())) {
+                self.publish_policies(state, &kept);
             }
             let path = self.pods_cgroup.path().join(&workload.cgroup);
             events.watch_pod(&path);
@@ -186,7 +188,7 @@ impl Enroller {
             }
         }
         state.populated.retain(|cgroup, _| state.known.contains_key(cgroup));
-        self.apply_policies(state, &kept);
+        self.publish_policies(state, &kept);
         self.publish(state, waiting);
         self.forget_identities(state, &wanted);
     }
@@ -377,8 +379,8 @@ struct State {
     current: HashMap<PathBuf, Arc<Pod>>,
     /// Pods in the kernel's map: cgroup id to slot.
     known: HashMap<u64, u32>,
-    /// The policies that all enrolled pods were last looked at by.
-    applied: Option<Arc<Policies>>,
+    /// The policies that were published last.
+    published: Option<Arc<Policies>>,
     /// Pods whose policy changed a short time ago, by cgroup id, with when.
     unsettled: HashMap<u64, Instant>,
     /// Pods that have processes and are not enrolled yet, by cgroup id, with when that was first seen.
