@@ -16,6 +16,7 @@ use std::{
     net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -33,7 +34,11 @@ use tacit_kernel::{
     socket::{Listeners, Ports},
 };
 use tacit_sources::reload::Watched;
-use tokio::{sync::watch, time::timeout};
+use tokio::{
+    runtime::Handle,
+    sync::{oneshot, watch},
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{mesh::Mesh, telemetry::Telemetry};
@@ -117,11 +122,27 @@ enum NotYet {
 }
 
 impl Enroller {
-    /// Keeps enrolment true until `stop`.
+    /// Enrols pods until `stop`, and returns once nothing is changed any more. The driver has a thread of its own, because
+    /// it enters network namespaces and waits for netlink, /proc and the kernel's maps.
     ///
     /// # Errors
-    /// When cgroup events cannot be watched at all.
+    /// If the thread or the watch of cgroups cannot be started, or the thread panicked.
     pub async fn run(self, stop: CancellationToken) -> io::Result<()> {
+        let (tell, ended) = oneshot::channel();
+        let runtime = Handle::current();
+        // The receiver is dropped only if the agent ends without waiting.
+        let drive = move || drop(tell.send(runtime.block_on(self.drive(stop))));
+        let started = thread::Builder::new().name("tacit-enrol".to_owned()).spawn(drive);
+        let result = match started {
+            Ok(_) => ended.await.unwrap_or_else(|_| Err(io::Error::other("the thread panicked"))),
+            Err(error) => Err(error),
+        };
+        result.inspect_err(|error| {
+            tracing::error!(%error, "enrolment stopped: changes of pods and policies are not applied; restart the agent");
+        })
+    }
+
+    async fn drive(self, stop: CancellationToken) -> io::Result<()> {
         let mut events = CgroupEvents::new()?;
         let mut directory = self.directory.subscribe();
         let mut policies = self.policies.subscribe();
