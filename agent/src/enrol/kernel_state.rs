@@ -1,19 +1,13 @@
 //! What the kernel is told about a pod, in which order, and what it is told no more.
 
-use std::{
-    collections::{HashMap, HashSet},
-    net::IpAddr,
-    path::Path,
-    sync::Arc,
-};
+use std::{collections::HashSet, net::IpAddr, sync::Arc};
 
 use tacit_core::{
     directory::{Directory, Egress, Udp, Workload},
     policy::{Mode, Modes},
 };
 use tacit_kernel::{
-    GuardedLink, KernelError, PlaintextEgress, PodEntry, cgroup, host, netns::Netns, reset_sockets,
-    socket::Listeners,
+    GuardedLink, KernelError, PlaintextEgress, PodEntry, host, netns::Netns, reset_sockets, socket::Listeners,
 };
 
 use crate::enrol::{Enroller, NotYet, PodPolicy, State, policy_publisher::set_modes};
@@ -21,18 +15,13 @@ use crate::enrol::{Enroller, NotYet, PodPolicy, State, policy_publisher::set_mod
 impl Enroller {
     /// Makes sure that the kernel knows the pod, so that it sends nothing past the agent from here on. An entry of an
     /// earlier agent stays as it is: its connections are captured, and refused until this agent listens.
-    pub(super) fn cover(
-        &self,
-        state: &mut State,
-        cgroup: u64,
-        workload: &Workload,
-        modes: &Modes,
-    ) -> Result<u32, NotYet> {
+    pub(super) fn cover(&self, state: &mut State, cgroup: u64, workload: &Workload) -> Result<u32, NotYet> {
         if let Some(slot) = state.known.get(&cgroup) {
             return Ok(*slot);
         }
         let slot = state.free_slot();
-        let entry = entry(workload, cgroup, slot, (0, 0), modes);
+        let modes = self.policies.current().modes(workload);
+        let entry = entry(workload, cgroup, slot, (0, 0), &modes);
         self.kernel.maps.set_pod(&entry).map_err(|e| NotYet::Kernel(e.to_string()))?;
         state.known.insert(cgroup, slot);
         Ok(slot)
@@ -90,32 +79,24 @@ impl Enroller {
         }
     }
 
-    /// Removes what the kernel holds for pods that are no longer of this node: those of an earlier agent, and those that the
-    /// directory forgot after they had ended. While it names one, a process could still appear behind what is held.
-    pub(super) fn remove_leftovers(&self, state: &mut State, kept: &HashMap<&Path, &Arc<Workload>>) {
-        let ids: HashSet<u64> =
-            kept.keys().filter_map(|path| cgroup::id_at(&self.pods_cgroup.path().join(path))).collect();
-        let is_first = !std::mem::replace(&mut state.swept, true);
-        if !is_first && state.known.keys().all(|id| ids.contains(id)) {
-            return;
+    /// Pods, by cgroup id, that programs are attached for: after a restart also those that are gone.
+    pub(super) fn attached(&self) -> HashSet<u64> {
+        let programs = self.kernel.programs();
+        let (steered, guarded) = (programs.steered(), programs.guarded());
+        steered.unwrap_or_default().into_iter().chain(guarded.unwrap_or_default()).collect()
+    }
+
+    /// Removes all that the kernel holds for a pod. `links` are its guarded links, as far as this agent knows them.
+    pub(super) fn remove(&self, cgroup: u64, slot: Option<u32>, links: &[GuardedLink]) {
+        let mut programs = self.kernel.programs();
+        programs.unsteer(cgroup);
+        programs.unguard_links(cgroup, links);
+        drop(programs);
+        self.kernel.maps.remove_links(cgroup);
+        if let Some(slot) = slot {
+            self.kernel.maps.remove_modes(slot);
         }
-        let gone: Vec<u64> = state.known.keys().copied().filter(|id| !ids.contains(id)).collect();
-        for cgroup in gone {
-            if let Some(slot) = state.known.remove(&cgroup) {
-                self.kernel.maps.remove_modes(slot);
-            }
-            self.kernel.maps.remove_pod(cgroup);
-            self.kernel.maps.remove_links(cgroup);
-        }
-        // Not in the loops' heads: the lock would be held until their ends.
-        let steered = self.kernel.programs().steered().unwrap_or_default();
-        for cgroup in steered.into_iter().filter(|id| !ids.contains(id)) {
-            self.kernel.programs().unsteer(cgroup);
-        }
-        let guarded = self.kernel.programs().guarded().unwrap_or_default();
-        for cgroup in guarded.into_iter().filter(|id| !ids.contains(id)) {
-            self.kernel.programs().unguard_links(cgroup, &[]);
-        }
+        self.kernel.maps.remove_pod(cgroup);
     }
 }
 
