@@ -9,51 +9,72 @@
 //! cgroup gone    ──> everything removed
 //! ```
 //! Pods are found by cgroup, as the directory names it; events come from inotify, with a slow rescan behind it.
+//!
+//! | module | content |
+//! |---|---|
+//! | `plan` | the next steps, from what is observed and wanted; pure |
+//! | `observe` | looks at cgroups, processes and network namespaces |
+//! | `kernel_state` | writes and removes what the kernel has of a pod |
+//! | `policy_publisher` | the only writer of policy, to the kernel and to pods |
+//! | `pod_policy` | the policy in force for a pod, as one snapshot; pure |
+//! | `pods` | the pods of this node for the proxy and the status |
+//! | `events` | inotify on cgroups |
+//!
+//! This file has the driver: on a thread of its own it observes, plans, and acts.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     io,
-    net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
 use tacit_core::{
-    directory::{Directory, Protocol, Ranges, Workload},
+    directory::{Directory, Ranges, Workload},
     policy::Policies,
     spiffe::SpiffeId,
 };
 use tacit_identity::{issuer::IssueError, manager::Identities};
 use tacit_kernel::{
-    Kernel,
+    GuardedLink, Kernel,
     cgroup::{self, Cgroup},
     netns::{HostNetns, Netns},
     socket::{Listeners, Ports},
 };
 use tacit_sources::reload::Watched;
-use tokio::sync::watch;
+use tokio::{
+    runtime::Handle,
+    sync::{oneshot, watch},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{mesh::Mesh, telemetry::Telemetry};
 
 mod events;
 mod kernel_state;
+mod observe;
+mod plan;
+mod pod_policy;
 mod pods;
+mod policy_publisher;
+#[cfg(test)]
+mod testing;
 
 use events::CgroupEvents;
 use kernel_state::entry;
 pub use kernel_state::{in_clear, kernel_mode};
+use plan::{Action, NotYet, Wanted, plan, taken_address};
+pub use pod_policy::PodPolicy;
 pub use pods::{Pod, Pods, Waiting};
+pub use policy_publisher::publish_mesh_default;
 
 /// Rescan without any event: covers what inotify can miss (an overflow, a cgroup made before its watch).
 const RESCAN: Duration = Duration::from_secs(1);
 /// Soonest that a pod with processes is looked at again.
 const SOONEST: Duration = Duration::from_millis(5);
-/// Levels below the pods' cgroup at which the connect hooks look for a pod.
-const POD_LEVELS: std::ops::RangeInclusive<u32> = 1..=2;
-
 /// Starts serving a pod's listeners until the pod's `closed` token is cancelled.
 pub type Serve = Arc<dyn Fn(Arc<Pod>, Listeners) + Send + Sync>;
 
@@ -87,44 +108,37 @@ pub struct Enroller {
     pub reconciled: Arc<dyn Fn() + Send + Sync>,
 }
 
-/// Why a pod cannot be enrolled now. All of them are tried again.
-#[derive(Debug, thiserror::Error)]
-enum NotYet {
-    #[error("its cgroup {0} does not exist yet")]
-    NoCgroup(PathBuf),
-    #[error("its cgroup is {0} levels below podsCgroup; pods are looked for 1 or 2 levels below")]
-    Depth(u32),
-    #[error("no process in its cgroup")]
-    NoProcess,
-    #[error("no process of its cgroup is in a network namespace that has {0}")]
-    NoAddress(String),
-    #[error("neither the directory nor its network namespace has an address of it yet")]
-    AddressUnknown,
-    #[error("its address {0} is in no range of the mesh; what it sends there would go in clear")]
-    OutsideMesh(IpAddr),
-    #[error("the address {0} that its network namespace has is another pod's")]
-    AddressTaken(IpAddr),
-    #[error("no certificate: {0}")]
-    NoCertificate(String),
-    #[error("{0}")]
-    Kernel(String),
-}
-
 impl Enroller {
-    /// Keeps enrolment true until `stop`.
+    /// Enrols pods until `stop`, and returns once nothing is changed any more. The driver has a thread of its own, because
+    /// it enters network namespaces and waits for netlink, /proc and the kernel's maps.
     ///
     /// # Errors
-    /// When cgroup events cannot be watched at all.
+    /// If the thread or the watch of cgroups cannot be started, or the thread panicked.
     pub async fn run(self, stop: CancellationToken) -> io::Result<()> {
+        let (tell, ended) = oneshot::channel();
+        let runtime = Handle::current();
+        // The receiver is dropped only if the agent ends without waiting.
+        let drive = move || drop(tell.send(runtime.block_on(self.drive(stop))));
+        let started = thread::Builder::new().name("tacit-enrol".to_owned()).spawn(drive);
+        let result = match started {
+            Ok(_) => ended.await.unwrap_or_else(|_| Err(io::Error::other("the thread panicked"))),
+            Err(error) => Err(error),
+        };
+        result.inspect_err(|error| {
+            tracing::error!(%error, "enrolment stopped: changes of pods and policies are not applied; restart the agent");
+        })
+    }
+
+    async fn drive(self, stop: CancellationToken) -> io::Result<()> {
         let mut events = CgroupEvents::new()?;
         let mut directory = self.directory.subscribe();
         let mut policies = self.policies.subscribe();
         let mut certificates = self.identities.changes();
         let mut state = State::default();
         state.known.extend(self.kernel.maps.pods());
+        state.attached.extend(self.attached());
         while !stop.is_cancelled() {
-            self.reconcile(&mut state, &events);
-            if !self.awaits_first_answer() {
+            if self.reconcile(&mut state, &events) {
                 state.took_over = true;
                 (self.reconciled)();
             }
@@ -140,187 +154,137 @@ impl Enroller {
         Ok(())
     }
 
-    /// Waits for nobody: a certificate that is there later leads to the next look.
-    fn reconcile(&self, state: &mut State, events: &CgroupEvents) {
+    /// Looks at all pods once. Nothing waits here: a certificate that comes later leads to the next look. Returns true if
+    /// the issuer had answered for every pod before.
+    fn reconcile(&self, state: &mut State, events: &CgroupEvents) -> bool {
         let directory = self.directory.current();
         self.grow(state, &directory);
-        let wanted: Vec<Arc<Workload>> =
-            directory.on_node(&self.node).filter(|w| w.protocol == Protocol::Tacit).cloned().collect();
+        let wanted = Wanted::of(&directory, &self.node);
+        // Watched before they are looked at: no event is missed.
         events.watch(self.pods_cgroup.path());
-        // What the source lost sight of stays covered until its last process is gone.
-        // One that is wanted again is what it is wanted as.
-        let kept: HashMap<&Path, &Arc<Workload>> =
-            directory.departed().chain(&wanted).map(|w| (w.cgroup.as_path(), w)).collect();
-        self.release_gone(state, &kept);
-        self.remove_leftovers(state, &kept);
+        wanted.pods.iter().for_each(|w| events.watch_pod(&self.pods_cgroup.path().join(&w.cgroup)));
         // Before a pod has processes, and all at once: less to wait for later.
-        wanted.iter().for_each(|workload| self.identities.prepare(&workload.identity));
-        let mut waiting = Vec::new();
-        for workload in &wanted {
+        wanted.pods.iter().for_each(|workload| self.identities.prepare(&workload.identity));
+        let observed = self.observe(state, &wanted);
+        state.attached.clear();
+        let kept = wanted.kept();
+        let mut look = Look::default();
+        for action in plan(&observed, &wanted) {
             // Enrolling takes milliseconds a pod; a policy of others must not wait for all of them.
-            if state.applied.as_ref().is_none_or(|applied| !Arc::ptr_eq(applied, &self.policies.current())) {
-                self.apply_policies(state, &kept);
+            let policies = self.policies.current();
+            let is_published = state.published.as_ref().is_some_and(|known| Arc::ptr_eq(known, &policies));
+            if matches!(action, Action::Enrol(..)) && !is_published {
+                self.publish_policies(state, &kept);
             }
-            let path = self.pods_cgroup.path().join(&workload.cgroup);
-            events.watch_pod(&path);
-            if state.current.contains_key(&workload.cgroup) {
-                continue;
-            }
-            match self.enrol(state, workload) {
-                Ok(pod) => {
-                    let took =
-                        state.populated.remove(&pod.cgroup).map_or(Duration::ZERO, |since| since.elapsed());
-                    self.telemetry.enrolled(took);
-                    let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
-                    tracing::info!(pod = %workload.name, namespace = %workload.namespace, took_ms, "enrolled");
-                    state.unsettled.insert(pod.cgroup, Instant::now());
-                    state.current.insert(workload.cgroup.clone(), pod);
-                }
-                Err(reason) => {
-                    waiting.push(Waiting { workload: workload.clone(), reason: reason.to_string() })
-                }
-            }
+            self.act(state, &mut look, action);
         }
         state.populated.retain(|cgroup, _| state.known.contains_key(cgroup));
-        self.apply_policies(state, &kept);
-        self.publish(state, waiting);
-        self.forget_identities(state, &wanted);
+        self.publish_policies(state, &kept);
+        self.publish(state, look.waiting.into_values().collect());
+        self.forget_identities(state, &wanted.pods);
+        !observed.uncertified.values().any(|error| matches!(error, IssueError::Awaited))
     }
 
-    /// Whether the issuer may yet answer for an identity that it was not asked for before.
-    fn awaits_first_answer(&self) -> bool {
-        let directory = self.directory.current();
-        let mut wanted = directory.on_node(&self.node).filter(|w| w.protocol == Protocol::Tacit);
-        wanted.any(|w| matches!(self.identities.ready(&w.identity), Err(IssueError::Awaited)))
-    }
-
-    /// Ends what is no longer true: another identity or address, another cgroup, no process left.
-    fn release_gone(&self, state: &mut State, kept: &HashMap<&Path, &Arc<Workload>>) {
-        let stays = |path: &PathBuf, pod: &Pod| {
-            kept.get(path.as_path()).is_some_and(|w| is_same(w, &pod.workload)) && self.is_alive(path, pod)
-        };
-        let gone: Vec<PathBuf> = state
-            .current
-            .iter()
-            .filter(|(path, pod)| !stays(path, pod))
-            .map(|(path, _)| path.clone())
-            .collect();
-        for path in gone {
-            let Some(pod) = state.current.remove(&path) else { continue };
-            pod.closed.cancel();
-            let still_wanted = kept.contains_key(path.as_path());
-            let same_cgroup = cgroup::id_at(&self.pods_cgroup.path().join(&path)) == Some(pod.cgroup);
-            // Modes, steering and entry without a listener deny; they stay as long as a process could still appear
-            // behind them, and the next enrolment replaces them.
-            if !(still_wanted && same_cgroup) {
-                self.kernel.programs().unsteer(pod.cgroup);
-                self.kernel.programs().unguard_links(pod.cgroup, &pod.links);
-                self.kernel.maps.remove_links(pod.cgroup);
-                self.kernel.maps.remove_modes(pod.slot);
-                self.kernel.maps.remove_pod(pod.cgroup);
-                state.known.remove(&pod.cgroup);
+    fn act(&self, state: &mut State, look: &mut Look, action: Action) {
+        let done = match action {
+            Action::Release(path) => return Self::release(state, look, &path),
+            Action::Remove(cgroup) => {
+                let links = look.released.remove(&cgroup).unwrap_or_default();
+                return self.remove(cgroup, state.known.remove(&cgroup), &links);
             }
-            tracing::info!(pod = %pod.workload.name, namespace = %pod.workload.namespace, "no longer enrolled");
+            Action::Cover(workload, cgroup) => {
+                self.cover(state, cgroup, &workload).map(drop).map_err(|reason| (workload, reason))
+            }
+            Action::Wait(workload, reason) => {
+                let cgroup = cgroup::id_at(&self.pods_cgroup.path().join(&workload.cgroup));
+                if let Some(cgroup) = cgroup.filter(|_| reason.is_running()) {
+                    state.populated.entry(cgroup).or_insert_with(Instant::now);
+                }
+                Err((workload, reason))
+            }
+            Action::Enrol(workload, cgroup) => {
+                state.populated.entry(cgroup).or_insert_with(Instant::now);
+                self.enrol(state, &workload, cgroup).map_err(|reason| (workload, reason))
+            }
+        };
+        if let Err((workload, reason)) = done {
+            let reason = reason.to_string();
+            // A pod that cannot be covered waits for that first.
+            look.waiting.entry(workload.cgroup.clone()).or_insert(Waiting { workload, reason });
         }
     }
 
-    fn is_alive(&self, path: &Path, pod: &Pod) -> bool {
-        let path = self.pods_cgroup.path().join(path);
-        cgroup::id_at(&path) == Some(pod.cgroup) && cgroup::is_populated(&path)
+    /// Closes the listeners of a pod. Modes, steering and entry without a listener deny. They stay as long as a process
+    /// could still appear behind them, and the next enrolment replaces them.
+    fn release(state: &mut State, look: &mut Look, path: &Path) {
+        let Some(pod) = state.current.remove(path) else { return };
+        pod.closed.cancel();
+        look.released.insert(pod.cgroup, pod.links.clone());
+        tracing::info!(pod = %pod.workload.name, namespace = %pod.workload.namespace, "no longer enrolled");
     }
 
-    fn enrol(&self, state: &mut State, workload: &Arc<Workload>) -> Result<Arc<Pod>, NotYet> {
+    fn enrol(&self, state: &mut State, workload: &Arc<Workload>, cgroup: u64) -> Result<(), NotYet> {
+        let slot = self.cover(state, cgroup, workload)?;
         let path = self.pods_cgroup.path().join(&workload.cgroup);
-        let cgroup = Cgroup::open(&path).map_err(|_| NotYet::NoCgroup(path.clone()))?;
-        let below = cgroup.level().saturating_sub(self.pods_cgroup.level());
-        if !POD_LEVELS.contains(&below) {
-            return Err(NotYet::Depth(below));
-        }
-        let policies = self.policies.current();
-        let policy = (&policies.modes(workload), &policies.authorization(workload));
-        let slot = self.cover(state, cgroup.id(), workload, policy)?;
-        // Its packets to others with such an address are outside of what Tacit keeps.
-        if let Some(outside) = workload.addresses.iter().find(|address| !self.mesh.contains(**address)) {
-            return Err(NotYet::OutsideMesh(*outside));
-        }
         let processes = cgroup::processes(&path).unwrap_or_default();
         if processes.is_empty() {
             return Err(NotYet::NoProcess);
         }
-        state.populated.entry(cgroup.id()).or_insert_with(Instant::now);
-        // Before the network is looked at: pods that wait for an authority are looked at each time it gives a certificate.
-        self.identities.ready(&workload.identity).map_err(|e| NotYet::NoCertificate(e.to_string()))?;
         let (netns, workload) = self.find_netns(processes, workload)?;
-        // A pod that may change its addresses must not get a neighbour's connections by it.
-        let mut others = state.current.values().flat_map(|pod| &pod.workload.addresses);
-        if let Some(taken) = others.find(|address| workload.addresses.contains(address)) {
-            return Err(NotYet::AddressTaken(*taken));
+        // Replaced since the plan was made: its processes are not those of the planned cgroup.
+        if cgroup::id_at(&path) != Some(cgroup) {
+            return Err(NotYet::NoCgroup(path));
         }
-        let policies = self.policies.current();
-        let (modes, authorization) = (policies.modes(&workload), policies.authorization(&workload));
+        // Its namespace may have told addresses that the plan did not know.
+        let others = state.current.values().map(|pod| &*pod.workload);
+        if let Some(taken) = taken_address(&workload.addresses, others) {
+            return Err(NotYet::AddressTaken(taken));
+        }
+        let pod = self.start(state, workload, (cgroup, slot), netns)?;
+        let took = state.populated.remove(&cgroup).map_or(Duration::ZERO, |since| since.elapsed());
+        self.telemetry.enrolled(took);
+        let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+        tracing::info!(pod = %pod.workload.name, namespace = %pod.workload.namespace, took_ms, "enrolled");
+        state.unsettled.insert(cgroup, Instant::now());
+        state.current.insert(pod.workload.cgroup.clone(), pod);
+        Ok(())
+    }
+
+    /// Opens the pod's listeners, has the kernel use them, and serves them.
+    fn start(
+        &self,
+        state: &State,
+        workload: Arc<Workload>,
+        (cgroup, slot): (u64, u32),
+        netns: Netns,
+    ) -> Result<Arc<Pod>, NotYet> {
+        let policy = PodPolicy::configured(&self.policies.current(), &workload);
         // Those of the agent that this one takes over from are still open.
         let ports = if self.takes_over && !state.took_over { Ports::OrSpare } else { Ports::Default };
         let listeners =
             Listeners::open(&netns, &self.host, ports).map_err(|e| NotYet::Kernel(e.to_string()))?;
         let capture_port = listeners.capture_port().map_err(|e| NotYet::Kernel(e.to_string()))?;
-        let was_enrolled_here = self.kernel.maps.enrolled_in(cgroup.id()) == Some(netns.cookie());
+        let was_enrolled_here = self.kernel.maps.enrolled_in(cgroup) == Some(netns.cookie());
         let at = (netns.cookie(), capture_port);
-        let entry = entry(&workload, cgroup.id(), slot, at, (&modes, &authorization));
+        let entry = entry(&workload, cgroup, slot, at, &policy);
         let links = self
-            .tell_kernel(&entry, &netns, &listeners, (&modes, &authorization))
+            .tell_kernel(&entry, &netns, &listeners, &policy)
             .map_err(|e| NotYet::Kernel(e.to_string()))?;
         if !was_enrolled_here {
             self.reset_plaintext(&netns, &workload, |address| self.mesh.contains(address));
         }
         let pod = Arc::new(Pod {
-            workload: workload.clone(),
-            cgroup: cgroup.id(),
+            workload,
+            cgroup,
             netns,
-            modes: ArcSwap::from_pointee(modes),
             links,
             closed: CancellationToken::new(),
-            authorization: watch::Sender::new(Arc::new(authorization)),
+            policy: watch::Sender::new(Arc::new(policy)),
             slot,
             capture_port,
         });
         (self.serve)(pod.clone(), listeners);
         Ok(pod)
-    }
-
-    /// The pod's namespace, that of the first process with all the pod's addresses: a namespace nested in a pod has not.
-    /// Addresses that the directory does not have yet are those of the one namespace in which all the pod's processes are.
-    fn find_netns(
-        &self,
-        processes: Vec<u32>,
-        workload: &Arc<Workload>,
-    ) -> Result<(Netns, Arc<Workload>), NotYet> {
-        let away = processes.into_iter().filter(|pid| !self.host.is_home_of(*pid).unwrap_or(true));
-        let mut found: Vec<Netns> = Vec::new();
-        for netns in away.filter_map(|pid| Netns::of_process(pid, &self.host).ok()) {
-            if found.iter().all(|known| known.inode() != netns.inode()) {
-                found.push(netns);
-            }
-        }
-        let listed = |netns: &Netns| netns.addresses(&self.host).unwrap_or_default();
-        if workload.addresses.is_empty() {
-            let only = found.pop().filter(|_| found.is_empty()).ok_or(NotYet::AddressUnknown)?;
-            let addresses = mesh_addresses(&listed(&only), &self.mesh.ranges());
-            if addresses.is_empty() {
-                return Err(NotYet::AddressUnknown);
-            }
-            return Ok((only, Arc::new(Workload { addresses, ..(**workload).clone() })));
-        }
-        let has_all = |netns: &Netns| {
-            let listed = listed(netns);
-            workload.addresses.iter().all(|address| listed.contains(address))
-        };
-        match found.into_iter().find(has_all) {
-            Some(netns) => Ok((netns, Arc::clone(workload))),
-            None => {
-                let addresses: Vec<String> = workload.addresses.iter().map(ToString::to_string).collect();
-                Err(NotYet::NoAddress(addresses.join(" and ")))
-            }
-        }
     }
 
     /// Identities of no pod of this node are not renewed any more.
@@ -353,42 +317,33 @@ fn pause(waiting: impl Iterator<Item = Duration>) -> Duration {
     waiting.map(|waited| (waited / 2).clamp(SOONEST, RESCAN)).min().unwrap_or(RESCAN)
 }
 
-/// The first address of each family that lies in the mesh.
-fn mesh_addresses(listed: &[IpAddr], ranges: &Ranges) -> Vec<IpAddr> {
-    let of_mesh = |address: &&IpAddr| ranges.contains(**address);
-    let first = |is_ipv4| listed.iter().filter(of_mesh).find(|address| address.is_ipv4() == is_ipv4);
-    [first(true), first(false)].into_iter().flatten().copied().collect()
-}
-
-/// Is what is wanted the enrolled pod, to the data path? Name and labels may change under a running pod, these may not.
-/// Addresses that the directory does not have yet were found in the pod.
-fn is_same(wanted: &Workload, enrolled: &Workload) -> bool {
-    let found = &enrolled.addresses;
-    let all_found = wanted.addresses.iter().all(|address| found.contains(address));
-    wanted.cgroup == enrolled.cgroup
-        && wanted.identity == enrolled.identity
-        && (wanted.addresses.is_empty() || all_found && wanted.addresses.len() == found.len())
-        && (wanted.egress, wanted.udp) == (enrolled.egress, enrolled.udp)
-}
-
 #[derive(Default)]
 struct State {
     /// Enrolled pods by the directory's cgroup path.
     current: HashMap<PathBuf, Arc<Pod>>,
     /// Pods in the kernel's map: cgroup id to slot.
     known: HashMap<u64, u32>,
-    /// The policies that all enrolled pods were last looked at by.
-    applied: Option<Arc<Policies>>,
+    /// The policies that were published last.
+    published: Option<Arc<Policies>>,
     /// Pods whose policy changed a short time ago, by cgroup id, with when.
     unsettled: HashMap<u64, Instant>,
     /// Pods that have processes and are not enrolled yet, by cgroup id, with when that was first seen.
     populated: HashMap<u64, Instant>,
-    /// Whether what an earlier agent left was looked through.
-    swept: bool,
+    /// Pods, by cgroup id, that programs of an earlier agent are attached for; empty after the first look.
+    attached: HashSet<u64>,
     /// Whether all pods were looked at once.
     took_over: bool,
     /// The ranges of the mesh at the last look.
     ranges: Option<Arc<Ranges>>,
+}
+
+/// What one look at all pods leaves for later steps and for the operator.
+#[derive(Default)]
+struct Look {
+    /// Pods that are not enrolled, by the directory's cgroup path.
+    waiting: BTreeMap<PathBuf, Waiting>,
+    /// Guarded links of pods that were released, by cgroup id.
+    released: HashMap<u64, Vec<GuardedLink>>,
 }
 
 impl State {

@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use tacit_core::directory::{Directory, Ranges};
 use tacit_kernel::{Kernel, KernelError};
 use tacit_sources::reload::Watched;
+use tokio::task::spawn_blocking;
 
 /// The ranges in force.
 pub struct Mesh {
@@ -68,12 +69,15 @@ impl Mesh {
         self.ranges.store(Arc::clone(after));
     }
 
-    /// Follows the directory for as long as that changes.
+    /// Follows the directory for as long as that changes. The kernel's map is written on a thread for blocking work.
     pub async fn keep(self: Arc<Self>, directory: Arc<Watched<Directory>>) {
         let mut changes = directory.subscribe();
         while changes.changed().await.is_ok() {
             let latest = Arc::clone(&changes.borrow_and_update());
-            self.follow(&latest);
+            let mesh = Arc::clone(&self);
+            if let Err(error) = spawn_blocking(move || mesh.follow(&latest)).await {
+                tracing::error!(%error, "detected ranges are not in force: what pods of this node send there goes in clear");
+            }
         }
     }
 }

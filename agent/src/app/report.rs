@@ -10,7 +10,7 @@ use std::{
 use tacit_core::{
     directory::{Directory, Ranges, Uncovered, Workload},
     policy::{
-        Authorization, Mode, Modes,
+        Mode,
         explain::{self, ExplainContext, ExplainError, Explanation, WorkloadRef},
     },
     spiffe::TrustDomain,
@@ -21,7 +21,7 @@ use tacit_sources::reload::ReloadState;
 
 use crate::{
     config::Config,
-    enrol::in_clear,
+    enrol::{PodPolicy, in_clear},
     proxy::Proxy,
     telemetry::status::{
         AgentState, CertificateStatus, DropStatus, GuardStatus, IssuerStatus, KernelCounter, MeshStatus,
@@ -121,40 +121,36 @@ impl Report {
         let table = self.proxy.pods.load();
         let live = self.proxy.telemetry.live_by_pod();
         let policies = self.proxy.snapshots.policies.current();
-        let pod = |workload: &Workload,
-                   (modes, authorization): (&Modes, &Authorization),
-                   links: &[GuardedLink],
-                   state| PodStatus {
+        let pod = |workload: &Workload, policy: &PodPolicy, links: &[GuardedLink], state| PodStatus {
             name: workload.name.to_string(),
             namespace: workload.namespace.to_string(),
             cgroup: self.pods_cgroup.join(&workload.cgroup).display().to_string(),
             addresses: workload.addresses.clone(),
             identity: workload.identity.to_string(),
-            mode: mode(modes.default).to_owned(),
-            port_modes: modes
+            mode: mode(policy.modes.default).to_owned(),
+            port_modes: policy
+                .modes
                 .ports
                 .iter()
                 .map(|(p, m)| (*p, mode(*m).to_owned()))
                 .collect::<BTreeMap<_, _>>(),
-            policies: authorization.names().map(str::to_owned).collect(),
-            in_clear: in_clear_text(in_clear(workload, modes)).to_owned(),
+            policies: policy.authorization.names().map(str::to_owned).collect(),
+            in_clear: in_clear_text(in_clear(workload, &policy.modes)).to_owned(),
             guarded_links: links.iter().map(|link| format!("{} ({})", link.interface, link.by)).collect(),
+            policy_not_applied: policy.not_applied.clone(),
             state,
             flows: live.get(&(workload.namespace.clone(), workload.name.clone())).copied().unwrap_or(0),
         };
-        let enrolled = table
-            .pods
-            .iter()
-            .map(|p| pod(&p.workload, (&p.modes.load(), &p.authorization()), &p.links, PodState::Enrolled));
+        let enrolled = table.pods.iter().map(|p| pod(&p.workload, &p.policy(), &p.links, PodState::Enrolled));
         let waiting = table.waiting.iter().map(|w| {
-            let policy = (&policies.modes(&w.workload), &policies.authorization(&w.workload));
-            pod(&w.workload, policy, &[], PodState::Waiting(w.reason.clone()))
+            let policy = PodPolicy::configured(&policies, &w.workload);
+            pod(&w.workload, &policy, &[], PodState::Waiting(w.reason.clone()))
         });
         let directory = self.proxy.snapshots.directory.current();
         let left_alone = directory.host_network().map(|workload| {
             let reason = "it has the node's network (hostNetwork)".to_owned();
-            let policy = (&policies.modes(workload), &policies.authorization(workload));
-            pod(workload, policy, &[], PodState::LeftAlone(reason))
+            let policy = PodPolicy::configured(&policies, workload);
+            pod(workload, &policy, &[], PodState::LeftAlone(reason))
         });
         let mut all: Vec<PodStatus> = enrolled.chain(waiting).chain(left_alone).collect();
         all.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));

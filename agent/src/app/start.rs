@@ -27,10 +27,10 @@ use crate::{
         state::{Event, State},
         succession::{self, Succession},
         system,
-        tasks::{Tasks, beat, refresh_node},
+        tasks::{Tasks, refresh_node},
     },
     config::{Config, IssuerConfig},
-    enrol::{Enroller, Serve},
+    enrol::{Enroller, Serve, publish_mesh_default},
     mesh::Mesh,
     proxy::{Proxy, accept, dialer::Dialer, snapshots::Snapshots, workers::Workers},
     telemetry::Telemetry,
@@ -138,7 +138,8 @@ fn fill_maps(
     let mesh = Mesh::start(kernel.clone(), &directory.current())?;
     kernel.maps.set_plaintext_destinations(&config.allow_clear)?;
     refresh_node(kernel)?;
-    beat(kernel, config.heartbeat_timeout, policies)?;
+    publish_mesh_default(kernel, &policies.current())?;
+    kernel.maps.beat(config.heartbeat_timeout)?;
     Ok(Arc::new(mesh))
 }
 

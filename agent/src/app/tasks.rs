@@ -2,21 +2,14 @@
 
 use std::{collections::HashSet, io, sync::Arc, time::Duration};
 
-use tacit_core::policy::Policies;
 use tacit_kernel::{Kernel, KernelError, events, host};
-use tacit_sources::reload::Watched;
 use tokio::{
     task::JoinSet,
     time::{MissedTickBehavior, interval},
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    app::report::Report,
-    enrol::{Enroller, kernel_mode},
-    proxy::Proxy,
-    telemetry::status::UncoveredStatus,
-};
+use crate::{app::report::Report, enrol::Enroller, proxy::Proxy, telemetry::status::UncoveredStatus};
 
 /// How often the node's own addresses are read again and idle sessions are thrown out.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
@@ -55,7 +48,7 @@ impl Tasks {
         upkeep.spawn(housekeeping(kernel.clone(), proxy.clone(), report.clone()));
         upkeep.spawn(snapshots.mesh.keep(snapshots.directory));
         let mut heart = JoinSet::new();
-        heart.spawn(heartbeat(kernel.clone(), snapshots.policies, heartbeat_timeout));
+        heart.spawn(heartbeat(kernel.clone(), heartbeat_timeout));
         let mut kernel_log = JoinSet::new();
         let logged = kernel.clone();
         kernel_log.spawn(async move { events::forward(&logged).await });
@@ -91,12 +84,12 @@ impl Tasks {
 
 /// Tells the kernel that this agent lives, for as long as its tasks are run: an agent that is stuck is as good as dead.
 /// Pins that were deleted are made again, or the agent's end would take the programs with it.
-async fn heartbeat(kernel: Arc<Kernel>, policies: Arc<Watched<Policies>>, timeout: Duration) {
+async fn heartbeat(kernel: Arc<Kernel>, timeout: Duration) {
     let mut tick = interval(timeout / BEATS_WITHIN_TIMEOUT);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        if let Err(error) = beat(&kernel, timeout, &policies) {
+        if let Err(error) = kernel.maps.beat(timeout) {
             tracing::error!(%error, "no heartbeat: the kernel decides by mode alone");
         }
         let restored = kernel.programs().restore_pins();
@@ -108,14 +101,6 @@ async fn heartbeat(kernel: Arc<Kernel>, policies: Arc<Watched<Policies>>, timeou
             }
         }
     }
-}
-
-pub(super) fn beat(
-    kernel: &Kernel,
-    timeout: Duration,
-    policies: &Watched<Policies>,
-) -> Result<(), KernelError> {
-    kernel.maps.set_heartbeat(timeout, kernel_mode(policies.current().mesh_default()))
 }
 
 /// Keeps the node's addresses true, and sessions from staying beyond their time.

@@ -1,54 +1,34 @@
 //! What the kernel is told about a pod, in which order, and what it is told no more.
 
-use std::{
-    collections::{BTreeMap, HashMap, HashSet},
-    net::{IpAddr, SocketAddr},
-    path::Path,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::HashSet, net::IpAddr, sync::Arc};
 
 use tacit_core::{
     directory::{Directory, Egress, Udp, Workload},
-    policy::{Authorization, Flow, FlowSource, Mode, Modes, Verdict, decide},
+    policy::{Mode, Modes},
 };
 use tacit_kernel::{
-    GuardedLink, HostEnd, KernelError, PlaintextEgress, PlaintextHandling, PodEntry, cgroup, host,
-    netns::Netns, reset_sockets, socket::Listeners,
+    GuardedLink, HostEnd, KernelError, PlaintextEgress, PodEntry, host, netns::Netns, reset_sockets,
+    socket::Listeners,
 };
 
-use crate::{
-    enrol::{Enroller, NotYet, Pod, State},
-    telemetry::{Party, Refusal, Reporter},
+use crate::enrol::{
+    Enroller, NotYet, PodPolicy, State,
+    policy_publisher::{plaintext_handling, set_modes},
 };
-
-/// How long after a change of policy connections are looked for that came before it: above the time in which a client
-/// answers the kernel's SYN-ACK or is sent another.
-const SETTLING: Duration = Duration::from_secs(3);
-const TUNNEL: u16 = tacit_abi::tcp_port::TUNNEL;
 
 impl Enroller {
     /// Makes sure that the kernel knows the pod, so that it sends nothing past the agent from here on. An entry of an
     /// earlier agent stays as it is: its connections are captured, and refused until this agent listens.
-    pub(super) fn cover(
-        &self,
-        state: &mut State,
-        cgroup: u64,
-        workload: &Workload,
-        policy: (&Modes, &Authorization),
-    ) -> Result<u32, NotYet> {
+    pub(super) fn cover(&self, state: &mut State, cgroup: u64, workload: &Workload) -> Result<u32, NotYet> {
         if let Some(slot) = state.known.get(&cgroup) {
             return Ok(*slot);
         }
         let slot = state.free_slot();
-        let entry = entry(workload, cgroup, slot, (0, 0), policy);
-        let (modes, authorization) = policy;
-        let default = (kernel_mode(modes.default), plaintext(authorization));
-        // Single ports can be stricter than the pod.
+        let policy = PodPolicy::configured(&self.policies.current(), workload);
+        let entry = entry(workload, cgroup, slot, (0, 0), &policy);
         let maps = &self.kernel.maps;
-        let covered = maps
-            .set_modes(slot, &workload.addresses, default, &kernel_ports(modes))
-            .and_then(|()| maps.set_pod(&entry));
+        // Single ports can be stricter than the pod.
+        let covered = set_modes(maps, slot, &workload.addresses, &policy).and_then(|()| maps.set_pod(&entry));
         covered.map_err(|e| NotYet::Kernel(e.to_string()))?;
         state.known.insert(cgroup, slot);
         Ok(slot)
@@ -59,11 +39,10 @@ impl Enroller {
         entry: &PodEntry,
         netns: &Netns,
         listeners: &Listeners,
-        (modes, authorization): (&Modes, &Authorization),
+        policy: &PodPolicy,
     ) -> Result<Vec<GuardedLink>, KernelError> {
         let maps = &self.kernel.maps;
-        let default = (kernel_mode(modes.default), plaintext(authorization));
-        maps.set_modes(entry.slot, &entry.addresses, default, &kernel_ports(modes))?;
+        set_modes(maps, entry.slot, &entry.addresses, policy)?;
         listeners.publish(maps, entry.slot)?;
         let mut programs = self.kernel.programs();
         programs.steer(entry.cgroup, netns)?;
@@ -72,88 +51,6 @@ impl Enroller {
         drop(programs);
         maps.set_pod(entry)?;
         Ok(links)
-    }
-
-    pub(super) fn apply_policies(&self, state: &mut State, kept: &HashMap<&Path, &Arc<Workload>>) {
-        let policies = self.policies.current();
-        state.applied = Some(Arc::clone(&policies));
-        state.unsettled.retain(|_, since| since.elapsed() < SETTLING);
-        for pod in state.current.values() {
-            // Labels may have changed since the pod was enrolled.
-            let entry = kept.get(pod.workload.cgroup.as_path()).map_or(&*pod.workload, |entry| entry);
-            let (modes, authorization) = (policies.modes(entry), policies.authorization(entry));
-            if (modes != **pod.modes.load() || authorization != *pod.authorization())
-                && self.change_policies(pod, modes, authorization)
-            {
-                state.unsettled.insert(pod.cgroup, Instant::now());
-            }
-            if state.unsettled.contains_key(&pod.cgroup) {
-                self.reset_denied(pod);
-            }
-        }
-    }
-
-    /// Returns whether they hold now.
-    fn change_policies(&self, pod: &Pod, modes: Modes, authorization: Authorization) -> bool {
-        if let Err(error) = self.set_policies(pod, &modes, &authorization) {
-            tracing::error!(pod = %pod.workload.name, %error, "policy not applied; trying again");
-            return false;
-        }
-        let selected_by: Vec<_> = authorization.names().collect();
-        tracing::info!(pod = %pod.workload.name, mode = ?modes.default, ?selected_by, "policy changed");
-        pod.modes.store(Arc::new(modes));
-        // Flows under way look at both when this comes.
-        pod.authorization.send_replace(Arc::new(authorization));
-        true
-    }
-
-    fn set_policies(
-        &self,
-        pod: &Pod,
-        modes: &Modes,
-        authorization: &Authorization,
-    ) -> Result<(), KernelError> {
-        let maps = &self.kernel.maps;
-        let default = (kernel_mode(modes.default), plaintext(authorization));
-        maps.set_modes(pod.slot, &pod.workload.addresses, default, &kernel_ports(modes))?;
-        let at = (pod.netns.cookie(), pod.capture_port);
-        maps.set_pod(&entry(&pod.workload, pod.cgroup, pod.slot, at, (modes, authorization)))
-    }
-
-    /// Ends connections that the pod's applications accepted in clear, with no agent between, while that was allowed.
-    /// Called for [`SETTLING`]: the handshake of one that the kernel let through may not have ended at the change.
-    fn reset_denied(&self, pod: &Pod) {
-        let nodes = host::addresses().unwrap_or_default();
-        let (modes, authorization) = (pod.modes.load(), pod.authorization());
-        let directory = self.directory.current();
-        let party = |address: SocketAddr| Party {
-            address,
-            workload: directory.at(address.ip()).cloned(),
-            identity: None,
-        };
-        let denial = |local: SocketAddr, remote: SocketAddr| {
-            let own = &pod.workload.addresses;
-            let from_outside = own.contains(&local.ip()) && !own.contains(&remote.ip());
-            let by_agent = remote.ip().is_loopback() || local.port() == TUNNEL;
-            if !from_outside || by_agent || nodes.contains(&remote.ip()) {
-                return None;
-            }
-            let flow = Flow { source: FlowSource::Plaintext, client: remote.ip(), destination: local };
-            let Verdict::Deny(reason) = decide(&modes, &authorization, &flow) else { return None };
-            Some(Refusal {
-                reporter: Reporter::Destination,
-                source: party(remote),
-                destination: party(local),
-                reason: reason.label(),
-                detail: reason.to_string(),
-            })
-        };
-        let ended = |refusal: &Refusal| self.telemetry.revoked(refusal);
-        if let Err(error) =
-            reset_sockets::reset_accepted(&pod.netns, &self.host, self.kernel.cgroup, denial, ended)
-        {
-            tracing::warn!(pod = %pod.workload.name, %error, "connections in clear from before a policy changed are not reset");
-        }
     }
 
     /// Takes over the ranges that the directory has found. What enrolled pods have in clear with addresses that are of the
@@ -189,32 +86,24 @@ impl Enroller {
         }
     }
 
-    /// Removes what the kernel holds for pods that are no longer of this node: those of an earlier agent, and those that the
-    /// directory forgot after they had ended. While it names one, a process could still appear behind what is held.
-    pub(super) fn remove_leftovers(&self, state: &mut State, kept: &HashMap<&Path, &Arc<Workload>>) {
-        let ids: HashSet<u64> =
-            kept.keys().filter_map(|path| cgroup::id_at(&self.pods_cgroup.path().join(path))).collect();
-        let is_first = !std::mem::replace(&mut state.swept, true);
-        if !is_first && state.known.keys().all(|id| ids.contains(id)) {
-            return;
+    /// Pods, by cgroup id, that programs are attached for: after a restart also those that are gone.
+    pub(super) fn attached(&self) -> HashSet<u64> {
+        let programs = self.kernel.programs();
+        let (steered, guarded) = (programs.steered(), programs.guarded());
+        steered.unwrap_or_default().into_iter().chain(guarded.unwrap_or_default()).collect()
+    }
+
+    /// Removes all that the kernel holds for a pod. `links` are its guarded links, as far as this agent knows them.
+    pub(super) fn remove(&self, cgroup: u64, slot: Option<u32>, links: &[GuardedLink]) {
+        let mut programs = self.kernel.programs();
+        programs.unsteer(cgroup);
+        programs.unguard_links(cgroup, links);
+        drop(programs);
+        self.kernel.maps.remove_links(cgroup);
+        if let Some(slot) = slot {
+            self.kernel.maps.remove_modes(slot);
         }
-        let gone: Vec<u64> = state.known.keys().copied().filter(|id| !ids.contains(id)).collect();
-        for cgroup in gone {
-            if let Some(slot) = state.known.remove(&cgroup) {
-                self.kernel.maps.remove_modes(slot);
-            }
-            self.kernel.maps.remove_pod(cgroup);
-            self.kernel.maps.remove_links(cgroup);
-        }
-        // Not in the loops' heads: the lock would be held until their ends.
-        let steered = self.kernel.programs().steered().unwrap_or_default();
-        for cgroup in steered.into_iter().filter(|id| !ids.contains(id)) {
-            self.kernel.programs().unsteer(cgroup);
-        }
-        let guarded = self.kernel.programs().guarded().unwrap_or_default();
-        for cgroup in guarded.into_iter().filter(|id| !ids.contains(id)) {
-            self.kernel.programs().unguard_links(cgroup, &[]);
-        }
+        self.kernel.maps.remove_pod(cgroup);
     }
 }
 
@@ -238,16 +127,16 @@ pub(super) fn entry(
     cgroup: u64,
     slot: u32,
     (netns_cookie, capture_port): (u64, u16),
-    (modes, authorization): (&Modes, &Authorization),
+    policy: &PodPolicy,
 ) -> PodEntry {
     PodEntry {
         cgroup,
         netns_cookie,
         addresses: workload.addresses.clone(),
         slot,
-        mode: kernel_mode(modes.default),
-        clear: in_clear(workload, modes),
-        plaintext: plaintext(authorization),
+        mode: kernel_mode(policy.modes.default),
+        clear: in_clear(workload, &policy.modes),
+        plaintext: plaintext_handling(policy),
         capture_port,
     }
 }
@@ -260,13 +149,4 @@ pub fn kernel_mode(mode: Mode) -> tacit_abi::Mode {
         Mode::Permissive => tacit_abi::Mode::Permissive,
         Mode::Strict => tacit_abi::Mode::Strict,
     }
-}
-
-/// Policies can only be kept by whoever sees the connection: with any, plaintext goes to the agent.
-fn plaintext(authorization: &Authorization) -> PlaintextHandling {
-    if authorization.is_empty() { PlaintextHandling::Direct } else { PlaintextHandling::Authorized }
-}
-
-fn kernel_ports(modes: &Modes) -> BTreeMap<u16, tacit_abi::Mode> {
-    modes.ports.iter().map(|(port, mode)| (*port, kernel_mode(*mode))).collect()
 }

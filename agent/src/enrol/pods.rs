@@ -2,16 +2,12 @@
 
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
-use arc_swap::ArcSwap;
-use tacit_core::{
-    directory::Workload,
-    policy::{Authorization, Modes},
-};
+use tacit_core::directory::Workload;
 use tacit_kernel::{GuardedLink, PlaintextEgress, netns::Netns};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::enrol::in_clear;
+use crate::enrol::{PodPolicy, in_clear};
 
 /// An enrolled pod, as the data path sees it.
 #[derive(Debug)]
@@ -22,14 +18,12 @@ pub struct Pod {
     pub cgroup: u64,
     /// Its network namespace.
     pub netns: Netns,
-    /// What inbound plaintext meets.
-    pub modes: ArcSwap<Modes>,
     /// Links of it whose host ends are guarded.
     pub links: Vec<GuardedLink>,
     /// Cancelled when the pod is no longer enrolled.
     pub closed: CancellationToken,
-    /// The policies that select it; sent again when its modes change.
-    pub(super) authorization: watch::Sender<Arc<Authorization>>,
+    /// The policy in force.
+    pub(super) policy: watch::Sender<Arc<PodPolicy>>,
     pub(super) slot: u32,
     /// Where the agent listens for its captured connections.
     pub(super) capture_port: u16,
@@ -39,10 +33,8 @@ impl Pod {
     /// Does it send nothing in clear into the mesh?
     #[must_use]
     pub fn is_strict(&self) -> bool {
-        matches!(
-            in_clear(&self.workload, &self.modes.load()),
-            PlaintextEgress::Nothing | PlaintextEgress::Udp
-        )
+        let clear = in_clear(&self.workload, &self.policy.borrow().modes);
+        matches!(clear, PlaintextEgress::Nothing | PlaintextEgress::Udp)
     }
 
     /// Which of `workers` threads accepts its connections.
@@ -51,16 +43,16 @@ impl Pod {
         self.slot as usize % workers
     }
 
-    /// The authorization policies that select it.
+    /// Returns the policy in force.
     #[must_use]
-    pub fn authorization(&self) -> Arc<Authorization> {
-        Arc::clone(&self.authorization.borrow())
+    pub fn policy(&self) -> Arc<PodPolicy> {
+        Arc::clone(&self.policy.borrow())
     }
 
-    /// Notice of every change of its policies or modes.
+    /// Returns a receiver of the policy in force and all later ones.
     #[must_use]
-    pub fn policy_changes(&self) -> watch::Receiver<Arc<Authorization>> {
-        self.authorization.subscribe()
+    pub fn policy_changes(&self) -> watch::Receiver<Arc<PodPolicy>> {
+        self.policy.subscribe()
     }
 
     /// Its address of the same family as `other`.

@@ -9,16 +9,16 @@ use std::{
     sync::Arc,
 };
 
-use tacit_core::policy::{Authorization, Flow, Verdict, decide};
+use tacit_core::policy::{Flow, Verdict};
 use tokio::sync::watch;
 
 use crate::{
-    enrol::Pod,
+    enrol::{Pod, PodPolicy},
     telemetry::{LiveFlow, Party, Refusal, Reporter, Telemetry},
 };
 
 /// Tells of each change of a pod's policies since a flow was decided on.
-pub type Changes = watch::Receiver<Arc<Authorization>>;
+pub type Changes = watch::Receiver<Arc<PodPolicy>>;
 
 /// Why a flow is not, or no longer, admitted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,18 +39,19 @@ pub fn admit(
     flow: &Flow<'_>,
     ends: impl Fn() -> (Reporter, Party, Party),
 ) -> Result<Changes, Denial> {
-    // Before the decision: a change that comes meanwhile is not missed.
-    let changes = pod.policy_changes();
-    for audit in pod.authorization().audits(flow) {
+    // Marks the snapshot as seen that is decided by: a later one is not missed.
+    let mut changes = pod.policy_changes();
+    let policy = Arc::clone(&changes.borrow_and_update());
+    for audit in policy.authorization.audits(flow) {
         let (reporter, source, destination) = ends();
         let detail = audit.to_string();
         telemetry.audited(&Refusal { reporter, source, destination, reason: "audited", detail });
     }
-    verdict(pod, flow).map(|()| changes)
+    verdict(&policy, flow).map(|()| changes)
 }
 
-fn verdict(pod: &Pod, flow: &Flow<'_>) -> Result<(), Denial> {
-    match decide(&pod.modes.load(), &pod.authorization(), flow) {
+fn verdict(policy: &PodPolicy, flow: &Flow<'_>) -> Result<(), Denial> {
+    match policy.decide(flow) {
         Verdict::Allow => Ok(()),
         Verdict::Deny(reason) => Err(Denial { label: reason.label(), detail: reason.to_string() }),
     }
@@ -68,7 +69,7 @@ pub fn revoked<'a>(
 ) -> impl Future<Output = Denial> + Send + 'a {
     async move {
         while changes.changed().await.is_ok() {
-            if let Err(denial) = verdict(pod, &flow()) {
+            if let Err(denial) = verdict(&pod.policy(), &flow()) {
                 return denial;
             }
         }

@@ -165,7 +165,7 @@ async fn reach(
         Route::Tunnel(expected) => session::tunnel(path, pod, ends, &expected, attempt).await,
         Route::Plaintext(why) => clear(path, pod, ends, why, attempt.limit).await,
         Route::Refuse(reason) => {
-            let mode = pod.modes.load().default;
+            let mode = pod.policy().modes.default;
             Err(Failure::new(reason, format!("mode of {} is {mode:?}", pod.workload.name)))
         }
     }

@@ -147,6 +147,10 @@ pub struct PodStatus {
     /// Host ends of its links that are guarded, each with how; empty where only its sockets are.
     #[serde(default)]
     pub guarded_links: Vec<String>,
+    /// Why the kernel rejected the configured policy; the pod is STRICT at all ports until it accepts. `None` while the
+    /// configured policy is in force.
+    #[serde(default)]
+    pub policy_not_applied: Option<String>,
     /// Whether it is protected.
     pub state: PodState,
     /// Its live flows, in both directions.

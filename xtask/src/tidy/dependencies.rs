@@ -36,7 +36,9 @@ const CORE: &str = "agent/core";
 const CORE_DEPENDENCIES: [&str; 5] = ["tacit-abi", "ipnet", "saphyr-parser", "serde", "thiserror"];
 
 /// Pure modules of other crates; `x` means the file x.rs and the folder x/.
-const PURE: [&str; 9] = [
+const PURE: [&str; 11] = [
+    "agent/src/enrol/plan",
+    "agent/src/enrol/pod_policy",
     "agent/identity/src/istio/api",
     "agent/identity/src/istio/skew",
     "agent/authority/src/request",

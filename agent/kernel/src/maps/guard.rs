@@ -6,7 +6,7 @@ use std::{
     hash::{BuildHasher as _, Hasher as _, RandomState},
     io,
     net::{IpAddr, SocketAddr},
-    sync::Mutex,
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -49,7 +49,7 @@ pub struct DropCount {
 
 /// Typed handles of the guard's maps.
 pub(super) struct GuardMaps {
-    state: Mutex<Array<MapData, State>>,
+    state: Mutex<AgentState>,
     agents: Mutex<HashMap<MapData, u64, u32>>,
     clear: Mutex<HashMap<MapData, ClearKey, u32>>,
     links: Mutex<HashMap<MapData, u32, Link>>,
@@ -60,7 +60,7 @@ pub(super) struct GuardMaps {
 impl GuardMaps {
     pub(super) fn take(programs: &mut Programs) -> Result<Self, KernelError> {
         Ok(Self {
-            state: typed(programs, "STATE")?,
+            state: AgentState::take(programs)?,
             agents: typed(programs, "AGENTS")?,
             clear: typed(programs, "CLEAR")?,
             links: typed(programs, "LINKS")?,
@@ -70,25 +70,50 @@ impl GuardMaps {
     }
 }
 
+/// The map of the heartbeat and the default mode.
+struct AgentState {
+    map: Array<MapData, State>,
+    /// Part of every heartbeat: the agent before writes the same entry while this one takes over.
+    default_mode: Mode,
+}
+
+impl AgentState {
+    fn take(programs: &mut Programs) -> Result<Mutex<Self>, KernelError> {
+        let map = typed::<Array<MapData, State>>(programs, "STATE")?;
+        let map = map.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok(Mutex::new(Self { map, default_mode: Mode::Strict }))
+    }
+}
+
 impl super::Maps {
-    /// Says that the agent lives. `stale_after`: from which silence on the kernel decides without it; `default_mode`:
-    /// what pods meet that have no entry yet.
+    /// Records that the agent is alive. The kernel decides without the agent once no heartbeat came for `stale_after`.
     ///
     /// # Errors
     /// [`KernelError::Map`].
-    pub fn set_heartbeat(&self, stale_after: Duration, default_mode: Mode) -> Result<(), KernelError> {
+    pub fn beat(&self, stale_after: Duration) -> Result<(), KernelError> {
         let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(io::Error::from);
         let now = now.map_err(|e| KernelError::Map { map: "STATE", problem: e.to_string() })?;
-        let mut map = lock(&self.guard.state);
-        let kept = map.get(&0, 0).map_err(failed("STATE"))?.seed;
-        let state = State {
+        let mut state = lock(&self.guard.state);
+        let kept = state.map.get(&0, 0).map_err(failed("STATE"))?.seed;
+        let beat = State {
             heartbeat: nanoseconds(Duration::from(now)),
             stale_after: nanoseconds(stale_after),
-            default_mode: default_mode as u32,
+            default_mode: state.default_mode as u32,
             pad: 0,
             seed: if kept == 0 { random() } else { kept },
         };
-        map.set(0, state, 0).map_err(failed("STATE"))
+        state.map.set(0, beat, 0).map_err(failed("STATE"))
+    }
+
+    /// Sets the mode of pods that have no entry yet.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`]. The next heartbeat writes the mode again.
+    pub fn set_default_mode(&self, mode: Mode) -> Result<(), KernelError> {
+        let mut state = lock(&self.guard.state);
+        state.default_mode = mode;
+        let last = state.map.get(&0, 0).map_err(failed("STATE"))?;
+        state.map.set(0, State { default_mode: mode as u32, ..last }, 0).map_err(failed("STATE"))
     }
 
     /// Says that the agent goes: from now on the kernel decides by mode alone.
@@ -97,8 +122,8 @@ impl super::Maps {
     /// [`KernelError::Map`].
     pub fn clear_heartbeat(&self) -> Result<(), KernelError> {
         let mut state = lock(&self.guard.state);
-        let last = state.get(&0, 0).map_err(failed("STATE"))?;
-        state.set(0, State { heartbeat: 0, ..last }, 0).map_err(failed("STATE"))
+        let last = state.map.get(&0, 0).map_err(failed("STATE"))?;
+        state.map.set(0, State { heartbeat: 0, ..last }, 0).map_err(failed("STATE"))
     }
 
     /// Makes `cgroup` one whose sockets are this agent's, and the only one of an agent but for `others_stay`: those whose

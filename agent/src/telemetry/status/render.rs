@@ -79,6 +79,10 @@ impl Page {
             if let PodState::Waiting(reason) | PodState::LeftAlone(reason) = &pod.state {
                 self.note(Style::Caution, &format!("{} waits: {reason}", pod_name(pod)));
             }
+            if let Some(error) = &pod.policy_not_applied {
+                let text = format!("{}: policy not applied, STRICT until it is: {error}", pod_name(pod));
+                self.note(Style::Bad, &text);
+            }
         }
     }
 

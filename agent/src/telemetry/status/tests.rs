@@ -125,6 +125,7 @@ fn pod(name: &str, state: PodState) -> PodStatus {
         policies: vec!["shop/allow".to_owned()],
         in_clear: "nothing".to_owned(),
         guarded_links: vec!["pod2 (tcx)".to_owned()],
+        policy_not_applied: None,
         state,
         flows: 1,
     }

@@ -1,0 +1,138 @@
+//! Looks at cgroups, processes and network namespaces, for `plan` and for a pod that is to be enrolled.
+
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use tacit_core::directory::{Ranges, Workload};
+use tacit_kernel::{
+    cgroup::{self, Cgroup},
+    netns::Netns,
+};
+
+use crate::enrol::{
+    Enroller, State,
+    plan::{Level, NotYet, Observed, ObservedCgroup, Served, Wanted},
+};
+
+/// Levels below the pods' cgroup at which the connect hooks look for a pod.
+const POD_LEVELS: std::ops::RangeInclusive<u32> = 1..=2;
+
+impl Enroller {
+    pub(super) fn observe(&self, state: &State, wanted: &Wanted) -> Observed {
+        let served = |(path, pod): (&PathBuf, &Arc<super::Pod>)| {
+            (path.clone(), Served { cgroup: pod.cgroup, workload: pod.workload.clone() })
+        };
+        let departed = wanted.departed.iter().filter_map(|w| Some((&w.cgroup, self.departed(&w.cgroup)?)));
+        let pods = wanted.pods.iter().filter_map(|w| Some((&w.cgroup, self.cgroup(state, &w.cgroup)?)));
+        // Those of served pods too: their identities may have changed.
+        let uncertified = wanted
+            .pods
+            .iter()
+            .filter_map(|w| Some((w.identity.clone(), self.identities.ready(&w.identity).err()?)));
+        Observed {
+            pods_cgroup: self.pods_cgroup.path().to_owned(),
+            // Of a pod that is wanted again, the second.
+            cgroups: departed.chain(pods).map(|(path, cgroup)| (path.clone(), cgroup)).collect(),
+            served: state.current.iter().map(served).collect(),
+            covered: state.known.keys().copied().collect(),
+            attached: state.attached.iter().copied().collect(),
+            uncertified: uncertified.collect(),
+            ranges: self.mesh.ranges(),
+        }
+    }
+
+    /// Looks at the cgroup of a wanted pod.
+    fn cgroup(&self, state: &State, path: &Path) -> Option<ObservedCgroup> {
+        if let Some(pod) = state.current.get(path)
+            && let Some(served) = self.departed(path).filter(|cgroup| cgroup.id == pod.cgroup)
+        {
+            return Some(served);
+        }
+        let path = self.pods_cgroup.path().join(path);
+        let cgroup = Cgroup::open(&path).ok()?;
+        let level = cgroup.level().saturating_sub(self.pods_cgroup.level());
+        Some(ObservedCgroup {
+            id: cgroup.id(),
+            level: if POD_LEVELS.contains(&level) { Level::Hooked } else { Level::Other(level) },
+            populated: cgroup::processes(&path).is_ok_and(|processes| !processes.is_empty()),
+        })
+    }
+
+    /// Looks at a cgroup at a level that is known to be right.
+    fn departed(&self, path: &Path) -> Option<ObservedCgroup> {
+        let path = self.pods_cgroup.path().join(path);
+        let id = cgroup::id_at(&path)?;
+        Some(ObservedCgroup { id, level: Level::Hooked, populated: cgroup::is_populated(&path) })
+    }
+
+    /// The pod's namespace, that of the first process with all the pod's addresses: a namespace nested in a pod has not.
+    /// Addresses that the directory does not have yet are those of the one namespace in which all the pod's processes are.
+    pub(super) fn find_netns(
+        &self,
+        processes: Vec<u32>,
+        workload: &Arc<Workload>,
+    ) -> Result<(Netns, Arc<Workload>), NotYet> {
+        let away = processes.into_iter().filter(|pid| !self.host.is_home_of(*pid).unwrap_or(true));
+        let mut found: Vec<Netns> = Vec::new();
+        for netns in away.filter_map(|pid| Netns::of_process(pid, &self.host).ok()) {
+            if found.iter().all(|known| known.inode() != netns.inode()) {
+                found.push(netns);
+            }
+        }
+        let listed = |netns: &Netns| netns.addresses(&self.host).unwrap_or_default();
+        if workload.addresses.is_empty() {
+            let only = found.pop().filter(|_| found.is_empty()).ok_or(NotYet::AddressUnknown)?;
+            let addresses = mesh_addresses(&listed(&only), &self.mesh.ranges());
+            if addresses.is_empty() {
+                return Err(NotYet::AddressUnknown);
+            }
+            return Ok((only, Arc::new(Workload { addresses, ..(**workload).clone() })));
+        }
+        let has_all = |netns: &Netns| {
+            let listed = listed(netns);
+            workload.addresses.iter().all(|address| listed.contains(address))
+        };
+        match found.into_iter().find(has_all) {
+            Some(netns) => Ok((netns, Arc::clone(workload))),
+            None => {
+                let addresses: Vec<String> = workload.addresses.iter().map(ToString::to_string).collect();
+                Err(NotYet::NoAddress(addresses.join(" and ")))
+            }
+        }
+    }
+}
+
+/// The first address of each family that lies in the mesh.
+fn mesh_addresses(listed: &[IpAddr], ranges: &Ranges) -> Vec<IpAddr> {
+    let of_mesh = |address: &&IpAddr| ranges.contains(**address);
+    let first = |is_ipv4| listed.iter().filter(of_mesh).find(|address| address.is_ipv4() == is_ipv4);
+    [first(true), first(false)].into_iter().flatten().copied().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_pods_interfaces_the_mesh_addresses_count() {
+        let parse = |text: &&str| text.parse::<IpAddr>().expect("an address");
+        let ranges = ["10.77.0.0/16", "fd77::/16"].map(|text| text.parse().expect("a range"));
+        let ranges = Ranges::configured(&ranges);
+        for (listed, found) in [
+            (&["127.0.0.1", "::1", "fe80::1", "10.77.1.2", "fd77::2"][..], &["10.77.1.2", "fd77::2"][..]),
+            (&["fd77::2", "10.77.1.2", "10.77.1.3"], &["10.77.1.2", "fd77::2"]),
+            (&["10.78.1.2", "fd77::2"], &["fd77::2"]),
+            (&["127.0.0.1", "fe80::1"], &[]),
+        ] {
+            let listed: Vec<IpAddr> = listed.iter().map(parse).collect();
+            assert_eq!(
+                mesh_addresses(&listed, &ranges),
+                found.iter().map(parse).collect::<Vec<_>>(),
+                "{listed:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! Plans what enrolment does next, from what is there and what is wanted. Pure: no I/O, no clock, no logging.
+//!
+//! | observed | planned |
+//! |---|---|
+//! | a wanted pod has a cgroup | cover it: the kernel sends nothing past the agent |
+//! | it has a process and a certificate too | enrol it |
+//! | something is missing | wait, with the reason |
+//! | a served pod lost its last process | release it; the kernel keeps its entry |
+//! | its identity or addresses changed | release it, and enrol it again |
+//! | its cgroup was replaced | release it, remove the old cgroup, enrol it in the new one |
+//! | the directory dropped it, and it has a process | nothing: it is served until its last process is gone |
+//! | the kernel has a cgroup of no pod of the directory | remove it: an earlier agent left it, or the pod is gone |
+//!
+//! All pods are covered before the first is enrolled, because enrolling takes milliseconds for each pod.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use tacit_core::{
+    directory::{Directory, Protocol, Ranges, Workload},
+    spiffe::SpiffeId,
+};
+use tacit_identity::issuer::IssueError;
+
+/// The state of the node.
+#[derive(Debug, Default)]
+pub(super) struct Observed {
+    /// The cgroup that holds all pods.
+    pub pods_cgroup: PathBuf,
+    /// The cgroups of wanted and departed pods that exist, by the directory's path.
+    pub cgroups: HashMap<PathBuf, ObservedCgroup>,
+    /// The pods that this agent serves, by the directory's path.
+    pub served: BTreeMap<PathBuf, Served>,
+    /// Ids of the cgroups that the kernel has an entry of.
+    pub covered: BTreeSet<u64>,
+    /// Ids of cgroups for which an earlier agent attached programs.
+    pub attached: BTreeSet<u64>,
+    /// Identities of wanted pods that have no certificate, with the reason.
+    pub uncertified: HashMap<SpiffeId, IssueError>,
+    /// The ranges of the mesh.
+    pub ranges: Arc<Ranges>,
+}
+
+/// The state of a pod's cgroup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct ObservedCgroup {
+    /// Its id.
+    pub id: u64,
+    /// Its level below the cgroup that holds all pods.
+    pub level: Level,
+    /// Whether it has a process.
+    pub populated: bool,
+}
+
+/// The level of a cgroup below the one that holds all pods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Level {
+    /// The connect hooks look for pods there.
+    Hooked,
+    /// They do not.
+    Other(u32),
+}
+
+/// A pod that this agent serves.
+#[derive(Debug, Clone)]
+pub(super) struct Served {
+    /// Id of its cgroup at enrolment.
+    pub cgroup: u64,
+    /// The workload it was enrolled as.
+    pub workload: Arc<Workload>,
+}
+
+/// The pods that the directory has for this node.
+#[derive(Debug, Default)]
+pub(super) struct Wanted {
+    /// The pods to enrol.
+    pub pods: Vec<Arc<Workload>>,
+    /// Pods that the source lost sight of. They are served until their last process is gone.
+    pub departed: Vec<Arc<Workload>>,
+}
+
+impl Wanted {
+    pub(super) fn of(directory: &Directory, node: &str) -> Self {
+        let pods = directory.on_node(node).filter(|w| w.protocol == Protocol::Tacit).cloned().collect();
+        Self { pods, departed: directory.departed().cloned().collect() }
+    }
+
+    /// Returns all workloads by cgroup. A wanted pod comes before a departed one, and an earlier one before a later one.
+    pub(super) fn kept(&self) -> HashMap<&Path, &Arc<Workload>> {
+        self.departed.iter().chain(self.pods.iter().rev()).map(|w| (w.cgroup.as_path(), w)).collect()
+    }
+}
+
+/// A step of the driver.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Action {
+    /// Stop to serve the pod. The kernel keeps its entry, so that connections of a process that appears fail.
+    Release(PathBuf),
+    /// Remove all that the kernel has for a cgroup.
+    Remove(u64),
+    /// Give the kernel an entry of the pod.
+    Cover(Arc<Workload>, u64),
+    /// Report why the pod is not enrolled.
+    Wait(Arc<Workload>, NotYet),
+    /// Open the pod's network namespace and listeners, and serve it.
+    Enrol(Arc<Workload>, u64),
+}
+
+/// Why a pod cannot be enrolled now. It is tried again.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum NotYet {
+    #[error("its cgroup {0} does not exist yet")]
+    NoCgroup(PathBuf),
+    #[error("its cgroup is {0} levels below podsCgroup; pods are looked for 1 or 2 levels below")]
+    Depth(u32),
+    #[error("no process in its cgroup")]
+    NoProcess,
+    #[error("no process of its cgroup is in a network namespace that has {0}")]
+    NoAddress(String),
+    #[error("neither the directory nor its network namespace has an address of it yet")]
+    AddressUnknown,
+    #[error("its address {0} is in no range of the mesh; what it sends there would go in clear")]
+    OutsideMesh(IpAddr),
+    #[error("the address {0} that its network namespace has is another pod's")]
+    AddressTaken(IpAddr),
+    #[error("no certificate: {0}")]
+    NoCertificate(String),
+    #[error("{0}")]
+    Kernel(String),
+}
+
+impl NotYet {
+    /// Returns true if the pod runs, and lacks what may come without an event.
+    pub(super) fn is_running(&self) -> bool {
+        !matches!(self, Self::NoCgroup(_) | Self::Depth(_) | Self::NoProcess | Self::OutsideMesh(_))
+    }
+}
+
+/// Returns the steps that lead from `observed` to `wanted`, in the order in which no pod is left uncovered.
+pub(super) fn plan(observed: &Observed, wanted: &Wanted) -> Vec<Action> {
+    let kept = wanted.kept();
+    let stays = |path: &Path, served: &Served| {
+        let workload = kept.get(path).is_some_and(|workload| is_same(workload, &served.workload));
+        let cgroup = observed.cgroups.get(path);
+        workload && cgroup.is_some_and(|cgroup| cgroup.id == served.cgroup && cgroup.populated)
+    };
+    let (staying, gone): (Vec<_>, Vec<_>) =
+        observed.served.iter().partition(|(path, served)| stays(path, served));
+    let mut actions: Vec<Action> = gone.into_iter().map(|(path, _)| Action::Release(path.clone())).collect();
+
+    let ids: HashSet<u64> =
+        kept.keys().filter_map(|path| observed.cgroups.get(*path)).map(|cgroup| cgroup.id).collect();
+    let in_kernel = observed.covered.union(&observed.attached);
+    actions.extend(in_kernel.filter(|id| !ids.contains(id)).map(|id| Action::Remove(*id)));
+
+    let mut planned: HashSet<&Path> = staying.iter().map(|(path, _)| path.as_path()).collect();
+    let new = wanted.pods.iter().filter(|workload| planned.insert(&workload.cgroup));
+    let mut steps = Vec::new();
+    for workload in new {
+        let id = observed.cgroups.get(&workload.cgroup).map_or(0, |cgroup| cgroup.id);
+        let step = match obstacle(observed, workload, staying.iter().map(|(_, served)| &*served.workload)) {
+            None => Action::Enrol(workload.clone(), id),
+            Some(reason) => Action::Wait(workload.clone(), reason),
+        };
+        let has_no_place = matches!(step, Action::Wait(_, NotYet::NoCgroup(_) | NotYet::Depth(_)));
+        if !has_no_place && !observed.covered.contains(&id) {
+            actions.push(Action::Cover(workload.clone(), id));
+        }
+        steps.push(step);
+    }
+    actions.extend(steps);
+    actions
+}
+
+/// Returns the first reason that keeps a pod from being enrolled, as far as it is seen from outside the pod.
+fn obstacle<'a>(
+    observed: &Observed,
+    workload: &Workload,
+    others: impl Iterator<Item = &'a Workload>,
+) -> Option<NotYet> {
+    let Some(cgroup) = observed.cgroups.get(&workload.cgroup) else {
+        return Some(NotYet::NoCgroup(observed.pods_cgroup.join(&workload.cgroup)));
+    };
+    if let Level::Other(level) = cgroup.level {
+        return Some(NotYet::Depth(level));
+    }
+    // The guard and the capture know addresses of the mesh only.
+    if let Some(outside) = workload.addresses.iter().find(|address| !observed.ranges.contains(**address)) {
+        return Some(NotYet::OutsideMesh(*outside));
+    }
+    if !cgroup.populated {
+        return Some(NotYet::NoProcess);
+    }
+    // Before the pod's network is entered: all pods are planned again with each certificate.
+    if let Some(error) = observed.uncertified.get(&workload.identity) {
+        return Some(NotYet::NoCertificate(error.to_string()));
+    }
+    taken_address(&workload.addresses, others).map(NotYet::AddressTaken)
+}
+
+/// Returns an address that is one of `others` already. A pod that can change its addresses must not get the connections
+/// of a neighbour that way.
+pub(super) fn taken_address<'a>(
+    addresses: &[IpAddr],
+    mut others: impl Iterator<Item = &'a Workload>,
+) -> Option<IpAddr> {
+    others.find_map(|other| other.addresses.iter().copied().find(|address| addresses.contains(address)))
+}
+
+/// Returns true if the wanted workload is the enrolled one to the data path. Name and labels may change under a running
+/// pod. Addresses that the directory does not have yet were found in the pod.
+pub(super) fn is_same(wanted: &Workload, enrolled: &Workload) -> bool {
+    let found = &enrolled.addresses;
+    let all_found = wanted.addresses.iter().all(|address| found.contains(address));
+    wanted.cgroup == enrolled.cgroup
+        && wanted.identity == enrolled.identity
+        && (wanted.addresses.is_empty() || all_found && wanted.addresses.len() == found.len())
+        && (wanted.egress, wanted.udp) == (enrolled.egress, enrolled.udp)
+}
+
+#[cfg(test)]
+mod tests;
