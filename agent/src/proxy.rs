@@ -30,8 +30,8 @@ use tacit_core::{
     directory::{Directory, Workload},
     policy::Policies,
     pool::Pool,
+    refusal::{Refusal, RefusalReason},
     spiffe::{SpiffeId, TrustDomain},
-    wire::open::DenyReason,
 };
 use tacit_identity::manager::Identities;
 use tacit_kernel::{
@@ -50,7 +50,7 @@ use crate::{
     enrol::{Pod, Pods},
     mesh::Mesh,
     proxy::{drain::Drain, workers::Workers},
-    telemetry::{Party, Refusal, Reporter, Security, Telemetry},
+    telemetry::{Ends, Party, Reporter, Security, Telemetry},
 };
 
 /// How long an application may take to accept. It is on this node: more means its backlog is full.
@@ -199,7 +199,7 @@ impl Proxy {
         Ok(connected)
     }
 
-    /// One end of a flow, with what the directory knows of it.
+    /// Returns one end of a flow, with the directory's workload at `address` and the identity that was proven.
     #[must_use]
     pub fn party(&self, address: SocketAddr, identity: Option<SpiffeId>) -> Party {
         Party { address, workload: self.workload(address.ip()), identity }
@@ -209,40 +209,30 @@ impl Proxy {
         self.directory.current().at(address).cloned()
     }
 
-    /// Resets a connection and says why.
-    pub fn refuse(&self, connection: TcpStream, refused: Refused) {
-        self.report(refused);
+    /// Counts and logs a refusal, and resets the connection.
+    pub fn refuse(&self, connection: TcpStream, by: Reporter, addresses: Addresses, refusal: Refusal) {
+        self.report(by, addresses, refusal);
         reset(connection);
     }
 
-    /// Counts and logs a refusal.
-    pub fn report(&self, refused: Refused) {
-        let Refused { reporter, source, destination, identity, reason, detail } = refused;
-        self.telemetry.refused(&Refusal {
-            reporter,
-            source: self.party(source, identity),
-            destination: self.party(destination, None),
-            reason,
-            detail,
-        });
+    /// Counts and logs a refusal by this agent, as the agent of the end `by`.
+    pub fn report(&self, by: Reporter, addresses: Addresses, mut refusal: Refusal) {
+        let ends = Ends {
+            reporter: by,
+            source: self.party(addresses.source, refusal.source.take()),
+            destination: self.party(addresses.destination, None),
+        };
+        self.telemetry.refused(&ends, &refusal);
     }
 }
 
-/// A connection that is not to be, and why.
-#[derive(Debug)]
-pub struct Refused {
-    /// Which side of the flow this agent is.
-    pub reporter: Reporter,
-    /// Who asked.
+/// The addresses of a flow, as both applications see them.
+#[derive(Debug, Clone, Copy)]
+pub struct Addresses {
+    /// The client's.
     pub source: SocketAddr,
-    /// For what.
+    /// The server's.
     pub destination: SocketAddr,
-    /// Who the source proved to be.
-    pub identity: Option<SpiffeId>,
-    /// Stable label.
-    pub reason: &'static str,
-    /// For people.
-    pub detail: String,
 }
 
 /// How a flow over a session is protected.
@@ -251,14 +241,15 @@ pub fn security(tls: &TlsInfo) -> Security {
     Security::MutualTls { version: tls.version, cipher: tls.cipher, key_exchange: tls.key_exchange }
 }
 
-/// What a failed connect to an application is called, to the peer and in metrics.
+/// Returns the refusal of a flow whose application or plaintext destination cannot be connected to.
 #[must_use]
-pub fn deny_reason(error: &io::Error) -> DenyReason {
-    match error.kind() {
-        io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => DenyReason::ConnectionRefused,
-        io::ErrorKind::TimedOut => DenyReason::TimedOut,
-        _ => DenyReason::Unreachable,
-    }
+pub fn not_connected(error: &io::Error) -> Refusal {
+    let reason = match error.kind() {
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => RefusalReason::ConnectionRefused,
+        io::ErrorKind::TimedOut => RefusalReason::TimedOut,
+        _ => RefusalReason::Unreachable,
+    };
+    Refusal::new(reason, error)
 }
 
 /// Accepts on `listener` until the pod or the agent ends; each connection gets a task of its own.

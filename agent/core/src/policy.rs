@@ -24,7 +24,7 @@ use std::{
     sync::Arc,
 };
 
-use crate::{directory::Workload, spiffe::SpiffeId, yaml::Mistakes};
+use crate::{directory::Workload, refusal::RefusalReason, spiffe::SpiffeId, yaml::Mistakes};
 
 mod authorization;
 pub mod explain;
@@ -263,13 +263,13 @@ pub enum PolicyDenial<'p> {
 }
 
 impl PolicyDenial<'_> {
-    /// Stable name for logs and metric labels.
+    /// Returns the reason for which the flow is refused.
     #[must_use]
-    pub fn label(&self) -> &'static str {
+    pub fn reason(&self) -> RefusalReason {
         match self {
-            Self::PlaintextInStrict => "plaintext_in_strict",
-            Self::DeniedBy(_) => "denied_by_policy",
-            Self::NotAllowed(_) => "not_allowed_by_policy",
+            Self::PlaintextInStrict => RefusalReason::PlaintextInStrict,
+            Self::DeniedBy(_) => RefusalReason::DeniedByPolicy,
+            Self::NotAllowed(_) => RefusalReason::NotAllowedByPolicy,
         }
     }
 }

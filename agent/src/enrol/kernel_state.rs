@@ -11,6 +11,7 @@ use std::{
 use tacit_core::{
     directory::{Directory, Egress, Udp, Workload},
     policy::{Authorization, Flow, FlowSource, Mode, Modes, Verdict, decide},
+    refusal::Refusal,
 };
 use tacit_kernel::{
     GuardedLink, KernelError, PlaintextEgress, PlaintextHandling, PodEntry, cgroup, host, netns::Netns,
@@ -19,7 +20,7 @@ use tacit_kernel::{
 
 use crate::{
     enrol::{Enroller, NotYet, Pod, State},
-    telemetry::{Party, Refusal, Reporter},
+    telemetry::{Ends, Party, Reporter},
 };
 
 /// How long after a change of policy connections are looked for that came before it: above the time in which a client
@@ -132,16 +133,12 @@ impl Enroller {
                 return None;
             }
             let flow = Flow { source: FlowSource::Plaintext, client: remote.ip(), destination: local };
-            let Verdict::Deny(reason) = decide(&modes, &authorization, &flow) else { return None };
-            Some(Refusal {
-                reporter: Reporter::Destination,
-                source: party(remote),
-                destination: party(local),
-                reason: reason.label(),
-                detail: reason.to_string(),
-            })
+            let Verdict::Deny(denial) = decide(&modes, &authorization, &flow) else { return None };
+            let ends =
+                Ends { reporter: Reporter::Destination, source: party(remote), destination: party(local) };
+            Some((ends, Refusal::new(denial.reason(), denial)))
         };
-        let ended = |refusal: &Refusal| self.telemetry.revoked(refusal);
+        let ended = |(ends, refusal): &(Ends, Refusal)| self.telemetry.revoked(ends, refusal);
         if let Err(error) =
             reset_sockets::reset_accepted(&pod.netns, &self.host, self.kernel.cgroup, denial, ended)
         {

@@ -9,50 +9,42 @@ use std::{
     sync::Arc,
 };
 
-use tacit_core::policy::{Authorization, Flow, Verdict, decide};
+use tacit_core::{
+    policy::{Authorization, Flow, Verdict, decide},
+    refusal::Refusal,
+};
 use tokio::sync::watch;
 
 use crate::{
     enrol::Pod,
-    telemetry::{LiveFlow, Party, Refusal, Reporter, Telemetry},
+    telemetry::{Ends, LiveFlow, Telemetry},
 };
 
 /// Tells of each change of a pod's policies since a flow was decided on.
 pub type Changes = watch::Receiver<Arc<Authorization>>;
 
-/// Why a flow is not, or no longer, admitted.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Denial {
-    /// Stable label.
-    pub label: &'static str,
-    /// For people: which policy, which rule.
-    pub detail: String,
-}
-
 /// Decides on a flow to `pod` and tells which audits it matched. What is returned is for [`revoked`].
 ///
 /// # Errors
-/// [`Denial`] when it is not to be.
+/// [`Refusal`] if policy does not admit the flow.
 pub fn admit(
     telemetry: &Telemetry,
     pod: &Pod,
     flow: &Flow<'_>,
-    ends: impl Fn() -> (Reporter, Party, Party),
-) -> Result<Changes, Denial> {
+    ends: impl Fn() -> Ends,
+) -> Result<Changes, Refusal> {
     // Before the decision: a change that comes meanwhile is not missed.
     let changes = pod.policy_changes();
     for audit in pod.authorization().audits(flow) {
-        let (reporter, source, destination) = ends();
-        let detail = audit.to_string();
-        telemetry.audited(&Refusal { reporter, source, destination, reason: "audited", detail });
+        telemetry.audited(&ends(), &audit.to_string());
     }
     verdict(pod, flow).map(|()| changes)
 }
 
-fn verdict(pod: &Pod, flow: &Flow<'_>) -> Result<(), Denial> {
+fn verdict(pod: &Pod, flow: &Flow<'_>) -> Result<(), Refusal> {
     match decide(&pod.modes.load(), &pod.authorization(), flow) {
         Verdict::Allow => Ok(()),
-        Verdict::Deny(reason) => Err(Denial { label: reason.label(), detail: reason.to_string() }),
+        Verdict::Deny(denial) => Err(Refusal::new(denial.reason(), denial)),
     }
 }
 
@@ -65,11 +57,11 @@ pub fn revoked<'a>(
     pod: &'a Pod,
     flow: impl Fn() -> Flow<'a> + Send + 'a,
     mut changes: Changes,
-) -> impl Future<Output = Denial> + Send + 'a {
+) -> impl Future<Output = Refusal> + Send + 'a {
     async move {
         while changes.changed().await.is_ok() {
-            if let Err(denial) = verdict(pod, &flow()) {
-                return denial;
+            if let Err(refusal) = verdict(pod, &flow()) {
+                return refusal;
             }
         }
         pending().await
@@ -77,14 +69,7 @@ pub fn revoked<'a>(
 }
 
 /// Ends a flow that policy no longer allows; its sockets were reset by then.
-pub fn revoke(telemetry: &Telemetry, live: LiveFlow, denial: Denial) {
-    let spec = live.spec();
-    telemetry.revoked(&Refusal {
-        reporter: spec.reporter,
-        source: spec.source.clone(),
-        destination: spec.destination.clone(),
-        reason: denial.label,
-        detail: denial.detail,
-    });
+pub fn revoke(telemetry: &Telemetry, live: LiveFlow, refusal: &Refusal) {
+    telemetry.revoked(&live.spec().ends, refusal);
     live.close("revoked");
 }

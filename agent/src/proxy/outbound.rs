@@ -22,8 +22,8 @@ use tacit_core::{
     balance::PickedEndpoint,
     directory::Directory,
     policy::{self, Flow, FlowSource},
-    route::{self, Route, RouteInput},
-    spiffe::SpiffeId,
+    refusal::{Refusal, RefusalReason},
+    route::{self, PlaintextCause, Route, RouteInput},
 };
 use tacit_kernel::socket::connect;
 use tacit_tunnel::{Session, relay, socket};
@@ -32,11 +32,11 @@ use tokio::net::TcpStream;
 use crate::{
     enrol::{self, Pod},
     proxy::{
-        PoolKey, Proxy, Refused,
-        authorize::{self, Changes, Denial},
-        canonical, deny_reason,
+        Addresses, PoolKey, Proxy,
+        authorize::{self, Changes},
+        canonical, not_connected,
     },
-    telemetry::{FlowSpec, LiveFlow, Reporter, Security},
+    telemetry::{Ends, FlowSpec, LiveFlow, Reporter, Security},
 };
 
 /// How long an address that the directory does not know is waited for. Above the delay of a watch (tens of ms), below
@@ -47,13 +47,6 @@ const PEER_CONNECT: Duration = Duration::from_secs(10);
 
 mod service;
 mod session;
-
-/// The two ends of a flow, as both applications see them.
-#[derive(Clone, Copy)]
-struct Ends {
-    source: SocketAddr,
-    destination: SocketAddr,
-}
 
 /// One try to make a way.
 #[derive(Clone, Copy)]
@@ -74,34 +67,6 @@ enum Way {
     Tunnel(Box<Session>, u64, FlowSpec, PoolKey),
 }
 
-/// Why a captured connection was reset.
-struct Failure {
-    reason: &'static str,
-    detail: String,
-    /// Who was refused, where that is proven.
-    identity: Option<SpiffeId>,
-    fault: Fault,
-}
-
-/// Whose fault a failure is.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Fault {
-    /// The destination's: it does not answer. Another endpoint of the same service may.
-    Destination,
-    /// It would be the same with every destination, or must not be tried again.
-    Other,
-}
-
-impl Failure {
-    fn new(reason: &'static str, detail: impl ToString) -> Self {
-        Self { reason, detail: detail.to_string(), identity: None, fault: Fault::Other }
-    }
-
-    fn of_destination(reason: &'static str, detail: impl ToString) -> Self {
-        Self { fault: Fault::Destination, ..Self::new(reason, detail) }
-    }
-}
-
 /// Serves one captured connection to its end.
 pub async fn handle(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) {
     relay::connection_started();
@@ -117,15 +82,16 @@ type Carried = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Finds a way and sets out; `None` when the connection was refused.
 async fn set_out(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) -> Option<Carried> {
-    let Some((source, destination)) = find_destination(&path, &pod, &app, client) else {
+    let Some(addresses) = find_destination(&path, &pod, &app, client) else {
         let at = app.local_addr().map_or(client, canonical);
-        path.refuse(app, refused(client, at, Failure::new("no_destination", "not a captured connection")));
+        let refusal = Refusal::new(RefusalReason::NoDestination, "not a captured connection");
+        path.refuse(app, Reporter::Source, Addresses { source: client, destination: at }, refusal);
         return None;
     };
-    match find_way(&path, &pod, Ends { source, destination }, &app).await {
+    match find_way(&path, &pod, addresses, &app).await {
         Ok((way, held)) => Some(carry(path, pod, app, way, held.map(Box::new))),
-        Err(failure) => {
-            path.refuse(app, refused(source, destination, failure));
+        Err(refusal) => {
+            path.refuse(app, Reporter::Source, addresses, refusal);
             None
         }
     }
@@ -135,16 +101,16 @@ async fn set_out(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, client: Socket
 async fn find_way(
     path: &Proxy,
     pod: &Pod,
-    ends: Ends,
+    addresses: Addresses,
     app: &TcpStream,
-) -> Result<(Way, Option<PickedEndpoint>), Failure> {
-    let directory = discover(path, ends.destination).await;
-    if let Some(service) = directory.service_at(ends.destination.ip()) {
-        return service::reach(path, pod, service, ends, app).await;
+) -> Result<(Way, Option<PickedEndpoint>), Refusal> {
+    let directory = discover(path, addresses.destination).await;
+    if let Some(service) = directory.service_at(addresses.destination.ip()) {
+        return service::reach(path, pod, service, addresses, app).await;
     }
-    let route = find_route(path, pod, &directory, ends.destination);
+    let route = find_route(path, pod, &directory, addresses.destination);
     let attempt = Attempt { limit: PEER_CONNECT, optimistic: Some(app) };
-    reach(path, pod, route, ends, attempt).await.map(|way| (way, None))
+    reach(path, pod, route, addresses, attempt).await.map(|way| (way, None))
 }
 
 /// The directory, once it knows the address: a bounded wait for an unknown one.
@@ -159,16 +125,16 @@ async fn reach(
     path: &Proxy,
     pod: &Pod,
     route: Route,
-    ends: Ends,
+    addresses: Addresses,
     attempt: Attempt<'_>,
-) -> Result<Way, Failure> {
+) -> Result<Way, Refusal> {
     match route {
-        Route::SameNode => hand_over(path, pod, ends).await,
-        Route::Tunnel(expected) => session::tunnel(path, pod, ends, &expected, attempt).await,
-        Route::Plaintext(why) => clear(path, pod, ends, why, attempt.limit).await,
+        Route::SameNode => hand_over(path, pod, addresses).await,
+        Route::Tunnel(expected) => session::tunnel(path, pod, addresses, &expected, attempt).await,
+        Route::Plaintext(cause) => clear(path, pod, addresses, cause, attempt.limit).await,
         Route::Refuse(reason) => {
             let mode = pod.modes.load().default;
-            Err(Failure::new(reason, format!("mode of {} is {mode:?}", pod.workload.name)))
+            Err(Refusal::new(reason, format!("mode of {} is {mode:?}", pod.workload.name)))
         }
     }
 }
@@ -187,7 +153,7 @@ fn carry(
             Box::pin(relay_plain(path, app, server, flow, pending(), held))
         }
         Way::SameNode(server, spec, target, changes) => Box::pin(async move {
-            let (client, destination) = (spec.source.address.ip(), spec.destination.address);
+            let (client, destination) = (spec.ends.source.address.ip(), spec.ends.destination.address);
             let flow = path.telemetry.open_flow(spec);
             let asked = || Flow { source: FlowSource::SameNode(&pod.workload.identity), client, destination };
             let revoked = authorize::revoked(&target, asked, changes);
@@ -215,19 +181,14 @@ fn carry(
 
 /// The flow's two ends as both applications see them. `None` also for a client that took another's address as its own
 /// (IP_TRANSPARENT): answers to it would leave the pod, in clear.
-fn find_destination(
-    path: &Proxy,
-    pod: &Pod,
-    app: &TcpStream,
-    client: SocketAddr,
-) -> Option<(SocketAddr, SocketAddr)> {
+fn find_destination(path: &Proxy, pod: &Pod, app: &TcpStream, client: SocketAddr) -> Option<Addresses> {
     let at = canonical(app.local_addr().ok()?);
     let destination = path.kernel.maps.destination(pod.netns.cookie(), client, at)?;
     if !client.ip().is_loopback() && !pod.workload.addresses.contains(&client.ip()) {
         return None;
     }
     let source = SocketAddr::new(pod.address_like(destination.ip())?, client.port());
-    Some((source, destination))
+    Some(Addresses { source, destination })
 }
 
 fn find_route(path: &Proxy, pod: &Pod, directory: &Directory, destination: SocketAddr) -> Route {
@@ -243,43 +204,28 @@ fn find_route(path: &Proxy, pod: &Pod, directory: &Directory, destination: Socke
     })
 }
 
-fn refused(source: SocketAddr, destination: SocketAddr, failure: Failure) -> Refused {
-    Refused {
-        reporter: Reporter::Source,
-        source,
-        destination,
-        identity: failure.identity,
-        reason: failure.reason,
-        detail: failure.detail,
-    }
-}
-
 /// Both pods are on this node: identity, mode and policies apply, no byte touches a wire.
-async fn hand_over(path: &Proxy, pod: &Pod, ends: Ends) -> Result<Way, Failure> {
-    let Ends { source, destination } = ends;
+async fn hand_over(path: &Proxy, pod: &Pod, addresses: Addresses) -> Result<Way, Refusal> {
+    let Addresses { source, destination } = addresses;
     let target = path.table.load().at(destination.ip()).cloned();
     let target = target.ok_or_else(|| {
-        Failure::of_destination("destination_gone", "the destination is no longer enrolled here")
+        Refusal::new(RefusalReason::DestinationGone, "the destination is no longer enrolled here")
     })?;
     let identity = &pod.workload.identity;
     let asked = Flow { source: FlowSource::SameNode(identity), client: source.ip(), destination };
     let ends = || {
         let own = Some(target.workload.identity.clone());
-        (Reporter::Source, path.party(source, Some(identity.clone())), path.party(destination, own))
+        Ends {
+            reporter: Reporter::Source,
+            source: path.party(source, Some(identity.clone())),
+            destination: path.party(destination, own),
+        }
     };
     let admitted = authorize::admit(&path.telemetry, &target, &asked, ends);
-    let changes = admitted.map_err(|denial| Failure {
-        identity: Some(identity.clone()),
-        ..Failure::new(denial.label, denial.detail)
-    })?;
-    let server = path.to_application(&target, destination, source).await.map_err(unreachable)?;
-    let spec = FlowSpec {
-        reporter: Reporter::Source,
-        source: path.party(source, Some(identity.clone())),
-        destination: path.party(destination, Some(target.workload.identity.clone())),
-        security: Security::SameNode,
-        trace: [0; 16],
-    };
+    let changes = admitted.map_err(|refusal| refusal.of(identity))?;
+    let server =
+        path.to_application(&target, destination, source).await.map_err(|error| not_connected(&error))?;
+    let spec = FlowSpec { ends: ends(), security: Security::SameNode, trace: [0; 16] };
     Ok(Way::SameNode(server, spec, target, changes))
 }
 
@@ -287,26 +233,25 @@ async fn hand_over(path: &Proxy, pod: &Pod, ends: Ends) -> Result<Way, Failure> 
 async fn clear(
     path: &Proxy,
     pod: &Pod,
-    ends: Ends,
-    why: &'static str,
+    addresses: Addresses,
+    cause: PlaintextCause,
     limit: Duration,
-) -> Result<Way, Failure> {
-    let Ends { source, destination } = ends;
-    let server = connect(&pod.netns, &path.host, destination, limit).await.map_err(unreachable)?;
+) -> Result<Way, Refusal> {
+    let Addresses { source, destination } = addresses;
+    let connected = connect(&pod.netns, &path.host, destination, limit).await;
+    let server = connected.map_err(|error| not_connected(&error))?;
     socket::reset_if_dropped(&server);
-    tracing::debug!(%source, %destination, why, "in clear");
+    tracing::debug!(%source, %destination, why = cause.label(), "in clear");
     let spec = FlowSpec {
-        reporter: Reporter::Source,
-        source: path.party(source, None),
-        destination: path.party(destination, None),
+        ends: Ends {
+            reporter: Reporter::Source,
+            source: path.party(source, None),
+            destination: path.party(destination, None),
+        },
         security: Security::Plaintext,
         trace: [0; 16],
     };
     Ok(Way::Plain(server, spec))
-}
-
-fn unreachable(error: std::io::Error) -> Failure {
-    Failure::of_destination(deny_reason(&error).label(), error)
 }
 
 async fn relay_plain(
@@ -314,13 +259,13 @@ async fn relay_plain(
     app: TcpStream,
     server: TcpStream,
     flow: LiveFlow,
-    revoked: impl Future<Output = Denial>,
+    revoked: impl Future<Output = Refusal>,
     _held: Option<Box<PickedEndpoint>>,
 ) {
     let end = tokio::select! {
         end = relay::plain(app, server, flow.counters()) => end.label(),
         () = path.drain.cut.cancelled() => "cut",
-        denial = revoked => return authorize::revoke(&path.telemetry, flow, denial),
+        refusal = revoked => return authorize::revoke(&path.telemetry, flow, &refusal),
     };
     flow.close(end);
 }

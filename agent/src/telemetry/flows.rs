@@ -69,6 +69,17 @@ pub struct Party {
     pub identity: Option<SpiffeId>,
 }
 
+/// Both ends of a connection, and which of them is here.
+#[derive(Debug, Clone)]
+pub struct Ends {
+    /// Which end is here.
+    pub reporter: Reporter,
+    /// Who opened the connection.
+    pub source: Party,
+    /// Who accepted it, or was to.
+    pub destination: Party,
+}
+
 /// How a flow is protected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Security {
@@ -102,12 +113,8 @@ impl Security {
 /// What is known of a flow when it opens.
 #[derive(Debug, Clone)]
 pub struct FlowSpec {
-    /// Which end is here.
-    pub reporter: Reporter,
-    /// Who opened the connection.
-    pub source: Party,
-    /// Who accepted it.
-    pub destination: Party,
+    /// Its two ends.
+    pub ends: Ends,
     /// How it is protected.
     pub security: Security,
     /// The trace id both agents log; all zero when the flow crossed no tunnel.
@@ -124,8 +131,9 @@ impl FlowSpec {
     /// The ends on this node.
     fn here(&self) -> impl Iterator<Item = &Party> {
         let both = self.security == Security::SameNode;
-        let source = (both || self.reporter == Reporter::Source).then_some(&self.source);
-        let destination = (both || self.reporter == Reporter::Destination).then_some(&self.destination);
+        let Ends { reporter, source, destination } = &self.ends;
+        let source = (both || *reporter == Reporter::Source).then_some(source);
+        let destination = (both || *reporter == Reporter::Destination).then_some(destination);
         source.into_iter().chain(destination)
     }
 
@@ -133,8 +141,8 @@ impl FlowSpec {
     /// held.
     fn without_unproven(mut self) -> Self {
         if self.security == Security::Plaintext {
-            self.source.identity = None;
-            self.destination.identity = None;
+            self.ends.source.identity = None;
+            self.ends.destination.identity = None;
         }
         self
     }
@@ -226,9 +234,9 @@ impl Record {
     fn status(&self, now: Instant) -> FlowStatus {
         let spec = &self.spec;
         FlowStatus {
-            reporter: spec.reporter.label().to_owned(),
-            source: PartyStatus::from(&spec.source),
-            destination: PartyStatus::from(&spec.destination),
+            reporter: spec.ends.reporter.label().to_owned(),
+            source: PartyStatus::from(&spec.ends.source),
+            destination: PartyStatus::from(&spec.ends.destination),
             security: spec.security.label().to_owned(),
             key_exchange: match &spec.security {
                 Security::MutualTls { key_exchange, .. } => Some(key_exchange.to_string()),

@@ -12,10 +12,11 @@ use std::{
 use tacit_core::{
     balance::{EndpointRequest, PickedEndpoint},
     directory::{NoEndpoint, Service},
+    refusal::{Fault, Refusal},
 };
 use tokio::net::TcpStream;
 
-use super::{Attempt, Ends, Failure, Fault, PEER_CONNECT, Pod, Proxy, Way};
+use super::{Addresses, Attempt, PEER_CONNECT, Pod, Proxy, Way};
 
 /// Endpoints that are tried for one connection.
 const TRIES: usize = 3;
@@ -28,9 +29,9 @@ pub(super) async fn reach(
     path: &Proxy,
     pod: &Pod,
     service: &Arc<Service>,
-    asked: Ends,
+    asked: Addresses,
     app: &TcpStream,
-) -> Result<(Way, Option<PickedEndpoint>), Failure> {
+) -> Result<(Way, Option<PickedEndpoint>), Refusal> {
     let request = EndpointRequest {
         service,
         address: asked.destination,
@@ -38,39 +39,39 @@ pub(super) async fn reach(
         node: &pod.workload.node,
     };
     let mut tried = Vec::with_capacity(TRIES);
-    let mut last: Option<Failure> = None;
+    let mut last: Option<Refusal> = None;
     loop {
         let held = match path.balancer.pick(&request, &tried, Instant::now()) {
             Ok(held) => held,
             Err(none) => {
                 return Err(last.filter(|_| none == NoEndpoint::AllTried).unwrap_or_else(|| {
-                    Failure::new(none.label(), format!("{}/{}: {none}", service.namespace, service.name))
+                    Refusal::new(none.reason(), format!("{}/{}: {none}", service.namespace, service.name))
                 }));
             }
         };
-        let ends = Ends { source: asked.source, destination: held.endpoint() };
-        tried.push(ends.destination);
+        let addresses = Addresses { source: asked.source, destination: held.endpoint() };
+        tried.push(addresses.destination);
         let is_last = tried.len() == TRIES || !path.balancer.has_more(&request, &tried);
         let attempt = if is_last {
             Attempt { limit: PEER_CONNECT, optimistic: Some(app) }
         } else {
             Attempt { limit: TRY_CONNECT, optimistic: None }
         };
-        let directory = super::discover(path, ends.destination).await;
-        let route = super::find_route(path, pod, &directory, ends.destination);
-        match super::reach(path, pod, route, ends, attempt).await {
+        let directory = super::discover(path, addresses.destination).await;
+        let route = super::find_route(path, pod, &directory, addresses.destination);
+        match super::reach(path, pod, route, addresses, attempt).await {
             Ok(way) => {
                 path.balancer.record_affinity(&request, held.endpoint(), Instant::now());
                 return Ok((way, Some(held)));
             }
-            Err(failure) if failure.fault == Fault::Destination && !is_last => {
-                tracing::debug!(service = %service.name, endpoint = %ends.destination, reason = failure.reason, "next endpoint");
-                last = Some(failure);
+            Err(refusal) if refusal.reason.fault() == Fault::Destination && !is_last => {
+                tracing::debug!(service = %service.name, endpoint = %addresses.destination, reason = refusal.reason.label(), "next endpoint");
+                last = Some(refusal);
             }
-            Err(failure) => {
-                return Err(Failure {
-                    detail: format!("{}: {}", ends.destination, failure.detail),
-                    ..failure
+            Err(refusal) => {
+                return Err(Refusal {
+                    detail: format!("{}: {}", addresses.destination, refusal.detail),
+                    ..refusal
                 });
             }
         }

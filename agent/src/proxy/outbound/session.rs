@@ -7,6 +7,7 @@ use std::{
 };
 
 use tacit_core::{
+    refusal::{Refusal, RefusalReason},
     spiffe::SpiffeId,
     wire::open::{DenyReason, Open, OptimisticMode},
 };
@@ -14,10 +15,10 @@ use tacit_identity::credentials::Credentials;
 use tacit_kernel::socket::connect;
 use tacit_tunnel::{OpenError, Session, random_trace_id, session::OptimisticData};
 
-use super::{Attempt, Ends, Failure, Pod, Proxy, Way};
+use super::{Addresses, Attempt, Pod, Proxy, Way};
 use crate::{
     proxy::{PoolKey, security, workers::Workers},
-    telemetry::{FlowSpec, Reporter},
+    telemetry::{Ends, FlowSpec, Reporter},
 };
 
 /// Port of the tunnel.
@@ -27,15 +28,15 @@ const TUNNEL: u16 = tacit_abi::tcp_port::TUNNEL;
 pub(super) async fn tunnel(
     path: &Proxy,
     pod: &Pod,
-    ends: Ends,
+    addresses: Addresses,
     expected: &SpiffeId,
     attempt: Attempt<'_>,
-) -> Result<Way, Failure> {
-    let Ends { source, destination } = ends;
+) -> Result<Way, Refusal> {
+    let Addresses { source, destination } = addresses;
     let identity = pod.workload.identity.clone();
     let own = path.identities.current(&identity).ok_or_else(|| {
         let detail = format!("{identity} has no valid certificate; see `tacit status`");
-        Failure::new("no_certificate", detail)
+        Refusal::new(RefusalReason::NoCertificate, detail)
     })?;
     let key = PoolKey {
         worker: Workers::current(),
@@ -48,9 +49,11 @@ pub(super) async fn tunnel(
         Open { destination, client: source, trace: random_trace_id(), optimistic_data: OptimisticMode::Off };
     let (session, optimistic_bytes) = Box::pin(opened(path, pod, &own, &key, &open, attempt)).await?;
     let spec = FlowSpec {
-        reporter: Reporter::Source,
-        source: path.party(source, Some(identity)),
-        destination: path.party(destination, Some(session.peer().clone())),
+        ends: Ends {
+            reporter: Reporter::Source,
+            source: path.party(source, Some(identity)),
+            destination: path.party(destination, Some(session.peer().clone())),
+        },
         security: security(session.tls()),
         trace: open.trace.0,
     };
@@ -65,7 +68,7 @@ async fn opened(
     key: &PoolKey,
     open: &Open,
     attempt: Attempt<'_>,
-) -> Result<(Box<Session>, u64), Failure> {
+) -> Result<(Box<Session>, u64), Refusal> {
     let mut optimistic = attempt.optimistic.map(OptimisticData::new);
     // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it were taken: the
     // destination may have read those, so they are not sent twice.
@@ -73,21 +76,22 @@ async fn opened(
         match session.open(open, optimistic.as_mut()).await {
             Ok(()) => return Ok((session, taken_bytes(&optimistic))),
             Err(OpenError::Denied(reason)) => return Err(denied(path, key, session, reason)),
-            Err(error) if taken_bytes(&optimistic) > 0 => return Err(Failure::new(error.reason(), error)),
+            Err(error) if taken_bytes(&optimistic) > 0 => return Err(Refusal::new(error.reason(), error)),
             Err(error) => tracing::debug!(%error, "idle session was dead"),
         }
     }
     let peer = SocketAddr::new(open.destination.ip(), TUNNEL);
     let tcp = connect(&pod.netns, &path.host, peer, attempt.limit).await.map_err(|e| {
-        Failure::of_destination("peer_unreachable", format!("{peer}: {e}; does an agent run on that node?"))
+        let detail = format!("{peer}: {e}; does an agent run on that node?");
+        Refusal::new(RefusalReason::PeerUnreachable, detail)
     })?;
     let connected = Session::connect(tcp, own, &key.identity).await;
-    let mut session = connected.map_err(|e| Failure::new(e.reason(), e))?;
+    let mut session = connected.map_err(|e| Refusal::new(e.reason(), e))?;
     match session.open(open, optimistic.as_mut()).await {
         Ok(()) => Ok((session, taken_bytes(&optimistic))),
         Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason)),
-        Err(OpenError::Stale(error) | OpenError::Tunnel(error)) => Err(Failure::new(error.reason(), error)),
-        Err(error @ OpenError::Abandoned) => Err(Failure::new(error.reason(), error)),
+        Err(OpenError::Stale(error) | OpenError::Tunnel(error)) => Err(Refusal::new(error.reason(), error)),
+        Err(error @ OpenError::Abandoned) => Err(Refusal::new(error.reason(), error)),
     }
 }
 
@@ -115,23 +119,13 @@ fn take(path: &Proxy, key: &PoolKey) -> Option<Box<Session>> {
 }
 
 /// A denied flow leaves its session as good as before, if nothing was sent before the answer.
-fn denied(path: &Proxy, key: &PoolKey, session: Box<Session>, reason: DenyReason) -> Failure {
+fn denied(path: &Proxy, key: &PoolKey, session: Box<Session>, reason: DenyReason) -> Refusal {
     if session.is_idle() {
         keep(path, key.clone(), session);
     } else {
         session.close();
     }
-    let detail = format!("{} denied it", key.identity);
-    match reason {
-        DenyReason::Policy | DenyReason::Other(_) => Failure::new(reason.label(), detail),
-        DenyReason::UnknownDestination
-        | DenyReason::ConnectionRefused
-        | DenyReason::Unreachable
-        | DenyReason::TimedOut
-        | DenyReason::Draining
-        | DenyReason::Overloaded
-        | DenyReason::Internal => Failure::of_destination(reason.label(), detail),
-    }
+    Refusal::new(reason.reason(), format!("{} denied it", key.identity))
 }
 
 fn is_usable(session: &Session) -> bool {

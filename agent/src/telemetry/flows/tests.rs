@@ -66,13 +66,14 @@ fn the_list_is_bounded_and_starts_with_the_newest() {
 fn a_flow_in_clear_is_reported_without_identities() {
     let table = Arc::new(FlowTable::default());
     let flow = FlowTable::open(&table, spec(Security::Plaintext), Instant::now());
-    assert!(flow.spec().source.identity.is_none() && flow.spec().destination.identity.is_none());
+    let ends = &flow.spec().ends;
+    assert!(ends.source.identity.is_none() && ends.destination.identity.is_none());
 }
 
 #[test]
 fn live_flows_are_counted_for_the_pods_that_are_here() {
     let table = Arc::new(FlowTable::default());
-    let inbound = FlowSpec { reporter: Reporter::Destination, ..spec(mutual_tls()) };
+    let inbound = FlowSpec { ends: ends(Reporter::Destination), ..spec(mutual_tls()) };
     let _flows = [spec(mutual_tls()), spec(Security::SameNode), inbound]
         .map(|spec| FlowTable::open(&table, spec, Instant::now()));
     let counts: Vec<_> =
@@ -98,13 +99,12 @@ pub(in crate::telemetry) fn workload(name: &str) -> Workload {
 
 /// `web` to `api`, as the agent of `web` sees it.
 pub(in crate::telemetry) fn spec(security: Security) -> FlowSpec {
-    FlowSpec {
-        reporter: Reporter::Source,
-        source: party("web", "10.77.1.2:40000"),
-        destination: party("api", "10.77.2.3:80"),
-        security,
-        trace: [0xab; 16],
-    }
+    FlowSpec { ends: ends(Reporter::Source), security, trace: [0xab; 16] }
+}
+
+/// `web` and `api`, as seen by the agent of `reporter`.
+pub(in crate::telemetry) fn ends(reporter: Reporter) -> Ends {
+    Ends { reporter, source: party("web", "10.77.1.2:40000"), destination: party("api", "10.77.2.3:80") }
 }
 
 pub(in crate::telemetry) fn party(name: &str, address: &str) -> Party {

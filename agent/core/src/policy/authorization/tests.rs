@@ -293,7 +293,7 @@ fn a_denial_names_policy_and_rule() {
         let Verdict::Deny(reason) = decide(&permissive, &authorization, &flow(FlowSource::Plaintext)) else {
             panic!("allowed: {specs:?}")
         };
-        assert_eq!((reason.to_string().as_str(), reason.label()), (expected, label));
+        assert_eq!((reason.to_string().as_str(), reason.reason().label()), (expected, label));
     }
 }
 
