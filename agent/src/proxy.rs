@@ -199,10 +199,26 @@ impl Proxy {
         Ok(connected)
     }
 
-    /// Returns one end of a flow, with the directory's workload at `address` and the identity that was proven.
+    /// Returns both ends of a flow that this agent reports as the agent of the end `by`, with the directory's workloads and
+    /// the identities that were proven.
     #[must_use]
-    pub fn party(&self, address: SocketAddr, identity: Option<SpiffeId>) -> Party {
-        Party { address, workload: self.workload(address.ip()), identity }
+    pub fn ends(
+        &self,
+        by: Reporter,
+        addresses: Addresses,
+        source: Option<SpiffeId>,
+        destination: Option<SpiffeId>,
+    ) -> Ends {
+        let party = |address: SocketAddr, identity| Party {
+            address,
+            workload: self.workload(address.ip()),
+            identity,
+        };
+        Ends {
+            reporter: by,
+            source: party(addresses.source, source),
+            destination: party(addresses.destination, destination),
+        }
     }
 
     fn workload(&self, address: IpAddr) -> Option<Arc<Workload>> {
@@ -217,11 +233,7 @@ impl Proxy {
 
     /// Counts and logs a refusal by this agent, as the agent of the end `by`.
     pub fn report(&self, by: Reporter, addresses: Addresses, mut refusal: Refusal) {
-        let ends = Ends {
-            reporter: by,
-            source: self.party(addresses.source, refusal.source.take()),
-            destination: self.party(addresses.destination, None),
-        };
+        let ends = self.ends(by, addresses, refusal.source.take(), None);
         self.telemetry.refused(&ends, &refusal);
     }
 }

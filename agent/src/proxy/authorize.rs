@@ -20,51 +20,53 @@ use crate::{
     telemetry::{Ends, LiveFlow, Telemetry},
 };
 
-/// Tells of each change of a pod's policies since a flow was decided on.
-pub type Changes = watch::Receiver<Arc<Authorization>>;
+/// A flow that policy admits to a pod. It keeps the proof that the flow arrived with for every later decision.
+#[derive(Debug)]
+pub struct Admitted {
+    flow: Flow,
+    /// Changes of the pod's policies since the decision.
+    changes: watch::Receiver<Arc<Authorization>>,
+}
 
-/// Decides on a flow to `pod` and tells which audits it matched. What is returned is for [`revoked`].
+/// Decides on a flow to `pod`, and reports the audits that it matches.
 ///
 /// # Errors
 /// [`Refusal`] if policy does not admit the flow.
-pub fn admit(
-    telemetry: &Telemetry,
-    pod: &Pod,
-    flow: &Flow<'_>,
-    ends: impl Fn() -> Ends,
-) -> Result<Changes, Refusal> {
+pub fn admit(telemetry: &Telemetry, pod: &Pod, flow: Flow, ends: &Ends) -> Result<Admitted, Refusal> {
     // Before the decision: a change that comes meanwhile is not missed.
     let changes = pod.policy_changes();
-    for audit in pod.authorization().audits(flow) {
-        telemetry.audited(&ends(), &audit.to_string());
+    for audit in pod.authorization().audits(&flow) {
+        telemetry.audited(ends, &audit.to_string());
     }
-    verdict(pod, flow).map(|()| changes)
+    verdict(pod, &flow)?;
+    Ok(Admitted { flow, changes })
 }
 
-fn verdict(pod: &Pod, flow: &Flow<'_>) -> Result<(), Refusal> {
+fn verdict(pod: &Pod, flow: &Flow) -> Result<(), Refusal> {
     match decide(&pod.modes.load(), &pod.authorization(), flow) {
         Verdict::Allow => Ok(()),
-        Verdict::Deny(denial) => Err(Refusal::new(denial.reason(), denial)),
+        Verdict::Deny(denial) => {
+            let source = flow.source.identity().cloned();
+            Err(Refusal { source, ..Refusal::new(denial.reason(), denial) })
+        }
     }
 }
 
-/// Waits until policy no longer allows a flow that was admitted. `flow` tells it when it is needed.
-#[expect(
-    clippy::manual_async_fn,
-    reason = "an async fn keeps its arguments twice, and waiting flows are many"
-)]
-pub fn revoked<'a>(
-    pod: &'a Pod,
-    flow: impl Fn() -> Flow<'a> + Send + 'a,
-    mut changes: Changes,
-) -> impl Future<Output = Refusal> + Send + 'a {
-    async move {
-        while changes.changed().await.is_ok() {
-            if let Err(refusal) = verdict(pod, &flow()) {
-                return refusal;
+impl Admitted {
+    /// Waits until the policy of `pod` no longer allows the flow.
+    #[expect(
+        clippy::manual_async_fn,
+        reason = "an async fn keeps its arguments twice, and waiting flows are many"
+    )]
+    pub fn revoked(mut self, pod: &Pod) -> impl Future<Output = Refusal> + Send {
+        async move {
+            while self.changes.changed().await.is_ok() {
+                if let Err(refusal) = verdict(pod, &self.flow) {
+                    return refusal;
+                }
             }
+            pending().await
         }
-        pending().await
     }
 }
 

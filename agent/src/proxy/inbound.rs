@@ -19,7 +19,6 @@ use tacit_abi::tcp_port;
 use tacit_core::{
     policy::{Flow, FlowSource},
     refusal::{Refusal, RefusalReason},
-    spiffe::SpiffeId,
     wire::open::{DenyReason, Open},
 };
 use tacit_tunnel::{Session, TunnelError, relay, session::SERVER_IDLE, socket};
@@ -28,11 +27,9 @@ use tokio::{net::TcpStream, time::timeout};
 use crate::{
     enrol::Pod,
     proxy::{
-        Addresses, HANDSHAKE_WAIT, HANDSHAKES_MAX, Proxy,
-        authorize::{self, Changes},
-        canonical, not_connected, security,
+        Addresses, HANDSHAKE_WAIT, HANDSHAKES_MAX, Proxy, authorize, canonical, not_connected, security,
     },
-    telemetry::{Ends, FlowSpec, LiveFlow, Reporter, Security},
+    telemetry::{FlowSpec, Reporter, Security},
 };
 
 /// Serves one tunnel session to its end. What is needed only before and between flows is boxed: a flow keeps no room for it.
@@ -133,8 +130,14 @@ async fn begin<'a>(
     at: IpAddr,
 ) -> Option<Begun<'a>> {
     relay::connection_started();
-    let changes = match admit(path, pod, &session, open, peer, at) {
-        Ok(changes) => changes,
+    let addresses = Addresses { source: open.client, destination: open.destination };
+    let admitted = check_open(&session, open, peer, at).and_then(|flow| {
+        let (source, own) = (flow.source.identity().cloned(), Some(pod.workload.identity.clone()));
+        let ends = path.ends(Reporter::Destination, addresses, source, own);
+        authorize::admit(&path.telemetry, pod, flow, &ends).map(|admitted| (admitted, ends))
+    });
+    let (admitted, ends) = match admitted {
+        Ok(admitted) => admitted,
         Err(refusal) => return deny(path, session, open, refusal).await.map(Begun::Denied),
     };
     let application = match path.to_application(pod, open.destination, open.client).await {
@@ -147,15 +150,8 @@ async fn begin<'a>(
         socket::reset(application);
         return None;
     }
-    let live = path.telemetry.open_flow(FlowSpec {
-        ends: Ends {
-            reporter: Reporter::Destination,
-            source: path.party(open.client, Some(session.peer().clone())),
-            destination: path.party(open.destination, Some(pod.workload.identity.clone())),
-        },
-        security: security(session.tls()),
-        trace: open.trace.0,
-    });
+    let live =
+        path.telemetry.open_flow(FlowSpec { ends, security: security(session.tls()), trace: open.trace.0 });
     Some(Begun::Flow(Box::pin(async move {
         let (end, session) = tokio::select! {
             ended = relay::tunnelled(application, session, live.counters()) => ended,
@@ -163,7 +159,7 @@ async fn begin<'a>(
                 live.close("cut");
                 return None;
             }
-            refusal = authorize::revoked(pod, || carried(&live), changes) => {
+            refusal = admitted.revoked(pod) => {
                 authorize::revoke(&path.telemetry, live, &refusal);
                 return None;
             }
@@ -173,23 +169,8 @@ async fn begin<'a>(
     })))
 }
 
-/// What policy is asked about as long as the flow lives.
-fn carried(live: &LiveFlow) -> Flow<'_> {
-    let Ends { source, destination, .. } = &live.spec().ends;
-    // The session's peer has an identity, which `begin` has put here.
-    let proven = source.identity.as_ref().map_or(FlowSource::Plaintext, FlowSource::Tunnel);
-    Flow { source: proven, client: source.address.ip(), destination: destination.address }
-}
-
-/// May this flow be? The peer's identity is proven; everything in OPEN is only claimed.
-fn admit(
-    path: &Proxy,
-    pod: &Pod,
-    session: &Session,
-    open: &Open,
-    peer: IpAddr,
-    at: IpAddr,
-) -> Result<Changes, Refusal> {
+/// Checks OPEN against what the session proves, and returns the flow that policy decides on. Everything in OPEN is a claim.
+fn check_open(session: &Session, open: &Open, peer: IpAddr, at: IpAddr) -> Result<Flow, Refusal> {
     let refuse = |reason, detail: String| Err(Refusal::new(reason, detail));
     if session.peer_not_after() <= SystemTime::now() {
         return refuse(RefusalReason::Expired, "it has expired since the handshake".to_owned());
@@ -208,18 +189,11 @@ fn admit(
         let detail = format!("OPEN names client {}, the session comes from {peer}", open.client);
         return refuse(RefusalReason::ForgedClient, detail);
     }
-    let flow = asked(session.peer(), open);
-    let ends = || {
-        let source = path.party(open.client, Some(session.peer().clone()));
-        let own = Some(pod.workload.identity.clone());
-        Ends { reporter: Reporter::Destination, source, destination: path.party(open.destination, own) }
-    };
-    authorize::admit(&path.telemetry, pod, &flow, ends)
-}
-
-/// What policy is asked about; the client's address has been checked.
-fn asked<'a>(identity: &'a SpiffeId, open: &Open) -> Flow<'a> {
-    Flow { source: FlowSource::Tunnel(identity), client: open.client.ip(), destination: open.destination }
+    Ok(Flow {
+        source: FlowSource::Tunnel(session.peer().clone()),
+        client: open.client.ip(),
+        destination: open.destination,
+    })
 }
 
 /// Reports a refusal and answers the peer with it. Returns the session if it can carry other flows.
@@ -260,26 +234,19 @@ pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: TcpStream, peer:
         return refuse(client, refusal);
     }
     let flow = Flow { source: FlowSource::Plaintext, client: peer.ip(), destination: at };
-    let ends = || Ends {
-        reporter: Reporter::Destination,
-        source: path.party(peer, None),
-        destination: path.party(at, None),
-    };
-    let changes = match authorize::admit(&path.telemetry, &pod, &flow, ends) {
-        Ok(changes) => changes,
+    let ends = path.ends(Reporter::Destination, addresses, None, None);
+    let admitted = match authorize::admit(&path.telemetry, &pod, flow, &ends) {
+        Ok(admitted) => admitted,
         Err(refusal) => return refuse(client, refusal),
     };
     match path.to_application(&pod, at, peer).await {
         Ok(application) => {
-            let live = path.telemetry.open_flow(FlowSpec {
-                ends: ends(),
-                security: Security::Plaintext,
-                trace: [0; 16],
-            });
+            let live =
+                path.telemetry.open_flow(FlowSpec { ends, security: Security::Plaintext, trace: [0; 16] });
             let end = tokio::select! {
                 end = relay::plain(client, application, live.counters()) => end.label(),
                 () = path.drain.cut.cancelled() => "cut",
-                refusal = authorize::revoked(&pod, || flow, changes) => {
+                refusal = admitted.revoked(&pod) => {
                     return authorize::revoke(&path.telemetry, live, &refusal);
                 }
             };

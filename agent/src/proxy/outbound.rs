@@ -33,10 +33,10 @@ use crate::{
     enrol::{self, Pod},
     proxy::{
         Addresses, PoolKey, Proxy,
-        authorize::{self, Changes},
+        authorize::{self, Admitted},
         canonical, not_connected,
     },
-    telemetry::{Ends, FlowSpec, LiveFlow, Reporter, Security},
+    telemetry::{FlowSpec, LiveFlow, Reporter, Security},
 };
 
 /// How long an address that the directory does not know is waited for. Above the delay of a watch (tens of ms), below
@@ -62,7 +62,7 @@ struct Attempt<'a> {
 enum Way {
     Plain(TcpStream, FlowSpec),
     /// To an application of this pod, whose policies hold as long as the flow lives.
-    SameNode(TcpStream, FlowSpec, Arc<Pod>, Changes),
+    SameNode(TcpStream, FlowSpec, Arc<Pod>, Admitted),
     /// With the number of bytes that were sent before it stood.
     Tunnel(Box<Session>, u64, FlowSpec, PoolKey),
 }
@@ -152,12 +152,9 @@ fn carry(
             let flow = path.telemetry.open_flow(spec);
             Box::pin(relay_plain(path, app, server, flow, pending(), held))
         }
-        Way::SameNode(server, spec, target, changes) => Box::pin(async move {
-            let (client, destination) = (spec.ends.source.address.ip(), spec.ends.destination.address);
+        Way::SameNode(server, spec, target, admitted) => Box::pin(async move {
             let flow = path.telemetry.open_flow(spec);
-            let asked = || Flow { source: FlowSource::SameNode(&pod.workload.identity), client, destination };
-            let revoked = authorize::revoked(&target, asked, changes);
-            relay_plain(path, app, server, flow, revoked, held).await;
+            relay_plain(path, app, server, flow, admitted.revoked(&target), held).await;
         }),
         Way::Tunnel(session, optimistic_bytes, spec, key) => {
             let live = path.telemetry.open_flow(spec);
@@ -211,22 +208,14 @@ async fn hand_over(path: &Proxy, pod: &Pod, addresses: Addresses) -> Result<Way,
     let target = target.ok_or_else(|| {
         Refusal::new(RefusalReason::DestinationGone, "the destination is no longer enrolled here")
     })?;
-    let identity = &pod.workload.identity;
-    let asked = Flow { source: FlowSource::SameNode(identity), client: source.ip(), destination };
-    let ends = || {
-        let own = Some(target.workload.identity.clone());
-        Ends {
-            reporter: Reporter::Source,
-            source: path.party(source, Some(identity.clone())),
-            destination: path.party(destination, own),
-        }
-    };
-    let admitted = authorize::admit(&path.telemetry, &target, &asked, ends);
-    let changes = admitted.map_err(|refusal| refusal.of(identity))?;
-    let server =
-        path.to_application(&target, destination, source).await.map_err(|error| not_connected(&error))?;
-    let spec = FlowSpec { ends: ends(), security: Security::SameNode, trace: [0; 16] };
-    Ok(Way::SameNode(server, spec, target, changes))
+    let (identity, theirs) = (pod.workload.identity.clone(), target.workload.identity.clone());
+    let ends = path.ends(Reporter::Source, addresses, Some(identity.clone()), Some(theirs));
+    let flow = Flow { source: FlowSource::SameNode(identity), client: source.ip(), destination };
+    let admitted = authorize::admit(&path.telemetry, &target, flow, &ends)?;
+    let connected = path.to_application(&target, destination, source).await;
+    let server = connected.map_err(|error| not_connected(&error))?;
+    let spec = FlowSpec { ends, security: Security::SameNode, trace: [0; 16] };
+    Ok(Way::SameNode(server, spec, target, admitted))
 }
 
 /// In clear, from the pod's own namespace, as it would have gone without Tacit.
@@ -243,11 +232,7 @@ async fn clear(
     socket::reset_if_dropped(&server);
     tracing::debug!(%source, %destination, why = cause.label(), "in clear");
     let spec = FlowSpec {
-        ends: Ends {
-            reporter: Reporter::Source,
-            source: path.party(source, None),
-            destination: path.party(destination, None),
-        },
+        ends: path.ends(Reporter::Source, addresses, None, None),
         security: Security::Plaintext,
         trace: [0; 16],
     };

@@ -18,7 +18,7 @@ use tacit_tunnel::{OpenError, Session, random_trace_id, session::OptimisticData}
 use super::{Addresses, Attempt, Pod, Proxy, Way};
 use crate::{
     proxy::{PoolKey, security, workers::Workers},
-    telemetry::{Ends, FlowSpec, Reporter},
+    telemetry::{FlowSpec, Reporter},
 };
 
 /// Port of the tunnel.
@@ -49,11 +49,7 @@ pub(super) async fn tunnel(
         Open { destination, client: source, trace: random_trace_id(), optimistic_data: OptimisticMode::Off };
     let (session, optimistic_bytes) = Box::pin(opened(path, pod, &own, &key, &open, attempt)).await?;
     let spec = FlowSpec {
-        ends: Ends {
-            reporter: Reporter::Source,
-            source: path.party(source, Some(identity)),
-            destination: path.party(destination, Some(session.peer().clone())),
-        },
+        ends: path.ends(Reporter::Source, addresses, Some(identity), Some(session.peer().clone())),
         security: security(session.tls()),
         trace: open.trace.0,
     };
