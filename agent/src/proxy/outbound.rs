@@ -1,14 +1,14 @@
-//! A captured connection: find out where it wanted to go, decide how, and carry it there.
+//! Captured connections: resolve the destination, choose an endpoint, connect an upstream, relay.
 //!
 //! ```text
 //! accept on the pod's loopback ─ destination from the kernel ─ a service's? its endpoint ─ route
-//!     SameNode ─ policy ─ application in the other pod        ─ relay in clear, inside this node
-//!     Tunnel   ─ session from the pool or a new one ─ OPEN    ─ relay in frames
-//!     Clear    ─ connection from the pod's namespace          ─ relay in clear
-//!     Refuse   ─ reset
+//!     SameNode  ─ policy ─ application in the other pod       ─ relay as plaintext, inside this node
+//!     Tunnel    ─ session from the pool or a new one ─ OPEN   ─ relay in frames
+//!     Plaintext ─ connection from the pod's namespace         ─ relay as plaintext
+//!     Refuse    ─ reset
 //! ```
-//! The application's connect() has succeeded by then. Whatever fails resets it before its first byte comes back; of a
-//! service other endpoints are tried before (`service`).
+//! The application's connect() has succeeded by then. A failure resets the application before it receives a byte. Of a
+//! service, other endpoints are tried before the reset (`endpoints`).
 
 use std::{
     future::{Future, pending},
@@ -19,68 +19,82 @@ use std::{
 };
 
 use tacit_core::{
-    balance::PickedEndpoint,
+    balance::{EndpointRequest, PickedEndpoint},
     directory::Directory,
     policy::{self, Flow, FlowSource},
     refusal::{Refusal, RefusalReason},
     route::{self, PlaintextCause, Route, RouteInput},
 };
 use tacit_kernel::socket::connect;
-use tacit_tunnel::{Session, relay, socket};
+use tacit_tunnel::{relay, socket};
 use tokio::net::TcpStream;
 
 use crate::{
     enrol::{self, Pod},
     proxy::{
-        Addresses, PoolKey, Proxy,
+        Addresses, Proxy,
         authorize::{self, Admitted},
         canonical, not_connected,
     },
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
 };
+use endpoints::{Endpoints, Rest};
+use session::Tunnel;
 
 /// How long an address that the directory does not know is waited for. Above the delay of a watch (tens of ms), below
 /// what a person takes for a hang.
 const DISCOVERY: Duration = Duration::from_secs(1);
 /// How long a TCP connection to a peer's tunnel port may take: three SYNs are lost by then.
 const PEER_CONNECT: Duration = Duration::from_secs(10);
+/// How long an endpoint may take to answer while there may be another: the first SYN and its repetition after a second
+/// are lost by then.
+const TRY_CONNECT: Duration = Duration::from_secs(2);
 
-mod service;
+mod endpoints;
 mod session;
 
-/// One try to make a way.
+/// One try to connect an upstream.
 #[derive(Clone, Copy)]
 struct Attempt<'a> {
     /// How long connecting may take.
     limit: Duration,
-    /// The application, if what it says may be sent before the way stands; `None` when there may be another try, since nothing
+    /// The application, if its data may be sent before the upstream accepts. `None` if another try may follow, since nothing
     /// is sent twice.
     optimistic: Option<&'a TcpStream>,
 }
 
-/// What is ready to carry a flow.
-enum Way {
-    Plain(TcpStream, FlowSpec),
-    /// To an application of this pod, whose policies hold as long as the flow lives.
+impl<'a> Attempt<'a> {
+    /// Returns a try after which `rest` is left.
+    fn before(rest: Rest, app: &'a TcpStream) -> Self {
+        match rest {
+            Rest::More => Self { limit: TRY_CONNECT, optimistic: None },
+            Rest::Nothing => Self { limit: PEER_CONNECT, optimistic: Some(app) },
+        }
+    }
+}
+
+/// A connected destination, ready to carry the flow.
+enum Upstream {
+    Plaintext(TcpStream, FlowSpec),
+    /// An application of this pod, whose policies hold as long as the flow lives.
     SameNode(TcpStream, FlowSpec, Arc<Pod>, Admitted),
-    /// With the number of bytes that were sent before it stood.
-    Tunnel(Box<Session>, u64, FlowSpec, PoolKey),
+    Tunnel(Tunnel),
 }
 
 /// Serves one captured connection to its end.
 pub async fn handle(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) {
     relay::connection_started();
-    // Boxed, so that a flow does not keep room for what is needed only until there is a way.
+    // Boxed, so that a flow does not keep room for what is needed only until the upstream is connected.
     let carried = Box::pin(set_out(path, pod, app, client)).await;
     if let Some(carried) = carried {
         carried.await;
     }
 }
 
-/// A flow on its way; it lasts as long as the flow.
+/// The relay of a flow; it lasts as long as the flow.
 type Carried = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// Finds a way and sets out; `None` when the connection was refused.
+/// Connects an upstream and returns the relay to it, or refuses the connection.
 async fn set_out(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) -> Option<Carried> {
     let Some(addresses) = find_destination(&path, &pod, &app, client) else {
         let at = app.local_addr().map_or(client, canonical);
@@ -88,8 +102,8 @@ async fn set_out(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, client: Socket
         path.refuse(app, Reporter::Source, Addresses { source: client, destination: at }, refusal);
         return None;
     };
-    match find_way(&path, &pod, addresses, &app).await {
-        Ok((way, held)) => Some(carry(path, pod, app, way, held.map(Box::new))),
+    match reach(&path, &pod, addresses, &app).await {
+        Ok((upstream, endpoint)) => Some(carry(path, pod, app, upstream, endpoint.map(Box::new))),
         Err(refusal) => {
             path.refuse(app, Reporter::Source, addresses, refusal);
             None
@@ -97,20 +111,36 @@ async fn set_out(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, client: Socket
     }
 }
 
-/// A way to a pod, or to an endpoint of a service, which counts the flow while it lives.
-async fn find_way(
+/// Resolves the destination and connects to it: to the pod, or to the first endpoint of the service that accepts. The
+/// endpoint counts as loaded until it is dropped.
+async fn reach(
     path: &Proxy,
     pod: &Pod,
     addresses: Addresses,
     app: &TcpStream,
-) -> Result<(Way, Option<PickedEndpoint>), Refusal> {
-    let directory = discover(path, addresses.destination).await;
-    if let Some(service) = directory.service_at(addresses.destination.ip()) {
-        return service::reach(path, pod, service, addresses, app).await;
+) -> Result<(Upstream, Option<PickedEndpoint>), Refusal> {
+    let Addresses { source, destination } = addresses;
+    let directory = discover(path, destination).await;
+    let Some(service) = directory.service_at(destination.ip()) else {
+        let route = find_route(path, pod, &directory, destination);
+        let attempt = Attempt::before(Rest::Nothing, app);
+        let upstream = connect_route(path, pod, route, addresses, attempt).await?;
+        return Ok((upstream, None));
+    };
+    let (client, node) = (source.ip(), &*pod.workload.node);
+    let request = EndpointRequest { service, address: destination, client, node };
+    let mut endpoints = Endpoints::new(&path.balancer, request);
+    loop {
+        let candidate = endpoints.choose()?;
+        let addresses = Addresses { source, destination: candidate.address() };
+        let directory = discover(path, candidate.address()).await;
+        let route = find_route(path, pod, &directory, candidate.address());
+        let attempt = Attempt::before(candidate.rest(), app);
+        match connect_route(path, pod, route, addresses, attempt).await {
+            Ok(upstream) => return Ok((upstream, Some(endpoints.connected(candidate)))),
+            Err(refusal) => endpoints.refused(&candidate, refusal)?,
+        }
     }
-    let route = find_route(path, pod, &directory, addresses.destination);
-    let attempt = Attempt { limit: PEER_CONNECT, optimistic: Some(app) };
-    reach(path, pod, route, addresses, attempt).await.map(|way| (way, None))
 }
 
 /// The directory, once it knows the address: a bounded wait for an unknown one.
@@ -120,18 +150,20 @@ async fn discover(path: &Proxy, destination: SocketAddr) -> Arc<Directory> {
     if wait { enrol::discover(&path.directory, destination.ip(), DISCOVERY).await } else { directory }
 }
 
-/// Makes a way to the destination, as was decided for it.
-async fn reach(
+/// Connects to the destination by its route.
+async fn connect_route(
     path: &Proxy,
     pod: &Pod,
     route: Route,
     addresses: Addresses,
     attempt: Attempt<'_>,
-) -> Result<Way, Refusal> {
+) -> Result<Upstream, Refusal> {
     match route {
-        Route::SameNode => hand_over(path, pod, addresses).await,
-        Route::Tunnel(expected) => session::tunnel(path, pod, addresses, &expected, attempt).await,
-        Route::Plaintext(cause) => clear(path, pod, addresses, cause, attempt.limit).await,
+        Route::SameNode => connect_same_node(path, pod, addresses).await,
+        Route::Tunnel(expected) => {
+            session::tunnel(path, pod, addresses, &expected, attempt).await.map(Upstream::Tunnel)
+        }
+        Route::Plaintext(cause) => connect_plaintext(path, pod, addresses, cause, attempt.limit).await,
         Route::Refuse(reason) => {
             let mode = pod.modes.load().default;
             Err(Refusal::new(reason, format!("mode of {} is {mode:?}", pod.workload.name)))
@@ -139,24 +171,24 @@ async fn reach(
     }
 }
 
-/// Moves the flow's bytes to its end. Each way's future is boxed by itself: a flow keeps no room for the others'.
+/// Relays the flow to its end. Each upstream's future is boxed by itself: a flow keeps no room for the others'.
 fn carry(
     path: Arc<Proxy>,
     pod: Arc<Pod>,
     app: TcpStream,
-    way: Way,
-    held: Option<Box<PickedEndpoint>>,
+    upstream: Upstream,
+    endpoint: Option<Box<PickedEndpoint>>,
 ) -> Carried {
-    match way {
-        Way::Plain(server, spec) => {
+    match upstream {
+        Upstream::Plaintext(server, spec) => {
             let flow = path.telemetry.open_flow(spec);
-            Box::pin(relay_plain(path, app, server, flow, pending(), held))
+            Box::pin(relay_plain(path, app, server, flow, pending(), endpoint))
         }
-        Way::SameNode(server, spec, target, admitted) => Box::pin(async move {
+        Upstream::SameNode(server, spec, target, admitted) => Box::pin(async move {
             let flow = path.telemetry.open_flow(spec);
-            relay_plain(path, app, server, flow, admitted.revoked(&target), held).await;
+            relay_plain(path, app, server, flow, admitted.revoked(&target), endpoint).await;
         }),
-        Way::Tunnel(session, optimistic_bytes, spec, key) => {
+        Upstream::Tunnel(Tunnel { session, optimistic_bytes, spec, key }) => {
             let live = path.telemetry.open_flow(spec);
             live.counters().sent.fetch_add(optimistic_bytes, Relaxed);
             Box::pin(async move {
@@ -170,7 +202,7 @@ fn carry(
                 {
                     session::keep(&path, key, session);
                 }
-                drop(held);
+                drop(endpoint);
             })
         }
     }
@@ -202,7 +234,7 @@ fn find_route(path: &Proxy, pod: &Pod, directory: &Directory, destination: Socke
 }
 
 /// Both pods are on this node: identity, mode and policies apply, no byte touches a wire.
-async fn hand_over(path: &Proxy, pod: &Pod, addresses: Addresses) -> Result<Way, Refusal> {
+async fn connect_same_node(path: &Proxy, pod: &Pod, addresses: Addresses) -> Result<Upstream, Refusal> {
     let Addresses { source, destination } = addresses;
     let target = path.table.load().at(destination.ip()).cloned();
     let target = target.ok_or_else(|| {
@@ -215,17 +247,17 @@ async fn hand_over(path: &Proxy, pod: &Pod, addresses: Addresses) -> Result<Way,
     let connected = path.to_application(&target, destination, source).await;
     let server = connected.map_err(|error| not_connected(&error))?;
     let spec = FlowSpec { ends, security: Security::SameNode, trace: [0; 16] };
-    Ok(Way::SameNode(server, spec, target, admitted))
+    Ok(Upstream::SameNode(server, spec, target, admitted))
 }
 
 /// In clear, from the pod's own namespace, as it would have gone without Tacit.
-async fn clear(
+async fn connect_plaintext(
     path: &Proxy,
     pod: &Pod,
     addresses: Addresses,
     cause: PlaintextCause,
     limit: Duration,
-) -> Result<Way, Refusal> {
+) -> Result<Upstream, Refusal> {
     let Addresses { source, destination } = addresses;
     let connected = connect(&pod.netns, &path.host, destination, limit).await;
     let server = connected.map_err(|error| not_connected(&error))?;
@@ -236,7 +268,7 @@ async fn clear(
         security: Security::Plaintext,
         trace: [0; 16],
     };
-    Ok(Way::Plain(server, spec))
+    Ok(Upstream::Plaintext(server, spec))
 }
 
 async fn relay_plain(
@@ -245,7 +277,7 @@ async fn relay_plain(
     server: TcpStream,
     flow: LiveFlow,
     revoked: impl Future<Output = Refusal>,
-    _held: Option<Box<PickedEndpoint>>,
+    _endpoint: Option<Box<PickedEndpoint>>,
 ) {
     let end = tokio::select! {
         end = relay::plain(app, server, flow.counters()) => end.label(),
@@ -257,6 +289,8 @@ async fn relay_plain(
 
 #[cfg(test)]
 mod tests {
+    use tacit_tunnel::Session;
+
     use super::*;
 
     /// What the tasks of a flow keep, beside its session and sockets: with 10,000 flows a kilobyte is ten megabytes.

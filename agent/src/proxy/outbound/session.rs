@@ -15,23 +15,33 @@ use tacit_identity::credentials::Credentials;
 use tacit_kernel::socket::connect;
 use tacit_tunnel::{OpenError, Session, random_trace_id, session::OptimisticData};
 
-use super::{Addresses, Attempt, Pod, Proxy, Way};
+use super::Attempt;
 use crate::{
-    proxy::{PoolKey, security, workers::Workers},
+    enrol::Pod,
+    proxy::{Addresses, PoolKey, Proxy, security, workers::Workers},
     telemetry::{FlowSpec, Reporter},
 };
 
 /// Port of the tunnel.
 const TUNNEL: u16 = tacit_abi::tcp_port::TUNNEL;
 
-/// A way through the tunnel to a server that must be `expected`.
+/// A session on which the destination's agent has accepted the flow.
+pub(super) struct Tunnel {
+    pub(super) session: Box<Session>,
+    /// Bytes of the application that were sent before the agent accepted.
+    pub(super) optimistic_bytes: u64,
+    pub(super) spec: FlowSpec,
+    pub(super) key: PoolKey,
+}
+
+/// Opens the flow on a session to a server that must be `expected`.
 pub(super) async fn tunnel(
     path: &Proxy,
     pod: &Pod,
     addresses: Addresses,
     expected: &SpiffeId,
     attempt: Attempt<'_>,
-) -> Result<Way, Refusal> {
+) -> Result<Tunnel, Refusal> {
     let Addresses { source, destination } = addresses;
     let identity = pod.workload.identity.clone();
     let own = path.identities.current(&identity).ok_or_else(|| {
@@ -53,7 +63,7 @@ pub(super) async fn tunnel(
         security: security(session.tls()),
         trace: open.trace.0,
     };
-    Ok(Way::Tunnel(session, optimistic_bytes, spec, key))
+    Ok(Tunnel { session, optimistic_bytes, spec, key })
 }
 
 /// A session on which the peer has accepted the flow, and how many bytes of the application were sent before.
