@@ -27,14 +27,18 @@ pub mod workers;
 use std::{io, net::SocketAddr, sync::Arc};
 
 use arc_swap::ArcSwap;
-use tacit_core::{balance::Balancer, spiffe::SpiffeId, wire::open::DenyReason};
+use tacit_core::{
+    balance::Balancer,
+    refusal::{Refusal, RefusalReason},
+    spiffe::SpiffeId,
+};
 use tacit_tunnel::{TlsInfo, socket::reset};
 use tokio::net::TcpStream;
 
 use crate::{
     enrol::Pods,
     proxy::{dialer::Dialer, drain::Drain, sessions::Sessions, snapshots::Snapshots, workers::Workers},
-    telemetry::{Party, Refusal, Reporter, Security, Telemetry},
+    telemetry::{Ends, Reporter, Security, Telemetry},
 };
 
 /// Everything a connection needs.
@@ -70,46 +74,43 @@ impl Proxy {
         }
     }
 
-    /// One end of a flow, with what the directory knows of it.
+    /// Returns both ends of a flow that this agent reports as the agent of the end `by`, with the directory's workloads and
+    /// the identities that were proven.
     #[must_use]
-    pub fn party(&self, address: SocketAddr, identity: Option<SpiffeId>) -> Party {
-        self.snapshots.party(address, identity)
+    pub fn ends(
+        &self,
+        by: Reporter,
+        addresses: Addresses,
+        source: Option<SpiffeId>,
+        destination: Option<SpiffeId>,
+    ) -> Ends {
+        Ends {
+            reporter: by,
+            source: self.snapshots.party(addresses.source, source),
+            destination: self.snapshots.party(addresses.destination, destination),
+        }
     }
 
-    /// Resets a connection and says why.
-    pub fn refuse(&self, connection: TcpStream, refused: Refused) {
-        self.report(refused);
+    /// Counts and logs a refusal, and resets the connection.
+    pub fn refuse(&self, connection: TcpStream, by: Reporter, addresses: Addresses, refusal: Refusal) {
+        self.report(by, addresses, refusal);
         reset(connection);
     }
 
-    /// Counts and logs a refusal.
-    pub fn report(&self, refused: Refused) {
-        let Refused { reporter, source, destination, identity, reason, detail } = refused;
-        self.telemetry.refused(&Refusal {
-            reporter,
-            source: self.party(source, identity),
-            destination: self.party(destination, None),
-            reason,
-            detail,
-        });
+    /// Counts and logs a refusal by this agent, as the agent of the end `by`.
+    pub fn report(&self, by: Reporter, addresses: Addresses, mut refusal: Refusal) {
+        let ends = self.ends(by, addresses, refusal.source.take(), None);
+        self.telemetry.refused(&ends, &refusal);
     }
 }
 
-/// A connection that is not to be, and why.
-#[derive(Debug)]
-pub struct Refused {
-    /// Which side of the flow this agent is.
-    pub reporter: Reporter,
-    /// Who asked.
+/// The addresses of a flow, as both applications see them.
+#[derive(Debug, Clone, Copy)]
+pub struct Addresses {
+    /// The client's.
     pub source: SocketAddr,
-    /// For what.
+    /// The server's.
     pub destination: SocketAddr,
-    /// Who the source proved to be.
-    pub identity: Option<SpiffeId>,
-    /// Stable label.
-    pub reason: &'static str,
-    /// For people.
-    pub detail: String,
 }
 
 /// How a flow over a session is protected.
@@ -118,14 +119,15 @@ pub fn security(tls: &TlsInfo) -> Security {
     Security::MutualTls { version: tls.version, cipher: tls.cipher, key_exchange: tls.key_exchange }
 }
 
-/// What a failed connect to an application is called, to the peer and in metrics.
+/// Returns the refusal of a flow whose application or plaintext destination cannot be connected to.
 #[must_use]
-pub fn deny_reason(error: &io::Error) -> DenyReason {
-    match error.kind() {
-        io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => DenyReason::ConnectionRefused,
-        io::ErrorKind::TimedOut => DenyReason::TimedOut,
-        _ => DenyReason::Unreachable,
-    }
+pub fn not_connected(error: &io::Error) -> Refusal {
+    let reason = match error.kind() {
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => RefusalReason::ConnectionRefused,
+        io::ErrorKind::TimedOut => RefusalReason::TimedOut,
+        _ => RefusalReason::Unreachable,
+    };
+    Refusal::new(reason, error)
 }
 
 /// An address as the application meant it: v4-mapped is IPv4.

@@ -47,22 +47,23 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use flows::{FlowSpec, Party, Reporter, Security};
+pub use flows::{Ends, FlowSpec, Party, Reporter, Security};
 pub use live_flows::LiveFlow;
-pub use refusals::Refusal;
+
+use tacit_core::refusal::{Refusal, RefusalReason};
 
 use enrolments::Enrolments;
 use live_flows::FlowTable;
-use refusals::{Refusals, What};
+use refusals::{Event, Tally};
 use status::{FlowsStatus, Status};
 
 /// Handle to everything that counts; cheap to clone, all clones share one state.
 #[derive(Debug, Clone, Default)]
 pub struct Telemetry {
     flows: Arc<FlowTable>,
-    refusals: Arc<Refusals>,
-    revocations: Arc<Refusals>,
-    audits: Arc<Refusals>,
+    refusals: Arc<Tally<RefusalReason>>,
+    revocations: Arc<Tally<RefusalReason>>,
+    audits: Arc<Tally<()>>,
     resets: Arc<AtomicU64>,
     enrolments: Arc<Enrolments>,
 }
@@ -81,18 +82,21 @@ impl Telemetry {
     }
 
     /// Counts a refused connection and logs it, at a bounded rate for each reason.
-    pub fn refused(&self, refusal: &Refusal) {
-        self.refusals.record(What::Refused, refusal, Instant::now());
+    pub fn refused(&self, ends: &Ends, refusal: &Refusal) {
+        let line = self.refusals.record(ends.reporter, refusal.reason, Instant::now());
+        line.write(ends, Event::Refused(refusal));
     }
 
     /// Counts an open connection that policy no longer allows and logs it, at a bounded rate for each reason.
-    pub fn revoked(&self, revocation: &Refusal) {
-        self.revocations.record(What::Revoked, revocation, Instant::now());
+    pub fn revoked(&self, ends: &Ends, refusal: &Refusal) {
+        let line = self.revocations.record(ends.reporter, refusal.reason, Instant::now());
+        line.write(ends, Event::Revoked(refusal));
     }
 
-    /// Counts a connection that an AUDIT policy matches and logs it, at a bounded rate.
-    pub fn audited(&self, audit: &Refusal) {
-        self.audits.record(What::Audited, audit, Instant::now());
+    /// Counts a connection that an AUDIT policy matches and logs it, at a bounded rate. `policy` names the policy.
+    pub fn audited(&self, ends: &Ends, policy: &str) {
+        let line = self.audits.record(ends.reporter, (), Instant::now());
+        line.write(ends, Event::Audited { policy });
     }
 
     /// Counts connections from before a pod's enrolment that were reset.

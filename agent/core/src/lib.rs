@@ -7,6 +7,7 @@
 //! | `balance` | flows of each endpoint, and clients that stay with one |
 //! | `policy` | modes, authorization, the verdict on an inbound flow |
 //! | `route` | the route of a captured connection |
+//! | `refusal` | the reasons why connections are refused |
 //! | `renewal` | when to renew a certificate |
 //! | `wire` | the wire format `tacit/1`: frames, OPEN, the states of a flow |
 //! | `pool` | idle sessions of a pair |
@@ -24,6 +25,7 @@ pub mod error_chain;
 pub mod fuzz;
 pub mod policy;
 pub mod pool;
+pub mod refusal;
 pub mod renewal;
 pub mod route;
 pub mod spiffe;

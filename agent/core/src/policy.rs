@@ -24,7 +24,7 @@ use std::{
     sync::Arc,
 };
 
-use crate::{directory::Workload, spiffe::SpiffeId, yaml::Mistakes};
+use crate::{directory::Workload, refusal::RefusalReason, spiffe::SpiffeId, yaml::Mistakes};
 
 mod authorization;
 pub mod explain;
@@ -219,25 +219,36 @@ impl Policies {
     }
 }
 
-/// How a flow came, and who sent it where that was proved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FlowSource<'a> {
+/// How a flow came, and the identity that its source proved. A flow keeps this from its start to its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FlowSource {
     /// Through a tunnel, from the identity in the peer's certificate.
-    Tunnel(&'a SpiffeId),
+    Tunnel(SpiffeId),
     /// From an enrolled pod of this node, handed over inside the agent; the identity is the directory's for
     /// the pod's cgroup.
-    SameNode(&'a SpiffeId),
+    SameNode(SpiffeId),
     /// From the node's own addresses: the kubelet's probes.
     Node,
     /// In clear, from anybody.
     Plaintext,
 }
 
+impl FlowSource {
+    /// Returns the proven identity, if the source proved one.
+    #[must_use]
+    pub fn identity(&self) -> Option<&SpiffeId> {
+        match self {
+            Self::Tunnel(identity) | Self::SameNode(identity) => Some(identity),
+            Self::Node | Self::Plaintext => None,
+        }
+    }
+}
+
 /// A flow that wants to reach a workload.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Flow<'a> {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Flow {
     /// How it came, and from whom.
-    pub source: FlowSource<'a>,
+    pub source: FlowSource,
     /// Address it comes from.
     pub client: IpAddr,
     /// Where it wants to go: the workload's address, and the port that its application listens on.
@@ -265,13 +276,13 @@ pub enum PolicyDenial<'p> {
 }
 
 impl PolicyDenial<'_> {
-    /// Stable name for logs and metric labels.
+    /// Returns the reason for which the flow is refused.
     #[must_use]
-    pub fn label(&self) -> &'static str {
+    pub fn reason(&self) -> RefusalReason {
         match self {
-            Self::PlaintextInStrict => "plaintext_in_strict",
-            Self::DeniedBy(_) => "denied_by_policy",
-            Self::NotAllowed(_) => "not_allowed_by_policy",
+            Self::PlaintextInStrict => RefusalReason::PlaintextInStrict,
+            Self::DeniedBy(_) => RefusalReason::DeniedByPolicy,
+            Self::NotAllowed(_) => RefusalReason::NotAllowedByPolicy,
         }
     }
 }
@@ -294,8 +305,8 @@ impl fmt::Display for PolicyDenial<'_> {
 /// | Node (probes) | allow | allow | allow |
 /// | Plaintext | policies | policies | deny |
 #[must_use]
-pub fn decide<'p>(modes: &Modes, authorization: &'p Authorization, flow: &Flow<'_>) -> Verdict<'p> {
-    match (flow.source, modes.at(flow.destination.port())) {
+pub fn decide<'p>(modes: &Modes, authorization: &'p Authorization, flow: &Flow) -> Verdict<'p> {
+    match (&flow.source, modes.at(flow.destination.port())) {
         (FlowSource::Node, _) => return Verdict::Allow,
         (FlowSource::Plaintext, Mode::Strict) => return Verdict::Deny(PolicyDenial::PlaintextInStrict),
         (FlowSource::Plaintext, Mode::Disable | Mode::Permissive)

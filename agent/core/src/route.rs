@@ -5,6 +5,7 @@ use tacit_abi::tcp_port;
 use crate::{
     directory::{Protocol, Workload},
     policy::Mode,
+    refusal::RefusalReason,
     spiffe::SpiffeId,
 };
 
@@ -32,32 +33,60 @@ pub enum Route {
     SameNode,
     /// Through the tunnel, to a server that proves this identity.
     Tunnel(SpiffeId),
-    /// In clear, as without Tacit; the text says why that is allowed.
-    Plaintext(&'static str),
-    /// Reset; the text is the reason's stable label.
-    Refuse(&'static str),
+    /// As plaintext, as without Tacit.
+    Plaintext(PlaintextCause),
+    /// Reset.
+    Refuse(RefusalReason),
 }
 
-/// Decides. There is no way back from `Tunnel` to `Clear`: a tunnel that fails resets the connection.
+/// The reason why plaintext is allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PlaintextCause {
+    /// The address is outside the mesh.
+    DestinationOutsideMesh,
+    /// The directory has no workload at the address, and the source is not STRICT.
+    DestinationUnknown,
+    /// The destination is not enrolled, and the source is not STRICT.
+    DestinationNotEnrolled,
+    /// The destination's mode at the port is DISABLE: the operator wants no encryption there.
+    DestinationModeDisable,
+}
+
+impl PlaintextCause {
+    /// Returns the stable label for logs.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::DestinationOutsideMesh => "destination_outside_mesh",
+            Self::DestinationUnknown => "destination_unknown",
+            Self::DestinationNotEnrolled => "destination_not_enrolled",
+            Self::DestinationModeDisable => "destination_mode_disable",
+        }
+    }
+}
+
+/// Decides. A tunnel that fails resets the connection and never falls back to plaintext.
 #[must_use]
 pub fn decide(input: &RouteInput<'_>) -> Route {
     if tcp_port::is_reserved(input.port) {
-        return Route::Refuse("reserved_port");
+        return Route::Refuse(RefusalReason::ReservedPort);
     }
-    let clear =
-        |why: &'static str| if input.source_is_strict { Route::Refuse(why) } else { Route::Plaintext(why) };
+    let unless_strict = |cause, reason| {
+        if input.source_is_strict { Route::Refuse(reason) } else { Route::Plaintext(cause) }
+    };
     let Some(destination) = input.destination else {
         if input.outside_mesh {
-            return Route::Plaintext("destination_outside_mesh");
+            return Route::Plaintext(PlaintextCause::DestinationOutsideMesh);
         }
-        return clear("destination_unknown");
+        return unless_strict(PlaintextCause::DestinationUnknown, RefusalReason::DestinationUnknown);
     };
     match destination.protocol {
-        Protocol::None => clear("destination_not_enrolled"),
+        Protocol::None => {
+            unless_strict(PlaintextCause::DestinationNotEnrolled, RefusalReason::DestinationNotEnrolled)
+        }
         Protocol::Tacit if input.on_this_node => Route::SameNode,
-        // The operator said in so many words that this port is not to be encrypted.
         Protocol::Tacit if input.destination_mode == Mode::Disable => {
-            Route::Plaintext("destination_mode_disable")
+            Route::Plaintext(PlaintextCause::DestinationModeDisable)
         }
         Protocol::Tacit => Route::Tunnel(destination.identity.clone()),
     }
@@ -93,16 +122,22 @@ mod tests {
         let plain = workload(Protocol::None);
         let tunnel = || Route::Tunnel(meshed.identity.clone());
         let table = [
-            (None, false, Permissive, Permissive, Route::Plaintext("destination_unknown")),
-            (None, false, Permissive, Strict, Route::Refuse("destination_unknown")),
-            (Some(&plain), false, Permissive, Permissive, Route::Plaintext("destination_not_enrolled")),
-            (Some(&plain), false, Disable, Strict, Route::Refuse("destination_not_enrolled")),
+            (None, false, Permissive, Permissive, Route::Plaintext(PlaintextCause::DestinationUnknown)),
+            (None, false, Permissive, Strict, Route::Refuse(RefusalReason::DestinationUnknown)),
+            (
+                Some(&plain),
+                false,
+                Permissive,
+                Permissive,
+                Route::Plaintext(PlaintextCause::DestinationNotEnrolled),
+            ),
+            (Some(&plain), false, Disable, Strict, Route::Refuse(RefusalReason::DestinationNotEnrolled)),
             (Some(&meshed), true, Strict, Strict, Route::SameNode),
             (Some(&meshed), true, Disable, Permissive, Route::SameNode),
             (Some(&meshed), false, Permissive, Permissive, tunnel()),
             (Some(&meshed), false, Strict, Permissive, tunnel()),
             (Some(&meshed), false, Permissive, Disable, tunnel()),
-            (Some(&meshed), false, Disable, Strict, Route::Plaintext("destination_mode_disable")),
+            (Some(&meshed), false, Disable, Strict, Route::Plaintext(PlaintextCause::DestinationModeDisable)),
         ];
         for (destination, on_this_node, destination_mode, source_mode, expected) in table {
             let source_is_strict = source_mode == Strict;
@@ -132,10 +167,13 @@ mod tests {
                 source_is_strict,
             })
         };
-        assert_eq!(decided(None, true), Route::Plaintext("destination_outside_mesh"));
-        assert_eq!(decided(None, false), Route::Refuse("destination_unknown"));
+        assert_eq!(decided(None, true), Route::Plaintext(PlaintextCause::DestinationOutsideMesh));
+        assert_eq!(decided(None, false), Route::Refuse(RefusalReason::DestinationUnknown));
         assert_eq!(decided(Some(&meshed), true), Route::Tunnel(meshed.identity.clone()));
-        assert_eq!(decided(Some(&workload(Protocol::None)), true), Route::Refuse("destination_not_enrolled"));
+        assert_eq!(
+            decided(Some(&workload(Protocol::None)), true),
+            Route::Refuse(RefusalReason::DestinationNotEnrolled)
+        );
     }
 
     #[test]
@@ -150,7 +188,7 @@ mod tests {
                 destination_mode: Mode::Permissive,
                 source_is_strict: false,
             };
-            assert_eq!(decide(&input), Route::Refuse("reserved_port"));
+            assert_eq!(decide(&input), Route::Refuse(RefusalReason::ReservedPort));
         }
     }
 }

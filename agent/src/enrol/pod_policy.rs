@@ -46,7 +46,7 @@ impl PodPolicy {
 
     /// Returns the verdict on a flow to the pod.
     #[must_use]
-    pub fn decide(&self, flow: &Flow<'_>) -> Verdict<'_> {
+    pub fn decide(&self, flow: &Flow) -> Verdict<'_> {
         policy::decide(&self.modes, &self.authorization, flow)
     }
 }
@@ -85,7 +85,7 @@ spec:
         PodPolicy::configured(&policies, &web)
     }
 
-    fn plaintext(port: u16) -> Flow<'static> {
+    fn plaintext(port: u16) -> Flow {
         let client = [10, 77, 2, 9].into();
         Flow { source: FlowSource::Plaintext, client, destination: ([10, 77, 1, 2], port).into() }
     }
@@ -110,7 +110,7 @@ spec:
         let closed = configured(POLICIES).fail_closed("map full".to_owned());
         let identities = ["api", "web"].map(|account| workload(account, &[]).identity);
         let allowed = identities.each_ref().map(|identity| {
-            let flow = Flow { source: FlowSource::Tunnel(identity), ..plaintext(80) };
+            let flow = Flow { source: FlowSource::Tunnel(identity.clone()), ..plaintext(80) };
             closed.decide(&flow) == Verdict::Allow
         });
         assert_eq!(allowed, [true, false]);

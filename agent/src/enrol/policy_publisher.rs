@@ -13,6 +13,7 @@ use std::{
 use tacit_core::{
     directory::Workload,
     policy::{Flow, FlowSource, Policies, Verdict},
+    refusal::Refusal,
 };
 use tacit_kernel::{Kernel, KernelError, Maps, PlaintextHandling, host, reset_sockets};
 
@@ -21,7 +22,7 @@ use crate::{
         Enroller, Pod, PodPolicy, State,
         kernel_state::{entry, kernel_mode},
     },
-    telemetry::{Party, Refusal, Reporter},
+    telemetry::{Ends, Party, Reporter},
 };
 
 /// How long after a change of policy connections are looked for that came before it: above the time in which a client
@@ -111,16 +112,12 @@ impl Enroller {
                 return None;
             }
             let flow = Flow { source: FlowSource::Plaintext, client: remote.ip(), destination: local };
-            let Verdict::Deny(reason) = policy.decide(&flow) else { return None };
-            Some(Refusal {
-                reporter: Reporter::Destination,
-                source: party(remote),
-                destination: party(local),
-                reason: reason.label(),
-                detail: reason.to_string(),
-            })
+            let Verdict::Deny(denial) = policy.decide(&flow) else { return None };
+            let ends =
+                Ends { reporter: Reporter::Destination, source: party(remote), destination: party(local) };
+            Some((ends, Refusal::new(denial.reason(), denial)))
         };
-        let ended = |refusal: &Refusal| self.telemetry.revoked(refusal);
+        let ended = |(ends, refusal): &(Ends, Refusal)| self.telemetry.revoked(ends, refusal);
         if let Err(error) =
             reset_sockets::reset_accepted(&pod.netns, &self.host, self.kernel.cgroup, denial, ended)
         {

@@ -9,83 +9,70 @@ use std::{
     sync::Arc,
 };
 
-use tacit_core::policy::{Flow, Verdict};
+use tacit_core::{
+    policy::{Flow, Verdict},
+    refusal::Refusal,
+};
 use tokio::sync::watch;
 
 use crate::{
     enrol::{Pod, PodPolicy},
-    telemetry::{LiveFlow, Party, Refusal, Reporter, Telemetry},
+    telemetry::{Ends, LiveFlow, Telemetry},
 };
 
-/// Tells of each change of a pod's policies since a flow was decided on.
-pub type Changes = watch::Receiver<Arc<PodPolicy>>;
-
-/// Why a flow is not, or no longer, admitted.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Denial {
-    /// Stable label.
-    pub label: &'static str,
-    /// For people: which policy, which rule.
-    pub detail: String,
+/// A flow that policy admits to a pod. It keeps the proof that the flow arrived with for every later decision.
+#[derive(Debug)]
+pub struct Admitted {
+    flow: Flow,
+    /// Changes of the pod's policy since the decision.
+    changes: watch::Receiver<Arc<PodPolicy>>,
 }
 
-/// Decides on a flow to `pod` and tells which audits it matched. What is returned is for [`revoked`].
+/// Decides on a flow to `pod`, and reports the audits that it matches.
 ///
 /// # Errors
-/// [`Denial`] when it is not to be.
-pub fn admit(
-    telemetry: &Telemetry,
-    pod: &Pod,
-    flow: &Flow<'_>,
-    ends: impl Fn() -> (Reporter, Party, Party),
-) -> Result<Changes, Denial> {
+/// [`Refusal`] if policy does not admit the flow.
+pub fn admit(telemetry: &Telemetry, pod: &Pod, flow: Flow, ends: &Ends) -> Result<Admitted, Refusal> {
     // Marks the snapshot as seen that is decided by: a later one is not missed.
     let mut changes = pod.policy_changes();
     let policy = Arc::clone(&changes.borrow_and_update());
-    for audit in policy.authorization.audits(flow) {
-        let (reporter, source, destination) = ends();
-        let detail = audit.to_string();
-        telemetry.audited(&Refusal { reporter, source, destination, reason: "audited", detail });
+    for audit in policy.authorization.audits(&flow) {
+        telemetry.audited(ends, &audit.to_string());
     }
-    verdict(&policy, flow).map(|()| changes)
+    verdict(&policy, &flow)?;
+    Ok(Admitted { flow, changes })
 }
 
-fn verdict(policy: &PodPolicy, flow: &Flow<'_>) -> Result<(), Denial> {
+fn verdict(policy: &PodPolicy, flow: &Flow) -> Result<(), Refusal> {
     match policy.decide(flow) {
         Verdict::Allow => Ok(()),
-        Verdict::Deny(reason) => Err(Denial { label: reason.label(), detail: reason.to_string() }),
+        Verdict::Deny(denial) => {
+            let source = flow.source.identity().cloned();
+            Err(Refusal { source, ..Refusal::new(denial.reason(), denial) })
+        }
     }
 }
 
-/// Waits until policy no longer allows a flow that was admitted. `flow` tells it when it is needed.
-#[expect(
-    clippy::manual_async_fn,
-    reason = "an async fn keeps its arguments twice, and waiting flows are many"
-)]
-pub fn revoked<'a>(
-    pod: &'a Pod,
-    flow: impl Fn() -> Flow<'a> + Send + 'a,
-    mut changes: Changes,
-) -> impl Future<Output = Denial> + Send + 'a {
-    async move {
-        while changes.changed().await.is_ok() {
-            if let Err(denial) = verdict(&pod.policy(), &flow()) {
-                return denial;
+impl Admitted {
+    /// Waits until the policy of `pod` no longer allows the flow.
+    #[expect(
+        clippy::manual_async_fn,
+        reason = "an async fn keeps its arguments twice, and waiting flows are many"
+    )]
+    pub fn revoked(mut self, pod: &Pod) -> impl Future<Output = Refusal> + Send {
+        async move {
+            while self.changes.changed().await.is_ok() {
+                if let Err(refusal) = verdict(&pod.policy(), &self.flow) {
+                    return refusal;
+                }
             }
+            pending().await
         }
-        pending().await
     }
 }
 
 /// Ends a flow that policy no longer allows; its sockets were reset by then.
-pub fn revoke(telemetry: &Telemetry, live: LiveFlow, denial: Denial) {
-    let spec = live.spec();
-    telemetry.revoked(&Refusal {
-        reporter: spec.reporter,
-        source: spec.source.clone(),
-        destination: spec.destination.clone(),
-        reason: denial.label,
-        detail: denial.detail,
-    });
+pub fn revoke(telemetry: &Telemetry, live: LiveFlow, refusal: &Refusal) {
+    telemetry.revoked(&live.spec().ends, refusal);
     live.close("revoked");
 }

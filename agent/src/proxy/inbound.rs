@@ -18,7 +18,7 @@ use std::{
 use tacit_abi::tcp_port;
 use tacit_core::{
     policy::{Flow, FlowSource},
-    spiffe::SpiffeId,
+    refusal::{Refusal, RefusalReason},
     wire::open::{DenyReason, Open},
 };
 use tacit_tunnel::{Session, TunnelError, relay, session::SERVER_IDLE, socket};
@@ -27,12 +27,10 @@ use tokio::net::TcpStream;
 use crate::{
     enrol::Pod,
     proxy::{
-        Proxy, Refused,
-        authorize::{self, Changes, Denial},
-        canonical, deny_reason, security,
+        Addresses, Proxy, authorize, canonical, not_connected, security,
         sessions::{HANDSHAKE_WAIT, HANDSHAKES_MAX},
     },
-    telemetry::{FlowSpec, LiveFlow, Reporter, Security},
+    telemetry::{FlowSpec, Reporter, Security},
 };
 
 /// Serves one tunnel session to its end. What is needed only before and between flows is boxed: a flow keeps no room for it.
@@ -55,28 +53,21 @@ pub async fn tunnel(path: Arc<Proxy>, pod: Arc<Pod>, tcp: TcpStream, peer: Socke
 /// A session with the peer, and the address of the pod that it came to.
 async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Option<(Box<Session>, IpAddr)> {
     let at = tcp.local_addr().map(canonical).ok()?;
-    let refused = |reason, detail| Refused {
-        reporter: Reporter::Destination,
-        source: peer,
-        destination: at,
-        identity: None,
-        reason,
-        detail,
-    };
-    let refuse = |tcp, reason, detail| {
-        path.refuse(tcp, refused(reason, detail));
+    let addresses = Addresses { source: peer, destination: at };
+    let refuse = |tcp, refusal| {
+        path.refuse(tcp, Reporter::Destination, addresses, refusal);
         None
     };
-    if let Err(detail) = came_from_outside(pod, at) {
-        return refuse(tcp, "not_steered", detail);
+    if let Err(refusal) = came_from_outside(pod, at) {
+        return refuse(tcp, refusal);
     }
     let Some(permit) = path.sessions.handshake_permit().await else {
         let detail = format!("{HANDSHAKES_MAX} handshakes have been under way for {HANDSHAKE_WAIT:?}");
-        return refuse(tcp, "handshake_limit", detail);
+        return refuse(tcp, Refusal::new(RefusalReason::HandshakeLimit, detail));
     };
     let Some(own) = path.snapshots.credentials(&pod.workload.identity) else {
         let detail = format!("{} has no valid certificate; see `tacit status`", pod.workload.identity);
-        return refuse(tcp, "no_certificate", detail);
+        return refuse(tcp, Refusal::new(RefusalReason::NoCertificate, detail));
     };
     let accepted = Session::accept(tcp, &own).await;
     drop(permit);
@@ -86,7 +77,7 @@ async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Opt
             Some((session, at.ip()))
         }
         Err(error) => {
-            path.report(refused(error.reason(), error.to_string()));
+            path.report(Reporter::Destination, addresses, Refusal::new(error.reason(), error));
             None
         }
     }
@@ -123,8 +114,8 @@ async fn next_flow<'a>(
         }
         Err(error) => {
             let (source, destination) = (SocketAddr::new(peer, 0), SocketAddr::new(at, tcp_port::TUNNEL));
-            let (reason, detail) = (error.reason(), error.to_string());
-            path.report(refusal(source, destination, session.peer(), reason, detail));
+            let refusal = Refusal::new(error.reason(), error).of(session.peer());
+            path.report(Reporter::Destination, Addresses { source, destination }, refusal);
             None
         }
     }
@@ -140,29 +131,28 @@ async fn begin<'a>(
     at: IpAddr,
 ) -> Option<Begun<'a>> {
     relay::connection_started();
-    let changes = match admit(path, pod, &session, open, peer, at) {
-        Ok(changes) => changes,
-        Err(denied) => return deny(path, session, open, denied).await.map(Begun::Denied),
+    let addresses = Addresses { source: open.client, destination: open.destination };
+    let admitted = check_open(&session, open, peer, at).and_then(|flow| {
+        let (source, own) = (flow.source.identity().cloned(), Some(pod.workload.identity.clone()));
+        let ends = path.ends(Reporter::Destination, addresses, source, own);
+        authorize::admit(&path.telemetry, pod, flow, &ends).map(|admitted| (admitted, ends))
+    });
+    let (admitted, ends) = match admitted {
+        Ok(admitted) => admitted,
+        Err(refusal) => return deny(path, session, open, refusal).await.map(Begun::Denied),
     };
     let application = match path.dialer.to_application(pod, open.destination, open.client).await {
         Ok(application) => application,
         Err(error) => {
-            let reason = deny_reason(&error);
-            let denied = Denied { reason, label: reason.label(), detail: error.to_string() };
-            return deny(path, session, open, denied).await.map(Begun::Denied);
+            return deny(path, session, open, not_connected(&error)).await.map(Begun::Denied);
         }
     };
     if session.accept_flow(open).is_err() {
         socket::reset(application);
         return None;
     }
-    let live = path.telemetry.open_flow(FlowSpec {
-        reporter: Reporter::Destination,
-        source: path.party(open.client, Some(session.peer().clone())),
-        destination: path.party(open.destination, Some(pod.workload.identity.clone())),
-        security: security(session.tls()),
-        trace: open.trace.0,
-    });
+    let live =
+        path.telemetry.open_flow(FlowSpec { ends, security: security(session.tls()), trace: open.trace.0 });
     Some(Begun::Flow(Box::pin(async move {
         let (end, session) = tokio::select! {
             ended = relay::tunnelled(application, session, live.counters()) => ended,
@@ -170,8 +160,8 @@ async fn begin<'a>(
                 live.close("cut");
                 return None;
             }
-            denial = authorize::revoked(pod, || carried(&live), changes) => {
-                authorize::revoke(&path.telemetry, live, denial);
+            refusal = admitted.revoked(pod) => {
+                authorize::revoke(&path.telemetry, live, &refusal);
                 return None;
             }
         };
@@ -180,96 +170,56 @@ async fn begin<'a>(
     })))
 }
 
-/// What policy is asked about as long as the flow lives.
-fn carried(live: &LiveFlow) -> Flow<'_> {
-    let FlowSpec { source, destination, .. } = live.spec();
-    // The session's peer has an identity, which `begin` has put here.
-    let proven = source.identity.as_ref().map_or(FlowSource::Plaintext, FlowSource::Tunnel);
-    Flow { source: proven, client: source.address.ip(), destination: destination.address }
-}
-
-/// A flow that is not to be: what the peer is told, what is counted, what is logged.
-struct Denied {
-    reason: DenyReason,
-    label: &'static str,
-    detail: String,
-}
-
-/// May this flow be? The peer's identity is proven; everything in OPEN is only claimed.
-fn admit(
-    path: &Proxy,
-    pod: &Pod,
-    session: &Session,
-    open: &Open,
-    peer: IpAddr,
-    at: IpAddr,
-) -> Result<Changes, Denied> {
-    let deny = |reason, label, detail: String| Err(Denied { reason, label, detail });
+/// Checks OPEN against what the session proves, and returns the flow that policy decides on. Everything in OPEN is a claim.
+fn check_open(session: &Session, open: &Open, peer: IpAddr, at: IpAddr) -> Result<Flow, Refusal> {
+    let refuse = |reason, detail: String| Err(Refusal::new(reason, detail));
     if session.peer_not_after() <= SystemTime::now() {
-        let detail = "it has expired since the handshake".to_owned();
-        return deny(DenyReason::Policy, "expired", detail);
+        return refuse(RefusalReason::Expired, "it has expired since the handshake".to_owned());
     }
     // The session came to this pod's address: a flow for any other is not ours to carry.
     if open.destination.ip() != at {
         let detail = format!("OPEN names {}, the session is for {at}", open.destination);
-        return deny(DenyReason::UnknownDestination, "forged_destination", detail);
+        return refuse(RefusalReason::ForgedDestination, detail);
     }
     if tcp_port::is_reserved(open.destination.port()) {
         let detail = format!("port {} is the agent's", open.destination.port());
-        return deny(DenyReason::UnknownDestination, "reserved_port", detail);
+        return refuse(RefusalReason::ReservedPort, detail);
     }
     // The application will be told this address; the kernel vouches for the session's.
     if open.client.ip() != peer {
         let detail = format!("OPEN names client {}, the session comes from {peer}", open.client);
-        return deny(DenyReason::Policy, "forged_client", detail);
+        return refuse(RefusalReason::ForgedClient, detail);
     }
-    let flow = asked(session.peer(), open);
-    let ends = || {
-        let source = path.party(open.client, Some(session.peer().clone()));
-        let own = Some(pod.workload.identity.clone());
-        (Reporter::Destination, source, path.party(open.destination, own))
-    };
-    let admitted = authorize::admit(&path.telemetry, pod, &flow, ends);
-    admitted.map_err(|Denial { label, detail }| Denied { reason: DenyReason::Policy, label, detail })
+    Ok(Flow {
+        source: FlowSource::Tunnel(session.peer().clone()),
+        client: open.client.ip(),
+        destination: open.destination,
+    })
 }
 
-/// What policy is asked about; the client's address has been checked.
-fn asked<'a>(identity: &'a SpiffeId, open: &Open) -> Flow<'a> {
-    Flow { source: FlowSource::Tunnel(identity), client: open.client.ip(), destination: open.destination }
-}
-
-async fn deny(path: &Proxy, mut session: Box<Session>, open: &Open, denied: Denied) -> Option<Box<Session>> {
-    let Denied { reason, label, detail } = denied;
-    path.report(refusal(open.client, open.destination, session.peer(), label, detail));
-    let answered = session.deny(open, reason).await;
+/// Reports a refusal and answers the peer with it. Returns the session if it can carry other flows.
+async fn deny(
+    path: &Proxy,
+    mut session: Box<Session>,
+    open: &Open,
+    refusal: Refusal,
+) -> Option<Box<Session>> {
+    let answer = DenyReason::answer(refusal.reason);
+    let addresses = Addresses { source: open.client, destination: open.destination };
+    path.report(Reporter::Destination, addresses, refusal.of(session.peer()));
+    let answered = session.deny(open, answer).await;
     (answered.is_ok() && session.is_idle()).then_some(session)
-}
-
-fn refusal(
-    source: SocketAddr,
-    destination: SocketAddr,
-    identity: &SpiffeId,
-    reason: &'static str,
-    detail: String,
-) -> Refused {
-    Refused {
-        reporter: Reporter::Destination,
-        source,
-        destination,
-        identity: Some(identity.clone()),
-        reason,
-        detail,
-    }
 }
 
 /// The agent's listeners are open to the pod's own loopback too. Nothing is carried from there: plaintext to port 15006
 /// of a loopback address would be carried to port 15006, and so on without end.
-fn came_from_outside(pod: &Pod, at: SocketAddr) -> Result<(), String> {
+fn came_from_outside(pod: &Pod, at: SocketAddr) -> Result<(), Refusal> {
+    let refuse = |detail| Err(Refusal::new(RefusalReason::NotSteered, detail));
     if pod.address_like(at.ip()) != Some(at.ip()) {
-        return Err(format!("{at} is not an address of the pod"));
+        return refuse(format!("{at} is not an address of the pod"));
     }
     if at.port() != tcp_port::TUNNEL && tcp_port::is_reserved(at.port()) {
-        return Err(format!("port {} is the agent's", at.port()));
+        return refuse(format!("port {} is the agent's", at.port()));
     }
     Ok(())
 }
@@ -279,41 +229,30 @@ fn came_from_outside(pod: &Pod, at: SocketAddr) -> Result<(), String> {
 pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: TcpStream, peer: SocketAddr) {
     relay::connection_started();
     let Ok(at) = client.local_addr().map(canonical) else { return };
-    let refused = |reason, detail| Refused {
-        reporter: Reporter::Destination,
-        source: peer,
-        destination: at,
-        identity: None,
-        reason,
-        detail,
-    };
-    if let Err(detail) = came_from_outside(&pod, at) {
-        return path.refuse(client, refused("not_steered", detail));
+    let addresses = Addresses { source: peer, destination: at };
+    let refuse = |client, refusal| path.refuse(client, Reporter::Destination, addresses, refusal);
+    if let Err(refusal) = came_from_outside(&pod, at) {
+        return refuse(client, refusal);
     }
     let flow = Flow { source: FlowSource::Plaintext, client: peer.ip(), destination: at };
-    let ends = || (Reporter::Destination, path.party(peer, None), path.party(at, None));
-    let changes = match authorize::admit(&path.telemetry, &pod, &flow, ends) {
-        Ok(changes) => changes,
-        Err(denial) => return path.refuse(client, refused(denial.label, denial.detail)),
+    let ends = path.ends(Reporter::Destination, addresses, None, None);
+    let admitted = match authorize::admit(&path.telemetry, &pod, flow, &ends) {
+        Ok(admitted) => admitted,
+        Err(refusal) => return refuse(client, refusal),
     };
     match path.dialer.to_application(&pod, at, peer).await {
         Ok(application) => {
-            let live = path.telemetry.open_flow(FlowSpec {
-                reporter: Reporter::Destination,
-                source: path.party(peer, None),
-                destination: path.party(at, Some(pod.workload.identity.clone())),
-                security: Security::Plaintext,
-                trace: [0; 16],
-            });
+            let live =
+                path.telemetry.open_flow(FlowSpec { ends, security: Security::Plaintext, trace: [0; 16] });
             let end = tokio::select! {
                 end = relay::plain(client, application, live.counters()) => end.label(),
                 () = path.drain.cut.cancelled() => "cut",
-                denial = authorize::revoked(&pod, || flow, changes) => {
-                    return authorize::revoke(&path.telemetry, live, denial);
+                refusal = admitted.revoked(&pod) => {
+                    return authorize::revoke(&path.telemetry, live, &refusal);
                 }
             };
             live.close(end);
         }
-        Err(error) => path.refuse(client, refused(deny_reason(&error).label(), error.to_string())),
+        Err(error) => refuse(client, not_connected(&error)),
     }
 }

@@ -1,14 +1,14 @@
-//! A captured connection: find out where it wanted to go, decide how, and carry it there.
+//! Captured connections: resolve the destination, choose an endpoint, connect an upstream, relay.
 //!
 //! ```text
 //! accept on the pod's loopback ─ destination from the kernel ─ a service's? its endpoint ─ route
-//!     SameNode ─ policy ─ application in the other pod        ─ relay in clear, inside this node
-//!     Tunnel   ─ session from the pool or a new one ─ OPEN    ─ relay in frames
-//!     Clear    ─ connection from the pod's namespace          ─ relay in clear
-//!     Refuse   ─ reset
+//!     SameNode  ─ policy ─ application in the other pod       ─ relay as plaintext, inside this node
+//!     Tunnel    ─ session from the pool or a new one ─ OPEN   ─ relay in frames
+//!     Plaintext ─ connection from the pod's namespace         ─ relay as plaintext
+//!     Refuse    ─ reset
 //! ```
-//! The application's connect() has succeeded by then. Whatever fails resets it before its first byte comes back; of a
-//! service other endpoints are tried before (`service`).
+//! The application's connect() has succeeded by then. A failure resets the application before it receives a byte. Of a
+//! service, other endpoints are tried before the reset (`endpoints`).
 
 use std::{
     future::{Future, pending},
@@ -19,132 +19,127 @@ use std::{
 };
 
 use tacit_core::{
-    balance::PickedEndpoint,
+    balance::{EndpointRequest, PickedEndpoint},
     directory::Directory,
     policy::{self, Flow, FlowSource},
-    route::{self, Route, RouteInput},
-    spiffe::SpiffeId,
+    refusal::{Refusal, RefusalReason},
+    route::{self, PlaintextCause, Route, RouteInput},
 };
-use tacit_tunnel::{Session, relay, socket};
+use tacit_tunnel::{relay, socket};
 use tokio::net::TcpStream;
 
 use crate::{
     enrol::Pod,
     proxy::{
-        Proxy, Refused,
-        authorize::{self, Changes, Denial},
-        canonical, deny_reason,
-        sessions::PoolKey,
+        Addresses, Proxy,
+        authorize::{self, Admitted},
+        canonical, not_connected,
     },
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
 };
+use endpoints::{Endpoints, Rest};
+use session::Tunnel;
 
 /// How long an address that the directory does not know is waited for. Above the delay of a watch (tens of ms), below
 /// what a person takes for a hang.
 const DISCOVERY: Duration = Duration::from_secs(1);
 /// How long a TCP connection to a peer's tunnel port may take: three SYNs are lost by then.
 const PEER_CONNECT: Duration = Duration::from_secs(10);
+/// How long an endpoint may take to answer while there may be another: the first SYN and its repetition after a second
+/// are lost by then.
+const TRY_CONNECT: Duration = Duration::from_secs(2);
 
-mod service;
+mod endpoints;
 mod session;
 
-/// The two ends of a flow, as both applications see them.
-#[derive(Clone, Copy)]
-struct Ends {
-    source: SocketAddr,
-    destination: SocketAddr,
-}
-
-/// One try to make a way.
+/// One try to connect an upstream.
 #[derive(Clone, Copy)]
 struct Attempt<'a> {
     /// How long connecting may take.
     limit: Duration,
-    /// The application, if what it says may be sent before the way stands; `None` when there may be another try, since nothing
+    /// The application, if its data may be sent before the upstream accepts. `None` if another try may follow, since nothing
     /// is sent twice.
     optimistic: Option<&'a TcpStream>,
 }
 
-/// What is ready to carry a flow.
-enum Way {
-    Plain(TcpStream, FlowSpec),
-    /// To an application of this pod, whose policies hold as long as the flow lives.
-    SameNode(TcpStream, FlowSpec, Arc<Pod>, Changes),
-    /// With the number of bytes that were sent before it stood.
-    Tunnel(Box<Session>, u64, FlowSpec, PoolKey),
-}
-
-/// Why a captured connection was reset.
-struct Failure {
-    reason: &'static str,
-    detail: String,
-    /// Who was refused, where that is proven.
-    identity: Option<SpiffeId>,
-    fault: Fault,
-}
-
-/// Whose fault a failure is.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Fault {
-    /// The destination's: it does not answer. Another endpoint of the same service may.
-    Destination,
-    /// It would be the same with every destination, or must not be tried again.
-    Other,
-}
-
-impl Failure {
-    fn new(reason: &'static str, detail: impl ToString) -> Self {
-        Self { reason, detail: detail.to_string(), identity: None, fault: Fault::Other }
+impl<'a> Attempt<'a> {
+    /// Returns a try after which `rest` is left.
+    fn before(rest: Rest, app: &'a TcpStream) -> Self {
+        match rest {
+            Rest::More => Self { limit: TRY_CONNECT, optimistic: None },
+            Rest::Nothing => Self { limit: PEER_CONNECT, optimistic: Some(app) },
+        }
     }
+}
 
-    fn of_destination(reason: &'static str, detail: impl ToString) -> Self {
-        Self { fault: Fault::Destination, ..Self::new(reason, detail) }
-    }
+/// A connected destination, ready to carry the flow.
+enum Upstream {
+    Plaintext(TcpStream, FlowSpec),
+    /// An application of this pod, whose policies hold as long as the flow lives.
+    SameNode(TcpStream, FlowSpec, Arc<Pod>, Admitted),
+    Tunnel(Tunnel),
 }
 
 /// Serves one captured connection to its end.
 pub async fn handle(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) {
     relay::connection_started();
-    // Boxed, so that a flow does not keep room for what is needed only until there is a way.
+    // Boxed, so that a flow does not keep room for what is needed only until the upstream is connected.
     let carried = Box::pin(set_out(path, pod, app, client)).await;
     if let Some(carried) = carried {
         carried.await;
     }
 }
 
-/// A flow on its way; it lasts as long as the flow.
+/// The relay of a flow; it lasts as long as the flow.
 type Carried = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// Finds a way and sets out; `None` when the connection was refused.
+/// Connects an upstream and returns the relay to it, or refuses the connection.
 async fn set_out(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) -> Option<Carried> {
-    let Some((source, destination)) = find_destination(&path, &pod, &app, client) else {
+    let Some(addresses) = find_destination(&path, &pod, &app, client) else {
         let at = app.local_addr().map_or(client, canonical);
-        path.refuse(app, refused(client, at, Failure::new("no_destination", "not a captured connection")));
+        let refusal = Refusal::new(RefusalReason::NoDestination, "not a captured connection");
+        path.refuse(app, Reporter::Source, Addresses { source: client, destination: at }, refusal);
         return None;
     };
-    match find_way(&path, &pod, Ends { source, destination }, &app).await {
-        Ok((way, held)) => Some(carry(path, pod, app, way, held.map(Box::new))),
-        Err(failure) => {
-            path.refuse(app, refused(source, destination, failure));
+    match reach(&path, &pod, addresses, &app).await {
+        Ok((upstream, endpoint)) => Some(carry(path, pod, app, upstream, endpoint.map(Box::new))),
+        Err(refusal) => {
+            path.refuse(app, Reporter::Source, addresses, refusal);
             None
         }
     }
 }
 
-/// A way to a pod, or to an endpoint of a service, which counts the flow while it lives.
-async fn find_way(
+/// Resolves the destination and connects to it: to the pod, or to the first endpoint of the service that accepts. The
+/// endpoint counts as loaded until it is dropped.
+async fn reach(
     path: &Proxy,
     pod: &Pod,
-    ends: Ends,
+    addresses: Addresses,
     app: &TcpStream,
-) -> Result<(Way, Option<PickedEndpoint>), Failure> {
-    let directory = discover(path, ends.destination).await;
-    if let Some(service) = directory.service_at(ends.destination.ip()) {
-        return service::reach(path, pod, service, ends, app).await;
+) -> Result<(Upstream, Option<PickedEndpoint>), Refusal> {
+    let Addresses { source, destination } = addresses;
+    let directory = discover(path, destination).await;
+    let Some(service) = directory.service_at(destination.ip()) else {
+        let route = find_route(path, pod, &directory, destination);
+        let attempt = Attempt::before(Rest::Nothing, app);
+        let upstream = connect_route(path, pod, route, addresses, attempt).await?;
+        return Ok((upstream, None));
+    };
+    let (client, node) = (source.ip(), &*pod.workload.node);
+    let request = EndpointRequest { service, address: destination, client, node };
+    let mut endpoints = Endpoints::new(&path.balancer, request);
+    loop {
+        let candidate = endpoints.choose()?;
+        let addresses = Addresses { source, destination: candidate.address() };
+        let directory = discover(path, candidate.address()).await;
+        let route = find_route(path, pod, &directory, candidate.address());
+        let attempt = Attempt::before(candidate.rest(), app);
+        match connect_route(path, pod, route, addresses, attempt).await {
+            Ok(upstream) => return Ok((upstream, Some(endpoints.connected(candidate)))),
+            Err(refusal) => endpoints.refused(&candidate, refusal)?,
+        }
     }
-    let route = find_route(path, pod, &directory, ends.destination);
-    let attempt = Attempt { limit: PEER_CONNECT, optimistic: Some(app) };
-    reach(path, pod, route, ends, attempt).await.map(|way| (way, None))
 }
 
 /// The directory, once it knows the address: a bounded wait for an unknown one.
@@ -152,46 +147,45 @@ async fn discover(path: &Proxy, destination: SocketAddr) -> Arc<Directory> {
     path.snapshots.discover(destination.ip(), DISCOVERY).await
 }
 
-/// Makes a way to the destination, as was decided for it.
-async fn reach(
+/// Connects to the destination by its route.
+async fn connect_route(
     path: &Proxy,
     pod: &Pod,
     route: Route,
-    ends: Ends,
+    addresses: Addresses,
     attempt: Attempt<'_>,
-) -> Result<Way, Failure> {
+) -> Result<Upstream, Refusal> {
     match route {
-        Route::SameNode => hand_over(path, pod, ends).await,
-        Route::Tunnel(expected) => session::tunnel(path, pod, ends, &expected, attempt).await,
-        Route::Plaintext(why) => clear(path, pod, ends, why, attempt.limit).await,
+        Route::SameNode => connect_same_node(path, pod, addresses).await,
+        Route::Tunnel(expected) => {
+            session::tunnel(path, pod, addresses, &expected, attempt).await.map(Upstream::Tunnel)
+        }
+        Route::Plaintext(cause) => connect_plaintext(path, pod, addresses, cause, attempt.limit).await,
         Route::Refuse(reason) => {
             let mode = pod.policy().modes.default;
-            Err(Failure::new(reason, format!("mode of {} is {mode:?}", pod.workload.name)))
+            Err(Refusal::new(reason, format!("mode of {} is {mode:?}", pod.workload.name)))
         }
     }
 }
 
-/// Moves the flow's bytes to its end. Each way's future is boxed by itself: a flow keeps no room for the others'.
+/// Relays the flow to its end. Each upstream's future is boxed by itself: a flow keeps no room for the others'.
 fn carry(
     path: Arc<Proxy>,
     pod: Arc<Pod>,
     app: TcpStream,
-    way: Way,
-    held: Option<Box<PickedEndpoint>>,
+    upstream: Upstream,
+    endpoint: Option<Box<PickedEndpoint>>,
 ) -> Carried {
-    match way {
-        Way::Plain(server, spec) => {
+    match upstream {
+        Upstream::Plaintext(server, spec) => {
             let flow = path.telemetry.open_flow(spec);
-            Box::pin(relay_plain(path, app, server, flow, pending(), held))
+            Box::pin(relay_plain(path, app, server, flow, pending(), endpoint))
         }
-        Way::SameNode(server, spec, target, changes) => Box::pin(async move {
-            let (client, destination) = (spec.source.address.ip(), spec.destination.address);
+        Upstream::SameNode(server, spec, target, admitted) => Box::pin(async move {
             let flow = path.telemetry.open_flow(spec);
-            let asked = || Flow { source: FlowSource::SameNode(&pod.workload.identity), client, destination };
-            let revoked = authorize::revoked(&target, asked, changes);
-            relay_plain(path, app, server, flow, revoked, held).await;
+            relay_plain(path, app, server, flow, admitted.revoked(&target), endpoint).await;
         }),
-        Way::Tunnel(session, optimistic_bytes, spec, key) => {
+        Upstream::Tunnel(Tunnel { session, optimistic_bytes, spec, key }) => {
             let live = path.telemetry.open_flow(spec);
             live.counters().sent.fetch_add(optimistic_bytes, Relaxed);
             Box::pin(async move {
@@ -205,7 +199,7 @@ fn carry(
                 {
                     path.sessions.keep(key, session);
                 }
-                drop(held);
+                drop(endpoint);
             })
         }
     }
@@ -213,19 +207,14 @@ fn carry(
 
 /// The flow's two ends as both applications see them. `None` also for a client that took another's address as its own
 /// (IP_TRANSPARENT): answers to it would leave the pod, in clear.
-fn find_destination(
-    path: &Proxy,
-    pod: &Pod,
-    app: &TcpStream,
-    client: SocketAddr,
-) -> Option<(SocketAddr, SocketAddr)> {
+fn find_destination(path: &Proxy, pod: &Pod, app: &TcpStream, client: SocketAddr) -> Option<Addresses> {
     let at = canonical(app.local_addr().ok()?);
     let destination = path.dialer.take_destination(pod, client, at)?;
     if !client.ip().is_loopback() && !pod.workload.addresses.contains(&client.ip()) {
         return None;
     }
     let source = SocketAddr::new(pod.address_like(destination.ip())?, client.port());
-    Some((source, destination))
+    Some(Addresses { source, destination })
 }
 
 fn find_route(path: &Proxy, pod: &Pod, directory: &Directory, destination: SocketAddr) -> Route {
@@ -241,70 +230,42 @@ fn find_route(path: &Proxy, pod: &Pod, directory: &Directory, destination: Socke
     })
 }
 
-fn refused(source: SocketAddr, destination: SocketAddr, failure: Failure) -> Refused {
-    Refused {
-        reporter: Reporter::Source,
-        source,
-        destination,
-        identity: failure.identity,
-        reason: failure.reason,
-        detail: failure.detail,
-    }
-}
-
 /// Both pods are on this node: identity, mode and policies apply, no byte touches a wire.
-async fn hand_over(path: &Proxy, pod: &Pod, ends: Ends) -> Result<Way, Failure> {
-    let Ends { source, destination } = ends;
+async fn connect_same_node(path: &Proxy, pod: &Pod, addresses: Addresses) -> Result<Upstream, Refusal> {
+    let Addresses { source, destination } = addresses;
     let target = path.pods.load().at(destination.ip()).cloned();
     let target = target.ok_or_else(|| {
-        Failure::of_destination("destination_gone", "the destination is no longer enrolled here")
+        Refusal::new(RefusalReason::DestinationGone, "the destination is no longer enrolled here")
     })?;
-    let identity = &pod.workload.identity;
-    let asked = Flow { source: FlowSource::SameNode(identity), client: source.ip(), destination };
-    let ends = || {
-        let own = Some(target.workload.identity.clone());
-        (Reporter::Source, path.party(source, Some(identity.clone())), path.party(destination, own))
-    };
-    let admitted = authorize::admit(&path.telemetry, &target, &asked, ends);
-    let changes = admitted.map_err(|denial| Failure {
-        identity: Some(identity.clone()),
-        ..Failure::new(denial.label, denial.detail)
-    })?;
-    let server = path.dialer.to_application(&target, destination, source).await.map_err(unreachable)?;
-    let spec = FlowSpec {
-        reporter: Reporter::Source,
-        source: path.party(source, Some(identity.clone())),
-        destination: path.party(destination, Some(target.workload.identity.clone())),
-        security: Security::SameNode,
-        trace: [0; 16],
-    };
-    Ok(Way::SameNode(server, spec, target, changes))
+    let (identity, theirs) = (pod.workload.identity.clone(), target.workload.identity.clone());
+    let ends = path.ends(Reporter::Source, addresses, Some(identity.clone()), Some(theirs));
+    let flow = Flow { source: FlowSource::SameNode(identity), client: source.ip(), destination };
+    let admitted = authorize::admit(&path.telemetry, &target, flow, &ends)?;
+    let connected = path.dialer.to_application(&target, destination, source).await;
+    let server = connected.map_err(|error| not_connected(&error))?;
+    let spec = FlowSpec { ends, security: Security::SameNode, trace: [0; 16] };
+    Ok(Upstream::SameNode(server, spec, target, admitted))
 }
 
 /// In clear, from the pod's own namespace, as it would have gone without Tacit.
-async fn clear(
+async fn connect_plaintext(
     path: &Proxy,
     pod: &Pod,
-    ends: Ends,
-    why: &'static str,
+    addresses: Addresses,
+    cause: PlaintextCause,
     limit: Duration,
-) -> Result<Way, Failure> {
-    let Ends { source, destination } = ends;
-    let server = path.dialer.connect(pod, destination, limit).await.map_err(unreachable)?;
+) -> Result<Upstream, Refusal> {
+    let Addresses { source, destination } = addresses;
+    let connected = path.dialer.connect(pod, destination, limit).await;
+    let server = connected.map_err(|error| not_connected(&error))?;
     socket::reset_if_dropped(&server);
-    tracing::debug!(%source, %destination, why, "in clear");
+    tracing::debug!(%source, %destination, why = cause.label(), "in clear");
     let spec = FlowSpec {
-        reporter: Reporter::Source,
-        source: path.party(source, None),
-        destination: path.party(destination, None),
+        ends: path.ends(Reporter::Source, addresses, None, None),
         security: Security::Plaintext,
         trace: [0; 16],
     };
-    Ok(Way::Plain(server, spec))
-}
-
-fn unreachable(error: std::io::Error) -> Failure {
-    Failure::of_destination(deny_reason(&error).label(), error)
+    Ok(Upstream::Plaintext(server, spec))
 }
 
 async fn relay_plain(
@@ -312,19 +273,21 @@ async fn relay_plain(
     app: TcpStream,
     server: TcpStream,
     flow: LiveFlow,
-    revoked: impl Future<Output = Denial>,
-    _held: Option<Box<PickedEndpoint>>,
+    revoked: impl Future<Output = Refusal>,
+    _endpoint: Option<Box<PickedEndpoint>>,
 ) {
     let end = tokio::select! {
         end = relay::plain(app, server, flow.counters()) => end.label(),
         () = path.drain.cut.cancelled() => "cut",
-        denial = revoked => return authorize::revoke(&path.telemetry, flow, denial),
+        refusal = revoked => return authorize::revoke(&path.telemetry, flow, &refusal),
     };
     flow.close(end);
 }
 
 #[cfg(test)]
 mod tests {
+    use tacit_tunnel::Session;
+
     use super::*;
 
     /// What the tasks of a flow keep, beside its session and sockets: with 10,000 flows a kilobyte is ten megabytes.

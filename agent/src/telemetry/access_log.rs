@@ -11,7 +11,7 @@ use tracing::{
     field::{DisplayValue, display},
 };
 
-use super::flows::{FlowSpec, Party, Reporter, Security};
+use super::flows::{Ends, FlowSpec, Party, Reporter, Security};
 
 /// A flow at its end.
 #[derive(Debug)]
@@ -29,8 +29,8 @@ pub(super) struct Closed<'a> {
 /// Writes the line.
 pub(super) fn closed(flow: &Closed<'_>) {
     let spec = flow.spec;
-    let (src, dst) = (&spec.source, &spec.destination);
-    let (bytes_sent, bytes_recv) = match spec.reporter {
+    let Ends { reporter, source: src, destination: dst } = &spec.ends;
+    let (bytes_sent, bytes_recv) = match reporter {
         Reporter::Source => (flow.sent_bytes, flow.received_bytes),
         Reporter::Destination => (flow.received_bytes, flow.sent_bytes),
     };
@@ -47,7 +47,7 @@ pub(super) fn closed(flow: &Closed<'_>) {
         dst.workload = workload(dst),
         dst.namespace = namespace(dst),
         dst.identity = identity(dst),
-        direction = spec.reporter.direction(),
+        direction = reporter.direction(),
         security = spec.security.label(),
         tls.version = tls.map(|(version, _, _)| version),
         tls.cipher = tls.map(|(_, cipher, _)| cipher),
@@ -91,7 +91,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::telemetry::flows::tests::{mutual_tls, spec};
+    use crate::telemetry::flows::tests::{ends, mutual_tls, spec};
 
     #[test]
     fn the_line_says_who_talked_to_whom_and_how() {
@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn the_far_side_sends_what_the_near_side_receives() {
-        let line = logged(&FlowSpec { reporter: Reporter::Destination, ..spec(mutual_tls()) });
+        let line = logged(&FlowSpec { ends: ends(Reporter::Destination), ..spec(mutual_tls()) });
         assert_eq!((&line["bytes_sent"], &line["bytes_recv"]), (&json!(20), &json!(10)));
         assert_eq!(line["direction"], "inbound");
     }

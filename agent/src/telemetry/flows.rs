@@ -45,6 +45,17 @@ pub struct Party {
     pub identity: Option<SpiffeId>,
 }
 
+/// Both ends of a connection, and which of them is here.
+#[derive(Debug, Clone)]
+pub struct Ends {
+    /// Which end is here.
+    pub reporter: Reporter,
+    /// Who opened the connection.
+    pub source: Party,
+    /// Who accepted it, or was to.
+    pub destination: Party,
+}
+
 /// How a flow is protected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Security {
@@ -78,12 +89,8 @@ impl Security {
 /// What is known of a flow when it opens.
 #[derive(Debug, Clone)]
 pub struct FlowSpec {
-    /// Which end is here.
-    pub reporter: Reporter,
-    /// Who opened the connection.
-    pub source: Party,
-    /// Who accepted it.
-    pub destination: Party,
+    /// Its two ends.
+    pub ends: Ends,
     /// How it is protected.
     pub security: Security,
     /// The trace id both agents log; all zero when the flow crossed no tunnel.
@@ -100,8 +107,9 @@ impl FlowSpec {
     /// The ends on this node.
     pub(super) fn here(&self) -> impl Iterator<Item = &Party> {
         let both = self.security == Security::SameNode;
-        let source = (both || self.reporter == Reporter::Source).then_some(&self.source);
-        let destination = (both || self.reporter == Reporter::Destination).then_some(&self.destination);
+        let Ends { reporter, source, destination } = &self.ends;
+        let source = (both || *reporter == Reporter::Source).then_some(source);
+        let destination = (both || *reporter == Reporter::Destination).then_some(destination);
         source.into_iter().chain(destination)
     }
 
@@ -109,8 +117,8 @@ impl FlowSpec {
     /// held.
     pub(super) fn without_unproven(mut self) -> Self {
         if self.security == Security::Plaintext {
-            self.source.identity = None;
-            self.destination.identity = None;
+            self.ends.source.identity = None;
+            self.ends.destination.identity = None;
         }
         self
     }

@@ -103,9 +103,9 @@ impl Record {
     fn status(&self, now: Instant) -> FlowStatus {
         let spec = &self.spec;
         FlowStatus {
-            reporter: spec.reporter.label().to_owned(),
-            source: PartyStatus::from(&spec.source),
-            destination: PartyStatus::from(&spec.destination),
+            reporter: spec.ends.reporter.label().to_owned(),
+            source: PartyStatus::from(&spec.ends.source),
+            destination: PartyStatus::from(&spec.ends.destination),
             security: spec.security.label().to_owned(),
             key_exchange: match &spec.security {
                 Security::MutualTls { key_exchange, .. } => Some(key_exchange.to_string()),

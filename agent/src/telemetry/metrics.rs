@@ -21,7 +21,7 @@ use prometheus_client::{
     metrics::MetricType,
     registry::Registry,
 };
-use tacit_core::spiffe::SpiffeId;
+use tacit_core::{refusal::RefusalReason, spiffe::SpiffeId};
 
 use super::{
     enrolments::Durations,
@@ -41,9 +41,9 @@ pub(super) struct Exposition {
     /// Flows counted with unknown ends because the table of series was full.
     pub(super) overflowed: u64,
     pub(super) log_lines_lost: u64,
-    pub(super) refusals: Vec<((Reporter, &'static str), u64)>,
-    pub(super) revocations: Vec<((Reporter, &'static str), u64)>,
-    pub(super) audits: Vec<((Reporter, &'static str), u64)>,
+    pub(super) refusals: Vec<((Reporter, RefusalReason), u64)>,
+    pub(super) revocations: Vec<((Reporter, RefusalReason), u64)>,
+    pub(super) audits: Vec<((Reporter, ()), u64)>,
     pub(super) enrolments: Durations,
     pub(super) status: Status,
 }
@@ -83,11 +83,11 @@ impl Exposition {
             let totals = totals.iter();
             writer.family(
                 metric,
-                totals.map(|((by, reason), count)| ([by.label(), *reason].map(Value::Text), *count)),
+                totals.map(|((by, reason), count)| ([by.label(), reason.label()].map(Value::Text), *count)),
             )?;
         }
         let audited = self.audits.iter();
-        writer.family(&AUDITED, audited.map(|((by, _), count)| ([Value::Text(by.label())], *count)))
+        writer.family(&AUDITED, audited.map(|((by, ()), count)| ([Value::Text(by.label())], *count)))
     }
 
     fn agent(&self, writer: &mut Writer<'_>) -> fmt::Result {

@@ -5,16 +5,17 @@
 //! that finds it empty is only counted, and the next line of that reason says how many were left out.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
+use tacit_core::refusal::Refusal;
 use tracing::Level;
 
 use super::{
     access_log,
-    flows::{Party, Reporter},
+    flows::{Ends, Reporter},
 };
 
 /// Lines one reason may write at once; enough for every pod of a small deployment to show up.
@@ -22,103 +23,113 @@ const BURST: u32 = 10;
 /// One more line for each reason after this long.
 const REFILL: Duration = Duration::from_secs(1);
 
-/// A connection that was not let through.
-#[derive(Debug, Clone)]
-pub struct Refusal {
-    /// Which end refused.
-    pub reporter: Reporter,
-    /// Who wanted to connect.
-    pub source: Party,
-    /// To whom.
-    pub destination: Party,
-    /// A stable label: it becomes a metric label, so there are few of them.
-    pub reason: &'static str,
-    /// What the operator needs to know beyond the reason.
-    pub detail: String,
-}
-
 /// What happened to a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum What {
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Event<'a> {
     /// It was not let through.
-    Refused,
+    Refused(&'a Refusal),
     /// It was, and policy no longer allows it.
-    Revoked,
-    /// A policy asked to be told of it; its fate is another's to tell.
-    Audited,
+    Revoked(&'a Refusal),
+    /// An AUDIT policy, or one of a dry run, matches it. Other policies decide on it.
+    Audited { policy: &'a str },
 }
 
-/// All connections of one [`What`]. Bounded by the reasons, which are literals of this program.
-#[derive(Debug, Default)]
-pub(super) struct Refusals(Mutex<Inner>);
-
-#[derive(Debug, Default)]
-struct Inner {
-    counts: BTreeMap<(Reporter, &'static str), u64>,
-    lines: HashMap<&'static str, Bucket>,
-}
-
-impl Refusals {
-    pub(super) fn record(&self, what: What, refusal: &Refusal, now: Instant) {
-        let mut inner = self.lock();
-        *inner.counts.entry((refusal.reporter, refusal.reason)).or_default() += 1;
-        let line = inner.lines.entry(refusal.reason).or_insert_with(|| Bucket::full(now)).take(now);
-        drop(inner);
-        if let Line::Write { suppressed } = line {
-            write(what, refusal, suppressed);
+impl Event<'_> {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Refused(refusal) | Self::Revoked(refusal) => refusal.reason.label(),
+            Self::Audited { .. } => "audited",
         }
     }
 
-    /// Refusals so far, by reporter and reason.
-    pub(super) fn totals(&self) -> Vec<((Reporter, &'static str), u64)> {
+    fn detail(&self) -> &str {
+        match self {
+            Self::Refused(refusal) | Self::Revoked(refusal) => &refusal.detail,
+            Self::Audited { policy } => policy,
+        }
+    }
+}
+
+/// Counts events of one kind by reporter and reason, and bounds the log lines of each reason. The reasons are a closed set,
+/// which bounds the tables.
+#[derive(Debug)]
+pub(super) struct Tally<R>(Mutex<Inner<R>>);
+
+#[derive(Debug)]
+struct Inner<R> {
+    counts: BTreeMap<(Reporter, R), u64>,
+    lines: BTreeMap<R, Bucket>,
+}
+
+impl<R> Default for Tally<R> {
+    fn default() -> Self {
+        Self(Mutex::new(Inner { counts: BTreeMap::new(), lines: BTreeMap::new() }))
+    }
+}
+
+impl<R: Copy + Ord> Tally<R> {
+    /// Counts an event and returns whether it is logged.
+    pub(super) fn record(&self, reporter: Reporter, reason: R, now: Instant) -> Line {
+        let mut inner = self.lock();
+        *inner.counts.entry((reporter, reason)).or_default() += 1;
+        inner.lines.entry(reason).or_insert_with(|| Bucket::full(now)).take(now)
+    }
+
+    /// Events so far, by reporter and reason.
+    pub(super) fn totals(&self) -> Vec<((Reporter, R), u64)> {
         self.lock().counts.iter().map(|(key, count)| (*key, *count)).collect()
     }
 
-    /// A panic while the lock is held leaves at most one refusal uncounted, so a poisoned lock is still good.
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    /// A panic while the lock is held leaves at most one event uncounted, so a poisoned lock is still good.
+    fn lock(&self) -> MutexGuard<'_, Inner<R>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn write(what: What, refusal: &Refusal, suppressed: u64) {
-    let (src, dst) = (&refusal.source, &refusal.destination);
-    // The level must be known when this is compiled.
-    macro_rules! line {
-        ($level:expr, $message:literal) => {
-            tracing::event!(
-                parent: None,
-                $level,
-                reason = refusal.reason,
-                src.addr = %src.address,
-                src.workload = access_log::workload(src),
-                src.namespace = access_log::namespace(src),
-                src.identity = access_log::identity(src),
-                dst.addr = %dst.address,
-                dst.workload = access_log::workload(dst),
-                dst.namespace = access_log::namespace(dst),
-                dst.identity = access_log::identity(dst),
-                direction = refusal.reporter.direction(),
-                detail = %refusal.detail,
-                // Others of this reason, since the last such line, that were counted but not logged.
-                suppressed,
-                $message
-            )
-        };
-    }
-    match what {
-        What::Refused => line!(Level::WARN, "connection refused"),
-        What::Revoked => line!(Level::WARN, "connection closed: policy no longer allows it"),
-        What::Audited => line!(Level::INFO, "connection audited"),
-    }
-}
-
-/// Whether a refusal is logged.
+/// Whether an event is logged.
 #[derive(Debug, PartialEq, Eq)]
-enum Line {
+#[must_use]
+pub(super) enum Line {
     /// It is, and this many before it were not.
     Write { suppressed: u64 },
     /// It is not.
     Suppress,
+}
+
+impl Line {
+    /// Writes the line of `event`, unless it is suppressed.
+    pub(super) fn write(self, ends: &Ends, event: Event<'_>) {
+        let Self::Write { suppressed } = self else { return };
+        let Ends { reporter, source: src, destination: dst } = ends;
+        // The level must be known when this is compiled.
+        macro_rules! line {
+            ($level:expr, $message:literal) => {
+                tracing::event!(
+                    parent: None,
+                    $level,
+                    reason = event.reason(),
+                    src.addr = %src.address,
+                    src.workload = access_log::workload(src),
+                    src.namespace = access_log::namespace(src),
+                    src.identity = access_log::identity(src),
+                    dst.addr = %dst.address,
+                    dst.workload = access_log::workload(dst),
+                    dst.namespace = access_log::namespace(dst),
+                    dst.identity = access_log::identity(dst),
+                    direction = reporter.direction(),
+                    detail = %event.detail(),
+                    // Others of this reason, since the last such line, that were counted but not logged.
+                    suppressed,
+                    $message
+                )
+            };
+        }
+        match event {
+            Event::Refused(_) => line!(Level::WARN, "connection refused"),
+            Event::Revoked(_) => line!(Level::WARN, "connection closed: policy no longer allows it"),
+            Event::Audited { .. } => line!(Level::INFO, "connection audited"),
+        }
+    }
 }
 
 /// The tokens of one reason.
@@ -156,8 +167,9 @@ impl Bucket {
 
 #[cfg(test)]
 mod tests {
+    use tacit_core::refusal::RefusalReason;
+
     use super::*;
-    use crate::telemetry::flows::tests::party;
 
     #[test]
     fn a_flood_writes_a_burst_then_one_line_an_interval_with_the_count_left_out() {
@@ -192,24 +204,13 @@ mod tests {
 
     #[test]
     fn every_refusal_is_counted_whether_logged_or_not() {
-        let refusals = Refusals::default();
-        let now = Instant::now();
+        let refusals = Tally::default();
+        let (now, reason) = (Instant::now(), RefusalReason::PlaintextInStrict);
         for reporter in [Reporter::Source, Reporter::Source, Reporter::Destination] {
-            for _ in 0..50 {
-                refusals.record(What::Refused, &refusal(reporter), now);
-            }
+            let logged = (0..50).filter(|_| refusals.record(reporter, reason, now) != Line::Suppress).count();
+            assert!(logged < 50, "{logged}");
         }
-        let expected = [((Reporter::Source, "plaintext"), 100), ((Reporter::Destination, "plaintext"), 50)];
+        let expected = [((Reporter::Source, reason), 100), ((Reporter::Destination, reason), 50)];
         assert_eq!(refusals.totals(), expected);
-    }
-
-    fn refusal(reporter: Reporter) -> Refusal {
-        Refusal {
-            reporter,
-            source: party("web", "10.77.1.2:40000"),
-            destination: party("api", "10.77.2.3:80"),
-            reason: "plaintext",
-            detail: "the destination takes mutual TLS only".to_owned(),
-        }
     }
 }

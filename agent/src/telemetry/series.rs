@@ -130,9 +130,9 @@ impl Hash for End {
 impl Traffic {
     pub(super) fn of(spec: &FlowSpec) -> Self {
         Self {
-            reporter: spec.reporter,
-            source: End::of(&spec.source),
-            destination: End::of(&spec.destination),
+            reporter: spec.ends.reporter,
+            source: End::of(&spec.ends.source),
+            destination: End::of(&spec.ends.destination),
             policy: match spec.security {
                 Security::MutualTls { .. } => Policy::MutualTls,
                 Security::SameNode | Security::Plaintext => Policy::Unknown,

@@ -381,7 +381,10 @@ mod tests {
             (vec![23, 3, 3, 0xff, 0xff], "tls"),
         ] {
             let (got, _, error) = run(&[data(b"abc"), end].concat(), usize::MAX, 1);
-            assert_eq!((got.as_slice(), error.map(|e| e.reason())), (b"abc".as_slice(), Some(reason)));
+            assert_eq!(
+                (got.as_slice(), error.map(|e| e.reason().label())),
+                (b"abc".as_slice(), Some(reason))
+            );
         }
     }
 }

@@ -18,6 +18,7 @@ use std::{
 };
 
 use tacit_core::{
+    refusal::RefusalReason,
     spiffe::SpiffeId,
     wire::{
         flow_state::{FlowState, Role},
@@ -68,14 +69,14 @@ pub enum OpenError {
 }
 
 impl OpenError {
-    /// Returns the label for logs and metrics, one of a fixed set.
+    /// Returns the reason for which the connection is refused.
     #[must_use]
-    pub fn reason(&self) -> &'static str {
+    pub fn reason(&self) -> RefusalReason {
         match self {
-            Self::Denied(reason) => reason.label(),
-            Self::Stale(_) => "stale",
+            Self::Denied(reason) => reason.reason(),
+            Self::Stale(_) => RefusalReason::Stale,
             Self::Tunnel(error) => error.reason(),
-            Self::Abandoned => "reset_by_source",
+            Self::Abandoned => RefusalReason::ResetBySource,
         }
     }
 }

@@ -27,6 +27,7 @@ use rustls::{
     version::TLS13,
 };
 use tacit_core::{
+    refusal::RefusalReason,
     spiffe::SpiffeId,
     wire::{flow_state::UnexpectedFrame, frame::FrameError},
 };
@@ -95,19 +96,19 @@ pub enum TunnelError {
 }
 
 impl TunnelError {
-    /// Returns the label for logs and metrics, one of a fixed set.
+    /// Returns the reason for which the connection is refused.
     #[must_use]
-    pub fn reason(&self) -> &'static str {
+    pub fn reason(&self) -> RefusalReason {
         match self {
             Self::Certificate(refusal) => refusal.reason(),
-            Self::RefusedByPeer(_) => "refused_by_peer",
-            Self::TlsMismatch(_) => "tls_mismatch",
-            Self::Alpn => "alpn",
-            Self::Tls(_) | Self::Record(_) => "tls",
-            Self::Timeout { .. } => "timeout",
-            Self::Io(_) => "io",
-            Self::Closed => "closed",
-            Self::Frame(_) | Self::UnexpectedFrame(_) => "protocol",
+            Self::RefusedByPeer(_) => RefusalReason::RefusedByPeer,
+            Self::TlsMismatch(_) => RefusalReason::TlsMismatch,
+            Self::Alpn => RefusalReason::Alpn,
+            Self::Tls(_) | Self::Record(_) => RefusalReason::Tls,
+            Self::Timeout { .. } => RefusalReason::Timeout,
+            Self::Io(_) => RefusalReason::Io,
+            Self::Closed => RefusalReason::Closed,
+            Self::Frame(_) | Self::UnexpectedFrame(_) => RefusalReason::Protocol,
         }
     }
 }

@@ -11,6 +11,8 @@ use std::{
     time::Duration,
 };
 
+use crate::refusal::RefusalReason;
+
 /// A service of Kubernetes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Service {
@@ -122,12 +124,12 @@ pub enum NoEndpoint {
 }
 
 impl NoEndpoint {
-    /// A stable name for metrics and logs.
+    /// Returns the reason for which the connection is refused.
     #[must_use]
-    pub fn label(self) -> &'static str {
+    pub fn reason(self) -> RefusalReason {
         match self {
-            Self::UnknownPort(_) => "service_port_unknown",
-            Self::NoneReady | Self::NoneOnNode | Self::AllTried => "no_endpoint",
+            Self::UnknownPort(_) => RefusalReason::ServicePortUnknown,
+            Self::NoneReady | Self::NoneOnNode | Self::AllTried => RefusalReason::NoEndpoint,
         }
     }
 }

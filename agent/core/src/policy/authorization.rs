@@ -22,7 +22,7 @@ use std::{fmt, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 
-use super::{Flow, FlowSource};
+use super::Flow;
 use crate::spiffe::SpiffeId;
 
 mod matching;
@@ -127,11 +127,8 @@ struct FlowAttributes<'a> {
 }
 
 impl<'a> FlowAttributes<'a> {
-    fn of(flow: &Flow<'a>) -> Self {
-        let identity = match flow.source {
-            FlowSource::Tunnel(identity) | FlowSource::SameNode(identity) => Some(identity),
-            FlowSource::Node | FlowSource::Plaintext => None,
-        };
+    fn of(flow: &'a Flow) -> Self {
+        let identity = flow.source.identity();
         let principals = identity.map_or_else(Vec::new, |id| {
             let of = |domain: &str| format!("{domain}/ns/{}/sa/{}", id.namespace(), id.service_account());
             let own = id.trust_domain().to_string();
@@ -312,7 +309,7 @@ impl Authorization {
 
     /// What the policies say about a flow.
     #[must_use]
-    pub fn evaluate(&self, flow: &Flow<'_>) -> AuthorizationDecision<'_> {
+    pub fn evaluate(&self, flow: &Flow) -> AuthorizationDecision<'_> {
         if self.is_empty() {
             return AuthorizationDecision::Unrestricted;
         }
@@ -335,7 +332,7 @@ impl Authorization {
 
     /// AUDIT policies, and policies of a dry run, that match a flow.
     #[must_use]
-    pub fn audits(&self, flow: &Flow<'_>) -> Vec<Match<'_>> {
+    pub fn audits(&self, flow: &Flow) -> Vec<Match<'_>> {
         let is_watched = |policy: &&Arc<AuthorizationPolicy>| {
             policy.action == Action::Audit || policy.enforcement == Enforcement::DryRun
         };

@@ -13,7 +13,10 @@ use serde::{Deserialize, Serialize};
 use super::{
     Authorization, AuthorizationDecision, Flow, FlowSource, Mode, Policies, PolicyDenial, Verdict, decide,
 };
-use crate::directory::{Directory, Protocol, Workload};
+use crate::{
+    directory::{Directory, Protocol, Workload},
+    spiffe::SpiffeId,
+};
 
 /// One end, as an operator names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -206,22 +209,25 @@ fn path(
     let mode = modes.at(port);
     verdict.mode = Some(name(mode).to_owned());
     verdict.policies = authorization.names().map(str::to_owned).collect();
-    let (how, why) = arrival(known, source, client, target, mode);
+    let (proof, why) = arrival(known, source, client, target, mode);
     verdict.why.push(why);
-    if let FlowSource::Tunnel(identity) | FlowSource::SameNode(identity) = how {
-        verdict.principal = Some(identity.to_string());
-    }
-    let flow = Flow { source: how, client, destination: SocketAddr::new(server, port) };
+    verdict.principal = proof.identity().map(SpiffeId::to_string);
+    let flow = Flow { source: proof, client, destination: SocketAddr::new(server, port) };
     verdict.why.push(format!("The mode of the destination at port {port} is {}.", name(mode)));
     let decision = decide(&modes, &authorization, &flow);
     verdict.allow = decision == Verdict::Allow;
-    verdict.why.push(reason(&decision, how, authorization.is_empty(), &authorization.evaluate(&flow)));
+    verdict.why.push(reason(
+        &decision,
+        &flow.source,
+        authorization.is_empty(),
+        &authorization.evaluate(&flow),
+    ));
     verdict.why.extend(remarks(known.policies, &authorization, &flow));
     verdict
 }
 
 /// What else there is to know: audits, and notes on the policies asked.
-fn remarks(policies: &Policies, authorization: &Authorization, flow: &Flow<'_>) -> Vec<String> {
+fn remarks(policies: &Policies, authorization: &Authorization, flow: &Flow) -> Vec<String> {
     let audits = authorization.audits(flow);
     let audits = audits.iter().map(|audit| format!("It is told to the log by {audit}."));
     let is_of = |note: &str, policy: &str| note.starts_with(&format!("AuthorizationPolicy {policy}: "));
@@ -231,17 +237,17 @@ fn remarks(policies: &Policies, authorization: &Authorization, flow: &Flow<'_>) 
 }
 
 /// How the connection comes to the destination's agent, and a sentence about it.
-fn arrival<'a>(
+fn arrival(
     known: ExplainContext<'_>,
-    source: &Resolved<'a>,
+    source: &Resolved<'_>,
     client: IpAddr,
     target: &Workload,
     mode: Mode,
-) -> (FlowSource<'a>, String) {
+) -> (FlowSource, String) {
     match source.workload.filter(|workload| workload.protocol == Protocol::Tacit) {
         Some(workload) if workload.node == target.node => {
             let identity = &workload.identity;
-            (FlowSource::SameNode(identity), format!("It is handed over on one node, as {identity}."))
+            (FlowSource::SameNode(identity.clone()), format!("It is handed over on one node, as {identity}."))
         }
         Some(_) if mode == Mode::Disable => (
             FlowSource::Plaintext,
@@ -249,7 +255,7 @@ fn arrival<'a>(
         ),
         Some(workload) => {
             let identity = &workload.identity;
-            (FlowSource::Tunnel(identity), format!("It comes through a tunnel, as {identity}."))
+            (FlowSource::Tunnel(identity.clone()), format!("It comes through a tunnel, as {identity}."))
         }
         None if *target.node == *known.node && (known.is_node)(client) => {
             (FlowSource::Node, "It comes from the destination's own node.".to_owned())
@@ -263,7 +269,7 @@ fn arrival<'a>(
 
 fn reason(
     decision: &Verdict<'_>,
-    how: FlowSource<'_>,
+    source: &FlowSource,
     unselected: bool,
     ruling: &AuthorizationDecision<'_>,
 ) -> String {
@@ -275,7 +281,7 @@ fn reason(
         Verdict::Deny(PolicyDenial::NotAllowed(policies)) => {
             format!("Denied: ALLOW policies select the destination, and no rule of ALLOW {policies} matches.")
         }
-        Verdict::Allow if how == FlowSource::Node => {
+        Verdict::Allow if *source == FlowSource::Node => {
             "Allowed: a node's own connections to its pods (probes) always pass.".to_owned()
         }
         Verdict::Allow => match ruling {

@@ -170,8 +170,8 @@ fn plaintext_is_denied_in_strict_and_nothing_else_is() {
         [(Mode::Disable, Verdict::Allow), (Mode::Permissive, Verdict::Allow), (Mode::Strict, deny)]
     {
         for (source, expected) in [
-            (FlowSource::Tunnel(&id), Verdict::Allow),
-            (FlowSource::SameNode(&id), Verdict::Allow),
+            (FlowSource::Tunnel(id.clone()), Verdict::Allow),
+            (FlowSource::SameNode(id.clone()), Verdict::Allow),
             (FlowSource::Node, Verdict::Allow),
             (FlowSource::Plaintext, plaintext.clone()),
         ] {
@@ -181,7 +181,7 @@ fn plaintext_is_denied_in_strict_and_nothing_else_is() {
                 destination: "10.77.2.2:80".parse().expect("an address"),
             };
             let none = Authorization::default();
-            assert_eq!(decide(&modes(mode), &none, &asked), expected, "{mode:?} {source:?}");
+            assert_eq!(decide(&modes(mode), &none, &asked), expected, "{mode:?} {asked:?}");
             for other in MODES.into_iter().flatten() {
                 let port = Modes { default: other, ports: BTreeMap::from([(80, mode)]) };
                 let met = decide(&port, &none, &asked);

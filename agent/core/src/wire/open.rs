@@ -5,6 +5,8 @@ use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
+use crate::refusal::RefusalReason;
+
 /// Payload of OPEN: version, two addresses with ports, trace id, what comes ahead of the answer.
 pub const OPEN_BYTES: usize = 1 + 18 + 18 + 16 + 1;
 /// The only version of OPEN there is; another layout gets another number.
@@ -69,19 +71,42 @@ pub enum DenyReason {
 }
 
 impl DenyReason {
-    /// For logs and metric labels.
+    /// Returns the answer to a client whose flow the server refuses for `reason`. A peer learns no more than it needs.
     #[must_use]
-    pub fn label(self) -> &'static str {
+    pub fn answer(reason: RefusalReason) -> Self {
+        match reason {
+            RefusalReason::Policy
+            | RefusalReason::PlaintextInStrict
+            | RefusalReason::DeniedByPolicy
+            | RefusalReason::NotAllowedByPolicy
+            | RefusalReason::ForgedClient
+            | RefusalReason::Expired => Self::Policy,
+            RefusalReason::UnknownDestination
+            | RefusalReason::ForgedDestination
+            | RefusalReason::ReservedPort => Self::UnknownDestination,
+            RefusalReason::ConnectionRefused => Self::ConnectionRefused,
+            RefusalReason::Unreachable => Self::Unreachable,
+            RefusalReason::TimedOut => Self::TimedOut,
+            RefusalReason::Draining => Self::Draining,
+            RefusalReason::Overloaded => Self::Overloaded,
+            // A server refuses a flow that was opened for no other reason.
+            _ => Self::Internal,
+        }
+    }
+
+    /// Returns the reason for which the client refuses the connection.
+    #[must_use]
+    pub fn reason(self) -> RefusalReason {
         match self {
-            Self::Policy => "policy",
-            Self::UnknownDestination => "unknown_destination",
-            Self::ConnectionRefused => "connection_refused",
-            Self::Unreachable => "unreachable",
-            Self::TimedOut => "timed_out",
-            Self::Draining => "draining",
-            Self::Overloaded => "overloaded",
-            Self::Internal => "internal",
-            Self::Other(_) => "other",
+            Self::Policy => RefusalReason::Policy,
+            Self::UnknownDestination => RefusalReason::UnknownDestination,
+            Self::ConnectionRefused => RefusalReason::ConnectionRefused,
+            Self::Unreachable => RefusalReason::Unreachable,
+            Self::TimedOut => RefusalReason::TimedOut,
+            Self::Draining => RefusalReason::Draining,
+            Self::Overloaded => RefusalReason::Overloaded,
+            Self::Internal => RefusalReason::Internal,
+            Self::Other(_) => RefusalReason::Other,
         }
     }
 
@@ -118,7 +143,7 @@ impl fmt::Display for DenyReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Other(code) => write!(f, "other ({code})"),
-            known => f.write_str(known.label()),
+            known => f.write_str(known.reason().label()),
         }
     }
 }
@@ -181,4 +206,32 @@ fn decode_address(bytes: &[u8]) -> SocketAddr {
     ip.copy_from_slice(&bytes[..16]);
     let port = u16::from_be_bytes([bytes[16], bytes[17]]);
     SocketAddr::new(IpAddr::V6(Ipv6Addr::from(ip)).to_canonical(), port)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_by_policy_is_answered_without_the_rule() {
+        for (reason, answer) in [
+            (RefusalReason::DeniedByPolicy, DenyReason::Policy),
+            (RefusalReason::NotAllowedByPolicy, DenyReason::Policy),
+            (RefusalReason::PlaintextInStrict, DenyReason::Policy),
+            (RefusalReason::Expired, DenyReason::Policy),
+            (RefusalReason::ForgedClient, DenyReason::Policy),
+            (RefusalReason::ForgedDestination, DenyReason::UnknownDestination),
+            (RefusalReason::ReservedPort, DenyReason::UnknownDestination),
+        ] {
+            assert_eq!(DenyReason::answer(reason), answer, "{reason:?}");
+        }
+    }
+
+    #[test]
+    fn both_agents_report_a_failure_to_reach_the_application_alike() {
+        for code in 1..=8 {
+            let answer = DenyReason::of(code);
+            assert_eq!(DenyReason::answer(answer.reason()), answer);
+        }
+    }
 }

@@ -219,7 +219,7 @@ proptest! {
         let modes = Modes { default: mode, ports: BTreeMap::new() };
         let client: IpAddr = client.parse().expect("an address");
         let source = match &client_identity {
-            Some(id) => FlowSource::Tunnel(id),
+            Some(id) => FlowSource::Tunnel(id.clone()),
             None if is_probe => FlowSource::Node,
             None => FlowSource::Plaintext,
         };
@@ -232,7 +232,7 @@ proptest! {
         let is_denied = selecting.iter().filter(|policy| !policy.is_allow).any(|policy| matches(&policy));
         let mut allows = selecting.iter().filter(|policy| policy.is_allow).peekable();
         let is_allowed = allows.peek().is_none() || allows.any(|policy| matches(&policy));
-        let expected = match source {
+        let expected = match flow.source {
             FlowSource::Node => true,
             FlowSource::Plaintext if mode == Mode::Strict => false,
             _ => !is_denied && is_allowed,

@@ -3,34 +3,45 @@
 use std::{net::SocketAddr, sync::Arc};
 
 use tacit_core::{
+    refusal::{Refusal, RefusalReason},
     spiffe::SpiffeId,
     wire::open::{DenyReason, Open, OptimisticMode},
 };
 use tacit_identity::credentials::Credentials;
 use tacit_tunnel::{OpenError, Session, random_trace_id, session::OptimisticData};
 
-use super::{Attempt, Ends, Failure, Pod, Proxy, Way};
+use super::Attempt;
 use crate::{
-    proxy::{security, sessions::PoolKey},
+    enrol::Pod,
+    proxy::{Addresses, Proxy, security, sessions::PoolKey},
     telemetry::{FlowSpec, Reporter},
 };
 
 /// Port of the tunnel.
 const TUNNEL: u16 = tacit_abi::tcp_port::TUNNEL;
 
-/// A way through the tunnel to a server that must be `expected`.
+/// A session on which the destination's agent has accepted the flow.
+pub(super) struct Tunnel {
+    pub(super) session: Box<Session>,
+    /// Bytes of the application that were sent before the agent accepted.
+    pub(super) optimistic_bytes: u64,
+    pub(super) spec: FlowSpec,
+    pub(super) key: PoolKey,
+}
+
+/// Opens the flow on a session to a server that must be `expected`.
 pub(super) async fn tunnel(
     path: &Proxy,
     pod: &Pod,
-    ends: Ends,
+    addresses: Addresses,
     expected: &SpiffeId,
     attempt: Attempt<'_>,
-) -> Result<Way, Failure> {
-    let Ends { source, destination } = ends;
+) -> Result<Tunnel, Refusal> {
+    let Addresses { source, destination } = addresses;
     let identity = pod.workload.identity.clone();
     let own = path.snapshots.credentials(&identity).ok_or_else(|| {
         let detail = format!("{identity} has no valid certificate; see `tacit status`");
-        Failure::new("no_certificate", detail)
+        Refusal::new(RefusalReason::NoCertificate, detail)
     })?;
     let key = PoolKey {
         pod: pod.cgroup,
@@ -42,13 +53,11 @@ pub(super) async fn tunnel(
         Open { destination, client: source, trace: random_trace_id(), optimistic_data: OptimisticMode::Off };
     let (session, optimistic_bytes) = Box::pin(opened(path, pod, &own, &key, &open, attempt)).await?;
     let spec = FlowSpec {
-        reporter: Reporter::Source,
-        source: path.party(source, Some(identity)),
-        destination: path.party(destination, Some(session.peer().clone())),
+        ends: path.ends(Reporter::Source, addresses, Some(identity), Some(session.peer().clone())),
         security: security(session.tls()),
         trace: open.trace.0,
     };
-    Ok(Way::Tunnel(session, optimistic_bytes, spec, key))
+    Ok(Tunnel { session, optimistic_bytes, spec, key })
 }
 
 /// A session on which the peer has accepted the flow, and how many bytes of the application were sent before.
@@ -59,7 +68,7 @@ async fn opened(
     key: &PoolKey,
     open: &Open,
     attempt: Attempt<'_>,
-) -> Result<(Box<Session>, u64), Failure> {
+) -> Result<(Box<Session>, u64), Refusal> {
     let mut optimistic = attempt.optimistic.map(OptimisticData::new);
     // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it were taken: the
     // destination may have read those, so they are not sent twice.
@@ -67,21 +76,22 @@ async fn opened(
         match session.open(open, optimistic.as_mut()).await {
             Ok(()) => return Ok((session, taken_bytes(&optimistic))),
             Err(OpenError::Denied(reason)) => return Err(denied(path, key, session, reason)),
-            Err(error) if taken_bytes(&optimistic) > 0 => return Err(Failure::new(error.reason(), error)),
+            Err(error) if taken_bytes(&optimistic) > 0 => return Err(Refusal::new(error.reason(), error)),
             Err(error) => tracing::debug!(%error, "idle session was dead"),
         }
     }
     let peer = SocketAddr::new(open.destination.ip(), TUNNEL);
     let tcp = path.dialer.to_tunnel(pod, peer, attempt.limit).await.map_err(|e| {
-        Failure::of_destination("peer_unreachable", format!("{peer}: {e}; does an agent run on that node?"))
+        let detail = format!("{peer}: {e}; does an agent run on that node?");
+        Refusal::new(RefusalReason::PeerUnreachable, detail)
     })?;
     let connected = Session::connect(tcp, own, &key.identity).await;
-    let mut session = connected.map_err(|e| Failure::new(e.reason(), e))?;
+    let mut session = connected.map_err(|e| Refusal::new(e.reason(), e))?;
     match session.open(open, optimistic.as_mut()).await {
         Ok(()) => Ok((session, taken_bytes(&optimistic))),
         Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason)),
-        Err(OpenError::Stale(error) | OpenError::Tunnel(error)) => Err(Failure::new(error.reason(), error)),
-        Err(error @ OpenError::Abandoned) => Err(Failure::new(error.reason(), error)),
+        Err(OpenError::Stale(error) | OpenError::Tunnel(error)) => Err(Refusal::new(error.reason(), error)),
+        Err(error @ OpenError::Abandoned) => Err(Refusal::new(error.reason(), error)),
     }
 }
 
@@ -90,21 +100,11 @@ fn taken_bytes(optimistic: &Option<OptimisticData<'_>>) -> u64 {
 }
 
 /// A denied flow leaves its session as good as before, if nothing was sent before the answer.
-fn denied(path: &Proxy, key: &PoolKey, session: Box<Session>, reason: DenyReason) -> Failure {
+fn denied(path: &Proxy, key: &PoolKey, session: Box<Session>, reason: DenyReason) -> Refusal {
     if session.is_idle() {
         path.sessions.keep(key.clone(), session);
     } else {
         session.close();
     }
-    let detail = format!("{} denied it", key.identity);
-    match reason {
-        DenyReason::Policy | DenyReason::Other(_) => Failure::new(reason.label(), detail),
-        DenyReason::UnknownDestination
-        | DenyReason::ConnectionRefused
-        | DenyReason::Unreachable
-        | DenyReason::TimedOut
-        | DenyReason::Draining
-        | DenyReason::Overloaded
-        | DenyReason::Internal => Failure::of_destination(reason.label(), detail),
-    }
+    Refusal::new(reason.reason(), format!("{} denied it", key.identity))
 }

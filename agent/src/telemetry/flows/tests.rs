@@ -24,13 +24,12 @@ pub(in crate::telemetry) fn workload(name: &str) -> Workload {
 
 /// `web` to `api`, as the agent of `web` sees it.
 pub(in crate::telemetry) fn spec(security: Security) -> FlowSpec {
-    FlowSpec {
-        reporter: Reporter::Source,
-        source: party("web", "10.77.1.2:40000"),
-        destination: party("api", "10.77.2.3:80"),
-        security,
-        trace: [0xab; 16],
-    }
+    FlowSpec { ends: ends(Reporter::Source), security, trace: [0xab; 16] }
+}
+
+/// `web` and `api`, as seen by the agent of `reporter`.
+pub(in crate::telemetry) fn ends(reporter: Reporter) -> Ends {
+    Ends { reporter, source: party("web", "10.77.1.2:40000"), destination: party("api", "10.77.2.3:80") }
 }
 
 pub(in crate::telemetry) fn party(name: &str, address: &str) -> Party {

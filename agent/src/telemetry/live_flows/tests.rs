@@ -3,7 +3,7 @@
 use super::*;
 use crate::telemetry::flows::{
     Reporter,
-    tests::{mutual_tls, spec},
+    tests::{ends, mutual_tls, spec},
 };
 
 #[test]
@@ -66,13 +66,13 @@ fn the_list_is_bounded_and_starts_with_the_newest() {
 fn a_flow_in_clear_is_reported_without_identities() {
     let table = Arc::new(FlowTable::default());
     let flow = FlowTable::open(&table, spec(Security::Plaintext), Instant::now());
-    assert!(flow.spec().source.identity.is_none() && flow.spec().destination.identity.is_none());
+    assert!(flow.spec().ends.source.identity.is_none() && flow.spec().ends.destination.identity.is_none());
 }
 
 #[test]
 fn live_flows_are_counted_for_the_pods_that_are_here() {
     let table = Arc::new(FlowTable::default());
-    let inbound = FlowSpec { reporter: Reporter::Destination, ..spec(mutual_tls()) };
+    let inbound = FlowSpec { ends: ends(Reporter::Destination), ..spec(mutual_tls()) };
     let _flows = [spec(mutual_tls()), spec(Security::SameNode), inbound]
         .map(|spec| FlowTable::open(&table, spec, Instant::now()));
     let counts: Vec<_> =

@@ -2,9 +2,11 @@
 
 use std::{sync::atomic::Ordering, time::Duration};
 
+use tacit_core::refusal::{Refusal, RefusalReason};
+
 use crate::telemetry::{
-    Refusal, Telemetry,
-    flows::tests::{mutual_tls, party, spec},
+    Telemetry,
+    flows::tests::{ends, mutual_tls, spec},
     flows::{Reporter, Security},
     status::tests::sample,
 };
@@ -50,22 +52,9 @@ fn a_flow_in_clear_names_no_principal() {
 #[test]
 fn what_the_status_knows_is_exposed() {
     let telemetry = Telemetry::new();
-    telemetry.refused(&Refusal {
-        reporter: Reporter::Destination,
-        source: party("web", "10.77.1.2:40000"),
-        destination: party("api", "10.77.2.3:80"),
-        reason: "plaintext_in_strict",
-        detail: String::new(),
-    });
-    let of_policy = |reporter| Refusal {
-        reporter,
-        source: party("web", "10.77.1.2:40000"),
-        destination: party("api", "10.77.2.3:80"),
-        reason: "denied_by_policy",
-        detail: String::new(),
-    };
-    telemetry.revoked(&of_policy(Reporter::Source));
-    telemetry.audited(&of_policy(Reporter::Destination));
+    telemetry.refused(&ends(Reporter::Destination), &Refusal::new(RefusalReason::PlaintextInStrict, ""));
+    telemetry.revoked(&ends(Reporter::Source), &Refusal::new(RefusalReason::DeniedByPolicy, ""));
+    telemetry.audited(&ends(Reporter::Destination), "AUDIT policy shop/all");
     [4, 50, 51, 9000].map(Duration::from_millis).iter().for_each(|took| telemetry.enrolled(*took));
     for line in [
         r#"tacit_connections_refused_total{reporter="destination",reason="plaintext_in_strict"} 1"#,

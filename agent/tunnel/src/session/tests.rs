@@ -234,7 +234,7 @@ async fn frames_out_of_turn_end_the_session() {
     client.send_data(Buffer::take(Size::Small), 1).expect("in turn");
     poll_fn(|cx| client.poll_flush(cx)).await.expect("sent");
     let refused = server.next(SOON).await.expect_err("DATA before OPEN");
-    assert_eq!(refused.reason(), "protocol");
+    assert_eq!(refused.reason().label(), "protocol");
 }
 
 #[tokio::test]
@@ -282,10 +282,10 @@ async fn a_rejected_client_certificate_is_reported_at_open() {
     let expected = identity("db");
     let (client, server) =
         tokio::join!(Session::connect(client, &web, &expected), Session::accept(server, &db));
-    assert_eq!(server.err().expect("refused").reason(), "unknown_issuer");
+    assert_eq!(server.err().expect("refused").reason().label(), "unknown_issuer");
     let asked = open();
     let refused = client.expect("TLS 1.3 lets the client finish first").open(&asked, None).await;
-    assert_eq!(refused.expect_err("refused").reason(), "refused_by_peer");
+    assert_eq!(refused.expect_err("refused").reason().label(), "refused_by_peer");
 }
 
 #[tokio::test]

@@ -24,7 +24,7 @@ async fn handshake(client: &Credentials, expected: &SpiffeId, server: &Credentia
     let accept = async {
         match stream::accept(far, server).await {
             Ok(_) => "ok".to_owned(),
-            Err(error) => error.reason().to_owned(),
+            Err(error) => error.reason().label().to_owned(),
         }
     };
     tokio::join!(connect, accept)
@@ -43,7 +43,7 @@ async fn outcome(established: Result<Established, TunnelError>) -> String {
         }
         Err(error) => Err(error),
     };
-    read.map_or_else(|error| error.reason().to_owned(), |()| "ok".to_owned())
+    read.map_or_else(|error| error.reason().label().to_owned(), |()| "ok".to_owned())
 }
 
 fn of(id: &str, made: SystemTime, lifetime: Duration) -> Credentials {
@@ -108,7 +108,7 @@ async fn a_certificate_must_name_exactly_one_identity() {
             stream::connect(near, &web, &expected),
             TlsAcceptor::from(Arc::new(server)).accept(far)
         );
-        assert_eq!(client.map_or_else(|e| e.reason(), |_| "ok"), reason, "server with {uris:?}");
+        assert_eq!(client.map_or_else(|e| e.reason().label(), |_| "ok"), reason, "server with {uris:?}");
 
         let mut client = ClientConfig::clone(&client_config(&web, &expected));
         client.client_auth_cert_resolver = invalid;
@@ -122,7 +122,7 @@ async fn accept_from(config: ClientConfig, own: &Credentials) -> &'static str {
     let name = rustls::pki_types::ServerName::from(far.local_addr().expect("open").ip());
     let connector = TlsConnector::from(Arc::new(config));
     let (_, server) = tokio::join!(connector.connect(name, near), stream::accept(far, own));
-    server.map_or_else(|e| e.reason(), |_| "ok")
+    server.map_or_else(|e| e.reason().label(), |_| "ok")
 }
 
 #[derive(Debug)]
@@ -160,7 +160,7 @@ async fn both_sides_insist_on_the_alpn() {
             stream::connect(near, &web, &expected),
             TlsAcceptor::from(Arc::new(server)).accept(far)
         );
-        assert_eq!(client.map_or_else(|e| e.reason(), |_| "ok"), "alpn");
+        assert_eq!(client.map_or_else(|e| e.reason().label(), |_| "ok"), "alpn");
     }
 }
 
@@ -193,14 +193,15 @@ async fn a_peer_without_tls_1_3_is_refused() {
     let (web, db, expected) = (credentials("web"), credentials("db"), identity("db"));
     for (bytes, reason) in [(CLIENT_HELLO_1_2, "tls_mismatch"), (b"GET / HTTP/1.1\r\n\r\n", "tls")] {
         let (near, far) = connection().await;
-        let accept = async { stream::accept(far, &db).await.map_or_else(|e| e.reason(), |_| "ok") };
+        let accept = async { stream::accept(far, &db).await.map_or_else(|e| e.reason().label(), |_| "ok") };
         let (server, ()) = tokio::join!(accept, send(near, bytes));
         assert_eq!(server, reason);
     }
     for (bytes, reason) in [(SERVER_HELLO_1_2, "tls_mismatch"), (b"SSH-2.0-OpenSSH_10.0\r\n", "tls")] {
         let (near, far) = connection().await;
-        let connect =
-            async { stream::connect(near, &web, &expected).await.map_or_else(|e| e.reason(), |_| "ok") };
+        let connect = async {
+            stream::connect(near, &web, &expected).await.map_or_else(|e| e.reason().label(), |_| "ok")
+        };
         let (client, ()) = tokio::join!(connect, send(far, bytes));
         assert_eq!(client, reason);
     }

@@ -20,7 +20,10 @@ use rustls::{
         danger::{ClientCertVerified, ClientCertVerifier},
     },
 };
-use tacit_core::spiffe::{SpiffeId, TrustDomain};
+use tacit_core::{
+    refusal::RefusalReason,
+    spiffe::{SpiffeId, TrustDomain},
+};
 use tacit_identity::certificate;
 
 /// The reason why a peer's certificate is rejected.
@@ -66,19 +69,19 @@ pub enum PeerCertificateError {
 }
 
 impl PeerCertificateError {
-    /// Returns the label for logs and metrics.
+    /// Returns the reason for which the connection is refused.
     #[must_use]
-    pub fn reason(&self) -> &'static str {
+    pub fn reason(&self) -> RefusalReason {
         match self {
-            Self::IdentityMismatch { .. } => "identity_mismatch",
-            Self::OtherTrustDomain { .. } => "other_trust_domain",
-            Self::Expired => "expired",
-            Self::NotYetValid => "not_yet_valid",
-            Self::UnknownIssuer => "unknown_issuer",
-            Self::UriNames(_) => "uri_names",
-            Self::NotAnIdentity(_) => "not_an_identity",
-            Self::NoClientCertificate => "no_client_certificate",
-            Self::Invalid(_) => "invalid_certificate",
+            Self::IdentityMismatch { .. } => RefusalReason::IdentityMismatch,
+            Self::OtherTrustDomain { .. } => RefusalReason::OtherTrustDomain,
+            Self::Expired => RefusalReason::Expired,
+            Self::NotYetValid => RefusalReason::NotYetValid,
+            Self::UnknownIssuer => RefusalReason::UnknownIssuer,
+            Self::UriNames(_) => RefusalReason::UriNames,
+            Self::NotAnIdentity(_) => RefusalReason::NotAnIdentity,
+            Self::NoClientCertificate => RefusalReason::NoClientCertificate,
+            Self::Invalid(_) => RefusalReason::InvalidCertificate,
         }
     }
 

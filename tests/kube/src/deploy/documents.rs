@@ -16,6 +16,8 @@ use std::{
 };
 
 use serde_json::Value;
+use tacit_abi::REASONS;
+use tacit_core::refusal::RefusalReason;
 use xtask_support::workspace::Workspace;
 
 use super::{chart::files, metrics, read_objects};
@@ -25,10 +27,10 @@ const DOCUMENTS: &str = "deploy/docs";
 const SCHEMAS: [&str; 3] =
     ["deploy/config.schema.json", "deploy/directory.schema.json", "deploy/authority.schema.json"];
 const DEFINITIONS: &str = "deploy/crds";
-/// Folders whose sources have reasons.
-const REASONS: [&str; 2] = ["agent", "ebpf/abi/src"];
+/// Folders whose sources have labels that no table lists: the reasons of the authority, and values of other labels.
+const LABELS: [&str; 1] = ["agent"];
 /// Names of files and folders below them without: tests, and the user side of the kernel programs.
-const NO_REASONS: [&str; 5] = ["tests", "tests.rs", "testing.rs", "examples", "kernel"];
+const NO_LABELS: [&str; 5] = ["tests", "tests.rs", "testing.rs", "examples", "kernel"];
 /// Folders whose sources have tests.
 const TESTS: [&str; 3] = ["agent", "ebpf", "tests"];
 const ATTACKS: &str = "tests/attack";
@@ -159,23 +161,42 @@ fn every_field_of_a_policy_is_explained() {
 fn every_reason_that_is_counted_has_its_line() {
     let document = document("troubleshooting.md");
     let explained: BTreeSet<&str> = quoted(&document).into_iter().collect();
-    let reasons: BTreeSet<String> =
-        sources_of(&REASONS, &NO_REASONS).iter().flat_map(|source| labels(source)).collect();
-    // One of each place in which reasons are written.
-    for known in ["guard_udp", "identity_mismatch", "denied_by_policy", "no_certificate", "not_on_node"] {
-        assert!(reasons.contains(known), "{known} is not found: where are reasons written now? {reasons:?}");
+    let others = other_labels();
+    // One reason of the authority, and one other label value.
+    for known in ["not_on_node", "mutual_tls"] {
+        assert!(others.contains(known), "{known} is not found: where are labels written now? {others:?}");
     }
-    let missing: Vec<&String> =
-        reasons.iter().filter(|reason| !explained.contains(reason.as_str())).collect();
+    let of_kernel = REASONS.iter().map(|reason| reason.name);
+    let mut all: BTreeSet<&str> = of_agents().chain(of_kernel).collect();
+    all.extend(others.iter().map(String::as_str));
+    let missing: Vec<&&str> = all.difference(&explained).collect();
     assert!(missing.is_empty(), "troubleshooting.md does not explain {missing:?}");
 }
 
-/// What is written before a label at the place that refuses.
-const REFUSALS: [&str; 6] =
-    ["Failure::new(", "Failure::of_destination(", "refused(", "refuse(tcp, ", "Route::Refuse(", "clear("];
+#[test]
+fn every_reason_of_the_agent_that_is_explained_exists() {
+    let document = document("troubleshooting.md");
+    let rows = section(&document, "Reasons of the agent").lines().filter_map(|line| line.strip_prefix("| `"));
+    let explained: Vec<&str> = rows.filter_map(|row| row.split('`').next()).collect();
+    let others = other_labels();
+    let unknown: Vec<&&str> = explained
+        .iter()
+        .filter(|name| !of_agents().any(|reason| reason == **name) && !others.contains(**name))
+        .collect();
+    assert!(explained.len() >= RefusalReason::ALL.len() && unknown.is_empty(), "{unknown:?} do not exist");
+}
 
-/// The labels of reasons in a source file: rows of a table (`Variant, "label", "help";`), arms of functions named
-/// `label` or `reason`, and texts at the places that refuse.
+/// The reasons of agents.
+fn of_agents() -> impl Iterator<Item = &'static str> {
+    RefusalReason::ALL.iter().map(|reason| reason.label())
+}
+
+/// The reasons of the authority, and the values of other labels.
+fn other_labels() -> BTreeSet<String> {
+    sources_of(&LABELS, &NO_LABELS).iter().flat_map(|source| labels(source)).collect()
+}
+
+/// The labels in a source file: arms of functions named `label` or `reason`.
 fn labels(source: &str) -> BTreeSet<String> {
     let product = source.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
     let mut found = BTreeSet::new();
@@ -190,19 +211,7 @@ fn labels(source: &str) -> BTreeSet<String> {
             function = None;
         }
         if let (Some(_), Some((_, value))) = (function, trimmed.split_once("=> ")) {
-            found.extend(literal(value.trim_start_matches('(')));
-        }
-        if let Some((variant, rest)) = trimmed.split_once(", ")
-            && variant.starts_with(|c: char| c.is_ascii_uppercase())
-            && variant.chars().all(|c| c.is_ascii_alphanumeric())
-        {
-            found.extend(literal(rest).filter(|_| rest.ends_with("\";")));
-        }
-        for call in REFUSALS {
-            found.extend(trimmed.split(call).skip(1).filter_map(literal));
-        }
-        if let Some((_, rest)) = trimmed.split_once("deny(DenyReason::") {
-            found.extend(rest.split_once(", ").and_then(|(_, rest)| literal(rest)));
+            found.extend(literal(value));
         }
     }
     found
@@ -216,14 +225,13 @@ fn literal(text: &str) -> Option<String> {
 }
 
 #[test]
-fn labels_are_found_where_reasons_are_written() {
-    let source = "reasons! {\n    A, \"row\", \"help\";\n}\nimpl X {\n    fn label(&self) -> &'static str {\n        \
-        match self {\n            Self::A => \"arm\",\n            Self::B => (\"pair\", Fault::Peer),\n        }\n    }\n    \
+fn labels_are_found_where_they_are_written() {
+    let source = "impl X {\n    fn label(&self) -> &'static str {\n        match self {\n            \
+        Self::A => \"arm\",\n            Self::B(_) => \"other_arm\",\n        }\n    }\n    \
         fn other(&self) {\n        match self { A => \"not_this\" }\n    }\n}\n\
-        Err(Failure::new(\"call\", \"a detail\"))\nreturn deny(DenyReason::Policy, \"denied\", detail);\n\
-        #[cfg(test)]\nmod tests {\n    Failure::new(\"nor_this\", 1);\n}\n";
+        #[cfg(test)]\nmod tests {\n    fn label(self) {\n        A => \"nor_this\",\n    }\n}\n";
     let found = labels(source);
-    assert_eq!(found, ["arm", "call", "denied", "pair", "row"].map(str::to_owned).into());
+    assert_eq!(found, ["arm", "other_arm"].map(str::to_owned).into());
 }
 
 #[test]

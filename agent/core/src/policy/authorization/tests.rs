@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::*;
 use crate::policy::{
-    Modes, Policies, PolicyDenial, Verdict, decide,
+    FlowSource, Modes, Policies, PolicyDenial, Verdict, decide,
     tests::{modes, workload},
 };
 
@@ -40,13 +40,13 @@ fn identity(namespace: &str, account: &str) -> SpiffeId {
 /// What a flow from `who` (namespace and service account; `None` in clear) at 10.77.1.9 meets at 10.77.2.2:8080.
 fn allows(policies: &Policies, who: Option<(&str, &str)>) -> bool {
     let identity = who.map(|(namespace, account)| identity(namespace, account));
-    let source = identity.as_ref().map_or(FlowSource::Plaintext, FlowSource::Tunnel);
+    let source = identity.map_or(FlowSource::Plaintext, FlowSource::Tunnel);
     let authorization = policies.authorization(&workload("shop", &[("app", "web")]));
     let permissive = modes(crate::policy::Mode::Permissive);
     decide(&permissive, &authorization, &flow(source)) == Verdict::Allow
 }
 
-fn flow(source: FlowSource<'_>) -> Flow<'_> {
+fn flow(source: FlowSource) -> Flow {
     Flow {
         source,
         client: "10.77.1.9".parse().expect("an address"),
@@ -75,7 +75,7 @@ fn cluster_local_stands_for_the_trust_domain_that_the_mesh_has() {
             let policies = policies(&[&spec]);
             let authorization = policies.authorization(&workload("shop", &[("app", "web")]));
             let permissive = modes(crate::policy::Mode::Permissive);
-            decide(&permissive, &authorization, &flow(FlowSource::Tunnel(&cart))) != Verdict::Allow
+            decide(&permissive, &authorization, &flow(FlowSource::Tunnel(cart.clone()))) != Verdict::Allow
         };
         assert_eq!((with("principals"), with("notPrincipals")), (matches, !matches), "{principal}");
     }
@@ -146,7 +146,7 @@ fn a_rule_matches_by_each_of_its_fields_and_negations() {
             let audited = of("AUDIT");
             assert!(allows(&audited, who), "AUDIT {rule} {who:?}");
             let id = who.map(|(namespace, account)| identity(namespace, account));
-            let source = id.as_ref().map_or(FlowSource::Plaintext, FlowSource::SameNode);
+            let source = id.map_or(FlowSource::Plaintext, FlowSource::SameNode);
             let authorization = audited.authorization(&workload("shop", &[]));
             assert_eq!(authorization.audits(&flow(source)).len(), usize::from(matches), "{rule} {who:?}");
         }
@@ -276,7 +276,10 @@ fn the_mode_goes_first_and_the_nodes_probes_pass_both() {
     let cart = identity("shop", "cart");
     for mode in [&strict, &modes(crate::policy::Mode::Disable)] {
         assert_eq!(of(mode, FlowSource::Node), Verdict::Allow);
-        assert!(matches!(of(mode, FlowSource::SameNode(&cart)), Verdict::Deny(PolicyDenial::NotAllowed(_))));
+        assert!(matches!(
+            of(mode, FlowSource::SameNode(cart.clone())),
+            Verdict::Deny(PolicyDenial::NotAllowed(_))
+        ));
     }
 }
 
@@ -293,7 +296,7 @@ fn a_denial_names_policy_and_rule() {
         let Verdict::Deny(reason) = decide(&permissive, &authorization, &flow(FlowSource::Plaintext)) else {
             panic!("allowed: {specs:?}")
         };
-        assert_eq!((reason.to_string().as_str(), reason.label()), (expected, label));
+        assert_eq!((reason.to_string().as_str(), reason.reason().label()), (expected, label));
     }
 }
 

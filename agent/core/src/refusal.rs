@@ -1,0 +1,148 @@
+//! The reasons why an agent refuses a connection, and the refusal that carries one from the decision to logs and metrics.
+//!
+//! Every producer names its reason with [`RefusalReason`]: routes, policy, the choice of an endpoint, the wire format, the tunnel
+//! and the proxy. The metric label `reason` is [`RefusalReason::label`] and nothing else. `deploy/docs/troubleshooting.md`
+//! explains every reason to operators; a test compares the two.
+
+use crate::spiffe::SpiffeId;
+
+/// The side whose fault a refusal is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The destination does not answer. Another endpoint of the same service may be tried.
+    Destination,
+    /// Every other endpoint would be refused too, or must not be tried.
+    Other,
+}
+
+macro_rules! reasons {
+    ($($variant:ident, $label:literal, $fault:ident, $help:literal;)+) => {
+        /// The reason for a refusal. The set is closed, so it bounds the metric label.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum RefusalReason { $(#[doc = $help] $variant,)+ }
+
+        impl RefusalReason {
+            /// All reasons.
+            pub const ALL: &[Self] = &[$(Self::$variant,)+];
+
+            /// Returns the stable label for logs and metrics.
+            #[must_use]
+            pub fn label(self) -> &'static str {
+                match self { $(Self::$variant => $label,)+ }
+            }
+
+            /// Returns the side whose fault the refusal is.
+            #[must_use]
+            pub fn fault(self) -> Fault {
+                match self { $(Self::$variant => Fault::$fault,)+ }
+            }
+        }
+    };
+}
+
+reasons! {
+    // The source, before the destination is reached.
+    NoDestination, "no_destination", Other, "The kernel has no destination for the connection.";
+    DestinationUnknown, "destination_unknown", Other, "The directory has no workload at the address, and the source is STRICT.";
+    DestinationNotEnrolled, "destination_not_enrolled", Other, "The destination is not enrolled, and the source is STRICT.";
+    DestinationGone, "destination_gone", Destination, "The destination on the same node is no longer enrolled.";
+    ReservedPort, "reserved_port", Other, "The destination port is one of the agent's.";
+    NoCertificate, "no_certificate", Other, "The pod's identity has no valid certificate.";
+    NoEndpoint, "no_endpoint", Other, "No endpoint of the service is ready, or all were tried.";
+    ServicePortUnknown, "service_port_unknown", Other, "The service has no such TCP port.";
+    PeerUnreachable, "peer_unreachable", Destination, "The tunnel port of the destination did not answer.";
+    // The answer of the destination's agent, and failures to reach an application.
+    Policy, "policy", Other, "The destination's agent denied the flow by policy.";
+    UnknownDestination, "unknown_destination", Destination, "The destination is not a workload behind this tunnel.";
+    ConnectionRefused, "connection_refused", Destination, "No application listens at the destination.";
+    Unreachable, "unreachable", Destination, "The application cannot be reached.";
+    TimedOut, "timed_out", Destination, "The application did not answer in time.";
+    Draining, "draining", Destination, "The destination's agent is shutting down.";
+    Overloaded, "overloaded", Destination, "The destination's agent is at one of its bounds.";
+    Internal, "internal", Destination, "The destination's agent failed.";
+    Other, "other", Other, "The destination's agent answered with a reason of a newer version.";
+    Stale, "stale", Other, "An idle session ended after data of the flow was sent on it.";
+    ResetBySource, "reset_by_source", Other, "The application reset its connection before the answer.";
+    // The destination.
+    PlaintextInStrict, "plaintext_in_strict", Other, "Plaintext to a port in STRICT.";
+    DeniedByPolicy, "denied_by_policy", Other, "A policy denies the flow.";
+    NotAllowedByPolicy, "not_allowed_by_policy", Other, "ALLOW policies select the destination, and no rule matches.";
+    NotSteered, "not_steered", Other, "The connection to the agent's listener did not come from outside the pod.";
+    HandshakeLimit, "handshake_limit", Other, "Too many handshakes are in progress on this node.";
+    ForgedDestination, "forged_destination", Other, "OPEN has another address than the session.";
+    ForgedClient, "forged_client", Other, "OPEN has another client address than the session's peer.";
+    // The tunnel, on either side.
+    IdentityMismatch, "identity_mismatch", Other, "The peer proved another identity than the expected one.";
+    OtherTrustDomain, "other_trust_domain", Other, "The peer is of another trust domain.";
+    Expired, "expired", Other, "The peer's certificate has expired.";
+    NotYetValid, "not_yet_valid", Other, "The peer's certificate is not valid yet.";
+    UnknownIssuer, "unknown_issuer", Other, "The peer's certificate chains to no known root.";
+    UriNames, "uri_names", Other, "The peer's certificate does not have exactly one URI.";
+    NotAnIdentity, "not_an_identity", Other, "The URI in the peer's certificate is not a SPIFFE ID.";
+    NoClientCertificate, "no_client_certificate", Other, "The client sent no certificate.";
+    InvalidCertificate, "invalid_certificate", Other, "The peer's certificate has another defect.";
+    RefusedByPeer, "refused_by_peer", Other, "The peer ended the session with a TLS alert.";
+    TlsMismatch, "tls_mismatch", Other, "The peers share no TLS parameters.";
+    Alpn, "alpn", Other, "The peer uses another wire format.";
+    Tls, "tls", Other, "The peer violated TLS.";
+    Timeout, "timeout", Other, "A handshake or an answer exceeded its time limit.";
+    Io, "io", Other, "The connection failed.";
+    Closed, "closed", Other, "The peer closed the session inside a flow.";
+    Protocol, "protocol", Other, "The peer sent a frame that is malformed or out of order.";
+}
+
+/// A connection that is refused, or an open one that policy no longer allows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// The reason.
+    pub reason: RefusalReason,
+    /// Text for the operator: the policy, the address, the error.
+    pub detail: String,
+    /// The proven identity of the source, for logs. `None` if the source proved none before the refusal.
+    pub source: Option<SpiffeId>,
+}
+
+impl Refusal {
+    /// Returns the refusal of a source that has proven no identity.
+    pub fn new(reason: RefusalReason, detail: impl ToString) -> Self {
+        Self { reason, detail: detail.to_string(), source: None }
+    }
+
+    /// Returns the same refusal of a source that has proven `identity`.
+    #[must_use]
+    pub fn of(self, identity: &SpiffeId) -> Self {
+        Self { source: Some(identity.clone()), ..self }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn labels_are_distinct_and_fit_a_metric_label() {
+        let labels: HashSet<_> = RefusalReason::ALL.iter().map(|reason| reason.label()).collect();
+        assert_eq!(labels.len(), RefusalReason::ALL.len());
+        assert!(labels.iter().all(|label| label.chars().all(|c| c.is_ascii_lowercase() || c == '_')));
+    }
+
+    #[test]
+    fn only_destinations_that_do_not_answer_leave_another_endpoint_to_try() {
+        let retryable = RefusalReason::ALL.iter().filter(|reason| reason.fault() == Fault::Destination);
+        let labels: Vec<_> = retryable.map(|reason| reason.label()).collect();
+        let expected = [
+            "destination_gone",
+            "peer_unreachable",
+            "unknown_destination",
+            "connection_refused",
+            "unreachable",
+            "timed_out",
+            "draining",
+            "overloaded",
+            "internal",
+        ];
+        assert_eq!(labels, expected);
+    }
+}
