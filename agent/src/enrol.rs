@@ -25,6 +25,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     io,
+    net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
     thread,
@@ -136,6 +137,7 @@ impl Enroller {
         let mut certificates = self.identities.changes();
         let mut state = State::default();
         state.known.extend(self.kernel.maps.pods());
+        state.exempt.extend(self.kernel.maps.exempt());
         state.attached.extend(self.attached());
         while !stop.is_cancelled() {
             if self.reconcile(&mut state, &events) {
@@ -162,7 +164,8 @@ impl Enroller {
         let wanted = Wanted::of(&directory, &self.node);
         // Watched before they are looked at: no event is missed.
         events.watch(self.pods_cgroup.path());
-        wanted.pods.iter().for_each(|w| events.watch_pod(&self.pods_cgroup.path().join(&w.cgroup)));
+        let watched = wanted.pods.iter().chain(&wanted.bystanders);
+        watched.for_each(|w| events.watch_pod(&self.pods_cgroup.path().join(&w.cgroup)));
         // Before a pod has processes, and all at once: less to wait for later.
         wanted.pods.iter().for_each(|workload| self.identities.prepare(&workload.identity));
         let observed = self.observe(state, &wanted);
@@ -179,6 +182,8 @@ impl Enroller {
             self.act(state, &mut look, action);
         }
         state.populated.retain(|cgroup, _| state.known.contains_key(cgroup));
+        let present: HashSet<u64> = observed.cgroups.values().map(|cgroup| cgroup.id).collect();
+        state.guarded.retain(|cgroup| present.contains(cgroup));
         self.publish_policies(state, &kept);
         self.publish(state, look.waiting.into_values().collect());
         self.forget_identities(state, &wanted.pods);
@@ -190,11 +195,22 @@ impl Enroller {
             Action::Release(path) => return Self::release(state, look, &path),
             Action::Remove(cgroup) => {
                 let links = look.released.remove(&cgroup).unwrap_or_default();
+                state.exempt.remove(&cgroup);
+                state.guarded.remove(&cgroup);
                 return self.remove(cgroup, state.known.remove(&cgroup), &links);
             }
             Action::Cover(workload, cgroup) => {
                 self.cover(state, cgroup, &workload).map(drop).map_err(|reason| (workload, reason))
             }
+            Action::Exempt(workload, cgroup) => {
+                let told = self.kernel.maps.set_exempt(cgroup, &workload.addresses);
+                let told = told.inspect(|()| {
+                    state.known.remove(&cgroup);
+                    state.exempt.insert(cgroup, workload.addresses.clone());
+                });
+                told.map_err(|error| (workload, NotYet::Kernel(error.to_string())))
+            }
+            Action::Guard(workload, cgroup) => return self.guard_early(state, &workload, cgroup),
             Action::Wait(workload, reason) => {
                 let cgroup = cgroup::id_at(&self.pods_cgroup.path().join(&workload.cgroup));
                 if let Some(cgroup) = cgroup.filter(|_| reason.is_running()) {
@@ -225,6 +241,7 @@ impl Enroller {
 
     fn enrol(&self, state: &mut State, workload: &Arc<Workload>, cgroup: u64) -> Result<(), NotYet> {
         let slot = self.cover(state, cgroup, workload)?;
+        state.guarded.remove(&cgroup);
         let path = self.pods_cgroup.path().join(&workload.cgroup);
         let processes = cgroup::processes(&path).unwrap_or_default();
         if processes.is_empty() {
@@ -329,6 +346,10 @@ struct State {
     unsettled: HashMap<u64, Instant>,
     /// Pods that have processes and are not enrolled yet, by cgroup id, with when that was first seen.
     populated: HashMap<u64, Instant>,
+    /// Pods that the kernel leaves alone: cgroup id to the addresses it has for them.
+    exempt: HashMap<u64, Vec<IpAddr>>,
+    /// Pods, by cgroup id, whose links are guarded though they are not enrolled, or cannot be guarded.
+    guarded: HashSet<u64>,
     /// Pods, by cgroup id, that programs of an earlier agent are attached for; empty after the first look.
     attached: HashSet<u64>,
     /// Whether all pods were looked at once.

@@ -178,12 +178,13 @@ impl Maps {
         lock(&self.pods).insert(cgroup, pod, 0).map_err(failed("PODS"))
     }
 
-    /// Pods that the kernel leaves alone, by cgroup id.
+    /// Pods that the kernel leaves alone: cgroup id and the addresses that it has for them.
     #[must_use]
-    pub fn exempt(&self) -> Vec<u64> {
+    pub fn exempt(&self) -> Vec<(u64, Vec<IpAddr>)> {
         let pods = lock(&self.pods);
         let exempt = pods.iter().filter_map(Result::ok).filter(|(_, pod)| pod.has(pod_flag::EXEMPT));
-        exempt.map(|(cgroup, _)| cgroup).collect()
+        let addresses = |pod: Pod| [pod.v4, pod.v6].iter().filter(|a| !a.is_none()).map(ip).collect();
+        exempt.map(|(cgroup, pod)| (cgroup, addresses(pod))).collect()
     }
 
     /// Ends the enrolment of a pod.

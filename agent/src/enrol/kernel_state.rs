@@ -7,7 +7,7 @@ use tacit_core::{
     policy::{Mode, Modes},
 };
 use tacit_kernel::{
-    GuardedLink, HostEnd, KernelError, PlaintextEgress, PodEntry, host, netns::Netns, reset_sockets,
+    GuardedLink, HostEnd, KernelError, PlaintextEgress, PodEntry, cgroup, host, netns::Netns, reset_sockets,
     socket::Listeners,
 };
 
@@ -51,6 +51,30 @@ impl Enroller {
         drop(programs);
         maps.set_pod(entry)?;
         Ok(links)
+    }
+
+    /// Guards the links of a pod that is not enrolled, or not yet: it sends from its own addresses only, and probes of the
+    /// node are proven. What arrives at one that is to be enrolled is steered too. Without a namespace that has the pod's
+    /// addresses this is tried again; what the kernel refuses is logged once.
+    pub(super) fn guard_early(&self, state: &mut State, workload: &Arc<Workload>, cgroup: u64) {
+        let path = self.pods_cgroup.path().join(&workload.cgroup);
+        let processes = cgroup::processes(&path).unwrap_or_default();
+        let Ok((netns, _)) = self.find_netns(processes, workload) else { return };
+        if cgroup::id_at(&path) != Some(cgroup) {
+            return;
+        }
+        state.guarded.insert(cgroup);
+        let maps = &self.kernel.maps;
+        let mut programs = self.kernel.programs();
+        let steered = match state.known.contains_key(&cgroup) {
+            true => programs.steer(cgroup, &netns),
+            false => Ok(()),
+        };
+        let tell = |end: &HostEnd| maps.set_link(cgroup, end);
+        let guarded = programs.guard_links(cgroup, &netns, &self.host, tell);
+        if let Err(error) = steered.and(guarded.map(drop)) {
+            tracing::warn!(pod = %workload.name, namespace = %workload.namespace, %error, "links are not guarded before enrolment");
+        }
     }
 
     /// Takes over the ranges that the directory has found. What enrolled pods have in clear with addresses that are of the

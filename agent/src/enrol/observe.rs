@@ -26,7 +26,11 @@ impl Enroller {
             (path.clone(), Served { cgroup: pod.cgroup, workload: pod.workload.clone() })
         };
         let departed = wanted.departed.iter().filter_map(|w| Some((&w.cgroup, self.departed(&w.cgroup)?)));
-        let pods = wanted.pods.iter().filter_map(|w| Some((&w.cgroup, self.cgroup(state, &w.cgroup)?)));
+        let pods = wanted
+            .bystanders
+            .iter()
+            .chain(&wanted.pods)
+            .filter_map(|w| Some((&w.cgroup, self.cgroup(state, &w.cgroup)?)));
         // Those of served pods too: their identities may have changed.
         let uncertified = wanted
             .pods
@@ -38,6 +42,8 @@ impl Enroller {
             cgroups: departed.chain(pods).map(|(path, cgroup)| (path.clone(), cgroup)).collect(),
             served: state.current.iter().map(served).collect(),
             covered: state.known.keys().copied().collect(),
+            exempt: state.exempt.iter().map(|(id, addresses)| (*id, addresses.clone())).collect(),
+            guarded: state.guarded.iter().copied().collect(),
             attached: state.attached.iter().copied().collect(),
             uncertified: uncertified.collect(),
             ranges: self.mesh.ranges(),

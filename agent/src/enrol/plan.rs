@@ -10,6 +10,8 @@
 //! | its cgroup was replaced | release it, remove the old cgroup, enrol it in the new one |
 //! | the directory dropped it, and it has a process | nothing: it is served until its last process is gone |
 //! | the kernel has a cgroup of no pod of the directory | remove it: an earlier agent left it, or the pod is gone |
+//! | the directory has a pod that is not to be enrolled | tell the kernel to leave it alone, whatever the mesh's mode |
+//! | such a pod or one without a certificate has a process | guard its links: it sends from its own addresses only |
 //!
 //! All pods are covered before the first is enrolled, because enrolling takes milliseconds for each pod.
 
@@ -37,6 +39,10 @@ pub(super) struct Observed {
     pub served: BTreeMap<PathBuf, Served>,
     /// Ids of the cgroups that the kernel has an entry of.
     pub covered: BTreeSet<u64>,
+    /// Ids of the cgroups that the kernel leaves alone, with the addresses it has for them.
+    pub exempt: BTreeMap<u64, Vec<IpAddr>>,
+    /// Ids of the cgroups whose links were guarded before enrolment, or cannot be.
+    pub guarded: BTreeSet<u64>,
     /// Ids of cgroups for which an earlier agent attached programs.
     pub attached: BTreeSet<u64>,
     /// Identities of wanted pods that have no certificate, with the reason.
@@ -81,12 +87,20 @@ pub(super) struct Wanted {
     pub pods: Vec<Arc<Workload>>,
     /// Pods that the source lost sight of. They are served until their last process is gone.
     pub departed: Vec<Arc<Workload>>,
+    /// Pods that are known and not to be enrolled: outside the mesh, or with the node's network.
+    pub bystanders: Vec<Arc<Workload>>,
 }
 
 impl Wanted {
     pub(super) fn of(directory: &Directory, node: &str) -> Self {
-        let pods = directory.on_node(node).filter(|w| w.protocol == Protocol::Tacit).cloned().collect();
-        Self { pods, departed: directory.departed().cloned().collect() }
+        let (pods, outside): (Vec<_>, Vec<_>) =
+            directory.on_node(node).cloned().partition(|w| w.protocol == Protocol::Tacit);
+        // The addresses of these are the node's, and their links too.
+        let with_no_address =
+            |w: &Arc<Workload>| Arc::new(Workload { addresses: Vec::new(), ..(**w).clone() });
+        let host_network = directory.host_network().map(with_no_address);
+        let bystanders = outside.into_iter().chain(host_network).collect();
+        Self { pods, departed: directory.departed().cloned().collect(), bystanders }
     }
 
     /// Returns all workloads by cgroup. A wanted pod comes before a departed one, and an earlier one before a later one.
@@ -104,6 +118,10 @@ pub(super) enum Action {
     Remove(u64),
     /// Give the kernel an entry of the pod.
     Cover(Arc<Workload>, u64),
+    /// Have the kernel leave a pod alone.
+    Exempt(Arc<Workload>, u64),
+    /// Hold a pod that is not enrolled, or not yet, to its own addresses, and steer what arrives at one that is to be.
+    Guard(Arc<Workload>, u64),
     /// Report why the pod is not enrolled.
     Wait(Arc<Workload>, NotYet),
     /// Open the pod's network namespace and listeners, and serve it.
@@ -154,8 +172,18 @@ pub(super) fn plan(observed: &Observed, wanted: &Wanted) -> Vec<Action> {
 
     let ids: HashSet<u64> =
         kept.keys().filter_map(|path| observed.cgroups.get(*path)).map(|cgroup| cgroup.id).collect();
-    let in_kernel = observed.covered.union(&observed.attached);
-    actions.extend(in_kernel.filter(|id| !ids.contains(id)).map(|id| Action::Remove(*id)));
+    let left_alone: HashMap<u64, &Arc<Workload>> = wanted
+        .bystanders
+        .iter()
+        .filter_map(|workload| Some((hooked(observed, workload)?.id, workload)))
+        .filter(|(id, _)| !ids.contains(id))
+        .collect();
+    let in_kernel = observed.covered.iter().chain(&observed.attached).chain(observed.exempt.keys());
+    let is_foreign = |id: &u64| !ids.contains(id) && !left_alone.contains_key(id);
+    let was_enrolled = |id: &u64| left_alone.contains_key(id) && observed.covered.contains(id);
+    let removed: BTreeSet<u64> = in_kernel.copied().filter(|id| is_foreign(id) || was_enrolled(id)).collect();
+    actions.extend(removed.iter().map(|id| Action::Remove(*id)));
+    actions.extend(leave_alone(observed, &wanted.bystanders, &left_alone, &removed));
 
     let mut planned: HashSet<&Path> = staying.iter().map(|(path, _)| path.as_path()).collect();
     let new = wanted.pods.iter().filter(|workload| planned.insert(&workload.cgroup));
@@ -170,10 +198,42 @@ pub(super) fn plan(observed: &Observed, wanted: &Wanted) -> Vec<Action> {
         if !has_no_place && !observed.covered.contains(&id) {
             actions.push(Action::Cover(workload.clone(), id));
         }
+        // The guard stands before certificate and listeners; what needs the agent is refused until those are there.
+        let lacks_certificate = matches!(step, Action::Wait(_, NotYet::NoCertificate(_)));
+        if lacks_certificate && !observed.guarded.contains(&id) {
+            steps.push(Action::Guard(workload.clone(), id));
+        }
         steps.push(step);
     }
     actions.extend(steps);
     actions
+}
+
+/// Returns the steps for pods that are not to be enrolled.
+fn leave_alone<'a>(
+    observed: &'a Observed,
+    bystanders: &'a [Arc<Workload>],
+    left_alone: &'a HashMap<u64, &'a Arc<Workload>>,
+    removed: &'a BTreeSet<u64>,
+) -> impl Iterator<Item = Action> + 'a {
+    bystanders.iter().flat_map(move |workload| {
+        let cgroup = hooked(observed, workload)
+            .filter(|cgroup| left_alone.get(&cgroup.id).is_some_and(|chosen| Arc::ptr_eq(chosen, workload)));
+        let known = cgroup.is_some_and(|cgroup| {
+            !removed.contains(&cgroup.id) && observed.exempt.get(&cgroup.id) == Some(&workload.addresses)
+        });
+        let exempt = cgroup.filter(|_| !known).map(|cgroup| Action::Exempt(workload.clone(), cgroup.id));
+        let guard = cgroup.filter(|cgroup| {
+            cgroup.populated && !workload.addresses.is_empty() && !observed.guarded.contains(&cgroup.id)
+        });
+        exempt.into_iter().chain(guard.map(|cgroup| Action::Guard(workload.clone(), cgroup.id)))
+    })
+}
+
+/// Returns the pod's cgroup if the kernel's hooks look for pods at its level. An entry above that level would speak for
+/// all pods below.
+fn hooked<'a>(observed: &'a Observed, workload: &Workload) -> Option<&'a ObservedCgroup> {
+    observed.cgroups.get(&workload.cgroup).filter(|cgroup| cgroup.level == Level::Hooked)
 }
 
 /// Returns the first reason that keeps a pod from being enrolled, as far as it is seen from outside the pod.

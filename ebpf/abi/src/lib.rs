@@ -10,6 +10,8 @@ extern crate std;
 
 mod address;
 mod answers;
+mod arrival;
+mod claim;
 mod guard;
 mod inbound;
 mod layout;
@@ -19,9 +21,10 @@ pub mod tcp_port;
 
 pub use address::Address;
 pub use answers::{ANSWER_WAYS, answer_cells, is_expected, remember};
+pub use arrival::{Arrival, ArrivalFacts, decide_arrival};
+pub use claim::{Claim, may_claim, may_send_from};
 pub use guard::{
-    Accepted, Arrival, ArrivalFacts, Claim, GuardFacts, Hook, Packet, Segment, Verdict, decide_arrival,
-    decide_egress, decide_ingress, may_claim, may_send_from, protocol,
+    Accepted, GuardFacts, Hook, Packet, Segment, Verdict, decide_egress, decide_ingress, protocol,
 };
 pub use inbound::{Inbound, InboundFacts, Steer, decide_inbound};
 pub use layout::{

@@ -50,6 +50,8 @@ impl Node {
             Action::Remove(cgroup) => format!("remove {cgroup}"),
             Action::Cover(_, cgroup) => format!("cover {cgroup}"),
             Action::Wait(_, reason) => format!("wait: {reason}"),
+            Action::Exempt(_, cgroup) => format!("exempt {cgroup}"),
+            Action::Guard(_, cgroup) => format!("guard {cgroup}"),
             Action::Enrol(_, cgroup) => format!("enrol {cgroup}"),
         };
         plan(&self.observed, &self.wanted).into_iter().map(step).collect()
@@ -77,7 +79,11 @@ fn a_pod_that_appears_is_covered_and_enrolled_when_it_has_all_it_needs() {
             let identity = node.wanted.pods[0].identity.clone();
             node.observed.uncertified.insert(identity, IssueError::Awaited);
         }),
-        ["cover 7".to_owned(), format!("wait: no certificate: {}", IssueError::Awaited)]
+        [
+            "cover 7".to_owned(),
+            "guard 7".to_owned(),
+            format!("wait: no certificate: {}", IssueError::Awaited)
+        ]
     );
     assert_eq!(after(|node| node.want(workload("web", &[]))), ["cover 7", "enrol 7"]);
 }
@@ -124,7 +130,7 @@ fn a_served_pod_that_changes_is_released_before_anything_else() {
     };
     assert_eq!(
         after(uncertified),
-        [release.to_owned(), format!("wait: no certificate: {}", IssueError::Awaited)]
+        [release.to_owned(), "guard 7".to_owned(), format!("wait: no certificate: {}", IssueError::Awaited)]
     );
     assert_eq!(after(|node| node.cgroup(8, true)), [release, "remove 7", "cover 8", "enrol 8"], "replaced");
     assert_eq!(
@@ -194,4 +200,53 @@ fn a_pod_stays_the_same_while_its_addresses_become_known() {
     ] {
         assert_eq!(is_same(&wanted, &enrolled), same, "{wanted:?}");
     }
+}
+
+#[test]
+fn a_pod_that_is_not_to_be_enrolled_is_left_alone_and_held_to_its_addresses() {
+    let bystander = |change: fn(&mut Node)| {
+        steps(Node::with_a_running_pod(), |node| {
+            node.wanted.bystanders = std::mem::take(&mut node.wanted.pods);
+            change(node);
+        })
+    };
+    assert_eq!(bystander(|_| ()), ["exempt 7", "guard 7"]);
+    assert_eq!(bystander(|node| node.cgroup(7, false)), ["exempt 7"]);
+    let known = |node: &mut Node| {
+        node.observed.exempt.insert(7, vec!["10.77.1.2".parse().expect("an address")]);
+        node.observed.guarded.insert(7);
+    };
+    assert!(bystander(known).is_empty());
+    assert_eq!(
+        bystander(|node| {
+            node.observed.exempt.insert(7, Vec::new());
+            node.observed.guarded.insert(7);
+        }),
+        ["exempt 7"]
+    );
+    // An entry above the pods' level would speak for all pods.
+    assert!(
+        bystander(|node| {
+            let above = ObservedCgroup { id: 7, level: Level::Other(0), populated: true };
+            node.observed.cgroups.insert(PATH.into(), above);
+        })
+        .is_empty()
+    );
+}
+
+#[test]
+fn a_pod_that_leaves_the_mesh_is_removed_before_it_is_left_alone() {
+    let left = steps(Node::with_a_served_pod(), |node| {
+        node.wanted.bystanders = std::mem::take(&mut node.wanted.pods);
+    });
+    assert_eq!(left, [format!("release {PATH}"), "remove 7".into(), "exempt 7".into(), "guard 7".into()]);
+    let joined = steps(Node::with_a_running_pod(), |node| {
+        node.observed.exempt.insert(7, Vec::new());
+    });
+    assert_eq!(joined, ["cover 7", "enrol 7"]);
+    let gone = steps(Node::with_a_running_pod(), |node| {
+        node.observed.exempt.insert(9, Vec::new());
+        node.wanted.pods.clear();
+    });
+    assert_eq!(gone, ["remove 9"]);
 }
