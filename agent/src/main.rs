@@ -316,6 +316,23 @@ fn client_runtime() -> Result<tokio::runtime::Runtime> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn each_command_explains_itself() {
+        let mut command = Args::command().term_width(100);
+        command.build();
+        assert_help(&mut command);
+    }
+
+    /// Compares the output of `--help`, and that of all commands below.
+    fn assert_help(command: &mut clap::Command) {
+        let name = command.get_bin_name().unwrap_or(command.get_name()).replace(' ', "_");
+        insta::with_settings!({ omit_expression => true }, {
+            insta::assert_snapshot!(format!("help_{name}"), command.render_long_help());
+        });
+        command.get_subcommands_mut().filter(|command| command.get_name() != "help").for_each(assert_help);
+    }
 
     #[test]
     fn the_attack_suite_is_looked_for_beside_the_program_and_then_on_the_path() {

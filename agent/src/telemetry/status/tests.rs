@@ -5,10 +5,9 @@ use super::*;
 #[test]
 fn a_status_survives_json() {
     let status = sample();
-    let json = serde_json::to_string(&status).expect("serialisable");
+    let json = serde_json::to_string_pretty(&status).expect("serialisable");
     assert_eq!(serde_json::from_str::<Status>(&json).expect("readable"), status);
-    assert!(json.contains(r#""not_after":"2026-01-02T03:04:05Z""#), "{json}");
-    assert!(json.contains(r#""state":{"waiting":"no certificate yet"}"#), "{json}");
+    insta::with_settings!({ omit_expression => true }, { insta::assert_snapshot!("json", json) });
 }
 
 #[test]
@@ -33,7 +32,6 @@ fn an_agent_that_waits_for_a_source_says_for_what() {
     assert_eq!(status.unready(), ["agent is starting", "line 3: mode: STRICTER is no mode"]);
     let text = render(&status, false);
     assert!(text.contains("policy.yaml not read since 61 s, no pod is served before it was:"), "{text}");
-    assert!(text.contains("not readable: AuthorizationPolicy shop/p: spec: is a list"), "{text}");
 }
 
 #[test]
