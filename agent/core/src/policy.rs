@@ -28,6 +28,7 @@ use crate::{directory::Workload, spiffe::SpiffeId, yaml::Mistakes};
 
 mod authorization;
 pub mod explain;
+mod metadata;
 mod object;
 mod peer_authentication;
 
@@ -36,7 +37,8 @@ pub use authorization::{
 };
 pub use object::{Origin, PolicyKind, PolicyObject};
 
-use object::{Attachment, ParsedPolicy, ScopedAuthorization};
+use authorization::Attachment;
+use object::{ParsedPolicy, ScopedAuthorization};
 use peer_authentication::PeerAuthentication;
 
 /// What a workload takes.

@@ -40,6 +40,15 @@ pub struct AuthorizationPolicy {
     rules: Vec<Rule>,
 }
 
+/// Whose policy it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Attachment {
+    /// Ours, for the workloads it selects.
+    Workloads,
+    /// A waypoint's or gateway's.
+    Elsewhere,
+}
+
 /// What happens to a flow that matches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Action {

@@ -20,32 +20,14 @@ use std::{
 
 use super::{
     Policies,
-    authorization::{self, AuthorizationPolicy},
+    authorization::{self, Attachment, AuthorizationPolicy},
+    metadata::ObjectMeta,
     peer_authentication::{self, PeerAuthentication},
 };
 use crate::yaml::{self, Entry, Fields, Mistake, Mistakes, Value};
 
 const FIELDS: [&str; 5] = ["apiVersion", "kind", "metadata", "spec", "status"];
-const METADATA_FIELDS: [&str; 15] = [
-    "name",
-    "namespace",
-    "annotations",
-    "creationTimestamp",
-    "deletionGracePeriodSeconds",
-    "deletionTimestamp",
-    "finalizers",
-    "generateName",
-    "generation",
-    "labels",
-    "managedFields",
-    "ownerReferences",
-    "resourceVersion",
-    "selfLink",
-    "uid",
-];
 const VERSIONS: [(&str, ()); 2] = [("security.istio.io/v1", ()), ("security.istio.io/v1beta1", ())];
-/// Annotation that makes a policy decide nothing.
-const DRY_RUN: &str = "istio.io/dry-run";
 
 /// One policy object. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,15 +49,6 @@ pub(super) struct ScopedAuthorization {
     pub(super) attachment: Attachment,
     pub(super) policy: Arc<AuthorizationPolicy>,
     pub(super) notes: Vec<String>,
-}
-
-/// Whose policy it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Attachment {
-    /// Ours, for the workloads it selects.
-    Workloads,
-    /// A waypoint's or gateway's.
-    Elsewhere,
 }
 
 /// What a source knows of an object before it is read, for instance from its key in the Kubernetes API.
@@ -171,13 +144,6 @@ impl PolicyKind {
 /// ObjectLines of the objects seen so far, by kind, namespace and name.
 type ObjectLines<'a> = HashMap<(PolicyKind, &'a str, &'a str), usize>;
 
-/// What an object says about itself.
-pub(super) struct ObjectMeta<'a> {
-    pub(super) namespace: &'a str,
-    pub(super) name: &'a str,
-    pub(super) dry_run: bool,
-}
-
 fn object<'a>(
     document: &Value<'a>,
     expected: Option<PolicyKind>,
@@ -191,7 +157,7 @@ fn object<'a>(
     let mut fields = document.fields(&FIELDS)?;
     let version = version(&mut fields, expected);
     let metadata = fields.required("metadata", "{name: default, namespace: <namespace>}");
-    let header = metadata.and_then(|value| header(&value));
+    let header = metadata.and_then(|value| ObjectMeta::read(&value));
     let spec = fields.optional("spec");
     let selector = spec.as_ref().and_then(|spec| spec.peek("selector")).filter(|value| !value.is_null());
     let labels = selector.map_or(Some(BTreeMap::new()), |selector| selector_labels(&selector));
@@ -283,28 +249,6 @@ fn supported(kind: &Value<'_>) -> Option<PolicyKind> {
         )),
     }
     None
-}
-
-fn header<'a>(metadata: &Value<'a>) -> Option<ObjectMeta<'a>> {
-    let mut fields = metadata.fields(&METADATA_FIELDS)?;
-    let name = fields.required("name", "the policy's name").and_then(|value| value.name());
-    let namespace =
-        fields.required("namespace", "the namespace it holds in; the root namespace for the whole mesh");
-    let namespace = namespace.and_then(|value| value.name());
-    let dry_run = dry_run(&mut fields);
-    Some(ObjectMeta { namespace: namespace?, name: name?, dry_run: dry_run? })
-}
-
-fn dry_run(fields: &mut Fields<'_>) -> Option<bool> {
-    let annotation = fields.optional("annotations").and_then(|annotations| annotations.peek(DRY_RUN));
-    annotation.map_or(Some(false), |value| match value.text()? {
-        "true" => Some(true),
-        "false" => Some(false),
-        _ => {
-            value.refuse("is neither \"true\" nor \"false\": write one of them");
-            None
-        }
-    })
 }
 
 fn unique<'a>(kind: PolicyKind, header: &ObjectMeta<'a>, document: &Value<'_>, lines: &mut ObjectLines<'a>) {

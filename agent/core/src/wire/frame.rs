@@ -16,9 +16,7 @@
 //! Numbers are big-endian. An IPv4 address is written v4-mapped. DONE is what lets a client reuse a session safely: without
 //! it, a flow could be put behind bytes that the previous flow's destination has not yet read.
 
-use std::net::SocketAddr;
-
-use super::open::{DenyReason, OPEN_BYTES, Open};
+use super::open::{DenyReason, InvalidOpen, OPEN_BYTES, Open};
 
 /// Type and length of a frame.
 pub const HEADER_BYTES: usize = 4;
@@ -90,15 +88,9 @@ pub enum FrameError {
         /// What the record holds.
         record_bytes: usize,
     },
-    /// OPEN of another version.
-    #[error("OPEN of version {0} is unknown")]
-    Version(u8),
-    /// OPEN with something else than 0 or 1 where it says whether DATA comes ahead of the answer.
-    #[error("OPEN says {0} where 0 or 1 tells whether DATA comes ahead")]
-    OptimisticData(u8),
-    /// OPEN to no address or no port.
-    #[error("OPEN names {0}, which is no destination")]
-    Destination(SocketAddr),
+    /// The payload of OPEN is invalid.
+    #[error(transparent)]
+    Open(#[from] InvalidOpen),
 }
 
 /// Type and length of a frame.
@@ -268,12 +260,12 @@ mod tests {
         Control::Open(open()).encode(&mut bytes);
         let mut newer = bytes.clone();
         newer[4] = 2;
-        assert_eq!(read_back(&newer), Err(FrameError::Version(2)));
+        assert_eq!(read_back(&newer), Err(InvalidOpen::Version(2).into()));
         let mut odd = bytes.clone();
         odd[57] = 2;
-        assert_eq!(read_back(&odd), Err(FrameError::OptimisticData(2)));
+        assert_eq!(read_back(&odd), Err(InvalidOpen::OptimisticData(2).into()));
         bytes[21..23].fill(0);
-        assert!(matches!(read_back(&bytes), Err(FrameError::Destination(_))));
+        assert!(matches!(read_back(&bytes), Err(FrameError::Open(InvalidOpen::Destination(_)))));
     }
 
     #[test]

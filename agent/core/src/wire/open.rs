@@ -5,8 +5,6 @@ use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
-use super::frame::FrameError;
-
 /// Payload of OPEN: version, two addresses with ports, trace id, what comes ahead of the answer.
 pub const OPEN_BYTES: usize = 1 + 18 + 18 + 16 + 1;
 /// The only version of OPEN there is; another layout gets another number.
@@ -125,6 +123,20 @@ impl fmt::Display for DenyReason {
     }
 }
 
+/// The reason why the payload of OPEN is invalid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidOpen {
+    /// The version is unknown.
+    #[error("OPEN of version {0} is unknown")]
+    Version(u8),
+    /// The byte for optimistic data is neither 0 nor 1.
+    #[error("OPEN says {0} where 0 or 1 tells whether DATA comes ahead")]
+    OptimisticData(u8),
+    /// The destination has no address or no port.
+    #[error("OPEN names {0}, which is no destination")]
+    Destination(SocketAddr),
+}
+
 impl Open {
     pub(super) fn encode(&self, out: &mut Vec<u8>) {
         out.push(OPEN_VERSION);
@@ -140,20 +152,20 @@ impl Open {
         out.push(self.optimistic_data as u8);
     }
 
-    pub(super) fn decode(payload: &[u8; OPEN_BYTES]) -> Result<Self, FrameError> {
+    pub(super) fn decode(payload: &[u8; OPEN_BYTES]) -> Result<Self, InvalidOpen> {
         if payload[0] != OPEN_VERSION {
-            return Err(FrameError::Version(payload[0]));
+            return Err(InvalidOpen::Version(payload[0]));
         }
         let mut trace = [0; 16];
         trace.copy_from_slice(&payload[37..53]);
         let destination = decode_address(&payload[1..19]);
         if destination.port() == 0 || destination.ip().is_unspecified() {
-            return Err(FrameError::Destination(destination));
+            return Err(InvalidOpen::Destination(destination));
         }
         let optimistic_data = match payload[53] {
             0 => OptimisticMode::Off,
             1 => OptimisticMode::On,
-            other => return Err(FrameError::OptimisticData(other)),
+            other => return Err(InvalidOpen::OptimisticData(other)),
         };
         Ok(Self {
             destination,

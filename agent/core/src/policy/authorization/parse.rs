@@ -10,11 +10,12 @@ use std::fmt::Display;
 use ipnet::IpNet;
 
 use super::{
-    Action, Applicability, AuthorizationPolicy, Condition, Enforcement, OperationMatch, Rule, SourceMatch,
+    Action, Applicability, Attachment, AuthorizationPolicy, Condition, Enforcement, OperationMatch, Rule,
+    SourceMatch,
     matching::{Pattern, ServiceAccount, ValueMatch, block},
 };
 use crate::{
-    policy::object::{Attachment, ObjectMeta},
+    policy::metadata::ObjectMeta,
     yaml::{Fields, Value},
 };
 
