@@ -8,6 +8,7 @@
 //! | `cgroup` | where cgroup v2 is mounted, a cgroup's id, depth and processes |
 //! | `netlink` | interfaces and connections of a namespace |
 //! | `netns` | open, enter and name network namespaces |
+//! | `clsact` | the guard's filter on kernels without tcx |
 //! | `link` | the bpf(2) link commands that aya keeps private |
 //! | `probe` | what the running kernel can do, by trying |
 //! | `programs` | load, attach, pin, re-adopt |
@@ -21,6 +22,7 @@
 #![deny(missing_docs)]
 
 pub mod cgroup;
+mod clsact;
 pub mod events;
 pub mod host;
 mod link;

@@ -19,7 +19,7 @@ use nix::{
 };
 use tacit_abi::ABI_VERSION;
 
-use super::{KernelError, link, programs::remove_filters};
+use super::{KernelError, clsact, link};
 
 /// The right to the folder of pins, for as long as it lives.
 pub struct PinLock {
@@ -260,7 +260,7 @@ pub fn uninstall(pin_path: &Path) -> Result<usize, KernelError> {
         return Ok(0);
     }
     let _lock = lock(pin_path)?;
-    remove_filters(&maps_folder(pin_path).join("LINKS"));
+    clsact::detach_all(&maps_folder(pin_path).join("LINKS"));
     let mut removed = 0;
     // Links first: a program must not run on while its maps are being unpinned.
     let mut folders: Vec<PathBuf> = vec![pin_path.join("links")];

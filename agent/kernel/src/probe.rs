@@ -16,12 +16,15 @@ mod raw;
 mod trial;
 mod unsupported;
 
-use std::{fmt, path::Path};
+use std::{fmt, io, path::Path};
 
 use features::{FEATURES, Feature};
 pub use unsupported::Unsupported;
 
 use crate::host;
+
+/// ENOTSUPP of the kernel, which libc does not know.
+const ENOTSUPP: i32 = 524;
 
 /// A kernel's version as far as features care, such as `5.15`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -63,6 +66,17 @@ impl Presence {
         match self {
             Self::Present => "",
             Self::Absent(why) | Self::Unknown(why) => why,
+        }
+    }
+
+    /// What an error of the kernel says about what was asked for.
+    fn refused(error: &io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EINVAL | libc::E2BIG | libc::ENOPROTOOPT | libc::EOPNOTSUPP | ENOTSUPP) => {
+                Self::Absent(error.to_string())
+            }
+            Some(libc::EPERM | libc::EACCES) => Self::Unknown(format!("{error}; run as root")),
+            _ => Self::Unknown(error.to_string()),
         }
     }
 }

@@ -81,7 +81,6 @@ mod link_guard;
 
 use link_guard::GUARD_LINK;
 pub use link_guard::GuardedLink;
-pub(super) use link_guard::remove_filters;
 
 /// One attached program, for the operator.
 #[derive(Debug, Clone)]

@@ -28,7 +28,6 @@ use super::{
     Presence,
     raw::{self, Hook, Insn},
 };
-use crate::probe::trial::refused;
 
 /// Id of the root of the cgroup v2 hierarchy.
 const ROOT: u64 = 1;
@@ -56,7 +55,7 @@ pub(super) fn sockets_in_their_cgroup() -> Presence {
 
 /// Whatever stopped the trial: it says nothing about sockets.
 fn untried(error: &io::Error) -> Presence {
-    match refused(error) {
+    match Presence::refused(error) {
         Presence::Absent(why) => Presence::Unknown(why),
         other => other,
     }

@@ -10,14 +10,10 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::{
     super::{cgroup::Cgroup, netlink, netns::netns_cookie},
-    Presence,
+    Presence, cgroup_probe,
     features::Trial,
     raw::{self, Hook},
 };
-use crate::probe::cgroup_probe;
-
-/// ENOTSUPP of the kernel, which libc does not know.
-const ENOTSUPP: i32 = 524;
 
 pub(super) fn run(trial: &Trial, pin_path: &Path) -> Presence {
     match trial {
@@ -46,32 +42,21 @@ pub(super) fn run(trial: &Trial, pin_path: &Path) -> Presence {
         Trial::Bpffs => bpffs(pin_path),
         Trial::Cgroup2 => cgroup2(),
         Trial::SocketCgroup => cgroup_probe::sockets_in_their_cgroup(),
-        Trial::NetnsCookie => netns_cookie().map_or_else(|e| refused(&e), |_| Presence::Present),
+        Trial::NetnsCookie => netns_cookie().map_or_else(|e| Presence::refused(&e), |_| Presence::Present),
         Trial::ConnectionReset => connection_reset(),
-    }
-}
-
-/// What an error of the kernel says about what was asked for.
-pub(super) fn refused(error: &io::Error) -> Presence {
-    match error.raw_os_error() {
-        Some(libc::EINVAL | libc::E2BIG | libc::ENOPROTOOPT | libc::EOPNOTSUPP | ENOTSUPP) => {
-            Presence::Absent(error.to_string())
-        }
-        Some(libc::EPERM | libc::EACCES) => Presence::Unknown(format!("{error}; run as root")),
-        _ => Presence::Unknown(error.to_string()),
     }
 }
 
 /// Something that exists for this moment only.
 fn made(result: io::Result<OwnedFd>) -> Presence {
-    result.map_or_else(|e| refused(&e), |_| Presence::Present)
+    result.map_or_else(|e| Presence::refused(&e), |_| Presence::Present)
 }
 
 fn supported(answer: io::Result<bool>, why_not: &str) -> Presence {
     match answer {
         Ok(true) => Presence::Present,
         Ok(false) => Presence::Absent(why_not.to_owned()),
-        Err(error) => refused(&error),
+        Err(error) => Presence::refused(&error),
     }
 }
 
@@ -87,10 +72,10 @@ fn system_error(error: ProgramError) -> io::Error {
 fn on_nothing(hook: Hook, missing_target: i32, ask: impl FnOnce(&OwnedFd) -> io::Error) -> Presence {
     let program = match raw::load(hook, &raw::NEUTRAL) {
         Ok(program) => program,
-        Err(error) => return refused(&error),
+        Err(error) => return Presence::refused(&error),
     };
     let error = ask(&program);
-    if error.raw_os_error() == Some(missing_target) { Presence::Present } else { refused(&error) }
+    if error.raw_os_error() == Some(missing_target) { Presence::Present } else { Presence::refused(&error) }
 }
 
 fn bpffs(pin_path: &Path) -> Presence {
@@ -113,6 +98,6 @@ fn connection_reset() -> Presence {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
             Presence::Absent("no CONFIG_INET_TCP_DIAG, and no module tcp_diag for it".to_owned())
         }
-        Err(error) => refused(&error),
+        Err(error) => Presence::refused(&error),
     }
 }

@@ -2,19 +2,16 @@
 //!
 //! ```text
 //! since 6.6    tcx link, first of all programs there, pinned as guard-<cgroup id>-<interface>
-//! before       filter of a clsact qdisc, at PRIORITY and HANDLE: the kernel keeps it, pins are not needed
+//! before       filter of a clsact qdisc (`clsact`): the kernel keeps it, pins are not needed
 //! ```
 //! Only links of Ethernet whose other end is in the node's namespace can be guarded so (veth, netkit in its L2 mode).
 //! A pod with another kind of network (macvlan, a passed-through card) has the guard at its sockets alone, and says so.
 
-use std::path::Path;
-
 use aya::{
-    maps::{HashMap, Map, MapData},
     programs::{
         ProgramError, SchedClassifier, TcAttachType,
-        links::{FdLink, Link as _, LinkOrder},
-        tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact},
+        links::{FdLink, LinkOrder},
+        tc::TcAttachOptions,
     },
     sys::SyscallError,
 };
@@ -22,17 +19,13 @@ use tacit_core::error_chain::format_chain;
 
 use super::{
     super::{
-        KernelError, netlink,
+        KernelError, clsact, netlink,
         netns::{HostNetns, Netns},
     },
     Programs,
 };
 
 pub(super) const GUARD_LINK: &str = "guard_link";
-/// Before whatever else filters there.
-const PRIORITY: u16 = 1;
-/// Known, so that a later agent finds it.
-const HANDLE: TcHandle = TcHandle::new(0, 0x7ac1);
 
 /// A link of a pod that is guarded.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,7 +84,7 @@ impl Programs {
             }
             Err(error) if is_unknown(&error) => {
                 let classifier = self.classifier().map_err(|e| failed(format_chain(&e)))?;
-                clsact(classifier, &end.name).map_err(|e| failed(format_chain(&e)))?;
+                clsact::attach(classifier, &end.name).map_err(|e| failed(format_chain(&e)))?;
                 Ok("clsact")
             }
             Err(error) => Err(failed(format_chain(&error))),
@@ -106,7 +99,7 @@ impl Programs {
             }
         }
         for end in interfaces.iter().filter(|end| end.by == "clsact") {
-            remove_filter(&end.interface);
+            clsact::detach(&end.interface);
         }
     }
 
@@ -150,43 +143,4 @@ fn tcx(program: &mut SchedClassifier, interface: &str) -> Result<FdLink, Program
 fn is_unknown(error: &ProgramError) -> bool {
     matches!(error, ProgramError::SyscallError(SyscallError { io_error, .. })
         if io_error.raw_os_error() == Some(libc::EINVAL))
-}
-
-/// Adds our filter, or replaces it atomically where it stands.
-fn clsact(program: &mut SchedClassifier, interface: &str) -> Result<(), ProgramError> {
-    // It may be there already: Cilium's, or ours.
-    let _ = qdisc_add_clsact(interface);
-    let options =
-        TcAttachOptions::Netlink(NlOptions { priority: PRIORITY, handle: HANDLE, ..NlOptions::default() });
-    let id = match program.attach_with_options(interface, TcAttachType::Ingress, options) {
-        Ok(id) => id,
-        Err(ProgramError::TcError(_) | ProgramError::NetlinkError(_)) => {
-            program.attach_to_link(filter(interface)?)?
-        }
-        Err(error) => return Err(error),
-    };
-    // Dropped, it would take the filter away; the filter is to outlive the agent.
-    std::mem::forget(program.take_link(id)?);
-    Ok(())
-}
-
-fn filter(interface: &str) -> Result<SchedClassifierLink, ProgramError> {
-    SchedClassifierLink::attached(interface, TcAttachType::Ingress, PRIORITY, HANDLE, None)
-        .map_err(ProgramError::IOError)
-}
-
-/// Best effort: without a filter of ours there is nothing to remove.
-fn remove_filter(interface: &str) {
-    if let Ok(filter) = filter(interface) {
-        let _ = filter.detach();
-    }
-}
-
-/// Removes the filters that an agent has left on the links that the pinned map tells. Pins do not hold them.
-pub(crate) fn remove_filters(links: &Path) {
-    let Ok(map) = MapData::from_pin(links).map(Map::HashMap) else { return };
-    let Ok(map): Result<HashMap<MapData, u32, u64>, _> = map.try_into() else { return };
-    let told: Vec<u32> = map.keys().filter_map(Result::ok).collect();
-    let Ok(interfaces) = netlink::interfaces() else { return };
-    interfaces.iter().filter(|i| told.contains(&i.index)).for_each(|i| remove_filter(&i.name));
 }
