@@ -1,8 +1,6 @@
 //! Rate limit for lines in the agent's log about denied or lost connections. Counters are complete; lines name the ends.
 
-use aya_ebpf::helpers::bpf_ktime_get_ns;
-
-use crate::maps::LOG_BUDGET;
+use aya_ebpf::{btf_maps::PerCpuArray, helpers::bpf_ktime_get_ns, macros::btf_map};
 
 /// Lines that each CPU may write in one second. A pod must not be able to fill the agent's log by connecting.
 const LINES_PER_SECOND: u64 = 10;
@@ -15,6 +13,10 @@ pub struct Budget {
     second: u64,
     lines: u64,
 }
+
+/// Numbers of log lines that each CPU wrote in its current second. Not pinned, because a successor does not need them.
+#[btf_map]
+static LOG_BUDGET: PerCpuArray<Budget, 1> = PerCpuArray::new();
 
 /// Takes one line from this CPU's budget; false if the budget is used up.
 #[inline(always)]

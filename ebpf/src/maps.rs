@@ -1,4 +1,4 @@
-//! Maps of the programs. The agent pins all but those of the log under their names, so they outlive it.
+//! Maps of the programs. The agent pins them under their names, so they outlive it.
 
 use aya_ebpf::{
     Global,
@@ -10,8 +10,6 @@ use tacit_abi::{
     Address, ClearKey, Destination, DropKey, LISTENERS_PER_POD, MeshKey, Names, Pod, PortKey, REASONS,
     Settings, State, Steered, Tuple, limits,
 };
-
-use crate::log_budget::Budget;
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -86,10 +84,6 @@ pub static DIALLED: HashMap<Tuple, Destination, { limits::PENDING as usize }, ON
 /// One counter for each `tacit_abi::Reason`, by its number.
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { REASONS.len() }> = PerCpuArray::new();
-
-/// Numbers of log lines that each CPU wrote in its current second. Not pinned, because a successor does not need them.
-#[btf_map]
-pub static LOG_BUDGET: PerCpuArray<Budget, 1> = PerCpuArray::new();
 
 /// Levels below the pods' cgroup at which pods' cgroups can be: directly, or below a QoS class of Kubernetes.
 const POD_DEPTHS: u32 = 2;

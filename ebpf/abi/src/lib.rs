@@ -14,6 +14,7 @@ mod inbound;
 mod layout;
 mod outbound;
 mod reason;
+pub mod tcp_port;
 
 pub use address::Address;
 pub use guard::{GuardFacts, Hook, Packet, Verdict, decide_egress, decide_ingress, protocol};
@@ -21,7 +22,6 @@ pub use inbound::{Inbound, InboundFacts, Steer, decide_inbound};
 pub use layout::{
     ABI_VERSION, ClearKey, Destination, DropKey, LISTENERS_PER_POD, Listener, MeshKey, Mode, Names, Pod,
     PortKey, Settings, State, Steered, Tuple, limits, listener_index, names_kind, pod_flag, steer_flag,
-    tcp_port,
 };
 pub use outbound::{Connect, ConnectFacts, decide_connect};
 pub use reason::{REASONS, Reason, ReasonText};
