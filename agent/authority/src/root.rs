@@ -18,7 +18,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 use tacit_core::spiffe::TrustDomain;
 use tacit_identity::{
     certificate::{self, Validity},
-    issuer::{BACKDATED, random_serial},
+    template::{BACKDATED, random_serial},
 };
 
 pub(super) const CERTIFICATE: &str = "tls.crt";

@@ -18,7 +18,7 @@ use rustls::{
     sign::CertifiedKey,
 };
 use tacit_core::spiffe::{SpiffeId, TrustDomain};
-use tacit_identity::issuer::{BACKDATED, leaf_params, random_serial, whole_seconds};
+use tacit_identity::template::{BACKDATED, leaf_params, random_serial, whole_seconds};
 use webpki::{EndEntityCert, KeyUsage};
 
 use super::{

@@ -8,16 +8,12 @@ use std::{
     ops::RangeInclusive,
     path::Path,
     sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime},
 };
 
-use rcgen::{
-    CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose, SanType,
-    SerialNumber,
-};
+use rcgen::{CertificateParams, KeyPair};
 use rustls::{
     RootCertStore,
-    crypto::aws_lc_rs,
     pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
 };
 use tacit_core::spiffe::{SpiffeId, TrustDomain};
@@ -26,11 +22,9 @@ use super::{
     credentials::{Credentials, CredentialsError},
     istio::{IstioError, IstioIssuer},
     root::{EmbeddedRoot, EmbeddedRootError},
+    template::leaf_params,
 };
 
-/// Certificates are valid from this long before they are made: the clocks of two nodes differ, and a peer whose clock is
-/// behind would refuse a fresh certificate as not yet valid.
-pub const BACKDATED: Duration = Duration::from_secs(60);
 /// Lifetime of a leaf certificate where none is configured.
 pub const LEAF_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 /// Below ten seconds renewal at half life could not be tried twice; leaves cannot be revoked, so a month is the most.
@@ -167,49 +161,6 @@ fn sign_error(error: rcgen::Error) -> IssueError {
     IssueError::Sign(error.to_string())
 }
 
-/// The parameters of a leaf certificate for exactly these URI names, valid for `lifetime` from `now`.
-///
-/// # Errors
-/// [`rcgen::Error`] when a name is not ASCII, or there is no randomness for the serial number.
-pub fn leaf_params(
-    uris: &[String],
-    now: SystemTime,
-    lifetime: Duration,
-) -> Result<CertificateParams, rcgen::Error> {
-    let mut params = CertificateParams::default();
-    // No subject: the URI name is the identity, and RFC 5280 then marks it critical.
-    params.distinguished_name = DistinguishedName::new();
-    for uri in uris {
-        params.subject_alt_names.push(SanType::URI(uri.as_str().try_into()?));
-    }
-    params.is_ca = IsCa::ExplicitNoCa;
-    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    params.extended_key_usages =
-        vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
-    params.use_authority_key_identifier_extension = true;
-    params.serial_number = Some(SerialNumber::from_slice(&random_serial()?));
-    let now = whole_seconds(now);
-    params.not_before = (now - BACKDATED).into();
-    params.not_after = (now + lifetime).into();
-    Ok(params)
-}
-
-/// Returns `time` without fractions of a second, which certificates do not have.
-#[must_use]
-pub fn whole_seconds(time: SystemTime) -> SystemTime {
-    UNIX_EPOCH + Duration::from_secs(time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs())
-}
-
-/// A random serial number of 128 bits.
-pub fn random_serial() -> Result<[u8; 16], rcgen::Error> {
-    let mut serial = [0; 16];
-    aws_lc_rs::default_provider()
-        .secure_random
-        .fill(&mut serial)
-        .map_err(|_| rcgen::Error::RingUnspecified)?;
-    Ok(serial)
-}
-
 #[cfg(test)]
 pub(crate) mod testing {
     //! An issuer for the tests of this crate.
@@ -243,7 +194,8 @@ pub(crate) mod testing {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{fs, os::unix::fs::PermissionsExt, sync::Barrier, thread};
+    use crate::template::{BACKDATED, whole_seconds};
+    use std::{fs, os::unix::fs::PermissionsExt, sync::Barrier, thread, time::UNIX_EPOCH};
     use tacit_testing::Scratch;
 
     const HOUR: Duration = Duration::from_secs(3600);

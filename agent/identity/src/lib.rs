@@ -5,6 +5,7 @@
 //! | `certificate` | the identity and the validity of a certificate |
 //! | `credentials` | a key with its certificate, and the roots to trust |
 //! | `issuer`, `root` | the embedded issuer, and its root on disk |
+//! | `template` | the template of a leaf certificate, serial numbers |
 //! | `istio` | a client of Istio's CA API: Tacit's authority, istiod, istio-csr |
 //! | `manager` | keeps the credentials of every workload of the node current |
 //! | `atomic_file` | small files that are written whole or not at all |
@@ -18,3 +19,4 @@ pub mod issuer;
 pub mod istio;
 pub mod manager;
 pub mod root;
+pub mod template;

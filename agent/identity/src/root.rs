@@ -22,7 +22,7 @@ use tacit_core::spiffe::TrustDomain;
 
 use super::{
     certificate::{self, CertificateError},
-    issuer::{BACKDATED, random_serial},
+    template::{BACKDATED, random_serial},
 };
 use crate::atomic_file::{self, FileError};
 

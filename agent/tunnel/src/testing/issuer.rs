@@ -13,7 +13,7 @@ use rustls::{
     sign::CertifiedKey,
 };
 use tacit_core::spiffe::SpiffeId;
-use tacit_identity::{credentials::Credentials, issuer::leaf_params};
+use tacit_identity::{credentials::Credentials, template::leaf_params};
 
 /// An authority with its own root.
 pub(crate) struct TestIssuer {
