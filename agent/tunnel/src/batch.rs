@@ -9,7 +9,7 @@ use std::io::IoSliceMut;
 
 use tacit_core::wire::frame::{self, FrameType, PAYLOAD_MAX_BYTES, encode_header};
 
-use super::tls::record;
+use super::record;
 
 /// Maximum number of DATA frames in a batch. One read fills them and one write sends them. With 32 frames (half a MiB), the
 /// cost of a system call is negligible.

@@ -7,7 +7,7 @@ use std::io::IoSlice;
 
 use tacit_core::wire::frame::{FrameType, HEADER_BYTES};
 
-use super::{batch::FRAMES_MAX, tls::record::fixed};
+use super::{batch::FRAMES_MAX, record::fixed};
 use crate::receive_buffer::{ReceiveBuffer, Received};
 
 /// Fuzzes records after the handshake. The input holds, for each record, a byte for its type, a byte for its length, and the

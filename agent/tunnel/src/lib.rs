@@ -4,12 +4,14 @@
 //! ```text
 //!  client: Session::connect --> open --> relay --> pool     server: Session::accept --> next --> accept_flow --> relay --> next
 //!               |                                                        |
-//!              tls (configs, verifiers, records)                        tls
+//!            stream --> tls (configs, verifiers), record               stream
 //! ```
 //!
 //! | module | content |
 //! |---|---|
-//! | `tls` | TLS configuration, verifiers and record layer |
+//! | `record` | the record layer: records after the handshake, sealed and opened in place; no I/O |
+//! | `tls` | TLS configuration, verifiers and handshake |
+//! | `stream` | one TLS connection on its socket |
 //! | `session` | one session on one connection |
 //! | `relay` | forwards the bytes of a flow until the flow ends |
 //! | `batch` | builds DATA frames in place; pure |
@@ -27,15 +29,18 @@ pub mod buffers;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod receive_buffer;
+mod record;
 pub mod relay;
 pub mod session;
 pub mod socket;
+mod stream;
 #[cfg(test)]
 mod testing;
 pub mod tls;
 
 use tacit_core::wire::TraceId;
 
+pub use record::RecordError;
 pub use session::{OpenError, OptimisticData, Session};
 pub use tls::{PeerCertificateError, TlsInfo, TunnelError};
 

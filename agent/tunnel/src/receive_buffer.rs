@@ -11,7 +11,7 @@ use super::{
     TunnelError,
     batch::FRAMES_MAX,
     buffers::{Buffer, Size},
-    tls::record::{self, Opened, RecordError},
+    record::{self, Opened, RecordError},
 };
 
 /// If less room than this is left behind the last byte, the bytes are moved to the front. A full record and its padding.
@@ -277,7 +277,7 @@ impl Payloads {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tls::record::{HEADER_BYTES as RECORD_HEADER, TAIL_BYTES};
+    use crate::record::{HEADER_BYTES as RECORD_HEADER, TAIL_BYTES};
     use tacit_core::wire::frame::FrameType;
 
     /// Returns a record in the format of `open` below, without encryption.

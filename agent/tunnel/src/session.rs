@@ -33,10 +33,8 @@ use super::{
     TunnelError,
     batch::FRAMES_MAX,
     buffers::Buffer,
-    tls::{
-        TlsInfo,
-        stream::{self, Established, TlsStream},
-    },
+    stream::{self, Established, TlsStream},
+    tls::TlsInfo,
 };
 use crate::{
     app_read::AppRead,

@@ -4,11 +4,7 @@
 //! are reused instead, and both sides verify every certificate in full. The crypto provider is built explicitly, so that
 //! neither a crate feature nor a process-wide default can add algorithms.
 
-mod handshake;
-#[cfg(test)]
-mod openssl;
-pub(crate) mod record;
-pub(super) mod stream;
+pub(crate) mod handshake;
 #[cfg(test)]
 mod tests;
 mod verify;
@@ -36,9 +32,9 @@ use tacit_core::{
 };
 use tacit_identity::credentials::Credentials;
 
-pub use record::RecordError;
 pub use verify::PeerCertificateError;
 
+use crate::record::RecordError;
 use verify::{ClientVerifier, ServerVerifier};
 
 /// The wire format as an ALPN protocol name.
@@ -151,7 +147,7 @@ pub(super) fn random() -> [u8; 16] {
     }
 }
 
-static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
+pub(crate) static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
     Arc::new(CryptoProvider {
         cipher_suites: vec![
             cipher_suite::TLS13_AES_256_GCM_SHA384,
@@ -164,7 +160,7 @@ static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
 });
 
 /// Returns the client configuration of `own` for a server that must have the identity `expected`.
-fn client_config(own: &Credentials, expected: &SpiffeId) -> Arc<ClientConfig> {
+pub(crate) fn client_config(own: &Credentials, expected: &SpiffeId) -> Arc<ClientConfig> {
     let verifier = |expected| {
         Arc::new(ServerVerifier {
             roots: own.roots.clone(),
@@ -197,7 +193,7 @@ fn client_config(own: &Credentials, expected: &SpiffeId) -> Arc<ClientConfig> {
 }
 
 /// Returns the server configuration of `own` for clients of its trust domain.
-fn server_config(own: &Credentials) -> Arc<ServerConfig> {
+pub(crate) fn server_config(own: &Credentials) -> Arc<ServerConfig> {
     let make = || {
         let chain = WebPkiClientVerifier::builder_with_provider(own.roots.clone(), PROVIDER.clone())
             .build()
@@ -222,7 +218,7 @@ fn resolver(own: &Credentials) -> Arc<SingleCertAndKey> {
 }
 
 /// Checks and returns the negotiated parameters.
-fn negotiated(connection: &CommonState) -> Result<TlsInfo, TunnelError> {
+pub(crate) fn negotiated(connection: &CommonState) -> Result<TlsInfo, TunnelError> {
     // rustls rejects a client with another ALPN, and accepts a client that offers none.
     if connection.alpn_protocol() != Some(ALPN) {
         return Err(TunnelError::Alpn);

@@ -11,10 +11,8 @@ use rustls::{
 };
 use tokio::{io::Interest, net::TcpStream};
 
-use super::{
-    TunnelError,
-    record::{Schedule, record_bytes},
-};
+use super::TunnelError;
+use crate::record::{Schedule, record_bytes};
 
 /// Bytes per read, more than a flight of either side.
 const READ_BYTES: usize = 8 << 10;
@@ -22,7 +20,7 @@ const READ_BYTES: usize = 8 << 10;
 const KEPT_MAX_BYTES: usize = 128 << 10;
 
 /// One side of a handshake.
-pub(super) trait Handshake: Sized {
+pub(crate) trait Handshake: Sized {
     type Data;
 
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data>;
@@ -77,7 +75,7 @@ enum Step {
 }
 
 /// Runs `connection`'s handshake over `tcp` to its end; returns the bytes that the peer sent behind it.
-pub(super) async fn run<C: Handshake>(tcp: &TcpStream, connection: &mut C) -> Result<Vec<u8>, TunnelError> {
+pub(crate) async fn run<C: Handshake>(tcp: &TcpStream, connection: &mut C) -> Result<Vec<u8>, TunnelError> {
     let (mut incoming, mut outgoing) = (Vec::new(), Vec::new());
     // Bytes of `incoming` that rustls has seen, whole records only.
     let mut shown = 0;

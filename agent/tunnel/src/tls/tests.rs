@@ -9,8 +9,11 @@ use tokio::{
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use super::{stream::Established, *};
-use crate::testing::{ISSUER, TestIssuer, connection, credentials, identity};
+use super::*;
+use crate::{
+    stream::{self, Established},
+    testing::{ISSUER, TestIssuer, connection, credentials, identity},
+};
 
 const HOUR: Duration = Duration::from_secs(3600);
 

@@ -10,13 +10,11 @@ use tokio::{
     time::timeout,
 };
 
-use super::{
-    TunnelError,
-    stream::{self, Established},
-};
 use crate::{
+    TunnelError,
     batch::FRAMES_MAX,
     receive_buffer::Received,
+    stream::{self, Established},
     testing::{ISSUER, credentials, identity},
 };
 

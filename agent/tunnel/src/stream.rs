@@ -3,6 +3,9 @@
 //! Queued bytes are sealed at once and sent in that order. Nothing is queued while a batch is unsent, so at most one batch is
 //! buffered. Buffers are held only while they contain bytes.
 
+#[cfg(test)]
+mod openssl;
+
 use std::{
     future::Future,
     io::{self, IoSlice, IoSliceMut},
@@ -25,13 +28,17 @@ use tacit_identity::{
 use tokio::{net::TcpStream, time::timeout};
 
 use super::{
-    TlsInfo, TunnelError, client_config,
-    handshake::{self, Handshake},
-    negotiated,
+    batch,
+    buffers::Buffer,
+    receive_buffer::ReceiveBuffer,
     record::{Opened, RecordError, Records},
-    server_config,
+    socket,
+    tls::{
+        PeerCertificateError, TlsInfo, TunnelError, client_config,
+        handshake::{self, Handshake},
+        negotiated, server_config,
+    },
 };
-use crate::{batch, buffers::Buffer, receive_buffer::ReceiveBuffer, socket};
 
 /// Time limit of a handshake, which takes two round trips and about a millisecond of work.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
@@ -91,9 +98,9 @@ async fn establish(tcp: TcpStream, mut connection: impl Handshake) -> Result<Est
     let tls = negotiated(connection.state())?;
     // The verifiers have accepted this certificate, so parsing it again cannot fail in another way.
     let leaf = connection.state().peer_certificates().and_then(|chain| chain.first());
-    let leaf = leaf.ok_or(super::PeerCertificateError::NoClientCertificate)?;
-    let peer = certificate::spiffe_id(leaf).map_err(super::PeerCertificateError::from)?;
-    let peer_validity = certificate::validity(leaf).map_err(super::PeerCertificateError::from)?;
+    let leaf = leaf.ok_or(PeerCertificateError::NoClientCertificate)?;
+    let peer = certificate::spiffe_id(leaf).map_err(PeerCertificateError::from)?;
+    let peer_validity = certificate::validity(leaf).map_err(PeerCertificateError::from)?;
     let (secrets, schedule) = connection.into_secrets()?;
     let stream = TlsStream { tcp, records: Records::new(secrets, schedule)?, outgoing: Outgoing::default() };
     Ok(Established { stream, receive_buffer: ReceiveBuffer::with(behind), peer, peer_validity, tls })
