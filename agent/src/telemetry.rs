@@ -12,7 +12,8 @@
 //!
 //! | module | job |
 //! |---|---|
-//! | `flows` | live flows, byte counters |
+//! | `flows` | a flow: its ends, its protection |
+//! | `live_flows` | live flows, byte counters |
 //! | `series` | what Istio's TCP metrics sum up for each pair of workloads |
 //! | `metrics` | every metric's name, unit, help and labels; the exposition |
 //! | `refusals` | refused, revoked and audited connections, counted and logged at a bounded rate |
@@ -28,6 +29,7 @@ pub mod admin;
 pub mod doctor;
 mod enrolments;
 pub mod flows;
+mod live_flows;
 pub mod log;
 mod metrics;
 pub mod refusals;
@@ -45,11 +47,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use flows::{FlowSpec, LiveFlow, Party, Reporter, Security};
+pub use flows::{FlowSpec, Party, Reporter, Security};
+pub use live_flows::LiveFlow;
 pub use refusals::Refusal;
 
 use enrolments::Enrolments;
-use flows::FlowTable;
+use live_flows::FlowTable;
 use refusals::{Refusals, What};
 use status::{FlowsStatus, Status};
 
