@@ -25,7 +25,7 @@ const LIST_MAX: usize = 256;
 
 /// Why a text is no list of certificates.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ListError {
+pub enum CertificateListError {
     /// There is none in it.
     #[error("it holds no certificate in PEM")]
     Empty,
@@ -66,14 +66,14 @@ pub struct Validity {
 /// The certificates of a PEM text, at least one.
 ///
 /// # Errors
-/// [`ListError`]; a list that is too long is not cut.
-pub fn list(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, ListError> {
+/// [`CertificateListError`]; a list that is too long is not cut.
+pub fn list(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, CertificateListError> {
     let list: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).take(LIST_MAX + 1).collect();
     match list {
-        Ok(list) if list.is_empty() => Err(ListError::Empty),
-        Ok(list) if list.len() > LIST_MAX => Err(ListError::Long),
+        Ok(list) if list.is_empty() => Err(CertificateListError::Empty),
+        Ok(list) if list.len() > LIST_MAX => Err(CertificateListError::Long),
         Ok(list) => Ok(list),
-        Err(e) => Err(ListError::Pem(e.to_string())),
+        Err(e) => Err(CertificateListError::Pem(e.to_string())),
     }
 }
 

@@ -35,18 +35,18 @@ pub(super) struct Traffic {
     pub(super) reporter: Reporter,
     pub(super) source: End,
     pub(super) destination: End,
-    pub(super) policy: Policy,
+    pub(super) policy: SecurityPolicy,
 }
 
 /// Istio's `connection_security_policy`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Policy {
+pub(super) enum SecurityPolicy {
     MutualTls,
     /// No TLS: clear text, or handed over on one node.
     Unknown,
 }
 
-impl Policy {
+impl SecurityPolicy {
     pub(super) fn label(self) -> &'static str {
         match self {
             Self::MutualTls => "mutual_tls",
@@ -134,8 +134,8 @@ impl Traffic {
             source: End::of(&spec.ends.source),
             destination: End::of(&spec.ends.destination),
             policy: match spec.security {
-                Security::MutualTls { .. } => Policy::MutualTls,
-                Security::SameNode | Security::Plaintext => Policy::Unknown,
+                Security::MutualTls { .. } => SecurityPolicy::MutualTls,
+                Security::SameNode | Security::Plaintext => SecurityPolicy::Unknown,
             },
         }
     }

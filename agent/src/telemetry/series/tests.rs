@@ -49,7 +49,12 @@ fn a_full_table_forgets_idle_series_only_and_counts_the_rest() {
 
 fn traffic(source: &str, labels: &[(&str, &str)]) -> Traffic {
     let source = End { workload: Some(Arc::new(labelled(source, labels))), identity: None };
-    Traffic { reporter: Reporter::Source, source, destination: End::NOBODY, policy: Policy::MutualTls }
+    Traffic {
+        reporter: Reporter::Source,
+        source,
+        destination: End::NOBODY,
+        policy: SecurityPolicy::MutualTls,
+    }
 }
 
 fn labelled(name: &str, labels: &[(&str, &str)]) -> Workload {
