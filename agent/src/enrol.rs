@@ -27,7 +27,7 @@ use std::{
     io,
     net::IpAddr,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Weak},
     thread,
     time::{Duration, Instant},
 };
@@ -270,7 +270,7 @@ impl Enroller {
     /// Opens the pod's listeners, has the kernel use them, and serves them.
     fn start(
         &self,
-        state: &State,
+        state: &mut State,
         workload: Arc<Workload>,
         (cgroup, slot): (u64, u32),
         netns: Netns,
@@ -296,7 +296,7 @@ impl Enroller {
             netns,
             links,
             closed: CancellationToken::new(),
-            policy: watch::Sender::new(Arc::new(policy)),
+            policy: state.policy_of(cgroup, policy),
             slot,
             capture_port,
         });
@@ -340,6 +340,8 @@ struct State {
     current: HashMap<PathBuf, Arc<Pod>>,
     /// Pods in the kernel's map: cgroup id to slot.
     known: HashMap<u64, u32>,
+    /// Policies of pods by cgroup id, while anybody looks at them.
+    policies: HashMap<u64, Weak<watch::Sender<Arc<PodPolicy>>>>,
     /// The policies that were published last.
     published: Option<Arc<Policies>>,
     /// Pods whose policy changed a short time ago, by cgroup id, with when.
@@ -368,6 +370,19 @@ struct Look {
 }
 
 impl State {
+    /// Puts the policy of a pod in force, for flows of an earlier enrolment in the same cgroup too.
+    fn policy_of(&mut self, cgroup: u64, policy: PodPolicy) -> Arc<watch::Sender<Arc<PodPolicy>>> {
+        let policy = Arc::new(policy);
+        if let Some(known) = self.policies.get(&cgroup).and_then(Weak::upgrade) {
+            known.send_replace(policy);
+            return known;
+        }
+        let sender = Arc::new(watch::Sender::new(policy));
+        self.policies.retain(|_, sender| sender.strong_count() > 0);
+        self.policies.insert(cgroup, Arc::downgrade(&sender));
+        sender
+    }
+
     fn free_slot(&self) -> u32 {
         let used: HashSet<u32> = self.known.values().copied().collect();
         (0_u32..).find(|slot| !used.contains(slot)).unwrap_or(u32::MAX)

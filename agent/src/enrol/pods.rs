@@ -22,8 +22,8 @@ pub struct Pod {
     pub links: Vec<GuardedLink>,
     /// Cancelled when the pod is no longer enrolled.
     pub closed: CancellationToken,
-    /// The policy in force.
-    pub(super) policy: watch::Sender<Arc<PodPolicy>>,
+    /// The policy in force. Pods that are enrolled anew in their cgroup share it with their former selves, whose flows go on.
+    pub(super) policy: Arc<watch::Sender<Arc<PodPolicy>>>,
     pub(super) slot: u32,
     /// Where the agent listens for its captured connections.
     pub(super) capture_port: u16,

@@ -21,7 +21,7 @@ use std::{
 use tacit_core::{
     balance::{EndpointRequest, PickedEndpoint},
     directory::Directory,
-    policy::{self, Flow, FlowSource},
+    policy::{self, Flow, FlowSource, PolicyDenial},
     refusal::{Refusal, RefusalReason},
     route::{self, PlaintextCause, Route, RouteInput},
 };
@@ -177,10 +177,13 @@ fn carry(
     endpoint: Option<Box<PickedEndpoint>>,
 ) -> Carried {
     match upstream {
-        Upstream::Plaintext(server, spec) => {
+        Upstream::Plaintext(server, spec) => Box::pin(async move {
+            let destination = spec.ends.destination.address;
             let flow = path.telemetry.open_flow(spec);
-            Box::pin(relay_plain(path, app, server, flow, pending(), endpoint))
-        }
+            let relayed = path.clone();
+            let revoked = plaintext_revoked(&path, &pod, destination);
+            relay_plain(relayed, app, server, flow, revoked, endpoint).await;
+        }),
         Upstream::SameNode(server, spec, target, admitted) => Box::pin(async move {
             let flow = path.telemetry.open_flow(spec);
             relay_plain(path, app, server, flow, admitted.revoked(&target), endpoint).await;
@@ -215,6 +218,38 @@ fn find_destination(path: &Proxy, pod: &Pod, app: &TcpStream, client: SocketAddr
     }
     let source = SocketAddr::new(pod.address_like(destination.ip())?, client.port());
     Some(Addresses { source, destination })
+}
+
+/// Waits until a flow that is carried as plaintext must no longer be: the destination or the pod is STRICT now, or the
+/// directory has somebody else at the address. A flow that could be tunnelled now goes on under PERMISSIVE.
+async fn plaintext_revoked(path: &Proxy, pod: &Pod, destination: SocketAddr) -> Refusal {
+    let mut directory = path.snapshots.directory.subscribe();
+    let mut policies = path.snapshots.policies.subscribe();
+    let mut own = pod.policy_changes();
+    loop {
+        // A source that has ended changes nothing any more.
+        tokio::select! {
+            Ok(()) = directory.changed() => {}
+            Ok(()) = policies.changed() => {}
+            Ok(()) = own.changed() => {}
+            else => return pending().await,
+        }
+        let known = path.snapshots.directory.current();
+        let reason = match find_route(path, pod, &known, destination) {
+            Route::Plaintext(_) => continue,
+            Route::Refuse(reason) => reason,
+            Route::Tunnel(_) | Route::SameNode => {
+                let mode = known
+                    .at(destination.ip())
+                    .map(|workload| path.snapshots.policies.current().modes(workload).at(destination.port()));
+                if !pod.is_strict() && mode != Some(policy::Mode::Strict) {
+                    continue;
+                }
+                PolicyDenial::PlaintextInStrict.reason()
+            }
+        };
+        return Refusal::new(reason, "carried as plaintext before the directory or a policy changed");
+    }
 }
 
 fn find_route(path: &Proxy, pod: &Pod, directory: &Directory, destination: SocketAddr) -> Route {
