@@ -20,6 +20,10 @@ pub(crate) enum Stopped {
     AtSocket,
     /// On the host end of the pod's link.
     OnLink,
+    /// Before the victim's application gets it. Others may send it in clear.
+    BeforeApplication,
+    /// Nowhere: it is allowed in clear and must arrive, as without Tacit.
+    Nowhere,
 }
 
 /// How it is driven.
@@ -45,8 +49,48 @@ pub(crate) enum Driver {
     PassedFd(PassedFd),
     /// Both ends connect.
     Simultaneous,
+    /// By another tenant of the victim's node, or by the node itself.
+    Neighbour(Neighbour),
     /// A step while, or after, something happens to the attacker's agent.
     Lifecycle(Misfortune),
+}
+
+/// Another tenant's attack. The victim and the tenant are STRICT, the open pod is PERMISSIVE, the neighbour is in no
+/// directory; all are on one bridge.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Neighbour {
+    /// A step of the neighbour to an address of the victim.
+    In(&'static str, To),
+    /// A step of the tenant to an address of the neighbour.
+    Out(&'static str, To),
+    /// A pod says in ARP, or in neighbour discovery, that it has the victim's address.
+    Claim(Who),
+    /// A raw packet of the open pod with a source that is not its own.
+    Spoofed,
+    /// A frame of the open pod with the victim's hardware address as source.
+    ForeignHardware,
+}
+
+/// Which address.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum To {
+    /// IPv6 link-local.
+    LinkLocal,
+    /// Outside of the mesh's ranges, on the link.
+    OnLink,
+    /// Multicast, to everyone on the link.
+    Multicast,
+    /// IPv4 broadcast.
+    Broadcast,
+}
+
+/// Who claims.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Who {
+    /// STRICT.
+    Tenant,
+    /// PERMISSIVE.
+    Open,
 }
 
 /// Where a process is moved.
@@ -126,6 +170,25 @@ const fn identity(
     attack("identity", name, families, driver, stopped)
 }
 
+const fn hostile(
+    group: &'static str,
+    name: &'static str,
+    families: &'static [Family],
+    stopped: Stopped,
+    what: Neighbour,
+) -> Attack {
+    attack(group, name, families, Driver::Neighbour(what), stopped)
+}
+
+const fn neighbour(
+    name: &'static str,
+    families: &'static [Family],
+    stopped: Stopped,
+    what: Neighbour,
+) -> Attack {
+    hostile("neighbour", name, families, stopped, what)
+}
+
 const fn lifecycle(name: &'static str, families: &'static [Family], what: Misfortune) -> Attack {
     attack("lifecycle", name, families, Driver::Lifecycle(what), Stopped::AtSocket)
 }
@@ -176,6 +239,20 @@ pub(crate) static ATTACKS: &[Attack] = &[
     identity("nested-netns", ONLY_V4, Driver::NestedNetns, Stopped::AtSocket),
     identity("passed-fd-connected", ALL, Driver::PassedFd(PassedFd::Connected), Stopped::OnLink),
     identity("passed-fd-datagram", ALL, Driver::PassedFd(PassedFd::Datagram), Stopped::OnLink),
+    neighbour("link-local-in-tcp", ONLY_V6, Stopped::BeforeApplication, Neighbour::In("tcp", To::LinkLocal)),
+    neighbour("link-local-in-udp", ONLY_V6, Stopped::BeforeApplication, Neighbour::In("udp", To::LinkLocal)),
+    neighbour("link-local-out-tcp", ONLY_V6, Stopped::AtSocket, Neighbour::Out("tcp", To::LinkLocal)),
+    neighbour("link-local-out-udp", ONLY_V6, Stopped::AtSocket, Neighbour::Out("udp", To::LinkLocal)),
+    neighbour("on-link-in-tcp", V4_V6, Stopped::BeforeApplication, Neighbour::In("tcp", To::OnLink)),
+    neighbour("on-link-in-udp", V4_V6, Stopped::BeforeApplication, Neighbour::In("udp", To::OnLink)),
+    neighbour("on-link-out-tcp", V4_V6, Stopped::OnLink, Neighbour::Out("tcp", To::OnLink)),
+    neighbour("on-link-out-udp", V4_V6, Stopped::OnLink, Neighbour::Out("udp", To::OnLink)),
+    neighbour("multicast", V4_V6, Stopped::AtSocket, Neighbour::Out("udp", To::Multicast)),
+    neighbour("broadcast", ONLY_V4, Stopped::OnLink, Neighbour::Out("udp", To::Broadcast)),
+    neighbour("claimed-address", V4_V6, Stopped::OnLink, Neighbour::Claim(Who::Tenant)),
+    neighbour("claimed-address-permissive", V4_V6, Stopped::OnLink, Neighbour::Claim(Who::Open)),
+    neighbour("spoofed-permissive", V4_V6, Stopped::OnLink, Neighbour::Spoofed),
+    neighbour("hardware-address-of-victim", V4_V6, Stopped::OnLink, Neighbour::ForeignHardware),
     lifecycle("unknown-pod-tcp", ALL, Misfortune::UnknownPod("tcp")),
     lifecycle("unknown-pod-udp", ALL, Misfortune::UnknownPod("udp")),
     Attack { must_arrive: true, ..lifecycle("hook-after-child-program", ONLY_V4, Misfortune::ProgramInPod) },

@@ -1,0 +1,132 @@
+//! Attacks of other tenants of the victim's node, and flows of the node itself. Those that others send in clear are judged
+//! by what the victim's application gets.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
+
+use anyhow::{Context as _, Result};
+use nix::{ifaddrs::getifaddrs, net::if_::if_nametoindex, sys::socket::SockaddrStorage};
+use tacit_topology::{Node, Pod, until};
+
+use crate::{
+    Family,
+    catalogue::{Neighbour, To, Who},
+    judge::Outcome,
+    step_process::simple,
+    wire::Sighting,
+    world::{PORT, World, address, datagram, foreign, ip, on_link},
+};
+
+/// Port of attackers that choose their own.
+const OWN_PORT: u16 = 9200;
+const DISCARD: u16 = 9;
+
+/// Runs an attack to its end, and puts things right again.
+pub(crate) fn drive(world: &World, what: Neighbour, family: Family, marker: &str) -> Result<Outcome> {
+    let bridged = &world.bridged;
+    let (guarded, stranger) = (&bridged.guarded, address(&world.stranger, family, PORT));
+    let own = |pod: &Pod| address(pod, family, OWN_PORT).to_string();
+    match what {
+        Neighbour::In(step, to) => {
+            let target = target(&bridged.neighbour, guarded, family, to)?;
+            simple(world, &bridged.neighbour, step, target, marker, &[])
+        }
+        Neighbour::Out(step, to) => {
+            let target = target(&bridged.tenant, &bridged.neighbour, family, to)?;
+            simple(world, &bridged.tenant, step, target, marker, &[])
+        }
+        Neighbour::Claim(who) => claim(world, who, family, marker),
+        Neighbour::Spoofed => {
+            let source = SocketAddr::new(foreign(&bridged.open, family), OWN_PORT).to_string();
+            simple(world, &bridged.open, "raw", stranger, marker, &[&source])
+        }
+        Neighbour::ForeignHardware => {
+            let (to, from) = (hardware(&bridged.neighbour)?, hardware(guarded)?);
+            let target = address(&bridged.neighbour, family, PORT);
+            simple(
+                world,
+                &bridged.open,
+                "packet-hardware",
+                target,
+                marker,
+                &[&own(&bridged.open), &to, &from],
+            )
+        }
+    }
+}
+
+/// An address of `pod`, or of everyone, as `from` reaches it on the bridge.
+fn target(from: &Pod, pod: &Pod, family: Family, to: To) -> Result<SocketAddr> {
+    let [a, b, c, _] = pod.ipv4().octets();
+    let everyone_v6 = "ff02::fb".parse().context("literal")?;
+    Ok(match (to, family) {
+        (To::LinkLocal, _) => scoped(from, link_local(pod)?)?,
+        (To::OnLink, _) => SocketAddr::new(on_link(pod, family), PORT),
+        (To::Multicast, Family::V6) => scoped(from, everyone_v6)?,
+        (To::Multicast, _) => SocketAddr::from(([224, 0, 0, 251], PORT)),
+        (To::Broadcast, _) => SocketAddr::from(([a, b, c, 255], PORT)),
+    })
+}
+
+fn scoped(from: &Pod, address: Ipv6Addr) -> Result<SocketAddr> {
+    let index = from.netns().enter(|| if_nametoindex("eth0"))??;
+    Ok(SocketAddrV6::new(address, PORT, 0, index).into())
+}
+
+fn link_local(pod: &Pod) -> Result<Ipv6Addr> {
+    let addresses = of_link(pod)?;
+    let mut v6 = addresses.iter().filter_map(|address| Some(address.as_sockaddr_in6()?.ip()));
+    v6.find(Ipv6Addr::is_unicast_link_local).context("a pod has a link-local address")
+}
+
+/// The hardware address of a pod's end of its link.
+fn hardware(pod: &Pod) -> Result<String> {
+    let bytes = of_link(pod)?.iter().find_map(|address| address.as_link_addr()?.addr());
+    let bytes = bytes.context("a pod's link has a hardware address")?;
+    Ok(bytes.map(|byte| format!("{byte:02x}")).join(":"))
+}
+
+/// All addresses of a pod's end of its link.
+fn of_link(pod: &Pod) -> Result<Vec<SockaddrStorage>> {
+    let addresses = pod.netns().enter(|| -> nix::Result<Vec<_>> {
+        let of_link = getifaddrs()?.filter(|interface| interface.interface_name == "eth0");
+        Ok(of_link.filter_map(|interface| interface.address).collect())
+    })?;
+    Ok(addresses?)
+}
+
+/// Name of the host end of a pod's link.
+fn host_end(pod: &Pod) -> String {
+    format!("pod{}", pod.ipv4().octets()[3])
+}
+
+/// What the node sends to the victim then reaches the pod that claims its address.
+fn claim(world: &World, who: Who, family: Family, marker: &str) -> Result<Outcome> {
+    let (node, guarded) = (world.far_node()?, &world.bridged.guarded);
+    let pod = match who {
+        Who::Tenant => &world.bridged.tenant,
+        Who::Open => &world.bridged.open,
+    };
+    let victims = address(guarded, family, DISCARD);
+    forget(node)?;
+    // An entry that a claim can replace.
+    datagram(node, "who are you", victims)?;
+    until("the victim's hardware address", || is_known(node, victims.ip()))?;
+    let own = address(pod, family, OWN_PORT).to_string();
+    let mut outcome = simple(world, pod, "claim", victims, marker, &[&own, &hardware(pod)?])?;
+    datagram(node, marker, victims)?;
+    outcome.only = Some(Sighting::ToPod(host_end(pod)));
+    world.sightings(marker)?;
+    forget(node)?;
+    Ok(outcome)
+}
+
+fn forget(node: &Node) -> Result<()> {
+    ip(node.netns(), "neigh flush dev cni0")
+}
+
+/// Whether the node has a neighbour's hardware address.
+fn is_known(node: &Node, address: IpAddr) -> Result<Option<()>> {
+    let mut command = std::process::Command::new("ip");
+    command.args(["-n", node.netns().name(), "neigh", "show", "to", &address.to_string()]);
+    Ok(tacit_topology::run(&mut command)?.contains("lladdr").then_some(()))
+}
