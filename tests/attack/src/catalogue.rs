@@ -69,6 +69,14 @@ pub(crate) enum Neighbour {
     Spoofed,
     /// A frame of the open pod with the victim's hardware address as source.
     ForeignHardware,
+    /// A datagram with the node's address as source.
+    NodeAddress(From, Layout),
+    /// A connection with the node's address as source, whose answers reach the neighbour.
+    NodeAddressTcp,
+    /// A step of a pod with the node's network.
+    HostNetwork(&'static str, Layout),
+    /// A step of the node itself.
+    Probe(&'static str, Layout),
 }
 
 /// Which address.
@@ -91,6 +99,24 @@ pub(crate) enum Who {
     Tenant,
     /// PERMISSIVE.
     Open,
+}
+
+/// From where.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum From {
+    /// A pod on the victim's bridge.
+    Bridge,
+    /// A pod of another node.
+    Wire,
+}
+
+/// How the victim is linked to its node.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Layout {
+    /// Point to point.
+    Routed,
+    /// By a bridge.
+    Bridged,
 }
 
 /// Where a process is moved.
@@ -189,6 +215,14 @@ const fn neighbour(
     hostile("neighbour", name, families, stopped, what)
 }
 
+const fn node(name: &'static str, what: Neighbour) -> Attack {
+    hostile("node", name, V4_V6, Stopped::BeforeApplication, what)
+}
+
+const fn probe(name: &'static str, step: &'static str, layout: Layout) -> Attack {
+    hostile("node", name, V4_V6, Stopped::Nowhere, Neighbour::Probe(step, layout))
+}
+
 const fn lifecycle(name: &'static str, families: &'static [Family], what: Misfortune) -> Attack {
     attack("lifecycle", name, families, Driver::Lifecycle(what), Stopped::AtSocket)
 }
@@ -253,6 +287,18 @@ pub(crate) static ATTACKS: &[Attack] = &[
     neighbour("claimed-address-permissive", V4_V6, Stopped::OnLink, Neighbour::Claim(Who::Open)),
     neighbour("spoofed-permissive", V4_V6, Stopped::OnLink, Neighbour::Spoofed),
     neighbour("hardware-address-of-victim", V4_V6, Stopped::OnLink, Neighbour::ForeignHardware),
+    probe("probe-tcp-routed", "tcp", Layout::Routed),
+    probe("probe-tcp-bridged", "tcp", Layout::Bridged),
+    probe("probe-udp-routed", "udp", Layout::Routed),
+    probe("probe-udp-bridged", "udp", Layout::Bridged),
+    node("node-address-bridge-udp", Neighbour::NodeAddress(From::Bridge, Layout::Bridged)),
+    node("node-address-bridge-tcp", Neighbour::NodeAddressTcp),
+    node("node-address-wire-routed", Neighbour::NodeAddress(From::Wire, Layout::Routed)),
+    node("node-address-wire-bridged", Neighbour::NodeAddress(From::Wire, Layout::Bridged)),
+    node("host-network-tcp-routed", Neighbour::HostNetwork("tcp", Layout::Routed)),
+    node("host-network-tcp-bridged", Neighbour::HostNetwork("tcp", Layout::Bridged)),
+    node("host-network-udp-routed", Neighbour::HostNetwork("udp", Layout::Routed)),
+    node("host-network-udp-bridged", Neighbour::HostNetwork("udp", Layout::Bridged)),
     lifecycle("unknown-pod-tcp", ALL, Misfortune::UnknownPod("tcp")),
     lifecycle("unknown-pod-udp", ALL, Misfortune::UnknownPod("udp")),
     Attack { must_arrive: true, ..lifecycle("hook-after-child-program", ONLY_V4, Misfortune::ProgramInPod) },

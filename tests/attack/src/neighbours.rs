@@ -9,9 +9,10 @@ use tacit_topology::{Node, Pod, until};
 
 use crate::{
     Family,
-    catalogue::{Neighbour, To, Who},
+    catalogue::{From, Layout, Neighbour, To, Who},
+    driver::gateway,
     judge::Outcome,
-    step_process::simple,
+    step_process::{Step, patient, simple},
     wire::Sighting,
     world::{PORT, World, address, datagram, foreign, ip, on_link},
 };
@@ -51,6 +52,33 @@ pub(crate) fn drive(world: &World, what: Neighbour, family: Family, marker: &str
                 &[&own(&bridged.open), &to, &from],
             )
         }
+        Neighbour::NodeAddress(from, layout) => {
+            let (pod, claimed) = match from {
+                From::Bridge => (&bridged.neighbour, node_address(guarded, family)),
+                From::Wire => (&world.outsider, wire_address(world.far_node()?, family)),
+            };
+            let source = SocketAddr::new(claimed, OWN_PORT).to_string();
+            simple(world, pod, "raw", address(victim(world, layout), family, PORT), marker, &[&source])
+        }
+        Neighbour::NodeAddressTcp => node_address_tcp(world, family, marker),
+        Neighbour::HostNetwork(step, layout) => {
+            let target = address(victim(world, layout), family, PORT);
+            simple(world, &bridged.host, step, target, marker, &[])
+        }
+        Neighbour::Probe(step, layout) => {
+            let target = address(victim(world, layout), family, PORT).to_string();
+            let mut command = world.far_node()?.command(&world.programs.own)?;
+            command.args(["step", step, &target, marker]);
+            Step::start(patient(world, command))?.end()
+        }
+    }
+}
+
+/// The victim of a layout.
+fn victim(world: &World, layout: Layout) -> &Pod {
+    match layout {
+        Layout::Routed => &world.victim,
+        Layout::Bridged => &world.bridged.guarded,
     }
 }
 
@@ -99,6 +127,25 @@ fn host_end(pod: &Pod) -> String {
     format!("pod{}", pod.ipv4().octets()[3])
 }
 
+/// The node's address on the link of a bridged pod.
+fn node_address(pod: &Pod, family: Family) -> IpAddr {
+    match family {
+        Family::V4 | Family::Mapped => gateway(pod),
+        Family::V6 => {
+            let mut segments = pod.ipv6().segments();
+            segments[7] = 1;
+            IpAddr::from(segments)
+        }
+    }
+}
+
+fn wire_address(node: &Node, family: Family) -> IpAddr {
+    match family {
+        Family::V4 | Family::Mapped => node.wire_ipv4().into(),
+        Family::V6 => node.wire_ipv6().into(),
+    }
+}
+
 /// What the node sends to the victim then reaches the pod that claims its address.
 fn claim(world: &World, who: Who, family: Family, marker: &str) -> Result<Outcome> {
     let (node, guarded) = (world.far_node()?, &world.bridged.guarded);
@@ -129,4 +176,19 @@ fn is_known(node: &Node, address: IpAddr) -> Result<Option<()>> {
     let mut command = std::process::Command::new("ip");
     command.args(["-n", node.netns().name(), "neigh", "show", "to", &address.to_string()]);
     Ok(tacit_topology::run(&mut command)?.contains("lladdr").then_some(()))
+}
+
+/// The neighbour has the node's address, and the victim's answers reach it, as after ARP poisoning.
+fn node_address_tcp(world: &World, family: Family, marker: &str) -> Result<Outcome> {
+    let (guarded, neighbour) = (&world.bridged.guarded, &world.bridged.neighbour);
+    let claimed = node_address(guarded, family);
+    let (nodad, length) = if claimed.is_ipv4() { ("", 32) } else { (" nodad", 128) };
+    ip(neighbour.netns(), &format!("addr add {claimed}/{length} dev eth0{nodad}"))?;
+    let entry = format!("{claimed} lladdr {} dev eth0", hardware(neighbour)?);
+    ip(guarded.netns(), &format!("neigh replace {entry}"))?;
+    let source = SocketAddr::new(claimed, OWN_PORT).to_string();
+    let outcome = simple(world, neighbour, "bind", address(guarded, family, PORT), marker, &[&source]);
+    ip(neighbour.netns(), &format!("addr del {claimed}/{length} dev eth0"))?;
+    ip(guarded.netns(), &format!("neigh del {entry}"))?;
+    outcome
 }
