@@ -77,6 +77,15 @@ pub(crate) enum Neighbour {
     HostNetwork(&'static str, Layout),
     /// A step of the node itself.
     Probe(&'static str, Layout),
+    /// A packet of the attacker in another to a node: a UDP port, `ip` or `gre`.
+    Encapsulated(&'static str),
+    /// A datagram with the source of a destination that is allowed in clear.
+    AllowedSource,
+    /// A datagram to a destination that is allowed in clear, and its answer.
+    AllowedQuery,
+    /// The tenant has a veth pair with the index of the host end of the victim's link; the victim, enrolled anew, sends
+    /// frames.
+    PeerIndex,
 }
 
 /// Which address.
@@ -223,6 +232,15 @@ const fn probe(name: &'static str, step: &'static str, layout: Layout) -> Attack
     hostile("node", name, V4_V6, Stopped::Nowhere, Neighbour::Probe(step, layout))
 }
 
+const fn tenant(
+    name: &'static str,
+    families: &'static [Family],
+    stopped: Stopped,
+    what: Neighbour,
+) -> Attack {
+    hostile("tenant", name, families, stopped, what)
+}
+
 const fn lifecycle(name: &'static str, families: &'static [Family], what: Misfortune) -> Attack {
     attack("lifecycle", name, families, Driver::Lifecycle(what), Stopped::AtSocket)
 }
@@ -299,6 +317,15 @@ pub(crate) static ATTACKS: &[Attack] = &[
     node("host-network-tcp-bridged", Neighbour::HostNetwork("tcp", Layout::Bridged)),
     node("host-network-udp-routed", Neighbour::HostNetwork("udp", Layout::Routed)),
     node("host-network-udp-bridged", Neighbour::HostNetwork("udp", Layout::Bridged)),
+    tenant("encapsulated-vxlan", V4_V6, Stopped::AtSocket, Neighbour::Encapsulated("4789")),
+    tenant("encapsulated-vxlan-linux", V4_V6, Stopped::AtSocket, Neighbour::Encapsulated("8472")),
+    tenant("encapsulated-geneve", V4_V6, Stopped::AtSocket, Neighbour::Encapsulated("6081")),
+    tenant("encapsulated-ip", V4_V6, Stopped::AtSocket, Neighbour::Encapsulated("ip")),
+    tenant("encapsulated-6in4", ONLY_V4, Stopped::AtSocket, Neighbour::Encapsulated("6in4")),
+    tenant("encapsulated-gre", V4_V6, Stopped::AtSocket, Neighbour::Encapsulated("gre")),
+    tenant("allowed-source", V4_V6, Stopped::BeforeApplication, Neighbour::AllowedSource),
+    tenant("allowed-query", V4_V6, Stopped::Nowhere, Neighbour::AllowedQuery),
+    tenant("peer-index", V4_V6, Stopped::OnLink, Neighbour::PeerIndex),
     lifecycle("unknown-pod-tcp", ALL, Misfortune::UnknownPod("tcp")),
     lifecycle("unknown-pod-udp", ALL, Misfortune::UnknownPod("udp")),
     Attack { must_arrive: true, ..lifecycle("hook-after-child-program", ONLY_V4, Misfortune::ProgramInPod) },

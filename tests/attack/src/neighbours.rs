@@ -5,16 +5,16 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 use anyhow::{Context as _, Result};
 use nix::{ifaddrs::getifaddrs, net::if_::if_nametoindex, sys::socket::SockaddrStorage};
-use tacit_topology::{Node, Pod, until};
+use tacit_topology::{Node, Pod, WorkloadEntry, until};
 
 use crate::{
     Family,
     catalogue::{From, Layout, Neighbour, To, Who},
     driver::gateway,
     judge::Outcome,
-    step_process::{Step, patient, simple},
+    step_process::{Step, command, patient, simple},
     wire::Sighting,
-    world::{PORT, World, address, datagram, foreign, ip, on_link},
+    world::{ALLOWED_PORT, PORT, World, address, datagram, foreign, ip, on_link, wait_enrolled},
 };
 
 /// Port of attackers that choose their own.
@@ -71,6 +71,17 @@ pub(crate) fn drive(world: &World, what: Neighbour, family: Family, marker: &str
             command.args(["step", step, &target, marker]);
             Step::start(patient(world, command))?.end()
         }
+        Neighbour::Encapsulated(kind) => encapsulated(world, kind, family, marker),
+        Neighbour::AllowedSource => {
+            let source = address(&world.stranger, family, ALLOWED_PORT).to_string();
+            let target = address(guarded, family, PORT);
+            simple(world, &bridged.neighbour, "raw", target, marker, &[&source])
+        }
+        Neighbour::AllowedQuery => {
+            let target = address(&world.stranger, family, ALLOWED_PORT);
+            simple(world, &bridged.tenant, "query", target, marker, &[])
+        }
+        Neighbour::PeerIndex => peer_index(world, family, marker),
     }
 }
 
@@ -191,4 +202,47 @@ fn node_address_tcp(world: &World, family: Family, marker: &str) -> Result<Outco
     ip(neighbour.netns(), &format!("addr del {claimed}/{length} dev eth0"))?;
     ip(guarded.netns(), &format!("neigh del {entry}"))?;
     outcome
+}
+
+/// To the other node, which would unpack it.
+fn encapsulated(world: &World, kind: &str, family: Family, marker: &str) -> Result<Outcome> {
+    let (inner, kind) = if kind == "6in4" { (Family::V6, "ip") } else { (family, kind) };
+    let own = address(&world.attacker, inner, OWN_PORT).to_string();
+    let victim = address(&world.victim, inner, PORT).to_string();
+    let target = SocketAddr::new(wire_address(world.far_node()?, family), 0);
+    simple(world, &world.attacker, "encapsulated", target, marker, &[&own, &victim, kind])
+}
+
+/// The tenant's interface says that its other end has the index of the victim's host end.
+fn peer_index(world: &World, family: Family, marker: &str) -> Result<Outcome> {
+    let (guarded, tenant) = (&world.bridged.guarded, &world.bridged.tenant);
+    let host_end = host_end(guarded);
+    let index = world.far_node()?.netns().enter(|| if_nametoindex(host_end.as_str()))??;
+    ip(tenant.netns(), &format!("link add fake0 type veth peer name fake1 index {index}"))?;
+    enrol_anew(world, &[guarded, tenant])?;
+    let target = address(&world.stranger, family, PORT);
+    let (own, gateway) = (address(guarded, family, OWN_PORT).to_string(), gateway(guarded).to_string());
+    let outcome =
+        Step::start(command(world, guarded, "packet-udp", target, marker, &[&own, &gateway]))?.end();
+    ip(tenant.netns(), "link del fake0")?;
+    outcome
+}
+
+/// The pods leave the directory and return to it.
+fn enrol_anew(world: &World, pods: &[&Pod]) -> Result<()> {
+    let Some(agent) = world.agents.get(1) else { return Ok(()) };
+    let all = world.directory();
+    let others: Vec<WorkloadEntry> =
+        all.iter().filter(|entry| pods.iter().all(|pod| pod.name() != entry.name)).cloned().collect();
+    agent.files().set_directory(&others)?;
+    until("pods out of the directory", || {
+        let status = agent.status()?;
+        Ok(pods.iter().all(|pod| !status.contains(&format!("\"{}\"", pod.name()))).then_some(()))
+    })?;
+    agent.files().set_directory(&all)?;
+    until("pods in the directory", || {
+        let status = agent.status()?;
+        Ok(pods.iter().all(|pod| status.contains(&format!("\"{}\"", pod.name()))).then_some(()))
+    })?;
+    wait_enrolled(agent)
 }
