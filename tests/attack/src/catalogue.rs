@@ -20,6 +20,10 @@ pub(crate) enum Stopped {
     AtSocket,
     /// On the host end of the pod's link.
     OnLink,
+    /// Before the victim's application gets it. Others may send it in clear.
+    BeforeApplication,
+    /// Nowhere: it is allowed in clear and must arrive, as without Tacit.
+    Nowhere,
 }
 
 /// How it is driven.
@@ -45,8 +49,83 @@ pub(crate) enum Driver {
     PassedFd(PassedFd),
     /// Both ends connect.
     Simultaneous,
+    /// By another tenant of the victim's node, or by the node itself.
+    Neighbour(Neighbour),
     /// A step while, or after, something happens to the attacker's agent.
     Lifecycle(Misfortune),
+}
+
+/// Another tenant's attack. The victim and the tenant are STRICT, the open pod is PERMISSIVE, the neighbour is in no
+/// directory; all are on one bridge.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Neighbour {
+    /// A step of the neighbour to an address of the victim.
+    In(&'static str, To),
+    /// A step of the tenant to an address of the neighbour.
+    Out(&'static str, To),
+    /// A pod says in ARP, or in neighbour discovery, that it has the victim's address.
+    Claim(Who),
+    /// A raw packet of the open pod with a source that is not its own.
+    Spoofed,
+    /// A frame of the open pod with the victim's hardware address as source.
+    ForeignHardware,
+    /// A datagram with the node's address as source.
+    NodeAddress(From, Layout),
+    /// A connection with the node's address as source, whose answers reach the neighbour.
+    NodeAddressTcp,
+    /// A step of a pod with the node's network.
+    HostNetwork(&'static str, Layout),
+    /// A step of the node itself.
+    Probe(&'static str, Layout),
+    /// A packet of the attacker in another to a node: a UDP port, `ip` or `gre`.
+    Encapsulated(&'static str),
+    /// A datagram with the source of a destination that is allowed in clear.
+    AllowedSource,
+    /// A datagram to a destination that is allowed in clear, and its answer.
+    AllowedQuery,
+    /// The tenant has a veth pair with the index of the host end of the victim's link; the victim, enrolled anew, sends
+    /// frames.
+    PeerIndex,
+}
+
+/// Which address.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum To {
+    /// IPv6 link-local.
+    LinkLocal,
+    /// Outside of the mesh's ranges, on the link.
+    OnLink,
+    /// Multicast, to everyone on the link.
+    Multicast,
+    /// IPv4 broadcast.
+    Broadcast,
+}
+
+/// Who claims.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Who {
+    /// STRICT.
+    Tenant,
+    /// PERMISSIVE.
+    Open,
+}
+
+/// From where.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum From {
+    /// A pod on the victim's bridge.
+    Bridge,
+    /// A pod of another node.
+    Wire,
+}
+
+/// How the victim is linked to its node.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Layout {
+    /// Point to point.
+    Routed,
+    /// By a bridge.
+    Bridged,
 }
 
 /// Where a process is moved.
@@ -126,6 +205,42 @@ const fn identity(
     attack("identity", name, families, driver, stopped)
 }
 
+const fn hostile(
+    group: &'static str,
+    name: &'static str,
+    families: &'static [Family],
+    stopped: Stopped,
+    what: Neighbour,
+) -> Attack {
+    attack(group, name, families, Driver::Neighbour(what), stopped)
+}
+
+const fn neighbour(
+    name: &'static str,
+    families: &'static [Family],
+    stopped: Stopped,
+    what: Neighbour,
+) -> Attack {
+    hostile("neighbour", name, families, stopped, what)
+}
+
+const fn node(name: &'static str, what: Neighbour) -> Attack {
+    hostile("node", name, V4_V6, Stopped::BeforeApplication, what)
+}
+
+const fn probe(name: &'static str, step: &'static str, layout: Layout) -> Attack {
+    hostile("node", name, V4_V6, Stopped::Nowhere, Neighbour::Probe(step, layout))
+}
+
+const fn tenant(
+    name: &'static str,
+    families: &'static [Family],
+    stopped: Stopped,
+    what: Neighbour,
+) -> Attack {
+    hostile("tenant", name, families, stopped, what)
+}
+
 const fn lifecycle(name: &'static str, families: &'static [Family], what: Misfortune) -> Attack {
     attack("lifecycle", name, families, Driver::Lifecycle(what), Stopped::AtSocket)
 }
@@ -176,6 +291,41 @@ pub(crate) static ATTACKS: &[Attack] = &[
     identity("nested-netns", ONLY_V4, Driver::NestedNetns, Stopped::AtSocket),
     identity("passed-fd-connected", ALL, Driver::PassedFd(PassedFd::Connected), Stopped::OnLink),
     identity("passed-fd-datagram", ALL, Driver::PassedFd(PassedFd::Datagram), Stopped::OnLink),
+    neighbour("link-local-in-tcp", ONLY_V6, Stopped::BeforeApplication, Neighbour::In("tcp", To::LinkLocal)),
+    neighbour("link-local-in-udp", ONLY_V6, Stopped::BeforeApplication, Neighbour::In("udp", To::LinkLocal)),
+    neighbour("link-local-out-tcp", ONLY_V6, Stopped::AtSocket, Neighbour::Out("tcp", To::LinkLocal)),
+    neighbour("link-local-out-udp", ONLY_V6, Stopped::AtSocket, Neighbour::Out("udp", To::LinkLocal)),
+    neighbour("on-link-in-tcp", V4_V6, Stopped::BeforeApplication, Neighbour::In("tcp", To::OnLink)),
+    neighbour("on-link-in-udp", V4_V6, Stopped::BeforeApplication, Neighbour::In("udp", To::OnLink)),
+    neighbour("on-link-out-tcp", V4_V6, Stopped::OnLink, Neighbour::Out("tcp", To::OnLink)),
+    neighbour("on-link-out-udp", V4_V6, Stopped::OnLink, Neighbour::Out("udp", To::OnLink)),
+    neighbour("multicast", V4_V6, Stopped::AtSocket, Neighbour::Out("udp", To::Multicast)),
+    neighbour("broadcast", ONLY_V4, Stopped::OnLink, Neighbour::Out("udp", To::Broadcast)),
+    neighbour("claimed-address", V4_V6, Stopped::OnLink, Neighbour::Claim(Who::Tenant)),
+    neighbour("claimed-address-permissive", V4_V6, Stopped::OnLink, Neighbour::Claim(Who::Open)),
+    neighbour("spoofed-permissive", V4_V6, Stopped::OnLink, Neighbour::Spoofed),
+    neighbour("hardware-address-of-victim", V4_V6, Stopped::OnLink, Neighbour::ForeignHardware),
+    probe("probe-tcp-routed", "tcp", Layout::Routed),
+    probe("probe-tcp-bridged", "tcp", Layout::Bridged),
+    probe("probe-udp-routed", "udp", Layout::Routed),
+    probe("probe-udp-bridged", "udp", Layout::Bridged),
+    node("node-address-bridge-udp", Neighbour::NodeAddress(From::Bridge, Layout::Bridged)),
+    node("node-address-bridge-tcp", Neighbour::NodeAddressTcp),
+    node("node-address-wire-routed", Neighbour::NodeAddress(From::Wire, Layout::Routed)),
+    node("node-address-wire-bridged", Neighbour::NodeAddress(From::Wire, Layout::Bridged)),
+    node("host-network-tcp-routed", Neighbour::HostNetwork("tcp", Layout::Routed)),
+    node("host-network-tcp-bridged", Neighbour::HostNetwork("tcp", Layout::Bridged)),
+    node("host-network-udp-routed", Neighbour::HostNetwork("udp", Layout::Routed)),
+    node("host-network-udp-bridged", Neighbour::HostNetwork("udp", Layout::Bridged)),
+    tenant("encapsulated-vxlan", V4_V6, Stopped::AtSocket, Neighbour::Encapsulated("4789")),
+    tenant("encapsulated-vxlan-linux", V4_V6, Stopped::AtSocket, Neighbour::Encapsulated("8472")),
+    tenant("encapsulated-geneve", V4_V6, Stopped::AtSocket, Neighbour::Encapsulated("6081")),
+    tenant("encapsulated-ip", V4_V6, Stopped::AtSocket, Neighbour::Encapsulated("ip")),
+    tenant("encapsulated-6in4", ONLY_V4, Stopped::AtSocket, Neighbour::Encapsulated("6in4")),
+    tenant("encapsulated-gre", V4_V6, Stopped::AtSocket, Neighbour::Encapsulated("gre")),
+    tenant("allowed-source", V4_V6, Stopped::BeforeApplication, Neighbour::AllowedSource),
+    tenant("allowed-query", V4_V6, Stopped::Nowhere, Neighbour::AllowedQuery),
+    tenant("peer-index", V4_V6, Stopped::OnLink, Neighbour::PeerIndex),
     lifecycle("unknown-pod-tcp", ALL, Misfortune::UnknownPod("tcp")),
     lifecycle("unknown-pod-udp", ALL, Misfortune::UnknownPod("udp")),
     Attack { must_arrive: true, ..lifecycle("hook-after-child-program", ONLY_V4, Misfortune::ProgramInPod) },

@@ -20,11 +20,11 @@ use tacit_topology::{Pod, run, until};
 
 use crate::{
     Family,
-    catalogue::{Attack, Driver, MovedTo, PassedFd},
+    catalogue::{Attack, Driver, MovedTo, PassedFd, Stopped},
     judge::Outcome,
-    lifecycle,
+    lifecycle, neighbours,
     step_process::{Step, command, patient, simple},
-    world::{PORT, World, address, foreign, marker},
+    world::{Modes, PORT, World, address, foreign, marker},
 };
 
 const PROTOCOL_MPTCP: u16 = 1;
@@ -34,11 +34,25 @@ const PROTOCOL_DCCP: u16 = 3;
 /// Runs one attack, and looks where its marker was.
 pub(crate) fn attack(world: &mut World, attack: &Attack, family: Family) -> Result<Outcome> {
     let marker = marker();
+    world.set_modes(match attack.driver {
+        Driver::Neighbour(_) => Modes::StrictNamespace,
+        _ => Modes::Strict,
+    })?;
     let mut outcome = drive(world, attack, family, &marker)?;
     outcome.seen.extend(world.sightings(&marker)?);
-    if attack.must_arrive && world.has_tacit() && outcome.absent.is_none() {
+    if let Some(only) = outcome.only.take() {
+        outcome.seen.retain(|place| *place == only);
+    }
+    if outcome.absent.is_some() {
+        return Ok(outcome);
+    }
+    let must_arrive = attack.must_arrive && world.has_tacit() || attack.stopped == Stopped::Nowhere;
+    if must_arrive {
         let arrived = until("the marker at the victim", || Ok(world.has_arrived(&marker).then_some(())));
         outcome.delivered = arrived.is_ok();
+    } else if attack.stopped == Stopped::BeforeApplication {
+        world.wait_delivered()?;
+        outcome.delivered = world.has_arrived(&marker);
     }
     Ok(outcome)
 }
@@ -75,6 +89,7 @@ fn drive(world: &mut World, attack: &Attack, family: Family, marker: &str) -> Re
         Driver::NestedNetns => nested_netns(world, target, marker),
         Driver::PassedFd(what) => passed_fd(world, what, target, marker),
         Driver::Simultaneous => simultaneous(world, family, marker),
+        Driver::Neighbour(what) => neighbours::drive(world, what, family, marker),
         Driver::Lifecycle(misfortune) => lifecycle::drive(world, misfortune, family, marker),
     }
 }
@@ -187,7 +202,7 @@ fn black_hole(world: &World, node: &str, pod: &Pod, what: &str) -> Result<()> {
     Ok(())
 }
 
-fn gateway(pod: &Pod) -> IpAddr {
+pub(crate) fn gateway(pod: &Pod) -> IpAddr {
     let [a, b, c, _] = pod.ipv4().octets();
     IpAddr::from([a, b, c, 1])
 }

@@ -19,8 +19,10 @@ pub(crate) struct Outcome {
     pub(crate) absent: Option<String>,
     /// What the attacker was told.
     pub(crate) told: String,
-    /// Whether the victim's application got the marker.
+    /// Whether the application of the other end got the marker.
     pub(crate) delivered: bool,
+    /// The only sighting that counts, of a marker that crosses other links where it should.
+    pub(crate) only: Option<Sighting>,
 }
 
 /// What became of an attack.
@@ -62,6 +64,8 @@ pub(crate) struct Judged {
     detail: String,
     control: BTreeSet<Sighting>,
     protected: BTreeSet<Sighting>,
+    /// Without Tacit, and with it.
+    delivered: (bool, bool),
 }
 
 impl Judged {
@@ -75,6 +79,7 @@ impl Judged {
             detail,
             control: without.seen.clone(),
             protected: with.seen.clone(),
+            delivered: (without.delivered, with.delivered),
         }
     }
 
@@ -94,6 +99,8 @@ impl Judged {
             "detail": self.detail,
             "control_seen_on": places(&self.control),
             "seen_on": places(&self.protected),
+            "control_delivered": self.delivered.0,
+            "delivered": self.delivered.1,
         })
     }
 }
@@ -101,6 +108,20 @@ impl Judged {
 fn decide(attack: &Attack, without: &Outcome, with: &Outcome) -> (Verdict, String) {
     if let Some(why) = without.absent.as_ref().or(with.absent.as_ref()) {
         return (Verdict::Absent, why.clone());
+    }
+    match attack.stopped {
+        Stopped::BeforeApplication if with.delivered => {
+            return (Verdict::Leaked, format!("the application got it; attacker: {}", with.told));
+        }
+        Stopped::BeforeApplication | Stopped::Nowhere if !without.delivered => {
+            return (Verdict::NotProven, format!("did not arrive without Tacit: {}", without.told));
+        }
+        Stopped::BeforeApplication => return (Verdict::Held, with.told.clone()),
+        Stopped::Nowhere if !with.delivered || with.told != "sent" => {
+            return (Verdict::NotProven, format!("the flow did not arrive with Tacit: {}", with.told));
+        }
+        Stopped::Nowhere => return (Verdict::Held, with.told.clone()),
+        Stopped::AtSocket | Stopped::OnLink => {}
     }
     let leaks: Vec<String> =
         with.seen.iter().filter(|place| is_leak(attack, place)).map(Sighting::text).collect();
@@ -179,6 +200,26 @@ mod tests {
         let (near, wire) = (seen(&[Sighting::FromPod("pod2".to_owned())]), seen(&[Sighting::Wire]));
         assert_eq!(decide(&link, &wire, &near).0, Verdict::Held);
         assert_eq!(decide(&link, &wire, &seen(&[Sighting::ToPod("pod3".to_owned())])).0, Verdict::Leaked);
+    }
+
+    #[test]
+    fn of_an_attack_on_an_application_only_its_delivery_counts() {
+        let inbound = attack(Stopped::BeforeApplication);
+        let seen = seen(&[Sighting::Wire]);
+        let delivered = Outcome { delivered: true, ..seen.clone() };
+        assert_eq!(decide(&inbound, &delivered, &seen).0, Verdict::Held);
+        assert_eq!(decide(&inbound, &delivered, &delivered).0, Verdict::Leaked);
+        assert_eq!(decide(&inbound, &seen, &seen).0, Verdict::NotProven);
+    }
+
+    #[test]
+    fn what_is_allowed_in_clear_must_arrive_as_without_tacit() {
+        let allowed = attack(Stopped::Nowhere);
+        let lost = seen(&[Sighting::Wire]);
+        let sent = Outcome { delivered: true, told: "sent".to_owned(), ..lost.clone() };
+        assert_eq!(decide(&allowed, &sent, &sent).0, Verdict::Held);
+        assert_eq!(decide(&allowed, &sent, &lost).0, Verdict::NotProven);
+        assert_eq!(decide(&allowed, &lost, &sent).0, Verdict::NotProven);
     }
 
     #[test]

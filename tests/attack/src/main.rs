@@ -7,6 +7,7 @@
 //! wire:      every packet of both nodes is searched for markers; a fence packet says that all before it was seen
 //! judge:     control leaked and protected did not: held;  protected leaked: leaked;  control did not: not proven
 //! ```
+//! An attack on an application leaks where the application gets the marker, whatever links it was seen on.
 //! An attack whose control does not leak proves nothing and fails the run. Nothing outside the namespaces made here is
 //! touched or sent to.
 //!
@@ -15,6 +16,7 @@
 //! | `catalogue` | the attacks: name, group, families, how they are driven |
 //! | `driver` | the attacker's side: from where a step is started, and what is done around it |
 //! | `kernel` | a program beside ours, a map filled up |
+//! | `neighbours` | attacks of other tenants of a node, and flows of the node itself |
 //! | `lifecycle` | attacks on agents that stop, die, or come late |
 //! | `step` | what runs inside a pod: one system call after the other |
 //! | `step_process` | a step as the driver sees it |
@@ -27,6 +29,7 @@ mod driver;
 mod judge;
 mod kernel;
 mod lifecycle;
+mod neighbours;
 mod step;
 mod step_process;
 mod wire;

@@ -70,6 +70,7 @@ fn perform(name: &str, given: &Given) -> Result<Told> {
     match name {
         "tcp" => sockets::tcp(given),
         "udp" => sockets::udp(given),
+        "query" => sockets::query(given),
         "udplite" => sockets::udplite(given),
         "fastopen-sendto" => sockets::fastopen_sendto(given),
         "fastopen-sendmsg" => sockets::fastopen_sendmsg(given),
@@ -97,10 +98,13 @@ fn perform(name: &str, given: &Given) -> Result<Told> {
         "raw-ack" => raw::ack_option(given),
         "reflected" => raw::reflected(given),
         "icmp" => raw::icmp(given),
+        "encapsulated" => raw::encapsulated(given),
         "packet-udp" => packets::udp(given),
         "packet-tcp" => packets::tunnel_segment(given),
         "packet-ack" => packets::ack_option(given),
         "packet-fragment" => packets::later_fragment(given),
+        "packet-hardware" => packets::foreign_hardware(given),
+        "claim" => packets::claim(given),
         other => bail!("no step {other:?}"),
     }
 }

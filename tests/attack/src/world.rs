@@ -2,7 +2,10 @@
 //!
 //! ```text
 //! node a: attacker, other              node b: victim (of the mesh), stranger (in the mesh's ranges, of no agent)
+//!         outsider                             on a bridge: guarded, tenant, open, neighbour
+//!                                              on the node's network: host
 //! ```
+//! The directory has attacker, other, victim, guarded, tenant and open.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -10,7 +13,7 @@ use std::{
     io::{BufRead as _, BufReader},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{Command, Stdio},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
@@ -20,10 +23,13 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
-use tacit_topology::{Agent, HANG, MeshFiles, Node, Pod, Process, Topology, WorkloadEntry, until};
+use tacit_topology::{
+    Agent, HANG, MeshFiles, Netns, Node, Pod, Process, Topology, WorkloadEntry, run, until,
+};
 
 use crate::{
     Family,
+    step_process::simple,
     wire::{PREFIX, Recorder, Sighting},
 };
 
@@ -31,11 +37,28 @@ use crate::{
 pub(crate) const PORT: u16 = 9100;
 /// Silence of an agent after which the kernel decides alone. An agent on an emulated machine beats late, but not so late.
 pub(crate) const HEARTBEAT: Duration = Duration::from_secs(3);
+/// Where the stranger answers datagrams; agents allow it in clear.
+pub(crate) const ALLOWED_PORT: u16 = 9153;
 const DISCARD: u16 = 9;
 /// Both flags of client and server: a cookie is not asked for, so that the very first SYN carries data.
 const FASTOPEN: &str = "1543";
 const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
                       metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
+/// The namespace of the victims is STRICT, and one of them has a policy that allows nothing.
+const STRICT_NAMESPACE: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+                                metadata: {name: default, namespace: attack}\nspec: {mtls: {mode: STRICT}}\n---\n\
+                                apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
+                                metadata: {name: nothing, namespace: attack}\n\
+                                spec: {selector: {matchLabels: {app: guarded}}}\n";
+
+/// Modes of the mesh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Modes {
+    /// All pods are STRICT, those without an entry in the directory too.
+    Strict,
+    /// The namespace of the victims is STRICT. All other pods are PERMISSIVE.
+    StrictNamespace,
+}
 
 /// What is started.
 #[derive(Debug, Clone)]
@@ -62,7 +85,33 @@ pub(crate) struct World {
     pub(crate) other: Pod,
     pub(crate) victim: Pod,
     pub(crate) stranger: Pod,
+    /// On the attacker's node, in the pods' cgroup, in no directory.
+    pub(crate) outsider: Pod,
+    pub(crate) bridged: Bridged,
+    modes: Modes,
     pub(crate) topology: Topology,
+}
+
+/// Pods on the bridge of the victim's node, and one without a network of its own.
+#[derive(Debug, Clone)]
+pub(crate) struct Bridged {
+    /// The victim: STRICT, with a policy that allows nothing.
+    pub(crate) guarded: Pod,
+    /// STRICT.
+    pub(crate) tenant: Pod,
+    /// PERMISSIVE.
+    pub(crate) open: Pod,
+    /// In no directory.
+    pub(crate) neighbour: Pod,
+    /// With the node's network, in no directory.
+    pub(crate) host: Pod,
+}
+
+impl Bridged {
+    /// Those that have a link.
+    pub(crate) fn linked(&self) -> [&Pod; 4] {
+        [&self.guarded, &self.tenant, &self.open, &self.neighbour]
+    }
 }
 
 impl World {
@@ -75,7 +124,13 @@ impl World {
     /// An agent on each node, all STRICT.
     pub(crate) fn with_tacit(programs: &Programs) -> Result<Self> {
         let mut world = Self::build("atk", programs, &PORT.to_string())?;
-        let extra = format!("heartbeatTimeout: {}s\n", HEARTBEAT.as_secs());
+        let allowed = |family| format!("\"{}/udp\"", address(&world.stranger, family, ALLOWED_PORT));
+        let extra = format!(
+            "heartbeatTimeout: {}s\nallowClear: [{}, {}]\n",
+            HEARTBEAT.as_secs(),
+            allowed(Family::V4),
+            allowed(Family::V6)
+        );
         let workloads = world.directory();
         for node in world.topology.nodes() {
             let files = MeshFiles::write(&world.topology, node, &workloads, STRICT, &extra)?;
@@ -93,15 +148,29 @@ impl World {
         let (a, b) = (topology.node("a")?, topology.node("b")?);
         let (attacker, other) = (a.pod("attack", "attacker")?, a.pod("attack", "other")?);
         let (victim, stranger) = (b.pod("attack", "victim")?, b.outside_pod("attack", "stranger")?);
-        for pod in [&attacker, &other, &victim, &stranger] {
+        let outsider = a.pod("outside", "outsider")?;
+        let bridged = Bridged {
+            guarded: b.bridged_pod("attack", "guarded")?,
+            tenant: b.bridged_pod("attack", "tenant")?,
+            open: b.bridged_pod("open", "open")?,
+            neighbour: b.bridged_pod("outside", "neighbour")?,
+            host: b.host_network_pod("outside", "host")?,
+        };
+        let mut pods = vec![&attacker, &other, &victim, &stranger, &outsider, &bridged.host];
+        pods.extend(bridged.linked());
+        for pod in &pods {
             sysctl(pod.netns(), "ipv4/tcp_fastopen", FASTOPEN)?;
+        }
+        for pod in bridged.linked() {
+            for address in [on_link(pod, Family::V4), on_link(pod, Family::V6)] {
+                let length = if address.is_ipv4() { 24 } else { 64 };
+                ip(pod.netns(), &format!("addr add {address}/{length} dev eth0"))?;
+            }
         }
         // Without this the control of a spoofed node address would be stopped by the kernel.
         sysctl(a.netns(), "ipv4/conf/all/accept_local", "1")?;
-        let holds = [&attacker, &other, &victim, &stranger]
-            .map(Pod::keep_alive)
-            .into_iter()
-            .collect::<Result<_>>()?;
+        sysctl(b.netns(), "ipv4/conf/all/accept_local", "1")?;
+        let holds = pods.into_iter().map(Pod::keep_alive).collect::<Result<_>>()?;
         let recorders = vec![Recorder::start(a)?, Recorder::start(b)?];
         let mut world = Self {
             agents: Vec::new(),
@@ -115,10 +184,15 @@ impl World {
             other,
             victim,
             stranger,
+            outsider,
+            bridged,
+            modes: Modes::Strict,
             topology,
         };
         world.serve(&world.victim.clone(), ports)?;
-        world.serve(&world.stranger.clone(), &PORT.to_string())?;
+        world.serve(&world.stranger.clone(), &format!("{PORT},{ALLOWED_PORT}"))?;
+        world.serve(&world.bridged.guarded.clone(), ports)?;
+        world.serve(&world.bridged.neighbour.clone(), &PORT.to_string())?;
         Ok(world)
     }
 
@@ -158,9 +232,40 @@ impl World {
         self.topology.node("a")
     }
 
-    /// The true directory: the stranger is not in it.
+    /// The victim's node.
+    pub(crate) fn far_node(&self) -> Result<&Node> {
+        self.topology.node("b")
+    }
+
+    /// The true directory: strangers are not in it.
     pub(crate) fn directory(&self) -> Vec<WorkloadEntry> {
-        [&self.attacker, &self.other, &self.victim].into_iter().map(WorkloadEntry::of).collect()
+        let bridged = &self.bridged;
+        [&self.attacker, &self.other, &self.victim, &bridged.guarded, &bridged.tenant, &bridged.open]
+            .into_iter()
+            .map(WorkloadEntry::of)
+            .collect()
+    }
+
+    /// Changes the modes, and waits until a pod in no directory is held or let go by them.
+    pub(crate) fn set_modes(&mut self, modes: Modes) -> Result<()> {
+        if self.modes == modes || !self.has_tacit() {
+            return Ok(());
+        }
+        let policy = match modes {
+            Modes::Strict => STRICT,
+            Modes::StrictNamespace => STRICT_NAMESPACE,
+        };
+        self.agents.iter().try_for_each(|agent| agent.files().set_policy(policy))?;
+        let wanted = if modes == Modes::Strict { "refused" } else { "sent" };
+        for pod in [&self.outsider, &self.bridged.neighbour] {
+            until("the modes in the kernel", || {
+                let target = address(&self.stranger, Family::V4, DISCARD);
+                let outcome = simple(self, pod, "udp", target, "modes", &[])?;
+                Ok(outcome.told.starts_with(wanted).then_some(()))
+            })?;
+        }
+        self.modes = modes;
+        Ok(())
     }
 
     /// Where `marker` was seen until now.
@@ -170,6 +275,20 @@ impl World {
     pub(crate) fn sightings(&self, marker: &str) -> Result<BTreeSet<Sighting>> {
         self.fence()?;
         Ok(self.recorders.iter().flat_map(|recorder| recorder.sightings(marker)).collect())
+    }
+
+    /// Waits until the applications of the victims got what had reached their sockets before: a datagram of the node, which
+    /// a STRICT pod receives as it receives probes, comes after.
+    ///
+    /// # Errors
+    /// When the datagram does not arrive.
+    pub(crate) fn wait_delivered(&self) -> Result<()> {
+        for pod in [&self.victim, &self.bridged.guarded] {
+            let last = marker();
+            datagram(self.far_node()?, &last, address(pod, Family::V4, PORT))?;
+            until("a datagram of the node at the victim", || Ok(self.has_arrived(&last).then_some(())))?;
+        }
+        Ok(())
     }
 
     /// Whether the victim's or the stranger's application got `marker`.
@@ -184,9 +303,9 @@ impl World {
         let (a, b) = (self.topology.node("a")?, self.topology.node("b")?);
         let across = fence(a, b.wire_ipv4().into())?;
         self.recorders.iter().try_for_each(|recorder| recorder.wait_for(&across))?;
-        for (node, recorder, pods) in
-            [(a, 0, vec![&self.attacker]), (b, 1, vec![&self.victim, &self.stranger])]
-        {
+        let mut far = vec![&self.victim, &self.stranger];
+        far.extend(self.bridged.linked());
+        for (node, recorder, pods) in [(a, 0, vec![&self.attacker, &self.outsider]), (b, 1, far)] {
             for pod in pods {
                 let told = fence(node, pod.ipv4().into())?;
                 self.recorders.get(recorder).context("two recorders")?.wait_for(&told)?;
@@ -214,12 +333,17 @@ pub(crate) fn marker() -> String {
 /// Sends a fence from a node; returns its marker.
 fn fence(node: &Node, to: IpAddr) -> Result<String> {
     let marker = marker();
-    node.netns().enter(|| -> Result<()> {
-        let socket = UdpSocket::bind("0.0.0.0:0")?;
-        socket.send_to(marker.as_bytes(), (to, DISCARD)).with_context(|| format!("fence to {to}"))?;
-        Ok(())
-    })??;
+    datagram(node, &marker, SocketAddr::new(to, DISCARD))?;
     Ok(marker)
+}
+
+/// Sends a datagram of the node itself.
+pub(crate) fn datagram(node: &Node, marker: &str, to: SocketAddr) -> Result<()> {
+    node.netns().enter(|| -> Result<()> {
+        let own = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        UdpSocket::bind(own)?.send_to(marker.as_bytes(), to).with_context(|| format!("datagram to {to}"))?;
+        Ok(())
+    })?
 }
 
 /// Waits until an agent has enrolled every pod it knows of its node.
@@ -257,7 +381,21 @@ pub(crate) fn foreign(pod: &Pod, family: Family) -> IpAddr {
     }
 }
 
-fn sysctl(netns: &tacit_topology::Netns, path: &str, value: &str) -> Result<()> {
+/// An address of a bridged pod outside of the mesh's ranges, which its neighbours reach without the node.
+pub(crate) fn on_link(pod: &Pod, family: Family) -> IpAddr {
+    let host = pod.ipv4().octets()[3];
+    match family {
+        Family::V4 | Family::Mapped => Ipv4Addr::new(192, 168, 99, host).into(),
+        Family::V6 => Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0, host.into()).into(),
+    }
+}
+
+/// Runs an `ip` command in a namespace.
+pub(crate) fn ip(netns: &Netns, command: &str) -> Result<()> {
+    run(Command::new("ip").args(["-n", netns.name()]).args(command.split(' '))).map(drop)
+}
+
+fn sysctl(netns: &Netns, path: &str, value: &str) -> Result<()> {
     netns.enter(|| {
         let path = Path::new("/proc/sys/net").join(path);
         fs::write(&path, value).with_context(|| format!("write {value} to {}", path.display()))

@@ -1,8 +1,9 @@
 //! A node, its pods, and the address plan.
 //!
 //! Node `n` (counted from 0) has 10.76.0.`n+1` and fd76::`n+1` on the wire. Its pods are in 10.77.`n+1`.0/24 and
-//! fd77:`n+1`::/64, where the node itself has .1 and ::1. Every topology has the same plan, because namespaces isolate
-//! topologies that run at the same time.
+//! fd77:`n+1`::/64, where the node itself has .1 and ::1. Its bridged pods are in 10.77.`n+101`.0/24 and
+//! fd77:`n+101`::/64, with the same addresses on the bridge. Every topology has the same plan, because namespaces
+//! isolate topologies that run at the same time.
 
 use crate::{
     cgroup,
@@ -19,11 +20,18 @@ use std::{
     net::{Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     process::Command,
-    sync::atomic::{AtomicU8, Ordering},
+    sync::{
+        OnceLock,
+        atomic::{AtomicU8, Ordering},
+    },
 };
 
 /// Name of the node-to-node link, in every node.
 pub(crate) const WIRE: &str = "wire";
+/// Name of the bridge of bridged pods, as the bridge plugin of CNI names it.
+pub(crate) const BRIDGE: &str = "cni0";
+/// Distance of the third byte of bridged pods' addresses from the node's number.
+const BRIDGED: u8 = 100;
 /// Host part of the last pod's address, which bounds the number of pods of a node.
 const LAST_POD: u8 = 250;
 
@@ -36,13 +44,31 @@ pub struct Node {
     prefix: Prefix,
     cgroups: PathBuf,
     next_pod: AtomicU8,
+    bridge: OnceLock<()>,
+}
+
+/// Link between a pod and its node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    /// Point to point, as CNI's ptp plugin makes it: the node is the pod's only neighbour.
+    Routed,
+    /// A port of the node's bridge, as CNI's bridge plugin makes it: the other pods are neighbours.
+    Bridged,
 }
 
 impl Node {
     /// Makes a node without pods. Its number starts at 1 and is part of its addresses.
     pub(crate) fn new(name: &str, number: u8, netns: Netns, prefix: &Prefix, cgroups: &Path) -> Result<Self> {
         let (name, prefix, cgroups) = (name.to_owned(), prefix.clone(), cgroups.to_owned());
-        let node = Self { name, number, netns, prefix, cgroups, next_pod: AtomicU8::new(2) };
+        let node = Self {
+            name,
+            number,
+            netns,
+            prefix,
+            cgroups,
+            next_pod: AtomicU8::new(2),
+            bridge: OnceLock::new(),
+        };
         cgroup::create(&node.pods_cgroup())?;
         Ok(node)
     }
@@ -113,7 +139,27 @@ impl Node {
     /// # Errors
     /// Fails if a part of the pod cannot be made or the node is full.
     pub fn pod(&self, namespace: &str, name: &str) -> Result<Pod> {
-        self.add_pod(namespace, name, Membership::Mesh)
+        self.add_pod(namespace, name, Membership::Mesh, Layout::Routed)
+    }
+
+    /// Adds a pod like [`Node::pod`], whose link is a port of the node's bridge.
+    ///
+    /// # Errors
+    /// As [`Node::pod`].
+    pub fn bridged_pod(&self, namespace: &str, name: &str) -> Result<Pod> {
+        self.add_pod(namespace, name, Membership::Mesh, Layout::Bridged)
+    }
+
+    /// Adds a pod with `hostNetwork`: its cgroup is under the pods' cgroup, its namespace and addresses are the node's.
+    ///
+    /// # Errors
+    /// Fails if the cgroup cannot be made.
+    pub fn host_network_pod(&self, namespace: &str, name: &str) -> Result<Pod> {
+        let cgroup = self.pods_cgroup().join(format!("{namespace}_{name}"));
+        cgroup::create(&cgroup)?;
+        let addresses = (self.wire_ipv4(), self.wire_ipv6());
+        let place = (self.netns.clone(), cgroup);
+        Ok(Pod::new(self.name.clone(), namespace, name, addresses, place, Membership::Mesh))
     }
 
     /// Adds a pod whose cgroup is outside the pods' cgroup, so no agent covers it.
@@ -121,10 +167,10 @@ impl Node {
     /// # Errors
     /// As [`Node::pod`].
     pub fn outside_pod(&self, namespace: &str, name: &str) -> Result<Pod> {
-        self.add_pod(namespace, name, Membership::Outside)
+        self.add_pod(namespace, name, Membership::Outside, Layout::Routed)
     }
 
-    fn add_pod(&self, namespace: &str, name: &str, membership: Membership) -> Result<Pod> {
+    fn add_pod(&self, namespace: &str, name: &str, membership: Membership, layout: Layout) -> Result<Pod> {
         let reserved = self
             .next_pod
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| (next <= LAST_POD).then(|| next + 1));
@@ -140,18 +186,23 @@ impl Node {
             self.name.clone(),
             namespace,
             name,
-            (self.pod_ipv4(host), self.pod_ipv6(host)),
+            (self.pod_ipv4(layout, host), self.pod_ipv6(layout, host)),
             (netns, cgroup),
             membership,
         );
-        self.link_pod(&pod, host)?;
+        match layout {
+            Layout::Routed => self.link_pod(&pod, host)?,
+            Layout::Bridged => self.plug_pod(&pod, host)?,
+        }
+        pod.netns().wait_for_links()?;
+        self.netns.wait_for_links()?;
         Ok(pod)
     }
 
     /// Adds a point-to-point link like CNI's ptp plugin, so the node is the pod's only neighbour.
     fn link_pod(&self, pod: &Pod, host: u8) -> Result<()> {
         let (v4, v6) = (pod.ipv4(), pod.ipv6());
-        let (gw4, gw6) = (self.pod_ipv4(1), self.pod_ipv6(1));
+        let (gw4, gw6) = (self.pod_ipv4(Layout::Routed, 1), self.pod_ipv6(Layout::Routed, 1));
         let link = format!("pod{host}");
         let mut text = String::new();
         let _ = writeln!(text, "link add {link} type veth peer name eth0 netns {}", pod.netns().name());
@@ -169,9 +220,30 @@ impl Node {
         let _ = writeln!(text, "route add default via {gw4} dev eth0");
         let _ = writeln!(text, "route add {gw6}/128 dev eth0");
         let _ = writeln!(text, "route add default via {gw6} dev eth0");
-        pod.netns().ip(&text)?;
-        pod.netns().wait_for_links()?;
-        self.netns.wait_for_links()
+        pod.netns().ip(&text)
+    }
+
+    /// Makes the pod's link a port of the bridge.
+    fn plug_pod(&self, pod: &Pod, host: u8) -> Result<()> {
+        let (gw4, gw6) = (self.pod_ipv4(Layout::Bridged, 1), self.pod_ipv6(Layout::Bridged, 1));
+        let mut text = String::new();
+        if self.bridge.set(()).is_ok() {
+            let _ = writeln!(text, "link add {BRIDGE} type bridge forward_delay 0");
+            let _ = writeln!(text, "addr add {gw4}/24 dev {BRIDGE}");
+            let _ = writeln!(text, "addr add {gw6}/64 dev {BRIDGE} nodad");
+            let _ = writeln!(text, "link set {BRIDGE} up");
+        }
+        let link = format!("pod{host}");
+        let _ = writeln!(text, "link add {link} type veth peer name eth0 netns {}", pod.netns().name());
+        let _ = writeln!(text, "link set {link} master {BRIDGE} up");
+        self.netns.ip(&text)?;
+        text.clear();
+        let _ = writeln!(text, "addr add {}/24 dev eth0", pod.ipv4());
+        let _ = writeln!(text, "addr add {}/64 dev eth0 nodad", pod.ipv6());
+        let _ = writeln!(text, "link set eth0 up");
+        let _ = writeln!(text, "route add default via {gw4} dev eth0");
+        let _ = writeln!(text, "route add default via {gw6} dev eth0");
+        pod.netns().ip(&text)
     }
 
     /// Adds the wire to the other node, with addresses and routes at both ends.
@@ -189,8 +261,11 @@ impl Node {
         let _ = writeln!(text, "addr add {}/24 dev {WIRE}", self.wire_ipv4());
         let _ = writeln!(text, "addr add {}/64 dev {WIRE} nodad", self.wire_ipv6());
         let _ = writeln!(text, "link set {WIRE} up");
-        let _ = writeln!(text, "route add {}/24 via {}", other.pod_ipv4(0), other.wire_ipv4());
-        let _ = writeln!(text, "route add {}/64 via {}", other.pod_ipv6(0), other.wire_ipv6());
+        for layout in [Layout::Routed, Layout::Bridged] {
+            let (pods4, pods6) = (other.pod_ipv4(layout, 0), other.pod_ipv6(layout, 0));
+            let _ = writeln!(text, "route add {pods4}/24 via {}", other.wire_ipv4());
+            let _ = writeln!(text, "route add {pods6}/64 via {}", other.wire_ipv6());
+        }
         self.netns.ip(&text)
     }
 
@@ -198,12 +273,19 @@ impl Node {
         self.cgroups.join(format!("{}-host", self.prefix.as_str())).join(&self.name)
     }
 
-    fn pod_ipv4(&self, host: u8) -> Ipv4Addr {
-        Ipv4Addr::new(10, 77, self.number, host)
+    fn pod_ipv4(&self, layout: Layout, host: u8) -> Ipv4Addr {
+        Ipv4Addr::new(10, 77, self.subnet(layout), host)
     }
 
-    fn pod_ipv6(&self, host: u8) -> Ipv6Addr {
-        Ipv6Addr::new(0xfd77, self.number.into(), 0, 0, 0, 0, 0, host.into())
+    fn pod_ipv6(&self, layout: Layout, host: u8) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd77, self.subnet(layout).into(), 0, 0, 0, 0, 0, host.into())
+    }
+
+    fn subnet(&self, layout: Layout) -> u8 {
+        match layout {
+            Layout::Routed => self.number,
+            Layout::Bridged => self.number + BRIDGED,
+        }
     }
 }
 

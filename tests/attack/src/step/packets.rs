@@ -3,17 +3,18 @@
 use std::{
     fs, io,
     mem::MaybeUninit,
-    net::{SocketAddr, UdpSocket},
+    net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use tacit_topology::until;
 
 use super::{Given, Told, raw};
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
+const ICMP_V6: u8 = 58;
 
 /// A UDP packet to the victim. Arguments: the own address, the IPv4 gateway.
 pub(super) fn udp(given: &Given) -> Result<Told> {
@@ -54,12 +55,65 @@ pub(super) fn later_fragment(given: &Given) -> Result<Told> {
     send(given, &packet)
 }
 
+/// A UDP packet in a frame whose source is another pod's hardware address. Arguments: the own address, the hardware
+/// addresses of destination and source.
+pub(super) fn foreign_hardware(given: &Given) -> Result<Told> {
+    let own: SocketAddr = given.extra(0)?.parse().context("own address")?;
+    let (to, from) = (parse_hardware(given.extra(1)?)?, parse_hardware(given.extra(2)?)?);
+    let ethertype = if given.target.is_ipv4() { [0x08, 0x00] } else { [0x86, 0xdd] };
+    let payload = raw::udp(own, given.target, &given.marker);
+    let mut frame = [to, from].concat();
+    frame.extend_from_slice(&ethertype);
+    frame.extend_from_slice(&raw::ip(own.ip(), given.target.ip(), UDP, &payload)?);
+    send_frame(libc::SOCK_RAW, 0, to, &frame)
+}
+
+/// An unsolicited ARP reply or neighbour advertisement to everyone: the target's address is here. Arguments: the own
+/// address and hardware address.
+pub(super) fn claim(given: &Given) -> Result<Told> {
+    let own: SocketAddr = given.extra(0)?.parse().context("own address")?;
+    let hardware = parse_hardware(given.extra(1)?)?;
+    match (own.ip(), given.target.ip()) {
+        (IpAddr::V4(_), IpAddr::V4(claimed)) => {
+            // Ethernet, IPv4, their lengths, a reply; then sender and receiver, each with both addresses.
+            let mut arp = vec![0, 1, 8, 0, 6, 4, 0, 2];
+            for _ in 0..2 {
+                arp.extend_from_slice(&hardware);
+                arp.extend_from_slice(&claimed.octets());
+            }
+            send_frame(libc::SOCK_DGRAM, libc::ETH_P_ARP, [0xff; 6], &arp)
+        }
+        (IpAddr::V6(own), IpAddr::V6(claimed)) => {
+            let all = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+            // Type, code, checksum, and the flag that replaces what is known; the address; an option with the hardware's.
+            let mut advertisement = vec![136, 0, 0, 0, 0x20, 0, 0, 0];
+            advertisement.extend_from_slice(&claimed.octets());
+            advertisement.extend_from_slice(&[2, 1]);
+            advertisement.extend_from_slice(&hardware);
+            let mut pseudo = [own.octets(), all.octets()].concat();
+            pseudo.extend_from_slice(&(advertisement.len() as u32).to_be_bytes());
+            pseudo.extend_from_slice(&[0, 0, 0, ICMP_V6]);
+            pseudo.extend_from_slice(&advertisement);
+            advertisement[2..4].copy_from_slice(&raw::checksum(&pseudo).to_be_bytes());
+            let mut packet = raw::ip(own.into(), all.into(), ICMP_V6, &advertisement)?;
+            // Neighbour discovery accepts nothing that was forwarded.
+            packet[7] = 255;
+            send_frame(libc::SOCK_DGRAM, libc::ETH_P_IPV6, [0x33, 0x33, 0, 0, 0, 1], &packet)
+        }
+        (own, claimed) => bail!("{own} and {claimed} are of different families"),
+    }
+}
+
 /// Sends an IP packet in a frame to the node's end of the link.
 fn send(given: &Given, packet: &[u8]) -> Result<Told> {
     let protocol = if given.target.is_ipv4() { libc::ETH_P_IP } else { libc::ETH_P_IPV6 };
-    let node = hardware_address(given.extra(1)?)?;
+    send_frame(libc::SOCK_DGRAM, protocol, hardware_address(given.extra(1)?)?, packet)
+}
+
+/// Sends a frame through a packet socket of type `kind`. Of `SOCK_DGRAM`, the kernel writes the Ethernet header.
+fn send_frame(kind: i32, protocol: i32, hardware: [u8; 6], frame: &[u8]) -> Result<Told> {
     // SAFETY: takes no pointer.
-    let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    let fd = unsafe { libc::socket(libc::AF_PACKET, kind | libc::SOCK_CLOEXEC, 0) };
     if fd < 0 {
         return Err(io::Error::last_os_error().into());
     }
@@ -71,18 +125,11 @@ fn send(given: &Given, packet: &[u8]) -> Result<Told> {
     to.sll_protocol = (protocol as u16).to_be();
     to.sll_ifindex = nix::net::if_::if_nametoindex("eth0")? as i32;
     to.sll_halen = 6;
-    to.sll_addr[..6].copy_from_slice(&node);
+    to.sll_addr[..6].copy_from_slice(&hardware);
     let size = size_of_val(&to) as libc::socklen_t;
-    // SAFETY: packet and address are of the sizes given and live through the call.
+    // SAFETY: frame and address are of the sizes given and live through the call.
     let sent = unsafe {
-        libc::sendto(
-            socket.as_raw_fd(),
-            packet.as_ptr().cast(),
-            packet.len(),
-            0,
-            (&raw const to).cast(),
-            size,
-        )
+        libc::sendto(socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0, (&raw const to).cast(), size)
     };
     if sent < 0 { Err(io::Error::last_os_error().into()) } else { Ok(Told::Sent) }
 }
@@ -95,8 +142,11 @@ fn hardware_address(gateway: &str) -> Result<[u8; 6]> {
         let table = fs::read_to_string("/proc/thread-self/net/arp")?;
         let line = table.lines().find(|line| line.split_whitespace().next() == Some(gateway));
         let text = line.and_then(|line| line.split_whitespace().nth(3)).unwrap_or_default();
-        let bytes: Vec<u8> = text.split(':').filter_map(|byte| u8::from_str_radix(byte, 16).ok()).collect();
-        let address: Option<[u8; 6]> = bytes.try_into().ok();
-        Ok(address.filter(|address| *address != [0; 6]))
+        Ok(parse_hardware(text).ok().filter(|address| *address != [0; 6]))
     })
+}
+
+fn parse_hardware(text: &str) -> Result<[u8; 6]> {
+    let bytes: Vec<u8> = text.split(':').filter_map(|byte| u8::from_str_radix(byte, 16).ok()).collect();
+    bytes.try_into().ok().with_context(|| format!("{text:?} is no hardware address"))
 }

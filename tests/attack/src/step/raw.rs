@@ -90,6 +90,32 @@ pub(super) fn icmp(given: &Given) -> Result<Told> {
     Ok(Told::Sent)
 }
 
+/// A packet of the pod to the victim inside another to the target, which unpacks it. Arguments: the own address, the
+/// victim's, and the kind of encapsulation: a UDP port, or an IP protocol.
+pub(super) fn encapsulated(given: &Given) -> Result<Told> {
+    const GRE: i32 = 47;
+    let own: SocketAddr = given.extra(0)?.parse().context("own address")?;
+    let victim: SocketAddr = given.extra(1)?.parse().context("the victim's address")?;
+    let inner = ip(own.ip(), victim.ip(), UDP, &udp(own, victim, &given.marker))?;
+    let ethertype: [u8; 2] = if own.is_ipv4() { [0x08, 0x00] } else { [0x86, 0xdd] };
+    let domain = Domain::for_address(given.target);
+    let raw = |protocol: i32| Socket::new(domain, Type::RAW, Some(Protocol::from(protocol)));
+    let (socket, port, header) = match (given.extra(2)?, own.is_ipv4()) {
+        ("ip", true) => (raw(libc::IPPROTO_IPIP)?, 0, Vec::new()),
+        ("ip", false) => (raw(libc::IPPROTO_IPV6)?, 0, Vec::new()),
+        ("gre", _) => (raw(GRE)?, 0, [[0, 0], ethertype].concat()),
+        (port, _) => {
+            // VXLAN with a network identifier of 1, then an Ethernet header. Geneve's header is of the same size.
+            let mut header = vec![8, 0, 0, 0, 0, 0, 1, 0];
+            header.extend_from_slice(&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2]);
+            header.extend_from_slice(&ethertype);
+            (Socket::new(domain, Type::DGRAM, None)?, port.parse().context("port")?, header)
+        }
+    };
+    socket.send_to(&[header, inner].concat(), &SocketAddr::new(given.target.ip(), port).into())?;
+    Ok(Told::Sent)
+}
+
 /// A UDP header and payload; without a checksum over IPv4, with one over IPv6, which wants it.
 pub(super) fn udp(source: SocketAddr, target: SocketAddr, payload: &[u8]) -> Vec<u8> {
     let length = (8 + payload.len()) as u16;

@@ -14,6 +14,9 @@ use tacit_topology::within;
 
 use super::{Given, Told, patience, wait_for_go};
 
+/// Start of a datagram that the server answers with the rest of it.
+pub(super) const QUERY: &[u8] = b"?";
+
 fn stream(given: &Given, protocol: i32) -> io::Result<Socket> {
     Socket::new(Domain::for_address(given.target), Type::STREAM, Some(Protocol::from(protocol)))
 }
@@ -79,8 +82,22 @@ pub(super) fn dccp_socket(domain: Domain) -> io::Result<Socket> {
 }
 
 pub(super) fn udp(given: &Given) -> Result<Told> {
-    datagram(given, libc::IPPROTO_UDP)?.send_to(&given.marker, &given.target.into())?;
+    let socket = datagram(given, libc::IPPROTO_UDP)?;
+    socket.set_broadcast(true)?;
+    socket.send_to(&given.marker, &given.target.into())?;
     Ok(Told::Sent)
+}
+
+/// A datagram that the other end answers, and its answer.
+pub(super) fn query(given: &Given) -> Result<Told> {
+    let mut socket = datagram(given, libc::IPPROTO_UDP)?;
+    socket.set_read_timeout(Some(patience()?))?;
+    let query = [QUERY, given.marker.as_slice()].concat();
+    socket.send_to(&query, &given.target.into())?;
+    let mut answer = [0; 256];
+    let length = socket.read(&mut answer)?;
+    let is_ours = answer.get(..length) == Some(given.marker.as_slice());
+    Ok(if is_ours { Told::Sent } else { Told::Refused("another answer came".to_owned()) })
 }
 
 pub(super) fn udplite(given: &Given) -> Result<Told> {
