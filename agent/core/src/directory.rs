@@ -32,7 +32,9 @@ use cow_map::CowMap;
 
 pub use claims::Conflict;
 pub use labels::Labels;
-pub use range::{RangeError, discovered_range, mesh_range};
+pub use range::{
+    DISCOVERED_IPV4_BITS, DISCOVERED_IPV6_BITS, RangeError, discovered_range, mesh_range, special_address,
+};
 pub use ranges::{RangeAddition, Ranges};
 pub use service::{
     Affinity, Endpoint, EndpointCondition, EndpointQuery, Endpoints, InternalTrafficPolicy, NoEndpoint,
