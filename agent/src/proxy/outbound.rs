@@ -236,6 +236,7 @@ fn find_route(path: &Proxy, pod: &Pod, directory: &Directory, destination: Socke
     route::decide(&RouteInput {
         port: destination.port(),
         destination: workload.map(|w| &**w),
+        is_unclear: directory.is_unclear(destination.ip()),
         outside_mesh: !path.is_mesh(destination.ip()),
         on_this_node: path.table.load().at(destination.ip()).is_some(),
         destination_mode: modes.map_or(policy::Mode::Strict, |m| m.at(destination.port())),

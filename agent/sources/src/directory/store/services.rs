@@ -90,6 +90,7 @@ impl DirectoryStore {
             if let Some((namespace, name)) = full.split_once('/')
                 && self.directory.service_named(namespace, name).is_some()
             {
+                self.forget_service_addresses(full);
                 self.directory.remove_service(namespace, name);
                 self.changed = true;
             }
@@ -101,8 +102,19 @@ impl DirectoryStore {
         let known = self.directory.service_named(&record.namespace, &record.name);
         if known.is_none_or(|known| **known != service) {
             self.range_discovery.service(full, &service.addresses, self.directory.ranges());
+            self.forget_service_addresses(full);
             self.directory.insert_service(service);
             self.changed = true;
+        }
+    }
+}
+
+impl DirectoryStore {
+    /// Records that the service of the directory no longer uses its addresses.
+    fn forget_service_addresses(&mut self, full: &str) {
+        let Some((namespace, name)) = full.split_once('/') else { return };
+        if let Some(service) = self.directory.service_named(namespace, name) {
+            self.range_discovery.unused(&service.addresses);
         }
     }
 }
