@@ -54,6 +54,7 @@ use crate::{
 };
 
 mod admin_servers;
+mod node_addresses;
 mod report;
 mod succession;
 
@@ -180,7 +181,7 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     let kernel = Arc::new(Kernel::open(claim, &pods_cgroup, &verifier_log, prepared)?);
     let mesh = Arc::new(Mesh::start(kernel.clone(), &directory.current())?);
     kernel.maps.set_plaintext_destinations(&config.allow_clear)?;
-    refresh_node(&kernel)?;
+    refresh_node(&kernel, &directory.current())?;
     beat(&kernel, config.heartbeat_timeout, &policies)?;
 
     let workers = Workers::start(config.workers.unwrap_or_else(cores), config.busy_poll)
@@ -415,7 +416,7 @@ async fn housekeeping(path: Arc<Proxy>, report: Arc<Report>) {
             trimmed_at = connections;
             host::release_memory();
         }
-        if let Err(error) = refresh_node(&path.kernel) {
+        if let Err(error) = refresh_node(&path.kernel, &path.directory.current()) {
             tracing::error!(%error, "the node's own addresses may be outdated: probes from new ones are refused under STRICT");
         }
         close_unused(&path);
@@ -430,9 +431,9 @@ fn close_unused(path: &Proxy) {
     unused.into_iter().for_each(Session::close);
 }
 
-fn refresh_node(kernel: &Kernel) -> Result<(), KernelError> {
+fn refresh_node(kernel: &Kernel, directory: &Directory) -> Result<(), KernelError> {
     let listed = host::addresses().map_err(|e| KernelError::Map { map: "NODE", problem: e.to_string() })?;
-    let sources: Vec<_> = listed.into_iter().filter(host::is_probe_source).collect();
+    let sources = node_addresses::node_addresses(listed, directory);
     kernel.refresh_node_hardware()?;
     kernel.maps.set_node(&sources)
 }

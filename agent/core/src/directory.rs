@@ -8,7 +8,7 @@
 //! that ends may be another's already.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -26,9 +26,11 @@ mod labels;
 mod range;
 mod ranges;
 mod service;
+mod service_addresses;
 
 use claims::{AddressClaims, CgroupClaims, CgroupRefusal};
 use cow_map::CowMap;
+use service_addresses::ServiceAddresses;
 
 pub use claims::Conflict;
 pub use labels::Labels;
@@ -132,7 +134,7 @@ pub struct Directory {
     /// Number of changes of conflicts.
     conflict_changes: u64,
     by_node: CowMap<Arc<str>, Arc<Vec<Arc<Workload>>>>,
-    services: CowMap<IpAddr, Arc<Service>>,
+    services: ServiceAddresses,
     services_by_name: CowMap<Arc<str>, Arc<Service>>,
     host_network: Arc<Vec<Arc<Workload>>>,
     departed: Arc<Vec<Arc<Workload>>>,
@@ -192,14 +194,27 @@ impl Directory {
     /// [`Self::is_unclear`].
     #[must_use]
     pub fn at(&self, address: IpAddr) -> Option<&Arc<Workload>> {
-        self.addresses.holder(address.to_canonical())
+        let address = address.to_canonical();
+        self.addresses.holder(address).filter(|_| !self.services.is_ingress(address))
     }
 
-    /// Returns true if more than one workload claims `address`, so that nobody can be said to have it. Connections to it must be
-    /// refused.
+    /// Returns true if more than one workload, or a workload and a load balancer, claim `address`, so that nobody can be said to
+    /// have it. Connections to it must be refused.
     #[must_use]
     pub fn is_unclear(&self, address: IpAddr) -> bool {
-        self.addresses.is_unclear(address.to_canonical())
+        let address = address.to_canonical();
+        if self.services.cluster(address).is_some() {
+            return false;
+        }
+        self.addresses.is_unclear(address)
+            || self.services.is_ingress(address) && self.addresses.holder(address).is_some()
+    }
+
+    /// Returns true if the address is unclear, or two services share it with this port.
+    #[must_use]
+    pub fn is_unclear_at(&self, at: SocketAddr) -> bool {
+        let at = SocketAddr::new(at.ip().to_canonical(), at.port());
+        self.is_unclear(at.ip()) || !self.outer_services(at.ip()).is_empty() && self.services.is_contested(at)
     }
 
     /// Returns the workloads that contradict each other, in no order.
@@ -212,7 +227,21 @@ impl Directory {
             })
         });
         let unclear = self.addresses.unclear();
-        cgroups.chain(unclear.map(|(address, claimants)| Conflict::Address { address, claimants }))
+        let unclear = unclear.map(|(address, claimants)| Conflict::Address { address, claimants });
+        let services = self.services.all_outer().filter_map(|(address, services)| {
+            let workload = self.addresses.holder(address).cloned();
+            let shared = || {
+                let ports = services.iter().flat_map(|service| &service.ports).map(|port| port.port);
+                ports.into_iter().any(|port| self.services.is_contested(SocketAddr::new(address, port)))
+            };
+            let is_of_node = self.addresses.is_node(address);
+            (workload.is_some() || is_of_node || shared()).then(|| Conflict::ServiceAddress {
+                address,
+                services: services.to_vec(),
+                workload,
+            })
+        });
+        cgroups.chain(unclear).chain(services)
     }
 
     /// Number of changes after which [`Self::conflicts`] may differ.
@@ -242,10 +271,34 @@ impl Directory {
         }
     }
 
-    /// The service that has the virtual `address`.
+    /// The service that has the virtual `address`, at whichever port.
     #[must_use]
     pub fn service_at(&self, address: IpAddr) -> Option<&Arc<Service>> {
-        self.services.get(&address.to_canonical())
+        let address = address.to_canonical();
+        self.services.cluster(address).or_else(|| self.outer_services(address).first())
+    }
+
+    /// The service that serves an address and port. `None` for an external or load balancer address without such a port, and for
+    /// one that [`Self::is_unclear_at`].
+    #[must_use]
+    pub fn service_for(&self, at: SocketAddr) -> Option<&Arc<Service>> {
+        let at = SocketAddr::new(at.ip().to_canonical(), at.port());
+        let outer = || self.services.outer_at(at).filter(|_| !self.outer_services(at.ip()).is_empty());
+        self.services.cluster(at.ip()).or_else(outer)
+    }
+
+    /// The services with an external or load balancer address that no pod and no node has.
+    fn outer_services(&self, address: IpAddr) -> &[Arc<Service>] {
+        let is_taken = self.addresses.holder(address).is_some()
+            || self.addresses.is_unclear(address)
+            || self.addresses.is_node(address);
+        if is_taken { &[] } else { self.services.outer(address) }
+    }
+
+    /// Returns true if a node lists `address` as its own.
+    #[must_use]
+    pub fn is_node(&self, address: IpAddr) -> bool {
+        self.addresses.is_node(address.to_canonical())
     }
 
     /// Whether anybody known has `address`, workload or service.
@@ -305,7 +358,11 @@ impl Directory {
             }
         }
         for service in self.services() {
-            if let Some(address) = outside(&service.addresses)
+            let addresses: Vec<IpAddr> = service
+                .all_addresses()
+                .filter(|address| self.is_service_address(service, *address))
+                .collect();
+            if let Some(address) = outside(&addresses)
                 && self.has_enrolled_endpoint(service)
             {
                 found.services += 1;
@@ -314,6 +371,12 @@ impl Directory {
             }
         }
         found
+    }
+
+    /// Returns true if traffic to this address of a service is the service's.
+    #[must_use]
+    pub fn is_service_address(&self, service: &Service, address: IpAddr) -> bool {
+        service.addresses.contains(&address) || !self.outer_services(address).is_empty()
     }
 
     /// Whether an enrolled workload has `address`.

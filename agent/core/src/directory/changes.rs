@@ -43,7 +43,10 @@ impl Directory {
     /// Counts a change of the conflicts in which `workload` takes part.
     fn note_conflicts(&mut self, workload: Option<&Arc<Workload>>) {
         let mut addresses = workload.into_iter().flat_map(|workload| &workload.addresses);
-        self.conflict_changes += u64::from(addresses.any(|address| self.addresses.is_unclear(*address)));
+        let is_contested = |address: &IpAddr| {
+            self.addresses.is_unclear(*address) || !self.services.outer(*address).is_empty()
+        };
+        self.conflict_changes += u64::from(addresses.any(is_contested));
     }
 
     fn claim_cgroup(&mut self, workload: Arc<Workload>, name: Arc<str>) {
@@ -145,19 +148,15 @@ impl Directory {
     pub fn insert_service(&mut self, service: Service) {
         self.remove_service(&service.namespace, &service.name);
         let service = Arc::new(service);
-        for address in &service.addresses {
-            self.services.insert(*address, Arc::clone(&service));
-        }
+        self.services.insert(&service);
+        self.conflict_changes += u64::from(service.outer_addresses().next().is_some());
         self.services_by_name.insert(full_name(&service.namespace, &service.name).into(), service);
     }
 
-    /// Removes a service. An address that another took over meanwhile stays the other's.
+    /// Removes a service. A ClusterIP that another took over meanwhile stays the other's.
     pub fn remove_service(&mut self, namespace: &str, name: &str) {
         let Some(service) = self.services_by_name.remove(full_name(namespace, name).as_str()) else { return };
-        for address in &service.addresses {
-            if self.services.get(address).is_some_and(|holder| Arc::ptr_eq(holder, &service)) {
-                self.services.remove(address);
-            }
-        }
+        self.services.remove(&service);
+        self.conflict_changes += u64::from(service.outer_addresses().next().is_some());
     }
 }

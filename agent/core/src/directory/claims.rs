@@ -15,7 +15,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{AddressConflict, Workload, cow_map::CowMap};
+use super::{AddressConflict, Service, Workload, cow_map::CowMap};
 
 /// Workloads that contradict each other.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +33,15 @@ pub enum Conflict {
         workload: Arc<Workload>,
         /// `namespace/name` of the earlier workload.
         holder: Arc<str>,
+    },
+    /// An external or load balancer address of a service is also that of a workload, a node, or another service at the same port.
+    ServiceAddress {
+        /// The address.
+        address: IpAddr,
+        /// The services.
+        services: Vec<Arc<Service>>,
+        /// The workload. Connections to it are refused if the address is that of a load balancer.
+        workload: Option<Arc<Workload>>,
     },
     /// The workload's cgroup is not a relative path without `.` and `..`. It is not enrolled.
     CgroupPath {
@@ -60,6 +69,21 @@ impl fmt::Display for Conflict {
                 workload.full_name(),
                 workload.cgroup
             ),
+            Self::ServiceAddress { address, services, workload } => {
+                let mut names: Vec<String> = services
+                    .iter()
+                    .map(|service| format!("{}/{}", service.namespace, service.name))
+                    .collect();
+                names.sort_unstable();
+                let others = workload.as_ref().map(|w| format!(" and of pod {}", w.full_name()));
+                write!(
+                    f,
+                    "external address {address} of service {}{} is also that of a pod, a node or another service at the same \
+                     port: it is not used for a service; correct the services",
+                    names.join(" and "),
+                    others.unwrap_or_default()
+                )
+            }
             Self::CgroupPath { workload } => write!(
                 f,
                 "pod {} is not enrolled: its cgroup {:?} is not a relative path without `.` and `..`",
@@ -196,6 +220,11 @@ impl AddressClaims {
             }
             self.nodes.insert(*address, nodes);
         }
+    }
+
+    /// Returns true if a node lists `address` as its own.
+    pub(super) fn is_node(&self, address: IpAddr) -> bool {
+        self.nodes.get(&address).is_some()
     }
 
     /// Returns true if `address` is one of the own node.

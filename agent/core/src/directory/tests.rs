@@ -214,6 +214,8 @@ fn a_service_is_found_by_its_addresses_until_it_is_removed() {
         name: name.into(),
         namespace: "shop".into(),
         addresses: addresses.iter().map(|text| vip(text)).collect(),
+        external_ips: Vec::new(),
+        ingress_ips: Vec::new(),
         ports: Vec::new(),
         traffic: InternalTrafficPolicy::Cluster,
         affinity: Affinity::None,
@@ -232,6 +234,55 @@ fn a_service_is_found_by_its_addresses_until_it_is_removed() {
     assert_eq!(&*directory.service_at(vip("10.96.0.2")).expect("next").name, "next");
     assert_eq!(directory.services().count(), 2);
     assert!(directory.service_named("shop", "web").is_none());
+}
+
+#[test]
+fn external_addresses_are_a_services_unless_somebody_else_has_them() {
+    let address = |text: &str| text.parse::<IpAddr>().expect("an address");
+    let at = |text: &str| text.parse::<SocketAddr>().expect("an address");
+    let service = |name: &str, port: u16, external: &[&str], ingress: &[&str]| Service {
+        name: name.into(),
+        namespace: "shop".into(),
+        addresses: Vec::new(),
+        external_ips: external.iter().map(|text| address(text)).collect(),
+        ingress_ips: ingress.iter().map(|text| address(text)).collect(),
+        ports: vec![ServicePort { port, ipv4: Endpoints::default(), ipv6: Endpoints::default() }],
+        traffic: InternalTrafficPolicy::Cluster,
+        affinity: Affinity::None,
+    };
+    let name =
+        |directory: &Directory, text: &str| directory.service_for(at(text)).map(|s| s.name.to_string());
+    let mut directory = Directory::default();
+    directory.insert_service(service("web", 80, &["203.0.113.1"], &["203.0.113.2"]));
+    directory.insert_service(service("mail", 25, &[], &["203.0.113.2"]));
+    assert_eq!(name(&directory, "203.0.113.1:80").as_deref(), Some("web"));
+    assert_eq!(name(&directory, "203.0.113.2:80").as_deref(), Some("web"), "shared by port");
+    assert_eq!(name(&directory, "203.0.113.2:25").as_deref(), Some("mail"));
+    assert_eq!((name(&directory, "203.0.113.2:443"), directory.conflicts().count()), (None, 0));
+    assert!(directory.knows(address("203.0.113.2")));
+    // Another service at the same port: neither, and refused.
+    directory.insert_service(service("false", 80, &["203.0.113.2"], &[]));
+    assert_eq!(
+        (name(&directory, "203.0.113.2:80"), directory.is_unclear_at(at("203.0.113.2:80"))),
+        (None, true)
+    );
+    assert!(!directory.is_unclear_at(at("203.0.113.2:25")) && directory.conflicts().count() == 1);
+    // An external address takes nothing from a pod, nor from a node.
+    directory.insert(workload("victim", "a", "10.77.1.2"), AddressConflict::Replace);
+    directory.insert_service(service("false", 80, &["10.77.1.2", "192.0.2.1"], &[]));
+    directory.set_node_addresses(&"b".into(), &[], &[address("192.0.2.1")]);
+    assert_eq!(name_at(&directory, "10.77.1.2").as_deref(), Some("victim"));
+    assert!(
+        directory.service_at(address("10.77.1.2")).is_none() && !directory.is_unclear(address("10.77.1.2"))
+    );
+    assert!(directory.service_at(address("192.0.2.1")).is_none() && !directory.knows(address("192.0.2.1")));
+    assert_eq!(directory.conflicts().count(), 2);
+    directory.remove_service("shop", "false");
+    assert_eq!(directory.conflicts().count(), 0);
+    // Nor does a pod's claim take the address of a load balancer.
+    directory.insert(workload("false", "b", "203.0.113.2"), AddressConflict::Replace);
+    assert!(directory.is_unclear(address("203.0.113.2")) && !directory.knows(address("203.0.113.2")));
+    assert!(name(&directory, "203.0.113.2:80").is_none() && directory.conflicts().count() == 1);
 }
 
 #[test]

@@ -264,6 +264,29 @@ pub(super) struct Service {
     pub(super) metadata: Meta,
     #[serde(default)]
     pub(super) spec: ServiceSpec,
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) status: ServiceStatus,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct ServiceStatus {
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) load_balancer: LoadBalancer,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub(super) struct LoadBalancer {
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) ingress: Vec<Ingress>,
+}
+
+/// An address of a load balancer. With the mode `Proxy` the load balancer itself serves it, and nodes do not.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Ingress {
+    pub(super) ip: Option<String>,
+    pub(super) ip_mode: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -274,6 +297,8 @@ pub(super) struct ServiceSpec {
     /// Since 1.20. Older servers have only `clusterIP`.
     #[serde(rename = "clusterIPs", default, deserialize_with = "or_default")]
     pub(super) cluster_ips: Vec<String>,
+    #[serde(rename = "externalIPs", default, deserialize_with = "or_default")]
+    pub(super) external_ips: Vec<String>,
     #[serde(default, deserialize_with = "or_default")]
     pub(super) ports: Vec<ServicePort>,
     pub(super) internal_traffic_policy: Option<String>,

@@ -312,10 +312,11 @@ impl RangeDiscovery {
                 full.split_once('/').and_then(|(namespace, name)| directory.service_named(namespace, name));
             let Some(service) = named else { continue };
             if directory.has_enrolled_endpoint(service) {
-                let addresses = service.addresses.iter();
-                addresses.for_each(|address| self.add_address(ranges, *address));
+                let addresses = service.all_addresses();
+                let addresses = addresses.filter(|address| directory.is_service_address(service, *address));
+                addresses.for_each(|address| self.add_address(ranges, address));
             }
-            if service.addresses.iter().all(|address| ranges.contains(*address)) {
+            if service.all_addresses().all(|address| ranges.contains(address)) {
                 self.uncovered_services.remove(&full);
             }
         }

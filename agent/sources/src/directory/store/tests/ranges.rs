@@ -289,3 +289,29 @@ fn the_addresses_of_a_service_with_an_enrolled_endpoint_are_added() {
     }
     assert_eq!(ranges(&mut store), "10.77.0.0/16 10.96.0.0/12 fd96::/16");
 }
+
+#[test]
+fn external_and_load_balancer_addresses_are_captured_like_the_cluster_ip() {
+    let mut store = within(&["10.77.0.0/16", "10.96.0.0/12", "fd96::/16"]);
+    store.apply_change(Change::Applied(slice("web-1", "IPv4", 8080, json!([{"addresses": ["10.77.0.2"]}]))));
+    store.apply_change(Change::Applied(pod("web", "b", "10.77.0.2", enrolled)));
+    store.apply_change(Change::Applied(node("b", &[], &["192.0.2.2"])));
+    let all = |value: &mut Value| {
+        value["spec"]["externalIPs"] = json!(["203.0.113.1", "127.0.0.1", "192.0.2.2", "10.77.0.2"]);
+        value["status"]["loadBalancer"]["ingress"] = json!([
+            {"ip": "203.0.113.3", "ipMode": "VIP"}, {"ip": "fd78::3"}, {"hostname": "lb.example"},
+            {"ip": "203.0.113.9", "ipMode": "Proxy"},
+        ]);
+    };
+    store.apply_change(Change::Applied(service(all)));
+    let found = ranges(&mut store);
+    assert_eq!(found, "10.77.0.0/16 10.96.0.0/12 203.0.113.1/32 203.0.113.3/32 fd78::3/128 fd96::/16");
+    for address in ["203.0.113.1:80", "203.0.113.3:80", "[fd78::3]:80"] {
+        let service = store.directory.service_for(address.parse().expect("an address"));
+        assert_eq!(service.map(|service| &*service.name), Some("web"), "{address}");
+    }
+    // Not the node's address, nor the pod's.
+    assert_eq!(at(&store, "10.77.0.2"), Some("web"));
+    store.apply_change(Change::Applied(service(as_is)));
+    assert_eq!(ranges(&mut store), "10.77.0.0/16 10.96.0.0/12 fd96::/16");
+}
