@@ -308,6 +308,13 @@ impl Enroller {
             if addresses.is_empty() {
                 return Err(NotYet::AddressUnknown);
             }
+            // The pod may have written them itself.
+            let directory = self.directory.current();
+            if let Some(taken) =
+                addresses.iter().find(|address| is_given_away(&directory, **address, workload))
+            {
+                return Err(NotYet::AddressTaken(*taken));
+            }
             return Ok((only, Arc::new(Workload { addresses, ..(**workload).clone() })));
         }
         let has_all = |netns: &Netns| {
@@ -358,6 +365,15 @@ fn mesh_addresses(listed: &[IpAddr], ranges: &Ranges) -> Vec<IpAddr> {
     let of_mesh = |address: &&IpAddr| ranges.contains(**address);
     let first = |is_ipv4| listed.iter().filter(of_mesh).find(|address| address.is_ipv4() == is_ipv4);
     [first(true), first(false)].into_iter().flatten().copied().collect()
+}
+
+/// Returns true if the directory gives `address` to somebody else than `workload`, or to nobody because it is unclear.
+fn is_given_away(directory: &Directory, address: IpAddr, workload: &Workload) -> bool {
+    let is_others = directory.at(address).is_some_and(|known| known.full_name() != workload.full_name());
+    is_others
+        || directory.is_unclear(address)
+        || directory.service_at(address).is_some()
+        || directory.is_node(address)
 }
 
 /// Is what is wanted the enrolled pod, to the data path? Name and labels may change under a running pod, these may not.

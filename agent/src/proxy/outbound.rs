@@ -20,7 +20,7 @@ use std::{
 
 use tacit_core::{
     balance::PickedEndpoint,
-    directory::Directory,
+    directory::{Directory, Workload},
     policy::{self, Flow, FlowSource},
     route::{self, Route, RouteInput},
     spiffe::SpiffeId,
@@ -139,7 +139,7 @@ async fn find_way(
     app: &TcpStream,
 ) -> Result<(Way, Option<PickedEndpoint>), Failure> {
     let directory = discover(path, ends.destination).await;
-    if let Some(service) = directory.service_at(ends.destination.ip()) {
+    if let Some(service) = directory.service_for(ends.destination) {
         return service::reach(path, pod, service, ends, app).await;
     }
     let route = find_route(path, pod, &directory, ends.destination);
@@ -166,6 +166,11 @@ async fn reach(
         Route::SameNode => hand_over(path, pod, ends).await,
         Route::Tunnel(expected) => session::tunnel(path, pod, ends, &expected, attempt).await,
         Route::Plaintext(why) => clear(path, pod, ends, why, attempt.limit).await,
+        // Another endpoint of the service may be clear.
+        Route::Refuse(route::UNCLEAR) => Err(Failure::of_destination(
+            route::UNCLEAR,
+            "more than one pod or service claims the destination's address",
+        )),
         Route::Refuse(reason) => {
             let mode = pod.modes.load().default;
             Err(Failure::new(reason, format!("mode of {} is {mode:?}", pod.workload.name)))
@@ -236,7 +241,7 @@ fn find_route(path: &Proxy, pod: &Pod, directory: &Directory, destination: Socke
     route::decide(&RouteInput {
         port: destination.port(),
         destination: workload.map(|w| &**w),
-        is_unclear: directory.is_unclear(destination.ip()),
+        is_unclear: directory.is_unclear_at(destination),
         outside_mesh: !path.is_mesh(destination.ip()),
         on_this_node: path.table.load().at(destination.ip()).is_some(),
         destination_mode: modes.map_or(policy::Mode::Strict, |m| m.at(destination.port())),
@@ -262,6 +267,18 @@ async fn hand_over(path: &Proxy, pod: &Pod, ends: Ends) -> Result<Way, Failure> 
     let target = target.ok_or_else(|| {
         Failure::of_destination("destination_gone", "the destination is no longer enrolled here")
     })?;
+    // The pod's namespace has the address, which proves nothing about others: the directory has to agree.
+    if !path
+        .directory
+        .current()
+        .at(destination.ip())
+        .is_some_and(|known| is_same_pod(known, &target.workload))
+    {
+        return Err(Failure::new(
+            "destination_unproven",
+            format!("the directory does not give this address to {}", target.workload.full_name()),
+        ));
+    }
     let identity = &pod.workload.identity;
     let asked = Flow { source: FlowSource::SameNode(identity), client: source.ip(), destination };
     let ends = || {
@@ -282,6 +299,11 @@ async fn hand_over(path: &Proxy, pod: &Pod, ends: Ends) -> Result<Way, Failure> 
         trace: [0; 16],
     };
     Ok(Way::SameNode(server, spec, target, changes))
+}
+
+/// Returns true if the directory's workload is the enrolled pod, to which bytes may be handed over.
+fn is_same_pod(known: &Workload, enrolled: &Workload) -> bool {
+    known.identity == enrolled.identity && known.cgroup == enrolled.cgroup
 }
 
 /// In clear, from the pod's own namespace, as it would have gone without Tacit.
