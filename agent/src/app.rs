@@ -21,6 +21,7 @@ use crate::{config::Config, telemetry::admin};
 
 mod admin_servers;
 mod agent;
+mod node_addresses;
 mod report;
 mod sources;
 mod start;

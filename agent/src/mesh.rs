@@ -1,7 +1,7 @@
 //! The ranges of the mesh as the kernel has them: what the directory knows of them, put into the kernel's map before
 //! anybody here goes by it.
 //!
-//! They only grow. In the map, new ranges come before those go that they replace, so there is no moment with less.
+//! New ranges are added to the map before others are removed, so no address of both is ever outside.
 
 use std::{
     net::IpAddr,
@@ -56,16 +56,21 @@ impl Mesh {
         let _guard = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let (before, after) = (self.ranges.load_full(), directory.ranges());
         // A caller may come with a directory that is no longer the latest.
-        if Arc::ptr_eq(&before, after) || after.count_detected() <= before.count_detected() {
+        if Arc::ptr_eq(&before, after) || after.generation() <= before.generation() {
             return;
         }
-        let (new, replaced) = (missing(&before, after), missing(after, &before));
-        if let Err(error) = self.kernel.maps.extend_mesh(&new, &replaced) {
+        let (new, gone) = (missing(&before, after), missing(after, &before));
+        if let Err(error) = self.kernel.maps.extend_mesh(&new, &gone) {
             tracing::error!(%error, "detected ranges are not in force: what pods of this node send there goes in clear");
             return;
         }
-        let new: Vec<String> = new.iter().map(ToString::to_string).collect();
-        tracing::info!(ranges = new.join(" "), total = after.iter().count(), "the mesh has grown");
+        let shown = |ranges: &[IpNet]| ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+        tracing::info!(
+            added = shown(&new),
+            removed = shown(&gone),
+            total = after.iter().count(),
+            "the ranges of the mesh have changed"
+        );
         self.ranges.store(Arc::clone(after));
     }
 

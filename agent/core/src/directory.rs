@@ -8,7 +8,7 @@
 //! that ends may be another's already.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -18,17 +18,25 @@ use crate::{
     yaml::Mistakes,
 };
 
+mod changes;
+mod claims;
 mod cow_map;
 mod file;
 mod labels;
 mod range;
 mod ranges;
 mod service;
+mod service_addresses;
 
+use claims::{AddressClaims, CgroupClaims, CgroupRefusal};
 use cow_map::CowMap;
+use service_addresses::ServiceAddresses;
 
+pub use claims::Conflict;
 pub use labels::Labels;
-pub use range::{RangeError, discovered_range, mesh_range};
+pub use range::{
+    DISCOVERED_IPV4_BITS, DISCOVERED_IPV6_BITS, RangeError, discovered_range, mesh_range, special_address,
+};
 pub use ranges::{RangeAddition, Ranges};
 pub use service::{
     Affinity, Endpoint, EndpointCondition, EndpointQuery, Endpoints, InternalTrafficPolicy, NoEndpoint,
@@ -116,10 +124,17 @@ pub enum Protocol {
 /// All workloads and services known at one time. [`Default`] is the empty directory. A clone shares its content.
 #[derive(Debug, Default, Clone)]
 pub struct Directory {
-    by_address: CowMap<IpAddr, Arc<Workload>>,
+    addresses: AddressClaims,
+    cgroups: CgroupClaims,
     by_name: CowMap<Arc<str>, Arc<Workload>>,
+    /// Workloads whose claim to their addresses yields.
+    yielding: CowMap<Arc<str>, ()>,
+    /// Workloads that another one keeps from their cgroup, in the order in which they claimed it.
+    refused: Arc<Vec<(Arc<str>, CgroupRefusal)>>,
+    /// Number of changes of conflicts.
+    conflict_changes: u64,
     by_node: CowMap<Arc<str>, Arc<Vec<Arc<Workload>>>>,
-    services: CowMap<IpAddr, Arc<Service>>,
+    services: ServiceAddresses,
     services_by_name: CowMap<Arc<str>, Arc<Service>>,
     host_network: Arc<Vec<Arc<Workload>>>,
     departed: Arc<Vec<Arc<Workload>>>,
@@ -137,12 +152,12 @@ pub struct Uncovered {
     pub example: Option<String>,
 }
 
-/// Who has an address that two workloads claim.
+/// The claim of a workload to its addresses, where another workload claims one of them too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AddressConflict {
-    /// The new one.
+    /// A live claim. It wins over claims that yield. Two of these make an address unclear.
     Replace,
-    /// The one that has it, if it is another workload: the new one is about to end, or news of an old one.
+    /// A claim that yields to a live one: no container of the workload runs any more.
     Keep,
 }
 
@@ -175,16 +190,115 @@ impl Directory {
         &self.ranges
     }
 
-    /// The workload that has `address`; an IPv4-mapped IPv6 address counts as the IPv4 address.
+    /// The workload that has `address`; an IPv4-mapped IPv6 address counts as the IPv4 address. `None` for an address that
+    /// [`Self::is_unclear`].
     #[must_use]
     pub fn at(&self, address: IpAddr) -> Option<&Arc<Workload>> {
-        self.by_address.get(&address.to_canonical())
+        let address = address.to_canonical();
+        self.addresses.holder(address).filter(|_| !self.services.is_ingress(address))
     }
 
-    /// The service that has the virtual `address`.
+    /// Returns true if more than one workload, or a workload and a load balancer, claim `address`, so that nobody can be said to
+    /// have it. Connections to it must be refused.
+    #[must_use]
+    pub fn is_unclear(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        if self.services.cluster(address).is_some() {
+            return false;
+        }
+        self.addresses.is_unclear(address)
+            || self.services.is_ingress(address) && self.addresses.holder(address).is_some()
+    }
+
+    /// Returns true if the address is unclear, or two services share it with this port.
+    #[must_use]
+    pub fn is_unclear_at(&self, at: SocketAddr) -> bool {
+        let at = SocketAddr::new(at.ip().to_canonical(), at.port());
+        self.is_unclear(at.ip()) || !self.outer_services(at.ip()).is_empty() && self.services.is_contested(at)
+    }
+
+    /// Returns the workloads that contradict each other, in no order.
+    pub fn conflicts(&self) -> impl Iterator<Item = Conflict> + use<'_> {
+        let cgroups = self.refused.iter().filter_map(|(name, refusal)| {
+            let workload = Arc::clone(self.by_name.get(name)?);
+            Some(match refusal {
+                CgroupRefusal::Held(holder) => Conflict::Cgroup { workload, holder: Arc::clone(holder) },
+                CgroupRefusal::Path => Conflict::CgroupPath { workload },
+            })
+        });
+        let unclear = self.addresses.unclear();
+        let unclear = unclear.map(|(address, claimants)| Conflict::Address { address, claimants });
+        let services = self.services.all_outer().filter_map(|(address, services)| {
+            let workload = self.addresses.holder(address).cloned();
+            let shared = || {
+                let ports = services.iter().flat_map(|service| &service.ports).map(|port| port.port);
+                ports.into_iter().any(|port| self.services.is_contested(SocketAddr::new(address, port)))
+            };
+            let is_of_node = self.addresses.is_node(address);
+            (workload.is_some() || is_of_node || shared()).then(|| Conflict::ServiceAddress {
+                address,
+                services: services.to_vec(),
+                workload,
+            })
+        });
+        cgroups.chain(unclear).chain(services)
+    }
+
+    /// Number of changes after which [`Self::conflicts`] may differ.
+    #[must_use]
+    pub fn conflict_changes(&self) -> u64 {
+        self.conflict_changes
+    }
+
+    /// Returns `namespace/name` of the workload that has a cgroup of a node.
+    #[must_use]
+    pub fn cgroup_holder(&self, node: &Arc<str>, cgroup: &Path) -> Option<&Arc<str>> {
+        self.cgroups.holder(node, cgroup)
+    }
+
+    /// Returns true if the source lists `address` as one of its own node. No workload has it.
+    #[must_use]
+    pub fn is_own_node(&self, address: IpAddr) -> bool {
+        self.addresses.is_own_node(address.to_canonical())
+    }
+
+    /// Returns the claim of a workload to its addresses.
+    #[must_use]
+    pub fn claim_of(&self, namespace: &str, name: &str) -> AddressConflict {
+        match self.yielding.get(full_name(namespace, name).as_str()) {
+            Some(()) => AddressConflict::Keep,
+            None => AddressConflict::Replace,
+        }
+    }
+
+    /// The service that has the virtual `address`, at whichever port.
     #[must_use]
     pub fn service_at(&self, address: IpAddr) -> Option<&Arc<Service>> {
-        self.services.get(&address.to_canonical())
+        let address = address.to_canonical();
+        self.services.cluster(address).or_else(|| self.outer_services(address).first())
+    }
+
+    /// The service that serves an address and port. `None` for an external or load balancer address without such a port, and for
+    /// one that [`Self::is_unclear_at`].
+    #[must_use]
+    pub fn service_for(&self, at: SocketAddr) -> Option<&Arc<Service>> {
+        let at = SocketAddr::new(at.ip().to_canonical(), at.port());
+        let outer = || self.services.outer_at(at).filter(|_| !self.outer_services(at.ip()).is_empty());
+        self.services.cluster(at.ip()).or_else(outer)
+    }
+
+    /// The services with an external or load balancer address that no pod and no node has.
+    fn outer_services(&self, address: IpAddr) -> &[Arc<Service>] {
+        let is_taken = self.addresses.holder(address).is_some()
+            || self.addresses.is_unclear(address)
+            || self.addresses.is_node(address);
+        if is_taken { &[] } else { self.services.outer(address) }
+    }
+
+    /// Returns true if a node lists `address` as its own.
+    #[must_use]
+    pub fn is_node(&self, address: IpAddr) -> bool {
+        self.addresses.is_node(address.to_canonical())
     }
 
     /// Whether anybody known has `address`, workload or service.
@@ -205,7 +319,7 @@ impl Directory {
         self.services_by_name.get(full_name(namespace, name).as_str())
     }
 
-    /// The workloads of `node`, in the order in which they were added.
+    /// The workloads of `node` that have their cgroup to themselves, in the order in which they were added.
     pub fn on_node<'a>(&'a self, node: &str) -> impl Iterator<Item = &'a Arc<Workload>> + use<'a> {
         self.by_node.get(node).into_iter().flat_map(|list| list.iter())
     }
@@ -244,7 +358,11 @@ impl Directory {
             }
         }
         for service in self.services() {
-            if let Some(address) = outside(&service.addresses)
+            let addresses: Vec<IpAddr> = service
+                .all_addresses()
+                .filter(|address| self.is_service_address(service, *address))
+                .collect();
+            if let Some(address) = outside(&addresses)
                 && self.has_enrolled_endpoint(service)
             {
                 found.services += 1;
@@ -253,6 +371,12 @@ impl Directory {
             }
         }
         found
+    }
+
+    /// Returns true if traffic to this address of a service is the service's.
+    #[must_use]
+    pub fn is_service_address(&self, service: &Service, address: IpAddr) -> bool {
+        service.addresses.contains(&address) || !self.outer_services(address).is_empty()
     }
 
     /// Whether an enrolled workload has `address`.
@@ -276,90 +400,6 @@ impl Directory {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.by_name.is_empty()
-    }
-
-    /// Adds a workload, or replaces the one of its name.
-    pub fn insert(&mut self, workload: Workload, conflict: AddressConflict) {
-        self.remove(&workload.namespace, &workload.name);
-        let workload = Arc::new(workload);
-        for address in &workload.addresses {
-            if conflict == AddressConflict::Replace || self.by_address.get(address).is_none() {
-                self.by_address.insert(*address, Arc::clone(&workload));
-            }
-        }
-        let mut on_node = self.by_node.get(&*workload.node).cloned().unwrap_or_default();
-        // Removed from the map first, so that a list nobody else holds is changed in place.
-        self.by_node.remove(&*workload.node);
-        Arc::make_mut(&mut on_node).push(Arc::clone(&workload));
-        self.by_node.insert(Arc::clone(&workload.node), on_node);
-        self.by_name.insert(full_name(&workload.namespace, &workload.name).into(), workload);
-    }
-
-    /// Removes a workload. An address that another took over meanwhile stays the other's.
-    pub fn remove(&mut self, namespace: &str, name: &str) -> Option<Arc<Workload>> {
-        let workload = self.by_name.remove(full_name(namespace, name).as_str())?;
-        for address in &workload.addresses {
-            if self.by_address.get(address).is_some_and(|holder| Arc::ptr_eq(holder, &workload)) {
-                self.by_address.remove(address);
-            }
-        }
-        if let Some(mut on_node) = self.by_node.remove(&*workload.node) {
-            Arc::make_mut(&mut on_node).retain(|other| !Arc::ptr_eq(other, &workload));
-            if !on_node.is_empty() {
-                self.by_node.insert(Arc::clone(&workload.node), on_node);
-            }
-        }
-        Some(workload)
-    }
-
-    /// Adds or replaces a pod that has the node's addresses. Says whether that changed anything.
-    pub fn set_host_network(&mut self, workload: Workload) -> bool {
-        if self.host_network.iter().any(|known| **known == workload) {
-            return false;
-        }
-        self.unset_host_network(&workload.namespace, &workload.name);
-        Arc::make_mut(&mut self.host_network).push(Arc::new(workload));
-        true
-    }
-
-    /// Removes such a pod. Says whether it was there.
-    pub fn unset_host_network(&mut self, namespace: &str, name: &str) -> bool {
-        let is_it = |known: &Arc<Workload>| *known.namespace == *namespace && *known.name == *name;
-        let is_there = self.host_network.iter().any(is_it);
-        if is_there {
-            Arc::make_mut(&mut self.host_network).retain(|known| !is_it(known));
-        }
-        is_there
-    }
-
-    /// Replaces the ranges of the mesh.
-    pub fn set_ranges(&mut self, ranges: Arc<Ranges>) {
-        self.ranges = ranges;
-    }
-
-    /// Replaces the pods that [`Self::departed`] lists.
-    pub fn set_departed(&mut self, departed: Vec<Arc<Workload>>) {
-        self.departed = Arc::new(departed);
-    }
-
-    /// Adds a service, or replaces the one of its name.
-    pub fn insert_service(&mut self, service: Service) {
-        self.remove_service(&service.namespace, &service.name);
-        let service = Arc::new(service);
-        for address in &service.addresses {
-            self.services.insert(*address, Arc::clone(&service));
-        }
-        self.services_by_name.insert(full_name(&service.namespace, &service.name).into(), service);
-    }
-
-    /// Removes a service. An address that another took over meanwhile stays the other's.
-    pub fn remove_service(&mut self, namespace: &str, name: &str) {
-        let Some(service) = self.services_by_name.remove(full_name(namespace, name).as_str()) else { return };
-        for address in &service.addresses {
-            if self.services.get(address).is_some_and(|holder| Arc::ptr_eq(holder, &service)) {
-                self.services.remove(address);
-            }
-        }
     }
 }
 

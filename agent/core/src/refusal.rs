@@ -46,6 +46,8 @@ reasons! {
     DestinationUnknown, "destination_unknown", Other, "The directory has no workload at the address, and the source is STRICT.";
     DestinationNotEnrolled, "destination_not_enrolled", Other, "The destination is not enrolled, and the source is STRICT.";
     DestinationGone, "destination_gone", Destination, "The destination on the same node is no longer enrolled.";
+    DestinationUnclear, "destination_unclear", Destination, "More than one workload or service claims the address.";
+    DestinationUnproven, "destination_unproven", Other, "The directory gives the address to another pod than the one of this node.";
     ReservedPort, "reserved_port", Other, "The destination port is one of the agent's.";
     NoCertificate, "no_certificate", Other, "The pod's identity has no valid certificate.";
     NoEndpoint, "no_endpoint", Other, "No endpoint of the service is ready, or all were tried.";

@@ -16,6 +16,8 @@ pub struct RouteInput<'a> {
     pub port: u16,
     /// The directory's entry for the address asked for.
     pub destination: Option<&'a Workload>,
+    /// True if more than one workload claims the address.
+    pub is_unclear: bool,
     /// Is the address outside the mesh's ranges, as an endpoint of a service may be? Nothing is promised about it.
     pub outside_mesh: bool,
     /// Is that workload enrolled on this very node?
@@ -70,6 +72,10 @@ impl PlaintextCause {
 pub fn decide(input: &RouteInput<'_>) -> Route {
     if tcp_port::is_reserved(input.port) {
         return Route::Refuse(RefusalReason::ReservedPort);
+    }
+    // Not as plaintext and not to one of the claimants: the address may be another's.
+    if input.is_unclear {
+        return Route::Refuse(RefusalReason::DestinationUnclear);
     }
     let unless_strict = |cause, reason| {
         if input.source_is_strict { Route::Refuse(reason) } else { Route::Plaintext(cause) }
@@ -145,6 +151,7 @@ mod tests {
                 port: 80,
                 destination,
                 outside_mesh: false,
+                is_unclear: false,
                 on_this_node,
                 destination_mode,
                 source_is_strict,
@@ -162,6 +169,7 @@ mod tests {
                 port: 443,
                 destination,
                 outside_mesh,
+                is_unclear: false,
                 on_this_node,
                 destination_mode,
                 source_is_strict,
@@ -184,11 +192,31 @@ mod tests {
                 port,
                 destination: Some(&meshed),
                 outside_mesh: true,
+                is_unclear: false,
                 on_this_node: false,
                 destination_mode: Mode::Permissive,
                 source_is_strict: false,
             };
             assert_eq!(decide(&input), Route::Refuse(RefusalReason::ReservedPort));
+        }
+    }
+
+    #[test]
+    fn an_unclear_address_is_refused_whoever_asks() {
+        let meshed = workload(Protocol::Tacit);
+        for destination in [None, Some(&meshed)] {
+            for bits in 0..8_u8 {
+                let input = RouteInput {
+                    port: 80,
+                    destination,
+                    is_unclear: true,
+                    outside_mesh: bits & 1 != 0,
+                    on_this_node: bits & 2 != 0,
+                    destination_mode: Mode::Disable,
+                    source_is_strict: bits & 4 != 0,
+                };
+                assert_eq!(decide(&input), Route::Refuse(RefusalReason::DestinationUnclear), "{input:?}");
+            }
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{collections::HashSet, io, sync::Arc, time::Duration};
 
+use tacit_core::directory::Directory;
 use tacit_kernel::{Kernel, KernelError, events, host};
 use tokio::{
     task::JoinSet,
@@ -9,6 +10,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use super::node_addresses::node_addresses;
 use crate::{app::report::Report, enrol::Enroller, proxy::Proxy, telemetry::status::UncoveredStatus};
 
 /// How often the node's own addresses are read again and idle sessions are thrown out.
@@ -121,7 +123,7 @@ async fn housekeeping(kernel: Arc<Kernel>, proxy: Arc<Proxy>, report: Arc<Report
             trimmed_at = connections;
             host::release_memory();
         }
-        if let Err(error) = refresh_node(&kernel) {
+        if let Err(error) = refresh_node(&kernel, &proxy.snapshots.directory.current()) {
             tracing::error!(%error, "the node's own addresses may be outdated: probes from new ones are refused under STRICT");
         }
         let enrolled: HashSet<u64> = proxy.pods.load().pods.iter().map(|pod| pod.cgroup).collect();
@@ -129,9 +131,9 @@ async fn housekeeping(kernel: Arc<Kernel>, proxy: Arc<Proxy>, report: Arc<Report
     }
 }
 
-pub(super) fn refresh_node(kernel: &Kernel) -> Result<(), KernelError> {
+pub(super) fn refresh_node(kernel: &Kernel, directory: &Directory) -> Result<(), KernelError> {
     let listed = host::addresses().map_err(|e| KernelError::Map { map: "NODE", problem: e.to_string() })?;
-    let sources: Vec<_> = listed.into_iter().filter(host::is_probe_source).collect();
+    let sources = node_addresses(listed, directory);
     kernel.refresh_node_hardware()?;
     kernel.maps.set_node(&sources)
 }

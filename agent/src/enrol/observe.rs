@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use tacit_core::directory::{Ranges, Workload};
+use tacit_core::directory::{Directory, Ranges, Workload};
 use tacit_kernel::{
     cgroup::{self, Cgroup},
     netns::Netns,
@@ -95,6 +95,12 @@ impl Enroller {
             if addresses.is_empty() {
                 return Err(NotYet::AddressUnknown);
             }
+            // The pod may have written them itself.
+            let directory = self.directory.current();
+            let taken = addresses.iter().find(|address| is_given_away(&directory, **address, workload));
+            if let Some(taken) = taken {
+                return Err(NotYet::AddressTaken(*taken));
+            }
             return Ok((only, Arc::new(Workload { addresses, ..(**workload).clone() })));
         }
         let has_all = |netns: &Netns| {
@@ -109,6 +115,15 @@ impl Enroller {
             }
         }
     }
+}
+
+/// Returns true if the directory gives `address` to somebody else than `workload`, or to nobody because it is unclear.
+fn is_given_away(directory: &Directory, address: IpAddr, workload: &Workload) -> bool {
+    let is_others = directory.at(address).is_some_and(|known| known.full_name() != workload.full_name());
+    is_others
+        || directory.is_unclear(address)
+        || directory.service_at(address).is_some()
+        || directory.is_node(address)
 }
 
 /// The first address of each family that lies in the mesh.

@@ -20,7 +20,7 @@ use std::{
 
 use tacit_core::{
     balance::{EndpointRequest, PickedEndpoint},
-    directory::Directory,
+    directory::{Directory, Workload},
     policy::{self, Flow, FlowSource, PolicyDenial},
     refusal::{Refusal, RefusalReason},
     route::{self, PlaintextCause, Route, RouteInput},
@@ -120,7 +120,7 @@ async fn reach(
 ) -> Result<(Upstream, Option<PickedEndpoint>), Refusal> {
     let Addresses { source, destination } = addresses;
     let directory = discover(path, destination).await;
-    let Some(service) = directory.service_at(destination.ip()) else {
+    let Some(service) = directory.service_for(destination) else {
         let route = find_route(path, pod, &directory, destination);
         let attempt = Attempt::before(Rest::Nothing, app);
         let upstream = connect_route(path, pod, route, addresses, attempt).await?;
@@ -161,6 +161,9 @@ async fn connect_route(
             session::tunnel(path, pod, addresses, &expected, attempt).await.map(Upstream::Tunnel)
         }
         Route::Plaintext(cause) => connect_plaintext(path, pod, addresses, cause, attempt.limit).await,
+        Route::Refuse(reason @ RefusalReason::DestinationUnclear) => {
+            Err(Refusal::new(reason, "more than one pod or service claims the destination's address"))
+        }
         Route::Refuse(reason) => {
             let mode = pod.policy().modes.default;
             Err(Refusal::new(reason, format!("mode of {} is {mode:?}", pod.workload.name)))
@@ -258,6 +261,7 @@ fn find_route(path: &Proxy, pod: &Pod, directory: &Directory, destination: Socke
     route::decide(&RouteInput {
         port: destination.port(),
         destination: workload.map(|w| &**w),
+        is_unclear: directory.is_unclear_at(destination),
         outside_mesh: !path.snapshots.is_mesh(destination.ip()),
         on_this_node: path.pods.load().at(destination.ip()).is_some(),
         destination_mode: modes.map_or(policy::Mode::Strict, |m| m.at(destination.port())),
@@ -272,6 +276,12 @@ async fn connect_same_node(path: &Proxy, pod: &Pod, addresses: Addresses) -> Res
     let target = target.ok_or_else(|| {
         Refusal::new(RefusalReason::DestinationGone, "the destination is no longer enrolled here")
     })?;
+    // The pod's namespace has the address, which proves nothing about others: the directory has to agree.
+    let directory = path.snapshots.directory.current();
+    if !directory.at(destination.ip()).is_some_and(|known| is_same_pod(known, &target.workload)) {
+        let detail = format!("the directory does not give this address to {}", target.workload.full_name());
+        return Err(Refusal::new(RefusalReason::DestinationUnproven, detail));
+    }
     let (identity, theirs) = (pod.workload.identity.clone(), target.workload.identity.clone());
     let ends = path.ends(Reporter::Source, addresses, Some(identity.clone()), Some(theirs));
     let flow = Flow { source: FlowSource::SameNode(identity), client: source.ip(), destination };
@@ -280,6 +290,11 @@ async fn connect_same_node(path: &Proxy, pod: &Pod, addresses: Addresses) -> Res
     let server = connected.map_err(|error| not_connected(&error))?;
     let spec = FlowSpec { ends, security: Security::SameNode, trace: [0; 16] };
     Ok(Upstream::SameNode(server, spec, target, admitted))
+}
+
+/// Returns true if the directory's workload is the enrolled pod, to which bytes may be handed over.
+fn is_same_pod(known: &Workload, enrolled: &Workload) -> bool {
+    known.identity == enrolled.identity && known.node == enrolled.node && known.cgroup == enrolled.cgroup
 }
 
 /// In clear, from the pod's own namespace, as it would have gone without Tacit.

@@ -64,6 +64,10 @@ impl<K: Eq + Hash + Clone, V: Clone> CowMap<K, V> {
         self.shards.iter().flat_map(|shard| shard.values())
     }
 
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
+        self.shards.iter().flat_map(|shard| shard.iter())
+    }
+
     pub(super) fn len(&self) -> usize {
         self.len
     }

@@ -11,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{Egress, Labels, Protocol, Service, Udp, Workload};
+use super::{Egress, Labels, Protocol, Service, Udp, Workload, special_address};
 use crate::{
     spiffe::{SpiffeId, TrustDomain},
     yaml::{self, Mistakes, Value},
@@ -137,21 +137,7 @@ fn pod_address(text: &str) -> Result<IpAddr, AddressError> {
     if address.to_canonical() != address {
         return Err(AddressError::Mapped(address.to_canonical()));
     }
-    let (link_local, broadcast) = match address {
-        IpAddr::V4(address) => (address.is_link_local(), address.is_broadcast()),
-        IpAddr::V6(address) => (address.is_unicast_link_local(), false),
-    };
-    let special = [
-        (address.is_unspecified(), "unspecified"),
-        (address.is_loopback(), "loopback"),
-        (address.is_multicast(), "multicast"),
-        (link_local, "link-local"),
-        (broadcast, "broadcast"),
-    ];
-    match special.iter().find(|(is, _)| *is) {
-        Some((_, what)) => Err(AddressError::Special(what)),
-        None => Ok(address),
-    }
+    special_address(address).map_or(Ok(address), |what| Err(AddressError::Special(what)))
 }
 
 fn labels<'a>(value: &Value<'a>) -> Option<Labels> {

@@ -19,6 +19,12 @@ const SPECIAL: [(&str, &str); 9] = [
     ("ff00::/8", "multicast"),
 ];
 
+/// Shortest prefix of a discovered IPv4 range, in bits. A private network is at most this large (RFC 1918: 10.0.0.0/8), and a
+/// range from the API may be written by a compromised node.
+pub const DISCOVERED_IPV4_BITS: u8 = 8;
+/// Shortest prefix of a discovered IPv6 range, in bits. A provider gets at least this much (RFC 6177), a cluster gets less.
+pub const DISCOVERED_IPV6_BITS: u8 = 32;
+
 /// Why a text is no range of mesh addresses.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RangeError {
@@ -34,6 +40,12 @@ pub enum RangeError {
     /// Prefix length 0.
     #[error("prefix length 0 covers every address: write the ranges the pods' addresses are taken from")]
     Everything,
+    /// Larger than a range may be that nobody configured.
+    #[error(
+        "larger than a detected range may be (/{DISCOVERED_IPV4_BITS} for IPv4, /{DISCOVERED_IPV6_BITS} for IPv6): \
+         write it in meshRanges or serviceRanges if it is meant"
+    )]
+    TooWide,
     /// Overlaps addresses that are never a pod's.
     #[error("overlaps {range} ({what}): write the ranges the pods' addresses are taken from")]
     Special {
@@ -62,12 +74,32 @@ pub fn mesh_range(text: &str) -> Result<IpNet, RangeError> {
     }
 }
 
-/// A range that somebody told of who did not write it for this: bits after the prefix are cleared.
+/// Parses a range that a source found. Bits after the prefix are cleared, and the prefix has at least
+/// [`DISCOVERED_IPV4_BITS`] or [`DISCOVERED_IPV6_BITS`].
 pub fn discovered_range(text: &str) -> Result<IpNet, RangeError> {
-    match mesh_range(text) {
+    let range = match mesh_range(text) {
         Err(RangeError::HostBits(net)) => mesh_range(&net.to_string()),
         other => other,
-    }
+    }?;
+    let shortest = if range.addr().is_ipv4() { DISCOVERED_IPV4_BITS } else { DISCOVERED_IPV6_BITS };
+    if range.prefix_len() < shortest { Err(RangeError::TooWide) } else { Ok(range) }
+}
+
+/// Returns the kind of an address that no workload and no service has.
+#[must_use]
+pub fn special_address(address: IpAddr) -> Option<&'static str> {
+    let (link_local, broadcast) = match address {
+        IpAddr::V4(address) => (address.is_link_local(), address.is_broadcast()),
+        IpAddr::V6(address) => (address.is_unicast_link_local(), false),
+    };
+    let special = [
+        (address.is_unspecified(), "unspecified"),
+        (address.is_loopback(), "loopback"),
+        (address.is_multicast(), "multicast"),
+        (link_local, "link-local"),
+        (broadcast, "broadcast"),
+    ];
+    special.iter().find(|(is, _)| *is).map(|(_, what)| *what)
 }
 
 fn overlaps(net: &IpNet, special: &str) -> bool {
@@ -149,6 +181,23 @@ mod tests {
         for text in ["0.0.0.0/0", "127.0.0.1/8", "129.0.0.0/1", "fe80::1/64", "10.77.0.0", "pods"] {
             assert!(discovered_range(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_discovered_range_has_a_bounded_size() {
+        for (text, is_too_wide) in [
+            ("10.0.0.0/8", false),
+            ("10.0.0.0/7", true),
+            ("192.0.0.0/3", true),
+            ("fd77::/32", false),
+            ("fd77::/31", true),
+            ("2000::/3", true),
+        ] {
+            let result = discovered_range(text);
+            let special = matches!(result, Err(RangeError::Special { .. }));
+            assert_eq!(result == Err(RangeError::TooWide) || special, is_too_wide, "{text}: {result:?}");
+        }
+        assert!(mesh_range("2000::/3").is_ok(), "what an operator writes has no bound");
     }
 
     #[test]

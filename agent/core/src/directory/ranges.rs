@@ -1,4 +1,5 @@
-//! All ranges of the mesh, as one value: the configured ones and those that a source found. They only grow.
+//! All ranges of the mesh, as one value: the configured ranges and those that a source found. Configured ranges always stay.
+//! A source may build the ranges anew without some that it found before.
 //!
 //! They are kept without overlaps and joined where two make a whole, so there are few however they came, and a lookup is
 //! a binary search. Each takes an entry of a kernel map.
@@ -18,6 +19,7 @@ pub struct Ranges {
     list: Vec<IpNet>,
     configured: usize,
     detected: usize,
+    generation: u64,
 }
 
 /// What became of a range.
@@ -63,6 +65,19 @@ impl Ranges {
         self.detected
     }
 
+    /// Number of changes since the start. Of two values the one with the higher number is the later one.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Returns `self` as the successor of `before`, or `None` if both have the same ranges.
+    #[must_use]
+    pub fn succeeding(mut self, before: &Self) -> Option<Self> {
+        self.generation = before.generation + 1;
+        (self.list != before.list).then_some(self)
+    }
+
     /// Adds a range that was found.
     pub fn add(&mut self, range: IpNet) -> RangeAddition {
         if self.covers(&range) {
@@ -73,7 +88,29 @@ impl Ranges {
         }
         self.put(range);
         self.detected += 1;
+        self.generation += 1;
         RangeAddition::New
+    }
+
+    /// Takes out a single address that was added, which no other range contains.
+    pub fn remove_address(&mut self, address: IpAddr) {
+        let single = IpNet::from(address);
+        let after = self.list.partition_point(|other| *other <= single);
+        let Some(at) = after.checked_sub(1).filter(|at| self.list[*at].contains(&single)) else { return };
+        // The single address may have been joined with others.
+        let mut rest = Vec::new();
+        let mut whole = self.list[at];
+        while whole != single
+            && let Ok(halves) = whole.subnets(whole.prefix_len() + 1)
+        {
+            for half in halves {
+                if half.contains(&single) { whole = half } else { rest.push(half) }
+            }
+        }
+        rest.sort_unstable();
+        self.list.splice(at..=at, rest);
+        self.detected = self.detected.saturating_sub(1);
+        self.generation += 1;
     }
 
     /// All of `range` lies in one range: where it lies in several, they would have been joined.
@@ -162,6 +199,27 @@ mod tests {
             assert_eq!(ranges.contains(address), expected, "{address}");
         }
         assert!(!Ranges::default().contains([10, 0, 0, 1].into()));
+    }
+
+    #[test]
+    fn an_address_that_is_taken_out_leaves_the_others() {
+        let mut ranges = Ranges::configured(&[net("10.77.1.0/24")]);
+        let single = |last: u8| IpNet::from(IpAddr::from([10, 78, 0, last]));
+        for last in 0..=255 {
+            ranges.add(single(last));
+        }
+        assert_eq!(texts(&ranges), ["10.77.1.0/24", "10.78.0.0/24"]);
+        let mut generation = ranges.generation();
+        for last in (1..=255).step_by(2) {
+            ranges.remove_address(single(last).addr());
+            assert!(ranges.generation() > generation);
+            generation = ranges.generation();
+        }
+        for last in 0..=255 {
+            assert_eq!(ranges.contains(single(last).addr()), last % 2 == 0, "{last}");
+            ranges.remove_address(single(last).addr());
+        }
+        assert_eq!((texts(&ranges), ranges.count_detected()), (vec!["10.77.1.0/24".to_owned()], 0));
     }
 
     #[test]

@@ -22,12 +22,32 @@ pub struct Service {
     pub namespace: Arc<str>,
     /// Its virtual addresses, at most one of each family; none when it is headless.
     pub addresses: Vec<IpAddr>,
+    /// Its `externalIPs`, which its creator writes: an address of a pod or a node is not used.
+    pub external_ips: Vec<IpAddr>,
+    /// Addresses of its load balancer, which a controller writes and which the node itself serves.
+    pub ingress_ips: Vec<IpAddr>,
     /// Its TCP ports.
     pub ports: Vec<ServicePort>,
     /// Which endpoints a client may reach.
     pub traffic: InternalTrafficPolicy,
     /// Whether a client stays with its endpoint.
     pub affinity: Affinity,
+}
+
+impl Service {
+    /// All its addresses.
+    pub fn all_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.addresses.iter().chain(self.outer_addresses()).copied()
+    }
+
+    /// Its addresses that other services may have too, at other ports.
+    pub(super) fn outer_addresses(&self) -> impl Iterator<Item = &IpAddr> {
+        self.external_ips.iter().chain(&self.ingress_ips)
+    }
+
+    pub(super) fn has_port(&self, number: u16) -> bool {
+        self.ports.iter().any(|port| port.port == number)
+    }
 }
 
 /// A port of a service.
@@ -169,7 +189,10 @@ pub fn choose<'a>(
     let port = service.ports.iter().find(|port| port.port == address.port());
     let port = port.ok_or(NoEndpoint::UnknownPort(address.port()))?;
     let endpoints = if address.ip().to_canonical().is_ipv4() { &port.ipv4 } else { &port.ipv6 };
-    match service.traffic {
+    // `internalTrafficPolicy` is about ClusterIPs. Clients in the cluster reach all endpoints by the other addresses.
+    let is_cluster_ip = service.addresses.contains(&address.ip().to_canonical());
+    let traffic = if is_cluster_ip { service.traffic } else { InternalTrafficPolicy::Cluster };
+    match traffic {
         InternalTrafficPolicy::Cluster => {
             let usable = endpoints.usable();
             let none = if usable.is_empty() { NoEndpoint::NoneReady } else { NoEndpoint::AllTried };

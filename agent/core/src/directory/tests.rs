@@ -98,15 +98,112 @@ fn a_change_is_not_seen_in_a_copy_made_before() {
 fn a_reused_address_belongs_to_the_pod_that_lives() {
     let mut directory = Directory::default();
     directory.insert(workload("old", "a", "10.77.1.2"), AddressConflict::Replace);
+    assert_eq!(name_at(&directory, "10.77.1.2").as_deref(), Some("old"));
+    // Until another pod has the address, it is still that of the pod that has ended.
+    directory.insert(workload("old", "a", "10.77.1.2"), AddressConflict::Keep);
+    assert_eq!(name_at(&directory, "10.77.1.2").as_deref(), Some("old"));
     directory.insert(workload("new", "a", "10.77.1.2"), AddressConflict::Replace);
     assert_eq!(name_at(&directory, "10.77.1.2").as_deref(), Some("new"));
     // News of the old one, which is ending, takes nothing back; nor does its end take the address away.
     directory.insert(workload("old", "a", "10.77.1.2"), AddressConflict::Keep);
     assert_eq!(name_at(&directory, "10.77.1.2").as_deref(), Some("new"));
+    assert_eq!(directory.conflicts().count(), 0);
     assert!(directory.remove("shop", "old").is_some());
     assert_eq!(name_at(&directory, "10.77.1.2").as_deref(), Some("new"));
     assert!(directory.remove("shop", "new").is_some());
     assert!(directory.is_empty() && directory.remove("shop", "new").is_none());
+}
+
+#[test]
+fn an_address_that_two_live_workloads_claim_is_neithers_until_one_goes() {
+    let address = "10.77.1.2".parse::<IpAddr>().expect("an address");
+    for first_to_go in ["victim", "false"] {
+        let mut directory = Directory::default();
+        directory.insert(workload("victim", "a", "10.77.1.2"), AddressConflict::Replace);
+        directory.insert(workload("false", "b", "10.77.1.2"), AddressConflict::Replace);
+        assert_eq!((directory.at(address), directory.is_unclear(address)), (None, true));
+        assert!(!directory.knows(address) && !directory.is_enrolled(address));
+        // Its own node still enrols it: there its network namespace proves the address.
+        assert_eq!(directory.on_node("a").count(), 1);
+        let told: Vec<String> = directory.conflicts().map(|conflict| conflict.to_string()).collect();
+        assert_eq!(
+            told,
+            [
+                "address 10.77.1.2 is claimed by shop/false on node b and shop/victim on node a: connections to it are \
+              refused; delete the pods that do not have it"
+            ]
+        );
+        let before = directory.conflict_changes();
+        directory.remove("shop", first_to_go);
+        assert!(directory.conflict_changes() > before);
+        let left = if first_to_go == "victim" { "false" } else { "victim" };
+        assert_eq!(name_at(&directory, "10.77.1.2").as_deref(), Some(left));
+        assert!(!directory.is_unclear(address) && directory.conflicts().next().is_none());
+    }
+}
+
+#[test]
+fn a_claim_to_an_address_of_the_pods_node_or_the_own_node_is_void() {
+    let mut directory = Directory::default();
+    directory.set_own_node("a".into());
+    let addresses = |texts: &[&str]| -> Vec<IpAddr> {
+        texts.iter().map(|text| text.parse().expect("an address")).collect()
+    };
+    directory.insert(workload("victim", "c", "10.77.3.2"), AddressConflict::Replace);
+    directory.insert(workload("of-its-node", "b", "192.0.2.2"), AddressConflict::Replace);
+    directory.insert(workload("of-this-node", "b", "192.0.2.1"), AddressConflict::Replace);
+    let (a, b): (Arc<str>, Arc<str>) = ("a".into(), "b".into());
+    directory.set_node_addresses(&a, &[], &addresses(&["192.0.2.1"]));
+    // A node cannot take the address of another node's pod by listing it.
+    directory.set_node_addresses(&b, &[], &addresses(&["192.0.2.2", "10.77.3.2"]));
+    assert_eq!(name_at(&directory, "10.77.3.2").as_deref(), Some("victim"));
+    assert_eq!((name_at(&directory, "192.0.2.1"), name_at(&directory, "192.0.2.2")), (None, None));
+    directory.insert(workload("false", "b", "10.77.3.2"), AddressConflict::Replace);
+    assert_eq!(name_at(&directory, "10.77.3.2").as_deref(), Some("victim"), "not unclear either");
+    directory.set_node_addresses(&b, &addresses(&["192.0.2.2", "10.77.3.2"]), &[]);
+    assert_eq!(name_at(&directory, "192.0.2.2").as_deref(), Some("of-its-node"));
+}
+
+fn with_cgroup(name: &str, cgroup: &str) -> Workload {
+    Workload { cgroup: cgroup.into(), addresses: Vec::new(), ..workload(name, "a", "10.77.1.2") }
+}
+
+#[test]
+fn a_cgroup_is_one_workloads_and_none_is_inside_another() {
+    let on_node = |directory: &Directory| {
+        directory.on_node("a").map(|workload| workload.name.to_string()).collect::<Vec<_>>()
+    };
+    for false_claim in ["burstable/pod1", "burstable", "burstable/pod1/inner", "burstable/pod1/.."] {
+        let mut directory = Directory::default();
+        directory.insert(with_cgroup("victim", "burstable/pod1"), AddressConflict::Replace);
+        directory.insert(with_cgroup("false", false_claim), AddressConflict::Replace);
+        assert_eq!(on_node(&directory), ["victim"], "{false_claim}");
+        let told: Vec<String> = directory.conflicts().map(|conflict| conflict.to_string()).collect();
+        assert!(told.len() == 1 && told[0].starts_with("pod shop/false is not enrolled"), "{told:?}");
+        // An update of either changes nothing, and the claim ends with its workload.
+        directory.insert(with_cgroup("victim", "burstable/pod1"), AddressConflict::Replace);
+        directory.insert(with_cgroup("false", false_claim), AddressConflict::Replace);
+        assert_eq!((on_node(&directory), directory.conflicts().count()), (vec!["victim".to_owned()], 1));
+        let copy = directory.clone();
+        directory.remove("shop", "victim");
+        let expected: &[&str] = if false_claim.ends_with("..") { &[] } else { &["false"] };
+        assert_eq!(on_node(&directory), expected, "{false_claim}");
+        assert_eq!(on_node(&copy), ["victim"], "a copy keeps its own");
+        directory.remove("shop", "false");
+        assert_eq!(directory.conflicts().count(), 0);
+        directory.insert(with_cgroup("next", "burstable/pod1"), AddressConflict::Replace);
+        assert_eq!(on_node(&directory), ["next"], "nothing is left of {false_claim}");
+    }
+}
+
+#[test]
+fn the_cgroup_of_a_pod_with_the_nodes_network_is_no_other_pods() {
+    let mut directory = Directory::default();
+    assert!(directory.set_host_network(with_cgroup("proxy", "burstable/pod1")));
+    directory.insert(with_cgroup("false", "burstable/pod1"), AddressConflict::Replace);
+    assert_eq!((directory.on_node("a").count(), directory.conflicts().count()), (0, 1));
+    assert!(directory.unset_host_network("shop", "proxy"));
+    assert_eq!((directory.on_node("a").count(), directory.conflicts().count()), (1, 0));
 }
 
 #[test]
@@ -117,6 +214,8 @@ fn a_service_is_found_by_its_addresses_until_it_is_removed() {
         name: name.into(),
         namespace: "shop".into(),
         addresses: addresses.iter().map(|text| vip(text)).collect(),
+        external_ips: Vec::new(),
+        ingress_ips: Vec::new(),
         ports: Vec::new(),
         traffic: InternalTrafficPolicy::Cluster,
         affinity: Affinity::None,
@@ -135,6 +234,55 @@ fn a_service_is_found_by_its_addresses_until_it_is_removed() {
     assert_eq!(&*directory.service_at(vip("10.96.0.2")).expect("next").name, "next");
     assert_eq!(directory.services().count(), 2);
     assert!(directory.service_named("shop", "web").is_none());
+}
+
+#[test]
+fn external_addresses_are_a_services_unless_somebody_else_has_them() {
+    let address = |text: &str| text.parse::<IpAddr>().expect("an address");
+    let at = |text: &str| text.parse::<SocketAddr>().expect("an address");
+    let service = |name: &str, port: u16, external: &[&str], ingress: &[&str]| Service {
+        name: name.into(),
+        namespace: "shop".into(),
+        addresses: Vec::new(),
+        external_ips: external.iter().map(|text| address(text)).collect(),
+        ingress_ips: ingress.iter().map(|text| address(text)).collect(),
+        ports: vec![ServicePort { port, ipv4: Endpoints::default(), ipv6: Endpoints::default() }],
+        traffic: InternalTrafficPolicy::Cluster,
+        affinity: Affinity::None,
+    };
+    let name =
+        |directory: &Directory, text: &str| directory.service_for(at(text)).map(|s| s.name.to_string());
+    let mut directory = Directory::default();
+    directory.insert_service(service("web", 80, &["203.0.113.1"], &["203.0.113.2"]));
+    directory.insert_service(service("mail", 25, &[], &["203.0.113.2"]));
+    assert_eq!(name(&directory, "203.0.113.1:80").as_deref(), Some("web"));
+    assert_eq!(name(&directory, "203.0.113.2:80").as_deref(), Some("web"), "shared by port");
+    assert_eq!(name(&directory, "203.0.113.2:25").as_deref(), Some("mail"));
+    assert_eq!((name(&directory, "203.0.113.2:443"), directory.conflicts().count()), (None, 0));
+    assert!(directory.knows(address("203.0.113.2")));
+    // Another service at the same port: neither, and refused.
+    directory.insert_service(service("false", 80, &["203.0.113.2"], &[]));
+    assert_eq!(
+        (name(&directory, "203.0.113.2:80"), directory.is_unclear_at(at("203.0.113.2:80"))),
+        (None, true)
+    );
+    assert!(!directory.is_unclear_at(at("203.0.113.2:25")) && directory.conflicts().count() == 1);
+    // An external address takes nothing from a pod, nor from a node.
+    directory.insert(workload("victim", "a", "10.77.1.2"), AddressConflict::Replace);
+    directory.insert_service(service("false", 80, &["10.77.1.2", "192.0.2.1"], &[]));
+    directory.set_node_addresses(&"b".into(), &[], &[address("192.0.2.1")]);
+    assert_eq!(name_at(&directory, "10.77.1.2").as_deref(), Some("victim"));
+    assert!(
+        directory.service_at(address("10.77.1.2")).is_none() && !directory.is_unclear(address("10.77.1.2"))
+    );
+    assert!(directory.service_at(address("192.0.2.1")).is_none() && !directory.knows(address("192.0.2.1")));
+    assert_eq!(directory.conflicts().count(), 2);
+    directory.remove_service("shop", "false");
+    assert_eq!(directory.conflicts().count(), 0);
+    // Nor does a pod's claim take the address of a load balancer.
+    directory.insert(workload("false", "b", "203.0.113.2"), AddressConflict::Replace);
+    assert!(directory.is_unclear(address("203.0.113.2")) && !directory.knows(address("203.0.113.2")));
+    assert!(name(&directory, "203.0.113.2:80").is_none() && directory.conflicts().count() == 1);
 }
 
 #[test]

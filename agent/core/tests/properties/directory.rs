@@ -2,7 +2,7 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    path::Path,
+    path::{Component, Path},
     sync::Arc,
 };
 
@@ -17,6 +17,8 @@ use crate::damage::{assert_lines, damaged};
 
 const NODES: [&str; 2] = ["node-a", "node-b"];
 const NAMESPACES: [&str; 2] = ["shop", "jobs"];
+/// Some contain others, one is no path below the cgroup of all pods.
+const CGROUPS: [&str; 5] = ["x", "x/pod1", "x/pod1/inner", "y", "x/.."];
 const NAMES: [&str; 4] = ["web", "cart", "db", "batch"];
 
 /// A change of a source.
@@ -42,15 +44,16 @@ fn addresses() -> impl Strategy<Value = Vec<IpAddr>> {
 
 fn workload() -> impl Strategy<Value = Workload> {
     let protocol = prop_oneof![Just(Protocol::Tacit), Just(Protocol::None)];
-    (select(&NAMES), select(&NAMESPACES), select(&NODES), addresses(), protocol).prop_map(
-        |(name, namespace, node, addresses, protocol)| Workload {
+    let cgroup = option::of(select(&CGROUPS).prop_map(str::to_owned));
+    (select(&NAMES), select(&NAMESPACES), select(&NODES), addresses(), protocol, cgroup).prop_map(
+        |(name, namespace, node, addresses, protocol, cgroup)| Workload {
             name: name.into(),
             namespace: namespace.into(),
             identity: SpiffeId::new(&domain(), namespace, "default").expect("names"),
             addresses,
             node: node.into(),
             labels: Labels::default(),
-            cgroup: format!("{namespace}_{name}").into(),
+            cgroup: cgroup.unwrap_or_else(|| format!("{namespace}_{name}")).into(),
             protocol,
             egress: None,
             udp: None,
@@ -70,41 +73,39 @@ fn domain() -> TrustDomain {
     TrustDomain::parse("cluster.local").expect("a trust domain")
 }
 
-/// Workloads in the order in which they were added, and who holds which address.
+/// Workloads with their claims, in the order in which they were added.
 #[derive(Default, Clone)]
 struct Model {
-    workloads: Vec<Workload>,
-    holders: Vec<(IpAddr, String)>,
+    workloads: Vec<(Workload, AddressConflict)>,
 }
 
 impl Model {
     fn change(&mut self, change: Change) {
         match change {
-            Change::Remove(namespace, name) => self.remove(&format!("{namespace}/{name}")),
+            Change::Remove(namespace, name) => {
+                let name = format!("{namespace}/{name}");
+                self.workloads.retain(|(workload, _)| workload.full_name() != name);
+            }
             Change::Insert(workload, claim) => {
                 let name = workload.full_name();
-                self.remove(&name);
-                for address in &workload.addresses {
-                    if claim == AddressConflict::Replace {
-                        self.holders.retain(|(held, _)| held != address);
-                    }
-                    if self.holders.iter().all(|(held, _)| held != address) {
-                        self.holders.push((*address, name.clone()));
-                    }
-                }
-                self.workloads.push(*workload);
+                self.workloads.retain(|(old, _)| old.full_name() != name);
+                self.workloads.push((*workload, claim));
             }
         }
     }
 
-    fn remove(&mut self, full_name: &str) {
-        self.workloads.retain(|workload| workload.full_name() != full_name);
-        self.holders.retain(|(_, holder)| holder != full_name);
+    /// The only live claimant, or else the only one.
+    fn at(&self, address: IpAddr) -> Option<&Workload> {
+        let claims =
+            || self.workloads.iter().filter(move |(workload, _)| workload.addresses.contains(&address));
+        let live: Vec<_> = claims().filter(|(_, claim)| *claim == AddressConflict::Replace).collect();
+        let all: Vec<_> = if live.is_empty() { claims().collect() } else { live };
+        if let [(only, _)] = all[..] { Some(only) } else { None }
     }
 
-    fn at(&self, address: IpAddr) -> Option<&Workload> {
-        let (_, holder) = self.holders.iter().find(|(held, _)| *held == address)?;
-        self.workloads.iter().find(|workload| workload.full_name() == *holder)
+    fn named(&self, namespace: &str, name: &str) -> Option<&Workload> {
+        let mut all = self.workloads.iter().map(|(workload, _)| workload);
+        all.find(|workload| *workload.namespace == *namespace && *workload.name == *name)
     }
 }
 
@@ -117,6 +118,8 @@ fn assert_agrees(directory: &Directory, model: &Model) -> Result<(), TestCaseErr
         let expected = model.at(address);
         prop_assert_eq!(directory.at(address).map(|found| &**found), expected, "{}", address);
         prop_assert_eq!(directory.knows(address), expected.is_some());
+        let is_claimed = model.workloads.iter().any(|(workload, _)| workload.addresses.contains(&address));
+        prop_assert_eq!(directory.is_unclear(address), is_claimed && expected.is_none());
         let is_enrolled = expected.is_some_and(|workload| workload.protocol == Protocol::Tacit);
         prop_assert_eq!(directory.is_enrolled(address), is_enrolled);
         if let IpAddr::V4(v4) = address {
@@ -124,13 +127,35 @@ fn assert_agrees(directory: &Directory, model: &Model) -> Result<(), TestCaseErr
             prop_assert_eq!(mapped.map(|found| &**found), expected);
         }
     }
+    let mut told: Vec<_> = directory.conflicts().map(|conflict| conflict.to_string()).collect();
     for node in NODES {
-        let expected: Vec<&Workload> = model.workloads.iter().filter(|w| *w.node == *node).collect();
-        prop_assert_eq!(directory.on_node(node).map(|found| &**found).collect::<Vec<_>>(), expected);
+        let all: Vec<&Workload> =
+            model.workloads.iter().map(|(workload, _)| workload).filter(|w| *w.node == *node).collect();
+        let held: Vec<&Workload> = directory.on_node(node).map(|found| &**found).collect();
+        prop_assert!(held.iter().all(|workload| all.contains(workload)));
+        for (at, one) in held.iter().enumerate() {
+            prop_assert!(one.cgroup.components().all(|part| matches!(part, Component::Normal(_))));
+            for other in &held[at + 1..] {
+                let is_nested =
+                    one.cgroup.starts_with(&other.cgroup) || other.cgroup.starts_with(&one.cgroup);
+                prop_assert!(!is_nested, "{:?} and {:?}", one.cgroup, other.cgroup);
+            }
+        }
+        // Who is not there is told, and has a reason.
+        for refused in all.iter().filter(|workload| !held.contains(workload)) {
+            let start = format!("pod {} is not enrolled", refused.full_name());
+            let found = told.iter().position(|line| line.starts_with(&start));
+            prop_assert!(found.is_some(), "{} is not told in {:?}", start, told);
+            told.remove(found.unwrap_or_default());
+            let is_in_the_way = held.iter().any(|holder| {
+                holder.cgroup.starts_with(&refused.cgroup) || refused.cgroup.starts_with(&holder.cgroup)
+            });
+            prop_assert!(is_in_the_way || refused.cgroup.ends_with(".."), "{:?}", refused.cgroup);
+        }
     }
+    prop_assert!(told.iter().all(|line| line.starts_with("address ")), "{:?}", told);
     for (namespace, name) in NAMESPACES.iter().flat_map(|namespace| NAMES.map(|name| (namespace, name))) {
-        let expected = model.workloads.iter().find(|w| *w.namespace == **namespace && *w.name == *name);
-        prop_assert_eq!(directory.named(namespace, name).map(|found| &**found), expected);
+        prop_assert_eq!(directory.named(namespace, name).map(|found| &**found), model.named(namespace, name));
     }
     Ok(())
 }
@@ -174,16 +199,24 @@ proptest! {
         let mut copies = Vec::new();
         for change in changes {
             copies.push((directory.clone(), model.clone()));
+            let changed = match &change {
+                Change::Insert(workload, _) => workload.full_name(),
+                Change::Remove(namespace, name) => format!("{namespace}/{name}"),
+            };
+            let held: Vec<_> = NODES.iter().flat_map(|node| directory.on_node(node)).cloned().collect();
             match change.clone() {
                 Change::Insert(workload, claim) => directory.insert(*workload, claim),
                 Change::Remove(namespace, name) => {
                     let removed = directory.remove(namespace, name).as_deref().cloned();
-                    let known = model.workloads.iter().find(|w| *w.namespace == *namespace && *w.name == *name);
-                    prop_assert_eq!(removed.as_ref(), known);
+                    prop_assert_eq!(removed.as_ref(), model.named(namespace, name));
                 }
             }
             model.change(change);
             assert_agrees(&directory, &model)?;
+            // Nobody loses its cgroup by a change of another.
+            for holder in held.iter().filter(|holder| holder.full_name() != changed) {
+                prop_assert!(directory.on_node(&holder.node).any(|other| Arc::ptr_eq(other, holder)));
+            }
         }
         // What was published before stays as it was.
         for (directory, model) in copies {

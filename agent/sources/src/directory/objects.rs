@@ -4,7 +4,9 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use serde::Deserialize;
+use serde::{Deserialize, de::IgnoredAny};
+
+use tacit_core::directory::special_address;
 
 use crate::kubernetes::{KindName, Resource, or_default};
 
@@ -93,11 +95,22 @@ pub(super) struct Meta {
     #[serde(default, deserialize_with = "or_default")]
     pub(super) annotations: Annotations,
     pub(super) deletion_timestamp: Option<String>,
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) owner_references: Vec<OwnerReference>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+pub(super) struct OwnerReference {
+    #[serde(default)]
+    pub(super) kind: String,
+    #[serde(default)]
+    pub(super) name: String,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
 pub(super) struct Annotations {
-    /// Set on the mirror pod of a static pod: the UID that the kubelet uses for its cgroup.
+    /// Set on the mirror pod of a static pod: the UID that the kubelet uses for its cgroup. Everybody who may create pods can
+    /// write it.
     #[serde(rename = "kubernetes.io/config.mirror")]
     pub(super) mirror: Option<String>,
 }
@@ -154,6 +167,23 @@ pub(super) struct PodStatus {
     pub(super) pod_ip: Option<String>,
     #[serde(rename = "podIPs", default, deserialize_with = "or_default")]
     pub(super) pod_ips: Vec<PodIp>,
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) init_container_statuses: Vec<ContainerStatus>,
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) container_statuses: Vec<ContainerStatus>,
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) ephemeral_container_statuses: Vec<ContainerStatus>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+pub(super) struct ContainerStatus {
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) state: ContainerState,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+pub(super) struct ContainerState {
+    pub(super) running: Option<IgnoredAny>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -193,12 +223,35 @@ impl Pod {
         matches!(self.status.phase.as_str(), "Succeeded" | "Failed")
     }
 
-    /// Returns the pod's addresses, at most one of each family.
-    pub(super) fn addresses(&self) -> Vec<IpAddr> {
+    /// Returns true if the pod is deleted and no container of it runs any more, so that its addresses may be another pod's.
+    pub(super) fn is_vacated(&self) -> bool {
+        let status = &self.status;
+        let mut containers = status
+            .container_statuses
+            .iter()
+            .chain(&status.init_container_statuses)
+            .chain(&status.ephemeral_container_statuses);
+        self.metadata.deletion_timestamp.is_some() && containers.all(|one| one.state.running.is_none())
+    }
+
+    /// Returns true if the pod's owner is its node, as that of a mirror pod is.
+    pub(super) fn is_owned_by_its_node(&self) -> bool {
+        let node = &self.spec.node_name;
+        self.metadata.owner_references.iter().any(|owner| owner.kind == "Node" && owner.name == *node)
+    }
+
+    /// Returns the pod's addresses, at most one of each family. An address that no pod has is left out, with a message in
+    /// `invalid`.
+    pub(super) fn addresses(&self, invalid: &mut Vec<String>) -> Vec<IpAddr> {
         let listed = self.status.pod_ips.iter().map(|ip| ip.ip.as_str()).chain(self.status.pod_ip.as_deref());
         let mut addresses: Vec<IpAddr> = Vec::with_capacity(2);
         for address in listed.filter_map(|text| text.parse::<IpAddr>().ok()).map(|ip| ip.to_canonical()) {
-            if !addresses.iter().any(|other| other.is_ipv4() == address.is_ipv4()) {
+            if let Some(what) = special_address(address) {
+                let problem = format!("address {address} is not used: it is a {what} address");
+                if !invalid.contains(&problem) {
+                    invalid.push(problem);
+                }
+            } else if !addresses.iter().any(|other| other.is_ipv4() == address.is_ipv4()) {
                 addresses.push(address);
             }
         }
@@ -211,6 +264,29 @@ pub(super) struct Service {
     pub(super) metadata: Meta,
     #[serde(default)]
     pub(super) spec: ServiceSpec,
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) status: ServiceStatus,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct ServiceStatus {
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) load_balancer: LoadBalancer,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub(super) struct LoadBalancer {
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) ingress: Vec<Ingress>,
+}
+
+/// An address of a load balancer. With the mode `Proxy` the load balancer itself serves it, and nodes do not.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Ingress {
+    pub(super) ip: Option<String>,
+    pub(super) ip_mode: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -221,6 +297,8 @@ pub(super) struct ServiceSpec {
     /// Since 1.20. Older servers have only `clusterIP`.
     #[serde(rename = "clusterIPs", default, deserialize_with = "or_default")]
     pub(super) cluster_ips: Vec<String>,
+    #[serde(rename = "externalIPs", default, deserialize_with = "or_default")]
+    pub(super) external_ips: Vec<String>,
     #[serde(default, deserialize_with = "or_default")]
     pub(super) ports: Vec<ServicePort>,
     pub(super) internal_traffic_policy: Option<String>,

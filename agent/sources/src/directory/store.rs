@@ -6,28 +6,31 @@
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
+    net::IpAddr,
     sync::Arc,
 };
 
-use tacit_core::directory::{AddressConflict, Directory, Protocol, Workload};
+use tacit_core::directory::{Directory, Protocol, Workload};
 
 use super::{
     EnrolLabel, LocalNode,
-    objects::{Meta, Object, Pod, ResourceKind},
+    objects::{Meta, Object, ResourceKind},
 };
 use crate::kubernetes::{self, InvalidObjects};
 
 mod interner;
+mod pods;
+mod problems;
 mod range_discovery;
 mod services;
 
 use interner::Interner;
+use problems::Problems;
 use range_discovery::RangeDiscovery;
 use services::{ServiceRecord, SliceRecord};
 
 /// Maximum number of deleted pods of this node that are kept until their last process exits. More than run on a node.
 const DEPARTED_MAX: usize = 512;
-const DEFAULT_ACCOUNT: &str = "default";
 
 /// A change in the cluster.
 pub(super) type Change = kubernetes::Change<ResourceKind, Object>;
@@ -49,14 +52,20 @@ pub(super) struct DirectoryStore {
     departed: VecDeque<Arc<Workload>>,
     interner: Interner,
     range_discovery: RangeDiscovery,
+    /// Pods with the cgroup that an annotation names.
+    mirrors: HashSet<String>,
+    problems: Problems,
     changed: bool,
 }
 
 impl DirectoryStore {
     pub(super) fn new(enrol: EnrolLabel, local_node: LocalNode) -> Self {
+        let mut directory = Directory::default().within(Arc::clone(&local_node.ranges));
+        directory.set_own_node(Arc::clone(&local_node.node));
         Self {
             enrol,
-            directory: Directory::default().within(Arc::clone(&local_node.ranges)),
+            directory,
+            range_discovery: RangeDiscovery::new(Arc::clone(&local_node.ranges)),
             local_node,
             namespaces: HashMap::new(),
             services: HashMap::new(),
@@ -66,7 +75,8 @@ impl DirectoryStore {
             listed: BTreeSet::new(),
             departed: VecDeque::new(),
             interner: Interner::default(),
-            range_discovery: RangeDiscovery::default(),
+            mirrors: HashSet::new(),
+            problems: Problems::default(),
             changed: true,
         }
     }
@@ -80,7 +90,11 @@ impl DirectoryStore {
             Object::Pod(pod) => self.pod(*pod),
             Object::Service(service) => self.service(*service),
             Object::Slice(slice) => self.slice(*slice),
-            Object::Node(node) => self.range_discovery.node(*node),
+            Object::Node(node) => {
+                let name = node.metadata.name.clone();
+                let (before, now) = self.range_discovery.node(*node);
+                self.node_addresses(&name, &before, &now);
+            }
             Object::ServiceCidr(cidr) => self.range_discovery.service_cidr(*cidr),
         }
     }
@@ -97,7 +111,11 @@ impl DirectoryStore {
                 self.rebuild(name);
             }
             ResourceKind::EndpointSlices => self.remove_slice(name),
-            ResourceKind::Nodes | ResourceKind::ServiceCidrs => self.range_discovery.remove(kind, name),
+            ResourceKind::Nodes => {
+                let before = self.range_discovery.remove(kind, name);
+                self.node_addresses(name, &before, &[]);
+            }
+            ResourceKind::ServiceCidrs => drop(self.range_discovery.remove(kind, name)),
         }
     }
 
@@ -108,7 +126,8 @@ impl DirectoryStore {
             ResourceKind::Namespaces => not_in(&seen, self.namespaces.keys().cloned()),
             ResourceKind::Pods => {
                 let pods = self.directory.iter().chain(self.directory.host_network());
-                not_in(&seen, pods.map(|workload| workload.full_name()))
+                let names = pods.map(|workload| workload.full_name());
+                not_in(&seen, names.chain(self.problems.pods().cloned()))
             }
             ResourceKind::Services => not_in(&seen, self.services.keys().cloned()),
             ResourceKind::EndpointSlices => not_in(&seen, self.slices.keys().cloned()),
@@ -141,89 +160,17 @@ impl DirectoryStore {
             let own = workload.labels.get(&self.enrol.name).map(|value| value == self.enrol.value);
             let protocol = protocol(own.unwrap_or(enrols));
             if protocol != workload.protocol {
-                // An address that another pod took over stays with that pod.
-                self.insert(Workload { protocol, ..(*workload).clone() }, AddressConflict::Keep);
+                let claim = self.directory.claim_of(&workload.namespace, &workload.name);
+                self.insert(Workload { protocol, ..(*workload).clone() }, claim);
             }
         }
     }
 
-    fn pod(&mut self, pod: Pod) {
-        let name = full_name(&pod.metadata);
-        if pod.has_ended() || pod.spec.node_name.is_empty() {
-            return self.end_pod(&name);
-        }
-        let is_ending = pod.metadata.deletion_timestamp.is_some();
-        let host_network = pod.spec.host_network;
-        let Some(workload) = self.workload(pod) else { return self.end_pod(&name) };
-        let is_here = workload.node == self.local_node.node;
-        if host_network {
-            self.directory.remove(&workload.namespace, &workload.name);
-            if is_here && self.directory.set_host_network(workload) {
-                self.changed = true;
-            }
-            return;
-        }
-        // A pod of another node is unreachable until it has an address. A pod of this node must be covered before.
-        if workload.addresses.is_empty() && !is_here {
-            return self.end_pod(&name);
-        }
-        if self.directory.named(&workload.namespace, &workload.name).is_some_and(|known| **known == workload)
-        {
-            return;
-        }
-        let claim = if is_ending { AddressConflict::Keep } else { AddressConflict::Replace };
-        self.insert(workload, claim);
-    }
-
-    fn insert(&mut self, workload: Workload, claim: AddressConflict) {
-        if workload.protocol == Protocol::Tacit {
-            self.range_discovery.enrolled(&workload.addresses, self.directory.ranges());
-        }
-        self.directory.insert(workload, claim);
-        self.changed = true;
-    }
-
-    /// Returns `None` if the pod's names cannot form an identity. Such a pod is unknown to the mesh.
-    fn workload(&mut self, pod: Pod) -> Option<Workload> {
-        let enrols = self.label(&pod.metadata);
-        let enrols = enrols.unwrap_or_else(|| self.namespaces.get(&pod.metadata.namespace) == Some(&true));
-        let uid = pod.metadata.annotations.mirror.as_ref().unwrap_or(&pod.metadata.uid);
-        // Only the agent of its node uses the cgroup.
-        let is_here = *pod.spec.node_name == *self.local_node.node;
-        let cgroup =
-            if is_here { self.local_node.cgroups.pod(uid, pod.status.qos_class) } else { Default::default() };
-        let account = match pod.spec.service_account_name.as_str() {
-            "" => DEFAULT_ACCOUNT,
-            account => account,
-        };
-        let identity = self.interner.identity(&self.local_node, &pod.metadata.namespace, account)?;
-        Some(Workload {
-            namespace: self.interner.intern(&pod.metadata.namespace),
-            node: self.interner.intern(&pod.spec.node_name),
-            addresses: pod.addresses(),
-            name: pod.metadata.name.into(),
-            labels: self.interner.labels(&pod.metadata.labels),
-            identity,
-            cgroup,
-            protocol: protocol(enrols),
-            egress: None,
-            udp: None,
-        })
-    }
-
-    fn end_pod(&mut self, name: &str) {
-        let Some((namespace, name)) = name.split_once('/') else { return };
-        if self.directory.unset_host_network(namespace, name) {
+    fn node_addresses(&mut self, node: &str, before: &[IpAddr], now: &[IpAddr]) {
+        if before != now {
+            self.directory.set_node_addresses(&self.interner.intern(node), before, now);
+            self.range_discovery.node_addresses_changed(self.directory.ranges());
             self.changed = true;
-        }
-        let Some(workload) = self.directory.remove(namespace, name) else { return };
-        self.changed = true;
-        if workload.node == self.local_node.node && workload.protocol == Protocol::Tacit {
-            self.departed.push_back(workload);
-            if self.departed.len() > DEPARTED_MAX {
-                self.departed.pop_front();
-            }
-            self.directory.set_departed(self.departed.iter().cloned().collect());
         }
     }
 }
@@ -255,16 +202,21 @@ impl kubernetes::ObjectStore for DirectoryStore {
             return None;
         }
         // Publish a new range together with the pod or service that requires it.
-        self.changed |= self.range_discovery.add_pending(&mut self.directory);
+        self.changed |= self.range_discovery.update(&mut self.directory);
+        self.changed |= self.problems.update(&self.directory);
         std::mem::take(&mut self.changed).then(|| self.directory.clone())
     }
 
     fn warnings(&mut self) -> Vec<String> {
-        self.range_discovery.warnings()
+        self.problems.warnings().into_iter().chain(self.range_discovery.warnings()).collect()
     }
 
     fn invalid_objects(&self) -> InvalidObjects {
-        self.range_discovery.invalid_objects()
+        let mut all = self.problems.invalid_objects();
+        let ranges = self.range_discovery.invalid_objects();
+        all.list.extend(ranges.list);
+        all.total += ranges.total;
+        all
     }
 }
 

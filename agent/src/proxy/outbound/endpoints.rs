@@ -155,6 +155,8 @@ mod tests {
             name: "web".into(),
             namespace: "shop".into(),
             addresses: vec![IpAddr::from([10, 96, 0, 1])],
+            external_ips: Vec::new(),
+            ingress_ips: Vec::new(),
             ports: vec![ServicePort { port: 80, ipv4, ipv6: Ready::default() }],
             traffic: InternalTrafficPolicy::Cluster,
             affinity: Affinity::None,

@@ -99,6 +99,8 @@ fn service<'a>(
         name: name.into(),
         namespace: namespace.into(),
         addresses: addresses?,
+        external_ips: Vec::new(),
+        ingress_ips: Vec::new(),
         ports: ports.into_iter().collect::<Option<_>>()?,
         traffic: traffic?,
         affinity: if by_client? { Affinity::ClientIp(after) } else { Affinity::None },

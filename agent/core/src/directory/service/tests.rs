@@ -25,6 +25,8 @@ fn service(traffic: InternalTrafficPolicy) -> Service {
         name: "web".into(),
         namespace: "shop".into(),
         addresses: vec!["10.96.0.1".parse().expect("an address"), "fd96::1".parse().expect("an address")],
+        external_ips: Vec::new(),
+        ingress_ips: Vec::new(),
         ports: vec![
             ServicePort { port: 80, ipv4, ipv6 },
             ServicePort { port: 81, ipv4: ending, ipv6: Endpoints::default() },

@@ -6,9 +6,11 @@
 //! | a ServiceCIDR: `spec.cidrs` | the CIDR |
 //! | an enrolled pod, a service with an enrolled endpoint | each of its addresses outside all other ranges |
 //!
-//! A range is kept until the agent exits, even if its source is deleted. An unnecessary range costs a plaintext connection
-//! through the agent, but a missing range leaves traffic unprotected. Ranges that contain a node's address are refused, because
-//! only pods and services belong to the mesh. Refused ranges and ranges beyond the limit are reported, and the pods in them are
+//! Configured ranges always stay. A range whose source is gone stays until the last address is gone for which it is needed: one of
+//! an enrolled pod or of a service, in no other range. An address goes with its pod or service.
+//!
+//! A node can report any address as its own. Such an address is cut out of the range that contains it, unless a pod or a service
+//! has it, and no range is refused for it. Refused ranges and ranges beyond the limit are reported, and the pods in them are
 //! covered by their addresses.
 
 use std::{
@@ -26,6 +28,15 @@ use crate::kubernetes::InvalidObjects;
 
 /// Maximum number of ranges of one object. Clusters that have outgrown a range add more.
 const PER_OBJECT_MAX: usize = 16;
+/// Maximum number of addresses of one node that are read. Nodes have some for each network.
+const NODE_ADDRESSES_MAX: usize = 64;
+/// Maximum number of addresses of one node that are cut out of ranges. Few nodes have one in a range of pods.
+const CUT_PER_NODE_MAX: usize = 4;
+/// Maximum number of addresses that are cut out of ranges. Each splits a range into up to 24 (IPv4) or 96 (IPv6) parts.
+const CUT_MAX: usize = 256;
+/// Maximum number of ranges that are kept for their addresses after their source is gone. Then the addresses are covered one
+/// by one.
+const RETIRED_MAX: usize = 4096;
 /// Maximum number of refused ranges in a report. The rest is counted.
 const REPORTED_MAX: usize = 20;
 
@@ -34,9 +45,20 @@ const REPORTED_MAX: usize = 20;
 pub(super) struct RangeDiscovery {
     sources: BTreeMap<(ResourceKind, String), RangeSource>,
     sources_changed: bool,
-    /// Addresses of all nodes.
-    node_addresses: BTreeSet<IpAddr>,
-    /// New addresses of enrolled pods outside all ranges.
+    configured: Arc<Ranges>,
+    /// Ranges without a source.
+    retired: Vec<IpNet>,
+    /// Number of enrolled pods and services with each address.
+    in_use: BTreeMap<IpAddr, u32>,
+    /// Addresses that are ranges of their own.
+    single: BTreeSet<IpAddr>,
+    /// True if a retired range may no longer be needed.
+    may_shrink: bool,
+    /// True if retired ranges were forgotten.
+    is_overflowing: bool,
+    /// Single addresses that were out of use since the last update.
+    gone: Vec<IpAddr>,
+    /// Addresses in use that may be outside all ranges.
     new_addresses: Vec<IpAddr>,
     /// True if pods were enrolled, so that services may have enrolled endpoints.
     enrolled: bool,
@@ -76,7 +98,12 @@ impl RangeSource {
 }
 
 impl RangeDiscovery {
-    pub(super) fn node(&mut self, node: Node) {
+    pub(super) fn new(configured: Arc<Ranges>) -> Self {
+        Self { configured, ..Self::default() }
+    }
+
+    /// Records a node. Returns its addresses before and now.
+    pub(super) fn node(&mut self, node: Node) -> (Vec<IpAddr>, Vec<IpAddr>) {
         let mut source = RangeSource::default();
         let listed = node.spec.pod_cidrs.iter().enumerate();
         let listed = listed.map(|(index, text)| (format!("spec.podCIDRs[{index}]"), text.as_str()));
@@ -87,8 +114,10 @@ impl RangeDiscovery {
         source.read(&format!("Node {}", node.metadata.name), listed.chain(single));
         // Host names fail to parse and are skipped.
         let addresses = node.status.addresses.iter().filter_map(|listed| listed.address.parse().ok());
-        source.addresses.extend(addresses.map(|address: IpAddr| address.to_canonical()));
-        self.set((ResourceKind::Nodes, node.metadata.name), source);
+        let addresses = addresses.map(|address: IpAddr| address.to_canonical());
+        source.addresses.extend(addresses.take(NODE_ADDRESSES_MAX));
+        let now = source.addresses.clone();
+        (self.set((ResourceKind::Nodes, node.metadata.name), source), now)
     }
 
     pub(super) fn service_cidr(&mut self, object: ServiceCidr) {
@@ -99,15 +128,41 @@ impl RangeDiscovery {
         self.set((ResourceKind::ServiceCidrs, object.metadata.name), source);
     }
 
-    fn set(&mut self, key: (ResourceKind, String), source: RangeSource) {
-        if self.sources.get(&key) != Some(&source) {
-            self.sources.insert(key, source);
-            self.sources_changed = true;
+    /// Replaces a source. Returns the addresses that it had.
+    fn set(&mut self, key: (ResourceKind, String), source: RangeSource) -> Vec<IpAddr> {
+        match self.sources.get(&key) {
+            Some(known) if *known == source => source.addresses,
+            _ => {
+                self.sources_changed = true;
+                let ranges: BTreeSet<IpNet> = source.ranges.iter().map(|(range, _)| *range).collect();
+                let before = self.sources.insert(key, source);
+                self.retire(before.as_ref(), &ranges);
+                before.map(|before| before.addresses).unwrap_or_default()
+            }
         }
     }
 
-    pub(super) fn remove(&mut self, kind: ResourceKind, name: &str) {
-        self.sources_changed |= self.sources.remove(&(kind, name.to_owned())).is_some();
+    /// Removes a source. Returns the addresses that it had.
+    pub(super) fn remove(&mut self, kind: ResourceKind, name: &str) -> Vec<IpAddr> {
+        let before = self.sources.remove(&(kind, name.to_owned()));
+        self.sources_changed |= before.is_some();
+        self.retire(before.as_ref(), &BTreeSet::new());
+        before.map(|before| before.addresses).unwrap_or_default()
+    }
+
+    fn retire(&mut self, before: Option<&RangeSource>, now: &BTreeSet<IpNet>) {
+        let ranges = before.into_iter().flat_map(|source| &source.ranges).map(|(range, _)| *range);
+        for range in ranges.filter(|range| !now.contains(range)) {
+            self.may_shrink = true;
+            if self.retired.len() == RETIRED_MAX {
+                // Their addresses are covered one by one.
+                self.retired.clear();
+                self.is_overflowing = true;
+            }
+            if !self.retired.contains(&range) {
+                self.retired.push(range);
+            }
+        }
     }
 
     pub(super) fn names(&self, kind: ResourceKind) -> Vec<String> {
@@ -117,11 +172,43 @@ impl RangeDiscovery {
     /// Records an enrolled pod's addresses.
     pub(super) fn enrolled(&mut self, addresses: &[IpAddr], ranges: &Ranges) {
         self.enrolled = true;
+        self.used(addresses);
         self.new_addresses.extend(addresses.iter().filter(|address| !ranges.contains(**address)));
+    }
+
+    /// Records that addresses of a pod or a service are in use.
+    fn used(&mut self, addresses: &[IpAddr]) {
+        for address in addresses {
+            *self.in_use.entry(*address).or_default() += 1;
+        }
+    }
+
+    /// Records that a pod or a service no longer uses addresses.
+    pub(super) fn unused(&mut self, addresses: &[IpAddr]) {
+        for address in addresses {
+            let Some(count) = self.in_use.get_mut(address) else { continue };
+            *count -= 1;
+            if *count == 0 {
+                self.in_use.remove(address);
+                let is_in = |range: &IpNet| range.contains(address);
+                self.may_shrink |= self.retired.iter().any(is_in);
+                if self.single.contains(address) {
+                    self.gone.push(*address);
+                }
+            }
+        }
+    }
+
+    /// Records that other nodes' addresses are known: pods may have addresses that they did not have before.
+    pub(super) fn node_addresses_changed(&mut self, ranges: &Ranges) {
+        let outside = self.in_use.keys().filter(|address| !ranges.contains(**address));
+        self.new_addresses = outside.copied().collect();
+        self.sources_changed = true;
     }
 
     /// Records a new or changed service.
     pub(super) fn service(&mut self, name: &str, addresses: &[IpAddr], ranges: &Ranges) {
+        self.used(addresses);
         if addresses.iter().all(|address| ranges.contains(*address)) {
             return self.remove_service(name);
         }
@@ -134,47 +221,86 @@ impl RangeDiscovery {
         self.changed_services.remove(name);
     }
 
-    /// Adds the pending ranges to the directory. Returns true if the status must be published.
-    pub(super) fn add_pending(&mut self, directory: &mut Directory) -> bool {
+    /// Brings the directory's ranges up to date. Returns true if the status must be published.
+    pub(super) fn update(&mut self, directory: &mut Directory) -> bool {
         let mut ranges = Arc::clone(directory.ranges());
-        let is_changed = mem::take(&mut self.sources_changed) && self.add_source_ranges(&mut ranges);
+        let mut is_changed = false;
+        let sources_changed = mem::take(&mut self.sources_changed);
+        let mut gone = mem::take(&mut self.gone);
+        gone.retain(|address| !self.in_use.contains_key(address) && self.single.remove(address));
+        if mem::take(&mut self.may_shrink) || sources_changed {
+            let (rebuilt, refusals_changed) = self.rebuild(directory);
+            is_changed = refusals_changed;
+            if let Some(rebuilt) = rebuilt.succeeding(&ranges) {
+                ranges = Arc::new(rebuilt);
+            }
+        } else {
+            for address in gone {
+                Arc::make_mut(&mut ranges).remove_address(address);
+            }
+        }
         for address in mem::take(&mut self.new_addresses) {
-            if directory.is_enrolled(address) {
+            // Of an unclear address one claimant is right: it is one of the mesh.
+            if directory.is_enrolled(address) || directory.is_unclear(address) {
                 self.add_address(&mut ranges, address);
             }
         }
         self.add_service_addresses(directory, &mut ranges);
-        let has_grown = ranges != *directory.ranges();
-        if has_grown {
+        let has_changed = ranges != *directory.ranges();
+        if has_changed {
             directory.set_ranges(ranges);
         }
-        has_grown || is_changed
+        has_changed || is_changed
     }
 
-    /// Recomputes the ranges of nodes and ServiceCIDRs. Returns true if the refused ranges have changed.
-    fn add_source_ranges(&mut self, ranges: &mut Arc<Ranges>) -> bool {
-        self.node_addresses = self.sources.values().flat_map(|source| &source.addresses).copied().collect();
+    /// Builds the ranges anew. Returns them, and true if the refused ranges have changed.
+    fn rebuild(&mut self, directory: &Directory) -> (Ranges, bool) {
+        let cut = self.cut(directory);
+        let mut ranges = (*self.configured).clone();
         let mut refused = Vec::new();
         for source in self.sources.values() {
             refused.extend(source.refused.iter().cloned());
             for (range, name) in &source.ranges {
-                if ranges.covers(range) {
-                    continue;
-                }
-                let mut nodes = self.node_addresses.range(range.network()..=range.broadcast());
-                if let Some(address) = nodes.next() {
-                    refused.push(format!("{name}: contains the address {address} of a node"));
-                } else if Arc::make_mut(ranges).add(*range) == RangeAddition::Full {
+                if add_without(&mut ranges, *range, &cut) == RangeAddition::Full {
                     refused.push(format!("{name}: too many ranges; write a larger range that contains this one in meshRanges or serviceRanges"));
                 }
             }
+        }
+        // Measured by the ranges that have a source.
+        let kept = ranges.clone();
+        let in_use = &self.in_use;
+        self.retired.retain(|range| {
+            let mut inside = in_use.range(range.network()..=range.broadcast());
+            inside.any(|(address, _)| !kept.contains(*address))
+        });
+        for range in &self.retired {
+            add_without(&mut ranges, *range, &cut);
+        }
+        self.single.retain(|address| !ranges.contains(*address));
+        for address in &self.single {
+            ranges.add(IpNet::from(*address));
+        }
+        if mem::take(&mut self.is_overflowing) {
+            let outside = self.in_use.keys().filter(|address| !ranges.contains(**address));
+            self.new_addresses.extend(outside);
+            self.enrolled = true;
         }
         let before: HashSet<String> = mem::replace(&mut self.refused, refused).into_iter().collect();
         let new: Vec<String> = self.refused.iter().filter(|line| !before.contains(*line)).cloned().collect();
         self.refusals += new.len() as u64;
         let is_changed = !new.is_empty() || before.len() != self.refused.len();
         self.unlogged.extend(new);
-        is_changed
+        (ranges, is_changed)
+    }
+
+    /// Returns the addresses of nodes that are cut out of ranges: those that no pod and no service has.
+    fn cut(&self, directory: &Directory) -> BTreeSet<IpAddr> {
+        let is_free = |address: &&IpAddr| !directory.knows(**address) && !directory.is_unclear(**address);
+        let of_nodes = self
+            .sources
+            .values()
+            .flat_map(|source| source.addresses.iter().filter(is_free).take(CUT_PER_NODE_MAX));
+        of_nodes.take(CUT_MAX).copied().collect()
     }
 
     fn add_service_addresses(&mut self, directory: &Directory, ranges: &mut Arc<Ranges>) {
@@ -186,22 +312,23 @@ impl RangeDiscovery {
                 full.split_once('/').and_then(|(namespace, name)| directory.service_named(namespace, name));
             let Some(service) = named else { continue };
             if directory.has_enrolled_endpoint(service) {
-                service.addresses.iter().for_each(|address| self.add_address(ranges, *address));
+                let addresses = service.all_addresses();
+                let addresses = addresses.filter(|address| directory.is_service_address(service, *address));
+                addresses.for_each(|address| self.add_address(ranges, address));
             }
-            if service.addresses.iter().all(|address| ranges.contains(*address)) {
+            if service.all_addresses().all(|address| ranges.contains(address)) {
                 self.uncovered_services.remove(&full);
             }
         }
     }
 
     /// Adds an address. An address that cannot be added is reported as uncovered.
-    fn add_address(&self, ranges: &mut Arc<Ranges>, address: IpAddr) {
-        let is_of_node = self.node_addresses.contains(&address);
-        if !is_of_node
-            && !ranges.contains(address)
+    fn add_address(&mut self, ranges: &mut Arc<Ranges>, address: IpAddr) {
+        if !ranges.contains(address)
             && let Ok(range) = discovered_range(&IpNet::from(address).to_string())
+            && Arc::make_mut(ranges).add(range) == RangeAddition::New
         {
-            Arc::make_mut(ranges).add(range);
+            self.single.insert(address);
         }
     }
 
@@ -219,8 +346,22 @@ impl RangeDiscovery {
     }
 }
 
+/// Adds a range without some addresses.
+fn add_without(ranges: &mut Ranges, range: IpNet, cut: &BTreeSet<IpAddr>) -> RangeAddition {
+    if ranges.covers(&range) {
+        return RangeAddition::Known;
+    }
+    if cut.range(range.network()..=range.broadcast()).next().is_none() {
+        return ranges.add(range);
+    }
+    let halves = range.subnets(range.prefix_len() + 1).into_iter().flatten();
+    let added = halves.map(|half| add_without(ranges, half, cut));
+    // An address of its own has no halves and is left out.
+    added.fold(RangeAddition::Known, |all, one| if all == RangeAddition::Full { all } else { one })
+}
+
 /// Truncates a list to [`REPORTED_MAX`] lines.
-fn truncated(lines: &[String]) -> Vec<String> {
+pub(super) fn truncated(lines: &[String]) -> Vec<String> {
     let more = lines.len().saturating_sub(REPORTED_MAX);
     let rest = (more > 0).then(|| format!("and {more} more"));
     lines.iter().take(REPORTED_MAX).cloned().chain(rest).collect()

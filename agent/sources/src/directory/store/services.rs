@@ -4,22 +4,28 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use tacit_core::directory::{
     self, Affinity, Endpoint, EndpointCondition, Endpoints, InternalTrafficPolicy, ServicePort,
+    special_address,
 };
 
 use super::{
-    super::objects::{Conditions, Service, ServiceSpec, Slice, SlicePort},
+    super::objects::{Conditions, Service, ServiceSpec, ServiceStatus, Slice, SlicePort},
     DirectoryStore, full_name,
 };
 
 /// Label of a slice with the name of its service.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 const HEADLESS: &str = "None";
+/// Value of `ipMode` of an address that the load balancer itself serves.
+const PROXY: &str = "Proxy";
+/// Maximum number of external addresses, and of load balancer addresses, of one service.
+const OUTER_MAX: usize = 64;
 /// Default of `sessionAffinityConfig.clientIP.timeoutSeconds` in Kubernetes.
 const AFFINITY: Duration = Duration::from_secs(10_800);
 
 #[derive(Debug)]
 pub(super) struct ServiceRecord {
     spec: ServiceSpec,
+    status: ServiceStatus,
     namespace: Arc<str>,
     name: Arc<str>,
 }
@@ -37,6 +43,7 @@ impl DirectoryStore {
         let full = full_name(&service.metadata);
         let record = ServiceRecord {
             spec: service.spec,
+            status: service.status,
             namespace: self.interner.intern(&service.metadata.namespace),
             name: service.metadata.name.into(),
         };
@@ -90,6 +97,7 @@ impl DirectoryStore {
             if let Some((namespace, name)) = full.split_once('/')
                 && self.directory.service_named(namespace, name).is_some()
             {
+                self.forget_service_addresses(full);
                 self.directory.remove_service(namespace, name);
                 self.changed = true;
             }
@@ -100,9 +108,22 @@ impl DirectoryStore {
         let service = build(record, &slices);
         let known = self.directory.service_named(&record.namespace, &record.name);
         if known.is_none_or(|known| **known != service) {
-            self.range_discovery.service(full, &service.addresses, self.directory.ranges());
+            let addresses: Vec<IpAddr> = service.all_addresses().collect();
+            self.range_discovery.service(full, &addresses, self.directory.ranges());
+            self.forget_service_addresses(full);
             self.directory.insert_service(service);
             self.changed = true;
+        }
+    }
+}
+
+impl DirectoryStore {
+    /// Records that the service of the directory no longer uses its addresses.
+    fn forget_service_addresses(&mut self, full: &str) {
+        let Some((namespace, name)) = full.split_once('/') else { return };
+        if let Some(service) = self.directory.service_named(namespace, name) {
+            let addresses: Vec<IpAddr> = service.all_addresses().collect();
+            self.range_discovery.unused(&addresses);
         }
     }
 }
@@ -110,12 +131,11 @@ impl DirectoryStore {
 fn build(record: &ServiceRecord, slices: &[&SliceRecord]) -> directory::Service {
     let spec = &record.spec;
     let listed = spec.cluster_ips.iter().chain(&spec.cluster_ip);
-    let mut addresses: Vec<IpAddr> = Vec::new();
-    for address in listed.filter(|text| *text != HEADLESS).filter_map(|text| text.parse::<IpAddr>().ok()) {
-        if !addresses.contains(&address) {
-            addresses.push(address);
-        }
-    }
+    let addresses = parsed(listed.filter(|text| *text != HEADLESS));
+    let external_ips = parsed(spec.external_ips.iter().take(OUTER_MAX));
+    let ingress = record.status.load_balancer.ingress.iter().take(OUTER_MAX);
+    let served_by_nodes = ingress.filter(|ingress| ingress.ip_mode.as_deref() != Some(PROXY));
+    let ingress_ips = parsed(served_by_nodes.filter_map(|ingress| ingress.ip.as_ref()));
     // Clients of a headless service connect to endpoint addresses from DNS.
     let slices = if addresses.is_empty() { &[] } else { slices };
     let tcp = spec.ports.iter().filter(|port| is_tcp(port.protocol.as_deref()));
@@ -134,9 +154,23 @@ fn build(record: &ServiceRecord, slices: &[&SliceRecord]) -> directory::Service 
         namespace: Arc::clone(&record.namespace),
         ports: ports.collect(),
         addresses,
+        external_ips,
+        ingress_ips,
         traffic: if is_local { InternalTrafficPolicy::Local } else { InternalTrafficPolicy::Cluster },
         affinity: if is_sticky { Affinity::ClientIp(time) } else { Affinity::None },
     }
+}
+
+/// Returns the addresses in a list, without those that no service has.
+fn parsed<'a>(texts: impl Iterator<Item = &'a String>) -> Vec<IpAddr> {
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    let all = texts.filter_map(|text| text.parse::<IpAddr>().ok()).map(|address| address.to_canonical());
+    for address in all.filter(|address| special_address(*address).is_none()) {
+        if !addresses.contains(&address) {
+            addresses.push(address);
+        }
+    }
+    addresses
 }
 
 /// Returns the endpoints of a slice at the named port. The port number is in the slice, because a named target port may have

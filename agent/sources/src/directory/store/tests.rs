@@ -11,13 +11,17 @@ use tacit_core::{
 use super::{
     super::{
         CgroupLayout,
-        objects::{Namespace, Service, Slice},
+        objects::{Namespace, Pod, Service, Slice},
     },
     *,
 };
 use crate::kubernetes::{ObjectStore as _, Resource};
 
+mod claims;
 mod ranges;
+
+/// A UID that the kubelet makes for a static pod.
+const HASH: &str = "0123456789abcdef0123456789abcdef";
 
 fn store() -> DirectoryStore {
     let local_node = LocalNode {
@@ -52,7 +56,7 @@ fn namespace(name: &str, label: Option<&str>) -> Object {
 fn pod(name: &str, node: &str, ip: &str, change: impl FnOnce(&mut Value)) -> Object {
     let mut value = json!({
         "metadata": {
-            "name": name, "namespace": "shop", "uid": format!("uid-{name}"), "resourceVersion": "7",
+            "name": name, "namespace": "shop", "uid": uid(name), "resourceVersion": "7",
             "labels": {"app": "web"}, "annotations": {"other": "x"}, "managedFields": [{"manager": "kubelet"}],
         },
         "spec": {"nodeName": node, "serviceAccountName": "web", "containers": [{"name": "c", "image": "i"}]},
@@ -61,6 +65,11 @@ fn pod(name: &str, node: &str, ip: &str, change: impl FnOnce(&mut Value)) -> Obj
     });
     change(&mut value);
     object::<Pod>(value)
+}
+
+/// Returns a UID of the pod of this name.
+fn uid(name: &str) -> String {
+    name.bytes().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn as_is(_: &mut Value) {}
@@ -82,11 +91,12 @@ fn the_fields_of_a_pod_are_decoded() {
     })));
     let web = store.directory.named("shop", "web-1").expect("known");
     assert_eq!(web.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/web");
-    assert_eq!(web.cgroup, Path::new("burstable/poduid-web-1"));
+    assert_eq!(web.cgroup, Path::new(&format!("burstable/pod{}", uid("web-1"))));
     assert_eq!((&*web.node, web.labels.iter().count(), web.protocol), ("a", 1, Protocol::Tacit));
     assert_eq!((at(&store, "10.77.1.2"), at(&store, "fd77::2")), (Some("web-1"), Some("web-1")));
     store.apply_change(Change::Applied(pod("static", "a", "10.77.1.3", |value| {
-        value["metadata"]["annotations"] = json!({"kubernetes.io/config.mirror": "0123abcd"});
+        value["metadata"]["annotations"] = json!({"kubernetes.io/config.mirror": HASH});
+        value["metadata"]["ownerReferences"] = json!([{"apiVersion": "v1", "kind": "Node", "name": "a"}]);
         value["status"]["qosClass"] = json!("Guaranteed");
         value["spec"]["serviceAccountName"] = json!(null);
         value["spec"].as_object_mut().expect("spec").remove("serviceAccountName");
@@ -94,7 +104,7 @@ fn the_fields_of_a_pod_are_decoded() {
     let fixed = store.directory.named("shop", "static").expect("known");
     assert_eq!(
         (fixed.cgroup.as_path(), fixed.identity.to_string()),
-        (Path::new("pod0123abcd"), "spiffe://cluster.local/ns/shop/sa/default".to_owned())
+        (Path::new(&format!("pod{HASH}")), "spiffe://cluster.local/ns/shop/sa/default".to_owned())
     );
 }
 
@@ -223,21 +233,6 @@ fn a_deleted_pod_is_kept_for_its_processes_on_its_own_node() {
 }
 
 #[test]
-fn a_reused_address_belongs_to_the_running_pod() {
-    let ending = |value: &mut Value| value["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
-    let mut store = listed();
-    store.apply_change(Change::Applied(pod("old", "b", "10.77.1.2", as_is)));
-    store.apply_change(Change::Applied(pod("new", "b", "10.77.1.2", as_is)));
-    store.apply_change(Change::Applied(pod("old", "b", "10.77.1.2", |value| {
-        ending(value);
-        value["metadata"]["labels"]["changed"] = json!("yes");
-    })));
-    assert_eq!(at(&store, "10.77.1.2"), Some("new"));
-    store.apply_change(Change::Deleted(pod("old", "b", "10.77.1.2", as_is)));
-    assert_eq!(at(&store, "10.77.1.2"), Some("new"));
-}
-
-#[test]
 fn pods_with_the_nodes_network_are_left_alone_and_listed() {
     let host = |value: &mut Value| value["spec"]["hostNetwork"] = json!(true);
     let mut store = listed();
@@ -265,7 +260,10 @@ fn a_pod_without_address_is_known_on_its_own_node() {
     store.apply_change(Change::Applied(pod("unscheduled", "", "", fresh)));
     let here: Vec<_> = store.directory.on_node("a").collect();
     assert_eq!((here.len(), store.directory.len()), (1, 1));
-    assert_eq!((here[0].addresses.len(), here[0].cgroup.as_path()), (0, Path::new("besteffort/poduid-here")));
+    assert_eq!(
+        (here[0].addresses.len(), here[0].cgroup.as_path()),
+        (0, Path::new(&format!("besteffort/pod{}", uid("here"))))
+    );
 }
 
 fn service(change: impl FnOnce(&mut Value)) -> Object {

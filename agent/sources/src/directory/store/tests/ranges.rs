@@ -1,11 +1,11 @@
-//! Tests of range discovery: sources, refusals, and that ranges only grow.
+//! Tests of range discovery: sources, refusals, and when a range goes.
 
 use tacit_core::directory::Ranges;
 
 use super::*;
 use crate::directory::objects::{Node, ServiceCidr};
 
-fn node(name: &str, cidrs: &[&str], addresses: &[&str]) -> Object {
+pub(super) fn node(name: &str, cidrs: &[&str], addresses: &[&str]) -> Object {
     let addresses: Vec<Value> =
         addresses.iter().map(|address| json!({"type": "InternalIP", "address": address})).collect();
     object::<Node>(json!({
@@ -54,7 +54,7 @@ fn nodes_and_service_cidrs_add_ranges_to_the_configured_ones() {
     let mut store = within(&["10.77.0.0/24", "fd77::/16"]);
     assert_eq!(ranges(&mut store), "10.77.0.0/24 fd77::/16");
     store.apply_change(Change::Applied(node("a", &["10.77.0.0/25", "fd77:0:0:1::/64"], &["192.0.2.1"])));
-    assert!(store.take_changed().is_none(), "nothing that was not configured");
+    assert_eq!(ranges(&mut store), "10.77.0.0/24 fd77::/16", "nothing that was not configured");
     store.apply_change(Change::Applied(node("b", &["10.77.1.0/24", "fd78::/64"], &["192.0.2.2"])));
     store.apply_change(Change::Applied(service_cidr(&["10.96.0.0/12"])));
     assert_eq!(ranges(&mut store), "10.77.0.0/23 10.96.0.0/12 fd77::/16 fd78::/64");
@@ -90,21 +90,70 @@ fn the_first_directory_has_the_ranges_of_all_that_was_listed() {
 }
 
 #[test]
-fn a_range_stays_after_its_source_is_deleted() {
-    let mut store = within(&[]);
+fn a_range_goes_with_its_source_and_the_last_address_that_needs_it() {
+    let mut store = within(&["10.80.0.0/24"]);
     store.apply_change(Change::Applied(node("a", &["10.77.0.0/24"], &[])));
     store.apply_change(Change::Applied(service_cidr(&["10.96.0.0/12"])));
+    store.apply_change(Change::Applied(pod("inside", "b", "10.77.0.2", enrolled)));
     store.apply_change(Change::Applied(pod("web", "b", "10.78.0.2", enrolled)));
-    let all = "10.77.0.0/24 10.78.0.2/32 10.96.0.0/12";
-    assert_eq!(ranges(&mut store), all);
+    store.apply_change(Change::Applied(service(|value| value["spec"]["clusterIPs"] = json!(["10.96.0.1"]))));
+    assert_eq!(ranges(&mut store), "10.77.0.0/24 10.78.0.2/32 10.80.0.0/24 10.96.0.0/12");
+    let mut generation = store.directory.ranges().generation();
     store.apply_change(Change::Deleted(node("a", &[], &[])));
     store.apply_change(Change::Applied(service_cidr(&[])));
-    store.apply_change(Change::Deleted(pod("web", "b", "10.78.0.2", enrolled)));
-    assert_eq!(ranges(&mut store), all);
+    assert_eq!(ranges(&mut store), "10.77.0.0/24 10.78.0.2/32 10.80.0.0/24 10.96.0.0/12", "addresses in use");
+    for (gone, left) in [
+        (pod("web", "b", "10.78.0.2", enrolled), "10.77.0.0/24 10.80.0.0/24 10.96.0.0/12"),
+        (pod("inside", "b", "10.77.0.2", enrolled), "10.80.0.0/24 10.96.0.0/12"),
+        (service(as_is), "10.80.0.0/24"),
+    ] {
+        store.apply_change(Change::Deleted(gone));
+        assert_eq!(ranges(&mut store), left);
+        assert!(store.directory.ranges().generation() > generation, "the kernel follows");
+        generation = store.directory.ranges().generation();
+    }
     list_all(&mut store);
-    assert_eq!(ranges(&mut store), all);
-    store.apply_change(Change::Applied(node("a", &["10.79.0.0/24"], &[])));
-    assert_eq!(ranges(&mut store), "10.77.0.0/24 10.78.0.2/32 10.79.0.0/24 10.96.0.0/12");
+    assert_eq!(ranges(&mut store), "10.80.0.0/24", "what is configured stays");
+}
+
+#[test]
+fn a_false_range_goes_though_pods_in_it_are_in_other_ranges() {
+    let mut store = within(&["10.77.0.0/16"]);
+    store.apply_change(Change::Applied(pod("web", "b", "10.77.0.2", enrolled)));
+    store.apply_change(Change::Applied(node("c", &["10.0.0.0/8"], &[])));
+    assert_eq!(ranges(&mut store), "10.0.0.0/8");
+    store.apply_change(Change::Applied(node("c", &["10.77.3.0/24"], &[])));
+    assert_eq!(ranges(&mut store), "10.77.0.0/16");
+    // An address of its own: it goes with the claim, and comes back with the next.
+    for _ in 0..2 {
+        store.apply_change(Change::Applied(pod("false", "c", "8.8.8.8", enrolled)));
+        assert_eq!(ranges(&mut store), "8.8.8.8/32 10.77.0.0/16");
+        store.apply_change(Change::Deleted(pod("false", "c", "8.8.8.8", enrolled)));
+        assert_eq!(ranges(&mut store), "10.77.0.0/16");
+    }
+    store.apply_change(Change::Applied(pod("one", "c", "10.78.0.2", enrolled)));
+    store.apply_change(Change::Applied(pod("two", "c", "10.78.0.3", enrolled)));
+    assert_eq!(ranges(&mut store), "10.77.0.0/16 10.78.0.2/31");
+    // Replaced between two publications.
+    store.apply_change(Change::Deleted(pod("one", "c", "10.78.0.2", enrolled)));
+    store.apply_change(Change::Applied(pod("three", "c", "10.78.0.2", enrolled)));
+    assert_eq!(ranges(&mut store), "10.77.0.0/16 10.78.0.2/31");
+    store.apply_change(Change::Applied(pod("two", "c", "10.78.0.9", enrolled)));
+    assert_eq!(ranges(&mut store), "10.77.0.0/16 10.78.0.2/32 10.78.0.9/32");
+}
+
+#[test]
+fn a_range_wider_than_the_bound_is_refused() {
+    let mut store = within(&[]);
+    store.apply_change(Change::Applied(node(
+        "c",
+        &["192.0.0.0/3", "fd00::/16", "10.0.0.0/8", "fd77::/32"],
+        &[],
+    )));
+    assert_eq!(ranges(&mut store), "10.0.0.0/8 fd77::/32");
+    let invalid_ranges = refused(&store);
+    assert_eq!(invalid_ranges.len(), 2, "{invalid_ranges:?}");
+    assert!(invalid_ranges[1].contains("larger than a detected range may be"), "{invalid_ranges:?}");
 }
 
 #[test]
@@ -114,7 +163,14 @@ fn invalid_ranges_are_reported_once_and_the_rest_is_used() {
         ["0.0.0.0/0", "127.0.0.0/8", "fe80::/64", "pods", "10.99.0.0/16", "224.0.0.0/4", "10.77.3.9/24"];
     store.apply_change(Change::Applied(node("a", &invalid, &["10.99.0.1", "a.example"])));
     store.apply_change(Change::Applied(service_cidr(&["::/0", "fd96::/108"])));
-    assert_eq!(ranges(&mut store), "10.77.3.0/24 fd96::/108");
+    let found = store.take_changed().expect("changed");
+    let is_mesh = |text: &str| found.ranges().contains(text.parse().expect("an address"));
+    assert!(is_mesh("10.77.3.1") && is_mesh("fd96::1"));
+    // The address of the node is cut out of the range around it.
+    assert!(
+        !is_mesh("10.99.0.1") && is_mesh("10.99.0.0") && is_mesh("10.99.0.2") && is_mesh("10.99.255.255")
+    );
+    assert_eq!(found.ranges().iter().count(), 2 + 16);
     let expected = [
         "Node a: spec.podCIDRs[0]: \"0.0.0.0/0\": prefix length 0 covers every address: write the ranges the pods' addresses \
          are taken from",
@@ -124,14 +180,12 @@ fn invalid_ranges_are_reported_once_and_the_rest_is_used() {
     let invalid_ranges = refused(&store);
     assert_eq!(
         (&invalid_ranges[..2], invalid_ranges.len()),
-        (&expected.map(str::to_owned)[..], 7),
+        (&expected.map(str::to_owned)[..], 6),
         "{invalid_ranges:?}"
     );
-    let of_node = "Node a: spec.podCIDRs[4]: \"10.99.0.0/16\": contains the address 10.99.0.1 of a node";
-    assert!(invalid_ranges.iter().any(|line| line == of_node), "{invalid_ranges:?}");
     let warnings = store.warnings();
-    assert_eq!(warnings.len(), 7);
-    assert!(warnings.contains(&format!("mesh range not used: {of_node}")), "{warnings:?}");
+    assert_eq!(warnings.len(), 6);
+    assert!(warnings[0].starts_with("mesh range not used: "), "{warnings:?}");
     // An update with the same ranges publishes nothing, and refusals are not logged again.
     store.apply_change(Change::Applied(node("a", &invalid, &["10.99.0.1", "b.example"])));
     assert!(store.take_changed().is_none());
@@ -205,7 +259,7 @@ fn addresses_of_nodes_and_host_network_pods_are_never_ranges() {
     store.apply_change(Change::Applied(pod("claims", "b", "192.0.2.2", enrolled)));
     store.apply_change(Change::Applied(pod("loops", "b", "127.0.0.1", enrolled)));
     assert_eq!(ranges(&mut store), "");
-    assert_eq!(store.directory.uncovered(store.directory.ranges()).workloads, 2);
+    assert_eq!(store.directory.uncovered(store.directory.ranges()).workloads, 1);
     store.apply_change(Change::Applied(pod("honest", "b", "192.0.2.3", enrolled)));
     assert_eq!(ranges(&mut store), "192.0.2.3/32");
 }
@@ -233,5 +287,31 @@ fn the_addresses_of_a_service_with_an_enrolled_endpoint_are_added() {
     for object in [service(as_is), endpoints(), web()] {
         store.apply_change(Change::Applied(object));
     }
+    assert_eq!(ranges(&mut store), "10.77.0.0/16 10.96.0.0/12 fd96::/16");
+}
+
+#[test]
+fn external_and_load_balancer_addresses_are_captured_like_the_cluster_ip() {
+    let mut store = within(&["10.77.0.0/16", "10.96.0.0/12", "fd96::/16"]);
+    store.apply_change(Change::Applied(slice("web-1", "IPv4", 8080, json!([{"addresses": ["10.77.0.2"]}]))));
+    store.apply_change(Change::Applied(pod("web", "b", "10.77.0.2", enrolled)));
+    store.apply_change(Change::Applied(node("b", &[], &["192.0.2.2"])));
+    let all = |value: &mut Value| {
+        value["spec"]["externalIPs"] = json!(["203.0.113.1", "127.0.0.1", "192.0.2.2", "10.77.0.2"]);
+        value["status"]["loadBalancer"]["ingress"] = json!([
+            {"ip": "203.0.113.3", "ipMode": "VIP"}, {"ip": "fd78::3"}, {"hostname": "lb.example"},
+            {"ip": "203.0.113.9", "ipMode": "Proxy"},
+        ]);
+    };
+    store.apply_change(Change::Applied(service(all)));
+    let found = ranges(&mut store);
+    assert_eq!(found, "10.77.0.0/16 10.96.0.0/12 203.0.113.1/32 203.0.113.3/32 fd78::3/128 fd96::/16");
+    for address in ["203.0.113.1:80", "203.0.113.3:80", "[fd78::3]:80"] {
+        let service = store.directory.service_for(address.parse().expect("an address"));
+        assert_eq!(service.map(|service| &*service.name), Some("web"), "{address}");
+    }
+    // Not the node's address, nor the pod's.
+    assert_eq!(at(&store, "10.77.0.2"), Some("web"));
+    store.apply_change(Change::Applied(service(as_is)));
     assert_eq!(ranges(&mut store), "10.77.0.0/16 10.96.0.0/12 fd96::/16");
 }
