@@ -325,8 +325,8 @@ fn decide_ingress_tcp(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> Ve
         return Verdict::Drop(Reason::GuardInboundTcp);
     }
     match facts.accepted() {
-        Some(Accepted::Node) => Verdict::Pass,
-        Some(Accepted::Other) => Verdict::Drop(Reason::GuardInboundTcp),
+        // Packets of the node are proven on the link, each of them.
+        Some(_) => Verdict::Drop(Reason::GuardInboundTcp),
         // The pod opened this connection.
         None if !facts.in_mesh(&packet.remote) && !is_neighbour(&packet.remote) => Verdict::Pass,
         None if facts.is_allowed_clear(&packet.remote, packet.remote_port, packet.protocol) => {
@@ -420,8 +420,26 @@ pub trait ArrivalFacts {
     fn is_node(&self, address: &Address) -> bool;
     /// Returns true if the packet's socket belongs to the kernel or the node, and not to a pod.
     fn is_node_socket(&self) -> bool;
-    /// Returns true if the node itself sent a packet of this flow before.
+    /// Returns true if the node itself sent a packet of this flow, see [`is_recent`].
     fn is_node_flow(&self, packet: &Packet) -> bool;
+}
+
+/// Seconds after the node's last packet in which a flow counts as the node's own. Linux keeps the port of a closed
+/// connection for as long (`TCP_TIMEWAIT_LEN`). Later, others on the node may use the port.
+const NODE_FLOW_SECONDS: u32 = 60;
+
+/// Returns the time in seconds, which wraps around after 136 years.
+#[inline(always)]
+#[must_use]
+pub const fn seconds(now_ns: u64) -> u32 {
+    (now_ns / 1_000_000_000) as u32
+}
+
+/// Returns true if a flow still counts as the node's own, whose last packet it sent at `sent_seconds`.
+#[inline(always)]
+#[must_use]
+pub const fn is_recent(sent_seconds: u32, now_ns: u64) -> bool {
+    seconds(now_ns).wrapping_sub(sent_seconds) <= NODE_FLOW_SECONDS
 }
 
 /// Verdict on a frame towards a pod.
@@ -447,7 +465,9 @@ pub fn decide_arrival(facts: &impl ArrivalFacts, pod: &Pod, packet: &Packet) -> 
         return Arrival::Pass;
     }
     if facts.is_node_socket() {
-        return Arrival::OfNode;
+        // Anyone can make the node's kernel send a reset to the pod. It begins no flow of the node.
+        let is_answer = matches!(packet.segment, Segment::Bare) && !facts.is_node_flow(packet);
+        return if is_answer { Arrival::Pass } else { Arrival::OfNode };
     }
     // Somebody else takes part in a connection of the node. Masquerading never chooses a port that is in use.
     if !packet.segment.is_bare() && !is_icmp(packet.protocol) && facts.is_node_flow(packet) {
@@ -845,11 +865,30 @@ mod tests {
     }
 
     #[test]
+    fn a_flow_is_the_nodes_for_a_minute() {
+        let now = 5_000_000_000;
+        for (sent, expected) in [(5, true), (6, false), (4, true), (0, true)] {
+            assert_eq!(is_recent(sent, now), expected, "{sent}");
+        }
+        assert!(is_recent(5, now + 60_000_000_000) && !is_recent(5, now + 61_000_000_000));
+    }
+
+    #[test]
+    fn data_to_a_connection_of_the_node_is_proven_each_time() {
+        let accepted = Facts { accepted: Some(Accepted::Node), ..MESH };
+        let ingress = |facts| decide_ingress(&facts, &strict(), &tcp(Segment::Data));
+        assert_eq!(ingress(accepted), Verdict::Drop(GuardInboundTcp));
+        assert_eq!(ingress(Facts { node_flow: true, ..accepted }), Verdict::Pass);
+    }
+
+    #[test]
     fn only_a_socket_of_the_node_proves_that_a_packet_is_the_nodes() {
         let node = Facts { node: true, ..MESH };
         let arrives = |facts, packet| decide_arrival(&facts, &strict(), &packet);
         let sent = Facts { node_socket: true, ..node };
         assert_eq!(arrives(sent, tcp(Segment::Syn)), Arrival::OfNode);
+        assert_eq!(arrives(sent, tcp(Segment::Bare)), Arrival::Pass);
+        assert_eq!(arrives(Facts { node_flow: true, ..sent }, tcp(Segment::Bare)), Arrival::OfNode);
         assert_eq!(arrives(node, tcp(Segment::Syn)), Arrival::Pass);
         assert_eq!(arrives(Facts { node: false, ..sent }, tcp(Segment::Syn)), Arrival::Pass);
         let other = Packet { local: v4(7), ..tcp(Segment::Syn) };

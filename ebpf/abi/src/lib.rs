@@ -20,7 +20,7 @@ pub use address::Address;
 pub use answers::{ANSWER_WAYS, answer_cells, is_expected, remember};
 pub use guard::{
     Accepted, Arrival, ArrivalFacts, Claim, GuardFacts, Hook, Packet, Segment, Verdict, decide_arrival,
-    decide_egress, decide_ingress, may_claim, may_send_from, protocol,
+    decide_egress, decide_ingress, is_recent, may_claim, may_send_from, protocol, seconds,
 };
 pub use inbound::{Inbound, InboundFacts, Steer, decide_inbound};
 pub use layout::{
