@@ -3,7 +3,7 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, sockaddr},
+    bindings::{BPF_ANY, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, sockaddr},
     btf_maps::lpm_trie::Key,
     helpers::generated::{
         bpf_bind, bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
@@ -13,7 +13,7 @@ use aya_ebpf::{
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
 use core::{ffi::c_void, ptr};
-use tacit_abi::{Address, ClearKey, Inbound, Mode, Names, NodeFlow, PortKey, Tuple};
+use tacit_abi::{Address, ClearKey, Inbound, Mode, Names, NodeFlow, PortKey, Tuple, is_recent, seconds};
 
 use crate::maps::{AGENTS, CLEAR, MESH, NAMES, NODE, NODE_FLOWS, NODE_HARDWARE, PORT_MODES, STATE};
 
@@ -144,11 +144,22 @@ pub fn is_node(address: &Address) -> bool {
     unsafe { NODE.get(address) }.is_some()
 }
 
-/// Returns true if the node itself sent a packet of this flow to the pod.
+/// Returns true if the node itself sent a packet of this flow to the pod a short time ago.
 #[inline(always)]
 pub fn is_node_flow(flow: &NodeFlow) -> bool {
-    // SAFETY: only presence is read.
-    unsafe { NODE_FLOWS.get(flow) }.is_some()
+    // SAFETY: the value is one word.
+    unsafe { NODE_FLOWS.get(flow) }.is_some_and(|sent| is_recent(*sent, now()))
+}
+
+/// Remembers that the node itself sent a packet of this flow to the pod.
+#[inline(always)]
+pub fn prove_node_flow(flow: &NodeFlow) {
+    let seconds = seconds(now());
+    // SAFETY: the value is one word.
+    if unsafe { NODE_FLOWS.get(flow) }.is_none_or(|sent| *sent != seconds) {
+        // The least recently used entry makes room.
+        let _ = NODE_FLOWS.insert(flow, &seconds, BPF_ANY.into());
+    }
 }
 
 /// Returns the mode of a pod's port that has its own.

@@ -3,14 +3,11 @@
 //! Verdicts without facts: a pod without an entry is `Pod::unknown` in a STRICT mesh and passes otherwise. Packets of
 //! STRICT pods that cannot be parsed are dropped. A full table of drops loses a count, never a verdict.
 
-use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST},
-    programs::SkBuffContext,
-};
+use aya_ebpf::{bindings::BPF_NOEXIST, programs::SkBuffContext};
 use aya_log_ebpf::warn;
 use tacit_abi::{
     ANSWER_WAYS, Accepted, Address, Arrival, ArrivalFacts, DropKey, GuardFacts, Hook, Link, Listener, Packet,
-    Pod, Reason, Verdict, answer_cells, decide_arrival, decide_egress, decide_ingress, is_expected,
+    Pod, Reason, Segment, Verdict, answer_cells, decide_arrival, decide_egress, decide_ingress, is_expected,
     listener_index, may_claim, may_send_from, names_kind, pod_flag, remember,
 };
 
@@ -18,7 +15,7 @@ use crate::{
     context::{self, Skb},
     count::count,
     log_budget,
-    maps::{ANSWERS, DROPS, LINKS, NODE_FLOWS, PODS, SETTINGS, pod_of},
+    maps::{ANSWERS, DROPS, LINKS, PODS, SETTINGS, pod_of},
     packet::{self, Direction, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, IpHeader},
 };
 
@@ -310,20 +307,22 @@ pub fn arrival(ctx: &SkBuffContext) -> bool {
     if !pod.owns(&header.source) && !context::is_node(&header.source) {
         return true;
     }
-    let Some(packet) = packet::parse(&skb, &header, Direction::Ingress, ETHERNET_HEADER) else { return true };
-    match decide_arrival(&Arriving(&skb), &pod, &packet) {
-        Arrival::Pass => true,
-        Arrival::OfNode => {
-            let flow = packet.node_flow();
-            if !context::is_node_flow(&flow) {
-                // The least recently used entry makes room.
-                let _ = NODE_FLOWS.insert(&flow, &1, BPF_ANY.into());
-            }
-            true
+    // The node's packets are not that short. The pod may reassemble the packet, and then read its ports.
+    let (mut port, mut number) = (0, 0);
+    let mut arrival = Arrival::Drop(Reason::GuardUnreadable);
+    if let Some(mut packet) = packet::parse(&skb, &header, Direction::Ingress, ETHERNET_HEADER) {
+        if packet.segment.is_bare() && packet::may_continue(&skb, &header) {
+            packet.segment = Segment::Data;
         }
-        Arrival::Drop(reason) => {
-            drop(ctx, link.cgroup, &packet.remote, packet.remote_port, packet.protocol, reason)
+        (port, number) = (packet.remote_port, packet.protocol);
+        arrival = decide_arrival(&Arriving(&skb), &pod, &packet);
+        if arrival == Arrival::OfNode {
+            context::prove_node_flow(&packet.node_flow());
         }
+    }
+    match arrival {
+        Arrival::Pass | Arrival::OfNode => true,
+        Arrival::Drop(reason) => drop(ctx, link.cgroup, &header.source, port, number, reason),
     }
 }
 

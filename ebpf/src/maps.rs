@@ -38,8 +38,8 @@ pub static LINKS: HashMap<u32, Link, { limits::PODS as usize }> = HashMap::new()
 #[btf_map]
 pub static NODE_HARDWARE: HashMap<u64, u32, { limits::NODE_HARDWARE as usize }, ON_DEMAND> = HashMap::new();
 
-/// Flows that the node itself has with pods, proven on the host end of the pods' links. Missing: the other end is not the
-/// node, whatever its address.
+/// Flows that the node itself has with pods, proven on the host end of the pods' links, and the second of the node's last
+/// packet. Missing or old: the other end is not the node, whatever its address.
 #[btf_map]
 pub static NODE_FLOWS: LruHashMap<NodeFlow, u32, { limits::NODE_FLOWS as usize }> = LruHashMap::new();
 

@@ -162,6 +162,17 @@ pub fn parse(skb: &Skb<'_>, header: &IpHeader, direction: Direction, skipped: u3
     Some(packet)
 }
 
+/// Returns true if the rest of the packet may be in other fragments. Fragments of IPv6 have an extension header.
+#[inline(always)]
+pub fn may_continue(skb: &Skb<'_>, header: &IpHeader) -> bool {
+    const MORE_FRAGMENTS: u8 = 0x20;
+    if header.source.is_v4() {
+        skb.read::<[u8; 1]>(6).is_none_or(|flags| flags[0] & MORE_FRAGMENTS != 0)
+    } else {
+        header.payload > 40
+    }
+}
+
 /// Offsets in an ARP packet of Ethernet and IPv4.
 const ARP_SENDER: u32 = 8;
 

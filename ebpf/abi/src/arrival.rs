@@ -1,6 +1,6 @@
 //! Decision of the guard on a frame towards a pod, on the host end of its link: which packets are the node's own.
 
-use crate::{Address, Packet, Pod, Reason, protocol};
+use crate::{Address, Packet, Pod, Reason, Segment, protocol};
 
 /// Facts about a frame towards a pod, on the host end of its link.
 pub trait ArrivalFacts {
@@ -8,8 +8,26 @@ pub trait ArrivalFacts {
     fn is_node(&self, address: &Address) -> bool;
     /// Returns true if the packet's socket belongs to the kernel or the node, and not to a pod.
     fn is_node_socket(&self) -> bool;
-    /// Returns true if the node itself sent a packet of this flow before.
+    /// Returns true if the node itself sent a packet of this flow, see [`is_recent`].
     fn is_node_flow(&self, packet: &Packet) -> bool;
+}
+
+/// Seconds after the node's last packet in which a flow counts as the node's own. Linux keeps the port of a closed
+/// connection for as long (`TCP_TIMEWAIT_LEN`). Later, others on the node may use the port.
+const NODE_FLOW_SECONDS: u32 = 60;
+
+/// Returns the time in seconds, which wraps around after 136 years.
+#[inline(always)]
+#[must_use]
+pub const fn seconds(now_ns: u64) -> u32 {
+    (now_ns / 1_000_000_000) as u32
+}
+
+/// Returns true if a flow still counts as the node's own, whose last packet it sent at `sent_seconds`.
+#[inline(always)]
+#[must_use]
+pub const fn is_recent(sent_seconds: u32, now_ns: u64) -> bool {
+    seconds(now_ns).wrapping_sub(sent_seconds) <= NODE_FLOW_SECONDS
 }
 
 /// Verdict on a frame towards a pod.
@@ -35,7 +53,9 @@ pub fn decide_arrival(facts: &impl ArrivalFacts, pod: &Pod, packet: &Packet) -> 
         return Arrival::Pass;
     }
     if facts.is_node_socket() {
-        return Arrival::OfNode;
+        // Anyone can make the node's kernel send a reset to the pod. It begins no flow of the node.
+        let is_answer = matches!(packet.segment, Segment::Bare) && !facts.is_node_flow(packet);
+        return if is_answer { Arrival::Pass } else { Arrival::OfNode };
     }
     // Somebody else takes part in a connection of the node. Masquerading never chooses a port that is in use.
     if !packet.segment.is_bare() && !is_icmp(packet.protocol) && facts.is_node_flow(packet) {

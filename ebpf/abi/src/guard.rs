@@ -325,8 +325,8 @@ fn decide_ingress_tcp(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> Ve
         return Verdict::Drop(Reason::GuardInboundTcp);
     }
     match facts.accepted() {
-        Some(Accepted::Node) => Verdict::Pass,
-        Some(Accepted::Other) => Verdict::Drop(Reason::GuardInboundTcp),
+        // Packets of the node are proven on the link, each of them.
+        Some(_) => Verdict::Drop(Reason::GuardInboundTcp),
         // The pod opened this connection.
         None if !facts.in_mesh(&packet.remote) && !is_neighbour(&packet.remote) => Verdict::Pass,
         None if facts.is_allowed_clear(&packet.remote, packet.remote_port, packet.protocol) => {

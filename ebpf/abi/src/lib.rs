@@ -21,7 +21,7 @@ pub mod tcp_port;
 
 pub use address::Address;
 pub use answers::{ANSWER_WAYS, answer_cells, is_expected, remember};
-pub use arrival::{Arrival, ArrivalFacts, decide_arrival};
+pub use arrival::{Arrival, ArrivalFacts, decide_arrival, is_recent, seconds};
 pub use claim::{Claim, may_claim, may_send_from};
 pub use guard::{
     Accepted, GuardFacts, Hook, Packet, Segment, Verdict, decide_egress, decide_ingress, protocol,

@@ -370,7 +370,7 @@ proptest! {
             || is_icmp
             || is_tcp && matches!(packet.segment, Segment::Bare | Segment::SynAck)
             || is_tcp && takes_plaintext
-            || is_tcp && !is_opening && (facts.accepted == Some(Accepted::Node) || is_own_connection)
+            || is_tcp && !is_opening && is_own_connection
             || !is_tcp && facts.answer;
         prop_assert_eq!(passes(verdict), expected, "{:?}", verdict);
     }

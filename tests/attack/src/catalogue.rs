@@ -73,6 +73,8 @@ pub(crate) enum Neighbour {
     NodeAddress(From, Layout),
     /// A connection with the node's address as source, whose answers reach the neighbour.
     NodeAddressTcp,
+    /// Fragments with the source of a connection of the node, whose answers reach the neighbour.
+    NodeFlowFragments,
     /// A step of a pod with the node's network.
     HostNetwork(&'static str, Layout),
     /// A step of the node itself.
@@ -83,7 +85,7 @@ pub(crate) enum Neighbour {
     AllowedSource,
     /// A datagram to a destination that is allowed in clear, and its answer.
     AllowedQuery,
-    /// The tenant has a veth pair with the index of the host end of the victim's link; the victim, enrolled anew, sends
+    /// The open pod has a veth pair with the index of the host end of the victim's link; the victim, enrolled anew, sends
     /// frames.
     PeerIndex,
 }
@@ -311,6 +313,7 @@ pub(crate) static ATTACKS: &[Attack] = &[
     probe("probe-udp-bridged", "udp", Layout::Bridged),
     node("node-address-bridge-udp", Neighbour::NodeAddress(From::Bridge, Layout::Bridged)),
     node("node-address-bridge-tcp", Neighbour::NodeAddressTcp),
+    hostile("node", "node-flow-fragments", ONLY_V4, Stopped::BeforeApplication, Neighbour::NodeFlowFragments),
     node("node-address-wire-routed", Neighbour::NodeAddress(From::Wire, Layout::Routed)),
     node("node-address-wire-bridged", Neighbour::NodeAddress(From::Wire, Layout::Bridged)),
     node("host-network-tcp-routed", Neighbour::HostNetwork("tcp", Layout::Routed)),

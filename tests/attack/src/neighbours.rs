@@ -19,6 +19,8 @@ use crate::{
 
 /// Port of attackers that choose their own.
 const OWN_PORT: u16 = 9200;
+/// Port of probes of the node that somebody continues.
+const PROBE_PORT: u16 = 9201;
 const DISCARD: u16 = 9;
 
 /// Runs an attack to its end, and puts things right again.
@@ -61,15 +63,13 @@ pub(crate) fn drive(world: &World, what: Neighbour, family: Family, marker: &str
             simple(world, pod, "raw", address(victim(world, layout), family, PORT), marker, &[&source])
         }
         Neighbour::NodeAddressTcp => node_address_tcp(world, family, marker),
+        Neighbour::NodeFlowFragments => node_flow_fragments(world, marker),
         Neighbour::HostNetwork(step, layout) => {
             let target = address(victim(world, layout), family, PORT);
             simple(world, &bridged.host, step, target, marker, &[])
         }
         Neighbour::Probe(step, layout) => {
-            let target = address(victim(world, layout), family, PORT).to_string();
-            let mut command = world.far_node()?.command(&world.programs.own)?;
-            command.args(["step", step, &target, marker]);
-            Step::start(patient(world, command))?.end()
+            probe(world, step, address(victim(world, layout), family, PORT), marker, &[])
         }
         Neighbour::Encapsulated(kind) => encapsulated(world, kind, family, marker),
         Neighbour::AllowedSource => {
@@ -83,6 +83,13 @@ pub(crate) fn drive(world: &World, what: Neighbour, family: Family, marker: &str
         }
         Neighbour::PeerIndex => peer_index(world, family, marker),
     }
+}
+
+/// A step of a process of the victim's node.
+fn probe(world: &World, step: &str, target: SocketAddr, marker: &str, extra: &[&str]) -> Result<Outcome> {
+    let mut command = world.far_node()?.command(&world.programs.own)?;
+    command.args(["step", step, &target.to_string(), marker]).args(extra);
+    Step::start(patient(world, command))?.end()
 }
 
 /// The victim of a layout.
@@ -204,6 +211,21 @@ fn node_address_tcp(world: &World, family: Family, marker: &str) -> Result<Outco
     outcome
 }
 
+/// After a probe, in its name: from the port that the probe had.
+fn node_flow_fragments(world: &World, marker: &str) -> Result<Outcome> {
+    let (guarded, neighbour) = (&world.bridged.guarded, &world.bridged.neighbour);
+    let target = address(guarded, Family::V4, PORT);
+    let source = SocketAddr::new(gateway(guarded), PROBE_PORT).to_string();
+    probe(world, "bind", target, "probe", &[&source])?;
+    let entry = format!("{} lladdr {} dev eth0", gateway(guarded), hardware(neighbour)?);
+    ip(guarded.netns(), &format!("neigh replace {entry}"))?;
+    let outcome = simple(world, neighbour, "syn-in-fragments", target, marker, &[&source]);
+    // The node's datagrams come after what they prove to have been delivered; the answers to them need no way back.
+    world.wait_delivered()?;
+    ip(guarded.netns(), &format!("neigh del {entry}"))?;
+    outcome
+}
+
 /// To the other node, which would unpack it.
 fn encapsulated(world: &World, kind: &str, family: Family, marker: &str) -> Result<Outcome> {
     let (inner, kind) = if kind == "6in4" { (Family::V6, "ip") } else { (family, kind) };
@@ -213,18 +235,19 @@ fn encapsulated(world: &World, kind: &str, family: Family, marker: &str) -> Resu
     simple(world, &world.attacker, "encapsulated", target, marker, &[&own, &victim, kind])
 }
 
-/// The tenant's interface says that its other end has the index of the victim's host end.
+/// An interface of the open pod says that its other end has the index of the victim's host end.
 fn peer_index(world: &World, family: Family, marker: &str) -> Result<Outcome> {
-    let (guarded, tenant) = (&world.bridged.guarded, &world.bridged.tenant);
+    let (guarded, open) = (&world.bridged.guarded, &world.bridged.open);
     let host_end = host_end(guarded);
     let index = world.far_node()?.netns().enter(|| if_nametoindex(host_end.as_str()))??;
-    ip(tenant.netns(), &format!("link add fake0 type veth peer name fake1 index {index}"))?;
-    enrol_anew(world, &[guarded, tenant])?;
+    ip(open.netns(), &format!("link add fake0 type veth peer name fake1 index {index}"))?;
+    enrol_anew(world, &[guarded, open])?;
+    enrol_anew(world, &[open])?;
     let target = address(&world.stranger, family, PORT);
     let (own, gateway) = (address(guarded, family, OWN_PORT).to_string(), gateway(guarded).to_string());
     let outcome =
         Step::start(command(world, guarded, "packet-udp", target, marker, &[&own, &gateway]))?.end();
-    ip(tenant.netns(), "link del fake0")?;
+    ip(open.netns(), "link del fake0")?;
     outcome
 }
 

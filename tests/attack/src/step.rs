@@ -98,6 +98,7 @@ fn perform(name: &str, given: &Given) -> Result<Told> {
         "raw-ack" => raw::ack_option(given),
         "reflected" => raw::reflected(given),
         "icmp" => raw::icmp(given),
+        "syn-in-fragments" => raw::syn_in_fragments(given),
         "encapsulated" => raw::encapsulated(given),
         "packet-udp" => packets::udp(given),
         "packet-tcp" => packets::tunnel_segment(given),

@@ -25,8 +25,8 @@ use crate::{
 pub const PACKAGE: &str = "tacit-ebpf";
 
 /// What a rustup proxy or a developer may have set for host builds and what would break this one.
-const FOREIGN_ENVIRONMENT: [&str; 4] =
-    ["RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "LD_LIBRARY_PATH"];
+const FOREIGN_ENVIRONMENT: [&str; 5] =
+    ["RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "LD_LIBRARY_PATH", "CARGO_INCREMENTAL"];
 
 /// Builds the object and returns its path. An object with the same content is left alone, so that cargo does not
 /// rebuild the agent that embeds it.

@@ -1,7 +1,7 @@
 //! Tests of the guard's decisions: tables of facts.
 
 use super::*;
-use crate::{Arrival, ArrivalFacts, Claim, Link, decide_arrival, may_claim, may_send_from};
+use crate::{Arrival, ArrivalFacts, Claim, Link, decide_arrival, is_recent, may_claim, may_send_from};
 use Reason::{
     GuardAllowed, GuardClear, GuardEncapsulated, GuardIcmp, GuardInboundOther, GuardInboundTcp,
     GuardInboundUdp, GuardOther, GuardReply, GuardSpoofed, GuardTcp, GuardUdp, GuardUdpClear,
@@ -376,11 +376,30 @@ fn a_pod_that_policies_select_gets_no_connection_past_the_agent() {
 }
 
 #[test]
+fn a_flow_is_the_nodes_for_a_minute() {
+    let now = 5_000_000_000;
+    for (sent, expected) in [(5, true), (6, false), (4, true), (0, true)] {
+        assert_eq!(is_recent(sent, now), expected, "{sent}");
+    }
+    assert!(is_recent(5, now + 60_000_000_000) && !is_recent(5, now + 61_000_000_000));
+}
+
+#[test]
+fn data_to_a_connection_of_the_node_is_proven_each_time() {
+    let accepted = Facts { accepted: Some(Accepted::Node), ..MESH };
+    let ingress = |facts| decide_ingress(&facts, &strict(), &tcp(Segment::Data));
+    assert_eq!(ingress(accepted), Verdict::Drop(GuardInboundTcp));
+    assert_eq!(ingress(Facts { node_flow: true, ..accepted }), Verdict::Pass);
+}
+
+#[test]
 fn only_a_socket_of_the_node_proves_that_a_packet_is_the_nodes() {
     let node = Facts { node: true, ..MESH };
     let arrives = |facts, packet| decide_arrival(&facts, &strict(), &packet);
     let sent = Facts { node_socket: true, ..node };
     assert_eq!(arrives(sent, tcp(Segment::Syn)), Arrival::OfNode);
+    assert_eq!(arrives(sent, tcp(Segment::Bare)), Arrival::Pass);
+    assert_eq!(arrives(Facts { node_flow: true, ..sent }, tcp(Segment::Bare)), Arrival::OfNode);
     assert_eq!(arrives(node, tcp(Segment::Syn)), Arrival::Pass);
     assert_eq!(arrives(Facts { node: false, ..sent }, tcp(Segment::Syn)), Arrival::Pass);
     let other = Packet { local: v4(7), ..tcp(Segment::Syn) };

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{Given, Told};
@@ -90,6 +90,36 @@ pub(super) fn icmp(given: &Given) -> Result<Told> {
     Ok(Told::Sent)
 }
 
+/// A SYN with data, which TCP Fast Open delivers at once, in two fragments. The first has the ports, but not the flags. IPv4
+/// only. First argument: the source address it claims.
+pub(super) fn syn_in_fragments(given: &Given) -> Result<Told> {
+    /// Bytes of the first fragment; fragments begin at multiples of 8.
+    const FIRST: usize = 8;
+    const MORE: u16 = 0x2000;
+    let source: SocketAddr = given.extra(0)?.parse().context("source address")?;
+    let (IpAddr::V4(from), IpAddr::V4(to)) = (source.ip(), given.target.ip()) else { bail!("IPv4 only") };
+    let mut segment = [source.port().to_be_bytes(), given.target.port().to_be_bytes()].concat();
+    // Sequence and acknowledgement, 5 words of header, SYN, window, checksum, urgent pointer.
+    segment.extend_from_slice(&[0, 0, 0, 1, 0, 0, 0, 0, 0x50, 2, 0xff, 0xff, 0, 0, 0, 0]);
+    segment.extend_from_slice(&given.marker);
+    let mut pseudo = [from.octets(), to.octets()].concat();
+    pseudo.extend_from_slice(&[0, TCP]);
+    pseudo.extend_from_slice(&(segment.len() as u16).to_be_bytes());
+    pseudo.extend_from_slice(&segment);
+    segment[16..18].copy_from_slice(&checksum(&pseudo).to_be_bytes());
+    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
+    let (first, second) = segment.split_at(FIRST);
+    for (part, offset) in [(first, MORE), (second, (FIRST / 8) as u16)] {
+        let mut packet = ip(source.ip(), given.target.ip(), TCP, part)?;
+        packet[6..8].copy_from_slice(&offset.to_be_bytes());
+        packet[10..12].copy_from_slice(&[0, 0]);
+        let sum = checksum(&packet[..20]).to_be_bytes();
+        packet[10..12].copy_from_slice(&sum);
+        socket.send_to(&packet, &SocketAddr::new(given.target.ip(), 0).into())?;
+    }
+    Ok(Told::Sent)
+}
+
 /// A packet of the pod to the victim inside another to the target, which unpacks it. Arguments: the own address, the
 /// victim's, and the kind of encapsulation: a UDP port, or an IP protocol.
 pub(super) fn encapsulated(given: &Given) -> Result<Told> {
@@ -153,7 +183,7 @@ pub(super) fn ip(from: IpAddr, to: IpAddr, protocol: u8, payload: &[u8]) -> Resu
             header.extend_from_slice(&to.octets());
             header
         }
-        _ => anyhow::bail!("{from} and {to} are of different families"),
+        _ => bail!("{from} and {to} are of different families"),
     };
     packet.extend_from_slice(payload);
     Ok(packet)

@@ -85,12 +85,14 @@ fn receive(socket: &UdpSocket) {
 fn accept(listener: &Socket) {
     while let Ok((mut connection, _)) = listener.accept() {
         std::thread::spawn(move || {
-            let mut bytes = Vec::new();
+            let (mut bytes, mut part) = (Vec::new(), [0; 4096]);
             let _ = connection.set_read_timeout(Some(HANG));
-            // What came before an error counts too.
-            let _ = connection.read_to_end(&mut bytes);
-            println!("got {}", String::from_utf8_lossy(&bytes));
-            let _ = io::stdout().flush();
+            // Each part counts at once: what has come before an error, or before an end that is not to come.
+            while let Ok(length @ 1..) = connection.read(&mut part) {
+                bytes.extend_from_slice(part.get(..length).unwrap_or_default());
+                println!("got {}", String::from_utf8_lossy(&bytes));
+                let _ = io::stdout().flush();
+            }
         });
     }
 }
