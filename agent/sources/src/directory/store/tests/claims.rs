@@ -269,3 +269,52 @@ fn a_node_cannot_take_the_address_of_a_pod_or_a_service_out_of_the_mesh() {
     let directory = store.take_changed().expect("changed");
     assert!(directory.ranges().contains("10.96.7.7".parse().expect("an address")));
 }
+
+/// Ten thousand pods that never run, of which this node sees none, some or all.
+#[test]
+fn pods_that_never_run_do_not_slow_a_change_down() {
+    let pending = |value: &mut Value| value["status"] = json!({"phase": "Pending"});
+    let ended = |value: &mut Value| value["status"]["phase"] = json!("Succeeded");
+    let cost = |pods: usize, node_name: &str, change: &dyn Fn(&mut Value)| {
+        let mut store = listed();
+        for i in 0..pods {
+            store.apply_change(Change::Applied(pod(&format!("idle-{i}"), node_name, "", change)));
+        }
+        let mut published = store.take_changed();
+        let changes: Vec<Object> = (0..500)
+            .map(|i| pod("web", "b", &format!("10.77.{}.{}", i / 250, 1 + i % 250), enrolled))
+            .collect();
+        let start = std::time::Instant::now();
+        for change in changes {
+            store.apply_change(Change::Applied(change));
+            // Held, as the data path does: what is shared has to be copied.
+            published = store.take_changed().or(published);
+        }
+        let took = start.elapsed() / 500;
+        assert!(published.is_some_and(|directory| directory.named("shop", "web").is_some()));
+        println!("{pods} pods {node_name:?}: {took:?} a change");
+        took
+    };
+    for (node_name, change) in
+        [("", &pending as &dyn Fn(&mut Value)), ("a", &pending), ("b", &pending), ("a", &ended)]
+    {
+        let took = cost(10_000, node_name, change);
+        // A debug build on a busy machine; with a cost for each pod it is many times that.
+        assert!(took < Duration::from_millis(5), "{node_name:?}: {took:?}");
+    }
+    cost(10, "a", &pending);
+    // A change of one of ten thousand pods of this node.
+    let mut store = listed();
+    for i in 0..10_000 {
+        store.apply_change(Change::Applied(pod(&format!("idle-{i}"), "a", "", pending)));
+    }
+    let mut published = store.take_changed();
+    let start = std::time::Instant::now();
+    for i in 0..100 {
+        store.apply_change(Change::Applied(pod("web", "a", &format!("10.77.1.{}", i + 1), enrolled)));
+        published = store.take_changed().or(published);
+    }
+    let took = start.elapsed() / 100;
+    println!("a change of a pod of this node: {took:?}");
+    assert!(took < Duration::from_millis(20), "{took:?}");
+}
