@@ -318,10 +318,11 @@ impl Enroller {
     fn publish(&self, state: &State, waiting: Vec<Waiting>) {
         let table = Pods::new(state.current.values().cloned().collect(), waiting.clone());
         let before = self.table.swap(Arc::new(table));
+        // A set: thousands of pods may wait.
+        let known: HashSet<(&Path, &str)> =
+            before.waiting.iter().map(|w| (w.workload.cgroup.as_path(), w.reason.as_str())).collect();
         for Waiting { workload, reason } in waiting {
-            let known =
-                before.waiting.iter().any(|w| w.workload.cgroup == workload.cgroup && w.reason == reason);
-            if !known {
+            if !known.contains(&(workload.cgroup.as_path(), reason.as_str())) {
                 tracing::info!(pod = %workload.name, namespace = %workload.namespace, reason, "not enrolled yet");
             }
         }

@@ -14,14 +14,14 @@ use std::{
     thread,
 };
 use tacit_tests::{Client, Plan, Server, agent_program, fresh_port, observe};
-use tacit_topology::{Agent, MeshFiles, Netns, until};
+use tacit_topology::{Agent, KUBELET_NAMESPACE, MeshFiles, Netns, until};
 
 const PODS: &str = "/api/v1/pods";
 const NODES: &str = "/api/v1/nodes";
 const STRICT_MESH: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
                            metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
-/// Namespace of the pod. It makes the pod's cgroup look like the kubelet's, `pod` with the UID.
-const NAMESPACE: &str = "podx";
+/// UID and name of the pod, whose cgroup looks like the kubelet's: `pod` with the UID.
+const UID: &str = "c11e27";
 /// Range of the addresses of node b's pods.
 const RANGE: &str = "10.77.2.0/24";
 const MARKER: &str = "this-can-be-read";
@@ -30,16 +30,16 @@ const MARKER: &str = "this-can-be-read";
 #[ignore = "needs root"]
 fn a_range_holds_from_when_it_is_found_and_after_a_restart() -> Result<()> {
     let mesh = Plan::new("ranges")
-        .pod("a", NAMESPACE, "client")
+        .pod("a", KUBELET_NAMESPACE, UID)
         .outside("b", "shop", "stranger")
         .without_agents()?;
-    let (client, stranger) = (mesh.pod("client")?, mesh.pod("stranger")?);
+    let (client, stranger) = (mesh.pod(UID)?, mesh.pod("stranger")?);
     let node = mesh.topology().node("a")?;
     let api = Api::start(node.netns())?;
     api.set(
         PODS,
         json!({
-            "metadata": {"name": "client", "namespace": NAMESPACE, "uid": "x_client", "labels": {"tacit.io/enrol": "true"}},
+            "metadata": {"name": UID, "namespace": KUBELET_NAMESPACE, "uid": UID, "labels": {"tacit.io/enrol": "true"}},
             "spec": {"nodeName": "a", "serviceAccountName": "client"},
             "status": {"phase": "Running", "qosClass": "Guaranteed",
                        "podIPs": [{"ip": client.ipv4()}, {"ip": client.ipv6()}]},

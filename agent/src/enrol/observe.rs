@@ -136,6 +136,39 @@ fn mesh_addresses(listed: &[IpAddr], ranges: &Ranges) -> Vec<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
+
+    use tacit_core::spiffe::TrustDomain;
+
+    use crate::enrol::testing::workload;
+
+    #[test]
+    fn an_address_that_is_somebody_elses_is_never_adopted() {
+        let text = "\
+workloads: [{name: other, namespace: shop, addresses: [10.77.1.2], node: b}]
+services: [{name: web, namespace: shop, addresses: [10.96.0.1], ports: [{port: 80}], endpoints: []}]
+";
+        let domain = TrustDomain::parse("cluster.local").expect("valid");
+        let mut directory = Directory::parse(text, Path::new("directory.yaml"), &domain).expect("valid");
+        let address = |text: &str| text.parse::<IpAddr>().expect("an address");
+        for node in ["b", "c"] {
+            let claim = Workload { name: node.into(), node: node.into(), ..workload("web", &["10.77.1.5"]) };
+            directory.insert(claim, tacit_core::directory::AddressConflict::Replace);
+        }
+        directory.set_node_addresses(&"b".into(), &[], &[address("192.0.2.2")]);
+        directory.insert(workload("web", &["10.77.1.4"]), tacit_core::directory::AddressConflict::Replace);
+        let adopts = workload("web", &[]);
+        for (text, expected) in [
+            ("10.77.1.2", true),
+            ("10.77.1.5", true),
+            ("10.96.0.1", true),
+            ("192.0.2.2", true),
+            ("10.77.1.3", false),
+            ("10.77.1.4", false),
+        ] {
+            assert_eq!(is_given_away(&directory, address(text), &adopts), expected, "{text}");
+        }
+    }
 
     #[test]
     fn of_a_pods_interfaces_the_mesh_addresses_count() {

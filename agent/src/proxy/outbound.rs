@@ -340,6 +340,26 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn only_the_pod_that_the_directory_means_gets_a_flow_of_its_node() {
+        let domain = tacit_core::spiffe::TrustDomain::parse("cluster.local").expect("valid");
+        let parse = |text: &str| {
+            let text = format!("workloads: [{{namespace: shop, addresses: [10.77.1.2], {text}}}]");
+            let parsed =
+                Directory::parse(&text, std::path::Path::new("directory.yaml"), &domain).expect("valid");
+            parsed.at([10, 77, 1, 2].into()).cloned().expect("known")
+        };
+        let enrolled = parse("name: web, serviceAccount: web, node: a, cgroup: x");
+        assert!(is_same_pod(&enrolled, &enrolled));
+        for other in [
+            "name: web, serviceAccount: db, node: a, cgroup: x",
+            "name: web, serviceAccount: web, node: a, cgroup: y",
+            "name: web, serviceAccount: web, node: b, cgroup: z",
+        ] {
+            assert!(!is_same_pod(&parse(other), &enrolled), "{other}");
+        }
+    }
+
     /// What the tasks of a flow keep, beside its session and sockets: with 10,000 flows a kilobyte is ten megabytes.
     #[test]
     fn an_idle_flow_is_small() {

@@ -207,7 +207,7 @@ pub struct GuardStatus {
 pub struct MeshStatus {
     /// How many are configured.
     pub configured: u64,
-    /// How many were found in the cluster beside those; none goes while the agent runs.
+    /// How many were found in the cluster beside those.
     pub detected: u64,
     /// All of them, joined where two make one; at most 100.
     pub ranges: Vec<String>,

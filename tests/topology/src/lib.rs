@@ -46,7 +46,7 @@ pub use agent::{Agent, http_get};
 pub use capture::Capture;
 pub use mesh::{MeshFiles, Tunnel, WorkloadEntry};
 pub use netns::Netns;
-pub use node::Node;
+pub use node::{KUBELET_NAMESPACE, Node};
 pub use pcap::{TUNNEL_PORT, Traffic};
 pub use pod::{Membership, Pod};
 pub use process::{Process, run};

@@ -26,6 +26,8 @@ use std::{
     },
 };
 
+/// Pods of this namespace have cgroups as the kubelet names them: `pod` with the UID, which is the pod's name here.
+pub const KUBELET_NAMESPACE: &str = "pod";
 /// Name of the node-to-node link, in every node.
 pub(crate) const WIRE: &str = "wire";
 /// Name of the bridge of bridged pods, as the bridge plugin of CNI names it.
@@ -177,9 +179,10 @@ impl Node {
         let Ok(host) = reserved else { bail!("node {} has no free pod address", self.name) };
         let short = format!("{namespace}_{name}");
         let netns = Netns::create(&[format!("{}-{short}", self.netns.name())])?.remove(0);
+        let in_cgroup = if namespace == KUBELET_NAMESPACE { format!("pod{name}") } else { short };
         let cgroup = match membership {
-            Membership::Mesh => self.pods_cgroup().join(&short),
-            Membership::Outside => self.host_cgroup().join(&short),
+            Membership::Mesh => self.pods_cgroup().join(&in_cgroup),
+            Membership::Outside => self.host_cgroup().join(&in_cgroup),
         };
         cgroup::create(&cgroup)?;
         let pod = Pod::new(

@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     directory::{Directory, Protocol, Workload},
+    refusal::RefusalReason,
     spiffe::SpiffeId,
 };
 
@@ -201,6 +202,14 @@ fn path(
         allow: true,
         why: Vec::new(),
     };
+    if known.directory.is_unclear_at(SocketAddr::new(server, port)) {
+        verdict.allow = false;
+        verdict.why.push(format!(
+            "Agents refuse connections to {server} ({}): more than one pod or service claims it.",
+            RefusalReason::DestinationUnclear.label()
+        ));
+        return verdict;
+    }
     let Some(target) = destination.workload.filter(|workload| workload.protocol == Protocol::Tacit) else {
         verdict.why.push("Nobody keeps a policy there: the destination is not enrolled.".to_owned());
         return verdict;

@@ -90,3 +90,31 @@ fn questions_without_an_answer_say_what_is_wrong() {
         assert_eq!(port(text), Err(ExplainError::Port(text.to_owned())));
     }
 }
+
+#[test]
+fn an_address_that_two_pods_claim_is_explained_as_refused() {
+    let domain = TrustDomain::parse("cluster.local").expect("valid");
+    let mut directory = Directory::parse(DIRECTORY, Path::new("directory.yaml"), &domain).expect("valid");
+    let web = directory.named("shop", "web").expect("known");
+    let other = crate::directory::Workload {
+        name: "false".into(),
+        node: "c".into(),
+        addresses: vec!["10.77.1.2".parse().expect("an address")],
+        ..(**web).clone()
+    };
+    directory.insert(other, crate::directory::AddressConflict::Replace);
+    let known = ExplainContext {
+        directory: &directory,
+        policies: &Policies::default(),
+        node: "a",
+        is_node: &|_| false,
+    };
+    for to in ["shop/web", "shop/false", "10.77.1.2"] {
+        let to = WorkloadRef::parse(to).expect("valid");
+        let from = WorkloadRef::parse("shop/far").expect("valid");
+        let explanation = explain(known, &from, &to, 80).expect("both are known");
+        assert!(!explanation.allow, "{to:?}");
+        let refused = explanation.paths.iter().find(|path| !path.allow).expect("a refused path");
+        assert!(refused.why[0].contains("destination_unclear"), "{refused:?}");
+    }
+}

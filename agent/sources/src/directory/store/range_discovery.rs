@@ -204,6 +204,8 @@ impl RangeDiscovery {
         let outside = self.in_use.keys().filter(|address| !ranges.contains(**address));
         self.new_addresses = outside.copied().collect();
         self.sources_changed = true;
+        // An external address of a service may have been a node's.
+        self.enrolled = true;
     }
 
     /// Records a new or changed service.
@@ -276,7 +278,8 @@ impl RangeDiscovery {
         for range in &self.retired {
             add_without(&mut ranges, *range, &cut);
         }
-        self.single.retain(|address| !ranges.contains(*address));
+        let is_needed = |address: IpAddr| directory.knows(address) || directory.is_unclear(address);
+        self.single.retain(|address| !ranges.contains(*address) && is_needed(*address));
         for address in &self.single {
             ranges.add(IpNet::from(*address));
         }

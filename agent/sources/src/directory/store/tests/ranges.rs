@@ -315,3 +315,91 @@ fn external_and_load_balancer_addresses_are_captured_like_the_cluster_ip() {
     store.apply_change(Change::Applied(service(as_is)));
     assert_eq!(ranges(&mut store), "10.77.0.0/16 10.96.0.0/12 fd96::/16");
 }
+
+/// Numbers without a pattern; the seed is of no importance.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % bound
+    }
+
+    fn one_of<'a>(&mut self, all: &[&'a str]) -> &'a str {
+        all[usize::try_from(self.below(all.len() as u64)).expect("small")]
+    }
+}
+
+const ADDRESSES: [&str; 6] = ["10.77.0.2", "10.78.0.2", "10.78.0.3", "10.79.0.2", "192.0.2.1", "203.0.113.1"];
+
+/// Returns an object of a few names, made at random.
+fn random_object(random: &mut Random) -> Object {
+    match random.below(4) {
+        0 => {
+            let cidrs = ["10.78.0.0/24", "10.78.0.0/16", "10.79.0.0/24", "10.0.0.0/7", "203.0.113.0/24"];
+            let cidrs: Vec<&str> = (0..random.below(3)).map(|_| random.one_of(&cidrs)).collect();
+            let addresses: Vec<&str> = (0..random.below(3)).map(|_| random.one_of(&ADDRESSES)).collect();
+            node(random.one_of(&["b", "c"]), &cidrs, &addresses)
+        }
+        1 => service(|value| {
+            value["metadata"]["name"] = json!(random.one_of(&["web", "db"]));
+            value["spec"]["clusterIPs"] = json!(["10.96.0.1"]);
+            value["spec"]["externalIPs"] = json!([random.one_of(&ADDRESSES)]);
+        }),
+        2 => slice("web-1", "IPv4", 80, json!([{"addresses": [random.one_of(&ADDRESSES)]}])),
+        _ => {
+            let (name, on) = (random.one_of(&["p", "q", "r"]), random.one_of(&["a", "b", "c"]));
+            let is_enrolled = random.below(3) > 0;
+            pod(name, on, random.one_of(&ADDRESSES), |value| {
+                value["metadata"]["labels"]["tacit.io/enrol"] = json!(is_enrolled.to_string());
+            })
+        }
+    }
+}
+
+#[test]
+fn whatever_comes_and_goes_addresses_in_use_are_in_ranges_and_nothing_is_left_in_the_end() {
+    let mut random = Random(0x2545_f491_4f6c_dd1d);
+    for round in 0..200 {
+        let mut store = within(&["10.77.0.0/16"]);
+        let mut before = store.take_changed().expect("complete");
+        let mut objects: Vec<Object> = Vec::new();
+        for _ in 0..40 {
+            let object = random_object(&mut random);
+            let is_same = |other: &Object| {
+                other.kind() == object.kind() && full_name(other.meta()) == full_name(object.meta())
+            };
+            objects.retain(|other| !is_same(other));
+            if random.below(3) == 0 {
+                store.apply_change(Change::Deleted(object));
+            } else {
+                objects.push(object.clone());
+                store.apply_change(Change::Applied(object));
+            }
+            if random.below(2) == 0 {
+                continue;
+            }
+            let Some(now) = store.take_changed() else { continue };
+            for text in ADDRESSES {
+                let address = text.parse().expect("an address");
+                let of_service =
+                    now.service_at(address).is_some_and(|service| now.has_enrolled_endpoint(service));
+                if now.is_enrolled(address) || of_service {
+                    assert!(now.ranges().contains(address), "round {round}: {text} in {:?}", now.ranges());
+                }
+            }
+            assert!(now.ranges().contains("10.77.3.3".parse().expect("an address")), "configured");
+            let is_later = now.ranges().generation() > before.ranges().generation();
+            let is_changed = !now.ranges().iter().eq(before.ranges().iter());
+            assert!(is_later || !is_changed, "round {round}: the kernel would not follow");
+            before = now;
+        }
+        for object in objects {
+            store.apply_change(Change::Deleted(object));
+        }
+        assert_eq!(ranges(&mut store), "10.77.0.0/16", "round {round}");
+        assert!(store.invalid_objects().list.is_empty() && store.directory.conflicts().next().is_none());
+    }
+}
