@@ -175,6 +175,56 @@ fn is_tunnel_cookie(skb: &Skb<'_>, slot: u32, packet: &Packet, payload: u32) -> 
 /// Decides on packets from and to sockets of pods; true if the packet passes.
 #[inline(always)]
 pub fn socket(ctx: &SkBuffContext, direction: Direction) -> bool {
+    let mut dropped = Dropped::NONE;
+    match direction {
+        Direction::Egress => passes_egress(ctx, &mut dropped) || report(ctx, &dropped),
+        Direction::Ingress => passes_ingress(ctx, &mut dropped) || report(ctx, &dropped),
+    }
+}
+
+/// Decides on frames that leave a pod, on the host end of its link; true if the frame passes.
+#[inline(always)]
+pub fn link(ctx: &SkBuffContext) -> bool {
+    let mut dropped = Dropped::NONE;
+    passes_link(ctx, &mut dropped) || report(ctx, &dropped)
+}
+
+/// Decides on frames towards a pod, on the host end of its link; true if the frame passes.
+#[inline(always)]
+pub fn arrival(ctx: &SkBuffContext) -> bool {
+    let mut dropped = Dropped::NONE;
+    passes_arrival(ctx, &mut dropped) || report(ctx, &dropped)
+}
+
+/// What is counted and logged of a packet that is dropped.
+struct Dropped {
+    cgroup: u64,
+    remote: Address,
+    port: u16,
+    protocol: u8,
+    reason: Reason,
+}
+
+impl Dropped {
+    const NONE: Self =
+        Self { cgroup: 0, remote: Address::NONE, port: 0, protocol: 0, reason: Reason::GuardUnreadable };
+}
+
+// Decisions and the report of a drop are functions of their own: a program has 512 bytes of stack, and each needs much of
+// it, one after the other.
+
+#[inline(never)]
+fn passes_egress(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
+    passes_socket(ctx, Direction::Egress, dropped)
+}
+
+#[inline(never)]
+fn passes_ingress(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
+    passes_socket(ctx, Direction::Ingress, dropped)
+}
+
+#[inline(always)]
+fn passes_socket(ctx: &SkBuffContext, direction: Direction, dropped: &mut Dropped) -> bool {
     let skb = Skb(ctx);
     // This check is first because all traffic to the agent is loopback.
     if skb.interface() == LOOPBACK {
@@ -190,17 +240,17 @@ pub fn socket(ctx: &SkBuffContext, direction: Direction) -> bool {
         return true;
     }
     let Some(header) = packet::ip_header(&skb, ethertype) else {
-        return drop_if_strict(ctx, cgroup, &pod, Reason::GuardUnreadable);
+        return drop_if_strict(dropped, cgroup, &pod, Reason::GuardUnreadable);
     };
     let Some(packet) = packet::parse(&skb, &header, direction, 0) else {
-        return drop_if_strict(ctx, cgroup, &pod, Reason::GuardUnreadable);
+        return drop_if_strict(dropped, cgroup, &pod, Reason::GuardUnreadable);
     };
     let facts = Facts { skb: &skb, link: &NO_LINK, payload: header.payload(), is_to_neighbour: false };
     let verdict = match direction {
         Direction::Egress => decide_egress(&facts, &pod, Hook::Socket, &packet),
         Direction::Ingress => decide_ingress(&facts, &pod, &packet),
     };
-    apply(ctx, cgroup, &pod, &packet, verdict)
+    apply(dropped, cgroup, &pod, &packet, verdict)
 }
 
 const NO_LINK: Link = Link { cgroup: 0, hardware: 0, has_neighbours: 0, link_local: Address::NONE };
@@ -227,9 +277,8 @@ fn of_link<'a>(skb: &Skb<'_>) -> Option<(&'a Link, Pod)> {
     }
 }
 
-/// Decides on frames that leave a pod, on the host end of its link; true if the frame passes.
-#[inline(always)]
-pub fn link(ctx: &SkBuffContext) -> bool {
+#[inline(never)]
+fn passes_link(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
     let skb = Skb(ctx);
     // This check is first because tunnels of the agent are the hot path.
     let is_tunnel = context::is_agent_cgroup(skb.cgroup())
@@ -239,32 +288,30 @@ pub fn link(ctx: &SkBuffContext) -> bool {
     }
     let Some((link, pod)) = of_link(&skb) else { return true };
     let Some((to, from)) = skb.hardware() else {
-        return drop_if_strict(ctx, link.cgroup, &pod, Reason::GuardUnreadable);
+        return drop_if_strict(dropped, link.cgroup, &pod, Reason::GuardUnreadable);
     };
     if link.hardware != 0 && from != link.hardware {
-        return drop(ctx, link.cgroup, &Address::NONE, 0, 0, Reason::GuardSpoofed);
+        return drop(dropped, link.cgroup, &Address::NONE, 0, 0, Reason::GuardSpoofed);
     }
     let is_to_neighbour = link.has_neighbours != 0 && !context::is_node_hardware(to);
     let ethertype = skb.ethertype();
     let is_ip = ethertype == ETH_P_IP || ethertype == ETH_P_IPV6;
     if !is_ip || skb.has_vlan() {
-        return not_ip(ctx, &skb, link, &pod, ethertype);
+        return not_ip(dropped, &skb, link, &pod, ethertype);
     }
     let Some(header) = packet::ip_header(&skb, ethertype) else {
-        return drop_if_strict(ctx, link.cgroup, &pod, Reason::GuardUnreadable);
+        return drop_if_strict(dropped, link.cgroup, &pod, Reason::GuardUnreadable);
     };
     if !is_own_discovery(&skb, &pod, link, &header) {
-        return drop(ctx, link.cgroup, &header.source, 0, 0, Reason::GuardSpoofed);
+        return drop(dropped, link.cgroup, &header.source, 0, 0, Reason::GuardSpoofed);
     }
     let Some(packet) = packet::parse(&skb, &header, Direction::Egress, ETHERNET_HEADER) else {
-        return drop_if_strict(ctx, link.cgroup, &pod, Reason::GuardUnreadable);
+        return drop_if_strict(dropped, link.cgroup, &pod, Reason::GuardUnreadable);
     };
     let facts = Facts { skb: &skb, link, payload: header.payload(), is_to_neighbour };
     let verdict = decide_egress(&facts, &pod, Hook::Link, &packet);
-    apply(ctx, link.cgroup, &pod, &packet, verdict)
+    apply(dropped, link.cgroup, &pod, &packet, verdict)
 }
-
-// Functions of their own, since they would add to the stack of their caller, which has 512 bytes with all that it calls.
 
 /// Returns true unless the packet is of neighbour discovery and says what the pod may not say.
 #[inline(never)]
@@ -280,19 +327,18 @@ fn is_own_arp(skb: &Skb<'_>, pod: &Pod, link: &Link) -> bool {
 
 /// Decides on frames other than plain IP.
 #[inline(always)]
-fn not_ip(ctx: &SkBuffContext, skb: &Skb<'_>, link: &Link, pod: &Pod, ethertype: u16) -> bool {
+fn not_ip(dropped: &mut Dropped, skb: &Skb<'_>, link: &Link, pod: &Pod, ethertype: u16) -> bool {
     if ethertype != ETH_P_ARP || skb.has_vlan() {
-        return drop_if_strict(ctx, link.cgroup, pod, Reason::GuardNotIp);
+        return drop_if_strict(dropped, link.cgroup, pod, Reason::GuardNotIp);
     }
     if !is_own_arp(skb, pod, link) {
-        return drop(ctx, link.cgroup, &Address::NONE, 0, 0, Reason::GuardSpoofed);
+        return drop(dropped, link.cgroup, &Address::NONE, 0, 0, Reason::GuardSpoofed);
     }
-    skb.len() <= ARP_MAX || drop_if_strict(ctx, link.cgroup, pod, Reason::GuardNotIp)
+    skb.len() <= ARP_MAX || drop_if_strict(dropped, link.cgroup, pod, Reason::GuardNotIp)
 }
 
-/// Decides on frames towards a pod, on the host end of its link; true if the frame passes.
-#[inline(always)]
-pub fn arrival(ctx: &SkBuffContext) -> bool {
+#[inline(never)]
+fn passes_arrival(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
     let skb = Skb(ctx);
     let ethertype = skb.ethertype();
     if ethertype != ETH_P_IP && ethertype != ETH_P_IPV6 {
@@ -322,7 +368,7 @@ pub fn arrival(ctx: &SkBuffContext) -> bool {
     }
     match arrival {
         Arrival::Pass | Arrival::OfNode => true,
-        Arrival::Drop(reason) => drop(ctx, link.cgroup, &header.source, port, number, reason),
+        Arrival::Drop(reason) => drop(dropped, link.cgroup, &header.source, port, number, reason),
     }
 }
 
@@ -347,15 +393,15 @@ impl ArrivalFacts for Arriving<'_> {
 
 /// Drops a packet that cannot be classified if its pod is STRICT; true if the packet passes.
 #[inline(always)]
-fn drop_if_strict(ctx: &SkBuffContext, cgroup: u64, pod: &Pod, reason: Reason) -> bool {
+fn drop_if_strict(dropped: &mut Dropped, cgroup: u64, pod: &Pod, reason: Reason) -> bool {
     if pod.has(pod_flag::EXEMPT) || !pod.has(pod_flag::EGRESS_STRICT) {
         return true;
     }
-    drop(ctx, cgroup, &Address::NONE, 0, 0, reason)
+    drop(dropped, cgroup, &Address::NONE, 0, 0, reason)
 }
 
 #[inline(always)]
-fn apply(ctx: &SkBuffContext, cgroup: u64, pod: &Pod, packet: &Packet, verdict: Verdict) -> bool {
+fn apply(dropped: &mut Dropped, cgroup: u64, pod: &Pod, packet: &Packet, verdict: Verdict) -> bool {
     match verdict {
         Verdict::Pass => true,
         Verdict::Ask => {
@@ -372,16 +418,31 @@ fn apply(ctx: &SkBuffContext, cgroup: u64, pod: &Pod, packet: &Packet, verdict: 
             true
         }
         Verdict::Drop(reason) => {
-            drop(ctx, cgroup, &packet.remote, packet.remote_port, packet.protocol, reason)
+            drop(dropped, cgroup, &packet.remote, packet.remote_port, packet.protocol, reason)
         }
     }
 }
 
-/// Counts and logs a drop; always false.
+/// Says what is dropped; always false.
 #[inline(always)]
-fn drop(ctx: &SkBuffContext, cgroup: u64, remote: &Address, port: u16, protocol: u8, reason: Reason) -> bool {
+fn drop(
+    dropped: &mut Dropped,
+    cgroup: u64,
+    remote: &Address,
+    port: u16,
+    protocol: u8,
+    reason: Reason,
+) -> bool {
+    *dropped = Dropped { cgroup, remote: *remote, port, protocol, reason };
+    false
+}
+
+/// Counts and logs a drop; always false.
+#[inline(never)]
+fn report(ctx: &SkBuffContext, dropped: &Dropped) -> bool {
+    let Dropped { cgroup, remote, port, protocol, reason } = *dropped;
     count(reason);
-    let key = DropKey { cgroup, remote: *remote, reason: reason as u32, protocol: u32::from(protocol) };
+    let key = DropKey { cgroup, remote, reason: reason as u32, protocol: u32::from(protocol) };
     match DROPS.get_ptr_mut(&key) {
         // SAFETY: a live value of the map; two CPUs may lose a count to each other, COUNTERS do not.
         Some(packets) => unsafe { *packets += 1 },

@@ -136,6 +136,7 @@ mod tests {
         let labels: Vec<_> = retryable.map(|reason| reason.label()).collect();
         let expected = [
             "destination_gone",
+            "destination_unclear",
             "peer_unreachable",
             "unknown_destination",
             "connection_refused",
