@@ -60,6 +60,7 @@ const RINGBUF_RESERVE: BpfHelper = BpfHelper::BPF_FUNC_ringbuf_reserve;
 const SET_RETVAL: BpfHelper = BpfHelper::BPF_FUNC_set_retval;
 const SK_ASSIGN: BpfHelper = BpfHelper::BPF_FUNC_sk_assign;
 const SK_RELEASE: BpfHelper = BpfHelper::BPF_FUNC_sk_release;
+const CHECK_SYNCOOKIE: BpfHelper = BpfHelper::BPF_FUNC_tcp_check_syncookie;
 const STORAGE_DELETE: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_delete;
 const STORAGE_GET: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_get;
 const SET_SOCKET_OPTION: BpfHelper = BpfHelper::BPF_FUNC_setsockopt;
@@ -206,6 +207,8 @@ pub(super) static FEATURES: &[Feature] = &[
     helper("bpf_skb_load_bytes_relative on links", GUARD, Release(4, 18), CLASSIFIER, SKB_LOAD),
     helper("bpf_sk_storage_get on links", GUARD, Release(5, 2), CLASSIFIER, STORAGE_GET),
     helper("bpf_sk_fullsock on links", GUARD, Release(5, 1), CLASSIFIER, FULL_SOCKET),
+    helper("bpf_tcp_check_syncookie on links", GUARD, Release(5, 2), CLASSIFIER, CHECK_SYNCOOKIE),
+    helper("bpf_sk_release on links", GUARD, Release(4, 20), CLASSIFIER, SK_RELEASE),
     helper("bpf_ringbuf_reserve on links", LOG, Release(5, 8), CLASSIFIER, RINGBUF_RESERVE),
     required("BTF of programs and maps", STATE, Release(4, 18), BPF_SYSCALL, Trial::Btf),
     map("array maps", STATE, Release(3, 19), MapType::Array),
