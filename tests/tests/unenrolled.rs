@@ -1,13 +1,13 @@
 //! Pods that the directory knows and that are not enrolled, in a mesh that is STRICT throughout. A mode concerns enrolled
 //! destinations: such pods go as without Tacit, with each other and to addresses outside. STRICT pods still refuse them.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
     sync::OnceLock,
 };
-use tacit_tests::{Client, Mesh, Plan, Server, fresh_port};
-use tacit_topology::{HANG, Pod, Tunnel, WorkloadEntry};
+use tacit_tests::{Client, Mesh, Plan, Server, agent_program, fresh_port};
+use tacit_topology::{HANG, Pod, Tunnel, WorkloadEntry, run};
 
 const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
                       metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
@@ -68,15 +68,13 @@ fn pods_that_are_not_enrolled_reach_each_other() -> Result<()> {
         let server = right.netns().enter(|| UdpSocket::bind((address, 0)))??;
         server.set_read_timeout(Some(HANG))?;
         // In the pod's cgroup: the guard looks at sockets of pods.
-        let target = server.local_addr()?.to_string().replace(':', " ");
-        let (host, port) = target.rsplit_once(' ').context("an address with a port")?;
-        let host = host.trim_matches(['[', ']']).replace(' ', ":");
-        let script = format!("echo hello > /dev/udp/{host}/{port}");
-        let status = left.command("bash").args(["-c", &script]).status()?;
-        ensure!(status.success(), "{script}: {status}");
+        let mut step = left.command(agent_program()?.with_file_name("tacit-attack"));
+        step.args(["step", "udp", &server.local_addr()?.to_string(), "hello"]);
+        let told = run(step.env("TACIT_ATTACK_PATIENCE_MS", "2000"))?;
+        ensure!(told.trim() == "sent", "{told}");
         let mut buffer = [0; 16];
         let (bytes, _) = server.recv_from(&mut buffer)?;
-        ensure!(&buffer[..bytes] == b"hello\n");
+        ensure!(&buffer[..bytes] == b"hello");
     }
     Ok(())
 }
