@@ -11,7 +11,7 @@ use crate::{
     ALLOW, DENY,
     context::{self, Family, SockAddr},
     count::count,
-    log_budget,
+    log_budget, lookup,
     maps::{SETTINGS, pod_of},
 };
 
@@ -37,7 +37,7 @@ impl ConnectFacts for Facts<'_> {
 
     #[inline(always)]
     fn in_mesh(&self, address: &Address) -> bool {
-        context::in_mesh(address)
+        lookup::in_mesh(address)
     }
 
     #[inline(always)]
@@ -47,22 +47,22 @@ impl ConnectFacts for Facts<'_> {
 
     #[inline(always)]
     fn is_agent(&self) -> bool {
-        context::is_agent_cgroup(context::current_cgroup())
+        lookup::is_agent_cgroup(context::current_cgroup())
     }
 
     #[inline(always)]
     fn default_is_strict(&self) -> bool {
-        context::default_is_strict()
+        lookup::default_is_strict()
     }
 
     #[inline(always)]
     fn is_allowed_clear(&self, destination: &Address) -> bool {
-        context::is_allowed_clear(destination, self.0.port(), IPPROTO_TCP)
+        lookup::is_allowed_clear(destination, self.0.port(), IPPROTO_TCP)
     }
 
     #[inline(always)]
     fn is_stale(&self) -> bool {
-        context::is_stale()
+        lookup::is_stale()
     }
 }
 

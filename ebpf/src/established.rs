@@ -20,8 +20,9 @@ use aya_ebpf::{
 use tacit_abi::{Destination, Names, NodeFlow, Reason, Tuple, names_kind, protocol, tcp_port};
 
 use crate::{
-    context::{self, Ends, SockOps},
+    context::{Ends, SockOps},
     count::count,
+    lookup,
     maps::{CAPTURED, DIALLED, STEERED},
 };
 
@@ -90,24 +91,23 @@ fn inherit_names(sock: &SockOps<'_>, ends: &Ends) {
     let _ = DIALLED.remove(&key);
 }
 
-/// Marks a plaintext connection that the steering program passed to an application of an enrolled pod. Without the mark,
-/// for example for lack of memory, the guard takes its packets for connections of the pod and drops those into the mesh.
+/// Marks a connection that the steering program passed to an application of an enrolled pod, as plaintext, or to the agent,
+/// as a tunnel. Without the mark, for example for lack of memory, the guard takes its packets for connections of the pod and
+/// drops those into the mesh.
 #[inline(always)]
 fn mark_accepted(sock: &SockOps<'_>, key: &Tuple) {
     // SAFETY: only presence is read.
-    let is_enrolled = unsafe { STEERED.get(&key.remote) }.is_some();
-    if key.remote_port == u32::from(tcp_port::TUNNEL) || !is_enrolled {
+    if unsafe { STEERED.get(&key.remote) }.is_none() {
         return;
     }
-    let flow = NodeFlow {
-        node: key.local,
-        pod: key.remote,
-        node_port: key.local_port,
-        pod_port: key.remote_port,
-        protocol: u32::from(protocol::TCP),
-        pad: 0,
+    let (node, pod) = ((key.local, key.local_port), (key.remote, key.remote_port));
+    let kind = if key.remote_port == u32::from(tcp_port::TUNNEL) {
+        names_kind::TUNNEL
+    } else if lookup::is_node_flow(&NodeFlow::new(node, pod, protocol::TCP)) {
+        names_kind::NODE
+    } else {
+        names_kind::CLEAR
     };
-    let kind = if context::is_node_flow(&flow) { names_kind::NODE } else { names_kind::CLEAR };
     let _ = sock.store_names(Names { kind, ..Names::default() });
 }
 

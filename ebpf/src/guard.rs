@@ -6,16 +6,17 @@
 use aya_ebpf::{bindings::BPF_NOEXIST, programs::SkBuffContext};
 use aya_log_ebpf::warn;
 use tacit_abi::{
-    ANSWER_WAYS, Accepted, Address, Arrival, ArrivalFacts, DropKey, GuardFacts, Hook, Link, Listener, Packet,
-    Pod, Reason, Segment, Verdict, answer_cells, decide_arrival, decide_egress, decide_ingress, is_expected,
-    listener_index, may_claim, may_send_from, names_kind, pod_flag, remember,
+    Accepted, Address, Arrival, ArrivalFacts, DropKey, GuardFacts, Hook, Link, Listener, Packet, Pod, Reason,
+    Segment, Verdict, decide_arrival, decide_egress, decide_ingress, listener_index, may_claim,
+    may_send_from, names_kind, pod_flag,
 };
 
 use crate::{
+    answers,
     context::{self, Skb},
     count::count,
-    log_budget,
-    maps::{ANSWERS, DROPS, LINKS, PODS, SETTINGS, pod_of},
+    log_budget, lookup,
+    maps::{DROPS, LINKS, PODS, SETTINGS, pod_of},
     packet::{self, Direction, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, IpHeader},
 };
 
@@ -26,7 +27,7 @@ const ARP_MAX: u32 = 60;
 /// Index of the loopback interface, which the kernel gives to no other interface of a namespace.
 const LOOPBACK: u32 = 1;
 
-/// Facts of a packet at a hook. On links, `link` and the header's addresses are known.
+/// Facts of a packet at a hook. `link` and `is_to_neighbour` are those of a frame, where the hook is on a link.
 struct Facts<'a> {
     skb: &'a Skb<'a>,
     link: &'a Link,
@@ -38,27 +39,28 @@ struct Facts<'a> {
 impl GuardFacts for Facts<'_> {
     #[inline(always)]
     fn is_agent(&self) -> bool {
-        context::is_agent_cgroup(self.skb.cgroup())
+        lookup::is_agent_cgroup(self.skb.cgroup())
     }
 
     #[inline(always)]
     fn is_tunnel(&self) -> bool {
-        self.skb.names().is_some_and(|names| names.kind == names_kind::TUNNEL)
+        // Where it counts, tunnels have passed before.
+        false
     }
 
     #[inline(always)]
     fn in_mesh(&self, address: &Address) -> bool {
-        context::in_mesh(address)
+        lookup::in_mesh(address)
     }
 
     #[inline(always)]
     fn is_node(&self, address: &Address) -> bool {
-        context::is_node(address)
+        lookup::is_node(address)
     }
 
     #[inline(always)]
     fn is_node_flow(&self, packet: &Packet) -> bool {
-        context::is_node_flow(&packet.node_flow())
+        lookup::is_node_flow(&packet.node_flow())
     }
 
     #[inline(always)]
@@ -72,12 +74,12 @@ impl GuardFacts for Facts<'_> {
 
     #[inline(always)]
     fn port_mode(&self, slot: u32, port: u16) -> Option<u32> {
-        context::port_mode(slot, port)
+        lookup::port_mode(slot, port)
     }
 
     #[inline(always)]
     fn is_allowed_clear(&self, remote: &Address, port: u16, protocol: u8) -> bool {
-        context::is_allowed_clear(remote, port, u32::from(protocol))
+        lookup::is_allowed_clear(remote, port, u32::from(protocol))
     }
 
     #[inline(always)]
@@ -102,7 +104,7 @@ impl GuardFacts for Facts<'_> {
 
     #[inline(always)]
     fn is_answer(&self, pod: &Pod, packet: &Packet) -> bool {
-        is_answer(pod, packet)
+        answers::is_answer(pod, packet)
     }
 
     #[inline(always)]
@@ -116,42 +118,6 @@ impl GuardFacts for Facts<'_> {
 fn is_node_socket(skb: &Skb<'_>) -> bool {
     let settings = SETTINGS.load();
     skb.cgroup() != 0 && skb.ancestor_cgroup(settings.pods_level) != settings.pods_cgroup
-}
-
-/// Returns true if the pod sent a datagram of the packet's flow a short time ago.
-#[inline(never)]
-fn is_answer(pod: &Pod, packet: &Packet) -> bool {
-    let Some((first, tag)) = answer_cells(context::seed(), pod.slot, packet) else { return false };
-    let now = context::now();
-    for way in 0..ANSWER_WAYS {
-        if ANSWERS.get(first + way).is_some_and(|cell| is_expected(*cell, tag, now)) {
-            return true;
-        }
-    }
-    false
-}
-
-/// Remembers that the pod sent a datagram. The flow's own cell is used, else a free or the oldest one.
-#[inline(never)]
-fn expect_answer(pod: &Pod, packet: &Packet) {
-    let Some((first, tag)) = answer_cells(context::seed(), pod.slot, packet) else { return };
-    let fresh = remember(tag, context::now());
-    let mut oldest = (first, u64::MAX);
-    for way in 0..ANSWER_WAYS {
-        let Some(cell) = ANSWERS.get(first + way) else { return };
-        if *cell == fresh {
-            return;
-        }
-        // The time is in the lower bits. Of an own cell it counts as the oldest.
-        let age = if *cell ^ tag < 1 << 24 { 0 } else { *cell & 0xff_ffff };
-        if age < oldest.1 {
-            oldest = (first + way, age);
-        }
-    }
-    if let Some(cell) = ANSWERS.get_ptr_mut(oldest.0) {
-        // SAFETY: a live value of the map, written as one word.
-        unsafe { *cell = fresh };
-    }
 }
 
 /// Returns true if a SYN-ACK carries a SYN cookie of the agent's tunnel listener: the kernel accepts the client's answer.
@@ -253,6 +219,15 @@ fn passes_socket(ctx: &SkBuffContext, direction: Direction, dropped: &mut Droppe
     apply(dropped, cgroup, &pod, &packet, verdict)
 }
 
+/// VLAN id of a tag that has a priority only.
+const PRIORITY_TAG: u16 = 0;
+
+/// Returns true if the pod sends no plaintext into the mesh.
+#[inline(always)]
+fn is_strict(pod: &Pod) -> bool {
+    !pod.has(pod_flag::EXEMPT) && pod.has(pod_flag::EGRESS_STRICT)
+}
+
 const NO_LINK: Link = Link { cgroup: 0, hardware: 0, has_neighbours: 0, link_local: Address::NONE };
 
 /// Returns the pod of a packet's socket and its cgroup's id; `None` if nothing is enforced for the socket.
@@ -261,7 +236,7 @@ fn of_socket(skb: &Skb<'_>) -> Option<(u64, Pod)> {
     if let Some(found) = pod_of(|level| skb.ancestor_cgroup(level)) {
         return Some(found);
     }
-    if context::default_is_strict() { Some((skb.cgroup(), Pod::unknown())) } else { None }
+    if lookup::default_is_strict() { Some((skb.cgroup(), Pod::unknown())) } else { None }
 }
 
 /// Returns the pod behind a link; `None` if nothing is enforced for it.
@@ -272,7 +247,7 @@ fn of_link<'a>(skb: &Skb<'_>) -> Option<(&'a Link, Pod)> {
     // SAFETY: the entry is copied at once; the agent replaces entries, it never changes one in place.
     match unsafe { PODS.get(&link.cgroup) } {
         Some(pod) => Some((link, *pod)),
-        None if context::default_is_strict() => Some((link, Pod::unknown())),
+        None if lookup::default_is_strict() => Some((link, Pod::unknown())),
         None => None,
     }
 }
@@ -281,7 +256,7 @@ fn of_link<'a>(skb: &Skb<'_>) -> Option<(&'a Link, Pod)> {
 fn passes_link(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
     let skb = Skb(ctx);
     // This check is first because tunnels of the agent are the hot path.
-    let is_tunnel = context::is_agent_cgroup(skb.cgroup())
+    let is_tunnel = lookup::is_agent_cgroup(skb.cgroup())
         && skb.names().is_some_and(|names| names.kind == names_kind::TUNNEL);
     if is_tunnel {
         return true;
@@ -293,10 +268,15 @@ fn passes_link(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
     if link.hardware != 0 && from != link.hardware {
         return drop(dropped, link.cgroup, &Address::NONE, 0, 0, Reason::GuardSpoofed);
     }
-    let is_to_neighbour = link.has_neighbours != 0 && !context::is_node_hardware(to);
+    let is_to_neighbour = link.has_neighbours != 0 && !lookup::is_node_hardware(to);
+    match skb.vlan() {
+        None => {}
+        // Receivers take a frame of VLAN 0 for one without a tag.
+        Some(PRIORITY_TAG) if !is_strict(&pod) => {}
+        Some(_) => return drop_if_strict(dropped, link.cgroup, &pod, Reason::GuardNotIp),
+    }
     let ethertype = skb.ethertype();
-    let is_ip = ethertype == ETH_P_IP || ethertype == ETH_P_IPV6;
-    if !is_ip || skb.has_vlan() {
+    if ethertype != ETH_P_IP && ethertype != ETH_P_IPV6 {
         return not_ip(dropped, &skb, link, &pod, ethertype);
     }
     let Some(header) = packet::ip_header(&skb, ethertype) else {
@@ -325,10 +305,14 @@ fn is_own_arp(skb: &Skb<'_>, pod: &Pod, link: &Link) -> bool {
     packet::arp_claim(skb).is_some_and(|claim| may_claim(pod, link, &claim))
 }
 
-/// Decides on frames other than plain IP.
+/// Decides on frames other than IP.
 #[inline(always)]
 fn not_ip(dropped: &mut Dropped, skb: &Skb<'_>, link: &Link, pod: &Pod, ethertype: u16) -> bool {
-    if ethertype != ETH_P_ARP || skb.has_vlan() {
+    if packet::is_tag(ethertype) {
+        // Tags inside a tag of VLAN 0: receivers take them off, and what is inside cannot be seen here.
+        return drop(dropped, link.cgroup, &Address::NONE, 0, 0, Reason::GuardNotIp);
+    }
+    if ethertype != ETH_P_ARP {
         return drop_if_strict(dropped, link.cgroup, pod, Reason::GuardNotIp);
     }
     if !is_own_arp(skb, pod, link) {
@@ -340,17 +324,21 @@ fn not_ip(dropped: &mut Dropped, skb: &Skb<'_>, link: &Link, pod: &Pod, ethertyp
 #[inline(never)]
 fn passes_arrival(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
     let skb = Skb(ctx);
-    let ethertype = skb.ethertype();
-    if ethertype != ETH_P_IP && ethertype != ETH_P_IPV6 {
+    let Some((link, pod)) = of_link(&skb) else { return true };
+    if pod.has(pod_flag::EXEMPT) || skb.vlan().is_some_and(|id| id != PRIORITY_TAG) {
         return true;
     }
-    let Some((link, pod)) = of_link(&skb) else { return true };
-    if pod.has(pod_flag::EXEMPT) {
+    let ethertype = skb.ethertype();
+    if packet::is_tag(ethertype) {
+        // What is inside the tags may claim the node's address, or the pod's own.
+        return drop(dropped, link.cgroup, &Address::NONE, 0, 0, Reason::GuardNotIp);
+    }
+    if ethertype != ETH_P_IP && ethertype != ETH_P_IPV6 {
         return true;
     }
     let Some(header) = packet::ip_header(&skb, ethertype) else { return true };
     // Most frames are of tunnels, which come from other addresses.
-    if !pod.owns(&header.source) && !context::is_node(&header.source) {
+    if !pod.owns(&header.source) && !lookup::is_node(&header.source) {
         return true;
     }
     // The node's packets are not that short. The pod may reassemble the packet, and then read its ports.
@@ -363,7 +351,7 @@ fn passes_arrival(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
         (port, number) = (packet.remote_port, packet.protocol);
         arrival = decide_arrival(&Arriving(&skb), &pod, &packet);
         if arrival == Arrival::OfNode {
-            context::prove_node_flow(&packet.node_flow());
+            lookup::prove_node_flow(&packet.node_flow());
         }
     }
     match arrival {
@@ -377,7 +365,7 @@ struct Arriving<'a>(&'a Skb<'a>);
 impl ArrivalFacts for Arriving<'_> {
     #[inline(always)]
     fn is_node(&self, address: &Address) -> bool {
-        context::is_node(address)
+        lookup::is_node(address)
     }
 
     #[inline(always)]
@@ -387,14 +375,14 @@ impl ArrivalFacts for Arriving<'_> {
 
     #[inline(always)]
     fn is_node_flow(&self, packet: &Packet) -> bool {
-        context::is_node_flow(&packet.node_flow())
+        lookup::is_node_flow(&packet.node_flow())
     }
 }
 
 /// Drops a packet that cannot be classified if its pod is STRICT; true if the packet passes.
 #[inline(always)]
 fn drop_if_strict(dropped: &mut Dropped, cgroup: u64, pod: &Pod, reason: Reason) -> bool {
-    if pod.has(pod_flag::EXEMPT) || !pod.has(pod_flag::EGRESS_STRICT) {
+    if !is_strict(pod) {
         return true;
     }
     drop(dropped, cgroup, &Address::NONE, 0, 0, reason)
@@ -405,7 +393,7 @@ fn apply(dropped: &mut Dropped, cgroup: u64, pod: &Pod, packet: &Packet, verdict
     match verdict {
         Verdict::Pass => true,
         Verdict::Ask => {
-            expect_answer(pod, packet);
+            answers::expect_answer(pod, packet);
             true
         }
         Verdict::Clear(reason) => {
@@ -414,7 +402,7 @@ fn apply(dropped: &mut Dropped, cgroup: u64, pod: &Pod, packet: &Packet, verdict
         }
         Verdict::AskClear(reason) => {
             count(reason);
-            expect_answer(pod, packet);
+            answers::expect_answer(pod, packet);
             true
         }
         Verdict::Drop(reason) => {

@@ -7,12 +7,14 @@
     reason = "keys and values of maps are passed by reference: by value they would be copied on a stack of 512 bytes"
 )]
 
+mod answers;
 mod connect;
 mod context;
 mod count;
 mod established;
 mod guard;
 mod log_budget;
+mod lookup;
 mod maps;
 mod names;
 mod packet;

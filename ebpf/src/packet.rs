@@ -10,6 +10,12 @@ pub const ETH_P_IP: u16 = 0x0800;
 pub const ETH_P_IPV6: u16 = 0x86dd;
 pub const ETH_P_ARP: u16 = 0x0806;
 
+/// Returns true for the EtherTypes of VLAN tags.
+#[inline(always)]
+pub const fn is_tag(ethertype: u16) -> bool {
+    matches!(ethertype, 0x8100 | 0x88a8)
+}
+
 /// Number of IPv6 extension headers that are parsed. Real packets have one or two; a longer chain is evasion.
 const EXTENSIONS_MAX: u32 = 6;
 const HOP_BY_HOP: u8 = 0;

@@ -6,8 +6,9 @@ use tacit_abi::{
 };
 
 use crate::{
-    context::{self, SkLookup},
+    context::SkLookup,
     count::count,
+    lookup,
     maps::{CAPTURED, CAPTURERS, LISTENERS, STEERED},
 };
 
@@ -30,22 +31,22 @@ impl InboundFacts for Facts {
 
     #[inline(always)]
     fn port_mode(&self, slot: u32, port: u16) -> Option<u32> {
-        context::port_mode(slot, port)
+        lookup::port_mode(slot, port)
     }
 
     #[inline(always)]
     fn is_node_flow(&self, flow: &Inbound) -> bool {
-        context::is_node_flow(&flow.node_flow())
+        lookup::is_node_flow(&flow.node_flow())
     }
 
     #[inline(always)]
     fn in_mesh(&self, address: &Address) -> bool {
-        context::in_mesh(address)
+        lookup::in_mesh(address)
     }
 
     #[inline(always)]
     fn is_stale(&self) -> bool {
-        context::is_stale()
+        lookup::is_stale()
     }
 }
 

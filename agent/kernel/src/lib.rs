@@ -48,7 +48,7 @@ pub use maps::{
     DropCount, KernelCounter, Maps, PlaintextDestination, PlaintextEgress, PlaintextHandling, PodEntry,
 };
 pub use pins::{PinLock, SuccessorLock, uninstall};
-pub use programs::{GuardedLink, HostEnd, PreparedPrograms, ProgramState, Programs};
+pub use programs::{GuardedLink, HostEnd, PreparedPrograms, ProgramState, Programs, has_host_end};
 pub use verifier::VerifierLog;
 
 /// Something the kernel would not do.
@@ -111,6 +111,14 @@ pub enum KernelError {
         target: String,
         /// The error.
         problem: String,
+    },
+    /// The pod's end of a link has an address that is another's.
+    #[error(
+        "interface {interface}: the pod's end has a hardware or link-local address of another pod or of the node; delete the pod"
+    )]
+    LinkAddress {
+        /// Name of the host end.
+        interface: String,
     },
     /// A map operation failed.
     #[error("map {map}: {problem}")]

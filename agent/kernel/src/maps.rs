@@ -55,16 +55,16 @@ pub struct PodEntry {
     pub mode: Mode,
     /// What it may do in clear.
     pub clear: PlaintextEgress,
-    /// Who decides on plaintext that reaches it.
+    /// The handling of plaintext that reaches it.
     pub plaintext: PlaintextHandling,
     /// Where the agent listens for its captured connections; 0 while it does not.
     pub capture_port: u16,
 }
 
-/// Who decides on plaintext that the mode of its port takes.
+/// Decides on plaintext that the mode of its port takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PlaintextHandling {
-    /// Nobody: it goes straight to the application.
+    /// Nothing: plaintext goes straight to the application.
     Direct,
     /// The agent, by authorization policies; while it is dead, plaintext is refused.
     Authorized,
@@ -77,9 +77,7 @@ impl PlaintextHandling {
             Self::Authorized => steer_flag::JUDGED,
         }
     }
-}
 
-impl PlaintextHandling {
     fn pod_flags(self) -> u32 {
         match self {
             Self::Direct => 0,

@@ -85,7 +85,7 @@ mod link_guard;
 
 pub(super) use link_guard::node_hardware;
 use link_guard::{GUARD_ARRIVAL, GUARD_LINK};
-pub use link_guard::{GuardedLink, HostEnd};
+pub use link_guard::{GuardedLink, HostEnd, has_host_end};
 
 /// One attached program, for the operator.
 #[derive(Debug, Clone)]

@@ -9,6 +9,7 @@ use std::{
 use tacit_core::directory::{Directory, Ranges, Workload};
 use tacit_kernel::{
     cgroup::{self, Cgroup},
+    has_host_end,
     netns::Netns,
 };
 
@@ -74,7 +75,7 @@ impl Enroller {
         Some(ObservedCgroup { id, level: Level::Hooked, populated: cgroup::is_populated(&path) })
     }
 
-    /// The pod's namespace, that of the first process with all the pod's addresses: a namespace nested in a pod has not.
+    /// The pod's namespace, that of the first process with all the pod's addresses. Of several the one with a link of the node.
     /// Addresses that the directory does not have yet are those of the one namespace in which all the pod's processes are.
     pub(super) fn find_netns(
         &self,
@@ -107,7 +108,12 @@ impl Enroller {
             let listed = listed(netns);
             workload.addresses.iter().all(|address| listed.contains(address))
         };
-        match found.into_iter().find(has_all) {
+        let mut fitting: Vec<Netns> = found.into_iter().filter(has_all).collect();
+        // A process of the pod can make a namespace with the pod's addresses, but none with a link of the node.
+        if fitting.len() > 1 && fitting.iter().any(|netns| has_host_end(netns, &self.host)) {
+            fitting.retain(|netns| has_host_end(netns, &self.host));
+        }
+        match fitting.into_iter().next() {
             Some(netns) => Ok((netns, Arc::clone(workload))),
             None => {
                 let addresses: Vec<String> = workload.addresses.iter().map(ToString::to_string).collect();

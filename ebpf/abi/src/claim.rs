@@ -44,8 +44,8 @@ pub fn may_send_from(pod: &Pod, link: &Link, address: &Address) -> bool {
         || !pod.has_addresses()
 }
 
-/// The pod's link-local address is not known while it has none; any is taken for it then.
+/// On a link without neighbours nobody is misled by another link-local address.
 #[inline(always)]
 fn is_own_link_local(link: &Link, address: &Address) -> bool {
-    address.is_link_local() && (link.link_local.is_none() || address.same(&link.link_local))
+    address.is_link_local() && (link.has_neighbours == 0 || address.same(&link.link_local))
 }

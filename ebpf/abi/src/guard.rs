@@ -71,14 +71,8 @@ impl Packet {
     #[inline(always)]
     #[must_use]
     pub const fn node_flow(&self) -> NodeFlow {
-        NodeFlow {
-            node: self.remote,
-            pod: self.local,
-            node_port: self.remote_port as u32,
-            pod_port: self.local_port as u32,
-            protocol: self.protocol as u32,
-            pad: 0,
-        }
+        let (node, pod) = ((self.remote, self.remote_port as u32), (self.local, self.local_port as u32));
+        NodeFlow::new(node, pod, self.protocol)
     }
 }
 
@@ -127,7 +121,8 @@ pub enum Accepted {
 pub trait GuardFacts {
     /// Returns true if an agent owns the packet's socket.
     fn is_agent(&self) -> bool;
-    /// Returns true if the agent marked the packet's socket as a tunnel before it connected.
+    /// Returns true if an agent owns the packet's socket, and the socket is a tunnel that it opened or accepted. Ports are no
+    /// proof: the pod can rewrite those of the agent's other connections.
     fn is_tunnel(&self) -> bool;
     /// Returns true for addresses in the mesh's ranges.
     fn in_mesh(&self, address: &Address) -> bool;
@@ -176,8 +171,8 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Pa
     let on_link = matches!(hook, Hook::Link);
     // A pod can rewrite the destination of what the agent sends in its namespace. The link sees the rewritten packet: it
     // lets the agent's tunnels pass, and treats the agent's other packets like the pod's.
-    let is_tunnel = !on_link || packet.local_port == tcp_port::TUNNEL || facts.is_tunnel();
-    if is_tunnel && facts.is_agent() {
+    let is_agents = if on_link { facts.is_tunnel() } else { facts.is_agent() };
+    if is_agents {
         return Verdict::Pass;
     }
     if on_link && !facts.may_send_from(pod, &packet.local) {
@@ -218,11 +213,8 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Pa
         protocol::TCP if is_reply(facts, pod, packet) => Verdict::Clear(Reason::GuardReply),
         protocol::UDP if pod.has(pod_flag::UDP_ALLOWED) => Verdict::Clear(Reason::GuardUdpClear),
         // Answers to the node's probes stay on this node.
-        protocol::UDP | protocol::ICMP | protocol::ICMP_V6
-            if !is_neighbour && facts.is_node(&packet.remote) =>
-        {
-            Verdict::Ask
-        }
+        protocol::UDP if !is_neighbour && facts.is_node(&packet.remote) => Verdict::Ask,
+        protocol::ICMP | protocol::ICMP_V6 if !is_neighbour && facts.is_node(&packet.remote) => Verdict::Pass,
         // ICMP errors and echo replies repeat the packet they answer. A pod can spoof one to itself, and so send data in
         // another address' name. Of the kernel's own ICMP only discovery passes.
         protocol::ICMP_V6 if packet.is_discovery && on_link && facts.is_node_socket() => Verdict::Pass,

@@ -20,14 +20,8 @@ impl Inbound {
     #[inline(always)]
     #[must_use]
     pub const fn node_flow(&self) -> NodeFlow {
-        NodeFlow {
-            node: self.remote,
-            pod: self.local,
-            node_port: self.remote_port as u32,
-            pod_port: self.port as u32,
-            protocol: crate::protocol::TCP as u32,
-            pad: 0,
-        }
+        let (node, pod) = ((self.remote, self.remote_port as u32), (self.local, self.port as u32));
+        NodeFlow::new(node, pod, crate::protocol::TCP)
     }
 
     /// Returns the connection as its connecting side sees it. The namespace cookie is 0, because sk_lookup cannot read it.

@@ -13,8 +13,8 @@ pub mod limits {
     pub const PODS: u32 = 4 * SLOTS;
     /// Addresses of enrolled pods, one of each family.
     pub const ADDRESSES: u32 = 2 * SLOTS;
-    /// Connections and datagram flows that the node itself has with pods. The least recently used entry is evicted; pods
-    /// cannot make entries.
+    /// Connections and datagram flows that the node itself has with pods. The least recently used entry is evicted. Each
+    /// packet of the node makes its entry again, so an entry is needed only until the packet is in the pod.
     pub const NODE_FLOWS: u32 = 16 * 1024;
     /// Hardware addresses of the node's interfaces.
     pub const NODE_HARDWARE: u32 = 4 * PODS;
@@ -168,8 +168,31 @@ pub struct Link {
     pub hardware: u64,
     /// 1 if other pods can be reached on the link without the node, as on a bridge; else 0.
     pub has_neighbours: u64,
-    /// The pod's link-local address or [`Address::NONE`].
+    /// The pod's link-local address or [`Address::NONE`]. Only compared if the link has neighbours.
     pub link_local: Address,
+}
+
+impl Link {
+    /// Returns the entry after `known`, the one that the interface has. What was seen first counts, for the same pod.
+    #[must_use]
+    pub fn after(self, known: Option<Self>) -> Self {
+        let Some(known) = known.filter(|known| known.cgroup == self.cgroup) else { return self };
+        let is_checked = self.has_neighbours != 0 && known.hardware != 0;
+        Self {
+            hardware: if is_checked { known.hardware } else { self.hardware },
+            link_local: if known.link_local.is_none() { self.link_local } else { known.link_local },
+            ..self
+        }
+    }
+
+    /// Returns true if an address of this link is one of `other`'s, where neighbours could take one for the other.
+    #[must_use]
+    pub fn claims_address_of(&self, other: &Self) -> bool {
+        let may_meet = self.has_neighbours != 0 && other.has_neighbours != 0;
+        let same_hardware = self.hardware != 0 && self.hardware == other.hardware;
+        let same_local = !self.link_local.is_none() && self.link_local.same(&other.link_local);
+        may_meet && (same_hardware || same_local)
+    }
 }
 
 /// Returns the number of a hardware address of six bytes.
@@ -195,6 +218,19 @@ pub struct NodeFlow {
     pub protocol: u32,
     /// Explicit padding, zero.
     pub pad: u32,
+}
+
+impl NodeFlow {
+    /// Returns the key of a flow between these addresses and ports.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(
+        (node, node_port): (Address, u32),
+        (pod, pod_port): (Address, u32),
+        protocol: u8,
+    ) -> Self {
+        Self { node, pod, node_port, pod_port, protocol: protocol as u32, pad: 0 }
+    }
 }
 
 /// A destination of `allowClear`, which STRICT pods may reach as plaintext.
@@ -367,7 +403,7 @@ pub mod names_kind {
     pub const CLEAR: u32 = 4;
     /// A plaintext connection from the node itself, proven on the host end of the pod's link, that an application accepted.
     pub const NODE: u32 = 5;
-    /// A tunnel that the agent opens. Only such sockets of the agent pass a pod's link into the mesh.
+    /// A tunnel that the agent opened or accepted. Only such sockets of the agent pass a pod's link into the mesh.
     pub const TUNNEL: u32 = 6;
 }
 
@@ -437,4 +473,40 @@ mod user {
     unsafe impl aya::Pod for Link {}
     // SAFETY: as above.
     unsafe impl aya::Pod for NodeFlow {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn local(last: u32) -> Address {
+        Address([0xfe80_0000_u32.to_be(), 0, 0, last.to_be()])
+    }
+
+    const BRIDGED: Link = Link { cgroup: 7, hardware: 2, has_neighbours: 1, link_local: local(2) };
+
+    #[test]
+    fn what_was_seen_first_of_a_link_counts_for_its_pod() {
+        let changed = Link { hardware: 9, link_local: local(9), ..BRIDGED };
+        assert_eq!(changed.after(Some(BRIDGED)), BRIDGED);
+        assert_eq!(changed.after(None), changed);
+        let others = Link { cgroup: 8, ..BRIDGED };
+        assert_eq!(changed.after(Some(others)), changed, "the interface has another pod now");
+        let early = Link { link_local: Address::NONE, ..BRIDGED };
+        assert_eq!(BRIDGED.after(Some(early)), BRIDGED, "its address came later");
+        let routed = Link { hardware: 0, has_neighbours: 0, ..changed };
+        assert_eq!(routed.after(Some(BRIDGED)).hardware, 0, "no port of a bridge any more");
+    }
+
+    #[test]
+    fn two_links_of_a_bridge_cannot_have_one_address() {
+        let other = Link { cgroup: 8, hardware: 3, link_local: local(3), ..BRIDGED };
+        assert!(!BRIDGED.claims_address_of(&other));
+        assert!(BRIDGED.claims_address_of(&Link { hardware: 2, ..other }));
+        assert!(BRIDGED.claims_address_of(&Link { link_local: local(2), ..other }));
+        let unknown = Link { hardware: 0, link_local: Address::NONE, ..other };
+        assert!(!unknown.claims_address_of(&Link { cgroup: 9, ..unknown }));
+        let routed = Link { hardware: 0, has_neighbours: 0, link_local: local(2), ..other };
+        assert!(!BRIDGED.claims_address_of(&routed));
+    }
 }

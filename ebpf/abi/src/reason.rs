@@ -54,7 +54,7 @@ reasons! {
     GuardIcmp, "guard_icmp", "ICMP of a STRICT pod's socket into the mesh: dropped";
     GuardOther, "guard_other", "another IP protocol, or a later fragment, of a STRICT pod into the mesh: dropped";
     GuardSpoofed, "guard_spoofed", "frame with an address that is not the pod's, or one towards a pod that claims the pod's or the node's: dropped on its link";
-    GuardNotIp, "guard_not_ip", "frame of a STRICT pod that is neither IP nor plain ARP: dropped on its link";
+    GuardNotIp, "guard_not_ip", "frame of a STRICT pod that is neither IP nor plain ARP, or one of any pod with nested VLAN tags: dropped on its link";
     GuardUnreadable, "guard_unreadable", "packet of a STRICT pod that ends before its headers do: dropped";
     GuardClear, "guard_open_clear", "plaintext packet of an open pod into the mesh: passed";
     GuardReply, "guard_reply_clear", "packet of a connection that was accepted as plaintext, as its mode allows: passed";

@@ -304,7 +304,6 @@ proptest! {
         let on_link = hook == Hook::Link;
         let of = |numbers: &[u8]| numbers.contains(&packet.protocol);
         let own = [&packet.local, &packet.remote].map(|end| pod.v4.same(end) || pod.v6.same(end));
-        let is_tunnel = facts.tunnel || packet.local_port == tcp_port::TUNNEL;
         let is_own_source = own[0] || !pod.has_addresses() || packet.local.is_none_of_family() || packet.local.is_link_local();
         let is_neighbour = packet.remote.is_link_local() || packet.remote.is_multicast() || on_link && facts.to_neighbour;
         let is_bare = matches!(packet.segment, Segment::Bare | Segment::SynAck);
@@ -321,7 +320,7 @@ proptest! {
         ];
         let is_unpacked = of(&[4, 41, 47, 97, 115, 137, 143])
             || of(&[protocol::UDP]) && [1701, 3544, 4789, 4790, 5555, 6080, 6081, 6635, 8472].contains(&packet.remote_port);
-        let expected = facts.agent && (!on_link || is_tunnel)
+        let expected = if on_link { facts.tunnel } else { facts.agent }
             || !on_link && own[1]
             || (!on_link || is_own_source) && !is_unpacked && listed.contains(&true);
         prop_assert_eq!(passes(verdict), expected, "{:?}", verdict);
@@ -332,9 +331,8 @@ proptest! {
         facts in facts(), pod in pod(), packet in packet(),
     ) {
         let verdict = decide_egress(&facts, &pod, Hook::Link, &packet);
-        let is_tunnel = facts.agent && (facts.tunnel || packet.local_port == tcp_port::TUNNEL);
         let is_own = pod.owns(&packet.local) || packet.local.is_none_of_family() || packet.local.is_link_local();
-        if pod.has_addresses() && !is_tunnel && !is_own {
+        if pod.has_addresses() && !facts.tunnel && !is_own {
             prop_assert_eq!(verdict, Verdict::Drop(Reason::GuardSpoofed));
         }
     }

@@ -41,10 +41,11 @@ impl Skb<'_> {
         u16::from_be(load!(self.raw(), protocol) as u16)
     }
 
-    /// Returns true if the packet has a VLAN tag, which the kernel keeps outside its bytes.
+    /// Returns the id of the packet's outer VLAN tag, which the kernel keeps outside its bytes.
     #[inline(always)]
-    pub fn has_vlan(&self) -> bool {
-        load!(self.raw(), vlan_present) != 0
+    pub fn vlan(&self) -> Option<u16> {
+        let (present, tag) = (load!(self.raw(), vlan_present), load!(self.raw(), vlan_tci));
+        if present != 0 { Some(tag as u16 & 0x0fff) } else { None }
     }
 
     /// Returns the index of the interface on which the program runs.

@@ -174,18 +174,27 @@ impl super::Maps {
         Ok(())
     }
 
-    /// Says which pod is behind the link whose host end is `interface`.
+    /// Says which pod is behind a link. A pod can write the hardware and the link-local address of its end, so on links with
+    /// neighbours the first ones count for as long as the link exists, and none can be those of another pod or of the node.
     ///
     /// # Errors
-    /// [`KernelError::Map`].
+    /// [`KernelError::Map`], [`KernelError::LinkAddress`].
     pub fn set_link(&self, cgroup: u64, end: &HostEnd) -> Result<(), KernelError> {
-        let link = Link {
+        let mut links = lock(&self.guard.links);
+        let seen = Link {
             cgroup,
             hardware: if end.has_neighbours { end.hardware.map_or(0, hardware_address) } else { 0 },
             has_neighbours: u64::from(end.has_neighbours),
             link_local: end.link_local.map_or(Address::NONE, |ip| address(ip.into())),
         };
-        lock(&self.guard.links).insert(end.index, link, 0).map_err(failed("LINKS"))
+        let link = seen.after(links.get(&end.index, 0).ok());
+        let others = links.iter().filter_map(Result::ok).filter(|(index, _)| *index != end.index);
+        let mut others = others.map(|(_, other)| other);
+        let is_nodes = link.hardware != 0 && lock(&self.guard.hardware).get(&link.hardware, 0).is_ok();
+        if is_nodes || others.any(|other| link.claims_address_of(&other)) {
+            return Err(KernelError::LinkAddress { interface: end.interface.clone() });
+        }
+        links.insert(end.index, link, 0).map_err(failed("LINKS"))
     }
 
     /// Makes the hardware addresses of the node's interfaces exactly `addresses`. Frames of pods to others go to neighbours.

@@ -166,12 +166,15 @@ pub(crate) fn host_ends(netns: &Netns, host: &HostNetns) -> std::io::Result<Vec<
     let Some(id) = netlink::netns_id(netns.file().as_fd())? else { return Ok(Vec::new()) };
     let inside =
         host.run_in(netns.file(), || Ok::<_, std::io::Error>((netlink::interfaces()?, link_locals()?)))??;
+    // An address of the node's own cannot be the pod's.
+    let of_node = link_locals()?;
     let is_bridge = |index| outside.iter().any(|other| other.index == index && other.kind == "bridge");
     let ends = outside.iter().filter(|end| end.linked_netns == Some(id) && end.is_ethernet);
     Ok(ends
         .map(|end| {
             let inner = inside.0.iter().find(|inner| Some(inner.index) == end.linked);
             let link_local = inner.and_then(|inner| inside.1.get(&inner.name)).copied();
+            let link_local = link_local.filter(|address| of_node.values().all(|own| own != address));
             HostEnd {
                 interface: end.name.clone(),
                 index: end.index,
@@ -181,6 +184,12 @@ pub(crate) fn host_ends(netns: &Netns, host: &HostNetns) -> std::io::Result<Vec<
             }
         })
         .collect())
+}
+
+/// Returns true if the node has the other end of one of the namespace's links. A pod can make namespaces, but no such link.
+#[must_use]
+pub fn has_host_end(netns: &Netns, host: &HostNetns) -> bool {
+    host_ends(netns, host).is_ok_and(|ends| !ends.is_empty())
 }
 
 /// The first link-local address of each interface of the calling thread's namespace.

@@ -179,10 +179,10 @@ fn of_the_agents_packets_only_tunnels_pass_a_link() {
     assert_eq!(egress(agent, Hook::Socket), Verdict::Pass);
     assert_eq!(egress(agent, Hook::Link), Verdict::Drop(GuardTcp));
     assert_eq!(egress(Facts { tunnel: true, ..agent }, Hook::Link), Verdict::Pass);
-    assert_eq!(egress(Facts { tunnel: true, ..MESH }, Hook::Link), Verdict::Drop(GuardTcp));
-    let served = Packet { local_port: tcp_port::TUNNEL, ..packet(protocol::TCP) };
-    assert_eq!(decide_egress(&agent, &strict(), Hook::Link, &served), Verdict::Pass);
-    assert_eq!(decide_egress(&MESH, &strict(), Hook::Link, &served), Verdict::Drop(GuardTcp));
+    // The pod can rewrite ports.
+    let rewritten =
+        Packet { local_port: tcp_port::TUNNEL, remote_port: tcp_port::TUNNEL, ..packet(protocol::TCP) };
+    assert_eq!(decide_egress(&agent, &strict(), Hook::Link, &rewritten), Verdict::Drop(GuardTcp));
     assert_eq!(
         decide_egress(&agent, &open(), Hook::Link, &packet(protocol::TCP)),
         Verdict::Clear(GuardClear)
@@ -297,7 +297,7 @@ fn a_link_carries_the_pods_own_addresses_only_in_every_mode() {
 fn a_pod_claims_its_own_addresses_only() {
     let own = Address([0xfe80_0000_u32.to_be(), 0, 0, 2_u32.to_be()]);
     let other = Address([0xfe80_0000_u32.to_be(), 0, 0, 9_u32.to_be()]);
-    let link = Link { hardware: 0x0200_0000_0002, link_local: own, ..Link::default() };
+    let link = Link { hardware: 0x0200_0000_0002, has_neighbours: 1, link_local: own, ..Link::default() };
     let arp = |hardware, address| Claim::Arp { hardware, address };
     let table = [
         (arp(link.hardware, v4(2)), true),
@@ -314,7 +314,12 @@ fn a_pod_claims_its_own_addresses_only() {
         assert_eq!(may_claim(&strict(), &link, &claim), expected, "{claim:?}");
     }
     assert!(may_send_from(&strict(), &link, &own) && !may_send_from(&strict(), &link, &other));
-    assert!(may_send_from(&strict(), &Link::default(), &other));
+    assert!(may_send_from(&strict(), &Link::default(), &other), "nobody else is on the link");
+    let unknown = Link { link_local: Address::NONE, ..link };
+    assert!(
+        !may_send_from(&strict(), &unknown, &own)
+            && !may_claim(&strict(), &unknown, &Claim::Advertisement(own))
+    );
 }
 
 #[test]
@@ -327,7 +332,7 @@ fn of_icmp_only_discovery_by_the_kernel_passes_the_link() {
     assert_eq!(decide_egress(&MESH, &strict(), Hook::Link, &discovery), Verdict::Drop(GuardIcmp));
     assert_eq!(decide_egress(&kernels, &strict(), Hook::Socket, &discovery), Verdict::Drop(GuardIcmp));
     let to_node = Facts { node: true, ..MESH };
-    assert_eq!(decide_egress(&to_node, &strict(), Hook::Socket, &icmp), Verdict::Ask);
+    assert_eq!(decide_egress(&to_node, &strict(), Hook::Socket, &icmp), Verdict::Pass);
 }
 
 #[test]

@@ -1,0 +1,89 @@
+//! Facts of the whole node, looked up in maps.
+
+use aya_ebpf::{bindings::BPF_ANY, btf_maps::lpm_trie::Key};
+use tacit_abi::{Address, ClearKey, Mode, NodeFlow, PortKey, is_recent, seconds};
+
+use crate::{
+    context::now,
+    maps::{AGENTS, CLEAR, MESH, NODE, NODE_FLOWS, NODE_HARDWARE, PORT_MODES, STATE},
+};
+
+/// Prefix length of a full address in the mesh's map.
+const FULL_PREFIX: u32 = 128;
+
+/// Returns true if the agent's heartbeat is stale or missing.
+#[inline(always)]
+pub fn is_stale() -> bool {
+    STATE.get(0).is_none_or(|state| state.is_stale(now()))
+}
+
+/// Returns true if STRICT applies to pods without an entry. Without a state, nothing was ever enforced here.
+#[inline(always)]
+pub fn default_is_strict() -> bool {
+    STATE.get(0).is_some_and(|state| state.default_mode == Mode::Strict as u32)
+}
+
+/// Returns the secret of hashes that pods must not foresee.
+#[inline(always)]
+pub fn seed() -> u64 {
+    STATE.get(0).map_or(0, |state| state.seed)
+}
+
+/// Returns true for hardware addresses of the node's interfaces.
+#[inline(always)]
+pub fn is_node_hardware(address: u64) -> bool {
+    // SAFETY: only presence is read.
+    unsafe { NODE_HARDWARE.get(&address) }.is_some()
+}
+
+/// Returns true for cgroups of agents.
+#[inline(always)]
+pub fn is_agent_cgroup(id: u64) -> bool {
+    // SAFETY: only presence is read.
+    unsafe { AGENTS.get(&id) }.is_some()
+}
+
+/// Returns true for the node's own addresses.
+#[inline(always)]
+pub fn is_node(address: &Address) -> bool {
+    // SAFETY: only presence is read.
+    unsafe { NODE.get(address) }.is_some()
+}
+
+/// Returns true if the node itself sent a packet of this flow to the pod a short time ago.
+#[inline(always)]
+pub fn is_node_flow(flow: &NodeFlow) -> bool {
+    // SAFETY: the value is one word.
+    unsafe { NODE_FLOWS.get(flow) }.is_some_and(|sent| is_recent(*sent, now()))
+}
+
+/// Remembers that the node itself sent a packet of this flow to the pod.
+#[inline(always)]
+pub fn prove_node_flow(flow: &NodeFlow) {
+    let seconds = seconds(now());
+    // SAFETY: the value is one word.
+    if unsafe { NODE_FLOWS.get(flow) }.is_none_or(|sent| *sent != seconds) {
+        // The least recently used entry makes room.
+        let _ = NODE_FLOWS.insert(flow, &seconds, BPF_ANY.into());
+    }
+}
+
+/// Returns the mode of a pod's port that has its own.
+#[inline(always)]
+pub fn port_mode(slot: u32, port: u16) -> Option<u32> {
+    // SAFETY: copied at once; the agent replaces entries whole.
+    unsafe { PORT_MODES.get(&PortKey { slot, port: u32::from(port) }) }.copied()
+}
+
+/// Returns true for destinations of `allowClear`.
+#[inline(always)]
+pub fn is_allowed_clear(address: &Address, port: u16, protocol: u32) -> bool {
+    // SAFETY: only presence is read.
+    unsafe { CLEAR.get(&ClearKey { address: *address, port: u32::from(port), protocol }) }.is_some()
+}
+
+/// Returns true for addresses in the mesh's ranges.
+#[inline(always)]
+pub fn in_mesh(address: &Address) -> bool {
+    MESH.get(&Key::new(FULL_PREFIX, address.0)).is_some()
+}
