@@ -69,7 +69,7 @@ impl Presence {
         }
     }
 
-    /// What an error of the kernel says about what was asked for.
+    /// Reads the error of a trial: the feature is absent, or the trial could not be made.
     fn refused(error: &io::Error) -> Self {
         match error.raw_os_error() {
             Some(libc::EINVAL | libc::E2BIG | libc::ENOPROTOOPT | libc::EOPNOTSUPP | ENOTSUPP) => {
