@@ -25,6 +25,7 @@ mod range_discovery;
 mod services;
 
 use interner::Interner;
+use pods::Mirror;
 use problems::Problems;
 use range_discovery::RangeDiscovery;
 use services::{ServiceRecord, SliceRecord};
@@ -53,7 +54,7 @@ pub(super) struct DirectoryStore {
     interner: Interner,
     range_discovery: RangeDiscovery,
     /// Pods with the cgroup that an annotation names.
-    mirrors: HashSet<String>,
+    mirrors: HashMap<String, Mirror>,
     problems: Problems,
     changed: bool,
 }
@@ -75,7 +76,7 @@ impl DirectoryStore {
             listed: BTreeSet::new(),
             departed: VecDeque::new(),
             interner: Interner::default(),
-            mirrors: HashSet::new(),
+            mirrors: HashMap::new(),
             problems: Problems::default(),
             changed: true,
         }
