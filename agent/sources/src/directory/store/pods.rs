@@ -3,7 +3,7 @@
 //! What a pod's creator or a node's kubelet writes is checked here or kept as a claim in the directory. A pod of this node whose UID
 //! cannot be part of a path is left out.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
 use tacit_core::directory::{AddressConflict, Protocol, Workload};
 
@@ -236,9 +236,20 @@ impl DirectoryStore {
         if has_cgroup && workload.node == self.local_node.node && workload.protocol == Protocol::Tacit {
             self.departed.push_back(workload);
             if self.departed.len() > DEPARTED_MAX {
-                self.departed.pop_front();
+                self.forget_departed();
             }
             self.directory.set_departed(self.departed.iter().cloned().collect());
+        }
+    }
+
+    /// Removes the oldest departed pod of the namespace that has most, so that a namespace with many short pods forgets its own.
+    fn forget_departed(&mut self) {
+        let mut counts: HashMap<&str, usize> = HashMap::new();
+        self.departed.iter().for_each(|pod| *counts.entry(&pod.namespace).or_default() += 1);
+        let most = counts.values().copied().max();
+        let oldest = self.departed.iter().position(|pod| counts.get(&*pod.namespace).copied() == most);
+        if let Some(oldest) = oldest {
+            self.departed.remove(oldest);
         }
     }
 
