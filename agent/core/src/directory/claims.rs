@@ -50,6 +50,18 @@ pub enum Conflict {
     },
 }
 
+impl Conflict {
+    /// Returns a namespace of the conflict, by which a report gives every namespace a share.
+    #[must_use]
+    pub fn namespace(&self) -> Option<&str> {
+        match self {
+            Self::Address { claimants, .. } => claimants.iter().map(|workload| &*workload.namespace).min(),
+            Self::ServiceAddress { services, .. } => services.iter().map(|service| &*service.namespace).min(),
+            Self::Cgroup { workload, .. } | Self::CgroupPath { workload } => Some(&workload.namespace),
+        }
+    }
+}
+
 /// Maximum number of names in a message. One address may have thousands of claimants.
 const NAMES_MAX: usize = 4;
 

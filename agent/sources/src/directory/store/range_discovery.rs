@@ -23,8 +23,11 @@ use std::{
 use ipnet::IpNet;
 use tacit_core::directory::{Directory, RangeAddition, Ranges, discovered_range};
 
-use super::super::objects::{Node, ResourceKind, ServiceCidr};
-use crate::kubernetes::InvalidObjects;
+use super::{
+    super::objects::{Node, ResourceKind, ServiceCidr},
+    problems::listed,
+};
+use crate::kubernetes::{InvalidObjects, Problem};
 
 /// Maximum number of ranges of one object. Clusters that have outgrown a range add more.
 const PER_OBJECT_MAX: usize = 16;
@@ -37,8 +40,6 @@ const CUT_MAX: usize = 256;
 /// Maximum number of ranges that are kept for their addresses after their source is gone. Then the addresses are covered one
 /// by one.
 const RETIRED_MAX: usize = 4096;
-/// Maximum number of refused ranges in a report. The rest is counted.
-const REPORTED_MAX: usize = 20;
 
 /// The sources of ranges, and the changes since the last update.
 #[derive(Debug, Default)]
@@ -65,9 +66,9 @@ pub(super) struct RangeDiscovery {
     /// Services with an address outside all ranges, and the changed ones among them.
     uncovered_services: BTreeSet<String>,
     changed_services: BTreeSet<String>,
-    /// Refused ranges with the reason, one per line.
-    refused: Vec<String>,
-    unlogged: Vec<String>,
+    /// Refused ranges with the reason, by object.
+    refused: Vec<Problem>,
+    unlogged: Vec<Problem>,
     refusals: u64,
 }
 
@@ -260,11 +261,12 @@ impl RangeDiscovery {
         let cut = self.cut(directory);
         let mut ranges = (*self.configured).clone();
         let mut refused = Vec::new();
-        for source in self.sources.values() {
-            refused.extend(source.refused.iter().cloned());
+        for ((_, object), source) in &self.sources {
+            let problem = |line: String| Problem { owner: object.clone(), line };
+            refused.extend(source.refused.iter().cloned().map(problem));
             for (range, name) in &source.ranges {
                 if add_without(&mut ranges, *range, &cut) == RangeAddition::Full {
-                    refused.push(format!("{name}: too many ranges; write a larger range that contains this one in meshRanges or serviceRanges"));
+                    refused.push(problem(format!("{name}: too many ranges; write a larger range that contains this one in meshRanges or serviceRanges")));
                 }
             }
         }
@@ -288,8 +290,10 @@ impl RangeDiscovery {
             self.new_addresses.extend(outside);
             self.enrolled = true;
         }
-        let before: HashSet<String> = mem::replace(&mut self.refused, refused).into_iter().collect();
-        let new: Vec<String> = self.refused.iter().filter(|line| !before.contains(*line)).cloned().collect();
+        let before = mem::replace(&mut self.refused, refused);
+        let before: HashSet<String> = before.into_iter().map(|problem| problem.line).collect();
+        let new: Vec<Problem> =
+            self.refused.iter().filter(|problem| !before.contains(&problem.line)).cloned().collect();
         self.refusals += new.len() as u64;
         let is_changed = !new.is_empty() || before.len() != self.refused.len();
         self.unlogged.extend(new);
@@ -337,15 +341,14 @@ impl RangeDiscovery {
 
     /// Returns the ranges refused since the last call.
     pub(super) fn warnings(&mut self) -> Vec<String> {
-        let mut lines = truncated(&self.unlogged);
-        self.unlogged.clear();
+        let mut lines = listed(&mem::take(&mut self.unlogged));
         lines.iter_mut().for_each(|line| line.insert_str(0, "mesh range not used: "));
         lines
     }
 
     /// Returns the ranges that are refused now.
     pub(super) fn invalid_objects(&self) -> InvalidObjects {
-        InvalidObjects { list: truncated(&self.refused), total: self.refusals }
+        InvalidObjects { list: listed(&self.refused), total: self.refusals }
     }
 }
 
@@ -361,11 +364,4 @@ fn add_without(ranges: &mut Ranges, range: IpNet, cut: &BTreeSet<IpAddr>) -> Ran
     let added = halves.map(|half| add_without(ranges, half, cut));
     // An address of its own has no halves and is left out.
     added.fold(RangeAddition::Known, |all, one| if all == RangeAddition::Full { all } else { one })
-}
-
-/// Truncates a list to [`REPORTED_MAX`] lines.
-pub(super) fn truncated(lines: &[String]) -> Vec<String> {
-    let more = lines.len().saturating_sub(REPORTED_MAX);
-    let rest = (more > 0).then(|| format!("and {more} more"));
-    lines.iter().take(REPORTED_MAX).cloned().chain(rest).collect()
 }

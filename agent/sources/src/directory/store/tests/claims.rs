@@ -312,3 +312,17 @@ fn a_node_cannot_take_the_address_of_a_pod_or_a_service_out_of_the_mesh() {
     let directory = store.take_changed().expect("changed");
     assert!(directory.ranges().contains("10.96.7.7".parse().expect("an address")));
 }
+
+#[test]
+fn a_namespace_with_many_problems_does_not_hide_those_of_others() {
+    let mut store = listed();
+    for i in 0..100 {
+        store.apply_change(Change::Applied(pod(&format!("false-{i}"), "b", "127.0.0.1", |value| {
+            value["metadata"]["namespace"] = json!("false");
+        })));
+    }
+    store.apply_change(Change::Applied(pod("web", "b", "127.0.0.1", as_is)));
+    for lines in [told(&mut store), store.warnings()] {
+        assert!(lines.len() == 21 && lines.iter().any(|line| line.starts_with("pod shop/web:")), "{lines:?}");
+    }
+}
