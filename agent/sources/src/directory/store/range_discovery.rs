@@ -14,7 +14,7 @@
 //! covered by their addresses.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     mem,
     net::IpAddr,
     sync::Arc,
@@ -37,6 +37,9 @@ const NODE_ADDRESSES_MAX: usize = 64;
 const CUT_PER_NODE_MAX: usize = 4;
 /// Maximum number of addresses that are cut out of ranges. Each splits a range into up to 24 (IPv4) or 96 (IPv6) parts.
 const CUT_MAX: usize = 256;
+/// Maximum number of external and load balancer addresses of a namespace's services that are ranges of their own. Everybody who
+/// may create services can write external addresses, and all namespaces share the kernel's ranges.
+pub(super) const OUTER_PER_NAMESPACE_MAX: usize = 1024;
 /// Maximum number of ranges that are kept for their addresses after their source is gone. Then the addresses are covered one
 /// by one.
 const RETIRED_MAX: usize = 4096;
@@ -51,8 +54,8 @@ pub(super) struct RangeDiscovery {
     retired: Vec<IpNet>,
     /// Number of enrolled pods and services with each address.
     in_use: BTreeMap<IpAddr, u32>,
-    /// Addresses that are ranges of their own.
-    single: BTreeSet<IpAddr>,
+    /// Addresses that are ranges of their own, with the namespace if it is for an external address of a service.
+    single: BTreeMap<IpAddr, Option<Arc<str>>>,
     /// True if a retired range may no longer be needed.
     may_shrink: bool,
     /// True if retired ranges were forgotten.
@@ -193,7 +196,7 @@ impl RangeDiscovery {
                 self.in_use.remove(address);
                 let is_in = |range: &IpNet| range.contains(address);
                 self.may_shrink |= self.retired.iter().any(is_in);
-                if self.single.contains(address) {
+                if self.single.contains_key(address) {
                     self.gone.push(*address);
                 }
             }
@@ -230,7 +233,7 @@ impl RangeDiscovery {
         let mut is_changed = false;
         let sources_changed = mem::take(&mut self.sources_changed);
         let mut gone = mem::take(&mut self.gone);
-        gone.retain(|address| !self.in_use.contains_key(address) && self.single.remove(address));
+        gone.retain(|address| !self.in_use.contains_key(address) && self.single.remove(address).is_some());
         if mem::take(&mut self.may_shrink) || sources_changed {
             let (rebuilt, refusals_changed) = self.rebuild(directory);
             is_changed = refusals_changed;
@@ -245,7 +248,7 @@ impl RangeDiscovery {
         for address in mem::take(&mut self.new_addresses) {
             // Of an unclear address one claimant is right: it is one of the mesh.
             if directory.is_enrolled(address) || directory.is_unclear(address) {
-                self.add_address(&mut ranges, address);
+                self.add_address(&mut ranges, address, None);
             }
         }
         self.add_service_addresses(directory, &mut ranges);
@@ -281,8 +284,8 @@ impl RangeDiscovery {
             add_without(&mut ranges, *range, &cut);
         }
         let is_needed = |address: IpAddr| directory.knows(address) || directory.is_unclear(address);
-        self.single.retain(|address| !ranges.contains(*address) && is_needed(*address));
-        for address in &self.single {
+        self.single.retain(|address, _| !ranges.contains(*address) && is_needed(*address));
+        for address in self.single.keys() {
             ranges.add(IpNet::from(*address));
         }
         if mem::take(&mut self.is_overflowing) {
@@ -314,6 +317,13 @@ impl RangeDiscovery {
         let changed_services = mem::take(&mut self.changed_services);
         let names =
             if mem::take(&mut self.enrolled) { self.uncovered_services.clone() } else { changed_services };
+        if names.is_empty() {
+            return;
+        }
+        let mut outer_counts: HashMap<Arc<str>, usize> = HashMap::new();
+        for namespace in self.single.values().flatten() {
+            *outer_counts.entry(Arc::clone(namespace)).or_default() += 1;
+        }
         for full in names {
             let named =
                 full.split_once('/').and_then(|(namespace, name)| directory.service_named(namespace, name));
@@ -321,7 +331,15 @@ impl RangeDiscovery {
             if directory.has_enrolled_endpoint(service) {
                 let addresses = service.all_addresses();
                 let addresses = addresses.filter(|address| directory.is_service_address(service, *address));
-                addresses.for_each(|address| self.add_address(ranges, address));
+                let outer_count = outer_counts.entry(Arc::clone(&service.namespace)).or_default();
+                for address in addresses {
+                    if service.addresses.contains(&address) {
+                        self.add_address(ranges, address, None);
+                    } else if *outer_count < OUTER_PER_NAMESPACE_MAX {
+                        let namespace = Some(Arc::clone(&service.namespace));
+                        *outer_count += usize::from(self.add_address(ranges, address, namespace));
+                    }
+                }
             }
             if service.all_addresses().all(|address| ranges.contains(address)) {
                 self.uncovered_services.remove(&full);
@@ -329,14 +347,15 @@ impl RangeDiscovery {
         }
     }
 
-    /// Adds an address. An address that cannot be added is reported as uncovered.
-    fn add_address(&mut self, ranges: &mut Arc<Ranges>, address: IpAddr) {
-        if !ranges.contains(address)
-            && let Ok(range) = discovered_range(&IpNet::from(address).to_string())
-            && Arc::make_mut(ranges).add(range) == RangeAddition::New
-        {
-            self.single.insert(address);
+    /// Adds an address, and returns true if it is new. An address that cannot be added is reported as uncovered.
+    fn add_address(&mut self, ranges: &mut Arc<Ranges>, address: IpAddr, outer_of: Option<Arc<str>>) -> bool {
+        let is_new = !ranges.contains(address)
+            && discovered_range(&IpNet::from(address).to_string())
+                .is_ok_and(|range| Arc::make_mut(ranges).add(range) == RangeAddition::New);
+        if is_new {
+            self.single.insert(address, outer_of);
         }
+        is_new
     }
 
     /// Returns the ranges refused since the last call.
