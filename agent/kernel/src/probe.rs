@@ -69,7 +69,7 @@ impl Presence {
         }
     }
 
-    /// What an error of the kernel says about what was asked for.
+    /// Returns the presence of a feature that the kernel refused with `error`.
     fn refused(error: &io::Error) -> Self {
         match error.raw_os_error() {
             Some(libc::EINVAL | libc::E2BIG | libc::ENOPROTOOPT | libc::EOPNOTSUPP | ENOTSUPP) => {

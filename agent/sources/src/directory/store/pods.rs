@@ -1,7 +1,7 @@
 //! Pods: from an API object to a workload.
 //!
-//! What a pod's creator or a node's kubelet writes is checked here or kept as a claim in the directory. A pod of this node whose UID
-//! cannot be part of a path is left out.
+//! Values that a pod's creator or a node's kubelet writes are checked here, or kept as claims in the directory. A pod of this node
+//! whose UID cannot be part of a path is left out.
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
