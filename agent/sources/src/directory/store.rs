@@ -50,6 +50,7 @@ pub(super) struct DirectoryStore {
     /// Names seen in the current list.
     seen: HashMap<ResourceKind, HashSet<String>>,
     listed: BTreeSet<ResourceKind>,
+    /// Deleted pods of this node. Those that were not enrolled are kept because no mirror pod gets their cgroups.
     departed: VecDeque<Arc<Workload>>,
     interner: Interner,
     range_discovery: RangeDiscovery,

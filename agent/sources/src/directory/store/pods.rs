@@ -233,12 +233,13 @@ impl DirectoryStore {
         });
         let Some(workload) = self.forget(namespace, name) else { return };
         self.changed = true;
-        if has_cgroup && workload.node == self.local_node.node && workload.protocol == Protocol::Tacit {
+        if has_cgroup && workload.node == self.local_node.node {
             self.departed.push_back(workload);
             if self.departed.len() > DEPARTED_MAX {
                 self.forget_departed();
             }
-            self.directory.set_departed(self.departed.iter().cloned().collect());
+            let enrolled = self.departed.iter().filter(|pod| pod.protocol == Protocol::Tacit);
+            self.directory.set_departed(enrolled.cloned().collect());
         }
     }
 

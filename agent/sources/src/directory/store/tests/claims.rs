@@ -127,6 +127,14 @@ fn a_mirror_pod_that_waits_for_a_cgroup_does_not_inherit_it() {
     store.apply_change(Change::Deleted(victim()));
     store.apply_change(Change::Applied(false_mirror));
     assert_eq!(here(&store), [has("false", &uid("false"))], "nor with its next update");
+    // Nor that of a pod that was not enrolled.
+    let plain = pod("plain", "a", "10.77.1.2", |value| value["metadata"]["uid"] = json!(VICTIM));
+    let mut store = listed();
+    store.apply_change(Change::Applied(plain.clone()));
+    store.apply_change(Change::Deleted(plain));
+    store.apply_change(Change::Applied(mirror("false", "10.77.1.3", VICTIM)));
+    assert_eq!(here(&store), [has("false", &uid("false"))]);
+    assert_eq!(store.directory.departed().count(), 0, "not to be served");
 }
 
 #[test]
