@@ -13,8 +13,11 @@ use std::{
 
 use crate::directory::{Affinity, EndpointQuery, NoEndpoint, Service, choose};
 
-/// Most clients and services whose endpoint is remembered (some 10 MB): a node's pods, each with hundreds of services.
+/// Maximum number of remembered endpoints (some 10 MB): a node's pods, each with hundreds of services.
 const AFFINITY_ENTRIES_MAX: usize = 65_536;
+/// Maximum number of remembered endpoints of one client, so that a client cannot use up the entries of others. Clients have
+/// tens of services with an affinity.
+const AFFINITY_PER_CLIENT_MAX: usize = 1024;
 
 /// A connection that wants an endpoint.
 #[derive(Debug, Clone, Copy)]
@@ -23,13 +26,13 @@ pub struct EndpointRequest<'a> {
     pub service: &'a Service,
     /// Which of its addresses, and the port.
     pub address: SocketAddr,
-    /// Who query.
+    /// Address of the client.
     pub client: IpAddr,
     /// The client's node.
     pub node: &'a str,
 }
 
-/// What is known about endpoints. Cheap to clone.
+/// The flows and affinities of endpoints. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct Balancer(Arc<Mutex<State>>);
 
@@ -37,7 +40,12 @@ pub struct Balancer(Arc<Mutex<State>>);
 struct State {
     /// Flows of this node; an endpoint without one has no entry.
     flows: HashMap<SocketAddr, usize>,
-    affinities: HashMap<(IpAddr, SocketAddr), AffinityEntry>,
+    /// Affinities of each client, by address of the service.
+    affinities: HashMap<IpAddr, HashMap<SocketAddr, AffinityEntry>>,
+    /// Number of entries in `affinities`.
+    affinity_count: usize,
+    /// Earliest time of the next removal of expired entries of all clients.
+    next_sweep: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -54,7 +62,7 @@ pub struct PickedEndpoint {
 }
 
 impl PickedEndpoint {
-    /// Where it is.
+    /// Returns its address.
     #[must_use]
     pub fn endpoint(&self) -> SocketAddr {
         self.endpoint
@@ -96,7 +104,7 @@ impl Balancer {
         Ok(PickedEndpoint { balancer: self.clone(), endpoint })
     }
 
-    /// Whether there is an endpoint beside those `tried`.
+    /// Returns true if there is an endpoint besides those `tried`.
     #[must_use]
     pub fn has_more(&self, request: &EndpointRequest<'_>, tried: &[SocketAddr]) -> bool {
         let query = EndpointQuery { node: request.node, sticky: None, tried, random: 0 };
@@ -116,25 +124,51 @@ impl Balancer {
 
 impl State {
     fn sticky(&self, request: &EndpointRequest<'_>, now: Instant) -> Option<SocketAddr> {
-        let entry = self.affinities.get(&(request.client, request.address))?;
+        let entry = self.affinities.get(&request.client)?.get(&request.address)?;
         (now < entry.until).then_some(entry.endpoint)
     }
 
-    /// Of more than can be remembered the newest are not: they may change their endpoint.
+    /// Beyond a bound, new entries are not remembered, so these clients may change their endpoint.
     fn record_affinity(
         &mut self,
-        who: (IpAddr, SocketAddr),
+        (client, address): (IpAddr, SocketAddr),
         endpoint: SocketAddr,
         now: Instant,
         time: Duration,
     ) {
-        if self.affinities.len() >= AFFINITY_ENTRIES_MAX && !self.affinities.contains_key(&who) {
-            self.affinities.retain(|_, entry| now < entry.until);
-            if self.affinities.len() >= AFFINITY_ENTRIES_MAX {
-                return;
-            }
+        let entry = AffinityEntry { endpoint, until: now + time };
+        let own = self.affinities.get_mut(&client);
+        if let Some(known) = own.and_then(|own| own.get_mut(&address)) {
+            *known = entry;
+            return;
         }
-        self.affinities.insert(who, AffinityEntry { endpoint, until: now + time });
+        if self.affinity_count >= AFFINITY_ENTRIES_MAX {
+            self.sweep(now);
+        }
+        let own = self.affinities.entry(client).or_default();
+        if own.len() >= AFFINITY_PER_CLIENT_MAX {
+            own.retain(|_, entry| now < entry.until);
+            self.affinity_count -= AFFINITY_PER_CLIENT_MAX - own.len();
+        }
+        if self.affinity_count < AFFINITY_ENTRIES_MAX && own.len() < AFFINITY_PER_CLIENT_MAX {
+            own.insert(address, entry);
+            self.affinity_count += 1;
+        } else if own.is_empty() {
+            self.affinities.remove(&client);
+        }
+    }
+
+    /// Removes the expired entries of all clients, at most once a second, because it looks at all of them.
+    fn sweep(&mut self, now: Instant) {
+        if self.next_sweep.is_some_and(|next| now < next) {
+            return;
+        }
+        self.next_sweep = Some(now + Duration::from_secs(1));
+        self.affinities.retain(|_, own| {
+            own.retain(|_, entry| now < entry.until);
+            !own.is_empty()
+        });
+        self.affinity_count = self.affinities.values().map(HashMap::len).sum();
     }
 }
 
@@ -219,8 +253,25 @@ mod tests {
         let at = SocketAddr::from(([10, 96, 0, 1], 80));
         let client = |i: usize| IpAddr::from(u32::try_from(i).expect("small").to_be_bytes());
         (0..AFFINITY_ENTRIES_MAX + 10).for_each(|i| state.record_affinity((client(i), at), at, now, time));
-        assert_eq!(state.affinities.len(), AFFINITY_ENTRIES_MAX);
+        let count = |state: &State| state.affinities.values().map(HashMap::len).sum::<usize>();
+        assert_eq!((count(&state), state.affinity_count), (AFFINITY_ENTRIES_MAX, AFFINITY_ENTRIES_MAX));
+        assert_eq!(state.affinities.len(), AFFINITY_ENTRIES_MAX, "no empty entry of a client");
         state.record_affinity((client(AFFINITY_ENTRIES_MAX + 10), at), at, now + time, time);
-        assert_eq!(state.affinities.len(), 1);
+        assert_eq!((count(&state), state.affinity_count), (1, 1));
+    }
+
+    #[test]
+    fn a_client_does_not_use_up_the_affinities_of_others() {
+        let mut state = State::default();
+        let (now, time) = (Instant::now(), Duration::from_secs(1));
+        let at = |port: usize| SocketAddr::from(([10, 96, 0, 1], u16::try_from(port).expect("a port")));
+        let [greedy, other] = [2, 3].map(|last| IpAddr::from([10, 77, 1, last]));
+        (0..60_000).for_each(|port| state.record_affinity((greedy, at(port)), at(port), now, time));
+        assert_eq!(state.affinity_count, AFFINITY_PER_CLIENT_MAX);
+        state.record_affinity((other, at(80)), at(80), now, time);
+        assert_eq!(state.affinities[&other].len(), 1);
+        // Entries that have expired make room.
+        state.record_affinity((greedy, at(60_001)), at(60_001), now + time, time);
+        assert_eq!((state.affinities[&greedy].len(), state.affinity_count), (1, 2));
     }
 }

@@ -1,4 +1,4 @@
-//! Who is who: the workloads and services of the mesh and the addresses they have, as one immutable snapshot.
+//! The workloads and services of the mesh with their addresses, as one immutable snapshot.
 //!
 //! Pure: no clock, no I/O, no logging. An address that is not in it belongs to nobody known; what that means is for the
 //! caller to decide by mode. A source changes a copy of its own and publishes it: copies share all that did not change
@@ -50,7 +50,7 @@ pub struct Workload {
     pub name: Arc<str>,
     /// Its Kubernetes namespace.
     pub namespace: Arc<str>,
-    /// Who it is: its service account in the trust domain.
+    /// Its service account in the trust domain.
     pub identity: SpiffeId,
     /// Its addresses: one or two, at most one of each family, never IPv4-mapped.
     pub addresses: Vec<IpAddr>,
@@ -60,24 +60,24 @@ pub struct Workload {
     pub labels: Labels,
     /// Its cgroup, relative to the directory that holds all pods of the node.
     pub cgroup: PathBuf,
-    /// How it is reached.
+    /// The protocol by which clients reach it.
     pub protocol: Protocol,
-    /// What it may send in clear into the mesh; `None` follows its mode.
+    /// Its plaintext into the mesh; `None` follows its mode.
     pub egress: Option<Egress>,
-    /// Whether its UDP may pass in clear; `None` follows mode and egress.
+    /// Its plaintext UDP; `None` follows mode and egress.
     pub udp: Option<Udp>,
 }
 
-/// What a workload may send in clear into the mesh.
+/// The rule for plaintext of a workload into the mesh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Egress {
-    /// What is not tunnelled passes, and is counted.
+    /// Plaintext passes, and is counted.
     Open,
     /// Nothing.
     Strict,
 }
 
-/// Whether a workload's UDP may pass in clear.
+/// The rule for plaintext UDP of a workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Udp {
     /// It passes, and is counted.
@@ -112,7 +112,7 @@ impl Workload {
     }
 }
 
-/// How a workload is reached.
+/// The protocol by which clients reach a workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Protocol {
     /// Through a tunnel, wire format `tacit/1`.
@@ -141,7 +141,7 @@ pub struct Directory {
     ranges: Arc<Ranges>,
 }
 
-/// Of what traffic goes in clear because no range of the mesh covers it.
+/// Workloads and services whose traffic is plaintext because no range of the mesh covers it.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Uncovered {
     /// Enrolled workloads with an address in no range.
@@ -301,7 +301,7 @@ impl Directory {
         self.addresses.is_node(address.to_canonical())
     }
 
-    /// Whether anybody known has `address`, workload or service.
+    /// Returns true if a workload or a service has `address`.
     #[must_use]
     pub fn knows(&self, address: IpAddr) -> bool {
         self.at(address).is_some() || self.service_at(address).is_some()
@@ -345,7 +345,7 @@ impl Directory {
         self.departed.iter()
     }
 
-    /// Who should be in `ranges` and is not. Looks at all: some milliseconds for 100,000.
+    /// Returns the workloads and services outside `ranges`. It reads all of them: some milliseconds for 100,000.
     #[must_use]
     pub fn uncovered(&self, ranges: &Ranges) -> Uncovered {
         let outside =
@@ -379,12 +379,12 @@ impl Directory {
         service.addresses.contains(&address) || !self.outer_services(address).is_empty()
     }
 
-    /// Whether an enrolled workload has `address`.
+    /// Returns true if an enrolled workload has `address`.
     pub fn is_enrolled(&self, address: IpAddr) -> bool {
         self.at(address).is_some_and(|workload| workload.protocol == Protocol::Tacit)
     }
 
-    /// Whether an endpoint of `service` is an enrolled workload's.
+    /// Returns true if an endpoint of `service` is an enrolled workload.
     pub fn has_enrolled_endpoint(&self, service: &Service) -> bool {
         let mut endpoints = service.ports.iter().flat_map(|port| port.ipv4.iter().chain(port.ipv6.iter()));
         endpoints.any(|endpoint| self.is_enrolled(endpoint.address.ip()))
@@ -396,7 +396,7 @@ impl Directory {
         self.by_name.len()
     }
 
-    /// Whether nobody is known.
+    /// Returns true if there is no workload.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.by_name.is_empty()

@@ -41,7 +41,7 @@ use authorization::Attachment;
 use object::{ParsedPolicy, ScopedAuthorization};
 use peer_authentication::PeerAuthentication;
 
-/// What a workload takes.
+/// The traffic that a workload accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Mode {
     /// Plaintext is expected; authenticated flows pass too.
@@ -86,7 +86,7 @@ pub struct Policies {
     notes: Vec<String>,
 }
 
-/// What one policy says about the mode.
+/// The mode in one policy.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 enum ModeSetting {
     /// UNSET or left out: the next wider scope holds.
@@ -112,7 +112,7 @@ struct SelectorPolicy {
     ports: BTreeMap<u16, ModeSetting>,
 }
 
-/// Whether a workload has all of `labels`.
+/// Returns true if a workload has all of `labels`.
 fn selects(labels: &BTreeMap<String, String>, workload: &Workload) -> bool {
     labels.iter().all(|(name, value)| workload.labels.get(name) == Some(value.as_str()))
 }
@@ -219,7 +219,7 @@ impl Policies {
     }
 }
 
-/// How a flow came, and the identity that its source proved. A flow keeps this from its start to its end.
+/// The way by which a flow arrived, with the identity that its source proved. It does not change while the flow is open.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FlowSource {
     /// Through a tunnel, from the identity in the peer's certificate.
@@ -227,7 +227,7 @@ pub enum FlowSource {
     /// From an enrolled pod of this node, handed over inside the agent; the identity is the directory's for
     /// the pod's cgroup.
     SameNode(SpiffeId),
-    /// From the node's own addresses: the kubelet's probes.
+    /// From a process of the node itself, such as a probe of the kubelet. The node's address is no proof of it.
     Node,
     /// In clear, from anybody.
     Plaintext,
@@ -247,15 +247,15 @@ impl FlowSource {
 /// A flow that wants to reach a workload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Flow {
-    /// How it came, and from whom.
+    /// The way by which it arrived, and its identity.
     pub source: FlowSource,
     /// Address it comes from.
     pub client: IpAddr,
-    /// Where it wants to go: the workload's address, and the port that its application listens on.
+    /// The workload's address, and the port of its application.
     pub destination: SocketAddr,
 }
 
-/// What happens to a flow.
+/// The decision on a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict<'p> {
     /// It reaches the workload.
@@ -297,7 +297,7 @@ impl fmt::Display for PolicyDenial<'_> {
     }
 }
 
-/// Whether a flow may reach a workload with these modes, which these policies select.
+/// Decides if a flow may reach a workload with these modes and policies.
 ///
 /// | source | Disable | Permissive | Strict |
 /// |---|---|---|---|

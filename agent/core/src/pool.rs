@@ -75,13 +75,13 @@ impl<K: Eq + Hash + Clone, S> Pool<K, S> {
         self.remove(|key, _, session| unwanted(key, session))
     }
 
-    /// How many sessions are idle.
+    /// Returns the number of idle sessions.
     #[must_use]
     pub fn len(&self) -> usize {
         self.total
     }
 
-    /// How many sessions may be idle.
+    /// Returns the maximum number of idle sessions.
     #[must_use]
     pub fn total_max(&self) -> usize {
         self.total_max

@@ -1,4 +1,4 @@
-//! Where a captured connection goes: a pure decision on what is known about its destination.
+//! The route of a captured connection, as a pure decision on its destination.
 
 use tacit_abi::tcp_port;
 
@@ -9,26 +9,26 @@ use crate::{
     spiffe::SpiffeId,
 };
 
-/// What is known about a captured connection.
+/// The facts about a captured connection.
 #[derive(Debug, Clone, Copy)]
 pub struct RouteInput<'a> {
     /// Port asked for.
     pub port: u16,
     /// The directory's entry for the address asked for.
     pub destination: Option<&'a Workload>,
-    /// True if more than one workload claims the address.
+    /// True if more than one workload or service claims the address.
     pub is_unclear: bool,
-    /// Is the address outside the mesh's ranges, as an endpoint of a service may be? Nothing is promised about it.
+    /// True if the address is outside the mesh's ranges, as an endpoint of a service may be. Such an address has no protection.
     pub outside_mesh: bool,
-    /// Is that workload enrolled on this very node?
+    /// True if the destination is enrolled on this node.
     pub on_this_node: bool,
     /// The destination's mode at that port.
     pub destination_mode: Mode,
-    /// Whether the source pod sends nothing in clear into the mesh.
+    /// True if the source pod sends no plaintext into the mesh.
     pub source_is_strict: bool,
 }
 
-/// Where it goes.
+/// The route of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Route {
     /// Handed over inside this agent.
@@ -67,7 +67,7 @@ impl PlaintextCause {
     }
 }
 
-/// Decides. A tunnel that fails resets the connection and never falls back to plaintext.
+/// Returns the route. A tunnel that fails resets the connection and never falls back to plaintext.
 #[must_use]
 pub fn decide(input: &RouteInput<'_>) -> Route {
     if tcp_port::is_reserved(input.port) {

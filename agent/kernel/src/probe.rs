@@ -69,7 +69,7 @@ impl Presence {
         }
     }
 
-    /// Reads the error of a trial: the feature is absent, or the trial could not be made.
+    /// Returns the presence of a feature that the kernel refused with `error`.
     fn refused(error: &io::Error) -> Self {
         match error.raw_os_error() {
             Some(libc::EINVAL | libc::E2BIG | libc::ENOPROTOOPT | libc::EOPNOTSUPP | ENOTSUPP) => {

@@ -16,11 +16,13 @@ use kube::{
 use serde::{Deserialize, Deserializer};
 
 mod reflector;
+mod reported;
 #[cfg(test)]
 pub(crate) mod testing;
 mod watcher;
 
 pub(crate) use reflector::{InvalidObjects, ObjectStore, Sender, WatchTasks, start};
+pub(crate) use reported::{Problem, reported};
 pub(crate) use watcher::{Change, Definition, KindName, Resource, list_and_watch, random};
 
 /// The reason why the API cannot be used.

@@ -99,7 +99,7 @@ impl Directory {
         }
     }
 
-    /// Adds or replaces a pod that has the node's addresses. Says whether that changed anything.
+    /// Adds or replaces a pod that has the node's addresses. Returns true if the directory has changed.
     pub fn set_host_network(&mut self, workload: Workload) -> bool {
         if self.host_network.iter().any(|known| **known == workload) {
             return false;
@@ -112,7 +112,7 @@ impl Directory {
         true
     }
 
-    /// Removes such a pod. Says whether it was there.
+    /// Removes a pod that has the node's addresses. Returns true if the directory had it.
     pub fn unset_host_network(&mut self, namespace: &str, name: &str) -> bool {
         let is_it = |known: &Arc<Workload>| *known.namespace == *namespace && *known.name == *name;
         let known = self.host_network.iter().find(|known| is_it(known)).cloned();

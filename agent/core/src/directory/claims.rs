@@ -50,17 +50,41 @@ pub enum Conflict {
     },
 }
 
+impl Conflict {
+    /// Returns a namespace of the conflict, by which a report gives every namespace a share.
+    #[must_use]
+    pub fn namespace(&self) -> Option<&str> {
+        match self {
+            Self::Address { claimants, .. } => claimants.iter().map(|workload| &*workload.namespace).min(),
+            Self::ServiceAddress { services, .. } => services.iter().map(|service| &*service.namespace).min(),
+            Self::Cgroup { workload, .. } | Self::CgroupPath { workload } => Some(&workload.namespace),
+        }
+    }
+}
+
+/// Maximum number of names in a message. One address may have thousands of claimants.
+const NAMES_MAX: usize = 4;
+
+/// Joins the first names in order.
+fn joined(names: impl Iterator<Item = String>) -> String {
+    let mut names: Vec<String> = names.collect();
+    names.sort_unstable();
+    let more = names.len().saturating_sub(NAMES_MAX);
+    names.truncate(NAMES_MAX);
+    if more > 0 {
+        names.push(format!("{more} more"));
+    }
+    names.join(" and ")
+}
+
 impl fmt::Display for Conflict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Address { address, claimants } => {
-                let mut names: Vec<String> =
-                    claimants.iter().map(|w| format!("{} on node {}", w.full_name(), w.node)).collect();
-                names.sort_unstable();
+                let names = joined(claimants.iter().map(|w| format!("{} on node {}", w.full_name(), w.node)));
                 write!(
                     f,
-                    "address {address} is claimed by {}: connections to it are refused; delete the pods that do not have it",
-                    names.join(" and ")
+                    "address {address} is claimed by {names}: connections to it are refused; delete the pods that do not have it"
                 )
             }
             Self::Cgroup { workload, holder } => write!(
@@ -70,17 +94,13 @@ impl fmt::Display for Conflict {
                 workload.cgroup
             ),
             Self::ServiceAddress { address, services, workload } => {
-                let mut names: Vec<String> = services
-                    .iter()
-                    .map(|service| format!("{}/{}", service.namespace, service.name))
-                    .collect();
-                names.sort_unstable();
+                let names = services.iter().map(|service| format!("{}/{}", service.namespace, service.name));
                 let others = workload.as_ref().map(|w| format!(" and of pod {}", w.full_name()));
                 write!(
                     f,
                     "external address {address} of service {}{} is also that of a pod, a node or another service at the same \
                      port: it is not used for a service; correct the services",
-                    names.join(" and "),
+                    joined(names),
                     others.unwrap_or_default()
                 )
             }
@@ -101,12 +121,31 @@ struct Claim {
     claim: AddressConflict,
 }
 
+/// The claims to an address that more than one workload claims.
+#[derive(Debug, Clone)]
+struct Contest {
+    /// In the order in which they were made.
+    claims: Vec<Claim>,
+    /// Derived from the claims at each change, because lookups are on the path of connections and claimants are many.
+    outcome: Outcome,
+}
+
+/// The result of a contest.
+#[derive(Debug, Clone)]
+enum Outcome {
+    /// No claim is valid.
+    Nobody,
+    /// More than one claim is valid.
+    Unclear,
+    Held(Arc<Workload>),
+}
+
 /// All claims to addresses.
 #[derive(Debug, Default, Clone)]
 pub(super) struct AddressClaims {
     sole: CowMap<IpAddr, Claim>,
-    /// Addresses with more than one claim, in the order of the claims.
-    several: CowMap<IpAddr, Arc<Vec<Claim>>>,
+    /// Addresses with more than one claim.
+    several: CowMap<IpAddr, Arc<Contest>>,
     /// The nodes that list an address as their own.
     nodes: CowMap<IpAddr, Arc<Vec<Arc<str>>>>,
     /// The node whose addresses no workload can have.
@@ -119,30 +158,22 @@ impl AddressClaims {
         if let Some(claim) = self.sole.get(&address) {
             return self.is_valid(address, claim).then_some(&claim.workload);
         }
-        let valid = || self.several(address).filter(|claim| self.is_valid(address, claim));
-        let mut live = valid().filter(|claim| claim.claim == AddressConflict::Replace);
-        match (live.next(), live.next()) {
-            (Some(only), None) => Some(&only.workload),
-            (Some(_), Some(_)) => None,
-            (None, _) => {
-                let mut ending = valid();
-                let only = ending.next().filter(|_| ending.next().is_none());
-                only.map(|claim| &claim.workload)
-            }
+        match &self.several.get(&address)?.outcome {
+            Outcome::Held(workload) => Some(workload),
+            Outcome::Nobody | Outcome::Unclear => None,
         }
     }
 
     /// Returns true if workloads claim `address` and none of them has it.
     pub(super) fn is_unclear(&self, address: IpAddr) -> bool {
-        let is_claimed = self.several(address).any(|claim| self.is_valid(address, claim));
-        is_claimed && self.holder(address).is_none()
+        self.several.get(&address).is_some_and(|contest| matches!(contest.outcome, Outcome::Unclear))
     }
 
     /// Returns the unclear addresses with their claimants.
     pub(super) fn unclear(&self) -> impl Iterator<Item = (IpAddr, Vec<Arc<Workload>>)> + use<'_> {
-        let unclear = self.several.iter().filter(|(address, _)| self.is_unclear(**address));
-        unclear.map(|(address, claims)| {
-            (*address, claims.iter().map(|claim| Arc::clone(&claim.workload)).collect())
+        let unclear = self.several.iter().filter(|(_, contest)| matches!(contest.outcome, Outcome::Unclear));
+        unclear.map(|(address, contest)| {
+            (*address, contest.claims.iter().map(|claim| Arc::clone(&claim.workload)).collect())
         })
     }
 
@@ -160,19 +191,19 @@ impl AddressClaims {
         let new = Claim { workload: Arc::clone(workload), claim };
         for address in &workload.addresses {
             let is_before = |claim: &Claim| before.is_some_and(|old| Arc::ptr_eq(old, &claim.workload));
-            if let Some(claims) = self.several.remove(address) {
-                let mut claims = claims;
-                let list = Arc::make_mut(&mut claims);
-                match list.iter_mut().find(|claim| is_before(claim)) {
+            if let Some(mut contest) = self.several.remove(address) {
+                let claims = &mut Arc::make_mut(&mut contest).claims;
+                match claims.iter_mut().find(|claim| is_before(claim)) {
                     Some(known) => *known = new.clone(),
-                    None => list.push(new.clone()),
+                    None => claims.push(new.clone()),
                 }
-                self.several.insert(*address, claims);
+                self.settle(*address, contest);
                 continue;
             }
             match self.sole.remove(address) {
                 Some(other) if !is_before(&other) => {
-                    self.several.insert(*address, Arc::new(vec![other, new.clone()]));
+                    let claims = vec![other, new.clone()];
+                    self.settle(*address, Arc::new(Contest { claims, outcome: Outcome::Unclear }));
                 }
                 _ => self.sole.insert(*address, new.clone()),
             }
@@ -189,19 +220,50 @@ impl AddressClaims {
         if self.sole.get(&address).is_some_and(is_it) {
             self.sole.remove(&address);
         }
-        let Some(mut claims) = self.several.remove(&address) else { return };
-        let list = Arc::make_mut(&mut claims);
-        list.retain(|claim| !is_it(claim));
-        match list.as_slice() {
+        let Some(mut contest) = self.several.remove(&address) else { return };
+        let claims = &mut Arc::make_mut(&mut contest).claims;
+        claims.retain(|claim| !is_it(claim));
+        match claims.as_slice() {
             [] => {}
             [only] => self.sole.insert(address, only.clone()),
-            _ => self.several.insert(address, claims),
+            _ => self.settle(address, contest),
+        }
+    }
+
+    /// Decides a contest and stores it.
+    fn settle(&mut self, address: IpAddr, mut contest: Arc<Contest>) {
+        let is_live = |claim: &&Claim| claim.claim == AddressConflict::Replace;
+        let outcome = {
+            let valid = || contest.claims.iter().filter(|claim| self.is_valid(address, claim));
+            let mut live = valid().filter(is_live);
+            let mut ending = valid();
+            match (live.next(), live.next()) {
+                (Some(only), None) => Outcome::Held(Arc::clone(&only.workload)),
+                (Some(_), Some(_)) => Outcome::Unclear,
+                (None, _) => match (ending.next(), ending.next()) {
+                    (Some(only), None) => Outcome::Held(Arc::clone(&only.workload)),
+                    (Some(_), Some(_)) => Outcome::Unclear,
+                    (None, _) => Outcome::Nobody,
+                },
+            }
+        };
+        Arc::make_mut(&mut contest).outcome = outcome;
+        self.several.insert(address, contest);
+    }
+
+    fn settle_again<'a>(&mut self, addresses: impl IntoIterator<Item = &'a IpAddr>) {
+        for address in addresses {
+            if let Some(contest) = self.several.remove(address) {
+                self.settle(*address, contest);
+            }
         }
     }
 
     /// Sets the node whose addresses no workload can have.
     pub(super) fn set_own_node(&mut self, node: Arc<str>) {
         self.own_node = Some(node);
+        let contested: Vec<IpAddr> = self.several.iter().map(|(address, _)| *address).collect();
+        self.settle_again(&contested);
     }
 
     /// Replaces the addresses of a node.
@@ -220,6 +282,7 @@ impl AddressClaims {
             }
             self.nodes.insert(*address, nodes);
         }
+        self.settle_again(before.iter().chain(addresses));
     }
 
     /// Returns true if a node lists `address` as its own.
@@ -231,10 +294,6 @@ impl AddressClaims {
     pub(super) fn is_own_node(&self, address: IpAddr) -> bool {
         let own = self.own_node.as_ref();
         own.is_some_and(|own| self.nodes.get(&address).is_some_and(|nodes| nodes.contains(own)))
-    }
-
-    fn several(&self, address: IpAddr) -> impl Iterator<Item = &Claim> {
-        self.several.get(&address).into_iter().flat_map(|claims| claims.iter())
     }
 
     /// A pod in its own network has no address of its node. What another node lists proves nothing about the pod's.
@@ -309,10 +368,7 @@ impl CgroupClaims {
         self.holders.remove(&at);
         for above in above(&workload.cgroup) {
             match self.below.get(&place(above)).copied() {
-                Some(2..) => {
-                    let count = self.below.get(&place(above)).copied().unwrap_or(0);
-                    self.below.insert(place(above), count - 1);
-                }
+                Some(count @ 2..) => self.below.insert(place(above), count - 1),
                 _ => drop(self.below.remove(&place(above))),
             }
         }

@@ -47,7 +47,7 @@ enum AddressError {
     Special(&'static str),
 }
 
-/// What the file holds.
+/// The content of the file.
 pub(super) struct ParsedFile {
     pub(super) workloads: Vec<Workload>,
     pub(super) services: Vec<Service>,
@@ -157,7 +157,7 @@ fn cgroup_path(value: &Value<'_>) -> Option<PathBuf> {
     Some(path.components().collect())
 }
 
-/// What the workloads read so far have uniqueness, with who took it and in which line.
+/// Names, addresses and cgroups of the workloads read so far, with their owner and line. Each of them is unique.
 #[derive(Default)]
 struct Uniqueness<'a> {
     names: HashMap<String, usize>,

@@ -22,7 +22,7 @@ pub struct Ranges {
     generation: u64,
 }
 
-/// What became of a range.
+/// The result of adding a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RangeAddition {
     /// All of it was there.
@@ -42,7 +42,7 @@ impl Ranges {
         all
     }
 
-    /// Whether `address` is one of the mesh.
+    /// Returns true if `address` is in a range.
     #[must_use]
     pub fn contains(&self, address: IpAddr) -> bool {
         self.covers(&address.into())
@@ -53,13 +53,13 @@ impl Ranges {
         self.list.iter()
     }
 
-    /// How many were configured.
+    /// Returns the number of configured ranges.
     #[must_use]
     pub fn count_configured(&self) -> usize {
         self.configured
     }
 
-    /// How many were found that the others did not cover.
+    /// Returns the number of detected ranges that no other range covered.
     #[must_use]
     pub fn count_detected(&self) -> usize {
         self.detected
@@ -134,13 +134,13 @@ impl Ranges {
         }
     }
 
-    /// Whether some ranges go when `range` comes.
+    /// Returns true if `range` replaces other ranges.
     fn replaces(&self, range: &IpNet) -> bool {
         let is_joined = halves(range).is_some_and(|(half, _)| self.list.binary_search(&half).is_ok());
         is_joined || self.inside(range) > 0
     }
 
-    /// How many ranges lie in `range`: they come right behind where it goes.
+    /// Returns the number of ranges inside `range`. They follow its position in the list.
     fn inside(&self, range: &IpNet) -> usize {
         let at = self.list.partition_point(|other| other < range);
         self.list[at..].iter().take_while(|other| range.contains(*other)).count()

@@ -30,7 +30,7 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     /// Which endpoints a client may reach.
     pub traffic: InternalTrafficPolicy,
-    /// Whether a client stays with its endpoint.
+    /// The session affinity.
     pub affinity: Affinity,
 }
 
@@ -55,9 +55,9 @@ impl Service {
 pub struct ServicePort {
     /// The port that clients ask for.
     pub port: u16,
-    /// What stands behind it for clients of IPv4.
+    /// Endpoints for clients of IPv4.
     pub ipv4: Endpoints,
-    /// What stands behind it for clients of IPv6.
+    /// Endpoints for clients of IPv6.
     pub ipv6: Endpoints,
 }
 
@@ -84,7 +84,7 @@ pub struct Endpoint {
     pub node: Arc<str>,
 }
 
-/// Whether an endpoint can be used.
+/// The condition of an endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EndpointCondition {
     /// It can.
@@ -104,7 +104,7 @@ pub enum InternalTrafficPolicy {
     Local,
 }
 
-/// Whether a client stays with its endpoint (`sessionAffinity`).
+/// The session affinity of a client (`sessionAffinity`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Affinity {
     /// It does not.
@@ -113,7 +113,7 @@ pub enum Affinity {
     ClientIp(Duration),
 }
 
-/// What the choice depends on beside the service.
+/// The input of the choice besides the service.
 #[derive(Debug, Clone, Copy)]
 pub struct EndpointQuery<'a> {
     /// Node of the client.

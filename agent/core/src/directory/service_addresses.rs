@@ -4,6 +4,7 @@
 //! services with different ports. Two services with the same address and port contradict each other, and neither has it.
 
 use std::{
+    collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -14,7 +15,47 @@ use super::{Service, cow_map::CowMap};
 #[derive(Debug, Default, Clone)]
 pub(super) struct ServiceAddresses {
     cluster: CowMap<IpAddr, Arc<Service>>,
-    outer: CowMap<IpAddr, Arc<Vec<Arc<Service>>>>,
+    outer: CowMap<IpAddr, Arc<OuterAddress>>,
+}
+
+/// The services with one external or load balancer address. Every namespace can add services, so lookups are not scans.
+#[derive(Debug, Default, Clone)]
+struct OuterAddress {
+    services: Vec<Arc<Service>>,
+    /// The service of each port, or `None` if several services have the port.
+    ports: HashMap<u16, Option<Arc<Service>>>,
+    /// Number of services whose load balancer has the address.
+    ingress_count: usize,
+}
+
+impl OuterAddress {
+    fn insert(&mut self, address: IpAddr, service: &Arc<Service>) {
+        if self.services.iter().any(|known| Arc::ptr_eq(known, service)) {
+            return;
+        }
+        self.services.push(Arc::clone(service));
+        self.ingress_count += usize::from(service.ingress_ips.contains(&address));
+        service.ports.iter().for_each(|port| self.settle(port.port));
+    }
+
+    fn remove(&mut self, address: IpAddr, service: &Arc<Service>) {
+        let before = self.services.len();
+        self.services.retain(|known| !Arc::ptr_eq(known, service));
+        if self.services.len() < before {
+            self.ingress_count -= usize::from(service.ingress_ips.contains(&address));
+            service.ports.iter().for_each(|port| self.settle(port.port));
+        }
+    }
+
+    /// Finds the service of a port.
+    fn settle(&mut self, port: u16) {
+        let mut all = self.services.iter().filter(|service| service.has_port(port));
+        match (all.next(), all.next()) {
+            (None, _) => drop(self.ports.remove(&port)),
+            (Some(only), None) => drop(self.ports.insert(port, Some(Arc::clone(only)))),
+            (Some(_), Some(_)) => drop(self.ports.insert(port, None)),
+        }
+    }
 }
 
 impl ServiceAddresses {
@@ -23,11 +64,9 @@ impl ServiceAddresses {
             self.cluster.insert(*address, Arc::clone(service));
         }
         for address in service.outer_addresses() {
-            let mut all = self.outer.remove(address).unwrap_or_default();
-            if !all.iter().any(|known| Arc::ptr_eq(known, service)) {
-                Arc::make_mut(&mut all).push(Arc::clone(service));
-            }
-            self.outer.insert(*address, all);
+            let mut outer = self.outer.remove(address).unwrap_or_default();
+            Arc::make_mut(&mut outer).insert(*address, service);
+            self.outer.insert(*address, outer);
         }
     }
 
@@ -39,10 +78,10 @@ impl ServiceAddresses {
             }
         }
         for address in service.outer_addresses() {
-            let Some(mut all) = self.outer.remove(address) else { continue };
-            Arc::make_mut(&mut all).retain(|known| !Arc::ptr_eq(known, service));
-            if !all.is_empty() {
-                self.outer.insert(*address, all);
+            let Some(mut outer) = self.outer.remove(address) else { continue };
+            Arc::make_mut(&mut outer).remove(*address, service);
+            if !outer.services.is_empty() {
+                self.outer.insert(*address, outer);
             }
         }
     }
@@ -54,27 +93,26 @@ impl ServiceAddresses {
 
     /// The services with an external or load balancer address.
     pub(super) fn outer(&self, address: IpAddr) -> &[Arc<Service>] {
-        self.outer.get(&address).map_or(&[], |all| all.as_slice())
+        self.outer.get(&address).map_or(&[], |outer| outer.services.as_slice())
     }
 
     /// The only service with an external or load balancer address that has the port.
     pub(super) fn outer_at(&self, at: SocketAddr) -> Option<&Arc<Service>> {
-        let mut all = self.outer(at.ip()).iter().filter(|service| service.has_port(at.port()));
-        all.next().filter(|_| all.next().is_none())
+        self.outer.get(&at.ip())?.ports.get(&at.port())?.as_ref()
     }
 
     /// Returns true if more than one service has the port of an external or load balancer address.
     pub(super) fn is_contested(&self, at: SocketAddr) -> bool {
-        self.outer(at.ip()).iter().filter(|service| service.has_port(at.port())).nth(1).is_some()
+        self.outer.get(&at.ip()).is_some_and(|outer| outer.ports.get(&at.port()) == Some(&None))
     }
 
     /// Returns true if a load balancer of a service has the address.
     pub(super) fn is_ingress(&self, address: IpAddr) -> bool {
-        self.outer(address).iter().any(|service| service.ingress_ips.contains(&address))
+        self.outer.get(&address).is_some_and(|outer| outer.ingress_count > 0)
     }
 
     /// All external and load balancer addresses.
     pub(super) fn all_outer(&self) -> impl Iterator<Item = (IpAddr, &[Arc<Service>])> {
-        self.outer.iter().map(|(address, all)| (*address, all.as_slice()))
+        self.outer.iter().map(|(address, outer)| (*address, outer.services.as_slice()))
     }
 }

@@ -162,6 +162,25 @@ fn a_claim_to_an_address_of_the_pods_node_or_the_own_node_is_void() {
     assert_eq!(name_at(&directory, "10.77.3.2").as_deref(), Some("victim"), "not unclear either");
     directory.set_node_addresses(&b, &addresses(&["192.0.2.2", "10.77.3.2"]), &[]);
     assert_eq!(name_at(&directory, "192.0.2.2").as_deref(), Some("of-its-node"));
+    // Contested claims are judged anew when the addresses of a node change.
+    let contested = "10.77.3.2".parse().expect("an address");
+    assert!(directory.is_unclear(contested) && directory.at(contested).is_none());
+    directory.set_node_addresses(&b, &[], &addresses(&["10.77.3.2"]));
+    assert!(!directory.is_unclear(contested));
+    assert_eq!(name_at(&directory, "10.77.3.2").as_deref(), Some("victim"));
+    directory.set_own_node(b);
+    assert!(!directory.is_unclear(contested) && directory.at(contested).is_none(), "an address of this node");
+}
+
+#[test]
+fn a_conflict_of_many_claimants_is_one_short_line() {
+    let mut directory = Directory::default();
+    for i in 0..1000 {
+        directory.insert(workload(&format!("false-{i:03}"), "b", "10.77.3.2"), AddressConflict::Replace);
+    }
+    let lines: Vec<String> = directory.conflicts().map(|conflict| conflict.to_string()).collect();
+    assert!(lines.len() == 1 && lines[0].len() < 300, "{lines:?}");
+    assert!(lines[0].contains("shop/false-003 on node b and 996 more:"), "{lines:?}");
 }
 
 fn with_cgroup(name: &str, cgroup: &str) -> Workload {
@@ -279,6 +298,7 @@ fn external_addresses_are_a_services_unless_somebody_else_has_them() {
     assert_eq!(directory.conflicts().count(), 2);
     directory.remove_service("shop", "false");
     assert_eq!(directory.conflicts().count(), 0);
+    assert_eq!(name(&directory, "203.0.113.2:80").as_deref(), Some("web"), "the port is web's again");
     // Nor does a pod's claim take the address of a load balancer.
     directory.insert(workload("false", "b", "203.0.113.2"), AddressConflict::Replace);
     assert!(directory.is_unclear(address("203.0.113.2")) && !directory.knows(address("203.0.113.2")));

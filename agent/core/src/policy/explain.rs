@@ -121,7 +121,7 @@ impl Resolved<'_> {
 /// The answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Explanation {
-    /// Whether every path is allowed.
+    /// True if every path is allowed.
     pub allow: bool,
     /// One for each address family that both ends have.
     pub paths: Vec<PathVerdict>,
@@ -142,16 +142,16 @@ pub struct PathVerdict {
     pub mode: Option<String>,
     /// Policies that select the destination.
     pub policies: Vec<String>,
-    /// Whether the connection is allowed.
+    /// True if the connection is allowed.
     pub allow: bool,
     /// Why, in sentences.
     pub why: Vec<String>,
 }
 
-/// What the agent knows.
+/// The snapshots that an explanation reads.
 #[derive(Clone, Copy)]
 pub struct ExplainContext<'a> {
-    /// Who is where.
+    /// The workloads and services.
     pub directory: &'a Directory,
     /// All policies.
     pub policies: &'a Policies,
@@ -235,7 +235,7 @@ fn path(
     verdict
 }
 
-/// What else there is to know: audits, and notes on the policies asked.
+/// Returns audits, and the notes on the evaluated policies.
 fn remarks(policies: &Policies, authorization: &Authorization, flow: &Flow) -> Vec<String> {
     let audits = authorization.audits(flow);
     let audits = audits.iter().map(|audit| format!("It is told to the log by {audit}."));
@@ -245,7 +245,7 @@ fn remarks(policies: &Policies, authorization: &Authorization, flow: &Flow) -> V
     audits.chain(notes.map(|note| format!("Note: {note}."))).collect()
 }
 
-/// How the connection comes to the destination's agent, and a sentence about it.
+/// Returns the way by which the connection arrives at the destination's agent, with a sentence about it.
 fn arrival(
     known: ExplainContext<'_>,
     source: &Resolved<'_>,
@@ -291,7 +291,8 @@ fn reason(
             format!("Denied: ALLOW policies select the destination, and no rule of ALLOW {policies} matches.")
         }
         Verdict::Allow if *source == FlowSource::Node => {
-            "Allowed: a node's own connections to its pods (probes) always pass.".to_owned()
+            "Allowed for connections of the node's own processes, such as probes. Pods with the node's network and masqueraded \
+             connections have the same address, and are plaintext.".to_owned()
         }
         Verdict::Allow => match ruling {
             AuthorizationDecision::Allowed(by) => format!("Allowed by {by}."),

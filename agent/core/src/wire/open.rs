@@ -155,10 +155,10 @@ pub enum InvalidOpen {
     #[error("OPEN of version {0} is unknown")]
     Version(u8),
     /// The byte for optimistic data is neither 0 nor 1.
-    #[error("OPEN says {0} where 0 or 1 tells whether DATA comes ahead")]
+    #[error("invalid byte {0} for optimistic data in OPEN: expected 0 or 1")]
     OptimisticData(u8),
     /// The destination has no address or no port.
-    #[error("OPEN names {0}, which is no destination")]
+    #[error("invalid destination {0} in OPEN: expected an address and a port")]
     Destination(SocketAddr),
 }
 

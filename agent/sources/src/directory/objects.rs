@@ -46,7 +46,7 @@ impl KindName for ResourceKind {
 /// An object of any watched resource.
 #[derive(Debug, Clone)]
 pub(super) enum Object {
-    Namespace(Namespace),
+    Namespace(Box<Namespace>),
     Pod(Box<Pod>),
     Service(Box<Service>),
     Slice(Box<Slice>),
@@ -94,6 +94,8 @@ pub(super) struct Meta {
     pub(super) labels: BTreeMap<String, String>,
     #[serde(default, deserialize_with = "or_default")]
     pub(super) annotations: Annotations,
+    /// Set by the API server, in UTC (RFC 3339).
+    pub(super) creation_timestamp: Option<String>,
     pub(super) deletion_timestamp: Option<String>,
     #[serde(default, deserialize_with = "or_default")]
     pub(super) owner_references: Vec<OwnerReference>,
@@ -132,7 +134,7 @@ impl Resource for Namespace {
     }
 
     fn into_object(self) -> Object {
-        Object::Namespace(self)
+        Object::Namespace(Box::new(self))
     }
 }
 

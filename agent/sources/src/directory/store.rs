@@ -25,6 +25,7 @@ mod range_discovery;
 mod services;
 
 use interner::Interner;
+use pods::Mirror;
 use problems::Problems;
 use range_discovery::RangeDiscovery;
 use services::{ServiceRecord, SliceRecord};
@@ -49,11 +50,12 @@ pub(super) struct DirectoryStore {
     /// Names seen in the current list.
     seen: HashMap<ResourceKind, HashSet<String>>,
     listed: BTreeSet<ResourceKind>,
+    /// Deleted pods of this node. Those that were not enrolled are kept because no mirror pod gets their cgroups.
     departed: VecDeque<Arc<Workload>>,
     interner: Interner,
     range_discovery: RangeDiscovery,
     /// Pods with the cgroup that an annotation names.
-    mirrors: HashSet<String>,
+    mirrors: HashMap<String, Mirror>,
     problems: Problems,
     changed: bool,
 }
@@ -75,7 +77,7 @@ impl DirectoryStore {
             listed: BTreeSet::new(),
             departed: VecDeque::new(),
             interner: Interner::default(),
-            mirrors: HashSet::new(),
+            mirrors: HashMap::new(),
             problems: Problems::default(),
             changed: true,
         }

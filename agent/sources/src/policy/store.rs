@@ -14,10 +14,8 @@ use tacit_core::{
 };
 
 use super::document::{Document, Metadata};
-use crate::kubernetes::{self, InvalidObjects};
+use crate::kubernetes::{self, InvalidObjects, Problem, reported};
 
-/// Maximum number of invalid policies in the status. The rest is counted.
-const REPORTED_MAX: usize = 20;
 /// Maximum number of reported mistakes of one policy.
 const MISTAKES_MAX: usize = 5;
 
@@ -119,11 +117,12 @@ impl PolicyStore {
     /// Returns the invalid policies.
     pub(super) fn invalid_objects(&self) -> InvalidObjects {
         let listed = self.known.iter().filter_map(|((kind, namespace, name), known)| {
-            Some(format!("{} {namespace}/{name}: {}", kind.name(), known.message.as_ref()?))
+            let line = format!("{} {namespace}/{name}: {}", kind.name(), known.message.as_ref()?);
+            Some(Problem { owner: namespace.clone(), line })
         });
-        let mut list: Vec<String> = listed.collect();
-        if let Some(more) = list.len().checked_sub(REPORTED_MAX).filter(|more| *more > 0) {
-            list.truncate(REPORTED_MAX);
+        let problems: Vec<Problem> = listed.collect();
+        let (mut list, more) = reported(&problems);
+        if more > 0 {
             list.push(format!("and {more} more; `kubectl get events -A` shows those of the last hour"));
         }
         InvalidObjects { list, total: self.refused }

@@ -57,6 +57,9 @@ const HTTP_ATTRIBUTES: [&str; 8] = [
     "experimental.envoy.filters.",
 ];
 
+/// Maximum number of notes on one policy, and of fields in one note. A policy may have thousands of rules.
+const NOTES_MAX: usize = 5;
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ParsedAction {
     Allow,
@@ -77,8 +80,12 @@ pub(in crate::policy) fn spec(
     header: &ObjectMeta<'_>,
     spec: Option<&Value<'_>>,
 ) -> Option<AuthorizationSpec> {
-    let mut reader =
-        RuleParser { namespace: header.namespace, action: ParsedAction::Allow, notes: Vec::new() };
+    let mut reader = RuleParser {
+        namespace: header.namespace,
+        action: ParsedAction::Allow,
+        notes: Vec::new(),
+        more_notes: 0,
+    };
     let enforcement = if header.dry_run { Enforcement::DryRun } else { Enforcement::Enforced };
     let id = format!("{}/{}", header.namespace, header.name);
     let policy = |action, rules| AuthorizationPolicy { id: id.clone(), action, enforcement, rules };
@@ -144,11 +151,17 @@ struct RuleParser<'a> {
     namespace: &'a str,
     action: ParsedAction,
     notes: Vec<String>,
+    /// Number of notes that are left out.
+    more_notes: usize,
 }
 
 impl RuleParser<'_> {
     fn note(&mut self, text: impl Display) {
-        self.notes.push(text.to_string());
+        if self.notes.len() < NOTES_MAX {
+            self.notes.push(text.to_string());
+        } else {
+            self.more_notes += 1;
+        }
     }
 
     /// On a policy as a whole.
@@ -159,14 +172,17 @@ impl RuleParser<'_> {
             ),
             Action::Audit if policy.rules.is_empty() => self.note("it has no rules, so it never matches"),
             Action::Custom => {
-                self.note("its provider is not supported: it denies all flows to the workloads it selects");
+                // Before the notes on rules, which may be left out.
+                let note = "its provider is not supported: it denies all flows to the workloads it selects";
+                self.notes.insert(0, note.to_owned());
             }
             _ => {}
         }
     }
 
     fn finish(self, id: &str) -> Vec<String> {
-        self.notes.into_iter().map(|note| format!("AuthorizationPolicy {id}: {note}")).collect()
+        let more = (self.more_notes > 0).then(|| format!("and {} more notes on its rules", self.more_notes));
+        self.notes.into_iter().chain(more).map(|note| format!("AuthorizationPolicy {id}: {note}")).collect()
     }
 
     fn rules(&mut self, value: &Value<'_>) -> Option<Vec<Rule>> {
@@ -175,7 +191,7 @@ impl RuleParser<'_> {
 
     fn rule(&mut self, index: usize, value: &Value<'_>) -> Option<Rule> {
         let mut fields = value.fields(&["from", "to", "when"])?;
-        let mut unseen = Vec::new();
+        let mut unseen: Vec<String> = Vec::new();
         let from = filled(fields.written("from"));
         let sources = from.and_then(|items| all(items.iter().map(|item| self.source(item, &mut unseen))));
         let to = filled(fields.written("to"));
@@ -186,7 +202,9 @@ impl RuleParser<'_> {
         let (sources, operations, conditions) = (sources?, operations?, conditions?);
         let mut reach = Applicability::Evaluated;
         if !unseen.is_empty() {
-            let (rule, fields) = (index + 1, unseen.join(", "));
+            let more = if unseen.len() > NOTES_MAX { ", ..." } else { "" };
+            unseen.truncate(NOTES_MAX);
+            let (rule, fields) = (index + 1, unseen.join(", ") + more);
             if self.action == ParsedAction::Allow {
                 reach = Applicability::NeverMatches;
                 self.note(format_args!("rule {rule} needs HTTP ({fields}): it never matches"));

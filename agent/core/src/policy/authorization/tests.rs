@@ -394,6 +394,20 @@ fn mistakes_are_refused_with_field_and_remedy() {
 }
 
 #[test]
+fn a_policy_has_a_bounded_number_of_notes() {
+    let when = "{key: connection.sni, values: [a]}, ".repeat(100);
+    let rules = format!("{{when: [{when}]}}, ").repeat(100);
+    let policies = policies(&[&format!("{{action: CUSTOM, provider: {{name: opa}}, rules: [{rules}]}}")]);
+    let notes = policies.notes();
+    assert_eq!(notes.len(), 7, "{notes:?}");
+    assert!(
+        notes[0].contains("denies all") && notes[6].ends_with("and 95 more notes on its rules"),
+        "{notes:?}"
+    );
+    assert!(notes.iter().all(|note| note.len() < 300), "{notes:?}");
+}
+
+#[test]
 fn what_looks_as_if_it_matched_is_noted() {
     for (spec, part) in [
         ("{rules: [{from: [{source: {principals: ['spiffe://a/ns/b/sa/c']}}]}]}", "without spiffe://"),

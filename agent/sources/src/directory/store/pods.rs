@@ -1,9 +1,9 @@
 //! Pods: from an API object to a workload.
 //!
-//! What a pod's creator or a node's kubelet writes is checked here or kept as a claim in the directory. A pod of this node whose UID
-//! cannot be part of a path is left out.
+//! Values that a pod's creator or a node's kubelet writes are checked here, or kept as claims in the directory. A pod of this node
+//! whose UID cannot be part of a path is left out.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
 use tacit_core::directory::{AddressConflict, Protocol, Workload};
 
@@ -15,6 +15,24 @@ use super::{
 const DEFAULT_ACCOUNT: &str = "default";
 /// Maximum length of a value in a message, in characters.
 const SHOWN_MAX: usize = 64;
+
+/// A pod with the cgroup that its annotation names.
+#[derive(Debug)]
+pub(super) struct Mirror {
+    /// The cgroup of its own UID.
+    own_cgroup: PathBuf,
+    created: Option<String>,
+}
+
+impl Mirror {
+    /// Returns true if this pod was created before the other one. A pod without a time is younger than all others.
+    fn is_older_than(&self, other: &Self) -> bool {
+        match (&self.created, &other.created) {
+            (Some(own), Some(other)) => own < other,
+            (own, other) => own.is_some() && other.is_none(),
+        }
+    }
+}
 
 impl DirectoryStore {
     pub(super) fn pod(&mut self, pod: Pod) {
@@ -34,14 +52,18 @@ impl DirectoryStore {
     }
 
     fn known_pod(&mut self, name: &str, workload: Workload, claim: AddressConflict, host_network: bool) {
-        let is_here = workload.node == self.local_node.node;
-        if is_here && !self.mirrors.contains(name) {
+        if workload.node == self.local_node.node {
+            let known = self.directory.named(&workload.namespace, &workload.name);
+            if known.is_some_and(|known| known.cgroup != workload.cgroup) {
+                self.refuse_heirs(name);
+            }
             return self.ahead_of_mirror(name, workload, claim, host_network);
         }
         self.put(name, workload, claim, host_network);
     }
 
-    /// The cgroup of a pod's own UID is its own, whatever an annotation of another pod says and whichever came first.
+    /// The cgroup of a pod's own UID is its own, whatever an annotation of another pod says and whichever came first. Of two
+    /// mirror pods the older one has the cgroup, whichever a list has first.
     fn ahead_of_mirror(
         &mut self,
         name: &str,
@@ -49,8 +71,10 @@ impl DirectoryStore {
         claim: AddressConflict,
         host_network: bool,
     ) {
+        let is_ahead = |holder: &Mirror| self.mirrors.get(name).is_none_or(|own| own.is_older_than(holder));
         let holder = self.directory.cgroup_holder(&workload.node, &workload.cgroup);
-        let mirror = holder.filter(|holder| ***holder != *name && self.mirrors.contains(&***holder)).cloned();
+        let holder = holder.filter(|holder| ***holder != *name);
+        let mirror = holder.filter(|holder| self.mirrors.get(&***holder).is_some_and(is_ahead)).cloned();
         let Some((namespace, mirror)) = mirror.as_deref().and_then(|mirror| mirror.split_once('/')) else {
             return self.put(name, workload, claim, host_network);
         };
@@ -59,6 +83,34 @@ impl DirectoryStore {
         self.put(name, workload, claim, host_network);
         if let Some(removed) = removed {
             self.directory.insert((*removed).clone(), claim_of_mirror);
+        }
+    }
+
+    /// Gives the mirror pods that wait for the cgroup of a pod that ends the cgroups of their own UIDs. Processes of the pod that
+    /// ends may live on.
+    fn refuse_heirs(&mut self, name: &str) {
+        if self.mirrors.is_empty() {
+            return;
+        }
+        let ending = {
+            let mut here = self.directory.on_node(&self.local_node.node).chain(self.directory.host_network());
+            here.find(|workload| workload.full_name() == *name).cloned()
+        };
+        let Some(ending) = ending else { return };
+        let heirs = self.mirrors.iter().filter(|(mirror, _)| **mirror != *name);
+        let heirs: Vec<(String, Workload)> = heirs
+            .filter_map(|(name, mirror)| {
+                let (namespace, pod) = name.split_once('/')?;
+                let workload = self.directory.named(namespace, pod)?;
+                let cgroup = mirror.own_cgroup.clone();
+                let is_heir = workload.cgroup == ending.cgroup;
+                is_heir.then(|| (name.clone(), Workload { cgroup, ..(**workload).clone() }))
+            })
+            .collect();
+        for (heir, workload) in heirs {
+            self.mirrors.remove(&heir);
+            let claim = self.directory.claim_of(&workload.namespace, &workload.name);
+            self.directory.insert(workload, claim);
         }
     }
 
@@ -136,7 +188,8 @@ impl DirectoryStore {
             match self.static_pod_uid(pod, text, name) {
                 Ok(uid) => {
                     let cgroup = path(uid);
-                    self.mirrors.insert(name.to_owned());
+                    let mirror = Mirror { own_cgroup: path(own), created: meta.creation_timestamp.clone() };
+                    self.mirrors.insert(name.to_owned(), mirror);
                     return Some(cgroup);
                 }
                 Err(why) => {
@@ -168,6 +221,7 @@ impl DirectoryStore {
     pub(super) fn end_pod(&mut self, full: &str) {
         self.problems.clear(full);
         self.mirrors.remove(full);
+        self.refuse_heirs(full);
         let Some((namespace, name)) = full.split_once('/') else { return };
         if self.directory.unset_host_network(namespace, name) {
             self.changed = true;
@@ -179,12 +233,24 @@ impl DirectoryStore {
         });
         let Some(workload) = self.forget(namespace, name) else { return };
         self.changed = true;
-        if has_cgroup && workload.node == self.local_node.node && workload.protocol == Protocol::Tacit {
+        if has_cgroup && workload.node == self.local_node.node {
             self.departed.push_back(workload);
             if self.departed.len() > DEPARTED_MAX {
-                self.departed.pop_front();
+                self.forget_departed();
             }
-            self.directory.set_departed(self.departed.iter().cloned().collect());
+            let enrolled = self.departed.iter().filter(|pod| pod.protocol == Protocol::Tacit);
+            self.directory.set_departed(enrolled.cloned().collect());
+        }
+    }
+
+    /// Removes the oldest departed pod of the namespace that has most, so that a namespace with many short pods forgets its own.
+    fn forget_departed(&mut self) {
+        let mut counts: HashMap<&str, usize> = HashMap::new();
+        self.departed.iter().for_each(|pod| *counts.entry(&pod.namespace).or_default() += 1);
+        let most = counts.values().copied().max();
+        let oldest = self.departed.iter().position(|pod| counts.get(&*pod.namespace).copied() == most);
+        if let Some(oldest) = oldest {
+            self.departed.remove(oldest);
         }
     }
 

@@ -1,20 +1,20 @@
 //! Problems of pods, for the log and the status. Each is logged once.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use tacit_core::directory::Directory;
 
-use super::range_discovery::truncated;
-use crate::kubernetes::InvalidObjects;
+use crate::kubernetes::{InvalidObjects, Problem, reported};
 
 /// Problems of the pods in the directory, and the unlogged ones.
 #[derive(Debug, Default)]
 pub(super) struct Problems {
     of_pods: BTreeMap<String, Vec<String>>,
-    conflicts: BTreeSet<String>,
+    /// Conflicts with the namespace of one of their objects.
+    conflicts: BTreeMap<String, String>,
     /// Value of [`Directory::conflict_changes`] at the last update.
     conflict_changes: u64,
-    unlogged: Vec<String>,
+    unlogged: Vec<Problem>,
     total: u64,
     changed: bool,
 }
@@ -30,8 +30,8 @@ impl Problems {
         if known == Some(&lines) {
             return;
         }
-        let new: Vec<_> =
-            lines.iter().filter(|line| known.is_none_or(|known| !known.contains(line))).cloned().collect();
+        let new = lines.iter().filter(|line| known.is_none_or(|known| !known.contains(line)));
+        let new = new.map(|line| of_pod(pod, line)).collect();
         self.report(new);
         self.of_pods.insert(pod.to_owned(), lines);
     }
@@ -49,17 +49,20 @@ impl Problems {
     pub(super) fn update(&mut self, directory: &Directory) -> bool {
         if directory.conflict_changes() != self.conflict_changes {
             self.conflict_changes = directory.conflict_changes();
-            let conflicts: BTreeSet<String> =
-                directory.conflicts().map(|conflict| conflict.to_string()).collect();
+            let conflicts = directory.conflicts();
+            let conflicts: BTreeMap<String, String> = conflicts
+                .map(|conflict| (conflict.to_string(), conflict.namespace().unwrap_or_default().to_owned()))
+                .collect();
             self.changed |= conflicts != self.conflicts;
-            let new = conflicts.difference(&self.conflicts).cloned().collect();
+            let new = conflicts.iter().filter(|(line, _)| !self.conflicts.contains_key(*line));
+            let new = new.map(of_conflict).collect();
             self.report(new);
             self.conflicts = conflicts;
         }
         std::mem::take(&mut self.changed)
     }
 
-    fn report(&mut self, new: Vec<String>) {
+    fn report(&mut self, new: Vec<Problem>) {
         self.changed |= !new.is_empty();
         self.total += new.len() as u64;
         self.unlogged.extend(new);
@@ -67,13 +70,32 @@ impl Problems {
 
     /// Returns the problems since the last call.
     pub(super) fn warnings(&mut self) -> Vec<String> {
-        truncated(&std::mem::take(&mut self.unlogged))
+        listed(&std::mem::take(&mut self.unlogged))
     }
 
     /// Returns the problems of now.
     pub(super) fn invalid_objects(&self) -> InvalidObjects {
-        let lines: Vec<String> =
-            self.conflicts.iter().chain(self.of_pods.values().flatten()).cloned().collect();
-        InvalidObjects { list: truncated(&lines), total: self.total }
+        let of_pods = self.of_pods.iter();
+        let of_pods = of_pods.flat_map(|(pod, lines)| lines.iter().map(|line| of_pod(pod, line)));
+        let problems: Vec<Problem> = self.conflicts.iter().map(of_conflict).chain(of_pods).collect();
+        InvalidObjects { list: listed(&problems), total: self.total }
     }
+}
+
+fn of_pod(pod: &str, line: &str) -> Problem {
+    let namespace = pod.split_once('/').map_or(pod, |(namespace, _)| namespace);
+    Problem { owner: namespace.to_owned(), line: line.to_owned() }
+}
+
+fn of_conflict((line, namespace): (&String, &String)) -> Problem {
+    Problem { owner: namespace.clone(), line: line.clone() }
+}
+
+/// Returns the problems of a report, and how many more there are.
+pub(super) fn listed(problems: &[Problem]) -> Vec<String> {
+    let (mut lines, more) = reported(problems);
+    if more > 0 {
+        lines.push(format!("and {more} more"));
+    }
+    lines
 }

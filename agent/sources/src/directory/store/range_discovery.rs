@@ -14,7 +14,7 @@
 //! covered by their addresses.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     mem,
     net::IpAddr,
     sync::Arc,
@@ -23,8 +23,11 @@ use std::{
 use ipnet::IpNet;
 use tacit_core::directory::{Directory, RangeAddition, Ranges, discovered_range};
 
-use super::super::objects::{Node, ResourceKind, ServiceCidr};
-use crate::kubernetes::InvalidObjects;
+use super::{
+    super::objects::{Node, ResourceKind, ServiceCidr},
+    problems::listed,
+};
+use crate::kubernetes::{InvalidObjects, Problem};
 
 /// Maximum number of ranges of one object. Clusters that have outgrown a range add more.
 const PER_OBJECT_MAX: usize = 16;
@@ -34,11 +37,12 @@ const NODE_ADDRESSES_MAX: usize = 64;
 const CUT_PER_NODE_MAX: usize = 4;
 /// Maximum number of addresses that are cut out of ranges. Each splits a range into up to 24 (IPv4) or 96 (IPv6) parts.
 const CUT_MAX: usize = 256;
+/// Maximum number of external and load balancer addresses of a namespace's services that are ranges of their own. Everybody who
+/// may create services can write external addresses, and all namespaces share the kernel's ranges.
+pub(super) const OUTER_PER_NAMESPACE_MAX: usize = 1024;
 /// Maximum number of ranges that are kept for their addresses after their source is gone. Then the addresses are covered one
 /// by one.
 const RETIRED_MAX: usize = 4096;
-/// Maximum number of refused ranges in a report. The rest is counted.
-const REPORTED_MAX: usize = 20;
 
 /// The sources of ranges, and the changes since the last update.
 #[derive(Debug, Default)]
@@ -50,8 +54,8 @@ pub(super) struct RangeDiscovery {
     retired: Vec<IpNet>,
     /// Number of enrolled pods and services with each address.
     in_use: BTreeMap<IpAddr, u32>,
-    /// Addresses that are ranges of their own.
-    single: BTreeSet<IpAddr>,
+    /// Addresses that are ranges of their own, with the namespace if it is for an external address of a service.
+    single: BTreeMap<IpAddr, Option<Arc<str>>>,
     /// True if a retired range may no longer be needed.
     may_shrink: bool,
     /// True if retired ranges were forgotten.
@@ -65,9 +69,9 @@ pub(super) struct RangeDiscovery {
     /// Services with an address outside all ranges, and the changed ones among them.
     uncovered_services: BTreeSet<String>,
     changed_services: BTreeSet<String>,
-    /// Refused ranges with the reason, one per line.
-    refused: Vec<String>,
-    unlogged: Vec<String>,
+    /// Refused ranges with the reason, by object.
+    refused: Vec<Problem>,
+    unlogged: Vec<Problem>,
     refusals: u64,
 }
 
@@ -192,7 +196,7 @@ impl RangeDiscovery {
                 self.in_use.remove(address);
                 let is_in = |range: &IpNet| range.contains(address);
                 self.may_shrink |= self.retired.iter().any(is_in);
-                if self.single.contains(address) {
+                if self.single.contains_key(address) {
                     self.gone.push(*address);
                 }
             }
@@ -229,7 +233,7 @@ impl RangeDiscovery {
         let mut is_changed = false;
         let sources_changed = mem::take(&mut self.sources_changed);
         let mut gone = mem::take(&mut self.gone);
-        gone.retain(|address| !self.in_use.contains_key(address) && self.single.remove(address));
+        gone.retain(|address| !self.in_use.contains_key(address) && self.single.remove(address).is_some());
         if mem::take(&mut self.may_shrink) || sources_changed {
             let (rebuilt, refusals_changed) = self.rebuild(directory);
             is_changed = refusals_changed;
@@ -244,7 +248,7 @@ impl RangeDiscovery {
         for address in mem::take(&mut self.new_addresses) {
             // Of an unclear address one claimant is right: it is one of the mesh.
             if directory.is_enrolled(address) || directory.is_unclear(address) {
-                self.add_address(&mut ranges, address);
+                self.add_address(&mut ranges, address, None);
             }
         }
         self.add_service_addresses(directory, &mut ranges);
@@ -260,11 +264,12 @@ impl RangeDiscovery {
         let cut = self.cut(directory);
         let mut ranges = (*self.configured).clone();
         let mut refused = Vec::new();
-        for source in self.sources.values() {
-            refused.extend(source.refused.iter().cloned());
+        for ((_, object), source) in &self.sources {
+            let problem = |line: String| Problem { owner: object.clone(), line };
+            refused.extend(source.refused.iter().cloned().map(problem));
             for (range, name) in &source.ranges {
                 if add_without(&mut ranges, *range, &cut) == RangeAddition::Full {
-                    refused.push(format!("{name}: too many ranges; write a larger range that contains this one in meshRanges or serviceRanges"));
+                    refused.push(problem(format!("{name}: too many ranges; write a larger range that contains this one in meshRanges or serviceRanges")));
                 }
             }
         }
@@ -279,8 +284,8 @@ impl RangeDiscovery {
             add_without(&mut ranges, *range, &cut);
         }
         let is_needed = |address: IpAddr| directory.knows(address) || directory.is_unclear(address);
-        self.single.retain(|address| !ranges.contains(*address) && is_needed(*address));
-        for address in &self.single {
+        self.single.retain(|address, _| !ranges.contains(*address) && is_needed(*address));
+        for address in self.single.keys() {
             ranges.add(IpNet::from(*address));
         }
         if mem::take(&mut self.is_overflowing) {
@@ -288,8 +293,10 @@ impl RangeDiscovery {
             self.new_addresses.extend(outside);
             self.enrolled = true;
         }
-        let before: HashSet<String> = mem::replace(&mut self.refused, refused).into_iter().collect();
-        let new: Vec<String> = self.refused.iter().filter(|line| !before.contains(*line)).cloned().collect();
+        let before = mem::replace(&mut self.refused, refused);
+        let before: HashSet<String> = before.into_iter().map(|problem| problem.line).collect();
+        let new: Vec<Problem> =
+            self.refused.iter().filter(|problem| !before.contains(&problem.line)).cloned().collect();
         self.refusals += new.len() as u64;
         let is_changed = !new.is_empty() || before.len() != self.refused.len();
         self.unlogged.extend(new);
@@ -310,6 +317,13 @@ impl RangeDiscovery {
         let changed_services = mem::take(&mut self.changed_services);
         let names =
             if mem::take(&mut self.enrolled) { self.uncovered_services.clone() } else { changed_services };
+        if names.is_empty() {
+            return;
+        }
+        let mut outer_counts: HashMap<Arc<str>, usize> = HashMap::new();
+        for namespace in self.single.values().flatten() {
+            *outer_counts.entry(Arc::clone(namespace)).or_default() += 1;
+        }
         for full in names {
             let named =
                 full.split_once('/').and_then(|(namespace, name)| directory.service_named(namespace, name));
@@ -317,7 +331,15 @@ impl RangeDiscovery {
             if directory.has_enrolled_endpoint(service) {
                 let addresses = service.all_addresses();
                 let addresses = addresses.filter(|address| directory.is_service_address(service, *address));
-                addresses.for_each(|address| self.add_address(ranges, address));
+                let outer_count = outer_counts.entry(Arc::clone(&service.namespace)).or_default();
+                for address in addresses {
+                    if service.addresses.contains(&address) {
+                        self.add_address(ranges, address, None);
+                    } else if *outer_count < OUTER_PER_NAMESPACE_MAX {
+                        let namespace = Some(Arc::clone(&service.namespace));
+                        *outer_count += usize::from(self.add_address(ranges, address, namespace));
+                    }
+                }
             }
             if service.all_addresses().all(|address| ranges.contains(address)) {
                 self.uncovered_services.remove(&full);
@@ -325,27 +347,27 @@ impl RangeDiscovery {
         }
     }
 
-    /// Adds an address. An address that cannot be added is reported as uncovered.
-    fn add_address(&mut self, ranges: &mut Arc<Ranges>, address: IpAddr) {
-        if !ranges.contains(address)
-            && let Ok(range) = discovered_range(&IpNet::from(address).to_string())
-            && Arc::make_mut(ranges).add(range) == RangeAddition::New
-        {
-            self.single.insert(address);
+    /// Adds an address, and returns true if it is new. An address that cannot be added is reported as uncovered.
+    fn add_address(&mut self, ranges: &mut Arc<Ranges>, address: IpAddr, outer_of: Option<Arc<str>>) -> bool {
+        let is_new = !ranges.contains(address)
+            && discovered_range(&IpNet::from(address).to_string())
+                .is_ok_and(|range| Arc::make_mut(ranges).add(range) == RangeAddition::New);
+        if is_new {
+            self.single.insert(address, outer_of);
         }
+        is_new
     }
 
     /// Returns the ranges refused since the last call.
     pub(super) fn warnings(&mut self) -> Vec<String> {
-        let mut lines = truncated(&self.unlogged);
-        self.unlogged.clear();
+        let mut lines = listed(&mem::take(&mut self.unlogged));
         lines.iter_mut().for_each(|line| line.insert_str(0, "mesh range not used: "));
         lines
     }
 
     /// Returns the ranges that are refused now.
     pub(super) fn invalid_objects(&self) -> InvalidObjects {
-        InvalidObjects { list: truncated(&self.refused), total: self.refusals }
+        InvalidObjects { list: listed(&self.refused), total: self.refusals }
     }
 }
 
@@ -361,11 +383,4 @@ fn add_without(ranges: &mut Ranges, range: IpNet, cut: &BTreeSet<IpAddr>) -> Ran
     let added = halves.map(|half| add_without(ranges, half, cut));
     // An address of its own has no halves and is left out.
     added.fold(RangeAddition::Known, |all, one| if all == RangeAddition::Full { all } else { one })
-}
-
-/// Truncates a list to [`REPORTED_MAX`] lines.
-pub(super) fn truncated(lines: &[String]) -> Vec<String> {
-    let more = lines.len().saturating_sub(REPORTED_MAX);
-    let rest = (more > 0).then(|| format!("and {more} more"));
-    lines.iter().take(REPORTED_MAX).cloned().chain(rest).collect()
 }

@@ -233,6 +233,26 @@ fn a_deleted_pod_is_kept_for_its_processes_on_its_own_node() {
 }
 
 #[test]
+fn a_namespace_with_many_deleted_pods_forgets_only_its_own() {
+    let of = |namespace: &str, name: &str| {
+        pod(name, "a", "10.77.1.2", |value| {
+            value["metadata"]["namespace"] = json!(namespace);
+            value["metadata"]["labels"]["tacit.io/enrol"] = json!("true");
+        })
+    };
+    let mut store = listed();
+    let mut end = |namespace: &str, name: &str| {
+        store.apply_change(Change::Applied(of(namespace, name)));
+        store.apply_change(Change::Deleted(of(namespace, name)));
+    };
+    end("shop", "victim");
+    (0..2 * DEPARTED_MAX).for_each(|i| end("false", &format!("p{i}")));
+    let departed: Vec<String> = store.directory.departed().map(|workload| workload.full_name()).collect();
+    assert_eq!(departed.len(), DEPARTED_MAX);
+    assert_eq!((&*departed[0], &*departed[1]), ("shop/victim", &*format!("false/p{}", DEPARTED_MAX + 1)));
+}
+
+#[test]
 fn pods_with_the_nodes_network_are_left_alone_and_listed() {
     let host = |value: &mut Value| value["spec"]["hostNetwork"] = json!(true);
     let mut store = listed();

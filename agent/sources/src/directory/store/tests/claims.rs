@@ -107,6 +107,57 @@ fn a_mirror_pod_never_gets_the_cgroup_of_another_pod() {
 }
 
 #[test]
+fn a_mirror_pod_that_waits_for_a_cgroup_does_not_inherit_it() {
+    let false_mirror = mirror("false", "10.77.1.3", VICTIM);
+    let recreated = pod("victim", "a", "10.77.1.2", enrolled);
+    // A pod ends, or a pod of its name follows unseen, while processes of it may live on.
+    for (end, expected) in [
+        (Change::Deleted(victim()), vec![has("false", &uid("false"))]),
+        (Change::Applied(recreated), vec![has("false", &uid("false")), has("victim", &uid("victim"))]),
+    ] {
+        let mut store = listed();
+        store.apply_change(Change::Applied(victim()));
+        store.apply_change(Change::Applied(false_mirror.clone()));
+        store.apply_change(end);
+        assert_eq!(here(&store), expected);
+    }
+    let mut store = listed();
+    store.apply_change(Change::Applied(victim()));
+    store.apply_change(Change::Applied(false_mirror.clone()));
+    store.apply_change(Change::Deleted(victim()));
+    store.apply_change(Change::Applied(false_mirror));
+    assert_eq!(here(&store), [has("false", &uid("false"))], "nor with its next update");
+    // Nor that of a pod that was not enrolled.
+    let plain = pod("plain", "a", "10.77.1.2", |value| value["metadata"]["uid"] = json!(VICTIM));
+    let mut store = listed();
+    store.apply_change(Change::Applied(plain.clone()));
+    store.apply_change(Change::Deleted(plain));
+    store.apply_change(Change::Applied(mirror("false", "10.77.1.3", VICTIM)));
+    assert_eq!(here(&store), [has("false", &uid("false"))]);
+    assert_eq!(store.directory.departed().count(), 0, "not to be served");
+}
+
+#[test]
+fn of_two_mirror_pods_the_older_has_the_cgroup_in_every_order_of_a_list() {
+    let created = |name: &str, time: Option<&str>| {
+        pod(name, "a", "10.77.1.2", |value| {
+            enrolled(value);
+            value["metadata"]["annotations"] = json!({"kubernetes.io/config.mirror": HASH});
+            value["metadata"]["ownerReferences"] = json!([{"kind": "Node", "name": "a"}]);
+            value["metadata"]["creationTimestamp"] = json!(time);
+        })
+    };
+    for younger in [Some("2026-01-01T00:00:01Z"), None] {
+        let pods = [created("static", Some("2026-01-01T00:00:00Z")), created("false", younger)];
+        for order in [[0, 1], [1, 0]] {
+            let mut store = listed();
+            order.iter().for_each(|index| store.apply_change(Change::Applied(pods[*index].clone())));
+            assert_eq!(here(&store), [has("static", HASH)], "{order:?} {younger:?}");
+        }
+    }
+}
+
+#[test]
 fn a_static_pod_has_the_cgroup_of_its_mirror_pod_and_keeps_it() {
     let mut store = listed();
     store.apply_change(Change::Applied(mirror("static", "10.77.1.2", HASH)));
@@ -268,4 +319,18 @@ fn a_node_cannot_take_the_address_of_a_pod_or_a_service_out_of_the_mesh() {
     store.apply_change(Change::Applied(pod("later", "b", "10.96.7.7", enrolled)));
     let directory = store.take_changed().expect("changed");
     assert!(directory.ranges().contains("10.96.7.7".parse().expect("an address")));
+}
+
+#[test]
+fn a_namespace_with_many_problems_does_not_hide_those_of_others() {
+    let mut store = listed();
+    for i in 0..100 {
+        store.apply_change(Change::Applied(pod(&format!("false-{i}"), "b", "127.0.0.1", |value| {
+            value["metadata"]["namespace"] = json!("false");
+        })));
+    }
+    store.apply_change(Change::Applied(pod("web", "b", "127.0.0.1", as_is)));
+    for lines in [told(&mut store), store.warnings()] {
+        assert!(lines.len() == 21 && lines.iter().any(|line| line.starts_with("pod shop/web:")), "{lines:?}");
+    }
 }

@@ -3,7 +3,10 @@
 use tacit_core::directory::Ranges;
 
 use super::*;
-use crate::directory::objects::{Node, ServiceCidr};
+use crate::directory::{
+    objects::{Node, ServiceCidr},
+    store::range_discovery::OUTER_PER_NAMESPACE_MAX,
+};
 
 pub(super) fn node(name: &str, cidrs: &[&str], addresses: &[&str]) -> Object {
     let addresses: Vec<Value> =
@@ -314,6 +317,42 @@ fn external_and_load_balancer_addresses_are_captured_like_the_cluster_ip() {
     assert_eq!(at(&store, "10.77.0.2"), Some("web"));
     store.apply_change(Change::Applied(service(as_is)));
     assert_eq!(ranges(&mut store), "10.77.0.0/16 10.96.0.0/12 fd96::/16");
+}
+
+#[test]
+fn a_namespace_has_a_share_of_the_ranges_for_external_addresses() {
+    let mut store = within(&["10.77.0.0/16", "10.96.0.0/12"]);
+    store.apply_change(Change::Applied(pod("web", "b", "10.77.0.2", enrolled)));
+    let mut add = |namespace: &str, name: &str, number: usize| {
+        let external: Vec<String> = (0..64).map(|i| format!("203.{}.{}.{}", i % 2, number, 2 * i)).collect();
+        store.apply_change(Change::Applied(service(|value| {
+            value["metadata"] = json!({"name": name, "namespace": namespace, "uid": name});
+            value["spec"]["clusterIP"] = json!(format!("10.96.0.{number}"));
+            value["spec"]["clusterIPs"] = json!([format!("10.96.0.{number}")]);
+            value["spec"]["externalIPs"] = json!(external);
+        })));
+        store.apply_change(Change::Applied(object::<crate::directory::objects::Slice>(json!({
+            "metadata": {"name": name, "namespace": namespace, "labels": {"kubernetes.io/service-name": name}},
+            "addressType": "IPv4", "ports": [{"name": "http", "port": 80, "protocol": "TCP"}],
+            "endpoints": [{"addresses": ["10.77.0.2"]}],
+        }))));
+        let _ = store.take_changed();
+        let ranges = store.directory.ranges();
+        external.iter().filter(|text| ranges.contains(text.parse().expect("an address"))).count()
+    };
+    for number in 0..OUTER_PER_NAMESPACE_MAX / 64 {
+        assert_eq!(add("false", &format!("s{number}"), number), 64);
+    }
+    assert_eq!(add("false", "more", 100), 0, "beyond the share");
+    assert_eq!(add("shop", "web", 101), 64, "of another namespace");
+    assert_eq!(store.directory.uncovered(store.directory.ranges()).services, 1, "told");
+    // Addresses that go make room.
+    store.apply_change(Change::Deleted(service(|value| {
+        value["metadata"] = json!({"name": "s0", "namespace": "false"});
+    })));
+    store.apply_change(Change::Applied(pod("next", "b", "10.77.0.3", enrolled)));
+    let _ = store.take_changed();
+    assert_eq!(store.directory.uncovered(store.directory.ranges()).services, 0);
 }
 
 /// Numbers without a pattern; the seed is of no importance.
