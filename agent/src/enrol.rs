@@ -168,16 +168,16 @@ impl Enroller {
         watched.for_each(|w| events.watch_pod(&self.pods_cgroup.path().join(&w.cgroup)));
         // Before a pod has processes, and all at once: less to wait for later.
         wanted.pods.iter().for_each(|workload| self.identities.prepare(&workload.identity));
+        let kept = wanted.kept();
+        // Looking at thousands of pods takes seconds; a policy does not wait for that.
+        self.publish_new_policies(state, &kept);
         let observed = self.observe(state, &wanted);
         state.attached.clear();
-        let kept = wanted.kept();
         let mut look = Look::default();
         for action in plan(&observed, &wanted) {
             // Enrolling takes milliseconds a pod; a policy of others must not wait for all of them.
-            let policies = self.policies.current();
-            let is_published = state.published.as_ref().is_some_and(|known| Arc::ptr_eq(known, &policies));
-            if matches!(action, Action::Enrol(..)) && !is_published {
-                self.publish_policies(state, &kept);
+            if matches!(action, Action::Enrol(..)) {
+                self.publish_new_policies(state, &kept);
             }
             self.act(state, &mut look, action);
         }

@@ -60,7 +60,6 @@ pub struct ReloadState {
     pub stale_since: Option<SystemTime>,
     /// Invalid parts of the current version, one per line. Invalid policies deny what they select, and invalid ranges are
     /// ignored.
-    /// are not used.
     pub unreadable: Vec<String>,
 }
 

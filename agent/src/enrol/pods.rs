@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
-use tacit_core::directory::Workload;
+use tacit_core::directory::{Directory, Workload};
 use tacit_kernel::{GuardedLink, PlaintextEgress, netns::Netns};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -30,10 +30,14 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// Does it send nothing in clear into the mesh?
+    /// Returns true if the pod sends no plaintext into the mesh. The entry of `directory` counts, because a flow outlives the
+    /// enrolment that it began in.
     #[must_use]
-    pub fn is_strict(&self) -> bool {
-        let clear = in_clear(&self.workload, &self.policy.borrow().modes);
+    pub fn is_strict(&self, directory: &Directory) -> bool {
+        let address = self.workload.addresses.first();
+        let entry = address.and_then(|address| directory.at(*address));
+        let entry = entry.filter(|entry| entry.cgroup == self.workload.cgroup).unwrap_or(&self.workload);
+        let clear = in_clear(entry, &self.policy.borrow().modes);
         matches!(clear, PlaintextEgress::Nothing | PlaintextEgress::Udp)
     }
 

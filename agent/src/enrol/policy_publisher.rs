@@ -31,6 +31,14 @@ const SETTLING: Duration = Duration::from_secs(3);
 const TUNNEL: u16 = tacit_abi::tcp_port::TUNNEL;
 
 impl Enroller {
+    /// Publishes the current policies if they have changed since the last time.
+    pub(super) fn publish_new_policies(&self, state: &mut State, kept: &HashMap<&Path, &Arc<Workload>>) {
+        let policies = self.policies.current();
+        if state.published.as_ref().is_none_or(|known| !Arc::ptr_eq(known, &policies)) {
+            self.publish_policies(state, kept);
+        }
+    }
+
     /// Publishes the current policies: the default mode, and the policy of each enrolled pod. `kept` has the directory's
     /// workloads by cgroup.
     pub(super) fn publish_policies(&self, state: &mut State, kept: &HashMap<&Path, &Arc<Workload>>) {

@@ -223,13 +223,19 @@ fn find_destination(path: &Proxy, pod: &Pod, app: &TcpStream, client: SocketAddr
     Some(Addresses { source, destination })
 }
 
-/// Waits until a flow that is carried as plaintext must no longer be: the destination or the pod is STRICT now, or the
-/// directory has somebody else at the address. A flow that could be tunnelled now goes on under PERMISSIVE.
+/// Waits until a flow that is carried as plaintext must end, and returns the reason. The first check comes after the
+/// subscriptions, because the route was decided before them.
 async fn plaintext_revoked(path: &Proxy, pod: &Pod, destination: SocketAddr) -> Refusal {
     let mut directory = path.snapshots.directory.subscribe();
     let mut policies = path.snapshots.policies.subscribe();
     let mut own = pod.policy_changes();
+    // Their receivers count every version since the agent's start as unseen.
+    directory.mark_unchanged();
+    policies.mark_unchanged();
     loop {
+        if let Some(reason) = plaintext_denied(path, pod, destination) {
+            return Refusal::new(reason, "carried as plaintext before the directory or a policy changed");
+        }
         // A source that has ended changes nothing any more.
         tokio::select! {
             Ok(()) = directory.changed() => {}
@@ -237,21 +243,23 @@ async fn plaintext_revoked(path: &Proxy, pod: &Pod, destination: SocketAddr) -> 
             Ok(()) = own.changed() => {}
             else => return pending().await,
         }
-        let known = path.snapshots.directory.current();
-        let reason = match find_route(path, pod, &known, destination) {
-            Route::Plaintext(_) => continue,
-            Route::Refuse(reason) => reason,
-            Route::Tunnel(_) | Route::SameNode => {
-                let mode = known
-                    .at(destination.ip())
-                    .map(|workload| path.snapshots.policies.current().modes(workload).at(destination.port()));
-                if !pod.is_strict() && mode != Some(policy::Mode::Strict) {
-                    continue;
-                }
-                PolicyDenial::PlaintextInStrict.reason()
-            }
-        };
-        return Refusal::new(reason, "carried as plaintext before the directory or a policy changed");
+    }
+}
+
+/// Returns the reason why a flow to `destination` must not be carried as plaintext: the destination or the pod is STRICT, or
+/// the address is another's. Under PERMISSIVE a flow that could be tunnelled now may go on.
+fn plaintext_denied(path: &Proxy, pod: &Pod, destination: SocketAddr) -> Option<RefusalReason> {
+    let known = path.snapshots.directory.current();
+    match find_route(path, pod, &known, destination) {
+        Route::Plaintext(_) => None,
+        Route::Refuse(reason) => Some(reason),
+        Route::Tunnel(_) | Route::SameNode => {
+            let policies = path.snapshots.policies.current();
+            let mode =
+                known.at(destination.ip()).map(|workload| policies.modes(workload).at(destination.port()));
+            (pod.is_strict(&known) || mode == Some(policy::Mode::Strict))
+                .then(|| PolicyDenial::PlaintextInStrict.reason())
+        }
     }
 }
 
@@ -262,10 +270,12 @@ fn find_route(path: &Proxy, pod: &Pod, directory: &Directory, destination: Socke
         port: destination.port(),
         destination: workload.map(|w| &**w),
         is_unclear: directory.is_unclear_at(destination),
-        outside_mesh: !path.snapshots.is_mesh(destination.ip()),
+        // The directory has a new range before the kernel has it.
+        outside_mesh: !path.snapshots.is_mesh(destination.ip())
+            && !directory.ranges().contains(destination.ip()),
         on_this_node: path.pods.load().at(destination.ip()).is_some(),
         destination_mode: modes.map_or(policy::Mode::Strict, |m| m.at(destination.port())),
-        source_is_strict: pod.is_strict(),
+        source_is_strict: pod.is_strict(directory),
     })
 }
 
@@ -327,9 +337,11 @@ async fn relay_plain(
     _endpoint: Option<Box<PickedEndpoint>>,
 ) {
     let end = tokio::select! {
-        end = relay::plain(app, server, flow.counters()) => end.label(),
-        () = path.drain.cut.cancelled() => "cut",
+        // Policy may have changed while the upstream was connected: no byte is relayed before it is asked again.
+        biased;
         refusal = revoked => return authorize::revoke(&path.telemetry, flow, &refusal),
+        () = path.drain.cut.cancelled() => "cut",
+        end = relay::plain(app, server, flow.counters()) => end.label(),
     };
     flow.close(end);
 }

@@ -64,9 +64,11 @@ pub(crate) enum Neighbour {
     /// A step of the tenant to an address of the neighbour.
     Out(&'static str, To),
     /// A pod says in ARP, or in neighbour discovery, that it has the victim's address.
-    Claim(Who),
+    Claim(Who, Tags),
     /// A raw packet of the open pod with a source that is not its own.
     Spoofed,
+    /// The same in a frame of its own making.
+    SpoofedFrame(Tags),
     /// A frame of the open pod with the victim's hardware address as source.
     ForeignHardware,
     /// A datagram with the node's address as source.
@@ -85,9 +87,6 @@ pub(crate) enum Neighbour {
     AllowedSource,
     /// A datagram to a destination that is allowed in clear, and its answer.
     AllowedQuery,
-    /// The open pod has a veth pair with the index of the host end of the victim's link; the victim, enrolled anew, sends
-    /// frames.
-    PeerIndex,
 }
 
 /// Which address.
@@ -111,6 +110,10 @@ pub(crate) enum Who {
     /// PERMISSIVE.
     Open,
 }
+
+/// The number of 802.1Q tags of VLAN 0, which the receiver's kernel removes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tags(pub(crate) u8);
 
 /// From where.
 #[derive(Debug, Clone, Copy)]
@@ -303,9 +306,14 @@ pub(crate) static ATTACKS: &[Attack] = &[
     neighbour("on-link-out-udp", V4_V6, Stopped::OnLink, Neighbour::Out("udp", To::OnLink)),
     neighbour("multicast", V4_V6, Stopped::AtSocket, Neighbour::Out("udp", To::Multicast)),
     neighbour("broadcast", ONLY_V4, Stopped::OnLink, Neighbour::Out("udp", To::Broadcast)),
-    neighbour("claimed-address", V4_V6, Stopped::OnLink, Neighbour::Claim(Who::Tenant)),
-    neighbour("claimed-address-permissive", V4_V6, Stopped::OnLink, Neighbour::Claim(Who::Open)),
+    neighbour("claimed-address", V4_V6, Stopped::OnLink, Neighbour::Claim(Who::Tenant, Tags(0))),
+    neighbour("claimed-address-permissive", V4_V6, Stopped::OnLink, Neighbour::Claim(Who::Open, Tags(0))),
+    neighbour("claimed-address-tagged", V4_V6, Stopped::OnLink, Neighbour::Claim(Who::Open, Tags(1))),
+    neighbour("claimed-address-two-tags", V4_V6, Stopped::OnLink, Neighbour::Claim(Who::Open, Tags(2))),
     neighbour("spoofed-permissive", V4_V6, Stopped::OnLink, Neighbour::Spoofed),
+    neighbour("spoofed-frame", V4_V6, Stopped::OnLink, Neighbour::SpoofedFrame(Tags(0))),
+    neighbour("spoofed-tagged", V4_V6, Stopped::OnLink, Neighbour::SpoofedFrame(Tags(1))),
+    neighbour("spoofed-two-tags", V4_V6, Stopped::OnLink, Neighbour::SpoofedFrame(Tags(2))),
     neighbour("hardware-address-of-victim", V4_V6, Stopped::OnLink, Neighbour::ForeignHardware),
     probe("probe-tcp-routed", "tcp", Layout::Routed),
     probe("probe-tcp-bridged", "tcp", Layout::Bridged),
@@ -328,7 +336,6 @@ pub(crate) static ATTACKS: &[Attack] = &[
     tenant("encapsulated-gre", V4_V6, Stopped::AtSocket, Neighbour::Encapsulated("gre")),
     tenant("allowed-source", V4_V6, Stopped::BeforeApplication, Neighbour::AllowedSource),
     tenant("allowed-query", V4_V6, Stopped::Nowhere, Neighbour::AllowedQuery),
-    tenant("peer-index", V4_V6, Stopped::OnLink, Neighbour::PeerIndex),
     lifecycle("unknown-pod-tcp", ALL, Misfortune::UnknownPod("tcp")),
     lifecycle("unknown-pod-udp", ALL, Misfortune::UnknownPod("udp")),
     Attack { must_arrive: true, ..lifecycle("hook-after-child-program", ONLY_V4, Misfortune::ProgramInPod) },

@@ -5,16 +5,16 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 use anyhow::{Context as _, Result};
 use nix::{ifaddrs::getifaddrs, net::if_::if_nametoindex, sys::socket::SockaddrStorage};
-use tacit_topology::{Node, Pod, WorkloadEntry, until};
+use tacit_topology::{Node, Pod, until};
 
 use crate::{
     Family,
-    catalogue::{From, Layout, Neighbour, To, Who},
+    catalogue::{From, Layout, Neighbour, Tags, To, Who},
     driver::gateway,
     judge::Outcome,
-    step_process::{Step, command, patient, simple},
+    step_process::{Step, patient, simple},
     wire::Sighting,
-    world::{ALLOWED_PORT, PORT, World, address, datagram, foreign, ip, on_link, wait_enrolled},
+    world::{ALLOWED_PORT, PORT, World, address, datagram, foreign, ip, on_link},
 };
 
 /// Port of attackers that choose their own.
@@ -37,10 +37,17 @@ pub(crate) fn drive(world: &World, what: Neighbour, family: Family, marker: &str
             let target = target(&bridged.tenant, &bridged.neighbour, family, to)?;
             simple(world, &bridged.tenant, step, target, marker, &[])
         }
-        Neighbour::Claim(who) => claim(world, who, family, marker),
+        Neighbour::Claim(who, tags) => claim(world, who, tags, family, marker),
         Neighbour::Spoofed => {
             let source = SocketAddr::new(foreign(&bridged.open, family), OWN_PORT).to_string();
             simple(world, &bridged.open, "raw", stranger, marker, &[&source])
+        }
+        Neighbour::SpoofedFrame(Tags(tags)) => {
+            let open = &bridged.open;
+            let source = SocketAddr::new(foreign(open, family), OWN_PORT).to_string();
+            let (gateway, tags) = (gateway(open).to_string(), tags.to_string());
+            let extra = [&*source, &gateway, &hardware(open)?, &tags];
+            simple(world, open, "packet-tagged", stranger, marker, &extra)
         }
         Neighbour::ForeignHardware => {
             let (to, from) = (hardware(&bridged.neighbour)?, hardware(guarded)?);
@@ -81,7 +88,6 @@ pub(crate) fn drive(world: &World, what: Neighbour, family: Family, marker: &str
             let target = address(&world.stranger, family, ALLOWED_PORT);
             simple(world, &bridged.tenant, "query", target, marker, &[])
         }
-        Neighbour::PeerIndex => peer_index(world, family, marker),
     }
 }
 
@@ -165,7 +171,7 @@ fn wire_address(node: &Node, family: Family) -> IpAddr {
 }
 
 /// What the node sends to the victim then reaches the pod that claims its address.
-fn claim(world: &World, who: Who, family: Family, marker: &str) -> Result<Outcome> {
+fn claim(world: &World, who: Who, Tags(tags): Tags, family: Family, marker: &str) -> Result<Outcome> {
     let (node, guarded) = (world.far_node()?, &world.bridged.guarded);
     let pod = match who {
         Who::Tenant => &world.bridged.tenant,
@@ -177,7 +183,8 @@ fn claim(world: &World, who: Who, family: Family, marker: &str) -> Result<Outcom
     datagram(node, "who are you", victims)?;
     until("the victim's hardware address", || is_known(node, victims.ip()))?;
     let own = address(pod, family, OWN_PORT).to_string();
-    let mut outcome = simple(world, pod, "claim", victims, marker, &[&own, &hardware(pod)?])?;
+    let mut outcome =
+        simple(world, pod, "claim", victims, marker, &[&own, &hardware(pod)?, &tags.to_string()])?;
     datagram(node, marker, victims)?;
     outcome.only = Some(Sighting::ToPod(host_end(pod)));
     world.sightings(marker)?;
@@ -233,39 +240,4 @@ fn encapsulated(world: &World, kind: &str, family: Family, marker: &str) -> Resu
     let victim = address(&world.victim, inner, PORT).to_string();
     let target = SocketAddr::new(wire_address(world.far_node()?, family), 0);
     simple(world, &world.attacker, "encapsulated", target, marker, &[&own, &victim, kind])
-}
-
-/// An interface of the open pod says that its other end has the index of the victim's host end.
-fn peer_index(world: &World, family: Family, marker: &str) -> Result<Outcome> {
-    let (guarded, open) = (&world.bridged.guarded, &world.bridged.open);
-    let host_end = host_end(guarded);
-    let index = world.far_node()?.netns().enter(|| if_nametoindex(host_end.as_str()))??;
-    ip(open.netns(), &format!("link add fake0 type veth peer name fake1 index {index}"))?;
-    enrol_anew(world, &[guarded, open])?;
-    enrol_anew(world, &[open])?;
-    let target = address(&world.stranger, family, PORT);
-    let (own, gateway) = (address(guarded, family, OWN_PORT).to_string(), gateway(guarded).to_string());
-    let outcome =
-        Step::start(command(world, guarded, "packet-udp", target, marker, &[&own, &gateway]))?.end();
-    ip(open.netns(), "link del fake0")?;
-    outcome
-}
-
-/// The pods leave the directory and return to it.
-fn enrol_anew(world: &World, pods: &[&Pod]) -> Result<()> {
-    let Some(agent) = world.agents.get(1) else { return Ok(()) };
-    let all = world.directory();
-    let others: Vec<WorkloadEntry> =
-        all.iter().filter(|entry| pods.iter().all(|pod| pod.name() != entry.name)).cloned().collect();
-    agent.files().set_directory(&others)?;
-    until("pods out of the directory", || {
-        let status = agent.status()?;
-        Ok(pods.iter().all(|pod| !status.contains(&format!("\"{}\"", pod.name()))).then_some(()))
-    })?;
-    agent.files().set_directory(&all)?;
-    until("pods in the directory", || {
-        let status = agent.status()?;
-        Ok(pods.iter().all(|pod| status.contains(&format!("\"{}\"", pod.name()))).then_some(()))
-    })?;
-    wait_enrolled(agent)
 }

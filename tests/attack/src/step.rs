@@ -105,6 +105,7 @@ fn perform(name: &str, given: &Given) -> Result<Told> {
         "packet-ack" => packets::ack_option(given),
         "packet-fragment" => packets::later_fragment(given),
         "packet-hardware" => packets::foreign_hardware(given),
+        "packet-tagged" => packets::tagged(given),
         "claim" => packets::claim(given),
         other => bail!("no step {other:?}"),
     }

@@ -38,6 +38,8 @@ pub struct WorkloadEntry {
     pub labels: Vec<(String, String)>,
     /// Value of `tunnel`.
     pub tunnel: Tunnel,
+    /// Value of `egress`, if the entry has one.
+    pub egress: Option<&'static str>,
 }
 
 impl WorkloadEntry {
@@ -52,6 +54,7 @@ impl WorkloadEntry {
             node: pod.node().to_owned(),
             labels: vec![("app".to_owned(), pod.name().to_owned())],
             tunnel: Tunnel::Tacit,
+            egress: None,
         }
     }
 
@@ -70,6 +73,9 @@ impl WorkloadEntry {
         let _ = writeln!(out, "    node: \"{}\"", self.node);
         let _ = writeln!(out, "    labels: {{{}}}", labels.join(", "));
         let _ = writeln!(out, "    tunnel: {tunnel}");
+        if let Some(egress) = self.egress {
+            let _ = writeln!(out, "    egress: {egress}");
+        }
     }
 }
 

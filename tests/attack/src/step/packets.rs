@@ -60,19 +60,28 @@ pub(super) fn later_fragment(given: &Given) -> Result<Told> {
 pub(super) fn foreign_hardware(given: &Given) -> Result<Told> {
     let own: SocketAddr = given.extra(0)?.parse().context("own address")?;
     let (to, from) = (parse_hardware(given.extra(1)?)?, parse_hardware(given.extra(2)?)?);
-    let ethertype = if given.target.is_ipv4() { [0x08, 0x00] } else { [0x86, 0xdd] };
     let payload = raw::udp(own, given.target, &given.marker);
-    let mut frame = [to, from].concat();
-    frame.extend_from_slice(&ethertype);
-    frame.extend_from_slice(&raw::ip(own.ip(), given.target.ip(), UDP, &payload)?);
-    send_frame(libc::SOCK_RAW, 0, to, &frame)
+    let packet = raw::ip(own.ip(), given.target.ip(), UDP, &payload)?;
+    send_tagged(0, (to, from), ethertype(given.target), &packet)
+}
+
+/// A UDP packet to the node's end of the link, in a frame with priority tags. Arguments: the source address it claims, the
+/// IPv4 gateway, the own hardware address, the number of tags.
+pub(super) fn tagged(given: &Given) -> Result<Told> {
+    let source: SocketAddr = given.extra(0)?.parse().context("source address")?;
+    let (to, from) = (hardware_address(given.extra(1)?)?, parse_hardware(given.extra(2)?)?);
+    let tags = given.extra(3)?.parse().context("number of tags")?;
+    let payload = raw::udp(source, given.target, &given.marker);
+    let packet = raw::ip(source.ip(), given.target.ip(), UDP, &payload)?;
+    send_tagged(tags, (to, from), ethertype(given.target), &packet)
 }
 
 /// An unsolicited ARP reply or neighbour advertisement to everyone: the target's address is here. Arguments: the own
-/// address and hardware address.
+/// address and hardware address, the number of priority tags of the frame.
 pub(super) fn claim(given: &Given) -> Result<Told> {
     let own: SocketAddr = given.extra(0)?.parse().context("own address")?;
     let hardware = parse_hardware(given.extra(1)?)?;
+    let tags = given.extra(2)?.parse().context("number of tags")?;
     match (own.ip(), given.target.ip()) {
         (IpAddr::V4(_), IpAddr::V4(claimed)) => {
             // Ethernet, IPv4, their lengths, a reply; then sender and receiver, each with both addresses.
@@ -81,7 +90,7 @@ pub(super) fn claim(given: &Given) -> Result<Told> {
                 arp.extend_from_slice(&hardware);
                 arp.extend_from_slice(&claimed.octets());
             }
-            send_frame(libc::SOCK_DGRAM, libc::ETH_P_ARP, [0xff; 6], &arp)
+            send_tagged(tags, ([0xff; 6], hardware), libc::ETH_P_ARP, &arp)
         }
         (IpAddr::V6(own), IpAddr::V6(claimed)) => {
             let all = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
@@ -98,7 +107,7 @@ pub(super) fn claim(given: &Given) -> Result<Told> {
             let mut packet = raw::ip(own.into(), all.into(), ICMP_V6, &advertisement)?;
             // Neighbour discovery accepts nothing that was forwarded.
             packet[7] = 255;
-            send_frame(libc::SOCK_DGRAM, libc::ETH_P_IPV6, [0x33, 0x33, 0, 0, 0, 1], &packet)
+            send_tagged(tags, ([0x33, 0x33, 0, 0, 0, 1], hardware), libc::ETH_P_IPV6, &packet)
         }
         (own, claimed) => bail!("{own} and {claimed} are of different families"),
     }
@@ -106,8 +115,23 @@ pub(super) fn claim(given: &Given) -> Result<Told> {
 
 /// Sends an IP packet in a frame to the node's end of the link.
 fn send(given: &Given, packet: &[u8]) -> Result<Told> {
-    let protocol = if given.target.is_ipv4() { libc::ETH_P_IP } else { libc::ETH_P_IPV6 };
-    send_frame(libc::SOCK_DGRAM, protocol, hardware_address(given.extra(1)?)?, packet)
+    send_frame(libc::SOCK_DGRAM, ethertype(given.target), hardware_address(given.extra(1)?)?, packet)
+}
+
+fn ethertype(target: SocketAddr) -> i32 {
+    if target.is_ipv4() { libc::ETH_P_IP } else { libc::ETH_P_IPV6 }
+}
+
+/// Sends a packet in a frame from one hardware address to another, with `tags` 802.1Q tags of priority 0 and VLAN 0. The
+/// receiver's kernel removes such tags.
+fn send_tagged(tags: usize, (to, from): ([u8; 6], [u8; 6]), ethertype: i32, packet: &[u8]) -> Result<Told> {
+    const TAG: [u8; 4] = [0x81, 0, 0, 0];
+    let mut frame = [to, from].concat();
+    frame.extend(TAG.repeat(tags));
+    frame.extend_from_slice(&(ethertype as u16).to_be_bytes());
+    frame.extend_from_slice(packet);
+    let outer = if tags > 0 { libc::ETH_P_8021Q } else { ethertype };
+    send_frame(libc::SOCK_RAW, outer, to, &frame)
 }
 
 /// Sends a frame through a packet socket of type `kind`. Of `SOCK_DGRAM`, the kernel writes the Ethernet header.
