@@ -1,6 +1,6 @@
 //! The control tasks of an agent that serves: enrolment, upkeep, the heartbeat, the log of the kernel side.
 
-use std::{collections::HashSet, io, sync::Arc, time::Duration};
+use std::{collections::HashSet, future::Future, io, sync::Arc, time::Duration};
 
 use tacit_core::directory::Directory;
 use tacit_kernel::{Kernel, KernelError, events, host};
@@ -44,13 +44,15 @@ impl Tasks {
     ) -> Self {
         let settle = proxy.drain.stop.child_token();
         let snapshots = proxy.snapshots.clone();
+        let failed = CancellationToken::new();
         let mut enrolment = JoinSet::new();
-        enrolment.spawn(enroller.run(settle.clone()));
+        let (enrols, enrolment_failed) = (enroller.run(settle.clone()), failed.clone());
+        enrolment.spawn(async move { enrols.await.inspect_err(|_| enrolment_failed.cancel()) });
         let mut upkeep = JoinSet::new();
-        upkeep.spawn(housekeeping(kernel.clone(), proxy.clone(), report.clone()));
-        upkeep.spawn(snapshots.mesh.keep(snapshots.directory));
+        upkeep.spawn(vital(housekeeping(kernel.clone(), proxy.clone(), report.clone()), failed.clone()));
+        upkeep.spawn(vital(snapshots.mesh.keep(snapshots.directory), failed.clone()));
         let mut heart = JoinSet::new();
-        heart.spawn(heartbeat(kernel.clone(), heartbeat_timeout));
+        heart.spawn(heartbeat(kernel.clone(), heartbeat_timeout, failed));
         let mut kernel_log = JoinSet::new();
         let logged = kernel.clone();
         kernel_log.spawn(async move { events::forward(&logged).await });
@@ -84,13 +86,36 @@ impl Tasks {
     }
 }
 
-/// Tells the kernel that this agent lives, for as long as its tasks are run: an agent that is stuck is as good as dead.
-/// Pins that were deleted are made again, or the agent's end would take the programs with it.
-async fn heartbeat(kernel: Arc<Kernel>, timeout: Duration) {
+/// Runs a task on which the kernel relies. Cancels `failed` if the task panics.
+async fn vital(task: impl Future<Output = ()>, failed: CancellationToken) {
+    struct OnPanic(CancellationToken);
+
+    impl Drop for OnPanic {
+        fn drop(&mut self) {
+            if std::thread::panicking() {
+                self.0.cancel();
+            }
+        }
+    }
+
+    let _guard = OnPanic(failed);
+    task.await;
+}
+
+/// Tells the kernel that this agent lives, for as long as its tasks are run and none of them has failed: an agent that
+/// applies nothing any more is as good as dead. Deleted pins are made again, or the agent's end would take the programs with
+/// it.
+async fn heartbeat(kernel: Arc<Kernel>, timeout: Duration, failed: CancellationToken) {
     let mut tick = interval(timeout / BEATS_WITHIN_TIMEOUT);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        tick.tick().await;
+        tokio::select! {
+            _ = tick.tick() => {}
+            () = failed.cancelled() => {
+                tracing::error!("a control task has failed: no more heartbeats, the kernel decides by mode; restart the agent");
+                return;
+            }
+        }
         if let Err(error) = kernel.maps.beat(timeout) {
             tracing::error!(%error, "no heartbeat: the kernel decides by mode alone");
         }
@@ -136,4 +161,22 @@ pub(super) fn refresh_node(kernel: &Kernel, directory: &Directory) -> Result<(),
     let sources = node_addresses(listed, directory);
     kernel.refresh_node_hardware()?;
     kernel.maps.set_node(&sources)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_a_panic_of_a_vital_task_is_a_failure() {
+        let failed = CancellationToken::new();
+        vital(async {}, failed.clone()).await;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(vital(std::future::pending(), failed.clone()));
+        tasks.shutdown().await;
+        assert!(!failed.is_cancelled(), "ended, or aborted at shutdown");
+        tasks.spawn(vital(async { panic!("a defect") }, failed.clone()));
+        assert!(tasks.join_next().await.is_some_and(|ended| ended.is_err()));
+        assert!(failed.is_cancelled());
+    }
 }

@@ -16,6 +16,13 @@ use crate::enrol::{
     policy_publisher::{plaintext_handling, set_modes},
 };
 
+/// Steering of connections that arrive in a namespace.
+#[derive(Clone, Copy)]
+enum Steering {
+    Attach,
+    Leave,
+}
+
 impl Enroller {
     /// Makes sure that the kernel knows the pod, so that it sends nothing past the agent from here on. An entry of an
     /// earlier agent stays as it is: its connections are captured, and refused until this agent listens.
@@ -44,13 +51,24 @@ impl Enroller {
         let maps = &self.kernel.maps;
         set_modes(maps, entry.slot, &entry.addresses, policy)?;
         listeners.publish(maps, entry.slot)?;
-        let mut programs = self.kernel.programs();
-        programs.steer(entry.cgroup, netns)?;
-        let tell = |end: &HostEnd| maps.set_link(entry.cgroup, end);
-        let links = programs.guard_links(entry.cgroup, netns, &self.host, tell)?;
-        drop(programs);
+        let links = self.guard(entry.cgroup, netns, Steering::Attach)?;
         maps.set_pod(entry)?;
         Ok(links)
+    }
+
+    /// Steers what arrives in a pod's namespace, and guards the pod's links.
+    fn guard(&self, cgroup: u64, netns: &Netns, steering: Steering) -> Result<Vec<GuardedLink>, KernelError> {
+        // A bridge can take over the hardware address of a new port.
+        self.kernel.refresh_node_hardware()?;
+        let mut programs = self.kernel.programs();
+        let steered = match steering {
+            Steering::Attach => programs.steer(cgroup, netns),
+            Steering::Leave => Ok(()),
+        };
+        // The guard is worth having alone.
+        let tell = |end: &HostEnd| self.kernel.maps.set_link(cgroup, end);
+        let links = programs.guard_links(cgroup, netns, &self.host, tell)?;
+        steered.map(|()| links)
     }
 
     /// Guards the links of a pod that is not enrolled, or not yet: it sends from its own addresses only, and probes of the
@@ -64,15 +82,9 @@ impl Enroller {
             return;
         }
         state.guarded.insert(cgroup);
-        let maps = &self.kernel.maps;
-        let mut programs = self.kernel.programs();
-        let steered = match state.known.contains_key(&cgroup) {
-            true => programs.steer(cgroup, &netns),
-            false => Ok(()),
-        };
-        let tell = |end: &HostEnd| maps.set_link(cgroup, end);
-        let guarded = programs.guard_links(cgroup, &netns, &self.host, tell);
-        if let Err(error) = steered.and(guarded.map(drop)) {
+        let is_covered = state.known.contains_key(&cgroup);
+        let steering = if is_covered { Steering::Attach } else { Steering::Leave };
+        if let Err(error) = self.guard(cgroup, &netns, steering) {
             tracing::warn!(pod = %workload.name, namespace = %workload.namespace, %error, "links are not guarded before enrolment");
         }
     }
