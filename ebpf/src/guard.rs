@@ -3,20 +3,20 @@
 //! Verdicts without facts: a pod without an entry is `Pod::unknown` in a STRICT mesh and passes otherwise. Packets of
 //! STRICT pods that cannot be parsed are dropped. A full table of drops loses a count, never a verdict.
 
-use aya_ebpf::{bindings::BPF_NOEXIST, programs::SkBuffContext};
-use aya_log_ebpf::warn;
+use aya_ebpf::programs::SkBuffContext;
 use tacit_abi::{
-    Accepted, Address, Arrival, ArrivalFacts, DropKey, GuardFacts, Hook, Link, Listener, Packet, Pod, Reason,
-    Segment, Verdict, decide_arrival, decide_egress, decide_ingress, listener_index, may_claim,
-    may_send_from, names_kind, pod_flag,
+    Accepted, Address, Arrival, ArrivalFacts, GuardFacts, Hook, Link, Listener, Packet, Pod, Reason, Segment,
+    Verdict, decide_arrival, decide_egress, decide_ingress, listener_index, may_claim, may_send_from,
+    names_kind, pod_flag,
 };
 
 use crate::{
     answers,
     context::{self, Skb},
     count::count,
-    log_budget, lookup,
-    maps::{DROPS, LINKS, PODS, SETTINGS, pod_of},
+    drops::{Dropped, drop, report},
+    lookup,
+    maps::{LINKS, PODS, SETTINGS, pod_of},
     packet::{self, Direction, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, IpHeader},
 };
 
@@ -160,20 +160,6 @@ pub fn link(ctx: &SkBuffContext) -> bool {
 pub fn arrival(ctx: &SkBuffContext) -> bool {
     let mut dropped = Dropped::NONE;
     passes_arrival(ctx, &mut dropped) || report(ctx, &dropped)
-}
-
-/// What is counted and logged of a packet that is dropped.
-struct Dropped {
-    cgroup: u64,
-    remote: Address,
-    port: u16,
-    protocol: u8,
-    reason: Reason,
-}
-
-impl Dropped {
-    const NONE: Self =
-        Self { cgroup: 0, remote: Address::NONE, port: 0, protocol: 0, reason: Reason::GuardUnreadable };
 }
 
 // Decisions and the report of a drop are functions of their own: a program has 512 bytes of stack, and each needs much of
@@ -409,45 +395,4 @@ fn apply(dropped: &mut Dropped, cgroup: u64, pod: &Pod, packet: &Packet, verdict
             drop(dropped, cgroup, &packet.remote, packet.remote_port, packet.protocol, reason)
         }
     }
-}
-
-/// Says what is dropped; always false.
-#[inline(always)]
-fn drop(
-    dropped: &mut Dropped,
-    cgroup: u64,
-    remote: &Address,
-    port: u16,
-    protocol: u8,
-    reason: Reason,
-) -> bool {
-    *dropped = Dropped { cgroup, remote: *remote, port, protocol, reason };
-    false
-}
-
-/// Counts and logs a drop; always false.
-#[inline(never)]
-fn report(ctx: &SkBuffContext, dropped: &Dropped) -> bool {
-    let Dropped { cgroup, remote, port, protocol, reason } = *dropped;
-    count(reason);
-    let key = DropKey { cgroup, remote, reason: reason as u32, protocol: u32::from(protocol) };
-    match DROPS.get_ptr_mut(&key) {
-        // SAFETY: a live value of the map; two CPUs may lose a count to each other, COUNTERS do not.
-        Some(packets) => unsafe { *packets += 1 },
-        None => {
-            let _ = DROPS.insert(&key, &1, BPF_NOEXIST.into());
-        }
-    }
-    if log_budget::take_line() {
-        warn!(
-            ctx,
-            "packet of cgroup {}, other end [{:i}]:{}, protocol {}: dropped, reason {}",
-            cgroup,
-            remote.octets(),
-            port,
-            protocol,
-            reason as u32
-        );
-    }
-    false
 }

@@ -11,6 +11,7 @@ mod answers;
 mod connect;
 mod context;
 mod count;
+mod drops;
 mod established;
 mod guard;
 mod log_budget;

@@ -15,6 +15,7 @@ mod claim;
 mod guard;
 mod inbound;
 mod layout;
+mod link;
 mod outbound;
 mod reason;
 pub mod tcp_port;
@@ -28,9 +29,9 @@ pub use guard::{
 };
 pub use inbound::{Inbound, InboundFacts, Steer, decide_inbound};
 pub use layout::{
-    ABI_VERSION, ClearKey, Destination, DropKey, LISTENERS_PER_POD, Link, Listener, MeshKey, Mode, Names,
-    NodeFlow, Pod, PortKey, Settings, State, Steered, Tuple, hardware_address, limits, listener_index,
-    names_kind, pod_flag, steer_flag,
+    ABI_VERSION, ClearKey, Destination, DropKey, LISTENERS_PER_POD, Listener, MeshKey, Mode, Names, NodeFlow,
+    Pod, PortKey, Settings, State, Steered, Tuple, limits, listener_index, names_kind, pod_flag, steer_flag,
 };
+pub use link::{Link, hardware_address};
 pub use outbound::{Connect, ConnectFacts, decide_connect};
 pub use reason::{REASONS, Reason, ReasonText};
