@@ -1,4 +1,4 @@
-//! What Tacit has in the nodes' kernels: everything that has to be gone after it was uninstalled.
+//! Kernel state of Tacit on the nodes. All of it must be gone after the uninstall.
 
 use std::{fs, os::unix::fs::MetadataExt as _};
 

@@ -30,7 +30,7 @@ pub(super) struct Scenario {
     pub(super) test: Test,
 }
 
-/// How it is tried.
+/// The test of a scenario.
 pub(super) enum Test {
     /// It holds or not.
     Plain(Try<()>),
@@ -255,7 +255,7 @@ fn agent_killed(_: &Workspace, cluster: &Cluster) -> Result<()> {
     encrypted(&traffic)
 }
 
-/// How often the agent of the first node was started again.
+/// Returns the number of restarts of the first node's agent.
 fn restarts(cluster: &Cluster) -> Result<u32> {
     let pod = install::agent_on(cluster, "node1")?;
     let path = "jsonpath={.status.containerStatuses[0].restartCount}";

@@ -17,7 +17,7 @@ use super::kernels::Unpacked;
 /// Modules that nodes, pods and the wire between two machines need where they are not built in.
 const MODULES: [&str; 9] =
     ["veth", "bridge", "virtio_pci", "virtio_net", "sch_ingress", "cls_bpf", "sctp", "dccp_ipv6", "tcp_diag"];
-/// What tests and harness call, under the names they call it.
+/// Programs that tests and harness call, by name.
 const TOOLS: [&str; 14] = [
     "ip", "nsenter", "tcpdump", "mount", "umount", "stat", "find", "rm", "rmdir", "sleep", "flock", "cat",
     "sysctl", "grep",

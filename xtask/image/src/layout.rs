@@ -16,7 +16,7 @@ const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 /// Images are as old as the epoch: when they were built says nothing about what is in them.
 const CREATED: &str = "1970-01-01T00:00:00Z";
 
-/// What an image is called and starts.
+/// The name and entry point of an image.
 pub(super) struct Description<'a> {
     /// Name and tag.
     pub(super) name: &'a str,

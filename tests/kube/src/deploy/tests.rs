@@ -1,4 +1,4 @@
-//! What `deploy/` promises, held against the files themselves.
+//! Checks of the promises about `deploy/` against its files.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
