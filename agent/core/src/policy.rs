@@ -178,7 +178,7 @@ impl Policies {
         }
     }
 
-    /// What authors of policies should know: rules that never match, or match more than they say.
+    /// Returns notes for authors of policies: rules that never match, or that match more than their text suggests.
     #[must_use]
     pub fn notes(&self) -> &[String] {
         &self.notes

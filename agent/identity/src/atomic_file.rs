@@ -16,7 +16,7 @@ use std::{
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {what} {}: {source}", path.display())]
 pub struct FileError {
-    /// What was tried.
+    /// The operation.
     pub what: &'static str,
     /// On which file.
     pub path: PathBuf,

@@ -64,7 +64,7 @@ pub enum EmbeddedRootError {
     KeyUnreadable {
         /// The key.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         reason: String,
     },
     /// Not a certificate in PEM.
@@ -72,7 +72,7 @@ pub enum EmbeddedRootError {
     CertificateUnreadable {
         /// The certificate.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         reason: String,
     },
     /// The certificate is of another key.
@@ -103,7 +103,7 @@ pub enum EmbeddedRootError {
 pub struct EmbeddedRoot {
     /// Signs the certificates of workloads.
     pub(super) issuer: rcgen::Issuer<'static, KeyPair>,
-    /// What peers trust.
+    /// The certificate that peers trust.
     pub(super) certificate: CertificateDer<'static>,
 }
 

@@ -72,7 +72,7 @@ impl SuccessorLock {
     }
 }
 
-/// What a turn locks.
+/// Returns the folder that [`SuccessorLock`] locks.
 fn successor_folder(root: &Path) -> Result<PathBuf, KernelError> {
     let folder = root.join("next");
     fs::create_dir_all(&folder).map_err(KernelError::file("create", &folder))?;
@@ -81,8 +81,8 @@ fn successor_folder(root: &Path) -> Result<PathBuf, KernelError> {
 
 /// The folder of pins, locked for one agent.
 ///
-/// What is pinned is also held open: a pin that is deleted under a running agent detaches nothing, and
-/// [`Pins::restore`] makes it again, so that the agent's end does not either.
+/// The agent holds the pinned objects open, so a pin that is deleted under a running agent detaches nothing.
+/// [`Pins::restore`] makes the pin again, so that the object also outlives the agent.
 pub(super) struct Pins {
     root: PathBuf,
     /// `None` once another agent may have it.
@@ -242,7 +242,7 @@ pub(super) fn check_version(root: &Path) -> Result<(), KernelError> {
     Ok(())
 }
 
-/// Where the maps are pinned below `root`.
+/// Returns the folder of pinned maps below `root`.
 pub(super) fn maps_folder(root: &Path) -> PathBuf {
     root.join(maps_folder_name())
 }

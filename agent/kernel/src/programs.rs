@@ -96,7 +96,7 @@ pub struct ProgramState {
     pub attached_to: String,
     /// The kernel's program id.
     pub id: u32,
-    /// Where its link is pinned.
+    /// The path of its pinned link.
     pub pinned: Option<PathBuf>,
 }
 

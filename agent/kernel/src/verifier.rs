@@ -22,7 +22,7 @@ use crate::host;
 /// Lines of a log that an error shows.
 const TAIL_LINES: usize = 12;
 
-/// What becomes of the log of a refused program, beyond the lines in the error.
+/// The destination of a rejected program's log, beyond the lines in the error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VerifierLog {
     /// It is dropped.

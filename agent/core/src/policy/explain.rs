@@ -1,4 +1,4 @@
-//! What policy says about a connection that somebody asks about, in words: mode, the rule that decides, and why.
+//! Explanation of policy for one connection: mode, the rule that decides, and the reason.
 //!
 //! It is the destination's answer: whether the connection gets that far is for the source's node to know. The verdict
 //! comes from the function that decides on real flows.

@@ -43,7 +43,7 @@ pub struct DropCount {
     pub reason: &'static str,
     /// Number of the IP protocol; 0 where the packet did not say.
     pub protocol: u8,
-    /// How many, since the entry was made.
+    /// Packets since the entry was made.
     pub packets: u64,
 }
 
@@ -228,7 +228,8 @@ impl super::Maps {
         }
     }
 
-    /// What the guard dropped, most packets first. The least recently seen kinds are left out once there are too many.
+    /// Returns the packets that the guard dropped, most packets first. The least recently seen kinds are evicted once
+    /// the table is full.
     #[must_use]
     pub fn drops(&self) -> Vec<DropCount> {
         let drops = lock(&self.guard.drops);

@@ -49,7 +49,7 @@ pub struct HostEnd {
     pub interface: String,
     /// Its index.
     pub index: u32,
-    /// Whether it is a port of a bridge, on which other pods can be reached without the node.
+    /// True for a port of a bridge, on which other pods can be reached without the node.
     pub has_neighbours: bool,
     /// Hardware address of the pod's end.
     pub hardware: Option<[u8; 6]>,

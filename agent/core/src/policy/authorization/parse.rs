@@ -68,7 +68,7 @@ enum ParsedAction {
     Custom,
 }
 
-/// What is read of one policy.
+/// One policy as read.
 pub(in crate::policy) struct AuthorizationSpec {
     pub(in crate::policy) policy: AuthorizationPolicy,
     pub(in crate::policy) attachment: Attachment,

@@ -37,7 +37,8 @@ fn identity(namespace: &str, account: &str) -> SpiffeId {
     SpiffeId::new(&domain, namespace, account).expect("valid")
 }
 
-/// What a flow from `who` (namespace and service account; `None` in clear) at 10.77.1.9 meets at 10.77.2.2:8080.
+/// Returns true if 10.77.1.9 may connect to 10.77.2.2:8080 as `who` (namespace and service account; `None` is
+/// plaintext).
 fn allows(policies: &Policies, who: Option<(&str, &str)>) -> bool {
     let identity = who.map(|(namespace, account)| identity(namespace, account));
     let source = identity.map_or(FlowSource::Plaintext, FlowSource::Tunnel);
