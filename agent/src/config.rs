@@ -92,13 +92,13 @@ pub struct Config {
     pub mesh_ranges: Vec<IpNet>,
     /// Virtual addresses of services; at most 256 ranges, none where there are no services.
     pub service_ranges: Vec<IpNet>,
-    /// What says which workload has which address.
+    /// Source of the directory.
     pub directory: DirectorySource,
-    /// What has the policies.
+    /// Source of the policies.
     pub policy: PolicySource,
     /// Namespace whose policies hold mesh-wide.
     pub root_namespace: Arc<str>,
-    /// Who signs certificates.
+    /// Issuer of certificates.
     pub issuer: IssuerConfig,
     /// Folder on a bpffs where programs, maps and links are pinned.
     pub pin_path: PathBuf,
@@ -114,11 +114,11 @@ pub struct Config {
     pub allow_clear: Vec<PlaintextDestination>,
     /// Threads that carry flows, 1 to 256; `None` is one for each core that the agent may run on.
     pub workers: Option<NonZeroUsize>,
-    /// How long such a thread waits awake for the next bytes of a quick exchange, up to 1 ms; zero is not at all.
+    /// Longest time that a worker polls for the next bytes of a quick exchange, up to 1 ms; zero turns polling off.
     pub busy_poll: Duration,
 }
 
-/// Where something is read from, and kept up to date.
+/// A source of configuration that is watched for changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source<K> {
     /// A file.
@@ -127,12 +127,12 @@ pub enum Source<K> {
     Kubernetes(K),
 }
 
-/// What says which workload has which address.
+/// Source of the directory: the addresses of workloads.
 pub type DirectorySource = Source<DirectoryOptions>;
-/// What has the policies.
+/// Source of the policies.
 pub type PolicySource = Source<PolicyOptions>;
 
-/// Who signs certificates.
+/// Issuer of certificates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum IssuerConfig {
     /// The agent itself, with a root key in a folder.
@@ -167,8 +167,8 @@ impl Config {
         Self::parse_in(text, file, file.parent().unwrap_or(Path::new(".")), None)
     }
 
-    /// What the connect hooks look at: the addresses of pods and those of services. What goes to a service in clear would
-    /// come out at a pod in clear, so the guard takes both for the mesh.
+    /// Returns the ranges of the connect hooks and the guard: addresses of pods and of services. Services count as
+    /// mesh, because plaintext to a service would arrive at a pod as plaintext.
     #[must_use]
     pub fn captured_ranges(&self) -> Vec<IpNet> {
         [&self.mesh_ranges[..], &self.service_ranges].concat()

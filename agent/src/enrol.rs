@@ -355,13 +355,13 @@ struct State {
     guarded: HashSet<u64>,
     /// Pods, by cgroup id, that programs of an earlier agent are attached for; empty after the first look.
     attached: HashSet<u64>,
-    /// Whether all pods were looked at once.
+    /// True once all pods were reconciled.
     took_over: bool,
     /// The ranges of the mesh at the last look.
     ranges: Option<Arc<Ranges>>,
 }
 
-/// What one look at all pods leaves for later steps and for the operator.
+/// Results of one pass over all pods, for later steps and for the operator.
 #[derive(Default)]
 struct Look {
     /// Pods that are not enrolled, by the directory's cgroup path.

@@ -113,7 +113,7 @@ pub struct Addresses {
     pub destination: SocketAddr,
 }
 
-/// How a flow over a session is protected.
+/// Returns the security of a flow over a session.
 #[must_use]
 pub fn security(tls: &TlsInfo) -> Security {
     Security::MutualTls { version: tls.version, cipher: tls.cipher, key_exchange: tls.key_exchange }

@@ -38,7 +38,7 @@ pub(super) struct Report {
     node: Arc<str>,
     pods_cgroup: PathBuf,
     started: Instant,
-    /// Who was in no range of the mesh, in that directory with those ranges.
+    /// The pods and services outside the mesh's ranges, for that directory and those ranges.
     uncovered: Mutex<(Arc<Directory>, Arc<Ranges>, UncoveredStatus)>,
 }
 
@@ -87,7 +87,8 @@ impl Report {
         }
     }
 
-    /// Who is in no range of the mesh. All are looked at once for each version of the directory and the ranges.
+    /// Returns the pods and services outside the mesh's ranges. The result is kept until the directory or the ranges
+    /// change.
     pub(super) fn uncovered(&self) -> UncoveredStatus {
         let directory = self.proxy.snapshots.directory.current();
         let mut known = self.uncovered.lock().unwrap_or_else(PoisonError::into_inner);
@@ -100,7 +101,7 @@ impl Report {
         known.2.clone()
     }
 
-    /// What policy says about a connection.
+    /// Explains the policy decision on a connection.
     pub(super) fn explain(
         &self,
         from: &WorkloadRef,

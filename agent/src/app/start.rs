@@ -70,7 +70,7 @@ pub(super) async fn start(
 
 /// The parts of the node that the agent works with.
 struct Node {
-    /// How many files this process may have open.
+    /// Limit of open files of this process.
     descriptors: u64,
     /// The node's own network namespace.
     host: Arc<HostNetns>,

@@ -25,8 +25,8 @@ use crate::{
     telemetry::{Ends, Party, Reporter},
 };
 
-/// How long after a change of policy connections are looked for that came before it: above the time in which a client
-/// answers the kernel's SYN-ACK or is sent another.
+/// Time after a change of policy during which earlier connections are checked again. It exceeds the time in which a
+/// client answers the kernel's SYN-ACK or gets another.
 const SETTLING: Duration = Duration::from_secs(3);
 const TUNNEL: u16 = tacit_abi::tcp_port::TUNNEL;
 

@@ -1,4 +1,4 @@
-//! What arrives at a pod: tunnel sessions from peers, and plaintext that the kernel did not let through by itself.
+//! Inbound connections of a pod: tunnel sessions from peers, and plaintext that the kernel steered to the agent.
 //!
 //! ```text
 //! 15008  handshake ─ identity ─┐ one session, flow after flow:
@@ -83,7 +83,7 @@ async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Opt
     }
 }
 
-/// What came of a flow that a peer asked for.
+/// The result of a peer's request for a flow.
 enum Begun<'a> {
     /// Its way to its end, after which the session may be of use again.
     Flow(Pin<Box<dyn Future<Output = Option<Box<Session>>> + Send + 'a>>),

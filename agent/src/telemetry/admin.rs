@@ -164,7 +164,7 @@ fn route(request: &Request<Incoming>, routes: &Routes) -> Answer {
     routes(request.uri()).unwrap_or_else(|| plain(StatusCode::NOT_FOUND, "no such path\n"))
 }
 
-/// What connections come from: the two kinds of listener.
+/// A source of connections: one of the two kinds of listener.
 trait Listener: Send + Sync {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 

@@ -39,7 +39,7 @@ pub enum BindError {
     Directory {
         /// The directory.
         directory: PathBuf,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -73,7 +73,7 @@ pub enum BindError {
     Listen {
         /// The socket's path.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -165,7 +165,7 @@ pub enum FetchError {
     Connect {
         /// The socket's path.
         socket: PathBuf,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -178,7 +178,7 @@ pub enum FetchError {
     /// It refused.
     #[error("the agent answered {0} to a request it should know; it may be of another version")]
     Refused(StatusCode),
-    /// What was asked has no answer; the agent says why.
+    /// The agent has no answer. The text gives the agent's reason.
     #[error("{0}")]
     Question(String),
     /// Too long, or broken off.
@@ -197,7 +197,7 @@ pub async fn fetch_status(socket: &Path) -> Result<Status, FetchError> {
     fetch_json(socket, Uri::from_static("/status")).await
 }
 
-/// What a probe asks.
+/// The question of a probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Health {
     /// Does it answer at all?
