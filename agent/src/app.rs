@@ -14,7 +14,7 @@ use std::{future::Future, io, net::SocketAddr};
 
 use tacit_identity::root::EmbeddedRootError;
 use tacit_kernel::{KernelError, VerifierLog, probe};
-use tacit_sources::{file::LoadError, kubernetes::OpenError};
+use tacit_sources::{file::LoadError, kubernetes::KubernetesError};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{config::Config, telemetry::admin};
@@ -91,7 +91,7 @@ pub enum AppError {
         field: &'static str,
         /// The error.
         #[source]
-        source: OpenError,
+        source: KubernetesError,
     },
     /// The issuer could not be opened.
     #[error("issuer: {0}")]
