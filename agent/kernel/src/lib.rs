@@ -180,13 +180,13 @@ impl Kernel {
     /// # Errors
     /// [`KernelError`]; nothing new stays attached or pinned then, what was there before stays.
     pub fn open(
-        claim: PinLock,
+        pin_lock: PinLock,
         pods_cgroup: &cgroup::Cgroup,
         log: &VerifierLog,
         prepared: Option<PreparedPrograms>,
     ) -> Result<Self, KernelError> {
         let still_there = prepared.is_some();
-        let mut programs = Programs::load(claim, pods_cgroup, log, prepared)?;
+        let mut programs = Programs::load(pin_lock, pods_cgroup, log, prepared)?;
         let maps = Maps::take(&mut programs)?;
         let cgroup = cgroup::Cgroup::of_self()?.id();
         maps.set_agent(cgroup, still_there)?;
