@@ -52,7 +52,7 @@ impl Drain {
         }
         let left = self.tasks.len();
         self.cut.cancel();
-        // What is not in a relay yet does not hear it; the end of the process resets that as well.
+        // A connection without a relay does not see the cancellation. The exit of the process resets it.
         let _ = timeout(CUT, self.tasks.wait()).await;
         Drained::Cut(left)
     }

@@ -211,8 +211,8 @@ fn carry(
     }
 }
 
-/// The flow's two ends as both applications see them. `None` also for a client that took another's address as its own
-/// (IP_TRANSPARENT): answers to it would leave the pod, in clear.
+/// Returns the flow's addresses as both applications see them. Returns `None` also for a client with a foreign source
+/// address (IP_TRANSPARENT), because answers to it would leave the pod as plaintext.
 fn find_destination(path: &Proxy, pod: &Pod, app: &TcpStream, client: SocketAddr) -> Option<Addresses> {
     let at = canonical(app.local_addr().ok()?);
     let destination = path.dialer.take_destination(pod, client, at)?;
@@ -307,7 +307,7 @@ fn is_same_pod(known: &Workload, enrolled: &Workload) -> bool {
     known.identity == enrolled.identity && known.node == enrolled.node && known.cgroup == enrolled.cgroup
 }
 
-/// In clear, from the pod's own namespace, as it would have gone without Tacit.
+/// Connects without a tunnel, from the pod's own namespace, as the application would without Tacit.
 async fn connect_plaintext(
     path: &Proxy,
     pod: &Pod,

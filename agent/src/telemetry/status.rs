@@ -46,7 +46,7 @@ pub struct Status {
     /// The kernel programs in force.
     pub programs: Vec<ProgramStatus>,
     /// The kernel's decisions, counted by reason.
-    pub kernel: Vec<KernelCounter>,
+    pub kernel: Vec<CounterStatus>,
     /// Actions of the guard beside counting verdicts.
     #[serde(default)]
     pub guard: GuardStatus,
@@ -185,7 +185,7 @@ pub struct ProgramStatus {
 
 /// One reason for which the kernel decided.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KernelCounter {
+pub struct CounterStatus {
     /// A stable name: the metric's label.
     pub name: String,
     /// The decision and its reason.
@@ -197,7 +197,7 @@ pub struct KernelCounter {
 /// Actions of the guard.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct GuardStatus {
-    /// Connections in clear from before enrolment that were reset, since the agent started.
+    /// Plaintext connections from before enrolment that were reset, since the agent started.
     pub resets_at_enrolment: u64,
     /// The dropped packets, most first. The least recently seen kinds are evicted beyond 4,096.
     pub drops: Vec<DropStatus>,

@@ -44,7 +44,7 @@ pub struct AuthorizationPolicy {
 /// Whose policy it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Attachment {
-    /// Ours, for the workloads it selects.
+    /// Workloads, those that it selects.
     Workloads,
     /// A waypoint's or gateway's.
     Elsewhere,

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::*;
 use crate::policy::{
-    FlowSource, Modes, Policies, PolicyDenial, Verdict, decide,
+    FlowSource, Modes, Policies, PolicyDenial, PolicyVerdict, decide,
     tests::{modes, workload},
 };
 
@@ -44,7 +44,7 @@ fn allows(policies: &Policies, who: Option<(&str, &str)>) -> bool {
     let source = identity.map_or(FlowSource::Plaintext, FlowSource::Tunnel);
     let authorization = policies.authorization(&workload("shop", &[("app", "web")]));
     let permissive = modes(crate::policy::Mode::Permissive);
-    decide(&permissive, &authorization, &flow(source)) == Verdict::Allow
+    decide(&permissive, &authorization, &flow(source)) == PolicyVerdict::Allow
 }
 
 fn flow(source: FlowSource) -> Flow {
@@ -76,7 +76,8 @@ fn cluster_local_stands_for_the_trust_domain_that_the_mesh_has() {
             let policies = policies(&[&spec]);
             let authorization = policies.authorization(&workload("shop", &[("app", "web")]));
             let permissive = modes(crate::policy::Mode::Permissive);
-            decide(&permissive, &authorization, &flow(FlowSource::Tunnel(cart.clone()))) != Verdict::Allow
+            decide(&permissive, &authorization, &flow(FlowSource::Tunnel(cart.clone())))
+                != PolicyVerdict::Allow
         };
         assert_eq!((with("principals"), with("notPrincipals")), (matches, !matches), "{principal}");
     }
@@ -273,13 +274,13 @@ fn the_mode_goes_first_and_the_nodes_probes_pass_both() {
     let authorization = allow_nothing.authorization(&workload("shop", &[]));
     let strict = modes(crate::policy::Mode::Strict);
     let of = |modes: &Modes, source| decide(modes, &authorization, &flow(source));
-    assert_eq!(of(&strict, FlowSource::Plaintext), Verdict::Deny(PolicyDenial::PlaintextInStrict));
+    assert_eq!(of(&strict, FlowSource::Plaintext), PolicyVerdict::Deny(PolicyDenial::PlaintextInStrict));
     let cart = identity("shop", "cart");
     for mode in [&strict, &modes(crate::policy::Mode::Disable)] {
-        assert_eq!(of(mode, FlowSource::Node), Verdict::Allow);
+        assert_eq!(of(mode, FlowSource::Node), PolicyVerdict::Allow);
         assert!(matches!(
             of(mode, FlowSource::SameNode(cart.clone())),
-            Verdict::Deny(PolicyDenial::NotAllowed(_))
+            PolicyVerdict::Deny(PolicyDenial::NotAllowed(_))
         ));
     }
 }
@@ -294,7 +295,8 @@ fn a_denial_names_policy_and_rule() {
         let policies = policies(specs);
         let authorization = policies.authorization(&workload("shop", &[]));
         let permissive = modes(crate::policy::Mode::Permissive);
-        let Verdict::Deny(reason) = decide(&permissive, &authorization, &flow(FlowSource::Plaintext)) else {
+        let PolicyVerdict::Deny(reason) = decide(&permissive, &authorization, &flow(FlowSource::Plaintext))
+        else {
             panic!("allowed: {specs:?}")
         };
         assert_eq!((reason.to_string().as_str(), reason.reason().label()), (expected, label));
