@@ -66,7 +66,7 @@ const DRAIN_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::ZERO..=Duration:
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Below a second a busy node would look dead; a minute is the most that strict pods should wait for a refusal.
 const HEARTBEAT_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(60);
-/// Most destinations that may be reached in clear: each takes an entry in a kernel map of fixed size.
+/// Limit of destinations that accept plaintext of strict pods: each takes an entry in a kernel map of fixed size.
 const ALLOW_CLEAR_MAX: usize = 256;
 /// Most ranges of a list: each takes an entry in a kernel map of fixed size, and a cluster has a handful.
 const RANGES_MAX: usize = 256;
@@ -110,7 +110,7 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// Silence of the agent from which on the kernel decides by mode alone, 1 s to 1 min.
     pub heartbeat_timeout: Duration,
-    /// Destinations that strict pods may reach in clear, at most 256; each use is counted.
+    /// Destinations to which strict pods may send plaintext, at most 256; each use is counted.
     pub allow_clear: Vec<PlaintextDestination>,
     /// Threads that carry flows, 1 to 256; `None` is one for each core that the agent may run on.
     pub workers: Option<NonZeroUsize>,

@@ -29,7 +29,7 @@ use super::{
 
 /// One attempt to get a certificate takes this long at most.
 const ISSUE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest sleep before the clock is looked at again: it may be set while we sleep.
+/// Longest sleep before the clock is read again, because it may be set meanwhile.
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 
 /// The credentials of the node's identities. Cheap to clone; the tasks end with the last clone.

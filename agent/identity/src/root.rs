@@ -32,7 +32,7 @@ const LOCK_FILE: &str = ".lock";
 /// Another agent holds the lock for milliseconds; longer means that it hangs.
 const LOCK_WAIT: Duration = Duration::from_secs(10);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
-/// A PEM key or certificate is a few hundred bytes; more is not one of ours.
+/// Limit for a PEM file, in bytes. A key or certificate takes a few hundred.
 const FILE_MAX_BYTES: u64 = 64 * 1024;
 const LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 

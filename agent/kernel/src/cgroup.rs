@@ -95,7 +95,7 @@ impl Cgroup {
 }
 
 fn has_member(cgroup: &Path, pid: u32) -> bool {
-    // A threaded cgroup does not list processes; none of ours is in one.
+    // A threaded cgroup does not list processes; no process of Tacit is in one.
     let members = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
     members.lines().any(|member| member.parse() == Ok(pid))
 }

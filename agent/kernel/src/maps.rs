@@ -414,7 +414,7 @@ impl Captured {
         const NAME: &str = "CAPTURED";
         let problem = |problem: &str| KernelError::Map { map: NAME, problem: problem.to_owned() };
         let map = programs.ebpf().take_map(NAME).ok_or_else(|| problem("not in the object"))?;
-        // Whether its keys and values are what is taken for them.
+        // Checks the sizes of its keys and values.
         HashMap::<_, Tuple, Destination>::try_from(&map).map_err(failed(NAME))?;
         match map {
             Map::HashMap(data) => Ok(Self(data)),

@@ -2,8 +2,8 @@
 //! and leave others out.
 //!
 //! ```text
-//! FEATURES (features) --attempt--> Presence      tiny programs and maps, loaded and dropped at once (raw, attempt)
-//!                     --seat-----> Presence      one real link on one real socket (seat)
+//! FEATURES (features) --trial--> Presence        tiny programs and maps, loaded and dropped at once (raw, trial)
+//!                     --trial--> Presence        one real link on one real socket (cgroup_probe)
 //!         all of them: ProbeReport ---> `tacit doctor`
 //!         required and not there: Unsupported --> exit code 78 (unsupported)
 //! ```

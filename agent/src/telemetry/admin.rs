@@ -149,7 +149,7 @@ fn plain(status: StatusCode, body: impl Into<Bytes>) -> Answer {
     answer(status, "text/plain; charset=utf-8", body)
 }
 
-/// Our own fault: what was to be written could not be.
+/// Returns the answer for an internal error: the answer could not be written.
 fn failure(error: &dyn std::error::Error) -> Answer {
     tracing::error!(%error, "cannot write an answer for the operator; this is a bug");
     plain(StatusCode::INTERNAL_SERVER_ERROR, "the answer could not be written; see the agent's log\n")

@@ -70,7 +70,7 @@ pub enum Security {
     },
     /// Handed over inside this agent: identities hold, nothing touches a wire.
     SameNode,
-    /// In clear; nobody was authenticated.
+    /// Plaintext, without authentication.
     Plaintext,
 }
 
@@ -113,8 +113,7 @@ impl FlowSpec {
         source.into_iter().chain(destination)
     }
 
-    /// In clear nobody proved anything: an identity that was only expected must not be reported as one that
-    /// held.
+    /// Removes the identities of a plaintext flow, because plaintext proves none.
     pub(super) fn without_unproven(mut self) -> Self {
         if self.security == Security::Plaintext {
             self.ends.source.identity = None;

@@ -158,7 +158,7 @@ pub(crate) enum Misfortune {
     UnknownPod(&'static str),
     /// The pod's own cgroup has a program that sends every connection to the victim.
     ProgramInPod,
-    /// A cgroup above the pods' has such a program: it runs after ours.
+    /// A cgroup above the pods' has such a program: it runs after Tacit's.
     ProgramAbove,
     /// The table of pending connections is full.
     PendingFull,

@@ -15,7 +15,7 @@
 //! |---|---|
 //! | `catalogue` | the attacks: name, group, families, how they are driven |
 //! | `driver` | the attacker's side: from where a step is started, and what is done around it |
-//! | `kernel` | a program beside ours, a map filled up |
+//! | `kernel` | a program beside Tacit's, a map filled up |
 //! | `neighbours` | attacks of other tenants of a node, and flows of the node itself |
 //! | `lifecycle` | attacks on agents that stop, die, or come late |
 //! | `step` | what runs inside a pod: one system call after the other |

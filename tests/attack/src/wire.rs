@@ -105,7 +105,7 @@ fn record(socket: &OwnedFd, names: &BTreeMap<u32, String>, seen: &Seen, stop: &A
         let Some(name) = names.get(&(from.sll_ifindex as u32)) else { continue };
         let is_outgoing = from.sll_pkttype == libc::PACKET_OUTGOING;
         let place = match name.as_str() {
-            // What crosses the bridge is seen on its ports.
+            // Frames across the bridge are seen on its ports.
             "lo" | "cni0" => continue,
             link if link.starts_with("pod") && is_outgoing => Sighting::ToPod(link.to_owned()),
             link if link.starts_with("pod") => Sighting::FromPod(link.to_owned()),

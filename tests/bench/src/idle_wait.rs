@@ -24,7 +24,7 @@ impl Patience {
         Self { left: limit }
     }
 
-    /// Waits until nobody else uses the machine, or until there is no patience left. Nothing of ours may run.
+    /// Waits until no other process uses the machine, or until the time is spent. The bench itself must be idle.
     pub(super) fn wait(&mut self) -> Result<()> {
         while !self.left.is_zero() {
             let (before, begin) = (usage::machine_busy()?, Instant::now());

@@ -254,7 +254,7 @@ fn one(
     })
 }
 
-/// One boot, with its console on ours and in the report; `boot` is how long it took to the first process.
+/// Boots once. Prints the guest's console and adds its results to the report. `boot` receives the time to the first process.
 fn watched(guest: &Machine<'_>, label: &str, report: &mut Report, boot: &mut String) -> Result<i32> {
     guest.run(|line| {
         println!("{label:>6} | {line}");

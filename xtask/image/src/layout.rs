@@ -70,7 +70,7 @@ fn index(description: &Description<'_>, manifest: &Blob) -> Value {
     let mut entry = manifest.descriptor(MANIFEST);
     entry["platform"] = json!({"os": "linux", "architecture": architecture()});
     entry["annotations"] = json!({
-        // What containerd names the image; the other is the specification's, which has the tag alone.
+        // containerd uses the first as the image's name. The second is the specification's, which has only the tag.
         "io.containerd.image.name": description.name,
         "org.opencontainers.image.ref.name": tag(description.name),
     });

@@ -40,7 +40,7 @@ fn is_executable(file: &Path) -> bool {
     file.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
 }
 
-/// The caller's variables that mean something to us or to a debugging developer; sudo drops them unless told.
+/// Returns the caller's variables for Tacit and for debugging. sudo drops them unless they are passed on.
 pub fn tacit_environment() -> Vec<(OsString, OsString)> {
     let is_ours = |name: &OsString| {
         let name = name.to_string_lossy();

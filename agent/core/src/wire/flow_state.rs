@@ -10,7 +10,7 @@
 //!   +------------------------------------------------- Flow { client ended: yes, server ended: yes }
 //! ```
 //! A RESET of the client may cross the server's DONE and come in Idle: the session is then Over as well.
-//! Any other frame is a mistake of the peer (or ours) and ends the session. Both ends run the same machine over the frames
+//! Any other frame is a protocol error and ends the session. Both ends run the same machine over the frames
 //! they send and those they receive.
 
 use super::frame::FrameType;

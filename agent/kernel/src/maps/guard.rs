@@ -1,5 +1,5 @@
-//! The maps of the guard: the agent's heartbeat, who is an agent, what may be in clear, which link is whose, and what
-//! was dropped.
+//! The maps of the guard: the agent's heartbeat, the agents' cgroups, destinations that accept plaintext, the pods' links,
+//! and counts of dropped packets.
 
 use std::{
     collections::HashSet,
@@ -23,7 +23,7 @@ use super::{
 };
 use crate::host;
 
-/// A destination that strict pods may reach in clear.
+/// A destination to which strict pods may send plaintext.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PlaintextDestination {
     /// Its address and port.
@@ -157,7 +157,7 @@ impl super::Maps {
         }
     }
 
-    /// Makes the destinations that may be reached in clear exactly `wanted`.
+    /// Replaces the destinations that accept plaintext of strict pods by `wanted`.
     ///
     /// # Errors
     /// [`KernelError::Map`]. Old ones go before new ones come.

@@ -83,7 +83,7 @@ impl Programs {
         for end in ends {
             tell(&end)?;
             let mut by = "";
-            // What arrives is proven before anything is refused for want of proof.
+            // The arrival program records proofs, so it is attached before the program that drops frames without one.
             for direction in DIRECTIONS.into_iter().rev() {
                 by = self.guard_link(pod, &end, direction)?;
             }

@@ -24,7 +24,7 @@ use tokio::{
 
 use crate::telemetry::status::Status;
 
-/// Connections the kernel keeps for us while all places are taken.
+/// Connections that the kernel queues while all places are taken.
 const BACKLOG: i32 = 16;
 /// Longest wait for an answer, from connecting to the last byte.
 const FETCH_MAX: Duration = Duration::from_secs(10);
@@ -95,8 +95,8 @@ pub fn bind_operator(path: &Path) -> Result<UnixListener, BindError> {
     UnixListener::from_std(OwnedFd::from(socket).into()).map_err(listen)
 }
 
-/// An existing directory is used as it is, for it may hold more than our socket, but not when others may
-/// write to it.
+/// Makes the socket's directory. An existing directory keeps its owner and mode, because it may hold more than the socket.
+/// Returns an error if others may write to it.
 fn make_directory(directory: &Path) -> Result<(), BindError> {
     let failed = |source| BindError::Directory { directory: directory.to_owned(), source };
     DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed)?;
