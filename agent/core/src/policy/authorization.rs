@@ -17,7 +17,7 @@
 //! that the policy selects, as Istio's sidecars do without the provider. A policy with `targetRefs` belongs to a
 //! waypoint or gateway and selects no workload.
 //!
-//! A source without a proven identity matches no principal, namespace or service account; so it matches every negation.
+//! A source without a proven identity matches no principal, namespace, service account or trust domain; so it matches every negation.
 
 use std::{fmt, net::IpAddr, sync::Arc};
 
@@ -93,6 +93,7 @@ struct SourceMatch {
     principals: ValueMatch<Pattern>,
     namespaces: ValueMatch<Pattern>,
     service_accounts: ValueMatch<ServiceAccount>,
+    trust_domains: ValueMatch<Pattern>,
     blocks: ValueMatch<IpNet>,
 }
 
@@ -109,6 +110,7 @@ enum Condition {
     SourceNamespace(ValueMatch<Pattern>),
     SourceAccount(ValueMatch<ServiceAccount>),
     SourcePrincipal(ValueMatch<Pattern>),
+    SourceTrustDomain(ValueMatch<Pattern>),
     DestinationIp(ValueMatch<IpNet>),
     DestinationPort(ValueMatch<u16>),
 }
@@ -152,6 +154,12 @@ impl<'a> FlowAttributes<'a> {
         self.identity.is_some_and(|identity| pattern.matches(identity.namespace()))
     }
 
+    /// As in principals, [`OWN_DOMAIN`] stands for the mesh's trust domain.
+    fn has_trust_domain(&self, pattern: &Pattern) -> bool {
+        self.identity
+            .is_some_and(|id| pattern.matches(&id.trust_domain().to_string()) || pattern.matches(OWN_DOMAIN))
+    }
+
     fn has_account(&self, account: &ServiceAccount) -> bool {
         self.identity.is_some_and(|identity| account.is(identity))
     }
@@ -162,6 +170,7 @@ impl SourceMatch {
         self.principals.holds(|pattern| flow.has_principal(pattern))
             && self.namespaces.holds(|pattern| flow.has_namespace(pattern))
             && self.service_accounts.holds(|account| flow.has_account(account))
+            && self.trust_domains.holds(|pattern| flow.has_trust_domain(pattern))
             && self.blocks.holds(|block| block.contains(&flow.client))
     }
 }
@@ -179,6 +188,7 @@ impl Condition {
             Self::SourceNamespace(patterns) => patterns.holds(|pattern| flow.has_namespace(pattern)),
             Self::SourceAccount(accounts) => accounts.holds(|account| flow.has_account(account)),
             Self::SourcePrincipal(patterns) => patterns.holds(|pattern| flow.has_principal(pattern)),
+            Self::SourceTrustDomain(patterns) => patterns.holds(|pattern| flow.has_trust_domain(pattern)),
             Self::DestinationIp(blocks) => blocks.holds(|block| block.contains(&flow.server)),
             Self::DestinationPort(ports) => ports.holds(|port| *port == flow.port),
         }
