@@ -8,7 +8,8 @@
 //! | `authorize` | asks policy about a flow, when it opens and when policy changes |
 //! | `snapshots` | the control state that flows read |
 //! | `dialer` | connections made from inside a pod's network namespace |
-//! | `sessions` | tunnel sessions: handshake permits, idle sessions of each worker |
+//! | `sessions` | tunnel sessions: idle sessions of each worker |
+//! | `shares` | permits of connections and handshakes, by pod and source address |
 //! | `workers` | the threads that carry flows |
 //! | `drain` | ends flows and listeners in order |
 //!
@@ -21,6 +22,7 @@ pub mod drain;
 pub mod inbound;
 pub mod outbound;
 pub mod sessions;
+pub mod shares;
 pub mod snapshots;
 pub mod workers;
 
@@ -30,14 +32,19 @@ use arc_swap::ArcSwap;
 use tacit_core::{
     balance::Balancer,
     refusal::{Refusal, RefusalReason},
+    shares::{self as bounds, Capacity},
     spiffe::SpiffeId,
 };
 use tacit_tunnel::{TlsInfo, socket::reset};
 use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     enrol::Pods,
-    proxy::{dialer::Dialer, drain::Drain, sessions::Sessions, snapshots::Snapshots, workers::Workers},
+    proxy::{
+        dialer::Dialer, drain::Drain, sessions::Sessions, shares::Shares, snapshots::Snapshots,
+        workers::Workers,
+    },
     telemetry::{Ends, Reporter, Security, Telemetry},
 };
 
@@ -49,6 +56,8 @@ pub struct Proxy {
     pub pods: Arc<ArcSwap<Pods>>,
     /// Tunnel sessions.
     pub sessions: Sessions,
+    /// What each pod and each source address uses of the agent.
+    pub shares: Shares,
     /// Counters and logs.
     pub telemetry: Telemetry,
     /// Ends listeners and flows.
@@ -61,17 +70,30 @@ pub struct Proxy {
 impl Proxy {
     /// A proxy without pods: [`Proxy::pods`] is filled by enrolment.
     #[must_use]
-    pub fn new(snapshots: Snapshots, dialer: Dialer, workers: Workers, telemetry: Telemetry) -> Self {
+    pub fn new(
+        snapshots: Snapshots,
+        dialer: Dialer,
+        workers: Workers,
+        telemetry: Telemetry,
+        capacity: Capacity,
+    ) -> Self {
         Self {
             snapshots,
             pods: Arc::default(),
-            sessions: Sessions::new(workers.count()),
+            sessions: Sessions::new(workers.count(), bounds::IDLE_SESSIONS.bounds(capacity)),
+            shares: Shares::new(capacity),
             telemetry,
             drain: Drain::default(),
             dialer,
             balancer: Balancer::default(),
             workers,
         }
+    }
+
+    /// Cancelled when a thread that carries flows, or a listener on it, has failed.
+    #[must_use]
+    pub fn workers_failed(&self) -> &CancellationToken {
+        self.workers.failed()
     }
 
     /// Returns both ends of a flow that this agent reports as the agent of the end `by`, with the directory's workloads and

@@ -26,10 +26,7 @@ use tokio::net::TcpStream;
 
 use crate::{
     enrol::Pod,
-    proxy::{
-        Addresses, Proxy, authorize, canonical, not_connected, security,
-        sessions::{HANDSHAKE_WAIT, HANDSHAKES_MAX},
-    },
+    proxy::{Addresses, Proxy, authorize, canonical, not_connected, security},
     telemetry::{FlowSpec, Reporter, Security},
 };
 
@@ -61,16 +58,16 @@ async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Opt
     if let Err(refusal) = came_from_outside(pod, at) {
         return refuse(tcp, refusal);
     }
-    let Some(permit) = path.sessions.handshake_permit().await else {
-        let detail = format!("{HANDSHAKES_MAX} handshakes have been under way for {HANDSHAKE_WAIT:?}");
-        return refuse(tcp, Refusal::new(RefusalReason::HandshakeLimit, detail));
+    let turn = match path.shares.handshake(pod.cgroup, peer.ip()).await {
+        Ok(turn) => turn,
+        Err(refusal) => return refuse(tcp, refusal),
     };
     let Some(own) = path.snapshots.credentials(&pod.workload.identity) else {
         let detail = format!("{} has no valid certificate; see `tacit status`", pod.workload.identity);
         return refuse(tcp, Refusal::new(RefusalReason::NoCertificate, detail));
     };
     let accepted = Session::accept(tcp, &own).await;
-    drop(permit);
+    drop(turn);
     match accepted {
         Ok(mut session) => {
             session.end_with_flow_after(path.drain.stop.clone());
@@ -153,9 +150,10 @@ async fn begin<'a>(
     }
     let live =
         path.telemetry.open_flow(FlowSpec { ends, security: security(session.tls()), trace: open.trace.0 });
+    let bulk = path.shares.bulk.of(pod.cgroup);
     Some(Begun::Flow(Box::pin(async move {
         let (end, session) = tokio::select! {
-            ended = relay::tunnelled(application, session, live.counters()) => ended,
+            ended = relay::tunnelled(application, session, live.counters(), &bulk) => ended,
             () = path.drain.cut.cancelled() => {
                 live.close("cut");
                 return None;
@@ -244,8 +242,10 @@ pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: TcpStream, peer:
         Ok(application) => {
             let live =
                 path.telemetry.open_flow(FlowSpec { ends, security: Security::Plaintext, trace: [0; 16] });
+            let bulk = path.shares.bulk.of(pod.cgroup);
+            socket::begin_small(&client);
             let end = tokio::select! {
-                end = relay::plain(client, application, live.counters()) => end.label(),
+                end = relay::plain(client, application, live.counters(), &bulk) => end.label(),
                 () = path.drain.cut.cancelled() => "cut",
                 refusal = admitted.revoked(&pod) => {
                     return authorize::revoke(&path.telemetry, live, &refusal);

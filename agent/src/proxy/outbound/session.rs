@@ -85,7 +85,9 @@ async fn opened(
         let detail = format!("{peer}: {e}; does an agent run on that node?");
         Refusal::new(RefusalReason::PeerUnreachable, detail)
     })?;
+    let turn = path.shares.outgoing_handshake(pod.cgroup).await?;
     let connected = Session::connect(tcp, own, &key.identity).await;
+    drop(turn);
     let mut session = connected.map_err(|e| Refusal::new(e.reason(), e))?;
     match session.open(open, optimistic.as_mut()).await {
         Ok(()) => Ok((session, taken_bytes(&optimistic))),
