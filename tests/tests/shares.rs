@@ -144,7 +144,10 @@ fn silent_connections_to_the_metrics_keep_no_scrape_waiting() -> Result<()> {
 #[ignore = "needs root"]
 fn a_flow_that_nobody_reads_holds_at_most_twice_what_it_holds_without_tacit() -> Result<()> {
     let mesh = mesh()?;
-    let direct = [unread(mesh, "stranger", "open", Sender::Client)?, unread(mesh, "stranger", "open", Sender::Server)?];
+    let direct = [
+        unread(mesh, "stranger", "open", Sender::Client)?,
+        unread(mesh, "stranger", "open", Sender::Server)?,
+    ];
     for (client, server) in [("client", "web"), ("client", "near"), ("web", "near")] {
         for (sender, direct) in [Sender::Client, Sender::Server].into_iter().zip(direct) {
             let bytes = unread(mesh, client, server, sender)?;

@@ -14,7 +14,10 @@ use tokio::net::TcpStream;
 
 use crate::{
     enrol::Pod,
-    proxy::{Addresses, Proxy, canonical, inbound, outbound, shares::ConnectionPermit, workers::vital},
+    proxy::{
+        Addresses, LOOPBACK_UNREAD, Proxy, canonical, inbound, outbound, shares::ConnectionPermit,
+        workers::vital,
+    },
     telemetry::Reporter,
 };
 
@@ -99,7 +102,14 @@ impl Entrance {
     {
         let source = (self.origin == Origin::Elsewhere).then_some(peer.ip());
         match self.proxy.shares.connection(Connection { pod: self.pod.cgroup, source }) {
-            Ok(permit) => self.spawn_flow(connection, peer, permit, handle),
+            Ok(permit) => {
+                if let Some(unread_bytes) = permit.unread_bytes() {
+                    // An error leaves the bound that the listener has set.
+                    let bytes = (LOOPBACK_UNREAD * unread_bytes) as usize;
+                    let _ = SockRef::from(&connection).set_recv_buffer_size(bytes);
+                }
+                self.spawn_flow(connection, peer, permit, handle);
+            }
             Err(refusal) => self.refuse(&connection, peer, refusal),
         }
     }

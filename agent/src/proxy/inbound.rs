@@ -66,6 +66,7 @@ async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Opt
         let detail = format!("{} has no valid certificate; see `tacit status`", pod.workload.identity);
         return refuse(tcp, Refusal::new(RefusalReason::NoCertificate, detail));
     };
+    socket::begin_small(&tcp, path.shares.unread_bytes(pod.cgroup));
     let accepted = Session::accept(tcp, &own).await;
     drop(turn);
     match accepted {
@@ -138,7 +139,7 @@ async fn begin<'a>(
         Ok(admitted) => admitted,
         Err(refusal) => return deny(path, session, open, refusal).await.map(Begun::Denied),
     };
-    let application = match path.dialer.to_application(pod, open.destination, open.client).await {
+    let application = match path.dial_application(pod, open.destination, open.client).await {
         Ok(application) => application,
         Err(error) => {
             return deny(path, session, open, not_connected(&error)).await.map(Begun::Denied);
@@ -238,12 +239,12 @@ pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: TcpStream, peer:
         Ok(admitted) => admitted,
         Err(refusal) => return refuse(client, refusal),
     };
-    match path.dialer.to_application(&pod, at, peer).await {
+    match path.dial_application(&pod, at, peer).await {
         Ok(application) => {
             let live =
                 path.telemetry.open_flow(FlowSpec { ends, security: Security::Plaintext, trace: [0; 16] });
             let bulk = path.shares.bulk.of(pod.cgroup);
-            socket::begin_small(&client);
+            socket::begin_small(&client, path.shares.unread_bytes(pod.cgroup));
             let end = tokio::select! {
                 end = relay::plain(client, application, live.counters(), &bulk) => end.label(),
                 () = path.drain.cut.cancelled() => "cut",

@@ -300,7 +300,7 @@ async fn connect_same_node(path: &Proxy, pod: &Pod, addresses: Addresses) -> Res
     let ends = path.ends(Reporter::Source, addresses, Some(identity.clone()), Some(theirs));
     let flow = Flow { source: FlowSource::SameNode(identity), client: source.ip(), destination };
     let admitted = authorize::admit(&path.telemetry, &target, flow, &ends)?;
-    let connected = path.dialer.to_application(&target, destination, source).await;
+    let connected = path.dial_application(&target, destination, source).await;
     let server = connected.map_err(|error| not_connected(&error))?;
     let spec = FlowSpec { ends, security: Security::SameNode, trace: [0; 16] };
     Ok(Upstream::SameNode(server, spec, target, admitted))
@@ -323,7 +323,7 @@ async fn connect_plaintext(
     let connected = path.dialer.connect(pod, destination, limit).await;
     let server = connected.map_err(|error| not_connected(&error))?;
     socket::reset_if_dropped(&server);
-    socket::begin_small(&server);
+    socket::begin_small(&server, path.shares.unread_bytes(pod.cgroup));
     tracing::debug!(%source, %destination, why = cause.label(), "in clear");
     let spec = FlowSpec {
         ends: path.ends(Reporter::Source, addresses, None, None),

@@ -36,13 +36,17 @@ impl Shares {
     /// Nothing is used yet.
     #[must_use]
     pub fn new(capacity: Capacity) -> Self {
+        Self::with_wait(capacity, HANDSHAKE_WAIT)
+    }
+
+    fn with_wait(capacity: Capacity, wait: Duration) -> Self {
         let bounds = |share: &shares::Share| share.bounds(capacity);
         let outgoing = bounds(&shares::OUTGOING_HANDSHAKES);
         let incoming = Queue::new(bounds(&shares::POD_HANDSHAKES), bounds(&shares::HANDSHAKES));
         Self {
             connections: Arc::new(Mutex::new(Connections::new(capacity))),
-            handshakes: Turns::new(incoming),
-            outgoing_handshakes: Turns::new(Queue::new(outgoing, outgoing)),
+            handshakes: Turns::new(incoming, wait),
+            outgoing_handshakes: Turns::new(Queue::new(outgoing, outgoing), wait),
             bulk: Arc::new(BulkShare::new(bounds(&shares::BULK_DIRECTIONS))),
         }
     }
@@ -52,14 +56,19 @@ impl Shares {
     /// # Errors
     /// [`Refusal`] if the pod or the source has its share.
     pub fn connection(&self, connection: Connection) -> Result<ConnectionPermit, Refusal> {
-        lock(&self.connections).open(connection).map_err(|refused| {
+        let held = lock(&self.connections).open(connection).map_err(|refused| {
             let whose = match (refused.reason, connection.source) {
                 (RefusalReason::SourceConnections, Some(source)) => source.to_string(),
                 _ => "the pod".to_owned(),
             };
             Refusal::new(refused.reason, format!("connections of {whose}: {}", refused.full))
         })?;
-        Ok(ConnectionPermit { connections: self.connections.clone(), connection })
+        Ok(ConnectionPermit { connections: self.connections.clone(), connection, held })
+    }
+
+    /// Returns the bytes that one more socket for a connection of `pod` may have unread.
+    pub fn unread_bytes(&self, pod: PodId) -> u32 {
+        shares::unread_bytes(lock(&self.connections).held(pod))
     }
 
     /// Waits for the turn of a handshake with `source`, which connected to `pod`.
@@ -88,11 +97,11 @@ impl Shares {
             connections.by_source_at_pod().named(at_pod),
         ];
         drop(connections);
-        let incoming = lock(&self.handshakes.0);
+        let incoming = lock(&self.handshakes.queue);
         all.push(incoming.sources().usage(shares::HANDSHAKES.resource).named(|source| source.to_string()));
         all.push(incoming.pods().usage(shares::POD_HANDSHAKES.resource).named(pod_name));
         drop(incoming);
-        let outgoing = lock(&self.outgoing_handshakes.0);
+        let outgoing = lock(&self.outgoing_handshakes.queue);
         all.push(outgoing.pods().usage(shares::OUTGOING_HANDSHAKES.resource).named(pod_name));
         drop(outgoing);
         all.push(self.bulk.usage().named(pod_name));
@@ -104,6 +113,15 @@ impl Shares {
 pub struct ConnectionPermit {
     connections: Arc<Mutex<Connections>>,
     connection: Connection,
+    /// Connections of the pod when this one was opened.
+    held: u64,
+}
+
+impl ConnectionPermit {
+    /// Returns the bytes that the connection's socket may have unread, if that is less than a listener sets.
+    pub fn unread_bytes(&self) -> Option<u32> {
+        Some(shares::unread_bytes(self.held)).filter(|bytes| *bytes < shares::UNREAD_BYTES_MAX)
+    }
 }
 
 impl Drop for ConnectionPermit {
@@ -114,26 +132,33 @@ impl Drop for ConnectionPermit {
 
 /// Handshakes, and those that wait for their turn.
 #[derive(Clone)]
-struct Turns(Arc<Mutex<Queue<oneshot::Sender<()>>>>);
+struct Turns {
+    queue: Arc<Mutex<Queue<oneshot::Sender<()>>>>,
+    /// Longest wait.
+    wait: Duration,
+}
 
 impl Turns {
-    fn new(queue: Queue<oneshot::Sender<()>>) -> Self {
-        Self(Arc::new(Mutex::new(queue)))
+    fn new(queue: Queue<oneshot::Sender<()>>, wait: Duration) -> Self {
+        Self { queue: Arc::new(Mutex::new(queue)), wait }
     }
 
     async fn turn(&self, holder: Connection) -> Result<Turn, Refusal> {
         let (tell, told) = oneshot::channel();
-        let arrival = lock(&self.0).arrive(holder, tell);
-        let mut turn = Turn { turns: self.clone(), holder, ticket: None };
-        let Arrival::Waits(ticket) = arrival else { return Ok(turn) };
-        turn.ticket = Some(ticket);
-        if timeout(HANDSHAKE_WAIT, told).await.is_ok() {
-            turn.ticket = None;
+        let arrival = lock(&self.queue).arrive(holder, tell);
+        let place = match arrival {
+            Arrival::Admitted => Place::Unit,
+            Arrival::Waits(ticket) => Place::Queue(ticket),
+        };
+        let mut turn = Turn { turns: self.clone(), holder, place };
+        let Arrival::Waits(_) = arrival else { return Ok(turn) };
+        if timeout(self.wait, told).await.is_ok() {
+            turn.place = Place::Unit;
             return Ok(turn);
         }
-        match turn.give_up() {
+        match turn.leave_queue() {
             Some(full) => {
-                let detail = format!("no turn within {HANDSHAKE_WAIT:?}: {full}");
+                let detail = format!("no turn within {:?}: {full}", self.wait);
                 Err(Refusal::new(RefusalReason::HandshakeLimit, detail))
             }
             // It came at the last moment.
@@ -142,29 +167,40 @@ impl Turns {
     }
 }
 
-/// The turn of one handshake, or a place in the queue for it. The queue says which: a message about a turn may be late.
+/// The turn of one handshake, or a place in the queue for it.
 pub struct Turn {
     turns: Turns,
     holder: Connection,
-    /// The place in the queue; `None` once the turn has come.
-    ticket: Option<u64>,
+    place: Place,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// In the queue, or by now with a unit: the message about it may be late.
+    Queue(u64),
+    /// With a unit.
+    Unit,
+    /// Nowhere.
+    Gone,
 }
 
 impl Turn {
     /// Leaves the queue. Returns `None` if the turn has come meanwhile.
-    fn give_up(&mut self) -> Option<Full> {
-        let ticket = self.ticket.take()?;
-        lock(&self.turns.0).forget(&self.holder, ticket)
+    fn leave_queue(&mut self) -> Option<Full> {
+        let Place::Queue(ticket) = self.place else { return None };
+        let full = lock(&self.turns.queue).forget(&self.holder, ticket);
+        self.place = if full.is_some() { Place::Gone } else { Place::Unit };
+        full
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        let waits = self.ticket.is_some();
-        if waits && self.give_up().is_some() {
+        self.leave_queue();
+        if self.place != Place::Unit {
             return;
         }
-        let mut queue = lock(&self.turns.0);
+        let mut queue = lock(&self.turns.queue);
         queue.leave(&self.holder);
         while let Some((_, tell)) = queue.next() {
             // One that does not listen any more releases its unit itself.
@@ -185,8 +221,10 @@ mod tests {
     const ATTACKER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 77, 2, 9));
     const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 77, 2, 3));
 
+    const CAPACITY: Capacity = Capacity { descriptors: 20_000 };
+
     fn shares() -> Shares {
-        Shares::new(Capacity { descriptors: 20_000 })
+        Shares::new(CAPACITY)
     }
 
     fn used(shares: &Shares, resource: &str) -> (u64, u64) {
@@ -195,9 +233,9 @@ mod tests {
         (found.used, found.refused)
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn handshakes_of_one_source_wait_and_end_and_others_do_not_notice() {
-        let shares = shares();
+        let shares = Shares::with_wait(CAPACITY, Duration::from_millis(20));
         let each = shares::HANDSHAKES.bounds(Capacity { descriptors: 0 }).each;
         let mut held = Vec::new();
         for _ in 0..each {
@@ -207,23 +245,24 @@ mod tests {
         assert_eq!(refused.reason, RefusalReason::HandshakeLimit);
         assert!(shares.handshake(1, CLIENT).await.is_ok());
         assert_eq!(used(&shares, "handshakes"), (each, 1));
-        let (waiting, _) = tokio::join!(shares.handshake(1, ATTACKER), async { held.pop() });
+        // The first is polled before the second ends a handshake.
+        let (waiting, _) = tokio::join!(shares.handshake(1, ATTACKER), async { drop(held.pop()) });
         assert!(waiting.is_ok(), "its turn has come");
         drop((waiting, held));
         assert_eq!(used(&shares, "handshakes"), (0, 1));
         assert_eq!(used(&shares, "pod_handshakes"), (0, 0));
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn one_that_goes_while_it_waits_leaves_nothing_behind() {
         let shares = shares();
         let mut held = Vec::new();
         for _ in 0..128 {
             held.push(shares.handshake(1, ATTACKER).await.expect("its share"));
         }
-        let gone = timeout(HANDSHAKE_WAIT / 2, shares.handshake(1, ATTACKER)).await;
+        let gone = timeout(Duration::from_millis(20), shares.handshake(1, ATTACKER)).await;
         assert!(gone.is_err(), "it waited");
-        assert_eq!(lock(&shares.handshakes.0).count_waiting(), 0);
+        assert_eq!(lock(&shares.handshakes.queue).count_waiting(), 0);
         drop(held);
         assert_eq!(used(&shares, "handshakes").0, 0);
     }

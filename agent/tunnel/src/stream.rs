@@ -90,7 +90,6 @@ fn prepare(tcp: &TcpStream) -> io::Result<()> {
         .with_interval(KEEPALIVE_INTERVAL)
         .with_retries(KEEPALIVE_PROBES);
     SockRef::from(tcp).set_tcp_keepalive(&keepalive)?;
-    socket::begin_small(tcp);
     tcp.set_nodelay(true)
 }
 

@@ -50,11 +50,11 @@ impl Connections {
         }
     }
 
-    /// Counts a connection until [`Connections::close`].
+    /// Counts a connection until [`Connections::close`], and returns the number of connections of its pod.
     ///
     /// # Errors
     /// [`Refused`] if a share is full; nothing is counted then but the refusal.
-    pub fn open(&mut self, connection: Connection) -> Result<(), Refused> {
+    pub fn open(&mut self, connection: Connection) -> Result<u64, Refused> {
         let Connection { pod, source } = connection;
         if let Some(source) = source {
             self.open_from(pod, source)?;
@@ -62,7 +62,14 @@ impl Connections {
         self.pods.take(pod).map_err(|full| {
             self.close_from(pod, source);
             Refused { reason: RefusalReason::PodConnections, full }
-        })
+        })?;
+        Ok(self.held(pod))
+    }
+
+    /// Returns the number of connections of a pod.
+    #[must_use]
+    pub fn held(&self, pod: PodId) -> u64 {
+        self.pods.held(&pod)
     }
 
     fn open_from(&mut self, pod: PodId, source: IpAddr) -> Result<(), Refused> {
@@ -152,7 +159,7 @@ mod tests {
         let mut opened = 0;
         loop {
             match all.open(connection) {
-                Ok(()) => opened += 1,
+                Ok(_) => opened += 1,
                 Err(refused) => return (opened, refused.reason),
             }
         }

@@ -8,7 +8,7 @@ use tacit_core::{
     wire::open::{DenyReason, Open, OptimisticMode},
 };
 use tacit_identity::credentials::Credentials;
-use tacit_tunnel::{OpenError, Session, random_trace_id, session::OptimisticData};
+use tacit_tunnel::{OpenError, Session, random_trace_id, session::OptimisticData, socket};
 
 use super::Attempt;
 use crate::{
@@ -86,6 +86,7 @@ async fn opened(
         Refusal::new(RefusalReason::PeerUnreachable, detail)
     })?;
     let turn = path.shares.outgoing_handshake(pod.cgroup).await?;
+    socket::begin_small(&tcp, path.shares.unread_bytes(pod.cgroup));
     let connected = Session::connect(tcp, own, &key.identity).await;
     drop(turn);
     let mut session = connected.map_err(|e| Refusal::new(e.reason(), e))?;

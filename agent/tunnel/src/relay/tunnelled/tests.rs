@@ -9,7 +9,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
-    relay::testing::{DEADLINE, exchange, is_reset, soon},
+    relay::{
+        bulk::tests::share,
+        testing::{DEADLINE, exchange, is_reset, soon},
+    },
     session::OptimisticData,
     testing::{connection, open, open_flow, sessions},
 };
