@@ -16,9 +16,9 @@ use tacit_core::shares::{self, Bounds, Ledger, ShareUse, connections::PodId};
 
 use crate::buffers::Size;
 
-/// Payload after which a direction is bulk: more than all small buffers between two applications hold, so that a flow that
+/// Payload after which a direction is bulk: twice what all small buffers between two applications hold, so that a flow that
 /// nobody reads never gets there.
-const AFTER_BYTES: u64 = 1 << 20;
+const AFTER_BYTES: u64 = 2 << 20;
 
 /// The bulk directions of all pods.
 #[derive(Debug)]
