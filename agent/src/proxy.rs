@@ -7,7 +7,8 @@
 //! | `inbound` | tunnel sessions, and plaintext that needs a verdict |
 //! | `authorize` | asks policy about a flow, when it opens and when policy changes |
 //! | `dialer` | connections made from inside a pod's network namespace |
-//! | `sessions` | tunnel sessions: handshake permits, idle sessions of each worker |
+//! | `sessions` | tunnel sessions: idle sessions of each worker |
+//! | `shares` | permits of connections and handshakes, by pod and source address |
 //! | `workers` | the threads that carry flows |
 //! | `drain` | ends flows and listeners in order |
 //!
@@ -20,6 +21,7 @@ pub mod drain;
 pub mod inbound;
 pub mod outbound;
 pub mod sessions;
+pub mod shares;
 pub mod workers;
 
 use std::{io, net::SocketAddr, sync::Arc};
@@ -28,17 +30,23 @@ use arc_swap::ArcSwap;
 use tacit_core::{
     balance::Balancer,
     refusal::{Refusal, RefusalReason},
+    shares::{self as bounds, Capacity},
     spiffe::SpiffeId,
 };
 use tacit_tunnel::{TlsInfo, socket::reset};
 use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     control_state::Snapshots,
-    enrol::Pods,
-    proxy::{dialer::Dialer, drain::Drain, sessions::Sessions, workers::Workers},
+    enrol::{Pod, Pods},
+    proxy::{dialer::Dialer, drain::Drain, sessions::Sessions, shares::Shares, workers::Workers},
     telemetry::{Ends, Reporter, Security, Telemetry},
 };
+
+/// Receive buffers on loopback as a multiple of those outside it: with two of its large reads in a window, the agent reads half as
+/// often.
+const LOOPBACK_UNREAD: u32 = 2;
 
 /// Everything a connection needs.
 pub struct Proxy {
@@ -48,6 +56,8 @@ pub struct Proxy {
     pub pods: Arc<ArcSwap<Pods>>,
     /// Tunnel sessions.
     pub sessions: Sessions,
+    /// What each pod and each source address uses of the agent.
+    pub shares: Shares,
     /// Counters and logs.
     pub telemetry: Telemetry,
     /// Ends listeners and flows.
@@ -60,17 +70,30 @@ pub struct Proxy {
 impl Proxy {
     /// A proxy without pods: [`Proxy::pods`] is filled by enrolment.
     #[must_use]
-    pub fn new(snapshots: Snapshots, dialer: Dialer, workers: Workers, telemetry: Telemetry) -> Self {
+    pub fn new(
+        snapshots: Snapshots,
+        dialer: Dialer,
+        workers: Workers,
+        telemetry: Telemetry,
+        capacity: Capacity,
+    ) -> Self {
         Self {
             snapshots,
             pods: Arc::default(),
-            sessions: Sessions::new(workers.count()),
+            sessions: Sessions::new(workers.count(), bounds::IDLE_SESSIONS.bounds(capacity)),
+            shares: Shares::new(capacity),
             telemetry,
             drain: Drain::default(),
             dialer,
             balancer: Balancer::default(),
             workers,
         }
+    }
+
+    /// Cancelled when a thread that carries flows, or a listener on it, has failed.
+    #[must_use]
+    pub fn workers_failed(&self) -> &CancellationToken {
+        self.workers.failed()
     }
 
     /// Returns both ends of a flow that this agent reports as the agent of the end `by`, with the directory's workloads and
@@ -88,6 +111,17 @@ impl Proxy {
             source: self.snapshots.party(addresses.source, source),
             destination: self.snapshots.party(addresses.destination, destination),
         }
+    }
+
+    /// Connects to an application of `pod` as `client`.
+    async fn dial_application(
+        &self,
+        pod: &Pod,
+        application: SocketAddr,
+        client: SocketAddr,
+    ) -> io::Result<TcpStream> {
+        let unread_bytes = LOOPBACK_UNREAD * self.shares.unread_bytes(pod.cgroup);
+        self.dialer.to_application(pod, application, client, unread_bytes).await
     }
 
     /// Counts and logs a refusal, and resets the connection.

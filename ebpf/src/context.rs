@@ -12,13 +12,14 @@ use aya_ebpf::{
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
 use core::{ffi::c_void, ptr};
-use tacit_abi::{Address, Inbound, Names, Tuple};
+use tacit_abi::{Address, Inbound, LOOPBACK_UNSENT_BYTES, Names, Tuple};
 
 use crate::maps::NAMES;
 
 /// From the kernel's headers, as are the constants below.
 const IPPROTO_TCP: i32 = 6;
 const TCP_CONGESTION: i32 = 13;
+const TCP_NOTSENT_LOWAT: i32 = 25;
 
 /// Loads a word of a context.
 macro_rules! load {
@@ -282,6 +283,17 @@ impl SockOps<'_> {
         // SAFETY: the helper takes the program's own context and reads the five bytes.
         let _ = unsafe {
             bpf_setsockopt(self.0.as_ptr(), IPPROTO_TCP, TCP_CONGESTION, name.as_mut_ptr().cast(), 5)
+        };
+    }
+
+    /// Bounds the bytes that the connection keeps unsent, beside those that its reader has. On loopback the kernel would keep
+    /// some 2.5 MiB, since it allows ten of the largest segments. An error changes nothing else and is ignored.
+    #[inline(always)]
+    pub fn limit_unsent(&self) {
+        let mut most = LOOPBACK_UNSENT_BYTES;
+        // SAFETY: the helper takes the program's own context and reads the four bytes.
+        let _ = unsafe {
+            bpf_setsockopt(self.0.as_ptr(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, (&raw mut most).cast(), 4)
         };
     }
 

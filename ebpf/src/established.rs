@@ -58,6 +58,7 @@ fn publish(sock: &SockOps<'_>, ends: &Ends) {
         _ => return,
     };
     sock.use_reno();
+    sock.limit_unsent();
     match stored {
         // The flag makes the kernel call this program at CLOSE. If it cannot be set, the entry leaks until it is overwritten.
         Ok(()) => sock.set_callback_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32),
@@ -85,6 +86,7 @@ fn inherit_names(sock: &SockOps<'_>, ends: &Ends) {
         ..Names::default()
     };
     sock.use_reno();
+    sock.limit_unsent();
     if !sock.store_names(names) {
         count(Reason::NamesFull);
     }

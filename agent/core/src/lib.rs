@@ -8,6 +8,7 @@
 //! | `policy` | modes, authorization, the verdict on an inbound flow |
 //! | `route` | the route of a captured connection |
 //! | `refusal` | the reasons why connections are refused |
+//! | `shares` | bounds in total and for each holder of every shared resource; who may use how much |
 //! | `renewal` | when to renew a certificate |
 //! | `wire` | the wire format `tacit/1`: frames, OPEN, the states of a flow |
 //! | `pool` | idle sessions of a pair |
@@ -28,6 +29,7 @@ pub mod pool;
 pub mod refusal;
 pub mod renewal;
 pub mod route;
+pub mod shares;
 pub mod spiffe;
 pub mod wire;
 pub mod yaml;

@@ -7,6 +7,7 @@ use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
     io::{self, IoSlice},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    os::fd::AsRawFd as _,
     time::Duration,
 };
 
@@ -15,7 +16,7 @@ use nix::sys::socket::{
     sockopt::{IpBindAddressNoPort, TcpCongestion},
 };
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
-use tacit_abi::{Address, Listener, tcp_port};
+use tacit_abi::{Address, LOOPBACK_UNSENT_BYTES, Listener, tcp_port};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     net::TcpStream,
@@ -33,6 +34,9 @@ const BACKLOG: i32 = 4096;
 
 /// Congestion control of connections that end on loopback: nothing is lost there, and pacing only costs.
 const LOOPBACK_CONGESTION: &str = "reno";
+
+/// Receive buffer of a connection from an application; the kernel doubles it. The window is a batch of the agent's largest reads.
+const LOOPBACK_UNREAD_BYTES: usize = 256 << 10;
 
 /// The agent's listeners in one pod; not blocking, and not yet with any runtime.
 #[derive(Debug)]
@@ -87,6 +91,7 @@ impl Listeners {
             let capture = of_applications(tcp_port::CAPTURE, ports)?;
             // As the kernel side does for the other ends on loopback; what is accepted inherits it.
             let _ = setsockopt(&capture, TcpCongestion, &LOOPBACK_CONGESTION.into());
+            let _ = capture.set_recv_buffer_size(LOOPBACK_UNREAD_BYTES);
             let plaintext = of_applications(tcp_port::PLAINTEXT, ports)?;
             let tunnel = listener(tcp_port::TUNNEL, ports)?;
             Ok((capture, plaintext, tunnel))
@@ -115,12 +120,14 @@ impl Listeners {
 }
 
 /// A listener whose connections are applications'. They inherit what each of them needs, which saves two system calls for
-/// each: bytes are passed on as they come, since waiting for more belongs to the applications; and they end with RST however
-/// they are closed, also those that nobody has accepted yet when the agent dies.
+/// each: bytes are passed on as they come, since waiting for more belongs to the applications; little is kept for one that does
+/// not read, or that the agent does not read; and they end with RST however they are closed, also those that nobody has
+/// accepted yet when the agent dies.
 fn of_applications(port: u16, ports: Ports) -> Result<Socket, ListenError> {
     let listener = listener(port, ports)?;
     let set = || {
         listener.set_tcp_nodelay(true)?;
+        listener.set_tcp_notsent_lowat(LOOPBACK_UNSENT_BYTES)?;
         listener.set_linger(Some(Duration::ZERO))
     };
     set().map_err(|source| ListenError::Listen { port, source })?;
@@ -226,6 +233,45 @@ fn loopback_for(to: IpAddr, client: SocketAddr) -> IpAddr {
     let mut hasher = DefaultHasher::new();
     client.hash(&mut hasher);
     ip(&Address::dial_source(to.is_ipv4(), hasher.finish() as u32))
+}
+
+/// Bounds the bytes that `socket` keeps unsent, beside those in flight; `None` leaves that to the kernel.
+///
+/// # Errors
+/// The kernel's.
+pub fn limit_unsent_bytes<'s>(socket: impl Into<SockRef<'s>>, most: Option<u32>) -> io::Result<()> {
+    // 0 stands for `net.ipv4.tcp_notsent_lowat`.
+    socket.into().set_tcp_notsent_lowat(most.unwrap_or(0))
+}
+
+/// Bounds the bytes that `socket` keeps for its reader to about `most`, and its receive window with them. `None` lets the kernel
+/// grow the buffer with the rate of reading, from [`GROWING_BYTES`] on.
+///
+/// # Errors
+/// The kernel's.
+pub fn limit_unread_bytes<'s>(socket: impl Into<SockRef<'s>>, most: Option<u32>) -> io::Result<()> {
+    let socket = socket.into();
+    let Some(most) = most else {
+        // The kernel grows a buffer when more than before is read in a round trip, which a small window does not let happen.
+        set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, GROWING_BYTES)?;
+        return set_option(&socket, libc::SOL_SOCKET, libc::SO_BUF_LOCK, 0);
+    };
+    // The clamp of a connected socket stands at its first window.
+    set_option(&socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, WINDOW_MAX_BYTES)?;
+    socket.set_recv_buffer_size(most as usize)
+}
+
+/// Receive buffer of a socket that the kernel may grow, in bytes.
+const GROWING_BYTES: libc::c_int = 512 << 10;
+/// More than any receive buffer, in bytes.
+const WINDOW_MAX_BYTES: libc::c_int = 1 << 30;
+
+fn set_option(socket: &Socket, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let size = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the descriptor is open, and `value` lives through the call and has the size that is passed.
+    let result =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), size) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Connects `socket` within `limit`.

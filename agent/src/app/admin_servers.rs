@@ -185,6 +185,7 @@ impl Shown {
             sources: self.sources.iter().map(|(kind, state)| source(*kind, &state.borrow())).collect(),
             flows: FlowsStatus::default(),
             pool: PoolStatus::default(),
+            shares: Vec::new(),
         }
     }
 }

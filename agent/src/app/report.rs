@@ -13,6 +13,7 @@ use tacit_core::{
         Mode,
         explain::{self, ExplainContext, ExplainError, Explanation, WorkloadRef},
     },
+    shares::{SHARES, ShareUse},
     spiffe::TrustDomain,
 };
 use tacit_identity::{issuer::Issuer, istio::Skew, manager::CertificateState};
@@ -21,12 +22,12 @@ use tacit_sources::reload::ReloadState;
 
 use crate::{
     config::Config,
-    enrol::PodPolicy,
+    enrol::{PodPolicy, Pods},
     proxy::Proxy,
     telemetry::status::{
         AgentState, CertificateStatus, CounterStatus, DropStatus, GuardStatus, IssuerStatus, MeshStatus,
-        PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, SourceKind, SourceStatus, Status,
-        UncoveredStatus,
+        PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, ShareStatus, SourceKind,
+        SourceStatus, Status, UncoveredStatus,
     },
 };
 
@@ -84,6 +85,7 @@ impl Report {
             ],
             flows: self.proxy.telemetry.live_flows(),
             pool: PoolStatus { idle_sessions: self.proxy.sessions.count_idle() as u64 },
+            shares: self.shares(),
         }
     }
 
@@ -179,12 +181,21 @@ impl Report {
         counters.into_iter().map(counter).collect()
     }
 
+    /// Every share of the node. Which rows there are is stated in `tacit_core::shares`.
+    fn shares(&self) -> Vec<ShareStatus> {
+        let table = self.proxy.pods.load();
+        let name = |pod| pod_name(&table, pod);
+        let mut all = self.proxy.shares.usage(&name);
+        all.push(self.proxy.sessions.usage().named(name));
+        all.push(self.proxy.telemetry.admin_connections());
+        let row = |usage: &ShareUse<String>| SHARES.iter().position(|row| row.resource == usage.resource);
+        all.sort_by_key(row);
+        all.into_iter().map(ShareStatus::of).collect()
+    }
+
     fn guard(&self) -> GuardStatus {
         let table = self.proxy.pods.load();
-        let name = |cgroup: u64| match table.pods.iter().find(|pod| pod.cgroup == cgroup) {
-            Some(pod) => format!("{}/{}", pod.workload.namespace, pod.workload.name),
-            None => format!("cgroup {cgroup}"),
-        };
+        let name = |cgroup: u64| pod_name(&table, cgroup);
         let status = |drops: DropCount| DropStatus {
             pod: name(drops.cgroup),
             remote: drops.remote,
@@ -196,6 +207,13 @@ impl Report {
             resets_at_enrolment: self.proxy.telemetry.resets_at_enrolment(),
             drops: self.kernel.maps.drops().into_iter().map(status).collect(),
         }
+    }
+}
+
+fn pod_name(table: &Pods, cgroup: u64) -> String {
+    match table.pods.iter().find(|pod| pod.cgroup == cgroup) {
+        Some(pod) => format!("{}/{}", pod.workload.namespace, pod.workload.name),
+        None => format!("cgroup {cgroup}"),
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use tacit_core::{directory::Directory, policy::Policies};
+use tacit_core::{directory::Directory, policy::Policies, shares::Capacity};
 use tacit_identity::{
     issuer::{EmbeddedIssuer, Issuer},
     istio::IstioIssuer,
@@ -154,7 +154,8 @@ fn proxy(
     let workers = Workers::start(config.workers.unwrap_or_else(cores), config.busy_poll)
         .map_err(system("start the threads that carry flows"))?;
     let dialer = Dialer::new(kernel.clone(), node.host.clone());
-    Ok(Arc::new(Proxy::new(snapshots, dialer, workers, telemetry)))
+    let capacity = Capacity { descriptors: node.descriptors };
+    Ok(Arc::new(Proxy::new(snapshots, dialer, workers, telemetry, capacity)))
 }
 
 /// One thread for each core that this process may use.

@@ -1,6 +1,6 @@
 //! The control tasks of an agent that serves: enrolment, upkeep, the heartbeat, the log of the kernel side.
 
-use std::{collections::HashSet, future::Future, io, sync::Arc, time::Duration};
+use std::{collections::HashSet, io, sync::Arc, time::Duration};
 
 use tacit_core::directory::Directory;
 use tacit_kernel::{Kernel, KernelError, events, host};
@@ -11,7 +11,12 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::node_addresses::node_addresses;
-use crate::{app::report::Report, enrol::Enroller, proxy::Proxy, telemetry::status::UncoveredStatus};
+use crate::{
+    app::report::Report,
+    enrol::Enroller,
+    proxy::{Proxy, workers::vital},
+    telemetry::status::UncoveredStatus,
+};
 
 /// Interval of reading the node's own addresses and of closing expired idle sessions.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
@@ -44,13 +49,14 @@ impl Tasks {
     ) -> Self {
         let settle = proxy.drain.stop.child_token();
         let snapshots = proxy.snapshots.clone();
-        let failed = CancellationToken::new();
+        // Worker threads and their listeners count too.
+        let failed = proxy.workers_failed().clone();
         let mut enrolment = JoinSet::new();
         let (enrols, enrolment_failed) = (enroller.run(settle.clone()), failed.clone());
         enrolment.spawn(async move { enrols.await.inspect_err(|_| enrolment_failed.cancel()) });
         let mut upkeep = JoinSet::new();
-        upkeep.spawn(vital(housekeeping(kernel.clone(), proxy.clone(), report.clone()), failed.clone()));
-        upkeep.spawn(vital(snapshots.mesh.keep(snapshots.directory), failed.clone()));
+        upkeep.spawn(vital(failed.clone(), housekeeping(kernel.clone(), proxy.clone(), report.clone())));
+        upkeep.spawn(vital(failed.clone(), snapshots.mesh.keep(snapshots.directory)));
         let mut heart = JoinSet::new();
         heart.spawn(heartbeat(kernel.clone(), heartbeat_timeout, failed));
         let mut kernel_log = JoinSet::new();
@@ -84,22 +90,6 @@ impl Tasks {
         self.kernel_log.abort_all();
         self.stop_heart().await;
     }
-}
-
-/// Runs a task on which the kernel relies. Cancels `failed` if the task panics.
-async fn vital(task: impl Future<Output = ()>, failed: CancellationToken) {
-    struct OnPanic(CancellationToken);
-
-    impl Drop for OnPanic {
-        fn drop(&mut self) {
-            if std::thread::panicking() {
-                self.0.cancel();
-            }
-        }
-    }
-
-    let _guard = OnPanic(failed);
-    task.await;
 }
 
 /// Tells the kernel that this agent lives, for as long as its tasks are run and none of them has failed: an agent that
@@ -161,22 +151,4 @@ pub(super) fn refresh_node(kernel: &Kernel, directory: &Directory) -> Result<(),
     let sources = node_addresses(listed, directory);
     kernel.refresh_node_hardware()?;
     kernel.maps.set_node(&sources)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn only_a_panic_of_a_vital_task_is_a_failure() {
-        let failed = CancellationToken::new();
-        vital(async {}, failed.clone()).await;
-        let mut tasks = JoinSet::new();
-        tasks.spawn(vital(std::future::pending(), failed.clone()));
-        tasks.shutdown().await;
-        assert!(!failed.is_cancelled(), "ended, or aborted at shutdown");
-        tasks.spawn(vital(async { panic!("a defect") }, failed.clone()));
-        assert!(tasks.join_next().await.is_some_and(|ended| ended.is_err()));
-        assert!(failed.is_cancelled());
-    }
 }

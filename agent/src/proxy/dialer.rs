@@ -24,7 +24,8 @@ impl Dialer {
         Self { kernel, host }
     }
 
-    /// Connects to an application of `pod` as `client`: the application sees the client's address.
+    /// Connects to an application of `pod` as `client`: the application sees the client's address. The kernel keeps at most
+    /// `unread_bytes` that the application has sent.
     ///
     /// # Errors
     /// The kernel's, or a time-out.
@@ -33,8 +34,11 @@ impl Dialer {
         pod: &Pod,
         application: SocketAddr,
         client: SocketAddr,
+        unread_bytes: u32,
     ) -> io::Result<TcpStream> {
         let socket = socket::dialer(&pod.netns, &self.host, application, client)?;
+        // On loopback no autotuning is needed: a window of two batches keeps both ends busy.
+        socket.set_recv_buffer_size(unread_bytes as usize)?;
         // An application decides by the address of its client: without the name there is no connection.
         self.kernel.maps.set_peer_name(&socket, client).map_err(io::Error::other)?;
         let connected = socket::connected(socket, application, APPLICATION_CONNECT).await?;

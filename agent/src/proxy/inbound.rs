@@ -26,10 +26,7 @@ use tokio::net::TcpStream;
 
 use crate::{
     enrol::Pod,
-    proxy::{
-        Addresses, Proxy, authorize, canonical, not_connected, security,
-        sessions::{HANDSHAKE_WAIT, HANDSHAKES_MAX},
-    },
+    proxy::{Addresses, Proxy, authorize, canonical, not_connected, security},
     telemetry::{Ends, FlowSpec, Reporter, Security},
 };
 
@@ -61,16 +58,17 @@ async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Opt
     if let Err(refusal) = came_from_outside(pod, at) {
         return refuse(tcp, refusal);
     }
-    let Some(permit) = path.sessions.handshake_permit().await else {
-        let detail = format!("{HANDSHAKES_MAX} handshakes have been under way for {HANDSHAKE_WAIT:?}");
-        return refuse(tcp, Refusal::new(RefusalReason::HandshakeLimit, detail));
+    let turn = match path.shares.handshake(pod.cgroup, peer.ip()).await {
+        Ok(turn) => turn,
+        Err(refusal) => return refuse(tcp, refusal),
     };
     let Some(own) = path.snapshots.credentials(&pod.workload.identity) else {
         let detail = format!("{} has no valid certificate; see `tacit status`", pod.workload.identity);
         return refuse(tcp, Refusal::new(RefusalReason::NoCertificate, detail));
     };
+    socket::begin_small(&tcp, path.shares.unread_bytes(pod.cgroup));
     let accepted = Session::accept(tcp, &own).await;
-    drop(permit);
+    drop(turn);
     match accepted {
         Ok(mut session) => {
             session.end_with_flow_after(path.drain.stop.clone());
@@ -141,7 +139,7 @@ async fn begin<'a>(
         Ok(admitted) => admitted,
         Err(refusal) => return deny(path, session, open, &ends, &refusal).await.map(Begun::Denied),
     };
-    let application = match path.dialer.to_application(pod, open.destination, open.client).await {
+    let application = match path.dial_application(pod, open.destination, open.client).await {
         Ok(application) => application,
         Err(error) => {
             return deny(path, session, open, &ends, &not_connected(&error)).await.map(Begun::Denied);
@@ -153,9 +151,10 @@ async fn begin<'a>(
     }
     let live =
         path.telemetry.open_flow(FlowSpec { ends, security: security(session.tls()), trace: open.trace.0 });
+    let bulk = path.shares.bulk.of(pod.cgroup);
     Some(Begun::Flow(Box::pin(async move {
         let (end, session) = tokio::select! {
-            ended = relay::tunnelled(application, session, live.counters()) => ended,
+            ended = relay::tunnelled(application, session, live.counters(), &bulk) => ended,
             () = path.drain.cut.cancelled() => {
                 live.close("cut");
                 return None;
@@ -242,12 +241,14 @@ pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: TcpStream, peer:
         Ok(admitted) => admitted,
         Err(refusal) => return refuse(client, &refusal),
     };
-    match path.dialer.to_application(&pod, at, peer).await {
+    match path.dial_application(&pod, at, peer).await {
         Ok(application) => {
             let live =
                 path.telemetry.open_flow(FlowSpec { ends, security: Security::Plaintext, trace: [0; 16] });
+            let bulk = path.shares.bulk.of(pod.cgroup);
+            socket::begin_small(&client, path.shares.unread_bytes(pod.cgroup));
             let end = tokio::select! {
-                end = relay::plain(client, application, live.counters()) => end.label(),
+                end = relay::plain(client, application, live.counters(), &bulk) => end.label(),
                 () = path.drain.cut.cancelled() => "cut",
                 refusal = admitted.revoked(&pod) => {
                     return authorize::revoke(&path.telemetry, live, &refusal);

@@ -25,7 +25,10 @@ use tacit_core::{
     refusal::{Refusal, RefusalReason},
     route::{self, PlaintextCause, Route, RouteInput},
 };
-use tacit_tunnel::{relay, socket};
+use tacit_tunnel::{
+    relay::{self, PodBulk},
+    socket,
+};
 use tokio::net::TcpStream;
 
 use crate::{
@@ -183,20 +186,21 @@ fn carry(
         Upstream::Plaintext(server, spec) => Box::pin(async move {
             let destination = spec.ends.destination.address;
             let flow = path.telemetry.open_flow(spec);
-            let relayed = path.clone();
+            let (relayed, bulk) = (path.clone(), path.shares.bulk.of(pod.cgroup));
             let revoked = plaintext_revoked(&path, &pod, destination);
-            relay_plain(relayed, app, server, flow, revoked, endpoint).await;
+            relay_plain(relayed, (app, server), (flow, bulk), revoked, endpoint).await;
         }),
         Upstream::SameNode(server, spec, target, admitted) => Box::pin(async move {
-            let flow = path.telemetry.open_flow(spec);
-            relay_plain(path, app, server, flow, admitted.revoked(&target), endpoint).await;
+            let flow = (path.telemetry.open_flow(spec), path.shares.bulk.of(pod.cgroup));
+            relay_plain(path, (app, server), flow, admitted.revoked(&target), endpoint).await;
         }),
         Upstream::Tunnel(Tunnel { session, optimistic_bytes, spec, key }) => {
             let live = path.telemetry.open_flow(spec);
             live.counters().sent.fetch_add(optimistic_bytes, Relaxed);
+            let bulk = path.shares.bulk.of(pod.cgroup);
             Box::pin(async move {
                 let (end, session) = tokio::select! {
-                    ended = relay::tunnelled(app, session, live.counters()) => ended,
+                    ended = relay::tunnelled(app, session, live.counters(), &bulk) => ended,
                     () = path.drain.cut.cancelled() => return live.close("cut"),
                 };
                 live.close(end.label());
@@ -296,7 +300,7 @@ async fn connect_same_node(path: &Proxy, pod: &Pod, addresses: Addresses) -> Res
     let ends = path.ends(Reporter::Source, addresses, Some(identity.clone()), Some(theirs));
     let flow = Flow { source: FlowSource::SameNode(identity), client: source.ip(), destination };
     let admitted = authorize::admit(&path.telemetry, &target, flow, &ends)?;
-    let connected = path.dialer.to_application(&target, destination, source).await;
+    let connected = path.dial_application(&target, destination, source).await;
     let server = connected.map_err(|error| not_connected(&error))?;
     let spec = FlowSpec { ends, security: Security::SameNode, trace: [0; 16] };
     Ok(Upstream::SameNode(server, spec, target, admitted))
@@ -319,6 +323,7 @@ async fn connect_plaintext(
     let connected = path.dialer.connect(pod, destination, limit).await;
     let server = connected.map_err(|error| not_connected(&error))?;
     socket::reset_if_dropped(&server);
+    socket::begin_small(&server, path.shares.unread_bytes(pod.cgroup));
     tracing::debug!(%source, %destination, why = cause.label(), "in clear");
     let spec = FlowSpec {
         ends: path.ends(Reporter::Source, addresses, None, None),
@@ -330,9 +335,8 @@ async fn connect_plaintext(
 
 async fn relay_plain(
     path: Arc<Proxy>,
-    app: TcpStream,
-    server: TcpStream,
-    flow: LiveFlow,
+    (app, server): (TcpStream, TcpStream),
+    (flow, bulk): (LiveFlow, PodBulk),
     revoked: impl Future<Output = Refusal>,
     _endpoint: Option<Box<PickedEndpoint>>,
 ) {
@@ -341,7 +345,7 @@ async fn relay_plain(
         biased;
         refusal = revoked => return authorize::revoke(&path.telemetry, flow, &refusal),
         () = path.drain.cut.cancelled() => "cut",
-        end = relay::plain(app, server, flow.counters()) => end.label(),
+        end = relay::plain(app, server, flow.counters(), &bulk) => end.label(),
     };
     flow.close(end);
 }

@@ -62,6 +62,7 @@ impl Collector for Exposition {
         let mut writer = Writer(encoder);
         self.flows(&mut writer)?;
         self.agent(&mut writer)?;
+        self.shares(&mut writer)?;
         self.certificates(&mut writer)?;
         self.configuration(&mut writer)
     }
@@ -107,6 +108,22 @@ impl Exposition {
         writer.histogram(&ENROLMENT, &self.enrolments)?;
         let verdicts = status.kernel.iter();
         writer.family(&KERNEL_VERDICTS, verdicts.map(|verdict| ([Value::Text(&verdict.name)], verdict.value)))
+    }
+
+    fn shares(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let all = || self.status.shares.iter();
+        let used = all().flat_map(|share| {
+            let labels = |scope| [share.resource.as_str(), scope].map(Value::Text);
+            [(labels("total"), share.used), (labels("holder"), share.fullest_used)]
+        });
+        writer.family(&SHARE_USED, used)?;
+        let limits = all().flat_map(|share| {
+            let labels = |scope| [share.resource.as_str(), scope].map(Value::Text);
+            let total = share.limit.map(|limit| (labels("total"), limit));
+            total.into_iter().chain([(labels("holder"), share.holder_limit)])
+        });
+        writer.family(&SHARE_LIMIT, limits)?;
+        writer.family(&SHARE_REFUSED, all().map(|share| ([Value::Text(&share.resource)], share.refused)))
     }
 
     fn certificates(&self, writer: &mut Writer<'_>) -> fmt::Result {

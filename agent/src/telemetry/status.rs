@@ -15,6 +15,7 @@ use std::{
 };
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+use tacit_core::shares::{self, ShareUse};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 pub use render::render;
@@ -67,6 +68,9 @@ pub struct Status {
     pub flows: FlowsStatus,
     /// Tunnel sessions kept for reuse.
     pub pool: PoolStatus,
+    /// What pods, sources and others use of what they share.
+    #[serde(default)]
+    pub shares: Vec<ShareStatus>,
 }
 
 impl Status {
@@ -365,6 +369,52 @@ pub struct PartyStatus {
 pub struct PoolStatus {
     /// Sessions that carry no flow now.
     pub idle_sessions: u64,
+}
+
+/// A shared resource, and the holder that uses most of it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ShareStatus {
+    /// A stable name: the metric's label.
+    pub resource: String,
+    /// What is counted.
+    pub counts: String,
+    /// Units of all holders.
+    pub used: u64,
+    /// Most units of all holders; absent where there is no such bound.
+    pub limit: Option<u64>,
+    /// What a holder is: `pod`, `source`, `source_at_pod`, `namespace` or `object`.
+    pub holder: String,
+    /// The holder with the most units; absent while nobody has any.
+    pub fullest: Option<String>,
+    /// Units of that holder.
+    pub fullest_used: u64,
+    /// Most units of one holder.
+    pub holder_limit: u64,
+    /// The fullest holder gets no further unit.
+    pub full: bool,
+    /// Uses that were refused, or made to give way, since the agent started.
+    pub refused: u64,
+}
+
+impl ShareStatus {
+    /// Returns the status of a use, with the words of its row.
+    #[must_use]
+    pub fn of(usage: ShareUse<String>) -> Self {
+        let (row, full) = (shares::of(usage.resource), usage.is_full());
+        let (fullest, fullest_used) = usage.fullest.unzip();
+        Self {
+            resource: usage.resource.to_owned(),
+            counts: row.map_or_else(String::new, |row| row.counts.to_owned()),
+            used: usage.used,
+            limit: (usage.bounds.total != u64::MAX).then_some(usage.bounds.total),
+            holder: row.map_or("", |row| row.holder.label()).to_owned(),
+            fullest,
+            fullest_used: fullest_used.unwrap_or_default(),
+            holder_limit: usage.bounds.each,
+            full,
+            refused: usage.refused,
+        }
+    }
 }
 
 /// A moment, to the second, between 1970 and 9999; one outside is moved to the nearer end. RFC 3339 as text.

@@ -40,6 +40,7 @@ use super::{
 use crate::{
     app_read::AppRead,
     receive_buffer::{ReceiveBuffer, Received},
+    socket,
 };
 pub use optimistic_data::OptimisticData;
 
@@ -348,6 +349,22 @@ impl Session {
             self.send(&Control::Fin)?;
         }
         Ok(read.ends)
+    }
+
+    /// Uses large buffers for sent bytes, or ends that.
+    pub(crate) fn set_large_sends(&self, is_large: bool) {
+        socket::limit_unsent(self.tls.tcp(), is_large);
+    }
+
+    /// Returns true if received bytes would have been followed by a larger read.
+    pub(crate) fn is_receive_short(&self) -> bool {
+        self.receive_buffer.is_short()
+    }
+
+    /// Uses large buffers for received bytes, or ends that.
+    pub(crate) fn set_large_receives(&mut self, is_large: bool) {
+        self.receive_buffer.set_may_grow(is_large);
+        socket::limit_unread(self.tls.tcp(), is_large);
     }
 
     /// Returns true if queued bytes are unsent.

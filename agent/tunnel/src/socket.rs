@@ -11,8 +11,13 @@ use std::{
 };
 
 use socket2::SockRef;
-use tacit_kernel::socket::send;
+use tacit_core::shares::UNREAD_BYTES_MAX;
+use tacit_kernel::socket::{limit_unread_bytes, limit_unsent_bytes, send};
 use tokio::{io::Interest, net::TcpStream};
+
+/// Unsent bytes of a tunnel's socket, unless it carries bulk. Two batches of a flow that is not bulk: the next one is sealed while
+/// the first is sent.
+const UNSENT_MAX_BYTES: u32 = 128 << 10;
 
 /// Reads the available bytes into `slices`, in order. `Ok(0)` is the end of the stream.
 pub(crate) fn poll_read(
@@ -113,6 +118,25 @@ fn poll_send(
             outcome => return Poll::Ready(outcome),
         }
     }
+}
+
+/// Has the kernel keep little of a connection outside loopback, until it carries bulk: `unread_bytes` for the reader.
+pub fn begin_small(tcp: &TcpStream, unread_bytes: u32) {
+    limit_unsent(tcp, false);
+    // An error leaves the kernel's own bounds.
+    let _ = limit_unread_bytes(tcp, Some(unread_bytes));
+}
+
+/// Bounds the bytes that the kernel keeps unsent, beside those in flight, or leaves them to the kernel for bulk.
+pub(crate) fn limit_unsent(tcp: &TcpStream, is_bulk: bool) {
+    // An error leaves the kernel's own bounds.
+    let _ = limit_unsent_bytes(tcp, (!is_bulk).then_some(UNSENT_MAX_BYTES));
+}
+
+/// Bounds the bytes that the kernel keeps for the reader, or leaves them to the kernel for bulk.
+pub(crate) fn limit_unread(tcp: &TcpStream, is_bulk: bool) {
+    // As above.
+    let _ = limit_unread_bytes(tcp, (!is_bulk).then_some(UNREAD_BYTES_MAX));
 }
 
 /// Ends the local direction. The peer reads the end of the stream after all written bytes.

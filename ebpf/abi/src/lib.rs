@@ -35,3 +35,7 @@ pub use layout::{
 pub use link::{Link, hardware_address};
 pub use outbound::{Connect, ConnectFacts, decide_connect};
 pub use reason::{REASONS, Reason, ReasonText};
+
+/// Bytes that a connection between the agent and an application keeps unsent, beside those that its reader has. Sending goes on
+/// when half of them are left, so the reader never waits for the sender to wake up.
+pub const LOOPBACK_UNSENT_BYTES: u32 = 64 << 10;

@@ -153,7 +153,7 @@ pub(super) fn all() -> Vec<Case> {
 }
 
 const SPECIAL: [(&str, &str, Special); 4] = [
-    ("idle-flows", "8,000 open and silent flows: memory, CPU, memory afterwards", Special::Idle),
+    ("idle-flows", "3,500 open and silent flows: memory, CPU, memory afterwards", Special::Idle),
     ("workers", "one and two worker threads", Special::Workers),
     ("pods", "100 pods on one node: time and memory for each", Special::Pods),
     ("kernel", "time of each BPF program", Special::Kernel),

@@ -88,7 +88,9 @@ impl DenyReason {
             RefusalReason::Unreachable => Self::Unreachable,
             RefusalReason::TimedOut => Self::TimedOut,
             RefusalReason::Draining => Self::Draining,
-            RefusalReason::Overloaded => Self::Overloaded,
+            RefusalReason::Overloaded | RefusalReason::PodConnections | RefusalReason::SourceConnections => {
+                Self::Overloaded
+            }
             // A server refuses a flow that was opened for no other reason.
             _ => Self::Internal,
         }

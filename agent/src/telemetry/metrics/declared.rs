@@ -214,6 +214,27 @@ pub(super) static POOL_IDLE: Metric = Metric {
     labels: &[],
     help: "Tunnel sessions kept for reuse.",
 };
+pub(super) static SHARE_USED: Metric = Metric {
+    name: "tacit_share_used",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &["resource", "scope"],
+    help: "Units of a shared resource in use: of all holders (scope total), and of the holder with the most (scope holder).",
+};
+pub(super) static SHARE_LIMIT: Metric = Metric {
+    name: "tacit_share_limit",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &["resource", "scope"],
+    help: "Most units of a shared resource: of all holders (scope total), and of each (scope holder).",
+};
+pub(super) static SHARE_REFUSED: Metric = Metric {
+    name: "tacit_share_refused",
+    unit: None,
+    kind: MetricType::Counter,
+    labels: &["resource"],
+    help: "Uses of a shared resource that were refused, or made to give way, because the holder had its share.",
+};
 pub(super) static STALE: Metric = Metric {
     name: "tacit_config_stale",
     unit: Some(Unit::Seconds),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{AgentState, CertificateStatus, PartyStatus, PodState, PodStatus, Status};
+use super::{AgentState, CertificateStatus, PartyStatus, PodState, PodStatus, ShareStatus, Status};
 use crate::telemetry::table::{Cell, Colour, Style, Table};
 
 /// A certificate with less than this part of its life left is overdue for renewal, which begins much earlier.
@@ -22,6 +22,7 @@ pub fn render(status: &Status, colour: bool) -> String {
     page.guard(status);
     page.certificates(status);
     page.sources(status);
+    page.shares(status);
     page.flows(status);
     page.out
 }
@@ -193,6 +194,28 @@ impl Page {
             for problem in &source.unreadable {
                 self.note(Style::Bad, &format!("not readable: {problem}"));
             }
+        }
+    }
+
+    fn shares(&mut self, status: &Status) {
+        let mut table = Table::new(["SHARED", "USED", "LIMIT", "FULLEST", "USED", "LIMIT", "REFUSED"]);
+        for share in &status.shares {
+            let style = if share.full { Style::Caution } else { Style::Plain };
+            table.row([
+                (&share.resource).into(),
+                share.used.into(),
+                share.limit.map_or_else(|| "-".to_owned(), |limit| limit.to_string()).into(),
+                share.fullest.as_deref().unwrap_or("-").into(),
+                Cell::styled(share.fullest_used.to_string(), style),
+                share.holder_limit.into(),
+                share.refused.into(),
+            ]);
+        }
+        self.section("SHARES", &table);
+        for share in status.shares.iter().filter(|share| share.full) {
+            let ShareStatus { resource, fullest_used, holder_limit, .. } = share;
+            let who = share.fullest.as_deref().unwrap_or("all holders");
+            self.note(Style::Caution, &format!("{resource}: {who} has {fullest_used} of {holder_limit}"));
         }
     }
 

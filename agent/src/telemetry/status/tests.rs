@@ -1,5 +1,7 @@
 //! Tests of the status as data, and a status with something in every part for the tests around.
 
+use tacit_core::shares::Bounds;
+
 use super::*;
 
 #[test]
@@ -110,7 +112,14 @@ pub(in crate::telemetry) fn sample() -> Status {
         }],
         flows: FlowsStatus { live: 1200, list: vec![flow()] },
         pool: PoolStatus { idle_sessions: 5 },
+        shares: vec![share("connections", Some("shop/web"), 64), share("handshakes", None, 0)],
     }
+}
+
+fn share(resource: &'static str, fullest: Option<&str>, used: u64) -> ShareStatus {
+    let bounds = Bounds { total: 90, each: 64 };
+    let fullest = fullest.map(|holder| (holder.to_owned(), used));
+    ShareStatus::of(ShareUse { resource, bounds, used, fullest, refused: 7 })
 }
 
 fn pod(name: &str, state: PodState) -> PodStatus {

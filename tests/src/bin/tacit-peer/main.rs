@@ -5,6 +5,8 @@
 //! tacit-peer connect ADDRESS [--from IP | --mptcp] STEP...   runs the steps on one connection
 //! tacit-peer flows COUNT ADDRESS...             opens COUNT concurrent connections, distributed over the addresses; each
 //!                                               is echoed, and all are open before any closes
+//! tacit-peer hold COUNT ADDRESS...              opens COUNT connections one after the other, each echoed once, and keeps them
+//!                                               until a line comes on stdin
 //! tacit-peer repeat|storm ADDRESS               opens sequential connections until a line comes on stdin; a storm does
 //!                                               not pause after a failure
 //! ```
@@ -58,9 +60,13 @@ fn main() -> Result<()> {
             let addresses = addresses.iter().map(|address| address.parse().context("ADDRESS"));
             flows::run(&addresses.collect::<Result<Vec<_>>>()?, count.parse().context("COUNT")?)
         }
+        ["hold", count, addresses @ ..] if !addresses.is_empty() => {
+            let addresses = addresses.iter().map(|address| address.parse().context("ADDRESS"));
+            flows::hold(&addresses.collect::<Result<Vec<_>>>()?, count.parse().context("COUNT")?)
+        }
         ["repeat", address] => flows::repeat(address.parse().context("ADDRESS")?, AfterFailure::Pause),
         ["storm", address] => flows::repeat(address.parse().context("ADDRESS")?, AfterFailure::Storm),
-        _ => bail!("usage: tacit-peer serve|connect|flows|repeat|storm ADDRESS ..."),
+        _ => bail!("usage: tacit-peer serve|connect|flows|hold|repeat|storm ADDRESS ..."),
     }
 }
 
