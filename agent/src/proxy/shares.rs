@@ -202,7 +202,7 @@ impl Drop for Turn {
         }
         let mut queue = lock(&self.turns.queue);
         queue.leave(&self.holder);
-        while let Some((_, tell)) = queue.next() {
+        while let Some((_, tell)) = queue.admit_next() {
             // One that does not listen any more releases its unit itself.
             let _ = tell.send(());
         }

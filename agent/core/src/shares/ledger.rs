@@ -130,7 +130,7 @@ mod tests {
     fn greedy(ledger: &mut Ledger<u32>, holders: u32) -> Vec<u64> {
         let mut is_admitted = true;
         while is_admitted {
-            is_admitted = (0..holders).fold(false, |any, holder| ledger.take(holder).is_ok() || any);
+            is_admitted = (0..holders).filter(|holder| ledger.take(*holder).is_ok()).count() > 0;
         }
         (0..holders).map(|holder| ledger.held(&holder)).collect()
     }

@@ -29,7 +29,7 @@ pub struct Queue<W> {
 pub enum Arrival {
     /// It has a unit, until [`Queue::leave`].
     Admitted,
-    /// It waits until [`Queue::next`] returns it, or until [`Queue::forget`].
+    /// It waits until [`Queue::admit_next`] returns it, or until [`Queue::forget`].
     Waits(u64),
 }
 
@@ -80,7 +80,7 @@ impl<W> Queue<W> {
         }
     }
 
-    /// Releases a unit. Call [`Queue::next`] until it returns `None`.
+    /// Releases a unit. Call [`Queue::admit_next`] until it returns `None`.
     pub fn leave(&mut self, holder: &Connection) {
         self.pods.release(&holder.pod);
         if let Some(source) = &holder.source {
@@ -89,7 +89,7 @@ impl<W> Queue<W> {
     }
 
     /// Admits the newcomer whose turn it is, if there is a unit for one.
-    pub fn next(&mut self) -> Option<(Connection, W)> {
+    pub fn admit_next(&mut self) -> Option<(Connection, W)> {
         let admissible = self.waiting.iter().filter(|(holder, _)| self.check(holder).is_ok());
         let turn = |(holder, waiters): &(&Connection, &BTreeMap<u64, W>)| {
             let held = holder
@@ -159,7 +159,7 @@ mod tests {
         assert_eq!(queue.count_waiting(), 36);
         assert_eq!(queue.arrive(from(3, 1), 100), Arrival::Admitted, "another source at the same pod");
         assert_eq!(queue.arrive(from(4, 2), 101), Arrival::Admitted, "at another pod");
-        assert!(queue.next().is_none());
+        assert!(queue.admit_next().is_none());
     }
 
     #[test]
@@ -180,10 +180,14 @@ mod tests {
         // Nothing is free now.
         assert_eq!(queue.arrive(from(4, 3), 20), Arrival::Waits(2));
         queue.leave(&from(9, 1));
-        assert_eq!(queue.next(), Some((from(4, 3), 20)), "the other source waits longer and holds more");
+        assert_eq!(
+            queue.admit_next(),
+            Some((from(4, 3), 20)),
+            "the other source waits longer and holds more"
+        );
         queue.leave(&from(4, 3));
-        assert_eq!(queue.next(), Some((from(9, 1), 2)), "in the order of arrival");
-        assert_eq!(queue.next(), None);
+        assert_eq!(queue.admit_next(), Some((from(9, 1), 2)), "in the order of arrival");
+        assert_eq!(queue.admit_next(), None);
     }
 
     #[test]
@@ -195,7 +199,7 @@ mod tests {
         assert_eq!(queue.forget(&from(9, 1), ticket), None);
         assert_eq!(queue.sources().usage("x").refused, 1);
         queue.leave(&from(9, 1));
-        assert_eq!(queue.next(), Some((from(9, 1), 5)));
+        assert_eq!(queue.admit_next(), Some((from(9, 1), 5)));
         assert_eq!((queue.count_waiting(), queue.sources().used()), (0, 4));
     }
 
