@@ -392,6 +392,7 @@ fn apply(dropped: &mut Dropped, cgroup: u64, pod: &Pod, packet: &Packet, verdict
             true
         }
         Verdict::Drop(reason) => {
+            let reason = if pod.has(pod_flag::UNKNOWN) { Reason::GuardHeld } else { reason };
             drop(dropped, cgroup, &packet.remote, packet.remote_port, packet.protocol, reason)
         }
     }

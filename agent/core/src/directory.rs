@@ -324,6 +324,14 @@ impl Directory {
         self.by_node.get(node).into_iter().flat_map(|list| list.iter())
     }
 
+    /// The cgroups that workloads of `node` claim, also those that they do not get, relative to the cgroup of all pods.
+    pub fn cgroups_on_node<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Path> + use<'a> {
+        let refused = self.refused.iter().filter_map(|(name, _)| self.by_name.get(name));
+        let refused = refused.filter(move |workload| *workload.node == *node);
+        let others = self.host_network.iter().chain(self.departed.iter());
+        self.on_node(node).chain(refused).chain(others).map(|workload| workload.cgroup.as_path())
+    }
+
     /// All workloads, in no order.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<Workload>> {
         self.by_name.values()

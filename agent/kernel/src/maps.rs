@@ -306,6 +306,12 @@ impl Maps {
         Ok(())
     }
 
+    /// Returns the number of ranges of the mesh.
+    #[must_use]
+    pub fn count_mesh(&self) -> usize {
+        lock(&self.mesh).keys().filter_map(Result::ok).count()
+    }
+
     /// Adds `new` to the mesh's ranges, and then takes out `replaced`, which lie in them.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
-    time::{Instant, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tacit_core::{
@@ -18,15 +18,16 @@ use tacit_core::{
 use tacit_identity::{issuer::Issuer, istio::Skew, manager::CertificateState};
 use tacit_kernel::{DropCount, GuardedLink, Kernel, PlaintextEgress, host};
 use tacit_sources::reload::ReloadState;
+use tokio::sync::watch;
 
 use crate::{
     config::Config,
-    enrol::{PodPolicy, in_clear},
+    enrol::{PodPolicy, Unnamed, in_clear},
     proxy::Proxy,
     telemetry::status::{
         AgentState, CertificateStatus, DropStatus, GuardStatus, IssuerStatus, KernelCounter, MeshStatus,
-        PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, SourceKind, SourceStatus, Status,
-        UncoveredStatus,
+        NodeStateStatus, PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, SourceKind,
+        SourceStatus, Status, UncoveredStatus, UnnamedStatus,
     },
 };
 
@@ -38,13 +39,22 @@ pub(super) struct Report {
     node: Arc<str>,
     pods_cgroup: PathBuf,
     started: Instant,
+    node_state: watch::Receiver<NodeStateStatus>,
+    unnamed_pod_timeout: Duration,
     /// Who was in no range of the mesh, in that directory with those ranges.
     uncovered: Mutex<(Arc<Directory>, Arc<Ranges>, UncoveredStatus)>,
 }
 
 impl Report {
-    pub(super) fn new(config: &Config, kernel: Arc<Kernel>, proxy: Arc<Proxy>, started: Instant) -> Self {
+    pub(super) fn new(
+        config: &Config,
+        kernel: Arc<Kernel>,
+        proxy: Arc<Proxy>,
+        (started, node_state): (Instant, watch::Receiver<NodeStateStatus>),
+    ) -> Self {
         Self {
+            node_state,
+            unnamed_pod_timeout: config.unnamed_pod_timeout,
             kernel,
             proxy,
             trust_domain: config.trust_domain.clone(),
@@ -67,6 +77,8 @@ impl Report {
             programs: self.programs(),
             kernel: self.kernel(),
             guard: self.guard(),
+            node_state: self.node_state.borrow().clone(),
+            unnamed: self.unnamed(),
             mesh: mesh(&self.proxy.snapshots.mesh.ranges()),
             uncovered: self.uncovered(),
             issuer: issuer(self.proxy.snapshots.identities.issuer()),
@@ -138,6 +150,7 @@ impl Report {
             in_clear: in_clear_text(in_clear(workload, &policy.modes)).to_owned(),
             guarded_links: links.iter().map(|link| format!("{} ({})", link.interface, link.by)).collect(),
             policy_not_applied: policy.not_applied.clone(),
+            raised_by_minimum: policy.not_applied.is_none() && policies.written_modes(workload) != policy.modes,
             state,
             flows: live.get(&(workload.namespace.clone(), workload.name.clone())).copied().unwrap_or(0),
         };
@@ -155,6 +168,14 @@ impl Report {
         let mut all: Vec<PodStatus> = enrolled.chain(waiting).chain(left_alone).collect();
         all.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         all
+    }
+
+    fn unnamed(&self) -> UnnamedStatus {
+        let table = self.proxy.pods.load();
+        let Unnamed { held, left_alone, example } = table.unnamed.clone();
+        let is_held = self.kernel.maps.default_mode().is_ok_and(|mode| mode == Some(tacit_abi::Mode::Strict));
+        let held = if is_held { held } else { 0 };
+        UnnamedStatus { held, left_alone, example, limit_seconds: self.unnamed_pod_timeout.as_secs() }
     }
 
     fn programs(&self) -> Vec<ProgramStatus> {

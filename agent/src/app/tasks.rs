@@ -28,7 +28,7 @@ pub(super) struct Tasks {
     enrolment: JoinSet<io::Result<()>>,
     /// Ends enrolment after its current pass. A drain cancels it too.
     settle: CancellationToken,
-    /// Housekeeping, and the ranges of the mesh.
+    /// Housekeeping, the ranges of the mesh, and the kept state.
     upkeep: JoinSet<()>,
     heart: JoinSet<()>,
     kernel_log: JoinSet<()>,
@@ -39,7 +39,7 @@ impl Tasks {
         kernel: &Arc<Kernel>,
         proxy: &Arc<Proxy>,
         report: &Arc<Report>,
-        enroller: Enroller,
+        (enroller, keeper): (Enroller, impl Future<Output = ()> + Send + 'static),
         heartbeat_timeout: Duration,
     ) -> Self {
         let settle = proxy.drain.stop.child_token();
@@ -51,6 +51,7 @@ impl Tasks {
         let mut upkeep = JoinSet::new();
         upkeep.spawn(vital(housekeeping(kernel.clone(), proxy.clone(), report.clone()), failed.clone()));
         upkeep.spawn(vital(snapshots.mesh.keep(snapshots.directory), failed.clone()));
+        upkeep.spawn(vital(keeper, failed.clone()));
         let mut heart = JoinSet::new();
         heart.spawn(heartbeat(kernel.clone(), heartbeat_timeout, failed));
         let mut kernel_log = JoinSet::new();

@@ -290,6 +290,11 @@ pub fn decide_ingress(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> Ve
     {
         return Verdict::Pass;
     }
+    // A pod with the node's network, such as a control plane, may serve the source that is to name it. Other pods are not
+    // reached at these addresses.
+    if pod.has(pod_flag::UNKNOWN) && facts.is_node(&packet.local) {
+        return Verdict::Clear(Reason::GuardNodeAddress);
+    }
     match packet.protocol {
         // Inbound ICMP carries no data of the pod, and applications need the errors.
         protocol::ICMP | protocol::ICMP_V6 => Verdict::Pass,

@@ -3,7 +3,7 @@
 use crate::{Address, tcp_port};
 
 /// Version of the maps' layout and meaning, raised with every change. Pinned maps of another version are not adopted.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Bounds of the maps, in entries.
 pub mod limits {
@@ -109,7 +109,7 @@ impl Pod {
             v6: Address::NONE,
             slot: u32::MAX,
             mode: Mode::Strict as u32,
-            flags: pod_flag::EGRESS_STRICT,
+            flags: pod_flag::EGRESS_STRICT | pod_flag::UNKNOWN,
             capture_port: 0,
         }
     }
@@ -156,6 +156,8 @@ pub mod pod_flag {
     pub const SPREAD: u32 = 8;
     /// Authorization policies select the pod, so connections reach it through the agent only.
     pub const JUDGED: u32 = 16;
+    /// No source has named the pod yet. Only [`super::Pod::unknown`] has the flag, no entry of the map.
+    pub const UNKNOWN: u32 = 32;
 }
 
 /// Key of a flow between the node itself and a pod, proven on the host end of the pod's link.

@@ -374,10 +374,22 @@ proptest! {
     }
 
     #[test]
+    fn an_unknown_pod_receives_what_a_strict_one_does_and_what_comes_to_the_node(facts in facts(), packet in packet()) {
+        let unknown = Pod::unknown();
+        let strict = Pod { flags: unknown.flags & !pod_flag::UNKNOWN, ..unknown };
+        let expected = passes(decide_ingress(&facts, &strict, &packet)) || facts.node;
+        prop_assert_eq!(passes(decide_ingress(&facts, &unknown, &packet)), expected);
+        for hook in [Hook::Socket, Hook::Link] {
+            let egress = |pod| decide_egress(&facts, pod, hook, &packet);
+            prop_assert_eq!(egress(&unknown), egress(&strict));
+        }
+    }
+
+    #[test]
     fn a_pod_that_policies_select_gets_connections_from_the_agent_or_the_node_only(
         facts in facts(), pod in pod(), packet in packet(),
     ) {
-        let flags = pod.flags & !pod_flag::EXEMPT | pod_flag::JUDGED;
+        let flags = pod.flags & !(pod_flag::EXEMPT | pod_flag::UNKNOWN) | pod_flag::JUDGED;
         let pod = Pod { flags, ..pod };
         let packet = Packet { protocol: protocol::TCP, segment: Segment::Syn, ..packet };
         let is_proven = facts.agent || facts.node_flow || pod.owns(&packet.remote);

@@ -105,6 +105,15 @@ impl super::Maps {
         state.map.set(0, beat, 0).map_err(failed("STATE"))
     }
 
+    /// Returns the mode of pods that have no entry yet. `None` if no agent has written one since the maps were made.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn default_mode(&self) -> Result<Option<Mode>, KernelError> {
+        let raw = lock(&self.guard.state).map.get(&0, 0).map_err(failed("STATE"))?.default_mode;
+        Ok((raw != 0).then(|| Mode::from_raw(raw)))
+    }
+
     /// Sets the mode of pods that have no entry yet.
     ///
     /// # Errors

@@ -202,6 +202,16 @@ fn a_pod_without_an_entry_is_treated_as_strict() {
 }
 
 #[test]
+fn a_pod_that_no_source_has_named_serves_the_nodes_addresses_only() {
+    let node = Facts { node: true, ..MESH };
+    let opening = Packet { segment: Segment::Syn, ..packet(protocol::TCP) };
+    let arrives = |facts, pod| decide_ingress(&facts, &pod, &opening);
+    assert_eq!(arrives(node, Pod::unknown()), Verdict::Clear(GuardNodeAddress));
+    assert!(matches!(arrives(MESH, Pod::unknown()), Verdict::Drop(_)));
+    assert!(matches!(arrives(node, strict()), Verdict::Drop(_)), "a named pod does not have these addresses");
+}
+
+#[test]
 fn tcp_segments_without_data_pass() {
     for segment in [Segment::Bare, Segment::SynAck] {
         let egress = |facts, hook| decide_egress(&facts, &strict(), hook, &tcp(segment));
