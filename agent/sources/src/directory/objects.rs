@@ -163,6 +163,8 @@ pub(super) struct PodSpec {
 pub(super) struct PodStatus {
     #[serde(default)]
     pub(super) phase: String,
+    /// Written by the pod's kubelet. The API server drops a status that the creator of a pod wrote.
+    pub(super) start_time: Option<String>,
     #[serde(default)]
     pub(super) qos_class: QosClass,
     #[serde(rename = "podIP")]
