@@ -19,6 +19,8 @@ use tokio::task::spawn_blocking;
 pub struct Mesh {
     kernel: Arc<Kernel>,
     ranges: ArcSwap<Ranges>,
+    /// [`Directory::node_changes`] of the nodes' addresses that the kernel has.
+    nodes: Mutex<Option<u64>>,
     /// One change at a time.
     changing: Mutex<()>,
 }
@@ -35,7 +37,20 @@ impl Mesh {
         let shown: Vec<String> = list.iter().map(ToString::to_string).collect();
         let (configured, detected) = (ranges.count_configured(), ranges.count_detected());
         tracing::info!(configured, detected, ranges = shown.join(" "), "ranges of the mesh");
-        Ok(Self { kernel, ranges: ArcSwap::new(ranges), changing: Mutex::default() })
+        let nodes = Mutex::default();
+        let mesh = Self { kernel, ranges: ArcSwap::new(ranges), nodes, changing: Mutex::default() };
+        mesh.follow_nodes(directory)?;
+        Ok(mesh)
+    }
+
+    /// Tells the kernel the addresses of all nodes, at which services have node ports.
+    fn follow_nodes(&self, directory: &Directory) -> Result<(), KernelError> {
+        let mut known = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        if *known != Some(directory.node_changes()) {
+            self.kernel.maps.set_cluster_nodes(directory.node_addresses())?;
+            *known = Some(directory.node_changes());
+        }
+        Ok(())
     }
 
     /// The ranges that the kernel has.
@@ -53,6 +68,9 @@ impl Mesh {
     /// Puts what the directory has found since in force. When the kernel refuses, all stays as it is, and is tried again
     /// when this is called again.
     pub fn follow(&self, directory: &Directory) {
+        if let Err(error) = self.follow_nodes(directory) {
+            tracing::error!(%error, "node ports at the addresses of new nodes go in clear");
+        }
         let _guard = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let (before, after) = (self.ranges.load_full(), directory.ranges());
         // A caller may come with a directory that is no longer the latest.

@@ -5,7 +5,9 @@
 
 use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::warn;
-use tacit_abi::{Address, Connect, ConnectFacts, Names, Pod, Reason, decide_connect, names_kind, pod_flag};
+use tacit_abi::{
+    Address, Connect, ConnectFacts, Names, Pod, Reason, decide_connect, names_kind, node_port, pod_flag,
+};
 
 use crate::{
     ALLOW, DENY,
@@ -37,7 +39,8 @@ impl ConnectFacts for Facts<'_> {
 
     #[inline(always)]
     fn in_mesh(&self, address: &Address) -> bool {
-        lookup::in_mesh(address)
+        // A node port is a port of a service.
+        lookup::in_mesh(address) || node_port::contains(self.0.port()) && lookup::is_any_node(address)
     }
 
     #[inline(always)]

@@ -59,6 +59,11 @@ impl GuardFacts for Facts<'_> {
     }
 
     #[inline(always)]
+    fn is_any_node(&self, address: &Address) -> bool {
+        lookup::is_any_node(address)
+    }
+
+    #[inline(always)]
     fn is_node_flow(&self, packet: &Packet) -> bool {
         lookup::is_node_flow(&packet.node_flow())
     }

@@ -5,7 +5,7 @@ use tacit_abi::{Address, ClearKey, Mode, NodeFlow, PortKey, is_recent, seconds};
 
 use crate::{
     context::now,
-    maps::{AGENTS, CLEAR, MESH, NODE, NODE_FLOWS, NODE_HARDWARE, PORT_MODES, STATE},
+    maps::{AGENTS, CLEAR, CLUSTER_NODES, MESH, NODE, NODE_FLOWS, NODE_HARDWARE, PORT_MODES, STATE},
 };
 
 /// Prefix length of a full address in the mesh's map.
@@ -48,6 +48,13 @@ pub fn is_agent_cgroup(id: u64) -> bool {
 pub fn is_node(address: &Address) -> bool {
     // SAFETY: only presence is read.
     unsafe { NODE.get(address) }.is_some()
+}
+
+/// Returns true for addresses of any node of the cluster.
+#[inline(always)]
+pub fn is_any_node(address: &Address) -> bool {
+    // SAFETY: only presence is read.
+    unsafe { CLUSTER_NODES.get(address) }.is_some()
 }
 
 /// Returns true if the node itself sent a packet of this flow to the pod a short time ago.

@@ -8,6 +8,7 @@
 //! that ends may be another's already.
 
 use std::{
+    hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
@@ -133,6 +134,8 @@ pub struct Directory {
     refused: Arc<Vec<(Arc<str>, CgroupRefusal)>>,
     /// Number of changes of conflicts.
     conflict_changes: u64,
+    /// Number of changes of the nodes' addresses, or their hash.
+    node_changes: u64,
     by_node: CowMap<Arc<str>, Arc<Vec<Arc<Workload>>>>,
     services: ServiceAddresses,
     services_by_name: CowMap<Arc<str>, Arc<Service>>,
@@ -175,6 +178,11 @@ impl Directory {
         for service in content.services {
             directory.insert_service(service);
         }
+        for (node, addresses) in &content.nodes {
+            directory.set_node_addresses(node, &[], addresses);
+        }
+        // Two versions of a file do not follow from each other.
+        directory.node_changes = BuildHasherDefault::<DefaultHasher>::default().hash_one(&content.nodes);
         Ok(directory)
     }
 
@@ -284,7 +292,25 @@ impl Directory {
     pub fn service_for(&self, at: SocketAddr) -> Option<&Arc<Service>> {
         let at = SocketAddr::new(at.ip().to_canonical(), at.port());
         let outer = || self.services.outer_at(at).filter(|_| !self.outer_services(at.ip()).is_empty());
-        self.services.cluster(at.ip()).or_else(outer)
+        let node_port = || self.services.node_port(at.port()).filter(|_| self.is_node_port(at));
+        self.services.cluster(at.ip()).or_else(outer).or_else(node_port)
+    }
+
+    /// Returns true for an address of a node with a port that a service can have there.
+    #[must_use]
+    pub fn is_node_port(&self, at: SocketAddr) -> bool {
+        tacit_abi::node_port::contains(at.port()) && self.is_node(at.ip())
+    }
+
+    /// The addresses that nodes list as their own.
+    pub fn node_addresses(&self) -> impl Iterator<Item = IpAddr> + use<'_> {
+        self.addresses.of_nodes()
+    }
+
+    /// A number that differs between two directories of a source whose [`Self::node_addresses`] differ.
+    #[must_use]
+    pub fn node_changes(&self) -> u64 {
+        self.node_changes
     }
 
     /// The services with an external or load balancer address that no pod and no node has.

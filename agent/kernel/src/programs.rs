@@ -59,7 +59,7 @@ const STEER: &str = "steer";
 const ESTABLISHED: &str = "established";
 
 /// Maps that outlive the agent.
-pub(super) const MAPS: [&str; 19] = [
+pub(super) const MAPS: [&str; 20] = [
     "STATE",
     "AGENTS",
     "CLEAR",
@@ -73,6 +73,7 @@ pub(super) const MAPS: [&str; 19] = [
     "PORT_MODES",
     "MESH",
     "NODE",
+    "CLUSTER_NODES",
     "LISTENERS",
     "CAPTURERS",
     "NAMES",

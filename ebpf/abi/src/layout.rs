@@ -26,6 +26,8 @@ pub mod limits {
     pub const MESH_RANGES: u32 = 64 * 1024;
     /// The node's own addresses.
     pub const NODE_ADDRESSES: u32 = 1024;
+    /// Addresses of all nodes of the cluster, up to three for each of 5,000 nodes.
+    pub const CLUSTER_NODES: u32 = 16 * 1024;
     /// Cgroups of the agent and of predecessors that still drain.
     pub const AGENTS: u32 = 16;
     /// Destinations of `allowClear`.

@@ -311,10 +311,12 @@ pub(super) struct ServiceSpec {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(super) struct ServicePort {
     #[serde(default)]
     pub(super) name: String,
     pub(super) port: u16,
+    pub(super) node_port: Option<u16>,
     pub(super) protocol: Option<String>,
 }
 

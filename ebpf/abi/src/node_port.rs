@@ -1,0 +1,13 @@
+//! Node ports: a service's port at the addresses of all nodes.
+
+/// The first node port, by the default of kube-apiserver's `--service-node-port-range`.
+pub const FIRST: u16 = 30_000;
+/// The last node port.
+pub const LAST: u16 = 32_767;
+
+/// Returns true for ports that a service can have at the addresses of nodes.
+#[inline(always)]
+#[must_use]
+pub const fn contains(port: u16) -> bool {
+    port >= FIRST && port <= LAST
+}
