@@ -116,7 +116,7 @@ fn a_held_pod_is_shown_and_counted() -> Result<()> {
     step.args(["step", "udp", &SocketAddr::new(right.ipv4().into(), fresh_port()).to_string(), "hello"]);
     run(step.env("TACIT_ATTACK_PATIENCE_MS", "500"))?;
     let agent = mesh.agent("a")?;
-    let held = observe::metric(agent, "tacit_kernel_verdicts_total", &[("verdict", "guard_held")])?;
+    let held = observe::metric(agent, "tacit_kernel_verdicts_total", &[("reason", "guard_held")])?;
     ensure!(held > 0, "{}", agent.metrics()?);
     ensure!(observe::metric(agent, "tacit_unnamed_pods", &[("state", "held")])? == 1);
     Ok(())

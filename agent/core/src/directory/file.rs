@@ -186,6 +186,7 @@ struct Uniqueness<'a> {
     names: HashMap<String, usize>,
     addresses: HashMap<IpAddr, (String, usize)>,
     cgroups: HashMap<(Arc<str>, PathBuf), (String, Value<'a>)>,
+    node_ports: HashMap<u16, (String, usize)>,
 }
 
 impl<'a> Uniqueness<'a> {
@@ -199,6 +200,14 @@ impl<'a> Uniqueness<'a> {
         if let Some((other, line)) = self.addresses.insert(address, (owner.to_owned(), item.line())) {
             item.refuse(format_args!(
                 "{address} is already the address of {other} (line {line}): correct one"
+            ));
+        }
+    }
+
+    fn node_port(&mut self, item: &Value<'_>, port: u16, owner: &str) {
+        if let Some((other, line)) = self.node_ports.insert(port, (owner.to_owned(), item.line())) {
+            item.refuse(format_args!(
+                "{port} is already a node port of service {other} (line {line}): correct one"
             ));
         }
     }

@@ -4,7 +4,8 @@ use super::*;
 use crate::{Arrival, ArrivalFacts, Claim, Link, decide_arrival, is_recent, may_claim, may_send_from};
 use Reason::{
     GuardAllowed, GuardClear, GuardEncapsulated, GuardIcmp, GuardInboundOther, GuardInboundTcp,
-    GuardInboundUdp, GuardOther, GuardReply, GuardSpoofed, GuardTcp, GuardUdp, GuardUdpClear,
+    GuardInboundUdp, GuardNodeAddress, GuardOther, GuardReply, GuardSpoofed, GuardTcp, GuardUdp,
+    GuardUdpClear,
 };
 
 const fn v4(last: u8) -> Address {

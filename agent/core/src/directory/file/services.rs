@@ -85,7 +85,7 @@ fn service<'a>(
         None => Some(Vec::new()),
     };
     let ports = fields.required("ports", "the service's ports, such as [{port: 80, targetPort: 8080}]");
-    let ports = ports.and_then(|list| ports_of(&list));
+    let ports = ports.and_then(|list| ports_of(&list, &owner, uniqueness));
     let endpoints = match fields.optional("endpoints") {
         Some(list) => endpoints(&list, nodes),
         None => Some(Vec::new()),
@@ -114,14 +114,22 @@ fn service<'a>(
     })
 }
 
-fn ports_of<'a>(list: &Value<'a>) -> Option<Vec<ParsedPort<'a>>> {
+fn ports_of<'a>(
+    list: &Value<'a>,
+    owner: &str,
+    uniqueness: &mut Uniqueness<'a>,
+) -> Option<Vec<ParsedPort<'a>>> {
     let mut seen = HashMap::new();
-    let port = |item: &Value<'a>| {
+    let mut port = |item: &Value<'a>| {
         let mut fields = item.fields(&PORT_FIELDS)?;
         let number =
             fields.required("port", "the port that clients ask for").and_then(|v| v.parse(port_number));
         let target = fields.optional("targetPort").map(|value| target(&value));
-        let node_port = fields.optional("nodePort").map(|value| value.parse(node_port));
+        let node_port = fields.optional("nodePort").map(|value| {
+            let port = value.parse(node_port)?;
+            uniqueness.node_port(&value, port, owner);
+            Some(port)
+        });
         let (number, node_port) = (number?, node_port.map_or(Some(None), |port| port.map(Some)));
         if let Some(line) = seen.insert(number, item.line()) {
             item.refuse(format_args!("port {number} is already in line {line}: remove one"));
@@ -129,7 +137,7 @@ fn ports_of<'a>(list: &Value<'a>) -> Option<Vec<ParsedPort<'a>>> {
         let target = target.unwrap_or(Some(TargetPort::Number(number)));
         Some(ParsedPort { port: number, node_port: node_port?, target: target? })
     };
-    let ports: Vec<_> = list.items()?.iter().map(port).collect();
+    let ports: Vec<_> = list.items()?.iter().map(&mut port).collect();
     ports.into_iter().collect()
 }
 
