@@ -5,9 +5,7 @@
 
 use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::warn;
-use tacit_abi::{
-    Address, Connect, ConnectFacts, Names, Pod, Reason, decide_connect, names_kind, node_port, pod_flag,
-};
+use tacit_abi::{Address, Connect, ConnectFacts, Names, Pod, Reason, decide_connect, names_kind, pod_flag};
 
 use crate::{
     ALLOW, DENY,
@@ -39,8 +37,7 @@ impl ConnectFacts for Facts<'_> {
 
     #[inline(always)]
     fn in_mesh(&self, address: &Address) -> bool {
-        // A node port is a port of a service.
-        lookup::in_mesh(address) || node_port::contains(self.0.port()) && lookup::is_any_node(address)
+        lookup::in_mesh(address) || lookup::is_node_service(address, self.0.port(), IPPROTO_TCP)
     }
 
     #[inline(always)]

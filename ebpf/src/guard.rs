@@ -7,7 +7,7 @@ use aya_ebpf::programs::SkBuffContext;
 use tacit_abi::{
     Accepted, Address, Arrival, ArrivalFacts, GuardFacts, Hook, Link, Listener, Packet, Pod, Reason, Segment,
     Verdict, decide_arrival, decide_egress, decide_ingress, listener_index, may_claim, may_send_from,
-    names_kind, pod_flag,
+    names_kind, pod_flag, protocol,
 };
 
 use crate::{
@@ -59,8 +59,10 @@ impl GuardFacts for Facts<'_> {
     }
 
     #[inline(always)]
-    fn is_any_node(&self, address: &Address) -> bool {
-        lookup::is_any_node(address)
+    fn is_node_service(&self, packet: &Packet) -> bool {
+        let protocol = packet.protocol;
+        matches!(protocol, protocol::TCP | protocol::UDP)
+            && lookup::is_node_service(&packet.remote, packet.remote_port, u32::from(protocol))
     }
 
     #[inline(always)]

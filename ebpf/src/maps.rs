@@ -76,6 +76,10 @@ pub static NODE: HashMap<Address, u32, { limits::NODE_ADDRESSES as usize }> = Ha
 #[btf_map]
 pub static CLUSTER_NODES: HashMap<Address, u32, { limits::CLUSTER_NODES as usize }, ON_DEMAND> = HashMap::new();
 
+/// Ports of load balancers that have addresses of nodes. Missing: a port of the node itself.
+#[btf_map]
+pub static NODE_SERVICES: HashMap<ClearKey, u32, { limits::NODE_SERVICES as usize }, ON_DEMAND> = HashMap::new();
+
 /// The agent's listeners, see `tacit_abi::listener_index`. The kernel removes an entry with its socket. Missing: no agent.
 #[btf_map]
 pub static LISTENERS: SockMap<{ (limits::SLOTS * LISTENERS_PER_POD) as usize }> = SockMap::new();

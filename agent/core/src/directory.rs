@@ -155,6 +155,15 @@ pub struct Uncovered {
     pub example: Option<String>,
 }
 
+/// A protocol of services.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum IpProtocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
 /// The claim of a workload to its addresses, where another workload claims one of them too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AddressConflict {
@@ -222,7 +231,8 @@ impl Directory {
     #[must_use]
     pub fn is_unclear_at(&self, at: SocketAddr) -> bool {
         let at = SocketAddr::new(at.ip().to_canonical(), at.port());
-        self.is_unclear(at.ip()) || !self.outer_services(at.ip()).is_empty() && self.services.is_contested(at)
+        let is_outer = !self.outer_services(at.ip()).is_empty() || self.is_shared_with_node(at.ip());
+        self.is_unclear(at.ip()) || is_outer && self.services.is_contested(at)
     }
 
     /// Returns the workloads that contradict each other, in no order.
@@ -291,9 +301,32 @@ impl Directory {
     #[must_use]
     pub fn service_for(&self, at: SocketAddr) -> Option<&Arc<Service>> {
         let at = SocketAddr::new(at.ip().to_canonical(), at.port());
-        let outer = || self.services.outer_at(at).filter(|_| !self.outer_services(at.ip()).is_empty());
+        let is_outer = || !self.outer_services(at.ip()).is_empty() || self.is_shared_with_node(at.ip());
+        let outer = || self.services.outer_at(at).filter(|_| is_outer());
         let node_port = || self.services.node_port(at.port()).filter(|_| self.is_node_port(at));
         self.services.cluster(at.ip()).or_else(outer).or_else(node_port)
+    }
+
+    /// Returns true for an address of a load balancer that a node lists as its own. The ports of services are the services';
+    /// all others are the node's. A node that lists an address which it does not have gains nothing.
+    fn is_shared_with_node(&self, address: IpAddr) -> bool {
+        self.services.is_ingress(address)
+            && self.addresses.is_node(address)
+            && self.addresses.holder(address).is_none()
+            && !self.addresses.is_unclear(address)
+    }
+
+    /// The ports of load balancers at addresses that a node lists as its own, with the IP protocol.
+    pub fn node_services(&self) -> impl Iterator<Item = (SocketAddr, IpProtocol)> + use<'_> {
+        let shared = self.services.all_outer().filter(|(address, _)| self.is_shared_with_node(*address));
+        shared.flat_map(|(address, services)| {
+            let services = services.iter().filter(move |service| service.ingress_ips.contains(&address));
+            services.flat_map(move |service| {
+                let at = move |port| SocketAddr::new(address, port);
+                let tcp = service.ports.iter().map(move |port| (at(port.port), IpProtocol::Tcp));
+                tcp.chain(service.udp_ports.iter().map(move |port| (at(*port), IpProtocol::Udp)))
+            })
+        })
     }
 
     /// Returns true for an address of a node with a port that a service can have there.

@@ -59,7 +59,7 @@ const STEER: &str = "steer";
 const ESTABLISHED: &str = "established";
 
 /// Maps that outlive the agent.
-pub(super) const MAPS: [&str; 20] = [
+pub(super) const MAPS: [&str; 21] = [
     "STATE",
     "AGENTS",
     "CLEAR",
@@ -74,6 +74,7 @@ pub(super) const MAPS: [&str; 20] = [
     "MESH",
     "NODE",
     "CLUSTER_NODES",
+    "NODE_SERVICES",
     "LISTENERS",
     "CAPTURERS",
     "NAMES",

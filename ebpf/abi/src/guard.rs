@@ -13,7 +13,7 @@
 //! The guard identifies the agent's sockets by cgroup, which pods cannot join, and the node's by cgroup on the host end of
 //! a link. Source addresses and ports prove nothing, except where this file has checked them.
 
-use crate::{Address, Mode, NodeFlow, Pod, Reason, node_port, pod_flag, tcp_port};
+use crate::{Address, Mode, NodeFlow, Pod, Reason, pod_flag, tcp_port};
 
 /// IP protocol numbers.
 pub mod protocol {
@@ -128,8 +128,9 @@ pub trait GuardFacts {
     fn in_mesh(&self, address: &Address) -> bool;
     /// Returns true for the node's own addresses. Proves nothing about a packet's source.
     fn is_node(&self, address: &Address) -> bool;
-    /// Returns true for addresses of any node of the cluster.
-    fn is_any_node(&self, address: &Address) -> bool;
+    /// Returns true if the packet's other end is a service at an address of a node, which sends the packet on to a pod: a node
+    /// port, or a port of a load balancer that the nodes serve themselves.
+    fn is_node_service(&self, packet: &Packet) -> bool;
     /// Returns true if the node itself sent a packet of this flow to the pod, as seen on the host end of its link.
     fn is_node_flow(&self, packet: &Packet) -> bool;
     /// Returns how an application accepted the packet's connection as plaintext; `None` for all other connections.
@@ -193,8 +194,8 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Pa
         return Verdict::Drop(Reason::GuardEncapsulated);
     }
     let is_neighbour = is_neighbour(&packet.remote) || (on_link && facts.is_to_neighbour());
-    let is_node_port = is_node_port(facts, packet);
-    if !is_neighbour && !is_node_port && !facts.in_mesh(&packet.remote) {
+    let is_service = facts.is_node_service(packet);
+    if !is_neighbour && !is_service && !facts.in_mesh(&packet.remote) {
         return if has_no_connections(packet) { Verdict::Ask } else { Verdict::Pass };
     }
     match packet.protocol {
@@ -215,8 +216,8 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Pa
         }
         protocol::TCP if is_reply(facts, pod, packet) => Verdict::Clear(Reason::GuardReply),
         protocol::UDP if pod.has(pod_flag::UDP_ALLOWED) => Verdict::Clear(Reason::GuardUdpClear),
-        // Answers to the node's probes stay on this node. What goes to a node port may be sent on to another node.
-        protocol::UDP if !is_neighbour && !is_node_port && facts.is_node(&packet.remote) => Verdict::Ask,
+        // Answers to the node's probes stay on this node. What goes to a service may be sent on to another node.
+        protocol::UDP if !is_neighbour && !is_service && facts.is_node(&packet.remote) => Verdict::Ask,
         protocol::ICMP | protocol::ICMP_V6 if !is_neighbour && facts.is_node(&packet.remote) => Verdict::Pass,
         // ICMP errors and echo replies repeat the packet they answer. A pod can spoof one to itself, and so send data in
         // another address' name. Of the kernel's own ICMP only discovery passes.
@@ -233,14 +234,6 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Pa
         protocol::ICMP | protocol::ICMP_V6 => Verdict::Drop(Reason::GuardIcmp),
         _ => Verdict::Drop(Reason::GuardOther),
     }
-}
-
-/// Returns true for a packet to a service at the address of a node, which sends the packet on to a pod.
-#[inline(always)]
-fn is_node_port(facts: &impl GuardFacts, packet: &Packet) -> bool {
-    matches!(packet.protocol, protocol::TCP | protocol::UDP)
-        && node_port::contains(packet.remote_port)
-        && facts.is_any_node(&packet.remote)
 }
 
 /// Returns true for addresses that a neighbour on the pod's link can have whatever the mesh's ranges are.

@@ -28,6 +28,8 @@ pub mod limits {
     pub const NODE_ADDRESSES: u32 = 1024;
     /// Addresses of all nodes of the cluster, up to three for each of 5,000 nodes.
     pub const CLUSTER_NODES: u32 = 16 * 1024;
+    /// Ports of load balancers that have addresses of nodes.
+    pub const NODE_SERVICES: u32 = 16 * 1024;
     /// Cgroups of the agent and of predecessors that still drain.
     pub const AGENTS: u32 = 16;
     /// Destinations of `allowClear`.
@@ -65,8 +67,8 @@ pub struct State {
     pub stale_after: u64,
     /// [`Mode`] of the mesh, applied to pods without an entry. 0 (never written) leaves them alone.
     pub default_mode: u32,
-    /// Explicit padding, zero.
-    pub pad: u32,
+    /// 1 if load balancers have addresses of nodes, so that [`limits::NODE_SERVICES`] has entries; else 0.
+    pub node_services: u32,
     /// Secret that keeps pods from choosing cells of [`crate::answer_cells`]. It stays the same while the map is pinned.
     pub seed: u64,
 }

@@ -55,8 +55,8 @@ impl GuardFacts for Facts {
     fn is_node(&self, _: &Address) -> bool {
         self.node
     }
-    fn is_any_node(&self, _: &Address) -> bool {
-        self.node
+    fn is_node_service(&self, packet: &Packet) -> bool {
+        self.node && packet.remote_port >= 30_000
     }
     fn is_node_flow(&self, _: &Packet) -> bool {
         self.node_flow
@@ -310,16 +310,15 @@ proptest! {
         let is_own_source = own[0] || !pod.has_addresses() || packet.local.is_none_of_family() || packet.local.is_link_local();
         let is_neighbour = packet.remote.is_link_local() || packet.remote.is_multicast() || on_link && facts.to_neighbour;
         let is_bare = matches!(packet.segment, Segment::Bare | Segment::SynAck);
-        let is_node_port =
-            of(&[protocol::TCP, protocol::UDP]) && facts.node && (30_000..=32_767).contains(&packet.remote_port);
-        let is_outside = !facts.mesh && !is_neighbour && !is_node_port;
+        let is_service = facts.node && packet.remote_port >= 30_000;
+        let is_outside = !facts.mesh && !is_neighbour && !is_service;
         let takes_plaintext = accepts_plaintext(&facts, pod.mode);
         let listed = [
             is_outside,
             of(&[protocol::TCP]) && is_bare && (facts.tcp_socket || on_link && facts.node_socket),
             of(&[protocol::TCP]) && on_link && facts.cookie && packet.local_port == tcp_port::TUNNEL && packet.segment == Segment::SynAck,
             of(&[protocol::TCP]) && facts.accepted.is_some_and(|by| by == Accepted::Node || takes_plaintext),
-            of(&[protocol::UDP, protocol::ICMP, protocol::ICMP_V6]) && facts.node && !is_neighbour && !is_node_port,
+            of(&[protocol::UDP, protocol::ICMP, protocol::ICMP_V6]) && facts.node && !is_neighbour && !(is_service && of(&[protocol::UDP])),
             of(&[protocol::ICMP_V6]) && packet.is_discovery && on_link && facts.node_socket,
             facts.allowed_clear,
         ];

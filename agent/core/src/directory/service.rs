@@ -28,6 +28,8 @@ pub struct Service {
     pub ingress_ips: Vec<IpAddr>,
     /// Its TCP ports.
     pub ports: Vec<ServicePort>,
+    /// Its UDP ports, which are not carried.
+    pub udp_ports: Vec<u16>,
     /// Which endpoints a client may reach.
     pub traffic: InternalTrafficPolicy,
     /// The session affinity.

@@ -270,6 +270,7 @@ fn a_service_is_found_by_its_addresses_until_it_is_removed() {
         external_ips: Vec::new(),
         ingress_ips: Vec::new(),
         ports: Vec::new(),
+        udp_ports: Vec::new(),
         traffic: InternalTrafficPolicy::Cluster,
         affinity: Affinity::None,
     };
@@ -299,6 +300,7 @@ fn external_addresses_are_a_services_unless_somebody_else_has_them() {
         addresses: Vec::new(),
         external_ips: external.iter().map(|text| address(text)).collect(),
         ingress_ips: ingress.iter().map(|text| address(text)).collect(),
+        udp_ports: vec![port],
         ports: vec![ServicePort { port, node_port: None, ipv4: Endpoints::default(), ipv6: Endpoints::default() }],
         traffic: InternalTrafficPolicy::Cluster,
         affinity: Affinity::None,
@@ -333,6 +335,18 @@ fn external_addresses_are_a_services_unless_somebody_else_has_them() {
     directory.remove_service("shop", "false");
     assert_eq!(directory.conflicts().count(), 0);
     assert_eq!(name(&directory, "203.0.113.2:80").as_deref(), Some("web"), "the port is web's again");
+    // A node that lists the address of a load balancer has its other ports.
+    let shared = [address("203.0.113.2")];
+    directory.set_node_addresses(&"c".into(), &[], &shared);
+    assert_eq!(name(&directory, "203.0.113.2:80").as_deref(), Some("web"));
+    assert_eq!((name(&directory, "203.0.113.2:6443"), directory.knows(shared[0])), (None, false));
+    let mut services: Vec<_> = directory.node_services().collect();
+    services.sort_unstable();
+    let both = |text: &str| [(at(text), IpProtocol::Tcp), (at(text), IpProtocol::Udp)];
+    assert_eq!(services, [both("203.0.113.2:25"), both("203.0.113.2:80")].concat());
+    let changes = directory.conflict_changes();
+    directory.set_node_addresses(&"c".into(), &shared, &[]);
+    assert!(directory.node_services().next().is_none() && directory.conflict_changes() > changes);
     // Nor does a pod's claim take the address of a load balancer.
     directory.insert(workload("false", "b", "203.0.113.2"), AddressConflict::Replace);
     assert!(directory.is_unclear(address("203.0.113.2")) && !directory.knows(address("203.0.113.2")));

@@ -42,7 +42,7 @@ struct Facts {
     tunnel: bool,
     mesh: bool,
     node: bool,
-    any_node: bool,
+    service: bool,
     node_flow: bool,
     accepted: Option<Accepted>,
     port_mode: Option<Mode>,
@@ -67,8 +67,8 @@ impl GuardFacts for Facts {
     fn is_node(&self, _: &Address) -> bool {
         self.node
     }
-    fn is_any_node(&self, _: &Address) -> bool {
-        self.any_node
+    fn is_node_service(&self, _: &Packet) -> bool {
+        self.service
     }
     fn is_node_flow(&self, _: &Packet) -> bool {
         self.node_flow
@@ -121,7 +121,7 @@ const MESH: Facts = Facts {
     tunnel: false,
     mesh: true,
     node: false,
-    any_node: false,
+    service: false,
     node_flow: false,
     accepted: None,
     port_mode: None,
@@ -179,22 +179,15 @@ fn a_strict_pod_reaches_what_is_outside_the_mesh_and_no_neighbour() {
 }
 
 #[test]
-fn a_strict_pod_sends_nothing_to_node_ports() {
-    let node = Facts { any_node: true, node: true, ..OUTSIDE };
+fn a_strict_pod_sends_nothing_to_services_of_nodes() {
+    let service = Facts { service: true, node: true, ..OUTSIDE };
     for (number, reason) in [(protocol::TCP, GuardTcp), (protocol::UDP, GuardUdp)] {
         for hook in HOOKS {
-            let to = |facts, pod, remote_port| {
-                decide_egress(&facts, &pod, hook, &Packet { remote_port, ..packet(number) })
-            };
-            for port in [30_000, 32_767] {
-                assert_eq!(to(node, strict(), port), Verdict::Drop(reason));
-                assert!(!matches!(to(node, open(), port), Verdict::Drop(_)));
-                assert!(!matches!(to(OUTSIDE, strict(), port), Verdict::Drop(_)), "no node's address");
-                assert!(!matches!(to(Facts { allowed: true, ..node }, strict(), port), Verdict::Drop(_)));
-            }
-            for port in [29_999, 32_768, 10_250] {
-                assert!(!matches!(to(node, strict(), port), Verdict::Drop(_)), "the node's own port");
-            }
+            let to = |facts, pod| decide_egress(&facts, &pod, hook, &packet(number));
+            assert_eq!(to(service, strict()), Verdict::Drop(reason));
+            assert!(!matches!(to(service, open()), Verdict::Drop(_)));
+            assert!(!matches!(to(Facts { service: false, ..service }, strict()), Verdict::Drop(_)));
+            assert!(!matches!(to(Facts { allowed: true, ..service }, strict()), Verdict::Drop(_)));
         }
     }
 }

@@ -109,6 +109,7 @@ fn service<'a>(
         external_ips: Vec::new(),
         ingress_ips: Vec::new(),
         ports: ports.into_iter().collect::<Option<_>>()?,
+        udp_ports: Vec::new(),
         traffic: traffic?,
         affinity: if by_client? { Affinity::ClientIp(after) } else { Affinity::None },
     })

@@ -27,6 +27,7 @@ fn service(traffic: InternalTrafficPolicy) -> Service {
         addresses: vec!["10.96.0.1".parse().expect("an address"), "fd96::1".parse().expect("an address")],
         external_ips: Vec::new(),
         ingress_ips: Vec::new(),
+        udp_ports: Vec::new(),
         ports: vec![
             ServicePort { port: 80, node_port: Some(30_080), ipv4, ipv6 },
             ServicePort { port: 81, node_port: None, ipv4: ending, ipv6: Endpoints::default() },

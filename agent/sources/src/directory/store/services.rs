@@ -147,6 +147,7 @@ fn build(record: &ServiceRecord, slices: &[&SliceRecord]) -> directory::Service 
         let (ipv4, ipv6) = (Endpoints::new(ipv4), Endpoints::new(ipv6));
         ServicePort { port: port.port, node_port, ipv4, ipv6 }
     });
+    let udp = spec.ports.iter().filter(|port| port.protocol.as_deref() == Some("UDP"));
     let time = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
     let time = time.and_then(|client| client.timeout_seconds);
     let is_local = spec.internal_traffic_policy.as_deref() == Some("Local");
@@ -156,6 +157,7 @@ fn build(record: &ServiceRecord, slices: &[&SliceRecord]) -> directory::Service 
         name: Arc::clone(&record.name),
         namespace: Arc::clone(&record.namespace),
         ports: ports.collect(),
+        udp_ports: udp.map(|port| port.port).collect(),
         addresses,
         external_ips,
         ingress_ips,
