@@ -78,7 +78,8 @@ const HEARTBEAT_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)
 /// at once.
 const UNNAMED_POD_TIMEOUT: Duration = Duration::from_secs(60);
 /// Below a second every pod would pass before the directory has it; an hour is the longest that a pod should be cut off.
-const UNNAMED_POD_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3600);
+const UNNAMED_POD_TIMEOUT_RANGE: RangeInclusive<Duration> =
+    Duration::from_secs(1)..=Duration::from_secs(3600);
 /// Most destinations that may be reached in clear: each takes an entry in a kernel map of fixed size.
 const ALLOW_CLEAR_MAX: usize = 256;
 /// Most ranges of a list: each takes an entry in a kernel map of fixed size, and a cluster has a handful.

@@ -73,8 +73,8 @@ use plan::{Action, NotYet, Wanted, plan, taken_address};
 pub use pod_policy::PodPolicy;
 pub use pods::{Pod, Pods, Waiting};
 pub use policy_publisher::publish_mesh_default;
-use unnamed::UnnamedCgroups;
 pub use unnamed::Unnamed;
+use unnamed::UnnamedCgroups;
 
 /// Rescan without any event: covers what inotify can miss (an overflow, a cgroup made before its watch).
 const RESCAN: Duration = Duration::from_secs(1);

@@ -5,7 +5,9 @@ use tacit_abi::{Address, ClearKey, Mode, NodeFlow, PortKey, is_recent, node_port
 
 use crate::{
     context::now,
-    maps::{AGENTS, CLEAR, CLUSTER_NODES, MESH, NODE, NODE_SERVICES, NODE_FLOWS, NODE_HARDWARE, PORT_MODES, STATE},
+    maps::{
+        AGENTS, CLEAR, CLUSTER_NODES, MESH, NODE, NODE_FLOWS, NODE_HARDWARE, NODE_SERVICES, PORT_MODES, STATE,
+    },
 };
 
 /// Prefix length of a full address in the mesh's map.

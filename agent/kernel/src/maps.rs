@@ -450,10 +450,7 @@ fn typed<M: TryFrom<Map, Error = MapError>>(
 }
 
 /// Makes the keys of `map` exactly `wanted`.
-fn replace_all(
-    map: &mut HashMap<MapData, Address, u32>,
-    wanted: &HashSet<Address>,
-) -> Result<(), MapError> {
+fn replace_all(map: &mut HashMap<MapData, Address, u32>, wanted: &HashSet<Address>) -> Result<(), MapError> {
     let present: HashSet<Address> = map.keys().filter_map(Result::ok).collect();
     for gone in present.difference(wanted) {
         let _ = map.remove(gone);

@@ -148,8 +148,7 @@ impl NodeState {
         let version = f.required("version", "1").and_then(|v| v.parse(version));
         let mesh_mode = f.required("meshMode", "STRICT").and_then(|v| v.choice(&MODES));
         let strict_workloads = f.required("strictWorkloads", "true");
-        let strict_workloads =
-            strict_workloads.and_then(|v| v.choice(&[("true", true), ("false", false)]));
+        let strict_workloads = strict_workloads.and_then(|v| v.choice(&[("true", true), ("false", false)]));
         let ranges = f.required("ranges", "[]").and_then(|v| ranges(&v));
         version?;
         Some(Self { mesh_mode: mesh_mode?, strict_workloads: strict_workloads?, ranges: ranges? })
@@ -214,9 +213,7 @@ impl Kept {
                 Initial { mode: mode.max(minimum), ranges }
             }
             // Istio's default.
-            Self::Nothing => {
-                Initial { mode: Mode::Permissive.max(minimum), ranges: configured.to_vec() }
-            }
+            Self::Nothing => Initial { mode: Mode::Permissive.max(minimum), ranges: configured.to_vec() },
             Self::Unusable(_) if configured.is_empty() => {
                 let private = PRIVATE_RANGES.iter().filter_map(|range| range.parse().ok());
                 Initial { mode: Mode::Strict, ranges: private.collect() }
@@ -238,7 +235,11 @@ fn make_private(folder: &Path) -> io::Result<()> {
 }
 
 fn version(text: &str) -> Result<(), String> {
-    if text == VERSION.to_string() { Ok(()) } else { Err(format!("no version of this agent: expected {VERSION}")) }
+    if text == VERSION.to_string() {
+        Ok(())
+    } else {
+        Err(format!("no version of this agent: expected {VERSION}"))
+    }
 }
 
 fn ranges(value: &Value<'_>) -> Option<Vec<IpNet>> {
@@ -318,7 +319,8 @@ mod tests {
     #[test]
     fn until_the_sources_answer_the_stricter_of_what_is_known_applies() {
         let configured = [net("10.1.0.0/16")];
-        let known = |strict_workloads, mesh_mode| Kept::State(NodeState { mesh_mode, strict_workloads, ..state() });
+        let known =
+            |strict_workloads, mesh_mode| Kept::State(NodeState { mesh_mode, strict_workloads, ..state() });
         let broken = Kept::Unusable("broken".to_owned());
         for (kept, minimum, mode) in [
             (known(false, Mode::Permissive), Mode::Disable, Mode::Permissive),

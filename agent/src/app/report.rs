@@ -150,7 +150,8 @@ impl Report {
             in_clear: in_clear_text(in_clear(workload, &policy.modes)).to_owned(),
             guarded_links: links.iter().map(|link| format!("{} ({})", link.interface, link.by)).collect(),
             policy_not_applied: policy.not_applied.clone(),
-            raised_by_minimum: policy.not_applied.is_none() && policies.written_modes(workload) != policy.modes,
+            raised_by_minimum: policy.not_applied.is_none()
+                && policies.written_modes(workload) != policy.modes,
             state,
             flows: live.get(&(workload.namespace.clone(), workload.name.clone())).copied().unwrap_or(0),
         };

@@ -184,9 +184,8 @@ pub(super) fn plan(observed: &Observed, wanted: &Wanted) -> Vec<Action> {
         .filter(|(id, _)| !ids.contains(id))
         .collect();
     let in_kernel = observed.covered.iter().chain(&observed.attached).chain(observed.exempt.keys());
-    let is_unnamed = |id: &u64| {
-        observed.unnamed.contains(id) && !ids.contains(id) && !left_alone.contains_key(id)
-    };
+    let is_unnamed =
+        |id: &u64| observed.unnamed.contains(id) && !ids.contains(id) && !left_alone.contains_key(id);
     let is_foreign = |id: &u64| !ids.contains(id) && !left_alone.contains_key(id) && !is_unnamed(id);
     let was_enrolled =
         |id: &u64| (left_alone.contains_key(id) || is_unnamed(id)) && observed.covered.contains(id);

@@ -164,7 +164,10 @@ fn relative<'a>(root: &Path, path: &'a Path) -> &'a Path {
 
 fn below(path: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(path).into_iter().flatten().filter_map(Result::ok);
-    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path()).collect()
+    entries
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
+        .collect()
 }
 
 #[cfg(test)]
@@ -215,7 +218,8 @@ mod tests {
             let path = root.path().join(path);
             fs::create_dir_all(&path).expect("made");
             let populated = u8::from(!path.ends_with("empty"));
-            fs::write(path.join("cgroup.events"), format!("populated {populated}\nfrozen 0\n")).expect("written");
+            fs::write(path.join("cgroup.events"), format!("populated {populated}\nfrozen 0\n"))
+                .expect("written");
         }
         let named = ["named", "class/named", "deep/a/named"].map(Path::new);
         let found = find(root.path(), &Named::of(named.into_iter()));

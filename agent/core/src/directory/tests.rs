@@ -301,7 +301,12 @@ fn external_addresses_are_a_services_unless_somebody_else_has_them() {
         external_ips: external.iter().map(|text| address(text)).collect(),
         ingress_ips: ingress.iter().map(|text| address(text)).collect(),
         udp_ports: vec![port],
-        ports: vec![ServicePort { port, node_port: None, ipv4: Endpoints::default(), ipv6: Endpoints::default() }],
+        ports: vec![ServicePort {
+            port,
+            node_port: None,
+            ipv4: Endpoints::default(),
+            ipv6: Endpoints::default(),
+        }],
         traffic: InternalTrafficPolicy::Cluster,
         affinity: Affinity::None,
     };

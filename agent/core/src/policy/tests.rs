@@ -138,10 +138,7 @@ fn a_policy_that_makes_anything_strict_is_known() {
         (document("shop", "p", "mtls: {mode: STRICT}"), true),
         (document("istio-system", "p", "mtls: {mode: STRICT}"), true),
         (document("shop", "p", "selector: {matchLabels: {a: b}}, mtls: {mode: STRICT}"), true),
-        (
-            document("shop", "p", "selector: {matchLabels: {a: b}}, portLevelMtls: {80: {mode: STRICT}}"),
-            true,
-        ),
+        (document("shop", "p", "selector: {matchLabels: {a: b}}, portLevelMtls: {80: {mode: STRICT}}"), true),
         (
             document("shop", "p", "selector: {matchLabels: {a: b}}, portLevelMtls: {80: {mode: DISABLE}}"),
             false,
