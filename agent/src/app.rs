@@ -3,6 +3,8 @@
 //! | module | content |
 //! |---|---|
 //! | `start` | the steps of the start, in their order |
+//! | `cover` | the pods are covered before a source is asked |
+//! | `node_state` | what is kept for the start after a reboot |
 //! | `agent` | an agent that serves, and its end |
 //! | `succession` | one agent follows another on a node |
 //! | `state` | the watched state that status and readiness show |
@@ -21,7 +23,9 @@ use crate::{config::Config, telemetry::admin};
 
 mod admin_servers;
 mod agent;
+mod cover;
 mod node_addresses;
+mod node_state;
 mod report;
 mod sources;
 mod start;

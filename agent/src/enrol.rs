@@ -18,6 +18,7 @@
 //! | `policy_publisher` | the only writer of policy, to the kernel and to pods |
 //! | `pod_policy` | the policy in force for a pod, as one snapshot; pure |
 //! | `pods` | the pods of this node for the proxy and the status |
+//! | `unnamed` | pods that no source names, each held for a bounded time |
 //! | `events` | inotify on cgroups |
 //!
 //! This file has the driver: on a thread of its own it observes, plans, and acts.
@@ -62,6 +63,7 @@ mod pods;
 mod policy_publisher;
 #[cfg(test)]
 mod testing;
+mod unnamed;
 
 use events::CgroupEvents;
 use kernel_state::entry;
@@ -69,6 +71,8 @@ use plan::{Action, NotYet, Wanted, plan, taken_address};
 pub use pod_policy::PodPolicy;
 pub use pods::{Pod, Pods, Waiting};
 pub use policy_publisher::publish_mesh_default;
+pub use unnamed::Unnamed;
+use unnamed::UnnamedCgroups;
 
 /// Rescan without any event: covers what inotify can miss (an overflow, a cgroup made before its watch).
 const RESCAN: Duration = Duration::from_secs(1);
@@ -93,6 +97,8 @@ pub struct Enroller {
     pub takes_over: bool,
     /// The cgroup that holds all pods.
     pub pods_cgroup: Cgroup,
+    /// Time for which a pod that no source names is held.
+    pub unnamed_pod_timeout: Duration,
     /// Receives the snapshot of this node's pods.
     pub table: Arc<ArcSwap<Pods>>,
     /// Starts the accept loops of a pod.
@@ -131,6 +137,7 @@ impl Enroller {
         state.known.extend(self.kernel.maps.pods());
         state.exempt.extend(self.kernel.maps.exempt());
         state.attached.extend(self.attached());
+        state.unnamed = UnnamedCgroups::left_alone(state.exempt.keys().copied());
         while !stop.is_cancelled() {
             if self.reconcile(&mut state, &events) {
                 state.took_over = true;
@@ -163,6 +170,7 @@ impl Enroller {
         let kept = wanted.kept();
         // Looking at thousands of pods takes seconds; a policy does not wait for that.
         self.publish_new_policies(state, &kept);
+        self.look_for_unnamed(state, &directory);
         let observed = self.observe(state, &wanted);
         state.attached.clear();
         let mut look = Look::default();
@@ -202,6 +210,7 @@ impl Enroller {
                 });
                 told.map_err(|error| (workload, NotYet::Kernel(error.to_string())))
             }
+            Action::LeaveUnnamed(cgroup) => return self.leave_unnamed(state, cgroup),
             Action::Guard(workload, cgroup) => return self.guard_early(state, &workload, cgroup),
             Action::Wait(workload, reason) => {
                 let cgroup = cgroup::id_at(&self.pods_cgroup.path().join(&workload.cgroup));
@@ -308,7 +317,8 @@ impl Enroller {
     }
 
     fn publish(&self, state: &State, waiting: Vec<Waiting>) {
-        let table = Pods::new(state.current.values().cloned().collect(), waiting.clone());
+        let unnamed = state.unnamed.shown(|cgroup| state.exempt.contains_key(&cgroup));
+        let table = Pods::new(state.current.values().cloned().collect(), waiting.clone(), unnamed);
         let before = self.table.swap(Arc::new(table));
         // A set: thousands of pods may wait.
         let known: HashSet<(&Path, &str)> =
@@ -343,6 +353,8 @@ struct State {
     populated: HashMap<u64, Instant>,
     /// Pods that the kernel leaves alone: cgroup id to the addresses it has for them.
     exempt: HashMap<u64, Vec<IpAddr>>,
+    /// Cgroups that no source names.
+    unnamed: UnnamedCgroups,
     /// Pods, by cgroup id, whose links are guarded though they are not enrolled, or cannot be guarded.
     guarded: HashSet<u64>,
     /// Pods, by cgroup id, that programs of an earlier agent are attached for; empty after the first look.

@@ -10,8 +10,8 @@ use std::{
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
-use tacit_core::directory::{Directory, Ranges};
-use tacit_kernel::{Kernel, KernelError};
+use tacit_core::directory::{Directory, IpProtocol, Ranges};
+use tacit_kernel::{Kernel, KernelError, PlaintextDestination};
 use tacit_sources::reload::Watched;
 use tokio::task::spawn_blocking;
 
@@ -19,6 +19,8 @@ use tokio::task::spawn_blocking;
 pub struct Mesh {
     kernel: Arc<Kernel>,
     ranges: ArcSwap<Ranges>,
+    /// [`Directory::node_changes`] and [`Directory::conflict_changes`] of the nodes and their services that the kernel has.
+    nodes: Mutex<Option<(u64, u64)>>,
     /// One change at a time.
     changing: Mutex<()>,
 }
@@ -35,7 +37,32 @@ impl Mesh {
         let shown: Vec<String> = list.iter().map(ToString::to_string).collect();
         let (configured, detected) = (ranges.count_configured(), ranges.count_detected());
         tracing::info!(configured, detected, ranges = shown.join(" "), "ranges of the mesh");
-        Ok(Self { kernel, ranges: ArcSwap::new(ranges), changing: Mutex::default() })
+        let nodes = Mutex::default();
+        let mesh = Self { kernel, ranges: ArcSwap::new(ranges), nodes, changing: Mutex::default() };
+        mesh.follow_nodes(directory)?;
+        Ok(mesh)
+    }
+
+    /// Tells the kernel the addresses of all nodes, at which services have node ports, and ports of load balancers there.
+    fn follow_nodes(&self, directory: &Directory) -> Result<(), KernelError> {
+        let mut known = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        let current = (directory.node_changes(), directory.conflict_changes());
+        if *known == Some(current) {
+            return Ok(());
+        }
+        let maps = &self.kernel.maps;
+        if known.is_none_or(|known| known.0 != current.0) {
+            maps.set_cluster_nodes(directory.node_addresses())?;
+        }
+        maps.set_node_services(directory.node_services().map(|(address, protocol)| {
+            let protocol = match protocol {
+                IpProtocol::Tcp => tacit_abi::protocol::TCP,
+                IpProtocol::Udp => tacit_abi::protocol::UDP,
+            };
+            PlaintextDestination { address, protocol }
+        }))?;
+        *known = Some(current);
+        Ok(())
     }
 
     /// The ranges that the kernel has.
@@ -53,6 +80,9 @@ impl Mesh {
     /// Puts what the directory has found since in force. When the kernel refuses, all stays as it is, and is tried again
     /// when this is called again.
     pub fn follow(&self, directory: &Directory) {
+        if let Err(error) = self.follow_nodes(directory) {
+            tracing::error!(%error, "services at the addresses of new nodes are plaintext");
+        }
         let _guard = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let (before, after) = (self.ranges.load_full(), directory.ranges());
         // A caller may come with a directory that is no longer the latest.

@@ -37,7 +37,7 @@ impl ConnectFacts for Facts<'_> {
 
     #[inline(always)]
     fn in_mesh(&self, address: &Address) -> bool {
-        lookup::in_mesh(address)
+        lookup::in_mesh(address) || lookup::is_node_service(address, self.0.port(), IPPROTO_TCP)
     }
 
     #[inline(always)]

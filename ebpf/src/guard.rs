@@ -7,7 +7,7 @@ use aya_ebpf::programs::SkBuffContext;
 use tacit_abi::{
     Accepted, Address, Arrival, ArrivalFacts, GuardFacts, Hook, Link, Listener, Packet, Pod, Reason, Segment,
     Verdict, decide_arrival, decide_egress, decide_ingress, listener_index, may_claim, may_send_from,
-    names_kind, pod_flag,
+    names_kind, pod_flag, protocol,
 };
 
 use crate::{
@@ -56,6 +56,13 @@ impl GuardFacts for Facts<'_> {
     #[inline(always)]
     fn is_node(&self, address: &Address) -> bool {
         lookup::is_node(address)
+    }
+
+    #[inline(always)]
+    fn is_node_service(&self, packet: &Packet) -> bool {
+        let protocol = packet.protocol;
+        matches!(protocol, protocol::TCP | protocol::UDP)
+            && lookup::is_node_service(&packet.remote, packet.remote_port, u32::from(protocol))
     }
 
     #[inline(always)]
@@ -392,6 +399,7 @@ fn apply(dropped: &mut Dropped, cgroup: u64, pod: &Pod, packet: &Packet, verdict
             true
         }
         Verdict::Drop(reason) => {
+            let reason = if pod.has(pod_flag::UNKNOWN) { Reason::GuardHeld } else { reason };
             drop(dropped, cgroup, &packet.remote, packet.remote_port, packet.protocol, reason)
         }
     }

@@ -1,11 +1,13 @@
 //! Facts of the whole node, looked up in maps.
 
 use aya_ebpf::{bindings::BPF_ANY, btf_maps::lpm_trie::Key};
-use tacit_abi::{Address, ClearKey, Mode, NodeFlow, PortKey, is_recent, seconds};
+use tacit_abi::{Address, ClearKey, Mode, NodeFlow, PortKey, is_recent, node_port, seconds};
 
 use crate::{
     context::now,
-    maps::{AGENTS, CLEAR, MESH, NODE, NODE_FLOWS, NODE_HARDWARE, PORT_MODES, STATE},
+    maps::{
+        AGENTS, CLEAR, CLUSTER_NODES, MESH, NODE, NODE_FLOWS, NODE_HARDWARE, NODE_SERVICES, PORT_MODES, STATE,
+    },
 };
 
 /// Prefix length of a full address in the mesh's map.
@@ -48,6 +50,20 @@ pub fn is_agent_cgroup(id: u64) -> bool {
 pub fn is_node(address: &Address) -> bool {
     // SAFETY: only presence is read.
     unsafe { NODE.get(address) }.is_some()
+}
+
+/// Returns true for a port of a service at an address of a node.
+#[inline(always)]
+pub fn is_node_service(address: &Address, port: u16, protocol: u32) -> bool {
+    // Most ports are no node ports, and most clusters have no such load balancers: no hash is looked up.
+    // SAFETY: only presence is read.
+    if node_port::contains(port) && unsafe { CLUSTER_NODES.get(address) }.is_some() {
+        return true;
+    }
+    let key = || ClearKey { address: *address, port: u32::from(port), protocol };
+    // SAFETY: only presence is read.
+    STATE.get(0).is_some_and(|state| state.node_services != 0)
+        && unsafe { NODE_SERVICES.get(&key()) }.is_some()
 }
 
 /// Returns true if the node itself sent a packet of this flow to the pod a short time ago.

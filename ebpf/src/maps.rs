@@ -72,6 +72,16 @@ pub static MESH: LpmTrie<MeshKey, u32, { limits::MESH_RANGES as usize }> = LpmTr
 #[btf_map]
 pub static NODE: HashMap<Address, u32, { limits::NODE_ADDRESSES as usize }> = HashMap::new();
 
+/// Addresses of all nodes of the cluster. Missing: no node ports at the address.
+#[btf_map]
+pub static CLUSTER_NODES: HashMap<Address, u32, { limits::CLUSTER_NODES as usize }, ON_DEMAND> =
+    HashMap::new();
+
+/// Ports of load balancers that have addresses of nodes. Missing: a port of the node itself.
+#[btf_map]
+pub static NODE_SERVICES: HashMap<ClearKey, u32, { limits::NODE_SERVICES as usize }, ON_DEMAND> =
+    HashMap::new();
+
 /// The agent's listeners, see `tacit_abi::listener_index`. The kernel removes an entry with its socket. Missing: no agent.
 #[btf_map]
 pub static LISTENERS: SockMap<{ (limits::SLOTS * LISTENERS_PER_POD) as usize }> = SockMap::new();

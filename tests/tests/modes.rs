@@ -92,7 +92,11 @@ with_and_without_tacit!(plan:
 );
 
 fn plan() -> Plan {
-    let plan = Plan::new("modes")
+    plan_of("modes")
+}
+
+fn plan_of(tag: &str) -> Plan {
+    let plan = Plan::new(tag)
         .pod("a", "shop", "client-a")
         .pod("b", "shop", "client-b")
         .outside("a", "shop", "stranger-a")
@@ -185,6 +189,32 @@ fn only_what_is_disabled_can_be_read_on_the_wire(mesh: &Mesh) -> Result<()> {
         }
     }
     ensure!(wrong.is_empty(), "{} wrong outcomes:\n{}", wrong.len(), wrong.join("\n"));
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn no_policy_goes_below_the_minimum_mode() -> Result<()> {
+    let plan = plan_of("minmode").config("minimumMode: STRICT\n");
+    let mesh = plan.with_agents()?;
+    for workload in WORKLOADS {
+        let pod = mesh.pod(workload.name())?;
+        for port in [Setting::Absent, Setting::Disable] {
+            let at = SocketAddr::new(pod.ipv4().into(), port.port());
+            let _server = Server::start(pod, at, &[&format!("send:{GREETING}"), "shut", "read-end"])?;
+            for (origin, expected) in
+                [(Origin::MeshedFar, Outcome::Greeted), (Origin::StrangerFar, Outcome::Reset)]
+            {
+                let found = connect(&mesh, origin, at)?;
+                ensure!(found == expected, "{origin:?} to {workload:?}, port {port:?}: {found:?}");
+            }
+        }
+    }
+    let status = observe::status(mesh.agent("b")?)?;
+    let pods = status["pods"].as_array().context("pods")?;
+    for pod in pods.iter().filter(|pod| pod["name"] != "client-b") {
+        ensure!(pod["mode"] == "STRICT" && pod["raised_by_minimum"] == true, "{pod:#}");
+    }
     Ok(())
 }
 

@@ -8,6 +8,7 @@
 //! that ends may be another's already.
 
 use std::{
+    hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
@@ -133,6 +134,8 @@ pub struct Directory {
     refused: Arc<Vec<(Arc<str>, CgroupRefusal)>>,
     /// Number of changes of conflicts.
     conflict_changes: u64,
+    /// Number of changes of the nodes' addresses, or their hash.
+    node_changes: u64,
     by_node: CowMap<Arc<str>, Arc<Vec<Arc<Workload>>>>,
     services: ServiceAddresses,
     services_by_name: CowMap<Arc<str>, Arc<Service>>,
@@ -150,6 +153,15 @@ pub struct Uncovered {
     pub services: usize,
     /// One of them, with its address.
     pub example: Option<String>,
+}
+
+/// A protocol of services.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum IpProtocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
 }
 
 /// The claim of a workload to its addresses, where another workload claims one of them too.
@@ -175,6 +187,11 @@ impl Directory {
         for service in content.services {
             directory.insert_service(service);
         }
+        for (node, addresses) in &content.nodes {
+            directory.set_node_addresses(node, &[], addresses);
+        }
+        // Two versions of a file do not follow from each other.
+        directory.node_changes = BuildHasherDefault::<DefaultHasher>::default().hash_one(&content.nodes);
         Ok(directory)
     }
 
@@ -214,7 +231,8 @@ impl Directory {
     #[must_use]
     pub fn is_unclear_at(&self, at: SocketAddr) -> bool {
         let at = SocketAddr::new(at.ip().to_canonical(), at.port());
-        self.is_unclear(at.ip()) || !self.outer_services(at.ip()).is_empty() && self.services.is_contested(at)
+        let is_outer = !self.outer_services(at.ip()).is_empty() || self.is_shared_with_node(at.ip());
+        self.is_unclear(at.ip()) || is_outer && self.services.is_contested(at)
     }
 
     /// Returns the workloads that contradict each other, in no order.
@@ -283,8 +301,49 @@ impl Directory {
     #[must_use]
     pub fn service_for(&self, at: SocketAddr) -> Option<&Arc<Service>> {
         let at = SocketAddr::new(at.ip().to_canonical(), at.port());
-        let outer = || self.services.outer_at(at).filter(|_| !self.outer_services(at.ip()).is_empty());
-        self.services.cluster(at.ip()).or_else(outer)
+        let is_outer = || !self.outer_services(at.ip()).is_empty() || self.is_shared_with_node(at.ip());
+        let outer = || self.services.outer_at(at).filter(|_| is_outer());
+        let node_port = || self.services.node_port(at.port()).filter(|_| self.is_node_port(at));
+        self.services.cluster(at.ip()).or_else(outer).or_else(node_port)
+    }
+
+    /// Returns true for an address of a load balancer that a node lists as its own. The ports of services are the services';
+    /// all others are the node's. A node that lists an address which it does not have gains nothing.
+    fn is_shared_with_node(&self, address: IpAddr) -> bool {
+        self.services.is_ingress(address)
+            && self.addresses.is_node(address)
+            && self.addresses.holder(address).is_none()
+            && !self.addresses.is_unclear(address)
+    }
+
+    /// The ports of load balancers at addresses that a node lists as its own, with the IP protocol.
+    pub fn node_services(&self) -> impl Iterator<Item = (SocketAddr, IpProtocol)> + use<'_> {
+        let shared = self.services.all_outer().filter(|(address, _)| self.is_shared_with_node(*address));
+        shared.flat_map(|(address, services)| {
+            let services = services.iter().filter(move |service| service.ingress_ips.contains(&address));
+            services.flat_map(move |service| {
+                let at = move |port| SocketAddr::new(address, port);
+                let tcp = service.ports.iter().map(move |port| (at(port.port), IpProtocol::Tcp));
+                tcp.chain(service.udp_ports.iter().map(move |port| (at(*port), IpProtocol::Udp)))
+            })
+        })
+    }
+
+    /// Returns true for an address of a node with a port that a service can have there.
+    #[must_use]
+    pub fn is_node_port(&self, at: SocketAddr) -> bool {
+        tacit_abi::node_port::contains(at.port()) && self.is_node(at.ip())
+    }
+
+    /// The addresses that nodes list as their own.
+    pub fn node_addresses(&self) -> impl Iterator<Item = IpAddr> + use<'_> {
+        self.addresses.of_nodes()
+    }
+
+    /// A number that differs between two directories of a source whose [`Self::node_addresses`] differ.
+    #[must_use]
+    pub fn node_changes(&self) -> u64 {
+        self.node_changes
     }
 
     /// The services with an external or load balancer address that no pod and no node has.
@@ -322,6 +381,14 @@ impl Directory {
     /// The workloads of `node` that have their cgroup to themselves, in the order in which they were added.
     pub fn on_node<'a>(&'a self, node: &str) -> impl Iterator<Item = &'a Arc<Workload>> + use<'a> {
         self.by_node.get(node).into_iter().flat_map(|list| list.iter())
+    }
+
+    /// The cgroups that workloads of `node` claim, also those that they do not get, relative to the cgroup of all pods.
+    pub fn cgroups_on_node<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Path> + use<'a> {
+        let refused = self.refused.iter().filter_map(|(name, _)| self.by_name.get(name));
+        let refused = refused.filter(move |workload| *workload.node == *node);
+        let others = self.host_network.iter().chain(self.departed.iter());
+        self.on_node(node).chain(refused).chain(others).map(|workload| workload.cgroup.as_path())
     }
 
     /// All workloads, in no order.

@@ -57,6 +57,11 @@ impl Modes {
     pub fn at(&self, port: u16) -> Mode {
         self.ports.get(&port).copied().unwrap_or(self.default)
     }
+
+    fn raise(&mut self, minimum: ModeSetting) {
+        self.default = minimum.raise(self.default);
+        self.ports.values_mut().for_each(|mode| *mode = minimum.raise(*mode));
+    }
 }
 
 /// All policies known at one time.
@@ -70,6 +75,8 @@ pub struct Policies {
     /// cannot be read whom it selects, or what it says to all.
     strict: HashSet<Arc<str>>,
     strict_everywhere: bool,
+    /// No policy sets a mode below this one.
+    minimum: ModeSetting,
     /// Those of the root namespace, which select in every namespace.
     authorizing_everywhere: Vec<ScopedAuthorization>,
     authorizing: HashMap<Arc<str>, Vec<ScopedAuthorization>>,
@@ -90,6 +97,14 @@ impl ModeSetting {
         match self {
             Self::Inherit => wider,
             Self::Set(mode) => mode,
+        }
+    }
+
+    /// Returns `mode`, or this one if it is stricter.
+    fn raise(self, mode: Mode) -> Mode {
+        match self {
+            Self::Inherit => mode,
+            Self::Set(minimum) => mode.max(minimum),
         }
     }
 }
@@ -135,6 +150,12 @@ impl Policies {
         policies.mesh = mesh.unwrap_or_default();
         policies.strict_everywhere = policies.strict.contains(root_namespace);
         policies
+    }
+
+    /// The same policies, none of which sets a mode below `minimum`.
+    #[must_use]
+    pub fn with_minimum(self, minimum: Mode) -> Self {
+        Self { minimum: ModeSetting::Set(minimum), ..self }
     }
 
     fn add_modes(
@@ -186,13 +207,36 @@ impl Policies {
     /// The mode of the mesh: what holds where nothing narrower does.
     #[must_use]
     pub fn mesh_default(&self) -> Mode {
+        self.minimum.raise(self.written_mesh_default())
+    }
+
+    fn written_mesh_default(&self) -> Mode {
         if self.strict_everywhere { Mode::Strict } else { self.mesh.or(Mode::Permissive) }
+    }
+
+    /// Returns true if a workload or a port somewhere may be STRICT.
+    #[must_use]
+    pub fn may_be_strict(&self) -> bool {
+        let strict = ModeSetting::Set(Mode::Strict);
+        let selecting = || self.selecting.values().flatten();
+        self.mesh_default() == Mode::Strict
+            || !self.strict.is_empty()
+            || self.namespaces.values().any(|setting| *setting == strict)
+            || selecting().any(|policy| policy.mode == strict || policy.ports.values().any(|s| *s == strict))
     }
 
     /// The modes that hold for a workload.
     #[must_use]
     pub fn modes(&self, workload: &Workload) -> Modes {
-        let mesh = self.mesh_default();
+        let mut modes = self.written_modes(workload);
+        modes.raise(self.minimum);
+        modes
+    }
+
+    /// The modes that the policies set for a workload, without the minimum.
+    #[must_use]
+    pub fn written_modes(&self, workload: &Workload) -> Modes {
+        let mesh = self.written_mesh_default();
         if self.strict_everywhere || self.strict.contains(&workload.namespace) {
             return Modes { default: Mode::Strict, ports: BTreeMap::new() };
         }

@@ -117,6 +117,7 @@ pub struct Maps {
     port_modes: Mutex<HashMap<MapData, PortKey, u32>>,
     mesh: Mutex<LpmTrie<MapData, MeshKey, u32>>,
     node: Mutex<HashMap<MapData, Address, u32>>,
+    cluster_nodes: Mutex<HashMap<MapData, Address, u32>>,
     listeners: Mutex<SockMap<MapData>>,
     capturers: Mutex<SockMap<MapData>>,
     names: Mutex<SkStorage<MapData, Names>>,
@@ -133,6 +134,7 @@ impl Maps {
             port_modes: typed(programs, "PORT_MODES")?,
             mesh: typed(programs, "MESH")?,
             node: typed(programs, "NODE")?,
+            cluster_nodes: typed(programs, "CLUSTER_NODES")?,
             listeners: typed(programs, "LISTENERS")?,
             capturers: typed(programs, "CAPTURERS")?,
             names: typed(programs, "NAMES")?,
@@ -306,6 +308,12 @@ impl Maps {
         Ok(())
     }
 
+    /// Returns the number of ranges of the mesh.
+    #[must_use]
+    pub fn count_mesh(&self) -> usize {
+        lock(&self.mesh).keys().filter_map(Result::ok).count()
+    }
+
     /// Adds `new` to the mesh's ranges, and then takes out `replaced`, which lie in them.
     ///
     /// # Errors
@@ -335,16 +343,22 @@ impl Maps {
                 "probes from the node's further addresses are not recognised"
             );
         }
-        let wanted: HashSet<Address> = addresses.iter().take(bound).map(|a| address(*a)).collect();
-        let mut node = lock(&self.node);
-        let present: HashSet<Address> = node.keys().filter_map(Result::ok).collect();
-        for gone in present.difference(&wanted) {
-            let _ = node.remove(gone);
+        let wanted = addresses.iter().take(bound).map(|a| address(*a)).collect();
+        replace_all(&mut lock(&self.node), &wanted).map_err(failed("NODE"))
+    }
+
+    /// Makes the addresses of the cluster's nodes exactly `addresses`; more than the map holds are left out with a warning.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn set_cluster_nodes(&self, addresses: impl Iterator<Item = IpAddr>) -> Result<(), KernelError> {
+        let bound = limits::CLUSTER_NODES as usize;
+        let mut addresses = addresses.map(address);
+        let wanted = addresses.by_ref().take(bound).collect();
+        if addresses.next().is_some() {
+            tracing::warn!(bound, "too many nodes: node ports at the addresses of some are plaintext");
         }
-        for new in wanted.difference(&present) {
-            node.insert(new, PRESENT, 0).map_err(failed("NODE"))?;
-        }
-        Ok(())
+        replace_all(&mut lock(&self.cluster_nodes), &wanted).map_err(failed("CLUSTER_NODES"))
     }
 
     /// Returns the original destination of a captured connection, by the addresses that `accept()` returned, and
@@ -434,6 +448,15 @@ fn typed<M: TryFrom<Map, Error = MapError>>(
     let missing = || KernelError::Map { map: name, problem: "not in the object".to_owned() };
     let map = programs.ebpf().take_map(name).ok_or_else(missing)?;
     M::try_from(map).map(Mutex::new).map_err(failed(name))
+}
+
+/// Makes the keys of `map` exactly `wanted`.
+fn replace_all(map: &mut HashMap<MapData, Address, u32>, wanted: &HashSet<Address>) -> Result<(), MapError> {
+    let present: HashSet<Address> = map.keys().filter_map(Result::ok).collect();
+    for gone in present.difference(wanted) {
+        let _ = map.remove(gone);
+    }
+    wanted.difference(&present).try_for_each(|new| map.insert(new, PRESENT, 0))
 }
 
 /// A panic while a map is locked leaves the handle as it was: it holds a descriptor only.

@@ -13,7 +13,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use kube::{Client, Config};
-use tacit_core::policy::{Policies, PolicyKind};
+use tacit_core::policy::{Mode, Policies, PolicyKind};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -38,17 +38,25 @@ pub struct Options {
     pub kubeconfig: Option<PathBuf>,
 }
 
-/// Starts to watch the API. Policies in `root_namespace` apply to the whole mesh.
+/// Starts to watch the API. Policies in `root_namespace` apply to the whole mesh. No policy sets a mode below `minimum`.
 ///
 /// # Errors
 /// [`KubernetesError`]. An API that does not answer, or does not serve the resources, is not an error.
-pub async fn open(options: &Options, root_namespace: Arc<str>) -> Result<Opening<Policies>, KubernetesError> {
-    start(access(options.kubeconfig.as_deref()).await?, root_namespace)
+pub async fn open(
+    options: &Options,
+    root_namespace: Arc<str>,
+    minimum: Mode,
+) -> Result<Opening<Policies>, KubernetesError> {
+    start(access(options.kubeconfig.as_deref()).await?, root_namespace, minimum)
 }
 
-fn start(config: Config, root_namespace: Arc<str>) -> Result<Opening<Policies>, KubernetesError> {
+fn start(
+    config: Config,
+    root_namespace: Arc<str>,
+    minimum: Mode,
+) -> Result<Opening<Policies>, KubernetesError> {
     let (events, refused) = mpsc::channel(events::WAITING_MAX);
-    let source = PolicySource { store: PolicyStore::new(root_namespace), events };
+    let source = PolicySource { store: PolicyStore::new(root_namespace), minimum, events };
     kubernetes::start(config, source, |client, news| watch_tasks(client, news, refused))
 }
 
@@ -67,6 +75,7 @@ fn watch_tasks(
 /// The store, and the channel for Events.
 struct PolicySource {
     store: PolicyStore,
+    minimum: Mode,
     events: mpsc::Sender<InvalidPolicy>,
 }
 
@@ -89,7 +98,7 @@ impl kubernetes::ObjectStore for PolicySource {
     }
 
     fn take_changed(&mut self) -> Option<Policies> {
-        self.store.take_changed()
+        self.store.take_changed().map(|policies| policies.with_minimum(self.minimum))
     }
 
     fn invalid_objects(&self) -> InvalidObjects {

@@ -29,8 +29,8 @@ use crate::{
     telemetry::{
         Telemetry, admin,
         status::{
-            FlowsStatus, GuardStatus, IssuerStatus, MeshStatus, PoolStatus, SourceKind, Status,
-            UncoveredStatus,
+            FlowsStatus, GuardStatus, IssuerStatus, MeshStatus, NodeStateStatus, PoolStatus, SourceKind,
+            Status, UncoveredStatus, UnnamedStatus,
         },
     },
 };
@@ -53,6 +53,7 @@ struct Shown {
     started: Instant,
     sources: Vec<(SourceKind, watch::Receiver<ReloadState>)>,
     state: State,
+    node_state: watch::Receiver<NodeStateStatus>,
     /// Set when there is more to see than that.
     report: OnceLock<Arc<Report>>,
 }
@@ -65,7 +66,7 @@ impl AdminServers {
         started: Instant,
         sources: Vec<(SourceKind, watch::Receiver<ReloadState>)>,
         telemetry: Telemetry,
-        state: State,
+        (state, node_state): (State, watch::Receiver<NodeStateStatus>),
         may_stand_by: bool,
     ) -> Result<Self, AppError> {
         let operator = admin::bind_operator(&config.socket)?;
@@ -82,6 +83,7 @@ impl AdminServers {
             started,
             sources,
             state,
+            node_state,
             report: OnceLock::new(),
         });
         let stop = CancellationToken::new();
@@ -178,6 +180,8 @@ impl Shown {
             programs: Vec::new(),
             kernel: Vec::new(),
             guard: GuardStatus::default(),
+            node_state: self.node_state.borrow().clone(),
+            unnamed: UnnamedStatus::default(),
             mesh: MeshStatus::default(),
             uncovered: UncoveredStatus::default(),
             issuer: IssuerStatus::default(),

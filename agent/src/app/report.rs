@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
-    time::{Instant, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tacit_core::{
@@ -19,15 +19,16 @@ use tacit_core::{
 use tacit_identity::{issuer::Issuer, istio::Skew, manager::CertificateState};
 use tacit_kernel::{DropCount, GuardedLink, Kernel, KernelCounter, PlaintextEgress, host};
 use tacit_sources::reload::ReloadState;
+use tokio::sync::watch;
 
 use crate::{
     config::Config,
-    enrol::{PodPolicy, Pods},
+    enrol::{PodPolicy, Pods, Unnamed},
     proxy::Proxy,
     telemetry::status::{
         AgentState, CertificateStatus, CounterStatus, DropStatus, GuardStatus, IssuerStatus, MeshStatus,
-        PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, ShareStatus, SourceKind,
-        SourceStatus, Status, UncoveredStatus,
+        NodeStateStatus, PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, ShareStatus,
+        SourceKind, SourceStatus, Status, UncoveredStatus, UnnamedStatus,
     },
 };
 
@@ -39,13 +40,22 @@ pub(super) struct Report {
     node: Arc<str>,
     pods_cgroup: PathBuf,
     started: Instant,
+    node_state: watch::Receiver<NodeStateStatus>,
+    unnamed_pod_timeout: Duration,
     /// The pods and services outside the mesh's ranges, for that directory and those ranges.
     uncovered: Mutex<(Arc<Directory>, Arc<Ranges>, UncoveredStatus)>,
 }
 
 impl Report {
-    pub(super) fn new(config: &Config, kernel: Arc<Kernel>, proxy: Arc<Proxy>, started: Instant) -> Self {
+    pub(super) fn new(
+        config: &Config,
+        kernel: Arc<Kernel>,
+        proxy: Arc<Proxy>,
+        (started, node_state): (Instant, watch::Receiver<NodeStateStatus>),
+    ) -> Self {
         Self {
+            node_state,
+            unnamed_pod_timeout: config.unnamed_pod_timeout,
             kernel,
             proxy,
             trust_domain: config.trust_domain.clone(),
@@ -68,6 +78,8 @@ impl Report {
             programs: self.programs(),
             kernel: self.kernel(),
             guard: self.guard(),
+            node_state: self.node_state.borrow().clone(),
+            unnamed: self.unnamed(),
             mesh: mesh(&self.proxy.snapshots.mesh.ranges()),
             uncovered: self.uncovered(),
             issuer: issuer(self.proxy.snapshots.identities.issuer()),
@@ -141,6 +153,8 @@ impl Report {
             in_clear: in_clear_text(policy.plaintext_egress(workload)).to_owned(),
             guarded_links: links.iter().map(|link| format!("{} ({})", link.interface, link.by)).collect(),
             policy_not_applied: policy.not_applied.clone(),
+            raised_by_minimum: policy.not_applied.is_none()
+                && policies.written_modes(workload) != policy.modes,
             state,
             flows: live.get(&(workload.namespace.clone(), workload.name.clone())).copied().unwrap_or(0),
         };
@@ -158,6 +172,14 @@ impl Report {
         let mut all: Vec<PodStatus> = enrolled.chain(waiting).chain(left_alone).collect();
         all.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         all
+    }
+
+    fn unnamed(&self) -> UnnamedStatus {
+        let table = self.proxy.pods.load();
+        let Unnamed { held, left_alone, example } = table.unnamed.clone();
+        let is_held = self.kernel.maps.default_mode().is_ok_and(|mode| mode == Some(tacit_abi::Mode::Strict));
+        let held = if is_held { held } else { 0 };
+        UnnamedStatus { held, left_alone, example, limit_seconds: self.unnamed_pod_timeout.as_secs() }
     }
 
     fn programs(&self) -> Vec<ProgramStatus> {

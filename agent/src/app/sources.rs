@@ -75,11 +75,12 @@ async fn open_directory(config: &Config) -> Result<Opening<Directory>, AppError>
 /// The policies. They are used once all are known: one that is missing would let through what it denies.
 async fn open_policies(config: &Config) -> Result<Opening<Policies>, AppError> {
     let root = config.root_namespace.clone();
+    let minimum = config.minimum_mode;
     match &config.policy {
         Source::File(file) => {
             let named = file.clone();
             Ok(Watched::open(file, move |text| {
-                let policies = Policies::parse(text, &named, &root)?;
+                let policies = Policies::parse(text, &named, &root)?.with_minimum(minimum);
                 for note in policies.notes() {
                     tracing::warn!(file = %named.display(), "{note}");
                 }
@@ -88,7 +89,7 @@ async fn open_policies(config: &Config) -> Result<Opening<Policies>, AppError> {
             .into())
         }
         Source::Kubernetes(options) => {
-            let opened = tacit_sources::policy::open(options, root).await;
+            let opened = tacit_sources::policy::open(options, root, minimum).await;
             opened.map_err(|source| AppError::Kubernetes { field: "policy", source })
         }
     }

@@ -14,14 +14,17 @@ use tacit_identity::{
     manager::Identities,
     root::EmbeddedRootError,
 };
-use tacit_kernel::{Kernel, SuccessorLock, VerifierLog, cgroup::Cgroup, host, netns::HostNetns};
+use tacit_kernel::{Kernel, KernelError, SuccessorLock, VerifierLog, cgroup::Cgroup, host, netns::HostNetns};
 use tacit_sources::reload::Watched;
+use tokio::sync::watch;
 
 use crate::{
     app::{
         AppError, Signals,
         admin_servers::AdminServers,
         agent::Agent,
+        cover::{Cover, kept_state},
+        node_state::{self, Kept},
         report::Report,
         sources::Sources,
         state::{Event, State},
@@ -34,7 +37,7 @@ use crate::{
     enrol::{Enroller, Serve, publish_mesh_default},
     mesh::Mesh,
     proxy::{Proxy, accept, dialer::Dialer, workers::Workers},
-    telemetry::Telemetry,
+    telemetry::{Telemetry, status::NodeStateStatus},
 };
 
 /// Starts the agent. Returns `None` if a signal arrived before it served.
@@ -46,27 +49,50 @@ pub(super) async fn start(
 ) -> Result<Option<Agent>, AppError> {
     let started = Instant::now();
     let node = Node::open(config)?;
+    let (kept, mut node_state) = kept_state(config);
+    // First of all: a source may not answer for long, and after a reboot nothing else covers the pods.
+    let cover = cover(config, &node, verifier_log, stands_by, (&kept, &mut node_state))?;
     let sources = Sources::open(config).await?;
-    // Before programs: an agent that cannot be looked at should not touch the kernel.
-    let operator = Operator::open(config, started, &sources, stands_by).await?;
-    let Some(complete) = signals.before(sources.complete()).await else { return Ok(None) };
-    let (directory, policies) = complete?;
-    let identities = Arc::new(Identities::start(issuer(config)?));
-    let pins = async {
-        if stands_by {
-            let prepare = || Kernel::prepare(&config.pin_path, &node.pods_cgroup, verifier_log);
-            let stands_by = || operator.state.apply(Event::StandsBy);
-            succession::stand_by(config, &directory, &identities, prepare, stands_by).await
-        } else {
-            succession::first(&config.pin_path)
+    let operator = Operator::open(config, started, &sources, node_state, stands_by).await?;
+    let complete = async {
+        match &cover {
+            Some(cover) => cover.while_waiting(sources.complete()).await,
+            None => sources.complete().await,
         }
     };
-    let Some(succession) = signals.before(pins).await else { return Ok(None) };
-    let (kernel, successor_lock) = open_kernel(&node, verifier_log, succession?)?;
+    let Some(complete) = signals.before(complete).await else { return Ok(None) };
+    let (directory, policies) = complete?;
+    let identities = Arc::new(Identities::start(issuer(config)?));
+    let kernel = async {
+        let Some(cover) = cover else {
+            let prepare = || Kernel::prepare(&config.pin_path, &node.pods_cgroup, verifier_log);
+            let stands_by = || operator.state.apply(Event::StandsBy);
+            let succession = succession::stand_by(config, &directory, &identities, prepare, stands_by);
+            return open_kernel(&node, verifier_log, succession.await?);
+        };
+        Ok((cover.kernel, None))
+    };
+    let Some(kernel) = signals.before(kernel).await else { return Ok(None) };
+    let (kernel, successor_lock) = kernel?;
     let mesh = fill_maps(config, &kernel, &directory, &policies)?;
     let snapshots = Snapshots { directory, policies, mesh, identities };
     let proxy = proxy(config, &node, &kernel, snapshots, operator.telemetry.clone())?;
-    Ok(Some(serve(config, node, kernel, proxy, operator, successor_lock)))
+    Ok(Some(serve(config, node, kernel, proxy, operator, (kept, successor_lock))))
+}
+
+/// Covers the pods, or returns `None` if another agent does and this one may stand by.
+fn cover(
+    config: &Config,
+    node: &Node,
+    verifier_log: &VerifierLog,
+    stands_by: bool,
+    state: (&Kept, &mut NodeStateStatus),
+) -> Result<Option<Cover>, AppError> {
+    match succession::first(&config.pin_path) {
+        Ok((lock, _)) => Ok(Some(Cover::open(config, &node.pods_cgroup, verifier_log, lock, state)?)),
+        Err(KernelError::Locked { .. }) if stands_by => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// The parts of the node that the agent works with.
@@ -92,6 +118,7 @@ struct Operator {
     started: Instant,
     telemetry: Telemetry,
     state: State,
+    node_state: watch::Sender<NodeStateStatus>,
     servers: AdminServers,
 }
 
@@ -100,12 +127,15 @@ impl Operator {
         config: &Config,
         started: Instant,
         sources: &Sources,
+        node_state: NodeStateStatus,
         stands_by: bool,
     ) -> Result<Self, AppError> {
         let (telemetry, state) = (Telemetry::new(), State::default());
-        let (shown, counted, watched) = (sources.states(), telemetry.clone(), state.clone());
+        let node_state = watch::Sender::new(node_state);
+        let (shown, counted) = (sources.states(), telemetry.clone());
+        let watched = (state.clone(), node_state.subscribe());
         let servers = AdminServers::open(config, started, shown, counted, watched, stands_by).await?;
-        Ok(Self { started, telemetry, state, servers })
+        Ok(Self { started, telemetry, state, node_state, servers })
     }
 }
 
@@ -170,15 +200,22 @@ fn serve(
     kernel: Arc<Kernel>,
     proxy: Arc<Proxy>,
     operator: Operator,
-    successor_lock: Option<SuccessorLock>,
+    (kept, successor_lock): (Kept, Option<SuccessorLock>),
 ) -> Agent {
-    let Operator { started, state, servers, .. } = operator;
-    let report = Arc::new(Report::new(config, kernel.clone(), proxy.clone(), started));
+    let Operator { started, state, node_state, servers, .. } = operator;
+    let shown = (started, node_state.subscribe());
+    let report = Arc::new(Report::new(config, kernel.clone(), proxy.clone(), shown));
     state.apply(Event::TakesOver);
     servers.show(report.clone());
     let descriptors = node.descriptors;
     let enroller = enroller(config, &kernel, node, &proxy, &state, successor_lock);
-    let tasks = Tasks::spawn(&kernel, &proxy, &report, enroller, config.heartbeat_timeout);
+    let on_disk = match kept {
+        Kept::State(state) => Some(state),
+        Kept::Nothing | Kept::Unusable(_) => None,
+    };
+    let Snapshots { directory, policies, .. } = proxy.snapshots.clone();
+    let keeper = node_state::keep(config.state_path.clone(), on_disk, directory, policies, node_state);
+    let tasks = Tasks::spawn(&kernel, &proxy, &report, (enroller, keeper), config.heartbeat_timeout);
     tracing::info!(node = %config.node, trust_domain = %config.trust_domain, descriptors, "agent runs");
     let (pin_path, drain_timeout) = (config.pin_path.clone(), config.drain_timeout);
     Agent { kernel, proxy, state, servers, tasks, pin_path, drain_timeout }
@@ -205,6 +242,7 @@ fn enroller(
         telemetry: proxy.telemetry.clone(),
         takes_over,
         pods_cgroup: node.pods_cgroup,
+        unnamed_pod_timeout: config.unnamed_pod_timeout,
         table: proxy.pods.clone(),
         serve,
         reconciled: Arc::new(move || {

@@ -33,7 +33,7 @@ pub(super) struct Tasks {
     enrolment: JoinSet<io::Result<()>>,
     /// Ends enrolment after its current pass. A drain cancels it too.
     settle: CancellationToken,
-    /// Housekeeping, and the ranges of the mesh.
+    /// Housekeeping, the ranges of the mesh, and the kept state.
     upkeep: JoinSet<()>,
     heart: JoinSet<()>,
     kernel_log: JoinSet<()>,
@@ -44,7 +44,7 @@ impl Tasks {
         kernel: &Arc<Kernel>,
         proxy: &Arc<Proxy>,
         report: &Arc<Report>,
-        enroller: Enroller,
+        (enroller, keeper): (Enroller, impl Future<Output = ()> + Send + 'static),
         heartbeat_timeout: Duration,
     ) -> Self {
         let settle = proxy.drain.stop.child_token();
@@ -57,6 +57,7 @@ impl Tasks {
         let mut upkeep = JoinSet::new();
         upkeep.spawn(vital(failed.clone(), housekeeping(kernel.clone(), proxy.clone(), report.clone())));
         upkeep.spawn(vital(failed.clone(), snapshots.mesh.keep(snapshots.directory)));
+        upkeep.spawn(vital(failed.clone(), keeper));
         let mut heart = JoinSet::new();
         heart.spawn(heartbeat(kernel.clone(), heartbeat_timeout, failed));
         let mut kernel_log = JoinSet::new();

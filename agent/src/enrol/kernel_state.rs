@@ -85,6 +85,18 @@ impl Enroller {
         }
     }
 
+    /// Has the kernel leave a cgroup alone that no source names. Until it does, the cgroup is held, and shown as held.
+    pub(super) fn leave_unnamed(&self, state: &mut State, cgroup: u64) {
+        match self.kernel.maps.set_exempt(cgroup, &[]) {
+            Ok(()) => {
+                tracing::warn!(cgroup, limit = ?self.unnamed_pod_timeout, "no source names this pod: it is left alone, as without Tacit");
+                state.known.remove(&cgroup);
+                state.exempt.insert(cgroup, Vec::new());
+            }
+            Err(error) => tracing::debug!(cgroup, %error, "held on, though no source names this pod"),
+        }
+    }
+
     /// Adopts the ranges that the directory has found. Resets plaintext connections of enrolled pods with addresses that
     /// are new in the mesh, as an enrolment does.
     pub(super) fn grow(&self, state: &mut State, directory: &Directory) {

@@ -44,6 +44,7 @@ impl Enroller {
             served: state.current.iter().map(served).collect(),
             covered: state.known.keys().copied().collect(),
             exempt: state.exempt.iter().map(|(id, addresses)| (*id, addresses.clone())).collect(),
+            unnamed: state.unnamed.passed(),
             guarded: state.guarded.iter().copied().collect(),
             attached: state.attached.iter().copied().collect(),
             uncertified: uncertified.collect(),

@@ -11,7 +11,8 @@
 //! | the directory dropped it, and it has a process | nothing: it is served until its last process is gone |
 //! | the kernel has a cgroup of no pod of the directory | remove it: an earlier agent left it, or the pod is gone |
 //! | the directory has a pod that is not to be enrolled | tell the kernel to leave it alone, whatever the mesh's mode |
-//! | such a pod or one without a certificate has a process | guard its links: it sends from its own addresses only |
+//! | the directory does not name a cgroup, for long enough | tell the kernel to leave it alone too |
+//! | a pod that is not to be enrolled, or one without a certificate, has a process | guard its links: it sends from its own addresses only |
 //!
 //! All pods are covered before the first is enrolled, because enrolling takes milliseconds for each pod.
 
@@ -41,6 +42,8 @@ pub(super) struct Observed {
     pub covered: BTreeSet<u64>,
     /// Ids of the cgroups that the kernel leaves alone, with the addresses it has for them.
     pub exempt: BTreeMap<u64, Vec<IpAddr>>,
+    /// Ids of the cgroups that no source has named for long enough.
+    pub unnamed: BTreeSet<u64>,
     /// Ids of the cgroups whose links were guarded before enrolment, or cannot be.
     pub guarded: BTreeSet<u64>,
     /// Ids of cgroups for which an earlier agent attached programs.
@@ -120,6 +123,8 @@ pub(super) enum Action {
     Cover(Arc<Workload>, u64),
     /// Have the kernel leave a pod alone.
     Exempt(Arc<Workload>, u64),
+    /// Have the kernel leave a cgroup alone that no source names.
+    LeaveUnnamed(u64),
     /// Hold a pod that is not enrolled, or not yet, to its own addresses, and steer what arrives at one that is to be.
     Guard(Arc<Workload>, u64),
     /// Report why the pod is not enrolled.
@@ -179,11 +184,17 @@ pub(super) fn plan(observed: &Observed, wanted: &Wanted) -> Vec<Action> {
         .filter(|(id, _)| !ids.contains(id))
         .collect();
     let in_kernel = observed.covered.iter().chain(&observed.attached).chain(observed.exempt.keys());
-    let is_foreign = |id: &u64| !ids.contains(id) && !left_alone.contains_key(id);
-    let was_enrolled = |id: &u64| left_alone.contains_key(id) && observed.covered.contains(id);
+    let is_unnamed =
+        |id: &u64| observed.unnamed.contains(id) && !ids.contains(id) && !left_alone.contains_key(id);
+    let is_foreign = |id: &u64| !ids.contains(id) && !left_alone.contains_key(id) && !is_unnamed(id);
+    let was_enrolled =
+        |id: &u64| (left_alone.contains_key(id) || is_unnamed(id)) && observed.covered.contains(id);
     let removed: BTreeSet<u64> = in_kernel.copied().filter(|id| is_foreign(id) || was_enrolled(id)).collect();
     actions.extend(removed.iter().map(|id| Action::Remove(*id)));
     actions.extend(leave_alone(observed, &wanted.bystanders, &left_alone, &removed));
+    let is_told = |id: &u64| !removed.contains(id) && observed.exempt.get(id).is_some_and(Vec::is_empty);
+    let unnamed = observed.unnamed.iter().filter(|id| is_unnamed(id) && !is_told(id));
+    actions.extend(unnamed.map(|id| Action::LeaveUnnamed(*id)));
 
     let mut planned: HashSet<&Path> = staying.iter().map(|(path, _)| path.as_path()).collect();
     let new = wanted.pods.iter().filter(|workload| planned.insert(&workload.cgroup));

@@ -7,7 +7,7 @@ use tacit_kernel::{GuardedLink, PlaintextEgress, netns::Netns};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::enrol::PodPolicy;
+use crate::enrol::{PodPolicy, Unnamed};
 
 /// An enrolled pod, as the data path sees it.
 #[derive(Debug)]
@@ -82,14 +82,16 @@ pub struct Pods {
     pub pods: Vec<Arc<Pod>>,
     /// Pods that should be enrolled and are not yet.
     pub waiting: Vec<Waiting>,
+    /// Pods that no source names.
+    pub unnamed: Unnamed,
     by_address: HashMap<IpAddr, Arc<Pod>>,
 }
 
 impl Pods {
-    pub(super) fn new(pods: Vec<Arc<Pod>>, waiting: Vec<Waiting>) -> Self {
+    pub(super) fn new(pods: Vec<Arc<Pod>>, waiting: Vec<Waiting>, unnamed: Unnamed) -> Self {
         let by_address =
             pods.iter().flat_map(|p| p.workload.addresses.iter().map(move |a| (*a, p.clone()))).collect();
-        Self { pods, waiting, by_address }
+        Self { pods, waiting, unnamed, by_address }
     }
 
     /// The enrolled pod that has `address`.

@@ -276,7 +276,8 @@ fn find_route(path: &Proxy, pod: &Pod, directory: &Directory, destination: Socke
         is_unclear: directory.is_unclear_at(destination),
         // The directory has a new range before the kernel has it.
         outside_mesh: !path.snapshots.is_mesh(destination.ip())
-            && !directory.ranges().contains(destination.ip()),
+            && !directory.ranges().contains(destination.ip())
+            && !directory.is_node_port(destination),
         on_this_node: path.pods.load().at(destination.ip()).is_some(),
         destination_mode: modes.map_or(policy::Mode::Strict, |m| m.at(destination.port())),
         source_is_strict: pod.is_strict(directory),

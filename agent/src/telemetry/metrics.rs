@@ -103,6 +103,12 @@ impl Exposition {
         writer.single(&RESETS_AT_ENROLMENT, status.guard.resets_at_enrolment)?;
         let uncovered = [("pod", status.uncovered.pods), ("service", status.uncovered.services)];
         writer.family(&UNCOVERED, uncovered.map(|(kind, count)| ([Value::Text(kind)], count)))?;
+        let unnamed = [("held", status.unnamed.held), ("left_alone", status.unnamed.left_alone)];
+        writer.family(&UNNAMED, unnamed.map(|(state, count)| ([Value::Text(state)], count)))?;
+        let node_state = [("read", &status.node_state.read_error), ("write", &status.node_state.write_error)];
+        let node_state =
+            node_state.map(|(operation, error)| ([Value::Text(operation)], u64::from(error.is_some())));
+        writer.family(&NODE_STATE_ERRORS, node_state)?;
         let ranges = [("configured", status.mesh.configured), ("detected", status.mesh.detected)];
         writer.family(&RANGES, ranges.map(|(origin, count)| ([Value::Text(origin)], count)))?;
         writer.histogram(&ENROLMENT, &self.enrolments)?;

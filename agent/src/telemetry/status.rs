@@ -51,6 +51,12 @@ pub struct Status {
     /// Actions of the guard beside counting verdicts.
     #[serde(default)]
     pub guard: GuardStatus,
+    /// What the agent keeps for its start after a reboot.
+    #[serde(default)]
+    pub node_state: NodeStateStatus,
+    /// Pods that no source names.
+    #[serde(default)]
+    pub unnamed: UnnamedStatus,
     /// Which addresses are of the mesh.
     #[serde(default)]
     pub mesh: MeshStatus,
@@ -156,6 +162,9 @@ pub struct PodStatus {
     /// configured policy is in force.
     #[serde(default)]
     pub policy_not_applied: Option<String>,
+    /// True if `minimumMode` raised one of the modes.
+    #[serde(default)]
+    pub raised_by_minimum: bool,
     /// Its state: is it protected?
     pub state: PodState,
     /// Its live flows, in both directions.
@@ -205,6 +214,32 @@ pub struct GuardStatus {
     pub resets_at_enrolment: u64,
     /// The dropped packets, most first. The least recently seen kinds are evicted beyond 4,096.
     pub drops: Vec<DropStatus>,
+}
+
+/// What the agent keeps for its start after a reboot.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NodeStateStatus {
+    /// The folder.
+    pub folder: String,
+    /// What applied at this start until the sources answered.
+    pub origin: String,
+    /// Why the kept state could not be used at this start.
+    pub read_error: Option<String>,
+    /// Why the state could not be written last; `None` once it was.
+    pub write_error: Option<String>,
+}
+
+/// Cgroups of pods that no source names.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct UnnamedStatus {
+    /// How many are held to STRICT now; 0 unless STRICT is the mode of the mesh.
+    pub held: u64,
+    /// How many are left alone, because the limit has passed.
+    pub left_alone: u64,
+    /// Time for which each is held while the directory is up to date.
+    pub limit_seconds: u64,
+    /// The cgroup of one of them.
+    pub example: Option<String>,
 }
 
 /// The ranges of the mesh that the kernel has.

@@ -128,6 +128,9 @@ pub trait GuardFacts {
     fn in_mesh(&self, address: &Address) -> bool;
     /// Returns true for the node's own addresses. Proves nothing about a packet's source.
     fn is_node(&self, address: &Address) -> bool;
+    /// Returns true if the packet's other end is a service at an address of a node, which sends the packet on to a pod: a node
+    /// port, or a port of a load balancer that the nodes serve themselves.
+    fn is_node_service(&self, packet: &Packet) -> bool;
     /// Returns true if the node itself sent a packet of this flow to the pod, as seen on the host end of its link.
     fn is_node_flow(&self, packet: &Packet) -> bool;
     /// Returns how an application accepted the packet's connection as plaintext; `None` for all other connections.
@@ -191,7 +194,8 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Pa
         return Verdict::Drop(Reason::GuardEncapsulated);
     }
     let is_neighbour = is_neighbour(&packet.remote) || (on_link && facts.is_to_neighbour());
-    if !is_neighbour && !facts.in_mesh(&packet.remote) {
+    let is_service = facts.is_node_service(packet);
+    if !is_neighbour && !is_service && !facts.in_mesh(&packet.remote) {
         return if has_no_connections(packet) { Verdict::Ask } else { Verdict::Pass };
     }
     match packet.protocol {
@@ -212,8 +216,8 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Pa
         }
         protocol::TCP if is_reply(facts, pod, packet) => Verdict::Clear(Reason::GuardReply),
         protocol::UDP if pod.has(pod_flag::UDP_ALLOWED) => Verdict::Clear(Reason::GuardUdpClear),
-        // Answers to the node's probes stay on this node.
-        protocol::UDP if !is_neighbour && facts.is_node(&packet.remote) => Verdict::Ask,
+        // Answers to the node's probes stay on this node. What goes to a service may be sent on to another node.
+        protocol::UDP if !is_neighbour && !is_service && facts.is_node(&packet.remote) => Verdict::Ask,
         protocol::ICMP | protocol::ICMP_V6 if !is_neighbour && facts.is_node(&packet.remote) => Verdict::Pass,
         // ICMP errors and echo replies repeat the packet they answer. A pod can spoof one to itself, and so send data in
         // another address' name. Of the kernel's own ICMP only discovery passes.
@@ -289,6 +293,11 @@ pub fn decide_ingress(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> Ve
     if pod.has(pod_flag::EXEMPT) || facts.is_agent() || pod.owns(&packet.remote) || facts.is_node_flow(packet)
     {
         return Verdict::Pass;
+    }
+    // A pod with the node's network, such as a control plane, may serve the source that is to name it. Other pods are not
+    // reached at these addresses.
+    if pod.has(pod_flag::UNKNOWN) && facts.is_node(&packet.local) {
+        return Verdict::Clear(Reason::GuardNodeAddress);
     }
     match packet.protocol {
         // Inbound ICMP carries no data of the pod, and applications need the errors.

@@ -3,7 +3,7 @@
 use crate::{Address, tcp_port};
 
 /// Version of the maps' layout and meaning, raised with every change. Pinned maps of another version are not adopted.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Bounds of the maps, in entries.
 pub mod limits {
@@ -26,6 +26,10 @@ pub mod limits {
     pub const MESH_RANGES: u32 = 64 * 1024;
     /// The node's own addresses.
     pub const NODE_ADDRESSES: u32 = 1024;
+    /// Addresses of all nodes of the cluster, up to three for each of 5,000 nodes.
+    pub const CLUSTER_NODES: u32 = 16 * 1024;
+    /// Ports of load balancers that have addresses of nodes.
+    pub const NODE_SERVICES: u32 = 16 * 1024;
     /// Cgroups of the agent and of predecessors that still drain.
     pub const AGENTS: u32 = 16;
     /// Destinations of `allowClear`.
@@ -63,8 +67,8 @@ pub struct State {
     pub stale_after: u64,
     /// [`Mode`] of the mesh, applied to pods without an entry. 0 (never written) leaves them alone.
     pub default_mode: u32,
-    /// Explicit padding, zero.
-    pub pad: u32,
+    /// 1 if load balancers have addresses of nodes, so that [`limits::NODE_SERVICES`] has entries; else 0.
+    pub node_services: u32,
     /// Secret that keeps pods from choosing cells of [`crate::answer_cells`]. It stays the same while the map is pinned.
     pub seed: u64,
 }
@@ -109,7 +113,7 @@ impl Pod {
             v6: Address::NONE,
             slot: u32::MAX,
             mode: Mode::Strict as u32,
-            flags: pod_flag::EGRESS_STRICT,
+            flags: pod_flag::EGRESS_STRICT | pod_flag::UNKNOWN,
             capture_port: 0,
         }
     }
@@ -156,6 +160,8 @@ pub mod pod_flag {
     pub const SPREAD: u32 = 8;
     /// Authorization policies select the pod, so connections reach it through the agent only.
     pub const JUDGED: u32 = 16;
+    /// No source has named the pod yet. Only [`super::Pod::unknown`] has the flag, no entry of the map.
+    pub const UNKNOWN: u32 = 32;
 }
 
 /// Key of a flow between the node itself and a pod, proven on the host end of the pod's link.

@@ -16,6 +16,7 @@ mod guard;
 mod inbound;
 mod layout;
 mod link;
+pub mod node_port;
 mod outbound;
 mod reason;
 pub mod tcp_port;

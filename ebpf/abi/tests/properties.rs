@@ -55,6 +55,9 @@ impl GuardFacts for Facts {
     fn is_node(&self, _: &Address) -> bool {
         self.node
     }
+    fn is_node_service(&self, packet: &Packet) -> bool {
+        self.node && packet.remote_port >= 30_000
+    }
     fn is_node_flow(&self, _: &Packet) -> bool {
         self.node_flow
     }
@@ -307,14 +310,15 @@ proptest! {
         let is_own_source = own[0] || !pod.has_addresses() || packet.local.is_none_of_family() || packet.local.is_link_local();
         let is_neighbour = packet.remote.is_link_local() || packet.remote.is_multicast() || on_link && facts.to_neighbour;
         let is_bare = matches!(packet.segment, Segment::Bare | Segment::SynAck);
-        let is_outside = !facts.mesh && !is_neighbour;
+        let is_service = facts.node && packet.remote_port >= 30_000;
+        let is_outside = !facts.mesh && !is_neighbour && !is_service;
         let takes_plaintext = accepts_plaintext(&facts, pod.mode);
         let listed = [
             is_outside,
             of(&[protocol::TCP]) && is_bare && (facts.tcp_socket || on_link && facts.node_socket),
             of(&[protocol::TCP]) && on_link && facts.cookie && packet.local_port == tcp_port::TUNNEL && packet.segment == Segment::SynAck,
             of(&[protocol::TCP]) && facts.accepted.is_some_and(|by| by == Accepted::Node || takes_plaintext),
-            of(&[protocol::UDP, protocol::ICMP, protocol::ICMP_V6]) && facts.node && !is_neighbour,
+            of(&[protocol::UDP, protocol::ICMP, protocol::ICMP_V6]) && facts.node && !is_neighbour && !(is_service && of(&[protocol::UDP])),
             of(&[protocol::ICMP_V6]) && packet.is_discovery && on_link && facts.node_socket,
             facts.allowed_clear,
         ];
@@ -374,10 +378,22 @@ proptest! {
     }
 
     #[test]
+    fn an_unknown_pod_receives_what_a_strict_one_does_and_what_comes_to_the_node(facts in facts(), packet in packet()) {
+        let unknown = Pod::unknown();
+        let strict = Pod { flags: unknown.flags & !pod_flag::UNKNOWN, ..unknown };
+        let expected = passes(decide_ingress(&facts, &strict, &packet)) || facts.node;
+        prop_assert_eq!(passes(decide_ingress(&facts, &unknown, &packet)), expected);
+        for hook in [Hook::Socket, Hook::Link] {
+            let egress = |pod| decide_egress(&facts, pod, hook, &packet);
+            prop_assert_eq!(egress(&unknown), egress(&strict));
+        }
+    }
+
+    #[test]
     fn a_pod_that_policies_select_gets_connections_from_the_agent_or_the_node_only(
         facts in facts(), pod in pod(), packet in packet(),
     ) {
-        let flags = pod.flags & !pod_flag::EXEMPT | pod_flag::JUDGED;
+        let flags = pod.flags & !(pod_flag::EXEMPT | pod_flag::UNKNOWN) | pod_flag::JUDGED;
         let pod = Pod { flags, ..pod };
         let packet = Packet { protocol: protocol::TCP, segment: Segment::Syn, ..packet };
         let is_proven = facts.agent || facts.node_flow || pod.owns(&packet.remote);

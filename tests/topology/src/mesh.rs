@@ -121,13 +121,14 @@ impl MeshFiles {
             "trustDomain: {domain}\nnode: {name}\npodsCgroup: {pods}\nmeshRanges: [10.77.0.0/16, \"fd77::/16\"]\n\
              directory: {{file: directory.yaml}}\npolicy: {{file: policy.yaml}}\n\
              issuer: {{embedded: {{directory: {issuer}}}}}\npinPath: {pins}\nsocket: {socket}\n\
-             metrics: {metrics}\n{extra}",
+             statePath: {state}\nmetrics: {metrics}\n{extra}",
             domain = Self::TRUST_DOMAIN,
             name = node.name(),
             pods = node.pods_cgroup().display(),
             issuer = files.issuer.display(),
             pins = files.pin_path.display(),
             socket = files.socket().display(),
+            state = files.state_path().display(),
             metrics = Self::METRICS,
         );
         fs::write(files.config(), text).with_context(|| format!("write {}", files.config().display()))?;
@@ -176,6 +177,12 @@ impl MeshFiles {
     #[must_use]
     pub fn pin_path(&self) -> &Path {
         &self.pin_path
+    }
+
+    /// Returns the folder of what the node's agent keeps for a reboot.
+    #[must_use]
+    pub fn state_path(&self) -> PathBuf {
+        self.folder.join("state")
     }
 
     /// Returns the folder of the issuer's `root-key.pem` and `root-cert.pem`, which the nodes share.

@@ -132,6 +132,7 @@ impl Directory {
     pub fn set_node_addresses(&mut self, node: &Arc<str>, before: &[IpAddr], addresses: &[IpAddr]) {
         self.addresses.set_node(node, before, addresses);
         self.conflict_changes += 1;
+        self.node_changes += 1;
     }
 
     /// Replaces the ranges of the mesh.

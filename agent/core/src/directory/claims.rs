@@ -285,6 +285,11 @@ impl AddressClaims {
         self.settle_again(before.iter().chain(addresses));
     }
 
+    /// Returns the addresses that nodes list as their own.
+    pub(super) fn of_nodes(&self) -> impl Iterator<Item = IpAddr> + use<'_> {
+        self.nodes.iter().map(|(address, _)| *address)
+    }
+
     /// Returns true if a node lists `address` as its own.
     pub(super) fn is_node(&self, address: IpAddr) -> bool {
         self.nodes.get(&address).is_some()

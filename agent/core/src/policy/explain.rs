@@ -224,6 +224,11 @@ fn path(
     verdict.principal = proof.identity().map(SpiffeId::to_string);
     let flow = Flow { source: proof, client, destination: SocketAddr::new(server, port) };
     verdict.why.push(format!("The mode of the destination at port {port} is {}.", name(mode)));
+    let written = known.policies.written_modes(target).at(port);
+    if written != mode {
+        let written = name(written);
+        verdict.why.push(format!("Raised by minimumMode: the policies set {written}."));
+    }
     let decision = decide(&modes, &authorization, &flow);
     verdict.allow = decision == PolicyVerdict::Allow;
     verdict.why.push(reason(

@@ -52,6 +52,7 @@ pub(super) struct GuardMaps {
     state: Mutex<AgentState>,
     agents: Mutex<HashMap<MapData, u64, u32>>,
     clear: Mutex<HashMap<MapData, ClearKey, u32>>,
+    node_services: Mutex<HashMap<MapData, ClearKey, u32>>,
     links: Mutex<HashMap<MapData, u32, Link>>,
     hardware: Mutex<HashMap<MapData, u64, u32>>,
     drops: Mutex<HashMap<MapData, DropKey, u64>>,
@@ -63,6 +64,7 @@ impl GuardMaps {
             state: AgentState::take(programs)?,
             agents: typed(programs, "AGENTS")?,
             clear: typed(programs, "CLEAR")?,
+            node_services: typed(programs, "NODE_SERVICES")?,
             links: typed(programs, "LINKS")?,
             hardware: typed(programs, "NODE_HARDWARE")?,
             drops: typed(programs, "DROPS")?,
@@ -75,13 +77,15 @@ struct AgentState {
     map: Array<MapData, State>,
     /// Part of every heartbeat: the agent before writes the same entry while this one takes over.
     default_mode: Mode,
+    /// As `default_mode`.
+    has_node_services: bool,
 }
 
 impl AgentState {
     fn take(programs: &mut Programs) -> Result<Mutex<Self>, KernelError> {
         let map = typed::<Array<MapData, State>>(programs, "STATE")?;
         let map = map.into_inner().unwrap_or_else(PoisonError::into_inner);
-        Ok(Mutex::new(Self { map, default_mode: Mode::Strict }))
+        Ok(Mutex::new(Self { map, default_mode: Mode::Strict, has_node_services: true }))
     }
 }
 
@@ -99,10 +103,19 @@ impl super::Maps {
             heartbeat: nanoseconds(Duration::from(now)),
             stale_after: nanoseconds(stale_after),
             default_mode: state.default_mode as u32,
-            pad: 0,
+            node_services: u32::from(state.has_node_services),
             seed: if kept == 0 { random() } else { kept },
         };
         state.map.set(0, beat, 0).map_err(failed("STATE"))
+    }
+
+    /// Returns the mode of pods that have no entry yet. `None` if no agent has written one since the maps were made.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn default_mode(&self) -> Result<Option<Mode>, KernelError> {
+        let raw = lock(&self.guard.state).map.get(&0, 0).map_err(failed("STATE"))?.default_mode;
+        Ok((raw != 0).then(|| Mode::from_raw(raw)))
     }
 
     /// Sets the mode of pods that have no entry yet.
@@ -172,6 +185,36 @@ impl super::Maps {
             clear.insert(new, PRESENT, 0).map_err(failed("CLEAR"))?;
         }
         Ok(())
+    }
+
+    /// Makes the ports of load balancers that have addresses of nodes exactly `wanted`; more than the map holds are left out with
+    /// a warning.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn set_node_services(
+        &self,
+        wanted: impl Iterator<Item = PlaintextDestination>,
+    ) -> Result<(), KernelError> {
+        let bound = tacit_abi::limits::NODE_SERVICES as usize;
+        let mut wanted = wanted.map(|service| clear_key(&service));
+        let kept: HashSet<ClearKey> = wanted.by_ref().take(bound).collect();
+        if wanted.next().is_some() {
+            tracing::warn!(bound, "too many ports of load balancers at nodes: some are plaintext");
+        }
+        let mut map = lock(&self.guard.node_services);
+        let present: HashSet<ClearKey> = map.keys().filter_map(Result::ok).collect();
+        for gone in present.difference(&kept) {
+            let _ = map.remove(gone);
+        }
+        for new in kept.difference(&present) {
+            map.insert(new, PRESENT, 0).map_err(failed("NODE_SERVICES"))?;
+        }
+        let mut state = lock(&self.guard.state);
+        state.has_node_services = !kept.is_empty();
+        let last = state.map.get(&0, 0).map_err(failed("STATE"))?;
+        let node_services = u32::from(!kept.is_empty());
+        state.map.set(0, State { node_services, ..last }, 0).map_err(failed("STATE"))
     }
 
     /// Says which pod is behind a link. A pod can write the hardware and the link-local address of its end, so on links with

@@ -51,6 +51,7 @@ impl Node {
             Action::Cover(_, cgroup) => format!("cover {cgroup}"),
             Action::Wait(_, reason) => format!("wait: {reason}"),
             Action::Exempt(_, cgroup) => format!("exempt {cgroup}"),
+            Action::LeaveUnnamed(cgroup) => format!("leave unnamed {cgroup}"),
             Action::Guard(_, cgroup) => format!("guard {cgroup}"),
             Action::Enrol(_, cgroup) => format!("enrol {cgroup}"),
         };
@@ -99,6 +100,36 @@ fn a_pod_at_another_level_or_outside_the_mesh_is_not_enrolled() {
     let outside = after(|node| node.want(workload("web", &["10.78.1.2"])));
     assert_eq!(outside[0], "cover 7");
     assert!(outside[1].starts_with("wait: its address 10.78.1.2 is in no range of the mesh"), "{outside:?}");
+}
+
+#[test]
+fn a_cgroup_that_no_source_names_is_left_alone_until_one_does() {
+    let after = |change: fn(&mut Node)| steps(Node::with_a_running_pod(), change);
+    let others = ["cover 7", "enrol 7"];
+    let leave = ["leave unnamed 9", "cover 7", "enrol 7"];
+    assert_eq!(after(|node| node.observed.unnamed = [9].into()), leave);
+    let known = |node: &mut Node| {
+        node.observed.unnamed = [9].into();
+        node.observed.exempt = [(9, Vec::new())].into();
+    };
+    assert_eq!(after(known), others);
+    let with_former_addresses = |node: &mut Node| {
+        node.observed.unnamed = [9].into();
+        node.observed.exempt = [(9, vec![[10, 77, 1, 9].into()])].into();
+    };
+    assert_eq!(after(with_former_addresses), leave);
+    let enrolled_before = |node: &mut Node| {
+        node.observed.unnamed = [9].into();
+        node.observed.covered = [9].into();
+    };
+    assert_eq!(after(enrolled_before), ["remove 9", "leave unnamed 9", "cover 7", "enrol 7"]);
+    let named_since = |node: &mut Node| {
+        node.observed.unnamed = [7].into();
+        node.observed.exempt = [(7, Vec::new())].into();
+    };
+    assert_eq!(after(named_since), others, "the look at the cgroups may be older than the directory");
+    let held_again = |node: &mut Node| node.observed.exempt = [(9, Vec::new())].into();
+    assert_eq!(after(held_again), ["remove 9", "cover 7", "enrol 7"]);
 }
 
 #[test]

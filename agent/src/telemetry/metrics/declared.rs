@@ -186,6 +186,20 @@ pub(super) static UNCOVERED: Metric = Metric {
     labels: &["kind"],
     help: "Enrolled pods and their services in no range of the mesh: what is sent there goes in clear.",
 };
+pub(super) static UNNAMED: Metric = Metric {
+    name: "tacit_unnamed_pods",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &["state"],
+    help: "Cgroups of pods that no source names: held to STRICT, or left alone after unnamedPodTimeout.",
+};
+pub(super) static NODE_STATE_ERRORS: Metric = Metric {
+    name: "tacit_node_state_unusable",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &["operation"],
+    help: "1 if the state for the start after a reboot could not be read at this start, or could not be written last.",
+};
 pub(super) static RESETS_AT_ENROLMENT: Metric = Metric {
     name: "tacit_enrolment_resets",
     unit: None,

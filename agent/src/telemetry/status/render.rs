@@ -2,7 +2,10 @@
 
 use std::fmt::Write;
 
-use super::{AgentState, CertificateStatus, PartyStatus, PodState, PodStatus, ShareStatus, Status};
+use super::{
+    AgentState, CertificateStatus, NodeStateStatus, PartyStatus, PodState, PodStatus, ShareStatus, Status,
+    UnnamedStatus,
+};
 use crate::telemetry::table::{Cell, Colour, Style, Table};
 
 /// A certificate with less than this part of its life left is overdue for renewal, which begins much earlier.
@@ -80,6 +83,9 @@ impl Page {
             if let PodState::Waiting(reason) | PodState::LeftAlone(reason) = &pod.state {
                 self.note(Style::Caution, &format!("{} waits: {reason}", pod_name(pod)));
             }
+            if pod.raised_by_minimum {
+                self.note(Style::Caution, &format!("{}: mode raised by minimumMode", pod_name(pod)));
+            }
             if let Some(error) = &pod.policy_not_applied {
                 let text = format!("{}: policy not applied, STRICT until it is: {error}", pod_name(pod));
                 self.note(Style::Bad, &text);
@@ -132,6 +138,32 @@ impl Page {
         self.line(&format!("  ranges of the mesh ({configured} configured, {detected} detected): {ranges}"));
         if status.uncovered.example.is_some() {
             self.note(Style::Caution, &status.uncovered.to_string());
+        }
+        self.unnamed(&status.unnamed);
+        self.node_state(&status.node_state);
+    }
+
+    fn unnamed(&mut self, unnamed: &UnnamedStatus) {
+        let UnnamedStatus { held, left_alone, limit_seconds, example } = unnamed;
+        if let Some(example) = example {
+            let text = format!(
+                "no source names {} cgroups of pods, for example {example}: {held} are held, {left_alone} are left alone \
+                 after {limit_seconds} s",
+                held + left_alone
+            );
+            self.note(Style::Caution, &text);
+        }
+    }
+
+    fn node_state(&mut self, state: &NodeStateStatus) {
+        if state.folder.is_empty() {
+            return;
+        }
+        self.line(&format!("  before the sources answered: {} (kept in {})", state.origin, state.folder));
+        for error in [&state.read_error, &state.write_error].into_iter().flatten() {
+            for line in error.lines() {
+                self.note(Style::Bad, &format!("{}: {line}", state.folder));
+            }
         }
     }
 

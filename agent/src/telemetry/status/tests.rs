@@ -81,6 +81,18 @@ pub(in crate::telemetry) fn sample() -> Status {
                 packets: 41,
             }],
         },
+        node_state: NodeStateStatus {
+            folder: "/var/lib/tacit".to_owned(),
+            origin: "the kept state".to_owned(),
+            read_error: None,
+            write_error: Some("cannot create /var/lib/tacit/x: no space".to_owned()),
+        },
+        unnamed: UnnamedStatus {
+            held: 2,
+            left_alone: 1,
+            limit_seconds: 60,
+            example: Some("/cgroup/pods/other".to_owned()),
+        },
         mesh: MeshStatus {
             configured: 1,
             detected: 2,
@@ -135,6 +147,7 @@ fn pod(name: &str, state: PodState) -> PodStatus {
         in_clear: "nothing".to_owned(),
         guarded_links: vec!["pod2 (tcx)".to_owned()],
         policy_not_applied: None,
+        raised_by_minimum: name == "api",
         state,
         flows: 1,
     }

@@ -4,7 +4,8 @@ use super::*;
 use crate::{Arrival, ArrivalFacts, Claim, Link, decide_arrival, is_recent, may_claim, may_send_from};
 use Reason::{
     GuardAllowed, GuardClear, GuardEncapsulated, GuardIcmp, GuardInboundOther, GuardInboundTcp,
-    GuardInboundUdp, GuardOther, GuardReply, GuardSpoofed, GuardTcp, GuardUdp, GuardUdpClear,
+    GuardInboundUdp, GuardNodeAddress, GuardOther, GuardReply, GuardSpoofed, GuardTcp, GuardUdp,
+    GuardUdpClear,
 };
 
 const fn v4(last: u8) -> Address {
@@ -41,6 +42,7 @@ struct Facts {
     tunnel: bool,
     mesh: bool,
     node: bool,
+    service: bool,
     node_flow: bool,
     accepted: Option<Accepted>,
     port_mode: Option<Mode>,
@@ -64,6 +66,9 @@ impl GuardFacts for Facts {
     }
     fn is_node(&self, _: &Address) -> bool {
         self.node
+    }
+    fn is_node_service(&self, _: &Packet) -> bool {
+        self.service
     }
     fn is_node_flow(&self, _: &Packet) -> bool {
         self.node_flow
@@ -116,6 +121,7 @@ const MESH: Facts = Facts {
     tunnel: false,
     mesh: true,
     node: false,
+    service: false,
     node_flow: false,
     accepted: None,
     port_mode: None,
@@ -173,6 +179,20 @@ fn a_strict_pod_reaches_what_is_outside_the_mesh_and_no_neighbour() {
 }
 
 #[test]
+fn a_strict_pod_sends_nothing_to_services_of_nodes() {
+    let service = Facts { service: true, node: true, ..OUTSIDE };
+    for (number, reason) in [(protocol::TCP, GuardTcp), (protocol::UDP, GuardUdp)] {
+        for hook in HOOKS {
+            let to = |facts, pod| decide_egress(&facts, &pod, hook, &packet(number));
+            assert_eq!(to(service, strict()), Verdict::Drop(reason));
+            assert!(!matches!(to(service, open()), Verdict::Drop(_)));
+            assert!(!matches!(to(Facts { service: false, ..service }, strict()), Verdict::Drop(_)));
+            assert!(!matches!(to(Facts { allowed: true, ..service }, strict()), Verdict::Drop(_)));
+        }
+    }
+}
+
+#[test]
 fn of_the_agents_packets_only_tunnels_pass_a_link() {
     let agent = Facts { agent: true, tcp_socket: true, ..MESH };
     let egress = |facts, hook| decide_egress(&facts, &strict(), hook, &packet(protocol::TCP));
@@ -199,6 +219,16 @@ fn a_pod_without_an_entry_is_treated_as_strict() {
             assert!(matches!(verdict, Verdict::Drop(_)), "{verdict:?}");
         }
     }
+}
+
+#[test]
+fn a_pod_that_no_source_has_named_serves_the_nodes_addresses_only() {
+    let node = Facts { node: true, ..MESH };
+    let opening = Packet { segment: Segment::Syn, ..packet(protocol::TCP) };
+    let arrives = |facts, pod| decide_ingress(&facts, &pod, &opening);
+    assert_eq!(arrives(node, Pod::unknown()), Verdict::Clear(GuardNodeAddress));
+    assert!(matches!(arrives(MESH, Pod::unknown()), Verdict::Drop(_)));
+    assert!(matches!(arrives(node, strict()), Verdict::Drop(_)), "a named pod does not have these addresses");
 }
 
 #[test]

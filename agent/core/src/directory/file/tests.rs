@@ -161,6 +161,28 @@ fn ten_thousand_workloads_are_read_at_once() {
 }
 
 #[test]
+fn mistakes_in_nodes_and_node_ports_are_reported() {
+    let text = "\
+workloads: [{name: web, namespace: shop, addresses: [10.77.1.2], node: a}]
+nodes: [{name: a, addresses: [10.77.1.2]}, {name: b, addresses: []}, {addresses: [192.0.2.1]}]
+services:
+- {name: x, namespace: shop, ports: [{port: 80, nodePort: 30080}, {port: 81, nodePort: 30080}]}
+- {name: y, namespace: shop, ports: [{port: 80, nodePort: 30080}, {port: 81, nodePort: 80}]}
+";
+    let found = problems(text);
+    for problem in [
+        "nodes[0].addresses[0]: 10.77.1.2 is already the address of shop/web (line 1): correct one",
+        "nodes[1].addresses: the list is empty: write at least one address",
+        "nodes[2].name: missing: write the node's name",
+        "services[0].ports[1].nodePort: 30080 is already a node port of service shop/x (line 4): correct one",
+        "services[1].ports[0].nodePort: 30080 is already a node port of service shop/x (line 4): correct one",
+        "services[1].ports[1].nodePort: \"80\": no node port: write 30000 to 32767",
+    ] {
+        assert!(found.iter().any(|found| found.contains(problem)), "{problem}: {found:#?}");
+    }
+}
+
+#[test]
 fn the_schema_has_the_fields_and_defaults_of_the_code() {
     let text = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/directory.schema.json"));
     let schema: serde_json::Value = serde_json::from_str(text).expect("the schema is JSON");
@@ -180,6 +202,10 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
     assert_eq!(listed(service), known(&services::FIELDS));
     assert_eq!(listed(&service["ports"]["items"]["properties"]), known(&services::PORT_FIELDS));
     assert_eq!(listed(&service["endpoints"]["items"]["properties"]), known(&services::ENDPOINT_FIELDS));
+    assert_eq!(listed(&schema["properties"]["nodes"]["items"]["properties"]), known(&NODE_FIELDS));
+    let node_port = &service["ports"]["items"]["properties"]["nodePort"];
+    assert_eq!(node_port["minimum"], tacit_abi::node_port::FIRST);
+    assert_eq!(node_port["maximum"], tacit_abi::node_port::LAST);
     assert_eq!(service["sessionAffinitySeconds"]["default"], services::AFFINITY_SECONDS);
     assert_eq!(workload["properties"]["serviceAccount"]["default"], SERVICE_ACCOUNT);
     assert_eq!(workload["properties"]["tunnel"]["enum"], serde_json::json!(PROTOCOLS.map(|(name, _)| name)));

@@ -43,12 +43,31 @@ spec:
 ";
 
 fn ask(from: &str, to: &str, port: u16) -> Result<Explanation, ExplainError> {
+    ask_with(Mode::Disable, from, to, port)
+}
+
+fn ask_with(minimum: Mode, from: &str, to: &str, port: u16) -> Result<Explanation, ExplainError> {
     let domain = TrustDomain::parse("cluster.local").expect("valid");
     let directory = Directory::parse(DIRECTORY, Path::new("directory.yaml"), &domain).expect("valid");
     let policies = Policies::parse(POLICY, Path::new("policy.yaml"), "istio-system").expect("valid");
+    let policies = policies.with_minimum(minimum);
     let is_node = |address: IpAddr| address.to_string() == "10.77.1.1";
     let known = ExplainContext { directory: &directory, policies: &policies, node: "a", is_node: &is_node };
     explain(known, &WorkloadRef::parse(from)?, &WorkloadRef::parse(to)?, port)
+}
+
+#[test]
+fn a_mode_that_the_minimum_raised_is_told() {
+    for (minimum, port, why) in [
+        (Mode::Strict, 80, Some("Raised by minimumMode: the policies set PERMISSIVE.")),
+        (Mode::Permissive, 82, Some("Raised by minimumMode: the policies set DISABLE.")),
+        (Mode::Permissive, 80, None),
+        (Mode::Strict, 81, None),
+    ] {
+        let explanation = ask_with(minimum, "10.77.9.9", "shop/web", port).expect("an answer");
+        let told = explanation.paths[0].why.iter().find(|why| why.contains("minimumMode"));
+        assert_eq!(told.map(String::as_str), why, "{minimum:?} {port}");
+    }
 }
 
 #[test]

@@ -184,7 +184,10 @@ impl DirectoryStore {
             return None;
         };
         let path = |uid| self.local_node.cgroups.pod(uid, pod.status.qos_class);
-        if let Some(text) = &meta.annotations.mirror {
+        // Only its kubelet writes the status of a pod, and none of a mirror pod without a static pod. A false mirror pod of a
+        // static pod that has just started would be the first to claim its cgroup.
+        let is_reported = pod.status.start_time.is_some();
+        if let Some(text) = meta.annotations.mirror.as_ref().filter(|_| is_reported) {
             match self.static_pod_uid(pod, text, name) {
                 Ok(uid) => {
                     let cgroup = path(uid);

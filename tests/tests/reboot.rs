@@ -1,0 +1,250 @@
+//! The start of an agent after a reboot: nothing is pinned, and no source answers. The agent covers its pods first, with the
+//! state that it kept on the node.
+
+use anyhow::{Context, Result, ensure};
+use std::{
+    fs::{self, File},
+    net::{IpAddr, SocketAddr, TcpListener},
+    path::PathBuf,
+    process::{Command, Stdio},
+    time::Duration,
+};
+use tacit_tests::{Mesh, Plan, agent_program, fresh_port, observe};
+use tacit_topology::{Pod, Process, run, until, within};
+
+const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+                      metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
+/// A STRICT namespace in a PERMISSIVE mesh.
+const STRICT_SHOP: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+                           metadata: {name: default, namespace: shop}\nspec: {mtls: {mode: STRICT}}\n";
+/// Time in which a packet arrives if nothing drops it.
+const PATIENCE: Duration = Duration::from_millis(700);
+/// Lines of the log by which a start is known.
+const COVERED: &str = "in force until the sources answer";
+
+/// A mesh whose node `a` is started again and again. `outside` is a pod of the mesh's ranges that no agent covers.
+struct Rebooted {
+    mesh: Mesh,
+    /// The configuration of `a` before any change.
+    config: String,
+}
+
+impl Rebooted {
+    /// Node `a` after the first reboot: its agent does not run, and nothing is pinned.
+    fn new(tag: &str, policy: &str) -> Result<Self> {
+        let plan = Plan::new(tag).policy(policy).pod("a", "shop", "web").outside("b", "shop", "outside");
+        let mesh = plan.with_agents()?;
+        let config = fs::read_to_string(mesh.agent("a")?.files().config())?;
+        let mut rebooted = Self { mesh, config };
+        let kept = rebooted.kept()?;
+        until("the state of the mesh kept", || Ok(kept.exists().then_some(())))?;
+        rebooted.reboot()?;
+        ensure!(rebooted.passes()? == PASSES, "control: nothing is pinned, so all passes");
+        Ok(rebooted)
+    }
+
+    fn kept(&self) -> Result<PathBuf> {
+        Ok(self.mesh.agent("a")?.files().state_path().join("node-state.yaml"))
+    }
+
+    fn reboot(&mut self) -> Result<()> {
+        if self.mesh.agent("a")?.id().is_some() {
+            self.mesh.agent_mut("a")?.terminate()?;
+        }
+        self.mesh.agent("a")?.uninstall()?;
+        Ok(())
+    }
+
+    fn starts(&self) -> Result<usize> {
+        Ok(self.mesh.agent("a")?.log()?.matches(COVERED).count())
+    }
+
+    /// Starts the agent with sources that accept connections and never answer, and `extra` lines of configuration. Its programs
+    /// are attached when this returns.
+    fn start_without_sources(&mut self, extra: &str) -> Result<TcpListener> {
+        let node = self.mesh.topology().node("a")?;
+        let silent = node.netns().enter(|| TcpListener::bind("127.0.0.1:0"))??;
+        let file = self.mesh.agent("a")?.files().config();
+        let kubeconfig = format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: a\n\
+             clusters: [{{name: a, cluster: {{server: \"http://{}\"}}}}]\n\
+             users: [{{name: a, user: {{}}}}]\ncontexts: [{{name: a, context: {{cluster: a, user: a}}}}]\n",
+            silent.local_addr()?
+        );
+        fs::write(file.with_file_name("silent.yaml"), kubeconfig)?;
+        let text = ["directory", "policy"].iter().fold(self.config.clone(), |text, source| {
+            text.replace(&format!("{{file: {source}.yaml}}"), "{kubernetes: {kubeconfig: silent.yaml}}")
+        });
+        fs::write(&file, text + extra)?;
+        let before = self.starts()?;
+        self.mesh.agent_mut("a")?.restart()?;
+        let covered = until("the pods covered", || Ok((self.starts()? > before).then_some(())));
+        covered.with_context(|| self.mesh.agent("a").and_then(|agent| agent.log()).unwrap_or_default())?;
+        // The agent has asked, and waits.
+        silent.accept()?;
+        Ok(silent)
+    }
+
+    fn passes(&self) -> Result<Passes> {
+        let (web, outside) = (self.mesh.pod("web")?, self.mesh.pod("outside")?);
+        Ok(Passes { out: passes(web, outside)?, inward: passes(outside, web)? })
+    }
+
+    fn origin(&self) -> Result<String> {
+        let agent = self.mesh.agent("a")?;
+        let status = observe::wait_status(agent, "starting", |status| {
+            (status["state"] == "starting").then(|| status["node_state"]["origin"].clone())
+        })?;
+        Ok(status.as_str().unwrap_or_default().to_owned())
+    }
+}
+
+/// The plaintext that arrives: TCP over IPv4, UDP over IPv4, then both over IPv6.
+#[derive(Debug, PartialEq, Eq)]
+struct Passes {
+    out: [bool; 4],
+    inward: [bool; 4],
+}
+
+const PASSES: Passes = Passes { out: [true; 4], inward: [true; 4] };
+const HELD: Passes = Passes { out: [false; 4], inward: [false; 4] };
+
+fn passes(from: &Pod, to: &Pod) -> Result<[bool; 4]> {
+    let server = Receiver::start(to.command(attack_program()?), to.name())?;
+    let mut passes = Vec::new();
+    for address in [IpAddr::from(to.ipv4()), to.ipv6().into()] {
+        for protocol in ["tcp", "udp"] {
+            let marker = format!("{protocol}-{}", passes.len());
+            step(from.command(attack_program()?), protocol, server.at(address), &marker)?;
+            passes.push(server.has_got(&marker)?);
+        }
+    }
+    Ok([passes[0], passes[1], passes[2], passes[3]])
+}
+
+fn attack_program() -> Result<PathBuf> {
+    Ok(agent_program()?.with_file_name("tacit-attack"))
+}
+
+/// A server for TCP and UDP on all addresses of its namespace.
+struct Receiver {
+    _process: Process,
+    output: PathBuf,
+    port: u16,
+}
+
+impl Receiver {
+    fn start(mut command: Command, name: &str) -> Result<Self> {
+        let port = fresh_port();
+        let output = std::env::temp_dir().join(format!("tacit-reboot-{}-{name}-{port}", std::process::id()));
+        command.args(["step", "serve", &port.to_string(), "-"]);
+        let process = Process::spawn(command.stdin(Stdio::null()).stdout(File::create(&output)?))?;
+        let server = Self { _process: process, output, port };
+        until("the server ready", || Ok(server.text()?.contains("ready").then_some(())))?;
+        Ok(server)
+    }
+
+    fn at(&self, address: IpAddr) -> SocketAddr {
+        SocketAddr::new(address, self.port)
+    }
+
+    fn text(&self) -> Result<String> {
+        fs::read_to_string(&self.output).context("output of the server")
+    }
+
+    fn has_got(&self, marker: &str) -> Result<bool> {
+        let got = within(PATIENCE, || Ok(self.text()?.contains(&format!("got {marker}\n")).then_some(())))?;
+        Ok(got.is_some())
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        // It is in the folder of temporary files.
+        let _ = fs::remove_file(&self.output);
+    }
+}
+
+/// Sends `marker` once. What the system says about it does not count; the receiver does.
+fn step(mut command: Command, protocol: &str, target: SocketAddr, marker: &str) -> Result<()> {
+    command.args(["step", protocol, &target.to_string(), marker]);
+    run(command.env("TACIT_ATTACK_PATIENCE_MS", PATIENCE.as_millis().to_string()))?;
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_strict_mesh_holds_after_a_reboot_before_a_source_answers() -> Result<()> {
+    let mut node = Rebooted::new("reboot", STRICT)?;
+    let silent = node.start_without_sources("")?;
+    ensure!(node.passes()? == HELD, "{:?}", node.passes()?);
+    ensure!(node.origin()? == "the kept state", "{}", node.origin()?);
+    pods_with_the_nodes_network_are_reached(&node)?;
+    drop(silent);
+
+    // A file that is missing ends the agent, and its programs stay.
+    node.reboot()?;
+    let file = node.mesh.agent("a")?.files().config();
+    fs::write(&file, &node.config)?;
+    fs::rename(file.with_file_name("directory.yaml"), file.with_file_name("directory.gone"))?;
+    let agent = node.mesh.agent_mut("a")?;
+    agent.restart()?;
+    ensure!(!agent.wait_end()?.success());
+    ensure!(node.passes()? == HELD, "{:?}", node.passes()?);
+    Ok(())
+}
+
+/// A control plane serves the API that is to name it.
+fn pods_with_the_nodes_network_are_reached(node: &Rebooted) -> Result<()> {
+    let (a, b) = (node.mesh.topology().node("a")?, node.mesh.topology().node("b")?);
+    let pod = a.host_network_pod("kube-system", "control")?;
+    let server = Receiver::start(pod.command(attack_program()?), "control")?;
+    for address in [IpAddr::from(a.wire_ipv4()), a.wire_ipv6().into()] {
+        let arrives = until("the node's addresses known", || {
+            step(b.command(attack_program()?)?, "tcp", server.at(address), "hello")?;
+            Ok(server.has_got("hello")?.then_some(()))
+        });
+        arrives.with_context(|| format!("{address}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn without_a_kept_state_the_configuration_applies() -> Result<()> {
+    let mut node = Rebooted::new("nostate", STRICT)?;
+    let kept = node.kept()?;
+    fs::remove_file(&kept)?;
+    let silent = node.start_without_sources("")?;
+    ensure!(node.passes()? == PASSES, "control: Istio's default, {:?}", node.passes()?);
+    drop(silent);
+    node.reboot()?;
+    let silent = node.start_without_sources("minimumMode: STRICT\n")?;
+    ensure!(node.passes()? == HELD, "minimumMode, {:?}", node.passes()?);
+    drop(silent);
+    node.reboot()?;
+    fs::write(&kept, "version: 1\nmeshMode: PERMI")?;
+    let _silent = node.start_without_sources("")?;
+    ensure!(node.passes()? == HELD, "a state that cannot be used, {:?}", node.passes()?);
+    ensure!(node.origin()?.starts_with("STRICT, because"), "{}", node.origin()?);
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_strict_namespace_holds_all_pods_after_a_reboot() -> Result<()> {
+    let mut node = Rebooted::new("rebootns", STRICT_SHOP)?;
+    let _silent = node.start_without_sources("")?;
+    ensure!(node.passes()? == HELD, "{:?}", node.passes()?);
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn control_a_permissive_mesh_passes_after_a_reboot() -> Result<()> {
+    let mut node = Rebooted::new("rebootpe", "")?;
+    let _silent = node.start_without_sources("")?;
+    ensure!(node.passes()? == PASSES, "{:?}", node.passes()?);
+    ensure!(node.origin()? == "the kept state", "{}", node.origin()?);
+    Ok(())
+}
