@@ -121,11 +121,11 @@ impl Pod {
         if self.capture_port == 0 { tcp_port::CAPTURE } else { self.capture_port as u16 }
     }
 
-    /// Returns true for the pod's addresses.
+    /// Returns true for the pod's addresses. A pod without an address of a family does not own the unspecified one.
     #[inline(always)]
     #[must_use]
     pub const fn owns(&self, address: &Address) -> bool {
-        address.same(&self.v4) || address.same(&self.v6)
+        !address.is_none() && (address.same(&self.v4) || address.same(&self.v6))
     }
 
     /// Returns true if any address of the pod is known.
