@@ -5,6 +5,15 @@ use crate::{Address, tcp_port};
 /// Version of the maps' layout and meaning, raised with every change. Pinned maps of another version are not adopted.
 pub const ABI_VERSION: u32 = 4;
 
+/// Defines flags and lists them all, so that the tests enumerate each new one.
+macro_rules! flags {
+    ($($(#[$doc:meta])* $name:ident = $bit:literal;)+) => {
+        $($(#[$doc])* pub const $name: u32 = $bit;)+
+        /// All flags.
+        pub const ALL: [u32; [$($bit),+].len()] = [$($bit),+];
+    };
+}
+
 /// Bounds of the maps, in entries.
 pub mod limits {
     /// Enrolled pods of one node. Kubernetes' default limit is 110; large nodes run 250 to 500.
@@ -145,17 +154,19 @@ impl Pod {
 
 /// Flags of a pod.
 pub mod pod_flag {
-    /// The pod sends no plaintext into the mesh.
-    pub const EGRESS_STRICT: u32 = 1;
-    /// The pod's UDP may pass as plaintext.
-    pub const UDP_ALLOWED: u32 = 2;
-    /// The pod is known and not enrolled: it is left alone, but cannot send from addresses that are not its own.
-    pub const EXEMPT: u32 = 4;
-    /// The steering program of the pod's namespace supports the ports that captured IPv6 connections are spread over.
-    /// Entries of earlier agents lack the flag.
-    pub const SPREAD: u32 = 8;
-    /// Authorization policies select the pod, so connections reach it through the agent only.
-    pub const JUDGED: u32 = 16;
+    flags! {
+        /// The pod sends no plaintext into the mesh.
+        EGRESS_STRICT = 1;
+        /// The pod's UDP may pass as plaintext.
+        UDP_ALLOWED = 2;
+        /// The pod is known and not enrolled: it is left alone, but cannot send from addresses that are not its own.
+        EXEMPT = 4;
+        /// The steering program of the pod's namespace supports the ports that captured IPv6 connections are spread over.
+        /// Entries of earlier agents lack the flag.
+        SPREAD = 8;
+        /// Authorization policies select the pod, so connections reach it through the agent only.
+        JUDGED = 16;
+    }
 }
 
 /// Key of a flow between the node itself and a pod, proven on the host end of the pod's link.
@@ -240,8 +251,10 @@ impl Steered {
 
 /// Flags for plaintext that arrives at a pod.
 pub mod steer_flag {
-    /// Authorization policies select the pod, so the agent decides on plaintext that the mode allows.
-    pub const JUDGED: u32 = 1;
+    flags! {
+        /// Authorization policies select the pod, so the agent decides on plaintext that the mode allows.
+        JUDGED = 1;
+    }
 }
 
 /// Key of the mode of a single port.
