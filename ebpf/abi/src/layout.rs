@@ -3,7 +3,7 @@
 use crate::{Address, tcp_port};
 
 /// Version of the maps' layout and meaning, raised with every change. Pinned maps of another version are not adopted.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Defines flags and lists them all, so that the tests enumerate each new one.
 macro_rules! flags {
@@ -372,15 +372,17 @@ pub mod names_kind {
     pub const CLEAR: u32 = 4;
     /// A plaintext connection from the node itself, proven on the host end of the pod's link, that an application accepted.
     pub const NODE: u32 = 5;
-    /// A tunnel that the agent opened or accepted. Only such sockets of the agent pass a pod's link into the mesh.
+    /// A tunnel that the agent opened or accepted. It passes a pod's link to `peer` only.
     pub const TUNNEL: u32 = 6;
+    /// A plaintext connection of the agent to a port whose mode is DISABLE. It passes a pod's link to `peer` only.
+    pub const DISABLED: u32 = 7;
 }
 
 /// Names that a socket's application sees, stored in the socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Names {
-    /// Answer for `getpeername` and `accept`.
+    /// Answer for `getpeername` and `accept`; of the agent's connections that pass a pod's link, the other end.
     pub peer: Address,
     /// Answer for `getsockname`, for [`names_kind::CAPTURED`] only: the address of the socket's pod.
     pub own: Address,
