@@ -51,6 +51,8 @@ pub(crate) enum Driver {
     Simultaneous,
     /// By another tenant of the victim's node, or by the node itself.
     Neighbour(Neighbour),
+    /// A connection to a pod that came before its agent.
+    Boot(Start),
     /// A step while, or after, something happens to the attacker's agent.
     Lifecycle(Misfortune),
 }
@@ -87,6 +89,25 @@ pub(crate) enum Neighbour {
     AllowedSource,
     /// A datagram to a destination that is allowed in clear, and its answer.
     AllowedQuery,
+    /// A connection of a STRICT pod to a port whose mode is DISABLE.
+    DisabledPort,
+    /// A STRICT pod translates the destination of what the agent sends for it as plaintext.
+    TranslatedDial(Dial),
+    /// A step of another node's pod, which the victim's node forwards under its own address.
+    Masqueraded(&'static str, Layout),
+    /// Connections while the victim's port of the tunnels is flooded with SYNs.
+    Flooded,
+    /// SYN cookies of the flooded port, sent again with other text.
+    ReplayedCookies,
+}
+
+/// What the agent dials as plaintext for a STRICT pod.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Dial {
+    /// An endpoint outside of the mesh, of a service.
+    Outside,
+    /// A port whose mode is DISABLE.
+    Disabled,
 }
 
 /// Which address.
@@ -149,6 +170,15 @@ pub(crate) enum PassedFd {
     Connected,
     /// A UDP socket.
     Datagram,
+}
+
+/// How the agent of a new pod starts.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Start {
+    /// Not yet.
+    Late,
+    /// Without a certificate for any pod, because its issuer is away.
+    WithoutCertificates,
 }
 
 /// What happens to agents, or to what they have in the kernel.
@@ -246,6 +276,10 @@ const fn tenant(
     hostile("tenant", name, families, stopped, what)
 }
 
+const fn boot(name: &'static str, start: Start) -> Attack {
+    attack("boot", name, V4_V6, Driver::Boot(start), Stopped::BeforeApplication)
+}
+
 const fn lifecycle(name: &'static str, families: &'static [Family], what: Misfortune) -> Attack {
     attack("lifecycle", name, families, Driver::Lifecycle(what), Stopped::AtSocket)
 }
@@ -336,6 +370,15 @@ pub(crate) static ATTACKS: &[Attack] = &[
     tenant("encapsulated-gre", V4_V6, Stopped::AtSocket, Neighbour::Encapsulated("gre")),
     tenant("allowed-source", V4_V6, Stopped::BeforeApplication, Neighbour::AllowedSource),
     tenant("allowed-query", V4_V6, Stopped::Nowhere, Neighbour::AllowedQuery),
+    tenant("disabled-port", V4_V6, Stopped::Nowhere, Neighbour::DisabledPort),
+    tenant("translated-dial-outside", V4_V6, Stopped::OnLink, Neighbour::TranslatedDial(Dial::Outside)),
+    tenant("translated-dial-disabled", V4_V6, Stopped::OnLink, Neighbour::TranslatedDial(Dial::Disabled)),
+    node("masqueraded-tcp-routed", Neighbour::Masqueraded("tcp", Layout::Routed)),
+    node("masqueraded-tcp-bridged", Neighbour::Masqueraded("tcp", Layout::Bridged)),
+    node("masqueraded-udp-routed", Neighbour::Masqueraded("udp", Layout::Routed)),
+    node("masqueraded-udp-bridged", Neighbour::Masqueraded("udp", Layout::Bridged)),
+    tenant("syn-flood-connections", V4_V6, Stopped::Nowhere, Neighbour::Flooded),
+    tenant("syn-flood-replayed-cookies", V4_V6, Stopped::OnLink, Neighbour::ReplayedCookies),
     lifecycle("unknown-pod-tcp", ALL, Misfortune::UnknownPod("tcp")),
     lifecycle("unknown-pod-udp", ALL, Misfortune::UnknownPod("udp")),
     Attack { must_arrive: true, ..lifecycle("hook-after-child-program", ONLY_V4, Misfortune::ProgramInPod) },
@@ -349,4 +392,6 @@ pub(crate) static ATTACKS: &[Attack] = &[
     lifecycle("empty-directory-tcp", V4_V6, Misfortune::EmptyDirectory("tcp")),
     lifecycle("empty-directory-udp", V4_V6, Misfortune::EmptyDirectory("udp")),
     lifecycle("before-enrolment", ALL, Misfortune::LateAgent),
+    boot("new-pod-before-agent", Start::Late),
+    boot("new-pod-without-certificate", Start::WithoutCertificates),
 ];

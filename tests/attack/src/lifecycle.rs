@@ -140,9 +140,9 @@ fn empty_directory(world: &mut World) -> Result<()> {
 }
 
 fn fill_directory(world: &mut World) -> Result<()> {
-    let workloads = world.directory();
+    let directory = world.directory_text();
     let Some(agent) = world.agents.first_mut() else { return Ok(()) };
-    agent.files().set_directory(&workloads)?;
+    agent.files().set_directory_text(&directory)?;
     wait_enrolled(agent)
 }
 
