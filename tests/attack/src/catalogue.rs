@@ -200,6 +200,9 @@ pub(crate) enum Misfortune {
     PinsDeleted,
     /// The agent is started again with a directory that names nobody.
     EmptyDirectory(&'static str),
+    /// The pod makes a namespace with its own addresses, and a link whose other end has the index of a neighbour's host end.
+    /// Then the agent enrols all pods again.
+    CopiedNamespace,
     /// No agent was ever here when the connection was made; then one comes, and then the marker is sent.
     LateAgent,
 }
@@ -392,6 +395,13 @@ pub(crate) static ATTACKS: &[Attack] = &[
     lifecycle("empty-directory-tcp", V4_V6, Misfortune::EmptyDirectory("tcp")),
     lifecycle("empty-directory-udp", V4_V6, Misfortune::EmptyDirectory("udp")),
     lifecycle("before-enrolment", ALL, Misfortune::LateAgent),
+    attack(
+        "tenant",
+        "copied-namespace",
+        V4_V6,
+        Driver::Lifecycle(Misfortune::CopiedNamespace),
+        Stopped::OnLink,
+    ),
     boot("new-pod-before-agent", Start::Late),
     boot("new-pod-without-certificate", Start::WithoutCertificates),
 ];

@@ -157,7 +157,7 @@ fn of_link(pod: &Pod) -> Result<Vec<SockaddrStorage>> {
 }
 
 /// Name of the host end of a pod's link.
-fn host_end(pod: &Pod) -> String {
+pub(crate) fn host_end(pod: &Pod) -> String {
     format!("pod{}", pod.ipv4().octets()[3])
 }
 
