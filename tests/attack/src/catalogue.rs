@@ -201,7 +201,7 @@ pub(crate) enum Misfortune {
     /// The agent is started again with a directory that names nobody.
     EmptyDirectory(&'static str),
     /// The pod makes a namespace with its own addresses, and a link whose other end has the index of a neighbour's host end.
-    /// Then the agent enrols all pods again.
+    /// Then the agent comes.
     CopiedNamespace,
     /// No agent was ever here when the connection was made; then one comes, and then the marker is sent.
     LateAgent,

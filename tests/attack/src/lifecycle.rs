@@ -119,6 +119,13 @@ fn kill(world: &mut World) -> Result<()> {
     world.agents.first_mut().map_or(Ok(()), |agent| agent.kill().map(drop))
 }
 
+/// Ends the agent, and removes what it has in the kernel.
+fn forget(world: &mut World) -> Result<()> {
+    let Some(agent) = world.agents.first_mut() else { return Ok(()) };
+    agent.kill()?;
+    agent.uninstall().map(drop)
+}
+
 fn restart(world: &mut World) -> Result<()> {
     let Some(agent) = world.agents.first_mut() else { return Ok(()) };
     agent.restart()?;
@@ -159,8 +166,9 @@ fn fill_directory(world: &mut World) -> Result<()> {
 /// The frame leaves by the pod's true link, which must still be guarded.
 fn copied_namespace(world: &mut World, family: Family, marker: &str) -> Result<Outcome> {
     const SCRIPT: &str = r#"
+        set -e
         unshare -n sleep infinity & inner=$!
-        trap "kill $inner" EXIT
+        trap "kill $inner; ip link del n0 2>/dev/null || :" EXIT
         until [ "$(readlink /proc/$inner/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do :; done
         ip link add n0 index $1 type veth peer name eth0 netns $inner
         nsenter -t $inner -n sh -c "ip addr add $2/32 dev eth0; ip addr add $3/128 dev eth0 nodad; ip link set eth0 up"
@@ -175,7 +183,7 @@ fn copied_namespace(world: &mut World, family: Family, marker: &str) -> Result<O
     let mut line = String::new();
     BufReader::new(copy.take_stdout().context("stdout")?).read_line(&mut line)?;
     ensure!(line == "ready\n", "the copy of the namespace: {line:?}");
-    kill(world)?;
+    forget(world)?;
     restart(world)?;
     let own = address(&attacker, family, 9200).to_string();
     let target = address(&world.victim, family, PORT);
@@ -188,10 +196,7 @@ fn copied_namespace(world: &mut World, family: Family, marker: &str) -> Result<O
 }
 
 fn late_agent(world: &mut World, stranger: SocketAddr, marker: &str) -> Result<Outcome> {
-    if let Some(agent) = world.agents.first_mut() {
-        agent.kill()?;
-        agent.uninstall()?;
-    }
+    forget(world)?;
     let mut step = Step::start(command(world, &world.attacker, "hold", stranger, marker, &[]))?;
     step.wait_ready()?;
     restart(world)?;

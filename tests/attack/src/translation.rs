@@ -13,8 +13,9 @@ use crate::{
     catalogue::{Dial, Layout},
     judge::Outcome,
     nat::{Chain, Nat},
-    neighbours::{victim, wire_address},
+    neighbours::{host_end, victim, wire_address},
     step_process::simple,
+    wire::Sighting,
     world::{DISABLED_PORT, PORT, World, address},
 };
 
@@ -48,7 +49,10 @@ pub(crate) fn of_agents_dial(world: &World, dial: Dial, family: Family, marker: 
     let mut rules = vec![(target.ip(), stranger), (dialled, stranger)];
     rules.dedup();
     let nat = Nat::redirect(attacker.netns(), Chain::Output, &rules, false)?;
-    with(nat, || simple(world, attacker, "tcp", target, marker, &[]))
+    let mut outcome = with(nat, || simple(world, attacker, "tcp", target, marker, &[]))?;
+    // Without the rules, the same bytes may go where they are allowed: the agent still tries to connect.
+    outcome.only = Some(Sighting::ToPod(host_end(&world.stranger)));
+    Ok(outcome)
 }
 
 /// A pod of another node connects to an address of the victim's node. The node forwards that to the victim, under its own
