@@ -405,3 +405,37 @@ pub(crate) static ATTACKS: &[Attack] = &[
     boot("new-pod-before-agent", Start::Late),
     boot("new-pod-without-certificate", Start::WithoutCertificates),
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    const SECURITY_MODEL: &str = include_str!("../../../deploy/docs/security-model.md");
+
+    #[test]
+    fn the_security_model_counts_every_attack_and_names_every_group() {
+        let total: usize = ATTACKS.iter().map(|attack| attack.families.len()).sum();
+        let (_, table) = SECURITY_MODEL.split_once("| Kernel | Held |").expect("the table of kernels");
+        let rows: Vec<&str> = table.lines().skip(2).take_while(|line| line.starts_with('|')).collect();
+        assert!(!rows.is_empty());
+        for row in rows {
+            let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+            let number = |cell: &str| cell.split(' ').next().and_then(|word| word.parse::<usize>().ok());
+            let counted: usize = cells[2..5].iter().filter_map(|cell| number(cell)).sum();
+            assert_eq!(counted, total, "{row}");
+        }
+        let groups: BTreeSet<&str> = ATTACKS.iter().map(|attack| attack.group).collect();
+        for group in groups {
+            assert!(SECURITY_MODEL.contains(&format!("| `attack::{group}` |")), "{group}");
+        }
+    }
+
+    #[test]
+    fn names_are_unique() {
+        let names: BTreeSet<(&str, &str)> =
+            ATTACKS.iter().map(|attack| (attack.group, attack.name)).collect();
+        assert_eq!(names.len(), ATTACKS.len());
+    }
+}
