@@ -14,7 +14,7 @@ use std::{future::Future, io, net::SocketAddr};
 
 use tacit_identity::root::EmbeddedRootError;
 use tacit_kernel::{KernelError, VerifierLog, probe};
-use tacit_sources::{file::LoadError, kubernetes::OpenError};
+use tacit_sources::{file::LoadError, kubernetes::KubernetesError};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{config::Config, telemetry::admin};
@@ -87,11 +87,11 @@ pub enum AppError {
     /// The API of Kubernetes cannot be used at all.
     #[error("{field}.kubernetes: {source}")]
     Kubernetes {
-        /// What was to come from it.
+        /// The field of the configuration.
         field: &'static str,
         /// The error.
         #[source]
-        source: OpenError,
+        source: KubernetesError,
     },
     /// The issuer could not be opened.
     #[error("issuer: {0}")]
@@ -114,7 +114,7 @@ pub enum AppError {
     /// The system did not give what every process gets.
     #[error("{what}: {source}")]
     System {
-        /// What was asked for.
+        /// The resource that the system did not provide.
         what: &'static str,
         /// The error.
         #[source]
@@ -123,7 +123,7 @@ pub enum AppError {
 }
 
 impl AppError {
-    /// What the process ends with: 78 (`EX_CONFIG`) when no restart can help, else 1.
+    /// Returns the exit code of the process for this error: 78 (`EX_CONFIG`) if no restart can help, else 1.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {

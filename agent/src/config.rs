@@ -66,7 +66,7 @@ const DRAIN_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::ZERO..=Duration:
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Below a second a busy node would look dead; a minute is the most that strict pods should wait for a refusal.
 const HEARTBEAT_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(60);
-/// Most destinations that may be reached in clear: each takes an entry in a kernel map of fixed size.
+/// Limit of destinations that accept plaintext of strict pods: each takes an entry in a kernel map of fixed size.
 const ALLOW_CLEAR_MAX: usize = 256;
 /// Most ranges of a list: each takes an entry in a kernel map of fixed size, and a cluster has a handful.
 const RANGES_MAX: usize = 256;
@@ -92,13 +92,13 @@ pub struct Config {
     pub mesh_ranges: Vec<IpNet>,
     /// Virtual addresses of services; at most 256 ranges, none where there are no services.
     pub service_ranges: Vec<IpNet>,
-    /// What says which workload has which address.
+    /// Source of the directory.
     pub directory: DirectorySource,
-    /// What has the policies.
+    /// Source of the policies.
     pub policy: PolicySource,
     /// Namespace whose policies hold mesh-wide.
     pub root_namespace: Arc<str>,
-    /// Who signs certificates.
+    /// Issuer of certificates.
     pub issuer: IssuerConfig,
     /// Folder on a bpffs where programs, maps and links are pinned.
     pub pin_path: PathBuf,
@@ -110,15 +110,15 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// Silence of the agent from which on the kernel decides by mode alone, 1 s to 1 min.
     pub heartbeat_timeout: Duration,
-    /// Destinations that strict pods may reach in clear, at most 256; each use is counted.
+    /// Destinations to which strict pods may send plaintext, at most 256; each use is counted.
     pub allow_clear: Vec<PlaintextDestination>,
     /// Threads that carry flows, 1 to 256; `None` is one for each core that the agent may run on.
     pub workers: Option<NonZeroUsize>,
-    /// How long such a thread waits awake for the next bytes of a quick exchange, up to 1 ms; zero is not at all.
+    /// Longest time that a worker polls for the next bytes of a quick exchange, up to 1 ms; zero turns polling off.
     pub busy_poll: Duration,
 }
 
-/// Where something is read from, and kept up to date.
+/// A source of configuration that is watched for changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source<K> {
     /// A file.
@@ -127,12 +127,12 @@ pub enum Source<K> {
     Kubernetes(K),
 }
 
-/// What says which workload has which address.
+/// Source of the directory: the addresses of workloads.
 pub type DirectorySource = Source<DirectoryOptions>;
-/// What has the policies.
+/// Source of the policies.
 pub type PolicySource = Source<PolicyOptions>;
 
-/// Who signs certificates.
+/// Issuer of certificates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum IssuerConfig {
     /// The agent itself, with a root key in a folder.
@@ -167,8 +167,8 @@ impl Config {
         Self::parse_in(text, file, file.parent().unwrap_or(Path::new(".")), None)
     }
 
-    /// What the connect hooks look at: the addresses of pods and those of services. What goes to a service in clear would
-    /// come out at a pod in clear, so the guard takes both for the mesh.
+    /// Returns the ranges of the connect hooks and the guard: addresses of pods and of services. Services count as
+    /// mesh, because plaintext to a service would arrive at a pod as plaintext.
     #[must_use]
     pub fn captured_ranges(&self) -> Vec<IpNet> {
         [&self.mesh_ranges[..], &self.service_ranges].concat()

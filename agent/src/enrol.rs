@@ -34,25 +34,24 @@ use std::{
 
 use arc_swap::ArcSwap;
 use tacit_core::{
-    directory::{Directory, Ranges, Workload},
+    directory::{Ranges, Workload},
     policy::Policies,
     spiffe::SpiffeId,
 };
-use tacit_identity::{issuer::IssueError, manager::Identities};
+use tacit_identity::issuer::IssueError;
 use tacit_kernel::{
     GuardedLink, Kernel,
     cgroup::{self, Cgroup},
     netns::{HostNetns, Netns},
     socket::{Listeners, Ports},
 };
-use tacit_sources::reload::Watched;
 use tokio::{
     runtime::Handle,
     sync::{oneshot, watch},
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{mesh::Mesh, telemetry::Telemetry};
+use crate::{control_state::Snapshots, telemetry::Telemetry};
 
 mod events;
 mod kernel_state;
@@ -66,7 +65,6 @@ mod testing;
 
 use events::CgroupEvents;
 use kernel_state::entry;
-pub use kernel_state::{in_clear, kernel_mode};
 use plan::{Action, NotYet, Wanted, plan, taken_address};
 pub use pod_policy::PodPolicy;
 pub use pods::{Pod, Pods, Waiting};
@@ -79,7 +77,7 @@ const SOONEST: Duration = Duration::from_millis(5);
 /// Starts serving a pod's listeners until the pod's `closed` token is cancelled.
 pub type Serve = Arc<dyn Fn(Arc<Pod>, Listeners) + Send + Sync>;
 
-/// What the driver works with.
+/// The driver of enrolment.
 pub struct Enroller {
     /// The kernel side.
     pub kernel: Arc<Kernel>,
@@ -87,21 +85,15 @@ pub struct Enroller {
     pub host: Arc<HostNetns>,
     /// This node's name in the directory.
     pub node: Arc<str>,
-    /// Ranges of the mesh.
-    pub mesh: Arc<Mesh>,
+    /// Directory, policies, ranges of the mesh and certificates.
+    pub snapshots: Snapshots,
     /// Counts connections from before enrolment that were reset.
     pub telemetry: Telemetry,
     /// Another agent serves the pods until all were looked at once.
     pub takes_over: bool,
     /// The cgroup that holds all pods.
     pub pods_cgroup: Cgroup,
-    /// Who is where.
-    pub directory: Arc<Watched<Directory>>,
-    /// Modes.
-    pub policies: Arc<Watched<Policies>>,
-    /// Certificates.
-    pub identities: Arc<Identities>,
-    /// Where the snapshot is published.
+    /// Receives the snapshot of this node's pods.
     pub table: Arc<ArcSwap<Pods>>,
     /// Starts the accept loops of a pod.
     pub serve: Serve,
@@ -132,9 +124,9 @@ impl Enroller {
 
     async fn drive(self, stop: CancellationToken) -> io::Result<()> {
         let mut events = CgroupEvents::new()?;
-        let mut directory = self.directory.subscribe();
-        let mut policies = self.policies.subscribe();
-        let mut certificates = self.identities.changes();
+        let mut directory = self.snapshots.directory.subscribe();
+        let mut policies = self.snapshots.policies.subscribe();
+        let mut certificates = self.snapshots.identities.changes();
         let mut state = State::default();
         state.known.extend(self.kernel.maps.pods());
         state.exempt.extend(self.kernel.maps.exempt());
@@ -159,7 +151,7 @@ impl Enroller {
     /// Looks at all pods once. Nothing waits here: a certificate that comes later leads to the next look. Returns true if
     /// the issuer had answered for every pod before.
     fn reconcile(&self, state: &mut State, events: &CgroupEvents) -> bool {
-        let directory = self.directory.current();
+        let directory = self.snapshots.directory.current();
         self.grow(state, &directory);
         let wanted = Wanted::of(&directory, &self.node);
         // Watched before they are looked at: no event is missed.
@@ -167,7 +159,7 @@ impl Enroller {
         let watched = wanted.pods.iter().chain(&wanted.bystanders);
         watched.for_each(|w| events.watch_pod(&self.pods_cgroup.path().join(&w.cgroup)));
         // Before a pod has processes, and all at once: less to wait for later.
-        wanted.pods.iter().for_each(|workload| self.identities.prepare(&workload.identity));
+        wanted.pods.iter().for_each(|workload| self.snapshots.identities.prepare(&workload.identity));
         let kept = wanted.kept();
         // Looking at thousands of pods takes seconds; a policy does not wait for that.
         self.publish_new_policies(state, &kept);
@@ -275,7 +267,7 @@ impl Enroller {
         (cgroup, slot): (u64, u32),
         netns: Netns,
     ) -> Result<Arc<Pod>, NotYet> {
-        let policy = PodPolicy::configured(&self.policies.current(), &workload);
+        let policy = PodPolicy::configured(&self.snapshots.policies.current(), &workload);
         // Those of the agent that this one takes over from are still open.
         let ports = if self.takes_over && !state.took_over { Ports::OrSpare } else { Ports::Default };
         let listeners =
@@ -288,7 +280,7 @@ impl Enroller {
             .tell_kernel(&entry, &netns, &listeners, &policy)
             .map_err(|e| NotYet::Kernel(e.to_string()))?;
         if !was_enrolled_here {
-            self.reset_plaintext(&netns, &workload, |address| self.mesh.contains(address));
+            self.reset_plaintext(&netns, &workload, |address| self.snapshots.mesh.contains(address));
         }
         let pod = Arc::new(Pod {
             workload,
@@ -308,9 +300,9 @@ impl Enroller {
     fn forget_identities(&self, state: &State, wanted: &[Arc<Workload>]) {
         let enrolled = state.current.values().map(|pod| &pod.workload);
         let in_use: HashSet<&SpiffeId> = wanted.iter().chain(enrolled).map(|w| &w.identity).collect();
-        for certificate in self.identities.certificates() {
+        for certificate in self.snapshots.identities.certificates() {
             if !in_use.contains(&certificate.identity) {
-                self.identities.forget(&certificate.identity);
+                self.snapshots.identities.forget(&certificate.identity);
             }
         }
     }
@@ -355,13 +347,13 @@ struct State {
     guarded: HashSet<u64>,
     /// Pods, by cgroup id, that programs of an earlier agent are attached for; empty after the first look.
     attached: HashSet<u64>,
-    /// Whether all pods were looked at once.
+    /// True once all pods were reconciled.
     took_over: bool,
     /// The ranges of the mesh at the last look.
     ranges: Option<Arc<Ranges>>,
 }
 
-/// What one look at all pods leaves for later steps and for the operator.
+/// Results of one pass over all pods, for later steps and for the operator.
 #[derive(Default)]
 struct Look {
     /// Pods that are not enrolled, by the directory's cgroup path.

@@ -13,6 +13,7 @@
 //! |---|---|
 //! | `app` | starts everything, runs it, takes it down |
 //! | `config` | the configuration; every mistake with line and field |
+//! | `control_state` | the snapshots that flows and enrolment read |
 //! | `enrol` | enrols a pod that appears, and removes one that goes |
 //! | `mesh` | the ranges of the mesh, in the kernel first |
 //! | `proxy` | captured connections, tunnel sessions, and plaintext that needs a verdict |
@@ -49,6 +50,7 @@
 pub mod app;
 pub mod authority;
 pub mod config;
+pub mod control_state;
 pub mod enrol;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]

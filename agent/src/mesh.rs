@@ -44,7 +44,7 @@ impl Mesh {
         self.ranges.load_full()
     }
 
-    /// Whether the mesh's promises hold for `address`.
+    /// Returns true if `address` is in a range of the mesh.
     #[must_use]
     pub fn contains(&self, address: IpAddr) -> bool {
         self.ranges.load().contains(address)

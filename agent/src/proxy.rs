@@ -6,7 +6,6 @@
 //! | `outbound` | captured connections |
 //! | `inbound` | tunnel sessions, and plaintext that needs a verdict |
 //! | `authorize` | asks policy about a flow, when it opens and when policy changes |
-//! | `snapshots` | the control state that flows read |
 //! | `dialer` | connections made from inside a pod's network namespace |
 //! | `sessions` | tunnel sessions: handshake permits, idle sessions of each worker |
 //! | `workers` | the threads that carry flows |
@@ -21,7 +20,6 @@ pub mod drain;
 pub mod inbound;
 pub mod outbound;
 pub mod sessions;
-pub mod snapshots;
 pub mod workers;
 
 use std::{io, net::SocketAddr, sync::Arc};
@@ -36,8 +34,9 @@ use tacit_tunnel::{TlsInfo, socket::reset};
 use tokio::net::TcpStream;
 
 use crate::{
+    control_state::Snapshots,
     enrol::Pods,
-    proxy::{dialer::Dialer, drain::Drain, sessions::Sessions, snapshots::Snapshots, workers::Workers},
+    proxy::{dialer::Dialer, drain::Drain, sessions::Sessions, workers::Workers},
     telemetry::{Ends, Reporter, Security, Telemetry},
 };
 
@@ -113,7 +112,7 @@ pub struct Addresses {
     pub destination: SocketAddr,
 }
 
-/// How a flow over a session is protected.
+/// Returns the security of a flow over a session.
 #[must_use]
 pub fn security(tls: &TlsInfo) -> Security {
     Security::MutualTls { version: tls.version, cipher: tls.cipher, key_exchange: tls.key_exchange }

@@ -1,4 +1,4 @@
-//! What the agent tells its operator: metrics, access log, refusals, status.
+//! Telemetry: metrics, access log, refusals, status.
 //!
 //! ```text
 //! outbound, inbound --open_flow--> LiveFlow --close--> access log

@@ -6,7 +6,7 @@ use tacit_abi::{Address, DropKey, Reason};
 
 use crate::{count::count, log_budget, maps::DROPS};
 
-/// What is counted and logged of a packet that is dropped.
+/// The facts of a dropped packet that are counted and logged.
 pub struct Dropped {
     cgroup: u64,
     remote: Address,

@@ -117,7 +117,7 @@ impl Workload {
 pub enum Protocol {
     /// Through a tunnel, wire format `tacit/1`.
     Tacit,
-    /// In clear: it is not enrolled.
+    /// Plaintext: it is not enrolled.
     None,
 }
 

@@ -36,21 +36,11 @@ pub use authorization::{
     Authorization, AuthorizationDecision, AuthorizationPolicy, Match, UnmatchedPolicies,
 };
 pub use object::{Origin, PolicyKind, PolicyObject};
+pub use tacit_abi::Mode;
 
 use authorization::Attachment;
 use object::{ParsedPolicy, ScopedAuthorization};
 use peer_authentication::PeerAuthentication;
-
-/// The traffic that a workload accepts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Mode {
-    /// Plaintext is expected; authenticated flows pass too.
-    Disable,
-    /// Both plaintext and authenticated flows.
-    Permissive,
-    /// Authenticated flows only.
-    Strict,
-}
 
 /// The modes of one workload.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -178,7 +168,7 @@ impl Policies {
         }
     }
 
-    /// What authors of policies should know: rules that never match, or match more than they say.
+    /// Returns notes for authors of policies: rules that never match, or that match more than their text suggests.
     #[must_use]
     pub fn notes(&self) -> &[String] {
         &self.notes
@@ -229,7 +219,7 @@ pub enum FlowSource {
     SameNode(SpiffeId),
     /// From a process of the node itself, such as a probe of the kubelet. The node's address is no proof of it.
     Node,
-    /// In clear, from anybody.
+    /// Plaintext, without a proven identity.
     Plaintext,
 }
 
@@ -257,7 +247,7 @@ pub struct Flow {
 
 /// The decision on a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict<'p> {
+pub enum PolicyVerdict<'p> {
     /// It reaches the workload.
     Allow,
     /// It is reset.
@@ -267,7 +257,7 @@ pub enum Verdict<'p> {
 /// Why policy denies a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PolicyDenial<'p> {
-    /// It came in clear to a port in STRICT.
+    /// It came as plaintext to a port in STRICT.
     PlaintextInStrict,
     /// A policy denies it.
     DeniedBy(Match<'p>),
@@ -305,17 +295,19 @@ impl fmt::Display for PolicyDenial<'_> {
 /// | Node (probes) | allow | allow | allow |
 /// | Plaintext | policies | policies | deny |
 #[must_use]
-pub fn decide<'p>(modes: &Modes, authorization: &'p Authorization, flow: &Flow) -> Verdict<'p> {
+pub fn decide<'p>(modes: &Modes, authorization: &'p Authorization, flow: &Flow) -> PolicyVerdict<'p> {
     match (&flow.source, modes.at(flow.destination.port())) {
-        (FlowSource::Node, _) => return Verdict::Allow,
-        (FlowSource::Plaintext, Mode::Strict) => return Verdict::Deny(PolicyDenial::PlaintextInStrict),
+        (FlowSource::Node, _) => return PolicyVerdict::Allow,
+        (FlowSource::Plaintext, Mode::Strict) => return PolicyVerdict::Deny(PolicyDenial::PlaintextInStrict),
         (FlowSource::Plaintext, Mode::Disable | Mode::Permissive)
         | (FlowSource::Tunnel(_) | FlowSource::SameNode(_), _) => {}
     }
     match authorization.evaluate(flow) {
-        AuthorizationDecision::Unrestricted | AuthorizationDecision::Allowed(_) => Verdict::Allow,
-        AuthorizationDecision::Denied(by) => Verdict::Deny(PolicyDenial::DeniedBy(by)),
-        AuthorizationDecision::NotAllowed(policies) => Verdict::Deny(PolicyDenial::NotAllowed(policies)),
+        AuthorizationDecision::Unrestricted | AuthorizationDecision::Allowed(_) => PolicyVerdict::Allow,
+        AuthorizationDecision::Denied(by) => PolicyVerdict::Deny(PolicyDenial::DeniedBy(by)),
+        AuthorizationDecision::NotAllowed(policies) => {
+            PolicyVerdict::Deny(PolicyDenial::NotAllowed(policies))
+        }
     }
 }
 

@@ -12,7 +12,7 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// Longest pause: an issuer that comes back is noticed within about a minute.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// What to do now.
+/// The next step of a renewal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Renewal {
     /// Nothing before this moment.
@@ -23,7 +23,7 @@ pub enum Renewal {
     Expired,
 }
 
-/// What decides when to renew.
+/// The facts that decide the time of a renewal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RenewalSchedule {
     /// Since when the credentials are held; with `not_after` equal to it, nothing is held yet.
@@ -39,7 +39,7 @@ pub struct RenewalSchedule {
 }
 
 impl RenewalSchedule {
-    /// What to do at `now`.
+    /// Returns the step at `now`.
     #[must_use]
     pub fn next(&self, now: SystemTime) -> Renewal {
         let lifetime = self.not_after.duration_since(self.obtained).unwrap_or_default();

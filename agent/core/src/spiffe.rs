@@ -1,4 +1,4 @@
-//! Who a workload is: SPIFFE ids of the form `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`.
+//! Workload identities: SPIFFE ids of the form `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`.
 //!
 //! An id is parsed once, where it comes in, and cannot be wrong afterwards.
 

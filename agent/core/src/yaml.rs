@@ -79,7 +79,8 @@ impl<'a> Value<'a> {
         self.mistakes.add(self.node.line, &self.path, problem);
     }
 
-    /// Whether nothing is written here (`field:`, `~` or `null`), which Kubernetes reads as an absent field.
+    /// Returns true if the value is null or left out (`field:`, `~` or `null`), which Kubernetes reads as an absent
+    /// field.
     pub fn is_null(&self) -> bool {
         matches!(&self.node.content, NodeContent::Scalar { text, quoted: false } if ScalarType::of(text) == ScalarType::Null)
     }

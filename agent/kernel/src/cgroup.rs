@@ -8,8 +8,8 @@ use std::{
 
 use super::KernelError;
 
-/// How deep below a pod's cgroup its containers' processes are looked for: pod, container, and one more level for
-/// runtimes that nest.
+/// Depth to search below a pod's cgroup for its containers' processes: pod, container, and one more level for runtimes
+/// that nest.
 const PROCESS_DEPTH: usize = 3;
 /// Cgroups looked through for the one this process is in: many times what a full node has.
 const SEARCH_MAX: usize = 65_536;
@@ -95,7 +95,7 @@ impl Cgroup {
 }
 
 fn has_member(cgroup: &Path, pid: u32) -> bool {
-    // A threaded cgroup does not list processes; none of ours is in one.
+    // A threaded cgroup does not list processes; no process of Tacit is in one.
     let members = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
     members.lines().any(|member| member.parse() == Ok(pid))
 }
@@ -120,7 +120,7 @@ pub fn id_at(path: &Path) -> Option<u64> {
     fs::metadata(path).ok().map(|found| found.ino())
 }
 
-/// Whether the cgroup at `path`, or one below it, has a process.
+/// Returns true if the cgroup at `path`, or one below it, has a process.
 #[must_use]
 pub fn is_populated(path: &Path) -> bool {
     fs::read_to_string(path.join("cgroup.events"))

@@ -104,7 +104,7 @@ pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     bpf(BPF_OBJ_PIN, &mut attr).map(drop)
 }
 
-/// What a link is attached to and runs.
+/// Returns the attachment and the program of a link.
 pub(super) fn info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let mut info = MaybeUninit::<LinkInfo>::zeroed();
     let mut attr = InfoAttr {

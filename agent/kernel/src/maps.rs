@@ -51,13 +51,13 @@ pub struct PodEntry {
     pub addresses: Vec<IpAddr>,
     /// Index of its listeners.
     pub slot: u32,
-    /// What plaintext meets at ports without a mode of their own.
+    /// The mode of ports without a mode of their own.
     pub mode: Mode,
-    /// What it may do in clear.
+    /// The plaintext that the pod may send.
     pub clear: PlaintextEgress,
     /// The handling of plaintext that reaches it.
     pub plaintext: PlaintextHandling,
-    /// Where the agent listens for its captured connections; 0 while it does not.
+    /// The port of the agent's listener for captured connections; 0 without a listener.
     pub capture_port: u16,
 }
 
@@ -86,7 +86,7 @@ impl PlaintextHandling {
     }
 }
 
-/// What a pod may send in clear into the mesh.
+/// The plaintext that a pod may send into the mesh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PlaintextEgress {
     /// Nothing.
@@ -347,7 +347,8 @@ impl Maps {
         Ok(())
     }
 
-    /// Where a captured connection wanted to go, by what `accept()` tells about it. The entry is taken out.
+    /// Returns the original destination of a captured connection, by the addresses that `accept()` returned, and
+    /// removes the entry.
     #[must_use]
     pub fn destination(
         &self,
@@ -426,7 +427,7 @@ impl Captured {
         const NAME: &str = "CAPTURED";
         let problem = |problem: &str| KernelError::Map { map: NAME, problem: problem.to_owned() };
         let map = programs.ebpf().take_map(NAME).ok_or_else(|| problem("not in the object"))?;
-        // Whether its keys and values are what is taken for them.
+        // Checks the sizes of its keys and values.
         HashMap::<_, Tuple, Destination>::try_from(&map).map_err(failed(NAME))?;
         match map {
             Map::HashMap(data) => Ok(Self(data)),

@@ -8,7 +8,7 @@
 //! <pinPath>/links/arrival-<cgroup id>-<interface>  the same, for frames towards the pod
 //! <pinPath>/next                     empty; locked by who takes over next
 //! ```
-//! All programs are verified before the first is attached. A pinned link whose target is still ours is kept and its
+//! All programs are verified before the first is attached. A pinned link that still has the right target is kept and its
 //! program swapped atomically; any other is replaced. The link at the agent's own cgroup is not pinned: it only
 //! serves connections that the agent makes.
 
@@ -96,7 +96,7 @@ pub struct ProgramState {
     pub attached_to: String,
     /// The kernel's program id.
     pub id: u32,
-    /// Where its link is pinned.
+    /// The path of its pinned link.
     pub pinned: Option<PathBuf>,
 }
 
@@ -145,12 +145,12 @@ fn is_pinned(pin_path: &Path, map_ids: &[u32]) -> bool {
 
 impl Programs {
     pub(super) fn load(
-        claim: PinLock,
+        pin_lock: PinLock,
         pods: &Cgroup,
         log: &VerifierLog,
         prepared: Option<PreparedPrograms>,
     ) -> Result<Self, KernelError> {
-        let pins = Pins::open(claim)?;
+        let pins = Pins::open(pin_lock)?;
         let (maps, links) = (pins.maps()?, pins.links()?);
         let prepared = prepared.and_then(|prepared| prepared.still_fit(pins.root()));
         let ebpf = match prepared.map_or_else(|| load_verified(Some(pins.root()), pods, log), Ok) {

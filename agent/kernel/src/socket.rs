@@ -45,7 +45,7 @@ pub struct Listeners {
     pub tunnel: TcpListener,
 }
 
-/// Where listeners may be opened.
+/// The ports at which listeners may be opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ports {
     /// At the data path's own ports alone.
@@ -95,7 +95,7 @@ impl Listeners {
         Ok(Self { capture: capture.into(), plaintext: plaintext.into(), tunnel: tunnel.into() })
     }
 
-    /// Where captured connections have to go.
+    /// Returns the port to which captured connections are redirected.
     ///
     /// # Errors
     /// The kernel's.

@@ -22,7 +22,7 @@ use crate::host;
 /// Lines of a log that an error shows.
 const TAIL_LINES: usize = 12;
 
-/// What becomes of the log of a refused program, beyond the lines in the error.
+/// The destination of a rejected program's log, beyond the lines in the error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VerifierLog {
     /// It is dropped.
@@ -75,7 +75,7 @@ fn excerpt(program: &str, text: &str, log: &VerifierLog) -> String {
     format!("{tail}\n{whole}")
 }
 
-/// Writes a file that was not there before, so that nobody who may write to the folder can put a link in our way.
+/// Writes a file that must not exist, so that another writer of the folder cannot redirect the write with a link.
 fn write(folder: &Path, program: &str, text: &str) -> io::Result<PathBuf> {
     let (pid, mut attempt) = (std::process::id(), 0);
     loop {

@@ -17,7 +17,7 @@ use tacit_core::policy::{Policies, PolicyKind};
 use tokio::sync::mpsc;
 
 use crate::{
-    kubernetes::{self, Change, InvalidObjects, OpenError, Sender, WatchTasks, access, list_and_watch},
+    kubernetes::{self, Change, InvalidObjects, KubernetesError, Sender, WatchTasks, access, list_and_watch},
     reload::Opening,
 };
 
@@ -41,12 +41,12 @@ pub struct Options {
 /// Starts to watch the API. Policies in `root_namespace` apply to the whole mesh.
 ///
 /// # Errors
-/// [`OpenError`]. An API that does not answer, or does not serve the resources, is not an error.
-pub async fn open(options: &Options, root_namespace: Arc<str>) -> Result<Opening<Policies>, OpenError> {
+/// [`KubernetesError`]. An API that does not answer, or does not serve the resources, is not an error.
+pub async fn open(options: &Options, root_namespace: Arc<str>) -> Result<Opening<Policies>, KubernetesError> {
     start(access(options.kubeconfig.as_deref()).await?, root_namespace)
 }
 
-fn start(config: Config, root_namespace: Arc<str>) -> Result<Opening<Policies>, OpenError> {
+fn start(config: Config, root_namespace: Arc<str>) -> Result<Opening<Policies>, KubernetesError> {
     let (events, refused) = mpsc::channel(events::WAITING_MAX);
     let source = PolicySource { store: PolicyStore::new(root_namespace), events };
     kubernetes::start(config, source, |client, news| watch_tasks(client, news, refused))

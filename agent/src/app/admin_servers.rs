@@ -46,7 +46,7 @@ pub(super) struct AdminServers {
     stop: CancellationToken,
 }
 
-/// What can be seen through them.
+/// The state that the servers report.
 struct Shown {
     node: String,
     trust_domain: String,

@@ -16,15 +16,15 @@ use tacit_core::{
     spiffe::TrustDomain,
 };
 use tacit_identity::{issuer::Issuer, istio::Skew, manager::CertificateState};
-use tacit_kernel::{DropCount, GuardedLink, Kernel, PlaintextEgress, host};
+use tacit_kernel::{DropCount, GuardedLink, Kernel, KernelCounter, PlaintextEgress, host};
 use tacit_sources::reload::ReloadState;
 
 use crate::{
     config::Config,
-    enrol::{PodPolicy, in_clear},
+    enrol::PodPolicy,
     proxy::Proxy,
     telemetry::status::{
-        AgentState, CertificateStatus, DropStatus, GuardStatus, IssuerStatus, KernelCounter, MeshStatus,
+        AgentState, CertificateStatus, CounterStatus, DropStatus, GuardStatus, IssuerStatus, MeshStatus,
         PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, SourceKind, SourceStatus, Status,
         UncoveredStatus,
     },
@@ -38,7 +38,7 @@ pub(super) struct Report {
     node: Arc<str>,
     pods_cgroup: PathBuf,
     started: Instant,
-    /// Who was in no range of the mesh, in that directory with those ranges.
+    /// The pods and services outside the mesh's ranges, for that directory and those ranges.
     uncovered: Mutex<(Arc<Directory>, Arc<Ranges>, UncoveredStatus)>,
 }
 
@@ -87,7 +87,8 @@ impl Report {
         }
     }
 
-    /// Who is in no range of the mesh. All are looked at once for each version of the directory and the ranges.
+    /// Returns the pods and services outside the mesh's ranges. The result is kept until the directory or the ranges
+    /// change.
     pub(super) fn uncovered(&self) -> UncoveredStatus {
         let directory = self.proxy.snapshots.directory.current();
         let mut known = self.uncovered.lock().unwrap_or_else(PoisonError::into_inner);
@@ -100,7 +101,7 @@ impl Report {
         known.2.clone()
     }
 
-    /// What policy says about a connection.
+    /// Explains the policy decision on a connection.
     pub(super) fn explain(
         &self,
         from: &WorkloadRef,
@@ -135,7 +136,7 @@ impl Report {
                 .map(|(p, m)| (*p, mode(*m).to_owned()))
                 .collect::<BTreeMap<_, _>>(),
             policies: policy.authorization.names().map(str::to_owned).collect(),
-            in_clear: in_clear_text(in_clear(workload, &policy.modes)).to_owned(),
+            in_clear: in_clear_text(policy.plaintext_egress(workload)).to_owned(),
             guarded_links: links.iter().map(|link| format!("{} ({})", link.interface, link.by)).collect(),
             policy_not_applied: policy.not_applied.clone(),
             state,
@@ -168,9 +169,9 @@ impl Report {
         states.into_iter().map(status).collect()
     }
 
-    fn kernel(&self) -> Vec<KernelCounter> {
+    fn kernel(&self) -> Vec<CounterStatus> {
         let counters = self.kernel.maps.counters();
-        let counter = |c: tacit_kernel::KernelCounter| KernelCounter {
+        let counter = |c: KernelCounter| CounterStatus {
             name: c.name.to_owned(),
             help: c.help.to_owned(),
             value: c.value,

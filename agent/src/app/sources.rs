@@ -8,7 +8,7 @@ use tacit_core::{
 };
 use tacit_sources::{
     directory::{CgroupLayout, LocalNode},
-    kubernetes::OpenError,
+    kubernetes::KubernetesError,
     reload::{Opening, ReloadState, Watched},
 };
 use tokio::sync::watch;
@@ -41,7 +41,7 @@ impl Sources {
         self,
     ) -> Result<(Arc<Watched<Directory>>, Arc<Watched<Policies>>), AppError> {
         let (directory, policies) = tokio::join!(self.directory.complete(), self.policies.complete());
-        let ended = |field| move || AppError::Kubernetes { field, source: OpenError::Ended };
+        let ended = |field| move || AppError::Kubernetes { field, source: KubernetesError::Ended };
         let directory = directory.ok_or_else(ended("directory"))?;
         Ok((Arc::new(directory), Arc::new(policies.ok_or_else(ended("policy"))?)))
     }

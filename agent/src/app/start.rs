@@ -30,9 +30,10 @@ use crate::{
         tasks::{Tasks, refresh_node},
     },
     config::{Config, IssuerConfig},
+    control_state::Snapshots,
     enrol::{Enroller, Serve, publish_mesh_default},
     mesh::Mesh,
-    proxy::{Proxy, accept, dialer::Dialer, snapshots::Snapshots, workers::Workers},
+    proxy::{Proxy, accept, dialer::Dialer, workers::Workers},
     telemetry::Telemetry,
 };
 
@@ -70,7 +71,7 @@ pub(super) async fn start(
 
 /// The parts of the node that the agent works with.
 struct Node {
-    /// How many files this process may have open.
+    /// Limit of open files of this process.
     descriptors: u64,
     /// The node's own network namespace.
     host: Arc<HostNetns>,
@@ -195,18 +196,14 @@ fn enroller(
     let takes_over = successor_lock.is_some();
     let successor_lock = Mutex::new(successor_lock);
     let serve: Serve = Arc::new(move |pod, listeners| accept::serve_pod(&serving, &pod, listeners));
-    let snapshots = proxy.snapshots.clone();
     Enroller {
         kernel: kernel.clone(),
         host: node.host,
         node: config.node.clone(),
-        mesh: snapshots.mesh,
+        snapshots: proxy.snapshots.clone(),
         telemetry: proxy.telemetry.clone(),
         takes_over,
         pods_cgroup: node.pods_cgroup,
-        directory: snapshots.directory,
-        policies: snapshots.policies,
-        identities: snapshots.identities,
         table: proxy.pods.clone(),
         serve,
         reconciled: Arc::new(move || {

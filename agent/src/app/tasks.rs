@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::node_addresses::node_addresses;
 use crate::{app::report::Report, enrol::Enroller, proxy::Proxy, telemetry::status::UncoveredStatus};
 
-/// How often the node's own addresses are read again and idle sessions are thrown out.
+/// Interval of reading the node's own addresses and of closing expired idle sessions.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
 
 /// When so many connections have come or gone, memory that is left over is given back: that of their handshakes, some

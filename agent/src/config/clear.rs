@@ -1,4 +1,4 @@
-//! Destinations that strict pods may reach in clear, such as the cluster's DNS: `10.96.0.10:53/udp`.
+//! Destinations to which strict pods may send plaintext, such as the cluster's DNS: `10.96.0.10:53/udp`.
 
 use std::net::SocketAddr;
 

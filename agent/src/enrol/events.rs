@@ -52,7 +52,7 @@ impl CgroupEvents {
     /// Returns when something happened since the last call.
     pub(super) async fn changed(&mut self) {
         let Ok(mut ready) = self.0.readable().await else { return };
-        // What happened does not matter, the reader looks at everything. Read until empty, then wait again.
+        // The events themselves do not matter, because the caller reconciles all pods. Drains them, then waits again.
         while ready.get_inner().0.read_events().is_ok() {}
         ready.clear_ready();
     }

@@ -1,14 +1,10 @@
-//! What the kernel is told about a pod, in which order, and what it is told no more.
+//! Writes a pod's state to the kernel, in an order that leaves no gap, and removes it.
 
 use std::{collections::HashSet, net::IpAddr, sync::Arc};
 
-use tacit_core::{
-    directory::{Directory, Egress, Udp, Workload},
-    policy::{Mode, Modes},
-};
+use tacit_core::directory::{Directory, Workload};
 use tacit_kernel::{
-    GuardedLink, HostEnd, KernelError, PlaintextEgress, PodEntry, cgroup, host, netns::Netns, reset_sockets,
-    socket::Listeners,
+    GuardedLink, HostEnd, KernelError, PodEntry, cgroup, host, netns::Netns, reset_sockets, socket::Listeners,
 };
 
 use crate::enrol::{
@@ -24,14 +20,14 @@ enum Steering {
 }
 
 impl Enroller {
-    /// Makes sure that the kernel knows the pod, so that it sends nothing past the agent from here on. An entry of an
-    /// earlier agent stays as it is: its connections are captured, and refused until this agent listens.
+    /// Writes the pod's entry, so that it sends nothing past the agent from then on. An entry of an earlier agent stays as
+    /// it is: the pod's connections are captured, and refused until this agent listens.
     pub(super) fn cover(&self, state: &mut State, cgroup: u64, workload: &Workload) -> Result<u32, NotYet> {
         if let Some(slot) = state.known.get(&cgroup) {
             return Ok(*slot);
         }
         let slot = state.free_slot();
-        let policy = PodPolicy::configured(&self.policies.current(), workload);
+        let policy = PodPolicy::configured(&self.snapshots.policies.current(), workload);
         let entry = entry(workload, cgroup, slot, (0, 0), &policy);
         let maps = &self.kernel.maps;
         // Single ports can be stricter than the pod.
@@ -89,11 +85,11 @@ impl Enroller {
         }
     }
 
-    /// Takes over the ranges that the directory has found. What enrolled pods have in clear with addresses that are of the
-    /// mesh since is ended, as at an enrolment.
+    /// Adopts the ranges that the directory has found. Resets plaintext connections of enrolled pods with addresses that
+    /// are new in the mesh, as an enrolment does.
     pub(super) fn grow(&self, state: &mut State, directory: &Directory) {
-        self.mesh.follow(directory);
-        let ranges = self.mesh.ranges();
+        self.snapshots.mesh.follow(directory);
+        let ranges = self.snapshots.mesh.ranges();
         let before = state.ranges.replace(Arc::clone(&ranges));
         let Some(before) = before.filter(|before| !Arc::ptr_eq(before, &ranges)) else { return };
         for pod in state.current.values() {
@@ -102,8 +98,8 @@ impl Enroller {
         }
     }
 
-    /// Ends what the pod opened or accepted in clear before, with addresses of which `is_mesh` tells that they are of the
-    /// mesh. Without the kernel's help its packets meet the guard.
+    /// Resets plaintext connections of the pod with addresses of the mesh, which `is_mesh` reports. If the kernel cannot
+    /// reset them, the guard drops their packets.
     pub(super) fn reset_plaintext(
         &self,
         netns: &Netns,
@@ -143,21 +139,6 @@ impl Enroller {
     }
 }
 
-/// What a pod may send in clear into the mesh: what its entry says, else what goes with its mode.
-#[must_use]
-pub fn in_clear(workload: &Workload, modes: &Modes) -> PlaintextEgress {
-    let is_strict = modes.default == Mode::Strict;
-    let default = if is_strict { Egress::Strict } else { Egress::Open };
-    let egress = workload.egress.unwrap_or(default);
-    let default = if is_strict || egress == Egress::Strict { Udp::Deny } else { Udp::Allow };
-    match (egress, workload.udp.unwrap_or(default)) {
-        (Egress::Strict, Udp::Deny) => PlaintextEgress::Nothing,
-        (Egress::Strict, Udp::Allow) => PlaintextEgress::Udp,
-        (Egress::Open, Udp::Deny) => PlaintextEgress::AllButUdp,
-        (Egress::Open, Udp::Allow) => PlaintextEgress::All,
-    }
-}
-
 pub(super) fn entry(
     workload: &Workload,
     cgroup: u64,
@@ -170,19 +151,9 @@ pub(super) fn entry(
         netns_cookie,
         addresses: workload.addresses.clone(),
         slot,
-        mode: kernel_mode(policy.modes.default),
-        clear: in_clear(workload, &policy.modes),
+        mode: policy.modes.default,
+        clear: policy.plaintext_egress(workload),
         plaintext: plaintext_handling(policy),
         capture_port,
-    }
-}
-
-/// The kernel's number of a mode.
-#[must_use]
-pub fn kernel_mode(mode: Mode) -> tacit_abi::Mode {
-    match mode {
-        Mode::Disable => tacit_abi::Mode::Disable,
-        Mode::Permissive => tacit_abi::Mode::Permissive,
-        Mode::Strict => tacit_abi::Mode::Strict,
     }
 }

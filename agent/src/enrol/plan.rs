@@ -58,7 +58,7 @@ pub(super) struct ObservedCgroup {
     pub id: u64,
     /// Its level below the cgroup that holds all pods.
     pub level: Level,
-    /// Whether it has a process.
+    /// True if it has a process.
     pub populated: bool,
 }
 

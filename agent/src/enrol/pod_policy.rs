@@ -4,9 +4,10 @@
 //! with the authorization of another. Pure: no I/O, no clock, no logging.
 
 use tacit_core::{
-    directory::Workload,
-    policy::{self, Authorization, Flow, Mode, Modes, Policies, Verdict},
+    directory::{Egress, Udp, Workload},
+    policy::{self, Authorization, Flow, Mode, Modes, Policies, PolicyVerdict},
 };
+use tacit_kernel::PlaintextEgress;
 
 /// The policy in force for a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,8 +47,23 @@ impl PodPolicy {
 
     /// Returns the verdict on a flow to the pod.
     #[must_use]
-    pub fn decide(&self, flow: &Flow) -> Verdict<'_> {
+    pub fn decide(&self, flow: &Flow) -> PolicyVerdict<'_> {
         policy::decide(&self.modes, &self.authorization, flow)
+    }
+
+    /// Returns the plaintext that `workload` may send into the mesh: as its entry says, else by its mode.
+    #[must_use]
+    pub fn plaintext_egress(&self, workload: &Workload) -> PlaintextEgress {
+        let is_strict = self.modes.default == Mode::Strict;
+        let default = if is_strict { Egress::Strict } else { Egress::Open };
+        let egress = workload.egress.unwrap_or(default);
+        let default = if is_strict || egress == Egress::Strict { Udp::Deny } else { Udp::Allow };
+        match (egress, workload.udp.unwrap_or(default)) {
+            (Egress::Strict, Udp::Deny) => PlaintextEgress::Nothing,
+            (Egress::Strict, Udp::Allow) => PlaintextEgress::Udp,
+            (Egress::Open, Udp::Deny) => PlaintextEgress::AllButUdp,
+            (Egress::Open, Udp::Allow) => PlaintextEgress::All,
+        }
     }
 }
 
@@ -93,12 +109,15 @@ spec:
     #[test]
     fn a_policy_that_the_kernel_rejects_denies_plaintext_at_all_ports() {
         let open = configured("");
-        assert_eq!(open.decide(&plaintext(80)), Verdict::Allow);
+        assert_eq!(open.decide(&plaintext(80)), PolicyVerdict::Allow);
         assert!(!open.authorizes_plaintext());
         for text in ["", POLICIES] {
             let closed = configured(text).fail_closed("map full".to_owned());
             for port in [80, 8080] {
-                assert_eq!(closed.decide(&plaintext(port)), Verdict::Deny(PolicyDenial::PlaintextInStrict));
+                assert_eq!(
+                    closed.decide(&plaintext(port)),
+                    PolicyVerdict::Deny(PolicyDenial::PlaintextInStrict)
+                );
             }
             assert!(closed.authorizes_plaintext());
             assert_eq!(closed.not_applied.as_deref(), Some("map full"));
@@ -111,7 +130,7 @@ spec:
         let identities = ["api", "web"].map(|account| workload(account, &[]).identity);
         let allowed = identities.each_ref().map(|identity| {
             let flow = Flow { source: FlowSource::Tunnel(identity.clone()), ..plaintext(80) };
-            closed.decide(&flow) == Verdict::Allow
+            closed.decide(&flow) == PolicyVerdict::Allow
         });
         assert_eq!(allowed, [true, false]);
     }

@@ -7,12 +7,12 @@ use tacit_kernel::{GuardedLink, PlaintextEgress, netns::Netns};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::enrol::{PodPolicy, in_clear};
+use crate::enrol::PodPolicy;
 
 /// An enrolled pod, as the data path sees it.
 #[derive(Debug)]
 pub struct Pod {
-    /// Who it is.
+    /// Its entry in the directory.
     pub workload: Arc<Workload>,
     /// Id of its cgroup.
     pub cgroup: u64,
@@ -22,10 +22,10 @@ pub struct Pod {
     pub links: Vec<GuardedLink>,
     /// Cancelled when the pod is no longer enrolled.
     pub closed: CancellationToken,
-    /// The policy in force. Pods that are enrolled anew in their cgroup share it with their former selves, whose flows go on.
+    /// The policy in force. A pod that is enrolled again in the same cgroup shares it with its earlier enrolment, whose flows continue.
     pub(super) policy: Arc<watch::Sender<Arc<PodPolicy>>>,
     pub(super) slot: u32,
-    /// Where the agent listens for its captured connections.
+    /// Port of the agent's listener for its captured connections.
     pub(super) capture_port: u16,
 }
 
@@ -37,7 +37,7 @@ impl Pod {
         let address = self.workload.addresses.first();
         let entry = address.and_then(|address| directory.at(*address));
         let entry = entry.filter(|entry| entry.cgroup == self.workload.cgroup).unwrap_or(&self.workload);
-        let clear = in_clear(entry, &self.policy.borrow().modes);
+        let clear = self.policy.borrow().plaintext_egress(entry);
         matches!(clear, PlaintextEgress::Nothing | PlaintextEgress::Udp)
     }
 
@@ -71,7 +71,7 @@ impl Pod {
 pub struct Waiting {
     /// The workload.
     pub workload: Arc<Workload>,
-    /// What is missing.
+    /// The missing condition.
     pub reason: String,
 }
 

@@ -3,7 +3,7 @@
 //! The driver of enrolment calls this on each change of the policies. Nothing else writes policy.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     net::{IpAddr, SocketAddr},
     path::Path,
     sync::Arc,
@@ -12,28 +12,25 @@ use std::{
 
 use tacit_core::{
     directory::Workload,
-    policy::{Flow, FlowSource, Policies, Verdict},
+    policy::{Flow, FlowSource, Policies, PolicyVerdict},
     refusal::Refusal,
 };
 use tacit_kernel::{Kernel, KernelError, Maps, PlaintextHandling, host, reset_sockets};
 
 use crate::{
-    enrol::{
-        Enroller, Pod, PodPolicy, State,
-        kernel_state::{entry, kernel_mode},
-    },
-    telemetry::{Ends, Party, Reporter},
+    enrol::{Enroller, Pod, PodPolicy, State, kernel_state::entry},
+    telemetry::{Ends, Reporter},
 };
 
-/// How long after a change of policy connections are looked for that came before it: above the time in which a client
-/// answers the kernel's SYN-ACK or is sent another.
+/// Time after a change of policy during which earlier connections are checked again. It exceeds the time in which a
+/// client answers the kernel's SYN-ACK or gets another.
 const SETTLING: Duration = Duration::from_secs(3);
 const TUNNEL: u16 = tacit_abi::tcp_port::TUNNEL;
 
 impl Enroller {
     /// Publishes the current policies if they have changed since the last time.
     pub(super) fn publish_new_policies(&self, state: &mut State, kept: &HashMap<&Path, &Arc<Workload>>) {
-        let policies = self.policies.current();
+        let policies = self.snapshots.policies.current();
         if state.published.as_ref().is_none_or(|known| !Arc::ptr_eq(known, &policies)) {
             self.publish_policies(state, kept);
         }
@@ -42,7 +39,7 @@ impl Enroller {
     /// Publishes the current policies: the default mode, and the policy of each enrolled pod. `kept` has the directory's
     /// workloads by cgroup.
     pub(super) fn publish_policies(&self, state: &mut State, kept: &HashMap<&Path, &Arc<Workload>>) {
-        let policies = self.policies.current();
+        let policies = self.snapshots.policies.current();
         state.published = Some(Arc::clone(&policies));
         if let Err(error) = publish_mesh_default(&self.kernel, &policies) {
             tracing::error!(%error, "mode of the mesh not applied to pods without an entry; trying again");
@@ -101,17 +98,12 @@ impl Enroller {
         modes.and(maps.set_pod(&entry))
     }
 
-    /// Ends connections that the pod's applications accepted in clear, with no agent between, while that was allowed.
+    /// Resets plaintext connections that the pod's applications accepted, without an agent between, while policy allowed them.
     /// Called for [`SETTLING`]: the handshake of one that the kernel let through may not have ended at the change.
     fn reset_denied(&self, pod: &Pod) {
         let nodes = host::addresses().unwrap_or_default();
         let policy = pod.policy();
-        let directory = self.directory.current();
-        let party = |address: SocketAddr| Party {
-            address,
-            workload: directory.at(address.ip()).cloned(),
-            identity: None,
-        };
+        let party = |address: SocketAddr| self.snapshots.party(address, None);
         let denial = |local: SocketAddr, remote: SocketAddr| {
             let own = &pod.workload.addresses;
             let from_outside = own.contains(&local.ip()) && !own.contains(&remote.ip());
@@ -120,7 +112,7 @@ impl Enroller {
                 return None;
             }
             let flow = Flow { source: FlowSource::Plaintext, client: remote.ip(), destination: local };
-            let Verdict::Deny(denial) = policy.decide(&flow) else { return None };
+            let PolicyVerdict::Deny(denial) = policy.decide(&flow) else { return None };
             let ends =
                 Ends { reporter: Reporter::Destination, source: party(remote), destination: party(local) };
             Some((ends, Refusal::new(denial.reason(), denial)))
@@ -139,7 +131,7 @@ impl Enroller {
 /// # Errors
 /// [`KernelError::Map`].
 pub fn publish_mesh_default(kernel: &Kernel, policies: &Policies) -> Result<(), KernelError> {
-    kernel.maps.set_default_mode(kernel_mode(policies.mesh_default()))
+    kernel.maps.set_default_mode(policies.mesh_default())
 }
 
 /// Authorization needs the identity or the addresses of a connection, which the agent sees.
@@ -156,8 +148,6 @@ pub(super) fn set_modes(
     addresses: &[IpAddr],
     policy: &PodPolicy,
 ) -> Result<(), KernelError> {
-    let plaintext = plaintext_handling(policy);
-    let ports: BTreeMap<u16, tacit_abi::Mode> =
-        policy.modes.ports.iter().map(|(port, mode)| (*port, kernel_mode(*mode))).collect();
-    maps.set_modes(slot, addresses, (kernel_mode(policy.modes.default), plaintext), &ports)
+    let default = (policy.modes.default, plaintext_handling(policy));
+    maps.set_modes(slot, addresses, default, &policy.modes.ports)
 }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use tacit_core::{
-    policy::{Flow, Verdict},
+    policy::{Flow, PolicyVerdict},
     refusal::Refusal,
 };
 use tokio::sync::watch;
@@ -45,8 +45,8 @@ pub fn admit(telemetry: &Telemetry, pod: &Pod, flow: Flow, ends: &Ends) -> Resul
 
 fn verdict(policy: &PodPolicy, flow: &Flow) -> Result<(), Refusal> {
     match policy.decide(flow) {
-        Verdict::Allow => Ok(()),
-        Verdict::Deny(denial) => {
+        PolicyVerdict::Allow => Ok(()),
+        PolicyVerdict::Deny(denial) => {
             let source = flow.source.identity().cloned();
             Err(Refusal { source, ..Refusal::new(denial.reason(), denial) })
         }

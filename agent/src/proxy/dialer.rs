@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 
 use crate::enrol::Pod;
 
-/// How long an application may take to accept. It is on this node: more means its backlog is full.
+/// Limit for an application to accept a connection. It is on this node, so a longer wait means a full backlog.
 const APPLICATION_CONNECT: Duration = Duration::from_secs(5);
 
 /// Opens sockets in the namespaces of pods and exchanges addresses with the kernel's maps.

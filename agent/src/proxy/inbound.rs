@@ -1,4 +1,4 @@
-//! What arrives at a pod: tunnel sessions from peers, and plaintext that the kernel did not let through by itself.
+//! Inbound connections of a pod: tunnel sessions from peers, and plaintext that the kernel steered to the agent.
 //!
 //! ```text
 //! 15008  handshake ─ identity ─┐ one session, flow after flow:
@@ -30,7 +30,7 @@ use crate::{
         Addresses, Proxy, authorize, canonical, not_connected, security,
         sessions::{HANDSHAKE_WAIT, HANDSHAKES_MAX},
     },
-    telemetry::{FlowSpec, Reporter, Security},
+    telemetry::{Ends, FlowSpec, Reporter, Security},
 };
 
 /// Serves one tunnel session to its end. What is needed only before and between flows is boxed: a flow keeps no room for it.
@@ -42,7 +42,7 @@ pub async fn tunnel(path: Arc<Proxy>, pod: Arc<Pod>, tcp: TcpStream, peer: Socke
             Begun::Denied(session) => Some(session),
         };
         match ended {
-            // It has said that it closes.
+            // The session has announced its end to the peer.
             Some(_) if path.drain.stop.is_cancelled() => return,
             Some(again) => session = again,
             None => return,
@@ -83,11 +83,11 @@ async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Opt
     }
 }
 
-/// What came of a flow that a peer asked for.
+/// The result of a peer's request for a flow.
 enum Begun<'a> {
-    /// Its way to its end, after which the session may be of use again.
+    /// The relay of the flow, until its end. It returns the session if it can carry another flow.
     Flow(Pin<Box<dyn Future<Output = Option<Box<Session>>> + Send + 'a>>),
-    /// The session is as good as before.
+    /// The flow was denied. The session can carry another flow.
     Denied(Box<Session>),
 }
 
@@ -107,7 +107,7 @@ async fn next_flow<'a>(
     match next {
         Ok(Some(open)) => begin(path, pod, session, &open, peer, at).await,
         Ok(None) => None,
-        // Between two flows a peer may go at any time, and how is its own affair. Bytes that are no flow are not.
+        // A peer may close the session between two flows in any way. Only invalid bytes are an error.
         Err(error @ (TunnelError::Io(_) | TunnelError::Closed | TunnelError::Timeout { .. })) => {
             tracing::debug!(peer = %session.peer(), %error, "session ended between flows");
             None
@@ -132,19 +132,19 @@ async fn begin<'a>(
 ) -> Option<Begun<'a>> {
     relay::connection_started();
     let addresses = Addresses { source: open.client, destination: open.destination };
-    let admitted = check_open(&session, open, peer, at).and_then(|flow| {
-        let (source, own) = (flow.source.identity().cloned(), Some(pod.workload.identity.clone()));
-        let ends = path.ends(Reporter::Destination, addresses, source, own);
-        authorize::admit(&path.telemetry, pod, flow, &ends).map(|admitted| (admitted, ends))
-    });
-    let (admitted, ends) = match admitted {
+    let checked = check_open(&session, open, peer, at);
+    // The destination of a rejected OPEN need not be this pod.
+    let own = checked.as_ref().ok().map(|_| pod.workload.identity.clone());
+    let ends = path.ends(Reporter::Destination, addresses, Some(session.peer().clone()), own);
+    let admitted = checked.and_then(|flow| authorize::admit(&path.telemetry, pod, flow, &ends));
+    let admitted = match admitted {
         Ok(admitted) => admitted,
-        Err(refusal) => return deny(path, session, open, refusal).await.map(Begun::Denied),
+        Err(refusal) => return deny(path, session, open, &ends, &refusal).await.map(Begun::Denied),
     };
     let application = match path.dialer.to_application(pod, open.destination, open.client).await {
         Ok(application) => application,
         Err(error) => {
-            return deny(path, session, open, not_connected(&error)).await.map(Begun::Denied);
+            return deny(path, session, open, &ends, &not_connected(&error)).await.map(Begun::Denied);
         }
     };
     if session.accept_flow(open).is_err() {
@@ -176,7 +176,7 @@ fn check_open(session: &Session, open: &Open, peer: IpAddr, at: IpAddr) -> Resul
     if session.peer_not_after() <= SystemTime::now() {
         return refuse(RefusalReason::Expired, "it has expired since the handshake".to_owned());
     }
-    // The session came to this pod's address: a flow for any other is not ours to carry.
+    // The session came to this pod's address: the agent carries no flow for another address on it.
     if open.destination.ip() != at {
         let detail = format!("OPEN names {}, the session is for {at}", open.destination);
         return refuse(RefusalReason::ForgedDestination, detail);
@@ -202,12 +202,11 @@ async fn deny(
     path: &Proxy,
     mut session: Box<Session>,
     open: &Open,
-    refusal: Refusal,
+    ends: &Ends,
+    refusal: &Refusal,
 ) -> Option<Box<Session>> {
-    let answer = DenyReason::answer(refusal.reason);
-    let addresses = Addresses { source: open.client, destination: open.destination };
-    path.report(Reporter::Destination, addresses, refusal.of(session.peer()));
-    let answered = session.deny(open, answer).await;
+    path.telemetry.refused(ends, refusal);
+    let answered = session.deny(open, DenyReason::answer(refusal.reason)).await;
     (answered.is_ok() && session.is_idle()).then_some(session)
 }
 
@@ -230,15 +229,18 @@ pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: TcpStream, peer:
     relay::connection_started();
     let Ok(at) = client.local_addr().map(canonical) else { return };
     let addresses = Addresses { source: peer, destination: at };
-    let refuse = |client, refusal| path.refuse(client, Reporter::Destination, addresses, refusal);
+    let ends = path.ends(Reporter::Destination, addresses, None, None);
+    let refuse = |client, refusal: &Refusal| {
+        path.telemetry.refused(&ends, refusal);
+        socket::reset(client);
+    };
     if let Err(refusal) = came_from_outside(&pod, at) {
-        return refuse(client, refusal);
+        return refuse(client, &refusal);
     }
     let flow = Flow { source: FlowSource::Plaintext, client: peer.ip(), destination: at };
-    let ends = path.ends(Reporter::Destination, addresses, None, None);
     let admitted = match authorize::admit(&path.telemetry, &pod, flow, &ends) {
         Ok(admitted) => admitted,
-        Err(refusal) => return refuse(client, refusal),
+        Err(refusal) => return refuse(client, &refusal),
     };
     match path.dialer.to_application(&pod, at, peer).await {
         Ok(application) => {
@@ -253,6 +255,6 @@ pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: TcpStream, peer:
             };
             live.close(end);
         }
-        Err(error) => refuse(client, not_connected(&error)),
+        Err(error) => refuse(client, &not_connected(&error)),
     }
 }

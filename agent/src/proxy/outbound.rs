@@ -40,13 +40,13 @@ use crate::{
 use endpoints::{Endpoints, Rest};
 use session::Tunnel;
 
-/// How long an address that the directory does not know is waited for. Above the delay of a watch (tens of ms), below
-/// what a person takes for a hang.
+/// Time to wait for an address that the directory does not know. It is above the delay of a watch (tens of ms), and
+/// below a delay that users notice as a hang.
 const DISCOVERY: Duration = Duration::from_secs(1);
-/// How long a TCP connection to a peer's tunnel port may take: three SYNs are lost by then.
+/// Limit for a TCP connection to a peer's tunnel port: three SYNs are lost by then.
 const PEER_CONNECT: Duration = Duration::from_secs(10);
-/// How long an endpoint may take to answer while there may be another: the first SYN and its repetition after a second
-/// are lost by then.
+/// Limit for an endpoint to answer while another one is left: the first SYN and its repetition after a second are lost
+/// by then.
 const TRY_CONNECT: Duration = Duration::from_secs(2);
 
 mod endpoints;
@@ -55,7 +55,7 @@ mod session;
 /// One try to connect an upstream.
 #[derive(Clone, Copy)]
 struct Attempt<'a> {
-    /// How long connecting may take.
+    /// Limit for connecting.
     limit: Duration,
     /// The application, if its data may be sent before the upstream accepts. `None` if another try may follow, since nothing
     /// is sent twice.
@@ -211,8 +211,8 @@ fn carry(
     }
 }
 
-/// The flow's two ends as both applications see them. `None` also for a client that took another's address as its own
-/// (IP_TRANSPARENT): answers to it would leave the pod, in clear.
+/// Returns the flow's addresses as both applications see them. Returns `None` also for a client with a foreign source
+/// address (IP_TRANSPARENT), because answers to it would leave the pod as plaintext.
 fn find_destination(path: &Proxy, pod: &Pod, app: &TcpStream, client: SocketAddr) -> Option<Addresses> {
     let at = canonical(app.local_addr().ok()?);
     let destination = path.dialer.take_destination(pod, client, at)?;
@@ -307,7 +307,7 @@ fn is_same_pod(known: &Workload, enrolled: &Workload) -> bool {
     known.identity == enrolled.identity && known.node == enrolled.node && known.cgroup == enrolled.cgroup
 }
 
-/// In clear, from the pod's own namespace, as it would have gone without Tacit.
+/// Connects without a tunnel, from the pod's own namespace, as the application would without Tacit.
 async fn connect_plaintext(
     path: &Proxy,
     pod: &Pod,
@@ -375,7 +375,8 @@ mod tests {
         }
     }
 
-    /// What the tasks of a flow keep, beside its session and sockets: with 10,000 flows a kilobyte is ten megabytes.
+    /// Limits the memory of a flow's tasks, beside its session and sockets: with 10,000 flows a kilobyte is ten
+    /// megabytes.
     #[test]
     fn an_idle_flow_is_small() {
         fn of4<A, B, C, D, F>(_: fn(A, B, C, D) -> F) -> usize {

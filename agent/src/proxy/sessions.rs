@@ -22,7 +22,7 @@ use crate::proxy::workers::Workers;
 /// Handshakes of the node at the same time, over all pods. Further peers wait. A handshake costs about a millisecond of a
 /// core, and some 30 kB while it lasts.
 pub const HANDSHAKES_MAX: usize = 1024;
-/// How long a peer waits for a permit: the longest time that a handshake may take. Every earlier handshake has ended by then.
+/// Time that a peer waits for a permit: the longest time of a handshake. Every earlier handshake has ended by then.
 pub const HANDSHAKE_WAIT: Duration = Duration::from_secs(10);
 /// Idle sessions of the node, in equal shares for the workers; each costs a socket and a few KiB here and at its peer.
 const IDLE_MAX: usize = 8192;

@@ -20,7 +20,7 @@ use std::{
 use tacit_tunnel::{buffers, relay::busy_poll};
 use tokio::{runtime::Handle, sync::oneshot, time::interval};
 
-/// How many more connections than the idlest thread one may have before it passes new ones on.
+/// Lead in connections over the idlest thread from which a thread passes new connections on.
 const LEAD_MAX: usize = 2;
 
 thread_local! {
@@ -62,7 +62,7 @@ impl Workers {
         (0..count.get()).map(start).collect::<io::Result<_>>().map(|workers| Self { workers })
     }
 
-    /// How many there are.
+    /// Returns the number of workers.
     #[must_use]
     pub fn count(&self) -> usize {
         self.workers.len()
@@ -74,7 +74,7 @@ impl Workers {
         &self.workers[index % self.workers.len()].handle
     }
 
-    /// Where a new connection goes that was accepted on `home`.
+    /// Returns the worker for a new connection that was accepted on `home`.
     pub fn place(&self, home: usize) -> (usize, Load) {
         let loads: Vec<_> = self.workers.iter().map(|worker| worker.load.load(Relaxed)).collect();
         let index = choose(home, &loads);

@@ -149,7 +149,7 @@ fn plain(status: StatusCode, body: impl Into<Bytes>) -> Answer {
     answer(status, "text/plain; charset=utf-8", body)
 }
 
-/// Our own fault: what was to be written could not be.
+/// Returns the answer for an internal error: the answer could not be written.
 fn failure(error: &dyn std::error::Error) -> Answer {
     tracing::error!(%error, "cannot write an answer for the operator; this is a bug");
     plain(StatusCode::INTERNAL_SERVER_ERROR, "the answer could not be written; see the agent's log\n")
@@ -164,7 +164,7 @@ fn route(request: &Request<Incoming>, routes: &Routes) -> Answer {
     routes(request.uri()).unwrap_or_else(|| plain(StatusCode::NOT_FOUND, "no such path\n"))
 }
 
-/// What connections come from: the two kinds of listener.
+/// A source of connections: one of the two kinds of listener.
 trait Listener: Send + Sync {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 

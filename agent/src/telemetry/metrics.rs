@@ -1,4 +1,4 @@
-//! How the exposition of the agent's metrics is written; `declared` has their names, `authority` the authority's.
+//! Encoder of the agent's metrics. `declared` has their names, `authority` the authority's.
 //!
 //! The flow metrics are Istio's TCP metrics with the label set of ztunnel, so dashboards made for Istio work.
 //! Mind their direction: Istio counts as *received* what the source sends and as *sent* what the destination
@@ -31,7 +31,7 @@ use super::{
 };
 use declared::*;
 
-/// What [`text()`] writes, and what scrapers must be told it is.
+/// Content type of [`text()`], for scrapers.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Everything a scrape reports.

@@ -39,29 +39,29 @@ pub struct Status {
     pub pid: u32,
     /// Since it started.
     pub uptime_seconds: u64,
-    /// Whether it takes new flows.
+    /// The agent's state: does it take new flows?
     pub state: AgentState,
     /// The pods of this node.
     pub pods: Vec<PodStatus>,
     /// The kernel programs in force.
     pub programs: Vec<ProgramStatus>,
-    /// What the kernel decided, by reason.
-    pub kernel: Vec<KernelCounter>,
-    /// What the guard did beside counting verdicts.
+    /// The kernel's decisions, counted by reason.
+    pub kernel: Vec<CounterStatus>,
+    /// Actions of the guard beside counting verdicts.
     #[serde(default)]
     pub guard: GuardStatus,
     /// Which addresses are of the mesh.
     #[serde(default)]
     pub mesh: MeshStatus,
-    /// Who is in no range of the mesh: what pods of this node send there goes in clear.
+    /// Pods and services outside the mesh's ranges. Pods of this node send plaintext to them.
     #[serde(default)]
     pub uncovered: UncoveredStatus,
-    /// Who signs certificates.
+    /// The issuer of certificates.
     #[serde(default)]
     pub issuer: IssuerStatus,
     /// The certificates held.
     pub certificates: Vec<CertificateStatus>,
-    /// Where configuration comes from.
+    /// The sources of configuration.
     pub sources: Vec<SourceStatus>,
     /// Flows that are open.
     pub flows: FlowsStatus,
@@ -85,18 +85,19 @@ impl Status {
     }
 }
 
-/// Who signs certificates.
+/// The issuer of certificates.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct IssuerStatus {
     /// `embedded` for the agent itself, else the address of the authority.
     pub address: String,
     /// When the authority last answered, a refusal too.
     pub last_answer: Option<Timestamp>,
-    /// How far this node's clock is ahead of the authority's; below 0 when behind, absent when never measured.
+    /// Clock skew in milliseconds: above 0 if this node's clock is ahead of the authority's, below 0 if behind, absent
+    /// if never measured.
     pub clock_ahead_ms: Option<i64>,
 }
 
-/// Whether the agent takes new flows.
+/// The agent's state: does it take new flows?
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AgentState {
@@ -141,7 +142,7 @@ pub struct PodStatus {
     /// Authorization policies that select it, as `namespace/name`.
     #[serde(default)]
     pub policies: Vec<String>,
-    /// What it may send in clear into the mesh: `nothing`, `udp`, `all but udp` or `everything`.
+    /// The plaintext that it may send into the mesh: `nothing`, `udp`, `all but udp` or `everything`.
     #[serde(default)]
     pub in_clear: String,
     /// Host ends of its links that are guarded, each with how; empty where only its sockets are.
@@ -151,13 +152,13 @@ pub struct PodStatus {
     /// configured policy is in force.
     #[serde(default)]
     pub policy_not_applied: Option<String>,
-    /// Whether it is protected.
+    /// Its state: is it protected?
     pub state: PodState,
     /// Its live flows, in both directions.
     pub flows: u64,
 }
 
-/// Whether a pod is protected.
+/// The state of a pod: is it protected?
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PodState {
@@ -178,42 +179,42 @@ pub struct ProgramStatus {
     pub attached_to: String,
     /// Its id in the kernel.
     pub id: u32,
-    /// Where its link is pinned; `None` when it goes with the agent.
+    /// The path of its pinned link; `None` for a program that is detached when the agent ends.
     pub pinned: Option<String>,
 }
 
 /// One reason for which the kernel decided.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KernelCounter {
+pub struct CounterStatus {
     /// A stable name: the metric's label.
     pub name: String,
-    /// What was decided and why.
+    /// The decision and its reason.
     pub help: String,
-    /// How often, since the programs were loaded.
+    /// Number of such decisions since the programs were loaded.
     pub value: u64,
 }
 
-/// What the guard did.
+/// Actions of the guard.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct GuardStatus {
-    /// Connections in clear from before enrolment that were reset, since the agent started.
+    /// Plaintext connections from before enrolment that were reset, since the agent started.
     pub resets_at_enrolment: u64,
-    /// What was dropped, most packets first; the least recently seen kinds are forgotten beyond 4,096.
+    /// The dropped packets, most first. The least recently seen kinds are evicted beyond 4,096.
     pub drops: Vec<DropStatus>,
 }
 
 /// The ranges of the mesh that the kernel has.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct MeshStatus {
-    /// How many are configured.
+    /// Number of configured ranges.
     pub configured: u64,
-    /// How many were found in the cluster beside those.
+    /// Number of further ranges that were detected in the cluster.
     pub detected: u64,
     /// All of them, joined where two make one; at most 100.
     pub ranges: Vec<String>,
 }
 
-/// Who should be in a range of the mesh and is not.
+/// Pods and services that should be in a range of the mesh and are in none.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct UncoveredStatus {
     /// Enrolled pods of any node.
@@ -247,7 +248,7 @@ pub struct DropStatus {
     pub protocol: u8,
     /// The verdict's name, as in `kernel`.
     pub reason: String,
-    /// How many.
+    /// Number of packets.
     pub packets: u64,
 }
 
@@ -275,7 +276,7 @@ pub struct CertificateStatus {
 /// One source of configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourceStatus {
-    /// What it holds.
+    /// Its content.
     pub kind: SourceKind,
     /// Its file.
     pub file: String,
@@ -295,7 +296,7 @@ pub struct SourceStatus {
     pub unreadable: Vec<String>,
 }
 
-/// What a source of configuration holds.
+/// The content of a source of configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SourceKind {
@@ -319,7 +320,7 @@ impl SourceKind {
 /// The open flows.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct FlowsStatus {
-    /// How many there are.
+    /// Number of open flows.
     pub live: u64,
     /// The newest, at most [`FLOWS_LISTED_MAX`].
     pub list: Vec<FlowStatus>,
@@ -330,9 +331,9 @@ pub struct FlowsStatus {
 pub struct FlowStatus {
     /// Which end is here: `source` or `destination`.
     pub reporter: String,
-    /// Who opened it.
+    /// The client.
     pub source: PartyStatus,
-    /// Who accepted it.
+    /// The server.
     pub destination: PartyStatus,
     /// `mutual_tls`, `same_node` or `plaintext`.
     pub security: String,

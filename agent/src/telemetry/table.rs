@@ -7,14 +7,14 @@ use std::fmt::Write;
 /// Between two columns.
 const GAP: &str = "  ";
 
-/// Whether output carries terminal colours.
+/// Colours in the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Colour {
     On,
     Off,
 }
 
-/// What a text means.
+/// The meaning of a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Style {
     Plain,
@@ -77,7 +77,7 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
         self.rows.push(cells);
     }
 
-    /// Whether there is nothing under the headings.
+    /// Returns true if the table has no rows under the headings.
     pub(super) fn is_empty(&self) -> bool {
         self.rows.len() == 1
     }

@@ -43,7 +43,7 @@ use crate::{
 };
 pub use optimistic_data::OptimisticData;
 
-/// How long a server keeps an idle session. The limit is longer than the client's pool limit, so that the client closes first
+/// Limit for a server to keep an idle session. It is longer than the client's pool limit, so the client closes first
 /// and never opens a flow on a session that is being closed.
 pub const SERVER_IDLE: Duration = Duration::from_secs(120);
 /// Limit for the answer to OPEN. It exceeds the server's limit for connecting to the destination.

@@ -8,7 +8,8 @@ use crate::{Packet, limits};
 
 /// Neighbouring cells in which a flow may be.
 pub const ANSWER_WAYS: u32 = 4;
-/// How long after the pod's last datagram answers are expected, in seconds. Connection tracking of Linux allows 120.
+/// Time after the pod's last datagram during which answers are expected, in seconds. Connection tracking of Linux
+/// allows 120.
 const EXPECTED_SECONDS: u64 = 180;
 const SECOND: u64 = 1_000_000_000;
 /// Bits of a cell that hold the time in seconds, which wrap around after half a year.

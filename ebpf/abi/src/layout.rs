@@ -267,11 +267,11 @@ pub struct PortKey {
     pub port: u32,
 }
 
-/// Mode for inbound connections, as a number in maps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// mTLS mode of a workload's inbound connections. Maps hold it as a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum Mode {
-    /// Plaintext passes, and peers do not tunnel.
+    /// Plaintext passes, and peers do not tunnel. Authenticated flows pass too.
     Disable = 1,
     /// Plaintext and mTLS both pass.
     Permissive = 2,

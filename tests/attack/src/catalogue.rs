@@ -13,7 +13,7 @@ pub(crate) struct Attack {
     pub(crate) must_arrive: bool,
 }
 
-/// Where the guard gets to see it first.
+/// The first place where the guard can stop the attack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stopped {
     /// Before it is on the pod's link.
@@ -26,7 +26,7 @@ pub(crate) enum Stopped {
     Nowhere,
 }
 
-/// How it is driven.
+/// The driver of an attack.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Driver {
     /// The step alone, as a process of the pod.
@@ -123,7 +123,7 @@ pub(crate) enum To {
     Broadcast,
 }
 
-/// Who claims.
+/// The pod that claims.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Who {
     /// STRICT.
@@ -145,7 +145,7 @@ pub(crate) enum From {
     Wire,
 }
 
-/// How the victim is linked to its node.
+/// The layout of the victim's link to its node.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Layout {
     /// Point to point.
@@ -154,7 +154,7 @@ pub(crate) enum Layout {
     Bridged,
 }
 
-/// Where a process is moved.
+/// The cgroup into which a process is moved.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum MovedTo {
     /// Out of the pods' cgroup.
@@ -163,7 +163,7 @@ pub(crate) enum MovedTo {
     OtherPod,
 }
 
-/// What is passed.
+/// The kind of socket that is passed.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum PassedFd {
     /// A TCP socket that was connected before.
@@ -181,14 +181,14 @@ pub(crate) enum Start {
     WithoutCertificates,
 }
 
-/// What happens to agents, or to what they have in the kernel.
+/// An event for agents, or for their kernel state.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Misfortune {
     /// A pod of which the agent was told nothing runs a step.
     UnknownPod(&'static str),
     /// The pod's own cgroup has a program that sends every connection to the victim.
     ProgramInPod,
-    /// A cgroup above the pods' has such a program: it runs after ours.
+    /// A cgroup above the pods' has such a program: it runs after Tacit's.
     ProgramAbove,
     /// The table of pending connections is full.
     PendingFull,

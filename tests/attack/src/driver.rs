@@ -152,7 +152,7 @@ fn passed_fd(world: &World, what: PassedFd, target: SocketAddr, marker: &str) ->
             PassedFd::Datagram => Socket::new(domain, Type::DGRAM, None),
             PassedFd::Connected => {
                 let socket = Socket::new(domain, Type::STREAM, None)?;
-                // Where this is held, the socket is passed as it is: still trying.
+                // If Tacit denies the connection, the socket is passed unconnected.
                 let _ = socket.connect_timeout(&target.into(), world.patience);
                 socket.set_nonblocking(false)?;
                 Ok(socket)

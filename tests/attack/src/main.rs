@@ -15,7 +15,7 @@
 //! |---|---|
 //! | `catalogue` | the attacks: name, group, families, how they are driven |
 //! | `driver` | the attacker's side: from where a step is started, and what is done around it |
-//! | `kernel` | a program beside ours, a map filled up |
+//! | `kernel` | a program beside Tacit's, a map filled up |
 //! | `neighbours` | attacks of other tenants of a node, and flows of the node itself |
 //! | `flood` | attacks under a flood of SYNs |
 //! | `translation` | attacks by address translation; `nat` writes its rules |
@@ -88,7 +88,7 @@ enum Hidden {
     },
 }
 
-/// How results are printed.
+/// The format of results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Output {
     Table,

@@ -180,7 +180,7 @@ pub(crate) fn wire_address(node: &Node, family: Family) -> IpAddr {
     }
 }
 
-/// What the node sends to the victim then reaches the pod that claims its address.
+/// Claims the victim's address. The node's packets to the victim then reach the pod that claims.
 fn claim(world: &World, who: Who, Tags(tags): Tags, family: Family, marker: &str) -> Result<Outcome> {
     let (node, guarded) = (world.far_node()?, &world.bridged.guarded);
     let pod = match who {
@@ -206,7 +206,7 @@ fn forget(node: &Node) -> Result<()> {
     ip(node.netns(), "neigh flush dev cni0")
 }
 
-/// Whether the node has a neighbour's hardware address.
+/// Returns `Some` if the node has a neighbour's hardware address.
 fn is_known(node: &Node, address: IpAddr) -> Result<Option<()>> {
     let mut command = std::process::Command::new("ip");
     command.args(["-n", node.netns().name(), "neigh", "show", "to", &address.to_string()]);

@@ -1,4 +1,4 @@
-//! What runs inside a pod: one attack step in a process of its own, started as `tacit-attack step NAME TARGET MARKER ..`.
+//! One attack step inside a pod: a process of its own, started as `tacit-attack step NAME TARGET MARKER ..`.
 //!
 //! A step prints one line: `sent`, `refused: ..` (what the system told it), or `absent: ..` (this kernel lacks it). It
 //! ends with an error only when it was started wrongly.
@@ -17,7 +17,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-/// How a step went.
+/// The result of a step.
 pub(crate) enum Told {
     /// The system took the marker.
     Sent,
@@ -27,7 +27,7 @@ pub(crate) enum Told {
     Absent(String),
 }
 
-/// What a step is given.
+/// The arguments of a step.
 pub(crate) struct Given {
     target: SocketAddr,
     marker: Vec<u8>,
@@ -118,7 +118,8 @@ fn perform(name: &str, given: &Given) -> Result<Told> {
 /// The environment variable with [`patience`] in milliseconds.
 pub(crate) const PATIENCE: &str = "TACIT_ATTACK_PATIENCE_MS";
 
-/// How long a step waits for a connection or an answer: the driver knows how long this machine needs without Tacit.
+/// Returns the time that a step waits for a connection or an answer. The driver measures it on this machine without
+/// Tacit.
 fn patience() -> Result<Duration> {
     let text = std::env::var(PATIENCE).with_context(|| format!("{PATIENCE} is not set"))?;
     let milliseconds = text.parse().with_context(|| format!("{PATIENCE}={text:?}: expected milliseconds"))?;

@@ -34,13 +34,13 @@ use crate::{
     wire::{PREFIX, Recorder, Sighting},
 };
 
-/// Where the victim's application listens: TCP, then MPTCP, SCTP and DCCP.
+/// Port of the victim's application: TCP, then MPTCP, SCTP and DCCP.
 pub(crate) const PORT: u16 = 9100;
 /// A port of the victim whose mode is DISABLE while the namespace of the victims is STRICT.
 pub(crate) const DISABLED_PORT: u16 = 9110;
 /// Silence of an agent after which the kernel decides alone. An agent on an emulated machine beats late, but not so late.
 pub(crate) const HEARTBEAT: Duration = Duration::from_secs(3);
-/// Where the stranger answers datagrams; agents allow it in clear.
+/// Port where the stranger answers datagrams. The agents allow it as plaintext.
 pub(crate) const ALLOWED_PORT: u16 = 9153;
 const DISCARD: u16 = 9;
 /// Both flags of client and server: a cookie is not asked for, so that the very first SYN carries data.
@@ -67,7 +67,7 @@ pub(crate) enum Modes {
     StrictNamespace,
 }
 
-/// What is started.
+/// The programs to start.
 #[derive(Debug, Clone)]
 pub(crate) struct Programs {
     /// `tacit`.
@@ -86,7 +86,7 @@ pub(crate) struct World {
     recorders: Vec<Recorder>,
     got: Arc<Mutex<HashSet<String>>>,
     pub(crate) programs: Programs,
-    /// How long a step waits for a connection or an answer.
+    /// Time that a step waits for a connection or an answer.
     pub(crate) patience: Duration,
     pub(crate) attacker: Pod,
     pub(crate) other: Pod,
@@ -230,7 +230,7 @@ impl World {
         self.topology.node("a")?.pod("attack", &name)
     }
 
-    /// Whether agents run here.
+    /// Returns true if agents run here.
     pub(crate) fn has_tacit(&self) -> bool {
         !self.agents.is_empty()
     }
@@ -281,7 +281,7 @@ impl World {
         Ok(())
     }
 
-    /// Where `marker` was seen until now.
+    /// Returns the places where `marker` was seen so far.
     ///
     /// # Errors
     /// When the recorders do not get to see what was sent last.
@@ -304,14 +304,14 @@ impl World {
         Ok(())
     }
 
-    /// Whether the victim's or the stranger's application got `marker`.
+    /// Returns true if the victim's or the stranger's application received `marker`.
     pub(crate) fn has_arrived(&self, marker: &str) -> bool {
         let got = self.got.lock().unwrap_or_else(PoisonError::into_inner);
         got.iter().any(|line| line.contains(marker))
     }
 
-    /// What crossed the nodes before this has been searched when it returns: a packet on every link that counts comes
-    /// after all that was there before.
+    /// Waits until the recorders have searched all packets that crossed the nodes before. It sends a packet on every
+    /// link that counts, which comes after all earlier ones.
     fn fence(&self) -> Result<()> {
         let (a, b) = (self.topology.node("a")?, self.topology.node("b")?);
         let across = fence(a, b.wire_ipv4().into())?;

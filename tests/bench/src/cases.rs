@@ -1,4 +1,4 @@
-//! What is measured, by name.
+//! The cases of the bench, by name.
 
 use std::fmt::Write as _;
 
@@ -22,7 +22,7 @@ pub(super) struct Case {
     pub(super) fixed: Option<(usize, u64)>,
 }
 
-/// What is done.
+/// The load of a case.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Kind {
     /// Bytes from one pod to another.
@@ -173,12 +173,12 @@ pub(super) fn list() -> String {
 }
 
 impl Case {
-    /// Whether the load can be carried without a mesh in between.
+    /// Returns true if the load can run without a mesh.
     pub(super) fn works_directly(&self) -> bool {
         !matches!(self.kind, Kind::Churn { closer: Closer::Client })
     }
 
-    /// What of it stands in the table, the most telling figure first.
+    /// Returns the metrics of the case in the table, the most telling one first.
     pub(super) fn metrics(&self) -> &'static [Metric] {
         match self.kind {
             Kind::Throughput { .. } => &[GBITS],

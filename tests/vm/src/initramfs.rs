@@ -29,7 +29,7 @@ const MODULES: [&str; 12] = [
     "nft_nat",
     "nft_masq",
 ];
-/// What tests and harness call, under the names they call it.
+/// Programs that tests and harness call, by name.
 const TOOLS: [&str; 14] = [
     "ip", "nsenter", "tcpdump", "mount", "umount", "stat", "find", "rm", "rmdir", "sleep", "flock", "cat",
     "sysctl", "grep",

@@ -36,7 +36,7 @@ use kernels::{Expected, Kernel, MATRIX, Unpacked};
 use machine::Machine;
 use outcome::{Outcome, json, table};
 
-/// What large tests divide their sizes by: an emulated machine is some twenty times slower.
+/// Divisor for the sizes of large tests: an emulated machine is some twenty times slower.
 const SCALE: u32 = 20;
 const REFUSAL: &str = include_str!("refusal.sh");
 
@@ -70,7 +70,7 @@ struct Options {
     report: Option<PathBuf>,
 }
 
-/// What goes into a guest.
+/// The files of a guest.
 struct Payload {
     agent: PathBuf,
     attack: PathBuf,
@@ -191,7 +191,7 @@ fn payload(workspace: &Workspace) -> Result<Payload> {
     })
 }
 
-/// How many machines run at a time: each keeps one core busy.
+/// Returns the number of machines that run at a time: each keeps one core busy.
 fn at_once() -> usize {
     thread::available_parallelism().map_or(1, Into::into)
 }
@@ -254,7 +254,7 @@ fn one(
     })
 }
 
-/// One boot, with its console on ours and in the report; `boot` is how long it took to the first process.
+/// Boots once. Prints the guest's console and adds its results to the report. `boot` receives the time to the first process.
 fn watched(guest: &Machine<'_>, label: &str, report: &mut Report, boot: &mut String) -> Result<i32> {
     guest.run(|line| {
         println!("{label:>6} | {line}");

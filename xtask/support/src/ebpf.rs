@@ -24,7 +24,7 @@ use crate::{
 /// The crate; it is excluded wherever host code is meant.
 pub const PACKAGE: &str = "tacit-ebpf";
 
-/// What a rustup proxy or a developer may have set for host builds and what would break this one.
+/// Variables of a rustup proxy or a developer for host builds, which would break this one.
 const FOREIGN_ENVIRONMENT: [&str; 5] =
     ["RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "LD_LIBRARY_PATH", "CARGO_INCREMENTAL"];
 

@@ -51,7 +51,7 @@ pub enum RangeError {
     Special {
         /// The special range.
         range: &'static str,
-        /// What is special about it.
+        /// The use of the special range.
         what: &'static str,
     },
 }

@@ -9,14 +9,15 @@
 //! ```
 //! AUDIT policies and those of a dry run (annotation `istio.io/dry-run`) decide nothing; their matches are told.
 //!
-//! What needs HTTP (hosts, methods, paths, request principals, headers, remote IPs, SNI) an L4 proxy cannot see. As Istio
-//! does for ztunnel (pilot/pkg/serviceregistry/kube/controller/ambient/authorization.go), an ALLOW rule that has such a
-//! field never matches, and in another rule the field is left out, so that it matches more: both are more restrictive
-//! than what was asked for. A CUSTOM policy needs an external provider; istiod does not give it to ztunnel at all, which
-//! lets through what the provider might have denied. Here it denies all that it selects, as Istio's sidecars do when
-//! they have no such provider. A policy with `targetRefs` belongs to a waypoint or gateway, and selects nobody here.
+//! An L4 proxy cannot evaluate fields that need HTTP: hosts, methods, paths, request principals, headers, remote IPs,
+//! SNI. An ALLOW rule with such a field never matches. Other rules ignore the field, so they match more flows. Both
+//! are more restrictive than the policy's text, and both follow Istio's rules for ztunnel
+//! (pilot/pkg/serviceregistry/kube/controller/ambient/authorization.go). A CUSTOM policy needs an external provider.
+//! istiod does not pass it to ztunnel, so ztunnel allows flows that the provider might deny. Tacit denies all flows
+//! that the policy selects, as Istio's sidecars do without the provider. A policy with `targetRefs` belongs to a
+//! waypoint or gateway and selects no workload.
 //!
-//! A source without a proven identity matches no principal, namespace or service account; so it matches every negation.
+//! A source without a proven identity matches no principal, namespace, service account or trust domain; so it matches every negation.
 
 use std::{fmt, net::IpAddr, sync::Arc};
 
@@ -43,13 +44,13 @@ pub struct AuthorizationPolicy {
 /// Whose policy it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Attachment {
-    /// Ours, for the workloads it selects.
+    /// Workloads, those that it selects.
     Workloads,
     /// A waypoint's or gateway's.
     Elsewhere,
 }
 
-/// What happens to a flow that matches.
+/// The effect of a policy on a flow that matches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Action {
     Allow,
@@ -61,7 +62,7 @@ enum Action {
     Unreadable(String),
 }
 
-/// Whether a policy decides or is only watched.
+/// The enforcement of a policy. A dry run is logged and decides nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Enforcement {
     Enforced,
@@ -78,7 +79,7 @@ struct Rule {
     reach: Applicability,
 }
 
-/// Whether a rule can match at all.
+/// The applicability of a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Applicability {
     Evaluated,
@@ -92,6 +93,7 @@ struct SourceMatch {
     principals: ValueMatch<Pattern>,
     namespaces: ValueMatch<Pattern>,
     service_accounts: ValueMatch<ServiceAccount>,
+    trust_domains: ValueMatch<Pattern>,
     blocks: ValueMatch<IpNet>,
 }
 
@@ -108,6 +110,7 @@ enum Condition {
     SourceNamespace(ValueMatch<Pattern>),
     SourceAccount(ValueMatch<ServiceAccount>),
     SourcePrincipal(ValueMatch<Pattern>),
+    SourceTrustDomain(ValueMatch<Pattern>),
     DestinationIp(ValueMatch<IpNet>),
     DestinationPort(ValueMatch<u16>),
 }
@@ -116,7 +119,7 @@ enum Condition {
 /// trust domains do not come here: the tunnel refuses them.
 const OWN_DOMAIN: &str = "cluster.local";
 
-/// What rules look at.
+/// The attributes of a flow that rules match.
 struct FlowAttributes<'a> {
     identity: Option<&'a SpiffeId>,
     /// The identity as policies write it, without `spiffe://`: by its trust domain, and by [`OWN_DOMAIN`].
@@ -151,6 +154,12 @@ impl<'a> FlowAttributes<'a> {
         self.identity.is_some_and(|identity| pattern.matches(identity.namespace()))
     }
 
+    /// As in principals, [`OWN_DOMAIN`] stands for the mesh's trust domain.
+    fn has_trust_domain(&self, pattern: &Pattern) -> bool {
+        self.identity
+            .is_some_and(|id| pattern.matches(&id.trust_domain().to_string()) || pattern.matches(OWN_DOMAIN))
+    }
+
     fn has_account(&self, account: &ServiceAccount) -> bool {
         self.identity.is_some_and(|identity| account.is(identity))
     }
@@ -161,6 +170,7 @@ impl SourceMatch {
         self.principals.holds(|pattern| flow.has_principal(pattern))
             && self.namespaces.holds(|pattern| flow.has_namespace(pattern))
             && self.service_accounts.holds(|account| flow.has_account(account))
+            && self.trust_domains.holds(|pattern| flow.has_trust_domain(pattern))
             && self.blocks.holds(|block| block.contains(&flow.client))
     }
 }
@@ -178,6 +188,7 @@ impl Condition {
             Self::SourceNamespace(patterns) => patterns.holds(|pattern| flow.has_namespace(pattern)),
             Self::SourceAccount(accounts) => accounts.holds(|account| flow.has_account(account)),
             Self::SourcePrincipal(patterns) => patterns.holds(|pattern| flow.has_principal(pattern)),
+            Self::SourceTrustDomain(patterns) => patterns.holds(|pattern| flow.has_trust_domain(pattern)),
             Self::DestinationIp(blocks) => blocks.holds(|block| block.contains(&flow.server)),
             Self::DestinationPort(ports) => ports.holds(|port| *port == flow.port),
         }
@@ -263,7 +274,7 @@ impl fmt::Display for Match<'_> {
     }
 }
 
-/// What authorization says about a flow.
+/// The result of authorization for a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AuthorizationDecision<'p> {
     /// No ALLOW policy selects the workload, and no other policy denies: allowed.
@@ -296,7 +307,7 @@ impl Authorization {
         Self(policies)
     }
 
-    /// Whether no policy selects the workload, so that no flow needs a look.
+    /// Returns true if no policy selects the workload. Then no flow needs a check.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -307,7 +318,7 @@ impl Authorization {
         self.0.iter().map(|policy| policy.id.as_str())
     }
 
-    /// What the policies say about a flow.
+    /// Evaluates the policies for a flow.
     #[must_use]
     pub fn evaluate(&self, flow: &Flow) -> AuthorizationDecision<'_> {
         if self.is_empty() {

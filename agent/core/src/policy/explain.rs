@@ -1,4 +1,4 @@
-//! What policy says about a connection that somebody asks about, in words: mode, the rule that decides, and why.
+//! Explanation of policy for one connection: mode, the rule that decides, and the reason.
 //!
 //! It is the destination's answer: whether the connection gets that far is for the source's node to know. The verdict
 //! comes from the function that decides on real flows.
@@ -11,7 +11,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Authorization, AuthorizationDecision, Flow, FlowSource, Mode, Policies, PolicyDenial, Verdict, decide,
+    Authorization, AuthorizationDecision, Flow, FlowSource, Mode, Policies, PolicyDenial, PolicyVerdict,
+    decide,
 };
 use crate::{
     directory::{Directory, Protocol, Workload},
@@ -136,7 +137,7 @@ pub struct PathVerdict {
     pub to: String,
     /// To which port.
     pub port: u16,
-    /// The identity the source proves; `None` in clear.
+    /// The identity that the source proves; `None` for plaintext.
     pub principal: Option<String>,
     /// The mode of the destination at that port; `None` when no policy is kept there.
     pub mode: Option<String>,
@@ -224,7 +225,7 @@ fn path(
     let flow = Flow { source: proof, client, destination: SocketAddr::new(server, port) };
     verdict.why.push(format!("The mode of the destination at port {port} is {}.", name(mode)));
     let decision = decide(&modes, &authorization, &flow);
-    verdict.allow = decision == Verdict::Allow;
+    verdict.allow = decision == PolicyVerdict::Allow;
     verdict.why.push(reason(
         &decision,
         &flow.source,
@@ -277,24 +278,24 @@ fn arrival(
 }
 
 fn reason(
-    decision: &Verdict<'_>,
+    decision: &PolicyVerdict<'_>,
     source: &FlowSource,
     unselected: bool,
     ruling: &AuthorizationDecision<'_>,
 ) -> String {
     match decision {
-        Verdict::Deny(PolicyDenial::PlaintextInStrict) => {
+        PolicyVerdict::Deny(PolicyDenial::PlaintextInStrict) => {
             "Denied: STRICT takes no plaintext. No AuthorizationPolicy is asked.".to_owned()
         }
-        Verdict::Deny(PolicyDenial::DeniedBy(by)) => format!("Denied by {by}."),
-        Verdict::Deny(PolicyDenial::NotAllowed(policies)) => {
+        PolicyVerdict::Deny(PolicyDenial::DeniedBy(by)) => format!("Denied by {by}."),
+        PolicyVerdict::Deny(PolicyDenial::NotAllowed(policies)) => {
             format!("Denied: ALLOW policies select the destination, and no rule of ALLOW {policies} matches.")
         }
-        Verdict::Allow if *source == FlowSource::Node => {
+        PolicyVerdict::Allow if *source == FlowSource::Node => {
             "Allowed for connections of the node's own processes, such as probes. Pods with the node's network and masqueraded \
              connections have the same address, and are plaintext.".to_owned()
         }
-        Verdict::Allow => match ruling {
+        PolicyVerdict::Allow => match ruling {
             AuthorizationDecision::Allowed(by) => format!("Allowed by {by}."),
             _ if unselected => "Allowed: No AuthorizationPolicy selects the destination.".to_owned(),
             _ => {

@@ -51,7 +51,7 @@ pub(super) struct ScopedAuthorization {
     pub(super) notes: Vec<String>,
 }
 
-/// What a source knows of an object before it is read, for instance from its key in the Kubernetes API.
+/// Facts of an object that its source knows before reading the text, for example from its key in the Kubernetes API.
 #[derive(Debug, Clone, Copy)]
 pub struct Origin<'a> {
     /// Name of the object, or of the file, for messages.
@@ -121,9 +121,9 @@ pub(super) fn parse(text: &str, file: &Path, root_namespace: &str) -> Result<Pol
 /// ParsedPolicy of `security.istio.io` that are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PolicyKind {
-    /// What a workload takes in clear.
+    /// PeerAuthentication: the modes of workloads.
     PeerAuthentication,
-    /// Who may talk to a workload.
+    /// AuthorizationPolicy: the clients that may connect to workloads.
     AuthorizationPolicy,
 }
 
@@ -178,7 +178,7 @@ fn version(fields: &mut Fields<'_>, expected: Option<PolicyKind>) -> Option<()> 
     version.map_or(Some(()), |value| value.choice(&VERSIONS))
 }
 
-/// What the `spec` of a kind says.
+/// The content of `spec`, by kind.
 enum Spec {
     Modes(peer_authentication::PeerAuthenticationSpec),
     Authorization(authorization::parse::AuthorizationSpec),
@@ -281,7 +281,7 @@ fn selector_label(Entry { name, value, .. }: Entry<'_>) -> Option<(String, Strin
     Some((name.to_owned(), text.to_owned()))
 }
 
-/// What can be made out of one part of an object that is wrong elsewhere; nothing where the part itself is wrong.
+/// Decodes one valid part of an object that is invalid elsewhere. Returns `None` if the part itself is invalid.
 fn part_of<T>(text: &str, part: impl FnOnce(&Value<'_>) -> Option<T>) -> Option<T> {
     yaml::decode(text, Path::new(""), part).ok()
 }

@@ -165,14 +165,16 @@ fn another_root_namespace_can_be_named() {
 #[test]
 fn plaintext_is_denied_in_strict_and_nothing_else_is() {
     let id = SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/web").expect("valid");
-    let deny = Verdict::Deny(PolicyDenial::PlaintextInStrict);
-    for (mode, plaintext) in
-        [(Mode::Disable, Verdict::Allow), (Mode::Permissive, Verdict::Allow), (Mode::Strict, deny)]
-    {
+    let deny = PolicyVerdict::Deny(PolicyDenial::PlaintextInStrict);
+    for (mode, plaintext) in [
+        (Mode::Disable, PolicyVerdict::Allow),
+        (Mode::Permissive, PolicyVerdict::Allow),
+        (Mode::Strict, deny),
+    ] {
         for (source, expected) in [
-            (FlowSource::Tunnel(id.clone()), Verdict::Allow),
-            (FlowSource::SameNode(id.clone()), Verdict::Allow),
-            (FlowSource::Node, Verdict::Allow),
+            (FlowSource::Tunnel(id.clone()), PolicyVerdict::Allow),
+            (FlowSource::SameNode(id.clone()), PolicyVerdict::Allow),
+            (FlowSource::Node, PolicyVerdict::Allow),
             (FlowSource::Plaintext, plaintext.clone()),
         ] {
             let asked = Flow {

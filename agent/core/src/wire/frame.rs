@@ -85,7 +85,7 @@ pub enum FrameError {
     /// A record with more or less than one frame.
     #[error("a record of {record_bytes} bytes is not one frame")]
     NotOne {
-        /// What the record holds.
+        /// Length of the record, in bytes.
         record_bytes: usize,
     },
     /// The payload of OPEN is invalid.
@@ -98,7 +98,7 @@ pub enum FrameError {
 pub struct FrameHeader {
     /// Its type.
     pub kind: FrameType,
-    /// How many bytes follow the header.
+    /// Bytes of payload after the header.
     pub payload_bytes: usize,
 }
 

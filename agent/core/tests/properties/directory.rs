@@ -141,7 +141,7 @@ fn assert_agrees(directory: &Directory, model: &Model) -> Result<(), TestCaseErr
                 prop_assert!(!is_nested, "{:?} and {:?}", one.cgroup, other.cgroup);
             }
         }
-        // Who is not there is told, and has a reason.
+        // Each refused workload is reported with a reason.
         for refused in all.iter().filter(|workload| !held.contains(workload)) {
             let start = format!("pod {} is not enrolled", refused.full_name());
             let found = told.iter().position(|line| line.starts_with(&start));
@@ -218,7 +218,7 @@ proptest! {
                 prop_assert!(directory.on_node(&holder.node).any(|other| Arc::ptr_eq(other, holder)));
             }
         }
-        // What was published before stays as it was.
+        // Copies published before stay as they were.
         for (directory, model) in copies {
             assert_agrees(&directory, &model)?;
         }

@@ -7,7 +7,7 @@ use proptest::{collection::vec, option, prelude::*, sample::select};
 use serde_json::{Map, Value, json};
 use tacit_core::{
     directory::{Labels, Protocol, Workload},
-    policy::{Flow, FlowSource, Mode, Modes, Origin, Policies, PolicyObject, Verdict, decide},
+    policy::{Flow, FlowSource, Mode, Modes, Origin, Policies, PolicyObject, PolicyVerdict, decide},
     spiffe::{SpiffeId, TrustDomain},
 };
 
@@ -238,7 +238,7 @@ proptest! {
             _ => !is_denied && is_allowed,
         };
         prop_assert_eq!(authorization.is_empty(), selecting.is_empty());
-        prop_assert_eq!(decide(&modes, &authorization, &flow) == Verdict::Allow, expected, "{}", text);
+        prop_assert_eq!(decide(&modes, &authorization, &flow) == PolicyVerdict::Allow, expected, "{}", text);
     }
 
     #[test]
@@ -279,7 +279,7 @@ proptest! {
         let all = Workload { labels: Labels::default(), ..workload };
         let policies = Policies::of(&[object], ROOT);
         let flow = Flow { source: FlowSource::Plaintext, client: all.addresses[0], destination: (all.addresses[0], 80).into() };
-        let verdict_is_allow = decide(&policies.modes(&all), &policies.authorization(&all), &flow) == Verdict::Allow;
+        let verdict_is_allow = decide(&policies.modes(&all), &policies.authorization(&all), &flow) == PolicyVerdict::Allow;
         prop_assert!(!verdict_is_allow, "{}", text);
     }
 }

@@ -1,5 +1,5 @@
-//! The maps of the guard: the agent's heartbeat, who is an agent, what may be in clear, which link is whose, and what
-//! was dropped.
+//! The maps of the guard: the agent's heartbeat, the agents' cgroups, destinations that accept plaintext, the pods' links,
+//! and counts of dropped packets.
 
 use std::{
     collections::HashSet,
@@ -23,7 +23,7 @@ use super::{
 };
 use crate::host;
 
-/// A destination that strict pods may reach in clear.
+/// A destination to which strict pods may send plaintext.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PlaintextDestination {
     /// Its address and port.
@@ -43,7 +43,7 @@ pub struct DropCount {
     pub reason: &'static str,
     /// Number of the IP protocol; 0 where the packet did not say.
     pub protocol: u8,
-    /// How many, since the entry was made.
+    /// Packets since the entry was made.
     pub packets: u64,
 }
 
@@ -157,7 +157,7 @@ impl super::Maps {
         }
     }
 
-    /// Makes the destinations that may be reached in clear exactly `wanted`.
+    /// Replaces the destinations that accept plaintext of strict pods by `wanted`.
     ///
     /// # Errors
     /// [`KernelError::Map`]. Old ones go before new ones come.
@@ -228,7 +228,8 @@ impl super::Maps {
         }
     }
 
-    /// What the guard dropped, most packets first. The least recently seen kinds are left out once there are too many.
+    /// Returns the packets that the guard dropped, most packets first. The least recently seen kinds are evicted once
+    /// the table is full.
     #[must_use]
     pub fn drops(&self) -> Vec<DropCount> {
         let drops = lock(&self.guard.drops);

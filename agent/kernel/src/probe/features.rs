@@ -16,7 +16,7 @@ pub(super) struct Feature {
     pub(super) trial: Trial,
 }
 
-/// How a feature is tried.
+/// The trial of a feature.
 pub(super) enum Trial {
     /// A program that does nothing is accepted for the hook.
     Hook(Hook),

@@ -49,7 +49,7 @@ pub struct HostEnd {
     pub interface: String,
     /// Its index.
     pub index: u32,
-    /// Whether it is a port of a bridge, on which other pods can be reached without the node.
+    /// True for a port of a bridge, on which other pods can be reached without the node.
     pub has_neighbours: bool,
     /// Hardware address of the pod's end.
     pub hardware: Option<[u8; 6]>,
@@ -83,7 +83,7 @@ impl Programs {
         for end in ends {
             tell(&end)?;
             let mut by = "";
-            // What arrives is proven before anything is refused for want of proof.
+            // The arrival program records proofs, so it is attached before the program that drops frames without one.
             for direction in DIRECTIONS.into_iter().rev() {
                 by = self.guard_link(pod, &end, direction)?;
             }

@@ -8,7 +8,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::OpenError;
+use super::KubernetesError;
 use crate::{
     kubernetes::watcher::{Change, KindName, Update},
     reload::{Opening, ReloadState},
@@ -62,12 +62,12 @@ pub(crate) type WatchTasks = JoinSet<()>;
 /// Publishes the values of `store`, which is fed by the watchers that `follow` starts.
 ///
 /// # Errors
-/// [`OpenError`]. An API that does not answer is not an error.
+/// [`KubernetesError`]. An API that does not answer is not an error.
 pub(crate) fn start<S: ObjectStore>(
     mut config: Config,
     store: S,
     follow: impl FnOnce(Client, Sender<S>) -> WatchTasks + Send + 'static,
-) -> Result<Opening<S::Value>, OpenError> {
+) -> Result<Opening<S::Value>, KubernetesError> {
     let state = ReloadState {
         file: format!("kubernetes {}", config.cluster_url).into(),
         loaded_at: SystemTime::now(),
@@ -79,7 +79,7 @@ pub(crate) fn start<S: ObjectStore>(
     };
     // Watchers pause between retries themselves, and report failures at once.
     config.default_retry = false;
-    let client = Client::try_from(config).map_err(|error| OpenError::Client(Box::new(error)))?;
+    let client = Client::try_from(config).map_err(|error| KubernetesError::Client(Box::new(error)))?;
     let (values_sender, values) = watch::channel(Arc::new(S::Value::default()));
     let (state_sender, state) = watch::channel(state);
     let publisher = Publisher {

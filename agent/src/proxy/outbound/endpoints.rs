@@ -29,7 +29,7 @@ pub(super) struct Candidate {
     rest: Rest,
 }
 
-/// Whether another endpoint may be tried after a candidate.
+/// The candidates left after this one.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Rest {
     /// There is another.

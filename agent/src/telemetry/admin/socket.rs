@@ -24,7 +24,7 @@ use tokio::{
 
 use crate::telemetry::status::Status;
 
-/// Connections the kernel keeps for us while all places are taken.
+/// Connections that the kernel queues while all places are taken.
 const BACKLOG: i32 = 16;
 /// Longest wait for an answer, from connecting to the last byte.
 const FETCH_MAX: Duration = Duration::from_secs(10);
@@ -39,7 +39,7 @@ pub enum BindError {
     Directory {
         /// The directory.
         directory: PathBuf,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -73,7 +73,7 @@ pub enum BindError {
     Listen {
         /// The socket's path.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -95,8 +95,8 @@ pub fn bind_operator(path: &Path) -> Result<UnixListener, BindError> {
     UnixListener::from_std(OwnedFd::from(socket).into()).map_err(listen)
 }
 
-/// An existing directory is used as it is, for it may hold more than our socket, but not when others may
-/// write to it.
+/// Makes the socket's directory. An existing directory keeps its owner and mode, because it may hold more than the socket.
+/// Returns an error if others may write to it.
 fn make_directory(directory: &Path) -> Result<(), BindError> {
     let failed = |source| BindError::Directory { directory: directory.to_owned(), source };
     DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed)?;
@@ -165,7 +165,7 @@ pub enum FetchError {
     Connect {
         /// The socket's path.
         socket: PathBuf,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -178,7 +178,7 @@ pub enum FetchError {
     /// It refused.
     #[error("the agent answered {0} to a request it should know; it may be of another version")]
     Refused(StatusCode),
-    /// What was asked has no answer; the agent says why.
+    /// The agent has no answer. The text gives the agent's reason.
     #[error("{0}")]
     Question(String),
     /// Too long, or broken off.
@@ -197,7 +197,7 @@ pub async fn fetch_status(socket: &Path) -> Result<Status, FetchError> {
     fetch_json(socket, Uri::from_static("/status")).await
 }
 
-/// What a probe asks.
+/// The question of a probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Health {
     /// Does it answer at all?

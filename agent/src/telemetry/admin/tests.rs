@@ -192,7 +192,7 @@ fn mode(path: &Path) -> u32 {
     std::fs::metadata(path).expect("exists").permissions().mode() & 0o7777
 }
 
-/// A directory of our own that goes with the test.
+/// A directory that is removed after the test.
 struct TestDir(PathBuf);
 
 impl TestDir {

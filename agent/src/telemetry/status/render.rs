@@ -259,7 +259,7 @@ fn party(party: &PartyStatus) -> String {
     }
 }
 
-/// What is left of a certificate's life; in words too when that is too little.
+/// Returns the remaining lifetime of a certificate, marked if it has expired or will soon.
 fn left(certificate: &CertificateStatus) -> Cell {
     let life = certificate.not_after.unix_seconds().saturating_sub(certificate.not_before.unix_seconds());
     match u64::try_from(certificate.seconds_left) {

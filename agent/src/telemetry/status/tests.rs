@@ -64,7 +64,7 @@ pub(in crate::telemetry) fn sample() -> Status {
             id: 12,
             pinned: Some("/bpf/tacit/connect4".to_owned()),
         }],
-        kernel: vec![KernelCounter {
+        kernel: vec![CounterStatus {
             name: "deny_stale_agent".to_owned(),
             help: "Refused in STRICT because the agent is gone".to_owned(),
             value: 3,

@@ -43,7 +43,7 @@ pub(super) fn run(programs: &Programs) -> Result<Vec<Figure>> {
     let opened = next("open")?;
     let cpu =
         || -> Result<[f64; 2]> { Ok([usage::cpu(&proxies[0])?.total(), usage::cpu(&proxies[1])?.total()]) };
-    // What opening them left to be done is not idleness.
+    // Work left over from opening them does not count as idle.
     sleep(Duration::from_secs(1));
     let (open, cpu_before, begin) = (rss()?, cpu()?, Instant::now());
     sleep(SILENCE);

@@ -70,7 +70,7 @@ fn sources_of(folders: &[&str], without: &[&str]) -> Vec<String> {
     paths.filter(is_wanted).map(|path| fs::read_to_string(path).expect("text")).collect()
 }
 
-/// What stands in backticks, outside blocks of code.
+/// Returns the text in backticks, outside blocks of code.
 fn quoted(text: &str) -> Vec<&str> {
     let outside = text.split("```").step_by(2);
     outside.flat_map(|part| part.lines().flat_map(|line| line.split('`').skip(1).step_by(2))).collect()

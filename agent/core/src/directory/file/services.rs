@@ -24,7 +24,7 @@ pub(super) const PORT_FIELDS: [&str; 2] = ["port", "targetPort"];
 pub(super) const ENDPOINT_FIELDS: [&str; 4] = ["addresses", "ready", "node", "ports"];
 const TRAFFIC: [(&str, InternalTrafficPolicy); 2] =
     [("Cluster", InternalTrafficPolicy::Cluster), ("Local", InternalTrafficPolicy::Local)];
-/// Whether a session affinity is by the client's address.
+/// Values of `sessionAffinity`, and true for affinity by the client's address.
 const AFFINITY: [(&str, bool); 2] = [("None", false), ("ClientIP", true)];
 const READY: [(&str, EndpointCondition); 2] =
     [("true", EndpointCondition::Ready), ("false", EndpointCondition::NotReady)];
@@ -32,7 +32,7 @@ const READY: [(&str, EndpointCondition); 2] =
 pub(super) const AFFINITY_SECONDS: u32 = 10_800;
 const AFFINITY_SECONDS_MAX: u32 = 86_400;
 
-/// Where a port of an endpoint is found.
+/// The port of an endpoint, by number or by name.
 enum TargetPort<'a> {
     Number(u16),
     Name(&'a str),

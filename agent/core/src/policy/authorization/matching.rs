@@ -1,4 +1,4 @@
-//! How the values of a rule match: lists with their negations, texts with `*`, service accounts.
+//! Matching of rule values: lists with their negations, patterns with `*`, service accounts.
 
 use std::net::IpAddr;
 
@@ -20,7 +20,7 @@ impl<T> Default for ValueMatch<T> {
 }
 
 impl<T> ValueMatch<T> {
-    /// Whether both lists are satisfied by a flow of which `is` tells which values it has.
+    /// Returns true if the flow satisfies both lists. `is(v)` reports whether the flow has value `v`.
     pub(super) fn holds(&self, is: impl Fn(&T) -> bool) -> bool {
         (self.any.is_empty() || self.any.iter().any(&is)) && !self.none.iter().any(&is)
     }

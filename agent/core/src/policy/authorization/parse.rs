@@ -26,13 +26,15 @@ const ACTIONS: [(&str, ParsedAction); 4] = [
     ("AUDIT", ParsedAction::Audit),
     ("CUSTOM", ParsedAction::Custom),
 ];
-const SOURCE_FIELDS: [&str; 12] = [
+const SOURCE_FIELDS: [&str; 14] = [
     "principals",
     "notPrincipals",
     "namespaces",
     "notNamespaces",
     "serviceAccounts",
     "notServiceAccounts",
+    "trustDomains",
+    "notTrustDomains",
     "ipBlocks",
     "notIpBlocks",
     "requestPrincipals",
@@ -68,7 +70,7 @@ enum ParsedAction {
     Custom,
 }
 
-/// What is read of one policy.
+/// One policy as read.
 pub(in crate::policy) struct AuthorizationSpec {
     pub(in crate::policy) policy: AuthorizationPolicy,
     pub(in crate::policy) attachment: Attachment,
@@ -232,10 +234,13 @@ impl RuleParser<'_> {
         let namespaces = listed(&mut fields, ["namespaces", "notNamespaces"], |value| self.pattern(value));
         let accounts = ["serviceAccounts", "notServiceAccounts"];
         let service_accounts = listed(&mut fields, accounts, |value| self.account(value));
+        let domains = ["trustDomains", "notTrustDomains"];
+        let trust_domains = listed(&mut fields, domains, |value| self.pattern(value));
         let blocks = listed(&mut fields, ["ipBlocks", "notIpBlocks"], address_block);
         http?;
         let (principals, namespaces) = (principals?, namespaces?);
-        Some(SourceMatch { principals, namespaces, service_accounts: service_accounts?, blocks: blocks? })
+        let (service_accounts, trust_domains) = (service_accounts?, trust_domains?);
+        Some(SourceMatch { principals, namespaces, service_accounts, trust_domains, blocks: blocks? })
     }
 
     /// `None` inside: an attribute that cannot be seen, which only rules other than ALLOW survive.
@@ -260,6 +265,9 @@ impl RuleParser<'_> {
             "source.principal" => {
                 Condition::SourcePrincipal(listed(&mut fields, lists, |value| self.principal(value))?)
             }
+            "source.trustDomain" => {
+                Condition::SourceTrustDomain(listed(&mut fields, lists, |value| self.pattern(value))?)
+            }
             _ if HTTP_ATTRIBUTES.iter().any(|known| is_attribute(name, known)) => {
                 listed(&mut fields, lists, |value| value.text().map(drop))?;
                 unseen.push(name.to_owned());
@@ -267,7 +275,7 @@ impl RuleParser<'_> {
             }
             _ => {
                 key.refuse(
-                    "is no attribute of Istio's: write source.ip, source.namespace, source.serviceAccount, source.principal, destination.ip or destination.port",
+                    "is no attribute of Istio's: write source.ip, source.namespace, source.serviceAccount, source.principal, source.trustDomain, destination.ip or destination.port",
                 );
                 return None;
             }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::*;
 use crate::policy::{
-    FlowSource, Modes, Policies, PolicyDenial, Verdict, decide,
+    FlowSource, Modes, Policies, PolicyDenial, PolicyVerdict, decide,
     tests::{modes, workload},
 };
 
@@ -37,13 +37,14 @@ fn identity(namespace: &str, account: &str) -> SpiffeId {
     SpiffeId::new(&domain, namespace, account).expect("valid")
 }
 
-/// What a flow from `who` (namespace and service account; `None` in clear) at 10.77.1.9 meets at 10.77.2.2:8080.
+/// Returns true if 10.77.1.9 may connect to 10.77.2.2:8080 as `who` (namespace and service account; `None` is
+/// plaintext).
 fn allows(policies: &Policies, who: Option<(&str, &str)>) -> bool {
     let identity = who.map(|(namespace, account)| identity(namespace, account));
     let source = identity.map_or(FlowSource::Plaintext, FlowSource::Tunnel);
     let authorization = policies.authorization(&workload("shop", &[("app", "web")]));
     let permissive = modes(crate::policy::Mode::Permissive);
-    decide(&permissive, &authorization, &flow(source)) == Verdict::Allow
+    decide(&permissive, &authorization, &flow(source)) == PolicyVerdict::Allow
 }
 
 fn flow(source: FlowSource) -> Flow {
@@ -75,7 +76,8 @@ fn cluster_local_stands_for_the_trust_domain_that_the_mesh_has() {
             let policies = policies(&[&spec]);
             let authorization = policies.authorization(&workload("shop", &[("app", "web")]));
             let permissive = modes(crate::policy::Mode::Permissive);
-            decide(&permissive, &authorization, &flow(FlowSource::Tunnel(cart.clone()))) != Verdict::Allow
+            decide(&permissive, &authorization, &flow(FlowSource::Tunnel(cart.clone())))
+                != PolicyVerdict::Allow
         };
         assert_eq!((with("principals"), with("notPrincipals")), (matches, !matches), "{principal}");
     }
@@ -104,6 +106,13 @@ fn a_rule_matches_by_each_of_its_fields_and_negations() {
         ("{from: [{source: {serviceAccounts: [jobs/batch]}}]}", [false, true, false]),
         ("{from: [{source: {serviceAccounts: [jobs/cart]}}]}", [false, false, false]),
         ("{from: [{source: {notServiceAccounts: [jobs/batch]}}]}", [true, false, true]),
+        ("{from: [{source: {trustDomains: [cluster.local]}}]}", [true, true, false]),
+        ("{from: [{source: {trustDomains: ['cluster*', other]}}]}", [true, true, false]),
+        ("{from: [{source: {trustDomains: ['*']}}]}", [true, true, false]),
+        ("{from: [{source: {trustDomains: [other]}}]}", [false, false, false]),
+        ("{from: [{source: {notTrustDomains: [cluster.local]}}]}", [false, false, true]),
+        ("{from: [{source: {notTrustDomains: [other]}}]}", [true, true, true]),
+        ("{from: [{source: {namespaces: [shop], notTrustDomains: [other]}}]}", [true, false, false]),
         ("{from: [{source: {ipBlocks: [10.77.0.0/16]}}]}", [true, true, true]),
         ("{from: [{source: {ipBlocks: [10.77.1.9]}}]}", [true, true, true]),
         ("{from: [{source: {ipBlocks: [10.77.1.8, 'fd77::/16']}}]}", [false, false, false]),
@@ -128,6 +137,8 @@ fn a_rule_matches_by_each_of_its_fields_and_negations() {
         ("{when: [{key: source.serviceAccount, notValues: [jobs/batch]}]}", [true, false, true]),
         ("{when: [{key: source.principal, values: ['*/cart']}]}", [true, false, false]),
         ("{when: [{key: source.principal, notValues: ['*']}]}", [false, false, true]),
+        ("{when: [{key: source.trustDomain, values: ['*.local']}]}", [true, true, false]),
+        ("{when: [{key: source.trustDomain, notValues: [cluster.local]}]}", [false, false, true]),
         ("{when: [{key: destination.ip, values: [10.77.2.0/24]}]}", [true, true, true]),
         ("{when: [{key: destination.ip, notValues: [10.77.2.2]}]}", [false, false, false]),
         ("{when: [{key: destination.port, values: ['8080']}]}", [true, true, true]),
@@ -272,13 +283,13 @@ fn the_mode_goes_first_and_the_nodes_probes_pass_both() {
     let authorization = allow_nothing.authorization(&workload("shop", &[]));
     let strict = modes(crate::policy::Mode::Strict);
     let of = |modes: &Modes, source| decide(modes, &authorization, &flow(source));
-    assert_eq!(of(&strict, FlowSource::Plaintext), Verdict::Deny(PolicyDenial::PlaintextInStrict));
+    assert_eq!(of(&strict, FlowSource::Plaintext), PolicyVerdict::Deny(PolicyDenial::PlaintextInStrict));
     let cart = identity("shop", "cart");
     for mode in [&strict, &modes(crate::policy::Mode::Disable)] {
-        assert_eq!(of(mode, FlowSource::Node), Verdict::Allow);
+        assert_eq!(of(mode, FlowSource::Node), PolicyVerdict::Allow);
         assert!(matches!(
             of(mode, FlowSource::SameNode(cart.clone())),
-            Verdict::Deny(PolicyDenial::NotAllowed(_))
+            PolicyVerdict::Deny(PolicyDenial::NotAllowed(_))
         ));
     }
 }
@@ -293,7 +304,8 @@ fn a_denial_names_policy_and_rule() {
         let policies = policies(specs);
         let authorization = policies.authorization(&workload("shop", &[]));
         let permissive = modes(crate::policy::Mode::Permissive);
-        let Verdict::Deny(reason) = decide(&permissive, &authorization, &flow(FlowSource::Plaintext)) else {
+        let PolicyVerdict::Deny(reason) = decide(&permissive, &authorization, &flow(FlowSource::Plaintext))
+        else {
             panic!("allowed: {specs:?}")
         };
         assert_eq!((reason.to_string().as_str(), reason.reason().label()), (expected, label));

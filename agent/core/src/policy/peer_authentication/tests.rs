@@ -1,4 +1,4 @@
-//! What is read and what is refused of a policy file.
+//! Policy files that are accepted or rejected.
 
 use std::path::Path;
 
