@@ -5,10 +5,7 @@ use std::{
     mem::MaybeUninit,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::AsRawFd as _,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::mpsc::{self, RecvTimeoutError},
     time::Duration,
 };
 
@@ -37,24 +34,20 @@ pub(super) fn syns(given: &Given) -> Result<Told> {
     let domain = Domain::for_address(given.target);
     let socket = Socket::new(domain, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
     let target = given.target;
-    let stop = Arc::new(AtomicBool::new(false));
-    let stopped = stop.clone();
+    let (stop, stopped) = mpsc::channel::<()>();
     let thread = std::thread::spawn(move || -> Result<()> {
         let to = SocketAddr::new(target.ip(), 0).into();
         for number in 0_u32.. {
-            if stopped.load(Ordering::Relaxed) {
-                break;
-            }
             // One that finds no room is missing, which the driver's count of cookies shows.
             let _ = socket.send_to(&syn(target, number)?, &to);
-            if number % BURST == 0 {
-                std::thread::sleep(PAUSE);
+            if number % BURST == 0 && stopped.recv_timeout(PAUSE) != Err(RecvTimeoutError::Timeout) {
+                break;
             }
         }
         Ok(())
     });
     wait_for_go()?;
-    stop.store(true, Ordering::Relaxed);
+    drop(stop);
     thread.join().map_err(|_| anyhow::anyhow!("the flood panicked"))??;
     Ok(Told::Sent)
 }
