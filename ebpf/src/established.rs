@@ -103,6 +103,8 @@ fn mark_accepted(sock: &SockOps<'_>, key: &Tuple) {
         return;
     }
     let (node, pod) = ((key.local, key.local_port), (key.remote, key.remote_port));
+    // The client is the end that a tunnel's packets may go to.
+    let client = Names { peer: key.local, peer_port: key.local_port, ..Names::default() };
     let kind = if key.remote_port == u32::from(tcp_port::TUNNEL) {
         names_kind::TUNNEL
     } else if lookup::is_node_flow(&NodeFlow::new(node, pod, protocol::TCP)) {
@@ -110,7 +112,7 @@ fn mark_accepted(sock: &SockOps<'_>, key: &Tuple) {
     } else {
         names_kind::CLEAR
     };
-    let _ = sock.store_names(Names { kind, ..Names::default() });
+    let _ = sock.store_names(Names { kind, ..client });
 }
 
 #[inline(always)]

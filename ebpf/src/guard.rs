@@ -131,6 +131,11 @@ fn is_node_socket(skb: &Skb<'_>) -> bool {
 /// Without the kernel's secret nobody can make one, so nothing can be said by it.
 #[inline(never)]
 fn is_tunnel_cookie(skb: &Skb<'_>, slot: u32, packet: &Packet, payload: u32) -> bool {
+    // Of a socket, the pod's say, the kernel sends no cookie. Without one, a pod that forwards packets can send a cookie
+    // again, but without text of its own.
+    if skb.cgroup() != 0 || !packet::has_options_of_kernel(skb, payload) {
+        return false;
+    }
     let Some(mut tcp) = packet::acknowledgement(skb, payload) else { return false };
     let listener = listener_index(slot, Listener::Tunnel);
     let (client, server) = (&packet.remote, &packet.local);
@@ -245,13 +250,23 @@ fn of_link<'a>(skb: &Skb<'_>) -> Option<(&'a Link, Pod)> {
     }
 }
 
+/// Returns true if the agent marked the packet's socket, and the packet is to the end that the mark names. A pod can rewrite
+/// the agent's packets, but not its marks.
+#[inline(never)]
+fn is_to_marked_end(skb: &Skb<'_>) -> bool {
+    let Some(names) = skb.names() else { return false };
+    if names.kind != names_kind::TUNNEL && names.kind != names_kind::DISABLED {
+        return false;
+    }
+    packet::tcp_destination(skb)
+        .is_some_and(|(address, port)| u32::from(port) == names.peer_port && address.same(&names.peer))
+}
+
 #[inline(never)]
 fn passes_link(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
     let skb = Skb(ctx);
     // This check is first because tunnels of the agent are the hot path.
-    let is_tunnel = lookup::is_agent_cgroup(skb.cgroup())
-        && skb.names().is_some_and(|names| names.kind == names_kind::TUNNEL);
-    if is_tunnel {
+    if lookup::is_agent_cgroup(skb.cgroup()) && is_to_marked_end(&skb) {
         return true;
     }
     let Some((link, pod)) = of_link(&skb) else { return true };

@@ -396,13 +396,26 @@ impl Maps {
         lock(&self.names).insert(socket, names, 0).map_err(failed("NAMES"))
     }
 
-    /// Marks `socket` as a tunnel: only such sockets of the agent pass a pod's link into the mesh. To be called before
-    /// `connect()`.
+    /// Marks `socket` as a tunnel to `peer`. Of the agent's sockets only marked ones pass a pod's link into the mesh, and only
+    /// to their peer. To be called before `connect()`.
     ///
     /// # Errors
     /// [`KernelError::Map`].
-    pub fn set_tunnel(&self, socket: &impl AsRawFd) -> Result<(), KernelError> {
-        let names = Names { kind: names_kind::TUNNEL, ..Names::default() };
+    pub fn set_tunnel(&self, socket: &impl AsRawFd, peer: SocketAddr) -> Result<(), KernelError> {
+        self.mark(socket, peer, names_kind::TUNNEL)
+    }
+
+    /// Marks `socket` as plaintext to `peer`, a port whose mode is DISABLE. As [`Self::set_tunnel`].
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn set_disabled(&self, socket: &impl AsRawFd, peer: SocketAddr) -> Result<(), KernelError> {
+        self.mark(socket, peer, names_kind::DISABLED)
+    }
+
+    fn mark(&self, socket: &impl AsRawFd, peer: SocketAddr, kind: u32) -> Result<(), KernelError> {
+        let names =
+            Names { peer: address(peer.ip()), own: Address::NONE, peer_port: u32::from(peer.port()), kind };
         lock(&self.names).insert(socket, names, 0).map_err(failed("NAMES"))
     }
 

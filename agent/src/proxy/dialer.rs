@@ -71,8 +71,23 @@ impl Dialer {
         limit: Duration,
     ) -> io::Result<TcpStream> {
         let socket = socket::outgoing(&pod.netns, &self.host, peer)?;
-        self.kernel.maps.set_tunnel(&socket).map_err(io::Error::other)?;
+        self.kernel.maps.set_tunnel(&socket, peer).map_err(io::Error::other)?;
         socket::connected(socket, peer, limit).await
+    }
+
+    /// Connects from `pod` within `limit` to `destination`, whose mode is DISABLE. As [`Self::to_tunnel`].
+    ///
+    /// # Errors
+    /// The kernel's, or a time-out.
+    pub(super) async fn to_disabled_port(
+        &self,
+        pod: &Pod,
+        destination: SocketAddr,
+        limit: Duration,
+    ) -> io::Result<TcpStream> {
+        let socket = socket::outgoing(&pod.netns, &self.host, destination)?;
+        self.kernel.maps.set_disabled(&socket, destination).map_err(io::Error::other)?;
+        socket::connected(socket, destination, limit).await
     }
 
     /// Takes out of the kernel's map the destination of a connection that `client` in `pod` made and the agent accepted at

@@ -321,7 +321,10 @@ async fn connect_plaintext(
     limit: Duration,
 ) -> Result<Upstream, Refusal> {
     let Addresses { source, destination } = addresses;
-    let connected = path.dialer.connect(pod, destination, limit).await;
+    let connected = match cause {
+        PlaintextCause::DestinationModeDisable => path.dialer.to_disabled_port(pod, destination, limit).await,
+        _ => path.dialer.connect(pod, destination, limit).await,
+    };
     let server = connected.map_err(|error| not_connected(&error))?;
     socket::reset_if_dropped(&server);
     socket::begin_small(&server, path.shares.unread_bytes(pod.cgroup));

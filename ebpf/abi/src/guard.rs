@@ -121,8 +121,8 @@ pub enum Accepted {
 pub trait GuardFacts {
     /// Returns true if an agent owns the packet's socket.
     fn is_agent(&self) -> bool;
-    /// Returns true if an agent owns the packet's socket, and the socket is a tunnel that it opened or accepted. Ports are no
-    /// proof: the pod can rewrite those of the agent's other connections.
+    /// Returns true if an agent owns the packet's socket, marked it as a tunnel or as plaintext to a port in DISABLE, and the
+    /// packet is to the end that the mark names. The pod can rewrite the agent's packets, but not its marks.
     fn is_tunnel(&self) -> bool;
     /// Returns true for addresses in the mesh's ranges.
     fn in_mesh(&self, address: &Address) -> bool;
@@ -149,7 +149,8 @@ pub trait GuardFacts {
     fn is_to_neighbour(&self) -> bool;
     /// Returns true if the pod sent a datagram to the packet's other end from the packet's port a short time ago.
     fn is_answer(&self, pod: &Pod, packet: &Packet) -> bool;
-    /// Returns true if the segment is a SYN cookie of the agent's tunnel listener in the pod. Used on links only.
+    /// Returns true if the segment is a SYN cookie of the agent's tunnel listener in the pod, without a socket, and with the
+    /// options only that the kernel writes. Used on links only.
     fn is_tunnel_cookie(&self, pod: &Pod, packet: &Packet) -> bool;
 }
 
@@ -173,7 +174,7 @@ pub enum Verdict {
 pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Packet) -> Verdict {
     let on_link = matches!(hook, Hook::Link);
     // A pod can rewrite the destination of what the agent sends in its namespace. The link sees the rewritten packet: it
-    // lets the agent's tunnels pass, and treats the agent's other packets like the pod's.
+    // lets the agent's marked connections pass to their own end, and treats the agent's other packets like the pod's.
     let is_agents = if on_link { facts.is_tunnel() } else { facts.is_agent() };
     if is_agents {
         return Verdict::Pass;

@@ -5,6 +5,15 @@ use crate::{Address, tcp_port};
 /// Version of the maps' layout and meaning, raised with every change. Pinned maps of another version are not adopted.
 pub const ABI_VERSION: u32 = 5;
 
+/// Defines flags and lists them all, so that the tests enumerate each new one.
+macro_rules! flags {
+    ($($(#[$doc:meta])* $name:ident = $bit:literal;)+) => {
+        $($(#[$doc])* pub const $name: u32 = $bit;)+
+        /// All flags.
+        pub const ALL: [u32; [$($bit),+].len()] = [$($bit),+];
+    };
+}
+
 /// Bounds of the maps, in entries.
 pub mod limits {
     /// Enrolled pods of one node. Kubernetes' default limit is 110; large nodes run 250 to 500.
@@ -125,11 +134,11 @@ impl Pod {
         if self.capture_port == 0 { tcp_port::CAPTURE } else { self.capture_port as u16 }
     }
 
-    /// Returns true for the pod's addresses.
+    /// Returns true for the pod's addresses. A pod without an address of a family does not own the unspecified one.
     #[inline(always)]
     #[must_use]
     pub const fn owns(&self, address: &Address) -> bool {
-        address.same(&self.v4) || address.same(&self.v6)
+        !address.is_none() && (address.same(&self.v4) || address.same(&self.v6))
     }
 
     /// Returns true if any address of the pod is known.
@@ -149,19 +158,21 @@ impl Pod {
 
 /// Flags of a pod.
 pub mod pod_flag {
-    /// The pod sends no plaintext into the mesh.
-    pub const EGRESS_STRICT: u32 = 1;
-    /// The pod's UDP may pass as plaintext.
-    pub const UDP_ALLOWED: u32 = 2;
-    /// The pod is known and not enrolled: it is left alone, but cannot send from addresses that are not its own.
-    pub const EXEMPT: u32 = 4;
-    /// The steering program of the pod's namespace supports the ports that captured IPv6 connections are spread over.
-    /// Entries of earlier agents lack the flag.
-    pub const SPREAD: u32 = 8;
-    /// Authorization policies select the pod, so connections reach it through the agent only.
-    pub const JUDGED: u32 = 16;
-    /// No source has named the pod yet. Only [`super::Pod::unknown`] has the flag, no entry of the map.
-    pub const UNKNOWN: u32 = 32;
+    flags! {
+        /// The pod sends no plaintext into the mesh.
+        EGRESS_STRICT = 1;
+        /// The pod's UDP may pass as plaintext.
+        UDP_ALLOWED = 2;
+        /// The pod is known and not enrolled: it is left alone, but cannot send from addresses that are not its own.
+        EXEMPT = 4;
+        /// The steering program of the pod's namespace supports the ports that captured IPv6 connections are spread over.
+        /// Entries of earlier agents lack the flag.
+        SPREAD = 8;
+        /// Authorization policies select the pod, so connections reach it through the agent only.
+        JUDGED = 16;
+        /// No source has named the pod yet. Only [`super::Pod::unknown`] has the flag, no entry of the map.
+        UNKNOWN = 32;
+    }
 }
 
 /// Key of a flow between the node itself and a pod, proven on the host end of the pod's link.
@@ -246,8 +257,10 @@ impl Steered {
 
 /// Flags for plaintext that arrives at a pod.
 pub mod steer_flag {
-    /// Authorization policies select the pod, so the agent decides on plaintext that the mode allows.
-    pub const JUDGED: u32 = 1;
+    flags! {
+        /// Authorization policies select the pod, so the agent decides on plaintext that the mode allows.
+        JUDGED = 1;
+    }
 }
 
 /// Key of the mode of a single port.
@@ -261,7 +274,7 @@ pub struct PortKey {
 }
 
 /// mTLS mode of a workload's inbound connections. Maps hold it as a number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u32)]
 pub enum Mode {
     /// Plaintext passes, and peers do not tunnel. Authenticated flows pass too.
@@ -365,15 +378,17 @@ pub mod names_kind {
     pub const CLEAR: u32 = 4;
     /// A plaintext connection from the node itself, proven on the host end of the pod's link, that an application accepted.
     pub const NODE: u32 = 5;
-    /// A tunnel that the agent opened or accepted. Only such sockets of the agent pass a pod's link into the mesh.
+    /// A tunnel that the agent opened or accepted. It passes a pod's link to `peer` only.
     pub const TUNNEL: u32 = 6;
+    /// A plaintext connection of the agent to a port whose mode is DISABLE. It passes a pod's link to `peer` only.
+    pub const DISABLED: u32 = 7;
 }
 
 /// Names that a socket's application sees, stored in the socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Names {
-    /// Answer for `getpeername` and `accept`.
+    /// Answer for `getpeername` and `accept`; of the agent's connections that pass a pod's link, the other end.
     pub peer: Address,
     /// Answer for `getsockname`, for [`names_kind::CAPTURED`] only: the address of the socket's pod.
     pub own: Address,

@@ -262,6 +262,11 @@ fn passes(verdict: Verdict) -> bool {
     !matches!(verdict, Verdict::Drop(_))
 }
 
+/// Returns true for an address that the pod has. The unspecified one stands for none.
+fn is_own(pod: &Pod, address: &Address) -> bool {
+    *address != Address::NONE && [pod.v4, pod.v6].contains(address)
+}
+
 fn std_address(address: &Address) -> IpAddr {
     Ipv6Addr::from(address.octets()).to_canonical()
 }
@@ -306,7 +311,7 @@ proptest! {
         let verdict = decide_egress(&facts, &pod, hook, &packet);
         let on_link = hook == Hook::Link;
         let of = |numbers: &[u8]| numbers.contains(&packet.protocol);
-        let own = [&packet.local, &packet.remote].map(|end| pod.v4.same(end) || pod.v6.same(end));
+        let own = [&packet.local, &packet.remote].map(|end| is_own(&pod, end));
         let is_own_source = own[0] || !pod.has_addresses() || packet.local.is_none_of_family() || packet.local.is_link_local();
         let is_neighbour = packet.remote.is_link_local() || packet.remote.is_multicast() || on_link && facts.to_neighbour;
         let is_bare = matches!(packet.segment, Segment::Bare | Segment::SynAck);
@@ -420,7 +425,7 @@ proptest! {
         let expected = match facts.pod {
             None => is_outside || !facts.default_is_strict || facts.agent,
             Some(pod) => {
-                let is_own = pod.v4.same(&destination) || pod.v6.same(&destination);
+                let is_own = is_own(&pod, &destination);
                 let is_stale = facts.stale && !pod.has(pod_flag::EGRESS_STRICT) && facts.netns == pod.netns_cookie;
                 pod.has(pod_flag::EXEMPT) || is_outside || is_own || is_stale
             }

@@ -19,7 +19,7 @@ use socket2::{Domain, Socket, Type};
 use tacit_topology::{Pod, run, until};
 
 use crate::{
-    Family,
+    Family, boot,
     catalogue::{Attack, Driver, MovedTo, PassedFd, Stopped},
     judge::Outcome,
     lifecycle, neighbours,
@@ -90,6 +90,7 @@ fn drive(world: &mut World, attack: &Attack, family: Family, marker: &str) -> Re
         Driver::PassedFd(what) => passed_fd(world, what, target, marker),
         Driver::Simultaneous => simultaneous(world, family, marker),
         Driver::Neighbour(what) => neighbours::drive(world, what, family, marker),
+        Driver::Boot(start) => boot::drive(world, start, family, marker),
         Driver::Lifecycle(misfortune) => lifecycle::drive(world, misfortune, family, marker),
     }
 }

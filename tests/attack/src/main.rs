@@ -17,6 +17,9 @@
 //! | `driver` | the attacker's side: from where a step is started, and what is done around it |
 //! | `kernel` | a program beside Tacit's, a map filled up |
 //! | `neighbours` | attacks of other tenants of a node, and flows of the node itself |
+//! | `flood` | attacks under a flood of SYNs |
+//! | `translation` | attacks by address translation; `nat` writes its rules |
+//! | `boot` | attacks on pods that came before their agent |
 //! | `lifecycle` | attacks on agents that stop, die, or come late |
 //! | `step` | what runs inside a pod: one system call after the other |
 //! | `step_process` | a step as the driver sees it |
@@ -24,14 +27,18 @@
 //! | `wire` | the recorder |
 //! | `judge` | verdicts and their texts |
 
+mod boot;
 mod catalogue;
 mod driver;
+mod flood;
 mod judge;
 mod kernel;
 mod lifecycle;
+mod nat;
 mod neighbours;
 mod step;
 mod step_process;
+mod translation;
 mod wire;
 mod world;
 

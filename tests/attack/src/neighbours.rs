@@ -11,10 +11,12 @@ use crate::{
     Family,
     catalogue::{From, Layout, Neighbour, Tags, To, Who},
     driver::gateway,
+    flood,
     judge::Outcome,
     step_process::{Step, patient, simple},
+    translation,
     wire::Sighting,
-    world::{ALLOWED_PORT, PORT, World, address, datagram, foreign, ip, on_link},
+    world::{ALLOWED_PORT, DISABLED_PORT, PORT, World, address, datagram, foreign, ip, on_link},
 };
 
 /// Port of attackers that choose their own.
@@ -88,6 +90,14 @@ pub(crate) fn drive(world: &World, what: Neighbour, family: Family, marker: &str
             let target = address(&world.stranger, family, ALLOWED_PORT);
             simple(world, &bridged.tenant, "query", target, marker, &[])
         }
+        Neighbour::DisabledPort => {
+            let target = address(&world.victim, family, DISABLED_PORT);
+            simple(world, &world.attacker, "tcp", target, marker, &[])
+        }
+        Neighbour::TranslatedDial(dial) => translation::of_agents_dial(world, dial, family, marker),
+        Neighbour::Masqueraded(step, layout) => translation::masqueraded(world, step, layout, family, marker),
+        Neighbour::Flooded => flood::connections(world, family, marker),
+        Neighbour::ReplayedCookies => flood::replayed_cookies(world, family, marker),
     }
 }
 
@@ -99,7 +109,7 @@ fn probe(world: &World, step: &str, target: SocketAddr, marker: &str, extra: &[&
 }
 
 /// The victim of a layout.
-fn victim(world: &World, layout: Layout) -> &Pod {
+pub(crate) fn victim(world: &World, layout: Layout) -> &Pod {
     match layout {
         Layout::Routed => &world.victim,
         Layout::Bridged => &world.bridged.guarded,
@@ -147,7 +157,7 @@ fn of_link(pod: &Pod) -> Result<Vec<SockaddrStorage>> {
 }
 
 /// Name of the host end of a pod's link.
-fn host_end(pod: &Pod) -> String {
+pub(crate) fn host_end(pod: &Pod) -> String {
     format!("pod{}", pod.ipv4().octets()[3])
 }
 
@@ -163,7 +173,7 @@ fn node_address(pod: &Pod, family: Family) -> IpAddr {
     }
 }
 
-fn wire_address(node: &Node, family: Family) -> IpAddr {
+pub(crate) fn wire_address(node: &Node, family: Family) -> IpAddr {
     match family {
         Family::V4 | Family::Mapped => node.wire_ipv4().into(),
         Family::V6 => node.wire_ipv6().into(),

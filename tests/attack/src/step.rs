@@ -3,6 +3,7 @@
 //! A step prints one line: `sent`, `refused: ..` (what the system told it), or `absent: ..` (this kernel lacks it). It
 //! ends with an error only when it was started wrongly.
 
+mod flood;
 mod packets;
 mod raw;
 mod serve;
@@ -107,6 +108,9 @@ fn perform(name: &str, given: &Given) -> Result<Told> {
         "packet-hardware" => packets::foreign_hardware(given),
         "packet-tagged" => packets::tagged(given),
         "claim" => packets::claim(given),
+        "flood" => flood::syns(given),
+        "at-once" => flood::at_once(given),
+        "replayed-cookies" => flood::replayed_cookies(given),
         other => bail!("no step {other:?}"),
     }
 }

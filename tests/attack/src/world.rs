@@ -24,17 +24,20 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 use tacit_topology::{
-    Agent, HANG, MeshFiles, Netns, Node, Pod, Process, Topology, WorkloadEntry, run, until,
+    Agent, HANG, MeshFiles, Netns, Node, Pod, Process, Topology, WorkloadEntry, directory_text, run, until,
 };
 
 use crate::{
     Family,
     step_process::simple,
+    translation::SERVICE,
     wire::{PREFIX, Recorder, Sighting},
 };
 
 /// Port of the victim's application: TCP, then MPTCP, SCTP and DCCP.
 pub(crate) const PORT: u16 = 9100;
+/// A port of the victim whose mode is DISABLE while the namespace of the victims is STRICT.
+pub(crate) const DISABLED_PORT: u16 = 9110;
 /// Silence of an agent after which the kernel decides alone. An agent on an emulated machine beats late, but not so late.
 pub(crate) const HEARTBEAT: Duration = Duration::from_secs(3);
 /// Port where the stranger answers datagrams. The agents allow it as plaintext.
@@ -44,9 +47,13 @@ const DISCARD: u16 = 9;
 const FASTOPEN: &str = "1543";
 const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
                       metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
-/// The namespace of the victims is STRICT, and one of them has a policy that allows nothing.
+/// The namespace of the victims is STRICT but for one port, and one of them has a policy that allows nothing.
 const STRICT_NAMESPACE: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
                                 metadata: {name: default, namespace: attack}\nspec: {mtls: {mode: STRICT}}\n---\n\
+                                apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+                                metadata: {name: victim, namespace: attack}\n\
+                                spec:\n  selector: {matchLabels: {app: victim}}\n  mtls: {mode: STRICT}\n\
+                                \x20 portLevelMtls: {9110: {mode: DISABLE}}\n---\n\
                                 apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
                                 metadata: {name: nothing, namespace: attack}\n\
                                 spec: {selector: {matchLabels: {app: guarded}}}\n";
@@ -118,12 +125,12 @@ impl World {
     /// The control: no agent ever ran here.
     pub(crate) fn without_tacit(programs: &Programs) -> Result<Self> {
         // The agents' ports are open too: what an attack on them carries must be seen to leave.
-        Self::build("atkctl", programs, &format!("{PORT},15001,15006,15008"))
+        Self::build("atkctl", programs, &format!("{PORT},{DISABLED_PORT},15001,15006,15008"))
     }
 
     /// An agent on each node, all STRICT.
     pub(crate) fn with_tacit(programs: &Programs) -> Result<Self> {
-        let mut world = Self::build("atk", programs, &PORT.to_string())?;
+        let mut world = Self::build("atk", programs, &format!("{PORT},{DISABLED_PORT}"))?;
         let allowed = |family| format!("\"{}/udp\"", address(&world.stranger, family, ALLOWED_PORT));
         let extra = format!(
             // Pods that no source names are attackers here, and the suite takes longer than their usual time.
@@ -135,6 +142,7 @@ impl World {
         let workloads = world.directory();
         for node in world.topology.nodes() {
             let files = MeshFiles::write(&world.topology, node, &workloads, STRICT, &extra)?;
+            files.set_directory_text(&world.directory_text())?;
             let mut agent = Agent::start(node, &programs.agent, &files)?;
             // One after the other: the first makes the root that they share.
             agent.wait_ready()?;
@@ -197,7 +205,7 @@ impl World {
         Ok(world)
     }
 
-    fn serve(&mut self, pod: &Pod, ports: &str) -> Result<()> {
+    pub(crate) fn serve(&mut self, pod: &Pod, ports: &str) -> Result<()> {
         let mut command = pod.command(&self.programs.own);
         command.args(["step", "serve", ports, "-"]);
         let mut server = Process::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()))?;
@@ -245,6 +253,11 @@ impl World {
             .into_iter()
             .map(WorkloadEntry::of)
             .collect()
+    }
+
+    /// The text of the directory: the workloads, and a service outside of the mesh.
+    pub(crate) fn directory_text(&self) -> String {
+        directory_text(&self.directory()) + SERVICE
     }
 
     /// Changes the modes, and waits until a pod in no directory is held or let go by them.

@@ -44,7 +44,7 @@ mod wait;
 
 pub use agent::{Agent, http_get};
 pub use capture::Capture;
-pub use mesh::{MeshFiles, Tunnel, WorkloadEntry};
+pub use mesh::{MeshFiles, Tunnel, WorkloadEntry, directory_text};
 pub use netns::Netns;
 pub use node::{KUBELET_NAMESPACE, Node};
 pub use pcap::{TUNNEL_PORT, Traffic};

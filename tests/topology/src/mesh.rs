@@ -140,9 +140,7 @@ impl MeshFiles {
     /// # Errors
     /// Fails if it cannot be written.
     pub fn set_directory(&self, workloads: &[WorkloadEntry]) -> Result<()> {
-        let mut text = String::from(if workloads.is_empty() { "workloads: []\n" } else { "workloads:\n" });
-        workloads.iter().for_each(|workload| workload.write(&mut text));
-        self.set_directory_text(&text)
+        self.set_directory_text(&directory_text(workloads))
     }
 
     /// Replaces `directory.yaml` with `text`, which may be invalid.
@@ -209,6 +207,14 @@ impl MeshFiles {
     pub(crate) fn log(&self) -> PathBuf {
         self.folder.join(format!("{}.log", self.agent))
     }
+}
+
+/// Returns the text of a `directory.yaml` without services.
+#[must_use]
+pub fn directory_text(workloads: &[WorkloadEntry]) -> String {
+    let mut text = String::from(if workloads.is_empty() { "workloads: []\n" } else { "workloads:\n" });
+    workloads.iter().for_each(|workload| workload.write(&mut text));
+    text
 }
 
 /// Replaces a watched file atomically, so its reader never sees a part of the text.

@@ -90,6 +90,9 @@ fn accept(listener: &Socket) {
             // Each part counts at once: what has come before an error, or before an end that is not to come.
             while let Ok(length @ 1..) = connection.read(&mut part) {
                 bytes.extend_from_slice(part.get(..length).unwrap_or_default());
+                if let Some(answer) = bytes.strip_prefix(QUERY) {
+                    let _ = connection.write_all(answer);
+                }
                 println!("got {}", String::from_utf8_lossy(&bytes));
                 let _ = io::stdout().flush();
             }
