@@ -381,7 +381,7 @@ pub mod names_kind {
     /// A tunnel that the agent opened or accepted. It passes a pod's link to `peer` only.
     pub const TUNNEL: u32 = 6;
     /// A plaintext connection of the agent to a port whose mode is DISABLE. It passes a pod's link to `peer` only.
-    pub const DISABLED: u32 = 7;
+    pub const DISABLED: u32 = 8;
 }
 
 /// Names that a socket's application sees, stored in the socket.
