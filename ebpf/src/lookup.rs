@@ -1,11 +1,11 @@
 //! Facts of the whole node, looked up in maps.
 
-use aya_ebpf::{bindings::BPF_ANY, btf_maps::lpm_trie::Key};
-use tacit_abi::{Address, ClearKey, Mode, NodeFlow, PortKey, is_recent, seconds};
+use aya_ebpf::btf_maps::lpm_trie::Key;
+use tacit_abi::{Address, ClearKey, Mode, PortKey};
 
 use crate::{
     context::now,
-    maps::{AGENTS, CLEAR, MESH, NODE, NODE_FLOWS, NODE_HARDWARE, PORT_MODES, STATE},
+    maps::{AGENTS, CLEAR, MESH, NODE, NODE_HARDWARE, PORT_MODES, STATE},
 };
 
 /// Prefix length of a full address in the mesh's map.
@@ -48,24 +48,6 @@ pub fn is_agent_cgroup(id: u64) -> bool {
 pub fn is_node(address: &Address) -> bool {
     // SAFETY: only presence is read.
     unsafe { NODE.get(address) }.is_some()
-}
-
-/// Returns true if the node itself sent a packet of this flow to the pod a short time ago.
-#[inline(always)]
-pub fn is_node_flow(flow: &NodeFlow) -> bool {
-    // SAFETY: the value is one word.
-    unsafe { NODE_FLOWS.get(flow) }.is_some_and(|sent| is_recent(*sent, now()))
-}
-
-/// Remembers that the node itself sent a packet of this flow to the pod.
-#[inline(always)]
-pub fn prove_node_flow(flow: &NodeFlow) {
-    let seconds = seconds(now());
-    // SAFETY: the value is one word.
-    if unsafe { NODE_FLOWS.get(flow) }.is_none_or(|sent| *sent != seconds) {
-        // The least recently used entry makes room.
-        let _ = NODE_FLOWS.insert(flow, &seconds, BPF_ANY.into());
-    }
 }
 
 /// Returns the mode of a pod's port that has its own.

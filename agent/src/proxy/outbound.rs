@@ -218,8 +218,7 @@ fn carry(
 /// The flow's two ends as both applications see them. `None` also for a client that took another's address as its own
 /// (IP_TRANSPARENT): answers to it would leave the pod, in clear.
 fn find_destination(path: &Proxy, pod: &Pod, app: &TcpStream, client: SocketAddr) -> Option<Addresses> {
-    let at = canonical(app.local_addr().ok()?);
-    let destination = path.dialer.take_destination(pod, client, at)?;
+    let destination = path.dialer.destination(app)?;
     if !client.ip().is_loopback() && !pod.workload.addresses.contains(&client.ip()) {
         return None;
     }

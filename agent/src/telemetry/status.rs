@@ -202,7 +202,7 @@ pub struct KernelCounter {
 pub struct GuardStatus {
     /// Connections in clear from before enrolment that were reset, since the agent started.
     pub resets_at_enrolment: u64,
-    /// What was dropped, most packets first; the least recently seen kinds are forgotten beyond 4,096.
+    /// What was dropped, most packets first; of each pod the least recently seen kinds are forgotten beyond 32.
     pub drops: Vec<DropStatus>,
 }
 
