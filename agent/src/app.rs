@@ -21,6 +21,7 @@ use crate::{config::Config, telemetry::admin};
 
 mod admin_servers;
 mod agent;
+mod kernel_shares;
 mod node_addresses;
 mod report;
 mod sources;
