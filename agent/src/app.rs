@@ -24,6 +24,7 @@ use crate::{config::Config, telemetry::admin};
 mod admin_servers;
 mod agent;
 mod cover;
+mod kernel_shares;
 mod node_addresses;
 mod node_state;
 mod report;

@@ -191,12 +191,18 @@ impl Enroller {
     }
 
     fn act(&self, state: &mut State, look: &mut Look, action: Action) {
+        let at = match &action {
+            Action::Cover(_, cgroup) | Action::Exempt(_, cgroup) | Action::Enrol(_, cgroup) => Some(*cgroup),
+            Action::Wait(workload, _) => cgroup::id_at(&self.pods_cgroup.path().join(&workload.cgroup)),
+            Action::Release(_) | Action::Remove(_) | Action::Guard(..) => None,
+        };
         let done = match action {
             Action::Release(path) => return Self::release(state, look, &path),
             Action::Remove(cgroup) => {
                 let links = look.released.remove(&cgroup).unwrap_or_default();
                 state.exempt.remove(&cgroup);
                 state.guarded.remove(&cgroup);
+                state.held.remove(&cgroup);
                 return self.remove(cgroup, state.known.remove(&cgroup), &links);
             }
             Action::Cover(workload, cgroup) => {
@@ -206,6 +212,7 @@ impl Enroller {
                 let told = self.kernel.maps.set_exempt(cgroup, &workload.addresses);
                 let told = told.inspect(|()| {
                     state.known.remove(&cgroup);
+                    state.held.remove(&cgroup);
                     state.exempt.insert(cgroup, workload.addresses.clone());
                 });
                 told.map_err(|error| (workload, NotYet::Kernel(error.to_string())))
@@ -213,8 +220,10 @@ impl Enroller {
             Action::LeaveUnnamed(cgroup) => return self.leave_unnamed(state, cgroup),
             Action::Guard(workload, cgroup) => return self.guard_early(state, &workload, cgroup),
             Action::Wait(workload, reason) => {
-                let cgroup = cgroup::id_at(&self.pods_cgroup.path().join(&workload.cgroup));
-                if let Some(cgroup) = cgroup.filter(|_| reason.is_running()) {
+                if let Some(cgroup) = at {
+                    self.hold_policy(state, cgroup, &workload);
+                }
+                if let Some(cgroup) = at.filter(|_| reason.is_running()) {
                     state.populated.entry(cgroup).or_insert_with(Instant::now);
                 }
                 Err((workload, reason))
@@ -226,8 +235,9 @@ impl Enroller {
         };
         if let Err((workload, reason)) = done {
             let reason = reason.to_string();
+            let policy = at.and_then(|cgroup| state.held.get(&cgroup).cloned());
             // A pod that cannot be covered waits for that first.
-            look.waiting.entry(workload.cgroup.clone()).or_insert(Waiting { workload, reason });
+            look.waiting.entry(workload.cgroup.clone()).or_insert(Waiting { workload, reason, policy });
         }
     }
 
@@ -284,10 +294,10 @@ impl Enroller {
         let capture_port = listeners.capture_port().map_err(|e| NotYet::Kernel(e.to_string()))?;
         let was_enrolled_here = self.kernel.maps.enrolled_in(cgroup) == Some(netns.cookie());
         let at = (netns.cookie(), capture_port);
-        let entry = entry(&workload, cgroup, slot, at, &policy);
-        let links = self
-            .tell_kernel(&entry, &netns, &listeners, &policy)
-            .map_err(|e| NotYet::Kernel(e.to_string()))?;
+        let entry = |policy: &PodPolicy| entry(&workload, cgroup, slot, at, policy);
+        let (policy, links) =
+            self.tell_kernel(entry, &netns, &listeners, policy).map_err(|e| NotYet::Kernel(e.to_string()))?;
+        state.held.remove(&cgroup);
         if !was_enrolled_here {
             self.reset_plaintext(&netns, &workload, |address| self.snapshots.mesh.contains(address));
         }
@@ -323,7 +333,7 @@ impl Enroller {
         // A set: thousands of pods may wait.
         let known: HashSet<(&Path, &str)> =
             before.waiting.iter().map(|w| (w.workload.cgroup.as_path(), w.reason.as_str())).collect();
-        for Waiting { workload, reason } in waiting {
+        for Waiting { workload, reason, .. } in waiting {
             if !known.contains(&(workload.cgroup.as_path(), reason.as_str())) {
                 tracing::info!(pod = %workload.name, namespace = %workload.namespace, reason, "not enrolled yet");
             }
@@ -343,6 +353,8 @@ struct State {
     current: HashMap<PathBuf, Arc<Pod>>,
     /// Pods in the kernel's map: cgroup id to slot.
     known: HashMap<u64, u32>,
+    /// Policies in force of pods that the kernel has an entry of and that this agent does not serve, by cgroup id.
+    held: HashMap<u64, Arc<PodPolicy>>,
     /// Policies of pods by cgroup id, while anybody looks at them.
     policies: HashMap<u64, Weak<watch::Sender<Arc<PodPolicy>>>>,
     /// The policies that were published last.

@@ -50,6 +50,9 @@ macro_rules! store {
     (@ $ctx:expr, ($($f:tt)*) $t:tt $($rest:tt)+) => { store!(@ $ctx, ($($f)* $t) $($rest)+) };
 }
 
+/// Index of the loopback interface, which the kernel gives to no other interface of a namespace.
+pub const LOOPBACK_INDEX: u32 = 1;
+
 const AF_INET: u32 = 2;
 const AF_INET6: u16 = 10;
 
@@ -200,6 +203,17 @@ impl SockAddr<'_> {
         let bytes = size_of::<SocketAddressV6>() as i32;
         // SAFETY: the helper takes the program's own context and reads `bytes` bytes of `name`.
         unsafe { bpf_bind(self.raw(), (&raw mut name).cast::<sockaddr>(), bytes) == 0 }
+    }
+
+    /// Returns true if the socket is bound to a device other than the loopback.
+    #[inline(always)]
+    pub fn is_bound_to_link(&self) -> bool {
+        let sk = self.sk();
+        if sk.is_null() {
+            return false;
+        }
+        let device = load!(sk, bound_dev_if);
+        device != 0 && device != LOOPBACK_INDEX
     }
 
     #[inline(always)]

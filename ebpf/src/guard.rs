@@ -12,11 +12,12 @@ use tacit_abi::{
 
 use crate::{
     answers,
-    context::{self, Skb},
+    context::{self, LOOPBACK_INDEX, Skb},
     count::count,
     drops::{Dropped, drop, report},
     lookup,
     maps::{LINKS, PODS, SETTINGS, pod_of},
+    node_flows,
     packet::{self, Direction, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, IpHeader},
 };
 
@@ -24,8 +25,6 @@ use crate::{
 const ETHERNET_HEADER: u32 = 14;
 /// Length of the smallest Ethernet frame: an ARP packet (42 bytes) with padding. A longer frame carries other data.
 const ARP_MAX: u32 = 60;
-/// Index of the loopback interface, which the kernel gives to no other interface of a namespace.
-const LOOPBACK: u32 = 1;
 
 /// Facts of a packet at a hook. `link` and `is_to_neighbour` are those of a frame, where the hook is on a link.
 struct Facts<'a> {
@@ -34,6 +33,8 @@ struct Facts<'a> {
     /// Offset of the first byte after the IP headers, from the network header.
     payload: u32,
     is_to_neighbour: bool,
+    /// The pod's slot.
+    slot: u32,
 }
 
 impl GuardFacts for Facts<'_> {
@@ -67,7 +68,7 @@ impl GuardFacts for Facts<'_> {
 
     #[inline(always)]
     fn is_node_flow(&self, packet: &Packet) -> bool {
-        lookup::is_node_flow(&packet.node_flow())
+        node_flows::is_node_flow(self.slot, &packet.node_flow())
     }
 
     #[inline(always)]
@@ -191,7 +192,7 @@ fn passes_ingress(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
 fn passes_socket(ctx: &SkBuffContext, direction: Direction, dropped: &mut Dropped) -> bool {
     let skb = Skb(ctx);
     // This check is first because all traffic to the agent is loopback.
-    if skb.interface() == LOOPBACK {
+    if skb.interface() == LOOPBACK_INDEX {
         return true;
     }
     let ethertype = skb.ethertype();
@@ -209,7 +210,13 @@ fn passes_socket(ctx: &SkBuffContext, direction: Direction, dropped: &mut Droppe
     let Some(packet) = packet::parse(&skb, &header, direction, 0) else {
         return drop_if_strict(dropped, cgroup, &pod, Reason::GuardUnreadable);
     };
-    let facts = Facts { skb: &skb, link: &NO_LINK, payload: header.payload(), is_to_neighbour: false };
+    let facts = Facts {
+        skb: &skb,
+        link: &NO_LINK,
+        payload: header.payload(),
+        is_to_neighbour: false,
+        slot: pod.slot,
+    };
     let verdict = match direction {
         Direction::Egress => decide_egress(&facts, &pod, Hook::Socket, &packet),
         Direction::Ingress => decide_ingress(&facts, &pod, &packet),
@@ -296,7 +303,7 @@ fn passes_link(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
     let Some(packet) = packet::parse(&skb, &header, Direction::Egress, ETHERNET_HEADER) else {
         return drop_if_strict(dropped, link.cgroup, &pod, Reason::GuardUnreadable);
     };
-    let facts = Facts { skb: &skb, link, payload: header.payload(), is_to_neighbour };
+    let facts = Facts { skb: &skb, link, payload: header.payload(), is_to_neighbour, slot: pod.slot };
     let verdict = decide_egress(&facts, &pod, Hook::Link, &packet);
     apply(dropped, link.cgroup, &pod, &packet, verdict)
 }
@@ -357,9 +364,9 @@ fn passes_arrival(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
             packet.segment = Segment::Data;
         }
         (port, number) = (packet.remote_port, packet.protocol);
-        arrival = decide_arrival(&Arriving(&skb), &pod, &packet);
+        arrival = decide_arrival(&Arriving(&skb, pod.slot), &pod, &packet);
         if arrival == Arrival::OfNode {
-            lookup::prove_node_flow(&packet.node_flow());
+            node_flows::prove(pod.slot, &packet.node_flow());
         }
     }
     match arrival {
@@ -368,7 +375,8 @@ fn passes_arrival(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
     }
 }
 
-struct Arriving<'a>(&'a Skb<'a>);
+/// A frame towards the pod with this slot.
+struct Arriving<'a>(&'a Skb<'a>, u32);
 
 impl ArrivalFacts for Arriving<'_> {
     #[inline(always)]
@@ -383,7 +391,7 @@ impl ArrivalFacts for Arriving<'_> {
 
     #[inline(always)]
     fn is_node_flow(&self, packet: &Packet) -> bool {
-        lookup::is_node_flow(&packet.node_flow())
+        node_flows::is_node_flow(self.1, &packet.node_flow())
     }
 }
 

@@ -1,13 +1,11 @@
 //! Facts of the whole node, looked up in maps.
 
-use aya_ebpf::{bindings::BPF_ANY, btf_maps::lpm_trie::Key};
-use tacit_abi::{Address, ClearKey, Mode, NodeFlow, PortKey, is_recent, node_port, seconds};
+use aya_ebpf::btf_maps::lpm_trie::Key;
+use tacit_abi::{Address, ClearKey, Mode, PortKey, node_port};
 
 use crate::{
     context::now,
-    maps::{
-        AGENTS, CLEAR, CLUSTER_NODES, MESH, NODE, NODE_FLOWS, NODE_HARDWARE, NODE_SERVICES, PORT_MODES, STATE,
-    },
+    maps::{AGENTS, CLEAR, CLUSTER_NODES, MESH, NODE, NODE_HARDWARE, NODE_SERVICES, PORT_MODES, STATE},
 };
 
 /// Prefix length of a full address in the mesh's map.
@@ -64,24 +62,6 @@ pub fn is_node_service(address: &Address, port: u16, protocol: u32) -> bool {
     // SAFETY: only presence is read.
     STATE.get(0).is_some_and(|state| state.node_services != 0)
         && unsafe { NODE_SERVICES.get(&key()) }.is_some()
-}
-
-/// Returns true if the node itself sent a packet of this flow to the pod a short time ago.
-#[inline(always)]
-pub fn is_node_flow(flow: &NodeFlow) -> bool {
-    // SAFETY: the value is one word.
-    unsafe { NODE_FLOWS.get(flow) }.is_some_and(|sent| is_recent(*sent, now()))
-}
-
-/// Remembers that the node itself sent a packet of this flow to the pod.
-#[inline(always)]
-pub fn prove_node_flow(flow: &NodeFlow) {
-    let seconds = seconds(now());
-    // SAFETY: the value is one word.
-    if unsafe { NODE_FLOWS.get(flow) }.is_none_or(|sent| *sent != seconds) {
-        // The least recently used entry makes room.
-        let _ = NODE_FLOWS.insert(flow, &seconds, BPF_ANY.into());
-    }
 }
 
 /// Returns the mode of a pod's port that has its own.

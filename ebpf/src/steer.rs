@@ -1,5 +1,7 @@
 //! sk_lookup in a pod's network namespace: redirects inbound connections to the agent.
 
+use core::cell::Cell;
+
 use aya_ebpf::programs::SkLookupContext;
 use tacit_abi::{
     Address, Inbound, InboundFacts, Reason, Steer, Steered, Tuple, decide_inbound, listener_index,
@@ -10,17 +12,23 @@ use crate::{
     count::count,
     lookup,
     maps::{CAPTURED, CAPTURERS, LISTENERS, STEERED},
+    node_flows,
 };
 
 const IPPROTO_TCP: u32 = 6;
+/// Slot of no pod.
+const NO_SLOT: u32 = u32::MAX;
 
-struct Facts;
+/// Facts of a connection, with the slot of the pod that it came to.
+struct Facts(Cell<u32>);
 
 impl InboundFacts for Facts {
     #[inline(always)]
     fn steered(&self, local: &Address) -> Option<Steered> {
         // SAFETY: copied at once; the agent replaces entries whole.
-        unsafe { STEERED.get(local) }.copied()
+        let steered = unsafe { STEERED.get(local) }.copied()?;
+        self.0.set(steered.slot);
+        Some(steered)
     }
 
     #[inline(always)]
@@ -36,7 +44,7 @@ impl InboundFacts for Facts {
 
     #[inline(always)]
     fn is_node_flow(&self, flow: &Inbound) -> bool {
-        lookup::is_node_flow(&flow.node_flow())
+        node_flows::is_node_flow(self.0.get(), &flow.node_flow())
     }
 
     #[inline(always)]
@@ -57,7 +65,7 @@ pub fn run(ctx: &SkLookupContext) -> bool {
     if lookup.protocol() != IPPROTO_TCP {
         return true;
     }
-    match decide_inbound(&Facts, &lookup.inbound()) {
+    match decide_inbound(&Facts(Cell::new(NO_SLOT)), &lookup.inbound()) {
         Steer::Pass(reason) => {
             count(reason);
             true

@@ -52,6 +52,11 @@ pub struct Modes {
 }
 
 impl Modes {
+    /// Returns the ports whose mode differs from that of all others.
+    pub fn exceptions(&self) -> impl Iterator<Item = (u16, Mode)> {
+        self.ports.iter().map(|(port, mode)| (*port, *mode)).filter(|(_, mode)| *mode != self.default)
+    }
+
     /// The mode of a port.
     #[must_use]
     pub fn at(&self, port: u16) -> Mode {

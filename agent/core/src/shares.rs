@@ -20,6 +20,8 @@ pub mod connections;
 pub mod ledger;
 pub mod queue;
 
+use tacit_abi::limits;
+
 pub use ledger::{Full, Ledger};
 
 /// A holder holds less than this multiple of the free units. 1 would leave half of the total idle beside one busy pod; 2
@@ -296,6 +298,39 @@ pub const ADMIN_CONNECTIONS: Share = Share {
     reason: "Two scrapers, a probe and a few people need fewer; each holds a descriptor and some KiB for at most 15 s.",
 };
 
+/// Captured connections in the kernel's table by pod.
+pub const PENDING_CONNECTIONS: Share = Share {
+    resource: "pending_connections",
+    counts: "captured connections whose handshake with the agent's listener has not ended, in a table of the kernel",
+    holder: Holder::Pod,
+    total: Total::Fixed(limits::PENDING as u64),
+    each: Each::Fixed(limits::PENDING_PER_POD as u64),
+    effect: "`connect()` of the pod fails with ENOBUFS (`connect_share`)",
+    reason: "The handshake ends inside `connect()`, except while 4,096 connections wait to be accepted. The shares of all pods fit.",
+};
+
+/// Connections to applications in the kernel's table by pod.
+pub const PENDING_DIALS: Share = Share {
+    resource: "pending_dials",
+    counts: "connections of the agent to a pod's applications whose handshake has not ended, in a table of the kernel",
+    holder: Holder::Pod,
+    total: Total::Fixed(limits::PENDING as u64),
+    each: Each::Fixed(limits::PENDING_PER_POD as u64),
+    effect: "the application sees an address of its own pod instead of the client's (`names_full`)",
+    reason: "As for captured connections, where an application does not accept.",
+};
+
+/// Modes of single ports in the kernel's table by pod.
+pub const PORT_MODES: Share = Share {
+    resource: "port_modes",
+    counts: "ports whose mode differs from the pod's, in a table of the kernel",
+    holder: Holder::Pod,
+    total: Total::Fixed(limits::PORT_MODES as u64),
+    each: Each::Fixed(limits::PORT_MODES_PER_POD as u64),
+    effect: "the pod's policy is not applied: the pod is STRICT at all ports",
+    reason: "Real policies name a few ports. The shares of all pods fit.",
+};
+
 /// All shares of the node, in the order of `tacit status`.
 pub const SHARES: &[Share] = &[
     CONNECTIONS,
@@ -307,6 +342,9 @@ pub const SHARES: &[Share] = &[
     OUTGOING_HANDSHAKES,
     BULK_DIRECTIONS,
     ADMIN_CONNECTIONS,
+    PENDING_CONNECTIONS,
+    PENDING_DIALS,
+    PORT_MODES,
 ];
 
 /// Returns the row with this name.

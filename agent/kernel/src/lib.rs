@@ -128,6 +128,16 @@ pub enum KernelError {
         /// The error.
         problem: String,
     },
+    /// A pod needs more entries of a map than its share.
+    #[error("map {map}: the pod needs {have} entries, its share has {bound}")]
+    Share {
+        /// Map name.
+        map: &'static str,
+        /// Entries that the pod needs.
+        have: usize,
+        /// Entries that a pod can have.
+        bound: usize,
+    },
     /// No thread to wait on.
     #[error("a thread to wait for another agent: {source}")]
     Thread {

@@ -3,28 +3,30 @@
 //! Locks are held for one or two map system calls, never across an await.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::HashSet,
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    os::fd::{AsFd as _, AsRawFd},
+    os::fd::{AsFd as _, AsRawFd, OwnedFd},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use aya::maps::{
-    HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockMap,
+    Array, HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockMap,
     lpm_trie::{Key, LpmTrie},
 };
 use ipnet::IpNet;
 use tacit_abi::{
-    Address, Destination, Listener, MeshKey, Mode, Names, Pod, PortKey, REASONS, Steered, Tuple, limits,
-    listener_index, names_kind, pod_flag, steer_flag,
+    Address, Listener, MeshKey, Mode, Names, Pending, Pod, REASONS, limits, listener_index, names_kind,
+    pod_flag, steer_flag,
 };
 
 use super::{KernelError, link, programs::Programs};
 
 mod guard;
+mod modes;
 
 use guard::GuardMaps;
 pub use guard::{DropCount, PlaintextDestination};
+use modes::ModeMaps;
 
 /// Present in the mesh: the value carries no more.
 const PRESENT: u32 = 1;
@@ -113,15 +115,14 @@ impl PlaintextEgress {
 /// Typed handles of all maps.
 pub struct Maps {
     pods: Mutex<HashMap<MapData, u64, Pod>>,
-    steered: Mutex<HashMap<MapData, Address, Steered>>,
-    port_modes: Mutex<HashMap<MapData, PortKey, u32>>,
+    modes: Mutex<ModeMaps>,
     mesh: Mutex<LpmTrie<MapData, MeshKey, u32>>,
     node: Mutex<HashMap<MapData, Address, u32>>,
     cluster_nodes: Mutex<HashMap<MapData, Address, u32>>,
     listeners: Mutex<SockMap<MapData>>,
     capturers: Mutex<SockMap<MapData>>,
-    names: Mutex<SkStorage<MapData, Names>>,
-    captured: Captured,
+    names: SocketNames,
+    pending: Array<MapData, Pending>,
     counters: PerCpuArray<MapData, u64>,
     guard: GuardMaps,
 }
@@ -130,18 +131,15 @@ impl Maps {
     pub(super) fn take(programs: &mut Programs) -> Result<Self, KernelError> {
         Ok(Self {
             pods: typed(programs, "PODS")?,
-            steered: typed(programs, "STEERED")?,
-            port_modes: typed(programs, "PORT_MODES")?,
+            modes: Mutex::new(ModeMaps::take(programs)?),
             mesh: typed(programs, "MESH")?,
             node: typed(programs, "NODE")?,
             cluster_nodes: typed(programs, "CLUSTER_NODES")?,
             listeners: typed(programs, "LISTENERS")?,
             capturers: typed(programs, "CAPTURERS")?,
-            names: typed(programs, "NAMES")?,
-            captured: Captured::take(programs)?,
-            counters: typed::<PerCpuArray<MapData, u64>>(programs, "COUNTERS")?
-                .into_inner()
-                .unwrap_or_else(PoisonError::into_inner),
+            names: SocketNames::take(programs)?,
+            pending: unlocked(programs, "PENDING")?,
+            counters: unlocked(programs, "COUNTERS")?,
             guard: GuardMaps::take(programs)?,
         })
     }
@@ -187,6 +185,13 @@ impl Maps {
         exempt.map(|(cgroup, pod)| (cgroup, addresses(pod))).collect()
     }
 
+    /// Returns the namespace cookie and the capture port of a pod's entry.
+    #[must_use]
+    pub fn pod_place(&self, cgroup: u64) -> Option<(u64, u16)> {
+        let pod = lock(&self.pods).get(&cgroup, 0).ok()?;
+        Some((pod.netns_cookie, u16::try_from(pod.capture_port).unwrap_or(0)))
+    }
+
     /// Ends the enrolment of a pod.
     pub fn remove_pod(&self, cgroup: u64) {
         // Missing is what was wanted.
@@ -205,64 +210,6 @@ impl Maps {
         let pods = lock(&self.pods);
         let enrolled = pods.iter().filter_map(Result::ok).filter(|(_, pod)| !pod.has(pod_flag::EXEMPT));
         enrolled.map(|(cgroup, pod)| (cgroup, pod.slot)).collect()
-    }
-
-    /// Sets what plaintext meets at a pod's addresses.
-    ///
-    /// # Errors
-    /// [`KernelError::Map`]. Ports are written before the pod's default, so that no port is open meanwhile that
-    /// should not be.
-    pub fn set_modes(
-        &self,
-        slot: u32,
-        addresses: &[IpAddr],
-        (default, plaintext): (Mode, PlaintextHandling),
-        ports: &BTreeMap<u16, Mode>,
-    ) -> Result<(), KernelError> {
-        let mut port_modes = lock(&self.port_modes);
-        for (port, mode) in ports {
-            let key = PortKey { slot, port: u32::from(*port) };
-            port_modes.insert(key, *mode as u32, 0).map_err(failed("PORT_MODES"))?;
-        }
-        let mut steered = lock(&self.steered);
-        let entry = Steered { slot, mode: default as u32, flags: plaintext.flags(), pad: 0 };
-        for ip in addresses {
-            steered.insert(address(*ip), entry, 0).map_err(failed("STEERED"))?;
-        }
-        let former: Vec<Address> = steered
-            .iter()
-            .filter_map(Result::ok)
-            .filter(|(key, s)| s.slot == slot && !addresses.iter().any(|ip| address(*ip) == *key))
-            .map(|(key, _)| key)
-            .collect();
-        for key in former {
-            let _ = steered.remove(&key);
-        }
-        let stale: Vec<PortKey> = port_modes
-            .keys()
-            .filter_map(Result::ok)
-            .filter(|k| k.slot == slot && !ports.keys().any(|p| u32::from(*p) == k.port))
-            .collect();
-        for key in stale {
-            let _ = port_modes.remove(&key);
-        }
-        Ok(())
-    }
-
-    /// Forgets the modes of a slot and of those addresses that are still its own.
-    pub fn remove_modes(&self, slot: u32) {
-        let mut steered = lock(&self.steered);
-        let own: Vec<Address> =
-            steered.iter().filter_map(Result::ok).filter(|(_, s)| s.slot == slot).map(|(a, _)| a).collect();
-        for key in own {
-            let _ = steered.remove(&key);
-        }
-        let mut port_modes = lock(&self.port_modes);
-        let ports: Vec<PortKey> =
-            port_modes.keys().filter_map(Result::ok).filter(|k| k.slot == slot).collect();
-        for key in ports {
-            let _ = port_modes.remove(&key);
-        }
     }
 
     /// Gives the kernel a listener of a pod. It leaves the map by itself when the socket closes.
@@ -361,39 +308,40 @@ impl Maps {
         replace_all(&mut lock(&self.cluster_nodes), &wanted).map_err(failed("CLUSTER_NODES"))
     }
 
-    /// Returns the original destination of a captured connection, by the addresses that `accept()` returned, and
-    /// removes the entry.
+    /// Returns the destination of a captured connection that the agent accepted as `socket`. The kernel stored it in the
+    /// socket before `accept()` returned.
     #[must_use]
-    pub fn destination(
-        &self,
-        netns_cookie: u64,
-        client: SocketAddr,
-        accepted_at: SocketAddr,
-    ) -> Option<SocketAddr> {
-        let key = Tuple {
-            netns_cookie,
-            local: address(client.ip()),
-            remote: address(accepted_at.ip()),
-            local_port: u32::from(client.port()),
-            remote_port: u32::from(accepted_at.port()),
-        };
-        let found = self.captured.take_out(&key.of_captured())?;
-        Some(SocketAddr::new(ip(&found.address), u16::try_from(found.port).ok()?))
+    pub fn destination(&self, socket: &impl AsRawFd) -> Option<SocketAddr> {
+        let names = self.names.get(socket).filter(|names| names.kind == names_kind::REDIRECTED)?;
+        Some(SocketAddr::new(ip(&names.peer), u16::try_from(names.peer_port).ok()?))
+    }
+
+    /// Returns a pod's entries in the maps of pending connections. `None` for a slot that no pod can have.
+    #[must_use]
+    pub fn pending(&self, slot: u32) -> Option<Pending> {
+        self.pending.get(&slot, 0).ok()
     }
 
     /// Makes the application that accepts `socket`'s connection see `client` as its peer. To be called before
-    /// `connect()`.
+    /// `connect()`. The connection counts in the share of the pod with `slot` until the application's kernel takes it.
     ///
     /// # Errors
     /// [`KernelError::Map`].
-    pub fn set_peer_name(&self, socket: &impl AsRawFd, client: SocketAddr) -> Result<(), KernelError> {
+    pub fn set_peer_name(
+        &self,
+        socket: &impl AsRawFd,
+        client: SocketAddr,
+        slot: u32,
+    ) -> Result<(), KernelError> {
         let names = Names {
             peer: address(client.ip()),
             own: Address::NONE,
             peer_port: u32::from(client.port()),
             kind: names_kind::DIALLED,
+            slot,
+            pad: 0,
         };
-        lock(&self.names).insert(socket, names, 0).map_err(failed("NAMES"))
+        self.names.set(socket, names)
     }
 
     /// Marks `socket` as a tunnel to `peer`. Of the agent's sockets only marked ones pass a pod's link into the mesh, and only
@@ -414,9 +362,14 @@ impl Maps {
     }
 
     fn mark(&self, socket: &impl AsRawFd, peer: SocketAddr, kind: u32) -> Result<(), KernelError> {
-        let names =
-            Names { peer: address(peer.ip()), own: Address::NONE, peer_port: u32::from(peer.port()), kind };
-        lock(&self.names).insert(socket, names, 0).map_err(failed("NAMES"))
+        let names = Names {
+            peer: address(peer.ip()),
+            own: Address::NONE,
+            peer_port: u32::from(peer.port()),
+            kind,
+            ..Names::default()
+        };
+        self.names.set(socket, names)
     }
 
     /// All counters, summed over CPUs.
@@ -432,26 +385,40 @@ impl Maps {
     }
 }
 
-/// The map of captured connections, from which entries are taken in one system call and without a lock: each captured
-/// connection costs one.
-struct Captured(MapData);
+/// The storage of names in sockets. Each captured connection is read once, which takes no lock.
+struct SocketNames {
+    reader: OwnedFd,
+    map: Mutex<SkStorage<MapData, Names>>,
+}
 
-impl Captured {
+impl SocketNames {
     fn take(programs: &mut Programs) -> Result<Self, KernelError> {
-        const NAME: &str = "CAPTURED";
-        let problem = |problem: &str| KernelError::Map { map: NAME, problem: problem.to_owned() };
-        let map = programs.ebpf().take_map(NAME).ok_or_else(|| problem("not in the object"))?;
-        // Checks the sizes of its keys and values.
-        HashMap::<_, Tuple, Destination>::try_from(&map).map_err(failed(NAME))?;
-        match map {
-            Map::HashMap(data) => Ok(Self(data)),
-            _ => Err(problem("not a hash map")),
-        }
+        const NAME: &str = "NAMES";
+        let map = programs.ebpf().map(NAME);
+        let data = match map {
+            Some(Map::SkStorage(data)) => data,
+            _ => return Err(KernelError::Map { map: NAME, problem: "no socket storage".to_owned() }),
+        };
+        let reader = data.fd().as_fd().try_clone_to_owned();
+        let reader = reader.map_err(|e| KernelError::Map { map: NAME, problem: e.to_string() })?;
+        Ok(Self { reader, map: typed(programs, NAME)? })
     }
 
-    fn take_out(&self, key: &Tuple) -> Option<Destination> {
-        link::take(self.0.fd().as_fd(), key)
+    fn get(&self, socket: &impl AsRawFd) -> Option<Names> {
+        link::read(self.reader.as_fd(), &socket.as_raw_fd())
     }
+
+    fn set(&self, socket: &impl AsRawFd, names: Names) -> Result<(), KernelError> {
+        lock(&self.map).insert(socket, names, 0).map_err(failed("NAMES"))
+    }
+}
+
+/// As [`typed`], for a map that is only read.
+fn unlocked<M: TryFrom<Map, Error = MapError>>(
+    programs: &mut Programs,
+    name: &'static str,
+) -> Result<M, KernelError> {
+    Ok(typed(programs, name)?.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
 fn typed<M: TryFrom<Map, Error = MapError>>(

@@ -59,7 +59,7 @@ const STEER: &str = "steer";
 const ESTABLISHED: &str = "established";
 
 /// Maps that outlive the agent.
-pub(super) const MAPS: [&str; 21] = [
+pub(super) const MAPS: [&str; 22] = [
     "STATE",
     "AGENTS",
     "CLEAR",
@@ -80,6 +80,7 @@ pub(super) const MAPS: [&str; 21] = [
     "NAMES",
     "CAPTURED",
     "DIALLED",
+    "PENDING",
     "COUNTERS",
 ];
 

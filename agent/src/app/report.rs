@@ -11,7 +11,7 @@ use tacit_core::{
     directory::{Directory, Ranges, Uncovered, Workload},
     policy::{
         Mode,
-        explain::{self, ExplainContext, ExplainError, Explanation, WorkloadRef},
+        explain::{self, ExplainContext, ExplainError, Explanation, PolicyInForce, WorkloadRef},
     },
     shares::{SHARES, ShareUse},
     spiffe::TrustDomain,
@@ -22,6 +22,7 @@ use tacit_sources::reload::ReloadState;
 use tokio::sync::watch;
 
 use crate::{
+    app::kernel_shares,
     config::Config,
     enrol::{PodPolicy, Pods, Unnamed},
     proxy::Proxy,
@@ -123,9 +124,11 @@ impl Report {
         port: u16,
     ) -> Result<Explanation, ExplainError> {
         let addresses = host::addresses().unwrap_or_default();
+        let pods = self.proxy.pods.load();
         let known = ExplainContext {
             directory: &self.proxy.snapshots.directory.current(),
             policies: &self.proxy.snapshots.policies.current(),
+            in_force: &|workload| in_force(&pods, workload),
             node: &self.node,
             is_node: &|address| addresses.iter().any(|own| *own == address && host::is_probe_source(own)),
         };
@@ -135,39 +138,39 @@ impl Report {
     fn pods(&self) -> Vec<PodStatus> {
         let table = self.proxy.pods.load();
         let live = self.proxy.telemetry.live_by_pod();
-        let policies = self.proxy.snapshots.policies.current();
-        let pod = |workload: &Workload, policy: &PodPolicy, links: &[GuardedLink], state| PodStatus {
+        let pod = |workload: &Workload, policy: Option<&PodPolicy>, links: &[GuardedLink], state| PodStatus {
             name: workload.name.to_string(),
             namespace: workload.namespace.to_string(),
             cgroup: self.pods_cgroup.join(&workload.cgroup).display().to_string(),
             addresses: workload.addresses.clone(),
             identity: workload.identity.to_string(),
-            mode: mode(policy.modes.default).to_owned(),
-            port_modes: policy
-                .modes
-                .ports
-                .iter()
-                .map(|(p, m)| (*p, mode(*m).to_owned()))
-                .collect::<BTreeMap<_, _>>(),
-            policies: policy.authorization.names().map(str::to_owned).collect(),
-            in_clear: in_clear_text(policy.plaintext_egress(workload)).to_owned(),
+            mode: policy.map_or(NO_POLICY, |policy| mode(policy.modes.default)).to_owned(),
+            port_modes: policy.map_or_else(BTreeMap::new, |policy| {
+                policy.modes.exceptions().map(|(p, m)| (p, mode(m).to_owned())).collect()
+            }),
+            policies: policy
+                .map_or_else(Vec::new, |policy| policy.authorization.names().map(str::to_owned).collect()),
+            in_clear: policy
+                .map_or(NO_POLICY, |policy| in_clear_text(policy.plaintext_egress(workload)))
+                .to_owned(),
             guarded_links: links.iter().map(|link| format!("{} ({})", link.interface, link.by)).collect(),
-            policy_not_applied: policy.not_applied.clone(),
-            raised_by_minimum: policy.not_applied.is_none()
-                && policies.written_modes(workload) != policy.modes,
+            policy_not_applied: policy.and_then(|policy| policy.not_applied.clone()),
+            raised_by_minimum: policy.is_some_and(|policy| {
+                policy.not_applied.is_none() && policies.written_modes(workload) != policy.modes
+            }),
             state,
             flows: live.get(&(workload.namespace.clone(), workload.name.clone())).copied().unwrap_or(0),
         };
-        let enrolled = table.pods.iter().map(|p| pod(&p.workload, &p.policy(), &p.links, PodState::Enrolled));
-        let waiting = table.waiting.iter().map(|w| {
-            let policy = PodPolicy::configured(&policies, &w.workload);
-            pod(&w.workload, &policy, &[], PodState::Waiting(w.reason.clone()))
-        });
+        let enrolled =
+            table.pods.iter().map(|p| pod(&p.workload, Some(&p.policy()), &p.links, PodState::Enrolled));
+        let waiting = table
+            .waiting
+            .iter()
+            .map(|w| pod(&w.workload, w.policy.as_deref(), &[], PodState::Waiting(w.reason.clone())));
         let directory = self.proxy.snapshots.directory.current();
         let left_alone = directory.host_network().map(|workload| {
             let reason = "it has the node's network (hostNetwork)".to_owned();
-            let policy = PodPolicy::configured(&policies, workload);
-            pod(workload, &policy, &[], PodState::LeftAlone(reason))
+            pod(workload, None, &[], PodState::LeftAlone(reason))
         });
         let mut all: Vec<PodStatus> = enrolled.chain(waiting).chain(left_alone).collect();
         all.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
@@ -210,6 +213,7 @@ impl Report {
         let mut all = self.proxy.shares.usage(&name);
         all.push(self.proxy.sessions.usage().named(name));
         all.push(self.proxy.telemetry.admin_connections());
+        all.extend(kernel_shares::usage(&self.kernel.maps, &table).map(|usage| usage.named(name)));
         let row = |usage: &ShareUse<String>| SHARES.iter().position(|row| row.resource == usage.resource);
         all.sort_by_key(row);
         all.into_iter().map(ShareStatus::of).collect()
@@ -228,6 +232,26 @@ impl Report {
         GuardStatus {
             resets_at_enrolment: self.proxy.telemetry.resets_at_enrolment(),
             drops: self.kernel.maps.drops().into_iter().map(status).collect(),
+        }
+    }
+}
+
+/// Mode of a pod for which neither the kernel nor the agent holds a policy.
+const NO_POLICY: &str = "none";
+
+/// The policy that connections to a workload of this node meet.
+fn in_force(pods: &Pods, workload: &Workload) -> PolicyInForce {
+    let (policy, waits_for) = pods.policy_of(workload).unwrap_or((None, None));
+    let waits_for = waits_for.map(str::to_owned);
+    match policy {
+        Some(policy) => PolicyInForce::Held {
+            modes: policy.modes.clone(),
+            authorization: policy.authorization.clone(),
+            not_applied: policy.not_applied.clone(),
+            waits_for,
+        },
+        None => {
+            PolicyInForce::Nothing { waits_for: waits_for.unwrap_or_else(|| "not looked at yet".to_owned()) }
         }
     }
 }

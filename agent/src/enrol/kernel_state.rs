@@ -9,7 +9,7 @@ use tacit_kernel::{
 
 use crate::enrol::{
     Enroller, NotYet, PodPolicy, State,
-    policy_publisher::{plaintext_handling, set_modes},
+    policy_publisher::{plaintext_handling, put_in_force, set_modes},
 };
 
 /// Steering of connections that arrive in a namespace.
@@ -28,28 +28,34 @@ impl Enroller {
         }
         let slot = state.free_slot();
         let policy = PodPolicy::configured(&self.snapshots.policies.current(), workload);
-        let entry = entry(workload, cgroup, slot, (0, 0), &policy);
-        let maps = &self.kernel.maps;
+        let entry = |policy: &PodPolicy| entry(workload, cgroup, slot, (0, 0), policy);
         // Single ports can be stricter than the pod.
-        let covered = set_modes(maps, slot, &workload.addresses, &policy).and_then(|()| maps.set_pod(&entry));
-        covered.map_err(|e| NotYet::Kernel(e.to_string()))?;
+        let in_force = put_in_force(&self.kernel.maps, entry, policy)
+            .map_err(|closed| NotYet::Kernel(closed.not_applied.unwrap_or_default()))?;
         state.known.insert(cgroup, slot);
+        state.held.insert(cgroup, Arc::new(in_force));
         Ok(slot)
     }
 
+    /// Makes the kernel treat a pod as enrolled. Returns the policy in force and the pod's guarded links.
     pub(super) fn tell_kernel(
         &self,
-        entry: &PodEntry,
+        entry: impl Fn(&PodPolicy) -> PodEntry,
         netns: &Netns,
         listeners: &Listeners,
-        policy: &PodPolicy,
-    ) -> Result<Vec<GuardedLink>, KernelError> {
+        policy: PodPolicy,
+    ) -> Result<(PodPolicy, Vec<GuardedLink>), KernelError> {
         let maps = &self.kernel.maps;
-        set_modes(maps, entry.slot, &entry.addresses, policy)?;
-        listeners.publish(maps, entry.slot)?;
-        let links = self.guard(entry.cgroup, netns, Steering::Attach)?;
-        maps.set_pod(entry)?;
-        Ok(links)
+        let mut policy = policy;
+        let PodEntry { cgroup, slot, addresses, .. } = entry(&policy);
+        if let Err(error) = set_modes(maps, slot, &addresses, &policy) {
+            policy = policy.fail_closed(error.to_string());
+            set_modes(maps, slot, &addresses, &policy)?;
+        }
+        listeners.publish(maps, slot)?;
+        let links = self.guard(cgroup, netns, Steering::Attach)?;
+        maps.set_pod(&entry(&policy))?;
+        Ok((policy, links))
     }
 
     /// Steers what arrives in a pod's namespace, and guards the pod's links.

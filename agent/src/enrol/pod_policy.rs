@@ -16,18 +16,29 @@ pub struct PodPolicy {
     pub modes: Modes,
     /// The authorization policies that select the pod.
     pub authorization: Authorization,
-    /// The error of the kernel if it rejected the configured policy. All ports are STRICT then.
+    /// Why the configured policy is not in force: it needs more than the pod's share, or the kernel rejected it. All ports
+    /// are STRICT then.
     pub not_applied: Option<String>,
 }
 
+/// Ports of one pod that can have a mode of their own. The kernel's table has room for as many of every pod.
+const PORT_MODES_MAX: usize = tacit_abi::limits::PORT_MODES_PER_POD as usize;
+
 impl PodPolicy {
-    /// Returns the policy that `policies` configures for `workload`.
+    /// Returns the policy that `policies` configures for `workload`. A policy that needs more than the pod's share of the
+    /// kernel's table is replaced by [`PodPolicy::fail_closed`].
     #[must_use]
     pub fn configured(policies: &Policies, workload: &Workload) -> Self {
-        Self {
+        let configured = Self {
             modes: policies.modes(workload),
             authorization: policies.authorization(workload),
             not_applied: None,
+        };
+        match configured.modes.exceptions().count() {
+            0..=PORT_MODES_MAX => configured,
+            ports => configured.fail_closed(format!(
+                "{ports} ports have a mode that differs from the pod's, a pod can have {PORT_MODES_MAX}: remove ports from portLevelMtls"
+            )),
         }
     }
 
@@ -93,6 +104,43 @@ spec:
   rules:
   - from: [{source: {principals: [cluster.local/ns/shop/sa/api]}}]
 ";
+
+    #[test]
+    fn a_policy_with_more_ports_than_a_pods_share_is_strict_and_does_not_change_others() {
+        let ports = |count: usize, mode: &str| {
+            let all: Vec<_> = (1..=count).map(|port| format!("{port}: {{mode: {mode}}}")).collect();
+            format!(
+                "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: ports, namespace: shop}}\n\
+                 spec: {{selector: {{matchLabels: {{app: web}}}}, portLevelMtls: {{{}}}}}\n",
+                all.join(", ")
+            )
+        };
+        for (count, mode, is_applied) in [
+            (PORT_MODES_MAX, "DISABLE", true),
+            (PORT_MODES_MAX + 1, "DISABLE", false),
+            (16_384, "DISABLE", false),
+            (65_535, "DISABLE", false),
+            // These ports say nothing of their own.
+            (16_384, "PERMISSIVE", true),
+        ] {
+            let policy = configured(&ports(count, mode));
+            assert_eq!(policy.not_applied.is_none(), is_applied, "{count} {mode}");
+            if is_applied {
+                assert_eq!(policy.decide(&plaintext(1)), Verdict::Allow, "{count} {mode}");
+                continue;
+            }
+            assert!(policy.authorizes_plaintext() && policy.modes.ports.is_empty(), "{count}");
+            for port in [1, 65_535] {
+                assert_eq!(policy.decide(&plaintext(port)), Verdict::Deny(PolicyDenial::PlaintextInStrict));
+            }
+        }
+        let policies = Policies::parse(&ports(16_384, "DISABLE"), Path::new("policy.yaml"), "istio-system");
+        let victim = Workload { namespace: "bank".into(), ..workload("web", &["10.77.1.3"]) };
+        assert_eq!(
+            PodPolicy::configured(&policies.expect("valid"), &victim),
+            PodPolicy::configured(&Policies::default(), &victim)
+        );
+    }
 
     fn configured(text: &str) -> PodPolicy {
         let policies = Policies::parse(text, Path::new("policy.yaml"), "istio-system").expect("valid");

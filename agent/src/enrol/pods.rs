@@ -41,6 +41,12 @@ impl Pod {
         matches!(clear, PlaintextEgress::Nothing | PlaintextEgress::Udp)
     }
 
+    /// Returns the pod's slot, which its shares of the kernel's tables go by.
+    #[must_use]
+    pub fn slot(&self) -> u32 {
+        self.slot
+    }
+
     /// Which of `workers` threads accepts its connections.
     #[must_use]
     pub fn home(&self, workers: usize) -> usize {
@@ -73,6 +79,8 @@ pub struct Waiting {
     pub workload: Arc<Workload>,
     /// The missing condition.
     pub reason: String,
+    /// The policy that the kernel holds for the pod; `None` while it has no entry of the pod.
+    pub policy: Option<Arc<PodPolicy>>,
 }
 
 /// Snapshot of all pods of this node.
@@ -92,6 +100,17 @@ impl Pods {
         let by_address =
             pods.iter().flat_map(|p| p.workload.addresses.iter().map(move |a| (*a, p.clone()))).collect();
         Self { pods, waiting, unnamed, by_address }
+    }
+
+    /// Returns the policy that the data path and the kernel hold for a workload of this node, and why the pod is not
+    /// enrolled. `None` for a workload that enrolment does not have.
+    #[must_use]
+    pub fn policy_of(&self, workload: &Workload) -> Option<(Option<Arc<PodPolicy>>, Option<&str>)> {
+        if let Some(pod) = self.pods.iter().find(|pod| pod.workload.cgroup == workload.cgroup) {
+            return Some((Some(pod.policy()), None));
+        }
+        let waiting = self.waiting.iter().find(|waiting| waiting.workload.cgroup == workload.cgroup)?;
+        Some((waiting.policy.clone(), Some(&waiting.reason)))
     }
 
     /// The enrolled pod that has `address`.

@@ -15,7 +15,7 @@ use tacit_core::{
     policy::{Flow, FlowSource, Policies, PolicyVerdict},
     refusal::Refusal,
 };
-use tacit_kernel::{Kernel, KernelError, Maps, PlaintextHandling, host, reset_sockets};
+use tacit_kernel::{Kernel, KernelError, Maps, PlaintextHandling, PodEntry, host, reset_sockets};
 
 use crate::{
     enrol::{Enroller, Pod, PodPolicy, State, kernel_state::entry},
@@ -58,44 +58,44 @@ impl Enroller {
         }
     }
 
-    /// Puts a policy in force, in the kernel first. A policy that the kernel rejects is replaced by
-    /// [`PodPolicy::fail_closed`] and tried again at the next look. Returns true if the policy in force changed.
+    /// Puts a policy in force, in the kernel first. What the kernel rejects is tried again at the next look. Returns true if
+    /// the policy in force changed.
     fn replace_policy(&self, pod: &Pod, wanted: PodPolicy) -> bool {
         let before = pod.policy();
-        let in_force = match self.set_policy(pod, &wanted) {
-            Ok(()) => wanted,
-            Err(error) => {
-                let closed = wanted.fail_closed(error.to_string());
-                if let Err(error) = self.set_policy(pod, &closed) {
-                    tracing::error!(pod = %pod.workload.name, %error, "STRICT not applied; the kernel keeps the policy before");
-                }
-                closed
-            }
-        };
+        let at = (pod.netns.cookie(), pod.capture_port);
+        let entry = |policy: &PodPolicy| entry(&pod.workload, pod.cgroup, pod.slot, at, policy);
+        let in_force = put_in_force(&self.kernel.maps, entry, wanted).unwrap_or_else(|closed| closed);
         // A failure that lasts is logged once.
         if in_force == *before {
             return false;
         }
-        match &in_force.not_applied {
-            Some(error) => {
-                tracing::error!(pod = %pod.workload.name, error, "policy not applied, STRICT instead; trying again");
-            }
-            None => {
-                let selected_by: Vec<_> = in_force.authorization.names().collect();
-                tracing::info!(pod = %pod.workload.name, mode = ?in_force.modes.default, ?selected_by, "policy changed");
-            }
-        }
+        log_policy(&pod.workload, &in_force);
         pod.policy.send_replace(Arc::new(in_force));
         true
     }
 
-    /// Writes both maps, the second also after the first has failed.
-    fn set_policy(&self, pod: &Pod, policy: &PodPolicy) -> Result<(), KernelError> {
+    /// Keeps the policy of a pod in force that the kernel has an entry of and that this agent does not serve yet. Its
+    /// applications get plaintext as their modes allow.
+    pub(super) fn hold_policy(&self, state: &mut State, cgroup: u64, workload: &Workload) {
+        let Some(slot) = state.known.get(&cgroup).copied() else { return };
+        let wanted = PodPolicy::configured(&self.policies.current(), workload);
+        let before = state.held.get(&cgroup);
+        if before.is_some_and(|before| **before == wanted) {
+            return;
+        }
         let maps = &self.kernel.maps;
-        let at = (pod.netns.cookie(), pod.capture_port);
-        let entry = entry(&pod.workload, pod.cgroup, pod.slot, at, policy);
-        let modes = set_modes(maps, pod.slot, &pod.workload.addresses, policy);
-        modes.and(maps.set_pod(&entry))
+        // Without an entry there is nothing to keep; the pod is covered anew.
+        let Some(at) = maps.pod_place(cgroup) else { return };
+        // An earlier agent may have found the addresses in the pod's namespace.
+        let found = if workload.addresses.is_empty() { maps.steered_addresses(slot) } else { Vec::new() };
+        let addresses = if found.is_empty() { workload.addresses.clone() } else { found };
+        let workload = Workload { addresses, ..workload.clone() };
+        let entry = |policy: &PodPolicy| entry(&workload, cgroup, slot, at, policy);
+        let in_force = put_in_force(maps, entry, wanted).unwrap_or_else(|closed| closed);
+        if before.is_none_or(|before| **before != in_force) {
+            log_policy(&workload, &in_force);
+            state.held.insert(cgroup, Arc::new(in_force));
+        }
     }
 
     /// Resets plaintext connections that the pod's applications accepted, without an agent between, while policy allowed them.
@@ -126,6 +126,45 @@ impl Enroller {
     }
 }
 
+/// Writes a pod's policy to the kernel and returns the policy in force. A policy that the kernel rejects is replaced by
+/// [`PodPolicy::fail_closed`].
+///
+/// # Errors
+/// The policy that was to be in force, if the kernel rejects that one too. The kernel keeps what it had.
+pub(super) fn put_in_force(
+    maps: &Maps,
+    entry: impl Fn(&PodPolicy) -> PodEntry,
+    wanted: PodPolicy,
+) -> Result<PodPolicy, PodPolicy> {
+    // Both maps are written, the second also after the first has failed.
+    let write = |policy: &PodPolicy| {
+        let entry = entry(policy);
+        let modes = set_modes(maps, entry.slot, &entry.addresses, policy);
+        modes.and(maps.set_pod(&entry))
+    };
+    let Err(error) = write(&wanted) else { return Ok(wanted) };
+    let closed = wanted.clone().fail_closed(error.to_string());
+    match write(&closed) {
+        Ok(()) => Ok(closed),
+        Err(second) => {
+            let both = format!("{error}; STRICT neither: {second}; the kernel keeps what it had");
+            Err(wanted.fail_closed(both))
+        }
+    }
+}
+
+fn log_policy(workload: &Workload, in_force: &PodPolicy) {
+    match &in_force.not_applied {
+        Some(error) => {
+            tracing::error!(pod = %workload.name, error, "policy not applied, STRICT instead; trying again");
+        }
+        None => {
+            let selected_by: Vec<_> = in_force.authorization.names().collect();
+            tracing::info!(pod = %workload.name, mode = ?in_force.modes.default, ?selected_by, "policy changed");
+        }
+    }
+}
+
 /// Writes the mode of the mesh, which holds for pods that the kernel has no entry of.
 ///
 /// # Errors
@@ -149,5 +188,6 @@ pub(super) fn set_modes(
     policy: &PodPolicy,
 ) -> Result<(), KernelError> {
     let default = (policy.modes.default, plaintext_handling(policy));
-    maps.set_modes(slot, addresses, default, &policy.modes.ports)
+    let ports: BTreeMap<u16, Mode> = policy.modes.exceptions().collect();
+    maps.set_modes(slot, addresses, default, &ports)
 }

@@ -144,9 +144,7 @@ impl Entrance {
     fn refuse(&self, connection: &std::net::TcpStream, peer: SocketAddr, refusal: Refusal) {
         let at = connection.local_addr().map_or(peer, canonical);
         let (by, destination) = match self.origin {
-            Origin::OwnPod => {
-                (Reporter::Source, self.proxy.dialer.take_destination(&self.pod, peer, at).unwrap_or(at))
-            }
+            Origin::OwnPod => (Reporter::Source, self.proxy.dialer.destination(connection).unwrap_or(at)),
             Origin::Elsewhere => (Reporter::Destination, at),
         };
         self.proxy.report(by, Addresses { source: peer, destination }, refusal);

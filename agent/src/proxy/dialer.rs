@@ -1,6 +1,6 @@
 //! Connections that the agent makes from inside a pod's network namespace, and the destinations of captured connections.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, os::fd::AsRawFd, sync::Arc, time::Duration};
 
 use tacit_kernel::{Kernel, netns::HostNetns, socket};
 use tacit_tunnel::socket::reset_if_dropped;
@@ -40,7 +40,7 @@ impl Dialer {
         // On loopback no autotuning is needed: a window of two batches keeps both ends busy.
         socket.set_recv_buffer_size(unread_bytes as usize)?;
         // An application decides by the address of its client: without the name there is no connection.
-        self.kernel.maps.set_peer_name(&socket, client).map_err(io::Error::other)?;
+        self.kernel.maps.set_peer_name(&socket, client, pod.slot()).map_err(io::Error::other)?;
         let connected = socket::connected(socket, application, APPLICATION_CONNECT).await?;
         reset_if_dropped(&connected);
         Ok(connected)
@@ -90,14 +90,8 @@ impl Dialer {
         socket::connected(socket, destination, limit).await
     }
 
-    /// Takes out of the kernel's map the destination of a connection that `client` in `pod` made and the agent accepted at
-    /// `accepted_at`.
-    pub(super) fn take_destination(
-        &self,
-        pod: &Pod,
-        client: SocketAddr,
-        accepted_at: SocketAddr,
-    ) -> Option<SocketAddr> {
-        self.kernel.maps.destination(pod.netns.cookie(), client, accepted_at)
+    /// Returns the destination of a captured connection that the agent accepted.
+    pub(super) fn destination(&self, captured: &impl AsRawFd) -> Option<SocketAddr> {
+        self.kernel.maps.destination(captured)
     }
 }

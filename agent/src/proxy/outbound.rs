@@ -218,8 +218,7 @@ fn carry(
 /// Returns the flow's addresses as both applications see them. Returns `None` also for a client with a foreign source
 /// address (IP_TRANSPARENT), because answers to it would leave the pod as plaintext.
 fn find_destination(path: &Proxy, pod: &Pod, app: &TcpStream, client: SocketAddr) -> Option<Addresses> {
-    let at = canonical(app.local_addr().ok()?);
-    let destination = path.dialer.take_destination(pod, client, at)?;
+    let destination = path.dialer.destination(app)?;
     if !client.ip().is_loopback() && !pod.workload.addresses.contains(&client.ip()) {
         return None;
     }

@@ -212,7 +212,7 @@ pub struct CounterStatus {
 pub struct GuardStatus {
     /// Plaintext connections from before enrolment that were reset, since the agent started.
     pub resets_at_enrolment: u64,
-    /// The dropped packets, most first. The least recently seen kinds are evicted beyond 4,096.
+    /// The dropped packets, most first. Of each pod the least recently seen kinds are evicted beyond 32.
     pub drops: Vec<DropStatus>,
 }
 

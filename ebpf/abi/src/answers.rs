@@ -34,7 +34,7 @@ fn hash(seed: u64, packet: &Packet) -> u64 {
 
 /// A bijection of 64 bits in which each bit of the input changes half of the output (murmur3's finalizer).
 #[inline(always)]
-const fn mix(mut value: u64) -> u64 {
+pub(crate) const fn mix(mut value: u64) -> u64 {
     value ^= value >> 33;
     value = value.wrapping_mul(0xff51_afd7_ed55_8ccd);
     value ^= value >> 33;

@@ -22,15 +22,17 @@ pub mod limits {
     pub const PODS: u32 = 4 * SLOTS;
     /// Addresses of enrolled pods, one of each family.
     pub const ADDRESSES: u32 = 2 * SLOTS;
-    /// Connections and datagram flows that the node itself has with pods. The least recently used entry is evicted. Each
-    /// packet of the node makes its entry again, so an entry is needed only until the packet is in the pod.
-    pub const NODE_FLOWS: u32 = 16 * 1024;
+    /// Connections and datagram flows that the node itself has with one pod. A pod with more loses its own oldest ones. Each
+    /// packet of the node makes its entry again, so an entry is needed only until the packet is answered.
+    pub const NODE_FLOWS_PER_POD: u32 = 256;
     /// Hardware addresses of the node's interfaces.
     pub const NODE_HARDWARE: u32 = 4 * PODS;
     /// Datagram flows of one pod whose answers are expected. A pod with more loses its own oldest ones.
     pub const ANSWERS_PER_POD: u32 = 1024;
-    /// Modes of single ports, over all pods.
-    pub const PORT_MODES: u32 = 16 * 1024;
+    /// Ports of one pod whose mode differs from the pod's. Real policies have a few. The agent refuses a policy with more.
+    pub const PORT_MODES_PER_POD: u32 = 128;
+    /// Modes of single ports: the shares of all pods. Memory is allocated on demand.
+    pub const PORT_MODES: u32 = SLOTS * PORT_MODES_PER_POD;
     /// Ranges of the mesh. Without service ranges, each enrolled service needs an entry. Memory is allocated on demand.
     pub const MESH_RANGES: u32 = 64 * 1024;
     /// The node's own addresses.
@@ -43,11 +45,16 @@ pub mod limits {
     pub const AGENTS: u32 = 16;
     /// Destinations of `allowClear`.
     pub const CLEAR: u32 = 1024;
-    /// Counters of dropped packets by pod, destination and reason. The least recently used entry is evicted.
-    pub const DROPS: u32 = 4096;
-    /// Connections between `connect()` and the `accept()` of the agent or application. Above the sum of accept backlogs of
-    /// a busy node. If the map is full, new captured connections are reset and counted.
-    pub const PENDING: u32 = 64 * 1024;
+    /// Kinds of dropped packets of one pod that are counted each: other end, reason and protocol. A pod with more loses its
+    /// least recently seen ones.
+    pub const DROPS_PER_POD: u32 = 32;
+    /// Shares of drops for pods without a slot. Two such pods may have the same one.
+    pub const DROPS_WITHOUT_SLOT: u32 = 64;
+    /// Connections of one pod whose handshake on the loopback has not ended. The kernel ends it inside `connect()`, except
+    /// while the listener's accept queue (4,096) is full. Each of the two maps has this share for each pod.
+    pub const PENDING_PER_POD: u32 = 512;
+    /// Connections whose handshake on the loopback has not ended: the shares of all pods. Memory is allocated on demand.
+    pub const PENDING: u32 = SLOTS * PENDING_PER_POD;
 }
 
 /// Settings written into the programs before they are loaded.
@@ -175,37 +182,6 @@ pub mod pod_flag {
     }
 }
 
-/// Key of a flow between the node itself and a pod, proven on the host end of the pod's link.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct NodeFlow {
-    /// Address of the node.
-    pub node: Address,
-    /// Address of the pod.
-    pub pod: Address,
-    /// Port of the node.
-    pub node_port: u32,
-    /// Port of the pod.
-    pub pod_port: u32,
-    /// IP protocol number.
-    pub protocol: u32,
-    /// Explicit padding, zero.
-    pub pad: u32,
-}
-
-impl NodeFlow {
-    /// Returns the key of a flow between these addresses and ports.
-    #[inline(always)]
-    #[must_use]
-    pub const fn new(
-        (node, node_port): (Address, u32),
-        (pod, pod_port): (Address, u32),
-        protocol: u8,
-    ) -> Self {
-        Self { node, pod, node_port, pod_port, protocol: protocol as u32, pad: 0 }
-    }
-}
-
 /// A destination of `allowClear`, which STRICT pods may reach as plaintext.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -214,20 +190,6 @@ pub struct ClearKey {
     pub address: Address,
     /// Destination port.
     pub port: u32,
-    /// IP protocol number.
-    pub protocol: u32,
-}
-
-/// Key of a counter of dropped packets.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct DropKey {
-    /// Id of the pod's cgroup.
-    pub cgroup: u64,
-    /// Address of the other end.
-    pub remote: Address,
-    /// The `Reason`.
-    pub reason: u32,
     /// IP protocol number.
     pub protocol: u32,
 }
@@ -345,6 +307,17 @@ impl Tuple {
             && self.remote_port < first + tcp_port::CAPTURE_V6_COUNT as u32
     }
 
+    /// Returns true for a connection to a port of the agent's capture listener, or to one that captured connections are
+    /// spread over.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_to_capture(&self) -> bool {
+        self.is_spread()
+            || self.remote.is_loopback()
+                && (self.remote_port == tcp_port::CAPTURE as u32
+                    || self.remote_port == tcp_port::spare(tcp_port::CAPTURE) as u32)
+    }
+
     /// Returns the key under which a captured connection is stored. sk_lookup cannot read its namespace's cookie, so the
     /// key of a spread connection leaves the cookie out. Its source, the pod's own address, identifies the pod.
     #[inline(always)]
@@ -362,8 +335,8 @@ pub struct Destination {
     pub address: Address,
     /// The port.
     pub port: u32,
-    /// Explicit padding, zero.
-    pub pad: u32,
+    /// Slot of the pod in whose share the entry counts.
+    pub slot: u32,
 }
 
 /// Kinds of [`Names`] entries.
@@ -382,6 +355,8 @@ pub mod names_kind {
     pub const TUNNEL: u32 = 6;
     /// A plaintext connection of the agent to a port whose mode is DISABLE. It passes a pod's link to `peer` only.
     pub const DISABLED: u32 = 8;
+    /// The agent's end of a captured connection: `peer` is the connection's destination.
+    pub const REDIRECTED: u32 = 7;
 }
 
 /// Names that a socket's application sees, stored in the socket.
@@ -396,6 +371,10 @@ pub struct Names {
     pub peer_port: u32,
     /// One of [`names_kind`].
     pub kind: u32,
+    /// Slot of the pod, for [`names_kind::CAPTURED`] and [`names_kind::DIALLED`].
+    pub slot: u32,
+    /// Explicit padding, zero.
+    pub pad: u32,
 }
 
 /// Address in a key of the longest-prefix map of mesh ranges. IPv4 prefix lengths are raised by 96.
@@ -407,21 +386,16 @@ const _: () = {
     assert!(size_of::<State>() == 32);
     assert!(size_of::<Pod>() == 56);
     assert!(size_of::<ClearKey>() == 24);
-    assert!(size_of::<DropKey>() == 32);
     assert!(size_of::<Steered>() == 16);
     assert!(size_of::<PortKey>() == 8);
     assert!(size_of::<Tuple>() == 48);
     assert!(size_of::<Destination>() == 24);
-    assert!(size_of::<Names>() == 40);
-    assert!(size_of::<NodeFlow>() == 48);
+    assert!(size_of::<Names>() == 48);
 };
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{
-        Address, ClearKey, Destination, DropKey, Names, NodeFlow, Pod, PortKey, Settings, State, Steered,
-        Tuple,
-    };
+    use super::{Address, ClearKey, Destination, Names, Pod, PortKey, Settings, State, Steered, Tuple};
 
     // SAFETY: repr(C), no padding (asserted above by size), every bit pattern is valid.
     unsafe impl aya::Pod for Address {}
@@ -431,8 +405,6 @@ mod user {
     unsafe impl aya::Pod for State {}
     // SAFETY: as above.
     unsafe impl aya::Pod for ClearKey {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for DropKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Pod {}
     // SAFETY: as above.
@@ -445,6 +417,4 @@ mod user {
     unsafe impl aya::Pod for Destination {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Names {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for NodeFlow {}
 }

@@ -12,29 +12,35 @@ mod address;
 mod answers;
 mod arrival;
 mod claim;
+mod drops;
 mod guard;
 mod inbound;
 mod layout;
 mod link;
+mod node_flows;
 pub mod node_port;
 mod outbound;
+mod pending;
 mod reason;
 pub mod tcp_port;
 
 pub use address::Address;
 pub use answers::{ANSWER_WAYS, answer_cells, is_expected, remember};
-pub use arrival::{Arrival, ArrivalFacts, decide_arrival, is_recent, seconds};
+pub use arrival::{Arrival, ArrivalFacts, decide_arrival, seconds};
 pub use claim::{Claim, may_claim, may_send_from};
+pub use drops::{DROP_WAYS, DropCounter, PodDrops, drops_index};
 pub use guard::{
     Accepted, GuardFacts, Hook, Packet, Segment, Verdict, decide_egress, decide_ingress, protocol,
 };
 pub use inbound::{Inbound, InboundFacts, Steer, decide_inbound};
 pub use layout::{
-    ABI_VERSION, ClearKey, Destination, DropKey, LISTENERS_PER_POD, Listener, MeshKey, Mode, Names, NodeFlow,
-    Pod, PortKey, Settings, State, Steered, Tuple, limits, listener_index, names_kind, pod_flag, steer_flag,
+    ABI_VERSION, ClearKey, Destination, LISTENERS_PER_POD, Listener, MeshKey, Mode, Names, Pod, PortKey,
+    Settings, State, Steered, Tuple, limits, listener_index, names_kind, pod_flag, steer_flag,
 };
 pub use link::{Link, hardware_address};
-pub use outbound::{Connect, ConnectFacts, decide_connect};
+pub use node_flows::{NODE_FLOW_WAYS, NodeFlow, NodeFlowCell, NodeFlowKey};
+pub use outbound::{Connect, ConnectFacts, connect_error, decide_connect};
+pub use pending::{Pending, is_in_share, is_share_used_up};
 pub use reason::{REASONS, Reason, ReasonText};
 
 /// Bytes that a connection between the agent and an application keeps unsent, beside those that its reader has. Sending goes on

@@ -40,6 +40,8 @@ struct Facts {
     stale: bool,
     steered: Option<Steered>,
     captured: bool,
+    bound_to_link: bool,
+    share_used_up: bool,
 }
 
 impl GuardFacts for Facts {
@@ -115,6 +117,12 @@ impl ConnectFacts for Facts {
     fn is_stale(&self) -> bool {
         self.stale
     }
+    fn is_bound_to_link(&self) -> bool {
+        self.bound_to_link
+    }
+    fn is_share_used_up(&self, _: u32) -> bool {
+        self.share_used_up
+    }
 }
 
 impl InboundFacts for Facts {
@@ -160,7 +168,7 @@ fn facts() -> impl Strategy<Value = Facts> {
         proptest::option::of(steered),
         accepted,
     );
-    (any::<[bool; 16]>(), 7..9_u64, options).prop_map(|(is, netns, (port_mode, pod, steered, accepted))| {
+    (any::<[bool; 17]>(), 7..9_u64, options).prop_map(|(is, netns, (port_mode, pod, steered, accepted))| {
         let [
             agent,
             tunnel,
@@ -177,7 +185,8 @@ fn facts() -> impl Strategy<Value = Facts> {
             strict,
             stale,
             captured,
-            _,
+            bound_to_link,
+            share_used_up,
         ] = is;
         Facts {
             agent,
@@ -200,6 +209,8 @@ fn facts() -> impl Strategy<Value = Facts> {
             stale,
             steered,
             captured,
+            bound_to_link,
+            share_used_up,
         }
     })
 }
@@ -426,13 +437,15 @@ proptest! {
             None => is_outside || !facts.default_is_strict || facts.agent,
             Some(pod) => {
                 let is_own = is_own(&pod, &destination);
-                let is_stale = facts.stale && !pod.has(pod_flag::EGRESS_STRICT) && facts.netns == pod.netns_cookie;
-                pod.has(pod_flag::EXEMPT) || is_outside || is_own || is_stale
+                let is_open = !pod.has(pod_flag::EGRESS_STRICT) && facts.netns == pod.netns_cookie;
+                let is_unreachable = is_open && (facts.stale || facts.bound_to_link);
+                pod.has(pod_flag::EXEMPT) || is_outside || is_own || is_unreachable
             }
         };
         prop_assert_eq!(is_left, expected, "{:?}", verdict);
         if let Connect::Capture(pod) = verdict {
             prop_assert!(Some(pod) == facts.pod && !facts.stale && facts.netns == pod.netns_cookie);
+            prop_assert!(!facts.bound_to_link && !facts.share_used_up);
         }
     }
 

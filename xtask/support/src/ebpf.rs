@@ -83,8 +83,8 @@ fn distribution_cargo(workspace: &Workspace, rustc: &Path, subcommand: &str) -> 
         workspace.cargo(subcommand)
     };
     cargo.env("RUSTC", rustc);
-    // aya-ebpf uses feature(asm_experimental_arch). Naming it keeps every other crate's probing for nightly off.
-    cargo.env("RUSTC_BOOTSTRAP", "aya_ebpf");
+    // Both use feature(asm_experimental_arch). Naming them keeps every other crate's probing for nightly off.
+    cargo.env("RUSTC_BOOTSTRAP", "aya_ebpf,tacit_ebpf");
     cargo
 }
 

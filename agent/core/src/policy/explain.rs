@@ -11,7 +11,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Authorization, AuthorizationDecision, Flow, FlowSource, Mode, Policies, PolicyDenial, PolicyVerdict,
+    Authorization, AuthorizationDecision, Flow, FlowSource, Mode, Modes, Policies, PolicyDenial, PolicyVerdict,
     decide,
 };
 use crate::{
@@ -149,13 +149,36 @@ pub struct PathVerdict {
     pub why: Vec<String>,
 }
 
+/// The policy that connections to a workload of this agent's node meet. It can differ from what was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PolicyInForce {
+    /// The kernel and the data path hold this policy.
+    Held {
+        /// The modes.
+        modes: Modes,
+        /// The authorization.
+        authorization: Authorization,
+        /// Why it is not the configured policy.
+        not_applied: Option<String>,
+        /// Why the pod is not enrolled. Only the kernel holds the policy then, and nothing reaches the pod through the agent.
+        waits_for: Option<String>,
+    },
+    /// No policy is held.
+    Nothing {
+        /// What is missing.
+        waits_for: String,
+    },
+}
+
 /// The snapshots that an explanation reads.
 #[derive(Clone, Copy)]
 pub struct ExplainContext<'a> {
     /// The workloads and services.
     pub directory: &'a Directory,
-    /// All policies.
+    /// All policies, as they were read.
     pub policies: &'a Policies,
+    /// Returns the policy in force for a workload of this agent's node.
+    pub in_force: &'a dyn Fn(&Workload) -> PolicyInForce,
     /// This agent's node.
     pub node: &'a str,
     /// Tells the node's own addresses.
@@ -215,7 +238,13 @@ fn path(
         verdict.why.push("Nobody keeps a policy there: the destination is not enrolled.".to_owned());
         return verdict;
     };
-    let (modes, authorization) = (known.policies.modes(target), known.policies.authorization(target));
+    let (modes, authorization) = match held(known, target, &mut verdict.why) {
+        Some(policy) => policy,
+        None => {
+            verdict.allow = false;
+            return verdict;
+        }
+    };
     let mode = modes.at(port);
     verdict.mode = Some(name(mode).to_owned());
     verdict.policies = authorization.names().map(str::to_owned).collect();
@@ -239,6 +268,39 @@ fn path(
     ));
     verdict.why.extend(remarks(known.policies, &authorization, &flow));
     verdict
+}
+
+/// Returns the policy that a connection meets, with sentences where it is not the configured policy in full. `None` if there
+/// is none yet.
+fn held(
+    known: ExplainContext<'_>,
+    target: &Workload,
+    why: &mut Vec<String>,
+) -> Option<(Modes, Authorization)> {
+    if *target.node != *known.node {
+        why.push(format!(
+            "Policy as this agent has read it: the agent of node {} knows what is in force there.",
+            target.node
+        ));
+        return Some((known.policies.modes(target), known.policies.authorization(target)));
+    }
+    match (known.in_force)(target) {
+        PolicyInForce::Held { modes, authorization, not_applied, waits_for } => {
+            let not_applied = not_applied.map(|error| {
+                format!("The configured policy is not applied, STRICT is in force at all ports: {error}.")
+            });
+            let waits_for = waits_for
+                .map(|reason| format!("The destination is not enrolled yet, tunnels to it fail: {reason}."));
+            why.extend(not_applied.into_iter().chain(waits_for));
+            Some((modes, authorization))
+        }
+        PolicyInForce::Nothing { waits_for } => {
+            why.push(format!(
+                "No policy is in force for the destination yet, tunnels to it fail: {waits_for}."
+            ));
+            None
+        }
+    }
 }
 
 /// Returns audits, and the notes on the evaluated policies.

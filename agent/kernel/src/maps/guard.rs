@@ -12,14 +12,14 @@ use std::{
 
 use aya::maps::{Array, HashMap, MapData};
 use nix::time::{ClockId, clock_gettime};
-use tacit_abi::{Address, ClearKey, DropKey, Link, Mode, REASONS, State, hardware_address};
+use tacit_abi::{Address, ClearKey, DropCounter, Link, Mode, PodDrops, REASONS, State, hardware_address};
 
 use super::{
     super::{
         KernelError,
         programs::{HostEnd, Programs},
     },
-    PRESENT, address, failed, ip, lock, typed,
+    PRESENT, address, failed, ip, lock, typed, unlocked,
 };
 use crate::host;
 
@@ -55,7 +55,7 @@ pub(super) struct GuardMaps {
     node_services: Mutex<HashMap<MapData, ClearKey, u32>>,
     links: Mutex<HashMap<MapData, u32, Link>>,
     hardware: Mutex<HashMap<MapData, u64, u32>>,
-    drops: Mutex<HashMap<MapData, DropKey, u64>>,
+    drops: Array<MapData, PodDrops>,
 }
 
 impl GuardMaps {
@@ -67,7 +67,7 @@ impl GuardMaps {
             node_services: typed(programs, "NODE_SERVICES")?,
             links: typed(programs, "LINKS")?,
             hardware: typed(programs, "NODE_HARDWARE")?,
-            drops: typed(programs, "DROPS")?,
+            drops: unlocked(programs, "DROPS")?,
         })
     }
 }
@@ -271,13 +271,13 @@ impl super::Maps {
         }
     }
 
-    /// Returns the packets that the guard dropped, most packets first. The least recently seen kinds are evicted once
-    /// the table is full.
+    /// Returns the packets that the guard dropped, most packets first. Of each pod the least recently seen kinds are left out
+    /// once there are too many.
     #[must_use]
     pub fn drops(&self) -> Vec<DropCount> {
-        let drops = lock(&self.guard.drops);
-        let mut all: Vec<DropCount> =
-            drops.iter().filter_map(Result::ok).map(|(key, packets)| drops_of(&key, packets)).collect();
+        let pods = self.guard.drops.iter().filter_map(Result::ok);
+        let used = pods.flat_map(|PodDrops(counters)| counters).filter(|counter| counter.packets > 0);
+        let mut all: Vec<DropCount> = used.map(|counter| drops_of(&counter)).collect();
         all.sort_by(|a, b| b.packets.cmp(&a.packets).then(a.remote.cmp(&b.remote)));
         all
     }
@@ -291,13 +291,13 @@ fn clear_key(destination: &PlaintextDestination) -> ClearKey {
     }
 }
 
-fn drops_of(key: &DropKey, packets: u64) -> DropCount {
+fn drops_of(counter: &DropCounter) -> DropCount {
     DropCount {
-        cgroup: key.cgroup,
-        remote: ip(&key.remote),
-        reason: REASONS.get(key.reason as usize).map_or("?", |text| text.name),
-        protocol: u8::try_from(key.protocol).unwrap_or(u8::MAX),
-        packets,
+        cgroup: counter.cgroup,
+        remote: ip(&counter.remote),
+        reason: REASONS.get(counter.reason as usize).map_or("?", |text| text.name),
+        protocol: u8::try_from(counter.protocol).unwrap_or(u8::MAX),
+        packets: counter.packets,
     }
 }
 

@@ -213,7 +213,6 @@ pub(super) static FEATURES: &[Feature] = &[
     required("BTF of programs and maps", STATE, Release(4, 18), BPF_SYSCALL, Trial::Btf),
     map("array maps", STATE, Release(3, 19), MapType::Array),
     map("hash maps", STATE, Release(3, 19), MapType::Hash),
-    map("LRU hash maps", "telling what was dropped", Release(4, 10), MapType::LruHash),
     map("LPM trie maps", "the mesh's ranges", Release(4, 11), MapType::LpmTrie),
     map("sockmaps", STEER, Release(4, 14), MapType::SockMap),
     required("socket storage maps", NAMES, Release(5, 2), BPF_SYSCALL, Trial::SocketStorage),

@@ -1,7 +1,5 @@
 //! A status as text for a terminal. Colour repeats what the words say, it never says it alone.
 
-use std::fmt::Write;
-
 use super::{
     AgentState, CertificateStatus, NodeStateStatus, PartyStatus, PodState, PodStatus, ShareStatus, Status,
     UnnamedStatus,
@@ -64,15 +62,14 @@ impl Page {
                 PodState::Waiting(_) => Cell::styled("waiting", Style::Caution),
                 PodState::LeftAlone(_) => "left alone".into(),
             };
-            let addresses: Vec<_> = pod.addresses.iter().map(ToString::to_string).collect();
             table.row([
                 pod_name(pod).into(),
                 state,
                 modes(pod).into(),
-                pod.policies.join(" ").into(),
+                joined(&pod.policies).into(),
                 (&pod.in_clear).into(),
-                pod.guarded_links.join(" ").into(),
-                addresses.join(" ").into(),
+                joined(&pod.guarded_links).into(),
+                joined(&pod.addresses).into(),
                 (&pod.identity).into(),
                 (&pod.cgroup).into(),
                 pod.flows.into(),
@@ -298,13 +295,23 @@ fn pod_name(pod: &PodStatus) -> String {
     format!("{}/{}", pod.namespace, pod.name)
 }
 
+/// Items of a cell that are listed, a number; beyond it they are counted only. A cell widens its column in every row.
+const LISTED_MAX: usize = 8;
+
 /// The mode, then the ports that differ: `strict 9090=permissive`.
 fn modes(pod: &PodStatus) -> String {
-    let mut text = pod.mode.clone();
-    for (port, mode) in &pod.port_modes {
-        let _ = write!(text, " {port}={mode}");
-    }
-    text
+    let ports = pod.port_modes.iter().map(|(port, mode)| format!("{port}={mode}"));
+    std::iter::once(pod.mode.clone()).chain(listed(ports)).collect::<Vec<_>>().join(" ")
+}
+
+/// The first items, then the number of the others.
+fn listed(items: impl ExactSizeIterator<Item = String>) -> impl Iterator<Item = String> {
+    let rest = items.len().saturating_sub(LISTED_MAX);
+    items.take(LISTED_MAX).chain((rest > 0).then(|| format!("and {rest} more")))
+}
+
+fn joined<T: ToString>(items: &[T]) -> String {
+    listed(items.iter().map(ToString::to_string)).collect::<Vec<_>>().join(" ")
 }
 
 fn party(party: &PartyStatus) -> String {
@@ -372,6 +379,18 @@ mod tests {
         let mut expired = sample();
         expired.certificates[0].seconds_left = -1;
         assert!(render(&expired, false).contains("EXPIRED"));
+    }
+
+    #[test]
+    fn a_pod_with_many_ports_and_policies_takes_one_short_line() {
+        let mut status = sample();
+        let pod = &mut status.pods[0];
+        pod.port_modes = (1..=16_384).map(|port| (port, "STRICT".to_owned())).collect();
+        pod.policies = (0..16_384).map(|number| format!("shop/policy-{number}")).collect();
+        let text = render(&status, false);
+        assert!(text.contains(" 8=STRICT and 16376 more"), "{text}");
+        let longest = text.lines().map(|line| line.chars().count()).max().unwrap_or(0);
+        assert!(longest < 1000, "a line of {longest} characters");
     }
 
     #[test]

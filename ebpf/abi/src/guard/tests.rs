@@ -1,7 +1,7 @@
 //! Tests of the guard's decisions: tables of facts.
 
 use super::*;
-use crate::{Arrival, ArrivalFacts, Claim, Link, decide_arrival, is_recent, may_claim, may_send_from};
+use crate::{Arrival, ArrivalFacts, Claim, Link, decide_arrival, may_claim, may_send_from};
 use Reason::{
     GuardAllowed, GuardClear, GuardEncapsulated, GuardIcmp, GuardInboundOther, GuardInboundTcp,
     GuardInboundUdp, GuardNodeAddress, GuardOther, GuardReply, GuardSpoofed, GuardTcp, GuardUdp,
@@ -408,15 +408,6 @@ fn a_pod_that_policies_select_gets_no_connection_past_the_agent() {
     assert_eq!(ingress(Facts { agent: true, ..OUTSIDE }, Segment::Syn), Verdict::Pass);
     assert_eq!(ingress(Facts { node_flow: true, ..OUTSIDE }, Segment::Syn), Verdict::Pass);
     assert_eq!(ingress(OUTSIDE, Segment::Data), Verdict::Pass);
-}
-
-#[test]
-fn a_flow_is_the_nodes_for_a_minute() {
-    let now = 5_000_000_000;
-    for (sent, expected) in [(5, true), (6, false), (4, true), (0, true)] {
-        assert_eq!(is_recent(sent, now), expected, "{sent}");
-    }
-    assert!(is_recent(5, now + 60_000_000_000) && !is_recent(5, now + 61_000_000_000));
 }
 
 #[test]

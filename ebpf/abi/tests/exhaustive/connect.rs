@@ -37,6 +37,8 @@ facts! {
         mesh_is_strict: bool,
         allowed_clear: bool,
         stale: bool,
+        bound_to_link: bool,
+        share_used_up: bool,
     }
 }
 
@@ -68,6 +70,13 @@ impl ConnectFacts for Facts {
     fn is_stale(&self) -> bool {
         self.stale()
     }
+    fn is_bound_to_link(&self) -> bool {
+        self.bound_to_link()
+    }
+    fn is_share_used_up(&self, slot: u32) -> bool {
+        assert_eq!(Some(slot), self.subject.pod.map(|pod| pod.slot));
+        self.share_used_up()
+    }
 }
 
 type Line = Exception<Facts, Connect>;
@@ -76,7 +85,7 @@ const EXEMPT: u32 = tacit_abi::pod_flag::EXEMPT;
 const STRICT: u32 = tacit_abi::pod_flag::EGRESS_STRICT;
 
 /// What connects as without Tacit. The guard sees the packets of all of it.
-static LEFT_ALONE: [Line; 7] = [
+static LEFT_ALONE: [Line; 8] = [
     Line::new(
         "a pod that is not enrolled",
         |f| f.subject.has(EXEMPT),
@@ -95,13 +104,19 @@ static LEFT_ALONE: [Line; 7] = [
     }),
     Line::new(
         "a pod that may send plaintext, while no agent serves it",
-        |f| {
-            let may_send = f.subject.pod.is_some() && !f.subject.has(STRICT);
-            may_send && f.in_own_namespace() && f.stale()
-        },
+        |f| may_send_plaintext(f) && f.stale(),
         |_| Connect::Leave(Reason::ConnectStaleClear),
     ),
+    Line::new(
+        "a pod that may send plaintext, from a socket that cannot reach the agent on the loopback",
+        |f| may_send_plaintext(f) && f.bound_to_link(),
+        |_| Connect::Leave(Reason::ConnectDeviceClear),
+    ),
 ];
+
+fn may_send_plaintext(facts: &Facts) -> bool {
+    facts.subject.pod.is_some() && !facts.subject.has(STRICT) && facts.in_own_namespace()
+}
 
 /// The reason of a pod that no source has named is the same for all.
 fn left(facts: &Facts, reason: Reason) -> Connect {
@@ -116,6 +131,8 @@ fn specified(facts: &Facts) -> Connect {
         None => Connect::Deny(Reason::ConnectUnknownPod),
         Some(_) if !facts.in_own_namespace() => Connect::Deny(Reason::ConnectForeignNetns),
         Some(_) if facts.stale() => Connect::Deny(Reason::ConnectAgentStale),
+        Some(_) if facts.bound_to_link() => Connect::Deny(Reason::ConnectDevice),
+        Some(_) if facts.share_used_up() => Connect::Deny(Reason::ConnectShare),
         Some(pod) => Connect::Capture(pod),
     }
 }

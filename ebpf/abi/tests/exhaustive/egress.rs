@@ -19,6 +19,8 @@ facts! {
         tunnel: bool,
         in_mesh: bool,
         of_node: bool,
+        own_end_of_node: bool,
+        node_service: bool,
         node_flow: bool,
         accepted: Option<Accepted>,
         port_mode: Option<RawMode>,
@@ -44,8 +46,15 @@ impl GuardFacts for Facts {
         self.in_mesh()
     }
     fn is_node(&self, address: &Address) -> bool {
+        if *address == self.subject.packet.local {
+            return self.is_at_nodes_address();
+        }
         assert_eq!(*address, self.subject.packet.remote);
         self.of_node()
+    }
+    fn is_node_service(&self, packet: &Packet) -> bool {
+        assert_eq!(*packet, self.subject.packet);
+        self.node_service()
     }
     fn is_node_flow(&self, packet: &Packet) -> bool {
         assert_eq!(*packet, self.subject.packet);
@@ -99,8 +108,19 @@ impl Facts {
         !self.subject.is_strict(self.port_mode())
     }
 
+    /// Returns true for an address that is outside the mesh and no neighbour's. A service there may lead back into it.
+    fn is_outside_and_no_service(&self) -> bool {
+        !self.node_service() && self.is_outside()
+    }
+
     pub(crate) fn is_outside(&self) -> bool {
         !self.is_neighbour() && !self.in_mesh()
+    }
+
+    /// Returns true if the pod's end of the packet has an address of the node.
+    pub(crate) fn is_at_nodes_address(&self) -> bool {
+        let packet = &self.subject.packet;
+        if packet.local == packet.remote { self.of_node() } else { self.own_end_of_node() }
     }
 
     pub(crate) fn is_of_agent(&self) -> bool {
@@ -157,7 +177,11 @@ static ALWAYS: [Line; 4] = [
 
 /// A STRICT or unknown pod sends nothing in clear but this, from its own address, and not encapsulated.
 static STRICT: [Line; 10] = [
-    Line::new("to an address outside the mesh that is no neighbour", Facts::is_outside, Facts::ask),
+    Line::new(
+        "to an address outside the mesh that is no neighbour and no service of a node",
+        Facts::is_outside_and_no_service,
+        Facts::ask,
+    ),
     Line::new(
         "TCP without data, made by the kernel",
         |f| {
@@ -191,8 +215,8 @@ static STRICT: [Line; 10] = [
         |_| Verdict::Clear(Reason::GuardUdpClear),
     ),
     Line::new(
-        "UDP to this node, which is no neighbour",
-        |f| f.subject.is_udp() && f.of_node() && !f.is_neighbour(),
+        "UDP to this node, which is no neighbour, and to no service there",
+        |f| f.subject.is_udp() && f.of_node() && !f.is_neighbour() && !f.node_service(),
         Facts::ask,
     ),
     Line::new(

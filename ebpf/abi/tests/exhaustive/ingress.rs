@@ -14,12 +14,17 @@ type Line = Exception<Facts, Verdict>;
 const PASS: fn(&Facts) -> Verdict = |_| Verdict::Pass;
 
 /// What arrives whatever the pod's mode.
-static ALWAYS: [Line; 4] = [
+static ALWAYS: [Line; 5] = [
     Line::new("at a pod that is not enrolled", |f| f.subject.is_exempt(), PASS),
     Line::new("at an agent's socket", Facts::is_of_agent, PASS),
     // Frames from elsewhere that claim such an address are dropped on the link, see `arrival`.
     Line::new("from the pod itself", |f| f.subject.is_own(&f.subject.packet.remote), PASS),
     Line::new("from the node itself, proven on the link", Facts::is_of_node_flow, PASS),
+    Line::new(
+        "at an address of the node, to a pod that no source has named",
+        |f| f.subject.is_unnamed() && f.is_at_nodes_address(),
+        |_| Verdict::Clear(Reason::GuardNodeAddress),
+    ),
 ];
 
 /// TCP that arrives in clear, with the mode of its port.

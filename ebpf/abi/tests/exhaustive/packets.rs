@@ -171,6 +171,10 @@ impl Subject {
         self.pod.flags & pod_flag::EXEMPT != 0
     }
 
+    pub(crate) fn is_unnamed(&self) -> bool {
+        self.pod.flags & pod_flag::UNKNOWN != 0
+    }
+
     pub(crate) fn sends_no_plaintext(&self) -> bool {
         self.pod.flags & pod_flag::EGRESS_STRICT != 0
     }

@@ -116,7 +116,7 @@ fn one(to: SocketAddr, number: usize, all_open: &Barrier) -> io::Result<()> {
     echo(&stream, &format!("last text of flow {number}"))
 }
 
-fn echo(mut stream: &TcpStream, text: &str) -> io::Result<()> {
+pub(crate) fn echo(mut stream: &TcpStream, text: &str) -> io::Result<()> {
     stream.write_all(text.as_bytes())?;
     let mut answer = vec![0; text.len()];
     stream.read_exact(&mut answer)?;

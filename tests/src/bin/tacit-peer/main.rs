@@ -9,6 +9,9 @@
 //!                                               until a line comes on stdin
 //! tacit-peer repeat|storm ADDRESS               opens sequential connections until a line comes on stdin; a storm does
 //!                                               not pause after a failure
+//! tacit-peer pending COUNT ADDRESS              opens COUNT connections without waiting for any, and keeps all until a line
+//!                                               comes on stdin
+//! tacit-peer sequence COUNT ADDRESS [--device NAME]   opens COUNT connections one after another; each is echoed
 //! ```
 //!
 //! Events are printed on stdout, one JSON object a line, and the test that started the program evaluates them. The program
@@ -19,6 +22,7 @@
 mod bulk;
 mod event;
 mod flows;
+mod opening;
 mod steps;
 
 use anyhow::{Context, Result, bail};
@@ -66,7 +70,18 @@ fn main() -> Result<()> {
         }
         ["repeat", address] => flows::repeat(address.parse().context("ADDRESS")?, AfterFailure::Pause),
         ["storm", address] => flows::repeat(address.parse().context("ADDRESS")?, AfterFailure::Storm),
-        _ => bail!("usage: tacit-peer serve|connect|flows|hold|repeat|storm ADDRESS ..."),
+        ["pending", count, address] => {
+            opening::pending(address.parse().context("ADDRESS")?, count.parse().context("COUNT")?)
+        }
+        ["sequence", count, address, device @ ..] => {
+            let device = match device {
+                [] => None,
+                ["--device", name] => Some(*name),
+                _ => bail!("sequence COUNT ADDRESS [--device NAME]"),
+            };
+            opening::sequence(address.parse().context("ADDRESS")?, count.parse().context("COUNT")?, device)
+        }
+        _ => bail!("usage: tacit-peer serve|connect|flows|hold|repeat|storm|pending|sequence ..."),
     }
 }
 

@@ -52,7 +52,19 @@ fn ask_with(minimum: Mode, from: &str, to: &str, port: u16) -> Result<Explanatio
     let policies = Policies::parse(POLICY, Path::new("policy.yaml"), "istio-system").expect("valid");
     let policies = policies.with_minimum(minimum);
     let is_node = |address: IpAddr| address.to_string() == "10.77.1.1";
-    let known = ExplainContext { directory: &directory, policies: &policies, node: "a", is_node: &is_node };
+    let in_force = |workload: &Workload| PolicyInForce::Held {
+        modes: policies.modes(workload),
+        authorization: policies.authorization(workload),
+        not_applied: None,
+        waits_for: None,
+    };
+    let known = ExplainContext {
+        directory: &directory,
+        policies: &policies,
+        in_force: &in_force,
+        node: "a",
+        is_node: &is_node,
+    };
     explain(known, &WorkloadRef::parse(from)?, &WorkloadRef::parse(to)?, port)
 }
 
@@ -96,6 +108,56 @@ fn each_way_and_each_verdict_is_explained() {
 }
 
 #[test]
+fn the_policy_in_force_is_explained_and_not_the_one_that_was_read() {
+    let domain = TrustDomain::parse("cluster.local").expect("valid");
+    let directory = Directory::parse(DIRECTORY, Path::new("directory.yaml"), &domain).expect("valid");
+    let policies = Policies::parse(POLICY, Path::new("policy.yaml"), "istio-system").expect("valid");
+    let ask = |in_force: PolicyInForce, node: &str, from: &str| {
+        let known = ExplainContext {
+            directory: &directory,
+            policies: &policies,
+            in_force: &|_| in_force.clone(),
+            node,
+            is_node: &|_| false,
+        };
+        let end = |text| WorkloadRef::parse(text).expect("valid");
+        explain(known, &end(from), &end("10.77.1.2"), 82).expect("both are known")
+    };
+    let held = |default, not_applied: Option<&str>, waits_for: Option<&str>| PolicyInForce::Held {
+        modes: Modes { default, ports: std::collections::BTreeMap::new() },
+        authorization: Policies::default().authorization(directory.named("shop", "web").expect("known")),
+        not_applied: not_applied.map(str::to_owned),
+        waits_for: waits_for.map(str::to_owned),
+    };
+    let old = "10.77.2.3";
+    let table = [
+        // What was read denies all of these: port 82 is DISABLE, and an ALLOW policy has another principal.
+        (held(Mode::Permissive, None, None), old, true, "Allowed"),
+        (
+            held(Mode::Strict, Some("map full"), None),
+            old,
+            false,
+            "not applied, STRICT is in force at all ports: map full",
+        ),
+        (
+            held(Mode::Permissive, None, Some("no certificate")),
+            old,
+            true,
+            "not enrolled yet, tunnels to it fail: no certificate",
+        ),
+        (PolicyInForce::Nothing { waits_for: "no cgroup".to_owned() }, old, false, "No policy is in force"),
+    ];
+    for (in_force, from, allow, expected) in table {
+        let explanation = ask(in_force, "a", from);
+        assert_eq!(explanation.allow, allow, "{explanation}");
+        assert!(explanation.to_string().contains(expected), "{explanation}");
+    }
+    let elsewhere = ask(held(Mode::Permissive, None, None), "b", old);
+    assert!(!elsewhere.allow, "{elsewhere}");
+    assert!(elsewhere.to_string().contains("the agent of node a knows what is in force"), "{elsewhere}");
+}
+
+#[test]
 fn questions_without_an_answer_say_what_is_wrong() {
     for (from, to, expected) in [
         ("shop/none", "shop/web", ExplainError::Unknown("shop/none".to_owned())),
@@ -125,6 +187,7 @@ fn an_address_that_two_pods_claim_is_explained_as_refused() {
     let known = ExplainContext {
         directory: &directory,
         policies: &Policies::default(),
+        in_force: &|_| PolicyInForce::Nothing { waits_for: "not asked".to_owned() },
         node: "a",
         is_node: &|_| false,
     };

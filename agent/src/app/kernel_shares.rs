@@ -1,0 +1,41 @@
+//! The shares of the kernel's tables, which the kernel and enrolment keep.
+
+use tacit_core::shares::{Capacity, PENDING_CONNECTIONS, PENDING_DIALS, PORT_MODES, Share, ShareUse};
+use tacit_kernel::Maps;
+
+use crate::enrol::Pods;
+
+/// Returns the use of each table by enrolled pods; holders are cgroup ids.
+pub(super) fn usage(maps: &Maps, pods: &Pods) -> [ShareUse<u64>; 3] {
+    // No bound of these depends on the node.
+    let capacity = Capacity { descriptors: 0 };
+    let mut all = [PENDING_CONNECTIONS, PENDING_DIALS, PORT_MODES].map(|row: Share| ShareUse {
+        resource: row.resource,
+        bounds: row.bounds(capacity),
+        used: 0,
+        fullest: None,
+        refused: 0,
+    });
+    for pod in &pods.pods {
+        let pending = maps.pending(pod.slot()).unwrap_or_default();
+        let is_refused = pod.policy().not_applied.is_some();
+        let of_pod = [
+            (units(pending.captured), units(pending.captured_refused)),
+            (units(pending.dialled), units(pending.dialled_refused)),
+            (maps.count_port_modes(pod.slot()) as u64, u64::from(is_refused)),
+        ];
+        for (usage, (used, refused)) in all.iter_mut().zip(of_pod) {
+            usage.used += used;
+            usage.refused += refused;
+            if used > usage.fullest.map_or(0, |(_, most)| most) {
+                usage.fullest = Some((pod.cgroup, used));
+            }
+        }
+    }
+    all
+}
+
+/// A count of the kernel, which two CPUs may have under way.
+fn units(count: i64) -> u64 {
+    u64::try_from(count).unwrap_or(0)
+}
