@@ -194,7 +194,7 @@ impl Enroller {
         let at = match &action {
             Action::Cover(_, cgroup) | Action::Exempt(_, cgroup) | Action::Enrol(_, cgroup) => Some(*cgroup),
             Action::Wait(workload, _) => cgroup::id_at(&self.pods_cgroup.path().join(&workload.cgroup)),
-            Action::Release(_) | Action::Remove(_) | Action::Guard(..) => None,
+            Action::Release(_) | Action::Remove(_) | Action::LeaveUnnamed(_) | Action::Guard(..) => None,
         };
         let done = match action {
             Action::Release(path) => return Self::release(state, look, &path),

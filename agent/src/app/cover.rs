@@ -17,7 +17,6 @@ use tokio::time::{MissedTickBehavior, interval};
 use crate::{
     app::node_state::{Kept, NodeState},
     config::Config,
-    enrol::kernel_mode,
     telemetry::status::NodeStateStatus,
 };
 
@@ -48,8 +47,7 @@ impl Cover {
         let new = match kernel.maps.default_mode()? {
             Some(mode) => {
                 kernel.maps.extend_mesh(&configured, &[])?;
-                let minimum = kernel_mode(config.minimum_mode);
-                kernel.maps.set_default_mode(if mode as u32 > minimum as u32 { mode } else { minimum })?;
+                kernel.maps.set_default_mode(mode.max(config.minimum_mode))?;
                 "the pinned maps of an earlier agent".clone_into(&mut status.origin);
                 None
             }
@@ -57,7 +55,7 @@ impl Cover {
                 let initial = kept.initial(&configured, config.minimum_mode);
                 kernel.maps.set_mesh(&initial.ranges)?;
                 // The mode comes last: it puts the ranges in force.
-                kernel.maps.set_default_mode(kernel_mode(initial.mode))?;
+                kernel.maps.set_default_mode(initial.mode)?;
                 origin(kept).clone_into(&mut status.origin);
                 let ranges = initial.ranges.iter().map(IpNet::to_string).collect::<Vec<_>>().join(" ");
                 tracing::info!(mode = ?initial.mode, ranges, origin = status.origin, "in force until the sources answer");

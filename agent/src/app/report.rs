@@ -138,6 +138,7 @@ impl Report {
     fn pods(&self) -> Vec<PodStatus> {
         let table = self.proxy.pods.load();
         let live = self.proxy.telemetry.live_by_pod();
+        let policies = self.proxy.snapshots.policies.current();
         let pod = |workload: &Workload, policy: Option<&PodPolicy>, links: &[GuardedLink], state| PodStatus {
             name: workload.name.to_string(),
             namespace: workload.namespace.to_string(),

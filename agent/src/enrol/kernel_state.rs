@@ -97,6 +97,7 @@ impl Enroller {
             Ok(()) => {
                 tracing::warn!(cgroup, limit = ?self.unnamed_pod_timeout, "no source names this pod: it is left alone, as without Tacit");
                 state.known.remove(&cgroup);
+                state.held.remove(&cgroup);
                 state.exempt.insert(cgroup, Vec::new());
             }
             Err(error) => tracing::debug!(cgroup, %error, "held on, though no source names this pod"),

@@ -126,12 +126,12 @@ spec:
             let policy = configured(&ports(count, mode));
             assert_eq!(policy.not_applied.is_none(), is_applied, "{count} {mode}");
             if is_applied {
-                assert_eq!(policy.decide(&plaintext(1)), Verdict::Allow, "{count} {mode}");
+                assert_eq!(policy.decide(&plaintext(1)), PolicyVerdict::Allow, "{count} {mode}");
                 continue;
             }
             assert!(policy.authorizes_plaintext() && policy.modes.ports.is_empty(), "{count}");
             for port in [1, 65_535] {
-                assert_eq!(policy.decide(&plaintext(port)), Verdict::Deny(PolicyDenial::PlaintextInStrict));
+                assert_eq!(policy.decide(&plaintext(port)), PolicyVerdict::Deny(PolicyDenial::PlaintextInStrict));
             }
         }
         let policies = Policies::parse(&ports(16_384, "DISABLE"), Path::new("policy.yaml"), "istio-system");

@@ -3,7 +3,7 @@
 //! The driver of enrolment calls this on each change of the policies. Nothing else writes policy.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     net::{IpAddr, SocketAddr},
     path::Path,
     sync::Arc,
@@ -12,7 +12,7 @@ use std::{
 
 use tacit_core::{
     directory::Workload,
-    policy::{Flow, FlowSource, Policies, PolicyVerdict},
+    policy::{Flow, FlowSource, Mode, Policies, PolicyVerdict},
     refusal::Refusal,
 };
 use tacit_kernel::{Kernel, KernelError, Maps, PlaintextHandling, PodEntry, host, reset_sockets};
@@ -78,7 +78,7 @@ impl Enroller {
     /// applications get plaintext as their modes allow.
     pub(super) fn hold_policy(&self, state: &mut State, cgroup: u64, workload: &Workload) {
         let Some(slot) = state.known.get(&cgroup).copied() else { return };
-        let wanted = PodPolicy::configured(&self.policies.current(), workload);
+        let wanted = PodPolicy::configured(&self.snapshots.policies.current(), workload);
         let before = state.held.get(&cgroup);
         if before.is_some_and(|before| **before == wanted) {
             return;

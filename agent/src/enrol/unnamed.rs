@@ -112,7 +112,7 @@ impl Enroller {
             return;
         }
         unnamed.looked_at = Some(now);
-        let is_outdated = self.directory.state().stale_since.is_some();
+        let is_outdated = self.snapshots.directory.state().stale_since.is_some();
         let freshness = if is_outdated { Freshness::Outdated } else { Freshness::Current };
         let named = Named::of(directory.cgroups_on_node(&self.node));
         let found = find(self.pods_cgroup.path(), &named);
