@@ -131,7 +131,10 @@ spec:
             }
             assert!(policy.authorizes_plaintext() && policy.modes.ports.is_empty(), "{count}");
             for port in [1, 65_535] {
-                assert_eq!(policy.decide(&plaintext(port)), PolicyVerdict::Deny(PolicyDenial::PlaintextInStrict));
+                assert_eq!(
+                    policy.decide(&plaintext(port)),
+                    PolicyVerdict::Deny(PolicyDenial::PlaintextInStrict)
+                );
             }
         }
         let policies = Policies::parse(&ports(16_384, "DISABLE"), Path::new("policy.yaml"), "istio-system");

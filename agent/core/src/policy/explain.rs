@@ -11,8 +11,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Authorization, AuthorizationDecision, Flow, FlowSource, Mode, Modes, Policies, PolicyDenial, PolicyVerdict,
-    decide,
+    Authorization, AuthorizationDecision, Flow, FlowSource, Mode, Modes, Policies, PolicyDenial,
+    PolicyVerdict, decide,
 };
 use crate::{
     directory::{Directory, Protocol, Workload},

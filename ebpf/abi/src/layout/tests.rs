@@ -1,6 +1,7 @@
 //! Tests of the small decisions on map entries.
 
 use super::*;
+use crate::NodeFlow;
 
 const V4: Address = Address::from_v4_be(u32::from_ne_bytes([10, 77, 1, 2]));
 const V6: Address = Address([0xfd77_u32 << 16, 1, 2, 3]);
@@ -50,7 +51,7 @@ fn numbers_in_maps_have_one_meaning() {
     let index = |listener| listener_index(3, listener);
     assert_eq!([Listener::Tunnel, Listener::Plaintext].map(index), [6, 7]);
     let flow = NodeFlow::new((V4, 1), (V6, 2), 17);
-    let expected = NodeFlow { node: V4, pod: V6, node_port: 1, pod_port: 2, protocol: 17, pad: 0 };
+    let expected = NodeFlow { node: V4, pod: V6, node_port: 1, pod_port: 2, protocol: 17 };
     assert_eq!(flow, expected);
 }
 
