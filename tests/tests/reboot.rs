@@ -109,13 +109,28 @@ impl Rebooted {
 
     /// Fails if a packet of plaintext arrives, in either direction.
     fn nothing_passes(&self) -> Result<()> {
+        let (mut servers, mut senders) = (Vec::new(), Vec::new());
         for (from, to) in self.ways()? {
             let server = Receiver::start(to.command(attack_program()?), to.name())?;
             for (address, protocol, marker) in packets(to) {
-                step(from.command(attack_program()?), protocol, server.at(address), &marker, self.patience)?;
-                ensure!(!server.has_got(&marker, self.patience)?, "{marker} from {} arrived", from.name());
+                let mut command = from.command(attack_program()?);
+                sends(&mut command, protocol, server.at(address), &marker, self.patience);
+                senders.push(command.spawn().context("a sender")?);
             }
+            servers.push((from.name(), server));
         }
+        for mut sender in senders {
+            sender.wait()?;
+        }
+        let arrived = within(self.patience, || {
+            for (from, server) in &servers {
+                if let Some(line) = server.text()?.lines().find(|line| line.starts_with("got ")) {
+                    return Ok(Some(format!("{line} from {from}")));
+                }
+            }
+            Ok(None)
+        })?;
+        ensure!(arrived.is_none(), "{}", arrived.unwrap_or_default());
         Ok(())
     }
 
@@ -198,9 +213,14 @@ fn step(
     marker: &str,
     limit: Duration,
 ) -> Result<()> {
-    command.args(["step", protocol, &target.to_string(), marker]);
-    run(command.env("TACIT_ATTACK_PATIENCE_MS", limit.as_millis().to_string()))?;
+    sends(&mut command, protocol, target, marker, limit);
+    run(&mut command)?;
     Ok(())
+}
+
+fn sends(command: &mut Command, protocol: &str, target: SocketAddr, marker: &str, limit: Duration) {
+    command.args(["step", protocol, &target.to_string(), marker]);
+    command.env("TACIT_ATTACK_PATIENCE_MS", limit.as_millis().to_string()).stdout(Stdio::null());
 }
 
 #[test]
