@@ -1,10 +1,8 @@
 //! Steps around SYN cookies: a flood of SYNs, connections during it, and cookies sent again.
 
 use std::{
-    io::{self, Read as _, Write as _},
-    mem::MaybeUninit,
+    io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::AsRawFd as _,
     sync::mpsc::{self, RecvTimeoutError},
     time::Duration,
 };
@@ -18,6 +16,7 @@ use super::{
     sockets::{QUERY, close, connect, stream},
     wait_for_go,
 };
+use crate::wire;
 
 const TCP: u8 = 6;
 const SYN: u8 = 2;
@@ -116,7 +115,10 @@ pub(super) fn replayed_cookies(given: &Given) -> Result<Told> {
     socket.set_read_timeout(Some(patience()?))?;
     let (mut frame, mut sent) = ([0; 2048], 0);
     while sent < REPLAYED {
-        let length = receive_outgoing(&socket, &mut frame)?;
+        let (length, from) = wire::receive(&socket, &mut frame)?.context("no frame came")?;
+        if from.sll_pkttype != libc::PACKET_OUTGOING {
+            continue;
+        }
         let frame = frame.get(..length).unwrap_or_default();
         if let Some(again) = with_marker(frame, given.target.port(), &given.marker) {
             packets::send_whole(&again)?;
@@ -124,29 +126,6 @@ pub(super) fn replayed_cookies(given: &Given) -> Result<Told> {
         }
     }
     Ok(Told::Sent)
-}
-
-/// Returns the length of the next frame; 0 for one that arrived here.
-fn receive_outgoing(socket: &Socket, frame: &mut [u8]) -> io::Result<usize> {
-    let mut from = MaybeUninit::<libc::sockaddr_ll>::zeroed();
-    let mut size = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
-    // SAFETY: the buffer and the address are of the sizes given and live through the call.
-    let length = unsafe {
-        libc::recvfrom(
-            socket.as_raw_fd(),
-            frame.as_mut_ptr().cast(),
-            frame.len(),
-            0,
-            from.as_mut_ptr().cast(),
-            &raw mut size,
-        )
-    };
-    if length < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: zeroed before, plain integers, and filled by the kernel.
-    let is_outgoing = unsafe { from.assume_init() }.sll_pkttype == libc::PACKET_OUTGOING;
-    Ok(if is_outgoing { length as usize } else { 0 })
 }
 
 /// Returns a SYN-ACK from `port` with the marker as an option; `None` for another frame, or one that has the marker.
