@@ -115,7 +115,7 @@ enum Condition {
     DestinationPort(ValueMatch<u16>),
 }
 
-/// In policies, this stands for the mesh's own trust domain, whatever that is called, as Istio has it. Identities of other
+/// In principals, this stands for the mesh's own trust domain, whatever that is called, as Istio has it. Identities of other
 /// trust domains do not come here: the tunnel refuses them.
 const OWN_DOMAIN: &str = "cluster.local";
 
@@ -154,10 +154,9 @@ impl<'a> FlowAttributes<'a> {
         self.identity.is_some_and(|identity| pattern.matches(identity.namespace()))
     }
 
-    /// As in principals, [`OWN_DOMAIN`] stands for the mesh's trust domain.
+    /// [`OWN_DOMAIN`] is no alias here: a policy that names a trust domain means that domain.
     fn has_trust_domain(&self, pattern: &Pattern) -> bool {
-        self.identity
-            .is_some_and(|id| pattern.matches(&id.trust_domain().to_string()) || pattern.matches(OWN_DOMAIN))
+        self.identity.is_some_and(|id| pattern.matches(&id.trust_domain().to_string()))
     }
 
     fn has_account(&self, account: &ServiceAccount) -> bool {

@@ -60,26 +60,28 @@ const BATCH: Option<(&str, &str)> = Some(("jobs", "batch"));
 const CLEAR: Option<(&str, &str)> = None;
 
 #[test]
-fn cluster_local_stands_for_the_trust_domain_that_the_mesh_has() {
+fn cluster_local_stands_for_the_trust_domain_of_the_mesh_in_principals_only() {
     let domain = crate::spiffe::TrustDomain::parse("prod.example").expect("valid");
     let cart = SpiffeId::new(&domain, "shop", "cart").expect("valid");
-    for (principal, matches) in [
-        ("cluster.local/ns/shop/sa/cart", true),
-        ("cluster.local/*", true),
-        ("prod.example/ns/shop/sa/cart", true),
-        ("cluster.local/ns/shop/sa/batch", false),
-        ("other/ns/shop/sa/cart", false),
+    let denies = |field: &str, value: &str| {
+        let spec = format!("{{action: DENY, rules: [{{from: [{{source: {{{field}: ['{value}']}}}}]}}]}}");
+        let policies = policies(&[&spec]);
+        let authorization = policies.authorization(&workload("shop", &[("app", "web")]));
+        let permissive = modes(crate::policy::Mode::Permissive);
+        decide(&permissive, &authorization, &flow(FlowSource::Tunnel(cart.clone()))) != PolicyVerdict::Allow
+    };
+    for (field, negation, value, matches) in [
+        ("principals", "notPrincipals", "cluster.local/ns/shop/sa/cart", true),
+        ("principals", "notPrincipals", "cluster.local/*", true),
+        ("principals", "notPrincipals", "prod.example/ns/shop/sa/cart", true),
+        ("principals", "notPrincipals", "cluster.local/ns/shop/sa/batch", false),
+        ("principals", "notPrincipals", "other/ns/shop/sa/cart", false),
+        ("trustDomains", "notTrustDomains", "prod.example", true),
+        ("trustDomains", "notTrustDomains", "prod.*", true),
+        ("trustDomains", "notTrustDomains", "cluster.local", false),
+        ("trustDomains", "notTrustDomains", "cluster*", false),
     ] {
-        let with = |field: &str| {
-            let spec =
-                format!("{{action: DENY, rules: [{{from: [{{source: {{{field}: ['{principal}']}}}}]}}]}}");
-            let policies = policies(&[&spec]);
-            let authorization = policies.authorization(&workload("shop", &[("app", "web")]));
-            let permissive = modes(crate::policy::Mode::Permissive);
-            decide(&permissive, &authorization, &flow(FlowSource::Tunnel(cart.clone())))
-                != PolicyVerdict::Allow
-        };
-        assert_eq!((with("principals"), with("notPrincipals")), (matches, !matches), "{principal}");
+        assert_eq!((denies(field, value), denies(negation, value)), (matches, !matches), "{field} {value}");
     }
 }
 
