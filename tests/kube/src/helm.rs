@@ -81,6 +81,13 @@ fn chart(helm: &Path, workspace: &Workspace) -> Result<()> {
     ensure!(rendered.status.success(), "template: {}", text(&rendered));
     let rendered = deploy::objects_of(&String::from_utf8_lossy(&rendered.stdout))?;
     is_the_base(workspace, rendered)?;
+    let without = helm(&["template", "--set", "definitions=never"])?;
+    ensure!(without.status.success(), "definitions=never: {}", text(&without));
+    let without = deploy::objects_of(&String::from_utf8_lossy(&without.stdout))?;
+    ensure!(
+        without.iter().all(|object| object["kind"] != "CustomResourceDefinition"),
+        "definitions=never has definitions"
+    );
     for (value, key) in BAD_VALUES {
         let refused = helm(&["template", "--set", value])?;
         let said = text(&refused);
