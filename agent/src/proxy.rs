@@ -44,8 +44,7 @@ use crate::{
     telemetry::{Ends, Reporter, Security, Telemetry},
 };
 
-/// Receive buffers on loopback as a multiple of those outside it: with two of its large reads in a window, the agent reads half as
-/// often.
+/// Receive buffers on loopback as a multiple of those outside it: the agent then reads half as often.
 const LOOPBACK_UNREAD: u32 = 2;
 
 /// Everything a connection needs.
@@ -120,7 +119,7 @@ impl Proxy {
         application: SocketAddr,
         client: SocketAddr,
     ) -> io::Result<TcpStream> {
-        let unread_bytes = LOOPBACK_UNREAD * self.shares.unread_bytes(pod.cgroup);
+        let unread_bytes = self.shares.unread_bytes(pod.cgroup).map(|bytes| LOOPBACK_UNREAD * bytes);
         self.dialer.to_application(pod, application, client, unread_bytes).await
     }
 

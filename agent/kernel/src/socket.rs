@@ -7,7 +7,6 @@ use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
     io::{self, IoSlice},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
-    os::fd::AsRawFd as _,
     time::Duration,
 };
 
@@ -36,7 +35,7 @@ const BACKLOG: i32 = 4096;
 const LOOPBACK_CONGESTION: &str = "reno";
 
 /// Receive buffer of a connection from an application; the kernel doubles it. The window is a batch of the agent's largest reads.
-const LOOPBACK_UNREAD_BYTES: usize = 256 << 10;
+pub const LOOPBACK_UNREAD_BYTES: usize = 256 << 10;
 
 /// The agent's listeners in one pod; not blocking, and not yet with any runtime.
 #[derive(Debug)]
@@ -242,36 +241,6 @@ fn loopback_for(to: IpAddr, client: SocketAddr) -> IpAddr {
 pub fn limit_unsent_bytes<'s>(socket: impl Into<SockRef<'s>>, most: Option<u32>) -> io::Result<()> {
     // 0 stands for `net.ipv4.tcp_notsent_lowat`.
     socket.into().set_tcp_notsent_lowat(most.unwrap_or(0))
-}
-
-/// Bounds the bytes that `socket` keeps for its reader to about `most`, and its receive window with them. `None` lets the kernel
-/// grow the buffer with the rate of reading, from [`GROWING_BYTES`] on.
-///
-/// # Errors
-/// The kernel's.
-pub fn limit_unread_bytes<'s>(socket: impl Into<SockRef<'s>>, most: Option<u32>) -> io::Result<()> {
-    let socket = socket.into();
-    let Some(most) = most else {
-        // The kernel grows a buffer when more than before is read in a round trip, which a small window does not let happen.
-        set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, GROWING_BYTES)?;
-        return set_option(&socket, libc::SOL_SOCKET, libc::SO_BUF_LOCK, 0);
-    };
-    // The clamp of a connected socket stands at its first window.
-    set_option(&socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, WINDOW_MAX_BYTES)?;
-    socket.set_recv_buffer_size(most as usize)
-}
-
-/// Receive buffer of a socket that the kernel may grow, in bytes.
-const GROWING_BYTES: libc::c_int = 512 << 10;
-/// More than any receive buffer, in bytes.
-const WINDOW_MAX_BYTES: libc::c_int = 1 << 30;
-
-fn set_option(socket: &Socket, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
-    let size = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: the descriptor is open, and `value` lives through the call and has the size that is passed.
-    let result =
-        unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), size) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Connects `socket` within `limit`.

@@ -25,7 +25,7 @@ impl Dialer {
     }
 
     /// Connects to an application of `pod` as `client`: the application sees the client's address. The kernel keeps at most
-    /// `unread_bytes` that the application has sent.
+    /// `unread_bytes` that the application has sent, [`socket::LOOPBACK_UNREAD_BYTES`] unless given.
     ///
     /// # Errors
     /// The kernel's, or a time-out.
@@ -34,11 +34,12 @@ impl Dialer {
         pod: &Pod,
         application: SocketAddr,
         client: SocketAddr,
-        unread_bytes: u32,
+        unread_bytes: Option<u32>,
     ) -> io::Result<TcpStream> {
         let socket = socket::dialer(&pod.netns, &self.host, application, client)?;
         // On loopback no autotuning is needed: a window of two batches keeps both ends busy.
-        socket.set_recv_buffer_size(unread_bytes as usize)?;
+        let unread_bytes = unread_bytes.map_or(socket::LOOPBACK_UNREAD_BYTES, |bytes| bytes as usize);
+        socket.set_recv_buffer_size(unread_bytes)?;
         // An application decides by the address of its client: without the name there is no connection.
         self.kernel.maps.set_peer_name(&socket, client, pod.slot()).map_err(io::Error::other)?;
         let connected = socket::connected(socket, application, APPLICATION_CONNECT).await?;

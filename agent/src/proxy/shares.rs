@@ -19,9 +19,10 @@ use tacit_core::{
 use tacit_tunnel::relay::BulkShare;
 use tokio::{sync::oneshot, time::timeout};
 
-/// The longest wait for the turn of a handshake: the longest time that a handshake may take. Every earlier handshake has ended
-/// by then.
-pub const HANDSHAKE_WAIT: Duration = Duration::from_secs(10);
+/// Longest wait of an incoming handshake for its turn: half of the time that the client, which has connected, gives it.
+const INCOMING_WAIT: Duration = Duration::from_secs(5);
+/// Longest wait of an outgoing handshake for its turn, before its connection is opened: the longest time of a handshake.
+const OUTGOING_WAIT: Duration = Duration::from_secs(10);
 
 /// The shares that flows use.
 pub struct Shares {
@@ -36,17 +37,17 @@ impl Shares {
     /// Nothing is used yet.
     #[must_use]
     pub fn new(capacity: Capacity) -> Self {
-        Self::with_wait(capacity, HANDSHAKE_WAIT)
+        Self::with_waits(capacity, INCOMING_WAIT, OUTGOING_WAIT)
     }
 
-    fn with_wait(capacity: Capacity, wait: Duration) -> Self {
+    fn with_waits(capacity: Capacity, incoming_wait: Duration, outgoing_wait: Duration) -> Self {
         let bounds = |share: &shares::Share| share.bounds(capacity);
         let outgoing = bounds(&shares::OUTGOING_HANDSHAKES);
         let incoming = Queue::new(bounds(&shares::POD_HANDSHAKES), bounds(&shares::HANDSHAKES));
         Self {
             connections: Arc::new(Mutex::new(Connections::new(capacity))),
-            handshakes: Turns::new(incoming, wait),
-            outgoing_handshakes: Turns::new(Queue::new(outgoing, outgoing), wait),
+            handshakes: Turns::new(incoming, incoming_wait),
+            outgoing_handshakes: Turns::new(Queue::new(outgoing, outgoing), outgoing_wait),
             bulk: Arc::new(BulkShare::new(bounds(&shares::BULK_DIRECTIONS))),
         }
     }
@@ -66,15 +67,15 @@ impl Shares {
         Ok(ConnectionPermit { connections: self.connections.clone(), connection, held })
     }
 
-    /// Returns the bytes that one more socket for a connection of `pod` may have unread.
-    pub fn unread_bytes(&self, pod: PodId) -> u32 {
+    /// Returns the bytes that one more socket for a connection of `pod` may have unread; `None` leaves that to the kernel.
+    pub fn unread_bytes(&self, pod: PodId) -> Option<u32> {
         shares::unread_bytes(lock(&self.connections).held(pod))
     }
 
     /// Waits for the turn of a handshake with `source`, which connected to `pod`.
     ///
     /// # Errors
-    /// [`Refusal`] if the turn does not come within [`HANDSHAKE_WAIT`].
+    /// [`Refusal`] if the turn does not come in time.
     pub async fn handshake(&self, pod: PodId, source: IpAddr) -> Result<Turn, Refusal> {
         self.handshakes.turn(Connection { pod, source: Some(source) }).await
     }
@@ -118,9 +119,9 @@ pub struct ConnectionPermit {
 }
 
 impl ConnectionPermit {
-    /// Returns the bytes that the connection's socket may have unread, if that is less than a listener sets.
+    /// Returns the bytes that the connection's socket may have unread; `None` leaves what the listener has set.
     pub fn unread_bytes(&self) -> Option<u32> {
-        Some(shares::unread_bytes(self.held)).filter(|bytes| *bytes < shares::UNREAD_BYTES_MAX)
+        shares::unread_bytes(self.held)
     }
 }
 
@@ -152,7 +153,7 @@ impl Turns {
         };
         let mut turn = Turn { turns: self.clone(), holder, place };
         let Arrival::Waits(_) = arrival else { return Ok(turn) };
-        if timeout(self.wait, told).await.is_ok() {
+        if matches!(timeout(self.wait, told).await, Ok(Ok(()))) {
             turn.place = Place::Unit;
             return Ok(turn);
         }
@@ -202,7 +203,10 @@ impl Drop for Turn {
         }
         let mut queue = lock(&self.turns.queue);
         queue.leave(&self.holder);
-        while let Some((_, tell)) = queue.admit_next() {
+        let admitted: Vec<_> = std::iter::from_fn(|| queue.admit_next()).collect();
+        drop(queue);
+        // Waking a task of another worker is a system call.
+        for (_, tell) in admitted {
             // One that does not listen any more releases its unit itself.
             let _ = tell.send(());
         }
@@ -235,7 +239,7 @@ mod tests {
 
     #[tokio::test]
     async fn handshakes_of_one_source_wait_and_end_and_others_do_not_notice() {
-        let shares = Shares::with_wait(CAPACITY, Duration::from_millis(20));
+        let shares = Shares::with_waits(CAPACITY, Duration::from_millis(20), OUTGOING_WAIT);
         let each = shares::HANDSHAKES.bounds(Capacity { descriptors: 0 }).each;
         let mut held = Vec::new();
         for _ in 0..each {

@@ -364,7 +364,6 @@ impl Session {
     /// Uses large buffers for received bytes, or ends that.
     pub(crate) fn set_large_receives(&mut self, is_large: bool) {
         self.receive_buffer.set_may_grow(is_large);
-        socket::limit_unread(self.tls.tcp(), is_large);
     }
 
     /// Returns true if queued bytes are unsent.

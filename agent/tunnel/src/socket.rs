@@ -11,8 +11,7 @@ use std::{
 };
 
 use socket2::SockRef;
-use tacit_core::shares::UNREAD_BYTES_MAX;
-use tacit_kernel::socket::{limit_unread_bytes, limit_unsent_bytes, send};
+use tacit_kernel::socket::{limit_unsent_bytes, send};
 use tokio::{io::Interest, net::TcpStream};
 
 /// Unsent bytes of a tunnel's socket, unless it carries bulk. Two batches of a flow that is not bulk: the next one is sealed while
@@ -120,23 +119,20 @@ fn poll_send(
     }
 }
 
-/// Has the kernel keep little of a connection outside loopback, until it carries bulk: `unread_bytes` for the reader.
-pub fn begin_small(tcp: &TcpStream, unread_bytes: u32) {
+/// Has the kernel keep few unsent bytes of a connection outside loopback, until it carries bulk. `unread_bytes` bounds the bytes
+/// for the reader too, for the rest of the connection: the kernel grows no buffer whose size was set.
+pub fn begin_small(tcp: &TcpStream, unread_bytes: Option<u32>) {
     limit_unsent(tcp, false);
-    // An error leaves the kernel's own bounds.
-    let _ = limit_unread_bytes(tcp, Some(unread_bytes));
+    if let Some(bytes) = unread_bytes {
+        // An error leaves the buffer to the kernel, which grows it with the rate of reading.
+        let _ = SockRef::from(tcp).set_recv_buffer_size(bytes as usize);
+    }
 }
 
 /// Bounds the bytes that the kernel keeps unsent, beside those in flight, or leaves them to the kernel for bulk.
 pub(crate) fn limit_unsent(tcp: &TcpStream, is_bulk: bool) {
     // An error leaves the kernel's own bounds.
     let _ = limit_unsent_bytes(tcp, (!is_bulk).then_some(UNSENT_MAX_BYTES));
-}
-
-/// Bounds the bytes that the kernel keeps for the reader, or leaves them to the kernel for bulk.
-pub(crate) fn limit_unread(tcp: &TcpStream, is_bulk: bool) {
-    // As above.
-    let _ = limit_unread_bytes(tcp, (!is_bulk).then_some(UNREAD_BYTES_MAX));
 }
 
 /// Ends the local direction. The peer reads the end of the stream after all written bytes.

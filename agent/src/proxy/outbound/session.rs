@@ -81,11 +81,12 @@ async fn opened(
         }
     }
     let peer = SocketAddr::new(open.destination.ip(), TUNNEL);
+    // Before the connection: a peer's time for the handshake begins with it.
+    let turn = path.shares.outgoing_handshake(pod.cgroup).await?;
     let tcp = path.dialer.to_tunnel(pod, peer, attempt.limit).await.map_err(|e| {
         let detail = format!("{peer}: {e}; does an agent run on that node?");
         Refusal::new(RefusalReason::PeerUnreachable, detail)
     })?;
-    let turn = path.shares.outgoing_handshake(pod.cgroup).await?;
     socket::begin_small(&tcp, path.shares.unread_bytes(pod.cgroup));
     let connected = Session::connect(tcp, own, &key.identity).await;
     drop(turn);

@@ -7,8 +7,10 @@
 //! | place | small | large |
 //! |---|---|---|
 //! | one read from an application or the tunnel | 64 KiB | 512 KiB |
-//! | unsent bytes of a socket (`TCP_NOTSENT_LOWAT`) | 64 KiB | up to `tcp_wmem` |
-//! | unread bytes of a tunnel's socket (`SO_RCVBUF`) | 128 KiB | up to `tcp_rmem`, as the kernel grows it |
+//! | unsent bytes of a socket (`TCP_NOTSENT_LOWAT`) | 64 KiB on loopback, 128 KiB outside | up to `tcp_wmem` |
+//!
+//! The kernel grows the receive buffer of a tunnel's socket with the rate of reading, from `net.ipv4.tcp_rmem` on. A flow that
+//! nobody reads does not make it grow, and a fast one over a long distance gets its window from the first byte on.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

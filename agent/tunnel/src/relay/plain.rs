@@ -166,9 +166,8 @@ impl<'a> Half<'a> {
             Grown::Before => next,
             Grown::No => next.small(),
             Grown::Now => {
-                // Both connections end with the flow.
+                // The connection ends with the flow.
                 socket::limit_unsent(self.to, true);
-                socket::limit_unread(self.from, true);
                 next
             }
         }
