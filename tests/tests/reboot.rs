@@ -4,6 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use std::{
     fs::{self, File},
+    io,
     net::{IpAddr, SocketAddr, TcpListener},
     path::PathBuf,
     process::{Command, Stdio},
@@ -70,11 +71,13 @@ impl Rebooted {
         let node = self.mesh.topology().node("a")?;
         let silent = node.netns().enter(|| TcpListener::bind("127.0.0.1:0"))??;
         let file = self.mesh.agent("a")?.files().config();
+        // With the certificate of any authority: without one, the client needs the system's, which a bare machine does not have.
         let kubeconfig = format!(
             "apiVersion: v1\nkind: Config\ncurrent-context: a\n\
-             clusters: [{{name: a, cluster: {{server: \"http://{}\"}}}}]\n\
+             clusters: [{{name: a, cluster: {{server: \"http://{}\", certificate-authority: \"{}\"}}}}]\n\
              users: [{{name: a, user: {{}}}}]\ncontexts: [{{name: a, context: {{cluster: a, user: a}}}}]\n",
-            silent.local_addr()?
+            silent.local_addr()?,
+            self.mesh.agent("a")?.files().issuer().join("root-cert.pem").display()
         );
         fs::write(file.with_file_name("silent.yaml"), kubeconfig)?;
         let text = ["directory", "policy"].iter().fold(self.config.clone(), |text, source| {
@@ -85,8 +88,13 @@ impl Rebooted {
         self.mesh.agent_mut("a")?.restart()?;
         let covered = until("the pods covered", || Ok((self.starts()? > before).then_some(())));
         covered.with_context(|| self.mesh.agent("a").and_then(|agent| agent.log()).unwrap_or_default())?;
-        // The agent has asked, and waits.
-        silent.accept()?;
+        silent.set_nonblocking(true)?;
+        let asked = until("the agent has asked a source", || match silent.accept() {
+            Ok(connection) => Ok(Some(connection)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error.into()),
+        });
+        asked.with_context(|| self.mesh.agent("a").and_then(|agent| agent.log()).unwrap_or_default())?;
         Ok(silent)
     }
 
