@@ -83,6 +83,15 @@ impl Judged {
         }
     }
 
+    /// The attack ended with an error of the suite.
+    pub(crate) fn not_run(attack: &Attack, family: Family, error: &anyhow::Error) -> Self {
+        let nothing = Outcome::default();
+        let mut judged = Self::of(attack, family, &nothing, &nothing);
+        judged.verdict = Verdict::NotProven;
+        judged.detail = format!("{error:#}");
+        judged
+    }
+
     pub(crate) fn line(&self) -> String {
         let detail = if self.detail.is_empty() { String::new() } else { format!("  {}", self.detail) };
         let verdict = self.verdict.text();

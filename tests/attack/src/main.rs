@@ -54,7 +54,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
 
 use catalogue::{ATTACKS, Attack};
-use judge::{Judged, Verdict};
+use judge::{Judged, Outcome, Verdict};
 use world::{Programs, World};
 
 /// Attacks two nodes made in namespaces here, with and without Tacit. It needs root. It exits with 0 when every attack was
@@ -170,7 +170,7 @@ fn run(args: &Args, programs: &Programs) -> Result<bool> {
     let mut protected = World::with_tacit(programs).context("the world with Tacit")?;
     let mut results = Vec::new();
     for (attack, family) in chosen {
-        let judged = judge(attack, family, &mut control, &mut protected)?;
+        let judged = judge(attack, family, &mut control, &mut protected);
         // Beside JSON, the lines are for whoever watches.
         if is_json {
             eprintln!("{}", judged.line());
@@ -195,14 +195,25 @@ const SHORTEST_WAIT: Duration = Duration::from_secs(2);
 /// Nothing that takes so many times as long as without Tacit is still on its way.
 const LONGER: u32 = 10;
 
-fn judge(attack: &Attack, family: Family, control: &mut World, protected: &mut World) -> Result<Judged> {
+/// An attack that cannot be run is not proven, and the others are run all the same.
+fn judge(attack: &Attack, family: Family, control: &mut World, protected: &mut World) -> Judged {
+    match run_both(attack, family, control, protected) {
+        Ok((without, with)) => Judged::of(attack, family, &without, &with),
+        Err(error) => Judged::not_run(attack, family, &error),
+    }
+}
+
+fn run_both(
+    attack: &Attack,
+    family: Family,
+    control: &mut World,
+    protected: &mut World,
+) -> Result<(Outcome, Outcome)> {
     let begin = Instant::now();
-    let without =
-        driver::attack(control, attack, family).with_context(|| format!("{} without Tacit", attack.name))?;
+    let without = driver::attack(control, attack, family).context("without Tacit")?;
     protected.patience = SHORTEST_WAIT.max(begin.elapsed() * LONGER);
-    let with =
-        driver::attack(protected, attack, family).with_context(|| format!("{} with Tacit", attack.name))?;
-    Ok(Judged::of(attack, family, &without, &with))
+    let with = driver::attack(protected, attack, family).context("with Tacit")?;
+    Ok((without, with))
 }
 
 #[cfg(test)]
