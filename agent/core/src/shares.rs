@@ -270,7 +270,7 @@ pub const BULK_DIRECTIONS: Share = Share {
 };
 
 /// Unread bytes by pod: the bound of each socket that the agent reads for a connection of a pod with `held_connections`, in bytes.
-/// `None` for the first 1,024 connections of a pod, whose buffers the kernel grows with the rate of reading.
+/// `None` for the first 1,024 connections of a pod: the kernel grows their buffers with the rate of reading.
 ///
 /// The agent reads no faster than the other end does, so what is sent to it stays in the kernel. Of `n` connections beyond 1,024,
 /// the last one may hold 1/n of [`UNREAD_BYTES`]. Those together hold at most [`UNREAD_BYTES`] times ln(n / 1024): 1.7 times for
@@ -284,8 +284,8 @@ pub fn unread_bytes(held_connections: u64) -> Option<u32> {
 
 /// Bytes that a pod's first 1,024 connections have unread if each has the kernel's first buffer.
 const UNREAD_BYTES: u64 = 128 << 20;
-/// Bytes of that buffer: the default of `net.ipv4.tcp_rmem`.
-const UNREAD_BYTES_MAX: u32 = 128 << 10;
+/// Bytes of that buffer: the default of `net.ipv4.tcp_rmem`. Flows whose bytes are not taken are held to it.
+pub const UNREAD_BYTES_MAX: u32 = 128 << 10;
 /// Fewest unread bytes of one socket: a full TLS record with its overhead.
 const UNREAD_BYTES_MIN: u32 = 20 << 10;
 

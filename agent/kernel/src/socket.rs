@@ -7,6 +7,7 @@ use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
     io::{self, IoSlice},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    os::fd::AsRawFd as _,
     time::Duration,
 };
 
@@ -241,6 +242,62 @@ fn loopback_for(to: IpAddr, client: SocketAddr) -> IpAddr {
 pub fn limit_unsent_bytes<'s>(socket: impl Into<SockRef<'s>>, most: Option<u32>) -> io::Result<()> {
     // 0 stands for `net.ipv4.tcp_notsent_lowat`.
     socket.into().set_tcp_notsent_lowat(most.unwrap_or(0))
+}
+
+/// Bounds the bytes that `socket` keeps for its reader to about `most`, and returns true. A socket that has a bound keeps it.
+///
+/// # Errors
+/// The kernel's.
+pub fn bound_unread_bytes<'s>(socket: impl Into<SockRef<'s>>, most: u32) -> io::Result<bool> {
+    let socket = socket.into();
+    if option(&socket, libc::SOL_SOCKET, libc::SO_BUF_LOCK)? & RECEIVE_BUFFER_LOCKED != 0 {
+        return Ok(false);
+    }
+    socket.set_recv_buffer_size(most as usize)?;
+    Ok(true)
+}
+
+/// Raises the bound of [`bound_unread_bytes`] to what the kernel grows a buffer to by default. Growth by the kernel would begin
+/// at the small window, and take tens of round trips.
+///
+/// # Errors
+/// The kernel's.
+pub fn widen_unread_bytes<'s>(socket: impl Into<SockRef<'s>>) -> io::Result<()> {
+    let socket = socket.into();
+    // The kernel clamps the window to the size that the buffer had before it was bound.
+    set_option(&socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, WINDOW_MAX_BYTES)?;
+    set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, WIDE_UNREAD_BYTES)
+}
+
+/// Ends the bound of [`bound_unread_bytes`]: the kernel grows the buffer with the rate of reading.
+///
+/// # Errors
+/// The kernel's.
+pub fn unbound_unread_bytes<'s>(socket: impl Into<SockRef<'s>>) -> io::Result<()> {
+    set_option(&socket.into(), libc::SOL_SOCKET, libc::SO_BUF_LOCK, 0)
+}
+
+/// Half of the largest receive buffer by the kernel's defaults (`net.ipv4.tcp_rmem`), in bytes; the kernel doubles it.
+const WIDE_UNREAD_BYTES: libc::c_int = 3 << 20;
+/// More than any receive buffer, in bytes.
+const WINDOW_MAX_BYTES: libc::c_int = 1 << 30;
+/// `SOCK_RCVBUF_LOCK`: the bit in `SO_BUF_LOCK` of a receive buffer whose size was set.
+const RECEIVE_BUFFER_LOCKED: libc::c_int = 2;
+
+fn option(socket: &Socket, level: libc::c_int, name: libc::c_int) -> io::Result<libc::c_int> {
+    let (mut value, mut size) = (0, size_of::<libc::c_int>() as libc::socklen_t);
+    // SAFETY: the descriptor is open, and `value` and `size` live through the call; `size` is that of `value`.
+    let result =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, (&raw mut value).cast(), &raw mut size) };
+    if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+}
+
+fn set_option(socket: &Socket, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let size = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the descriptor is open, and `value` lives through the call and has the size that is passed.
+    let result =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), size) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Connects `socket` within `limit`.

@@ -366,6 +366,22 @@ impl Session {
         self.receive_buffer.set_may_grow(is_large);
     }
 
+    /// Bounds the bytes that the kernel keeps unread, because the application does not take what was received. Returns true unless
+    /// they have a bound already.
+    pub(crate) fn bound_unread(&self) -> bool {
+        socket::bound_unread(self.tls.tcp())
+    }
+
+    /// Widens that bound, for bulk.
+    pub(crate) fn widen_unread(&self) {
+        socket::widen_unread(self.tls.tcp());
+    }
+
+    /// Ends that bound, for the next flow.
+    pub(crate) fn unbound_unread(&self) {
+        socket::unbound_unread(self.tls.tcp());
+    }
+
     /// Returns true if queued bytes are unsent.
     pub(crate) fn unsent(&self) -> bool {
         self.tls.unsent()

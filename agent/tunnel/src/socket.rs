@@ -11,7 +11,10 @@ use std::{
 };
 
 use socket2::SockRef;
-use tacit_kernel::socket::{limit_unsent_bytes, send};
+use tacit_core::shares::UNREAD_BYTES_MAX;
+use tacit_kernel::socket::{
+    bound_unread_bytes, limit_unsent_bytes, send, unbound_unread_bytes, widen_unread_bytes,
+};
 use tokio::{io::Interest, net::TcpStream};
 
 /// Unsent bytes of a tunnel's socket, unless it carries bulk. Two batches of a flow that is not bulk: the next one is sealed while
@@ -133,6 +136,25 @@ pub fn begin_small(tcp: &TcpStream, unread_bytes: Option<u32>) {
 pub(crate) fn limit_unsent(tcp: &TcpStream, is_bulk: bool) {
     // An error leaves the kernel's own bounds.
     let _ = limit_unsent_bytes(tcp, (!is_bulk).then_some(UNSENT_MAX_BYTES));
+}
+
+/// Bounds the bytes that the kernel keeps for the reader, because the other end of the flow does not take what was read. Returns
+/// true unless they have a bound already.
+pub(crate) fn bound_unread(tcp: &TcpStream) -> bool {
+    // An error leaves the buffer to the kernel.
+    bound_unread_bytes(tcp, UNREAD_BYTES_MAX).unwrap_or(false)
+}
+
+/// Ends what [`bound_unread`] has set, for bulk.
+pub(crate) fn widen_unread(tcp: &TcpStream) {
+    // An error leaves the small buffer.
+    let _ = widen_unread_bytes(tcp);
+}
+
+/// Ends what [`bound_unread`] or [`widen_unread`] has set, for the next flow.
+pub(crate) fn unbound_unread(tcp: &TcpStream) {
+    // As above.
+    let _ = unbound_unread_bytes(tcp);
 }
 
 /// Ends the local direction. The peer reads the end of the stream after all written bytes.

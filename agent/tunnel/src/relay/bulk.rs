@@ -9,8 +9,9 @@
 //! | one read from an application or the tunnel | 64 KiB | 512 KiB |
 //! | unsent bytes of a socket (`TCP_NOTSENT_LOWAT`) | 64 KiB on loopback, 128 KiB outside | up to `tcp_wmem` |
 //!
-//! The kernel grows the receive buffer of a tunnel's socket with the rate of reading, from `net.ipv4.tcp_rmem` on. A flow that
-//! nobody reads does not make it grow, and a fast one over a long distance gets its window from the first byte on.
+//! The kernel grows the receive buffer of a tunnel's socket with the rate of reading, so a fast flow over a long distance gets its
+//! window from the first byte on. The agent reads at first, though, what the application does not: when the application's socket is
+//! full for the first time ([`Stall`]) before the direction is bulk, the receive buffer is bound to 128 KiB. Bulk gets 6 MiB then.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -117,6 +118,32 @@ impl Drop for Growth<'_> {
     }
 }
 
+/// The first time that the destination of a direction did not take what was read from its source.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stall {
+    #[default]
+    Never,
+    /// The source's unread bytes were bound then.
+    Bounded,
+    /// They had a bound before, or the direction has large buffers.
+    Unbounded,
+}
+
+impl Stall {
+    /// Notes a stall, and calls `bound` if it is the first one of a direction with small buffers. `bound` returns true if it set a
+    /// bound.
+    pub(crate) fn stalled(&mut self, growth: &Growth<'_>, bound: impl FnOnce() -> bool) {
+        if *self == Self::Never {
+            *self = if !growth.is_large() && bound() { Self::Bounded } else { Self::Unbounded };
+        }
+    }
+
+    /// Returns true if the direction has set a bound of its source.
+    pub(crate) fn is_bounded(self) -> bool {
+        self == Self::Bounded
+    }
+}
+
 impl Size {
     /// Returns this size, or the largest of small buffers.
     pub(crate) fn small(self) -> Self {
@@ -143,6 +170,28 @@ pub(crate) mod tests {
         assert_eq!((growth.is_large(), share.usage().used), (true, 1));
         drop(growth);
         assert_eq!(share.usage().used, 0);
+    }
+
+    #[test]
+    fn the_first_stall_of_a_direction_with_small_buffers_sets_a_bound() {
+        let share = share(1);
+        let pod = share.of(1);
+        let (small, mut large) = (Growth::new(&pod), Growth::new(&pod));
+        assert_eq!(large.ask(AFTER_BYTES), Grown::Now);
+        for (growth, sets_bound, expected) in [
+            (&small, true, Stall::Bounded),
+            (&small, false, Stall::Unbounded),
+            (&large, true, Stall::Unbounded),
+        ] {
+            let (mut stall, mut calls) = (Stall::default(), 0);
+            for _ in 0..2 {
+                stall.stalled(growth, || {
+                    calls += 1;
+                    sets_bound
+                });
+            }
+            assert_eq!((stall, calls), (expected, u32::from(!growth.is_large())));
+        }
     }
 
     #[test]

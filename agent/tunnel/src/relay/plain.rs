@@ -16,7 +16,7 @@ use crate::{
     buffers::{Buffer, Size},
     relay::{
         FlowCounters, PodBulk,
-        bulk::{Grown, Growth},
+        bulk::{Grown, Growth, Stall},
         busy_poll::BusyPoll,
     },
     socket,
@@ -101,6 +101,7 @@ struct Half<'a> {
     counter: &'a AtomicU64,
     size: Size,
     growth: Growth<'a>,
+    stall: Stall,
     /// Bytes that are read and not yet written.
     unwritten: Option<(Buffer, usize, usize)>,
     /// The end of `from` was forwarded.
@@ -123,6 +124,7 @@ impl<'a> Half<'a> {
             counter,
             size: Size::default(),
             growth: Growth::new(bulk),
+            stall: Stall::default(),
             unwritten: None,
             ended: false,
             error_checked: false,
@@ -166,8 +168,11 @@ impl<'a> Half<'a> {
             Grown::Before => next,
             Grown::No => next.small(),
             Grown::Now => {
-                // The connection ends with the flow.
+                // Both connections end with the flow.
                 socket::limit_unsent(self.to, true);
+                if self.stall.is_bounded() {
+                    socket::widen_unread(self.from);
+                }
                 next
             }
         }
@@ -177,9 +182,12 @@ impl<'a> Half<'a> {
         let Some((buffer, start, end)) = &mut self.unwritten else {
             return Poll::Ready(Ok(()));
         };
-        let Ok(written_bytes) =
-            ready!(socket::poll_write(self.to, cx, &[IoSlice::new(&buffer[*start..*end])]))
+        let Poll::Ready(written) = socket::poll_write(self.to, cx, &[IoSlice::new(&buffer[*start..*end])])
         else {
+            self.stall.stalled(&self.growth, || socket::bound_unread(self.from));
+            return Poll::Pending;
+        };
+        let Ok(written_bytes) = written else {
             return Poll::Ready(Err(self.other()));
         };
         self.counter.fetch_add(written_bytes as u64, Relaxed);

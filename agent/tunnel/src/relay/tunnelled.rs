@@ -33,7 +33,7 @@ use crate::{
     receive_buffer::Received,
     relay::{
         FlowCounters, PodBulk,
-        bulk::{Grown, Growth},
+        bulk::{Grown, Growth, Stall},
         busy_poll::BusyPoll,
         delayed_accept::DelayedAccept,
     },
@@ -168,6 +168,7 @@ struct Flow<'a> {
     size: Size,
     up_growth: Growth<'a>,
     down_growth: Growth<'a>,
+    down_stall: Stall,
     /// ACCEPT is queued and not sent yet. The thread first runs its other tasks once, so that ACCEPT can leave with the
     /// application's first bytes.
     accept_pending: bool,
@@ -208,6 +209,7 @@ impl<'a> Flow<'a> {
             size: Size::default(),
             up_growth: Growth::new(bulk),
             down_growth: Growth::new(bulk),
+            down_stall: Stall::default(),
             accept_pending,
             delayed_accept,
             app_ended,
@@ -307,7 +309,11 @@ impl<'a> Flow<'a> {
             let mut slices = [IoSlice::new(&[]); FRAMES_MAX];
             let used = self.session.payloads(&mut slices);
             let write = if self.session.fin_follows() { socket::poll_write_last } else { socket::poll_write };
-            return match ready!(write(self.app, cx, &slices[..used])) {
+            let Poll::Ready(written) = write(self.app, cx, &slices[..used]) else {
+                self.down_stall.stalled(&self.down_growth, || self.session.bound_unread());
+                return Poll::Pending;
+            };
+            return match written {
                 Ok(written_bytes) => {
                     self.session.consume(written_bytes);
                     self.down.fetch_add(written_bytes as u64, Relaxed);
@@ -323,6 +329,9 @@ impl<'a> Flow<'a> {
                 {
                     self.session.set_large_receives(true);
                     socket::limit_unsent(self.app, true);
+                    if self.down_stall.is_bounded() {
+                        self.session.widen_unread();
+                    }
                 }
                 CONTINUE
             }
@@ -333,13 +342,16 @@ impl<'a> Flow<'a> {
         }
     }
 
-    /// Gives back large buffers, which the session's next flow may not need.
+    /// Gives back large buffers, which the session's next flow may not need, and bounds of this flow.
     fn shrink(&mut self) {
         if self.up_growth.is_large() {
             self.session.set_large_sends(false);
         }
         if self.down_growth.is_large() {
             self.session.set_large_receives(false);
+        }
+        if self.down_stall.is_bounded() {
+            self.session.unbound_unread();
         }
     }
 
