@@ -35,7 +35,7 @@ use super::{
     KernelError, VerifierLog,
     cgroup::Cgroup,
     link,
-    netns::Netns,
+    netns::{self, Netns},
     pins::{self, PinLock, Pins},
     probe,
     verifier::{refused, verify},
@@ -381,12 +381,18 @@ fn load_verified(pin_path: Option<&Path>, pods: &Cgroup, log: &VerifierLog) -> R
 }
 
 fn load_object(pin_path: Option<&Path>, pods: &Cgroup) -> Result<Ebpf, KernelError> {
+    // The agent has the node's network.
+    let node_netns_cookie = netns::netns_cookie().map_err(|e| KernelError::Map {
+        map: "SETTINGS",
+        problem: format!("cookie of the namespace: {e}"),
+    })?;
     let settings = Settings {
         pods_level: pods.level(),
         abi_version: ABI_VERSION,
         pods_cgroup: pods.id(),
         has_set_retval: u32::from(probe::has_set_retval()),
         pad: 0,
+        node_netns_cookie,
     };
     let mut loader = EbpfLoader::new();
     loader.override_global("SETTINGS", &settings, true);
