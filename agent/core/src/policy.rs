@@ -238,6 +238,12 @@ impl Policies {
         modes
     }
 
+    /// Returns true if the minimum raises a mode that the policies set for a workload.
+    #[must_use]
+    pub fn is_raised(&self, workload: &Workload) -> bool {
+        self.modes(workload) != self.written_modes(workload)
+    }
+
     /// The modes that the policies set for a workload, without the minimum.
     #[must_use]
     pub fn written_modes(&self, workload: &Workload) -> Modes {

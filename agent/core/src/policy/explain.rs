@@ -254,7 +254,7 @@ fn path(
     let flow = Flow { source: proof, client, destination: SocketAddr::new(server, port) };
     verdict.why.push(format!("The mode of the destination at port {port} is {}.", name(mode)));
     let written = known.policies.written_modes(target).at(port);
-    if written != mode {
+    if written != known.policies.modes(target).at(port) {
         let written = name(written);
         verdict.why.push(format!("Raised by minimumMode: the policies set {written}."));
     }
