@@ -12,7 +12,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -115,8 +115,13 @@ impl Enroller {
         let is_outdated = self.snapshots.directory.state().stale_since.is_some();
         let freshness = if is_outdated { Freshness::Outdated } else { Freshness::Current };
         let named = Named::of(directory.cgroups_on_node(&self.node));
-        let found = find(self.pods_cgroup.path(), &named);
-        unnamed.update(&found, freshness, (now, self.unnamed_pod_timeout));
+        let root = self.pods_cgroup.path();
+        match find(root, &named) {
+            Ok(found) => unnamed.update(&found, freshness, (now, self.unnamed_pod_timeout)),
+            Err(error) => {
+                tracing::warn!(cgroup = %root.display(), %error, "cgroups not read: pods that no source names stay as they are");
+            }
+        }
     }
 }
 
@@ -136,13 +141,16 @@ impl Named {
 
 /// Returns the cgroups with processes that are nobody's, one or two levels below `root`. An entry of the kernel's map speaks
 /// for all below it, so a cgroup with others inside is no pod's here: those inside are looked at.
-fn find(root: &Path, named: &Named) -> HashMap<u64, PathBuf> {
+///
+/// # Errors
+/// Fails if a cgroup cannot be read. A result without its pods would take the cgroup itself for a pod.
+fn find(root: &Path, named: &Named) -> io::Result<HashMap<u64, PathBuf>> {
     let mut found = HashMap::new();
-    for first in below(root) {
+    for first in below(root)?.unwrap_or_default() {
         if named.cgroups.contains(relative(root, &first)) {
             continue;
         }
-        let inside = below(&first);
+        let Some(inside) = below(&first)? else { continue };
         let all = if inside.is_empty() { vec![first] } else { inside };
         for path in all {
             let name = relative(root, &path);
@@ -155,19 +163,27 @@ fn find(root: &Path, named: &Named) -> HashMap<u64, PathBuf> {
             }
         }
     }
-    found
+    Ok(found)
 }
 
 fn relative<'a>(root: &Path, path: &'a Path) -> &'a Path {
     path.strip_prefix(root).unwrap_or(path)
 }
 
-fn below(path: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(path).into_iter().flatten().filter_map(Result::ok);
-    entries
-        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-        .map(|entry| entry.path())
-        .collect()
+/// Returns the cgroups in `path`; `None` if that is gone.
+fn below(path: &Path) -> io::Result<Option<Vec<PathBuf>>> {
+    let entries = match fs::read_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        entries => entries?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            found.push(entry.path());
+        }
+    }
+    Ok(Some(found))
 }
 
 #[cfg(test)]
@@ -222,9 +238,21 @@ mod tests {
                 .expect("written");
         }
         let named = ["named", "class/named", "deep/a/named"].map(Path::new);
-        let found = find(root.path(), &Named::of(named.into_iter()));
+        let found = find(root.path(), &Named::of(named.into_iter())).expect("read");
         let mut found: Vec<&Path> = found.values().map(|path| relative(root.path(), path)).collect();
         found.sort_unstable();
         assert_eq!(found, [Path::new("class/other"), Path::new("pod")]);
+    }
+    #[test]
+    fn a_cgroup_that_cannot_be_read_is_no_pod() {
+        let root = Scratch::new();
+        let class = root.path().join("class");
+        fs::create_dir(&class).expect("made");
+        fs::write(class.join("cgroup.events"), "populated 1\n").expect("written");
+        let nothing = Named::of(std::iter::empty());
+        assert_eq!(find(root.path(), &nothing).expect("read").len(), 1, "control: it can be read");
+        let (unreadable, gone) = (class.join("cgroup.events"), root.path().join("gone"));
+        assert!(find(&unreadable, &nothing).is_err());
+        assert!(find(&gone, &nothing).expect("nothing is there").is_empty());
     }
 }
