@@ -168,12 +168,18 @@ impl Maps {
     /// Makes the kernel leave a pod alone that is known and not enrolled. On guarded links it is held to its addresses.
     ///
     /// # Errors
-    /// [`KernelError::Map`], for instance when the map is full.
+    /// [`KernelError::Map`], for instance when the map is full, and if the kernel has the cgroup as an enrolled pod's. That entry
+    /// has to be removed first.
     pub fn set_exempt(&self, cgroup: u64, addresses: &[IpAddr]) -> Result<(), KernelError> {
         let of =
             |v4: bool| addresses.iter().find(|a| a.is_ipv4() == v4).map_or(Address::NONE, |a| address(*a));
         let pod = Pod { v4: of(true), v6: of(false), flags: pod_flag::EXEMPT, ..Pod::unknown() };
-        lock(&self.pods).insert(cgroup, pod, 0).map_err(failed("PODS"))
+        let mut pods = lock(&self.pods);
+        if pods.get(&cgroup, 0).is_ok_and(|known| !known.has(pod_flag::EXEMPT)) {
+            let problem = format!("cgroup {cgroup} is an enrolled pod's and is not left alone");
+            return Err(KernelError::Map { map: "PODS", problem });
+        }
+        pods.insert(cgroup, pod, 0).map_err(failed("PODS"))
     }
 
     /// Pods that the kernel leaves alone: cgroup id and the addresses that it has for them.

@@ -58,15 +58,17 @@ impl UnnamedCgroups {
         Self { known: cgroups.map(|id| (id, Held::Passed)).collect(), ..Self::default() }
     }
 
-    /// Takes over what was found at `now`. Each is held for `limit`.
+    /// Takes over what was found at `now`. Each is held for `limit`, from the moment the kernel has no entry of a pod for it:
+    /// `has_entry` tells.
     fn update(
         &mut self,
         found: &HashMap<u64, PathBuf>,
+        has_entry: impl Fn(u64) -> bool,
         directory: Freshness,
         (now, limit): (Instant, Duration),
     ) {
-        self.known.retain(|id, _| found.contains_key(id));
-        for id in found.keys() {
+        self.known.retain(|id, _| found.contains_key(id) && !has_entry(*id));
+        for id in found.keys().filter(|id| !has_entry(**id)) {
             let held = self.known.entry(*id).or_insert(Held::Since(now));
             match (*held, directory) {
                 (Held::Since(_), Freshness::Outdated) => *held = Held::Since(now),
@@ -117,7 +119,10 @@ impl Enroller {
         let named = Named::of(directory.cgroups_on_node(&self.node));
         let root = self.pods_cgroup.path();
         match find(root, &named) {
-            Ok(found) => unnamed.update(&found, freshness, (now, self.unnamed_pod_timeout)),
+            Ok(found) => {
+                let has_entry = |id| state.known.contains_key(&id);
+                unnamed.update(&found, has_entry, freshness, (now, self.unnamed_pod_timeout));
+            }
             Err(error) => {
                 tracing::warn!(cgroup = %root.display(), %error, "cgroups not read: pods that no source names stay as they are");
             }
@@ -208,22 +213,41 @@ mod tests {
             (119, Freshness::Current, true),
             (120, Freshness::Outdated, true),
         ] {
-            unnamed.update(&found, directory, (at(seconds), LIMIT));
+            unnamed.update(&found, |_| false, directory, (at(seconds), LIMIT));
             assert_eq!(unnamed.passed().contains(&7), passed, "after {seconds} s, {directory:?}");
         }
         let shown = Unnamed { held: 0, left_alone: 1, example: Some("/cgroup/other".to_owned()) };
         assert_eq!(unnamed.shown(|id| id == 7), shown);
-        unnamed.update(&HashMap::new(), Freshness::Current, (at(121), LIMIT));
-        unnamed.update(&found, Freshness::Current, (at(122), LIMIT));
+        unnamed.update(&HashMap::new(), |_| false, Freshness::Current, (at(121), LIMIT));
+        unnamed.update(&found, |_| false, Freshness::Current, (at(122), LIMIT));
         assert!(unnamed.passed().is_empty(), "named in between: its time starts again");
         assert_eq!(unnamed.shown(|_| false).held, 1);
+    }
+
+    #[test]
+    fn a_cgroup_with_a_pods_entry_is_held_for_the_whole_time_once_the_entry_is_gone() {
+        let start = Instant::now();
+        let found: HashMap<u64, PathBuf> = [(7, PathBuf::new())].into();
+        let mut unnamed = UnnamedCgroups::left_alone([7].into_iter());
+        for (seconds, has_entry, passed) in [
+            (0, false, true),
+            (1, true, false),
+            (90, true, false),
+            (91, false, false),
+            (150, false, false),
+            (151, false, true),
+        ] {
+            let now = start + Duration::from_secs(seconds);
+            unnamed.update(&found, |_| has_entry, Freshness::Current, (now, LIMIT));
+            assert_eq!(unnamed.passed().contains(&7), passed, "after {seconds} s");
+        }
     }
 
     #[test]
     fn what_an_earlier_agent_left_alone_is_not_held_again() {
         let found: HashMap<u64, PathBuf> = [(7, PathBuf::new()), (8, PathBuf::new())].into();
         let mut unnamed = UnnamedCgroups::left_alone([7].into_iter());
-        unnamed.update(&found, Freshness::Current, (Instant::now(), LIMIT));
+        unnamed.update(&found, |_| false, Freshness::Current, (Instant::now(), LIMIT));
         assert_eq!(unnamed.passed(), [7].into());
     }
 
