@@ -40,8 +40,8 @@ const MODES: [(&str, Mode); 3] =
     [("DISABLE", Mode::Disable), ("PERMISSIVE", Mode::Permissive), ("STRICT", Mode::Strict)];
 /// Most bytes of the file: the kernel's map of ranges, full, in 2 MiB.
 const FILE_MAX_BYTES: u64 = 4 << 20;
-/// The ranges that clusters take pod addresses from: RFC 1918, RFC 6598 and RFC 4193. They stand in for ranges that are
-/// neither configured nor readable.
+/// The ranges that clusters take pod addresses from: RFC 1918, RFC 6598 and RFC 4193 (ULA). They stand in under STRICT, where no
+/// range is configured or kept, so that a mode without a range does not let everything pass.
 const PRIVATE_RANGES: [&str; 5] =
     ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"];
 
@@ -205,22 +205,25 @@ impl NodeState {
 impl Kept {
     /// Returns what applies until the sources answer: the kept state, the `configured` ranges, and no mode below `minimum`.
     pub(super) fn initial(&self, configured: &[IpNet], minimum: Mode) -> Initial {
-        match self {
-            Self::State(state) => {
-                // The pods of a STRICT namespace are not known yet, so all are held.
-                let mode = if state.strict_workloads { Mode::Strict } else { state.mesh_mode };
-                let ranges = [configured, &state.ranges].concat();
-                Initial { mode: mode.max(minimum), ranges }
-            }
+        let (mode, ranges) = match self {
+            // The pods of a STRICT namespace are not known yet, so all are held.
+            Self::State(state) if state.strict_workloads => (Mode::Strict, &state.ranges[..]),
+            Self::State(state) => (state.mesh_mode, &state.ranges[..]),
             // Istio's default.
-            Self::Nothing => Initial { mode: Mode::Permissive.max(minimum), ranges: configured.to_vec() },
-            Self::Unusable(_) if configured.is_empty() => {
-                let private = PRIVATE_RANGES.iter().filter_map(|range| range.parse().ok());
-                Initial { mode: Mode::Strict, ranges: private.collect() }
-            }
-            Self::Unusable(_) => Initial { mode: Mode::Strict, ranges: configured.to_vec() },
-        }
+            Self::Nothing => (Mode::Permissive, &[][..]),
+            Self::Unusable(_) => (Mode::Strict, &[][..]),
+        };
+        let mode = mode.max(minimum);
+        Initial { mode, ranges: ranges_under(mode, [configured, ranges].concat()) }
     }
+}
+
+/// Returns `known`, or [`PRIVATE_RANGES`] if no range is known and `mode` is STRICT: without a range it would hold nobody.
+pub(super) fn ranges_under(mode: Mode, known: Vec<IpNet>) -> Vec<IpNet> {
+    if mode == Mode::Strict && known.is_empty() {
+        return PRIVATE_RANGES.iter().filter_map(|range| range.parse().ok()).collect();
+    }
+    known
 }
 
 fn file(folder: &Path) -> PathBuf {
@@ -339,5 +342,18 @@ mod tests {
         assert_eq!(ranges(&Kept::State(state()), &configured).len(), 3);
         assert_eq!(ranges(&broken, &configured), configured);
         assert_eq!(ranges(&broken, &[]).len(), PRIVATE_RANGES.len(), "none is known, so all that may be one");
+        let without_ranges =
+            |mesh_mode| Kept::State(NodeState { mesh_mode, strict_workloads: false, ranges: Vec::new() });
+        for (kept, minimum, is_held) in [
+            (without_ranges(Mode::Strict), Mode::Disable, true),
+            (without_ranges(Mode::Permissive), Mode::Strict, true),
+            (Kept::Nothing, Mode::Strict, true),
+            (without_ranges(Mode::Permissive), Mode::Disable, false),
+            (Kept::Nothing, Mode::Permissive, false),
+        ] {
+            let initial = kept.initial(&[], minimum);
+            let expected = if is_held { PRIVATE_RANGES.len() } else { 0 };
+            assert_eq!(initial.ranges.len(), expected, "{kept:?} {minimum:?}");
+        }
     }
 }
