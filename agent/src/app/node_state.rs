@@ -84,7 +84,8 @@ pub(super) async fn keep(
     }
 }
 
-/// Reports the result of a write. An error that lasts is logged once.
+/// Reports the result of a write. An error that lasts is logged once. A state that could not be read is gone once another one is
+/// in its place.
 fn report(status: &watch::Sender<NodeStateStatus>, error: Option<String>) {
     status.send_if_modified(|status| {
         let is_new = status.write_error != error;
@@ -94,8 +95,9 @@ fn report(status: &watch::Sender<NodeStateStatus>, error: Option<String>) {
                 "state of the mesh not kept: after a reboot an older one applies until the sources answer"
             );
         }
+        let is_replaced = error.is_none() && status.read_error.take().is_some();
         status.write_error = error;
-        is_new
+        is_new || is_replaced
     });
 }
 
@@ -280,6 +282,23 @@ mod tests {
         fs::set_permissions(&folder, Permissions::from_mode(0o755)).expect("set");
         state().write(&folder).expect("written");
         assert_eq!(mode(&folder), 0o700, "a folder that the kubelet made is closed");
+    }
+
+    #[test]
+    fn a_read_error_is_shown_until_a_state_is_written() {
+        let read_error = Some("broken".to_owned());
+        let status =
+            watch::Sender::new(NodeStateStatus { read_error: read_error.clone(), ..Default::default() });
+        let mut seen = status.subscribe();
+        report(&status, Some("no space".to_owned()));
+        assert_eq!(seen.borrow_and_update().read_error, read_error, "the broken one is still there");
+        report(&status, None);
+        assert!(seen.has_changed().expect("open"));
+        let shown = seen.borrow_and_update();
+        assert_eq!((&shown.read_error, &shown.write_error), (&None, &None));
+        drop(shown);
+        report(&status, None);
+        assert!(!seen.has_changed().expect("open"));
     }
 
     #[test]

@@ -223,7 +223,7 @@ pub struct NodeStateStatus {
     pub folder: String,
     /// Origin of the mode and ranges that applied at this start until the sources answered.
     pub origin: String,
-    /// Why the kept state could not be used at this start.
+    /// The reason for which the kept state could not be used at this start; `None` once another state is in its place.
     pub read_error: Option<String>,
     /// Why the state could not be written last; `None` once it was.
     pub write_error: Option<String>,
