@@ -49,7 +49,7 @@ impl Rebooted {
     }
 
     fn kept(&self) -> Result<PathBuf> {
-        Ok(self.mesh.agent("a")?.files().state_path().join("node-state.yaml"))
+        Ok(self.mesh.agent("a")?.files().state_path().join("state/node-state.yaml"))
     }
 
     fn reboot(&mut self) -> Result<()> {

@@ -15,7 +15,7 @@ use tacit_kernel::{Kernel, KernelError, PinLock, VerifierLog, cgroup::Cgroup, ho
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::{
-    app::node_state::{Kept, NodeState},
+    app::node_state::{Kept, NodeState, folder},
     config::Config,
     telemetry::status::NodeStateStatus,
 };
@@ -94,7 +94,8 @@ fn set_node(kernel: &Kernel, ranges: &Ranges) -> Result<(), KernelError> {
 
 /// Reads the kept state, and begins its status.
 pub(super) fn kept_state(config: &Config) -> (Kept, NodeStateStatus) {
-    let kept = NodeState::read(&config.state_path);
+    let folder = folder(&config.state_path);
+    let kept = NodeState::read(&folder);
     if let Kept::Unusable(problem) = &kept {
         tracing::error!(problem, "the state that was kept for a start after a reboot cannot be used");
     }
@@ -102,7 +103,7 @@ pub(super) fn kept_state(config: &Config) -> (Kept, NodeStateStatus) {
         Kept::Unusable(problem) => Some(problem.clone()),
         Kept::State(_) | Kept::Nothing => None,
     };
-    let folder = config.state_path.display().to_string();
+    let folder = folder.display().to_string();
     let origin = "another agent serves the node".to_owned();
     (kept, NodeStateStatus { folder, origin, read_error, write_error: None })
 }

@@ -4,7 +4,8 @@
 //! kept. A state that was never kept, and one that cannot be used, are different facts: without a state the configuration
 //! applies; with an unusable one pods are held as in a STRICT mesh.
 //!
-//! The file is written whole or not at all, and only root has access to it.
+//! The file is written whole or not at all, in a folder of the agent's own below `statePath`. Only root has access to that folder.
+//! `statePath` itself is the operator's: the agent does not change it.
 
 use std::{
     fs::{self, DirBuilder, Permissions},
@@ -31,7 +32,9 @@ use tokio::{
 
 use crate::telemetry::status::NodeStateStatus;
 
-/// Name of the file in `statePath`.
+/// Name of the agent's folder in `statePath`.
+const FOLDER: &str = "state";
+/// Name of the file in that folder.
 const FILE: &str = "node-state.yaml";
 /// Version of the format. Another version is not used.
 const VERSION: u32 = 1;
@@ -49,6 +52,11 @@ const PRIVATE_RANGES: [&str; 5] =
 const WRITE_PAUSE: Duration = Duration::from_secs(1);
 /// Time after which a failed write is tried again without a change.
 const RETRY: Duration = Duration::from_secs(30);
+
+/// Returns the agent's folder in `statePath`.
+pub(super) fn folder(state_path: &Path) -> PathBuf {
+    state_path.join(FOLDER)
+}
 
 /// Writes the state of the mesh to `folder` whenever it changes. `known` is the state on disk.
 pub(super) async fn keep(
@@ -232,10 +240,16 @@ fn file(folder: &Path) -> PathBuf {
     folder.join(FILE)
 }
 
-/// Makes the folder, or takes the access of others from it.
+/// Makes the folder, or takes the access of others from it. A folder that somebody else made is not used.
 fn make_private(folder: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-    let mode = fs::metadata(folder)?.permissions().mode() & 0o777;
+    let found = fs::symlink_metadata(folder)?;
+    let (owner, mode) = (found.uid(), found.mode() & 0o777);
+    if !found.is_dir() || owner != nix::unistd::geteuid().as_raw() {
+        let problem =
+            format!("has owner {owner} or is a link: expected a folder of the agent's user; remove it");
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, problem));
+    }
     if mode == 0o700 { Ok(()) } else { fs::set_permissions(folder, Permissions::from_mode(0o700)) }
 }
 
@@ -270,7 +284,7 @@ mod tests {
     #[test]
     fn what_was_kept_is_read_again() {
         let scratch = Scratch::new();
-        let folder = scratch.path().join("a/b");
+        let folder = folder(&scratch.path().join("a"));
         assert_eq!(NodeState::read(&folder), Kept::Nothing);
         let other = NodeState { mesh_mode: Mode::Strict, ranges: Vec::new(), ..state() };
         for state in [state(), other] {
@@ -281,7 +295,24 @@ mod tests {
         assert_eq!((mode(&folder), mode(&folder.join(FILE))), (0o700, 0o600));
         fs::set_permissions(&folder, Permissions::from_mode(0o755)).expect("set");
         state().write(&folder).expect("written");
-        assert_eq!(mode(&folder), 0o700, "a folder that the kubelet made is closed");
+        assert_eq!(mode(&folder), 0o700, "the agent's folder is closed");
+    }
+
+    #[test]
+    fn the_agent_changes_nothing_of_the_state_path_but_its_own_folder() {
+        let scratch = Scratch::new();
+        for open in [0o755, 0o1777] {
+            fs::set_permissions(scratch.path(), Permissions::from_mode(open)).expect("set");
+            state().write(&folder(scratch.path())).expect("written");
+            let mode = fs::metadata(scratch.path()).expect("there").permissions().mode() & 0o7777;
+            assert_eq!(mode, open, "others may keep their files there");
+        }
+        let others = scratch.path().join("others");
+        fs::create_dir(&others).expect("made");
+        std::os::unix::fs::symlink(&others, folder(&others)).expect("linked");
+        let problem = state().write(&folder(&others)).expect_err("a link");
+        assert!(problem.contains("expected a folder of the agent's user"), "{problem}");
+        assert!(!others.join(FILE).exists());
     }
 
     #[test]
