@@ -30,6 +30,8 @@ use modes::ModeMaps;
 
 /// Present in the mesh: the value carries no more.
 const PRESENT: u32 = 1;
+/// Prefix length of a single address in the mesh's map.
+const ADDRESS_BITS: u32 = 128;
 
 /// One counter of the kernel side.
 #[derive(Debug, Clone, Copy)]
@@ -267,6 +269,12 @@ impl Maps {
         lock(&self.mesh).keys().filter_map(Result::ok).count()
     }
 
+    /// Returns true for an address in the mesh's ranges.
+    #[must_use]
+    pub fn is_in_mesh(&self, ip: IpAddr) -> bool {
+        lock(&self.mesh).get(&Key::new(ADDRESS_BITS, address(ip).0), 0).is_ok()
+    }
+
     /// Adds `new` to the mesh's ranges, and then takes out `replaced`, which lie in them.
     ///
     /// # Errors
@@ -281,6 +289,12 @@ impl Maps {
             let _ = mesh.remove(&Key::new(bits, data));
         }
         Ok(())
+    }
+
+    /// Returns true for an address that the kernel has as the node's own.
+    #[must_use]
+    pub fn is_node(&self, ip: IpAddr) -> bool {
+        lock(&self.node).get(&address(ip), 0).is_ok()
     }
 
     /// Makes the node's own addresses exactly `addresses`; more than the map holds are left out with a warning.
