@@ -309,7 +309,7 @@ pub enum PolicyVerdict<'p> {
     Deny(PolicyDenial<'p>),
 }
 
-/// Why policy denies a flow.
+/// A policy's reason to deny a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PolicyDenial<'p> {
     /// It came as plaintext to a port in STRICT.

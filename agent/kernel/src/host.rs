@@ -79,14 +79,14 @@ fn is_unicast_link_local(address: &Ipv6Addr) -> bool {
 /// limit of 1,024 would end at some 500 flows. Returns the limit in force.
 ///
 /// # Errors
-/// When the limit cannot be read or raised.
+/// Fails if the limit cannot be read or raised.
 pub fn raise_descriptor_limit() -> io::Result<u64> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     Ok(hard)
 }
 
-/// Is there a process `id`? The first one of a system is no agent's.
+/// Returns true if there is a process `id`. The first one of a system is no agent's.
 pub(super) fn is_process(id: u32) -> bool {
     id > 1 && std::path::Path::new(&format!("/proc/{id}")).exists()
 }

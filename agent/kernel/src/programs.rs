@@ -265,7 +265,7 @@ impl Programs {
     /// Pods whose namespaces are steered, by cgroup id; after a restart also those that are gone.
     ///
     /// # Errors
-    /// When the pins cannot be read.
+    /// Fails if the pins cannot be read.
     pub fn steered(&self) -> Result<Vec<u64>, KernelError> {
         let links = self.pins.links()?;
         Ok(links.iter().filter_map(|(name, _)| name.strip_prefix("steer-")?.parse().ok()).collect())

@@ -133,7 +133,7 @@ pub(super) enum Action {
     Enrol(Arc<Workload>, u64),
 }
 
-/// Why a pod cannot be enrolled now. It is tried again.
+/// An obstacle to the enrolment of a pod. It is tried again.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum NotYet {
     #[error("its cgroup {0} does not exist yet")]
