@@ -83,7 +83,7 @@ impl Signals {
     }
 }
 
-/// Why the agent did not start, or stopped.
+/// A reason for which the agent did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
     /// A file could not be read or holds mistakes.

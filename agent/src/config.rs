@@ -118,7 +118,7 @@ pub struct Config {
     pub issuer: IssuerConfig,
     /// Folder on a bpffs where programs, maps and links are pinned.
     pub pin_path: PathBuf,
-    /// Folder of what the agent keeps for its start after a reboot; only root has access to it.
+    /// Folder of the operator in which the agent makes a private one, for its start after a reboot.
     pub state_path: PathBuf,
     /// The operator's unix socket.
     pub socket: PathBuf,

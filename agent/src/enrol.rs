@@ -220,9 +220,6 @@ impl Enroller {
             Action::LeaveUnnamed(cgroup) => return self.leave_unnamed(state, cgroup),
             Action::Guard(workload, cgroup) => return self.guard_early(state, &workload, cgroup),
             Action::Wait(workload, reason) => {
-                if let Some(cgroup) = at {
-                    self.hold_policy(state, cgroup, &workload);
-                }
                 if let Some(cgroup) = at.filter(|_| reason.is_running()) {
                     state.populated.entry(cgroup).or_insert_with(Instant::now);
                 }
@@ -234,6 +231,10 @@ impl Enroller {
             }
         };
         if let Err((workload, reason)) = done {
+            // However far it got: policies change while it waits.
+            if let Some(cgroup) = at {
+                self.hold_policy(state, cgroup, &workload);
+            }
             let reason = reason.to_string();
             let policy = at.and_then(|cgroup| state.held.get(&cgroup).cloned());
             // A pod that cannot be covered waits for that first.

@@ -48,6 +48,11 @@ impl ConnectFacts for Facts<'_> {
     }
 
     #[inline(always)]
+    fn is_in_node_netns(&self) -> bool {
+        self.0.netns_cookie() == SETTINGS.load().node_netns_cookie
+    }
+
+    #[inline(always)]
     fn is_agent(&self) -> bool {
         lookup::is_agent_cgroup(context::current_cgroup())
     }

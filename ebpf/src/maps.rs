@@ -15,8 +15,14 @@ const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 
 /// Settings that the agent writes before it loads the programs. The verifier sees constants.
 #[unsafe(no_mangle)]
-pub static SETTINGS: Global<Settings> =
-    Global::new(Settings { pods_level: u32::MAX, abi_version: 0, pods_cgroup: 0, has_set_retval: 0, pad: 0 });
+pub static SETTINGS: Global<Settings> = Global::new(Settings {
+    pods_level: u32::MAX,
+    abi_version: 0,
+    pods_cgroup: 0,
+    has_set_retval: 0,
+    pad: 0,
+    node_netns_cookie: 0,
+});
 
 /// The agent's heartbeat and the mesh's default mode. Zero: no agent ever ran, and nothing is enforced.
 #[btf_map]

@@ -50,7 +50,7 @@ impl Rebooted {
     }
 
     fn kept(&self) -> Result<PathBuf> {
-        Ok(self.mesh.agent("a")?.files().state_path().join("node-state.yaml"))
+        Ok(self.mesh.agent("a")?.files().state_path().join("state/node-state.yaml"))
     }
 
     fn reboot(&mut self) -> Result<()> {
@@ -238,7 +238,7 @@ fn a_strict_mesh_holds_after_a_reboot_before_a_source_answers() -> Result<()> {
     let silent = node.start_without_sources("")?;
     node.nothing_passes()?;
     ensure!(node.origin()? == "the kept state", "{}", node.origin()?);
-    pods_with_the_nodes_network_are_reached(&node)?;
+    pods_with_the_nodes_network_work(&node)?;
     drop(silent);
 
     // A file that is missing ends the agent, and its programs stay.
@@ -253,8 +253,8 @@ fn a_strict_mesh_holds_after_a_reboot_before_a_source_answers() -> Result<()> {
     Ok(())
 }
 
-/// A control plane serves the API that is to name it.
-fn pods_with_the_nodes_network_are_reached(node: &Rebooted) -> Result<()> {
+/// A control plane serves the API that is to name it, at the node's addresses, and connects to the mesh.
+fn pods_with_the_nodes_network_work(node: &Rebooted) -> Result<()> {
     let (a, b) = (node.mesh.topology().node("a")?, node.mesh.topology().node("b")?);
     let pod = a.host_network_pod("kube-system", "control")?;
     let server = Receiver::start(pod.command(attack_program()?), "control")?;
@@ -264,6 +264,12 @@ fn pods_with_the_nodes_network_are_reached(node: &Rebooted) -> Result<()> {
             Ok(server.has_got("hello", CONNECTS)?.then_some(()))
         });
         arrives.with_context(|| format!("{address}"))?;
+    }
+    let outside = node.mesh.pod("outside")?;
+    let server = Receiver::start(outside.command(attack_program()?), "outside")?;
+    for (address, protocol, marker) in packets(outside).filter(|(_, protocol, _)| *protocol == "tcp") {
+        step(pod.command(attack_program()?), protocol, server.at(address), &marker, CONNECTS)?;
+        ensure!(server.has_got(&marker, CONNECTS)?, "{marker} to {address}");
     }
     Ok(())
 }
@@ -306,4 +312,22 @@ fn control_a_permissive_mesh_passes_after_a_reboot() -> Result<()> {
     node.all_passes()?;
     ensure!(node.origin()? == "the kept state", "{}", node.origin()?);
     Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn addresses_of_the_node_inside_the_ranges_are_its_own() -> Result<()> {
+    let mut node = Rebooted::new("rebootin", STRICT)?;
+    node.config = node.config.replace("meshRanges: [", "meshRanges: [10.76.0.0/16, \"fd76::/16\", ");
+    let _silent = node.start_without_sources("")?;
+    pods_with_the_nodes_network_work(&node)?;
+    node.nothing_passes()?;
+    // The next agent finds pinned maps.
+    node.mesh.agent_mut("a")?.kill()?;
+    node.mesh.agent_mut("a")?.restart()?;
+    let agent = node.mesh.agent("a")?;
+    until("the operator's socket", || Ok(agent.status().ok()))?;
+    ensure!(node.origin()? == "the pinned maps of an earlier agent", "{}", node.origin()?);
+    pods_with_the_nodes_network_work(&node)?;
+    node.nothing_passes()
 }

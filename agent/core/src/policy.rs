@@ -238,6 +238,12 @@ impl Policies {
         modes
     }
 
+    /// Returns true if the minimum raises a mode that the policies set for a workload.
+    #[must_use]
+    pub fn is_raised(&self, workload: &Workload) -> bool {
+        self.modes(workload) != self.written_modes(workload)
+    }
+
     /// The modes that the policies set for a workload, without the minimum.
     #[must_use]
     pub fn written_modes(&self, workload: &Workload) -> Modes {
@@ -303,7 +309,7 @@ pub enum PolicyVerdict<'p> {
     Deny(PolicyDenial<'p>),
 }
 
-/// Why policy denies a flow.
+/// A policy's reason to deny a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PolicyDenial<'p> {
     /// It came as plaintext to a port in STRICT.

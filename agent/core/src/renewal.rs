@@ -1,4 +1,4 @@
-//! When to renew credentials: pure, driven by `manager`.
+//! The times to renew credentials: pure, driven by `manager`.
 //!
 //! Renewal starts at half of the lifetime, so a whole half remains to ride out an issuer that is down. Attempts that fail
 //! are repeated with growing pauses; what is held stays in use until it expires. The lifetime is counted from the moment
@@ -32,7 +32,7 @@ pub struct RenewalSchedule {
     pub not_after: SystemTime,
     /// Attempts that failed since they were obtained.
     pub failures: u32,
-    /// When the latest of those failed.
+    /// Time at which the latest of those failed.
     pub failed_at: SystemTime,
     /// Random, drawn once per attempt: spreads the retries of many agents, 0 to 255 for 75 % to 125 % of the pause.
     pub jitter: u8,

@@ -87,7 +87,7 @@ impl Cgroup {
         self.level
     }
 
-    /// Is `self` this cgroup or below it?
+    /// Returns true if `self` is `other` or below it.
     #[must_use]
     pub fn is_within(&self, other: &Self) -> bool {
         self.path.starts_with(&other.path)
@@ -130,7 +130,7 @@ pub fn is_populated(path: &Path) -> bool {
 /// Processes in the cgroup at `path` and below it, nearest first.
 ///
 /// # Errors
-/// When the directory cannot be read, for instance because it is gone.
+/// Fails if the directory cannot be read, for instance because it is gone.
 pub fn processes(path: &Path) -> io::Result<Vec<u32>> {
     let mut found = Vec::new();
     collect(path, PROCESS_DEPTH, &mut found)?;

@@ -30,6 +30,8 @@ use modes::ModeMaps;
 
 /// Present in the mesh: the value carries no more.
 const PRESENT: u32 = 1;
+/// Prefix length of a single address in the mesh's map.
+const ADDRESS_BITS: u32 = 128;
 
 /// One counter of the kernel side.
 #[derive(Debug, Clone, Copy)]
@@ -168,12 +170,18 @@ impl Maps {
     /// Makes the kernel leave a pod alone that is known and not enrolled. On guarded links it is held to its addresses.
     ///
     /// # Errors
-    /// [`KernelError::Map`], for instance when the map is full.
+    /// [`KernelError::Map`], for instance when the map is full, and if the kernel has the cgroup as an enrolled pod's. That entry
+    /// has to be removed first.
     pub fn set_exempt(&self, cgroup: u64, addresses: &[IpAddr]) -> Result<(), KernelError> {
         let of =
             |v4: bool| addresses.iter().find(|a| a.is_ipv4() == v4).map_or(Address::NONE, |a| address(*a));
         let pod = Pod { v4: of(true), v6: of(false), flags: pod_flag::EXEMPT, ..Pod::unknown() };
-        lock(&self.pods).insert(cgroup, pod, 0).map_err(failed("PODS"))
+        let mut pods = lock(&self.pods);
+        if pods.get(&cgroup, 0).is_ok_and(|known| !known.has(pod_flag::EXEMPT)) {
+            let problem = format!("cgroup {cgroup} is an enrolled pod's and is not left alone");
+            return Err(KernelError::Map { map: "PODS", problem });
+        }
+        pods.insert(cgroup, pod, 0).map_err(failed("PODS"))
     }
 
     /// Pods that the kernel leaves alone: cgroup id and the addresses that it has for them.
@@ -261,6 +269,12 @@ impl Maps {
         lock(&self.mesh).keys().filter_map(Result::ok).count()
     }
 
+    /// Returns true for an address in the mesh's ranges.
+    #[must_use]
+    pub fn is_in_mesh(&self, ip: IpAddr) -> bool {
+        lock(&self.mesh).get(&Key::new(ADDRESS_BITS, address(ip).0), 0).is_ok()
+    }
+
     /// Adds `new` to the mesh's ranges, and then takes out `replaced`, which lie in them.
     ///
     /// # Errors
@@ -275,6 +289,12 @@ impl Maps {
             let _ = mesh.remove(&Key::new(bits, data));
         }
         Ok(())
+    }
+
+    /// Returns true for an address that the kernel has as the node's own.
+    #[must_use]
+    pub fn is_node(&self, ip: IpAddr) -> bool {
+        lock(&self.node).get(&address(ip), 0).is_ok()
     }
 
     /// Makes the node's own addresses exactly `addresses`; more than the map holds are left out with a warning.

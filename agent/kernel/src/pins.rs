@@ -40,7 +40,7 @@ impl PinLock {
     /// Waits until the agent that has the lock releases it or exits, and takes it. Blocks the thread.
     ///
     /// # Errors
-    /// When the folder cannot be locked at all.
+    /// Fails if the folder cannot be locked at all.
     pub fn acquire(root: &Path) -> Result<Self, KernelError> {
         make_root(root)?;
         Ok(Self { root: root.to_owned(), lock: wait_lock(root)? })
@@ -54,7 +54,7 @@ impl SuccessorLock {
     /// Locks the successor's place. Returns `None` while another agent has it.
     ///
     /// # Errors
-    /// When there is no folder of pins.
+    /// Fails if there is no folder of pins.
     pub fn try_acquire(root: &Path) -> Result<Option<Self>, KernelError> {
         match lock(&successor_folder(root)?) {
             Ok(lock) => Ok(Some(Self(lock))),

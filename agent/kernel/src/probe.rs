@@ -60,7 +60,7 @@ pub enum Presence {
 }
 
 impl Presence {
-    /// Why it is not known to work; empty when it is.
+    /// The reason for which it is not known to work; empty when it is.
     #[must_use]
     pub fn problem(&self) -> &str {
         match self {
@@ -117,7 +117,7 @@ pub struct ProbeFinding {
 }
 
 impl ProbeFinding {
-    /// Does the agent refuse to start over it?
+    /// Returns true if the agent refuses to start without it.
     #[must_use]
     pub fn stops_the_agent(&self) -> bool {
         self.need == Need::Required && self.presence != Presence::Present

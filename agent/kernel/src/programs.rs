@@ -35,7 +35,7 @@ use super::{
     KernelError, VerifierLog,
     cgroup::Cgroup,
     link,
-    netns::Netns,
+    netns::{self, Netns},
     pins::{self, PinLock, Pins},
     probe,
     verifier::{refused, verify},
@@ -265,7 +265,7 @@ impl Programs {
     /// Pods whose namespaces are steered, by cgroup id; after a restart also those that are gone.
     ///
     /// # Errors
-    /// When the pins cannot be read.
+    /// Fails if the pins cannot be read.
     pub fn steered(&self) -> Result<Vec<u64>, KernelError> {
         let links = self.pins.links()?;
         Ok(links.iter().filter_map(|(name, _)| name.strip_prefix("steer-")?.parse().ok()).collect())
@@ -381,12 +381,18 @@ fn load_verified(pin_path: Option<&Path>, pods: &Cgroup, log: &VerifierLog) -> R
 }
 
 fn load_object(pin_path: Option<&Path>, pods: &Cgroup) -> Result<Ebpf, KernelError> {
+    // The agent has the node's network.
+    let node_netns_cookie = netns::netns_cookie().map_err(|e| KernelError::Map {
+        map: "SETTINGS",
+        problem: format!("cookie of the namespace: {e}"),
+    })?;
     let settings = Settings {
         pods_level: pods.level(),
         abi_version: ABI_VERSION,
         pods_cgroup: pods.id(),
         has_set_retval: u32::from(probe::has_set_retval()),
         pad: 0,
+        node_netns_cookie,
     };
     let mut loader = EbpfLoader::new();
     loader.override_global("SETTINGS", &settings, true);

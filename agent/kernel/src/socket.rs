@@ -177,7 +177,7 @@ impl Acceptor {
     /// Polled by the calling thread's runtime.
     ///
     /// # Errors
-    /// When memory of the poller is used up.
+    /// Fails if memory of the poller is used up.
     pub fn new(listener: TcpListener) -> io::Result<Self> {
         // SAFETY: the listener owns its descriptor, is owned by the registration, and is never replaced.
         let registered = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) };
@@ -203,7 +203,7 @@ impl Acceptor {
 /// A socket in `netns`, ready to connect to an address of `to`'s family.
 ///
 /// # Errors
-/// When the namespace cannot be entered or descriptors are used up.
+/// Fails if the namespace cannot be entered or descriptors are used up.
 pub fn outgoing(netns: &Netns, host: &HostNetns, to: SocketAddr) -> io::Result<Socket> {
     let open = || Socket::new(Domain::for_address(to), Type::STREAM.nonblocking(), Some(Protocol::TCP));
     let socket = host.run_in(netns.file(), open)??;

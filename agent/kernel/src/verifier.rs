@@ -1,4 +1,4 @@
-//! Has the kernel's verifier check the programs, and makes its refusal readable.
+//! The kernel's verifier checks the programs, and its refusal becomes readable.
 //!
 //! The error carries the last lines of the verifier's log, where the cause stands. The whole log has up to megabytes:
 //! it goes to a file, when asked for.
@@ -31,7 +31,7 @@ pub enum VerifierLog {
     Folder(PathBuf),
 }
 
-/// Has one program of the object checked.
+/// Makes the verifier check one program of the object.
 pub(super) fn verify(ebpf: &mut Ebpf, name: &str, log: &VerifierLog) -> Result<(), KernelError> {
     let result = match ebpf.program_mut(name) {
         Some(Program::CgroupSockAddr(p)) => CgroupSockAddr::load(p),

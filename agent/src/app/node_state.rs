@@ -4,7 +4,8 @@
 //! kept. A state that was never kept, and one that cannot be used, are different facts: without a state the configuration
 //! applies; with an unusable one pods are held as in a STRICT mesh.
 //!
-//! The file is written whole or not at all, and only root has access to it.
+//! The file is written whole or not at all, in a folder of the agent's own below `statePath`. Only root has access to that folder.
+//! `statePath` itself is the operator's: the agent does not change it.
 
 use std::{
     fs::{self, DirBuilder, Permissions},
@@ -31,7 +32,9 @@ use tokio::{
 
 use crate::telemetry::status::NodeStateStatus;
 
-/// Name of the file in `statePath`.
+/// Name of the agent's folder in `statePath`.
+const FOLDER: &str = "state";
+/// Name of the file in that folder.
 const FILE: &str = "node-state.yaml";
 /// Version of the format. Another version is not used.
 const VERSION: u32 = 1;
@@ -40,8 +43,8 @@ const MODES: [(&str, Mode); 3] =
     [("DISABLE", Mode::Disable), ("PERMISSIVE", Mode::Permissive), ("STRICT", Mode::Strict)];
 /// Most bytes of the file: the kernel's map of ranges, full, in 2 MiB.
 const FILE_MAX_BYTES: u64 = 4 << 20;
-/// The ranges that clusters take pod addresses from: RFC 1918, RFC 6598 and RFC 4193. They stand in for ranges that are
-/// neither configured nor readable.
+/// The ranges that clusters take pod addresses from: RFC 1918, RFC 6598 and RFC 4193 (ULA). They stand in under STRICT, where no
+/// range is configured or kept, so that a mode without a range does not let everything pass.
 const PRIVATE_RANGES: [&str; 5] =
     ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"];
 
@@ -49,6 +52,11 @@ const PRIVATE_RANGES: [&str; 5] =
 const WRITE_PAUSE: Duration = Duration::from_secs(1);
 /// Time after which a failed write is tried again without a change.
 const RETRY: Duration = Duration::from_secs(30);
+
+/// Returns the agent's folder in `statePath`.
+pub(super) fn folder(state_path: &Path) -> PathBuf {
+    state_path.join(FOLDER)
+}
 
 /// Writes the state of the mesh to `folder` whenever it changes. `known` is the state on disk.
 pub(super) async fn keep(
@@ -84,7 +92,8 @@ pub(super) async fn keep(
     }
 }
 
-/// Reports the result of a write. An error that lasts is logged once.
+/// Reports the result of a write. An error that lasts is logged once. A state that could not be read is gone once another one is
+/// in its place.
 fn report(status: &watch::Sender<NodeStateStatus>, error: Option<String>) {
     status.send_if_modified(|status| {
         let is_new = status.write_error != error;
@@ -94,8 +103,9 @@ fn report(status: &watch::Sender<NodeStateStatus>, error: Option<String>) {
                 "state of the mesh not kept: after a reboot an older one applies until the sources answer"
             );
         }
+        let is_replaced = error.is_none() && status.read_error.take().is_some();
         status.write_error = error;
-        is_new
+        is_new || is_replaced
     });
 }
 
@@ -205,32 +215,41 @@ impl NodeState {
 impl Kept {
     /// Returns what applies until the sources answer: the kept state, the `configured` ranges, and no mode below `minimum`.
     pub(super) fn initial(&self, configured: &[IpNet], minimum: Mode) -> Initial {
-        match self {
-            Self::State(state) => {
-                // The pods of a STRICT namespace are not known yet, so all are held.
-                let mode = if state.strict_workloads { Mode::Strict } else { state.mesh_mode };
-                let ranges = [configured, &state.ranges].concat();
-                Initial { mode: mode.max(minimum), ranges }
-            }
+        let (mode, ranges) = match self {
+            // The pods of a STRICT namespace are not known yet, so all are held.
+            Self::State(state) if state.strict_workloads => (Mode::Strict, &state.ranges[..]),
+            Self::State(state) => (state.mesh_mode, &state.ranges[..]),
             // Istio's default.
-            Self::Nothing => Initial { mode: Mode::Permissive.max(minimum), ranges: configured.to_vec() },
-            Self::Unusable(_) if configured.is_empty() => {
-                let private = PRIVATE_RANGES.iter().filter_map(|range| range.parse().ok());
-                Initial { mode: Mode::Strict, ranges: private.collect() }
-            }
-            Self::Unusable(_) => Initial { mode: Mode::Strict, ranges: configured.to_vec() },
-        }
+            Self::Nothing => (Mode::Permissive, &[][..]),
+            Self::Unusable(_) => (Mode::Strict, &[][..]),
+        };
+        let mode = mode.max(minimum);
+        Initial { mode, ranges: ranges_under(mode, [configured, ranges].concat()) }
     }
+}
+
+/// Returns `known`, or [`PRIVATE_RANGES`] if no range is known and `mode` is STRICT: without a range it would hold nobody.
+pub(super) fn ranges_under(mode: Mode, known: Vec<IpNet>) -> Vec<IpNet> {
+    if mode == Mode::Strict && known.is_empty() {
+        return PRIVATE_RANGES.iter().filter_map(|range| range.parse().ok()).collect();
+    }
+    known
 }
 
 fn file(folder: &Path) -> PathBuf {
     folder.join(FILE)
 }
 
-/// Makes the folder, or takes the access of others from it.
+/// Makes the folder, or takes the access of others from it. A folder that somebody else made is not used.
 fn make_private(folder: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-    let mode = fs::metadata(folder)?.permissions().mode() & 0o777;
+    let found = fs::symlink_metadata(folder)?;
+    let (owner, mode) = (found.uid(), found.mode() & 0o777);
+    if !found.is_dir() || owner != nix::unistd::geteuid().as_raw() {
+        let problem =
+            format!("has owner {owner} or is a link: expected a folder of the agent's user; remove it");
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, problem));
+    }
     if mode == 0o700 { Ok(()) } else { fs::set_permissions(folder, Permissions::from_mode(0o700)) }
 }
 
@@ -265,7 +284,7 @@ mod tests {
     #[test]
     fn what_was_kept_is_read_again() {
         let scratch = Scratch::new();
-        let folder = scratch.path().join("a/b");
+        let folder = folder(&scratch.path().join("a"));
         assert_eq!(NodeState::read(&folder), Kept::Nothing);
         let other = NodeState { mesh_mode: Mode::Strict, ranges: Vec::new(), ..state() };
         for state in [state(), other] {
@@ -276,7 +295,41 @@ mod tests {
         assert_eq!((mode(&folder), mode(&folder.join(FILE))), (0o700, 0o600));
         fs::set_permissions(&folder, Permissions::from_mode(0o755)).expect("set");
         state().write(&folder).expect("written");
-        assert_eq!(mode(&folder), 0o700, "a folder that the kubelet made is closed");
+        assert_eq!(mode(&folder), 0o700, "the agent's folder is closed");
+    }
+
+    #[test]
+    fn the_agent_changes_nothing_of_the_state_path_but_its_own_folder() {
+        let scratch = Scratch::new();
+        for open in [0o755, 0o1777] {
+            fs::set_permissions(scratch.path(), Permissions::from_mode(open)).expect("set");
+            state().write(&folder(scratch.path())).expect("written");
+            let mode = fs::metadata(scratch.path()).expect("there").permissions().mode() & 0o7777;
+            assert_eq!(mode, open, "others may keep their files there");
+        }
+        let others = scratch.path().join("others");
+        fs::create_dir(&others).expect("made");
+        std::os::unix::fs::symlink(&others, folder(&others)).expect("linked");
+        let problem = state().write(&folder(&others)).expect_err("a link");
+        assert!(problem.contains("expected a folder of the agent's user"), "{problem}");
+        assert!(!others.join(FILE).exists());
+    }
+
+    #[test]
+    fn a_read_error_is_shown_until_a_state_is_written() {
+        let read_error = Some("broken".to_owned());
+        let status =
+            watch::Sender::new(NodeStateStatus { read_error: read_error.clone(), ..Default::default() });
+        let mut seen = status.subscribe();
+        report(&status, Some("no space".to_owned()));
+        assert_eq!(seen.borrow_and_update().read_error, read_error, "the broken one is still there");
+        report(&status, None);
+        assert!(seen.has_changed().expect("open"));
+        let shown = seen.borrow_and_update();
+        assert_eq!((&shown.read_error, &shown.write_error), (&None, &None));
+        drop(shown);
+        report(&status, None);
+        assert!(!seen.has_changed().expect("open"));
     }
 
     #[test]
@@ -339,5 +392,18 @@ mod tests {
         assert_eq!(ranges(&Kept::State(state()), &configured).len(), 3);
         assert_eq!(ranges(&broken, &configured), configured);
         assert_eq!(ranges(&broken, &[]).len(), PRIVATE_RANGES.len(), "none is known, so all that may be one");
+        let without_ranges =
+            |mesh_mode| Kept::State(NodeState { mesh_mode, strict_workloads: false, ranges: Vec::new() });
+        for (kept, minimum, is_held) in [
+            (without_ranges(Mode::Strict), Mode::Disable, true),
+            (without_ranges(Mode::Permissive), Mode::Strict, true),
+            (Kept::Nothing, Mode::Strict, true),
+            (without_ranges(Mode::Permissive), Mode::Disable, false),
+            (Kept::Nothing, Mode::Permissive, false),
+        ] {
+            let initial = kept.initial(&[], minimum);
+            let expected = if is_held { PRIVATE_RANGES.len() } else { 0 };
+            assert_eq!(initial.ranges.len(), expected, "{kept:?} {minimum:?}");
+        }
     }
 }

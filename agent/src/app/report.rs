@@ -156,9 +156,7 @@ impl Report {
                 .to_owned(),
             guarded_links: links.iter().map(|link| format!("{} ({})", link.interface, link.by)).collect(),
             policy_not_applied: policy.and_then(|policy| policy.not_applied.clone()),
-            raised_by_minimum: policy.is_some_and(|policy| {
-                policy.not_applied.is_none() && policies.written_modes(workload) != policy.modes
-            }),
+            raised_by_minimum: policy.is_some() && policies.is_raised(workload),
             state,
             flows: live.get(&(workload.namespace.clone(), workload.name.clone())).copied().unwrap_or(0),
         };

@@ -214,7 +214,8 @@ fn serve(
         Kept::Nothing | Kept::Unusable(_) => None,
     };
     let Snapshots { directory, policies, .. } = proxy.snapshots.clone();
-    let keeper = node_state::keep(config.state_path.clone(), on_disk, directory, policies, node_state);
+    let folder = node_state::folder(&config.state_path);
+    let keeper = node_state::keep(folder, on_disk, directory, policies, node_state);
     let tasks = Tasks::spawn(&kernel, &proxy, &report, (enroller, keeper), config.heartbeat_timeout);
     tracing::info!(node = %config.node, trust_domain = %config.trust_domain, descriptors, "agent runs");
     let (pin_path, drain_timeout) = (config.pin_path.clone(), config.drain_timeout);

@@ -21,8 +21,8 @@ use crate::{
 /// Interval of reading the node's own addresses and of closing expired idle sessions.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
 
-/// When so many connections have come or gone, memory that is left over is given back: that of their handshakes, some
-/// 30 KiB each, or all that they had.
+/// Connections that come or go before memory that is left over is given back: that of their handshakes, some 30 KiB each, or all
+/// that they had.
 const MANY: usize = 1000;
 
 /// Heartbeats within the time after which the kernel takes the agent for dead: a few may be late or lost.

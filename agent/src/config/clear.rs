@@ -7,7 +7,7 @@ use tacit_kernel::PlaintextDestination;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
-/// Why a text is no destination.
+/// The mistake of a text that is no destination.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum ClearError {
     /// Not of the form.

@@ -91,7 +91,7 @@ impl Enroller {
         }
     }
 
-    /// Has the kernel leave a cgroup alone that no source names. Until it does, the cgroup is held, and shown as held.
+    /// Makes the kernel leave a cgroup alone that no source names. Until it does, the cgroup is held, and shown as held.
     pub(super) fn leave_unnamed(&self, state: &mut State, cgroup: u64) {
         match self.kernel.maps.set_exempt(cgroup, &[]) {
             Ok(()) => {

@@ -133,7 +133,7 @@ pub(super) enum Action {
     Enrol(Arc<Workload>, u64),
 }
 
-/// Why a pod cannot be enrolled now. It is tried again.
+/// An obstacle to the enrolment of a pod. It is tried again.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum NotYet {
     #[error("its cgroup {0} does not exist yet")]
@@ -184,11 +184,12 @@ pub(super) fn plan(observed: &Observed, wanted: &Wanted) -> Vec<Action> {
         .filter(|(id, _)| !ids.contains(id))
         .collect();
     let in_kernel = observed.covered.iter().chain(&observed.attached).chain(observed.exempt.keys());
+    let is_named = |id: &u64| ids.contains(id) || left_alone.contains_key(id);
+    // A pod that the kernel has an entry of was named once. Its entry goes first, and its time to be held begins.
     let is_unnamed =
-        |id: &u64| observed.unnamed.contains(id) && !ids.contains(id) && !left_alone.contains_key(id);
-    let is_foreign = |id: &u64| !ids.contains(id) && !left_alone.contains_key(id) && !is_unnamed(id);
-    let was_enrolled =
-        |id: &u64| (left_alone.contains_key(id) || is_unnamed(id)) && observed.covered.contains(id);
+        |id: &u64| observed.unnamed.contains(id) && !is_named(id) && !observed.covered.contains(id);
+    let is_foreign = |id: &u64| !is_named(id) && !is_unnamed(id);
+    let was_enrolled = |id: &u64| left_alone.contains_key(id) && observed.covered.contains(id);
     let removed: BTreeSet<u64> = in_kernel.copied().filter(|id| is_foreign(id) || was_enrolled(id)).collect();
     actions.extend(removed.iter().map(|id| Action::Remove(*id)));
     actions.extend(leave_alone(observed, &wanted.bystanders, &left_alone, &removed));

@@ -16,7 +16,7 @@ pub struct PodPolicy {
     pub modes: Modes,
     /// The authorization policies that select the pod.
     pub authorization: Authorization,
-    /// Why the configured policy is not in force: it needs more than the pod's share, or the kernel rejected it. All ports
+    /// The reason for which the configured policy is not in force: it needs more than the pod's share, or the kernel rejected it. All ports
     /// are STRICT then.
     pub not_applied: Option<String>,
 }

@@ -47,7 +47,7 @@ impl Pod {
         self.slot
     }
 
-    /// Which of `workers` threads accepts its connections.
+    /// Returns the one of `workers` threads that accepts its connections.
     #[must_use]
     pub fn home(&self, workers: usize) -> usize {
         self.slot as usize % workers

@@ -12,7 +12,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -58,15 +58,17 @@ impl UnnamedCgroups {
         Self { known: cgroups.map(|id| (id, Held::Passed)).collect(), ..Self::default() }
     }
 
-    /// Takes over what was found at `now`. Each is held for `limit`.
+    /// Takes over what was found at `now`. Each is held for `limit`, from the moment the kernel has no entry of a pod for it:
+    /// `has_entry` tells.
     fn update(
         &mut self,
         found: &HashMap<u64, PathBuf>,
+        has_entry: impl Fn(u64) -> bool,
         directory: Freshness,
         (now, limit): (Instant, Duration),
     ) {
-        self.known.retain(|id, _| found.contains_key(id));
-        for id in found.keys() {
+        self.known.retain(|id, _| found.contains_key(id) && !has_entry(*id));
+        for id in found.keys().filter(|id| !has_entry(**id)) {
             let held = self.known.entry(*id).or_insert(Held::Since(now));
             match (*held, directory) {
                 (Held::Since(_), Freshness::Outdated) => *held = Held::Since(now),
@@ -115,8 +117,16 @@ impl Enroller {
         let is_outdated = self.snapshots.directory.state().stale_since.is_some();
         let freshness = if is_outdated { Freshness::Outdated } else { Freshness::Current };
         let named = Named::of(directory.cgroups_on_node(&self.node));
-        let found = find(self.pods_cgroup.path(), &named);
-        unnamed.update(&found, freshness, (now, self.unnamed_pod_timeout));
+        let root = self.pods_cgroup.path();
+        match find(root, &named) {
+            Ok(found) => {
+                let has_entry = |id| state.known.contains_key(&id);
+                unnamed.update(&found, has_entry, freshness, (now, self.unnamed_pod_timeout));
+            }
+            Err(error) => {
+                tracing::warn!(cgroup = %root.display(), %error, "cgroups not read: pods that no source names stay as they are");
+            }
+        }
     }
 }
 
@@ -136,13 +146,16 @@ impl Named {
 
 /// Returns the cgroups with processes that are nobody's, one or two levels below `root`. An entry of the kernel's map speaks
 /// for all below it, so a cgroup with others inside is no pod's here: those inside are looked at.
-fn find(root: &Path, named: &Named) -> HashMap<u64, PathBuf> {
+///
+/// # Errors
+/// Fails if a cgroup cannot be read. A result without its pods would take the cgroup itself for a pod.
+fn find(root: &Path, named: &Named) -> io::Result<HashMap<u64, PathBuf>> {
     let mut found = HashMap::new();
-    for first in below(root) {
+    for first in below(root)?.unwrap_or_default() {
         if named.cgroups.contains(relative(root, &first)) {
             continue;
         }
-        let inside = below(&first);
+        let Some(inside) = below(&first)? else { continue };
         let all = if inside.is_empty() { vec![first] } else { inside };
         for path in all {
             let name = relative(root, &path);
@@ -155,19 +168,27 @@ fn find(root: &Path, named: &Named) -> HashMap<u64, PathBuf> {
             }
         }
     }
-    found
+    Ok(found)
 }
 
 fn relative<'a>(root: &Path, path: &'a Path) -> &'a Path {
     path.strip_prefix(root).unwrap_or(path)
 }
 
-fn below(path: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(path).into_iter().flatten().filter_map(Result::ok);
-    entries
-        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-        .map(|entry| entry.path())
-        .collect()
+/// Returns the cgroups in `path`; `None` if that is gone.
+fn below(path: &Path) -> io::Result<Option<Vec<PathBuf>>> {
+    let entries = match fs::read_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        entries => entries?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            found.push(entry.path());
+        }
+    }
+    Ok(Some(found))
 }
 
 #[cfg(test)]
@@ -192,22 +213,41 @@ mod tests {
             (119, Freshness::Current, true),
             (120, Freshness::Outdated, true),
         ] {
-            unnamed.update(&found, directory, (at(seconds), LIMIT));
+            unnamed.update(&found, |_| false, directory, (at(seconds), LIMIT));
             assert_eq!(unnamed.passed().contains(&7), passed, "after {seconds} s, {directory:?}");
         }
         let shown = Unnamed { held: 0, left_alone: 1, example: Some("/cgroup/other".to_owned()) };
         assert_eq!(unnamed.shown(|id| id == 7), shown);
-        unnamed.update(&HashMap::new(), Freshness::Current, (at(121), LIMIT));
-        unnamed.update(&found, Freshness::Current, (at(122), LIMIT));
+        unnamed.update(&HashMap::new(), |_| false, Freshness::Current, (at(121), LIMIT));
+        unnamed.update(&found, |_| false, Freshness::Current, (at(122), LIMIT));
         assert!(unnamed.passed().is_empty(), "named in between: its time starts again");
         assert_eq!(unnamed.shown(|_| false).held, 1);
+    }
+
+    #[test]
+    fn a_cgroup_with_a_pods_entry_is_held_for_the_whole_time_once_the_entry_is_gone() {
+        let start = Instant::now();
+        let found: HashMap<u64, PathBuf> = [(7, PathBuf::new())].into();
+        let mut unnamed = UnnamedCgroups::left_alone([7].into_iter());
+        for (seconds, has_entry, passed) in [
+            (0, false, true),
+            (1, true, false),
+            (90, true, false),
+            (91, false, false),
+            (150, false, false),
+            (151, false, true),
+        ] {
+            let now = start + Duration::from_secs(seconds);
+            unnamed.update(&found, |_| has_entry, Freshness::Current, (now, LIMIT));
+            assert_eq!(unnamed.passed().contains(&7), passed, "after {seconds} s");
+        }
     }
 
     #[test]
     fn what_an_earlier_agent_left_alone_is_not_held_again() {
         let found: HashMap<u64, PathBuf> = [(7, PathBuf::new()), (8, PathBuf::new())].into();
         let mut unnamed = UnnamedCgroups::left_alone([7].into_iter());
-        unnamed.update(&found, Freshness::Current, (Instant::now(), LIMIT));
+        unnamed.update(&found, |_| false, Freshness::Current, (Instant::now(), LIMIT));
         assert_eq!(unnamed.passed(), [7].into());
     }
 
@@ -222,9 +262,21 @@ mod tests {
                 .expect("written");
         }
         let named = ["named", "class/named", "deep/a/named"].map(Path::new);
-        let found = find(root.path(), &Named::of(named.into_iter()));
+        let found = find(root.path(), &Named::of(named.into_iter())).expect("read");
         let mut found: Vec<&Path> = found.values().map(|path| relative(root.path(), path)).collect();
         found.sort_unstable();
         assert_eq!(found, [Path::new("class/other"), Path::new("pod")]);
+    }
+    #[test]
+    fn a_cgroup_that_cannot_be_read_is_no_pod() {
+        let root = Scratch::new();
+        let class = root.path().join("class");
+        fs::create_dir(&class).expect("made");
+        fs::write(class.join("cgroup.events"), "populated 1\n").expect("written");
+        let nothing = Named::of(std::iter::empty());
+        assert_eq!(find(root.path(), &nothing).expect("read").len(), 1, "control: it can be read");
+        let (unreadable, gone) = (class.join("cgroup.events"), root.path().join("gone"));
+        assert!(find(&unreadable, &nothing).is_err());
+        assert!(find(&gone, &nothing).expect("nothing is there").is_empty());
     }
 }

@@ -25,7 +25,7 @@ use crate::{
 /// accepting again at once would only spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(20);
 
-/// Where the connections of a listener come from.
+/// The origin of a listener's connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Origin {
     /// The pod itself.

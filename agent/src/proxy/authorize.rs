@@ -1,5 +1,5 @@
-//! Is a flow admitted to a pod, and is it still? The pod's modes and authorization policies decide (`policy`); this asks
-//! them when a flow opens and again whenever they change, and tells what they say.
+//! Admission of a flow to a pod. The pod's modes and authorization policies decide (`policy`), when a flow opens and again
+//! whenever they change.
 //!
 //! A live flow waits for changes beside its relay: it costs nothing while bytes pass. What policy no longer allows is
 //! reset at both ends; what it still allows does not notice.

@@ -59,7 +59,7 @@ impl Workers {
     /// Starts `count` threads, which stay awake for up to `busy_poll` when quick exchanges make that worth it.
     ///
     /// # Errors
-    /// When the system gives no thread or no poller.
+    /// Fails if the system gives no thread or no poller.
     pub fn start(count: NonZeroUsize, busy_poll: Duration) -> io::Result<Self> {
         let failed = CancellationToken::new();
         let start = |index| Worker::start(index, busy_poll, failed.clone());

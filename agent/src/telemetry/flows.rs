@@ -4,7 +4,7 @@ use std::{fmt, net::SocketAddr, sync::Arc};
 
 use tacit_core::{directory::Workload, spiffe::SpiffeId};
 
-/// Which end of a flow this agent looks after. Both agents report the same flow, each from its side.
+/// The end of a flow that this agent looks after. Both agents report the same flow, each from its side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Reporter {
     /// The workload here opened the connection.
@@ -48,7 +48,7 @@ pub struct Party {
 /// Both ends of a connection, and which of them is here.
 #[derive(Debug, Clone)]
 pub struct Ends {
-    /// Which end is here.
+    /// The end that is here.
     pub reporter: Reporter,
     /// The client of the connection.
     pub source: Party,

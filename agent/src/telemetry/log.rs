@@ -39,7 +39,7 @@ pub enum Format {
     Json,
 }
 
-/// Why logging could not be set up.
+/// A failure to set up logging.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     /// The filter is no list of directives.
@@ -90,7 +90,7 @@ pub fn lost_lines() -> u64 {
     LOST.get().map_or(0, |lost| lost.dropped_lines() as u64)
 }
 
-/// Is flushed when no line waits, and then lets some gather.
+/// A writer that is flushed when no line waits, and then lets some gather.
 struct Gathering(BufWriter<Stderr>);
 
 impl Write for Gathering {

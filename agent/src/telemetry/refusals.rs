@@ -136,7 +136,7 @@ impl Line {
 #[derive(Debug)]
 struct Bucket {
     tokens: u32,
-    /// When the last token was added.
+    /// Time at which the last token was added.
     filled: Instant,
     suppressed: u64,
 }

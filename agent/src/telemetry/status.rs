@@ -57,7 +57,7 @@ pub struct Status {
     /// Pods that no source names.
     #[serde(default)]
     pub unnamed: UnnamedStatus,
-    /// Which addresses are of the mesh.
+    /// The ranges of the mesh.
     #[serde(default)]
     pub mesh: MeshStatus,
     /// Pods and services outside the mesh's ranges. Pods of this node send plaintext to them.
@@ -80,7 +80,7 @@ pub struct Status {
 }
 
 impl Status {
-    /// Why the agent is not ready; empty when it is: it takes flows, or would as soon as another agent ends, and every pod that was there has been looked at. A
+    /// The reasons for which the agent is not ready; empty when it is: it takes flows, or would as soon as another agent ends, and every pod that was there has been looked at. A
     /// pod that waits is no reason: it may not have been started yet, and it is covered meanwhile.
     #[must_use]
     pub fn unready(&self) -> Vec<String> {
@@ -100,7 +100,7 @@ impl Status {
 pub struct IssuerStatus {
     /// `embedded` for the agent itself, else the address of the authority.
     pub address: String,
-    /// When the authority last answered, a refusal too.
+    /// Time of the authority's last answer, a refusal too.
     pub last_answer: Option<Timestamp>,
     /// Clock skew in milliseconds: above 0 if this node's clock is ahead of the authority's, below 0 if behind, absent
     /// if never measured.
@@ -158,7 +158,7 @@ pub struct PodStatus {
     /// Host ends of its links that are guarded, each with how; empty where only its sockets are.
     #[serde(default)]
     pub guarded_links: Vec<String>,
-    /// Why the kernel rejected the configured policy; the pod is STRICT at all ports until it accepts. `None` while the
+    /// The kernel's reason to reject the configured policy; the pod is STRICT at all ports until it accepts. `None` while the
     /// configured policy is in force.
     #[serde(default)]
     pub policy_not_applied: Option<String>,
@@ -223,9 +223,9 @@ pub struct NodeStateStatus {
     pub folder: String,
     /// Origin of the mode and ranges that applied at this start until the sources answered.
     pub origin: String,
-    /// Why the kept state could not be used at this start.
+    /// The reason for which the kept state could not be used at this start; `None` once another state is in its place.
     pub read_error: Option<String>,
-    /// Why the state could not be written last; `None` once it was.
+    /// The error of the last write of the state; `None` once it was.
     pub write_error: Option<String>,
 }
 
@@ -304,7 +304,7 @@ pub struct CertificateStatus {
     pub not_after: Timestamp,
     /// Until it expires; negative when it has.
     pub seconds_left: i64,
-    /// When it was last renewed; `None` when it still is the first one.
+    /// Time of the last renewal; `None` when it still is the first one.
     pub last_renewal: Option<Timestamp>,
     /// Renewals that failed since the agent started.
     pub renewal_failures: u64,
@@ -319,13 +319,13 @@ pub struct SourceStatus {
     pub kind: SourceKind,
     /// Its file.
     pub file: String,
-    /// When the content in force was loaded.
+    /// Time at which the content in force was loaded.
     pub loaded_at: Timestamp,
     /// Contents taken since the agent started.
     pub loads: u64,
     /// Contents refused since the agent started.
     pub refusals: u64,
-    /// Why the last content was refused, `None` when it was taken.
+    /// The mistakes of the last content; `None` if it was taken.
     pub last_error: Option<String>,
     /// For how long what is in force may be outdated; 0 when it is not.
     #[serde(default)]
@@ -368,7 +368,7 @@ pub struct FlowsStatus {
 /// One open flow.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FlowStatus {
-    /// Which end is here: `source` or `destination`.
+    /// The end that is here: `source` or `destination`.
     pub reporter: String,
     /// The client.
     pub source: PartyStatus,

@@ -216,6 +216,9 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Pa
             Verdict::Pass
         }
         protocol::TCP if is_reply(facts, pod, packet) => Verdict::Clear(Reason::GuardReply),
+        protocol::TCP if !on_link && is_of_nodes_address(facts, pod, packet) => {
+            Verdict::Clear(Reason::GuardNodeAddress)
+        }
         protocol::UDP if pod.has(pod_flag::UDP_ALLOWED) => Verdict::Clear(Reason::GuardUdpClear),
         // Answers to the node's probes stay on this node. What goes to a service may be sent on to another node.
         protocol::UDP if !is_neighbour && !is_service && facts.is_node(&packet.remote) => Verdict::Ask,
@@ -279,6 +282,14 @@ fn is_reply(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> bool {
         Some(Accepted::Other) => accepts_plaintext(facts, pod, packet.local_port),
         None => false,
     }
+}
+
+/// Returns true for TCP of a pod with the node's network that no source has named yet. The connect hook refuses such connections
+/// from any other namespace, and only the node receives what is sent to its address. Datagrams are not included: over IPv6 a
+/// process may send them from any address.
+#[inline(always)]
+fn is_of_nodes_address(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> bool {
+    pod.has(pod_flag::UNKNOWN) && facts.is_tcp_socket() && facts.is_node(&packet.local)
 }
 
 #[inline(always)]

@@ -71,6 +71,8 @@ pub struct Settings {
     pub has_set_retval: u32,
     /// Explicit padding, zero.
     pub pad: u32,
+    /// Cookie of the node's own network namespace. The kernel never gives 0.
+    pub node_netns_cookie: u64,
 }
 
 /// State that the agent keeps up to date for the programs. It is one entry, written whole.
@@ -382,7 +384,7 @@ pub type MeshKey = [u32; 4];
 
 const _: () = {
     assert!(size_of::<Address>() == 16);
-    assert!(size_of::<Settings>() == 24);
+    assert!(size_of::<Settings>() == 32);
     assert!(size_of::<State>() == 32);
     assert!(size_of::<Pod>() == 56);
     assert!(size_of::<ClearKey>() == 24);

@@ -16,6 +16,8 @@ pub trait ConnectFacts {
     fn in_mesh(&self, address: &Address) -> bool;
     /// Returns the cookie of the socket's network namespace.
     fn netns_cookie(&self) -> u64;
+    /// Returns true if the socket is in the node's own network namespace.
+    fn is_in_node_netns(&self) -> bool;
     /// Returns true if the calling process is an agent's.
     fn is_agent(&self) -> bool;
     /// Returns true if STRICT applies to pods without an entry.
@@ -99,13 +101,15 @@ pub fn decide_connect(facts: &impl ConnectFacts, destination: &Address) -> Conne
     if facts.is_share_used_up(pod.slot) { Connect::Deny(Reason::ConnectShare) } else { Connect::Capture(pod) }
 }
 
-/// Decides for a process of a pod that has no entry yet. The guard decides on protocols other than TCP.
+/// Decides for a process of a pod that has no entry yet. The guard decides on protocols other than TCP. A socket in the node's
+/// own namespace is the node's, as no process of another pod can make one there.
 #[inline(always)]
 fn unknown_pod(facts: &impl ConnectFacts, destination: &Address) -> Connect {
     let denied = facts.default_is_strict()
         && facts.is_tcp()
         && facts.in_mesh(destination)
         && !facts.is_allowed_clear(destination)
+        && !facts.is_in_node_netns()
         && !facts.is_agent();
     if denied { Connect::Deny(Reason::ConnectUnknownPod) } else { Connect::Leave(Reason::ConnectNotEnrolled) }
 }
@@ -128,6 +132,7 @@ mod tests {
         tcp: bool,
         mesh: bool,
         netns: u64,
+        node_netns: bool,
         agent: bool,
         strict: bool,
         clear: bool,
@@ -141,6 +146,7 @@ mod tests {
         tcp: true,
         mesh: true,
         netns: 7,
+        node_netns: false,
         agent: false,
         strict: false,
         clear: false,
@@ -161,6 +167,9 @@ mod tests {
         }
         fn netns_cookie(&self) -> u64 {
             self.netns
+        }
+        fn is_in_node_netns(&self) -> bool {
+            self.node_netns
         }
         fn is_agent(&self) -> bool {
             self.agent
@@ -266,6 +275,7 @@ mod tests {
             (Out { tcp: false, ..strict }, left),
             (Out { clear: true, ..strict }, left),
             (Out { agent: true, ..strict }, left),
+            (Out { node_netns: true, ..strict }, left),
         ];
         for (facts, expected) in table {
             assert_eq!(decide_connect(&facts, &v4(9)), expected);

@@ -65,7 +65,7 @@ reasons! {
     GuardInboundOther, "guard_inbound_other", "another IP protocol to a STRICT pod that is no answer to it: dropped";
     GuardEncapsulated, "guard_encapsulated", "packet of a STRICT pod that a node would unpack, such as VXLAN or GRE: dropped";
     GuardHeld, "guard_held", "packet of or to a pod that no source has named yet, in a STRICT mesh: dropped";
-    GuardNodeAddress, "guard_node_address_clear", "packet to an address of the node, for a pod that no source has named yet: passed";
+    GuardNodeAddress, "guard_node_address_clear", "packet to an address of the node, for a pod that no source has named yet, or of its TCP from there: passed";
     InboundAuthorize, "inbound_to_judge", "inbound plaintext to a pod that authorization policies select: redirected to the agent, which passes or resets it";
     ConnectShare, "connect_share", "mesh connect of a pod whose share of pending connections is used up: denied";
     ConnectDevice, "connect_device", "mesh connect of a STRICT pod by a socket that is bound to a device other than the loopback: denied";

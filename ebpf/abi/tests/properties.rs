@@ -36,6 +36,7 @@ struct Facts {
     tcp: bool,
     mesh: bool,
     netns: u64,
+    node_netns: bool,
     default_is_strict: bool,
     stale: bool,
     steered: Option<Steered>,
@@ -105,6 +106,9 @@ impl ConnectFacts for Facts {
     fn netns_cookie(&self) -> u64 {
         self.netns
     }
+    fn is_in_node_netns(&self) -> bool {
+        self.node_netns
+    }
     fn is_agent(&self) -> bool {
         self.agent
     }
@@ -168,7 +172,7 @@ fn facts() -> impl Strategy<Value = Facts> {
         proptest::option::of(steered),
         accepted,
     );
-    (any::<[bool; 17]>(), 7..9_u64, options).prop_map(|(is, netns, (port_mode, pod, steered, accepted))| {
+    (any::<[bool; 18]>(), 7..9_u64, options).prop_map(|(is, netns, (port_mode, pod, steered, accepted))| {
         let [
             agent,
             tunnel,
@@ -187,6 +191,7 @@ fn facts() -> impl Strategy<Value = Facts> {
             captured,
             bound_to_link,
             share_used_up,
+            node_netns,
         ] = is;
         Facts {
             agent,
@@ -205,6 +210,7 @@ fn facts() -> impl Strategy<Value = Facts> {
             tcp,
             mesh,
             netns,
+            node_netns,
             default_is_strict: strict,
             stale,
             steered,
@@ -394,14 +400,19 @@ proptest! {
     }
 
     #[test]
-    fn an_unknown_pod_receives_what_a_strict_one_does_and_what_comes_to_the_node(facts in facts(), packet in packet()) {
+    fn an_unknown_pod_is_a_strict_one_but_for_what_comes_to_the_node_and_its_tcp(facts in facts(), packet in packet()) {
         let unknown = Pod::unknown();
         let strict = Pod { flags: unknown.flags & !pod_flag::UNKNOWN, ..unknown };
         let expected = passes(decide_ingress(&facts, &strict, &packet)) || facts.node;
         prop_assert_eq!(passes(decide_ingress(&facts, &unknown, &packet)), expected);
         for hook in [Hook::Socket, Hook::Link] {
             let egress = |pod| decide_egress(&facts, pod, hook, &packet);
-            prop_assert_eq!(egress(&unknown), egress(&strict));
+            let is_tcp_socket = packet.protocol == protocol::TCP && facts.tcp_socket;
+            if hook == Hook::Socket && is_tcp_socket && facts.node {
+                prop_assert!(passes(egress(&unknown)));
+            } else {
+                prop_assert_eq!(egress(&unknown), egress(&strict));
+            }
         }
     }
 
@@ -434,7 +445,7 @@ proptest! {
         let is_left = matches!(verdict, Connect::Leave(_));
         let is_outside = !facts.tcp || !facts.mesh || facts.allowed_clear;
         let expected = match facts.pod {
-            None => is_outside || !facts.default_is_strict || facts.agent,
+            None => is_outside || !facts.default_is_strict || facts.agent || facts.node_netns,
             Some(pod) => {
                 let is_own = is_own(&pod, &destination);
                 let is_open = !pod.has(pod_flag::EGRESS_STRICT) && facts.netns == pod.netns_cookie;

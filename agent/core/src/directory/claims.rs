@@ -311,7 +311,7 @@ impl AddressClaims {
 /// A cgroup: the node, and the path below the cgroup of all pods.
 type Place = (Arc<str>, PathBuf);
 
-/// Why a workload does not get its cgroup.
+/// A reason for which a workload does not get its cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum CgroupRefusal {
     /// Held by the workload of this name.

@@ -37,7 +37,7 @@ const PROTOCOLS: [(&str, Protocol); 2] = [("tacit", Protocol::Tacit), ("none", P
 const EGRESS: [(&str, Option<Egress>); 2] = [("open", Some(Egress::Open)), ("strict", Some(Egress::Strict))];
 const UDP: [(&str, Option<Udp>); 2] = [("allow", Some(Udp::Allow)), ("deny", Some(Udp::Deny))];
 
-/// Why a text is no address of a pod.
+/// The mistake of a text that is no address of a pod.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 enum AddressError {
     #[error("no IP address: write an IPv4 or IPv6 address without prefix length or port")]

@@ -30,7 +30,7 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     /// Its UDP ports, which are not carried.
     pub udp_ports: Vec<u16>,
-    /// Which endpoints a client may reach.
+    /// The endpoints that a client may reach.
     pub traffic: InternalTrafficPolicy,
     /// The session affinity.
     pub affinity: Affinity,
@@ -99,7 +99,7 @@ pub enum EndpointCondition {
     NotReady,
 }
 
-/// Which endpoints a client may reach (`internalTrafficPolicy`).
+/// The endpoints that a client may reach (`internalTrafficPolicy`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InternalTrafficPolicy {
     /// All of them.
@@ -130,7 +130,7 @@ pub struct EndpointQuery<'a> {
     pub random: u64,
 }
 
-/// Why there is no endpoint.
+/// A reason for which there is no endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NoEndpoint {
     /// The service has no such port.

@@ -41,7 +41,7 @@ pub struct AuthorizationPolicy {
     rules: Vec<Rule>,
 }
 
-/// Whose policy it is.
+/// The owner of the policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Attachment {
     /// Workloads, those that it selects.

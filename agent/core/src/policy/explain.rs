@@ -29,7 +29,7 @@ pub enum WorkloadRef {
     Address(IpAddr),
 }
 
-/// Why a question has no answer.
+/// A question without an answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ExplainError {
     /// Neither form.
@@ -145,7 +145,7 @@ pub struct PathVerdict {
     pub policies: Vec<String>,
     /// True if the connection is allowed.
     pub allow: bool,
-    /// Why, in sentences.
+    /// The reasons, in sentences.
     pub why: Vec<String>,
 }
 
@@ -160,7 +160,7 @@ pub enum PolicyInForce {
         authorization: Authorization,
         /// The reason why it is not the configured policy.
         not_applied: Option<String>,
-        /// Why the pod is not enrolled. Only the kernel holds the policy then, and nothing reaches the pod through the agent.
+        /// The reason why the pod is not enrolled. Only the kernel holds the policy then, and nothing reaches the pod through the agent.
         waits_for: Option<String>,
     },
     /// No policy is held.
@@ -254,7 +254,7 @@ fn path(
     let flow = Flow { source: proof, client, destination: SocketAddr::new(server, port) };
     verdict.why.push(format!("The mode of the destination at port {port} is {}.", name(mode)));
     let written = known.policies.written_modes(target).at(port);
-    if written != mode {
+    if written != known.policies.modes(target).at(port) {
         let written = name(written);
         verdict.why.push(format!("Raised by minimumMode: the policies set {written}."));
     }

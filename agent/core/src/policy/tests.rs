@@ -126,6 +126,12 @@ fn no_policy_sets_a_mode_below_the_minimum() {
         assert_eq!((modes.default, modes.at(80)), (Mode::Strict, port), "{minimum:?}");
         assert_eq!(raised.written_modes(&web).at(80), Mode::Disable, "what was written stays known");
     }
+    for (minimum, web_is_raised, other_is_raised) in
+        [(Mode::Disable, false, false), (Mode::Permissive, true, false), (Mode::Strict, true, true)]
+    {
+        let raised = policies(&document("shop", "w", "mtls: {mode: DISABLE}")).with_minimum(minimum);
+        assert_eq!((raised.is_raised(&web), raised.is_raised(&other)), (web_is_raised, other_is_raised));
+    }
     let strict = Policies::default().with_minimum(Mode::Strict);
     assert_eq!(strict.modes(&web), modes(Mode::Strict));
     assert!(strict.may_be_strict() && !Policies::default().may_be_strict());

@@ -68,7 +68,7 @@ pub enum Control {
     Done,
 }
 
-/// Why received bytes are no frame. The session cannot go on.
+/// The mistake of received bytes that are no frame. The session cannot go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
     /// No such type.

@@ -47,7 +47,7 @@ pub enum OptimisticMode {
     On,
 }
 
-/// Why a server refused a flow.
+/// A server's reason to refuse a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DenyReason {
     /// Policy does not allow this client.

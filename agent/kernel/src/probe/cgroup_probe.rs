@@ -53,7 +53,7 @@ pub(super) fn sockets_in_their_cgroup() -> Presence {
     }
 }
 
-/// Whatever stopped the trial: it says nothing about sockets.
+/// An error that stopped the trial. It proves nothing about sockets.
 fn untried(error: &io::Error) -> Presence {
     match Presence::refused(error) {
         Presence::Absent(why) => Presence::Unknown(why),

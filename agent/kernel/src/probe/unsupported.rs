@@ -1,4 +1,4 @@
-//! Why the agent does not start on a kernel, in words that tell what to do. Pure.
+//! The features that a kernel lacks for the agent, in words that tell what to do. Pure.
 
 use std::fmt;
 

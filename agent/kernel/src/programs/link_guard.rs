@@ -140,7 +140,7 @@ impl Programs {
     /// Pods that have a guarded link, by cgroup id; after a restart also those that are gone.
     ///
     /// # Errors
-    /// When the pins cannot be read.
+    /// Fails if the pins cannot be read.
     pub fn guarded(&self) -> Result<Vec<u64>, KernelError> {
         let links = self.pins.links()?;
         Ok(links.iter().filter_map(|(name, _)| pod_of_pin(name)).collect())
@@ -219,7 +219,7 @@ fn tcx(program: &mut SchedClassifier, interface: &str, way: TcAttachType) -> Res
     program.take_link(id)?.try_into().map_err(|_| ProgramError::UnexpectedProgramType)
 }
 
-/// Does the error say that the kernel has no tcx?
+/// Returns true for the error of a kernel without tcx.
 fn is_unknown(error: &ProgramError) -> bool {
     matches!(error, ProgramError::SyscallError(SyscallError { io_error, .. })
         if io_error.raw_os_error() == Some(libc::EINVAL))

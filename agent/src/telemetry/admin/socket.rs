@@ -31,7 +31,7 @@ const FETCH_MAX: Duration = Duration::from_secs(10);
 /// Largest answer read, in bytes: a thousand flows and some thousand pods take a tenth of it.
 const STATUS_MAX_BYTES: usize = 16 << 20;
 
-/// Why the operator's socket could not be made.
+/// A failure to make the operator's socket.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// Its directory cannot be made or looked at.
@@ -145,7 +145,7 @@ fn remove_stale(path: &Path, address: &SockAddr) -> Result<(), BindError> {
     }
 }
 
-/// Why the agent's status could not be fetched.
+/// A failure to fetch the agent's status.
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
     /// Nobody answers there.
@@ -200,9 +200,9 @@ pub async fn fetch_status(socket: &Path) -> Result<Status, FetchError> {
 /// The question of a probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Health {
-    /// Does it answer at all?
+    /// True if the agent answers.
     Live,
-    /// Does it take flows, or would it as soon as another agent ends?
+    /// True if the agent takes flows, or would as soon as another agent ends.
     Ready,
 }
 

@@ -231,6 +231,21 @@ fn a_pod_that_no_source_has_named_serves_the_nodes_addresses_only() {
     assert_eq!(arrives(node, Pod::unknown()), Verdict::Clear(GuardNodeAddress));
     assert!(matches!(arrives(MESH, Pod::unknown()), Verdict::Drop(_)));
     assert!(matches!(arrives(node, strict()), Verdict::Drop(_)), "a named pod does not have these addresses");
+    let of_socket = Facts { tcp_socket: true, ..node };
+    let sent = |facts, pod, hook, protocol| decide_egress(&facts, &pod, hook, &packet(protocol));
+    let passes = Verdict::Clear(GuardNodeAddress);
+    assert_eq!(sent(of_socket, Pod::unknown(), Hook::Socket, protocol::TCP), passes);
+    for (facts, pod, hook, protocol) in [
+        (of_socket, strict(), Hook::Socket, protocol::TCP),
+        (of_socket, Pod::unknown(), Hook::Link, protocol::TCP),
+        (node, Pod::unknown(), Hook::Socket, protocol::TCP),
+        (Facts { tcp_socket: true, ..MESH }, Pod::unknown(), Hook::Socket, protocol::TCP),
+    ] {
+        assert_eq!(sent(facts, pod, hook, protocol), Verdict::Drop(GuardTcp), "{facts:?} {hook:?}");
+    }
+    let is_service = Facts { service: true, ..of_socket };
+    let datagram = sent(is_service, Pod::unknown(), Hook::Socket, protocol::UDP);
+    assert_eq!(datagram, Verdict::Drop(GuardUdp), "a source address proves nothing");
 }
 
 #[test]

@@ -33,6 +33,7 @@ facts! {
         tcp: bool,
         in_mesh: bool,
         in_own_namespace: bool,
+        in_nodes_namespace: bool,
         agent: bool,
         mesh_is_strict: bool,
         allowed_clear: bool,
@@ -56,6 +57,9 @@ impl ConnectFacts for Facts {
     fn netns_cookie(&self) -> u64 {
         let own = self.subject.pod.map_or(0, |pod| pod.netns_cookie);
         if self.in_own_namespace() { own } else { own + 1 }
+    }
+    fn is_in_node_netns(&self) -> bool {
+        self.in_nodes_namespace()
     }
     fn is_agent(&self) -> bool {
         self.agent()
@@ -85,7 +89,7 @@ const EXEMPT: u32 = tacit_abi::pod_flag::EXEMPT;
 const STRICT: u32 = tacit_abi::pod_flag::EGRESS_STRICT;
 
 /// Connections that are left as without Tacit. The guard sees their packets.
-static LEFT_ALONE: [Line; 8] = [
+static LEFT_ALONE: [Line; 9] = [
     Line::new(
         "a pod that is not enrolled",
         |f| f.subject.has(EXEMPT),
@@ -94,6 +98,11 @@ static LEFT_ALONE: [Line; 8] = [
     Line::new(
         "a pod that no source has named, where the mesh is not STRICT, and an agent",
         |f| f.subject.pod.is_none() && (!f.mesh_is_strict() || f.agent()),
+        |_| Connect::Leave(Reason::ConnectNotEnrolled),
+    ),
+    Line::new(
+        "a pod that no source has named, in the node's own network",
+        |f| f.subject.pod.is_none() && f.in_nodes_namespace(),
         |_| Connect::Leave(Reason::ConnectNotEnrolled),
     ),
     Line::new("another protocol than TCP", |f| !f.tcp(), |f| left(f, Reason::ConnectNotStream)),

@@ -176,7 +176,7 @@ static ALWAYS: [Line; 4] = [
 ];
 
 /// A STRICT or unknown pod sends nothing in clear but this, from its own address, and not encapsulated.
-static STRICT: [Line; 10] = [
+static STRICT: [Line; 11] = [
     Line::new(
         "to an address outside the mesh that is no neighbour and no service of a node",
         Facts::is_outside_and_no_service,
@@ -208,6 +208,14 @@ static STRICT: [Line; 10] = [
         "TCP of a connection that was accepted as plaintext, while its port takes plaintext",
         |f| f.subject.is_tcp() && f.accepted() == Some(Accepted::Other) && f.takes_plaintext(),
         |_| Verdict::Clear(Reason::GuardReply),
+    ),
+    Line::new(
+        "TCP from an address of the node, at the socket of a pod that no source has named",
+        |f| {
+            let is_sockets = !f.on_link() && f.tcp_socket();
+            f.subject.is_tcp() && f.subject.is_unnamed() && is_sockets && f.is_at_nodes_address()
+        },
+        |_| Verdict::Clear(Reason::GuardNodeAddress),
     ),
     Line::new(
         "UDP of a workload with `udp: allow`",

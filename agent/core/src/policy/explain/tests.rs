@@ -1,6 +1,6 @@
 //! Every way a connection comes, and every kind of verdict, in the words an operator reads.
 
-use std::{fmt::Write as _, path::Path};
+use std::{collections::BTreeMap, fmt::Write as _, path::Path};
 
 use super::*;
 use crate::spiffe::TrustDomain;
@@ -51,20 +51,23 @@ fn ask_with(minimum: Mode, from: &str, to: &str, port: u16) -> Result<Explanatio
     let directory = Directory::parse(DIRECTORY, Path::new("directory.yaml"), &domain).expect("valid");
     let policies = Policies::parse(POLICY, Path::new("policy.yaml"), "istio-system").expect("valid");
     let policies = policies.with_minimum(minimum);
-    let is_node = |address: IpAddr| address.to_string() == "10.77.1.1";
     let in_force = |workload: &Workload| PolicyInForce::Held {
         modes: policies.modes(workload),
         authorization: policies.authorization(workload),
         not_applied: None,
         waits_for: None,
     };
-    let known = ExplainContext {
-        directory: &directory,
-        policies: &policies,
-        in_force: &in_force,
-        node: "a",
-        is_node: &is_node,
-    };
+    ask_of(&directory, &policies, &in_force, (from, to, port))
+}
+
+fn ask_of(
+    directory: &Directory,
+    policies: &Policies,
+    in_force: &dyn Fn(&Workload) -> PolicyInForce,
+    (from, to, port): (&str, &str, u16),
+) -> Result<Explanation, ExplainError> {
+    let is_node = |address: IpAddr| address.to_string() == "10.77.1.1";
+    let known = ExplainContext { directory, policies, in_force, node: "a", is_node: &is_node };
     explain(known, &WorkloadRef::parse(from)?, &WorkloadRef::parse(to)?, port)
 }
 
@@ -79,6 +82,27 @@ fn a_mode_that_the_minimum_raised_is_told() {
         let explanation = ask_with(minimum, "10.77.9.9", "shop/web", port).expect("an answer");
         let told = explanation.paths[0].why.iter().find(|why| why.contains("minimumMode"));
         assert_eq!(told.map(String::as_str), why, "{minimum:?} {port}");
+    }
+}
+
+#[test]
+fn a_policy_that_is_not_applied_is_not_told_as_raised() {
+    let domain = TrustDomain::parse("cluster.local").expect("valid");
+    let directory = Directory::parse(DIRECTORY, Path::new("directory.yaml"), &domain).expect("valid");
+    let policies = Policies::parse(POLICY, Path::new("policy.yaml"), "istio-system").expect("valid");
+    let refused = |workload: &Workload| PolicyInForce::Held {
+        modes: Modes { default: Mode::Strict, ports: BTreeMap::new() },
+        authorization: policies.authorization(workload),
+        not_applied: Some("the map is full".to_owned()),
+        waits_for: None,
+    };
+    for (minimum, is_raised) in [(Mode::Disable, false), (Mode::Strict, true)] {
+        let policies = policies.clone().with_minimum(minimum);
+        let asked = ("10.77.9.9", "shop/web", 80);
+        let explanation = ask_of(&directory, &policies, &refused, asked).expect("an answer");
+        let why = &explanation.paths[0].why;
+        assert_eq!(why.iter().any(|why| why.contains("minimumMode")), is_raised, "{why:?}");
+        assert!(why.iter().any(|why| why.contains("the map is full")), "{why:?}");
     }
 }
 
