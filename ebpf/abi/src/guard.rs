@@ -291,8 +291,12 @@ fn accepts_plaintext(facts: &impl GuardFacts, pod: &Pod, port: u16) -> bool {
 #[inline(always)]
 pub fn decide_ingress(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> Verdict {
     // The pod's own addresses are a nested namespace's way out. Frames from elsewhere that claim them do not arrive.
-    if pod.has(pod_flag::EXEMPT) || facts.is_agent() || pod.owns(&packet.remote) || facts.is_node_flow(packet)
-    {
+    if pod.has(pod_flag::EXEMPT) || facts.is_agent() || pod.owns(&packet.remote) {
+        return Verdict::Pass;
+    }
+    // Most packets come from other addresses, for which no flow is hashed. An address that is no longer the node's proves
+    // nothing.
+    if facts.is_node(&packet.remote) && facts.is_node_flow(packet) {
         return Verdict::Pass;
     }
     // A pod with the node's network, such as a control plane, may serve the source that is to name it. Other pods are not

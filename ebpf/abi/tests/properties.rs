@@ -383,7 +383,7 @@ proptest! {
         let takes_plaintext = accepts_plaintext(&facts, mode);
         let is_own_connection = facts.accepted.is_none() && (is_outside || facts.allowed_clear);
         let expected = facts.agent
-            || facts.node_flow
+            || facts.node && facts.node_flow
             || pod.owns(&packet.remote)
             || is_icmp
             || is_tcp && matches!(packet.segment, Segment::Bare | Segment::SynAck)
@@ -412,7 +412,7 @@ proptest! {
         let flags = pod.flags & !(pod_flag::EXEMPT | pod_flag::UNKNOWN) | pod_flag::JUDGED;
         let pod = Pod { flags, ..pod };
         let packet = Packet { protocol: protocol::TCP, segment: Segment::Syn, ..packet };
-        let is_proven = facts.agent || facts.node_flow || pod.owns(&packet.remote);
+        let is_proven = facts.agent || facts.node && facts.node_flow || pod.owns(&packet.remote);
         prop_assert_eq!(passes(decide_ingress(&facts, &pod, &packet)), is_proven);
     }
 

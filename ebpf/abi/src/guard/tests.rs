@@ -376,9 +376,11 @@ fn plaintext_to_a_strict_port_is_dropped_wherever_it_comes_from() {
         assert_eq!(ingress(facts, packet(SCTP)), Verdict::Drop(GuardInboundOther));
         assert_eq!(ingress(facts, packet(protocol::ICMP)), Verdict::Pass);
         assert_eq!(ingress(Facts { agent: true, ..facts }, tcp(Segment::Syn)), Verdict::Pass);
-        assert_eq!(ingress(Facts { node_flow: true, ..facts }, tcp(Segment::Syn)), Verdict::Pass);
         let claims_node = Facts { node: true, ..facts };
         assert_eq!(ingress(claims_node, tcp(Segment::Syn)), Verdict::Drop(GuardInboundTcp));
+        assert_eq!(ingress(Facts { node_flow: true, ..claims_node }, tcp(Segment::Syn)), Verdict::Pass);
+        let former_address = Facts { node_flow: true, ..facts };
+        assert_eq!(ingress(former_address, tcp(Segment::Syn)), Verdict::Drop(GuardInboundTcp));
         let accepted = Facts { accepted: Some(Accepted::Other), ..facts };
         assert_eq!(ingress(accepted, tcp(Segment::Data)), Verdict::Drop(GuardInboundTcp));
         let permissive = Facts { port_mode: Some(Mode::Permissive), ..facts };
@@ -408,7 +410,7 @@ fn a_pod_that_policies_select_gets_no_connection_past_the_agent() {
     let ingress = |facts, segment| decide_ingress(&facts, &judged, &tcp(segment));
     assert_eq!(ingress(OUTSIDE, Segment::Syn), Verdict::Drop(GuardInboundTcp));
     assert_eq!(ingress(Facts { agent: true, ..OUTSIDE }, Segment::Syn), Verdict::Pass);
-    assert_eq!(ingress(Facts { node_flow: true, ..OUTSIDE }, Segment::Syn), Verdict::Pass);
+    assert_eq!(ingress(Facts { node: true, node_flow: true, ..OUTSIDE }, Segment::Syn), Verdict::Pass);
     assert_eq!(ingress(OUTSIDE, Segment::Data), Verdict::Pass);
 }
 
@@ -417,7 +419,7 @@ fn data_to_a_connection_of_the_node_is_proven_each_time() {
     let accepted = Facts { accepted: Some(Accepted::Node), ..MESH };
     let ingress = |facts| decide_ingress(&facts, &strict(), &tcp(Segment::Data));
     assert_eq!(ingress(accepted), Verdict::Drop(GuardInboundTcp));
-    assert_eq!(ingress(Facts { node_flow: true, ..accepted }), Verdict::Pass);
+    assert_eq!(ingress(Facts { node: true, node_flow: true, ..accepted }), Verdict::Pass);
 }
 
 #[test]

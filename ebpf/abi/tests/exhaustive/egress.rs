@@ -127,6 +127,11 @@ impl Facts {
         self.agent()
     }
 
+    /// Returns true if the other end has an address of the node.
+    pub(crate) fn is_of_nodes_address(&self) -> bool {
+        self.of_node()
+    }
+
     pub(crate) fn is_of_node_flow(&self) -> bool {
         self.node_flow()
     }
