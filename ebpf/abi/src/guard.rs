@@ -217,8 +217,15 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Pa
         }
         protocol::TCP if is_reply(facts, pod, packet) => Verdict::Clear(Reason::GuardReply),
         protocol::UDP if pod.has(pod_flag::UDP_ALLOWED) => Verdict::Clear(Reason::GuardUdpClear),
-        // Answers to the node's probes stay on this node. What goes to a service may be sent on to another node.
-        protocol::UDP if !is_neighbour && !is_service && facts.is_node(&packet.remote) => Verdict::Ask,
+        // Answers to the node's probes stay on this node. What goes to a service may be sent on to another node. A process of
+        // the node may have a port of that range: answers go to the process, whose datagram the link has seen.
+        protocol::UDP
+            if !is_neighbour
+                && facts.is_node(&packet.remote)
+                && (!is_service || facts.is_node_flow(packet)) =>
+        {
+            Verdict::Ask
+        }
         protocol::ICMP | protocol::ICMP_V6 if !is_neighbour && facts.is_node(&packet.remote) => Verdict::Pass,
         // ICMP errors and echo replies repeat the packet they answer. A pod can spoof one to itself, and so send data in
         // another address' name. Of the kernel's own ICMP only discovery passes.

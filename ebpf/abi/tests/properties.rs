@@ -334,7 +334,7 @@ proptest! {
             of(&[protocol::TCP]) && is_bare && (facts.tcp_socket || on_link && facts.node_socket),
             of(&[protocol::TCP]) && on_link && facts.cookie && packet.local_port == tcp_port::TUNNEL && packet.segment == Segment::SynAck,
             of(&[protocol::TCP]) && facts.accepted.is_some_and(|by| by == Accepted::Node || takes_plaintext),
-            of(&[protocol::UDP, protocol::ICMP, protocol::ICMP_V6]) && facts.node && !is_neighbour && !(is_service && of(&[protocol::UDP])),
+            of(&[protocol::UDP, protocol::ICMP, protocol::ICMP_V6]) && facts.node && !is_neighbour && !(is_service && of(&[protocol::UDP]) && !facts.node_flow),
             of(&[protocol::ICMP_V6]) && packet.is_discovery && on_link && facts.node_socket,
             facts.allowed_clear,
         ];

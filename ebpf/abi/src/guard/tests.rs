@@ -195,6 +195,19 @@ fn a_strict_pod_sends_nothing_to_services_of_nodes() {
 }
 
 #[test]
+fn a_strict_pod_answers_datagrams_that_the_node_sent_from_a_port_of_services() {
+    let service = Facts { service: true, node: true, ..MESH };
+    let answered = Facts { node_flow: true, ..service };
+    for hook in HOOKS {
+        let to = |facts, number| decide_egress(&facts, &strict(), hook, &packet(number));
+        assert_eq!(to(answered, protocol::UDP), Verdict::Ask);
+        assert_eq!(to(service, protocol::UDP), Verdict::Drop(GuardUdp));
+        assert_eq!(to(Facts { node: false, ..answered }, protocol::UDP), Verdict::Drop(GuardUdp));
+        assert_eq!(to(answered, protocol::TCP), Verdict::Drop(GuardTcp), "TCP is accepted as the node's");
+    }
+}
+
+#[test]
 fn of_the_agents_packets_only_tunnels_pass_a_link() {
     let agent = Facts { agent: true, tcp_socket: true, ..MESH };
     let egress = |facts, hook| decide_egress(&facts, &strict(), hook, &packet(protocol::TCP));

@@ -181,7 +181,7 @@ static ALWAYS: [Line; 4] = [
 ];
 
 /// A STRICT or unknown pod sends nothing in clear but this, from its own address, and not encapsulated.
-static STRICT: [Line; 10] = [
+static STRICT: [Line; 11] = [
     Line::new(
         "to an address outside the mesh that is no neighbour and no service of a node",
         Facts::is_outside_and_no_service,
@@ -222,6 +222,11 @@ static STRICT: [Line; 10] = [
     Line::new(
         "UDP to this node, which is no neighbour, and to no service there",
         |f| f.subject.is_udp() && f.of_node() && !f.is_neighbour() && !f.node_service(),
+        Facts::ask,
+    ),
+    Line::new(
+        "UDP to this node, which is no neighbour, in a flow that the node began",
+        |f| f.subject.is_udp() && f.of_node() && !f.is_neighbour() && f.node_flow(),
         Facts::ask,
     ),
     Line::new(
