@@ -4,6 +4,7 @@
 
 use std::{
     collections::HashSet,
+    hash::Hash,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd as _, AsRawFd, OwnedFd},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -23,6 +24,7 @@ use super::{KernelError, link, programs::Programs};
 
 mod guard;
 mod modes;
+mod node_services;
 
 use guard::GuardMaps;
 pub use guard::{DropCount, PlaintextDestination};
@@ -294,20 +296,6 @@ impl Maps {
         replace_all(&mut lock(&self.node), &wanted).map_err(failed("NODE"))
     }
 
-    /// Makes the addresses of the cluster's nodes exactly `addresses`; more than the map holds are left out with a warning.
-    ///
-    /// # Errors
-    /// [`KernelError::Map`].
-    pub fn set_cluster_nodes(&self, addresses: impl Iterator<Item = IpAddr>) -> Result<(), KernelError> {
-        let bound = limits::CLUSTER_NODES as usize;
-        let mut addresses = addresses.map(address);
-        let wanted = addresses.by_ref().take(bound).collect();
-        if addresses.next().is_some() {
-            tracing::warn!(bound, "too many nodes: node ports at the addresses of some are plaintext");
-        }
-        replace_all(&mut lock(&self.cluster_nodes), &wanted).map_err(failed("CLUSTER_NODES"))
-    }
-
     /// Returns the destination of a captured connection that the agent accepted as `socket`. The kernel stored it in the
     /// socket before `accept()` returned.
     #[must_use]
@@ -431,8 +419,11 @@ fn typed<M: TryFrom<Map, Error = MapError>>(
 }
 
 /// Makes the keys of `map` exactly `wanted`.
-fn replace_all(map: &mut HashMap<MapData, Address, u32>, wanted: &HashSet<Address>) -> Result<(), MapError> {
-    let present: HashSet<Address> = map.keys().filter_map(Result::ok).collect();
+fn replace_all<K: aya::Pod + Eq + Hash>(
+    map: &mut HashMap<MapData, K, u32>,
+    wanted: &HashSet<K>,
+) -> Result<(), MapError> {
+    let present: HashSet<K> = map.keys().filter_map(Result::ok).collect();
     for gone in present.difference(wanted) {
         let _ = map.remove(gone);
     }

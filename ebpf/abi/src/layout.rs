@@ -5,15 +5,6 @@ use crate::{Address, tcp_port};
 /// Version of the maps' layout and meaning, raised with every change. Pinned maps of another version are not adopted.
 pub const ABI_VERSION: u32 = 5;
 
-/// Defines flags and lists them all, so that the tests enumerate each new one.
-macro_rules! flags {
-    ($($(#[$doc:meta])* $name:ident = $bit:literal;)+) => {
-        $($(#[$doc])* pub const $name: u32 = $bit;)+
-        /// All flags.
-        pub const ALL: [u32; [$($bit),+].len()] = [$($bit),+];
-    };
-}
-
 /// Bounds of the maps, in entries.
 pub mod limits {
     /// Enrolled pods of one node. Kubernetes' default limit is 110; large nodes run 250 to 500.
@@ -83,7 +74,7 @@ pub struct State {
     pub stale_after: u64,
     /// [`Mode`] of the mesh, applied to pods without an entry. 0 (never written) leaves them alone.
     pub default_mode: u32,
-    /// 1 if load balancers have addresses of nodes, so that [`limits::NODE_SERVICES`] has entries; else 0.
+    /// Bits of [`crate::node_port::flag`].
     pub node_services: u32,
     /// Secret that keeps pods from choosing cells of [`crate::answer_cells`]. It stays the same while the map is pinned.
     pub seed: u64,

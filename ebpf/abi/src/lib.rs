@@ -8,6 +8,15 @@
 #[cfg(test)]
 extern crate std;
 
+/// Defines flags and lists them all, so that the tests enumerate each new one.
+macro_rules! flags {
+    ($($(#[$doc:meta])* $name:ident = $bit:literal;)+) => {
+        $($(#[$doc])* pub const $name: u32 = $bit;)+
+        /// All flags.
+        pub const ALL: [u32; [$($bit),+].len()] = [$($bit),+];
+    };
+}
+
 mod address;
 mod answers;
 mod arrival;
