@@ -282,10 +282,12 @@ impl SockOps<'_> {
         store_names(self.sk(), names)
     }
 
+    /// Sets a callback flag. Flags of other programs stay: the helper replaces all.
     #[inline(always)]
-    pub fn set_callback_flags(&self, flag: i32) {
+    pub fn add_callback_flag(&self, flag: u32) {
+        let flags = load!(self.0.ops, bpf_sock_ops_cb_flags) | flag;
         // SAFETY: the helper takes the program's own context.
-        unsafe { bpf_sock_ops_cb_flags_set(self.0.ops, flag) };
+        unsafe { bpf_sock_ops_cb_flags_set(self.0.ops, flags as i32) };
     }
 
     /// Sets the congestion control of a loopback connection to `reno`, regardless of the node's default.

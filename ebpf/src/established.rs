@@ -62,7 +62,7 @@ fn publish(sock: &SockOps<'_>, ends: &Ends) {
     sock.limit_unsent();
     if stored {
         // The flag makes the kernel call this program at CLOSE. It is always set on a full socket.
-        sock.set_callback_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
+        sock.add_callback_flag(BPF_SOCK_OPS_STATE_CB_FLAG);
     } else {
         count(lost);
     }
