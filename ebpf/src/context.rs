@@ -6,8 +6,8 @@ use aya_ebpf::{
     bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, sockaddr},
     helpers::generated::{
         bpf_bind, bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
-        bpf_ktime_get_ns, bpf_set_retval, bpf_setsockopt, bpf_sk_storage_delete, bpf_sk_storage_get,
-        bpf_sock_ops_cb_flags_set,
+        bpf_getsockopt, bpf_ktime_get_ns, bpf_set_retval, bpf_setsockopt, bpf_sk_storage_delete,
+        bpf_sk_storage_get, bpf_sock_ops_cb_flags_set,
     },
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
@@ -303,9 +303,18 @@ impl SockOps<'_> {
     }
 
     /// Bounds the bytes that the connection keeps unsent, beside those that its reader has. On loopback the kernel would keep
-    /// some 2.5 MiB, since it allows ten of the largest segments. An error changes nothing else and is ignored.
+    /// some 2.5 MiB, since it allows ten of the largest segments. A bound that the application chose stays, and so does one that
+    /// cannot be read (before Linux 6.1). An error changes nothing else and is ignored.
     #[inline(always)]
     pub fn limit_unsent(&self) {
+        let mut chosen = 0_u32;
+        // SAFETY: the helper takes the program's own context and writes the four bytes.
+        let failed = unsafe {
+            bpf_getsockopt(self.0.as_ptr(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, (&raw mut chosen).cast(), 4)
+        };
+        if failed != 0 || chosen != 0 {
+            return;
+        }
         let mut most = LOOPBACK_UNSENT_BYTES;
         // SAFETY: the helper takes the program's own context and reads the four bytes.
         let _ = unsafe {
