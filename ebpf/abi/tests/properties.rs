@@ -135,7 +135,7 @@ impl InboundFacts for Facts {
     fn port_mode(&self, _: u32, _: u16) -> Option<u32> {
         self.port_mode
     }
-    fn is_node_flow(&self, _: &Inbound) -> bool {
+    fn is_node_flow(&self, _: u32, _: &Inbound) -> bool {
         self.node_flow
     }
     fn in_mesh(&self, _: &Address) -> bool {
