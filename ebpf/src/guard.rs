@@ -129,11 +129,11 @@ fn is_node_socket(skb: &Skb<'_>) -> bool {
 }
 
 /// Returns true if a SYN-ACK carries a SYN cookie of the agent's tunnel listener: the kernel accepts the client's answer.
-/// Without the kernel's secret nobody can make one, so nothing can be said by it.
+/// Without the kernel's secret nobody can make one.
 #[inline(never)]
 fn is_tunnel_cookie(skb: &Skb<'_>, slot: u32, packet: &Packet, payload: u32) -> bool {
     // Of a socket, the pod's say, the kernel sends no cookie. Without one, a pod that forwards packets can send a cookie
-    // again, but without text of its own.
+    // again, with few bytes of its own: see `tacit_abi::has_options_of_kernel`.
     if skb.cgroup() != 0 || !packet::has_options_of_kernel(skb, payload) {
         return false;
     }

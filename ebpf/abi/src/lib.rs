@@ -31,6 +31,7 @@ pub mod node_port;
 mod outbound;
 mod pending;
 mod reason;
+mod syn_ack;
 pub mod tcp_port;
 
 pub use address::Address;
@@ -51,6 +52,7 @@ pub use node_flows::{NODE_FLOW_WAYS, NodeFlow, NodeFlowCell, NodeFlowKey};
 pub use outbound::{Connect, ConnectFacts, connect_error, decide_connect};
 pub use pending::{Pending, is_in_share, is_share_used_up};
 pub use reason::{REASONS, Reason, ReasonText};
+pub use syn_ack::has_options_of_kernel;
 
 /// Bytes that a connection between the agent and an application keeps unsent, beside those that its reader has. Sending goes on
 /// when half of them are left, so the reader never waits for the sender to wake up.
