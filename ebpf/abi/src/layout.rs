@@ -22,9 +22,9 @@ pub mod limits {
     pub const ANSWERS_PER_POD: u32 = 1024;
     /// Ports of one pod whose mode differs from the pod's. Real policies have a few. The agent refuses a policy with more.
     pub const PORT_MODES_PER_POD: u32 = 128;
-    /// Modes of single ports: the shares of all pods. Memory is allocated on demand.
+    /// Modes of single ports: the shares of all pods. Entries are allocated on demand, the 2 MiB of hash buckets at once.
     pub const PORT_MODES: u32 = SLOTS * PORT_MODES_PER_POD;
-    /// Ranges of the mesh. Without service ranges, each enrolled service needs an entry. Memory is allocated on demand.
+    /// Ranges of the mesh. Without service ranges, each enrolled service needs an entry. Entries are allocated on demand.
     pub const MESH_RANGES: u32 = 64 * 1024;
     /// The node's own addresses.
     pub const NODE_ADDRESSES: u32 = 1024;
@@ -44,7 +44,8 @@ pub mod limits {
     /// Connections of one pod whose handshake on the loopback has not ended. The kernel ends it inside `connect()`, except
     /// while the listener's accept queue (4,096) is full. Each of the two maps has this share for each pod.
     pub const PENDING_PER_POD: u32 = 512;
-    /// Connections whose handshake on the loopback has not ended: the shares of all pods. Memory is allocated on demand.
+    /// Connections whose handshake on the loopback has not ended: the shares of all pods. Entries are allocated on demand. Each
+    /// of the two maps has 8 MiB of hash buckets (16 bytes an entry) from the start.
     pub const PENDING: u32 = SLOTS * PENDING_PER_POD;
 }
 
@@ -76,7 +77,8 @@ pub struct State {
     pub default_mode: u32,
     /// Bits of [`crate::node_port::flag`].
     pub node_services: u32,
-    /// Secret that keeps pods from choosing cells of [`crate::answer_cells`]. It stays the same while the map is pinned.
+    /// Secret of the hashes of [`crate::answer_cells`] and [`crate::NodeFlow::key`], so that pods cannot choose cells or forge a
+    /// flow. The first heartbeat sets it; it stays the same while the map is pinned.
     pub seed: u64,
 }
 

@@ -1,8 +1,8 @@
 //! Each pod's share of the maps of pending connections.
 //!
-//! The kernel side counts a pod's entries. It adds one before it makes an entry and takes one off after it removed the
-//! entry, which only one of several removers can. So the count is never below the number of entries, and no pod has more
-//! entries than its share. The shares of all pods fit into the maps.
+//! The kernel side counts the entries of each slot. It adds one before it makes an entry, and takes one off after it removed the
+//! entry. Of several removers one succeeds. So the count is never below the number of entries, and no slot has more entries than
+//! its share. The shares of all slots fit into the maps. Entries of a pod that left count for the slot until their sockets close.
 
 use crate::limits;
 

@@ -64,7 +64,7 @@ reasons! {
     GuardInboundUdp, "guard_inbound_udp", "plaintext UDP to a STRICT pod that is no answer to it: dropped";
     GuardInboundOther, "guard_inbound_other", "another IP protocol to a STRICT pod that is no answer to it: dropped";
     GuardEncapsulated, "guard_encapsulated", "packet of a STRICT pod that a node would unpack, such as VXLAN or GRE: dropped";
-    GuardHeld, "guard_held", "packet of or to a pod that no source has named yet, in a STRICT mesh: dropped";
+    GuardHeld, "guard_held", "packet of or to a pod without an entry, in a STRICT mesh, that the rules for a STRICT pod refuse: dropped";
     GuardNodeAddress, "guard_node_address_clear", "packet to an address of the node, for a pod that no source has named yet: passed";
     InboundAuthorize, "inbound_to_judge", "inbound plaintext to a pod that authorization policies select: redirected to the agent, which passes or resets it";
     ConnectShare, "connect_share", "mesh connect of a pod whose share of pending connections is used up: denied";
