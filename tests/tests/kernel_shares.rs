@@ -3,7 +3,10 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::{collections::BTreeMap, fmt::Write as _, fs, io, net::SocketAddr, process::Command};
-use tacit_abi::limits::{PENDING_PER_POD, PORT_MODES_PER_POD};
+use tacit_abi::{
+    LOOPBACK_UNSENT_BYTES,
+    limits::{PENDING_PER_POD, PORT_MODES_PER_POD},
+};
 use tacit_tests::{Client, Mesh, Plan, Server, agent_program, fresh_port, observe, scaled};
 use tacit_topology::{Agent, Pod, until};
 
@@ -100,6 +103,25 @@ fn pause(agent: &Agent) -> Result<()> {
         let all: Vec<bool> = fs::read_dir(&threads)?.map(is_stopped).collect::<Result<_>>()?;
         Ok(all.iter().all(|stopped| *stopped).then_some(()))
     })
+}
+
+/// The bound of unsent bytes that an application chose used to be replaced.
+#[test]
+#[ignore = "needs root"]
+fn an_application_keeps_its_own_bound_of_unsent_bytes() -> Result<()> {
+    let mesh = plan("kunsent").with_agents()?;
+    for is_v4 in [true, false] {
+        let server = serve(&mesh, is_v4)?;
+        let to = server.address().to_string();
+        let unsent = |options: &[&str]| -> Result<Option<u64>> {
+            let arguments = [&["connect", &to], options, &["send:hello", "shut", "read-end"]].concat();
+            let events = Client::with_args(mesh.pod("victim")?, &arguments)?.finish()?;
+            Ok(event(&events, "connected")?["unsent_bytes"].as_u64())
+        };
+        ensure!(unsent(&["--unsent", "4096"])? == Some(4096));
+        ensure!(unsent(&[])? == Some(LOOPBACK_UNSENT_BYTES.into()), "control: Tacit sets a bound");
+    }
+    Ok(())
 }
 
 fn wait_unused(agent: &Agent) -> Result<()> {
