@@ -18,6 +18,8 @@ use crate::maps::NAMES;
 
 /// From the kernel's headers, as are the constants below.
 const IPPROTO_TCP: i32 = 6;
+const SOL_SOCKET: i32 = 1;
+const SO_MARK: i32 = 36;
 const TCP_CONGESTION: i32 = 13;
 const TCP_NOTSENT_LOWAT: i32 = 25;
 
@@ -300,6 +302,15 @@ impl SockOps<'_> {
         let _ = unsafe {
             bpf_setsockopt(self.0.as_ptr(), IPPROTO_TCP, TCP_CONGESTION, name.as_mut_ptr().cast(), 5)
         };
+    }
+
+    /// Sets the mark of the connection's packets, from the first SYN on.
+    #[inline(always)]
+    pub fn set_mark(&self, mark: u32) {
+        let mut mark = mark;
+        // An error leaves the mark as it is. The agent reads it back.
+        // SAFETY: the helper takes the program's own context and reads the four bytes.
+        let _ = unsafe { bpf_setsockopt(self.0.as_ptr(), SOL_SOCKET, SO_MARK, (&raw mut mark).cast(), 4) };
     }
 
     /// Bounds the bytes that the connection keeps unsent, beside those that its reader has. On loopback the kernel would keep

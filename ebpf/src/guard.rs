@@ -5,9 +5,9 @@
 
 use aya_ebpf::programs::SkBuffContext;
 use tacit_abi::{
-    Accepted, Address, Arrival, ArrivalFacts, GuardFacts, Hook, Link, Listener, Packet, Pod, Reason, Segment,
-    Verdict, decide_arrival, decide_egress, decide_ingress, listener_index, may_claim, may_send_from,
-    names_kind, pod_flag, protocol,
+    Accepted, Address, Arrival, ArrivalFacts, GuardFacts, Hook, LOST_CLIENT_MARK, Link, Listener, Packet,
+    Pod, Reason, Segment, Verdict, decide_arrival, decide_egress, decide_ingress, listener_index, may_claim,
+    may_send_from, names_kind, pod_flag, protocol,
 };
 
 use crate::{
@@ -191,9 +191,9 @@ fn passes_ingress(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
 #[inline(always)]
 fn passes_socket(ctx: &SkBuffContext, direction: Direction, dropped: &mut Dropped) -> bool {
     let skb = Skb(ctx);
-    // This check is first because all traffic to the agent is loopback.
+    // This check is first because all traffic to the agent is loopback. `established` counts what it marks.
     if skb.interface() == LOOPBACK_INDEX {
-        return true;
+        return skb.mark() != LOST_CLIENT_MARK;
     }
     let ethertype = skb.ethertype();
     // Sockets of other families never reach these hooks.

@@ -54,6 +54,10 @@ pub use pending::{Pending, is_in_share, is_share_used_up};
 pub use reason::{REASONS, Reason, ReasonText};
 pub use syn_ack::has_options_of_kernel;
 
+/// Mark (`SO_MARK`) of a connection of the agent to an application whose client could not be stored. The guard drops its packets,
+/// so no application accepts it under another name. The agent reads the mark and refuses the connection.
+pub const LOST_CLIENT_MARK: u32 = 0x7ac1_70ff;
+
 /// Bytes that a connection between the agent and an application keeps unsent, beside those that its reader has. Sending goes on
 /// when half of them are left, so the reader never waits for the sender to wake up.
 pub const LOOPBACK_UNSENT_BYTES: u32 = 64 << 10;
