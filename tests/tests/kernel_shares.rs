@@ -158,6 +158,11 @@ fn connections_beyond_the_share_of_dials_are_refused_and_no_client_is_false() ->
     }
     let refused = dials("refused")?;
     ensure!(observe::refused(agent, "pending_dials")? == refused, "{refused} by the kernel");
+
+    let others: Vec<_> = mesh.directory().into_iter().filter(|entry| entry.name != "greedy").collect();
+    agent.files().set_directory(&others)?;
+    observe::wait_status(agent, "the pod has left", |status| pod(status, "greedy").is_none().then_some(()))?;
+    ensure!(dials("refused")? == refused, "a count that only grows");
     Ok(())
 }
 

@@ -310,6 +310,16 @@ impl Maps {
         self.pending.get(&slot, 0).ok()
     }
 
+    /// Returns the pending connections that were refused since the maps were made: captured ones, and those of the agent. Both
+    /// are sums over all slots, so they do not fall when a pod goes.
+    #[must_use]
+    pub fn pending_refused(&self) -> [i64; 2] {
+        let slots = (0..limits::SLOTS).filter_map(|slot| self.pending(slot));
+        slots.fold([0; 2], |[captured, dialled], pending| {
+            [captured + pending.captured_refused, dialled + pending.dialled_refused]
+        })
+    }
+
     /// Makes the application that accepts `socket`'s connection see `client` as its peer. To be called before
     /// `connect()`. The connection counts in the share of the pod with `slot` until the application's kernel takes it.
     ///

@@ -14,9 +14,10 @@ pub struct Pending {
     pub captured: i64,
     /// Connections of the agent that the pod's applications have not taken yet.
     pub dialled: i64,
-    /// Captured connections that were refused because the share was used up, since the map was made.
+    /// Captured connections that were refused because the share was used up, of all pods that had the slot since the map was
+    /// made. Only the sum over all slots is shown.
     pub captured_refused: i64,
-    /// Connections of the agent whose client is not shown because the share was used up, since the map was made.
+    /// Connections of the agent that were refused because the share was used up, counted as above.
     pub dialled_refused: i64,
 }
 
