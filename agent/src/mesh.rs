@@ -19,10 +19,27 @@ use tokio::task::spawn_blocking;
 pub struct Mesh {
     kernel: Arc<Kernel>,
     ranges: ArcSwap<Ranges>,
-    /// [`Directory::node_changes`] and [`Directory::conflict_changes`] of the nodes and their services that the kernel has.
-    nodes: Mutex<Option<(u64, u64)>>,
+    /// The nodes and their services that the kernel has.
+    nodes: Mutex<Nodes>,
     /// One change at a time.
     changing: Mutex<()>,
+}
+
+/// The nodes and their services that the kernel has.
+#[derive(Default)]
+struct Nodes {
+    /// Their [`Directory::node_changes`] and [`Directory::conflict_changes`].
+    written: Option<(u64, u64)>,
+    not_applied: NodesNotApplied,
+}
+
+/// Why the kernel lacks nodes or services at nodes. Until it has them, what may be a service there is not sent as plaintext.
+#[derive(Debug, Clone, Default)]
+pub struct NodesNotApplied {
+    /// Why it lacks addresses of nodes; `None` if it has all.
+    pub addresses: Option<String>,
+    /// Why it lacks ports of load balancers at nodes; `None` if it has all.
+    pub ports: Option<String>,
 }
 
 impl Mesh {
@@ -39,30 +56,44 @@ impl Mesh {
         tracing::info!(configured, detected, ranges = shown.join(" "), "ranges of the mesh");
         let nodes = Mutex::default();
         let mesh = Self { kernel, ranges: ArcSwap::new(ranges), nodes, changing: Mutex::default() };
-        mesh.follow_nodes(directory)?;
+        mesh.follow_nodes(directory);
         Ok(mesh)
     }
 
-    /// Tells the kernel the addresses of all nodes, at which services have node ports, and ports of load balancers there.
-    fn follow_nodes(&self, directory: &Directory) -> Result<(), KernelError> {
-        let mut known = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Writes the addresses of all nodes, at which services have node ports, and the ports of load balancers there. What does
+    /// not fit fails closed; what the kernel rejects is tried again with the next directory.
+    fn follow_nodes(&self, directory: &Directory) {
+        let mut nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
         let current = (directory.node_changes(), directory.conflict_changes());
-        if *known == Some(current) {
-            return Ok(());
+        if nodes.written == Some(current) {
+            return;
         }
         let maps = &self.kernel.maps;
-        if known.is_none_or(|known| known.0 != current.0) {
-            maps.set_cluster_nodes(directory.node_addresses())?;
+        let mut is_rejected = false;
+        let mut not_applied = |written: Result<(), KernelError>| {
+            let error = written.err()?;
+            tracing::error!(%error, "services at nodes are not all known: what may be one is not sent as plaintext by STRICT pods");
+            is_rejected |= !matches!(error, KernelError::Full { .. });
+            Some(error.to_string())
+        };
+        if nodes.written.is_none_or(|written| written.0 != current.0) {
+            nodes.not_applied.addresses = not_applied(maps.set_cluster_nodes(directory.node_addresses()));
         }
-        maps.set_node_services(directory.node_services().map(|(address, protocol)| {
+        let ports = directory.node_services().map(|(address, protocol)| {
             let protocol = match protocol {
                 IpProtocol::Tcp => tacit_abi::protocol::TCP,
                 IpProtocol::Udp => tacit_abi::protocol::UDP,
             };
             PlaintextDestination { address, protocol }
-        }))?;
-        *known = Some(current);
-        Ok(())
+        });
+        nodes.not_applied.ports = not_applied(maps.set_node_services(ports));
+        nodes.written = (!is_rejected).then_some(current);
+    }
+
+    /// Returns why the kernel lacks nodes or services at nodes.
+    #[must_use]
+    pub fn nodes_not_applied(&self) -> NodesNotApplied {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner).not_applied.clone()
     }
 
     /// The ranges that the kernel has.
@@ -80,9 +111,7 @@ impl Mesh {
     /// Puts what the directory has found since in force. When the kernel refuses, all stays as it is, and is tried again
     /// when this is called again.
     pub fn follow(&self, directory: &Directory) {
-        if let Err(error) = self.follow_nodes(directory) {
-            tracing::error!(%error, "services at the addresses of new nodes are plaintext");
-        }
+        self.follow_nodes(directory);
         let _guard = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let (before, after) = (self.ranges.load_full(), directory.ranges());
         // A caller may come with a directory that is no longer the latest.

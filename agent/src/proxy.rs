@@ -33,6 +33,7 @@ use tacit_core::{
     shares::{self as bounds, Capacity},
     spiffe::SpiffeId,
 };
+use tacit_kernel::socket::ClientNotStored;
 use tacit_tunnel::{TlsInfo, socket::reset};
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
@@ -157,6 +158,9 @@ pub fn not_connected(error: &io::Error) -> Refusal {
     let reason = match error.kind() {
         io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => RefusalReason::ConnectionRefused,
         io::ErrorKind::TimedOut => RefusalReason::TimedOut,
+        _ if error.get_ref().is_some_and(|error| error.is::<ClientNotStored>()) => {
+            RefusalReason::PendingDials
+        }
         _ => RefusalReason::Unreachable,
     };
     Refusal::new(reason, error)

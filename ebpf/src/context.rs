@@ -6,8 +6,8 @@ use aya_ebpf::{
     bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, sockaddr},
     helpers::generated::{
         bpf_bind, bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
-        bpf_ktime_get_ns, bpf_set_retval, bpf_setsockopt, bpf_sk_storage_delete, bpf_sk_storage_get,
-        bpf_sock_ops_cb_flags_set,
+        bpf_getsockopt, bpf_ktime_get_ns, bpf_set_retval, bpf_setsockopt, bpf_sk_storage_delete,
+        bpf_sk_storage_get, bpf_sock_ops_cb_flags_set,
     },
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
@@ -18,6 +18,8 @@ use crate::maps::NAMES;
 
 /// From the kernel's headers, as are the constants below.
 const IPPROTO_TCP: i32 = 6;
+const SOL_SOCKET: i32 = 1;
+const SO_MARK: i32 = 36;
 const TCP_CONGESTION: i32 = 13;
 const TCP_NOTSENT_LOWAT: i32 = 25;
 
@@ -282,10 +284,12 @@ impl SockOps<'_> {
         store_names(self.sk(), names)
     }
 
+    /// Sets a callback flag. Flags of other programs stay: the helper replaces all.
     #[inline(always)]
-    pub fn set_callback_flags(&self, flag: i32) {
+    pub fn add_callback_flag(&self, flag: u32) {
+        let flags = load!(self.0.ops, bpf_sock_ops_cb_flags) | flag;
         // SAFETY: the helper takes the program's own context.
-        unsafe { bpf_sock_ops_cb_flags_set(self.0.ops, flag) };
+        unsafe { bpf_sock_ops_cb_flags_set(self.0.ops, flags as i32) };
     }
 
     /// Sets the congestion control of a loopback connection to `reno`, regardless of the node's default.
@@ -300,10 +304,28 @@ impl SockOps<'_> {
         };
     }
 
+    /// Sets the mark of the connection's packets, from the first SYN on.
+    #[inline(always)]
+    pub fn set_mark(&self, mark: u32) {
+        let mut mark = mark;
+        // An error leaves the mark as it is. The agent reads it back.
+        // SAFETY: the helper takes the program's own context and reads the four bytes.
+        let _ = unsafe { bpf_setsockopt(self.0.as_ptr(), SOL_SOCKET, SO_MARK, (&raw mut mark).cast(), 4) };
+    }
+
     /// Bounds the bytes that the connection keeps unsent, beside those that its reader has. On loopback the kernel would keep
-    /// some 2.5 MiB, since it allows ten of the largest segments. An error changes nothing else and is ignored.
+    /// some 2.5 MiB, since it allows ten of the largest segments. A bound that the application chose stays, and so does one that
+    /// cannot be read (before Linux 6.1). An error changes nothing else and is ignored.
     #[inline(always)]
     pub fn limit_unsent(&self) {
+        let mut chosen = 0_u32;
+        // SAFETY: the helper takes the program's own context and writes the four bytes.
+        let failed = unsafe {
+            bpf_getsockopt(self.0.as_ptr(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, (&raw mut chosen).cast(), 4)
+        };
+        if failed != 0 || chosen != 0 {
+            return;
+        }
         let mut most = LOOPBACK_UNSENT_BYTES;
         // SAFETY: the helper takes the program's own context and reads the four bytes.
         let _ = unsafe {

@@ -4,6 +4,7 @@
 //! application --TCP_CONNECT--> CAPTURED[tuple] = destination   --PASSIVE_ESTABLISHED at the agent's socket:
 //! agent dials --TCP_CONNECT--> DIALLED[tuple]  = client        --PASSIVE_ESTABLISHED at the application's socket:
 //!                                                                the entry moves into that socket's storage
+//!             the same, without room for its entry --> marked: the guard drops it, and the agent refuses the connection
 //! either      --CLOSE--------> the entry is removed if it still exists
 //! others with plaintext       --PASSIVE_ESTABLISHED--> the application's socket is marked for the guard
 //! ```
@@ -17,7 +18,9 @@ use aya_ebpf::{
     },
     programs::SockOpsContext,
 };
-use tacit_abi::{Destination, Names, NodeFlow, Reason, Tuple, names_kind, protocol, tcp_port};
+use tacit_abi::{
+    Destination, LOST_CLIENT_MARK, Names, NodeFlow, Reason, Tuple, names_kind, protocol, tcp_port,
+};
 
 use crate::{
     context::{Ends, SockOps},
@@ -62,9 +65,12 @@ fn publish(sock: &SockOps<'_>, ends: &Ends) {
     sock.limit_unsent();
     if stored {
         // The flag makes the kernel call this program at CLOSE. It is always set on a full socket.
-        sock.set_callback_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
-    } else {
-        count(lost);
+        sock.add_callback_flag(BPF_SOCK_OPS_STATE_CB_FLAG);
+        return;
+    }
+    count(lost);
+    if names.kind == names_kind::DIALLED {
+        sock.set_mark(LOST_CLIENT_MARK);
     }
 }
 

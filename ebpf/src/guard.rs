@@ -5,9 +5,9 @@
 
 use aya_ebpf::programs::SkBuffContext;
 use tacit_abi::{
-    Accepted, Address, Arrival, ArrivalFacts, GuardFacts, Hook, Link, Listener, Packet, Pod, Reason, Segment,
-    Verdict, decide_arrival, decide_egress, decide_ingress, listener_index, may_claim, may_send_from,
-    names_kind, pod_flag, protocol,
+    Accepted, Address, Arrival, ArrivalFacts, GuardFacts, Hook, LOST_CLIENT_MARK, Link, Listener, Packet,
+    Pod, Reason, Segment, Verdict, decide_arrival, decide_egress, decide_ingress, listener_index, may_claim,
+    may_send_from, names_kind, pod_flag, protocol,
 };
 
 use crate::{
@@ -129,11 +129,11 @@ fn is_node_socket(skb: &Skb<'_>) -> bool {
 }
 
 /// Returns true if a SYN-ACK carries a SYN cookie of the agent's tunnel listener: the kernel accepts the client's answer.
-/// Without the kernel's secret nobody can make one, so nothing can be said by it.
+/// Without the kernel's secret nobody can make one.
 #[inline(never)]
 fn is_tunnel_cookie(skb: &Skb<'_>, slot: u32, packet: &Packet, payload: u32) -> bool {
     // Of a socket, the pod's say, the kernel sends no cookie. Without one, a pod that forwards packets can send a cookie
-    // again, but without text of its own.
+    // again, with few bytes of its own: see `tacit_abi::has_options_of_kernel`.
     if skb.cgroup() != 0 || !packet::has_options_of_kernel(skb, payload) {
         return false;
     }
@@ -191,9 +191,9 @@ fn passes_ingress(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
 #[inline(always)]
 fn passes_socket(ctx: &SkBuffContext, direction: Direction, dropped: &mut Dropped) -> bool {
     let skb = Skb(ctx);
-    // This check is first because all traffic to the agent is loopback.
+    // This check is first because all traffic to the agent is loopback. `established` counts what it marks.
     if skb.interface() == LOOPBACK_INDEX {
-        return true;
+        return skb.mark() != LOST_CLIENT_MARK;
     }
     let ethertype = skb.ethertype();
     // Sockets of other families never reach these hooks.

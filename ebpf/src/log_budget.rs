@@ -1,6 +1,8 @@
-//! Rate limit for lines in the agent's log about denied or lost connections. Counters are complete; lines name the ends.
+//! Rate limit for lines in the agent's log about denied connections and dropped packets. Counters are complete; lines name the
+//! ends.
 //!
-//! Each pod has a share of the lines. One that connects in a loop must not hide the lines of others.
+//! Each pod has a share of the lines, so one pod that connects in a loop does not hide the lines of others. Four such pods on one
+//! CPU do.
 
 use aya_ebpf::{btf_maps::PerCpuArray, helpers::bpf_ktime_get_ns, macros::btf_map};
 use tacit_abi::limits;
@@ -10,11 +12,12 @@ const LINES_PER_SECOND: u64 = 10;
 /// Of these, lines of one pod. All pods without a slot together have one share.
 const LINES_PER_POD: u64 = 3;
 const SECOND_NS: u64 = 1_000_000_000;
-/// Index of the lines of all pods in their map, behind the slots, and of the pods without a slot.
-const ALL: u32 = limits::SLOTS + 1;
+/// Index of the budget of all pods without a slot, behind the slots.
 const WITHOUT_SLOT: u32 = limits::SLOTS;
+/// Index of the budget of all pods together.
+const ALL: u32 = limits::SLOTS + 1;
 
-/// Lines that a CPU wrote in its current second.
+/// Lines that were asked for on a CPU in its current second, written or not.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Budget {
@@ -22,12 +25,12 @@ pub struct Budget {
     lines: u64,
 }
 
-/// Numbers of log lines that each CPU wrote in its current second, by slot. Not pinned, because a successor does not need
-/// them.
+/// Budgets of each CPU, by slot. Not pinned, because a successor does not need them.
 #[btf_map]
 static LOG_BUDGET: PerCpuArray<Budget, { limits::SLOTS as usize + 2 }> = PerCpuArray::new();
 
-/// Takes one line about the pod with this slot from this CPU's budget; false if the pod's or all of it is used up.
+/// Takes one line about the pod with this slot from this CPU's budgets; false if that of the pod or that of all pods is used
+/// up. A line that only the second one refuses still counts in the first.
 #[inline(always)]
 pub fn take_line(slot: u32) -> bool {
     // SAFETY: takes no pointer.

@@ -50,18 +50,18 @@ pub fn is_node(address: &Address) -> bool {
     unsafe { NODE.get(address) }.is_some()
 }
 
-/// Returns true for a port of a service at an address of a node.
+/// Returns true for a port of a service at an address of a node, and for what may be one while a table lacks entries.
 #[inline(always)]
 pub fn is_node_service(address: &Address, port: u16, protocol: u32) -> bool {
-    // Most ports are no node ports, and most clusters have no such load balancers: no hash is looked up.
+    let flags = STATE.get(0).map_or(0, |state| state.node_services);
     // SAFETY: only presence is read.
-    if node_port::contains(port) && unsafe { CLUSTER_NODES.get(address) }.is_some() {
-        return true;
-    }
-    let key = || ClearKey { address: *address, port: u32::from(port), protocol };
-    // SAFETY: only presence is read.
-    STATE.get(0).is_some_and(|state| state.node_services != 0)
-        && unsafe { NODE_SERVICES.get(&key()) }.is_some()
+    let is_node = || unsafe { CLUSTER_NODES.get(address) }.is_some();
+    let is_listed = || {
+        let key = ClearKey { address: *address, port: u32::from(port), protocol };
+        // SAFETY: only presence is read.
+        unsafe { NODE_SERVICES.get(&key) }.is_some()
+    };
+    node_port::is_service(flags, address, port, is_node, is_listed)
 }
 
 /// Returns the mode of a pod's port that has its own.

@@ -108,7 +108,7 @@ pub static NAMES: SkStorage<Names> = SkStorage::new();
 pub static CAPTURED: HashMap<Tuple, Destination, { limits::PENDING as usize }, ON_DEMAND> = HashMap::new();
 
 /// Clients of the agent's connections until the handshake with the application ends, see `pending`. Never full: each pod
-/// has its share. Without an entry the application sees an address of its own pod. Access does not depend on this map.
+/// has its share. A connection without an entry is dropped by the guard, and refused by the agent.
 #[btf_map]
 pub static DIALLED: HashMap<Tuple, Destination, { limits::PENDING as usize }, ON_DEMAND> = HashMap::new();
 

@@ -229,34 +229,11 @@ pub fn tcp_destination(skb: &Skb<'_>) -> Option<(Address, u16)> {
     Some((address, u16::from_be_bytes(port)))
 }
 
-/// Returns true if a SYN-ACK has only options that the kernel writes into one: segment size, timestamps, selective
-/// acknowledgements and window scale, each where the kernel puts it.
+/// Returns true if a SYN-ACK has only options that the kernel writes into one, see `tacit_abi::has_options_of_kernel`.
 #[inline(always)]
 pub fn has_options_of_kernel(skb: &Skb<'_>, payload: u32) -> bool {
-    /// Words of a TCP header without options.
-    const FIRST: u32 = 5;
-    /// Words of one with all options of a SYN-ACK.
-    const END: u32 = 10;
     let Some(length) = skb.read::<[u8; 1]>(payload + 12) else { return false };
-    let words = u32::from(length[0] >> 4);
-    let mut stamps = 0;
-    for word in FIRST..END {
-        if word >= words {
-            return true;
-        }
-        if stamps > 0 {
-            stamps -= 1;
-            continue;
-        }
-        let Some(option) = skb.read::<[u8; 4]>(payload + word * 4) else { return false };
-        match option {
-            [2, 4, _, _] if word == FIRST => {}
-            [4, 2, 8, 10] | [1, 1, 8, 10] => stamps = 2,
-            [1, 1, 4, 2] | [1, 3, 3, _] => {}
-            _ => return false,
-        }
-    }
-    words == END
+    tacit_abi::has_options_of_kernel(u32::from(length[0] >> 4), |word| skb.read(payload + word * 4))
 }
 
 /// Returns the segment as the client's acknowledgement of it would be, for the kernel's check of SYN cookies: the first 20

@@ -1,7 +1,7 @@
 //! The maps of pending connections, with a share for each pod, see `tacit_abi::Pending`.
 //!
-//! An entry ends with its socket: when the other side's handshake ends, or at CLOSE of the socket that made it. Whoever
-//! removes it takes it off the count of the pod that the entry names.
+//! An entry is removed when the other side's handshake ends, else at CLOSE of the socket that made the entry. The removal takes
+//! it off the count of the pod that the entry names.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use tacit_abi::{Destination, Pending, Tuple, is_in_share, is_share_used_up};
@@ -89,12 +89,13 @@ pub fn publish(table: Table, key: &Tuple, entry: &Destination) -> bool {
     if try_publish(table, key, entry) {
         return true;
     }
-    // The program runs twice for sockets of an agent whose cgroup is below the pods' cgroup.
+    // For sockets of an agent whose cgroup is below the pods' cgroup the program runs twice, and the second run finds the first
+    // one's entry. A connection that ended without CLOSE leaves one too. Both are replaced.
     take(table, key).is_some() && try_publish(table, key, entry)
 }
 
-/// Adds first and looks then: of two that come at once, both may be refused, and never are too many admitted. The result
-/// of the addition is not used, so kernels need no atomic that returns one.
+/// Adds one to the count, then reads it. Of two CPUs at the bound both may be refused, but never are too many admitted. The
+/// addition returns nothing: programs on arm64 have an atomic that does only from Linux 5.18 on.
 #[inline(always)]
 fn try_publish(table: Table, key: &Tuple, entry: &Destination) -> bool {
     let Some(pending) = PENDING.get_ptr_mut(entry.slot) else { return false };

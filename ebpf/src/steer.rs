@@ -1,7 +1,5 @@
 //! sk_lookup in a pod's network namespace: redirects inbound connections to the agent.
 
-use core::cell::Cell;
-
 use aya_ebpf::programs::SkLookupContext;
 use tacit_abi::{
     Address, Inbound, InboundFacts, Reason, Steer, Steered, Tuple, decide_inbound, listener_index,
@@ -16,19 +14,14 @@ use crate::{
 };
 
 const IPPROTO_TCP: u32 = 6;
-/// Slot of no pod.
-const NO_SLOT: u32 = u32::MAX;
 
-/// Facts of a connection, with the slot of the pod that it came to.
-struct Facts(Cell<u32>);
+struct Facts;
 
 impl InboundFacts for Facts {
     #[inline(always)]
     fn steered(&self, local: &Address) -> Option<Steered> {
         // SAFETY: copied at once; the agent replaces entries whole.
-        let steered = unsafe { STEERED.get(local) }.copied()?;
-        self.0.set(steered.slot);
-        Some(steered)
+        unsafe { STEERED.get(local) }.copied()
     }
 
     #[inline(always)]
@@ -43,8 +36,8 @@ impl InboundFacts for Facts {
     }
 
     #[inline(always)]
-    fn is_node_flow(&self, flow: &Inbound) -> bool {
-        node_flows::is_node_flow(self.0.get(), &flow.node_flow())
+    fn is_node_flow(&self, slot: u32, flow: &Inbound) -> bool {
+        node_flows::is_node_flow(slot, &flow.node_flow())
     }
 
     #[inline(always)]
@@ -65,7 +58,7 @@ pub fn run(ctx: &SkLookupContext) -> bool {
     if lookup.protocol() != IPPROTO_TCP {
         return true;
     }
-    match decide_inbound(&Facts(Cell::new(NO_SLOT)), &lookup.inbound()) {
+    match decide_inbound(&Facts, &lookup.inbound()) {
         Steer::Pass(reason) => {
             count(reason);
             true

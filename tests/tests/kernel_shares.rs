@@ -2,8 +2,17 @@
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use std::{collections::BTreeMap, fmt::Write as _, fs, io, net::SocketAddr, process::Command};
-use tacit_abi::limits::{PENDING_PER_POD, PORT_MODES_PER_POD};
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    fs, io,
+    net::{IpAddr, SocketAddr},
+    process::Command,
+};
+use tacit_abi::{
+    LOOPBACK_UNSENT_BYTES,
+    limits::{PENDING_PER_POD, PORT_MODES_PER_POD},
+};
 use tacit_tests::{Client, Mesh, Plan, Server, agent_program, fresh_port, observe, scaled};
 use tacit_topology::{Agent, Pod, until};
 
@@ -102,6 +111,80 @@ fn pause(agent: &Agent) -> Result<()> {
         let all: Vec<bool> = fs::read_dir(&threads)?.map(is_stopped).collect::<Result<_>>()?;
         Ok(all.iter().all(|stopped| *stopped).then_some(()))
     })
+}
+
+/// Connections that an application has not accepted fill the share of its pod. The next ones used to reach it as connections of
+/// its own pod.
+#[test]
+#[ignore = "needs root"]
+fn connections_beyond_the_share_of_dials_are_refused_and_no_client_is_false() -> Result<()> {
+    let plan = Plan::new("kdials").pod("a", "mallory", "greedy").pod("a", "bank", "victim");
+    let mesh = plan.with_directories(|_, mesh| {
+        shorten_accept_queue(mesh)?;
+        Ok(mesh.directory())
+    })?;
+    let (agent, greedy, victim) = (mesh.agent("a")?, mesh.pod("greedy")?, mesh.pod("victim")?);
+    let dials = |field: &str| -> Result<u64> {
+        let status = observe::status(agent)?;
+        share(&status, "pending_dials").and_then(|share| share[field].as_u64()).context("pending_dials")
+    };
+    for is_v4 in [true, false] {
+        let (own, client): (IpAddr, IpAddr) = if is_v4 {
+            (greedy.ipv4().into(), victim.ipv4().into())
+        } else {
+            (greedy.ipv6().into(), victim.ipv6().into())
+        };
+        let to = SocketAddr::new(own, fresh_port());
+        let mut server = Client::with_args(greedy, &["serve", "--after-line", &to.to_string(), "echo"])?;
+        server.events().first("listening")?;
+        let before = dials("refused")?;
+        let flows = Client::with_args(victim, &["flows", &GREEDY.to_string(), &to.to_string()])?;
+        until("connections beyond the share", || Ok((dials("refused")? > before).then_some(())))?;
+        // SYNs that the full accept queue lost are sent again.
+        server.proceed()?;
+        let echoed = event(&flows.finish()?, "flows")?["echoed"].as_u64().context("echoed")?;
+        ensure!(ACCEPT_QUEUE < echoed && echoed < GREEDY, "{echoed} echoed");
+        wait_unused(agent)?;
+        let last = Client::start(victim, to, &["send:last", "shut", "read-end"])?;
+        let local = last.events().first("connected")?["local"].as_str().context("local")?.to_owned();
+        until("the last connection", || {
+            Ok(server.events().so_far().iter().any(|event| event["peer"] == local).then_some(()))
+        })?;
+        let accepted = server.events().so_far();
+        let accepted: Vec<_> = accepted.iter().filter(|event| event["event"] == "accepted").collect();
+        ensure!(accepted.len() as u64 > echoed, "{} accepted, {echoed} echoed", accepted.len());
+        for event in accepted {
+            let peer: SocketAddr = event["peer"].as_str().context("peer")?.parse()?;
+            ensure!(peer.ip() == client, "a false client: {event}");
+        }
+    }
+    let refused = dials("refused")?;
+    ensure!(observe::refused(agent, "pending_dials")? == refused, "{refused} by the kernel");
+
+    let others: Vec<_> = mesh.directory().into_iter().filter(|entry| entry.name != "greedy").collect();
+    agent.files().set_directory(&others)?;
+    observe::wait_status(agent, "the pod has left", |status| pod(status, "greedy").is_none().then_some(()))?;
+    ensure!(dials("refused")? == refused, "a count that only grows");
+    Ok(())
+}
+
+/// The bound of unsent bytes that an application chose used to be replaced.
+#[test]
+#[ignore = "needs root"]
+fn an_application_keeps_its_own_bound_of_unsent_bytes() -> Result<()> {
+    let mesh = plan("kunsent").with_agents()?;
+    for is_v4 in [true, false] {
+        let server = serve(&mesh, is_v4)?;
+        let to = server.address().to_string();
+        let unsent = |options: &[&str]| -> Result<Option<u64>> {
+            let arguments = [&["connect", &to], options, &["send:hello", "shut", "read-end"]].concat();
+            let events = Client::with_args(mesh.pod("victim")?, &arguments)?.finish()?;
+            Ok(event(&events, "connected")?["unsent_bytes"].as_u64())
+        };
+        ensure!(unsent(&["--unsent", "4096"])? == Some(4096));
+        ensure!(unsent(&[])? == Some(LOOPBACK_UNSENT_BYTES.into()), "control: Tacit sets a bound");
+    }
+    Ok(())
 }
 
 fn wait_unused(agent: &Agent) -> Result<()> {

@@ -8,10 +8,11 @@ use std::{
     collections::BTreeSet,
     fmt::Write as _,
     io::ErrorKind,
-    net::{IpAddr, SocketAddr, TcpListener, UdpSocket},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     sync::OnceLock,
     time::Duration,
 };
+use tacit_abi::limits::CLUSTER_NODES;
 use tacit_tests::{Client, Mesh, Plan, Server, agent_program, observe};
 use tacit_topology::{Pod, run, until};
 
@@ -257,6 +258,19 @@ fn is_received(mesh: &Mesh, at: SocketAddr) -> Result<bool> {
     }
 }
 
+/// The mesh's nodes, and further ones with `more` addresses.
+fn nodes(mesh: &Mesh, more: u32) -> Result<String> {
+    let mut text = String::from("nodes:\n");
+    for name in ["a", "b"] {
+        let node = mesh.topology().node(name)?;
+        writeln!(text, "- {{name: {name}, addresses: [{}, '{}']}}", node.wire_ipv4(), node.wire_ipv6())?;
+    }
+    for number in 0..more {
+        writeln!(text, "- {{name: n{number}, addresses: [{}]}}", Ipv4Addr::from(0xc612_0000 | number))?;
+    }
+    Ok(text)
+}
+
 /// Returns true if a connection of the client opens at node `b`.
 fn is_accepted(mesh: &Mesh, at: SocketAddr) -> Result<bool> {
     let listener = mesh.topology().node("b")?.netns().enter(|| TcpListener::bind(at))??;
@@ -279,8 +293,7 @@ fn a_node_port_leads_to_the_service_and_nothing_leaves_in_clear() -> Result<()> 
     }
     let text = directory(&mesh, &service)?
         .replace("{port: 80, targetPort: 8080}", "{port: 80, targetPort: 8080, nodePort: 30080}");
-    let node = |name: &str, [v4, v6]: [IpAddr; 2]| format!("- {{name: {name}, addresses: [{v4}, '{v6}']}}\n");
-    load_directory(&mesh, &format!("{text}nodes:\n{}{}", node("a", addresses(a)), node("b", addresses(b))))?;
+    load_directory(&mesh, &format!("{text}{}", nodes(&mesh, 0)?))?;
     let [first, second] = addresses(b);
     until("the node's addresses in the kernel", || {
         Ok((!is_received(&mesh, SocketAddr::new(first, 30_081))?).then_some(()))
@@ -299,5 +312,41 @@ fn a_node_port_leads_to_the_service_and_nothing_leaves_in_clear() -> Result<()> 
     ensure!(accepted(&far)? == 4);
     let drops = observe::metric(mesh.agent("a")?, "tacit_kernel_verdicts_total", &[("reason", "guard_udp")])?;
     ensure!(drops > 0);
+    Ok(())
+}
+
+/// A node that did not fit into the kernel's table used to have no protected node ports.
+#[test]
+#[ignore = "needs root"]
+fn with_more_nodes_than_the_kernel_holds_no_address_has_a_node_port_in_clear() -> Result<()> {
+    let service = Service { port: 8080, endpoints: &[("far", true)], more: "" };
+    let mesh = mesh("svcmany", STRICT, &service)?;
+    let (agent, text) = (mesh.agent("a")?, directory(&mesh, &service)?);
+    // An address of the wire that no directory names, as one that does not fit.
+    let b = mesh.topology().node("b")?;
+    let unlisted =
+        format!("{text}nodes:\n- {{name: a, addresses: [{}]}}\n", mesh.topology().node("a")?.wire_ipv4());
+    let at = |port| SocketAddr::new(b.wire_ipv4().into(), port);
+    let not_applied = || observe::metric(agent, "tacit_nodes_not_applied", &[("kind", "addresses")]);
+    load_directory(&mesh, &unlisted)?;
+    ensure!(is_received(&mesh, at(30_081))? && not_applied()? == 0, "control: no table is full");
+
+    load_directory(&mesh, &format!("{text}{}", nodes(&mesh, CLUSTER_NODES)?))?;
+    let error = observe::wait_status(agent, "nodes that are not applied", |status| {
+        status["nodes"]["addresses_not_applied"].as_str().map(str::to_owned)
+    })?;
+    ensure!(error.contains("4 more are wanted") && not_applied()? == 1, "{error}");
+    ensure!(agent.status_table()?.contains("addresses of nodes not applied"));
+    ensure!(!is_received(&mesh, at(30_081))? && !is_accepted(&mesh, at(30_081))?, "a port of a service");
+    ensure!(is_received(&mesh, at(29_999))? && is_accepted(&mesh, at(29_999))?, "no port of a service");
+    let loopback = SocketAddr::from(([127, 0, 0, 1], 30_082));
+    let _own = Server::start(mesh.pod("client")?, loopback, &["echo"])?;
+    ensure!(connect(mesh.pod("client")?, loopback)? == loopback.to_string(), "the pod's own loopback");
+
+    load_directory(&mesh, &unlisted)?;
+    observe::wait_status(agent, "all nodes are applied", |status| {
+        status["nodes"]["addresses_not_applied"].is_null().then_some(())
+    })?;
+    ensure!(is_received(&mesh, at(30_081))? && not_applied()? == 0);
     Ok(())
 }

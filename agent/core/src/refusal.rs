@@ -58,6 +58,7 @@ reasons! {
     UnknownDestination, "unknown_destination", Destination, "The destination is not a workload behind this tunnel.";
     ConnectionRefused, "connection_refused", Destination, "No application listens at the destination.";
     Unreachable, "unreachable", Destination, "The application cannot be reached.";
+    PendingDials, "pending_dials", Destination, "The pod has its share of connections that its applications have not accepted.";
     TimedOut, "timed_out", Destination, "The application did not answer in time.";
     Draining, "draining", Destination, "The destination's agent is shutting down.";
     Overloaded, "overloaded", Destination, "The destination's agent is at one of its bounds.";
@@ -143,6 +144,7 @@ mod tests {
             "unknown_destination",
             "connection_refused",
             "unreachable",
+            "pending_dials",
             "timed_out",
             "draining",
             "overloaded",

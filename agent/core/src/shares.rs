@@ -318,7 +318,7 @@ pub const PENDING_DIALS: Share = Share {
     holder: Holder::Pod,
     total: Total::Fixed(limits::PENDING as u64),
     each: Each::Fixed(limits::PENDING_PER_POD as u64),
-    effect: "the application sees an address of its own pod instead of the client's (`names_full`)",
+    effect: "further connections to the pod's applications are refused (`pending_dials`)",
     reason: "As for captured connections, where an application does not accept.",
 };
 

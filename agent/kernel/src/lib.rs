@@ -128,6 +128,16 @@ pub enum KernelError {
         /// The error.
         problem: String,
     },
+    /// A map has no room for all entries.
+    #[error("map {map}: it holds {bound} entries, and {left_out} more are wanted")]
+    Full {
+        /// Map name.
+        map: &'static str,
+        /// Entries that the map holds.
+        bound: usize,
+        /// Entries that are left out.
+        left_out: usize,
+    },
     /// A pod needs more entries of a map than its share.
     #[error("map {map}: the pod needs {have} entries, its share has {bound}")]
     Share {

@@ -4,6 +4,7 @@
 
 use std::{
     collections::HashSet,
+    hash::Hash,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd as _, AsRawFd, OwnedFd},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -23,6 +24,7 @@ use super::{KernelError, link, programs::Programs};
 
 mod guard;
 mod modes;
+mod node_services;
 
 use guard::GuardMaps;
 pub use guard::{DropCount, PlaintextDestination};
@@ -314,20 +316,6 @@ impl Maps {
         replace_all(&mut lock(&self.node), &wanted).map_err(failed("NODE"))
     }
 
-    /// Makes the addresses of the cluster's nodes exactly `addresses`; more than the map holds are left out with a warning.
-    ///
-    /// # Errors
-    /// [`KernelError::Map`].
-    pub fn set_cluster_nodes(&self, addresses: impl Iterator<Item = IpAddr>) -> Result<(), KernelError> {
-        let bound = limits::CLUSTER_NODES as usize;
-        let mut addresses = addresses.map(address);
-        let wanted = addresses.by_ref().take(bound).collect();
-        if addresses.next().is_some() {
-            tracing::warn!(bound, "too many nodes: node ports at the addresses of some are plaintext");
-        }
-        replace_all(&mut lock(&self.cluster_nodes), &wanted).map_err(failed("CLUSTER_NODES"))
-    }
-
     /// Returns the destination of a captured connection that the agent accepted as `socket`. The kernel stored it in the
     /// socket before `accept()` returned.
     #[must_use]
@@ -340,6 +328,16 @@ impl Maps {
     #[must_use]
     pub fn pending(&self, slot: u32) -> Option<Pending> {
         self.pending.get(&slot, 0).ok()
+    }
+
+    /// Returns the pending connections that were refused since the maps were made: captured ones, and those of the agent. Both
+    /// are sums over all slots, so they do not fall when a pod goes.
+    #[must_use]
+    pub fn pending_refused(&self) -> [i64; 2] {
+        let slots = (0..limits::SLOTS).filter_map(|slot| self.pending(slot));
+        slots.fold([0; 2], |[captured, dialled], pending| {
+            [captured + pending.captured_refused, dialled + pending.dialled_refused]
+        })
     }
 
     /// Makes the application that accepts `socket`'s connection see `client` as its peer. To be called before
@@ -451,8 +449,11 @@ fn typed<M: TryFrom<Map, Error = MapError>>(
 }
 
 /// Makes the keys of `map` exactly `wanted`.
-fn replace_all(map: &mut HashMap<MapData, Address, u32>, wanted: &HashSet<Address>) -> Result<(), MapError> {
-    let present: HashSet<Address> = map.keys().filter_map(Result::ok).collect();
+fn replace_all<K: aya::Pod + Eq + Hash>(
+    map: &mut HashMap<MapData, K, u32>,
+    wanted: &HashSet<K>,
+) -> Result<(), MapError> {
+    let present: HashSet<K> = map.keys().filter_map(Result::ok).collect();
     for gone in present.difference(wanted) {
         let _ = map.remove(gone);
     }

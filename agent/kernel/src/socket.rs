@@ -16,7 +16,7 @@ use nix::sys::socket::{
     sockopt::{IpBindAddressNoPort, TcpCongestion},
 };
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
-use tacit_abi::{Address, LOOPBACK_UNSENT_BYTES, Listener, tcp_port};
+use tacit_abi::{Address, LOOPBACK_UNSENT_BYTES, LOST_CLIENT_MARK, Listener, tcp_port};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     net::TcpStream,
@@ -300,15 +300,42 @@ fn set_option(socket: &Socket, level: libc::c_int, name: libc::c_int, value: lib
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// The kernel side had no room for the client of a dialled connection.
+#[derive(Debug, Clone, Copy, thiserror::Error)]
+#[error(
+    "the pod has its share of connections that its applications have not accepted, or the kernel has no memory"
+)]
+pub struct ClientNotStored;
+
+/// Connects a socket of [`dialer`] within `limit`.
+///
+/// # Errors
+/// As [`connected`]; [`ClientNotStored`] inside [`io::ErrorKind::Other`].
+pub async fn dialled(socket: Socket, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+    begin_connect(&socket, to)?;
+    if socket.mark()? == LOST_CLIENT_MARK {
+        return Err(io::Error::other(ClientNotStored));
+    }
+    established(socket, limit).await
+}
+
 /// Connects `socket` within `limit`.
 ///
 /// # Errors
 /// The kernel's, or [`io::ErrorKind::TimedOut`].
 pub async fn connected(socket: Socket, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+    begin_connect(&socket, to)?;
+    established(socket, limit).await
+}
+
+fn begin_connect(socket: &Socket, to: SocketAddr) -> io::Result<()> {
     match socket.connect(&to.into()) {
-        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
-        _ => {}
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+        _ => Ok(()),
     }
+}
+
+async fn established(socket: Socket, limit: Duration) -> io::Result<TcpStream> {
     // On loopback the handshake is over by now, whatever connect() says: no need to ask the poller.
     let is_connected = socket.peer_addr().is_ok();
     let stream = TcpStream::from_std(socket.into())?;

@@ -29,8 +29,8 @@ use crate::{
     telemetry::{
         Telemetry, admin,
         status::{
-            FlowsStatus, GuardStatus, IssuerStatus, MeshStatus, NodeStateStatus, PoolStatus, SourceKind,
-            Status, UncoveredStatus, UnnamedStatus,
+            FlowsStatus, GuardStatus, IssuerStatus, MeshStatus, NodeStateStatus, NodesStatus, PoolStatus,
+            SourceKind, Status, UncoveredStatus, UnnamedStatus,
         },
     },
 };
@@ -184,6 +184,7 @@ impl Shown {
             unnamed: UnnamedStatus::default(),
             mesh: MeshStatus::default(),
             uncovered: UncoveredStatus::default(),
+            nodes: NodesStatus::default(),
             issuer: IssuerStatus::default(),
             certificates: Vec::new(),
             sources: self.sources.iter().map(|(kind, state)| source(*kind, &state.borrow())).collect(),

@@ -16,17 +16,17 @@ pub(super) fn usage(maps: &Maps, pods: &Pods) -> [ShareUse<u64>; 3] {
         fullest: None,
         refused: 0,
     });
+    let [captured, dialled] = maps.pending_refused();
+    let not_applied = pods.pods.iter().filter(|pod| pod.policy().not_applied.is_some()).count() as u64;
+    for (usage, refused) in all.iter_mut().zip([units(captured), units(dialled), not_applied]) {
+        usage.refused = refused;
+    }
     for pod in &pods.pods {
         let pending = maps.pending(pod.slot()).unwrap_or_default();
-        let is_refused = pod.policy().not_applied.is_some();
-        let of_pod = [
-            (units(pending.captured), units(pending.captured_refused)),
-            (units(pending.dialled), units(pending.dialled_refused)),
-            (maps.count_port_modes(pod.slot()) as u64, u64::from(is_refused)),
-        ];
-        for (usage, (used, refused)) in all.iter_mut().zip(of_pod) {
+        let of_pod =
+            [units(pending.captured), units(pending.dialled), maps.count_port_modes(pod.slot()) as u64];
+        for (usage, used) in all.iter_mut().zip(of_pod) {
             usage.used += used;
-            usage.refused += refused;
             if used > usage.fullest.map_or(0, |(_, most)| most) {
                 usage.fullest = Some((pod.cgroup, used));
             }

@@ -25,11 +25,12 @@ use crate::{
     app::kernel_shares,
     config::Config,
     enrol::{PodPolicy, Pods, Unnamed},
+    mesh::NodesNotApplied,
     proxy::Proxy,
     telemetry::status::{
         AgentState, CertificateStatus, CounterStatus, DropStatus, GuardStatus, IssuerStatus, MeshStatus,
-        NodeStateStatus, PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, ShareStatus,
-        SourceKind, SourceStatus, Status, UncoveredStatus, UnnamedStatus,
+        NodeStateStatus, NodesStatus, PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX,
+        ShareStatus, SourceKind, SourceStatus, Status, UncoveredStatus, UnnamedStatus,
     },
 };
 
@@ -83,6 +84,7 @@ impl Report {
             unnamed: self.unnamed(),
             mesh: mesh(&self.proxy.snapshots.mesh.ranges()),
             uncovered: self.uncovered(),
+            nodes: nodes(self.proxy.snapshots.mesh.nodes_not_applied()),
             issuer: issuer(self.proxy.snapshots.identities.issuer()),
             certificates: self
                 .proxy
@@ -233,6 +235,11 @@ impl Report {
             drops: self.kernel.maps.drops().into_iter().map(status).collect(),
         }
     }
+}
+
+fn nodes(not_applied: NodesNotApplied) -> NodesStatus {
+    let NodesNotApplied { addresses, ports } = not_applied;
+    NodesStatus { addresses_not_applied: addresses, ports_not_applied: ports }
 }
 
 /// Mode of a pod for which neither the kernel nor the agent holds a policy.

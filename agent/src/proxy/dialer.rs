@@ -28,7 +28,7 @@ impl Dialer {
     /// `unread_bytes` that the application has sent, [`socket::LOOPBACK_UNREAD_BYTES`] unless given.
     ///
     /// # Errors
-    /// The kernel's, or a time-out.
+    /// The kernel's, a time-out, or [`socket::ClientNotStored`].
     pub(super) async fn to_application(
         &self,
         pod: &Pod,
@@ -42,7 +42,7 @@ impl Dialer {
         socket.set_recv_buffer_size(unread_bytes)?;
         // An application decides by the address of its client: without the name there is no connection.
         self.kernel.maps.set_peer_name(&socket, client, pod.slot()).map_err(io::Error::other)?;
-        let connected = socket::connected(socket, application, APPLICATION_CONNECT).await?;
+        let connected = socket::dialled(socket, application, APPLICATION_CONNECT).await?;
         reset_if_dropped(&connected);
         Ok(connected)
     }

@@ -103,6 +103,10 @@ impl Exposition {
         writer.single(&RESETS_AT_ENROLMENT, status.guard.resets_at_enrolment)?;
         let uncovered = [("pod", status.uncovered.pods), ("service", status.uncovered.services)];
         writer.family(&UNCOVERED, uncovered.map(|(kind, count)| ([Value::Text(kind)], count)))?;
+        let nodes =
+            [("addresses", &status.nodes.addresses_not_applied), ("ports", &status.nodes.ports_not_applied)];
+        let nodes = nodes.map(|(kind, error)| ([Value::Text(kind)], u64::from(error.is_some())));
+        writer.family(&NODES_NOT_APPLIED, nodes)?;
         let unnamed = [("held", status.unnamed.held), ("left_alone", status.unnamed.left_alone)];
         writer.family(&UNNAMED, unnamed.map(|(state, count)| ([Value::Text(state)], count)))?;
         let node_state = [("read", &status.node_state.read_error), ("write", &status.node_state.write_error)];

@@ -63,6 +63,9 @@ pub struct Status {
     /// Pods and services outside the mesh's ranges. Pods of this node send plaintext to them.
     #[serde(default)]
     pub uncovered: UncoveredStatus,
+    /// Services at nodes that the kernel lacks.
+    #[serde(default)]
+    pub nodes: NodesStatus,
     /// The issuer of certificates.
     #[serde(default)]
     pub issuer: IssuerStatus,
@@ -274,6 +277,17 @@ impl fmt::Display for UncoveredStatus {
              for example {example}: what pods of this node send there goes in clear"
         )
     }
+}
+
+/// Tables of services at nodes that the kernel does not have whole.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NodesStatus {
+    /// Why the kernel lacks addresses of nodes. STRICT pods reach no port from 30000 to 32767 outside the mesh until it has
+    /// them. `None` if it has all.
+    pub addresses_not_applied: Option<String>,
+    /// Why the kernel lacks ports of load balancers at nodes. STRICT pods reach no port of a node until it has them. `None` if it
+    /// has all.
+    pub ports_not_applied: Option<String>,
 }
 
 /// Packets of one kind that the guard dropped.

@@ -93,6 +93,13 @@ impl Address {
         self.is_none() || (self.is_v4() && self.0[3] == 0)
     }
 
+    /// Returns the unspecified address of the same family.
+    #[inline(always)]
+    #[must_use]
+    pub const fn unspecified(&self) -> Self {
+        if self.is_v4() { Self::from_v4_be(0) } else { Self::NONE }
+    }
+
     /// Returns true for multicast addresses of both families and for the limited broadcast address.
     #[inline(always)]
     #[must_use]
@@ -258,11 +265,13 @@ mod tests {
             assert!(!source.may_be_reported_to(&pod));
             assert!(source.may_be_reported_to(&local), "a connection inside the pod");
             assert!(!source.same(&pod.capture_target(80)));
+            assert_eq!(source.unspecified(), v4(0, 0, 0, 0));
         }
         let source = Address::dial_source(false, 7);
         assert!(
             source.is_loopback() && !source.may_be_reported_to(&pod6) && source.may_be_reported_to(&source)
         );
+        assert_eq!(source.unspecified(), Address::NONE);
         for peer in [v4(10, 77, 2, 2), v4(127, 0, 0, 1), v4(127, 63, 0, 1), v4(127, 80, 0, 1)] {
             assert!(peer.may_be_reported_to(&pod));
         }

@@ -220,8 +220,15 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Pa
             Verdict::Clear(Reason::GuardNodeAddress)
         }
         protocol::UDP if pod.has(pod_flag::UDP_ALLOWED) => Verdict::Clear(Reason::GuardUdpClear),
-        // Answers to the node's probes stay on this node. What goes to a service may be sent on to another node.
-        protocol::UDP if !is_neighbour && !is_service && facts.is_node(&packet.remote) => Verdict::Ask,
+        // Answers to the node's probes stay on this node. What goes to a service may be sent on to another node. A process of
+        // the node may have a port of that range: answers go to the process, whose datagram the link has seen.
+        protocol::UDP
+            if !is_neighbour
+                && facts.is_node(&packet.remote)
+                && (!is_service || facts.is_node_flow(packet)) =>
+        {
+            Verdict::Ask
+        }
         protocol::ICMP | protocol::ICMP_V6 if !is_neighbour && facts.is_node(&packet.remote) => Verdict::Pass,
         // ICMP errors and echo replies repeat the packet they answer. A pod can spoof one to itself, and so send data in
         // another address' name. Of the kernel's own ICMP only discovery passes.
@@ -302,8 +309,12 @@ fn accepts_plaintext(facts: &impl GuardFacts, pod: &Pod, port: u16) -> bool {
 #[inline(always)]
 pub fn decide_ingress(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> Verdict {
     // The pod's own addresses are a nested namespace's way out. Frames from elsewhere that claim them do not arrive.
-    if pod.has(pod_flag::EXEMPT) || facts.is_agent() || pod.owns(&packet.remote) || facts.is_node_flow(packet)
-    {
+    if pod.has(pod_flag::EXEMPT) || facts.is_agent() || pod.owns(&packet.remote) {
+        return Verdict::Pass;
+    }
+    // Most packets come from other addresses, for which no flow is hashed. An address that is no longer the node's proves
+    // nothing.
+    if facts.is_node(&packet.remote) && facts.is_node_flow(packet) {
         return Verdict::Pass;
     }
     // A pod with the node's network, such as a control plane, may serve the source that is to name it. Other pods are not

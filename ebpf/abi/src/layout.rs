@@ -5,15 +5,6 @@ use crate::{Address, tcp_port};
 /// Version of the maps' layout and meaning, raised with every change. Pinned maps of another version are not adopted.
 pub const ABI_VERSION: u32 = 5;
 
-/// Defines flags and lists them all, so that the tests enumerate each new one.
-macro_rules! flags {
-    ($($(#[$doc:meta])* $name:ident = $bit:literal;)+) => {
-        $($(#[$doc])* pub const $name: u32 = $bit;)+
-        /// All flags.
-        pub const ALL: [u32; [$($bit),+].len()] = [$($bit),+];
-    };
-}
-
 /// Bounds of the maps, in entries.
 pub mod limits {
     /// Enrolled pods of one node. Kubernetes' default limit is 110; large nodes run 250 to 500.
@@ -31,9 +22,9 @@ pub mod limits {
     pub const ANSWERS_PER_POD: u32 = 1024;
     /// Ports of one pod whose mode differs from the pod's. Real policies have a few. The agent refuses a policy with more.
     pub const PORT_MODES_PER_POD: u32 = 128;
-    /// Modes of single ports: the shares of all pods. Memory is allocated on demand.
+    /// Modes of single ports: the shares of all pods. Entries are allocated on demand, the 2 MiB of hash buckets at once.
     pub const PORT_MODES: u32 = SLOTS * PORT_MODES_PER_POD;
-    /// Ranges of the mesh. Without service ranges, each enrolled service needs an entry. Memory is allocated on demand.
+    /// Ranges of the mesh. Without service ranges, each enrolled service needs an entry. Entries are allocated on demand.
     pub const MESH_RANGES: u32 = 64 * 1024;
     /// The node's own addresses.
     pub const NODE_ADDRESSES: u32 = 1024;
@@ -53,7 +44,8 @@ pub mod limits {
     /// Connections of one pod whose handshake on the loopback has not ended. The kernel ends it inside `connect()`, except
     /// while the listener's accept queue (4,096) is full. Each of the two maps has this share for each pod.
     pub const PENDING_PER_POD: u32 = 512;
-    /// Connections whose handshake on the loopback has not ended: the shares of all pods. Memory is allocated on demand.
+    /// Connections whose handshake on the loopback has not ended: the shares of all pods. Entries are allocated on demand. Each
+    /// of the two maps has 8 MiB of hash buckets (16 bytes an entry) from the start.
     pub const PENDING: u32 = SLOTS * PENDING_PER_POD;
 }
 
@@ -85,9 +77,10 @@ pub struct State {
     pub stale_after: u64,
     /// [`Mode`] of the mesh, applied to pods without an entry. 0 (never written) leaves them alone.
     pub default_mode: u32,
-    /// 1 if load balancers have addresses of nodes, so that [`limits::NODE_SERVICES`] has entries; else 0.
+    /// Bits of [`crate::node_port::flag`].
     pub node_services: u32,
-    /// Secret that keeps pods from choosing cells of [`crate::answer_cells`]. It stays the same while the map is pinned.
+    /// Secret of the hashes of [`crate::answer_cells`] and [`crate::NodeFlow::key`], so that pods cannot choose cells or forge a
+    /// flow. The first heartbeat sets it; it stays the same while the map is pinned.
     pub seed: u64,
 }
 

@@ -8,6 +8,15 @@
 #[cfg(test)]
 extern crate std;
 
+/// Defines flags and lists them all, so that the tests enumerate each new one.
+macro_rules! flags {
+    ($($(#[$doc:meta])* $name:ident = $bit:literal;)+) => {
+        $($(#[$doc])* pub const $name: u32 = $bit;)+
+        /// All flags.
+        pub const ALL: [u32; [$($bit),+].len()] = [$($bit),+];
+    };
+}
+
 mod address;
 mod answers;
 mod arrival;
@@ -22,6 +31,7 @@ pub mod node_port;
 mod outbound;
 mod pending;
 mod reason;
+mod syn_ack;
 pub mod tcp_port;
 
 pub use address::Address;
@@ -42,6 +52,11 @@ pub use node_flows::{NODE_FLOW_WAYS, NodeFlow, NodeFlowCell, NodeFlowKey};
 pub use outbound::{Connect, ConnectFacts, connect_error, decide_connect};
 pub use pending::{Pending, is_in_share, is_share_used_up};
 pub use reason::{REASONS, Reason, ReasonText};
+pub use syn_ack::has_options_of_kernel;
+
+/// Mark (`SO_MARK`) of a connection of the agent to an application whose client could not be stored. The guard drops its packets,
+/// so no application accepts it under another name. The agent reads the mark and refuses the connection.
+pub const LOST_CLIENT_MARK: u32 = 0x7ac1_70ff;
 
 /// Bytes that a connection between the agent and an application keeps unsent, beside those that its reader has. Sending goes on
 /// when half of them are left, so the reader never waits for the sender to wake up.

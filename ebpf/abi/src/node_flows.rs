@@ -2,9 +2,10 @@
 //!
 //! Each pod has [`limits::NODE_FLOWS_PER_POD`] cells of its own in one array, so no pod can take another's. A flow may be in
 //! [`NODE_FLOW_WAYS`] cells, chosen by a keyed hash. A cell holds 103 bits of two keyed hashes of the whole flow, and the
-//! second of the node's last packet. They stand for the flow: nobody can foresee two flows with the same bits, and a cell
-//! that two CPUs write at once matches neither flow. A pod with more flows than cells loses its own oldest ones. Each
-//! packet of the node makes its cell again.
+//! second of the node's last packet. They stand for the flow: two flows share the bits by chance only, as long as the seed is
+//! secret. The hashes are fast, not cryptographic, and differ in their key and in the order of their input. A cell that two
+//! CPUs write at once matches neither flow. A pod with more flows than cells loses its own oldest ones. Each packet of the node
+//! makes its cell again.
 
 use crate::{Address, answers::mix, limits, seconds};
 
@@ -84,7 +85,7 @@ impl NodeFlow {
         let mut at = 0;
         while at < words.len() {
             first = mix(first ^ words[at]);
-            second = mix(second ^ words[at]);
+            second = mix(second ^ words[at].rotate_left(32));
             at += 1;
         }
         first = mix(first ^ self.protocol as u64);

@@ -1,8 +1,8 @@
 //! Each pod's share of the maps of pending connections.
 //!
-//! The kernel side counts a pod's entries. It adds one before it makes an entry and takes one off after it removed the
-//! entry, which only one of several removers can. So the count is never below the number of entries, and no pod has more
-//! entries than its share. The shares of all pods fit into the maps.
+//! The kernel side counts the entries of each slot. It adds one before it makes an entry, and takes one off after it removed the
+//! entry. Of several removers one succeeds. So the count is never below the number of entries, and no slot has more entries than
+//! its share. The shares of all slots fit into the maps. Entries of a pod that left count for the slot until their sockets close.
 
 use crate::limits;
 
@@ -14,9 +14,10 @@ pub struct Pending {
     pub captured: i64,
     /// Connections of the agent that the pod's applications have not taken yet.
     pub dialled: i64,
-    /// Captured connections that were refused because the share was used up, since the map was made.
+    /// Captured connections that were refused because the share was used up, of all pods that had the slot since the map was
+    /// made. Only the sum over all slots is shown.
     pub captured_refused: i64,
-    /// Connections of the agent whose client is not shown because the share was used up, since the map was made.
+    /// Connections of the agent that were refused because the share was used up, counted as above.
     pub dialled_refused: i64,
 }
 

@@ -139,7 +139,7 @@ impl InboundFacts for Facts {
     fn port_mode(&self, _: u32, _: u16) -> Option<u32> {
         self.port_mode
     }
-    fn is_node_flow(&self, _: &Inbound) -> bool {
+    fn is_node_flow(&self, _: u32, _: &Inbound) -> bool {
         self.node_flow
     }
     fn in_mesh(&self, _: &Address) -> bool {
@@ -340,7 +340,7 @@ proptest! {
             of(&[protocol::TCP]) && is_bare && (facts.tcp_socket || on_link && facts.node_socket),
             of(&[protocol::TCP]) && on_link && facts.cookie && packet.local_port == tcp_port::TUNNEL && packet.segment == Segment::SynAck,
             of(&[protocol::TCP]) && facts.accepted.is_some_and(|by| by == Accepted::Node || takes_plaintext),
-            of(&[protocol::UDP, protocol::ICMP, protocol::ICMP_V6]) && facts.node && !is_neighbour && !(is_service && of(&[protocol::UDP])),
+            of(&[protocol::UDP, protocol::ICMP, protocol::ICMP_V6]) && facts.node && !is_neighbour && !(is_service && of(&[protocol::UDP]) && !facts.node_flow),
             of(&[protocol::ICMP_V6]) && packet.is_discovery && on_link && facts.node_socket,
             facts.allowed_clear,
         ];
@@ -389,7 +389,7 @@ proptest! {
         let takes_plaintext = accepts_plaintext(&facts, mode);
         let is_own_connection = facts.accepted.is_none() && (is_outside || facts.allowed_clear);
         let expected = facts.agent
-            || facts.node_flow
+            || facts.node && facts.node_flow
             || pod.owns(&packet.remote)
             || is_icmp
             || is_tcp && matches!(packet.segment, Segment::Bare | Segment::SynAck)
@@ -423,7 +423,7 @@ proptest! {
         let flags = pod.flags & !(pod_flag::EXEMPT | pod_flag::UNKNOWN) | pod_flag::JUDGED;
         let pod = Pod { flags, ..pod };
         let packet = Packet { protocol: protocol::TCP, segment: Segment::Syn, ..packet };
-        let is_proven = facts.agent || facts.node_flow || pod.owns(&packet.remote);
+        let is_proven = facts.agent || facts.node && facts.node_flow || pod.owns(&packet.remote);
         prop_assert_eq!(passes(decide_ingress(&facts, &pod, &packet)), is_proven);
     }
 

@@ -110,7 +110,7 @@ pub(crate) enum Dial {
     Disabled,
 }
 
-/// Which address.
+/// The address of the other end.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum To {
     /// IPv6 link-local.

@@ -95,7 +95,7 @@ enum Output {
     Json,
 }
 
-/// Which address family a victim is attacked over.
+/// The address family over which a victim is attacked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Family {
     /// IPv4.
@@ -155,7 +155,7 @@ fn agent(named: Option<&Path>, in_environment: Option<PathBuf>, own: &Path) -> P
 /// Runs the suite and prints what became of each attack. Returns whether all that ran held.
 ///
 /// # Errors
-/// When a world cannot be built or a recording has holes: then nothing is proven.
+/// Fails if a world cannot be built or a recording has holes, because nothing is proven then.
 fn run(args: &Args, programs: &Programs) -> Result<bool> {
     let is_json = args.output == Output::Json;
     tacit_topology::cleanup_stale()?;

@@ -36,7 +36,7 @@ const NETWORK_HEADER: u32 = 1;
 const REGISTER: u32 = 1;
 const PORT_REGISTER: u32 = 2;
 
-/// Where packets are translated.
+/// A hook of the kernel at which packets are translated.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Chain {
     /// Those that arrive.

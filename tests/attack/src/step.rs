@@ -43,7 +43,7 @@ impl Given {
 /// Runs the step that `arguments` name.
 ///
 /// # Errors
-/// When there is no such step, or its arguments are wrong.
+/// Fails if there is no such step, or its arguments are wrong.
 pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let [name, target, marker, extra @ ..] = arguments else { bail!("NAME TARGET MARKER [..]") };
     if name == "serve" {

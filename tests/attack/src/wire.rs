@@ -90,7 +90,7 @@ impl Recorder {
     /// Ends the recording.
     ///
     /// # Errors
-    /// When packets were lost.
+    /// Fails if packets were lost.
     pub(crate) fn finish(&mut self) -> Result<()> {
         self.stop.store(true, Ordering::Relaxed);
         let Some(thread) = self.thread.take() else { return Ok(()) };

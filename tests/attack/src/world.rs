@@ -285,7 +285,7 @@ impl World {
     /// Returns the places where `marker` was seen so far.
     ///
     /// # Errors
-    /// When the recorders do not get to see what was sent last.
+    /// Fails if the recorders do not see the packets that were sent last.
     pub(crate) fn sightings(&self, marker: &str) -> Result<BTreeSet<Sighting>> {
         self.fence()?;
         Ok(self.recorders.iter().flat_map(|recorder| recorder.sightings(marker)).collect())
@@ -295,7 +295,7 @@ impl World {
     /// a STRICT pod receives as it receives probes, comes after.
     ///
     /// # Errors
-    /// When the datagram does not arrive.
+    /// Fails if the datagram does not arrive.
     pub(crate) fn wait_delivered(&self) -> Result<()> {
         for pod in [&self.victim, &self.bridged.guarded] {
             let last = marker();
@@ -331,7 +331,7 @@ impl World {
     /// Ends the recordings.
     ///
     /// # Errors
-    /// When one has holes, or an agent ended by itself.
+    /// Fails if a recording has holes, or an agent ended by itself.
     pub(crate) fn finish(&mut self) -> Result<()> {
         self.recorders.iter_mut().try_for_each(Recorder::finish)
     }

@@ -39,7 +39,7 @@ pub(super) enum Kind {
     Special(Special),
 }
 
-/// Which side closes first.
+/// The side that closes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Closer {
     Server,
@@ -60,7 +60,7 @@ pub(super) enum Special {
     Kernel,
 }
 
-/// Which pod serves.
+/// The pod that serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Server {
     /// The one on the other node.
@@ -78,7 +78,7 @@ pub(super) struct Metric {
     pub(super) better: Better,
 }
 
-/// Which of two figures is the better one.
+/// The better one of two figures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Better {
     Higher,

@@ -35,7 +35,7 @@ pub(super) enum Work {
     Requests(f64),
 }
 
-/// Which side sends.
+/// The side that sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Direction {
     Forward,

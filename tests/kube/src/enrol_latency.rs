@@ -82,7 +82,7 @@ fn measure(cluster: &Cluster, node: &Node, name: &str) -> Result<Enrolment> {
     Ok(Enrolment { by_agent: Duration::from_millis(took), since_sandbox })
 }
 
-/// When the first of a pod's processes was started, since boot.
+/// Returns the start of the first of a pod's processes, since boot.
 fn sandbox_start(cluster: &Cluster, node: &Node, name: &str) -> Result<Duration> {
     let pod = pod_in(&status(cluster, node.plan.name)?, name)?;
     let cgroup = pod["cgroup"].as_str().context("a pod without its cgroup")?;

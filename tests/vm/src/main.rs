@@ -112,7 +112,7 @@ fn run(options: &Options) -> Result<()> {
 /// The part of `cargo xtask test`: failures are counted in the report that is written to `file`.
 ///
 /// # Errors
-/// When a machine could not be booted. What was counted before is in the file all the same.
+/// Fails if a machine could not be booted. The file has the counts from before all the same.
 fn in_test(workspace: &Workspace, kernels: &[String], file: &Path) -> Result<()> {
     let mut report = Report::default();
     let outcome = boot_all(workspace, kernels, &mut report);

@@ -88,9 +88,10 @@ impl DenyReason {
             RefusalReason::Unreachable => Self::Unreachable,
             RefusalReason::TimedOut => Self::TimedOut,
             RefusalReason::Draining => Self::Draining,
-            RefusalReason::Overloaded | RefusalReason::PodConnections | RefusalReason::SourceConnections => {
-                Self::Overloaded
-            }
+            RefusalReason::Overloaded
+            | RefusalReason::PodConnections
+            | RefusalReason::SourceConnections
+            | RefusalReason::PendingDials => Self::Overloaded,
             // A server refuses a flow that was opened for no other reason.
             _ => Self::Internal,
         }

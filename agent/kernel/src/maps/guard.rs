@@ -12,7 +12,9 @@ use std::{
 
 use aya::maps::{Array, HashMap, MapData};
 use nix::time::{ClockId, clock_gettime};
-use tacit_abi::{Address, ClearKey, DropCounter, Link, Mode, PodDrops, REASONS, State, hardware_address};
+use tacit_abi::{
+    Address, ClearKey, DropCounter, Link, Mode, PodDrops, REASONS, State, hardware_address, node_port,
+};
 
 use super::{
     super::{
@@ -52,7 +54,7 @@ pub(super) struct GuardMaps {
     state: Mutex<AgentState>,
     agents: Mutex<HashMap<MapData, u64, u32>>,
     clear: Mutex<HashMap<MapData, ClearKey, u32>>,
-    node_services: Mutex<HashMap<MapData, ClearKey, u32>>,
+    pub(super) node_services: Mutex<HashMap<MapData, ClearKey, u32>>,
     links: Mutex<HashMap<MapData, u32, Link>>,
     hardware: Mutex<HashMap<MapData, u64, u32>>,
     drops: Array<MapData, PodDrops>,
@@ -77,15 +79,18 @@ struct AgentState {
     map: Array<MapData, State>,
     /// Part of every heartbeat: the agent before writes the same entry while this one takes over.
     default_mode: Mode,
-    /// As `default_mode`.
-    has_node_services: bool,
+    /// As `default_mode`. Bits of [`node_port::flag`].
+    node_services: u32,
 }
 
 impl AgentState {
     fn take(programs: &mut Programs) -> Result<Mutex<Self>, KernelError> {
         let map = typed::<Array<MapData, State>>(programs, "STATE")?;
         let map = map.into_inner().unwrap_or_else(PoisonError::into_inner);
-        Ok(Mutex::new(Self { map, default_mode: Mode::Strict, has_node_services: true }))
+        // The tables stay as the agent before left them, until this one has read the nodes.
+        let left = map.get(&0, 0).map_err(failed("STATE"))?.node_services;
+        let node_services = left | node_port::flag::LISTED;
+        Ok(Mutex::new(Self { map, default_mode: Mode::Strict, node_services }))
     }
 }
 
@@ -103,7 +108,7 @@ impl super::Maps {
             heartbeat: nanoseconds(Duration::from(now)),
             stale_after: nanoseconds(stale_after),
             default_mode: state.default_mode as u32,
-            node_services: u32::from(state.has_node_services),
+            node_services: state.node_services,
             seed: if kept == 0 { random() } else { kept },
         };
         state.map.set(0, beat, 0).map_err(failed("STATE"))
@@ -127,6 +132,19 @@ impl super::Maps {
         state.default_mode = mode;
         let last = state.map.get(&0, 0).map_err(failed("STATE"))?;
         state.map.set(0, State { default_mode: mode as u32, ..last }, 0).map_err(failed("STATE"))
+    }
+
+    /// Sets or clears bits of [`node_port::flag`].
+    ///
+    /// # Errors
+    /// [`KernelError::Map`]. The next heartbeat writes the bits again.
+    pub(super) fn mark_node_services(&self, flag: u32, is_set: bool) -> Result<(), KernelError> {
+        let mut state = lock(&self.guard.state);
+        let others = state.node_services & !flag;
+        state.node_services = if is_set { others | flag } else { others };
+        let last = state.map.get(&0, 0).map_err(failed("STATE"))?;
+        let node_services = state.node_services;
+        state.map.set(0, State { node_services, ..last }, 0).map_err(failed("STATE"))
     }
 
     /// Says that the agent goes: from now on the kernel decides by mode alone.
@@ -185,36 +203,6 @@ impl super::Maps {
             clear.insert(new, PRESENT, 0).map_err(failed("CLEAR"))?;
         }
         Ok(())
-    }
-
-    /// Makes the ports of load balancers that have addresses of nodes exactly `wanted`; more than the map holds are left out with
-    /// a warning.
-    ///
-    /// # Errors
-    /// [`KernelError::Map`].
-    pub fn set_node_services(
-        &self,
-        wanted: impl Iterator<Item = PlaintextDestination>,
-    ) -> Result<(), KernelError> {
-        let bound = tacit_abi::limits::NODE_SERVICES as usize;
-        let mut wanted = wanted.map(|service| clear_key(&service));
-        let kept: HashSet<ClearKey> = wanted.by_ref().take(bound).collect();
-        if wanted.next().is_some() {
-            tracing::warn!(bound, "too many ports of load balancers at nodes: some are plaintext");
-        }
-        let mut map = lock(&self.guard.node_services);
-        let present: HashSet<ClearKey> = map.keys().filter_map(Result::ok).collect();
-        for gone in present.difference(&kept) {
-            let _ = map.remove(gone);
-        }
-        for new in kept.difference(&present) {
-            map.insert(new, PRESENT, 0).map_err(failed("NODE_SERVICES"))?;
-        }
-        let mut state = lock(&self.guard.state);
-        state.has_node_services = !kept.is_empty();
-        let last = state.map.get(&0, 0).map_err(failed("STATE"))?;
-        let node_services = u32::from(!kept.is_empty());
-        state.map.set(0, State { node_services, ..last }, 0).map_err(failed("STATE"))
     }
 
     /// Says which pod is behind a link. A pod can write the hardware and the link-local address of its end, so on links with
@@ -283,7 +271,7 @@ impl super::Maps {
     }
 }
 
-fn clear_key(destination: &PlaintextDestination) -> ClearKey {
+pub(super) fn clear_key(destination: &PlaintextDestination) -> ClearKey {
     ClearKey {
         address: address(destination.address.ip()),
         port: u32::from(destination.address.port()),

@@ -64,7 +64,7 @@ impl ModeMaps {
         self.steered.insert(address, entry, 0).map_err(failed("STEERED"))
     }
 
-    /// Removes the slot's entries of which `stays` is false. An address may have become another pod's.
+    /// Removes the slot's addresses and ports that are not kept. An address that is another slot's by now stays in the map.
     fn retain(
         &mut self,
         slot: u32,

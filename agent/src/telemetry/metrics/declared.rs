@@ -186,6 +186,13 @@ pub(super) static UNCOVERED: Metric = Metric {
     labels: &["kind"],
     help: "Enrolled pods and their services in no range of the mesh: what is sent there goes in clear.",
 };
+pub(super) static NODES_NOT_APPLIED: Metric = Metric {
+    name: "tacit_nodes_not_applied",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &["kind"],
+    help: "1 if the kernel lacks addresses of nodes, or ports of load balancers at nodes: STRICT pods send nothing to what may be one.",
+};
 pub(super) static UNNAMED: Metric = Metric {
     name: "tacit_unnamed_pods",
     unit: None,

@@ -91,6 +91,8 @@ fn what_the_status_knows_is_exposed() {
         "tacit_log_lines_lost_total 0",
         "tacit_mesh_ranges{origin=\"configured\"} 1",
         "tacit_mesh_ranges{origin=\"detected\"} 2",
+        "tacit_nodes_not_applied{kind=\"addresses\"} 0",
+        "tacit_nodes_not_applied{kind=\"ports\"} 1",
         "tacit_mesh_uncovered{kind=\"pod\"} 0",
         "tacit_mesh_uncovered{kind=\"service\"} 1",
         "# TYPE istio_tcp_sent_bytes counter",

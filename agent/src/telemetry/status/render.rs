@@ -1,8 +1,8 @@
 //! A status as text for a terminal. Colour repeats what the words say, it never says it alone.
 
 use super::{
-    AgentState, CertificateStatus, NodeStateStatus, PartyStatus, PodState, PodStatus, ShareStatus, Status,
-    UnnamedStatus,
+    AgentState, CertificateStatus, NodeStateStatus, NodesStatus, PartyStatus, PodState, PodStatus,
+    ShareStatus, Status, UnnamedStatus,
 };
 use crate::telemetry::table::{Cell, Colour, Style, Table};
 
@@ -136,8 +136,22 @@ impl Page {
         if status.uncovered.example.is_some() {
             self.note(Style::Caution, &status.uncovered.to_string());
         }
+        self.nodes(&status.nodes);
         self.unnamed(&status.unnamed);
         self.node_state(&status.node_state);
+    }
+
+    fn nodes(&mut self, nodes: &NodesStatus) {
+        let NodesStatus { addresses_not_applied, ports_not_applied } = nodes;
+        for (error, what, lost) in [
+            (addresses_not_applied, "addresses of nodes", "port from 30000 to 32767 outside the mesh"),
+            (ports_not_applied, "ports of load balancers at nodes", "port of a node"),
+        ] {
+            if let Some(error) = error {
+                let text = format!("{what} not applied, STRICT pods reach no {lost} until they are: {error}");
+                self.note(Style::Bad, &text);
+            }
+        }
     }
 
     fn unnamed(&mut self, unnamed: &UnnamedStatus) {

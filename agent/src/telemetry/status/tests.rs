@@ -103,6 +103,12 @@ pub(in crate::telemetry) fn sample() -> Status {
             services: 1,
             example: Some("service shop/web (10.96.0.1)".to_owned()),
         },
+        nodes: NodesStatus {
+            addresses_not_applied: None,
+            ports_not_applied: Some(
+                "map NODE_SERVICES: it holds 16384 entries, and 3 more are wanted".to_owned(),
+            ),
+        },
         issuer: IssuerStatus {
             address: "authority.tacit:15012".to_owned(),
             last_answer: Some(timestamp("2026-01-01T03:04:05Z")),

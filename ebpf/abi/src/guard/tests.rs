@@ -195,6 +195,19 @@ fn a_strict_pod_sends_nothing_to_services_of_nodes() {
 }
 
 #[test]
+fn a_strict_pod_answers_datagrams_that_the_node_sent_from_a_port_of_services() {
+    let service = Facts { service: true, node: true, ..MESH };
+    let answered = Facts { node_flow: true, ..service };
+    for hook in HOOKS {
+        let to = |facts, number| decide_egress(&facts, &strict(), hook, &packet(number));
+        assert_eq!(to(answered, protocol::UDP), Verdict::Ask);
+        assert_eq!(to(service, protocol::UDP), Verdict::Drop(GuardUdp));
+        assert_eq!(to(Facts { node: false, ..answered }, protocol::UDP), Verdict::Drop(GuardUdp));
+        assert_eq!(to(answered, protocol::TCP), Verdict::Drop(GuardTcp), "TCP is accepted as the node's");
+    }
+}
+
+#[test]
 fn of_the_agents_packets_only_tunnels_pass_a_link() {
     let agent = Facts { agent: true, tcp_socket: true, ..MESH };
     let egress = |facts, hook| decide_egress(&facts, &strict(), hook, &packet(protocol::TCP));
@@ -391,9 +404,11 @@ fn plaintext_to_a_strict_port_is_dropped_wherever_it_comes_from() {
         assert_eq!(ingress(facts, packet(SCTP)), Verdict::Drop(GuardInboundOther));
         assert_eq!(ingress(facts, packet(protocol::ICMP)), Verdict::Pass);
         assert_eq!(ingress(Facts { agent: true, ..facts }, tcp(Segment::Syn)), Verdict::Pass);
-        assert_eq!(ingress(Facts { node_flow: true, ..facts }, tcp(Segment::Syn)), Verdict::Pass);
         let claims_node = Facts { node: true, ..facts };
         assert_eq!(ingress(claims_node, tcp(Segment::Syn)), Verdict::Drop(GuardInboundTcp));
+        assert_eq!(ingress(Facts { node_flow: true, ..claims_node }, tcp(Segment::Syn)), Verdict::Pass);
+        let former_address = Facts { node_flow: true, ..facts };
+        assert_eq!(ingress(former_address, tcp(Segment::Syn)), Verdict::Drop(GuardInboundTcp));
         let accepted = Facts { accepted: Some(Accepted::Other), ..facts };
         assert_eq!(ingress(accepted, tcp(Segment::Data)), Verdict::Drop(GuardInboundTcp));
         let permissive = Facts { port_mode: Some(Mode::Permissive), ..facts };
@@ -423,7 +438,7 @@ fn a_pod_that_policies_select_gets_no_connection_past_the_agent() {
     let ingress = |facts, segment| decide_ingress(&facts, &judged, &tcp(segment));
     assert_eq!(ingress(OUTSIDE, Segment::Syn), Verdict::Drop(GuardInboundTcp));
     assert_eq!(ingress(Facts { agent: true, ..OUTSIDE }, Segment::Syn), Verdict::Pass);
-    assert_eq!(ingress(Facts { node_flow: true, ..OUTSIDE }, Segment::Syn), Verdict::Pass);
+    assert_eq!(ingress(Facts { node: true, node_flow: true, ..OUTSIDE }, Segment::Syn), Verdict::Pass);
     assert_eq!(ingress(OUTSIDE, Segment::Data), Verdict::Pass);
 }
 
@@ -432,7 +447,7 @@ fn data_to_a_connection_of_the_node_is_proven_each_time() {
     let accepted = Facts { accepted: Some(Accepted::Node), ..MESH };
     let ingress = |facts| decide_ingress(&facts, &strict(), &tcp(Segment::Data));
     assert_eq!(ingress(accepted), Verdict::Drop(GuardInboundTcp));
-    assert_eq!(ingress(Facts { node_flow: true, ..accepted }), Verdict::Pass);
+    assert_eq!(ingress(Facts { node: true, node_flow: true, ..accepted }), Verdict::Pass);
 }
 
 #[test]

@@ -127,6 +127,11 @@ impl Facts {
         self.agent()
     }
 
+    /// Returns true if the other end has an address of the node.
+    pub(crate) fn is_of_nodes_address(&self) -> bool {
+        self.of_node()
+    }
+
     pub(crate) fn is_of_node_flow(&self) -> bool {
         self.node_flow()
     }
@@ -225,6 +230,11 @@ static STRICT: [Line; 11] = [
     Line::new(
         "UDP to this node, which is no neighbour, and to no service there",
         |f| f.subject.is_udp() && f.of_node() && !f.is_neighbour() && !f.node_service(),
+        Facts::ask,
+    ),
+    Line::new(
+        "UDP to this node, which is no neighbour, in a flow that the node began",
+        |f| f.subject.is_udp() && f.of_node() && !f.is_neighbour() && f.node_flow(),
         Facts::ask,
     ),
     Line::new(

@@ -54,7 +54,8 @@ impl InboundFacts for Facts {
         assert_eq!((slot, port), (SLOT, self.subject.port));
         self.port_mode().map(|mode| mode.0)
     }
-    fn is_node_flow(&self, _: &Inbound) -> bool {
+    fn is_node_flow(&self, slot: u32, _: &Inbound) -> bool {
+        assert_eq!(slot, SLOT);
         self.node_flow()
     }
     fn in_mesh(&self, address: &Address) -> bool {

@@ -19,7 +19,11 @@ static ALWAYS: [Line; 5] = [
     Line::new("at an agent's socket", Facts::is_of_agent, PASS),
     // Frames from elsewhere that claim such an address are dropped on the link, see `arrival`.
     Line::new("from the pod itself", |f| f.subject.is_own(&f.subject.packet.remote), PASS),
-    Line::new("from the node itself, proven on the link", Facts::is_of_node_flow, PASS),
+    Line::new(
+        "from an address of the node, in a flow that is proven on the link",
+        |f| f.is_of_nodes_address() && f.is_of_node_flow(),
+        PASS,
+    ),
     Line::new(
         "at an address of the node, to a pod that no source has named",
         |f| f.subject.is_unnamed() && f.is_at_nodes_address(),

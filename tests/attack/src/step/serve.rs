@@ -17,7 +17,7 @@ const BACKLOG: i32 = 128;
 /// the next three ports. Prints `ready`, then `got ..` for what each connection brought.
 ///
 /// # Errors
-/// When a port cannot be had.
+/// Fails if a port is not available.
 pub(super) fn run(ports: &str) -> Result<()> {
     let ports: Vec<u16> = ports
         .split(',')

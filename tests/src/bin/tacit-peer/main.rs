@@ -1,8 +1,10 @@
 //! Program that the tests run in pods, for one side or both sides of a connection.
 //!
 //! ```text
-//! tacit-peer serve ADDRESS STEP...              runs the steps on every connection, until the process is killed
-//! tacit-peer connect ADDRESS [--from IP | --mptcp] STEP...   runs the steps on one connection
+//! tacit-peer serve [--after-line] ADDRESS STEP...   runs the steps on every connection, until the process is killed; with
+//!                                               the option it accepts none before a line comes on stdin
+//! tacit-peer connect ADDRESS [--from IP | --mptcp | --unsent BYTES] STEP...   runs the steps on one connection; the last
+//!                                               option sets TCP_NOTSENT_LOWAT
 //! tacit-peer flows COUNT ADDRESS...             opens COUNT concurrent connections, distributed over the addresses; each
 //!                                               is echoed, and all are open before any closes
 //! tacit-peer hold COUNT ADDRESS...              opens COUNT connections one after the other, each echoed once, and keeps them
@@ -49,13 +51,22 @@ fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {
-        ["serve", address, steps @ ..] => serve(address.parse().context("ADDRESS")?, &parse(steps)?),
+        ["serve", "--after-line", address, steps @ ..] => {
+            serve(address.parse().context("ADDRESS")?, &parse(steps)?, Accepting::AfterLine)
+        }
+        ["serve", address, steps @ ..] => {
+            serve(address.parse().context("ADDRESS")?, &parse(steps)?, Accepting::Now)
+        }
         ["connect", address, "--from", from, steps @ ..] => {
             let origin = Origin::Address(from.parse().context("IP")?);
             client(address.parse().context("ADDRESS")?, origin, &parse(steps)?)
         }
         ["connect", address, "--mptcp", steps @ ..] => {
             client(address.parse().context("ADDRESS")?, Origin::Multipath, &parse(steps)?)
+        }
+        ["connect", address, "--unsent", bytes, steps @ ..] => {
+            let origin = Origin::Unsent(bytes.parse().context("BYTES")?);
+            client(address.parse().context("ADDRESS")?, origin, &parse(steps)?)
         }
         ["connect", address, steps @ ..] => {
             client(address.parse().context("ADDRESS")?, Origin::Any, &parse(steps)?)
@@ -89,13 +100,22 @@ fn parse(steps: &[&str]) -> Result<Vec<Step>> {
     steps.iter().map(|step| Step::parse(step)).collect()
 }
 
-fn serve(address: SocketAddr, steps: &[Step]) -> Result<()> {
+/// Begin of a server's accepts.
+enum Accepting {
+    Now,
+    AfterLine,
+}
+
+fn serve(address: SocketAddr, steps: &[Step], accepting: Accepting) -> Result<()> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     socket.bind(&address.into()).with_context(|| format!("bind {address}"))?;
     socket.listen(BACKLOG)?;
     let listener = TcpListener::from(socket);
     Reporter::new(0).emit("listening", json!({ "address": listener.local_addr()? }));
+    if matches!(accepting, Accepting::AfterLine) {
+        io::stdin().read_line(&mut String::new())?;
+    }
     for connection in 1.. {
         let (stream, from) = listener.accept().context("accept")?;
         let steps = steps.to_vec();
@@ -115,7 +135,11 @@ fn client(to: SocketAddr, origin: Origin, steps: &[Step]) -> Result<()> {
         Ok(stream) => {
             reporter.emit(
                 "connected",
-                json!({ "peer": stream.peer_addr().ok(), "local": stream.local_addr().ok() }),
+                json!({
+                    "peer": stream.peer_addr().ok(),
+                    "local": stream.local_addr().ok(),
+                    "unsent_bytes": SockRef::from(&stream).tcp_notsent_lowat().ok(),
+                }),
             );
             run_steps(stream, steps, &reporter);
         }
@@ -131,6 +155,8 @@ enum Origin {
     Any,
     /// The socket is bound to this address.
     Address(IpAddr),
+    /// As [`Self::Any`], with this bound of unsent bytes.
+    Unsent(u32),
     /// A multipath socket (RFC 8684), which applications use like TCP.
     Multipath,
 }
@@ -139,12 +165,15 @@ enum Origin {
 fn connect(to: SocketAddr, origin: Origin) -> io::Result<TcpStream> {
     let protocol = match origin {
         Origin::Multipath => Protocol::MPTCP,
-        Origin::Any | Origin::Address(_) => Protocol::TCP,
+        Origin::Any | Origin::Address(_) | Origin::Unsent(_) => Protocol::TCP,
     };
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(protocol))?;
     socket.set_write_timeout(Some(IO_TIMEOUT))?;
     if let Origin::Address(from) = origin {
         socket.bind(&SocketAddr::new(from, 0).into())?;
+    }
+    if let Origin::Unsent(bytes) = origin {
+        socket.set_tcp_notsent_lowat(bytes)?;
     }
     socket.connect(&to.into())?;
     Ok(socket.into())
