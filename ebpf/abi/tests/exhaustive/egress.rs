@@ -181,7 +181,7 @@ static ALWAYS: [Line; 4] = [
 ];
 
 /// A STRICT or unknown pod sends nothing in clear but this, from its own address, and not encapsulated.
-static STRICT: [Line; 11] = [
+static STRICT: [Line; 12] = [
     Line::new(
         "to an address outside the mesh that is no neighbour and no service of a node",
         Facts::is_outside_and_no_service,
