@@ -4,6 +4,7 @@
 //! comes from the function that decides on real flows.
 
 use std::{
+    collections::HashSet,
     fmt,
     net::{IpAddr, SocketAddr},
 };
@@ -217,20 +218,20 @@ fn path(
     let (modes, authorization) = (known.policies.modes(target), known.policies.authorization(target));
     let mode = modes.at(port);
     verdict.mode = Some(name(mode).to_owned());
-    verdict.policies = authorization.names().map(str::to_owned).collect();
+    verdict.policies = authorization.first_names();
     let (proof, why) = arrival(known, source, client, target, mode);
     verdict.why.push(why);
+    let Some(proof) = proof else {
+        verdict.why.push(format!("The mode of the destination at port {port} is {}.", name(mode)));
+        verdict.why.push(OF_NODE.to_owned());
+        return verdict;
+    };
     verdict.principal = proof.identity().map(SpiffeId::to_string);
     let flow = Flow { source: proof, client, destination: SocketAddr::new(server, port) };
     verdict.why.push(format!("The mode of the destination at port {port} is {}.", name(mode)));
     let decision = decide(&modes, &authorization, &flow);
     verdict.allow = decision == Verdict::Allow;
-    verdict.why.push(reason(
-        &decision,
-        &flow.source,
-        authorization.is_empty(),
-        &authorization.evaluate(&flow),
-    ));
+    verdict.why.push(reason(&decision, authorization.is_empty(), &authorization.evaluate(&flow)));
     verdict.why.extend(remarks(known.policies, &authorization, &flow));
     verdict
 }
@@ -239,21 +240,29 @@ fn path(
 fn remarks(policies: &Policies, authorization: &Authorization, flow: &Flow) -> Vec<String> {
     let audits = authorization.audits(flow);
     let audits = audits.iter().map(|audit| format!("It is told to the log by {audit}."));
-    let is_of = |note: &str, policy: &str| note.starts_with(&format!("AuthorizationPolicy {policy}: "));
-    let notes =
-        policies.notes().iter().filter(|note| authorization.names().any(|policy| is_of(note, policy)));
+    let names: HashSet<&str> = authorization.names().collect();
+    let is_of_these = |note: &&str| {
+        let policy = note.strip_prefix("AuthorizationPolicy ").and_then(|rest| rest.split(": ").next());
+        policy.is_some_and(|policy| names.contains(policy))
+    };
+    let notes = policies.notes().into_iter().filter(is_of_these);
     audits.chain(notes.map(|note| format!("Note: {note}."))).collect()
 }
 
-/// Returns the way by which the connection arrives at the destination's agent, with a sentence about it.
+/// The verdict on connections of the node's own processes. The kernel admits them, and no policy is evaluated.
+const OF_NODE: &str = "Allowed for connections of the node's own processes, such as probes. Pods with the node's network and \
+                       masqueraded connections have the same address, and are plaintext.";
+
+/// Returns the way by which the connection arrives at the destination's agent, with a sentence about it. `None` for a connection
+/// of the node's own processes, which arrives at the pod without the agent.
 fn arrival(
     known: ExplainContext<'_>,
     source: &Resolved<'_>,
     client: IpAddr,
     target: &Workload,
     mode: Mode,
-) -> (FlowSource, String) {
-    match source.workload.filter(|workload| workload.protocol == Protocol::Tacit) {
+) -> (Option<FlowSource>, String) {
+    let (proof, why) = match source.workload.filter(|workload| workload.protocol == Protocol::Tacit) {
         Some(workload) if workload.node == target.node => {
             let identity = &workload.identity;
             (FlowSource::SameNode(identity.clone()), format!("It is handed over on one node, as {identity}."))
@@ -267,21 +276,17 @@ fn arrival(
             (FlowSource::Tunnel(identity.clone()), format!("It comes through a tunnel, as {identity}."))
         }
         None if *target.node == *known.node && (known.is_node)(client) => {
-            (FlowSource::Node, "It comes from the destination's own node.".to_owned())
+            return (None, "It comes from the destination's own node.".to_owned());
         }
         None => (
             FlowSource::Plaintext,
             "It comes in clear, without an identity: the source is not enrolled.".to_owned(),
         ),
-    }
+    };
+    (Some(proof), why)
 }
 
-fn reason(
-    decision: &Verdict<'_>,
-    source: &FlowSource,
-    unselected: bool,
-    ruling: &AuthorizationDecision<'_>,
-) -> String {
+fn reason(decision: &Verdict<'_>, unselected: bool, ruling: &AuthorizationDecision<'_>) -> String {
     match decision {
         Verdict::Deny(PolicyDenial::PlaintextInStrict) => {
             "Denied: STRICT takes no plaintext. No AuthorizationPolicy is asked.".to_owned()
@@ -289,10 +294,6 @@ fn reason(
         Verdict::Deny(PolicyDenial::DeniedBy(by)) => format!("Denied by {by}."),
         Verdict::Deny(PolicyDenial::NotAllowed(policies)) => {
             format!("Denied: ALLOW policies select the destination, and no rule of ALLOW {policies} matches.")
-        }
-        Verdict::Allow if *source == FlowSource::Node => {
-            "Allowed for connections of the node's own processes, such as probes. Pods with the node's network and masqueraded \
-             connections have the same address, and are plaintext.".to_owned()
         }
         Verdict::Allow => match ruling {
             AuthorizationDecision::Allowed(by) => format!("Allowed by {by}."),

@@ -172,7 +172,6 @@ fn plaintext_is_denied_in_strict_and_nothing_else_is() {
         for (source, expected) in [
             (FlowSource::Tunnel(id.clone()), Verdict::Allow),
             (FlowSource::SameNode(id.clone()), Verdict::Allow),
-            (FlowSource::Node, Verdict::Allow),
             (FlowSource::Plaintext, plaintext.clone()),
         ] {
             let asked = Flow {
