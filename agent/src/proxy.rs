@@ -45,6 +45,7 @@ use crate::{
         dialer::Dialer, drain::Drain, sessions::Sessions, shares::Shares, snapshots::Snapshots,
         workers::Workers,
     },
+    recheck::Rechecks,
     telemetry::{Ends, Reporter, Security, Telemetry},
 };
 
@@ -64,6 +65,8 @@ pub struct Proxy {
     pub shares: Shares,
     /// Counters and logs.
     pub telemetry: Telemetry,
+    /// Decides again on live flows.
+    pub rechecks: Arc<Rechecks>,
     /// Ends listeners and flows.
     pub drain: Drain,
     dialer: Dialer,
@@ -87,6 +90,7 @@ impl Proxy {
             sessions: Sessions::new(workers.count(), bounds::IDLE_SESSIONS.bounds(capacity)),
             shares: Shares::new(capacity),
             telemetry,
+            rechecks: Arc::default(),
             drain: Drain::default(),
             dialer,
             balancer: Balancer::default(),

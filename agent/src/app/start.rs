@@ -209,6 +209,7 @@ fn enroller(
         policies: snapshots.policies,
         identities: snapshots.identities,
         table: proxy.pods.clone(),
+        rechecks: proxy.rechecks.clone(),
         serve,
         reconciled: Arc::new(move || {
             state.apply(Event::Reconciled);
