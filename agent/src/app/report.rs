@@ -31,6 +31,9 @@ use crate::{
     },
 };
 
+/// Namespaces listed whose policies are not applied, a number. All of them are logged.
+const NOT_APPLIED_LISTED_MAX: usize = 20;
+
 /// Gathers a [`Status`].
 pub(super) struct Report {
     kernel: Arc<Kernel>,
@@ -81,7 +84,7 @@ impl Report {
                 .collect(),
             sources: vec![
                 source(SourceKind::Directory, &self.proxy.snapshots.directory.state()),
-                source(SourceKind::Policy, &self.proxy.snapshots.policies.state()),
+                self.policy_source(),
             ],
             flows: self.proxy.telemetry.live_flows(),
             pool: PoolStatus { idle_sessions: self.proxy.sessions.count_idle() as u64 },
@@ -100,6 +103,17 @@ impl Report {
             *known = (directory, ranges, found);
         }
         known.2.clone()
+    }
+
+    /// The source of policies, with the namespaces whose policies are not applied.
+    fn policy_source(&self) -> SourceStatus {
+        let mut status = source(SourceKind::Policy, &self.proxy.snapshots.policies.state());
+        let policies = self.proxy.snapshots.policies.current();
+        let not_applied = policies.not_applied().take(NOT_APPLIED_LISTED_MAX);
+        status.unreadable.extend(not_applied.map(|(namespace, why)| {
+            format!("policies of namespace {namespace} are not applied, and all connections to its pods are denied: {why}")
+        }));
+        status
     }
 
     /// What policy says about a connection.
@@ -136,7 +150,7 @@ impl Report {
                 .iter()
                 .map(|(p, m)| (*p, mode(*m).to_owned()))
                 .collect::<BTreeMap<_, _>>(),
-            policies: policy.authorization.names().map(str::to_owned).collect(),
+            policies: policy.authorization.first_names(),
             in_clear: in_clear_text(in_clear(workload, &policy.modes)).to_owned(),
             guarded_links: links.iter().map(|link| format!("{} ({})", link.interface, link.by)).collect(),
             policy_not_applied: policy.not_applied.clone(),
@@ -144,7 +158,7 @@ impl Report {
             flows: live.get(&(workload.namespace.clone(), workload.name.clone())).copied().unwrap_or(0),
         };
         let enrolled = table.pods.iter().map(|p| pod(&p.workload, &p.policy(), &p.links, PodState::Enrolled));
-        let waiting = table.waiting.iter().map(|w| {
+        let waiting = table.waiting.iter().chain(&table.absent.listed).map(|w| {
             let policy = PodPolicy::configured(&policies, &w.workload);
             pod(&w.workload, &policy, &[], PodState::Waiting(w.reason.clone()))
         });
@@ -187,6 +201,8 @@ impl Report {
         let mut all = self.proxy.shares.usage(&name);
         all.push(self.proxy.sessions.usage().named(name));
         all.push(self.proxy.telemetry.admin_connections());
+        all.extend(self.proxy.snapshots.policies.current().share_uses());
+        all.push(table.absent.share_use());
         let row = |usage: &ShareUse<String>| SHARES.iter().position(|row| row.resource == usage.resource);
         all.sort_by_key(row);
         all.into_iter().map(ShareStatus::of).collect()

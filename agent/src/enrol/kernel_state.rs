@@ -96,6 +96,7 @@ impl Enroller {
         let ranges = self.mesh.ranges();
         let before = state.ranges.replace(Arc::clone(&ranges));
         let Some(before) = before.filter(|before| !Arc::ptr_eq(before, &ranges)) else { return };
+        state.ranges_changed = true;
         for pod in state.current.values() {
             let is_new = |address| ranges.contains(address) && !before.contains(address);
             self.reset_plaintext(&pod.netns, &pod.workload, is_new);

@@ -23,7 +23,7 @@ use std::{
 };
 
 use tacit_core::{
-    directory::{Directory, Protocol, Ranges, Workload},
+    directory::{Ranges, Workload},
     spiffe::SpiffeId,
 };
 use tacit_identity::issuer::IssueError;
@@ -80,7 +80,7 @@ pub(super) struct Served {
     pub workload: Arc<Workload>,
 }
 
-/// The pods that the directory has for this node.
+/// The pods that the directory has for this node, as far as they have a cgroup.
 #[derive(Debug, Default)]
 pub(super) struct Wanted {
     /// The pods to enrol.
@@ -92,17 +92,6 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
-    pub(super) fn of(directory: &Directory, node: &str) -> Self {
-        let (pods, outside): (Vec<_>, Vec<_>) =
-            directory.on_node(node).cloned().partition(|w| w.protocol == Protocol::Tacit);
-        // The addresses of these are the node's, and their links too.
-        let with_no_address =
-            |w: &Arc<Workload>| Arc::new(Workload { addresses: Vec::new(), ..(**w).clone() });
-        let host_network = directory.host_network().map(with_no_address);
-        let bystanders = outside.into_iter().chain(host_network).collect();
-        Self { pods, departed: directory.departed().cloned().collect(), bystanders }
-    }
-
     /// Returns all workloads by cgroup. A wanted pod comes before a departed one, and an earlier one before a later one.
     pub(super) fn kept(&self) -> HashMap<&Path, &Arc<Workload>> {
         self.departed.iter().chain(self.pods.iter().rev()).map(|w| (w.cgroup.as_path(), w)).collect()

@@ -15,7 +15,8 @@ pub struct PodPolicy {
     pub modes: Modes,
     /// The authorization policies that select the pod.
     pub authorization: Authorization,
-    /// The error of the kernel if it rejected the configured policy. All ports are STRICT then.
+    /// Why the configured policy is not in force: its namespace exceeds its share, or the kernel rejected it. All ports are
+    /// STRICT then.
     pub not_applied: Option<String>,
 }
 
@@ -26,7 +27,7 @@ impl PodPolicy {
         Self {
             modes: policies.modes(workload),
             authorization: policies.authorization(workload),
-            not_applied: None,
+            not_applied: policies.why_not_applied(&workload.namespace).map(str::to_owned),
         }
     }
 

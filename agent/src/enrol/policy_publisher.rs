@@ -3,15 +3,13 @@
 //! The driver of enrolment calls this on each change of the policies. Nothing else writes policy.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use tacit_core::{
-    directory::Workload,
     policy::{Flow, FlowSource, Policies, Verdict},
     refusal::Refusal,
 };
@@ -32,31 +30,52 @@ const TUNNEL: u16 = tacit_abi::tcp_port::TUNNEL;
 
 impl Enroller {
     /// Publishes the current policies if they have changed since the last time.
-    pub(super) fn publish_new_policies(&self, state: &mut State, kept: &HashMap<&Path, &Arc<Workload>>) {
+    pub(super) fn publish_new_policies(&self, state: &mut State) {
         let policies = self.policies.current();
         if state.published.as_ref().is_none_or(|known| !Arc::ptr_eq(known, &policies)) {
-            self.publish_policies(state, kept);
+            self.publish_policies(state);
         }
     }
 
-    /// Publishes the current policies: the default mode, and the policy of each enrolled pod. `kept` has the directory's
-    /// workloads by cgroup.
-    pub(super) fn publish_policies(&self, state: &mut State, kept: &HashMap<&Path, &Arc<Workload>>) {
+    /// Publishes the current policies, and ends connections of pods whose policy changed a short time ago. All policies are in
+    /// force by then, and new ones come first.
+    pub(super) fn publish_policies(&self, state: &mut State) {
+        self.put_in_force(state);
+        let pods = state.current.values();
+        let unsettled: Vec<Arc<Pod>> =
+            pods.filter(|pod| state.unsettled.contains_key(&pod.cgroup)).cloned().collect();
+        for pod in unsettled {
+            let published = state.published.as_ref();
+            if published.is_none_or(|known| !Arc::ptr_eq(known, &self.policies.current())) {
+                self.put_in_force(state);
+            }
+            self.reset_denied(&pod);
+        }
+    }
+
+    /// Puts the current policies in force: the default mode, and the policy of each enrolled pod. Only the policies of pods are
+    /// built whose namespace or entry in the directory has changed since the last time.
+    fn put_in_force(&self, state: &mut State) {
         let policies = self.policies.current();
-        state.published = Some(Arc::clone(&policies));
+        let before = state.published.replace(Arc::clone(&policies));
         if let Err(error) = publish_mesh_default(&self.kernel, &policies) {
             tracing::error!(%error, "mode of the mesh not applied to pods without an entry; trying again");
         }
         state.unsettled.retain(|_, since| since.elapsed() < SETTLING);
         for pod in state.current.values() {
             // Labels may have changed since the pod was enrolled.
-            let entry = kept.get(pod.workload.cgroup.as_path()).map_or(&*pod.workload, |entry| entry);
+            let entry = state.pods.entry(&pod.workload.cgroup).unwrap_or(&pod.workload);
+            let is_same =
+                before.as_ref().is_some_and(|before| policies.is_same_for(&entry.namespace, before));
+            let known = state.policy_entries.get(&pod.cgroup);
+            let is_known = known.is_some_and(|known| Arc::ptr_eq(known, entry));
+            if is_same && is_known && pod.policy().not_applied.is_none() {
+                continue;
+            }
+            state.policy_entries.insert(pod.cgroup, Arc::clone(entry));
             let wanted = PodPolicy::configured(&policies, entry);
             if wanted != *pod.policy() && self.replace_policy(pod, wanted) {
                 state.unsettled.insert(pod.cgroup, Instant::now());
-            }
-            if state.unsettled.contains_key(&pod.cgroup) {
-                self.reset_denied(pod);
             }
         }
     }
@@ -84,11 +103,12 @@ impl Enroller {
                 tracing::error!(pod = %pod.workload.name, error, "policy not applied, STRICT instead; trying again");
             }
             None => {
-                let selected_by: Vec<_> = in_force.authorization.names().collect();
+                let selected_by = in_force.authorization.first_names();
                 tracing::info!(pod = %pod.workload.name, mode = ?in_force.modes.default, ?selected_by, "policy changed");
             }
         }
-        pod.policy.send_replace(Arc::new(in_force));
+        pod.policy.store(Arc::new(in_force));
+        self.rechecks.policy_changed(pod.cgroup);
         true
     }
 
