@@ -179,10 +179,10 @@ impl Enroller {
                     state.pods.rescan_all();
                 }
                 for created in changes.created {
-                    if let Ok(cgroup) = created.strip_prefix(self.pods_cgroup.path()) {
-                        if state.pods.created(cgroup) {
-                            events.watch(&created);
-                        }
+                    if let Ok(cgroup) = created.strip_prefix(self.pods_cgroup.path())
+                        && state.pods.created(cgroup)
+                    {
+                        events.watch(&created);
                     }
                 }
             }
