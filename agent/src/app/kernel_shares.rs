@@ -1,12 +1,15 @@
 //! The shares of the kernel's tables, which the kernel and enrolment keep.
 
-use tacit_core::shares::{Capacity, PENDING_CONNECTIONS, PENDING_DIALS, PORT_MODES, Share, ShareUse};
+use tacit_core::{
+    policy::Policies,
+    shares::{Capacity, PENDING_CONNECTIONS, PENDING_DIALS, PORT_MODES, Share, ShareUse},
+};
 use tacit_kernel::Maps;
 
 use crate::enrol::Pods;
 
 /// Returns the use of each table by enrolled pods; holders are cgroup ids.
-pub(super) fn usage(maps: &Maps, pods: &Pods) -> [ShareUse<u64>; 3] {
+pub(super) fn usage(maps: &Maps, pods: &Pods, policies: &Policies) -> [ShareUse<u64>; 3] {
     // No bound of these depends on the node.
     let capacity = Capacity { descriptors: 0 };
     let mut all = [PENDING_CONNECTIONS, PENDING_DIALS, PORT_MODES].map(|row: Share| ShareUse {
@@ -18,7 +21,9 @@ pub(super) fn usage(maps: &Maps, pods: &Pods) -> [ShareUse<u64>; 3] {
     });
     for pod in &pods.pods {
         let pending = maps.pending(pod.slot()).unwrap_or_default();
-        let is_refused = pod.policy().not_applied.is_some();
+        // A namespace beyond its share is counted with the shares of policies.
+        let of_namespace = policies.why_not_applied(&pod.workload.namespace).is_some();
+        let is_refused = pod.policy().not_applied.is_some() && !of_namespace;
         let of_pod = [
             (units(pending.captured), units(pending.captured_refused)),
             (units(pending.dialled), units(pending.dialled_refused)),

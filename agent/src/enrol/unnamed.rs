@@ -121,22 +121,22 @@ impl Enroller {
 }
 
 /// The cgroups that a directory names, with those above them.
-struct Named {
-    cgroups: HashSet<PathBuf>,
-    above: HashSet<PathBuf>,
+struct Named<'a> {
+    cgroups: HashSet<&'a Path>,
+    above: HashSet<&'a Path>,
 }
 
-impl Named {
-    fn of<'a>(cgroups: impl Iterator<Item = &'a Path>) -> Self {
-        let cgroups: HashSet<PathBuf> = cgroups.map(Path::to_owned).collect();
-        let above = cgroups.iter().flat_map(|path| path.ancestors().skip(1)).map(Path::to_owned).collect();
+impl<'a> Named<'a> {
+    fn of(cgroups: impl Iterator<Item = &'a Path>) -> Self {
+        let cgroups: HashSet<&Path> = cgroups.collect();
+        let above = cgroups.iter().flat_map(|path| path.ancestors().skip(1)).collect();
         Self { cgroups, above }
     }
 }
 
 /// Returns the cgroups with processes that are nobody's, one or two levels below `root`. An entry of the kernel's map speaks
 /// for all below it, so a cgroup with others inside is no pod's here: those inside are looked at.
-fn find(root: &Path, named: &Named) -> HashMap<u64, PathBuf> {
+fn find(root: &Path, named: &Named<'_>) -> HashMap<u64, PathBuf> {
     let mut found = HashMap::new();
     for first in below(root) {
         if named.cgroups.contains(relative(root, &first)) {
