@@ -57,7 +57,7 @@ pub struct Proxy {
     pub pods: Arc<ArcSwap<Pods>>,
     /// Tunnel sessions.
     pub sessions: Sessions,
-    /// What each pod and each source address uses of the agent.
+    /// Use of the agent by each pod and each source address.
     pub shares: Shares,
     /// Counters and logs.
     pub telemetry: Telemetry,

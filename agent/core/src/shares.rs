@@ -99,7 +99,7 @@ pub enum Total {
 pub enum Each {
     /// This many units.
     Fixed(u64),
-    /// What the rule of [`GREED`] leaves to a holder that is alone: two thirds of the total.
+    /// Two thirds of the total: the rule of [`GREED`] for a holder that is alone.
     Rule,
 }
 

@@ -1,4 +1,4 @@
-//! What the agent keeps on the node for its start after a reboot: mode and ranges of the mesh, as they were last known.
+//! The state of the mesh that the agent keeps on the node for its start after a reboot: the last known mode and ranges.
 //!
 //! After a reboot nothing is pinned, and a source may not answer for long. The agent loads its programs first, with what it
 //! kept. A state that was never kept, and one that cannot be used, are different facts: without a state the configuration
@@ -121,7 +121,7 @@ pub(super) enum Kept {
     Unusable(String),
 }
 
-/// What applies until the sources answer.
+/// The mode and the ranges that apply until the sources answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Initial {
     /// The mode for pods that no source has named.

@@ -51,7 +51,7 @@ pub struct Status {
     /// Actions of the guard beside counting verdicts.
     #[serde(default)]
     pub guard: GuardStatus,
-    /// What the agent keeps for its start after a reboot.
+    /// State that the agent keeps for its start after a reboot.
     #[serde(default)]
     pub node_state: NodeStateStatus,
     /// Pods that no source names.
@@ -74,7 +74,7 @@ pub struct Status {
     pub flows: FlowsStatus,
     /// Tunnel sessions kept for reuse.
     pub pool: PoolStatus,
-    /// What pods, sources and others use of what they share.
+    /// Use of the shared resources by their holders.
     #[serde(default)]
     pub shares: Vec<ShareStatus>,
 }
@@ -216,12 +216,12 @@ pub struct GuardStatus {
     pub drops: Vec<DropStatus>,
 }
 
-/// What the agent keeps for its start after a reboot.
+/// State that the agent keeps for its start after a reboot.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct NodeStateStatus {
     /// The folder.
     pub folder: String,
-    /// What applied at this start until the sources answered.
+    /// Origin of the mode and ranges that applied at this start until the sources answered.
     pub origin: String,
     /// Why the kept state could not be used at this start.
     pub read_error: Option<String>,
@@ -232,9 +232,9 @@ pub struct NodeStateStatus {
 /// Cgroups of pods that no source names.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct UnnamedStatus {
-    /// How many are held to STRICT now; 0 unless STRICT is the mode of the mesh.
+    /// Number of those held to STRICT now; 0 unless STRICT is the mode of the mesh.
     pub held: u64,
-    /// How many are left alone, because the limit has passed.
+    /// Number of those left alone, because the limit has passed.
     pub left_alone: u64,
     /// Time for which each is held while the directory is up to date.
     pub limit_seconds: u64,
@@ -411,13 +411,13 @@ pub struct PoolStatus {
 pub struct ShareStatus {
     /// A stable name: the metric's label.
     pub resource: String,
-    /// What is counted.
+    /// The counted units, in words.
     pub counts: String,
     /// Units of all holders.
     pub used: u64,
     /// Most units of all holders; absent where there is no such bound.
     pub limit: Option<u64>,
-    /// What a holder is: `pod`, `source`, `source_at_pod`, `namespace` or `object`.
+    /// The kind of holder: `pod`, `source`, `source_at_pod`, `namespace` or `object`.
     pub holder: String,
     /// The holder with the most units; absent while nobody has any.
     pub fullest: Option<String>,

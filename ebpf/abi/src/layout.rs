@@ -418,3 +418,6 @@ mod user {
     // SAFETY: as above.
     unsafe impl aya::Pod for Names {}
 }
+
+#[cfg(test)]
+mod tests;

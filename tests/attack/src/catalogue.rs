@@ -101,7 +101,7 @@ pub(crate) enum Neighbour {
     ReplayedCookies,
 }
 
-/// What the agent dials as plaintext for a STRICT pod.
+/// A destination that the agent dials as plaintext for a STRICT pod.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Dial {
     /// An endpoint outside of the mesh, of a service.
@@ -172,7 +172,7 @@ pub(crate) enum PassedFd {
     Datagram,
 }
 
-/// How the agent of a new pod starts.
+/// A start of the agent of a new pod.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Start {
     /// Not yet.

@@ -7,7 +7,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     mem::MaybeUninit,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::fd::{AsRawFd, FromRawFd as _, OwnedFd},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -154,7 +154,10 @@ fn set<T>(socket: &OwnedFd, level: i32, name: i32, value: &T) -> io::Result<()> 
 }
 
 /// One frame and where it was; `None` when none came for a while.
-fn receive(socket: &OwnedFd, frame: &mut [u8]) -> io::Result<Option<(usize, libc::sockaddr_ll)>> {
+pub(crate) fn receive(
+    socket: &impl AsRawFd,
+    frame: &mut [u8],
+) -> io::Result<Option<(usize, libc::sockaddr_ll)>> {
     let mut from = MaybeUninit::<libc::sockaddr_ll>::zeroed();
     let mut size = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
     // SAFETY: the buffer and the address are of the sizes given and live through the call.

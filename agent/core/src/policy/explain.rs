@@ -159,14 +159,14 @@ pub enum PolicyInForce {
         modes: Modes,
         /// The authorization.
         authorization: Authorization,
-        /// Why it is not the configured policy.
+        /// The reason why it is not the configured policy.
         not_applied: Option<String>,
         /// Why the pod is not enrolled. Only the kernel holds the policy then, and nothing reaches the pod through the agent.
         waits_for: Option<String>,
     },
     /// No policy is held.
     Nothing {
-        /// What is missing.
+        /// The reason why the pod is not enrolled.
         waits_for: String,
     },
 }

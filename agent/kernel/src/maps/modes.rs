@@ -1,7 +1,7 @@
 //! The maps that plaintext towards a pod is judged by: addresses of pods, and modes of single ports.
 //!
-//! What each slot has in them is kept in memory too. A change of one pod's policy costs what that pod has, and not what
-//! all pods have.
+//! A copy of the entries of each slot is kept in memory. So a change of one pod's policy costs time for that pod's entries,
+//! not for those of all pods.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

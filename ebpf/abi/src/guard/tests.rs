@@ -8,6 +8,8 @@ use Reason::{
     GuardUdpClear,
 };
 
+mod counts;
+
 const fn v4(last: u8) -> Address {
     Address::from_v4_be(u32::from_ne_bytes([10, 77, 1, last]))
 }
@@ -433,6 +435,17 @@ fn only_a_socket_of_the_node_proves_that_a_packet_is_the_nodes() {
     let taken_over = Facts { node_flow: true, ..node };
     assert_eq!(arrives(taken_over, tcp(Segment::Data)), Arrival::Drop(GuardSpoofed));
     assert_eq!(arrives(taken_over, tcp(Segment::Bare)), Arrival::Pass);
+    // Errors about a connection of the node come from anywhere.
+    for error in [protocol::ICMP, protocol::ICMP_V6] {
+        assert_eq!(arrives(taken_over, packet(error)), Arrival::Pass);
+    }
     let own = Packet { remote: v4(2), ..packet(protocol::UDP) };
     assert_eq!(arrives(sent, own), Arrival::Drop(GuardSpoofed));
+}
+
+#[test]
+fn a_packet_to_the_pods_own_address_passes_its_sockets_and_not_its_link() {
+    let own = Packet { remote: v4(2), ..packet(protocol::UDP) };
+    assert_eq!(decide_egress(&MESH, &strict(), Hook::Socket, &own), Verdict::Pass);
+    assert_eq!(decide_egress(&MESH, &strict(), Hook::Link, &own), Verdict::Drop(GuardUdp));
 }

@@ -9,7 +9,7 @@ use crate::{
     packets::{self, LOOPBACK_V4, OTHER_LINK_LOCAL, OTHER_V4, OTHER_V6, POD_V4, POD_V6},
 };
 
-/// Who connects where.
+/// A pod and the destination that it connects to.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Call {
     pod: Option<Pod>,
@@ -84,7 +84,7 @@ type Line = Exception<Facts, Connect>;
 const EXEMPT: u32 = tacit_abi::pod_flag::EXEMPT;
 const STRICT: u32 = tacit_abi::pod_flag::EGRESS_STRICT;
 
-/// What connects as without Tacit. The guard sees the packets of all of it.
+/// Connections that are left as without Tacit. The guard sees their packets.
 static LEFT_ALONE: [Line; 8] = [
     Line::new(
         "a pod that is not enrolled",

@@ -143,7 +143,7 @@ macro_rules! facts {
     ($(#[$doc:meta])* $name:ident of $subject:ty { $($fact:ident: $type:ty,)+ }) => {
         $(#[$doc])*
         pub(crate) struct $name {
-            /// What the facts are about.
+            /// The subject of the facts.
             pub(crate) subject: $subject,
             answers: $crate::facts::Answers,
         }

@@ -99,7 +99,7 @@ fn is_loopback(address: &Address) -> bool {
 
 type Line = Exception<Facts, Steer>;
 
-/// What reaches the socket that listens on the port.
+/// Connections that reach the socket that listens on the port.
 static PASSED: [Line; 4] = [
     Line::new(
         "inside the pod, but not to a port of captured connections",

@@ -105,6 +105,18 @@ pub(crate) fn kinds() -> Vec<Packet> {
     all
 }
 
+/// Runs `check` for every pod with every kind of packet between every pair of addresses. Returns the sum of its results.
+pub(crate) fn each(check: impl Fn(Pod, Packet) -> u64) -> u64 {
+    let (pods, kinds) = (pods(), kinds());
+    let mut sum = 0;
+    for pair in pairs() {
+        for kind in &kinds {
+            sum += pods.iter().map(|pod| check(*pod, between(pair, *kind))).sum::<u64>();
+        }
+    }
+    sum
+}
+
 /// Returns the packets of every protocol number between two addresses.
 pub(crate) fn protocols() -> impl Iterator<Item = Packet> {
     (0..=u8::MAX).map(|protocol| Packet { protocol, ..between((POD_V4, OTHER_V4), kinds()[0]) })
@@ -193,7 +205,7 @@ impl Subject {
     }
 }
 
-/// What the agent knows of a pod's link.
+/// The agent's knowledge of a pod's link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LinkKind {
     /// The node is the only neighbour.

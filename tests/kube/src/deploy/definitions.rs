@@ -82,7 +82,7 @@ fn definitions_have_the_fields_of_istio_and_keep_unknown_ones() {
     }
 }
 
-/// What a schema says.
+/// The fields of a schema.
 #[derive(Default)]
 struct Found {
     /// Paths of all fields. Items of lists and values of maps have the path of their list or map.

@@ -58,10 +58,11 @@ fn the_schema_of_values_is_that_of_the_configuration() {
     };
     let (schema, config) = (json("helm/tacit/values.schema.json"), json("config.schema.json"));
     let fields = |schema: &Value| schema["properties"].clone();
-    for name in ["trustDomain", "podsCgroup", "meshRanges", "serviceRanges", "allowClear"] {
+    for name in ["trustDomain", "podsCgroup", "meshRanges", "serviceRanges", "allowClear", "minimumMode"] {
         let (value, field) = (&fields(&schema)[name], &fields(&config)[name]);
         assert_eq!(value["pattern"], field["pattern"], "{name}");
         assert_eq!(value["maxItems"], field["maxItems"], "{name}");
+        assert_eq!(value["enum"], field["enum"], "{name}");
         assert_eq!(value["items"]["pattern"], field["items"]["pattern"], "{name}");
     }
     let values =
