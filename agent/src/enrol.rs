@@ -233,7 +233,7 @@ impl Enroller {
         state.policy_entries.retain(|cgroup, _| state.known.contains_key(cgroup));
         let present: HashSet<u64> = observed.cgroups.values().map(|cgroup| cgroup.id).collect();
         state.guarded.retain(|cgroup| present.contains(cgroup));
-        state.pods.keep_present(|cgroup| observed.cgroups.contains_key(cgroup));
+        state.pods.keep_present(observed.cgroups.keys());
         self.publish_policies(state);
         self.publish(state, look.waiting.into_values().collect());
         if state.has_seen_all {
@@ -360,6 +360,8 @@ impl Enroller {
         let (policy, links) =
             self.tell_kernel(entry, &netns, &listeners, policy).map_err(|e| NotYet::Kernel(e.to_string()))?;
         state.held.remove(&cgroup);
+        // The policies may be later ones than those that were published last.
+        state.policy_entries.remove(&cgroup);
         if !was_enrolled_here {
             self.reset_plaintext(&netns, &workload, |address| self.snapshots.mesh.contains(address));
         }
@@ -477,6 +479,8 @@ struct State {
 struct HeldPolicy {
     /// The directory's workload that the policy was built for.
     workload: Arc<Workload>,
+    /// The policies that the policy was built from, or later ones with the same content for the workload.
+    policies: Arc<Policies>,
     policy: Arc<PodPolicy>,
 }
 

@@ -32,14 +32,15 @@ impl Enroller {
             return Ok(*slot);
         }
         let slot = state.free_slot();
-        let policy = PodPolicy::configured(&self.snapshots.policies.current(), workload);
+        let policies = self.snapshots.policies.current();
+        let policy = PodPolicy::configured(&policies, workload);
         let entry = |policy: &PodPolicy| entry(workload, cgroup, slot, (0, 0), policy);
         // Single ports can be stricter than the pod.
         let in_force = put_in_force(&self.kernel.maps, entry, policy)
             .map_err(|closed| NotYet::Kernel(closed.not_applied.unwrap_or_default()))?;
         state.known.insert(cgroup, slot);
         let (workload, policy) = (Arc::clone(workload), Arc::new(in_force));
-        state.held.insert(cgroup, HeldPolicy { workload, policy });
+        state.held.insert(cgroup, HeldPolicy { workload, policies, policy });
         Ok(slot)
     }
 

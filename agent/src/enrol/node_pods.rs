@@ -11,7 +11,7 @@
 //! The namespaces take turns in the queue of unseen pods, and one pass takes a bounded number of them.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     ops::Bound,
     path::{Path, PathBuf},
     sync::Arc,
@@ -49,6 +49,8 @@ pub(super) struct NodePods {
     parents: HashMap<PathBuf, usize>,
     /// Pods whose cgroup was there at the last look.
     present: BTreeSet<Key>,
+    /// Cgroups that existed at the last pass, also those of departed pods. The kernel may have entries of them.
+    existing: HashSet<PathBuf>,
     /// Pods without a cgroup, by namespace.
     absent: BTreeMap<Arc<str>, BTreeSet<Key>>,
     unseen: Unseen,
@@ -93,7 +95,9 @@ impl Absent {
 #[derive(Debug, Default)]
 struct Unseen {
     queued: BTreeSet<Key>,
-    namespaces: VecDeque<(Arc<str>, VecDeque<Key>)>,
+    namespaces: HashMap<Arc<str>, VecDeque<Key>>,
+    /// Namespaces with queued pods, the next one first.
+    turns: VecDeque<Arc<str>>,
 }
 
 impl Unseen {
@@ -101,17 +105,21 @@ impl Unseen {
         if !self.queued.insert(key.clone()) {
             return;
         }
-        match self.namespaces.iter_mut().find(|(known, _)| known == namespace) {
-            Some((_, queue)) => queue.push_back(key.clone()),
-            None => self.namespaces.push_back((Arc::clone(namespace), [key.clone()].into())),
+        let queue = self.namespaces.entry(Arc::clone(namespace)).or_default();
+        if queue.is_empty() {
+            self.turns.push_back(Arc::clone(namespace));
         }
+        queue.push_back(key.clone());
     }
 
     fn pop(&mut self) -> Option<Key> {
-        let (namespace, mut queue) = self.namespaces.pop_front()?;
+        let namespace = self.turns.pop_front()?;
+        let queue = self.namespaces.get_mut(&namespace)?;
         let key = queue.pop_front()?;
-        if !queue.is_empty() {
-            self.namespaces.push_back((namespace, queue));
+        if queue.is_empty() {
+            self.namespaces.remove(&namespace);
+        } else {
+            self.turns.push_back(namespace);
         }
         self.queued.remove(&key);
         Some(key)
@@ -148,7 +156,13 @@ impl NodePods {
         if !keeps_cgroup {
             self.by_cgroup.entry(now.cgroup.clone()).or_default().insert(key.clone());
             above(&now.cgroup).for_each(|above| *self.parents.entry(above.to_owned()).or_default() += 1);
-            self.unseen.push(&now.namespace, &key);
+            // A pod that got the cgroup of another object is planned in the next pass. In the queue, the kernel's entry of the
+            // cgroup would be nobody's meanwhile, and would be removed.
+            if self.existing.contains(&now.cgroup) {
+                self.present.insert(key.clone());
+            } else {
+                self.unseen.push(&now.namespace, &key);
+            }
         }
         let now = match list {
             List::OnNode => now,
@@ -243,7 +257,7 @@ impl NodePods {
                 self.vanished(key, &workload);
             }
         }
-        !self.unseen.namespaces.is_empty()
+        !self.unseen.turns.is_empty()
     }
 
     fn vanished(&mut self, key: Key, workload: &Workload) {
@@ -253,10 +267,11 @@ impl NodePods {
         }
     }
 
-    /// Notes which of the present pods have no cgroup any more.
-    pub(super) fn keep_present(&mut self, has_cgroup: impl Fn(&Path) -> bool) {
+    /// Notes which cgroups exist, and which of the present pods have none any more.
+    pub(super) fn keep_present<'a>(&mut self, cgroups: impl Iterator<Item = &'a PathBuf>) {
+        self.existing = cgroups.cloned().collect();
         let gone = self.present.iter().filter_map(|key| Some((key.clone(), self.pods.get(key)?.clone())));
-        let gone: Vec<_> = gone.filter(|(_, workload)| !has_cgroup(&workload.cgroup)).collect();
+        let gone: Vec<_> = gone.filter(|(_, workload)| !self.existing.contains(&workload.cgroup)).collect();
         gone.into_iter().for_each(|(key, workload)| self.vanished(key, &workload));
     }
 

@@ -76,12 +76,15 @@ impl Enroller {
                 state.unsettled.insert(pod.cgroup, Instant::now());
             }
         }
-        let is_same = |held: &HeldPolicy| {
-            before.as_ref().is_some_and(|b| policies.is_same_for(&held.workload.namespace, b))
-        };
-        let held = state.held.iter().filter(|(_, held)| !is_same(held));
-        let held: Vec<(u64, Arc<Workload>)> =
-            held.map(|(cgroup, held)| (*cgroup, Arc::clone(&held.workload))).collect();
+        let mut held = Vec::new();
+        for (cgroup, known) in &mut state.held {
+            if policies.is_same_for(&known.workload.namespace, &known.policies) {
+                // Earlier policies are not kept in memory.
+                known.policies = Arc::clone(&policies);
+            } else {
+                held.push((*cgroup, Arc::clone(&known.workload)));
+            }
+        }
         for (cgroup, workload) in held {
             if self.replace_held(state, cgroup, &workload) {
                 // The snapshot of the node's pods shows it.
@@ -121,10 +124,11 @@ impl Enroller {
     /// Returns true if the policy in force changed.
     fn replace_held(&self, state: &mut State, cgroup: u64, listed: &Arc<Workload>) -> bool {
         let Some(slot) = state.known.get(&cgroup).copied() else { return false };
-        let wanted = PodPolicy::configured(&self.snapshots.policies.current(), listed);
+        let policies = self.snapshots.policies.current();
+        let wanted = PodPolicy::configured(&policies, listed);
         let before = state.held.get(&cgroup).map(|held| Arc::clone(&held.policy));
         if let Some(policy) = before.clone().filter(|before| **before == wanted) {
-            state.held.insert(cgroup, HeldPolicy { workload: Arc::clone(listed), policy });
+            state.held.insert(cgroup, HeldPolicy { workload: Arc::clone(listed), policies, policy });
             return false;
         }
         let maps = &self.kernel.maps;
@@ -141,7 +145,7 @@ impl Enroller {
             log_policy(&workload, &in_force);
         }
         let (workload, policy) = (Arc::clone(listed), Arc::new(in_force));
-        state.held.insert(cgroup, HeldPolicy { workload, policy });
+        state.held.insert(cgroup, HeldPolicy { workload, policies, policy });
         is_changed
     }
 

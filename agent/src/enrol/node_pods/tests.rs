@@ -121,7 +121,7 @@ fn a_pod_whose_cgroup_goes_waits_again() {
     node.follow();
     node.look();
     assert!(node.pods.waiting(Path::new("/cgroup")).listed.is_empty());
-    node.pods.keep_present(|_| false);
+    node.pods.keep_present([].iter());
     assert!(node.wanted().is_empty());
     let waiting = node.pods.waiting(Path::new("/cgroup"));
     assert_eq!(waiting.listed[0].reason, "its cgroup /cgroup/burstable/pod-shop-web does not exist yet");
@@ -131,6 +131,38 @@ fn a_pod_whose_cgroup_goes_waits_again() {
     node.directory.remove("shop", "web");
     assert!(node.follow());
     assert!(node.wanted().is_empty() && node.pods.waiting(Path::new("/cgroup")).listed.is_empty());
+}
+
+#[test]
+fn a_cgroup_that_passes_to_another_object_stays_planned_whatever_waits() {
+    let mut node = Node::default();
+    let (web, heir) =
+        (pod("shop", "web"), Workload { cgroup: pod("shop", "web").cgroup, ..pod("shop", "heir") });
+    node.insert(web.clone());
+    node.create(&web);
+    node.follow();
+    node.look();
+    node.pods.keep_present(node.cgroups.iter());
+    // More namespaces than a pass has looks.
+    (0..2 * LOOKS_MAX).for_each(|i| node.insert(pod(&format!("ns-{i}"), "dead")));
+    node.follow();
+    node.directory.remove("shop", "web");
+    node.insert(heir);
+    assert!(node.follow() && node.look(), "more are left");
+    assert_eq!(node.wanted(), ["shop/heir"]);
+    // A pod that the source had lost, and has again.
+    node.directory.remove("shop", "heir");
+    node.directory.set_departed(vec![Arc::new(web.clone())]);
+    node.follow();
+    node.pods.keep_present(node.cgroups.iter());
+    (0..2 * LOOKS_MAX).for_each(|i| node.insert(pod(&format!("other-{i}"), "dead")));
+    node.follow();
+    node.directory.set_departed(Vec::new());
+    node.insert(web);
+    assert!(node.follow() && node.look(), "more are left");
+    assert_eq!(node.wanted(), ["shop/web"]);
+    node.pods.keep_present([].iter());
+    assert!(node.wanted().is_empty(), "its cgroup is gone");
 }
 
 #[test]
