@@ -5,10 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context as _, Result};
 use serde_json::Value;
 use tacit_tests::{Plan, observe};
-use tacit_topology::{Tunnel, WorkloadEntry};
+use tacit_topology::{Agent, Tunnel, WorkloadEntry, until};
 
 /// Pod objects of one namespace that name the node and have no cgroup there.
 const DEAD: u16 = 10_000;
@@ -31,7 +31,7 @@ fn pod_objects_that_never_run_delay_no_policy_and_no_pod() -> Result<()> {
     };
     observe::wait_status(agent, "the dead pods listed", |status| (of_dead(status) == LISTED).then_some(()))?;
     let with = change_policies(agent)?;
-    eprintln!("a policy is in force after {without:?}, and after {with:?} with {DEAD} pods that never run");
+    eprintln!("a policy is in force after {without:?}, and with {DEAD} pods that never run after {with:?}");
     let late = mesh.topology().node("a")?.pod("shop", "late")?;
     directory.push(WorkloadEntry::of(&late));
     agent.files().set_directory(&directory)?;
@@ -43,24 +43,57 @@ fn pod_objects_that_never_run_delay_no_policy_and_no_pod() -> Result<()> {
     Ok(())
 }
 
-/// Changes the mode of the mesh some times. Returns the median time until a pod has it.
-fn change_policies(agent: &tacit_topology::Agent) -> Result<Duration> {
+/// Times from a change of policy until the policy is in force for a pod, as the agent logs them.
+#[derive(Debug, Clone, Copy)]
+struct InForce {
+    /// From the write of the file. The source waits 100 ms for a file that settles.
+    #[expect(dead_code, reason = "shown")]
+    after_write: Duration,
+    /// From the new version of the source.
+    #[expect(dead_code, reason = "shown")]
+    after_source: Duration,
+}
+
+/// Changes the mode of the mesh some times. Returns the median times until a pod has it.
+fn change_policies(agent: &Agent) -> Result<InForce> {
     let mut times = Vec::new();
     for mode in ["STRICT", "PERMISSIVE"].into_iter().cycle().take(2 * CHANGES) {
+        // Starting `tacit status` takes longer than the change.
+        let before = agent.log()?.lines().count();
         let begin = Instant::now();
         agent.files().set_policy(&format!(
             "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
              metadata: {{name: default, namespace: istio-system}}\nspec: {{mtls: {{mode: {mode}}}}}\n"
         ))?;
-        observe::wait_status(agent, "the mode", |status| {
-            pod(status, "web").filter(|pod| pod["mode"] == mode).map(drop)
+        let since = |log: &str, file: &str, text: &str| {
+            let new = |line: &&str| line.contains(file) && line.contains(text);
+            log.lines().skip(before).find(new).map(seconds_of_day)
+        };
+        let (read, changed) = until("the policy in force", || {
+            let log = agent.log()?;
+            let read = since(&log, "policy.yaml", "valid version in use");
+            Ok(read.zip(since(&log, "web", "policy changed")))
         })?;
-        times.push(begin.elapsed());
+        // The source logs after it has published.
+        let after_source = (changed? - read?).max(0.0);
+        times.push((begin.elapsed(), Duration::try_from_secs_f64(after_source)?));
     }
-    times.sort();
-    let median = times.get(CHANGES).copied().context("some changes")?;
-    ensure!(!median.is_zero());
-    Ok(median)
+    observe::wait_status(agent, "the last mode", |status| {
+        pod(status, "web").filter(|pod| pod["mode"] == "PERMISSIVE").map(drop)
+    })?;
+    let median = |mut times: Vec<Duration>| {
+        times.sort();
+        times.get(CHANGES).copied().context("some changes")
+    };
+    let (after_write, after_source) = times.into_iter().unzip();
+    Ok(InForce { after_write: median(after_write)?, after_source: median(after_source)? })
+}
+
+/// Parses the time at the start of a log line, such as `2026-11-29T17:15:01.123456Z`.
+fn seconds_of_day(line: &str) -> Result<f64> {
+    let time = line.split_once('T').and_then(|(_, rest)| rest.split_once('Z'));
+    let (time, _) = time.with_context(|| format!("no time in {line:?}"))?;
+    time.split(':').try_fold(0.0, |sum, part| Ok(sum * 60.0 + part.parse::<f64>()?))
 }
 
 fn pod(status: &Value, name: &str) -> Option<Value> {
