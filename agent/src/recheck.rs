@@ -25,7 +25,7 @@ use tokio::{sync::oneshot, time::sleep};
 
 /// Time of one pod's turn. Short beside the time in which a revoked flow must end, long beside a change of turns.
 const TURN: Duration = Duration::from_millis(1);
-/// Checks between two looks at the clock: some 100 µs by ordinary policies.
+/// Checks that are taken from the table at a time: one lock for some 100 µs of checks by ordinary policies.
 const BATCH: usize = 64;
 /// Least time between two rounds of checks of plaintext. Thousands of changes of a directory in a second then cost 20 rounds.
 const ROUND: Duration = Duration::from_millis(50);
@@ -116,8 +116,8 @@ impl Drop for Registration {
 }
 
 impl Rechecks {
-    /// Returns a future that waits until `check` returns a refusal, now or after a change. The check is registered before it is asked first, so that
-    /// no change is missed.
+    /// Returns a future that waits until `check` returns a refusal, now or after a change. The check is registered before it is
+    /// asked first, so that no change is missed.
     pub fn revoked(
         self: &Arc<Self>,
         pod: u64,
@@ -212,19 +212,21 @@ impl Rechecks {
         }
     }
 
-    /// Checks flows of the next pod for up to `limit`, at least one batch.
+    /// Checks flows of the next pod for up to `limit`, at least one. The clock is read after each check, because the share of a
+    /// namespace allows policies that cost half a millisecond.
     fn turn(&self, limit: Duration) {
         let begin = Instant::now();
         let Some(key) = self.lock().queue.pop_front() else { return };
         loop {
             // Nothing is decided while the lock is held: opening flows wait for it.
             let (batch, has_more) = self.lock().next_batch(key);
-            batch.iter().for_each(|live| live.ask());
-            if !has_more {
-                return;
+            for (id, live) in batch {
+                live.ask();
+                if begin.elapsed() >= limit {
+                    return self.lock().end_turn(key, id + 1, has_more);
+                }
             }
-            if begin.elapsed() >= limit {
-                self.lock().queue.push_back(key);
+            if !has_more {
                 return;
             }
         }
@@ -257,8 +259,8 @@ impl Table {
         }
     }
 
-    /// Returns the next checks of the round of a list, and whether more are left.
-    fn next_batch(&mut self, key: Key) -> (Vec<Arc<LiveCheck>>, bool) {
+    /// Returns the next checks of the round of a list with their ids, and whether more are left.
+    fn next_batch(&mut self, key: Key) -> (Vec<(u64, Arc<LiveCheck>)>, bool) {
         let Some(list) = self.lists.get_mut(&key) else { return (Vec::new(), false) };
         let from = list.round.unwrap_or(0);
         let batch: Vec<(u64, Arc<LiveCheck>)> =
@@ -271,7 +273,21 @@ impl Table {
         if !has_more && list.flows.is_empty() {
             self.lists.remove(&key);
         }
-        (batch.into_iter().map(|(_, live)| live).collect(), has_more)
+        (batch, has_more)
+    }
+
+    /// Ends a turn before `next`, a flow of the last batch or the one after it. `has_more` is what came with the batch. A new
+    /// round that has begun meanwhile follows the rest of this one, or the last flows would never be checked while changes go on.
+    fn end_turn(&mut self, key: Key, next: u64, has_more: bool) {
+        let Some(list) = self.lists.get_mut(&key) else { return };
+        let is_queued = list.round.is_some() && !has_more;
+        list.is_outdated |= list.round.is_some_and(|from| from < next);
+        if list.round.is_some() || list.flows.range(next..).next().is_some() {
+            list.round = Some(next);
+            if !is_queued {
+                self.queue.push_back(key);
+            }
+        }
     }
 }
 

@@ -88,15 +88,49 @@ fn pods_take_turns_and_changes_during_a_round_are_one_more_round() {
     let before = flows.checks.load(Relaxed);
     let checks = || flows.checks.load(Relaxed) - before;
     flows.rechecks.turn(Duration::ZERO);
-    assert_eq!(checks(), BATCH, "a turn of one batch");
+    assert_eq!(checks(), 1, "the time of a turn ends after any check");
     flows.rechecks.turn(Duration::ZERO);
-    assert_eq!(checks(), BATCH + 1, "the other pod's turn");
+    assert_eq!(checks(), 2, "the other pod's turn");
+    while !flows.rechecks.lock().queue.is_empty() {
+        flows.rechecks.turn(Duration::ZERO);
+    }
+    assert_eq!(checks(), 10 * BATCH + 1, "each flow once");
+    flows.rechecks.policy_changed(1);
+    flows.rechecks.policy_changed(2);
+    flows.rechecks.turn(Duration::ZERO);
     for _ in 0..5 {
         flows.rechecks.policy_changed(1);
     }
     flows.run();
-    assert_eq!(checks(), 10 * BATCH + 1 + 10 * BATCH);
+    assert_eq!(checks(), 2 * (10 * BATCH + 1) + 10 * BATCH, "one more round of the first pod");
     drop((many, one));
+}
+
+#[test]
+fn a_change_after_the_last_batch_was_taken_is_one_more_round() {
+    let flows = Flows::default();
+    let few: Vec<_> = (0..5).map(|_| flows.open(1, Depends::OnPolicy)).collect();
+    let before = flows.checks.load(Relaxed);
+    let key = (1, Depends::OnPolicy);
+    let take = || {
+        let mut table = flows.rechecks.lock();
+        assert_eq!(table.queue.pop_front(), Some(key));
+        table.next_batch(key)
+    };
+    flows.rechecks.policy_changed(1);
+    let (batch, has_more) = take();
+    assert_eq!((batch.len(), has_more), (5, false));
+    let second = batch[1].0;
+    flows.rechecks.policy_changed(1);
+    flows.rechecks.lock().end_turn(key, second, has_more);
+    assert_eq!(flows.run(), 4 + 5, "the rest of the first round, and the second");
+    // Flows that end between their batch and the end of the turn leave nothing.
+    flows.rechecks.policy_changed(1);
+    let (batch, has_more) = take();
+    drop((few, batch));
+    flows.rechecks.lock().end_turn(key, second, has_more);
+    assert!(flows.rechecks.lock().lists.is_empty() && flows.rechecks.lock().queue.is_empty());
+    assert_eq!(flows.checks.load(Relaxed) - before, 9);
 }
 
 #[tokio::test]
