@@ -40,6 +40,7 @@ pub(super) struct Tasks {
     kernel_log: JoinSet<()>,
     /// Decides again on live flows for as long as there are any.
     rechecks: JoinSet<()>,
+    live: Arc<Rechecks>,
 }
 
 impl Tasks {
@@ -73,7 +74,7 @@ impl Tasks {
         rechecks.spawn(vital(failed.clone(), follow));
         rechecks.spawn(run_rechecks(proxy.rechecks.clone(), failed.clone()));
         heart.spawn(heartbeat(kernel.clone(), heartbeat_timeout, failed));
-        Self { enrolment, settle, upkeep, heart, kernel_log, rechecks }
+        Self { enrolment, settle, upkeep, heart, kernel_log, rechecks, live: proxy.rechecks.clone() }
     }
 
     /// Ends enrolment and upkeep. After that this agent changes only its heartbeat on the kernel side.
@@ -99,6 +100,7 @@ impl Tasks {
     pub(super) async fn stop(&mut self) {
         self.upkeep.abort_all();
         self.kernel_log.abort_all();
+        self.live.close();
         self.rechecks.abort_all();
         self.stop_heart().await;
     }
