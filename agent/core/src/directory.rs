@@ -426,12 +426,12 @@ impl Directory {
         Arc::ptr_eq(&self.departed, &before.departed)
     }
 
-    /// The cgroups that workloads of `node` claim, also those that they do not get, relative to the cgroup of all pods.
-    pub fn cgroups_on_node<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Path> + use<'a> {
+    /// The cgroups of `node` that [`Self::on_node`] and [`Self::host_network`] do not name: those that workloads claim and do
+    /// not get, and those of departed pods. Relative to the cgroup of all pods.
+    pub fn other_cgroups_on_node<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Path> + use<'a> {
         let refused = self.refused.iter().filter_map(|(name, _)| self.by_name.get(name));
         let refused = refused.filter(move |workload| *workload.node == *node);
-        let others = self.host_network.values().chain(self.departed.iter());
-        self.on_node(node).chain(refused).chain(others).map(|workload| workload.cgroup.as_path())
+        refused.chain(self.departed.iter()).map(|workload| workload.cgroup.as_path())
     }
 
     /// All workloads, in no order.

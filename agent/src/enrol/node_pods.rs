@@ -296,6 +296,16 @@ impl NodePods {
         own.or_else(|| self.directory.departed().find(|workload| workload.cgroup == cgroup))
     }
 
+    /// Returns true if the cgroup is that of a pod of the directory, whether the cgroup exists or not.
+    pub(super) fn has_cgroup(&self, cgroup: &Path) -> bool {
+        self.by_cgroup.contains_key(cgroup)
+    }
+
+    /// Returns true if the cgroup is above that of a pod.
+    pub(super) fn is_above(&self, cgroup: &Path) -> bool {
+        self.parents.contains_key(cgroup)
+    }
+
     /// The pods to be enrolled that have no cgroup, each namespace up to its share. The list is made anew only after a change.
     pub(super) fn waiting(&mut self, pods_cgroup: &Path) -> Arc<Absent> {
         if let Some(listed) = &self.listed {

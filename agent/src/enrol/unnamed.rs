@@ -20,7 +20,7 @@ use std::{
 use tacit_core::directory::Directory;
 use tacit_kernel::cgroup;
 
-use crate::enrol::{Enroller, RESCAN, State};
+use crate::enrol::{Enroller, NodePods, RESCAN, State};
 
 /// Most cgroups that are looked at, a number: the entries of the kernel's map of pods. More are held.
 const CGROUPS_MAX: usize = tacit_abi::limits::PODS as usize;
@@ -107,14 +107,14 @@ impl Enroller {
     /// Looks for cgroups that `directory` does not name, at most once in [`RESCAN`].
     pub(super) fn look_for_unnamed(&self, state: &mut State, directory: &Directory) {
         let now = Instant::now();
-        let unnamed = &mut state.unnamed;
+        let (unnamed, pods) = (&mut state.unnamed, &state.pods);
         if unnamed.looked_at.is_some_and(|at| now.duration_since(at) < RESCAN) {
             return;
         }
         unnamed.looked_at = Some(now);
         let is_outdated = self.snapshots.directory.state().stale_since.is_some();
         let freshness = if is_outdated { Freshness::Outdated } else { Freshness::Current };
-        let named = Named::of(directory.cgroups_on_node(&self.node));
+        let named = Named::of(pods, directory.other_cgroups_on_node(&self.node));
         let found = find(self.pods_cgroup.path(), &named);
         unnamed.update(&found, freshness, (now, self.unnamed_pod_timeout));
     }
@@ -122,15 +122,26 @@ impl Enroller {
 
 /// The cgroups that a directory names, with those above them.
 struct Named<'a> {
-    cgroups: HashSet<&'a Path>,
-    above: HashSet<&'a Path>,
+    pods: &'a NodePods,
+    /// Cgroups of others than `pods`.
+    others: HashSet<&'a Path>,
+    above_others: HashSet<&'a Path>,
 }
 
 impl<'a> Named<'a> {
-    fn of(cgroups: impl Iterator<Item = &'a Path>) -> Self {
-        let cgroups: HashSet<&Path> = cgroups.collect();
-        let above = cgroups.iter().flat_map(|path| path.ancestors().skip(1)).collect();
-        Self { cgroups, above }
+    fn of(pods: &'a NodePods, others: impl Iterator<Item = &'a Path>) -> Self {
+        let others: HashSet<&Path> = others.collect();
+        let above_others = others.iter().flat_map(|path| path.ancestors().skip(1)).collect();
+        Self { pods, others, above_others }
+    }
+
+    fn has(&self, cgroup: &Path) -> bool {
+        self.pods.has_cgroup(cgroup) || self.others.contains(cgroup)
+    }
+
+    /// Returns true if there is a named cgroup below `cgroup`.
+    fn is_above(&self, cgroup: &Path) -> bool {
+        self.pods.is_above(cgroup) || self.above_others.contains(cgroup)
     }
 }
 
@@ -139,14 +150,14 @@ impl<'a> Named<'a> {
 fn find(root: &Path, named: &Named<'_>) -> HashMap<u64, PathBuf> {
     let mut found = HashMap::new();
     for first in below(root) {
-        if named.cgroups.contains(relative(root, &first)) {
+        if named.has(relative(root, &first)) {
             continue;
         }
         let inside = below(&first);
         let all = if inside.is_empty() { vec![first] } else { inside };
         for path in all {
             let name = relative(root, &path);
-            let is_named = named.cgroups.contains(name) || named.above.contains(name);
+            let is_named = named.has(name) || named.is_above(name);
             if is_named || found.len() >= CGROUPS_MAX || !cgroup::is_populated(&path) {
                 continue;
             }
@@ -174,7 +185,12 @@ fn below(path: &Path) -> Vec<PathBuf> {
 mod tests {
     use super::*;
 
+    use std::sync::Arc;
+
+    use tacit_core::directory::{AddressConflict, Workload};
     use tacit_testing::Scratch;
+
+    use crate::enrol::testing::workload;
 
     const LIMIT: Duration = Duration::from_secs(60);
 
@@ -221,8 +237,15 @@ mod tests {
             fs::write(path.join("cgroup.events"), format!("populated {populated}\nfrozen 0\n"))
                 .expect("written");
         }
-        let named = ["named", "class/named", "deep/a/named"].map(Path::new);
-        let found = find(root.path(), &Named::of(named.into_iter()));
+        let mut directory = Directory::default();
+        for (name, cgroup) in [("one", "class/named"), ("two", "deep/a/named")] {
+            let pod = Workload { name: name.into(), cgroup: cgroup.into(), ..workload(name, &[]) };
+            directory.insert(pod, AddressConflict::Replace);
+        }
+        directory.set_departed(vec![Arc::new(Workload { cgroup: "named".into(), ..workload("three", &[]) })]);
+        let mut pods = NodePods::default();
+        pods.follow(&Arc::new(directory.clone()), "a");
+        let found = find(root.path(), &Named::of(&pods, directory.other_cgroups_on_node("a")));
         let mut found: Vec<&Path> = found.values().map(|path| relative(root.path(), path)).collect();
         found.sort_unstable();
         assert_eq!(found, [Path::new("class/other"), Path::new("pod")]);
