@@ -418,7 +418,7 @@ fn log_new(before: &[Waiting], now: &[Waiting]) {
     }
 }
 
-/// What woke the driver.
+/// The event that woke the driver.
 enum Wake {
     /// The time, or a certificate.
     Look,
@@ -463,7 +463,7 @@ struct State {
     took_over: bool,
     /// The ranges of the mesh at the last look.
     ranges: Option<Arc<Ranges>>,
-    /// Whether the ranges have changed since the last look.
+    /// True if the ranges have changed since the last look.
     ranges_changed: bool,
     /// The pods of the directory.
     pods: NodePods,

@@ -4,7 +4,7 @@
 //! ```text
 //! policy of a pod changed ─────────> all checks of the pod ──┐
 //! directory or policies changed ───> checks of plaintext ────┤ queue of pods, in turn
-//!                                                            └──> 1 ms of checks, the next pod ... ──> denied: the flow is told
+//!                                                            └──> 1 ms of checks, the next pod ... ──> denied: the flow ends
 //! ```
 //! The pods take turns, so that one with many flows or expensive policies does not delay the others' flows.
 
@@ -23,7 +23,7 @@ use tacit_core::{directory::Directory, policy::Policies, refusal::Refusal};
 use tacit_sources::reload::Watched;
 use tokio::{sync::oneshot, time::sleep};
 
-/// Time of one pod's turn. Short beside the time in which a revoked flow must end, long beside a change of turns.
+/// Time of one pod's turn. Short compared to the time in which a revoked flow must end, long compared to a change of turns.
 const TURN: Duration = Duration::from_millis(1);
 /// Checks that are taken from the table at a time: one lock for some 100 µs of checks by ordinary policies.
 const BATCH: usize = 64;
@@ -184,7 +184,7 @@ impl Rechecks {
         let rechecks = Arc::clone(&self);
         let run = move || {
             rechecks.run_turns();
-            // Nobody may wait any more.
+            // The receiver is dropped if the task was aborted.
             let _ = tell.send(());
         };
         thread::Builder::new().name("tacit-recheck".to_owned()).spawn(run)?;

@@ -17,7 +17,7 @@ pub(super) struct CgroupEvents {
     parents: HashMap<WatchDescriptor, PathBuf>,
 }
 
-/// What happened since the last call.
+/// The changes since the last call.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct CgroupChanges {
     /// Cgroups that were created.

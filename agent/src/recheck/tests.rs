@@ -14,7 +14,7 @@ use super::*;
 struct Flows {
     rechecks: Arc<Rechecks>,
     checks: Arc<AtomicUsize>,
-    /// Whether checks deny.
+    /// True if checks deny.
     denies: Arc<AtomicBool>,
 }
 
