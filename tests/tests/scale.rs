@@ -1,13 +1,13 @@
-//! Pod objects that never run: policies hold and pods are enrolled as without them.
+//! Pod objects that never run, and policies beyond the share of their namespace: others are not affected.
 
 use std::{
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
-use tacit_tests::{Plan, observe};
+use tacit_tests::{Client, Plan, Server, fresh_port, observe};
 use tacit_topology::{Agent, Tunnel, WorkloadEntry, until};
 
 /// Pod objects of one namespace that name the node and have no cgroup there.
@@ -40,6 +40,70 @@ fn pod_objects_that_never_run_delay_no_policy_and_no_pod() -> Result<()> {
         pod(status, "late").filter(|pod| pod["state"] == "enrolled").map(drop)
     })?;
     drop(process);
+    Ok(())
+}
+
+/// Lookups for one connection in a namespace's policies, as `tacit_core::shares` has them.
+const LOOKUPS: usize = 8192;
+
+/// The text of the policy allows everything. A policy that is not applied must not.
+#[test]
+#[ignore = "needs root"]
+fn policies_beyond_the_share_of_a_namespace_deny_to_its_pods_alone() -> Result<()> {
+    let plan = Plan::new("polshare").pod("a", "shop", "client").outside("a", "shop", "stranger");
+    let mesh = plan.pod("b", "mallory", "greedy").pod("b", "bank", "victim").with_agents()?;
+    let agent = mesh.agent("b")?;
+    let serve = |name: &str| {
+        let pod = mesh.pod(name)?;
+        let start = |ip: IpAddr| Server::start(pod, SocketAddr::new(ip, fresh_port()), &["echo"]);
+        anyhow::Ok([start(pod.ipv4().into())?, start(pod.ipv6().into())?])
+    };
+    let (greedy, victim) = (serve("greedy")?, serve("victim")?);
+    let echoes = |servers: &[Server], is_echoed: bool| {
+        for server in servers {
+            for client in ["client", "stranger"] {
+                let echoed = Client::echo(mesh.pod(client)?, server.address(), "text");
+                ensure!(echoed.is_ok() == is_echoed, "{client} at {}: {echoed:?}", server.address());
+            }
+        }
+        Ok(())
+    };
+    let policy = |rules: usize| {
+        let rules = "{}, ".repeat(rules);
+        agent.files().set_policy(&format!(
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
+             metadata: {{name: many, namespace: mallory}}\nspec: {{rules: [{rules}]}}\n"
+        ))
+    };
+    let is_applied = |status: &Value| Some(pod(status, "greedy")?["policy_not_applied"].is_null());
+    let source = |status: &Value| {
+        let sources = status["sources"].as_array()?;
+        Some(sources.iter().find(|source| source["kind"] == "policy")?["unreadable"].to_string())
+    };
+    let note = "policies of namespace mallory are not applied";
+    for server in [&greedy, &victim] {
+        echoes(server, true)?;
+    }
+    for _ in 0..2 {
+        let before = observe::refused(agent, "denied_by_policy")?;
+        policy(LOOKUPS)?;
+        observe::wait_status(agent, "the policy not applied", |status| {
+            (!is_applied(status)?
+                && pod(status, "greedy")?["mode"] == "STRICT"
+                && pod(status, "victim")?["mode"] == "PERMISSIVE"
+                && source(status)?.contains(note))
+            .then_some(())
+        })?;
+        echoes(&greedy, false)?;
+        echoes(&victim, true)?;
+        observe::wait_refused(agent, "denied_by_policy", before, "ns/shop/sa/client")?;
+        // One lookup for the policy itself and one for each rule.
+        policy(LOOKUPS - 1)?;
+        observe::wait_status(agent, "the policy applied", |status| {
+            (is_applied(status)? && !source(status)?.contains(note)).then_some(())
+        })?;
+        echoes(&greedy, true)?;
+    }
     Ok(())
 }
 
