@@ -18,8 +18,8 @@ const CHANGES: usize = 5;
 
 #[test]
 #[ignore = "needs root"]
-fn pod_objects_that_never_run_delay_no_policy_and_no_pod() -> Result<()> {
-    let mesh = Plan::new("scale").pod("a", "shop", "web").with_agents()?;
+fn pod_objects_that_never_run_delay_no_policy_no_pod_and_no_handover() -> Result<()> {
+    let mut mesh = Plan::new("scale").pod("a", "shop", "web").with_agents()?;
     let (agent, node) = (mesh.agent("a")?, mesh.pod("web")?.node().to_owned());
     let without = change_policies(agent)?;
     let mut directory = mesh.directory();
@@ -39,6 +39,22 @@ fn pod_objects_that_never_run_delay_no_policy_and_no_pod() -> Result<()> {
     observe::wait_status(agent, "a new pod enrolled beside them", |status| {
         pod(status, "late").filter(|pod| pod["state"] == "enrolled").map(drop)
     })?;
+    let next = agent.start_standby(mesh.topology().node("a")?, "next")?;
+    // The socket does not exist at first.
+    until("the next agent standing by", || {
+        Ok(observe::status(&next).is_ok_and(|status| status["state"] == "standing_by").then_some(()))
+    })?;
+    let log = next.log()?;
+    let has_certificate =
+        |account: &str| log.lines().any(|line| line.contains("certificate issued") && line.contains(account));
+    ensure!(has_certificate("/ns/shop/sa/web"), "{log}");
+    ensure!(!has_certificate("/ns/dead/"), "waited for pods that never run: {log}");
+    agent.send_sigterm()?;
+    observe::wait_status(&next, "the pods enrolled", |status| {
+        let is_enrolled = |name| pod(status, name).is_some_and(|pod| pod["state"] == "enrolled");
+        (is_enrolled("web") && is_enrolled("late")).then_some(())
+    })?;
+    ensure!(mesh.agent_mut("a")?.wait_end()?.success(), "{}", mesh.agent("a")?.log()?);
     drop(process);
     Ok(())
 }
@@ -116,6 +132,9 @@ struct InForce {
     /// From the new version of the source.
     #[expect(dead_code, reason = "shown")]
     after_source: Duration,
+    /// The longest such time.
+    #[expect(dead_code, reason = "shown")]
+    at_most: Duration,
 }
 
 /// Changes the mode of the mesh some times. Returns the median times until a pod has it.
@@ -149,8 +168,9 @@ fn change_policies(agent: &Agent) -> Result<InForce> {
         times.sort();
         times.get(CHANGES).copied().context("some changes")
     };
-    let (after_write, after_source) = times.into_iter().unzip();
-    Ok(InForce { after_write: median(after_write)?, after_source: median(after_source)? })
+    let (after_write, after_source): (Vec<_>, Vec<_>) = times.into_iter().unzip();
+    let at_most = after_source.iter().max().copied().context("some changes")?;
+    Ok(InForce { at_most, after_write: median(after_write)?, after_source: median(after_source)? })
 }
 
 /// Parses the time at the start of a log line, such as `2026-11-29T17:15:01.123456Z`.
