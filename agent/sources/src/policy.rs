@@ -18,7 +18,8 @@ use tokio::sync::{Notify, mpsc};
 
 use crate::{
     kubernetes::{
-        self, Change, InvalidObjects, KubernetesError, Sender, WatchTasks, access, list_and_watch_again,
+        self, Change, InvalidObjects, KubernetesError, Sender, Update, WatchTasks, access,
+        list_and_watch_again,
     },
     reload::Opening,
 };
@@ -101,6 +102,10 @@ impl kubernetes::ObjectStore for PolicySource {
 
     /// A policy has up to 1.5 MiB.
     const CHANGES_MAX: usize = 64;
+
+    fn drop_replaced(batch: &mut Vec<Update<PolicyKind, Document>>) {
+        store::drop_replaced(batch);
+    }
 
     fn apply_change(&mut self, change: Change<PolicyKind, Document>) {
         for finding in self.store.apply_change(change) {

@@ -29,6 +29,9 @@ pub(crate) trait ObjectStore: Send + 'static {
     /// Capacity of the update channel. Watchers wait while it is full.
     const CHANGES_MAX: usize = 1024;
 
+    /// Removes updates that later ones of the same batch replace. The default keeps all.
+    fn drop_replaced(_batch: &mut Vec<Update<Self::Kind, Self::Object>>) {}
+
     /// Applies one change.
     fn apply_change(&mut self, change: Change<Self::Kind, Self::Object>);
 
@@ -114,6 +117,7 @@ impl<S: ObjectStore> Publisher<S> {
         while updates.recv_many(&mut batch, BATCH).await > 0 {
             // Parsing takes up to some 100 ms an object, which must not delay the heartbeat.
             let applied = spawn_blocking(move || {
+                S::drop_replaced(&mut batch);
                 for one in batch.drain(..) {
                     self.handle(one);
                 }

@@ -24,6 +24,8 @@ const MISTAKES_MAX: usize = 5;
 
 /// A change in the cluster.
 pub(super) type Change = kubernetes::Change<PolicyKind, Document>;
+/// A message about the cluster.
+pub(super) type Update = kubernetes::Update<PolicyKind, Document>;
 /// PolicyKind, namespace and name.
 type Key = (PolicyKind, String, String);
 
@@ -287,6 +289,27 @@ impl PolicyStore {
                 notes
             }
         }
+    }
+}
+
+/// Removes changes of a policy that a later change of the batch replaces, so that one version of the policy is parsed. The batch
+/// of a namespace that changes its policies without a pause then costs no more than the namespace's share.
+pub(super) fn drop_replaced(batch: &mut Vec<Update>) {
+    let mut later = HashSet::new();
+    let mut kept: Vec<bool> = batch.iter().rev().map(|update| is_kept(update, &mut later)).collect();
+    batch.retain(|_| kept.pop().unwrap_or(true));
+}
+
+/// `later` has the policies that later updates of the batch change.
+fn is_kept(update: &Update, later: &mut HashSet<Key>) -> bool {
+    match update {
+        Update::Change(Change::Applied(document) | Change::Deleted(document)) => later.insert(key(document)),
+        // The end of a list removes the policies that came before its begin and not between the two.
+        Update::Change(Change::Listing(kind) | Change::Listed(kind)) => {
+            later.retain(|(of, ..)| of != kind);
+            true
+        }
+        Update::Fresh(_) | Update::Failed(..) => true,
     }
 }
 

@@ -261,3 +261,45 @@ fn a_namespace_has_a_share_of_the_number_of_policies() {
     let policies = store.take_changed().expect("complete");
     assert!(policies.not_applied().map(|(namespace, _)| namespace).eq(["big"]));
 }
+
+#[test]
+fn of_the_changes_of_a_policy_in_a_batch_the_last_is_applied() {
+    let applied = |name: &str, bytes| Update::Change(Change::Applied(large("big", name, bytes)));
+    let deleted = |name: &str| Update::Change(Change::Deleted(large("big", name, 1)));
+    let kinds = |change: fn(PolicyKind) -> Change| {
+        PolicyKind::ALL.into_iter().map(move |kind| Update::Change(change(kind)))
+    };
+    let mut batch: Vec<Update> = Vec::new();
+    batch.extend([applied("p", 100), applied("listed", 100)]);
+    batch.extend(kinds(Change::Listing));
+    batch.extend([applied("p", 200), applied("listed", 100), applied("p", 300)]);
+    batch.extend(kinds(Change::Listed));
+    batch.push(Update::Fresh(PolicyKind::AuthorizationPolicy));
+    batch.extend((4..60).map(|i| applied("p", i * 100)));
+    batch.extend([deleted("q"), applied("q", 100), applied("r", 100), deleted("r"), applied("p", 6000)]);
+    let all = |batch: &[Update]| {
+        let mut store = PolicyStore::new("istio-system".into());
+        for update in batch {
+            match update {
+                Update::Change(Change::Applied(document)) => {
+                    store.apply_change(Change::Applied(document.clone()));
+                }
+                Update::Change(Change::Deleted(document)) => {
+                    store.apply_change(Change::Deleted(document.clone()));
+                }
+                Update::Change(Change::Listing(kind)) => _ = store.apply_change(Change::Listing(*kind)),
+                Update::Change(Change::Listed(kind)) => _ = store.apply_change(Change::Listed(*kind)),
+                Update::Fresh(_) | Update::Failed(..) => {}
+            }
+        }
+        store.take_changed().expect("listed")
+    };
+    let expected = all(&batch);
+    drop_replaced(&mut batch);
+    assert_eq!(all(&batch), expected);
+    let policies = batch
+        .iter()
+        .filter(|update| matches!(update, Update::Change(Change::Applied(_) | Change::Deleted(_))));
+    assert_eq!(policies.count(), 2 + 2 + 3, "before the list, in it, and after it");
+    assert!(batch.iter().any(|update| matches!(update, Update::Fresh(_))));
+}
