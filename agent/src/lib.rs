@@ -17,6 +17,7 @@
 //! | `enrol` | enrols a pod that appears, and removes one that goes |
 //! | `mesh` | the ranges of the mesh, in the kernel first |
 //! | `proxy` | captured connections, tunnel sessions, and plaintext that needs a verdict |
+//! | `recheck` | decides again on live flows, on a thread of its own |
 //! | `telemetry` | metrics, access log, status, admin servers |
 //! | `authority` | the certificate authority as a command |
 //!
@@ -57,4 +58,5 @@ pub mod enrol;
 pub mod fuzz;
 pub mod mesh;
 pub mod proxy;
+pub mod recheck;
 pub mod telemetry;

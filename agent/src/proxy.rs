@@ -42,6 +42,7 @@ use crate::{
     control_state::Snapshots,
     enrol::{Pod, Pods},
     proxy::{dialer::Dialer, drain::Drain, sessions::Sessions, shares::Shares, workers::Workers},
+    recheck::Rechecks,
     telemetry::{Ends, Reporter, Security, Telemetry},
 };
 
@@ -60,6 +61,8 @@ pub struct Proxy {
     pub shares: Shares,
     /// Counters and logs.
     pub telemetry: Telemetry,
+    /// Decides again on live flows.
+    pub rechecks: Arc<Rechecks>,
     /// Ends listeners and flows.
     pub drain: Drain,
     dialer: Dialer,
@@ -83,6 +86,7 @@ impl Proxy {
             sessions: Sessions::new(workers.count(), bounds::IDLE_SESSIONS.bounds(capacity)),
             shares: Shares::new(capacity),
             telemetry,
+            rechecks: Arc::default(),
             drain: Drain::default(),
             dialer,
             balancer: Balancer::default(),

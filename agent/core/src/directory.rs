@@ -15,13 +15,13 @@ use std::{
 };
 
 use crate::{
+    cow_map::CowMap,
     spiffe::{SpiffeId, TrustDomain},
     yaml::Mistakes,
 };
 
 mod changes;
 mod claims;
-mod cow_map;
 mod file;
 mod labels;
 mod range;
@@ -30,7 +30,6 @@ mod service;
 mod service_addresses;
 
 use claims::{AddressClaims, CgroupClaims, CgroupRefusal};
-use cow_map::CowMap;
 use service_addresses::ServiceAddresses;
 
 pub use claims::Conflict;
@@ -136,12 +135,24 @@ pub struct Directory {
     conflict_changes: u64,
     /// Number of changes of the nodes' addresses, or their hash.
     node_changes: u64,
-    by_node: CowMap<Arc<str>, Arc<Vec<Arc<Workload>>>>,
+    by_node: CowMap<Arc<str>, Arc<NodeWorkloads>>,
     services: ServiceAddresses,
     services_by_name: CowMap<Arc<str>, Arc<Service>>,
-    host_network: Arc<Vec<Arc<Workload>>>,
+    host_network: CowMap<Arc<str>, Arc<Workload>>,
     departed: Arc<Vec<Arc<Workload>>>,
     ranges: Arc<Ranges>,
+}
+
+/// The workloads of a node, by name. A node has some hundred at most, but 10,000 pod objects can name one node.
+type NodeWorkloads = CowMap<Arc<str>, Arc<Workload>, 32>;
+
+/// A workload that differs between two directories.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkloadChange {
+    /// The workload of the earlier directory. `None` if it is new.
+    pub before: Option<Arc<Workload>>,
+    /// The workload of the later directory. `None` if it is gone.
+    pub now: Option<Arc<Workload>>,
 }
 
 /// Workloads and services whose traffic is plaintext because no range of the mesh covers it.
@@ -378,17 +389,49 @@ impl Directory {
         self.services_by_name.get(full_name(namespace, name).as_str())
     }
 
-    /// The workloads of `node` that have their cgroup to themselves, in the order in which they were added.
+    /// The workloads of `node` that have their cgroup to themselves, in no order.
     pub fn on_node<'a>(&'a self, node: &str) -> impl Iterator<Item = &'a Arc<Workload>> + use<'a> {
-        self.by_node.get(node).into_iter().flat_map(|list| list.iter())
+        self.by_node.get(node).into_iter().flat_map(|workloads| workloads.values())
     }
 
-    /// The cgroups that workloads of `node` claim, also those that they do not get, relative to the cgroup of all pods.
-    pub fn cgroups_on_node<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Path> + use<'a> {
+    /// The workload of that name on `node` that has its cgroup to itself, or that has the node's addresses.
+    #[must_use]
+    pub fn holder_named(&self, node: &str, namespace: &str, name: &str) -> Option<&Arc<Workload>> {
+        let name = full_name(namespace, name);
+        let own = self.by_node.get(node).and_then(|workloads| workloads.get(name.as_str()));
+        own.or_else(|| self.host_network.get(name.as_str()))
+    }
+
+    /// Returns the workloads of `node` that differ from `before`. Of two versions of a source only the parts are read that
+    /// changed.
+    #[must_use]
+    pub fn changes_on_node(&self, before: &Self, node: &str) -> Vec<WorkloadChange> {
+        let none = NodeWorkloads::default();
+        let of = |directory: &Self| directory.by_node.get(node).map(Arc::clone);
+        match (of(self), of(before)) {
+            (Some(now), Some(before)) if Arc::ptr_eq(&now, &before) => Vec::new(),
+            (now, before) => changes(now.as_deref().unwrap_or(&none), before.as_deref().unwrap_or(&none)),
+        }
+    }
+
+    /// Returns the pods with the node's addresses that differ from `before`.
+    #[must_use]
+    pub fn changes_of_host_network(&self, before: &Self) -> Vec<WorkloadChange> {
+        changes(&self.host_network, &before.host_network)
+    }
+
+    /// Returns true if [`Self::departed`] lists the same pods as in `before`, an earlier version of the source.
+    #[must_use]
+    pub fn has_departed_of(&self, before: &Self) -> bool {
+        Arc::ptr_eq(&self.departed, &before.departed)
+    }
+
+    /// The cgroups of `node` that [`Self::on_node`] and [`Self::host_network`] do not name: those that workloads claim and do
+    /// not get, and those of departed pods. Relative to the cgroup of all pods.
+    pub fn other_cgroups_on_node<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Path> + use<'a> {
         let refused = self.refused.iter().filter_map(|(name, _)| self.by_name.get(name));
         let refused = refused.filter(move |workload| *workload.node == *node);
-        let others = self.host_network.iter().chain(self.departed.iter());
-        self.on_node(node).chain(refused).chain(others).map(|workload| workload.cgroup.as_path())
+        refused.chain(self.departed.iter()).map(|workload| workload.cgroup.as_path())
     }
 
     /// All workloads, in no order.
@@ -403,7 +446,7 @@ impl Directory {
 
     /// Pods of the source's own node that have the node's addresses: they are left alone.
     pub fn host_network(&self) -> impl Iterator<Item = &Arc<Workload>> {
-        self.host_network.iter()
+        self.host_network.values()
     }
 
     /// Pods of the source's own node that the source no longer has, not because anybody wanted them out of the mesh:
@@ -468,6 +511,14 @@ impl Directory {
     pub fn is_empty(&self) -> bool {
         self.by_name.is_empty()
     }
+}
+
+fn changes<const N: usize>(
+    now: &CowMap<Arc<str>, Arc<Workload>, N>,
+    before: &CowMap<Arc<str>, Arc<Workload>, N>,
+) -> Vec<WorkloadChange> {
+    let changes = now.changes(before).into_iter();
+    changes.map(|(_, before, now)| WorkloadChange { before: before.cloned(), now: now.cloned() }).collect()
 }
 
 fn full_name(namespace: &str, name: &str) -> String {

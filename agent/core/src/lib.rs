@@ -12,6 +12,7 @@
 //! | `renewal` | when to renew a certificate |
 //! | `wire` | the wire format `tacit/1`: frames, OPEN, the states of a flow |
 //! | `pool` | idle sessions of a pair |
+//! | `cow_map` | a map whose copies share what did not change |
 //! | `yaml` | YAML to typed values, with all mistakes of a file |
 //! | `error_chain` | an error and its causes in one line |
 //!
@@ -20,6 +21,7 @@
 #![deny(missing_docs)]
 
 pub mod balance;
+mod cow_map;
 pub mod directory;
 pub mod error_chain;
 #[cfg(any(test, fuzzing))]

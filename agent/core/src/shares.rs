@@ -120,6 +120,15 @@ pub struct Capacity {
 }
 
 impl Share {
+    /// Returns the fixed bound of one holder. `u64::MAX` if the bound depends on what is free.
+    #[must_use]
+    pub const fn fixed(&self) -> u64 {
+        match self.each {
+            Each::Fixed(units) => units,
+            Each::Rule => u64::MAX,
+        }
+    }
+
     /// Returns the bounds on a node with `capacity`.
     #[must_use]
     pub fn bounds(&self, capacity: Capacity) -> Bounds {
@@ -333,6 +342,50 @@ pub const PORT_MODES: Share = Share {
     reason: "Real policies name a few ports. The shares of all pods fit.",
 };
 
+/// Policies by namespace.
+pub const POLICIES: Share = Share {
+    resource: "policies",
+    counts: "PeerAuthentications and AuthorizationPolicies",
+    holder: Holder::Namespace,
+    total: Total::Unbounded,
+    each: Each::Fixed(2048),
+    effect: "no policy of the namespace is applied: its pods are STRICT, and all connections to them are denied",
+    reason: "Several for each workload of a large namespace. A change sorts all policies of the namespace: a millisecond.",
+};
+
+/// Bytes of policies by namespace, as far as the source counts them for each policy.
+pub const POLICY_BYTES: Share = Share {
+    resource: "policy_bytes",
+    counts: "bytes of policies that the API server has",
+    holder: Holder::Namespace,
+    total: Total::Unbounded,
+    each: Each::Fixed(4 << 20),
+    effect: POLICIES.effect,
+    reason: "The API server accepts objects of 1.5 MiB: two of them, and 1 MiB of others. That is 60,000 principals of 70 bytes.",
+};
+
+/// Lookups of one decision by namespace. A lookup searches one value of a flow in an index.
+pub const POLICY_LOOKUPS: Share = Share {
+    resource: "policy_lookups",
+    counts: "lookups that a connection to a pod can need in the policies of the pod's namespace",
+    holder: Holder::Namespace,
+    total: Total::Unbounded,
+    each: Each::Fixed(8192),
+    effect: POLICIES.effect,
+    reason: "About half a millisecond of a worker, as long as a TLS handshake. A list of exact values is one lookup.",
+};
+
+/// Pods without a cgroup by namespace.
+pub const WAITING_PODS: Share = Share {
+    resource: "waiting_pods",
+    counts: "pods of this node that have no cgroup yet",
+    holder: Holder::Namespace,
+    total: Total::Fixed(1024),
+    each: Each::Fixed(128),
+    effect: "further pods of the namespace are not listed, and get a certificate when their cgroup is created",
+    reason: "More than a node starts at a time. A listed pod has its certificate in advance.",
+};
+
 /// All shares of the node, in the order of `tacit status`.
 pub const SHARES: &[Share] = &[
     CONNECTIONS,
@@ -347,6 +400,10 @@ pub const SHARES: &[Share] = &[
     PENDING_CONNECTIONS,
     PENDING_DIALS,
     PORT_MODES,
+    POLICIES,
+    POLICY_BYTES,
+    POLICY_LOOKUPS,
+    WAITING_PODS,
 ];
 
 /// Returns the row with this name.

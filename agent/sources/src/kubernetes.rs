@@ -23,7 +23,9 @@ mod watcher;
 
 pub(crate) use reflector::{InvalidObjects, ObjectStore, Sender, WatchTasks, start};
 pub(crate) use reported::{Problem, reported};
-pub(crate) use watcher::{Change, Definition, KindName, Resource, list_and_watch, random};
+pub(crate) use watcher::{
+    Change, Definition, KindName, Resource, Update, list_and_watch, list_and_watch_again, random,
+};
 
 /// The reason why the API cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -8,16 +8,19 @@
 //! ```
 //! Nothing is published before both resources were listed, because a missing policy would allow the traffic it denies. The
 //! agent waits meanwhile, for example if the definitions are missing. An invalid policy denies what it selects and does not
-//! affect other policies.
+//! affect other policies. Policies that exceed the share of their namespace are not applied, and deny all connections to its pods.
 
 use std::{path::PathBuf, sync::Arc};
 
 use kube::{Client, Config};
 use tacit_core::policy::{Mode, Policies, PolicyKind};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use crate::{
-    kubernetes::{self, Change, InvalidObjects, KubernetesError, Sender, WatchTasks, access, list_and_watch},
+    kubernetes::{
+        self, Change, InvalidObjects, KubernetesError, Sender, Update, WatchTasks, access,
+        list_and_watch_again,
+    },
     reload::Opening,
 };
 
@@ -56,18 +59,30 @@ fn start(
     minimum: Mode,
 ) -> Result<Opening<Policies>, KubernetesError> {
     let (events, refused) = mpsc::channel(events::WAITING_MAX);
-    let source = PolicySource { store: PolicyStore::new(root_namespace), minimum, events };
-    kubernetes::start(config, source, |client, news| watch_tasks(client, news, refused))
+    let relists = Relists::default();
+    let store = PolicyStore::new(root_namespace);
+    let source = PolicySource { store, minimum, events, relists: relists.clone() };
+    kubernetes::start(config, source, |client, news| watch_tasks(client, news, refused, relists))
 }
+
+/// Requests of new lists, for each resource.
+type Relists = [Arc<Notify>; PolicyKind::ALL.len()];
 
 fn watch_tasks(
     client: Client,
     news: Sender<PolicySource>,
     refused: mpsc::Receiver<InvalidPolicy>,
+    [relist_modes, relist_policies]: Relists,
 ) -> WatchTasks {
     let mut watch_tasks = WatchTasks::new();
-    watch_tasks.spawn(list_and_watch::<PeerAuthentications>(client.clone(), news.clone()));
-    watch_tasks.spawn(list_and_watch::<AuthorizationPolicies>(client.clone(), news));
+    let (modes, news_of_modes) = (client.clone(), news.clone());
+    watch_tasks.spawn(async move {
+        list_and_watch_again::<PeerAuthentications>(modes, news_of_modes, &relist_modes).await;
+    });
+    let policies = client.clone();
+    watch_tasks.spawn(async move {
+        list_and_watch_again::<AuthorizationPolicies>(policies, news, &relist_policies).await;
+    });
     watch_tasks.spawn(report(client, refused));
     watch_tasks
 }
@@ -77,12 +92,20 @@ struct PolicySource {
     store: PolicyStore,
     minimum: Mode,
     events: mpsc::Sender<InvalidPolicy>,
+    relists: Relists,
 }
 
 impl kubernetes::ObjectStore for PolicySource {
     type Kind = PolicyKind;
     type Object = Document;
     type Value = Policies;
+
+    /// A policy has up to 1.5 MiB.
+    const CHANGES_MAX: usize = 64;
+
+    fn drop_replaced(batch: &mut Vec<Update<PolicyKind, Document>>) {
+        store::drop_replaced(batch);
+    }
 
     fn apply_change(&mut self, change: Change<PolicyKind, Document>) {
         for finding in self.store.apply_change(change) {
@@ -98,7 +121,15 @@ impl kubernetes::ObjectStore for PolicySource {
     }
 
     fn take_changed(&mut self) -> Option<Policies> {
-        self.store.take_changed().map(|policies| policies.with_minimum(self.minimum))
+        let changed = self.store.take_changed();
+        if self.store.take_needs_list() {
+            self.relists.iter().for_each(|relist| relist.notify_one());
+        }
+        changed.map(|policies| policies.with_minimum(self.minimum))
+    }
+
+    fn warnings(&mut self) -> Vec<String> {
+        self.store.warnings()
     }
 
     fn invalid_objects(&self) -> InvalidObjects {

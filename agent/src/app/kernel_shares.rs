@@ -1,12 +1,17 @@
 //! The shares of the kernel's tables, which the kernel and enrolment keep.
 
-use tacit_core::shares::{Capacity, PENDING_CONNECTIONS, PENDING_DIALS, PORT_MODES, Share, ShareUse};
+use std::sync::Arc;
+
+use tacit_core::{
+    policy::Policies,
+    shares::{Capacity, PENDING_CONNECTIONS, PENDING_DIALS, PORT_MODES, Share, ShareUse},
+};
 use tacit_kernel::Maps;
 
-use crate::enrol::Pods;
+use crate::enrol::{Pod, Pods};
 
 /// Returns the use of each table by enrolled pods; holders are cgroup ids.
-pub(super) fn usage(maps: &Maps, pods: &Pods) -> [ShareUse<u64>; 3] {
+pub(super) fn usage(maps: &Maps, pods: &Pods, policies: &Policies) -> [ShareUse<u64>; 3] {
     // No bound of these depends on the node.
     let capacity = Capacity { descriptors: 0 };
     let mut all = [PENDING_CONNECTIONS, PENDING_DIALS, PORT_MODES].map(|row: Share| ShareUse {
@@ -17,7 +22,10 @@ pub(super) fn usage(maps: &Maps, pods: &Pods) -> [ShareUse<u64>; 3] {
         refused: 0,
     });
     let [captured, dialled] = maps.pending_refused();
-    let not_applied = pods.pods.iter().filter(|pod| pod.policy().not_applied.is_some()).count() as u64;
+    // A namespace beyond its share is counted with the shares of policies.
+    let of_namespace = |pod: &Pod| policies.why_not_applied(&pod.workload.namespace).is_some();
+    let exceeds = |pod: &&Arc<Pod>| pod.policy().not_applied.is_some() && !of_namespace(pod);
+    let not_applied = pods.pods.iter().filter(exceeds).count() as u64;
     for (usage, refused) in all.iter_mut().zip([units(captured), units(dialled), not_applied]) {
         usage.refused = refused;
     }

@@ -34,6 +34,9 @@ use crate::{
     },
 };
 
+/// Namespaces listed whose policies are not applied, a number. All of them are logged.
+const NOT_APPLIED_LISTED_MAX: usize = 20;
+
 /// Gathers a [`Status`].
 pub(super) struct Report {
     kernel: Arc<Kernel>,
@@ -96,7 +99,7 @@ impl Report {
                 .collect(),
             sources: vec![
                 source(SourceKind::Directory, &self.proxy.snapshots.directory.state()),
-                source(SourceKind::Policy, &self.proxy.snapshots.policies.state()),
+                self.policy_source(),
             ],
             flows: self.proxy.telemetry.live_flows(),
             pool: PoolStatus { idle_sessions: self.proxy.sessions.count_idle() as u64 },
@@ -116,6 +119,17 @@ impl Report {
             *known = (directory, ranges, found);
         }
         known.2.clone()
+    }
+
+    /// The source of policies, with the namespaces whose policies are not applied.
+    fn policy_source(&self) -> SourceStatus {
+        let mut status = source(SourceKind::Policy, &self.proxy.snapshots.policies.state());
+        let policies = self.proxy.snapshots.policies.current();
+        let not_applied = policies.not_applied().take(NOT_APPLIED_LISTED_MAX);
+        status.unreadable.extend(not_applied.map(|(namespace, why)| {
+            format!("policies of namespace {namespace} are not applied, and all connections to its pods are denied: {why}")
+        }));
+        status
     }
 
     /// Explains the policy decision on a connection.
@@ -151,8 +165,7 @@ impl Report {
             port_modes: policy.map_or_else(BTreeMap::new, |policy| {
                 policy.modes.exceptions().map(|(p, m)| (p, mode(m).to_owned())).collect()
             }),
-            policies: policy
-                .map_or_else(Vec::new, |policy| policy.authorization.names().map(str::to_owned).collect()),
+            policies: policy.map_or_else(Vec::new, |policy| policy.authorization.first_names()),
             in_clear: policy
                 .map_or(NO_POLICY, |policy| in_clear_text(policy.plaintext_egress(workload)))
                 .to_owned(),
@@ -167,6 +180,7 @@ impl Report {
         let waiting = table
             .waiting
             .iter()
+            .chain(&table.absent.listed)
             .map(|w| pod(&w.workload, w.policy.as_deref(), &[], PodState::Waiting(w.reason.clone())));
         let directory = self.proxy.snapshots.directory.current();
         let left_alone = directory.host_network().map(|workload| {
@@ -214,7 +228,11 @@ impl Report {
         let mut all = self.proxy.shares.usage(&name);
         all.push(self.proxy.sessions.usage().named(name));
         all.push(self.proxy.telemetry.admin_connections());
-        all.extend(kernel_shares::usage(&self.kernel.maps, &table).map(|usage| usage.named(name)));
+        let policies = self.proxy.snapshots.policies.current();
+        let of_kernel = kernel_shares::usage(&self.kernel.maps, &table, &policies);
+        all.extend(of_kernel.map(|usage| usage.named(name)));
+        all.extend(policies.share_uses());
+        all.push(table.absent.share_use());
         let row = |usage: &ShareUse<String>| SHARES.iter().position(|row| row.resource == usage.resource);
         all.sort_by_key(row);
         all.into_iter().map(ShareStatus::of).collect()

@@ -84,6 +84,9 @@ async fn open_policies(config: &Config) -> Result<Opening<Policies>, AppError> {
                 for note in policies.notes() {
                     tracing::warn!(file = %named.display(), "{note}");
                 }
+                for (namespace, why) in policies.not_applied() {
+                    tracing::warn!(file = %named.display(), namespace, why, "policies are not applied, and all connections to pods of the namespace are denied");
+                }
                 Ok(policies)
             })?
             .into())

@@ -245,6 +245,7 @@ fn enroller(
         pods_cgroup: node.pods_cgroup,
         unnamed_pod_timeout: config.unnamed_pod_timeout,
         table: proxy.pods.clone(),
+        rechecks: proxy.rechecks.clone(),
         serve,
         reconciled: Arc::new(move || {
             state.apply(Event::Reconciled);

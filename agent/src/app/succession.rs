@@ -10,13 +10,14 @@
 //! and ends.
 
 use std::{
+    collections::HashMap,
     path::Path,
     sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
-use tacit_core::directory::{Directory, Protocol, Workload};
+use tacit_core::directory::{Directory, Protocol, Workload, WorkloadChange};
 use tacit_identity::manager::Identities;
 use tacit_kernel::{Kernel, KernelError, PinLock, PreparedPrograms, SuccessorLock};
 use tacit_sources::reload::Watched;
@@ -60,7 +61,8 @@ pub(super) async fn stand_by(
         free => return free,
     }
     let prepared = prepare()?;
-    certified(directory, identities, &config.node).await;
+    let has_cgroup = |cgroup: &Path| config.pods_cgroup.join(cgroup).exists();
+    certified(directory, identities, &config.node, has_cgroup).await;
     let path = config.pin_path.clone();
     let successor_lock = on_a_thread(move || SuccessorLock::acquire(&path)).await?;
     tracing::info!("another agent serves this node; standing by to take over from it");
@@ -71,15 +73,28 @@ pub(super) async fn stand_by(
     Ok((pin_lock, Some((successor_lock, prepared))))
 }
 
-/// Waits until all pods of `node` have certificates. A pod that is deleted meanwhile needs none.
-async fn certified(directory: &Watched<Directory>, identities: &Identities, node: &str) {
+/// Waits until all pods of `node` that have a cgroup have certificates. A pod that is deleted meanwhile needs none. Pods that
+/// never run are not waited for: anybody who may create pods can make thousands of them. Only changed pods are looked at.
+async fn certified(
+    directory: &Watched<Directory>,
+    identities: &Identities,
+    node: &str,
+    has_cgroup: impl Fn(&Path) -> bool,
+) {
     let (mut attempts, mut changes) = (identities.changes(), directory.subscribe());
+    let runs =
+        |workload: &Arc<Workload>| workload.protocol == Protocol::Tacit && has_cgroup(&workload.cgroup);
+    let (mut seen, mut missing) = (Arc::new(Directory::default()), HashMap::new());
     loop {
         let known = directory.current();
+        for WorkloadChange { before, now } in known.changes_on_node(&seen, node) {
+            before.iter().for_each(|before| drop(missing.remove(&before.full_name())));
+            missing.extend(now.filter(runs).map(|now| (now.full_name(), now)));
+        }
+        seen = known;
         // Requests all certificates. The identity manager logs failures and retries.
-        let missing = |workload: &&Arc<Workload>| identities.ready(&workload.identity).is_err();
-        let wanted = known.on_node(node).filter(|workload| workload.protocol == Protocol::Tacit);
-        if wanted.filter(missing).count() == 0 {
+        missing.retain(|_, workload| identities.ready(&workload.identity).is_err());
+        if missing.is_empty() {
             return;
         }
         // Both senders outlive this wait, so neither channel closes.
@@ -155,7 +170,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_pod_that_goes_meanwhile_is_not_waited_for() {
+    async fn pods_that_never_run_and_a_pod_that_goes_are_not_waited_for() {
         let folder = Scratch::new();
         let domain = TrustDomain::parse("cluster.local").expect("valid");
         // The issuer's files are absent, so every attempt fails.
@@ -169,14 +184,19 @@ mod tests {
         });
         let identities = Identities::start(Issuer::Istio(issuer));
         let file = folder.path().join("directory.yaml");
-        let pod = "workloads: [{name: web, namespace: shop, addresses: [10.77.1.2], node: a}]\n";
-        fs::write(&file, pod).expect("written");
+        let pods = "workloads:\n\
+                    - {name: web, namespace: shop, addresses: [10.77.1.2], node: a}\n\
+                    - {name: dead, namespace: shop, addresses: [10.77.1.3], node: a}\n";
+        fs::write(&file, pods).expect("written");
         let named = file.clone();
         let parse = move |text: &str| Directory::parse(text, &named, &domain);
         let directory = Watched::open(&file, parse).expect("read");
         let soon = Duration::from_secs(10);
-        certified(&directory, &identities, "b").await;
-        let mut waiting = std::pin::pin!(certified(&directory, &identities, "a"));
+        certified(&directory, &identities, "b", |_| true).await;
+        certified(&directory, &identities, "a", |_| false).await;
+        assert!(identities.certificates().is_empty(), "none is requested for pods that never run");
+        let web = directory.current().named("shop", "web").expect("it is listed").cgroup.clone();
+        let mut waiting = std::pin::pin!(certified(&directory, &identities, "a", |cgroup| *cgroup == *web));
         let refused = async {
             let mut attempts = identities.changes();
             attempts.changed().await

@@ -15,6 +15,7 @@ use crate::{
     app::report::Report,
     enrol::Enroller,
     proxy::{Proxy, workers::vital},
+    recheck::Rechecks,
     telemetry::status::UncoveredStatus,
 };
 
@@ -37,6 +38,9 @@ pub(super) struct Tasks {
     upkeep: JoinSet<()>,
     heart: JoinSet<()>,
     kernel_log: JoinSet<()>,
+    /// Decides again on live flows for as long as there are any.
+    rechecks: JoinSet<()>,
+    live: Arc<Rechecks>,
 }
 
 impl Tasks {
@@ -59,11 +63,18 @@ impl Tasks {
         upkeep.spawn(vital(failed.clone(), snapshots.mesh.keep(snapshots.directory)));
         upkeep.spawn(vital(failed.clone(), keeper));
         let mut heart = JoinSet::new();
-        heart.spawn(heartbeat(kernel.clone(), heartbeat_timeout, failed));
         let mut kernel_log = JoinSet::new();
         let logged = kernel.clone();
         kernel_log.spawn(async move { events::forward(&logged).await });
-        Self { enrolment, settle, upkeep, heart, kernel_log }
+        let mut rechecks = JoinSet::new();
+        let follow = proxy
+            .rechecks
+            .clone()
+            .follow(proxy.snapshots.directory.clone(), proxy.snapshots.policies.clone());
+        rechecks.spawn(vital(failed.clone(), follow));
+        rechecks.spawn(run_rechecks(proxy.rechecks.clone(), failed.clone()));
+        heart.spawn(heartbeat(kernel.clone(), heartbeat_timeout, failed));
+        Self { enrolment, settle, upkeep, heart, kernel_log, rechecks, live: proxy.rechecks.clone() }
     }
 
     /// Ends enrolment and upkeep. After that this agent changes only its heartbeat on the kernel side.
@@ -89,7 +100,17 @@ impl Tasks {
     pub(super) async fn stop(&mut self) {
         self.upkeep.abort_all();
         self.kernel_log.abort_all();
+        self.live.close();
+        self.rechecks.abort_all();
         self.stop_heart().await;
+    }
+}
+
+/// Runs the thread that decides again on live flows. Cancels `failed` if there is no such thread any more.
+async fn run_rechecks(rechecks: Arc<Rechecks>, failed: CancellationToken) {
+    if let Err(error) = rechecks.run().await {
+        tracing::error!(%error, "live flows are not decided on again when policy changes; restart the agent");
+        failed.cancel();
     }
 }
 

@@ -8,7 +8,7 @@ use tacit_kernel::{
 };
 
 use crate::enrol::{
-    Enroller, NotYet, PodPolicy, State,
+    Enroller, HeldPolicy, NotYet, PodPolicy, State,
     policy_publisher::{plaintext_handling, put_in_force, set_modes},
 };
 
@@ -22,18 +22,25 @@ enum Steering {
 impl Enroller {
     /// Writes the pod's entry, so that it sends nothing past the agent from then on. An entry of an earlier agent stays as
     /// it is: the pod's connections are captured, and refused until this agent listens.
-    pub(super) fn cover(&self, state: &mut State, cgroup: u64, workload: &Workload) -> Result<u32, NotYet> {
+    pub(super) fn cover(
+        &self,
+        state: &mut State,
+        cgroup: u64,
+        workload: &Arc<Workload>,
+    ) -> Result<u32, NotYet> {
         if let Some(slot) = state.known.get(&cgroup) {
             return Ok(*slot);
         }
         let slot = state.free_slot();
-        let policy = PodPolicy::configured(&self.snapshots.policies.current(), workload);
+        let policies = self.snapshots.policies.current();
+        let policy = PodPolicy::configured(&policies, workload);
         let entry = |policy: &PodPolicy| entry(workload, cgroup, slot, (0, 0), policy);
         // Single ports can be stricter than the pod.
         let in_force = put_in_force(&self.kernel.maps, entry, policy)
             .map_err(|closed| NotYet::Kernel(closed.not_applied.unwrap_or_default()))?;
         state.known.insert(cgroup, slot);
-        state.held.insert(cgroup, Arc::new(in_force));
+        let (workload, policy) = (Arc::clone(workload), Arc::new(in_force));
+        state.held.insert(cgroup, HeldPolicy { workload, policies, policy });
         Ok(slot)
     }
 
@@ -111,6 +118,7 @@ impl Enroller {
         let ranges = self.snapshots.mesh.ranges();
         let before = state.ranges.replace(Arc::clone(&ranges));
         let Some(before) = before.filter(|before| !Arc::ptr_eq(before, &ranges)) else { return };
+        state.ranges_changed = true;
         for pod in state.current.values() {
             let is_new = |address| ranges.contains(address) && !before.contains(address);
             self.reset_plaintext(&pod.netns, &pod.workload, is_new);

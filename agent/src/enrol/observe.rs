@@ -45,6 +45,7 @@ impl Enroller {
             covered: state.known.keys().copied().collect(),
             exempt: state.exempt.iter().map(|(id, addresses)| (*id, addresses.clone())).collect(),
             unnamed: state.unnamed.passed(),
+            is_partial: !state.has_seen_all,
             guarded: state.guarded.iter().copied().collect(),
             attached: state.attached.iter().copied().collect(),
             uncertified: uncertified.collect(),

@@ -10,6 +10,7 @@
 //! | its cgroup was replaced | release it, remove the old cgroup, enrol it in the new one |
 //! | the directory dropped it, and it has a process | nothing: it is served until its last process is gone |
 //! | the kernel has a cgroup of no pod of the directory | remove it: an earlier agent left it, or the pod is gone |
+//! | the same, and not all pods of the directory were looked at yet | nothing: it can be the cgroup of one of them |
 //! | the directory has a pod that is not to be enrolled | tell the kernel to leave it alone, whatever the mesh's mode |
 //! | the directory does not name a cgroup, for long enough | tell the kernel to leave it alone too |
 //! | a pod that is not to be enrolled, or one without a certificate, has a process | guard its links: it sends from its own addresses only |
@@ -24,7 +25,7 @@ use std::{
 };
 
 use tacit_core::{
-    directory::{Directory, Protocol, Ranges, Workload},
+    directory::{Ranges, Workload},
     spiffe::SpiffeId,
 };
 use tacit_identity::issuer::IssueError;
@@ -44,6 +45,8 @@ pub(super) struct Observed {
     pub exempt: BTreeMap<u64, Vec<IpAddr>>,
     /// Ids of the cgroups that no source has named for long enough.
     pub unnamed: BTreeSet<u64>,
+    /// True until each pod of the directory was looked at. The kernel can have entries of pods that are not wanted yet.
+    pub is_partial: bool,
     /// Ids of the cgroups whose links were guarded before enrolment, or cannot be.
     pub guarded: BTreeSet<u64>,
     /// Ids of cgroups for which an earlier agent attached programs.
@@ -83,7 +86,7 @@ pub(super) struct Served {
     pub workload: Arc<Workload>,
 }
 
-/// The pods that the directory has for this node.
+/// The pods that the directory has for this node, as far as they have a cgroup.
 #[derive(Debug, Default)]
 pub(super) struct Wanted {
     /// The pods to enrol.
@@ -95,17 +98,6 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
-    pub(super) fn of(directory: &Directory, node: &str) -> Self {
-        let (pods, outside): (Vec<_>, Vec<_>) =
-            directory.on_node(node).cloned().partition(|w| w.protocol == Protocol::Tacit);
-        // The addresses of these are the node's, and their links too.
-        let with_no_address =
-            |w: &Arc<Workload>| Arc::new(Workload { addresses: Vec::new(), ..(**w).clone() });
-        let host_network = directory.host_network().map(with_no_address);
-        let bystanders = outside.into_iter().chain(host_network).collect();
-        Self { pods, departed: directory.departed().cloned().collect(), bystanders }
-    }
-
     /// Returns all workloads by cgroup. A wanted pod comes before a departed one, and an earlier one before a later one.
     pub(super) fn kept(&self) -> HashMap<&Path, &Arc<Workload>> {
         self.departed.iter().chain(self.pods.iter().rev()).map(|w| (w.cgroup.as_path(), w)).collect()
@@ -188,7 +180,7 @@ pub(super) fn plan(observed: &Observed, wanted: &Wanted) -> Vec<Action> {
     // A pod that the kernel has an entry of was named once. Its entry goes first, and its time to be held begins.
     let is_unnamed =
         |id: &u64| observed.unnamed.contains(id) && !is_named(id) && !observed.covered.contains(id);
-    let is_foreign = |id: &u64| !is_named(id) && !is_unnamed(id);
+    let is_foreign = |id: &u64| !observed.is_partial && !is_named(id) && !is_unnamed(id);
     let was_enrolled = |id: &u64| left_alone.contains_key(id) && observed.covered.contains(id);
     let removed: BTreeSet<u64> = in_kernel.copied().filter(|id| is_foreign(id) || was_enrolled(id)).collect();
     actions.extend(removed.iter().map(|id| Action::Remove(*id)));

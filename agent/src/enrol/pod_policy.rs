@@ -16,8 +16,8 @@ pub struct PodPolicy {
     pub modes: Modes,
     /// The authorization policies that select the pod.
     pub authorization: Authorization,
-    /// The reason for which the configured policy is not in force: it needs more than the pod's share, or the kernel rejected it. All ports
-    /// are STRICT then.
+    /// The reason for which the configured policy is not in force: its namespace or the pod exceeds a share, or the kernel rejected
+    /// the policy. All ports are STRICT then.
     pub not_applied: Option<String>,
 }
 
@@ -32,7 +32,7 @@ impl PodPolicy {
         let configured = Self {
             modes: policies.modes(workload),
             authorization: policies.authorization(workload),
-            not_applied: None,
+            not_applied: policies.why_not_applied(&workload.namespace).map(str::to_owned),
         };
         match configured.modes.exceptions().count() {
             0..=PORT_MODES_MAX => configured,

@@ -2,12 +2,12 @@
 
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
+use arc_swap::ArcSwap;
 use tacit_core::directory::{Directory, Workload};
 use tacit_kernel::{GuardedLink, PlaintextEgress, netns::Netns};
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::enrol::{PodPolicy, Unnamed};
+use crate::enrol::{Absent, PodPolicy, Unnamed};
 
 /// An enrolled pod, as the data path sees it.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ pub struct Pod {
     /// Cancelled when the pod is no longer enrolled.
     pub closed: CancellationToken,
     /// The policy in force. A pod that is enrolled again in the same cgroup shares it with its earlier enrolment, whose flows continue.
-    pub(super) policy: Arc<watch::Sender<Arc<PodPolicy>>>,
+    pub(super) policy: Arc<ArcSwap<PodPolicy>>,
     pub(super) slot: u32,
     /// Port of the agent's listener for its captured connections.
     pub(super) capture_port: u16,
@@ -37,7 +37,7 @@ impl Pod {
         let address = self.workload.addresses.first();
         let entry = address.and_then(|address| directory.at(*address));
         let entry = entry.filter(|entry| entry.cgroup == self.workload.cgroup).unwrap_or(&self.workload);
-        let clear = self.policy.borrow().plaintext_egress(entry);
+        let clear = self.policy.load().plaintext_egress(entry);
         matches!(clear, PlaintextEgress::Nothing | PlaintextEgress::Udp)
     }
 
@@ -56,13 +56,13 @@ impl Pod {
     /// Returns the policy in force.
     #[must_use]
     pub fn policy(&self) -> Arc<PodPolicy> {
-        Arc::clone(&self.policy.borrow())
+        self.policy.load_full()
     }
 
-    /// Returns a receiver of the policy in force and all later ones.
+    /// Returns the place of the policy in force, now and later.
     #[must_use]
-    pub fn policy_changes(&self) -> watch::Receiver<Arc<PodPolicy>> {
-        self.policy.subscribe()
+    pub fn policy_in_force(&self) -> Arc<ArcSwap<PodPolicy>> {
+        Arc::clone(&self.policy)
     }
 
     /// Its address of the same family as `other`.
@@ -88,18 +88,25 @@ pub struct Waiting {
 pub struct Pods {
     /// Enrolled pods.
     pub pods: Vec<Arc<Pod>>,
-    /// Pods that should be enrolled and are not yet.
+    /// Pods that have a cgroup, should be enrolled and are not yet.
     pub waiting: Vec<Waiting>,
+    /// Pods that should be enrolled and have no cgroup, each namespace up to its share.
+    pub absent: Arc<Absent>,
     /// Pods that no source names.
     pub unnamed: Unnamed,
     by_address: HashMap<IpAddr, Arc<Pod>>,
 }
 
 impl Pods {
-    pub(super) fn new(pods: Vec<Arc<Pod>>, waiting: Vec<Waiting>, unnamed: Unnamed) -> Self {
+    pub(super) fn new(
+        pods: Vec<Arc<Pod>>,
+        waiting: Vec<Waiting>,
+        absent: Arc<Absent>,
+        unnamed: Unnamed,
+    ) -> Self {
         let by_address =
             pods.iter().flat_map(|p| p.workload.addresses.iter().map(move |a| (*a, p.clone()))).collect();
-        Self { pods, waiting, unnamed, by_address }
+        Self { pods, waiting, absent, unnamed, by_address }
     }
 
     /// Returns the policy that the data path and the kernel hold for a workload of this node, and why the pod is not
@@ -109,7 +116,8 @@ impl Pods {
         if let Some(pod) = self.pods.iter().find(|pod| pod.workload.cgroup == workload.cgroup) {
             return Some((Some(pod.policy()), None));
         }
-        let waiting = self.waiting.iter().find(|waiting| waiting.workload.cgroup == workload.cgroup)?;
+        let mut waiting = self.waiting.iter().chain(&self.absent.listed);
+        let waiting = waiting.find(|waiting| waiting.workload.cgroup == workload.cgroup)?;
         Some((waiting.policy.clone(), Some(&waiting.reason)))
     }
 

@@ -3,9 +3,8 @@
 //! The driver of enrolment calls this on each change of the policies. Nothing else writes policy.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -18,7 +17,7 @@ use tacit_core::{
 use tacit_kernel::{Kernel, KernelError, Maps, PlaintextHandling, PodEntry, host, reset_sockets};
 
 use crate::{
-    enrol::{Enroller, Pod, PodPolicy, State, kernel_state::entry},
+    enrol::{Enroller, HeldPolicy, Pod, PodPolicy, State, kernel_state::entry},
     telemetry::{Ends, Reporter},
 };
 
@@ -29,31 +28,67 @@ const TUNNEL: u16 = tacit_abi::tcp_port::TUNNEL;
 
 impl Enroller {
     /// Publishes the current policies if they have changed since the last time.
-    pub(super) fn publish_new_policies(&self, state: &mut State, kept: &HashMap<&Path, &Arc<Workload>>) {
+    pub(super) fn publish_new_policies(&self, state: &mut State) {
         let policies = self.snapshots.policies.current();
         if state.published.as_ref().is_none_or(|known| !Arc::ptr_eq(known, &policies)) {
-            self.publish_policies(state, kept);
+            self.publish_policies(state);
         }
     }
 
-    /// Publishes the current policies: the default mode, and the policy of each enrolled pod. `kept` has the directory's
-    /// workloads by cgroup.
-    pub(super) fn publish_policies(&self, state: &mut State, kept: &HashMap<&Path, &Arc<Workload>>) {
+    /// Publishes the current policies, and ends connections of pods whose policy changed a short time ago. All policies are in
+    /// force by then, and new ones come first.
+    pub(super) fn publish_policies(&self, state: &mut State) {
+        self.publish_changed(state);
+        let pods = state.current.values();
+        let unsettled: Vec<Arc<Pod>> =
+            pods.filter(|pod| state.unsettled.contains_key(&pod.cgroup)).cloned().collect();
+        for pod in unsettled {
+            let published = state.published.as_ref();
+            if published.is_none_or(|known| !Arc::ptr_eq(known, &self.snapshots.policies.current())) {
+                self.publish_changed(state);
+            }
+            self.reset_denied(&pod);
+        }
+    }
+
+    /// Puts the current policies in force: the default mode, and the policies of enrolled pods and of those that are held. Only
+    /// the policies of pods are built whose namespace or entry in the directory has changed since the last time.
+    fn publish_changed(&self, state: &mut State) {
         let policies = self.snapshots.policies.current();
-        state.published = Some(Arc::clone(&policies));
+        let before = state.published.replace(Arc::clone(&policies));
         if let Err(error) = publish_mesh_default(&self.kernel, &policies) {
             tracing::error!(%error, "mode of the mesh not applied to pods without an entry; trying again");
         }
         state.unsettled.retain(|_, since| since.elapsed() < SETTLING);
         for pod in state.current.values() {
             // Labels may have changed since the pod was enrolled.
-            let entry = kept.get(pod.workload.cgroup.as_path()).map_or(&*pod.workload, |entry| entry);
+            let entry = state.pods.entry(&pod.workload.cgroup).unwrap_or(&pod.workload);
+            let is_same =
+                before.as_ref().is_some_and(|before| policies.is_same_for(&entry.namespace, before));
+            let known = state.policy_entries.get(&pod.cgroup);
+            let is_known = known.is_some_and(|known| Arc::ptr_eq(known, entry));
+            if is_same && is_known && pod.policy().not_applied.is_none() {
+                continue;
+            }
+            state.policy_entries.insert(pod.cgroup, Arc::clone(entry));
             let wanted = PodPolicy::configured(&policies, entry);
             if wanted != *pod.policy() && self.replace_policy(pod, wanted) {
                 state.unsettled.insert(pod.cgroup, Instant::now());
             }
-            if state.unsettled.contains_key(&pod.cgroup) {
-                self.reset_denied(pod);
+        }
+        let mut held = Vec::new();
+        for (cgroup, known) in &mut state.held {
+            if policies.is_same_for(&known.workload.namespace, &known.policies) {
+                // Earlier policies are not kept in memory.
+                known.policies = Arc::clone(&policies);
+            } else {
+                held.push((*cgroup, Arc::clone(&known.workload)));
+            }
+        }
+        for (cgroup, workload) in held {
+            if self.replace_held(state, cgroup, &workload) {
+                // The snapshot of the node's pods shows it.
+                state.next_look = None;
             }
         }
     }
@@ -70,32 +105,48 @@ impl Enroller {
             return false;
         }
         log_policy(&pod.workload, &in_force);
-        pod.policy.send_replace(Arc::new(in_force));
+        pod.policy.store(Arc::new(in_force));
+        self.rechecks.policy_changed(pod.cgroup);
         true
     }
 
     /// Keeps the policy of a pod in force that the kernel has an entry of and that this agent does not serve yet. Its
-    /// applications get plaintext as their modes allow.
-    pub(super) fn hold_policy(&self, state: &mut State, cgroup: u64, workload: &Workload) {
-        let Some(slot) = state.known.get(&cgroup).copied() else { return };
-        let wanted = PodPolicy::configured(&self.snapshots.policies.current(), workload);
-        let before = state.held.get(&cgroup);
-        if before.is_some_and(|before| **before == wanted) {
-            return;
+    /// applications get plaintext as their modes allow. A policy that is not applied is tried again.
+    pub(super) fn hold_policy(&self, state: &mut State, cgroup: u64, workload: &Arc<Workload>) {
+        // New policies are published for held pods too.
+        let is_kept =
+            |held: &HeldPolicy| Arc::ptr_eq(&held.workload, workload) && held.policy.not_applied.is_none();
+        if !state.held.get(&cgroup).is_some_and(is_kept) {
+            self.replace_held(state, cgroup, workload);
+        }
+    }
+
+    /// Returns true if the policy in force changed.
+    fn replace_held(&self, state: &mut State, cgroup: u64, listed: &Arc<Workload>) -> bool {
+        let Some(slot) = state.known.get(&cgroup).copied() else { return false };
+        let policies = self.snapshots.policies.current();
+        let wanted = PodPolicy::configured(&policies, listed);
+        let before = state.held.get(&cgroup).map(|held| Arc::clone(&held.policy));
+        if let Some(policy) = before.clone().filter(|before| **before == wanted) {
+            state.held.insert(cgroup, HeldPolicy { workload: Arc::clone(listed), policies, policy });
+            return false;
         }
         let maps = &self.kernel.maps;
         // Without an entry there is nothing to keep; the pod is covered anew.
-        let Some(at) = maps.pod_place(cgroup) else { return };
+        let Some(at) = maps.pod_place(cgroup) else { return false };
         // An earlier agent may have found the addresses in the pod's namespace.
-        let found = if workload.addresses.is_empty() { maps.steered_addresses(slot) } else { Vec::new() };
-        let addresses = if found.is_empty() { workload.addresses.clone() } else { found };
-        let workload = Workload { addresses, ..workload.clone() };
+        let found = if listed.addresses.is_empty() { maps.steered_addresses(slot) } else { Vec::new() };
+        let addresses = if found.is_empty() { listed.addresses.clone() } else { found };
+        let workload = Workload { addresses, ..(**listed).clone() };
         let entry = |policy: &PodPolicy| entry(&workload, cgroup, slot, at, policy);
         let in_force = put_in_force(maps, entry, wanted).unwrap_or_else(|closed| closed);
-        if before.is_none_or(|before| **before != in_force) {
+        let is_changed = before.is_none_or(|before| *before != in_force);
+        if is_changed {
             log_policy(&workload, &in_force);
-            state.held.insert(cgroup, Arc::new(in_force));
         }
+        let (workload, policy) = (Arc::clone(listed), Arc::new(in_force));
+        state.held.insert(cgroup, HeldPolicy { workload, policies, policy });
+        is_changed
     }
 
     /// Resets plaintext connections that the pod's applications accepted, without an agent between, while policy allowed them.
@@ -159,7 +210,7 @@ fn log_policy(workload: &Workload, in_force: &PodPolicy) {
             tracing::error!(pod = %workload.name, error, "policy not applied, STRICT instead; trying again");
         }
         None => {
-            let selected_by: Vec<_> = in_force.authorization.names().collect();
+            let selected_by = in_force.authorization.first_names();
             tracing::info!(pod = %workload.name, mode = ?in_force.modes.default, ?selected_by, "policy changed");
         }
     }

@@ -20,7 +20,7 @@ use std::{
 use tacit_core::directory::Directory;
 use tacit_kernel::cgroup;
 
-use crate::enrol::{Enroller, RESCAN, State};
+use crate::enrol::{Enroller, NodePods, RESCAN, State};
 
 /// Most cgroups that are looked at, a number: the entries of the kernel's map of pods. More are held.
 const CGROUPS_MAX: usize = tacit_abi::limits::PODS as usize;
@@ -109,14 +109,14 @@ impl Enroller {
     /// Looks for cgroups that `directory` does not name, at most once in [`RESCAN`].
     pub(super) fn look_for_unnamed(&self, state: &mut State, directory: &Directory) {
         let now = Instant::now();
-        let unnamed = &mut state.unnamed;
+        let (unnamed, pods) = (&mut state.unnamed, &state.pods);
         if unnamed.looked_at.is_some_and(|at| now.duration_since(at) < RESCAN) {
             return;
         }
         unnamed.looked_at = Some(now);
         let is_outdated = self.snapshots.directory.state().stale_since.is_some();
         let freshness = if is_outdated { Freshness::Outdated } else { Freshness::Current };
-        let named = Named::of(directory.cgroups_on_node(&self.node));
+        let named = Named::of(pods, directory.other_cgroups_on_node(&self.node));
         let root = self.pods_cgroup.path();
         match find(root, &named) {
             Ok(found) => {
@@ -131,16 +131,27 @@ impl Enroller {
 }
 
 /// The cgroups that a directory names, with those above them.
-struct Named {
-    cgroups: HashSet<PathBuf>,
-    above: HashSet<PathBuf>,
+struct Named<'a> {
+    pods: &'a NodePods,
+    /// Cgroups of others than `pods`.
+    others: HashSet<&'a Path>,
+    above_others: HashSet<&'a Path>,
 }
 
-impl Named {
-    fn of<'a>(cgroups: impl Iterator<Item = &'a Path>) -> Self {
-        let cgroups: HashSet<PathBuf> = cgroups.map(Path::to_owned).collect();
-        let above = cgroups.iter().flat_map(|path| path.ancestors().skip(1)).map(Path::to_owned).collect();
-        Self { cgroups, above }
+impl<'a> Named<'a> {
+    fn of(pods: &'a NodePods, others: impl Iterator<Item = &'a Path>) -> Self {
+        let others: HashSet<&Path> = others.collect();
+        let above_others = others.iter().flat_map(|path| path.ancestors().skip(1)).collect();
+        Self { pods, others, above_others }
+    }
+
+    fn has(&self, cgroup: &Path) -> bool {
+        self.pods.has_cgroup(cgroup) || self.others.contains(cgroup)
+    }
+
+    /// Returns true if there is a named cgroup below `cgroup`.
+    fn is_above(&self, cgroup: &Path) -> bool {
+        self.pods.is_above(cgroup) || self.above_others.contains(cgroup)
     }
 }
 
@@ -149,17 +160,17 @@ impl Named {
 ///
 /// # Errors
 /// Fails if a cgroup cannot be read. A result without its pods would take the cgroup itself for a pod.
-fn find(root: &Path, named: &Named) -> io::Result<HashMap<u64, PathBuf>> {
+fn find(root: &Path, named: &Named<'_>) -> io::Result<HashMap<u64, PathBuf>> {
     let mut found = HashMap::new();
     for first in below(root)?.unwrap_or_default() {
-        if named.cgroups.contains(relative(root, &first)) {
+        if named.has(relative(root, &first)) {
             continue;
         }
         let Some(inside) = below(&first)? else { continue };
         let all = if inside.is_empty() { vec![first] } else { inside };
         for path in all {
             let name = relative(root, &path);
-            let is_named = named.cgroups.contains(name) || named.above.contains(name);
+            let is_named = named.has(name) || named.is_above(name);
             if is_named || found.len() >= CGROUPS_MAX || !cgroup::is_populated(&path) {
                 continue;
             }
@@ -195,7 +206,12 @@ fn below(path: &Path) -> io::Result<Option<Vec<PathBuf>>> {
 mod tests {
     use super::*;
 
+    use std::sync::Arc;
+
+    use tacit_core::directory::{AddressConflict, Workload};
     use tacit_testing::Scratch;
+
+    use crate::enrol::testing::workload;
 
     const LIMIT: Duration = Duration::from_secs(60);
 
@@ -261,19 +277,28 @@ mod tests {
             fs::write(path.join("cgroup.events"), format!("populated {populated}\nfrozen 0\n"))
                 .expect("written");
         }
-        let named = ["named", "class/named", "deep/a/named"].map(Path::new);
-        let found = find(root.path(), &Named::of(named.into_iter())).expect("read");
+        let mut directory = Directory::default();
+        for (name, cgroup) in [("one", "class/named"), ("two", "deep/a/named")] {
+            let pod = Workload { name: name.into(), cgroup: cgroup.into(), ..workload(name, &[]) };
+            directory.insert(pod, AddressConflict::Replace);
+        }
+        directory.set_departed(vec![Arc::new(Workload { cgroup: "named".into(), ..workload("three", &[]) })]);
+        let mut pods = NodePods::default();
+        pods.follow(&Arc::new(directory.clone()), "a");
+        let found = find(root.path(), &Named::of(&pods, directory.other_cgroups_on_node("a"))).expect("read");
         let mut found: Vec<&Path> = found.values().map(|path| relative(root.path(), path)).collect();
         found.sort_unstable();
         assert_eq!(found, [Path::new("class/other"), Path::new("pod")]);
     }
+
     #[test]
     fn a_cgroup_that_cannot_be_read_is_no_pod() {
         let root = Scratch::new();
         let class = root.path().join("class");
         fs::create_dir(&class).expect("made");
         fs::write(class.join("cgroup.events"), "populated 1\n").expect("written");
-        let nothing = Named::of(std::iter::empty());
+        let pods = NodePods::default();
+        let nothing = Named::of(&pods, std::iter::empty());
         assert_eq!(find(root.path(), &nothing).expect("read").len(), 1, "control: it can be read");
         let (unreadable, gone) = (class.join("cgroup.events"), root.path().join("gone"));
         assert!(find(&unreadable, &nothing).is_err());

@@ -159,7 +159,7 @@ async fn begin<'a>(
                 live.close("cut");
                 return None;
             }
-            refusal = admitted.revoked(pod) => {
+            refusal = admitted.revoked(&path.rechecks, pod) => {
                 authorize::revoke(&path.telemetry, live, &refusal);
                 return None;
             }
@@ -250,7 +250,7 @@ pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: TcpStream, peer:
             let end = tokio::select! {
                 end = relay::plain(client, application, live.counters(), &bulk) => end.label(),
                 () = path.drain.cut.cancelled() => "cut",
-                refusal = admitted.revoked(&pod) => {
+                refusal = admitted.revoked(&path.rechecks, &pod) => {
                     return authorize::revoke(&path.telemetry, live, &refusal);
                 }
             };

@@ -11,7 +11,7 @@
 //! service, other endpoints are tried before the reset (`endpoints`).
 
 use std::{
-    future::{Future, pending},
+    future::Future,
     net::SocketAddr,
     pin::Pin,
     sync::{Arc, atomic::Ordering::Relaxed},
@@ -38,6 +38,7 @@ use crate::{
         authorize::{self, Admitted},
         canonical, not_connected,
     },
+    recheck::{Depends, Revoked},
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
 };
 use endpoints::{Endpoints, Rest};
@@ -192,7 +193,8 @@ fn carry(
         }),
         Upstream::SameNode(server, spec, target, admitted) => Box::pin(async move {
             let flow = (path.telemetry.open_flow(spec), path.shares.bulk.of(pod.cgroup));
-            relay_plain(path, (app, server), flow, admitted.revoked(&target), endpoint).await;
+            let revoked = admitted.revoked(&path.rechecks, &target);
+            relay_plain(path, (app, server), flow, revoked, endpoint).await;
         }),
         Upstream::Tunnel(Tunnel { session, optimistic_bytes, spec, key }) => {
             let live = path.telemetry.open_flow(spec);
@@ -226,27 +228,14 @@ fn find_destination(path: &Proxy, pod: &Pod, app: &TcpStream, client: SocketAddr
     Some(Addresses { source, destination })
 }
 
-/// Waits until a flow that is carried as plaintext must end, and returns the reason. The first check comes after the
-/// subscriptions, because the route was decided before them.
-async fn plaintext_revoked(path: &Proxy, pod: &Pod, destination: SocketAddr) -> Refusal {
-    let mut directory = path.snapshots.directory.subscribe();
-    let mut policies = path.snapshots.policies.subscribe();
-    let mut own = pod.policy_changes();
-    // Their receivers count every version since the agent's start as unseen.
-    directory.mark_unchanged();
-    policies.mark_unchanged();
-    loop {
-        if let Some(reason) = plaintext_denied(path, pod, destination) {
-            return Refusal::new(reason, "carried as plaintext before the directory or a policy changed");
-        }
-        // A source that has ended changes nothing any more.
-        tokio::select! {
-            Ok(()) = directory.changed() => {}
-            Ok(()) = policies.changed() => {}
-            Ok(()) = own.changed() => {}
-            else => return pending().await,
-        }
-    }
+/// Waits until a flow that is carried as plaintext must end, and returns the reason. The route was decided before, so the
+/// first check is made at once.
+fn plaintext_revoked(path: &Arc<Proxy>, pod: &Arc<Pod>, destination: SocketAddr) -> Revoked {
+    let (known, of) = (Arc::clone(path), Arc::clone(pod));
+    path.rechecks.revoked(pod.cgroup, Depends::OnDirectory, move || {
+        let reason = plaintext_denied(&known, &of, destination)?;
+        Some(Refusal::new(reason, "carried as plaintext before the directory or a policy changed"))
+    })
 }
 
 /// Returns the reason why a flow to `destination` must not be carried as plaintext: the destination or the pod is STRICT, or

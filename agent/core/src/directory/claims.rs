@@ -15,7 +15,8 @@ use std::{
     sync::Arc,
 };
 
-use super::{AddressConflict, Service, Workload, cow_map::CowMap};
+use super::{AddressConflict, Service, Workload};
+use crate::cow_map::CowMap;
 
 /// Workloads that contradict each other.
 #[derive(Debug, Clone, PartialEq, Eq)]

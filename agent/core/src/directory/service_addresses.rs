@@ -9,7 +9,8 @@ use std::{
     sync::Arc,
 };
 
-use super::{Service, cow_map::CowMap};
+use super::Service;
+use crate::cow_map::CowMap;
 
 /// The services of all addresses.
 #[derive(Debug, Default, Clone)]

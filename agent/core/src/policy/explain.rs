@@ -4,6 +4,7 @@
 //! comes from the function that decides on real flows.
 
 use std::{
+    collections::HashSet,
     fmt,
     net::{IpAddr, SocketAddr},
 };
@@ -247,27 +248,34 @@ fn path(
     };
     let mode = modes.at(port);
     verdict.mode = Some(name(mode).to_owned());
-    verdict.policies = authorization.names().map(str::to_owned).collect();
+    verdict.policies = authorization.first_names();
     let (proof, why) = arrival(known, source, client, target, mode);
     verdict.why.push(why);
+    verdict.why.extend(mode_in_words(known.policies, target, port, mode));
+    let Some(proof) = proof else {
+        verdict.why.push(OF_NODE.to_owned());
+        return verdict;
+    };
     verdict.principal = proof.identity().map(SpiffeId::to_string);
     let flow = Flow { source: proof, client, destination: SocketAddr::new(server, port) };
-    verdict.why.push(format!("The mode of the destination at port {port} is {}.", name(mode)));
-    let written = known.policies.written_modes(target).at(port);
-    if written != known.policies.modes(target).at(port) {
-        let written = name(written);
-        verdict.why.push(format!("Raised by minimumMode: the policies set {written}."));
-    }
     let decision = decide(&modes, &authorization, &flow);
     verdict.allow = decision == PolicyVerdict::Allow;
-    verdict.why.push(reason(
-        &decision,
-        &flow.source,
-        authorization.is_empty(),
-        &authorization.evaluate(&flow),
-    ));
+    verdict.why.push(reason(&decision, authorization.is_empty(), &authorization.evaluate(&flow)));
     verdict.why.extend(remarks(known.policies, &authorization, &flow));
     verdict
+}
+
+/// Returns the mode in force at a port in words, with the mode that the policies set if `minimumMode` raised it.
+fn mode_in_words(
+    policies: &Policies,
+    target: &Workload,
+    port: u16,
+    mode: Mode,
+) -> impl Iterator<Item = String> + use<> {
+    let (written, configured) = (policies.written_modes(target).at(port), policies.modes(target).at(port));
+    let raised = (written != configured && mode == configured)
+        .then(|| format!("Raised by minimumMode: the policies set {}.", name(written)));
+    [format!("The mode of the destination at port {port} is {}.", name(mode))].into_iter().chain(raised)
 }
 
 /// Returns the policy that a connection meets, with sentences where it is not the configured policy in full. `None` if there
@@ -307,21 +315,29 @@ fn held(
 fn remarks(policies: &Policies, authorization: &Authorization, flow: &Flow) -> Vec<String> {
     let audits = authorization.audits(flow);
     let audits = audits.iter().map(|audit| format!("It is told to the log by {audit}."));
-    let is_of = |note: &str, policy: &str| note.starts_with(&format!("AuthorizationPolicy {policy}: "));
-    let notes =
-        policies.notes().iter().filter(|note| authorization.names().any(|policy| is_of(note, policy)));
+    let names: HashSet<&str> = authorization.names().collect();
+    let is_of_these = |note: &&str| {
+        let policy = note.strip_prefix("AuthorizationPolicy ").and_then(|rest| rest.split(": ").next());
+        policy.is_some_and(|policy| names.contains(policy))
+    };
+    let notes = policies.notes().into_iter().filter(is_of_these);
     audits.chain(notes.map(|note| format!("Note: {note}."))).collect()
 }
 
-/// Returns the way by which the connection arrives at the destination's agent, with a sentence about it.
+/// The verdict on connections of the node's own processes. The kernel admits them, and no policy is evaluated.
+const OF_NODE: &str = "Allowed for connections of the node's own processes, such as probes. Pods with the node's network and \
+                       masqueraded connections have the same address, and are plaintext.";
+
+/// Returns the way by which the connection arrives at the destination's agent, with a sentence about it. `None` for a connection
+/// of the node's own processes, which arrives at the pod without the agent.
 fn arrival(
     known: ExplainContext<'_>,
     source: &Resolved<'_>,
     client: IpAddr,
     target: &Workload,
     mode: Mode,
-) -> (FlowSource, String) {
-    match source.workload.filter(|workload| workload.protocol == Protocol::Tacit) {
+) -> (Option<FlowSource>, String) {
+    let (proof, why) = match source.workload.filter(|workload| workload.protocol == Protocol::Tacit) {
         Some(workload) if workload.node == target.node => {
             let identity = &workload.identity;
             (FlowSource::SameNode(identity.clone()), format!("It is handed over on one node, as {identity}."))
@@ -335,21 +351,17 @@ fn arrival(
             (FlowSource::Tunnel(identity.clone()), format!("It comes through a tunnel, as {identity}."))
         }
         None if *target.node == *known.node && (known.is_node)(client) => {
-            (FlowSource::Node, "It comes from the destination's own node.".to_owned())
+            return (None, "It comes from the destination's own node.".to_owned());
         }
         None => (
             FlowSource::Plaintext,
             "It comes in clear, without an identity: the source is not enrolled.".to_owned(),
         ),
-    }
+    };
+    (Some(proof), why)
 }
 
-fn reason(
-    decision: &PolicyVerdict<'_>,
-    source: &FlowSource,
-    unselected: bool,
-    ruling: &AuthorizationDecision<'_>,
-) -> String {
+fn reason(decision: &PolicyVerdict<'_>, unselected: bool, ruling: &AuthorizationDecision<'_>) -> String {
     match decision {
         PolicyVerdict::Deny(PolicyDenial::PlaintextInStrict) => {
             "Denied: STRICT takes no plaintext. No AuthorizationPolicy is asked.".to_owned()
@@ -357,10 +369,6 @@ fn reason(
         PolicyVerdict::Deny(PolicyDenial::DeniedBy(by)) => format!("Denied by {by}."),
         PolicyVerdict::Deny(PolicyDenial::NotAllowed(policies)) => {
             format!("Denied: ALLOW policies select the destination, and no rule of ALLOW {policies} matches.")
-        }
-        PolicyVerdict::Allow if *source == FlowSource::Node => {
-            "Allowed for connections of the node's own processes, such as probes. Pods with the node's network and masqueraded \
-             connections have the same address, and are plaintext.".to_owned()
         }
         PolicyVerdict::Allow => match ruling {
             AuthorizationDecision::Allowed(by) => format!("Allowed by {by}."),

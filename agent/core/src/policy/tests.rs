@@ -224,7 +224,6 @@ fn plaintext_is_denied_in_strict_and_nothing_else_is() {
         for (source, expected) in [
             (FlowSource::Tunnel(id.clone()), PolicyVerdict::Allow),
             (FlowSource::SameNode(id.clone()), PolicyVerdict::Allow),
-            (FlowSource::Node, PolicyVerdict::Allow),
             (FlowSource::Plaintext, plaintext.clone()),
         ] {
             let asked = Flow {

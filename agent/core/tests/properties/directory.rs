@@ -218,9 +218,23 @@ proptest! {
                 prop_assert!(directory.on_node(&holder.node).any(|other| Arc::ptr_eq(other, holder)));
             }
         }
-        // Copies published before stay as they were.
-        for (directory, model) in copies {
-            assert_agrees(&directory, &model)?;
+        // Copies published before stay as they were, and the changes since are found.
+        for (before, model) in copies {
+            assert_agrees(&before, &model)?;
+            for node in NODES {
+                let changes = directory.changes_on_node(&before, node);
+                let mut known: Vec<_> = before.on_node(node).cloned().collect();
+                for change in changes {
+                    prop_assert_ne!(&change.before, &change.now);
+                    known.retain(|workload| Some(workload) != change.before.as_ref());
+                    known.extend(change.now);
+                }
+                let name = |workload: &Arc<Workload>| workload.full_name();
+                let mut now: Vec<_> = directory.on_node(node).cloned().collect();
+                known.sort_by_key(name);
+                now.sort_by_key(name);
+                prop_assert_eq!(known, now);
+            }
         }
     }
 

@@ -212,7 +212,7 @@ proptest! {
     #[test]
     fn the_verdict_on_a_flow_agrees_with_the_rules_as_documented(
         policies in vec(policy(), 0..4), workload in workload(), mode in mode(), client_identity in client(),
-        client in select(&CLIENTS), port in select(vec![80_u16, 443, 8080]), is_probe in prop::bool::weighted(0.1),
+        client in select(&CLIENTS), port in select(vec![80_u16, 443, 8080]),
     ) {
         let text: String = policies.iter().enumerate().map(|(number, policy)| policy.json(number)).collect();
         let authorization = read(&text).authorization(&workload);
@@ -220,7 +220,6 @@ proptest! {
         let client: IpAddr = client.parse().expect("an address");
         let source = match &client_identity {
             Some(id) => FlowSource::Tunnel(id.clone()),
-            None if is_probe => FlowSource::Node,
             None => FlowSource::Plaintext,
         };
         let flow = Flow { source, client, destination: (workload.addresses[0], port).into() };
@@ -233,7 +232,6 @@ proptest! {
         let mut allows = selecting.iter().filter(|policy| policy.is_allow).peekable();
         let is_allowed = allows.peek().is_none() || allows.any(|policy| matches(&policy));
         let expected = match flow.source {
-            FlowSource::Node => true,
             FlowSource::Plaintext if mode == Mode::Strict => false,
             _ => !is_denied && is_allowed,
         };

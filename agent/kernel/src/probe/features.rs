@@ -64,6 +64,7 @@ const CHECK_SYNCOOKIE: BpfHelper = BpfHelper::BPF_FUNC_tcp_check_syncookie;
 const STORAGE_DELETE: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_delete;
 const STORAGE_GET: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_get;
 const SET_SOCKET_OPTION: BpfHelper = BpfHelper::BPF_FUNC_setsockopt;
+const GET_SOCKET_OPTION: BpfHelper = BpfHelper::BPF_FUNC_getsockopt;
 const CB_FLAGS_SET: BpfHelper = BpfHelper::BPF_FUNC_sock_ops_cb_flags_set;
 
 const CGROUP_SKB: ProgramType = ProgramType::CgroupSkb;
@@ -190,6 +191,7 @@ pub(super) static FEATURES: &[Feature] = &[
         CB_FLAGS_SET,
     ),
     helper("bpf_setsockopt in sock_ops", UNPACED, Release(4, 13), ProgramType::SockOps, SET_SOCKET_OPTION),
+    helper("bpf_getsockopt in sock_ops", UNPACED, Release(4, 15), ProgramType::SockOps, GET_SOCKET_OPTION),
     helper("bpf_sk_assign in sk_lookup", STEER, Release(5, 9), ProgramType::SkLookup, SK_ASSIGN),
     helper("bpf_sk_release in sk_lookup", STEER, Release(5, 9), ProgramType::SkLookup, SK_RELEASE),
     helper("bpf_get_current_cgroup_id in sock_addr", CAPTURE, Release(5, 7), SOCK_ADDR, CURRENT_CGROUP),

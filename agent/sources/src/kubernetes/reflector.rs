@@ -1,11 +1,11 @@
 //! Applies the updates of watchers to a store and publishes its values.
 
-use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{collections::BTreeMap, panic::resume_unwind, sync::Arc, time::SystemTime};
 
 use kube::{Client, Config};
 use tokio::{
     sync::{mpsc, watch},
-    task::JoinSet,
+    task::{JoinSet, spawn_blocking},
 };
 
 use super::KubernetesError;
@@ -14,8 +14,6 @@ use crate::{
     reload::{Opening, ReloadState},
 };
 
-/// Capacity of the update channel. Watchers wait while it is full.
-const CHANGES_MAX: usize = 1024;
 /// Maximum number of updates in one published value.
 const BATCH: usize = 512;
 
@@ -27,6 +25,12 @@ pub(crate) trait ObjectStore: Send + 'static {
     type Object: Send + 'static;
     /// The published value. Its default is never visible.
     type Value: Default + Send + Sync + 'static;
+
+    /// Capacity of the update channel. Watchers wait while it is full.
+    const CHANGES_MAX: usize = 1024;
+
+    /// Removes updates that later ones of the same batch replace. The default keeps all.
+    fn drop_replaced(_batch: &mut Vec<Update<Self::Kind, Self::Object>>) {}
 
     /// Applies one change.
     fn apply_change(&mut self, change: Change<Self::Kind, Self::Object>);
@@ -90,7 +94,7 @@ pub(crate) fn start<S: ObjectStore>(
         state: state_sender,
     };
     let task = tokio::spawn(async move {
-        let (sender, updates) = mpsc::channel(CHANGES_MAX);
+        let (sender, updates) = mpsc::channel(S::CHANGES_MAX);
         let _followers = follow(client, sender);
         publisher.run(updates).await;
     });
@@ -111,10 +115,21 @@ impl<S: ObjectStore> Publisher<S> {
     async fn run(mut self, mut updates: mpsc::Receiver<Update<S::Kind, S::Object>>) {
         let mut batch = Vec::with_capacity(BATCH);
         while updates.recv_many(&mut batch, BATCH).await > 0 {
-            for one in batch.drain(..) {
-                self.handle(one);
-            }
-            self.publish();
+            // Parsing takes up to some 100 ms an object, which must not delay the heartbeat.
+            let applied = spawn_blocking(move || {
+                S::drop_replaced(&mut batch);
+                for one in batch.drain(..) {
+                    self.handle(one);
+                }
+                self.publish();
+                (self, batch)
+            });
+            (self, batch) = match applied.await {
+                Ok(done) => done,
+                Err(error) if error.is_panic() => resume_unwind(error.into_panic()),
+                // The runtime ends.
+                Err(_) => return,
+            };
         }
     }
 

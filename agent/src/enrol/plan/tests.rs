@@ -133,6 +133,21 @@ fn a_cgroup_that_no_source_names_is_left_alone_until_one_does() {
 }
 
 #[test]
+fn entries_of_an_earlier_agent_stay_until_each_pod_was_looked_at() {
+    for is_partial in [true, false] {
+        let after = steps(Node::with_a_running_pod(), |node| {
+            node.observed.is_partial = is_partial;
+            node.observed.covered = [7, 8].into();
+            node.observed.attached = [9].into();
+            node.observed.exempt = [(10, Vec::new())].into();
+        });
+        let removed = ["remove 8", "remove 9", "remove 10"];
+        let removed = if is_partial { &[][..] } else { &removed[..] };
+        assert_eq!(after, [removed, &["enrol 7"]].concat());
+    }
+}
+
+#[test]
 fn a_served_pod_that_stays_the_same_needs_nothing() {
     let after = |change: fn(&mut Node)| steps(Node::with_a_served_pod(), change);
     let nothing: [&str; 0] = [];

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use super::{
     Action, Applicability, Attachment, AuthorizationPolicy, Condition, Enforcement, OperationMatch, Rule,
     SourceMatch,
-    matching::{Pattern, ServiceAccount, ValueMatch, block},
+    matching::{Pattern, ServiceAccount, ValueMatch, ValueSet, block},
 };
 use crate::{
     policy::metadata::ObjectMeta,
@@ -90,7 +90,7 @@ pub(in crate::policy) fn spec(
     };
     let enforcement = if header.dry_run { Enforcement::DryRun } else { Enforcement::Enforced };
     let id = format!("{}/{}", header.namespace, header.name);
-    let policy = |action, rules| AuthorizationPolicy { id: id.clone(), action, enforcement, rules };
+    let policy = |action, rules| AuthorizationPolicy::new(id.clone(), action, enforcement, rules);
     let Some(spec) = spec else {
         let policy = policy(Action::Allow, Vec::new());
         return Some(AuthorizationSpec { policy, attachment: Attachment::Workloads, notes: Vec::new() });
@@ -217,7 +217,7 @@ impl RuleParser<'_> {
             }
         }
         let conditions = conditions.into_iter().flatten().collect();
-        Some(Rule { sources, operations, conditions, reach })
+        Some(Rule::new(sources, operations, conditions, reach))
     }
 
     fn source(&mut self, item: &Value<'_>, unseen: &mut Vec<String>) -> Option<SourceMatch> {
@@ -269,7 +269,10 @@ impl RuleParser<'_> {
                 Condition::SourceTrustDomain(listed(&mut fields, lists, |value| self.pattern(value))?)
             }
             _ if HTTP_ATTRIBUTES.iter().any(|known| is_attribute(name, known)) => {
-                listed(&mut fields, lists, |value| value.text().map(drop))?;
+                all(lists.into_iter().map(|list| {
+                    let items = filled(fields.written(list))?;
+                    all(items.iter().map(|item| item.text().map(drop))).map(drop)
+                }))?;
                 unseen.push(name.to_owned());
                 return Some(None);
             }
@@ -341,17 +344,17 @@ fn unseen_fields(fields: &mut Fields<'_>, names: &[&str], unseen: &mut Vec<Strin
 }
 
 /// A list and its negation.
-fn listed<T>(
+fn listed<S: ValueSet>(
     fields: &mut Fields<'_>,
     [any, none]: [&str; 2],
-    mut item: impl FnMut(&Value<'_>) -> Option<T>,
-) -> Option<ValueMatch<T>> {
+    mut item: impl FnMut(&Value<'_>) -> Option<S::Value>,
+) -> Option<ValueMatch<S>> {
     let mut list = |name| {
         let items = filled(fields.written(name))?;
         all(items.iter().map(&mut item))
     };
     let (any, none) = (list(any), list(none));
-    Some(ValueMatch { any: any?, none: none? })
+    Some(ValueMatch::of(any?, none?))
 }
 
 /// The items of a list that has some, or none when the field is absent. An empty list, and a name with nothing behind it,

@@ -92,11 +92,10 @@ impl DirectoryStore {
         if self.mirrors.is_empty() {
             return;
         }
-        let ending = {
-            let mut here = self.directory.on_node(&self.local_node.node).chain(self.directory.host_network());
-            here.find(|workload| workload.full_name() == *name).cloned()
+        let Some((namespace, pod)) = name.split_once('/') else { return };
+        let Some(ending) = self.directory.holder_named(&self.local_node.node, namespace, pod).cloned() else {
+            return;
         };
-        let Some(ending) = ending else { return };
         let heirs = self.mirrors.iter().filter(|(mirror, _)| **mirror != *name);
         let heirs: Vec<(String, Workload)> = heirs
             .filter_map(|(name, mirror)| {
