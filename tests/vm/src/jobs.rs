@@ -17,10 +17,19 @@ use super::{
     outcome::Outcome,
 };
 
-/// Suites about user space: TLS, certificates, services, files, shares of the agent. `cargo xtask vm` runs them on other kernels.
+/// Suites about user space: TLS, certificates, services, files, shares of the agent, large policies. `cargo xtask vm` runs them on other kernels.
 /// `cargo xtask test` does not, since they take more than a third of the machines' time.
-const OF_USER_SPACE: [&str; 8] =
-    ["authorization", "certificates", "identity", "kernel_shares", "reboot", "reload", "services", "shares"];
+const OF_USER_SPACE: [&str; 9] = [
+    "authorization",
+    "certificates",
+    "identity",
+    "kernel_shares",
+    "reboot",
+    "reload",
+    "scale",
+    "services",
+    "shares",
+];
 /// Suites that start agents again and again, which is slow in an emulated machine. `cargo xtask test` runs them on the first kernel
 /// only, which has the fewest features; the host's kernel has those of the newest.
 const OF_STARTS: [&str; 2] = ["handover", "lifecycle"];
