@@ -116,18 +116,21 @@ impl Drop for Registration {
 }
 
 impl Rechecks {
-    /// Returns a future that waits until `check` returns a refusal, now or after a change. The check is registered before it is
-    /// asked first, so that no change is missed.
+    /// Returns a future that waits until `check` returns a refusal, now or after a change. `is_decided` returns true if the state
+    /// is still that by which the flow was allowed; the first check is made only if not. The check is registered before that, so
+    /// that no change is missed.
     pub fn revoked(
         self: &Arc<Self>,
-        pod: u64,
-        depends: Depends,
+        (pod, depends): (u64, Depends),
+        is_decided: impl FnOnce() -> bool,
         check: impl Fn() -> Option<Refusal> + Send + Sync + 'static,
     ) -> Revoked {
         let (tell, told) = oneshot::channel();
         let live = Arc::new(LiveCheck { check: Box::new(check), revoked: Mutex::new(Some(tell)) });
         let registration = self.register((pod, depends), Arc::clone(&live));
-        live.ask();
+        if !is_decided() {
+            live.ask();
+        }
         Revoked { told, _registration: registration }
     }
 

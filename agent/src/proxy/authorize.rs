@@ -21,6 +21,8 @@ use crate::{
 #[derive(Debug)]
 pub struct Admitted {
     flow: Flow,
+    /// The policy that allowed it.
+    by: Arc<PodPolicy>,
 }
 
 /// Decides on a flow to `pod`, and reports the audits that it matches.
@@ -33,7 +35,7 @@ pub fn admit(telemetry: &Telemetry, pod: &Pod, flow: Flow, ends: &Ends) -> Resul
         telemetry.audited(ends, &audit.to_string());
     }
     verdict(&policy, &flow)?;
-    Ok(Admitted { flow })
+    Ok(Admitted { flow, by: policy })
 }
 
 fn verdict(policy: &PodPolicy, flow: &Flow) -> Result<(), Refusal> {
@@ -49,8 +51,14 @@ fn verdict(policy: &PodPolicy, flow: &Flow) -> Result<(), Refusal> {
 impl Admitted {
     /// Waits until the policy of `pod` no longer allows the flow. The policy may have changed since the flow was admitted.
     pub fn revoked(self, rechecks: &Arc<Rechecks>, pod: &Pod) -> Revoked {
-        let (policy, flow) = (pod.policy_in_force(), self.flow);
-        rechecks.revoked(pod.cgroup, Depends::OnPolicy, move || verdict(&policy.load(), &flow).err())
+        let Self { flow, by } = self;
+        let in_force = pod.policy_in_force();
+        let is_decided = || Arc::ptr_eq(&in_force.load(), &by);
+        let check = {
+            let in_force = Arc::clone(&in_force);
+            move || verdict(&in_force.load(), &flow).err()
+        };
+        rechecks.revoked((pod.cgroup, Depends::OnPolicy), is_decided, check)
     }
 }
 

@@ -232,10 +232,14 @@ fn find_destination(path: &Proxy, pod: &Pod, app: &TcpStream, client: SocketAddr
 /// first check is made at once.
 fn plaintext_revoked(path: &Arc<Proxy>, pod: &Arc<Pod>, destination: SocketAddr) -> Revoked {
     let (known, of) = (Arc::clone(path), Arc::clone(pod));
-    path.rechecks.revoked(pod.cgroup, Depends::OnDirectory, move || {
-        let reason = plaintext_denied(&known, &of, destination)?;
-        Some(Refusal::new(reason, "carried as plaintext before the directory or a policy changed"))
-    })
+    path.rechecks.revoked(
+        (pod.cgroup, Depends::OnDirectory),
+        || false,
+        move || {
+            let reason = plaintext_denied(&known, &of, destination)?;
+            Some(Refusal::new(reason, "carried as plaintext before the directory or a policy changed"))
+        },
+    )
 }
 
 /// Returns the reason why a flow to `destination` must not be carried as plaintext: the destination or the pod is STRICT, or

@@ -20,8 +20,14 @@ struct Flows {
 
 impl Flows {
     fn open(&self, pod: u64, depends: Depends) -> Revoked {
+        self.open_decided(pod, depends, false)
+    }
+
+    /// `is_decided` if the last decision on the flow is that of the state of now.
+    fn open_decided(&self, pod: u64, depends: Depends, is_decided: bool) -> Revoked {
         let (checks, denies) = (Arc::clone(&self.checks), Arc::clone(&self.denies));
-        self.rechecks.revoked(pod, depends, move || {
+        let is_decided = || is_decided;
+        self.rechecks.revoked((pod, depends), is_decided, move || {
             checks.fetch_add(1, Relaxed);
             denies.load(Relaxed).then(|| Refusal::new(RefusalReason::PlaintextInStrict, "denied"))
         })
@@ -76,6 +82,17 @@ fn a_denied_flow_is_told_and_others_do_not_notice() {
     assert_eq!(told(&mut flow).map(|refusal| refusal.reason), Some(RefusalReason::PlaintextInStrict));
     let mut late = flows.open(1, Depends::OnDirectory);
     assert!(told(&mut late).is_some(), "asked at once: the change may have come before");
+}
+
+#[test]
+fn a_flow_whose_last_decision_is_current_is_not_decided_on_again() {
+    let flows = Flows::default();
+    let mut flow = flows.open_decided(1, Depends::OnPolicy, true);
+    assert_eq!(flows.checks.load(Relaxed), 0);
+    flows.denies.store(true, Relaxed);
+    flows.rechecks.policy_changed(1);
+    assert_eq!(flows.run(), 1);
+    assert!(told(&mut flow).is_some());
 }
 
 #[test]
