@@ -161,7 +161,8 @@ impl<'a> Half<'a> {
 
     fn next_size(&mut self, read_bytes: usize, room_bytes: usize) -> Size {
         let next = self.size.after(read_bytes, room_bytes);
-        if next != Size::Large {
+        // A bounded receive buffer may keep reads from ever being full.
+        if next != Size::Large && !self.stall.is_bounded() {
             return next;
         }
         match self.growth.ask(self.counter.load(Relaxed)) {

@@ -324,12 +324,14 @@ impl<'a> Flow<'a> {
         }
         match ready!(self.session.poll_received(cx)) {
             Ok(Received::Data) => {
-                if self.session.is_receive_short()
+                // A bounded receive buffer may keep reads from ever being full.
+                let is_bounded = self.down_stall.is_bounded();
+                if (self.session.is_receive_short() || is_bounded)
                     && self.down_growth.ask(self.down.load(Relaxed)) == Grown::Now
                 {
                     self.session.set_large_receives(true);
                     socket::limit_unsent(self.app, true);
-                    if self.down_stall.is_bounded() {
+                    if is_bounded {
                         self.session.widen_unread();
                     }
                 }
