@@ -207,7 +207,7 @@ pub(super) fn put_in_force(
 fn log_policy(workload: &Workload, in_force: &PodPolicy) {
     match &in_force.not_applied {
         Some(error) => {
-            tracing::error!(pod = %workload.name, error, "policy not applied, STRICT instead; trying again");
+            tracing::warn!(pod = %workload.name, error, "policy not applied; STRICT holds until it is");
         }
         None => {
             let selected_by = in_force.authorization.first_names();

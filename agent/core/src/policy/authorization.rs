@@ -158,7 +158,7 @@ impl<'a> FlowAttributes<'a> {
 
     /// [`OWN_DOMAIN`] is no alias here: a policy that names a trust domain means that domain.
     fn has_trust_domain(&self, patterns: &Patterns) -> bool {
-        self.identity.is_some_and(|id| patterns.matches(&id.trust_domain().to_string()))
+        self.identity.is_some_and(|id| patterns.matches(id.trust_domain().as_str()))
     }
 
     fn has_account(&self, accounts: &ServiceAccounts) -> bool {

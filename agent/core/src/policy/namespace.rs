@@ -47,10 +47,27 @@ struct SelectorPolicy {
     ports: BTreeMap<u16, ModeSetting>,
 }
 
+/// Returns the lookups of one decision, at most. A pod has one value of each label, so of the policies that select different
+/// values of it only one group counts.
+fn lookups_for_one_pod(objects: &[&PolicyObject]) -> u64 {
+    let mut for_all = 0;
+    let mut by_label: HashMap<&str, HashMap<&str, u64>> = HashMap::new();
+    for object in objects {
+        let lookups = object.usage().lookups;
+        match object.selected_label() {
+            None => for_all += lookups,
+            Some((name, value)) => *by_label.entry(name).or_default().entry(value).or_default() += lookups,
+        }
+    }
+    let most = by_label.values().filter_map(|values| values.values().max());
+    for_all + most.sum::<u64>()
+}
+
 impl NamespacePolicies {
     /// Builds the policies from objects, oldest first.
     pub(super) fn of(namespace: &str, objects: &[&PolicyObject]) -> Self {
-        let usage = objects.iter().map(|object| object.usage()).sum::<PolicyUsage>();
+        let sum = objects.iter().map(|object| object.usage()).sum::<PolicyUsage>();
+        let usage = PolicyUsage { lookups: lookups_for_one_pod(objects), ..sum };
         if let Some(why) = usage.excess() {
             return Self::not_applied(namespace, usage, &why);
         }

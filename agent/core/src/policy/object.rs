@@ -121,6 +121,15 @@ impl PolicyObject {
         PolicyUsage { objects: 1, bytes: self.bytes as u64, lookups }
     }
 
+    /// A label that the policy selects workloads by, with its value. `None` if it selects all.
+    pub(super) fn selected_label(&self) -> Option<(&str, &str)> {
+        let labels = match self.parsed() {
+            ParsedPolicy::PeerAuthentication(policy) => &policy.labels,
+            ParsedPolicy::Authorization(policy) => &policy.labels,
+        };
+        labels.first_key_value().map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
     /// Notes for the author: rules that never match, or match more than they say.
     #[must_use]
     pub fn notes(&self) -> &[String] {

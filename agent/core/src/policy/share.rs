@@ -174,6 +174,26 @@ mod tests {
     }
 
     #[test]
+    fn policies_of_different_pods_do_not_add_up() {
+        let selecting = |name: &str, app: &str, rules: &str| {
+            format!(
+                "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
+                 metadata: {{name: {name}, namespace: jobs}}\n\
+                 spec: {{selector: {{matchLabels: {{app: {app}}}}}, rules: [{rules}]}}\n"
+            )
+        };
+        let some = "{}, ".repeat(LOOKUPS_MAX / 8);
+        let each_for = |app: &dyn Fn(usize) -> String| -> Policies {
+            read(&(0..16).map(|i| selecting(&format!("p{i}"), &app(i), &some)).collect::<String>())
+        };
+        let of_different = each_for(&|i| format!("app{i}"));
+        assert!(of_different.not_applied().next().is_none());
+        assert_eq!(of_different.share_uses()[2].used, (1 + LOOKUPS_MAX / 8) as u64);
+        let of_one = each_for(&|_| "web".to_owned());
+        assert_eq!(of_one.not_applied().count(), 1, "all of them select the same pods");
+    }
+
+    #[test]
     fn the_root_namespace_beyond_its_share_denies_everywhere() {
         let rules = "{}, ".repeat(LOOKUPS_MAX);
         let policies = read(&document("istio-system", "p", &rules));

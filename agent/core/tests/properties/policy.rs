@@ -33,10 +33,17 @@ type Lists = (Vec<&'static str>, Vec<&'static str>);
 /// One rule; a source or operation without a list is left out.
 #[derive(Debug, Clone)]
 struct Rule {
+    sources: Vec<Source>,
+    /// Ports of each operation.
+    operations: Vec<Lists>,
+}
+
+/// One source of a rule.
+#[derive(Debug, Clone)]
+struct Source {
     principals: Lists,
     namespaces: Lists,
     blocks: Lists,
-    ports: Lists,
 }
 
 /// One policy of random scope.
@@ -56,9 +63,28 @@ fn labels() -> impl Strategy<Value = BTreeMap<String, String>> {
     proptest::collection::btree_map("[ab]", "[xy]?", 0..3)
 }
 
+/// Mostly absent, so that sources with one field are frequent: the parser joins those.
+fn some_lists<const N: usize>(of: [&'static str; N]) -> impl Strategy<Value = Lists> {
+    prop_oneof![2 => Just((Vec::new(), Vec::new())), 1 => lists(of)]
+}
+
+fn is_absent((any, none): &Lists) -> bool {
+    any.is_empty() && none.is_empty()
+}
+
+fn source() -> impl Strategy<Value = Source> {
+    (some_lists(PRINCIPALS), some_lists(NAMESPACES), some_lists(BLOCKS))
+        .prop_map(|(principals, namespaces, blocks)| Source { principals, namespaces, blocks })
+}
+
 fn rule() -> impl Strategy<Value = Rule> {
-    (lists(PRINCIPALS), lists(NAMESPACES), lists(BLOCKS), lists(PORTS))
-        .prop_map(|(principals, namespaces, blocks, ports)| Rule { principals, namespaces, blocks, ports })
+    (vec(source(), 0..4), vec(lists(PORTS), 0..3)).prop_map(|(mut sources, mut operations)| {
+        sources.retain(|source| {
+            ![&source.principals, &source.namespaces, &source.blocks].into_iter().all(is_absent)
+        });
+        operations.retain(|ports| !is_absent(ports));
+        Rule { sources, operations }
+    })
 }
 
 fn policy() -> impl Strategy<Value = Policy> {
@@ -68,44 +94,66 @@ fn policy() -> impl Strategy<Value = Policy> {
     some.prop_filter("a DENY policy has rules", |policy| policy.is_allow || !policy.rules.is_empty())
 }
 
-impl Rule {
+fn list(object: &mut Map<String, Value>, name: &str, values: &[&str]) {
+    if !values.is_empty() {
+        object.insert(name.to_owned(), json!(values));
+    }
+}
+
+fn holds((any, none): &Lists, is: impl Fn(&str) -> bool) -> bool {
+    (any.is_empty() || any.iter().any(|value| is(value))) && none.iter().all(|value| !is(value))
+}
+
+impl Source {
     fn json(&self) -> Value {
-        let list = |object: &mut Map<String, Value>, name: &str, values: &[&str]| {
-            if !values.is_empty() {
-                object.insert(name.to_owned(), json!(values));
-            }
-        };
-        let (mut source, mut operation, mut rule) = (Map::new(), Map::new(), Map::new());
+        let mut source = Map::new();
         list(&mut source, "principals", &self.principals.0);
         list(&mut source, "notPrincipals", &self.principals.1);
         list(&mut source, "namespaces", &self.namespaces.0);
         list(&mut source, "notNamespaces", &self.namespaces.1);
         list(&mut source, "ipBlocks", &self.blocks.0);
         list(&mut source, "notIpBlocks", &self.blocks.1);
-        list(&mut operation, "ports", &self.ports.0);
-        list(&mut operation, "notPorts", &self.ports.1);
-        if !source.is_empty() {
-            rule.insert("from".to_owned(), json!([{ "source": source }]));
-        }
-        if !operation.is_empty() {
-            rule.insert("to".to_owned(), json!([{ "operation": operation }]));
-        }
-        Value::Object(rule)
+        json!({ "source": source })
     }
 
-    fn matches(&self, identity: Option<&SpiffeId>, client: IpAddr, port: u16) -> bool {
-        let holds = |(any, none): &Lists, is: &dyn Fn(&str) -> bool| {
-            (any.is_empty() || any.iter().any(|value| is(value))) && none.iter().all(|value| !is(value))
-        };
+    fn matches(&self, identity: Option<&SpiffeId>, client: IpAddr) -> bool {
         let principal = identity.map(|id| id.to_string().replace("spiffe://", ""));
         let is_in = |block: &str| match block.parse::<IpNet>() {
             Ok(net) => net.contains(&client),
             Err(_) => block.parse() == Ok(client),
         };
-        holds(&self.principals, &|pattern| principal.as_ref().is_some_and(|own| is_like(pattern, own)))
-            && holds(&self.namespaces, &|pattern| identity.is_some_and(|id| is_like(pattern, id.namespace())))
-            && holds(&self.blocks, &is_in)
-            && holds(&self.ports, &|value| value.parse() == Ok(port))
+        holds(&self.principals, |pattern| principal.as_ref().is_some_and(|own| is_like(pattern, own)))
+            && holds(&self.namespaces, |pattern| identity.is_some_and(|id| is_like(pattern, id.namespace())))
+            && holds(&self.blocks, is_in)
+    }
+}
+
+impl Rule {
+    fn json(&self) -> Value {
+        let mut rule = Map::new();
+        if !self.sources.is_empty() {
+            rule.insert("from".to_owned(), self.sources.iter().map(Source::json).collect());
+        }
+        let operations: Vec<Value> = self
+            .operations
+            .iter()
+            .map(|ports| {
+                let mut operation = Map::new();
+                list(&mut operation, "ports", &ports.0);
+                list(&mut operation, "notPorts", &ports.1);
+                json!({ "operation": operation })
+            })
+            .collect();
+        if !operations.is_empty() {
+            rule.insert("to".to_owned(), operations.into());
+        }
+        Value::Object(rule)
+    }
+
+    fn matches(&self, identity: Option<&SpiffeId>, client: IpAddr, port: u16) -> bool {
+        let from = self.sources.iter().any(|source| source.matches(identity, client));
+        let to = self.operations.iter().any(|ports| holds(ports, |value| value.parse() == Ok(port)));
+        (self.sources.is_empty() || from) && (self.operations.is_empty() || to)
     }
 }
 

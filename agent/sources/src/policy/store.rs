@@ -150,6 +150,9 @@ impl PolicyStore {
                 let gone = known.filter(|key| key.0 == kind && !seen.contains(key));
                 let gone: Vec<Key> = gone.cloned().collect();
                 gone.iter().for_each(|key| self.delete(key));
+                // Those of which something is unread are looked at once the list is whole.
+                let with_unread = self.namespaces.iter().filter(|(_, namespace)| namespace.unread > 0);
+                self.changed.extend(with_unread.map(|(name, _)| name.clone()));
                 self.is_new |= self.listed.insert(kind);
             }
         }
@@ -180,7 +183,8 @@ impl PolicyStore {
         };
         let usage = known.usage();
         if known.unread > 0 || usage.excess().is_some() {
-            self.needs_list |= usage.excess().is_none();
+            // A list that is under way may bring them.
+            self.needs_list |= usage.excess().is_none() && self.seen.is_empty();
             return self.policies.refuse_namespace(namespace, usage);
         }
         // Istio's order: by age, then by name.
@@ -274,7 +278,8 @@ impl PolicyStore {
             && self.invalid.get(&key) == message.as_ref();
         let notes = object.notes().iter().cloned().map(Finding::Warning).collect();
         namespace.insert(key.clone(), PolicyRecord { created, bytes, object: Some(object) });
-        if is_known {
+        // The same policy in a shorter text can make room for those that were not read.
+        if is_known && namespace.unread == 0 {
             return Vec::new();
         }
         self.changed.insert(scope);

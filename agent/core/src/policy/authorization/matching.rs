@@ -59,8 +59,11 @@ impl<S: ValueSet> ValueMatch<S> {
         self.any.is_some() && self.none.is_none()
     }
 
-    /// Adds values that also match.
+    /// Adds values that also match. Both ask for one of a list, or for nothing, and exclude nothing.
     pub(super) fn widen(&mut self, other: Self) {
+        debug_assert!(
+            self.none.is_none() && other.none.is_none() && self.any.is_some() == other.any.is_some()
+        );
         match (&mut self.any, other.any) {
             (Some(any), Some(more)) => any.extend(more),
             (any, more) => *any = any.take().or(more),
