@@ -292,8 +292,9 @@ fn is_reply(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> bool {
 }
 
 /// Returns true for TCP of a pod with the node's network that no source has named yet. The connect hook refuses such connections
-/// from any other namespace, and only the node receives what is sent to its address. Datagrams are not included: over IPv6 a
-/// process may send them from any address.
+/// from any other namespace. A pod that translates addresses in its own namespace can send segments in the node's name after that
+/// hook, as it can by packet sockets (L14), but only the node receives the answers. Datagrams are not included: over IPv6 a process
+/// may send them from any address.
 #[inline(always)]
 fn is_of_nodes_address(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> bool {
     pod.has(pod_flag::UNKNOWN) && facts.is_tcp_socket() && facts.is_node(&packet.local)

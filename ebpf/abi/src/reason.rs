@@ -33,7 +33,7 @@ reasons! {
     ConnectForeignNetns, "connect_foreign_netns", "mesh connect from a network namespace that is not the pod's: denied";
     ConnectNoStorage, "connect_no_storage", "no memory to store a destination: denied";
     PendingFull, "pending_full", "share of pending connections used up meanwhile, or no memory: the connection is reset because its destination is lost";
-    NamesFull, "names_full", "share of pending connections used up, or no memory for a client's address: the agent's connection to the application is refused";
+    NamesFull, "names_full", "share of pending connections used up, or no memory for a client's address: the agent's connection to the application is refused, or the application sees the unspecified address";
     InboundTunnel, "inbound_tunnel", "inbound connection to the tunnel port: redirected to the agent";
     InboundRefused, "inbound_to_refuse", "inbound plaintext under STRICT: redirected to the agent, which resets and logs it";
     InboundPermitted, "inbound_permitted", "inbound plaintext under PERMISSIVE: passed to the application";
