@@ -15,6 +15,8 @@ const DEAD: u16 = 10_000;
 /// Pods of one namespace without a cgroup that the status lists.
 const LISTED: usize = 128;
 const CHANGES: usize = 5;
+/// A policy is in force within this many times what it takes without dead pods.
+const SLOWER: u32 = 3;
 
 #[test]
 #[ignore = "needs root"]
@@ -32,6 +34,10 @@ fn pod_objects_that_never_run_delay_no_policy_no_pod_and_no_handover() -> Result
     observe::wait_status(agent, "the dead pods listed", |status| (of_dead(status) == LISTED).then_some(()))?;
     let with = change_policies(agent)?;
     eprintln!("a policy is in force after {without:?}, and with {DEAD} pods that never run after {with:?}");
+    ensure!(
+        with.after_write <= SLOWER * without.after_write,
+        "{without:?} without dead pods, {with:?} with them"
+    );
     let late = mesh.topology().node("a")?.pod("shop", "late")?;
     directory.push(WorkloadEntry::of(&late));
     agent.files().set_directory(&directory)?;
@@ -127,7 +133,6 @@ fn policies_beyond_the_share_of_a_namespace_deny_to_its_pods_alone() -> Result<(
 #[derive(Debug, Clone, Copy)]
 struct InForce {
     /// From the write of the file. The source waits 100 ms for a file that settles.
-    #[expect(dead_code, reason = "shown")]
     after_write: Duration,
     /// From the new version of the source.
     #[expect(dead_code, reason = "shown")]
