@@ -137,9 +137,17 @@ fn connections_beyond_the_share_of_dials_are_refused_and_no_client_is_false() ->
         let to = SocketAddr::new(own, fresh_port());
         let mut server = Client::with_args(greedy, &["serve", "--after-line", &to.to_string(), "echo"])?;
         server.events().first("listening")?;
+        // Another application of the pod, which accepts at once.
+        let beside = Server::start(greedy, SocketAddr::new(own, fresh_port()), &["echo"])?;
+        Client::echo(victim, beside.address(), "control")?;
         let before = dials("refused")?;
         let flows = Client::with_args(victim, &["flows", &GREEDY.to_string(), &to.to_string()])?;
         until("connections beyond the share", || Ok((dials("refused")? > before).then_some(())))?;
+        ensure!(
+            Client::echo(victim, beside.address(), "beyond").is_err(),
+            "the share is the pod's, not a port's"
+        );
+        ensure!(beside.accepted()? == 1, "only the control reached the application");
         // SYNs that the full accept queue lost are sent again.
         server.proceed()?;
         let echoed = event(&flows.finish()?, "flows")?["echoed"].as_u64().context("echoed")?;
