@@ -47,6 +47,20 @@ pub fn refusals(agent: &Agent) -> Result<Vec<String>> {
     Ok(lines.map(str::to_owned).collect())
 }
 
+/// Waits until the log of `agent` has all of `texts`, and returns it. A thread of the agent writes lines a moment after what
+/// they tell is visible elsewhere.
+///
+/// # Errors
+/// Fails if the wait times out; the message has the log.
+pub fn wait_log(agent: &Agent, texts: &[&str]) -> Result<String> {
+    let what = format!("node {}: {texts:?} in the log", agent.node());
+    let log = until(&what, || {
+        let log = agent.log()?;
+        Ok(texts.iter().all(|text| log.contains(text)).then_some(log))
+    });
+    log.with_context(|| agent.log().unwrap_or_default())
+}
+
 /// Waits until `agent` has counted more than `before` rejections for `reason` and logged one whose line has `who`.
 ///
 /// # Errors

@@ -93,10 +93,8 @@ fn a_policy_lets_in_only_allowed_principals_across_nodes_and_on_one() -> Result<
         assert_eq!(server.accepted()?, 2, "{}", server.address());
     }
     assert_eq!(observe::metric(agent, "tacit_connections_audited_total", &[])?, 2);
-    let log = agent.log()?;
-    ensure!(log.contains("rule 1 of AUDIT policy shop/watch"), "the log has no audit");
-    ensure!(log.contains("no rule allows it of ALLOW shop/allow"), "the log does not name the policy");
-    Ok(())
+    let (audit, policy) = ("rule 1 of AUDIT policy shop/watch", "no rule allows it of ALLOW shop/allow");
+    observe::wait_log(agent, &[audit, policy]).map(drop)
 }
 
 #[test]
@@ -173,12 +171,7 @@ fn a_changed_policy_closes_the_flows_it_no_longer_allows_and_no_others() -> Resu
             format!("step {number}: expected {ended} closed flows, counted {:?}", counted())
         })?;
     }
-    let log = mesh.agent("b")?.log()?;
-    ensure!(
-        log.contains("connection closed: policy no longer allows it"),
-        "the log has no closed connection"
-    );
-    Ok(())
+    observe::wait_log(mesh.agent("b")?, &["connection closed: policy no longer allows it"]).map(drop)
 }
 
 /// Opens flows to `web` under one policy and checks them under the next.
@@ -255,7 +248,7 @@ fn flows_of_a_pod_that_was_enrolled_anew_obey_a_changed_policy() -> Result<()> {
     let mut directory = mesh.directory();
     entry(&mut directory, "web")?.egress = Some("open");
     agent.files().set_directory(&directory)?;
-    until("web released", || Ok(agent.log()?.contains("no longer enrolled").then_some(())))?;
+    observe::wait_log(agent, &["no longer enrolled"])?;
     observe::wait_enrolled(agent)?;
     agent.files().set_policy(&for_web("few", &principals(&["batch", "other"])))?;
     flows.check(agent)

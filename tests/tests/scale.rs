@@ -50,7 +50,7 @@ fn pod_objects_that_never_run_delay_no_policy_no_pod_and_no_handover() -> Result
     until("the next agent standing by", || {
         Ok(observe::status(&next).is_ok_and(|status| status["state"] == "standing_by").then_some(()))
     })?;
-    let log = next.log()?;
+    let log = observe::wait_log(&next, &["standing by to take over"])?;
     let has_certificate =
         |account: &str| log.lines().any(|line| line.contains("certificate issued") && line.contains(account));
     ensure!(has_certificate("/ns/shop/sa/web"), "{log}");

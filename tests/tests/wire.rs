@@ -172,9 +172,11 @@ fn a_live_flow_is_shown_with_both_identities_by_both_agents() -> Result<()> {
         // `live` and its line feed, each way.
         assert_eq!(observe::metric(agent, "istio_tcp_received_bytes_total", &labels)?, 5);
         assert_eq!(observe::metric(agent, "istio_tcp_sent_bytes_total", &labels)?, 5);
-        let log = agent.log()?;
-        let line = log.lines().find(|line| line.contains("connection complete") && line.contains(direction));
-        let line = line.unwrap_or_else(|| panic!("no access log line of node {node}:\n{log}"));
+        let line = until("the line of the access log", || {
+            let log = agent.log()?;
+            let of_flow = |line: &&str| line.contains("connection complete") && line.contains(direction);
+            Ok(log.lines().find(of_flow).map(str::to_owned))
+        })?;
         for part in
             ["sa/client", "sa/far", "TLSv1.3", "X25519MLKEM768", "bytes_sent=5", "bytes_recv=5", "clean"]
         {
