@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `accept` | accepts the connections of a pod and gives each to a worker |
 //! | `outbound` | captured connections |
+//! | `openings` | captured connections that the kernel holds meanwhile |
 //! | `inbound` | tunnel sessions, and plaintext that needs a verdict |
 //! | `authorize` | asks policy about a flow, when it opens and when policy changes |
 //! | `snapshots` | the control state that flows read |
@@ -19,6 +20,7 @@ pub mod authorize;
 pub mod dialer;
 pub mod drain;
 pub mod inbound;
+pub mod openings;
 pub mod outbound;
 pub mod sessions;
 pub mod snapshots;
@@ -37,7 +39,14 @@ use tokio::net::TcpStream;
 
 use crate::{
     enrol::Pods,
-    proxy::{dialer::Dialer, drain::Drain, sessions::Sessions, snapshots::Snapshots, workers::Workers},
+    proxy::{
+        dialer::Dialer,
+        drain::Drain,
+        openings::Openings,
+        sessions::Sessions,
+        snapshots::Snapshots,
+        workers::{Load, Workers},
+    },
     telemetry::{Ends, Reporter, Security, Telemetry},
 };
 
@@ -47,6 +56,8 @@ pub struct Proxy {
     pub snapshots: Snapshots,
     /// Pods of this node.
     pub pods: Arc<ArcSwap<Pods>>,
+    /// Connections that the kernel holds.
+    pub openings: Openings,
     /// Tunnel sessions.
     pub sessions: Sessions,
     /// Counters and logs.
@@ -65,6 +76,7 @@ impl Proxy {
         Self {
             snapshots,
             pods: Arc::default(),
+            openings: Openings::default(),
             sessions: Sessions::new(workers.count()),
             telemetry,
             drain: Drain::default(),
@@ -72,6 +84,16 @@ impl Proxy {
             balancer: Balancer::default(),
             workers,
         }
+    }
+
+    /// Starts the task of a flow on the worker that new connections of listeners with this home go to. The flow counts as the
+    /// worker's load until it drops what it gets.
+    pub fn spawn_flow<F>(&self, home: usize, flow: impl FnOnce(Load) -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let (worker, load) = self.workers.place(home);
+        self.drain.tasks.spawn_on(flow(load), self.workers.handle(worker));
     }
 
     /// Returns both ends of a flow that this agent reports as the agent of the end `by`, with the directory's workloads and
@@ -127,7 +149,7 @@ pub fn not_connected(error: &io::Error) -> Refusal {
         io::ErrorKind::TimedOut => RefusalReason::TimedOut,
         _ => RefusalReason::Unreachable,
     };
-    Refusal::new(reason, error)
+    Refusal::new(reason, error).because_of(error)
 }
 
 /// An address as the application meant it: v4-mapped is IPv4.

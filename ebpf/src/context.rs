@@ -64,7 +64,7 @@ struct SocketAddressV6 {
 
 mod skb;
 
-pub use skb::{Skb, is_syn_cookie};
+pub use skb::{Skb, has_capture_listener, is_syn_cookie};
 
 /// Family of the hook, which decides the context field that holds the address.
 #[derive(Clone, Copy)]

@@ -4,7 +4,8 @@
 //! application --TCP_CONNECT--> CAPTURED[tuple] = destination   --agent accepts and removes the entry
 //! agent dials --TCP_CONNECT--> DIALLED[tuple]  = client        --PASSIVE_ESTABLISHED at the application's socket:
 //!                                                                the entry moves into that socket's storage
-//! either      --CLOSE--------> the entry is removed if it still exists
+//! either      --CLOSE--------> the entry is removed if it still exists; the agent is told that a connection it did not
+//!                              accept has ended
 //! others with plaintext       --PASSIVE_ESTABLISHED--> the application's socket is marked for the guard
 //! ```
 //! TCP_CONNECT runs after the source port is chosen and before the SYN is sent. PASSIVE_ESTABLISHED runs while the new
@@ -22,7 +23,7 @@ use tacit_abi::{Destination, Names, NodeFlow, Reason, Tuple, names_kind, protoco
 use crate::{
     context::{Ends, SockOps},
     count::count,
-    lookup,
+    held, lookup,
     maps::{CAPTURED, DIALLED, STEERED},
 };
 
@@ -115,9 +116,12 @@ fn mark_accepted(sock: &SockOps<'_>, key: &Tuple) {
 fn remove_pending(sock: &SockOps<'_>, ends: &Ends) {
     let Some(names) = sock.names() else { return };
     let key = ends.connecting(sock.netns_cookie());
-    let _ = match names.kind {
-        names_kind::CAPTURED => CAPTURED.remove(&key.of_captured()),
-        names_kind::DIALLED => DIALLED.remove(&key),
-        _ => Ok(()),
-    };
+    match names.kind {
+        // The agent has not accepted the connection, and may be connecting to its destination.
+        names_kind::CAPTURED if CAPTURED.remove(&key.of_captured()).is_ok() => held::ended(&key, &names.own),
+        names_kind::DIALLED => {
+            let _ = DIALLED.remove(&key);
+        }
+        _ => {}
+    }
 }

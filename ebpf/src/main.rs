@@ -14,6 +14,7 @@ mod count;
 mod drops;
 mod established;
 mod guard;
+mod held;
 mod log_budget;
 mod lookup;
 mod maps;
@@ -80,7 +81,7 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
 
 #[cgroup_skb(egress)]
 pub fn guard_egress(ctx: SkBuffContext) -> i32 {
-    if guard::socket(&ctx, Direction::Egress) { ALLOW } else { DENY }
+    if held::passes(&ctx) && guard::socket(&ctx, Direction::Egress) { ALLOW } else { DENY }
 }
 
 #[cgroup_skb(ingress)]

@@ -3,11 +3,11 @@
 use aya_ebpf::{
     Global,
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage, SockMap},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage, SockMap},
     macros::btf_map,
 };
 use tacit_abi::{
-    Address, ClearKey, Destination, DropKey, LISTENERS_PER_POD, Link, MeshKey, Names, NodeFlow, Pod, PortKey,
+    Address, ClearKey, Destination, DropKey, HELD_RING_BYTES, HeldSyn, LISTENERS_PER_POD, Link, MeshKey, Names, NodeFlow, Pod, PortKey,
     REASONS, Settings, State, Steered, Tuple, limits,
 };
 
@@ -93,6 +93,20 @@ pub static CAPTURED: HashMap<Tuple, Destination, { limits::PENDING as usize }, O
 /// own pod. Access does not depend on this map.
 #[btf_map]
 pub static DIALLED: HashMap<Tuple, Destination, { limits::PENDING as usize }, ON_DEMAND> = HashMap::new();
+
+/// A ring of records about held connections, see `tacit_abi::held_ring`. Full: the record is lost, and the next
+/// retransmission of the SYN makes another.
+pub type HeldRing = RingBuf<HeldSyn, { HELD_RING_BYTES as usize }>;
+
+/// Not pinned: each agent that loads the programs has rings of its own, so two agents never read the same one.
+#[btf_map]
+pub static HELD_0: HeldRing = HeldRing::new();
+#[btf_map]
+pub static HELD_1: HeldRing = HeldRing::new();
+#[btf_map]
+pub static HELD_2: HeldRing = HeldRing::new();
+#[btf_map]
+pub static HELD_3: HeldRing = HeldRing::new();
 
 /// One counter for each `tacit_abi::Reason`, by its number.
 #[btf_map]

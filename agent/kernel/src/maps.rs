@@ -57,6 +57,8 @@ pub struct PodEntry {
     pub clear: PlaintextEgress,
     /// The handling of plaintext that reaches it.
     pub plaintext: PlaintextHandling,
+    /// When its `connect()` returns.
+    pub connect: ConnectReturn,
     /// Where the agent listens for its captured connections; 0 while it does not.
     pub capture_port: u16,
 }
@@ -82,6 +84,24 @@ impl PlaintextHandling {
         match self {
             Self::Direct => 0,
             Self::Authorized => pod_flag::JUDGED,
+        }
+    }
+}
+
+/// When `connect()` of a pod returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConnectReturn {
+    /// When the destination has answered.
+    Truthful,
+    /// At once: the agent accepts before the destination answers.
+    Early,
+}
+
+impl ConnectReturn {
+    fn flags(self) -> u32 {
+        match self {
+            Self::Truthful => 0,
+            Self::Early => pod_flag::CONNECT_EARLY,
         }
     }
 }
@@ -159,7 +179,10 @@ impl Maps {
             v6: of(false),
             slot: entry.slot,
             mode: entry.mode as u32,
-            flags: entry.clear.flags() | entry.plaintext.pod_flags() | pod_flag::SPREAD,
+            flags: entry.clear.flags()
+                | entry.plaintext.pod_flags()
+                | entry.connect.flags()
+                | pod_flag::SPREAD,
             capture_port: u32::from(entry.capture_port),
         };
         lock(&self.pods).insert(entry.cgroup, pod, 0).map_err(failed("PODS"))

@@ -1,4 +1,4 @@
-//! Sockets of the agent inside a pod's network namespace: three listeners, and outgoing connections.
+//! Sockets of the agent inside a pod's network namespace: three listeners, raw sockets, and outgoing connections.
 //!
 //! They belong to the agent's cgroup, so the pods' cgroup hooks never see them: no mark, no uid, nothing that an
 //! application could imitate.
@@ -24,6 +24,7 @@ use tokio::{
 
 use super::{
     KernelError, Maps,
+    inject::Injector,
     maps::ip,
     netns::{HostNetns, Netns},
 };
@@ -43,6 +44,8 @@ pub struct Listeners {
     pub plaintext: TcpListener,
     /// The tunnel.
     pub tunnel: TcpListener,
+    /// Answers connections that are held.
+    pub injector: Injector,
 }
 
 /// Where listeners may be opened.
@@ -60,6 +63,9 @@ pub enum ListenError {
     /// The namespace could not be entered.
     #[error("enter the pod's network namespace: {0}")]
     Enter(#[source] io::Error),
+    /// The raw sockets could not be opened.
+    #[error("open raw sockets in the pod: {0}; the agent needs CAP_NET_RAW")]
+    Raw(#[source] io::Error),
     /// The port could not be had.
     #[error(
         "listen on port {port} in the pod: {source}; ports 15001, 15002 and 15006 to 15009 are the agent's in an enrolled pod"
@@ -89,10 +95,11 @@ impl Listeners {
             let _ = setsockopt(&capture, TcpCongestion, &LOOPBACK_CONGESTION.into());
             let plaintext = of_applications(tcp_port::PLAINTEXT, ports)?;
             let tunnel = listener(tcp_port::TUNNEL, ports)?;
-            Ok((capture, plaintext, tunnel))
+            let injector = Injector::open_here().map_err(ListenError::Raw)?;
+            Ok((capture, plaintext, tunnel, injector))
         });
-        let (capture, plaintext, tunnel) = opened.map_err(ListenError::Enter)??;
-        Ok(Self { capture: capture.into(), plaintext: plaintext.into(), tunnel: tunnel.into() })
+        let (capture, plaintext, tunnel, injector) = opened.map_err(ListenError::Enter)??;
+        Ok(Self { capture: capture.into(), plaintext: plaintext.into(), tunnel: tunnel.into(), injector })
     }
 
     /// Where captured connections have to go.

@@ -153,7 +153,9 @@ fn proxy(
     let workers = Workers::start(config.workers.unwrap_or_else(cores), config.busy_poll)
         .map_err(system("start the threads that carry flows"))?;
     let dialer = Dialer::new(kernel.clone(), node.host.clone());
-    Ok(Arc::new(Proxy::new(snapshots, dialer, workers, telemetry)))
+    let proxy = Arc::new(Proxy::new(snapshots, dialer, workers, telemetry));
+    accept::serve_held(&proxy, kernel.held_rings()?);
+    Ok(proxy)
 }
 
 /// One thread for each core that this process may use.

@@ -3,11 +3,11 @@
 use std::{collections::HashSet, net::IpAddr, sync::Arc};
 
 use tacit_core::{
-    directory::{Directory, Egress, Udp, Workload},
+    directory::{Connect, Directory, Egress, Udp, Workload},
     policy::{Mode, Modes},
 };
 use tacit_kernel::{
-    GuardedLink, HostEnd, KernelError, PlaintextEgress, PodEntry, cgroup, host, netns::Netns, reset_sockets,
+    ConnectReturn, GuardedLink, HostEnd, KernelError, PlaintextEgress, PodEntry, cgroup, host, netns::Netns, reset_sockets,
     socket::Listeners,
 };
 
@@ -173,7 +173,16 @@ pub(super) fn entry(
         mode: kernel_mode(policy.modes.default),
         clear: in_clear(workload, &policy.modes),
         plaintext: plaintext_handling(policy),
+        connect: connect_return(workload),
         capture_port,
+    }
+}
+
+/// When `connect()` of a pod returns.
+fn connect_return(workload: &Workload) -> ConnectReturn {
+    match workload.connect {
+        Connect::Truthful => ConnectReturn::Truthful,
+        Connect::Early => ConnectReturn::Early,
     }
 }
 

@@ -24,9 +24,10 @@ pub struct Pod {
     pub closed: CancellationToken,
     /// The policy in force. Pods that are enrolled anew in their cgroup share it with their former selves, whose flows go on.
     pub(super) policy: Arc<watch::Sender<Arc<PodPolicy>>>,
-    pub(super) slot: u32,
+    /// Index of its listeners and modes in the kernel's maps.
+    pub slot: u32,
     /// Where the agent listens for its captured connections.
-    pub(super) capture_port: u16,
+    pub capture_port: u16,
 }
 
 impl Pod {

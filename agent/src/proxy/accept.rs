@@ -7,12 +7,19 @@ use std::{
     time::Duration,
 };
 
-use tacit_kernel::socket::{Acceptor, Listeners};
+use tacit_kernel::{
+    held::{HeldEnds, HeldRing},
+    socket::{Acceptor, Listeners},
+};
 use tokio::net::TcpStream;
 
 use crate::{
     enrol::Pod,
-    proxy::{Proxy, canonical, inbound, outbound},
+    proxy::{
+        Proxy, canonical, inbound,
+        openings::PodOpenings,
+        outbound::{self, opening},
+    },
 };
 
 /// Pause when descriptors are used up: accepting again at once would only spin.
@@ -23,10 +30,96 @@ type Handler<F> = fn(Arc<Proxy>, Arc<Pod>, TcpStream, SocketAddr) -> F;
 
 /// Serves the listeners of `pod` until the pod or the agent ends.
 pub fn serve_pod(proxy: &Arc<Proxy>, pod: &Arc<Pod>, listeners: Listeners) {
-    let Listeners { capture, plaintext, tunnel } = listeners;
-    serve(proxy, pod, capture, outbound::handle);
+    let Listeners { capture, plaintext, tunnel, injector } = listeners;
+    let openings = Arc::new(PodOpenings::new(pod.clone(), injector));
+    serve_captured(proxy, &openings, capture);
     serve(proxy, pod, tunnel, inbound::tunnel);
     serve(proxy, pod, plaintext, inbound::plaintext);
+    for held in proxy.openings.add(&openings) {
+        opening::start(proxy, &openings, held);
+    }
+}
+
+/// Hands what the kernel side holds to the openings of its pod, until the agent ends. Each ring has a thread of its own, the
+/// home of its pods where there are no more threads than rings.
+pub fn serve_held(proxy: &Arc<Proxy>, rings: Vec<HeldRing>) {
+    for (index, ring) in rings.into_iter().enumerate() {
+        let on = proxy.clone();
+        proxy.workers.handle(index).spawn(async move {
+            tokio::select! {
+                // The application's kernel sends again what is not read: to the next agent, or to nobody.
+                () = on.drain.stop.cancelled() => {}
+                () = ring.forward(|held| opening::handle_record(&on, held)) => {}
+            }
+        });
+    }
+}
+
+/// Accepts captured connections until the pod or the agent ends. Those that are being opened may come until then.
+fn serve_captured(proxy: &Arc<Proxy>, openings: &Arc<PodOpenings>, listener: TcpListener) {
+    let (proxy, openings) = (proxy.clone(), openings.clone());
+    let home = openings.pod.home(proxy.workers.count());
+    let thread = proxy.workers.handle(home).clone();
+    thread.spawn(async move {
+        match Acceptor::new(listener) {
+            Ok(listener) => accept_captured(&proxy, &openings, home, listener).await,
+            Err(error) => tracing::error!(%error, pod = %openings.pod.workload.name, "a listener cannot be polled"),
+        }
+        proxy.openings.remove(&openings);
+    });
+}
+
+async fn accept_captured(proxy: &Arc<Proxy>, openings: &PodOpenings, home: usize, listener: Acceptor) {
+    let ended = async {
+        tokio::select! {
+            () = openings.pod.closed.cancelled() => return,
+            () = proxy.drain.stop.cancelled() => {}
+        }
+        tokio::select! {
+            () = openings.pod.closed.cancelled() => {}
+            () = proxy.drain.cut.cancelled() => {}
+            () = openings.until_empty() => {}
+        }
+    };
+    tokio::pin!(ended);
+    loop {
+        let accepted = tokio::select! {
+            () = &mut ended => return,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((connection, peer)) => {
+                let client = canonical(peer);
+                if let Some(connection) = join(proxy, openings, connection, client) {
+                    spawn_flow(proxy, &openings.pod, home, connection, client, outbound::handle);
+                }
+            }
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => {
+                tracing::error!(%error, "cannot accept; raise the limit of open files if this persists");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+}
+
+/// Gives a connection to the opening that waits for it. Returns it if there is none.
+fn join(
+    proxy: &Proxy,
+    openings: &PodOpenings,
+    connection: std::net::TcpStream,
+    client: SocketAddr,
+) -> Option<std::net::TcpStream> {
+    if openings.is_empty() {
+        return Some(connection);
+    }
+    let target = canonical(connection.local_addr().ok()?);
+    let joined = openings.join(&HeldEnds { client, target }, connection);
+    if joined.is_ok() {
+        // The kernel has handed over the destination before.
+        let _ = proxy.dialer.take_destination(&openings.pod, client, target);
+    }
+    joined.err()
 }
 
 /// Accepts on `listener` until the pod or the agent ends; each connection gets a task of its own.
@@ -77,20 +170,14 @@ fn spawn_flow<F>(
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
-    let (worker, load) = proxy.workers.place(home);
     let (on, who) = (proxy.clone(), pod.clone());
-    let flow = async move {
+    proxy.spawn_flow(home, |load| async move {
         match TcpStream::from_std(connection) {
             Ok(connection) => handle(on, who, connection, peer).await,
             Err(error) => tracing::error!(%error, "a connection cannot be polled, and is dropped"),
         }
         drop(load);
-    };
-    if worker == home {
-        proxy.drain.tasks.spawn(flow);
-    } else {
-        proxy.drain.tasks.spawn_on(flow, proxy.workers.handle(worker));
-    }
+    });
 }
 
 fn is_of_one_connection(error: &io::Error) -> bool {

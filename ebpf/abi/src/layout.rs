@@ -3,7 +3,7 @@
 use crate::{Address, tcp_port};
 
 /// Version of the maps' layout and meaning, raised with every change. Pinned maps of another version are not adopted.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Bounds of the maps, in entries.
 pub mod limits {
@@ -156,6 +156,8 @@ pub mod pod_flag {
     pub const SPREAD: u32 = 8;
     /// Authorization policies select the pod, so connections reach it through the agent only.
     pub const JUDGED: u32 = 16;
+    /// `connect()` of the pod succeeds before the destination has answered.
+    pub const CONNECT_EARLY: u32 = 32;
 }
 
 /// Key of a flow between the node itself and a pod, proven on the host end of the pod's link.

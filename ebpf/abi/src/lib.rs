@@ -13,6 +13,7 @@ mod answers;
 mod arrival;
 mod claim;
 mod guard;
+mod held;
 mod inbound;
 mod layout;
 mod link;
@@ -26,6 +27,10 @@ pub use arrival::{Arrival, ArrivalFacts, decide_arrival, is_recent, seconds};
 pub use claim::{Claim, may_claim, may_send_from};
 pub use guard::{
     Accepted, GuardFacts, Hook, Packet, Segment, Verdict, decide_egress, decide_ingress, protocol,
+};
+pub use held::{
+    HELD_PACKET_MAX, HELD_PACKET_MIN, HELD_RING_BYTES, HELD_RINGS, HeldEnd, HeldSyn, Hold, HoldFacts,
+    decide_hold, held_kind, held_ring,
 };
 pub use inbound::{Inbound, InboundFacts, Steer, decide_inbound};
 pub use layout::{

@@ -65,6 +65,9 @@ reasons! {
     GuardInboundOther, "guard_inbound_other", "another IP protocol to a STRICT pod that is no answer to it: dropped";
     GuardEncapsulated, "guard_encapsulated", "packet of a STRICT pod that a node would unpack, such as VXLAN or GRE: dropped";
     InboundAuthorize, "inbound_to_judge", "inbound plaintext to a pod that authorization policies select: redirected to the agent, which passes or resets it";
+    ConnectHeld, "connect_held", "SYN of a captured connection: held until the destination has answered";
+    ConnectHeldFull, "connect_held_full", "SYN of a captured connection while the agent's queue is full: dropped, the kernel sends it again";
+    ConnectUnanswered, "connect_unanswered", "SYN of a captured connection while no agent serves the pod: passed to the agent's listener, or refused without one";
 }
 
 #[cfg(test)]

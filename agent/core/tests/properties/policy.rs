@@ -158,6 +158,7 @@ fn workload() -> impl Strategy<Value = Workload> {
         protocol: Protocol::Tacit,
         egress: None,
         udp: None,
+        connect: Default::default(),
     })
 }
 

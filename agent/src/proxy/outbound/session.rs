@@ -83,7 +83,7 @@ async fn opened(
     let peer = SocketAddr::new(open.destination.ip(), TUNNEL);
     let tcp = path.dialer.to_tunnel(pod, peer, attempt.limit).await.map_err(|e| {
         let detail = format!("{peer}: {e}; does an agent run on that node?");
-        Refusal::new(RefusalReason::PeerUnreachable, detail)
+        Refusal::new(RefusalReason::PeerUnreachable, detail).because_of(&e)
     })?;
     let connected = Session::connect(tcp, own, &key.identity).await;
     let mut session = connected.map_err(|e| Refusal::new(e.reason(), e))?;

@@ -1,0 +1,117 @@
+//! Held connections: connect an upstream first, and only then let the application's `connect()` return.
+//!
+//! ```text
+//! SYN held ─ destination ─ upstream as for every captured connection
+//!     accepted     ─ deliver the SYN ─ the listener's connection ─ relay
+//!     refused      ─ reset, ICMP error, or no answer: `connect()` ends as without Tacit
+//!     not wanted   ─ the upstream is reset
+//! ```
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use tacit_core::refusal::{Refusal, RefusalReason};
+use tacit_kernel::held::{Held, HeldConnect};
+use tacit_tunnel::relay;
+use tokio::{net::TcpStream, time::timeout};
+
+use super::{carry, reach, source, Carried};
+use crate::{
+    proxy::{
+        Addresses, Proxy,
+        openings::{PodOpenings, ToOpen},
+    },
+    telemetry::Reporter,
+};
+
+/// How long an upstream waits for the application's connection. The kernel's last SYN has been answered by then: at the default
+/// of six repetitions they are at most 64 s apart.
+const DELIVERED_MAX: Duration = Duration::from_secs(70);
+
+/// Handles a record of the kernel side. Starts a task for a connection to open, on a worker.
+pub fn handle_record(proxy: &Arc<Proxy>, held: Held) {
+    match held {
+        Held::Connect(held) => {
+            if let Some((openings, held)) = proxy.openings.of(held) {
+                start(proxy, &openings, held);
+            }
+        }
+        Held::Ended { slot, ends } => proxy.openings.cancel(slot, &ends),
+    }
+}
+
+/// Starts to open a held connection, unless that has begun before.
+pub fn start(proxy: &Arc<Proxy>, openings: &Arc<PodOpenings>, held: HeldConnect) {
+    let HeldConnect { destination, syn, .. } = held;
+    let Some(to_open) = openings.hold(syn) else { return };
+    let home = openings.pod.home(proxy.workers.count());
+    let (on, openings) = (proxy.clone(), openings.clone());
+    proxy.spawn_flow(home, move |load| async move {
+        relay::connection_started();
+        // Boxed, so that a flow does not keep room for what is needed only until both ends are connected.
+        let carried = Box::pin(open(on, openings, destination, to_open)).await;
+        if let Some(carried) = carried {
+            carried.await;
+        }
+        drop(load);
+    });
+}
+
+/// Connects an upstream, then has the kernel connect the application. Returns the relay between both.
+async fn open(
+    proxy: Arc<Proxy>,
+    openings: Arc<PodOpenings>,
+    destination: SocketAddr,
+    to_open: ToOpen,
+) -> Option<Carried> {
+    let ToOpen { ends, id, mut accepted } = to_open;
+    let pod = &openings.pod;
+    let Some(source) = source(pod, ends.client, destination) else {
+        let refusal = Refusal::new(RefusalReason::NoDestination, "the source address is not the pod's");
+        openings.refuse(&ends, id, refusal.connect_end);
+        proxy.report(Reporter::Source, Addresses { source: ends.client, destination }, refusal);
+        return None;
+    };
+    let addresses = Addresses { source, destination };
+    let (reached, early) = {
+        let reaching = reach(&proxy, pod, addresses, None);
+        tokio::pin!(reaching);
+        // A SYN can reach the listener without this agent: while the heartbeat was stale, or through another agent.
+        let mut early = None;
+        loop {
+            tokio::select! {
+                biased;
+                reached = &mut reaching => break (reached, early),
+                connection = &mut accepted, if early.is_none() => match connection {
+                    Ok(connection) => early = Some(connection),
+                    Err(_) => return None,
+                },
+            }
+        }
+    };
+    let (upstream, endpoint) = match reached {
+        Ok(reached) => reached,
+        Err(refusal) => {
+            // A connection that was accepted early is reset when it is dropped, as its listener is set up.
+            openings.refuse(&ends, id, refusal.connect_end);
+            proxy.report(Reporter::Source, addresses, refusal);
+            return None;
+        }
+    };
+    let connection = match early {
+        Some(connection) => connection,
+        None if openings.deliver(&ends, id) => {
+            let delivered = timeout(DELIVERED_MAX, accepted).await;
+            openings.forget(&ends, id);
+            // Its application has closed it, or does not answer the listener.
+            delivered.ok()?.ok()?
+        }
+        None => return None,
+    };
+    match TcpStream::from_std(connection) {
+        Ok(app) => Some(carry(proxy, pod.clone(), app, upstream, endpoint.map(Box::new))),
+        Err(error) => {
+            tracing::error!(%error, "a connection cannot be polled, and is dropped");
+            None
+        }
+    }
+}
