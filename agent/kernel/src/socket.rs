@@ -26,6 +26,7 @@ use super::{
     KernelError, Maps,
     inject::Injector,
     maps::ip,
+    netlink,
     netns::{HostNetns, Netns},
 };
 
@@ -240,20 +241,58 @@ fn loopback_for(to: IpAddr, client: SocketAddr) -> IpAddr {
 /// # Errors
 /// The kernel's, or [`io::ErrorKind::TimedOut`].
 pub async fn connected(socket: Socket, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+    if begin(&socket, to)? {
+        return TcpStream::from_std(socket.into());
+    }
+    answered(socket, limit).await
+}
+
+/// Connects `socket`, which is in `netns`, to an application there within `limit`.
+///
+/// # Errors
+/// As [`connected`].
+pub async fn connected_here(
+    socket: Socket,
+    (netns, host): (&Netns, &HostNetns),
+    to: SocketAddr,
+    limit: Duration,
+) -> io::Result<TcpStream> {
+    if begin(&socket, to)? {
+        return TcpStream::from_std(socket.into());
+    }
+    // The kernel answers a SYN from `::1` to a closed port of another address with nothing, while IPv4 has a reset. A
+    // listener that does not answer either has a full backlog.
+    if to.is_ipv6() && matches!(has_listener(netns, host, to), Ok(false)) {
+        return Err(io::ErrorKind::ConnectionRefused.into());
+    }
+    answered(socket, limit).await
+}
+
+/// Sends the SYN. Returns true if the handshake is over, as on loopback whatever connect() returns.
+fn begin(socket: &Socket, to: SocketAddr) -> io::Result<bool> {
     match socket.connect(&to.into()) {
-        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
-        _ => {}
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+        _ => Ok(socket.peer_addr().is_ok()),
     }
-    // On loopback the handshake is over by now, whatever connect() says: no need to ask the poller.
-    let is_connected = socket.peer_addr().is_ok();
+}
+
+/// Waits for the answer to the SYN.
+async fn answered(socket: Socket, limit: Duration) -> io::Result<TcpStream> {
     let stream = TcpStream::from_std(socket.into())?;
-    if !is_connected {
-        timeout(limit, stream.writable()).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-        if let Some(error) = stream.take_error()? {
-            return Err(error);
-        }
+    timeout(limit, stream.writable()).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    match stream.take_error()? {
+        Some(error) => Err(error),
+        None => Ok(stream),
     }
-    Ok(stream)
+}
+
+/// Returns true if a socket of `netns` listens at `at`.
+fn has_listener(netns: &Netns, host: &HostNetns, at: SocketAddr) -> io::Result<bool> {
+    let listeners = host.run_in(netns.file(), netlink::listeners)??;
+    let is_at = |local: SocketAddr| {
+        local.port() == at.port() && (local.ip() == at.ip() || local.ip() == IpAddr::from(Ipv6Addr::UNSPECIFIED))
+    };
+    Ok(listeners.iter().any(|listener| is_at(listener.local)))
 }
 
 /// Writes as much of `slices` as fits. With `more` the last segment waits for what follows at once: more bytes or the end.

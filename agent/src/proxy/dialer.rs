@@ -37,7 +37,8 @@ impl Dialer {
         let socket = socket::dialer(&pod.netns, &self.host, application, client)?;
         // An application decides by the address of its client: without the name there is no connection.
         self.kernel.maps.set_peer_name(&socket, client).map_err(io::Error::other)?;
-        let connected = socket::connected(socket, application, APPLICATION_CONNECT).await?;
+        let here = (&pod.netns, &*self.host);
+        let connected = socket::connected_here(socket, here, application, APPLICATION_CONNECT).await?;
         reset_if_dropped(&connected);
         Ok(connected)
     }

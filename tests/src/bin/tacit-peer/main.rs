@@ -5,6 +5,8 @@
 //! tacit-peer connect ADDRESS [--from IP | --mptcp] STEP...   runs the steps on one connection
 //! tacit-peer flows COUNT ADDRESS...             opens COUNT concurrent connections, distributed over the addresses; each
 //!                                               is echoed, and all are open before any closes
+//! tacit-peer probe ADDRESS WAY                  makes one connection and prints what each system call returned, see `probe`
+//! tacit-peer deaf ADDRESS                       listens with the smallest backlog and accepts nothing, until it is killed
 //! tacit-peer repeat|storm ADDRESS               opens sequential connections until a line comes on stdin; a storm does
 //!                                               not pause after a failure
 //! ```
@@ -17,6 +19,7 @@
 mod bulk;
 mod event;
 mod flows;
+mod probe;
 mod steps;
 
 use anyhow::{Context, Result, bail};
@@ -58,9 +61,11 @@ fn main() -> Result<()> {
             let addresses = addresses.iter().map(|address| address.parse().context("ADDRESS"));
             flows::run(&addresses.collect::<Result<Vec<_>>>()?, count.parse().context("COUNT")?)
         }
+        ["probe", address, way] => probe::run(address.parse().context("ADDRESS")?, way),
+        ["deaf", address] => deaf(address.parse().context("ADDRESS")?),
         ["repeat", address] => flows::repeat(address.parse().context("ADDRESS")?, AfterFailure::Pause),
         ["storm", address] => flows::repeat(address.parse().context("ADDRESS")?, AfterFailure::Storm),
-        _ => bail!("usage: tacit-peer serve|connect|flows|repeat|storm ADDRESS ..."),
+        _ => bail!("usage: tacit-peer serve|connect|flows|probe|deaf|repeat|storm ADDRESS ..."),
     }
 }
 
@@ -86,6 +91,17 @@ fn serve(address: SocketAddr, steps: &[Step]) -> Result<()> {
         thread::Builder::new().stack_size(STACK).spawn(move || run_steps(stream, &steps, &reporter))?;
     }
     Ok(())
+}
+
+fn deaf(address: SocketAddr) -> Result<()> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into()).with_context(|| format!("bind {address}"))?;
+    socket.listen(0)?;
+    Reporter::new(0).emit("listening", json!({ "address": address }));
+    loop {
+        thread::park();
+    }
 }
 
 fn client(to: SocketAddr, origin: Origin, steps: &[Step]) -> Result<()> {

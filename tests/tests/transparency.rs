@@ -1,0 +1,242 @@
+//! System calls as applications see them: with Tacit they return the same as without.
+//!
+//! Each row is one connection, described by what its program calls (see `tacit-peer`'s `probe`) and by what it meets. All rows
+//! run in a mesh without agents and in one with agents, and what every call returned is compared. A difference that is
+//! meant stands in the table with its reason.
+
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr},
+    sync::OnceLock,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use tacit_tests::{Client, Mesh, Plan, Server, fresh_port};
+use tacit_topology::{Pod, WorkloadEntry};
+
+/// Repetitions of a SYN in the client's pod: `connect()` gives up after some three seconds instead of two minutes.
+const SYN_RETRIES: &str = "1";
+/// Addresses of pods of node b that its routes lead nowhere. The directory knows the first of each kind.
+const REJECTED: [&str; 4] = ["10.77.2.201", "fd77:2::201", "10.77.2.211", "fd77:2::211"];
+const SWALLOWED: [&str; 4] = ["10.77.2.202", "fd77:2::202", "10.77.2.212", "fd77:2::212"];
+/// A difference of times that says nothing on a loaded machine.
+const NOISE_MS: u64 = 1500;
+
+/// Where a connection goes.
+#[derive(Debug, Clone, Copy)]
+enum To {
+    /// An address of the pod, with a server that runs these steps.
+    Server(&'static str, Family, &'static [&'static str]),
+    /// An address of the pod, at a port on which nobody listens.
+    Closed(&'static str, Family),
+    /// Such an address, with a full backlog.
+    Deaf(&'static str),
+    /// An address that no server has.
+    Nobody(&'static str),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Family {
+    V4,
+    V6,
+    Mapped,
+}
+use Family::{Mapped, V4, V6};
+
+const ALL: [Family; 3] = [V4, V6, Mapped];
+
+/// Speaks first, and then reads what comes.
+const SPEAKS: &[&str] = &["send:220 ready", "read-end"];
+/// Answers a line.
+const ANSWERS: &[&str] = &["line", "send:hi", "read-end"];
+
+#[test]
+#[ignore = "needs root"]
+fn connections_to_open_ports() -> Result<()> {
+    for pod in ["far", "near"] {
+        for family in ALL {
+            for way in ["blocking", "epoll", "listen", "send-timeout:5000", "user-timeout:5000"] {
+                same(way, To::Server(pod, family, SPEAKS))?;
+            }
+            for way in ["speak", "fast-open"] {
+                same(way, To::Server(pod, family, ANSWERS))?;
+            }
+            same("twice", To::Server(pod, family, &["read-end"]))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn connections_to_closed_ports_are_refused() -> Result<()> {
+    for pod in ["far", "near", "client"] {
+        for family in ALL {
+            for way in ["blocking", "epoll", "twice", "fast-open", "send-timeout:5000", "user-timeout:5000"] {
+                let seen = same(way, To::Closed(pod, family))?;
+                let call = if way == "fast-open" { "sendto" } else { "connect" };
+                let refused = [&seen[call], &seen["error"]].iter().any(|error| **error == "ECONNREFUSED");
+                ensure!(refused, "{way} {pod} {family:?}: {seen}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn connections_to_hosts_that_a_router_rejects_are_unreachable() -> Result<()> {
+    for address in REJECTED {
+        for way in ["blocking", "epoll"] {
+            let seen = same(way, To::Nobody(address))?;
+            let expected = [&seen["connect"], &seen["error"]].iter().any(|error| **error == "EHOSTUNREACH");
+            ensure!(expected, "{way} {address}: {seen}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn connections_to_hosts_that_do_not_answer_time_out() -> Result<()> {
+    for address in SWALLOWED {
+        for way in ["blocking", "epoll"] {
+            let seen = same(way, To::Nobody(address))?;
+            let expected = [&seen["connect"], &seen["error"]].iter().any(|error| **error == "ETIMEDOUT");
+            ensure!(expected, "{way} {address}: {seen}");
+        }
+        same("send-timeout:700", To::Nobody(address))?;
+        same("user-timeout:700", To::Nobody(address))?;
+        same("early-shutdown", To::Nobody(address))?;
+        let seen = same("pending", To::Nobody(address))?;
+        ensure!(seen["pending"] == true, "{seen}");
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn connections_to_a_full_backlog_time_out() -> Result<()> {
+    for pod in ["far", "near"] {
+        let seen = same("blocking", To::Deaf(pod))?;
+        ensure!(seen["connect"] == "ETIMEDOUT", "{pod}: {seen}");
+        same("send-timeout:700", To::Deaf(pod))?;
+    }
+    Ok(())
+}
+
+/// Returns what every call returned, which is the same without Tacit and with it.
+fn same(way: &str, to: To) -> Result<Value> {
+    let port = fresh_port();
+    let run = |mesh: &Mesh| probe(mesh, way, to, port);
+    let mut without = run(without_tacit()?).with_context(|| format!("{way} {to:?} without Tacit"))?;
+    let mut with = run(with_tacit()?).with_context(|| format!("{way} {to:?} with Tacit"))?;
+    let times = [&mut without, &mut with].map(|seen| seen["ms"].take().as_u64().unwrap_or_default());
+    // The connect hook binds an IPv6 socket to the pod's address, which the kernel would choose too. It stays bound after a
+    // connection that fails.
+    if without["own"] == "::" && with["own"] == with_tacit()?.pod("client")?.ipv6().to_string() {
+        with["own"] = without["own"].clone();
+    }
+    ensure!(with == without, "{way} {to:?}\nwithout Tacit: {without}\n   with Tacit: {with}");
+    let [without_ms, with_ms] = times;
+    ensure!(with_ms + NOISE_MS >= without_ms, "{way} {to:?}: {with_ms} ms instead of {without_ms}");
+    ensure!(with_ms <= without_ms + NOISE_MS, "{way} {to:?}: {with_ms} ms instead of {without_ms}");
+    Ok(with)
+}
+
+/// Makes one connection and returns what its calls returned. The port of its own end is left out.
+fn probe(mesh: &Mesh, way: &str, to: To, port: u16) -> Result<Value> {
+    let at = |pod, family| anyhow::Ok(SocketAddr::new(address(mesh.pod(pod)?, family), port));
+    let mut servers = Vec::new();
+    let mut listeners = Vec::new();
+    let to = match to {
+        To::Server(pod, family, steps) => {
+            let to = at(pod, family)?;
+            servers.push(Server::start(mesh.pod(pod)?, SocketAddr::new(to.ip().to_canonical(), port), steps)?);
+            to
+        }
+        To::Closed(pod, family) => at(pod, family)?,
+        To::Deaf(pod) => {
+            let to = at(pod, V4)?;
+            listeners.push(fill(mesh.pod(pod)?, to)?);
+            to
+        }
+        To::Nobody(address) => SocketAddr::new(address.parse()?, port),
+    };
+    run_probe(mesh, to, way)
+}
+
+fn run_probe(mesh: &Mesh, to: SocketAddr, way: &str) -> Result<Value> {
+    let events = Client::with_args(mesh.pod("client")?, &["probe", &to.to_string(), way])?.finish()?;
+    let probe = events.iter().find(|event| event["event"] == "probe");
+    probe.cloned().with_context(|| format!("no probe: {events:?}"))
+}
+
+/// A listener whose backlog is full, and the connections in it.
+struct Full {
+    _listener: Client,
+    _queued: Vec<std::net::TcpStream>,
+}
+
+/// Fills the backlog of a listener with connections from inside its pod, until one more is not answered.
+fn fill(pod: &Pod, at: SocketAddr) -> Result<Full> {
+    let listener = Client::with_args(pod, &["deaf", &at.to_string()])?;
+    listener.events().first("listening")?;
+    let queued = pod.netns().enter(|| {
+        let connect = || std::net::TcpStream::connect_timeout(&at, Duration::from_millis(300)).ok();
+        std::iter::from_fn(connect).take(16).collect::<Vec<_>>()
+    })?;
+    ensure!(queued.len() < 16, "the backlog is never full");
+    Ok(Full { _listener: listener, _queued: queued })
+}
+
+fn address(pod: &Pod, family: Family) -> IpAddr {
+    match family {
+        V4 => pod.ipv4().into(),
+        V6 => pod.ipv6().into(),
+        Mapped => pod.ipv4().to_ipv6_mapped().into(),
+    }
+}
+
+fn without_tacit() -> Result<&'static Mesh> {
+    static MESH: OnceLock<Result<Mesh, String>> = OnceLock::new();
+    Mesh::shared(&MESH, || prepared(plan().without_agents()?))
+}
+
+fn with_tacit() -> Result<&'static Mesh> {
+    static MESH: OnceLock<Result<Mesh, String>> = OnceLock::new();
+    Mesh::shared(&MESH, || prepared(plan().with_directories(|_, mesh| Ok(directory(mesh)))?))
+}
+
+fn plan() -> Plan {
+    Plan::new("transp").pod("a", "shop", "client").pod("a", "shop", "near").pod("b", "shop", "far")
+}
+
+/// The pods, and pods that have been there before.
+fn directory(mesh: &Mesh) -> Vec<WorkloadEntry> {
+    let mut entries = mesh.directory();
+    let Some(far) = entries.iter().find(|entry| entry.name == "far").cloned() else { return entries };
+    for (name, [v4, v6, ..]) in [("rejected", REJECTED), ("swallowed", SWALLOWED)] {
+        let addresses = [v4, v6].iter().filter_map(|text| text.parse().ok()).collect();
+        // No agent waits for pods of a third node.
+        entries.push(WorkloadEntry { name: name.to_owned(), addresses, node: "c".to_owned(), ..far.clone() });
+    }
+    entries
+}
+
+/// Has connections of the client fail early, and the routes of node b lead nowhere for some addresses.
+fn prepared(mesh: Mesh) -> Result<Mesh> {
+    mesh.pod("client")?.netns().enter(|| {
+        fs::write("/proc/sys/net/ipv4/tcp_syn_retries", SYN_RETRIES)
+    })??;
+    let node = mesh.topology().node("b")?;
+    for (kind, addresses) in [("unreachable", REJECTED), ("blackhole", SWALLOWED)] {
+        for address in addresses {
+            let status = node.command("ip")?.args(["route", "add", kind, address]).status()?;
+            ensure!(status.success(), "route {kind} {address}: {status}");
+        }
+    }
+    Ok(mesh)
+}
