@@ -13,14 +13,16 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use tacit_tests::{Client, Mesh, Plan, Server, fresh_port};
-use tacit_topology::{Pod, WorkloadEntry};
+use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe};
+use tacit_topology::{Pod, WorkloadEntry, until};
 
 /// Repetitions of a SYN in the client's pod: `connect()` gives up after some three seconds instead of two minutes.
 const SYN_RETRIES: &str = "1";
 /// Addresses of pods of node b that its routes lead nowhere. The directory knows the first of each kind.
 const REJECTED: [&str; 4] = ["10.77.2.201", "fd77:2::201", "10.77.2.211", "fd77:2::211"];
 const SWALLOWED: [&str; 4] = ["10.77.2.202", "fd77:2::202", "10.77.2.212", "fd77:2::212"];
+/// A port that policies deny.
+const DENIED: u16 = 81;
 /// A difference of times that says nothing on a loaded machine.
 const NOISE_MS: u64 = 1500;
 
@@ -89,11 +91,13 @@ fn connections_to_closed_ports_are_refused() -> Result<()> {
 #[ignore = "needs root"]
 fn connections_to_hosts_that_a_router_rejects_are_unreachable() -> Result<()> {
     for address in REJECTED {
-        for way in ["blocking", "epoll"] {
-            let seen = same(way, To::Nobody(address))?;
-            let expected = [&seen["connect"], &seen["error"]].iter().any(|error| **error == "EHOSTUNREACH");
-            ensure!(expected, "{way} {address}: {seen}");
-        }
+        // The router of this test answers while connect() still runs. The kernel then fails only a later SYN, and a waiting
+        // connect() alone shows how it ends.
+        let seen = same("blocking", To::Nobody(address))?;
+        let expected = if address.contains(':') { "ENETUNREACH" } else { "EHOSTUNREACH" };
+        ensure!(seen["connect"] == expected, "{address}: {seen}");
+        let seen = run_probe(with_tacit()?, SocketAddr::new(address.parse()?, 80), "epoll")?;
+        ensure!(seen["error"] == expected && seen["peer"] == "ENOTCONN", "{address}: {seen}");
     }
     Ok(())
 }
@@ -125,6 +129,97 @@ fn connections_to_a_full_backlog_time_out() -> Result<()> {
         same("send-timeout:700", To::Deaf(pod))?;
     }
     Ok(())
+}
+
+/// Without Tacit there is no policy, so the same connection succeeds there.
+#[test]
+#[ignore = "needs root"]
+fn connections_that_policy_denies_are_refused() -> Result<()> {
+    for (pod, family) in [("far", V4), ("far", V6), ("near", V4), ("near", Mapped)] {
+        for way in ["blocking", "epoll"] {
+            let to = To::Server(pod, family, SPEAKS);
+            let control = probe(without_tacit()?, way, to, DENIED)?;
+            ensure!(control["peer"] != "ENOTCONN", "{control}");
+            let seen = probe(with_tacit()?, way, to, DENIED)?;
+            let errors = [&seen["connect"], &seen["error"]];
+            ensure!(errors.iter().any(|error| **error == "ECONNREFUSED"), "{way} {pod} {family:?}: {seen}");
+        }
+    }
+    Ok(())
+}
+
+/// No server sees a connection that was closed before it was connected, and the agent keeps nothing of it.
+#[test]
+#[ignore = "needs root"]
+fn connections_that_are_closed_early_leave_nothing() -> Result<()> {
+    let mesh = with_tacit()?;
+    for way in ["cancel", "linger-close", "early-shutdown", "send-timeout:200"] {
+        let seen = run_probe(mesh, SocketAddr::new(SWALLOWED[0].parse()?, 80), way)?;
+        until(&format!("{way}: nothing is being opened, after {seen}"), || {
+            Ok((observe::metric(mesh.agent("a")?, "tacit_flows_opening", &[])? == 0).then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_pod_that_asks_for_it_is_connected_early() -> Result<()> {
+    let entries = |_: &str, mesh: &Mesh| {
+        let mut entries = mesh.directory();
+        entries.iter_mut().for_each(|entry| entry.connect = Some("early"));
+        Ok(entries)
+    };
+    let mesh = Plan::new("early").pod("a", "shop", "client").pod("b", "shop", "far").with_directories(entries)?;
+    let (far, port) = (mesh.pod("far")?, fresh_port());
+    let seen = run_probe(&mesh, SocketAddr::new(far.ipv4().into(), port), "listen")?;
+    ensure!(seen["connect"] == "ok" && seen["recv"] == "ECONNRESET", "{seen}");
+    let _server = Server::start(far, SocketAddr::new(far.ipv4().into(), port), ANSWERS)?;
+    let seen = run_probe(&mesh, SocketAddr::new(far.ipv4().into(), port), "speak")?;
+    ensure!(seen["recv"] == 3, "{seen}");
+    Ok(())
+}
+
+/// A connection that waits for its destination is refused when its agent is gone, as connections are without an agent.
+#[test]
+#[ignore = "needs root"]
+fn a_connection_that_waits_ends_with_its_agent() -> Result<()> {
+    let (mut mesh, _server, client) = waiting("killed")?;
+    mesh.agent_mut("a")?.kill()?;
+    let events = client.finish()?;
+    ensure!(events.iter().any(|event| event["connect"] == "ECONNREFUSED"), "{events:?}");
+    Ok(())
+}
+
+/// An agent that hands over ends what it has begun.
+#[test]
+#[ignore = "needs root"]
+fn a_connection_that_waits_survives_a_handover() -> Result<()> {
+    let (mut mesh, mut server, client) = waiting("nextone")?;
+    let mut next = mesh.agent("a")?.start_standby(mesh.topology().node("a")?, "next")?;
+    until("the next agent stands by", || {
+        // The socket does not exist at first.
+        Ok(observe::status(&next).is_ok_and(|status| status["state"] == "standing_by").then_some(()))
+    })?;
+    mesh.agent("a")?.send_sigterm()?;
+    next.wait_ready()?;
+    server.listener.proceed()?;
+    let events = client.finish()?;
+    ensure!(events.iter().any(|event| event["recv"] == 3), "{events:?}");
+    ensure!(mesh.agent_mut("a")?.wait_end()?.success(), "{}", mesh.agent("a")?.log()?);
+    Ok(())
+}
+
+/// A mesh in which a connection of pod client to pod far is being opened: the server's backlog is full.
+fn waiting(tag: &str) -> Result<(Mesh, Full, Client)> {
+    let mesh = Plan::new(tag).pod("a", "shop", "client").pod("b", "shop", "far").with_agents()?;
+    let to = SocketAddr::new(mesh.pod("far")?.ipv4().into(), fresh_port());
+    let full = fill(mesh.pod("far")?, to)?;
+    let client = Client::with_args(mesh.pod("client")?, &["probe", &to.to_string(), "speak"])?;
+    until("a connection is being opened", || {
+        Ok((observe::metric(mesh.agent("a")?, "tacit_flows_opening", &[])? == 1).then_some(()))
+    })?;
+    Ok((mesh, full, client))
 }
 
 /// Returns what every call returned, which is the same without Tacit and with it.
@@ -176,20 +271,20 @@ fn run_probe(mesh: &Mesh, to: SocketAddr, way: &str) -> Result<Value> {
 
 /// A listener whose backlog is full, and the connections in it.
 struct Full {
-    _listener: Client,
+    listener: Client,
     _queued: Vec<std::net::TcpStream>,
 }
 
 /// Fills the backlog of a listener with connections from inside its pod, until one more is not answered.
 fn fill(pod: &Pod, at: SocketAddr) -> Result<Full> {
-    let listener = Client::with_args(pod, &["deaf", &at.to_string()])?;
+    let listener = Client::with_args(pod, &[&["deaf", &at.to_string()], ANSWERS].concat())?;
     listener.events().first("listening")?;
     let queued = pod.netns().enter(|| {
         let connect = || std::net::TcpStream::connect_timeout(&at, Duration::from_millis(300)).ok();
         std::iter::from_fn(connect).take(16).collect::<Vec<_>>()
     })?;
     ensure!(queued.len() < 16, "the backlog is never full");
-    Ok(Full { _listener: listener, _queued: queued })
+    Ok(Full { listener, _queued: queued })
 }
 
 fn address(pod: &Pod, family: Family) -> IpAddr {
@@ -211,7 +306,14 @@ fn with_tacit() -> Result<&'static Mesh> {
 }
 
 fn plan() -> Plan {
-    Plan::new("transp").pod("a", "shop", "client").pod("a", "shop", "near").pod("b", "shop", "far")
+    let policy = ["far", "near"].map(|pod| {
+        format!(
+            "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: no-{pod}, namespace: shop}}\n\
+             spec: {{action: DENY, selector: {{matchLabels: {{app: {pod}}}}}, rules: [{{to: [{{operation: {{ports: ['{DENIED}']}}}}]}}]}}\n"
+        )
+    });
+    let plan = Plan::new("transp").policy(&policy.concat());
+    plan.pod("a", "shop", "client").pod("a", "shop", "near").pod("b", "shop", "far")
 }
 
 /// The pods, and pods that have been there before.

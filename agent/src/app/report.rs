@@ -24,7 +24,7 @@ use crate::{
     enrol::{PodPolicy, in_clear},
     proxy::Proxy,
     telemetry::status::{
-        AgentState, CertificateStatus, DropStatus, GuardStatus, IssuerStatus, KernelCounter, MeshStatus,
+        AgentState, CertificateStatus, DropStatus, FlowsStatus, GuardStatus, IssuerStatus, KernelCounter, MeshStatus,
         PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, SourceKind, SourceStatus, Status,
         UncoveredStatus,
     },
@@ -82,7 +82,10 @@ impl Report {
                 source(SourceKind::Directory, &self.proxy.snapshots.directory.state()),
                 source(SourceKind::Policy, &self.proxy.snapshots.policies.state()),
             ],
-            flows: self.proxy.telemetry.live_flows(),
+            flows: FlowsStatus {
+                opening: self.proxy.openings.count() as u64,
+                ..self.proxy.telemetry.live_flows()
+            },
             pool: PoolStatus { idle_sessions: self.proxy.sessions.count_idle() as u64 },
         }
     }

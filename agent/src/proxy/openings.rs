@@ -169,6 +169,11 @@ impl PodOpenings {
         self.table().openings.is_empty()
     }
 
+    /// Returns the number of connections that are being opened.
+    fn count(&self) -> usize {
+        self.table().openings.len()
+    }
+
     /// Waits until nothing is being opened.
     pub async fn until_empty(&self) {
         loop {
@@ -264,6 +269,13 @@ impl Openings {
         };
         drop(pods);
         openings.cancel(ends);
+    }
+
+    /// Returns the number of connections that are being opened.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        let pods: Vec<_> = self.lock().by_slot.values().cloned().collect();
+        pods.iter().map(|openings| openings.count()).sum()
     }
 
     fn lock(&self) -> MutexGuard<'_, Pods> {

@@ -15,7 +15,7 @@ mod plain;
 pub(crate) mod testing;
 mod tunnelled;
 
-pub use busy_poll::connection_started;
+pub use busy_poll::{connection_proceeds, connection_started};
 pub use plain::plain;
 pub use tunnelled::tunnelled;
 

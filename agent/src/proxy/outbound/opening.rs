@@ -100,6 +100,7 @@ async fn open(
     let connection = match early {
         Some(connection) => connection,
         None if openings.deliver(&ends, id) => {
+            relay::connection_proceeds();
             let delivered = timeout(DELIVERED_MAX, accepted).await;
             openings.forget(&ends, id);
             // Its application has closed it, or does not answer the listener.

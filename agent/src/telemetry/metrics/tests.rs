@@ -64,6 +64,7 @@ fn what_the_status_knows_is_exposed() {
         "tacit_pods_enrolled 1",
         "tacit_pods_waiting 1",
         "tacit_flows_live 1200",
+        "tacit_flows_opening 2",
         "tacit_pool_idle_sessions 5",
         r#"tacit_kernel_verdicts_total{reason="deny_stale_agent"} 3"#,
         r#"tacit_certificate_expiry_timestamp_seconds{identity="spiffe://cluster.local/ns/shop/sa/web"} 1767323045"#,

@@ -6,7 +6,8 @@
 //! tacit-peer flows COUNT ADDRESS...             opens COUNT concurrent connections, distributed over the addresses; each
 //!                                               is echoed, and all are open before any closes
 //! tacit-peer probe ADDRESS WAY                  makes one connection and prints what each system call returned, see `probe`
-//! tacit-peer deaf ADDRESS                       listens with the smallest backlog and accepts nothing, until it is killed
+//! tacit-peer deaf ADDRESS STEP...               listens with the smallest backlog and accepts nothing until a line comes on
+//!                                               stdin; then as `serve`
 //! tacit-peer repeat|storm ADDRESS               opens sequential connections until a line comes on stdin; a storm does
 //!                                               not pause after a failure
 //! ```
@@ -62,7 +63,7 @@ fn main() -> Result<()> {
             flows::run(&addresses.collect::<Result<Vec<_>>>()?, count.parse().context("COUNT")?)
         }
         ["probe", address, way] => probe::run(address.parse().context("ADDRESS")?, way),
-        ["deaf", address] => deaf(address.parse().context("ADDRESS")?),
+        ["deaf", address, steps @ ..] => deaf(address.parse().context("ADDRESS")?, &parse(steps)?),
         ["repeat", address] => flows::repeat(address.parse().context("ADDRESS")?, AfterFailure::Pause),
         ["storm", address] => flows::repeat(address.parse().context("ADDRESS")?, AfterFailure::Storm),
         _ => bail!("usage: tacit-peer serve|connect|flows|probe|deaf|repeat|storm ADDRESS ..."),
@@ -74,12 +75,26 @@ fn parse(steps: &[&str]) -> Result<Vec<Step>> {
 }
 
 fn serve(address: SocketAddr, steps: &[Step]) -> Result<()> {
+    accept(&listen(address, BACKLOG)?, steps)
+}
+
+fn deaf(address: SocketAddr, steps: &[Step]) -> Result<()> {
+    let listener = listen(address, 0)?;
+    io::stdin().read_line(&mut String::new())?;
+    accept(&listener, steps)
+}
+
+fn listen(address: SocketAddr, backlog: i32) -> Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     socket.bind(&address.into()).with_context(|| format!("bind {address}"))?;
-    socket.listen(BACKLOG)?;
+    socket.listen(backlog)?;
     let listener = TcpListener::from(socket);
     Reporter::new(0).emit("listening", json!({ "address": listener.local_addr()? }));
+    Ok(listener)
+}
+
+fn accept(listener: &TcpListener, steps: &[Step]) -> Result<()> {
     for connection in 1.. {
         let (stream, from) = listener.accept().context("accept")?;
         let steps = steps.to_vec();
@@ -91,17 +106,6 @@ fn serve(address: SocketAddr, steps: &[Step]) -> Result<()> {
         thread::Builder::new().stack_size(STACK).spawn(move || run_steps(stream, &steps, &reporter))?;
     }
     Ok(())
-}
-
-fn deaf(address: SocketAddr) -> Result<()> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    socket.set_reuse_address(true)?;
-    socket.bind(&address.into()).with_context(|| format!("bind {address}"))?;
-    socket.listen(0)?;
-    Reporter::new(0).emit("listening", json!({ "address": address }));
-    loop {
-        thread::park();
-    }
 }
 
 fn client(to: SocketAddr, origin: Origin, steps: &[Step]) -> Result<()> {
