@@ -8,10 +8,10 @@ use tacit_abi::{
 };
 
 use crate::{
-    context::{self, Skb},
+    context::{self, RingPosition, Skb},
     count::count,
     lookup,
-    maps::{HELD_0, HELD_1, HELD_2, HELD_3, HeldRing, STEERED, pod_of},
+    maps::{HELD_0, HELD_1, HELD_2, HELD_3, HELD_SHARES, HeldRing, STEERED, pod_of},
 };
 
 /// Index of the loopback interface, which the kernel gives to no other interface of a namespace.
@@ -80,13 +80,27 @@ fn ring_of(slot: u32) -> &'static HeldRing {
     }
 }
 
-/// Hands the SYN to the agent; false if the ring is full.
+/// Takes room for one record of the slot's pod; false if the pod has used its share of the ring. Two CPUs may lose a count to
+/// each other.
+#[inline(always)]
+fn takes_share(ring: &'static HeldRing, slot: u32) -> bool {
+    let Some(share) = HELD_SHARES.get_ptr_mut(slot) else { return false };
+    let consumed = context::ring_position(ring, RingPosition::Consumed);
+    // SAFETY: a live value of the map.
+    unsafe { (*share).take(consumed, || context::ring_position(ring, RingPosition::Produced)) }
+}
+
+/// Hands the SYN to the agent; false if the ring is full, or the pod's share of it is used.
 #[inline(always)]
 fn hand_over(skb: &Skb<'_>, pod: &Pod, destination: Destination) -> bool {
     if skb.len() < HELD_PACKET_MIN as u32 {
         return false;
     }
-    let Some(mut record) = ring_of(pod.slot).reserve(0) else { return false };
+    let ring = ring_of(pod.slot);
+    if !takes_share(ring, pod.slot) {
+        return false;
+    }
+    let Some(mut record) = ring.reserve(0) else { return false };
     let at: *mut HeldSyn = record.as_mut_ptr();
     // SAFETY: the record is reserved for this program, of this type and aligned.
     let length = unsafe {
@@ -109,7 +123,11 @@ fn hand_over(skb: &Skb<'_>, pod: &Pod, destination: Destination) -> bool {
 pub fn ended(tuple: &Tuple, own: &tacit_abi::Address) {
     // SAFETY: one word is copied.
     let Some(slot) = (unsafe { STEERED.get(own) }).map(|steered| steered.slot) else { return };
-    let Some(mut record) = ring_of(slot).reserve_untyped::<HeldEnd>(0) else { return };
+    let ring = ring_of(slot);
+    if !takes_share(ring, slot) {
+        return;
+    }
+    let Some(mut record) = ring.reserve_untyped::<HeldEnd>(0) else { return };
     let at: *mut HeldEnd = record.as_mut_ptr();
     // SAFETY: the record is reserved for this program, of this type and aligned.
     unsafe {

@@ -7,7 +7,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use tacit_abi::{
-    Address, ClearKey, Destination, DropKey, HELD_RING_BYTES, HeldSyn, LISTENERS_PER_POD, Link, MeshKey, Names, NodeFlow, Pod, PortKey,
+    Address, ClearKey, Destination, DropKey, HELD_RING_BYTES, HeldShare, HeldSyn, LISTENERS_PER_POD, Link, MeshKey, Names, NodeFlow, Pod, PortKey,
     REASONS, Settings, State, Steered, Tuple, limits,
 };
 
@@ -107,6 +107,10 @@ pub static HELD_1: HeldRing = HeldRing::new();
 pub static HELD_2: HeldRing = HeldRing::new();
 #[btf_map]
 pub static HELD_3: HeldRing = HeldRing::new();
+
+/// Pods' shares of the rings, by slot. Not pinned, like the rings.
+#[btf_map]
+pub static HELD_SHARES: Array<HeldShare, { limits::SLOTS as usize }> = Array::new();
 
 /// One counter for each `tacit_abi::Reason`, by its number.
 #[btf_map]

@@ -77,6 +77,7 @@ reasons! {
     DestinationUnclear, "destination_unclear", Destination, "More than one workload or service claims the address.";
     DestinationUnproven, "destination_unproven", Other, "The directory gives the address to another pod than the one of this node.";
     ReservedPort, "reserved_port", Other, "The destination port is one of the agent's.";
+    OpeningLimit, "opening_limit", Other, "Too many connections of the pod wait for their destinations.";
     NoCertificate, "no_certificate", Other, "The pod's identity has no valid certificate.";
     NoEndpoint, "no_endpoint", Other, "No endpoint of the service is ready, or all were tried.";
     ServicePortUnknown, "service_port_unknown", Other, "The service has no such TCP port.";
@@ -123,12 +124,19 @@ reasons! {
 
 impl RefusalReason {
     /// Returns how a waiting `connect()` ends. What passes with time is not answered, so that the application's kernel asks
-    /// again: without Tacit a full backlog or a lost packet has this effect.
+    /// again: without Tacit a full backlog or a lost packet has this effect. A tunnel that breaks before the answer is such a
+    /// case.
     #[must_use]
     pub fn connect_end(self) -> ConnectEnd {
         match self {
             Self::Unreachable => ConnectEnd::HostUnreachable,
-            Self::TimedOut | Self::Timeout | Self::Draining | Self::Overloaded => ConnectEnd::Unanswered,
+            Self::TimedOut
+            | Self::Draining
+            | Self::Overloaded
+            | Self::OpeningLimit
+            | Self::Timeout
+            | Self::Io
+            | Self::Closed => ConnectEnd::Unanswered,
             _ => ConnectEnd::Refused,
         }
     }
@@ -218,6 +226,6 @@ mod tests {
     fn only_what_passes_with_time_is_not_answered() {
         let unanswered = RefusalReason::ALL.iter().filter(|r| r.connect_end() == ConnectEnd::Unanswered);
         let labels: Vec<_> = unanswered.map(|reason| reason.label()).collect();
-        assert_eq!(labels, ["timed_out", "draining", "overloaded", "timeout"]);
+        assert_eq!(labels, ["opening_limit", "timed_out", "draining", "overloaded", "timeout", "io", "closed"]);
     }
 }

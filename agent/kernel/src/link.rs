@@ -17,6 +17,7 @@ use aya::Pod;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_long = 21;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 
@@ -146,4 +147,17 @@ pub(super) fn take<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K) -> Option<V> {
     bpf(BPF_MAP_LOOKUP_AND_DELETE_ELEM, &mut attr).ok()?;
     // SAFETY: zeroed before, plain data, and filled by the kernel.
     Some(unsafe { value.assume_init() })
+}
+
+/// Returns true if a hash map whose keys are `K` and whose values are `V` has an entry of `key`.
+pub(super) fn has<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K) -> bool {
+    let mut value = MaybeUninit::<V>::zeroed();
+    let mut attr = ElemAttr {
+        map_fd: map.as_raw_fd() as u32,
+        pad: 0,
+        key: std::ptr::from_ref(key) as u64,
+        value: value.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    bpf(BPF_MAP_LOOKUP_ELEM, &mut attr).is_ok()
 }

@@ -378,15 +378,14 @@ impl Maps {
         client: SocketAddr,
         accepted_at: SocketAddr,
     ) -> Option<SocketAddr> {
-        let key = Tuple {
-            netns_cookie,
-            local: address(client.ip()),
-            remote: address(accepted_at.ip()),
-            local_port: u32::from(client.port()),
-            remote_port: u32::from(accepted_at.port()),
-        };
-        let found = self.captured.take_out(&key.of_captured())?;
+        let found = self.captured.take_out(&captured_key(netns_cookie, client, accepted_at))?;
         Some(SocketAddr::new(ip(&found.address), u16::try_from(found.port).ok()?))
+    }
+
+    /// Returns true if a captured connection is not closed and its destination was not taken out.
+    #[must_use]
+    pub fn is_captured(&self, netns_cookie: u64, client: SocketAddr, target: SocketAddr) -> bool {
+        self.captured.has(&captured_key(netns_cookie, client, target))
     }
 
     /// Makes the application that accepts `socket`'s connection see `client` as its peer. To be called before
@@ -447,6 +446,22 @@ impl Captured {
     fn take_out(&self, key: &Tuple) -> Option<Destination> {
         link::take(self.0.fd().as_fd(), key)
     }
+
+    fn has(&self, key: &Tuple) -> bool {
+        link::has::<Tuple, Destination>(self.0.fd().as_fd(), key)
+    }
+}
+
+/// The key of a captured connection by its ends in the pod.
+fn captured_key(netns_cookie: u64, client: SocketAddr, target: SocketAddr) -> Tuple {
+    let key = Tuple {
+        netns_cookie,
+        local: address(client.ip()),
+        remote: address(target.ip()),
+        local_port: u32::from(client.port()),
+        remote_port: u32::from(target.port()),
+    };
+    key.of_captured()
 }
 
 fn typed<M: TryFrom<Map, Error = MapError>>(

@@ -110,16 +110,19 @@ fn join(
     connection: std::net::TcpStream,
     client: SocketAddr,
 ) -> Option<std::net::TcpStream> {
-    if openings.is_empty() {
+    if openings.count() == 0 {
         return Some(connection);
     }
-    let target = canonical(connection.local_addr().ok()?);
-    let joined = openings.join(&HeldEnds { client, target }, connection);
-    if joined.is_ok() {
-        // The kernel has handed over the destination before.
-        let _ = proxy.dialer.take_destination(&openings.pod, client, target);
+    let ends = HeldEnds { client, target: canonical(connection.local_addr().ok()?) };
+    if !openings.has(&ends) {
+        return Some(connection);
     }
-    joined.err()
+    // The kernel has handed over the destination before. It is taken out first: a repetition of the SYN that is read later
+    // finds neither an opening nor a destination.
+    let _ = proxy.dialer.take_destination(&openings.pod, client, ends.target);
+    // If the opening has ended meanwhile, the connection is reset.
+    drop(openings.join(&ends, connection));
+    None
 }
 
 /// Accepts on `listener` until the pod or the agent ends; each connection gets a task of its own.

@@ -2,7 +2,7 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-use tacit_kernel::{Kernel, netns::HostNetns, socket};
+use tacit_kernel::{Kernel, held::HeldEnds, netns::HostNetns, socket};
 use tacit_tunnel::socket::reset_if_dropped;
 use tokio::net::TcpStream;
 
@@ -81,5 +81,10 @@ impl Dialer {
         accepted_at: SocketAddr,
     ) -> Option<SocketAddr> {
         self.kernel.maps.destination(pod.netns.cookie(), client, accepted_at)
+    }
+
+    /// Returns true if a captured connection of `pod` still waits for the agent to accept it.
+    pub(super) fn is_waiting(&self, pod: &Pod, ends: &HeldEnds) -> bool {
+        self.kernel.maps.is_captured(pod.netns.cookie(), ends.client, ends.target)
     }
 }

@@ -42,20 +42,15 @@ pub struct PodOpenings {
     emptied: Notify,
 }
 
-#[derive(Debug, Default)]
-struct Table {
-    openings: HashMap<HeldEnds, Opening>,
-    /// Number of openings so far, which tells them apart.
-    count: u64,
-}
-
+/// What becomes of a held SYN.
 #[derive(Debug)]
-struct Opening {
-    id: u64,
-    /// As it was sent last.
-    syn: Syn,
-    is_delivered: bool,
-    accepted: oneshot::Sender<TcpStream>,
+pub enum Hold {
+    /// It opens a connection.
+    New(ToOpen),
+    /// It repeats one that is being opened, or is another agent's.
+    Known,
+    /// It is not answered, because the pod opens too many.
+    Full,
 }
 
 /// A connection to open.
@@ -76,34 +71,24 @@ impl PodOpenings {
         Self { pod, injector, table: Mutex::default(), emptied: Notify::new() }
     }
 
-    /// Takes in a held SYN. Returns the connection to open if it is a new one.
-    pub fn hold(&self, syn: Syn) -> Option<ToOpen> {
-        let ends = syn.ends();
-        if !self.is_own_target(&ends) {
+    /// Returns true if a connection with these ends is being opened.
+    #[must_use]
+    pub fn has(&self, ends: &HeldEnds) -> bool {
+        self.table().openings.contains_key(ends)
+    }
+
+    /// Takes in a held SYN.
+    pub fn hold(&self, syn: Syn) -> Hold {
+        if !self.is_own_target(&syn.ends()) {
             // The listener of another agent, which takes over or is taken over: that agent connects when it accepts.
             self.log_failure(self.injector.deliver(&syn));
-            return None;
+            return Hold::Known;
         }
-        let mut table = self.table();
-        if let Some(known) = table.openings.get_mut(&ends)
-            && known.syn.sequence() == syn.sequence()
-        {
-            known.syn = syn;
-            if known.is_delivered {
-                let again = known.syn.clone();
-                drop(table);
-                self.log_failure(self.injector.deliver(&again));
-            }
-            return None;
+        let (hold, again) = self.table().hold(syn);
+        if let Some(again) = again {
+            self.log_failure(self.injector.deliver(&again));
         }
-        if table.openings.len() >= OPENINGS_MAX {
-            return None;
-        }
-        table.count += 1;
-        let (id, (accept, accepted)) = (table.count, oneshot::channel());
-        // One that is replaced was closed by its application.
-        table.openings.insert(ends, Opening { id, syn, is_delivered: false, accepted: accept });
-        Some(ToOpen { ends, id, accepted })
+        hold
     }
 
     /// Returns true for a target on which this agent accepts the pod's connections.
@@ -114,14 +99,7 @@ impl PodOpenings {
 
     /// Delivers the SYN of an opening, whose destination has accepted. Returns false if the connection is no longer wanted.
     pub fn deliver(&self, ends: &HeldEnds, id: u64) -> bool {
-        let syn = {
-            let mut table = self.table();
-            let Some(opening) = table.openings.get_mut(ends).filter(|opening| opening.id == id) else {
-                return false;
-            };
-            opening.is_delivered = true;
-            opening.syn.clone()
-        };
+        let Some(syn) = self.table().deliver(ends, id) else { return false };
         self.log_failure(self.injector.deliver(&syn));
         true
     }
@@ -163,14 +141,9 @@ impl PodOpenings {
         self.emptied.notify_waiters();
     }
 
-    /// Returns true if nothing is being opened.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.table().openings.is_empty()
-    }
-
     /// Returns the number of connections that are being opened.
-    fn count(&self) -> usize {
+    #[must_use]
+    pub fn count(&self) -> usize {
         self.table().openings.len()
     }
 
@@ -180,7 +153,7 @@ impl PodOpenings {
             let emptied = self.emptied.notified();
             tokio::pin!(emptied);
             emptied.as_mut().enable();
-            if self.is_empty() {
+            if self.count() == 0 {
                 return;
             }
             emptied.await;
@@ -189,14 +162,11 @@ impl PodOpenings {
 
     fn remove_if(&self, ends: &HeldEnds, is: impl Fn(&Opening) -> bool) -> Option<Opening> {
         let mut table = self.table();
-        if !table.openings.get(ends).is_some_and(is) {
-            return None;
-        }
-        let removed = table.openings.remove(ends);
+        let removed = table.remove_if(ends, is)?;
         if table.openings.is_empty() {
             self.emptied.notify_waiters();
         }
-        removed
+        Some(removed)
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -208,6 +178,55 @@ impl PodOpenings {
         if let Err(error) = sent {
             tracing::debug!(pod = %self.pod.workload.name, %error, "a held connection is not answered");
         }
+    }
+}
+
+/// The openings of one pod. Pure.
+#[derive(Debug, Default)]
+struct Table {
+    openings: HashMap<HeldEnds, Opening>,
+    /// Number of openings so far, which tells them apart.
+    started: u64,
+}
+
+#[derive(Debug)]
+struct Opening {
+    id: u64,
+    /// As it was sent last.
+    syn: Syn,
+    is_delivered: bool,
+    accepted: oneshot::Sender<TcpStream>,
+}
+
+impl Table {
+    /// Takes in a SYN for this agent. Returns also a SYN that was lost on its way to the listener, and is delivered again.
+    fn hold(&mut self, syn: Syn) -> (Hold, Option<Syn>) {
+        let ends = syn.ends();
+        if let Some(known) = self.openings.get_mut(&ends)
+            && known.syn.sequence() == syn.sequence()
+        {
+            known.syn = syn;
+            return (Hold::Known, known.is_delivered.then(|| known.syn.clone()));
+        }
+        if self.openings.len() >= OPENINGS_MAX {
+            return (Hold::Full, None);
+        }
+        self.started += 1;
+        let (id, (accept, accepted)) = (self.started, oneshot::channel());
+        // One that is replaced was closed by its application.
+        self.openings.insert(ends, Opening { id, syn, is_delivered: false, accepted: accept });
+        (Hold::New(ToOpen { ends, id, accepted }), None)
+    }
+
+    /// Returns the SYN to deliver, if it is still wanted.
+    fn deliver(&mut self, ends: &HeldEnds, id: u64) -> Option<Syn> {
+        let opening = self.openings.get_mut(ends).filter(|opening| opening.id == id)?;
+        opening.is_delivered = true;
+        Some(opening.syn.clone())
+    }
+
+    fn remove_if(&mut self, ends: &HeldEnds, is: impl Fn(&Opening) -> bool) -> Option<Opening> {
+        if self.openings.get(ends).is_some_and(is) { self.openings.remove(ends) } else { None }
     }
 }
 
@@ -287,4 +306,69 @@ fn is_same_syn(one: &HeldConnect, other: &HeldConnect) -> bool {
     one.netns_cookie == other.netns_cookie
         && one.syn.ends() == other.syn.ends()
         && one.syn.sequence() == other.syn.sequence()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A SYN from `port` of the pod's loopback, with this sequence number.
+    fn syn(port: u16, sequence: u32) -> Syn {
+        let mut packet = [0; 40];
+        packet[0] = 0x45;
+        packet[9] = 6;
+        packet[12..16].copy_from_slice(&[127, 0, 0, 1]);
+        packet[16..20].copy_from_slice(&[127, 100, 1, 2]);
+        packet[20..22].copy_from_slice(&port.to_be_bytes());
+        packet[22..24].copy_from_slice(&tcp_port::CAPTURE.to_be_bytes());
+        packet[24..28].copy_from_slice(&sequence.to_be_bytes());
+        packet[32] = 0x50;
+        packet[33] = 2;
+        Syn::parse(&packet).expect("a SYN")
+    }
+
+    fn begin(table: &mut Table, syn: Syn) -> ToOpen {
+        match table.hold(syn) {
+            (Hold::New(to_open), None) => to_open,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn is_cancelled(to_open: &mut ToOpen) -> bool {
+        matches!(to_open.accepted.try_recv(), Err(oneshot::error::TryRecvError::Closed))
+    }
+
+    #[test]
+    fn a_repeated_syn_opens_nothing_and_is_delivered_again_if_it_was() {
+        let mut table = Table::default();
+        let mut opening = begin(&mut table, syn(1, 7));
+        assert!(matches!(table.hold(syn(1, 7)), (Hold::Known, None)));
+        assert_eq!(table.deliver(&opening.ends, opening.id), Some(syn(1, 7)));
+        assert!(matches!(table.hold(syn(1, 7)), (Hold::Known, Some(_))));
+        assert!(!is_cancelled(&mut opening));
+    }
+
+    #[test]
+    fn a_new_connection_from_the_same_port_replaces_one_that_was_closed() {
+        let mut table = Table::default();
+        let mut first = begin(&mut table, syn(1, 7));
+        let mut second = begin(&mut table, syn(1, 8));
+        assert!(is_cancelled(&mut first) && !is_cancelled(&mut second));
+        assert_eq!(table.deliver(&first.ends, first.id), None, "no longer wanted");
+        assert!(table.remove_if(&first.ends, |opening| opening.id == first.id).is_none());
+        assert!(table.remove_if(&second.ends, |opening| opening.id == second.id).is_some());
+        assert!(is_cancelled(&mut second));
+    }
+
+    #[test]
+    fn a_pod_opens_a_bounded_number_at_a_time() {
+        let mut table = Table::default();
+        let mut open: Vec<_> =
+            (0..OPENINGS_MAX).map(|port| begin(&mut table, syn(u16::try_from(port).expect("small"), 7))).collect();
+        assert!(matches!(table.hold(syn(u16::MAX, 7)), (Hold::Full, None)));
+        assert!(matches!(table.hold(syn(0, 7)), (Hold::Known, None)), "one of them is still known");
+        let ended = open.pop().expect("one").ends;
+        assert!(table.remove_if(&ended, |_| true).is_some());
+        begin(&mut table, syn(u16::MAX, 7));
+    }
 }

@@ -14,8 +14,11 @@ pub const HELD_PACKET_MAX: usize = 120;
 pub const HELD_PACKET_MIN: usize = 40;
 /// Rings that pods share by slot, so that each has its own consumer. A power of two.
 pub const HELD_RINGS: u32 = 4;
-/// Bytes of each ring: room for some 3,000 records. A power of two, and of pages.
-pub const HELD_RING_BYTES: u32 = 512 * 1024;
+/// Bytes of each ring: room for some 6,000 records. A power of two, and of pages.
+pub const HELD_RING_BYTES: u32 = 1024 * 1024;
+/// Records that a pod may add to its ring until the agent has read those before. At most twice as many are in the ring, a
+/// third of it, so that one pod cannot fill it. A pod with more loses SYNs, which its kernel sends again.
+pub const HELD_SHARE: u64 = 1024;
 
 /// Returns the index of the ring for pods with this slot.
 #[inline(always)]
@@ -76,6 +79,32 @@ unsafe impl aya::Pod for HeldSyn {}
 #[cfg(feature = "user")]
 // SAFETY: as above.
 unsafe impl aya::Pod for HeldEnd {}
+
+/// A pod's share of its ring. The map's key is the pod's slot.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HeldShare {
+    /// Position in the ring up to which the agent has to read before the pod's count starts anew.
+    pub mark: u64,
+    /// Records of the pod since then.
+    pub count: u64,
+}
+
+impl HeldShare {
+    /// Takes room for one record; false if the pod has used its share. `consumed` is the position up to which the agent has
+    /// read, and `produced` returns the position up to which records were added.
+    #[inline(always)]
+    pub fn take(&mut self, consumed: u64, produced: impl FnOnce() -> u64) -> bool {
+        if consumed >= self.mark {
+            *self = Self { mark: produced(), count: 0 };
+        }
+        if self.count >= HELD_SHARE {
+            return false;
+        }
+        self.count += 1;
+        true
+    }
+}
 
 /// Facts that the program can look up about a packet of a socket that is connecting.
 pub trait HoldFacts {
@@ -175,5 +204,24 @@ mod tests {
             assert_eq!(held_ring(slot), held_ring(slot + HELD_RINGS));
         }
         assert!((1..HELD_RINGS).all(|slot| held_ring(slot) != held_ring(0)));
+    }
+
+    #[test]
+    fn a_pod_has_at_most_two_shares_in_the_ring_and_always_gets_one_when_it_is_read() {
+        let (mut share, mut produced, mut consumed) = (HeldShare::default(), 0_u64, 0_u64);
+        let mut state = 7_u64;
+        for _ in 0..200_000 {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            // The pod adds more often than the agent reads.
+            if state >> 61 != 0 {
+                produced += u64::from(share.take(consumed, || produced));
+            } else {
+                consumed += (produced - consumed).min(state >> 40 & 7);
+            }
+            assert!(produced - consumed <= 2 * HELD_SHARE, "{} in the ring", produced - consumed);
+        }
+        consumed = produced;
+        let added = (0..2 * HELD_SHARE).filter(|_| share.take(consumed, || produced)).count();
+        assert_eq!(added as u64, HELD_SHARE);
     }
 }

@@ -18,7 +18,7 @@ use super::{carry, reach, source, Carried};
 use crate::{
     proxy::{
         Addresses, Proxy,
-        openings::{PodOpenings, ToOpen},
+        openings::{Hold, OPENINGS_MAX, PodOpenings, ToOpen},
     },
     telemetry::Reporter,
 };
@@ -42,7 +42,20 @@ pub fn handle_record(proxy: &Arc<Proxy>, held: Held) {
 /// Starts to open a held connection, unless that has begun before.
 pub fn start(proxy: &Arc<Proxy>, openings: &Arc<PodOpenings>, held: HeldConnect) {
     let HeldConnect { destination, syn, .. } = held;
-    let Some(to_open) = openings.hold(syn) else { return };
+    let ends = syn.ends();
+    // A repeated SYN can be read after its connection was accepted or closed.
+    if !openings.has(&ends) && !proxy.dialer.is_waiting(&openings.pod, &ends) {
+        return;
+    }
+    let to_open = match openings.hold(syn) {
+        Hold::New(to_open) => to_open,
+        Hold::Known => return,
+        Hold::Full => {
+            let detail = format!("{OPENINGS_MAX} connections of the pod wait for their destinations");
+            let refusal = Refusal::new(RefusalReason::OpeningLimit, detail);
+            return proxy.report(Reporter::Source, Addresses { source: ends.client, destination }, refusal);
+        }
+    };
     let home = openings.pod.home(proxy.workers.count());
     let (on, openings) = (proxy.clone(), openings.clone());
     proxy.spawn_flow(home, move |load| async move {
