@@ -3,11 +3,13 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_RB_CONS_POS, BPF_RB_PROD_POS, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, sockaddr},
+    bindings::{
+        BPF_RB_CONS_POS, BPF_RB_PROD_POS, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, sockaddr,
+    },
     helpers::generated::{
         bpf_bind, bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
-        bpf_ktime_get_ns, bpf_ringbuf_query, bpf_set_retval, bpf_setsockopt, bpf_sk_storage_delete, bpf_sk_storage_get,
-        bpf_sock_ops_cb_flags_set,
+        bpf_ktime_get_ns, bpf_ringbuf_query, bpf_set_retval, bpf_setsockopt, bpf_sk_storage_delete,
+        bpf_sk_storage_get, bpf_sock_ops_cb_flags_set,
     },
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };

@@ -3,8 +3,8 @@
 
 use aya_ebpf::programs::SkBuffContext;
 use tacit_abi::{
-    Destination, HELD_PACKET_MIN, HeldEnd, HeldSyn, Hold, HoldFacts, Pod, Reason, Tuple, decide_hold, held_kind,
-    held_ring, names_kind,
+    Destination, HELD_PACKET_MIN, HeldEnd, HeldSyn, Hold, HoldFacts, Pod, Reason, Tuple, decide_hold,
+    held_kind, held_ring, names_kind,
 };
 
 use crate::{
@@ -64,7 +64,11 @@ fn decide(ctx: &SkBuffContext) -> bool {
             true
         }
         Hold::Hold(pod, destination) => {
-            count(if hand_over(&skb, &pod, destination) { Reason::ConnectHeld } else { Reason::ConnectHeldFull });
+            count(if hand_over(&skb, &pod, destination) {
+                Reason::ConnectHeld
+            } else {
+                Reason::ConnectHeldFull
+            });
             false
         }
     }

@@ -7,8 +7,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use tacit_abi::{
-    Address, ClearKey, Destination, DropKey, HELD_RING_BYTES, HeldShare, HeldSyn, LISTENERS_PER_POD, Link, MeshKey, Names, NodeFlow, Pod, PortKey,
-    REASONS, Settings, State, Steered, Tuple, limits,
+    Address, ClearKey, Destination, DropKey, HELD_RING_BYTES, HeldShare, HeldSyn, LISTENERS_PER_POD, Link,
+    MeshKey, Names, NodeFlow, Pod, PortKey, REASONS, Settings, State, Steered, Tuple, limits,
 };
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;

@@ -21,6 +21,10 @@ const SYN_RETRIES: &str = "1";
 /// Addresses of pods of node b that its routes lead nowhere. The directory knows the first of each kind.
 const REJECTED: [&str; 4] = ["10.77.2.201", "fd77:2::201", "10.77.2.211", "fd77:2::211"];
 const SWALLOWED: [&str; 4] = ["10.77.2.202", "fd77:2::202", "10.77.2.212", "fd77:2::212"];
+/// Connections that end before their ports are looked at.
+const SHORT: usize = 50;
+/// Ports that the kernel chooses from by default.
+const EPHEMERAL: std::ops::RangeInclusive<u16> = 32_768..=60_999;
 /// A port that policies deny.
 const DENIED: u16 = 81;
 /// A difference of times that says nothing on a loaded machine.
@@ -162,6 +166,34 @@ fn connections_that_are_closed_early_leave_nothing() -> Result<()> {
     Ok(())
 }
 
+/// The agent's connections to applications use ports of the pod, and keep them for a minute after their end.
+#[test]
+#[ignore = "needs root"]
+fn ports_of_connections_that_have_ended_are_free_for_servers() -> Result<()> {
+    for mesh in [without_tacit()?, with_tacit()?] {
+        let far = mesh.pod("far")?;
+        let server = Server::start(far, SocketAddr::new(far.ipv4().into(), fresh_port()), &["read-end"])?;
+        for _ in 0..SHORT {
+            Client::run(mesh.pod("client")?, server.address(), &["send:text", "shut", "read-end"])?;
+        }
+        ensure!(server.accepted()? == SHORT);
+        let taken = far.netns().enter(|| EPHEMERAL.filter(|port| !may_listen(*port)).count())?;
+        ensure!(taken == 0, "{taken} ports of pod far are taken, Tacit {}", mesh.has_tacit());
+    }
+    Ok(())
+}
+
+/// Listens as servers do, which set SO_REUSEADDR.
+fn may_listen(port: u16) -> bool {
+    let listen = || -> std::io::Result<()> {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&SocketAddr::from(([0, 0, 0, 0], port)).into())?;
+        socket.listen(1)
+    };
+    listen().is_ok()
+}
+
 #[test]
 #[ignore = "needs root"]
 fn a_pod_that_asks_for_it_is_connected_early() -> Result<()> {
@@ -170,7 +202,8 @@ fn a_pod_that_asks_for_it_is_connected_early() -> Result<()> {
         entries.iter_mut().for_each(|entry| entry.connect = Some("early"));
         Ok(entries)
     };
-    let mesh = Plan::new("early").pod("a", "shop", "client").pod("b", "shop", "far").with_directories(entries)?;
+    let mesh =
+        Plan::new("early").pod("a", "shop", "client").pod("b", "shop", "far").with_directories(entries)?;
     let (far, port) = (mesh.pod("far")?, fresh_port());
     let seen = run_probe(&mesh, SocketAddr::new(far.ipv4().into(), port), "listen")?;
     ensure!(seen["connect"] == "ok" && seen["recv"] == "ECONNRESET", "{seen}");
@@ -249,7 +282,11 @@ fn probe(mesh: &Mesh, way: &str, to: To, port: u16) -> Result<Value> {
     let to = match to {
         To::Server(pod, family, steps) => {
             let to = at(pod, family)?;
-            servers.push(Server::start(mesh.pod(pod)?, SocketAddr::new(to.ip().to_canonical(), port), steps)?);
+            servers.push(Server::start(
+                mesh.pod(pod)?,
+                SocketAddr::new(to.ip().to_canonical(), port),
+                steps,
+            )?);
             to
         }
         To::Closed(pod, family) => at(pod, family)?,
@@ -330,9 +367,7 @@ fn directory(mesh: &Mesh) -> Vec<WorkloadEntry> {
 
 /// Has connections of the client fail early, and the routes of node b lead nowhere for some addresses.
 fn prepared(mesh: Mesh) -> Result<Mesh> {
-    mesh.pod("client")?.netns().enter(|| {
-        fs::write("/proc/sys/net/ipv4/tcp_syn_retries", SYN_RETRIES)
-    })??;
+    mesh.pod("client")?.netns().enter(|| fs::write("/proc/sys/net/ipv4/tcp_syn_retries", SYN_RETRIES))??;
     let node = mesh.topology().node("b")?;
     for (kind, addresses) in [("unreachable", REJECTED), ("blackhole", SWALLOWED)] {
         for address in addresses {

@@ -226,6 +226,9 @@ mod tests {
     fn only_what_passes_with_time_is_not_answered() {
         let unanswered = RefusalReason::ALL.iter().filter(|r| r.connect_end() == ConnectEnd::Unanswered);
         let labels: Vec<_> = unanswered.map(|reason| reason.label()).collect();
-        assert_eq!(labels, ["opening_limit", "timed_out", "draining", "overloaded", "timeout", "io", "closed"]);
+        assert_eq!(
+            labels,
+            ["opening_limit", "timed_out", "draining", "overloaded", "timeout", "io", "closed"]
+        );
     }
 }

@@ -62,7 +62,8 @@ impl Kernel {
         let mut programs = self.programs();
         let mut take = |name| {
             let problem = |problem: String| KernelError::Map { map: name, problem };
-            let map = programs.ebpf().take_map(name).ok_or_else(|| problem("not in the object".to_owned()))?;
+            let map =
+                programs.ebpf().take_map(name).ok_or_else(|| problem("not in the object".to_owned()))?;
             RingBuf::try_from(map).map(HeldRing).map_err(|error| problem(error.to_string()))
         };
         RINGS.into_iter().map(&mut take).collect()
@@ -78,7 +79,9 @@ impl HeldRing {
         )]
         let polled: Result<AsyncFd<RingBuf<MapData>>, _> = AsyncFd::with_interest(self.0, Interest::READABLE);
         let Ok(mut ring) = polled else {
-            return tracing::error!("a queue of held connections cannot be polled: their connect() times out; restart the agent");
+            return tracing::error!(
+                "a queue of held connections cannot be polled: their connect() times out; restart the agent"
+            );
         };
         loop {
             let Ok(mut ready) = ring.readable_mut().await else { return };
@@ -164,7 +167,9 @@ mod tests {
 
     #[test]
     fn a_held_syn_is_read_with_its_destination_and_ends() {
-        let Some(Held::Connect(held)) = parse(&bytes_of(&held_syn(SYN_V4.len()))) else { panic!("no record") };
+        let Some(Held::Connect(held)) = parse(&bytes_of(&held_syn(SYN_V4.len()))) else {
+            panic!("no record")
+        };
         assert_eq!((held.slot, held.netns_cookie), (3, 7));
         assert_eq!(held.destination, "10.77.2.3:80".parse().expect("literal"));
         assert_eq!(held.syn.ends().target, "127.100.1.2:15001".parse().expect("literal"));

@@ -49,7 +49,8 @@ use std::{
 };
 
 pub use maps::{
-    ConnectReturn, DropCount, KernelCounter, Maps, PlaintextDestination, PlaintextEgress, PlaintextHandling, PodEntry,
+    ConnectReturn, DropCount, KernelCounter, Maps, PlaintextDestination, PlaintextEgress, PlaintextHandling,
+    PodEntry,
 };
 pub use pins::{PinLock, SuccessorLock, uninstall};
 pub use programs::{GuardedLink, HostEnd, PreparedPrograms, ProgramState, Programs, has_host_end};

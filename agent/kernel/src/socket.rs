@@ -225,6 +225,8 @@ pub fn outgoing(netns: &Netns, host: &HostNetns, to: SocketAddr) -> io::Result<S
 pub fn dialer(netns: &Netns, host: &HostNetns, to: SocketAddr, client: SocketAddr) -> io::Result<Socket> {
     let socket = outgoing(netns, host, to)?;
     setsockopt(&socket, IpBindAddressNoPort, &true)?;
+    // Applications that set this option too may listen on the socket's port while it is in TIME_WAIT.
+    socket.set_reuse_address(true)?;
     socket.bind(&SocketAddr::new(loopback_for(to.ip(), client), 0).into())?;
     Ok(socket)
 }
@@ -290,7 +292,8 @@ async fn answered(socket: Socket, limit: Duration) -> io::Result<TcpStream> {
 fn has_listener(netns: &Netns, host: &HostNetns, at: SocketAddr) -> io::Result<bool> {
     let listeners = host.run_in(netns.file(), netlink::listeners)??;
     let is_at = |local: SocketAddr| {
-        local.port() == at.port() && (local.ip() == at.ip() || local.ip() == IpAddr::from(Ipv6Addr::UNSPECIFIED))
+        local.port() == at.port()
+            && (local.ip() == at.ip() || local.ip() == IpAddr::from(Ipv6Addr::UNSPECIFIED))
     };
     Ok(listeners.iter().any(|listener| is_at(listener.local)))
 }

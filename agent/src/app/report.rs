@@ -24,9 +24,9 @@ use crate::{
     enrol::{PodPolicy, in_clear},
     proxy::Proxy,
     telemetry::status::{
-        AgentState, CertificateStatus, DropStatus, FlowsStatus, GuardStatus, IssuerStatus, KernelCounter, MeshStatus,
-        PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, SourceKind, SourceStatus, Status,
-        UncoveredStatus,
+        AgentState, CertificateStatus, DropStatus, FlowsStatus, GuardStatus, IssuerStatus, KernelCounter,
+        MeshStatus, PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, SourceKind,
+        SourceStatus, Status, UncoveredStatus,
     },
 };
 

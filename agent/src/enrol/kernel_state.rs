@@ -7,8 +7,8 @@ use tacit_core::{
     policy::{Mode, Modes},
 };
 use tacit_kernel::{
-    ConnectReturn, GuardedLink, HostEnd, KernelError, PlaintextEgress, PodEntry, cgroup, host, netns::Netns, reset_sockets,
-    socket::Listeners,
+    ConnectReturn, GuardedLink, HostEnd, KernelError, PlaintextEgress, PodEntry, cgroup, host, netns::Netns,
+    reset_sockets, socket::Listeners,
 };
 
 use crate::enrol::{

@@ -63,7 +63,9 @@ fn serve_captured(proxy: &Arc<Proxy>, openings: &Arc<PodOpenings>, listener: Tcp
     thread.spawn(async move {
         match Acceptor::new(listener) {
             Ok(listener) => accept_captured(&proxy, &openings, home, listener).await,
-            Err(error) => tracing::error!(%error, pod = %openings.pod.workload.name, "a listener cannot be polled"),
+            Err(error) => {
+                tracing::error!(%error, pod = %openings.pod.workload.name, "a listener cannot be polled")
+            }
         }
         proxy.openings.remove(&openings);
     });

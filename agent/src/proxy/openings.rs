@@ -246,7 +246,8 @@ impl Openings {
     pub fn add(&self, openings: &Arc<PodOpenings>) -> Vec<HeldConnect> {
         let mut pods = self.lock();
         pods.by_slot.insert(openings.pod.slot, Arc::clone(openings));
-        let (own, others) = std::mem::take(&mut pods.parked).into_iter().partition(|held| held.slot == openings.pod.slot);
+        let (own, others) =
+            std::mem::take(&mut pods.parked).into_iter().partition(|held| held.slot == openings.pod.slot);
         pods.parked = others;
         Vec::from(own)
     }
@@ -363,8 +364,9 @@ mod tests {
     #[test]
     fn a_pod_opens_a_bounded_number_at_a_time() {
         let mut table = Table::default();
-        let mut open: Vec<_> =
-            (0..OPENINGS_MAX).map(|port| begin(&mut table, syn(u16::try_from(port).expect("small"), 7))).collect();
+        let mut open: Vec<_> = (0..OPENINGS_MAX)
+            .map(|port| begin(&mut table, syn(u16::try_from(port).expect("small"), 7)))
+            .collect();
         assert!(matches!(table.hold(syn(u16::MAX, 7)), (Hold::Full, None)));
         assert!(matches!(table.hold(syn(0, 7)), (Hold::Known, None)), "one of them is still known");
         let ended = open.pop().expect("one").ends;

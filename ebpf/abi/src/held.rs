@@ -176,8 +176,11 @@ mod tests {
     #[test]
     fn only_a_captured_connection_of_a_pod_that_an_agent_serves_is_held() {
         let pod = Pod { slot: 3, ..Pod::default() };
-        let destination =
-            Destination { address: Address::from_v4_be(u32::from_ne_bytes([10, 77, 2, 3])), port: 80, pad: 0 };
+        let destination = Destination {
+            address: Address::from_v4_be(u32::from_ne_bytes([10, 77, 2, 3])),
+            port: 80,
+            pad: 0,
+        };
         let held = Syn { destination: Some(destination), pod: Some(pod), stale: false, listener: true };
         let flagged = |flags| Some(Pod { flags, ..pod });
         let unanswered = Hold::PassUnanswered(Reason::ConnectUnanswered);

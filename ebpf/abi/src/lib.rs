@@ -29,8 +29,8 @@ pub use guard::{
     Accepted, GuardFacts, Hook, Packet, Segment, Verdict, decide_egress, decide_ingress, protocol,
 };
 pub use held::{
-    HELD_PACKET_MAX, HELD_PACKET_MIN, HELD_RING_BYTES, HELD_RINGS, HELD_SHARE, HeldEnd, HeldShare, HeldSyn, Hold, HoldFacts,
-    decide_hold, held_kind, held_ring,
+    HELD_PACKET_MAX, HELD_PACKET_MIN, HELD_RING_BYTES, HELD_RINGS, HELD_SHARE, HeldEnd, HeldShare, HeldSyn,
+    Hold, HoldFacts, decide_hold, held_kind, held_ring,
 };
 pub use inbound::{Inbound, InboundFacts, Steer, decide_inbound};
 pub use layout::{

@@ -91,8 +91,7 @@ fn workload<'a>(
     let protocol = fields.optional("tunnel").map_or(Some(Protocol::Tacit), |value| value.choice(&PROTOCOLS));
     let egress = fields.optional("egress").map_or(Some(None), |value| value.choice(&EGRESS));
     let udp = fields.optional("udp").map_or(Some(None), |value| value.choice(&UDP));
-    let connect =
-        fields.optional("connect").map_or(Some(Connect::default()), |value| value.choice(&CONNECT));
+    let connect = fields.optional("connect").map_or(Some(Connect::default()), |value| value.choice(&CONNECT));
     let cgroup = fields.optional("cgroup");
     let path = match &cgroup {
         Some(value) => cgroup_path(value),

@@ -251,7 +251,10 @@ mod tests {
             assert_eq!(syn.sequence(), 0x0102_0304);
             let complete = syn.complete();
             assert_eq!(complete.len(), packet.len());
-            assert_eq!((&complete[..ip + 16], &complete[ip + 18..]), (&packet[..ip + 16], &packet[ip + 18..]));
+            assert_eq!(
+                (&complete[..ip + 16], &complete[ip + 18..]),
+                (&packet[..ip + 16], &packet[ip + 18..])
+            );
             let pseudo = pseudo_header(ends.client.ip(), ends.target.ip(), TCP);
             assert_eq!(residue(&complete, ip, Some(pseudo)), 0);
         }
@@ -290,15 +293,20 @@ mod tests {
         for packet in [SYN_V4.to_vec(), syn_v6()] {
             let syn = Syn::parse(&packet).expect("a SYN");
             let ends = syn.ends();
-            for (why, v4, v6) in [(Unreachable::Network, [3, 0], [1, 0]), (Unreachable::Host, [3, 1], [1, 3])] {
+            for (why, v4, v6) in [(Unreachable::Network, [3, 0], [1, 0]), (Unreachable::Host, [3, 1], [1, 3])]
+            {
                 let error = syn.unreachable(why);
                 let (at, expected) = if syn.is_v4() { (IPV4_HEADER, v4) } else { (IPV6_HEADER, v6) };
                 assert_eq!(error[at..at + 2], expected);
                 assert_eq!(error[at + ICMP_HEADER..], syn.complete());
-                let pseudo = (!syn.is_v4()).then(|| pseudo_header(ends.target.ip(), ends.client.ip(), ICMP_V6));
+                let pseudo =
+                    (!syn.is_v4()).then(|| pseudo_header(ends.target.ip(), ends.client.ip(), ICMP_V6));
                 assert_eq!(residue(&error, at, pseudo), 0);
                 if !syn.is_v4() {
-                    assert_eq!(usize::from(u16::from_be_bytes([error[4], error[5]])), error.len() - IPV6_HEADER);
+                    assert_eq!(
+                        usize::from(u16::from_be_bytes([error[4], error[5]])),
+                        error.len() - IPV6_HEADER
+                    );
                 }
             }
         }
@@ -311,7 +319,9 @@ mod tests {
                 assert_eq!(Syn::parse(&packet[..length]), None, "{length} bytes");
             }
             let ip = packet.len() - 40;
-            for (at, value) in [(ip + 13, SYN | ACK), (ip + 13, ACK), (ip + 13, SYN | RST), (ip + 12, 0x40), (0, 0x15)] {
+            for (at, value) in
+                [(ip + 13, SYN | ACK), (ip + 13, ACK), (ip + 13, SYN | RST), (ip + 12, 0x40), (0, 0x15)]
+            {
                 let mut other = packet.clone();
                 other[at] = value;
                 assert_eq!(Syn::parse(&other), None, "{value:#x} at {at}");

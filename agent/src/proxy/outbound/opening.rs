@@ -14,7 +14,7 @@ use tacit_kernel::held::{Held, HeldConnect};
 use tacit_tunnel::relay;
 use tokio::{net::TcpStream, time::timeout};
 
-use super::{carry, reach, source, Carried};
+use super::{Carried, carry, reach, source};
 use crate::{
     proxy::{
         Addresses, Proxy,

@@ -280,7 +280,8 @@ fn connect(pod: &Pod, problems: &mut Vec<String>) -> Connect {
         Some("early") => Connect::Early,
         Some(other) => {
             let value = shown(other);
-            problems.push(format!("annotation tacit.io/connect {value} is not used: expected early or truthful"));
+            problems
+                .push(format!("annotation tacit.io/connect {value} is not used: expected early or truthful"));
             Connect::Truthful
         }
     }
