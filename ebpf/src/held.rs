@@ -112,7 +112,7 @@ fn hand_over(skb: &Skb<'_>, pod: &Pod, destination: Destination) -> bool {
         (&raw mut (*at).slot).write(pod.slot);
         (&raw mut (*at).netns_cookie).write(pod.netns_cookie);
         (&raw mut (*at).destination).write(destination);
-        (&raw mut (*at).pad).write(0);
+        (&raw mut (*at).repeated).write(u32::from(skb.is_repeated()));
         skb.copy_packet(&raw mut (*at).packet)
     };
     // SAFETY: as above.

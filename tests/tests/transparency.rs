@@ -21,6 +21,8 @@ const SYN_RETRIES: &str = "1";
 /// Addresses of pods of node b that its routes lead nowhere. The directory knows the first of each kind.
 const REJECTED: [&str; 4] = ["10.77.2.201", "fd77:2::201", "10.77.2.211", "fd77:2::211"];
 const SWALLOWED: [&str; 4] = ["10.77.2.202", "fd77:2::202", "10.77.2.212", "fd77:2::212"];
+/// Connections of a flood: more than a pod may open at a time, and fewer than there are ports.
+const FLOOD: u16 = 6000;
 /// Connections that end before their ports are looked at.
 const SHORT: usize = 50;
 /// Ports that the kernel chooses from by default.
@@ -164,6 +166,31 @@ fn connections_that_are_closed_early_leave_nothing() -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// What a pod has too many of is its own loss.
+#[test]
+#[ignore = "needs root"]
+fn a_pod_that_floods_does_not_hold_up_others() -> Result<()> {
+    let mesh = with_tacit()?;
+    let agent = mesh.agent("a")?;
+    let opening = || observe::metric(agent, "tacit_flows_opening", &[]);
+    let to = SocketAddr::new(SWALLOWED[0].parse()?, 80).to_string();
+    let mut flood = Client::with_args(mesh.pod("client")?, &["probe", &to, &format!("flood:{FLOOD}")])?;
+    flood.events().first("flooded")?;
+    until("many connections are being opened", || Ok((opening()? > u64::from(FLOOD) / 4).then_some(())))?;
+    let far = mesh.pod("far")?;
+    let server = Server::start(far, SocketAddr::new(far.ipv4().into(), fresh_port()), SPEAKS)?;
+    let at = server.address().to_string();
+    let events = Client::with_args(mesh.pod("near")?, &["probe", &at, "blocking"])?.finish()?;
+    let seen = events.iter().find(|event| event["event"] == "probe").context("probe")?;
+    ensure!(seen["connect"] == "ok", "{seen}");
+    ensure!(seen["ms"].as_u64().context("ms")? < NOISE_MS, "{seen}");
+    let at_most = opening()?;
+    ensure!(at_most <= 4096, "{at_most} connections of one pod");
+    flood.proceed()?;
+    flood.finish()?;
+    until("nothing is being opened", || Ok((opening()? == 0).then_some(())))
 }
 
 /// The agent's connections to applications use ports of the pod, and keep them for a minute after their end.

@@ -37,6 +37,8 @@ pub struct HeldConnect {
     pub destination: SocketAddr,
     /// The SYN.
     pub syn: Syn,
+    /// True if the SYN was sent before.
+    pub is_repeated: bool,
 }
 
 /// A record.
@@ -106,6 +108,7 @@ fn parse(bytes: &[u8]) -> Option<Held> {
                 slot: held.slot,
                 netns_cookie: held.netns_cookie,
                 destination: SocketAddr::new(ip(&held.destination.address), port),
+                is_repeated: held.repeated != 0,
                 syn: Syn::parse(held.packet.get(..held.length as usize)?)?,
             }))
         }
@@ -160,7 +163,7 @@ mod tests {
             netns_cookie: 7,
             destination: Destination { address: mapped("10.77.2.3"), port: 80, pad: 0 },
             length: u32::try_from(length).expect("small"),
-            pad: 0,
+            repeated: 1,
             packet,
         }
     }
@@ -170,7 +173,7 @@ mod tests {
         let Some(Held::Connect(held)) = parse(&bytes_of(&held_syn(SYN_V4.len()))) else {
             panic!("no record")
         };
-        assert_eq!((held.slot, held.netns_cookie), (3, 7));
+        assert_eq!((held.slot, held.netns_cookie, held.is_repeated), (3, 7, true));
         assert_eq!(held.destination, "10.77.2.3:80".parse().expect("literal"));
         assert_eq!(held.syn.ends().target, "127.100.1.2:15001".parse().expect("literal"));
     }

@@ -289,11 +289,14 @@ async fn answered(socket: Socket, limit: Duration) -> io::Result<TcpStream> {
 }
 
 /// Returns true if a socket of `netns` listens at `at`.
-fn has_listener(netns: &Netns, host: &HostNetns, at: SocketAddr) -> io::Result<bool> {
+///
+/// # Errors
+/// When the namespace cannot be entered or its sockets cannot be listed.
+pub fn has_listener(netns: &Netns, host: &HostNetns, at: SocketAddr) -> io::Result<bool> {
     let listeners = host.run_in(netns.file(), netlink::listeners)??;
     let is_at = |local: SocketAddr| {
-        local.port() == at.port()
-            && (local.ip() == at.ip() || local.ip() == IpAddr::from(Ipv6Addr::UNSPECIFIED))
+        let is_any = local.ip().is_unspecified() && (local.is_ipv6() || at.is_ipv4());
+        local.port() == at.port() && (local.ip() == at.ip() || is_any)
     };
     Ok(listeners.iter().any(|listener| is_at(listener.local)))
 }

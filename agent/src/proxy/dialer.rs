@@ -87,4 +87,10 @@ impl Dialer {
     pub(super) fn is_waiting(&self, pod: &Pod, ends: &HeldEnds) -> bool {
         self.kernel.maps.is_captured(pod.netns.cookie(), ends.client, ends.target)
     }
+
+    /// Returns true if an agent listens for a held connection of `pod`.
+    pub(super) fn has_listener(&self, pod: &Pod, ends: &HeldEnds) -> bool {
+        // What cannot be seen is assumed: the application's kernel asks again.
+        socket::has_listener(&pod.netns, &self.host, ends.target).unwrap_or(true)
+    }
 }

@@ -47,7 +47,7 @@ pub struct PodOpenings {
 pub enum Hold {
     /// It opens a connection.
     New(ToOpen),
-    /// It repeats one that is being opened, or is another agent's.
+    /// It repeats one that is being opened.
     Known,
     /// It is not answered, because the pod opens too many.
     Full,
@@ -77,13 +77,8 @@ impl PodOpenings {
         self.table().openings.contains_key(ends)
     }
 
-    /// Takes in a held SYN.
+    /// Takes in a held SYN of which this agent is the target.
     pub fn hold(&self, syn: Syn) -> Hold {
-        if !self.is_own_target(&syn.ends()) {
-            // The listener of another agent, which takes over or is taken over: that agent connects when it accepts.
-            self.log_failure(self.injector.deliver(&syn));
-            return Hold::Known;
-        }
         let (hold, again) = self.table().hold(syn);
         if let Some(again) = again {
             self.log_failure(self.injector.deliver(&again));
@@ -91,10 +86,22 @@ impl PodOpenings {
         hold
     }
 
-    /// Returns true for a target on which this agent accepts the pod's connections.
-    fn is_own_target(&self, ends: &HeldEnds) -> bool {
+    /// Returns true for a target on which this agent accepts the pod's connections. Others are those of an agent that this one
+    /// has taken over from.
+    #[must_use]
+    pub fn is_own_target(&self, ends: &HeldEnds) -> bool {
         let port = ends.target.port();
         port == self.pod.capture_port || (ends.target.is_ipv6() && !tcp_port::is_reserved(port))
+    }
+
+    /// Lets the other agent accept a connection that it knows nothing of: it connects to the destination then.
+    pub fn pass_foreign(&self, syn: &Syn) {
+        self.log_failure(self.injector.deliver(syn));
+    }
+
+    /// Refuses a connection whose agent is gone.
+    pub fn refuse_foreign(&self, syn: &Syn) {
+        self.log_failure(self.injector.refuse(syn));
     }
 
     /// Delivers the SYN of an opening, whose destination has accepted. Returns false if the connection is no longer wanted.

@@ -49,8 +49,8 @@ pub struct HeldSyn {
     pub destination: Destination,
     /// Number of bytes in `packet`.
     pub length: u32,
-    /// Explicit padding, zero.
-    pub pad: u32,
+    /// 1 if the SYN was sent before, else 0.
+    pub repeated: u32,
     /// The packet as the application's kernel sent it, from its IP header. Its checksum may be partial.
     pub packet: [u8; HELD_PACKET_MAX],
 }

@@ -4,7 +4,7 @@ use aya_ebpf::{
     bindings::{__sk_buff, tcphdr},
     helpers::generated::{
         bpf_map_lookup_elem, bpf_sk_fullsock, bpf_sk_release, bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id,
-        bpf_skb_load_bytes, bpf_skb_load_bytes_relative, bpf_tcp_check_syncookie,
+        bpf_skb_load_bytes, bpf_skb_load_bytes_relative, bpf_tcp_check_syncookie, bpf_tcp_sock,
     },
     programs::SkBuffContext,
 };
@@ -126,6 +126,19 @@ impl Skb<'_> {
         // SAFETY: aligned load of a context field.
         let sk = unsafe { (*self.raw()).__bindgen_anon_2.sk };
         !sk.is_null() && load!(sk, state) == BPF_TCP_SYN_SENT
+    }
+
+    /// Returns true if the packet's TCP socket has sent a segment again.
+    #[inline(always)]
+    pub fn is_repeated(&self) -> bool {
+        // SAFETY: aligned load of a context field.
+        let sk = unsafe { (*self.raw()).__bindgen_anon_2.sk };
+        if sk.is_null() {
+            return false;
+        }
+        // SAFETY: `sk` is the context's socket, not null.
+        let tcp = unsafe { bpf_tcp_sock(sk) };
+        !tcp.is_null() && load!(tcp, total_retrans) != 0
     }
 
     /// Copies the packet's first bytes to `to` and returns their number; 0 if the packet is shorter than a SYN.

@@ -52,6 +52,7 @@ const BIND: BpfHelper = BpfHelper::BPF_FUNC_bind;
 const SKB_ANCESTOR_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_skb_ancestor_cgroup_id;
 const SKB_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_skb_cgroup_id;
 const FULL_SOCKET: BpfHelper = BpfHelper::BPF_FUNC_sk_fullsock;
+const TCP_SOCKET: BpfHelper = BpfHelper::BPF_FUNC_tcp_sock;
 const SKB_COPY: BpfHelper = BpfHelper::BPF_FUNC_skb_load_bytes;
 const SKB_LOAD: BpfHelper = BpfHelper::BPF_FUNC_skb_load_bytes_relative;
 const CURRENT_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_get_current_cgroup_id;
@@ -207,6 +208,7 @@ pub(super) static FEATURES: &[Feature] = &[
     helper("bpf_sk_storage_get in cgroup_skb", GUARD, Release(5, 2), CGROUP_SKB, STORAGE_GET),
     helper("bpf_sk_fullsock in cgroup_skb", GUARD, Release(5, 1), CGROUP_SKB, FULL_SOCKET),
     helper("bpf_skb_load_bytes in cgroup_skb", HOLD, Release(4, 10), CGROUP_SKB, SKB_COPY),
+    helper("bpf_tcp_sock in cgroup_skb", HOLD, Release(5, 1), CGROUP_SKB, TCP_SOCKET),
     helper("bpf_sk_release in cgroup_skb", HOLD, Release(4, 20), CGROUP_SKB, SK_RELEASE),
     helper("bpf_ringbuf_query in cgroup_skb", HOLD, Release(5, 8), CGROUP_SKB, RINGBUF_QUERY),
     helper("bpf_ringbuf_reserve in cgroup_skb", LOG, Release(5, 8), CGROUP_SKB, RINGBUF_RESERVE),

@@ -41,8 +41,17 @@ pub fn handle_record(proxy: &Arc<Proxy>, held: Held) {
 
 /// Starts to open a held connection, unless that has begun before.
 pub fn start(proxy: &Arc<Proxy>, openings: &Arc<PodOpenings>, held: HeldConnect) {
-    let HeldConnect { destination, syn, .. } = held;
+    let HeldConnect { destination, syn, is_repeated, .. } = held;
     let ends = syn.ends();
+    if !openings.is_own_target(&ends) {
+        // The agent that this one has taken over from ends what it has begun. Its SYNs come here.
+        match (proxy.dialer.has_listener(&openings.pod, &ends), is_repeated) {
+            (false, _) => openings.refuse_foreign(&syn),
+            (true, false) => openings.pass_foreign(&syn),
+            (true, true) => {}
+        }
+        return;
+    }
     // A repeated SYN can be read after its connection was accepted or closed.
     if !openings.has(&ends) && !proxy.dialer.is_waiting(&openings.pod, &ends) {
         return;
