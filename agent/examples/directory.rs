@@ -1,4 +1,4 @@
-//! What the directory of a large cluster costs: `cargo run --release -p tacit --example directory [PODS SERVICES]`.
+//! Cost of the directory of a large cluster: `cargo run --release -p tacit --example directory [PODS SERVICES]`.
 //!
 //! A child process plays the API server, so that its memory is not counted: it lists pods in pages of 500 (two addresses,
 //! five labels, the usual noise of spec and status), services and endpoint slices of ten endpoints, and sends one change

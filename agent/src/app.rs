@@ -3,6 +3,8 @@
 //! | module | content |
 //! |---|---|
 //! | `start` | the steps of the start, in their order |
+//! | `cover` | the pods are covered before a source is asked |
+//! | `node_state` | what is kept for the start after a reboot |
 //! | `agent` | an agent that serves, and its end |
 //! | `succession` | one agent follows another on a node |
 //! | `state` | the watched state that status and readiness show |
@@ -14,14 +16,17 @@ use std::{future::Future, io, net::SocketAddr};
 
 use tacit_identity::root::EmbeddedRootError;
 use tacit_kernel::{KernelError, VerifierLog, probe};
-use tacit_sources::{file::LoadError, kubernetes::OpenError};
+use tacit_sources::{file::LoadError, kubernetes::KubernetesError};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{config::Config, telemetry::admin};
 
 mod admin_servers;
 mod agent;
+mod cover;
+mod kernel_shares;
 mod node_addresses;
+mod node_state;
 mod report;
 mod sources;
 mod start;
@@ -78,7 +83,7 @@ impl Signals {
     }
 }
 
-/// Why the agent did not start, or stopped.
+/// A reason for which the agent did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
     /// A file could not be read or holds mistakes.
@@ -87,11 +92,11 @@ pub enum AppError {
     /// The API of Kubernetes cannot be used at all.
     #[error("{field}.kubernetes: {source}")]
     Kubernetes {
-        /// What was to come from it.
+        /// The field of the configuration.
         field: &'static str,
         /// The error.
         #[source]
-        source: OpenError,
+        source: KubernetesError,
     },
     /// The issuer could not be opened.
     #[error("issuer: {0}")]
@@ -114,7 +119,7 @@ pub enum AppError {
     /// The system did not give what every process gets.
     #[error("{what}: {source}")]
     System {
-        /// What was asked for.
+        /// The resource that the system did not provide.
         what: &'static str,
         /// The error.
         #[source]
@@ -123,7 +128,7 @@ pub enum AppError {
 }
 
 impl AppError {
-    /// What the process ends with: 78 (`EX_CONFIG`) when no restart can help, else 1.
+    /// Returns the exit code of the process for this error: 78 (`EX_CONFIG`) if no restart can help, else 1.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {

@@ -16,6 +16,7 @@ use std::{
 use ipnet::IpNet;
 use tacit_core::{
     directory::mesh_range,
+    policy::Mode,
     spiffe::TrustDomain,
     yaml::{self, Fields, Mistakes, Value},
 };
@@ -33,7 +34,7 @@ mod kubernetes;
 
 use clear::clear_destination;
 
-const FIELDS: [&str; 17] = [
+const FIELDS: [&str; 20] = [
     "trustDomain",
     "node",
     "podsCgroup",
@@ -42,12 +43,15 @@ const FIELDS: [&str; 17] = [
     "directory",
     "policy",
     "rootNamespace",
+    "minimumMode",
     "issuer",
     "pinPath",
+    "statePath",
     "socket",
     "metrics",
     "drainTimeout",
     "heartbeatTimeout",
+    "unnamedPodTimeout",
     "allowClear",
     "workers",
     "busyPollMicroseconds",
@@ -58,6 +62,10 @@ const NODE_NAME: &str = "NODE_NAME";
 const ROOT_NAMESPACE: &str = "istio-system";
 /// Default of `pinPath`.
 pub const PIN_PATH: &str = "/sys/fs/bpf/tacit";
+const STATE_PATH: &str = "/var/lib/tacit";
+/// Values of `minimumMode`. The first one, the default, raises nothing.
+const MINIMUM_MODES: [(&str, Mode); 3] =
+    [("DISABLE", Mode::Disable), ("PERMISSIVE", Mode::Permissive), ("STRICT", Mode::Strict)];
 const SOCKET: &str = "/run/tacit/agent.sock";
 const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 15020);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -66,7 +74,13 @@ const DRAIN_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::ZERO..=Duration:
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Below a second a busy node would look dead; a minute is the most that strict pods should wait for a refusal.
 const HEARTBEAT_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(60);
-/// Most destinations that may be reached in clear: each takes an entry in a kernel map of fixed size.
+/// The API server knows a pod before the kubelet does, and the directory is at most 17 s behind, measured with 10,000 pods made
+/// at once.
+const UNNAMED_POD_TIMEOUT: Duration = Duration::from_secs(60);
+/// Below a second every pod would pass before the directory has it; an hour is the longest that a pod should be cut off.
+const UNNAMED_POD_TIMEOUT_RANGE: RangeInclusive<Duration> =
+    Duration::from_secs(1)..=Duration::from_secs(3600);
+/// Limit of destinations that accept plaintext of strict pods: each takes an entry in a kernel map of fixed size.
 const ALLOW_CLEAR_MAX: usize = 256;
 /// Most ranges of a list: each takes an entry in a kernel map of fixed size, and a cluster has a handful.
 const RANGES_MAX: usize = 256;
@@ -92,16 +106,20 @@ pub struct Config {
     pub mesh_ranges: Vec<IpNet>,
     /// Virtual addresses of services; at most 256 ranges, none where there are no services.
     pub service_ranges: Vec<IpNet>,
-    /// What says which workload has which address.
+    /// Source of the directory.
     pub directory: DirectorySource,
-    /// What has the policies.
+    /// Source of the policies.
     pub policy: PolicySource,
     /// Namespace whose policies hold mesh-wide.
     pub root_namespace: Arc<str>,
-    /// Who signs certificates.
+    /// No policy sets a mode below this one.
+    pub minimum_mode: Mode,
+    /// Issuer of certificates.
     pub issuer: IssuerConfig,
     /// Folder on a bpffs where programs, maps and links are pinned.
     pub pin_path: PathBuf,
+    /// Folder of the operator in which the agent makes a private one, for its start after a reboot.
+    pub state_path: PathBuf,
     /// The operator's unix socket.
     pub socket: PathBuf,
     /// Address of Prometheus metrics and readiness.
@@ -110,15 +128,17 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// Silence of the agent from which on the kernel decides by mode alone, 1 s to 1 min.
     pub heartbeat_timeout: Duration,
-    /// Destinations that strict pods may reach in clear, at most 256; each use is counted.
+    /// Time for which a pod that no source names is held to STRICT where that is the mode of the mesh, 1 s to 1 h.
+    pub unnamed_pod_timeout: Duration,
+    /// Destinations to which strict pods may send plaintext, at most 256; each use is counted.
     pub allow_clear: Vec<PlaintextDestination>,
     /// Threads that carry flows, 1 to 256; `None` is one for each core that the agent may run on.
     pub workers: Option<NonZeroUsize>,
-    /// How long such a thread waits awake for the next bytes of a quick exchange, up to 1 ms; zero is not at all.
+    /// Longest time that a worker polls for the next bytes of a quick exchange, up to 1 ms; zero turns polling off.
     pub busy_poll: Duration,
 }
 
-/// Where something is read from, and kept up to date.
+/// A source of configuration that is watched for changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source<K> {
     /// A file.
@@ -127,12 +147,12 @@ pub enum Source<K> {
     Kubernetes(K),
 }
 
-/// What says which workload has which address.
+/// Source of the directory: the addresses of workloads.
 pub type DirectorySource = Source<DirectoryOptions>;
-/// What has the policies.
+/// Source of the policies.
 pub type PolicySource = Source<PolicyOptions>;
 
-/// Who signs certificates.
+/// Issuer of certificates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum IssuerConfig {
     /// The agent itself, with a root key in a folder.
@@ -167,8 +187,8 @@ impl Config {
         Self::parse_in(text, file, file.parent().unwrap_or(Path::new(".")), None)
     }
 
-    /// What the connect hooks look at: the addresses of pods and those of services. What goes to a service in clear would
-    /// come out at a pod in clear, so the guard takes both for the mesh.
+    /// Returns the ranges of the connect hooks and the guard: addresses of pods and of services. Services count as
+    /// mesh, because plaintext to a service would arrive at a pod as plaintext.
     #[must_use]
     pub fn captured_ranges(&self) -> Vec<IpNet> {
         [&self.mesh_ranges[..], &self.service_ranges].concat()
@@ -194,12 +214,16 @@ impl Config {
         let issuer = f.required("issuer", "{embedded: {directory: issuer}}");
         let issuer = issuer.and_then(|value| issuer::decode(&value, folder));
         let root_namespace = f.or("rootNamespace", ROOT_NAMESPACE.into(), |v| v.name().map(Arc::from));
+        let minimum_mode = f.or("minimumMode", MINIMUM_MODES[0].1, |v| v.choice(&MINIMUM_MODES));
+        let state_path = f.or("statePath", STATE_PATH.into(), absolute);
         let pin_path = f.or("pinPath", PIN_PATH.into(), absolute);
         let socket = f.or("socket", SOCKET.into(), |v| socket_path(v, folder));
         let metrics = f.or("metrics", METRICS, Value::listen_address);
         let drain_timeout = f.or("drainTimeout", DRAIN_TIMEOUT, |v| v.duration(DRAIN_TIMEOUT_RANGE));
         let heartbeat_timeout =
             f.or("heartbeatTimeout", HEARTBEAT_TIMEOUT, |v| v.duration(HEARTBEAT_TIMEOUT_RANGE));
+        let unnamed_pod_timeout =
+            f.or("unnamedPodTimeout", UNNAMED_POD_TIMEOUT, |v| v.duration(UNNAMED_POD_TIMEOUT_RANGE));
         let allow_clear = f.or("allowClear", Vec::new(), allow_clear);
         let workers = f.or("workers", None, |v| v.parse(workers).map(Some));
         let busy_poll_us = f.or("busyPollMicroseconds", BUSY_POLL_DEFAULT_US, |v| v.parse(busy_poll_us));
@@ -212,12 +236,15 @@ impl Config {
             directory: directory?,
             policy: policy?,
             root_namespace: root_namespace?,
+            minimum_mode: minimum_mode?,
             issuer: issuer?,
             pin_path: pin_path?,
+            state_path: state_path?,
             socket: socket?,
             metrics: metrics?,
             drain_timeout: drain_timeout?,
             heartbeat_timeout: heartbeat_timeout?,
+            unnamed_pod_timeout: unnamed_pod_timeout?,
             allow_clear: allow_clear?,
             workers: workers?,
             busy_poll: Duration::from_micros(busy_poll_us?),

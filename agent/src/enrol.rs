@@ -12,12 +12,14 @@
 //!
 //! | module | content |
 //! |---|---|
+//! | `node_pods` | the directory's pods of this node, and which of them have a cgroup; pure |
 //! | `plan` | the next steps, from what is observed and wanted; pure |
 //! | `observe` | looks at cgroups, processes and network namespaces |
 //! | `kernel_state` | writes and removes what the kernel has of a pod |
 //! | `policy_publisher` | the only writer of policy, to the kernel and to pods |
 //! | `pod_policy` | the policy in force for a pod, as one snapshot; pure |
 //! | `pods` | the pods of this node for the proxy and the status |
+//! | `unnamed` | pods that no source names, each held for a bounded time |
 //! | `events` | inotify on cgroups |
 //!
 //! This file has the driver: on a thread of its own it observes, plans, and acts.
@@ -34,28 +36,25 @@ use std::{
 
 use arc_swap::ArcSwap;
 use tacit_core::{
-    directory::{Directory, Ranges, Workload},
+    directory::{Ranges, Workload},
     policy::Policies,
     spiffe::SpiffeId,
 };
-use tacit_identity::{issuer::IssueError, manager::Identities};
+use tacit_identity::issuer::IssueError;
 use tacit_kernel::{
     GuardedLink, Kernel,
     cgroup::{self, Cgroup},
     netns::{HostNetns, Netns},
     socket::{Listeners, Ports},
 };
-use tacit_sources::reload::Watched;
-use tokio::{
-    runtime::Handle,
-    sync::{oneshot, watch},
-};
+use tokio::{runtime::Handle, sync::oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::{mesh::Mesh, telemetry::Telemetry};
+use crate::{control_state::Snapshots, recheck::Rechecks, telemetry::Telemetry};
 
 mod events;
 mod kernel_state;
+mod node_pods;
 mod observe;
 mod plan;
 mod pod_policy;
@@ -63,14 +62,18 @@ mod pods;
 mod policy_publisher;
 #[cfg(test)]
 mod testing;
+mod unnamed;
 
-use events::CgroupEvents;
+use events::{CgroupChanges, CgroupEvents};
 use kernel_state::entry;
-pub use kernel_state::{in_clear, kernel_mode};
-use plan::{Action, NotYet, Wanted, plan, taken_address};
+pub use node_pods::Absent;
+use node_pods::NodePods;
+use plan::{Action, NotYet, plan, taken_address};
 pub use pod_policy::PodPolicy;
 pub use pods::{Pod, Pods, Waiting};
 pub use policy_publisher::publish_mesh_default;
+pub use unnamed::Unnamed;
+use unnamed::UnnamedCgroups;
 
 /// Rescan without any event: covers what inotify can miss (an overflow, a cgroup made before its watch).
 const RESCAN: Duration = Duration::from_secs(1);
@@ -79,7 +82,7 @@ const SOONEST: Duration = Duration::from_millis(5);
 /// Starts serving a pod's listeners until the pod's `closed` token is cancelled.
 pub type Serve = Arc<dyn Fn(Arc<Pod>, Listeners) + Send + Sync>;
 
-/// What the driver works with.
+/// The driver of enrolment.
 pub struct Enroller {
     /// The kernel side.
     pub kernel: Arc<Kernel>,
@@ -87,22 +90,20 @@ pub struct Enroller {
     pub host: Arc<HostNetns>,
     /// This node's name in the directory.
     pub node: Arc<str>,
-    /// Ranges of the mesh.
-    pub mesh: Arc<Mesh>,
+    /// Directory, policies, ranges of the mesh and certificates.
+    pub snapshots: Snapshots,
     /// Counts connections from before enrolment that were reset.
     pub telemetry: Telemetry,
     /// Another agent serves the pods until all were looked at once.
     pub takes_over: bool,
     /// The cgroup that holds all pods.
     pub pods_cgroup: Cgroup,
-    /// Who is where.
-    pub directory: Arc<Watched<Directory>>,
-    /// Modes.
-    pub policies: Arc<Watched<Policies>>,
-    /// Certificates.
-    pub identities: Arc<Identities>,
-    /// Where the snapshot is published.
+    /// Time for which a pod that no source names is held.
+    pub unnamed_pod_timeout: Duration,
+    /// Receives the snapshot of this node's pods.
     pub table: Arc<ArcSwap<Pods>>,
+    /// Decides again on live flows.
+    pub rechecks: Arc<Rechecks>,
     /// Starts the accept loops of a pod.
     pub serve: Serve,
     /// Told after every look at all pods, once the issuer has answered for each or was given up.
@@ -132,71 +133,134 @@ impl Enroller {
 
     async fn drive(self, stop: CancellationToken) -> io::Result<()> {
         let mut events = CgroupEvents::new()?;
-        let mut directory = self.directory.subscribe();
-        let mut policies = self.policies.subscribe();
-        let mut certificates = self.identities.changes();
+        let mut directory = self.snapshots.directory.subscribe();
+        let mut policies = self.snapshots.policies.subscribe();
+        let mut certificates = self.snapshots.identities.changes();
         let mut state = State::default();
         state.known.extend(self.kernel.maps.pods());
         state.exempt.extend(self.kernel.maps.exempt());
         state.attached.extend(self.attached());
+        state.unnamed = UnnamedCgroups::left_alone(state.exempt.keys().copied());
+        let mut wake = Wake::Look;
         while !stop.is_cancelled() {
-            if self.reconcile(&mut state, &events) {
-                state.took_over = true;
-                (self.reconciled)();
+            self.publish_new_policies(&mut state);
+            let is_due = state.next_look.is_none_or(|at| at <= Instant::now());
+            if self.take_in(&mut state, &mut events, wake) || is_due {
+                self.reconcile(&mut state, &mut events);
             }
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = events.changed() => {}
-                _ = directory.changed() => {}
-                _ = policies.changed() => {}
-                _ = certificates.changed() => {}
-                () = tokio::time::sleep(pause(state.populated.values().map(Instant::elapsed))) => {}
-            }
+            let next_look = state.next_look.unwrap_or_else(Instant::now);
+            wake = tokio::select! {
+                () = stop.cancelled() => Wake::Policies,
+                changes = events.changed() => Wake::Cgroups(changes),
+                _ = directory.changed() => Wake::Directory,
+                _ = policies.changed() => Wake::Policies,
+                _ = certificates.changed() => Wake::Look,
+                () = tokio::time::sleep_until(next_look.into()) => Wake::Look,
+            };
         }
         Ok(())
     }
 
-    /// Looks at all pods once. Nothing waits here: a certificate that comes later leads to the next look. Returns true if
-    /// the issuer had answered for every pod before.
-    fn reconcile(&self, state: &mut State, events: &CgroupEvents) -> bool {
-        let directory = self.directory.current();
+    /// Takes in what woke the driver. Returns true if the pods must be looked at.
+    fn take_in(&self, state: &mut State, events: &mut CgroupEvents, wake: Wake) -> bool {
+        match wake {
+            Wake::Look => {}
+            // Published before.
+            Wake::Policies => return false,
+            Wake::Directory => {
+                let directory = self.snapshots.directory.current();
+                self.grow(state, &directory);
+                // Another node's pods are no reason to look at this node's.
+                return state.pods.follow(&directory, &self.node) || state.ranges_changed;
+            }
+            Wake::Cgroups(changes) => {
+                if changes.is_incomplete {
+                    state.pods.rescan_all();
+                }
+                for created in changes.created {
+                    if let Ok(cgroup) = created.strip_prefix(self.pods_cgroup.path())
+                        && state.pods.created(cgroup)
+                    {
+                        events.watch(&created);
+                    }
+                }
+            }
+        }
+        true
+    }
+
+    /// Looks at the pods that have a cgroup, and at a bounded number of others. Nothing waits here: a certificate that comes
+    /// later leads to the next look.
+    fn reconcile(&self, state: &mut State, events: &mut CgroupEvents) {
+        let directory = self.snapshots.directory.current();
         self.grow(state, &directory);
-        let wanted = Wanted::of(&directory, &self.node);
+        state.ranges_changed = false;
+        state.pods.follow(&directory, &self.node);
+        if state.rescanned.is_none_or(|at| at.elapsed() >= RESCAN) {
+            state.rescanned = Some(Instant::now());
+            state.pods.rescan_some();
+        }
+        let root = self.pods_cgroup.path();
         // Watched before they are looked at: no event is missed.
-        events.watch(self.pods_cgroup.path());
+        events.watch(root);
+        let has_more = state.pods.look(|cgroup| {
+            let path = root.join(cgroup);
+            events.watch_for(&path, root);
+            cgroup::id_at(&path).is_some()
+        });
+        let wanted = state.pods.wanted();
         let watched = wanted.pods.iter().chain(&wanted.bystanders);
-        watched.for_each(|w| events.watch_pod(&self.pods_cgroup.path().join(&w.cgroup)));
+        watched.for_each(|w| events.watch_pod(&root.join(&w.cgroup)));
+        let absent = state.pods.waiting(root);
         // Before a pod has processes, and all at once: less to wait for later.
-        wanted.pods.iter().for_each(|workload| self.identities.prepare(&workload.identity));
-        let kept = wanted.kept();
-        // Looking at thousands of pods takes seconds; a policy does not wait for that.
-        self.publish_new_policies(state, &kept);
+        let expected = wanted.pods.iter().chain(absent.listed.iter().map(|waiting| &waiting.workload));
+        expected.for_each(|workload| self.snapshots.identities.prepare(&workload.identity));
+        self.look_for_unnamed(state, &directory);
+        state.has_seen_all |= !has_more;
         let observed = self.observe(state, &wanted);
-        state.attached.clear();
+        if state.has_seen_all {
+            state.attached.clear();
+        }
         let mut look = Look::default();
         for action in plan(&observed, &wanted) {
             // Enrolling takes milliseconds a pod; a policy of others must not wait for all of them.
             if matches!(action, Action::Enrol(..)) {
-                self.publish_new_policies(state, &kept);
+                self.publish_new_policies(state);
             }
             self.act(state, &mut look, action);
         }
         state.populated.retain(|cgroup, _| state.known.contains_key(cgroup));
+        state.policy_entries.retain(|cgroup, _| state.known.contains_key(cgroup));
         let present: HashSet<u64> = observed.cgroups.values().map(|cgroup| cgroup.id).collect();
         state.guarded.retain(|cgroup| present.contains(cgroup));
-        self.publish_policies(state, &kept);
+        state.pods.keep_present(observed.cgroups.keys());
+        self.publish_policies(state);
         self.publish(state, look.waiting.into_values().collect());
-        self.forget_identities(state, &wanted.pods);
-        !observed.uncertified.values().any(|error| matches!(error, IssueError::Awaited))
+        if state.has_seen_all {
+            self.forget_identities(state, &wanted.pods);
+        }
+        let pause =
+            if has_more { Duration::ZERO } else { pause(state.populated.values().map(Instant::elapsed)) };
+        state.next_look = Some(Instant::now() + pause);
+        if !has_more && !observed.uncertified.values().any(|error| matches!(error, IssueError::Awaited)) {
+            state.took_over = true;
+            (self.reconciled)();
+        }
     }
 
     fn act(&self, state: &mut State, look: &mut Look, action: Action) {
+        let at = match &action {
+            Action::Cover(_, cgroup) | Action::Exempt(_, cgroup) | Action::Enrol(_, cgroup) => Some(*cgroup),
+            Action::Wait(workload, _) => cgroup::id_at(&self.pods_cgroup.path().join(&workload.cgroup)),
+            Action::Release(_) | Action::Remove(_) | Action::LeaveUnnamed(_) | Action::Guard(..) => None,
+        };
         let done = match action {
             Action::Release(path) => return Self::release(state, look, &path),
             Action::Remove(cgroup) => {
                 let links = look.released.remove(&cgroup).unwrap_or_default();
                 state.exempt.remove(&cgroup);
                 state.guarded.remove(&cgroup);
+                state.held.remove(&cgroup);
                 return self.remove(cgroup, state.known.remove(&cgroup), &links);
             }
             Action::Cover(workload, cgroup) => {
@@ -206,14 +270,15 @@ impl Enroller {
                 let told = self.kernel.maps.set_exempt(cgroup, &workload.addresses);
                 let told = told.inspect(|()| {
                     state.known.remove(&cgroup);
+                    state.held.remove(&cgroup);
                     state.exempt.insert(cgroup, workload.addresses.clone());
                 });
                 told.map_err(|error| (workload, NotYet::Kernel(error.to_string())))
             }
+            Action::LeaveUnnamed(cgroup) => return self.leave_unnamed(state, cgroup),
             Action::Guard(workload, cgroup) => return self.guard_early(state, &workload, cgroup),
             Action::Wait(workload, reason) => {
-                let cgroup = cgroup::id_at(&self.pods_cgroup.path().join(&workload.cgroup));
-                if let Some(cgroup) = cgroup.filter(|_| reason.is_running()) {
+                if let Some(cgroup) = at.filter(|_| reason.is_running()) {
                     state.populated.entry(cgroup).or_insert_with(Instant::now);
                 }
                 Err((workload, reason))
@@ -224,9 +289,18 @@ impl Enroller {
             }
         };
         if let Err((workload, reason)) = done {
+            // However far it got: policies change while it waits.
+            if let Some(cgroup) = at {
+                self.hold_policy(state, cgroup, &workload);
+            }
+            // Listed with the absent pods.
+            if matches!(reason, NotYet::NoCgroup(_)) {
+                return;
+            }
             let reason = reason.to_string();
+            let policy = at.and_then(|cgroup| state.held.get(&cgroup).map(|held| Arc::clone(&held.policy)));
             // A pod that cannot be covered waits for that first.
-            look.waiting.entry(workload.cgroup.clone()).or_insert(Waiting { workload, reason });
+            look.waiting.entry(workload.cgroup.clone()).or_insert(Waiting { workload, reason, policy });
         }
     }
 
@@ -275,7 +349,7 @@ impl Enroller {
         (cgroup, slot): (u64, u32),
         netns: Netns,
     ) -> Result<Arc<Pod>, NotYet> {
-        let policy = PodPolicy::configured(&self.policies.current(), &workload);
+        let policy = PodPolicy::configured(&self.snapshots.policies.current(), &workload);
         // Those of the agent that this one takes over from are still open.
         let ports = if self.takes_over && !state.took_over { Ports::OrSpare } else { Ports::Default };
         let listeners =
@@ -283,12 +357,14 @@ impl Enroller {
         let capture_port = listeners.capture_port().map_err(|e| NotYet::Kernel(e.to_string()))?;
         let was_enrolled_here = self.kernel.maps.enrolled_in(cgroup) == Some(netns.cookie());
         let at = (netns.cookie(), capture_port);
-        let entry = entry(&workload, cgroup, slot, at, &policy);
-        let links = self
-            .tell_kernel(&entry, &netns, &listeners, &policy)
-            .map_err(|e| NotYet::Kernel(e.to_string()))?;
+        let entry = |policy: &PodPolicy| entry(&workload, cgroup, slot, at, policy);
+        let (policy, links) =
+            self.tell_kernel(entry, &netns, &listeners, policy).map_err(|e| NotYet::Kernel(e.to_string()))?;
+        state.held.remove(&cgroup);
+        // The policies may be later ones than those that were published last.
+        state.policy_entries.remove(&cgroup);
         if !was_enrolled_here {
-            self.reset_plaintext(&netns, &workload, |address| self.mesh.contains(address));
+            self.reset_plaintext(&netns, &workload, |address| self.snapshots.mesh.contains(address));
         }
         let pod = Arc::new(Pod {
             workload,
@@ -300,33 +376,56 @@ impl Enroller {
             slot,
             capture_port,
         });
+        // Flows of an earlier enrolment in the same cgroup may live.
+        self.rechecks.policy_changed(cgroup);
         (self.serve)(pod.clone(), listeners);
         Ok(pod)
     }
 
     /// Identities of no pod of this node are not renewed any more.
-    fn forget_identities(&self, state: &State, wanted: &[Arc<Workload>]) {
+    fn forget_identities(&self, state: &mut State, wanted: &[Arc<Workload>]) {
+        let absent = state.pods.waiting(self.pods_cgroup.path());
         let enrolled = state.current.values().map(|pod| &pod.workload);
-        let in_use: HashSet<&SpiffeId> = wanted.iter().chain(enrolled).map(|w| &w.identity).collect();
-        for certificate in self.identities.certificates() {
+        let expected = wanted.iter().chain(absent.listed.iter().map(|waiting| &waiting.workload));
+        let in_use: HashSet<&SpiffeId> = expected.chain(enrolled).map(|w| &w.identity).collect();
+        for certificate in self.snapshots.identities.certificates() {
             if !in_use.contains(&certificate.identity) {
-                self.identities.forget(&certificate.identity);
+                self.snapshots.identities.forget(&certificate.identity);
             }
         }
     }
 
-    fn publish(&self, state: &State, waiting: Vec<Waiting>) {
-        let table = Pods::new(state.current.values().cloned().collect(), waiting.clone());
-        let before = self.table.swap(Arc::new(table));
-        // A set: thousands of pods may wait.
-        let known: HashSet<(&Path, &str)> =
-            before.waiting.iter().map(|w| (w.workload.cgroup.as_path(), w.reason.as_str())).collect();
-        for Waiting { workload, reason } in waiting {
-            if !known.contains(&(workload.cgroup.as_path(), reason.as_str())) {
-                tracing::info!(pod = %workload.name, namespace = %workload.namespace, reason, "not enrolled yet");
-            }
+    fn publish(&self, state: &mut State, waiting: Vec<Waiting>) {
+        let absent = state.pods.waiting(self.pods_cgroup.path());
+        let unnamed = state.unnamed.shown(|cgroup| state.exempt.contains_key(&cgroup));
+        let table = Arc::new(Pods::new(state.current.values().cloned().collect(), waiting, absent, unnamed));
+        let before = self.table.swap(Arc::clone(&table));
+        log_new(&before.waiting, &table.waiting);
+        if !Arc::ptr_eq(&before.absent, &table.absent) {
+            log_new(&before.absent.listed, &table.absent.listed);
         }
     }
+}
+
+/// Logs the pods that wait for a reason for which they did not wait before.
+fn log_new(before: &[Waiting], now: &[Waiting]) {
+    // A set: thousands of pods may wait.
+    let known: HashSet<(&Path, &str)> =
+        before.iter().map(|w| (w.workload.cgroup.as_path(), w.reason.as_str())).collect();
+    for Waiting { workload, reason, .. } in now {
+        if !known.contains(&(workload.cgroup.as_path(), reason.as_str())) {
+            tracing::info!(pod = %workload.name, namespace = %workload.namespace, reason, "not enrolled yet");
+        }
+    }
+}
+
+/// The event that woke the driver.
+enum Wake {
+    /// The time, or a certificate.
+    Look,
+    Policies,
+    Directory,
+    Cgroups(CgroupChanges),
 }
 
 /// Time until the next look without any event. Nothing tells when a process enters the pod's network, or when that has
@@ -341,8 +440,10 @@ struct State {
     current: HashMap<PathBuf, Arc<Pod>>,
     /// Pods in the kernel's map: cgroup id to slot.
     known: HashMap<u64, u32>,
+    /// Policies in force of pods that the kernel has an entry of and that this agent does not serve, by cgroup id.
+    held: HashMap<u64, HeldPolicy>,
     /// Policies of pods by cgroup id, while anybody looks at them.
-    policies: HashMap<u64, Weak<watch::Sender<Arc<PodPolicy>>>>,
+    policies: HashMap<u64, Weak<ArcSwap<PodPolicy>>>,
     /// The policies that were published last.
     published: Option<Arc<Policies>>,
     /// Pods whose policy changed a short time ago, by cgroup id, with when.
@@ -351,17 +452,40 @@ struct State {
     populated: HashMap<u64, Instant>,
     /// Pods that the kernel leaves alone: cgroup id to the addresses it has for them.
     exempt: HashMap<u64, Vec<IpAddr>>,
+    /// Cgroups that no source names.
+    unnamed: UnnamedCgroups,
     /// Pods, by cgroup id, whose links are guarded though they are not enrolled, or cannot be guarded.
     guarded: HashSet<u64>,
-    /// Pods, by cgroup id, that programs of an earlier agent are attached for; empty after the first look.
+    /// Pods, by cgroup id, that programs of an earlier agent are attached for; empty once all pods were looked at.
     attached: HashSet<u64>,
-    /// Whether all pods were looked at once.
+    /// True once each pod of the directory was looked at. Entries of an earlier agent are kept until then.
+    has_seen_all: bool,
+    /// True once all pods were reconciled.
     took_over: bool,
     /// The ranges of the mesh at the last look.
     ranges: Option<Arc<Ranges>>,
+    /// True if the ranges have changed since the last look.
+    ranges_changed: bool,
+    /// The pods of the directory.
+    pods: NodePods,
+    /// The directory's workloads of enrolled pods, by cgroup id, that their policies were published for.
+    policy_entries: HashMap<u64, Arc<Workload>>,
+    /// The time of the next look. `None` before the first.
+    next_look: Option<Instant>,
+    /// The time of the last look at absent pods without an event.
+    rescanned: Option<Instant>,
 }
 
-/// What one look at all pods leaves for later steps and for the operator.
+/// The policy in force of a pod that this agent does not serve.
+struct HeldPolicy {
+    /// The directory's workload that the policy was built for.
+    workload: Arc<Workload>,
+    /// The policies that the policy was built from, or later ones with the same content for the workload.
+    policies: Arc<Policies>,
+    policy: Arc<PodPolicy>,
+}
+
+/// Results of one pass over all pods, for later steps and for the operator.
 #[derive(Default)]
 struct Look {
     /// Pods that are not enrolled, by the directory's cgroup path.
@@ -372,16 +496,16 @@ struct Look {
 
 impl State {
     /// Puts the policy of a pod in force, for flows of an earlier enrolment in the same cgroup too.
-    fn policy_of(&mut self, cgroup: u64, policy: PodPolicy) -> Arc<watch::Sender<Arc<PodPolicy>>> {
+    fn policy_of(&mut self, cgroup: u64, policy: PodPolicy) -> Arc<ArcSwap<PodPolicy>> {
         let policy = Arc::new(policy);
         if let Some(known) = self.policies.get(&cgroup).and_then(Weak::upgrade) {
-            known.send_replace(policy);
+            known.store(policy);
             return known;
         }
-        let sender = Arc::new(watch::Sender::new(policy));
-        self.policies.retain(|_, sender| sender.strong_count() > 0);
-        self.policies.insert(cgroup, Arc::downgrade(&sender));
-        sender
+        let in_force = Arc::new(ArcSwap::new(policy));
+        self.policies.retain(|_, known| known.strong_count() > 0);
+        self.policies.insert(cgroup, Arc::downgrade(&in_force));
+        in_force
     }
 
     fn free_slot(&self) -> u32 {

@@ -13,9 +13,11 @@
 //! |---|---|
 //! | `app` | starts everything, runs it, takes it down |
 //! | `config` | the configuration; every mistake with line and field |
+//! | `control_state` | the snapshots that flows and enrolment read |
 //! | `enrol` | enrols a pod that appears, and removes one that goes |
 //! | `mesh` | the ranges of the mesh, in the kernel first |
 //! | `proxy` | captured connections, tunnel sessions, and plaintext that needs a verdict |
+//! | `recheck` | decides again on live flows, on a thread of its own |
 //! | `telemetry` | metrics, access log, status, admin servers |
 //! | `authority` | the certificate authority as a command |
 //!
@@ -49,10 +51,12 @@
 pub mod app;
 pub mod authority;
 pub mod config;
+pub mod control_state;
 pub mod enrol;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;
 pub mod mesh;
 pub mod proxy;
+pub mod recheck;
 pub mod telemetry;

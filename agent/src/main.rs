@@ -44,7 +44,7 @@ enum Command {
         /// TACIT_LOG takes a filter such as `info,tacit::proxy::outbound=trace`.
         #[arg(short, long)]
         verbose: bool,
-        /// How log lines look.
+        /// Format of log lines.
         #[arg(long, value_enum, default_value_t = LogFormat::Text)]
         log_format: LogFormat,
     },
@@ -56,7 +56,7 @@ enum Command {
         /// Log more; TACIT_LOG takes a filter such as `info,tacit_authority=trace`.
         #[arg(short, long)]
         verbose: bool,
-        /// How log lines look.
+        /// Format of log lines.
         #[arg(long, value_enum, default_value_t = LogFormat::Text)]
         log_format: LogFormat,
     },
@@ -71,7 +71,7 @@ enum Command {
     },
     /// Ask the agent whether it is well, for the probes of a kubelet; ends with 1 and says why when it is not.
     Probe {
-        /// What to ask.
+        /// The question.
         #[arg(value_enum)]
         what: Health,
         /// The agent's operator socket.
@@ -80,7 +80,7 @@ enum Command {
     },
     /// Try what this kernel can do; ends with 78 when the agent cannot run on it.
     Doctor {
-        /// Where the agent would pin.
+        /// Pin path of the agent, which need not run.
         #[arg(long, value_name = "PATH", default_value = config::PIN_PATH)]
         pin_path: PathBuf,
         /// Output format.
@@ -105,7 +105,7 @@ enum Command {
         /// Configuration file of that agent.
         #[arg(long, value_name = "FILE", required_unless_present = "pin_path")]
         config: Option<PathBuf>,
-        /// Where it pinned, when there is no such file any more.
+        /// Pin path of that agent, if its configuration file no longer exists.
         #[arg(long, value_name = "PATH", conflicts_with = "config")]
         pin_path: Option<PathBuf>,
         /// Then stay until SIGTERM or SIGINT: what a DaemonSet runs has to.
@@ -119,9 +119,9 @@ enum PolicyCommand {
     /// Say whether a connection is allowed, which rule decides, and why; ends with 0 when it is, 1 when it is not, 2 when
     /// that cannot be told.
     Explain {
-        /// Who connects: namespace/name of a workload, or an IP address.
+        /// Client: namespace/name of a workload, or an IP address.
         from: String,
-        /// To whom: namespace/name of a workload, or an IP address.
+        /// Server: namespace/name of a workload, or an IP address.
         to: String,
         /// Port the destination listens on.
         port: String,
@@ -166,10 +166,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// What `policy explain` ends with when there is no answer: 0 and 1 are answers.
+/// Exit code of `policy explain` without an answer: 0 and 1 are answers.
 const NO_ANSWER: u8 = 2;
 
-/// What the process ends with: the errors that know better than 1 say so.
+/// Returns the exit code of the process: the error's own, or 1.
 fn exit_code(error: &anyhow::Error) -> u8 {
     let app = error.downcast_ref::<AppError>().map(AppError::exit_code);
     let kernel = error.downcast_ref::<KernelError>().map(KernelError::exit_code);

@@ -10,8 +10,8 @@ use std::{
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
-use tacit_core::directory::{Directory, Ranges};
-use tacit_kernel::{Kernel, KernelError};
+use tacit_core::directory::{Directory, IpProtocol, Ranges};
+use tacit_kernel::{Kernel, KernelError, PlaintextDestination};
 use tacit_sources::reload::Watched;
 use tokio::task::spawn_blocking;
 
@@ -19,8 +19,27 @@ use tokio::task::spawn_blocking;
 pub struct Mesh {
     kernel: Arc<Kernel>,
     ranges: ArcSwap<Ranges>,
+    /// The nodes and their services that the kernel has.
+    nodes: Mutex<Nodes>,
     /// One change at a time.
     changing: Mutex<()>,
+}
+
+/// The nodes and their services that the kernel has.
+#[derive(Default)]
+struct Nodes {
+    /// Their [`Directory::node_changes`] and [`Directory::conflict_changes`].
+    written: Option<(u64, u64)>,
+    not_applied: NodesNotApplied,
+}
+
+/// Why the kernel lacks nodes or services at nodes. Until it has them, what may be a service there is not sent as plaintext.
+#[derive(Debug, Clone, Default)]
+pub struct NodesNotApplied {
+    /// Why it lacks addresses of nodes; `None` if it has all.
+    pub addresses: Option<String>,
+    /// Why it lacks ports of load balancers at nodes; `None` if it has all.
+    pub ports: Option<String>,
 }
 
 impl Mesh {
@@ -35,7 +54,46 @@ impl Mesh {
         let shown: Vec<String> = list.iter().map(ToString::to_string).collect();
         let (configured, detected) = (ranges.count_configured(), ranges.count_detected());
         tracing::info!(configured, detected, ranges = shown.join(" "), "ranges of the mesh");
-        Ok(Self { kernel, ranges: ArcSwap::new(ranges), changing: Mutex::default() })
+        let nodes = Mutex::default();
+        let mesh = Self { kernel, ranges: ArcSwap::new(ranges), nodes, changing: Mutex::default() };
+        mesh.follow_nodes(directory);
+        Ok(mesh)
+    }
+
+    /// Writes the addresses of all nodes, at which services have node ports, and the ports of load balancers there. What does
+    /// not fit fails closed; what the kernel rejects is tried again with the next directory.
+    fn follow_nodes(&self, directory: &Directory) {
+        let mut nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        let current = (directory.node_changes(), directory.conflict_changes());
+        if nodes.written == Some(current) {
+            return;
+        }
+        let maps = &self.kernel.maps;
+        let mut is_rejected = false;
+        let mut not_applied = |written: Result<(), KernelError>| {
+            let error = written.err()?;
+            tracing::error!(%error, "services at nodes are not all known: what may be one is not sent as plaintext by STRICT pods");
+            is_rejected |= !matches!(error, KernelError::Full { .. });
+            Some(error.to_string())
+        };
+        if nodes.written.is_none_or(|written| written.0 != current.0) {
+            nodes.not_applied.addresses = not_applied(maps.set_cluster_nodes(directory.node_addresses()));
+        }
+        let ports = directory.node_services().map(|(address, protocol)| {
+            let protocol = match protocol {
+                IpProtocol::Tcp => tacit_abi::protocol::TCP,
+                IpProtocol::Udp => tacit_abi::protocol::UDP,
+            };
+            PlaintextDestination { address, protocol }
+        });
+        nodes.not_applied.ports = not_applied(maps.set_node_services(ports));
+        nodes.written = (!is_rejected).then_some(current);
+    }
+
+    /// Returns why the kernel lacks nodes or services at nodes.
+    #[must_use]
+    pub fn nodes_not_applied(&self) -> NodesNotApplied {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner).not_applied.clone()
     }
 
     /// The ranges that the kernel has.
@@ -44,7 +102,7 @@ impl Mesh {
         self.ranges.load_full()
     }
 
-    /// Whether the mesh's promises hold for `address`.
+    /// Returns true if `address` is in a range of the mesh.
     #[must_use]
     pub fn contains(&self, address: IpAddr) -> bool {
         self.ranges.load().contains(address)
@@ -53,6 +111,7 @@ impl Mesh {
     /// Puts what the directory has found since in force. When the kernel refuses, all stays as it is, and is tried again
     /// when this is called again.
     pub fn follow(&self, directory: &Directory) {
+        self.follow_nodes(directory);
         let _guard = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let (before, after) = (self.ranges.load_full(), directory.ranges());
         // A caller may come with a directory that is no longer the latest.

@@ -7,9 +7,9 @@
 //! | `openings` | captured connections that the kernel holds meanwhile |
 //! | `inbound` | tunnel sessions, and plaintext that needs a verdict |
 //! | `authorize` | asks policy about a flow, when it opens and when policy changes |
-//! | `snapshots` | the control state that flows read |
 //! | `dialer` | connections made from inside a pod's network namespace |
-//! | `sessions` | tunnel sessions: handshake permits, idle sessions of each worker |
+//! | `sessions` | tunnel sessions: idle sessions of each worker |
+//! | `shares` | permits of connections and handshakes, by pod and source address |
 //! | `workers` | the threads that carry flows |
 //! | `drain` | ends flows and listeners in order |
 //!
@@ -23,7 +23,7 @@ pub mod inbound;
 pub mod openings;
 pub mod outbound;
 pub mod sessions;
-pub mod snapshots;
+pub mod shares;
 pub mod workers;
 
 use std::{io, net::SocketAddr, sync::Arc};
@@ -32,23 +32,31 @@ use arc_swap::ArcSwap;
 use tacit_core::{
     balance::Balancer,
     refusal::{Refusal, RefusalReason},
+    shares::{self as bounds, Capacity},
     spiffe::SpiffeId,
 };
+use tacit_kernel::socket::ClientNotStored;
 use tacit_tunnel::{TlsInfo, socket::reset};
 use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
-    enrol::Pods,
+    control_state::Snapshots,
+    enrol::{Pod, Pods},
     proxy::{
         dialer::Dialer,
         drain::Drain,
         openings::Openings,
         sessions::Sessions,
-        snapshots::Snapshots,
+        shares::Shares,
         workers::{Load, Workers},
     },
+    recheck::Rechecks,
     telemetry::{Ends, Reporter, Security, Telemetry},
 };
+
+/// Receive buffers on loopback as a multiple of those outside it: the agent then reads half as often.
+const LOOPBACK_UNREAD: u32 = 2;
 
 /// Everything a connection needs.
 pub struct Proxy {
@@ -60,8 +68,12 @@ pub struct Proxy {
     pub openings: Openings,
     /// Tunnel sessions.
     pub sessions: Sessions,
+    /// Use of the agent by each pod and each source address.
+    pub shares: Shares,
     /// Counters and logs.
     pub telemetry: Telemetry,
+    /// Decides again on live flows.
+    pub rechecks: Arc<Rechecks>,
     /// Ends listeners and flows.
     pub drain: Drain,
     dialer: Dialer,
@@ -72,13 +84,21 @@ pub struct Proxy {
 impl Proxy {
     /// A proxy without pods: [`Proxy::pods`] is filled by enrolment.
     #[must_use]
-    pub fn new(snapshots: Snapshots, dialer: Dialer, workers: Workers, telemetry: Telemetry) -> Self {
+    pub fn new(
+        snapshots: Snapshots,
+        dialer: Dialer,
+        workers: Workers,
+        telemetry: Telemetry,
+        capacity: Capacity,
+    ) -> Self {
         Self {
             snapshots,
             pods: Arc::default(),
             openings: Openings::default(),
-            sessions: Sessions::new(workers.count()),
+            sessions: Sessions::new(workers.count(), bounds::IDLE_SESSIONS.bounds(capacity)),
+            shares: Shares::new(capacity),
             telemetry,
+            rechecks: Arc::default(),
             drain: Drain::default(),
             dialer,
             balancer: Balancer::default(),
@@ -96,6 +116,12 @@ impl Proxy {
         self.drain.tasks.spawn_on(flow(load), self.workers.handle(worker));
     }
 
+    /// Cancelled when a thread that carries flows, or a listener on it, has failed.
+    #[must_use]
+    pub fn workers_failed(&self) -> &CancellationToken {
+        self.workers.failed()
+    }
+
     /// Returns both ends of a flow that this agent reports as the agent of the end `by`, with the directory's workloads and
     /// the identities that were proven.
     #[must_use]
@@ -111,6 +137,17 @@ impl Proxy {
             source: self.snapshots.party(addresses.source, source),
             destination: self.snapshots.party(addresses.destination, destination),
         }
+    }
+
+    /// Connects to an application of `pod` as `client`.
+    async fn dial_application(
+        &self,
+        pod: &Pod,
+        application: SocketAddr,
+        client: SocketAddr,
+    ) -> io::Result<TcpStream> {
+        let unread_bytes = self.shares.unread_bytes(pod.cgroup).map(|bytes| LOOPBACK_UNREAD * bytes);
+        self.dialer.to_application(pod, application, client, unread_bytes).await
     }
 
     /// Counts and logs a refusal, and resets the connection.
@@ -135,7 +172,7 @@ pub struct Addresses {
     pub destination: SocketAddr,
 }
 
-/// How a flow over a session is protected.
+/// Returns the security of a flow over a session.
 #[must_use]
 pub fn security(tls: &TlsInfo) -> Security {
     Security::MutualTls { version: tls.version, cipher: tls.cipher, key_exchange: tls.key_exchange }
@@ -147,6 +184,9 @@ pub fn not_connected(error: &io::Error) -> Refusal {
     let reason = match error.kind() {
         io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => RefusalReason::ConnectionRefused,
         io::ErrorKind::TimedOut => RefusalReason::TimedOut,
+        _ if error.get_ref().is_some_and(|error| error.is::<ClientNotStored>()) => {
+            RefusalReason::PendingDials
+        }
         _ => RefusalReason::Unreachable,
     };
     Refusal::new(reason, error).because_of(error)

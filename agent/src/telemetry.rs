@@ -1,4 +1,4 @@
-//! What the agent tells its operator: metrics, access log, refusals, status.
+//! Telemetry: metrics, access log, refusals, status.
 //!
 //! ```text
 //! outbound, inbound --open_flow--> LiveFlow --close--> access log
@@ -50,7 +50,10 @@ use std::{
 pub use flows::{Ends, FlowSpec, Party, Reporter, Security};
 pub use live_flows::LiveFlow;
 
-use tacit_core::refusal::{Refusal, RefusalReason};
+use tacit_core::{
+    refusal::{Refusal, RefusalReason},
+    shares::ShareUse,
+};
 
 use enrolments::Enrolments;
 use live_flows::FlowTable;
@@ -65,6 +68,8 @@ pub struct Telemetry {
     revocations: Arc<Tally<RefusalReason>>,
     audits: Arc<Tally<()>>,
     resets: Arc<AtomicU64>,
+    /// Connections to the metrics port.
+    admin: Arc<admin::connections::Connections>,
     enrolments: Arc<Enrolments>,
 }
 
@@ -108,6 +113,12 @@ impl Telemetry {
     #[must_use]
     pub fn resets_at_enrolment(&self) -> u64 {
         self.resets.load(Ordering::Relaxed)
+    }
+
+    /// The use of the metrics port, by source address.
+    #[must_use]
+    pub fn admin_connections(&self) -> ShareUse<String> {
+        self.admin.usage()
     }
 
     /// Counts a pod that was enrolled, and how long after its first process was seen.

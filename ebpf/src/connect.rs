@@ -5,7 +5,9 @@
 
 use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::warn;
-use tacit_abi::{Address, Connect, ConnectFacts, Names, Pod, Reason, decide_connect, names_kind, pod_flag};
+use tacit_abi::{
+    Address, Connect, ConnectFacts, Names, Pod, Reason, connect_error, decide_connect, names_kind, pod_flag,
+};
 
 use crate::{
     ALLOW, DENY,
@@ -13,13 +15,13 @@ use crate::{
     count::count,
     log_budget, lookup,
     maps::{SETTINGS, pod_of},
+    pending,
 };
 
 const IPPROTO_TCP: u32 = 6;
 /// Multipath TCP. The same connect() opens its first subflow.
 const IPPROTO_MPTCP: u32 = 262;
 const SOCK_STREAM: u32 = 1;
-const ECONNREFUSED: i32 = 111;
 
 struct Facts<'a>(&'a SockAddr<'a>);
 
@@ -37,12 +39,17 @@ impl ConnectFacts for Facts<'_> {
 
     #[inline(always)]
     fn in_mesh(&self, address: &Address) -> bool {
-        lookup::in_mesh(address)
+        lookup::in_mesh(address) || lookup::is_node_service(address, self.0.port(), IPPROTO_TCP)
     }
 
     #[inline(always)]
     fn netns_cookie(&self) -> u64 {
         self.0.netns_cookie()
+    }
+
+    #[inline(always)]
+    fn is_in_node_netns(&self) -> bool {
+        self.0.netns_cookie() == SETTINGS.load().node_netns_cookie
     }
 
     #[inline(always)]
@@ -63,6 +70,16 @@ impl ConnectFacts for Facts<'_> {
     #[inline(always)]
     fn is_stale(&self) -> bool {
         lookup::is_stale()
+    }
+
+    #[inline(always)]
+    fn is_bound_to_link(&self) -> bool {
+        self.0.is_bound_to_link()
+    }
+
+    #[inline(always)]
+    fn is_share_used_up(&self, slot: u32) -> bool {
+        pending::is_captured_share_used_up(slot)
     }
 }
 
@@ -88,7 +105,7 @@ pub fn run(ctx: &SockAddrContext, family: Family) -> i32 {
 #[inline(always)]
 fn deny(ctx: &SockAddrContext, sock: &SockAddr<'_>, destination: &Address, reason: Reason) -> i32 {
     count(reason);
-    if log_budget::take_line() {
+    if log_budget::take_line(pod_of(context::current_ancestor_cgroup).map_or(u32::MAX, |(_, pod)| pod.slot)) {
         warn!(
             ctx,
             "connect to [{:i}]:{} denied, reason {}",
@@ -98,7 +115,7 @@ fn deny(ctx: &SockAddrContext, sock: &SockAddr<'_>, destination: &Address, reaso
         );
     }
     if SETTINGS.load().has_set_retval != 0 {
-        context::set_error(ECONNREFUSED);
+        context::set_error(connect_error(reason));
     }
     DENY
 }
@@ -107,7 +124,14 @@ fn deny(ctx: &SockAddrContext, sock: &SockAddr<'_>, destination: &Address, reaso
 fn capture(sock: &SockAddr<'_>, family: Family, destination: Address, pod: &Pod) -> i32 {
     let port = sock.port();
     let own = if destination.is_v4() { pod.v4 } else { pod.v6 };
-    let names = Names { peer: destination, own, peer_port: u32::from(port), kind: names_kind::CAPTURED };
+    let names = Names {
+        peer: destination,
+        own,
+        peer_port: u32::from(port),
+        kind: names_kind::CAPTURED,
+        slot: pod.slot,
+        pad: 0,
+    };
     if !sock.store_names(names) {
         return deny(sock.0, sock, &destination, Reason::ConnectNoStorage);
     }

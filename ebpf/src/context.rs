@@ -8,19 +8,22 @@ use aya_ebpf::{
     },
     helpers::generated::{
         bpf_bind, bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
-        bpf_ktime_get_ns, bpf_ringbuf_query, bpf_set_retval, bpf_setsockopt, bpf_sk_storage_delete,
-        bpf_sk_storage_get, bpf_sock_ops_cb_flags_set,
+        bpf_getsockopt, bpf_ktime_get_ns, bpf_ringbuf_query, bpf_set_retval, bpf_setsockopt,
+        bpf_sk_storage_delete, bpf_sk_storage_get, bpf_sock_ops_cb_flags_set,
     },
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
 use core::{ffi::c_void, ptr};
-use tacit_abi::{Address, Inbound, Names, Tuple};
+use tacit_abi::{Address, Inbound, LOOPBACK_UNSENT_BYTES, Names, Tuple};
 
 use crate::maps::{HeldRing, NAMES};
 
 /// From the kernel's headers, as are the constants below.
 const IPPROTO_TCP: i32 = 6;
+const SOL_SOCKET: i32 = 1;
+const SO_MARK: i32 = 36;
 const TCP_CONGESTION: i32 = 13;
+const TCP_NOTSENT_LOWAT: i32 = 25;
 
 /// Loads a word of a context.
 macro_rules! load {
@@ -50,6 +53,9 @@ macro_rules! store {
     };
     (@ $ctx:expr, ($($f:tt)*) $t:tt $($rest:tt)+) => { store!(@ $ctx, ($($f)* $t) $($rest)+) };
 }
+
+/// Index of the loopback interface, which the kernel gives to no other interface of a namespace.
+pub const LOOPBACK_INDEX: u32 = 1;
 
 const AF_INET: u32 = 2;
 const AF_INET6: u16 = 10;
@@ -223,6 +229,17 @@ impl SockAddr<'_> {
         unsafe { bpf_bind(self.raw(), (&raw mut name).cast::<sockaddr>(), bytes) == 0 }
     }
 
+    /// Returns true if the socket is bound to a device other than the loopback.
+    #[inline(always)]
+    pub fn is_bound_to_link(&self) -> bool {
+        let sk = self.sk();
+        if sk.is_null() {
+            return false;
+        }
+        let device = load!(sk, bound_dev_if);
+        device != 0 && device != LOOPBACK_INDEX
+    }
+
     #[inline(always)]
     pub fn port(&self) -> u16 {
         u16::from_be(load!(self.raw(), user_port) as u16)
@@ -289,10 +306,12 @@ impl SockOps<'_> {
         store_names(self.sk(), names)
     }
 
+    /// Sets a callback flag. Flags of other programs stay: the helper replaces all.
     #[inline(always)]
-    pub fn set_callback_flags(&self, flag: i32) {
+    pub fn add_callback_flag(&self, flag: u32) {
+        let flags = load!(self.0.ops, bpf_sock_ops_cb_flags) | flag;
         // SAFETY: the helper takes the program's own context.
-        unsafe { bpf_sock_ops_cb_flags_set(self.0.ops, flag) };
+        unsafe { bpf_sock_ops_cb_flags_set(self.0.ops, flags as i32) };
     }
 
     /// Sets the congestion control of a loopback connection to `reno`, regardless of the node's default.
@@ -304,6 +323,35 @@ impl SockOps<'_> {
         // SAFETY: the helper takes the program's own context and reads the five bytes.
         let _ = unsafe {
             bpf_setsockopt(self.0.as_ptr(), IPPROTO_TCP, TCP_CONGESTION, name.as_mut_ptr().cast(), 5)
+        };
+    }
+
+    /// Sets the mark of the connection's packets, from the first SYN on.
+    #[inline(always)]
+    pub fn set_mark(&self, mark: u32) {
+        let mut mark = mark;
+        // An error leaves the mark as it is. The agent reads it back.
+        // SAFETY: the helper takes the program's own context and reads the four bytes.
+        let _ = unsafe { bpf_setsockopt(self.0.as_ptr(), SOL_SOCKET, SO_MARK, (&raw mut mark).cast(), 4) };
+    }
+
+    /// Bounds the bytes that the connection keeps unsent, beside those that its reader has. On loopback the kernel would keep
+    /// some 2.5 MiB, since it allows ten of the largest segments. A bound that the application chose stays, and so does one that
+    /// cannot be read (before Linux 6.1). An error changes nothing else and is ignored.
+    #[inline(always)]
+    pub fn limit_unsent(&self) {
+        let mut chosen = 0_u32;
+        // SAFETY: the helper takes the program's own context and writes the four bytes.
+        let failed = unsafe {
+            bpf_getsockopt(self.0.as_ptr(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, (&raw mut chosen).cast(), 4)
+        };
+        if failed != 0 || chosen != 0 {
+            return;
+        }
+        let mut most = LOOPBACK_UNSENT_BYTES;
+        // SAFETY: the helper takes the program's own context and reads the four bytes.
+        let _ = unsafe {
+            bpf_setsockopt(self.0.as_ptr(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, (&raw mut most).cast(), 4)
         };
     }
 

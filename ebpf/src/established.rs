@@ -1,11 +1,12 @@
 //! sock_ops: passes the stored names of a connecting socket to the accepting side.
 //!
 //! ```text
-//! application --TCP_CONNECT--> CAPTURED[tuple] = destination   --agent accepts and removes the entry
+//! application --TCP_CONNECT--> CAPTURED[tuple] = destination   --PASSIVE_ESTABLISHED at the agent's socket:
 //! agent dials --TCP_CONNECT--> DIALLED[tuple]  = client        --PASSIVE_ESTABLISHED at the application's socket:
 //!                                                                the entry moves into that socket's storage
-//! either      --CLOSE--------> the entry is removed if it still exists; the agent is told that a connection it did not
-//!                              accept has ended
+//!             the same, without room for its entry --> marked: the guard drops it, and the agent refuses the connection
+//! either      --CLOSE--------> the entry is removed if it still exists; the agent is told that a captured connection has
+//!                              ended whose handshake with its listener had not
 //! others with plaintext       --PASSIVE_ESTABLISHED--> the application's socket is marked for the guard
 //! ```
 //! TCP_CONNECT runs after the source port is chosen and before the SYN is sent. PASSIVE_ESTABLISHED runs while the new
@@ -13,18 +14,22 @@
 
 use aya_ebpf::{
     bindings::{
-        BPF_ANY, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
         BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
     },
     programs::SockOpsContext,
 };
-use tacit_abi::{Destination, Names, NodeFlow, Reason, Tuple, names_kind, protocol, tcp_port};
+use tacit_abi::{
+    Destination, LOST_CLIENT_MARK, Names, NodeFlow, Reason, Tuple, names_kind, protocol, tcp_port,
+};
 
 use crate::{
     context::{Ends, SockOps},
     count::count,
-    held, lookup,
-    maps::{CAPTURED, DIALLED, STEERED},
+    held,
+    maps::STEERED,
+    node_flows,
+    pending::{self, Table},
 };
 
 /// Return value of the program. The kernel ignores it for the operations that are handled here.
@@ -47,49 +52,57 @@ pub fn run(ctx: &SockOpsContext) -> u32 {
 #[inline(always)]
 fn publish(sock: &SockOps<'_>, ends: &Ends) {
     let Some(names) = sock.names() else { return };
-    let entry = Destination { address: names.peer, port: names.peer_port, pad: 0 };
+    let entry = Destination { address: names.peer, port: names.peer_port, slot: names.slot };
     let key = ends.connecting(sock.netns_cookie());
     let (stored, lost) = match names.kind {
         // A captured socket that is no longer bound to its pod's address must not publish an entry for another address.
         names_kind::CAPTURED if key.is_spread() && !key.local.same(&names.own) => return,
         names_kind::CAPTURED => {
-            (CAPTURED.insert(&key.of_captured(), &entry, BPF_ANY.into()), Reason::PendingFull)
+            (pending::publish(Table::Captured, &key.of_captured(), &entry), Reason::PendingFull)
         }
-        names_kind::DIALLED => (DIALLED.insert(&key, &entry, BPF_ANY.into()), Reason::NamesFull),
+        names_kind::DIALLED => (pending::publish(Table::Dialled, &key, &entry), Reason::NamesFull),
         _ => return,
     };
     sock.use_reno();
-    match stored {
-        // The flag makes the kernel call this program at CLOSE. If it cannot be set, the entry leaks until it is overwritten.
-        Ok(()) => sock.set_callback_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32),
-        Err(_) => count(lost),
+    sock.limit_unsent();
+    if stored {
+        // The flag makes the kernel call this program at CLOSE. It is always set on a full socket.
+        sock.add_callback_flag(BPF_SOCK_OPS_STATE_CB_FLAG);
+        return;
+    }
+    count(lost);
+    if names.kind == names_kind::DIALLED {
+        sock.set_mark(LOST_CLIENT_MARK);
     }
 }
 
 #[inline(always)]
 fn inherit_names(sock: &SockOps<'_>, ends: &Ends) {
     let key = ends.accepting(sock.netns_cookie());
-    // This socket is the agent's end of a captured connection.
-    if key.is_spread() {
+    // The agent's end of a captured connection. A process of the pod that listens there instead gains nothing by it.
+    if key.is_to_capture() {
+        if let Some(destination) = pending::take(Table::Captured, &key.of_captured()) {
+            keep(sock, destination, names_kind::REDIRECTED, Reason::PendingFull);
+        }
         return;
     }
     // The agent dials applications from loopback addresses only.
     if !key.local.is_loopback() {
         return mark_accepted(sock, &key);
     }
-    // SAFETY: the entry is copied before it is removed, and only this socket's handshake removes it.
-    let Some(client) = (unsafe { DIALLED.get(&key) }).copied() else { return };
-    let names = Names {
-        peer: client.address,
-        peer_port: client.port,
-        kind: names_kind::ACCEPTED,
-        ..Names::default()
-    };
+    let Some(client) = pending::take(Table::Dialled, &key) else { return };
     sock.use_reno();
+    sock.limit_unsent();
+    keep(sock, client, names_kind::ACCEPTED, Reason::NamesFull);
+}
+
+/// Moves an entry into the socket's storage.
+#[inline(always)]
+fn keep(sock: &SockOps<'_>, entry: Destination, kind: u32, lost: Reason) {
+    let names = Names { peer: entry.address, peer_port: entry.port, kind, ..Names::default() };
     if !sock.store_names(names) {
-        count(Reason::NamesFull);
+        count(lost);
     }
-    let _ = DIALLED.remove(&key);
 }
 
 /// Marks a connection that the steering program passed to an application of an enrolled pod, as plaintext, or to the agent,
@@ -97,19 +110,19 @@ fn inherit_names(sock: &SockOps<'_>, ends: &Ends) {
 /// drops those into the mesh.
 #[inline(always)]
 fn mark_accepted(sock: &SockOps<'_>, key: &Tuple) {
-    // SAFETY: only presence is read.
-    if unsafe { STEERED.get(&key.remote) }.is_none() {
-        return;
-    }
+    // SAFETY: copied at once; the agent replaces entries whole.
+    let Some(steered) = unsafe { STEERED.get(&key.remote) }.copied() else { return };
     let (node, pod) = ((key.local, key.local_port), (key.remote, key.remote_port));
+    // The client is the end that a tunnel's packets may go to.
+    let client = Names { peer: key.local, peer_port: key.local_port, ..Names::default() };
     let kind = if key.remote_port == u32::from(tcp_port::TUNNEL) {
         names_kind::TUNNEL
-    } else if lookup::is_node_flow(&NodeFlow::new(node, pod, protocol::TCP)) {
+    } else if node_flows::is_node_flow(steered.slot, &NodeFlow::new(node, pod, protocol::TCP)) {
         names_kind::NODE
     } else {
         names_kind::CLEAR
     };
-    let _ = sock.store_names(Names { kind, ..Names::default() });
+    let _ = sock.store_names(Names { kind, ..client });
 }
 
 #[inline(always)]
@@ -117,10 +130,14 @@ fn remove_pending(sock: &SockOps<'_>, ends: &Ends) {
     let Some(names) = sock.names() else { return };
     let key = ends.connecting(sock.netns_cookie());
     match names.kind {
-        // The agent has not accepted the connection, and may be connecting to its destination.
-        names_kind::CAPTURED if CAPTURED.remove(&key.of_captured()).is_ok() => held::ended(&key, &names.own),
+        // The handshake with the agent's listener has not ended: the agent may be connecting to the destination.
+        names_kind::CAPTURED => {
+            if let Some(entry) = pending::take(Table::Captured, &key.of_captured()) {
+                held::ended(&key, entry.slot);
+            }
+        }
         names_kind::DIALLED => {
-            let _ = DIALLED.remove(&key);
+            pending::take(Table::Dialled, &key);
         }
         _ => {}
     }

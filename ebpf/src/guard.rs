@@ -5,18 +5,19 @@
 
 use aya_ebpf::programs::SkBuffContext;
 use tacit_abi::{
-    Accepted, Address, Arrival, ArrivalFacts, GuardFacts, Hook, Link, Listener, Packet, Pod, Reason, Segment,
-    Verdict, decide_arrival, decide_egress, decide_ingress, listener_index, may_claim, may_send_from,
-    names_kind, pod_flag,
+    Accepted, Address, Arrival, ArrivalFacts, GuardFacts, Hook, LOST_CLIENT_MARK, Link, Listener, Packet,
+    Pod, Reason, Segment, Verdict, decide_arrival, decide_egress, decide_ingress, listener_index, may_claim,
+    may_send_from, names_kind, pod_flag, protocol,
 };
 
 use crate::{
     answers,
-    context::{self, Skb},
+    context::{self, LOOPBACK_INDEX, Skb},
     count::count,
     drops::{Dropped, drop, report},
     lookup,
     maps::{LINKS, PODS, SETTINGS, pod_of},
+    node_flows,
     packet::{self, Direction, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, IpHeader},
 };
 
@@ -24,8 +25,6 @@ use crate::{
 const ETHERNET_HEADER: u32 = 14;
 /// Length of the smallest Ethernet frame: an ARP packet (42 bytes) with padding. A longer frame carries other data.
 const ARP_MAX: u32 = 60;
-/// Index of the loopback interface, which the kernel gives to no other interface of a namespace.
-const LOOPBACK: u32 = 1;
 
 /// Facts of a packet at a hook. `link` and `is_to_neighbour` are those of a frame, where the hook is on a link.
 struct Facts<'a> {
@@ -34,6 +33,8 @@ struct Facts<'a> {
     /// Offset of the first byte after the IP headers, from the network header.
     payload: u32,
     is_to_neighbour: bool,
+    /// The pod's slot.
+    slot: u32,
 }
 
 impl GuardFacts for Facts<'_> {
@@ -59,8 +60,15 @@ impl GuardFacts for Facts<'_> {
     }
 
     #[inline(always)]
+    fn is_node_service(&self, packet: &Packet) -> bool {
+        let protocol = packet.protocol;
+        matches!(protocol, protocol::TCP | protocol::UDP)
+            && lookup::is_node_service(&packet.remote, packet.remote_port, u32::from(protocol))
+    }
+
+    #[inline(always)]
     fn is_node_flow(&self, packet: &Packet) -> bool {
-        lookup::is_node_flow(&packet.node_flow())
+        node_flows::is_node_flow(self.slot, &packet.node_flow())
     }
 
     #[inline(always)]
@@ -121,9 +129,14 @@ fn is_node_socket(skb: &Skb<'_>) -> bool {
 }
 
 /// Returns true if a SYN-ACK carries a SYN cookie of the agent's tunnel listener: the kernel accepts the client's answer.
-/// Without the kernel's secret nobody can make one, so nothing can be said by it.
+/// Without the kernel's secret nobody can make one.
 #[inline(never)]
 fn is_tunnel_cookie(skb: &Skb<'_>, slot: u32, packet: &Packet, payload: u32) -> bool {
+    // Of a socket, the pod's say, the kernel sends no cookie. Without one, a pod that forwards packets can send a cookie
+    // again, with few bytes of its own: see `tacit_abi::has_options_of_kernel`.
+    if skb.cgroup() != 0 || !packet::has_options_of_kernel(skb, payload) {
+        return false;
+    }
     let Some(mut tcp) = packet::acknowledgement(skb, payload) else { return false };
     let listener = listener_index(slot, Listener::Tunnel);
     let (client, server) = (&packet.remote, &packet.local);
@@ -178,9 +191,9 @@ fn passes_ingress(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
 #[inline(always)]
 fn passes_socket(ctx: &SkBuffContext, direction: Direction, dropped: &mut Dropped) -> bool {
     let skb = Skb(ctx);
-    // This check is first because all traffic to the agent is loopback.
-    if skb.interface() == LOOPBACK {
-        return true;
+    // This check is first because all traffic to the agent is loopback. `established` counts what it marks.
+    if skb.interface() == LOOPBACK_INDEX {
+        return skb.mark() != LOST_CLIENT_MARK;
     }
     let ethertype = skb.ethertype();
     // Sockets of other families never reach these hooks.
@@ -197,7 +210,13 @@ fn passes_socket(ctx: &SkBuffContext, direction: Direction, dropped: &mut Droppe
     let Some(packet) = packet::parse(&skb, &header, direction, 0) else {
         return drop_if_strict(dropped, cgroup, &pod, Reason::GuardUnreadable);
     };
-    let facts = Facts { skb: &skb, link: &NO_LINK, payload: header.payload(), is_to_neighbour: false };
+    let facts = Facts {
+        skb: &skb,
+        link: &NO_LINK,
+        payload: header.payload(),
+        is_to_neighbour: false,
+        slot: pod.slot,
+    };
     let verdict = match direction {
         Direction::Egress => decide_egress(&facts, &pod, Hook::Socket, &packet),
         Direction::Ingress => decide_ingress(&facts, &pod, &packet),
@@ -238,13 +257,23 @@ fn of_link<'a>(skb: &Skb<'_>) -> Option<(&'a Link, Pod)> {
     }
 }
 
+/// Returns true if the agent marked the packet's socket, and the packet is to the end that the mark names. A pod can rewrite
+/// the agent's packets, but not its marks.
+#[inline(never)]
+fn is_to_marked_end(skb: &Skb<'_>) -> bool {
+    let Some(names) = skb.names() else { return false };
+    if names.kind != names_kind::TUNNEL && names.kind != names_kind::DISABLED {
+        return false;
+    }
+    packet::tcp_destination(skb)
+        .is_some_and(|(address, port)| u32::from(port) == names.peer_port && address.same(&names.peer))
+}
+
 #[inline(never)]
 fn passes_link(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
     let skb = Skb(ctx);
     // This check is first because tunnels of the agent are the hot path.
-    let is_tunnel = lookup::is_agent_cgroup(skb.cgroup())
-        && skb.names().is_some_and(|names| names.kind == names_kind::TUNNEL);
-    if is_tunnel {
+    if lookup::is_agent_cgroup(skb.cgroup()) && is_to_marked_end(&skb) {
         return true;
     }
     let Some((link, pod)) = of_link(&skb) else { return true };
@@ -274,7 +303,7 @@ fn passes_link(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
     let Some(packet) = packet::parse(&skb, &header, Direction::Egress, ETHERNET_HEADER) else {
         return drop_if_strict(dropped, link.cgroup, &pod, Reason::GuardUnreadable);
     };
-    let facts = Facts { skb: &skb, link, payload: header.payload(), is_to_neighbour };
+    let facts = Facts { skb: &skb, link, payload: header.payload(), is_to_neighbour, slot: pod.slot };
     let verdict = decide_egress(&facts, &pod, Hook::Link, &packet);
     apply(dropped, link.cgroup, &pod, &packet, verdict)
 }
@@ -335,9 +364,9 @@ fn passes_arrival(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
             packet.segment = Segment::Data;
         }
         (port, number) = (packet.remote_port, packet.protocol);
-        arrival = decide_arrival(&Arriving(&skb), &pod, &packet);
+        arrival = decide_arrival(&Arriving(&skb, pod.slot), &pod, &packet);
         if arrival == Arrival::OfNode {
-            lookup::prove_node_flow(&packet.node_flow());
+            node_flows::prove(pod.slot, &packet.node_flow());
         }
     }
     match arrival {
@@ -346,7 +375,8 @@ fn passes_arrival(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
     }
 }
 
-struct Arriving<'a>(&'a Skb<'a>);
+/// A frame towards the pod with this slot.
+struct Arriving<'a>(&'a Skb<'a>, u32);
 
 impl ArrivalFacts for Arriving<'_> {
     #[inline(always)]
@@ -361,7 +391,7 @@ impl ArrivalFacts for Arriving<'_> {
 
     #[inline(always)]
     fn is_node_flow(&self, packet: &Packet) -> bool {
-        lookup::is_node_flow(&packet.node_flow())
+        node_flows::is_node_flow(self.1, &packet.node_flow())
     }
 }
 
@@ -392,6 +422,7 @@ fn apply(dropped: &mut Dropped, cgroup: u64, pod: &Pod, packet: &Packet, verdict
             true
         }
         Verdict::Drop(reason) => {
+            let reason = if pod.has(pod_flag::UNKNOWN) { Reason::GuardHeld } else { reason };
             drop(dropped, cgroup, &packet.remote, packet.remote_port, packet.protocol, reason)
         }
     }

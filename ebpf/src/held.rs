@@ -11,7 +11,7 @@ use crate::{
     context::{self, RingPosition, Skb},
     count::count,
     lookup,
-    maps::{HELD_0, HELD_1, HELD_2, HELD_3, HELD_SHARES, HeldRing, STEERED, pod_of},
+    maps::{HELD_0, HELD_1, HELD_2, HELD_3, HELD_SHARES, HeldRing, pod_of},
 };
 
 /// Index of the loopback interface, which the kernel gives to no other interface of a namespace.
@@ -23,7 +23,7 @@ impl HoldFacts for Facts<'_> {
     #[inline(always)]
     fn destination(&self) -> Option<Destination> {
         let names = self.0.names().filter(|names| names.kind == names_kind::CAPTURED)?;
-        Some(Destination { address: names.peer, port: names.peer_port, pad: 0 })
+        Some(Destination { address: names.peer, port: names.peer_port, slot: names.slot })
     }
 
     #[inline(always)]
@@ -121,12 +121,10 @@ fn hand_over(skb: &Skb<'_>, pod: &Pod, destination: Destination) -> bool {
     true
 }
 
-/// Tells the agent that the application has closed a captured connection before the agent accepted it. A record that is lost
-/// costs the agent an opening that it gives up later.
+/// Tells the agent that the application of the slot's pod has closed a captured connection whose handshake with the agent's
+/// listener had not ended. A record that is lost costs the agent an opening that it gives up later.
 #[inline(always)]
-pub fn ended(tuple: &Tuple, own: &tacit_abi::Address) {
-    // SAFETY: one word is copied.
-    let Some(slot) = (unsafe { STEERED.get(own) }).map(|steered| steered.slot) else { return };
+pub fn ended(tuple: &Tuple, slot: u32) {
     let ring = ring_of(slot);
     if !takes_share(ring, slot) {
         return;

@@ -1,11 +1,11 @@
 //! Facts of the whole node, looked up in maps.
 
-use aya_ebpf::{bindings::BPF_ANY, btf_maps::lpm_trie::Key};
-use tacit_abi::{Address, ClearKey, Mode, NodeFlow, PortKey, is_recent, seconds};
+use aya_ebpf::btf_maps::lpm_trie::Key;
+use tacit_abi::{Address, ClearKey, Mode, PortKey, node_port};
 
 use crate::{
     context::now,
-    maps::{AGENTS, CLEAR, MESH, NODE, NODE_FLOWS, NODE_HARDWARE, PORT_MODES, STATE},
+    maps::{AGENTS, CLEAR, CLUSTER_NODES, MESH, NODE, NODE_HARDWARE, NODE_SERVICES, PORT_MODES, STATE},
 };
 
 /// Prefix length of a full address in the mesh's map.
@@ -50,22 +50,18 @@ pub fn is_node(address: &Address) -> bool {
     unsafe { NODE.get(address) }.is_some()
 }
 
-/// Returns true if the node itself sent a packet of this flow to the pod a short time ago.
+/// Returns true for a port of a service at an address of a node, and for what may be one while a table lacks entries.
 #[inline(always)]
-pub fn is_node_flow(flow: &NodeFlow) -> bool {
-    // SAFETY: the value is one word.
-    unsafe { NODE_FLOWS.get(flow) }.is_some_and(|sent| is_recent(*sent, now()))
-}
-
-/// Remembers that the node itself sent a packet of this flow to the pod.
-#[inline(always)]
-pub fn prove_node_flow(flow: &NodeFlow) {
-    let seconds = seconds(now());
-    // SAFETY: the value is one word.
-    if unsafe { NODE_FLOWS.get(flow) }.is_none_or(|sent| *sent != seconds) {
-        // The least recently used entry makes room.
-        let _ = NODE_FLOWS.insert(flow, &seconds, BPF_ANY.into());
-    }
+pub fn is_node_service(address: &Address, port: u16, protocol: u32) -> bool {
+    let flags = STATE.get(0).map_or(0, |state| state.node_services);
+    // SAFETY: only presence is read.
+    let is_node = || unsafe { CLUSTER_NODES.get(address) }.is_some();
+    let is_listed = || {
+        let key = ClearKey { address: *address, port: u32::from(port), protocol };
+        // SAFETY: only presence is read.
+        unsafe { NODE_SERVICES.get(&key) }.is_some()
+    };
+    node_port::is_service(flags, address, port, is_node, is_listed)
 }
 
 /// Returns the mode of a pod's port that has its own.

@@ -2,12 +2,15 @@
 //! decisions are pure functions in `tacit-abi`, and raw context accesses are in `context`.
 #![no_std]
 #![no_main]
+// For the one instruction of `atomic`.
+#![feature(asm_experimental_arch)]
 #![expect(
     clippy::needless_borrows_for_generic_args,
     reason = "keys and values of maps are passed by reference: by value they would be copied on a stack of 512 bytes"
 )]
 
 mod answers;
+mod atomic;
 mod connect;
 mod context;
 mod count;
@@ -19,7 +22,9 @@ mod log_budget;
 mod lookup;
 mod maps;
 mod names;
+mod node_flows;
 mod packet;
+mod pending;
 mod steer;
 
 use aya_ebpf::{

@@ -3,20 +3,26 @@
 use aya_ebpf::{
     Global,
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage, SockMap},
+    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SkStorage, SockMap},
     macros::btf_map,
 };
 use tacit_abi::{
-    Address, ClearKey, Destination, DropKey, HELD_RING_BYTES, HeldShare, HeldSyn, LISTENERS_PER_POD, Link,
-    MeshKey, Names, NodeFlow, Pod, PortKey, REASONS, Settings, State, Steered, Tuple, limits,
+    Address, ClearKey, Destination, HELD_RING_BYTES, HeldShare, HeldSyn, LISTENERS_PER_POD, Link, MeshKey,
+    Names, NodeFlowCell, Pending, Pod, PodDrops, PortKey, REASONS, Settings, State, Steered, Tuple, limits,
 };
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 
 /// Settings that the agent writes before it loads the programs. The verifier sees constants.
 #[unsafe(no_mangle)]
-pub static SETTINGS: Global<Settings> =
-    Global::new(Settings { pods_level: u32::MAX, abi_version: 0, pods_cgroup: 0, has_set_retval: 0, pad: 0 });
+pub static SETTINGS: Global<Settings> = Global::new(Settings {
+    pods_level: u32::MAX,
+    abi_version: 0,
+    pods_cgroup: 0,
+    has_set_retval: 0,
+    pad: 0,
+    node_netns_cookie: 0,
+});
 
 /// The agent's heartbeat and the mesh's default mode. Zero: no agent ever ran, and nothing is enforced.
 #[btf_map]
@@ -38,19 +44,20 @@ pub static LINKS: HashMap<u32, Link, { limits::PODS as usize }> = HashMap::new()
 #[btf_map]
 pub static NODE_HARDWARE: HashMap<u64, u32, { limits::NODE_HARDWARE as usize }, ON_DEMAND> = HashMap::new();
 
-/// Flows that the node itself has with pods, proven on the host end of the pods' links, and the second of the node's last
-/// packet. Missing or old: the other end is not the node, whatever its address.
+/// Flows that the node itself has with pods, see `tacit_abi::NodeFlow`. Missing or old: the other end is not the node,
+/// whatever its address.
 #[btf_map]
-pub static NODE_FLOWS: LruHashMap<NodeFlow, u32, { limits::NODE_FLOWS as usize }> = LruHashMap::new();
+pub static NODE_FLOWS: Array<NodeFlowCell, { (limits::SLOTS * limits::NODE_FLOWS_PER_POD) as usize }> =
+    Array::new();
 
 /// Datagrams of STRICT pods whose answers are expected, see `tacit_abi::answer_cells`. Missing: no answer, dropped.
 #[btf_map]
 pub static ANSWERS: Array<u64, { (limits::SLOTS * limits::ANSWERS_PER_POD) as usize }> = Array::new();
 
-/// Numbers of dropped packets by pod, destination and reason. Full: the least recently used entry is evicted.
-/// Verdicts do not depend on this map, and `COUNTERS` stays complete.
+/// Numbers of dropped packets by pod, destination and reason, see `tacit_abi::DropCounter`. Verdicts do not depend on this
+/// map, and `COUNTERS` stays complete.
 #[btf_map]
-pub static DROPS: LruHashMap<DropKey, u64, { limits::DROPS as usize }> = LruHashMap::new();
+pub static DROPS: Array<PodDrops, { (limits::SLOTS + limits::DROPS_WITHOUT_SLOT) as usize }> = Array::new();
 
 /// Known pods by cgroup id, enrolled or exempt. Missing: left alone, or treated as STRICT if that is the mesh's default.
 #[btf_map]
@@ -60,7 +67,7 @@ pub static PODS: HashMap<u64, Pod, { limits::PODS as usize }> = HashMap::new();
 #[btf_map]
 pub static STEERED: HashMap<Address, Steered, { limits::ADDRESSES as usize }> = HashMap::new();
 
-/// Modes of single ports. Missing: the pod's mode.
+/// Modes of single ports. Missing: the pod's mode. Never full: the agent keeps each pod inside its share.
 #[btf_map]
 pub static PORT_MODES: HashMap<PortKey, u32, { limits::PORT_MODES as usize }, ON_DEMAND> = HashMap::new();
 
@@ -71,6 +78,16 @@ pub static MESH: LpmTrie<MeshKey, u32, { limits::MESH_RANGES as usize }> = LpmTr
 /// The node's own addresses, except those of services.
 #[btf_map]
 pub static NODE: HashMap<Address, u32, { limits::NODE_ADDRESSES as usize }> = HashMap::new();
+
+/// Addresses of all nodes of the cluster. Missing: no node ports at the address.
+#[btf_map]
+pub static CLUSTER_NODES: HashMap<Address, u32, { limits::CLUSTER_NODES as usize }, ON_DEMAND> =
+    HashMap::new();
+
+/// Ports of load balancers that have addresses of nodes. Missing: a port of the node itself.
+#[btf_map]
+pub static NODE_SERVICES: HashMap<ClearKey, u32, { limits::NODE_SERVICES as usize }, ON_DEMAND> =
+    HashMap::new();
 
 /// The agent's listeners, see `tacit_abi::listener_index`. The kernel removes an entry with its socket. Missing: no agent.
 #[btf_map]
@@ -85,14 +102,19 @@ pub static CAPTURERS: SockMap<{ limits::SLOTS as usize }> = SockMap::new();
 #[btf_map]
 pub static NAMES: SkStorage<Names> = SkStorage::new();
 
-/// Destinations of captured connections until the agent accepts them. Full: the agent finds no entry and resets.
+/// Destinations of captured connections until the handshake with the agent's listener ends, see `pending`. Never full:
+/// each pod has its share. A connection without an entry is reset.
 #[btf_map]
 pub static CAPTURED: HashMap<Tuple, Destination, { limits::PENDING as usize }, ON_DEMAND> = HashMap::new();
 
-/// Clients of the agent's connections until the application accepts them. Full: the application sees an address of its
-/// own pod. Access does not depend on this map.
+/// Clients of the agent's connections until the handshake with the application ends, see `pending`. Never full: each pod
+/// has its share. A connection without an entry is dropped by the guard, and refused by the agent.
 #[btf_map]
 pub static DIALLED: HashMap<Tuple, Destination, { limits::PENDING as usize }, ON_DEMAND> = HashMap::new();
+
+/// Numbers of each pod's entries in both maps of pending connections, by slot.
+#[btf_map]
+pub static PENDING: Array<Pending, { limits::SLOTS as usize }> = Array::new();
 
 /// A ring of records about held connections, see `tacit_abi::held_ring`. Full: the record is lost, and the next
 /// retransmission of the SYN makes another.

@@ -20,13 +20,12 @@ pub fn peer(ctx: &SockAddrContext, family: Family) -> i32 {
             sock.set_address(family, &names.peer);
             sock.set_port(names.peer_port as u16);
         }
-        // The names were lost because a map was full or memory was short (counted as `names_full`). The client must not look
-        // like loopback, which applications trust, so the application sees its pod's own address.
+        // The names were lost because memory was short (counted as `names_full`), or a process of the pod uses an address from
+        // which the agent dials. The client must look neither like loopback, which applications trust, nor like another client.
         _ => {
-            if let Some(own) = sock.own_address(family)
-                && !sock.address(family).may_be_reported_to(&own)
-            {
-                sock.set_address(family, &own);
+            let address = sock.address(family);
+            if sock.own_address(family).is_some_and(|own| !address.may_be_reported_to(&own)) {
+                sock.set_address(family, &address.unspecified());
             }
         }
     }

@@ -206,6 +206,36 @@ pub fn discovery_claim(skb: &Skb<'_>, header: &IpHeader) -> Option<Claim> {
     }
 }
 
+/// Returns destination and port of a TCP segment as the agent's sockets send them, without extension headers.
+#[inline(always)]
+pub fn tcp_destination(skb: &Skb<'_>) -> Option<(Address, u16)> {
+    const DESTINATION_PORT: u32 = 2;
+    let (address, number, payload) = match skb.ethertype() {
+        ETH_P_IP => {
+            let words: [u32; 5] = skb.read(0)?;
+            let length = u32::from(words[0].to_ne_bytes()[0] & 0x0f) * 4;
+            (Address::from_v4_be(words[4]), words[2].to_ne_bytes()[1], length)
+        }
+        ETH_P_IPV6 => {
+            let words: [u32; 10] = skb.read(0)?;
+            (Address([words[6], words[7], words[8], words[9]]), words[1].to_ne_bytes()[2], 40)
+        }
+        _ => return None,
+    };
+    if number != protocol::TCP {
+        return None;
+    }
+    let port: [u8; 2] = skb.read(payload + DESTINATION_PORT)?;
+    Some((address, u16::from_be_bytes(port)))
+}
+
+/// Returns true if a SYN-ACK has only options that the kernel writes into one, see `tacit_abi::has_options_of_kernel`.
+#[inline(always)]
+pub fn has_options_of_kernel(skb: &Skb<'_>, payload: u32) -> bool {
+    let Some(length) = skb.read::<[u8; 1]>(payload + 12) else { return false };
+    tacit_abi::has_options_of_kernel(u32::from(length[0] >> 4), |word| skb.read(payload + word * 4))
+}
+
 /// Returns the segment as the client's acknowledgement of it would be, for the kernel's check of SYN cookies: the first 20
 /// bytes of its TCP header.
 #[inline(always)]

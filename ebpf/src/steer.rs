@@ -10,6 +10,7 @@ use crate::{
     count::count,
     lookup,
     maps::{CAPTURED, CAPTURERS, LISTENERS, STEERED},
+    node_flows,
 };
 
 const IPPROTO_TCP: u32 = 6;
@@ -35,8 +36,8 @@ impl InboundFacts for Facts {
     }
 
     #[inline(always)]
-    fn is_node_flow(&self, flow: &Inbound) -> bool {
-        lookup::is_node_flow(&flow.node_flow())
+    fn is_node_flow(&self, slot: u32, flow: &Inbound) -> bool {
+        node_flows::is_node_flow(slot, &flow.node_flow())
     }
 
     #[inline(always)]

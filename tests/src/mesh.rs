@@ -2,7 +2,12 @@
 
 use crate::{observe, program::agent_program};
 use anyhow::{Context, Result, anyhow};
-use std::sync::OnceLock;
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
 use tacit_topology::{Agent, Membership, MeshFiles, Pod, Process, Topology, WorkloadEntry, cleanup_stale};
 
 /// Nodes, pods, policy and configuration of a mesh.
@@ -12,6 +17,7 @@ pub struct Plan {
     pods: Vec<(String, String, String, Membership)>,
     policy: String,
     config: String,
+    descriptors: Option<u64>,
 }
 
 impl Plan {
@@ -46,6 +52,13 @@ impl Plan {
     #[must_use]
     pub fn config(mut self, yaml: &str) -> Self {
         yaml.clone_into(&mut self.config);
+        self
+    }
+
+    /// Sets the limit of open files of the agents.
+    #[must_use]
+    pub fn descriptors(mut self, limit: u64) -> Self {
+        self.descriptors = Some(limit);
         self
     }
 
@@ -86,12 +99,15 @@ impl Plan {
         directory_of: impl Fn(&str, &Mesh) -> Result<Vec<WorkloadEntry>>,
     ) -> Result<Mesh> {
         let program = agent_program()?;
-        let (policy, config) = (self.policy.clone(), self.config.clone());
+        let (policy, config, descriptors) = (self.policy.clone(), self.config.clone(), self.descriptors);
         let mut mesh = self.without_agents()?;
         for node in mesh.topology.nodes() {
             let directory = directory_of(node.name(), &mesh)?;
             let files = MeshFiles::write(&mesh.topology, node, &directory, &policy, &config)?;
-            let mut agent = Agent::start(node, &program, &files)?;
+            let mut agent = match descriptors {
+                None => Agent::start(node, &program, &files)?,
+                Some(limit) => Agent::start(node, &limited(&program, limit, &node.files()?)?, &files)?,
+            };
             // Sequential, because the first agent creates the root that the agents share.
             agent.wait_ready()?;
             observe::wait_enrolled(&agent)?;
@@ -99,6 +115,15 @@ impl Plan {
         }
         Ok(mesh)
     }
+}
+
+/// Writes a program to `folder` that lowers its limit of open files and then becomes `program`.
+fn limited(program: &Path, descriptors: u64, folder: &Path) -> Result<PathBuf> {
+    let limited = folder.join("limited-agent");
+    let script = format!("#!/bin/sh\nulimit -n {descriptors}\nexec {} \"$@\"\n", program.display());
+    fs::write(&limited, script).with_context(|| format!("write {}", limited.display()))?;
+    fs::set_permissions(&limited, fs::Permissions::from_mode(0o755))?;
+    Ok(limited)
 }
 
 /// A topology, its pods and its agents. All resources are removed when it is dropped or the process exits.

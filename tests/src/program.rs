@@ -42,13 +42,5 @@ pub fn peer_program() -> Result<PathBuf> {
 /// # Errors
 /// Fails if the variable is not a positive whole number.
 pub fn scaled(full: u64) -> Result<u64> {
-    Ok((full / u64::from(scale()?)).max(1))
-}
-
-fn scale() -> Result<u32> {
-    let Ok(text) = std::env::var("TACIT_TEST_SCALE") else { return Ok(1) };
-    match text.parse() {
-        Ok(divisor) if divisor > 0 => Ok(divisor),
-        _ => bail!("invalid TACIT_TEST_SCALE {text:?}: expected a positive whole number"),
-    }
+    Ok((full / u64::from(tacit_topology::scale()?)).max(1))
 }

@@ -10,14 +10,17 @@ use std::{
     io::Read,
     net::{IpAddr, SocketAddr, TcpStream},
     sync::OnceLock,
+    time::Duration,
 };
 use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe, with_and_without_tacit};
-use tacit_topology::HANG;
+use tacit_topology::{HANG, WorkloadEntry};
 
 /// Greeting of the servers. Clients send nothing, so only their connection can be rejected.
 const GREETING: &str = "welcome";
 /// Port without an override. The port of a [`Setting`] is its number above this one.
 const PORT: u16 = 8000;
+/// Time after which a connection counts as dropped. Those that are taken need milliseconds.
+const DROPPED: Duration = Duration::from_secs(2);
 
 /// Mode in a policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,7 +95,11 @@ with_and_without_tacit!(plan:
 );
 
 fn plan() -> Plan {
-    let plan = Plan::new("modes")
+    plan_of("modes")
+}
+
+fn plan_of(tag: &str) -> Plan {
+    let plan = Plan::new(tag)
         .pod("a", "shop", "client-a")
         .pod("b", "shop", "client-b")
         .outside("a", "shop", "stranger-a")
@@ -185,6 +192,67 @@ fn only_what_is_disabled_can_be_read_on_the_wire(mesh: &Mesh) -> Result<()> {
         }
     }
     ensure!(wrong.is_empty(), "{} wrong outcomes:\n{}", wrong.len(), wrong.join("\n"));
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn no_policy_goes_below_the_minimum_mode() -> Result<()> {
+    let plan = plan_of("minmode").config("minimumMode: STRICT\n");
+    let mesh = plan.with_agents()?;
+    for workload in WORKLOADS {
+        let pod = mesh.pod(workload.name())?;
+        for port in [Setting::Absent, Setting::Disable] {
+            let at = SocketAddr::new(pod.ipv4().into(), port.port());
+            let _server = Server::start(pod, at, &[&format!("send:{GREETING}"), "shut", "read-end"])?;
+            for (origin, expected) in
+                [(Origin::MeshedFar, Outcome::Greeted), (Origin::StrangerFar, Outcome::Reset)]
+            {
+                let found = connect(&mesh, origin, at)?;
+                ensure!(found == expected, "{origin:?} to {workload:?}, port {port:?}: {found:?}");
+            }
+        }
+    }
+    let status = observe::status(mesh.agent("b")?)?;
+    let pods = status["pods"].as_array().context("pods")?;
+    for pod in pods.iter().filter(|pod| pod["name"] != "client-b") {
+        ensure!(pod["mode"] == "STRICT" && pod["raised_by_minimum"] == true, "{pod:#}");
+    }
+    Ok(())
+}
+
+/// The directory gives pod `late` an address that its namespace does not have.
+#[test]
+#[ignore = "needs root"]
+fn the_policy_of_a_pod_that_cannot_be_enrolled_is_followed() -> Result<()> {
+    let mesh =
+        Plan::new("modehold").pod("b", "shop", "web").outside("a", "shop", "stranger").with_agents()?;
+    let (b, stranger) = (mesh.agent("b")?, mesh.pod("stranger")?);
+    let late = mesh.topology().node("b")?.pod("shop", "late")?;
+    let server = Server::start(&late, SocketAddr::new(late.ipv4().into(), fresh_port()), &["echo"])?;
+    let elsewhere = WorkloadEntry { addresses: vec![[10, 77, 250, 250].into()], ..WorkloadEntry::of(&late) };
+    b.files().set_directory(&[mesh.directory(), vec![elsewhere]].concat())?;
+    let waits_with = |mode: &str| {
+        observe::wait_status(b, &format!("{mode} of a pod that waits"), |status| {
+            let pod = status["pods"].as_array()?.iter().find(|pod| pod["name"] == "late")?;
+            let waits =
+                pod["state"].to_string().contains("no process of its cgroup is in a network namespace");
+            (waits && pod["mode"] == mode).then_some(())
+        })
+    };
+    waits_with("PERMISSIVE")?;
+    Client::echo(stranger, server.address(), "control: plaintext is taken")?;
+    b.files().set_policy(
+        "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: default, namespace: shop}\n\
+         spec: {mtls: {mode: STRICT}}\n",
+    )?;
+    waits_with("STRICT")?;
+    let accepted = server.accepted()?;
+    let connect = || TcpStream::connect_timeout(&server.address(), DROPPED);
+    ensure!(
+        stranger.netns().enter(connect)?.is_err() && server.accepted()? == accepted,
+        "plaintext is taken"
+    );
     Ok(())
 }
 

@@ -7,11 +7,14 @@ use serde_json::Value;
 use std::{
     collections::BTreeSet,
     fmt::Write as _,
-    net::{IpAddr, SocketAddr},
+    io::ErrorKind,
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     sync::OnceLock,
+    time::Duration,
 };
-use tacit_tests::{Client, Mesh, Plan, Server, observe};
-use tacit_topology::{Pod, until};
+use tacit_abi::limits::CLUSTER_NODES;
+use tacit_tests::{Client, Mesh, Plan, Server, agent_program, observe};
+use tacit_topology::{Pod, run, until};
 
 const VIP4: &str = "10.96.0.10";
 const VIP6: &str = "fd96::10";
@@ -43,14 +46,17 @@ fn plan(tag: &str) -> Plan {
 
 /// Writes the directory with the service for both agents and waits until they have loaded it.
 fn update_directory(mesh: &Mesh, service: &Service<'_>) -> Result<()> {
-    let text = directory(mesh, service)?;
+    load_directory(mesh, &directory(mesh, service)?)
+}
+
+fn load_directory(mesh: &Mesh, text: &str) -> Result<()> {
     for node in ["a", "b"] {
         let agent = mesh.agent(node)?;
         let loads = |status: &Value| {
             status["sources"].as_array()?.iter().find(|s| s["kind"] == "directory")?["loads"].as_u64()
         };
         let before = loads(&observe::status(agent)?).context("loads")?;
-        agent.files().set_directory_text(&text)?;
+        agent.files().set_directory_text(text)?;
         observe::wait_status(agent, "the services are loaded", |status| {
             (loads(status)? > before).then_some(())
         })?;
@@ -230,3 +236,119 @@ kind: PeerAuthentication
 metadata: {name: default, namespace: istio-system}
 spec: {mtls: {mode: STRICT}}
 ";
+
+/// Time in which a packet arrives if nothing drops it.
+const PATIENCE: Duration = Duration::from_millis(700);
+
+/// Runs an attack step in the client's cgroup and namespace; true if the system took the marker.
+fn step(mesh: &Mesh, protocol: &str, to: SocketAddr) -> Result<bool> {
+    let mut step = mesh.pod("client")?.command(agent_program()?.with_file_name("tacit-attack"));
+    step.args(["step", protocol, &to.to_string(), "hello"]);
+    let told = run(step.env("TACIT_ATTACK_PATIENCE_MS", PATIENCE.as_millis().to_string()))?;
+    Ok(told.trim() == "sent")
+}
+
+/// Returns true if a datagram of the client arrives at a socket of node `b`, which stands in for kube-proxy.
+fn is_received(mesh: &Mesh, at: SocketAddr) -> Result<bool> {
+    let socket = mesh.topology().node("b")?.netns().enter(|| UdpSocket::bind(at))??;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    step(mesh, "udp", at)?;
+    match socket.recv(&mut [0; 16]) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The mesh's nodes, and further ones with `more` addresses.
+fn nodes(mesh: &Mesh, more: u32) -> Result<String> {
+    let mut text = String::from("nodes:\n");
+    for name in ["a", "b"] {
+        let node = mesh.topology().node(name)?;
+        writeln!(text, "- {{name: {name}, addresses: [{}, '{}']}}", node.wire_ipv4(), node.wire_ipv6())?;
+    }
+    for number in 0..more {
+        writeln!(text, "- {{name: n{number}, addresses: [{}]}}", Ipv4Addr::from(0xc612_0000 | number))?;
+    }
+    Ok(text)
+}
+
+/// Returns true if a connection of the client opens at node `b`.
+fn is_accepted(mesh: &Mesh, at: SocketAddr) -> Result<bool> {
+    let listener = mesh.topology().node("b")?.netns().enter(|| TcpListener::bind(at))??;
+    listener.set_nonblocking(true)?;
+    step(mesh, "tcp", at)?;
+    Ok(listener.accept().is_ok())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_node_port_leads_to_the_service_and_nothing_leaves_in_clear() -> Result<()> {
+    let service = Service { port: 8080, endpoints: &[("far", true)], more: "" };
+    let mesh = mesh("svcnode", STRICT, &service)?;
+    let (a, b) = (mesh.topology().node("a")?, mesh.topology().node("b")?);
+    let addresses = |node: &tacit_topology::Node| [IpAddr::from(node.wire_ipv4()), node.wire_ipv6().into()];
+    for address in addresses(b) {
+        let at = |port| SocketAddr::new(address, port);
+        ensure!(is_received(&mesh, at(30_081))?, "control: nobody knows that {address} is a node's");
+        ensure!(is_accepted(&mesh, at(30_081))?, "control: nobody knows that {address} is a node's");
+    }
+    let text = directory(&mesh, &service)?
+        .replace("{port: 80, targetPort: 8080}", "{port: 80, targetPort: 8080, nodePort: 30080}");
+    load_directory(&mesh, &format!("{text}{}", nodes(&mesh, 0)?))?;
+    let [first, second] = addresses(b);
+    until("the node's addresses in the kernel", || {
+        Ok((!is_received(&mesh, SocketAddr::new(first, 30_081))?).then_some(()))
+    })?;
+    for address in [first, second] {
+        let at = |port| SocketAddr::new(address, port);
+        ensure!(!is_received(&mesh, at(30_081))? && !is_received(&mesh, at(32_767))?);
+        ensure!(!is_accepted(&mesh, at(30_081))?, "no service has the port");
+        ensure!(is_received(&mesh, at(29_999))? && is_accepted(&mesh, at(29_999))?, "the node's own ports");
+    }
+    let far = serve(mesh.pod("far")?, 8080)?;
+    for address in addresses(a).into_iter().chain(addresses(b)) {
+        let asked = SocketAddr::new(address, 30_080);
+        ensure!(connect(mesh.pod("client")?, asked)? == asked.to_string(), "the peer is what was asked for");
+    }
+    ensure!(accepted(&far)? == 4);
+    let drops = observe::metric(mesh.agent("a")?, "tacit_kernel_verdicts_total", &[("reason", "guard_udp")])?;
+    ensure!(drops > 0);
+    Ok(())
+}
+
+/// A node that did not fit into the kernel's table used to have no protected node ports.
+#[test]
+#[ignore = "needs root"]
+fn with_more_nodes_than_the_kernel_holds_no_address_has_a_node_port_in_clear() -> Result<()> {
+    let service = Service { port: 8080, endpoints: &[("far", true)], more: "" };
+    let mesh = mesh("svcmany", STRICT, &service)?;
+    let (agent, text) = (mesh.agent("a")?, directory(&mesh, &service)?);
+    // An address of the wire that no directory names, as one that does not fit.
+    let b = mesh.topology().node("b")?;
+    let unlisted =
+        format!("{text}nodes:\n- {{name: a, addresses: [{}]}}\n", mesh.topology().node("a")?.wire_ipv4());
+    let at = |port| SocketAddr::new(b.wire_ipv4().into(), port);
+    let not_applied = || observe::metric(agent, "tacit_nodes_not_applied", &[("kind", "addresses")]);
+    load_directory(&mesh, &unlisted)?;
+    ensure!(is_received(&mesh, at(30_081))? && not_applied()? == 0, "control: no table is full");
+
+    load_directory(&mesh, &format!("{text}{}", nodes(&mesh, CLUSTER_NODES)?))?;
+    let error = observe::wait_status(agent, "nodes that are not applied", |status| {
+        status["nodes"]["addresses_not_applied"].as_str().map(str::to_owned)
+    })?;
+    ensure!(error.contains("4 more are wanted") && not_applied()? == 1, "{error}");
+    ensure!(agent.status_table()?.contains("addresses of nodes not applied"));
+    ensure!(!is_received(&mesh, at(30_081))? && !is_accepted(&mesh, at(30_081))?, "a port of a service");
+    ensure!(is_received(&mesh, at(29_999))? && is_accepted(&mesh, at(29_999))?, "no port of a service");
+    let loopback = SocketAddr::from(([127, 0, 0, 1], 30_082));
+    let _own = Server::start(mesh.pod("client")?, loopback, &["echo"])?;
+    ensure!(connect(mesh.pod("client")?, loopback)? == loopback.to_string(), "the pod's own loopback");
+
+    load_directory(&mesh, &unlisted)?;
+    observe::wait_status(agent, "all nodes are applied", |status| {
+        status["nodes"]["addresses_not_applied"].is_null().then_some(())
+    })?;
+    ensure!(is_received(&mesh, at(30_081))? && not_applied()? == 0);
+    Ok(())
+}

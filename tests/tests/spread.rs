@@ -147,7 +147,7 @@ fn a_foreign_source_address_leads_to_no_agent() -> Result<()> {
     Ok(())
 }
 
-/// When the agent has exited, a process of the pod must not get captured connections by listening on their ports.
+/// A process of the pod must not get captured connections by listening on their ports after the agent has exited.
 #[test]
 #[ignore = "needs root"]
 fn without_an_agent_nothing_captured_comes_to_a_listener_of_the_pod() -> Result<()> {

@@ -23,7 +23,7 @@ use xtask_support::{
     workspace::{Profile, Workspace},
 };
 
-/// How to show it.
+/// The output of the demo.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// End with one JSON object on standard output
@@ -34,13 +34,13 @@ pub(crate) struct Options {
     prepared: bool,
 }
 
-/// What the scenario starts.
+/// The inputs of the scenario.
 pub(crate) struct Prepared {
     /// The agent's binary.
     pub(crate) agent: PathBuf,
     /// nginx, which may not be on `PATH`.
     pub(crate) nginx: PathBuf,
-    /// Whether the result is wanted as JSON.
+    /// True for a result in JSON.
     pub(crate) json: bool,
 }
 

@@ -8,12 +8,12 @@ use xtask_support::{command, progress::note, workspace::Workspace};
 const VERSION: &str = "0.13.2";
 const TARGETS: [&str; 5] = ["frames", "records", "policy", "directory", "config"];
 
-/// What to fuzz.
+/// The targets and the duration of fuzzing.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Targets: frames, records, policy, directory, config; all of them when none is named
     targets: Vec<String>,
-    /// How long each is run
+    /// Duration of each target
     #[arg(long, default_value_t = 120, value_name = "SECONDS")]
     seconds: u32,
 }

@@ -9,7 +9,7 @@ use xtask_support::{
 
 use crate::fuzz;
 
-/// Whether files are rewritten or only looked at.
+/// The treatment of files with a wrong format.
 #[derive(Clone, Copy)]
 pub(crate) enum Format {
     Write,

@@ -12,7 +12,7 @@ use xtask_support::{
     workspace::{Profile, Workspace},
 };
 
-/// What the program is given, `--help` included.
+/// The arguments of the program, `--help` included.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Options and arguments: see `--help` of the command itself

@@ -44,7 +44,7 @@ const KERNELS: [&str; 2] = ["6.1", "newest"];
 /// The folder of the package whose unit tests load programs into the kernel. Its other unit tests are in the same program.
 const KERNEL: &str = "agent/kernel";
 
-/// What to run.
+/// The choice of tests.
 #[derive(clap::Args, Default)]
 pub(crate) struct Options {
     /// Run only tests whose name contains one of these
@@ -63,7 +63,7 @@ pub(crate) struct Options {
     unprivileged: bool,
 }
 
-/// How far the tests that need root can go.
+/// The ability to run tests that need root.
 enum Privileged {
     Run,
     /// With the reason.
@@ -276,7 +276,7 @@ impl Session<'_> {
     }
 }
 
-/// How test programs are started.
+/// The start of test programs.
 #[derive(Default)]
 struct Start<'a> {
     as_root: bool,
@@ -341,7 +341,7 @@ fn on_kernels(workspace: &Workspace, report: &mut Report) -> Result<()> {
     ran
 }
 
-/// Whether this machine lets us make what the privileged tests are made of.
+/// Returns the ability of this machine to run the privileged tests.
 fn ability(unprivileged: bool) -> Result<Privileged> {
     if unprivileged {
         return Ok(Privileged::Skip("--unprivileged".to_owned()));

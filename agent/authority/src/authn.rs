@@ -17,7 +17,7 @@ use tacit_core::{
 };
 use tacit_sources::{file::LoadError, reload::Watched};
 
-use super::refusal::Refusal;
+use super::refusal::RequestRefusal;
 
 pub(super) use kubernetes::Kubernetes;
 use tokens::Tokens;
@@ -65,26 +65,27 @@ impl Authenticator {
     }
 
     /// Authenticates the sender of `token`.
-    pub(super) async fn authenticate(&self, token: &str) -> Result<Caller, Refusal> {
+    pub(super) async fn authenticate(&self, token: &str) -> Result<Caller, RequestRefusal> {
         match self {
             Self::Kubernetes(kubernetes) => kubernetes.authenticate(token).await,
             Self::Standalone { tokens, .. } => {
                 let node = tokens.current().node(token).map(str::to_owned);
-                let node = node.ok_or_else(|| Refusal::Token("it is not in the tokens file".to_owned()))?;
+                let node =
+                    node.ok_or_else(|| RequestRefusal::Token("it is not in the tokens file".to_owned()))?;
                 Ok(Caller { node, identity: None })
             }
         }
     }
 
     /// Checks that a pod of `identity` runs on the node of `caller`.
-    pub(super) async fn allow(&self, caller: &Caller, identity: &SpiffeId) -> Result<(), Refusal> {
+    pub(super) async fn allow(&self, caller: &Caller, identity: &SpiffeId) -> Result<(), RequestRefusal> {
         let found = match self {
             Self::Kubernetes(kubernetes) => kubernetes.has_pod(&caller.node, identity).await?,
             Self::Standalone { directory, .. } => {
                 directory.current().on_node(&caller.node).any(|workload| &workload.identity == identity)
             }
         };
-        let refusal = || Refusal::NotOnNode { identity: identity.clone(), node: caller.node.clone() };
+        let refusal = || RequestRefusal::NotOnNode { identity: identity.clone(), node: caller.node.clone() };
         found.then_some(()).ok_or_else(refusal)
     }
 }

@@ -7,7 +7,7 @@ use tacit_identity::istio::api::Code;
 
 /// The reason why a request was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Refusal {
+pub(super) enum RequestRefusal {
     #[error("the request has no bearer token in its authorization header")]
     NoToken,
     #[error("the token is refused: {0}")]
@@ -44,7 +44,7 @@ pub(super) enum Refusal {
     Sign(String),
 }
 
-impl Refusal {
+impl RequestRefusal {
     /// Returns the label for logs and metrics, one of a fixed set.
     pub(super) fn reason(&self) -> &'static str {
         match self {

@@ -9,7 +9,7 @@ use rcgen::{CertificateSigningRequestParams, PublicKey, SanType};
 use tacit_core::spiffe::{SpiffeId, TrustDomain};
 use tacit_identity::istio::api::CertificateRequest;
 
-use super::refusal::Refusal;
+use super::refusal::RequestRefusal;
 
 /// A valid request that the caller may still lack permission for.
 #[derive(Debug)]
@@ -25,22 +25,22 @@ pub(super) fn read(
     own: Option<&SpiffeId>,
     trust_domain: &TrustDomain,
     longest: Duration,
-) -> Result<ValidRequest, Refusal> {
-    let csr =
-        CertificateSigningRequestParams::from_pem(&request.csr).map_err(|e| Refusal::Csr(e.to_string()))?;
+) -> Result<ValidRequest, RequestRefusal> {
+    let csr = CertificateSigningRequestParams::from_pem(&request.csr)
+        .map_err(|e| RequestRefusal::Csr(e.to_string()))?;
     let identity = match csr.params.subject_alt_names.as_slice() {
         [SanType::URI(uri)] => SpiffeId::parse(uri.as_str())?,
-        names => return Err(Refusal::Names(names.len())),
+        names => return Err(RequestRefusal::Names(names.len())),
     };
     if identity.trust_domain() != trust_domain {
-        return Err(Refusal::TrustDomain { identity, ours: trust_domain.clone() });
+        return Err(RequestRefusal::TrustDomain { identity, ours: trust_domain.clone() });
     }
     let asked = match request.impersonated() {
         Some(asked) => asked.to_owned(),
-        None => own.ok_or_else(|| Refusal::Message("it names no identity".to_owned()))?.to_string(),
+        None => own.ok_or_else(|| RequestRefusal::Message("it names no identity".to_owned()))?.to_string(),
     };
     if identity.to_string() != asked {
-        return Err(Refusal::Mismatch { csr: identity, asked });
+        return Err(RequestRefusal::Mismatch { csr: identity, asked });
     }
     Ok(ValidRequest {
         identity,
@@ -50,11 +50,11 @@ pub(super) fn read(
 }
 
 /// Returns the lifetime. Zero means `longest`, and longer lifetimes are reduced to it.
-fn lifetime(seconds: i64, longest: Duration) -> Result<Duration, Refusal> {
+fn lifetime(seconds: i64, longest: Duration) -> Result<Duration, RequestRefusal> {
     match u64::try_from(seconds) {
         Ok(0) => Ok(longest),
         Ok(seconds) => Ok(Duration::from_secs(seconds).min(longest)),
-        Err(_) => Err(Refusal::Lifetime(seconds)),
+        Err(_) => Err(RequestRefusal::Lifetime(seconds)),
     }
 }
 
@@ -165,7 +165,7 @@ mod tests {
             (86_400, Ok(DAY)),
             (86_401, Ok(DAY)),
             (i64::MAX, Ok(DAY)),
-            (-1, Err(Refusal::Lifetime(-1))),
+            (-1, Err(RequestRefusal::Lifetime(-1))),
         ] {
             assert_eq!(lifetime(seconds, DAY), expected, "{seconds}");
         }

@@ -23,7 +23,7 @@ use tracing::{debug, info, warn};
 use super::{
     config::{Lifetimes, Rate},
     counters::Counters,
-    refusal::Refusal,
+    refusal::RequestRefusal,
     request,
     signer::Issued,
 };
@@ -92,9 +92,9 @@ impl Service {
         peer: IpAddr,
         headers: &HeaderMap,
         body: impl Body<Data = Bytes, Error: Display>,
-    ) -> Result<CertificateResponse, Refusal> {
+    ) -> Result<CertificateResponse, RequestRefusal> {
         let mut asked = RequestContext::default();
-        let late = |_| Err(Refusal::NotReady(format!("the request took more than {REQUEST_MAX:?}")));
+        let late = |_| Err(RequestRefusal::NotReady(format!("the request took more than {REQUEST_MAX:?}")));
         let decided = timeout(REQUEST_MAX, self.decide(peer, headers, body, &mut asked)).await;
         let outcome = decided.unwrap_or_else(late);
         let node = asked.node.as_deref().unwrap_or("unknown");
@@ -124,8 +124,8 @@ impl Service {
     }
 
     /// Returns the number of suppressed lines if `refusal` must be logged. Exceeded rates must not fill the log.
-    fn to_log(&self, refusal: &Refusal) -> Option<u64> {
-        if !matches!(refusal, Refusal::Rate { .. }) {
+    fn to_log(&self, refusal: &RequestRefusal) -> Option<u64> {
+        if !matches!(refusal, RequestRefusal::Rate { .. }) {
             return Some(0);
         }
         let mut unlogged = self.unlogged.lock().unwrap_or_else(PoisonError::into_inner);
@@ -141,36 +141,43 @@ impl Service {
         headers: &HeaderMap,
         body: impl Body<Data = Bytes, Error: Display>,
         asked: &mut RequestContext,
-    ) -> Result<(Issued, String), Refusal> {
+    ) -> Result<(Issued, String), RequestRefusal> {
         take(&self.by_address, peer, peer.to_string())?;
-        let token = bearer(headers).ok_or(Refusal::NoToken)?;
+        let token = bearer(headers).ok_or(RequestRefusal::NoToken)?;
         let caller: Caller = self.authn.authenticate(token).await?;
         asked.node = Some(caller.node.clone());
         take(&self.by_node, caller.node.clone(), caller.node.clone())?;
-        let body = body.collect().await.map_err(|e| Refusal::Message(e.to_string()))?.to_bytes();
-        let message: CertificateRequest = api::unframe(&body).map_err(|e| Refusal::Message(e.to_string()))?;
+        let body = body.collect().await.map_err(|e| RequestRefusal::Message(e.to_string()))?.to_bytes();
+        let message: CertificateRequest =
+            api::unframe(&body).map_err(|e| RequestRefusal::Message(e.to_string()))?;
         asked.identity = message.impersonated().and_then(|id| SpiffeId::parse(id).ok());
         let own = caller.identity.as_ref();
         let wanted = request::read(&message, own, &self.trust_domain, self.lifetimes.leaf)?;
         asked.identity = Some(wanted.identity.clone());
         self.authn.allow(&caller, &wanted.identity).await?;
-        let live =
-            self.live.load_full().ok_or_else(|| Refusal::NotReady("there is no root yet".to_owned()))?;
+        let live = self
+            .live
+            .load_full()
+            .ok_or_else(|| RequestRefusal::NotReady("there is no root yet".to_owned()))?;
         if live.stale(Instant::now()) {
-            return Err(Refusal::NotReady("the root store could not be read for too long".to_owned()));
+            return Err(RequestRefusal::NotReady("the root store could not be read for too long".to_owned()));
         }
         let now = SystemTime::now();
         if live.signer.not_after <= now {
-            return Err(Refusal::NotReady("the intermediate has expired".to_owned()));
+            return Err(RequestRefusal::NotReady("the intermediate has expired".to_owned()));
         }
         let issued = live.signer.issue(&wanted.identity, &wanted.key, wanted.lifetime, now);
-        Ok((issued.map_err(|e| Refusal::Sign(e.to_string()))?, live.bundle.clone()))
+        Ok((issued.map_err(|e| RequestRefusal::Sign(e.to_string()))?, live.bundle.clone()))
     }
 }
 
-fn take<K: Eq + std::hash::Hash>(limits: &Mutex<RateLimits<K>>, who: K, node: String) -> Result<(), Refusal> {
+fn take<K: Eq + std::hash::Hash>(
+    limits: &Mutex<RateLimits<K>>,
+    who: K,
+    node: String,
+) -> Result<(), RequestRefusal> {
     let mut limits = limits.lock().unwrap_or_else(PoisonError::into_inner);
-    limits.take(who, Instant::now()).map_err(|again| Refusal::Rate { node, again })
+    limits.take(who, Instant::now()).map_err(|again| RequestRefusal::Rate { node, again })
 }
 
 /// Returns the bearer token, if there is exactly one authorization header.

@@ -1,4 +1,4 @@
-//! Which endpoint of a service a connection gets: how many flows of this node each endpoint has, and which client affinities
+//! The choice of an endpoint of a service for a connection: how many flows of this node each endpoint has, and which client affinities
 //! with which.
 //!
 //! A client's pod is on one node only, so what this node knows about its clients is all there is to know.
@@ -24,7 +24,7 @@ const AFFINITY_PER_CLIENT_MAX: usize = 1024;
 pub struct EndpointRequest<'a> {
     /// The service.
     pub service: &'a Service,
-    /// Which of its addresses, and the port.
+    /// The chosen address, and the port.
     pub address: SocketAddr,
     /// Address of the client.
     pub client: IpAddr,
@@ -191,7 +191,8 @@ mod tests {
             addresses: vec![IpAddr::from([10, 96, 0, 1])],
             external_ips: Vec::new(),
             ingress_ips: Vec::new(),
-            ports: vec![ServicePort { port: 80, ipv4, ipv6: Endpoints::default() }],
+            udp_ports: Vec::new(),
+            ports: vec![ServicePort { port: 80, node_port: None, ipv4, ipv6: Endpoints::default() }],
             traffic: InternalTrafficPolicy::Cluster,
             affinity,
         }

@@ -8,19 +8,20 @@
 //! that ends may be another's already.
 
 use std::{
+    hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use crate::{
+    cow_map::CowMap,
     spiffe::{SpiffeId, TrustDomain},
     yaml::Mistakes,
 };
 
 mod changes;
 mod claims;
-mod cow_map;
 mod file;
 mod labels;
 mod range;
@@ -29,7 +30,6 @@ mod service;
 mod service_addresses;
 
 use claims::{AddressClaims, CgroupClaims, CgroupRefusal};
-use cow_map::CowMap;
 use service_addresses::ServiceAddresses;
 
 pub use claims::Conflict;
@@ -129,7 +129,7 @@ impl Workload {
 pub enum Protocol {
     /// Through a tunnel, wire format `tacit/1`.
     Tacit,
-    /// In clear: it is not enrolled.
+    /// Plaintext: it is not enrolled.
     None,
 }
 
@@ -145,12 +145,26 @@ pub struct Directory {
     refused: Arc<Vec<(Arc<str>, CgroupRefusal)>>,
     /// Number of changes of conflicts.
     conflict_changes: u64,
-    by_node: CowMap<Arc<str>, Arc<Vec<Arc<Workload>>>>,
+    /// Number of changes of the nodes' addresses, or their hash.
+    node_changes: u64,
+    by_node: CowMap<Arc<str>, Arc<NodeWorkloads>>,
     services: ServiceAddresses,
     services_by_name: CowMap<Arc<str>, Arc<Service>>,
-    host_network: Arc<Vec<Arc<Workload>>>,
+    host_network: CowMap<Arc<str>, Arc<Workload>>,
     departed: Arc<Vec<Arc<Workload>>>,
     ranges: Arc<Ranges>,
+}
+
+/// The workloads of a node, by name. A node has some hundred at most, but 10,000 pod objects can name one node.
+type NodeWorkloads = CowMap<Arc<str>, Arc<Workload>, 32>;
+
+/// A workload that differs between two directories.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkloadChange {
+    /// The workload of the earlier directory. `None` if it is new.
+    pub before: Option<Arc<Workload>>,
+    /// The workload of the later directory. `None` if it is gone.
+    pub now: Option<Arc<Workload>>,
 }
 
 /// Workloads and services whose traffic is plaintext because no range of the mesh covers it.
@@ -162,6 +176,15 @@ pub struct Uncovered {
     pub services: usize,
     /// One of them, with its address.
     pub example: Option<String>,
+}
+
+/// A protocol of services.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum IpProtocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
 }
 
 /// The claim of a workload to its addresses, where another workload claims one of them too.
@@ -187,6 +210,11 @@ impl Directory {
         for service in content.services {
             directory.insert_service(service);
         }
+        for (node, addresses) in &content.nodes {
+            directory.set_node_addresses(node, &[], addresses);
+        }
+        // Two versions of a file do not follow from each other.
+        directory.node_changes = BuildHasherDefault::<DefaultHasher>::default().hash_one(&content.nodes);
         Ok(directory)
     }
 
@@ -226,7 +254,8 @@ impl Directory {
     #[must_use]
     pub fn is_unclear_at(&self, at: SocketAddr) -> bool {
         let at = SocketAddr::new(at.ip().to_canonical(), at.port());
-        self.is_unclear(at.ip()) || !self.outer_services(at.ip()).is_empty() && self.services.is_contested(at)
+        let is_outer = !self.outer_services(at.ip()).is_empty() || self.is_shared_with_node(at.ip());
+        self.is_unclear(at.ip()) || is_outer && self.services.is_contested(at)
     }
 
     /// Returns the workloads that contradict each other, in no order.
@@ -295,8 +324,49 @@ impl Directory {
     #[must_use]
     pub fn service_for(&self, at: SocketAddr) -> Option<&Arc<Service>> {
         let at = SocketAddr::new(at.ip().to_canonical(), at.port());
-        let outer = || self.services.outer_at(at).filter(|_| !self.outer_services(at.ip()).is_empty());
-        self.services.cluster(at.ip()).or_else(outer)
+        let is_outer = || !self.outer_services(at.ip()).is_empty() || self.is_shared_with_node(at.ip());
+        let outer = || self.services.outer_at(at).filter(|_| is_outer());
+        let node_port = || self.services.node_port(at.port()).filter(|_| self.is_node_port(at));
+        self.services.cluster(at.ip()).or_else(outer).or_else(node_port)
+    }
+
+    /// Returns true for an address of a load balancer that a node lists as its own. The ports of services are the services';
+    /// all others are the node's. A node that lists an address which it does not have gains nothing.
+    fn is_shared_with_node(&self, address: IpAddr) -> bool {
+        self.services.is_ingress(address)
+            && self.addresses.is_node(address)
+            && self.addresses.holder(address).is_none()
+            && !self.addresses.is_unclear(address)
+    }
+
+    /// The ports of load balancers at addresses that a node lists as its own, with the IP protocol.
+    pub fn node_services(&self) -> impl Iterator<Item = (SocketAddr, IpProtocol)> + use<'_> {
+        let shared = self.services.all_outer().filter(|(address, _)| self.is_shared_with_node(*address));
+        shared.flat_map(|(address, services)| {
+            let services = services.iter().filter(move |service| service.ingress_ips.contains(&address));
+            services.flat_map(move |service| {
+                let at = move |port| SocketAddr::new(address, port);
+                let tcp = service.ports.iter().map(move |port| (at(port.port), IpProtocol::Tcp));
+                tcp.chain(service.udp_ports.iter().map(move |port| (at(*port), IpProtocol::Udp)))
+            })
+        })
+    }
+
+    /// Returns true for an address of a node with a port that a service can have there.
+    #[must_use]
+    pub fn is_node_port(&self, at: SocketAddr) -> bool {
+        tacit_abi::node_port::contains(at.port()) && self.is_node(at.ip())
+    }
+
+    /// The addresses that nodes list as their own.
+    pub fn node_addresses(&self) -> impl Iterator<Item = IpAddr> + use<'_> {
+        self.addresses.of_nodes()
+    }
+
+    /// A number that differs between two directories of a source whose [`Self::node_addresses`] differ.
+    #[must_use]
+    pub fn node_changes(&self) -> u64 {
+        self.node_changes
     }
 
     /// The services with an external or load balancer address that no pod and no node has.
@@ -331,9 +401,49 @@ impl Directory {
         self.services_by_name.get(full_name(namespace, name).as_str())
     }
 
-    /// The workloads of `node` that have their cgroup to themselves, in the order in which they were added.
+    /// The workloads of `node` that have their cgroup to themselves, in no order.
     pub fn on_node<'a>(&'a self, node: &str) -> impl Iterator<Item = &'a Arc<Workload>> + use<'a> {
-        self.by_node.get(node).into_iter().flat_map(|list| list.iter())
+        self.by_node.get(node).into_iter().flat_map(|workloads| workloads.values())
+    }
+
+    /// The workload of that name on `node` that has its cgroup to itself, or that has the node's addresses.
+    #[must_use]
+    pub fn holder_named(&self, node: &str, namespace: &str, name: &str) -> Option<&Arc<Workload>> {
+        let name = full_name(namespace, name);
+        let own = self.by_node.get(node).and_then(|workloads| workloads.get(name.as_str()));
+        own.or_else(|| self.host_network.get(name.as_str()))
+    }
+
+    /// Returns the workloads of `node` that differ from `before`. Of two versions of a source only the parts are read that
+    /// changed.
+    #[must_use]
+    pub fn changes_on_node(&self, before: &Self, node: &str) -> Vec<WorkloadChange> {
+        let none = NodeWorkloads::default();
+        let of = |directory: &Self| directory.by_node.get(node).map(Arc::clone);
+        match (of(self), of(before)) {
+            (Some(now), Some(before)) if Arc::ptr_eq(&now, &before) => Vec::new(),
+            (now, before) => changes(now.as_deref().unwrap_or(&none), before.as_deref().unwrap_or(&none)),
+        }
+    }
+
+    /// Returns the pods with the node's addresses that differ from `before`.
+    #[must_use]
+    pub fn changes_of_host_network(&self, before: &Self) -> Vec<WorkloadChange> {
+        changes(&self.host_network, &before.host_network)
+    }
+
+    /// Returns true if [`Self::departed`] lists the same pods as in `before`, an earlier version of the source.
+    #[must_use]
+    pub fn has_departed_of(&self, before: &Self) -> bool {
+        Arc::ptr_eq(&self.departed, &before.departed)
+    }
+
+    /// The cgroups of `node` that [`Self::on_node`] and [`Self::host_network`] do not name: those that workloads claim and do
+    /// not get, and those of departed pods. Relative to the cgroup of all pods.
+    pub fn other_cgroups_on_node<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Path> + use<'a> {
+        let refused = self.refused.iter().filter_map(|(name, _)| self.by_name.get(name));
+        let refused = refused.filter(move |workload| *workload.node == *node);
+        refused.chain(self.departed.iter()).map(|workload| workload.cgroup.as_path())
     }
 
     /// All workloads, in no order.
@@ -348,7 +458,7 @@ impl Directory {
 
     /// Pods of the source's own node that have the node's addresses: they are left alone.
     pub fn host_network(&self) -> impl Iterator<Item = &Arc<Workload>> {
-        self.host_network.iter()
+        self.host_network.values()
     }
 
     /// Pods of the source's own node that the source no longer has, not because anybody wanted them out of the mesh:
@@ -413,6 +523,14 @@ impl Directory {
     pub fn is_empty(&self) -> bool {
         self.by_name.is_empty()
     }
+}
+
+fn changes<const N: usize>(
+    now: &CowMap<Arc<str>, Arc<Workload>, N>,
+    before: &CowMap<Arc<str>, Arc<Workload>, N>,
+) -> Vec<WorkloadChange> {
+    let changes = now.changes(before).into_iter();
+    changes.map(|(_, before, now)| WorkloadChange { before: before.cloned(), now: now.cloned() }).collect()
 }
 
 fn full_name(namespace: &str, name: &str) -> String {

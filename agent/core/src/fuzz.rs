@@ -49,7 +49,7 @@ fn policy_object(text: &str) {
     let (object, wrong) = PolicyObject::read(text, origin);
     assert_eq!(PolicyObject::read(text, origin), (object.clone(), wrong.clone()));
     if wrong.is_some() {
-        assert_ne!(Policies::of(&[object], "istio-system"), Policies::default(), "{wrong:?}");
+        assert_ne!(Policies::of(&[object], "istio-system"), Policies::empty("istio-system"), "{wrong:?}");
     }
     mistakes(text, wrong);
 }

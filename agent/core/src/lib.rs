@@ -8,9 +8,11 @@
 //! | `policy` | modes, authorization, the verdict on an inbound flow |
 //! | `route` | the route of a captured connection |
 //! | `refusal` | the reasons why connections are refused |
+//! | `shares` | bounds in total and for each holder of every shared resource; who may use how much |
 //! | `renewal` | when to renew a certificate |
 //! | `wire` | the wire format `tacit/1`: frames, OPEN, the states of a flow |
 //! | `pool` | idle sessions of a pair |
+//! | `cow_map` | a map whose copies share what did not change |
 //! | `yaml` | YAML to typed values, with all mistakes of a file |
 //! | `error_chain` | an error and its causes in one line |
 //!
@@ -19,6 +21,7 @@
 #![deny(missing_docs)]
 
 pub mod balance;
+mod cow_map;
 pub mod directory;
 pub mod error_chain;
 #[cfg(any(test, fuzzing))]
@@ -28,6 +31,7 @@ pub mod pool;
 pub mod refusal;
 pub mod renewal;
 pub mod route;
+pub mod shares;
 pub mod spiffe;
 pub mod wire;
 pub mod yaml;

@@ -15,42 +15,43 @@
 //! A flow that the mode lets in meets the AuthorizationPolicies that select its workload: all that do, from the
 //! workload's namespace and from the root namespace, whose policies select workloads of every namespace. What they say
 //! is in `authorization`, how objects are read in `object`, how a verdict is put in words in `explain`.
+//!
+//! The policies of each namespace are a part of their own (`namespace`), with a share of its own (`share`). A source replaces
+//! the parts of the namespaces that changed. Copies share all other parts.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::BTreeMap,
     fmt,
     net::{IpAddr, SocketAddr},
     path::Path,
     sync::Arc,
 };
 
-use crate::{directory::Workload, refusal::RefusalReason, spiffe::SpiffeId, yaml::Mistakes};
+use crate::{
+    cow_map::CowMap,
+    directory::Workload,
+    refusal::RefusalReason,
+    shares::{Capacity, POLICIES, POLICY_BYTES, POLICY_LOOKUPS, Share, ShareUse},
+    spiffe::SpiffeId,
+    yaml::Mistakes,
+};
 
 mod authorization;
 pub mod explain;
 mod metadata;
+mod namespace;
 mod object;
 mod peer_authentication;
+mod share;
 
 pub use authorization::{
     Authorization, AuthorizationDecision, AuthorizationPolicy, Match, UnmatchedPolicies,
 };
 pub use object::{Origin, PolicyKind, PolicyObject};
+pub use share::PolicyUsage;
+pub use tacit_abi::Mode;
 
-use authorization::Attachment;
-use object::{ParsedPolicy, ScopedAuthorization};
-use peer_authentication::PeerAuthentication;
-
-/// The traffic that a workload accepts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Mode {
-    /// Plaintext is expected; authenticated flows pass too.
-    Disable,
-    /// Both plaintext and authenticated flows.
-    Permissive,
-    /// Authenticated flows only.
-    Strict,
-}
+use namespace::NamespacePolicies;
 
 /// The modes of one workload.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,28 +63,41 @@ pub struct Modes {
 }
 
 impl Modes {
+    /// Returns the ports whose mode differs from that of all others.
+    pub fn exceptions(&self) -> impl Iterator<Item = (u16, Mode)> {
+        self.ports.iter().map(|(port, mode)| (*port, *mode)).filter(|(_, mode)| *mode != self.default)
+    }
+
     /// The mode of a port.
     #[must_use]
     pub fn at(&self, port: u16) -> Mode {
         self.ports.get(&port).copied().unwrap_or(self.default)
     }
+
+    fn raise(&mut self, minimum: ModeSetting) {
+        self.default = minimum.raise(self.default);
+        self.ports.values_mut().for_each(|mode| *mode = minimum.raise(*mode));
+    }
 }
 
-/// All policies known at one time.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// All policies known at one time. A clone shares its content.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policies {
-    mesh: ModeSetting,
-    namespaces: HashMap<Arc<str>, ModeSetting>,
-    /// Policies with a selector, by namespace, in the order of the file.
-    selecting: HashMap<Arc<str>, Vec<SelectorPolicy>>,
-    /// Namespaces that are STRICT whatever else says, the root namespace for all of them: of a PeerAuthentication there it
-    /// cannot be read whom it selects, or what it says to all.
-    strict: HashSet<Arc<str>>,
-    strict_everywhere: bool,
-    /// Those of the root namespace, which select in every namespace.
-    authorizing_everywhere: Vec<ScopedAuthorization>,
-    authorizing: HashMap<Arc<str>, Vec<ScopedAuthorization>>,
-    notes: Vec<String>,
+    root_namespace: Arc<str>,
+    /// Those of the root namespace, and those whose namespace cannot be read. They hold everywhere.
+    root: Arc<NamespacePolicies>,
+    /// Those of the other namespaces that have any.
+    namespaces: CowMap<Arc<str>, Arc<NamespacePolicies>>,
+    /// Namespaces whose policies are not applied, and why.
+    not_applied: BTreeMap<Arc<str>, Arc<str>>,
+    /// No policy sets a mode below this one.
+    minimum: ModeSetting,
+}
+
+impl Default for Policies {
+    fn default() -> Self {
+        Self::empty("")
+    }
 }
 
 /// The mode in one policy.
@@ -102,14 +116,14 @@ impl ModeSetting {
             Self::Set(mode) => mode,
         }
     }
-}
 
-/// A policy for the workloads that have all of `labels`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct SelectorPolicy {
-    labels: BTreeMap<String, String>,
-    mode: ModeSetting,
-    ports: BTreeMap<u16, ModeSetting>,
+    /// Returns `mode`, or this one if it is stricter.
+    fn raise(self, mode: Mode) -> Mode {
+        match self {
+            Self::Inherit => mode,
+            Self::Set(minimum) => mode.max(minimum),
+        }
+    }
 }
 
 /// Returns true if a workload has all of `labels`.
@@ -128,93 +142,179 @@ impl Policies {
         object::parse(text, file, root_namespace)
     }
 
+    /// No policies, of a mesh with this root namespace.
+    #[must_use]
+    pub fn empty(root_namespace: &str) -> Self {
+        Self {
+            root_namespace: root_namespace.into(),
+            root: Arc::default(),
+            namespaces: CowMap::default(),
+            not_applied: BTreeMap::new(),
+            minimum: ModeSetting::Inherit,
+        }
+    }
+
     /// All policies of a source that knows objects one by one, oldest first: of two PeerAuthentications of one scope the
     /// first counts.
     #[must_use]
     pub fn of(objects: &[PolicyObject], root_namespace: &str) -> Self {
-        let mut policies = Self::default();
-        let mut mesh = None;
+        let mut by_namespace: BTreeMap<&str, Vec<&PolicyObject>> = BTreeMap::new();
         for object in objects {
-            match &*object.0 {
-                ParsedPolicy::PeerAuthentication(policy) => {
-                    policies.add_modes(policy, &mut mesh, root_namespace)
-                }
-                ParsedPolicy::Authorization(policy) => policies.add_authorizing(policy, root_namespace),
-            }
+            by_namespace.entry(object.namespace().unwrap_or(root_namespace)).or_default().push(object);
         }
-        policies.mesh = mesh.unwrap_or_default();
-        policies.strict_everywhere = policies.strict.contains(root_namespace);
+        let mut policies = Self::empty(root_namespace);
+        for (namespace, objects) in by_namespace {
+            policies.set_namespace(namespace, &objects);
+        }
         policies
     }
 
-    fn add_modes(
-        &mut self,
-        policy: &PeerAuthentication,
-        mesh: &mut Option<ModeSetting>,
-        root_namespace: &str,
-    ) {
-        let PeerAuthentication { namespace, labels, mode, ports, unreadable } = policy.clone();
-        if unreadable && labels.is_empty() {
-            self.strict.insert(namespace);
-        } else if !labels.is_empty() {
-            self.selecting.entry(namespace).or_default().push(SelectorPolicy { labels, mode, ports });
-        } else if *namespace == *root_namespace {
-            mesh.get_or_insert(mode);
-        } else {
-            self.namespaces.entry(namespace).or_insert(mode);
-        }
-    }
-
-    fn add_authorizing(&mut self, policy: &ScopedAuthorization, root_namespace: &str) {
-        self.notes.extend(policy.notes.iter().cloned());
-        if policy.attachment == Attachment::Elsewhere {
-            return;
-        }
-        match &policy.namespace {
-            Some(namespace) if **namespace != *root_namespace => {
-                self.authorizing.entry(Arc::clone(namespace)).or_default().push(policy.clone());
-            }
-            _ => self.authorizing_everywhere.push(policy.clone()),
-        }
-    }
-
-    /// What authors of policies should know: rules that never match, or match more than they say.
+    /// The same policies, none of which sets a mode below `minimum`.
     #[must_use]
-    pub fn notes(&self) -> &[String] {
-        &self.notes
+    pub fn with_minimum(self, minimum: Mode) -> Self {
+        Self { minimum: ModeSetting::Set(minimum), ..self }
+    }
+
+    /// Replaces the policies of a namespace, oldest first. If they exceed the namespace's share they are not applied.
+    pub fn set_namespace(&mut self, namespace: &str, objects: &[&PolicyObject]) {
+        self.set(namespace, NamespacePolicies::of(namespace, objects));
+    }
+
+    /// Denies everything to the workloads of a namespace whose source has not read all policies, because they exceed the
+    /// namespace's share. In the root namespace that concerns all workloads.
+    pub fn refuse_namespace(&mut self, namespace: &str, usage: PolicyUsage) {
+        let why = usage.excess().unwrap_or_else(|| "not all of its policies were read".to_owned());
+        self.set(namespace, NamespacePolicies::not_applied(namespace, usage, &why));
+    }
+
+    fn set(&mut self, namespace: &str, policies: NamespacePolicies) {
+        let name: Arc<str> = namespace.into();
+        match &policies.not_applied {
+            Some(why) => _ = self.not_applied.insert(Arc::clone(&name), Arc::clone(why)),
+            None => _ = self.not_applied.remove(&name),
+        }
+        if *name == *self.root_namespace {
+            self.root = Arc::new(policies);
+        } else if policies.is_empty() {
+            self.namespaces.remove(namespace);
+        } else {
+            self.namespaces.insert(name, Arc::new(policies));
+        }
+    }
+
+    /// The policies of a workload's own namespace, if there are any.
+    fn own(&self, namespace: &str) -> Option<&Arc<NamespacePolicies>> {
+        if *namespace == *self.root_namespace { Some(&self.root) } else { self.namespaces.get(namespace) }
+    }
+
+    /// Returns true if the same policies hold for the workloads of a namespace as in `other`, of which this is a changed copy
+    /// or the reverse. It compares pointers and the minimum only.
+    #[must_use]
+    pub fn is_same_for(&self, namespace: &str, other: &Self) -> bool {
+        let is_same = match (self.own(namespace), other.own(namespace)) {
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+            (None, None) => true,
+            _ => false,
+        };
+        is_same && Arc::ptr_eq(&self.root, &other.root) && self.minimum == other.minimum
+    }
+
+    /// Returns notes for authors of policies: rules that never match, or that match more than their text suggests.
+    #[must_use]
+    pub fn notes(&self) -> Vec<&str> {
+        let parts = std::iter::once(&self.root).chain(self.namespaces.values());
+        parts.flat_map(|part| &part.notes).map(String::as_str).collect()
+    }
+
+    /// Namespaces whose policies are not applied because they exceed their share, and why. Connections to their workloads are
+    /// denied.
+    pub fn not_applied(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.not_applied.iter().map(|(namespace, why)| (&**namespace, &**why))
+    }
+
+    /// Returns the use of the shares of policies. A refused use is a namespace whose policies are not applied.
+    #[must_use]
+    pub fn share_uses(&self) -> [ShareUse<String>; 3] {
+        let root = (!self.root.is_empty()).then_some((&self.root_namespace, &self.root));
+        let parts: Vec<(&str, PolicyUsage)> =
+            self.namespaces.iter().chain(root).map(|(name, part)| (&**name, part.usage)).collect();
+        let row = |share: &Share, units: fn(&PolicyUsage) -> u64| {
+            let fullest = parts.iter().map(|(name, usage)| (units(usage), *name)).max();
+            let fullest = fullest.filter(|(units, _)| *units > 0);
+            ShareUse {
+                resource: share.resource,
+                // The bound is the same on every node.
+                bounds: share.bounds(Capacity { descriptors: 0 }),
+                used: parts.iter().map(|(_, usage)| units(usage)).sum(),
+                fullest: fullest.map(|(units, name)| (name.to_owned(), units)),
+                refused: parts.iter().filter(|(_, usage)| units(usage) > share.fixed()).count() as u64,
+            }
+        };
+        [
+            row(&POLICIES, |usage| usage.objects),
+            row(&POLICY_BYTES, |usage| usage.bytes),
+            row(&POLICY_LOOKUPS, |usage| usage.lookups),
+        ]
+    }
+
+    /// Returns why the policies that hold for the workloads of a namespace are not applied. `None` if they are.
+    #[must_use]
+    pub fn why_not_applied(&self, namespace: &str) -> Option<&str> {
+        let why = self.not_applied.get(&*self.root_namespace).or_else(|| self.not_applied.get(namespace));
+        why.map(|why| &**why)
     }
 
     /// The authorization policies that select a workload.
     #[must_use]
     pub fn authorization(&self, workload: &Workload) -> Authorization {
-        let own = self.authorizing.get(&workload.namespace).into_iter().flatten();
-        let all = self.authorizing_everywhere.iter().chain(own);
-        let selecting = all.filter(|policy| selects(&policy.labels, workload));
-        Authorization::new(selecting.map(|policy| Arc::clone(&policy.policy)).collect())
+        let is_root = *workload.namespace == *self.root_namespace;
+        let own = if is_root { None } else { self.own(&workload.namespace) };
+        let parts = std::iter::once(&self.root).chain(own);
+        let selecting = parts.flat_map(|part| part.authorizing(workload));
+        Authorization::new(selecting.map(Arc::clone).collect())
     }
 
     /// The mode of the mesh: what holds where nothing narrower does.
     #[must_use]
     pub fn mesh_default(&self) -> Mode {
-        if self.strict_everywhere { Mode::Strict } else { self.mesh.or(Mode::Permissive) }
+        self.minimum.raise(self.written_mesh_default())
+    }
+
+    fn written_mesh_default(&self) -> Mode {
+        self.root.mode_or(Mode::Permissive)
+    }
+
+    /// Returns true if a workload or a port somewhere may be STRICT.
+    #[must_use]
+    pub fn may_be_strict(&self) -> bool {
+        let mut parts = std::iter::once(&self.root).chain(self.namespaces.values());
+        self.mesh_default() == Mode::Strict || parts.any(|part| part.may_be_strict())
     }
 
     /// The modes that hold for a workload.
     #[must_use]
     pub fn modes(&self, workload: &Workload) -> Modes {
-        let mesh = self.mesh_default();
-        if self.strict_everywhere || self.strict.contains(&workload.namespace) {
+        let mut modes = self.written_modes(workload);
+        modes.raise(self.minimum);
+        modes
+    }
+
+    /// Returns true if the minimum raises a mode that the policies set for a workload.
+    #[must_use]
+    pub fn is_raised(&self, workload: &Workload) -> bool {
+        self.modes(workload) != self.written_modes(workload)
+    }
+
+    /// The modes that the policies set for a workload, without the minimum.
+    #[must_use]
+    pub fn written_modes(&self, workload: &Workload) -> Modes {
+        let mesh = self.written_mesh_default();
+        if self.root.is_strict {
             return Modes { default: Mode::Strict, ports: BTreeMap::new() };
         }
-        let namespace = self.namespaces.get(&workload.namespace).map_or(mesh, |setting| setting.or(mesh));
-        let selecting = self.selecting.get(&workload.namespace);
-        match selecting.and_then(|list| list.iter().find(|policy| selects(&policy.labels, workload))) {
-            None => Modes { default: namespace, ports: BTreeMap::new() },
-            Some(policy) => {
-                let default = policy.mode.or(namespace);
-                let ports = policy.ports.iter().map(|(port, setting)| (*port, setting.or(default))).collect();
-                Modes { default, ports }
-            }
+        match self.own(&workload.namespace) {
+            Some(own) => own.modes(workload, mesh),
+            None => Modes { default: mesh, ports: BTreeMap::new() },
         }
     }
 }
@@ -227,9 +327,7 @@ pub enum FlowSource {
     /// From an enrolled pod of this node, handed over inside the agent; the identity is the directory's for
     /// the pod's cgroup.
     SameNode(SpiffeId),
-    /// From a process of the node itself, such as a probe of the kubelet. The node's address is no proof of it.
-    Node,
-    /// In clear, from anybody.
+    /// Plaintext, without a proven identity.
     Plaintext,
 }
 
@@ -239,7 +337,7 @@ impl FlowSource {
     pub fn identity(&self) -> Option<&SpiffeId> {
         match self {
             Self::Tunnel(identity) | Self::SameNode(identity) => Some(identity),
-            Self::Node | Self::Plaintext => None,
+            Self::Plaintext => None,
         }
     }
 }
@@ -257,17 +355,17 @@ pub struct Flow {
 
 /// The decision on a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict<'p> {
+pub enum PolicyVerdict<'p> {
     /// It reaches the workload.
     Allow,
     /// It is reset.
     Deny(PolicyDenial<'p>),
 }
 
-/// Why policy denies a flow.
+/// A policy's reason to deny a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PolicyDenial<'p> {
-    /// It came in clear to a port in STRICT.
+    /// It came as plaintext to a port in STRICT.
     PlaintextInStrict,
     /// A policy denies it.
     DeniedBy(Match<'p>),
@@ -297,25 +395,26 @@ impl fmt::Display for PolicyDenial<'_> {
     }
 }
 
-/// Decides if a flow may reach a workload with these modes and policies.
+/// Decides if a flow may reach a workload with these modes and policies. Flows of the node's own processes, such as probes, do
+/// not come here: the kernel proves and admits them.
 ///
 /// | source | Disable | Permissive | Strict |
 /// |---|---|---|---|
 /// | Tunnel, SameNode (authenticated) | policies | policies | policies |
-/// | Node (probes) | allow | allow | allow |
 /// | Plaintext | policies | policies | deny |
 #[must_use]
-pub fn decide<'p>(modes: &Modes, authorization: &'p Authorization, flow: &Flow) -> Verdict<'p> {
+pub fn decide<'p>(modes: &Modes, authorization: &'p Authorization, flow: &Flow) -> PolicyVerdict<'p> {
     match (&flow.source, modes.at(flow.destination.port())) {
-        (FlowSource::Node, _) => return Verdict::Allow,
-        (FlowSource::Plaintext, Mode::Strict) => return Verdict::Deny(PolicyDenial::PlaintextInStrict),
+        (FlowSource::Plaintext, Mode::Strict) => return PolicyVerdict::Deny(PolicyDenial::PlaintextInStrict),
         (FlowSource::Plaintext, Mode::Disable | Mode::Permissive)
         | (FlowSource::Tunnel(_) | FlowSource::SameNode(_), _) => {}
     }
     match authorization.evaluate(flow) {
-        AuthorizationDecision::Unrestricted | AuthorizationDecision::Allowed(_) => Verdict::Allow,
-        AuthorizationDecision::Denied(by) => Verdict::Deny(PolicyDenial::DeniedBy(by)),
-        AuthorizationDecision::NotAllowed(policies) => Verdict::Deny(PolicyDenial::NotAllowed(policies)),
+        AuthorizationDecision::Unrestricted | AuthorizationDecision::Allowed(_) => PolicyVerdict::Allow,
+        AuthorizationDecision::Denied(by) => PolicyVerdict::Deny(PolicyDenial::DeniedBy(by)),
+        AuthorizationDecision::NotAllowed(policies) => {
+            PolicyVerdict::Deny(PolicyDenial::NotAllowed(policies))
+        }
     }
 }
 

@@ -87,6 +87,7 @@ reasons! {
     UnknownDestination, "unknown_destination", Destination, "The destination is not a workload behind this tunnel.";
     ConnectionRefused, "connection_refused", Destination, "No application listens at the destination.";
     Unreachable, "unreachable", Destination, "The application cannot be reached.";
+    PendingDials, "pending_dials", Destination, "The pod has its share of connections that its applications have not accepted.";
     TimedOut, "timed_out", Destination, "The application did not answer in time.";
     Draining, "draining", Destination, "The destination's agent is shutting down.";
     Overloaded, "overloaded", Destination, "The destination's agent is at one of its bounds.";
@@ -99,7 +100,9 @@ reasons! {
     DeniedByPolicy, "denied_by_policy", Other, "A policy denies the flow.";
     NotAllowedByPolicy, "not_allowed_by_policy", Other, "ALLOW policies select the destination, and no rule matches.";
     NotSteered, "not_steered", Other, "The connection to the agent's listener did not come from outside the pod.";
-    HandshakeLimit, "handshake_limit", Other, "Too many handshakes are in progress on this node.";
+    HandshakeLimit, "handshake_limit", Other, "Too many handshakes of the same source or pod are in progress.";
+    PodConnections, "pod_connections", Other, "The pod has its share of this agent's connections.";
+    SourceConnections, "source_connections", Other, "The source address has its share of connections to pods of this node.";
     ForgedDestination, "forged_destination", Other, "OPEN has another address than the session.";
     ForgedClient, "forged_client", Other, "OPEN has another client address than the session's peer.";
     // The tunnel, on either side.
@@ -198,6 +201,7 @@ mod tests {
             "unknown_destination",
             "connection_refused",
             "unreachable",
+            "pending_dials",
             "timed_out",
             "draining",
             "overloaded",

@@ -1,4 +1,4 @@
-//! When to renew credentials: pure, driven by `manager`.
+//! The times to renew credentials: pure, driven by `manager`.
 //!
 //! Renewal starts at half of the lifetime, so a whole half remains to ride out an issuer that is down. Attempts that fail
 //! are repeated with growing pauses; what is held stays in use until it expires. The lifetime is counted from the moment
@@ -12,7 +12,7 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// Longest pause: an issuer that comes back is noticed within about a minute.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// What to do now.
+/// The next step of a renewal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Renewal {
     /// Nothing before this moment.
@@ -23,7 +23,7 @@ pub enum Renewal {
     Expired,
 }
 
-/// What decides when to renew.
+/// The facts that decide the time of a renewal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RenewalSchedule {
     /// Since when the credentials are held; with `not_after` equal to it, nothing is held yet.
@@ -32,14 +32,14 @@ pub struct RenewalSchedule {
     pub not_after: SystemTime,
     /// Attempts that failed since they were obtained.
     pub failures: u32,
-    /// When the latest of those failed.
+    /// Time at which the latest of those failed.
     pub failed_at: SystemTime,
     /// Random, drawn once per attempt: spreads the retries of many agents, 0 to 255 for 75 % to 125 % of the pause.
     pub jitter: u8,
 }
 
 impl RenewalSchedule {
-    /// What to do at `now`.
+    /// Returns the step at `now`.
     #[must_use]
     pub fn next(&self, now: SystemTime) -> Renewal {
         let lifetime = self.not_after.duration_since(self.obtained).unwrap_or_default();

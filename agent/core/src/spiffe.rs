@@ -1,4 +1,4 @@
-//! Who a workload is: SPIFFE ids of the form `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`.
+//! Workload identities: SPIFFE ids of the form `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`.
 //!
 //! An id is parsed once, where it comes in, and cannot be wrong afterwards.
 
@@ -11,7 +11,7 @@ const TRUST_DOMAIN_MAX_BYTES: usize = 255;
 /// Longest Kubernetes object name, in bytes (RFC 1123 subdomain).
 const NAME_MAX_BYTES: usize = 253;
 
-/// Why a text is not a SPIFFE id, trust domain or name of the form Tacit uses.
+/// The mistake of a text that is not a SPIFFE id, trust domain or name of the form Tacit uses.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IdentityError {
     /// Not `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`.

@@ -79,7 +79,8 @@ impl<'a> Value<'a> {
         self.mistakes.add(self.node.line, &self.path, problem);
     }
 
-    /// Whether nothing is written here (`field:`, `~` or `null`), which Kubernetes reads as an absent field.
+    /// Returns true if the value is null or left out (`field:`, `~` or `null`), which Kubernetes reads as an absent
+    /// field.
     pub fn is_null(&self) -> bool {
         matches!(&self.node.content, NodeContent::Scalar { text, quoted: false } if ScalarType::of(text) == ScalarType::Null)
     }
@@ -89,6 +90,8 @@ impl<'a> Value<'a> {
         let NodeContent::Map(pairs) = &self.node.content else {
             return None;
         };
+        #[cfg(test)]
+        visits::add(pairs.len());
         let pair = pairs.iter().find(|pair| pair.key == name)?;
         Some(Value { node: &pair.value, path: join(&self.path, name), mistakes: self.mistakes })
     }
@@ -112,6 +115,8 @@ impl<'a> Value<'a> {
         let NodeContent::Map(entries) = &self.node.content else {
             return self.wrong_type("a mapping (`name: value` lines)");
         };
+        #[cfg(test)]
+        visits::add(entries.len());
         let mut first_lines: HashMap<&str, usize> = HashMap::with_capacity(entries.len());
         let mut list = Vec::with_capacity(entries.len());
         for entry in entries {
@@ -132,6 +137,8 @@ impl<'a> Value<'a> {
         let NodeContent::List(nodes) = &self.node.content else {
             return self.wrong_type("a list (`- item` lines or `[a, b]`)");
         };
+        #[cfg(test)]
+        visits::add(nodes.len());
         let item =
             |(index, node)| Value { node, path: format!("{}[{index}]", self.path), mistakes: self.mistakes };
         Some(nodes.iter().enumerate().map(item).collect())
@@ -285,6 +292,27 @@ impl<'a> Fields<'a> {
     /// A field that may be left out, where a null is not the same as that.
     pub fn written(&mut self, name: &str) -> Option<Value<'a>> {
         self.by_name.remove(name)
+    }
+}
+
+/// Counts the values that decoders visit, for tests of the work that a text causes.
+#[cfg(test)]
+pub(crate) mod visits {
+    use std::cell::Cell;
+
+    thread_local! {
+        static COUNT: Cell<usize> = const { Cell::new(0) };
+    }
+
+    pub(super) fn add(values: usize) {
+        COUNT.set(COUNT.get() + values);
+    }
+
+    /// Returns the number of values that `decode` visits.
+    pub(crate) fn during<T>(decode: impl FnOnce() -> T) -> (T, usize) {
+        let before = COUNT.get();
+        let decoded = decode();
+        (decoded, COUNT.get() - before)
     }
 }
 

@@ -16,7 +16,7 @@ use std::{
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {what} {}: {source}", path.display())]
 pub struct FileError {
-    /// What was tried.
+    /// The operation.
     pub what: &'static str,
     /// On which file.
     pub path: PathBuf,
@@ -66,7 +66,7 @@ pub fn replace(path: &Path, mode: u32, content: &[u8]) -> Result<(), FileError> 
     let written = write_new(&temporary, mode, content)
         .and_then(|()| fs::rename(&temporary, path).map_err(FileError::of("rename to", path)));
     if written.is_err() {
-        // What went wrong before this is what is worth saying.
+        // The caller gets the first error.
         let _ = fs::remove_file(&temporary);
     }
     written?;

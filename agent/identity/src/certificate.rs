@@ -1,4 +1,4 @@
-//! What Tacit reads from an X.509 certificate: the one SPIFFE id, the time it is valid for, its serial number.
+//! Reader of X.509 certificates: the one SPIFFE id, the validity, the serial number.
 //!
 //! Names are parsed by webpki, the parser that also verifies the chain, so both can never disagree about an identity.
 //! webpki keeps the validity to itself; it is read here by walking the first fields of the certificate (RFC 5280

@@ -43,7 +43,7 @@ pub enum CredentialsError {
 
 /// Key, certificate and roots of one service account.
 pub struct Credentials {
-    /// Whom it speaks for.
+    /// The identity that the certificate proves.
     pub identity: SpiffeId,
     /// Roots to which a peer's chain must lead; never empty.
     pub roots: Arc<RootCertStore>,

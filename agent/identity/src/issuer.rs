@@ -1,5 +1,5 @@
-//! Who signs the certificates of workloads: the agent itself, with a root in a directory (`root`), for standalone use, or
-//! an authority that speaks Istio's CA API (`istio`).
+//! Issuers of workload certificates: the agent itself, with a root in a directory (`root`), for standalone use, or an
+//! authority that implements Istio's CA API (`istio`).
 //!
 //! Leaves are ECDSA P-256, one per service account, with one URI name and both key purposes, because every pod is client
 //! and server. Their keys never leave memory.
@@ -37,7 +37,7 @@ pub enum IssueError {
     /// The identity is of another trust domain than the issuer.
     #[error("{identity} is not of trust domain {ours}")]
     TrustDomain {
-        /// Whom a certificate was asked for.
+        /// The identity of the requested certificate.
         identity: SpiffeId,
         /// The issuer's trust domain.
         ours: TrustDomain,
@@ -60,7 +60,7 @@ pub enum IssueError {
     Injected,
 }
 
-/// Who signs.
+/// An issuer of certificates.
 pub enum Issuer {
     /// The agent itself.
     Embedded(EmbeddedIssuer),

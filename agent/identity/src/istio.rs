@@ -44,7 +44,7 @@ const FILE_MAX_BYTES: u64 = 256 * 1024;
 /// A clock this far off is reported: certificates are backdated by 60 s, so there is time left to act.
 const SKEW_REPORTED: Duration = Duration::from_secs(5);
 
-/// Where the authority is, and how to be known there.
+/// The authority's address, and the credentials for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IstioConfig {
     /// Host and port.
@@ -82,7 +82,7 @@ pub enum IstioError {
         what: &'static str,
         /// The path.
         path: PathBuf,
-        /// What is wrong.
+        /// The problem.
         problem: String,
     },
     /// No key or request.
@@ -100,9 +100,9 @@ pub enum IstioError {
     /// It is for somebody else.
     #[error("the authority's certificate is for {presented}, not for {asked}")]
     Identity {
-        /// Whom it was asked for.
+        /// The requested identity.
         asked: SpiffeId,
-        /// Whom it is for.
+        /// The identity in the certificate.
         presented: SpiffeId,
     },
     /// It was no longer valid as it came.
@@ -112,12 +112,12 @@ pub enum IstioError {
     Expired,
 }
 
-/// What is known of the authority.
+/// The latest contact with the authority.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Contact {
     /// The latest answer, a refusal too; `None` before the first.
     pub answered: Option<SystemTime>,
-    /// Where our clock stood at that moment; `None` when it was never measured.
+    /// This node's clock skew at that moment; `None` if it was never measured.
     pub skew: Option<Skew>,
 }
 
@@ -127,7 +127,7 @@ pub struct Exchange {
     pub answer: CertificateResponse,
     sent: SystemTime,
     received: SystemTime,
-    /// What its date shows; `None` when it has none.
+    /// The skew that the answer's date shows; `None` without a date.
     skew: Option<Skew>,
 }
 
@@ -151,7 +151,7 @@ impl IstioIssuer {
         &self.config.address
     }
 
-    /// What is known of the authority.
+    /// Returns the latest contact with the authority.
     #[must_use]
     pub fn contact(&self) -> Contact {
         *self.contact.lock().unwrap_or_else(PoisonError::into_inner)
@@ -294,8 +294,8 @@ fn still_valid(credentials: Credentials, received: SystemTime) -> Result<Credent
     if credentials.not_after <= received { Err(IstioError::Expired) } else { Ok(credentials) }
 }
 
-/// Whether peers can verify the chain, as client and as server. Time is not the question: a clock that is wrong is
-/// reported as such, so the chain is looked at in the middle of the leaf's life.
+/// Verifies that peers can verify the chain, as client and as server. The check uses the middle of the leaf's life as
+/// time, because a wrong clock is reported on its own.
 fn leads_to(
     roots: &RootCertStore,
     chain: &[CertificateDer<'_>],

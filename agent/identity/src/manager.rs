@@ -29,7 +29,7 @@ use super::{
 
 /// One attempt to get a certificate takes this long at most.
 const ISSUE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest sleep before the clock is looked at again: it may be set while we sleep.
+/// Longest sleep before the clock is read again, because it may be set meanwhile.
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 
 /// The credentials of the node's identities. Cheap to clone; the tasks end with the last clone.
@@ -44,7 +44,7 @@ pub struct Identities {
 /// One certificate as an operator sees it.
 #[derive(Debug, Clone)]
 pub struct CertificateState {
-    /// Whom it speaks for.
+    /// The identity that the certificate proves.
     pub identity: SpiffeId,
     /// Serial number in hexadecimal; empty when none was issued yet.
     pub serial: String,
@@ -56,7 +56,7 @@ pub struct CertificateState {
     pub last_renewal: Option<SystemTime>,
     /// Failed attempts since then.
     pub renewal_failures: u32,
-    /// What the latest attempt failed with.
+    /// The error of the latest attempt.
     pub last_error: Option<String>,
 }
 
@@ -67,7 +67,7 @@ impl Identities {
         Self { issuer: Arc::new(issuer), slots: Arc::default(), changes: watch::Sender::new(()) }
     }
 
-    /// Who signs.
+    /// Returns the issuer.
     #[must_use]
     pub fn issuer(&self) -> &Issuer {
         &self.issuer
@@ -78,7 +78,7 @@ impl Identities {
         self.slot(identity);
     }
 
-    /// Whether `identity` has credentials. They are asked for when that is not done yet, and renewed until
+    /// Returns `Ok` if `identity` has credentials. Otherwise requests them. They are renewed until
     /// [`Identities::forget`].
     ///
     /// Needs a tokio runtime. Never waits: [`Identities::changes`] tells when there may be another answer.
@@ -184,7 +184,7 @@ impl Drop for Slot {
     }
 }
 
-/// What the task and the readers share.
+/// State shared by the task and the readers.
 #[derive(Default)]
 struct Shared {
     credentials: ArcSwapOption<Credentials>,

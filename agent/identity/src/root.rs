@@ -32,7 +32,7 @@ const LOCK_FILE: &str = ".lock";
 /// Another agent holds the lock for milliseconds; longer means that it hangs.
 const LOCK_WAIT: Duration = Duration::from_secs(10);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
-/// A PEM key or certificate is a few hundred bytes; more is not one of ours.
+/// Limit for a PEM file, in bytes. A key or certificate takes a few hundred.
 const FILE_MAX_BYTES: u64 = 64 * 1024;
 const LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
@@ -64,7 +64,7 @@ pub enum EmbeddedRootError {
     KeyUnreadable {
         /// The key.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         reason: String,
     },
     /// Not a certificate in PEM.
@@ -72,7 +72,7 @@ pub enum EmbeddedRootError {
     CertificateUnreadable {
         /// The certificate.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         reason: String,
     },
     /// The certificate is of another key.
@@ -103,7 +103,7 @@ pub enum EmbeddedRootError {
 pub struct EmbeddedRoot {
     /// Signs the certificates of workloads.
     pub(super) issuer: rcgen::Issuer<'static, KeyPair>,
-    /// What peers trust.
+    /// The certificate that peers trust.
     pub(super) certificate: CertificateDer<'static>,
 }
 

@@ -8,8 +8,8 @@ use std::{
 
 use super::KernelError;
 
-/// How deep below a pod's cgroup its containers' processes are looked for: pod, container, and one more level for
-/// runtimes that nest.
+/// Depth to search below a pod's cgroup for its containers' processes: pod, container, and one more level for runtimes
+/// that nest.
 const PROCESS_DEPTH: usize = 3;
 /// Cgroups looked through for the one this process is in: many times what a full node has.
 const SEARCH_MAX: usize = 65_536;
@@ -87,7 +87,7 @@ impl Cgroup {
         self.level
     }
 
-    /// Is `self` this cgroup or below it?
+    /// Returns true if `self` is `other` or below it.
     #[must_use]
     pub fn is_within(&self, other: &Self) -> bool {
         self.path.starts_with(&other.path)
@@ -95,7 +95,7 @@ impl Cgroup {
 }
 
 fn has_member(cgroup: &Path, pid: u32) -> bool {
-    // A threaded cgroup does not list processes; none of ours is in one.
+    // A threaded cgroup does not list processes; no process of Tacit is in one.
     let members = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
     members.lines().any(|member| member.parse() == Ok(pid))
 }
@@ -120,7 +120,7 @@ pub fn id_at(path: &Path) -> Option<u64> {
     fs::metadata(path).ok().map(|found| found.ino())
 }
 
-/// Whether the cgroup at `path`, or one below it, has a process.
+/// Returns true if the cgroup at `path`, or one below it, has a process.
 #[must_use]
 pub fn is_populated(path: &Path) -> bool {
     fs::read_to_string(path.join("cgroup.events"))
@@ -130,7 +130,7 @@ pub fn is_populated(path: &Path) -> bool {
 /// Processes in the cgroup at `path` and below it, nearest first.
 ///
 /// # Errors
-/// When the directory cannot be read, for instance because it is gone.
+/// Fails if the directory cannot be read, for instance because it is gone.
 pub fn processes(path: &Path) -> io::Result<Vec<u32>> {
     let mut found = Vec::new();
     collect(path, PROCESS_DEPTH, &mut found)?;

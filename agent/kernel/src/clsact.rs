@@ -21,13 +21,13 @@ const PRIORITY: u16 = 1;
 /// Known, so that a later agent finds it.
 const HANDLE: TcHandle = TcHandle::new(0, 0x7ac1);
 
-/// Adds our filter in one direction, or replaces it atomically where it stands.
+/// Adds the guard's filter in one direction, or replaces it atomically.
 pub(crate) fn attach(
     program: &mut SchedClassifier,
     interface: &str,
     way: TcAttachType,
 ) -> Result<(), ProgramError> {
-    // It may be there already: Cilium's, or ours.
+    // It may exist already: of Cilium, or of an earlier agent.
     let _ = qdisc_add_clsact(interface);
     let options =
         TcAttachOptions::Netlink(NlOptions { priority: PRIORITY, handle: HANDLE, ..NlOptions::default() });
@@ -47,7 +47,7 @@ fn filter(interface: &str, way: TcAttachType) -> Result<SchedClassifierLink, Pro
     SchedClassifierLink::attached(interface, way, PRIORITY, HANDLE, None).map_err(ProgramError::IOError)
 }
 
-/// Best effort: without a filter of ours there is nothing to remove.
+/// Removes the guard's filter, if there is one.
 pub(crate) fn detach(interface: &str, way: TcAttachType) {
     if let Ok(filter) = filter(interface, way) {
         let _ = filter.detach();

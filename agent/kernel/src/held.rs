@@ -161,7 +161,7 @@ mod tests {
             kind: held_kind::SYN,
             slot: 3,
             netns_cookie: 7,
-            destination: Destination { address: mapped("10.77.2.3"), port: 80, pad: 0 },
+            destination: Destination { address: mapped("10.77.2.3"), port: 80, slot: 3 },
             length: u32::try_from(length).expect("small"),
             repeated: 1,
             packet,

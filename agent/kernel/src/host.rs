@@ -1,6 +1,7 @@
 //! The node itself: its own addresses and its kernel's name.
 
 use std::{
+    collections::BTreeMap,
     io,
     net::{IpAddr, Ipv6Addr},
 };
@@ -10,26 +11,57 @@ use nix::{
     sys::resource::{Resource, getrlimit, setrlimit},
 };
 
+use super::netlink;
+
 /// Addresses of all interfaces in the calling thread's network namespace.
 ///
 /// # Errors
-/// When the interfaces cannot be listed.
+/// Fails if the interfaces cannot be listed.
 pub fn addresses() -> io::Result<Vec<IpAddr>> {
-    let mut found = Vec::new();
-    for interface in getifaddrs()? {
-        let Some(address) = interface.address else { continue };
-        if let Some(v4) = address.as_sockaddr_in() {
-            found.push(IpAddr::V4(v4.ip()));
-        } else if let Some(v6) = address.as_sockaddr_in6() {
-            found.push(IpAddr::V6(v6.ip()));
-        }
-    }
+    let mut found: Vec<IpAddr> = listed()?.into_iter().map(|(_, address)| address).collect();
     found.sort_unstable();
     found.dedup();
     Ok(found)
 }
 
-/// Is it an address that probes can come from (not loopback; link-local is the same on every link)?
+/// An address of an interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InterfaceAddress {
+    /// The address.
+    pub address: IpAddr,
+    /// True if the only interfaces that have the address are dummy interfaces, which no packet leaves by.
+    pub is_of_dummy: bool,
+}
+
+/// Returns the addresses of all interfaces in the calling thread's network namespace, with the kind of interface.
+///
+/// # Errors
+/// Fails if the interfaces cannot be listed.
+pub fn interface_addresses() -> io::Result<Vec<InterfaceAddress>> {
+    let interfaces = netlink::interfaces()?;
+    let is_dummy = |name: &str| interfaces.iter().any(|found| found.name == name && found.kind == "dummy");
+    let mut found: BTreeMap<IpAddr, bool> = BTreeMap::new();
+    for (name, address) in listed()? {
+        let is_of_dummy = is_dummy(&name);
+        found.entry(address).and_modify(|before| *before &= is_of_dummy).or_insert(is_of_dummy);
+    }
+    let of = |(address, is_of_dummy)| InterfaceAddress { address, is_of_dummy };
+    Ok(found.into_iter().map(of).collect())
+}
+
+/// Returns the addresses of all interfaces, each with its interface's name.
+fn listed() -> io::Result<Vec<(String, IpAddr)>> {
+    let mut found = Vec::new();
+    for interface in getifaddrs()? {
+        let Some(address) = interface.address else { continue };
+        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+        let ip = v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())));
+        found.extend(ip.map(|ip| (interface.interface_name, ip)));
+    }
+    Ok(found)
+}
+
+/// Returns true for an address that probes can come from: not loopback, and not link-local, which is the same on every link.
 #[must_use]
 pub fn is_probe_source(address: &IpAddr) -> bool {
     let link_local = match address {
@@ -47,14 +79,14 @@ fn is_unicast_link_local(address: &Ipv6Addr) -> bool {
 /// limit of 1,024 would end at some 500 flows. Returns the limit in force.
 ///
 /// # Errors
-/// When the limit cannot be read or raised.
+/// Fails if the limit cannot be read or raised.
 pub fn raise_descriptor_limit() -> io::Result<u64> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     Ok(hard)
 }
 
-/// Is there a process `id`? The first one of a system is no agent's.
+/// Returns true if there is a process `id`. The first one of a system is no agent's.
 pub(super) fn is_process(id: u32) -> bool {
     id > 1 && std::path::Path::new(&format!("/proc/{id}")).exists()
 }

@@ -92,7 +92,7 @@ pub enum KernelError {
     Cgroup {
         /// The path asked for.
         path: PathBuf,
-        /// What is wrong and what to do.
+        /// The problem, with the remedy.
         problem: String,
     },
     /// The verifier or the loader refused the object or a program.
@@ -112,7 +112,7 @@ pub enum KernelError {
     Attach {
         /// Program name.
         program: &'static str,
-        /// Where to.
+        /// The cgroup, network namespace or interface.
         target: String,
         /// The error.
         problem: String,
@@ -133,6 +133,26 @@ pub enum KernelError {
         /// The error.
         problem: String,
     },
+    /// A map has no room for all entries.
+    #[error("map {map}: it holds {bound} entries, and {left_out} more are wanted")]
+    Full {
+        /// Map name.
+        map: &'static str,
+        /// Entries that the map holds.
+        bound: usize,
+        /// Entries that are left out.
+        left_out: usize,
+    },
+    /// A pod needs more entries of a map than its share.
+    #[error("map {map}: the pod needs {have} entries, its share has {bound}")]
+    Share {
+        /// Map name.
+        map: &'static str,
+        /// Entries that the pod needs.
+        have: usize,
+        /// Entries that a pod can have.
+        bound: usize,
+    },
     /// No thread to wait on.
     #[error("a thread to wait for another agent: {source}")]
     Thread {
@@ -143,7 +163,7 @@ pub enum KernelError {
     /// A file system operation failed.
     #[error("{what} {path}: {source}")]
     File {
-        /// What was done.
+        /// The operation.
         what: &'static str,
         /// On what.
         path: PathBuf,
@@ -153,7 +173,7 @@ pub enum KernelError {
 }
 
 impl KernelError {
-    /// What the process ends with when this ends it: 78 (`EX_CONFIG`) when no restart can help, else 1.
+    /// Returns the exit code of the process for this error: 78 (`EX_CONFIG`) if no restart can help, else 1.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -185,13 +205,13 @@ impl Kernel {
     /// # Errors
     /// [`KernelError`]; nothing new stays attached or pinned then, what was there before stays.
     pub fn open(
-        claim: PinLock,
+        pin_lock: PinLock,
         pods_cgroup: &cgroup::Cgroup,
         log: &VerifierLog,
         prepared: Option<PreparedPrograms>,
     ) -> Result<Self, KernelError> {
         let still_there = prepared.is_some();
-        let mut programs = Programs::load(claim, pods_cgroup, log, prepared)?;
+        let mut programs = Programs::load(pin_lock, pods_cgroup, log, prepared)?;
         let maps = Maps::take(&mut programs)?;
         let cgroup = cgroup::Cgroup::of_self()?.id();
         maps.set_agent(cgroup, still_there)?;

@@ -1,5 +1,5 @@
 //! The bpf(2) commands that aya 0.14 keeps private: open a pin, make one, read what a link is attached to, swap its program
-//! atomically, and take an entry out of a hash map.
+//! atomically, and read an entry of a map.
 
 use std::{
     ffi::CString,
@@ -14,11 +14,10 @@ use std::{
 
 use aya::Pod;
 
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
-const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
-const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_long = 21;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 
 #[repr(C)]
@@ -105,7 +104,7 @@ pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     bpf(BPF_OBJ_PIN, &mut attr).map(drop)
 }
 
-/// What a link is attached to and runs.
+/// Returns the attachment and the program of a link.
 pub(super) fn info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let mut info = MaybeUninit::<LinkInfo>::zeroed();
     let mut attr = InfoAttr {
@@ -134,8 +133,8 @@ pub(super) fn update_raw(link: RawFd, program: BorrowedFd<'_>) -> io::Result<()>
     bpf(BPF_LINK_UPDATE, &mut attr).map(drop)
 }
 
-/// Takes the entry of `key` out of a hash map whose keys are `K` and whose values are `V`; `None` when there is none.
-pub(super) fn take<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K) -> Option<V> {
+/// Reads the entry of `key` in a map whose keys are `K` and whose values are `V`; `None` when there is none.
+pub(super) fn read<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K) -> Option<V> {
     let mut value = MaybeUninit::<V>::zeroed();
     let mut attr = ElemAttr {
         map_fd: map.as_raw_fd() as u32,
@@ -144,20 +143,7 @@ pub(super) fn take<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K) -> Option<V> {
         value: value.as_mut_ptr() as u64,
         flags: 0,
     };
-    bpf(BPF_MAP_LOOKUP_AND_DELETE_ELEM, &mut attr).ok()?;
+    bpf(BPF_MAP_LOOKUP_ELEM, &mut attr).ok()?;
     // SAFETY: zeroed before, plain data, and filled by the kernel.
     Some(unsafe { value.assume_init() })
-}
-
-/// Returns true if a hash map whose keys are `K` and whose values are `V` has an entry of `key`.
-pub(super) fn has<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K) -> bool {
-    let mut value = MaybeUninit::<V>::zeroed();
-    let mut attr = ElemAttr {
-        map_fd: map.as_raw_fd() as u32,
-        pad: 0,
-        key: std::ptr::from_ref(key) as u64,
-        value: value.as_mut_ptr() as u64,
-        flags: 0,
-    };
-    bpf(BPF_MAP_LOOKUP_ELEM, &mut attr).is_ok()
 }

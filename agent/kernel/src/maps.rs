@@ -3,31 +3,37 @@
 //! Locks are held for one or two map system calls, never across an await.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::HashSet,
+    hash::Hash,
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    os::fd::{AsFd as _, AsRawFd},
+    os::fd::{AsFd as _, AsRawFd, OwnedFd},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use aya::maps::{
-    HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockMap,
+    Array, HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockMap,
     lpm_trie::{Key, LpmTrie},
 };
 use ipnet::IpNet;
 use tacit_abi::{
-    Address, Destination, Listener, MeshKey, Mode, Names, Pod, PortKey, REASONS, Steered, Tuple, limits,
+    Address, Destination, Listener, MeshKey, Mode, Names, Pending, Pod, REASONS, Tuple, limits,
     listener_index, names_kind, pod_flag, steer_flag,
 };
 
 use super::{KernelError, link, programs::Programs};
 
 mod guard;
+mod modes;
+mod node_services;
 
 use guard::GuardMaps;
 pub use guard::{DropCount, PlaintextDestination};
+use modes::ModeMaps;
 
 /// Present in the mesh: the value carries no more.
 const PRESENT: u32 = 1;
+/// Prefix length of a single address in the mesh's map.
+const ADDRESS_BITS: u32 = 128;
 
 /// One counter of the kernel side.
 #[derive(Debug, Clone, Copy)]
@@ -51,15 +57,15 @@ pub struct PodEntry {
     pub addresses: Vec<IpAddr>,
     /// Index of its listeners.
     pub slot: u32,
-    /// What plaintext meets at ports without a mode of their own.
+    /// The mode of ports without a mode of their own.
     pub mode: Mode,
-    /// What it may do in clear.
+    /// The plaintext that the pod may send.
     pub clear: PlaintextEgress,
     /// The handling of plaintext that reaches it.
     pub plaintext: PlaintextHandling,
     /// When its `connect()` returns.
     pub connect: ConnectReturn,
-    /// Where the agent listens for its captured connections; 0 while it does not.
+    /// The port of the agent's listener for captured connections; 0 without a listener.
     pub capture_port: u16,
 }
 
@@ -106,7 +112,7 @@ impl ConnectReturn {
     }
 }
 
-/// What a pod may send in clear into the mesh.
+/// The plaintext that a pod may send into the mesh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PlaintextEgress {
     /// Nothing.
@@ -133,14 +139,15 @@ impl PlaintextEgress {
 /// Typed handles of all maps.
 pub struct Maps {
     pods: Mutex<HashMap<MapData, u64, Pod>>,
-    steered: Mutex<HashMap<MapData, Address, Steered>>,
-    port_modes: Mutex<HashMap<MapData, PortKey, u32>>,
+    modes: Mutex<ModeMaps>,
     mesh: Mutex<LpmTrie<MapData, MeshKey, u32>>,
     node: Mutex<HashMap<MapData, Address, u32>>,
+    cluster_nodes: Mutex<HashMap<MapData, Address, u32>>,
     listeners: Mutex<SockMap<MapData>>,
     capturers: Mutex<SockMap<MapData>>,
-    names: Mutex<SkStorage<MapData, Names>>,
+    names: SocketNames,
     captured: Captured,
+    pending: Array<MapData, Pending>,
     counters: PerCpuArray<MapData, u64>,
     guard: GuardMaps,
 }
@@ -149,17 +156,16 @@ impl Maps {
     pub(super) fn take(programs: &mut Programs) -> Result<Self, KernelError> {
         Ok(Self {
             pods: typed(programs, "PODS")?,
-            steered: typed(programs, "STEERED")?,
-            port_modes: typed(programs, "PORT_MODES")?,
+            modes: Mutex::new(ModeMaps::take(programs)?),
             mesh: typed(programs, "MESH")?,
             node: typed(programs, "NODE")?,
+            cluster_nodes: typed(programs, "CLUSTER_NODES")?,
             listeners: typed(programs, "LISTENERS")?,
             capturers: typed(programs, "CAPTURERS")?,
-            names: typed(programs, "NAMES")?,
+            names: SocketNames::take(programs)?,
             captured: Captured::take(programs)?,
-            counters: typed::<PerCpuArray<MapData, u64>>(programs, "COUNTERS")?
-                .into_inner()
-                .unwrap_or_else(PoisonError::into_inner),
+            pending: unlocked(programs, "PENDING")?,
+            counters: unlocked(programs, "COUNTERS")?,
             guard: GuardMaps::take(programs)?,
         })
     }
@@ -191,12 +197,18 @@ impl Maps {
     /// Makes the kernel leave a pod alone that is known and not enrolled. On guarded links it is held to its addresses.
     ///
     /// # Errors
-    /// [`KernelError::Map`], for instance when the map is full.
+    /// [`KernelError::Map`], for instance when the map is full, and if the kernel has the cgroup as an enrolled pod's. That entry
+    /// has to be removed first.
     pub fn set_exempt(&self, cgroup: u64, addresses: &[IpAddr]) -> Result<(), KernelError> {
         let of =
             |v4: bool| addresses.iter().find(|a| a.is_ipv4() == v4).map_or(Address::NONE, |a| address(*a));
         let pod = Pod { v4: of(true), v6: of(false), flags: pod_flag::EXEMPT, ..Pod::unknown() };
-        lock(&self.pods).insert(cgroup, pod, 0).map_err(failed("PODS"))
+        let mut pods = lock(&self.pods);
+        if pods.get(&cgroup, 0).is_ok_and(|known| !known.has(pod_flag::EXEMPT)) {
+            let problem = format!("cgroup {cgroup} is an enrolled pod's and is not left alone");
+            return Err(KernelError::Map { map: "PODS", problem });
+        }
+        pods.insert(cgroup, pod, 0).map_err(failed("PODS"))
     }
 
     /// Pods that the kernel leaves alone: cgroup id and the addresses that it has for them.
@@ -206,6 +218,13 @@ impl Maps {
         let exempt = pods.iter().filter_map(Result::ok).filter(|(_, pod)| pod.has(pod_flag::EXEMPT));
         let addresses = |pod: Pod| [pod.v4, pod.v6].iter().filter(|a| !a.is_none()).map(ip).collect();
         exempt.map(|(cgroup, pod)| (cgroup, addresses(pod))).collect()
+    }
+
+    /// Returns the namespace cookie and the capture port of a pod's entry.
+    #[must_use]
+    pub fn pod_place(&self, cgroup: u64) -> Option<(u64, u16)> {
+        let pod = lock(&self.pods).get(&cgroup, 0).ok()?;
+        Some((pod.netns_cookie, u16::try_from(pod.capture_port).unwrap_or(0)))
     }
 
     /// Ends the enrolment of a pod.
@@ -226,64 +245,6 @@ impl Maps {
         let pods = lock(&self.pods);
         let enrolled = pods.iter().filter_map(Result::ok).filter(|(_, pod)| !pod.has(pod_flag::EXEMPT));
         enrolled.map(|(cgroup, pod)| (cgroup, pod.slot)).collect()
-    }
-
-    /// Sets what plaintext meets at a pod's addresses.
-    ///
-    /// # Errors
-    /// [`KernelError::Map`]. Ports are written before the pod's default, so that no port is open meanwhile that
-    /// should not be.
-    pub fn set_modes(
-        &self,
-        slot: u32,
-        addresses: &[IpAddr],
-        (default, plaintext): (Mode, PlaintextHandling),
-        ports: &BTreeMap<u16, Mode>,
-    ) -> Result<(), KernelError> {
-        let mut port_modes = lock(&self.port_modes);
-        for (port, mode) in ports {
-            let key = PortKey { slot, port: u32::from(*port) };
-            port_modes.insert(key, *mode as u32, 0).map_err(failed("PORT_MODES"))?;
-        }
-        let mut steered = lock(&self.steered);
-        let entry = Steered { slot, mode: default as u32, flags: plaintext.flags(), pad: 0 };
-        for ip in addresses {
-            steered.insert(address(*ip), entry, 0).map_err(failed("STEERED"))?;
-        }
-        let former: Vec<Address> = steered
-            .iter()
-            .filter_map(Result::ok)
-            .filter(|(key, s)| s.slot == slot && !addresses.iter().any(|ip| address(*ip) == *key))
-            .map(|(key, _)| key)
-            .collect();
-        for key in former {
-            let _ = steered.remove(&key);
-        }
-        let stale: Vec<PortKey> = port_modes
-            .keys()
-            .filter_map(Result::ok)
-            .filter(|k| k.slot == slot && !ports.keys().any(|p| u32::from(*p) == k.port))
-            .collect();
-        for key in stale {
-            let _ = port_modes.remove(&key);
-        }
-        Ok(())
-    }
-
-    /// Forgets the modes of a slot and of those addresses that are still its own.
-    pub fn remove_modes(&self, slot: u32) {
-        let mut steered = lock(&self.steered);
-        let own: Vec<Address> =
-            steered.iter().filter_map(Result::ok).filter(|(_, s)| s.slot == slot).map(|(a, _)| a).collect();
-        for key in own {
-            let _ = steered.remove(&key);
-        }
-        let mut port_modes = lock(&self.port_modes);
-        let ports: Vec<PortKey> =
-            port_modes.keys().filter_map(Result::ok).filter(|k| k.slot == slot).collect();
-        for key in ports {
-            let _ = port_modes.remove(&key);
-        }
     }
 
     /// Gives the kernel a listener of a pod. It leaves the map by itself when the socket closes.
@@ -329,6 +290,18 @@ impl Maps {
         Ok(())
     }
 
+    /// Returns the number of ranges of the mesh.
+    #[must_use]
+    pub fn count_mesh(&self) -> usize {
+        lock(&self.mesh).keys().filter_map(Result::ok).count()
+    }
+
+    /// Returns true for an address in the mesh's ranges.
+    #[must_use]
+    pub fn is_in_mesh(&self, ip: IpAddr) -> bool {
+        lock(&self.mesh).get(&Key::new(ADDRESS_BITS, address(ip).0), 0).is_ok()
+    }
+
     /// Adds `new` to the mesh's ranges, and then takes out `replaced`, which lie in them.
     ///
     /// # Errors
@@ -345,6 +318,12 @@ impl Maps {
         Ok(())
     }
 
+    /// Returns true for an address that the kernel has as the node's own.
+    #[must_use]
+    pub fn is_node(&self, ip: IpAddr) -> bool {
+        lock(&self.node).get(&address(ip), 0).is_ok()
+    }
+
     /// Makes the node's own addresses exactly `addresses`; more than the map holds are left out with a warning.
     ///
     /// # Errors
@@ -358,59 +337,95 @@ impl Maps {
                 "probes from the node's further addresses are not recognised"
             );
         }
-        let wanted: HashSet<Address> = addresses.iter().take(bound).map(|a| address(*a)).collect();
-        let mut node = lock(&self.node);
-        let present: HashSet<Address> = node.keys().filter_map(Result::ok).collect();
-        for gone in present.difference(&wanted) {
-            let _ = node.remove(gone);
-        }
-        for new in wanted.difference(&present) {
-            node.insert(new, PRESENT, 0).map_err(failed("NODE"))?;
-        }
-        Ok(())
+        let wanted = addresses.iter().take(bound).map(|a| address(*a)).collect();
+        replace_all(&mut lock(&self.node), &wanted).map_err(failed("NODE"))
     }
 
-    /// Where a captured connection wanted to go, by what `accept()` tells about it. The entry is taken out.
+    /// Returns the destination of a captured connection that the agent accepted as `socket`. The kernel stored it in the
+    /// socket before `accept()` returned.
     #[must_use]
-    pub fn destination(
-        &self,
-        netns_cookie: u64,
-        client: SocketAddr,
-        accepted_at: SocketAddr,
-    ) -> Option<SocketAddr> {
-        let found = self.captured.take_out(&captured_key(netns_cookie, client, accepted_at))?;
-        Some(SocketAddr::new(ip(&found.address), u16::try_from(found.port).ok()?))
+    pub fn destination(&self, socket: &impl AsRawFd) -> Option<SocketAddr> {
+        let names = self.names.get(socket).filter(|names| names.kind == names_kind::REDIRECTED)?;
+        Some(SocketAddr::new(ip(&names.peer), u16::try_from(names.peer_port).ok()?))
     }
 
-    /// Returns true if a captured connection is not closed and its destination was not taken out.
+    /// Returns a pod's entries in the maps of pending connections. `None` for a slot that no pod can have.
+    #[must_use]
+    pub fn pending(&self, slot: u32) -> Option<Pending> {
+        self.pending.get(&slot, 0).ok()
+    }
+
+    /// Returns the pending connections that were refused since the maps were made: captured ones, and those of the agent. Both
+    /// are sums over all slots, so they do not fall when a pod goes.
+    #[must_use]
+    pub fn pending_refused(&self) -> [i64; 2] {
+        let slots = (0..limits::SLOTS).filter_map(|slot| self.pending(slot));
+        slots.fold([0; 2], |[captured, dialled], pending| {
+            [captured + pending.captured_refused, dialled + pending.dialled_refused]
+        })
+    }
+
+    /// Returns true if a captured connection is not closed, and the agent's listener has not answered it.
     #[must_use]
     pub fn is_captured(&self, netns_cookie: u64, client: SocketAddr, target: SocketAddr) -> bool {
-        self.captured.has(&captured_key(netns_cookie, client, target))
+        let key = Tuple {
+            netns_cookie,
+            local: address(client.ip()),
+            remote: address(target.ip()),
+            local_port: u32::from(client.port()),
+            remote_port: u32::from(target.port()),
+        };
+        self.captured.has(&key.of_captured())
     }
 
     /// Makes the application that accepts `socket`'s connection see `client` as its peer. To be called before
-    /// `connect()`.
+    /// `connect()`. The connection counts in the share of the pod with `slot` until the application's kernel takes it.
     ///
     /// # Errors
     /// [`KernelError::Map`].
-    pub fn set_peer_name(&self, socket: &impl AsRawFd, client: SocketAddr) -> Result<(), KernelError> {
+    pub fn set_peer_name(
+        &self,
+        socket: &impl AsRawFd,
+        client: SocketAddr,
+        slot: u32,
+    ) -> Result<(), KernelError> {
         let names = Names {
             peer: address(client.ip()),
             own: Address::NONE,
             peer_port: u32::from(client.port()),
             kind: names_kind::DIALLED,
+            slot,
+            pad: 0,
         };
-        lock(&self.names).insert(socket, names, 0).map_err(failed("NAMES"))
+        self.names.set(socket, names)
     }
 
-    /// Marks `socket` as a tunnel: only such sockets of the agent pass a pod's link into the mesh. To be called before
-    /// `connect()`.
+    /// Marks `socket` as a tunnel to `peer`. Of the agent's sockets only marked ones pass a pod's link into the mesh, and only
+    /// to their peer. To be called before `connect()`.
     ///
     /// # Errors
     /// [`KernelError::Map`].
-    pub fn set_tunnel(&self, socket: &impl AsRawFd) -> Result<(), KernelError> {
-        let names = Names { kind: names_kind::TUNNEL, ..Names::default() };
-        lock(&self.names).insert(socket, names, 0).map_err(failed("NAMES"))
+    pub fn set_tunnel(&self, socket: &impl AsRawFd, peer: SocketAddr) -> Result<(), KernelError> {
+        self.mark(socket, peer, names_kind::TUNNEL)
+    }
+
+    /// Marks `socket` as plaintext to `peer`, a port whose mode is DISABLE. As [`Self::set_tunnel`].
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn set_disabled(&self, socket: &impl AsRawFd, peer: SocketAddr) -> Result<(), KernelError> {
+        self.mark(socket, peer, names_kind::DISABLED)
+    }
+
+    fn mark(&self, socket: &impl AsRawFd, peer: SocketAddr, kind: u32) -> Result<(), KernelError> {
+        let names = Names {
+            peer: address(peer.ip()),
+            own: Address::NONE,
+            peer_port: u32::from(peer.port()),
+            kind,
+            ..Names::default()
+        };
+        self.names.set(socket, names)
     }
 
     /// All counters, summed over CPUs.
@@ -426,42 +441,60 @@ impl Maps {
     }
 }
 
-/// The map of captured connections, from which entries are taken in one system call and without a lock: each captured
-/// connection costs one.
-struct Captured(MapData);
+/// The storage of names in sockets. Each captured connection is read once, which takes no lock.
+struct SocketNames {
+    reader: OwnedFd,
+    map: Mutex<SkStorage<MapData, Names>>,
+}
+
+impl SocketNames {
+    fn take(programs: &mut Programs) -> Result<Self, KernelError> {
+        const NAME: &str = "NAMES";
+        let map = programs.ebpf().map(NAME);
+        let data = match map {
+            Some(Map::SkStorage(data)) => data,
+            _ => return Err(KernelError::Map { map: NAME, problem: "no socket storage".to_owned() }),
+        };
+        let reader = data.fd().as_fd().try_clone_to_owned();
+        let reader = reader.map_err(|e| KernelError::Map { map: NAME, problem: e.to_string() })?;
+        Ok(Self { reader, map: typed(programs, NAME)? })
+    }
+
+    fn get(&self, socket: &impl AsRawFd) -> Option<Names> {
+        link::read(self.reader.as_fd(), &socket.as_raw_fd())
+    }
+
+    fn set(&self, socket: &impl AsRawFd, names: Names) -> Result<(), KernelError> {
+        lock(&self.map).insert(socket, names, 0).map_err(failed("NAMES"))
+    }
+}
+
+/// The map of captured connections. A look-up takes no lock.
+struct Captured(OwnedFd);
 
 impl Captured {
     fn take(programs: &mut Programs) -> Result<Self, KernelError> {
         const NAME: &str = "CAPTURED";
-        let problem = |problem: &str| KernelError::Map { map: NAME, problem: problem.to_owned() };
-        let map = programs.ebpf().take_map(NAME).ok_or_else(|| problem("not in the object"))?;
-        // Whether its keys and values are what is taken for them.
-        HashMap::<_, Tuple, Destination>::try_from(&map).map_err(failed(NAME))?;
-        match map {
-            Map::HashMap(data) => Ok(Self(data)),
-            _ => Err(problem("not a hash map")),
-        }
-    }
-
-    fn take_out(&self, key: &Tuple) -> Option<Destination> {
-        link::take(self.0.fd().as_fd(), key)
+        let problem = |problem: String| KernelError::Map { map: NAME, problem };
+        let map = programs.ebpf().map(NAME);
+        let map = map.ok_or_else(|| problem("not in the object".to_owned()))?;
+        HashMap::<_, Tuple, Destination>::try_from(map).map_err(failed(NAME))?;
+        let Map::HashMap(data) = map else { return Err(problem("no hash map".to_owned())) };
+        let reader = data.fd().as_fd().try_clone_to_owned();
+        Ok(Self(reader.map_err(|error| problem(error.to_string()))?))
     }
 
     fn has(&self, key: &Tuple) -> bool {
-        link::has::<Tuple, Destination>(self.0.fd().as_fd(), key)
+        link::read::<Tuple, Destination>(self.0.as_fd(), key).is_some()
     }
 }
 
-/// The key of a captured connection by its ends in the pod.
-fn captured_key(netns_cookie: u64, client: SocketAddr, target: SocketAddr) -> Tuple {
-    let key = Tuple {
-        netns_cookie,
-        local: address(client.ip()),
-        remote: address(target.ip()),
-        local_port: u32::from(client.port()),
-        remote_port: u32::from(target.port()),
-    };
-    key.of_captured()
+/// As [`typed`], for a map that is only read.
+fn unlocked<M: TryFrom<Map, Error = MapError>>(
+    programs: &mut Programs,
+    name: &'static str,
+) -> Result<M, KernelError> {
+    Ok(typed(programs, name)?.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
 fn typed<M: TryFrom<Map, Error = MapError>>(
@@ -471,6 +504,18 @@ fn typed<M: TryFrom<Map, Error = MapError>>(
     let missing = || KernelError::Map { map: name, problem: "not in the object".to_owned() };
     let map = programs.ebpf().take_map(name).ok_or_else(missing)?;
     M::try_from(map).map(Mutex::new).map_err(failed(name))
+}
+
+/// Makes the keys of `map` exactly `wanted`.
+fn replace_all<K: aya::Pod + Eq + Hash>(
+    map: &mut HashMap<MapData, K, u32>,
+    wanted: &HashSet<K>,
+) -> Result<(), MapError> {
+    let present: HashSet<K> = map.keys().filter_map(Result::ok).collect();
+    for gone in present.difference(wanted) {
+        let _ = map.remove(gone);
+    }
+    wanted.difference(&present).try_for_each(|new| map.insert(new, PRESENT, 0))
 }
 
 /// A panic while a map is locked leaves the handle as it was: it holds a descriptor only.

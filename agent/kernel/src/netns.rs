@@ -22,7 +22,7 @@ impl Netns {
     /// The namespace of process `pid`.
     ///
     /// # Errors
-    /// When the process is gone, or when this process lacks CAP_SYS_ADMIN or CAP_SYS_PTRACE.
+    /// Fails if the process is gone, or if this process lacks CAP_SYS_ADMIN or CAP_SYS_PTRACE.
     pub fn of_process(pid: u32, host: &HostNetns) -> io::Result<Self> {
         Self::open(Path::new(&format!("/proc/{pid}/ns/net")), host)
     }
@@ -53,7 +53,7 @@ impl Netns {
     /// The addresses of this namespace's interfaces.
     ///
     /// # Errors
-    /// When it cannot be entered or its interfaces cannot be listed.
+    /// Fails if it cannot be entered or its interfaces cannot be listed.
     pub fn addresses(&self, host: &HostNetns) -> io::Result<Vec<IpAddr>> {
         host.run_in(&self.file, crate::host::addresses)?
     }
@@ -70,17 +70,17 @@ impl HostNetns {
     /// The calling thread's namespace.
     ///
     /// # Errors
-    /// When /proc is not mounted.
+    /// Fails if /proc is not mounted.
     pub fn current() -> io::Result<Self> {
         let file = File::open("/proc/thread-self/ns/net")?;
         let inode = file.metadata()?.ino();
         Ok(Self { file, inode })
     }
 
-    /// Is `pid` in this very namespace (a host-network pod)?
+    /// Returns true if `pid` is in this very namespace (a host-network pod).
     ///
     /// # Errors
-    /// When the process is gone.
+    /// Fails if the process is gone.
     pub fn is_home_of(&self, pid: u32) -> io::Result<bool> {
         Ok(std::fs::metadata(format!("/proc/{pid}/ns/net"))?.ino() == self.inode)
     }
@@ -88,7 +88,7 @@ impl HostNetns {
     /// Runs `act` with the calling thread inside `netns`. `act` must not await: the thread is shared.
     ///
     /// # Errors
-    /// When the namespace cannot be entered.
+    /// Fails if the namespace cannot be entered.
     pub fn run_in<T>(&self, netns: &File, act: impl FnOnce() -> T) -> io::Result<T> {
         setns(netns, CloneFlags::CLONE_NEWNET)?;
         let _back = Return(&self.file);

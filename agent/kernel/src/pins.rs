@@ -1,7 +1,7 @@
-//! The folder of pins: what keeps programs and maps alive when the agent is not.
+//! The folder of pins, which keeps programs and maps alive without an agent. `programs` describes its layout.
 //!
-//! One agent at a time: the folder is locked by its [`PinLock`]. Its layout is told in `programs`. Who is to be the next one
-//! has its [`SuccessorLock`]: an agent that ends and finds it taken gives up its claim first, and serves on until the turn is free.
+//! [`PinLock`] limits the folder to one agent. The next agent holds [`SuccessorLock`]. An agent that ends while there is a
+//! successor releases `PinLock` first, and serves on until the successor releases `SuccessorLock`.
 
 use std::{
     collections::BTreeMap,
@@ -21,14 +21,14 @@ use tacit_abi::ABI_VERSION;
 
 use super::{KernelError, clsact, link};
 
-/// The right to the folder of pins, for as long as it lives.
+/// The lock on the folder of pins, held until it is dropped.
 pub struct PinLock {
     root: PathBuf,
     lock: Flock<File>,
 }
 
 impl PinLock {
-    /// Takes it; makes the folder.
+    /// Locks the folder of pins. Creates the folder if it is missing.
     ///
     /// # Errors
     /// [`KernelError::Locked`] while another agent has it.
@@ -37,24 +37,24 @@ impl PinLock {
         Ok(Self { root: root.to_owned(), lock: lock(root)? })
     }
 
-    /// Takes it as soon as the agent that has it gives it up or ends. Blocks the thread.
+    /// Waits until the agent that has the lock releases it or exits, and takes it. Blocks the thread.
     ///
     /// # Errors
-    /// When the folder cannot be locked at all.
+    /// Fails if the folder cannot be locked at all.
     pub fn acquire(root: &Path) -> Result<Self, KernelError> {
         make_root(root)?;
         Ok(Self { root: root.to_owned(), lock: wait_lock(root)? })
     }
 }
 
-/// The right to be the next agent here, for as long as it lives.
+/// The lock on the successor's place, held until it is dropped.
 pub struct SuccessorLock(#[expect(dead_code, reason = "held, not used")] Flock<File>);
 
 impl SuccessorLock {
-    /// Takes it; `None` while another agent has it.
+    /// Locks the successor's place. Returns `None` while another agent has it.
     ///
     /// # Errors
-    /// When there is no folder of pins.
+    /// Fails if there is no folder of pins.
     pub fn try_acquire(root: &Path) -> Result<Option<Self>, KernelError> {
         match lock(&successor_folder(root)?) {
             Ok(lock) => Ok(Some(Self(lock))),
@@ -63,7 +63,7 @@ impl SuccessorLock {
         }
     }
 
-    /// Takes it as soon as it is free. Blocks the thread.
+    /// Waits until the successor's place is free, and locks it. Blocks the thread.
     ///
     /// # Errors
     /// As [`SuccessorLock::try_acquire`].
@@ -72,7 +72,7 @@ impl SuccessorLock {
     }
 }
 
-/// What a turn locks.
+/// Returns the folder that [`SuccessorLock`] locks.
 fn successor_folder(root: &Path) -> Result<PathBuf, KernelError> {
     let folder = root.join("next");
     fs::create_dir_all(&folder).map_err(KernelError::file("create", &folder))?;
@@ -81,8 +81,8 @@ fn successor_folder(root: &Path) -> Result<PathBuf, KernelError> {
 
 /// The folder of pins, locked for one agent.
 ///
-/// What is pinned is also held open: a pin that is deleted under a running agent detaches nothing, and
-/// [`Pins::restore`] makes it again, so that the agent's end does not either.
+/// The agent holds the pinned objects open, so a pin that is deleted under a running agent detaches nothing.
+/// [`Pins::restore`] makes the pin again, so that the object also outlives the agent.
 pub(super) struct Pins {
     root: PathBuf,
     /// `None` once another agent may have it.
@@ -242,7 +242,7 @@ pub(super) fn check_version(root: &Path) -> Result<(), KernelError> {
     Ok(())
 }
 
-/// Where the maps are pinned below `root`.
+/// Returns the folder of pinned maps below `root`.
 pub(super) fn maps_folder(root: &Path) -> PathBuf {
     root.join(maps_folder_name())
 }

@@ -1,9 +1,9 @@
-//! What the running kernel can do, found out by trying, never by its version: distributions carry features back and
-//! leave others out.
+//! Capabilities of the running kernel, found by trials and not by its version, because distributions backport features
+//! and leave others out.
 //!
 //! ```text
-//! FEATURES (features) --attempt--> Presence      tiny programs and maps, loaded and dropped at once (raw, attempt)
-//!                     --seat-----> Presence      one real link on one real socket (seat)
+//! FEATURES (features) --trial--> Presence        tiny programs and maps, loaded and dropped at once (raw, trial)
+//!                     --trial--> Presence        one real link on one real socket (cgroup_probe)
 //!         all of them: ProbeReport ---> `tacit doctor`
 //!         required and not there: Unsupported --> exit code 78 (unsupported)
 //! ```
@@ -48,7 +48,7 @@ impl fmt::Display for Release {
     }
 }
 
-/// What a trial showed.
+/// The result of a trial.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Presence {
     /// It works.
@@ -60,7 +60,7 @@ pub enum Presence {
 }
 
 impl Presence {
-    /// Why it is not known to work; empty when it is.
+    /// The reason for which it is not known to work; empty when it is.
     #[must_use]
     pub fn problem(&self) -> &str {
         match self {
@@ -81,7 +81,7 @@ impl Presence {
     }
 }
 
-/// What happens where a feature is missing.
+/// The consequence of a missing feature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
     /// The agent does not start.
@@ -90,7 +90,7 @@ pub enum Need {
     Fallback(&'static str),
 }
 
-/// How an operator gets a feature.
+/// The way for an operator to get a feature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Remedy {
     /// By another kernel: since that release, with that build option.
@@ -104,20 +104,20 @@ pub enum Remedy {
 pub struct ProbeFinding {
     /// Its name, stable.
     pub feature: &'static str,
-    /// What Tacit does with it.
+    /// The purpose of the feature in Tacit.
     pub needed_for: &'static str,
     /// First release of Linux that has it.
     pub since: Release,
-    /// What is done without it.
+    /// The consequence of its absence.
     pub need: Need,
-    /// What to do about it.
+    /// The remedy for its absence.
     pub remedy: Remedy,
-    /// What the trial showed.
+    /// The result of the trial.
     pub presence: Presence,
 }
 
 impl ProbeFinding {
-    /// Does the agent refuse to start over it?
+    /// Returns true if the agent refuses to start without it.
     #[must_use]
     pub fn stops_the_agent(&self) -> bool {
         self.need == Need::Required && self.presence != Presence::Present
@@ -135,7 +135,7 @@ impl ProbeFinding {
     }
 }
 
-/// What was tried on one kernel.
+/// The findings on one kernel.
 #[derive(Debug, Clone)]
 pub struct ProbeReport {
     /// The running kernel's release.

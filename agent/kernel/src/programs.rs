@@ -8,7 +8,7 @@
 //! <pinPath>/links/arrival-<cgroup id>-<interface>  the same, for frames towards the pod
 //! <pinPath>/next                     empty; locked by who takes over next
 //! ```
-//! All programs are verified before the first is attached. A pinned link whose target is still ours is kept and its
+//! All programs are verified before the first is attached. A pinned link that still has the right target is kept and its
 //! program swapped atomically; any other is replaced. The link at the agent's own cgroup is not pinned: it only
 //! serves connections that the agent makes.
 
@@ -35,7 +35,7 @@ use super::{
     KernelError, VerifierLog,
     cgroup::Cgroup,
     link,
-    netns::Netns,
+    netns::{self, Netns},
     pins::{self, PinLock, Pins},
     probe,
     verifier::{refused, verify},
@@ -59,7 +59,7 @@ const STEER: &str = "steer";
 const ESTABLISHED: &str = "established";
 
 /// Maps that outlive the agent.
-pub(super) const MAPS: [&str; 19] = [
+pub(super) const MAPS: [&str; 22] = [
     "STATE",
     "AGENTS",
     "CLEAR",
@@ -73,11 +73,14 @@ pub(super) const MAPS: [&str; 19] = [
     "PORT_MODES",
     "MESH",
     "NODE",
+    "CLUSTER_NODES",
+    "NODE_SERVICES",
     "LISTENERS",
     "CAPTURERS",
     "NAMES",
     "CAPTURED",
     "DIALLED",
+    "PENDING",
     "COUNTERS",
 ];
 
@@ -96,7 +99,7 @@ pub struct ProgramState {
     pub attached_to: String,
     /// The kernel's program id.
     pub id: u32,
-    /// Where its link is pinned.
+    /// The path of its pinned link.
     pub pinned: Option<PathBuf>,
 }
 
@@ -145,12 +148,12 @@ fn is_pinned(pin_path: &Path, map_ids: &[u32]) -> bool {
 
 impl Programs {
     pub(super) fn load(
-        claim: PinLock,
+        pin_lock: PinLock,
         pods: &Cgroup,
         log: &VerifierLog,
         prepared: Option<PreparedPrograms>,
     ) -> Result<Self, KernelError> {
-        let pins = Pins::open(claim)?;
+        let pins = Pins::open(pin_lock)?;
         let (maps, links) = (pins.maps()?, pins.links()?);
         let prepared = prepared.and_then(|prepared| prepared.still_fit(pins.root()));
         let ebpf = match prepared.map_or_else(|| load_verified(Some(pins.root()), pods, log), Ok) {
@@ -262,7 +265,7 @@ impl Programs {
     /// Pods whose namespaces are steered, by cgroup id; after a restart also those that are gone.
     ///
     /// # Errors
-    /// When the pins cannot be read.
+    /// Fails if the pins cannot be read.
     pub fn steered(&self) -> Result<Vec<u64>, KernelError> {
         let links = self.pins.links()?;
         Ok(links.iter().filter_map(|(name, _)| name.strip_prefix("steer-")?.parse().ok()).collect())
@@ -378,12 +381,18 @@ fn load_verified(pin_path: Option<&Path>, pods: &Cgroup, log: &VerifierLog) -> R
 }
 
 fn load_object(pin_path: Option<&Path>, pods: &Cgroup) -> Result<Ebpf, KernelError> {
+    // The agent has the node's network.
+    let node_netns_cookie = netns::netns_cookie().map_err(|e| KernelError::Map {
+        map: "SETTINGS",
+        problem: format!("cookie of the namespace: {e}"),
+    })?;
     let settings = Settings {
         pods_level: pods.level(),
         abi_version: ABI_VERSION,
         pods_cgroup: pods.id(),
         has_set_retval: u32::from(probe::has_set_retval()),
         pad: 0,
+        node_netns_cookie,
     };
     let mut loader = EbpfLoader::new();
     loader.override_global("SETTINGS", &settings, true);

@@ -1,5 +1,5 @@
-//! TCP connections that a pod has in clear, with no agent between: those from before it was enrolled, which passed no
-//! connect hook, and those that its applications accepted while its mode and policies let them.
+//! Resets of a pod's plaintext TCP connections without an agent between: those from before its enrolment, which passed no
+//! connect hook, and those that its applications accepted while its mode and policies allowed them.
 
 use std::{
     collections::HashSet,

@@ -7,6 +7,7 @@ use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
     io::{self, IoSlice},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    os::fd::AsRawFd as _,
     time::Duration,
 };
 
@@ -15,7 +16,7 @@ use nix::sys::socket::{
     sockopt::{IpBindAddressNoPort, TcpCongestion},
 };
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
-use tacit_abi::{Address, Listener, tcp_port};
+use tacit_abi::{Address, LOOPBACK_UNSENT_BYTES, LOST_CLIENT_MARK, Listener, tcp_port};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     net::TcpStream,
@@ -36,6 +37,9 @@ const BACKLOG: i32 = 4096;
 /// Congestion control of connections that end on loopback: nothing is lost there, and pacing only costs.
 const LOOPBACK_CONGESTION: &str = "reno";
 
+/// Receive buffer of a connection from an application; the kernel doubles it. The window is a batch of the agent's largest reads.
+pub const LOOPBACK_UNREAD_BYTES: usize = 256 << 10;
+
 /// The agent's listeners in one pod; not blocking, and not yet with any runtime.
 #[derive(Debug)]
 pub struct Listeners {
@@ -49,7 +53,7 @@ pub struct Listeners {
     pub injector: Injector,
 }
 
-/// Where listeners may be opened.
+/// The ports at which listeners may be opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ports {
     /// At the data path's own ports alone.
@@ -94,6 +98,7 @@ impl Listeners {
             let capture = of_applications(tcp_port::CAPTURE, ports)?;
             // As the kernel side does for the other ends on loopback; what is accepted inherits it.
             let _ = setsockopt(&capture, TcpCongestion, &LOOPBACK_CONGESTION.into());
+            let _ = capture.set_recv_buffer_size(LOOPBACK_UNREAD_BYTES);
             let plaintext = of_applications(tcp_port::PLAINTEXT, ports)?;
             let tunnel = listener(tcp_port::TUNNEL, ports)?;
             let injector = Injector::open_here().map_err(ListenError::Raw)?;
@@ -103,7 +108,7 @@ impl Listeners {
         Ok(Self { capture: capture.into(), plaintext: plaintext.into(), tunnel: tunnel.into(), injector })
     }
 
-    /// Where captured connections have to go.
+    /// Returns the port to which captured connections are redirected.
     ///
     /// # Errors
     /// The kernel's.
@@ -123,12 +128,14 @@ impl Listeners {
 }
 
 /// A listener whose connections are applications'. They inherit what each of them needs, which saves two system calls for
-/// each: bytes are passed on as they come, since waiting for more belongs to the applications; and they end with RST however
-/// they are closed, also those that nobody has accepted yet when the agent dies.
+/// each: bytes are passed on as they come, since waiting for more belongs to the applications; little is kept for one that does
+/// not read, or that the agent does not read; and they end with RST however they are closed, also those that nobody has
+/// accepted yet when the agent dies.
 fn of_applications(port: u16, ports: Ports) -> Result<Socket, ListenError> {
     let listener = listener(port, ports)?;
     let set = || {
         listener.set_tcp_nodelay(true)?;
+        listener.set_tcp_notsent_lowat(LOOPBACK_UNSENT_BYTES)?;
         listener.set_linger(Some(Duration::ZERO))
     };
     set().map_err(|source| ListenError::Listen { port, source })?;
@@ -178,7 +185,7 @@ impl Acceptor {
     /// Polled by the calling thread's runtime.
     ///
     /// # Errors
-    /// When memory of the poller is used up.
+    /// Fails if memory of the poller is used up.
     pub fn new(listener: TcpListener) -> io::Result<Self> {
         // SAFETY: the listener owns its descriptor, is owned by the registration, and is never replaced.
         let registered = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) };
@@ -204,7 +211,7 @@ impl Acceptor {
 /// A socket in `netns`, ready to connect to an address of `to`'s family.
 ///
 /// # Errors
-/// When the namespace cannot be entered or descriptors are used up.
+/// Fails if the namespace cannot be entered or descriptors are used up.
 pub fn outgoing(netns: &Netns, host: &HostNetns, to: SocketAddr) -> io::Result<Socket> {
     let open = || Socket::new(Domain::for_address(to), Type::STREAM.nonblocking(), Some(Protocol::TCP));
     let socket = host.run_in(netns.file(), open)??;
@@ -238,6 +245,103 @@ fn loopback_for(to: IpAddr, client: SocketAddr) -> IpAddr {
     ip(&Address::dial_source(to.is_ipv4(), hasher.finish() as u32))
 }
 
+/// Bounds the bytes that `socket` keeps unsent, beside those in flight; `None` leaves that to the kernel.
+///
+/// # Errors
+/// The kernel's.
+pub fn limit_unsent_bytes<'s>(socket: impl Into<SockRef<'s>>, most: Option<u32>) -> io::Result<()> {
+    // 0 stands for `net.ipv4.tcp_notsent_lowat`.
+    socket.into().set_tcp_notsent_lowat(most.unwrap_or(0))
+}
+
+/// Bounds the bytes that `socket` keeps for its reader to about `most`, and returns true. A socket that has a bound keeps it.
+///
+/// # Errors
+/// The kernel's.
+pub fn bound_unread_bytes<'s>(socket: impl Into<SockRef<'s>>, most: u32) -> io::Result<bool> {
+    let socket = socket.into();
+    if option(&socket, libc::SOL_SOCKET, libc::SO_BUF_LOCK)? & RECEIVE_BUFFER_LOCKED != 0 {
+        return Ok(false);
+    }
+    socket.set_recv_buffer_size(most as usize)?;
+    Ok(true)
+}
+
+/// Raises the bound of [`bound_unread_bytes`] to what the kernel grows a buffer to by default. Growth by the kernel would begin
+/// at the small window, and take tens of round trips.
+///
+/// # Errors
+/// The kernel's.
+pub fn widen_unread_bytes<'s>(socket: impl Into<SockRef<'s>>) -> io::Result<()> {
+    let socket = socket.into();
+    // The kernel clamps the window to the size that the buffer had before it was bound.
+    set_option(&socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, WINDOW_MAX_BYTES)?;
+    set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, WIDE_UNREAD_BYTES)
+}
+
+/// Ends the bound of [`bound_unread_bytes`]: the kernel grows the buffer with the rate of reading.
+///
+/// # Errors
+/// The kernel's.
+pub fn unbound_unread_bytes<'s>(socket: impl Into<SockRef<'s>>) -> io::Result<()> {
+    set_option(&socket.into(), libc::SOL_SOCKET, libc::SO_BUF_LOCK, 0)
+}
+
+/// Half of the largest receive buffer by the kernel's defaults (`net.ipv4.tcp_rmem`), in bytes; the kernel doubles it.
+const WIDE_UNREAD_BYTES: libc::c_int = 3 << 20;
+/// More than any receive buffer, in bytes.
+const WINDOW_MAX_BYTES: libc::c_int = 1 << 30;
+/// `SOCK_RCVBUF_LOCK`: the bit in `SO_BUF_LOCK` of a receive buffer whose size was set.
+const RECEIVE_BUFFER_LOCKED: libc::c_int = 2;
+
+fn option(socket: &Socket, level: libc::c_int, name: libc::c_int) -> io::Result<libc::c_int> {
+    let (mut value, mut size) = (0, size_of::<libc::c_int>() as libc::socklen_t);
+    // SAFETY: the descriptor is open, and `value` and `size` live through the call; `size` is that of `value`.
+    let result =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, (&raw mut value).cast(), &raw mut size) };
+    if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+}
+
+fn set_option(socket: &Socket, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let size = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the descriptor is open, and `value` lives through the call and has the size that is passed.
+    let result =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), size) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The kernel side had no room for the client of a dialled connection.
+#[derive(Debug, Clone, Copy, thiserror::Error)]
+#[error(
+    "the pod has its share of connections that its applications have not accepted, or the kernel has no memory"
+)]
+pub struct ClientNotStored;
+
+/// Connects a socket of [`dialer`], which is in `netns`, within `limit`.
+///
+/// # Errors
+/// As [`connected`]; [`ClientNotStored`] inside [`io::ErrorKind::Other`].
+pub async fn dialled(
+    socket: Socket,
+    (netns, host): (&Netns, &HostNetns),
+    to: SocketAddr,
+    limit: Duration,
+) -> io::Result<TcpStream> {
+    let is_connected = begin(&socket, to)?;
+    if socket.mark()? == LOST_CLIENT_MARK {
+        return Err(io::Error::other(ClientNotStored));
+    }
+    if is_connected {
+        return TcpStream::from_std(socket.into());
+    }
+    // The kernel answers a SYN from `::1` to a closed port of another address with nothing, while IPv4 has a reset. A
+    // listener that does not answer either has a full backlog.
+    if to.is_ipv6() && matches!(has_listener(netns, host, to), Ok(false)) {
+        return Err(io::ErrorKind::ConnectionRefused.into());
+    }
+    answered(socket, limit).await
+}
+
 /// Connects `socket` within `limit`.
 ///
 /// # Errors
@@ -245,27 +349,6 @@ fn loopback_for(to: IpAddr, client: SocketAddr) -> IpAddr {
 pub async fn connected(socket: Socket, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
     if begin(&socket, to)? {
         return TcpStream::from_std(socket.into());
-    }
-    answered(socket, limit).await
-}
-
-/// Connects `socket`, which is in `netns`, to an application there within `limit`.
-///
-/// # Errors
-/// As [`connected`].
-pub async fn connected_here(
-    socket: Socket,
-    (netns, host): (&Netns, &HostNetns),
-    to: SocketAddr,
-    limit: Duration,
-) -> io::Result<TcpStream> {
-    if begin(&socket, to)? {
-        return TcpStream::from_std(socket.into());
-    }
-    // The kernel answers a SYN from `::1` to a closed port of another address with nothing, while IPv4 has a reset. A
-    // listener that does not answer either has a full backlog.
-    if to.is_ipv6() && matches!(has_listener(netns, host, to), Ok(false)) {
-        return Err(io::ErrorKind::ConnectionRefused.into());
     }
     answered(socket, limit).await
 }

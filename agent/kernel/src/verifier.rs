@@ -1,4 +1,4 @@
-//! Has the kernel's verifier check the programs, and makes its refusal readable.
+//! The kernel's verifier checks the programs, and its refusal becomes readable.
 //!
 //! The error carries the last lines of the verifier's log, where the cause stands. The whole log has up to megabytes:
 //! it goes to a file, when asked for.
@@ -22,7 +22,7 @@ use crate::host;
 /// Lines of a log that an error shows.
 const TAIL_LINES: usize = 12;
 
-/// What becomes of the log of a refused program, beyond the lines in the error.
+/// The destination of a rejected program's log, beyond the lines in the error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VerifierLog {
     /// It is dropped.
@@ -31,7 +31,7 @@ pub enum VerifierLog {
     Folder(PathBuf),
 }
 
-/// Has one program of the object checked.
+/// Makes the verifier check one program of the object.
 pub(super) fn verify(ebpf: &mut Ebpf, name: &str, log: &VerifierLog) -> Result<(), KernelError> {
     let result = match ebpf.program_mut(name) {
         Some(Program::CgroupSockAddr(p)) => CgroupSockAddr::load(p),
@@ -75,7 +75,7 @@ fn excerpt(program: &str, text: &str, log: &VerifierLog) -> String {
     format!("{tail}\n{whole}")
 }
 
-/// Writes a file that was not there before, so that nobody who may write to the folder can put a link in our way.
+/// Writes a file that must not exist, so that another writer of the folder cannot redirect the write with a link.
 fn write(folder: &Path, program: &str, text: &str) -> io::Result<PathBuf> {
     let (pid, mut attempt) = (std::process::id(), 0);
     loop {

@@ -10,7 +10,7 @@ use tacit_core::{
 };
 
 use crate::{
-    kubernetes::{self, OpenError, Sender, WatchTasks, access, list_and_watch},
+    kubernetes::{self, KubernetesError, Sender, WatchTasks, access, list_and_watch},
     reload::Opening,
 };
 
@@ -68,12 +68,16 @@ pub struct LocalNode {
 /// Starts to watch the API.
 ///
 /// # Errors
-/// [`OpenError`]. An API that does not answer is not an error.
-pub async fn open(options: &Options, local_node: LocalNode) -> Result<Opening<Directory>, OpenError> {
+/// [`KubernetesError`]. An API that does not answer is not an error.
+pub async fn open(options: &Options, local_node: LocalNode) -> Result<Opening<Directory>, KubernetesError> {
     start(access(options.kubeconfig.as_deref()).await?, options.enrol_label.clone(), local_node)
 }
 
-fn start(config: Config, enrol: EnrolLabel, local_node: LocalNode) -> Result<Opening<Directory>, OpenError> {
+fn start(
+    config: Config,
+    enrol: EnrolLabel,
+    local_node: LocalNode,
+) -> Result<Opening<Directory>, KubernetesError> {
     kubernetes::start(config, DirectoryStore::new(enrol, local_node), watch_tasks)
 }
 

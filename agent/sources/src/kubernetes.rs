@@ -23,11 +23,13 @@ mod watcher;
 
 pub(crate) use reflector::{InvalidObjects, ObjectStore, Sender, WatchTasks, start};
 pub(crate) use reported::{Problem, reported};
-pub(crate) use watcher::{Change, Definition, KindName, Resource, list_and_watch, random};
+pub(crate) use watcher::{
+    Change, Definition, KindName, Resource, Update, list_and_watch, list_and_watch_again, random,
+};
 
 /// The reason why the API cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
+pub enum KubernetesError {
     /// The kubeconfig file is invalid.
     #[error("kubeconfig {path:?}: {source}")]
     Kubeconfig {
@@ -49,9 +51,9 @@ pub enum OpenError {
 }
 
 /// Loads a kubeconfig file, or the credentials of the agent's own pod if `kubeconfig` is `None`.
-pub(crate) async fn access(kubeconfig: Option<&Path>) -> Result<Config, OpenError> {
+pub(crate) async fn access(kubeconfig: Option<&Path>) -> Result<Config, KubernetesError> {
     let Some(path) = kubeconfig else { return Ok(Config::incluster()?) };
-    let failed = |source| OpenError::Kubeconfig { path: path.to_owned(), source };
+    let failed = |source| KubernetesError::Kubeconfig { path: path.to_owned(), source };
     let file = Kubeconfig::read_from(path).map_err(failed)?;
     Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(failed)
 }

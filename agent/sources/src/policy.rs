@@ -8,16 +8,19 @@
 //! ```
 //! Nothing is published before both resources were listed, because a missing policy would allow the traffic it denies. The
 //! agent waits meanwhile, for example if the definitions are missing. An invalid policy denies what it selects and does not
-//! affect other policies.
+//! affect other policies. Policies that exceed the share of their namespace are not applied, and deny all connections to its pods.
 
 use std::{path::PathBuf, sync::Arc};
 
 use kube::{Client, Config};
-use tacit_core::policy::{Policies, PolicyKind};
-use tokio::sync::mpsc;
+use tacit_core::policy::{Mode, Policies, PolicyKind};
+use tokio::sync::{Notify, mpsc};
 
 use crate::{
-    kubernetes::{self, Change, InvalidObjects, OpenError, Sender, WatchTasks, access, list_and_watch},
+    kubernetes::{
+        self, Change, InvalidObjects, KubernetesError, Sender, Update, WatchTasks, access,
+        list_and_watch_again,
+    },
     reload::Opening,
 };
 
@@ -38,28 +41,48 @@ pub struct Options {
     pub kubeconfig: Option<PathBuf>,
 }
 
-/// Starts to watch the API. Policies in `root_namespace` apply to the whole mesh.
+/// Starts to watch the API. Policies in `root_namespace` apply to the whole mesh. No policy sets a mode below `minimum`.
 ///
 /// # Errors
-/// [`OpenError`]. An API that does not answer, or does not serve the resources, is not an error.
-pub async fn open(options: &Options, root_namespace: Arc<str>) -> Result<Opening<Policies>, OpenError> {
-    start(access(options.kubeconfig.as_deref()).await?, root_namespace)
+/// [`KubernetesError`]. An API that does not answer, or does not serve the resources, is not an error.
+pub async fn open(
+    options: &Options,
+    root_namespace: Arc<str>,
+    minimum: Mode,
+) -> Result<Opening<Policies>, KubernetesError> {
+    start(access(options.kubeconfig.as_deref()).await?, root_namespace, minimum)
 }
 
-fn start(config: Config, root_namespace: Arc<str>) -> Result<Opening<Policies>, OpenError> {
+fn start(
+    config: Config,
+    root_namespace: Arc<str>,
+    minimum: Mode,
+) -> Result<Opening<Policies>, KubernetesError> {
     let (events, refused) = mpsc::channel(events::WAITING_MAX);
-    let source = PolicySource { store: PolicyStore::new(root_namespace), events };
-    kubernetes::start(config, source, |client, news| watch_tasks(client, news, refused))
+    let relists = Relists::default();
+    let store = PolicyStore::new(root_namespace);
+    let source = PolicySource { store, minimum, events, relists: relists.clone() };
+    kubernetes::start(config, source, |client, news| watch_tasks(client, news, refused, relists))
 }
+
+/// Requests of new lists, for each resource.
+type Relists = [Arc<Notify>; PolicyKind::ALL.len()];
 
 fn watch_tasks(
     client: Client,
     news: Sender<PolicySource>,
     refused: mpsc::Receiver<InvalidPolicy>,
+    [relist_modes, relist_policies]: Relists,
 ) -> WatchTasks {
     let mut watch_tasks = WatchTasks::new();
-    watch_tasks.spawn(list_and_watch::<PeerAuthentications>(client.clone(), news.clone()));
-    watch_tasks.spawn(list_and_watch::<AuthorizationPolicies>(client.clone(), news));
+    let (modes, news_of_modes) = (client.clone(), news.clone());
+    watch_tasks.spawn(async move {
+        list_and_watch_again::<PeerAuthentications>(modes, news_of_modes, &relist_modes).await;
+    });
+    let policies = client.clone();
+    watch_tasks.spawn(async move {
+        list_and_watch_again::<AuthorizationPolicies>(policies, news, &relist_policies).await;
+    });
     watch_tasks.spawn(report(client, refused));
     watch_tasks
 }
@@ -67,13 +90,22 @@ fn watch_tasks(
 /// The store, and the channel for Events.
 struct PolicySource {
     store: PolicyStore,
+    minimum: Mode,
     events: mpsc::Sender<InvalidPolicy>,
+    relists: Relists,
 }
 
 impl kubernetes::ObjectStore for PolicySource {
     type Kind = PolicyKind;
     type Object = Document;
     type Value = Policies;
+
+    /// A policy has up to 1.5 MiB.
+    const CHANGES_MAX: usize = 64;
+
+    fn drop_replaced(batch: &mut Vec<Update<PolicyKind, Document>>) {
+        store::drop_replaced(batch);
+    }
 
     fn apply_change(&mut self, change: Change<PolicyKind, Document>) {
         for finding in self.store.apply_change(change) {
@@ -89,7 +121,15 @@ impl kubernetes::ObjectStore for PolicySource {
     }
 
     fn take_changed(&mut self) -> Option<Policies> {
-        self.store.take_changed()
+        let changed = self.store.take_changed();
+        if self.store.take_needs_list() {
+            self.relists.iter().for_each(|relist| relist.notify_one());
+        }
+        changed.map(|policies| policies.with_minimum(self.minimum))
+    }
+
+    fn warnings(&mut self) -> Vec<String> {
+        self.store.warnings()
     }
 
     fn invalid_objects(&self) -> InvalidObjects {

@@ -29,8 +29,8 @@ use crate::{
     telemetry::{
         Telemetry, admin,
         status::{
-            FlowsStatus, GuardStatus, IssuerStatus, MeshStatus, PoolStatus, SourceKind, Status,
-            UncoveredStatus,
+            FlowsStatus, GuardStatus, IssuerStatus, MeshStatus, NodeStateStatus, NodesStatus, PoolStatus,
+            SourceKind, Status, UncoveredStatus, UnnamedStatus,
         },
     },
 };
@@ -46,13 +46,14 @@ pub(super) struct AdminServers {
     stop: CancellationToken,
 }
 
-/// What can be seen through them.
+/// The state that the servers report.
 struct Shown {
     node: String,
     trust_domain: String,
     started: Instant,
     sources: Vec<(SourceKind, watch::Receiver<ReloadState>)>,
     state: State,
+    node_state: watch::Receiver<NodeStateStatus>,
     /// Set when there is more to see than that.
     report: OnceLock<Arc<Report>>,
 }
@@ -65,7 +66,7 @@ impl AdminServers {
         started: Instant,
         sources: Vec<(SourceKind, watch::Receiver<ReloadState>)>,
         telemetry: Telemetry,
-        state: State,
+        (state, node_state): (State, watch::Receiver<NodeStateStatus>),
         may_stand_by: bool,
     ) -> Result<Self, AppError> {
         let operator = admin::bind_operator(&config.socket)?;
@@ -82,6 +83,7 @@ impl AdminServers {
             started,
             sources,
             state,
+            node_state,
             report: OnceLock::new(),
         });
         let stop = CancellationToken::new();
@@ -178,13 +180,17 @@ impl Shown {
             programs: Vec::new(),
             kernel: Vec::new(),
             guard: GuardStatus::default(),
+            node_state: self.node_state.borrow().clone(),
+            unnamed: UnnamedStatus::default(),
             mesh: MeshStatus::default(),
             uncovered: UncoveredStatus::default(),
+            nodes: NodesStatus::default(),
             issuer: IssuerStatus::default(),
             certificates: Vec::new(),
             sources: self.sources.iter().map(|(kind, state)| source(*kind, &state.borrow())).collect(),
             flows: FlowsStatus::default(),
             pool: PoolStatus::default(),
+            shares: Vec::new(),
         }
     }
 }

@@ -4,31 +4,38 @@ use std::{
     collections::BTreeMap,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
-    time::{Instant, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tacit_core::{
     directory::{Directory, Ranges, Uncovered, Workload},
     policy::{
         Mode,
-        explain::{self, ExplainContext, ExplainError, Explanation, WorkloadRef},
+        explain::{self, ExplainContext, ExplainError, Explanation, PolicyInForce, WorkloadRef},
     },
+    shares::{SHARES, ShareUse},
     spiffe::TrustDomain,
 };
 use tacit_identity::{issuer::Issuer, istio::Skew, manager::CertificateState};
-use tacit_kernel::{DropCount, GuardedLink, Kernel, PlaintextEgress, host};
+use tacit_kernel::{DropCount, GuardedLink, Kernel, KernelCounter, PlaintextEgress, host};
 use tacit_sources::reload::ReloadState;
+use tokio::sync::watch;
 
 use crate::{
+    app::kernel_shares,
     config::Config,
-    enrol::{PodPolicy, in_clear},
+    enrol::{PodPolicy, Pods, Unnamed},
+    mesh::NodesNotApplied,
     proxy::Proxy,
     telemetry::status::{
-        AgentState, CertificateStatus, DropStatus, FlowsStatus, GuardStatus, IssuerStatus, KernelCounter,
-        MeshStatus, PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, SourceKind,
-        SourceStatus, Status, UncoveredStatus,
+        AgentState, CertificateStatus, CounterStatus, DropStatus, FlowsStatus, GuardStatus, IssuerStatus,
+        MeshStatus, NodeStateStatus, NodesStatus, PodState, PodStatus, PoolStatus, ProgramStatus,
+        RANGES_LISTED_MAX, ShareStatus, SourceKind, SourceStatus, Status, UncoveredStatus, UnnamedStatus,
     },
 };
+
+/// Namespaces listed whose policies are not applied, a number. All of them are logged.
+const NOT_APPLIED_LISTED_MAX: usize = 20;
 
 /// Gathers a [`Status`].
 pub(super) struct Report {
@@ -38,13 +45,22 @@ pub(super) struct Report {
     node: Arc<str>,
     pods_cgroup: PathBuf,
     started: Instant,
-    /// Who was in no range of the mesh, in that directory with those ranges.
+    node_state: watch::Receiver<NodeStateStatus>,
+    unnamed_pod_timeout: Duration,
+    /// The pods and services outside the mesh's ranges, for that directory and those ranges.
     uncovered: Mutex<(Arc<Directory>, Arc<Ranges>, UncoveredStatus)>,
 }
 
 impl Report {
-    pub(super) fn new(config: &Config, kernel: Arc<Kernel>, proxy: Arc<Proxy>, started: Instant) -> Self {
+    pub(super) fn new(
+        config: &Config,
+        kernel: Arc<Kernel>,
+        proxy: Arc<Proxy>,
+        (started, node_state): (Instant, watch::Receiver<NodeStateStatus>),
+    ) -> Self {
         Self {
+            node_state,
+            unnamed_pod_timeout: config.unnamed_pod_timeout,
             kernel,
             proxy,
             trust_domain: config.trust_domain.clone(),
@@ -67,8 +83,11 @@ impl Report {
             programs: self.programs(),
             kernel: self.kernel(),
             guard: self.guard(),
+            node_state: self.node_state.borrow().clone(),
+            unnamed: self.unnamed(),
             mesh: mesh(&self.proxy.snapshots.mesh.ranges()),
             uncovered: self.uncovered(),
+            nodes: nodes(self.proxy.snapshots.mesh.nodes_not_applied()),
             issuer: issuer(self.proxy.snapshots.identities.issuer()),
             certificates: self
                 .proxy
@@ -80,17 +99,19 @@ impl Report {
                 .collect(),
             sources: vec![
                 source(SourceKind::Directory, &self.proxy.snapshots.directory.state()),
-                source(SourceKind::Policy, &self.proxy.snapshots.policies.state()),
+                self.policy_source(),
             ],
             flows: FlowsStatus {
                 opening: self.proxy.openings.count() as u64,
                 ..self.proxy.telemetry.live_flows()
             },
             pool: PoolStatus { idle_sessions: self.proxy.sessions.count_idle() as u64 },
+            shares: self.shares(),
         }
     }
 
-    /// Who is in no range of the mesh. All are looked at once for each version of the directory and the ranges.
+    /// Returns the pods and services outside the mesh's ranges. The result is kept until the directory or the ranges
+    /// change.
     pub(super) fn uncovered(&self) -> UncoveredStatus {
         let directory = self.proxy.snapshots.directory.current();
         let mut known = self.uncovered.lock().unwrap_or_else(PoisonError::into_inner);
@@ -103,7 +124,18 @@ impl Report {
         known.2.clone()
     }
 
-    /// What policy says about a connection.
+    /// The source of policies, with the namespaces whose policies are not applied.
+    fn policy_source(&self) -> SourceStatus {
+        let mut status = source(SourceKind::Policy, &self.proxy.snapshots.policies.state());
+        let policies = self.proxy.snapshots.policies.current();
+        let not_applied = policies.not_applied().take(NOT_APPLIED_LISTED_MAX);
+        status.unreadable.extend(not_applied.map(|(namespace, why)| {
+            format!("policies of namespace {namespace} are not applied, and all connections to its pods are denied: {why}")
+        }));
+        status
+    }
+
+    /// Explains the policy decision on a connection.
     pub(super) fn explain(
         &self,
         from: &WorkloadRef,
@@ -111,9 +143,11 @@ impl Report {
         port: u16,
     ) -> Result<Explanation, ExplainError> {
         let addresses = host::addresses().unwrap_or_default();
+        let pods = self.proxy.pods.load();
         let known = ExplainContext {
             directory: &self.proxy.snapshots.directory.current(),
             policies: &self.proxy.snapshots.policies.current(),
+            in_force: &|workload| in_force(&pods, workload),
             node: &self.node,
             is_node: &|address| addresses.iter().any(|own| *own == address && host::is_probe_source(own)),
         };
@@ -124,40 +158,49 @@ impl Report {
         let table = self.proxy.pods.load();
         let live = self.proxy.telemetry.live_by_pod();
         let policies = self.proxy.snapshots.policies.current();
-        let pod = |workload: &Workload, policy: &PodPolicy, links: &[GuardedLink], state| PodStatus {
+        let pod = |workload: &Workload, policy: Option<&PodPolicy>, links: &[GuardedLink], state| PodStatus {
             name: workload.name.to_string(),
             namespace: workload.namespace.to_string(),
             cgroup: self.pods_cgroup.join(&workload.cgroup).display().to_string(),
             addresses: workload.addresses.clone(),
             identity: workload.identity.to_string(),
-            mode: mode(policy.modes.default).to_owned(),
-            port_modes: policy
-                .modes
-                .ports
-                .iter()
-                .map(|(p, m)| (*p, mode(*m).to_owned()))
-                .collect::<BTreeMap<_, _>>(),
-            policies: policy.authorization.names().map(str::to_owned).collect(),
-            in_clear: in_clear_text(in_clear(workload, &policy.modes)).to_owned(),
+            mode: policy.map_or(NO_POLICY, |policy| mode(policy.modes.default)).to_owned(),
+            port_modes: policy.map_or_else(BTreeMap::new, |policy| {
+                policy.modes.exceptions().map(|(p, m)| (p, mode(m).to_owned())).collect()
+            }),
+            policies: policy.map_or_else(Vec::new, |policy| policy.authorization.first_names()),
+            in_clear: policy
+                .map_or(NO_POLICY, |policy| in_clear_text(policy.plaintext_egress(workload)))
+                .to_owned(),
             guarded_links: links.iter().map(|link| format!("{} ({})", link.interface, link.by)).collect(),
-            policy_not_applied: policy.not_applied.clone(),
+            policy_not_applied: policy.and_then(|policy| policy.not_applied.clone()),
+            raised_by_minimum: policy.is_some() && policies.is_raised(workload),
             state,
             flows: live.get(&(workload.namespace.clone(), workload.name.clone())).copied().unwrap_or(0),
         };
-        let enrolled = table.pods.iter().map(|p| pod(&p.workload, &p.policy(), &p.links, PodState::Enrolled));
-        let waiting = table.waiting.iter().map(|w| {
-            let policy = PodPolicy::configured(&policies, &w.workload);
-            pod(&w.workload, &policy, &[], PodState::Waiting(w.reason.clone()))
-        });
+        let enrolled =
+            table.pods.iter().map(|p| pod(&p.workload, Some(&p.policy()), &p.links, PodState::Enrolled));
+        let waiting = table
+            .waiting
+            .iter()
+            .chain(&table.absent.listed)
+            .map(|w| pod(&w.workload, w.policy.as_deref(), &[], PodState::Waiting(w.reason.clone())));
         let directory = self.proxy.snapshots.directory.current();
         let left_alone = directory.host_network().map(|workload| {
             let reason = "it has the node's network (hostNetwork)".to_owned();
-            let policy = PodPolicy::configured(&policies, workload);
-            pod(workload, &policy, &[], PodState::LeftAlone(reason))
+            pod(workload, None, &[], PodState::LeftAlone(reason))
         });
         let mut all: Vec<PodStatus> = enrolled.chain(waiting).chain(left_alone).collect();
         all.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         all
+    }
+
+    fn unnamed(&self) -> UnnamedStatus {
+        let table = self.proxy.pods.load();
+        let Unnamed { held, left_alone, example } = table.unnamed.clone();
+        let is_held = self.kernel.maps.default_mode().is_ok_and(|mode| mode == Some(tacit_abi::Mode::Strict));
+        let held = if is_held { held } else { 0 };
+        UnnamedStatus { held, left_alone, example, limit_seconds: self.unnamed_pod_timeout.as_secs() }
     }
 
     fn programs(&self) -> Vec<ProgramStatus> {
@@ -171,9 +214,9 @@ impl Report {
         states.into_iter().map(status).collect()
     }
 
-    fn kernel(&self) -> Vec<KernelCounter> {
+    fn kernel(&self) -> Vec<CounterStatus> {
         let counters = self.kernel.maps.counters();
-        let counter = |c: tacit_kernel::KernelCounter| KernelCounter {
+        let counter = |c: KernelCounter| CounterStatus {
             name: c.name.to_owned(),
             help: c.help.to_owned(),
             value: c.value,
@@ -181,12 +224,26 @@ impl Report {
         counters.into_iter().map(counter).collect()
     }
 
+    /// Every share of the node. Which rows there are is stated in `tacit_core::shares`.
+    fn shares(&self) -> Vec<ShareStatus> {
+        let table = self.proxy.pods.load();
+        let name = |pod| pod_name(&table, pod);
+        let mut all = self.proxy.shares.usage(&name);
+        all.push(self.proxy.sessions.usage().named(name));
+        all.push(self.proxy.telemetry.admin_connections());
+        let policies = self.proxy.snapshots.policies.current();
+        let of_kernel = kernel_shares::usage(&self.kernel.maps, &table, &policies);
+        all.extend(of_kernel.map(|usage| usage.named(name)));
+        all.extend(policies.share_uses());
+        all.push(table.absent.share_use());
+        let row = |usage: &ShareUse<String>| SHARES.iter().position(|row| row.resource == usage.resource);
+        all.sort_by_key(row);
+        all.into_iter().map(ShareStatus::of).collect()
+    }
+
     fn guard(&self) -> GuardStatus {
         let table = self.proxy.pods.load();
-        let name = |cgroup: u64| match table.pods.iter().find(|pod| pod.cgroup == cgroup) {
-            Some(pod) => format!("{}/{}", pod.workload.namespace, pod.workload.name),
-            None => format!("cgroup {cgroup}"),
-        };
+        let name = |cgroup: u64| pod_name(&table, cgroup);
         let status = |drops: DropCount| DropStatus {
             pod: name(drops.cgroup),
             remote: drops.remote,
@@ -198,6 +255,38 @@ impl Report {
             resets_at_enrolment: self.proxy.telemetry.resets_at_enrolment(),
             drops: self.kernel.maps.drops().into_iter().map(status).collect(),
         }
+    }
+}
+
+fn nodes(not_applied: NodesNotApplied) -> NodesStatus {
+    let NodesNotApplied { addresses, ports } = not_applied;
+    NodesStatus { addresses_not_applied: addresses, ports_not_applied: ports }
+}
+
+/// Mode of a pod for which neither the kernel nor the agent holds a policy.
+const NO_POLICY: &str = "none";
+
+/// The policy that connections to a workload of this node meet.
+fn in_force(pods: &Pods, workload: &Workload) -> PolicyInForce {
+    let (policy, waits_for) = pods.policy_of(workload).unwrap_or((None, None));
+    let waits_for = waits_for.map(str::to_owned);
+    match policy {
+        Some(policy) => PolicyInForce::Held {
+            modes: policy.modes.clone(),
+            authorization: policy.authorization.clone(),
+            not_applied: policy.not_applied.clone(),
+            waits_for,
+        },
+        None => {
+            PolicyInForce::Nothing { waits_for: waits_for.unwrap_or_else(|| "not looked at yet".to_owned()) }
+        }
+    }
+}
+
+fn pod_name(table: &Pods, cgroup: u64) -> String {
+    match table.pods.iter().find(|pod| pod.cgroup == cgroup) {
+        Some(pod) => format!("{}/{}", pod.workload.namespace, pod.workload.name),
+        None => format!("cgroup {cgroup}"),
     }
 }
 

@@ -8,7 +8,7 @@ use tacit_core::{
 };
 use tacit_sources::{
     directory::{CgroupLayout, LocalNode},
-    kubernetes::OpenError,
+    kubernetes::KubernetesError,
     reload::{Opening, ReloadState, Watched},
 };
 use tokio::sync::watch;
@@ -41,7 +41,7 @@ impl Sources {
         self,
     ) -> Result<(Arc<Watched<Directory>>, Arc<Watched<Policies>>), AppError> {
         let (directory, policies) = tokio::join!(self.directory.complete(), self.policies.complete());
-        let ended = |field| move || AppError::Kubernetes { field, source: OpenError::Ended };
+        let ended = |field| move || AppError::Kubernetes { field, source: KubernetesError::Ended };
         let directory = directory.ok_or_else(ended("directory"))?;
         Ok((Arc::new(directory), Arc::new(policies.ok_or_else(ended("policy"))?)))
     }
@@ -75,20 +75,24 @@ async fn open_directory(config: &Config) -> Result<Opening<Directory>, AppError>
 /// The policies. They are used once all are known: one that is missing would let through what it denies.
 async fn open_policies(config: &Config) -> Result<Opening<Policies>, AppError> {
     let root = config.root_namespace.clone();
+    let minimum = config.minimum_mode;
     match &config.policy {
         Source::File(file) => {
             let named = file.clone();
             Ok(Watched::open(file, move |text| {
-                let policies = Policies::parse(text, &named, &root)?;
+                let policies = Policies::parse(text, &named, &root)?.with_minimum(minimum);
                 for note in policies.notes() {
                     tracing::warn!(file = %named.display(), "{note}");
+                }
+                for (namespace, why) in policies.not_applied() {
+                    tracing::warn!(file = %named.display(), namespace, why, "policies are not applied, and all connections to pods of the namespace are denied");
                 }
                 Ok(policies)
             })?
             .into())
         }
         Source::Kubernetes(options) => {
-            let opened = tacit_sources::policy::open(options, root).await;
+            let opened = tacit_sources::policy::open(options, root, minimum).await;
             opened.map_err(|source| AppError::Kubernetes { field: "policy", source })
         }
     }

@@ -7,21 +7,24 @@ use std::{
     time::Instant,
 };
 
-use tacit_core::{directory::Directory, policy::Policies};
+use tacit_core::{directory::Directory, policy::Policies, shares::Capacity};
 use tacit_identity::{
     issuer::{EmbeddedIssuer, Issuer},
     istio::IstioIssuer,
     manager::Identities,
     root::EmbeddedRootError,
 };
-use tacit_kernel::{Kernel, SuccessorLock, VerifierLog, cgroup::Cgroup, host, netns::HostNetns};
+use tacit_kernel::{Kernel, KernelError, SuccessorLock, VerifierLog, cgroup::Cgroup, host, netns::HostNetns};
 use tacit_sources::reload::Watched;
+use tokio::sync::watch;
 
 use crate::{
     app::{
         AppError, Signals,
         admin_servers::AdminServers,
         agent::Agent,
+        cover::{Cover, kept_state},
+        node_state::{self, Kept},
         report::Report,
         sources::Sources,
         state::{Event, State},
@@ -30,10 +33,11 @@ use crate::{
         tasks::{Tasks, refresh_node},
     },
     config::{Config, IssuerConfig},
+    control_state::Snapshots,
     enrol::{Enroller, Serve, publish_mesh_default},
     mesh::Mesh,
-    proxy::{Proxy, accept, dialer::Dialer, snapshots::Snapshots, workers::Workers},
-    telemetry::Telemetry,
+    proxy::{Proxy, accept, dialer::Dialer, workers::Workers},
+    telemetry::{Telemetry, status::NodeStateStatus},
 };
 
 /// Starts the agent. Returns `None` if a signal arrived before it served.
@@ -45,32 +49,55 @@ pub(super) async fn start(
 ) -> Result<Option<Agent>, AppError> {
     let started = Instant::now();
     let node = Node::open(config)?;
+    let (kept, mut node_state) = kept_state(config);
+    // First of all: a source may not answer for long, and after a reboot nothing else covers the pods.
+    let cover = cover(config, &node, verifier_log, stands_by, (&kept, &mut node_state))?;
     let sources = Sources::open(config).await?;
-    // Before programs: an agent that cannot be looked at should not touch the kernel.
-    let operator = Operator::open(config, started, &sources, stands_by).await?;
-    let Some(complete) = signals.before(sources.complete()).await else { return Ok(None) };
-    let (directory, policies) = complete?;
-    let identities = Arc::new(Identities::start(issuer(config)?));
-    let pins = async {
-        if stands_by {
-            let prepare = || Kernel::prepare(&config.pin_path, &node.pods_cgroup, verifier_log);
-            let stands_by = || operator.state.apply(Event::StandsBy);
-            succession::stand_by(config, &directory, &identities, prepare, stands_by).await
-        } else {
-            succession::first(&config.pin_path)
+    let operator = Operator::open(config, started, &sources, node_state, stands_by).await?;
+    let complete = async {
+        match &cover {
+            Some(cover) => cover.while_waiting(sources.complete()).await,
+            None => sources.complete().await,
         }
     };
-    let Some(succession) = signals.before(pins).await else { return Ok(None) };
-    let (kernel, successor_lock) = open_kernel(&node, verifier_log, succession?)?;
+    let Some(complete) = signals.before(complete).await else { return Ok(None) };
+    let (directory, policies) = complete?;
+    let identities = Arc::new(Identities::start(issuer(config)?));
+    let kernel = async {
+        let Some(cover) = cover else {
+            let prepare = || Kernel::prepare(&config.pin_path, &node.pods_cgroup, verifier_log);
+            let stands_by = || operator.state.apply(Event::StandsBy);
+            let succession = succession::stand_by(config, &directory, &identities, prepare, stands_by);
+            return open_kernel(&node, verifier_log, succession.await?);
+        };
+        Ok((cover.kernel, None))
+    };
+    let Some(kernel) = signals.before(kernel).await else { return Ok(None) };
+    let (kernel, successor_lock) = kernel?;
     let mesh = fill_maps(config, &kernel, &directory, &policies)?;
     let snapshots = Snapshots { directory, policies, mesh, identities };
     let proxy = proxy(config, &node, &kernel, snapshots, operator.telemetry.clone())?;
-    Ok(Some(serve(config, node, kernel, proxy, operator, successor_lock)))
+    Ok(Some(serve(config, node, kernel, proxy, operator, (kept, successor_lock))))
+}
+
+/// Covers the pods, or returns `None` if another agent does and this one may stand by.
+fn cover(
+    config: &Config,
+    node: &Node,
+    verifier_log: &VerifierLog,
+    stands_by: bool,
+    state: (&Kept, &mut NodeStateStatus),
+) -> Result<Option<Cover>, AppError> {
+    match succession::first(&config.pin_path) {
+        Ok((lock, _)) => Ok(Some(Cover::open(config, &node.pods_cgroup, verifier_log, lock, state)?)),
+        Err(KernelError::Locked { .. }) if stands_by => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// The parts of the node that the agent works with.
 struct Node {
-    /// How many files this process may have open.
+    /// Limit of open files of this process.
     descriptors: u64,
     /// The node's own network namespace.
     host: Arc<HostNetns>,
@@ -91,6 +118,7 @@ struct Operator {
     started: Instant,
     telemetry: Telemetry,
     state: State,
+    node_state: watch::Sender<NodeStateStatus>,
     servers: AdminServers,
 }
 
@@ -99,12 +127,15 @@ impl Operator {
         config: &Config,
         started: Instant,
         sources: &Sources,
+        node_state: NodeStateStatus,
         stands_by: bool,
     ) -> Result<Self, AppError> {
         let (telemetry, state) = (Telemetry::new(), State::default());
-        let (shown, counted, watched) = (sources.states(), telemetry.clone(), state.clone());
+        let node_state = watch::Sender::new(node_state);
+        let (shown, counted) = (sources.states(), telemetry.clone());
+        let watched = (state.clone(), node_state.subscribe());
         let servers = AdminServers::open(config, started, shown, counted, watched, stands_by).await?;
-        Ok(Self { started, telemetry, state, servers })
+        Ok(Self { started, telemetry, state, node_state, servers })
     }
 }
 
@@ -153,7 +184,8 @@ fn proxy(
     let workers = Workers::start(config.workers.unwrap_or_else(cores), config.busy_poll)
         .map_err(system("start the threads that carry flows"))?;
     let dialer = Dialer::new(kernel.clone(), node.host.clone());
-    let proxy = Arc::new(Proxy::new(snapshots, dialer, workers, telemetry));
+    let capacity = Capacity { descriptors: node.descriptors };
+    let proxy = Arc::new(Proxy::new(snapshots, dialer, workers, telemetry, capacity));
     accept::serve_held(&proxy, kernel.held_rings()?);
     Ok(proxy)
 }
@@ -170,15 +202,23 @@ fn serve(
     kernel: Arc<Kernel>,
     proxy: Arc<Proxy>,
     operator: Operator,
-    successor_lock: Option<SuccessorLock>,
+    (kept, successor_lock): (Kept, Option<SuccessorLock>),
 ) -> Agent {
-    let Operator { started, state, servers, .. } = operator;
-    let report = Arc::new(Report::new(config, kernel.clone(), proxy.clone(), started));
+    let Operator { started, state, node_state, servers, .. } = operator;
+    let shown = (started, node_state.subscribe());
+    let report = Arc::new(Report::new(config, kernel.clone(), proxy.clone(), shown));
     state.apply(Event::TakesOver);
     servers.show(report.clone());
     let descriptors = node.descriptors;
     let enroller = enroller(config, &kernel, node, &proxy, &state, successor_lock);
-    let tasks = Tasks::spawn(&kernel, &proxy, &report, enroller, config.heartbeat_timeout);
+    let on_disk = match kept {
+        Kept::State(state) => Some(state),
+        Kept::Nothing | Kept::Unusable(_) => None,
+    };
+    let Snapshots { directory, policies, .. } = proxy.snapshots.clone();
+    let folder = node_state::folder(&config.state_path);
+    let keeper = node_state::keep(folder, on_disk, directory, policies, node_state);
+    let tasks = Tasks::spawn(&kernel, &proxy, &report, (enroller, keeper), config.heartbeat_timeout);
     tracing::info!(node = %config.node, trust_domain = %config.trust_domain, descriptors, "agent runs");
     let (pin_path, drain_timeout) = (config.pin_path.clone(), config.drain_timeout);
     Agent { kernel, proxy, state, servers, tasks, pin_path, drain_timeout }
@@ -197,19 +237,17 @@ fn enroller(
     let takes_over = successor_lock.is_some();
     let successor_lock = Mutex::new(successor_lock);
     let serve: Serve = Arc::new(move |pod, listeners| accept::serve_pod(&serving, &pod, listeners));
-    let snapshots = proxy.snapshots.clone();
     Enroller {
         kernel: kernel.clone(),
         host: node.host,
         node: config.node.clone(),
-        mesh: snapshots.mesh,
+        snapshots: proxy.snapshots.clone(),
         telemetry: proxy.telemetry.clone(),
         takes_over,
         pods_cgroup: node.pods_cgroup,
-        directory: snapshots.directory,
-        policies: snapshots.policies,
-        identities: snapshots.identities,
+        unnamed_pod_timeout: config.unnamed_pod_timeout,
         table: proxy.pods.clone(),
+        rechecks: proxy.rechecks.clone(),
         serve,
         reconciled: Arc::new(move || {
             state.apply(Event::Reconciled);

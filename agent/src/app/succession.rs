@@ -1,22 +1,23 @@
-//! One agent follows another on a node, and no connection notices.
+//! Handover of a node from one agent to the next, without a lost connection.
 //!
 //! ```text
-//! last   serves ───────────── SIGTERM ── gives up its claim ── serves on ──────── has the turn: no new flows ── drains
-//! next   starts ── turn ── waits for the claim ─────────────── takes over ── all pods looked at: frees the turn ── serves
+//! last   serves ────────────────── SIGTERM ── releases PinLock ── serves on ───── gets SuccessorLock: no new flows ── drains
+//! next   starts ── SuccessorLock ── waits for PinLock ─────────── takes over ── all pods reconciled: releases it ── serves
 //! ```
-//! The claim is the lock on the pins, the turn another one beside it: what an agent waits for ends with the process that it
-//! waits for, however that ends. Steering and capture change from one agent's listeners to the other's in one map update
-//! each, so at every moment there is one that accepts. Without a next agent there is no claim to give up early: the last
-//! one drains and ends as if nobody ever followed.
+//! `PinLock` locks the pin directory, and `SuccessorLock` the successor's place. The kernel releases both when their holder
+//! exits, even after a crash. Steering and capture change from one agent's listeners to the other's in one map update each,
+//! so one of the two accepts at every moment. Without a successor the last agent keeps `PinLock` until it exits: it drains
+//! and ends.
 
 use std::{
+    collections::HashMap,
     path::Path,
     sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
-use tacit_core::directory::{Directory, Protocol, Workload};
+use tacit_core::directory::{Directory, Protocol, Workload, WorkloadChange};
 use tacit_identity::manager::Identities;
 use tacit_kernel::{Kernel, KernelError, PinLock, PreparedPrograms, SuccessorLock};
 use tacit_sources::reload::Watched;
@@ -27,27 +28,27 @@ use tokio::{
 
 use crate::config::Config;
 
-/// How long the last agent serves on while the next one takes over: 25 ms, or 1.2 s on an emulated machine under load; there
-/// 9.5 s when it finds the pinned maps changed and has to load the programs again. With `drainTimeout` it has to fit into the
-/// time that a node gives an agent to end.
+/// Limit for the next agent to take over, while the last one serves on. Measured: 25 ms; on an emulated machine under load
+/// 1.2 s, and 9.5 s if the pinned maps have changed and the programs are loaded again. The sum with `drainTimeout` must fit
+/// into the termination grace period of the pod.
 const TAKE_OVER_MAX: Duration = Duration::from_secs(10);
-/// How long connections may come to the last agent's listeners that were on their way before they were told of the next
-/// one's: the answer to a SYN-ACK, sent again once.
-const ON_THEIR_WAY: Duration = Duration::from_millis(1500);
-/// How long peers may begin flows on sessions that they have with the last agent. One that is busy ends with its next flow,
-/// and one that was not used for so long will hardly be used in the very moment of its end.
+/// Time during which the last agent's listeners accept connections whose handshake began before the switch to the next
+/// agent's listeners: the answer to a SYN-ACK, sent again once.
+const LATE_HANDSHAKES: Duration = Duration::from_millis(1500);
+/// Time during which peers may begin flows on their sessions with the last agent. A busy session ends with its next flow.
+/// A session that is idle for longer is unlikely to be used at the moment of its end.
 pub(super) const LINGER: Duration = Duration::from_secs(3);
 
-/// The right to the pins, and what an agent has that follows another one, which serves on until the turn is free.
+/// The lock on the pins. A successor also has its lock, which the last agent waits for, and its prepared programs.
 pub(super) type Succession = (PinLock, Option<(SuccessorLock, PreparedPrograms)>);
 
-/// The pins of no other agent; an error while one has them.
+/// Locks the pins of an agent that follows no other one. Returns an error while another agent has them.
 pub(super) fn first(pin_path: &Path) -> Result<Succession, KernelError> {
-    PinLock::try_acquire(pin_path).map(|claim| (claim, None))
+    PinLock::try_acquire(pin_path).map(|pin_lock| (pin_lock, None))
 }
 
-/// Has all that taking over needs, programs that this kernel has verified and certificates for this node's pods, and then waits
-/// until the agent that has the pins gives them up or ends. `stands_by` is told when there is nothing else to wait for.
+/// Prepares to take over, with verified programs and certificates for this node's pods. Then waits until the agent that has
+/// the pins releases them or exits. Calls `stands_by` once only that wait is left.
 pub(super) async fn stand_by(
     config: &Config,
     directory: &Watched<Directory>,
@@ -60,29 +61,43 @@ pub(super) async fn stand_by(
         free => return free,
     }
     let prepared = prepare()?;
-    certified(directory, identities, &config.node).await;
+    let has_cgroup = |cgroup: &Path| config.pods_cgroup.join(cgroup).exists();
+    certified(directory, identities, &config.node, has_cgroup).await;
     let path = config.pin_path.clone();
-    let turn = on_a_thread(move || SuccessorLock::acquire(&path)).await?;
+    let successor_lock = on_a_thread(move || SuccessorLock::acquire(&path)).await?;
     tracing::info!("another agent serves this node; standing by to take over from it");
     stands_by();
     let path = config.pin_path.clone();
-    let claim = on_a_thread(move || PinLock::acquire(&path)).await?;
+    let pin_lock = on_a_thread(move || PinLock::acquire(&path)).await?;
     tracing::info!("taking over");
-    Ok((claim, Some((turn, prepared))))
+    Ok((pin_lock, Some((successor_lock, prepared))))
 }
 
-/// Waits until all pods that `node` has have certificates. A pod may go meanwhile, and then nobody gets its certificate.
-async fn certified(directory: &Watched<Directory>, identities: &Identities, node: &str) {
+/// Waits until all pods of `node` that have a cgroup have certificates. A pod that is deleted meanwhile needs none. Pods that
+/// never run are not waited for: anybody who may create pods can make thousands of them. Only changed pods are looked at.
+async fn certified(
+    directory: &Watched<Directory>,
+    identities: &Identities,
+    node: &str,
+    has_cgroup: impl Fn(&Path) -> bool,
+) {
     let (mut attempts, mut changes) = (identities.changes(), directory.subscribe());
+    let runs =
+        |workload: &Arc<Workload>| workload.protocol == Protocol::Tacit && has_cgroup(&workload.cgroup);
+    let (mut seen, mut missing) = (Arc::new(Directory::default()), HashMap::new());
     loop {
         let known = directory.current();
-        // All are asked for; failed attempts are logged and go on by themselves.
-        let missing = |workload: &&Arc<Workload>| identities.ready(&workload.identity).is_err();
-        let wanted = known.on_node(node).filter(|workload| workload.protocol == Protocol::Tacit);
-        if wanted.filter(missing).count() == 0 {
+        for WorkloadChange { before, now } in known.changes_on_node(&seen, node) {
+            before.iter().for_each(|before| drop(missing.remove(&before.full_name())));
+            missing.extend(now.filter(runs).map(|now| (now.full_name(), now)));
+        }
+        seen = known;
+        // Requests all certificates. The identity manager logs failures and retries.
+        missing.retain(|_, workload| identities.ready(&workload.identity).is_err());
+        if missing.is_empty() {
             return;
         }
-        // The senders are parts of what was given.
+        // Both senders outlive this wait, so neither channel closes.
         tokio::select! {
             _ = attempts.changed() => {}
             _ = changes.changed() => {}
@@ -90,55 +105,55 @@ async fn certified(directory: &Watched<Directory>, identities: &Identities, node
     }
 }
 
-/// How an agent ends.
+/// The end of an agent.
 pub(super) enum Ending {
-    /// Nobody takes over. The turn is held so that it stays so.
+    /// No agent takes over. The held lock keeps a successor from starting to.
     Alone(#[expect(dead_code, reason = "held, not used")] Option<SuccessorLock>),
-    /// Another agent serves the pods; nothing of the kernel side is this one's any more.
+    /// Another agent serves the pods and owns the kernel side.
     TakenOver(#[expect(dead_code, reason = "held, not used")] Option<SuccessorLock>),
 }
 
-/// Lets the agent that stands by take over, if one does. `settle` is called before: from then on this agent must change
-/// nothing on the kernel side.
+/// Hands over to the agent that stands by, if there is one. Calls `settle` first: after it this agent must not change the
+/// kernel side.
 pub(super) async fn hand_over(
     kernel: &Kernel,
     pin_path: &Path,
     settle: impl AsyncFnOnce(),
 ) -> Result<Ending, KernelError> {
-    if let Some(turn) = SuccessorLock::try_acquire(pin_path)? {
-        return Ok(Ending::Alone(Some(turn)));
+    if let Some(lock) = SuccessorLock::try_acquire(pin_path)? {
+        return Ok(Ending::Alone(Some(lock)));
     }
     tracing::info!("handing over to the agent that stands by");
     let begun = Instant::now();
     settle().await;
     kernel.programs().release();
     let path = pin_path.to_owned();
-    let turn = timeout(TAKE_OVER_MAX, on_a_thread(move || SuccessorLock::acquire(&path))).await;
-    // It gave up before it had taken over, or has not begun to.
+    let lock = timeout(TAKE_OVER_MAX, on_a_thread(move || SuccessorLock::acquire(&path))).await;
+    // The successor exited before it took over, or has not begun to.
     if kernel.programs().reacquire() {
-        tracing::warn!("nobody took over");
-        return Ok(Ending::Alone(turn.ok().transpose()?));
+        tracing::warn!("no agent took over");
+        return Ok(Ending::Alone(lock.ok().transpose()?));
     }
-    let Ok(turn) = turn else {
-        tracing::warn!(limit = ?TAKE_OVER_MAX, "taking over takes long; not waiting for its end");
+    let Ok(lock) = lock else {
+        tracing::warn!(limit = ?TAKE_OVER_MAX, "the successor has not finished taking over within the limit; not waiting for it");
         return Ok(Ending::TakenOver(None));
     };
     tracing::info!(took = ?begun.elapsed(), "handed over");
-    sleep(ON_THEIR_WAY).await;
-    turn.map(|turn| Ending::TakenOver(Some(turn)))
+    sleep(LATE_HANDSHAKES).await;
+    lock.map(|lock| Ending::TakenOver(Some(lock)))
 }
 
-/// Runs what blocks on a thread that nobody has to wait for when the process ends.
+/// Runs a blocking call on a thread of its own. The process can exit while the thread still waits.
 async fn on_a_thread<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, KernelError> + Send + 'static,
 ) -> Result<T, KernelError> {
-    let (tell, told) = oneshot::channel();
+    let (sender, receiver) = oneshot::channel();
     thread::Builder::new()
         .name("tacit-succession".to_owned())
-        // Nobody listens any more when the process ends.
-        .spawn(move || drop(tell.send(work())))
+        // The receiver is gone when the process exits.
+        .spawn(move || drop(sender.send(work())))
         .map_err(|source| KernelError::Thread { source })?;
-    told.await.unwrap_or(Err(KernelError::Thread { source: std::io::ErrorKind::BrokenPipe.into() }))
+    receiver.await.unwrap_or(Err(KernelError::Thread { source: std::io::ErrorKind::BrokenPipe.into() }))
 }
 
 #[cfg(test)]
@@ -155,10 +170,10 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_pod_that_goes_meanwhile_is_not_waited_for() {
+    async fn pods_that_never_run_and_a_pod_that_goes_are_not_waited_for() {
         let folder = Scratch::new();
         let domain = TrustDomain::parse("cluster.local").expect("valid");
-        // Its files are absent, so that every attempt fails.
+        // The issuer's files are absent, so every attempt fails.
         let issuer = IstioIssuer::new(IstioConfig {
             address: "127.0.0.1:1".to_owned(),
             server_name: "127.0.0.1".to_owned(),
@@ -169,14 +184,19 @@ mod tests {
         });
         let identities = Identities::start(Issuer::Istio(issuer));
         let file = folder.path().join("directory.yaml");
-        let pod = "workloads: [{name: web, namespace: shop, addresses: [10.77.1.2], node: a}]\n";
-        fs::write(&file, pod).expect("written");
+        let pods = "workloads:\n\
+                    - {name: web, namespace: shop, addresses: [10.77.1.2], node: a}\n\
+                    - {name: dead, namespace: shop, addresses: [10.77.1.3], node: a}\n";
+        fs::write(&file, pods).expect("written");
         let named = file.clone();
         let parse = move |text: &str| Directory::parse(text, &named, &domain);
         let directory = Watched::open(&file, parse).expect("read");
         let soon = Duration::from_secs(10);
-        certified(&directory, &identities, "b").await;
-        let mut waiting = std::pin::pin!(certified(&directory, &identities, "a"));
+        certified(&directory, &identities, "b", |_| true).await;
+        certified(&directory, &identities, "a", |_| false).await;
+        assert!(identities.certificates().is_empty(), "none is requested for pods that never run");
+        let web = directory.current().named("shop", "web").expect("it is listed").cgroup.clone();
+        let mut waiting = std::pin::pin!(certified(&directory, &identities, "a", |cgroup| *cgroup == *web));
         let refused = async {
             let mut attempts = identities.changes();
             attempts.changed().await

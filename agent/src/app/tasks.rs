@@ -1,6 +1,6 @@
 //! The control tasks of an agent that serves: enrolment, upkeep, the heartbeat, the log of the kernel side.
 
-use std::{collections::HashSet, future::Future, io, sync::Arc, time::Duration};
+use std::{collections::HashSet, io, sync::Arc, time::Duration};
 
 use tacit_core::directory::Directory;
 use tacit_kernel::{Kernel, KernelError, events, host};
@@ -11,13 +11,19 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::node_addresses::node_addresses;
-use crate::{app::report::Report, enrol::Enroller, proxy::Proxy, telemetry::status::UncoveredStatus};
+use crate::{
+    app::report::Report,
+    enrol::Enroller,
+    proxy::{Proxy, workers::vital},
+    recheck::Rechecks,
+    telemetry::status::UncoveredStatus,
+};
 
-/// How often the node's own addresses are read again and idle sessions are thrown out.
+/// Interval of reading the node's own addresses and of closing expired idle sessions.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
 
-/// When so many connections have come or gone, memory that is left over is given back: that of their handshakes, some
-/// 30 KiB each, or all that they had.
+/// Connections that come or go before memory that is left over is given back: that of their handshakes, some 30 KiB each, or all
+/// that they had.
 const MANY: usize = 1000;
 
 /// Heartbeats within the time after which the kernel takes the agent for dead: a few may be late or lost.
@@ -28,10 +34,13 @@ pub(super) struct Tasks {
     enrolment: JoinSet<io::Result<()>>,
     /// Ends enrolment after its current pass. A drain cancels it too.
     settle: CancellationToken,
-    /// Housekeeping, and the ranges of the mesh.
+    /// Housekeeping, the ranges of the mesh, and the kept state.
     upkeep: JoinSet<()>,
     heart: JoinSet<()>,
     kernel_log: JoinSet<()>,
+    /// Decides again on live flows for as long as there are any.
+    rechecks: JoinSet<()>,
+    live: Arc<Rechecks>,
 }
 
 impl Tasks {
@@ -39,24 +48,33 @@ impl Tasks {
         kernel: &Arc<Kernel>,
         proxy: &Arc<Proxy>,
         report: &Arc<Report>,
-        enroller: Enroller,
+        (enroller, keeper): (Enroller, impl Future<Output = ()> + Send + 'static),
         heartbeat_timeout: Duration,
     ) -> Self {
         let settle = proxy.drain.stop.child_token();
         let snapshots = proxy.snapshots.clone();
-        let failed = CancellationToken::new();
+        // Worker threads and their listeners count too.
+        let failed = proxy.workers_failed().clone();
         let mut enrolment = JoinSet::new();
         let (enrols, enrolment_failed) = (enroller.run(settle.clone()), failed.clone());
         enrolment.spawn(async move { enrols.await.inspect_err(|_| enrolment_failed.cancel()) });
         let mut upkeep = JoinSet::new();
-        upkeep.spawn(vital(housekeeping(kernel.clone(), proxy.clone(), report.clone()), failed.clone()));
-        upkeep.spawn(vital(snapshots.mesh.keep(snapshots.directory), failed.clone()));
+        upkeep.spawn(vital(failed.clone(), housekeeping(kernel.clone(), proxy.clone(), report.clone())));
+        upkeep.spawn(vital(failed.clone(), snapshots.mesh.keep(snapshots.directory)));
+        upkeep.spawn(vital(failed.clone(), keeper));
         let mut heart = JoinSet::new();
-        heart.spawn(heartbeat(kernel.clone(), heartbeat_timeout, failed));
         let mut kernel_log = JoinSet::new();
         let logged = kernel.clone();
         kernel_log.spawn(async move { events::forward(&logged).await });
-        Self { enrolment, settle, upkeep, heart, kernel_log }
+        let mut rechecks = JoinSet::new();
+        let follow = proxy
+            .rechecks
+            .clone()
+            .follow(proxy.snapshots.directory.clone(), proxy.snapshots.policies.clone());
+        rechecks.spawn(vital(failed.clone(), follow));
+        rechecks.spawn(run_rechecks(proxy.rechecks.clone(), failed.clone()));
+        heart.spawn(heartbeat(kernel.clone(), heartbeat_timeout, failed));
+        Self { enrolment, settle, upkeep, heart, kernel_log, rechecks, live: proxy.rechecks.clone() }
     }
 
     /// Ends enrolment and upkeep. After that this agent changes only its heartbeat on the kernel side.
@@ -82,24 +100,18 @@ impl Tasks {
     pub(super) async fn stop(&mut self) {
         self.upkeep.abort_all();
         self.kernel_log.abort_all();
+        self.live.close();
+        self.rechecks.abort_all();
         self.stop_heart().await;
     }
 }
 
-/// Runs a task on which the kernel relies. Cancels `failed` if the task panics.
-async fn vital(task: impl Future<Output = ()>, failed: CancellationToken) {
-    struct OnPanic(CancellationToken);
-
-    impl Drop for OnPanic {
-        fn drop(&mut self) {
-            if std::thread::panicking() {
-                self.0.cancel();
-            }
-        }
+/// Runs the thread that decides again on live flows. Cancels `failed` if there is no such thread any more.
+async fn run_rechecks(rechecks: Arc<Rechecks>, failed: CancellationToken) {
+    if let Err(error) = rechecks.run().await {
+        tracing::error!(%error, "live flows are not decided on again when policy changes; restart the agent");
+        failed.cancel();
     }
-
-    let _guard = OnPanic(failed);
-    task.await;
 }
 
 /// Tells the kernel that this agent lives, for as long as its tasks are run and none of them has failed: an agent that
@@ -161,22 +173,4 @@ pub(super) fn refresh_node(kernel: &Kernel, directory: &Directory) -> Result<(),
     let sources = node_addresses(listed, directory);
     kernel.refresh_node_hardware()?;
     kernel.maps.set_node(&sources)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn only_a_panic_of_a_vital_task_is_a_failure() {
-        let failed = CancellationToken::new();
-        vital(async {}, failed.clone()).await;
-        let mut tasks = JoinSet::new();
-        tasks.spawn(vital(std::future::pending(), failed.clone()));
-        tasks.shutdown().await;
-        assert!(!failed.is_cancelled(), "ended, or aborted at shutdown");
-        tasks.spawn(vital(async { panic!("a defect") }, failed.clone()));
-        assert!(tasks.join_next().await.is_some_and(|ended| ended.is_err()));
-        assert!(failed.is_cancelled());
-    }
 }

@@ -1,4 +1,4 @@
-//! Destinations that strict pods may reach in clear, such as the cluster's DNS: `10.96.0.10:53/udp`.
+//! Destinations to which strict pods may send plaintext, such as the cluster's DNS: `10.96.0.10:53/udp`.
 
 use std::net::SocketAddr;
 
@@ -7,7 +7,7 @@ use tacit_kernel::PlaintextDestination;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
-/// Why a text is no destination.
+/// The mistake of a text that is no destination.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum ClearError {
     /// Not of the form.

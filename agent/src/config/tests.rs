@@ -33,15 +33,18 @@ fn a_minimal_file_gets_the_defaults() {
         directory: DirectorySource::File("/etc/tacit/conf/directory.yaml".into()),
         policy: PolicySource::File("/etc/tacit/policy.yaml".into()),
         root_namespace: "istio-system".into(),
+        minimum_mode: Mode::Disable,
         issuer: IssuerConfig::Embedded {
             directory: "/etc/tacit/conf/issuer".into(),
             leaf_lifetime: Duration::from_secs(24 * 3600),
         },
         pin_path: "/sys/fs/bpf/tacit".into(),
+        state_path: "/var/lib/tacit".into(),
         socket: "/run/tacit/agent.sock".into(),
         metrics: "127.0.0.1:15020".parse().expect("valid"),
         drain_timeout: Duration::from_secs(10),
         heartbeat_timeout: Duration::from_secs(3),
+        unnamed_pod_timeout: Duration::from_secs(60),
         allow_clear: Vec::new(),
         workers: None,
         busy_poll: Duration::from_micros(200),
@@ -54,9 +57,11 @@ fn every_field_can_be_set() {
     let text = MINIMAL.replace("directory: issuer}", "directory: issuer, leafLifetime: 1h30m}")
         + "rootNamespace: mesh\npinPath: /sys/fs/bpf/b/\nsocket: b.sock\nmetrics: \"[::1]:9\"\ndrainTimeout: 0s\n\
            heartbeatTimeout: 1s\nallowClear: [\"10.96.0.10:53/udp\"]\nworkers: 2\nserviceRanges: [10.96.0.0/12]\n\
-           busyPollMicroseconds: 0\n";
+           busyPollMicroseconds: 0\nminimumMode: STRICT\nstatePath: /var/lib/mesh/\n";
     let config = parse(&text).expect("valid");
     assert_eq!(&*config.root_namespace, "mesh");
+    assert_eq!(config.minimum_mode, Mode::Strict);
+    assert_eq!(config.state_path, Path::new("/var/lib/mesh"));
     assert_eq!(config.pin_path, Path::new("/sys/fs/bpf/b"));
     assert_eq!(config.socket, Path::new("/etc/tacit/conf/b.sock"));
     assert_eq!(config.metrics, "[::1]:9".parse().expect("valid"));
@@ -160,6 +165,7 @@ fn bounds_of_single_fields_hold() {
         ("metrics: localhost:15020".to_owned(), "no address with a port"),
         ("drainTimeout: 601s".to_owned(), "from 0s to 10m"),
         ("heartbeatTimeout: 500ms".to_owned(), "from 1s to 1m"),
+        ("unnamedPodTimeout: 0s".to_owned(), "from 1s to 1h"),
         ("allowClear: [\"10.0.0.1:53\"]".to_owned(), "write address, port and protocol"),
         ("workers: 0".to_owned(), "write 1 to 256"),
         ("workers: 257".to_owned(), "write 1 to 256"),
@@ -167,6 +173,12 @@ fn bounds_of_single_fields_hold() {
         ("busyPollMicroseconds: 60us".to_owned(), "write 0 (never) to 1000"),
         ("rootNamespace: Istio".to_owned(), "no Kubernetes name"),
         ("rootNamespace: [a]".to_owned(), "is a list"),
+        (
+            "minimumMode: UNSET".to_owned(),
+            "minimumMode: \"UNSET\" is none of DISABLE, PERMISSIVE, STRICT: write one of them",
+        ),
+        ("minimumMode: strict".to_owned(), "did you mean STRICT?"),
+        ("statePath: state".to_owned(), "write the whole path"),
     ] {
         let list = problems(&format!("{MINIMAL}{line}\n"));
         assert!(
@@ -226,14 +238,19 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
     assert_eq!(kubernetes("policy"), sorted(&kubernetes::POLICY_FIELDS));
     for (field, default) in [
         ("rootNamespace", ROOT_NAMESPACE),
+        ("minimumMode", MINIMUM_MODES[0].0),
         ("pinPath", PIN_PATH),
+        ("statePath", STATE_PATH),
         ("socket", SOCKET),
         ("metrics", "127.0.0.1:15020"),
         ("drainTimeout", "10s"),
         ("heartbeatTimeout", "3s"),
+        ("unnamedPodTimeout", "60s"),
     ] {
         assert_eq!(schema["properties"][field]["default"], default, "{field}");
     }
+    let modes: Vec<&str> = MINIMUM_MODES.iter().map(|(name, _)| *name).collect();
+    assert_eq!(schema["properties"]["minimumMode"]["enum"], serde_json::json!(modes));
     assert_eq!(embedded["properties"]["leafLifetime"]["default"], "24h");
     assert_eq!(schema["properties"]["meshRanges"]["maxItems"], RANGES_MAX);
     assert_eq!(schema["if"]["properties"]["directory"]["required"], serde_json::json!(["file"]));

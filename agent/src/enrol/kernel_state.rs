@@ -1,19 +1,16 @@
-//! What the kernel is told about a pod, in which order, and what it is told no more.
+//! Writes a pod's state to the kernel, in an order that leaves no gap, and removes it.
 
 use std::{collections::HashSet, net::IpAddr, sync::Arc};
 
-use tacit_core::{
-    directory::{Connect, Directory, Egress, Udp, Workload},
-    policy::{Mode, Modes},
-};
+use tacit_core::directory::{Connect, Directory, Workload};
 use tacit_kernel::{
-    ConnectReturn, GuardedLink, HostEnd, KernelError, PlaintextEgress, PodEntry, cgroup, host, netns::Netns,
-    reset_sockets, socket::Listeners,
+    ConnectReturn, GuardedLink, HostEnd, KernelError, PodEntry, cgroup, host, netns::Netns, reset_sockets,
+    socket::Listeners,
 };
 
 use crate::enrol::{
-    Enroller, NotYet, PodPolicy, State,
-    policy_publisher::{plaintext_handling, set_modes},
+    Enroller, HeldPolicy, NotYet, PodPolicy, State,
+    policy_publisher::{plaintext_handling, put_in_force, set_modes},
 };
 
 /// Steering of connections that arrive in a namespace.
@@ -24,36 +21,49 @@ enum Steering {
 }
 
 impl Enroller {
-    /// Makes sure that the kernel knows the pod, so that it sends nothing past the agent from here on. An entry of an
-    /// earlier agent stays as it is: its connections are captured, and refused until this agent listens.
-    pub(super) fn cover(&self, state: &mut State, cgroup: u64, workload: &Workload) -> Result<u32, NotYet> {
+    /// Writes the pod's entry, so that it sends nothing past the agent from then on. An entry of an earlier agent stays as
+    /// it is: the pod's connections are captured, and refused until this agent listens.
+    pub(super) fn cover(
+        &self,
+        state: &mut State,
+        cgroup: u64,
+        workload: &Arc<Workload>,
+    ) -> Result<u32, NotYet> {
         if let Some(slot) = state.known.get(&cgroup) {
             return Ok(*slot);
         }
         let slot = state.free_slot();
-        let policy = PodPolicy::configured(&self.policies.current(), workload);
-        let entry = entry(workload, cgroup, slot, (0, 0), &policy);
-        let maps = &self.kernel.maps;
+        let policies = self.snapshots.policies.current();
+        let policy = PodPolicy::configured(&policies, workload);
+        let entry = |policy: &PodPolicy| entry(workload, cgroup, slot, (0, 0), policy);
         // Single ports can be stricter than the pod.
-        let covered = set_modes(maps, slot, &workload.addresses, &policy).and_then(|()| maps.set_pod(&entry));
-        covered.map_err(|e| NotYet::Kernel(e.to_string()))?;
+        let in_force = put_in_force(&self.kernel.maps, entry, policy)
+            .map_err(|closed| NotYet::Kernel(closed.not_applied.unwrap_or_default()))?;
         state.known.insert(cgroup, slot);
+        let (workload, policy) = (Arc::clone(workload), Arc::new(in_force));
+        state.held.insert(cgroup, HeldPolicy { workload, policies, policy });
         Ok(slot)
     }
 
+    /// Makes the kernel treat a pod as enrolled. Returns the policy in force and the pod's guarded links.
     pub(super) fn tell_kernel(
         &self,
-        entry: &PodEntry,
+        entry: impl Fn(&PodPolicy) -> PodEntry,
         netns: &Netns,
         listeners: &Listeners,
-        policy: &PodPolicy,
-    ) -> Result<Vec<GuardedLink>, KernelError> {
+        policy: PodPolicy,
+    ) -> Result<(PodPolicy, Vec<GuardedLink>), KernelError> {
         let maps = &self.kernel.maps;
-        set_modes(maps, entry.slot, &entry.addresses, policy)?;
-        listeners.publish(maps, entry.slot)?;
-        let links = self.guard(entry.cgroup, netns, Steering::Attach)?;
-        maps.set_pod(entry)?;
-        Ok(links)
+        let mut policy = policy;
+        let PodEntry { cgroup, slot, addresses, .. } = entry(&policy);
+        if let Err(error) = set_modes(maps, slot, &addresses, &policy) {
+            policy = policy.fail_closed(error.to_string());
+            set_modes(maps, slot, &addresses, &policy)?;
+        }
+        listeners.publish(maps, slot)?;
+        let links = self.guard(cgroup, netns, Steering::Attach)?;
+        maps.set_pod(&entry(&policy))?;
+        Ok((policy, links))
     }
 
     /// Steers what arrives in a pod's namespace, and guards the pod's links.
@@ -89,21 +99,35 @@ impl Enroller {
         }
     }
 
-    /// Takes over the ranges that the directory has found. What enrolled pods have in clear with addresses that are of the
-    /// mesh since is ended, as at an enrolment.
+    /// Makes the kernel leave a cgroup alone that no source names. Until it does, the cgroup is held, and shown as held.
+    pub(super) fn leave_unnamed(&self, state: &mut State, cgroup: u64) {
+        match self.kernel.maps.set_exempt(cgroup, &[]) {
+            Ok(()) => {
+                tracing::warn!(cgroup, limit = ?self.unnamed_pod_timeout, "no source names this pod: it is left alone, as without Tacit");
+                state.known.remove(&cgroup);
+                state.held.remove(&cgroup);
+                state.exempt.insert(cgroup, Vec::new());
+            }
+            Err(error) => tracing::debug!(cgroup, %error, "held on, though no source names this pod"),
+        }
+    }
+
+    /// Adopts the ranges that the directory has found. Resets plaintext connections of enrolled pods with addresses that
+    /// are new in the mesh, as an enrolment does.
     pub(super) fn grow(&self, state: &mut State, directory: &Directory) {
-        self.mesh.follow(directory);
-        let ranges = self.mesh.ranges();
+        self.snapshots.mesh.follow(directory);
+        let ranges = self.snapshots.mesh.ranges();
         let before = state.ranges.replace(Arc::clone(&ranges));
         let Some(before) = before.filter(|before| !Arc::ptr_eq(before, &ranges)) else { return };
+        state.ranges_changed = true;
         for pod in state.current.values() {
             let is_new = |address| ranges.contains(address) && !before.contains(address);
             self.reset_plaintext(&pod.netns, &pod.workload, is_new);
         }
     }
 
-    /// Ends what the pod opened or accepted in clear before, with addresses of which `is_mesh` tells that they are of the
-    /// mesh. Without the kernel's help its packets meet the guard.
+    /// Resets plaintext connections of the pod with addresses of the mesh, which `is_mesh` reports. If the kernel cannot
+    /// reset them, the guard drops their packets.
     pub(super) fn reset_plaintext(
         &self,
         netns: &Netns,
@@ -143,21 +167,6 @@ impl Enroller {
     }
 }
 
-/// What a pod may send in clear into the mesh: what its entry says, else what goes with its mode.
-#[must_use]
-pub fn in_clear(workload: &Workload, modes: &Modes) -> PlaintextEgress {
-    let is_strict = modes.default == Mode::Strict;
-    let default = if is_strict { Egress::Strict } else { Egress::Open };
-    let egress = workload.egress.unwrap_or(default);
-    let default = if is_strict || egress == Egress::Strict { Udp::Deny } else { Udp::Allow };
-    match (egress, workload.udp.unwrap_or(default)) {
-        (Egress::Strict, Udp::Deny) => PlaintextEgress::Nothing,
-        (Egress::Strict, Udp::Allow) => PlaintextEgress::Udp,
-        (Egress::Open, Udp::Deny) => PlaintextEgress::AllButUdp,
-        (Egress::Open, Udp::Allow) => PlaintextEgress::All,
-    }
-}
-
 pub(super) fn entry(
     workload: &Workload,
     cgroup: u64,
@@ -170,8 +179,8 @@ pub(super) fn entry(
         netns_cookie,
         addresses: workload.addresses.clone(),
         slot,
-        mode: kernel_mode(policy.modes.default),
-        clear: in_clear(workload, &policy.modes),
+        mode: policy.modes.default,
+        clear: policy.plaintext_egress(workload),
         plaintext: plaintext_handling(policy),
         connect: connect_return(workload),
         capture_port,
@@ -183,15 +192,5 @@ fn connect_return(workload: &Workload) -> ConnectReturn {
     match workload.connect {
         Connect::Truthful => ConnectReturn::Truthful,
         Connect::Early => ConnectReturn::Early,
-    }
-}
-
-/// The kernel's number of a mode.
-#[must_use]
-pub fn kernel_mode(mode: Mode) -> tacit_abi::Mode {
-    match mode {
-        Mode::Disable => tacit_abi::Mode::Disable,
-        Mode::Permissive => tacit_abi::Mode::Permissive,
-        Mode::Strict => tacit_abi::Mode::Strict,
     }
 }

@@ -36,7 +36,7 @@ impl Enroller {
         let uncertified = wanted
             .pods
             .iter()
-            .filter_map(|w| Some((w.identity.clone(), self.identities.ready(&w.identity).err()?)));
+            .filter_map(|w| Some((w.identity.clone(), self.snapshots.identities.ready(&w.identity).err()?)));
         Observed {
             pods_cgroup: self.pods_cgroup.path().to_owned(),
             // Of a pod that is wanted again, the second.
@@ -44,10 +44,12 @@ impl Enroller {
             served: state.current.iter().map(served).collect(),
             covered: state.known.keys().copied().collect(),
             exempt: state.exempt.iter().map(|(id, addresses)| (*id, addresses.clone())).collect(),
+            unnamed: state.unnamed.passed(),
+            is_partial: !state.has_seen_all,
             guarded: state.guarded.iter().copied().collect(),
             attached: state.attached.iter().copied().collect(),
             uncertified: uncertified.collect(),
-            ranges: self.mesh.ranges(),
+            ranges: self.snapshots.mesh.ranges(),
         }
     }
 
@@ -92,12 +94,12 @@ impl Enroller {
         let listed = |netns: &Netns| netns.addresses(&self.host).unwrap_or_default();
         if workload.addresses.is_empty() {
             let only = found.pop().filter(|_| found.is_empty()).ok_or(NotYet::AddressUnknown)?;
-            let addresses = mesh_addresses(&listed(&only), &self.mesh.ranges());
+            let addresses = mesh_addresses(&listed(&only), &self.snapshots.mesh.ranges());
             if addresses.is_empty() {
                 return Err(NotYet::AddressUnknown);
             }
             // The pod may have written them itself.
-            let directory = self.directory.current();
+            let directory = self.snapshots.directory.current();
             let taken = addresses.iter().find(|address| is_given_away(&directory, **address, workload));
             if let Some(taken) = taken {
                 return Err(NotYet::AddressTaken(*taken));

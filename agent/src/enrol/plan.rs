@@ -10,8 +10,10 @@
 //! | its cgroup was replaced | release it, remove the old cgroup, enrol it in the new one |
 //! | the directory dropped it, and it has a process | nothing: it is served until its last process is gone |
 //! | the kernel has a cgroup of no pod of the directory | remove it: an earlier agent left it, or the pod is gone |
+//! | the same, and not all pods of the directory were looked at yet | nothing: it can be the cgroup of one of them |
 //! | the directory has a pod that is not to be enrolled | tell the kernel to leave it alone, whatever the mesh's mode |
-//! | such a pod or one without a certificate has a process | guard its links: it sends from its own addresses only |
+//! | the directory does not name a cgroup, for long enough | tell the kernel to leave it alone too |
+//! | a pod that is not to be enrolled, or one without a certificate, has a process | guard its links: it sends from its own addresses only |
 //!
 //! All pods are covered before the first is enrolled, because enrolling takes milliseconds for each pod.
 
@@ -23,7 +25,7 @@ use std::{
 };
 
 use tacit_core::{
-    directory::{Directory, Protocol, Ranges, Workload},
+    directory::{Ranges, Workload},
     spiffe::SpiffeId,
 };
 use tacit_identity::issuer::IssueError;
@@ -41,6 +43,10 @@ pub(super) struct Observed {
     pub covered: BTreeSet<u64>,
     /// Ids of the cgroups that the kernel leaves alone, with the addresses it has for them.
     pub exempt: BTreeMap<u64, Vec<IpAddr>>,
+    /// Ids of the cgroups that no source has named for long enough.
+    pub unnamed: BTreeSet<u64>,
+    /// True until each pod of the directory was looked at. The kernel can have entries of pods that are not wanted yet.
+    pub is_partial: bool,
     /// Ids of the cgroups whose links were guarded before enrolment, or cannot be.
     pub guarded: BTreeSet<u64>,
     /// Ids of cgroups for which an earlier agent attached programs.
@@ -58,7 +64,7 @@ pub(super) struct ObservedCgroup {
     pub id: u64,
     /// Its level below the cgroup that holds all pods.
     pub level: Level,
-    /// Whether it has a process.
+    /// True if it has a process.
     pub populated: bool,
 }
 
@@ -80,7 +86,7 @@ pub(super) struct Served {
     pub workload: Arc<Workload>,
 }
 
-/// The pods that the directory has for this node.
+/// The pods that the directory has for this node, as far as they have a cgroup.
 #[derive(Debug, Default)]
 pub(super) struct Wanted {
     /// The pods to enrol.
@@ -92,17 +98,6 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
-    pub(super) fn of(directory: &Directory, node: &str) -> Self {
-        let (pods, outside): (Vec<_>, Vec<_>) =
-            directory.on_node(node).cloned().partition(|w| w.protocol == Protocol::Tacit);
-        // The addresses of these are the node's, and their links too.
-        let with_no_address =
-            |w: &Arc<Workload>| Arc::new(Workload { addresses: Vec::new(), ..(**w).clone() });
-        let host_network = directory.host_network().map(with_no_address);
-        let bystanders = outside.into_iter().chain(host_network).collect();
-        Self { pods, departed: directory.departed().cloned().collect(), bystanders }
-    }
-
     /// Returns all workloads by cgroup. A wanted pod comes before a departed one, and an earlier one before a later one.
     pub(super) fn kept(&self) -> HashMap<&Path, &Arc<Workload>> {
         self.departed.iter().chain(self.pods.iter().rev()).map(|w| (w.cgroup.as_path(), w)).collect()
@@ -120,6 +115,8 @@ pub(super) enum Action {
     Cover(Arc<Workload>, u64),
     /// Have the kernel leave a pod alone.
     Exempt(Arc<Workload>, u64),
+    /// Have the kernel leave a cgroup alone that no source names.
+    LeaveUnnamed(u64),
     /// Hold a pod that is not enrolled, or not yet, to its own addresses, and steer what arrives at one that is to be.
     Guard(Arc<Workload>, u64),
     /// Report why the pod is not enrolled.
@@ -128,7 +125,7 @@ pub(super) enum Action {
     Enrol(Arc<Workload>, u64),
 }
 
-/// Why a pod cannot be enrolled now. It is tried again.
+/// An obstacle to the enrolment of a pod. It is tried again.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum NotYet {
     #[error("its cgroup {0} does not exist yet")]
@@ -179,11 +176,18 @@ pub(super) fn plan(observed: &Observed, wanted: &Wanted) -> Vec<Action> {
         .filter(|(id, _)| !ids.contains(id))
         .collect();
     let in_kernel = observed.covered.iter().chain(&observed.attached).chain(observed.exempt.keys());
-    let is_foreign = |id: &u64| !ids.contains(id) && !left_alone.contains_key(id);
+    let is_named = |id: &u64| ids.contains(id) || left_alone.contains_key(id);
+    // A pod that the kernel has an entry of was named once. Its entry goes first, and its time to be held begins.
+    let is_unnamed =
+        |id: &u64| observed.unnamed.contains(id) && !is_named(id) && !observed.covered.contains(id);
+    let is_foreign = |id: &u64| !observed.is_partial && !is_named(id) && !is_unnamed(id);
     let was_enrolled = |id: &u64| left_alone.contains_key(id) && observed.covered.contains(id);
     let removed: BTreeSet<u64> = in_kernel.copied().filter(|id| is_foreign(id) || was_enrolled(id)).collect();
     actions.extend(removed.iter().map(|id| Action::Remove(*id)));
     actions.extend(leave_alone(observed, &wanted.bystanders, &left_alone, &removed));
+    let is_told = |id: &u64| !removed.contains(id) && observed.exempt.get(id).is_some_and(Vec::is_empty);
+    let unnamed = observed.unnamed.iter().filter(|id| is_unnamed(id) && !is_told(id));
+    actions.extend(unnamed.map(|id| Action::LeaveUnnamed(*id)));
 
     let mut planned: HashSet<&Path> = staying.iter().map(|(path, _)| path.as_path()).collect();
     let new = wanted.pods.iter().filter(|workload| planned.insert(&workload.cgroup));
@@ -280,6 +284,7 @@ pub(super) fn is_same(wanted: &Workload, enrolled: &Workload) -> bool {
         && wanted.identity == enrolled.identity
         && (wanted.addresses.is_empty() || all_found && wanted.addresses.len() == found.len())
         && (wanted.egress, wanted.udp) == (enrolled.egress, enrolled.udp)
+        && wanted.connect == enrolled.connect
 }
 
 #[cfg(test)]

@@ -2,17 +2,17 @@
 
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
+use arc_swap::ArcSwap;
 use tacit_core::directory::{Directory, Workload};
 use tacit_kernel::{GuardedLink, PlaintextEgress, netns::Netns};
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::enrol::{PodPolicy, in_clear};
+use crate::enrol::{Absent, PodPolicy, Unnamed};
 
 /// An enrolled pod, as the data path sees it.
 #[derive(Debug)]
 pub struct Pod {
-    /// Who it is.
+    /// Its entry in the directory.
     pub workload: Arc<Workload>,
     /// Id of its cgroup.
     pub cgroup: u64,
@@ -22,12 +22,11 @@ pub struct Pod {
     pub links: Vec<GuardedLink>,
     /// Cancelled when the pod is no longer enrolled.
     pub closed: CancellationToken,
-    /// The policy in force. Pods that are enrolled anew in their cgroup share it with their former selves, whose flows go on.
-    pub(super) policy: Arc<watch::Sender<Arc<PodPolicy>>>,
-    /// Index of its listeners and modes in the kernel's maps.
-    pub slot: u32,
-    /// Where the agent listens for its captured connections.
-    pub capture_port: u16,
+    /// The policy in force. A pod that is enrolled again in the same cgroup shares it with its earlier enrolment, whose flows continue.
+    pub(super) policy: Arc<ArcSwap<PodPolicy>>,
+    pub(super) slot: u32,
+    /// Port of the agent's listener for its captured connections.
+    pub(super) capture_port: u16,
 }
 
 impl Pod {
@@ -38,11 +37,23 @@ impl Pod {
         let address = self.workload.addresses.first();
         let entry = address.and_then(|address| directory.at(*address));
         let entry = entry.filter(|entry| entry.cgroup == self.workload.cgroup).unwrap_or(&self.workload);
-        let clear = in_clear(entry, &self.policy.borrow().modes);
+        let clear = self.policy.load().plaintext_egress(entry);
         matches!(clear, PlaintextEgress::Nothing | PlaintextEgress::Udp)
     }
 
-    /// Which of `workers` threads accepts its connections.
+    /// Returns the pod's slot, which its shares of the kernel's tables go by.
+    #[must_use]
+    pub fn slot(&self) -> u32 {
+        self.slot
+    }
+
+    /// Returns the port of the agent's listener for its captured connections.
+    #[must_use]
+    pub fn capture_port(&self) -> u16 {
+        self.capture_port
+    }
+
+    /// Returns the one of `workers` threads that accepts its connections.
     #[must_use]
     pub fn home(&self, workers: usize) -> usize {
         self.slot as usize % workers
@@ -51,13 +62,13 @@ impl Pod {
     /// Returns the policy in force.
     #[must_use]
     pub fn policy(&self) -> Arc<PodPolicy> {
-        Arc::clone(&self.policy.borrow())
+        self.policy.load_full()
     }
 
-    /// Returns a receiver of the policy in force and all later ones.
+    /// Returns the place of the policy in force, now and later.
     #[must_use]
-    pub fn policy_changes(&self) -> watch::Receiver<Arc<PodPolicy>> {
-        self.policy.subscribe()
+    pub fn policy_in_force(&self) -> Arc<ArcSwap<PodPolicy>> {
+        Arc::clone(&self.policy)
     }
 
     /// Its address of the same family as `other`.
@@ -72,8 +83,10 @@ impl Pod {
 pub struct Waiting {
     /// The workload.
     pub workload: Arc<Workload>,
-    /// What is missing.
+    /// The missing condition.
     pub reason: String,
+    /// The policy that the kernel holds for the pod; `None` while it has no entry of the pod.
+    pub policy: Option<Arc<PodPolicy>>,
 }
 
 /// Snapshot of all pods of this node.
@@ -81,16 +94,37 @@ pub struct Waiting {
 pub struct Pods {
     /// Enrolled pods.
     pub pods: Vec<Arc<Pod>>,
-    /// Pods that should be enrolled and are not yet.
+    /// Pods that have a cgroup, should be enrolled and are not yet.
     pub waiting: Vec<Waiting>,
+    /// Pods that should be enrolled and have no cgroup, each namespace up to its share.
+    pub absent: Arc<Absent>,
+    /// Pods that no source names.
+    pub unnamed: Unnamed,
     by_address: HashMap<IpAddr, Arc<Pod>>,
 }
 
 impl Pods {
-    pub(super) fn new(pods: Vec<Arc<Pod>>, waiting: Vec<Waiting>) -> Self {
+    pub(super) fn new(
+        pods: Vec<Arc<Pod>>,
+        waiting: Vec<Waiting>,
+        absent: Arc<Absent>,
+        unnamed: Unnamed,
+    ) -> Self {
         let by_address =
             pods.iter().flat_map(|p| p.workload.addresses.iter().map(move |a| (*a, p.clone()))).collect();
-        Self { pods, waiting, by_address }
+        Self { pods, waiting, absent, unnamed, by_address }
+    }
+
+    /// Returns the policy that the data path and the kernel hold for a workload of this node, and why the pod is not
+    /// enrolled. `None` for a workload that enrolment does not have.
+    #[must_use]
+    pub fn policy_of(&self, workload: &Workload) -> Option<(Option<Arc<PodPolicy>>, Option<&str>)> {
+        if let Some(pod) = self.pods.iter().find(|pod| pod.workload.cgroup == workload.cgroup) {
+            return Some((Some(pod.policy()), None));
+        }
+        let mut waiting = self.waiting.iter().chain(&self.absent.listed);
+        let waiting = waiting.find(|waiting| waiting.workload.cgroup == workload.cgroup)?;
+        Some((waiting.policy.clone(), Some(&waiting.reason)))
     }
 
     /// The enrolled pod that has `address`.

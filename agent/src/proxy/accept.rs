@@ -7,6 +7,8 @@ use std::{
     time::Duration,
 };
 
+use socket2::SockRef;
+use tacit_core::{refusal::Refusal, shares::connections::Connection};
 use tacit_kernel::{
     held::{HeldEnds, HeldRing},
     socket::{Acceptor, Listeners},
@@ -16,14 +18,27 @@ use tokio::net::TcpStream;
 use crate::{
     enrol::Pod,
     proxy::{
-        Proxy, canonical, inbound,
+        Addresses, LOOPBACK_UNREAD, Proxy, canonical, inbound,
         openings::PodOpenings,
         outbound::{self, opening},
+        shares::ConnectionPermit,
+        workers::vital,
     },
+    telemetry::Reporter,
 };
 
-/// Pause when descriptors are used up: accepting again at once would only spin.
+/// Pause when descriptors are used up, which the shares of connections prevent unless the limit was lowered since the start:
+/// accepting again at once would only spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(20);
+
+/// The origin of a listener's connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    /// The pod itself.
+    OwnPod,
+    /// Other pods, or anything else outside.
+    Elsewhere,
+}
 
 /// Serves one connection to its end.
 type Handler<F> = fn(Arc<Proxy>, Arc<Pod>, TcpStream, SocketAddr) -> F;
@@ -31,10 +46,12 @@ type Handler<F> = fn(Arc<Proxy>, Arc<Pod>, TcpStream, SocketAddr) -> F;
 /// Serves the listeners of `pod` until the pod or the agent ends.
 pub fn serve_pod(proxy: &Arc<Proxy>, pod: &Arc<Pod>, listeners: Listeners) {
     let Listeners { capture, plaintext, tunnel, injector } = listeners;
+    let home = pod.home(proxy.workers.count());
+    let entrance = |origin| Entrance { proxy: proxy.clone(), pod: pod.clone(), home, origin };
     let openings = Arc::new(PodOpenings::new(pod.clone(), injector));
-    serve_captured(proxy, &openings, capture);
-    serve(proxy, pod, tunnel, inbound::tunnel);
-    serve(proxy, pod, plaintext, inbound::plaintext);
+    entrance(Origin::OwnPod).serve_captured(capture, openings.clone());
+    entrance(Origin::Elsewhere).serve(tunnel, inbound::tunnel);
+    entrance(Origin::Elsewhere).serve(plaintext, inbound::plaintext);
     for held in proxy.openings.add(&openings) {
         opening::start(proxy, &openings, held);
     }
@@ -45,69 +62,170 @@ pub fn serve_pod(proxy: &Arc<Proxy>, pod: &Arc<Pod>, listeners: Listeners) {
 pub fn serve_held(proxy: &Arc<Proxy>, rings: Vec<HeldRing>) {
     for (index, ring) in rings.into_iter().enumerate() {
         let on = proxy.clone();
-        proxy.workers.handle(index).spawn(async move {
+        let failed = proxy.workers.failed().clone();
+        proxy.workers.handle(index).spawn(vital(failed, async move {
             tokio::select! {
                 // The application's kernel sends again what is not read: to the next agent, or to nobody.
                 () = on.drain.stop.cancelled() => {}
                 () = ring.forward(|held| opening::handle_record(&on, held)) => {}
             }
-        });
+        }));
     }
 }
 
-/// Accepts captured connections until the pod or the agent ends. Those that are being opened may come until then.
-fn serve_captured(proxy: &Arc<Proxy>, openings: &Arc<PodOpenings>, listener: TcpListener) {
-    let (proxy, openings) = (proxy.clone(), openings.clone());
-    let home = openings.pod.home(proxy.workers.count());
-    let thread = proxy.workers.handle(home).clone();
-    thread.spawn(async move {
-        match Acceptor::new(listener) {
-            Ok(listener) => accept_captured(&proxy, &openings, home, listener).await,
-            Err(error) => {
-                tracing::error!(%error, pod = %openings.pod.workload.name, "a listener cannot be polled")
-            }
-        }
-        proxy.openings.remove(&openings);
-    });
+/// A listener's surroundings.
+struct Entrance {
+    proxy: Arc<Proxy>,
+    pod: Arc<Pod>,
+    /// The worker that accepts.
+    home: usize,
+    origin: Origin,
 }
 
-async fn accept_captured(proxy: &Arc<Proxy>, openings: &PodOpenings, home: usize, listener: Acceptor) {
-    let ended = async {
+impl Entrance {
+    /// Accepts on `listener` until the pod or the agent ends; each connection gets a task of its own.
+    fn serve<F>(self, listener: TcpListener, handle: Handler<F>)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.spawn(move |entrance| async move {
+            let ended = async {
+                tokio::select! {
+                    () = entrance.proxy.drain.stop.cancelled() => {}
+                    () = entrance.pod.closed.cancelled() => {}
+                }
+            };
+            let admit = |connection, peer| entrance.admit(connection, peer, handle);
+            entrance.accept_on(listener, ended, admit).await;
+        });
+    }
+
+    /// Accepts captured connections until the pod or the agent ends. Those that are being opened may come until then.
+    fn serve_captured(self, listener: TcpListener, openings: Arc<PodOpenings>) {
+        self.spawn(move |entrance| async move {
+            let admit = |connection, peer| {
+                if let Some(connection) = join(&openings, connection, peer) {
+                    entrance.admit(connection, peer, outbound::handle);
+                }
+            };
+            entrance.accept_on(listener, entrance.until_opened(&openings), admit).await;
+            entrance.proxy.openings.remove(&openings);
+        });
+    }
+
+    /// Runs `accepting` on the worker that accepts.
+    fn spawn<F>(self, accepting: impl FnOnce(Self) -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let thread = self.proxy.workers.handle(self.home).clone();
+        let failed = self.proxy.workers.failed().clone();
+        thread.spawn(vital(failed, accepting(self)));
+    }
+
+    /// Waits until the pod ends, or the agent ends and nothing is being opened.
+    async fn until_opened(&self, openings: &PodOpenings) {
+        let Self { proxy, pod, .. } = self;
         tokio::select! {
-            () = openings.pod.closed.cancelled() => return,
+            () = pod.closed.cancelled() => return,
             () = proxy.drain.stop.cancelled() => {}
         }
         tokio::select! {
-            () = openings.pod.closed.cancelled() => {}
+            () = pod.closed.cancelled() => {}
             () = proxy.drain.cut.cancelled() => {}
             () = openings.until_empty() => {}
         }
-    };
-    tokio::pin!(ended);
-    loop {
-        let accepted = tokio::select! {
-            () = &mut ended => return,
-            accepted = listener.accept() => accepted,
-        };
-        match accepted {
-            Ok((connection, peer)) => {
-                let client = canonical(peer);
-                if let Some(connection) = join(proxy, openings, connection, client) {
-                    spawn_flow(proxy, &openings.pod, home, connection, client, outbound::handle);
-                }
-            }
-            Err(error) if is_of_one_connection(&error) => {}
+    }
+
+    /// Gives what comes to `listener` to `admit`, until `ended`.
+    async fn accept_on(
+        &self,
+        listener: TcpListener,
+        ended: impl Future<Output = ()>,
+        admit: impl Fn(std::net::TcpStream, SocketAddr),
+    ) {
+        let listener = match Acceptor::new(listener) {
+            Ok(listener) => listener,
             Err(error) => {
-                tracing::error!(%error, "cannot accept; raise the limit of open files if this persists");
-                tokio::time::sleep(ACCEPT_RETRY).await;
+                return tracing::error!(%error, pod = %self.pod.workload.name, "a listener cannot be polled");
+            }
+        };
+        tokio::pin!(ended);
+        loop {
+            let accepted = tokio::select! {
+                () = &mut ended => return,
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
+                Ok((connection, peer)) => admit(connection, canonical(peer)),
+                Err(error) if is_of_one_connection(&error) => {}
+                Err(error) => {
+                    tracing::error!(%error, "cannot accept; raise the limit of open files if this persists");
+                    tokio::time::sleep(ACCEPT_RETRY).await;
+                }
             }
         }
     }
+
+    /// Starts a task for the flow, or resets a connection of a pod or source that has its share.
+    fn admit<F>(&self, connection: std::net::TcpStream, peer: SocketAddr, handle: Handler<F>)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let source = (self.origin == Origin::Elsewhere).then_some(peer.ip());
+        match self.proxy.shares.connection(Connection { pod: self.pod.cgroup, source }) {
+            Ok(permit) => {
+                bound_unread(&connection, permit.unread_bytes());
+                self.spawn_flow(connection, peer, permit, handle);
+            }
+            Err(refusal) => self.refuse(&connection, peer, refusal),
+        }
+    }
+
+    /// Starts a task for the flow on the worker that the connection goes to.
+    fn spawn_flow<F>(
+        &self,
+        connection: std::net::TcpStream,
+        peer: SocketAddr,
+        permit: ConnectionPermit,
+        handle: Handler<F>,
+    ) where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let (on, who) = (self.proxy.clone(), self.pod.clone());
+        self.proxy.spawn_flow(self.home, |load| async move {
+            match TcpStream::from_std(connection) {
+                Ok(connection) => handle(on, who, connection, peer).await,
+                Err(error) => tracing::error!(%error, "a connection cannot be polled, and is dropped"),
+            }
+            drop((load, permit));
+        });
+    }
+
+    fn refuse(&self, connection: &std::net::TcpStream, peer: SocketAddr, refusal: Refusal) {
+        let at = connection.local_addr().map_or(peer, canonical);
+        let (by, destination) = match self.origin {
+            Origin::OwnPod => (Reporter::Source, self.proxy.dialer.destination(connection).unwrap_or(at)),
+            Origin::Elsewhere => (Reporter::Destination, at),
+        };
+        self.proxy.report(by, Addresses { source: peer, destination }, refusal);
+        // Fails only if the connection is already closed.
+        let _ = SockRef::from(connection).set_linger(Some(Duration::ZERO));
+    }
 }
 
-/// Gives a connection to the opening that waits for it. Returns it if there is none.
+/// Bounds the bytes of an application that `connection` keeps for the agent to what its pod's share leaves.
+pub(super) fn bound_unread(connection: &std::net::TcpStream, unread_bytes: Option<u32>) {
+    if let Some(unread_bytes) = unread_bytes {
+        let bytes = (LOOPBACK_UNREAD * unread_bytes) as usize;
+        // An error leaves the bound that the listener has set.
+        let _ = SockRef::from(connection).set_recv_buffer_size(bytes);
+    }
+}
+
+/// Gives a connection to the opening that waits for it. Returns it if there is none. An opening has its destination and its
+/// permit already.
 fn join(
-    proxy: &Proxy,
     openings: &PodOpenings,
     connection: std::net::TcpStream,
     client: SocketAddr,
@@ -119,70 +237,9 @@ fn join(
     if !openings.has(&ends) {
         return Some(connection);
     }
-    // The kernel has handed over the destination before. It is taken out first: a repetition of the SYN that is read later
-    // finds neither an opening nor a destination.
-    let _ = proxy.dialer.take_destination(&openings.pod, client, ends.target);
     // If the opening has ended meanwhile, the connection is reset.
     drop(openings.join(&ends, connection));
     None
-}
-
-/// Accepts on `listener` until the pod or the agent ends; each connection gets a task of its own.
-fn serve<F>(proxy: &Arc<Proxy>, pod: &Arc<Pod>, listener: TcpListener, handle: Handler<F>)
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    let (proxy, pod) = (proxy.clone(), pod.clone());
-    let home = pod.home(proxy.workers.count());
-    let thread = proxy.workers.handle(home).clone();
-    thread.spawn(async move {
-        match Acceptor::new(listener) {
-            Ok(listener) => accept_on(proxy, pod, home, listener, handle).await,
-            Err(error) => tracing::error!(%error, pod = %pod.workload.name, "a listener cannot be polled"),
-        }
-    });
-}
-
-async fn accept_on<F>(proxy: Arc<Proxy>, pod: Arc<Pod>, home: usize, listener: Acceptor, handle: Handler<F>)
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    loop {
-        let accepted = tokio::select! {
-            () = proxy.drain.stop.cancelled() => return,
-            () = pod.closed.cancelled() => return,
-            accepted = listener.accept() => accepted,
-        };
-        match accepted {
-            Ok((connection, peer)) => spawn_flow(&proxy, &pod, home, connection, canonical(peer), handle),
-            Err(error) if is_of_one_connection(&error) => {}
-            Err(error) => {
-                tracing::error!(%error, "cannot accept; raise the limit of open files if this persists");
-                tokio::time::sleep(ACCEPT_RETRY).await;
-            }
-        }
-    }
-}
-
-/// Starts a task for the flow on the worker that the connection goes to.
-fn spawn_flow<F>(
-    proxy: &Arc<Proxy>,
-    pod: &Arc<Pod>,
-    home: usize,
-    connection: std::net::TcpStream,
-    peer: SocketAddr,
-    handle: Handler<F>,
-) where
-    F: Future<Output = ()> + Send + 'static,
-{
-    let (on, who) = (proxy.clone(), pod.clone());
-    proxy.spawn_flow(home, |load| async move {
-        match TcpStream::from_std(connection) {
-            Ok(connection) => handle(on, who, connection, peer).await,
-            Err(error) => tracing::error!(%error, "a connection cannot be polled, and is dropped"),
-        }
-        drop(load);
-    });
 }
 
 fn is_of_one_connection(error: &io::Error) -> bool {

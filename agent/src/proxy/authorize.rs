@@ -1,22 +1,19 @@
-//! Is a flow admitted to a pod, and is it still? The pod's modes and authorization policies decide (`policy`); this asks
-//! them when a flow opens and again whenever they change, and tells what they say.
+//! Admission of a flow to a pod. The pod's modes and authorization policies decide (`policy`), when a flow opens and again
+//! whenever they change.
 //!
-//! A live flow waits for changes beside its relay: it costs nothing while bytes pass. What policy no longer allows is
-//! reset at both ends; what it still allows does not notice.
+//! A live flow is decided on again by `recheck`: it costs its worker nothing while policy allows it. What policy no longer
+//! allows is reset at both ends.
 
-use std::{
-    future::{Future, pending},
-    sync::Arc,
-};
+use std::sync::Arc;
 
 use tacit_core::{
-    policy::{Flow, Verdict},
+    policy::{Flow, PolicyVerdict},
     refusal::Refusal,
 };
-use tokio::sync::watch;
 
 use crate::{
     enrol::{Pod, PodPolicy},
+    recheck::{Depends, Rechecks, Revoked},
     telemetry::{Ends, LiveFlow, Telemetry},
 };
 
@@ -24,8 +21,6 @@ use crate::{
 #[derive(Debug)]
 pub struct Admitted {
     flow: Flow,
-    /// Changes of the pod's policy since the decision.
-    changes: watch::Receiver<Arc<PodPolicy>>,
 }
 
 /// Decides on a flow to `pod`, and reports the audits that it matches.
@@ -33,20 +28,18 @@ pub struct Admitted {
 /// # Errors
 /// [`Refusal`] if policy does not admit the flow.
 pub fn admit(telemetry: &Telemetry, pod: &Pod, flow: Flow, ends: &Ends) -> Result<Admitted, Refusal> {
-    // Marks the snapshot as seen that is decided by: a later one is not missed.
-    let mut changes = pod.policy_changes();
-    let policy = Arc::clone(&changes.borrow_and_update());
+    let policy = pod.policy();
     for audit in policy.authorization.audits(&flow) {
         telemetry.audited(ends, &audit.to_string());
     }
     verdict(&policy, &flow)?;
-    Ok(Admitted { flow, changes })
+    Ok(Admitted { flow })
 }
 
 fn verdict(policy: &PodPolicy, flow: &Flow) -> Result<(), Refusal> {
     match policy.decide(flow) {
-        Verdict::Allow => Ok(()),
-        Verdict::Deny(denial) => {
+        PolicyVerdict::Allow => Ok(()),
+        PolicyVerdict::Deny(denial) => {
             let source = flow.source.identity().cloned();
             Err(Refusal { source, ..Refusal::new(denial.reason(), denial) })
         }
@@ -54,20 +47,10 @@ fn verdict(policy: &PodPolicy, flow: &Flow) -> Result<(), Refusal> {
 }
 
 impl Admitted {
-    /// Waits until the policy of `pod` no longer allows the flow.
-    #[expect(
-        clippy::manual_async_fn,
-        reason = "an async fn keeps its arguments twice, and waiting flows are many"
-    )]
-    pub fn revoked(mut self, pod: &Pod) -> impl Future<Output = Refusal> + Send {
-        async move {
-            while self.changes.changed().await.is_ok() {
-                if let Err(refusal) = verdict(&pod.policy(), &self.flow) {
-                    return refusal;
-                }
-            }
-            pending().await
-        }
+    /// Waits until the policy of `pod` no longer allows the flow. The policy may have changed since the flow was admitted.
+    pub fn revoked(self, rechecks: &Arc<Rechecks>, pod: &Pod) -> Revoked {
+        let (policy, flow) = (pod.policy_in_force(), self.flow);
+        rechecks.revoked(pod.cgroup, Depends::OnPolicy, move || verdict(&policy.load(), &flow).err())
     }
 }
 

@@ -1,6 +1,6 @@
 //! Connections that the agent makes from inside a pod's network namespace, and the destinations of captured connections.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, os::fd::AsRawFd, sync::Arc, time::Duration};
 
 use tacit_kernel::{Kernel, held::HeldEnds, netns::HostNetns, socket};
 use tacit_tunnel::socket::reset_if_dropped;
@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 
 use crate::enrol::Pod;
 
-/// How long an application may take to accept. It is on this node: more means its backlog is full.
+/// Limit for an application to accept a connection. It is on this node, so a longer wait means a full backlog.
 const APPLICATION_CONNECT: Duration = Duration::from_secs(5);
 
 /// Opens sockets in the namespaces of pods and exchanges addresses with the kernel's maps.
@@ -24,21 +24,26 @@ impl Dialer {
         Self { kernel, host }
     }
 
-    /// Connects to an application of `pod` as `client`: the application sees the client's address.
+    /// Connects to an application of `pod` as `client`: the application sees the client's address. The kernel keeps at most
+    /// `unread_bytes` that the application has sent, [`socket::LOOPBACK_UNREAD_BYTES`] unless given.
     ///
     /// # Errors
-    /// The kernel's, or a time-out.
+    /// The kernel's, a time-out, or [`socket::ClientNotStored`].
     pub(super) async fn to_application(
         &self,
         pod: &Pod,
         application: SocketAddr,
         client: SocketAddr,
+        unread_bytes: Option<u32>,
     ) -> io::Result<TcpStream> {
         let socket = socket::dialer(&pod.netns, &self.host, application, client)?;
+        // On loopback no autotuning is needed: a window of two batches keeps both ends busy.
+        let unread_bytes = unread_bytes.map_or(socket::LOOPBACK_UNREAD_BYTES, |bytes| bytes as usize);
+        socket.set_recv_buffer_size(unread_bytes)?;
         // An application decides by the address of its client: without the name there is no connection.
-        self.kernel.maps.set_peer_name(&socket, client).map_err(io::Error::other)?;
+        self.kernel.maps.set_peer_name(&socket, client, pod.slot()).map_err(io::Error::other)?;
         let here = (&pod.netns, &*self.host);
-        let connected = socket::connected_here(socket, here, application, APPLICATION_CONNECT).await?;
+        let connected = socket::dialled(socket, here, application, APPLICATION_CONNECT).await?;
         reset_if_dropped(&connected);
         Ok(connected)
     }
@@ -68,22 +73,31 @@ impl Dialer {
         limit: Duration,
     ) -> io::Result<TcpStream> {
         let socket = socket::outgoing(&pod.netns, &self.host, peer)?;
-        self.kernel.maps.set_tunnel(&socket).map_err(io::Error::other)?;
+        self.kernel.maps.set_tunnel(&socket, peer).map_err(io::Error::other)?;
         socket::connected(socket, peer, limit).await
     }
 
-    /// Takes out of the kernel's map the destination of a connection that `client` in `pod` made and the agent accepted at
-    /// `accepted_at`.
-    pub(super) fn take_destination(
+    /// Connects from `pod` within `limit` to `destination`, whose mode is DISABLE. As [`Self::to_tunnel`].
+    ///
+    /// # Errors
+    /// The kernel's, or a time-out.
+    pub(super) async fn to_disabled_port(
         &self,
         pod: &Pod,
-        client: SocketAddr,
-        accepted_at: SocketAddr,
-    ) -> Option<SocketAddr> {
-        self.kernel.maps.destination(pod.netns.cookie(), client, accepted_at)
+        destination: SocketAddr,
+        limit: Duration,
+    ) -> io::Result<TcpStream> {
+        let socket = socket::outgoing(&pod.netns, &self.host, destination)?;
+        self.kernel.maps.set_disabled(&socket, destination).map_err(io::Error::other)?;
+        socket::connected(socket, destination, limit).await
     }
 
-    /// Returns true if a captured connection of `pod` still waits for the agent to accept it.
+    /// Returns the destination of a captured connection that the agent accepted.
+    pub(super) fn destination(&self, captured: &impl AsRawFd) -> Option<SocketAddr> {
+        self.kernel.maps.destination(captured)
+    }
+
+    /// Returns true if a captured connection of `pod` still waits for the answer of the agent's listener.
     pub(super) fn is_waiting(&self, pod: &Pod, ends: &HeldEnds) -> bool {
         self.kernel.maps.is_captured(pod.netns.cookie(), ends.client, ends.target)
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// How long resetting may take, after the deadline.
+/// Time for resetting the remaining flows, after the deadline.
 const CUT: Duration = Duration::from_secs(1);
 
 /// Shared by everything that serves connections.
@@ -21,7 +21,7 @@ pub struct Drain {
     pub tasks: TaskTracker,
 }
 
-/// How a drain ended.
+/// The result of a drain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Drained {
     /// All flows ended by themselves.
@@ -52,7 +52,7 @@ impl Drain {
         }
         let left = self.tasks.len();
         self.cut.cancel();
-        // What is not in a relay yet does not hear it; the end of the process resets that as well.
+        // A connection without a relay does not see the cancellation. The exit of the process resets it.
         let _ = timeout(CUT, self.tasks.wait()).await;
         Drained::Cut(left)
     }

@@ -1,4 +1,4 @@
-//! What arrives at a pod: tunnel sessions from peers, and plaintext that the kernel did not let through by itself.
+//! Inbound connections of a pod: tunnel sessions from peers, and plaintext that the kernel steered to the agent.
 //!
 //! ```text
 //! 15008  handshake ─ identity ─┐ one session, flow after flow:
@@ -26,11 +26,8 @@ use tokio::net::TcpStream;
 
 use crate::{
     enrol::Pod,
-    proxy::{
-        Addresses, Proxy, authorize, canonical, not_connected, security,
-        sessions::{HANDSHAKE_WAIT, HANDSHAKES_MAX},
-    },
-    telemetry::{FlowSpec, Reporter, Security},
+    proxy::{Addresses, Proxy, authorize, canonical, not_connected, security},
+    telemetry::{Ends, FlowSpec, Reporter, Security},
 };
 
 /// Serves one tunnel session to its end. What is needed only before and between flows is boxed: a flow keeps no room for it.
@@ -42,7 +39,7 @@ pub async fn tunnel(path: Arc<Proxy>, pod: Arc<Pod>, tcp: TcpStream, peer: Socke
             Begun::Denied(session) => Some(session),
         };
         match ended {
-            // It has said that it closes.
+            // The session has announced its end to the peer.
             Some(_) if path.drain.stop.is_cancelled() => return,
             Some(again) => session = again,
             None => return,
@@ -61,16 +58,17 @@ async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Opt
     if let Err(refusal) = came_from_outside(pod, at) {
         return refuse(tcp, refusal);
     }
-    let Some(permit) = path.sessions.handshake_permit().await else {
-        let detail = format!("{HANDSHAKES_MAX} handshakes have been under way for {HANDSHAKE_WAIT:?}");
-        return refuse(tcp, Refusal::new(RefusalReason::HandshakeLimit, detail));
+    let turn = match path.shares.handshake(pod.cgroup, peer.ip()).await {
+        Ok(turn) => turn,
+        Err(refusal) => return refuse(tcp, refusal),
     };
     let Some(own) = path.snapshots.credentials(&pod.workload.identity) else {
         let detail = format!("{} has no valid certificate; see `tacit status`", pod.workload.identity);
         return refuse(tcp, Refusal::new(RefusalReason::NoCertificate, detail));
     };
+    socket::begin_small(&tcp, path.shares.unread_bytes(pod.cgroup));
     let accepted = Session::accept(tcp, &own).await;
-    drop(permit);
+    drop(turn);
     match accepted {
         Ok(mut session) => {
             session.end_with_flow_after(path.drain.stop.clone());
@@ -83,11 +81,11 @@ async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Opt
     }
 }
 
-/// What came of a flow that a peer asked for.
+/// The result of a peer's request for a flow.
 enum Begun<'a> {
-    /// Its way to its end, after which the session may be of use again.
+    /// The relay of the flow, until its end. It returns the session if it can carry another flow.
     Flow(Pin<Box<dyn Future<Output = Option<Box<Session>>> + Send + 'a>>),
-    /// The session is as good as before.
+    /// The flow was denied. The session can carry another flow.
     Denied(Box<Session>),
 }
 
@@ -107,7 +105,7 @@ async fn next_flow<'a>(
     match next {
         Ok(Some(open)) => begin(path, pod, session, &open, peer, at).await,
         Ok(None) => None,
-        // Between two flows a peer may go at any time, and how is its own affair. Bytes that are no flow are not.
+        // A peer may close the session between two flows in any way. Only invalid bytes are an error.
         Err(error @ (TunnelError::Io(_) | TunnelError::Closed | TunnelError::Timeout { .. })) => {
             tracing::debug!(peer = %session.peer(), %error, "session ended between flows");
             None
@@ -132,19 +130,19 @@ async fn begin<'a>(
 ) -> Option<Begun<'a>> {
     relay::connection_started();
     let addresses = Addresses { source: open.client, destination: open.destination };
-    let admitted = check_open(&session, open, peer, at).and_then(|flow| {
-        let (source, own) = (flow.source.identity().cloned(), Some(pod.workload.identity.clone()));
-        let ends = path.ends(Reporter::Destination, addresses, source, own);
-        authorize::admit(&path.telemetry, pod, flow, &ends).map(|admitted| (admitted, ends))
-    });
-    let (admitted, ends) = match admitted {
+    let checked = check_open(&session, open, peer, at);
+    // The destination of a rejected OPEN need not be this pod.
+    let own = checked.as_ref().ok().map(|_| pod.workload.identity.clone());
+    let ends = path.ends(Reporter::Destination, addresses, Some(session.peer().clone()), own);
+    let admitted = checked.and_then(|flow| authorize::admit(&path.telemetry, pod, flow, &ends));
+    let admitted = match admitted {
         Ok(admitted) => admitted,
-        Err(refusal) => return deny(path, session, open, refusal).await.map(Begun::Denied),
+        Err(refusal) => return deny(path, session, open, &ends, &refusal).await.map(Begun::Denied),
     };
-    let application = match path.dialer.to_application(pod, open.destination, open.client).await {
+    let application = match path.dial_application(pod, open.destination, open.client).await {
         Ok(application) => application,
         Err(error) => {
-            return deny(path, session, open, not_connected(&error)).await.map(Begun::Denied);
+            return deny(path, session, open, &ends, &not_connected(&error)).await.map(Begun::Denied);
         }
     };
     if session.accept_flow(open).is_err() {
@@ -154,14 +152,15 @@ async fn begin<'a>(
     relay::connection_proceeds();
     let live =
         path.telemetry.open_flow(FlowSpec { ends, security: security(session.tls()), trace: open.trace.0 });
+    let bulk = path.shares.bulk.of(pod.cgroup);
     Some(Begun::Flow(Box::pin(async move {
         let (end, session) = tokio::select! {
-            ended = relay::tunnelled(application, session, live.counters()) => ended,
+            ended = relay::tunnelled(application, session, live.counters(), &bulk) => ended,
             () = path.drain.cut.cancelled() => {
                 live.close("cut");
                 return None;
             }
-            refusal = admitted.revoked(pod) => {
+            refusal = admitted.revoked(&path.rechecks, pod) => {
                 authorize::revoke(&path.telemetry, live, &refusal);
                 return None;
             }
@@ -177,7 +176,7 @@ fn check_open(session: &Session, open: &Open, peer: IpAddr, at: IpAddr) -> Resul
     if session.peer_not_after() <= SystemTime::now() {
         return refuse(RefusalReason::Expired, "it has expired since the handshake".to_owned());
     }
-    // The session came to this pod's address: a flow for any other is not ours to carry.
+    // The session came to this pod's address: the agent carries no flow for another address on it.
     if open.destination.ip() != at {
         let detail = format!("OPEN names {}, the session is for {at}", open.destination);
         return refuse(RefusalReason::ForgedDestination, detail);
@@ -203,12 +202,11 @@ async fn deny(
     path: &Proxy,
     mut session: Box<Session>,
     open: &Open,
-    refusal: Refusal,
+    ends: &Ends,
+    refusal: &Refusal,
 ) -> Option<Box<Session>> {
-    let answer = DenyReason::answer(refusal.reason);
-    let addresses = Addresses { source: open.client, destination: open.destination };
-    path.report(Reporter::Destination, addresses, refusal.of(session.peer()));
-    let answered = session.deny(open, answer).await;
+    path.telemetry.refused(ends, refusal);
+    let answered = session.deny(open, DenyReason::answer(refusal.reason)).await;
     (answered.is_ok() && session.is_idle()).then_some(session)
 }
 
@@ -231,29 +229,34 @@ pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: TcpStream, peer:
     relay::connection_started();
     let Ok(at) = client.local_addr().map(canonical) else { return };
     let addresses = Addresses { source: peer, destination: at };
-    let refuse = |client, refusal| path.refuse(client, Reporter::Destination, addresses, refusal);
+    let ends = path.ends(Reporter::Destination, addresses, None, None);
+    let refuse = |client, refusal: &Refusal| {
+        path.telemetry.refused(&ends, refusal);
+        socket::reset(client);
+    };
     if let Err(refusal) = came_from_outside(&pod, at) {
-        return refuse(client, refusal);
+        return refuse(client, &refusal);
     }
     let flow = Flow { source: FlowSource::Plaintext, client: peer.ip(), destination: at };
-    let ends = path.ends(Reporter::Destination, addresses, None, None);
     let admitted = match authorize::admit(&path.telemetry, &pod, flow, &ends) {
         Ok(admitted) => admitted,
-        Err(refusal) => return refuse(client, refusal),
+        Err(refusal) => return refuse(client, &refusal),
     };
-    match path.dialer.to_application(&pod, at, peer).await {
+    match path.dial_application(&pod, at, peer).await {
         Ok(application) => {
             let live =
                 path.telemetry.open_flow(FlowSpec { ends, security: Security::Plaintext, trace: [0; 16] });
+            let bulk = path.shares.bulk.of(pod.cgroup);
+            socket::begin_small(&client, path.shares.unread_bytes(pod.cgroup));
             let end = tokio::select! {
-                end = relay::plain(client, application, live.counters()) => end.label(),
+                end = relay::plain(client, application, live.counters(), &bulk) => end.label(),
                 () = path.drain.cut.cancelled() => "cut",
-                refusal = admitted.revoked(&pod) => {
+                refusal = admitted.revoked(&path.rechecks, &pod) => {
                     return authorize::revoke(&path.telemetry, live, &refusal);
                 }
             };
             live.close(end);
         }
-        Err(error) => refuse(client, not_connected(&error)),
+        Err(error) => refuse(client, &not_connected(&error)),
     }
 }

@@ -15,7 +15,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use tacit_abi::tcp_port;
+use tacit_abi::{limits, tcp_port};
 use tacit_core::refusal::ConnectEnd;
 use tacit_kernel::{
     held::{HeldConnect, HeldEnds},
@@ -25,9 +25,10 @@ use tokio::sync::{Notify, oneshot};
 
 use crate::enrol::Pod;
 
-/// Connections of one pod that are opened at a time: as many as its listener would accept. Further SYNs are not answered, as
-/// with a full backlog, and the application's kernel sends them again.
-pub const OPENINGS_MAX: usize = 4096;
+/// Connections of one pod that are opened at a time. The kernel side captures no more at a time, because a held connection
+/// stays in its table of pending ones: `connect()` then fails with ENOBUFS. This bound holds also where ends of connections
+/// were not handed over. Further SYNs are not answered, as with a full backlog, and the application's kernel sends them again.
+pub const OPENINGS_MAX: usize = limits::PENDING_PER_POD as usize;
 /// SYNs of pods that this agent does not serve yet, over all pods. The oldest make room, and are sent again.
 const PARKED_MAX: usize = 1024;
 
@@ -91,7 +92,7 @@ impl PodOpenings {
     #[must_use]
     pub fn is_own_target(&self, ends: &HeldEnds) -> bool {
         let port = ends.target.port();
-        port == self.pod.capture_port || (ends.target.is_ipv6() && !tcp_port::is_reserved(port))
+        port == self.pod.capture_port() || (ends.target.is_ipv6() && !tcp_port::is_reserved(port))
     }
 
     /// Lets the other agent accept a connection that it knows nothing of: it connects to the destination then.
@@ -252,9 +253,9 @@ impl Openings {
     /// Serves the held connections of a pod from now on. Returns those that were held before.
     pub fn add(&self, openings: &Arc<PodOpenings>) -> Vec<HeldConnect> {
         let mut pods = self.lock();
-        pods.by_slot.insert(openings.pod.slot, Arc::clone(openings));
+        pods.by_slot.insert(openings.pod.slot(), Arc::clone(openings));
         let (own, others) =
-            std::mem::take(&mut pods.parked).into_iter().partition(|held| held.slot == openings.pod.slot);
+            std::mem::take(&mut pods.parked).into_iter().partition(|held| held.slot == openings.pod.slot());
         pods.parked = others;
         Vec::from(own)
     }
@@ -262,8 +263,8 @@ impl Openings {
     /// No longer serves a pod, and cancels what is being opened.
     pub fn remove(&self, openings: &Arc<PodOpenings>) {
         let mut pods = self.lock();
-        if pods.by_slot.get(&openings.pod.slot).is_some_and(|current| Arc::ptr_eq(current, openings)) {
-            pods.by_slot.remove(&openings.pod.slot);
+        if pods.by_slot.get(&openings.pod.slot()).is_some_and(|current| Arc::ptr_eq(current, openings)) {
+            pods.by_slot.remove(&openings.pod.slot());
         }
         drop(pods);
         openings.cancel_all();

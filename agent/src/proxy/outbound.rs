@@ -12,7 +12,7 @@
 //! the connection fails (`endpoints`).
 
 use std::{
-    future::{Future, pending},
+    future::Future,
     net::SocketAddr,
     pin::Pin,
     sync::{Arc, atomic::Ordering::Relaxed},
@@ -26,7 +26,10 @@ use tacit_core::{
     refusal::{Refusal, RefusalReason},
     route::{self, PlaintextCause, Route, RouteInput},
 };
-use tacit_tunnel::{relay, socket};
+use tacit_tunnel::{
+    relay::{self, PodBulk},
+    socket,
+};
 use tokio::net::TcpStream;
 
 use crate::{
@@ -36,18 +39,19 @@ use crate::{
         authorize::{self, Admitted},
         canonical, not_connected,
     },
+    recheck::{Depends, Revoked},
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
 };
 use endpoints::{Endpoints, Rest};
 use session::Tunnel;
 
-/// How long an address that the directory does not know is waited for. Above the delay of a watch (tens of ms), below
-/// what a person takes for a hang.
+/// Time to wait for an address that the directory does not know. It is above the delay of a watch (tens of ms), and
+/// below a delay that users notice as a hang.
 const DISCOVERY: Duration = Duration::from_secs(1);
-/// How long a TCP connection to a peer's tunnel port may take: three SYNs are lost by then.
+/// Limit for a TCP connection to a peer's tunnel port: three SYNs are lost by then.
 const PEER_CONNECT: Duration = Duration::from_secs(10);
-/// How long an endpoint may take to answer while there may be another: the first SYN and its repetition after a second
-/// are lost by then.
+/// Limit for an endpoint to answer while another one is left: the first SYN and its repetition after a second are lost
+/// by then.
 const TRY_CONNECT: Duration = Duration::from_secs(2);
 
 mod endpoints;
@@ -57,7 +61,7 @@ mod session;
 /// One try to connect an upstream.
 #[derive(Clone, Copy)]
 struct Attempt<'a> {
-    /// How long connecting may take.
+    /// Limit for connecting.
     limit: Duration,
     /// The application, if its data may be sent before the upstream accepts. `None` if another try may follow, since nothing
     /// is sent twice.
@@ -185,20 +189,22 @@ fn carry(
         Upstream::Plaintext(server, spec) => Box::pin(async move {
             let destination = spec.ends.destination.address;
             let flow = path.telemetry.open_flow(spec);
-            let relayed = path.clone();
+            let (relayed, bulk) = (path.clone(), path.shares.bulk.of(pod.cgroup));
             let revoked = plaintext_revoked(&path, &pod, destination);
-            relay_plain(relayed, app, server, flow, revoked, endpoint).await;
+            relay_plain(relayed, (app, server), (flow, bulk), revoked, endpoint).await;
         }),
         Upstream::SameNode(server, spec, target, admitted) => Box::pin(async move {
-            let flow = path.telemetry.open_flow(spec);
-            relay_plain(path, app, server, flow, admitted.revoked(&target), endpoint).await;
+            let flow = (path.telemetry.open_flow(spec), path.shares.bulk.of(pod.cgroup));
+            let revoked = admitted.revoked(&path.rechecks, &target);
+            relay_plain(path, (app, server), flow, revoked, endpoint).await;
         }),
         Upstream::Tunnel(Tunnel { session, optimistic_bytes, spec, key }) => {
             let live = path.telemetry.open_flow(spec);
             live.counters().sent.fetch_add(optimistic_bytes, Relaxed);
+            let bulk = path.shares.bulk.of(pod.cgroup);
             Box::pin(async move {
                 let (end, session) = tokio::select! {
-                    ended = relay::tunnelled(app, session, live.counters()) => ended,
+                    ended = relay::tunnelled(app, session, live.counters(), &bulk) => ended,
                     () = path.drain.cut.cancelled() => return live.close("cut"),
                 };
                 live.close(end.label());
@@ -213,15 +219,14 @@ fn carry(
     }
 }
 
-/// The flow's two ends as both applications see them.
+/// Returns the flow's addresses as both applications see them.
 fn find_destination(path: &Proxy, pod: &Pod, app: &TcpStream, client: SocketAddr) -> Option<Addresses> {
-    let at = canonical(app.local_addr().ok()?);
-    let destination = path.dialer.take_destination(pod, client, at)?;
+    let destination = path.dialer.destination(app)?;
     Some(Addresses { source: source(pod, client, destination)?, destination })
 }
 
-/// The source of a flow as both applications see it. `None` for a client that took another's address as its own
-/// (IP_TRANSPARENT): answers to it would leave the pod, in clear.
+/// Returns the source of a flow as both applications see it. Returns `None` for a client with a foreign source address
+/// (IP_TRANSPARENT), because answers to it would leave the pod as plaintext.
 fn source(pod: &Pod, client: SocketAddr, destination: SocketAddr) -> Option<SocketAddr> {
     if !client.ip().is_loopback() && !pod.workload.addresses.contains(&client.ip()) {
         return None;
@@ -229,27 +234,14 @@ fn source(pod: &Pod, client: SocketAddr, destination: SocketAddr) -> Option<Sock
     Some(SocketAddr::new(pod.address_like(destination.ip())?, client.port()))
 }
 
-/// Waits until a flow that is carried as plaintext must end, and returns the reason. The first check comes after the
-/// subscriptions, because the route was decided before them.
-async fn plaintext_revoked(path: &Proxy, pod: &Pod, destination: SocketAddr) -> Refusal {
-    let mut directory = path.snapshots.directory.subscribe();
-    let mut policies = path.snapshots.policies.subscribe();
-    let mut own = pod.policy_changes();
-    // Their receivers count every version since the agent's start as unseen.
-    directory.mark_unchanged();
-    policies.mark_unchanged();
-    loop {
-        if let Some(reason) = plaintext_denied(path, pod, destination) {
-            return Refusal::new(reason, "carried as plaintext before the directory or a policy changed");
-        }
-        // A source that has ended changes nothing any more.
-        tokio::select! {
-            Ok(()) = directory.changed() => {}
-            Ok(()) = policies.changed() => {}
-            Ok(()) = own.changed() => {}
-            else => return pending().await,
-        }
-    }
+/// Waits until a flow that is carried as plaintext must end, and returns the reason. The route was decided before, so the
+/// first check is made at once.
+fn plaintext_revoked(path: &Arc<Proxy>, pod: &Arc<Pod>, destination: SocketAddr) -> Revoked {
+    let (known, of) = (Arc::clone(path), Arc::clone(pod));
+    path.rechecks.revoked(pod.cgroup, Depends::OnDirectory, move || {
+        let reason = plaintext_denied(&known, &of, destination)?;
+        Some(Refusal::new(reason, "carried as plaintext before the directory or a policy changed"))
+    })
 }
 
 /// Returns the reason why a flow to `destination` must not be carried as plaintext: the destination or the pod is STRICT, or
@@ -278,7 +270,8 @@ fn find_route(path: &Proxy, pod: &Pod, directory: &Directory, destination: Socke
         is_unclear: directory.is_unclear_at(destination),
         // The directory has a new range before the kernel has it.
         outside_mesh: !path.snapshots.is_mesh(destination.ip())
-            && !directory.ranges().contains(destination.ip()),
+            && !directory.ranges().contains(destination.ip())
+            && !directory.is_node_port(destination),
         on_this_node: path.pods.load().at(destination.ip()).is_some(),
         destination_mode: modes.map_or(policy::Mode::Strict, |m| m.at(destination.port())),
         source_is_strict: pod.is_strict(directory),
@@ -302,7 +295,7 @@ async fn connect_same_node(path: &Proxy, pod: &Pod, addresses: Addresses) -> Res
     let ends = path.ends(Reporter::Source, addresses, Some(identity.clone()), Some(theirs));
     let flow = Flow { source: FlowSource::SameNode(identity), client: source.ip(), destination };
     let admitted = authorize::admit(&path.telemetry, &target, flow, &ends)?;
-    let connected = path.dialer.to_application(&target, destination, source).await;
+    let connected = path.dial_application(&target, destination, source).await;
     let server = connected.map_err(|error| not_connected(&error))?;
     let spec = FlowSpec { ends, security: Security::SameNode, trace: [0; 16] };
     Ok(Upstream::SameNode(server, spec, target, admitted))
@@ -313,7 +306,7 @@ fn is_same_pod(known: &Workload, enrolled: &Workload) -> bool {
     known.identity == enrolled.identity && known.node == enrolled.node && known.cgroup == enrolled.cgroup
 }
 
-/// In clear, from the pod's own namespace, as it would have gone without Tacit.
+/// Connects without a tunnel, from the pod's own namespace, as the application would without Tacit.
 async fn connect_plaintext(
     path: &Proxy,
     pod: &Pod,
@@ -322,9 +315,13 @@ async fn connect_plaintext(
     limit: Duration,
 ) -> Result<Upstream, Refusal> {
     let Addresses { source, destination } = addresses;
-    let connected = path.dialer.connect(pod, destination, limit).await;
+    let connected = match cause {
+        PlaintextCause::DestinationModeDisable => path.dialer.to_disabled_port(pod, destination, limit).await,
+        _ => path.dialer.connect(pod, destination, limit).await,
+    };
     let server = connected.map_err(|error| not_connected(&error))?;
     socket::reset_if_dropped(&server);
+    socket::begin_small(&server, path.shares.unread_bytes(pod.cgroup));
     tracing::debug!(%source, %destination, why = cause.label(), "in clear");
     let spec = FlowSpec {
         ends: path.ends(Reporter::Source, addresses, None, None),
@@ -336,9 +333,8 @@ async fn connect_plaintext(
 
 async fn relay_plain(
     path: Arc<Proxy>,
-    app: TcpStream,
-    server: TcpStream,
-    flow: LiveFlow,
+    (app, server): (TcpStream, TcpStream),
+    (flow, bulk): (LiveFlow, PodBulk),
     revoked: impl Future<Output = Refusal>,
     _endpoint: Option<Box<PickedEndpoint>>,
 ) {
@@ -347,7 +343,7 @@ async fn relay_plain(
         biased;
         refusal = revoked => return authorize::revoke(&path.telemetry, flow, &refusal),
         () = path.drain.cut.cancelled() => "cut",
-        end = relay::plain(app, server, flow.counters()) => end.label(),
+        end = relay::plain(app, server, flow.counters(), &bulk) => end.label(),
     };
     flow.close(end);
 }
@@ -378,7 +374,8 @@ mod tests {
         }
     }
 
-    /// What the tasks of a flow keep, beside its session and sockets: with 10,000 flows a kilobyte is ten megabytes.
+    /// Limits the memory of a flow's tasks, beside its session and sockets: with 10,000 flows a kilobyte is ten
+    /// megabytes.
     #[test]
     fn an_idle_flow_is_small() {
         fn of4<A, B, C, D, F>(_: fn(A, B, C, D) -> F) -> usize {

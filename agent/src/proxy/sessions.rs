@@ -1,31 +1,24 @@
-//! The tunnel sessions of a node: permits for handshakes that run now, and pools of idle sessions for the next flows.
+//! The tunnel sessions of a node: pools of idle sessions for the next flows.
 //!
 //! Each worker has a pool of its own, behind a lock of its own. A flow takes from the pool of its worker first. Only a flow
 //! that finds nothing there looks into the pools of the other workers, and a session found there moves to the flow's thread.
 //! No session is tested, closed or dropped while a lock is held, since each of these makes a system call.
 
 use std::{
+    collections::HashMap,
     net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant, SystemTime},
+    time::{Instant, SystemTime},
 };
 
-use tacit_core::{pool::Pool, spiffe::SpiffeId};
-use tacit_tunnel::Session;
-use tokio::{
-    sync::{Semaphore, SemaphorePermit},
-    time::timeout,
+use tacit_core::{
+    pool::Pool,
+    shares::{Bounds, IDLE_SESSIONS, ShareUse, connections::PodId},
+    spiffe::SpiffeId,
 };
+use tacit_tunnel::Session;
 
 use crate::proxy::workers::Workers;
-
-/// Handshakes of the node at the same time, over all pods. Further peers wait. A handshake costs about a millisecond of a
-/// core, and some 30 kB while it lasts.
-pub const HANDSHAKES_MAX: usize = 1024;
-/// How long a peer waits for a permit: the longest time that a handshake may take. Every earlier handshake has ended by then.
-pub const HANDSHAKE_WAIT: Duration = Duration::from_secs(10);
-/// Idle sessions of the node, in equal shares for the workers; each costs a socket and a few KiB here and at its peer.
-const IDLE_MAX: usize = 8192;
 
 /// Sessions are interchangeable for flows of the same pod to the same server under the same identities.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -40,29 +33,27 @@ pub struct PoolKey {
     pub serial: Arc<str>,
 }
 
-type Idle = Pool<PoolKey, Box<Session>>;
+type Idle = Pool<PoolKey, PodId, Box<Session>>;
 
-/// Handshake permits and the idle sessions of every worker.
+/// The idle sessions of every worker.
 pub struct Sessions {
-    handshakes: Semaphore,
+    bounds: Bounds,
     /// One for each worker, by its index.
     pools: Vec<Mutex<Idle>>,
 }
 
 impl Sessions {
-    /// Empty pools for `workers` threads.
+    /// Empty pools for `workers` threads. The threads divide `bounds` equally, so the share of a pod holds for each thread.
     #[must_use]
-    pub fn new(workers: usize) -> Self {
-        let share = (IDLE_MAX / workers.max(1)).max(1);
+    pub fn new(workers: usize, bounds: Bounds) -> Self {
+        let part = |units: u64| (units / workers.max(1) as u64).max(1);
+        let of_worker = Bounds { total: part(bounds.total), each: part(bounds.each) };
         Self {
-            handshakes: Semaphore::new(HANDSHAKES_MAX),
-            pools: (0..workers.max(1)).map(|_| Mutex::new(Pool::new(share))).collect(),
+            bounds,
+            pools: (0..workers.max(1))
+                .map(|_| Mutex::new(Pool::new(of_worker, |key: &PoolKey| key.pod)))
+                .collect(),
         }
-    }
-
-    /// Waits for the permit to begin a handshake. Returns `None` if none is free within [`HANDSHAKE_WAIT`].
-    pub async fn handshake_permit(&self) -> Option<SemaphorePermit<'_>> {
-        timeout(HANDSHAKE_WAIT, self.handshakes.acquire()).await.ok()?.ok()
     }
 
     /// Takes an idle session for a flow of the calling worker. A session of another worker moves to the calling thread.
@@ -120,6 +111,24 @@ impl Sessions {
         (0..self.pools.len()).map(|worker| self.pool(worker).len()).sum()
     }
 
+    /// Returns the use by pod.
+    #[must_use]
+    pub fn usage(&self) -> ShareUse<PodId> {
+        let (mut held, mut refused) = (HashMap::new(), 0);
+        for worker in 0..self.pools.len() {
+            let pool = self.pool(worker);
+            refused += pool.refused();
+            pool.owners().for_each(|(pod, units)| *held.entry(pod).or_default() += units);
+        }
+        ShareUse {
+            resource: IDLE_SESSIONS.resource,
+            bounds: self.bounds,
+            used: held.values().sum(),
+            fullest: held.into_iter().max_by_key(|(_, units)| *units),
+            refused,
+        }
+    }
+
     fn close_removed(&self, remove: impl Fn(&mut Idle) -> Vec<Box<Session>>) {
         for worker in 0..self.pools.len() {
             let removed = remove(&mut self.pool(worker));
@@ -148,9 +157,11 @@ mod tests {
     #[test]
     fn the_bound_of_the_node_is_shared_by_its_workers() {
         for workers in [1, 2, 3, 64] {
-            let sessions = Sessions::new(workers);
-            let shares: usize = (0..workers).map(|worker| sessions.pool(worker).total_max()).sum();
-            assert!(shares <= IDLE_MAX && shares > IDLE_MAX - workers, "{shares} for {workers} workers");
+            let bounds = Bounds { total: 8192, each: 5462 };
+            let sessions = Sessions::new(workers, bounds);
+            let totals: u64 = (0..workers).map(|worker| sessions.pool(worker).bounds().total).sum();
+            assert!(totals <= 8192 && totals > 8192 - workers as u64, "{totals} for {workers} workers");
+            assert_eq!(sessions.usage().bounds, bounds);
         }
     }
 }

@@ -7,6 +7,7 @@
 
 use std::{
     cell::Cell,
+    future::Future,
     io,
     num::NonZeroUsize,
     sync::{
@@ -19,8 +20,9 @@ use std::{
 
 use tacit_tunnel::{buffers, relay::busy_poll};
 use tokio::{runtime::Handle, sync::oneshot, time::interval};
+use tokio_util::sync::CancellationToken;
 
-/// How many more connections than the idlest thread one may have before it passes new ones on.
+/// Lead in connections over the idlest thread from which a thread passes new connections on.
 const LEAD_MAX: usize = 2;
 
 thread_local! {
@@ -31,6 +33,7 @@ thread_local! {
 #[derive(Debug)]
 pub struct Workers {
     workers: Vec<Worker>,
+    failed: CancellationToken,
 }
 
 #[derive(Debug)]
@@ -56,13 +59,21 @@ impl Workers {
     /// Starts `count` threads, which stay awake for up to `busy_poll` when quick exchanges make that worth it.
     ///
     /// # Errors
-    /// When the system gives no thread or no poller.
+    /// Fails if the system gives no thread or no poller.
     pub fn start(count: NonZeroUsize, busy_poll: Duration) -> io::Result<Self> {
-        let start = |index| Worker::start(index, busy_poll);
-        (0..count.get()).map(start).collect::<io::Result<_>>().map(|workers| Self { workers })
+        let failed = CancellationToken::new();
+        let start = |index| Worker::start(index, busy_poll, failed.clone());
+        let workers = (0..count.get()).map(start).collect::<io::Result<_>>()?;
+        Ok(Self { workers, failed })
     }
 
-    /// How many there are.
+    /// Cancelled when one of the threads, or a task that is started with [`vital`] and this token, has panicked.
+    #[must_use]
+    pub fn failed(&self) -> &CancellationToken {
+        &self.failed
+    }
+
+    /// Returns the number of workers.
     #[must_use]
     pub fn count(&self) -> usize {
         self.workers.len()
@@ -74,7 +85,7 @@ impl Workers {
         &self.workers[index % self.workers.len()].handle
     }
 
-    /// Where a new connection goes that was accepted on `home`.
+    /// Returns the worker for a new connection that was accepted on `home`.
     pub fn place(&self, home: usize) -> (usize, Load) {
         let loads: Vec<_> = self.workers.iter().map(|worker| worker.load.load(Relaxed)).collect();
         let index = choose(home, &loads);
@@ -91,25 +102,41 @@ impl Workers {
 }
 
 impl Worker {
-    fn start(index: usize, busy_poll: Duration) -> io::Result<Self> {
+    fn start(index: usize, busy_poll: Duration, failed: CancellationToken) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (running, ended) = oneshot::channel();
         let run = move || {
             CURRENT.set(index);
             busy_poll::set_limit(busy_poll);
-            runtime.spawn(busy_poll::run());
-            runtime.block_on(async {
+            runtime.spawn(vital(failed.clone(), busy_poll::run()));
+            runtime.block_on(vital(failed, async {
                 tokio::select! {
                     // Nothing is ever sent.
                     _ = ended => {}
                     () = trim() => {}
                 }
-            });
+            }));
         };
         thread::Builder::new().name(format!("tacit-flows-{index}")).spawn(run)?;
         Ok(Self { handle, load: Arc::default(), _running: running })
     }
+}
+
+/// Runs a task that the agent cannot do without. Cancels `failed` if the task panics.
+pub async fn vital(failed: CancellationToken, task: impl Future<Output = ()>) {
+    struct OnPanic(CancellationToken);
+
+    impl Drop for OnPanic {
+        fn drop(&mut self) {
+            if thread::panicking() {
+                self.0.cancel();
+            }
+        }
+    }
+
+    let _guard = OnPanic(failed);
+    task.await;
 }
 
 async fn trim() {
@@ -133,6 +160,8 @@ fn choose(home: usize, loads: &[usize]) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use tokio::task::JoinSet;
+
     use super::*;
 
     #[test]
@@ -148,6 +177,30 @@ mod tests {
         ] {
             assert_eq!(choose(home, &loads), expected, "{home} of {loads:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn only_a_panic_of_a_vital_task_is_a_failure() {
+        let failed = CancellationToken::new();
+        vital(failed.clone(), async {}).await;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(vital(failed.clone(), std::future::pending()));
+        tasks.shutdown().await;
+        assert!(!failed.is_cancelled(), "ended, or aborted at shutdown");
+        tasks.spawn(vital(failed.clone(), async { panic!("a defect") }));
+        assert!(tasks.join_next().await.is_some_and(|ended| ended.is_err()));
+        assert!(failed.is_cancelled());
+    }
+
+    #[tokio::test]
+    async fn a_vital_task_of_a_thread_that_panics_is_a_failure_of_the_workers() {
+        let workers = Workers::start(NonZeroUsize::MIN, Duration::ZERO).expect("a thread");
+        workers.handle(0).spawn(async { panic!("a defect of one flow") });
+        workers.handle(0).spawn(vital(workers.failed().clone(), async { panic!("a defect of a listener") }));
+        workers.failed().cancelled().await;
+        let (tell, told) = oneshot::channel();
+        workers.handle(0).spawn(async move { tell.send(()) });
+        assert!(told.await.is_ok(), "the thread goes on");
     }
 
     #[test]

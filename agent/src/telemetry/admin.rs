@@ -10,14 +10,21 @@
 //! | socket | `GET /status` | the status as JSON |
 //! | socket | `GET /policy/explain?from=..&to=..&port=..` | an `Explanation` as JSON, or 400 with what is wrong |
 //!
-//! Nothing here changes the agent. A connection carries one request and has a deadline; few are served at a
-//! time, the rest wait in the kernel's queue. On shutdown answers under way are cut off: they are only
-//! observations.
+//! Nothing here changes the agent. A connection carries one request and has a deadline; of too many the silent ones give way
+//! (`connections`). On shutdown answers under way are cut off: they are only observations.
 
+pub(super) mod connections;
 mod explain;
 mod socket;
 
-use std::{convert::Infallible, future::Future, io, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    future::Future,
+    io,
+    net::IpAddr,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -36,13 +43,12 @@ use tokio::{
     time,
 };
 
+use connections::{Connections, Place};
 pub use explain::{ExplainSource, fetch_explanation};
 pub use socket::{BindError, FetchError, Health, bind_operator, fetch_health, fetch_status};
 
 use super::{Telemetry, metrics, status::Status};
 
-/// Connections served at once by each server; two scrapers, a probe and a few people.
-const CONNECTIONS_MAX: usize = 16;
 /// From connecting to the end of the request's headers.
 const HEADERS_MAX: Duration = Duration::from_secs(5);
 /// From connecting to the end of the answer; the usual scrape timeout is 10 s.
@@ -60,11 +66,12 @@ pub async fn serve_metrics(
     telemetry: Telemetry,
     shutdown: impl Future<Output = ()> + Send,
 ) {
+    let connections = telemetry.admin.clone();
     let routes = move |uri: &Uri| match uri.path() {
         "/metrics" => Some(metrics_answer(&telemetry, source())),
         path => health_answer(path, &*source),
     };
-    serve(listener, Arc::new(routes), shutdown).await;
+    serve(listener, Arc::new(routes), connections, shutdown).await;
 }
 
 /// Serves metrics and readiness of the authority until `shutdown` completes.
@@ -84,7 +91,7 @@ pub async fn serve_authority(
         }),
         _ => None,
     };
-    serve(listener, Arc::new(routes), shutdown).await;
+    serve(listener, Arc::new(routes), Arc::default(), shutdown).await;
 }
 
 /// Serves the operator's commands until `shutdown` completes. The listener comes from [`bind_operator`].
@@ -99,7 +106,7 @@ pub async fn serve_operator(
         explain::PATH => Some(explain::answer(uri.query().unwrap_or_default(), &*explain)),
         path => health_answer(path, &*source),
     };
-    serve(listener, Arc::new(routes), shutdown).await;
+    serve(listener, Arc::new(routes), Arc::default(), shutdown).await;
 }
 
 fn metrics_answer(telemetry: &Telemetry, status: Status) -> Answer {
@@ -149,7 +156,7 @@ fn plain(status: StatusCode, body: impl Into<Bytes>) -> Answer {
     answer(status, "text/plain; charset=utf-8", body)
 }
 
-/// Our own fault: what was to be written could not be.
+/// Returns the answer for an internal error: the answer could not be written.
 fn failure(error: &dyn std::error::Error) -> Answer {
     tracing::error!(%error, "cannot write an answer for the operator; this is a bug");
     plain(StatusCode::INTERNAL_SERVER_ERROR, "the answer could not be written; see the agent's log\n")
@@ -164,39 +171,48 @@ fn route(request: &Request<Incoming>, routes: &Routes) -> Answer {
     routes(request.uri()).unwrap_or_else(|| plain(StatusCode::NOT_FOUND, "no such path\n"))
 }
 
-/// What connections come from: the two kinds of listener.
+/// A source of connections: one of the two kinds of listener.
 trait Listener: Send + Sync {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
-    fn accept(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+    /// The next connection, with the address of its client if it has one.
+    fn accept(&self) -> impl Future<Output = io::Result<(Self::Stream, Option<IpAddr>)>> + Send;
 }
 
 impl Listener for TcpListener {
     type Stream = tokio::net::TcpStream;
 
-    async fn accept(&self) -> io::Result<Self::Stream> {
-        Self::accept(self).await.map(|(stream, _)| stream)
+    async fn accept(&self) -> io::Result<(Self::Stream, Option<IpAddr>)> {
+        Self::accept(self).await.map(|(stream, client)| (stream, Some(client.ip().to_canonical())))
     }
 }
 
 impl Listener for UnixListener {
     type Stream = tokio::net::UnixStream;
 
-    async fn accept(&self) -> io::Result<Self::Stream> {
-        Self::accept(self).await.map(|(stream, _)| stream)
+    async fn accept(&self) -> io::Result<(Self::Stream, Option<IpAddr>)> {
+        Self::accept(self).await.map(|(stream, _)| (stream, None))
     }
 }
 
-async fn serve<L: Listener>(listener: L, routes: Arc<Routes>, shutdown: impl Future<Output = ()> + Send) {
-    let mut connections = JoinSet::new();
+async fn serve<L: Listener>(
+    listener: L,
+    routes: Arc<Routes>,
+    connections: Arc<Connections>,
+    shutdown: impl Future<Output = ()> + Send,
+) {
+    let mut tasks = JoinSet::new();
     let mut shutdown = std::pin::pin!(shutdown);
     loop {
         tokio::select! {
             () = &mut shutdown => return,
-            Some(_) = connections.join_next(), if !connections.is_empty() => {}
-            accepted = listener.accept(), if connections.len() < CONNECTIONS_MAX => match accepted {
-                Ok(stream) => {
-                    connections.spawn(serve_connection(stream, Arc::clone(&routes)));
+            Some(_) = tasks.join_next(), if !tasks.is_empty() => {}
+            accepted = listener.accept() => match accepted {
+                Ok((stream, source)) => {
+                    let place = connections.open(source);
+                    let id = place.id();
+                    let task = tasks.spawn(serve_connection(stream, Arc::clone(&routes), place));
+                    connections.started(id, task);
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept an operator's connection; trying again");
@@ -207,8 +223,14 @@ async fn serve<L: Listener>(listener: L, routes: Arc<Routes>, shutdown: impl Fut
     }
 }
 
-async fn serve_connection(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, routes: Arc<Routes>) {
+async fn serve_connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    routes: Arc<Routes>,
+    place: Place,
+) {
+    let has_asked = place.has_asked();
     let service = service_fn(|request| {
+        has_asked.store(true, Ordering::Relaxed);
         let answer = route(&request, &*routes);
         async move { Ok::<_, Infallible>(answer) }
     });

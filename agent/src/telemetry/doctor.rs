@@ -1,4 +1,4 @@
-//! What the kernel can do, as `tacit doctor` shows it: a table for people, JSON for programs. Pure.
+//! Output of `tacit doctor`, the capabilities of the kernel: a table for people, JSON for programs. Pure.
 
 use std::fmt::Write as _;
 

@@ -1,4 +1,4 @@
-//! How long enrolments took, as a histogram.
+//! Durations of enrolments, as a histogram.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -16,7 +16,7 @@ pub(super) struct Enrolments {
     sum_micros: AtomicU64,
 }
 
-/// What was counted.
+/// The totals of the histogram.
 #[derive(Debug)]
 pub(super) struct Durations {
     pub(super) sum_seconds: f64,

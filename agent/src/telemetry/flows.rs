@@ -4,7 +4,7 @@ use std::{fmt, net::SocketAddr, sync::Arc};
 
 use tacit_core::{directory::Workload, spiffe::SpiffeId};
 
-/// Which end of a flow this agent looks after. Both agents report the same flow, each from its side.
+/// The end of a flow that this agent looks after. Both agents report the same flow, each from its side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Reporter {
     /// The workload here opened the connection.
@@ -38,7 +38,7 @@ impl Reporter {
 pub struct Party {
     /// Its address as the applications see it.
     pub address: SocketAddr,
-    /// Who the directory says has this address; `None` when it knows nobody.
+    /// The workload that has this address in the directory; `None` if there is none.
     pub workload: Option<Arc<Workload>>,
     /// The identity proven for this flow (certificate, or the kernel for a pod of this node); `None` when
     /// none was. A flow in clear is reported without, whatever stands here.
@@ -48,15 +48,15 @@ pub struct Party {
 /// Both ends of a connection, and which of them is here.
 #[derive(Debug, Clone)]
 pub struct Ends {
-    /// Which end is here.
+    /// The end that is here.
     pub reporter: Reporter,
-    /// Who opened the connection.
+    /// The client of the connection.
     pub source: Party,
-    /// Who accepted it, or was to.
+    /// The server of the connection.
     pub destination: Party,
 }
 
-/// How a flow is protected.
+/// The protection of a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Security {
     /// Both ends authenticated by TLS.
@@ -70,7 +70,7 @@ pub enum Security {
     },
     /// Handed over inside this agent: identities hold, nothing touches a wire.
     SameNode,
-    /// In clear; nobody was authenticated.
+    /// Plaintext, without authentication.
     Plaintext,
 }
 
@@ -86,12 +86,12 @@ impl Security {
     }
 }
 
-/// What is known of a flow when it opens.
+/// The facts of a flow when it opens.
 #[derive(Debug, Clone)]
 pub struct FlowSpec {
     /// Its two ends.
     pub ends: Ends,
-    /// How it is protected.
+    /// Its protection.
     pub security: Security,
     /// The trace id both agents log; all zero when the flow crossed no tunnel.
     pub trace: [u8; 16],
@@ -113,8 +113,7 @@ impl FlowSpec {
         source.into_iter().chain(destination)
     }
 
-    /// In clear nobody proved anything: an identity that was only expected must not be reported as one that
-    /// held.
+    /// Removes the identities of a plaintext flow, because plaintext proves none.
     pub(super) fn without_unproven(mut self) -> Self {
         if self.security == Security::Plaintext {
             self.ends.source.identity = None;

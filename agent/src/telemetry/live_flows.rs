@@ -24,7 +24,7 @@ use super::{
     status::{FLOWS_LISTED_MAX, FlowStatus, FlowsStatus, PartyStatus},
 };
 
-/// How a flow ended when its [`LiveFlow`] was dropped without a word.
+/// The end of a flow whose [`LiveFlow`] was dropped without [`LiveFlow::close`].
 const ABORTED: &str = "aborted";
 
 /// A flow that is open. Close it with [`LiveFlow::close`]; dropped without, it ends as `aborted`.
@@ -43,7 +43,7 @@ impl LiveFlow {
         &self.record.counters
     }
 
-    /// What was known when it opened.
+    /// Returns the facts of the flow when it opened.
     #[must_use]
     pub fn spec(&self) -> &FlowSpec {
         &self.record.spec
@@ -65,12 +65,12 @@ impl Drop for LiveFlow {
     }
 }
 
-/// What the table keeps of a flow.
+/// The table's entry of a flow.
 #[derive(Debug)]
 struct Record {
     spec: FlowSpec,
     counters: FlowCounters,
-    /// What of `counters` is already in `pair`.
+    /// The part of `counters` that is already in `pair`.
     carried: FlowCounters,
     pair: Arc<Pair>,
     opened: Instant,

@@ -1,4 +1,4 @@
-//! Where log lines go: standard error, for people or as JSON, filtered by level and target.
+//! Log output: standard error, for people or as JSON, filtered by level and target.
 //!
 //! A thread of its own writes them, many at a time: no flow waits for a reader of the log that is slow or gone, and a line
 //! of the access log costs no system call. What does not fit is lost, and counted.
@@ -21,15 +21,15 @@ const FILTER_DEFAULT: &str = "info";
 
 /// Lines that may wait to be written; some 4 MB.
 const LINES_MAX: usize = 8192;
-/// How much is written at once.
+/// Size of one write.
 const WRITE_BYTES: usize = 64 << 10;
-/// How long lines gather.
+/// Time that lines are gathered before a write.
 const GATHER: Duration = Duration::from_millis(10);
 
 /// Counts lines that were lost.
 static LOST: OnceLock<ErrorCounter> = OnceLock::new();
 
-/// How a line looks.
+/// Format of a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Format {
     /// One line of text, in colour on a terminal unless `NO_COLOR` is set.
@@ -39,7 +39,7 @@ pub enum Format {
     Json,
 }
 
-/// Why logging could not be set up.
+/// A failure to set up logging.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     /// The filter is no list of directives.
@@ -49,7 +49,7 @@ pub enum LogError {
     Filter {
         /// As given.
         filter: String,
-        /// What the parser says.
+        /// The parser's error.
         #[source]
         source: ParseError,
     },
@@ -90,7 +90,7 @@ pub fn lost_lines() -> u64 {
     LOST.get().map_or(0, |lost| lost.dropped_lines() as u64)
 }
 
-/// Is flushed when no line waits, and then lets some gather.
+/// A writer that is flushed when no line waits, and then lets some gather.
 struct Gathering(BufWriter<Stderr>);
 
 impl Write for Gathering {

@@ -1,4 +1,4 @@
-//! How the exposition of the agent's metrics is written; `declared` has their names, `authority` the authority's.
+//! Encoder of the agent's metrics. `declared` has their names, `authority` the authority's.
 //!
 //! The flow metrics are Istio's TCP metrics with the label set of ztunnel, so dashboards made for Istio work.
 //! Mind their direction: Istio counts as *received* what the source sends and as *sent* what the destination
@@ -31,7 +31,7 @@ use super::{
 };
 use declared::*;
 
-/// What [`text()`] writes, and what scrapers must be told it is.
+/// Content type of [`text()`], for scrapers.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Everything a scrape reports.
@@ -62,6 +62,7 @@ impl Collector for Exposition {
         let mut writer = Writer(encoder);
         self.flows(&mut writer)?;
         self.agent(&mut writer)?;
+        self.shares(&mut writer)?;
         self.certificates(&mut writer)?;
         self.configuration(&mut writer)
     }
@@ -103,11 +104,37 @@ impl Exposition {
         writer.single(&RESETS_AT_ENROLMENT, status.guard.resets_at_enrolment)?;
         let uncovered = [("pod", status.uncovered.pods), ("service", status.uncovered.services)];
         writer.family(&UNCOVERED, uncovered.map(|(kind, count)| ([Value::Text(kind)], count)))?;
+        let nodes =
+            [("addresses", &status.nodes.addresses_not_applied), ("ports", &status.nodes.ports_not_applied)];
+        let nodes = nodes.map(|(kind, error)| ([Value::Text(kind)], u64::from(error.is_some())));
+        writer.family(&NODES_NOT_APPLIED, nodes)?;
+        let unnamed = [("held", status.unnamed.held), ("left_alone", status.unnamed.left_alone)];
+        writer.family(&UNNAMED, unnamed.map(|(state, count)| ([Value::Text(state)], count)))?;
+        let node_state = [("read", &status.node_state.read_error), ("write", &status.node_state.write_error)];
+        let node_state =
+            node_state.map(|(operation, error)| ([Value::Text(operation)], u64::from(error.is_some())));
+        writer.family(&NODE_STATE_ERRORS, node_state)?;
         let ranges = [("configured", status.mesh.configured), ("detected", status.mesh.detected)];
         writer.family(&RANGES, ranges.map(|(origin, count)| ([Value::Text(origin)], count)))?;
         writer.histogram(&ENROLMENT, &self.enrolments)?;
         let verdicts = status.kernel.iter();
         writer.family(&KERNEL_VERDICTS, verdicts.map(|verdict| ([Value::Text(&verdict.name)], verdict.value)))
+    }
+
+    fn shares(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let all = || self.status.shares.iter();
+        let used = all().flat_map(|share| {
+            let labels = |scope| [share.resource.as_str(), scope].map(Value::Text);
+            [(labels("total"), share.used), (labels("holder"), share.fullest_used)]
+        });
+        writer.family(&SHARE_USED, used)?;
+        let limits = all().flat_map(|share| {
+            let labels = |scope| [share.resource.as_str(), scope].map(Value::Text);
+            let total = share.limit.map(|limit| (labels("total"), limit));
+            total.into_iter().chain([(labels("holder"), share.holder_limit)])
+        });
+        writer.family(&SHARE_LIMIT, limits)?;
+        writer.family(&SHARE_REFUSED, all().map(|share| ([Value::Text(&share.resource)], share.refused)))
     }
 
     fn certificates(&self, writer: &mut Writer<'_>) -> fmt::Result {

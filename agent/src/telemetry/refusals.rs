@@ -23,7 +23,7 @@ const BURST: u32 = 10;
 /// One more line for each reason after this long.
 const REFILL: Duration = Duration::from_secs(1);
 
-/// What happened to a connection.
+/// An event on a connection.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Event<'a> {
     /// It was not let through.
@@ -86,7 +86,7 @@ impl<R: Copy + Ord> Tally<R> {
     }
 }
 
-/// Whether an event is logged.
+/// The log line of an event.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use]
 pub(super) enum Line {
@@ -136,7 +136,7 @@ impl Line {
 #[derive(Debug)]
 struct Bucket {
     tokens: u32,
-    /// When the last token was added.
+    /// Time at which the last token was added.
     filled: Instant,
     suppressed: u64,
 }

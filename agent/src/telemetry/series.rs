@@ -26,10 +26,10 @@ const SERIES_MAX: usize = 8192;
 const SERIES_IDLE: Duration = Duration::from_secs(600);
 /// Least time between two searches for idle series, while the table is full.
 const SWEEP_PAUSE: Duration = Duration::from_secs(1);
-/// What Istio prints for a label that nothing is known of.
+/// Istio's value of a label without a known value.
 pub(super) const UNKNOWN: &str = "unknown";
 
-/// What tells one series from another.
+/// The labels that distinguish one series from another.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Traffic {
     pub(super) reporter: Reporter,
@@ -62,7 +62,7 @@ pub(super) struct End {
     pub(super) identity: Option<SpiffeId>,
 }
 
-/// What an [`End`] prints; two ends that print the same are the same.
+/// The labels of an [`End`]. Ends with equal labels are equal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct EndLabels<'a> {
     pub(super) workload: &'a str,
@@ -140,7 +140,7 @@ impl Traffic {
         }
     }
 
-    /// Where flows are counted that found no place for a series of their own.
+    /// Returns the series for flows that found no room for a series of their own.
     fn overflow(&self) -> Self {
         Self { reporter: self.reporter, source: End::NOBODY, destination: End::NOBODY, policy: self.policy }
     }

@@ -15,6 +15,7 @@ use std::{
 };
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+use tacit_core::shares::{self, ShareUse};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 pub use render::render;
@@ -39,38 +40,50 @@ pub struct Status {
     pub pid: u32,
     /// Since it started.
     pub uptime_seconds: u64,
-    /// Whether it takes new flows.
+    /// The agent's state: does it take new flows?
     pub state: AgentState,
     /// The pods of this node.
     pub pods: Vec<PodStatus>,
     /// The kernel programs in force.
     pub programs: Vec<ProgramStatus>,
-    /// What the kernel decided, by reason.
-    pub kernel: Vec<KernelCounter>,
-    /// What the guard did beside counting verdicts.
+    /// The kernel's decisions, counted by reason.
+    pub kernel: Vec<CounterStatus>,
+    /// Actions of the guard beside counting verdicts.
     #[serde(default)]
     pub guard: GuardStatus,
-    /// Which addresses are of the mesh.
+    /// State that the agent keeps for its start after a reboot.
+    #[serde(default)]
+    pub node_state: NodeStateStatus,
+    /// Pods that no source names.
+    #[serde(default)]
+    pub unnamed: UnnamedStatus,
+    /// The ranges of the mesh.
     #[serde(default)]
     pub mesh: MeshStatus,
-    /// Who is in no range of the mesh: what pods of this node send there goes in clear.
+    /// Pods and services outside the mesh's ranges. Pods of this node send plaintext to them.
     #[serde(default)]
     pub uncovered: UncoveredStatus,
-    /// Who signs certificates.
+    /// Services at nodes that the kernel lacks.
+    #[serde(default)]
+    pub nodes: NodesStatus,
+    /// The issuer of certificates.
     #[serde(default)]
     pub issuer: IssuerStatus,
     /// The certificates held.
     pub certificates: Vec<CertificateStatus>,
-    /// Where configuration comes from.
+    /// The sources of configuration.
     pub sources: Vec<SourceStatus>,
     /// Flows that are open.
     pub flows: FlowsStatus,
     /// Tunnel sessions kept for reuse.
     pub pool: PoolStatus,
+    /// Use of the shared resources by their holders.
+    #[serde(default)]
+    pub shares: Vec<ShareStatus>,
 }
 
 impl Status {
-    /// Why the agent is not ready; empty when it is: it takes flows, or would as soon as another agent ends, and every pod that was there has been looked at. A
+    /// The reasons for which the agent is not ready; empty when it is: it takes flows, or would as soon as another agent ends, and every pod that was there has been looked at. A
     /// pod that waits is no reason: it may not have been started yet, and it is covered meanwhile.
     #[must_use]
     pub fn unready(&self) -> Vec<String> {
@@ -85,18 +98,19 @@ impl Status {
     }
 }
 
-/// Who signs certificates.
+/// The issuer of certificates.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct IssuerStatus {
     /// `embedded` for the agent itself, else the address of the authority.
     pub address: String,
-    /// When the authority last answered, a refusal too.
+    /// Time of the authority's last answer, a refusal too.
     pub last_answer: Option<Timestamp>,
-    /// How far this node's clock is ahead of the authority's; below 0 when behind, absent when never measured.
+    /// Clock skew in milliseconds: above 0 if this node's clock is ahead of the authority's, below 0 if behind, absent
+    /// if never measured.
     pub clock_ahead_ms: Option<i64>,
 }
 
-/// Whether the agent takes new flows.
+/// The agent's state: does it take new flows?
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AgentState {
@@ -141,23 +155,26 @@ pub struct PodStatus {
     /// Authorization policies that select it, as `namespace/name`.
     #[serde(default)]
     pub policies: Vec<String>,
-    /// What it may send in clear into the mesh: `nothing`, `udp`, `all but udp` or `everything`.
+    /// The plaintext that it may send into the mesh: `nothing`, `udp`, `all but udp` or `everything`.
     #[serde(default)]
     pub in_clear: String,
     /// Host ends of its links that are guarded, each with how; empty where only its sockets are.
     #[serde(default)]
     pub guarded_links: Vec<String>,
-    /// Why the kernel rejected the configured policy; the pod is STRICT at all ports until it accepts. `None` while the
+    /// The kernel's reason to reject the configured policy; the pod is STRICT at all ports until it accepts. `None` while the
     /// configured policy is in force.
     #[serde(default)]
     pub policy_not_applied: Option<String>,
-    /// Whether it is protected.
+    /// True if `minimumMode` raised one of the modes.
+    #[serde(default)]
+    pub raised_by_minimum: bool,
+    /// Its state: is it protected?
     pub state: PodState,
     /// Its live flows, in both directions.
     pub flows: u64,
 }
 
-/// Whether a pod is protected.
+/// The state of a pod: is it protected?
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PodState {
@@ -178,42 +195,68 @@ pub struct ProgramStatus {
     pub attached_to: String,
     /// Its id in the kernel.
     pub id: u32,
-    /// Where its link is pinned; `None` when it goes with the agent.
+    /// The path of its pinned link; `None` for a program that is detached when the agent ends.
     pub pinned: Option<String>,
 }
 
 /// One reason for which the kernel decided.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KernelCounter {
+pub struct CounterStatus {
     /// A stable name: the metric's label.
     pub name: String,
-    /// What was decided and why.
+    /// The decision and its reason.
     pub help: String,
-    /// How often, since the programs were loaded.
+    /// Number of such decisions since the programs were loaded.
     pub value: u64,
 }
 
-/// What the guard did.
+/// Actions of the guard.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct GuardStatus {
-    /// Connections in clear from before enrolment that were reset, since the agent started.
+    /// Plaintext connections from before enrolment that were reset, since the agent started.
     pub resets_at_enrolment: u64,
-    /// What was dropped, most packets first; the least recently seen kinds are forgotten beyond 4,096.
+    /// The dropped packets, most first. Of each pod the least recently seen kinds are evicted beyond 32.
     pub drops: Vec<DropStatus>,
+}
+
+/// State that the agent keeps for its start after a reboot.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NodeStateStatus {
+    /// The folder.
+    pub folder: String,
+    /// Origin of the mode and ranges that applied at this start until the sources answered.
+    pub origin: String,
+    /// The reason for which the kept state could not be used at this start; `None` once another state is in its place.
+    pub read_error: Option<String>,
+    /// The error of the last write of the state; `None` once it was.
+    pub write_error: Option<String>,
+}
+
+/// Cgroups of pods that no source names.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct UnnamedStatus {
+    /// Number of those held to STRICT now; 0 unless STRICT is the mode of the mesh.
+    pub held: u64,
+    /// Number of those left alone, because the limit has passed.
+    pub left_alone: u64,
+    /// Time for which each is held while the directory is up to date.
+    pub limit_seconds: u64,
+    /// The cgroup of one of them.
+    pub example: Option<String>,
 }
 
 /// The ranges of the mesh that the kernel has.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct MeshStatus {
-    /// How many are configured.
+    /// Number of configured ranges.
     pub configured: u64,
-    /// How many were found in the cluster beside those.
+    /// Number of further ranges that were detected in the cluster.
     pub detected: u64,
     /// All of them, joined where two make one; at most 100.
     pub ranges: Vec<String>,
 }
 
-/// Who should be in a range of the mesh and is not.
+/// Pods and services that should be in a range of the mesh and are in none.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct UncoveredStatus {
     /// Enrolled pods of any node.
@@ -236,6 +279,17 @@ impl fmt::Display for UncoveredStatus {
     }
 }
 
+/// Tables of services at nodes that the kernel does not have whole.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NodesStatus {
+    /// Why the kernel lacks addresses of nodes. STRICT pods reach no port from 30000 to 32767 outside the mesh until it has
+    /// them. `None` if it has all.
+    pub addresses_not_applied: Option<String>,
+    /// Why the kernel lacks ports of load balancers at nodes. STRICT pods reach no port of a node until it has them. `None` if it
+    /// has all.
+    pub ports_not_applied: Option<String>,
+}
+
 /// Packets of one kind that the guard dropped.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DropStatus {
@@ -247,7 +301,7 @@ pub struct DropStatus {
     pub protocol: u8,
     /// The verdict's name, as in `kernel`.
     pub reason: String,
-    /// How many.
+    /// Number of packets.
     pub packets: u64,
 }
 
@@ -264,7 +318,7 @@ pub struct CertificateStatus {
     pub not_after: Timestamp,
     /// Until it expires; negative when it has.
     pub seconds_left: i64,
-    /// When it was last renewed; `None` when it still is the first one.
+    /// Time of the last renewal; `None` when it still is the first one.
     pub last_renewal: Option<Timestamp>,
     /// Renewals that failed since the agent started.
     pub renewal_failures: u64,
@@ -275,17 +329,17 @@ pub struct CertificateStatus {
 /// One source of configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourceStatus {
-    /// What it holds.
+    /// Its content.
     pub kind: SourceKind,
     /// Its file.
     pub file: String,
-    /// When the content in force was loaded.
+    /// Time at which the content in force was loaded.
     pub loaded_at: Timestamp,
     /// Contents taken since the agent started.
     pub loads: u64,
     /// Contents refused since the agent started.
     pub refusals: u64,
-    /// Why the last content was refused, `None` when it was taken.
+    /// The mistakes of the last content; `None` if it was taken.
     pub last_error: Option<String>,
     /// For how long what is in force may be outdated; 0 when it is not.
     #[serde(default)]
@@ -295,7 +349,7 @@ pub struct SourceStatus {
     pub unreadable: Vec<String>,
 }
 
-/// What a source of configuration holds.
+/// The content of a source of configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SourceKind {
@@ -319,7 +373,7 @@ impl SourceKind {
 /// The open flows.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct FlowsStatus {
-    /// How many there are.
+    /// Number of open flows.
     pub live: u64,
     /// Connections of pods whose `connect()` waits for the destination.
     #[serde(default)]
@@ -331,11 +385,11 @@ pub struct FlowsStatus {
 /// One open flow.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FlowStatus {
-    /// Which end is here: `source` or `destination`.
+    /// The end that is here: `source` or `destination`.
     pub reporter: String,
-    /// Who opened it.
+    /// The client.
     pub source: PartyStatus,
-    /// Who accepted it.
+    /// The server.
     pub destination: PartyStatus,
     /// `mutual_tls`, `same_node` or `plaintext`.
     pub security: String,
@@ -367,6 +421,52 @@ pub struct PartyStatus {
 pub struct PoolStatus {
     /// Sessions that carry no flow now.
     pub idle_sessions: u64,
+}
+
+/// A shared resource, and the holder that uses most of it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ShareStatus {
+    /// A stable name: the metric's label.
+    pub resource: String,
+    /// The counted units, in words.
+    pub counts: String,
+    /// Units of all holders.
+    pub used: u64,
+    /// Most units of all holders; absent where there is no such bound.
+    pub limit: Option<u64>,
+    /// The kind of holder: `pod`, `source`, `source_at_pod`, `namespace` or `object`.
+    pub holder: String,
+    /// The holder with the most units; absent while nobody has any.
+    pub fullest: Option<String>,
+    /// Units of that holder.
+    pub fullest_used: u64,
+    /// Most units of one holder.
+    pub holder_limit: u64,
+    /// The fullest holder gets no further unit.
+    pub full: bool,
+    /// Uses that were refused, or made to give way, since the agent started.
+    pub refused: u64,
+}
+
+impl ShareStatus {
+    /// Returns the status of a use, with the words of its row.
+    #[must_use]
+    pub fn of(usage: ShareUse<String>) -> Self {
+        let (row, full) = (shares::of(usage.resource), usage.is_full());
+        let (fullest, fullest_used) = usage.fullest.unzip();
+        Self {
+            resource: usage.resource.to_owned(),
+            counts: row.map_or_else(String::new, |row| row.counts.to_owned()),
+            used: usage.used,
+            limit: (usage.bounds.total != u64::MAX).then_some(usage.bounds.total),
+            holder: row.map_or("", |row| row.holder.label()).to_owned(),
+            fullest,
+            fullest_used: fullest_used.unwrap_or_default(),
+            holder_limit: usage.bounds.each,
+            full,
+            refused: usage.refused,
+        }
+    }
 }
 
 /// A moment, to the second, between 1970 and 9999; one outside is moved to the nearer end. RFC 3339 as text.

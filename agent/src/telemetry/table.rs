@@ -7,14 +7,14 @@ use std::fmt::Write;
 /// Between two columns.
 const GAP: &str = "  ";
 
-/// Whether output carries terminal colours.
+/// Colours in the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Colour {
     On,
     Off,
 }
 
-/// What a text means.
+/// The meaning of a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Style {
     Plain,
@@ -77,7 +77,7 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
         self.rows.push(cells);
     }
 
-    /// Whether there is nothing under the headings.
+    /// Returns true if the table has no rows under the headings.
     pub(super) fn is_empty(&self) -> bool {
         self.rows.len() == 1
     }
@@ -92,7 +92,9 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
             let mut owed = 0;
             for (cell, width) in row.iter().zip(widths) {
                 // Padding is written before the next field only, so that no line ends in blanks.
-                let _ = write!(line, "{:owed$}{GAP}{}", "", cell.style.paint(&cell.text, colour));
+                // Not by a width of `write!`, which panics above 65,535.
+                line.extend(std::iter::repeat_n(' ', owed));
+                let _ = write!(line, "{GAP}{}", cell.style.paint(&cell.text, colour));
                 owed = width - cell.text.chars().count();
             }
             out.push_str(line.trim_end());
@@ -119,6 +121,17 @@ mod tests {
             plain.lines().map(str::trim_end).collect::<Vec<_>>(),
             written(Colour::Off).lines().collect::<Vec<_>>()
         );
+    }
+
+    #[test]
+    fn a_cell_of_any_length_is_written() {
+        let mut table = Table::new(["A", "B"]);
+        let long = "x".repeat(1 << 17);
+        table.row([long.as_str().into(), "b".into()]);
+        table.row(["a".into(), "b".into()]);
+        let mut out = String::new();
+        table.write(&mut out, Colour::Off);
+        assert!(out.lines().all(|line| line.ends_with(" B") || line.ends_with(" b")), "columns align");
     }
 
     #[test]

@@ -47,6 +47,10 @@ pub(crate) struct ReceiveBuffer {
     /// The start of an incomplete record, kept here so that a waiting flow holds no buffer.
     partial: Vec<u8>,
     size: Size,
+    /// Large buffers may be used.
+    may_grow: bool,
+    /// A large buffer would have been used.
+    is_short: bool,
 }
 
 impl ReceiveBuffer {
@@ -85,7 +89,20 @@ impl ReceiveBuffer {
     /// Records that `received_bytes` were written to a room of `room_bytes`.
     pub(crate) fn filled(&mut self, received_bytes: usize, room_bytes: usize) {
         self.end += received_bytes;
-        self.size = self.size.after(received_bytes, room_bytes);
+        let next = self.size.after(received_bytes, room_bytes);
+        self.is_short = next == Size::Large && !self.may_grow;
+        self.size = if self.may_grow { next } else { next.small() };
+    }
+
+    /// Returns true if the last bytes would have been followed by a larger read.
+    pub(crate) fn is_short(&self) -> bool {
+        self.is_short
+    }
+
+    /// Permits large buffers, or ends that.
+    pub(crate) fn set_may_grow(&mut self, may_grow: bool) {
+        self.may_grow = may_grow;
+        self.size = if may_grow { self.size } else { self.size.small() };
     }
 
     /// Returns the buffer to its cache until more bytes arrive.

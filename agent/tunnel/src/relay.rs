@@ -8,6 +8,7 @@
 
 use std::sync::atomic::AtomicU64;
 
+mod bulk;
 pub mod busy_poll;
 mod delayed_accept;
 mod plain;
@@ -15,6 +16,7 @@ mod plain;
 pub(crate) mod testing;
 mod tunnelled;
 
+pub use bulk::{BulkShare, PodBulk};
 pub use busy_poll::{connection_proceeds, connection_started};
 pub use plain::plain;
 pub use tunnelled::tunnelled;

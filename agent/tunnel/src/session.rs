@@ -40,10 +40,11 @@ use super::{
 use crate::{
     app_read::AppRead,
     receive_buffer::{ReceiveBuffer, Received},
+    socket,
 };
 pub use optimistic_data::OptimisticData;
 
-/// How long a server keeps an idle session. The limit is longer than the client's pool limit, so that the client closes first
+/// Limit for a server to keep an idle session. It is longer than the client's pool limit, so the client closes first
 /// and never opens a flow on a session that is being closed.
 pub const SERVER_IDLE: Duration = Duration::from_secs(120);
 /// Limit for the answer to OPEN. It exceeds the server's limit for connecting to the destination.
@@ -348,6 +349,37 @@ impl Session {
             self.send(&Control::Fin)?;
         }
         Ok(read.ends)
+    }
+
+    /// Uses large buffers for sent bytes, or ends that.
+    pub(crate) fn set_large_sends(&self, is_large: bool) {
+        socket::limit_unsent(self.tls.tcp(), is_large);
+    }
+
+    /// Returns true if received bytes would have been followed by a larger read.
+    pub(crate) fn is_receive_short(&self) -> bool {
+        self.receive_buffer.is_short()
+    }
+
+    /// Uses large buffers for received bytes, or ends that.
+    pub(crate) fn set_large_receives(&mut self, is_large: bool) {
+        self.receive_buffer.set_may_grow(is_large);
+    }
+
+    /// Bounds the bytes that the kernel keeps unread, because the application does not take what was received. Returns true unless
+    /// they have a bound already.
+    pub(crate) fn bound_unread(&self) -> bool {
+        socket::bound_unread(self.tls.tcp())
+    }
+
+    /// Widens that bound, for bulk.
+    pub(crate) fn widen_unread(&self) {
+        socket::widen_unread(self.tls.tcp());
+    }
+
+    /// Ends that bound, for the next flow.
+    pub(crate) fn unbound_unread(&self) {
+        socket::unbound_unread(self.tls.tcp());
     }
 
     /// Returns true if queued bytes are unsent.

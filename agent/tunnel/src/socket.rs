@@ -11,8 +11,15 @@ use std::{
 };
 
 use socket2::SockRef;
-use tacit_kernel::socket::send;
+use tacit_core::shares::UNREAD_BYTES_MAX;
+use tacit_kernel::socket::{
+    bound_unread_bytes, limit_unsent_bytes, send, unbound_unread_bytes, widen_unread_bytes,
+};
 use tokio::{io::Interest, net::TcpStream};
+
+/// Unsent bytes of a tunnel's socket, unless it carries bulk. Two batches of a flow that is not bulk: the next one is sealed while
+/// the first is sent.
+const UNSENT_MAX_BYTES: u32 = 128 << 10;
 
 /// Reads the available bytes into `slices`, in order. `Ok(0)` is the end of the stream.
 pub(crate) fn poll_read(
@@ -113,6 +120,41 @@ fn poll_send(
             outcome => return Poll::Ready(outcome),
         }
     }
+}
+
+/// Has the kernel keep few unsent bytes of a connection outside loopback, until it carries bulk. `unread_bytes` bounds the bytes
+/// for the reader too, for the rest of the connection: the kernel grows no buffer whose size was set.
+pub fn begin_small(tcp: &TcpStream, unread_bytes: Option<u32>) {
+    limit_unsent(tcp, false);
+    if let Some(bytes) = unread_bytes {
+        // An error leaves the buffer to the kernel, which grows it with the rate of reading.
+        let _ = SockRef::from(tcp).set_recv_buffer_size(bytes as usize);
+    }
+}
+
+/// Bounds the bytes that the kernel keeps unsent, beside those in flight, or leaves them to the kernel for bulk.
+pub(crate) fn limit_unsent(tcp: &TcpStream, is_bulk: bool) {
+    // An error leaves the kernel's own bounds.
+    let _ = limit_unsent_bytes(tcp, (!is_bulk).then_some(UNSENT_MAX_BYTES));
+}
+
+/// Bounds the bytes that the kernel keeps for the reader, because the other end of the flow does not take what was read. Returns
+/// true unless they have a bound already.
+pub(crate) fn bound_unread(tcp: &TcpStream) -> bool {
+    // An error leaves the buffer to the kernel.
+    bound_unread_bytes(tcp, UNREAD_BYTES_MAX).unwrap_or(false)
+}
+
+/// Ends what [`bound_unread`] has set, for bulk.
+pub(crate) fn widen_unread(tcp: &TcpStream) {
+    // An error leaves the small buffer.
+    let _ = widen_unread_bytes(tcp);
+}
+
+/// Ends what [`bound_unread`] or [`widen_unread`] has set, for the next flow.
+pub(crate) fn unbound_unread(tcp: &TcpStream) {
+    // As above.
+    let _ = unbound_unread_bytes(tcp);
 }
 
 /// Ends the local direction. The peer reads the end of the stream after all written bytes.

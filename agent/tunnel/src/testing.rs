@@ -21,7 +21,7 @@ use super::{Session, random_trace_id};
 /// The issuer of the mesh under test.
 pub(crate) static ISSUER: LazyLock<TestIssuer> = LazyLock::new(TestIssuer::new);
 
-/// The identity of `account` in our trust domain.
+/// Returns the identity of `account` in the tests' trust domain.
 pub(crate) fn identity(account: &str) -> SpiffeId {
     SpiffeId::parse(&format!("spiffe://cluster.local/ns/shop/sa/{account}")).expect("a service account")
 }

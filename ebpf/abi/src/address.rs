@@ -93,6 +93,13 @@ impl Address {
         self.is_none() || (self.is_v4() && self.0[3] == 0)
     }
 
+    /// Returns the unspecified address of the same family.
+    #[inline(always)]
+    #[must_use]
+    pub const fn unspecified(&self) -> Self {
+        if self.is_v4() { Self::from_v4_be(0) } else { Self::NONE }
+    }
+
     /// Returns true for multicast addresses of both families and for the limited broadcast address.
     #[inline(always)]
     #[must_use]
@@ -219,6 +226,36 @@ mod tests {
     }
 
     #[test]
+    fn multicast_and_unspecified_addresses_are_of_either_family() {
+        let six = |words: [u16; 8]| Address::from_octets(Ipv6Addr::from(words).octets());
+        let table = [
+            (v4(224, 0, 0, 0), true, false),
+            (v4(239, 255, 255, 255), true, false),
+            (v4(255, 255, 255, 255), true, false),
+            (v4(223, 255, 255, 255), false, false),
+            (v4(240, 0, 0, 1), false, false),
+            (six([0xff02, 0, 0, 0, 0, 0, 0, 1]), true, false),
+            (six([0xfeff, 0, 0, 0, 0, 0, 0, 0xe000]), false, false),
+            // The words of multicast and of 255.255.255.255, outside of v4-mapped addresses.
+            (six([0xfd77, 0, 0, 0, 0, 0, 0xe000, 1]), false, false),
+            (six([0xfd77, 0, 0, 0, 0, 0, 0xffff, 0xffff]), false, false),
+            (v4(0, 0, 0, 0), false, true),
+            (v4(0, 0, 0, 1), false, false),
+            (Address::NONE, false, true),
+            (six([0xfd77, 0, 0, 0, 0, 0, 0, 0]), false, false),
+            (six([0, 0, 1, 0, 0, 0, 0, 0]), false, false),
+            (six([0, 0, 0, 0, 1, 0, 0, 0]), false, false),
+            (six([0, 0, 0, 0, 0, 0, 0, 1]), false, false),
+        ];
+        for (address, is_multicast, is_unspecified) in table {
+            let found = (address.is_multicast(), address.is_none_of_family());
+            assert_eq!(found, (is_multicast, is_unspecified), "{:?}", address.octets());
+            assert_eq!(address.is_none(), address == Address::NONE, "{:?}", address.octets());
+        }
+        assert_eq!(v4(10, 77, 1, 2).v4_be().to_ne_bytes(), [10, 77, 1, 2]);
+    }
+
+    #[test]
     fn a_client_that_the_agent_may_have_dialled_for_is_not_reported_as_loopback() {
         let (pod, local) = (v4(10, 77, 1, 2), v4(127, 0, 0, 1));
         let pod6 = Address::from_octets(Ipv6Addr::new(0xfd77, 1, 0, 0, 0, 0, 0, 2).octets());
@@ -228,11 +265,13 @@ mod tests {
             assert!(!source.may_be_reported_to(&pod));
             assert!(source.may_be_reported_to(&local), "a connection inside the pod");
             assert!(!source.same(&pod.capture_target(80)));
+            assert_eq!(source.unspecified(), v4(0, 0, 0, 0));
         }
         let source = Address::dial_source(false, 7);
         assert!(
             source.is_loopback() && !source.may_be_reported_to(&pod6) && source.may_be_reported_to(&source)
         );
+        assert_eq!(source.unspecified(), Address::NONE);
         for peer in [v4(10, 77, 2, 2), v4(127, 0, 0, 1), v4(127, 63, 0, 1), v4(127, 80, 0, 1)] {
             assert!(peer.may_be_reported_to(&pod));
         }
@@ -256,9 +295,11 @@ mod tests {
     fn ipv6_destinations_are_spread_evenly_over_all_capture_ports() {
         type Destination = fn(u16) -> ([u16; 8], u16);
         let count = usize::from(tcp_port::CAPTURE_V6_COUNT);
-        let kinds: [(&str, Destination); 4] = [
+        let kinds: [(&str, Destination); 6] = [
             ("addresses", |n| ([0xfd77, 1, 0, 0, 0, 0, 0, n], 80)),
-            ("subnets", |n| ([0xfd77, n, 0, 0, 0, 0, 0, 2], 80)),
+            ("sites", |n| ([0xfd77, n, 0, 0, 0, 0, 0, 2], 80)),
+            ("subnets", |n| ([0xfd77, 1, 0, n, 0, 0, 0, 2], 80)),
+            ("interfaces", |n| ([0xfd77, 1, 0, 7, 0, n, 0, 2], 80)),
             ("random hosts", |n| ([0xfd77, 1, 0, 0, n.wrapping_mul(40_503), !n, 7, n.rotate_left(5)], 443)),
             ("ports", |n| ([0xfd77, 1, 0, 0, 0, 0, 0, 2], n)),
         ];

@@ -8,7 +8,8 @@ use crate::{Packet, limits};
 
 /// Neighbouring cells in which a flow may be.
 pub const ANSWER_WAYS: u32 = 4;
-/// How long after the pod's last datagram answers are expected, in seconds. Connection tracking of Linux allows 120.
+/// Time after the pod's last datagram during which answers are expected, in seconds. Connection tracking of Linux
+/// allows 120.
 const EXPECTED_SECONDS: u64 = 180;
 const SECOND: u64 = 1_000_000_000;
 /// Bits of a cell that hold the time in seconds, which wrap around after half a year.
@@ -33,7 +34,7 @@ fn hash(seed: u64, packet: &Packet) -> u64 {
 
 /// A bijection of 64 bits in which each bit of the input changes half of the output (murmur3's finalizer).
 #[inline(always)]
-const fn mix(mut value: u64) -> u64 {
+pub(crate) const fn mix(mut value: u64) -> u64 {
     value ^= value >> 33;
     value = value.wrapping_mul(0xff51_afd7_ed55_8ccd);
     value ^= value >> 33;
@@ -101,6 +102,44 @@ mod tests {
         assert_eq!(index / limits::ANSWERS_PER_POD, 3);
         assert_eq!(answer_cells(1, 3, &packet(9, 4000)), Some((index, tag)));
         assert_ne!(answer_cells(2, 3, &packet(9, 4000)), Some((index, tag)));
+    }
+
+    #[test]
+    fn each_field_of_a_flow_counts() {
+        let flow = Packet { remote: Address([1, 2, 3, 4]), ..packet(9, 4000) };
+        let remotes = [[5, 2, 3, 4], [1, 5, 3, 4], [1, 2, 5, 4], [1, 2, 3, 5], [0, 2, 3, 4], [1, 2, 4, 3]];
+        let others = remotes.map(|words| Packet { remote: Address(words), ..flow });
+        let ports = [
+            Packet { local_port: 4001, ..flow },
+            Packet { local_port: 0, ..flow },
+            Packet { remote_port: 54, ..flow },
+            Packet { remote_port: 0, ..flow },
+            Packet { remote_port: flow.local_port, local_port: flow.remote_port, ..flow },
+            Packet { protocol: 0, ..flow },
+        ];
+        let tag = |packet: &Packet| answer_cells(1, 3, packet).map(|(_, tag)| tag);
+        let tags: std::collections::HashSet<_> =
+            others.iter().chain(&ports).chain([&flow]).map(|packet| tag(packet).expect("a slot")).collect();
+        assert_eq!(tags.len(), others.len() + ports.len() + 1);
+    }
+
+    #[test]
+    fn the_hash_is_murmur3s_finalizer() {
+        let known = [
+            (0, 0),
+            (1, 0xb456_bcfc_34c2_cb2c),
+            (2, 0x3abf_2a20_6506_83e7),
+            (u64::MAX, 0x64b5_720b_4b82_5f21),
+        ];
+        assert_eq!(known.map(|(value, _)| mix(value)), known.map(|(_, mixed)| mixed));
+    }
+
+    #[test]
+    fn no_tag_is_an_empty_cell_and_tags_are_independent_of_cells() {
+        let tags: std::collections::HashSet<u64> =
+            (0..20_000).filter_map(|port| answer_cells(5, 0, &packet(9, port))).map(|(_, tag)| tag).collect();
+        assert_eq!(tags.len(), 20_000);
+        assert!(tags.iter().all(|tag| tag & TIME_MASK == 0 && tag >> TIME_BITS & 1 == 1));
     }
 
     #[test]

@@ -8,26 +8,15 @@ pub trait ArrivalFacts {
     fn is_node(&self, address: &Address) -> bool;
     /// Returns true if the packet's socket belongs to the kernel or the node, and not to a pod.
     fn is_node_socket(&self) -> bool;
-    /// Returns true if the node itself sent a packet of this flow, see [`is_recent`].
+    /// Returns true if the node itself sent a packet of this flow a short time ago.
     fn is_node_flow(&self, packet: &Packet) -> bool;
 }
-
-/// Seconds after the node's last packet in which a flow counts as the node's own. Linux keeps the port of a closed
-/// connection for as long (`TCP_TIMEWAIT_LEN`). Later, others on the node may use the port.
-const NODE_FLOW_SECONDS: u32 = 60;
 
 /// Returns the time in seconds, which wraps around after 136 years.
 #[inline(always)]
 #[must_use]
 pub const fn seconds(now_ns: u64) -> u32 {
     (now_ns / 1_000_000_000) as u32
-}
-
-/// Returns true if a flow still counts as the node's own, whose last packet it sent at `sent_seconds`.
-#[inline(always)]
-#[must_use]
-pub const fn is_recent(sent_seconds: u32, now_ns: u64) -> bool {
-    seconds(now_ns).wrapping_sub(sent_seconds) <= NODE_FLOW_SECONDS
 }
 
 /// Verdict on a frame towards a pod.

@@ -1,8 +1,8 @@
-//! What a pod may say on its link about who has an address. A bridge and its other pods believe what they hear.
+//! Address claims of a pod on its link. A bridge and its other pods trust them.
 
 use crate::{Address, Link, Pod};
 
-/// What a frame says about who has an address: an ARP packet, or a message of neighbour discovery.
+/// A claim of an address in a frame: an ARP packet, or a message of neighbour discovery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Claim {
     /// ARP: the sender has these addresses.

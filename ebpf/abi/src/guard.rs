@@ -121,13 +121,16 @@ pub enum Accepted {
 pub trait GuardFacts {
     /// Returns true if an agent owns the packet's socket.
     fn is_agent(&self) -> bool;
-    /// Returns true if an agent owns the packet's socket, and the socket is a tunnel that it opened or accepted. Ports are no
-    /// proof: the pod can rewrite those of the agent's other connections.
+    /// Returns true if an agent owns the packet's socket, marked it as a tunnel or as plaintext to a port in DISABLE, and the
+    /// packet is to the end that the mark names. The pod can rewrite the agent's packets, but not its marks.
     fn is_tunnel(&self) -> bool;
     /// Returns true for addresses in the mesh's ranges.
     fn in_mesh(&self, address: &Address) -> bool;
     /// Returns true for the node's own addresses. Proves nothing about a packet's source.
     fn is_node(&self, address: &Address) -> bool;
+    /// Returns true if the packet's other end is a service at an address of a node, which sends the packet on to a pod: a node
+    /// port, or a port of a load balancer that the nodes serve themselves.
+    fn is_node_service(&self, packet: &Packet) -> bool;
     /// Returns true if the node itself sent a packet of this flow to the pod, as seen on the host end of its link.
     fn is_node_flow(&self, packet: &Packet) -> bool;
     /// Returns how an application accepted the packet's connection as plaintext; `None` for all other connections.
@@ -146,7 +149,8 @@ pub trait GuardFacts {
     fn is_to_neighbour(&self) -> bool;
     /// Returns true if the pod sent a datagram to the packet's other end from the packet's port a short time ago.
     fn is_answer(&self, pod: &Pod, packet: &Packet) -> bool;
-    /// Returns true if the segment is a SYN cookie of the agent's tunnel listener in the pod. Used on links only.
+    /// Returns true if the segment is a SYN cookie of the agent's tunnel listener in the pod, without a socket, and with the
+    /// options only that the kernel writes. Used on links only.
     fn is_tunnel_cookie(&self, pod: &Pod, packet: &Packet) -> bool;
 }
 
@@ -170,7 +174,7 @@ pub enum Verdict {
 pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Packet) -> Verdict {
     let on_link = matches!(hook, Hook::Link);
     // A pod can rewrite the destination of what the agent sends in its namespace. The link sees the rewritten packet: it
-    // lets the agent's tunnels pass, and treats the agent's other packets like the pod's.
+    // lets the agent's marked connections pass to their own end, and treats the agent's other packets like the pod's.
     let is_agents = if on_link { facts.is_tunnel() } else { facts.is_agent() };
     if is_agents {
         return Verdict::Pass;
@@ -191,7 +195,8 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Pa
         return Verdict::Drop(Reason::GuardEncapsulated);
     }
     let is_neighbour = is_neighbour(&packet.remote) || (on_link && facts.is_to_neighbour());
-    if !is_neighbour && !facts.in_mesh(&packet.remote) {
+    let is_service = facts.is_node_service(packet);
+    if !is_neighbour && !is_service && !facts.in_mesh(&packet.remote) {
         return if has_no_connections(packet) { Verdict::Ask } else { Verdict::Pass };
     }
     match packet.protocol {
@@ -211,9 +216,19 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Pa
             Verdict::Pass
         }
         protocol::TCP if is_reply(facts, pod, packet) => Verdict::Clear(Reason::GuardReply),
+        protocol::TCP if !on_link && is_of_nodes_address(facts, pod, packet) => {
+            Verdict::Clear(Reason::GuardNodeAddress)
+        }
         protocol::UDP if pod.has(pod_flag::UDP_ALLOWED) => Verdict::Clear(Reason::GuardUdpClear),
-        // Answers to the node's probes stay on this node.
-        protocol::UDP if !is_neighbour && facts.is_node(&packet.remote) => Verdict::Ask,
+        // Answers to the node's probes stay on this node. What goes to a service may be sent on to another node. A process of
+        // the node may have a port of that range: answers go to the process, whose datagram the link has seen.
+        protocol::UDP
+            if !is_neighbour
+                && facts.is_node(&packet.remote)
+                && (!is_service || facts.is_node_flow(packet)) =>
+        {
+            Verdict::Ask
+        }
         protocol::ICMP | protocol::ICMP_V6 if !is_neighbour && facts.is_node(&packet.remote) => Verdict::Pass,
         // ICMP errors and echo replies repeat the packet they answer. A pod can spoof one to itself, and so send data in
         // another address' name. Of the kernel's own ICMP only discovery passes.
@@ -276,6 +291,14 @@ fn is_reply(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> bool {
     }
 }
 
+/// Returns true for TCP of a pod with the node's network that no source has named yet. The connect hook refuses such connections
+/// from any other namespace, and only the node receives what is sent to its address. Datagrams are not included: over IPv6 a
+/// process may send them from any address.
+#[inline(always)]
+fn is_of_nodes_address(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> bool {
+    pod.has(pod_flag::UNKNOWN) && facts.is_tcp_socket() && facts.is_node(&packet.local)
+}
+
 #[inline(always)]
 fn accepts_plaintext(facts: &impl GuardFacts, pod: &Pod, port: u16) -> bool {
     let mode = facts.port_mode(pod.slot, port).unwrap_or(pod.mode);
@@ -286,9 +309,18 @@ fn accepts_plaintext(facts: &impl GuardFacts, pod: &Pod, port: u16) -> bool {
 #[inline(always)]
 pub fn decide_ingress(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> Verdict {
     // The pod's own addresses are a nested namespace's way out. Frames from elsewhere that claim them do not arrive.
-    if pod.has(pod_flag::EXEMPT) || facts.is_agent() || pod.owns(&packet.remote) || facts.is_node_flow(packet)
-    {
+    if pod.has(pod_flag::EXEMPT) || facts.is_agent() || pod.owns(&packet.remote) {
         return Verdict::Pass;
+    }
+    // Most packets come from other addresses, for which no flow is hashed. An address that is no longer the node's proves
+    // nothing.
+    if facts.is_node(&packet.remote) && facts.is_node_flow(packet) {
+        return Verdict::Pass;
+    }
+    // A pod with the node's network, such as a control plane, may serve the source that is to name it. Other pods are not
+    // reached at these addresses.
+    if pod.has(pod_flag::UNKNOWN) && facts.is_node(&packet.local) {
+        return Verdict::Clear(Reason::GuardNodeAddress);
     }
     match packet.protocol {
         // Inbound ICMP carries no data of the pod, and applications need the errors.

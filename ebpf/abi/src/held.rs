@@ -55,7 +55,8 @@ pub struct HeldSyn {
     pub packet: [u8; HELD_PACKET_MAX],
 }
 
-/// The end of a captured connection that the agent has not accepted: its application closed it, or gave up.
+/// The end of a captured connection whose handshake with the agent's listener had not ended: its application closed it, or
+/// gave up.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeldEnd {
@@ -179,7 +180,7 @@ mod tests {
         let destination = Destination {
             address: Address::from_v4_be(u32::from_ne_bytes([10, 77, 2, 3])),
             port: 80,
-            pad: 0,
+            slot: 3,
         };
         let held = Syn { destination: Some(destination), pod: Some(pod), stale: false, listener: true };
         let flagged = |flags| Some(Pod { flags, ..pod });

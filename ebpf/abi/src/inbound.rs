@@ -45,8 +45,8 @@ pub trait InboundFacts {
     fn is_captured(&self, key: &Tuple) -> bool;
     /// Returns the mode of a port that has its own.
     fn port_mode(&self, slot: u32, port: u16) -> Option<u32>;
-    /// Returns true if the node itself opens this connection, as seen on the host end of the pod's link.
-    fn is_node_flow(&self, flow: &Inbound) -> bool;
+    /// Returns true if the node itself opens this connection to the pod with `slot`, as seen on the host end of its link.
+    fn is_node_flow(&self, slot: u32, flow: &Inbound) -> bool;
     /// Returns true for addresses in the mesh's ranges.
     fn in_mesh(&self, address: &Address) -> bool;
     /// Returns true if the agent's heartbeat is stale.
@@ -95,7 +95,7 @@ pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
     if tcp_port::is_reserved(flow.port) {
         return Steer::Drop(Reason::InboundReserved);
     }
-    if facts.is_node_flow(flow) {
+    if facts.is_node_flow(steered.slot, flow) {
         return Steer::Pass(Reason::InboundNode);
     }
     let mode = facts.port_mode(steered.slot, flow.port).unwrap_or(steered.mode);
@@ -166,7 +166,8 @@ mod tests {
             assert_eq!(slot, 3);
             self.port_mode
         }
-        fn is_node_flow(&self, _: &Inbound) -> bool {
+        fn is_node_flow(&self, slot: u32, _: &Inbound) -> bool {
+            assert_eq!(slot, 3);
             self.node
         }
         fn in_mesh(&self, _: &Address) -> bool {

@@ -3,7 +3,7 @@
 use crate::{Address, tcp_port};
 
 /// Version of the maps' layout and meaning, raised with every change. Pinned maps of another version are not adopted.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;
 
 /// Bounds of the maps, in entries.
 pub mod limits {
@@ -13,28 +13,42 @@ pub mod limits {
     pub const PODS: u32 = 4 * SLOTS;
     /// Addresses of enrolled pods, one of each family.
     pub const ADDRESSES: u32 = 2 * SLOTS;
-    /// Connections and datagram flows that the node itself has with pods. The least recently used entry is evicted. Each
-    /// packet of the node makes its entry again, so an entry is needed only until the packet is in the pod.
-    pub const NODE_FLOWS: u32 = 16 * 1024;
+    /// Connections and datagram flows that the node itself has with one pod. A pod with more loses its own oldest ones. Each
+    /// packet of the node makes its entry again, so an entry is needed only until the packet is answered.
+    pub const NODE_FLOWS_PER_POD: u32 = 256;
     /// Hardware addresses of the node's interfaces.
     pub const NODE_HARDWARE: u32 = 4 * PODS;
     /// Datagram flows of one pod whose answers are expected. A pod with more loses its own oldest ones.
     pub const ANSWERS_PER_POD: u32 = 1024;
-    /// Modes of single ports, over all pods.
-    pub const PORT_MODES: u32 = 16 * 1024;
-    /// Ranges of the mesh. Without service ranges, each enrolled service needs an entry. Memory is allocated on demand.
+    /// Ports of one pod whose mode differs from the pod's. Real policies have a few. The agent refuses a policy with more.
+    pub const PORT_MODES_PER_POD: u32 = 128;
+    /// Modes of single ports: the shares of all pods. Entries are allocated on demand, the 2 MiB of hash buckets at once.
+    pub const PORT_MODES: u32 = SLOTS * PORT_MODES_PER_POD;
+    /// Ranges of the mesh. Without service ranges, each enrolled service needs an entry. Entries are allocated on demand.
     pub const MESH_RANGES: u32 = 64 * 1024;
     /// The node's own addresses.
     pub const NODE_ADDRESSES: u32 = 1024;
+    /// Addresses of all nodes of the cluster, up to three for each of 5,000 nodes.
+    pub const CLUSTER_NODES: u32 = 16 * 1024;
+    /// Ports of load balancers that have addresses of nodes.
+    pub const NODE_SERVICES: u32 = 16 * 1024;
     /// Cgroups of the agent and of predecessors that still drain.
     pub const AGENTS: u32 = 16;
     /// Destinations of `allowClear`.
     pub const CLEAR: u32 = 1024;
-    /// Counters of dropped packets by pod, destination and reason. The least recently used entry is evicted.
-    pub const DROPS: u32 = 4096;
-    /// Connections between `connect()` and the `accept()` of the agent or application. Above the sum of accept backlogs of
-    /// a busy node. If the map is full, new captured connections are reset and counted.
-    pub const PENDING: u32 = 64 * 1024;
+    /// Kinds of dropped packets of one pod that are counted each: other end, reason and protocol. A pod with more loses its
+    /// least recently seen ones.
+    pub const DROPS_PER_POD: u32 = 32;
+    /// Shares of drops for pods without a slot. Two such pods may have the same one.
+    pub const DROPS_WITHOUT_SLOT: u32 = 64;
+    /// Connections of one pod whose handshake on the loopback has not ended. Each of the two maps has this share for each pod.
+    /// A captured connection counts from `connect()` until the agent's listener answers, so also for all of the time that it is
+    /// held. With [`pod_flag::CONNECT_EARLY`](super::pod_flag::CONNECT_EARLY), and in the map of the agent's connections, the
+    /// kernel ends the handshake inside `connect()`, except while the listener's accept queue (4,096) is full.
+    pub const PENDING_PER_POD: u32 = 512;
+    /// Connections whose handshake on the loopback has not ended: the shares of all pods. Entries are allocated on demand. Each
+    /// of the two maps has 8 MiB of hash buckets (16 bytes an entry) from the start.
+    pub const PENDING: u32 = SLOTS * PENDING_PER_POD;
 }
 
 /// Settings written into the programs before they are loaded.
@@ -51,6 +65,8 @@ pub struct Settings {
     pub has_set_retval: u32,
     /// Explicit padding, zero.
     pub pad: u32,
+    /// Cookie of the node's own network namespace. The kernel never gives 0.
+    pub node_netns_cookie: u64,
 }
 
 /// State that the agent keeps up to date for the programs. It is one entry, written whole.
@@ -63,9 +79,10 @@ pub struct State {
     pub stale_after: u64,
     /// [`Mode`] of the mesh, applied to pods without an entry. 0 (never written) leaves them alone.
     pub default_mode: u32,
-    /// Explicit padding, zero.
-    pub pad: u32,
-    /// Secret that keeps pods from choosing cells of [`crate::answer_cells`]. It stays the same while the map is pinned.
+    /// Bits of [`crate::node_port::flag`].
+    pub node_services: u32,
+    /// Secret of the hashes of [`crate::answer_cells`] and [`crate::NodeFlow::key`], so that pods cannot choose cells or forge a
+    /// flow. The first heartbeat sets it; it stays the same while the map is pinned.
     pub seed: u64,
 }
 
@@ -109,7 +126,7 @@ impl Pod {
             v6: Address::NONE,
             slot: u32::MAX,
             mode: Mode::Strict as u32,
-            flags: pod_flag::EGRESS_STRICT,
+            flags: pod_flag::EGRESS_STRICT | pod_flag::UNKNOWN,
             capture_port: 0,
         }
     }
@@ -121,11 +138,11 @@ impl Pod {
         if self.capture_port == 0 { tcp_port::CAPTURE } else { self.capture_port as u16 }
     }
 
-    /// Returns true for the pod's addresses.
+    /// Returns true for the pod's addresses. A pod without an address of a family does not own the unspecified one.
     #[inline(always)]
     #[must_use]
     pub const fn owns(&self, address: &Address) -> bool {
-        address.same(&self.v4) || address.same(&self.v6)
+        !address.is_none() && (address.same(&self.v4) || address.same(&self.v6))
     }
 
     /// Returns true if any address of the pod is known.
@@ -145,49 +162,22 @@ impl Pod {
 
 /// Flags of a pod.
 pub mod pod_flag {
-    /// The pod sends no plaintext into the mesh.
-    pub const EGRESS_STRICT: u32 = 1;
-    /// The pod's UDP may pass as plaintext.
-    pub const UDP_ALLOWED: u32 = 2;
-    /// The pod is known and not enrolled: it is left alone, but cannot send from addresses that are not its own.
-    pub const EXEMPT: u32 = 4;
-    /// The steering program of the pod's namespace supports the ports that captured IPv6 connections are spread over.
-    /// Entries of earlier agents lack the flag.
-    pub const SPREAD: u32 = 8;
-    /// Authorization policies select the pod, so connections reach it through the agent only.
-    pub const JUDGED: u32 = 16;
-    /// `connect()` of the pod succeeds before the destination has answered.
-    pub const CONNECT_EARLY: u32 = 32;
-}
-
-/// Key of a flow between the node itself and a pod, proven on the host end of the pod's link.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct NodeFlow {
-    /// Address of the node.
-    pub node: Address,
-    /// Address of the pod.
-    pub pod: Address,
-    /// Port of the node.
-    pub node_port: u32,
-    /// Port of the pod.
-    pub pod_port: u32,
-    /// IP protocol number.
-    pub protocol: u32,
-    /// Explicit padding, zero.
-    pub pad: u32,
-}
-
-impl NodeFlow {
-    /// Returns the key of a flow between these addresses and ports.
-    #[inline(always)]
-    #[must_use]
-    pub const fn new(
-        (node, node_port): (Address, u32),
-        (pod, pod_port): (Address, u32),
-        protocol: u8,
-    ) -> Self {
-        Self { node, pod, node_port, pod_port, protocol: protocol as u32, pad: 0 }
+    flags! {
+        /// The pod sends no plaintext into the mesh.
+        EGRESS_STRICT = 1;
+        /// The pod's UDP may pass as plaintext.
+        UDP_ALLOWED = 2;
+        /// The pod is known and not enrolled: it is left alone, but cannot send from addresses that are not its own.
+        EXEMPT = 4;
+        /// The steering program of the pod's namespace supports the ports that captured IPv6 connections are spread over.
+        /// Entries of earlier agents lack the flag.
+        SPREAD = 8;
+        /// Authorization policies select the pod, so connections reach it through the agent only.
+        JUDGED = 16;
+        /// No source has named the pod yet. Only [`super::Pod::unknown`] has the flag, no entry of the map.
+        UNKNOWN = 32;
+        /// `connect()` of the pod succeeds before the destination has answered.
+        CONNECT_EARLY = 64;
     }
 }
 
@@ -199,20 +189,6 @@ pub struct ClearKey {
     pub address: Address,
     /// Destination port.
     pub port: u32,
-    /// IP protocol number.
-    pub protocol: u32,
-}
-
-/// Key of a counter of dropped packets.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct DropKey {
-    /// Id of the pod's cgroup.
-    pub cgroup: u64,
-    /// Address of the other end.
-    pub remote: Address,
-    /// The `Reason`.
-    pub reason: u32,
     /// IP protocol number.
     pub protocol: u32,
 }
@@ -242,8 +218,10 @@ impl Steered {
 
 /// Flags for plaintext that arrives at a pod.
 pub mod steer_flag {
-    /// Authorization policies select the pod, so the agent decides on plaintext that the mode allows.
-    pub const JUDGED: u32 = 1;
+    flags! {
+        /// Authorization policies select the pod, so the agent decides on plaintext that the mode allows.
+        JUDGED = 1;
+    }
 }
 
 /// Key of the mode of a single port.
@@ -256,11 +234,11 @@ pub struct PortKey {
     pub port: u32,
 }
 
-/// Mode for inbound connections, as a number in maps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// mTLS mode of a workload's inbound connections. Maps hold it as a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u32)]
 pub enum Mode {
-    /// Plaintext passes, and peers do not tunnel.
+    /// Plaintext passes, and peers do not tunnel. Authenticated flows pass too.
     Disable = 1,
     /// Plaintext and mTLS both pass.
     Permissive = 2,
@@ -328,6 +306,17 @@ impl Tuple {
             && self.remote_port < first + tcp_port::CAPTURE_V6_COUNT as u32
     }
 
+    /// Returns true for a connection to a port of the agent's capture listener, or to one that captured connections are
+    /// spread over.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_to_capture(&self) -> bool {
+        self.is_spread()
+            || self.remote.is_loopback()
+                && (self.remote_port == tcp_port::CAPTURE as u32
+                    || self.remote_port == tcp_port::spare(tcp_port::CAPTURE) as u32)
+    }
+
     /// Returns the key under which a captured connection is stored. sk_lookup cannot read its namespace's cookie, so the
     /// key of a spread connection leaves the cookie out. Its source, the pod's own address, identifies the pod.
     #[inline(always)]
@@ -345,8 +334,8 @@ pub struct Destination {
     pub address: Address,
     /// The port.
     pub port: u32,
-    /// Explicit padding, zero.
-    pub pad: u32,
+    /// Slot of the pod in whose share the entry counts.
+    pub slot: u32,
 }
 
 /// Kinds of [`Names`] entries.
@@ -361,15 +350,19 @@ pub mod names_kind {
     pub const CLEAR: u32 = 4;
     /// A plaintext connection from the node itself, proven on the host end of the pod's link, that an application accepted.
     pub const NODE: u32 = 5;
-    /// A tunnel that the agent opened or accepted. Only such sockets of the agent pass a pod's link into the mesh.
+    /// A tunnel that the agent opened or accepted. It passes a pod's link to `peer` only.
     pub const TUNNEL: u32 = 6;
+    /// A plaintext connection of the agent to a port whose mode is DISABLE. It passes a pod's link to `peer` only.
+    pub const DISABLED: u32 = 8;
+    /// The agent's end of a captured connection: `peer` is the connection's destination.
+    pub const REDIRECTED: u32 = 7;
 }
 
 /// Names that a socket's application sees, stored in the socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Names {
-    /// Answer for `getpeername` and `accept`.
+    /// Answer for `getpeername` and `accept`; of the agent's connections that pass a pod's link, the other end.
     pub peer: Address,
     /// Answer for `getsockname`, for [`names_kind::CAPTURED`] only: the address of the socket's pod.
     pub own: Address,
@@ -377,6 +370,10 @@ pub struct Names {
     pub peer_port: u32,
     /// One of [`names_kind`].
     pub kind: u32,
+    /// Slot of the pod, for [`names_kind::CAPTURED`] and [`names_kind::DIALLED`].
+    pub slot: u32,
+    /// Explicit padding, zero.
+    pub pad: u32,
 }
 
 /// Address in a key of the longest-prefix map of mesh ranges. IPv4 prefix lengths are raised by 96.
@@ -384,25 +381,20 @@ pub type MeshKey = [u32; 4];
 
 const _: () = {
     assert!(size_of::<Address>() == 16);
-    assert!(size_of::<Settings>() == 24);
+    assert!(size_of::<Settings>() == 32);
     assert!(size_of::<State>() == 32);
     assert!(size_of::<Pod>() == 56);
     assert!(size_of::<ClearKey>() == 24);
-    assert!(size_of::<DropKey>() == 32);
     assert!(size_of::<Steered>() == 16);
     assert!(size_of::<PortKey>() == 8);
     assert!(size_of::<Tuple>() == 48);
     assert!(size_of::<Destination>() == 24);
-    assert!(size_of::<Names>() == 40);
-    assert!(size_of::<NodeFlow>() == 48);
+    assert!(size_of::<Names>() == 48);
 };
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{
-        Address, ClearKey, Destination, DropKey, Names, NodeFlow, Pod, PortKey, Settings, State, Steered,
-        Tuple,
-    };
+    use super::{Address, ClearKey, Destination, Names, Pod, PortKey, Settings, State, Steered, Tuple};
 
     // SAFETY: repr(C), no padding (asserted above by size), every bit pattern is valid.
     unsafe impl aya::Pod for Address {}
@@ -412,8 +404,6 @@ mod user {
     unsafe impl aya::Pod for State {}
     // SAFETY: as above.
     unsafe impl aya::Pod for ClearKey {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for DropKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Pod {}
     // SAFETY: as above.
@@ -426,6 +416,7 @@ mod user {
     unsafe impl aya::Pod for Destination {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Names {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for NodeFlow {}
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,23 +8,38 @@
 #[cfg(test)]
 extern crate std;
 
+/// Defines flags and lists them all, so that the tests enumerate each new one.
+macro_rules! flags {
+    ($($(#[$doc:meta])* $name:ident = $bit:literal;)+) => {
+        $($(#[$doc])* pub const $name: u32 = $bit;)+
+        /// All flags.
+        pub const ALL: [u32; [$($bit),+].len()] = [$($bit),+];
+    };
+}
+
 mod address;
 mod answers;
 mod arrival;
 mod claim;
+mod drops;
 mod guard;
 mod held;
 mod inbound;
 mod layout;
 mod link;
+mod node_flows;
+pub mod node_port;
 mod outbound;
+mod pending;
 mod reason;
+mod syn_ack;
 pub mod tcp_port;
 
 pub use address::Address;
 pub use answers::{ANSWER_WAYS, answer_cells, is_expected, remember};
-pub use arrival::{Arrival, ArrivalFacts, decide_arrival, is_recent, seconds};
+pub use arrival::{Arrival, ArrivalFacts, decide_arrival, seconds};
 pub use claim::{Claim, may_claim, may_send_from};
+pub use drops::{DROP_WAYS, DropCounter, PodDrops, drops_index};
 pub use guard::{
     Accepted, GuardFacts, Hook, Packet, Segment, Verdict, decide_egress, decide_ingress, protocol,
 };
@@ -34,9 +49,20 @@ pub use held::{
 };
 pub use inbound::{Inbound, InboundFacts, Steer, decide_inbound};
 pub use layout::{
-    ABI_VERSION, ClearKey, Destination, DropKey, LISTENERS_PER_POD, Listener, MeshKey, Mode, Names, NodeFlow,
-    Pod, PortKey, Settings, State, Steered, Tuple, limits, listener_index, names_kind, pod_flag, steer_flag,
+    ABI_VERSION, ClearKey, Destination, LISTENERS_PER_POD, Listener, MeshKey, Mode, Names, Pod, PortKey,
+    Settings, State, Steered, Tuple, limits, listener_index, names_kind, pod_flag, steer_flag,
 };
 pub use link::{Link, hardware_address};
-pub use outbound::{Connect, ConnectFacts, decide_connect};
+pub use node_flows::{NODE_FLOW_WAYS, NodeFlow, NodeFlowCell, NodeFlowKey};
+pub use outbound::{Connect, ConnectFacts, connect_error, decide_connect};
+pub use pending::{Pending, is_in_share, is_share_used_up};
 pub use reason::{REASONS, Reason, ReasonText};
+pub use syn_ack::has_options_of_kernel;
+
+/// Mark (`SO_MARK`) of a connection of the agent to an application whose client could not be stored. The guard drops its packets,
+/// so no application accepts it under another name. The agent reads the mark and refuses the connection.
+pub const LOST_CLIENT_MARK: u32 = 0x7ac1_70ff;
+
+/// Bytes that a connection between the agent and an application keeps unsent, beside those that its reader has. Sending goes on
+/// when half of them are left, so the reader never waits for the sender to wake up.
+pub const LOOPBACK_UNSENT_BYTES: u32 = 64 << 10;

@@ -16,6 +16,8 @@ pub trait ConnectFacts {
     fn in_mesh(&self, address: &Address) -> bool;
     /// Returns the cookie of the socket's network namespace.
     fn netns_cookie(&self) -> u64;
+    /// Returns true if the socket is in the node's own network namespace.
+    fn is_in_node_netns(&self) -> bool;
     /// Returns true if the calling process is an agent's.
     fn is_agent(&self) -> bool;
     /// Returns true if STRICT applies to pods without an entry.
@@ -24,6 +26,10 @@ pub trait ConnectFacts {
     fn is_allowed_clear(&self, destination: &Address) -> bool;
     /// Returns true if the agent's heartbeat is stale.
     fn is_stale(&self) -> bool;
+    /// Returns true if the socket is bound to a device other than the loopback.
+    fn is_bound_to_link(&self) -> bool;
+    /// Returns true if the pod's share of pending captured connections is used up.
+    fn is_share_used_up(&self, slot: u32) -> bool;
 }
 
 /// Verdict on an outbound connection.
@@ -33,8 +39,26 @@ pub enum Connect {
     Leave(Reason),
     /// Is redirected to the agent. The hook stores the destination and needs the pod's entry.
     Capture(Pod),
-    /// Fails with ECONNREFUSED, or with EPERM where the kernel has no `bpf_set_retval`.
+    /// Fails with the error of [`connect_error`], or with EPERM where the kernel has no `bpf_set_retval`.
     Deny(Reason),
+}
+
+const ENETUNREACH: i32 = 101;
+const ENOBUFS: i32 = 105;
+const ECONNREFUSED: i32 = 111;
+
+/// Returns the error of `connect()` for a [`Connect::Deny`].
+///
+/// ENOBUFS is what Linux returns when a connection cannot be opened for lack of resources. EAGAIN is not used, because
+/// event loops read it as "in progress".
+#[inline(always)]
+#[must_use]
+pub const fn connect_error(reason: Reason) -> i32 {
+    match reason {
+        Reason::ConnectShare | Reason::ConnectNoStorage => ENOBUFS,
+        Reason::ConnectDevice => ENETUNREACH,
+        _ => ECONNREFUSED,
+    }
 }
 
 /// Decides on `connect()` to `destination`.
@@ -62,20 +86,30 @@ pub fn decide_connect(facts: &impl ConnectFacts, destination: &Address) -> Conne
     if facts.netns_cookie() != pod.netns_cookie {
         return Connect::Deny(Reason::ConnectForeignNetns);
     }
-    match (facts.is_stale(), pod.has(pod_flag::EGRESS_STRICT)) {
-        (false, _) => Connect::Capture(pod),
-        (true, true) => Connect::Deny(Reason::ConnectAgentStale),
-        (true, false) => Connect::Leave(Reason::ConnectStaleClear),
+    let is_strict = pod.has(pod_flag::EGRESS_STRICT);
+    match (facts.is_stale(), is_strict) {
+        (false, _) => {}
+        (true, true) => return Connect::Deny(Reason::ConnectAgentStale),
+        (true, false) => return Connect::Leave(Reason::ConnectStaleClear),
     }
+    // Such a socket cannot reach the agent on the loopback.
+    match (facts.is_bound_to_link(), is_strict) {
+        (false, _) => {}
+        (true, true) => return Connect::Deny(Reason::ConnectDevice),
+        (true, false) => return Connect::Leave(Reason::ConnectDeviceClear),
+    }
+    if facts.is_share_used_up(pod.slot) { Connect::Deny(Reason::ConnectShare) } else { Connect::Capture(pod) }
 }
 
-/// Decides for a process of a pod that has no entry yet. The guard decides on protocols other than TCP.
+/// Decides for a process of a pod that has no entry yet. The guard decides on protocols other than TCP. A socket in the node's
+/// own namespace is the node's, as no process of another pod can make one there.
 #[inline(always)]
 fn unknown_pod(facts: &impl ConnectFacts, destination: &Address) -> Connect {
     let denied = facts.default_is_strict()
         && facts.is_tcp()
         && facts.in_mesh(destination)
         && !facts.is_allowed_clear(destination)
+        && !facts.is_in_node_netns()
         && !facts.is_agent();
     if denied { Connect::Deny(Reason::ConnectUnknownPod) } else { Connect::Leave(Reason::ConnectNotEnrolled) }
 }
@@ -98,10 +132,13 @@ mod tests {
         tcp: bool,
         mesh: bool,
         netns: u64,
+        node_netns: bool,
         agent: bool,
         strict: bool,
         clear: bool,
         stale: bool,
+        link: bool,
+        full: bool,
     }
 
     const USUAL: Out = Out {
@@ -109,10 +146,13 @@ mod tests {
         tcp: true,
         mesh: true,
         netns: 7,
+        node_netns: false,
         agent: false,
         strict: false,
         clear: false,
         stale: false,
+        link: false,
+        full: false,
     };
 
     impl ConnectFacts for Out {
@@ -128,6 +168,9 @@ mod tests {
         fn netns_cookie(&self) -> u64 {
             self.netns
         }
+        fn is_in_node_netns(&self) -> bool {
+            self.node_netns
+        }
         fn is_agent(&self) -> bool {
             self.agent
         }
@@ -139,6 +182,13 @@ mod tests {
         }
         fn is_stale(&self) -> bool {
             self.stale
+        }
+        fn is_bound_to_link(&self) -> bool {
+            self.link
+        }
+        fn is_share_used_up(&self, slot: u32) -> bool {
+            assert_eq!(slot, 3);
+            self.full
         }
     }
 
@@ -173,6 +223,48 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_whose_share_is_used_up_is_denied_in_every_mode() {
+        for flags in [0, pod_flag::EGRESS_STRICT] {
+            let full = Out { pod: Some(Pod { flags, ..pod() }), full: true, ..USUAL };
+            assert_eq!(decide_connect(&full, &v4(9)), Connect::Deny(Reason::ConnectShare));
+            let outside = Out { mesh: false, ..full };
+            assert_eq!(decide_connect(&outside, &v4(9)), Connect::Leave(Reason::ConnectOutsideMesh));
+        }
+    }
+
+    #[test]
+    fn a_socket_that_is_bound_to_a_link_is_not_captured() {
+        let strict = Pod { flags: pod_flag::EGRESS_STRICT, ..pod() };
+        let bound = |pod| Out { pod: Some(pod), link: true, ..USUAL };
+        let table = [
+            (bound(strict), Connect::Deny(Reason::ConnectDevice)),
+            (bound(pod()), Connect::Leave(Reason::ConnectDeviceClear)),
+            (Out { full: true, ..bound(pod()) }, Connect::Leave(Reason::ConnectDeviceClear)),
+            (Out { stale: true, ..bound(strict) }, Connect::Deny(Reason::ConnectAgentStale)),
+            (Out { stale: true, ..bound(pod()) }, Connect::Leave(Reason::ConnectStaleClear)),
+            (Out { netns: 8, ..bound(pod()) }, Connect::Deny(Reason::ConnectForeignNetns)),
+            (Out { mesh: false, ..bound(strict) }, Connect::Leave(Reason::ConnectOutsideMesh)),
+        ];
+        for (facts, expected) in table {
+            assert_eq!(decide_connect(&facts, &v4(9)), expected);
+        }
+    }
+
+    #[test]
+    fn each_denial_has_its_error() {
+        for (reason, error) in [
+            (Reason::ConnectShare, 105),
+            (Reason::ConnectNoStorage, 105),
+            (Reason::ConnectDevice, 101),
+            (Reason::ConnectAgentStale, 111),
+            (Reason::ConnectForeignNetns, 111),
+            (Reason::ConnectUnknownPod, 111),
+        ] {
+            assert_eq!(connect_error(reason), error, "{reason:?}");
+        }
+    }
+
+    #[test]
     fn in_a_strict_mesh_a_pod_without_an_entry_is_denied() {
         let strict = Out { strict: true, ..USUAL };
         let left = Connect::Leave(Reason::ConnectNotEnrolled);
@@ -183,6 +275,7 @@ mod tests {
             (Out { tcp: false, ..strict }, left),
             (Out { clear: true, ..strict }, left),
             (Out { agent: true, ..strict }, left),
+            (Out { node_netns: true, ..strict }, left),
         ];
         for (facts, expected) in table {
             assert_eq!(decide_connect(&facts, &v4(9)), expected);

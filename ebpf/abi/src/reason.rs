@@ -32,8 +32,8 @@ reasons! {
     ConnectCaptured, "connect_captured", "connect into the mesh: redirected to the agent";
     ConnectForeignNetns, "connect_foreign_netns", "mesh connect from a network namespace that is not the pod's: denied";
     ConnectNoStorage, "connect_no_storage", "no memory to store a destination: denied";
-    PendingFull, "pending_full", "table of pending connections full: the connection is reset because its destination is lost";
-    NamesFull, "names_full", "no memory for a client's address: the application sees an address of its own pod";
+    PendingFull, "pending_full", "share of pending connections used up meanwhile, or no memory: the connection is reset because its destination is lost";
+    NamesFull, "names_full", "share of pending connections used up, or no memory for a client's address: the agent's connection to the application is refused";
     InboundTunnel, "inbound_tunnel", "inbound connection to the tunnel port: redirected to the agent";
     InboundRefused, "inbound_to_refuse", "inbound plaintext under STRICT: redirected to the agent, which resets and logs it";
     InboundPermitted, "inbound_permitted", "inbound plaintext under PERMISSIVE: passed to the application";
@@ -64,7 +64,12 @@ reasons! {
     GuardInboundUdp, "guard_inbound_udp", "plaintext UDP to a STRICT pod that is no answer to it: dropped";
     GuardInboundOther, "guard_inbound_other", "another IP protocol to a STRICT pod that is no answer to it: dropped";
     GuardEncapsulated, "guard_encapsulated", "packet of a STRICT pod that a node would unpack, such as VXLAN or GRE: dropped";
+    GuardHeld, "guard_held", "packet of or to a pod without an entry, in a STRICT mesh, that the rules for a STRICT pod refuse: dropped";
+    GuardNodeAddress, "guard_node_address_clear", "packet to an address of the node, for a pod that no source has named yet, or of its TCP from there: passed";
     InboundAuthorize, "inbound_to_judge", "inbound plaintext to a pod that authorization policies select: redirected to the agent, which passes or resets it";
+    ConnectShare, "connect_share", "mesh connect of a pod whose share of pending connections is used up: denied";
+    ConnectDevice, "connect_device", "mesh connect of a STRICT pod by a socket that is bound to a device other than the loopback: denied";
+    ConnectDeviceClear, "connect_device_clear", "mesh connect of an open pod by a socket that is bound to a device other than the loopback: passed as plaintext";
     ConnectHeld, "connect_held", "SYN of a captured connection: held until the destination has answered";
     ConnectHeldFull, "connect_held_full", "SYN of a captured connection while the agent's queue is full: dropped, the kernel sends it again";
     ConnectUnanswered, "connect_unanswered", "SYN of a captured connection while no agent serves the pod: passed to the agent's listener, or refused without one";

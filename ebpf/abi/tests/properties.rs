@@ -5,7 +5,11 @@
 
 use std::net::{IpAddr, Ipv6Addr};
 
-use proptest::{prelude::*, sample::select, test_runner::Config};
+use proptest::{
+    prelude::*,
+    sample::{select, subsequence},
+    test_runner::Config,
+};
 use tacit_abi::{
     Accepted, Address, Connect, ConnectFacts, GuardFacts, Hook, Inbound, InboundFacts, Link, Listener, Mode,
     Packet, Pod, Reason, Segment, Steer, Steered, Tuple, Verdict, decide_connect, decide_egress,
@@ -36,10 +40,13 @@ struct Facts {
     tcp: bool,
     mesh: bool,
     netns: u64,
+    node_netns: bool,
     default_is_strict: bool,
     stale: bool,
     steered: Option<Steered>,
     captured: bool,
+    bound_to_link: bool,
+    share_used_up: bool,
 }
 
 impl GuardFacts for Facts {
@@ -54,6 +61,9 @@ impl GuardFacts for Facts {
     }
     fn is_node(&self, _: &Address) -> bool {
         self.node
+    }
+    fn is_node_service(&self, packet: &Packet) -> bool {
+        self.node && packet.remote_port >= 30_000
     }
     fn is_node_flow(&self, _: &Packet) -> bool {
         self.node_flow
@@ -100,6 +110,9 @@ impl ConnectFacts for Facts {
     fn netns_cookie(&self) -> u64 {
         self.netns
     }
+    fn is_in_node_netns(&self) -> bool {
+        self.node_netns
+    }
     fn is_agent(&self) -> bool {
         self.agent
     }
@@ -111,6 +124,12 @@ impl ConnectFacts for Facts {
     }
     fn is_stale(&self) -> bool {
         self.stale
+    }
+    fn is_bound_to_link(&self) -> bool {
+        self.bound_to_link
+    }
+    fn is_share_used_up(&self, _: u32) -> bool {
+        self.share_used_up
     }
 }
 
@@ -124,7 +143,7 @@ impl InboundFacts for Facts {
     fn port_mode(&self, _: u32, _: u16) -> Option<u32> {
         self.port_mode
     }
-    fn is_node_flow(&self, _: &Inbound) -> bool {
+    fn is_node_flow(&self, _: u32, _: &Inbound) -> bool {
         self.node_flow
     }
     fn in_mesh(&self, _: &Address) -> bool {
@@ -142,8 +161,16 @@ fn raw_mode() -> impl Strategy<Value = u32> {
 fn pod() -> impl Strategy<Value = Pod> {
     let own =
         (prop_oneof![Just(Address::NONE), Just(POD_V4)], prop_oneof![Just(Address::NONE), Just(POD_V6)]);
-    let known = (own, raw_mode(), 0..32_u32, 7..9_u64).prop_map(|((v4, v6), mode, flags, netns_cookie)| {
-        Pod { netns_cookie, v4, v6, slot: 3, mode, flags, capture_port: 0 }
+    let of_entries = pod_flag::ALL.into_iter().filter(|flag| *flag != pod_flag::UNKNOWN).collect::<Vec<_>>();
+    let flags = subsequence(of_entries, 0..pod_flag::ALL.len()).prop_map(|flags| flags.iter().sum::<u32>());
+    let known = (own, raw_mode(), flags, 7..9_u64).prop_map(|((v4, v6), mode, flags, netns_cookie)| Pod {
+        netns_cookie,
+        v4,
+        v6,
+        slot: 3,
+        mode,
+        flags,
+        capture_port: 0,
     });
     prop_oneof![4 => known, 1 => Just(Pod::unknown())]
 }
@@ -157,7 +184,7 @@ fn facts() -> impl Strategy<Value = Facts> {
         proptest::option::of(steered),
         accepted,
     );
-    (any::<[bool; 16]>(), 7..9_u64, options).prop_map(|(is, netns, (port_mode, pod, steered, accepted))| {
+    (any::<[bool; 18]>(), 7..9_u64, options).prop_map(|(is, netns, (port_mode, pod, steered, accepted))| {
         let [
             agent,
             tunnel,
@@ -174,7 +201,9 @@ fn facts() -> impl Strategy<Value = Facts> {
             strict,
             stale,
             captured,
-            _,
+            bound_to_link,
+            share_used_up,
+            node_netns,
         ] = is;
         Facts {
             agent,
@@ -193,10 +222,13 @@ fn facts() -> impl Strategy<Value = Facts> {
             tcp,
             mesh,
             netns,
+            node_netns,
             default_is_strict: strict,
             stale,
             steered,
             captured,
+            bound_to_link,
+            share_used_up,
         }
     })
 }
@@ -259,6 +291,11 @@ fn passes(verdict: Verdict) -> bool {
     !matches!(verdict, Verdict::Drop(_))
 }
 
+/// Returns true for an address that the pod has. The unspecified one stands for none.
+fn is_own(pod: &Pod, address: &Address) -> bool {
+    *address != Address::NONE && [pod.v4, pod.v6].contains(address)
+}
+
 fn std_address(address: &Address) -> IpAddr {
     Ipv6Addr::from(address.octets()).to_canonical()
 }
@@ -303,18 +340,19 @@ proptest! {
         let verdict = decide_egress(&facts, &pod, hook, &packet);
         let on_link = hook == Hook::Link;
         let of = |numbers: &[u8]| numbers.contains(&packet.protocol);
-        let own = [&packet.local, &packet.remote].map(|end| pod.v4.same(end) || pod.v6.same(end));
+        let own = [&packet.local, &packet.remote].map(|end| is_own(&pod, end));
         let is_own_source = own[0] || !pod.has_addresses() || packet.local.is_none_of_family() || packet.local.is_link_local();
         let is_neighbour = packet.remote.is_link_local() || packet.remote.is_multicast() || on_link && facts.to_neighbour;
         let is_bare = matches!(packet.segment, Segment::Bare | Segment::SynAck);
-        let is_outside = !facts.mesh && !is_neighbour;
+        let is_service = facts.node && packet.remote_port >= 30_000;
+        let is_outside = !facts.mesh && !is_neighbour && !is_service;
         let takes_plaintext = accepts_plaintext(&facts, pod.mode);
         let listed = [
             is_outside,
             of(&[protocol::TCP]) && is_bare && (facts.tcp_socket || on_link && facts.node_socket),
             of(&[protocol::TCP]) && on_link && facts.cookie && packet.local_port == tcp_port::TUNNEL && packet.segment == Segment::SynAck,
             of(&[protocol::TCP]) && facts.accepted.is_some_and(|by| by == Accepted::Node || takes_plaintext),
-            of(&[protocol::UDP, protocol::ICMP, protocol::ICMP_V6]) && facts.node && !is_neighbour,
+            of(&[protocol::UDP, protocol::ICMP, protocol::ICMP_V6]) && facts.node && !is_neighbour && !(is_service && of(&[protocol::UDP]) && !facts.node_flow),
             of(&[protocol::ICMP_V6]) && packet.is_discovery && on_link && facts.node_socket,
             facts.allowed_clear,
         ];
@@ -363,7 +401,7 @@ proptest! {
         let takes_plaintext = accepts_plaintext(&facts, mode);
         let is_own_connection = facts.accepted.is_none() && (is_outside || facts.allowed_clear);
         let expected = facts.agent
-            || facts.node_flow
+            || facts.node && facts.node_flow
             || pod.owns(&packet.remote)
             || is_icmp
             || is_tcp && matches!(packet.segment, Segment::Bare | Segment::SynAck)
@@ -374,13 +412,30 @@ proptest! {
     }
 
     #[test]
+    fn an_unknown_pod_is_a_strict_one_but_for_what_comes_to_the_node_and_its_tcp(facts in facts(), packet in packet()) {
+        let unknown = Pod::unknown();
+        let strict = Pod { flags: unknown.flags & !pod_flag::UNKNOWN, ..unknown };
+        let expected = passes(decide_ingress(&facts, &strict, &packet)) || facts.node;
+        prop_assert_eq!(passes(decide_ingress(&facts, &unknown, &packet)), expected);
+        for hook in [Hook::Socket, Hook::Link] {
+            let egress = |pod| decide_egress(&facts, pod, hook, &packet);
+            let is_tcp_socket = packet.protocol == protocol::TCP && facts.tcp_socket;
+            if hook == Hook::Socket && is_tcp_socket && facts.node {
+                prop_assert!(passes(egress(&unknown)));
+            } else {
+                prop_assert_eq!(egress(&unknown), egress(&strict));
+            }
+        }
+    }
+
+    #[test]
     fn a_pod_that_policies_select_gets_connections_from_the_agent_or_the_node_only(
         facts in facts(), pod in pod(), packet in packet(),
     ) {
-        let flags = pod.flags & !pod_flag::EXEMPT | pod_flag::JUDGED;
+        let flags = pod.flags & !(pod_flag::EXEMPT | pod_flag::UNKNOWN) | pod_flag::JUDGED;
         let pod = Pod { flags, ..pod };
         let packet = Packet { protocol: protocol::TCP, segment: Segment::Syn, ..packet };
-        let is_proven = facts.agent || facts.node_flow || pod.owns(&packet.remote);
+        let is_proven = facts.agent || facts.node && facts.node_flow || pod.owns(&packet.remote);
         prop_assert_eq!(passes(decide_ingress(&facts, &pod, &packet)), is_proven);
     }
 
@@ -402,16 +457,18 @@ proptest! {
         let is_left = matches!(verdict, Connect::Leave(_));
         let is_outside = !facts.tcp || !facts.mesh || facts.allowed_clear;
         let expected = match facts.pod {
-            None => is_outside || !facts.default_is_strict || facts.agent,
+            None => is_outside || !facts.default_is_strict || facts.agent || facts.node_netns,
             Some(pod) => {
-                let is_own = pod.v4.same(&destination) || pod.v6.same(&destination);
-                let is_stale = facts.stale && !pod.has(pod_flag::EGRESS_STRICT) && facts.netns == pod.netns_cookie;
-                pod.has(pod_flag::EXEMPT) || is_outside || is_own || is_stale
+                let is_own = is_own(&pod, &destination);
+                let is_open = !pod.has(pod_flag::EGRESS_STRICT) && facts.netns == pod.netns_cookie;
+                let is_unreachable = is_open && (facts.stale || facts.bound_to_link);
+                pod.has(pod_flag::EXEMPT) || is_outside || is_own || is_unreachable
             }
         };
         prop_assert_eq!(is_left, expected, "{:?}", verdict);
         if let Connect::Capture(pod) = verdict {
             prop_assert!(Some(pod) == facts.pod && !facts.stale && facts.netns == pod.netns_cookie);
+            prop_assert!(!facts.bound_to_link && !facts.share_used_up);
         }
     }
 

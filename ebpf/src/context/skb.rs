@@ -56,6 +56,12 @@ impl Skb<'_> {
         load!(self.raw(), ifindex)
     }
 
+    /// Returns the packet's mark, which a socket sets by `SO_MARK`.
+    #[inline(always)]
+    pub fn mark(&self) -> u32 {
+        load!(self.raw(), mark)
+    }
+
     /// Reads a plain value at `offset` from the start of the network header; `None` if the packet ends before its end.
     #[inline(always)]
     pub fn read<T: Copy>(&self, offset: u32) -> Option<T> {

@@ -13,7 +13,7 @@ pub(crate) struct Attack {
     pub(crate) must_arrive: bool,
 }
 
-/// Where the guard gets to see it first.
+/// The first place where the guard can stop the attack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stopped {
     /// Before it is on the pod's link.
@@ -26,7 +26,7 @@ pub(crate) enum Stopped {
     Nowhere,
 }
 
-/// How it is driven.
+/// The driver of an attack.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Driver {
     /// The step alone, as a process of the pod.
@@ -51,6 +51,8 @@ pub(crate) enum Driver {
     Simultaneous,
     /// By another tenant of the victim's node, or by the node itself.
     Neighbour(Neighbour),
+    /// A connection to a pod that came before its agent.
+    Boot(Start),
     /// A step while, or after, something happens to the attacker's agent.
     Lifecycle(Misfortune),
 }
@@ -87,9 +89,28 @@ pub(crate) enum Neighbour {
     AllowedSource,
     /// A datagram to a destination that is allowed in clear, and its answer.
     AllowedQuery,
+    /// A connection of a STRICT pod to a port whose mode is DISABLE.
+    DisabledPort,
+    /// A STRICT pod translates the destination of what the agent sends for it as plaintext.
+    TranslatedDial(Dial),
+    /// A step of another node's pod, which the victim's node forwards under its own address.
+    Masqueraded(&'static str, Layout),
+    /// Connections while the victim's port of the tunnels is flooded with SYNs.
+    Flooded,
+    /// SYN cookies of the flooded port, sent again with other text.
+    ReplayedCookies,
 }
 
-/// Which address.
+/// A destination that the agent dials as plaintext for a STRICT pod.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Dial {
+    /// An endpoint outside of the mesh, of a service.
+    Outside,
+    /// A port whose mode is DISABLE.
+    Disabled,
+}
+
+/// The address of the other end.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum To {
     /// IPv6 link-local.
@@ -102,7 +123,7 @@ pub(crate) enum To {
     Broadcast,
 }
 
-/// Who claims.
+/// The pod that claims.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Who {
     /// STRICT.
@@ -124,7 +145,7 @@ pub(crate) enum From {
     Wire,
 }
 
-/// How the victim is linked to its node.
+/// The layout of the victim's link to its node.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Layout {
     /// Point to point.
@@ -133,7 +154,7 @@ pub(crate) enum Layout {
     Bridged,
 }
 
-/// Where a process is moved.
+/// The cgroup into which a process is moved.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum MovedTo {
     /// Out of the pods' cgroup.
@@ -142,7 +163,7 @@ pub(crate) enum MovedTo {
     OtherPod,
 }
 
-/// What is passed.
+/// The kind of socket that is passed.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum PassedFd {
     /// A TCP socket that was connected before.
@@ -151,14 +172,23 @@ pub(crate) enum PassedFd {
     Datagram,
 }
 
-/// What happens to agents, or to what they have in the kernel.
+/// A start of the agent of a new pod.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Start {
+    /// Not yet.
+    Late,
+    /// Without a certificate for any pod, because its issuer is away.
+    WithoutCertificates,
+}
+
+/// An event for agents, or for their kernel state.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Misfortune {
     /// A pod of which the agent was told nothing runs a step.
     UnknownPod(&'static str),
     /// The pod's own cgroup has a program that sends every connection to the victim.
     ProgramInPod,
-    /// A cgroup above the pods' has such a program: it runs after ours.
+    /// A cgroup above the pods' has such a program: it runs after Tacit's.
     ProgramAbove,
     /// The table of pending connections is full.
     PendingFull,
@@ -170,6 +200,9 @@ pub(crate) enum Misfortune {
     PinsDeleted,
     /// The agent is started again with a directory that names nobody.
     EmptyDirectory(&'static str),
+    /// The pod makes a namespace with its own addresses, and a link whose other end has the index of a neighbour's host end.
+    /// Then the agent comes.
+    CopiedNamespace,
     /// No agent was ever here when the connection was made; then one comes, and then the marker is sent.
     LateAgent,
 }
@@ -244,6 +277,10 @@ const fn tenant(
     what: Neighbour,
 ) -> Attack {
     hostile("tenant", name, families, stopped, what)
+}
+
+const fn boot(name: &'static str, start: Start) -> Attack {
+    attack("boot", name, V4_V6, Driver::Boot(start), Stopped::BeforeApplication)
 }
 
 const fn lifecycle(name: &'static str, families: &'static [Family], what: Misfortune) -> Attack {
@@ -336,6 +373,15 @@ pub(crate) static ATTACKS: &[Attack] = &[
     tenant("encapsulated-gre", V4_V6, Stopped::AtSocket, Neighbour::Encapsulated("gre")),
     tenant("allowed-source", V4_V6, Stopped::BeforeApplication, Neighbour::AllowedSource),
     tenant("allowed-query", V4_V6, Stopped::Nowhere, Neighbour::AllowedQuery),
+    tenant("disabled-port", V4_V6, Stopped::Nowhere, Neighbour::DisabledPort),
+    tenant("translated-dial-outside", V4_V6, Stopped::OnLink, Neighbour::TranslatedDial(Dial::Outside)),
+    tenant("translated-dial-disabled", V4_V6, Stopped::OnLink, Neighbour::TranslatedDial(Dial::Disabled)),
+    node("masqueraded-tcp-routed", Neighbour::Masqueraded("tcp", Layout::Routed)),
+    node("masqueraded-tcp-bridged", Neighbour::Masqueraded("tcp", Layout::Bridged)),
+    node("masqueraded-udp-routed", Neighbour::Masqueraded("udp", Layout::Routed)),
+    node("masqueraded-udp-bridged", Neighbour::Masqueraded("udp", Layout::Bridged)),
+    tenant("syn-flood-connections", V4_V6, Stopped::Nowhere, Neighbour::Flooded),
+    tenant("syn-flood-replayed-cookies", V4_V6, Stopped::OnLink, Neighbour::ReplayedCookies),
     lifecycle("unknown-pod-tcp", ALL, Misfortune::UnknownPod("tcp")),
     lifecycle("unknown-pod-udp", ALL, Misfortune::UnknownPod("udp")),
     Attack { must_arrive: true, ..lifecycle("hook-after-child-program", ONLY_V4, Misfortune::ProgramInPod) },
@@ -349,4 +395,47 @@ pub(crate) static ATTACKS: &[Attack] = &[
     lifecycle("empty-directory-tcp", V4_V6, Misfortune::EmptyDirectory("tcp")),
     lifecycle("empty-directory-udp", V4_V6, Misfortune::EmptyDirectory("udp")),
     lifecycle("before-enrolment", ALL, Misfortune::LateAgent),
+    attack(
+        "tenant",
+        "copied-namespace",
+        V4_V6,
+        Driver::Lifecycle(Misfortune::CopiedNamespace),
+        Stopped::OnLink,
+    ),
+    boot("new-pod-before-agent", Start::Late),
+    boot("new-pod-without-certificate", Start::WithoutCertificates),
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    const SECURITY_MODEL: &str = include_str!("../../../deploy/docs/security-model.md");
+
+    #[test]
+    fn the_security_model_counts_every_attack_and_names_every_group() {
+        let total: usize = ATTACKS.iter().map(|attack| attack.families.len()).sum();
+        let (_, table) = SECURITY_MODEL.split_once("| Kernel | Held |").expect("the table of kernels");
+        let rows: Vec<&str> = table.lines().skip(2).take_while(|line| line.starts_with('|')).collect();
+        assert!(!rows.is_empty());
+        for row in rows {
+            let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+            let number = |cell: &str| cell.split(' ').next().and_then(|word| word.parse::<usize>().ok());
+            let counted: usize = cells[2..5].iter().filter_map(|cell| number(cell)).sum();
+            assert_eq!(counted, total, "{row}");
+        }
+        let groups: BTreeSet<&str> = ATTACKS.iter().map(|attack| attack.group).collect();
+        for group in groups {
+            assert!(SECURITY_MODEL.contains(&format!("| `attack::{group}` |")), "{group}");
+        }
+    }
+
+    #[test]
+    fn names_are_unique() {
+        let names: BTreeSet<(&str, &str)> =
+            ATTACKS.iter().map(|attack| (attack.group, attack.name)).collect();
+        assert_eq!(names.len(), ATTACKS.len());
+    }
+}

@@ -19,7 +19,7 @@ use socket2::{Domain, Socket, Type};
 use tacit_topology::{Pod, run, until};
 
 use crate::{
-    Family,
+    Family, boot,
     catalogue::{Attack, Driver, MovedTo, PassedFd, Stopped},
     judge::Outcome,
     lifecycle, neighbours,
@@ -90,6 +90,7 @@ fn drive(world: &mut World, attack: &Attack, family: Family, marker: &str) -> Re
         Driver::PassedFd(what) => passed_fd(world, what, target, marker),
         Driver::Simultaneous => simultaneous(world, family, marker),
         Driver::Neighbour(what) => neighbours::drive(world, what, family, marker),
+        Driver::Boot(start) => boot::drive(world, start, family, marker),
         Driver::Lifecycle(misfortune) => lifecycle::drive(world, misfortune, family, marker),
     }
 }
@@ -151,7 +152,7 @@ fn passed_fd(world: &World, what: PassedFd, target: SocketAddr, marker: &str) ->
             PassedFd::Datagram => Socket::new(domain, Type::DGRAM, None),
             PassedFd::Connected => {
                 let socket = Socket::new(domain, Type::STREAM, None)?;
-                // Where this is held, the socket is passed as it is: still trying.
+                // If Tacit denies the connection, the socket is passed unconnected.
                 let _ = socket.connect_timeout(&target.into(), world.patience);
                 socket.set_nonblocking(false)?;
                 Ok(socket)

@@ -10,22 +10,22 @@ use crate::{
     wire::Sighting,
 };
 
-/// What one run of an attack came to.
+/// The result of one run of an attack.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Outcome {
-    /// Where its marker was.
+    /// The places where its marker was seen.
     pub(crate) seen: BTreeSet<Sighting>,
     /// The kernel lacks what the attack needs; its words.
     pub(crate) absent: Option<String>,
-    /// What the attacker was told.
+    /// The attacker's result.
     pub(crate) told: String,
-    /// Whether the application of the other end got the marker.
+    /// True if the application of the other end received the marker.
     pub(crate) delivered: bool,
     /// The only sighting that counts, of a marker that crosses other links where it should.
     pub(crate) only: Option<Sighting>,
 }
 
-/// What became of an attack.
+/// The verdict on an attack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Held,
@@ -83,6 +83,15 @@ impl Judged {
         }
     }
 
+    /// The attack ended with an error of the suite.
+    pub(crate) fn not_run(attack: &Attack, family: Family, error: &anyhow::Error) -> Self {
+        let nothing = Outcome::default();
+        let mut judged = Self::of(attack, family, &nothing, &nothing);
+        judged.verdict = Verdict::NotProven;
+        judged.detail = format!("{error:#}");
+        judged
+    }
+
     pub(crate) fn line(&self) -> String {
         let detail = if self.detail.is_empty() { String::new() } else { format!("  {}", self.detail) };
         let verdict = self.verdict.text();
@@ -138,7 +147,8 @@ fn decide(attack: &Attack, without: &Outcome, with: &Outcome) -> (Verdict, Strin
     (Verdict::Held, with.told.clone())
 }
 
-/// What is stopped on the attacker's link is seen there by a recorder, which looks before the guard does.
+/// Returns true if a sighting is a leak. The recorder on the attacker's link sees packets before the guard does, so a
+/// packet that the guard stops there is no leak.
 fn is_leak(attack: &Attack, place: &Sighting) -> bool {
     !(matches!(place, Sighting::FromPod(_)) && attack.stopped == Stopped::OnLink)
 }

@@ -1,4 +1,4 @@
-//! What an attacker on the node could do to the kernel side: a program of its own beside ours, a map filled up.
+//! Attacks on the kernel side from the node: a foreign program beside Tacit's, a full map.
 
 use std::{
     ffi::CString,

@@ -1,16 +1,25 @@
 //! Attacks on agents that stop, die or come late, and on what they left in the kernel. In the control nothing happens to
 //! anybody: the same step is simply run.
 
-use std::{fs, net::SocketAddr, time::Instant};
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    net::SocketAddr,
+    process::Stdio,
+    time::Instant,
+};
 
-use anyhow::{Context as _, Result};
-use tacit_topology::{Agent, until};
+use anyhow::{Context as _, Result, ensure};
+use nix::net::if_::if_nametoindex;
+use tacit_topology::{Agent, Process, until};
 
 use crate::{
     Family,
     catalogue::Misfortune,
+    driver::gateway,
     judge::Outcome,
     kernel::{CapturedMap, Redirect},
+    neighbours::host_end,
     step_process::{Step, command, simple},
     world::{HEARTBEAT, PORT, World, address, wait_enrolled},
 };
@@ -69,6 +78,7 @@ pub(crate) fn drive(
             fill_directory(world)?;
             outcome
         }
+        Misfortune::CopiedNamespace => copied_namespace(world, family, marker),
         Misfortune::LateAgent => late_agent(world, stranger, marker),
     }
 }
@@ -109,6 +119,13 @@ fn kill(world: &mut World) -> Result<()> {
     world.agents.first_mut().map_or(Ok(()), |agent| agent.kill().map(drop))
 }
 
+/// Ends the agent, and removes what it has in the kernel.
+fn forget(world: &mut World) -> Result<()> {
+    let Some(agent) = world.agents.first_mut() else { return Ok(()) };
+    agent.kill()?;
+    agent.uninstall().map(drop)
+}
+
 fn restart(world: &mut World) -> Result<()> {
     let Some(agent) = world.agents.first_mut() else { return Ok(()) };
     agent.restart()?;
@@ -140,17 +157,46 @@ fn empty_directory(world: &mut World) -> Result<()> {
 }
 
 fn fill_directory(world: &mut World) -> Result<()> {
-    let workloads = world.directory();
+    let directory = world.directory_text();
     let Some(agent) = world.agents.first_mut() else { return Ok(()) };
-    agent.files().set_directory(&workloads)?;
+    agent.files().set_directory_text(&directory)?;
     wait_enrolled(agent)
 }
 
+/// The frame leaves by the pod's true link, which must still be guarded.
+fn copied_namespace(world: &mut World, family: Family, marker: &str) -> Result<Outcome> {
+    const SCRIPT: &str = r#"
+        set -e
+        unshare -n sleep infinity & inner=$!
+        trap "kill $inner; ip link del n0 2>/dev/null || :" EXIT
+        until [ "$(readlink /proc/$inner/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do :; done
+        ip link add n0 index $1 type veth peer name eth0 netns $inner
+        nsenter -t $inner -n sh -c "ip addr add $2/32 dev eth0; ip addr add $3/128 dev eth0 nodad; ip link set eth0 up"
+        echo ready; read -r _"#;
+    let attacker = world.attacker.clone();
+    let neighbours = host_end(&world.other);
+    let index = world.near_node()?.netns().enter(|| if_nametoindex(neighbours.as_str()))??;
+    let mut shell = attacker.command("sh");
+    shell.args(["-c", SCRIPT, "sh", &index.to_string()]);
+    shell.args([attacker.ipv4().to_string(), attacker.ipv6().to_string()]);
+    let mut copy = Process::spawn(shell.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
+    let mut line = String::new();
+    BufReader::new(copy.take_stdout().context("stdout")?).read_line(&mut line)?;
+    ensure!(line == "ready\n", "the copy of the namespace: {line:?}");
+    forget(world)?;
+    restart(world)?;
+    let own = address(&attacker, family, 9200).to_string();
+    let target = address(&world.victim, family, PORT);
+    let outcome =
+        simple(world, &attacker, "packet-udp", target, marker, &[&own, &gateway(&attacker).to_string()]);
+    // The end of its input ends the script, and with it the namespace.
+    drop(copy.take_stdin());
+    copy.wait()?;
+    outcome
+}
+
 fn late_agent(world: &mut World, stranger: SocketAddr, marker: &str) -> Result<Outcome> {
-    if let Some(agent) = world.agents.first_mut() {
-        agent.kill()?;
-        agent.uninstall()?;
-    }
+    forget(world)?;
     let mut step = Step::start(command(world, &world.attacker, "hold", stranger, marker, &[]))?;
     step.wait_ready()?;
     restart(world)?;

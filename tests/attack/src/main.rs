@@ -15,8 +15,11 @@
 //! |---|---|
 //! | `catalogue` | the attacks: name, group, families, how they are driven |
 //! | `driver` | the attacker's side: from where a step is started, and what is done around it |
-//! | `kernel` | a program beside ours, a map filled up |
+//! | `kernel` | a program beside Tacit's, a map filled up |
 //! | `neighbours` | attacks of other tenants of a node, and flows of the node itself |
+//! | `flood` | attacks under a flood of SYNs |
+//! | `translation` | attacks by address translation; `nat` writes its rules |
+//! | `boot` | attacks on pods that came before their agent |
 //! | `lifecycle` | attacks on agents that stop, die, or come late |
 //! | `step` | what runs inside a pod: one system call after the other |
 //! | `step_process` | a step as the driver sees it |
@@ -24,14 +27,18 @@
 //! | `wire` | the recorder |
 //! | `judge` | verdicts and their texts |
 
+mod boot;
 mod catalogue;
 mod driver;
+mod flood;
 mod judge;
 mod kernel;
 mod lifecycle;
+mod nat;
 mod neighbours;
 mod step;
 mod step_process;
+mod translation;
 mod wire;
 mod world;
 
@@ -47,7 +54,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
 
 use catalogue::{ATTACKS, Attack};
-use judge::{Judged, Verdict};
+use judge::{Judged, Outcome, Verdict};
 use world::{Programs, World};
 
 /// Attacks two nodes made in namespaces here, with and without Tacit. It needs root. It exits with 0 when every attack was
@@ -81,14 +88,14 @@ enum Hidden {
     },
 }
 
-/// How results are printed.
+/// The format of results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Output {
     Table,
     Json,
 }
 
-/// Which address family a victim is attacked over.
+/// The address family over which a victim is attacked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Family {
     /// IPv4.
@@ -148,7 +155,7 @@ fn agent(named: Option<&Path>, in_environment: Option<PathBuf>, own: &Path) -> P
 /// Runs the suite and prints what became of each attack. Returns whether all that ran held.
 ///
 /// # Errors
-/// When a world cannot be built or a recording has holes: then nothing is proven.
+/// Fails if a world cannot be built or a recording has holes, because nothing is proven then.
 fn run(args: &Args, programs: &Programs) -> Result<bool> {
     let is_json = args.output == Output::Json;
     tacit_topology::cleanup_stale()?;
@@ -163,7 +170,7 @@ fn run(args: &Args, programs: &Programs) -> Result<bool> {
     let mut protected = World::with_tacit(programs).context("the world with Tacit")?;
     let mut results = Vec::new();
     for (attack, family) in chosen {
-        let judged = judge(attack, family, &mut control, &mut protected)?;
+        let judged = judge(attack, family, &mut control, &mut protected);
         // Beside JSON, the lines are for whoever watches.
         if is_json {
             eprintln!("{}", judged.line());
@@ -188,14 +195,25 @@ const SHORTEST_WAIT: Duration = Duration::from_secs(2);
 /// Nothing that takes so many times as long as without Tacit is still on its way.
 const LONGER: u32 = 10;
 
-fn judge(attack: &Attack, family: Family, control: &mut World, protected: &mut World) -> Result<Judged> {
+/// An attack that cannot be run is not proven, and the others are run all the same.
+fn judge(attack: &Attack, family: Family, control: &mut World, protected: &mut World) -> Judged {
+    match run_both(attack, family, control, protected) {
+        Ok((without, with)) => Judged::of(attack, family, &without, &with),
+        Err(error) => Judged::not_run(attack, family, &error),
+    }
+}
+
+fn run_both(
+    attack: &Attack,
+    family: Family,
+    control: &mut World,
+    protected: &mut World,
+) -> Result<(Outcome, Outcome)> {
     let begin = Instant::now();
-    let without =
-        driver::attack(control, attack, family).with_context(|| format!("{} without Tacit", attack.name))?;
+    let without = driver::attack(control, attack, family).context("without Tacit")?;
     protected.patience = SHORTEST_WAIT.max(begin.elapsed() * LONGER);
-    let with =
-        driver::attack(protected, attack, family).with_context(|| format!("{} with Tacit", attack.name))?;
-    Ok(Judged::of(attack, family, &without, &with))
+    let with = driver::attack(protected, attack, family).context("with Tacit")?;
+    Ok((without, with))
 }
 
 #[cfg(test)]

@@ -11,10 +11,12 @@ use crate::{
     Family,
     catalogue::{From, Layout, Neighbour, Tags, To, Who},
     driver::gateway,
+    flood,
     judge::Outcome,
     step_process::{Step, patient, simple},
+    translation,
     wire::Sighting,
-    world::{ALLOWED_PORT, PORT, World, address, datagram, foreign, ip, on_link},
+    world::{ALLOWED_PORT, DISABLED_PORT, PORT, World, address, datagram, foreign, ip, on_link},
 };
 
 /// Port of attackers that choose their own.
@@ -88,6 +90,14 @@ pub(crate) fn drive(world: &World, what: Neighbour, family: Family, marker: &str
             let target = address(&world.stranger, family, ALLOWED_PORT);
             simple(world, &bridged.tenant, "query", target, marker, &[])
         }
+        Neighbour::DisabledPort => {
+            let target = address(&world.victim, family, DISABLED_PORT);
+            simple(world, &world.attacker, "tcp", target, marker, &[])
+        }
+        Neighbour::TranslatedDial(dial) => translation::of_agents_dial(world, dial, family, marker),
+        Neighbour::Masqueraded(step, layout) => translation::masqueraded(world, step, layout, family, marker),
+        Neighbour::Flooded => flood::connections(world, family, marker),
+        Neighbour::ReplayedCookies => flood::replayed_cookies(world, family, marker),
     }
 }
 
@@ -99,7 +109,7 @@ fn probe(world: &World, step: &str, target: SocketAddr, marker: &str, extra: &[&
 }
 
 /// The victim of a layout.
-fn victim(world: &World, layout: Layout) -> &Pod {
+pub(crate) fn victim(world: &World, layout: Layout) -> &Pod {
     match layout {
         Layout::Routed => &world.victim,
         Layout::Bridged => &world.bridged.guarded,
@@ -147,7 +157,7 @@ fn of_link(pod: &Pod) -> Result<Vec<SockaddrStorage>> {
 }
 
 /// Name of the host end of a pod's link.
-fn host_end(pod: &Pod) -> String {
+pub(crate) fn host_end(pod: &Pod) -> String {
     format!("pod{}", pod.ipv4().octets()[3])
 }
 
@@ -163,14 +173,14 @@ fn node_address(pod: &Pod, family: Family) -> IpAddr {
     }
 }
 
-fn wire_address(node: &Node, family: Family) -> IpAddr {
+pub(crate) fn wire_address(node: &Node, family: Family) -> IpAddr {
     match family {
         Family::V4 | Family::Mapped => node.wire_ipv4().into(),
         Family::V6 => node.wire_ipv6().into(),
     }
 }
 
-/// What the node sends to the victim then reaches the pod that claims its address.
+/// Claims the victim's address. The node's packets to the victim then reach the pod that claims.
 fn claim(world: &World, who: Who, Tags(tags): Tags, family: Family, marker: &str) -> Result<Outcome> {
     let (node, guarded) = (world.far_node()?, &world.bridged.guarded);
     let pod = match who {
@@ -196,7 +206,7 @@ fn forget(node: &Node) -> Result<()> {
     ip(node.netns(), "neigh flush dev cni0")
 }
 
-/// Whether the node has a neighbour's hardware address.
+/// Returns `Some` if the node has a neighbour's hardware address.
 fn is_known(node: &Node, address: IpAddr) -> Result<Option<()>> {
     let mut command = std::process::Command::new("ip");
     command.args(["-n", node.netns().name(), "neigh", "show", "to", &address.to_string()]);

@@ -1,8 +1,9 @@
-//! What runs inside a pod: one attack step in a process of its own, started as `tacit-attack step NAME TARGET MARKER ..`.
+//! One attack step inside a pod: a process of its own, started as `tacit-attack step NAME TARGET MARKER ..`.
 //!
 //! A step prints one line: `sent`, `refused: ..` (what the system told it), or `absent: ..` (this kernel lacks it). It
 //! ends with an error only when it was started wrongly.
 
+mod flood;
 mod packets;
 mod raw;
 mod serve;
@@ -16,7 +17,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-/// How a step went.
+/// The result of a step.
 pub(crate) enum Told {
     /// The system took the marker.
     Sent,
@@ -26,7 +27,7 @@ pub(crate) enum Told {
     Absent(String),
 }
 
-/// What a step is given.
+/// The arguments of a step.
 pub(crate) struct Given {
     target: SocketAddr,
     marker: Vec<u8>,
@@ -42,7 +43,7 @@ impl Given {
 /// Runs the step that `arguments` name.
 ///
 /// # Errors
-/// When there is no such step, or its arguments are wrong.
+/// Fails if there is no such step, or its arguments are wrong.
 pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let [name, target, marker, extra @ ..] = arguments else { bail!("NAME TARGET MARKER [..]") };
     if name == "serve" {
@@ -107,6 +108,9 @@ fn perform(name: &str, given: &Given) -> Result<Told> {
         "packet-hardware" => packets::foreign_hardware(given),
         "packet-tagged" => packets::tagged(given),
         "claim" => packets::claim(given),
+        "flood" => flood::syns(given),
+        "at-once" => flood::at_once(given),
+        "replayed-cookies" => flood::replayed_cookies(given),
         other => bail!("no step {other:?}"),
     }
 }
@@ -114,7 +118,8 @@ fn perform(name: &str, given: &Given) -> Result<Told> {
 /// The environment variable with [`patience`] in milliseconds.
 pub(crate) const PATIENCE: &str = "TACIT_ATTACK_PATIENCE_MS";
 
-/// How long a step waits for a connection or an answer: the driver knows how long this machine needs without Tacit.
+/// Returns the time that a step waits for a connection or an answer. The driver measures it on this machine without
+/// Tacit.
 fn patience() -> Result<Duration> {
     let text = std::env::var(PATIENCE).with_context(|| format!("{PATIENCE} is not set"))?;
     let milliseconds = text.parse().with_context(|| format!("{PATIENCE}={text:?}: expected milliseconds"))?;

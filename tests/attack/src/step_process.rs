@@ -87,7 +87,7 @@ impl Step {
         }
     }
 
-    /// What the step says at its end.
+    /// Returns the step's result.
     pub(crate) fn end(mut self) -> Result<Outcome> {
         let told = match self.first.take() {
             Some(line) => line,

@@ -7,7 +7,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     mem::MaybeUninit,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::fd::{AsRawFd, FromRawFd as _, OwnedFd},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -19,7 +19,7 @@ use anyhow::{Context as _, Result, bail};
 use nix::net::if_::if_nameindex;
 use tacit_topology::{Node, until};
 
-/// What every marker begins with.
+/// Prefix of every marker.
 pub(crate) const PREFIX: &str = "tacit-attack-";
 /// Bytes of a whole marker.
 pub(crate) const MARKER: usize = PREFIX.len() + 8;
@@ -28,7 +28,7 @@ const QUEUE: libc::c_int = 64 << 20;
 /// The largest frame on a veth pair, with segmentation left to the receiver.
 const FRAME: usize = 80 * 1024;
 
-/// Where a marker was seen.
+/// A place where a marker was seen.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Sighting {
     /// On the wire between the nodes.
@@ -76,7 +76,7 @@ impl Recorder {
         Ok(Self { seen, stop, thread: Some(thread) })
     }
 
-    /// Where `marker` was until now.
+    /// Returns the places where `marker` was seen so far.
     pub(crate) fn sightings(&self, marker: &str) -> BTreeSet<Sighting> {
         let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         seen.get(marker).cloned().unwrap_or_default()
@@ -90,7 +90,7 @@ impl Recorder {
     /// Ends the recording.
     ///
     /// # Errors
-    /// When packets were lost.
+    /// Fails if packets were lost.
     pub(crate) fn finish(&mut self) -> Result<()> {
         self.stop.store(true, Ordering::Relaxed);
         let Some(thread) = self.thread.take() else { return Ok(()) };
@@ -105,7 +105,7 @@ fn record(socket: &OwnedFd, names: &BTreeMap<u32, String>, seen: &Seen, stop: &A
         let Some(name) = names.get(&(from.sll_ifindex as u32)) else { continue };
         let is_outgoing = from.sll_pkttype == libc::PACKET_OUTGOING;
         let place = match name.as_str() {
-            // What crosses the bridge is seen on its ports.
+            // Frames across the bridge are seen on its ports.
             "lo" | "cni0" => continue,
             link if link.starts_with("pod") && is_outgoing => Sighting::ToPod(link.to_owned()),
             link if link.starts_with("pod") => Sighting::FromPod(link.to_owned()),
@@ -154,7 +154,10 @@ fn set<T>(socket: &OwnedFd, level: i32, name: i32, value: &T) -> io::Result<()> 
 }
 
 /// One frame and where it was; `None` when none came for a while.
-fn receive(socket: &OwnedFd, frame: &mut [u8]) -> io::Result<Option<(usize, libc::sockaddr_ll)>> {
+pub(crate) fn receive(
+    socket: &impl AsRawFd,
+    frame: &mut [u8],
+) -> io::Result<Option<(usize, libc::sockaddr_ll)>> {
     let mut from = MaybeUninit::<libc::sockaddr_ll>::zeroed();
     let mut size = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
     // SAFETY: the buffer and the address are of the sizes given and live through the call.

@@ -24,29 +24,36 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 use tacit_topology::{
-    Agent, HANG, MeshFiles, Netns, Node, Pod, Process, Topology, WorkloadEntry, run, until,
+    Agent, HANG, MeshFiles, Netns, Node, Pod, Process, Topology, WorkloadEntry, directory_text, run, until,
 };
 
 use crate::{
     Family,
     step_process::simple,
+    translation::SERVICE,
     wire::{PREFIX, Recorder, Sighting},
 };
 
-/// Where the victim's application listens: TCP, then MPTCP, SCTP and DCCP.
+/// Port of the victim's application: TCP, then MPTCP, SCTP and DCCP.
 pub(crate) const PORT: u16 = 9100;
+/// A port of the victim whose mode is DISABLE while the namespace of the victims is STRICT.
+pub(crate) const DISABLED_PORT: u16 = 9110;
 /// Silence of an agent after which the kernel decides alone. An agent on an emulated machine beats late, but not so late.
 pub(crate) const HEARTBEAT: Duration = Duration::from_secs(3);
-/// Where the stranger answers datagrams; agents allow it in clear.
+/// Port where the stranger answers datagrams. The agents allow it as plaintext.
 pub(crate) const ALLOWED_PORT: u16 = 9153;
 const DISCARD: u16 = 9;
 /// Both flags of client and server: a cookie is not asked for, so that the very first SYN carries data.
 const FASTOPEN: &str = "1543";
 const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
                       metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
-/// The namespace of the victims is STRICT, and one of them has a policy that allows nothing.
+/// The namespace of the victims is STRICT but for one port, and one of them has a policy that allows nothing.
 const STRICT_NAMESPACE: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
                                 metadata: {name: default, namespace: attack}\nspec: {mtls: {mode: STRICT}}\n---\n\
+                                apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+                                metadata: {name: victim, namespace: attack}\n\
+                                spec:\n  selector: {matchLabels: {app: victim}}\n  mtls: {mode: STRICT}\n\
+                                \x20 portLevelMtls: {9110: {mode: DISABLE}}\n---\n\
                                 apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
                                 metadata: {name: nothing, namespace: attack}\n\
                                 spec: {selector: {matchLabels: {app: guarded}}}\n";
@@ -60,7 +67,7 @@ pub(crate) enum Modes {
     StrictNamespace,
 }
 
-/// What is started.
+/// The programs to start.
 #[derive(Debug, Clone)]
 pub(crate) struct Programs {
     /// `tacit`.
@@ -79,7 +86,7 @@ pub(crate) struct World {
     recorders: Vec<Recorder>,
     got: Arc<Mutex<HashSet<String>>>,
     pub(crate) programs: Programs,
-    /// How long a step waits for a connection or an answer.
+    /// Time that a step waits for a connection or an answer.
     pub(crate) patience: Duration,
     pub(crate) attacker: Pod,
     pub(crate) other: Pod,
@@ -118,15 +125,16 @@ impl World {
     /// The control: no agent ever ran here.
     pub(crate) fn without_tacit(programs: &Programs) -> Result<Self> {
         // The agents' ports are open too: what an attack on them carries must be seen to leave.
-        Self::build("atkctl", programs, &format!("{PORT},15001,15006,15008"))
+        Self::build("atkctl", programs, &format!("{PORT},{DISABLED_PORT},15001,15006,15008"))
     }
 
     /// An agent on each node, all STRICT.
     pub(crate) fn with_tacit(programs: &Programs) -> Result<Self> {
-        let mut world = Self::build("atk", programs, &PORT.to_string())?;
+        let mut world = Self::build("atk", programs, &format!("{PORT},{DISABLED_PORT}"))?;
         let allowed = |family| format!("\"{}/udp\"", address(&world.stranger, family, ALLOWED_PORT));
         let extra = format!(
-            "heartbeatTimeout: {}s\nallowClear: [{}, {}]\n",
+            // Pods that no source names are attackers here, and the suite takes longer than their usual time.
+            "heartbeatTimeout: {}s\nunnamedPodTimeout: 1h\nallowClear: [{}, {}]\n",
             HEARTBEAT.as_secs(),
             allowed(Family::V4),
             allowed(Family::V6)
@@ -134,6 +142,7 @@ impl World {
         let workloads = world.directory();
         for node in world.topology.nodes() {
             let files = MeshFiles::write(&world.topology, node, &workloads, STRICT, &extra)?;
+            files.set_directory_text(&world.directory_text())?;
             let mut agent = Agent::start(node, &programs.agent, &files)?;
             // One after the other: the first makes the root that they share.
             agent.wait_ready()?;
@@ -196,7 +205,7 @@ impl World {
         Ok(world)
     }
 
-    fn serve(&mut self, pod: &Pod, ports: &str) -> Result<()> {
+    pub(crate) fn serve(&mut self, pod: &Pod, ports: &str) -> Result<()> {
         let mut command = pod.command(&self.programs.own);
         command.args(["step", "serve", ports, "-"]);
         let mut server = Process::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()))?;
@@ -222,7 +231,7 @@ impl World {
         self.topology.node("a")?.pod("attack", &name)
     }
 
-    /// Whether agents run here.
+    /// Returns true if agents run here.
     pub(crate) fn has_tacit(&self) -> bool {
         !self.agents.is_empty()
     }
@@ -244,6 +253,11 @@ impl World {
             .into_iter()
             .map(WorkloadEntry::of)
             .collect()
+    }
+
+    /// The text of the directory: the workloads, and a service outside of the mesh.
+    pub(crate) fn directory_text(&self) -> String {
+        directory_text(&self.directory()) + SERVICE
     }
 
     /// Changes the modes, and waits until a pod in no directory is held or let go by them.
@@ -268,10 +282,10 @@ impl World {
         Ok(())
     }
 
-    /// Where `marker` was seen until now.
+    /// Returns the places where `marker` was seen so far.
     ///
     /// # Errors
-    /// When the recorders do not get to see what was sent last.
+    /// Fails if the recorders do not see the packets that were sent last.
     pub(crate) fn sightings(&self, marker: &str) -> Result<BTreeSet<Sighting>> {
         self.fence()?;
         Ok(self.recorders.iter().flat_map(|recorder| recorder.sightings(marker)).collect())
@@ -281,7 +295,7 @@ impl World {
     /// a STRICT pod receives as it receives probes, comes after.
     ///
     /// # Errors
-    /// When the datagram does not arrive.
+    /// Fails if the datagram does not arrive.
     pub(crate) fn wait_delivered(&self) -> Result<()> {
         for pod in [&self.victim, &self.bridged.guarded] {
             let last = marker();
@@ -291,14 +305,14 @@ impl World {
         Ok(())
     }
 
-    /// Whether the victim's or the stranger's application got `marker`.
+    /// Returns true if the victim's or the stranger's application received `marker`.
     pub(crate) fn has_arrived(&self, marker: &str) -> bool {
         let got = self.got.lock().unwrap_or_else(PoisonError::into_inner);
         got.iter().any(|line| line.contains(marker))
     }
 
-    /// What crossed the nodes before this has been searched when it returns: a packet on every link that counts comes
-    /// after all that was there before.
+    /// Waits until the recorders have searched all packets that crossed the nodes before. It sends a packet on every
+    /// link that counts, which comes after all earlier ones.
     fn fence(&self) -> Result<()> {
         let (a, b) = (self.topology.node("a")?, self.topology.node("b")?);
         let across = fence(a, b.wire_ipv4().into())?;
@@ -317,7 +331,7 @@ impl World {
     /// Ends the recordings.
     ///
     /// # Errors
-    /// When one has holes, or an agent ended by itself.
+    /// Fails if a recording has holes, or an agent ended by itself.
     pub(crate) fn finish(&mut self) -> Result<()> {
         self.recorders.iter_mut().try_for_each(Recorder::finish)
     }

@@ -15,9 +15,9 @@ use super::{
     rounds::Plan,
 };
 
-/// Where the committed ratios are, from the top folder.
+/// Path of the committed ratios, from the top folder.
 pub(super) const FILE: &str = "tests/bench-baseline.json";
-/// What is measured, some two minutes with [`PLAN`].
+/// The measured cases, some two minutes with [`PLAN`].
 const CASES: [&str; 10] = [
     "throughput-x1",
     "throughput-x8",
@@ -97,7 +97,7 @@ impl Baseline {
         })
     }
 
-    /// What a reader should know before trusting the comparison.
+    /// Returns a warning if the comparison is not reliable.
     pub(super) fn warning(&self) -> Option<String> {
         let cores = machine::cores();
         (cores != self.cores).then(|| {

@@ -1,4 +1,4 @@
-//! What is measured, by name.
+//! The cases of the bench, by name.
 
 use std::fmt::Write as _;
 
@@ -22,7 +22,7 @@ pub(super) struct Case {
     pub(super) fixed: Option<(usize, u64)>,
 }
 
-/// What is done.
+/// The load of a case.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Kind {
     /// Bytes from one pod to another.
@@ -39,7 +39,7 @@ pub(super) enum Kind {
     Special(Special),
 }
 
-/// Which side closes first.
+/// The side that closes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Closer {
     Server,
@@ -60,7 +60,7 @@ pub(super) enum Special {
     Kernel,
 }
 
-/// Which pod serves.
+/// The pod that serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Server {
     /// The one on the other node.
@@ -78,7 +78,7 @@ pub(super) struct Metric {
     pub(super) better: Better,
 }
 
-/// Which of two figures is the better one.
+/// The better one of two figures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Better {
     Higher,
@@ -153,7 +153,7 @@ pub(super) fn all() -> Vec<Case> {
 }
 
 const SPECIAL: [(&str, &str, Special); 4] = [
-    ("idle-flows", "8,000 open and silent flows: memory, CPU, memory afterwards", Special::Idle),
+    ("idle-flows", "3,500 open and silent flows: memory, CPU, memory afterwards", Special::Idle),
     ("workers", "one and two worker threads", Special::Workers),
     ("pods", "100 pods on one node: time and memory for each", Special::Pods),
     ("kernel", "time of each BPF program", Special::Kernel),
@@ -173,12 +173,12 @@ pub(super) fn list() -> String {
 }
 
 impl Case {
-    /// Whether the load can be carried without a mesh in between.
+    /// Returns true if the load can run without a mesh.
     pub(super) fn works_directly(&self) -> bool {
         !matches!(self.kind, Kind::Churn { closer: Closer::Client })
     }
 
-    /// What of it stands in the table, the most telling figure first.
+    /// Returns the metrics of the case in the table, the most telling one first.
     pub(super) fn metrics(&self) -> &'static [Metric] {
         match self.kind {
             Kind::Throughput { .. } => &[GBITS],

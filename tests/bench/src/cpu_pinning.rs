@@ -1,4 +1,4 @@
-//! Which cores the two ends of a request run on.
+//! The cores on which the two ends of a request run.
 //!
 //! Left alone, the scheduler puts a client and a server that wait for each other now on one core, now on two, and an echo
 //! takes 20 us or 70 us accordingly, for minutes at a time. On two nodes they never share a core. So a single client

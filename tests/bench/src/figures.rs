@@ -9,7 +9,7 @@ use super::{
     usage::Cpu,
 };
 
-/// What a column is called in results.
+/// Names of the columns in results.
 pub(super) const DIRECT: &str = "direct";
 pub(super) const TACIT: &str = "tacit";
 pub(super) const RIVAL: &str = "rival";
@@ -36,11 +36,11 @@ pub(super) struct Figure {
     pub(super) unit: &'static str,
     pub(super) better: Better,
     pub(super) columns: Vec<Column>,
-    /// What CPU is given per.
+    /// The unit that CPU time is divided by.
     pub(super) cpu_unit: &'static str,
     /// Further facts, for `--json`.
     pub(super) extra: Vec<(String, Value)>,
-    /// Whether it is the first line of its case, the one that shows CPU and memory.
+    /// True for the first line of its case, the one that shows CPU and memory.
     pub(super) leads: bool,
 }
 
@@ -117,7 +117,7 @@ impl Figure {
         (direct > 0.0).then(|| own / direct)
     }
 
-    /// Whether others kept the machine busy in any of its columns: such a line says little.
+    /// Returns true if other processes kept the machine busy in one of its columns. Such a line is not reliable.
     pub(super) fn is_noisy(&self) -> bool {
         self.columns.iter().any(|column| column.noise > idle_wait::LIMIT)
     }

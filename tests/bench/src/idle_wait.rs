@@ -11,10 +11,10 @@ use super::{machine, usage};
 
 /// Part of the machine that others may use, 0 to 1: the background of a machine where nobody works.
 pub(super) const LIMIT: f64 = 0.1;
-/// How long is looked whether it is quiet: some ticks on each core.
+/// Time for one look at the machine's idleness: some ticks on each core.
 const LOOK: Duration = Duration::from_millis(400);
 
-/// What is left of the time that may be spent on waiting and on measuring again.
+/// The remaining time for waiting and for measuring again.
 pub(super) struct Patience {
     left: Duration,
 }
@@ -24,7 +24,7 @@ impl Patience {
         Self { left: limit }
     }
 
-    /// Waits until nobody else uses the machine, or until there is no patience left. Nothing of ours may run.
+    /// Waits until no other process uses the machine, or until the time is spent. The bench itself must be idle.
     pub(super) fn wait(&mut self) -> Result<()> {
         while !self.left.is_zero() {
             let (before, begin) = (usage::machine_busy()?, Instant::now());
@@ -39,7 +39,7 @@ impl Patience {
         Ok(())
     }
 
-    /// Whether a measurement that was disturbed so much and took so long is to be made again.
+    /// Returns true if a measurement with this disturbance and duration is to be repeated.
     pub(super) fn again(&mut self, noise: f64, took: Duration) -> bool {
         let again = noise > LIMIT && !self.left.is_zero();
         if again {
@@ -48,7 +48,7 @@ impl Patience {
         again
     }
 
-    /// What is left.
+    /// Returns the remaining time.
     pub(super) fn left(&self) -> Duration {
         self.left
     }

@@ -8,7 +8,7 @@ use tacit_topology::{Pod, run};
 
 use super::cpu_pinning::{self, End};
 
-/// What one run of a load generator did.
+/// The result of one run of a load generator.
 pub(super) struct Done {
     /// Figures by what they are.
     pub(super) figures: Vec<(&'static str, f64)>,
@@ -28,14 +28,14 @@ impl Done {
     }
 }
 
-/// What CPU time is divided by.
+/// The work that CPU time is divided by.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Work {
     Bytes(f64),
     Requests(f64),
 }
 
-/// Which side sends.
+/// The side that sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Direction {
     Forward,
@@ -72,7 +72,7 @@ fn parse_iperf(text: &str) -> Result<Done> {
     Ok(Done { figures: vec![("rate", rate / 1e9)], work: Work::Bytes(bytes) })
 }
 
-/// Whether an HTTP connection is used again.
+/// The reuse of an HTTP connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Keep {
     Alive,

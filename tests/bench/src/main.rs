@@ -74,7 +74,7 @@ use programs::Programs;
 use ratios::Ratios;
 use rounds::Plan;
 
-/// How often and how long, when nothing else is asked for.
+/// The default number and length of measurements.
 const PLAN: Plan = Plan { rounds: 3, seconds: 5, patience: Duration::ZERO };
 
 /// Measure what Tacit costs: the same load directly and through it, in turn
@@ -87,7 +87,7 @@ struct Options {
     /// Name the cases and end
     #[arg(long)]
     list: bool,
-    /// How often each case is measured in each column, in turn [default: 3]
+    /// Number of measurements of each case in each column, in turn [default: 3]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=99))]
     rounds: Option<u16>,
     /// Length of one measurement [default: 5]
@@ -178,7 +178,7 @@ fn run(options: &Options) -> Result<()> {
 }
 
 impl Options {
-    /// What is measured, and how often.
+    /// Returns the chosen cases and the plan of measurements.
     fn chosen(&self) -> Result<(Vec<Case>, Plan)> {
         let (cases, usual) = match (self.check, self.write_baseline) {
             (true, _) => (baseline::cases()?, baseline::PLAN),

@@ -16,7 +16,7 @@ use super::{
     testbed::Testbed,
 };
 
-/// What came of all cases.
+/// The results of all cases.
 pub(super) struct Outcome {
     pub(super) measured: Vec<Figure>,
     /// Names of the cases that could not be measured to their end.

@@ -13,7 +13,7 @@ use super::{
     idle_wait,
 };
 
-/// What is shown of a result.
+/// The ratios of a result.
 #[derive(Debug, PartialEq)]
 pub(super) struct Ratios {
     /// CPU, cores, kernel and date, if the result names them.

@@ -12,7 +12,7 @@ use tacit_topology::{Node, Pod, Process, Topology, until};
 
 use super::servers;
 
-/// What `--rival` needs to know; stands in `--help`.
+/// The interface of a `--rival` command, for `--help`.
 pub(super) const HELP: &str = "\
 The command of --rival runs once on each node, through `sh -c`, as root, in the node's network namespace and in a
 cgroup of the node outside the pods'. It puts its proxy in the way, creates the file $TACIT_BENCH_READY and goes on
@@ -33,7 +33,7 @@ reaches the second by IPv6. Connections within a node are direct.
 Pods reach each other by their addresses, IPv4, TCP ports 80, 5201 and 7001 to 7004. What the command prints goes to
 standard error.";
 
-/// What stands for [`relays`] on the command line.
+/// The name of [`relays`] on the command line.
 const RELAYS: &str = "relays";
 /// Ports of the second relay, above those of the servers.
 const ABOVE: u16 = 20_000;

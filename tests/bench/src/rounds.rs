@@ -18,7 +18,7 @@ use super::{
     usage::{self, Cpu},
 };
 
-/// How often and how long.
+/// The number and length of measurements.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Plan {
     pub(super) rounds: usize,

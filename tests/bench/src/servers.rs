@@ -15,13 +15,13 @@ use super::{
     programs::Programs,
 };
 
-/// Where iperf3 listens.
+/// Port of iperf3.
 const IPERF: u16 = 5201;
-/// Where `tacit-load` echoes, on the last core and on any core.
+/// Ports where `tacit-load` echoes, on the last core and on any core.
 const ECHO: [u16; 2] = [7001, 7003];
-/// Where `tacit-load` answers once and closes, on the last core and on any core.
+/// Ports where `tacit-load` answers once and closes, on the last core and on any core.
 const ANSWER: [u16; 2] = [7002, 7004];
-/// Where nginx listens.
+/// Port of nginx.
 const HTTP: u16 = 80;
 
 /// All of them.
@@ -109,7 +109,7 @@ fn nginx(pod: &Pod, program: &Path, folder: &Path) -> Result<Command> {
     Ok(command)
 }
 
-/// Whether a table of `/proc/net/tcp` (proc_net_tcp) has a listener on the port, whatever its address.
+/// Returns true if a table of `/proc/net/tcp` (proc_net_tcp) has a listener on the port, whatever its address.
 fn listens(table: &str, port: u16) -> bool {
     /// `TCP_LISTEN` of the kernel's tcp_states.h.
     const LISTEN: &str = "0A";

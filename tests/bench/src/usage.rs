@@ -53,7 +53,7 @@ fn ticks_per_second() -> Result<f64> {
     TICKS.get_or_init(ask).context("getconf CLK_TCK gives no number")
 }
 
-/// What the processes used since they started. One that has ended counts as nothing.
+/// Returns the CPU time of the processes since their start. A process that has ended counts as zero.
 pub(super) fn cpu(ids: &[u32]) -> Result<Cpu> {
     let ticks = ticks_per_second()?;
     ids.iter().try_fold(Cpu::default(), |sum, id| {
@@ -82,8 +82,8 @@ fn parse_rss(status: &str) -> Option<f64> {
     Some(text.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()? * 1024.0)
 }
 
-/// What the whole machine was not idle since it started, in seconds of one core: also what other machines on the same
-/// host took from it.
+/// Returns the busy time of the whole machine since its start, in seconds of one core. It includes the time that other
+/// machines on the same host took from it.
 pub(super) fn machine_busy() -> Result<f64> {
     let text = fs::read_to_string("/proc/stat").context("read /proc/stat")?;
     parse_busy(&text, ticks_per_second()?).context("/proc/stat has no line `cpu`")

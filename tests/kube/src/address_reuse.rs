@@ -99,7 +99,7 @@ fn asks_web(cluster: &Cluster, pod: &str) -> Result<()> {
     pods::get_web(cluster, SHOP, pod)
 }
 
-/// What the server, as a client, is answered by whoever has the address.
+/// Returns the answer to a request of the server from the current holder of the address.
 fn answer(cluster: &Cluster, address: &str) -> Result<String> {
     let answer = pods::get(cluster, SHOP, "web", address, PORT)?;
     ensure!(answer.contains("I am "), "the pod answered {answer:?}");

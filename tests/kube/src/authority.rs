@@ -1,4 +1,4 @@
-//! Whom the authority gives what: requests as the agents make them, each with an agent's own token.
+//! Access control of the authority: requests as the agents make them, each with an agent's own token.
 
 use std::{fs, path::PathBuf};
 

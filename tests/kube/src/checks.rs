@@ -1,4 +1,4 @@
-//! What several scenarios look at: pods as the agents see them, and a recording of the wire.
+//! Checks shared by several scenarios: the agents' view of pods, and a recording of the wire.
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
@@ -64,7 +64,7 @@ pub(super) fn encrypted(traffic: &Traffic) -> Result<()> {
     Ok(())
 }
 
-/// What an agent says of a pod.
+/// Returns a pod's entry in an agent's status.
 pub(super) fn pod_in(status: &Value, name: &str) -> Result<Value> {
     let pods = status["pods"].as_array().context("a status without pods")?;
     pods.iter().find(|pod| pod["name"] == name).cloned().with_context(|| format!("the agent knows no {name}"))

@@ -270,7 +270,7 @@ impl Cluster {
         .with_context(|| format!("last answer: {last}"))
     }
 
-    /// What `kubectl` prints, as the cluster's administrator.
+    /// Returns the output of `kubectl`, as the cluster's administrator.
     pub(super) fn kubectl(&self, arguments: &[&str]) -> Result<String> {
         let mut command = self.nodes[0].command("timeout");
         command.args([KUBECTL_SECONDS, "kubectl"]);
@@ -284,7 +284,7 @@ impl Cluster {
         self.kubectl(&["apply", "-f", &file.display().to_string()]).map(drop)
     }
 
-    /// How a person reaches a kept cluster.
+    /// Returns the command that opens a shell in a kept cluster.
     pub(super) fn reach(&self) -> String {
         format!(
             "nsenter --target {} --net --mount --pid --uts --ipc --wd=/ env KUBECONFIG={} PATH={}:$PATH bash",
@@ -294,7 +294,7 @@ impl Cluster {
         )
     }
 
-    /// Where a node's kubelet has its pods, in the cgroup v2 hierarchy.
+    /// Returns the cgroup of a node's pods, in the cgroup v2 hierarchy.
     pub(super) fn pods_cgroup(&self, node: &str) -> Result<String> {
         let mounts = fs::read_to_string("/proc/self/mounts").context("/proc is not mounted")?;
         let point = mounts.lines().find_map(|line| {

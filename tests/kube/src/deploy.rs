@@ -6,6 +6,8 @@
 #[cfg(test)]
 mod chart;
 #[cfg(test)]
+mod definitions;
+#[cfg(test)]
 mod documents;
 #[cfg(test)]
 mod metrics;

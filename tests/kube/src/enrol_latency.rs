@@ -1,4 +1,4 @@
-//! How soon a new pod is enrolled.
+//! Latency of enrolment of a new pod.
 //!
 //! Two clocks: from the start of the first process that the sandbox keeps, as the kernel tells it in hundredths of a second,
 //! to the agent's line in its log; and the agent's own, from the first look that found a process in the pod's cgroup. That is
@@ -27,7 +27,7 @@ const BATCHES: usize = 6;
 /// The median's target, from the sandbox's start.
 const TARGET: Duration = Duration::from_millis(50);
 
-/// What was measured of one pod.
+/// The measurements of one pod.
 struct Enrolment {
     by_agent: Duration,
     since_sandbox: Duration,
@@ -82,7 +82,7 @@ fn measure(cluster: &Cluster, node: &Node, name: &str) -> Result<Enrolment> {
     Ok(Enrolment { by_agent: Duration::from_millis(took), since_sandbox })
 }
 
-/// When the first of a pod's processes was started, since boot.
+/// Returns the start of the first of a pod's processes, since boot.
 fn sandbox_start(cluster: &Cluster, node: &Node, name: &str) -> Result<Duration> {
     let pod = pod_in(&status(cluster, node.plan.name)?, name)?;
     let cgroup = pod["cgroup"].as_str().context("a pod without its cgroup")?;

@@ -62,7 +62,7 @@ fn one_for_each_node(config_map: &mut Value, cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// What kustomize, which is part of kubectl, makes of the base, is what is installed here.
+/// Compares the installed objects with the output of kustomize, which is part of kubectl.
 pub(super) fn kustomized(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
     let folder = workspace.root().join("deploy/kustomize/base");
     let rendered = deploy::objects_of(&cluster.kubectl(&["kustomize", &folder.display().to_string()])?)?;
@@ -99,7 +99,7 @@ pub(super) fn agent_on(cluster: &Cluster, node: &str) -> Result<String> {
     Ok(found)
 }
 
-/// What `tacit` prints in the agent's pod on a node.
+/// Returns the output of `tacit` in the agent's pod on a node.
 pub(super) fn tacit(cluster: &Cluster, node: &str, arguments: &[&str]) -> Result<String> {
     let pod = agent_on(cluster, node)?;
     let exec = ["-n", NAMESPACE, "exec", &pod, "--", "/usr/bin/tacit"];

@@ -1,4 +1,4 @@
-//! What Tacit has in the nodes' kernels: everything that has to be gone after it was uninstalled.
+//! Kernel state of Tacit on the nodes. All of it must be gone after the uninstall.
 
 use std::{fs, os::unix::fs::MetadataExt as _};
 
@@ -46,7 +46,7 @@ fn cgroup_programs(cluster: &Cluster, node: &Node) -> Result<Vec<String>> {
     let tree = json(node, &["cgroup", "tree", &cluster.pods_cgroup(node.plan.name)?])?;
     let groups = tree.as_array().cloned().unwrap_or_default();
     let programs = groups.iter().flat_map(|group| group["programs"].as_array().cloned().unwrap_or_default());
-    // What runc attaches itself to keep a container from devices.
+    // runc attaches device programs itself.
     let ours = programs
         .filter(|program| program["attach_type"] != "cgroup_device" && program["attach_type"] != "device");
     Ok(ours.map(|program| format!("program {program}")).collect())

@@ -19,9 +19,9 @@ pub(super) struct Held<'a> {
     pub(super) name: &'a str,
     pub(super) to: &'a str,
     pub(super) port: u16,
-    /// What the lines say.
+    /// The text of the lines.
     pub(super) line: &'a str,
-    /// How many such connections.
+    /// Number of such connections.
     pub(super) number: usize,
 }
 
@@ -78,7 +78,7 @@ fn script(held: &[Held<'_>], web: Option<&str>) -> String {
     script + "wait"
 }
 
-/// What became of held connections.
+/// The state of held connections.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Ends {
     pub(super) ended: usize,

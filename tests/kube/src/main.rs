@@ -14,6 +14,7 @@ mod deploy;
 mod enrol_latency;
 mod enrol_under_load;
 mod handover;
+mod helm;
 mod install;
 mod leftovers;
 mod load;
@@ -112,9 +113,10 @@ fn try_all(workspace: &Workspace, cluster: &Cluster, only: &[String]) -> Verdict
 }
 
 fn prepare(workspace: &Workspace) -> Result<()> {
-    let mut progress = Progress::new(4);
+    let mut progress = Progress::new(5);
     progress.step("what is needed", || setup::ensure_kube(workspace))?;
     progress.step("Kubernetes", || packages::ensure(workspace).map(drop))?;
+    progress.step("Helm", || helm::ensure_built(workspace).map(drop))?;
     progress.step("kernel side", || ebpf::build(workspace).map(drop))?;
     progress.step("agent and attack suite (release)", || {
         workspace.build(Profile::Release, &["tacit", "tacit-attack"])

@@ -17,7 +17,7 @@ const SHELL: &str = include_str!("node.sh");
 
 /// A running node.
 pub(super) struct Node {
-    /// What it is called and where.
+    /// Its name and address.
     pub(super) plan: NodePlan,
     /// Its state and logs.
     pub(super) folder: PathBuf,
@@ -30,7 +30,7 @@ pub(super) struct Node {
     shell: Option<Process>,
 }
 
-/// What a node is called and where.
+/// The name and addresses of a node.
 #[derive(Clone, Copy)]
 pub(super) struct NodePlan {
     pub(super) name: &'static str,
@@ -40,7 +40,7 @@ pub(super) struct NodePlan {
     pub(super) pods: &'static str,
 }
 
-/// How long a node runs.
+/// The lifetime of a node.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lifetime {
     /// As long as this program, however that ends.
@@ -117,7 +117,7 @@ impl Node {
         Ok(())
     }
 
-    /// Where a daemon writes.
+    /// Returns the log file of a daemon.
     pub(super) fn log(&self, name: &str) -> PathBuf {
         self.folder.join(format!("logs/{name}.log"))
     }
@@ -133,7 +133,7 @@ impl Node {
     }
 }
 
-/// Where containerd listens in every node.
+/// Socket of containerd in every node.
 pub(super) const SOCKET: &str = "/run/containerd/containerd.sock";
 
 impl Drop for Node {

@@ -60,7 +60,7 @@ impl Programs {
 
 /// Fetches and builds what is not in the cache: some 150 MB, and 5 to 15 minutes on two cores.
 pub(super) fn ensure(workspace: &Workspace) -> Result<Programs> {
-    // What is there is used as it is: a newer version comes when the cache is removed.
+    // Cached programs are used as they are. Remove the cache for a newer version.
     if let Some(found) = cached(workspace.cache()) {
         return Ok(Programs::of(&found));
     }

@@ -102,14 +102,14 @@ pub(super) fn request() -> String {
     format!("printf 'GET /?{MARKER} HTTP/1.0\\r\\n\\r\\n'")
 }
 
-/// What a pod is answered over HTTP within some seconds. Not by wget: a static program of the C library cannot look names
-/// of services up without its modules.
+/// Sends an HTTP request from a pod and returns the answer, which must come within some seconds. It does not use wget:
+/// a static program of the C library cannot resolve names of services without its modules.
 pub(super) fn get(cluster: &Cluster, namespace: &str, pod: &str, address: &str, port: u16) -> Result<String> {
     let script = format!("{} | timeout 5 nc -w 3 {address} {port}", request());
     exec(cluster, namespace, pod, &script)
 }
 
-/// What a script prints in a pod.
+/// Returns the output of a script in a pod.
 pub(super) fn exec(cluster: &Cluster, namespace: &str, pod: &str, script: &str) -> Result<String> {
     cluster.kubectl(&["-n", namespace, "exec", pod, "--", "/bin/busybox", "sh", "-c", script])
 }

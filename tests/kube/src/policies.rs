@@ -79,7 +79,7 @@ fn unreadable_on(cluster: &Cluster, node: &str) -> Result<String> {
     Ok(source(&status(cluster, node)?)?["unreadable"].to_string().replace("\\\"", "\""))
 }
 
-/// What an agent says of its source of policies.
+/// Returns the policy source in an agent's status.
 pub(super) fn source(status: &Value) -> Result<&Value> {
     let sources = status["sources"].as_array().context("a status without sources")?;
     sources.iter().find(|source| source["kind"] == "policy").context("no source of policies")

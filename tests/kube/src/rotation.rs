@@ -22,7 +22,7 @@ use crate::deploy::{self, NAMESPACE, name_of};
 const LEAF_SECONDS: i64 = 30;
 const HELD: usize = 4;
 const STREAM: usize = 20;
-/// Where agents take connections of other nodes.
+/// Port where agents accept connections of other nodes.
 const TUNNEL: u16 = 15008;
 
 pub(super) fn rotated(workspace: &Workspace, cluster: &Cluster) -> Result<String> {
@@ -110,7 +110,7 @@ fn start(cluster: &Cluster) -> Result<()> {
     load::begin(cluster, SHOP, "caller", &held, Some(&host))
 }
 
-/// Whether the certificate of the server's pod leads to these roots, as a peer of another node sees it.
+/// Checks that the certificate of the server's pod leads to these roots, from the view of a peer on another node.
 fn leads_to(cluster: &Cluster, roots: &str) -> Result<()> {
     let node = &cluster.nodes[0];
     let file = node.folder.join("peer.pem");

@@ -10,7 +10,7 @@ use super::{
     address_reuse, authority,
     checks::{AUTHORITY, ENROLLED, both_are, encrypted, in_clear, is_enrolled, is_strict, rolled_out},
     cluster::Cluster,
-    enrol_latency, enrol_under_load, handover,
+    enrol_latency, enrol_under_load, handover, helm,
     install::{self, status, tacit},
     leftovers,
     pods::{self, MARKER, OUTSIDE, SHOP, get_web},
@@ -30,7 +30,7 @@ pub(super) struct Scenario {
     pub(super) test: Test,
 }
 
-/// How it is tried.
+/// The test of a scenario.
 pub(super) enum Test {
     /// It holds or not.
     Plain(Try<()>),
@@ -66,6 +66,11 @@ const fn measured(name: &'static str, what: &'static str, run: Try<String>) -> S
 pub(super) const ALL: &[Scenario] = &[
     required("control", "without Tacit the marker is read on the wire", control),
     independent("kustomize", "kubectl's own kustomize renders what is installed here", install::kustomized),
+    independent(
+        "helm",
+        "Helm renders the same from the chart, and rejects values that are wrong",
+        helm::tried,
+    ),
     required("install", "from nothing to ready agents on both nodes", install_all),
     independent("doctor", "the agent's container has all that it needs", doctor),
     required("enrol", "running pods are enrolled: the marker is on the wire no more", enrol),
@@ -255,7 +260,7 @@ fn agent_killed(_: &Workspace, cluster: &Cluster) -> Result<()> {
     encrypted(&traffic)
 }
 
-/// How often the agent of the first node was started again.
+/// Returns the number of restarts of the first node's agent.
 fn restarts(cluster: &Cluster) -> Result<u32> {
     let pod = install::agent_on(cluster, "node1")?;
     let path = "jsonpath={.status.containerStatuses[0].restartCount}";

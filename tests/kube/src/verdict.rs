@@ -1,4 +1,4 @@
-//! What was tried and how it went: the table, and whether the command succeeded.
+//! Results of the scenarios: the table, and the success of the command.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ pub(super) struct Verdict {
 struct Row {
     name: &'static str,
     took: Duration,
-    /// What it measured, or why it failed.
+    /// The measurement, or the error.
     outcome: Result<String, String>,
 }
 

@@ -26,6 +26,7 @@
 //! | `agent` | [`Agent`]: start, wait until ready, query, stop, kill, restart |
 //! | `capture`, `pcap` | [`Capture`]: a capture of the wire; [`Traffic`]: its content |
 //! | `process`, `wait` | run a command, a child that is killed on drop, poll a condition until a deadline |
+//! | `scale` | [`scale()`]: the divisor of sizes on an emulated machine |
 
 #![forbid(unsafe_code)]
 
@@ -38,18 +39,20 @@ mod node;
 mod pcap;
 mod pod;
 mod process;
+mod scale;
 mod sweep;
 mod topology;
 mod wait;
 
 pub use agent::{Agent, http_get};
 pub use capture::Capture;
-pub use mesh::{MeshFiles, Tunnel, WorkloadEntry};
+pub use mesh::{MeshFiles, Tunnel, WorkloadEntry, directory_text};
 pub use netns::Netns;
 pub use node::{KUBELET_NAMESPACE, Node};
 pub use pcap::{TUNNEL_PORT, Traffic};
 pub use pod::{Membership, Pod};
 pub use process::{Process, run};
+pub use scale::scale;
 pub use sweep::cleanup_stale;
 pub use topology::Topology;
 pub use wait::{HANG, until, within};

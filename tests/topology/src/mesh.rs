@@ -127,13 +127,14 @@ impl MeshFiles {
             "trustDomain: {domain}\nnode: {name}\npodsCgroup: {pods}\nmeshRanges: [10.77.0.0/16, \"fd77::/16\"]\n\
              directory: {{file: directory.yaml}}\npolicy: {{file: policy.yaml}}\n\
              issuer: {{embedded: {{directory: {issuer}}}}}\npinPath: {pins}\nsocket: {socket}\n\
-             metrics: {metrics}\n{extra}",
+             statePath: {state}\nmetrics: {metrics}\n{extra}",
             domain = Self::TRUST_DOMAIN,
             name = node.name(),
             pods = node.pods_cgroup().display(),
             issuer = files.issuer.display(),
             pins = files.pin_path.display(),
             socket = files.socket().display(),
+            state = files.state_path().display(),
             metrics = Self::METRICS,
         );
         fs::write(files.config(), text).with_context(|| format!("write {}", files.config().display()))?;
@@ -145,9 +146,7 @@ impl MeshFiles {
     /// # Errors
     /// Fails if it cannot be written.
     pub fn set_directory(&self, workloads: &[WorkloadEntry]) -> Result<()> {
-        let mut text = String::from(if workloads.is_empty() { "workloads: []\n" } else { "workloads:\n" });
-        workloads.iter().for_each(|workload| workload.write(&mut text));
-        self.set_directory_text(&text)
+        self.set_directory_text(&directory_text(workloads))
     }
 
     /// Replaces `directory.yaml` with `text`, which may be invalid.
@@ -184,6 +183,12 @@ impl MeshFiles {
         &self.pin_path
     }
 
+    /// Returns the folder of what the node's agent keeps for a reboot.
+    #[must_use]
+    pub fn state_path(&self) -> PathBuf {
+        self.folder.join("state")
+    }
+
     /// Returns the folder of the issuer's `root-key.pem` and `root-cert.pem`, which the nodes share.
     #[must_use]
     pub fn issuer(&self) -> &Path {
@@ -208,6 +213,14 @@ impl MeshFiles {
     pub(crate) fn log(&self) -> PathBuf {
         self.folder.join(format!("{}.log", self.agent))
     }
+}
+
+/// Returns the text of a `directory.yaml` without services.
+#[must_use]
+pub fn directory_text(workloads: &[WorkloadEntry]) -> String {
+    let mut text = String::from(if workloads.is_empty() { "workloads: []\n" } else { "workloads:\n" });
+    workloads.iter().for_each(|workload| workload.write(&mut text));
+    text
 }
 
 /// Replaces a watched file atomically, so its reader never sees a part of the text.

@@ -15,9 +15,21 @@ use xtask_support::command::{find_program, run, stdout};
 use super::kernels::Unpacked;
 
 /// Modules that nodes, pods and the wire between two machines need where they are not built in.
-const MODULES: [&str; 9] =
-    ["veth", "bridge", "virtio_pci", "virtio_net", "sch_ingress", "cls_bpf", "sctp", "dccp_ipv6", "tcp_diag"];
-/// What tests and harness call, under the names they call it.
+const MODULES: [&str; 12] = [
+    "veth",
+    "bridge",
+    "virtio_pci",
+    "virtio_net",
+    "sch_ingress",
+    "cls_bpf",
+    "sctp",
+    "dccp_ipv6",
+    "tcp_diag",
+    "nft_chain_nat",
+    "nft_nat",
+    "nft_masq",
+];
+/// Programs that tests and harness call, by name.
 const TOOLS: [&str; 14] = [
     "ip", "nsenter", "tcpdump", "mount", "umount", "stat", "find", "rm", "rmdir", "sleep", "flock", "cat",
     "sysctl", "grep",

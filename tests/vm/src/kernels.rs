@@ -18,14 +18,14 @@ use xtask_support::{
 
 /// A kernel of the matrix.
 pub(super) struct Kernel {
-    /// What it is called on the command line.
+    /// Its name on the command line.
     pub(super) label: &'static str,
     suite: &'static str,
-    /// What the agent should do on it.
+    /// The expected behaviour of the agent on it.
     pub(super) expected: Expected,
 }
 
-/// What a kernel is tested for.
+/// The expected result on a kernel.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Expected {
     /// Every test passes.

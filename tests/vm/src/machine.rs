@@ -70,7 +70,7 @@ impl Machine<'_> {
     /// Boots, hands every line of the console to `line`, and returns the exit code that the guest told.
     ///
     /// # Errors
-    /// When it cannot be started, told no code (a panic), or hangs.
+    /// Fails if it cannot be started, told no code (a panic), or hangs.
     pub(super) fn run(&self, mut line: impl FnMut(&str)) -> Result<i32> {
         let mut qemu =
             self.command().stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("start QEMU")?;

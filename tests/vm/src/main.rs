@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod initramfs;
+mod jobs;
 mod kernels;
 mod machine;
 mod outcome;
@@ -16,7 +17,7 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::ExitCode,
-    thread,
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
     time::Instant,
 };
 
@@ -32,17 +33,14 @@ use xtask_support::{
 };
 
 use initramfs::Initramfs;
+use jobs::Job;
 use kernels::{Expected, Kernel, MATRIX, Unpacked};
 use machine::Machine;
 use outcome::{Outcome, json, table};
 
-/// What large tests divide their sizes by: an emulated machine is some twenty times slower.
+/// Divisor for the sizes of large tests: an emulated machine is some twenty times slower.
 const SCALE: u32 = 20;
 const REFUSAL: &str = include_str!("refusal.sh");
-
-/// Suites about user space: TLS, certificates, services, files. `cargo xtask vm` runs them on other kernels. `cargo xtask test`
-/// does not, since they take a third of the machines' time.
-const OF_USER_SPACE: [&str; 5] = ["authorization", "certificates", "identity", "reload", "services"];
 
 /// Run the tests of whole nodes inside virtual machines with other kernels
 #[derive(Parser)]
@@ -70,7 +68,7 @@ struct Options {
     report: Option<PathBuf>,
 }
 
-/// What goes into a guest.
+/// The files of a guest.
 struct Payload {
     agent: PathBuf,
     attack: PathBuf,
@@ -94,11 +92,9 @@ fn run(options: &Options) -> Result<()> {
     let (payload, unpacked) = prepare(workspace, &chosen)?;
     let machines: Vec<_> = chosen.into_iter().zip(&unpacked).collect();
     let mut outcomes = Vec::new();
-    for some in machines.chunks(at_once()).filter(|_| !options.two_nodes) {
-        outcomes.extend(side_by_side(some, &payload, options.test.as_deref(), &mut Report::default())?);
-        if outcomes.iter().any(|o| o.failed > 0) && !options.keep_going {
-            break;
-        }
+    if !options.two_nodes {
+        let (all, filter) = (jobs::whole(&machines, &payload), options.test.as_deref());
+        outcomes = jobs::run(all, &payload, filter, !options.keep_going, &mut Report::default())?;
     }
     if options.test.is_none() && outcomes.iter().all(|o| o.failed == 0 || options.keep_going) {
         outcomes.extend(two_nodes(&machines, &payload, &mut Report::default())?);
@@ -116,7 +112,7 @@ fn run(options: &Options) -> Result<()> {
 /// The part of `cargo xtask test`: failures are counted in the report that is written to `file`.
 ///
 /// # Errors
-/// When a machine could not be booted. What was counted before is in the file all the same.
+/// Fails if a machine could not be booted. The file has the counts from before all the same.
 fn in_test(workspace: &Workspace, kernels: &[String], file: &Path) -> Result<()> {
     let mut report = Report::default();
     let outcome = boot_all(workspace, kernels, &mut report);
@@ -126,17 +122,11 @@ fn in_test(workspace: &Workspace, kernels: &[String], file: &Path) -> Result<()>
 
 fn boot_all(workspace: &Workspace, kernels: &[String], report: &mut Report) -> Result<()> {
     let chosen = choose(kernels)?;
-    let (mut payload, unpacked) = prepare(workspace, &chosen)?;
-    payload.suites.retain(|(name, _)| !OF_USER_SPACE.contains(&name.as_str()));
-    let left_out = OF_USER_SPACE.join(", ");
-    report.note(format!(
-        "suites {left_out} were not run on kernels {}: see `cargo xtask vm`",
-        kernels.join(", ")
-    ));
+    let (payload, unpacked) = prepare(workspace, &chosen)?;
     let machines: Vec<_> = chosen.into_iter().zip(&unpacked).collect();
-    for some in machines.chunks(at_once()) {
-        side_by_side(some, &payload, None, report)?;
-    }
+    let (all, notes) = jobs::of_test(&machines, &payload);
+    notes.into_iter().for_each(|note| report.note(note));
+    jobs::run(all, &payload, None, false, report)?;
     two_nodes(&machines, &payload, report).map(drop)
 }
 
@@ -191,46 +181,12 @@ fn payload(workspace: &Workspace) -> Result<Payload> {
     })
 }
 
-/// How many machines run at a time: each keeps one core busy.
-fn at_once() -> usize {
-    thread::available_parallelism().map_or(1, Into::into)
-}
-
-/// Runs machines at the same time; their reports are put one behind the other.
-fn side_by_side(
-    machines: &[(&Kernel, &Unpacked)],
-    payload: &Payload,
-    filter: Option<&str>,
-    report: &mut Report,
-) -> Result<Vec<Outcome>> {
-    let run = |&(kernel, unpacked)| {
-        let mut report = Report::default();
-        one(kernel, unpacked, payload, filter, &mut report).map(|outcome| (outcome, report))
-    };
-    let ended: Vec<_> = thread::scope(|scope| {
-        let running: Vec<_> = machines.iter().map(|machine| scope.spawn(move || run(machine))).collect();
-        running.into_iter().map(thread::ScopedJoinHandle::join).collect()
-    });
-    let mut outcomes = Vec::new();
-    for ended in ended {
-        let Ok(ended) = ended else { bail!("a thread that ran a machine has panicked") };
-        let (outcome, told) = ended?;
-        report.append(told);
-        outcomes.push(outcome);
-    }
-    Ok(outcomes)
-}
-
-fn one(
-    kernel: &Kernel,
-    unpacked: &Unpacked,
-    payload: &Payload,
-    filter: Option<&str>,
-    report: &mut Report,
-) -> Result<Outcome> {
+/// Boots once and counts the results of the suites.
+fn one(job: &Job<'_>, payload: &Payload, filter: Option<&str>, report: &mut Report) -> Result<Outcome> {
+    let &Job { kernel, unpacked, .. } = job;
     let begin = Instant::now();
     let work = Work::new(kernel.label)?;
-    let image = image(kernel, unpacked, payload, filter, &work.0)?;
+    let image = image(job, payload, filter, &work.0)?;
     let (mut boot, before) = ("?".to_owned(), report.totals());
     report.begin();
     let guest =
@@ -254,7 +210,7 @@ fn one(
     })
 }
 
-/// One boot, with its console on ours and in the report; `boot` is how long it took to the first process.
+/// Boots once. Prints the guest's console and adds its results to the report. `boot` receives the time to the first process.
 fn watched(guest: &Machine<'_>, label: &str, report: &mut Report, boot: &mut String) -> Result<i32> {
     guest.run(|line| {
         println!("{label:>6} | {line}");
@@ -265,13 +221,8 @@ fn watched(guest: &Machine<'_>, label: &str, report: &mut Report, boot: &mut Str
     })
 }
 
-fn image(
-    kernel: &Kernel,
-    unpacked: &Unpacked,
-    payload: &Payload,
-    filter: Option<&str>,
-    work: &Path,
-) -> Result<PathBuf> {
+fn image(job: &Job<'_>, payload: &Payload, filter: Option<&str>, work: &Path) -> Result<PathBuf> {
+    let &Job { kernel, unpacked, ref suites } = job;
     let root = Initramfs::new(work, unpacked)?;
     root.stripped(&payload.agent, "t/tacit")?;
     match kernel.expected {
@@ -279,10 +230,10 @@ fn image(
         Expected::Supported => {
             root.stripped(&payload.attack, "t/tacit-attack")?;
             root.stripped(&payload.peer, "t/tacit-peer")?;
-            for (name, program) in &payload.suites {
+            for (name, program) in suites {
                 root.stripped(program, &format!("t/deps/{name}"))?;
             }
-            root.text("payload/run", &script(kernel.label, payload, filter)?)?;
+            root.text("payload/run", &script(kernel.label, suites, filter)?)?;
         }
     }
     let image = work.join("initramfs");
@@ -291,12 +242,12 @@ fn image(
 }
 
 /// Runs every suite, each announced as cargo does, so that the same report reads it.
-fn script(label: &str, payload: &Payload, filter: Option<&str>) -> Result<String> {
+fn script(label: &str, suites: &[&(String, PathBuf)], filter: Option<&str>) -> Result<String> {
     let filter = filter.unwrap_or_default();
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
     ensure!(filter.chars().all(plain), "{filter:?} is no part of a test's name");
     let mut text = format!("export TACIT_BIN=/t/tacit TACIT_TEST_SCALE={SCALE}\nfailed=0\n");
-    for (name, _) in &payload.suites {
+    for (name, _) in suites {
         text += &format!(
             "echo 'Running {name} ({label}:{name}-0)'\n/t/deps/{name} --include-ignored --test-threads=1 {filter} 2>&1 || failed=1\n"
         );
@@ -322,7 +273,9 @@ struct Work(PathBuf);
 
 impl Work {
     fn new(label: &str) -> Result<Self> {
-        let folder = env::temp_dir().join(format!("tacit-vm-{label}-{}", std::process::id()));
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let number = MADE.fetch_add(1, Relaxed);
+        let folder = env::temp_dir().join(format!("tacit-vm-{label}-{}-{number}", std::process::id()));
         fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
         Ok(Self(folder))
     }
@@ -342,10 +295,8 @@ mod tests {
 
     #[test]
     fn a_filter_cannot_become_a_command() {
-        let none = PathBuf::new;
-        let payload = Payload { agent: none(), attack: none(), peer: none(), suites: vec![] };
-        assert!(script("6.1", &payload, Some("x; poweroff")).is_err());
-        assert!(script("6.1", &payload, Some("with_tacit::ipv4")).is_ok());
+        assert!(script("6.1", &[], Some("x; poweroff")).is_err());
+        assert!(script("6.1", &[], Some("with_tacit::ipv4")).is_ok());
     }
 
     #[test]

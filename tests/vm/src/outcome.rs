@@ -1,11 +1,11 @@
-//! What came of each machine: as a table for people, as JSON for programs.
+//! Results of the machines: as a table for people, as JSON for programs.
 
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use xtask_support::progress::{Style, Tone, seconds};
 
-/// How a kernel, or a pair of them, did.
+/// The result of a kernel, or of a pair of kernels.
 #[derive(Debug, Default)]
 pub(super) struct Outcome {
     pub(super) label: String,

@@ -16,7 +16,7 @@ const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 /// Images are as old as the epoch: when they were built says nothing about what is in them.
 const CREATED: &str = "1970-01-01T00:00:00Z";
 
-/// What an image is called and starts.
+/// The name and entry point of an image.
 pub(super) struct Description<'a> {
     /// Name and tag.
     pub(super) name: &'a str,
@@ -70,7 +70,7 @@ fn index(description: &Description<'_>, manifest: &Blob) -> Value {
     let mut entry = manifest.descriptor(MANIFEST);
     entry["platform"] = json!({"os": "linux", "architecture": architecture()});
     entry["annotations"] = json!({
-        // What containerd names the image; the other is the specification's, which has the tag alone.
+        // containerd uses the first as the image's name. The second is the specification's, which has only the tag.
         "io.containerd.image.name": description.name,
         "org.opencontainers.image.ref.name": tag(description.name),
     });

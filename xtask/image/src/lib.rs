@@ -28,7 +28,7 @@ use layout::Description;
 const PROGRAM: &str = "usr/bin/tacit";
 /// Path of the attack suite in the image: beside the agent, which starts it.
 const ATTACK: &str = "usr/bin/tacit-attack";
-/// What the manifests in `deploy/` ask for.
+/// The image name in the manifests of `deploy/`.
 const NAME: &str = "localhost/tacit";
 
 /// A finished image.

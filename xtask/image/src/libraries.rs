@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-/// What `ldd` says of a program that needs no libraries.
+/// Output of `ldd` for a program that needs no libraries.
 const STATIC: [&str; 2] = ["statically linked", "not a dynamic executable"];
 
 /// Paths of all libraries and of the loader; none for a program that was linked statically.
@@ -20,7 +20,8 @@ pub(super) fn of(program: &Path) -> Result<Vec<PathBuf>> {
     parse(&said).with_context(|| format!("ldd {}", program.display()))
 }
 
-/// What `ldd` printed: `name => path (address)`, or `path (address)` for the loader. The kernel's own has no file.
+/// Parses the output of `ldd`: `name => path (address)`, or `path (address)` for the loader. The kernel's own library
+/// has no file.
 fn parse(listing: &str) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for line in listing.lines().map(str::trim).filter(|line| !line.is_empty()) {

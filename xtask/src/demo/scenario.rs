@@ -11,7 +11,7 @@ use super::{
     verdict::Verdict,
 };
 
-/// What every application sends and receives; looked for on the wire.
+/// Text that every application sends and receives. The demo searches the wire for it.
 const MARKER: &str = "tacit-demo-marker-4c9e1f";
 /// Steps of [`play`].
 const STEPS: usize = 6;

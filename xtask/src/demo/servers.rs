@@ -13,9 +13,9 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use tacit_topology::{Pod, Process, run, until};
 
-/// Where HTTP is served.
+/// Port of HTTP.
 pub(super) const HTTP: u16 = 80;
-/// Where MariaDB listens.
+/// Port of MariaDB.
 pub(super) const MARIADB: u16 = 3306;
 /// The database user of the demo, who has nothing but the database `shop`.
 pub(super) const USER: &str = "clerk";
@@ -24,7 +24,7 @@ pub(super) const PASSWORD: &str = "till";
 
 /// A running server.
 pub(super) struct Server {
-    /// What it is, for the reader.
+    /// Its description, for the reader.
     pub(super) name: &'static str,
     process: Process,
     log: PathBuf,

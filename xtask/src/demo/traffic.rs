@@ -1,4 +1,4 @@
-//! What the applications say to each other: the same requests with and without Tacit.
+//! Requests between the applications: the same ones with and without Tacit.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -17,7 +17,7 @@ pub(super) struct Pods {
 
 /// One request and what it showed.
 pub(super) struct Request {
-    /// Who asked whom, for the reader.
+    /// Client and server, for the reader.
     pub(super) what: &'static str,
     /// Does it cross the wire between the nodes?
     pub(super) crosses: bool,

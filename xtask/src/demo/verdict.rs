@@ -1,4 +1,4 @@
-//! What the demo found: a table for people, one JSON object for machines.
+//! Results of the demo: a table for people, one JSON object for machines.
 
 use xtask_support::progress::{Style, Tone};
 

@@ -1,4 +1,4 @@
-//! What manifests and documentation claim: licences, and commands that exist.
+//! Rules for manifests and documentation: licences, and commands that exist.
 
 use super::{Finding, source::Source};
 
@@ -6,7 +6,7 @@ use super::{Finding, source::Source};
 const KERNEL_LICENSE: &str = "MIT OR GPL-2.0-only";
 const LICENSE: &str = "Apache-2.0";
 
-/// How documentation names a command of this crate; in two parts, since examples in code would count.
+/// Prefix of a command of this crate in documentation; in two parts, since examples in code would count.
 const COMMAND: &str = concat!("cargo ", "xtask ");
 
 pub(super) fn check(source: &Source, commands: &[String]) -> Vec<Finding> {

@@ -9,7 +9,7 @@ use super::{
 /// Files that may contain `unsafe`: those that touch the kernel.
 const UNSAFE_PLACES: [&str; 3] = ["agent/kernel/", "ebpf/", "tests/attack/"];
 
-/// How many lines of code may stand between the comment and the `unsafe` it explains.
+/// Lines of code that may stand between the comment and the `unsafe` that it explains.
 const SAFETY_REACH: usize = 4;
 
 /// Generated from kernel headers, lint attributes included.
@@ -86,7 +86,7 @@ fn sleeping_tests(source: &Source) -> Vec<Finding> {
     used.map(|(line, _)| Finding::error(source, line, problem)).collect()
 }
 
-/// Whether `word` stands in the code as a word of its own.
+/// Returns true if `word` is a whole word in the code.
 fn has_word(code: &str, word: &str) -> bool {
     let is_part = |c: char| c.is_alphanumeric() || c == '_';
     code.match_indices(word)

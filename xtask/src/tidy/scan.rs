@@ -155,7 +155,7 @@ pub(super) fn paths(lines: &[Line]) -> Vec<(usize, String)> {
     found
 }
 
-/// What follows `use`, whatever the visibility before it.
+/// Returns the text after `use`, whatever the visibility before it.
 fn use_tree(code: &str) -> Option<&str> {
     let rest = match code.strip_prefix("pub") {
         Some(after) => {

@@ -1,4 +1,4 @@
-//! How files look and where they stand.
+//! Rules for the shape and the place of files.
 
 use super::{Finding, Severity, source::Source};
 

@@ -62,8 +62,8 @@ pub(super) fn check(source: &Source, machine: &Machine) -> Vec<Finding> {
     findings
 }
 
-/// Whether the path itself stands in the text: not as the end of another one (`docs/home/x`), nor as the beginning of
-/// a longer name.
+/// Returns true if the text contains the path itself: not as the end of another path (`docs/home/x`), and not as the
+/// beginning of a longer name.
 fn has_path(text: &str, path: &str) -> bool {
     let is_before = |c: char| c.is_alphanumeric() || "._-}/".contains(c);
     let is_after = |c: char| c.is_alphanumeric() || "_-".contains(c);

@@ -16,13 +16,13 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// What the command printed, when it could be started and succeeded.
+/// Returns the output of the command if it could be started and succeeded.
 pub fn stdout(command: &mut Command) -> Option<String> {
     let output = command.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// Whether the command could be started and succeeded; its output is not shown.
+/// Returns true if the command could be started and succeeded. Its output is not shown.
 pub fn succeeds(command: &mut Command) -> bool {
     let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     quiet.status().is_ok_and(|status| status.success())
@@ -40,7 +40,7 @@ fn is_executable(file: &Path) -> bool {
     file.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
 }
 
-/// The caller's variables that mean something to us or to a debugging developer; sudo drops them unless told.
+/// Returns the caller's variables for Tacit and for debugging. sudo drops them unless they are passed on.
 pub fn tacit_environment() -> Vec<(OsString, OsString)> {
     let is_ours = |name: &OsString| {
         let name = name.to_string_lossy();

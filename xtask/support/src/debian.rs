@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 
 use crate::command::stdout;
 
-/// What is looked for in a suite.
+/// The kind of packages to look for in a suite.
 #[derive(Clone, Copy)]
 pub enum Packages {
     /// Packages to unpack.
@@ -52,7 +52,7 @@ impl Apt {
     }
 }
 
-/// Where this machine's apt looks, a line each.
+/// Returns the sites of this machine's apt, one a line.
 fn sites() -> Result<String> {
     let sites = stdout(Command::new("apt-get").args(["indextargets", "--format", "$(SITE)"]));
     sites.context("apt-get indextargets: is this Debian?")

@@ -24,7 +24,7 @@ use crate::{
 /// The crate; it is excluded wherever host code is meant.
 pub const PACKAGE: &str = "tacit-ebpf";
 
-/// What a rustup proxy or a developer may have set for host builds and what would break this one.
+/// Variables of a rustup proxy or a developer for host builds, which would break this one.
 const FOREIGN_ENVIRONMENT: [&str; 5] =
     ["RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "LD_LIBRARY_PATH", "CARGO_INCREMENTAL"];
 
@@ -83,8 +83,8 @@ fn distribution_cargo(workspace: &Workspace, rustc: &Path, subcommand: &str) -> 
         workspace.cargo(subcommand)
     };
     cargo.env("RUSTC", rustc);
-    // aya-ebpf uses feature(asm_experimental_arch). Naming it keeps every other crate's probing for nightly off.
-    cargo.env("RUSTC_BOOTSTRAP", "aya_ebpf");
+    // Both use feature(asm_experimental_arch). Naming them keeps every other crate's probing for nightly off.
+    cargo.env("RUSTC_BOOTSTRAP", "aya_ebpf,tacit_ebpf");
     cargo
 }
 

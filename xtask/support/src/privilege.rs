@@ -17,7 +17,7 @@ use crate::{
     progress::note,
 };
 
-/// Whether this process already is root. The owner of /proc/self is the process's effective user.
+/// Returns true if this process already is root. The owner of /proc/self is the process's effective user.
 pub fn is_root() -> Result<bool> {
     let owner = fs::metadata("/proc/self").context("/proc is not mounted")?.uid();
     Ok(owner == 0)

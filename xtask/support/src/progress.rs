@@ -1,4 +1,4 @@
-//! What a command tells the person who waits for it: one line when a step begins, one when it has ended.
+//! Progress of a command, for the person who waits: one line when a step begins, one when it has ended.
 //!
 //! Everything here goes to standard error; standard output belongs to results (`demo --json`, the last line of
 //! `test`). Colour on a terminal only, and not when `NO_COLOR` is set.
@@ -21,7 +21,7 @@ pub enum Style {
     Plain,
 }
 
-/// What a piece of text means; the style decides how that looks.
+/// The meaning of a piece of text. The style decides on its looks.
 #[derive(Clone, Copy, Debug)]
 pub enum Tone {
     /// Headings and the steps of a command.

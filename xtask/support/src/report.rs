@@ -1,4 +1,4 @@
-//! What the tests said, counted: cargo's and the test harness's lines in, a table and one sentence out.
+//! Report of the tests: reads the lines of cargo and of the test harness, counts, and writes a table and one sentence.
 //!
 //! Recognised lines: cargo's `Running ..` and `Doc-tests ..`, which name a suite; the harness's `test NAME ... FAILED`,
 //! `test NAME ... ignored` and `test result: ..`. A suite that ends without a result has crashed and counts as failed.
@@ -36,7 +36,7 @@ pub struct Report {
     notes: Vec<String>,
     /// The steps, in their order, and how long each took.
     parts: Vec<(String, Duration)>,
-    /// Where the suites of the running command begin.
+    /// Index of the running command's first suite.
     command: usize,
 }
 
@@ -168,7 +168,7 @@ impl Report {
         text
     }
 
-    /// What [`Report::to_text`] wrote.
+    /// Parses the output of [`Report::to_text`].
     ///
     /// # Errors
     /// When a line is none of a report.

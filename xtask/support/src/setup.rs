@@ -23,7 +23,7 @@ use crate::{
 use apt::Apt;
 use toolchain::Toolchain;
 
-/// What `ebpf` builds with.
+/// The tools that build `ebpf`.
 pub struct EbpfTools {
     /// The compiler that has a `core` for the BPF target.
     pub toolchain: Toolchain,

@@ -29,7 +29,7 @@ pub struct TestProgram {
 }
 
 impl TestProgram {
-    /// Whether it is a file below the package's `tests` folder, and no unit tests.
+    /// Returns true for a file below the package's `tests` folder, and false for unit tests.
     #[must_use]
     pub fn is_integration(&self) -> bool {
         self.source.starts_with("tests")

@@ -1,4 +1,4 @@
-//! Where things are: the repository, cargo's target folder, the cache that outlives both.
+//! Paths: the repository, cargo's target folder, the cache that outlives both.
 
 use std::{
     env,

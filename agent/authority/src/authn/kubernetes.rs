@@ -19,7 +19,7 @@ use tacit_core::{
 };
 use tokio::{sync::Semaphore, time::timeout};
 
-use super::{Caller, Refusal};
+use super::{Caller, RequestRefusal};
 
 /// Maximum concurrent requests to the API server. Further requests wait within their own timeout.
 const REQUESTS_MAX: usize = 32;
@@ -63,7 +63,7 @@ impl Kubernetes {
         Self { client, service_accounts, audience, trust_domain, turns: Semaphore::new(REQUESTS_MAX) }
     }
 
-    pub(super) async fn authenticate(&self, token: &str) -> Result<Caller, Refusal> {
+    pub(super) async fn authenticate(&self, token: &str) -> Result<Caller, RequestRefusal> {
         let review = TokenReview {
             spec: TokenReviewSpec {
                 token: Some(token.to_owned()),
@@ -89,7 +89,7 @@ impl Kubernetes {
 
     /// Returns true if `node` has a pod of `identity` that may run. The API server may send empty pages, so all pages are read.
     /// The timeout bounds their number.
-    pub(super) async fn has_pod(&self, node: &str, identity: &SpiffeId) -> Result<bool, Refusal> {
+    pub(super) async fn has_pod(&self, node: &str, identity: &SpiffeId) -> Result<bool, RequestRefusal> {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), identity.namespace());
         let mut page = ListParams::default().fields(&selector(node, identity)).limit(PAGE_PODS_MAX);
         let found = self.ask("list pods", async {
@@ -111,15 +111,15 @@ impl Kubernetes {
         &self,
         what: &str,
         request: impl Future<Output = Result<T, kube::Error>>,
-    ) -> Result<T, Refusal> {
+    ) -> Result<T, RequestRefusal> {
         let turn = async {
             let _turn = self.turns.acquire().await.expect("never closed");
             request.await
         };
         match timeout(REQUEST_MAX, turn).await {
             Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(e)) => Err(Refusal::Api(format!("cannot {what}: {}", format_chain(&e)))),
-            Err(_) => Err(Refusal::Api(format!(
+            Ok(Err(e)) => Err(RequestRefusal::Api(format!("cannot {what}: {}", format_chain(&e)))),
+            Err(_) => Err(RequestRefusal::Api(format!(
                 "cannot {what}: no answer from the API server within {REQUEST_MAX:?}"
             ))),
         }
@@ -131,16 +131,16 @@ fn bearer(
     status: &TokenReviewStatus,
     audience: &str,
     accounts: &[(String, String)],
-) -> Result<Bearer, Refusal> {
+) -> Result<Bearer, RequestRefusal> {
     if let Some(error) = status.error.as_ref().filter(|error| !error.is_empty()) {
-        return Err(Refusal::Token(error.clone()));
+        return Err(RequestRefusal::Token(error.clone()));
     }
     if status.authenticated != Some(true) {
-        return Err(Refusal::Token("the API server did not authenticate it".to_owned()));
+        return Err(RequestRefusal::Token("the API server did not authenticate it".to_owned()));
     }
     // Authenticators without support for audiences return none. Such tokens are refused.
     if !status.audiences.as_ref().is_some_and(|for_these| for_these.iter().any(|it| it == audience)) {
-        return Err(Refusal::Audience(audience.to_owned()));
+        return Err(RequestRefusal::Audience(audience.to_owned()));
     }
     let user = status.user.clone().unwrap_or_default();
     let name = user.username.unwrap_or_default();
@@ -149,7 +149,7 @@ fn bearer(
         accounts.iter().any(|(known_in, known)| known_in == namespace && known == account)
     };
     let Some((namespace, account)) = account.filter(|account| is(*account)) else {
-        return Err(Refusal::NotAnAgent(name));
+        return Err(RequestRefusal::NotAnAgent(name));
     };
     let extra = user.extra.unwrap_or_default();
     let pod = single(&extra, POD_NAME).ok_or_else(|| no_node("it is not bound to a pod"))?;
@@ -171,12 +171,12 @@ fn single(extra: &BTreeMap<String, Vec<String>>, claim: &str) -> Option<String> 
     }
 }
 
-fn no_node(why: &str) -> Refusal {
-    Refusal::NoNode(why.to_owned())
+fn no_node(why: &str) -> RequestRefusal {
+    RequestRefusal::NoNode(why.to_owned())
 }
 
 /// Returns the node of the pod that the token is bound to.
-fn node_of(pod: Option<&Pod>, bearer: &Bearer) -> Result<String, Refusal> {
+fn node_of(pod: Option<&Pod>, bearer: &Bearer) -> Result<String, RequestRefusal> {
     let pod = pod.ok_or_else(|| no_node("its pod is gone"))?;
     if pod.metadata.uid.as_deref() != Some(&bearer.pod_uid) {
         return Err(no_node("its pod was replaced by another one of the same name"));

@@ -2,7 +2,9 @@
 
 use std::{net::IpAddr, sync::Arc};
 
-use super::{AddressConflict, Directory, Ranges, Service, Workload, claims::CgroupRefusal, full_name};
+use super::{
+    AddressConflict, Directory, NodeWorkloads, Ranges, Service, Workload, claims::CgroupRefusal, full_name,
+};
 
 impl Directory {
     /// Adds a workload, or replaces the one of its name. A workload whose cgroup another one has is not of its node.
@@ -11,7 +13,7 @@ impl Directory {
         let workload = Arc::new(workload);
         let before = self.by_name.get(&name).cloned();
         if let Some(before) = &before {
-            self.leave_node(before);
+            self.leave_node(before, &name);
             // Kept in between, or a later claimant would get it.
             if (&before.node, &before.cgroup) != (&workload.node, &workload.cgroup) {
                 self.release_cgroup(before, &name);
@@ -35,7 +37,7 @@ impl Directory {
         self.yielding.remove(name.as_str());
         self.note_conflicts(Some(&workload));
         self.addresses.remove(&workload);
-        self.leave_node(&workload);
+        self.leave_node(&workload, &name);
         self.release_cgroup(&workload, &name);
         Some(workload)
     }
@@ -59,22 +61,26 @@ impl Directory {
                 // Keeps its place.
                 (Some(at), Some(refusal)) => refused[at].1 = refusal.clone(),
                 (Some(at), None) => drop(refused.remove(at)),
-                (None, Some(refusal)) => refused.push((name, refusal.clone())),
+                (None, Some(refusal)) => refused.push((Arc::clone(&name), refusal.clone())),
                 (None, None) => {}
             }
         }
         if refusal.is_none() {
-            let mut on_node = self.by_node.get(&*workload.node).cloned().unwrap_or_default();
-            // Removed from the map first, so that a list nobody else holds is changed in place.
-            self.by_node.remove(&*workload.node);
-            Arc::make_mut(&mut on_node).push(Arc::clone(&workload));
+            // Removed from the map first, so that workloads nobody else holds are changed in place.
+            let mut on_node = self.by_node.remove(&*workload.node).unwrap_or_default();
+            Arc::make_mut(&mut on_node).insert(name, Arc::clone(&workload));
             self.by_node.insert(Arc::clone(&workload.node), on_node);
         }
     }
 
-    fn leave_node(&mut self, workload: &Arc<Workload>) {
+    fn leave_node(&mut self, workload: &Arc<Workload>, name: &str) {
+        let is_there =
+            |on_node: &Arc<NodeWorkloads>| on_node.get(name).is_some_and(|own| Arc::ptr_eq(own, workload));
+        if !self.by_node.get(&*workload.node).is_some_and(is_there) {
+            return;
+        }
         let Some(mut on_node) = self.by_node.remove(&*workload.node) else { return };
-        Arc::make_mut(&mut on_node).retain(|other| !Arc::ptr_eq(other, workload));
+        Arc::make_mut(&mut on_node).remove(name);
         if !on_node.is_empty() {
             self.by_node.insert(Arc::clone(&workload.node), on_node);
         }
@@ -101,24 +107,23 @@ impl Directory {
 
     /// Adds or replaces a pod that has the node's addresses. Returns true if the directory has changed.
     pub fn set_host_network(&mut self, workload: Workload) -> bool {
-        if self.host_network.iter().any(|known| **known == workload) {
+        let name: Arc<str> = full_name(&workload.namespace, &workload.name).into();
+        if self.host_network.get(&*name).is_some_and(|known| **known == workload) {
             return false;
         }
-        let name: Arc<str> = full_name(&workload.namespace, &workload.name).into();
         self.unset_host_network(&workload.namespace, &workload.name);
         // Its cgroup is no other pod's. One that it cannot have makes no difference: the pod is left alone.
         let _ = self.cgroups.claim(&workload, &name);
-        Arc::make_mut(&mut self.host_network).push(Arc::new(workload));
+        self.host_network.insert(name, Arc::new(workload));
         true
     }
 
     /// Removes a pod that has the node's addresses. Returns true if the directory had it.
     pub fn unset_host_network(&mut self, namespace: &str, name: &str) -> bool {
-        let is_it = |known: &Arc<Workload>| *known.namespace == *namespace && *known.name == *name;
-        let known = self.host_network.iter().find(|known| is_it(known)).cloned();
+        let name = full_name(namespace, name);
+        let known = self.host_network.remove(name.as_str());
         if let Some(known) = &known {
-            Arc::make_mut(&mut self.host_network).retain(|known| !is_it(known));
-            self.release_cgroup(known, &full_name(namespace, name));
+            self.release_cgroup(known, &name);
         }
         known.is_some()
     }
@@ -132,6 +137,7 @@ impl Directory {
     pub fn set_node_addresses(&mut self, node: &Arc<str>, before: &[IpAddr], addresses: &[IpAddr]) {
         self.addresses.set_node(node, before, addresses);
         self.conflict_changes += 1;
+        self.node_changes += 1;
     }
 
     /// Replaces the ranges of the mesh.

@@ -15,7 +15,8 @@ use std::{
     sync::Arc,
 };
 
-use super::{AddressConflict, Service, Workload, cow_map::CowMap};
+use super::{AddressConflict, Service, Workload};
+use crate::cow_map::CowMap;
 
 /// Workloads that contradict each other.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -285,6 +286,11 @@ impl AddressClaims {
         self.settle_again(before.iter().chain(addresses));
     }
 
+    /// Returns the addresses that nodes list as their own.
+    pub(super) fn of_nodes(&self) -> impl Iterator<Item = IpAddr> + use<'_> {
+        self.nodes.iter().map(|(address, _)| *address)
+    }
+
     /// Returns true if a node lists `address` as its own.
     pub(super) fn is_node(&self, address: IpAddr) -> bool {
         self.nodes.get(&address).is_some()
@@ -306,7 +312,7 @@ impl AddressClaims {
 /// A cgroup: the node, and the path below the cgroup of all pods.
 type Place = (Arc<str>, PathBuf);
 
-/// Why a workload does not get its cgroup.
+/// A reason for which a workload does not get its cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum CgroupRefusal {
     /// Held by the workload of this name.

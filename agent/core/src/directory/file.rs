@@ -32,13 +32,14 @@ const FIELDS: [&str; 11] = [
     "udp",
     "connect",
 ];
+const NODE_FIELDS: [&str; 2] = ["name", "addresses"];
 const SERVICE_ACCOUNT: &str = "default";
 const PROTOCOLS: [(&str, Protocol); 2] = [("tacit", Protocol::Tacit), ("none", Protocol::None)];
 const EGRESS: [(&str, Option<Egress>); 2] = [("open", Some(Egress::Open)), ("strict", Some(Egress::Strict))];
 const CONNECT: [(&str, Connect); 2] = [("truthful", Connect::Truthful), ("early", Connect::Early)];
 const UDP: [(&str, Option<Udp>); 2] = [("allow", Some(Udp::Allow)), ("deny", Some(Udp::Deny))];
 
-/// Why a text is no address of a pod.
+/// The mistake of a text that is no address of a pod.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 enum AddressError {
     #[error("no IP address: write an IPv4 or IPv6 address without prefix length or port")]
@@ -53,12 +54,15 @@ enum AddressError {
 pub(super) struct ParsedFile {
     pub(super) workloads: Vec<Workload>,
     pub(super) services: Vec<Service>,
+    /// Nodes with their addresses.
+    pub(super) nodes: Vec<(Arc<str>, Vec<IpAddr>)>,
 }
 
 pub(super) fn parse(text: &str, file: &Path, trust_domain: &TrustDomain) -> Result<ParsedFile, Mistakes> {
     yaml::decode(text, file, |root| {
-        let mut fields = root.fields(&["workloads", "services"])?;
+        let mut fields = root.fields(&["workloads", "services", "nodes"])?;
         let services = fields.optional("services");
+        let nodes = fields.optional("nodes");
         let list = fields.required("workloads", "a list of workloads, or [] for none");
         let mut uniqueness = Uniqueness::default();
         // Not collected to an `Option`: that would stop at the first mistake.
@@ -69,8 +73,27 @@ pub(super) fn parse(text: &str, file: &Path, trust_domain: &TrustDomain) -> Resu
             Some(list) => services::services(&list, &workloads, &mut uniqueness),
             None => Some(Vec::new()),
         };
-        Some(ParsedFile { workloads: workloads.into_iter().collect::<Option<_>>()?, services: services? })
+        let nodes = nodes.map_or(Some(Vec::new()), |list| self::nodes(&list, &mut uniqueness));
+        Some(ParsedFile {
+            workloads: workloads.into_iter().collect::<Option<_>>()?,
+            services: services?,
+            nodes: nodes?,
+        })
     })
+}
+
+fn nodes(list: &Value<'_>, uniqueness: &mut Uniqueness<'_>) -> Option<Vec<(Arc<str>, Vec<IpAddr>)>> {
+    let node = |item: &Value<'_>| {
+        let mut fields = item.fields(&NODE_FIELDS)?;
+        let name = fields.required("name", "the node's name").and_then(|value| value.name());
+        let list = fields.required("addresses", "the node's addresses, such as [192.0.2.1]");
+        let owner = format!("node {}", name.unwrap_or("?"));
+        let addresses = list.and_then(|value| addresses(&value, &owner, uniqueness));
+        Some((Arc::from(name?), addresses?))
+    };
+    // Not collected to an `Option`: that would stop at the first mistake.
+    let nodes: Vec<_> = list.items()?.iter().map(node).collect();
+    nodes.into_iter().collect()
 }
 
 /// Decodes all fields before the first `?`, so that the mistakes of each one are recorded.
@@ -167,6 +190,7 @@ struct Uniqueness<'a> {
     names: HashMap<String, usize>,
     addresses: HashMap<IpAddr, (String, usize)>,
     cgroups: HashMap<(Arc<str>, PathBuf), (String, Value<'a>)>,
+    node_ports: HashMap<u16, (String, usize)>,
 }
 
 impl<'a> Uniqueness<'a> {
@@ -180,6 +204,14 @@ impl<'a> Uniqueness<'a> {
         if let Some((other, line)) = self.addresses.insert(address, (owner.to_owned(), item.line())) {
             item.refuse(format_args!(
                 "{address} is already the address of {other} (line {line}): correct one"
+            ));
+        }
+    }
+
+    fn node_port(&mut self, item: &Value<'_>, port: u16, owner: &str) {
+        if let Some((other, line)) = self.node_ports.insert(port, (owner.to_owned(), item.line())) {
+            item.refuse(format_args!(
+                "{port} is already a node port of service {other} (line {line}): correct one"
             ));
         }
     }

@@ -19,7 +19,7 @@ impl Labels {
         self.0.iter().map(|(name, value)| (&**name, &**value))
     }
 
-    /// Whether somebody else has this copy too.
+    /// Returns true if there is another handle of this copy.
     pub fn is_shared(&self) -> bool {
         Arc::strong_count(&self.0) > 1
     }

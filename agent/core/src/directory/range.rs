@@ -25,7 +25,7 @@ pub const DISCOVERED_IPV4_BITS: u8 = 8;
 /// Shortest prefix of a discovered IPv6 range, in bits. A provider gets at least this much (RFC 6177), a cluster gets less.
 pub const DISCOVERED_IPV6_BITS: u8 = 32;
 
-/// Why a text is no range of mesh addresses.
+/// The mistake of a text that is no range of mesh addresses.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RangeError {
     /// Neither an IPv4 nor an IPv6 CIDR.
@@ -51,7 +51,7 @@ pub enum RangeError {
     Special {
         /// The special range.
         range: &'static str,
-        /// What is special about it.
+        /// The use of the special range.
         what: &'static str,
     },
 }

@@ -232,7 +232,7 @@ mod tests {
         let full = ranges.clone();
         assert_eq!(ranges.add(every_other(RANGES_MAX)), RangeAddition::Full);
         assert_eq!(ranges, full);
-        // What joins others needs no room, and may make some.
+        // A range that joins others needs no room, and may free some.
         assert_eq!(ranges.add(net("10.0.0.1/32")), RangeAddition::New);
         assert_eq!(ranges.add(every_other(RANGES_MAX)), RangeAddition::Full);
         assert_eq!(ranges.add(net("10.0.0.3/32")), RangeAddition::New);

@@ -28,7 +28,9 @@ pub struct Service {
     pub ingress_ips: Vec<IpAddr>,
     /// Its TCP ports.
     pub ports: Vec<ServicePort>,
-    /// Which endpoints a client may reach.
+    /// Its UDP ports, which are not carried.
+    pub udp_ports: Vec<u16>,
+    /// The endpoints that a client may reach.
     pub traffic: InternalTrafficPolicy,
     /// The session affinity.
     pub affinity: Affinity,
@@ -55,6 +57,8 @@ impl Service {
 pub struct ServicePort {
     /// The port that clients ask for.
     pub port: u16,
+    /// The port at the addresses of nodes.
+    pub node_port: Option<u16>,
     /// Endpoints for clients of IPv4.
     pub ipv4: Endpoints,
     /// Endpoints for clients of IPv6.
@@ -95,7 +99,7 @@ pub enum EndpointCondition {
     NotReady,
 }
 
-/// Which endpoints a client may reach (`internalTrafficPolicy`).
+/// The endpoints that a client may reach (`internalTrafficPolicy`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InternalTrafficPolicy {
     /// All of them.
@@ -126,7 +130,7 @@ pub struct EndpointQuery<'a> {
     pub random: u64,
 }
 
-/// Why there is no endpoint.
+/// A reason for which there is no endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NoEndpoint {
     /// The service has no such port.
@@ -175,7 +179,7 @@ impl Endpoints {
     }
 }
 
-/// Chooses the endpoint for a client that asked for `address`, a virtual address of `service`. `load` is the number of
+/// Chooses the endpoint for a client that asked for `address`, a virtual address of `service` or a node port of it. `load` is the number of
 /// flows that this node has to an endpoint.
 ///
 /// # Errors
@@ -186,7 +190,11 @@ pub fn choose<'a>(
     query: &EndpointQuery<'_>,
     load: impl Fn(SocketAddr) -> usize,
 ) -> Result<&'a Endpoint, NoEndpoint> {
-    let port = service.ports.iter().find(|port| port.port == address.port());
+    let is_own = service.all_addresses().any(|own| own == address.ip().to_canonical());
+    let is_asked = |port: &&ServicePort| {
+        if is_own { port.port == address.port() } else { port.node_port == Some(address.port()) }
+    };
+    let port = service.ports.iter().find(is_asked);
     let port = port.ok_or(NoEndpoint::UnknownPort(address.port()))?;
     let endpoints = if address.ip().to_canonical().is_ipv4() { &port.ipv4 } else { &port.ipv6 };
     // `internalTrafficPolicy` is about ClusterIPs. Clients in the cluster reach all endpoints by the other addresses.

@@ -9,13 +9,16 @@ use std::{
     sync::Arc,
 };
 
-use super::{Service, cow_map::CowMap};
+use super::Service;
+use crate::cow_map::CowMap;
 
 /// The services of all addresses.
 #[derive(Debug, Default, Clone)]
 pub(super) struct ServiceAddresses {
     cluster: CowMap<IpAddr, Arc<Service>>,
     outer: CowMap<IpAddr, Arc<OuterAddress>>,
+    /// The API server gives a node port to one service.
+    node_ports: CowMap<u16, Arc<Service>>,
 }
 
 /// The services with one external or load balancer address. Every namespace can add services, so lookups are not scans.
@@ -63,6 +66,9 @@ impl ServiceAddresses {
         for address in &service.addresses {
             self.cluster.insert(*address, Arc::clone(service));
         }
+        for port in service.ports.iter().filter_map(|port| port.node_port) {
+            self.node_ports.insert(port, Arc::clone(service));
+        }
         for address in service.outer_addresses() {
             let mut outer = self.outer.remove(address).unwrap_or_default();
             Arc::make_mut(&mut outer).insert(*address, service);
@@ -77,6 +83,11 @@ impl ServiceAddresses {
                 self.cluster.remove(address);
             }
         }
+        for port in service.ports.iter().filter_map(|port| port.node_port) {
+            if self.node_ports.get(&port).is_some_and(|holder| Arc::ptr_eq(holder, service)) {
+                self.node_ports.remove(&port);
+            }
+        }
         for address in service.outer_addresses() {
             let Some(mut outer) = self.outer.remove(address) else { continue };
             Arc::make_mut(&mut outer).remove(*address, service);
@@ -89,6 +100,11 @@ impl ServiceAddresses {
     /// The service with a ClusterIP.
     pub(super) fn cluster(&self, address: IpAddr) -> Option<&Arc<Service>> {
         self.cluster.get(&address)
+    }
+
+    /// The service with a node port.
+    pub(super) fn node_port(&self, port: u16) -> Option<&Arc<Service>> {
+        self.node_ports.get(&port)
     }
 
     /// The services with an external or load balancer address.

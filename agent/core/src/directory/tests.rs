@@ -1,5 +1,7 @@
 //! Tests of the snapshot: what is found by which address and name, and what a change leaves as it was.
 
+use std::collections::BTreeSet;
+
 use super::*;
 
 const TEXT: &str = "\
@@ -12,6 +14,40 @@ workloads:
 fn sample() -> Directory {
     let trust_domain = TrustDomain::parse("cluster.local").expect("valid");
     Directory::parse(TEXT, Path::new("directory.yaml"), &trust_domain).expect("valid")
+}
+
+#[test]
+fn a_node_port_is_the_services_at_the_addresses_of_nodes_only() {
+    let text = "\
+workloads: [{name: web, namespace: shop, addresses: [10.77.1.2], node: a}]
+nodes: [{name: a, addresses: [192.0.2.1, 'fd00::1']}, {name: b, addresses: [192.0.2.2]}]
+services:
+- {name: web, namespace: shop, addresses: [10.96.0.1], ports: [{port: 80, nodePort: 30080}], endpoints: []}
+";
+    let domain = TrustDomain::parse("cluster.local").expect("valid");
+    let mut directory = Directory::parse(text, Path::new("directory.yaml"), &domain).expect("valid");
+    let service = |directory: &Directory, at: &str| {
+        directory.service_for(at.parse().expect("an address")).map(|service| service.name.to_string())
+    };
+    for (at, expected) in [
+        ("192.0.2.1:30080", true),
+        ("[::ffff:192.0.2.2]:30080", true),
+        ("[fd00::1]:30080", true),
+        ("192.0.2.1:30081", false),
+        ("192.0.2.1:80", false),
+        ("192.0.2.3:30080", false),
+        ("10.77.1.2:30080", false),
+    ] {
+        assert_eq!(service(&directory, at).is_some(), expected, "{at}");
+    }
+    let is_node_port = |at: &str| directory.is_node_port(at.parse().expect("an address"));
+    assert!(is_node_port("192.0.2.1:32767") && !is_node_port("192.0.2.1:32768"));
+    assert_eq!(directory.node_addresses().count(), 3);
+    let others = text.replace("192.0.2.2", "192.0.2.4");
+    let others = Directory::parse(&others, Path::new("directory.yaml"), &domain).expect("valid");
+    assert_ne!(others.node_changes(), directory.node_changes());
+    directory.remove_service("shop", "web");
+    assert_eq!(service(&directory, "192.0.2.1:30080"), None);
 }
 
 #[test]
@@ -49,10 +85,11 @@ fn a_workload_has_what_the_file_says_and_the_defaults() {
 }
 
 #[test]
-fn a_node_has_its_workloads_in_order() {
+fn a_node_has_its_workloads() {
     let directory = sample();
-    let names = |node| directory.on_node(node).map(|workload| &*workload.name).collect::<Vec<_>>();
-    assert_eq!(names("a"), ["web", "cart"]);
+    let names = |node| directory.on_node(node).map(|workload| &*workload.name).collect::<BTreeSet<_>>();
+    let names = |node| names(node).into_iter().collect::<Vec<_>>();
+    assert_eq!(names("a"), ["cart", "web"]);
     assert_eq!(names("b"), ["db"]);
     assert!(names("c").is_empty());
     assert_eq!((directory.len(), directory.is_empty()), (3, false));
@@ -237,6 +274,7 @@ fn a_service_is_found_by_its_addresses_until_it_is_removed() {
         external_ips: Vec::new(),
         ingress_ips: Vec::new(),
         ports: Vec::new(),
+        udp_ports: Vec::new(),
         traffic: InternalTrafficPolicy::Cluster,
         affinity: Affinity::None,
     };
@@ -266,7 +304,13 @@ fn external_addresses_are_a_services_unless_somebody_else_has_them() {
         addresses: Vec::new(),
         external_ips: external.iter().map(|text| address(text)).collect(),
         ingress_ips: ingress.iter().map(|text| address(text)).collect(),
-        ports: vec![ServicePort { port, ipv4: Endpoints::default(), ipv6: Endpoints::default() }],
+        udp_ports: vec![port],
+        ports: vec![ServicePort {
+            port,
+            node_port: None,
+            ipv4: Endpoints::default(),
+            ipv6: Endpoints::default(),
+        }],
         traffic: InternalTrafficPolicy::Cluster,
         affinity: Affinity::None,
     };
@@ -300,6 +344,18 @@ fn external_addresses_are_a_services_unless_somebody_else_has_them() {
     directory.remove_service("shop", "false");
     assert_eq!(directory.conflicts().count(), 0);
     assert_eq!(name(&directory, "203.0.113.2:80").as_deref(), Some("web"), "the port is web's again");
+    // A node that lists the address of a load balancer has its other ports.
+    let shared = [address("203.0.113.2")];
+    directory.set_node_addresses(&"c".into(), &[], &shared);
+    assert_eq!(name(&directory, "203.0.113.2:80").as_deref(), Some("web"));
+    assert_eq!((name(&directory, "203.0.113.2:6443"), directory.knows(shared[0])), (None, false));
+    let mut services: Vec<_> = directory.node_services().collect();
+    services.sort_unstable();
+    let both = |text: &str| [(at(text), IpProtocol::Tcp), (at(text), IpProtocol::Udp)];
+    assert_eq!(services, [both("203.0.113.2:25"), both("203.0.113.2:80")].concat());
+    let changes = directory.conflict_changes();
+    directory.set_node_addresses(&"c".into(), &shared, &[]);
+    assert!(directory.node_services().next().is_none() && directory.conflict_changes() > changes);
     // Nor does a pod's claim take the address of a load balancer.
     directory.insert(workload("false", "b", "203.0.113.2"), AddressConflict::Replace);
     assert!(directory.is_unclear(address("203.0.113.2")) && !directory.knows(address("203.0.113.2")));

@@ -9,18 +9,17 @@
 //! ```
 //! AUDIT policies and those of a dry run (annotation `istio.io/dry-run`) decide nothing; their matches are told.
 //!
-//! What needs HTTP (hosts, methods, paths, request principals, headers, remote IPs, SNI) an L4 proxy cannot see. As Istio
-//! does for ztunnel (pilot/pkg/serviceregistry/kube/controller/ambient/authorization.go), an ALLOW rule that has such a
-//! field never matches, and in another rule the field is left out, so that it matches more: both are more restrictive
-//! than what was asked for. A CUSTOM policy needs an external provider; istiod does not give it to ztunnel at all, which
-//! lets through what the provider might have denied. Here it denies all that it selects, as Istio's sidecars do when
-//! they have no such provider. A policy with `targetRefs` belongs to a waypoint or gateway, and selects nobody here.
+//! An L4 proxy cannot evaluate fields that need HTTP: hosts, methods, paths, request principals, headers, remote IPs,
+//! SNI. An ALLOW rule with such a field never matches. Other rules ignore the field, so they match more flows. Both
+//! are more restrictive than the policy's text, and both follow Istio's rules for ztunnel
+//! (pilot/pkg/serviceregistry/kube/controller/ambient/authorization.go). A CUSTOM policy needs an external provider.
+//! istiod does not pass it to ztunnel, so ztunnel allows flows that the provider might deny. Tacit denies all flows
+//! that the policy selects, as Istio's sidecars do without the provider. A policy with `targetRefs` belongs to a
+//! waypoint or gateway and selects no workload.
 //!
-//! A source without a proven identity matches no principal, namespace or service account; so it matches every negation.
+//! A source without a proven identity matches no principal, namespace, service account or trust domain; so it matches every negation.
 
 use std::{fmt, net::IpAddr, sync::Arc};
-
-use ipnet::IpNet;
 
 use super::Flow;
 use crate::spiffe::SpiffeId;
@@ -28,7 +27,7 @@ use crate::spiffe::SpiffeId;
 mod matching;
 pub(super) mod parse;
 
-use matching::{Pattern, ServiceAccount, ValueMatch};
+use matching::{Blocks, Patterns, PortSet, ServiceAccounts, ValueMatch};
 
 /// One policy that selects workloads.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,18 +37,20 @@ pub struct AuthorizationPolicy {
     action: Action,
     enforcement: Enforcement,
     rules: Vec<Rule>,
+    /// Number of lookups of one decision, at most.
+    lookups: usize,
 }
 
-/// Whose policy it is.
+/// The owner of the policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Attachment {
-    /// Ours, for the workloads it selects.
+    /// Workloads, those that it selects.
     Workloads,
     /// A waypoint's or gateway's.
     Elsewhere,
 }
 
-/// What happens to a flow that matches.
+/// The effect of a policy on a flow that matches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Action {
     Allow,
@@ -59,9 +60,11 @@ enum Action {
     Custom,
     /// The policy could not be read, and why: all is denied.
     Unreadable(String),
+    /// The policies of a namespace are not applied, and why: all is denied.
+    NotApplied(String),
 }
 
-/// Whether a policy decides or is only watched.
+/// The enforcement of a policy. A dry run is logged and decides nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Enforcement {
     Enforced,
@@ -78,7 +81,7 @@ struct Rule {
     reach: Applicability,
 }
 
-/// Whether a rule can match at all.
+/// The applicability of a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Applicability {
     Evaluated,
@@ -89,34 +92,36 @@ enum Applicability {
 /// `from.source`: all of its fields must hold.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct SourceMatch {
-    principals: ValueMatch<Pattern>,
-    namespaces: ValueMatch<Pattern>,
-    service_accounts: ValueMatch<ServiceAccount>,
-    blocks: ValueMatch<IpNet>,
+    principals: ValueMatch<Patterns>,
+    namespaces: ValueMatch<Patterns>,
+    service_accounts: ValueMatch<ServiceAccounts>,
+    trust_domains: ValueMatch<Patterns>,
+    blocks: ValueMatch<Blocks>,
 }
 
 /// `to.operation`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct OperationMatch {
-    ports: ValueMatch<u16>,
+    ports: ValueMatch<PortSet>,
 }
 
 /// One entry of `when`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Condition {
-    SourceIp(ValueMatch<IpNet>),
-    SourceNamespace(ValueMatch<Pattern>),
-    SourceAccount(ValueMatch<ServiceAccount>),
-    SourcePrincipal(ValueMatch<Pattern>),
-    DestinationIp(ValueMatch<IpNet>),
-    DestinationPort(ValueMatch<u16>),
+    SourceIp(ValueMatch<Blocks>),
+    SourceNamespace(ValueMatch<Patterns>),
+    SourceAccount(ValueMatch<ServiceAccounts>),
+    SourcePrincipal(ValueMatch<Patterns>),
+    SourceTrustDomain(ValueMatch<Patterns>),
+    DestinationIp(ValueMatch<Blocks>),
+    DestinationPort(ValueMatch<PortSet>),
 }
 
-/// In policies, this stands for the mesh's own trust domain, whatever that is called, as Istio has it. Identities of other
+/// In principals, this stands for the mesh's own trust domain, whatever that is called, as Istio has it. Identities of other
 /// trust domains do not come here: the tunnel refuses them.
 const OWN_DOMAIN: &str = "cluster.local";
 
-/// What rules look at.
+/// The attributes of a flow that rules match.
 struct FlowAttributes<'a> {
     identity: Option<&'a SpiffeId>,
     /// The identity as policies write it, without `spiffe://`: by its trust domain, and by [`OWN_DOMAIN`].
@@ -143,48 +148,149 @@ impl<'a> FlowAttributes<'a> {
         }
     }
 
-    fn has_principal(&self, pattern: &Pattern) -> bool {
-        self.principals.iter().any(|principal| pattern.matches(principal))
+    fn has_principal(&self, patterns: &Patterns) -> bool {
+        self.principals.iter().any(|principal| patterns.matches(principal))
     }
 
-    fn has_namespace(&self, pattern: &Pattern) -> bool {
-        self.identity.is_some_and(|identity| pattern.matches(identity.namespace()))
+    fn has_namespace(&self, patterns: &Patterns) -> bool {
+        self.identity.is_some_and(|identity| patterns.matches(identity.namespace()))
     }
 
-    fn has_account(&self, account: &ServiceAccount) -> bool {
-        self.identity.is_some_and(|identity| account.is(identity))
+    /// [`OWN_DOMAIN`] is no alias here: a policy that names a trust domain means that domain.
+    fn has_trust_domain(&self, patterns: &Patterns) -> bool {
+        self.identity.is_some_and(|id| patterns.matches(&id.trust_domain().to_string()))
+    }
+
+    fn has_account(&self, accounts: &ServiceAccounts) -> bool {
+        self.identity.is_some_and(|identity| accounts.has(identity))
     }
 }
 
 impl SourceMatch {
     fn matches(&self, flow: &FlowAttributes<'_>) -> bool {
-        self.principals.holds(|pattern| flow.has_principal(pattern))
-            && self.namespaces.holds(|pattern| flow.has_namespace(pattern))
-            && self.service_accounts.holds(|account| flow.has_account(account))
-            && self.blocks.holds(|block| block.contains(&flow.client))
+        self.principals.holds(|patterns| flow.has_principal(patterns))
+            && self.namespaces.holds(|patterns| flow.has_namespace(patterns))
+            && self.service_accounts.holds(|accounts| flow.has_account(accounts))
+            && self.trust_domains.holds(|patterns| flow.has_trust_domain(patterns))
+            && self.blocks.holds(|blocks| blocks.contain(flow.client))
     }
+
+    /// Returns which field asks for one of a list, if no other field asks for anything.
+    fn only_list(&self) -> Option<usize> {
+        let fields = [
+            (self.principals.is_absent(), self.principals.is_one_of()),
+            (self.namespaces.is_absent(), self.namespaces.is_one_of()),
+            (self.service_accounts.is_absent(), self.service_accounts.is_one_of()),
+            (self.trust_domains.is_absent(), self.trust_domains.is_one_of()),
+            (self.blocks.is_absent(), self.blocks.is_one_of()),
+        ];
+        let mut asking = fields.iter().enumerate().filter(|(_, (is_absent, _))| !is_absent);
+        match (asking.next(), asking.next()) {
+            (Some((field, (_, true))), None) => Some(field),
+            _ => None,
+        }
+    }
+
+    fn widen(&mut self, other: Self) {
+        self.principals.widen(other.principals);
+        self.namespaces.widen(other.namespaces);
+        self.service_accounts.widen(other.service_accounts);
+        self.trust_domains.widen(other.trust_domains);
+        self.blocks.widen(other.blocks);
+    }
+
+    fn lookups(&self) -> usize {
+        self.principals.lookups()
+            + self.namespaces.lookups()
+            + self.service_accounts.lookups()
+            + self.trust_domains.lookups()
+            + self.blocks.lookups()
+    }
+}
+
+/// Joins the sources that only ask for one of a list of the same field. A flow matches the joined source if the flow matches
+/// one of them.
+fn joined_sources(sources: Vec<SourceMatch>) -> Vec<SourceMatch> {
+    let mut joined: Vec<SourceMatch> = Vec::new();
+    // The place of the source that asks for each field.
+    let mut places: [Option<usize>; 5] = [None; 5];
+    for source in sources {
+        let Some(field) = source.only_list() else {
+            joined.push(source);
+            continue;
+        };
+        match places[field] {
+            Some(place) => joined[place].widen(source),
+            None => {
+                places[field] = Some(joined.len());
+                joined.push(source);
+            }
+        }
+    }
+    joined
+}
+
+/// Joins the operations that only ask for one of a list of ports.
+fn joined_operations(operations: Vec<OperationMatch>) -> Vec<OperationMatch> {
+    let (lists, mut joined): (Vec<_>, Vec<_>) =
+        operations.into_iter().partition(|operation| operation.ports.is_one_of());
+    joined.extend(lists.into_iter().reduce(|mut all, more| {
+        all.ports.widen(more.ports);
+        all
+    }));
+    joined
 }
 
 impl OperationMatch {
     fn matches(&self, flow: &FlowAttributes<'_>) -> bool {
-        self.ports.holds(|port| *port == flow.port)
+        self.ports.holds(|ports| ports.has(flow.port))
     }
 }
 
 impl Condition {
     fn matches(&self, flow: &FlowAttributes<'_>) -> bool {
         match self {
-            Self::SourceIp(blocks) => blocks.holds(|block| block.contains(&flow.client)),
-            Self::SourceNamespace(patterns) => patterns.holds(|pattern| flow.has_namespace(pattern)),
-            Self::SourceAccount(accounts) => accounts.holds(|account| flow.has_account(account)),
-            Self::SourcePrincipal(patterns) => patterns.holds(|pattern| flow.has_principal(pattern)),
-            Self::DestinationIp(blocks) => blocks.holds(|block| block.contains(&flow.server)),
-            Self::DestinationPort(ports) => ports.holds(|port| *port == flow.port),
+            Self::SourceIp(blocks) => blocks.holds(|blocks| blocks.contain(flow.client)),
+            Self::SourceNamespace(patterns) => patterns.holds(|patterns| flow.has_namespace(patterns)),
+            Self::SourceAccount(accounts) => accounts.holds(|accounts| flow.has_account(accounts)),
+            Self::SourcePrincipal(patterns) => patterns.holds(|patterns| flow.has_principal(patterns)),
+            Self::SourceTrustDomain(patterns) => patterns.holds(|patterns| flow.has_trust_domain(patterns)),
+            Self::DestinationIp(blocks) => blocks.holds(|blocks| blocks.contain(flow.server)),
+            Self::DestinationPort(ports) => ports.holds(|ports| ports.has(flow.port)),
+        }
+    }
+
+    fn lookups(&self) -> usize {
+        match self {
+            Self::SourceIp(blocks) | Self::DestinationIp(blocks) => blocks.lookups(),
+            Self::SourceNamespace(patterns)
+            | Self::SourcePrincipal(patterns)
+            | Self::SourceTrustDomain(patterns) => patterns.lookups(),
+            Self::SourceAccount(accounts) => accounts.lookups(),
+            Self::DestinationPort(ports) => ports.lookups(),
         }
     }
 }
 
 impl Rule {
+    fn new(
+        sources: Vec<SourceMatch>,
+        operations: Vec<OperationMatch>,
+        conditions: Vec<Condition>,
+        reach: Applicability,
+    ) -> Self {
+        let (sources, operations) = (joined_sources(sources), joined_operations(operations));
+        Self { sources, operations, conditions, reach }
+    }
+
+    /// Returns the number of lookups of one match. A rule without any field is one.
+    fn lookups(&self) -> usize {
+        let sources: usize = self.sources.iter().map(SourceMatch::lookups).sum();
+        let operations: usize = self.operations.iter().map(|operation| operation.ports.lookups()).sum();
+        let conditions: usize = self.conditions.iter().map(Condition::lookups).sum();
+        1 + sources + operations + conditions
+    }
+
     fn matches(&self, flow: &FlowAttributes<'_>) -> bool {
         let from = self.sources.is_empty() || self.sources.iter().any(|source| source.matches(flow));
         let to =
@@ -197,15 +303,29 @@ impl Rule {
 }
 
 impl AuthorizationPolicy {
+    fn new(id: String, action: Action, enforcement: Enforcement, rules: Vec<Rule>) -> Self {
+        let lookups = 1 + rules.iter().map(Rule::lookups).sum::<usize>();
+        Self { id, action, enforcement, rules, lookups }
+    }
+
     /// A policy that could not be read. It denies all that it selects.
     pub(super) fn unreadable(id: String, why: String) -> Self {
-        let enforcement = Enforcement::Enforced;
-        Self { id, action: Action::Unreadable(why), enforcement, rules: Vec::new() }
+        Self::new(id, Action::Unreadable(why), Enforcement::Enforced, Vec::new())
+    }
+
+    /// The policy in force instead of the policies of a namespace that are not applied. It denies all.
+    pub(super) fn not_applied(namespace: &str, why: String) -> Self {
+        Self::new(format!("{namespace}/*"), Action::NotApplied(why), Enforcement::Enforced, Vec::new())
+    }
+
+    /// Returns the number of lookups of one decision, at most.
+    pub(super) fn lookups(&self) -> usize {
+        self.lookups
     }
 
     fn matching(&self, flow: &FlowAttributes<'_>) -> Option<Match<'_>> {
         let rule = match self.action {
-            Action::Custom | Action::Unreadable(_) => None,
+            Action::Custom | Action::Unreadable(_) | Action::NotApplied(_) => None,
             Action::Allow | Action::Deny | Action::Audit => {
                 Some(self.rules.iter().position(|rule| rule.matches(flow))?)
             }
@@ -214,7 +334,7 @@ impl AuthorizationPolicy {
     }
 
     fn denies(&self) -> bool {
-        matches!(self.action, Action::Deny | Action::Custom | Action::Unreadable(_))
+        matches!(self.action, Action::Deny | Action::Custom | Action::Unreadable(_) | Action::NotApplied(_))
     }
 
     fn action(&self) -> &'static str {
@@ -224,6 +344,7 @@ impl AuthorizationPolicy {
             Action::Audit => "AUDIT",
             Action::Custom => "CUSTOM",
             Action::Unreadable(_) => "unreadable",
+            Action::NotApplied(_) => "not applied",
         }
     }
 }
@@ -257,13 +378,16 @@ impl fmt::Display for Match<'_> {
             (Action::Unreadable(why), _) => {
                 write!(f, "policy {id}, which could not be read and so denies all it selects ({why})")
             }
+            (Action::NotApplied(why), _) => {
+                write!(f, "policies {id}, which are not applied, so that all is denied ({why})")
+            }
             (_, Some(index)) => write!(f, "rule {} of {} policy {id}", index + 1, self.policy.action()),
             (_, None) => write!(f, "{} policy {id}", self.policy.action()),
         }
     }
 }
 
-/// What authorization says about a flow.
+/// The result of authorization for a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AuthorizationDecision<'p> {
     /// No ALLOW policy selects the workload, and no other policy denies: allowed.
@@ -276,14 +400,24 @@ pub enum AuthorizationDecision<'p> {
     NotAllowed(UnmatchedPolicies<'p>),
 }
 
-/// ALLOW policies of which no rule matched; displayed as the list of their names.
+/// ALLOW policies of which no rule matched; displayed as the list of the first names.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct UnmatchedPolicies<'p>(Vec<&'p AuthorizationPolicy>);
+pub struct UnmatchedPolicies<'p>(&'p Authorization);
+
+/// Maximum number of policies that a message names. Thousands may select a workload.
+const NAMES_MAX: usize = 4;
+/// Maximum number of policies that a status lists for each workload.
+const LISTED_MAX: usize = 50;
 
 impl fmt::Display for UnmatchedPolicies<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names: Vec<_> = self.0.iter().map(|policy| policy.id.as_str()).collect();
-        write!(f, "{}", names.join(", "))
+        let mut names = self.0.allowing().map(|policy| policy.id.as_str());
+        let first: Vec<&str> = names.by_ref().take(NAMES_MAX).collect();
+        write!(f, "{}", first.join(", "))?;
+        match names.count() {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
     }
 }
 
@@ -296,10 +430,16 @@ impl Authorization {
         Self(policies)
     }
 
-    /// Whether no policy selects the workload, so that no flow needs a look.
+    /// Returns true if no policy selects the workload. Then no flow needs a check.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// Number of policies.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
     }
 
     /// `namespace/name` of every policy, in order.
@@ -307,27 +447,50 @@ impl Authorization {
         self.0.iter().map(|policy| policy.id.as_str())
     }
 
-    /// What the policies say about a flow.
+    /// Returns the number of lookups of one decision, at most.
+    #[must_use]
+    pub fn lookups(&self) -> usize {
+        self.0.iter().map(|policy| policy.lookups()).sum()
+    }
+
+    /// The first names, for people, with the number of the others.
+    #[must_use]
+    pub fn first_names(&self) -> Vec<String> {
+        let mut names = self.names();
+        let mut first: Vec<String> = names.by_ref().take(LISTED_MAX).map(str::to_owned).collect();
+        let more = names.count();
+        first.extend((more > 0).then(|| format!("and {more} more")));
+        first
+    }
+
+    /// Evaluates the policies for a flow.
     #[must_use]
     pub fn evaluate(&self, flow: &Flow) -> AuthorizationDecision<'_> {
         if self.is_empty() {
             return AuthorizationDecision::Unrestricted;
         }
         let flow = FlowAttributes::of(flow);
-        let enforced = || self.0.iter().filter(|policy| policy.enforcement == Enforcement::Enforced);
-        let denied = enforced().filter(|policy| policy.denies()).find_map(|policy| policy.matching(&flow));
+        let denied =
+            self.enforced().filter(|policy| policy.denies()).find_map(|policy| policy.matching(&flow));
         if let Some(by) = denied {
             return AuthorizationDecision::Denied(by);
         }
-        let allows: Vec<_> =
-            enforced().filter(|policy| policy.action == Action::Allow).map(|p| &**p).collect();
-        if allows.is_empty() {
+        let mut allowing = self.allowing().peekable();
+        if allowing.peek().is_none() {
             return AuthorizationDecision::Unrestricted;
         }
-        match allows.iter().find_map(|policy| policy.matching(&flow)) {
+        match allowing.find_map(|policy| policy.matching(&flow)) {
             Some(by) => AuthorizationDecision::Allowed(by),
-            None => AuthorizationDecision::NotAllowed(UnmatchedPolicies(allows)),
+            None => AuthorizationDecision::NotAllowed(UnmatchedPolicies(self)),
         }
+    }
+
+    fn enforced(&self) -> impl Iterator<Item = &AuthorizationPolicy> {
+        self.0.iter().map(|policy| &**policy).filter(|policy| policy.enforcement == Enforcement::Enforced)
+    }
+
+    fn allowing(&self) -> impl Iterator<Item = &AuthorizationPolicy> {
+        self.enforced().filter(|policy| policy.action == Action::Allow)
     }
 
     /// AUDIT policies, and policies of a dry run, that match a flow.

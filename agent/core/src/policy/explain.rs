@@ -1,9 +1,10 @@
-//! What policy says about a connection that somebody asks about, in words: mode, the rule that decides, and why.
+//! Explanation of policy for one connection: mode, the rule that decides, and the reason.
 //!
 //! It is the destination's answer: whether the connection gets that far is for the source's node to know. The verdict
 //! comes from the function that decides on real flows.
 
 use std::{
+    collections::HashSet,
     fmt,
     net::{IpAddr, SocketAddr},
 };
@@ -11,7 +12,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Authorization, AuthorizationDecision, Flow, FlowSource, Mode, Policies, PolicyDenial, Verdict, decide,
+    Authorization, AuthorizationDecision, Flow, FlowSource, Mode, Modes, Policies, PolicyDenial,
+    PolicyVerdict, decide,
 };
 use crate::{
     directory::{Directory, Protocol, Workload},
@@ -28,7 +30,7 @@ pub enum WorkloadRef {
     Address(IpAddr),
 }
 
-/// Why a question has no answer.
+/// A question without an answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ExplainError {
     /// Neither form.
@@ -136,7 +138,7 @@ pub struct PathVerdict {
     pub to: String,
     /// To which port.
     pub port: u16,
-    /// The identity the source proves; `None` in clear.
+    /// The identity that the source proves; `None` for plaintext.
     pub principal: Option<String>,
     /// The mode of the destination at that port; `None` when no policy is kept there.
     pub mode: Option<String>,
@@ -144,8 +146,29 @@ pub struct PathVerdict {
     pub policies: Vec<String>,
     /// True if the connection is allowed.
     pub allow: bool,
-    /// Why, in sentences.
+    /// The reasons, in sentences.
     pub why: Vec<String>,
+}
+
+/// The policy that connections to a workload of this agent's node meet. It can differ from what was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PolicyInForce {
+    /// The kernel and the data path hold this policy.
+    Held {
+        /// The modes.
+        modes: Modes,
+        /// The authorization.
+        authorization: Authorization,
+        /// The reason why it is not the configured policy.
+        not_applied: Option<String>,
+        /// The reason why the pod is not enrolled. Only the kernel holds the policy then, and nothing reaches the pod through the agent.
+        waits_for: Option<String>,
+    },
+    /// No policy is held.
+    Nothing {
+        /// The reason why the pod is not enrolled.
+        waits_for: String,
+    },
 }
 
 /// The snapshots that an explanation reads.
@@ -153,8 +176,10 @@ pub struct PathVerdict {
 pub struct ExplainContext<'a> {
     /// The workloads and services.
     pub directory: &'a Directory,
-    /// All policies.
+    /// All policies, as they were read.
     pub policies: &'a Policies,
+    /// Returns the policy in force for a workload of this agent's node.
+    pub in_force: &'a dyn Fn(&Workload) -> PolicyInForce,
     /// This agent's node.
     pub node: &'a str,
     /// Tells the node's own addresses.
@@ -214,46 +239,105 @@ fn path(
         verdict.why.push("Nobody keeps a policy there: the destination is not enrolled.".to_owned());
         return verdict;
     };
-    let (modes, authorization) = (known.policies.modes(target), known.policies.authorization(target));
+    let (modes, authorization) = match held(known, target, &mut verdict.why) {
+        Some(policy) => policy,
+        None => {
+            verdict.allow = false;
+            return verdict;
+        }
+    };
     let mode = modes.at(port);
     verdict.mode = Some(name(mode).to_owned());
-    verdict.policies = authorization.names().map(str::to_owned).collect();
+    verdict.policies = authorization.first_names();
     let (proof, why) = arrival(known, source, client, target, mode);
     verdict.why.push(why);
+    verdict.why.extend(mode_in_words(known.policies, target, port, mode));
+    let Some(proof) = proof else {
+        verdict.why.push(OF_NODE.to_owned());
+        return verdict;
+    };
     verdict.principal = proof.identity().map(SpiffeId::to_string);
     let flow = Flow { source: proof, client, destination: SocketAddr::new(server, port) };
-    verdict.why.push(format!("The mode of the destination at port {port} is {}.", name(mode)));
     let decision = decide(&modes, &authorization, &flow);
-    verdict.allow = decision == Verdict::Allow;
-    verdict.why.push(reason(
-        &decision,
-        &flow.source,
-        authorization.is_empty(),
-        &authorization.evaluate(&flow),
-    ));
+    verdict.allow = decision == PolicyVerdict::Allow;
+    verdict.why.push(reason(&decision, authorization.is_empty(), &authorization.evaluate(&flow)));
     verdict.why.extend(remarks(known.policies, &authorization, &flow));
     verdict
+}
+
+/// Returns the mode in force at a port in words, with the mode that the policies set if `minimumMode` raised it.
+fn mode_in_words(
+    policies: &Policies,
+    target: &Workload,
+    port: u16,
+    mode: Mode,
+) -> impl Iterator<Item = String> + use<> {
+    let (written, configured) = (policies.written_modes(target).at(port), policies.modes(target).at(port));
+    let raised = (written != configured && mode == configured)
+        .then(|| format!("Raised by minimumMode: the policies set {}.", name(written)));
+    [format!("The mode of the destination at port {port} is {}.", name(mode))].into_iter().chain(raised)
+}
+
+/// Returns the policy that a connection meets, with sentences where it is not the configured policy in full. `None` if there
+/// is none yet.
+fn held(
+    known: ExplainContext<'_>,
+    target: &Workload,
+    why: &mut Vec<String>,
+) -> Option<(Modes, Authorization)> {
+    if *target.node != *known.node {
+        why.push(format!(
+            "Policy as this agent has read it: the agent of node {} knows what is in force there.",
+            target.node
+        ));
+        return Some((known.policies.modes(target), known.policies.authorization(target)));
+    }
+    match (known.in_force)(target) {
+        PolicyInForce::Held { modes, authorization, not_applied, waits_for } => {
+            let not_applied = not_applied.map(|error| {
+                format!("The configured policy is not applied, STRICT is in force at all ports: {error}.")
+            });
+            let waits_for = waits_for
+                .map(|reason| format!("The destination is not enrolled yet, tunnels to it fail: {reason}."));
+            why.extend(not_applied.into_iter().chain(waits_for));
+            Some((modes, authorization))
+        }
+        PolicyInForce::Nothing { waits_for } => {
+            why.push(format!(
+                "No policy is in force for the destination yet, tunnels to it fail: {waits_for}."
+            ));
+            None
+        }
+    }
 }
 
 /// Returns audits, and the notes on the evaluated policies.
 fn remarks(policies: &Policies, authorization: &Authorization, flow: &Flow) -> Vec<String> {
     let audits = authorization.audits(flow);
     let audits = audits.iter().map(|audit| format!("It is told to the log by {audit}."));
-    let is_of = |note: &str, policy: &str| note.starts_with(&format!("AuthorizationPolicy {policy}: "));
-    let notes =
-        policies.notes().iter().filter(|note| authorization.names().any(|policy| is_of(note, policy)));
+    let names: HashSet<&str> = authorization.names().collect();
+    let is_of_these = |note: &&str| {
+        let policy = note.strip_prefix("AuthorizationPolicy ").and_then(|rest| rest.split(": ").next());
+        policy.is_some_and(|policy| names.contains(policy))
+    };
+    let notes = policies.notes().into_iter().filter(is_of_these);
     audits.chain(notes.map(|note| format!("Note: {note}."))).collect()
 }
 
-/// Returns the way by which the connection arrives at the destination's agent, with a sentence about it.
+/// The verdict on connections of the node's own processes. The kernel admits them, and no policy is evaluated.
+const OF_NODE: &str = "Allowed for connections of the node's own processes, such as probes. Pods with the node's network and \
+                       masqueraded connections have the same address, and are plaintext.";
+
+/// Returns the way by which the connection arrives at the destination's agent, with a sentence about it. `None` for a connection
+/// of the node's own processes, which arrives at the pod without the agent.
 fn arrival(
     known: ExplainContext<'_>,
     source: &Resolved<'_>,
     client: IpAddr,
     target: &Workload,
     mode: Mode,
-) -> (FlowSource, String) {
-    match source.workload.filter(|workload| workload.protocol == Protocol::Tacit) {
+) -> (Option<FlowSource>, String) {
+    let (proof, why) = match source.workload.filter(|workload| workload.protocol == Protocol::Tacit) {
         Some(workload) if workload.node == target.node => {
             let identity = &workload.identity;
             (FlowSource::SameNode(identity.clone()), format!("It is handed over on one node, as {identity}."))
@@ -267,34 +351,26 @@ fn arrival(
             (FlowSource::Tunnel(identity.clone()), format!("It comes through a tunnel, as {identity}."))
         }
         None if *target.node == *known.node && (known.is_node)(client) => {
-            (FlowSource::Node, "It comes from the destination's own node.".to_owned())
+            return (None, "It comes from the destination's own node.".to_owned());
         }
         None => (
             FlowSource::Plaintext,
             "It comes in clear, without an identity: the source is not enrolled.".to_owned(),
         ),
-    }
+    };
+    (Some(proof), why)
 }
 
-fn reason(
-    decision: &Verdict<'_>,
-    source: &FlowSource,
-    unselected: bool,
-    ruling: &AuthorizationDecision<'_>,
-) -> String {
+fn reason(decision: &PolicyVerdict<'_>, unselected: bool, ruling: &AuthorizationDecision<'_>) -> String {
     match decision {
-        Verdict::Deny(PolicyDenial::PlaintextInStrict) => {
+        PolicyVerdict::Deny(PolicyDenial::PlaintextInStrict) => {
             "Denied: STRICT takes no plaintext. No AuthorizationPolicy is asked.".to_owned()
         }
-        Verdict::Deny(PolicyDenial::DeniedBy(by)) => format!("Denied by {by}."),
-        Verdict::Deny(PolicyDenial::NotAllowed(policies)) => {
+        PolicyVerdict::Deny(PolicyDenial::DeniedBy(by)) => format!("Denied by {by}."),
+        PolicyVerdict::Deny(PolicyDenial::NotAllowed(policies)) => {
             format!("Denied: ALLOW policies select the destination, and no rule of ALLOW {policies} matches.")
         }
-        Verdict::Allow if *source == FlowSource::Node => {
-            "Allowed for connections of the node's own processes, such as probes. Pods with the node's network and masqueraded \
-             connections have the same address, and are plaintext.".to_owned()
-        }
-        Verdict::Allow => match ruling {
+        PolicyVerdict::Allow => match ruling {
             AuthorizationDecision::Allowed(by) => format!("Allowed by {by}."),
             _ if unselected => "Allowed: No AuthorizationPolicy selects the destination.".to_owned(),
             _ => {

@@ -19,7 +19,7 @@ use std::{
 };
 
 use super::{
-    Policies,
+    Policies, PolicyUsage,
     authorization::{self, Attachment, AuthorizationPolicy},
     metadata::ObjectMeta,
     peer_authentication::{self, PeerAuthentication},
@@ -30,8 +30,12 @@ const FIELDS: [&str; 5] = ["apiVersion", "kind", "metadata", "spec", "status"];
 const VERSIONS: [(&str, ()); 2] = [("security.istio.io/v1", ()), ("security.istio.io/v1beta1", ())];
 
 /// One policy object. Cheap to clone.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PolicyObject(pub(super) Arc<ParsedPolicy>);
+#[derive(Debug, Clone)]
+pub struct PolicyObject {
+    parsed: Arc<ParsedPolicy>,
+    /// Size of its text. 0 for a document of a file, because the file as a whole is bounded.
+    bytes: usize,
+}
 
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum ParsedPolicy {
@@ -51,7 +55,7 @@ pub(super) struct ScopedAuthorization {
     pub(super) notes: Vec<String>,
 }
 
-/// What a source knows of an object before it is read, for instance from its key in the Kubernetes API.
+/// Facts of an object that its source knows before reading the text, for example from its key in the Kubernetes API.
 #[derive(Debug, Clone, Copy)]
 pub struct Origin<'a> {
     /// Name of the object, or of the file, for messages.
@@ -63,6 +67,15 @@ pub struct Origin<'a> {
     pub kind: Option<PolicyKind>,
 }
 
+/// Two objects are equal if the same holds by them.
+impl PartialEq for PolicyObject {
+    fn eq(&self, other: &Self) -> bool {
+        self.parsed == other.parsed
+    }
+}
+
+impl Eq for PolicyObject {}
+
 impl PolicyObject {
     /// Reads one object.
     ///
@@ -73,9 +86,47 @@ impl PolicyObject {
         let read = yaml::decode(text, Path::new(origin.name), |document| {
             object(document, origin.kind, &mut HashMap::new())
         });
-        match read {
+        let (object, mistakes) = match read {
             Ok(object) => (object, None),
             Err(mistakes) => (Self::unreadable(text, origin, &mistakes), Some(mistakes)),
+        };
+        (Self { bytes: text.len(), ..object }, mistakes)
+    }
+
+    fn new(parsed: ParsedPolicy) -> Self {
+        Self { parsed: Arc::new(parsed), bytes: 0 }
+    }
+
+    pub(super) fn parsed(&self) -> &ParsedPolicy {
+        &self.parsed
+    }
+
+    /// The namespace of the object. `None` if it cannot be read: the object concerns all namespaces.
+    #[must_use]
+    pub fn namespace(&self) -> Option<&str> {
+        match self.parsed() {
+            ParsedPolicy::PeerAuthentication(policy) => Some(&policy.namespace),
+            ParsedPolicy::Authorization(policy) => policy.namespace.as_deref(),
+        }
+    }
+
+    /// The part of its namespace's share that the object uses.
+    #[must_use]
+    pub fn usage(&self) -> PolicyUsage {
+        let lookups = match self.parsed() {
+            ParsedPolicy::PeerAuthentication(_) => 1,
+            ParsedPolicy::Authorization(policy) if policy.attachment == Attachment::Elsewhere => 0,
+            ParsedPolicy::Authorization(policy) => policy.policy.lookups() as u64,
+        };
+        PolicyUsage { objects: 1, bytes: self.bytes as u64, lookups }
+    }
+
+    /// Notes for the author: rules that never match, or match more than they say.
+    #[must_use]
+    pub fn notes(&self) -> &[String] {
+        match self.parsed() {
+            ParsedPolicy::PeerAuthentication(_) => &[],
+            ParsedPolicy::Authorization(policy) => &policy.notes,
         }
     }
 
@@ -83,7 +134,7 @@ impl PolicyObject {
         let namespace = origin.namespace.map(str::to_owned).or_else(|| namespace_of(text));
         let labels = namespace.as_ref().and_then(|_| labels_of(text)).unwrap_or_default();
         let kind = origin.kind.or_else(|| part_of(text, |document| supported(&member(document, "kind")?)));
-        Self(Arc::new(match (namespace, kind) {
+        Self::new(match (namespace, kind) {
             (Some(namespace), Some(PolicyKind::PeerAuthentication)) => {
                 ParsedPolicy::PeerAuthentication(PeerAuthentication::strict(&namespace, labels))
             }
@@ -101,7 +152,7 @@ impl PolicyObject {
                     notes: Vec::new(),
                 })
             }
-        }))
+        })
     }
 }
 
@@ -121,9 +172,9 @@ pub(super) fn parse(text: &str, file: &Path, root_namespace: &str) -> Result<Pol
 /// ParsedPolicy of `security.istio.io` that are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PolicyKind {
-    /// What a workload takes in clear.
+    /// PeerAuthentication: the modes of workloads.
     PeerAuthentication,
-    /// Who may talk to a workload.
+    /// AuthorizationPolicy: the clients that may connect to workloads.
     AuthorizationPolicy,
 }
 
@@ -165,7 +216,7 @@ fn object<'a>(
     let spec = Spec::read(kind, header.as_ref(), spec.as_ref(), labels.as_ref());
     let (header, ()) = (header?, version?);
     unique(kind, &header, document, lines);
-    Some(PolicyObject(Arc::new(spec?.of(&header, labels?))))
+    Some(PolicyObject::new(spec?.of(&header, labels?)))
 }
 
 /// `apiVersion`, and that `kind` is there.
@@ -178,7 +229,7 @@ fn version(fields: &mut Fields<'_>, expected: Option<PolicyKind>) -> Option<()> 
     version.map_or(Some(()), |value| value.choice(&VERSIONS))
 }
 
-/// What the `spec` of a kind says.
+/// The content of `spec`, by kind.
 enum Spec {
     Modes(peer_authentication::PeerAuthenticationSpec),
     Authorization(authorization::parse::AuthorizationSpec),
@@ -281,7 +332,7 @@ fn selector_label(Entry { name, value, .. }: Entry<'_>) -> Option<(String, Strin
     Some((name.to_owned(), text.to_owned()))
 }
 
-/// What can be made out of one part of an object that is wrong elsewhere; nothing where the part itself is wrong.
+/// Decodes one valid part of an object that is invalid elsewhere. Returns `None` if the part itself is invalid.
 fn part_of<T>(text: &str, part: impl FnOnce(&Value<'_>) -> Option<T>) -> Option<T> {
     yaml::decode(text, Path::new(""), part).ok()
 }

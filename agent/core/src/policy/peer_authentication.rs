@@ -29,14 +29,14 @@ pub(super) struct PeerAuthentication {
 }
 
 impl PeerAuthentication {
-    /// What one that cannot be read counts as.
+    /// Returns the policy that stands in for an unreadable one: STRICT.
     pub(super) fn strict(namespace: &str, labels: BTreeMap<String, String>) -> Self {
         let mode = ModeSetting::Set(Mode::Strict);
         Self { namespace: namespace.into(), labels, mode, ports: BTreeMap::new(), unreadable: true }
     }
 }
 
-/// What its `spec` says about modes.
+/// The modes in the `spec` of a PeerAuthentication.
 pub(super) struct PeerAuthenticationSpec {
     pub(super) mode: ModeSetting,
     pub(super) ports: BTreeMap<u16, ModeSetting>,

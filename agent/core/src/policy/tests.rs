@@ -106,6 +106,56 @@ fn an_absent_policy_says_what_unset_says() {
 }
 
 #[test]
+fn no_policy_sets_a_mode_below_the_minimum() {
+    let web = workload("shop", &[("app", "web")]);
+    let text = document("istio-system", "m", "mtls: {mode: DISABLE}")
+        + &document("shop", "n", "mtls: {mode: PERMISSIVE}")
+        + &document(
+            "shop",
+            "w",
+            "selector: {matchLabels: {app: web}}, mtls: {mode: STRICT}, portLevelMtls: {80: {mode: DISABLE}}",
+        );
+    let other = workload("cart", &[]);
+    for (minimum, mesh, port) in [
+        (Mode::Disable, Mode::Disable, Mode::Disable),
+        (Mode::Permissive, Mode::Permissive, Mode::Permissive),
+        (Mode::Strict, Mode::Strict, Mode::Strict),
+    ] {
+        let raised = policies(&text).with_minimum(minimum);
+        assert_eq!((raised.mesh_default(), raised.modes(&other).default), (mesh, mesh), "{minimum:?}");
+        let modes = raised.modes(&web);
+        assert_eq!((modes.default, modes.at(80)), (Mode::Strict, port), "{minimum:?}");
+        assert_eq!(raised.written_modes(&web).at(80), Mode::Disable, "what was written stays known");
+    }
+    for (minimum, web_is_raised, other_is_raised) in
+        [(Mode::Disable, false, false), (Mode::Permissive, true, false), (Mode::Strict, true, true)]
+    {
+        let raised = policies(&document("shop", "w", "mtls: {mode: DISABLE}")).with_minimum(minimum);
+        assert_eq!((raised.is_raised(&web), raised.is_raised(&other)), (web_is_raised, other_is_raised));
+    }
+    let strict = Policies::default().with_minimum(Mode::Strict);
+    assert_eq!(strict.modes(&web), modes(Mode::Strict));
+    assert!(strict.may_be_strict() && !Policies::default().may_be_strict());
+}
+
+#[test]
+fn a_policy_that_makes_anything_strict_is_known() {
+    for (text, expected) in [
+        (document("shop", "p", "mtls: {mode: PERMISSIVE}"), false),
+        (document("shop", "p", "mtls: {mode: STRICT}"), true),
+        (document("istio-system", "p", "mtls: {mode: STRICT}"), true),
+        (document("shop", "p", "selector: {matchLabels: {a: b}}, mtls: {mode: STRICT}"), true),
+        (document("shop", "p", "selector: {matchLabels: {a: b}}, portLevelMtls: {80: {mode: STRICT}}"), true),
+        (
+            document("shop", "p", "selector: {matchLabels: {a: b}}, portLevelMtls: {80: {mode: DISABLE}}"),
+            false,
+        ),
+    ] {
+        assert_eq!(policies(&text).may_be_strict(), expected, "{text}");
+    }
+}
+
+#[test]
 fn a_selector_needs_every_label_and_its_own_namespace() {
     let strict = |namespace, labels| {
         policies(&document(
@@ -166,14 +216,15 @@ fn another_root_namespace_can_be_named() {
 #[test]
 fn plaintext_is_denied_in_strict_and_nothing_else_is() {
     let id = SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/web").expect("valid");
-    let deny = Verdict::Deny(PolicyDenial::PlaintextInStrict);
-    for (mode, plaintext) in
-        [(Mode::Disable, Verdict::Allow), (Mode::Permissive, Verdict::Allow), (Mode::Strict, deny)]
-    {
+    let deny = PolicyVerdict::Deny(PolicyDenial::PlaintextInStrict);
+    for (mode, plaintext) in [
+        (Mode::Disable, PolicyVerdict::Allow),
+        (Mode::Permissive, PolicyVerdict::Allow),
+        (Mode::Strict, deny),
+    ] {
         for (source, expected) in [
-            (FlowSource::Tunnel(id.clone()), Verdict::Allow),
-            (FlowSource::SameNode(id.clone()), Verdict::Allow),
-            (FlowSource::Node, Verdict::Allow),
+            (FlowSource::Tunnel(id.clone()), PolicyVerdict::Allow),
+            (FlowSource::SameNode(id.clone()), PolicyVerdict::Allow),
             (FlowSource::Plaintext, plaintext.clone()),
         ] {
             let asked = Flow {

@@ -10,12 +10,12 @@
 //!   +------------------------------------------------- Flow { client ended: yes, server ended: yes }
 //! ```
 //! A RESET of the client may cross the server's DONE and come in Idle: the session is then Over as well.
-//! Any other frame is a mistake of the peer (or ours) and ends the session. Both ends run the same machine over the frames
+//! Any other frame is a protocol error and ends the session. Both ends run the same machine over the frames
 //! they send and those they receive.
 
 use super::frame::FrameType;
 
-/// Who sent a frame: the side that connected or the side that accepted the connection.
+/// The sender of a frame: the side that connected or the side that accepted the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// Connected; the agent of the source.
@@ -36,7 +36,7 @@ impl Role {
     }
 }
 
-/// Where the conversation stands.
+/// The state of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FlowState {
     /// No flow; the session can be used.
@@ -61,9 +61,9 @@ pub enum FlowState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{kind:?} from the {from:?} is not allowed in phase {state:?}")]
 pub struct UnexpectedFrame {
-    /// Where the conversation stood.
+    /// The state in which the frame came.
     pub state: FlowState,
-    /// Who sent the frame.
+    /// The sender of the frame.
     pub from: Role,
     /// Its type.
     pub kind: FrameType,

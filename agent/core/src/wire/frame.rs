@@ -68,7 +68,7 @@ pub enum Control {
     Done,
 }
 
-/// Why received bytes are no frame. The session cannot go on.
+/// The mistake of received bytes that are no frame. The session cannot go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
     /// No such type.
@@ -85,7 +85,7 @@ pub enum FrameError {
     /// A record with more or less than one frame.
     #[error("a record of {record_bytes} bytes is not one frame")]
     NotOne {
-        /// What the record holds.
+        /// Length of the record, in bytes.
         record_bytes: usize,
     },
     /// The payload of OPEN is invalid.
@@ -98,7 +98,7 @@ pub enum FrameError {
 pub struct FrameHeader {
     /// Its type.
     pub kind: FrameType,
-    /// How many bytes follow the header.
+    /// Bytes of payload after the header.
     pub payload_bytes: usize,
 }
 

@@ -1,4 +1,4 @@
-//! What opens a flow: the request, and why it may be refused. Pure.
+//! The request that opens a flow, and the reasons to deny it. Pure.
 
 use std::{
     fmt,
@@ -22,22 +22,22 @@ impl fmt::Display for TraceId {
     }
 }
 
-/// What a client asks for when it opens a flow.
+/// A client's request to open a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Open {
-    /// Where the application wanted to connect.
+    /// The destination of the application's `connect()`.
     pub destination: SocketAddr,
     /// The application's own address; a claim for logs, never a credential.
     pub client: SocketAddr,
     /// Ties the logs of both nodes together.
     pub trace: TraceId,
-    /// What the client sends without waiting for the answer.
+    /// The data that the client sends before the answer.
     pub optimistic_data: OptimisticMode,
 }
 
-/// What follows OPEN at once. A destination that answers a request is reached a round trip earlier with it, and ACCEPT may
-/// wait for the first bytes of that answer; after a DENY the session ends, since nobody can tell where the data of a denied
-/// flow does.
+/// The data that follows OPEN before the answer. It saves a round trip, and ACCEPT may wait for the first bytes of the
+/// destination's response. After a DENY the session ends, because the receiver cannot tell where the data of the
+/// denied flow ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum OptimisticMode {
     /// Nothing: the client waits.
@@ -47,7 +47,7 @@ pub enum OptimisticMode {
     On,
 }
 
-/// Why a server refused a flow.
+/// A server's reason to refuse a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DenyReason {
     /// Policy does not allow this client.
@@ -88,7 +88,10 @@ impl DenyReason {
             RefusalReason::Unreachable => Self::Unreachable,
             RefusalReason::TimedOut => Self::TimedOut,
             RefusalReason::Draining => Self::Draining,
-            RefusalReason::Overloaded => Self::Overloaded,
+            RefusalReason::Overloaded
+            | RefusalReason::PodConnections
+            | RefusalReason::SourceConnections
+            | RefusalReason::PendingDials => Self::Overloaded,
             // A server refuses a flow that was opened for no other reason.
             _ => Self::Internal,
         }

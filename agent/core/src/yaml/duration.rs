@@ -5,7 +5,7 @@ use std::{fmt, ops::RangeInclusive, time::Duration};
 /// Units from large to small, with their length in milliseconds.
 const UNITS: [(&str, u64); 5] = [("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1_000), ("ms", 1)];
 
-/// Why a text is no duration that the field accepts.
+/// The mistake of a text that is no duration of the field.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum DurationError {
     /// No sequence of number and unit, each unit once, large ones first.

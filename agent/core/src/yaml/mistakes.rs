@@ -1,4 +1,4 @@
-//! What is wrong in a file: one mistake, all of them, and the collector they go to while a file is decoded.
+//! Mistakes in a file: one, all of them, and the collector that gathers them while the file is decoded.
 
 use std::{
     cell::{Cell, RefCell},
@@ -42,7 +42,7 @@ impl Mistake {
 pub struct Mistakes {
     /// The file, as the operator named it.
     pub file: String,
-    /// What is wrong, at least one entry.
+    /// The mistakes, at least one.
     pub list: Vec<Mistake>,
 }
 

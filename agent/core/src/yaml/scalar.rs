@@ -7,7 +7,7 @@ const SEEN_MAX_CHARS: usize = 80;
 /// Longest Kubernetes object name, in bytes (RFC 1123 subdomain).
 const NAME_MAX_BYTES: usize = 253;
 
-/// What the YAML 1.2 core schema takes a plain (unquoted) scalar for.
+/// The type of a plain (unquoted) scalar in the YAML 1.2 core schema.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ScalarType {
     Null,
@@ -65,7 +65,7 @@ pub(super) fn quoted(text: &str) -> impl fmt::Display {
     }
 }
 
-/// Whether `text` is a Kubernetes object name.
+/// Returns true if `text` is a Kubernetes object name.
 pub fn is_object_name(text: &str) -> bool {
     let edge = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
     let bytes = text.as_bytes();

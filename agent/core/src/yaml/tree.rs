@@ -108,7 +108,7 @@ enum Items<'t> {
     Map(Vec<MapEntry<'t>>, NextNode<'t>),
 }
 
-/// What the next node of a mapping is.
+/// The role of the next node in a mapping.
 enum NextNode<'t> {
     Key,
     Value {

@@ -142,7 +142,7 @@ fn assert_agrees(directory: &Directory, model: &Model) -> Result<(), TestCaseErr
                 prop_assert!(!is_nested, "{:?} and {:?}", one.cgroup, other.cgroup);
             }
         }
-        // Who is not there is told, and has a reason.
+        // Each refused workload is reported with a reason.
         for refused in all.iter().filter(|workload| !held.contains(workload)) {
             let start = format!("pod {} is not enrolled", refused.full_name());
             let found = told.iter().position(|line| line.starts_with(&start));
@@ -219,9 +219,23 @@ proptest! {
                 prop_assert!(directory.on_node(&holder.node).any(|other| Arc::ptr_eq(other, holder)));
             }
         }
-        // What was published before stays as it was.
-        for (directory, model) in copies {
-            assert_agrees(&directory, &model)?;
+        // Copies published before stay as they were, and the changes since are found.
+        for (before, model) in copies {
+            assert_agrees(&before, &model)?;
+            for node in NODES {
+                let changes = directory.changes_on_node(&before, node);
+                let mut known: Vec<_> = before.on_node(node).cloned().collect();
+                for change in changes {
+                    prop_assert_ne!(&change.before, &change.now);
+                    known.retain(|workload| Some(workload) != change.before.as_ref());
+                    known.extend(change.now);
+                }
+                let name = |workload: &Arc<Workload>| workload.full_name();
+                let mut now: Vec<_> = directory.on_node(node).cloned().collect();
+                known.sort_by_key(name);
+                now.sort_by_key(name);
+                prop_assert_eq!(known, now);
+            }
         }
     }
 

@@ -7,7 +7,7 @@ use proptest::{collection::vec, option, prelude::*, sample::select};
 use serde_json::{Map, Value, json};
 use tacit_core::{
     directory::{Labels, Protocol, Workload},
-    policy::{Flow, FlowSource, Mode, Modes, Origin, Policies, PolicyObject, Verdict, decide},
+    policy::{Flow, FlowSource, Mode, Modes, Origin, Policies, PolicyObject, PolicyVerdict, decide},
     spiffe::{SpiffeId, TrustDomain},
 };
 
@@ -213,7 +213,7 @@ proptest! {
     #[test]
     fn the_verdict_on_a_flow_agrees_with_the_rules_as_documented(
         policies in vec(policy(), 0..4), workload in workload(), mode in mode(), client_identity in client(),
-        client in select(&CLIENTS), port in select(vec![80_u16, 443, 8080]), is_probe in prop::bool::weighted(0.1),
+        client in select(&CLIENTS), port in select(vec![80_u16, 443, 8080]),
     ) {
         let text: String = policies.iter().enumerate().map(|(number, policy)| policy.json(number)).collect();
         let authorization = read(&text).authorization(&workload);
@@ -221,7 +221,6 @@ proptest! {
         let client: IpAddr = client.parse().expect("an address");
         let source = match &client_identity {
             Some(id) => FlowSource::Tunnel(id.clone()),
-            None if is_probe => FlowSource::Node,
             None => FlowSource::Plaintext,
         };
         let flow = Flow { source, client, destination: (workload.addresses[0], port).into() };
@@ -234,12 +233,11 @@ proptest! {
         let mut allows = selecting.iter().filter(|policy| policy.is_allow).peekable();
         let is_allowed = allows.peek().is_none() || allows.any(|policy| matches(&policy));
         let expected = match flow.source {
-            FlowSource::Node => true,
             FlowSource::Plaintext if mode == Mode::Strict => false,
             _ => !is_denied && is_allowed,
         };
         prop_assert_eq!(authorization.is_empty(), selecting.is_empty());
-        prop_assert_eq!(decide(&modes, &authorization, &flow) == Verdict::Allow, expected, "{}", text);
+        prop_assert_eq!(decide(&modes, &authorization, &flow) == PolicyVerdict::Allow, expected, "{}", text);
     }
 
     #[test]
@@ -280,7 +278,7 @@ proptest! {
         let all = Workload { labels: Labels::default(), ..workload };
         let policies = Policies::of(&[object], ROOT);
         let flow = Flow { source: FlowSource::Plaintext, client: all.addresses[0], destination: (all.addresses[0], 80).into() };
-        let verdict_is_allow = decide(&policies.modes(&all), &policies.authorization(&all), &flow) == Verdict::Allow;
+        let verdict_is_allow = decide(&policies.modes(&all), &policies.authorization(&all), &flow) == PolicyVerdict::Allow;
         prop_assert!(!verdict_is_allow, "{}", text);
     }
 }

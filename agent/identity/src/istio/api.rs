@@ -27,7 +27,7 @@ pub struct CertificateRequest {
     /// Lifetime asked for, in seconds; 0 for what the authority gives.
     #[prost(int64, tag = "3")]
     pub validity_duration: i64,
-    /// Whom it is for.
+    /// The identity that the caller requests.
     #[prost(message, optional, tag = "4")]
     pub metadata: Option<ProtobufStruct>,
 }
@@ -65,14 +65,14 @@ impl CertificateRequest {
         Self { csr, validity_duration: validity_seconds, metadata: Some(metadata) }
     }
 
-    /// Whom the caller asks for, when it is not for itself.
+    /// Returns the identity that the caller requests for another workload; `None` if it requests its own.
     #[must_use]
     pub fn impersonated(&self) -> Option<&str> {
         self.metadata.as_ref()?.fields.get(IMPERSONATED_IDENTITY)?.string_value.as_deref()
     }
 }
 
-/// What a call ended with; the codes of gRPC that are used here.
+/// The gRPC status codes in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Code {
     /// Success.
@@ -186,7 +186,7 @@ pub fn encode_text(text: &str) -> String {
     out
 }
 
-/// What a `grpc-message` header says; broken escapes stay as they are.
+/// Decodes a `grpc-message` header. Broken escapes stay as they are.
 #[must_use]
 pub fn decode_text(header: &[u8]) -> String {
     let mut out = Vec::with_capacity(header.len());

@@ -84,7 +84,7 @@ pub enum CallError {
     },
 }
 
-/// Where to and how.
+/// The address, server name and credentials of a call.
 pub(super) struct CallTarget<'a> {
     pub(super) address: &'a str,
     pub(super) server_name: &'a str,
@@ -93,7 +93,7 @@ pub(super) struct CallTarget<'a> {
     pub(super) cluster: Option<HeaderValue>,
 }
 
-/// What came back.
+/// The response of a call.
 pub(super) struct CallResponse {
     /// The certificate, or why there is none.
     pub(super) outcome: Result<CertificateResponse, CallError>,

@@ -1,4 +1,4 @@
-//! How far this node's clock is from the authority's: pure.
+//! Clock skew between this node and the authority: pure.
 //!
 //! HTTP dates have whole seconds and an answer takes a while, so only what is left after both is called skew: a right
 //! clock is never accused. Authorities that send no date (istiod) are measured by the certificate alone: one that is not
@@ -16,7 +16,7 @@ use crate::certificate::Validity;
 /// An HTTP date has no fractions: the clock that wrote it may have been this much further.
 const DATE_RESOLUTION: Duration = Duration::from_secs(1);
 
-/// Where this node's clock stands against the authority's.
+/// The skew of this node's clock against the authority's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Skew {
     /// No further away than can be measured.
@@ -28,7 +28,7 @@ pub enum Skew {
 }
 
 impl Skew {
-    /// How far it is away, in one direction or the other.
+    /// Returns the absolute skew.
     #[must_use]
     pub fn distance(self) -> Duration {
         match self {
@@ -37,7 +37,7 @@ impl Skew {
         }
     }
 
-    /// How far it is ahead, in milliseconds; below 0 when it is behind.
+    /// Returns the skew in milliseconds, above 0 if this node's clock is ahead and below 0 if it is behind.
     #[must_use]
     pub fn ahead_ms(self) -> i64 {
         let millis = i64::try_from(self.distance().as_millis()).unwrap_or(i64::MAX);

@@ -1,5 +1,5 @@
-//! The maps of the guard: the agent's heartbeat, who is an agent, what may be in clear, which link is whose, and what
-//! was dropped.
+//! The maps of the guard: the agent's heartbeat, the agents' cgroups, destinations that accept plaintext, the pods' links,
+//! and counts of dropped packets.
 
 use std::{
     collections::HashSet,
@@ -12,18 +12,20 @@ use std::{
 
 use aya::maps::{Array, HashMap, MapData};
 use nix::time::{ClockId, clock_gettime};
-use tacit_abi::{Address, ClearKey, DropKey, Link, Mode, REASONS, State, hardware_address};
+use tacit_abi::{
+    Address, ClearKey, DropCounter, Link, Mode, PodDrops, REASONS, State, hardware_address, node_port,
+};
 
 use super::{
     super::{
         KernelError,
         programs::{HostEnd, Programs},
     },
-    PRESENT, address, failed, ip, lock, typed,
+    PRESENT, address, failed, ip, lock, typed, unlocked,
 };
 use crate::host;
 
-/// A destination that strict pods may reach in clear.
+/// A destination to which strict pods may send plaintext.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PlaintextDestination {
     /// Its address and port.
@@ -43,7 +45,7 @@ pub struct DropCount {
     pub reason: &'static str,
     /// Number of the IP protocol; 0 where the packet did not say.
     pub protocol: u8,
-    /// How many, since the entry was made.
+    /// Packets since the entry was made.
     pub packets: u64,
 }
 
@@ -52,9 +54,10 @@ pub(super) struct GuardMaps {
     state: Mutex<AgentState>,
     agents: Mutex<HashMap<MapData, u64, u32>>,
     clear: Mutex<HashMap<MapData, ClearKey, u32>>,
+    pub(super) node_services: Mutex<HashMap<MapData, ClearKey, u32>>,
     links: Mutex<HashMap<MapData, u32, Link>>,
     hardware: Mutex<HashMap<MapData, u64, u32>>,
-    drops: Mutex<HashMap<MapData, DropKey, u64>>,
+    drops: Array<MapData, PodDrops>,
 }
 
 impl GuardMaps {
@@ -63,9 +66,10 @@ impl GuardMaps {
             state: AgentState::take(programs)?,
             agents: typed(programs, "AGENTS")?,
             clear: typed(programs, "CLEAR")?,
+            node_services: typed(programs, "NODE_SERVICES")?,
             links: typed(programs, "LINKS")?,
             hardware: typed(programs, "NODE_HARDWARE")?,
-            drops: typed(programs, "DROPS")?,
+            drops: unlocked(programs, "DROPS")?,
         })
     }
 }
@@ -75,13 +79,18 @@ struct AgentState {
     map: Array<MapData, State>,
     /// Part of every heartbeat: the agent before writes the same entry while this one takes over.
     default_mode: Mode,
+    /// As `default_mode`. Bits of [`node_port::flag`].
+    node_services: u32,
 }
 
 impl AgentState {
     fn take(programs: &mut Programs) -> Result<Mutex<Self>, KernelError> {
         let map = typed::<Array<MapData, State>>(programs, "STATE")?;
         let map = map.into_inner().unwrap_or_else(PoisonError::into_inner);
-        Ok(Mutex::new(Self { map, default_mode: Mode::Strict }))
+        // The tables stay as the agent before left them, until this one has read the nodes.
+        let left = map.get(&0, 0).map_err(failed("STATE"))?.node_services;
+        let node_services = left | node_port::flag::LISTED;
+        Ok(Mutex::new(Self { map, default_mode: Mode::Strict, node_services }))
     }
 }
 
@@ -99,10 +108,19 @@ impl super::Maps {
             heartbeat: nanoseconds(Duration::from(now)),
             stale_after: nanoseconds(stale_after),
             default_mode: state.default_mode as u32,
-            pad: 0,
+            node_services: state.node_services,
             seed: if kept == 0 { random() } else { kept },
         };
         state.map.set(0, beat, 0).map_err(failed("STATE"))
+    }
+
+    /// Returns the mode of pods that have no entry yet. `None` if no agent has written one since the maps were made.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn default_mode(&self) -> Result<Option<Mode>, KernelError> {
+        let raw = lock(&self.guard.state).map.get(&0, 0).map_err(failed("STATE"))?.default_mode;
+        Ok((raw != 0).then(|| Mode::from_raw(raw)))
     }
 
     /// Sets the mode of pods that have no entry yet.
@@ -114,6 +132,19 @@ impl super::Maps {
         state.default_mode = mode;
         let last = state.map.get(&0, 0).map_err(failed("STATE"))?;
         state.map.set(0, State { default_mode: mode as u32, ..last }, 0).map_err(failed("STATE"))
+    }
+
+    /// Sets or clears bits of [`node_port::flag`].
+    ///
+    /// # Errors
+    /// [`KernelError::Map`]. The next heartbeat writes the bits again.
+    pub(super) fn mark_node_services(&self, flag: u32, is_set: bool) -> Result<(), KernelError> {
+        let mut state = lock(&self.guard.state);
+        let others = state.node_services & !flag;
+        state.node_services = if is_set { others | flag } else { others };
+        let last = state.map.get(&0, 0).map_err(failed("STATE"))?;
+        let node_services = state.node_services;
+        state.map.set(0, State { node_services, ..last }, 0).map_err(failed("STATE"))
     }
 
     /// Says that the agent goes: from now on the kernel decides by mode alone.
@@ -157,7 +188,7 @@ impl super::Maps {
         }
     }
 
-    /// Makes the destinations that may be reached in clear exactly `wanted`.
+    /// Replaces the destinations that accept plaintext of strict pods by `wanted`.
     ///
     /// # Errors
     /// [`KernelError::Map`]. Old ones go before new ones come.
@@ -228,18 +259,19 @@ impl super::Maps {
         }
     }
 
-    /// What the guard dropped, most packets first. The least recently seen kinds are left out once there are too many.
+    /// Returns the packets that the guard dropped, most packets first. Of each pod the least recently seen kinds are left out
+    /// once there are too many.
     #[must_use]
     pub fn drops(&self) -> Vec<DropCount> {
-        let drops = lock(&self.guard.drops);
-        let mut all: Vec<DropCount> =
-            drops.iter().filter_map(Result::ok).map(|(key, packets)| drops_of(&key, packets)).collect();
+        let pods = self.guard.drops.iter().filter_map(Result::ok);
+        let used = pods.flat_map(|PodDrops(counters)| counters).filter(|counter| counter.packets > 0);
+        let mut all: Vec<DropCount> = used.map(|counter| drops_of(&counter)).collect();
         all.sort_by(|a, b| b.packets.cmp(&a.packets).then(a.remote.cmp(&b.remote)));
         all
     }
 }
 
-fn clear_key(destination: &PlaintextDestination) -> ClearKey {
+pub(super) fn clear_key(destination: &PlaintextDestination) -> ClearKey {
     ClearKey {
         address: address(destination.address.ip()),
         port: u32::from(destination.address.port()),
@@ -247,13 +279,13 @@ fn clear_key(destination: &PlaintextDestination) -> ClearKey {
     }
 }
 
-fn drops_of(key: &DropKey, packets: u64) -> DropCount {
+fn drops_of(counter: &DropCounter) -> DropCount {
     DropCount {
-        cgroup: key.cgroup,
-        remote: ip(&key.remote),
-        reason: REASONS.get(key.reason as usize).map_or("?", |text| text.name),
-        protocol: u8::try_from(key.protocol).unwrap_or(u8::MAX),
-        packets,
+        cgroup: counter.cgroup,
+        remote: ip(&counter.remote),
+        reason: REASONS.get(counter.reason as usize).map_or("?", |text| text.name),
+        protocol: u8::try_from(counter.protocol).unwrap_or(u8::MAX),
+        packets: counter.packets,
     }
 }
 

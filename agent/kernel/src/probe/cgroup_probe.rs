@@ -31,7 +31,7 @@ use super::{
 
 /// Id of the root of the cgroup v2 hierarchy.
 const ROOT: u64 = 1;
-/// What only the trial's program answers. Any port will do: an unbound socket's is 0.
+/// The port that only the trial's program answers. Any port but 0, the port of an unbound socket, works.
 const ANSWER: u16 = 15007;
 const BPF_FUNC_GET_SOCKET_COOKIE: i32 = 46;
 /// Offset of `user_port` in `struct bpf_sock_addr`.
@@ -53,7 +53,7 @@ pub(super) fn sockets_in_their_cgroup() -> Presence {
     }
 }
 
-/// Whatever stopped the trial: it says nothing about sockets.
+/// An error that stopped the trial. It proves nothing about sockets.
 fn untried(error: &io::Error) -> Presence {
     match Presence::refused(error) {
         Presence::Absent(why) => Presence::Unknown(why),

@@ -16,7 +16,7 @@ pub(super) struct Feature {
     pub(super) trial: Trial,
 }
 
-/// How a feature is tried.
+/// The trial of a feature.
 pub(super) enum Trial {
     /// A program that does nothing is accepted for the hook.
     Hook(Hook),
@@ -67,6 +67,7 @@ const CHECK_SYNCOOKIE: BpfHelper = BpfHelper::BPF_FUNC_tcp_check_syncookie;
 const STORAGE_DELETE: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_delete;
 const STORAGE_GET: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_get;
 const SET_SOCKET_OPTION: BpfHelper = BpfHelper::BPF_FUNC_setsockopt;
+const GET_SOCKET_OPTION: BpfHelper = BpfHelper::BPF_FUNC_getsockopt;
 const CB_FLAGS_SET: BpfHelper = BpfHelper::BPF_FUNC_sock_ops_cb_flags_set;
 
 const CGROUP_SKB: ProgramType = ProgramType::CgroupSkb;
@@ -194,6 +195,7 @@ pub(super) static FEATURES: &[Feature] = &[
         CB_FLAGS_SET,
     ),
     helper("bpf_setsockopt in sock_ops", UNPACED, Release(4, 13), ProgramType::SockOps, SET_SOCKET_OPTION),
+    helper("bpf_getsockopt in sock_ops", UNPACED, Release(4, 15), ProgramType::SockOps, GET_SOCKET_OPTION),
     helper("bpf_ringbuf_reserve in sock_ops", HOLD, Release(5, 8), ProgramType::SockOps, RINGBUF_RESERVE),
     helper("bpf_ringbuf_query in sock_ops", HOLD, Release(5, 8), ProgramType::SockOps, RINGBUF_QUERY),
     helper("bpf_sk_assign in sk_lookup", STEER, Release(5, 9), ProgramType::SkLookup, SK_ASSIGN),
@@ -223,7 +225,6 @@ pub(super) static FEATURES: &[Feature] = &[
     required("BTF of programs and maps", STATE, Release(4, 18), BPF_SYSCALL, Trial::Btf),
     map("array maps", STATE, Release(3, 19), MapType::Array),
     map("hash maps", STATE, Release(3, 19), MapType::Hash),
-    map("LRU hash maps", "telling what was dropped", Release(4, 10), MapType::LruHash),
     map("LPM trie maps", "the mesh's ranges", Release(4, 11), MapType::LpmTrie),
     map("sockmaps", STEER, Release(4, 14), MapType::SockMap),
     required("socket storage maps", NAMES, Release(5, 2), BPF_SYSCALL, Trial::SocketStorage),

@@ -12,7 +12,7 @@ const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_BTF_LOAD: libc::c_long = 18;
 const BPF_LINK_CREATE: libc::c_long = 28;
 
-/// What the kernel calls our programs and maps, for as long as they live.
+/// The name of the probe's programs and maps in the kernel, while they live.
 const NAME: [u8; 16] = *b"tacit_probe\0\0\0\0\0";
 
 /// A descriptor that cannot be: commands that know their job say so with EBADF.

@@ -1,4 +1,4 @@
-//! Why the agent does not start on a kernel, in words that tell what to do. Pure.
+//! The features that a kernel lacks for the agent, in words that tell what to do. Pure.
 
 use std::fmt;
 
@@ -12,12 +12,12 @@ const EX_CONFIG: u8 = 78;
 pub struct Unsupported {
     /// The running kernel's release.
     pub kernel: String,
-    /// What is missing, at least one.
+    /// The missing features, at least one.
     pub missing: Vec<ProbeFinding>,
 }
 
 impl Unsupported {
-    /// What the process ends with: 78.
+    /// Returns the exit code of the process: 78.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         EX_CONFIG

@@ -49,7 +49,7 @@ pub struct HostEnd {
     pub interface: String,
     /// Its index.
     pub index: u32,
-    /// Whether it is a port of a bridge, on which other pods can be reached without the node.
+    /// True for a port of a bridge, on which other pods can be reached without the node.
     pub has_neighbours: bool,
     /// Hardware address of the pod's end.
     pub hardware: Option<[u8; 6]>,
@@ -83,7 +83,7 @@ impl Programs {
         for end in ends {
             tell(&end)?;
             let mut by = "";
-            // What arrives is proven before anything is refused for want of proof.
+            // The arrival program records proofs, so it is attached before the program that drops frames without one.
             for direction in DIRECTIONS.into_iter().rev() {
                 by = self.guard_link(pod, &end, direction)?;
             }
@@ -140,7 +140,7 @@ impl Programs {
     /// Pods that have a guarded link, by cgroup id; after a restart also those that are gone.
     ///
     /// # Errors
-    /// When the pins cannot be read.
+    /// Fails if the pins cannot be read.
     pub fn guarded(&self) -> Result<Vec<u64>, KernelError> {
         let links = self.pins.links()?;
         Ok(links.iter().filter_map(|(name, _)| pod_of_pin(name)).collect())
@@ -219,7 +219,7 @@ fn tcx(program: &mut SchedClassifier, interface: &str, way: TcAttachType) -> Res
     program.take_link(id)?.try_into().map_err(|_| ProgramError::UnexpectedProgramType)
 }
 
-/// Does the error say that the kernel has no tcx?
+/// Returns true for the error of a kernel without tcx.
 fn is_unknown(error: &ProgramError) -> bool {
     matches!(error, ProgramError::SyscallError(SyscallError { io_error, .. })
         if io_error.raw_os_error() == Some(libc::EINVAL))

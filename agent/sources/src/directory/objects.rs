@@ -166,6 +166,8 @@ pub(super) struct PodSpec {
 pub(super) struct PodStatus {
     #[serde(default)]
     pub(super) phase: String,
+    /// Written by the pod's kubelet. The API server drops a status that the creator of a pod wrote.
+    pub(super) start_time: Option<String>,
     #[serde(default)]
     pub(super) qos_class: QosClass,
     #[serde(rename = "podIP")]
@@ -312,10 +314,12 @@ pub(super) struct ServiceSpec {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(super) struct ServicePort {
     #[serde(default)]
     pub(super) name: String,
     pub(super) port: u16,
+    pub(super) node_port: Option<u16>,
     pub(super) protocol: Option<String>,
 }
 

@@ -1,21 +1,19 @@
 //! Applies the updates of watchers to a store and publishes its values.
 
-use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{collections::BTreeMap, panic::resume_unwind, sync::Arc, time::SystemTime};
 
 use kube::{Client, Config};
 use tokio::{
     sync::{mpsc, watch},
-    task::JoinSet,
+    task::{JoinSet, spawn_blocking},
 };
 
-use super::OpenError;
+use super::KubernetesError;
 use crate::{
     kubernetes::watcher::{Change, KindName, Update},
     reload::{Opening, ReloadState},
 };
 
-/// Capacity of the update channel. Watchers wait while it is full.
-const CHANGES_MAX: usize = 1024;
 /// Maximum number of updates in one published value.
 const BATCH: usize = 512;
 
@@ -27,6 +25,12 @@ pub(crate) trait ObjectStore: Send + 'static {
     type Object: Send + 'static;
     /// The published value. Its default is never visible.
     type Value: Default + Send + Sync + 'static;
+
+    /// Capacity of the update channel. Watchers wait while it is full.
+    const CHANGES_MAX: usize = 1024;
+
+    /// Removes updates that later ones of the same batch replace. The default keeps all.
+    fn drop_replaced(_batch: &mut Vec<Update<Self::Kind, Self::Object>>) {}
 
     /// Applies one change.
     fn apply_change(&mut self, change: Change<Self::Kind, Self::Object>);
@@ -62,12 +66,12 @@ pub(crate) type WatchTasks = JoinSet<()>;
 /// Publishes the values of `store`, which is fed by the watchers that `follow` starts.
 ///
 /// # Errors
-/// [`OpenError`]. An API that does not answer is not an error.
+/// [`KubernetesError`]. An API that does not answer is not an error.
 pub(crate) fn start<S: ObjectStore>(
     mut config: Config,
     store: S,
     follow: impl FnOnce(Client, Sender<S>) -> WatchTasks + Send + 'static,
-) -> Result<Opening<S::Value>, OpenError> {
+) -> Result<Opening<S::Value>, KubernetesError> {
     let state = ReloadState {
         file: format!("kubernetes {}", config.cluster_url).into(),
         loaded_at: SystemTime::now(),
@@ -79,7 +83,7 @@ pub(crate) fn start<S: ObjectStore>(
     };
     // Watchers pause between retries themselves, and report failures at once.
     config.default_retry = false;
-    let client = Client::try_from(config).map_err(|error| OpenError::Client(Box::new(error)))?;
+    let client = Client::try_from(config).map_err(|error| KubernetesError::Client(Box::new(error)))?;
     let (values_sender, values) = watch::channel(Arc::new(S::Value::default()));
     let (state_sender, state) = watch::channel(state);
     let publisher = Publisher {
@@ -90,7 +94,7 @@ pub(crate) fn start<S: ObjectStore>(
         state: state_sender,
     };
     let task = tokio::spawn(async move {
-        let (sender, updates) = mpsc::channel(CHANGES_MAX);
+        let (sender, updates) = mpsc::channel(S::CHANGES_MAX);
         let _followers = follow(client, sender);
         publisher.run(updates).await;
     });
@@ -111,10 +115,21 @@ impl<S: ObjectStore> Publisher<S> {
     async fn run(mut self, mut updates: mpsc::Receiver<Update<S::Kind, S::Object>>) {
         let mut batch = Vec::with_capacity(BATCH);
         while updates.recv_many(&mut batch, BATCH).await > 0 {
-            for one in batch.drain(..) {
-                self.handle(one);
-            }
-            self.publish();
+            // Parsing takes up to some 100 ms an object, which must not delay the heartbeat.
+            let applied = spawn_blocking(move || {
+                S::drop_replaced(&mut batch);
+                for one in batch.drain(..) {
+                    self.handle(one);
+                }
+                self.publish();
+                (self, batch)
+            });
+            (self, batch) = match applied.await {
+                Ok(done) => done,
+                Err(error) if error.is_panic() => resume_unwind(error.into_panic()),
+                // The runtime ends.
+                Err(_) => return,
+            };
         }
     }
 

@@ -31,7 +31,7 @@ use kube::{
 };
 use serde::{Deserialize, de::DeserializeOwned};
 use tokio::{
-    sync::mpsc,
+    sync::{Notify, mpsc},
     time::{sleep, timeout},
 };
 
@@ -42,7 +42,10 @@ mod definition;
 use definition::{DefinitionChecks, check_definition};
 
 /// Objects per page, the usual value of clients. A page of pods has some MB.
-const PAGE: u32 = 500;
+pub(crate) const PAGE: u32 = 500;
+/// Time between the request of a new list and the list, at most. Whoever can have lists requested costs the API server one
+/// list of each agent in this time, and not all of them at once.
+const RELIST_PAUSE: Duration = Duration::from_secs(30);
 /// Timeout of a page.
 const PAGE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Seconds after which the server ends a watch, about the usual value of clients.
@@ -78,6 +81,8 @@ pub(crate) trait Resource: DeserializeOwned + Clone + Send + 'static {
     /// API paths, the newest version first.
     const PATHS: &'static [&'static str];
     const DEFINITION: Definition = Definition::BuiltIn;
+    /// Objects per page.
+    const PAGE: u32 = PAGE;
 
     /// Returns the resource version.
     fn version(&self) -> &str;
@@ -148,6 +153,11 @@ impl From<Error> for ListError {
 
 /// Lists and watches `K` until the receiver is dropped.
 pub(crate) async fn list_and_watch<K: Resource>(client: Client, updates: Sender<K>) {
+    list_and_watch_again::<K>(client, updates, &Notify::new()).await;
+}
+
+/// Lists and watches `K` until the receiver is dropped. Lists again after each request of `relist`, within [`RELIST_PAUSE`].
+pub(crate) async fn list_and_watch_again<K: Resource>(client: Client, updates: Sender<K>, relist: &Notify) {
     let mut pause = Pause::default();
     while !updates.is_closed() {
         match list_served::<K>(&client, &updates).await {
@@ -157,8 +167,17 @@ pub(crate) async fn list_and_watch<K: Resource>(client: Client, updates: Sender<
             }
             Ok(Some((path, version))) => {
                 pause = Pause::default();
-                if watch_on::<K>(&client, path, version, &updates, &mut pause).await.is_none() {
-                    return;
+                let again = async {
+                    relist.notified().await;
+                    sleep(shortened(RELIST_PAUSE, random())).await;
+                };
+                tokio::select! {
+                    end = watch_on::<K>(&client, path, version, &updates, &mut pause) => {
+                        if end.is_none() {
+                            return;
+                        }
+                    }
+                    () = again => {}
                 }
             }
             Err(problem) => {
@@ -205,7 +224,7 @@ async fn list<K: Resource>(client: &Client, path: &str, updates: &Sender<K>) -> 
     let mut next: Option<String> = None;
     let mut first = true;
     loop {
-        let params = ListParams { limit: Some(PAGE), continue_token: next, ..ListParams::default() };
+        let params = ListParams { limit: Some(K::PAGE), continue_token: next, ..ListParams::default() };
         let request = Request::new(path).list(&params).map_err(Error::BuildRequest)?;
         let page = timeout(PAGE_TIMEOUT, client.request::<Page<K>>(request)).await;
         let page = page.map_err(|_| Error::ReadEvents(std::io::ErrorKind::TimedOut.into()))??;
@@ -386,9 +405,13 @@ impl Pause {
     fn next(&mut self, random: u64) -> Duration {
         let full = PAUSE_FIRST.saturating_mul(1 << self.tries.min(16)).min(PAUSE_MAX);
         self.tries = self.tries.saturating_add(1);
-        let less = full / 2 * u32::try_from(random % 1000).unwrap_or(0) / 1000;
-        full - less
+        shortened(full, random)
     }
+}
+
+/// Subtracts up to a half.
+fn shortened(pause: Duration, random: u64) -> Duration {
+    pause - pause / 2 * u32::try_from(random % 1000).unwrap_or(0) / 1000
 }
 
 /// Returns random bits. Not for secrets: `RandomState` has new keys for each value.

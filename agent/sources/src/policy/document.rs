@@ -9,6 +9,9 @@ use tacit_core::policy::PolicyKind;
 
 use crate::kubernetes::{Definition, KindName, Resource, or_default};
 
+/// Policies per page. A policy has up to 1.5 MiB.
+const PAGE: u32 = 25;
+
 impl KindName for PolicyKind {
     fn label(self) -> &'static str {
         match self {
@@ -87,6 +90,7 @@ impl Resource for PeerAuthentications {
     type Kind = PolicyKind;
     type Object = Document;
 
+    const PAGE: u32 = PAGE;
     const KIND: PolicyKind = PolicyKind::PeerAuthentication;
     const PATHS: &'static [&'static str] = &[
         "/apis/security.istio.io/v1/peerauthentications",
@@ -117,6 +121,7 @@ impl Resource for AuthorizationPolicies {
     type Kind = PolicyKind;
     type Object = Document;
 
+    const PAGE: u32 = PAGE;
     const KIND: PolicyKind = PolicyKind::AuthorizationPolicy;
     const PATHS: &'static [&'static str] = &[
         "/apis/security.istio.io/v1/authorizationpolicies",

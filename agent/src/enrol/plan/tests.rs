@@ -1,5 +1,7 @@
 //! Tests of the plan: a table of cases, each from one state of a node with the pod `web` in cgroup 7.
 
+use tacit_core::directory::Connect;
+
 use super::*;
 use crate::enrol::testing::workload;
 
@@ -51,6 +53,7 @@ impl Node {
             Action::Cover(_, cgroup) => format!("cover {cgroup}"),
             Action::Wait(_, reason) => format!("wait: {reason}"),
             Action::Exempt(_, cgroup) => format!("exempt {cgroup}"),
+            Action::LeaveUnnamed(cgroup) => format!("leave unnamed {cgroup}"),
             Action::Guard(_, cgroup) => format!("guard {cgroup}"),
             Action::Enrol(_, cgroup) => format!("enrol {cgroup}"),
         };
@@ -99,6 +102,51 @@ fn a_pod_at_another_level_or_outside_the_mesh_is_not_enrolled() {
     let outside = after(|node| node.want(workload("web", &["10.78.1.2"])));
     assert_eq!(outside[0], "cover 7");
     assert!(outside[1].starts_with("wait: its address 10.78.1.2 is in no range of the mesh"), "{outside:?}");
+}
+
+#[test]
+fn a_cgroup_that_no_source_names_is_left_alone_until_one_does() {
+    let after = |change: fn(&mut Node)| steps(Node::with_a_running_pod(), change);
+    let others = ["cover 7", "enrol 7"];
+    let leave = ["leave unnamed 9", "cover 7", "enrol 7"];
+    assert_eq!(after(|node| node.observed.unnamed = [9].into()), leave);
+    let known = |node: &mut Node| {
+        node.observed.unnamed = [9].into();
+        node.observed.exempt = [(9, Vec::new())].into();
+    };
+    assert_eq!(after(known), others);
+    let with_former_addresses = |node: &mut Node| {
+        node.observed.unnamed = [9].into();
+        node.observed.exempt = [(9, vec![[10, 77, 1, 9].into()])].into();
+    };
+    assert_eq!(after(with_former_addresses), leave);
+    let enrolled_before = |node: &mut Node| {
+        node.observed.unnamed = [9].into();
+        node.observed.covered = [9].into();
+    };
+    assert_eq!(after(enrolled_before), ["remove 9", "cover 7", "enrol 7"], "held first, as it was a pod's");
+    let named_since = |node: &mut Node| {
+        node.observed.unnamed = [7].into();
+        node.observed.exempt = [(7, Vec::new())].into();
+    };
+    assert_eq!(after(named_since), others, "the look at the cgroups may be older than the directory");
+    let held_again = |node: &mut Node| node.observed.exempt = [(9, Vec::new())].into();
+    assert_eq!(after(held_again), ["remove 9", "cover 7", "enrol 7"]);
+}
+
+#[test]
+fn entries_of_an_earlier_agent_stay_until_each_pod_was_looked_at() {
+    for is_partial in [true, false] {
+        let after = steps(Node::with_a_running_pod(), |node| {
+            node.observed.is_partial = is_partial;
+            node.observed.covered = [7, 8].into();
+            node.observed.attached = [9].into();
+            node.observed.exempt = [(10, Vec::new())].into();
+        });
+        let removed = ["remove 8", "remove 9", "remove 10"];
+        let removed = if is_partial { &[][..] } else { &removed[..] };
+        assert_eq!(after, [removed, &["enrol 7"]].concat());
+    }
 }
 
 #[test]
@@ -197,6 +245,7 @@ fn a_pod_stays_the_same_while_its_addresses_become_known() {
         (workload("web", &["10.77.1.3", "fd77::2"]), false),
         (workload("api", &["10.77.1.2", "fd77::2"]), false),
         (Workload { cgroup: "burstable/pod2".into(), ..workload("web", &[]) }, false),
+        (Workload { connect: Connect::Early, ..workload("web", &[]) }, false),
     ] {
         assert_eq!(is_same(&wanted, &enrolled), same, "{wanted:?}");
     }

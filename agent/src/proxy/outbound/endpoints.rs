@@ -29,7 +29,7 @@ pub(super) struct Candidate {
     rest: Rest,
 }
 
-/// Whether another endpoint may be tried after a candidate.
+/// The candidates left after this one.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Rest {
     /// There is another.
@@ -157,7 +157,8 @@ mod tests {
             addresses: vec![IpAddr::from([10, 96, 0, 1])],
             external_ips: Vec::new(),
             ingress_ips: Vec::new(),
-            ports: vec![ServicePort { port: 80, ipv4, ipv6: Ready::default() }],
+            udp_ports: Vec::new(),
+            ports: vec![ServicePort { port: 80, node_port: None, ipv4, ipv6: Ready::default() }],
             traffic: InternalTrafficPolicy::Cluster,
             affinity: Affinity::None,
         }

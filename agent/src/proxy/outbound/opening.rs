@@ -9,7 +9,10 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use tacit_core::refusal::{Refusal, RefusalReason};
+use tacit_core::{
+    refusal::{Refusal, RefusalReason},
+    shares::connections::Connection,
+};
 use tacit_kernel::held::{Held, HeldConnect};
 use tacit_tunnel::relay;
 use tokio::{net::TcpStream, time::timeout};
@@ -18,6 +21,7 @@ use super::{Carried, carry, reach, source};
 use crate::{
     proxy::{
         Addresses, Proxy,
+        accept::bound_unread,
         openings::{Hold, OPENINGS_MAX, PodOpenings, ToOpen},
     },
     telemetry::Reporter,
@@ -65,25 +69,35 @@ pub fn start(proxy: &Arc<Proxy>, openings: &Arc<PodOpenings>, held: HeldConnect)
             return proxy.report(Reporter::Source, Addresses { source: ends.client, destination }, refusal);
         }
     };
+    // Held connections count as the accepted ones do, from here to their end.
+    let permit = match proxy.shares.connection(Connection { pod: openings.pod.cgroup, source: None }) {
+        Ok(permit) => permit,
+        Err(refusal) => {
+            openings.refuse(&ends, to_open.id, refusal.connect_end);
+            return proxy.report(Reporter::Source, Addresses { source: ends.client, destination }, refusal);
+        }
+    };
     let home = openings.pod.home(proxy.workers.count());
     let (on, openings) = (proxy.clone(), openings.clone());
     proxy.spawn_flow(home, move |load| async move {
         relay::connection_started();
         // Boxed, so that a flow does not keep room for what is needed only until both ends are connected.
-        let carried = Box::pin(open(on, openings, destination, to_open)).await;
+        let carried = Box::pin(open(on, openings, destination, to_open, permit.unread_bytes())).await;
         if let Some(carried) = carried {
             carried.await;
         }
-        drop(load);
+        drop((load, permit));
     });
 }
 
-/// Connects an upstream, then has the kernel connect the application. Returns the relay between both.
+/// Connects an upstream, then has the kernel connect the application. Returns the relay between both. The application's
+/// connection keeps at most `unread_bytes`, times what loopback adds.
 async fn open(
     proxy: Arc<Proxy>,
     openings: Arc<PodOpenings>,
     destination: SocketAddr,
     to_open: ToOpen,
+    unread_bytes: Option<u32>,
 ) -> Option<Carried> {
     let ToOpen { ends, id, mut accepted } = to_open;
     let pod = &openings.pod;
@@ -130,6 +144,7 @@ async fn open(
         }
         None => return None,
     };
+    bound_unread(&connection, unread_bytes);
     match TcpStream::from_std(connection) {
         Ok(app) => Some(carry(proxy, pod.clone(), app, upstream, endpoint.map(Box::new))),
         Err(error) => {

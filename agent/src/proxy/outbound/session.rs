@@ -8,7 +8,7 @@ use tacit_core::{
     wire::open::{DenyReason, Open, OptimisticMode},
 };
 use tacit_identity::credentials::Credentials;
-use tacit_tunnel::{OpenError, Session, random_trace_id, session::OptimisticData};
+use tacit_tunnel::{OpenError, Session, random_trace_id, session::OptimisticData, socket};
 
 use super::Attempt;
 use crate::{
@@ -81,11 +81,15 @@ async fn opened(
         }
     }
     let peer = SocketAddr::new(open.destination.ip(), TUNNEL);
+    // Before the connection: a peer's time for the handshake begins with it.
+    let turn = path.shares.outgoing_handshake(pod.cgroup).await?;
     let tcp = path.dialer.to_tunnel(pod, peer, attempt.limit).await.map_err(|e| {
         let detail = format!("{peer}: {e}; does an agent run on that node?");
         Refusal::new(RefusalReason::PeerUnreachable, detail).because_of(&e)
     })?;
+    socket::begin_small(&tcp, path.shares.unread_bytes(pod.cgroup));
     let connected = Session::connect(tcp, own, &key.identity).await;
+    drop(turn);
     let mut session = connected.map_err(|e| Refusal::new(e.reason(), e))?;
     match session.open(open, optimistic.as_mut()).await {
         Ok(()) => Ok((session, taken_bytes(&optimistic))),

@@ -24,14 +24,14 @@ use tokio::{
 
 use crate::telemetry::status::Status;
 
-/// Connections the kernel keeps for us while all places are taken.
+/// Connections that the kernel queues while all places are taken.
 const BACKLOG: i32 = 16;
 /// Longest wait for an answer, from connecting to the last byte.
 const FETCH_MAX: Duration = Duration::from_secs(10);
 /// Largest answer read, in bytes: a thousand flows and some thousand pods take a tenth of it.
 const STATUS_MAX_BYTES: usize = 16 << 20;
 
-/// Why the operator's socket could not be made.
+/// A failure to make the operator's socket.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// Its directory cannot be made or looked at.
@@ -39,7 +39,7 @@ pub enum BindError {
     Directory {
         /// The directory.
         directory: PathBuf,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -73,7 +73,7 @@ pub enum BindError {
     Listen {
         /// The socket's path.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -95,8 +95,8 @@ pub fn bind_operator(path: &Path) -> Result<UnixListener, BindError> {
     UnixListener::from_std(OwnedFd::from(socket).into()).map_err(listen)
 }
 
-/// An existing directory is used as it is, for it may hold more than our socket, but not when others may
-/// write to it.
+/// Makes the socket's directory. An existing directory keeps its owner and mode, because it may hold more than the socket.
+/// Returns an error if others may write to it.
 fn make_directory(directory: &Path) -> Result<(), BindError> {
     let failed = |source| BindError::Directory { directory: directory.to_owned(), source };
     DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed)?;
@@ -145,7 +145,7 @@ fn remove_stale(path: &Path, address: &SockAddr) -> Result<(), BindError> {
     }
 }
 
-/// Why the agent's status could not be fetched.
+/// A failure to fetch the agent's status.
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
     /// Nobody answers there.
@@ -165,7 +165,7 @@ pub enum FetchError {
     Connect {
         /// The socket's path.
         socket: PathBuf,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -178,7 +178,7 @@ pub enum FetchError {
     /// It refused.
     #[error("the agent answered {0} to a request it should know; it may be of another version")]
     Refused(StatusCode),
-    /// What was asked has no answer; the agent says why.
+    /// The agent has no answer. The text gives the agent's reason.
     #[error("{0}")]
     Question(String),
     /// Too long, or broken off.
@@ -197,12 +197,12 @@ pub async fn fetch_status(socket: &Path) -> Result<Status, FetchError> {
     fetch_json(socket, Uri::from_static("/status")).await
 }
 
-/// What a probe asks.
+/// The question of a probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Health {
-    /// Does it answer at all?
+    /// True if the agent answers.
     Live,
-    /// Does it take flows, or would it as soon as another agent ends?
+    /// True if the agent takes flows, or would as soon as another agent ends.
     Ready,
 }
 

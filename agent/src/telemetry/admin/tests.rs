@@ -71,17 +71,30 @@ async fn other_paths_and_methods_are_refused() {
 }
 
 #[tokio::test]
-async fn silent_clients_are_cut_off_and_block_nobody_for_longer() {
-    let server = metrics_server(sample).await;
+async fn silent_clients_of_the_same_address_keep_no_request_waiting() {
+    let telemetry = Telemetry::new();
+    let server = metrics_server_of(sample, telemetry.clone()).await;
+    let bounds = telemetry.admin_connections().bounds;
     let mut silent = Vec::new();
-    for _ in 0..CONNECTIONS_MAX {
+    for _ in 0..2 * bounds.total {
         silent.push(TcpStream::connect(server).await.expect("listening"));
     }
-    // More than all places are taken; the next client gets its answer once the silent ones run into their
-    // deadline.
-    let answer =
-        time::timeout(HEADERS_MAX * 3, get(server, "GET /healthz/ready")).await.expect("served in time");
+    // The silent ones would be cut off after that time only.
+    let answer = time::timeout(HEADERS_MAX, get(server, "GET /healthz/ready")).await.expect("served at once");
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    let usage = telemetry.admin_connections();
+    assert!(usage.refused > bounds.total && usage.used <= bounds.each, "{usage:?}");
+    let mut end = [0; 1];
+    let first = time::timeout(HEADERS_MAX, silent[0].read(&mut end)).await.expect("gave way");
+    assert!(matches!(first, Ok(0) | Err(_)), "{first:?}");
+}
+
+#[tokio::test]
+async fn a_silent_client_is_cut_off() {
+    let server = metrics_server(sample).await;
+    let mut silent = TcpStream::connect(server).await.expect("listening");
+    let ended = time::timeout(HEADERS_MAX * 3, silent.read(&mut [0; 1])).await.expect("cut off");
+    assert!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");
 }
 
 #[tokio::test]
@@ -166,9 +179,16 @@ async fn a_directory_others_can_write_is_refused() {
 }
 
 async fn metrics_server(status: impl Fn() -> Status + Send + Sync + 'static) -> SocketAddr {
+    metrics_server_of(status, Telemetry::new()).await
+}
+
+async fn metrics_server_of(
+    status: impl Fn() -> Status + Send + Sync + 'static,
+    telemetry: Telemetry,
+) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
     let address = listener.local_addr().expect("bound");
-    tokio::spawn(serve_metrics(listener, Arc::new(status), Telemetry::new(), std::future::pending()));
+    tokio::spawn(serve_metrics(listener, Arc::new(status), telemetry, std::future::pending()));
     address
 }
 
@@ -192,7 +212,7 @@ fn mode(path: &Path) -> u32 {
     std::fs::metadata(path).expect("exists").permissions().mode() & 0o7777
 }
 
-/// A directory of our own that goes with the test.
+/// A directory that is removed after the test.
 struct TestDir(PathBuf);
 
 impl TestDir {

@@ -186,6 +186,27 @@ pub(super) static UNCOVERED: Metric = Metric {
     labels: &["kind"],
     help: "Enrolled pods and their services in no range of the mesh: what is sent there goes in clear.",
 };
+pub(super) static NODES_NOT_APPLIED: Metric = Metric {
+    name: "tacit_nodes_not_applied",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &["kind"],
+    help: "1 if the kernel lacks addresses of nodes, or ports of load balancers at nodes: STRICT pods send nothing to what may be one.",
+};
+pub(super) static UNNAMED: Metric = Metric {
+    name: "tacit_unnamed_pods",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &["state"],
+    help: "Cgroups of pods that no source names: held to STRICT, or left alone after unnamedPodTimeout.",
+};
+pub(super) static NODE_STATE_ERRORS: Metric = Metric {
+    name: "tacit_node_state_unusable",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &["operation"],
+    help: "1 if the state for the start after a reboot could not be read at this start, or could not be written last.",
+};
 pub(super) static RESETS_AT_ENROLMENT: Metric = Metric {
     name: "tacit_enrolment_resets",
     unit: None,
@@ -220,6 +241,27 @@ pub(super) static POOL_IDLE: Metric = Metric {
     kind: MetricType::Gauge,
     labels: &[],
     help: "Tunnel sessions kept for reuse.",
+};
+pub(super) static SHARE_USED: Metric = Metric {
+    name: "tacit_share_used",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &["resource", "scope"],
+    help: "Units of a shared resource in use: of all holders (scope total), and of the holder with the most (scope holder).",
+};
+pub(super) static SHARE_LIMIT: Metric = Metric {
+    name: "tacit_share_limit",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &["resource", "scope"],
+    help: "Most units of a shared resource: of all holders (scope total), and of each (scope holder).",
+};
+pub(super) static SHARE_REFUSED: Metric = Metric {
+    name: "tacit_share_refused",
+    unit: None,
+    kind: MetricType::Counter,
+    labels: &["resource"],
+    help: "Uses of a shared resource that were refused, or made to give way, because the holder had its share.",
 };
 pub(super) static STALE: Metric = Metric {
     name: "tacit_config_stale",

@@ -1,8 +1,9 @@
 //! A status as text for a terminal. Colour repeats what the words say, it never says it alone.
 
-use std::fmt::Write;
-
-use super::{AgentState, CertificateStatus, PartyStatus, PodState, PodStatus, Status};
+use super::{
+    AgentState, CertificateStatus, NodeStateStatus, NodesStatus, PartyStatus, PodState, PodStatus,
+    ShareStatus, Status, UnnamedStatus,
+};
 use crate::telemetry::table::{Cell, Colour, Style, Table};
 
 /// A certificate with less than this part of its life left is overdue for renewal, which begins much earlier.
@@ -22,6 +23,7 @@ pub fn render(status: &Status, colour: bool) -> String {
     page.guard(status);
     page.certificates(status);
     page.sources(status);
+    page.shares(status);
     page.flows(status);
     page.out
 }
@@ -60,15 +62,14 @@ impl Page {
                 PodState::Waiting(_) => Cell::styled("waiting", Style::Caution),
                 PodState::LeftAlone(_) => "left alone".into(),
             };
-            let addresses: Vec<_> = pod.addresses.iter().map(ToString::to_string).collect();
             table.row([
                 pod_name(pod).into(),
                 state,
                 modes(pod).into(),
-                pod.policies.join(" ").into(),
+                joined(&pod.policies).into(),
                 (&pod.in_clear).into(),
-                pod.guarded_links.join(" ").into(),
-                addresses.join(" ").into(),
+                joined(&pod.guarded_links).into(),
+                joined(&pod.addresses).into(),
                 (&pod.identity).into(),
                 (&pod.cgroup).into(),
                 pod.flows.into(),
@@ -78,6 +79,9 @@ impl Page {
         for pod in &status.pods {
             if let PodState::Waiting(reason) | PodState::LeftAlone(reason) = &pod.state {
                 self.note(Style::Caution, &format!("{} waits: {reason}", pod_name(pod)));
+            }
+            if pod.raised_by_minimum {
+                self.note(Style::Caution, &format!("{}: mode raised by minimumMode", pod_name(pod)));
             }
             if let Some(error) = &pod.policy_not_applied {
                 let text = format!("{}: policy not applied, STRICT until it is: {error}", pod_name(pod));
@@ -131,6 +135,46 @@ impl Page {
         self.line(&format!("  ranges of the mesh ({configured} configured, {detected} detected): {ranges}"));
         if status.uncovered.example.is_some() {
             self.note(Style::Caution, &status.uncovered.to_string());
+        }
+        self.nodes(&status.nodes);
+        self.unnamed(&status.unnamed);
+        self.node_state(&status.node_state);
+    }
+
+    fn nodes(&mut self, nodes: &NodesStatus) {
+        let NodesStatus { addresses_not_applied, ports_not_applied } = nodes;
+        for (error, what, lost) in [
+            (addresses_not_applied, "addresses of nodes", "port from 30000 to 32767 outside the mesh"),
+            (ports_not_applied, "ports of load balancers at nodes", "port of a node"),
+        ] {
+            if let Some(error) = error {
+                let text = format!("{what} not applied, STRICT pods reach no {lost} until they are: {error}");
+                self.note(Style::Bad, &text);
+            }
+        }
+    }
+
+    fn unnamed(&mut self, unnamed: &UnnamedStatus) {
+        let UnnamedStatus { held, left_alone, limit_seconds, example } = unnamed;
+        if let Some(example) = example {
+            let text = format!(
+                "no source names {} cgroups of pods, for example {example}: {held} are held, {left_alone} are left alone \
+                 after {limit_seconds} s",
+                held + left_alone
+            );
+            self.note(Style::Caution, &text);
+        }
+    }
+
+    fn node_state(&mut self, state: &NodeStateStatus) {
+        if state.folder.is_empty() {
+            return;
+        }
+        self.line(&format!("  before the sources answered: {} (kept in {})", state.origin, state.folder));
+        for error in [&state.read_error, &state.write_error].into_iter().flatten() {
+            for line in error.lines() {
+                self.note(Style::Bad, &format!("{}: {line}", state.folder));
+            }
         }
     }
 
@@ -196,6 +240,28 @@ impl Page {
         }
     }
 
+    fn shares(&mut self, status: &Status) {
+        let mut table = Table::new(["SHARED", "USED", "LIMIT", "FULLEST", "USED", "LIMIT", "REFUSED"]);
+        for share in &status.shares {
+            let style = if share.full { Style::Caution } else { Style::Plain };
+            table.row([
+                (&share.resource).into(),
+                share.used.into(),
+                share.limit.map_or_else(|| "-".to_owned(), |limit| limit.to_string()).into(),
+                share.fullest.as_deref().unwrap_or("-").into(),
+                Cell::styled(share.fullest_used.to_string(), style),
+                share.holder_limit.into(),
+                share.refused.into(),
+            ]);
+        }
+        self.section("SHARES", &table);
+        for share in status.shares.iter().filter(|share| share.full) {
+            let ShareStatus { resource, fullest_used, holder_limit, .. } = share;
+            let who = share.fullest.as_deref().unwrap_or("all holders");
+            self.note(Style::Caution, &format!("{resource}: {who} has {fullest_used} of {holder_limit}"));
+        }
+    }
+
     fn flows(&mut self, status: &Status) {
         let mut table = Table::new(["SOURCE", "DESTINATION", "SECURITY", "AGE", "SENT", "RECEIVED"]);
         for flow in &status.flows.list {
@@ -243,13 +309,23 @@ fn pod_name(pod: &PodStatus) -> String {
     format!("{}/{}", pod.namespace, pod.name)
 }
 
+/// Items of a cell that are listed, a number; beyond it they are counted only. A cell widens its column in every row.
+const LISTED_MAX: usize = 8;
+
 /// The mode, then the ports that differ: `strict 9090=permissive`.
 fn modes(pod: &PodStatus) -> String {
-    let mut text = pod.mode.clone();
-    for (port, mode) in &pod.port_modes {
-        let _ = write!(text, " {port}={mode}");
-    }
-    text
+    let ports = pod.port_modes.iter().map(|(port, mode)| format!("{port}={mode}"));
+    std::iter::once(pod.mode.clone()).chain(listed(ports)).collect::<Vec<_>>().join(" ")
+}
+
+/// The first items, then the number of the others.
+fn listed(items: impl ExactSizeIterator<Item = String>) -> impl Iterator<Item = String> {
+    let rest = items.len().saturating_sub(LISTED_MAX);
+    items.take(LISTED_MAX).chain((rest > 0).then(|| format!("and {rest} more")))
+}
+
+fn joined<T: ToString>(items: &[T]) -> String {
+    listed(items.iter().map(ToString::to_string)).collect::<Vec<_>>().join(" ")
 }
 
 fn party(party: &PartyStatus) -> String {
@@ -259,7 +335,7 @@ fn party(party: &PartyStatus) -> String {
     }
 }
 
-/// What is left of a certificate's life; in words too when that is too little.
+/// Returns the remaining lifetime of a certificate, marked if it has expired or will soon.
 fn left(certificate: &CertificateStatus) -> Cell {
     let life = certificate.not_after.unix_seconds().saturating_sub(certificate.not_before.unix_seconds());
     match u64::try_from(certificate.seconds_left) {
@@ -317,6 +393,18 @@ mod tests {
         let mut expired = sample();
         expired.certificates[0].seconds_left = -1;
         assert!(render(&expired, false).contains("EXPIRED"));
+    }
+
+    #[test]
+    fn a_pod_with_many_ports_and_policies_takes_one_short_line() {
+        let mut status = sample();
+        let pod = &mut status.pods[0];
+        pod.port_modes = (1..=16_384).map(|port| (port, "STRICT".to_owned())).collect();
+        pod.policies = (0..16_384).map(|number| format!("shop/policy-{number}")).collect();
+        let text = render(&status, false);
+        assert!(text.contains(" 8=STRICT and 16376 more"), "{text}");
+        let longest = text.lines().map(|line| line.chars().count()).max().unwrap_or(0);
+        assert!(longest < 1000, "a line of {longest} characters");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Tests of the status as data, and a status with something in every part for the tests around.
 
+use tacit_core::shares::Bounds;
+
 use super::*;
 
 #[test]
@@ -64,7 +66,7 @@ pub(in crate::telemetry) fn sample() -> Status {
             id: 12,
             pinned: Some("/bpf/tacit/connect4".to_owned()),
         }],
-        kernel: vec![KernelCounter {
+        kernel: vec![CounterStatus {
             name: "deny_stale_agent".to_owned(),
             help: "Refused in STRICT because the agent is gone".to_owned(),
             value: 3,
@@ -79,6 +81,18 @@ pub(in crate::telemetry) fn sample() -> Status {
                 packets: 41,
             }],
         },
+        node_state: NodeStateStatus {
+            folder: "/var/lib/tacit".to_owned(),
+            origin: "the kept state".to_owned(),
+            read_error: None,
+            write_error: Some("cannot create /var/lib/tacit/x: no space".to_owned()),
+        },
+        unnamed: UnnamedStatus {
+            held: 2,
+            left_alone: 1,
+            limit_seconds: 60,
+            example: Some("/cgroup/pods/other".to_owned()),
+        },
         mesh: MeshStatus {
             configured: 1,
             detected: 2,
@@ -88,6 +102,12 @@ pub(in crate::telemetry) fn sample() -> Status {
             pods: 0,
             services: 1,
             example: Some("service shop/web (10.96.0.1)".to_owned()),
+        },
+        nodes: NodesStatus {
+            addresses_not_applied: None,
+            ports_not_applied: Some(
+                "map NODE_SERVICES: it holds 16384 entries, and 3 more are wanted".to_owned(),
+            ),
         },
         issuer: IssuerStatus {
             address: "authority.tacit:15012".to_owned(),
@@ -110,7 +130,14 @@ pub(in crate::telemetry) fn sample() -> Status {
         }],
         flows: FlowsStatus { live: 1200, opening: 2, list: vec![flow()] },
         pool: PoolStatus { idle_sessions: 5 },
+        shares: vec![share("connections", Some("shop/web"), 64), share("handshakes", None, 0)],
     }
+}
+
+fn share(resource: &'static str, fullest: Option<&str>, used: u64) -> ShareStatus {
+    let bounds = Bounds { total: 90, each: 64 };
+    let fullest = fullest.map(|holder| (holder.to_owned(), used));
+    ShareStatus::of(ShareUse { resource, bounds, used, fullest, refused: 7 })
 }
 
 fn pod(name: &str, state: PodState) -> PodStatus {
@@ -126,6 +153,7 @@ fn pod(name: &str, state: PodState) -> PodStatus {
         in_clear: "nothing".to_owned(),
         guarded_links: vec!["pod2 (tcx)".to_owned()],
         policy_not_applied: None,
+        raised_by_minimum: name == "api",
         state,
         flows: 1,
     }

@@ -14,13 +14,22 @@ use tokio::{io::Interest, net::TcpStream};
 use super::{App, FlowEnd};
 use crate::{
     buffers::{Buffer, Size},
-    relay::{FlowCounters, busy_poll::BusyPoll},
+    relay::{
+        FlowCounters, PodBulk,
+        bulk::{Grown, Growth, Stall},
+        busy_poll::BusyPoll,
+    },
     socket,
 };
 
 /// Forwards bytes between `source`, the client, and `destination`. Both connections are reset if the future is dropped.
-pub async fn plain(source: TcpStream, destination: TcpStream, counters: &FlowCounters) -> FlowEnd {
-    match run(&source, &destination, counters).await {
+pub async fn plain(
+    source: TcpStream,
+    destination: TcpStream,
+    counters: &FlowCounters,
+    bulk: &PodBulk,
+) -> FlowEnd {
+    match run(&source, &destination, counters, bulk).await {
         None => {
             socket::deliver_if_dropped(&source);
             socket::deliver_if_dropped(&destination);
@@ -35,9 +44,14 @@ pub async fn plain(source: TcpStream, destination: TcpStream, counters: &FlowCou
 }
 
 /// Runs both directions to their ends; returns the application that reset, if any.
-async fn run(source: &TcpStream, destination: &TcpStream, counters: &FlowCounters) -> Option<App> {
-    let mut there = Half::new(source, destination, App::Source, &counters.sent);
-    let mut back = Half::new(destination, source, App::Destination, &counters.received);
+async fn run(
+    source: &TcpStream,
+    destination: &TcpStream,
+    counters: &FlowCounters,
+    bulk: &PodBulk,
+) -> Option<App> {
+    let mut there = Half::new(source, destination, App::Source, (&counters.sent, bulk));
+    let mut back = Half::new(destination, source, App::Destination, (&counters.received, bulk));
     let mut source_broken = pin!(source.ready(Interest::ERROR));
     let mut destination_broken = pin!(destination.ready(Interest::ERROR));
     let mut busy_poll = BusyPoll::new();
@@ -86,6 +100,8 @@ struct Half<'a> {
     app: App,
     counter: &'a AtomicU64,
     size: Size,
+    growth: Growth<'a>,
+    stall: Stall,
     /// Bytes that are read and not yet written.
     unwritten: Option<(Buffer, usize, usize)>,
     /// The end of `from` was forwarded.
@@ -95,13 +111,20 @@ struct Half<'a> {
 }
 
 impl<'a> Half<'a> {
-    fn new(from: &'a TcpStream, to: &'a TcpStream, app: App, counter: &'a AtomicU64) -> Self {
+    fn new(
+        from: &'a TcpStream,
+        to: &'a TcpStream,
+        app: App,
+        (counter, bulk): (&'a AtomicU64, &'a PodBulk),
+    ) -> Self {
         Self {
             from,
             to,
             app,
             counter,
             size: Size::default(),
+            growth: Growth::new(bulk),
+            stall: Stall::default(),
             unwritten: None,
             ended: false,
             error_checked: false,
@@ -128,7 +151,7 @@ impl<'a> Half<'a> {
                 socket::finish(self.to).map_err(|_| self.other())
             }
             Ok(read_bytes) => {
-                self.size = self.size.after(read_bytes, room_bytes);
+                self.size = self.next_size(read_bytes, room_bytes);
                 self.unwritten = Some((buffer, 0, read_bytes));
                 Ok(())
             }
@@ -136,13 +159,35 @@ impl<'a> Half<'a> {
         })
     }
 
+    fn next_size(&mut self, read_bytes: usize, room_bytes: usize) -> Size {
+        let next = self.size.after(read_bytes, room_bytes);
+        if next != Size::Large {
+            return next;
+        }
+        match self.growth.ask(self.counter.load(Relaxed)) {
+            Grown::Before => next,
+            Grown::No => next.small(),
+            Grown::Now => {
+                // Both connections end with the flow.
+                socket::limit_unsent(self.to, true);
+                if self.stall.is_bounded() {
+                    socket::widen_unread(self.from);
+                }
+                next
+            }
+        }
+    }
+
     fn write(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), App>> {
         let Some((buffer, start, end)) = &mut self.unwritten else {
             return Poll::Ready(Ok(()));
         };
-        let Ok(written_bytes) =
-            ready!(socket::poll_write(self.to, cx, &[IoSlice::new(&buffer[*start..*end])]))
+        let Poll::Ready(written) = socket::poll_write(self.to, cx, &[IoSlice::new(&buffer[*start..*end])])
         else {
+            self.stall.stalled(&self.growth, || socket::bound_unread(self.from));
+            return Poll::Pending;
+        };
+        let Ok(written_bytes) = written else {
             return Poll::Ready(Err(self.other()));
         };
         self.counter.fetch_add(written_bytes as u64, Relaxed);
@@ -171,7 +216,10 @@ mod tests {
 
     use super::*;
     use crate::{
-        relay::testing::{exchange, is_reset, soon},
+        relay::{
+            bulk::tests::share,
+            testing::{exchange, is_reset, soon},
+        },
         testing::connection,
     };
 
@@ -182,7 +230,8 @@ mod tests {
             let counters = FlowCounters::default();
             socket::reset_if_dropped(&near);
             socket::reset_if_dropped(&far);
-            let end = plain(near, far, &counters).await;
+            let bulk = share(10).of(1);
+            let end = plain(near, far, &counters, &bulk).await;
             (end.label(), counters.sent.load(Relaxed), counters.received.load(Relaxed))
         });
         (source, relay, destination)

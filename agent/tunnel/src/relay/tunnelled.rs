@@ -31,7 +31,12 @@ use crate::{
     batch::FRAMES_MAX,
     buffers::{Size, TRIM},
     receive_buffer::Received,
-    relay::{FlowCounters, busy_poll::BusyPoll, delayed_accept::DelayedAccept},
+    relay::{
+        FlowCounters, PodBulk,
+        bulk::{Grown, Growth, Stall},
+        busy_poll::BusyPoll,
+        delayed_accept::DelayedAccept,
+    },
     socket,
 };
 
@@ -48,6 +53,7 @@ pub fn tunnelled(
     app: TcpStream,
     mut session: Box<Session>,
     counters: &FlowCounters,
+    bulk: &PodBulk,
 ) -> impl Future<Output = (FlowEnd, Option<Box<Session>>)> + Send {
     async move {
         let (ours, theirs) = match session.role() {
@@ -55,7 +61,7 @@ pub fn tunnelled(
             Role::Server => (App::Destination, App::Source),
         };
         // The futures after the flow are boxed, so a running flow reserves no space for them.
-        match run(&app, &mut session, counters).await {
+        match run(&app, &mut session, counters, bulk).await {
             Ending::Finished => {
                 socket::deliver_if_dropped(&app);
                 drop(app);
@@ -81,12 +87,12 @@ pub fn tunnelled(
 }
 
 /// Runs the flow to its end.
-async fn run(app: &TcpStream, session: &mut Session, counters: &FlowCounters) -> Ending {
-    let mut flow = Flow::new(app, session, counters);
+async fn run(app: &TcpStream, session: &mut Session, counters: &FlowCounters, bulk: &PodBulk) -> Ending {
+    let mut flow = Flow::new(app, session, counters, bulk);
     let mut broken = pin!(app.ready(Interest::ERROR));
     let mut other_tasks = pin!(yield_now());
     let (mut watch_errors, mut busy_poll) = (true, BusyPoll::new());
-    poll_fn(|cx| {
+    let ending = poll_fn(|cx| {
         let mut ending = flow.poll(cx);
         if ending.is_pending() && flow.accept_pending {
             match &mut flow.delayed_accept {
@@ -108,7 +114,9 @@ async fn run(app: &TcpStream, session: &mut Session, counters: &FlowCounters) ->
         }
         ending
     })
-    .await
+    .await;
+    flow.shrink();
+    ending
 }
 
 /// Returns the session after all frames of the flow have arrived.
@@ -158,6 +166,9 @@ struct Flow<'a> {
     down: &'a AtomicU64,
     /// Size of the next read from the application.
     size: Size,
+    up_growth: Growth<'a>,
+    down_growth: Growth<'a>,
+    down_stall: Stall,
     /// ACCEPT is queued and not sent yet, for a client that sends without waiting for it. The thread first runs its other tasks
     /// once, so that ACCEPT can leave with the application's first bytes.
     accept_pending: bool,
@@ -174,7 +185,12 @@ struct Flow<'a> {
 }
 
 impl<'a> Flow<'a> {
-    fn new(app: &'a TcpStream, session: &'a mut Session, counters: &'a FlowCounters) -> Self {
+    fn new(
+        app: &'a TcpStream,
+        session: &'a mut Session,
+        counters: &'a FlowCounters,
+        bulk: &'a PodBulk,
+    ) -> Self {
         let (up, down) = match session.role() {
             Role::Client => (&counters.sent, &counters.received),
             Role::Server => (&counters.received, &counters.sent),
@@ -191,6 +207,9 @@ impl<'a> Flow<'a> {
             up,
             down,
             size: Size::default(),
+            up_growth: Growth::new(bulk),
+            down_growth: Growth::new(bulk),
+            down_stall: Stall::default(),
             accept_pending,
             delayed_accept,
             app_ended,
@@ -256,8 +275,15 @@ impl<'a> Flow<'a> {
         let Ok(read) = ready!(poll_app_read(self.app, cx, self.size)) else {
             return finish_with(Ending::ResetByApp);
         };
-        self.up.fetch_add(read.payload_bytes as u64, Relaxed);
+        let before = self.up.fetch_add(read.payload_bytes as u64, Relaxed);
         self.size = read.next;
+        if read.next == Size::Large {
+            match self.up_growth.ask(before) {
+                Grown::Before => {}
+                Grown::Now => self.session.set_large_sends(true),
+                Grown::No => self.size = Size::Small,
+            }
+        }
         match self.session.send_app_read(read) {
             Ok(Ok(ends)) => self.app_ended = ends,
             Ok(Err(_)) => return finish_with(Ending::ResetByApp),
@@ -283,7 +309,11 @@ impl<'a> Flow<'a> {
             let mut slices = [IoSlice::new(&[]); FRAMES_MAX];
             let used = self.session.payloads(&mut slices);
             let write = if self.session.fin_follows() { socket::poll_write_last } else { socket::poll_write };
-            return match ready!(write(self.app, cx, &slices[..used])) {
+            let Poll::Ready(written) = write(self.app, cx, &slices[..used]) else {
+                self.down_stall.stalled(&self.down_growth, || self.session.bound_unread());
+                return Poll::Pending;
+            };
+            return match written {
                 Ok(written_bytes) => {
                     self.session.consume(written_bytes);
                     self.down.fetch_add(written_bytes as u64, Relaxed);
@@ -293,11 +323,35 @@ impl<'a> Flow<'a> {
             };
         }
         match ready!(self.session.poll_received(cx)) {
-            Ok(Received::Data) => CONTINUE,
+            Ok(Received::Data) => {
+                if self.session.is_receive_short()
+                    && self.down_growth.ask(self.down.load(Relaxed)) == Grown::Now
+                {
+                    self.session.set_large_receives(true);
+                    socket::limit_unsent(self.app, true);
+                    if self.down_stall.is_bounded() {
+                        self.session.widen_unread();
+                    }
+                }
+                CONTINUE
+            }
             Ok(Received::Control(Control::Fin)) => self.peer_fin(),
             // `flow_state` accepts only RESET here.
             Ok(Received::Control(_)) => finish_with(Ending::ResetByPeer),
             Err(error) => finish_with(Ending::Lost(error)),
+        }
+    }
+
+    /// Gives back large buffers, which the session's next flow may not need, and bounds of this flow.
+    fn shrink(&mut self) {
+        if self.up_growth.is_large() {
+            self.session.set_large_sends(false);
+        }
+        if self.down_growth.is_large() {
+            self.session.set_large_receives(false);
+        }
+        if self.down_stall.is_bounded() {
+            self.session.unbound_unread();
         }
     }
 

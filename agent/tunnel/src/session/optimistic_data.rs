@@ -44,7 +44,8 @@ impl<'a> OptimisticData<'a> {
 
     fn record(&mut self, read: &AppRead) {
         self.taken_bytes += read.payload_bytes as u64;
-        self.size = read.next;
+        // Nothing is known yet about the reader at the far end.
+        self.size = read.next.small();
     }
 }
 

@@ -1,11 +1,14 @@
 //! Tests of the guard's decisions: tables of facts.
 
 use super::*;
-use crate::{Arrival, ArrivalFacts, Claim, Link, decide_arrival, is_recent, may_claim, may_send_from};
+use crate::{Arrival, ArrivalFacts, Claim, Link, decide_arrival, may_claim, may_send_from};
 use Reason::{
     GuardAllowed, GuardClear, GuardEncapsulated, GuardIcmp, GuardInboundOther, GuardInboundTcp,
-    GuardInboundUdp, GuardOther, GuardReply, GuardSpoofed, GuardTcp, GuardUdp, GuardUdpClear,
+    GuardInboundUdp, GuardNodeAddress, GuardOther, GuardReply, GuardSpoofed, GuardTcp, GuardUdp,
+    GuardUdpClear,
 };
+
+mod counts;
 
 const fn v4(last: u8) -> Address {
     Address::from_v4_be(u32::from_ne_bytes([10, 77, 1, last]))
@@ -41,6 +44,7 @@ struct Facts {
     tunnel: bool,
     mesh: bool,
     node: bool,
+    service: bool,
     node_flow: bool,
     accepted: Option<Accepted>,
     port_mode: Option<Mode>,
@@ -64,6 +68,9 @@ impl GuardFacts for Facts {
     }
     fn is_node(&self, _: &Address) -> bool {
         self.node
+    }
+    fn is_node_service(&self, _: &Packet) -> bool {
+        self.service
     }
     fn is_node_flow(&self, _: &Packet) -> bool {
         self.node_flow
@@ -116,6 +123,7 @@ const MESH: Facts = Facts {
     tunnel: false,
     mesh: true,
     node: false,
+    service: false,
     node_flow: false,
     accepted: None,
     port_mode: None,
@@ -173,6 +181,33 @@ fn a_strict_pod_reaches_what_is_outside_the_mesh_and_no_neighbour() {
 }
 
 #[test]
+fn a_strict_pod_sends_nothing_to_services_of_nodes() {
+    let service = Facts { service: true, node: true, ..OUTSIDE };
+    for (number, reason) in [(protocol::TCP, GuardTcp), (protocol::UDP, GuardUdp)] {
+        for hook in HOOKS {
+            let to = |facts, pod| decide_egress(&facts, &pod, hook, &packet(number));
+            assert_eq!(to(service, strict()), Verdict::Drop(reason));
+            assert!(!matches!(to(service, open()), Verdict::Drop(_)));
+            assert!(!matches!(to(Facts { service: false, ..service }, strict()), Verdict::Drop(_)));
+            assert!(!matches!(to(Facts { allowed: true, ..service }, strict()), Verdict::Drop(_)));
+        }
+    }
+}
+
+#[test]
+fn a_strict_pod_answers_datagrams_that_the_node_sent_from_a_port_of_services() {
+    let service = Facts { service: true, node: true, ..MESH };
+    let answered = Facts { node_flow: true, ..service };
+    for hook in HOOKS {
+        let to = |facts, number| decide_egress(&facts, &strict(), hook, &packet(number));
+        assert_eq!(to(answered, protocol::UDP), Verdict::Ask);
+        assert_eq!(to(service, protocol::UDP), Verdict::Drop(GuardUdp));
+        assert_eq!(to(Facts { node: false, ..answered }, protocol::UDP), Verdict::Drop(GuardUdp));
+        assert_eq!(to(answered, protocol::TCP), Verdict::Drop(GuardTcp), "TCP is accepted as the node's");
+    }
+}
+
+#[test]
 fn of_the_agents_packets_only_tunnels_pass_a_link() {
     let agent = Facts { agent: true, tcp_socket: true, ..MESH };
     let egress = |facts, hook| decide_egress(&facts, &strict(), hook, &packet(protocol::TCP));
@@ -199,6 +234,31 @@ fn a_pod_without_an_entry_is_treated_as_strict() {
             assert!(matches!(verdict, Verdict::Drop(_)), "{verdict:?}");
         }
     }
+}
+
+#[test]
+fn a_pod_that_no_source_has_named_serves_the_nodes_addresses_only() {
+    let node = Facts { node: true, ..MESH };
+    let opening = Packet { segment: Segment::Syn, ..packet(protocol::TCP) };
+    let arrives = |facts, pod| decide_ingress(&facts, &pod, &opening);
+    assert_eq!(arrives(node, Pod::unknown()), Verdict::Clear(GuardNodeAddress));
+    assert!(matches!(arrives(MESH, Pod::unknown()), Verdict::Drop(_)));
+    assert!(matches!(arrives(node, strict()), Verdict::Drop(_)), "a named pod does not have these addresses");
+    let of_socket = Facts { tcp_socket: true, ..node };
+    let sent = |facts, pod, hook, protocol| decide_egress(&facts, &pod, hook, &packet(protocol));
+    let passes = Verdict::Clear(GuardNodeAddress);
+    assert_eq!(sent(of_socket, Pod::unknown(), Hook::Socket, protocol::TCP), passes);
+    for (facts, pod, hook, protocol) in [
+        (of_socket, strict(), Hook::Socket, protocol::TCP),
+        (of_socket, Pod::unknown(), Hook::Link, protocol::TCP),
+        (node, Pod::unknown(), Hook::Socket, protocol::TCP),
+        (Facts { tcp_socket: true, ..MESH }, Pod::unknown(), Hook::Socket, protocol::TCP),
+    ] {
+        assert_eq!(sent(facts, pod, hook, protocol), Verdict::Drop(GuardTcp), "{facts:?} {hook:?}");
+    }
+    let is_service = Facts { service: true, ..of_socket };
+    let datagram = sent(is_service, Pod::unknown(), Hook::Socket, protocol::UDP);
+    assert_eq!(datagram, Verdict::Drop(GuardUdp), "a source address proves nothing");
 }
 
 #[test]
@@ -344,9 +404,11 @@ fn plaintext_to_a_strict_port_is_dropped_wherever_it_comes_from() {
         assert_eq!(ingress(facts, packet(SCTP)), Verdict::Drop(GuardInboundOther));
         assert_eq!(ingress(facts, packet(protocol::ICMP)), Verdict::Pass);
         assert_eq!(ingress(Facts { agent: true, ..facts }, tcp(Segment::Syn)), Verdict::Pass);
-        assert_eq!(ingress(Facts { node_flow: true, ..facts }, tcp(Segment::Syn)), Verdict::Pass);
         let claims_node = Facts { node: true, ..facts };
         assert_eq!(ingress(claims_node, tcp(Segment::Syn)), Verdict::Drop(GuardInboundTcp));
+        assert_eq!(ingress(Facts { node_flow: true, ..claims_node }, tcp(Segment::Syn)), Verdict::Pass);
+        let former_address = Facts { node_flow: true, ..facts };
+        assert_eq!(ingress(former_address, tcp(Segment::Syn)), Verdict::Drop(GuardInboundTcp));
         let accepted = Facts { accepted: Some(Accepted::Other), ..facts };
         assert_eq!(ingress(accepted, tcp(Segment::Data)), Verdict::Drop(GuardInboundTcp));
         let permissive = Facts { port_mode: Some(Mode::Permissive), ..facts };
@@ -376,17 +438,8 @@ fn a_pod_that_policies_select_gets_no_connection_past_the_agent() {
     let ingress = |facts, segment| decide_ingress(&facts, &judged, &tcp(segment));
     assert_eq!(ingress(OUTSIDE, Segment::Syn), Verdict::Drop(GuardInboundTcp));
     assert_eq!(ingress(Facts { agent: true, ..OUTSIDE }, Segment::Syn), Verdict::Pass);
-    assert_eq!(ingress(Facts { node_flow: true, ..OUTSIDE }, Segment::Syn), Verdict::Pass);
+    assert_eq!(ingress(Facts { node: true, node_flow: true, ..OUTSIDE }, Segment::Syn), Verdict::Pass);
     assert_eq!(ingress(OUTSIDE, Segment::Data), Verdict::Pass);
-}
-
-#[test]
-fn a_flow_is_the_nodes_for_a_minute() {
-    let now = 5_000_000_000;
-    for (sent, expected) in [(5, true), (6, false), (4, true), (0, true)] {
-        assert_eq!(is_recent(sent, now), expected, "{sent}");
-    }
-    assert!(is_recent(5, now + 60_000_000_000) && !is_recent(5, now + 61_000_000_000));
 }
 
 #[test]
@@ -394,7 +447,7 @@ fn data_to_a_connection_of_the_node_is_proven_each_time() {
     let accepted = Facts { accepted: Some(Accepted::Node), ..MESH };
     let ingress = |facts| decide_ingress(&facts, &strict(), &tcp(Segment::Data));
     assert_eq!(ingress(accepted), Verdict::Drop(GuardInboundTcp));
-    assert_eq!(ingress(Facts { node_flow: true, ..accepted }), Verdict::Pass);
+    assert_eq!(ingress(Facts { node: true, node_flow: true, ..accepted }), Verdict::Pass);
 }
 
 #[test]
@@ -412,6 +465,17 @@ fn only_a_socket_of_the_node_proves_that_a_packet_is_the_nodes() {
     let taken_over = Facts { node_flow: true, ..node };
     assert_eq!(arrives(taken_over, tcp(Segment::Data)), Arrival::Drop(GuardSpoofed));
     assert_eq!(arrives(taken_over, tcp(Segment::Bare)), Arrival::Pass);
+    // Errors about a connection of the node come from anywhere.
+    for error in [protocol::ICMP, protocol::ICMP_V6] {
+        assert_eq!(arrives(taken_over, packet(error)), Arrival::Pass);
+    }
     let own = Packet { remote: v4(2), ..packet(protocol::UDP) };
     assert_eq!(arrives(sent, own), Arrival::Drop(GuardSpoofed));
+}
+
+#[test]
+fn a_packet_to_the_pods_own_address_passes_its_sockets_and_not_its_link() {
+    let own = Packet { remote: v4(2), ..packet(protocol::UDP) };
+    assert_eq!(decide_egress(&MESH, &strict(), Hook::Socket, &own), Verdict::Pass);
+    assert_eq!(decide_egress(&MESH, &strict(), Hook::Link, &own), Verdict::Drop(GuardUdp));
 }

@@ -134,6 +134,13 @@ fn send_tagged(tags: usize, (to, from): ([u8; 6], [u8; 6]), ethertype: i32, pack
     send_frame(libc::SOCK_RAW, outer, to, &frame)
 }
 
+/// Sends a whole frame.
+pub(super) fn send_whole(frame: &[u8]) -> Result<Told> {
+    let (to, ethertype) = frame.split_at_checked(6).context("an Ethernet header")?;
+    let ethertype = i32::from(u16::from_be_bytes([ethertype[6], ethertype[7]]));
+    send_frame(libc::SOCK_RAW, ethertype, to.try_into().context("six bytes")?, frame)
+}
+
 /// Sends a frame through a packet socket of type `kind`. Of `SOCK_DGRAM`, the kernel writes the Ethernet header.
 fn send_frame(kind: i32, protocol: i32, hardware: [u8; 6], frame: &[u8]) -> Result<Told> {
     // SAFETY: takes no pointer.

@@ -17,7 +17,7 @@ const BACKLOG: i32 = 128;
 /// the next three ports. Prints `ready`, then `got ..` for what each connection brought.
 ///
 /// # Errors
-/// When a port cannot be had.
+/// Fails if a port is not available.
 pub(super) fn run(ports: &str) -> Result<()> {
     let ports: Vec<u16> = ports
         .split(',')
@@ -90,6 +90,9 @@ fn accept(listener: &Socket) {
             // Each part counts at once: what has come before an error, or before an end that is not to come.
             while let Ok(length @ 1..) = connection.read(&mut part) {
                 bytes.extend_from_slice(part.get(..length).unwrap_or_default());
+                if let Some(answer) = bytes.strip_prefix(QUERY) {
+                    let _ = connection.write_all(answer);
+                }
                 println!("got {}", String::from_utf8_lossy(&bytes));
                 let _ = io::stdout().flush();
             }

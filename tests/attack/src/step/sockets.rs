@@ -17,7 +17,7 @@ use super::{Given, Told, patience, wait_for_go};
 /// Start of a datagram that the server answers with the rest of it.
 pub(super) const QUERY: &[u8] = b"?";
 
-fn stream(given: &Given, protocol: i32) -> io::Result<Socket> {
+pub(super) fn stream(given: &Given, protocol: i32) -> io::Result<Socket> {
     Socket::new(Domain::for_address(given.target), Type::STREAM, Some(Protocol::from(protocol)))
 }
 
@@ -32,7 +32,7 @@ fn finish(mut socket: Socket, marker: &[u8]) -> Result<Told> {
     close(socket)
 }
 
-fn close(mut socket: Socket) -> Result<Told> {
+pub(super) fn close(mut socket: Socket) -> Result<Told> {
     socket.shutdown(std::net::Shutdown::Write)?;
     socket.set_read_timeout(Some(patience()?))?;
     let mut rest = Vec::new();
@@ -40,7 +40,7 @@ fn close(mut socket: Socket) -> Result<Told> {
     Ok(Told::Sent)
 }
 
-fn connect(socket: &Socket, target: SocketAddr) -> Result<()> {
+pub(super) fn connect(socket: &Socket, target: SocketAddr) -> Result<()> {
     Ok(socket.connect_timeout(&target.into(), patience()?)?)
 }
 

@@ -1,5 +1,5 @@
-//! What each BPF program costs: its runs and the time in them, as the kernel counts them while `kernel.bpf_stats_enabled`
-//! is set. Counting itself adds some 20 ns to a run, which is part of the figures.
+//! Cost of each BPF program: its runs and their time, as the kernel counts them while `kernel.bpf_stats_enabled` is
+//! set. Counting adds some 20 ns to a run, which is part of the figures.
 
 use std::{collections::BTreeMap, fs};
 

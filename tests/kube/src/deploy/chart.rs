@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use xtask_support::workspace::Workspace;
 
@@ -19,12 +19,39 @@ pub(super) fn objects(workspace: &Workspace, namespace: &str, changed: &Value) -
     merge(&mut values, changed);
     let scope = json!({"Values": values, "Release": {"Namespace": namespace}});
     let mut objects = Vec::new();
-    for file in files(&folder.join("templates"))? {
-        let text = template::render(&read(&file)?, &scope).with_context(|| file.display().to_string())?;
+    let templates = files(&folder.join("templates"))?;
+    // The definitions depend on the cluster. Only Helm itself renders them.
+    let is_rendered = |file: &&PathBuf| {
+        file.extension().is_some_and(|extension| extension == "yaml") && !file.ends_with("definitions.yaml")
+    };
+    for file in templates.iter().filter(is_rendered) {
+        let text = without_checksums(&read(file)?, &templates)?;
+        let text = template::render(&text, &scope).with_context(|| file.display().to_string())?;
         objects.extend(yaml::documents(&text).with_context(|| format!("rendered {}", file.display()))?);
     }
     objects.retain(|object| !object.is_null());
     Ok(objects)
+}
+
+/// The template without its annotations `checksum/config`, which roll pods when a ConfigMap changes. The base has none.
+/// Each must name a file of `templates`.
+fn without_checksums(text: &str, templates: &[PathBuf]) -> Result<String> {
+    const BEFORE: &str = "checksum/config: {{ include (print $.Template.BasePath \"/";
+    const AFTER: &str = "\") . | sha256sum }}";
+    let mut kept = String::new();
+    for line in text.lines() {
+        match line.trim_start().strip_prefix(BEFORE) {
+            Some(rest) => {
+                let name = rest.strip_suffix(AFTER).with_context(|| format!("`{line}` is no checksum"))?;
+                ensure!(templates.iter().any(|file| file.ends_with(name)), "{name} is no template");
+            }
+            None => {
+                kept.push_str(line);
+                kept.push('\n');
+            }
+        }
+    }
+    Ok(kept)
 }
 
 /// Lays `changed` over `value`: mappings by key, everything else as a whole.

@@ -17,7 +17,7 @@ use std::{
 
 use serde_json::Value;
 use tacit_abi::REASONS;
-use tacit_core::refusal::RefusalReason;
+use tacit_core::{refusal::RefusalReason, shares::SHARES};
 use xtask_support::workspace::Workspace;
 
 use super::{chart::files, metrics, read_objects};
@@ -70,7 +70,7 @@ fn sources_of(folders: &[&str], without: &[&str]) -> Vec<String> {
     paths.filter(is_wanted).map(|path| fs::read_to_string(path).expect("text")).collect()
 }
 
-/// What stands in backticks, outside blocks of code.
+/// Returns the text in backticks, outside blocks of code.
 fn quoted(text: &str) -> Vec<&str> {
     let outside = text.split("```").step_by(2);
     outside.flat_map(|part| part.lines().flat_map(|line| line.split('`').skip(1).step_by(2))).collect()
@@ -184,6 +184,15 @@ fn every_reason_of_the_agent_that_is_explained_exists() {
         .filter(|name| !of_agents().any(|reason| reason == **name) && !others.contains(**name))
         .collect();
     assert!(explained.len() >= RefusalReason::ALL.len() && unknown.is_empty(), "{unknown:?} do not exist");
+}
+
+#[test]
+fn every_share_is_explained() {
+    let document = document("troubleshooting.md");
+    let section = section(&document, "Shares");
+    for share in SHARES {
+        assert!(section.contains(&format!("\n| `{}` |", share.resource)), "{} has no row", share.resource);
+    }
 }
 
 /// The reasons of agents.

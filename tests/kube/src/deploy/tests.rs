@@ -1,4 +1,4 @@
-//! What `deploy/` promises, held against the files themselves.
+//! Checks of the promises about `deploy/` against its files.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::{chart::files, *};
 
-fn workspace() -> Workspace {
+pub(super) fn workspace() -> Workspace {
     Workspace::find().expect("workspace")
 }
 
@@ -49,6 +49,57 @@ fn values_reach_the_objects() {
     assert!(!objects.keys().any(|name| name.contains("Namespace/")), "made by --create-namespace");
 }
 
+/// Helm checks values with the patterns that the agent checks its configuration with, and knows every value.
+#[test]
+fn the_schema_of_values_is_that_of_the_configuration() {
+    let root = workspace().root().join("deploy");
+    let json = |path: &str| -> Value {
+        serde_json::from_str(&fs::read_to_string(root.join(path)).expect("text")).expect("JSON")
+    };
+    let (schema, config) = (json("helm/tacit/values.schema.json"), json("config.schema.json"));
+    let fields = |schema: &Value| schema["properties"].clone();
+    for name in ["trustDomain", "podsCgroup", "meshRanges", "serviceRanges", "allowClear", "minimumMode"] {
+        let (value, field) = (&fields(&schema)[name], &fields(&config)[name]);
+        assert_eq!(value["pattern"], field["pattern"], "{name}");
+        assert_eq!(value["maxItems"], field["maxItems"], "{name}");
+        assert_eq!(value["enum"], field["enum"], "{name}");
+        assert_eq!(value["items"]["pattern"], field["items"]["pattern"], "{name}");
+    }
+    let values =
+        parse(&fs::read_to_string(root.join("helm/tacit/values.yaml")).expect("text")).expect("YAML");
+    every_value_is_known(&values, &schema, "values");
+}
+
+fn every_value_is_known(values: &Value, schema: &Value, path: &str) {
+    let Some(properties) = schema["properties"].as_object() else { return };
+    assert_eq!(schema["additionalProperties"], json!(false), "{path}: unknown keys are accepted");
+    for (key, value) in values.as_object().into_iter().flatten() {
+        let known =
+            properties.get(key).unwrap_or_else(|| panic!("{path}.{key} is not in values.schema.json"));
+        every_value_is_known(value, known, &format!("{path}.{key}"));
+    }
+}
+
+#[test]
+fn apparmor_is_a_field_or_on_old_servers_an_annotation() {
+    let agent = |annotation: bool| {
+        let changed = json!({"agent": {"appArmorAnnotation": annotation}});
+        let objects = by_name(chart::objects(&workspace(), NAMESPACE, &changed).expect("chart"));
+        objects["\"tacit-system\" DaemonSet/tacit-agent"]["spec"]["template"].clone()
+    };
+    let annotation = "container.apparmor.security.beta.kubernetes.io/agent";
+    let field = |pod: &Value| pod["spec"]["containers"][0]["securityContext"]["appArmorProfile"].clone();
+    let (new, old) = (agent(false), agent(true));
+    assert_eq!(
+        (&new["metadata"]["annotations"][annotation], field(&new)),
+        (&Value::Null, json!({"type": "Unconfined"}))
+    );
+    assert_eq!(
+        (&old["metadata"]["annotations"][annotation], field(&old)),
+        (&json!("unconfined"), Value::Null)
+    );
+}
+
 #[test]
 fn the_image_that_is_made_is_the_one_that_is_asked_for() {
     for object in base(&workspace()).expect("base") {
@@ -76,7 +127,7 @@ fn the_agent_is_given_the_capabilities_and_mounts_that_are_listed_and_no_others(
         .map(|volume| &volume["hostPath"]["path"])
         .filter(|path| !path.is_null())
         .collect();
-    assert_eq!(mounts, ["/sys/fs/cgroup", "/sys/fs/bpf"]);
+    assert_eq!(mounts, ["/sys/fs/cgroup", "/sys/fs/bpf", "/var/lib/tacit"]);
 }
 
 #[test]
@@ -152,7 +203,7 @@ fn dashboards_and_alerts_ask_for_metrics_that_exist() {
 #[test]
 fn every_file_of_objects_can_be_read() {
     let root = workspace().root().join("deploy");
-    for folder in ["crds", "network", "helm/tacit/crds"] {
+    for folder in ["crds", "network", "helm/tacit/definitions"] {
         for file in files(&root.join(folder)).expect("folder") {
             let objects = read_objects(&file).unwrap_or_else(|error| panic!("{error:#}"));
             assert!(objects.iter().all(|object| object["kind"].is_string()), "{}", file.display());
@@ -183,6 +234,5 @@ fn both_policies_are_defined_in_both_versions_and_the_chart_brings_them() {
         assert_eq!(served, ["v1", "v1beta1"], "{}", name_of(definition));
         assert_eq!(versions[0]["schema"], versions[1]["schema"], "{}", name_of(definition));
     }
-    // In this folder of a chart helm leaves a definition that is there as it is.
-    assert_eq!(all, definitions("helm/tacit/crds"));
+    assert_eq!(all, definitions("helm/tacit/definitions"));
 }

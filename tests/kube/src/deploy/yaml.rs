@@ -61,7 +61,7 @@ fn place(documents: &mut Vec<Value>, open: Option<&mut Open>, value: Value) -> R
     Ok(())
 }
 
-/// What a scalar is (YAML 1.2.2 section 10.3.2, and `yes`, `on` and their kind refused to nobody: they are text).
+/// Returns the value of a scalar (YAML 1.2.2 section 10.3.2). `yes`, `on` and similar words are text.
 fn scalar(text: &str, style: ScalarStyle) -> Value {
     if style != ScalarStyle::Plain {
         return Value::String(text.to_owned());

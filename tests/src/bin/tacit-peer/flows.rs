@@ -38,6 +38,26 @@ pub(crate) fn run(to: &[SocketAddr], count: usize) -> Result<()> {
     Ok(())
 }
 
+/// Opens `count` connections to the echo servers, one after the other, and keeps those that echo. Prints `held` {echoed,
+/// failures}, and ends when a line comes on stdin.
+pub(crate) fn hold(to: &[SocketAddr], count: usize) -> Result<()> {
+    let (mut open, mut failures) = (Vec::new(), BTreeMap::<String, u64>::new());
+    for (number, to) in (0..count).zip(to.iter().copied().cycle()) {
+        let opened = connect(to, Origin::Any).and_then(|stream| {
+            stream.set_read_timeout(Some(IO_TIMEOUT))?;
+            echo(&stream, &format!("text of connection {number}"))?;
+            Ok(stream)
+        });
+        match opened {
+            Ok(stream) => open.push(stream),
+            Err(error) => *failures.entry(error_name(&error)).or_default() += 1,
+        }
+    }
+    Reporter::new(0).emit("held", json!({ "echoed": open.len(), "failures": failures }));
+    io::stdin().read_line(&mut String::new())?;
+    Ok(())
+}
+
 /// Behaviour of a client between a failed connection and the next one.
 #[derive(Clone, Copy)]
 pub(crate) enum AfterFailure {
@@ -96,7 +116,7 @@ fn one(to: SocketAddr, number: usize, all_open: &Barrier) -> io::Result<()> {
     echo(&stream, &format!("last text of flow {number}"))
 }
 
-fn echo(mut stream: &TcpStream, text: &str) -> io::Result<()> {
+pub(crate) fn echo(mut stream: &TcpStream, text: &str) -> io::Result<()> {
     stream.write_all(text.as_bytes())?;
     let mut answer = vec![0; text.len()];
     stream.read_exact(&mut answer)?;

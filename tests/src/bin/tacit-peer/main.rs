@@ -1,15 +1,22 @@
 //! Program that the tests run in pods, for one side or both sides of a connection.
 //!
 //! ```text
-//! tacit-peer serve ADDRESS STEP...              runs the steps on every connection, until the process is killed
-//! tacit-peer connect ADDRESS [--from IP | --mptcp] STEP...   runs the steps on one connection
+//! tacit-peer serve [--after-line] ADDRESS STEP...   runs the steps on every connection, until the process is killed; with
+//!                                               the option it accepts none before a line comes on stdin
+//! tacit-peer connect ADDRESS [--from IP | --mptcp | --unsent BYTES] STEP...   runs the steps on one connection; the last
+//!                                               option sets TCP_NOTSENT_LOWAT
 //! tacit-peer flows COUNT ADDRESS...             opens COUNT concurrent connections, distributed over the addresses; each
 //!                                               is echoed, and all are open before any closes
 //! tacit-peer probe ADDRESS WAY                  makes one connection and prints what each system call returned, see `probe`
 //! tacit-peer deaf ADDRESS STEP...               listens with the smallest backlog and accepts nothing until a line comes on
 //!                                               stdin; then as `serve`
+//! tacit-peer hold COUNT ADDRESS...              opens COUNT connections one after the other, each echoed once, and keeps them
+//!                                               until a line comes on stdin
 //! tacit-peer repeat|storm ADDRESS               opens sequential connections until a line comes on stdin; a storm does
 //!                                               not pause after a failure
+//! tacit-peer pending COUNT ADDRESS              opens COUNT connections without waiting for any, and keeps all until a line
+//!                                               comes on stdin
+//! tacit-peer sequence COUNT ADDRESS [--device NAME]   opens COUNT connections one after another; each is echoed
 //! ```
 //!
 //! Events are printed on stdout, one JSON object a line, and the test that started the program evaluates them. The program
@@ -20,6 +27,7 @@
 mod bulk;
 mod event;
 mod flows;
+mod opening;
 mod probe;
 mod steps;
 
@@ -47,13 +55,22 @@ fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {
-        ["serve", address, steps @ ..] => serve(address.parse().context("ADDRESS")?, &parse(steps)?),
+        ["serve", "--after-line", address, steps @ ..] => {
+            serve(address.parse().context("ADDRESS")?, &parse(steps)?, Accepting::AfterLine)
+        }
+        ["serve", address, steps @ ..] => {
+            serve(address.parse().context("ADDRESS")?, &parse(steps)?, Accepting::Now)
+        }
         ["connect", address, "--from", from, steps @ ..] => {
             let origin = Origin::Address(from.parse().context("IP")?);
             client(address.parse().context("ADDRESS")?, origin, &parse(steps)?)
         }
         ["connect", address, "--mptcp", steps @ ..] => {
             client(address.parse().context("ADDRESS")?, Origin::Multipath, &parse(steps)?)
+        }
+        ["connect", address, "--unsent", bytes, steps @ ..] => {
+            let origin = Origin::Unsent(bytes.parse().context("BYTES")?);
+            client(address.parse().context("ADDRESS")?, origin, &parse(steps)?)
         }
         ["connect", address, steps @ ..] => {
             client(address.parse().context("ADDRESS")?, Origin::Any, &parse(steps)?)
@@ -64,9 +81,24 @@ fn main() -> Result<()> {
         }
         ["probe", address, way] => probe::run(address.parse().context("ADDRESS")?, way),
         ["deaf", address, steps @ ..] => deaf(address.parse().context("ADDRESS")?, &parse(steps)?),
+        ["hold", count, addresses @ ..] if !addresses.is_empty() => {
+            let addresses = addresses.iter().map(|address| address.parse().context("ADDRESS"));
+            flows::hold(&addresses.collect::<Result<Vec<_>>>()?, count.parse().context("COUNT")?)
+        }
         ["repeat", address] => flows::repeat(address.parse().context("ADDRESS")?, AfterFailure::Pause),
         ["storm", address] => flows::repeat(address.parse().context("ADDRESS")?, AfterFailure::Storm),
-        _ => bail!("usage: tacit-peer serve|connect|flows|probe|deaf|repeat|storm ADDRESS ..."),
+        ["pending", count, address] => {
+            opening::pending(address.parse().context("ADDRESS")?, count.parse().context("COUNT")?)
+        }
+        ["sequence", count, address, device @ ..] => {
+            let device = match device {
+                [] => None,
+                ["--device", name] => Some(*name),
+                _ => bail!("sequence COUNT ADDRESS [--device NAME]"),
+            };
+            opening::sequence(address.parse().context("ADDRESS")?, count.parse().context("COUNT")?, device)
+        }
+        _ => bail!("usage: tacit-peer serve|connect|flows|probe|deaf|hold|repeat|storm|pending|sequence ..."),
     }
 }
 
@@ -74,14 +106,18 @@ fn parse(steps: &[&str]) -> Result<Vec<Step>> {
     steps.iter().map(|step| Step::parse(step)).collect()
 }
 
-fn serve(address: SocketAddr, steps: &[Step]) -> Result<()> {
-    accept(&listen(address, BACKLOG)?, steps)
+/// Begin of a server's accepts.
+enum Accepting {
+    Now,
+    AfterLine,
+}
+
+fn serve(address: SocketAddr, steps: &[Step], accepting: Accepting) -> Result<()> {
+    accept(&listen(address, BACKLOG)?, steps, accepting)
 }
 
 fn deaf(address: SocketAddr, steps: &[Step]) -> Result<()> {
-    let listener = listen(address, 0)?;
-    io::stdin().read_line(&mut String::new())?;
-    accept(&listener, steps)
+    accept(&listen(address, 0)?, steps, Accepting::AfterLine)
 }
 
 fn listen(address: SocketAddr, backlog: i32) -> Result<TcpListener> {
@@ -94,7 +130,10 @@ fn listen(address: SocketAddr, backlog: i32) -> Result<TcpListener> {
     Ok(listener)
 }
 
-fn accept(listener: &TcpListener, steps: &[Step]) -> Result<()> {
+fn accept(listener: &TcpListener, steps: &[Step], accepting: Accepting) -> Result<()> {
+    if matches!(accepting, Accepting::AfterLine) {
+        io::stdin().read_line(&mut String::new())?;
+    }
     for connection in 1.. {
         let (stream, from) = listener.accept().context("accept")?;
         let steps = steps.to_vec();
@@ -114,7 +153,11 @@ fn client(to: SocketAddr, origin: Origin, steps: &[Step]) -> Result<()> {
         Ok(stream) => {
             reporter.emit(
                 "connected",
-                json!({ "peer": stream.peer_addr().ok(), "local": stream.local_addr().ok() }),
+                json!({
+                    "peer": stream.peer_addr().ok(),
+                    "local": stream.local_addr().ok(),
+                    "unsent_bytes": SockRef::from(&stream).tcp_notsent_lowat().ok(),
+                }),
             );
             run_steps(stream, steps, &reporter);
         }
@@ -130,6 +173,8 @@ enum Origin {
     Any,
     /// The socket is bound to this address.
     Address(IpAddr),
+    /// As [`Self::Any`], with this bound of unsent bytes.
+    Unsent(u32),
     /// A multipath socket (RFC 8684), which applications use like TCP.
     Multipath,
 }
@@ -138,12 +183,15 @@ enum Origin {
 fn connect(to: SocketAddr, origin: Origin) -> io::Result<TcpStream> {
     let protocol = match origin {
         Origin::Multipath => Protocol::MPTCP,
-        Origin::Any | Origin::Address(_) => Protocol::TCP,
+        Origin::Any | Origin::Address(_) | Origin::Unsent(_) => Protocol::TCP,
     };
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(protocol))?;
     socket.set_write_timeout(Some(IO_TIMEOUT))?;
     if let Origin::Address(from) = origin {
         socket.bind(&SocketAddr::new(from, 0).into())?;
+    }
+    if let Origin::Unsent(bytes) = origin {
+        socket.set_tcp_notsent_lowat(bytes)?;
     }
     socket.connect(&to.into())?;
     Ok(socket.into())

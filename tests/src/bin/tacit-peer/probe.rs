@@ -14,16 +14,12 @@
 //! | `twice` | connect(), and again on the same socket after it has ended |
 //! | `early-shutdown` | connect() that does not block, shutdown() of the sending direction, epoll_wait(), SO_ERROR |
 //! | `linger-close` | connect() that does not block, SO_LINGER of 0, close() |
-//! | `flood:COUNT` | COUNT times connect() that does not block; closed after a line on stdin |
 //!
 //! The event `probe` has the outcome of each call under its name, and `ms`, the time until the connection was decided.
 
 use crate::event::Reporter;
 use anyhow::{Context, Result, bail};
-use nix::sys::{
-    epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
-    resource::{Resource, getrlimit, setrlimit},
-};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use serde_json::{Map, Value, json};
 use socket2::{Domain, Socket, Type};
 use std::{
@@ -44,10 +40,9 @@ const HELLO: &[u8] = b"hello\n";
 pub(crate) fn run(to: SocketAddr, way: &str) -> Result<()> {
     let mut probe = Probe { to, seen: Map::new(), started: Instant::now() };
     let (name, number) = way.split_once(':').unwrap_or((way, "0"));
-    let number = number.parse().context("MS or COUNT")?;
+    let number = number.parse().context("MS")?;
     let limit = Duration::from_millis(number);
     match name {
-        "flood" => return probe.flood(number),
         "blocking" => drop(probe.blocking(|_| Ok(()))?),
         "send-timeout" => drop(probe.blocking(|socket| socket.set_write_timeout(Some(limit)))?),
         "user-timeout" => drop(probe.blocking(|socket| socket.set_tcp_user_timeout(Some(limit)))?),
@@ -133,15 +128,6 @@ impl Probe {
         let flags = events[0].events() - EpollFlags::EPOLLIN;
         self.seen.insert("epoll".to_owned(), json!(format!("{flags:?}")));
         Ok(socket)
-    }
-
-    fn flood(&mut self, count: u64) -> Result<()> {
-        let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).context("limit of descriptors")?;
-        setrlimit(Resource::RLIMIT_NOFILE, most, most).context("raise the limit of descriptors")?;
-        let pending = (0..count).map(|_| self.not_blocking()).collect::<Result<Vec<_>>>()?;
-        Reporter::new(0).emit("flooded", json!({ "count": pending.len() }));
-        io::stdin().read_line(&mut String::new())?;
-        Ok(())
     }
 
     fn look_while_pending(&mut self, mut socket: &Socket) -> Result<()> {

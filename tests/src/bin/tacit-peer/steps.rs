@@ -9,6 +9,7 @@
 //! | `shut` | shuts down its sending direction | |
 //! | `reset` | closes with RST | |
 //! | `bulk:BYTES:MINE:THEIRS` | sends and checks that many bytes concurrently, see `bulk` | `bulk` {received, intact} |
+//! | `fill` | sends until the socket has accepted nothing for a while, without reading | `filled` {bytes} |
 //! | `pause` | waits for a line on stdin | |
 
 use crate::{
@@ -38,8 +39,12 @@ pub(crate) enum Step {
     Shut,
     Reset,
     Bulk { bytes: usize, mine: u64, theirs: u64 },
+    Fill,
     Pause,
 }
+
+/// A socket that accepts nothing for so long is full.
+const FULL_AFTER: Duration = Duration::from_secs(2);
 
 impl Step {
     pub(crate) fn parse(text: &str) -> Result<Self> {
@@ -60,6 +65,7 @@ impl Step {
                     _ => bail!("invalid step {text}: expected bulk:BYTES:MINE:THEIRS"),
                 }
             }
+            "fill" => Self::Fill,
             "pause" => Self::Pause,
             _ => bail!("unknown step {text}: see the table of steps"),
         })
@@ -80,6 +86,7 @@ impl Step {
                 SockRef::from(stream).set_linger(Some(Duration::ZERO))?;
             }
             Self::Bulk { bytes, mine, theirs } => bulk::exchange(stream, *bytes, *mine, *theirs, reporter)?,
+            Self::Fill => reporter.emit("filled", json!({ "bytes": fill(stream)? })),
             Self::Pause => {
                 io::stdin().read_line(&mut String::new())?;
             }
@@ -98,6 +105,7 @@ impl fmt::Display for Step {
             Self::Shut => "shut",
             Self::Reset => "reset",
             Self::Bulk { .. } => "bulk",
+            Self::Fill => "fill",
             Self::Pause => "pause",
         })
     }
@@ -115,6 +123,25 @@ fn line(mut stream: &TcpStream) -> io::Result<String> {
         text.extend(byte);
     }
     Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+/// Sends until the socket is full, and returns the bytes that it has accepted.
+fn fill(mut stream: &TcpStream) -> io::Result<u64> {
+    let timeout = stream.write_timeout()?;
+    stream.set_write_timeout(Some(FULL_AFTER))?;
+    let chunk = vec![b'x'; 16 << 10];
+    let mut bytes = 0;
+    loop {
+        match stream.write(&chunk) {
+            Ok(sent) => bytes += sent as u64,
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                break;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    stream.set_write_timeout(timeout)?;
+    Ok(bytes)
 }
 
 fn read_end(mut stream: &TcpStream, reporter: &Reporter) {

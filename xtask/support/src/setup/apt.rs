@@ -14,7 +14,7 @@ use crate::{
     progress::note,
 };
 
-/// Whether the lists were fetched in this run.
+/// The apt of this machine, and the state of its lists.
 pub(super) struct Apt {
     fresh: Freshness,
 }
@@ -30,12 +30,12 @@ impl Apt {
         Self { fresh: Freshness::Unknown }
     }
 
-    /// Whether this system has apt at all.
+    /// Returns true if this system has apt.
     pub(super) fn is_here() -> bool {
         find_program("apt-get").is_some()
     }
 
-    /// Whether apt can install the package, after one update when it does not know it.
+    /// Returns true if apt can install the package. Updates the lists once if it is unknown.
     pub(super) fn knows(&mut self, package: &str) -> Result<bool> {
         let known = || succeeds(Command::new("apt-cache").args(["show", package]));
         Ok(known() || (self.update()? == Freshness::Updated && known()))

@@ -24,7 +24,7 @@ const PROGRAMS: [(&str, &str); 12] = [
     ("cc", "gcc libc6-dev"),
 ];
 
-/// What virtual machines need beside that.
+/// Further programs for virtual machines.
 const VM_PROGRAMS: [(&str, &str); 9] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
@@ -37,7 +37,7 @@ const VM_PROGRAMS: [(&str, &str); 9] = [
     ("dash", "dash"),
 ];
 
-/// What a cluster needs beside Kubernetes, which is built.
+/// Further programs for a cluster. Kubernetes itself is built.
 const KUBE_PROGRAMS: [(&str, &str); 12] = [
     ("iptables", "iptables"),
     ("conntrack", "conntrack"),
@@ -53,7 +53,7 @@ const KUBE_PROGRAMS: [(&str, &str); 12] = [
     ("cc", "gcc libc6-dev"),
 ];
 
-/// What the bench needs beside that: real load, not our own.
+/// Further programs for the bench: real load generators.
 const BENCH_PROGRAMS: [(&str, &str); 3] = [("iperf3", "iperf3"), ("wrk", "wrk"), ("taskset", "util-linux")];
 
 /// Installs the packages of programs that are not there.

@@ -135,7 +135,7 @@ pub(super) fn missing_components() -> Vec<&'static str> {
     missing.map(|(name, _)| name).collect()
 }
 
-/// How to get a component.
+/// Returns the command that installs a component.
 pub(super) fn remedy(component: &str) -> String {
     format!("{component} is missing: `rustup component add {component}`, or your distribution's package")
 }

@@ -20,11 +20,11 @@ pub(super) const FIELDS: [&str; 8] = [
     "sessionAffinity",
     "sessionAffinitySeconds",
 ];
-pub(super) const PORT_FIELDS: [&str; 2] = ["port", "targetPort"];
+pub(super) const PORT_FIELDS: [&str; 3] = ["port", "targetPort", "nodePort"];
 pub(super) const ENDPOINT_FIELDS: [&str; 4] = ["addresses", "ready", "node", "ports"];
 const TRAFFIC: [(&str, InternalTrafficPolicy); 2] =
     [("Cluster", InternalTrafficPolicy::Cluster), ("Local", InternalTrafficPolicy::Local)];
-/// Whether a session affinity is by the client's address.
+/// Values of `sessionAffinity`, and true for affinity by the client's address.
 const AFFINITY: [(&str, bool); 2] = [("None", false), ("ClientIP", true)];
 const READY: [(&str, EndpointCondition); 2] =
     [("true", EndpointCondition::Ready), ("false", EndpointCondition::NotReady)];
@@ -32,7 +32,14 @@ const READY: [(&str, EndpointCondition); 2] =
 pub(super) const AFFINITY_SECONDS: u32 = 10_800;
 const AFFINITY_SECONDS_MAX: u32 = 86_400;
 
-/// Where a port of an endpoint is found.
+/// A port of a service before its endpoints are known.
+struct ParsedPort<'a> {
+    port: u16,
+    node_port: Option<u16>,
+    target: TargetPort<'a>,
+}
+
+/// The port of an endpoint, by number or by name.
 enum TargetPort<'a> {
     Number(u16),
     Name(&'a str),
@@ -78,7 +85,7 @@ fn service<'a>(
         None => Some(Vec::new()),
     };
     let ports = fields.required("ports", "the service's ports, such as [{port: 80, targetPort: 8080}]");
-    let ports = ports.and_then(|list| ports_of(&list));
+    let ports = ports.and_then(|list| ports_of(&list, &owner, uniqueness));
     let endpoints = match fields.optional("endpoints") {
         Some(list) => endpoints(&list, nodes),
         None => Some(Vec::new()),
@@ -93,7 +100,7 @@ fn service<'a>(
         item.refuse(format_args!("service {owner} is already in line {line}: remove one or rename it"));
     }
     let endpoints = endpoints?;
-    let ports: Vec<_> = ports?.iter().map(|(port, target)| served(*port, target, &endpoints)).collect();
+    let ports: Vec<_> = ports?.iter().map(|port| served(port, &endpoints)).collect();
     let after = Duration::from_secs(seconds?.into());
     Some(Service {
         name: name.into(),
@@ -102,25 +109,36 @@ fn service<'a>(
         external_ips: Vec::new(),
         ingress_ips: Vec::new(),
         ports: ports.into_iter().collect::<Option<_>>()?,
+        udp_ports: Vec::new(),
         traffic: traffic?,
         affinity: if by_client? { Affinity::ClientIp(after) } else { Affinity::None },
     })
 }
 
-fn ports_of<'a>(list: &Value<'a>) -> Option<Vec<(u16, TargetPort<'a>)>> {
+fn ports_of<'a>(
+    list: &Value<'a>,
+    owner: &str,
+    uniqueness: &mut Uniqueness<'a>,
+) -> Option<Vec<ParsedPort<'a>>> {
     let mut seen = HashMap::new();
-    let port = |item: &Value<'a>| {
+    let mut port = |item: &Value<'a>| {
         let mut fields = item.fields(&PORT_FIELDS)?;
         let number =
             fields.required("port", "the port that clients ask for").and_then(|v| v.parse(port_number));
         let target = fields.optional("targetPort").map(|value| target(&value));
-        let number = number?;
+        let node_port = fields.optional("nodePort").map(|value| {
+            let port = value.parse(node_port)?;
+            uniqueness.node_port(&value, port, owner);
+            Some(port)
+        });
+        let (number, node_port) = (number?, node_port.map_or(Some(None), |port| port.map(Some)));
         if let Some(line) = seen.insert(number, item.line()) {
             item.refuse(format_args!("port {number} is already in line {line}: remove one"));
         }
-        Some((number, target.unwrap_or(Some(TargetPort::Number(number)))?))
+        let target = target.unwrap_or(Some(TargetPort::Number(number)));
+        Some(ParsedPort { port: number, node_port: node_port?, target: target? })
     };
-    let ports: Vec<_> = list.items()?.iter().map(port).collect();
+    let ports: Vec<_> = list.items()?.iter().map(&mut port).collect();
     ports.into_iter().collect()
 }
 
@@ -167,7 +185,8 @@ fn named_ports<'a>(value: &Value<'a>) -> Option<HashMap<&'a str, u16>> {
 
 /// The endpoints of one port. An endpoint without the named port is a mistake of the file, whatever Kubernetes makes of
 /// it: nobody would learn why it gets no traffic.
-fn served(port: u16, target: &TargetPort<'_>, endpoints: &[ParsedEndpoint<'_>]) -> Option<ServicePort> {
+fn served(asked: &ParsedPort<'_>, endpoints: &[ParsedEndpoint<'_>]) -> Option<ServicePort> {
+    let ParsedPort { port, node_port, target } = asked;
     let mut all = Vec::new();
     let mut complete = true;
     for endpoint in endpoints {
@@ -191,11 +210,18 @@ fn served(port: u16, target: &TargetPort<'_>, endpoints: &[ParsedEndpoint<'_>]) 
     }
     let (ipv4, ipv6): (Vec<_>, Vec<_>) =
         all.into_iter().partition(|(endpoint, _)| endpoint.address.is_ipv4());
-    complete.then(|| ServicePort { port, ipv4: Endpoints::new(ipv4), ipv6: Endpoints::new(ipv6) })
+    let (ipv4, ipv6) = (Endpoints::new(ipv4), Endpoints::new(ipv6));
+    complete.then_some(ServicePort { port: *port, node_port: *node_port, ipv4, ipv6 })
 }
 
 fn port_number(text: &str) -> Result<u16, &'static str> {
     text.parse().ok().filter(|port| *port != 0).ok_or("no port: write 1 to 65535")
+}
+
+fn node_port(text: &str) -> Result<u16, String> {
+    let port = text.parse().ok().filter(|port| tacit_abi::node_port::contains(*port));
+    let (first, last) = (tacit_abi::node_port::FIRST, tacit_abi::node_port::LAST);
+    port.ok_or_else(|| format!("no node port: write {first} to {last}"))
 }
 
 fn affinity_seconds(text: &str) -> Result<u32, String> {

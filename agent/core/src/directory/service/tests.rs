@@ -27,10 +27,11 @@ fn service(traffic: InternalTrafficPolicy) -> Service {
         addresses: vec!["10.96.0.1".parse().expect("an address"), "fd96::1".parse().expect("an address")],
         external_ips: Vec::new(),
         ingress_ips: Vec::new(),
+        udp_ports: Vec::new(),
         ports: vec![
-            ServicePort { port: 80, ipv4, ipv6 },
-            ServicePort { port: 81, ipv4: ending, ipv6: Endpoints::default() },
-            ServicePort { port: 82, ipv4: down, ipv6: Endpoints::default() },
+            ServicePort { port: 80, node_port: Some(30_080), ipv4, ipv6 },
+            ServicePort { port: 81, node_port: None, ipv4: ending, ipv6: Endpoints::default() },
+            ServicePort { port: 82, node_port: None, ipv4: down, ipv6: Endpoints::default() },
         ],
         traffic,
         affinity: Affinity::None,
@@ -74,9 +75,12 @@ fn who_gets_which_endpoint() {
     use InternalTrafficPolicy::{Cluster, Local};
     let all: &[&str] = &["10.0.0.1:8080", "10.0.0.2:8080", "10.0.0.3:8081"];
     let far = ("x", None, [].as_slice());
-    let table: [(InternalTrafficPolicy, &str, Client<'_>, Expected<'_>); 14] = [
+    let table: [(InternalTrafficPolicy, &str, Client<'_>, Expected<'_>); 17] = [
         (Cluster, "10.96.0.1:80", far, Ok(all)),
         (Cluster, "[::ffff:10.96.0.1]:80", far, Ok(all)),
+        (Cluster, "192.0.2.1:30080", far, Ok(all)),
+        (Local, "192.0.2.1:30080", far, Ok(all)),
+        (Cluster, "10.96.0.1:30080", far, Err(NoEndpoint::UnknownPort(30_080))),
         (Cluster, "[fd96::1]:80", far, Ok(&["[fd00::1]:8080"])),
         (Cluster, "10.96.0.1:81", far, Ok(&["10.0.0.4:9090"])),
         (Cluster, "10.96.0.1:82", far, Err(NoEndpoint::NoneReady)),

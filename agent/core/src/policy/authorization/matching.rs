@@ -1,28 +1,74 @@
-//! How the values of a rule match: lists with their negations, texts with `*`, service accounts.
+//! The values of a rule: lists with their negations, patterns with `*`, service accounts, addresses and ports.
+//!
+//! A list becomes an index when it is read. The cost of a match does not depend on the number of values in the list: it is
+//! the number of *lookups*, one for all exact values, and one for each length that a prefix, suffix or address range has.
 
-use std::net::IpAddr;
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    net::IpAddr,
+};
 
 use ipnet::{IpNet, Ipv4Net};
 
 use crate::spiffe::SpiffeId;
 
-/// Values of which one must match (`values`), and values of which none may (`notValues`). Absent lists ask for nothing.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct ValueMatch<T> {
-    pub(super) any: Vec<T>,
-    pub(super) none: Vec<T>,
+/// An index of the values of a list.
+pub(super) trait ValueSet: FromIterator<Self::Value> {
+    /// A value of the list.
+    type Value;
+
+    /// Adds the values of another list.
+    fn extend(&mut self, other: Self);
+
+    /// Returns the number of lookups of one match.
+    fn lookups(&self) -> usize;
 }
 
-impl<T> Default for ValueMatch<T> {
+/// Values of which one must match (`any`), and values of which none may (`none`). Absent lists ask for nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct ValueMatch<S> {
+    any: Option<S>,
+    none: Option<S>,
+}
+
+impl<S> Default for ValueMatch<S> {
     fn default() -> Self {
-        Self { any: Vec::new(), none: Vec::new() }
+        Self { any: None, none: None }
     }
 }
 
-impl<T> ValueMatch<T> {
-    /// Whether both lists are satisfied by a flow of which `is` tells which values it has.
-    pub(super) fn holds(&self, is: impl Fn(&T) -> bool) -> bool {
-        (self.any.is_empty() || self.any.iter().any(&is)) && !self.none.iter().any(&is)
+impl<S: ValueSet> ValueMatch<S> {
+    /// Indexes two lists. An empty list is an absent one.
+    pub(super) fn of(any: Vec<S::Value>, none: Vec<S::Value>) -> Self {
+        let index = |list: Vec<S::Value>| (!list.is_empty()).then(|| list.into_iter().collect());
+        Self { any: index(any), none: index(none) }
+    }
+
+    /// Returns true if the flow satisfies both lists. `has_one_of` reports whether the flow has a value of a list.
+    pub(super) fn holds(&self, has_one_of: impl Fn(&S) -> bool) -> bool {
+        self.any.as_ref().is_none_or(&has_one_of) && !self.none.as_ref().is_some_and(&has_one_of)
+    }
+
+    /// Returns true if nothing is asked for.
+    pub(super) fn is_absent(&self) -> bool {
+        self.any.is_none() && self.none.is_none()
+    }
+
+    /// Returns true if one of a list is asked for, and nothing is excluded.
+    pub(super) fn is_one_of(&self) -> bool {
+        self.any.is_some() && self.none.is_none()
+    }
+
+    /// Adds values that also match.
+    pub(super) fn widen(&mut self, other: Self) {
+        match (&mut self.any, other.any) {
+            (Some(any), Some(more)) => any.extend(more),
+            (any, more) => *any = any.take().or(more),
+        }
+    }
+
+    pub(super) fn lookups(&self) -> usize {
+        self.any.iter().chain(&self.none).map(ValueSet::lookups).sum()
     }
 }
 
@@ -47,14 +93,79 @@ impl Pattern {
             (None, None) => Self::Exact(text.to_owned()),
         }
     }
+}
 
+/// Texts at one end of a value.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Affixes {
+    texts: HashSet<Box<str>>,
+    /// Their lengths, in bytes.
+    lengths: BTreeSet<usize>,
+}
+
+impl Affixes {
+    fn insert(&mut self, text: String) {
+        self.lengths.insert(text.len());
+        self.texts.insert(text.into());
+    }
+
+    fn extend(&mut self, other: Self) {
+        self.texts.extend(other.texts);
+        self.lengths.extend(other.lengths);
+    }
+
+    /// `end` returns the part of the value that has a length, or `None` if the value has no such part.
+    fn has<'a>(&self, end: impl Fn(usize) -> Option<&'a str>) -> bool {
+        self.lengths.iter().any(|length| end(*length).is_some_and(|part| self.texts.contains(part)))
+    }
+}
+
+/// An index of patterns.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Patterns {
+    is_presence: bool,
+    exact: HashSet<Box<str>>,
+    prefixes: Affixes,
+    suffixes: Affixes,
+}
+
+impl Patterns {
+    /// Returns true if a pattern of the list matches `value`.
     pub(super) fn matches(&self, value: &str) -> bool {
-        match self {
-            Self::Present => !value.is_empty(),
-            Self::Prefix(prefix) => value.starts_with(prefix.as_str()),
-            Self::Suffix(suffix) => value.ends_with(suffix.as_str()),
-            Self::Exact(exact) => value == exact,
+        self.is_presence && !value.is_empty()
+            || self.exact.contains(value)
+            || self.prefixes.has(|length| value.get(..length))
+            || self.suffixes.has(|length| value.get(value.len().checked_sub(length)?..))
+    }
+}
+
+impl FromIterator<Pattern> for Patterns {
+    fn from_iter<I: IntoIterator<Item = Pattern>>(patterns: I) -> Self {
+        let mut index = Self::default();
+        for pattern in patterns {
+            match pattern {
+                Pattern::Present => index.is_presence = true,
+                Pattern::Exact(text) => _ = index.exact.insert(text.into()),
+                Pattern::Prefix(text) => index.prefixes.insert(text),
+                Pattern::Suffix(text) => index.suffixes.insert(text),
+            }
         }
+        index
+    }
+}
+
+impl ValueSet for Patterns {
+    type Value = Pattern;
+
+    fn extend(&mut self, other: Self) {
+        self.is_presence |= other.is_presence;
+        self.exact.extend(other.exact);
+        self.prefixes.extend(other.prefixes);
+        self.suffixes.extend(other.suffixes);
+    }
+
+    fn lookups(&self) -> usize {
+        1 + self.prefixes.lengths.len() + self.suffixes.lengths.len()
     }
 }
 
@@ -65,9 +176,105 @@ pub(super) struct ServiceAccount {
     pub(super) name: String,
 }
 
-impl ServiceAccount {
-    pub(super) fn is(&self, identity: &SpiffeId) -> bool {
-        identity.namespace() == self.namespace && identity.service_account() == self.name
+/// An index of service accounts: the names in each namespace.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct ServiceAccounts(HashMap<Box<str>, HashSet<Box<str>>>);
+
+impl ServiceAccounts {
+    pub(super) fn has(&self, identity: &SpiffeId) -> bool {
+        self.0.get(identity.namespace()).is_some_and(|names| names.contains(identity.service_account()))
+    }
+}
+
+impl FromIterator<ServiceAccount> for ServiceAccounts {
+    fn from_iter<I: IntoIterator<Item = ServiceAccount>>(accounts: I) -> Self {
+        let mut index = Self::default();
+        for ServiceAccount { namespace, name } in accounts {
+            index.0.entry(namespace.into()).or_default().insert(name.into());
+        }
+        index
+    }
+}
+
+impl ValueSet for ServiceAccounts {
+    type Value = ServiceAccount;
+
+    fn extend(&mut self, other: Self) {
+        for (namespace, names) in other.0 {
+            self.0.entry(namespace).or_default().extend(names);
+        }
+    }
+
+    fn lookups(&self) -> usize {
+        1
+    }
+}
+
+/// An index of address ranges.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Blocks {
+    blocks: HashSet<IpNet>,
+    /// Prefix lengths of the IPv4 and of the IPv6 ranges, in bits.
+    lengths: [BTreeSet<u8>; 2],
+}
+
+impl Blocks {
+    pub(super) fn contain(&self, address: IpAddr) -> bool {
+        let around =
+            |bits: &u8| IpNet::new(address, *bits).is_ok_and(|net| self.blocks.contains(&net.trunc()));
+        self.lengths[usize::from(address.is_ipv6())].iter().any(around)
+    }
+}
+
+impl FromIterator<IpNet> for Blocks {
+    fn from_iter<I: IntoIterator<Item = IpNet>>(blocks: I) -> Self {
+        let mut index = Self::default();
+        for block in blocks {
+            index.lengths[usize::from(block.addr().is_ipv6())].insert(block.prefix_len());
+            index.blocks.insert(block.trunc());
+        }
+        index
+    }
+}
+
+impl ValueSet for Blocks {
+    type Value = IpNet;
+
+    fn extend(&mut self, other: Self) {
+        self.blocks.extend(other.blocks);
+        self.lengths.iter_mut().zip(other.lengths).for_each(|(own, lengths)| own.extend(lengths));
+    }
+
+    fn lookups(&self) -> usize {
+        self.lengths.iter().map(BTreeSet::len).max().unwrap_or(0)
+    }
+}
+
+/// An index of ports.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct PortSet(HashSet<u16>);
+
+impl PortSet {
+    pub(super) fn has(&self, port: u16) -> bool {
+        self.0.contains(&port)
+    }
+}
+
+impl FromIterator<u16> for PortSet {
+    fn from_iter<I: IntoIterator<Item = u16>>(ports: I) -> Self {
+        Self(ports.into_iter().collect())
+    }
+}
+
+impl ValueSet for PortSet {
+    type Value = u16;
+
+    fn extend(&mut self, other: Self) {
+        self.0.extend(other.0);
+    }
+
+    fn lookups(&self) -> usize {
+        1
     }
 }
 
@@ -100,8 +307,10 @@ mod tests {
             ("*", &["a", "*"], &[""]),
             ("a*c", &["a*c"], &["abc"]),
             ("*b*", &["ab*"], &["abc", "b"]),
+            ("*ß", &["ß", "groß"], &["", "s", "ßx"]),
+            ("ß*", &["ß", "ßx"], &["", "s", "xß"]),
         ] {
-            let parsed = Pattern::of(pattern);
+            let parsed: Patterns = [Pattern::of(pattern)].into_iter().collect();
             for value in yes {
                 assert!(parsed.matches(value), "{pattern} {value}");
             }
@@ -113,7 +322,7 @@ mod tests {
 
     #[test]
     fn a_list_holds_when_one_of_it_matches_and_none_of_its_negation() {
-        let listed = |any: &[u8], none: &[u8]| ValueMatch { any: any.to_vec(), none: none.to_vec() };
+        let listed = |any: &[u16], none: &[u16]| ValueMatch::<PortSet>::of(any.to_vec(), none.to_vec());
         for (list, has, expected) in [
             (listed(&[], &[]), vec![], true),
             (listed(&[1, 2], &[]), vec![2], true),
@@ -125,8 +334,33 @@ mod tests {
             (listed(&[1], &[2]), vec![1, 2], false),
             (listed(&[1], &[2]), vec![1, 3], true),
         ] {
-            assert_eq!(list.holds(|value| has.contains(value)), expected, "{list:?} {has:?}");
+            let has_one = |set: &PortSet| has.iter().any(|port| set.has(*port));
+            assert_eq!(list.holds(has_one), expected, "{list:?} {has:?}");
         }
+    }
+
+    #[test]
+    fn the_lookups_of_a_list_depend_on_its_kinds_of_values_and_not_on_their_number() {
+        let patterns = |texts: &[String]| texts.iter().map(|text| Pattern::of(text)).collect::<Patterns>();
+        let exact: Vec<String> = (0..10_000).map(|i| format!("cluster.local/ns/shop/sa/a{i}")).collect();
+        assert_eq!((patterns(&exact).lookups(), patterns(&exact[..1]).lookups()), (1, 1));
+        let prefixes: Vec<String> = (1000..9000).map(|i| format!("cluster.local/ns/ns-{i}/*")).collect();
+        assert_eq!(patterns(&prefixes).lookups(), 2, "all of one length");
+        assert!(patterns(&prefixes).matches("cluster.local/ns/ns-4711/sa/web"));
+        let ranges = (0..=255).map(|i| block(&format!("10.{i}.0.0/16")).expect("a range"));
+        let ranges: Blocks = ranges.chain(block("fd77::/16")).collect();
+        assert_eq!(ranges.lookups(), 1, "an address is of one family");
+        assert!(ranges.contain([10, 7, 1, 1].into()) && !ranges.contain([11, 7, 1, 1].into()));
+        let accounts = (0..1000).map(|i| ServiceAccount { namespace: "n".to_owned(), name: format!("a{i}") });
+        assert_eq!(accounts.collect::<ServiceAccounts>().lookups(), 1);
+    }
+
+    #[test]
+    fn a_widened_list_has_the_values_of_both() {
+        let mut list = ValueMatch::<PortSet>::of(vec![1], Vec::new());
+        list.widen(ValueMatch::of(vec![2], Vec::new()));
+        let has = |port: u16| list.holds(|set| set.has(port));
+        assert_eq!([1, 2, 3].map(has), [true, true, false]);
     }
 
     #[test]

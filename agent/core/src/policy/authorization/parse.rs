@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use super::{
     Action, Applicability, Attachment, AuthorizationPolicy, Condition, Enforcement, OperationMatch, Rule,
     SourceMatch,
-    matching::{Pattern, ServiceAccount, ValueMatch, block},
+    matching::{Pattern, ServiceAccount, ValueMatch, ValueSet, block},
 };
 use crate::{
     policy::metadata::ObjectMeta,
@@ -26,13 +26,15 @@ const ACTIONS: [(&str, ParsedAction); 4] = [
     ("AUDIT", ParsedAction::Audit),
     ("CUSTOM", ParsedAction::Custom),
 ];
-const SOURCE_FIELDS: [&str; 12] = [
+const SOURCE_FIELDS: [&str; 14] = [
     "principals",
     "notPrincipals",
     "namespaces",
     "notNamespaces",
     "serviceAccounts",
     "notServiceAccounts",
+    "trustDomains",
+    "notTrustDomains",
     "ipBlocks",
     "notIpBlocks",
     "requestPrincipals",
@@ -68,7 +70,7 @@ enum ParsedAction {
     Custom,
 }
 
-/// What is read of one policy.
+/// One policy as read.
 pub(in crate::policy) struct AuthorizationSpec {
     pub(in crate::policy) policy: AuthorizationPolicy,
     pub(in crate::policy) attachment: Attachment,
@@ -88,7 +90,7 @@ pub(in crate::policy) fn spec(
     };
     let enforcement = if header.dry_run { Enforcement::DryRun } else { Enforcement::Enforced };
     let id = format!("{}/{}", header.namespace, header.name);
-    let policy = |action, rules| AuthorizationPolicy { id: id.clone(), action, enforcement, rules };
+    let policy = |action, rules| AuthorizationPolicy::new(id.clone(), action, enforcement, rules);
     let Some(spec) = spec else {
         let policy = policy(Action::Allow, Vec::new());
         return Some(AuthorizationSpec { policy, attachment: Attachment::Workloads, notes: Vec::new() });
@@ -215,7 +217,7 @@ impl RuleParser<'_> {
             }
         }
         let conditions = conditions.into_iter().flatten().collect();
-        Some(Rule { sources, operations, conditions, reach })
+        Some(Rule::new(sources, operations, conditions, reach))
     }
 
     fn source(&mut self, item: &Value<'_>, unseen: &mut Vec<String>) -> Option<SourceMatch> {
@@ -232,10 +234,13 @@ impl RuleParser<'_> {
         let namespaces = listed(&mut fields, ["namespaces", "notNamespaces"], |value| self.pattern(value));
         let accounts = ["serviceAccounts", "notServiceAccounts"];
         let service_accounts = listed(&mut fields, accounts, |value| self.account(value));
+        let domains = ["trustDomains", "notTrustDomains"];
+        let trust_domains = listed(&mut fields, domains, |value| self.pattern(value));
         let blocks = listed(&mut fields, ["ipBlocks", "notIpBlocks"], address_block);
         http?;
         let (principals, namespaces) = (principals?, namespaces?);
-        Some(SourceMatch { principals, namespaces, service_accounts: service_accounts?, blocks: blocks? })
+        let (service_accounts, trust_domains) = (service_accounts?, trust_domains?);
+        Some(SourceMatch { principals, namespaces, service_accounts, trust_domains, blocks: blocks? })
     }
 
     /// `None` inside: an attribute that cannot be seen, which only rules other than ALLOW survive.
@@ -260,14 +265,20 @@ impl RuleParser<'_> {
             "source.principal" => {
                 Condition::SourcePrincipal(listed(&mut fields, lists, |value| self.principal(value))?)
             }
+            "source.trustDomain" => {
+                Condition::SourceTrustDomain(listed(&mut fields, lists, |value| self.pattern(value))?)
+            }
             _ if HTTP_ATTRIBUTES.iter().any(|known| is_attribute(name, known)) => {
-                listed(&mut fields, lists, |value| value.text().map(drop))?;
+                all(lists.into_iter().map(|list| {
+                    let items = filled(fields.written(list))?;
+                    all(items.iter().map(|item| item.text().map(drop))).map(drop)
+                }))?;
                 unseen.push(name.to_owned());
                 return Some(None);
             }
             _ => {
                 key.refuse(
-                    "is no attribute of Istio's: write source.ip, source.namespace, source.serviceAccount, source.principal, destination.ip or destination.port",
+                    "is no attribute of Istio's: write source.ip, source.namespace, source.serviceAccount, source.principal, source.trustDomain, destination.ip or destination.port",
                 );
                 return None;
             }
@@ -333,17 +344,17 @@ fn unseen_fields(fields: &mut Fields<'_>, names: &[&str], unseen: &mut Vec<Strin
 }
 
 /// A list and its negation.
-fn listed<T>(
+fn listed<S: ValueSet>(
     fields: &mut Fields<'_>,
     [any, none]: [&str; 2],
-    mut item: impl FnMut(&Value<'_>) -> Option<T>,
-) -> Option<ValueMatch<T>> {
+    mut item: impl FnMut(&Value<'_>) -> Option<S::Value>,
+) -> Option<ValueMatch<S>> {
     let mut list = |name| {
         let items = filled(fields.written(name))?;
         all(items.iter().map(&mut item))
     };
     let (any, none) = (list(any), list(none));
-    Some(ValueMatch { any: any?, none: none? })
+    Some(ValueMatch::of(any?, none?))
 }
 
 /// The items of a list that has some, or none when the field is absent. An empty list, and a name with nothing behind it,

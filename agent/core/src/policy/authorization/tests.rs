@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::*;
 use crate::policy::{
-    FlowSource, Modes, Policies, PolicyDenial, Verdict, decide,
+    FlowSource, Modes, Policies, PolicyDenial, PolicyVerdict, decide,
     tests::{modes, workload},
 };
 
@@ -37,13 +37,14 @@ fn identity(namespace: &str, account: &str) -> SpiffeId {
     SpiffeId::new(&domain, namespace, account).expect("valid")
 }
 
-/// What a flow from `who` (namespace and service account; `None` in clear) at 10.77.1.9 meets at 10.77.2.2:8080.
+/// Returns true if 10.77.1.9 may connect to 10.77.2.2:8080 as `who` (namespace and service account; `None` is
+/// plaintext).
 fn allows(policies: &Policies, who: Option<(&str, &str)>) -> bool {
     let identity = who.map(|(namespace, account)| identity(namespace, account));
     let source = identity.map_or(FlowSource::Plaintext, FlowSource::Tunnel);
     let authorization = policies.authorization(&workload("shop", &[("app", "web")]));
     let permissive = modes(crate::policy::Mode::Permissive);
-    decide(&permissive, &authorization, &flow(source)) == Verdict::Allow
+    decide(&permissive, &authorization, &flow(source)) == PolicyVerdict::Allow
 }
 
 fn flow(source: FlowSource) -> Flow {
@@ -59,25 +60,28 @@ const BATCH: Option<(&str, &str)> = Some(("jobs", "batch"));
 const CLEAR: Option<(&str, &str)> = None;
 
 #[test]
-fn cluster_local_stands_for_the_trust_domain_that_the_mesh_has() {
+fn cluster_local_stands_for_the_trust_domain_of_the_mesh_in_principals_only() {
     let domain = crate::spiffe::TrustDomain::parse("prod.example").expect("valid");
     let cart = SpiffeId::new(&domain, "shop", "cart").expect("valid");
-    for (principal, matches) in [
-        ("cluster.local/ns/shop/sa/cart", true),
-        ("cluster.local/*", true),
-        ("prod.example/ns/shop/sa/cart", true),
-        ("cluster.local/ns/shop/sa/batch", false),
-        ("other/ns/shop/sa/cart", false),
+    let denies = |field: &str, value: &str| {
+        let spec = format!("{{action: DENY, rules: [{{from: [{{source: {{{field}: ['{value}']}}}}]}}]}}");
+        let policies = policies(&[&spec]);
+        let authorization = policies.authorization(&workload("shop", &[("app", "web")]));
+        let permissive = modes(crate::policy::Mode::Permissive);
+        decide(&permissive, &authorization, &flow(FlowSource::Tunnel(cart.clone()))) != PolicyVerdict::Allow
+    };
+    for (field, negation, value, matches) in [
+        ("principals", "notPrincipals", "cluster.local/ns/shop/sa/cart", true),
+        ("principals", "notPrincipals", "cluster.local/*", true),
+        ("principals", "notPrincipals", "prod.example/ns/shop/sa/cart", true),
+        ("principals", "notPrincipals", "cluster.local/ns/shop/sa/batch", false),
+        ("principals", "notPrincipals", "other/ns/shop/sa/cart", false),
+        ("trustDomains", "notTrustDomains", "prod.example", true),
+        ("trustDomains", "notTrustDomains", "prod.*", true),
+        ("trustDomains", "notTrustDomains", "cluster.local", false),
+        ("trustDomains", "notTrustDomains", "cluster*", false),
     ] {
-        let with = |field: &str| {
-            let spec =
-                format!("{{action: DENY, rules: [{{from: [{{source: {{{field}: ['{principal}']}}}}]}}]}}");
-            let policies = policies(&[&spec]);
-            let authorization = policies.authorization(&workload("shop", &[("app", "web")]));
-            let permissive = modes(crate::policy::Mode::Permissive);
-            decide(&permissive, &authorization, &flow(FlowSource::Tunnel(cart.clone()))) != Verdict::Allow
-        };
-        assert_eq!((with("principals"), with("notPrincipals")), (matches, !matches), "{principal}");
+        assert_eq!((denies(field, value), denies(negation, value)), (matches, !matches), "{field} {value}");
     }
 }
 
@@ -104,6 +108,13 @@ fn a_rule_matches_by_each_of_its_fields_and_negations() {
         ("{from: [{source: {serviceAccounts: [jobs/batch]}}]}", [false, true, false]),
         ("{from: [{source: {serviceAccounts: [jobs/cart]}}]}", [false, false, false]),
         ("{from: [{source: {notServiceAccounts: [jobs/batch]}}]}", [true, false, true]),
+        ("{from: [{source: {trustDomains: [cluster.local]}}]}", [true, true, false]),
+        ("{from: [{source: {trustDomains: ['cluster*', other]}}]}", [true, true, false]),
+        ("{from: [{source: {trustDomains: ['*']}}]}", [true, true, false]),
+        ("{from: [{source: {trustDomains: [other]}}]}", [false, false, false]),
+        ("{from: [{source: {notTrustDomains: [cluster.local]}}]}", [false, false, true]),
+        ("{from: [{source: {notTrustDomains: [other]}}]}", [true, true, true]),
+        ("{from: [{source: {namespaces: [shop], notTrustDomains: [other]}}]}", [true, false, false]),
         ("{from: [{source: {ipBlocks: [10.77.0.0/16]}}]}", [true, true, true]),
         ("{from: [{source: {ipBlocks: [10.77.1.9]}}]}", [true, true, true]),
         ("{from: [{source: {ipBlocks: [10.77.1.8, 'fd77::/16']}}]}", [false, false, false]),
@@ -128,6 +139,8 @@ fn a_rule_matches_by_each_of_its_fields_and_negations() {
         ("{when: [{key: source.serviceAccount, notValues: [jobs/batch]}]}", [true, false, true]),
         ("{when: [{key: source.principal, values: ['*/cart']}]}", [true, false, false]),
         ("{when: [{key: source.principal, notValues: ['*']}]}", [false, false, true]),
+        ("{when: [{key: source.trustDomain, values: ['*.local']}]}", [true, true, false]),
+        ("{when: [{key: source.trustDomain, notValues: [cluster.local]}]}", [false, false, true]),
         ("{when: [{key: destination.ip, values: [10.77.2.0/24]}]}", [true, true, true]),
         ("{when: [{key: destination.ip, notValues: [10.77.2.2]}]}", [false, false, false]),
         ("{when: [{key: destination.port, values: ['8080']}]}", [true, true, true]),
@@ -267,18 +280,17 @@ fn a_dry_run_and_a_policy_of_a_waypoint_decide_nothing() {
 }
 
 #[test]
-fn the_mode_goes_first_and_the_nodes_probes_pass_both() {
+fn the_mode_goes_first() {
     let allow_nothing = policies(&["{}"]);
     let authorization = allow_nothing.authorization(&workload("shop", &[]));
     let strict = modes(crate::policy::Mode::Strict);
     let of = |modes: &Modes, source| decide(modes, &authorization, &flow(source));
-    assert_eq!(of(&strict, FlowSource::Plaintext), Verdict::Deny(PolicyDenial::PlaintextInStrict));
+    assert_eq!(of(&strict, FlowSource::Plaintext), PolicyVerdict::Deny(PolicyDenial::PlaintextInStrict));
     let cart = identity("shop", "cart");
     for mode in [&strict, &modes(crate::policy::Mode::Disable)] {
-        assert_eq!(of(mode, FlowSource::Node), Verdict::Allow);
         assert!(matches!(
             of(mode, FlowSource::SameNode(cart.clone())),
-            Verdict::Deny(PolicyDenial::NotAllowed(_))
+            PolicyVerdict::Deny(PolicyDenial::NotAllowed(_))
         ));
     }
 }
@@ -293,7 +305,8 @@ fn a_denial_names_policy_and_rule() {
         let policies = policies(specs);
         let authorization = policies.authorization(&workload("shop", &[]));
         let permissive = modes(crate::policy::Mode::Permissive);
-        let Verdict::Deny(reason) = decide(&permissive, &authorization, &flow(FlowSource::Plaintext)) else {
+        let PolicyVerdict::Deny(reason) = decide(&permissive, &authorization, &flow(FlowSource::Plaintext))
+        else {
             panic!("allowed: {specs:?}")
         };
         assert_eq!((reason.to_string().as_str(), reason.reason().label()), (expected, label));
@@ -415,7 +428,8 @@ fn what_looks_as_if_it_matched_is_noted() {
         ("{action: AUDIT}", "never matches"),
         ("{action: CUSTOM, provider: {name: opa}}", "denies all"),
     ] {
-        let notes = policies(&[spec]).notes().to_vec();
+        let policies = policies(&[spec]);
+        let notes = policies.notes();
         assert!(notes.len() == 1 && notes[0].contains(part), "{spec}: {notes:?}");
     }
     assert!(policies(&["{rules: [{from: [{source: {namespaces: ['a*']}}]}]}"]).notes().is_empty());

@@ -39,7 +39,7 @@ fn an_object_is_read_from_json_as_the_api_server_writes_it() {
 #[test]
 fn an_object_that_does_not_parse_denies_what_it_selects_as_far_as_that_can_be_read() {
     let head = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n";
-    // What is denied: web of shop, another of shop, web of another namespace.
+    // Expected denials: web of shop, another of shop, web of another namespace.
     let table = [
         (
             format!(

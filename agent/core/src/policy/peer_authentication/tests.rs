@@ -1,10 +1,10 @@
-//! What is read and what is refused of a policy file.
+//! Policy files that are accepted or rejected.
 
 use std::path::Path;
 
 use super::*;
 use crate::{
-    policy::{Policies, SelectorPolicy},
+    policy::{Modes, Policies, tests::workload},
     yaml::Mistakes,
 };
 
@@ -52,15 +52,10 @@ spec:
     '8443': {}
 ";
     let policies = read(text).expect("valid");
-    assert_eq!(policies.namespaces["foo"], ModeSetting::Set(Mode::Permissive));
-    assert_eq!(
-        policies.selecting["foo"],
-        [SelectorPolicy {
-            labels: BTreeMap::from([("app".to_owned(), "finance".to_owned())]),
-            mode: ModeSetting::Set(Mode::Strict),
-            ports: BTreeMap::from([(8080, ModeSetting::Set(Mode::Disable)), (8443, ModeSetting::Inherit)]),
-        }]
-    );
+    let modes = |labels: &[_]| policies.modes(&workload("foo", labels));
+    assert_eq!(modes(&[]), Modes { default: Mode::Permissive, ports: BTreeMap::new() });
+    let ports = BTreeMap::from([(8080, Mode::Disable), (8443, Mode::Strict)]);
+    assert_eq!(modes(&[("app", "finance")]), Modes { default: Mode::Strict, ports });
 }
 
 #[test]
@@ -80,10 +75,11 @@ metadata:
 spec: {mtls: {mode: STRICT}}
 status: {}
 ";
-    assert_eq!(read(text).expect("valid").mesh, ModeSetting::Set(Mode::Strict));
+    assert_eq!(read(text).expect("valid").mesh_default(), Mode::Strict);
     let created_by_hand =
         with_spec("\nstatus:").replace("namespace: shop", "namespace: shop, creationTimestamp: null");
-    assert_eq!(read(&created_by_hand).expect("valid").namespaces["shop"], ModeSetting::Inherit);
+    let by_hand = read(&created_by_hand).expect("valid");
+    assert_eq!(by_hand.modes(&workload("shop", &[])).default, Mode::Permissive);
 }
 
 #[test]

@@ -92,11 +92,10 @@ impl DirectoryStore {
         if self.mirrors.is_empty() {
             return;
         }
-        let ending = {
-            let mut here = self.directory.on_node(&self.local_node.node).chain(self.directory.host_network());
-            here.find(|workload| workload.full_name() == *name).cloned()
+        let Some((namespace, pod)) = name.split_once('/') else { return };
+        let Some(ending) = self.directory.holder_named(&self.local_node.node, namespace, pod).cloned() else {
+            return;
         };
-        let Some(ending) = ending else { return };
         let heirs = self.mirrors.iter().filter(|(mirror, _)| **mirror != *name);
         let heirs: Vec<(String, Workload)> = heirs
             .filter_map(|(name, mirror)| {
@@ -186,7 +185,10 @@ impl DirectoryStore {
             return None;
         };
         let path = |uid| self.local_node.cgroups.pod(uid, pod.status.qos_class);
-        if let Some(text) = &meta.annotations.mirror {
+        // Only its kubelet writes the status of a pod, and none of a mirror pod without a static pod. A false mirror pod of a
+        // static pod that has just started would be the first to claim its cgroup.
+        let is_reported = pod.status.start_time.is_some();
+        if let Some(text) = meta.annotations.mirror.as_ref().filter(|_| is_reported) {
             match self.static_pod_uid(pod, text, name) {
                 Ok(uid) => {
                     let cgroup = path(uid);

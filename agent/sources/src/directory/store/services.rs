@@ -142,8 +142,12 @@ fn build(record: &ServiceRecord, slices: &[&SliceRecord]) -> directory::Service 
     let ports = tcp.map(|port| {
         let all = slices.iter().flat_map(|slice| served(slice, &port.name));
         let (ipv4, ipv6): (Vec<_>, Vec<_>) = all.partition(|(endpoint, _)| endpoint.address.is_ipv4());
-        ServicePort { port: port.port, ipv4: Endpoints::new(ipv4), ipv6: Endpoints::new(ipv6) }
+        // 0 is written for services without node ports.
+        let node_port = port.node_port.filter(|port| *port != 0);
+        let (ipv4, ipv6) = (Endpoints::new(ipv4), Endpoints::new(ipv6));
+        ServicePort { port: port.port, node_port, ipv4, ipv6 }
     });
+    let udp = spec.ports.iter().filter(|port| port.protocol.as_deref() == Some("UDP"));
     let time = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
     let time = time.and_then(|client| client.timeout_seconds);
     let is_local = spec.internal_traffic_policy.as_deref() == Some("Local");
@@ -153,6 +157,7 @@ fn build(record: &ServiceRecord, slices: &[&SliceRecord]) -> directory::Service 
         name: Arc::clone(&record.name),
         namespace: Arc::clone(&record.namespace),
         ports: ports.collect(),
+        udp_ports: udp.map(|port| port.port).collect(),
         addresses,
         external_ips,
         ingress_ips,

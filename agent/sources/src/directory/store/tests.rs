@@ -61,7 +61,7 @@ fn pod(name: &str, node: &str, ip: &str, change: impl FnOnce(&mut Value)) -> Obj
         },
         "spec": {"nodeName": node, "serviceAccountName": "web", "containers": [{"name": "c", "image": "i"}]},
         "status": {"phase": "Running", "qosClass": "Burstable", "podIP": ip, "podIPs": [{"ip": ip}],
-                   "conditions": null},
+                   "startTime": "2026-01-01T00:00:00Z", "conditions": null},
     });
     change(&mut value);
     object::<Pod>(value)

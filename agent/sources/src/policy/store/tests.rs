@@ -192,3 +192,114 @@ fn invalid_policies_beyond_the_limit_are_counted() {
     assert_eq!((list.len(), total), (21, 25));
     assert!(list[20].starts_with("and 5 more"), "{list:?}");
 }
+
+/// The share of a namespace, as `tacit_core::shares` has it.
+const SHARE_BYTES: usize = 4 << 20;
+const SHARE_POLICIES: usize = 2048;
+
+/// A DENY policy of a namespace whose text has about this many bytes.
+fn large(namespace: &str, name: &str, bytes: usize) -> Document {
+    let principals: Vec<String> = (0..bytes / 40).map(|i| format!("cluster.local/ns/a/sa/{i:015}")).collect();
+    authorization(json!({
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {"action": "DENY", "rules": [{"from": [{"source": {"principals": principals}}]}]},
+    }))
+}
+
+#[test]
+fn a_change_builds_the_policies_of_its_namespace_alone() {
+    let in_namespace = |i: usize| large(&format!("ns-{i}"), "p", 100);
+    let mut store = listed((0..200).map(in_namespace).collect());
+    let before = store.take_changed().expect("complete");
+    assert_eq!(store.builds, 200);
+    store.apply_change(Change::Applied(large("ns-7", "p", 300)));
+    let after = store.take_changed().expect("changed");
+    assert_eq!(store.builds, 201);
+    assert!(after.is_same_for("ns-8", &before) && !after.is_same_for("ns-7", &before));
+}
+
+#[test]
+fn policies_beyond_the_share_of_their_namespace_are_not_read_and_deny_to_its_pods() {
+    // Three fit, with room for what is around the principals.
+    let quarter = SHARE_BYTES / 4;
+    let mut store = listed((0..3).map(|i| large("big", &format!("p{i}"), quarter)).collect());
+    store.apply_change(Change::Applied(deny("a", "web", json!({}))));
+    let denied = |policies: &Policies, namespace: &str| {
+        let authorization = policies.authorization(&workload(namespace, &[("app", "db")]));
+        let flow = Flow {
+            source: FlowSource::Plaintext,
+            client: [10, 77, 1, 9].into(),
+            destination: ([10, 77, 2, 2], 80).into(),
+        };
+        matches!(authorization.evaluate(&flow), AuthorizationDecision::Denied(_))
+    };
+    let within = store.take_changed().expect("complete");
+    assert!(!denied(&within, "big") && store.warnings().is_empty());
+    store.apply_change(Change::Applied(large("big", "one-more", quarter)));
+    let beyond = store.take_changed().expect("changed");
+    assert!(denied(&beyond, "big") && !denied(&beyond, "shop"));
+    let warnings = store.warnings();
+    assert!(
+        warnings.len() == 1 && warnings[0].starts_with("policies of namespace big are not applied"),
+        "{warnings:?}"
+    );
+    assert!(store.warnings().is_empty(), "logged once");
+    // Its text is not kept, so a list is required once there is room.
+    assert!(!store.take_needs_list());
+    store.apply_change(Change::Deleted(large("big", "p0", 1)));
+    let room = store.take_changed().expect("changed");
+    assert!(denied(&room, "big") && store.take_needs_list());
+    let rest = (1..3).map(|i| large("big", &format!("p{i}"), quarter));
+    list(&mut store, rest.chain([large("big", "one-more", quarter), deny("a", "web", json!({}))]).collect());
+    assert!(!denied(&store.take_changed().expect("changed"), "big"));
+}
+
+#[test]
+fn a_namespace_has_a_share_of_the_number_of_policies() {
+    let many = (0..=SHARE_POLICIES).map(|i| large("big", &format!("p{i}"), 100));
+    let mut store = listed(many.collect());
+    let policies = store.take_changed().expect("complete");
+    assert!(policies.not_applied().map(|(namespace, _)| namespace).eq(["big"]));
+}
+
+#[test]
+fn of_the_changes_of_a_policy_in_a_batch_the_last_is_applied() {
+    let applied = |name: &str, bytes| Update::Change(Change::Applied(large("big", name, bytes)));
+    let deleted = |name: &str| Update::Change(Change::Deleted(large("big", name, 1)));
+    let kinds = |change: fn(PolicyKind) -> Change| {
+        PolicyKind::ALL.into_iter().map(move |kind| Update::Change(change(kind)))
+    };
+    let mut batch: Vec<Update> = Vec::new();
+    batch.extend([applied("p", 100), applied("listed", 100)]);
+    batch.extend(kinds(Change::Listing));
+    batch.extend([applied("p", 200), applied("listed", 100), applied("p", 300)]);
+    batch.extend(kinds(Change::Listed));
+    batch.push(Update::Fresh(PolicyKind::AuthorizationPolicy));
+    batch.extend((4..60).map(|i| applied("p", i * 100)));
+    batch.extend([deleted("q"), applied("q", 100), applied("r", 100), deleted("r"), applied("p", 6000)]);
+    let all = |batch: &[Update]| {
+        let mut store = PolicyStore::new("istio-system".into());
+        for update in batch {
+            match update {
+                Update::Change(Change::Applied(document)) => {
+                    store.apply_change(Change::Applied(document.clone()));
+                }
+                Update::Change(Change::Deleted(document)) => {
+                    store.apply_change(Change::Deleted(document.clone()));
+                }
+                Update::Change(Change::Listing(kind)) => _ = store.apply_change(Change::Listing(*kind)),
+                Update::Change(Change::Listed(kind)) => _ = store.apply_change(Change::Listed(*kind)),
+                Update::Fresh(_) | Update::Failed(..) => {}
+            }
+        }
+        store.take_changed().expect("listed")
+    };
+    let expected = all(&batch);
+    drop_replaced(&mut batch);
+    assert_eq!(all(&batch), expected);
+    let policies = batch
+        .iter()
+        .filter(|update| matches!(update, Update::Change(Change::Applied(_) | Change::Deleted(_))));
+    assert_eq!(policies.count(), 2 + 2 + 3, "before the list, in it, and after it");
+    assert!(batch.iter().any(|update| matches!(update, Update::Fresh(_))));
+}

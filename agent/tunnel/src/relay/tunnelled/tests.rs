@@ -9,7 +9,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
-    relay::testing::{DEADLINE, exchange, is_reset, soon},
+    relay::{
+        bulk::tests::share,
+        testing::{DEADLINE, exchange, is_reset, soon},
+    },
     session::OptimisticData,
     testing::{connection, open, open_flow, sessions},
 };
@@ -20,7 +23,7 @@ fn relay(app: TcpStream, session: Box<Session>) -> Relayed {
     tokio::spawn(async move {
         let counters = FlowCounters::default();
         crate::socket::reset_if_dropped(&app);
-        let (end, session) = tunnelled(app, session, &counters).await;
+        let (end, session) = tunnelled(app, session, &counters, &share(10).of(1)).await;
         (end, session, counters.sent.load(Relaxed), counters.received.load(Relaxed))
     })
 }

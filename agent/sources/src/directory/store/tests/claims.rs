@@ -171,6 +171,25 @@ fn a_static_pod_has_the_cgroup_of_its_mirror_pod_and_keeps_it() {
 }
 
 #[test]
+fn a_mirror_pod_claims_nothing_before_its_kubelet_has_reported_it() {
+    let unreported = |name: &str| {
+        pod(name, "a", "10.77.1.3", |value| {
+            enrolled(value);
+            value["metadata"]["annotations"] = json!({"kubernetes.io/config.mirror": HASH});
+            value["metadata"]["ownerReferences"] = json!([{"kind": "Node", "name": "a"}]);
+            // All of a status that the creator of a pod can have.
+            value["status"] = json!({"phase": "Pending", "qosClass": "Burstable"});
+        })
+    };
+    let mut store = listed();
+    store.apply_change(Change::Applied(unreported("false")));
+    assert_eq!(here(&store), [has("false", &uid("false"))], "its own");
+    store.apply_change(Change::Applied(unreported("static")));
+    store.apply_change(Change::Applied(mirror("static", "10.77.1.2", HASH)));
+    assert_eq!(here(&store), [has("false", &uid("false")), has("static", HASH)]);
+}
+
+#[test]
 fn the_cgroup_of_a_pod_with_the_nodes_network_cannot_be_claimed() {
     let host = |value: &mut Value| {
         value["metadata"]["uid"] = json!(VICTIM);

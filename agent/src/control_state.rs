@@ -29,7 +29,7 @@ pub struct Snapshots {
 
 impl Snapshots {
     /// Returns the directory. Waits up to `limit` for an address of the mesh that the directory does not have.
-    pub(super) async fn discover(&self, address: IpAddr, limit: Duration) -> Arc<Directory> {
+    pub(crate) async fn discover(&self, address: IpAddr, limit: Duration) -> Arc<Directory> {
         let directory = self.directory.current();
         if directory.knows(address) || !self.is_mesh(address) {
             return directory;
@@ -41,17 +41,17 @@ impl Snapshots {
     }
 
     /// Returns true if `address` is in a range of the mesh.
-    pub(super) fn is_mesh(&self, address: IpAddr) -> bool {
+    pub(crate) fn is_mesh(&self, address: IpAddr) -> bool {
         self.mesh.contains(address)
     }
 
     /// Returns the valid certificate of `identity`, if the node has one.
-    pub(super) fn credentials(&self, identity: &SpiffeId) -> Option<Arc<Credentials>> {
+    pub(crate) fn credentials(&self, identity: &SpiffeId) -> Option<Arc<Credentials>> {
         self.identities.current(identity)
     }
 
     /// Describes one end of a flow, with the workload that the directory has at `address`.
-    pub(super) fn party(&self, address: SocketAddr, identity: Option<SpiffeId>) -> Party {
+    pub(crate) fn party(&self, address: SocketAddr, identity: Option<SpiffeId>) -> Party {
         Party { address, workload: self.directory.current().at(address.ip()).cloned(), identity }
     }
 }

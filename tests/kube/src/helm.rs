@@ -1,0 +1,161 @@
+//! The chart under Helm itself: lint, what it renders, and values that it rejects. Helm is built once from its Go module,
+//! pinned in `tests/kube/parts/helm`, and kept in the cache.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
+use xtask_support::{command::run, progress::note, workspace::Workspace};
+
+use crate::{
+    cluster::Cluster,
+    deploy::{self, NAMESPACE, name_of},
+};
+
+const MODULE: &str = "tests/kube/parts/helm";
+const PACKAGE: &str = "helm.sh/helm/v4/cmd/helm";
+
+/// Values that the schema rejects, each with the key that the error must name.
+const BAD_VALUES: [(&str, &str); 8] = [
+    ("nosuch=1", "nosuch"),
+    ("agent.nosuch=1", "nosuch"),
+    ("trustDomain=Not A Domain", "trustDomain"),
+    ("trustDomain=", "trustDomain"),
+    ("meshRanges={10.0.0.0}", "meshRanges"),
+    ("allowClear={dns:53}", "allowClear"),
+    ("authority.replicas=0", "replicas"),
+    ("image.pullPolicy=Sometimes", "pullPolicy"),
+];
+
+/// Returns Helm's path. Builds it when the cache does not have the pinned version.
+pub(super) fn ensure_built(workspace: &Workspace) -> Result<PathBuf> {
+    let module = workspace.root().join(MODULE);
+    let requirements = fs::read_to_string(module.join("go.mod")).context("Helm's go.mod")?;
+    let version = requirements
+        .lines()
+        .find_map(|line| line.trim().trim_start_matches("require ").strip_prefix("helm.sh/helm/v4 "))
+        .context("go.mod requires no helm.sh/helm/v4")?;
+    let program = workspace.cache().join(format!("helm-{}", version.trim()));
+    if !program.is_file() {
+        note(&format!("building Helm {version}; it is kept in the cache"));
+        let built = program.with_extension(std::process::id().to_string());
+        let flags = "-s -w -X k8s.io/client-go/pkg/version.gitVersion=v1.37.0";
+        let mut build = Command::new("go");
+        build
+            .args(["build", "-trimpath", "-ldflags", flags, "-o"])
+            .arg(&built)
+            .arg(PACKAGE)
+            .current_dir(&module);
+        build.env("CGO_ENABLED", "0").env("GOTOOLCHAIN", "local");
+        run(&mut build).context("cannot build Helm; Go 1.26 or later is needed on PATH")?;
+        fs::rename(&built, &program).with_context(|| format!("cannot create {}", program.display()))?;
+    }
+    Ok(program)
+}
+
+/// Lints and renders the chart, and tries values that must be rejected.
+pub(super) fn tried(workspace: &Workspace, _: &Cluster) -> Result<()> {
+    chart(&ensure_built(workspace)?, workspace)
+}
+
+fn chart(helm: &Path, workspace: &Workspace) -> Result<()> {
+    let folder = workspace.root().join("deploy/helm/tacit");
+    let helm = |arguments: &[&str]| -> Result<Output> {
+        let (verb, rest) = arguments.split_first().context("no command")?;
+        let mut command = Command::new(helm);
+        command
+            .arg(verb)
+            .args(if *verb == "template" { &["tacit"][..] } else { &[] })
+            .arg(&folder)
+            .args(rest);
+        command.args(["--namespace", NAMESPACE]).output().context("cannot start Helm")
+    };
+    let linted = helm(&["lint", "--strict"])?;
+    ensure!(linted.status.success(), "lint: {}", text(&linted));
+    let rendered = helm(&["template", "--set", "namespace.create=true"])?;
+    ensure!(rendered.status.success(), "template: {}", text(&rendered));
+    let rendered = deploy::objects_of(&String::from_utf8_lossy(&rendered.stdout))?;
+    is_the_base(workspace, rendered)?;
+    let without = helm(&["template", "--set", "definitions=never"])?;
+    ensure!(without.status.success(), "definitions=never: {}", text(&without));
+    let without = deploy::objects_of(&String::from_utf8_lossy(&without.stdout))?;
+    ensure!(
+        without.iter().all(|object| object["kind"] != "CustomResourceDefinition"),
+        "definitions=never has definitions"
+    );
+    for (value, key) in BAD_VALUES {
+        let refused = helm(&["template", "--set", value])?;
+        let said = text(&refused);
+        ensure!(!refused.status.success(), "`--set {value}` was accepted");
+        ensure!(said.contains(key), "`--set {value}`: the error does not name {key}: {said}");
+    }
+    Ok(())
+}
+
+/// The rendered objects are those of the kustomize base and the definitions, without what only a chart has.
+fn is_the_base(workspace: &Workspace, rendered: Vec<Value>) -> Result<()> {
+    let is_test = |object: &Value| object["metadata"]["annotations"]["helm.sh/hook"] == "test";
+    let (tests, objects): (Vec<Value>, Vec<Value>) = rendered.into_iter().partition(is_test);
+    ensure!(tests.len() == 1, "{} tests of the release, not 1", tests.len());
+    let mut rendered: BTreeMap<String, Value> =
+        objects.into_iter().map(|object| (name_of(&object), without_additions(object))).collect();
+    let mut expected = deploy::base(workspace)?;
+    for name in ["authorizationpolicies", "peerauthentications"] {
+        expected.extend(deploy::read_objects(&workspace.root().join(format!("deploy/crds/{name}.yaml")))?);
+    }
+    for object in &expected {
+        let name = name_of(object);
+        match rendered.remove(&name) {
+            Some(found) if found == *object => {}
+            Some(found) => bail!("{name} is rendered as {found}"),
+            None => bail!("{name} is not rendered"),
+        }
+    }
+    ensure!(rendered.is_empty(), "the base lacks {:?}", rendered.keys());
+    Ok(())
+}
+
+/// Takes away the checksums that roll pods, and the policy that keeps definitions.
+fn without_additions(mut object: Value) -> Value {
+    for pointer in ["/metadata", "/spec/template/metadata"] {
+        let Some(metadata) = object.pointer_mut(pointer).and_then(Value::as_object_mut) else { continue };
+        let Some(annotations) = metadata.get_mut("annotations").and_then(Value::as_object_mut) else {
+            continue;
+        };
+        annotations.retain(|name, _| name != "checksum/config" && name != "helm.sh/resource-policy");
+        if annotations.is_empty() {
+            metadata.remove("annotations");
+        }
+    }
+    object
+}
+
+fn text(output: &Output) -> String {
+    let streams = [&output.stdout, &output.stderr];
+    streams.map(|stream| String::from_utf8_lossy(stream).trim().to_owned()).join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn only_what_a_chart_adds_is_taken_away() {
+        let object = json!({
+            "metadata": {"name": "a", "annotations": {"helm.sh/resource-policy": "keep"}},
+            "spec": {"template": {"metadata": {"annotations": {"checksum/config": "1", "b": "2"}}}},
+        });
+        let plain = json!({
+            "metadata": {"name": "a"},
+            "spec": {"template": {"metadata": {"annotations": {"b": "2"}}}},
+        });
+        assert_eq!(without_additions(object), plain);
+    }
+}

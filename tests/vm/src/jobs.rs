@@ -1,0 +1,156 @@
+//! Machines to boot, and the order in which they run: as many at a time as there are cores.
+
+use std::{
+    collections::VecDeque,
+    path::PathBuf,
+    sync::{Mutex, PoisonError},
+    thread,
+};
+
+use anyhow::{Result, bail};
+use xtask_support::report::Report;
+
+use super::{
+    Payload,
+    kernels::{Kernel, Unpacked},
+    one,
+    outcome::Outcome,
+};
+
+/// Suites about user space: TLS, certificates, services, files, shares of the agent. `cargo xtask vm` runs them on other kernels.
+/// `cargo xtask test` does not, since they take more than a third of the machines' time.
+const OF_USER_SPACE: [&str; 8] =
+    ["authorization", "certificates", "identity", "kernel_shares", "reboot", "reload", "services", "shares"];
+/// Suites that start agents again and again, which is slow in an emulated machine. `cargo xtask test` runs them on the first kernel
+/// only, which has the fewest features; the host's kernel has those of the newest.
+const OF_STARTS: [&str; 2] = ["handover", "lifecycle"];
+/// The longest suites of a kernel, which get a machine of their own.
+const LONG: [&str; 3] = ["attack", "handover", "lifecycle"];
+
+/// One boot of a kernel with some of the suites.
+pub(super) struct Job<'a> {
+    pub(super) kernel: &'a Kernel,
+    pub(super) unpacked: &'a Unpacked,
+    pub(super) suites: Vec<&'a (String, PathBuf)>,
+}
+
+/// All suites, on each kernel in one machine.
+pub(super) fn whole<'a>(machines: &[(&'a Kernel, &'a Unpacked)], payload: &'a Payload) -> Vec<Job<'a>> {
+    machines
+        .iter()
+        .map(|&(kernel, unpacked)| Job { kernel, unpacked, suites: payload.suites.iter().collect() })
+        .collect()
+}
+
+/// The suites of `cargo xtask test`, the machines with the longest first, and notes on what was left out.
+pub(super) fn of_test<'a>(
+    machines: &[(&'a Kernel, &'a Unpacked)],
+    payload: &'a Payload,
+) -> (Vec<Job<'a>>, Vec<String>) {
+    let (mut long_jobs, mut short_jobs) = (Vec::new(), Vec::new());
+    for (place, &(kernel, unpacked)) in machines.iter().enumerate() {
+        let is_run =
+            |name: &str| !OF_USER_SPACE.contains(&name) && (place == 0 || !OF_STARTS.contains(&name));
+        let (long, short) = payload
+            .suites
+            .iter()
+            .filter(|(name, _)| is_run(name))
+            .partition(|(name, _)| LONG.contains(&name.as_str()));
+        long_jobs.push(Job { kernel, unpacked, suites: long });
+        short_jobs.push(Job { kernel, unpacked, suites: short });
+    }
+    let labels = |machines: &[(&Kernel, &Unpacked)]| {
+        machines.iter().map(|(kernel, _)| kernel.label).collect::<Vec<_>>().join(", ")
+    };
+    let note = |suites: &[&str], kernels: &[(&Kernel, &Unpacked)]| {
+        format!(
+            "suites {} were not run on kernels {}: see `cargo xtask vm`",
+            suites.join(", "),
+            labels(kernels)
+        )
+    };
+    let mut notes = vec![note(&OF_USER_SPACE, machines)];
+    if let [_, rest @ ..] = machines
+        && !rest.is_empty()
+    {
+        notes.push(note(&OF_STARTS, rest));
+    }
+    long_jobs.extend(short_jobs);
+    (long_jobs, notes)
+}
+
+/// Runs `jobs`, as many at a time as there are cores: each machine keeps one busy. Their reports are put one behind the other, in the
+/// order of `jobs`. With `stops`, no further job begins after one that failed.
+pub(super) fn run(
+    jobs: Vec<Job<'_>>,
+    payload: &Payload,
+    filter: Option<&str>,
+    stops: bool,
+    report: &mut Report,
+) -> Result<Vec<Outcome>> {
+    let waiting: Mutex<VecDeque<_>> = Mutex::new(jobs.into_iter().enumerate().collect());
+    let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+    let lane = || {
+        let mut ended = Vec::new();
+        while let Some((place, job)) = next() {
+            let mut report = Report::default();
+            let outcome = one(&job, payload, filter, &mut report);
+            if stops && outcome.as_ref().map_or(true, |outcome| outcome.failed > 0) {
+                waiting.lock().unwrap_or_else(PoisonError::into_inner).clear();
+            }
+            ended.push((place, outcome, report));
+        }
+        ended
+    };
+    let lanes: Vec<_> = thread::scope(|scope| {
+        let running: Vec<_> = (0..at_once()).map(|_| scope.spawn(lane)).collect();
+        running.into_iter().map(thread::ScopedJoinHandle::join).collect()
+    });
+    let mut ended = Vec::new();
+    for lane in lanes {
+        let Ok(lane) = lane else { bail!("a thread that ran a machine has panicked") };
+        ended.extend(lane);
+    }
+    ended.sort_by_key(|(place, ..)| *place);
+    let mut outcomes = Vec::new();
+    for (_, outcome, told) in ended {
+        report.append(told);
+        outcomes.push(outcome?);
+    }
+    Ok(outcomes)
+}
+
+fn at_once() -> usize {
+    thread::available_parallelism().map_or(1, Into::into)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::MATRIX;
+
+    #[test]
+    fn every_suite_of_a_test_runs_once_on_a_kernel_or_is_noted() {
+        let names = ["attack", "flows", "handover", "lifecycle", "shares"];
+        let suites = names.iter().map(|name| ((*name).to_owned(), PathBuf::new())).collect();
+        let none = PathBuf::new;
+        let payload = Payload { agent: none(), attack: none(), peer: none(), suites };
+        let unpacked = Unpacked { folder: none(), release: String::new() };
+        let [first, second, ..] = &MATRIX;
+        let machines = [(first, &unpacked), (second, &unpacked)];
+        let (jobs, notes) = of_test(&machines, &payload);
+        let order: Vec<(&str, Vec<&str>)> = jobs
+            .iter()
+            .map(|job| (job.kernel.label, job.suites.iter().map(|(name, _)| name.as_str()).collect()))
+            .collect();
+        let (a, b) = (first.label, second.label);
+        let long = vec!["attack", "handover", "lifecycle"];
+        assert_eq!(order, [(a, long), (b, vec!["attack"]), (a, vec!["flows"]), (b, vec!["flows"])]);
+        assert!(
+            notes[0].contains("shares")
+                && notes[1].contains("handover, lifecycle")
+                && notes[1].ends_with(&format!("{b}: see `cargo xtask vm`")),
+            "{notes:?}"
+        );
+    }
+}
