@@ -105,12 +105,12 @@ pub static NAMES: SkStorage<Names> = SkStorage::new();
 /// Destinations of captured connections until the handshake with the agent's listener ends, see `pending`. Never full:
 /// each pod has its share. A connection without an entry is reset.
 #[btf_map]
-pub static CAPTURED: HashMap<Tuple, Destination, { limits::PENDING as usize }, ON_DEMAND> = HashMap::new();
+pub static CAPTURED: HashMap<Tuple, Destination, { limits::CAPTURED as usize }, ON_DEMAND> = HashMap::new();
 
 /// Clients of the agent's connections until the handshake with the application ends, see `pending`. Never full: each pod
 /// has its share. A connection without an entry is dropped by the guard, and refused by the agent.
 #[btf_map]
-pub static DIALLED: HashMap<Tuple, Destination, { limits::PENDING as usize }, ON_DEMAND> = HashMap::new();
+pub static DIALLED: HashMap<Tuple, Destination, { limits::DIALLED as usize }, ON_DEMAND> = HashMap::new();
 
 /// Numbers of each pod's entries in both maps of pending connections, by slot.
 #[btf_map]

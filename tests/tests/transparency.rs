@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use tacit_abi::limits::PENDING_PER_POD;
+use tacit_abi::limits::CAPTURED_PER_POD;
 use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe};
 use tacit_topology::{Pod, WorkloadEntry, until};
 
@@ -178,7 +178,7 @@ fn a_pod_that_floods_does_not_hold_up_others() -> Result<()> {
     let opening = || observe::metric(agent, "tacit_flows_opening", &[]);
     let to = SocketAddr::new(SWALLOWED[0].parse()?, 80).to_string();
     let mut flood = Client::with_args(mesh.pod("client")?, &["pending", &FLOOD.to_string(), &to])?;
-    let share = u64::from(PENDING_PER_POD);
+    let share = u64::from(CAPTURED_PER_POD);
     let pending = flood.events().first("pending")?;
     // ENOBUFS.
     ensure!(pending["opened"] == share && pending["failures"]["105"] == FLOOD - share, "{pending}");

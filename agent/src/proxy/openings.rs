@@ -28,7 +28,7 @@ use crate::enrol::Pod;
 /// Connections of one pod that are opened at a time. The kernel side captures no more at a time, because a held connection
 /// stays in its table of pending ones: `connect()` then fails with ENOBUFS. This bound holds also where ends of connections
 /// were not handed over. Further SYNs are not answered, as with a full backlog, and the application's kernel sends them again.
-pub const OPENINGS_MAX: usize = limits::PENDING_PER_POD as usize;
+pub const OPENINGS_MAX: usize = limits::CAPTURED_PER_POD as usize;
 /// SYNs of pods that this agent does not serve yet, over all pods. The oldest make room, and are sent again.
 const PARKED_MAX: usize = 1024;
 
