@@ -181,12 +181,13 @@ pub fn security(tls: &TlsInfo) -> Security {
 /// Returns the refusal of a flow whose application or plaintext destination cannot be connected to.
 #[must_use]
 pub fn not_connected(error: &io::Error) -> Refusal {
+    // As a full backlog, which it stands for: `connect()` goes on.
+    if error.get_ref().is_some_and(|error| error.is::<ClientNotStored>()) {
+        return Refusal::new(RefusalReason::PendingDials, error);
+    }
     let reason = match error.kind() {
         io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => RefusalReason::ConnectionRefused,
         io::ErrorKind::TimedOut => RefusalReason::TimedOut,
-        _ if error.get_ref().is_some_and(|error| error.is::<ClientNotStored>()) => {
-            RefusalReason::PendingDials
-        }
         _ => RefusalReason::Unreachable,
     };
     Refusal::new(reason, error).because_of(error)

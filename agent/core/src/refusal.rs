@@ -133,7 +133,8 @@ impl RefusalReason {
     pub fn connect_end(self) -> ConnectEnd {
         match self {
             Self::Unreachable => ConnectEnd::HostUnreachable,
-            Self::TimedOut
+            Self::PendingDials
+            | Self::TimedOut
             | Self::Draining
             | Self::Overloaded
             | Self::OpeningLimit
@@ -232,7 +233,16 @@ mod tests {
         let labels: Vec<_> = unanswered.map(|reason| reason.label()).collect();
         assert_eq!(
             labels,
-            ["opening_limit", "timed_out", "draining", "overloaded", "timeout", "io", "closed"]
+            [
+                "opening_limit",
+                "pending_dials",
+                "timed_out",
+                "draining",
+                "overloaded",
+                "timeout",
+                "io",
+                "closed"
+            ]
         );
     }
 }
