@@ -42,6 +42,8 @@ pub(super) enum Trial {
     SocketCgroup,
     /// Sockets tell the cookie of their network namespace.
     NetnsCookie,
+    /// Raw sockets can be opened.
+    RawSockets,
     /// tcx links can be made.
     Tcx,
     /// A connection of another socket can be found and reset.
@@ -237,6 +239,7 @@ pub(super) static FEATURES: &[Feature] = &[
         "CONFIG_NET",
         Trial::NetnsCookie,
     ),
+    of_node("raw sockets", HOLD, Release(2, 6), "give the agent CAP_NET_RAW", Trial::RawSockets),
     optional(
         "tcx",
         "guarding pods' links beside other programs",
