@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `accept` | accepts the connections of a pod and gives each to a worker |
 //! | `outbound` | captured connections |
+//! | `openings` | captured connections that the kernel holds meanwhile |
 //! | `inbound` | tunnel sessions, and plaintext that needs a verdict |
 //! | `authorize` | asks policy about a flow, when it opens and when policy changes |
 //! | `dialer` | connections made from inside a pod's network namespace |
@@ -19,6 +20,7 @@ pub mod authorize;
 pub mod dialer;
 pub mod drain;
 pub mod inbound;
+pub mod openings;
 pub mod outbound;
 pub mod sessions;
 pub mod shares;
@@ -41,7 +43,14 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     control_state::Snapshots,
     enrol::{Pod, Pods},
-    proxy::{dialer::Dialer, drain::Drain, sessions::Sessions, shares::Shares, workers::Workers},
+    proxy::{
+        dialer::Dialer,
+        drain::Drain,
+        openings::Openings,
+        sessions::Sessions,
+        shares::Shares,
+        workers::{Load, Workers},
+    },
     recheck::Rechecks,
     telemetry::{Ends, Reporter, Security, Telemetry},
 };
@@ -55,6 +64,8 @@ pub struct Proxy {
     pub snapshots: Snapshots,
     /// Pods of this node.
     pub pods: Arc<ArcSwap<Pods>>,
+    /// Connections that the kernel holds.
+    pub openings: Openings,
     /// Tunnel sessions.
     pub sessions: Sessions,
     /// Use of the agent by each pod and each source address.
@@ -83,6 +94,7 @@ impl Proxy {
         Self {
             snapshots,
             pods: Arc::default(),
+            openings: Openings::default(),
             sessions: Sessions::new(workers.count(), bounds::IDLE_SESSIONS.bounds(capacity)),
             shares: Shares::new(capacity),
             telemetry,
@@ -92,6 +104,16 @@ impl Proxy {
             balancer: Balancer::default(),
             workers,
         }
+    }
+
+    /// Starts the task of a flow on the worker that new connections of listeners with this home go to. The flow counts as the
+    /// worker's load until it drops what it gets.
+    pub fn spawn_flow<F>(&self, home: usize, flow: impl FnOnce(Load) -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let (worker, load) = self.workers.place(home);
+        self.drain.tasks.spawn_on(flow(load), self.workers.handle(worker));
     }
 
     /// Cancelled when a thread that carries flows, or a listener on it, has failed.
@@ -159,15 +181,16 @@ pub fn security(tls: &TlsInfo) -> Security {
 /// Returns the refusal of a flow whose application or plaintext destination cannot be connected to.
 #[must_use]
 pub fn not_connected(error: &io::Error) -> Refusal {
+    // As a full backlog, which it stands for: `connect()` goes on.
+    if error.get_ref().is_some_and(|error| error.is::<ClientNotStored>()) {
+        return Refusal::new(RefusalReason::PendingDials, error);
+    }
     let reason = match error.kind() {
         io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => RefusalReason::ConnectionRefused,
         io::ErrorKind::TimedOut => RefusalReason::TimedOut,
-        _ if error.get_ref().is_some_and(|error| error.is::<ClientNotStored>()) => {
-            RefusalReason::PendingDials
-        }
         _ => RefusalReason::Unreachable,
     };
-    Refusal::new(reason, error)
+    Refusal::new(reason, error).because_of(error)
 }
 
 /// An address as the application meant it: v4-mapped is IPv4.

@@ -3,18 +3,20 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, sockaddr},
+    bindings::{
+        BPF_RB_CONS_POS, BPF_RB_PROD_POS, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, sockaddr,
+    },
     helpers::generated::{
         bpf_bind, bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
-        bpf_getsockopt, bpf_ktime_get_ns, bpf_set_retval, bpf_setsockopt, bpf_sk_storage_delete,
-        bpf_sk_storage_get, bpf_sock_ops_cb_flags_set,
+        bpf_getsockopt, bpf_ktime_get_ns, bpf_ringbuf_query, bpf_set_retval, bpf_setsockopt,
+        bpf_sk_storage_delete, bpf_sk_storage_get, bpf_sock_ops_cb_flags_set,
     },
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
 use core::{ffi::c_void, ptr};
 use tacit_abi::{Address, Inbound, LOOPBACK_UNSENT_BYTES, Names, Tuple};
 
-use crate::maps::NAMES;
+use crate::maps::{HeldRing, NAMES};
 
 /// From the kernel's headers, as are the constants below.
 const IPPROTO_TCP: i32 = 6;
@@ -70,7 +72,7 @@ struct SocketAddressV6 {
 
 mod skb;
 
-pub use skb::{Skb, is_syn_cookie};
+pub use skb::{Skb, has_capture_listener, is_syn_cookie};
 
 /// Family of the hook, which decides the context field that holds the address.
 #[derive(Clone, Copy)]
@@ -105,6 +107,26 @@ pub fn now() -> u64 {
 pub fn set_error(error: i32) {
     // SAFETY: takes no pointer.
     unsafe { bpf_set_retval(-error) };
+}
+
+/// A position in a ring, in bytes since it was made.
+#[derive(Clone, Copy)]
+pub enum RingPosition {
+    /// The agent has read up to here.
+    Consumed,
+    /// Records were added up to here.
+    Produced,
+}
+
+/// Returns a position in `ring`.
+#[inline(always)]
+pub fn ring_position(ring: &'static HeldRing, position: RingPosition) -> u64 {
+    let which = match position {
+        RingPosition::Consumed => BPF_RB_CONS_POS,
+        RingPosition::Produced => BPF_RB_PROD_POS,
+    };
+    // SAFETY: the address of a map's symbol, which the loader replaces.
+    unsafe { bpf_ringbuf_query(ptr::from_ref(ring).cast_mut().cast(), which.into()) }
 }
 
 /// Returns the map as the helpers expect it: its symbol's address, which the loader replaces.

@@ -5,7 +5,8 @@
 //! agent dials --TCP_CONNECT--> DIALLED[tuple]  = client        --PASSIVE_ESTABLISHED at the application's socket:
 //!                                                                the entry moves into that socket's storage
 //!             the same, without room for its entry --> marked: the guard drops it, and the agent refuses the connection
-//! either      --CLOSE--------> the entry is removed if it still exists
+//! either      --CLOSE--------> the entry is removed if it still exists; the agent is told that a captured connection has
+//!                              ended whose handshake with its listener had not
 //! others with plaintext       --PASSIVE_ESTABLISHED--> the application's socket is marked for the guard
 //! ```
 //! TCP_CONNECT runs after the source port is chosen and before the SYN is sent. PASSIVE_ESTABLISHED runs while the new
@@ -25,6 +26,7 @@ use tacit_abi::{
 use crate::{
     context::{Ends, SockOps},
     count::count,
+    held,
     maps::STEERED,
     node_flows,
     pending::{self, Table},
@@ -127,9 +129,16 @@ fn mark_accepted(sock: &SockOps<'_>, key: &Tuple) {
 fn remove_pending(sock: &SockOps<'_>, ends: &Ends) {
     let Some(names) = sock.names() else { return };
     let key = ends.connecting(sock.netns_cookie());
-    let _ = match names.kind {
-        names_kind::CAPTURED => pending::take(Table::Captured, &key.of_captured()),
-        names_kind::DIALLED => pending::take(Table::Dialled, &key),
-        _ => None,
-    };
+    match names.kind {
+        // The handshake with the agent's listener has not ended: the agent may be connecting to the destination.
+        names_kind::CAPTURED => {
+            if let Some(entry) = pending::take(Table::Captured, &key.of_captured()) {
+                held::ended(&key, entry.slot);
+            }
+        }
+        names_kind::DIALLED => {
+            pending::take(Table::Dialled, &key);
+        }
+        _ => {}
+    }
 }

@@ -17,6 +17,7 @@ mod count;
 mod drops;
 mod established;
 mod guard;
+mod held;
 mod log_budget;
 mod lookup;
 mod maps;
@@ -85,7 +86,7 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
 
 #[cgroup_skb(egress)]
 pub fn guard_egress(ctx: SkBuffContext) -> i32 {
-    if guard::socket(&ctx, Direction::Egress) { ALLOW } else { DENY }
+    if held::passes(&ctx) && guard::socket(&ctx, Direction::Egress) { ALLOW } else { DENY }
 }
 
 #[cgroup_skb(ingress)]

@@ -3,12 +3,12 @@
 use aya_ebpf::{
     Global,
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, SkStorage, SockMap},
+    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SkStorage, SockMap},
     macros::btf_map,
 };
 use tacit_abi::{
-    Address, ClearKey, Destination, LISTENERS_PER_POD, Link, MeshKey, Names, NodeFlowCell, Pending, Pod,
-    PodDrops, PortKey, REASONS, Settings, State, Steered, Tuple, limits,
+    Address, ClearKey, Destination, HELD_RING_BYTES, HeldShare, HeldSyn, LISTENERS_PER_POD, Link, MeshKey,
+    Names, NodeFlowCell, Pending, Pod, PodDrops, PortKey, REASONS, Settings, State, Steered, Tuple, limits,
 };
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -105,16 +105,34 @@ pub static NAMES: SkStorage<Names> = SkStorage::new();
 /// Destinations of captured connections until the handshake with the agent's listener ends, see `pending`. Never full:
 /// each pod has its share. A connection without an entry is reset.
 #[btf_map]
-pub static CAPTURED: HashMap<Tuple, Destination, { limits::PENDING as usize }, ON_DEMAND> = HashMap::new();
+pub static CAPTURED: HashMap<Tuple, Destination, { limits::CAPTURED as usize }, ON_DEMAND> = HashMap::new();
 
 /// Clients of the agent's connections until the handshake with the application ends, see `pending`. Never full: each pod
 /// has its share. A connection without an entry is dropped by the guard, and refused by the agent.
 #[btf_map]
-pub static DIALLED: HashMap<Tuple, Destination, { limits::PENDING as usize }, ON_DEMAND> = HashMap::new();
+pub static DIALLED: HashMap<Tuple, Destination, { limits::DIALLED as usize }, ON_DEMAND> = HashMap::new();
 
 /// Numbers of each pod's entries in both maps of pending connections, by slot.
 #[btf_map]
 pub static PENDING: Array<Pending, { limits::SLOTS as usize }> = Array::new();
+
+/// A ring of records about held connections, see `tacit_abi::held_ring`. Full: the record is lost, and the next
+/// retransmission of the SYN makes another.
+pub type HeldRing = RingBuf<HeldSyn, { HELD_RING_BYTES as usize }>;
+
+/// Not pinned: each agent that loads the programs has rings of its own, so two agents never read the same one.
+#[btf_map]
+pub static HELD_0: HeldRing = HeldRing::new();
+#[btf_map]
+pub static HELD_1: HeldRing = HeldRing::new();
+#[btf_map]
+pub static HELD_2: HeldRing = HeldRing::new();
+#[btf_map]
+pub static HELD_3: HeldRing = HeldRing::new();
+
+/// Pods' shares of the rings, by slot. Not pinned, like the rings.
+#[btf_map]
+pub static HELD_SHARES: Array<HeldShare, { limits::SLOTS as usize }> = Array::new();
 
 /// One counter for each `tacit_abi::Reason`, by its number.
 #[btf_map]

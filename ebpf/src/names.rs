@@ -33,12 +33,14 @@ pub fn peer(ctx: &SockAddrContext, family: Family) -> i32 {
 }
 
 /// Rewrites the socket's own address. Only a captured connection needs it: it ends at the pod's loopback. The port is right.
+/// After a connection that failed, the socket has no address, and the kernel's answer is right.
 #[inline(always)]
 pub fn own(ctx: &SockAddrContext, family: Family) -> i32 {
     let sock = SockAddr(ctx);
     if let Some(names) = sock.names()
         && names.kind == names_kind::CAPTURED
         && !names.own.is_none()
+        && sock.address(family).is_loopback()
     {
         sock.set_address(family, &names.own);
     }

@@ -4,7 +4,7 @@
 //! it off the count of the pod that the entry names.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
-use tacit_abi::{Destination, Pending, Tuple, is_in_share, is_share_used_up};
+use tacit_abi::{Destination, Pending, Tuple, is_in_share, is_share_used_up, limits};
 
 use crate::{
     atomic::Counter,
@@ -19,6 +19,15 @@ pub enum Table {
 }
 
 impl Table {
+    /// Returns the share of one pod, in entries.
+    #[inline(always)]
+    const fn share(self) -> u32 {
+        match self {
+            Self::Captured => limits::CAPTURED_PER_POD,
+            Self::Dialled => limits::DIALLED_PER_POD,
+        }
+    }
+
     #[inline(always)]
     fn insert(self, key: &Tuple, entry: &Destination) -> bool {
         match self {
@@ -76,7 +85,7 @@ impl Table {
 #[inline(always)]
 pub fn is_captured_share_used_up(slot: u32) -> bool {
     let Some(pending) = PENDING.get_ptr_mut(slot) else { return true };
-    let used_up = is_share_used_up(Table::Captured.entries(pending).get());
+    let used_up = is_share_used_up(Table::Captured.entries(pending).get(), Table::Captured.share());
     if used_up {
         Table::Captured.refused(pending).add(1);
     }
@@ -101,7 +110,7 @@ fn try_publish(table: Table, key: &Tuple, entry: &Destination) -> bool {
     let Some(pending) = PENDING.get_ptr_mut(entry.slot) else { return false };
     let entries = table.entries(pending);
     entries.add(1);
-    let is_in_share = is_in_share(entries.get());
+    let is_in_share = is_in_share(entries.get(), table.share());
     if is_in_share && table.insert(key, entry) {
         return true;
     }

@@ -11,15 +11,17 @@ use std::{
 };
 use tacit_abi::{
     LOOPBACK_UNSENT_BYTES,
-    limits::{PENDING_PER_POD, PORT_MODES_PER_POD},
+    limits::{CAPTURED_PER_POD, DIALLED_PER_POD, PORT_MODES_PER_POD},
 };
 use tacit_tests::{Client, Mesh, Plan, Server, agent_program, fresh_port, observe, scaled};
-use tacit_topology::{Agent, Pod, until};
+use tacit_topology::{Agent, Pod, WorkloadEntry, until};
 
 /// Accept queue of the greedy pod's listeners, in connections. With a short one few connections fill it.
 const ACCEPT_QUEUE: u64 = 128;
 /// Connections that the greedy pod opens at once: more than its share and the accept queue.
-const GREEDY: u64 = PENDING_PER_POD as u64 + ACCEPT_QUEUE + 64;
+const GREEDY: u64 = CAPTURED_PER_POD as u64 + ACCEPT_QUEUE + 64;
+/// Connections of a client at once to an application of the greedy pod: more than the share and the accept queue.
+const DIALS: u64 = DIALLED_PER_POD as u64 + ACCEPT_QUEUE + 64;
 /// Connections of the victim meanwhile.
 const VICTIM: u64 = 100;
 const ENETUNREACH: &str = "101";
@@ -94,7 +96,7 @@ fn flood(pod: &Pod, to: SocketAddr, with_queue: bool) -> Result<Client> {
     let failed = failures.get(ENOBUFS).copied().unwrap_or(0);
     ensure!(failures.len() == 1 && opened + failed == GREEDY, "{opened} opened, {failures:?}");
     // The kernel takes one connection more than the queue has places.
-    let share = u64::from(PENDING_PER_POD);
+    let share = u64::from(CAPTURED_PER_POD);
     let expected = if with_queue { share..=share + ACCEPT_QUEUE + 1 } else { share..=share };
     ensure!(expected.contains(&opened), "{opened} opened, expected {expected:?}");
     Ok(client)
@@ -121,7 +123,12 @@ fn connections_beyond_the_share_of_dials_are_refused_and_no_client_is_false() ->
     let plan = Plan::new("kdials").pod("a", "mallory", "greedy").pod("a", "bank", "victim");
     let mesh = plan.with_directories(|_, mesh| {
         shorten_accept_queue(mesh)?;
-        Ok(mesh.directory())
+        // Connections that wait for the application would use up the client's own share before that of dials.
+        let early = |entry: WorkloadEntry| match &*entry.name {
+            "victim" => WorkloadEntry { connect: Some("early"), ..entry },
+            _ => entry,
+        };
+        Ok(mesh.directory().into_iter().map(early).collect())
     })?;
     let (agent, greedy, victim) = (mesh.agent("a")?, mesh.pod("greedy")?, mesh.pod("victim")?);
     let dials = |field: &str| -> Result<u64> {
@@ -141,7 +148,7 @@ fn connections_beyond_the_share_of_dials_are_refused_and_no_client_is_false() ->
         let beside = Server::start(greedy, SocketAddr::new(own, fresh_port()), &["echo"])?;
         Client::echo(victim, beside.address(), "control")?;
         let before = dials("refused")?;
-        let flows = Client::with_args(victim, &["flows", &GREEDY.to_string(), &to.to_string()])?;
+        let flows = Client::with_args(victim, &["flows", &DIALS.to_string(), &to.to_string()])?;
         until("connections beyond the share", || Ok((dials("refused")? > before).then_some(())))?;
         ensure!(
             Client::echo(victim, beside.address(), "beyond").is_err(),
@@ -151,7 +158,7 @@ fn connections_beyond_the_share_of_dials_are_refused_and_no_client_is_false() ->
         // SYNs that the full accept queue lost are sent again.
         server.proceed()?;
         let echoed = event(&flows.finish()?, "flows")?["echoed"].as_u64().context("echoed")?;
-        ensure!(ACCEPT_QUEUE < echoed && echoed < GREEDY, "{echoed} echoed");
+        ensure!(ACCEPT_QUEUE < echoed && echoed < DIALS, "{echoed} echoed");
         wait_unused(agent)?;
         let last = Client::start(victim, to, &["send:last", "shut", "read-end"])?;
         let local = last.events().first("connected")?["local"].as_str().context("local")?.to_owned();

@@ -199,5 +199,6 @@ fn dead(node: &str, number: u16) -> WorkloadEntry {
         labels: Vec::new(),
         tunnel: Tunnel::Tacit,
         egress: None,
+        connect: None,
     }
 }

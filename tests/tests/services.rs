@@ -220,7 +220,9 @@ fn what_no_endpoint_can_serve_is_refused_with_its_reason() -> Result<()> {
     for (port, reason) in [(80, "no_endpoint"), (81, "service_port_unknown")] {
         let before = observe::refused(agent, reason)?;
         let address = SocketAddr::new(VIP4.parse()?, port);
-        ensure!(connect(mesh.pod("client")?, address).is_err(), "{address} was served");
+        let events = Client::run(mesh.pod("client")?, address, &["read-end"])?;
+        let refused = |event: &Value| event["step"] == "connect" && event["error"] == "ConnectionRefused";
+        ensure!(events.iter().any(refused), "{address}, as kube-proxy would: {events:?}");
         observe::wait_refused(agent, reason, before, VIP4)?;
     }
     update_directory(&mesh, &Service { more: "", ..service })?;

@@ -12,7 +12,7 @@ use std::{
     sync::OnceLock,
 };
 use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe, scaled};
-use tacit_topology::{Agent, HANG, MeshFiles, Netns, Pod, TUNNEL_PORT, http_get, until};
+use tacit_topology::{Agent, HANG, MeshFiles, Netns, Pod, TUNNEL_PORT, WorkloadEntry, http_get, until};
 
 /// Limit of open files of the agents.
 const DESCRIPTORS: u64 = 2048;
@@ -37,7 +37,14 @@ fn mesh() -> Result<&'static Mesh> {
         .pod("b", "shop", "far-client")
         .outside("a", "shop", "stranger")
         .outside("b", "shop", "open");
-    Mesh::shared(&MESH, || plan.with_agents())
+    // A refusal of the other node's agent passes with time, so a connect() that waits for the answer would go on.
+    let early = |entry: WorkloadEntry| match &*entry.name {
+        "attacker" => WorkloadEntry { connect: Some("early"), ..entry },
+        _ => entry,
+    };
+    Mesh::shared(&MESH, || {
+        plan.with_directories(|_, mesh| Ok(mesh.directory().into_iter().map(early).collect()))
+    })
 }
 
 /// C4. One pod holds what it can get of the descriptors of both nodes' agents.

@@ -66,6 +66,8 @@ pub struct Workload {
     pub egress: Option<Egress>,
     /// Its plaintext UDP; `None` follows mode and egress.
     pub udp: Option<Udp>,
+    /// When its `connect()` returns.
+    pub connect: Connect,
 }
 
 /// The rule for plaintext of a workload into the mesh.
@@ -84,6 +86,16 @@ pub enum Udp {
     Allow,
     /// It is dropped.
     Deny,
+}
+
+/// When `connect()` of a workload returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Connect {
+    /// When the destination has accepted or refused, as without Tacit.
+    #[default]
+    Truthful,
+    /// At once. A destination that refuses resets the connection later.
+    Early,
 }
 
 impl Workload {

@@ -4,6 +4,8 @@
 //! and the proxy. The metric label `reason` is [`RefusalReason::label`] and nothing else. `deploy/docs/troubleshooting.md`
 //! explains every reason to operators; a test compares the two.
 
+use std::io;
+
 use crate::spiffe::SpiffeId;
 
 /// The side whose fault a refusal is.
@@ -13,6 +15,32 @@ pub enum Fault {
     Destination,
     /// Every other endpoint would be refused too, or must not be tried.
     Other,
+}
+
+/// How `connect()` of the application ends, if it waits for the destination's answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConnectEnd {
+    /// It fails with ECONNREFUSED.
+    Refused,
+    /// It fails with ENETUNREACH.
+    NetworkUnreachable,
+    /// It fails with EHOSTUNREACH.
+    HostUnreachable,
+    /// It goes on: the application's kernel asks again, as often and as long as the application wants.
+    Unanswered,
+}
+
+impl ConnectEnd {
+    /// Returns the end that fits the error of a connection that the agent tried for the application.
+    #[must_use]
+    pub fn of(error: &io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::NetworkUnreachable => Self::NetworkUnreachable,
+            io::ErrorKind::HostUnreachable => Self::HostUnreachable,
+            io::ErrorKind::TimedOut => Self::Unanswered,
+            _ => Self::Refused,
+        }
+    }
 }
 
 macro_rules! reasons {
@@ -49,6 +77,7 @@ reasons! {
     DestinationUnclear, "destination_unclear", Destination, "More than one workload or service claims the address.";
     DestinationUnproven, "destination_unproven", Other, "The directory gives the address to another pod than the one of this node.";
     ReservedPort, "reserved_port", Other, "The destination port is one of the agent's.";
+    OpeningLimit, "opening_limit", Other, "Too many connections of the pod wait for their destinations.";
     NoCertificate, "no_certificate", Other, "The pod's identity has no valid certificate.";
     NoEndpoint, "no_endpoint", Other, "No endpoint of the service is ready, or all were tried.";
     ServicePortUnknown, "service_port_unknown", Other, "The service has no such TCP port.";
@@ -96,6 +125,27 @@ reasons! {
     Protocol, "protocol", Other, "The peer sent a frame that is malformed or out of order.";
 }
 
+impl RefusalReason {
+    /// Returns how a waiting `connect()` ends. What passes with time is not answered, so that the application's kernel asks
+    /// again: without Tacit a full backlog or a lost packet has this effect. A tunnel that breaks before the answer is such a
+    /// case.
+    #[must_use]
+    pub fn connect_end(self) -> ConnectEnd {
+        match self {
+            Self::Unreachable => ConnectEnd::HostUnreachable,
+            Self::PendingDials
+            | Self::TimedOut
+            | Self::Draining
+            | Self::Overloaded
+            | Self::OpeningLimit
+            | Self::Timeout
+            | Self::Io
+            | Self::Closed => ConnectEnd::Unanswered,
+            _ => ConnectEnd::Refused,
+        }
+    }
+}
+
 /// A connection that is refused, or an open one that policy no longer allows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
@@ -105,12 +155,20 @@ pub struct Refusal {
     pub detail: String,
     /// The proven identity of the source, for logs. `None` if the source proved none before the refusal.
     pub source: Option<SpiffeId>,
+    /// How `connect()` of the source ends, if it still waits.
+    pub connect_end: ConnectEnd,
 }
 
 impl Refusal {
     /// Returns the refusal of a source that has proven no identity.
     pub fn new(reason: RefusalReason, detail: impl ToString) -> Self {
-        Self { reason, detail: detail.to_string(), source: None }
+        Self { reason, detail: detail.to_string(), source: None, connect_end: reason.connect_end() }
+    }
+
+    /// Returns the same refusal because a connection failed with `error`, which decides how `connect()` ends.
+    #[must_use]
+    pub fn because_of(self, error: &io::Error) -> Self {
+        Self { connect_end: ConnectEnd::of(error), ..self }
     }
 
     /// Returns the same refusal of a source that has proven `identity`.
@@ -151,5 +209,40 @@ mod tests {
             "internal",
         ];
         assert_eq!(labels, expected);
+    }
+
+    #[test]
+    fn a_connect_ends_as_the_failed_connection_did() {
+        for (kind, end) in [
+            (io::ErrorKind::ConnectionRefused, ConnectEnd::Refused),
+            (io::ErrorKind::ConnectionReset, ConnectEnd::Refused),
+            (io::ErrorKind::NetworkUnreachable, ConnectEnd::NetworkUnreachable),
+            (io::ErrorKind::HostUnreachable, ConnectEnd::HostUnreachable),
+            (io::ErrorKind::TimedOut, ConnectEnd::Unanswered),
+        ] {
+            let refusal = Refusal::new(RefusalReason::PeerUnreachable, "down").because_of(&kind.into());
+            assert_eq!(refusal.connect_end, end, "{kind:?}");
+        }
+        assert_eq!(Refusal::new(RefusalReason::Policy, "denied").connect_end, ConnectEnd::Refused);
+        assert_eq!(Refusal::new(RefusalReason::Unreachable, "gone").connect_end, ConnectEnd::HostUnreachable);
+    }
+
+    #[test]
+    fn only_what_passes_with_time_is_not_answered() {
+        let unanswered = RefusalReason::ALL.iter().filter(|r| r.connect_end() == ConnectEnd::Unanswered);
+        let labels: Vec<_> = unanswered.map(|reason| reason.label()).collect();
+        assert_eq!(
+            labels,
+            [
+                "opening_limit",
+                "pending_dials",
+                "timed_out",
+                "draining",
+                "overloaded",
+                "timeout",
+                "io",
+                "closed"
+            ]
+        );
     }
 }

@@ -118,6 +118,7 @@ mod tests {
             protocol,
             egress: None,
             udp: None,
+            connect: Default::default(),
         }
     }
 

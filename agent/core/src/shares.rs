@@ -312,12 +312,13 @@ pub const ADMIN_CONNECTIONS: Share = Share {
 /// Captured connections in the kernel's table by pod.
 pub const PENDING_CONNECTIONS: Share = Share {
     resource: "pending_connections",
-    counts: "captured connections whose handshake with the agent's listener has not ended, in a table of the kernel",
+    counts: "captured connections whose handshake with the agent's listener has not ended, so also those that are held until \
+             their destination has answered, in a table of the kernel",
     holder: Holder::Pod,
-    total: Total::Fixed(limits::PENDING as u64),
-    each: Each::Fixed(limits::PENDING_PER_POD as u64),
+    total: Total::Fixed(limits::CAPTURED as u64),
+    each: Each::Fixed(limits::CAPTURED_PER_POD as u64),
     effect: "`connect()` of the pod fails with ENOBUFS (`connect_share`)",
-    reason: "The handshake ends inside `connect()`, except while 4,096 connections wait to be accepted. The shares of all pods fit.",
+    reason: "A connection is held for one or two round trips and a handshake. Bursts of a busy client fit; more wait only for destinations that do not answer. The shares of all pods fit.",
 };
 
 /// Connections to applications in the kernel's table by pod.
@@ -325,10 +326,10 @@ pub const PENDING_DIALS: Share = Share {
     resource: "pending_dials",
     counts: "connections of the agent to a pod's applications whose handshake has not ended, in a table of the kernel",
     holder: Holder::Pod,
-    total: Total::Fixed(limits::PENDING as u64),
-    each: Each::Fixed(limits::PENDING_PER_POD as u64),
+    total: Total::Fixed(limits::DIALLED as u64),
+    each: Each::Fixed(limits::DIALLED_PER_POD as u64),
     effect: "further connections to the pod's applications are refused (`pending_dials`)",
-    reason: "As for captured connections, where an application does not accept.",
+    reason: "The handshake ends inside `connect()`, except where an application does not accept. The shares of all pods fit.",
 };
 
 /// Modes of single ports in the kernel's table by pod.

@@ -16,6 +16,8 @@
 //! | `verifier` | the verifier's verdict, and its log |
 //! | `maps` | what each map is for, behind typed methods |
 //! | `events` | the programs' log lines |
+//! | `held` | the programs' records of held connections |
+//! | `inject` | packets on a pod's loopback that answer a held connection |
 //! | `socket` | listeners and outgoing sockets in a pod's namespace |
 //! | `reset_sockets` | resets connections of a pod that no agent carries |
 //! | `host` | the node's own addresses, its kernel's name, limits of this process |
@@ -24,7 +26,9 @@
 pub mod cgroup;
 mod clsact;
 pub mod events;
+pub mod held;
 pub mod host;
+pub mod inject;
 mod link;
 mod maps;
 mod netlink;
@@ -45,7 +49,8 @@ use std::{
 };
 
 pub use maps::{
-    DropCount, KernelCounter, Maps, PlaintextDestination, PlaintextEgress, PlaintextHandling, PodEntry,
+    ConnectReturn, DropCount, KernelCounter, Maps, PlaintextDestination, PlaintextEgress, PlaintextHandling,
+    PodEntry,
 };
 pub use pins::{PinLock, SuccessorLock, uninstall};
 pub use programs::{GuardedLink, HostEnd, PreparedPrograms, ProgramState, Programs, has_host_end};

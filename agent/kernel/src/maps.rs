@@ -16,8 +16,8 @@ use aya::maps::{
 };
 use ipnet::IpNet;
 use tacit_abi::{
-    Address, Listener, MeshKey, Mode, Names, Pending, Pod, REASONS, limits, listener_index, names_kind,
-    pod_flag, steer_flag,
+    Address, Destination, Listener, MeshKey, Mode, Names, Pending, Pod, REASONS, Tuple, limits,
+    listener_index, names_kind, pod_flag, steer_flag,
 };
 
 use super::{KernelError, link, programs::Programs};
@@ -63,6 +63,8 @@ pub struct PodEntry {
     pub clear: PlaintextEgress,
     /// The handling of plaintext that reaches it.
     pub plaintext: PlaintextHandling,
+    /// When its `connect()` returns.
+    pub connect: ConnectReturn,
     /// The port of the agent's listener for captured connections; 0 without a listener.
     pub capture_port: u16,
 }
@@ -88,6 +90,24 @@ impl PlaintextHandling {
         match self {
             Self::Direct => 0,
             Self::Authorized => pod_flag::JUDGED,
+        }
+    }
+}
+
+/// When `connect()` of a pod returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConnectReturn {
+    /// When the destination has answered.
+    Truthful,
+    /// At once: the agent accepts before the destination answers.
+    Early,
+}
+
+impl ConnectReturn {
+    fn flags(self) -> u32 {
+        match self {
+            Self::Truthful => 0,
+            Self::Early => pod_flag::CONNECT_EARLY,
         }
     }
 }
@@ -126,6 +146,7 @@ pub struct Maps {
     listeners: Mutex<SockMap<MapData>>,
     capturers: Mutex<SockMap<MapData>>,
     names: SocketNames,
+    captured: Captured,
     pending: Array<MapData, Pending>,
     counters: PerCpuArray<MapData, u64>,
     guard: GuardMaps,
@@ -142,6 +163,7 @@ impl Maps {
             listeners: typed(programs, "LISTENERS")?,
             capturers: typed(programs, "CAPTURERS")?,
             names: SocketNames::take(programs)?,
+            captured: Captured::take(programs)?,
             pending: unlocked(programs, "PENDING")?,
             counters: unlocked(programs, "COUNTERS")?,
             guard: GuardMaps::take(programs)?,
@@ -163,7 +185,10 @@ impl Maps {
             v6: of(false),
             slot: entry.slot,
             mode: entry.mode as u32,
-            flags: entry.clear.flags() | entry.plaintext.pod_flags() | pod_flag::SPREAD,
+            flags: entry.clear.flags()
+                | entry.plaintext.pod_flags()
+                | entry.connect.flags()
+                | pod_flag::SPREAD,
             capture_port: u32::from(entry.capture_port),
         };
         lock(&self.pods).insert(entry.cgroup, pod, 0).map_err(failed("PODS"))
@@ -340,6 +365,19 @@ impl Maps {
         })
     }
 
+    /// Returns true if a captured connection is not closed, and the agent's listener has not answered it.
+    #[must_use]
+    pub fn is_captured(&self, netns_cookie: u64, client: SocketAddr, target: SocketAddr) -> bool {
+        let key = Tuple {
+            netns_cookie,
+            local: address(client.ip()),
+            remote: address(target.ip()),
+            local_port: u32::from(client.port()),
+            remote_port: u32::from(target.port()),
+        };
+        self.captured.has(&key.of_captured())
+    }
+
     /// Makes the application that accepts `socket`'s connection see `client` as its peer. To be called before
     /// `connect()`. The connection counts in the share of the pod with `slot` until the application's kernel takes it.
     ///
@@ -428,6 +466,26 @@ impl SocketNames {
 
     fn set(&self, socket: &impl AsRawFd, names: Names) -> Result<(), KernelError> {
         lock(&self.map).insert(socket, names, 0).map_err(failed("NAMES"))
+    }
+}
+
+/// The map of captured connections. A look-up takes no lock.
+struct Captured(OwnedFd);
+
+impl Captured {
+    fn take(programs: &mut Programs) -> Result<Self, KernelError> {
+        const NAME: &str = "CAPTURED";
+        let problem = |problem: String| KernelError::Map { map: NAME, problem };
+        let map = programs.ebpf().map(NAME);
+        let map = map.ok_or_else(|| problem("not in the object".to_owned()))?;
+        HashMap::<_, Tuple, Destination>::try_from(map).map_err(failed(NAME))?;
+        let Map::HashMap(data) = map else { return Err(problem("no hash map".to_owned())) };
+        let reader = data.fd().as_fd().try_clone_to_owned();
+        Ok(Self(reader.map_err(|error| problem(error.to_string()))?))
+    }
+
+    fn has(&self, key: &Tuple) -> bool {
+        link::read::<Tuple, Destination>(self.0.as_fd(), key).is_some()
     }
 }
 

@@ -1,4 +1,4 @@
-//! Sockets of the agent inside a pod's network namespace: three listeners, and outgoing connections.
+//! Sockets of the agent inside a pod's network namespace: three listeners, raw sockets, and outgoing connections.
 //!
 //! They belong to the agent's cgroup, so the pods' cgroup hooks never see them: no mark, no uid, nothing that an
 //! application could imitate.
@@ -25,7 +25,9 @@ use tokio::{
 
 use super::{
     KernelError, Maps,
+    inject::Injector,
     maps::ip,
+    netlink,
     netns::{HostNetns, Netns},
 };
 
@@ -47,6 +49,8 @@ pub struct Listeners {
     pub plaintext: TcpListener,
     /// The tunnel.
     pub tunnel: TcpListener,
+    /// Answers connections that are held.
+    pub injector: Injector,
 }
 
 /// The ports at which listeners may be opened.
@@ -64,6 +68,9 @@ pub enum ListenError {
     /// The namespace could not be entered.
     #[error("enter the pod's network namespace: {0}")]
     Enter(#[source] io::Error),
+    /// The raw sockets could not be opened.
+    #[error("open raw sockets in the pod: {0}; the agent needs CAP_NET_RAW")]
+    Raw(#[source] io::Error),
     /// The port could not be had.
     #[error(
         "listen on port {port} in the pod: {source}; ports 15001, 15002 and 15006 to 15009 are the agent's in an enrolled pod"
@@ -94,10 +101,11 @@ impl Listeners {
             let _ = capture.set_recv_buffer_size(LOOPBACK_UNREAD_BYTES);
             let plaintext = of_applications(tcp_port::PLAINTEXT, ports)?;
             let tunnel = listener(tcp_port::TUNNEL, ports)?;
-            Ok((capture, plaintext, tunnel))
+            let injector = Injector::open_here().map_err(ListenError::Raw)?;
+            Ok((capture, plaintext, tunnel, injector))
         });
-        let (capture, plaintext, tunnel) = opened.map_err(ListenError::Enter)??;
-        Ok(Self { capture: capture.into(), plaintext: plaintext.into(), tunnel: tunnel.into() })
+        let (capture, plaintext, tunnel, injector) = opened.map_err(ListenError::Enter)??;
+        Ok(Self { capture: capture.into(), plaintext: plaintext.into(), tunnel: tunnel.into(), injector })
     }
 
     /// Returns the port to which captured connections are redirected.
@@ -224,6 +232,8 @@ pub fn outgoing(netns: &Netns, host: &HostNetns, to: SocketAddr) -> io::Result<S
 pub fn dialer(netns: &Netns, host: &HostNetns, to: SocketAddr, client: SocketAddr) -> io::Result<Socket> {
     let socket = outgoing(netns, host, to)?;
     setsockopt(&socket, IpBindAddressNoPort, &true)?;
+    // Applications that set this option too may listen on the socket's port while it is in TIME_WAIT.
+    socket.set_reuse_address(true)?;
     socket.bind(&SocketAddr::new(loopback_for(to.ip(), client), 0).into())?;
     Ok(socket)
 }
@@ -307,16 +317,29 @@ fn set_option(socket: &Socket, level: libc::c_int, name: libc::c_int, value: lib
 )]
 pub struct ClientNotStored;
 
-/// Connects a socket of [`dialer`] within `limit`.
+/// Connects a socket of [`dialer`], which is in `netns`, within `limit`.
 ///
 /// # Errors
 /// As [`connected`]; [`ClientNotStored`] inside [`io::ErrorKind::Other`].
-pub async fn dialled(socket: Socket, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
-    begin_connect(&socket, to)?;
+pub async fn dialled(
+    socket: Socket,
+    (netns, host): (&Netns, &HostNetns),
+    to: SocketAddr,
+    limit: Duration,
+) -> io::Result<TcpStream> {
+    let is_connected = begin(&socket, to)?;
     if socket.mark()? == LOST_CLIENT_MARK {
         return Err(io::Error::other(ClientNotStored));
     }
-    established(socket, limit).await
+    if is_connected {
+        return TcpStream::from_std(socket.into());
+    }
+    // The kernel answers a SYN from `::1` to a closed port of another address with nothing, while IPv4 has a reset. A
+    // listener that does not answer either has a full backlog.
+    if to.is_ipv6() && matches!(has_listener(netns, host, to), Ok(false)) {
+        return Err(io::ErrorKind::ConnectionRefused.into());
+    }
+    answered(socket, limit).await
 }
 
 /// Connects `socket` within `limit`.
@@ -324,28 +347,41 @@ pub async fn dialled(socket: Socket, to: SocketAddr, limit: Duration) -> io::Res
 /// # Errors
 /// The kernel's, or [`io::ErrorKind::TimedOut`].
 pub async fn connected(socket: Socket, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
-    begin_connect(&socket, to)?;
-    established(socket, limit).await
+    if begin(&socket, to)? {
+        return TcpStream::from_std(socket.into());
+    }
+    answered(socket, limit).await
 }
 
-fn begin_connect(socket: &Socket, to: SocketAddr) -> io::Result<()> {
+/// Sends the SYN. Returns true if the handshake is over, as on loopback whatever connect() returns.
+fn begin(socket: &Socket, to: SocketAddr) -> io::Result<bool> {
     match socket.connect(&to.into()) {
         Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
-        _ => Ok(()),
+        _ => Ok(socket.peer_addr().is_ok()),
     }
 }
 
-async fn established(socket: Socket, limit: Duration) -> io::Result<TcpStream> {
-    // On loopback the handshake is over by now, whatever connect() says: no need to ask the poller.
-    let is_connected = socket.peer_addr().is_ok();
+/// Waits for the answer to the SYN.
+async fn answered(socket: Socket, limit: Duration) -> io::Result<TcpStream> {
     let stream = TcpStream::from_std(socket.into())?;
-    if !is_connected {
-        timeout(limit, stream.writable()).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-        if let Some(error) = stream.take_error()? {
-            return Err(error);
-        }
+    timeout(limit, stream.writable()).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    match stream.take_error()? {
+        Some(error) => Err(error),
+        None => Ok(stream),
     }
-    Ok(stream)
+}
+
+/// Returns true if a socket of `netns` listens at `at`.
+///
+/// # Errors
+/// When the namespace cannot be entered or its sockets cannot be listed.
+pub fn has_listener(netns: &Netns, host: &HostNetns, at: SocketAddr) -> io::Result<bool> {
+    let listeners = host.run_in(netns.file(), netlink::listeners)??;
+    let is_at = |local: SocketAddr| {
+        let is_any = local.ip().is_unspecified() && (local.is_ipv6() || at.is_ipv4());
+        local.port() == at.port() && (local.ip() == at.ip() || is_any)
+    };
+    Ok(listeners.iter().any(|listener| is_at(listener.local)))
 }
 
 /// Writes as much of `slices` as fits. With `more` the last segment waits for what follows at once: more bytes or the end.

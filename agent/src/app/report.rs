@@ -28,9 +28,9 @@ use crate::{
     mesh::NodesNotApplied,
     proxy::Proxy,
     telemetry::status::{
-        AgentState, CertificateStatus, CounterStatus, DropStatus, GuardStatus, IssuerStatus, MeshStatus,
-        NodeStateStatus, NodesStatus, PodState, PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX,
-        ShareStatus, SourceKind, SourceStatus, Status, UncoveredStatus, UnnamedStatus,
+        AgentState, CertificateStatus, CounterStatus, DropStatus, FlowsStatus, GuardStatus, IssuerStatus,
+        MeshStatus, NodeStateStatus, NodesStatus, PodState, PodStatus, PoolStatus, ProgramStatus,
+        RANGES_LISTED_MAX, ShareStatus, SourceKind, SourceStatus, Status, UncoveredStatus, UnnamedStatus,
     },
 };
 
@@ -101,7 +101,10 @@ impl Report {
                 source(SourceKind::Directory, &self.proxy.snapshots.directory.state()),
                 self.policy_source(),
             ],
-            flows: self.proxy.telemetry.live_flows(),
+            flows: FlowsStatus {
+                opening: self.proxy.openings.count() as u64,
+                ..self.proxy.telemetry.live_flows()
+            },
             pool: PoolStatus { idle_sessions: self.proxy.sessions.count_idle() as u64 },
             shares: self.shares(),
         }

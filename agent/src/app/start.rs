@@ -185,7 +185,9 @@ fn proxy(
         .map_err(system("start the threads that carry flows"))?;
     let dialer = Dialer::new(kernel.clone(), node.host.clone());
     let capacity = Capacity { descriptors: node.descriptors };
-    Ok(Arc::new(Proxy::new(snapshots, dialer, workers, telemetry, capacity)))
+    let proxy = Arc::new(Proxy::new(snapshots, dialer, workers, telemetry, capacity));
+    accept::serve_held(&proxy, kernel.held_rings()?);
+    Ok(proxy)
 }
 
 /// One thread for each core that this process may use.

@@ -2,9 +2,10 @@
 
 use std::{collections::HashSet, net::IpAddr, sync::Arc};
 
-use tacit_core::directory::{Directory, Workload};
+use tacit_core::directory::{Connect, Directory, Workload};
 use tacit_kernel::{
-    GuardedLink, HostEnd, KernelError, PodEntry, cgroup, host, netns::Netns, reset_sockets, socket::Listeners,
+    ConnectReturn, GuardedLink, HostEnd, KernelError, PodEntry, cgroup, host, netns::Netns, reset_sockets,
+    socket::Listeners,
 };
 
 use crate::enrol::{
@@ -181,6 +182,15 @@ pub(super) fn entry(
         mode: policy.modes.default,
         clear: policy.plaintext_egress(workload),
         plaintext: plaintext_handling(policy),
+        connect: connect_return(workload),
         capture_port,
+    }
+}
+
+/// When `connect()` of a pod returns.
+fn connect_return(workload: &Workload) -> ConnectReturn {
+    match workload.connect {
+        Connect::Truthful => ConnectReturn::Truthful,
+        Connect::Early => ConnectReturn::Early,
     }
 }

@@ -284,6 +284,7 @@ pub(super) fn is_same(wanted: &Workload, enrolled: &Workload) -> bool {
         && wanted.identity == enrolled.identity
         && (wanted.addresses.is_empty() || all_found && wanted.addresses.len() == found.len())
         && (wanted.egress, wanted.udp) == (enrolled.egress, enrolled.udp)
+        && wanted.connect == enrolled.connect
 }
 
 #[cfg(test)]

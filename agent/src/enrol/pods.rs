@@ -47,6 +47,12 @@ impl Pod {
         self.slot
     }
 
+    /// Returns the port of the agent's listener for its captured connections.
+    #[must_use]
+    pub fn capture_port(&self) -> u16 {
+        self.capture_port
+    }
+
     /// Returns the one of `workers` threads that accepts its connections.
     #[must_use]
     pub fn home(&self, workers: usize) -> usize {

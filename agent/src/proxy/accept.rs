@@ -9,13 +9,19 @@ use std::{
 
 use socket2::SockRef;
 use tacit_core::{refusal::Refusal, shares::connections::Connection};
-use tacit_kernel::socket::{Acceptor, Listeners};
+use tacit_kernel::{
+    held::{HeldEnds, HeldRing},
+    socket::{Acceptor, Listeners},
+};
 use tokio::net::TcpStream;
 
 use crate::{
     enrol::Pod,
     proxy::{
-        Addresses, LOOPBACK_UNREAD, Proxy, canonical, inbound, outbound, shares::ConnectionPermit,
+        Addresses, LOOPBACK_UNREAD, Proxy, canonical, inbound,
+        openings::PodOpenings,
+        outbound::{self, opening},
+        shares::ConnectionPermit,
         workers::vital,
     },
     telemetry::Reporter,
@@ -39,12 +45,32 @@ type Handler<F> = fn(Arc<Proxy>, Arc<Pod>, TcpStream, SocketAddr) -> F;
 
 /// Serves the listeners of `pod` until the pod or the agent ends.
 pub fn serve_pod(proxy: &Arc<Proxy>, pod: &Arc<Pod>, listeners: Listeners) {
-    let Listeners { capture, plaintext, tunnel } = listeners;
+    let Listeners { capture, plaintext, tunnel, injector } = listeners;
     let home = pod.home(proxy.workers.count());
     let entrance = |origin| Entrance { proxy: proxy.clone(), pod: pod.clone(), home, origin };
-    entrance(Origin::OwnPod).serve(capture, outbound::handle);
+    let openings = Arc::new(PodOpenings::new(pod.clone(), injector));
+    entrance(Origin::OwnPod).serve_captured(capture, openings.clone());
     entrance(Origin::Elsewhere).serve(tunnel, inbound::tunnel);
     entrance(Origin::Elsewhere).serve(plaintext, inbound::plaintext);
+    for held in proxy.openings.add(&openings) {
+        opening::start(proxy, &openings, held);
+    }
+}
+
+/// Hands what the kernel side holds to the openings of its pod, until the agent ends. Each ring has a thread of its own, the
+/// home of its pods where there are no more threads than rings.
+pub fn serve_held(proxy: &Arc<Proxy>, rings: Vec<HeldRing>) {
+    for (index, ring) in rings.into_iter().enumerate() {
+        let on = proxy.clone();
+        let failed = proxy.workers.failed().clone();
+        proxy.workers.handle(index).spawn(vital(failed, async move {
+            tokio::select! {
+                // The application's kernel sends again what is not read: to the next agent, or to nobody.
+                () = on.drain.stop.cancelled() => {}
+                () = ring.forward(|held| opening::handle_record(&on, held)) => {}
+            }
+        }));
+    }
 }
 
 /// A listener's surroundings.
@@ -62,30 +88,76 @@ impl Entrance {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let thread = self.proxy.workers.handle(self.home).clone();
-        let failed = self.proxy.workers.failed().clone();
-        thread.spawn(vital(failed, async move {
-            match Acceptor::new(listener) {
-                Ok(listener) => self.accept_on(listener, handle).await,
-                Err(error) => {
-                    tracing::error!(%error, pod = %self.pod.workload.name, "a listener cannot be polled");
+        self.spawn(move |entrance| async move {
+            let ended = async {
+                tokio::select! {
+                    () = entrance.proxy.drain.stop.cancelled() => {}
+                    () = entrance.pod.closed.cancelled() => {}
                 }
-            }
-        }));
+            };
+            let admit = |connection, peer| entrance.admit(connection, peer, handle);
+            entrance.accept_on(listener, ended, admit).await;
+        });
     }
 
-    async fn accept_on<F>(self, listener: Acceptor, handle: Handler<F>)
+    /// Accepts captured connections until the pod or the agent ends. Those that are being opened may come until then.
+    fn serve_captured(self, listener: TcpListener, openings: Arc<PodOpenings>) {
+        self.spawn(move |entrance| async move {
+            let admit = |connection, peer| {
+                if let Some(connection) = join(&openings, connection, peer) {
+                    entrance.admit(connection, peer, outbound::handle);
+                }
+            };
+            entrance.accept_on(listener, entrance.until_opened(&openings), admit).await;
+            entrance.proxy.openings.remove(&openings);
+        });
+    }
+
+    /// Runs `accepting` on the worker that accepts.
+    fn spawn<F>(self, accepting: impl FnOnce(Self) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
     {
+        let thread = self.proxy.workers.handle(self.home).clone();
+        let failed = self.proxy.workers.failed().clone();
+        thread.spawn(vital(failed, accepting(self)));
+    }
+
+    /// Waits until the pod ends, or the agent ends and nothing is being opened.
+    async fn until_opened(&self, openings: &PodOpenings) {
+        let Self { proxy, pod, .. } = self;
+        tokio::select! {
+            () = pod.closed.cancelled() => return,
+            () = proxy.drain.stop.cancelled() => {}
+        }
+        tokio::select! {
+            () = pod.closed.cancelled() => {}
+            () = proxy.drain.cut.cancelled() => {}
+            () = openings.until_empty() => {}
+        }
+    }
+
+    /// Gives what comes to `listener` to `admit`, until `ended`.
+    async fn accept_on(
+        &self,
+        listener: TcpListener,
+        ended: impl Future<Output = ()>,
+        admit: impl Fn(std::net::TcpStream, SocketAddr),
+    ) {
+        let listener = match Acceptor::new(listener) {
+            Ok(listener) => listener,
+            Err(error) => {
+                return tracing::error!(%error, pod = %self.pod.workload.name, "a listener cannot be polled");
+            }
+        };
+        tokio::pin!(ended);
         loop {
             let accepted = tokio::select! {
-                () = self.proxy.drain.stop.cancelled() => return,
-                () = self.pod.closed.cancelled() => return,
+                () = &mut ended => return,
                 accepted = listener.accept() => accepted,
             };
             match accepted {
-                Ok((connection, peer)) => self.admit(connection, canonical(peer), handle),
+                Ok((connection, peer)) => admit(connection, canonical(peer)),
                 Err(error) if is_of_one_connection(&error) => {}
                 Err(error) => {
                     tracing::error!(%error, "cannot accept; raise the limit of open files if this persists");
@@ -103,11 +175,7 @@ impl Entrance {
         let source = (self.origin == Origin::Elsewhere).then_some(peer.ip());
         match self.proxy.shares.connection(Connection { pod: self.pod.cgroup, source }) {
             Ok(permit) => {
-                if let Some(unread_bytes) = permit.unread_bytes() {
-                    // An error leaves the bound that the listener has set.
-                    let bytes = (LOOPBACK_UNREAD * unread_bytes) as usize;
-                    let _ = SockRef::from(&connection).set_recv_buffer_size(bytes);
-                }
+                bound_unread(&connection, permit.unread_bytes());
                 self.spawn_flow(connection, peer, permit, handle);
             }
             Err(refusal) => self.refuse(&connection, peer, refusal),
@@ -124,21 +192,14 @@ impl Entrance {
     ) where
         F: Future<Output = ()> + Send + 'static,
     {
-        let Self { proxy, pod, home, .. } = self;
-        let (worker, load) = proxy.workers.place(*home);
-        let (on, who) = (proxy.clone(), pod.clone());
-        let flow = async move {
+        let (on, who) = (self.proxy.clone(), self.pod.clone());
+        self.proxy.spawn_flow(self.home, |load| async move {
             match TcpStream::from_std(connection) {
                 Ok(connection) => handle(on, who, connection, peer).await,
                 Err(error) => tracing::error!(%error, "a connection cannot be polled, and is dropped"),
             }
             drop((load, permit));
-        };
-        if worker == *home {
-            proxy.drain.tasks.spawn(flow);
-        } else {
-            proxy.drain.tasks.spawn_on(flow, proxy.workers.handle(worker));
-        }
+        });
     }
 
     fn refuse(&self, connection: &std::net::TcpStream, peer: SocketAddr, refusal: Refusal) {
@@ -151,6 +212,34 @@ impl Entrance {
         // Fails only if the connection is already closed.
         let _ = SockRef::from(connection).set_linger(Some(Duration::ZERO));
     }
+}
+
+/// Bounds the bytes of an application that `connection` keeps for the agent to what its pod's share leaves.
+pub(super) fn bound_unread(connection: &std::net::TcpStream, unread_bytes: Option<u32>) {
+    if let Some(unread_bytes) = unread_bytes {
+        let bytes = (LOOPBACK_UNREAD * unread_bytes) as usize;
+        // An error leaves the bound that the listener has set.
+        let _ = SockRef::from(connection).set_recv_buffer_size(bytes);
+    }
+}
+
+/// Gives a connection to the opening that waits for it. Returns it if there is none. An opening has its destination and its
+/// permit already.
+fn join(
+    openings: &PodOpenings,
+    connection: std::net::TcpStream,
+    client: SocketAddr,
+) -> Option<std::net::TcpStream> {
+    if openings.count() == 0 {
+        return Some(connection);
+    }
+    let ends = HeldEnds { client, target: canonical(connection.local_addr().ok()?) };
+    if !openings.has(&ends) {
+        return Some(connection);
+    }
+    // If the opening has ended meanwhile, the connection is reset.
+    drop(openings.join(&ends, connection));
+    None
 }
 
 fn is_of_one_connection(error: &io::Error) -> bool {

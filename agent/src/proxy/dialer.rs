@@ -2,7 +2,7 @@
 
 use std::{io, net::SocketAddr, os::fd::AsRawFd, sync::Arc, time::Duration};
 
-use tacit_kernel::{Kernel, netns::HostNetns, socket};
+use tacit_kernel::{Kernel, held::HeldEnds, netns::HostNetns, socket};
 use tacit_tunnel::socket::reset_if_dropped;
 use tokio::net::TcpStream;
 
@@ -42,7 +42,8 @@ impl Dialer {
         socket.set_recv_buffer_size(unread_bytes)?;
         // An application decides by the address of its client: without the name there is no connection.
         self.kernel.maps.set_peer_name(&socket, client, pod.slot()).map_err(io::Error::other)?;
-        let connected = socket::dialled(socket, application, APPLICATION_CONNECT).await?;
+        let here = (&pod.netns, &*self.host);
+        let connected = socket::dialled(socket, here, application, APPLICATION_CONNECT).await?;
         reset_if_dropped(&connected);
         Ok(connected)
     }
@@ -94,5 +95,16 @@ impl Dialer {
     /// Returns the destination of a captured connection that the agent accepted.
     pub(super) fn destination(&self, captured: &impl AsRawFd) -> Option<SocketAddr> {
         self.kernel.maps.destination(captured)
+    }
+
+    /// Returns true if a captured connection of `pod` still waits for the answer of the agent's listener.
+    pub(super) fn is_waiting(&self, pod: &Pod, ends: &HeldEnds) -> bool {
+        self.kernel.maps.is_captured(pod.netns.cookie(), ends.client, ends.target)
+    }
+
+    /// Returns true if an agent listens for a held connection of `pod`.
+    pub(super) fn has_listener(&self, pod: &Pod, ends: &HeldEnds) -> bool {
+        // What cannot be seen is assumed: the application's kernel asks again.
+        socket::has_listener(&pod.netns, &self.host, ends.target).unwrap_or(true)
     }
 }

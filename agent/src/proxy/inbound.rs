@@ -149,6 +149,7 @@ async fn begin<'a>(
         socket::reset(application);
         return None;
     }
+    relay::connection_proceeds();
     let live =
         path.telemetry.open_flow(FlowSpec { ends, security: security(session.tls()), trace: open.trace.0 });
     let bulk = path.shares.bulk.of(pod.cgroup);

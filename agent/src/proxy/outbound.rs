@@ -1,14 +1,15 @@
 //! Captured connections: resolve the destination, choose an endpoint, connect an upstream, relay.
 //!
 //! ```text
-//! accept on the pod's loopback ─ destination from the kernel ─ a service's? its endpoint ─ route
+//! held SYN, or accept on the pod's loopback ─ destination from the kernel ─ a service's? its endpoint ─ route
 //!     SameNode  ─ policy ─ application in the other pod       ─ relay as plaintext, inside this node
 //!     Tunnel    ─ session from the pool or a new one ─ OPEN   ─ relay in frames
 //!     Plaintext ─ connection from the pod's namespace         ─ relay as plaintext
 //!     Refuse    ─ reset
 //! ```
-//! The application's connect() has succeeded by then. A failure resets the application before it receives a byte. Of a
-//! service, other endpoints are tried before the reset (`endpoints`).
+//! For a held SYN, the application's `connect()` ends as the upstream does (`opening`). With `connect: early` it has succeeded
+//! before, and a failure resets the application before it receives a byte. Of a service, other endpoints are tried before
+//! the connection fails (`endpoints`).
 
 use std::{
     future::Future,
@@ -54,6 +55,7 @@ const PEER_CONNECT: Duration = Duration::from_secs(10);
 const TRY_CONNECT: Duration = Duration::from_secs(2);
 
 mod endpoints;
+pub mod opening;
 mod session;
 
 /// One try to connect an upstream.
@@ -67,11 +69,11 @@ struct Attempt<'a> {
 }
 
 impl<'a> Attempt<'a> {
-    /// Returns a try after which `rest` is left.
-    fn before(rest: Rest, app: &'a TcpStream) -> Self {
+    /// Returns a try after which `rest` is left. `app` is the application's connection, if there is one by now.
+    fn before(rest: Rest, app: Option<&'a TcpStream>) -> Self {
         match rest {
             Rest::More => Self { limit: TRY_CONNECT, optimistic: None },
-            Rest::Nothing => Self { limit: PEER_CONNECT, optimistic: Some(app) },
+            Rest::Nothing => Self { limit: PEER_CONNECT, optimistic: app },
         }
     }
 }
@@ -105,7 +107,7 @@ async fn set_out(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, client: Socket
         path.refuse(app, Reporter::Source, Addresses { source: client, destination: at }, refusal);
         return None;
     };
-    match reach(&path, &pod, addresses, &app).await {
+    match reach(&path, &pod, addresses, Some(&app)).await {
         Ok((upstream, endpoint)) => Some(carry(path, pod, app, upstream, endpoint.map(Box::new))),
         Err(refusal) => {
             path.refuse(app, Reporter::Source, addresses, refusal);
@@ -120,7 +122,7 @@ async fn reach(
     path: &Proxy,
     pod: &Pod,
     addresses: Addresses,
-    app: &TcpStream,
+    app: Option<&TcpStream>,
 ) -> Result<(Upstream, Option<PickedEndpoint>), Refusal> {
     let Addresses { source, destination } = addresses;
     let directory = discover(path, destination).await;
@@ -217,15 +219,19 @@ fn carry(
     }
 }
 
-/// Returns the flow's addresses as both applications see them. Returns `None` also for a client with a foreign source
-/// address (IP_TRANSPARENT), because answers to it would leave the pod as plaintext.
+/// Returns the flow's addresses as both applications see them.
 fn find_destination(path: &Proxy, pod: &Pod, app: &TcpStream, client: SocketAddr) -> Option<Addresses> {
     let destination = path.dialer.destination(app)?;
+    Some(Addresses { source: source(pod, client, destination)?, destination })
+}
+
+/// Returns the source of a flow as both applications see it. Returns `None` for a client with a foreign source address
+/// (IP_TRANSPARENT), because answers to it would leave the pod as plaintext.
+fn source(pod: &Pod, client: SocketAddr, destination: SocketAddr) -> Option<SocketAddr> {
     if !client.ip().is_loopback() && !pod.workload.addresses.contains(&client.ip()) {
         return None;
     }
-    let source = SocketAddr::new(pod.address_like(destination.ip())?, client.port());
-    Some(Addresses { source, destination })
+    Some(SocketAddr::new(pod.address_like(destination.ip())?, client.port()))
 }
 
 /// Waits until a flow that is carried as plaintext must end, and returns the reason. The route was decided before, so the

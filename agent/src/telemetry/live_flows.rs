@@ -152,7 +152,7 @@ impl FlowTable {
         let live = inner.live.len() as u64;
         let newest: Vec<_> = inner.live.values().rev().take(FLOWS_LISTED_MAX).cloned().collect();
         drop(inner);
-        FlowsStatus { live, list: newest.iter().map(|record| record.status(now)).collect() }
+        FlowsStatus { live, opening: 0, list: newest.iter().map(|record| record.status(now)).collect() }
     }
 
     pub(super) fn live_by_pod(&self) -> BTreeMap<(Arc<str>, Arc<str>), u64> {

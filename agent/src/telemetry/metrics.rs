@@ -99,6 +99,7 @@ impl Exposition {
         let waiting = status.pods.iter().filter(|pod| matches!(pod.state, PodState::Waiting(_))).count();
         writer.single(&PODS_WAITING, waiting as u64)?;
         writer.single(&FLOWS_LIVE, status.flows.live)?;
+        writer.single(&FLOWS_OPENING, status.flows.opening)?;
         writer.single(&POOL_IDLE, status.pool.idle_sessions)?;
         writer.single(&RESETS_AT_ENROLMENT, status.guard.resets_at_enrolment)?;
         let uncovered = [("pod", status.uncovered.pods), ("service", status.uncovered.services)];

@@ -375,6 +375,9 @@ impl SourceKind {
 pub struct FlowsStatus {
     /// Number of open flows.
     pub live: u64,
+    /// Connections of pods whose `connect()` waits for the destination.
+    #[serde(default)]
+    pub opening: u64,
     /// The newest, at most [`FLOWS_LISTED_MAX`].
     pub list: Vec<FlowStatus>,
 }

@@ -17,7 +17,7 @@ pub(crate) mod testing;
 mod tunnelled;
 
 pub use bulk::{BulkShare, PodBulk};
-pub use busy_poll::connection_started;
+pub use busy_poll::{connection_proceeds, connection_started};
 pub use plain::plain;
 pub use tunnelled::tunnelled;
 

@@ -3,7 +3,7 @@
 use crate::{Address, tcp_port};
 
 /// Version of the maps' layout and meaning, raised with every change. Pinned maps of another version are not adopted.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;
 
 /// Bounds of the maps, in entries.
 pub mod limits {
@@ -41,12 +41,21 @@ pub mod limits {
     pub const DROPS_PER_POD: u32 = 32;
     /// Shares of drops for pods without a slot. Two such pods may have the same one.
     pub const DROPS_WITHOUT_SLOT: u32 = 64;
-    /// Connections of one pod whose handshake on the loopback has not ended. The kernel ends it inside `connect()`, except
-    /// while the listener's accept queue (4,096) is full. Each of the two maps has this share for each pod.
-    pub const PENDING_PER_POD: u32 = 512;
-    /// Connections whose handshake on the loopback has not ended: the shares of all pods. Entries are allocated on demand. Each
-    /// of the two maps has 8 MiB of hash buckets (16 bytes an entry) from the start.
-    pub const PENDING: u32 = SLOTS * PENDING_PER_POD;
+    /// Captured connections of one pod whose handshake on the loopback has not ended. A connection counts from `connect()` until
+    /// the agent's listener answers, so also for all of the time that it is held. A burst of a busy client fits: a tunnel
+    /// needs milliseconds, and each of its connections waits for one. With
+    /// [`pod_flag::CONNECT_EARLY`](super::pod_flag::CONNECT_EARLY) the kernel ends the handshake inside `connect()`, except while
+    /// the listener's accept queue (4,096) is full.
+    pub const CAPTURED_PER_POD: u32 = 2048;
+    /// Captured connections whose handshake on the loopback has not ended: the shares of all pods. Entries are allocated on
+    /// demand; the map has 32 MiB of hash buckets (16 bytes an entry) from the start.
+    pub const CAPTURED: u32 = SLOTS * CAPTURED_PER_POD;
+    /// Connections of the agent to one pod's applications whose handshake on the loopback has not ended. The kernel ends it inside
+    /// `connect()`, except while the application's accept queue is full.
+    pub const DIALLED_PER_POD: u32 = 512;
+    /// Connections of the agent to applications whose handshake on the loopback has not ended: the shares of all pods. Entries
+    /// are allocated on demand; the map has 8 MiB of hash buckets from the start.
+    pub const DIALLED: u32 = SLOTS * DIALLED_PER_POD;
 }
 
 /// Settings written into the programs before they are loaded.
@@ -174,6 +183,8 @@ pub mod pod_flag {
         JUDGED = 16;
         /// No source has named the pod yet. Only [`super::Pod::unknown`] has the flag, no entry of the map.
         UNKNOWN = 32;
+        /// `connect()` of the pod succeeds before the destination has answered.
+        CONNECT_EARLY = 64;
     }
 }
 

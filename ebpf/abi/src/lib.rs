@@ -23,6 +23,7 @@ mod arrival;
 mod claim;
 mod drops;
 mod guard;
+mod held;
 mod inbound;
 mod layout;
 mod link;
@@ -41,6 +42,10 @@ pub use claim::{Claim, may_claim, may_send_from};
 pub use drops::{DROP_WAYS, DropCounter, PodDrops, drops_index};
 pub use guard::{
     Accepted, GuardFacts, Hook, Packet, Segment, Verdict, decide_egress, decide_ingress, protocol,
+};
+pub use held::{
+    HELD_PACKET_MAX, HELD_PACKET_MIN, HELD_RING_BYTES, HELD_RINGS, HELD_SHARE, HeldEnd, HeldShare, HeldSyn,
+    Hold, HoldFacts, decide_hold, held_kind, held_ring,
 };
 pub use inbound::{Inbound, InboundFacts, Steer, decide_inbound};
 pub use layout::{

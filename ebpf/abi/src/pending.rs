@@ -4,8 +4,6 @@
 //! entry. Of several removers one succeeds. So the count is never below the number of entries, and no slot has more entries than
 //! its share. The shares of all slots fit into the maps. Entries of a pod that left count for the slot until their sockets close.
 
-use crate::limits;
-
 /// Numbers of a pod's entries in the maps of pending connections. The map's index is the pod's slot.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,41 +25,44 @@ const _: () = assert!(size_of::<Pending>() == 32);
 // SAFETY: repr(C), no padding (asserted above by size), every bit pattern is valid.
 unsafe impl aya::Pod for Pending {}
 
-/// Returns true if a pod with `entries` can have no further one. The number is signed: should the counters ever be lost
+/// Returns true if a pod with `entries` can have no further one in a map with this `share`. The number is signed: should the counters ever be lost
 /// while entries remain, it falls below zero and admits as many too much, and no pod is locked out.
 #[inline(always)]
 #[must_use]
-pub const fn is_share_used_up(entries: i64) -> bool {
-    entries >= limits::PENDING_PER_POD as i64
+pub const fn is_share_used_up(entries: i64, share: u32) -> bool {
+    entries >= share as i64
 }
 
-/// Returns true if the count after an entry was added to it is inside the share.
+/// Returns true if the count after an entry was added to it is inside the `share`.
 #[inline(always)]
 #[must_use]
-pub const fn is_in_share(entries_with_new: i64) -> bool {
-    entries_with_new <= limits::PENDING_PER_POD as i64
+pub const fn is_in_share(entries_with_new: i64, share: u32) -> bool {
+    entries_with_new <= share as i64
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits;
 
     #[test]
     fn a_share_ends_at_its_bound_and_lost_counters_lock_nobody_out() {
-        let bound = i64::from(limits::PENDING_PER_POD);
+        let share = limits::DIALLED_PER_POD;
+        let bound = i64::from(share);
         for (entries, used_up) in
             [(i64::MIN, false), (-1, false), (0, false), (bound - 1, false), (bound, true), (i64::MAX, true)]
         {
-            assert_eq!(is_share_used_up(entries), used_up, "{entries}");
+            assert_eq!(is_share_used_up(entries, share), used_up, "{entries}");
             if let Some(with_new) = entries.checked_add(1) {
-                assert_eq!(is_in_share(with_new), !used_up, "{entries}");
+                assert_eq!(is_in_share(with_new, share), !used_up, "{entries}");
             }
         }
     }
 
     #[test]
     fn the_shares_of_all_pods_fit_into_the_maps() {
-        assert_eq!(limits::PENDING, limits::SLOTS * limits::PENDING_PER_POD);
+        assert_eq!(limits::CAPTURED, limits::SLOTS * limits::CAPTURED_PER_POD);
+        assert_eq!(limits::DIALLED, limits::SLOTS * limits::DIALLED_PER_POD);
         assert_eq!(limits::PORT_MODES, limits::SLOTS * limits::PORT_MODES_PER_POD);
     }
 }

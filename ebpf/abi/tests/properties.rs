@@ -5,7 +5,11 @@
 
 use std::net::{IpAddr, Ipv6Addr};
 
-use proptest::{prelude::*, sample::select, test_runner::Config};
+use proptest::{
+    prelude::*,
+    sample::{select, subsequence},
+    test_runner::Config,
+};
 use tacit_abi::{
     Accepted, Address, Connect, ConnectFacts, GuardFacts, Hook, Inbound, InboundFacts, Link, Listener, Mode,
     Packet, Pod, Reason, Segment, Steer, Steered, Tuple, Verdict, decide_connect, decide_egress,
@@ -157,8 +161,16 @@ fn raw_mode() -> impl Strategy<Value = u32> {
 fn pod() -> impl Strategy<Value = Pod> {
     let own =
         (prop_oneof![Just(Address::NONE), Just(POD_V4)], prop_oneof![Just(Address::NONE), Just(POD_V6)]);
-    let known = (own, raw_mode(), 0..32_u32, 7..9_u64).prop_map(|((v4, v6), mode, flags, netns_cookie)| {
-        Pod { netns_cookie, v4, v6, slot: 3, mode, flags, capture_port: 0 }
+    let of_entries = pod_flag::ALL.into_iter().filter(|flag| *flag != pod_flag::UNKNOWN).collect::<Vec<_>>();
+    let flags = subsequence(of_entries, 0..pod_flag::ALL.len()).prop_map(|flags| flags.iter().sum::<u32>());
+    let known = (own, raw_mode(), flags, 7..9_u64).prop_map(|((v4, v6), mode, flags, netns_cookie)| Pod {
+        netns_cookie,
+        v4,
+        v6,
+        slot: 3,
+        mode,
+        flags,
+        capture_port: 0,
     });
     prop_oneof![4 => known, 1 => Just(Pod::unknown())]
 }

@@ -4,17 +4,19 @@ use aya_ebpf::{
     bindings::{__sk_buff, tcphdr},
     helpers::generated::{
         bpf_map_lookup_elem, bpf_sk_fullsock, bpf_sk_release, bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id,
-        bpf_skb_load_bytes_relative, bpf_tcp_check_syncookie,
+        bpf_skb_load_bytes, bpf_skb_load_bytes_relative, bpf_tcp_check_syncookie, bpf_tcp_sock,
     },
     programs::SkBuffContext,
 };
 use core::mem::MaybeUninit;
-use tacit_abi::{Names, hardware_address};
+use tacit_abi::{HELD_PACKET_MAX, HELD_PACKET_MIN, Names, hardware_address};
 
 use super::names_of;
-use crate::maps::LISTENERS;
+use crate::maps::{CAPTURERS, LISTENERS};
 
 const SOCK_STREAM: u32 = 1;
+/// State of a socket whose SYN is not answered yet.
+const BPF_TCP_SYN_SENT: u32 = 2;
 
 /// Context of the guard's programs: a packet, and its socket if it has one.
 pub struct Skb<'a>(pub &'a SkBuffContext);
@@ -124,12 +126,65 @@ impl Skb<'_> {
         load!(full, type_) == SOCK_STREAM
     }
 
+    /// Returns true if the packet's socket has sent a SYN that is not answered: the packet is this SYN.
+    #[inline(always)]
+    pub fn is_connecting(&self) -> bool {
+        // SAFETY: aligned load of a context field.
+        let sk = unsafe { (*self.raw()).__bindgen_anon_2.sk };
+        !sk.is_null() && load!(sk, state) == BPF_TCP_SYN_SENT
+    }
+
+    /// Returns true if the packet's TCP socket has sent a segment again.
+    #[inline(always)]
+    pub fn is_repeated(&self) -> bool {
+        // SAFETY: aligned load of a context field.
+        let sk = unsafe { (*self.raw()).__bindgen_anon_2.sk };
+        if sk.is_null() {
+            return false;
+        }
+        // SAFETY: `sk` is the context's socket, not null.
+        let tcp = unsafe { bpf_tcp_sock(sk) };
+        !tcp.is_null() && load!(tcp, total_retrans) != 0
+    }
+
+    /// Copies the packet's first bytes to `to` and returns their number; 0 if the packet is shorter than a SYN.
+    ///
+    /// # Safety
+    /// `to` points to live memory of its type, which need not be initialised.
+    #[inline(always)]
+    pub unsafe fn copy_packet(&self, to: *mut [u8; HELD_PACKET_MAX]) -> u32 {
+        let mut length = self.len();
+        if length > HELD_PACKET_MAX as u32 {
+            length = HELD_PACKET_MAX as u32;
+        }
+        if length < HELD_PACKET_MIN as u32 {
+            return 0;
+        }
+        // SAFETY: `to` has room for `length` bytes, which is at most its size.
+        let failed = unsafe { bpf_skb_load_bytes(self.raw().cast(), 0, to.cast(), length) };
+        if failed == 0 { length } else { 0 }
+    }
+
     /// Returns the names stored in the packet's socket.
     #[inline(always)]
     pub fn names(&self) -> Option<Names> {
         // SAFETY: aligned load of a context field.
         names_of(unsafe { (*self.raw()).__bindgen_anon_2.sk })
     }
+}
+
+/// Returns true if an agent listens for captured connections of this slot.
+#[inline(always)]
+pub fn has_capture_listener(slot: u32) -> bool {
+    let map = (&raw const CAPTURERS).cast_mut().cast();
+    // SAFETY: the map's key is the slot.
+    let sk = unsafe { bpf_map_lookup_elem(map, (&raw const slot).cast()) };
+    if sk.is_null() {
+        return false;
+    }
+    // SAFETY: the lookup took a reference.
+    unsafe { bpf_sk_release(sk) };
+    true
 }
 
 /// Asks the kernel whether a client's acknowledgement carries a SYN cookie of a listener of the agent, by its index in the

@@ -40,6 +40,8 @@ pub struct WorkloadEntry {
     pub tunnel: Tunnel,
     /// Value of `egress`, if the entry has one.
     pub egress: Option<&'static str>,
+    /// Value of `connect`, if the entry has one.
+    pub connect: Option<&'static str>,
 }
 
 impl WorkloadEntry {
@@ -55,6 +57,7 @@ impl WorkloadEntry {
             labels: vec![("app".to_owned(), pod.name().to_owned())],
             tunnel: Tunnel::Tacit,
             egress: None,
+            connect: None,
         }
     }
 
@@ -75,6 +78,9 @@ impl WorkloadEntry {
         let _ = writeln!(out, "    tunnel: {tunnel}");
         if let Some(egress) = self.egress {
             let _ = writeln!(out, "    egress: {egress}");
+        }
+        if let Some(connect) = self.connect {
+            let _ = writeln!(out, "    connect: {connect}");
         }
     }
 }

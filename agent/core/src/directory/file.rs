@@ -11,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{Egress, Labels, Protocol, Service, Udp, Workload, special_address};
+use super::{Connect, Egress, Labels, Protocol, Service, Udp, Workload, special_address};
 use crate::{
     spiffe::{SpiffeId, TrustDomain},
     yaml::{self, Mistakes, Value},
@@ -19,7 +19,7 @@ use crate::{
 
 mod services;
 
-const FIELDS: [&str; 10] = [
+const FIELDS: [&str; 11] = [
     "name",
     "namespace",
     "serviceAccount",
@@ -30,11 +30,13 @@ const FIELDS: [&str; 10] = [
     "tunnel",
     "egress",
     "udp",
+    "connect",
 ];
 const NODE_FIELDS: [&str; 2] = ["name", "addresses"];
 const SERVICE_ACCOUNT: &str = "default";
 const PROTOCOLS: [(&str, Protocol); 2] = [("tacit", Protocol::Tacit), ("none", Protocol::None)];
 const EGRESS: [(&str, Option<Egress>); 2] = [("open", Some(Egress::Open)), ("strict", Some(Egress::Strict))];
+const CONNECT: [(&str, Connect); 2] = [("truthful", Connect::Truthful), ("early", Connect::Early)];
 const UDP: [(&str, Option<Udp>); 2] = [("allow", Some(Udp::Allow)), ("deny", Some(Udp::Deny))];
 
 /// The mistake of a text that is no address of a pod.
@@ -112,6 +114,7 @@ fn workload<'a>(
     let protocol = fields.optional("tunnel").map_or(Some(Protocol::Tacit), |value| value.choice(&PROTOCOLS));
     let egress = fields.optional("egress").map_or(Some(None), |value| value.choice(&EGRESS));
     let udp = fields.optional("udp").map_or(Some(None), |value| value.choice(&UDP));
+    let connect = fields.optional("connect").map_or(Some(Connect::default()), |value| value.choice(&CONNECT));
     let cgroup = fields.optional("cgroup");
     let path = match &cgroup {
         Some(value) => cgroup_path(value),
@@ -133,6 +136,7 @@ fn workload<'a>(
         protocol: protocol?,
         egress: egress?,
         udp: udp?,
+        connect: connect?,
     })
 }
 

@@ -109,6 +109,7 @@ fn workload(name: &str, node: &str, address: &str) -> Workload {
         protocol: Protocol::Tacit,
         egress: None,
         udp: None,
+        connect: Default::default(),
     }
 }
 

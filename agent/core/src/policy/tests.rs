@@ -17,6 +17,7 @@ pub(in crate::policy) fn workload(namespace: &str, labels: &[(&str, &str)]) -> W
         protocol: crate::directory::Protocol::Tacit,
         egress: None,
         udp: None,
+        connect: Default::default(),
     }
 }
 

@@ -57,6 +57,7 @@ fn workload() -> impl Strategy<Value = Workload> {
             protocol,
             egress: None,
             udp: None,
+            connect: Default::default(),
         },
     )
 }

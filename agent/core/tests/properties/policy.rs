@@ -206,6 +206,7 @@ fn workload() -> impl Strategy<Value = Workload> {
         protocol: Protocol::Tacit,
         egress: None,
         udp: None,
+        connect: Default::default(),
     })
 }
 

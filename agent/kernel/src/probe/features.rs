@@ -42,6 +42,8 @@ pub(super) enum Trial {
     SocketCgroup,
     /// Sockets tell the cookie of their network namespace.
     NetnsCookie,
+    /// Raw sockets can be opened.
+    RawSockets,
     /// tcx links can be made.
     Tcx,
     /// A connection of another socket can be found and reset.
@@ -52,10 +54,13 @@ const BIND: BpfHelper = BpfHelper::BPF_FUNC_bind;
 const SKB_ANCESTOR_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_skb_ancestor_cgroup_id;
 const SKB_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_skb_cgroup_id;
 const FULL_SOCKET: BpfHelper = BpfHelper::BPF_FUNC_sk_fullsock;
+const TCP_SOCKET: BpfHelper = BpfHelper::BPF_FUNC_tcp_sock;
+const SKB_COPY: BpfHelper = BpfHelper::BPF_FUNC_skb_load_bytes;
 const SKB_LOAD: BpfHelper = BpfHelper::BPF_FUNC_skb_load_bytes_relative;
 const CURRENT_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_get_current_cgroup_id;
 const ANCESTOR_CGROUP: BpfHelper = BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id;
 const NETNS_COOKIE: BpfHelper = BpfHelper::BPF_FUNC_get_netns_cookie;
+const RINGBUF_QUERY: BpfHelper = BpfHelper::BPF_FUNC_ringbuf_query;
 const RINGBUF_RESERVE: BpfHelper = BpfHelper::BPF_FUNC_ringbuf_reserve;
 const SET_RETVAL: BpfHelper = BpfHelper::BPF_FUNC_set_retval;
 const SK_ASSIGN: BpfHelper = BpfHelper::BPF_FUNC_sk_assign;
@@ -79,6 +84,7 @@ const CAPTURE: &str = "taking over connections of pods";
 const NAMES: &str = "showing applications the addresses they expect";
 const UNPACED: &str = "loopback without the pacing of a network";
 const STEER: &str = "taking over connections to pods";
+const HOLD: &str = "letting connect() of pods wait for the destination";
 const HANDOVER: &str = "telling the agent where a connection wanted to go";
 const GUARD: &str = "dropping what must not be in clear";
 const LOG: &str = "the programs' log lines";
@@ -192,6 +198,8 @@ pub(super) static FEATURES: &[Feature] = &[
     ),
     helper("bpf_setsockopt in sock_ops", UNPACED, Release(4, 13), ProgramType::SockOps, SET_SOCKET_OPTION),
     helper("bpf_getsockopt in sock_ops", UNPACED, Release(4, 15), ProgramType::SockOps, GET_SOCKET_OPTION),
+    helper("bpf_ringbuf_reserve in sock_ops", HOLD, Release(5, 8), ProgramType::SockOps, RINGBUF_RESERVE),
+    helper("bpf_ringbuf_query in sock_ops", HOLD, Release(5, 8), ProgramType::SockOps, RINGBUF_QUERY),
     helper("bpf_sk_assign in sk_lookup", STEER, Release(5, 9), ProgramType::SkLookup, SK_ASSIGN),
     helper("bpf_sk_release in sk_lookup", STEER, Release(5, 9), ProgramType::SkLookup, SK_RELEASE),
     helper("bpf_get_current_cgroup_id in sock_addr", CAPTURE, Release(5, 7), SOCK_ADDR, CURRENT_CGROUP),
@@ -203,6 +211,10 @@ pub(super) static FEATURES: &[Feature] = &[
     helper("bpf_skb_load_bytes_relative in cgroup_skb", GUARD, Release(5, 0), CGROUP_SKB, SKB_LOAD),
     helper("bpf_sk_storage_get in cgroup_skb", GUARD, Release(5, 2), CGROUP_SKB, STORAGE_GET),
     helper("bpf_sk_fullsock in cgroup_skb", GUARD, Release(5, 1), CGROUP_SKB, FULL_SOCKET),
+    helper("bpf_skb_load_bytes in cgroup_skb", HOLD, Release(4, 10), CGROUP_SKB, SKB_COPY),
+    helper("bpf_tcp_sock in cgroup_skb", HOLD, Release(5, 1), CGROUP_SKB, TCP_SOCKET),
+    helper("bpf_sk_release in cgroup_skb", HOLD, Release(4, 20), CGROUP_SKB, SK_RELEASE),
+    helper("bpf_ringbuf_query in cgroup_skb", HOLD, Release(5, 8), CGROUP_SKB, RINGBUF_QUERY),
     helper("bpf_ringbuf_reserve in cgroup_skb", LOG, Release(5, 8), CGROUP_SKB, RINGBUF_RESERVE),
     helper("bpf_skb_cgroup_id on links", GUARD, Release(4, 18), CLASSIFIER, SKB_CGROUP),
     helper("bpf_skb_ancestor_cgroup_id on links", GUARD, Release(4, 19), CLASSIFIER, SKB_ANCESTOR_CGROUP),
@@ -227,6 +239,7 @@ pub(super) static FEATURES: &[Feature] = &[
         "CONFIG_NET",
         Trial::NetnsCookie,
     ),
+    of_node("raw sockets", HOLD, Release(2, 6), "give the agent CAP_NET_RAW", Trial::RawSockets),
     optional(
         "tcx",
         "guarding pods' links beside other programs",

@@ -9,7 +9,7 @@ use aya::{
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::{
-    super::{cgroup::Cgroup, netlink, netns::netns_cookie},
+    super::{cgroup::Cgroup, inject::Injector, netlink, netns::netns_cookie},
     Presence, cgroup_probe,
     features::Trial,
     raw::{self, Hook},
@@ -43,6 +43,9 @@ pub(super) fn run(trial: &Trial, pin_path: &Path) -> Presence {
         Trial::Cgroup2 => cgroup2(),
         Trial::SocketCgroup => cgroup_probe::sockets_in_their_cgroup(),
         Trial::NetnsCookie => netns_cookie().map_or_else(|e| Presence::refused(&e), |_| Presence::Present),
+        Trial::RawSockets => {
+            Injector::open_here().map_or_else(|e| Presence::refused(&e), |_| Presence::Present)
+        }
         Trial::ConnectionReset => connection_reset(),
     }
 }

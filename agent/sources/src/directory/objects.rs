@@ -115,6 +115,9 @@ pub(super) struct Annotations {
     /// write it.
     #[serde(rename = "kubernetes.io/config.mirror")]
     pub(super) mirror: Option<String>,
+    /// `early` or `truthful`: when `connect()` of the pod returns.
+    #[serde(rename = "tacit.io/connect")]
+    pub(super) connect: Option<String>,
 }
 
 #[derive(Debug, Clone, Deserialize)]

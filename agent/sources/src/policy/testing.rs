@@ -19,5 +19,6 @@ pub(super) fn workload(namespace: &str, labels: &[(&str, &str)]) -> Workload {
         protocol: Protocol::Tacit,
         egress: None,
         udp: None,
+        connect: Default::default(),
     }
 }

@@ -1,7 +1,7 @@
 //! Tests of the pods of a node. Costs are counted in looks.
 
 use tacit_core::{
-    directory::{AddressConflict, Labels},
+    directory::{AddressConflict, Connect, Labels},
     spiffe::{SpiffeId, TrustDomain},
 };
 
@@ -22,6 +22,7 @@ fn pod(namespace: &str, name: &str) -> Workload {
         protocol: Protocol::Tacit,
         egress: None,
         udp: None,
+        connect: Connect::default(),
     }
 }
 

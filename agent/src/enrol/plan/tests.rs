@@ -1,5 +1,7 @@
 //! Tests of the plan: a table of cases, each from one state of a node with the pod `web` in cgroup 7.
 
+use tacit_core::directory::Connect;
+
 use super::*;
 use crate::enrol::testing::workload;
 
@@ -243,6 +245,7 @@ fn a_pod_stays_the_same_while_its_addresses_become_known() {
         (workload("web", &["10.77.1.3", "fd77::2"]), false),
         (workload("api", &["10.77.1.2", "fd77::2"]), false),
         (Workload { cgroup: "burstable/pod2".into(), ..workload("web", &[]) }, false),
+        (Workload { connect: Connect::Early, ..workload("web", &[]) }, false),
     ] {
         assert_eq!(is_same(&wanted, &enrolled), same, "{wanted:?}");
     }

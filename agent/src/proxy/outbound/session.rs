@@ -85,7 +85,7 @@ async fn opened(
     let turn = path.shares.outgoing_handshake(pod.cgroup).await?;
     let tcp = path.dialer.to_tunnel(pod, peer, attempt.limit).await.map_err(|e| {
         let detail = format!("{peer}: {e}; does an agent run on that node?");
-        Refusal::new(RefusalReason::PeerUnreachable, detail)
+        Refusal::new(RefusalReason::PeerUnreachable, detail).because_of(&e)
     })?;
     socket::begin_small(&tcp, path.shares.unread_bytes(pod.cgroup));
     let connected = Session::connect(tcp, own, &key.identity).await;

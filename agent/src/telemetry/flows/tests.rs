@@ -19,6 +19,7 @@ pub(in crate::telemetry) fn workload(name: &str) -> Workload {
         protocol: Protocol::Tacit,
         egress: None,
         udp: None,
+        connect: Default::default(),
     }
 }
 

@@ -228,6 +228,13 @@ pub(super) static FLOWS_LIVE: Metric = Metric {
     labels: &[],
     help: "Flows that are open.",
 };
+pub(super) static FLOWS_OPENING: Metric = Metric {
+    name: "tacit_flows_opening",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &[],
+    help: "Connections of pods whose connect() waits for the destination.",
+};
 pub(super) static POOL_IDLE: Metric = Metric {
     name: "tacit_pool_idle_sessions",
     unit: None,

@@ -68,6 +68,7 @@ fn what_the_status_knows_is_exposed() {
         "tacit_node_state_unusable{operation=\"read\"} 0",
         "tacit_node_state_unusable{operation=\"write\"} 1",
         "tacit_flows_live 1200",
+        "tacit_flows_opening 2",
         "tacit_pool_idle_sessions 5",
         r#"tacit_share_used{resource="connections",scope="total"} 64"#,
         r#"tacit_share_used{resource="connections",scope="holder"} 64"#,

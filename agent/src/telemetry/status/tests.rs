@@ -128,7 +128,7 @@ pub(in crate::telemetry) fn sample() -> Status {
             stale_seconds: 61,
             unreadable: vec!["AuthorizationPolicy shop/p: spec: is a list".to_owned()],
         }],
-        flows: FlowsStatus { live: 1200, list: vec![flow()] },
+        flows: FlowsStatus { live: 1200, opening: 2, list: vec![flow()] },
         pool: PoolStatus { idle_sessions: 5 },
         shares: vec![share("connections", Some("shop/web"), 64), share("handshakes", None, 0)],
     }

@@ -60,6 +60,15 @@ pub fn connection_started() {
     STATE.with_borrow_mut(|state| state.begins(Instant::now()));
 }
 
+/// Records that a connection of this thread that has no bytes yet has got a step further: its destination has accepted.
+pub fn connection_proceeds() {
+    STATE.with_borrow_mut(|state| {
+        if state.proceeds(Instant::now()) {
+            START.with(|wait| wait.notify_one());
+        }
+    });
+}
+
 /// The busy-poll state of one flow.
 pub(super) struct BusyPoll {
     id: u64,
@@ -126,10 +135,19 @@ impl State {
         if self.limit.is_zero() {
             return false;
         }
-        let was_waiting = self.is_polling;
         let is_alone = self.last.replace(id).is_none_or(|last| last == id);
-        self.counts(is_alone && bytes <= SMALL_BYTES, now);
         self.skips = self.skips.saturating_sub(1);
+        self.step(is_alone && bytes <= SMALL_BYTES, now)
+    }
+
+    /// Records that a connection without bytes has got a step further; returns true if polling starts.
+    fn proceeds(&mut self, now: Instant) -> bool {
+        !self.limit.is_zero() && self.step(self.last.is_none(), now)
+    }
+
+    fn step(&mut self, is_one_exchange: bool, now: Instant) -> bool {
+        let was_waiting = self.is_polling;
+        self.counts(is_one_exchange, now);
         if was_waiting {
             self.next_skips = SKIPS_MIN;
         }
@@ -251,6 +269,31 @@ mod tests {
             waits
         });
         assert!(!waits);
+    }
+
+    #[test]
+    fn a_connection_that_waits_for_its_destination_is_one_exchange_too() {
+        let mut thread = Thread::new();
+        let connection = |thread: &mut Thread, id| {
+            thread.now += SOON;
+            thread.state.begins(thread.now);
+            thread.now += SOON;
+            thread.state.proceeds(thread.now);
+            let waits = thread.moves(id, 64, SOON);
+            thread.now += SOON;
+            thread.state.ends(id, thread.now);
+            waits
+        };
+        let waits = (1..=10).filter(|id| connection(&mut thread, *id)).count();
+        assert!(waits >= 7, "{waits}");
+        thread.state.begins(thread.now);
+        assert!(thread.waits(SOON), "for the answer");
+        thread.now += SOON;
+        thread.state.proceeds(thread.now);
+        assert!(thread.waits(SOON), "for the first bytes, from the answer on");
+        thread.state.moves(99, 64, thread.now);
+        thread.state.proceeds(thread.now);
+        assert!(!thread.waits(Duration::ZERO), "another flow moves bytes");
     }
 
     #[test]

@@ -169,8 +169,8 @@ struct Flow<'a> {
     up_growth: Growth<'a>,
     down_growth: Growth<'a>,
     down_stall: Stall,
-    /// ACCEPT is queued and not sent yet. The thread first runs its other tasks once, so that ACCEPT can leave with the
-    /// application's first bytes.
+    /// ACCEPT is queued and not sent yet, for a client that sends without waiting for it. The thread first runs its other tasks
+    /// once, so that ACCEPT can leave with the application's first bytes.
     accept_pending: bool,
     /// A longer delay of ACCEPT, for clients that send without waiting for it. `None` after the application's first bytes.
     delayed_accept: Option<DelayedAccept>,
@@ -198,9 +198,9 @@ impl<'a> Flow<'a> {
         let (app_ended, accept_pending) = match session.role() {
             // The application may have ended before the answer. Unsent bytes are then payload and are not delayed.
             Role::Client => (session.client_ended(), false),
-            Role::Server => (false, session.unsent()),
+            Role::Server => (false, session.unsent() && session.accept_can_wait()),
         };
-        let delayed_accept = (accept_pending && session.accept_can_wait()).then(DelayedAccept::new);
+        let delayed_accept = accept_pending.then(DelayedAccept::new);
         Self {
             app,
             session,

@@ -19,6 +19,7 @@ mod claims;
 mod connect;
 mod egress;
 mod facts;
+mod held;
 mod inbound;
 mod ingress;
 mod packets;

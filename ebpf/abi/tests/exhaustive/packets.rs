@@ -9,7 +9,7 @@ pub(crate) const APPLICATION: u16 = 80;
 /// Port of another end.
 const OTHER_PORT: u16 = 53;
 /// Slot of every pod.
-const SLOT: u32 = 3;
+pub(crate) const SLOT: u32 = 3;
 /// UDP ports on which nodes decapsulate, as the security model lists them.
 pub(crate) const ENCAPSULATION_PORTS: [u16; 9] = [1701, 3544, 4789, 4790, 5555, 6080, 6081, 6635, 8472];
 /// Protocols that carry packets, by their numbers at IANA: IPIP, 6in4, GRE, EtherIP, L2TP, MPLS, Ethernet.

@@ -116,7 +116,7 @@ fn the_agent_is_given_the_capabilities_and_mounts_that_are_listed_and_no_others(
     let context = &spec["containers"][0]["securityContext"];
     assert_eq!(
         context["capabilities"],
-        json!({"drop": ["ALL"], "add": ["SYS_ADMIN", "NET_ADMIN", "SYS_PTRACE"]})
+        json!({"drop": ["ALL"], "add": ["SYS_ADMIN", "NET_ADMIN", "NET_RAW", "SYS_PTRACE"]})
     );
     assert_eq!(context["privileged"], Value::Null);
     assert_eq!(context["readOnlyRootFilesystem"], true);

@@ -7,6 +7,9 @@
 //!                                               option sets TCP_NOTSENT_LOWAT
 //! tacit-peer flows COUNT ADDRESS...             opens COUNT concurrent connections, distributed over the addresses; each
 //!                                               is echoed, and all are open before any closes
+//! tacit-peer probe ADDRESS WAY                  makes one connection and prints what each system call returned, see `probe`
+//! tacit-peer deaf ADDRESS STEP...               listens with the smallest backlog and accepts nothing until a line comes on
+//!                                               stdin; then as `serve`
 //! tacit-peer hold COUNT ADDRESS...              opens COUNT connections one after the other, each echoed once, and keeps them
 //!                                               until a line comes on stdin
 //! tacit-peer repeat|storm ADDRESS               opens sequential connections until a line comes on stdin; a storm does
@@ -25,6 +28,7 @@ mod bulk;
 mod event;
 mod flows;
 mod opening;
+mod probe;
 mod steps;
 
 use anyhow::{Context, Result, bail};
@@ -75,6 +79,8 @@ fn main() -> Result<()> {
             let addresses = addresses.iter().map(|address| address.parse().context("ADDRESS"));
             flows::run(&addresses.collect::<Result<Vec<_>>>()?, count.parse().context("COUNT")?)
         }
+        ["probe", address, way] => probe::run(address.parse().context("ADDRESS")?, way),
+        ["deaf", address, steps @ ..] => deaf(address.parse().context("ADDRESS")?, &parse(steps)?),
         ["hold", count, addresses @ ..] if !addresses.is_empty() => {
             let addresses = addresses.iter().map(|address| address.parse().context("ADDRESS"));
             flows::hold(&addresses.collect::<Result<Vec<_>>>()?, count.parse().context("COUNT")?)
@@ -92,7 +98,7 @@ fn main() -> Result<()> {
             };
             opening::sequence(address.parse().context("ADDRESS")?, count.parse().context("COUNT")?, device)
         }
-        _ => bail!("usage: tacit-peer serve|connect|flows|hold|repeat|storm|pending|sequence ..."),
+        _ => bail!("usage: tacit-peer serve|connect|flows|probe|deaf|hold|repeat|storm|pending|sequence ..."),
     }
 }
 
@@ -107,12 +113,24 @@ enum Accepting {
 }
 
 fn serve(address: SocketAddr, steps: &[Step], accepting: Accepting) -> Result<()> {
+    accept(&listen(address, BACKLOG)?, steps, accepting)
+}
+
+fn deaf(address: SocketAddr, steps: &[Step]) -> Result<()> {
+    accept(&listen(address, 0)?, steps, Accepting::AfterLine)
+}
+
+fn listen(address: SocketAddr, backlog: i32) -> Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     socket.bind(&address.into()).with_context(|| format!("bind {address}"))?;
-    socket.listen(BACKLOG)?;
+    socket.listen(backlog)?;
     let listener = TcpListener::from(socket);
     Reporter::new(0).emit("listening", json!({ "address": listener.local_addr()? }));
+    Ok(listener)
+}
+
+fn accept(listener: &TcpListener, steps: &[Step], accepting: Accepting) -> Result<()> {
     if matches!(accepting, Accepting::AfterLine) {
         io::stdin().read_line(&mut String::new())?;
     }

@@ -212,6 +212,7 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
     assert_eq!(node_port["maximum"], tacit_abi::node_port::LAST);
     assert_eq!(service["sessionAffinitySeconds"]["default"], services::AFFINITY_SECONDS);
     assert_eq!(workload["properties"]["serviceAccount"]["default"], SERVICE_ACCOUNT);
+    assert_eq!(workload["properties"]["connect"]["enum"], serde_json::json!(CONNECT.map(|(name, _)| name)));
     assert_eq!(workload["properties"]["tunnel"]["enum"], serde_json::json!(PROTOCOLS.map(|(name, _)| name)));
 }
 

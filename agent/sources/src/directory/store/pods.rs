@@ -5,7 +5,7 @@
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
-use tacit_core::directory::{AddressConflict, Protocol, Workload};
+use tacit_core::directory::{AddressConflict, Connect, Protocol, Workload};
 
 use super::{
     super::{cgroup::PodUid, objects::Pod},
@@ -160,6 +160,7 @@ impl DirectoryStore {
             account => account,
         };
         let identity = self.interner.identity(&self.local_node, &pod.metadata.namespace, account)?;
+        let connect = connect(&pod, problems);
         Some(Workload {
             namespace: self.interner.intern(&pod.metadata.namespace),
             node: self.interner.intern(&pod.spec.node_name),
@@ -171,6 +172,7 @@ impl DirectoryStore {
             protocol: protocol(enrols),
             egress: None,
             udp: None,
+            connect,
         })
     }
 
@@ -271,4 +273,18 @@ fn shown(text: &str) -> String {
     let start: String = text.chars().take(SHOWN_MAX).collect();
     let rest = if start.len() < text.len() { "..." } else { "" };
     format!("{start:?}{rest}")
+}
+
+/// Returns what the pod's annotation says about `connect()`; a value that is not understood is reported and not used.
+fn connect(pod: &Pod, problems: &mut Vec<String>) -> Connect {
+    match pod.metadata.annotations.connect.as_deref() {
+        None | Some("truthful") => Connect::Truthful,
+        Some("early") => Connect::Early,
+        Some(other) => {
+            let value = shown(other);
+            problems
+                .push(format!("annotation tacit.io/connect {value} is not used: expected early or truthful"));
+            Connect::Truthful
+        }
+    }
 }

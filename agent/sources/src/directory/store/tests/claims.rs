@@ -353,3 +353,25 @@ fn a_namespace_with_many_problems_does_not_hide_those_of_others() {
         assert!(lines.len() == 21 && lines.iter().any(|line| line.starts_with("pod shop/web:")), "{lines:?}");
     }
 }
+
+#[test]
+fn a_pods_annotation_says_when_connect_returns() {
+    use tacit_core::directory::Connect::{Early, Truthful};
+    for (text, expected, problems) in [
+        (None, Truthful, 0),
+        (Some("truthful"), Truthful, 0),
+        (Some("early"), Early, 0),
+        (Some("Early "), Truthful, 1),
+    ] {
+        let mut store = listed();
+        store.apply_change(Change::Applied(pod("web", "a", "10.77.1.3", |value| {
+            enrolled(value);
+            if let Some(text) = text {
+                value["metadata"]["annotations"] = json!({"tacit.io/connect": text});
+            }
+        })));
+        let web = store.directory.named("shop", "web").expect("known");
+        assert_eq!(web.connect, expected, "{text:?}");
+        assert_eq!(told(&mut store).len(), problems, "{text:?}");
+    }
+}

@@ -1,0 +1,384 @@
+//! Connections that the kernel holds while the agent connects to their destinations.
+//!
+//! ```text
+//! SYN held ──> an entry, and a task that connects ──> SYN delivered ──> the listener accepts ──> the task has both ends
+//!    │ again: the entry is found                        │ again: delivered again
+//!    └ the application closes, or gives up ──> the entry is removed, which ends the task
+//! ```
+//! An entry is what its task waits on: removing the entry cancels the task, wherever it is. The kernel keeps nothing of a held
+//! connection but its socket, so nothing is lost when an agent ends: the application's kernel sends the SYN again.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    net::TcpStream,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tacit_abi::{limits, tcp_port};
+use tacit_core::refusal::ConnectEnd;
+use tacit_kernel::{
+    held::{HeldConnect, HeldEnds},
+    inject::{Injector, Syn, Unreachable},
+};
+use tokio::sync::{Notify, oneshot};
+
+use crate::enrol::Pod;
+
+/// Connections of one pod that are opened at a time. The kernel side captures no more at a time, because a held connection
+/// stays in its table of pending ones: `connect()` then fails with ENOBUFS. This bound holds also where ends of connections
+/// were not handed over. Further SYNs are not answered, as with a full backlog, and the application's kernel sends them again.
+pub const OPENINGS_MAX: usize = limits::CAPTURED_PER_POD as usize;
+/// SYNs of pods that this agent does not serve yet, over all pods. The oldest make room, and are sent again.
+const PARKED_MAX: usize = 1024;
+
+/// The connections of one pod that are being opened.
+#[derive(Debug)]
+pub struct PodOpenings {
+    /// The pod.
+    pub pod: Arc<Pod>,
+    injector: Injector,
+    table: Mutex<Table>,
+    /// Notified when the table becomes empty.
+    emptied: Notify,
+}
+
+/// What becomes of a held SYN.
+#[derive(Debug)]
+pub enum Hold {
+    /// It opens a connection.
+    New(ToOpen),
+    /// It repeats one that is being opened.
+    Known,
+    /// It is not answered, because the pod opens too many.
+    Full,
+}
+
+/// A connection to open.
+#[derive(Debug)]
+pub struct ToOpen {
+    /// Its ends in the pod.
+    pub ends: HeldEnds,
+    /// Tells it from others with the same ends.
+    pub id: u64,
+    /// Receives the application's connection; an error if the connection is no longer wanted.
+    pub accepted: oneshot::Receiver<TcpStream>,
+}
+
+impl PodOpenings {
+    /// No openings of `pod`, whose held connections `injector` answers.
+    #[must_use]
+    pub fn new(pod: Arc<Pod>, injector: Injector) -> Self {
+        Self { pod, injector, table: Mutex::default(), emptied: Notify::new() }
+    }
+
+    /// Returns true if a connection with these ends is being opened.
+    #[must_use]
+    pub fn has(&self, ends: &HeldEnds) -> bool {
+        self.table().openings.contains_key(ends)
+    }
+
+    /// Takes in a held SYN of which this agent is the target.
+    pub fn hold(&self, syn: Syn) -> Hold {
+        let (hold, again) = self.table().hold(syn);
+        if let Some(again) = again {
+            self.log_failure(self.injector.deliver(&again));
+        }
+        hold
+    }
+
+    /// Returns true for a target on which this agent accepts the pod's connections. Others are those of an agent that this one
+    /// has taken over from.
+    #[must_use]
+    pub fn is_own_target(&self, ends: &HeldEnds) -> bool {
+        let port = ends.target.port();
+        port == self.pod.capture_port() || (ends.target.is_ipv6() && !tcp_port::is_reserved(port))
+    }
+
+    /// Lets the other agent accept a connection that it knows nothing of: it connects to the destination then.
+    pub fn pass_foreign(&self, syn: &Syn) {
+        self.log_failure(self.injector.deliver(syn));
+    }
+
+    /// Refuses a connection whose agent is gone.
+    pub fn refuse_foreign(&self, syn: &Syn) {
+        self.log_failure(self.injector.refuse(syn));
+    }
+
+    /// Delivers the SYN of an opening, whose destination has accepted. Returns false if the connection is no longer wanted.
+    pub fn deliver(&self, ends: &HeldEnds, id: u64) -> bool {
+        let Some(syn) = self.table().deliver(ends, id) else { return false };
+        self.log_failure(self.injector.deliver(&syn));
+        true
+    }
+
+    /// Ends an opening whose destination has not accepted, and answers the SYN with `end`.
+    pub fn refuse(&self, ends: &HeldEnds, id: u64, end: ConnectEnd) {
+        let Some(opening) = self.remove_if(ends, |opening| opening.id == id) else { return };
+        let answered = match end {
+            ConnectEnd::Refused => self.injector.refuse(&opening.syn),
+            ConnectEnd::NetworkUnreachable => self.injector.unreachable(&opening.syn, Unreachable::Network),
+            ConnectEnd::HostUnreachable => self.injector.unreachable(&opening.syn, Unreachable::Host),
+            ConnectEnd::Unanswered => Ok(()),
+        };
+        self.log_failure(answered);
+    }
+
+    /// Gives an accepted connection to its opening. Returns it if there is none.
+    pub fn join(&self, ends: &HeldEnds, connection: TcpStream) -> Result<(), TcpStream> {
+        match self.remove_if(ends, |_| true) {
+            Some(opening) => opening.accepted.send(connection),
+            None => Err(connection),
+        }
+    }
+
+    /// Cancels the opening of a connection that its application has closed.
+    pub fn cancel(&self, ends: &HeldEnds) {
+        drop(self.remove_if(ends, |_| true));
+    }
+
+    /// Forgets an opening that is given up.
+    pub fn forget(&self, ends: &HeldEnds, id: u64) {
+        drop(self.remove_if(ends, |opening| opening.id == id));
+    }
+
+    /// Cancels all openings.
+    pub fn cancel_all(&self) {
+        let openings = std::mem::take(&mut self.table().openings);
+        drop(openings);
+        self.emptied.notify_waiters();
+    }
+
+    /// Returns the number of connections that are being opened.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.table().openings.len()
+    }
+
+    /// Waits until nothing is being opened.
+    pub async fn until_empty(&self) {
+        loop {
+            let emptied = self.emptied.notified();
+            tokio::pin!(emptied);
+            emptied.as_mut().enable();
+            if self.count() == 0 {
+                return;
+            }
+            emptied.await;
+        }
+    }
+
+    fn remove_if(&self, ends: &HeldEnds, is: impl Fn(&Opening) -> bool) -> Option<Opening> {
+        let mut table = self.table();
+        let removed = table.remove_if(ends, is)?;
+        if table.openings.is_empty() {
+            self.emptied.notify_waiters();
+        }
+        Some(removed)
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A packet that is not sent costs a retransmission of the SYN.
+    fn log_failure(&self, sent: io::Result<()>) {
+        if let Err(error) = sent {
+            tracing::debug!(pod = %self.pod.workload.name, %error, "a held connection is not answered");
+        }
+    }
+}
+
+/// The openings of one pod. Pure.
+#[derive(Debug, Default)]
+struct Table {
+    openings: HashMap<HeldEnds, Opening>,
+    /// Number of openings so far, which tells them apart.
+    started: u64,
+}
+
+#[derive(Debug)]
+struct Opening {
+    id: u64,
+    /// As it was sent last.
+    syn: Syn,
+    is_delivered: bool,
+    accepted: oneshot::Sender<TcpStream>,
+}
+
+impl Table {
+    /// Takes in a SYN for this agent. Returns also a SYN that was lost on its way to the listener, and is delivered again.
+    fn hold(&mut self, syn: Syn) -> (Hold, Option<Syn>) {
+        let ends = syn.ends();
+        if let Some(known) = self.openings.get_mut(&ends)
+            && known.syn.sequence() == syn.sequence()
+        {
+            known.syn = syn;
+            return (Hold::Known, known.is_delivered.then(|| known.syn.clone()));
+        }
+        if self.openings.len() >= OPENINGS_MAX {
+            return (Hold::Full, None);
+        }
+        self.started += 1;
+        let (id, (accept, accepted)) = (self.started, oneshot::channel());
+        // One that is replaced was closed by its application.
+        self.openings.insert(ends, Opening { id, syn, is_delivered: false, accepted: accept });
+        (Hold::New(ToOpen { ends, id, accepted }), None)
+    }
+
+    /// Returns the SYN to deliver, if it is still wanted.
+    fn deliver(&mut self, ends: &HeldEnds, id: u64) -> Option<Syn> {
+        let opening = self.openings.get_mut(ends).filter(|opening| opening.id == id)?;
+        opening.is_delivered = true;
+        Some(opening.syn.clone())
+    }
+
+    fn remove_if(&mut self, ends: &HeldEnds, is: impl Fn(&Opening) -> bool) -> Option<Opening> {
+        if self.openings.get(ends).is_some_and(is) { self.openings.remove(ends) } else { None }
+    }
+}
+
+/// The openings of all pods, by slot.
+#[derive(Debug, Default)]
+pub struct Openings(Mutex<Pods>);
+
+#[derive(Debug, Default)]
+struct Pods {
+    by_slot: HashMap<u32, Arc<PodOpenings>>,
+    /// SYNs of pods that are not served yet: the programs of an agent run before it has looked at all pods.
+    parked: VecDeque<HeldConnect>,
+}
+
+impl Openings {
+    /// Serves the held connections of a pod from now on. Returns those that were held before.
+    pub fn add(&self, openings: &Arc<PodOpenings>) -> Vec<HeldConnect> {
+        let mut pods = self.lock();
+        pods.by_slot.insert(openings.pod.slot(), Arc::clone(openings));
+        let (own, others) =
+            std::mem::take(&mut pods.parked).into_iter().partition(|held| held.slot == openings.pod.slot());
+        pods.parked = others;
+        Vec::from(own)
+    }
+
+    /// No longer serves a pod, and cancels what is being opened.
+    pub fn remove(&self, openings: &Arc<PodOpenings>) {
+        let mut pods = self.lock();
+        if pods.by_slot.get(&openings.pod.slot()).is_some_and(|current| Arc::ptr_eq(current, openings)) {
+            pods.by_slot.remove(&openings.pod.slot());
+        }
+        drop(pods);
+        openings.cancel_all();
+    }
+
+    /// Returns the openings of the pod that a held connection is of. Keeps the connection if its pod is not served yet.
+    pub fn of(&self, held: HeldConnect) -> Option<(Arc<PodOpenings>, HeldConnect)> {
+        let mut pods = self.lock();
+        if let Some(openings) = pods.by_slot.get(&held.slot) {
+            // Another pod may have the slot by now.
+            let is_same = openings.pod.netns.cookie() == held.netns_cookie;
+            return is_same.then(|| (Arc::clone(openings), held));
+        }
+        if pods.parked.len() >= PARKED_MAX {
+            pods.parked.pop_front();
+        }
+        let is_new = !pods.parked.iter().any(|parked| is_same_syn(parked, &held));
+        if is_new {
+            pods.parked.push_back(held);
+        }
+        None
+    }
+
+    /// Cancels the opening of a connection that has ended.
+    pub fn cancel(&self, slot: u32, ends: &HeldEnds) {
+        let mut pods = self.lock();
+        let Some(openings) = pods.by_slot.get(&slot).map(Arc::clone) else {
+            pods.parked.retain(|parked| parked.slot != slot || parked.syn.ends() != *ends);
+            return;
+        };
+        drop(pods);
+        openings.cancel(ends);
+    }
+
+    /// Returns the number of connections that are being opened.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        let pods: Vec<_> = self.lock().by_slot.values().cloned().collect();
+        pods.iter().map(|openings| openings.count()).sum()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Pods> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn is_same_syn(one: &HeldConnect, other: &HeldConnect) -> bool {
+    one.netns_cookie == other.netns_cookie
+        && one.syn.ends() == other.syn.ends()
+        && one.syn.sequence() == other.syn.sequence()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A SYN from `port` of the pod's loopback, with this sequence number.
+    fn syn(port: u16, sequence: u32) -> Syn {
+        let mut packet = [0; 40];
+        packet[0] = 0x45;
+        packet[9] = 6;
+        packet[12..16].copy_from_slice(&[127, 0, 0, 1]);
+        packet[16..20].copy_from_slice(&[127, 100, 1, 2]);
+        packet[20..22].copy_from_slice(&port.to_be_bytes());
+        packet[22..24].copy_from_slice(&tcp_port::CAPTURE.to_be_bytes());
+        packet[24..28].copy_from_slice(&sequence.to_be_bytes());
+        packet[32] = 0x50;
+        packet[33] = 2;
+        Syn::parse(&packet).expect("a SYN")
+    }
+
+    fn begin(table: &mut Table, syn: Syn) -> ToOpen {
+        match table.hold(syn) {
+            (Hold::New(to_open), None) => to_open,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn is_cancelled(to_open: &mut ToOpen) -> bool {
+        matches!(to_open.accepted.try_recv(), Err(oneshot::error::TryRecvError::Closed))
+    }
+
+    #[test]
+    fn a_repeated_syn_opens_nothing_and_is_delivered_again_if_it_was() {
+        let mut table = Table::default();
+        let mut opening = begin(&mut table, syn(1, 7));
+        assert!(matches!(table.hold(syn(1, 7)), (Hold::Known, None)));
+        assert_eq!(table.deliver(&opening.ends, opening.id), Some(syn(1, 7)));
+        assert!(matches!(table.hold(syn(1, 7)), (Hold::Known, Some(_))));
+        assert!(!is_cancelled(&mut opening));
+    }
+
+    #[test]
+    fn a_new_connection_from_the_same_port_replaces_one_that_was_closed() {
+        let mut table = Table::default();
+        let mut first = begin(&mut table, syn(1, 7));
+        let mut second = begin(&mut table, syn(1, 8));
+        assert!(is_cancelled(&mut first) && !is_cancelled(&mut second));
+        assert_eq!(table.deliver(&first.ends, first.id), None, "no longer wanted");
+        assert!(table.remove_if(&first.ends, |opening| opening.id == first.id).is_none());
+        assert!(table.remove_if(&second.ends, |opening| opening.id == second.id).is_some());
+        assert!(is_cancelled(&mut second));
+    }
+
+    #[test]
+    fn a_pod_opens_a_bounded_number_at_a_time() {
+        let mut table = Table::default();
+        let mut open: Vec<_> = (0..OPENINGS_MAX)
+            .map(|port| begin(&mut table, syn(u16::try_from(port).expect("small"), 7)))
+            .collect();
+        assert!(matches!(table.hold(syn(u16::MAX, 7)), (Hold::Full, None)));
+        assert!(matches!(table.hold(syn(0, 7)), (Hold::Known, None)), "one of them is still known");
+        let ended = open.pop().expect("one").ends;
+        assert!(table.remove_if(&ended, |_| true).is_some());
+        begin(&mut table, syn(u16::MAX, 7));
+    }
+}

@@ -1,0 +1,155 @@
+//! Held connections: connect an upstream first, and only then let the application's `connect()` return.
+//!
+//! ```text
+//! SYN held ─ destination ─ upstream as for every captured connection
+//!     accepted     ─ deliver the SYN ─ the listener's connection ─ relay
+//!     refused      ─ reset, ICMP error, or no answer: `connect()` ends as without Tacit
+//!     not wanted   ─ the upstream is reset
+//! ```
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use tacit_core::{
+    refusal::{Refusal, RefusalReason},
+    shares::connections::Connection,
+};
+use tacit_kernel::held::{Held, HeldConnect};
+use tacit_tunnel::relay;
+use tokio::{net::TcpStream, time::timeout};
+
+use super::{Carried, carry, reach, source};
+use crate::{
+    proxy::{
+        Addresses, Proxy,
+        accept::bound_unread,
+        openings::{Hold, OPENINGS_MAX, PodOpenings, ToOpen},
+    },
+    telemetry::Reporter,
+};
+
+/// How long an upstream waits for the application's connection. The kernel's last SYN has been answered by then: at the default
+/// of six repetitions they are at most 64 s apart.
+const DELIVERED_MAX: Duration = Duration::from_secs(70);
+
+/// Handles a record of the kernel side. Starts a task for a connection to open, on a worker.
+pub fn handle_record(proxy: &Arc<Proxy>, held: Held) {
+    match held {
+        Held::Connect(held) => {
+            if let Some((openings, held)) = proxy.openings.of(held) {
+                start(proxy, &openings, held);
+            }
+        }
+        Held::Ended { slot, ends } => proxy.openings.cancel(slot, &ends),
+    }
+}
+
+/// Starts to open a held connection, unless that has begun before.
+pub fn start(proxy: &Arc<Proxy>, openings: &Arc<PodOpenings>, held: HeldConnect) {
+    let HeldConnect { destination, syn, is_repeated, .. } = held;
+    let ends = syn.ends();
+    if !openings.is_own_target(&ends) {
+        // The agent that this one has taken over from ends what it has begun. Its SYNs come here.
+        match (proxy.dialer.has_listener(&openings.pod, &ends), is_repeated) {
+            (false, _) => openings.refuse_foreign(&syn),
+            (true, false) => openings.pass_foreign(&syn),
+            (true, true) => {}
+        }
+        return;
+    }
+    // A repeated SYN can be read after its connection was accepted or closed.
+    if !openings.has(&ends) && !proxy.dialer.is_waiting(&openings.pod, &ends) {
+        return;
+    }
+    let to_open = match openings.hold(syn) {
+        Hold::New(to_open) => to_open,
+        Hold::Known => return,
+        Hold::Full => {
+            let detail = format!("{OPENINGS_MAX} connections of the pod wait for their destinations");
+            let refusal = Refusal::new(RefusalReason::OpeningLimit, detail);
+            return proxy.report(Reporter::Source, Addresses { source: ends.client, destination }, refusal);
+        }
+    };
+    // Held connections count as the accepted ones do, from here to their end.
+    let permit = match proxy.shares.connection(Connection { pod: openings.pod.cgroup, source: None }) {
+        Ok(permit) => permit,
+        Err(refusal) => {
+            openings.refuse(&ends, to_open.id, refusal.connect_end);
+            return proxy.report(Reporter::Source, Addresses { source: ends.client, destination }, refusal);
+        }
+    };
+    let home = openings.pod.home(proxy.workers.count());
+    let (on, openings) = (proxy.clone(), openings.clone());
+    proxy.spawn_flow(home, move |load| async move {
+        relay::connection_started();
+        // Boxed, so that a flow does not keep room for what is needed only until both ends are connected.
+        let carried = Box::pin(open(on, openings, destination, to_open, permit.unread_bytes())).await;
+        if let Some(carried) = carried {
+            carried.await;
+        }
+        drop((load, permit));
+    });
+}
+
+/// Connects an upstream, then has the kernel connect the application. Returns the relay between both. The application's
+/// connection keeps at most `unread_bytes`, times what loopback adds.
+async fn open(
+    proxy: Arc<Proxy>,
+    openings: Arc<PodOpenings>,
+    destination: SocketAddr,
+    to_open: ToOpen,
+    unread_bytes: Option<u32>,
+) -> Option<Carried> {
+    let ToOpen { ends, id, mut accepted } = to_open;
+    let pod = &openings.pod;
+    let Some(source) = source(pod, ends.client, destination) else {
+        let refusal = Refusal::new(RefusalReason::NoDestination, "the source address is not the pod's");
+        openings.refuse(&ends, id, refusal.connect_end);
+        proxy.report(Reporter::Source, Addresses { source: ends.client, destination }, refusal);
+        return None;
+    };
+    let addresses = Addresses { source, destination };
+    let (reached, early) = {
+        let reaching = reach(&proxy, pod, addresses, None);
+        tokio::pin!(reaching);
+        // A SYN can reach the listener without this agent: while the heartbeat was stale, or through another agent.
+        let mut early = None;
+        loop {
+            tokio::select! {
+                biased;
+                reached = &mut reaching => break (reached, early),
+                connection = &mut accepted, if early.is_none() => match connection {
+                    Ok(connection) => early = Some(connection),
+                    Err(_) => return None,
+                },
+            }
+        }
+    };
+    let (upstream, endpoint) = match reached {
+        Ok(reached) => reached,
+        Err(refusal) => {
+            // A connection that was accepted early is reset when it is dropped, as its listener is set up.
+            openings.refuse(&ends, id, refusal.connect_end);
+            proxy.report(Reporter::Source, addresses, refusal);
+            return None;
+        }
+    };
+    let connection = match early {
+        Some(connection) => connection,
+        None if openings.deliver(&ends, id) => {
+            relay::connection_proceeds();
+            let delivered = timeout(DELIVERED_MAX, accepted).await;
+            openings.forget(&ends, id);
+            // Its application has closed it, or does not answer the listener.
+            delivered.ok()?.ok()?
+        }
+        None => return None,
+    };
+    bound_unread(&connection, unread_bytes);
+    match TcpStream::from_std(connection) {
+        Ok(app) => Some(carry(proxy, pod.clone(), app, upstream, endpoint.map(Box::new))),
+        Err(error) => {
+            tracing::error!(%error, "a connection cannot be polled, and is dropped");
+            None
+        }
+    }
+}
