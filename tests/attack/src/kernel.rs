@@ -16,17 +16,20 @@ use anyhow::{Context as _, Result};
 
 use crate::world::World;
 
-const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
-const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
+const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
 const BPF_CGROUP_INET4_CONNECT: u32 = 10;
 /// Sizes of the map of pending connections; it is filled until the kernel says that it is full.
 const KEY: usize = 48;
 const VALUE: usize = 24;
-const PENDING_MAX: u32 = 1 << 20;
+/// Far more entries than the map has.
+const PENDING_MAX: u32 = 1 << 22;
+/// Entries of one system call.
+const BATCH: u32 = 1 << 14;
 
 /// A program at connect4 that sends every connection of a cgroup elsewhere. Detached when dropped.
 pub(crate) struct Redirect {
@@ -90,13 +93,13 @@ impl CapturedMap {
         let name = CString::new(maps.join("CAPTURED").as_os_str().as_bytes())?;
         let mut get = GetAttr { path: name.as_ptr() as u64, ..GetAttr::default() };
         let map = descriptor(bpf(BPF_OBJ_GET, &mut get).context("open the pinned map")?);
-        for number in 0..PENDING_MAX {
-            match element(&map, BPF_MAP_UPDATE_ELEM, number) {
-                Ok(()) => {}
-                Err(error) if error.raw_os_error() == Some(libc::E2BIG) => {
-                    return Ok(Self { map: Some(map), entries: number });
+        for first in (0..PENDING_MAX).step_by(BATCH as usize) {
+            match batch(&map, BPF_MAP_UPDATE_BATCH, first, BATCH) {
+                (_, Ok(())) => {}
+                (added, Err(error)) if error.raw_os_error() == Some(libc::E2BIG) => {
+                    return Ok(Self { map: Some(map), entries: first + added });
                 }
-                Err(error) => return Err(error).context("fill the map"),
+                (_, Err(error)) => return Err(error).context("fill the map"),
             }
         }
         anyhow::bail!("the map took {PENDING_MAX} entries: it is not bounded")
@@ -105,22 +108,28 @@ impl CapturedMap {
     /// Takes the entries out again.
     pub(crate) fn empty(self) -> Result<()> {
         let Some(map) = self.map else { return Ok(()) };
-        (0..self.entries)
-            .try_for_each(|number| element(&map, BPF_MAP_DELETE_ELEM, number))
-            .context("empty the map")?;
-        Ok(())
+        let mut firsts = (0..self.entries).step_by(BATCH as usize);
+        firsts.try_for_each(|first| {
+            let (_, result) = batch(&map, BPF_MAP_DELETE_BATCH, first, BATCH.min(self.entries - first));
+            result.context("empty the map")
+        })
     }
 }
 
-fn element(map: &OwnedFd, command: libc::c_long, number: u32) -> io::Result<()> {
-    let mut key = [0xee_u8; KEY];
-    key[..4].copy_from_slice(&number.to_ne_bytes());
-    let zeroes = [0_u8; VALUE];
-    // A deletion has no value, and the kernel insists.
-    let value = if command == BPF_MAP_DELETE_ELEM { 0 } else { zeroes.as_ptr() as u64 };
-    let mut attr =
-        ElementAttr { map: map.as_raw_fd() as u32, pad: 0, key: key.as_ptr() as u64, value, flags: 0 };
-    bpf(command, &mut attr).map(drop)
+/// Adds or deletes `count` entries from number `first` on. Returns also how many the kernel has done.
+fn batch(map: &OwnedFd, command: libc::c_long, first: u32, count: u32) -> (u32, io::Result<()>) {
+    let key = |number: u32| {
+        let mut key = [0xee_u8; KEY];
+        key[..4].copy_from_slice(&number.to_ne_bytes());
+        key
+    };
+    let keys: Vec<[u8; KEY]> = (first..first + count).map(key).collect();
+    // A deletion ignores them.
+    let zeroes = vec![[0_u8; VALUE]; count as usize];
+    let (keys, values, map) = (keys.as_ptr() as u64, zeroes.as_ptr() as u64, map.as_raw_fd() as u32);
+    let mut attr = BatchAttr { keys, values, count, map, ..BatchAttr::default() };
+    let result = bpf(command, &mut attr).map(drop);
+    (attr.count, result)
 }
 
 #[repr(C)]
@@ -157,11 +166,16 @@ struct GetAttr {
 }
 
 #[repr(C)]
-struct ElementAttr {
+#[derive(Default)]
+struct BatchAttr {
+    input: u64,
+    output: u64,
+    keys: u64,
+    values: u64,
+    /// In: entries to do. Out: entries done.
+    count: u32,
     map: u32,
-    pad: u32,
-    key: u64,
-    value: u64,
+    element_flags: u64,
     flags: u64,
 }
 
