@@ -8,7 +8,8 @@ use aya_ebpf::{
 };
 use tacit_abi::{
     Address, ClearKey, Destination, HELD_RING_BYTES, HeldShare, HeldSyn, LISTENERS_PER_POD, Link, MeshKey,
-    Names, NodeFlowCell, Pending, Pod, PodDrops, PortKey, REASONS, Settings, State, Steered, Tuple, limits,
+    Names, NodeFlowCell, Pending, Pod, PodDrops, PortKey, REASONS, RECENT_CELLS, Settings, State, Steered,
+    Tuple, limits,
 };
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -97,6 +98,14 @@ pub static LISTENERS: SockMap<{ (limits::SLOTS * LISTENERS_PER_POD) as usize }> 
 /// redirected to them. The kernel removes an entry with its socket. Missing: no agent.
 #[btf_map]
 pub static CAPTURERS: SockMap<{ limits::SLOTS as usize }> = SockMap::new();
+
+/// A listener of the agent that answers nothing: what is redirected to it is dropped. The kernel removes it with its socket.
+#[btf_map]
+pub static DISCARD: SockMap<1> = SockMap::new();
+
+/// Captured connections that were steered a moment ago, see `tacit_abi::recent_cell`.
+#[btf_map]
+pub static RECENT: Array<u64, { RECENT_CELLS as usize }> = Array::new();
 
 /// Names that a socket's application sees. The kernel frees an entry with its socket.
 #[btf_map]

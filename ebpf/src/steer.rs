@@ -2,14 +2,15 @@
 
 use aya_ebpf::programs::SkLookupContext;
 use tacit_abi::{
-    Address, Inbound, InboundFacts, Reason, Steer, Steered, Tuple, decide_inbound, listener_index,
+    Address, Inbound, InboundFacts, Reason, Steer, Steered, Tuple, decide_inbound, is_recent, listener_index,
+    recent_cell, steered_at,
 };
 
 use crate::{
-    context::SkLookup,
+    context::{SkLookup, now},
     count::count,
     lookup,
-    maps::{CAPTURED, CAPTURERS, LISTENERS, STEERED},
+    maps::{CAPTURED, CAPTURERS, DISCARD, LISTENERS, RECENT, STEERED},
     node_flows,
 };
 
@@ -49,6 +50,19 @@ impl InboundFacts for Facts {
     fn is_stale(&self) -> bool {
         lookup::is_stale()
     }
+
+    /// Two CPUs may lose a note to each other.
+    #[inline(always)]
+    fn is_repeated(&self, flow: &Inbound) -> bool {
+        let (cell, tag) = recent_cell(lookup::seed(), flow);
+        let Some(cell) = RECENT.get_ptr_mut(cell) else { return false };
+        let now = now();
+        // SAFETY: a live value of the map, an aligned word.
+        let before = unsafe { cell.read_volatile() };
+        // SAFETY: as above.
+        unsafe { cell.write_volatile(steered_at(tag, now)) };
+        is_recent(before, tag, now)
+    }
 }
 
 /// Runs the program; false resets the connection.
@@ -67,6 +81,7 @@ pub fn run(ctx: &SkLookupContext) -> bool {
             count(reason);
             false
         }
+        Steer::Discard(reason) => redirected(DISCARD.redirect_sk_lookup(ctx, 0, 0).is_ok(), reason),
         Steer::Agent(slot, listener, reason) => {
             redirected(LISTENERS.redirect_sk_lookup(ctx, listener_index(slot, listener), 0).is_ok(), reason)
         }

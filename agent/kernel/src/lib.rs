@@ -44,6 +44,7 @@ mod verifier;
 
 use std::{
     io,
+    net::TcpListener,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -153,6 +154,9 @@ pub enum KernelError {
         /// Entries that a pod can have.
         bound: usize,
     },
+    /// The listener whose packets are dropped could not be opened.
+    #[error("listen on a port of the node's loopback: {0}")]
+    Discarding(#[source] io::Error),
     /// No thread to wait on.
     #[error("a thread to wait for another agent: {source}")]
     Thread {
@@ -194,6 +198,8 @@ pub struct Kernel {
     pub maps: Maps,
     /// Id of the cgroup that this agent's sockets belong to.
     pub cgroup: u64,
+    /// Held, not used.
+    _discarding: TcpListener,
 }
 
 impl Kernel {
@@ -215,7 +221,9 @@ impl Kernel {
         let maps = Maps::take(&mut programs)?;
         let cgroup = cgroup::Cgroup::of_self()?.id();
         maps.set_agent(cgroup, still_there)?;
-        Ok(Self { programs: Mutex::new(programs), maps, cgroup })
+        let discarding = socket::discarding().map_err(KernelError::Discarding)?;
+        maps.set_discarding(&discarding)?;
+        Ok(Self { programs: Mutex::new(programs), maps, cgroup, _discarding: discarding })
     }
 
     /// Loads the programs while another agent has the pins, for [`Kernel::open`] to attach. Changes nothing.

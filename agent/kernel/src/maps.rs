@@ -145,6 +145,7 @@ pub struct Maps {
     cluster_nodes: Mutex<HashMap<MapData, Address, u32>>,
     listeners: Mutex<SockMap<MapData>>,
     capturers: Mutex<SockMap<MapData>>,
+    discard: Mutex<SockMap<MapData>>,
     names: SocketNames,
     captured: Captured,
     pending: Array<MapData, Pending>,
@@ -162,6 +163,7 @@ impl Maps {
             cluster_nodes: typed(programs, "CLUSTER_NODES")?,
             listeners: typed(programs, "LISTENERS")?,
             capturers: typed(programs, "CAPTURERS")?,
+            discard: typed(programs, "DISCARD")?,
             names: SocketNames::take(programs)?,
             captured: Captured::take(programs)?,
             pending: unlocked(programs, "PENDING")?,
@@ -266,6 +268,14 @@ impl Maps {
     /// [`KernelError::Map`].
     pub fn set_capture_listener(&self, slot: u32, socket: &impl AsRawFd) -> Result<(), KernelError> {
         lock(&self.capturers).set(slot, socket, 0).map_err(failed("CAPTURERS"))
+    }
+
+    /// Gives the kernel the listener whose packets are dropped.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub(super) fn set_discarding(&self, socket: &impl AsRawFd) -> Result<(), KernelError> {
+        lock(&self.discard).set(0, socket, 0).map_err(failed("DISCARD"))
     }
 
     /// Makes the mesh's ranges exactly `ranges`.

@@ -59,7 +59,7 @@ const STEER: &str = "steer";
 const ESTABLISHED: &str = "established";
 
 /// Maps that outlive the agent.
-pub(super) const MAPS: [&str; 22] = [
+pub(super) const MAPS: [&str; 24] = [
     "STATE",
     "AGENTS",
     "CLEAR",
@@ -77,6 +77,8 @@ pub(super) const MAPS: [&str; 22] = [
     "NODE_SERVICES",
     "LISTENERS",
     "CAPTURERS",
+    "DISCARD",
+    "RECENT",
     "NAMES",
     "CAPTURED",
     "DIALLED",

@@ -15,7 +15,7 @@ use nix::sys::socket::{
     setsockopt,
     sockopt::{IpBindAddressNoPort, TcpCongestion},
 };
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 use tacit_abi::{Address, LOOPBACK_UNSENT_BYTES, LOST_CLIENT_MARK, Listener, tcp_port};
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -175,6 +175,28 @@ fn listener_at(port: u16) -> Result<Socket, ListenError> {
             _ => Err(e),
         })
         .map_err(|source| ListenError::Listen { port, source })
+}
+
+/// Opens a listener on the node's loopback whose packets the kernel drops: none is answered, not even with a reset. The steering
+/// program redirects to it.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn discarding() -> io::Result<TcpListener> {
+    let open = |domain: Domain, ip: IpAddr| -> io::Result<Socket> {
+        let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+        if domain == Domain::IPV6 {
+            // The kernel redirects no IPv4 packet to it otherwise.
+            socket.set_only_v6(false)?;
+        }
+        socket.attach_filter(&[SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0)])?;
+        socket.bind(&SocketAddr::new(ip, 0).into())?;
+        socket.listen(1)?;
+        Ok(socket)
+    };
+    open(Domain::IPV6, Ipv6Addr::LOCALHOST.into())
+        .or_else(|_| open(Domain::IPV4, Ipv4Addr::LOCALHOST.into()))
+        .map(Into::into)
 }
 
 /// Accepts connections without registering them with a runtime: the thread that will serve one may be another.

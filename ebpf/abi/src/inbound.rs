@@ -51,6 +51,8 @@ pub trait InboundFacts {
     fn in_mesh(&self, address: &Address) -> bool;
     /// Returns true if the agent's heartbeat is stale.
     fn is_stale(&self) -> bool;
+    /// Returns true if this captured connection was steered a moment ago, and notes that it is now, see `recent`.
+    fn is_repeated(&self, flow: &Inbound) -> bool;
 }
 
 /// Verdict on an inbound connection.
@@ -64,6 +66,8 @@ pub enum Steer {
     Capture(u32, Reason),
     /// Reset.
     Drop(Reason),
+    /// Not answered.
+    Discard(Reason),
 }
 
 /// Decides on an inbound connection.
@@ -74,12 +78,15 @@ pub enum Steer {
 pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
     let tuple = flow.tuple();
     if tuple.is_spread() && !flow.remote.is_loopback() {
-        return captured(facts, &tuple);
+        return captured(facts, flow, &tuple);
     }
     // Connections inside the pod, and the agent's dials to applications, come from loopback addresses or the pod's own.
     // The kernel drops packets from outside with one of its own addresses or a loopback address as source. A pod that
     // sets route_localnet admits a loopback source, but its answer stays in the pod.
     if flow.local.is_loopback() || flow.remote.is_loopback() || flow.local.same(&flow.remote) {
+        if flow.local.is_loopback() && tcp_port::is_capture(flow.port) && facts.is_repeated(flow) {
+            return Steer::Discard(Reason::InboundRaced);
+        }
         return Steer::Pass(Reason::InboundLocal);
     }
     let Some(steered) = facts.steered(&flow.local) else {
@@ -114,7 +121,7 @@ pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
 /// The agent gets only captured connections, and no process that listens on such a port may get one. The connect hook
 /// binds captured sockets to the pod's address, so connections from `::1` are not captured ones.
 #[inline(always)]
-fn captured(facts: &impl InboundFacts, key: &Tuple) -> Steer {
+fn captured(facts: &impl InboundFacts, flow: &Inbound, key: &Tuple) -> Steer {
     let Some(steered) = facts.steered(&key.local) else {
         return Steer::Drop(Reason::InboundReserved);
     };
@@ -123,6 +130,9 @@ fn captured(facts: &impl InboundFacts, key: &Tuple) -> Steer {
     }
     if facts.is_stale() {
         return Steer::Drop(Reason::InboundStale);
+    }
+    if facts.is_repeated(flow) {
+        return Steer::Discard(Reason::InboundRaced);
     }
     Steer::Capture(steered.slot, Reason::InboundLocal)
 }
@@ -152,6 +162,7 @@ mod tests {
         node: bool,
         mesh: bool,
         stale: bool,
+        repeated: bool,
     }
 
     impl InboundFacts for In {
@@ -176,6 +187,10 @@ mod tests {
         fn is_stale(&self) -> bool {
             self.stale
         }
+        fn is_repeated(&self, flow: &Inbound) -> bool {
+            assert_eq!(flow.remote_port, 4000);
+            self.repeated
+        }
     }
 
     fn known(mode: Mode, port_mode: Option<Mode>) -> In {
@@ -186,6 +201,7 @@ mod tests {
             node: false,
             mesh: true,
             stale: false,
+            repeated: false,
         }
     }
 
@@ -296,11 +312,34 @@ mod tests {
             (In { captured: false, ..facts }, sent, reserved),
             (In { steered: None, ..facts }, sent, reserved),
             (In { stale: true, ..facts }, sent, Steer::Drop(Reason::InboundStale)),
+            (In { repeated: true, ..facts }, sent, Steer::Discard(Reason::InboundRaced)),
+            (In { repeated: true, captured: false, ..facts }, sent, reserved),
             (facts, Inbound { remote: Address::LOOPBACK_V6, ..sent }, local),
             (facts, Inbound { port: last + 1, ..sent }, local),
             (facts, Inbound { port: tcp_port::CAPTURE_V6_FIRST - 1, ..sent }, local),
             (facts, Inbound { local: own, ..sent }, local),
             (facts, Inbound { local: own, remote: v4(9), ..sent }, REFUSED),
+        ];
+        for (facts, flow, expected) in table {
+            assert_eq!(decide_inbound(&facts, &flow), expected, "{flow:?}");
+        }
+    }
+
+    #[test]
+    fn a_captured_connection_that_was_steered_a_moment_ago_is_not_answered() {
+        let loopback = |last| Address::from_v4_be(u32::from_ne_bytes([127, 0, 0, last]));
+        let sent = Inbound { local: loopback(7), remote: loopback(1), ..to(tcp_port::CAPTURE) };
+        let (first, again) = (known(Mode::Strict, None), In { repeated: true, ..known(Mode::Strict, None) });
+        let (raced, local) = (Steer::Discard(Reason::InboundRaced), Steer::Pass(Reason::InboundLocal));
+        let spare = Inbound { port: tcp_port::spare(tcp_port::CAPTURE), ..sent };
+        let table = [
+            (first, sent, local),
+            (again, sent, raced),
+            (again, spare, raced),
+            (again, Inbound { port: 80, ..sent }, local),
+            (again, Inbound { port: tcp_port::PLAINTEXT, ..sent }, local),
+            (again, Inbound { local: v4(2), ..sent }, local),
+            (again, to(tcp_port::CAPTURE), Steer::Drop(Reason::InboundReserved)),
         ];
         for (facts, flow, expected) in table {
             assert_eq!(decide_inbound(&facts, &flow), expected, "{flow:?}");

@@ -72,6 +72,7 @@ reasons! {
     ConnectDeviceClear, "connect_device_clear", "mesh connect of an open pod by a socket that is bound to a device other than the loopback: passed as plaintext";
     ConnectHeld, "connect_held", "SYN of a captured connection: held until the destination has answered";
     ConnectHeldFull, "connect_held_full", "SYN of a captured connection while the agent's queue is full: dropped, the kernel sends it again";
+    InboundRaced, "inbound_raced", "segment of a captured connection that came while the kernel replaced its socket: dropped, the application's kernel sends it again";
     ConnectUnanswered, "connect_unanswered", "SYN of a captured connection while no agent serves the pod: passed to the agent's listener, or refused without one";
 }
 

@@ -25,11 +25,18 @@ const fn is_own_or_spare(port: u16, own: u16) -> bool {
     port == own || port == spare(own)
 }
 
+/// Returns true for the port of captured connections and its spare.
+#[inline(always)]
+#[must_use]
+pub const fn is_capture(port: u16) -> bool {
+    is_own_or_spare(port, CAPTURE)
+}
+
 /// Returns true for the agent's ports and their spares.
 #[inline(always)]
 #[must_use]
 pub const fn is_reserved(port: u16) -> bool {
-    is_own_or_spare(port, CAPTURE) || is_own_or_spare(port, PLAINTEXT) || is_own_or_spare(port, TUNNEL)
+    is_capture(port) || is_own_or_spare(port, PLAINTEXT) || is_own_or_spare(port, TUNNEL)
 }
 
 #[cfg(test)]

@@ -45,6 +45,7 @@ struct Facts {
     stale: bool,
     steered: Option<Steered>,
     captured: bool,
+    repeated: bool,
     bound_to_link: bool,
     share_used_up: bool,
 }
@@ -152,6 +153,9 @@ impl InboundFacts for Facts {
     fn is_stale(&self) -> bool {
         self.stale
     }
+    fn is_repeated(&self, _: &Inbound) -> bool {
+        self.repeated
+    }
 }
 
 fn raw_mode() -> impl Strategy<Value = u32> {
@@ -184,7 +188,7 @@ fn facts() -> impl Strategy<Value = Facts> {
         proptest::option::of(steered),
         accepted,
     );
-    (any::<[bool; 18]>(), 7..9_u64, options).prop_map(|(is, netns, (port_mode, pod, steered, accepted))| {
+    (any::<[bool; 19]>(), 7..9_u64, options).prop_map(|(is, netns, (port_mode, pod, steered, accepted))| {
         let [
             agent,
             tunnel,
@@ -201,6 +205,7 @@ fn facts() -> impl Strategy<Value = Facts> {
             strict,
             stale,
             captured,
+            repeated,
             bound_to_link,
             share_used_up,
             node_netns,
@@ -227,6 +232,7 @@ fn facts() -> impl Strategy<Value = Facts> {
             stale,
             steered,
             captured,
+            repeated,
             bound_to_link,
             share_used_up,
         }
@@ -484,7 +490,9 @@ proptest! {
             && !remote.is_loopback();
         let is_local = local.is_loopback() || remote.is_loopback() || local == remote;
         let is_agents = port == tcp_port::TUNNEL || tcp_port::is_reserved(port);
+        let is_repeated = facts.repeated && local.is_loopback() && tcp_port::is_capture(port);
         let expected = !is_spread
+            && !is_repeated
             && (is_local
                 || match facts.steered {
                     None => !facts.mesh,

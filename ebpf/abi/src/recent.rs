@@ -1,0 +1,92 @@
+//! Captured connections that were steered a moment ago: what tells a SYN from a segment that missed its socket.
+//!
+//! The SYN of a held connection is delivered on one CPU, and the application's first segment can arrive on another while the
+//! kernel replaces the handshake's socket with the connection's. Before Linux 6.19 a look-up at that moment finds neither, goes on
+//! to the listener, and the listener answers with a reset. The steering program sees it as a second SYN of the same connection.
+//! A connection's cell is chosen by a keyed hash, and holds a second, independent part of the hash and the time. Two
+//! connections that share a cell overwrite each other, which costs what this is for, and nothing else.
+
+use crate::{Inbound, answers::mix};
+
+/// Cells; a power of two.
+pub const RECENT_CELLS: u32 = 1 << 16;
+/// Time after the SYN in which a look-up for the same connection is no SYN. The segment follows within some microseconds, and
+/// the kernel repeats a SYN after a second.
+const RECENT_MILLISECONDS: u64 = 20;
+const MILLISECOND: u64 = 1_000_000;
+/// Bits of a cell that hold the time in milliseconds, which wrap around after four hours.
+const TIME_BITS: u32 = 24;
+const TIME_MASK: u64 = (1 << TIME_BITS) - 1;
+
+/// Returns the cell of a connection, and the tag that marks it. The remote end is the application's.
+#[inline(always)]
+#[must_use]
+pub fn recent_cell(seed: u64, flow: &Inbound) -> (u32, u64) {
+    let (local, remote) = (&flow.local.0, &flow.remote.0);
+    let mut hash = seed;
+    for word in [
+        (local[0] as u64) << 32 | local[1] as u64,
+        (local[2] as u64) << 32 | local[3] as u64,
+        (remote[0] as u64) << 32 | remote[1] as u64,
+        (remote[2] as u64) << 32 | remote[3] as u64,
+        (flow.port as u64) << 32 | flow.remote_port as u64,
+    ] {
+        hash = mix(hash ^ word);
+    }
+    // An empty cell is 0, which no tag is.
+    (hash as u32 & (RECENT_CELLS - 1), (hash >> TIME_BITS | 1) << TIME_BITS)
+}
+
+/// Returns what a cell holds after the connection `tag` was steered.
+#[inline(always)]
+#[must_use]
+pub const fn steered_at(tag: u64, now: u64) -> u64 {
+    tag | (now / MILLISECOND) & TIME_MASK
+}
+
+/// Returns true if `cell` says that the connection `tag` was steered a moment ago.
+#[inline(always)]
+#[must_use]
+pub const fn is_recent(cell: u64, tag: u64, now: u64) -> bool {
+    let age = (now / MILLISECOND).wrapping_sub(cell) & TIME_MASK;
+    cell & !TIME_MASK == tag && age <= RECENT_MILLISECONDS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Address, tcp_port};
+
+    fn flow(remote_port: u16) -> Inbound {
+        let loopback = |last| Address::from_v4_be(u32::from_ne_bytes([127, 0, 0, last]));
+        Inbound { local: loopback(7), remote: loopback(1), port: tcp_port::CAPTURE, remote_port }
+    }
+
+    #[test]
+    fn only_the_connection_that_was_steered_is_recent_and_for_a_moment() {
+        let (cell, tag) = recent_cell(1, &flow(4000));
+        let at = 20_000_000 * MILLISECOND;
+        let held = steered_at(tag, at);
+        assert!(is_recent(held, tag, at) && is_recent(held, tag, at + RECENT_MILLISECONDS * MILLISECOND));
+        assert!(!is_recent(held, tag, at + (RECENT_MILLISECONDS + 1) * MILLISECOND));
+        assert!(!is_recent(0, tag, at));
+        assert_eq!(recent_cell(1, &flow(4000)), (cell, tag));
+        assert_ne!(recent_cell(2, &flow(4000)).1, tag);
+    }
+
+    #[test]
+    fn each_field_of_a_connection_counts_and_cells_are_inside_the_array() {
+        let base = Inbound { local: Address([1, 2, 3, 4]), remote: Address([5, 6, 7, 8]), ..flow(4000) };
+        let words = [[9, 2, 3, 4], [1, 9, 3, 4], [1, 2, 9, 4], [1, 2, 3, 9]];
+        let locals = words.map(|words| Inbound { local: Address(words), ..base });
+        let remotes = words.map(|words| Inbound { remote: Address(words), ..base });
+        let ports = [Inbound { port: 1, ..base }, Inbound { remote_port: 1, ..base }];
+        let all = locals.iter().chain(&remotes).chain(&ports).chain([&base]);
+        let tags: std::collections::HashSet<_> = all.map(|flow| recent_cell(1, flow).1).collect();
+        assert_eq!(tags.len(), locals.len() + remotes.len() + ports.len() + 1);
+        for port in 0..5000 {
+            let (cell, tag) = recent_cell(5, &flow(port));
+            assert!(cell < RECENT_CELLS && tag & TIME_MASK == 0 && tag >> TIME_BITS & 1 == 1);
+        }
+    }
+}
