@@ -20,6 +20,7 @@ mod mesh;
 pub mod observe;
 mod peer;
 mod program;
+pub mod raw;
 
 pub use mesh::{Mesh, Plan};
 pub use peer::{Client, Events, Server};

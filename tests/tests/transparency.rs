@@ -6,15 +6,15 @@
 
 use std::{
     fs,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4},
     sync::OnceLock,
     time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use tacit_abi::limits::CAPTURED_PER_POD;
-use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe};
+use tacit_abi::{limits::CAPTURED_PER_POD, tcp_port};
+use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe, raw::Segments};
 use tacit_topology::{Pod, WorkloadEntry, until};
 
 /// Repetitions of a SYN in the client's pod: `connect()` gives up after some three seconds instead of two minutes.
@@ -377,6 +377,28 @@ fn without_tacit() -> Result<&'static Mesh> {
 fn with_tacit() -> Result<&'static Mesh> {
     static MESH: OnceLock<Result<Mesh, String>> = OnceLock::new();
     Mesh::shared(&MESH, || prepared(plan().with_directories(|_, mesh| Ok(directory(mesh)))?))
+}
+
+/// Before Linux 6.19 the kernel can miss a connection's socket while it replaces that of the handshake, and then asks the steering
+/// program as for a SYN. Segments without any connection look the same to it.
+#[test]
+#[ignore = "needs root"]
+fn a_segment_without_a_socket_is_not_answered_right_after_another_one() -> Result<()> {
+    let mesh = plan().with_agents()?;
+    let agent = mesh.agent("a")?;
+    let raced = || observe::metric(agent, "tacit_kernel_verdicts_total", &[("reason", "inbound_raced")]);
+    let segments = mesh.pod("client")?.netns().enter(|| Segments::open(Ipv4Addr::LOCALHOST))??;
+    let target = SocketAddrV4::new(Ipv4Addr::new(127, 1, 2, 3), tcp_port::CAPTURE);
+    let mut ports = *EPHEMERAL.start()..;
+    let mut next = || ports.next().context("a port");
+    until("a segment that is not answered", || {
+        let (twice, last, before) = (next()?, next()?, raced()?);
+        [twice, twice, last].into_iter().try_for_each(|port| segments.send_ack(port, target))?;
+        let resets = segments.resets_until(last)?;
+        ensure!(resets.contains(&twice), "the first one is answered: {resets:?}");
+        // A machine that halts in between answers both.
+        Ok((resets.len() == 2 && raced()? == before + 1).then_some(()))
+    })
 }
 
 fn plan() -> Plan {

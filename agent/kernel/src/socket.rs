@@ -186,7 +186,6 @@ pub(super) fn discarding() -> io::Result<TcpListener> {
     let open = |domain: Domain, ip: IpAddr| -> io::Result<Socket> {
         let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
         if domain == Domain::IPV6 {
-            // The kernel redirects no IPv4 packet to it otherwise.
             socket.set_only_v6(false)?;
         }
         socket.attach_filter(&[SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0)])?;
@@ -194,7 +193,8 @@ pub(super) fn discarding() -> io::Result<TcpListener> {
         socket.listen(1)?;
         Ok(socket)
     };
-    open(Domain::IPV6, Ipv6Addr::LOCALHOST.into())
+    // Bound to an IPv6 address, it would serve no IPv4 packets.
+    open(Domain::IPV6, Ipv4Addr::LOCALHOST.to_ipv6_mapped().into())
         .or_else(|_| open(Domain::IPV4, Ipv4Addr::LOCALHOST.into()))
         .map(Into::into)
 }

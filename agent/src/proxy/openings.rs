@@ -100,8 +100,8 @@ impl PodOpenings {
         self.log_failure(self.injector.deliver(syn));
     }
 
-    /// Refuses a connection whose agent is gone.
-    pub fn refuse_foreign(&self, syn: &Syn) {
+    /// Refuses a connection that no opening is for.
+    pub fn refuse_unknown(&self, syn: &Syn) {
         self.log_failure(self.injector.refuse(syn));
     }
 

@@ -50,14 +50,18 @@ pub fn start(proxy: &Arc<Proxy>, openings: &Arc<PodOpenings>, held: HeldConnect)
     if !openings.is_own_target(&ends) {
         // The agent that this one has taken over from ends what it has begun. Its SYNs come here.
         match (proxy.dialer.has_listener(&openings.pod, &ends), is_repeated) {
-            (false, _) => openings.refuse_foreign(&syn),
+            (false, _) => openings.refuse_unknown(&syn),
             (true, false) => openings.pass_foreign(&syn),
             (true, true) => {}
         }
         return;
     }
-    // A repeated SYN can be read after its connection was accepted or closed.
     if !openings.has(&ends) && !proxy.dialer.is_waiting(&openings.pod, &ends) {
+        // Either its application has closed it, and the answer meets no socket, or the kernel side could not store its destination,
+        // and has counted that. A repeated SYN can also be read after its connection was accepted.
+        if !is_repeated {
+            openings.refuse_unknown(&syn);
+        }
         return;
     }
     let to_open = match openings.hold(syn) {
