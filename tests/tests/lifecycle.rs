@@ -182,6 +182,33 @@ fn flows_and_agents_that_end_well_are_not_counted_as_refused() -> Result<()> {
     Ok(())
 }
 
+/// The kubelet makes a sandbox anew when its pause container ends. The cgroup of the pod stays.
+#[test]
+#[ignore = "needs root"]
+fn a_pod_whose_sandbox_is_made_anew_uses_no_session_of_the_old_one() -> Result<()> {
+    let mesh = plan().with_agents()?;
+    let server = serve(&mesh)?;
+    let (client, agent) = (mesh.pod("client")?, mesh.agent("a")?);
+    Client::echo(client, server.address(), "before")?;
+    let idle = |status: &Value| {
+        let shares = status["shares"].as_array()?;
+        shares.iter().find(|share| share["resource"] == "idle_sessions")?["used"].as_u64()
+    };
+    observe::wait_status(agent, "an idle session", |status| (idle(status)? > 0).then_some(()))?;
+    let enrolments = || -> Result<usize> {
+        let is_enrolment = |line: &&str| line.contains("pod=client") && line.contains("took_ms=");
+        Ok(agent.log()?.lines().filter(is_enrolment).count())
+    };
+    let before = enrolments()?;
+    let _process = mesh.topology().node("a")?.renew_sandbox(client)?;
+    until("the pod enrolled again", || Ok((enrolments()? > before).then_some(())))?;
+    Client::echo(client, server.address(), "after")?;
+    let log = agent.log()?;
+    ensure!(!log.contains("idle session was dead"), "a session of the old namespace was tried:\n{log}");
+    // The session of the new one stays.
+    observe::wait_status(agent, "the old session closed", |status| (idle(status)? == 1).then_some(()))
+}
+
 #[test]
 #[ignore = "needs root"]
 fn two_agents_on_one_pin_path_refuse_each_other() -> Result<()> {

@@ -163,8 +163,9 @@ async fn housekeeping(kernel: Arc<Kernel>, proxy: Arc<Proxy>, report: Arc<Report
         if let Err(error) = refresh_node(&kernel, &proxy.snapshots.directory.current()) {
             tracing::error!(%error, "the node's own addresses may be outdated: probes from new ones are refused under STRICT");
         }
-        let enrolled: HashSet<u64> = proxy.pods.load().pods.iter().map(|pod| pod.cgroup).collect();
-        proxy.sessions.close_unused(|cgroup| enrolled.contains(&cgroup));
+        let enrolled: HashSet<(u64, u64)> =
+            proxy.pods.load().pods.iter().map(|pod| (pod.cgroup, pod.netns.cookie())).collect();
+        proxy.sessions.close_unused(|cgroup, netns| enrolled.contains(&(cgroup, netns)));
     }
 }
 

@@ -23,8 +23,10 @@ use crate::proxy::workers::Workers;
 /// Sessions are interchangeable for flows of the same pod to the same server under the same identities.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PoolKey {
-    /// Cgroup id of the source pod: a session belongs to its network namespace.
+    /// Cgroup id of the source pod, for its share.
     pub pod: u64,
+    /// Cookie of the source pod's network namespace, which the session belongs to. A pod whose sandbox is made anew keeps its cgroup.
+    pub netns: u64,
     /// Address of the destination pod.
     pub server: IpAddr,
     /// Identity the server proved.
@@ -89,13 +91,13 @@ impl Sessions {
         }
     }
 
-    /// Closes sessions that were idle too long, and sessions of pods for which `is_enrolled(cgroup)` is false. Such a session
-    /// would keep the network namespace of its pod alive.
-    pub fn close_unused(&self, is_enrolled: impl Fn(u64) -> bool) {
+    /// Closes sessions that were idle too long, and sessions of network namespaces for which `is_enrolled(cgroup, cookie)` is false.
+    /// Such a session would keep its namespace alive.
+    pub fn close_unused(&self, is_enrolled: impl Fn(u64, u64) -> bool) {
         let now = Instant::now();
         self.close_removed(|pool| {
             let mut unused = pool.expire(now);
-            unused.extend(pool.clear_where(|key, _| !is_enrolled(key.pod)));
+            unused.extend(pool.clear_where(|key, _| !is_enrolled(key.pod, key.netns)));
             unused
         });
     }

@@ -32,6 +32,12 @@ impl Netns {
         Ok(made)
     }
 
+    /// Replaces the namespace by a new one with the same name.
+    pub(crate) fn renew(&self) -> Result<()> {
+        ip_batch(None, &format!("netns del {}\n", self.name))?;
+        Self::create(std::slice::from_ref(&self.name)).map(drop)
+    }
+
     /// Returns the name in `ip netns`.
     #[must_use]
     pub fn name(&self) -> &str {

@@ -9,6 +9,7 @@ use crate::{
     cgroup,
     netns::Netns,
     pod::{Membership, Pod},
+    process::Process,
     sweep::Prefix,
     wait::until,
 };
@@ -200,6 +201,24 @@ impl Node {
         pod.netns().wait_for_links()?;
         self.netns.wait_for_links()?;
         Ok(pod)
+    }
+
+    /// Makes the sandbox of a routed pod anew, as after the end of its pause container: all its processes end, and namespace and
+    /// link are replaced. Cgroup and addresses stay. Returns the process that keeps the pod alive.
+    ///
+    /// # Errors
+    /// Fails if a part cannot be removed or made.
+    pub fn renew_sandbox(&self, pod: &Pod) -> Result<Process> {
+        let members = pod.cgroup().join("cgroup.procs");
+        fs::write(pod.cgroup().join("cgroup.kill"), "1").context("end the pod's processes")?;
+        until("the pod's processes ended", || Ok(fs::read_to_string(&members)?.is_empty().then_some(())))?;
+        let host = pod.ipv4().octets()[3];
+        self.netns.ip(&format!("link del pod{host}\n"))?;
+        pod.netns().renew()?;
+        self.link_pod(pod, host)?;
+        pod.netns().wait_for_links()?;
+        self.netns.wait_for_links()?;
+        pod.keep_alive()
     }
 
     /// Adds a point-to-point link like CNI's ptp plugin, so the node is the pod's only neighbour.

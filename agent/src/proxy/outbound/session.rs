@@ -45,6 +45,7 @@ pub(super) async fn tunnel(
     })?;
     let key = PoolKey {
         pod: pod.cgroup,
+        netns: pod.netns.cookie(),
         server: destination.ip(),
         identity: expected.clone(),
         serial: own.serial.clone(),
