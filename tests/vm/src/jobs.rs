@@ -18,9 +18,9 @@ use super::{
 };
 
 /// Suites that `cargo xtask test` runs on the host only, since they take more than a third of the machines' time: those about user
-/// space (TLS, certificates, files, shares of the agent, large policies), and `kernel_shares`, `reboot` and `services`, which an
-/// emulated machine runs slowly. `cargo xtask vm` runs them on other kernels.
-const ON_HOST_ONLY: [&str; 9] = [
+/// space (TLS, certificates, files, shares of the agent, large policies), and `kernel_shares`, `reboot`, `services` and `transparency`,
+/// which an emulated machine runs slowly. `cargo xtask vm` runs them on other kernels.
+const ON_HOST_ONLY: [&str; 10] = [
     "authorization",
     "certificates",
     "identity",
@@ -30,6 +30,7 @@ const ON_HOST_ONLY: [&str; 9] = [
     "scale",
     "services",
     "shares",
+    "transparency",
 ];
 /// Suites that start agents again and again, which is slow in an emulated machine. `cargo xtask test` runs them on the first kernel
 /// only, which has the fewest features; the host's kernel has those of the newest.
