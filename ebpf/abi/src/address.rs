@@ -219,6 +219,36 @@ mod tests {
     }
 
     #[test]
+    fn multicast_and_unspecified_addresses_are_of_either_family() {
+        let six = |words: [u16; 8]| Address::from_octets(Ipv6Addr::from(words).octets());
+        let table = [
+            (v4(224, 0, 0, 0), true, false),
+            (v4(239, 255, 255, 255), true, false),
+            (v4(255, 255, 255, 255), true, false),
+            (v4(223, 255, 255, 255), false, false),
+            (v4(240, 0, 0, 1), false, false),
+            (six([0xff02, 0, 0, 0, 0, 0, 0, 1]), true, false),
+            (six([0xfeff, 0, 0, 0, 0, 0, 0, 0xe000]), false, false),
+            // The words of multicast and of 255.255.255.255, outside of v4-mapped addresses.
+            (six([0xfd77, 0, 0, 0, 0, 0, 0xe000, 1]), false, false),
+            (six([0xfd77, 0, 0, 0, 0, 0, 0xffff, 0xffff]), false, false),
+            (v4(0, 0, 0, 0), false, true),
+            (v4(0, 0, 0, 1), false, false),
+            (Address::NONE, false, true),
+            (six([0xfd77, 0, 0, 0, 0, 0, 0, 0]), false, false),
+            (six([0, 0, 1, 0, 0, 0, 0, 0]), false, false),
+            (six([0, 0, 0, 0, 1, 0, 0, 0]), false, false),
+            (six([0, 0, 0, 0, 0, 0, 0, 1]), false, false),
+        ];
+        for (address, is_multicast, is_unspecified) in table {
+            let found = (address.is_multicast(), address.is_none_of_family());
+            assert_eq!(found, (is_multicast, is_unspecified), "{:?}", address.octets());
+            assert_eq!(address.is_none(), address == Address::NONE, "{:?}", address.octets());
+        }
+        assert_eq!(v4(10, 77, 1, 2).v4_be().to_ne_bytes(), [10, 77, 1, 2]);
+    }
+
+    #[test]
     fn a_client_that_the_agent_may_have_dialled_for_is_not_reported_as_loopback() {
         let (pod, local) = (v4(10, 77, 1, 2), v4(127, 0, 0, 1));
         let pod6 = Address::from_octets(Ipv6Addr::new(0xfd77, 1, 0, 0, 0, 0, 0, 2).octets());

@@ -105,6 +105,44 @@ mod tests {
     }
 
     #[test]
+    fn each_field_of_a_flow_counts() {
+        let flow = Packet { remote: Address([1, 2, 3, 4]), ..packet(9, 4000) };
+        let remotes = [[5, 2, 3, 4], [1, 5, 3, 4], [1, 2, 5, 4], [1, 2, 3, 5], [0, 2, 3, 4], [1, 2, 4, 3]];
+        let others = remotes.map(|words| Packet { remote: Address(words), ..flow });
+        let ports = [
+            Packet { local_port: 4001, ..flow },
+            Packet { local_port: 0, ..flow },
+            Packet { remote_port: 54, ..flow },
+            Packet { remote_port: 0, ..flow },
+            Packet { remote_port: flow.local_port, local_port: flow.remote_port, ..flow },
+            Packet { protocol: 0, ..flow },
+        ];
+        let tag = |packet: &Packet| answer_cells(1, 3, packet).map(|(_, tag)| tag);
+        let tags: std::collections::HashSet<_> =
+            others.iter().chain(&ports).chain([&flow]).map(|packet| tag(packet).expect("a slot")).collect();
+        assert_eq!(tags.len(), others.len() + ports.len() + 1);
+    }
+
+    #[test]
+    fn the_hash_is_murmur3s_finalizer() {
+        let known = [
+            (0, 0),
+            (1, 0xb456_bcfc_34c2_cb2c),
+            (2, 0x3abf_2a20_6506_83e7),
+            (u64::MAX, 0x64b5_720b_4b82_5f21),
+        ];
+        assert_eq!(known.map(|(value, _)| mix(value)), known.map(|(_, mixed)| mixed));
+    }
+
+    #[test]
+    fn no_tag_is_an_empty_cell_and_tags_are_independent_of_cells() {
+        let tags: std::collections::HashSet<u64> =
+            (0..20_000).filter_map(|port| answer_cells(5, 0, &packet(9, port))).map(|(_, tag)| tag).collect();
+        assert_eq!(tags.len(), 20_000);
+        assert!(tags.iter().all(|tag| tag & TIME_MASK == 0 && tag >> TIME_BITS & 1 == 1));
+    }
+
+    #[test]
     fn cells_are_inside_the_pods_own_part_of_the_array() {
         for port in 0..5000 {
             let (index, _) = answer_cells(5, 1, &packet(9, port)).expect("a slot");

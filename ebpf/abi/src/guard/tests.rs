@@ -7,6 +7,8 @@ use Reason::{
     GuardInboundUdp, GuardOther, GuardReply, GuardSpoofed, GuardTcp, GuardUdp, GuardUdpClear,
 };
 
+mod counts;
+
 const fn v4(last: u8) -> Address {
     Address::from_v4_be(u32::from_ne_bytes([10, 77, 1, last]))
 }
@@ -412,6 +414,10 @@ fn only_a_socket_of_the_node_proves_that_a_packet_is_the_nodes() {
     let taken_over = Facts { node_flow: true, ..node };
     assert_eq!(arrives(taken_over, tcp(Segment::Data)), Arrival::Drop(GuardSpoofed));
     assert_eq!(arrives(taken_over, tcp(Segment::Bare)), Arrival::Pass);
+    // Errors about a connection of the node come from anywhere.
+    for error in [protocol::ICMP, protocol::ICMP_V6] {
+        assert_eq!(arrives(taken_over, packet(error)), Arrival::Pass);
+    }
     let own = Packet { remote: v4(2), ..packet(protocol::UDP) };
     assert_eq!(arrives(sent, own), Arrival::Drop(GuardSpoofed));
 }
