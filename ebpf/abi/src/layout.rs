@@ -427,3 +427,6 @@ mod user {
     // SAFETY: as above.
     unsafe impl aya::Pod for NodeFlow {}
 }
+
+#[cfg(test)]
+mod tests;

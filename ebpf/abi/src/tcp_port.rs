@@ -31,3 +31,14 @@ const fn is_own_or_spare(port: u16, own: u16) -> bool {
 pub const fn is_reserved(port: u16) -> bool {
     is_own_or_spare(port, CAPTURE) || is_own_or_spare(port, PLAINTEXT) || is_own_or_spare(port, TUNNEL)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_listeners_ports_and_their_spares_are_reserved() {
+        let reserved = (0..=u16::MAX).filter(|port| is_reserved(*port));
+        assert!(reserved.eq([15001, 15002, 15006, 15007, 15008, 15009]));
+    }
+}
