@@ -76,6 +76,11 @@ mod tests {
     }
 
     #[test]
+    fn a_hardware_address_is_a_number_in_the_order_of_its_bytes() {
+        assert_eq!(hardware_address([1, 2, 3, 4, 5, 6]), 0x0102_0304_0506);
+    }
+
+    #[test]
     fn two_links_of_a_bridge_cannot_have_one_address() {
         let other = Link { cgroup: 8, hardware: 3, link_local: local(3), ..BRIDGED };
         assert!(!BRIDGED.claims_address_of(&other));

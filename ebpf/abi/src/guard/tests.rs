@@ -421,3 +421,10 @@ fn only_a_socket_of_the_node_proves_that_a_packet_is_the_nodes() {
     let own = Packet { remote: v4(2), ..packet(protocol::UDP) };
     assert_eq!(arrives(sent, own), Arrival::Drop(GuardSpoofed));
 }
+
+#[test]
+fn a_packet_to_the_pods_own_address_passes_its_sockets_and_not_its_link() {
+    let own = Packet { remote: v4(2), ..packet(protocol::UDP) };
+    assert_eq!(decide_egress(&MESH, &strict(), Hook::Socket, &own), Verdict::Pass);
+    assert_eq!(decide_egress(&MESH, &strict(), Hook::Link, &own), Verdict::Drop(GuardUdp));
+}
