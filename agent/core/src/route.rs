@@ -219,4 +219,17 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn each_cause_of_plaintext_has_a_label_of_its_own() {
+        let causes = [
+            (PlaintextCause::DestinationOutsideMesh, "destination_outside_mesh"),
+            (PlaintextCause::DestinationUnknown, "destination_unknown"),
+            (PlaintextCause::DestinationNotEnrolled, "destination_not_enrolled"),
+            (PlaintextCause::DestinationModeDisable, "destination_mode_disable"),
+        ];
+        for (cause, label) in causes {
+            assert_eq!(cause.label(), label);
+        }
+    }
 }
