@@ -286,9 +286,11 @@ mod tests {
     fn ipv6_destinations_are_spread_evenly_over_all_capture_ports() {
         type Destination = fn(u16) -> ([u16; 8], u16);
         let count = usize::from(tcp_port::CAPTURE_V6_COUNT);
-        let kinds: [(&str, Destination); 4] = [
+        let kinds: [(&str, Destination); 6] = [
             ("addresses", |n| ([0xfd77, 1, 0, 0, 0, 0, 0, n], 80)),
-            ("subnets", |n| ([0xfd77, n, 0, 0, 0, 0, 0, 2], 80)),
+            ("sites", |n| ([0xfd77, n, 0, 0, 0, 0, 0, 2], 80)),
+            ("subnets", |n| ([0xfd77, 1, 0, n, 0, 0, 0, 2], 80)),
+            ("interfaces", |n| ([0xfd77, 1, 0, 7, 0, n, 0, 2], 80)),
             ("random hosts", |n| ([0xfd77, 1, 0, 0, n.wrapping_mul(40_503), !n, 7, n.rotate_left(5)], 443)),
             ("ports", |n| ([0xfd77, 1, 0, 0, 0, 0, 0, 2], n)),
         ];
