@@ -375,6 +375,22 @@ impl SockOps<'_> {
             remote_port: u32::from_be(load!(ops, remote_port)),
         }
     }
+
+    /// Returns both ends in a handshake that the kernel has just made a socket for: the ones of IPv4, and those of IPv6. The socket's
+    /// family is its listener's, so it does not say which of them hold. As in [`SockOps::ends`], nothing branches before all loads.
+    #[inline(always)]
+    pub fn handshakes(&self) -> [Inbound; 2] {
+        let ops = self.0.ops;
+        let (port, remote_port) =
+            (load!(ops, local_port) as u16, u32::from_be(load!(ops, remote_port)) as u16);
+        let (local_v4, remote_v4) = (load!(ops, local_ip4), load!(ops, remote_ip4));
+        let (local_v6, remote_v6) = (load_words!(ops, local_ip6), load_words!(ops, remote_ip6));
+        let flow = |local, remote| Inbound { local, remote, port, remote_port };
+        [
+            flow(Address::from_v4_be(local_v4), Address::from_v4_be(remote_v4)),
+            flow(Address(local_v6), Address(remote_v6)),
+        ]
+    }
 }
 
 /// Both ends of a connection, as one socket sees them.

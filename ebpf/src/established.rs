@@ -7,6 +7,7 @@
 //!             the same, without room for its entry --> marked: the guard drops it, and the agent refuses the connection
 //! either      --CLOSE--------> the entry is removed if it still exists; the agent is told that a captured connection has
 //!                              ended whose handshake with its listener had not
+//! agent's listener            --TIMEOUT_INIT--> a captured connection's handshake has a socket, see `recent`
 //! others with plaintext       --PASSIVE_ESTABLISHED--> the application's socket is marked for the guard
 //! ```
 //! TCP_CONNECT runs after the source port is chosen and before the SYN is sent. PASSIVE_ESTABLISHED runs while the new
@@ -15,12 +16,12 @@
 use aya_ebpf::{
     bindings::{
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TIMEOUT_INIT, BPF_TCP_CLOSE,
     },
     programs::SockOpsContext,
 };
 use tacit_abi::{
-    Destination, LOST_CLIENT_MARK, Names, NodeFlow, Reason, Tuple, names_kind, protocol, tcp_port,
+    Destination, Inbound, LOST_CLIENT_MARK, Names, NodeFlow, Reason, Tuple, names_kind, protocol, tcp_port,
 };
 
 use crate::{
@@ -30,6 +31,7 @@ use crate::{
     maps::STEERED,
     node_flows,
     pending::{self, Table},
+    recent,
 };
 
 /// Return value of the program. The kernel ignores it for the operations that are handled here.
@@ -39,14 +41,25 @@ const DONE: u32 = 1;
 #[inline(always)]
 pub fn run(ctx: &SockOpsContext) -> u32 {
     let sock = SockOps(ctx);
-    let ends = sock.ends();
+    let (ends, handshakes) = (sock.ends(), sock.handshakes());
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => publish(&sock, &ends),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => inherit_names(&sock, &ends),
+        BPF_SOCK_OPS_TIMEOUT_INIT => note_handshake(&handshakes),
         BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => remove_pending(&sock, &ends),
         _ => {}
     }
     DONE
+}
+
+/// Notes a handshake with the listener for captured connections, if it is one.
+#[inline(always)]
+fn note_handshake(handshakes: &[Inbound; 2]) {
+    for flow in handshakes {
+        if flow.is_to_capture() {
+            recent::note(flow);
+        }
+    }
 }
 
 #[inline(always)]

@@ -25,6 +25,7 @@ mod names;
 mod node_flows;
 mod packet;
 mod pending;
+mod recent;
 mod steer;
 
 use aya_ebpf::{

@@ -103,7 +103,7 @@ pub static CAPTURERS: SockMap<{ limits::SLOTS as usize }> = SockMap::new();
 #[btf_map]
 pub static DISCARD: SockMap<1> = SockMap::new();
 
-/// Captured connections that were steered a moment ago, see `tacit_abi::recent_cell`.
+/// Captured connections whose handshake has a socket since a moment ago, see `tacit_abi::recent_cell`.
 #[btf_map]
 pub static RECENT: Array<u64, { RECENT_CELLS as usize }> = Array::new();
 

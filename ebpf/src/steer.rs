@@ -2,16 +2,15 @@
 
 use aya_ebpf::programs::SkLookupContext;
 use tacit_abi::{
-    Address, Inbound, InboundFacts, Reason, Steer, Steered, Tuple, decide_inbound, is_recent, listener_index,
-    recent_cell, steered_at,
+    Address, Inbound, InboundFacts, Reason, Steer, Steered, Tuple, decide_inbound, listener_index,
 };
 
 use crate::{
-    context::{SkLookup, now},
+    context::SkLookup,
     count::count,
     lookup,
-    maps::{CAPTURED, CAPTURERS, DISCARD, LISTENERS, RECENT, STEERED},
-    node_flows,
+    maps::{CAPTURED, CAPTURERS, DISCARD, LISTENERS, STEERED},
+    node_flows, recent,
 };
 
 const IPPROTO_TCP: u32 = 6;
@@ -51,17 +50,9 @@ impl InboundFacts for Facts {
         lookup::is_stale()
     }
 
-    /// Two CPUs may lose a note to each other.
     #[inline(always)]
-    fn is_repeated(&self, flow: &Inbound) -> bool {
-        let (cell, tag) = recent_cell(lookup::seed(), flow);
-        let Some(cell) = RECENT.get_ptr_mut(cell) else { return false };
-        let now = now();
-        // SAFETY: a live value of the map, an aligned word.
-        let before = unsafe { cell.read_volatile() };
-        // SAFETY: as above.
-        unsafe { cell.write_volatile(steered_at(tag, now)) };
-        is_recent(before, tag, now)
+    fn is_in_handshake(&self, flow: &Inbound) -> bool {
+        recent::has(flow)
     }
 }
 

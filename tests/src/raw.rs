@@ -12,6 +12,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 /// Limit for a reset, for hangs only.
 const WAIT: Duration = Duration::from_secs(10);
 const HEADER: usize = 20;
+const SYN: u8 = 0x02;
 const ACK: u8 = 0x10;
 const RST: u8 = 0x04;
 /// The protocol's number.
@@ -38,35 +39,48 @@ impl Segments {
         Ok(Self { from, sender, receiver })
     }
 
+    /// Sends a SYN. The kernel resets the answer, since no socket waits for it.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn send_syn(&self, port: u16, to: SocketAddrV4) -> io::Result<()> {
+        self.send(port, to, SYN)
+    }
+
     /// Sends a segment with the ACK flag and no data.
     ///
     /// # Errors
     /// The kernel's.
     pub fn send_ack(&self, port: u16, to: SocketAddrV4) -> io::Result<()> {
+        self.send(port, to, ACK)
+    }
+
+    fn send(&self, port: u16, to: SocketAddrV4, flag: u8) -> io::Result<()> {
         let mut header = [0; HEADER];
         header[..2].copy_from_slice(&port.to_be_bytes());
         header[2..4].copy_from_slice(&to.port().to_be_bytes());
         header[12] = (HEADER as u8 / 4) << 4;
-        header[13] = ACK;
+        header[13] = flag;
         let sum = checksum(self.from, *to.ip(), &header);
         header[16..18].copy_from_slice(&sum.to_be_bytes());
         let to = SockAddr::from(SocketAddrV4::new(*to.ip(), 0));
         self.sender.send_to(&header, &to).map(drop)
     }
 
-    /// Returns the ports that resets went to, in their order, up to the first one to `last`.
+    /// Returns the ports that resets from the port `from` went to, in their order, up to the first one to `last`.
     ///
     /// # Errors
     /// Fails if none comes.
-    pub fn resets_until(&self, last: u16) -> Result<Vec<u16>> {
+    pub fn resets_until(&self, from: u16, last: u16) -> Result<Vec<u16>> {
         let mut ports = Vec::new();
         while ports.last() != Some(&last) {
             let mut packet = [0; 128];
             let length = (&self.receiver).read(&mut packet).context("wait for a reset")?;
             let header = usize::from(packet[0] & 0xf) * 4;
             let segment = packet[..length].get(header..header + HEADER).context("a segment")?;
-            if segment[13] & RST != 0 {
-                ports.push(u16::from_be_bytes([segment[2], segment[3]]));
+            let [source, port] = [0, 2].map(|at| u16::from_be_bytes([segment[at], segment[at + 1]]));
+            if segment[13] & RST != 0 && source == from {
+                ports.push(port);
             }
         }
         Ok(ports)

@@ -24,6 +24,13 @@ impl Inbound {
         NodeFlow::new(node, pod, crate::protocol::TCP)
     }
 
+    /// Returns true for the targets of captured connections.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_to_capture(&self) -> bool {
+        self.tuple().is_to_capture()
+    }
+
     /// Returns the connection as its connecting side sees it. The namespace cookie is 0, because sk_lookup cannot read it.
     #[inline(always)]
     const fn tuple(&self) -> Tuple {
@@ -51,8 +58,8 @@ pub trait InboundFacts {
     fn in_mesh(&self, address: &Address) -> bool;
     /// Returns true if the agent's heartbeat is stale.
     fn is_stale(&self) -> bool;
-    /// Returns true if this captured connection was steered a moment ago, and notes that it is now, see `recent`.
-    fn is_repeated(&self, flow: &Inbound) -> bool;
+    /// Returns true if the kernel made a socket for the handshake of this captured connection a moment ago, see `recent`.
+    fn is_in_handshake(&self, flow: &Inbound) -> bool;
 }
 
 /// Verdict on an inbound connection.
@@ -84,7 +91,7 @@ pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
     // The kernel drops packets from outside with one of its own addresses or a loopback address as source. A pod that
     // sets route_localnet admits a loopback source, but its answer stays in the pod.
     if flow.local.is_loopback() || flow.remote.is_loopback() || flow.local.same(&flow.remote) {
-        if flow.local.is_loopback() && tcp_port::is_capture(flow.port) && facts.is_repeated(flow) {
+        if flow.local.is_loopback() && tcp_port::is_capture(flow.port) && facts.is_in_handshake(flow) {
             return Steer::Discard(Reason::InboundRaced);
         }
         return Steer::Pass(Reason::InboundLocal);
@@ -131,7 +138,7 @@ fn captured(facts: &impl InboundFacts, flow: &Inbound, key: &Tuple) -> Steer {
     if facts.is_stale() {
         return Steer::Drop(Reason::InboundStale);
     }
-    if facts.is_repeated(flow) {
+    if facts.is_in_handshake(flow) {
         return Steer::Discard(Reason::InboundRaced);
     }
     Steer::Capture(steered.slot, Reason::InboundLocal)
@@ -162,7 +169,7 @@ mod tests {
         node: bool,
         mesh: bool,
         stale: bool,
-        repeated: bool,
+        handshake: bool,
     }
 
     impl InboundFacts for In {
@@ -187,9 +194,9 @@ mod tests {
         fn is_stale(&self) -> bool {
             self.stale
         }
-        fn is_repeated(&self, flow: &Inbound) -> bool {
+        fn is_in_handshake(&self, flow: &Inbound) -> bool {
             assert_eq!(flow.remote_port, 4000);
-            self.repeated
+            self.handshake
         }
     }
 
@@ -201,7 +208,7 @@ mod tests {
             node: false,
             mesh: true,
             stale: false,
-            repeated: false,
+            handshake: false,
         }
     }
 
@@ -312,8 +319,8 @@ mod tests {
             (In { captured: false, ..facts }, sent, reserved),
             (In { steered: None, ..facts }, sent, reserved),
             (In { stale: true, ..facts }, sent, Steer::Drop(Reason::InboundStale)),
-            (In { repeated: true, ..facts }, sent, Steer::Discard(Reason::InboundRaced)),
-            (In { repeated: true, captured: false, ..facts }, sent, reserved),
+            (In { handshake: true, ..facts }, sent, Steer::Discard(Reason::InboundRaced)),
+            (In { handshake: true, captured: false, ..facts }, sent, reserved),
             (facts, Inbound { remote: Address::LOOPBACK_V6, ..sent }, local),
             (facts, Inbound { port: last + 1, ..sent }, local),
             (facts, Inbound { port: tcp_port::CAPTURE_V6_FIRST - 1, ..sent }, local),
@@ -326,10 +333,10 @@ mod tests {
     }
 
     #[test]
-    fn a_captured_connection_that_was_steered_a_moment_ago_is_not_answered() {
+    fn a_segment_of_a_handshake_that_missed_its_socket_is_not_answered() {
         let loopback = |last| Address::from_v4_be(u32::from_ne_bytes([127, 0, 0, last]));
         let sent = Inbound { local: loopback(7), remote: loopback(1), ..to(tcp_port::CAPTURE) };
-        let (first, again) = (known(Mode::Strict, None), In { repeated: true, ..known(Mode::Strict, None) });
+        let (first, again) = (known(Mode::Strict, None), In { handshake: true, ..known(Mode::Strict, None) });
         let (raced, local) = (Steer::Discard(Reason::InboundRaced), Steer::Pass(Reason::InboundLocal));
         let spare = Inbound { port: tcp_port::spare(tcp_port::CAPTURE), ..sent };
         let table = [

@@ -58,7 +58,7 @@ pub use node_flows::{NODE_FLOW_WAYS, NodeFlow, NodeFlowCell, NodeFlowKey};
 pub use outbound::{Connect, ConnectFacts, connect_error, decide_connect};
 pub use pending::{Pending, is_in_share, is_share_used_up};
 pub use reason::{REASONS, Reason, ReasonText};
-pub use recent::{RECENT_CELLS, is_recent, recent_cell, steered_at};
+pub use recent::{RECENT_CELLS, is_recent, noted_at, recent_cell};
 pub use syn_ack::has_options_of_kernel;
 
 /// Mark (`SO_MARK`) of a connection of the agent to an application whose client could not be stored. The guard drops its packets,

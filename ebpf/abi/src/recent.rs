@@ -1,16 +1,17 @@
-//! Captured connections that were steered a moment ago: what tells a SYN from a segment that missed its socket.
+//! Captured connections whose handshake has a socket since a moment ago: what tells a SYN from a segment that missed its socket.
 //!
 //! The SYN of a held connection is delivered on one CPU, and the application's first segment can arrive on another while the
 //! kernel replaces the handshake's socket with the connection's. Before Linux 6.19 a look-up at that moment finds neither, goes on
-//! to the listener, and the listener answers with a reset. The steering program sees it as a second SYN of the same connection.
-//! A connection's cell is chosen by a keyed hash, and holds a second, independent part of the hash and the time. Two
+//! to the listener, and the listener answers with a reset. So `established` notes each such socket when the kernel makes it, and the
+//! steering program redirects what comes within a moment and has no socket. A SYN that is answered with a cookie has no socket, and the
+//! listener gets the segment that brings the cookie back. A connection's cell is chosen by a keyed hash, and holds a second, independent part of the hash and the time. Two
 //! connections that share a cell overwrite each other, which costs what this is for, and nothing else.
 
 use crate::{Inbound, answers::mix};
 
 /// Cells; a power of two.
 pub const RECENT_CELLS: u32 = 1 << 16;
-/// Time after the SYN in which a look-up for the same connection is no SYN. The segment follows within some microseconds, and
+/// Time after a SYN in which what comes without a socket is no SYN. The segment follows within some microseconds, and
 /// the kernel repeats a SYN after a second.
 const RECENT_MILLISECONDS: u64 = 20;
 const MILLISECOND: u64 = 1_000_000;
@@ -37,14 +38,14 @@ pub fn recent_cell(seed: u64, flow: &Inbound) -> (u32, u64) {
     (hash as u32 & (RECENT_CELLS - 1), (hash >> TIME_BITS | 1) << TIME_BITS)
 }
 
-/// Returns what a cell holds after the connection `tag` was steered.
+/// Returns what a cell holds after the connection `tag` was noted.
 #[inline(always)]
 #[must_use]
-pub const fn steered_at(tag: u64, now: u64) -> u64 {
+pub const fn noted_at(tag: u64, now: u64) -> u64 {
     tag | (now / MILLISECOND) & TIME_MASK
 }
 
-/// Returns true if `cell` says that the connection `tag` was steered a moment ago.
+/// Returns true if `cell` says that the connection `tag` was noted a moment ago.
 #[inline(always)]
 #[must_use]
 pub const fn is_recent(cell: u64, tag: u64, now: u64) -> bool {
@@ -63,10 +64,10 @@ mod tests {
     }
 
     #[test]
-    fn only_the_connection_that_was_steered_is_recent_and_for_a_moment() {
+    fn only_the_connection_that_was_noted_is_recent_and_for_a_moment() {
         let (cell, tag) = recent_cell(1, &flow(4000));
         let at = 20_000_000 * MILLISECOND;
-        let held = steered_at(tag, at);
+        let held = noted_at(tag, at);
         assert!(is_recent(held, tag, at) && is_recent(held, tag, at + RECENT_MILLISECONDS * MILLISECOND));
         assert!(!is_recent(held, tag, at + (RECENT_MILLISECONDS + 1) * MILLISECOND));
         assert!(!is_recent(0, tag, at));

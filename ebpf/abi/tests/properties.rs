@@ -45,7 +45,7 @@ struct Facts {
     stale: bool,
     steered: Option<Steered>,
     captured: bool,
-    repeated: bool,
+    handshake: bool,
     bound_to_link: bool,
     share_used_up: bool,
 }
@@ -153,8 +153,8 @@ impl InboundFacts for Facts {
     fn is_stale(&self) -> bool {
         self.stale
     }
-    fn is_repeated(&self, _: &Inbound) -> bool {
-        self.repeated
+    fn is_in_handshake(&self, _: &Inbound) -> bool {
+        self.handshake
     }
 }
 
@@ -205,7 +205,7 @@ fn facts() -> impl Strategy<Value = Facts> {
             strict,
             stale,
             captured,
-            repeated,
+            handshake,
             bound_to_link,
             share_used_up,
             node_netns,
@@ -232,7 +232,7 @@ fn facts() -> impl Strategy<Value = Facts> {
             stale,
             steered,
             captured,
-            repeated,
+            handshake,
             bound_to_link,
             share_used_up,
         }
@@ -490,9 +490,9 @@ proptest! {
             && !remote.is_loopback();
         let is_local = local.is_loopback() || remote.is_loopback() || local == remote;
         let is_agents = port == tcp_port::TUNNEL || tcp_port::is_reserved(port);
-        let is_repeated = facts.repeated && local.is_loopback() && tcp_port::is_capture(port);
+        let is_missed = facts.handshake && local.is_loopback() && tcp_port::is_capture(port);
         let expected = !is_spread
-            && !is_repeated
+            && !is_missed
             && (is_local
                 || match facts.steered {
                     None => !facts.mesh,

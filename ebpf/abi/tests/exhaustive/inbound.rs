@@ -37,7 +37,7 @@ facts! {
         node_flow: bool,
         in_mesh: bool,
         stale: bool,
-        repeated: bool,
+        handshake: bool,
     }
 }
 
@@ -66,9 +66,9 @@ impl InboundFacts for Facts {
     fn is_stale(&self) -> bool {
         self.stale()
     }
-    fn is_repeated(&self, flow: &Inbound) -> bool {
+    fn is_in_handshake(&self, flow: &Inbound) -> bool {
         assert_eq!(flow.local, self.subject.local);
-        self.repeated()
+        self.handshake()
     }
 }
 
@@ -80,10 +80,10 @@ impl Facts {
         is_spread && !is_loopback(&remote)
     }
 
-    /// Returns true for captured IPv4 connections that were steered a moment ago.
-    fn is_repeated_capture(&self) -> bool {
+    /// Returns true for segments of captured IPv4 connections that missed the socket of the handshake.
+    fn is_missed_segment(&self) -> bool {
         let is_target = is_loopback(&self.subject.local) && [15001, 15002].contains(&self.subject.port);
-        is_target && !self.is_to_spread_port() && self.repeated()
+        is_target && !self.is_to_spread_port() && self.handshake()
     }
 
     fn is_inside_the_pod(&self) -> bool {
@@ -115,12 +115,12 @@ type Line = Exception<Facts, Steer>;
 static PASSED: [Line; 4] = [
     Line::new(
         "inside the pod, but not to a port of captured connections",
-        |f| f.is_inside_the_pod() && !f.is_to_spread_port() && !f.is_repeated_capture(),
+        |f| f.is_inside_the_pod() && !f.is_to_spread_port() && !f.is_missed_segment(),
         |_| Steer::Pass(Reason::InboundLocal),
     ),
     Line::new(
         "to an address outside the mesh that no pod has, where the guard decides",
-        |f| !f.is_to_spread_port() && f.entry().is_none() && !f.in_mesh() && !f.is_repeated_capture(),
+        |f| !f.is_to_spread_port() && f.entry().is_none() && !f.in_mesh() && !f.is_missed_segment(),
         |_| Steer::Pass(Reason::InboundForeign),
     ),
     Line::new(
@@ -149,7 +149,7 @@ fn specified(facts: &Facts) -> Steer {
     let fresh = |steer| if facts.stale() { Steer::Drop(Reason::InboundStale) } else { steer };
     if facts.is_to_spread_port() {
         let is_ours = facts.entry().is_some() && facts.captured();
-        return if is_ours && facts.repeated() {
+        return if is_ours && facts.handshake() {
             fresh(Steer::Discard(Reason::InboundRaced))
         } else if is_ours {
             fresh(Steer::Capture(SLOT, Reason::InboundLocal))
@@ -157,7 +157,7 @@ fn specified(facts: &Facts) -> Steer {
             Steer::Drop(Reason::InboundReserved)
         };
     }
-    if facts.is_repeated_capture() {
+    if facts.is_missed_segment() {
         return Steer::Discard(Reason::InboundRaced);
     }
     let Some(mode) = facts.mode() else { return Steer::Drop(Reason::InboundUnknown) };
