@@ -7,6 +7,7 @@ use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::warn;
 use tacit_abi::{
     Address, Connect, ConnectFacts, Names, Pod, Reason, connect_error, decide_connect, names_kind, pod_flag,
+    pod_secret,
 };
 
 use crate::{
@@ -135,7 +136,7 @@ fn capture(sock: &SockAddr<'_>, family: Family, destination: Address, pod: &Pod)
     if !sock.store_names(names) {
         return deny(sock.0, sock, &destination, Reason::ConnectNoStorage);
     }
-    sock.set_address(family, &destination.capture_target(port));
+    sock.set_address(family, &destination.capture_target(port, pod_secret(lookup::seed(), pod.slot)));
     let may_spread = matches!(family, Family::V6) && !destination.is_v4() && pod.has(pod_flag::SPREAD);
     // The steering program identifies the pod by its address. A socket that its application bound to another address keeps
     // that address and shares the one port on which the agent listens.

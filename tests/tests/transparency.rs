@@ -155,16 +155,22 @@ fn connections_that_policy_denies_are_refused() -> Result<()> {
     Ok(())
 }
 
-/// No server sees a connection that was closed before it was connected, and the agent keeps nothing of it.
+/// The agent keeps nothing of a connection that was closed before it was connected.
 #[test]
 #[ignore = "needs root"]
 fn connections_that_are_closed_early_leave_nothing() -> Result<()> {
     let mesh = with_tacit()?;
+    let held = || {
+        let held = [("reason", "connect_held")];
+        observe::metric(mesh.agent("a")?, "tacit_kernel_verdicts_total", &held)
+    };
     for way in ["cancel", "linger-close", "early-shutdown", "send-timeout:200"] {
+        let before = held()?;
         let seen = run_probe(mesh, SocketAddr::new(SWALLOWED[0].parse()?, 80), way)?;
         until(&format!("{way}: nothing is being opened, after {seen}"), || {
             Ok((observe::metric(mesh.agent("a")?, "tacit_flows_opening", &[])? == 0).then_some(()))
         })?;
+        ensure!(held()? > before, "{way}: it was not held: {seen}");
     }
     Ok(())
 }

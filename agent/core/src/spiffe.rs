@@ -11,9 +11,6 @@ const TRUST_DOMAIN_MAX_BYTES: usize = 255;
 /// Longest Kubernetes object name, in bytes (RFC 1123 subdomain).
 const NAME_MAX_BYTES: usize = 253;
 
-/// The service account of a pod whose spec names none: Kubernetes sets it on all pods but static ones.
-pub const DEFAULT_ACCOUNT: &str = "default";
-
 /// The mistake of a text that is not a SPIFFE id, trust domain or name of the form Tacit uses.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IdentityError {

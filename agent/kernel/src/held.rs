@@ -50,10 +50,15 @@ pub enum Held {
     Ended {
         /// The pod's slot.
         slot: u32,
+        /// Cookie of the pod's network namespace.
+        netns_cookie: u64,
         /// Its ends.
         ends: HeldEnds,
     },
 }
+
+/// Records that are handled before other tasks of the thread get their turn.
+const RECORDS_PER_TURN: u32 = 64;
 
 impl Kernel {
     /// Takes the rings of the programs that this agent has loaded, by index.
@@ -87,12 +92,22 @@ impl HeldRing {
         };
         loop {
             let Ok(mut ready) = ring.readable_mut().await else { return };
+            let mut left = RECORDS_PER_TURN;
             while let Some(record) = ready.get_inner_mut().next() {
                 if let Some(held) = parse(&record) {
                     handle(held);
                 }
+                left -= 1;
+                if left == 0 {
+                    break;
+                }
             }
-            ready.clear_ready();
+            if left == 0 {
+                // The thread carries flows of other pods too.
+                tokio::task::yield_now().await;
+            } else {
+                ready.clear_ready();
+            }
         }
     }
 }
@@ -114,7 +129,7 @@ fn parse(bytes: &[u8]) -> Option<Held> {
         }
         held_kind::END => {
             let HeldEnd { slot, tuple, .. } = read_plain(bytes)?;
-            Some(Held::Ended { slot, ends: ends(&tuple)? })
+            Some(Held::Ended { slot, netns_cookie: tuple.netns_cookie, ends: ends(&tuple)? })
         }
         _ => None,
     }
@@ -192,7 +207,7 @@ mod tests {
             client: "127.0.0.1:40000".parse().expect("literal"),
             target: "127.100.1.2:15001".parse().expect("literal"),
         };
-        assert_eq!(ended, Some(Held::Ended { slot: 3, ends }));
+        assert_eq!(ended, Some(Held::Ended { slot: 3, netns_cookie: 7, ends }));
     }
 
     #[test]

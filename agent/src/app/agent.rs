@@ -37,6 +37,7 @@ impl Agent {
         // Matched by reference: the lock that `ending` holds is released last.
         match &ending {
             Ending::Alone(_) => {
+                self.proxy.drain.alone.cancel();
                 drain(&self.proxy, &self.state, self.drain_timeout, Duration::ZERO).await;
                 self.tasks.stop().await;
                 log_failure(self.kernel.maps.clear_heartbeat());

@@ -65,8 +65,7 @@ pub fn serve_held(proxy: &Arc<Proxy>, rings: Vec<HeldRing>) {
         let failed = proxy.workers.failed().clone();
         proxy.workers.handle(index).spawn(vital(failed, async move {
             tokio::select! {
-                // The application's kernel sends again what is not read: to the next agent, or to nobody.
-                () = on.drain.stop.cancelled() => {}
+                () = on.drain.cut.cancelled() => {}
                 () = ring.forward(|held| opening::handle_record(&on, held)) => {}
             }
         }));
@@ -129,6 +128,9 @@ impl Entrance {
         tokio::select! {
             () = pod.closed.cancelled() => return,
             () = proxy.drain.stop.cancelled() => {}
+        }
+        if !proxy.drain.alone.is_cancelled() {
+            openings.cancel_spread();
         }
         tokio::select! {
             () = pod.closed.cancelled() => {}

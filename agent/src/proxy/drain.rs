@@ -11,6 +11,8 @@ const CUT: Duration = Duration::from_secs(1);
 /// Shared by everything that serves connections.
 #[derive(Debug, Clone, Default)]
 pub struct Drain {
+    /// Cancelled before `stop` if no other agent takes over.
+    pub alone: CancellationToken,
     /// Cancelled when no new connection is taken any more. A session ends with its flow from then on.
     pub stop: CancellationToken,
     /// Cancelled when sessions without a flow end.

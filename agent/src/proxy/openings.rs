@@ -29,8 +29,8 @@ use crate::enrol::Pod;
 /// stays in its table of pending ones: `connect()` then fails with ENOBUFS. This bound holds also where ends of connections
 /// were not handed over. Further SYNs are not answered, as with a full backlog, and the application's kernel sends them again.
 pub const OPENINGS_MAX: usize = limits::CAPTURED_PER_POD as usize;
-/// SYNs of pods that this agent does not serve yet, over all pods. The oldest make room, and are sent again.
-const PARKED_MAX: usize = 1024;
+/// SYNs of one pod that this agent does not serve yet. The oldest make room, and are sent again.
+const PARKED_PER_POD: usize = 64;
 
 /// The connections of one pod that are being opened.
 #[derive(Debug)]
@@ -48,7 +48,7 @@ pub struct PodOpenings {
 pub enum Hold {
     /// It opens a connection.
     New(ToOpen),
-    /// It repeats one that is being opened.
+    /// It repeats one that is being opened, or comes after the end of the pod.
     Known,
     /// It is not answered, because the pod opens too many.
     Full,
@@ -91,8 +91,7 @@ impl PodOpenings {
     /// has taken over from.
     #[must_use]
     pub fn is_own_target(&self, ends: &HeldEnds) -> bool {
-        let port = ends.target.port();
-        port == self.pod.capture_port() || (ends.target.is_ipv6() && !tcp_port::is_reserved(port))
+        ends.target.port() == self.pod.capture_port() || is_spread(ends)
     }
 
     /// Lets the other agent accept a connection that it knows nothing of: it connects to the destination then.
@@ -142,11 +141,25 @@ impl PodOpenings {
         drop(self.remove_if(ends, |opening| opening.id == id));
     }
 
-    /// Cancels all openings.
-    pub fn cancel_all(&self) {
-        let openings = std::mem::take(&mut self.table().openings);
+    /// Cancels all openings, and lets no other begin.
+    pub fn close(&self) {
+        let mut table = self.table();
+        table.is_closed = true;
+        let openings = std::mem::take(&mut table.openings);
+        drop(table);
         drop(openings);
         self.emptied.notify_waiters();
+    }
+
+    /// Cancels the openings of spread connections. The kernel gives those to the agent that takes over, which opens them anew.
+    pub fn cancel_spread(&self) {
+        let mut table = self.table();
+        table.openings.retain(|ends, _| !is_spread(ends));
+        let is_empty = table.openings.is_empty();
+        drop(table);
+        if is_empty {
+            self.emptied.notify_waiters();
+        }
     }
 
     /// Returns the number of connections that are being opened.
@@ -193,8 +206,10 @@ impl PodOpenings {
 #[derive(Debug, Default)]
 struct Table {
     openings: HashMap<HeldEnds, Opening>,
-    /// Number of openings so far, which tells them apart.
+    /// Number of openings so far, which distinguishes them.
     started: u64,
+    /// No opening begins any more.
+    is_closed: bool,
 }
 
 #[derive(Debug)]
@@ -215,6 +230,9 @@ impl Table {
         {
             known.syn = syn;
             return (Hold::Known, known.is_delivered.then(|| known.syn.clone()));
+        }
+        if self.is_closed {
+            return (Hold::Known, None);
         }
         if self.openings.len() >= OPENINGS_MAX {
             return (Hold::Full, None);
@@ -238,6 +256,20 @@ impl Table {
     }
 }
 
+impl Pods {
+    fn park(&mut self, held: HeldConnect) {
+        let mut of_pod = self.parked.iter().enumerate().filter(|(_, parked)| parked.slot == held.slot);
+        let Some((oldest, _)) = of_pod.next() else { return self.parked.push_back(held) };
+        if self.parked.iter().any(|parked| is_same_syn(parked, &held)) {
+            return;
+        }
+        if self.parked.iter().filter(|parked| parked.slot == held.slot).count() >= PARKED_PER_POD {
+            self.parked.remove(oldest);
+        }
+        self.parked.push_back(held);
+    }
+}
+
 /// The openings of all pods, by slot.
 #[derive(Debug, Default)]
 pub struct Openings(Mutex<Pods>);
@@ -254,10 +286,12 @@ impl Openings {
     pub fn add(&self, openings: &Arc<PodOpenings>) -> Vec<HeldConnect> {
         let mut pods = self.lock();
         pods.by_slot.insert(openings.pod.slot(), Arc::clone(openings));
-        let (own, others) =
-            std::mem::take(&mut pods.parked).into_iter().partition(|held| held.slot == openings.pod.slot());
-        pods.parked = others;
-        Vec::from(own)
+        let parked = std::mem::take(&mut pods.parked).into_iter();
+        let (of_slot, others): (Vec<_>, Vec<_>) = parked.partition(|held| held.slot == openings.pod.slot());
+        pods.parked = others.into();
+        // Another pod may have had the slot before.
+        let is_own = |held: &HeldConnect| held.netns_cookie == openings.pod.netns.cookie();
+        of_slot.into_iter().filter(is_own).collect()
     }
 
     /// No longer serves a pod, and cancels what is being opened.
@@ -267,7 +301,7 @@ impl Openings {
             pods.by_slot.remove(&openings.pod.slot());
         }
         drop(pods);
-        openings.cancel_all();
+        openings.close();
     }
 
     /// Returns the openings of the pod that a held connection is of. Keeps the connection if its pod is not served yet.
@@ -278,25 +312,21 @@ impl Openings {
             let is_same = openings.pod.netns.cookie() == held.netns_cookie;
             return is_same.then(|| (Arc::clone(openings), held));
         }
-        if pods.parked.len() >= PARKED_MAX {
-            pods.parked.pop_front();
-        }
-        let is_new = !pods.parked.iter().any(|parked| is_same_syn(parked, &held));
-        if is_new {
-            pods.parked.push_back(held);
-        }
+        pods.park(held);
         None
     }
 
-    /// Cancels the opening of a connection that has ended.
-    pub fn cancel(&self, slot: u32, ends: &HeldEnds) {
+    /// Cancels the opening of a connection that has ended, of the pod with this slot and network namespace.
+    pub fn cancel(&self, (slot, netns_cookie): (u32, u64), ends: &HeldEnds) {
         let mut pods = self.lock();
         let Some(openings) = pods.by_slot.get(&slot).map(Arc::clone) else {
-            pods.parked.retain(|parked| parked.slot != slot || parked.syn.ends() != *ends);
+            pods.parked.retain(|parked| parked.netns_cookie != netns_cookie || parked.syn.ends() != *ends);
             return;
         };
         drop(pods);
-        openings.cancel(ends);
+        if openings.pod.netns.cookie() == netns_cookie {
+            openings.cancel(ends);
+        }
     }
 
     /// Returns the number of connections that are being opened.
@@ -309,6 +339,11 @@ impl Openings {
     fn lock(&self) -> MutexGuard<'_, Pods> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Returns true for a connection that is spread over ports of `::1`: the kernel gives it to the agent that serves the pod now.
+fn is_spread(ends: &HeldEnds) -> bool {
+    ends.target.is_ipv6() && !tcp_port::is_reserved(ends.target.port())
 }
 
 fn is_same_syn(one: &HeldConnect, other: &HeldConnect) -> bool {

@@ -148,26 +148,27 @@ impl Address {
 
     /// Returns the loopback address that a captured connection to `self:port` is redirected to.
     ///
-    /// IPv4 addresses lie in 127.96.0.0/12 and depend on the destination and port alone. Each target has its own source
+    /// IPv4 addresses lie in 127.96.0.0/12 and depend on the destination, the port and the pod's `secret`, so that no other pod
+    /// foresees the ends of its connections. Each target has its own source
     /// ports, so a pod has 28,000 concurrent flows (the kernel's default) to each destination, and not to all together.
     /// The (address, port) pair that the server sees stays unique among concurrent flows, as without Tacit.
     ///
     /// IPv6 has one loopback address, so connections are spread over ports: [`Self::capture_port_v6`].
     #[inline(always)]
     #[must_use]
-    pub const fn capture_target(&self, port: u16) -> Self {
+    pub const fn capture_target(&self, port: u16, secret: u32) -> Self {
         if !self.is_v4() {
             return Self::LOOPBACK_V6;
         }
         // Fibonacci hashing: the high bits of the product depend on every bit of the input.
-        let mixed = (self.0[3] ^ ((port as u32) << 16 | port as u32)).wrapping_mul(0x9e37_79b9);
+        let mixed = (self.0[3] ^ secret ^ ((port as u32) << 16 | port as u32)).wrapping_mul(0x9e37_79b9);
         let host = 0x7f60_0000 | (mixed >> 12);
         Self::from_v4_be(host.to_be())
     }
 
     /// Returns the port of `::1` that a captured connection to the IPv6 address `self` and `port` is redirected to.
     ///
-    /// The port depends on the destination address and port alone, as with IPv4. The destinations of one of the
+    /// The port depends on the destination address and port alone. The destinations of one of the
     /// [`tcp_port::CAPTURE_V6_COUNT`] targets share its source ports (28,000 by default).
     #[inline(always)]
     #[must_use]
@@ -264,7 +265,7 @@ mod tests {
             assert!(source.is_loopback() && (64..80).contains(&source.octets()[13]), "{:?}", source.octets());
             assert!(!source.may_be_reported_to(&pod));
             assert!(source.may_be_reported_to(&local), "a connection inside the pod");
-            assert!(!source.same(&pod.capture_target(80)));
+            assert!(!source.same(&pod.capture_target(80, 5)));
             assert_eq!(source.unspecified(), v4(0, 0, 0, 0));
         }
         let source = Address::dial_source(false, 7);
@@ -283,14 +284,16 @@ mod tests {
         let mut seen = HashSet::new();
         for host in 0..=255_u8 {
             for port in [80_u16, 443, 3306, 8080] {
-                let target = v4(10, 77, 1, host).capture_target(port);
+                let target = v4(10, 77, 1, host).capture_target(port, 5);
                 assert!(target.is_loopback() && target.octets()[13] >= 96, "{:?}", target.octets());
                 seen.insert(target);
             }
         }
         assert!(seen.len() > 1000, "only {} targets for 1024 destinations", seen.len());
-        assert_eq!(v4(10, 77, 1, 1).capture_target(80), v4(10, 77, 1, 1).capture_target(80));
+        assert_eq!(v4(10, 77, 1, 1).capture_target(80, 5), v4(10, 77, 1, 1).capture_target(80, 5));
+        assert_ne!(v4(10, 77, 1, 1).capture_target(80, 5), v4(10, 77, 1, 1).capture_target(80, 6));
     }
+
     #[test]
     fn ipv6_destinations_are_spread_evenly_over_all_capture_ports() {
         type Destination = fn(u16) -> ([u16; 8], u16);
@@ -310,7 +313,7 @@ mod tests {
                 let address = Address::from_octets(Ipv6Addr::from(words).octets());
                 let target = address.capture_port_v6(port);
                 assert_eq!(target, address.capture_port_v6(port), "a function of the destination");
-                assert_eq!(address.capture_target(port), Address::LOOPBACK_V6);
+                assert_eq!(address.capture_target(port, 5), Address::LOOPBACK_V6);
                 flows[usize::from(target - tcp_port::CAPTURE_V6_FIRST)] += 1;
             }
             let even = 1024 / count;

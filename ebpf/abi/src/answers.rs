@@ -42,6 +42,13 @@ pub(crate) const fn mix(mut value: u64) -> u64 {
     value ^ value >> 33
 }
 
+/// Returns a number that depends on the pod with this slot, and that no pod can foresee.
+#[inline(always)]
+#[must_use]
+pub const fn pod_secret(seed: u64, slot: u32) -> u32 {
+    mix(seed ^ slot as u64) as u32
+}
+
 /// Returns the first of a flow's cells in the array, and the tag that marks the flow. `None` for a pod without a slot.
 #[inline(always)]
 #[must_use]
@@ -121,6 +128,14 @@ mod tests {
         let tags: std::collections::HashSet<_> =
             others.iter().chain(&ports).chain([&flow]).map(|packet| tag(packet).expect("a slot")).collect();
         assert_eq!(tags.len(), others.len() + ports.len() + 1);
+    }
+
+    #[test]
+    fn each_pod_and_seed_has_a_secret_of_its_own() {
+        let secrets: std::collections::HashSet<_> = (0..4)
+            .flat_map(|seed| (0..limits::SLOTS).map(move |slot| pod_secret(seed << 32, slot)))
+            .collect();
+        assert_eq!(secrets.len(), 4 * limits::SLOTS as usize);
     }
 
     #[test]

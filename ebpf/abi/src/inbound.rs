@@ -24,11 +24,12 @@ impl Inbound {
         NodeFlow::new(node, pod, crate::protocol::TCP)
     }
 
-    /// Returns true for the targets of captured connections.
+    /// Returns true for the targets of captured connections, see `Address::capture_target`.
     #[inline(always)]
     #[must_use]
     pub const fn is_to_capture(&self) -> bool {
-        self.tuple().is_to_capture()
+        let is_v4 = self.local.is_v4() && self.local.is_loopback() && tcp_port::is_capture(self.port);
+        is_v4 || self.tuple().is_spread()
     }
 
     /// Returns the connection as its connecting side sees it. The namespace cookie is 0, because sk_lookup cannot read it.
@@ -91,7 +92,7 @@ pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
     // The kernel drops packets from outside with one of its own addresses or a loopback address as source. A pod that
     // sets route_localnet admits a loopback source, but its answer stays in the pod.
     if flow.local.is_loopback() || flow.remote.is_loopback() || flow.local.same(&flow.remote) {
-        if flow.local.is_loopback() && tcp_port::is_capture(flow.port) && facts.is_in_handshake(flow) {
+        if flow.local.is_v4() && flow.is_to_capture() && facts.is_in_handshake(flow) {
             return Steer::Discard(Reason::InboundRaced);
         }
         return Steer::Pass(Reason::InboundLocal);
@@ -132,14 +133,15 @@ fn captured(facts: &impl InboundFacts, flow: &Inbound, key: &Tuple) -> Steer {
     let Some(steered) = facts.steered(&key.local) else {
         return Steer::Drop(Reason::InboundReserved);
     };
+    // The end of the handshake removes the entry.
+    if facts.is_in_handshake(flow) {
+        return Steer::Discard(Reason::InboundRaced);
+    }
     if !facts.is_captured(key) {
         return Steer::Drop(Reason::InboundReserved);
     }
     if facts.is_stale() {
         return Steer::Drop(Reason::InboundStale);
-    }
-    if facts.is_in_handshake(flow) {
-        return Steer::Discard(Reason::InboundRaced);
     }
     Steer::Capture(steered.slot, Reason::InboundLocal)
 }
@@ -320,7 +322,8 @@ mod tests {
             (In { steered: None, ..facts }, sent, reserved),
             (In { stale: true, ..facts }, sent, Steer::Drop(Reason::InboundStale)),
             (In { handshake: true, ..facts }, sent, Steer::Discard(Reason::InboundRaced)),
-            (In { handshake: true, captured: false, ..facts }, sent, reserved),
+            (In { handshake: true, captured: false, ..facts }, sent, Steer::Discard(Reason::InboundRaced)),
+            (In { handshake: true, steered: None, ..facts }, sent, reserved),
             (facts, Inbound { remote: Address::LOOPBACK_V6, ..sent }, local),
             (facts, Inbound { port: last + 1, ..sent }, local),
             (facts, Inbound { port: tcp_port::CAPTURE_V6_FIRST - 1, ..sent }, local),

@@ -11,9 +11,9 @@ use crate::{Inbound, answers::mix};
 
 /// Cells; a power of two.
 pub const RECENT_CELLS: u32 = 1 << 16;
-/// Time after a SYN in which what comes without a socket is no SYN. The segment follows within some microseconds, and
-/// the kernel repeats a SYN after a second.
-const RECENT_MILLISECONDS: u64 = 20;
+/// Time after a SYN in which what comes without a socket is no SYN. The segment follows within some microseconds. The
+/// kernel repeats a SYN after a second, and few clients use the same ends again at once.
+const RECENT_MILLISECONDS: u64 = 5;
 const MILLISECOND: u64 = 1_000_000;
 /// Bits of a cell that hold the time in milliseconds, which wrap around after four hours.
 const TIME_BITS: u32 = 24;

@@ -325,7 +325,7 @@ proptest! {
 
     #[test]
     fn capture_targets_are_loopback_and_apart_from_dial_sources(address in address(), port: u16, hash: u32) {
-        let target = address.capture_target(port);
+        let target = address.capture_target(port, hash);
         let source = Address::dial_source(address.is_v4(), hash);
         prop_assert!(target.is_loopback() && source.is_loopback());
         if address.is_v4() {
@@ -490,7 +490,7 @@ proptest! {
             && !remote.is_loopback();
         let is_local = local.is_loopback() || remote.is_loopback() || local == remote;
         let is_agents = port == tcp_port::TUNNEL || tcp_port::is_reserved(port);
-        let is_missed = facts.handshake && local.is_loopback() && tcp_port::is_capture(port);
+        let is_missed = facts.handshake && local.is_v4() && local.is_loopback() && tcp_port::is_capture(port);
         let expected = !is_spread
             && !is_missed
             && (is_local

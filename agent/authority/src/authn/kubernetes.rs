@@ -15,7 +15,7 @@ use kube::{
 };
 use tacit_core::{
     error_chain::format_chain,
-    spiffe::{DEFAULT_ACCOUNT, SpiffeId, TrustDomain},
+    spiffe::{SpiffeId, TrustDomain},
 };
 use tokio::{sync::Semaphore, time::timeout};
 
@@ -90,22 +90,8 @@ impl Kubernetes {
     /// Returns true if `node` has a pod of `identity` that may run. The API server may send empty pages, so all pages are read.
     /// The timeout bounds their number.
     pub(super) async fn has_pod(&self, node: &str, identity: &SpiffeId) -> Result<bool, RequestRefusal> {
-        for account in accounts_in_specs(identity) {
-            if self.has_pod_of_account(node, identity, account).await? {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    async fn has_pod_of_account(
-        &self,
-        node: &str,
-        identity: &SpiffeId,
-        account: &str,
-    ) -> Result<bool, RequestRefusal> {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), identity.namespace());
-        let mut page = ListParams::default().fields(&selector(node, account)).limit(PAGE_PODS_MAX);
+        let mut page = ListParams::default().fields(&selector(node, identity)).limit(PAGE_PODS_MAX);
         let found = self.ask("list pods", async {
             loop {
                 let pods = api.list(&page).await?;
@@ -204,16 +190,9 @@ fn node_of(pod: Option<&Pod>, bearer: &Bearer) -> Result<String, RequestRefusal>
     node.ok_or_else(|| no_node("its pod is on no node"))
 }
 
-/// Returns the names of the account of `identity` in specs of pods. A static pod has none, and means [`DEFAULT_ACCOUNT`].
-fn accounts_in_specs(identity: &SpiffeId) -> Vec<&str> {
-    match identity.service_account() {
-        DEFAULT_ACCOUNT => vec![DEFAULT_ACCOUNT, ""],
-        account => vec![account],
-    }
-}
-
-/// Selects the pods of `account` on `node` that have not ended. Ended pods of Jobs would fill the pages.
-fn selector(node: &str, account: &str) -> String {
+/// Selects the pods of `identity` on `node` that have not ended. Ended pods of Jobs would fill the pages.
+fn selector(node: &str, identity: &SpiffeId) -> String {
+    let account = identity.service_account();
     format!(
         "spec.nodeName={node},spec.serviceAccountName={account},status.phase!=Succeeded,status.phase!=Failed"
     )
@@ -223,8 +202,8 @@ fn selector(node: &str, account: &str) -> String {
 fn counts(pod: &Pod, node: &str, identity: &SpiffeId) -> bool {
     let namespace = pod.metadata.namespace.as_deref() == Some(identity.namespace());
     let spec = pod.spec.as_ref().is_some_and(|spec| {
-        let account = spec.service_account_name.as_deref().unwrap_or_default();
-        spec.node_name.as_deref() == Some(node) && accounts_in_specs(identity).contains(&account)
+        spec.node_name.as_deref() == Some(node)
+            && spec.service_account_name.as_deref() == Some(identity.service_account())
     });
     let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
     namespace && spec && matches!(phase, Some("Pending" | "Running" | "Unknown"))

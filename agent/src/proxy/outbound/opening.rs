@@ -9,8 +9,9 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
+use tacit_abi::tcp_port;
 use tacit_core::{
-    refusal::{Refusal, RefusalReason},
+    refusal::{ConnectEnd, Refusal, RefusalReason},
     shares::connections::Connection,
 };
 use tacit_kernel::held::{Held, HeldConnect};
@@ -39,7 +40,7 @@ pub fn handle_record(proxy: &Arc<Proxy>, held: Held) {
                 start(proxy, &openings, held);
             }
         }
-        Held::Ended { slot, ends } => proxy.openings.cancel(slot, &ends),
+        Held::Ended { slot, netns_cookie, ends } => proxy.openings.cancel((slot, netns_cookie), &ends),
     }
 }
 
@@ -47,7 +48,23 @@ pub fn handle_record(proxy: &Arc<Proxy>, held: Held) {
 pub fn start(proxy: &Arc<Proxy>, openings: &Arc<PodOpenings>, held: HeldConnect) {
     let HeldConnect { destination, syn, is_repeated, .. } = held;
     let ends = syn.ends();
+    if proxy.drain.stop.is_cancelled() && !openings.has(&ends) {
+        // Another agent gets the next repetition. Without one nobody would answer.
+        if proxy.drain.alone.is_cancelled() {
+            openings.refuse_unknown(&syn);
+        }
+        return;
+    }
+    let client = ends.client.ip();
+    let is_client = client.is_loopback() || openings.pod.workload.addresses.contains(&client);
+    if !is_client || !ends.target.ip().is_loopback() {
+        // Rules of the pod have changed it.
+        return;
+    }
     if !openings.is_own_target(&ends) {
+        if !tcp_port::is_capture(ends.target.port()) || !proxy.dialer.is_waiting(&openings.pod, &ends) {
+            return;
+        }
         // The agent that this one has taken over from ends what it has begun. Its SYNs come here.
         match (proxy.dialer.has_listener(&openings.pod, &ends), is_repeated) {
             (false, _) => openings.refuse_unknown(&syn),
@@ -86,7 +103,8 @@ pub fn start(proxy: &Arc<Proxy>, openings: &Arc<PodOpenings>, held: HeldConnect)
     proxy.spawn_flow(home, move |load| async move {
         relay::connection_started();
         // Boxed, so that a flow does not keep room for what is needed only until both ends are connected.
-        let carried = Box::pin(open(on, openings, destination, to_open, permit.unread_bytes())).await;
+        let carried =
+            Box::pin(open(on, openings, (destination, is_repeated), to_open, permit.unread_bytes())).await;
         if let Some(carried) = carried {
             carried.await;
         }
@@ -94,12 +112,12 @@ pub fn start(proxy: &Arc<Proxy>, openings: &Arc<PodOpenings>, held: HeldConnect)
     });
 }
 
-/// Connects an upstream, then has the kernel connect the application. Returns the relay between both. The application's
+/// Connects an upstream to the destination of a SYN, which may be a repeated one, then has the kernel connect the application. Returns the relay between both. The application's
 /// connection keeps at most `unread_bytes`, times what loopback adds.
 async fn open(
     proxy: Arc<Proxy>,
     openings: Arc<PodOpenings>,
-    destination: SocketAddr,
+    (destination, is_repeated): (SocketAddr, bool),
     to_open: ToOpen,
     unread_bytes: Option<u32>,
 ) -> Option<Carried> {
@@ -133,7 +151,10 @@ async fn open(
         Err(refusal) => {
             // A connection that was accepted early is reset when it is dropped, as its listener is set up.
             openings.refuse(&ends, id, refusal.connect_end);
-            proxy.report(Reporter::Source, addresses, refusal);
+            // A connection that is not answered is opened again with each repetition of its SYN.
+            if !(is_repeated && refusal.connect_end == ConnectEnd::Unanswered) {
+                proxy.report(Reporter::Source, addresses, refusal);
+            }
             return None;
         }
     };

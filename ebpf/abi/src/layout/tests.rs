@@ -65,7 +65,7 @@ fn only_a_spread_connection_is_stored_without_its_namespace() {
         (Address::LOOPBACK_V6, last, true),
         (Address::LOOPBACK_V6, last + 1, false),
         (V6, first, false),
-        (V4.capture_target(80), first, false),
+        (V4.capture_target(80, 5), first, false),
     ];
     for (remote, remote_port, expected) in table {
         let tuple = Tuple { netns_cookie: 7, local: V6, remote, local_port: 40_000, remote_port };

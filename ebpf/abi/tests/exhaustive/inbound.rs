@@ -82,7 +82,7 @@ impl Facts {
 
     /// Returns true for segments of captured IPv4 connections that missed the socket of the handshake.
     fn is_missed_segment(&self) -> bool {
-        let is_target = is_loopback(&self.subject.local) && [15001, 15002].contains(&self.subject.port);
+        let is_target = self.subject.local == LOOPBACK_V4 && [15001, 15002].contains(&self.subject.port);
         is_target && !self.is_to_spread_port() && self.handshake()
     }
 
@@ -149,8 +149,8 @@ fn specified(facts: &Facts) -> Steer {
     let fresh = |steer| if facts.stale() { Steer::Drop(Reason::InboundStale) } else { steer };
     if facts.is_to_spread_port() {
         let is_ours = facts.entry().is_some() && facts.captured();
-        return if is_ours && facts.handshake() {
-            fresh(Steer::Discard(Reason::InboundRaced))
+        return if facts.entry().is_some() && facts.handshake() {
+            Steer::Discard(Reason::InboundRaced)
         } else if is_ours {
             fresh(Steer::Capture(SLOT, Reason::InboundLocal))
         } else {

@@ -120,21 +120,3 @@ fn a_pod_counts_while_it_may_run_on_that_node() {
         assert_eq!(counts(&pod, "a", &web), expected, "{pod:?}");
     }
 }
-
-#[test]
-fn a_static_pod_without_an_account_has_the_default_one() {
-    let [default, web] = ["default", "web"].map(|account| {
-        SpiffeId::parse(&format!("spiffe://cluster.local/ns/shop/sa/{account}")).expect("valid")
-    });
-    assert_eq!((accounts_in_specs(&default), accounts_in_specs(&web)), (vec!["default", ""], vec!["web"]));
-    for (account, of_default, of_web) in [
-        (Value::Null, true, false),
-        (json!(""), true, false),
-        (json!("default"), true, false),
-        (json!("web"), false, true),
-    ] {
-        let pod = pod(|it| it["spec"]["serviceAccountName"] = account.clone());
-        let counted = [&default, &web].map(|identity| counts(&pod, "a", identity));
-        assert_eq!(counted, [of_default, of_web], "{account}");
-    }
-}

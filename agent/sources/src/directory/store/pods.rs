@@ -5,16 +5,14 @@
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
-use tacit_core::{
-    directory::{AddressConflict, Connect, Protocol, Workload},
-    spiffe::DEFAULT_ACCOUNT,
-};
+use tacit_core::directory::{AddressConflict, Connect, Protocol, Workload};
 
 use super::{
     super::{cgroup::PodUid, objects::Pod},
     DEPARTED_MAX, DirectoryStore, full_name, protocol,
 };
 
+const DEFAULT_ACCOUNT: &str = "default";
 /// Maximum length of a value in a message, in characters.
 const SHOWN_MAX: usize = 64;
 
