@@ -5,7 +5,7 @@
 //! agent dials --TCP_CONNECT--> DIALLED[tuple]  = client        --PASSIVE_ESTABLISHED at the application's socket:
 //!                                                                the entry moves into that socket's storage
 //!             the same, without room for its entry --> marked: the guard drops it, and the agent refuses the connection
-//! either      --CLOSE--------> the entry is removed if it still exists; the agent is told that a captured connection has
+//! either      --CLOSE--------> the entry is removed if it still exists; the agent gets a record if a captured connection has
 //!                              ended whose handshake with its listener had not
 //! agent's listener            --TIMEOUT_INIT--> a captured connection's handshake has a socket, see `recent`
 //! others with plaintext       --PASSIVE_ESTABLISHED--> the application's socket is marked for the guard

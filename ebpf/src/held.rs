@@ -121,7 +121,7 @@ fn hand_over(skb: &Skb<'_>, pod: &Pod, destination: Destination) -> bool {
     true
 }
 
-/// Tells the agent that the application of the slot's pod has closed a captured connection whose handshake with the agent's
+/// Reports to the agent that the application of the slot's pod has closed a captured connection whose handshake with the agent's
 /// listener had not ended. A record that is lost costs the agent an opening that it gives up later.
 #[inline(always)]
 pub fn ended(tuple: &Tuple, slot: u32) {

@@ -410,6 +410,24 @@ fn a_segment_that_misses_the_socket_of_its_handshake_is_not_answered() -> Result
     })
 }
 
+/// With SYN cookies the segment that ends the handshake has no socket. Kubernetes lets every pod set this sysctl.
+#[test]
+#[ignore = "needs root"]
+fn a_pod_whose_kernel_sends_a_cookie_with_every_answer_is_connected() -> Result<()> {
+    let mesh = Plan::new("cookies").pod("a", "shop", "client").pod("b", "shop", "far").with_agents()?;
+    mesh.pod("client")?.netns().enter(|| fs::write("/proc/sys/net/ipv4/tcp_syncookies", "2"))??;
+    let far = mesh.pod("far")?;
+    for (way, steps) in [("speak", ANSWERS), ("listen", SPEAKS)] {
+        for family in ALL {
+            let to = SocketAddr::new(address(far, family), fresh_port());
+            let _server = Server::start(far, SocketAddr::new(to.ip().to_canonical(), to.port()), steps)?;
+            let seen = run_probe(&mesh, to, way)?;
+            ensure!(seen["connect"] == "ok" && seen["recv"].as_u64() > Some(0), "{way} {family:?}: {seen}");
+        }
+    }
+    Ok(())
+}
+
 fn plan() -> Plan {
     let policy = ["far", "near"].map(|pod| {
         format!(

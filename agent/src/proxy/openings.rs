@@ -59,7 +59,7 @@ pub enum Hold {
 pub struct ToOpen {
     /// Its ends in the pod.
     pub ends: HeldEnds,
-    /// Tells it from others with the same ends.
+    /// Distinguishes connections with the same ends.
     pub id: u64,
     /// Receives the application's connection; an error if the connection is no longer wanted.
     pub accepted: oneshot::Receiver<TcpStream>,
@@ -94,7 +94,7 @@ impl PodOpenings {
         ends.target.port() == self.pod.capture_port() || is_spread(ends)
     }
 
-    /// Lets the other agent accept a connection that it knows nothing of: it connects to the destination then.
+    /// Lets the other agent accept a connection that it has no opening for: it connects to the destination then.
     pub fn pass_foreign(&self, syn: &Syn) {
         self.log_failure(self.injector.deliver(syn));
     }

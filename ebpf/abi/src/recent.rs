@@ -1,4 +1,4 @@
-//! Captured connections whose handshake has a socket since a moment ago: what tells a SYN from a segment that missed its socket.
+//! Captured connections whose handshake has a socket since a moment ago: what distinguishes a SYN from a segment that missed its socket.
 //!
 //! The SYN of a held connection is delivered on one CPU, and the application's first segment can arrive on another while the
 //! kernel replaces the handshake's socket with the connection's. Before Linux 6.19 a look-up at that moment finds neither, goes on
