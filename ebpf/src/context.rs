@@ -361,35 +361,50 @@ impl SockOps<'_> {
         unsafe { bpf_get_netns_cookie(self.0.as_ptr()) }
     }
 
-    /// Returns addresses and ports of the connection. Call it before any branch: LLVM merges loads of several branches into
-    /// one with a computed offset, which the verifier rejects for contexts.
+    /// Loads both ends of the connection. Call it before any branch: LLVM merges loads of several branches into one with a
+    /// computed offset, which the verifier rejects for contexts.
     #[inline(always)]
-    pub fn ends(&self) -> Ends {
+    pub fn load_ends(&self) -> BothFamilies {
         let ops = self.0.ops;
-        let v4 = load!(ops, family) == AF_INET;
-        Ends {
-            local: pick(v4, load!(ops, local_ip4), load_words!(ops, local_ip6)),
-            remote: pick(v4, load!(ops, remote_ip4), load_words!(ops, remote_ip6)),
+        BothFamilies {
+            is_v4: load!(ops, family) == AF_INET,
+            v4: (Address::from_v4_be(load!(ops, local_ip4)), Address::from_v4_be(load!(ops, remote_ip4))),
+            v6: (Address(load_words!(ops, local_ip6)), Address(load_words!(ops, remote_ip6))),
             local_port: load!(ops, local_port),
             // The kernel stores the port in network order in the upper half of the word.
             remote_port: u32::from_be(load!(ops, remote_port)),
         }
     }
+}
 
-    /// Returns both ends in a handshake that the kernel has just made a socket for: the ones of IPv4, and those of IPv6. The socket's
-    /// family is its listener's, so it does not say which of them hold. As in [`SockOps::ends`], nothing branches before all loads.
+/// Ends of a connection as the context has them: addresses of both families, and which of them hold.
+pub struct BothFamilies {
+    is_v4: bool,
+    /// Local and remote.
+    v4: (Address, Address),
+    v6: (Address, Address),
+    local_port: u32,
+    remote_port: u32,
+}
+
+impl BothFamilies {
+    /// Returns the ends of a connection.
     #[inline(always)]
-    pub fn handshakes(&self) -> [Inbound; 2] {
-        let ops = self.0.ops;
-        let (port, remote_port) =
-            (load!(ops, local_port) as u16, u32::from_be(load!(ops, remote_port)) as u16);
-        let (local_v4, remote_v4) = (load!(ops, local_ip4), load!(ops, remote_ip4));
-        let (local_v6, remote_v6) = (load_words!(ops, local_ip6), load_words!(ops, remote_ip6));
-        let flow = |local, remote| Inbound { local, remote, port, remote_port };
-        [
-            flow(Address::from_v4_be(local_v4), Address::from_v4_be(remote_v4)),
-            flow(Address(local_v6), Address(remote_v6)),
-        ]
+    pub fn ends(&self) -> Ends {
+        let (local, remote) = if self.is_v4 { self.v4 } else { self.v6 };
+        Ends { local, remote, local_port: self.local_port, remote_port: self.remote_port }
+    }
+
+    /// Returns the ends in a handshake that the kernel has just made a socket for, by IPv4 and by IPv6. The socket's family is its
+    /// listener's, so it does not say which of them hold.
+    #[inline(always)]
+    pub fn of_handshake(&self) -> [Inbound; 2] {
+        [self.v4, self.v6].map(|(local, remote)| Inbound {
+            local,
+            remote,
+            port: self.local_port as u16,
+            remote_port: self.remote_port as u16,
+        })
     }
 }
 
@@ -442,7 +457,7 @@ impl SkLookup<'_> {
         load!(self.0.lookup, protocol)
     }
 
-    /// Returns the inbound connection. As in [`SockOps::ends`], all fields are loaded before any branch.
+    /// Returns the inbound connection. As in [`SockOps::load_ends`], all fields are loaded before any branch.
     #[inline(always)]
     pub fn inbound(&self) -> Inbound {
         let raw = self.0.lookup;

@@ -41,11 +41,12 @@ const DONE: u32 = 1;
 #[inline(always)]
 pub fn run(ctx: &SockOpsContext) -> u32 {
     let sock = SockOps(ctx);
-    let (ends, handshakes) = (sock.ends(), sock.handshakes());
+    let loaded = sock.load_ends();
+    let ends = loaded.ends();
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => publish(&sock, &ends),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => inherit_names(&sock, &ends),
-        BPF_SOCK_OPS_TIMEOUT_INIT => note_handshake(&handshakes),
+        BPF_SOCK_OPS_TIMEOUT_INIT => note_handshake(&loaded.of_handshake()),
         BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => remove_pending(&sock, &ends),
         _ => {}
     }

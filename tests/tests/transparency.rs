@@ -33,7 +33,7 @@ const DENIED: u16 = 81;
 /// A difference of times that says nothing on a loaded machine.
 const NOISE_MS: u64 = 1500;
 
-/// Where a connection goes.
+/// Destination of a connection.
 #[derive(Debug, Clone, Copy)]
 enum To {
     /// An address of the pod, with a server that runs these steps.
@@ -175,7 +175,7 @@ fn connections_that_are_closed_early_leave_nothing() -> Result<()> {
     Ok(())
 }
 
-/// What a pod has too many of is its own loss.
+/// Connections beyond the share of a pod are its own loss.
 #[test]
 #[ignore = "needs root"]
 fn a_pod_that_floods_does_not_hold_up_others() -> Result<()> {

@@ -17,7 +17,7 @@ pub enum Fault {
     Other,
 }
 
-/// How `connect()` of the application ends, if it waits for the destination's answer.
+/// End of the application's `connect()`, if it waits for the destination's answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConnectEnd {
     /// It fails with ECONNREFUSED.
@@ -155,7 +155,7 @@ pub struct Refusal {
     pub detail: String,
     /// The proven identity of the source, for logs. `None` if the source proved none before the refusal.
     pub source: Option<SpiffeId>,
-    /// How `connect()` of the source ends, if it still waits.
+    /// End of the source's `connect()`, if it still waits.
     pub connect_end: ConnectEnd,
 }
 

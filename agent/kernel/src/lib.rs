@@ -155,7 +155,9 @@ pub enum KernelError {
         bound: usize,
     },
     /// The listener whose packets are dropped could not be opened.
-    #[error("listen on a port of the node's loopback: {0}")]
+    #[error(
+        "open the listener that discards, in a network namespace of its own: {0}; the agent needs CAP_SYS_ADMIN"
+    )]
     Discarding(#[source] io::Error),
     /// No thread to wait on.
     #[error("a thread to wait for another agent: {source}")]

@@ -163,6 +163,38 @@ pub(super) fn listeners() -> io::Result<Vec<Connection>> {
     sockets(LISTEN_STATE)
 }
 
+/// Returns true if a socket of the calling thread's namespace listens at `at`. The kernel looks for this one alone, however many
+/// sockets listen. Without its `inet_diag` module it finds none.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn is_listening(at: SocketAddr) -> io::Result<bool> {
+    let mut id = [0; DIAG_ID];
+    id[..2].copy_from_slice(&at.port().to_be_bytes());
+    // The other end is a loopback address without a port, which no connection has.
+    let family = match at.ip() {
+        IpAddr::V4(ip) => {
+            id[4..8].copy_from_slice(&ip.octets());
+            id[20..24].copy_from_slice(&Ipv4Addr::LOCALHOST.octets());
+            libc::AF_INET
+        }
+        IpAddr::V6(ip) => {
+            id[4..20].copy_from_slice(&ip.octets());
+            id[20..36].copy_from_slice(&Ipv6Addr::LOCALHOST.octets());
+            libc::AF_INET6
+        }
+    };
+    // Its cookie is not asked about.
+    id[40..].fill(0xff);
+    let netlink = Netlink::open(SockProtocol::NetlinkSockDiag)?;
+    let request = diag_request(family as u8, u32::MAX, &id);
+    match netlink.ask(SOCK_DIAG_BY_FAMILY, NLM_F_ACK, &request, |_, _| {}) {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 fn sockets(states: u32) -> io::Result<Vec<Connection>> {
     let netlink = Netlink::open(SockProtocol::NetlinkSockDiag)?;
     let mut found = Vec::new();
@@ -332,6 +364,25 @@ mod tests {
         let listening = listeners().expect("netlink");
         assert!(listening.iter().any(|c| c.local == remote), "{listening:?}");
         assert!(!listening.iter().any(|c| c.local == local), "{listening:?}");
+    }
+
+    #[test]
+    fn a_listener_is_found_by_its_address_and_by_any() {
+        let port_of = |listener: &TcpListener| listener.local_addr().expect("bound").port();
+        let at = |ip: &str, port| SocketAddr::new(ip.parse().expect("literal"), port);
+        let one = TcpListener::bind("127.0.0.1:0").expect("loopback");
+        let all = TcpListener::bind("[::]:0").expect("any");
+        let client = TcpStream::connect(one.local_addr().expect("bound")).expect("connect");
+        for (at, expected) in [
+            (at("127.0.0.1", port_of(&one)), true),
+            (at("127.0.0.2", port_of(&one)), false),
+            (at("::1", port_of(&one)), false),
+            (at("127.0.0.2", port_of(&all)), true),
+            (at("::1", port_of(&all)), true),
+            (client.local_addr().expect("bound"), false),
+        ] {
+            assert_eq!(is_listening(at).expect("netlink"), expected, "{at}");
+        }
     }
 
     #[test]

@@ -8,12 +8,16 @@ use std::{
     io::{self, IoSlice},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     os::fd::AsRawFd as _,
+    thread,
     time::Duration,
 };
 
-use nix::sys::socket::{
-    setsockopt,
-    sockopt::{IpBindAddressNoPort, TcpCongestion},
+use nix::{
+    sched::{CloneFlags, unshare},
+    sys::socket::{
+        setsockopt,
+        sockopt::{IpBindAddressNoPort, TcpCongestion},
+    },
 };
 use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 use tacit_abi::{Address, LOOPBACK_UNSENT_BYTES, LOST_CLIENT_MARK, Listener, tcp_port};
@@ -177,8 +181,8 @@ fn listener_at(port: u16) -> Result<Socket, ListenError> {
         .map_err(|source| ListenError::Listen { port, source })
 }
 
-/// Opens a listener on the node's loopback whose packets the kernel drops: none is answered, not even with a reset. The steering
-/// program redirects to it.
+/// Opens a listener whose packets the kernel drops: none is answered, not even with a reset. The steering program redirects to it.
+/// It has a network namespace of its own, so it takes no port of the node.
 ///
 /// # Errors
 /// The kernel's.
@@ -193,10 +197,14 @@ pub(super) fn discarding() -> io::Result<TcpListener> {
         socket.listen(1)?;
         Ok(socket)
     };
-    // Bound to an IPv6 address, it would serve no IPv4 packets.
-    open(Domain::IPV6, Ipv4Addr::LOCALHOST.to_ipv6_mapped().into())
-        .or_else(|_| open(Domain::IPV4, Ipv4Addr::LOCALHOST.into()))
-        .map(Into::into)
+    let in_new_namespace = move || {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        open(Domain::IPV6, Ipv6Addr::UNSPECIFIED.into())
+            .or_else(|_| open(Domain::IPV4, Ipv4Addr::UNSPECIFIED.into()))
+    };
+    // The thread ends in that namespace, which the socket keeps.
+    let opened = thread::Builder::new().spawn(in_new_namespace)?.join();
+    opened.map_err(|_| io::Error::other("the thread that opens it has panicked"))?.map(Into::into)
 }
 
 /// Accepts connections without registering them with a runtime: the thread that will serve one may be another.
@@ -339,13 +347,14 @@ fn set_option(socket: &Socket, level: libc::c_int, name: libc::c_int, value: lib
 )]
 pub struct ClientNotStored;
 
-/// Connects a socket of [`dialer`], which is in `netns`, within `limit`.
+/// Connects a socket of [`dialer`] within `limit`. It is in `netns`, where the agent listens at `own_port` for captured connections.
 ///
 /// # Errors
 /// As [`connected`]; [`ClientNotStored`] inside [`io::ErrorKind::Other`].
 pub async fn dialled(
     socket: Socket,
-    (netns, host): (&Netns, &HostNetns),
+    (netns, own_port): (&Netns, u16),
+    host: &HostNetns,
     to: SocketAddr,
     limit: Duration,
 ) -> io::Result<TcpStream> {
@@ -358,7 +367,7 @@ pub async fn dialled(
     }
     // The kernel answers a SYN from `::1` to a closed port of another address with nothing, while IPv4 has a reset. A
     // listener that does not answer either has a full backlog.
-    if to.is_ipv6() && matches!(has_listener(netns, host, to), Ok(false)) {
+    if to.is_ipv6() && matches!(has_listener((netns, own_port), host, to), Ok(false)) {
         return Err(io::ErrorKind::ConnectionRefused.into());
     }
     answered(socket, limit).await
@@ -393,17 +402,21 @@ async fn answered(socket: Socket, limit: Duration) -> io::Result<TcpStream> {
     }
 }
 
-/// Returns true if a socket of `netns` listens at `at`.
+/// Returns true if a socket of `netns` listens at `at`. An agent must listen there at `own_port`, for captured connections.
 ///
 /// # Errors
-/// When the namespace cannot be entered or its sockets cannot be listed.
-pub fn has_listener(netns: &Netns, host: &HostNetns, at: SocketAddr) -> io::Result<bool> {
-    let listeners = host.run_in(netns.file(), netlink::listeners)??;
-    let is_at = |local: SocketAddr| {
-        let is_any = local.ip().is_unspecified() && (local.is_ipv6() || at.is_ipv4());
-        local.port() == at.port() && (local.ip() == at.ip() || is_any)
-    };
-    Ok(listeners.iter().any(|listener| is_at(listener.local)))
+/// When the namespace cannot be entered, or the kernel does not find the agent's listener either.
+pub fn has_listener((netns, own_port): (&Netns, u16), host: &HostNetns, at: SocketAddr) -> io::Result<bool> {
+    let own = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), own_port);
+    host.run_in(netns.file(), || {
+        if netlink::is_listening(at)? {
+            Ok(true)
+        } else if netlink::is_listening(own)? {
+            Ok(false)
+        } else {
+            Err(io::Error::new(io::ErrorKind::Unsupported, "the kernel shows no listener (inet_diag)"))
+        }
+    })?
 }
 
 /// Writes as much of `slices` as fits. With `more` the last segment waits for what follows at once: more bytes or the end.

@@ -42,8 +42,8 @@ impl Dialer {
         socket.set_recv_buffer_size(unread_bytes)?;
         // An application decides by the address of its client: without the name there is no connection.
         self.kernel.maps.set_peer_name(&socket, client, pod.slot()).map_err(io::Error::other)?;
-        let here = (&pod.netns, &*self.host);
-        let connected = socket::dialled(socket, here, application, APPLICATION_CONNECT).await?;
+        let here = (&pod.netns, pod.capture_port());
+        let connected = socket::dialled(socket, here, &self.host, application, APPLICATION_CONNECT).await?;
         reset_if_dropped(&connected);
         Ok(connected)
     }
@@ -105,6 +105,6 @@ impl Dialer {
     /// Returns true if an agent listens for a held connection of `pod`.
     pub(super) fn has_listener(&self, pod: &Pod, ends: &HeldEnds) -> bool {
         // What cannot be seen is assumed: the application's kernel asks again.
-        socket::has_listener(&pod.netns, &self.host, ends.target).unwrap_or(true)
+        socket::has_listener((&pod.netns, pod.capture_port()), &self.host, ends.target).unwrap_or(true)
     }
 }

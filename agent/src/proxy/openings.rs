@@ -43,7 +43,7 @@ pub struct PodOpenings {
     emptied: Notify,
 }
 
-/// What becomes of a held SYN.
+/// Result of taking in a held SYN.
 #[derive(Debug)]
 pub enum Hold {
     /// It opens a connection.
@@ -256,20 +256,6 @@ impl Table {
     }
 }
 
-impl Pods {
-    fn park(&mut self, held: HeldConnect) {
-        let mut of_pod = self.parked.iter().enumerate().filter(|(_, parked)| parked.slot == held.slot);
-        let Some((oldest, _)) = of_pod.next() else { return self.parked.push_back(held) };
-        if self.parked.iter().any(|parked| is_same_syn(parked, &held)) {
-            return;
-        }
-        if self.parked.iter().filter(|parked| parked.slot == held.slot).count() >= PARKED_PER_POD {
-            self.parked.remove(oldest);
-        }
-        self.parked.push_back(held);
-    }
-}
-
 /// The openings of all pods, by slot.
 #[derive(Debug, Default)]
 pub struct Openings(Mutex<Pods>);
@@ -277,8 +263,8 @@ pub struct Openings(Mutex<Pods>);
 #[derive(Debug, Default)]
 struct Pods {
     by_slot: HashMap<u32, Arc<PodOpenings>>,
-    /// SYNs of pods that are not served yet: the programs of an agent run before it has looked at all pods.
-    parked: VecDeque<HeldConnect>,
+    /// SYNs of pods that are not served yet, by slot: the programs of an agent run before it has looked at all pods.
+    parked: HashMap<u32, VecDeque<HeldConnect>>,
 }
 
 impl Openings {
@@ -286,12 +272,10 @@ impl Openings {
     pub fn add(&self, openings: &Arc<PodOpenings>) -> Vec<HeldConnect> {
         let mut pods = self.lock();
         pods.by_slot.insert(openings.pod.slot(), Arc::clone(openings));
-        let parked = std::mem::take(&mut pods.parked).into_iter();
-        let (of_slot, others): (Vec<_>, Vec<_>) = parked.partition(|held| held.slot == openings.pod.slot());
-        pods.parked = others.into();
+        let mut parked = pods.parked.remove(&openings.pod.slot()).unwrap_or_default();
         // Another pod may have had the slot before.
-        let is_own = |held: &HeldConnect| held.netns_cookie == openings.pod.netns.cookie();
-        of_slot.into_iter().filter(is_own).collect()
+        parked.retain(|held| held.netns_cookie == openings.pod.netns.cookie());
+        parked.into()
     }
 
     /// No longer serves a pod, and cancels what is being opened.
@@ -312,7 +296,13 @@ impl Openings {
             let is_same = openings.pod.netns.cookie() == held.netns_cookie;
             return is_same.then(|| (Arc::clone(openings), held));
         }
-        pods.park(held);
+        let parked = pods.parked.entry(held.slot).or_default();
+        if !parked.iter().any(|other| is_same_syn(other, &held)) {
+            if parked.len() >= PARKED_PER_POD {
+                parked.pop_front();
+            }
+            parked.push_back(held);
+        }
         None
     }
 
@@ -320,7 +310,9 @@ impl Openings {
     pub fn cancel(&self, (slot, netns_cookie): (u32, u64), ends: &HeldEnds) {
         let mut pods = self.lock();
         let Some(openings) = pods.by_slot.get(&slot).map(Arc::clone) else {
-            pods.parked.retain(|parked| parked.netns_cookie != netns_cookie || parked.syn.ends() != *ends);
+            if let Some(parked) = pods.parked.get_mut(&slot) {
+                parked.retain(|held| held.netns_cookie != netns_cookie || held.syn.ends() != *ends);
+            }
             return;
         };
         drop(pods);

@@ -4,7 +4,11 @@
 //! [`ANSWER_WAYS`] cells, chosen by a keyed hash. A cell holds a second, independent part of the hash and the time of the
 //! pod's last datagram. A pod with more flows than cells loses its own oldest ones.
 
-use crate::{Packet, limits};
+use crate::{
+    Packet,
+    cells::{is_noted_within, mix, noted, tag},
+    limits,
+};
 
 /// Neighbouring cells in which a flow may be.
 pub const ANSWER_WAYS: u32 = 4;
@@ -12,9 +16,6 @@ pub const ANSWER_WAYS: u32 = 4;
 /// allows 120.
 const EXPECTED_SECONDS: u64 = 180;
 const SECOND: u64 = 1_000_000_000;
-/// Bits of a cell that hold the time in seconds, which wrap around after half a year.
-const TIME_BITS: u32 = 24;
-const TIME_MASK: u64 = (1 << TIME_BITS) - 1;
 
 /// Returns a flow's hash. It is the same for a datagram of the pod and for its answer.
 #[inline(always)]
@@ -32,23 +33,6 @@ fn hash(seed: u64, packet: &Packet) -> u64 {
     state
 }
 
-/// A bijection of 64 bits in which each bit of the input changes half of the output (murmur3's finalizer).
-#[inline(always)]
-pub(crate) const fn mix(mut value: u64) -> u64 {
-    value ^= value >> 33;
-    value = value.wrapping_mul(0xff51_afd7_ed55_8ccd);
-    value ^= value >> 33;
-    value = value.wrapping_mul(0xc4ce_b9fe_1a85_ec53);
-    value ^ value >> 33
-}
-
-/// Returns a number that depends on the pod with this slot, and that no pod can foresee.
-#[inline(always)]
-#[must_use]
-pub const fn pod_secret(seed: u64, slot: u32) -> u32 {
-    mix(seed ^ slot as u64) as u32
-}
-
 /// Returns the first of a flow's cells in the array, and the tag that marks the flow. `None` for a pod without a slot.
 #[inline(always)]
 #[must_use]
@@ -58,23 +42,21 @@ pub fn answer_cells(seed: u64, slot: u32, packet: &Packet) -> Option<(u32, u64)>
     }
     let hash = hash(seed, packet);
     let set = hash as u32 & (limits::ANSWERS_PER_POD - ANSWER_WAYS);
-    // An empty cell is 0, which no tag is.
-    Some((slot * limits::ANSWERS_PER_POD + set, (hash >> TIME_BITS | 1) << TIME_BITS))
+    Some((slot * limits::ANSWERS_PER_POD + set, tag(hash)))
 }
 
 /// Returns what a cell holds after a datagram of the flow `tag`.
 #[inline(always)]
 #[must_use]
 pub const fn remember(tag: u64, now: u64) -> u64 {
-    tag | (now / SECOND) & TIME_MASK
+    noted(tag, now / SECOND)
 }
 
 /// Returns true if `cell` says that answers of the flow `tag` are expected.
 #[inline(always)]
 #[must_use]
 pub const fn is_expected(cell: u64, tag: u64, now: u64) -> bool {
-    let age = (now / SECOND).wrapping_sub(cell) & TIME_MASK;
-    cell & !TIME_MASK == tag && age <= EXPECTED_SECONDS
+    is_noted_within(cell, tag, now / SECOND, EXPECTED_SECONDS)
 }
 
 #[cfg(test)]
@@ -131,30 +113,10 @@ mod tests {
     }
 
     #[test]
-    fn each_pod_and_seed_has_a_secret_of_its_own() {
-        let secrets: std::collections::HashSet<_> = (0..4)
-            .flat_map(|seed| (0..limits::SLOTS).map(move |slot| pod_secret(seed << 32, slot)))
-            .collect();
-        assert_eq!(secrets.len(), 4 * limits::SLOTS as usize);
-    }
-
-    #[test]
-    fn the_hash_is_murmur3s_finalizer() {
-        let known = [
-            (0, 0),
-            (1, 0xb456_bcfc_34c2_cb2c),
-            (2, 0x3abf_2a20_6506_83e7),
-            (u64::MAX, 0x64b5_720b_4b82_5f21),
-        ];
-        assert_eq!(known.map(|(value, _)| mix(value)), known.map(|(_, mixed)| mixed));
-    }
-
-    #[test]
-    fn no_tag_is_an_empty_cell_and_tags_are_independent_of_cells() {
+    fn tags_are_independent_of_cells() {
         let tags: std::collections::HashSet<u64> =
             (0..20_000).filter_map(|port| answer_cells(5, 0, &packet(9, port))).map(|(_, tag)| tag).collect();
         assert_eq!(tags.len(), 20_000);
-        assert!(tags.iter().all(|tag| tag & TIME_MASK == 0 && tag >> TIME_BITS & 1 == 1));
     }
 
     #[test]

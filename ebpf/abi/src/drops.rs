@@ -3,7 +3,7 @@
 //! Each pod has [`limits::DROPS_PER_POD`] counters of its own, so a pod that sends to many addresses cannot hide what was
 //! dropped of others. A kind of packet may be in [`DROP_WAYS`] counters, chosen by a hash.
 
-use crate::{Address, answers::mix, limits};
+use crate::{Address, cells::mix, limits};
 
 /// Neighbouring counters in which a kind of packet may be.
 pub const DROP_WAYS: u32 = 4;

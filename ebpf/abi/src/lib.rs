@@ -20,6 +20,7 @@ macro_rules! flags {
 mod address;
 mod answers;
 mod arrival;
+mod cells;
 mod claim;
 mod drops;
 mod guard;
@@ -37,8 +38,9 @@ mod syn_ack;
 pub mod tcp_port;
 
 pub use address::Address;
-pub use answers::{ANSWER_WAYS, answer_cells, is_expected, pod_secret, remember};
+pub use answers::{ANSWER_WAYS, answer_cells, is_expected, remember};
 pub use arrival::{Arrival, ArrivalFacts, decide_arrival, seconds};
+pub use cells::pod_secret;
 pub use claim::{Claim, may_claim, may_send_from};
 pub use drops::{DROP_WAYS, DropCounter, PodDrops, drops_index};
 pub use guard::{

@@ -7,7 +7,7 @@
 //! CPUs write at once matches neither flow. A pod with more flows than cells loses its own oldest ones. Each packet of the node
 //! makes its cell again.
 
-use crate::{Address, answers::mix, limits, seconds};
+use crate::{Address, cells::mix, limits, seconds};
 
 /// Neighbouring cells in which a flow may be.
 pub const NODE_FLOW_WAYS: u32 = 4;

@@ -3,11 +3,16 @@
 //! The SYN of a held connection is delivered on one CPU, and the application's first segment can arrive on another while the
 //! kernel replaces the handshake's socket with the connection's. Before Linux 6.19 a look-up at that moment finds neither, goes on
 //! to the listener, and the listener answers with a reset. So `established` notes each such socket when the kernel makes it, and the
-//! steering program redirects what comes within a moment and has no socket. A SYN that is answered with a cookie has no socket, and the
-//! listener gets the segment that brings the cookie back. A connection's cell is chosen by a keyed hash, and holds a second, independent part of the hash and the time. Two
-//! connections that share a cell overwrite each other, which costs what this is for, and nothing else.
+//! steering program redirects what comes within a moment and has no socket. A SYN that is answered with a cookie has no socket, and
+//! the listener gets the segment that brings the cookie back.
+//!
+//! A connection's cell is chosen by a keyed hash. Two connections that share a cell overwrite each other: the segments of one are
+//! answered as without this.
 
-use crate::{Inbound, answers::mix};
+use crate::{
+    Inbound,
+    cells::{is_noted_within, mix, noted, tag},
+};
 
 /// Cells; a power of two.
 pub const RECENT_CELLS: u32 = 1 << 16;
@@ -15,9 +20,6 @@ pub const RECENT_CELLS: u32 = 1 << 16;
 /// kernel repeats a SYN after a second, and few clients use the same ends again at once.
 const RECENT_MILLISECONDS: u64 = 5;
 const MILLISECOND: u64 = 1_000_000;
-/// Bits of a cell that hold the time in milliseconds, which wrap around after four hours.
-const TIME_BITS: u32 = 24;
-const TIME_MASK: u64 = (1 << TIME_BITS) - 1;
 
 /// Returns the cell of a connection, and the tag that marks it. The remote end is the application's.
 #[inline(always)]
@@ -34,23 +36,21 @@ pub fn recent_cell(seed: u64, flow: &Inbound) -> (u32, u64) {
     ] {
         hash = mix(hash ^ word);
     }
-    // An empty cell is 0, which no tag is.
-    (hash as u32 & (RECENT_CELLS - 1), (hash >> TIME_BITS | 1) << TIME_BITS)
+    (hash as u32 & (RECENT_CELLS - 1), tag(hash))
 }
 
 /// Returns what a cell holds after the connection `tag` was noted.
 #[inline(always)]
 #[must_use]
 pub const fn noted_at(tag: u64, now: u64) -> u64 {
-    tag | (now / MILLISECOND) & TIME_MASK
+    noted(tag, now / MILLISECOND)
 }
 
 /// Returns true if `cell` says that the connection `tag` was noted a moment ago.
 #[inline(always)]
 #[must_use]
 pub const fn is_recent(cell: u64, tag: u64, now: u64) -> bool {
-    let age = (now / MILLISECOND).wrapping_sub(cell) & TIME_MASK;
-    cell & !TIME_MASK == tag && age <= RECENT_MILLISECONDS
+    is_noted_within(cell, tag, now / MILLISECOND, RECENT_MILLISECONDS)
 }
 
 #[cfg(test)]
@@ -86,8 +86,7 @@ mod tests {
         let tags: std::collections::HashSet<_> = all.map(|flow| recent_cell(1, flow).1).collect();
         assert_eq!(tags.len(), locals.len() + remotes.len() + ports.len() + 1);
         for port in 0..5000 {
-            let (cell, tag) = recent_cell(5, &flow(port));
-            assert!(cell < RECENT_CELLS && tag & TIME_MASK == 0 && tag >> TIME_BITS & 1 == 1);
+            assert!(recent_cell(5, &flow(port)).0 < RECENT_CELLS);
         }
     }
 }

@@ -28,7 +28,7 @@ use crate::{
     telemetry::Reporter,
 };
 
-/// How long an upstream waits for the application's connection. The kernel's last SYN has been answered by then: at the default
+/// Limit for the application's connection, while an upstream waits for it. The kernel's last SYN has been answered by then: at the default
 /// of six repetitions they are at most 64 s apart.
 const DELIVERED_MAX: Duration = Duration::from_secs(70);
 

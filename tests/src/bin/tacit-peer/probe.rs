@@ -33,7 +33,7 @@ use std::{
 const WAIT: Duration = Duration::from_secs(140);
 /// Flag of sendto(), from linux/socket.h.
 const MSG_FASTOPEN: i32 = 0x2000_0000;
-/// What is said first.
+/// Text that the client sends first.
 const HELLO: &[u8] = b"hello\n";
 
 /// Makes one connection to `to` in this `way` and prints what its calls returned.
