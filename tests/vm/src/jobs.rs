@@ -35,7 +35,7 @@ const ON_HOST_ONLY: [&str; 10] = [
 /// Suites that start agents again and again, which is slow in an emulated machine. `cargo xtask test` runs them on the first kernel
 /// only, which has the fewest features; the host's kernel has those of the newest.
 const OF_STARTS: [&str; 2] = ["handover", "lifecycle"];
-/// The longest suites of a kernel, which get a machine of their own.
+/// Suites that get a machine of their own, and so divide the work into parts of like length. A boot takes some four seconds.
 const LONG: [&str; 3] = ["attack", "handover", "lifecycle"];
 
 /// One boot of a kernel with some of the suites.
@@ -58,17 +58,19 @@ pub(super) fn of_test<'a>(
     machines: &[(&'a Kernel, &'a Unpacked)],
     payload: &'a Payload,
 ) -> (Vec<Job<'a>>, Vec<String>) {
-    let (mut long_jobs, mut short_jobs) = (Vec::new(), Vec::new());
+    let mut jobs = Vec::new();
     for (place, &(kernel, unpacked)) in machines.iter().enumerate() {
         let is_run = |name: &str| !ON_HOST_ONLY.contains(&name) && (place == 0 || !OF_STARTS.contains(&name));
-        let (long, short) = payload
+        let (long, short): (Vec<_>, Vec<_>) = payload
             .suites
             .iter()
             .filter(|(name, _)| is_run(name))
             .partition(|(name, _)| LONG.contains(&name.as_str()));
-        long_jobs.push(Job { kernel, unpacked, suites: long });
-        short_jobs.push(Job { kernel, unpacked, suites: short });
+        jobs.extend(long.into_iter().map(|suite| Job { kernel, unpacked, suites: vec![suite] }));
+        jobs.push(Job { kernel, unpacked, suites: short });
     }
+    // The suites of starts take half as long as the others: they fill what is left.
+    jobs.sort_by_key(|job| job.suites.iter().any(|(name, _)| OF_STARTS.contains(&name.as_str())));
     let labels = |machines: &[(&Kernel, &Unpacked)]| {
         machines.iter().map(|(kernel, _)| kernel.label).collect::<Vec<_>>().join(", ")
     };
@@ -85,8 +87,7 @@ pub(super) fn of_test<'a>(
     {
         notes.push(note(&OF_STARTS, rest));
     }
-    long_jobs.extend(short_jobs);
-    (long_jobs, notes)
+    (jobs, notes)
 }
 
 /// Runs `jobs`, as many at a time as there are cores: each machine keeps one busy. Their reports are put one behind the other, in the
@@ -154,8 +155,13 @@ mod tests {
             .map(|job| (job.kernel.label, job.suites.iter().map(|(name, _)| name.as_str()).collect()))
             .collect();
         let (a, b) = (first.label, second.label);
-        let long = vec!["attack", "handover", "lifecycle"];
-        assert_eq!(order, [(a, long), (b, vec!["attack"]), (a, vec!["flows"]), (b, vec!["flows"])]);
+        let (attack, flows) = (vec!["attack"], vec!["flows"]);
+        let starts = [(a, vec!["handover"]), (a, vec!["lifecycle"])];
+        let [handover, lifecycle] = starts;
+        assert_eq!(
+            order,
+            [(a, attack.clone()), (a, flows.clone()), (b, attack), (b, flows), handover, lifecycle]
+        );
         assert!(
             notes[0].contains("shares")
                 && notes[1].contains("handover, lifecycle")
