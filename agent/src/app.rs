@@ -46,6 +46,10 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     match start::start(&config, &verifier_log, stands_by, &mut signals).await? {
         Some(agent) => {
             signals.received().await;
+            if stands_by {
+                // A second signal ends the wait.
+                signals.before(agent.await_successor(config.successor_timeout)).await;
+            }
             agent.shut_down().await;
         }
         None => admin_servers::remove_socket(&config.socket),

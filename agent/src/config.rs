@@ -34,7 +34,7 @@ mod kubernetes;
 
 use clear::clear_destination;
 
-const FIELDS: [&str; 20] = [
+const FIELDS: [&str; 21] = [
     "trustDomain",
     "node",
     "podsCgroup",
@@ -49,6 +49,7 @@ const FIELDS: [&str; 20] = [
     "statePath",
     "socket",
     "metrics",
+    "successorTimeout",
     "drainTimeout",
     "heartbeatTimeout",
     "unnamedPodTimeout",
@@ -68,6 +69,10 @@ const MINIMUM_MODES: [(&str, Mode); 3] =
     [("DISABLE", Mode::Disable), ("PERMISSIVE", Mode::Permissive), ("STRICT", Mode::Strict)];
 const SOCKET: &str = "/run/tacit/agent.sock";
 const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 15020);
+/// A pod that replaces a deleted one stands by some 3 s later, if its image is there.
+const SUCCESSOR_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longer than five minutes and an uninstallation seems stuck.
+const SUCCESSOR_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(300);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longer than ten minutes and a node's shutdown is held up more than any flow is worth.
 const DRAIN_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(600);
@@ -124,6 +129,8 @@ pub struct Config {
     pub socket: PathBuf,
     /// Address of Prometheus metrics and readiness.
     pub metrics: SocketAddr,
+    /// Time for which an agent that may have a successor serves on after SIGTERM, until one stands by; 0 s to 5 min.
+    pub successor_timeout: Duration,
     /// Time that live flows get to end at shutdown, 0 s to 10 min.
     pub drain_timeout: Duration,
     /// Silence of the agent from which on the kernel decides by mode alone, 1 s to 1 min.
@@ -219,6 +226,8 @@ impl Config {
         let pin_path = f.or("pinPath", PIN_PATH.into(), absolute);
         let socket = f.or("socket", SOCKET.into(), |v| socket_path(v, folder));
         let metrics = f.or("metrics", METRICS, Value::listen_address);
+        let successor_timeout =
+            f.or("successorTimeout", SUCCESSOR_TIMEOUT, |v| v.duration(SUCCESSOR_TIMEOUT_RANGE));
         let drain_timeout = f.or("drainTimeout", DRAIN_TIMEOUT, |v| v.duration(DRAIN_TIMEOUT_RANGE));
         let heartbeat_timeout =
             f.or("heartbeatTimeout", HEARTBEAT_TIMEOUT, |v| v.duration(HEARTBEAT_TIMEOUT_RANGE));
@@ -242,6 +251,7 @@ impl Config {
             state_path: state_path?,
             socket: socket?,
             metrics: metrics?,
+            successor_timeout: successor_timeout?,
             drain_timeout: drain_timeout?,
             heartbeat_timeout: heartbeat_timeout?,
             unnamed_pod_timeout: unnamed_pod_timeout?,

@@ -13,8 +13,10 @@ use tacit_abi::ABI_VERSION;
 use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe};
 use tacit_topology::{Agent, until};
 
-/// Longer than any test here. An agent that drains correctly exits before the deadline.
-const DRAIN: &str = "drainTimeout: 10m\n";
+/// Longer than any test here. An agent that drains correctly exits before the deadline. None waits for a successor.
+const ENDS: &str = "drainTimeout: 10m\nsuccessorTimeout: 0s\n";
+/// As above, but an agent waits for a successor for longer than any test.
+const ENDS_WITH_SUCCESSOR: &str = "drainTimeout: 10m\nsuccessorTimeout: 5m\n";
 /// Number of concurrent clients.
 const CLIENTS: usize = 4;
 /// Text that every connection sends.
@@ -106,6 +108,33 @@ fn an_agent_that_stands_by_serves_also_when_the_pinned_maps_have_changed() -> Re
     fs::remove_file(&pin)?;
     let next = kill_and_fail_over(&mut mesh, next, &server)?;
     ensure!(pin.exists(), "the successor did not pin the map that its programs use: {}", next.log()?);
+    Ok(())
+}
+
+/// As Kubernetes does it for a pod of the DaemonSet that is deleted: the next agent starts after the last one got its signal.
+#[test]
+#[ignore = "needs root"]
+fn an_agent_that_is_told_to_end_serves_until_its_successor_stands_by() -> Result<()> {
+    let mut mesh = plan_with(ENDS_WITH_SUCCESSOR).with_agents()?;
+    let server = serve(&mesh)?;
+    let mut last = start_standby_agent(&mesh, mesh.agent("a")?, "last")?;
+    last = kill_and_fail_over(&mut mesh, last, &server)?;
+    let load = load(&mesh, &server, "repeat")?;
+    last.send_sigterm()?;
+    until("the last agent waiting", || Ok(last.log()?.contains("serving on until").then_some(())))?;
+    let mut next = last.start_standby(mesh.topology().node("a")?, "next")?;
+    // The socket does not exist at first.
+    until("the next agent", || Ok(observe::status(&next).is_ok().then_some(())))?;
+    observe::wait_enrolled(&next)?;
+    next.wait_ready()?;
+    ensure!(last.wait_end()?.success(), "{}", last.log()?);
+    let (echoed, failures) = outcome(load)?;
+    ensure!(failures.is_empty(), "failures {failures:?}, {echoed} connections echoed: {}", next.log()?);
+    next.send_sigterm()?;
+    until("the next agent waiting", || Ok(next.log()?.contains("serving on until").then_some(())))?;
+    Client::echo(mesh.pod("client")?, server.address(), "text while it waits")?;
+    // A second signal ends the wait.
+    ensure!(next.terminate()?.success(), "{}", next.log()?);
     Ok(())
 }
 
@@ -223,7 +252,11 @@ fn outcome(load: Vec<Client>) -> Result<(u64, Vec<Value>)> {
 }
 
 fn plan() -> Plan {
-    Plan::new("next").pod("a", "shop", "client").pod("b", "shop", "web").config(DRAIN)
+    plan_with(ENDS)
+}
+
+fn plan_with(config: &str) -> Plan {
+    Plan::new("next").pod("a", "shop", "client").pod("b", "shop", "web").config(config)
 }
 
 fn serve(mesh: &Mesh) -> Result<Server> {

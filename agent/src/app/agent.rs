@@ -9,7 +9,7 @@ use crate::{
     app::{
         admin_servers::AdminServers,
         state::{Event, State},
-        succession::{self, Ending, hand_over},
+        succession::{self, Ending, await_successor, hand_over},
         tasks::Tasks,
     },
     proxy::{Proxy, drain::Drained},
@@ -27,6 +27,14 @@ pub(super) struct Agent {
 }
 
 impl Agent {
+    /// Serves on until another agent stands by, for at most `limit`.
+    pub(super) async fn await_successor(&self, limit: Duration) {
+        tracing::info!(?limit, "serving on until another agent stands by");
+        if let Err(error) = await_successor(&self.pin_path, limit).await {
+            tracing::error!(%error, "not waiting for another agent");
+        }
+    }
+
     /// Ends the agent in good order.
     pub(super) async fn shut_down(mut self) {
         let ending = hand_over(&self.kernel, &self.pin_path, async || self.tasks.settle().await);

@@ -6,8 +6,8 @@
 //! ```
 //! `PinLock` locks the pin directory, and `SuccessorLock` the successor's place. The kernel releases both when their holder
 //! exits, even after a crash. Steering and capture change from one agent's listeners to the other's in one map update each,
-//! so one of the two accepts at every moment. Without a successor the last agent keeps `PinLock` until it exits: it drains
-//! and ends.
+//! so one of the two accepts at every moment. Without a successor the last agent serves on for `successorTimeout`, as it may
+//! have been deleted and not replaced yet. After that it keeps `PinLock` until it exits: it drains and ends.
 
 use std::{
     collections::HashMap,
@@ -32,6 +32,8 @@ use crate::config::Config;
 /// 1.2 s, and 9.5 s if the pinned maps have changed and the programs are loaded again. The sum with `drainTimeout` must fit
 /// into the termination grace period of the pod.
 const TAKE_OVER_MAX: Duration = Duration::from_secs(10);
+/// Pause between two looks for a successor. The kernel tells nobody that a lock is taken.
+const SUCCESSOR_POLL: Duration = Duration::from_millis(50);
 /// Time during which the last agent's listeners accept connections whose handshake began before the switch to the next
 /// agent's listeners: the answer to a SYN-ACK, sent again once.
 const LATE_HANDSHAKES: Duration = Duration::from_millis(1500);
@@ -111,6 +113,18 @@ pub(super) enum Ending {
     Alone(#[expect(dead_code, reason = "held, not used")] Option<SuccessorLock>),
     /// Another agent serves the pods and owns the kernel side.
     TakenOver(#[expect(dead_code, reason = "held, not used")] Option<SuccessorLock>),
+}
+
+/// Waits until an agent stands by, or for `limit` without one.
+pub(super) async fn await_successor(pin_path: &Path, limit: Duration) -> Result<(), KernelError> {
+    let begun = Instant::now();
+    while SuccessorLock::try_acquire(pin_path)?.is_some() {
+        if begun.elapsed() >= limit {
+            return Ok(());
+        }
+        sleep(SUCCESSOR_POLL.min(limit)).await;
+    }
+    Ok(())
 }
 
 /// Hands over to the agent that stands by, if there is one. Calls `settle` first: after it this agent must not change the
