@@ -24,7 +24,7 @@ use super::{
 mod listeners;
 
 pub(super) use listeners::discarding;
-pub use listeners::{Acceptor, LOOPBACK_UNREAD_BYTES, ListenError, Listeners, Ports, has_listener};
+pub use listeners::{Acceptor, LOOPBACK_UNREAD_BYTES, ListenError, Listeners, Ports, accept, has_listener};
 
 /// A socket in `netns`, ready to connect to an address of `to`'s family.
 ///

@@ -48,12 +48,22 @@ pub fn serve_pod(proxy: &Arc<Proxy>, pod: &Arc<Pod>, listeners: Listeners) {
     let Listeners { capture, plaintext, tunnel, injector } = listeners;
     let home = pod.home(proxy.workers.count());
     let entrance = |origin| Entrance { proxy: proxy.clone(), pod: pod.clone(), home, origin };
-    let openings = Arc::new(PodOpenings::new(pod.clone(), injector));
+    let capture = Arc::new(capture);
+    let openings = Arc::new(PodOpenings::new(pod.clone(), injector, &capture));
     entrance(Origin::OwnPod).serve_captured(capture, openings.clone());
-    entrance(Origin::Elsewhere).serve(tunnel, inbound::tunnel);
-    entrance(Origin::Elsewhere).serve(plaintext, inbound::plaintext);
+    entrance(Origin::Elsewhere).serve(tunnel.into(), inbound::tunnel);
+    entrance(Origin::Elsewhere).serve(plaintext.into(), inbound::plaintext);
     for held in proxy.openings.add(&openings) {
         opening::start(proxy, &openings, held);
+    }
+}
+
+/// Accepts what a delivered SYN has brought, without the turns of the thread that waking the listener's task takes.
+pub(super) fn accept_delivered(proxy: &Arc<Proxy>, openings: &PodOpenings) {
+    if let Some((connection, peer)) = openings.accept_now() {
+        let (pod, home) = (openings.pod.clone(), openings.pod.home(proxy.workers.count()));
+        let entrance = Entrance { proxy: proxy.clone(), pod, home, origin: Origin::OwnPod };
+        entrance.admit_captured(openings, connection, canonical(peer));
     }
 }
 
@@ -83,7 +93,7 @@ struct Entrance {
 
 impl Entrance {
     /// Accepts on `listener` until the pod or the agent ends; each connection gets a task of its own.
-    fn serve<F>(self, listener: TcpListener, handle: Handler<F>)
+    fn serve<F>(self, listener: Arc<TcpListener>, handle: Handler<F>)
     where
         F: Future<Output = ()> + Send + 'static,
     {
@@ -100,13 +110,9 @@ impl Entrance {
     }
 
     /// Accepts captured connections until the pod or the agent ends. Those that are being opened may come until then.
-    fn serve_captured(self, listener: TcpListener, openings: Arc<PodOpenings>) {
+    fn serve_captured(self, listener: Arc<TcpListener>, openings: Arc<PodOpenings>) {
         self.spawn(move |entrance| async move {
-            let admit = |connection, peer| {
-                if let Some(connection) = join(&openings, connection, peer) {
-                    entrance.admit(connection, peer, outbound::handle);
-                }
-            };
+            let admit = |connection, peer| entrance.admit_captured(&openings, connection, peer);
             entrance.accept_on(listener, entrance.until_opened(&openings), admit).await;
             entrance.proxy.openings.remove(&openings);
         });
@@ -142,7 +148,7 @@ impl Entrance {
     /// Gives what comes to `listener` to `admit`, until `ended`.
     async fn accept_on(
         &self,
-        listener: TcpListener,
+        listener: Arc<TcpListener>,
         ended: impl Future<Output = ()>,
         admit: impl Fn(std::net::TcpStream, SocketAddr),
     ) {
@@ -166,6 +172,13 @@ impl Entrance {
                     tokio::time::sleep(ACCEPT_RETRY).await;
                 }
             }
+        }
+    }
+
+    /// Gives a captured connection to the opening that waits for it, or starts a task for one that has none.
+    fn admit_captured(&self, openings: &PodOpenings, connection: std::net::TcpStream, client: SocketAddr) {
+        if let Some(connection) = join(openings, connection, client) {
+            self.admit(connection, client, outbound::handle);
         }
     }
 

@@ -11,8 +11,8 @@
 use std::{
     collections::{HashMap, VecDeque},
     io,
-    net::TcpStream,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    net::{SocketAddr, TcpListener, TcpStream},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
 use tacit_abi::{limits, tcp_port};
@@ -20,6 +20,7 @@ use tacit_core::refusal::ConnectEnd;
 use tacit_kernel::{
     held::{HeldConnect, HeldEnds},
     inject::{Injector, Syn, Unreachable},
+    socket,
 };
 use tokio::sync::{Notify, oneshot};
 
@@ -38,6 +39,8 @@ pub struct PodOpenings {
     /// The pod.
     pub pod: Arc<Pod>,
     injector: Injector,
+    /// The listener for captured connections. It is closed when its own task ends.
+    listener: Weak<TcpListener>,
     table: Mutex<Table>,
     /// Notified when the table becomes empty.
     emptied: Notify,
@@ -66,10 +69,19 @@ pub struct ToOpen {
 }
 
 impl PodOpenings {
-    /// No openings of `pod`, whose held connections `injector` answers.
+    /// No openings of `pod`, whose held connections `injector` answers and `listener` accepts.
     #[must_use]
-    pub fn new(pod: Arc<Pod>, injector: Injector) -> Self {
-        Self { pod, injector, table: Mutex::default(), emptied: Notify::new() }
+    pub fn new(pod: Arc<Pod>, injector: Injector, listener: &Arc<TcpListener>) -> Self {
+        let listener = Arc::downgrade(listener);
+        Self { pod, injector, listener, table: Mutex::default(), emptied: Notify::new() }
+    }
+
+    /// Accepts a connection that is there already. The kernel shakes hands on loopback while a SYN is delivered, so this finds the
+    /// delivered one, unless others came first.
+    #[must_use]
+    pub fn accept_now(&self) -> Option<(TcpStream, SocketAddr)> {
+        // The listener's own task sees an error too, and logs it.
+        socket::accept(&*self.listener.upgrade()?).ok()
     }
 
     /// Returns true if a connection with these ends is being opened.

@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    sync::Arc,
     thread,
     time::Duration,
 };
@@ -196,14 +197,14 @@ pub(crate) fn discarding() -> io::Result<TcpListener> {
 
 /// Accepts connections without registering them with a runtime: the thread that will serve one may be another.
 #[derive(Debug)]
-pub struct Acceptor(AsyncFd<TcpListener>);
+pub struct Acceptor(AsyncFd<Arc<TcpListener>>);
 
 impl Acceptor {
     /// Polled by the calling thread's runtime.
     ///
     /// # Errors
     /// Fails if memory of the poller is used up.
-    pub fn new(listener: TcpListener) -> io::Result<Self> {
+    pub fn new(listener: Arc<TcpListener>) -> io::Result<Self> {
         // SAFETY: the listener owns its descriptor, is owned by the registration, and is never replaced.
         let registered = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) };
         Ok(Self(registered?))
@@ -214,15 +215,18 @@ impl Acceptor {
     /// # Errors
     /// The kernel's.
     pub async fn accept(&self) -> io::Result<(std::net::TcpStream, SocketAddr)> {
-        self.0
-            .async_io(Interest::READABLE, |listener| {
-                let (socket, peer) =
-                    SockRef::from(listener).accept4(libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC)?;
-                let peer = peer.as_socket().ok_or(io::ErrorKind::InvalidData)?;
-                Ok((socket.into(), peer))
-            })
-            .await
+        self.0.async_io(Interest::READABLE, |listener| accept(listener)).await
     }
+}
+
+/// The next connection of a listener that does not block, and its peer.
+///
+/// # Errors
+/// The kernel's; `WouldBlock` if there is none.
+pub fn accept(listener: &TcpListener) -> io::Result<(std::net::TcpStream, SocketAddr)> {
+    let (socket, peer) = SockRef::from(listener).accept4(libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC)?;
+    let peer = peer.as_socket().ok_or(io::ErrorKind::InvalidData)?;
+    Ok((socket.into(), peer))
 }
 
 /// Returns true if a socket of `netns` listens at `at`. An agent must listen there at `own_port`, for captured connections.

@@ -22,7 +22,7 @@ use super::{Carried, carry, reach, source};
 use crate::{
     proxy::{
         Addresses, Proxy,
-        accept::bound_unread,
+        accept::{accept_delivered, bound_unread},
         openings::{Hold, OPENINGS_MAX, PodOpenings, ToOpen},
     },
     telemetry::Reporter,
@@ -161,6 +161,7 @@ async fn open(
     let connection = match early {
         Some(connection) => connection,
         None if openings.deliver(&ends, id) => {
+            accept_delivered(&proxy, &openings);
             relay::connection_proceeds();
             let delivered = timeout(DELIVERED_MAX, accepted).await;
             openings.forget(&ends, id);
