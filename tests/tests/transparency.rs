@@ -8,10 +8,11 @@ use std::{
     fs,
     net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4},
     sync::OnceLock,
+    thread::{self, ScopedJoinHandle},
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use tacit_abi::{limits::CAPTURED_PER_POD, tcp_port};
 use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe, raw::Segments};
@@ -112,7 +113,7 @@ fn connections_to_hosts_that_a_router_rejects_are_unreachable() -> Result<()> {
 #[test]
 #[ignore = "needs root"]
 fn connections_to_hosts_that_do_not_answer_time_out() -> Result<()> {
-    for address in SWALLOWED {
+    at_once(SWALLOWED, |address| {
         for way in ["blocking", "epoll"] {
             let seen = same(way, To::Nobody(address))?;
             let expected = [&seen["connect"], &seen["error"]].iter().any(|error| **error == "ETIMEDOUT");
@@ -123,19 +124,34 @@ fn connections_to_hosts_that_do_not_answer_time_out() -> Result<()> {
         same("early-shutdown", To::Nobody(address))?;
         let seen = same("pending", To::Nobody(address))?;
         ensure!(seen["pending"] == true, "{seen}");
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 #[test]
 #[ignore = "needs root"]
 fn connections_to_a_full_backlog_time_out() -> Result<()> {
-    for pod in ["far", "near"] {
+    at_once(["far", "near"], |pod| {
         let seen = same("blocking", To::Deaf(pod))?;
         ensure!(seen["connect"] == "ETIMEDOUT", "{pod}: {seen}");
-        same("send-timeout:700", To::Deaf(pod))?;
-    }
-    Ok(())
+        same("send-timeout:700", To::Deaf(pod)).map(drop)
+    })
+}
+
+/// Compares connections to several destinations at the same time, since all they do is wait.
+fn at_once<const N: usize>(
+    destinations: [&'static str; N],
+    compare: impl Fn(&'static str) -> Result<()> + Sync,
+) -> Result<()> {
+    thread::scope(|scope| {
+        let compare = &compare;
+        let running = destinations.map(|destination| scope.spawn(move || compare(destination)));
+        running.map(joined).into_iter().collect()
+    })
+}
+
+fn joined<T>(thread: ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
+    thread.join().unwrap_or_else(|_| bail!("a comparison has panicked"))
 }
 
 /// Without Tacit there is no policy, so the same connection succeeds there.
@@ -296,9 +312,15 @@ fn waiting(tag: &str) -> Result<(Mesh, Full, Client)> {
 /// Returns what every call returned, which is the same without Tacit and with it.
 fn same(way: &str, to: To) -> Result<Value> {
     let port = fresh_port();
-    let run = |mesh: &Mesh| probe(mesh, way, to, port);
-    let mut without = run(without_tacit()?).with_context(|| format!("{way} {to:?} without Tacit"))?;
-    let mut with = run(with_tacit()?).with_context(|| format!("{way} {to:?} with Tacit"))?;
+    let (without, with) = (without_tacit()?, with_tacit()?);
+    // At the same time, since most of a run is waiting.
+    let run = |mesh| move || probe(mesh, way, to, port);
+    let (without, with) = thread::scope(|scope| {
+        let (without, with) = (scope.spawn(run(without)), scope.spawn(run(with)));
+        (joined(without), joined(with))
+    });
+    let mut without = without.with_context(|| format!("{way} {to:?} without Tacit"))?;
+    let mut with = with.with_context(|| format!("{way} {to:?} with Tacit"))?;
     let times = [&mut without, &mut with].map(|seen| seen["ms"].take().as_u64().unwrap_or_default());
     // The connect hook binds an IPv6 socket to the pod's address, which the kernel would choose too. It stays bound after a
     // connection that fails.
