@@ -39,8 +39,8 @@ pub use range::{
 };
 pub use ranges::{RangeAddition, Ranges};
 pub use service::{
-    Affinity, Endpoint, EndpointCondition, EndpointQuery, Endpoints, InternalTrafficPolicy, NoEndpoint,
-    Service, ServicePort, choose,
+    Affinity, Endpoint, EndpointCondition, EndpointQuery, Endpoints, Hint, InternalTrafficPolicy,
+    ListedEndpoint, NoEndpoint, Service, ServicePort, choose,
 };
 
 /// One pod of the mesh, or one known neighbour without a tunnel.

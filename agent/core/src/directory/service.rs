@@ -3,7 +3,8 @@
 //! Pure. The choice is the less loaded of two at random, which keeps the longest queue short with no more knowledge than
 //! this node's own flows (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001). What kube-proxy
 //! promises is kept: endpoints that are not ready are never used, those that are ending only when no other is left (KEP
-//! 1669), `internalTrafficPolicy: Local` never leaves the node.
+//! 1669), `internalTrafficPolicy: Local` never leaves the node, and the hints of endpoint slices are followed
+//! (`trafficDistribution`, KEP 4444). Unlike with kube-proxy, endpoints farther away are tried if the near ones fail.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -68,8 +69,35 @@ pub struct ServicePort {
 /// Endpoints that may be used; those that are not ready are left out.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Endpoints {
+    /// The near ones first.
     ready: Box<[Endpoint]>,
+    /// Number of ready endpoints that clients of this node use: all of them, unless hints name fewer.
+    near: usize,
     terminating: Box<[Endpoint]>,
+}
+
+/// An endpoint as a slice of a service lists it.
+#[derive(Debug, Clone)]
+pub struct ListedEndpoint {
+    /// The endpoint.
+    pub endpoint: Endpoint,
+    /// Its condition.
+    pub condition: EndpointCondition,
+    /// The nodes whose clients are to use it.
+    pub for_nodes: Hint,
+    /// The zones whose clients are to use it.
+    pub for_zones: Hint,
+}
+
+/// The clients that a hint of an endpoint names, as this node sees them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hint {
+    /// There is none.
+    Absent,
+    /// Clients of this node are among them.
+    Here,
+    /// They are on other nodes alone.
+    Elsewhere,
 }
 
 impl Endpoints {
@@ -169,13 +197,37 @@ impl Endpoints {
                 EndpointCondition::NotReady => {}
             }
         }
-        Self { ready: ready.into(), terminating: terminating.into() }
+        Self { near: ready.len(), ready: ready.into(), terminating: terminating.into() }
     }
 
-    /// Those that are used as things are.
+    /// As [`Endpoints::new`], with those first that hints name for this node. As in kube-proxy, hints for nodes count before those for
+    /// zones, and either kind counts only if every ready endpoint has it and at least one is for this node.
+    pub fn listed(all: impl IntoIterator<Item = ListedEndpoint>) -> Self {
+        let mut all: Vec<ListedEndpoint> = all.into_iter().collect();
+        let ready = || all.iter().filter(|listed| listed.condition == EndpointCondition::Ready);
+        let counts = |hint: fn(&ListedEndpoint) -> Hint| {
+            ready().all(|listed| hint(listed) != Hint::Absent)
+                && ready().any(|listed| hint(listed) == Hint::Here)
+        };
+        let kinds: [fn(&ListedEndpoint) -> Hint; 2] = [|listed| listed.for_nodes, |listed| listed.for_zones];
+        let hint = kinds.into_iter().find(|hint| counts(*hint));
+        let near = hint.map(|hint| ready().filter(|listed| hint(listed) == Hint::Here).count());
+        if let Some(hint) = hint {
+            all.sort_by_key(|listed| hint(listed) != Hint::Here);
+        }
+        let endpoints = Self::new(all.into_iter().map(|listed| (listed.endpoint, listed.condition)));
+        Self { near: near.unwrap_or(endpoints.near), ..endpoints }
+    }
+
+    /// Those that are used as things are, by clients of this node.
     #[must_use]
     pub fn usable(&self) -> &[Endpoint] {
-        if self.ready.is_empty() { &self.terminating } else { &self.ready }
+        if self.ready.is_empty() { &self.terminating } else { &self.ready[..self.near] }
+    }
+
+    /// The ready ones that hints keep for other nodes.
+    fn far(&self) -> &[Endpoint] {
+        &self.ready[self.near..]
     }
 }
 
@@ -202,9 +254,10 @@ pub fn choose<'a>(
     let traffic = if is_cluster_ip { service.traffic } else { InternalTrafficPolicy::Cluster };
     match traffic {
         InternalTrafficPolicy::Cluster => {
-            let usable = endpoints.usable();
+            let (usable, far) = (endpoints.usable(), endpoints.far());
             let none = if usable.is_empty() { NoEndpoint::NoneReady } else { NoEndpoint::AllTried };
-            among(usable.len(), |index| &usable[index], query, load).ok_or(none)
+            let near = among(usable.len(), |index| &usable[index], query, &load);
+            near.or_else(|| among(far.len(), |index| &far[index], query, &load)).ok_or(none)
         }
         InternalTrafficPolicy::Local => {
             let here = |list: &'a [Endpoint]| -> Vec<&'a Endpoint> {

@@ -372,8 +372,29 @@ pub(super) struct SliceEndpoint {
     #[serde(default, deserialize_with = "or_default")]
     pub(super) conditions: Conditions,
     pub(super) node_name: Option<String>,
+    /// Since 1.21.
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) hints: Hints,
     /// Only in v1beta1.
     pub(super) topology: Option<Topology>,
+}
+
+/// The clients that an endpoint is meant for, as the controller of the slices derives them from `trafficDistribution`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Hints {
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) for_zones: Vec<HintName>,
+    /// Since 1.33.
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) for_nodes: Vec<HintName>,
+}
+
+/// The name of a node or a zone.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct HintName {
+    #[serde(default)]
+    pub(super) name: String,
 }
 
 #[derive(Debug, Clone, Copy, Default, Deserialize)]

@@ -33,6 +33,9 @@ use services::{ServiceRecord, SliceRecord};
 /// Maximum number of deleted pods of this node that are kept until their last process exits. More than run on a node.
 const DEPARTED_MAX: usize = 512;
 
+/// Label of a node with the name of its zone.
+const ZONE: &str = "topology.kubernetes.io/zone";
+
 /// A change in the cluster.
 pub(super) type Change = kubernetes::Change<ResourceKind, Object>;
 
@@ -54,6 +57,8 @@ pub(super) struct DirectoryStore {
     departed: VecDeque<Arc<Workload>>,
     interner: Interner,
     range_discovery: RangeDiscovery,
+    /// Zone of this node.
+    zone: Option<String>,
     /// Pods with the cgroup that an annotation names.
     mirrors: HashMap<String, Mirror>,
     problems: Problems,
@@ -77,6 +82,7 @@ impl DirectoryStore {
             listed: BTreeSet::new(),
             departed: VecDeque::new(),
             interner: Interner::default(),
+            zone: None,
             mirrors: HashMap::new(),
             problems: Problems::default(),
             changed: true,
@@ -94,6 +100,9 @@ impl DirectoryStore {
             Object::Slice(slice) => self.slice(*slice),
             Object::Node(node) => {
                 let name = node.metadata.name.clone();
+                if *name == *self.local_node.node {
+                    self.set_zone(node.metadata.labels.get(ZONE));
+                }
                 let (before, now) = self.range_discovery.node(*node);
                 self.node_addresses(&name, &before, &now);
             }
@@ -114,6 +123,9 @@ impl DirectoryStore {
             }
             ResourceKind::EndpointSlices => self.remove_slice(name),
             ResourceKind::Nodes => {
+                if *name == *self.local_node.node {
+                    self.set_zone(None);
+                }
                 let before = self.range_discovery.remove(kind, name);
                 self.node_addresses(name, &before, &[]);
             }

@@ -101,6 +101,68 @@ fn who_gets_which_endpoint() {
     }
 }
 
+/// The near ones of endpoints with these conditions and hints for nodes and zones, by place in the list.
+fn near(listed: &[(EndpointCondition, Hint, Hint)]) -> Vec<usize> {
+    let endpoints = Endpoints::listed(listed.iter().zip(0_u8..).map(|((condition, nodes, zones), place)| {
+        let endpoint = endpoint(&format!("10.0.0.{place}:80"), "b");
+        ListedEndpoint { endpoint, condition: *condition, for_nodes: *nodes, for_zones: *zones }
+    }));
+    let place = |endpoint: &Endpoint| match endpoint.address.ip() {
+        IpAddr::V4(ip) => usize::from(ip.octets()[3]),
+        IpAddr::V6(_) => unreachable!("only IPv4 was listed"),
+    };
+    endpoints.usable().iter().map(place).collect()
+}
+
+#[test]
+fn hints_for_nodes_count_before_those_for_zones_and_only_if_all_have_them() {
+    use EndpointCondition::{NotReady, Ready, Terminating};
+    use Hint::{Absent, Elsewhere, Here};
+    for (listed, expected) in [
+        (vec![(Ready, Absent, Absent), (Ready, Absent, Absent)], vec![0, 1]),
+        (vec![(Ready, Absent, Elsewhere), (Ready, Absent, Here), (Ready, Absent, Here)], vec![1, 2]),
+        (vec![(Ready, Elsewhere, Here), (Ready, Here, Here), (Ready, Elsewhere, Elsewhere)], vec![1]),
+        // None for this node: the zone decides, and without one all are used.
+        (vec![(Ready, Elsewhere, Here), (Ready, Elsewhere, Elsewhere)], vec![0]),
+        (vec![(Ready, Elsewhere, Elsewhere), (Ready, Elsewhere, Elsewhere)], vec![0, 1]),
+        // One without a hint: the slices are being changed, and the hints do not divide the load as they should.
+        (vec![(Ready, Here, Here), (Ready, Absent, Absent)], vec![0, 1]),
+        (vec![(Ready, Here, Here), (Ready, Absent, Elsewhere)], vec![0]),
+        // Only the ready ones count.
+        (vec![(NotReady, Absent, Absent), (Ready, Elsewhere, Here), (Ready, Here, Elsewhere)], vec![2]),
+        (vec![(Terminating, Here, Here), (Ready, Elsewhere, Elsewhere)], vec![1]),
+        (vec![(Terminating, Elsewhere, Elsewhere), (NotReady, Here, Here)], vec![0]),
+        (Vec::new(), Vec::new()),
+    ] {
+        assert_eq!(near(&listed), expected, "{listed:?}");
+    }
+}
+
+#[test]
+fn endpoints_that_hints_keep_for_other_nodes_are_tried_last() {
+    let mut service = service(InternalTrafficPolicy::Cluster);
+    let hinted = |address: &str, for_zones| ListedEndpoint {
+        endpoint: endpoint(address, "b"),
+        condition: EndpointCondition::Ready,
+        for_nodes: Hint::Absent,
+        for_zones,
+    };
+    service.ports[0].ipv4 =
+        Endpoints::listed([hinted("10.0.0.1:80", Hint::Elsewhere), hinted("10.0.0.2:80", Hint::Here)]);
+    let parse = |text: &str| text.parse::<SocketAddr>().expect("an address");
+    for random in spread(50) {
+        let mut tried = Vec::new();
+        for expected in ["10.0.0.2:80", "10.0.0.1:80"] {
+            let query = EndpointQuery { node: "a", sticky: None, tried: &tried, random };
+            let chosen = choose(&service, parse("10.96.0.1:80"), &query, |_| 0).expect("one is left");
+            assert_eq!(chosen.address, parse(expected));
+            tried.push(chosen.address);
+        }
+        let query = EndpointQuery { node: "a", sticky: None, tried: &tried, random };
+        assert_eq!(choose(&service, parse("10.96.0.1:80"), &query, |_| 0), Err(NoEndpoint::AllTried));
+    }
+}
+
 #[test]
 fn local_traffic_falls_back_to_what_is_ending_here() {
     let ending = chosen(InternalTrafficPolicy::Local, "10.96.0.1:80", ("c", None, &[]), |_| 0);

@@ -1,14 +1,16 @@
 //! Services and their endpoint slices. A change of either rebuilds the service.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
 
 use tacit_core::directory::{
-    self, Affinity, Endpoint, EndpointCondition, Endpoints, InternalTrafficPolicy, ServicePort,
-    special_address,
+    self, Affinity, Endpoint, EndpointCondition, Endpoints, Hint, InternalTrafficPolicy, ListedEndpoint,
+    ServicePort, special_address,
 };
 
 use super::{
-    super::objects::{Conditions, Service, ServiceSpec, ServiceStatus, Slice, SlicePort},
+    super::objects::{
+        Conditions, HintName, Service, ServiceSpec, ServiceStatus, Slice, SliceEndpoint, SlicePort,
+    },
     DirectoryStore, full_name,
 };
 
@@ -35,7 +37,32 @@ pub(super) struct SliceRecord {
     /// `namespace/name` of its service.
     service: String,
     ports: Vec<SlicePort>,
-    endpoints: Vec<(IpAddr, Arc<str>, EndpointCondition)>,
+    endpoints: Vec<EndpointRecord>,
+}
+
+#[derive(Debug)]
+struct EndpointRecord {
+    address: IpAddr,
+    node: Arc<str>,
+    condition: EndpointCondition,
+    /// True for a hint that names this node. `None` without hints for nodes.
+    for_node: Option<bool>,
+    /// Zones that hints name; none without hints for zones.
+    for_zones: Box<[Arc<str>]>,
+}
+
+impl EndpointRecord {
+    /// Returns the endpoint at `port`, as a node of `zone` sees it.
+    fn listed(&self, port: u16, zone: Option<&str>) -> ListedEndpoint {
+        let is_here = |is_here| if is_here { Hint::Here } else { Hint::Elsewhere };
+        let is_zone = self.for_zones.iter().any(|named| Some(&**named) == zone);
+        ListedEndpoint {
+            endpoint: Endpoint { address: (self.address, port).into(), node: Arc::clone(&self.node) },
+            condition: self.condition,
+            for_nodes: self.for_node.map_or(Hint::Absent, is_here),
+            for_zones: if self.for_zones.is_empty() { Hint::Absent } else { is_here(is_zone) },
+        }
+    }
 }
 
 impl DirectoryStore {
@@ -82,12 +109,35 @@ impl DirectoryStore {
         let is_ipv4 = slice.address_type == "IPv4";
         let endpoints = slice.endpoints.iter().filter_map(|endpoint| {
             let address: IpAddr = endpoint.addresses.first()?.parse().ok()?;
-            let topology = endpoint.topology.as_ref().and_then(|topology| topology.hostname.as_deref());
-            let node = endpoint.node_name.as_deref().or(topology).unwrap_or_default();
-            let of_family = address.is_ipv4() == is_ipv4;
-            of_family.then(|| (address, self.interner.intern(node), condition(endpoint.conditions)))
+            (address.is_ipv4() == is_ipv4).then(|| self.endpoint(endpoint, address))
         });
         SliceRecord { service, endpoints: endpoints.collect(), ports: slice.ports }
+    }
+
+    fn endpoint(&mut self, endpoint: &SliceEndpoint, address: IpAddr) -> EndpointRecord {
+        let topology = endpoint.topology.as_ref().and_then(|topology| topology.hostname.as_deref());
+        let node = endpoint.node_name.as_deref().or(topology).unwrap_or_default();
+        let (for_nodes, for_zones) = (&endpoint.hints.for_nodes, &endpoint.hints.for_zones);
+        let named = |hints: &[HintName]| hints.iter().any(|hint| hint.name == *self.local_node.node);
+        EndpointRecord {
+            address,
+            condition: condition(endpoint.conditions),
+            for_node: (!for_nodes.is_empty()).then(|| named(for_nodes)),
+            for_zones: for_zones.iter().map(|hint| self.interner.intern(&hint.name)).collect(),
+            node: self.interner.intern(node),
+        }
+    }
+
+    /// Takes in the zone of this node, which hints of slices are about.
+    pub(super) fn set_zone(&mut self, zone: Option<&String>) {
+        if self.zone.as_ref() == zone {
+            return;
+        }
+        self.zone = zone.cloned();
+        let hinted = |slice: &SliceRecord| slice.endpoints.iter().any(|one| !one.for_zones.is_empty());
+        let services: BTreeSet<String> =
+            self.slices.values().filter(|slice| hinted(slice)).map(|slice| slice.service.clone()).collect();
+        services.iter().for_each(|service| self.rebuild(service));
     }
 
     /// Rebuilds the directory's entry of a service.
@@ -105,7 +155,7 @@ impl DirectoryStore {
         };
         let slices: Vec<&SliceRecord> =
             self.slices_of.get(full).into_iter().flatten().filter_map(|name| self.slices.get(name)).collect();
-        let service = build(record, &slices);
+        let service = build(record, &slices, self.zone.as_deref());
         let known = self.directory.service_named(&record.namespace, &record.name);
         if known.is_none_or(|known| **known != service) {
             let addresses: Vec<IpAddr> = service.all_addresses().collect();
@@ -128,7 +178,8 @@ impl DirectoryStore {
     }
 }
 
-fn build(record: &ServiceRecord, slices: &[&SliceRecord]) -> directory::Service {
+/// Returns the entry of a service for clients of this node, which is in `zone`.
+fn build(record: &ServiceRecord, slices: &[&SliceRecord], zone: Option<&str>) -> directory::Service {
     let spec = &record.spec;
     let listed = spec.cluster_ips.iter().chain(&spec.cluster_ip);
     let addresses = parsed(listed.filter(|text| *text != HEADLESS));
@@ -140,11 +191,11 @@ fn build(record: &ServiceRecord, slices: &[&SliceRecord]) -> directory::Service 
     let slices = if addresses.is_empty() { &[] } else { slices };
     let tcp = spec.ports.iter().filter(|port| is_tcp(port.protocol.as_deref()));
     let ports = tcp.map(|port| {
-        let all = slices.iter().flat_map(|slice| served(slice, &port.name));
-        let (ipv4, ipv6): (Vec<_>, Vec<_>) = all.partition(|(endpoint, _)| endpoint.address.is_ipv4());
+        let all = slices.iter().flat_map(|slice| served(slice, &port.name, zone));
+        let (ipv4, ipv6): (Vec<_>, Vec<_>) = all.partition(|listed| listed.endpoint.address.is_ipv4());
         // 0 is written for services without node ports.
         let node_port = port.node_port.filter(|port| *port != 0);
-        let (ipv4, ipv6) = (Endpoints::new(ipv4), Endpoints::new(ipv6));
+        let (ipv4, ipv6) = (Endpoints::listed(ipv4), Endpoints::listed(ipv6));
         ServicePort { port: port.port, node_port, ipv4, ipv6 }
     });
     let udp = spec.ports.iter().filter(|port| port.protocol.as_deref() == Some("UDP"));
@@ -183,16 +234,13 @@ fn parsed<'a>(texts: impl Iterator<Item = &'a String>) -> Vec<IpAddr> {
 fn served<'a>(
     slice: &'a SliceRecord,
     name: &'a str,
-) -> impl Iterator<Item = (Endpoint, EndpointCondition)> + 'a {
+    zone: Option<&'a str>,
+) -> impl Iterator<Item = ListedEndpoint> + 'a {
     let named = slice.ports.iter().filter(move |port| {
         port.name.as_deref().unwrap_or_default() == name && is_tcp(port.protocol.as_deref())
     });
     let numbers = named.filter_map(|port| port.port);
-    numbers.flat_map(|number| {
-        slice.endpoints.iter().map(move |(address, node, condition)| {
-            (Endpoint { address: (*address, number).into(), node: Arc::clone(node) }, *condition)
-        })
-    })
+    numbers.flat_map(move |number| slice.endpoints.iter().map(move |one| one.listed(number, zone)))
 }
 
 fn is_tcp(protocol: Option<&str>) -> bool {

@@ -363,6 +363,46 @@ fn terminating_endpoints_serve_if_no_other_is_ready() {
 }
 
 #[test]
+fn hints_of_slices_are_followed_for_this_node_and_its_zone() {
+    let mut store = listed();
+    store.apply_change(Change::Applied(service(as_is)));
+    let zone = |name: &str| json!({"forZones": [{"name": name}]});
+    store.apply_change(Change::Applied(slice(
+        "web-1",
+        "IPv4",
+        80,
+        json!([
+            {"addresses": ["10.77.1.5"], "hints": zone("east")},
+            {"addresses": ["10.77.1.6"], "hints": zone("west")},
+        ]),
+    )));
+    let in_zone = |name: &str, zone: &str| {
+        let labels = json!({"topology.kubernetes.io/zone": zone});
+        let node = json!({"metadata": {"name": name, "labels": labels}});
+        Object::Node(Box::new(serde_json::from_value(node).expect("a node")))
+    };
+    assert_eq!(usable(&store), ["10.77.1.5:80 ", "10.77.1.6:80 "], "the zone is not known");
+    store.apply_change(Change::Applied(in_zone("b", "east")));
+    assert_eq!(usable(&store), ["10.77.1.5:80 ", "10.77.1.6:80 "], "another node's zone");
+    store.apply_change(Change::Applied(in_zone("a", "west")));
+    assert_eq!(usable(&store), ["10.77.1.6:80 "]);
+    store.apply_change(Change::Applied(in_zone("a", "east")));
+    assert_eq!(usable(&store), ["10.77.1.5:80 "], "the node has moved");
+    store.apply_change(Change::Applied(slice(
+        "web-1",
+        "IPv4",
+        80,
+        json!([
+            {"addresses": ["10.77.1.5"], "hints": {"forNodes": [{"name": "b"}], "forZones": [{"name": "east"}]}},
+            {"addresses": ["10.77.1.6"], "hints": {"forNodes": [{"name": "a"}], "forZones": [{"name": "east"}]}},
+        ]),
+    )));
+    assert_eq!(usable(&store), ["10.77.1.6:80 "]);
+    store.apply_change(Change::Deleted(in_zone("a", "east")));
+    assert_eq!(usable(&store), ["10.77.1.6:80 "], "a hint for the node needs no zone");
+}
+
+#[test]
 fn traffic_policy_and_session_affinity_are_decoded() {
     let mut store = listed();
     store.apply_change(Change::Applied(service(|value| {
