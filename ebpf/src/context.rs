@@ -429,6 +429,17 @@ impl Ends {
         }
     }
 
+    /// Returns the connection that this socket opens, as it arrives at its other end.
+    #[inline(always)]
+    pub fn arriving(&self) -> Inbound {
+        Inbound {
+            local: self.remote,
+            remote: self.local,
+            port: self.remote_port as u16,
+            remote_port: self.local_port as u16,
+        }
+    }
+
     /// Returns the key of a connection that this socket accepts.
     #[inline(always)]
     pub fn accepting(&self, netns_cookie: u64) -> Tuple {
