@@ -136,11 +136,18 @@ fn capture(sock: &SockAddr<'_>, family: Family, destination: Address, pod: &Pod)
     if !sock.store_names(names) {
         return deny(sock.0, sock, &destination, Reason::ConnectNoStorage);
     }
-    sock.set_address(family, &destination.capture_target(port, pod_secret(lookup::seed(), pod.slot)));
-    let may_spread = matches!(family, Family::V6) && !destination.is_v4() && pod.has(pod_flag::SPREAD);
-    // The steering program identifies the pod by its address. A socket that its application bound to another address keeps
-    // that address and shares the one port on which the agent listens.
-    let spread = may_spread && sock.bind_to(&own);
+    let secret = pod_secret(lookup::seed(), pod.slot);
+    let is_v6 = matches!(family, Family::V6) && !destination.is_v4();
+    // The steering program identifies the pod by its address.
+    let spread = is_v6 && pod.has(pod_flag::SPREAD) && sock.bind_to(&own);
+    // A socket that its application bound to a port of any address takes an IPv4 target: each destination has its own one, so that
+    // the port can be used for several. A socket that cannot shares the one port on which the agent listens.
+    let target = if is_v6 && !spread && SETTINGS.load().has_tcp6_sock != 0 && sock.takes_v4_mapped() {
+        destination.capture_target_v4(port, secret)
+    } else {
+        destination.capture_target(port, secret)
+    };
+    sock.set_address(family, &target);
     sock.set_port(if spread { destination.capture_port_v6(port) } else { pod.effective_capture_port() });
     count(Reason::ConnectCaptured);
     ALLOW

@@ -9,7 +9,7 @@ use aya_ebpf::{
     helpers::generated::{
         bpf_bind, bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
         bpf_getsockopt, bpf_ktime_get_ns, bpf_ringbuf_query, bpf_set_retval, bpf_setsockopt,
-        bpf_sk_storage_delete, bpf_sk_storage_get, bpf_sock_ops_cb_flags_set,
+        bpf_sk_storage_delete, bpf_sk_storage_get, bpf_skc_to_tcp6_sock, bpf_sock_ops_cb_flags_set,
     },
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
@@ -56,6 +56,10 @@ macro_rules! store {
 
 /// Index of the loopback interface, which the kernel gives to no other interface of a namespace.
 pub const LOOPBACK_INDEX: u32 = 1;
+
+/// Offset in `struct sock_common` of the byte with its bit fields, and the field `skc_ipv6only` in it. The verifier checks the offset.
+const BIT_FIELDS: usize = 19;
+const IPV6_ONLY: u8 = if cfg!(target_endian = "little") { 1 << 5 } else { 1 << 2 };
 
 const AF_INET: u32 = 2;
 const AF_INET6: u16 = 10;
@@ -227,6 +231,22 @@ impl SockAddr<'_> {
         let bytes = size_of::<SocketAddressV6>() as i32;
         // SAFETY: the helper takes the program's own context and reads `bytes` bytes of `name`.
         unsafe { bpf_bind(self.raw(), (&raw mut name).cast::<sockaddr>(), bytes) == 0 }
+    }
+
+    /// Returns true for an IPv6 socket that is bound to no address, and accepts v4-mapped destinations (IPV6_V6ONLY).
+    #[inline(always)]
+    pub fn takes_v4_mapped(&self) -> bool {
+        if !self.own_address(Family::V6).is_some_and(|own| own.is_none()) {
+            return false;
+        }
+        // SAFETY: the context's socket, not null.
+        let socket = unsafe { bpf_skc_to_tcp6_sock(self.sk().cast()) };
+        if socket.is_null() {
+            return false;
+        }
+        // SAFETY: the verifier knows the type of `socket`, which begins with a `struct sock_common`.
+        let bits = unsafe { socket.cast::<u8>().add(BIT_FIELDS).read_volatile() };
+        bits & IPV6_ONLY == 0
     }
 
     /// Returns true if the socket is bound to a device other than the loopback.

@@ -5,6 +5,7 @@
 //! | `from:IP` | binds the port of this address, instead of the unspecified one |
 //! | `reuse` | SO_REUSEADDR |
 //! | `share` | SO_REUSEPORT |
+//! | `only` | IPV6_V6ONLY |
 //! | `late` | binds the address without a port, with IP_BIND_ADDRESS_NO_PORT |
 //!
 //! | end | who closes first |
@@ -37,6 +38,7 @@ struct Options {
     from: Option<IpAddr>,
     reuse: bool,
     share: bool,
+    only: bool,
     late: bool,
 }
 
@@ -87,6 +89,7 @@ fn parse(text: &str) -> Result<Options> {
             ("from", address) => options.from = Some(address.parse().context("IP")?),
             ("reuse", _) => options.reuse = true,
             ("share", _) => options.share = true,
+            ("only", _) => options.only = true,
             ("late", _) => options.late = true,
             _ => bail!("invalid option {option}"),
         }
@@ -108,6 +111,9 @@ fn connect(
     }
     if options.share {
         socket.set_reuse_port(true)?;
+    }
+    if options.only {
+        socket.set_only_v6(true)?;
     }
     if options.late {
         setsockopt(&socket, IpBindAddressNoPort, &true)?;
