@@ -7,7 +7,7 @@ use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::warn;
 use tacit_abi::{
     Address, Connect, ConnectFacts, Names, Pod, Reason, connect_error, decide_connect, names_kind, pod_flag,
-    pod_secret,
+    pod_secret, tcp_port,
 };
 
 use crate::{
@@ -121,6 +121,20 @@ fn deny(ctx: &SockAddrContext, sock: &SockAddr<'_>, destination: &Address, reaso
     DENY
 }
 
+/// Returns the port of `::1` for a socket of the pod's address `own`: that of the destination, or the next one that is free where
+/// the application uses its own port for several connections.
+#[inline(always)]
+fn spread_port(sock: &SockAddr<'_>, destination: &Address, own: &Address) -> u16 {
+    let preferred = destination.capture_port_v6(sock.port()) - tcp_port::CAPTURE_V6_FIRST;
+    for step in 0..tcp_port::CAPTURE_V6_COUNT {
+        let port = tcp_port::CAPTURE_V6_FIRST + (preferred + step) % tcp_port::CAPTURE_V6_COUNT;
+        if !sock.is_port_in_use(own, port) {
+            return port;
+        }
+    }
+    tcp_port::CAPTURE_V6_FIRST + preferred
+}
+
 #[inline(always)]
 fn capture(sock: &SockAddr<'_>, family: Family, destination: Address, pod: &Pod) -> i32 {
     let port = sock.port();
@@ -148,7 +162,7 @@ fn capture(sock: &SockAddr<'_>, family: Family, destination: Address, pod: &Pod)
         destination.capture_target(port, secret)
     };
     sock.set_address(family, &target);
-    sock.set_port(if spread { destination.capture_port_v6(port) } else { pod.effective_capture_port() });
+    sock.set_port(if spread { spread_port(sock, &destination, &own) } else { pod.effective_capture_port() });
     count(Reason::ConnectCaptured);
     ALLOW
 }

@@ -69,6 +69,7 @@ const TCP6_SOCK: BpfHelper = BpfHelper::BPF_FUNC_skc_to_tcp6_sock;
 const SK_ASSIGN: BpfHelper = BpfHelper::BPF_FUNC_sk_assign;
 const SK_RELEASE: BpfHelper = BpfHelper::BPF_FUNC_sk_release;
 const CHECK_SYNCOOKIE: BpfHelper = BpfHelper::BPF_FUNC_tcp_check_syncookie;
+const SKC_LOOKUP: BpfHelper = BpfHelper::BPF_FUNC_skc_lookup_tcp;
 const STORAGE_DELETE: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_delete;
 const STORAGE_GET: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_get;
 const SET_SOCKET_OPTION: BpfHelper = BpfHelper::BPF_FUNC_setsockopt;
@@ -209,6 +210,8 @@ pub(super) static FEATURES: &[Feature] = &[
     helper("bpf_ringbuf_query in sock_ops", HOLD, Release(5, 8), ProgramType::SockOps, RINGBUF_QUERY),
     helper("bpf_sk_assign in sk_lookup", STEER, Release(5, 9), ProgramType::SkLookup, SK_ASSIGN),
     helper("bpf_sk_release in sk_lookup", STEER, Release(5, 9), ProgramType::SkLookup, SK_RELEASE),
+    helper("bpf_skc_lookup_tcp in sock_addr", CAPTURE, Release(5, 2), SOCK_ADDR, SKC_LOOKUP),
+    helper("bpf_sk_release in sock_addr", CAPTURE, Release(4, 20), SOCK_ADDR, SK_RELEASE),
     helper("bpf_get_current_cgroup_id in sock_addr", CAPTURE, Release(5, 7), SOCK_ADDR, CURRENT_CGROUP),
     hook("cgroup_skb/egress", GUARD, Release(4, 10), Hook::SKB_EGRESS),
     hook("cgroup_skb/ingress", GUARD, Release(4, 10), Hook::SKB_INGRESS),
