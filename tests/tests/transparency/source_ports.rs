@@ -8,14 +8,16 @@ use tacit_tests::{Client, Mesh, Server, fresh_port};
 
 use super::{ALL, Family, NOISE_MS, address, with_tacit, without_tacit};
 
-/// Ports below those that the kernel chooses, one for each row.
+/// Ports below those that the kernel chooses, one for each try of a row.
 const PORTS: Range<u16> = 20_000..30_000;
+/// Tries of a row, until both runs return the same.
+const TRIES: usize = 3;
 /// What a server does that closes first, and one that waits for the client's end.
 const CLOSES: &[&str] = &["line", "send:bye"];
 const WAITS: &[&str] = &["line", "send:bye", "read-end"];
 
 /// Destinations of a row's connections, by pod and number of the port.
-const SAME: &[(&str, u16)] = &[("far", 0), ("far", 0), ("far", 0), ("far", 0)];
+const SAME: &[(&str, u16)] = &[("far", 0); 12];
 const PORTS_OF_ONE: &[(&str, u16)] = &[("far", 0), ("far", 1), ("far", 2), ("far", 3)];
 const PODS: &[(&str, u16)] = &[("far", 0), ("near", 0)];
 const IN_TURN: &[(&str, u16)] = &[("far", 0), ("near", 0), ("far", 0), ("near", 0)];
@@ -49,10 +51,15 @@ fn a_source_port_is_used_again_at_once() -> Result<()> {
         .iter()
         .chain(only)
         {
-            let port = ports.next().context("a port")?;
-            if let Err(difference) = same(family, (port, options, end), to) {
-                differences.push(format!("{difference:#}"));
+            let mut try_row = || same(family, (ports.next().context("a port")?, options, end), to);
+            // On a loaded machine the kernel may not have got to the last segment of a connection when the next one begins.
+            let mut outcome = try_row();
+            for _ in 1..TRIES {
+                if outcome.is_err() {
+                    outcome = try_row();
+                }
             }
+            differences.extend(outcome.err().map(|difference| format!("{difference:#}")));
         }
     }
     ensure!(differences.is_empty(), "{}", differences.join("\n"));
