@@ -26,7 +26,7 @@ pub mod sessions;
 pub mod shares;
 pub mod workers;
 
-use std::{io, net::SocketAddr, sync::Arc};
+use std::{io, net::SocketAddr, os::fd::AsFd, sync::Arc};
 
 use arc_swap::ArcSwap;
 use tacit_core::{
@@ -35,9 +35,8 @@ use tacit_core::{
     shares::{self as bounds, Capacity},
     spiffe::SpiffeId,
 };
-use tacit_kernel::socket::ClientNotStored;
+use tacit_kernel::socket::{AppStream, ClientNotStored};
 use tacit_tunnel::{TlsInfo, socket::reset};
-use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -145,13 +144,13 @@ impl Proxy {
         pod: &Pod,
         application: SocketAddr,
         client: SocketAddr,
-    ) -> io::Result<TcpStream> {
+    ) -> io::Result<AppStream> {
         let unread_bytes = self.shares.unread_bytes(pod.cgroup).map(|bytes| LOOPBACK_UNREAD * bytes);
         self.dialer.to_application(pod, application, client, unread_bytes).await
     }
 
     /// Counts and logs a refusal, and resets the connection.
-    pub fn refuse(&self, connection: TcpStream, by: Reporter, addresses: Addresses, refusal: Refusal) {
+    pub fn refuse(&self, connection: impl AsFd, by: Reporter, addresses: Addresses, refusal: Refusal) {
         self.report(by, addresses, refusal);
         reset(connection);
     }

@@ -7,7 +7,7 @@ use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::warn;
 use tacit_abi::{
     Address, Connect, ConnectFacts, Names, Pod, Reason, connect_error, decide_connect, names_kind, pod_flag,
-    pod_secret,
+    pod_secret, tcp_port,
 };
 
 use crate::{
@@ -121,6 +121,20 @@ fn deny(ctx: &SockAddrContext, sock: &SockAddr<'_>, destination: &Address, reaso
     DENY
 }
 
+/// Returns the port of `::1` for a socket of the pod's address `own`: that of the destination, or the next one that is free where
+/// the application uses its own port for several connections.
+#[inline(always)]
+fn spread_port(sock: &SockAddr<'_>, destination: &Address, own: &Address) -> u16 {
+    let preferred = destination.capture_port_v6(sock.port()) - tcp_port::CAPTURE_V6_FIRST;
+    for step in 0..tcp_port::CAPTURE_V6_COUNT {
+        let port = tcp_port::CAPTURE_V6_FIRST + (preferred + step) % tcp_port::CAPTURE_V6_COUNT;
+        if !sock.is_port_in_use(own, port) {
+            return port;
+        }
+    }
+    tcp_port::CAPTURE_V6_FIRST + preferred
+}
+
 #[inline(always)]
 fn capture(sock: &SockAddr<'_>, family: Family, destination: Address, pod: &Pod) -> i32 {
     let port = sock.port();
@@ -136,12 +150,19 @@ fn capture(sock: &SockAddr<'_>, family: Family, destination: Address, pod: &Pod)
     if !sock.store_names(names) {
         return deny(sock.0, sock, &destination, Reason::ConnectNoStorage);
     }
-    sock.set_address(family, &destination.capture_target(port, pod_secret(lookup::seed(), pod.slot)));
-    let may_spread = matches!(family, Family::V6) && !destination.is_v4() && pod.has(pod_flag::SPREAD);
-    // The steering program identifies the pod by its address. A socket that its application bound to another address keeps
-    // that address and shares the one port on which the agent listens.
-    let spread = may_spread && sock.bind_to(&own);
-    sock.set_port(if spread { destination.capture_port_v6(port) } else { pod.effective_capture_port() });
+    let secret = pod_secret(lookup::seed(), pod.slot);
+    let is_v6 = matches!(family, Family::V6) && !destination.is_v4();
+    // The steering program identifies the pod by its address.
+    let spread = is_v6 && pod.has(pod_flag::SPREAD) && sock.bind_to(&own);
+    // A socket that its application bound to a port of any address takes an IPv4 target: each destination has its own one, so that
+    // the port can be used for several. A socket that cannot shares the one port on which the agent listens.
+    let target = if is_v6 && !spread && SETTINGS.load().has_tcp6_sock != 0 && sock.takes_v4_mapped() {
+        destination.capture_target_v4(port, secret)
+    } else {
+        destination.capture_target(port, secret)
+    };
+    sock.set_address(family, &target);
+    sock.set_port(if spread { spread_port(sock, &destination, &own) } else { pod.effective_capture_port() });
     count(Reason::ConnectCaptured);
     ALLOW
 }

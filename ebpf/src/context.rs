@@ -4,12 +4,14 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_RB_CONS_POS, BPF_RB_PROD_POS, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, sockaddr,
+        BPF_F_CURRENT_NETNS, BPF_RB_CONS_POS, BPF_RB_PROD_POS, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock,
+        bpf_sock_addr, sockaddr,
     },
     helpers::generated::{
         bpf_bind, bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
-        bpf_getsockopt, bpf_ktime_get_ns, bpf_ringbuf_query, bpf_set_retval, bpf_setsockopt,
-        bpf_sk_storage_delete, bpf_sk_storage_get, bpf_sock_ops_cb_flags_set,
+        bpf_getsockopt, bpf_ktime_get_ns, bpf_ringbuf_query, bpf_set_retval, bpf_setsockopt, bpf_sk_release,
+        bpf_sk_storage_delete, bpf_sk_storage_get, bpf_skc_lookup_tcp, bpf_skc_to_tcp6_sock,
+        bpf_sock_ops_cb_flags_set,
     },
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
@@ -57,6 +59,10 @@ macro_rules! store {
 /// Index of the loopback interface, which the kernel gives to no other interface of a namespace.
 pub const LOOPBACK_INDEX: u32 = 1;
 
+/// Offset in `struct sock_common` of the byte with its bit fields, and the field `skc_ipv6only` in it. The verifier checks the offset.
+const BIT_FIELDS: usize = 19;
+const IPV6_ONLY: u8 = if cfg!(target_endian = "little") { 1 << 5 } else { 1 << 2 };
+
 const AF_INET: u32 = 2;
 const AF_INET6: u16 = 10;
 
@@ -68,6 +74,15 @@ struct SocketAddressV6 {
     flow: u32,
     address: [u32; 4],
     scope: u32,
+}
+
+/// Both ends of an IPv6 connection, in network order, as a packet to the local end has them: `ipv6` of `struct bpf_sock_tuple`.
+#[repr(C)]
+struct SocketTupleV6 {
+    remote: [u32; 4],
+    local: [u32; 4],
+    remote_port: u16,
+    local_port: u16,
 }
 
 mod skb;
@@ -227,6 +242,52 @@ impl SockAddr<'_> {
         let bytes = size_of::<SocketAddressV6>() as i32;
         // SAFETY: the helper takes the program's own context and reads `bytes` bytes of `name`.
         unsafe { bpf_bind(self.raw(), (&raw mut name).cast::<sockaddr>(), bytes) == 0 }
+    }
+
+    /// Returns true if the application has bound the socket to a port, which a connection from `own` to this port of `::1` uses.
+    #[inline(always)]
+    pub fn is_port_in_use(&self, own: &Address, remote_port: u16) -> bool {
+        let sk = self.sk();
+        if sk.is_null() {
+            return false;
+        }
+        let local_port = load!(sk, src_port) as u16;
+        if local_port == 0 {
+            return false;
+        }
+        let mut ends = SocketTupleV6 {
+            remote: Address::LOOPBACK_V6.0,
+            local: own.0,
+            remote_port: remote_port.to_be(),
+            local_port: local_port.to_be(),
+        };
+        let bytes = size_of::<SocketTupleV6>() as u32;
+        let ends = (&raw mut ends).cast();
+        // SAFETY: the helper takes the program's own context and reads `bytes` bytes of `ends`.
+        let found =
+            unsafe { bpf_skc_lookup_tcp(self.0.as_ptr(), ends, bytes, BPF_F_CURRENT_NETNS as u64, 0) };
+        if found.is_null() {
+            return false;
+        }
+        // SAFETY: the helper gave a reference to this socket.
+        unsafe { bpf_sk_release(found.cast()) };
+        true
+    }
+
+    /// Returns true for an IPv6 socket that is bound to no address, and accepts v4-mapped destinations (IPV6_V6ONLY).
+    #[inline(always)]
+    pub fn takes_v4_mapped(&self) -> bool {
+        if !self.own_address(Family::V6).is_some_and(|own| own.is_none()) {
+            return false;
+        }
+        // SAFETY: the context's socket, not null.
+        let socket = unsafe { bpf_skc_to_tcp6_sock(self.sk().cast()) };
+        if socket.is_null() {
+            return false;
+        }
+        // SAFETY: the verifier knows the type of `socket`, which begins with a `struct sock_common`.
+        let bits = unsafe { socket.cast::<u8>().add(BIT_FIELDS).read_volatile() };
+        bits & IPV6_ONLY == 0
     }
 
     /// Returns true if the socket is bound to a device other than the loopback.
@@ -426,6 +487,17 @@ impl Ends {
             remote: self.remote,
             local_port: self.local_port,
             remote_port: self.remote_port,
+        }
+    }
+
+    /// Returns the connection that this socket opens, as it arrives at its other end.
+    #[inline(always)]
+    pub fn arriving(&self) -> Inbound {
+        Inbound {
+            local: self.remote,
+            remote: self.local,
+            port: self.remote_port as u16,
+            remote_port: self.local_port as u16,
         }
     }
 

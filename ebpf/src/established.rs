@@ -72,6 +72,8 @@ fn publish(sock: &SockOps<'_>, ends: &Ends) {
         // A captured socket that is no longer bound to its pod's address must not publish an entry for another address.
         names_kind::CAPTURED if key.is_spread() && !key.local.same(&names.own) => return,
         names_kind::CAPTURED => {
+            // Else a client that uses its ends again at once would have to send its SYN twice.
+            recent::forget(&ends.arriving());
             (pending::publish(Table::Captured, &key.of_captured(), &entry), Reason::PendingFull)
         }
         names_kind::DIALLED => (pending::publish(Table::Dialled, &key, &entry), Reason::NamesFull),

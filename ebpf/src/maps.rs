@@ -21,7 +21,7 @@ pub static SETTINGS: Global<Settings> = Global::new(Settings {
     abi_version: 0,
     pods_cgroup: 0,
     has_set_retval: 0,
-    pad: 0,
+    has_tcp6_sock: 0,
     node_netns_cookie: 0,
 });
 

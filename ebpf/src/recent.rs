@@ -13,6 +13,19 @@ pub fn note(flow: &Inbound) {
     unsafe { cell.write_volatile(noted_at(tag, now())) };
 }
 
+/// Forgets a connection: another one begins from the same ends.
+#[inline(always)]
+pub fn forget(flow: &Inbound) {
+    let (cell, tag) = recent_cell(lookup::seed(), flow);
+    let Some(cell) = RECENT.get_ptr_mut(cell) else { return };
+    // SAFETY: as above.
+    unsafe {
+        if is_recent(cell.read_volatile(), tag, now()) {
+            cell.write_volatile(0);
+        }
+    }
+}
+
 /// Returns true if the connection was noted a moment ago.
 #[inline(always)]
 pub fn has(flow: &Inbound) -> bool {

@@ -4,6 +4,11 @@
 //! run in a mesh without agents and in one with agents, and what every call returned is compared. A difference that is
 //! meant stands in the table with its reason.
 
+#[path = "transparency/source_ports.rs"]
+mod source_ports;
+#[path = "transparency/urgent_data.rs"]
+mod urgent_data;
+
 use std::{
     fs,
     net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4},

@@ -175,7 +175,15 @@ pub fn require(pin_path: &Path) -> Result<(), Unsupported> {
 
 /// Can a connect hook choose the error that an application sees?
 pub(super) fn has_set_retval() -> bool {
-    let name = features::SET_RETVAL_IN_SOCK_ADDR;
+    has(features::SET_RETVAL_IN_SOCK_ADDR)
+}
+
+/// Can a connect hook see whether an IPv6 socket accepts v4-mapped addresses?
+pub(super) fn has_tcp6_sock() -> bool {
+    has(features::TCP6_SOCK_IN_SOCK_ADDR)
+}
+
+fn has(name: &str) -> bool {
     run(Path::new("/"), |feature| feature.name == name)
         .findings
         .iter()

@@ -393,7 +393,7 @@ fn load_object(pin_path: Option<&Path>, pods: &Cgroup) -> Result<Ebpf, KernelErr
         abi_version: ABI_VERSION,
         pods_cgroup: pods.id(),
         has_set_retval: u32::from(probe::has_set_retval()),
-        pad: 0,
+        has_tcp6_sock: u32::from(probe::has_tcp6_sock()),
         node_netns_cookie,
     };
     let mut loader = EbpfLoader::new();

@@ -4,6 +4,7 @@
 //! application could imitate.
 
 use std::{
+    future::poll_fn,
     hash::{DefaultHasher, Hash as _, Hasher as _},
     io::{self, IoSlice},
     net::{IpAddr, SocketAddr},
@@ -14,15 +15,17 @@ use std::{
 use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tacit_abi::{Address, LOST_CLIENT_MARK};
-use tokio::{net::TcpStream, time::timeout};
+use tokio::time::timeout;
 
 use super::{
     maps::ip,
     netns::{HostNetns, Netns},
 };
 
+mod app_stream;
 mod listeners;
 
+pub use app_stream::{AppStream, Polled, send_urgent};
 pub(super) use listeners::discarding;
 pub use listeners::{Acceptor, LOOPBACK_UNREAD_BYTES, ListenError, Listeners, Ports, accept, has_listener};
 
@@ -52,6 +55,7 @@ pub fn dialer(netns: &Netns, host: &HostNetns, to: SocketAddr, client: SocketAdd
     setsockopt(&socket, IpBindAddressNoPort, &true)?;
     // Applications that set this option too may listen on the socket's port while it is in TIME_WAIT.
     socket.set_reuse_address(true)?;
+    app_stream::keep_urgent_inline(&socket)?;
     socket.bind(&SocketAddr::new(loopback_for(to.ip(), client), 0).into())?;
     Ok(socket)
 }
@@ -145,13 +149,13 @@ pub async fn dialled(
     host: &HostNetns,
     to: SocketAddr,
     limit: Duration,
-) -> io::Result<TcpStream> {
+) -> io::Result<AppStream> {
     let is_connected = begin(&socket, to)?;
     if socket.mark()? == LOST_CLIENT_MARK {
         return Err(io::Error::other(ClientNotStored));
     }
     if is_connected {
-        return TcpStream::from_std(socket.into());
+        return AppStream::of(socket);
     }
     // The kernel answers a SYN from `::1` to a closed port of another address with nothing, while IPv4 has a reset. A
     // listener that does not answer either has a full backlog.
@@ -165,9 +169,9 @@ pub async fn dialled(
 ///
 /// # Errors
 /// The kernel's, or [`io::ErrorKind::TimedOut`].
-pub async fn connected(socket: Socket, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+pub async fn connected<S: Polled>(socket: Socket, to: SocketAddr, limit: Duration) -> io::Result<S> {
     if begin(&socket, to)? {
-        return TcpStream::from_std(socket.into());
+        return S::of(socket);
     }
     answered(socket, limit).await
 }
@@ -181,10 +185,12 @@ fn begin(socket: &Socket, to: SocketAddr) -> io::Result<bool> {
 }
 
 /// Waits for the answer to the SYN.
-async fn answered(socket: Socket, limit: Duration) -> io::Result<TcpStream> {
-    let stream = TcpStream::from_std(socket.into())?;
-    timeout(limit, stream.writable()).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-    match stream.take_error()? {
+async fn answered<S: Polled>(socket: Socket, limit: Duration) -> io::Result<S> {
+    let stream = S::of(socket)?;
+    timeout(limit, poll_fn(|cx| stream.poll_write_ready(cx)))
+        .await
+        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    match SockRef::from(&stream).take_error()? {
         Some(error) => Err(error),
         None => Ok(stream),
     }
@@ -205,17 +211,14 @@ pub fn send(socket: &Socket, slices: &[IoSlice<'_>], more: bool) -> io::Result<u
     }
 }
 
-/// Connects from inside `netns`.
+/// A socket in `netns`, ready to connect to an application at `to` as plaintext.
 ///
 /// # Errors
-/// The kernel's, or [`io::ErrorKind::TimedOut`] after `limit`.
-pub async fn connect(
-    netns: &Netns,
-    host: &HostNetns,
-    to: SocketAddr,
-    limit: Duration,
-) -> io::Result<TcpStream> {
-    connected(outgoing(netns, host, to)?, to, limit).await
+/// As [`outgoing`].
+pub fn plaintext(netns: &Netns, host: &HostNetns, to: SocketAddr) -> io::Result<Socket> {
+    let socket = outgoing(netns, host, to)?;
+    app_stream::keep_urgent_inline(&socket)?;
+    Ok(socket)
 }
 
 #[cfg(test)]

@@ -11,9 +11,8 @@ use socket2::SockRef;
 use tacit_core::{refusal::Refusal, shares::connections::Connection};
 use tacit_kernel::{
     held::{HeldEnds, HeldRing},
-    socket::{Acceptor, Listeners},
+    socket::{Acceptor, Listeners, Polled},
 };
-use tokio::net::TcpStream;
 
 use crate::{
     enrol::Pod,
@@ -41,7 +40,7 @@ enum Origin {
 }
 
 /// Serves one connection to its end.
-type Handler<F> = fn(Arc<Proxy>, Arc<Pod>, TcpStream, SocketAddr) -> F;
+type Handler<S, F> = fn(Arc<Proxy>, Arc<Pod>, S, SocketAddr) -> F;
 
 /// Serves the listeners of `pod` until the pod or the agent ends.
 pub fn serve_pod(proxy: &Arc<Proxy>, pod: &Arc<Pod>, listeners: Listeners) {
@@ -93,8 +92,9 @@ struct Entrance {
 
 impl Entrance {
     /// Accepts on `listener` until the pod or the agent ends; each connection gets a task of its own.
-    fn serve<F>(self, listener: Arc<TcpListener>, handle: Handler<F>)
+    fn serve<S, F>(self, listener: Arc<TcpListener>, handle: Handler<S, F>)
     where
+        S: Polled + Send + 'static,
         F: Future<Output = ()> + Send + 'static,
     {
         self.spawn(move |entrance| async move {
@@ -183,8 +183,9 @@ impl Entrance {
     }
 
     /// Starts a task for the flow, or resets a connection of a pod or source that has its share.
-    fn admit<F>(&self, connection: std::net::TcpStream, peer: SocketAddr, handle: Handler<F>)
+    fn admit<S, F>(&self, connection: std::net::TcpStream, peer: SocketAddr, handle: Handler<S, F>)
     where
+        S: Polled + Send + 'static,
         F: Future<Output = ()> + Send + 'static,
     {
         let source = (self.origin == Origin::Elsewhere).then_some(peer.ip());
@@ -198,18 +199,19 @@ impl Entrance {
     }
 
     /// Starts a task for the flow on the worker that the connection goes to.
-    fn spawn_flow<F>(
+    fn spawn_flow<S, F>(
         &self,
         connection: std::net::TcpStream,
         peer: SocketAddr,
         permit: ConnectionPermit,
-        handle: Handler<F>,
+        handle: Handler<S, F>,
     ) where
+        S: Polled + Send + 'static,
         F: Future<Output = ()> + Send + 'static,
     {
         let (on, who) = (self.proxy.clone(), self.pod.clone());
         self.proxy.spawn_flow(self.home, |load| async move {
-            match TcpStream::from_std(connection) {
+            match S::of(connection.into()) {
                 Ok(connection) => handle(on, who, connection, peer).await,
                 Err(error) => tracing::error!(%error, "a connection cannot be polled, and is dropped"),
             }

@@ -2,7 +2,12 @@
 
 use std::{io, net::SocketAddr, os::fd::AsRawFd, sync::Arc, time::Duration};
 
-use tacit_kernel::{Kernel, held::HeldEnds, netns::HostNetns, socket};
+use tacit_kernel::{
+    Kernel,
+    held::HeldEnds,
+    netns::HostNetns,
+    socket::{self, AppStream},
+};
 use tacit_tunnel::socket::reset_if_dropped;
 use tokio::net::TcpStream;
 
@@ -35,7 +40,7 @@ impl Dialer {
         application: SocketAddr,
         client: SocketAddr,
         unread_bytes: Option<u32>,
-    ) -> io::Result<TcpStream> {
+    ) -> io::Result<AppStream> {
         let socket = socket::dialer(&pod.netns, &self.host, application, client)?;
         // On loopback no autotuning is needed: a window of two batches keeps both ends busy.
         let unread_bytes = unread_bytes.map_or(socket::LOOPBACK_UNREAD_BYTES, |bytes| bytes as usize);
@@ -57,8 +62,8 @@ impl Dialer {
         pod: &Pod,
         destination: SocketAddr,
         limit: Duration,
-    ) -> io::Result<TcpStream> {
-        socket::connect(&pod.netns, &self.host, destination, limit).await
+    ) -> io::Result<AppStream> {
+        socket::connected(socket::plaintext(&pod.netns, &self.host, destination)?, destination, limit).await
     }
 
     /// Connects from `pod` to the tunnel port of a peer within `limit`. Of the agent's sockets only these pass the pod's link
@@ -86,8 +91,8 @@ impl Dialer {
         pod: &Pod,
         destination: SocketAddr,
         limit: Duration,
-    ) -> io::Result<TcpStream> {
-        let socket = socket::outgoing(&pod.netns, &self.host, destination)?;
+    ) -> io::Result<AppStream> {
+        let socket = socket::plaintext(&pod.netns, &self.host, destination)?;
         self.kernel.maps.set_disabled(&socket, destination).map_err(io::Error::other)?;
         socket::connected(socket, destination, limit).await
     }

@@ -21,6 +21,7 @@ use tacit_core::{
     refusal::{Refusal, RefusalReason},
     wire::open::{DenyReason, Open},
 };
+use tacit_kernel::socket::AppStream;
 use tacit_tunnel::{Session, TunnelError, relay, session::SERVER_IDLE, socket};
 use tokio::net::TcpStream;
 
@@ -225,7 +226,7 @@ fn came_from_outside(pod: &Pod, at: SocketAddr) -> Result<(), Refusal> {
 
 /// Serves plaintext that was steered here: what mode and policies do not allow is reset. Both may have changed since the
 /// kernel steered it, so they are looked at again.
-pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: TcpStream, peer: SocketAddr) {
+pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: AppStream, peer: SocketAddr) {
     relay::connection_started();
     let Ok(at) = client.local_addr().map(canonical) else { return };
     let addresses = Addresses { source: peer, destination: at };

@@ -26,11 +26,11 @@ use tacit_core::{
     refusal::{Refusal, RefusalReason},
     route::{self, PlaintextCause, Route, RouteInput},
 };
+use tacit_kernel::socket::AppStream;
 use tacit_tunnel::{
     relay::{self, PodBulk},
     socket,
 };
-use tokio::net::TcpStream;
 
 use crate::{
     enrol::Pod,
@@ -65,12 +65,12 @@ struct Attempt<'a> {
     limit: Duration,
     /// The application, if its data may be sent before the upstream accepts. `None` if another try may follow, since nothing
     /// is sent twice.
-    optimistic: Option<&'a TcpStream>,
+    optimistic: Option<&'a AppStream>,
 }
 
 impl<'a> Attempt<'a> {
     /// Returns a try after which `rest` is left. `app` is the application's connection, if there is one by now.
-    fn before(rest: Rest, app: Option<&'a TcpStream>) -> Self {
+    fn before(rest: Rest, app: Option<&'a AppStream>) -> Self {
         match rest {
             Rest::More => Self { limit: TRY_CONNECT, optimistic: None },
             Rest::Nothing => Self { limit: PEER_CONNECT, optimistic: app },
@@ -80,14 +80,14 @@ impl<'a> Attempt<'a> {
 
 /// A connected destination, ready to carry the flow.
 enum Upstream {
-    Plaintext(TcpStream, FlowSpec),
+    Plaintext(AppStream, FlowSpec),
     /// An application of this pod, whose policies hold as long as the flow lives.
-    SameNode(TcpStream, FlowSpec, Arc<Pod>, Admitted),
+    SameNode(AppStream, FlowSpec, Arc<Pod>, Admitted),
     Tunnel(Tunnel),
 }
 
 /// Serves one captured connection to its end.
-pub async fn handle(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) {
+pub async fn handle(path: Arc<Proxy>, pod: Arc<Pod>, app: AppStream, client: SocketAddr) {
     relay::connection_started();
     // Boxed, so that a flow does not keep room for what is needed only until the upstream is connected.
     let carried = Box::pin(set_out(path, pod, app, client)).await;
@@ -100,7 +100,7 @@ pub async fn handle(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, client: Soc
 type Carried = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Connects an upstream and returns the relay to it, or refuses the connection.
-async fn set_out(path: Arc<Proxy>, pod: Arc<Pod>, app: TcpStream, client: SocketAddr) -> Option<Carried> {
+async fn set_out(path: Arc<Proxy>, pod: Arc<Pod>, app: AppStream, client: SocketAddr) -> Option<Carried> {
     let Some(addresses) = find_destination(&path, &pod, &app, client) else {
         let at = app.local_addr().map_or(client, canonical);
         let refusal = Refusal::new(RefusalReason::NoDestination, "not a captured connection");
@@ -122,7 +122,7 @@ async fn reach(
     path: &Proxy,
     pod: &Pod,
     addresses: Addresses,
-    app: Option<&TcpStream>,
+    app: Option<&AppStream>,
 ) -> Result<(Upstream, Option<PickedEndpoint>), Refusal> {
     let Addresses { source, destination } = addresses;
     let directory = discover(path, destination).await;
@@ -181,7 +181,7 @@ async fn connect_route(
 fn carry(
     path: Arc<Proxy>,
     pod: Arc<Pod>,
-    app: TcpStream,
+    app: AppStream,
     upstream: Upstream,
     endpoint: Option<Box<PickedEndpoint>>,
 ) -> Carried {
@@ -220,7 +220,7 @@ fn carry(
 }
 
 /// Returns the flow's addresses as both applications see them.
-fn find_destination(path: &Proxy, pod: &Pod, app: &TcpStream, client: SocketAddr) -> Option<Addresses> {
+fn find_destination(path: &Proxy, pod: &Pod, app: &AppStream, client: SocketAddr) -> Option<Addresses> {
     let destination = path.dialer.destination(app)?;
     Some(Addresses { source: source(pod, client, destination)?, destination })
 }
@@ -337,7 +337,7 @@ async fn connect_plaintext(
 
 async fn relay_plain(
     path: Arc<Proxy>,
-    (app, server): (TcpStream, TcpStream),
+    (app, server): (AppStream, AppStream),
     (flow, bulk): (LiveFlow, PodBulk),
     revoked: impl Future<Output = Refusal>,
     _endpoint: Option<Box<PickedEndpoint>>,

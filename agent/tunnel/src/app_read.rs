@@ -5,12 +5,12 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use tokio::net::TcpStream;
+use tacit_kernel::socket::{AppStream, Polled as _};
 
 use super::{
     batch::{FRAMES_MAX, payload_slots},
     buffers::{Buffer, Size},
-    socket,
+    socket::{self, ReadBytes},
 };
 
 /// The result of one read.
@@ -19,6 +19,8 @@ pub(crate) struct AppRead {
     pub batch: Buffer,
     /// Number of payload bytes; 0 if the stream ended without more bytes.
     pub payload_bytes: usize,
+    /// True for one byte that the application sent as urgent data.
+    pub is_urgent: bool,
     /// Size of the next read.
     pub next: Size,
     /// True if the stream has ended. An end that is already known is sent with the last bytes. A reset is reported after them.
@@ -29,32 +31,28 @@ pub(crate) struct AppRead {
 ///
 /// # Errors
 /// If the connection was reset before any byte was read.
-pub(crate) fn poll_app_read(app: &TcpStream, cx: &mut Context<'_>, size: Size) -> Poll<io::Result<AppRead>> {
+pub(crate) fn poll_app_read(app: &AppStream, cx: &mut Context<'_>, size: Size) -> Poll<io::Result<AppRead>> {
     loop {
         // An idle flow takes no buffer.
         ready!(app.poll_read_ready(cx))?;
         let mut batch = Buffer::take(size);
         let (mut slots, room_bytes) = slots(&mut batch, size);
-        if let Some(outcome) = socket::try_read(app, &mut slots) {
-            let payload_bytes = outcome?;
-            let next = size.after(payload_bytes, room_bytes);
-            return Poll::Ready(Ok(app_read(app, batch, payload_bytes, next, room_bytes)));
+        if let Some(outcome) = socket::try_read_app(app, &mut slots) {
+            return Poll::Ready(Ok(app_read(app, batch, outcome?, (size, room_bytes))));
         }
     }
 }
 
 /// Reads the bytes that `app` has already sent, without asking the poller, which may lag behind the socket. Returns `None`
-/// if there are none. An end or a reset without bytes also returns `None` and is found by a later read.
-pub(crate) fn app_read_now(app: &TcpStream) -> Option<AppRead> {
+/// if there are none. An end or a reset without bytes also returns `None` and is found by a later read. An urgent byte that comes
+/// first is taken for any other.
+pub(crate) fn app_read_now(app: &AppStream) -> Option<AppRead> {
     let size = Size::default();
     let mut batch = Buffer::take(size);
     let (mut slots, room_bytes) = slots(&mut batch, size);
     match socket::read_now(app, &mut slots) {
         0 => None,
-        payload_bytes => {
-            let next = size.after(payload_bytes, room_bytes);
-            Some(app_read(app, batch, payload_bytes, next, room_bytes))
-        }
+        count => Some(app_read(app, batch, ReadBytes { count, is_urgent: false }, (size, room_bytes))),
     }
 }
 
@@ -64,12 +62,14 @@ fn slots(batch: &mut Buffer, size: Size) -> ([IoSliceMut<'_>; FRAMES_MAX], usize
     payload_slots(&mut batch[..shown_bytes])
 }
 
-fn app_read(app: &TcpStream, batch: Buffer, payload_bytes: usize, next: Size, room_bytes: usize) -> AppRead {
+fn app_read(app: &AppStream, batch: Buffer, read: ReadBytes, (size, room_bytes): (Size, usize)) -> AppRead {
+    let ReadBytes { count: payload_bytes, is_urgent } = read;
+    let next = if is_urgent { size } else { size.after(payload_bytes, room_bytes) };
     let ends = match payload_bytes {
         0 => Ok(true),
         // The end is visible only after everything before it is read.
         _ if payload_bytes == room_bytes => Ok(false),
         _ => socket::is_at_end(app),
     };
-    AppRead { batch, payload_bytes, next, ends }
+    AppRead { batch, payload_bytes, is_urgent, next, ends }
 }

@@ -35,6 +35,11 @@ pub(crate) fn payload_slots(batch: &mut [u8]) -> ([IoSliceMut<'_>; FRAMES_MAX], 
     (slots, room_bytes)
 }
 
+/// Returns the first byte of the first slot.
+pub(crate) fn first_payload_byte(batch: &[u8]) -> u8 {
+    batch[BEFORE_BYTES]
+}
+
 /// Writes the frame headers for `payload_bytes` read into the slots of `batch`, and passes each record to `seal`. Returns
 /// the total bytes of the records.
 pub(crate) fn seal_frames<E>(

@@ -15,6 +15,8 @@ mod plain;
 #[cfg(test)]
 pub(crate) mod testing;
 mod tunnelled;
+#[cfg(test)]
+mod urgent;
 
 pub use bulk::{BulkShare, PodBulk};
 pub use busy_poll::{connection_proceeds, connection_started};

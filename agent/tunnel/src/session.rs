@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     TunnelError,
-    batch::FRAMES_MAX,
+    batch::{self, FRAMES_MAX},
     buffers::Buffer,
     stream::{self, Established, TlsStream},
     tls::TlsInfo,
@@ -342,8 +342,12 @@ impl Session {
 
     /// Queues the bytes read from an application; returns whether its stream has ended.
     pub(crate) fn send_app_read(&mut self, read: AppRead) -> Result<io::Result<bool>, TunnelError> {
-        if read.payload_bytes > 0 {
-            self.send_data(read.batch, read.payload_bytes)?;
+        match read.payload_bytes {
+            0 => {}
+            1 if read.is_urgent && self.info.has_urgent => {
+                self.send(&Control::Urgent(batch::first_payload_byte(&read.batch)))?;
+            }
+            payload_bytes => self.send_data(read.batch, payload_bytes)?,
         }
         if matches!(read.ends, Ok(true)) {
             self.send(&Control::Fin)?;
@@ -419,6 +423,12 @@ impl Session {
             Poll::Ready(Err(TunnelError::Io(_) | TunnelError::Closed) | Ok(_)) | Poll::Pending => None,
             Poll::Ready(Err(alert)) => Some(alert),
         }
+    }
+
+    /// Sends no URGENT frames, as to an earlier version.
+    #[cfg(test)]
+    pub(crate) fn forget_urgent(&mut self) {
+        self.info.has_urgent = false;
     }
 
     /// Returns true if received bytes are buffered.

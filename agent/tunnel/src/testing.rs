@@ -5,11 +5,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use socket2::Socket;
 use tacit_core::{
     spiffe::SpiffeId,
     wire::open::{Open, OptimisticMode},
 };
 use tacit_identity::credentials::Credentials;
+use tacit_kernel::socket::{AppStream, Polled as _};
 use tokio::net::{TcpListener, TcpStream};
 
 mod issuer;
@@ -37,6 +39,20 @@ pub(crate) async fn connection() -> (TcpStream, TcpStream) {
     let address = listener.local_addr().expect("bound");
     let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
     (client.expect("connected"), accepted.expect("accepted").0)
+}
+
+/// Returns an application's end of a connection, and its agent's.
+pub(crate) async fn app_connection() -> (TcpStream, AppStream) {
+    let (app, ours) = connection().await;
+    (app, app_stream(ours))
+}
+
+/// Returns the agent's end of a connection with an application.
+pub(crate) fn app_stream(tcp: TcpStream) -> AppStream {
+    let socket = Socket::from(tcp.into_std().expect("registered"));
+    // As the sockets of `tacit_kernel`.
+    socket.set_out_of_band_inline(true).expect("open");
+    AppStream::of(socket).expect("descriptors")
 }
 
 /// Returns a session of `web` with `db`, client and server.

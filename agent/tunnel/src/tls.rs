@@ -1,6 +1,6 @@
 //! TLS of the tunnel: the offered and required parameters, and the errors.
 //!
-//! Both sides require TLS 1.3, a peer certificate and [`ALPN`]. Resumption, early data and server names are disabled. Sessions
+//! Both sides require TLS 1.3, a peer certificate, and [`ALPN_URGENT`] or [`ALPN`]. Resumption, early data and server names are disabled. Sessions
 //! are reused instead, and both sides verify every certificate in full. The crypto provider is built explicitly, so that
 //! neither a crate feature nor a process-wide default can add algorithms.
 
@@ -40,6 +40,8 @@ use verify::{ClientVerifier, ServerVerifier};
 
 /// The wire format as an ALPN protocol name.
 pub const ALPN: &[u8] = b"tacit/1";
+/// The same with frames for urgent data, which agents prefer. Agents before it know [`ALPN`] only.
+pub const ALPN_URGENT: &[u8] = b"tacit/1.1";
 
 /// The negotiated parameters, with their IANA names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +52,8 @@ pub struct TlsInfo {
     pub cipher: &'static str,
     /// For example `X25519MLKEM768`.
     pub key_exchange: &'static str,
+    /// The peer accepts URGENT frames: both have agreed on [`ALPN_URGENT`].
+    pub has_urgent: bool,
 }
 
 /// The reason why a tunnel failed to open or ended early.
@@ -178,7 +182,7 @@ pub(crate) fn client_config(own: &Credentials, expected: &SpiffeId) -> Arc<Clien
             // A placeholder. Each expected peer gets its own verifier.
             .with_custom_certificate_verifier(verifier(own.identity.clone()))
             .with_client_cert_resolver(resolver(own));
-        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.alpn_protocols = alpn_protocols();
         config.resumption = Resumption::disabled();
         config.enable_sni = false;
         // The crate has its own record layer.
@@ -205,13 +209,18 @@ pub(crate) fn server_config(own: &Credentials) -> Arc<ServerConfig> {
             .expect("PROVIDER has suites and key exchanges of TLS 1.3")
             .with_client_cert_verifier(Arc::new(verifier))
             .with_cert_resolver(resolver(own));
-        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.alpn_protocols = alpn_protocols();
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         config.enable_secret_extraction = true;
         config
     };
     own.server_config(make).clone()
+}
+
+/// The newest first: a server chooses the first of its own that the client offers.
+fn alpn_protocols() -> Vec<Vec<u8>> {
+    vec![ALPN_URGENT.to_vec(), ALPN.to_vec()]
 }
 
 fn resolver(own: &Credentials) -> Arc<SingleCertAndKey> {
@@ -221,11 +230,14 @@ fn resolver(own: &Credentials) -> Arc<SingleCertAndKey> {
 /// Checks and returns the negotiated parameters.
 pub(crate) fn negotiated(connection: &CommonState) -> Result<TlsInfo, TunnelError> {
     // rustls rejects a client with another ALPN, and accepts a client that offers none.
-    if connection.alpn_protocol() != Some(ALPN) {
-        return Err(TunnelError::Alpn);
-    }
+    let has_urgent = match connection.alpn_protocol() {
+        Some(ALPN_URGENT) => true,
+        Some(ALPN) => false,
+        _ => return Err(TunnelError::Alpn),
+    };
     let incomplete = || TunnelError::TlsMismatch("the handshake negotiated no parameters".to_owned());
     Ok(TlsInfo {
+        has_urgent,
         version: match connection.protocol_version() {
             Some(rustls::ProtocolVersion::TLSv1_3) => "TLSv1.3",
             other => return Err(TunnelError::TlsMismatch(format!("{other:?}"))),

@@ -157,13 +157,26 @@ impl Address {
     #[inline(always)]
     #[must_use]
     pub const fn capture_target(&self, port: u16, secret: u32) -> Self {
-        if !self.is_v4() {
-            return Self::LOOPBACK_V6;
-        }
+        if self.is_v4() { self.capture_target_v4(port, secret) } else { Self::LOOPBACK_V6 }
+    }
+
+    /// Returns the IPv4 loopback address that a captured connection to `self:port` is redirected to, for a destination of either
+    /// family.
+    #[inline(always)]
+    #[must_use]
+    pub const fn capture_target_v4(&self, port: u16, secret: u32) -> Self {
+        let folded = if self.is_v4() { self.0[3] } else { self.folded() };
         // Fibonacci hashing: the high bits of the product depend on every bit of the input.
-        let mixed = (self.0[3] ^ secret ^ ((port as u32) << 16 | port as u32)).wrapping_mul(0x9e37_79b9);
+        let mixed = (folded ^ secret ^ ((port as u32) << 16 | port as u32)).wrapping_mul(0x9e37_79b9);
         let host = 0x7f60_0000 | (mixed >> 12);
         Self::from_v4_be(host.to_be())
+    }
+
+    /// The words are rotated so that equal differences in two of them do not cancel out.
+    #[inline(always)]
+    const fn folded(&self) -> u32 {
+        let [a, b, c, d] = self.0;
+        a ^ b.rotate_left(8) ^ c.rotate_left(16) ^ d.rotate_left(24)
     }
 
     /// Returns the port of `::1` that a captured connection to the IPv6 address `self` and `port` is redirected to.
@@ -173,10 +186,7 @@ impl Address {
     #[inline(always)]
     #[must_use]
     pub const fn capture_port_v6(&self, port: u16) -> u16 {
-        // The words are rotated so that equal differences in two of them do not cancel out.
-        let [a, b, c, d] = self.0;
-        let folded = a ^ b.rotate_left(8) ^ c.rotate_left(16) ^ d.rotate_left(24);
-        let mixed = (folded ^ ((port as u32) << 16 | port as u32)).wrapping_mul(0x9e37_79b9);
+        let mixed = (self.folded() ^ ((port as u32) << 16 | port as u32)).wrapping_mul(0x9e37_79b9);
         tcp_port::CAPTURE_V6_FIRST + (mixed >> CAPTURE_V6_SHIFT) as u16
     }
 }
@@ -292,6 +302,10 @@ mod tests {
         assert!(seen.len() > 1000, "only {} targets for 1024 destinations", seen.len());
         assert_eq!(v4(10, 77, 1, 1).capture_target(80, 5), v4(10, 77, 1, 1).capture_target(80, 5));
         assert_ne!(v4(10, 77, 1, 1).capture_target(80, 5), v4(10, 77, 1, 1).capture_target(80, 6));
+        let six = |last| Address::from_octets(Ipv6Addr::new(0xfd77, 1, 0, 0, 0, 0, 0, last).octets());
+        let targets: HashSet<_> = (0..1000).map(|last| six(last).capture_target_v4(80, 5)).collect();
+        assert!(targets.len() > 950 && targets.iter().all(|target| target.octets()[13] >= 96), "{targets:?}");
+        assert_eq!(v4(10, 77, 1, 1).capture_target_v4(80, 5), v4(10, 77, 1, 1).capture_target(80, 5));
     }
 
     #[test]

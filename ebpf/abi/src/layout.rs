@@ -70,8 +70,8 @@ pub struct Settings {
     pub pods_cgroup: u64,
     /// 1 when the kernel has `bpf_set_retval` at connect hooks, else 0.
     pub has_set_retval: u32,
-    /// Explicit padding, zero.
-    pub pad: u32,
+    /// 1 when the kernel has `bpf_skc_to_tcp6_sock` at connect hooks, else 0.
+    pub has_tcp6_sock: u32,
     /// Cookie of the node's own network namespace. The kernel never gives 0.
     pub node_netns_cookie: u64,
 }

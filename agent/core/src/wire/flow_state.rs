@@ -9,7 +9,7 @@
 //!   |                                  DONE (server)      v
 //!   +------------------------------------------------- Flow { client ended: yes, server ended: yes }
 //! ```
-//! A RESET of the client may cross the server's DONE and come in Idle: the session is then Over as well.
+//! URGENT may come wherever DATA may. A RESET of the client may cross the server's DONE and come in Idle: the session is then Over as well.
 //! Any other frame is a protocol error and ends the session. Both ends run the same machine over the frames
 //! they send and those they receive.
 
@@ -80,7 +80,7 @@ impl FlowState {
         Ok(match (self, from, kind) {
             (Self::Idle, Client, FrameType::Open) => Self::Opening { client_ended: false },
             // OptimisticMode of the answer, as OPEN has said.
-            (Self::Opening { client_ended: false }, Client, FrameType::Data) => self,
+            (Self::Opening { client_ended: false }, Client, FrameType::Data | FrameType::Urgent) => self,
             (Self::Opening { client_ended: false }, Client, FrameType::Fin) => {
                 Self::Opening { client_ended: true }
             }
@@ -88,8 +88,8 @@ impl FlowState {
                 Self::Flow { client_ended, server_ended: false }
             }
             (Self::Opening { .. }, Server, FrameType::Deny) => Self::Idle,
-            (Self::Flow { client_ended: false, .. }, Client, FrameType::Data)
-            | (Self::Flow { server_ended: false, .. }, Server, FrameType::Data) => self,
+            (Self::Flow { client_ended: false, .. }, Client, FrameType::Data | FrameType::Urgent)
+            | (Self::Flow { server_ended: false, .. }, Server, FrameType::Data | FrameType::Urgent) => self,
             (Self::Flow { client_ended: false, server_ended }, Client, FrameType::Fin) => {
                 Self::Flow { client_ended: true, server_ended }
             }
@@ -125,6 +125,7 @@ mod tests {
             (FlowState::Idle, Client, Open, opening(false)),
             (FlowState::Idle, Client, Reset, FlowState::Closed),
             (opening(false), Client, Data, opening(false)),
+            (opening(false), Client, Urgent, opening(false)),
             (opening(false), Client, Fin, opening(true)),
             (opening(false), Client, Reset, FlowState::Closed),
             (opening(false), Server, Accept, flow(false, false)),
@@ -134,15 +135,19 @@ mod tests {
             (opening(true), Server, Deny, FlowState::Idle),
             (flow(false, false), Client, Data, flow(false, false)),
             (flow(false, false), Server, Data, flow(false, false)),
+            (flow(false, false), Client, Urgent, flow(false, false)),
+            (flow(false, false), Server, Urgent, flow(false, false)),
             (flow(false, false), Client, Fin, flow(true, false)),
             (flow(false, false), Server, Fin, flow(false, true)),
             (flow(false, false), Client, Reset, FlowState::Closed),
             (flow(false, false), Server, Reset, FlowState::Closed),
             (flow(true, false), Server, Data, flow(true, false)),
+            (flow(true, false), Server, Urgent, flow(true, false)),
             (flow(true, false), Server, Fin, flow(true, true)),
             (flow(true, false), Client, Reset, FlowState::Closed),
             (flow(true, false), Server, Reset, FlowState::Closed),
             (flow(false, true), Client, Data, flow(false, true)),
+            (flow(false, true), Client, Urgent, flow(false, true)),
             (flow(false, true), Client, Fin, flow(true, true)),
             (flow(false, true), Client, Reset, FlowState::Closed),
             (flow(false, true), Server, Reset, FlowState::Closed),
@@ -162,7 +167,7 @@ mod tests {
         ];
         for state in phases {
             for from in [Client, Server] {
-                for kind in [Open, Accept, Deny, Data, Fin, Reset, Done] {
+                for kind in [Open, Accept, Deny, Data, Fin, Reset, Done, Urgent] {
                     let next = allowed.iter().find(|row| (row.0, row.1, row.2) == (state, from, kind));
                     let expected = next.map(|row| row.3).ok_or(UnexpectedFrame { state, from, kind });
                     assert_eq!(state.after(from, kind), expected);

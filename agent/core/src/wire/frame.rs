@@ -12,7 +12,9 @@
 //! 5 FIN     both               nothing: no more DATA from this side
 //! 6 RESET   both               nothing: the flow was reset on this side, the session ends
 //! 7 DONE    server -> client   nothing: both FINs passed and every byte reached the destination
+//! 8 URGENT  both               1 byte of the flow, which the application sent as urgent data (MSG_OOB)
 //! ```
+//! URGENT is sent only to a peer that has agreed on ALPN `tacit/1.1`. Other peers get the byte in DATA.
 //! Numbers are big-endian. An IPv4 address is written v4-mapped. DONE is what lets a client reuse a session safely: without
 //! it, a flow could be put behind bytes that the previous flow's destination has not yet read.
 
@@ -36,19 +38,19 @@ pub enum FrameType {
     Fin = 5,
     Reset = 6,
     Done = 7,
+    Urgent = 8,
 }
 
 impl FrameType {
     fn of(code: u8) -> Option<Self> {
-        [Self::Open, Self::Accept, Self::Deny, Self::Data, Self::Fin, Self::Reset, Self::Done]
-            .into_iter()
-            .find(|kind| *kind as u8 == code)
+        use FrameType::{Accept, Data, Deny, Done, Fin, Open, Reset, Urgent};
+        [Open, Accept, Deny, Data, Fin, Reset, Done, Urgent].into_iter().find(|kind| *kind as u8 == code)
     }
 
     fn allows(self, payload_bytes: usize) -> bool {
         match self {
             Self::Open => payload_bytes == OPEN_BYTES,
-            Self::Deny => payload_bytes == 1,
+            Self::Deny | Self::Urgent => payload_bytes == 1,
             // An empty DATA frame would cost work and carry nothing.
             Self::Data => (1..=PAYLOAD_MAX_BYTES).contains(&payload_bytes),
             Self::Accept | Self::Fin | Self::Reset | Self::Done => payload_bytes == 0,
@@ -66,6 +68,7 @@ pub enum Control {
     Fin,
     Reset,
     Done,
+    Urgent(u8),
 }
 
 /// The mistake of received bytes that are no frame. The session cannot go on.
@@ -145,6 +148,7 @@ impl Control {
             Self::Fin => FrameType::Fin,
             Self::Reset => FrameType::Reset,
             Self::Done => FrameType::Done,
+            Self::Urgent(_) => FrameType::Urgent,
         }
     }
 
@@ -161,6 +165,7 @@ impl Control {
             FrameType::Fin => Some(Self::Fin),
             FrameType::Reset => Some(Self::Reset),
             FrameType::Done => Some(Self::Done),
+            FrameType::Urgent => payload.first().copied().map(Self::Urgent),
         })
     }
 
@@ -174,6 +179,10 @@ impl Control {
             Self::Deny(reason) => {
                 out.extend(encode_header(FrameType::Deny, 1));
                 out.push(reason.code());
+            }
+            Self::Urgent(byte) => {
+                out.extend(encode_header(FrameType::Urgent, 1));
+                out.push(*byte);
             }
             Self::Accept | Self::Fin | Self::Reset | Self::Done => out.extend(encode_header(self.kind(), 0)),
         }
@@ -214,6 +223,7 @@ mod tests {
         let mut all =
             vec![Control::Open(open()), Control::Accept, Control::Fin, Control::Reset, Control::Done];
         all.extend((0..=255).map(|code| Control::Deny(DenyReason::of(code))));
+        all.extend((0..=255).map(Control::Urgent));
         for frame in all {
             let mut bytes = Vec::new();
             frame.encode(&mut bytes);
@@ -241,7 +251,7 @@ mod tests {
         let length = |kind, payload_bytes| Err(FrameError::Length { kind, payload_bytes });
         for (bytes, expected) in [
             (vec![0], Err(FrameError::Type(0))),
-            (vec![8, 0], Err(FrameError::Type(8))),
+            (vec![9, 0], Err(FrameError::Type(9))),
             (vec![255, 0, 0, 0], Err(FrameError::Type(255))),
             (vec![1, 0, 0, 53], length(FrameType::Open, 53)),
             (vec![1, 0, 0, 55], length(FrameType::Open, 55)),
@@ -253,6 +263,8 @@ mod tests {
             (vec![5, 0, 1, 0], length(FrameType::Fin, 256)),
             (vec![6, 1, 0, 0], length(FrameType::Reset, 65536)),
             (vec![7, 0, 0, 2], length(FrameType::Done, 2)),
+            (vec![8, 0, 0, 0], length(FrameType::Urgent, 0)),
+            (vec![8, 0, 0, 2], length(FrameType::Urgent, 2)),
         ] {
             assert_eq!(read_back(&bytes), expected, "{bytes:?}");
         }
@@ -278,7 +290,7 @@ mod tests {
                 *byte = (state >> 56) as u8;
             }
             // Mostly plausible headers, so that payloads are reached too.
-            bytes[0] %= 9;
+            bytes[0] %= 10;
             if state & 1 == 0 {
                 bytes[1..4].copy_from_slice(&[0, 0, 54]);
             }

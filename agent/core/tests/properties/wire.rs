@@ -40,6 +40,7 @@ fn control() -> impl Strategy<Value = Control> {
         Just(Control::Fin),
         Just(Control::Reset),
         Just(Control::Done),
+        any::<u8>().prop_map(Control::Urgent),
     ]
 }
 
@@ -51,7 +52,7 @@ fn encoded(control: Control) -> Vec<u8> {
 
 /// Random bytes that often begin like a frame.
 fn stream() -> impl Strategy<Value = Vec<u8>> {
-    let head = (0..10_u8, 0..3_u8, 0..3_u8, any::<u8>()).prop_map(|(kind, high, middle, low)| {
+    let head = (0..11_u8, 0..3_u8, 0..3_u8, any::<u8>()).prop_map(|(kind, high, middle, low)| {
         let high = if high == 2 { 0xff } else { 0 };
         vec![kind, high, if middle == 2 { 0x40 } else { 0 }, low]
     });

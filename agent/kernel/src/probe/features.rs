@@ -48,6 +48,8 @@ pub(super) enum Trial {
     Tcx,
     /// A connection of another socket can be found and reset.
     ConnectionReset,
+    /// The helper is accepted, and the kernel has the type information of what it returns.
+    HelperOfType(ProgramType, BpfHelper),
 }
 
 const BIND: BpfHelper = BpfHelper::BPF_FUNC_bind;
@@ -63,9 +65,11 @@ const NETNS_COOKIE: BpfHelper = BpfHelper::BPF_FUNC_get_netns_cookie;
 const RINGBUF_QUERY: BpfHelper = BpfHelper::BPF_FUNC_ringbuf_query;
 const RINGBUF_RESERVE: BpfHelper = BpfHelper::BPF_FUNC_ringbuf_reserve;
 const SET_RETVAL: BpfHelper = BpfHelper::BPF_FUNC_set_retval;
+const TCP6_SOCK: BpfHelper = BpfHelper::BPF_FUNC_skc_to_tcp6_sock;
 const SK_ASSIGN: BpfHelper = BpfHelper::BPF_FUNC_sk_assign;
 const SK_RELEASE: BpfHelper = BpfHelper::BPF_FUNC_sk_release;
 const CHECK_SYNCOOKIE: BpfHelper = BpfHelper::BPF_FUNC_tcp_check_syncookie;
+const SKC_LOOKUP: BpfHelper = BpfHelper::BPF_FUNC_skc_lookup_tcp;
 const STORAGE_DELETE: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_delete;
 const STORAGE_GET: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_get;
 const SET_SOCKET_OPTION: BpfHelper = BpfHelper::BPF_FUNC_setsockopt;
@@ -79,6 +83,10 @@ const CGROUP_BPF: &str = "CONFIG_CGROUP_BPF";
 const BPF_SYSCALL: &str = "CONFIG_BPF_SYSCALL and CONFIG_INET";
 
 /// Row that the loader asks for by name.
+/// Type information of the kernel, which the verifier reads for pointers to its types.
+pub(super) const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
+/// As below.
+pub(super) const TCP6_SOCK_IN_SOCK_ADDR: &str = "bpf_skc_to_tcp6_sock in sock_addr";
 pub(super) const SET_RETVAL_IN_SOCK_ADDR: &str = "bpf_set_retval in sock_addr";
 const CAPTURE: &str = "taking over connections of pods";
 const NAMES: &str = "showing applications the addresses they expect";
@@ -202,6 +210,8 @@ pub(super) static FEATURES: &[Feature] = &[
     helper("bpf_ringbuf_query in sock_ops", HOLD, Release(5, 8), ProgramType::SockOps, RINGBUF_QUERY),
     helper("bpf_sk_assign in sk_lookup", STEER, Release(5, 9), ProgramType::SkLookup, SK_ASSIGN),
     helper("bpf_sk_release in sk_lookup", STEER, Release(5, 9), ProgramType::SkLookup, SK_RELEASE),
+    helper("bpf_skc_lookup_tcp in sock_addr", CAPTURE, Release(5, 2), SOCK_ADDR, SKC_LOOKUP),
+    helper("bpf_sk_release in sock_addr", CAPTURE, Release(4, 20), SOCK_ADDR, SK_RELEASE),
     helper("bpf_get_current_cgroup_id in sock_addr", CAPTURE, Release(5, 7), SOCK_ADDR, CURRENT_CGROUP),
     hook("cgroup_skb/egress", GUARD, Release(4, 10), Hook::SKB_EGRESS),
     hook("cgroup_skb/ingress", GUARD, Release(4, 10), Hook::SKB_INGRESS),
@@ -255,6 +265,14 @@ pub(super) static FEATURES: &[Feature] = &[
         "refused with EPERM",
         CGROUP_BPF,
         Trial::Helper(SOCK_ADDR, SET_RETVAL),
+    ),
+    optional(
+        TCP6_SOCK_IN_SOCK_ADDR,
+        "several IPv6 connections from one bound port",
+        Release(5, 9),
+        "one at a time",
+        "CONFIG_DEBUG_INFO_BTF",
+        Trial::HelperOfType(SOCK_ADDR, TCP6_SOCK),
     ),
     optional(
         "SOCK_DESTROY",

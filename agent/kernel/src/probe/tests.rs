@@ -113,10 +113,13 @@ fn every_helper_the_programs_call_is_in_the_table() {
     use features::Trial;
 
     let tried = |kind: ProgramType, helper: i32| {
-        FEATURES.iter().any(|f| matches!(f.trial, Trial::Helper(k, h) if k == kind && h as i32 == helper))
+        FEATURES.iter().any(|f| matches!(f.trial, Trial::Helper(k, h) | Trial::HelperOfType(k, h) if k == kind && h as i32 == helper))
     };
-    let tried_anywhere =
-        |helper: i32| FEATURES.iter().any(|f| matches!(f.trial, Trial::Helper(_, h) if h as i32 == helper));
+    let tried_anywhere = |helper: i32| {
+        FEATURES
+            .iter()
+            .any(|f| matches!(f.trial, Trial::Helper(_, h) | Trial::HelperOfType(_, h) if h as i32 == helper))
+    };
     for (section, helper) in object::helper_calls(OBJECT) {
         let kind = match section.as_str() {
             // Functions that programs of several types share.

@@ -11,7 +11,7 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use super::{
     super::{cgroup::Cgroup, inject::Injector, netlink, netns::netns_cookie},
     Presence, cgroup_probe,
-    features::Trial,
+    features::{self, Trial},
     raw::{self, Hook},
 };
 
@@ -21,6 +21,12 @@ pub(super) fn run(trial: &Trial, pin_path: &Path) -> Presence {
         Trial::Helper(program, helper) => supported(
             is_helper_supported(*program, *helper).map_err(system_error),
             "unknown to programs of this type",
+        ),
+        Trial::HelperOfType(program, helper) => supported(
+            is_helper_supported(*program, *helper)
+                .map(|is_known| is_known && Path::new(features::KERNEL_BTF).exists())
+                .map_err(system_error),
+            "unknown to programs of this type, or no type information of the kernel",
         ),
         Trial::Map(kind) => supported(
             is_map_supported(*kind).map_err(|SyscallError { io_error, .. }| io_error),

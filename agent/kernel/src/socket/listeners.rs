@@ -21,6 +21,7 @@ use crate::{
     inject::Injector,
     netlink,
     netns::{HostNetns, Netns},
+    socket::app_stream::keep_urgent_inline,
 };
 
 /// Accept backlog of each listener, in connections; the kernel caps it at net.core.somaxconn.
@@ -121,13 +122,14 @@ impl Listeners {
 
 /// A listener whose connections are applications'. They inherit what each of them needs, which saves two system calls for
 /// each: bytes are passed on as they come, since waiting for more belongs to the applications; little is kept for one that does
-/// not read, or that the agent does not read; and they end with RST however they are closed, also those that nobody has
+/// not read, or that the agent does not read; urgent data stays in the stream; and they end with RST however they are closed, also those that nobody has
 /// accepted yet when the agent dies.
 fn of_applications(port: u16, ports: Ports) -> Result<Socket, ListenError> {
     let listener = listener(port, ports)?;
     let set = || {
         listener.set_tcp_nodelay(true)?;
         listener.set_tcp_notsent_lowat(LOOPBACK_UNSENT_BYTES)?;
+        keep_urgent_inline(&listener)?;
         listener.set_linger(Some(Duration::ZERO))
     };
     set().map_err(|source| ListenError::Listen { port, source })?;
@@ -258,6 +260,7 @@ mod tests {
         let (accepted, _) = listener.accept().expect("connected");
         let accepted = SockRef::from(&accepted);
         assert!(accepted.tcp_nodelay().expect("an option"));
+        assert!(accepted.out_of_band_inline().expect("an option"));
         assert_eq!(accepted.linger().expect("an option"), Some(Duration::ZERO));
     }
 }

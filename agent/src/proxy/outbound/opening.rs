@@ -14,9 +14,12 @@ use tacit_core::{
     refusal::{ConnectEnd, Refusal, RefusalReason},
     shares::connections::Connection,
 };
-use tacit_kernel::held::{Held, HeldConnect};
+use tacit_kernel::{
+    held::{Held, HeldConnect},
+    socket::{AppStream, Polled as _},
+};
 use tacit_tunnel::relay;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::time::timeout;
 
 use super::{Carried, carry, reach, source};
 use crate::{
@@ -171,7 +174,7 @@ async fn open(
         None => return None,
     };
     bound_unread(&connection, unread_bytes);
-    match TcpStream::from_std(connection) {
+    match AppStream::of(connection.into()) {
         Ok(app) => Some(carry(proxy, pod.clone(), app, upstream, endpoint.map(Box::new))),
         Err(error) => {
             tracing::error!(%error, "a connection cannot be polled, and is dropped");

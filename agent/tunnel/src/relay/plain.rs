@@ -9,7 +9,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use tokio::{io::Interest, net::TcpStream};
+use tacit_kernel::socket::{AppStream, Polled as _};
 
 use super::{App, FlowEnd};
 use crate::{
@@ -19,13 +19,13 @@ use crate::{
         bulk::{Grown, Growth, Stall},
         busy_poll::BusyPoll,
     },
-    socket,
+    socket::{self, ReadBytes},
 };
 
 /// Forwards bytes between `source`, the client, and `destination`. Both connections are reset if the future is dropped.
 pub async fn plain(
-    source: TcpStream,
-    destination: TcpStream,
+    source: AppStream,
+    destination: AppStream,
     counters: &FlowCounters,
     bulk: &PodBulk,
 ) -> FlowEnd {
@@ -45,15 +45,15 @@ pub async fn plain(
 
 /// Runs both directions to their ends; returns the application that reset, if any.
 async fn run(
-    source: &TcpStream,
-    destination: &TcpStream,
+    source: &AppStream,
+    destination: &AppStream,
     counters: &FlowCounters,
     bulk: &PodBulk,
 ) -> Option<App> {
     let mut there = Half::new(source, destination, App::Source, (&counters.sent, bulk));
     let mut back = Half::new(destination, source, App::Destination, (&counters.received, bulk));
-    let mut source_broken = pin!(source.ready(Interest::ERROR));
-    let mut destination_broken = pin!(destination.ready(Interest::ERROR));
+    let mut source_broken = pin!(source.broken());
+    let mut destination_broken = pin!(destination.broken());
     let mut busy_poll = BusyPoll::new();
     poll_fn(|cx| {
         if let Poll::Ready(ending) = poll_both(&mut there, &mut back, cx) {
@@ -92,10 +92,19 @@ fn poll_both(there: &mut Half<'_>, back: &mut Half<'_>, cx: &mut Context<'_>) ->
     }
 }
 
+/// Bytes from `start` to `end` of a buffer.
+struct Unwritten {
+    buffer: Buffer,
+    start: usize,
+    end: usize,
+    /// One byte that was sent as urgent data.
+    is_urgent: bool,
+}
+
 /// One direction.
 struct Half<'a> {
-    from: &'a TcpStream,
-    to: &'a TcpStream,
+    from: &'a AppStream,
+    to: &'a AppStream,
     /// The application that sends on `from`.
     app: App,
     counter: &'a AtomicU64,
@@ -103,7 +112,7 @@ struct Half<'a> {
     growth: Growth<'a>,
     stall: Stall,
     /// Bytes that are read and not yet written.
-    unwritten: Option<(Buffer, usize, usize)>,
+    unwritten: Option<Unwritten>,
     /// The end of `from` was forwarded.
     ended: bool,
     /// The error readiness of `from` was consumed.
@@ -112,8 +121,8 @@ struct Half<'a> {
 
 impl<'a> Half<'a> {
     fn new(
-        from: &'a TcpStream,
-        to: &'a TcpStream,
+        from: &'a AppStream,
+        to: &'a AppStream,
         app: App,
         (counter, bulk): (&'a AtomicU64, &'a PodBulk),
     ) -> Self {
@@ -141,22 +150,29 @@ impl<'a> Half<'a> {
     }
 
     fn read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), App>> {
-        // An idle flow takes no buffer.
-        let _ = ready!(self.from.poll_read_ready(cx));
-        let mut buffer = Buffer::take(self.size);
-        let room_bytes = buffer.len();
-        Poll::Ready(match ready!(socket::poll_read(self.from, cx, &mut [IoSliceMut::new(&mut buffer)])) {
-            Ok(0) => {
-                self.ended = true;
-                socket::finish(self.to).map_err(|_| self.other())
-            }
-            Ok(read_bytes) => {
-                self.size = self.next_size(read_bytes, room_bytes);
-                self.unwritten = Some((buffer, 0, read_bytes));
-                Ok(())
-            }
-            Err(_) => Err(self.app),
-        })
+        loop {
+            // An idle flow takes no buffer.
+            let Ok(()) = ready!(self.from.poll_read_ready(cx)) else { return Poll::Ready(Err(self.app)) };
+            let mut buffer = Buffer::take(self.size);
+            let room_bytes = buffer.len();
+            let Some(read) = socket::try_read_app(self.from, &mut [IoSliceMut::new(&mut buffer)]) else {
+                continue;
+            };
+            return Poll::Ready(match read {
+                Ok(ReadBytes { count: 0, .. }) => {
+                    self.ended = true;
+                    socket::finish(self.to).map_err(|_| self.other())
+                }
+                Ok(ReadBytes { count, is_urgent }) => {
+                    if !is_urgent {
+                        self.size = self.next_size(count, room_bytes);
+                    }
+                    self.unwritten = Some(Unwritten { buffer, start: 0, end: count, is_urgent });
+                    Ok(())
+                }
+                Err(_) => Err(self.app),
+            });
+        }
     }
 
     fn next_size(&mut self, read_bytes: usize, room_bytes: usize) -> Size {
@@ -180,11 +196,15 @@ impl<'a> Half<'a> {
     }
 
     fn write(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), App>> {
-        let Some((buffer, start, end)) = &mut self.unwritten else {
+        let Some(Unwritten { buffer, start, end, is_urgent }) = &mut self.unwritten else {
             return Poll::Ready(Ok(()));
         };
-        let Poll::Ready(written) = socket::poll_write(self.to, cx, &[IoSlice::new(&buffer[*start..*end])])
-        else {
+        let bytes = &buffer[*start..*end];
+        let written = match bytes {
+            [byte] if *is_urgent => socket::poll_write_urgent(self.to, cx, *byte).map_ok(|()| 1),
+            _ => socket::poll_write(self.to, cx, &[IoSlice::new(bytes)]),
+        };
+        let Poll::Ready(written) = written else {
             self.stall.stalled(&self.growth, || socket::bound_unread(self.from));
             return Poll::Pending;
         };
@@ -212,6 +232,7 @@ impl<'a> Half<'a> {
 mod tests {
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
         task::JoinHandle,
     };
 
@@ -221,12 +242,11 @@ mod tests {
             bulk::tests::share,
             testing::{exchange, is_reset, soon},
         },
-        testing::connection,
+        testing::app_connection,
     };
 
     async fn path() -> (TcpStream, JoinHandle<(&'static str, u64, u64)>, TcpStream) {
-        let (source, near) = connection().await;
-        let (far, destination) = connection().await;
+        let ((source, near), (destination, far)) = (app_connection().await, app_connection().await);
         let relay = tokio::spawn(async move {
             let counters = FlowCounters::default();
             socket::reset_if_dropped(&near);

@@ -2,8 +2,10 @@
 //!
 //! | event | action |
 //! |---|---|
+//! | application sends urgent data (MSG_OOB) | URGENT frame, or DATA to a peer that does not know it |
 //! | application ends its direction | FIN frame |
 //! | application resets, also after its end | RESET frame, session closed |
+//! | URGENT frame | the agent sends the byte as urgent data |
 //! | FIN frame | the agent ends its direction to the application |
 //! | RESET frame, session broken or closed early | application reset, session closed |
 //! | FIN forwarded in both directions | the server sends DONE; the session is free for the next flow |
@@ -22,7 +24,8 @@ use std::{
 };
 
 use tacit_core::wire::{flow_state::Role, frame::Control};
-use tokio::{io::Interest, net::TcpStream, task::yield_now, time::timeout};
+use tacit_kernel::socket::AppStream;
+use tokio::{task::yield_now, time::timeout};
 
 use super::{App, FlowEnd};
 use crate::{
@@ -50,7 +53,7 @@ const RESET_MAX: Duration = Duration::from_secs(5);
 /// carry another flow. A client may then open one, and a server waits for the next.
 #[expect(clippy::manual_async_fn, reason = "an async fn keeps its arguments twice, and idle flows are many")]
 pub fn tunnelled(
-    app: TcpStream,
+    app: AppStream,
     mut session: Box<Session>,
     counters: &FlowCounters,
     bulk: &PodBulk,
@@ -87,9 +90,9 @@ pub fn tunnelled(
 }
 
 /// Runs the flow to its end.
-async fn run(app: &TcpStream, session: &mut Session, counters: &FlowCounters, bulk: &PodBulk) -> Ending {
+async fn run(app: &AppStream, session: &mut Session, counters: &FlowCounters, bulk: &PodBulk) -> Ending {
     let mut flow = Flow::new(app, session, counters, bulk);
-    let mut broken = pin!(app.ready(Interest::ERROR));
+    let mut broken = pin!(app.broken());
     let mut other_tasks = pin!(yield_now());
     let (mut watch_errors, mut busy_poll) = (true, BusyPoll::new());
     let ending = poll_fn(|cx| {
@@ -158,7 +161,7 @@ const fn finish_with(ending: Ending) -> Step {
 }
 
 struct Flow<'a> {
-    app: &'a TcpStream,
+    app: &'a AppStream,
     session: &'a mut Session,
     /// Bytes from the application into the tunnel.
     up: &'a AtomicU64,
@@ -178,6 +181,8 @@ struct Flow<'a> {
     app_ended: bool,
     /// FIN is written to the tunnel's socket.
     fin_sent: bool,
+    /// A byte that was received as urgent data, and is not written yet.
+    urgent: Option<u8>,
     /// FIN was received, and everything before it was written to the application.
     peer_ended: bool,
     /// The error after which nothing can be sent. Received bytes are still read, because a RESET in them is more specific.
@@ -186,7 +191,7 @@ struct Flow<'a> {
 
 impl<'a> Flow<'a> {
     fn new(
-        app: &'a TcpStream,
+        app: &'a AppStream,
         session: &'a mut Session,
         counters: &'a FlowCounters,
         bulk: &'a PodBulk,
@@ -214,6 +219,7 @@ impl<'a> Flow<'a> {
             delayed_accept,
             app_ended,
             fin_sent: false,
+            urgent: None,
             peer_ended: false,
             lost: None,
         }
@@ -322,6 +328,15 @@ impl<'a> Flow<'a> {
                 Err(_) => finish_with(Ending::ResetByApp),
             };
         }
+        if let Some(byte) = self.urgent {
+            let Poll::Ready(written) = socket::poll_write_urgent(self.app, cx, byte) else {
+                self.down_stall.stalled(&self.down_growth, || self.session.bound_unread());
+                return Poll::Pending;
+            };
+            self.urgent = None;
+            self.down.fetch_add(1, Relaxed);
+            return written.map_or_else(|_| finish_with(Ending::ResetByApp), |()| CONTINUE);
+        }
         match ready!(self.session.poll_received(cx)) {
             Ok(Received::Data) => {
                 // A bounded receive buffer may keep reads from ever being full.
@@ -338,6 +353,10 @@ impl<'a> Flow<'a> {
                 CONTINUE
             }
             Ok(Received::Control(Control::Fin)) => self.peer_fin(),
+            Ok(Received::Control(Control::Urgent(byte))) => {
+                self.urgent = Some(byte);
+                CONTINUE
+            }
             // `flow_state` accepts only RESET here.
             Ok(Received::Control(_)) => finish_with(Ending::ResetByPeer),
             Err(error) => finish_with(Ending::Lost(error)),

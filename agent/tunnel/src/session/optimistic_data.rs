@@ -9,7 +9,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use tokio::net::TcpStream;
+use tacit_kernel::socket::AppStream;
 
 use super::{Control, FlowState, OpenError, Received, Session};
 use crate::{
@@ -19,7 +19,7 @@ use crate::{
 
 /// An application that may send data before the answer.
 pub struct OptimisticData<'a> {
-    app: &'a TcpStream,
+    app: &'a AppStream,
     /// Number of bytes taken for sending. The destination may have read them, so they must not be sent again.
     pub taken_bytes: u64,
     /// Size of the next read.
@@ -29,7 +29,7 @@ pub struct OptimisticData<'a> {
 impl<'a> OptimisticData<'a> {
     /// Creates the state for `app`, with nothing read yet.
     #[must_use]
-    pub fn new(app: &'a TcpStream) -> Self {
+    pub fn new(app: &'a AppStream) -> Self {
         Self { app, taken_bytes: 0, size: Size::default() }
     }
 

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 
+use tacit_kernel::socket::{AppStream, Polled as _};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
@@ -10,7 +11,7 @@ use tokio::{
 use super::*;
 use crate::{
     buffers::Size,
-    testing::{connection, credentials, identity, open, open_flow, sessions},
+    testing::{app_connection, connection, credentials, identity, open, open_flow, sessions},
 };
 
 const SOON: Duration = Duration::from_secs(5);
@@ -39,9 +40,9 @@ async fn both_sides_know_each_other_and_what_was_negotiated() {
     let (client, server) = sessions().await;
     assert_eq!((client.peer(), server.peer()), (&identity("db"), &identity("web")));
     for session in [&client, &server] {
-        let TlsInfo { version, cipher, key_exchange } = *session.tls();
+        let TlsInfo { version, cipher, key_exchange, has_urgent } = *session.tls();
         assert_eq!((version, key_exchange), ("TLSv1.3", "X25519MLKEM768"));
-        assert_eq!(cipher, "TLS13_AES_256_GCM_SHA384");
+        assert_eq!((cipher, has_urgent), ("TLS13_AES_256_GCM_SHA384", true));
         assert!(session.peer_not_after() > SystemTime::now());
     }
     assert_eq!(client.local_addr().expect("open"), server.peer_addr().expect("open"));
@@ -78,10 +79,10 @@ async fn a_denied_flow_leaves_the_session_usable() {
 }
 
 /// Returns an application that has sent `text`, and its agent's socket, which has received it.
-async fn app_that_sent(text: &[u8]) -> (TcpStream, TcpStream) {
-    let (mut app, ours) = connection().await;
+async fn app_that_sent(text: &[u8]) -> (TcpStream, AppStream) {
+    let (mut app, ours) = app_connection().await;
     app.write_all(text).await.expect("open");
-    timeout(SOON, ours.readable()).await.expect("in time").expect("open");
+    timeout(SOON, poll_fn(|cx| ours.poll_read_ready(cx))).await.expect("in time").expect("open");
     (app, ours)
 }
 
@@ -188,7 +189,7 @@ async fn a_flow_denied_with_data_ahead_ends_its_session_with_the_reason() {
 #[tokio::test]
 async fn a_client_without_data_waits_for_the_answer() {
     let (mut client, mut server) = sessions().await;
-    let (mut app, ours) = connection().await;
+    let (mut app, ours) = app_connection().await;
     let mut optimistic = OptimisticData::new(&ours);
     let serve = async {
         let asked = server.next(SOON).await.expect("no error").expect("not closed");

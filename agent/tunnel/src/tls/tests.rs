@@ -164,6 +164,32 @@ async fn both_sides_insist_on_the_alpn() {
     }
 }
 
+#[tokio::test]
+async fn a_peer_of_an_earlier_version_gets_no_urgent_frames() {
+    let (web, db, expected) = (credentials("web"), credentials("db"), identity("db"));
+    let connect = async |near, far| {
+        let (client, server) = tokio::join!(stream::connect(near, &web, &expected), stream::accept(far, &db));
+        [client, server].map(|side| side.map_or_else(|e| panic!("{e}"), |side| side.tls.has_urgent))
+    };
+    let (near, far) = connection().await;
+    assert_eq!(connect(near, far).await, [true, true]);
+
+    let mut client = ClientConfig::clone(&client_config(&web, &expected));
+    client.alpn_protocols = vec![ALPN.to_vec()];
+    let (near, far) = connection().await;
+    let earlier = tokio_rustls::TlsConnector::from(Arc::new(client));
+    let name = rustls::pki_types::ServerName::try_from("x").expect("a name");
+    let (_client, server) = tokio::join!(earlier.connect(name, near), stream::accept(far, &db));
+    assert!(!server.map_or_else(|e| panic!("{e}"), |server| server.tls.has_urgent));
+
+    let mut server = ServerConfig::clone(&server_config(&db));
+    server.alpn_protocols = vec![ALPN.to_vec()];
+    let (near, far) = connection().await;
+    let (client, _server) =
+        tokio::join!(stream::connect(near, &web, &expected), TlsAcceptor::from(Arc::new(server)).accept(far));
+    assert!(!client.map_or_else(|e| panic!("{e}"), |client| client.tls.has_urgent));
+}
+
 /// A ClientHello that offers TLS 1.2 and nothing newer.
 const CLIENT_HELLO_1_2: &[u8] = &[
     22, 3, 1, 0, 63, 1, 0, 0, 59, 3, 3, // record, handshake, version

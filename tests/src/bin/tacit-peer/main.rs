@@ -8,6 +8,7 @@
 //! tacit-peer flows COUNT ADDRESS...             opens COUNT concurrent connections, distributed over the addresses; each
 //!                                               is echoed, and all are open before any closes
 //! tacit-peer probe ADDRESS WAY                  makes one connection and prints what each system call returned, see `probe`
+//! tacit-peer rebind PORT OPTIONS END ADDRESS... connects to the addresses one after another from one port, see `rebind`
 //! tacit-peer deaf ADDRESS STEP...               listens with the smallest backlog and accepts nothing until a line comes on
 //!                                               stdin; then as `serve`
 //! tacit-peer hold COUNT ADDRESS...              opens COUNT connections one after the other, each echoed once, and keeps them
@@ -29,7 +30,9 @@ mod event;
 mod flows;
 mod opening;
 mod probe;
+mod rebind;
 mod steps;
+mod urgent;
 
 use anyhow::{Context, Result, bail};
 use event::{Reporter, error_name};
@@ -80,6 +83,10 @@ fn main() -> Result<()> {
             flows::run(&addresses.collect::<Result<Vec<_>>>()?, count.parse().context("COUNT")?)
         }
         ["probe", address, way] => probe::run(address.parse().context("ADDRESS")?, way),
+        ["rebind", port, options, end, to @ ..] => {
+            let to = to.iter().map(|address| address.parse().context("ADDRESS"));
+            rebind::run(port.parse().context("PORT")?, options, end, &to.collect::<Result<Vec<_>>>()?)
+        }
         ["deaf", address, steps @ ..] => deaf(address.parse().context("ADDRESS")?, &parse(steps)?),
         ["hold", count, addresses @ ..] if !addresses.is_empty() => {
             let addresses = addresses.iter().map(|address| address.parse().context("ADDRESS"));
@@ -98,7 +105,9 @@ fn main() -> Result<()> {
             };
             opening::sequence(address.parse().context("ADDRESS")?, count.parse().context("COUNT")?, device)
         }
-        _ => bail!("usage: tacit-peer serve|connect|flows|probe|deaf|hold|repeat|storm|pending|sequence ..."),
+        _ => bail!(
+            "usage: tacit-peer serve|connect|flows|probe|rebind|deaf|hold|repeat|storm|pending|sequence ..."
+        ),
     }
 }
 

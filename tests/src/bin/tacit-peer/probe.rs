@@ -186,7 +186,7 @@ impl Probe {
     }
 }
 
-trait Outcome {
+pub(crate) trait Outcome {
     fn shown(self) -> Value;
 }
 
@@ -202,7 +202,7 @@ impl Outcome for usize {
     }
 }
 
-fn errno(error: &io::Error) -> Value {
+pub(crate) fn errno(error: &io::Error) -> Value {
     match error.raw_os_error() {
         Some(number) => json!(format!("{:?}", nix::errno::Errno::from_raw(number))),
         None => json!(format!("{:?}", error.kind())),

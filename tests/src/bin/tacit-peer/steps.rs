@@ -10,11 +10,16 @@
 //! | `reset` | closes with RST | |
 //! | `bulk:BYTES:MINE:THEIRS` | sends and checks that many bytes concurrently, see `bulk` | `bulk` {received, intact} |
 //! | `fill` | sends until the socket has accepted nothing for a while, without reading | `filled` {bytes} |
+//! | `urgent:TEXT` | sends the text without a line feed; its last byte is urgent (MSG_OOB) | |
+//! | `receive:HOW` | waits for the other side's end, then reads; `beside`, `inline` or `never`, see `urgent` | `received` |
+//! | `urgent-bulk:BYTES` | sends that many bytes, an urgent one, and as many again | |
+//! | `receive-bulk:BYTES` | reads and checks that, with SO_OOBINLINE | `bulk-received` {bytes, intact, marked} |
 //! | `pause` | waits for a line on stdin | |
 
 use crate::{
     bulk,
     event::{Reporter, error_name},
+    urgent::{self, Receive},
 };
 use anyhow::{Context, Result, bail};
 use serde_json::json;
@@ -40,6 +45,10 @@ pub(crate) enum Step {
     Reset,
     Bulk { bytes: usize, mine: u64, theirs: u64 },
     Fill,
+    Urgent(String),
+    Receive(Receive),
+    UrgentBulk(usize),
+    ReceiveBulk(usize),
     Pause,
 }
 
@@ -66,6 +75,10 @@ impl Step {
                 }
             }
             "fill" => Self::Fill,
+            "urgent" => Self::Urgent(rest.to_owned()),
+            "receive" => Self::Receive(Receive::parse(rest).with_context(|| format!("step {text}"))?),
+            "urgent-bulk" => Self::UrgentBulk(rest.parse().with_context(|| format!("step {text}"))?),
+            "receive-bulk" => Self::ReceiveBulk(rest.parse().with_context(|| format!("step {text}"))?),
             "pause" => Self::Pause,
             _ => bail!("unknown step {text}: see the table of steps"),
         })
@@ -87,6 +100,10 @@ impl Step {
             }
             Self::Bulk { bytes, mine, theirs } => bulk::exchange(stream, *bytes, *mine, *theirs, reporter)?,
             Self::Fill => reporter.emit("filled", json!({ "bytes": fill(stream)? })),
+            Self::Urgent(text) => urgent::send_text(stream, text)?,
+            Self::Receive(how) => urgent::receive(stream, *how, reporter)?,
+            Self::UrgentBulk(bytes) => urgent::send_bulk(stream, *bytes)?,
+            Self::ReceiveBulk(bytes) => urgent::receive_bulk(stream, *bytes, reporter)?,
             Self::Pause => {
                 io::stdin().read_line(&mut String::new())?;
             }
@@ -106,6 +123,10 @@ impl fmt::Display for Step {
             Self::Reset => "reset",
             Self::Bulk { .. } => "bulk",
             Self::Fill => "fill",
+            Self::Urgent(_) => "urgent",
+            Self::Receive(_) => "receive",
+            Self::UrgentBulk(_) => "urgent-bulk",
+            Self::ReceiveBulk(_) => "receive-bulk",
             Self::Pause => "pause",
         })
     }

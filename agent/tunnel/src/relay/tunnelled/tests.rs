@@ -1,8 +1,10 @@
 //! Tests of the relay between an application and a tunnel.
 
 use tacit_core::wire::open::{Open, OptimisticMode};
+use tacit_kernel::socket::Polled as _;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
     task::JoinHandle,
 };
 use tokio_util::sync::CancellationToken;
@@ -14,12 +16,12 @@ use crate::{
         testing::{DEADLINE, exchange, is_reset, soon},
     },
     session::OptimisticData,
-    testing::{connection, open, open_flow, sessions},
+    testing::{app_connection, open, open_flow, sessions},
 };
 
 type Relayed = JoinHandle<(FlowEnd, Option<Box<Session>>, u64, u64)>;
 
-fn relay(app: TcpStream, session: Box<Session>) -> Relayed {
+fn relay(app: AppStream, session: Box<Session>) -> Relayed {
     tokio::spawn(async move {
         let counters = FlowCounters::default();
         crate::socket::reset_if_dropped(&app);
@@ -44,8 +46,7 @@ impl Path {
 
     async fn over(mut client: Box<Session>, mut server: Box<Session>) -> Self {
         open_flow(&mut client, &mut server).await;
-        let (source, near) = connection().await;
-        let (far, destination) = connection().await;
+        let ((source, near), (destination, far)) = (app_connection().await, app_connection().await);
         Self { source, near: relay(near, client), far: relay(far, server), destination }
     }
 
@@ -106,7 +107,8 @@ async fn accepted_with_more(client: &mut Session) -> bool {
 async fn started_together(sends: bool) -> [bool; 2] {
     let ((mut first, first_server), (mut second, second_server)) =
         (accepted_with_optimistic_data().await, accepted_with_optimistic_data().await);
-    let ((first_app, _silent), (second_app, mut second_sender)) = (connection().await, connection().await);
+    let ((_silent, first_app), (mut second_sender, second_app)) =
+        (app_connection().await, app_connection().await);
     let _relays = [relay(first_app, first_server), relay(second_app, second_server)];
     // Give the thread several chances to send.
     for _ in 0..10 {
@@ -170,7 +172,7 @@ async fn both_sides_write_much_at_once_and_nothing_is_lost() {
 #[tokio::test]
 async fn an_answer_during_a_bulk_transfer_loses_nothing() {
     let (mut client, mut server) = sessions().await;
-    let ((mut source, near), (far, mut destination)) = (connection().await, connection().await);
+    let ((mut source, near), (mut destination, far)) = (app_connection().await, app_connection().await);
     let mut sent: Vec<u8> = Vec::new();
     // More than all buffers on the path hold, while nobody reads. ACCEPT arrives when a batch cannot be sent.
     let write = async {
@@ -184,7 +186,7 @@ async fn an_answer_during_a_bulk_transfer_loses_nothing() {
         soon(poll_fn(|cx| server.poll_flush(cx))).await.expect("sent");
     };
     let ask = async {
-        near.readable().await.expect("open");
+        poll_fn(|cx| near.poll_read_ready(cx)).await.expect("open");
         let mut optimistic = OptimisticData::new(&near);
         client.open(&open(), Some(&mut optimistic)).await.expect("accepted");
         optimistic.taken_bytes
@@ -244,7 +246,7 @@ async fn a_tunnel_that_is_cut_resets_the_application() {
     for goodbye in [true, false] {
         let (mut client, mut server) = sessions().await;
         open_flow(&mut client, &mut server).await;
-        let (mut source, app) = connection().await;
+        let (mut source, app) = app_connection().await;
         let near = relay(app, client);
         source.write_all(b"x").await.expect("open");
         let received = soon(poll_fn(|cx| server.poll_received(cx))).await;
@@ -266,7 +268,7 @@ async fn a_tunnel_that_is_cut_resets_the_application() {
 async fn a_tunnel_closed_after_one_fin_is_not_a_clean_end() {
     let (mut client, mut server) = sessions().await;
     open_flow(&mut client, &mut server).await;
-    let (mut source, app) = connection().await;
+    let (mut source, app) = app_connection().await;
     let near = relay(app, client);
     server.send(&Control::Fin).expect("in turn");
     poll_fn(|cx| server.poll_flush(cx)).await.expect("sent");
@@ -300,7 +302,7 @@ async fn a_destination_that_reads_late_still_gets_everything() {
 async fn a_missing_done_ends_the_session_and_not_the_flow() {
     let (mut client, mut server) = sessions().await;
     open_flow(&mut client, &mut server).await;
-    let (mut source, app) = connection().await;
+    let (mut source, app) = app_connection().await;
     let near = relay(app, client);
     server.send(&Control::Fin).expect("in turn");
     poll_fn(|cx| server.poll_flush(cx)).await.expect("sent");
