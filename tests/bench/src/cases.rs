@@ -199,7 +199,7 @@ impl Case {
             Kind::Echo { .. } => &[REQUESTS, P50, P99, P999],
             Kind::Connect { .. } => &[CONNECTIONS, P99],
             Kind::Refused { clients: 1 } => &[P50, P99],
-            Kind::Refused { .. } => &[REFUSALS, P50, P99],
+            Kind::Refused { .. } => &[REFUSALS, P99],
             Kind::Http { .. } => &[REQUESTS, P99],
             Kind::Churn { .. } => &[CONNECTIONS, FLAT, FAILED],
             Kind::Special(_) => &[],
