@@ -287,6 +287,27 @@ def at_a_device(address):
     return "some accepted" if accepted else "none accepted"
 
 
+def ended(address):
+    """The end of a connection to a server that is killed."""
+    own = socket.create_connection(address, timeout=HANG)
+    own.sendall(b"text")
+    try:
+        return f"end {own.recv(100)!r}"
+    except OSError as error:
+        return shown(error)
+
+
+def mute(address, *read):
+    """A server that prints a line once a client has sent something, and reads it if an address follows."""
+    server = socket.create_server(address)
+    client, _ = server.accept()
+    select.select([client], [], [])
+    if read:
+        client.recv(100)
+    print("has data", flush=True)
+    time.sleep(HANG)
+
+
 def hangs_up(address):
     """The server's end, as poll() shows it."""
     own = socket.create_connection(address, timeout=HANG)

@@ -32,6 +32,16 @@ fn open() -> Vec<Line> {
             &["curl", "-so", "/dev/null", "-w", SHOW, "http://[{far6}]:{web}/"],
         ),
         Line::command(
+            "its own pod, a closed port",
+            "exit 7\n",
+            &["curl", "-sS", "http://{client4}:{closed}/"],
+        ),
+        Line::command(
+            "a server with deferred accept",
+            "exit 0\npage",
+            &["curl", "-sS", "http://{far4}:{deferred}/"],
+        ),
+        Line::command(
             "a v4-mapped address",
             "exit 0\n200",
             &["curl", "-so", "/dev/null", "-w", SHOW, "http://[::ffff:{far4}]:{web}/"],

@@ -11,8 +11,17 @@ use crate::{stage::Scene, table::Line};
 /// Port of the server.
 const PORT: u16 = 5432;
 const SERVER: &str = "postgresql://app@{far4}/postgres";
-/// PostgreSQL refuses to run as root. In a user namespace root has this name; the files stay root's.
-const AS_NOBODY: [&str; 4] = ["unshare", "--user", "--map-user=65534", "--map-group=65534"];
+/// PostgreSQL refuses to run as root. Another user may not reach the programs, which can be in a home, so it keeps root's
+/// capability for that. `no_setuid_fixup` has access(2) regard it.
+const AS_NOBODY: [&str; 7] = [
+    "setpriv",
+    "--reuid=nobody",
+    "--regid=65534",
+    "--clear-groups",
+    "--inh-caps=+dac_override",
+    "--ambient-caps=+dac_override",
+    "--securebits=+no_setuid_fixup",
+];
 
 /// Makes a database and starts the server of all lines.
 pub(crate) fn servers(scene: &Scene<'_>) -> Result<Vec<Process>> {
@@ -223,7 +232,8 @@ fn cancelled(scene: &Scene<'_>) -> Result<String> {
     let log = scene.folder().join("psql.log");
     let file = fs::File::create(&log)?;
     let sleeping = ["psql", "-XAtc", "select pg_sleep(100000)", SERVER];
-    let mut psql = Process::spawn(scene.within("client", &sleeping)?.stdout(file.try_clone()?).stderr(file))?;
+    let mut psql =
+        Process::spawn(scene.command("client", &sleeping)?.stdout(file.try_clone()?).stderr(file))?;
     let running =
         "select count(*) from pg_stat_activity where state = 'active' and query = 'select pg_sleep(100000)'";
     until("the query runs", || {

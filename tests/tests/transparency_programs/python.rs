@@ -1,7 +1,10 @@
 //! Lines of Python: asyncio, plain sockets, and Go's way to race two addresses, in pod `client`. See `clients.py`.
 
-use anyhow::Result;
-use tacit_topology::Process;
+use std::{fs, thread};
+
+use anyhow::{Result, anyhow};
+use nix::sys::signal::Signal;
+use tacit_topology::{Process, until};
 
 use crate::{stage::Scene, table::Line};
 
@@ -206,5 +209,30 @@ fn streams() -> Vec<Line> {
             "text True, end b'', peer 10.77.2.2",
             &["hangs_up", "{far4}:7001"],
         ),
+        Line::scene("python3 ended", "a server that is killed", "end b''", |scene| {
+            killed(scene, &["{far4}:0"])
+        }),
+        Line::scene(
+            "python3 ended",
+            "a server that is killed before it has read",
+            "ConnectionResetError ECONNRESET",
+            |scene| killed(scene, &[]),
+        ),
     ]
+}
+
+/// Kills a server that has data of a client. Returns the client's end. With `read` the server has read the data.
+fn killed(scene: &Scene<'_>, read: &[&str]) -> Result<String> {
+    let port = scene.port("p1")?;
+    let server = [&["python3", "-c", SCRIPT, "mute", "{far4}:{p1}"], read].concat();
+    let server = scene.server("far", &server, port)?;
+    thread::scope(|scope| {
+        let client =
+            scope.spawn(|| scene.shown("client", &["python3", "-c", SCRIPT, "ended", "{far4}:{p1}"]));
+        until("the server has data", || {
+            Ok(fs::read_to_string(scene.log("far", port))?.contains("has data").then_some(()))
+        })?;
+        server.signal(Signal::SIGKILL)?;
+        client.join().map_err(|_| anyhow!("the client has panicked"))?
+    })
 }

@@ -25,6 +25,8 @@ const WEB_TWO: u16 = 83;
 /// Ports on which nginx listens at addresses of one family only.
 const WEB_V4: u16 = 84;
 const WEB_V6: u16 = 85;
+/// The same with TCP_DEFER_ACCEPT.
+const WEB_DEFERRED: u16 = 86;
 /// A port on which nobody listens.
 const CLOSED: u16 = 79;
 /// Addresses of workloads to which the routes of node b lead nowhere: without an answer, and with one.
@@ -65,6 +67,7 @@ impl<'a> Scene<'a> {
             ("two", WEB_TWO),
             ("v4", WEB_V4),
             ("v6", WEB_V6),
+            ("deferred", WEB_DEFERRED),
             ("closed", CLOSED),
         ];
         let own = [("p1", ports), ("p2", ports + 1), ("p3", ports + 2), ("p4", ports + 3)];
@@ -101,7 +104,7 @@ impl<'a> Scene<'a> {
     }
 
     /// Returns the command that runs `words` in a pod.
-    pub(crate) fn within(&self, pod: &str, words: &[&str]) -> Result<Command> {
+    pub(crate) fn command(&self, pod: &str, words: &[&str]) -> Result<Command> {
         let [program, arguments @ ..] = words else { bail!("no program") };
         let path = path()?;
         ensure_found(program, &path)?;
@@ -116,7 +119,7 @@ impl<'a> Scene<'a> {
         ensure_found(words.first().context("no program")?, &path()?)?;
         let limit = HANG.as_secs().to_string();
         let limited = [&["timeout", &limit], words].concat();
-        let output = self.within(pod, &limited)?.output().with_context(|| format!("run {words:?}"))?;
+        let output = self.command(pod, &limited)?.output().with_context(|| format!("run {words:?}"))?;
         let code = output.status.code().map_or("no".to_owned(), |code| code.to_string());
         let printed =
             [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).trim_end().to_owned());
@@ -132,7 +135,7 @@ impl<'a> Scene<'a> {
     pub(crate) fn server(&self, pod: &str, words: &[&str], port: u16) -> Result<Process> {
         let log = self.log(pod, port);
         let file = fs::File::create(&log).with_context(|| format!("make {}", log.display()))?;
-        let mut command = self.within(pod, words)?;
+        let mut command = self.command(pod, words)?;
         let mut process = Process::spawn(command.stdout(file.try_clone()?).stderr(file))?;
         let pod = self.pod(pod)?;
         until(&format!("{words:?} listens on port {port} in pod {}", pod.name()), || {
@@ -169,7 +172,7 @@ pub(crate) fn web(scene: &Scene<'_>) -> Result<Vec<Process>> {
     let proxied = "location / { return 200 \"$proxy_protocol_addr through $remote_addr\\n\"; }";
     let http = format!(
         "server {{ listen {{web}}; listen [::]:{{web}}; listen {{denied}}; {server} }}\n\
-         server {{ listen {{v4}}; listen [::]:{{v6}} ipv6only=on; {server} }}\n\
+         server {{ listen {{v4}}; listen [::]:{{v6}} ipv6only=on; listen {{deferred}} deferred; {server} }}\n\
          server {{ listen {{two}} http2; {server} }}\n\
          server {{ listen {{proxied}} proxy_protocol; {proxied} }}\n"
     );

@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Result, anyhow, ensure};
+use nix::sys::signal::Signal;
 use tacit_tests::{Mesh, fresh_port};
 use tacit_topology::Process;
 
@@ -126,8 +127,10 @@ pub(crate) fn compare(lines: &[Line], servers: fn(&Scene<'_>) -> Result<Vec<Proc
     let common = ports();
     let lines: Vec<(&Line, u16)> = lines.iter().map(|line| (line, ports())).collect();
     let run = |mesh: &'static Mesh| -> Result<Vec<Ran>> {
-        let _servers = servers(&Scene::new(mesh, common)?)?;
-        run_all(mesh, &lines)
+        let mut servers = servers(&Scene::new(mesh, common)?)?;
+        let ran = run_all(mesh, &lines);
+        servers.iter_mut().try_for_each(stop)?;
+        ran
     };
     let meshes = [stage::without_tacit()?, stage::with_tacit()?];
     let [without, with] = thread::scope(|scope| {
@@ -140,6 +143,12 @@ pub(crate) fn compare(lines: &[Line], servers: fn(&Scene<'_>) -> Result<Vec<Proc
         judged.filter_map(|((line, _), (without, with))| line.report(without, with)).collect();
     ensure!(problems.is_empty(), "{} of {} lines:\n{}", problems.len(), lines.len(), problems.join("\n\n"));
     Ok(())
+}
+
+/// Ends a server as an operator does. PostgreSQL leaves shared memory behind when it is killed.
+fn stop(server: &mut Process) -> Result<()> {
+    server.signal(Signal::SIGINT)?;
+    server.wait().map(drop)
 }
 
 /// Runs lines in one mesh, [`AT_A_TIME`] at a time.

@@ -59,7 +59,7 @@ const TEST_PROGRAMS: [(&str, &str); 5] = [
     ("nc.openbsd", "netcat-openbsd"),
     ("python3", "python3"),
     ("timeout", "coreutils"),
-    ("unshare", "util-linux"),
+    ("setpriv", "util-linux"),
 ];
 
 /// Further programs for the bench: real load generators.
