@@ -297,6 +297,58 @@ def ended(address):
         return shown(error)
 
 
+def written_after_end(address):
+    """Writes to a connection whose server has closed it."""
+    own = socket.create_connection(address, timeout=HANG)
+    own.sendall(b"last\n")
+    while own.recv(100):
+        pass
+    own.sendall(b"more")
+    poll = select.poll()
+    poll.register(own, 0)
+    [(_, events)] = poll.poll(HANG * 1000)
+    ends = []
+    for call in (lambda: own.send(b"more"), lambda: own.recv(1), lambda: own.send(b"more")):
+        try:
+            ends.append(str(call()))
+        except OSError as error:
+            ends.append(shown(error))
+    return f"events {events}, " + ", ".join(ends)
+
+
+def from_loopback(address):
+    """A connection to another pod from a loopback address."""
+    own = socket.socket()
+    own.settimeout(2)
+    own.bind(("127.0.0.1", 0))
+    try:
+        own.connect(address)
+        return "connected"
+    except OSError as error:
+        return shown(error)
+
+
+def at_device(address):
+    """A server that is bound to a device."""
+    server = socket.socket(family(address[0]))
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+    server.bind(address)
+    server.listen()
+    while True:
+        client, peer = server.accept()
+        client.sendall(f"hello {peer[0]}".encode())
+        client.close()
+
+
+def greeted(address):
+    try:
+        own = socket.create_connection(address, timeout=HANG)
+        return own.recv(100).decode()
+    except OSError as error:
+        return shown(error)
+
+
 def mute(address, *read):
     """A server that prints a line once a client has sent something, and reads it if an address follows."""
     server = socket.create_server(address)

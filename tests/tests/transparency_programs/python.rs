@@ -14,6 +14,10 @@ const PORT: u16 = 7001;
 /// Port of the server that listens at the IPv4 address only.
 const PORT_V4: u16 = 7002;
 
+/// Its answers to a loopback address leave by that device.
+const AT_DEVICE: &str =
+    "the agent connects from a loopback address, which a listener that is bound to a device cannot answer";
+
 /// Starts the servers of all lines.
 pub(crate) fn servers(scene: &Scene<'_>) -> Result<Vec<Process>> {
     let serve = |pod, host, port: u16| {
@@ -212,6 +216,49 @@ fn streams() -> Vec<Line> {
         Line::scene("python3 ended", "a server that is killed", "end b''", |scene| {
             killed(scene, &["{far4}:0"])
         }),
+        line("a write after the server's end", "events 24, ", &["written_after_end", "{far4}:7001"]),
+        line("bound to a loopback address", "OSError EINVAL", &["from_loopback", "{far4}:7001"]).but(
+            "connected",
+            "the agent's listener is at a loopback address, and the agent connects from the pod's own",
+        ),
+        Line::scene("python3 greeted", "a server that is bound to a device", "hello", |scene| {
+            let _server = scene.server(
+                "far",
+                &["python3", "-c", SCRIPT, "at_device", "{far4}:{p1}"],
+                scene.port("p1")?,
+            )?;
+            scene.shown("client", &["python3", "-c", SCRIPT, "greeted", "{far4}:{p1}"])
+        })
+        .but("ETIMEDOUT", AT_DEVICE),
+        Line::scene(
+            "python3 greeted",
+            "a server of the same node that is bound to a device",
+            "hello 10.77.1.2",
+            |scene| {
+                let _server = scene.server(
+                    "near",
+                    &["python3", "-c", SCRIPT, "at_device", "{near4}:{p1}"],
+                    scene.port("p1")?,
+                )?;
+                scene.shown("client", &["python3", "-c", SCRIPT, "greeted", "{near4}:{p1}"])
+            },
+        )
+        .but("ETIMEDOUT", AT_DEVICE),
+        Line::scene("python3 greeted", "a server that listens on loopback only", "ECONNREFUSED", |scene| {
+            let _server =
+                scene.server("far", &["nc.openbsd", "-lkn", "127.0.0.1", "{p1}"], scene.port("p1")?)?;
+            scene.shown("client", &["python3", "-c", SCRIPT, "greeted", "{far4}:{p1}"])
+        }),
+        Line::scene(
+            "python3 greeted",
+            "a server that listens on IPv6 loopback only",
+            "ECONNREFUSED",
+            |scene| {
+                let _server =
+                    scene.server("far", &["nc.openbsd", "-lkn6", "::1", "{p1}"], scene.port("p1")?)?;
+                scene.shown("client", &["python3", "-c", SCRIPT, "greeted", "{far6}:{p1}"])
+            },
+        ),
         Line::scene(
             "python3 ended",
             "a server that is killed before it has read",
