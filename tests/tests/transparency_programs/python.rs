@@ -230,6 +230,15 @@ fn streams() -> Vec<Line> {
             scene.shown("client", &["python3", "-c", SCRIPT, "greeted", "{far4}:{p1}"])
         })
         .but("ETIMEDOUT", AT_DEVICE),
+        Line::scene("python3 greeted", "a server that is bound to a device, IPv6", "hello", |scene| {
+            let _server = scene.server(
+                "far",
+                &["python3", "-c", SCRIPT, "at_device", "{far6}:{p1}"],
+                scene.port("p1")?,
+            )?;
+            scene.shown("client", &["python3", "-c", SCRIPT, "greeted", "{far6}:{p1}"])
+        })
+        .but("ECONNREFUSED", AT_DEVICE),
         Line::scene(
             "python3 greeted",
             "a server of the same node that is bound to a device",
