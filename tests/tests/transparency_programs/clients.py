@@ -316,6 +316,32 @@ def written_after_end(address):
     return f"events {events}, " + ", ".join(ends)
 
 
+def with_errors(address):
+    """IP_RECVERR: errors of routers fail a connection at once, and say who has sent them."""
+    own = socket.socket()
+    own.settimeout(HANG)
+    own.setsockopt(socket.IPPROTO_IP, 11, 1)
+    try:
+        own.connect(address)
+        return "connected"
+    except OSError as error:
+        failed = shown(error)
+    own.setblocking(False)
+    try:
+        _, extra, _, _ = own.recvmsg(100, 500, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
+    except OSError as error:
+        return f"{failed}, no error: {shown(error)}"
+    number, origin, kind, code = struct.unpack_from("IBBB", extra[0][2])
+    return f"{failed}, {errno.errorcode[number]} of origin {origin}, type {kind}, code {code}"
+
+
+def counted(address):
+    """TCP_SYNCNT: the number of SYNs is the socket's."""
+    own = socket.socket()
+    own.setsockopt(socket.IPPROTO_TCP, socket.TCP_SYNCNT, 1)
+    return errno.errorcode[own.connect_ex(address)]
+
+
 def from_loopback(address):
     """A connection to another pod from a loopback address."""
     own = socket.socket()

@@ -149,6 +149,30 @@ fn requests() -> Vec<Line> {
             scene.shown("client", &["curl", "-sS", "http://127.0.0.1:{p1}/who"])
         }),
         Line::scene(
+            "haproxy, tcp, option splice-auto",
+            "4 MiB through a pipe of the kernel",
+            "exit 0\n4194304",
+            |scene| {
+                let _proxy = start(scene, "mode tcp\n option splice-auto", ["{far4}:{web}", "{far4}:{web}"])?;
+                scene.shown(
+                    "client",
+                    &["curl", "-so", "/dev/null", "-w", "%{size_download}\n", "http://127.0.0.1:{p1}/big"],
+                )
+            },
+        ),
+        Line::scene(
+            "haproxy, option tcp-smart-connect, tfo",
+            "a server with Fast Open",
+            "80 x 200",
+            |scene| {
+                requested(
+                    scene,
+                    "mode tcp\n option tcp-smart-connect",
+                    ["{far4}:{web} tfo", "{near4}:{web} tfo"],
+                )
+            },
+        ),
+        Line::scene(
             "haproxy, http-reuse always",
             "requests on one connection to the server",
             "100 x 200",

@@ -182,17 +182,17 @@ fn failed() -> Vec<Line> {
         line("bound to a device: a closed port of a pod without policies", "none accepted", &["at_a_device", "{near4}:7003"]),
         line("bound to a device: a closed port of a pod with policies", "none accepted", &["at_a_device", "{far4}:7003"])
             .but("some accepted", "the agent accepts plaintext to a pod that a policy selects, and then connects to the application"),
-        line(
-            "asyncio: 300 connections at a time to a closed port",
-            "300 x ConnectionRefusedError ECONNREFUSED",
-            &["many", "{far4}:7003"],
-        ),
+        Line::scene("python3 many", "asyncio: 300 connections at a time to a closed port", "300 x ConnectionRefusedError ECONNREFUSED", |scene| {
+            many(scene, "{far4}:7003")
+        }),
     ]
 }
 
 fn streams() -> Vec<Line> {
     vec![
-        line("asyncio: 300 connections at a time", "300 x ok", &["many", "{far4}:7001"]),
+        Line::scene("python3 many", "asyncio: 300 connections at a time", "300 x ok", |scene| {
+            many(scene, "{far4}:7001")
+        }),
         line(
             "asyncio: 50 connections that are cancelled",
             "50 cancelled, then True",
@@ -217,6 +217,17 @@ fn streams() -> Vec<Line> {
             killed(scene, &["{far4}:0"])
         }),
         line("a write after the server's end", "events 24, ", &["written_after_end", "{far4}:7001"]),
+        line(
+            "IP_RECVERR: an address that a router rejects",
+            "OSError EHOSTUNREACH",
+            &["with_errors", "{unreachable4}:7001"],
+        ),
+        line(
+            "IP_RECVERR: a closed port",
+            "ConnectionRefusedError ECONNREFUSED",
+            &["with_errors", "{far4}:7003"],
+        ),
+        line("TCP_SYNCNT: an address that does not answer", "ETIMEDOUT", &["counted", "{silent4}:7001"]),
         line("bound to a loopback address", "OSError EINVAL", &["from_loopback", "{far4}:7001"]).but(
             "connected",
             "the agent's listener is at a loopback address, and the agent connects from the pod's own",
@@ -275,6 +286,12 @@ fn streams() -> Vec<Line> {
             |scene| killed(scene, &[]),
         ),
     ]
+}
+
+/// Makes many connections from pod `near`, whose kernel repeats a SYN for two minutes: the agents make a session for each, which takes
+/// a slow machine some seconds.
+fn many(scene: &Scene<'_>, to: &str) -> Result<String> {
+    scene.shown("near", &["python3", "-c", SCRIPT, "many", to])
 }
 
 /// Kills a server that has data of a client. Returns the client's end. With `read` the server has read the data.
