@@ -25,7 +25,7 @@ use xtask_support::{
     privilege::{as_root, is_root},
     progress::{self, Progress, Style},
     report::Report,
-    setup::{self, Programs},
+    setup,
     test_programs::{self, TestProgram},
     workspace::{Profile, Workspace},
 };
@@ -133,7 +133,7 @@ impl Session<'_> {
         let (workspace, unprivileged) = (self.workspace, self.options.unprivileged);
         // First, since sudo may ask for a password: not after minutes of building.
         let (programs, privileged) = self.check("what is needed", || {
-            let programs = setup::ensure_all(workspace)?;
+            let programs = setup::ensure_tests(workspace)?.path()?;
             Ok((programs, ability(unprivileged)?))
         })?;
         if !self.options.quick {
@@ -149,7 +149,7 @@ impl Session<'_> {
         let tests = self.check("build the tests", || test_programs::build(workspace, &[]))?;
         self.unit_tests(&tests);
         self.kernel_tests(&tests, &privileged);
-        self.privileged_tests(&tests, &programs, &privileged);
+        self.privileged_tests(&tests, programs, &privileged);
         self.other_kernels();
         Some(())
     }
@@ -206,12 +206,12 @@ impl Session<'_> {
         }
     }
 
-    fn privileged_tests(&mut self, tests: &[TestProgram], programs: &Programs, privileged: &Privileged) {
+    fn privileged_tests(&mut self, tests: &[TestProgram], programs: OsString, privileged: &Privileged) {
         let tests = chosen(tests, |program| is_of(program, &PRIVILEGED));
         let agent = self.workspace.agent(Profile::Fast);
         let mut environment = tacit_environment();
         environment.push(("TACIT_BIN".into(), agent.into_os_string()));
-        environment.push(("TACIT_NGINX".into(), programs.nginx.clone().into_os_string()));
+        environment.push(("TACIT_PROGRAMS".into(), programs));
         match privileged {
             Privileged::Skip(why) => {
                 self.report.note(format!("tests that need root were skipped: {why}"));

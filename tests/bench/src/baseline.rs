@@ -18,7 +18,7 @@ use super::{
 /// Path of the committed ratios, from the top folder.
 pub(super) const FILE: &str = "tests/bench-baseline.json";
 /// The measured cases, some two minutes with [`PLAN`].
-const CASES: [&str; 10] = [
+const CASES: [&str; 11] = [
     "throughput-x1",
     "throughput-x8",
     "throughput-x1-reverse",
@@ -27,6 +27,7 @@ const CASES: [&str; 10] = [
     "echo-64B-x64",
     "connect-x1",
     "connect-x16",
+    "refused-x1",
     "http-keepalive",
     "http-close",
 ];

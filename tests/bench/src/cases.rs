@@ -31,6 +31,8 @@ pub(super) enum Kind {
     Echo { connections: u16, bytes: u32 },
     /// A connection for every request.
     Connect { clients: u16 },
+    /// Connections to a closed port.
+    Refused { clients: u16 },
     /// wrk against nginx.
     Http { keep: Keep },
     /// Connections for a minute, from the default range of ports.
@@ -88,6 +90,7 @@ pub(super) enum Better {
 const GBITS: Metric = Metric { name: "rate", unit: "Gbit/s", better: Better::Higher };
 const REQUESTS: Metric = Metric { name: "rate", unit: "requests/s", better: Better::Higher };
 const CONNECTIONS: Metric = Metric { name: "rate", unit: "connections/s", better: Better::Higher };
+const REFUSALS: Metric = Metric { name: "rate", unit: "refusals/s", better: Better::Higher };
 const FLAT: Metric = Metric { name: "flat", unit: "last 10 s / first 10 s", better: Better::Higher };
 const FAILED: Metric = Metric { name: "failed", unit: "% of connections", better: Better::Lower };
 const P50: Metric = Metric { name: "p50", unit: "us", better: Better::Lower };
@@ -128,6 +131,11 @@ pub(super) fn all() -> Vec<Case> {
     for clients in [1, 16, 64] {
         let what = format!("new connection + 64 B, {clients} client{}", if clients == 1 { "" } else { "s" });
         add(format!("connect-x{clients}"), what, Kind::Connect { clients });
+    }
+    for clients in [1, 16] {
+        let what =
+            format!("connect() to a closed port, {clients} client{}", if clients == 1 { "" } else { "s" });
+        add(format!("refused-x{clients}"), what, Kind::Refused { clients });
     }
     add("http-keepalive".to_owned(), "HTTP keep-alive, wrk c32".to_owned(), Kind::Http { keep: Keep::Alive });
     add(
@@ -178,6 +186,11 @@ impl Case {
         !matches!(self.kind, Kind::Churn { closer: Closer::Client })
     }
 
+    /// Returns true if another proxy can run the load. One that accepts before it has asked the destination refuses nothing.
+    pub(super) fn works_with_rival(&self) -> bool {
+        !matches!(self.kind, Kind::Refused { .. })
+    }
+
     /// Returns the metrics of the case in the table, the most telling one first.
     pub(super) fn metrics(&self) -> &'static [Metric] {
         match self.kind {
@@ -185,6 +198,8 @@ impl Case {
             Kind::Echo { connections: 1, .. } => &[P50, P99, P999],
             Kind::Echo { .. } => &[REQUESTS, P50, P99, P999],
             Kind::Connect { .. } => &[CONNECTIONS, P99],
+            Kind::Refused { clients: 1 } => &[P50, P99],
+            Kind::Refused { .. } => &[REFUSALS, P99],
             Kind::Http { .. } => &[REQUESTS, P99],
             Kind::Churn { .. } => &[CONNECTIONS, FLAT, FAILED],
             Kind::Special(_) => &[],
@@ -224,6 +239,9 @@ impl Case {
             Kind::Connect { clients } => {
                 let size = (clients, servers::REQUEST, seconds);
                 load::requests(client, generator, "connect", servers::answer_of(far, clients), size)
+            }
+            Kind::Refused { clients } => {
+                load::refusals(client, generator, servers::closed_of(far), (clients, seconds))
             }
             Kind::Http { keep } => load::wrk(client, servers::http_of(far), HTTP_CONNECTIONS, keep, seconds),
             Kind::Churn { closer } => {

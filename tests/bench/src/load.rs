@@ -118,6 +118,16 @@ fn microseconds(text: &str) -> Result<f64> {
     Ok(number.parse::<f64>().with_context(|| format!("time {text:?}"))? * factor)
 }
 
+/// `tacit-load refused`. Gives the figures of [`requests`].
+pub(super) fn refusals(
+    from: &Pod,
+    program: &Path,
+    to: SocketAddr,
+    (clients, seconds): (u16, u64),
+) -> Result<Done> {
+    load(from, program, clients, &["refused", &to.to_string(), &clients.to_string(), &seconds.to_string()])
+}
+
 /// `tacit-load echo` or `connect`. Gives `rate` in requests/s, `p50`, `p99`, `p999` in microseconds, and `flat`, the
 /// requests of the last seconds to those of the first, when it ran long enough, and `failed` in percent.
 pub(super) fn requests(
@@ -127,13 +137,17 @@ pub(super) fn requests(
     to: SocketAddr,
     (clients, bytes, seconds): (u16, u32, u64),
 ) -> Result<Done> {
+    let (to, size) = (to.to_string(), [clients.to_string(), bytes.to_string(), seconds.to_string()]);
+    load(from, program, clients, &[kind, &to, &size[0], &size[1], &size[2]])
+}
+
+fn load(from: &Pod, program: &Path, clients: u16, arguments: &[&str]) -> Result<Done> {
     let mut command = match clients {
         1 => cpu_pinning::command(from, program, End::Client)?,
         _ => from.command(program),
     };
-    command.args([kind, &to.to_string(), &clients.to_string(), &bytes.to_string(), &seconds.to_string()]);
-    let text = run(&mut command)?;
-    parse_requests(&text).with_context(|| format!("tacit-load {kind} {to}: {}", text.trim()))
+    let text = run(command.args(arguments))?;
+    parse_requests(&text).with_context(|| format!("tacit-load {}: {}", arguments.join(" "), text.trim()))
 }
 
 fn parse_requests(text: &str) -> Result<Done> {

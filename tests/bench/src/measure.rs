@@ -57,7 +57,11 @@ impl Outcome {
     ) -> Result<()> {
         let columns = columns(programs, rival)?;
         for case in cases {
-            let works = |column: &&NamedTestbed| case.works_directly() || column.name != DIRECT;
+            let works = |column: &&NamedTestbed| match column.name {
+                DIRECT => case.works_directly(),
+                RIVAL => case.works_with_rival(),
+                _ => true,
+            };
             let used: Vec<&NamedTestbed> = columns.iter().filter(works).collect();
             let mut patience = Patience::new(self.patience.left());
             self.take(case, || one_case(programs, case, plan, &used, &mut patience));

@@ -24,6 +24,9 @@ const ANSWER: [u16; 2] = [7002, 7004];
 /// Port of nginx.
 const HTTP: u16 = 80;
 
+/// Port on which nobody listens.
+const CLOSED: u16 = 7009;
+
 /// All of them.
 pub(super) const PORTS: [u16; 6] = [HTTP, IPERF, ECHO[0], ECHO[1], ANSWER[0], ANSWER[1]];
 
@@ -43,6 +46,11 @@ pub(super) fn echo_of(pod: &Pod, clients: u16) -> SocketAddr {
 /// The pod's server that answers once, for that many clients.
 pub(super) fn answer_of(pod: &Pod, clients: u16) -> SocketAddr {
     (pod.ipv4(), ANSWER[usize::from(clients > 1)]).into()
+}
+
+/// A closed port of the pod.
+pub(super) fn closed_of(pod: &Pod) -> SocketAddr {
+    (pod.ipv4(), CLOSED).into()
 }
 
 /// nginx of the pod.

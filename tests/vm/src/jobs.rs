@@ -32,6 +32,8 @@ const ON_HOST_ONLY: [&str; 10] = [
     "shares",
     "transparency",
 ];
+/// The suite of real programs, which the machines do not have.
+const OF_PROGRAMS: &str = "transparency_programs";
 /// Suites that start agents again and again, which is slow in an emulated machine. `cargo xtask test` runs them on the first kernel
 /// only, which has the fewest features; the host's kernel has those of the newest.
 const OF_STARTS: [&str; 2] = ["handover", "lifecycle"];
@@ -45,12 +47,10 @@ pub(super) struct Job<'a> {
     pub(super) suites: Vec<&'a (String, PathBuf)>,
 }
 
-/// All suites, on each kernel in one machine.
+/// All suites but the one of real programs, on each kernel in one machine.
 pub(super) fn whole<'a>(machines: &[(&'a Kernel, &'a Unpacked)], payload: &'a Payload) -> Vec<Job<'a>> {
-    machines
-        .iter()
-        .map(|&(kernel, unpacked)| Job { kernel, unpacked, suites: payload.suites.iter().collect() })
-        .collect()
+    let suites = || payload.suites.iter().filter(|(name, _)| name != OF_PROGRAMS).collect();
+    machines.iter().map(|&(kernel, unpacked)| Job { kernel, unpacked, suites: suites() }).collect()
 }
 
 /// The suites of `cargo xtask test`, the machines with the longest first, and notes on what was left out.
@@ -60,7 +60,9 @@ pub(super) fn of_test<'a>(
 ) -> (Vec<Job<'a>>, Vec<String>) {
     let mut jobs = Vec::new();
     for (place, &(kernel, unpacked)) in machines.iter().enumerate() {
-        let is_run = |name: &str| !ON_HOST_ONLY.contains(&name) && (place == 0 || !OF_STARTS.contains(&name));
+        let is_run = |name: &str| {
+            name != OF_PROGRAMS && !ON_HOST_ONLY.contains(&name) && (place == 0 || !OF_STARTS.contains(&name))
+        };
         let (long, short): (Vec<_>, Vec<_>) = payload
             .suites
             .iter()
@@ -81,7 +83,8 @@ pub(super) fn of_test<'a>(
             labels(kernels)
         )
     };
-    let mut notes = vec![note(&ON_HOST_ONLY, machines)];
+    let programs = format!("suite {OF_PROGRAMS} runs on the host only: other kernels have no such programs");
+    let mut notes = vec![note(&ON_HOST_ONLY, machines), programs];
     if let [_, rest @ ..] = machines
         && !rest.is_empty()
     {
@@ -142,7 +145,7 @@ mod tests {
 
     #[test]
     fn every_suite_of_a_test_runs_once_on_a_kernel_or_is_noted() {
-        let names = ["attack", "flows", "handover", "lifecycle", "shares"];
+        let names = ["attack", "flows", "handover", "lifecycle", "shares", OF_PROGRAMS];
         let suites = names.iter().map(|name| ((*name).to_owned(), PathBuf::new())).collect();
         let none = PathBuf::new;
         let payload = Payload { agent: none(), attack: none(), peer: none(), suites };
@@ -164,9 +167,13 @@ mod tests {
         );
         assert!(
             notes[0].contains("shares")
-                && notes[1].contains("handover, lifecycle")
-                && notes[1].ends_with(&format!("{b}: see `cargo xtask vm`")),
+                && notes[1].contains(OF_PROGRAMS)
+                && notes[2].contains("handover, lifecycle")
+                && notes[2].ends_with(&format!("{b}: see `cargo xtask vm`")),
             "{notes:?}"
         );
+        let whole: Vec<&str> =
+            whole(&machines, &payload)[0].suites.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(whole, ["attack", "flows", "handover", "lifecycle", "shares"]);
     }
 }

@@ -1,20 +1,20 @@
 //! `cargo xtask setup`: what building, testing and the demo need, installed when absent.
 //!
-//! Promises: when everything is there it only looks (a few file checks and two short processes); no service is ever
-//! started or enabled, since only packages without one are installed and nginx is unpacked into the cache instead of
+//! Promises: when everything is there it only looks (a few file checks and short processes); no service is ever
+//! started or enabled, since only packages without one are installed, and servers are unpacked into the cache instead of
 //! being installed; root is asked for one announced command at a time.
 //!
 //! Debian and its kin are set up automatically. Elsewhere the error names what to install.
 
 mod apt;
 mod linker;
-mod nginx;
 mod programs;
 pub mod toolchain;
+mod unpacked;
 
-use std::path::PathBuf;
+use std::{env, ffi::OsString, fs, path::PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use crate::{
     progress::{Style, Tone, note},
@@ -31,21 +31,42 @@ pub struct EbpfTools {
     pub linker: PathBuf,
 }
 
-/// The real programs that tests and the demo run in pods.
+/// The real program that the demo and the bench run in pods, and that is not always on `PATH`.
 pub struct Programs {
     /// nginx: the system's, or the one in the cache.
     pub nginx: PathBuf,
 }
 
+/// The real programs that tests run in pods, and that are not always on `PATH`: the system's, or those in the cache.
+pub struct TestPrograms(Vec<PathBuf>);
+
+impl TestPrograms {
+    /// Returns the folders of the programs, as in `PATH`. Programs of one package are in one folder.
+    pub fn path(&self) -> Result<OsString> {
+        let mut folders: Vec<PathBuf> = Vec::new();
+        for program in &self.0 {
+            // The system's may be a link to a folder that has its other programs.
+            let file = fs::canonicalize(program);
+            let file = file.with_context(|| format!("cannot find {}", program.display()))?;
+            for file in [program, &file] {
+                folders.extend(file.parent().map(PathBuf::from));
+            }
+        }
+        env::join_paths(folders).context("a folder of programs has a colon in its path")
+    }
+}
+
 /// The command: everything, and a summary of what is used.
 pub fn run(workspace: &Workspace) -> Result<()> {
     let ebpf = ensure_ebpf(workspace)?;
-    let programs = ensure_programs(workspace)?;
+    let programs = ensure_test_programs(workspace)?;
     let style = Style::of_stderr();
     eprintln!("{}", style.paint(Tone::Good, "everything is in place"));
     note(&format!("compiler for the kernel side: {}", ebpf.toolchain));
     note(&format!("bpf-linker: {}", ebpf.linker.display()));
-    note(&format!("nginx: {}", programs.nginx.display()));
+    for program in &programs.0 {
+        note(&program.display().to_string());
+    }
     for missing in toolchain::missing_components() {
         eprintln!("{}", style.paint(Tone::Warning, &toolchain::remedy(missing)));
     }
@@ -56,6 +77,12 @@ pub fn run(workspace: &Workspace) -> Result<()> {
 pub fn ensure_all(workspace: &Workspace) -> Result<Programs> {
     ensure_ebpf(workspace)?;
     ensure_programs(workspace)
+}
+
+/// As [`ensure_all`], with all programs of the tests.
+pub fn ensure_tests(workspace: &Workspace) -> Result<TestPrograms> {
+    ensure_ebpf(workspace)?;
+    ensure_test_programs(workspace)
 }
 
 /// Compiler and linker of the kernel side.
@@ -89,9 +116,18 @@ pub fn ensure_bench(workspace: &Workspace) -> Result<Programs> {
     ensure_programs(workspace)
 }
 
-/// Programs of the tests and the demo.
+/// Programs of the demo.
 pub fn ensure_programs(workspace: &Workspace) -> Result<Programs> {
     let mut apt = Apt::new();
     programs::ensure(&mut apt)?;
-    Ok(Programs { nginx: nginx::ensure(workspace, &mut apt)? })
+    Ok(Programs { nginx: unpacked::ensure(&unpacked::NGINX, workspace, &mut apt)? })
+}
+
+fn ensure_test_programs(workspace: &Workspace) -> Result<TestPrograms> {
+    let mut apt = Apt::new();
+    programs::ensure(&mut apt)?;
+    programs::ensure_tests(&mut apt)?;
+    let servers = [unpacked::NGINX, unpacked::HAPROXY, unpacked::REDIS, unpacked::POSTGRES];
+    let found = servers.iter().map(|server| unpacked::ensure(server, workspace, &mut apt));
+    Ok(TestPrograms(found.collect::<Result<_>>()?))
 }

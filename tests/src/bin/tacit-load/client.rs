@@ -60,10 +60,24 @@ pub(crate) enum Closer {
 
 /// Opens a connection for each request.
 pub(crate) fn connect(load: &Load, closer: Closer) -> Result<()> {
+    repeat(load, |request| one_shot(load.to, request, closer))
+}
+
+/// Opens connections to a port on which nobody listens. The request is the refusal, and a connection is a failure.
+pub(crate) fn refused(load: &Load) -> Result<()> {
+    repeat(load, |_| match TcpStream::connect(load.to) {
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(()),
+        Err(error) => Err(error),
+        Ok(_) => Err(io::Error::new(ErrorKind::AlreadyExists, "connected")),
+    })
+}
+
+/// Calls `once` with the bytes of a request until the time is over.
+fn repeat(load: &Load, once: impl Fn(&mut [u8]) -> io::Result<()> + Sync) -> Result<()> {
     report(load, |barrier| {
         let mut measurements = Measurements::default();
         let mut request = vec![b'x'; load.request_bytes];
-        match one_shot(load.to, &mut request, closer) {
+        match once(&mut request) {
             Ok(()) => measurements.warm_up = 1,
             Err(error) => measurements.count(&error),
         }
@@ -71,7 +85,7 @@ pub(crate) fn connect(load: &Load, closer: Closer) -> Result<()> {
         let begin = Instant::now();
         // After a failure the client opens the next connection, as a busy client would.
         while let Some(left) = load.time.checked_sub(begin.elapsed()) {
-            let once = || one_shot(load.to, &mut request, closer);
+            let once = || once(&mut request);
             if let Err(error) = run_for_from(begin, left, &mut measurements, once) {
                 measurements.count(&error);
             }

@@ -6,6 +6,7 @@
 //! tacit-load echo ADDRESS CONNECTIONS BYTES SECONDS           requests on open connections, one at a time on each
 //! tacit-load connect ADDRESS CLIENTS BYTES SECONDS            a new connection for every request, one at a time per client
 //! tacit-load connect-close ADDRESS CLIENTS BYTES SECONDS      the same, and the client is the first to close
+//! tacit-load refused ADDRESS CLIENTS SECONDS                  connections to a closed port, one at a time per client
 //! tacit-load idle ADDRESS COUNT                               opens COUNT connections, sends one request on each, then idles
 //! tacit-load relay LISTEN TO [LISTEN TO ...]                  relays connections accepted at LISTEN to TO, both ways
 //! ```
@@ -48,9 +49,10 @@ fn main() -> Result<()> {
         ["connect-close", address, rest @ ..] => {
             client::connect(&load(address, rest)?, client::Closer::Client)
         }
+        ["refused", address, clients, seconds] => client::refused(&load(address, &[clients, "1", seconds])?),
         ["idle", address, count] => idle::run(parse(address, "ADDRESS")?, parse(count, "COUNT")?),
         ["relay", addresses @ ..] if !addresses.is_empty() => relay::run(&routes(addresses)?),
-        _ => bail!("usage: tacit-load serve|echo|connect|connect-close|idle|relay ADDRESS ..."),
+        _ => bail!("usage: tacit-load serve|echo|connect|connect-close|refused|idle|relay ADDRESS ..."),
     }
 }
 

@@ -53,12 +53,26 @@ const KUBE_PROGRAMS: [(&str, &str); 12] = [
     ("cc", "gcc libc6-dev"),
 ];
 
+/// Further programs for the tests. `nc` alone may be one of several programs with other options.
+const TEST_PROGRAMS: [(&str, &str); 5] = [
+    ("wrk", "wrk"),
+    ("nc.openbsd", "netcat-openbsd"),
+    ("python3", "python3"),
+    ("timeout", "coreutils"),
+    ("setpriv", "util-linux"),
+];
+
 /// Further programs for the bench: real load generators.
 const BENCH_PROGRAMS: [(&str, &str); 3] = [("iperf3", "iperf3"), ("wrk", "wrk"), ("taskset", "util-linux")];
 
 /// Installs the packages of programs that are not there.
 pub(super) fn ensure(apt: &mut Apt) -> Result<()> {
     ensure_these(apt, "programs of the tests and the demo", &PROGRAMS)
+}
+
+/// As [`ensure`], for the programs that only tests run.
+pub(super) fn ensure_tests(apt: &mut Apt) -> Result<()> {
+    ensure_these(apt, "programs of the tests", &TEST_PROGRAMS)
 }
 
 /// As [`ensure`], for virtual machines.
