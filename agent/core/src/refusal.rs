@@ -81,6 +81,7 @@ reasons! {
     NoCertificate, "no_certificate", Other, "The pod's identity has no valid certificate.";
     NoEndpoint, "no_endpoint", Other, "No endpoint of the service is ready, or all were tried.";
     ServicePortUnknown, "service_port_unknown", Other, "The service has no such TCP port.";
+    NotTunnelled, "not_tunnelled", Other, "The destination takes plaintext alone, as its agent has proven, and plaintext is not allowed.";
     PeerUnreachable, "peer_unreachable", Destination, "The tunnel port of the destination did not answer.";
     // The answer of the destination's agent, and failures to reach an application.
     Policy, "policy", Other, "The destination's agent denied the flow by policy.";

@@ -50,6 +50,8 @@ pub enum PlaintextCause {
     DestinationUnknown,
     /// The destination is not enrolled, and the source is not STRICT.
     DestinationNotEnrolled,
+    /// The destination's agent has proven that the destination takes plaintext alone, and the source is not STRICT.
+    DestinationNotTunnelled,
     /// The destination's mode at the port is DISABLE: the operator wants no encryption there.
     DestinationModeDisable,
 }
@@ -62,6 +64,7 @@ impl PlaintextCause {
             Self::DestinationOutsideMesh => "destination_outside_mesh",
             Self::DestinationUnknown => "destination_unknown",
             Self::DestinationNotEnrolled => "destination_not_enrolled",
+            Self::DestinationNotTunnelled => "destination_not_tunnelled",
             Self::DestinationModeDisable => "destination_mode_disable",
         }
     }
@@ -70,9 +73,6 @@ impl PlaintextCause {
 /// Returns the route. A tunnel that fails resets the connection and never falls back to plaintext.
 #[must_use]
 pub fn decide(input: &RouteInput<'_>) -> Route {
-    if tcp_port::is_reserved(input.port) {
-        return Route::Refuse(RefusalReason::ReservedPort);
-    }
     // Not as plaintext and not to one of the claimants: the address may be another's.
     if input.is_unclear {
         return Route::Refuse(RefusalReason::DestinationUnclear);
@@ -90,12 +90,20 @@ pub fn decide(input: &RouteInput<'_>) -> Route {
         Protocol::None => {
             unless_strict(PlaintextCause::DestinationNotEnrolled, RefusalReason::DestinationNotEnrolled)
         }
+        // A program of the pod may listen at the tunnel's port if the pod is left alone. Its own agent knows.
+        Protocol::Tacit if is_agents(input) => Route::Refuse(RefusalReason::ReservedPort),
         Protocol::Tacit if input.on_this_node => Route::SameNode,
         Protocol::Tacit if input.destination_mode == Mode::Disable => {
             Route::Plaintext(PlaintextCause::DestinationModeDisable)
         }
         Protocol::Tacit => Route::Tunnel(destination.identity.clone()),
     }
+}
+
+/// Returns true for a port that the destination's agent has in any case.
+fn is_agents(input: &RouteInput<'_>) -> bool {
+    let may_be_programs = input.port == tcp_port::TUNNEL && input.destination_mode != Mode::Disable;
+    tcp_port::is_reserved(input.port) && !may_be_programs
 }
 
 #[cfg(test)]
@@ -186,19 +194,31 @@ mod tests {
     }
 
     #[test]
-    fn the_agents_ports_cannot_be_dialled() {
-        let meshed = workload(Protocol::Tacit);
-        for port in [15001, 15006, 15008] {
+    fn the_ports_of_agents_cannot_be_dialled_where_one_is() {
+        let (meshed, plain) = (workload(Protocol::Tacit), workload(Protocol::None));
+        let refused = Route::Refuse(RefusalReason::ReservedPort);
+        let asked = Route::Tunnel(meshed.identity.clone());
+        for (port, destination_mode, expected) in [
+            (15009, Mode::Permissive, &refused),
+            (15056, Mode::Permissive, &refused),
+            (15058, Mode::Strict, &refused),
+            (15060, Mode::Disable, &refused),
+            (15008, Mode::Disable, &refused),
+            (15008, Mode::Permissive, &asked),
+            (15008, Mode::Strict, &asked),
+        ] {
             let input = RouteInput {
                 port,
                 destination: Some(&meshed),
-                outside_mesh: true,
+                outside_mesh: false,
                 is_unclear: false,
                 on_this_node: false,
-                destination_mode: Mode::Permissive,
+                destination_mode,
                 source_is_strict: false,
             };
-            assert_eq!(decide(&input), Route::Refuse(RefusalReason::ReservedPort));
+            assert_eq!(decide(&input), *expected, "{input:?}");
+            let plaintext = Route::Plaintext(PlaintextCause::DestinationNotEnrolled);
+            assert_eq!(decide(&RouteInput { destination: Some(&plain), ..input }), plaintext);
         }
     }
 
@@ -227,6 +247,7 @@ mod tests {
             (PlaintextCause::DestinationOutsideMesh, "destination_outside_mesh"),
             (PlaintextCause::DestinationUnknown, "destination_unknown"),
             (PlaintextCause::DestinationNotEnrolled, "destination_not_enrolled"),
+            (PlaintextCause::DestinationNotTunnelled, "destination_not_tunnelled"),
             (PlaintextCause::DestinationModeDisable, "destination_mode_disable"),
         ];
         for (cause, label) in causes {

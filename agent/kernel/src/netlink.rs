@@ -169,6 +169,14 @@ pub(super) fn listeners() -> io::Result<Vec<Connection>> {
 /// # Errors
 /// The kernel's.
 pub(super) fn is_listening(at: SocketAddr) -> io::Result<bool> {
+    listener_at(at).map(|found| found.is_some())
+}
+
+/// Returns the socket of the calling thread's namespace that listens at `at`. As [`is_listening`].
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn listener_at(at: SocketAddr) -> io::Result<Option<Connection>> {
     let mut id = [0; DIAG_ID];
     id[..2].copy_from_slice(&at.port().to_be_bytes());
     // The other end is a loopback address without a port, which no connection has.
@@ -188,9 +196,15 @@ pub(super) fn is_listening(at: SocketAddr) -> io::Result<bool> {
     id[40..].fill(0xff);
     let netlink = Netlink::open(SockProtocol::NetlinkSockDiag)?;
     let request = diag_request(family as u8, u32::MAX, &id);
-    match netlink.ask(SOCK_DIAG_BY_FAMILY, NLM_F_ACK, &request, |_, _| {}) {
-        Ok(()) => Ok(true),
-        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+    let mut found = None;
+    let asked = netlink.ask(SOCK_DIAG_BY_FAMILY, NLM_F_ACK, &request, |kind, body| {
+        if kind == SOCK_DIAG_BY_FAMILY {
+            found = connection(body);
+        }
+    });
+    match asked {
+        Ok(()) => Ok(found),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -382,6 +396,8 @@ mod tests {
             (client.local_addr().expect("bound"), false),
         ] {
             assert_eq!(is_listening(at).expect("netlink"), expected, "{at}");
+            let found = listener_at(at).expect("netlink");
+            assert_eq!(found.is_some_and(|found| found.cgroup.is_some_and(|id| id > 0)), expected, "{at}");
         }
     }
 

@@ -34,6 +34,14 @@ impl Netns {
         Ok(Self { file, inode, cookie })
     }
 
+    /// The same namespace, held open by another descriptor.
+    ///
+    /// # Errors
+    /// Fails if descriptors are used up.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { file: self.file.try_clone()?, ..*self })
+    }
+
     /// Inode number; what `bpf_link_info` and `/proc/PID/ns/net` show.
     #[must_use]
     pub fn inode(&self) -> u64 {

@@ -21,10 +21,14 @@ use super::{
     netns::{HostNetns, Netns},
 };
 
+mod foreign;
 mod listeners;
 
+pub use foreign::foreign_listener;
 pub(super) use listeners::discarding;
-pub use listeners::{Acceptor, LOOPBACK_UNREAD_BYTES, ListenError, Listeners, Ports, has_listener};
+pub use listeners::{
+    Acceptor, LOOPBACK_UNREAD_BYTES, ListenError, Listeners, answering_listener, has_listener,
+};
 
 /// A socket in `netns`, ready to connect to an address of `to`'s family.
 ///

@@ -190,7 +190,11 @@ impl Report {
             let reason = "it has the node's network (hostNetwork)".to_owned();
             pod(workload, None, &[], PodState::LeftAlone(reason))
         });
-        let mut all: Vec<PodStatus> = enrolled.chain(waiting).chain(left_alone).collect();
+        let of_proxies = table.left_alone.iter().map(|left| {
+            pod(&left.workload, Some(&left.policy), &[], PodState::LeftAlone(left.reason.clone()))
+        });
+        let mut all: Vec<PodStatus> =
+            enrolled.chain(waiting).chain(left_alone).chain(of_proxies).collect();
         all.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         all
     }

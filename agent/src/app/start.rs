@@ -34,7 +34,7 @@ use crate::{
     },
     config::{Config, IssuerConfig},
     control_state::Snapshots,
-    enrol::{Enroller, Serve, publish_mesh_default},
+    enrol::{Answer, Enroller, Serve, publish_mesh_default},
     mesh::Mesh,
     proxy::{Proxy, accept, dialer::Dialer, workers::Workers},
     telemetry::{Telemetry, status::NodeStateStatus},
@@ -236,7 +236,9 @@ fn enroller(
     let (serving, state) = (proxy.clone(), state.clone());
     let takes_over = successor_lock.is_some();
     let successor_lock = Mutex::new(successor_lock);
+    let answering = proxy.clone();
     let serve: Serve = Arc::new(move |pod, listeners| accept::serve_pod(&serving, &pod, listeners));
+    let answer: Answer = Arc::new(move |pod, listener| accept::answer_peers(&answering, &pod, listener));
     Enroller {
         kernel: kernel.clone(),
         host: node.host,
@@ -249,6 +251,7 @@ fn enroller(
         table: proxy.pods.clone(),
         rechecks: proxy.rechecks.clone(),
         serve,
+        answer,
         reconciled: Arc::new(move || {
             state.apply(Event::Reconciled);
             // The previous agent may end now.

@@ -19,6 +19,7 @@ use std::{
     time::Duration,
 };
 
+use tacit_abi::tcp_port;
 use tacit_core::{
     balance::{EndpointRequest, PickedEndpoint},
     directory::{Directory, Workload},
@@ -162,10 +163,19 @@ async fn connect_route(
     attempt: Attempt<'_>,
 ) -> Result<Upstream, Refusal> {
     match route {
-        Route::SameNode => connect_same_node(path, pod, addresses).await,
-        Route::Tunnel(expected) => {
-            session::tunnel(path, pod, addresses, &expected, attempt).await.map(Upstream::Tunnel)
-        }
+        Route::SameNode => match connect_same_node(path, pod, addresses).await {
+            Err(refusal) if refusal.reason == RefusalReason::NotTunnelled => {
+                connect_untunnelled(path, pod, addresses, refusal, attempt.limit).await
+            }
+            connected => connected,
+        },
+        Route::Tunnel(expected) => match session::tunnel(path, pod, addresses, &expected, attempt).await {
+            Ok(tunnel) => Ok(Upstream::Tunnel(tunnel)),
+            Err(refusal) if refusal.reason == RefusalReason::NotTunnelled => {
+                connect_untunnelled(path, pod, addresses, refusal, attempt.limit).await
+            }
+            Err(refusal) => Err(refusal),
+        },
         Route::Plaintext(cause) => connect_plaintext(path, pod, addresses, cause, attempt.limit).await,
         Route::Refuse(reason @ RefusalReason::DestinationUnclear) => {
             Err(Refusal::new(reason, "more than one pod or service claims the destination's address"))
@@ -295,6 +305,12 @@ async fn connect_same_node(path: &Proxy, pod: &Pod, addresses: Addresses) -> Res
         let detail = format!("the directory does not give this address to {}", target.workload.full_name());
         return Err(Refusal::new(RefusalReason::DestinationUnproven, detail));
     }
+    if let Some(reason) = target.not_tunnelled() {
+        return Err(Refusal::new(RefusalReason::NotTunnelled, reason));
+    }
+    if tcp_port::is_reserved(destination.port()) {
+        return Err(Refusal::new(RefusalReason::ReservedPort, "the destination's agent has this port"));
+    }
     let (identity, theirs) = (pod.workload.identity.clone(), target.workload.identity.clone());
     let ends = path.ends(Reporter::Source, addresses, Some(identity.clone()), Some(theirs));
     let flow = Flow { source: FlowSource::SameNode(identity), client: source.ip(), destination };
@@ -308,6 +324,27 @@ async fn connect_same_node(path: &Proxy, pod: &Pod, addresses: Addresses) -> Res
 /// Returns true if the directory's workload is the enrolled pod, to which bytes may be handed over.
 fn is_same_pod(known: &Workload, enrolled: &Workload) -> bool {
     known.identity == enrolled.identity && known.node == enrolled.node && known.cgroup == enrolled.cgroup
+}
+
+/// Connects to a pod that takes plaintext alone, as its agent has proven. Neither end may be STRICT.
+///
+/// # Errors
+/// `refusal` if one is.
+async fn connect_untunnelled(
+    path: &Proxy,
+    pod: &Pod,
+    addresses: Addresses,
+    refusal: Refusal,
+    limit: Duration,
+) -> Result<Upstream, Refusal> {
+    let destination = addresses.destination;
+    let directory = path.snapshots.directory.current();
+    let policies = path.snapshots.policies.current();
+    let mode = directory.at(destination.ip()).map(|known| policies.modes(known).at(destination.port()));
+    if pod.is_strict(&directory) || mode.is_none_or(|mode| mode == policy::Mode::Strict) {
+        return Err(refusal);
+    }
+    connect_plaintext(path, pod, addresses, PlaintextCause::DestinationNotTunnelled, limit).await
 }
 
 /// Connects without a tunnel, from the pod's own namespace, as the application would without Tacit.

@@ -284,8 +284,8 @@ mod tests {
         let facts = known(Mode::Disable, None);
         let tunnel = Steer::Agent(3, Listener::Tunnel, Reason::InboundTunnel);
         assert_eq!(decide_inbound(&facts, &to(tcp_port::TUNNEL)), tunnel);
-        let spare = [tcp_port::CAPTURE, tcp_port::PLAINTEXT, tcp_port::TUNNEL].map(tcp_port::spare);
-        for port in [tcp_port::CAPTURE, tcp_port::PLAINTEXT].into_iter().chain(spare) {
+        let listeners = [tcp_port::CAPTURE, tcp_port::PLAINTEXT, tcp_port::TUNNEL_LISTENER];
+        for port in listeners.into_iter().chain(listeners.map(tcp_port::spare)).chain([tcp_port::ANSWER]) {
             assert_eq!(decide_inbound(&facts, &to(port)), Steer::Drop(Reason::InboundReserved));
         }
     }

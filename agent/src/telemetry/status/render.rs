@@ -77,8 +77,13 @@ impl Page {
         }
         self.section("PODS", &table);
         for pod in &status.pods {
-            if let PodState::Waiting(reason) | PodState::LeftAlone(reason) = &pod.state {
-                self.note(Style::Caution, &format!("{} waits: {reason}", pod_name(pod)));
+            let state = match &pod.state {
+                PodState::Enrolled => None,
+                PodState::Waiting(reason) => Some(("waits", reason)),
+                PodState::LeftAlone(reason) => Some(("is left alone", reason)),
+            };
+            if let Some((state, reason)) = state {
+                self.note(Style::Caution, &format!("{} {state}: {reason}", pod_name(pod)));
             }
             if pod.raised_by_minimum {
                 self.note(Style::Caution, &format!("{}: mode raised by minimumMode", pod_name(pod)));

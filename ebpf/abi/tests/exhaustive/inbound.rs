@@ -82,7 +82,7 @@ impl Facts {
 
     /// Returns true for segments of captured IPv4 connections that missed the socket of the handshake.
     fn is_missed_segment(&self) -> bool {
-        let is_target = self.subject.local == LOOPBACK_V4 && [15001, 15002].contains(&self.subject.port);
+        let is_target = self.subject.local == LOOPBACK_V4 && [15056, 15057].contains(&self.subject.port);
         is_target && !self.is_to_spread_port() && self.handshake()
     }
 
@@ -92,7 +92,7 @@ impl Facts {
     }
 
     fn is_to_an_agents_port(&self) -> bool {
-        [15001, 15002, 15006, 15007, 15008, 15009].contains(&self.subject.port)
+        [15008, 15009, 15056, 15057, 15058, 15059, 15060, 15061].contains(&self.subject.port)
     }
 
     fn mode(&self) -> Option<RawMode> {
