@@ -21,6 +21,7 @@
 //! | `pods` | the pods of this node for the proxy and the status |
 //! | `unnamed` | pods that no source names, each held for a bounded time |
 //! | `left_alone` | pods with a proxy of their own |
+//! | `own_rules` | pods whose own rules rewrite what arrives |
 //! | `events` | inotify on cgroups |
 //!
 //! This file has the driver: on a thread of its own it observes, plans, and acts.
@@ -30,7 +31,7 @@ use std::{
     io,
     net::IpAddr,
     path::{Path, PathBuf},
-    sync::{Arc, Weak},
+    sync::{Arc, Weak, atomic::AtomicBool},
     thread,
     time::{Duration, Instant},
 };
@@ -58,6 +59,7 @@ mod kernel_state;
 mod left_alone;
 mod node_pods;
 mod observe;
+mod own_rules;
 mod plan;
 mod pod_policy;
 mod pods;
@@ -400,7 +402,9 @@ impl Enroller {
             slot,
             capture_port,
             not_tunnelled: ArcSwapOption::empty(),
+            rewrites_arrivals: AtomicBool::new(false),
         });
+        self.look_for_own_rules(&pod);
         // Flows of an earlier enrolment in the same cgroup may live.
         self.rechecks.policy_changed(cgroup);
         (self.serve)(pod.clone(), listeners);

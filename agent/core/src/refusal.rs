@@ -89,6 +89,7 @@ reasons! {
     ConnectionRefused, "connection_refused", Destination, "No application listens at the destination.";
     Unreachable, "unreachable", Destination, "The application cannot be reached.";
     PendingDials, "pending_dials", Destination, "The pod has its share of connections that its applications have not accepted.";
+    OwnRules, "own_rules", Other, "Nobody listens at the destination in the pod itself, and rules of the pod (REDIRECT, DNAT) rewrite what arrives. They do not run for a tunnel.";
     TimedOut, "timed_out", Destination, "The application did not answer in time.";
     Draining, "draining", Destination, "The destination's agent is shutting down.";
     Overloaded, "overloaded", Destination, "The destination's agent is at one of its bounds.";

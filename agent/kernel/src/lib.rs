@@ -40,6 +40,7 @@ pub mod probe;
 mod programs;
 pub mod reset_sockets;
 pub mod socket;
+mod translation;
 mod verifier;
 
 use std::{
@@ -49,6 +50,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+pub use translation::rewrites_arrivals;
 pub use maps::{
     ConnectReturn, DropCount, KernelCounter, Maps, PlaintextDestination, PlaintextEgress, PlaintextHandling,
     PodEntry,

@@ -17,7 +17,7 @@ const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
-const NLM_F_DUMP: u16 = 0x300;
+pub(super) const NLM_F_DUMP: u16 = 0x300;
 const NLM_HEADER: usize = 16;
 /// Attributes and messages begin at multiples of this.
 const ALIGN: usize = 4;
@@ -292,15 +292,15 @@ fn ip(family: u8, bytes: &[u8]) -> Option<IpAddr> {
 }
 
 /// A netlink socket in the calling thread's namespace.
-struct Netlink(OwnedFd);
+pub(super) struct Netlink(OwnedFd);
 
 impl Netlink {
-    fn open(protocol: SockProtocol) -> io::Result<Self> {
+    pub(super) fn open(protocol: SockProtocol) -> io::Result<Self> {
         Ok(Self(socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?))
     }
 
     /// Sends one request and hands every message of the answer to `each`.
-    fn ask(&self, kind: u16, flags: u16, body: &[u8], mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
+    pub(super) fn ask(&self, kind: u16, flags: u16, body: &[u8], mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
         let mut request = Vec::with_capacity(NLM_HEADER + body.len());
         request.extend_from_slice(&((NLM_HEADER + body.len()) as u32).to_ne_bytes());
         request.extend_from_slice(&kind.to_ne_bytes());
@@ -339,7 +339,7 @@ fn read(mut datagram: &[u8], each: &mut impl FnMut(u16, &[u8])) -> io::Result<bo
 }
 
 /// The attributes of a message; the rest of a malformed one is left out.
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let len = usize::from(u16_at(bytes, 0)?);
         let kind = u16_at(bytes, 2)?;

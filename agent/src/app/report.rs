@@ -174,12 +174,15 @@ impl Report {
                 .to_owned(),
             guarded_links: links.iter().map(|link| format!("{} ({})", link.interface, link.by)).collect(),
             policy_not_applied: policy.and_then(|policy| policy.not_applied.clone()),
+            rewrites_arrivals: false,
             raised_by_minimum: policy.is_some() && policies.is_raised(workload),
             state,
             flows: live.get(&(workload.namespace.clone(), workload.name.clone())).copied().unwrap_or(0),
         };
-        let enrolled =
-            table.pods.iter().map(|p| pod(&p.workload, Some(&p.policy()), &p.links, PodState::Enrolled));
+        let enrolled = table.pods.iter().map(|p| PodStatus {
+            rewrites_arrivals: p.rewrites_arrivals(),
+            ..pod(&p.workload, Some(&p.policy()), &p.links, PodState::Enrolled)
+        });
         let waiting = table
             .waiting
             .iter()

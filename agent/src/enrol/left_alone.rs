@@ -14,7 +14,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::{IpAddr, TcpListener},
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
@@ -116,6 +116,7 @@ impl Enroller {
             return;
         }
         state.taken_ports.looked_at = Some(Instant::now());
+        state.current.values().for_each(|pod| self.look_for_own_rules(pod));
         for pod in state.current.values() {
             let addresses = &pod.workload.addresses;
             if !state.taken_ports.pods.contains_key(&pod.cgroup)
@@ -278,6 +279,7 @@ impl Enroller {
             slot: 0,
             capture_port: 0,
             not_tunnelled: ArcSwapOption::from_pointee(reason.clone()),
+            rewrites_arrivals: AtomicBool::new(false),
         });
         (self.answer)(Arc::clone(&pod), listener);
         Some(pod)

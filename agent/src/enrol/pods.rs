@@ -1,6 +1,13 @@
 //! The pods of this node as the data path and the operator see them.
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use tacit_core::directory::{Directory, Workload};
@@ -29,6 +36,8 @@ pub struct Pod {
     pub(super) capture_port: u16,
     /// The reason for which peers reach the pod as plaintext; none while a tunnel serves it.
     pub(super) not_tunnelled: ArcSwapOption<String>,
+    /// True if rules of the pod rewrite the destination of what arrives.
+    pub(super) rewrites_arrivals: AtomicBool,
 }
 
 impl Pod {
@@ -59,6 +68,13 @@ impl Pod {
     #[must_use]
     pub fn not_tunnelled(&self) -> Option<Arc<String>> {
         self.not_tunnelled.load_full()
+    }
+
+    /// Returns true if rules of the pod (`REDIRECT`, `DNAT`) rewrite the destination of what arrives. They do not run for what the
+    /// agent delivers.
+    #[must_use]
+    pub fn rewrites_arrivals(&self) -> bool {
+        self.rewrites_arrivals.load(Ordering::Relaxed)
     }
 
     /// Returns the one of `workers` threads that accepts its connections.

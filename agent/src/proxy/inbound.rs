@@ -131,6 +131,9 @@ async fn begin<'a>(
     if let Some(reason) = pod.not_tunnelled() {
         return turn_away(path, pod, session, open, &reason).await.map(Begun::Denied);
     }
+    if let Some(reason) = authorize::plaintext_alone(pod, open.client.ip(), open.destination) {
+        return turn_away(path, pod, session, open, reason).await.map(Begun::Denied);
+    }
     relay::connection_started();
     let addresses = Addresses { source: open.client, destination: open.destination };
     let checked = check_open(&session, open, peer, at);
@@ -145,7 +148,8 @@ async fn begin<'a>(
     let application = match path.dial_application(pod, open.destination, open.client).await {
         Ok(application) => application,
         Err(error) => {
-            return deny(path, session, open, &ends, &not_connected(&error)).await.map(Begun::Denied);
+            let refusal = authorize::not_delivered(pod, &error);
+            return deny(path, session, open, &ends, &refusal).await.map(Begun::Denied);
         }
     };
     if session.accept_flow(open).is_err() {

@@ -308,6 +308,9 @@ async fn connect_same_node(path: &Proxy, pod: &Pod, addresses: Addresses) -> Res
     if let Some(reason) = target.not_tunnelled() {
         return Err(Refusal::new(RefusalReason::NotTunnelled, reason));
     }
+    if let Some(reason) = authorize::plaintext_alone(&target, source.ip(), destination) {
+        return Err(Refusal::new(RefusalReason::NotTunnelled, reason));
+    }
     if tcp_port::is_reserved(destination.port()) {
         return Err(Refusal::new(RefusalReason::ReservedPort, "the destination's agent has this port"));
     }
@@ -316,7 +319,7 @@ async fn connect_same_node(path: &Proxy, pod: &Pod, addresses: Addresses) -> Res
     let flow = Flow { source: FlowSource::SameNode(identity), client: source.ip(), destination };
     let admitted = authorize::admit(&path.telemetry, &target, flow, &ends)?;
     let connected = path.dial_application(&target, destination, source).await;
-    let server = connected.map_err(|error| not_connected(&error))?;
+    let server = connected.map_err(|error| authorize::not_delivered(&target, &error))?;
     let spec = FlowSpec { ends, security: Security::SameNode, trace: [0; 16] };
     Ok(Upstream::SameNode(server, spec, target, admitted))
 }

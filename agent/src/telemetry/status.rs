@@ -168,6 +168,9 @@ pub struct PodStatus {
     /// True if `minimumMode` raised one of the modes.
     #[serde(default)]
     pub raised_by_minimum: bool,
+    /// True if rules of the pod rewrite what arrives. Peers reach it as plaintext where its mode and policies admit that.
+    #[serde(default)]
+    pub rewrites_arrivals: bool,
     /// Its state: is it protected?
     pub state: PodState,
     /// Its live flows, in both directions.

@@ -86,7 +86,7 @@ impl DenyReason {
             RefusalReason::UnknownDestination
             | RefusalReason::ForgedDestination
             | RefusalReason::ReservedPort => Self::UnknownDestination,
-            RefusalReason::ConnectionRefused => Self::ConnectionRefused,
+            RefusalReason::ConnectionRefused | RefusalReason::OwnRules => Self::ConnectionRefused,
             RefusalReason::Unreachable => Self::Unreachable,
             RefusalReason::TimedOut => Self::TimedOut,
             RefusalReason::Draining => Self::Draining,

@@ -85,6 +85,11 @@ impl Page {
             if let Some((state, reason)) = state {
                 self.note(Style::Caution, &format!("{} {state}: {reason}", pod_name(pod)));
             }
+            if pod.rewrites_arrivals {
+                let text = "rules of the pod (REDIRECT, DNAT) rewrite what arrives, and do not run for tunnels: peers reach it as plaintext \
+                            where its mode and policies admit that";
+                self.note(Style::Caution, &format!("{}: {text}", pod_name(pod)));
+            }
             if pod.raised_by_minimum {
                 self.note(Style::Caution, &format!("{}: mode raised by minimumMode", pod_name(pod)));
             }

@@ -153,6 +153,7 @@ fn pod(name: &str, state: PodState) -> PodStatus {
         in_clear: "nothing".to_owned(),
         guarded_links: vec!["pod2 (tcx)".to_owned()],
         policy_not_applied: None,
+        rewrites_arrivals: false,
         raised_by_minimum: name == "api",
         state,
         flows: 1,
