@@ -21,7 +21,7 @@
 //! | `pods` | the pods of this node for the proxy and the status |
 //! | `unnamed` | pods that no source names, each held for a bounded time |
 //! | `left_alone` | pods with a proxy of their own |
-//! | `own_rules` | pods whose own rules rewrite what arrives |
+//! | `own_rules` | pods whose own rules rewrite what arrives, or with links to containers inside |
 //! | `events` | inotify on cgroups |
 //!
 //! This file has the driver: on a thread of its own it observes, plans, and acts.
@@ -403,8 +403,9 @@ impl Enroller {
             capture_port,
             not_tunnelled: ArcSwapOption::empty(),
             rewrites_arrivals: AtomicBool::new(false),
+            inner_ranges: ArcSwap::default(),
         });
-        self.look_for_own_rules(&pod);
+        self.look_into(&pod);
         // Flows of an earlier enrolment in the same cgroup may live.
         self.rechecks.policy_changed(cgroup);
         (self.serve)(pod.clone(), listeners);

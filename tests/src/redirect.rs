@@ -1,7 +1,7 @@
-//! Rules of a pod that send what arrives at one port to another, as `nft add rule inet own arrivals tcp dport A redirect to :B`
-//! makes them. Written as netlink messages, because `nft` is not on every machine.
+//! Rules of a pod that translate addresses: those that send what arrives at one port to another, as `nft add rule inet own arrivals tcp dport A redirect to :B`
+//! makes them, and those that have containers inside the pod leave with its address. Written as netlink messages, because `nft` is not on every machine.
 
-use std::{io, os::fd::AsRawFd as _};
+use std::{io, net::Ipv4Addr, os::fd::AsRawFd as _};
 
 use anyhow::{Context as _, Result};
 use nix::sys::socket::{
@@ -51,6 +51,26 @@ pub fn add(pod: &Pod, from: u16, to: u16) -> Result<()> {
     ];
     let rule = [attribute(1, TABLE), attribute(2, CHAIN), nested(4, &expressions)];
     apply(pod, &[(NEW_TABLE, attribute(1, TABLE)), (NEW_CHAIN, chain.concat()), (NEW_RULE, rule.concat())])
+}
+
+/// Has what leaves `pod` from the /24 network of `inner` leave with the pod's own address, as for containers inside the pod.
+///
+/// # Errors
+/// As [`add`].
+pub fn masquerade(pod: &Pod, inner: Ipv4Addr) -> Result<()> {
+    const POSTROUTING: u32 = 4;
+    const AFTER: i32 = 100;
+    let name = attribute(1, b"inner\0");
+    let hook = nested(4, &[number(1, POSTROUTING), attribute(2, &AFTER.to_be_bytes())]);
+    let chain = [name.clone(), attribute(3, b"leaving\0"), hook, attribute(7, b"nat\0")];
+    let expressions = [
+        // The source's first three bytes in the header of IPv4.
+        expression(b"payload\0", &[number(1, REGISTER), number(2, 1), number(3, 12), number(4, 3)]),
+        equals(&inner.octets()[..3]),
+        expression(b"masq\0", &[]),
+    ];
+    let rule = [name.clone(), attribute(2, b"leaving\0"), nested(4, &expressions)];
+    apply(pod, &[(NEW_TABLE, name), (NEW_CHAIN, chain.concat()), (NEW_RULE, rule.concat())])
 }
 
 /// Removes the rules that [`add`] has made.

@@ -22,6 +22,8 @@ pub struct RouteInput<'a> {
     pub outside_mesh: bool,
     /// True if the destination is enrolled on this node.
     pub on_this_node: bool,
+    /// True if the source's own routes lead to a link inside its pod.
+    pub inside_pod: bool,
     /// The destination's mode at that port.
     pub destination_mode: Mode,
     /// True if the source pod sends no plaintext into the mesh.
@@ -46,6 +48,8 @@ pub enum Route {
 pub enum PlaintextCause {
     /// The address is outside the mesh.
     DestinationOutsideMesh,
+    /// The address is inside the source's pod, and the source is not STRICT.
+    DestinationInsidePod,
     /// The directory has no workload at the address, and the source is not STRICT.
     DestinationUnknown,
     /// The destination is not enrolled, and the source is not STRICT.
@@ -62,6 +66,7 @@ impl PlaintextCause {
     pub fn label(self) -> &'static str {
         match self {
             Self::DestinationOutsideMesh => "destination_outside_mesh",
+            Self::DestinationInsidePod => "destination_inside_pod",
             Self::DestinationUnknown => "destination_unknown",
             Self::DestinationNotEnrolled => "destination_not_enrolled",
             Self::DestinationNotTunnelled => "destination_not_tunnelled",
@@ -73,6 +78,9 @@ impl PlaintextCause {
 /// Returns the route. A tunnel that fails resets the connection and never falls back to plaintext.
 #[must_use]
 pub fn decide(input: &RouteInput<'_>) -> Route {
+    if input.inside_pod && !input.source_is_strict {
+        return Route::Plaintext(PlaintextCause::DestinationInsidePod);
+    }
     // Not as plaintext and not to one of the claimants: the address may be another's.
     if input.is_unclear {
         return Route::Refuse(RefusalReason::DestinationUnclear);
@@ -162,6 +170,7 @@ mod tests {
                 outside_mesh: false,
                 is_unclear: false,
                 on_this_node,
+                inside_pod: false,
                 destination_mode,
                 source_is_strict,
             };
@@ -181,6 +190,7 @@ mod tests {
                 is_unclear: false,
                 on_this_node,
                 destination_mode,
+                inside_pod: false,
                 source_is_strict,
             })
         };
@@ -213,6 +223,7 @@ mod tests {
                 outside_mesh: false,
                 is_unclear: false,
                 on_this_node: false,
+                inside_pod: false,
                 destination_mode,
                 source_is_strict: false,
             };
@@ -233,6 +244,7 @@ mod tests {
                     is_unclear: true,
                     outside_mesh: bits & 1 != 0,
                     on_this_node: bits & 2 != 0,
+                    inside_pod: false,
                     destination_mode: Mode::Disable,
                     source_is_strict: bits & 4 != 0,
                 };
@@ -242,9 +254,33 @@ mod tests {
     }
 
     #[test]
+    fn what_stays_in_the_pod_is_left_to_its_routes_unless_the_pod_is_strict() {
+        let meshed = workload(Protocol::Tacit);
+        for (destination, is_unclear) in [(None, false), (None, true), (Some(&meshed), false)] {
+            let inside = |source_is_strict| {
+                let (port, destination_mode) = (80, Mode::Strict);
+                let (outside_mesh, on_this_node, inside_pod) = (false, false, true);
+                decide(&RouteInput {
+                    port,
+                    destination,
+                    is_unclear,
+                    outside_mesh,
+                    on_this_node,
+                    inside_pod,
+                    destination_mode,
+                    source_is_strict,
+                })
+            };
+            assert_eq!(inside(false), Route::Plaintext(PlaintextCause::DestinationInsidePod));
+            assert!(!matches!(inside(true), Route::Plaintext(_)));
+        }
+    }
+
+    #[test]
     fn each_cause_of_plaintext_has_a_label_of_its_own() {
         let causes = [
             (PlaintextCause::DestinationOutsideMesh, "destination_outside_mesh"),
+            (PlaintextCause::DestinationInsidePod, "destination_inside_pod"),
             (PlaintextCause::DestinationUnknown, "destination_unknown"),
             (PlaintextCause::DestinationNotEnrolled, "destination_not_enrolled"),
             (PlaintextCause::DestinationNotTunnelled, "destination_not_tunnelled"),

@@ -8,6 +8,7 @@ use std::{
     path::Path,
 };
 
+use ipnet::IpNet;
 use nix::sched::{CloneFlags, setns};
 
 /// A network namespace held open.
@@ -64,6 +65,17 @@ impl Netns {
     /// Fails if it cannot be entered or its interfaces cannot be listed.
     pub fn addresses(&self, host: &HostNetns) -> io::Result<Vec<IpAddr>> {
         host.run_in(&self.file, crate::host::addresses)?
+    }
+}
+
+impl Netns {
+    /// The ranges of this namespace's interfaces that have none of the addresses `own`: of bridges to containers or virtual machines
+    /// in a pod.
+    ///
+    /// # Errors
+    /// As [`Self::addresses`].
+    pub fn inner_ranges(&self, host: &HostNetns, own: &[IpAddr]) -> io::Result<Vec<IpNet>> {
+        host.run_in(&self.file, || crate::host::inner_ranges(own))?
     }
 }
 

@@ -116,7 +116,7 @@ impl Enroller {
             return;
         }
         state.taken_ports.looked_at = Some(Instant::now());
-        state.current.values().for_each(|pod| self.look_for_own_rules(pod));
+        state.current.values().for_each(|pod| self.look_into(pod));
         for pod in state.current.values() {
             let addresses = &pod.workload.addresses;
             if !state.taken_ports.pods.contains_key(&pod.cgroup)
@@ -280,6 +280,7 @@ impl Enroller {
             capture_port: 0,
             not_tunnelled: ArcSwapOption::from_pointee(reason.clone()),
             rewrites_arrivals: AtomicBool::new(false),
+            inner_ranges: ArcSwap::default(),
         });
         (self.answer)(Arc::clone(&pod), listener);
         Some(pod)

@@ -2,16 +2,28 @@
 //!
 //! The agent delivers inside the pod, where those rules do not run. Peers therefore connect to such a pod as plaintext where its mode
 //! and its policies admit that. Elsewhere a tunnel reaches what listens in the pod itself.
+//!
+//! A pod can have links of its own to containers or virtual machines. Their ranges may also be the mesh's. What the pod sends there
+//! does not leave it.
 
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, atomic::Ordering};
 
 use tacit_kernel::{netns::Netns, rewrites_arrivals};
 
 use crate::enrol::{Enroller, Pod};
 
 impl Enroller {
-    /// Looks at the rules of a pod, which can change at any time: containers start after their sandbox.
-    pub(super) fn look_for_own_rules(&self, pod: &Pod) {
+    /// Looks at the rules and links of a pod, which can change at any time: containers start after their sandbox.
+    pub(super) fn look_into(&self, pod: &Pod) {
+        match pod.netns.inner_ranges(&self.host, &pod.workload.addresses) {
+            Ok(ranges) if ranges != **pod.inner_ranges.load() => pod.inner_ranges.store(Arc::new(ranges)),
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%error, "links of a pod are not known"),
+        }
+        self.look_for_own_rules(pod);
+    }
+
+    fn look_for_own_rules(&self, pod: &Pod) {
         let Some(has) = self.has_own_rules(&pod.netns) else { return };
         if pod.rewrites_arrivals.swap(has, Ordering::Relaxed) == has {
             return;
@@ -25,7 +37,7 @@ impl Enroller {
     }
 
     /// Returns true if rules of the namespace rewrite what arrives; `None` if the kernel does not answer.
-    pub(super) fn has_own_rules(&self, netns: &Netns) -> Option<bool> {
+    fn has_own_rules(&self, netns: &Netns) -> Option<bool> {
         rewrites_arrivals(netns, &self.host)
             .inspect_err(|error| tracing::debug!(%error, "rules of a pod are not known"))
             .ok()

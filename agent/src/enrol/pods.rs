@@ -10,6 +10,7 @@ use std::{
 };
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use ipnet::IpNet;
 use tacit_core::directory::{Directory, Workload};
 use tacit_kernel::{GuardedLink, PlaintextEgress, netns::Netns};
 use tokio_util::sync::CancellationToken;
@@ -38,6 +39,8 @@ pub struct Pod {
     pub(super) not_tunnelled: ArcSwapOption<String>,
     /// True if rules of the pod rewrite the destination of what arrives.
     pub(super) rewrites_arrivals: AtomicBool,
+    /// Ranges of links to containers or virtual machines in the pod.
+    pub(super) inner_ranges: ArcSwap<Vec<IpNet>>,
 }
 
 impl Pod {
@@ -75,6 +78,15 @@ impl Pod {
     #[must_use]
     pub fn rewrites_arrivals(&self) -> bool {
         self.rewrites_arrivals.load(Ordering::Relaxed)
+    }
+
+    /// Returns true for an address that the pod's own routes lead to a link inside the pod, whoever else has the address.
+    #[must_use]
+    pub fn is_inside(&self, address: IpAddr) -> bool {
+        let ranges = self.inner_ranges.load();
+        !ranges.is_empty()
+            && !self.workload.addresses.contains(&address)
+            && ranges.iter().any(|range| range.contains(&address))
     }
 
     /// Returns the one of `workers` threads that accepts its connections.

@@ -126,8 +126,13 @@ async fn reach(
     app: Option<&TcpStream>,
 ) -> Result<(Upstream, Option<PickedEndpoint>), Refusal> {
     let Addresses { source, destination } = addresses;
-    let directory = discover(path, destination).await;
-    let Some(service) = directory.service_for(destination) else {
+    let is_inside = pod.is_inside(destination.ip()) && !pod.is_strict(&path.snapshots.directory.current());
+    // Nothing is to be discovered about the inside of a pod.
+    let directory = match is_inside {
+        true => path.snapshots.directory.current(),
+        false => discover(path, destination).await,
+    };
+    let Some(service) = directory.service_for(destination).filter(|_| !is_inside) else {
         let route = find_route(path, pod, &directory, destination);
         let attempt = Attempt::before(Rest::Nothing, app);
         let upstream = connect_route(path, pod, route, addresses, attempt).await?;
@@ -286,6 +291,7 @@ fn find_route(path: &Proxy, pod: &Pod, directory: &Directory, destination: Socke
         outside_mesh: !path.snapshots.is_mesh(destination.ip())
             && !directory.ranges().contains(destination.ip())
             && !directory.is_node_port(destination),
+        inside_pod: pod.is_inside(destination.ip()),
         on_this_node: path.pods.load().at(destination.ip()).is_some(),
         destination_mode: modes.map_or(policy::Mode::Strict, |m| m.at(destination.port())),
         source_is_strict: pod.is_strict(directory),

@@ -41,7 +41,7 @@ reasons! {
     InboundNode, "inbound_node", "inbound connection that the node itself sent (probe): passed to the application";
     InboundLocal, "inbound_local", "connection inside the pod or from the agent: passed to the application";
     InboundReserved, "inbound_reserved", "connection from outside, or one that was not captured, to a port of the agent: reset";
-    InboundUnknown, "inbound_unknown", "inbound connection to a mesh address without a mode: reset";
+    InboundUnknown, "inbound_unknown", "inbound connection to a mesh address without a mode, such as one of an interface that a pod made: passed, the guard decides at the socket";
     InboundForeign, "inbound_foreign", "inbound connection to an address outside the mesh: passed to the application";
     InboundNoAgent, "inbound_no_agent", "inbound connection that needs the agent, which has no listener: reset";
     InboundStale, "inbound_stale", "inbound connection that needs the agent, whose heartbeat is stale: reset";

@@ -496,7 +496,7 @@ proptest! {
             && !is_missed
             && (is_local
                 || match facts.steered {
-                    None => !facts.mesh,
+                    None => true,
                     Some(steered) => {
                         let has_policy = steered.flags & steer_flag::JUDGED != 0;
                         !is_agents && (facts.node_flow || accepts_plaintext(&facts, steered.mode) && !has_policy)
