@@ -70,8 +70,8 @@ mod unnamed;
 
 use events::{CgroupChanges, CgroupEvents};
 use kernel_state::entry;
-pub use left_alone::{Answer, LeftAlone};
 use left_alone::TakenPorts;
+pub use left_alone::{Answer, LeftAlone};
 pub use node_pods::Absent;
 use node_pods::NodePods;
 use plan::{Action, NotYet, plan, taken_address};
@@ -253,8 +253,11 @@ impl Enroller {
             self.forget_identities(state, &wanted.pods);
         }
         let is_current = Arc::ptr_eq(&policies, &self.snapshots.policies.current());
-        let pause =
-            if has_more || !is_current { Duration::ZERO } else { pause(state.populated.values().map(Instant::elapsed)) };
+        let pause = if has_more || !is_current {
+            Duration::ZERO
+        } else {
+            pause(state.populated.values().map(Instant::elapsed))
+        };
         state.next_look = Some(Instant::now() + pause);
         if !has_more && !observed.uncertified.values().any(|error| matches!(error, IssueError::Awaited)) {
             state.took_over = true;

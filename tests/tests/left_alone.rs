@@ -134,7 +134,11 @@ fn refused(mesh: &Mesh) -> Result<()> {
     }
     let verdicts = "tacit_kernel_verdicts_total";
     let agent = mesh.agent("b")?;
-    ensure!(observe::metric(agent, verdicts, &[("reason", "connect_not_served")])? > 0, "{}", agent.metrics()?);
+    ensure!(
+        observe::metric(agent, verdicts, &[("reason", "connect_not_served")])? > 0,
+        "{}",
+        agent.metrics()?
+    );
     ensure!(observe::metric(agent, verdicts, &[("reason", "inbound_no_agent")])? > 0, "{}", agent.metrics()?);
     Ok(())
 }

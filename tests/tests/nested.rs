@@ -34,7 +34,8 @@ struct Servers {
 
 impl Servers {
     fn start(mesh: &Mesh, inner: &Pod) -> Result<Self> {
-        let at = |pod: &Pod, ip: Ipv4Addr| Server::start(pod, SocketAddr::new(ip.into(), fresh_port()), &["echo"]);
+        let at =
+            |pod: &Pod, ip: Ipv4Addr| Server::start(pod, SocketAddr::new(ip.into(), fresh_port()), &["echo"]);
         let (outer, far, near) = (mesh.pod("outer")?, mesh.pod("far")?, mesh.pod("near")?);
         Ok(Self {
             inner: at(inner, INNER)?,

@@ -88,7 +88,11 @@ fn a_pod_with_rules_of_its_own_is_reached_through_them() -> Result<()> {
             Client::echo(mesh.pod(client)?, SocketAddr::new(ip, port), "what listens in the pod itself")?;
         }
     }
-    ensure!(observe::refused(mesh.agent("b")?, "own_rules")? > 0, "{:?}", observe::refusals(mesh.agent("b")?)?);
+    ensure!(
+        observe::refused(mesh.agent("b")?, "own_rules")? > 0,
+        "{:?}",
+        observe::refusals(mesh.agent("b")?)?
+    );
 
     for node in ["a", "b"] {
         mesh.agent(node)?.files().set_policy("")?;

@@ -67,7 +67,9 @@ pub(super) fn inner_ranges(own: &[IpAddr]) -> io::Result<Vec<IpNet>> {
         all.iter().filter(|found| has_own(found)).map(|found| found.interface_name.as_str()).collect();
     let inner = all.iter().filter(|found| !outer.contains(found.interface_name.as_str()));
     let mut ranges: Vec<IpNet> = inner
-        .filter_map(|found| IpNet::with_netmask(ip(found.address.as_ref())?, ip(found.netmask.as_ref())?).ok())
+        .filter_map(|found| {
+            IpNet::with_netmask(ip(found.address.as_ref())?, ip(found.netmask.as_ref())?).ok()
+        })
         .filter(|range| is_probe_source(&range.addr()))
         .map(|range| range.trunc())
         .collect();

@@ -169,14 +169,14 @@ pub(super) fn listeners() -> io::Result<Vec<Connection>> {
 /// # Errors
 /// The kernel's.
 pub(super) fn is_listening(at: SocketAddr) -> io::Result<bool> {
-    listener_at(at).map(|found| found.is_some())
+    listener_at(&Netlink::sock_diag()?, at).map(|found| found.is_some())
 }
 
 /// Returns the socket of the calling thread's namespace that listens at `at`. As [`is_listening`].
 ///
 /// # Errors
 /// The kernel's.
-pub(super) fn listener_at(at: SocketAddr) -> io::Result<Option<Connection>> {
+pub(super) fn listener_at(netlink: &Netlink, at: SocketAddr) -> io::Result<Option<Connection>> {
     let mut id = [0; DIAG_ID];
     id[..2].copy_from_slice(&at.port().to_be_bytes());
     // The other end is a loopback address without a port, which no connection has.
@@ -194,7 +194,6 @@ pub(super) fn listener_at(at: SocketAddr) -> io::Result<Option<Connection>> {
     };
     // Its cookie is not asked about.
     id[40..].fill(0xff);
-    let netlink = Netlink::open(SockProtocol::NetlinkSockDiag)?;
     let request = diag_request(family as u8, u32::MAX, &id);
     let mut found = None;
     let asked = netlink.ask(SOCK_DIAG_BY_FAMILY, NLM_F_ACK, &request, |kind, body| {
@@ -299,8 +298,19 @@ impl Netlink {
         Ok(Self(socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?))
     }
 
+    /// A socket for questions about sockets.
+    pub(super) fn sock_diag() -> io::Result<Self> {
+        Self::open(SockProtocol::NetlinkSockDiag)
+    }
+
     /// Sends one request and hands every message of the answer to `each`.
-    pub(super) fn ask(&self, kind: u16, flags: u16, body: &[u8], mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
+    pub(super) fn ask(
+        &self,
+        kind: u16,
+        flags: u16,
+        body: &[u8],
+        mut each: impl FnMut(u16, &[u8]),
+    ) -> io::Result<()> {
         let mut request = Vec::with_capacity(NLM_HEADER + body.len());
         request.extend_from_slice(&((NLM_HEADER + body.len()) as u32).to_ne_bytes());
         request.extend_from_slice(&kind.to_ne_bytes());
@@ -396,7 +406,8 @@ mod tests {
             (client.local_addr().expect("bound"), false),
         ] {
             assert_eq!(is_listening(at).expect("netlink"), expected, "{at}");
-            let found = listener_at(at).expect("netlink");
+            let asked = Netlink::sock_diag().expect("netlink");
+            let found = listener_at(&asked, at).expect("netlink");
             assert_eq!(found.is_some_and(|found| found.cgroup.is_some_and(|id| id > 0)), expected, "{at}");
         }
     }

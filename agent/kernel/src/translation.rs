@@ -198,9 +198,9 @@ mod tests {
     }
 
     fn of_rule(chain: &str, expressions: &[(&[u8], Vec<u8>)]) -> (Chain, Rule) {
-        let each = expressions.iter().map(|(name, data)| {
-            attribute(0x8001, &[attribute(1, name), attribute(0x8002, data)].concat())
-        });
+        let each = expressions
+            .iter()
+            .map(|(name, data)| attribute(0x8001, &[attribute(1, name), attribute(0x8002, data)].concat()));
         let list = attribute(0x8004, &each.collect::<Vec<_>>().concat());
         rule(&message(&[attribute(1, b"nat\0"), attribute(2, chain.as_bytes()), list])).expect("a rule")
     }

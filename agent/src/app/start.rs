@@ -166,8 +166,7 @@ fn fill_maps(
     directory: &Watched<Directory>,
     policies: &Watched<Policies>,
 ) -> Result<Arc<Mesh>, AppError> {
-    let mesh = Mesh::start(kernel.clone(), &directory.current())?;
-    kernel.maps.set_plaintext_destinations(&config.allow_clear)?;
+    let mesh = Mesh::start(kernel.clone(), &directory.current(), &config.allow_clear)?;
     refresh_node(kernel, &directory.current())?;
     publish_mesh_default(kernel, &policies.current())?;
     kernel.maps.beat(config.heartbeat_timeout)?;

@@ -209,8 +209,7 @@ pub(super) fn plan(observed: &Observed, wanted: &Wanted) -> Vec<Action> {
             actions.push(Action::Cover(workload.clone(), id));
         }
         // The guard stands before certificate and listeners; what needs the agent is refused until those are there.
-        let is_refused =
-            matches!(step, Action::Wait(_, NotYet::NoCertificate(_) | NotYet::PortTaken(_)));
+        let is_refused = matches!(step, Action::Wait(_, NotYet::NoCertificate(_) | NotYet::PortTaken(_)));
         if is_refused && !observed.guarded.contains(&id) {
             steps.push(Action::Guard(workload.clone(), id));
         }

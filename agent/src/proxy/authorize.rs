@@ -58,7 +58,8 @@ pub fn plaintext_alone(pod: &Pod, client: IpAddr, destination: SocketAddr) -> Op
 pub fn not_delivered(pod: &Pod, error: &io::Error) -> Refusal {
     let refusal = not_connected(error);
     if refusal.reason == RefusalReason::ConnectionRefused && pod.rewrites_arrivals() {
-        let detail = "nobody listens there in the pod itself, and the pod's own rules do not run for a tunnel";
+        let detail =
+            "nobody listens there in the pod itself, and the pod's own rules do not run for a tunnel";
         return Refusal::new(RefusalReason::OwnRules, detail);
     }
     refusal

@@ -186,11 +186,8 @@ async fn turn_away(
     reason: &str,
 ) -> Option<Box<Session>> {
     let peer = session.peer().clone();
-    let flow = Flow {
-        source: FlowSource::Plaintext,
-        client: open.client.ip(),
-        destination: open.destination,
-    };
+    let flow =
+        Flow { source: FlowSource::Plaintext, client: open.client.ip(), destination: open.destination };
     if pod.policy().decide(&flow) != PolicyVerdict::Allow {
         let addresses = Addresses { source: open.client, destination: open.destination };
         let refusal = Refusal::new(RefusalReason::NotTunnelled, reason).of(&peer);

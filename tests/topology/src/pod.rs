@@ -119,7 +119,9 @@ impl Pod {
             "link add inner type veth peer name eth0 netns {inner}\naddr add {gateway}/24 dev inner\nlink set inner up\n"
         ))?;
         outer.sysctl(&[("ipv4/ip_forward", "1")])?;
-        netns.ip(&format!("addr add {ipv4}/24 dev eth0\nlink set eth0 up\nroute add default via {gateway}\n"))?;
+        netns.ip(&format!(
+            "addr add {ipv4}/24 dev eth0\nlink set eth0 up\nroute add default via {gateway}\n"
+        ))?;
         Ok(Self(Arc::new(PodState { ipv4, netns, ..PodState::clone(&self.0) })))
     }
 

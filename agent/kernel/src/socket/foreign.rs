@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{HostNetns, Netns};
-use crate::netlink;
+use crate::netlink::{self, Netlink};
 
 /// Returns the first of `ports` of `netns` at which a socket listens that is not an agent's, on one of `addresses`, a loopback
 /// address or all. `is_agent` returns true for cgroups of agents. A kernel that does not show the cgroups of sockets (before Linux
@@ -22,9 +22,10 @@ pub fn foreign_listener(
 ) -> io::Result<Option<u16>> {
     let loopback = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
     host.run_in(netns.file(), || {
+        let netlink = Netlink::sock_diag()?;
         for port in ports {
             for ip in addresses.iter().chain(&loopback) {
-                let found = netlink::listener_at(SocketAddr::new(*ip, *port))?;
+                let found = netlink::listener_at(&netlink, SocketAddr::new(*ip, *port))?;
                 if found.is_some_and(|found| found.cgroup.is_some_and(|cgroup| !is_agent(cgroup))) {
                     return Ok(Some(*port));
                 }

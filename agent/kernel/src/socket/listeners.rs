@@ -137,9 +137,7 @@ fn of_applications(port: u16) -> Result<Socket, ListenError> {
 /// A listener at `port`, or at its spare if that is taken.
 fn listener(port: u16) -> Result<Socket, ListenError> {
     match listener_at(port) {
-        Err(ListenError::Listen { source, .. })
-            if source.kind() == io::ErrorKind::AddrInUse =>
-        {
+        Err(ListenError::Listen { source, .. }) if source.kind() == io::ErrorKind::AddrInUse => {
             listener_at(tcp_port::spare(port))
         }
         opened => opened,

@@ -85,9 +85,8 @@ impl Layout {
     /// Returns true if a rule rewrites, but for the rules of OUTPUT itself. Chains of the pod count whoever jumps to them.
     fn rewrites(&self, entries: &[u8]) -> bool {
         let names: [&[u8]; 3] = [b"DNAT\0", b"REDIRECT\0", b"NETMAP\0"];
-        let has = |part: &[u8]| {
-            names.iter().any(|name| part.windows(name.len()).any(|window| window == *name))
-        };
+        let has =
+            |part: &[u8]| names.iter().any(|name| part.windows(name.len()).any(|window| window == *name));
         let (from, to) = (self.first[OUTPUT].min(entries.len()), self.last[OUTPUT].min(entries.len()));
         has(&entries[..from]) || has(&entries[to.max(from)..])
     }

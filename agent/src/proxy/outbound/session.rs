@@ -77,13 +77,22 @@ async fn opened(
     open: &Open,
     attempt: Attempt<'_>,
 ) -> Result<(Box<Session>, u64), Refusal> {
-    let mut optimistic = attempt.optimistic.map(OptimisticData::new);
+    // Only `connect: early` asks.
+    let may_lose_data = attempt.optimistic.is_some() && path.is_untunnelled(open.destination.ip());
+    let mut optimistic = attempt.optimistic.filter(|_| !may_lose_data).map(OptimisticData::new);
     // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it were taken: the
     // destination may have read those, so they are not sent twice.
     while let Some(mut session) = path.sessions.take(key) {
         match session.open(open, optimistic.as_mut()).await {
-            Ok(()) => return Ok((session, taken_bytes(&optimistic))),
-            Err(OpenError::Denied(reason)) => return Err(denied(path, key, session, reason)),
+            Ok(()) => {
+                if may_lose_data {
+                    path.note_tunnelled(open.destination.ip(), true);
+                }
+                return Ok((session, taken_bytes(&optimistic)));
+            }
+            Err(OpenError::Denied(reason)) => {
+                return Err(denied(path, key, session, reason, taken_bytes(&optimistic)));
+            }
             Err(error) if taken_bytes(&optimistic) > 0 => return Err(Refusal::new(error.reason(), error)),
             Err(error) => tracing::debug!(%error, "idle session was dead"),
         }
@@ -94,8 +103,13 @@ async fn opened(
     drop(turn);
     let mut session = connected?;
     match session.open(open, optimistic.as_mut()).await {
-        Ok(()) => Ok((session, taken_bytes(&optimistic))),
-        Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason)),
+        Ok(()) => {
+            if may_lose_data {
+                path.note_tunnelled(open.destination.ip(), true);
+            }
+            Ok((session, taken_bytes(&optimistic)))
+        }
+        Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason, taken_bytes(&optimistic))),
         Err(OpenError::Stale(error) | OpenError::Tunnel(error)) => Err(Refusal::new(error.reason(), error)),
         Err(error @ OpenError::Abandoned) => Err(Refusal::new(error.reason(), error)),
     }
@@ -161,11 +175,26 @@ fn taken_bytes(optimistic: &Option<OptimisticData<'_>>) -> u64 {
 }
 
 /// A denied flow leaves its session as good as before, if nothing was sent before the answer.
-fn denied(path: &Proxy, key: &PoolKey, session: Box<Session>, reason: DenyReason) -> Refusal {
+/// Data that was sent is lost, so plaintext cannot follow.
+fn denied(
+    path: &Proxy,
+    key: &PoolKey,
+    session: Box<Session>,
+    reason: DenyReason,
+    sent_bytes: u64,
+) -> Refusal {
     if session.is_idle() {
         path.sessions.keep(key.clone(), session);
     } else {
         session.close();
+    }
+    if reason == DenyReason::NotTunnelled {
+        path.note_tunnelled(key.server, false);
+        if sent_bytes > 0 {
+            let detail =
+                format!("{} takes plaintext alone, and data of the flow has left with OPEN", key.identity);
+            return Refusal::new(RefusalReason::Other, detail);
+        }
     }
     Refusal::new(reason.reason(), format!("{} denied it", key.identity))
 }

@@ -1,8 +1,8 @@
 //! A status as text for a terminal. Colour repeats what the words say, it never says it alone.
 
 use super::{
-    AgentState, CertificateStatus, NodeStateStatus, NodesStatus, PartyStatus, PodState, PodStatus,
-    ShareStatus, Status, UnnamedStatus,
+    AgentState, CertificateStatus, HookProgramStatus, NodeStateStatus, NodesStatus, PartyStatus, PodState,
+    PodStatus, ShareStatus, Status, UnnamedStatus,
 };
 use crate::telemetry::table::{Cell, Colour, Style, Table};
 
@@ -112,6 +112,23 @@ impl Page {
             ]);
         }
         self.section("KERNEL PROGRAMS", &table);
+        self.connect_hooks(&status.connect_hooks);
+    }
+
+    /// Names the programs of others, which may translate services before Tacit's program sees them, or after it.
+    fn connect_hooks(&mut self, programs: &[HookProgramStatus]) {
+        for hook in ["connect4", "connect6"] {
+            let order = programs.iter().filter(|program| program.hook == hook);
+            let Some(own) = order.clone().position(|program| program.is_tacit) else { continue };
+            for (index, other) in order.enumerate().filter(|(_, program)| !program.is_tacit) {
+                let when = if index < own { "before" } else { "after" };
+                let HookProgramStatus { name, id, .. } = other;
+                self.note(
+                    Style::Caution,
+                    &format!("{hook}: program {name:?} (id {id}) of others runs {when} Tacit's"),
+                );
+            }
+        }
     }
 
     fn kernel(&mut self, status: &Status) {

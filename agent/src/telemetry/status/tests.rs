@@ -66,6 +66,14 @@ pub(in crate::telemetry) fn sample() -> Status {
             id: 12,
             pinned: Some("/bpf/tacit/connect4".to_owned()),
         }],
+        connect_hooks: [(9, "cil_sock4_connect", false), (12, "connect4", true), (13, "late", false)]
+            .map(|(id, name, is_tacit)| HookProgramStatus {
+                hook: "connect4".to_owned(),
+                id,
+                name: name.to_owned(),
+                is_tacit,
+            })
+            .to_vec(),
         kernel: vec![CounterStatus {
             name: "deny_stale_agent".to_owned(),
             help: "Refused in STRICT because the agent is gone".to_owned(),
