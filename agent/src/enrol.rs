@@ -20,6 +20,8 @@
 //! | `pod_policy` | the policy in force for a pod, as one snapshot; pure |
 //! | `pods` | the pods of this node for the proxy and the status |
 //! | `unnamed` | pods that no source names, each held for a bounded time |
+//! | `left_alone` | pods with a proxy of their own |
+//! | `own_rules` | pods whose own rules rewrite what arrives, or with links to containers inside |
 //! | `events` | inotify on cgroups |
 //!
 //! This file has the driver: on a thread of its own it observes, plans, and acts.
@@ -29,12 +31,12 @@ use std::{
     io,
     net::IpAddr,
     path::{Path, PathBuf},
-    sync::{Arc, Weak},
+    sync::{Arc, Weak, atomic::AtomicBool},
     thread,
     time::{Duration, Instant},
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use tacit_core::{
     directory::{Ranges, Workload},
     policy::Policies,
@@ -45,7 +47,7 @@ use tacit_kernel::{
     GuardedLink, Kernel,
     cgroup::{self, Cgroup},
     netns::{HostNetns, Netns},
-    socket::{Listeners, Ports},
+    socket::Listeners,
 };
 use tokio::{runtime::Handle, sync::oneshot};
 use tokio_util::sync::CancellationToken;
@@ -54,8 +56,10 @@ use crate::{control_state::Snapshots, recheck::Rechecks, telemetry::Telemetry};
 
 mod events;
 mod kernel_state;
+mod left_alone;
 mod node_pods;
 mod observe;
+mod own_rules;
 mod plan;
 mod pod_policy;
 mod pods;
@@ -66,6 +70,8 @@ mod unnamed;
 
 use events::{CgroupChanges, CgroupEvents};
 use kernel_state::entry;
+use left_alone::TakenPorts;
+pub use left_alone::{Answer, LeftAlone};
 pub use node_pods::Absent;
 use node_pods::NodePods;
 use plan::{Action, NotYet, plan, taken_address};
@@ -106,6 +112,8 @@ pub struct Enroller {
     pub rechecks: Arc<Rechecks>,
     /// Starts the accept loops of a pod.
     pub serve: Serve,
+    /// Starts to answer the peers of a pod that is left alone.
+    pub answer: Answer,
     /// Told after every look at all pods, once the issuer has answered for each or was given up.
     pub reconciled: Arc<dyn Fn() + Send + Sync>,
 }
@@ -208,7 +216,7 @@ impl Enroller {
             events.watch_for(&path, root);
             cgroup::id_at(&path).is_some()
         });
-        let wanted = state.pods.wanted();
+        let mut wanted = state.pods.wanted();
         let watched = wanted.pods.iter().chain(&wanted.bystanders);
         watched.for_each(|w| events.watch_pod(&root.join(&w.cgroup)));
         let absent = state.pods.waiting(root);
@@ -217,6 +225,9 @@ impl Enroller {
         expected.for_each(|workload| self.snapshots.identities.prepare(&workload.identity));
         self.look_for_unnamed(state, &directory);
         state.has_seen_all |= !has_more;
+        self.look_for_taken_ports(state, &wanted);
+        let policies = self.snapshots.policies.current();
+        let left_alone = self.leave_alone(state, &policies, &mut wanted);
         let observed = self.observe(state, &wanted);
         if state.has_seen_all {
             state.attached.clear();
@@ -233,14 +244,20 @@ impl Enroller {
         state.policy_entries.retain(|cgroup, _| state.known.contains_key(cgroup));
         let present: HashSet<u64> = observed.cgroups.values().map(|cgroup| cgroup.id).collect();
         state.guarded.retain(|cgroup| present.contains(cgroup));
+        state.taken_ports.retain(|cgroup| present.contains(&cgroup));
+        self.answer_peers(state, left_alone);
         state.pods.keep_present(observed.cgroups.keys());
         self.publish_policies(state);
         self.publish(state, look.waiting.into_values().collect());
         if state.has_seen_all {
             self.forget_identities(state, &wanted.pods);
         }
-        let pause =
-            if has_more { Duration::ZERO } else { pause(state.populated.values().map(Instant::elapsed)) };
+        let is_current = Arc::ptr_eq(&policies, &self.snapshots.policies.current());
+        let pause = if has_more || !is_current {
+            Duration::ZERO
+        } else {
+            pause(state.populated.values().map(Instant::elapsed))
+        };
         state.next_look = Some(Instant::now() + pause);
         if !has_more && !observed.uncertified.values().any(|error| matches!(error, IssueError::Awaited)) {
             state.took_over = true;
@@ -264,6 +281,9 @@ impl Enroller {
                 return self.remove(cgroup, state.known.remove(&cgroup), &links);
             }
             Action::Cover(workload, cgroup) => {
+                state.exempt.remove(&cgroup);
+                // A pod that was left alone is not steered.
+                state.guarded.remove(&cgroup);
                 self.cover(state, cgroup, &workload).map(drop).map_err(|reason| (workload, reason))
             }
             Action::Exempt(workload, cgroup) => {
@@ -280,6 +300,9 @@ impl Enroller {
             Action::Wait(workload, reason) => {
                 if let Some(cgroup) = at.filter(|_| reason.is_running()) {
                     state.populated.entry(cgroup).or_insert_with(Instant::now);
+                }
+                if let (Some(cgroup), NotYet::PortTaken(_)) = (at, &reason) {
+                    self.refuse_connections(state, cgroup, &workload);
                 }
                 Err((workload, reason))
             }
@@ -331,6 +354,7 @@ impl Enroller {
         if let Some(taken) = taken_address(&workload.addresses, others) {
             return Err(NotYet::AddressTaken(taken));
         }
+        self.check_ports(state, cgroup, &netns, &workload.addresses)?;
         let pod = self.start(state, workload, (cgroup, slot), netns)?;
         let took = state.populated.remove(&cgroup).map_or(Duration::ZERO, |since| since.elapsed());
         self.telemetry.enrolled(took);
@@ -350,10 +374,15 @@ impl Enroller {
         netns: Netns,
     ) -> Result<Arc<Pod>, NotYet> {
         let policy = PodPolicy::configured(&self.snapshots.policies.current(), &workload);
-        // Those of the agent that this one takes over from are still open.
-        let ports = if self.takes_over && !state.took_over { Ports::OrSpare } else { Ports::Default };
-        let listeners =
-            Listeners::open(&netns, &self.host, ports).map_err(|e| NotYet::Kernel(e.to_string()))?;
+        let listeners = match Listeners::open(&netns, &self.host) {
+            Ok(listeners) => listeners,
+            Err(error) => {
+                return Err(match error.taken_port() {
+                    Some(port) => Self::note_taken(state, cgroup, &netns, &workload.addresses, port),
+                    None => NotYet::Kernel(error.to_string()),
+                });
+            }
+        };
         let capture_port = listeners.capture_port().map_err(|e| NotYet::Kernel(e.to_string()))?;
         let was_enrolled_here = self.kernel.maps.enrolled_in(cgroup) == Some(netns.cookie());
         let at = (netns.cookie(), capture_port);
@@ -375,7 +404,11 @@ impl Enroller {
             policy: state.policy_of(cgroup, policy),
             slot,
             capture_port,
+            not_tunnelled: ArcSwapOption::empty(),
+            rewrites_arrivals: AtomicBool::new(false),
+            inner_ranges: ArcSwap::default(),
         });
+        self.look_into(&pod);
         // Flows of an earlier enrolment in the same cgroup may live.
         self.rechecks.policy_changed(cgroup);
         (self.serve)(pod.clone(), listeners);
@@ -386,8 +419,10 @@ impl Enroller {
     fn forget_identities(&self, state: &mut State, wanted: &[Arc<Workload>]) {
         let absent = state.pods.waiting(self.pods_cgroup.path());
         let enrolled = state.current.values().map(|pod| &pod.workload);
+        let left_alone = state.left_alone.values().map(|left| &left.workload);
         let expected = wanted.iter().chain(absent.listed.iter().map(|waiting| &waiting.workload));
-        let in_use: HashSet<&SpiffeId> = expected.chain(enrolled).map(|w| &w.identity).collect();
+        let in_use: HashSet<&SpiffeId> =
+            expected.chain(enrolled).chain(left_alone).map(|w| &w.identity).collect();
         for certificate in self.snapshots.identities.certificates() {
             if !in_use.contains(&certificate.identity) {
                 self.snapshots.identities.forget(&certificate.identity);
@@ -398,7 +433,9 @@ impl Enroller {
     fn publish(&self, state: &mut State, waiting: Vec<Waiting>) {
         let absent = state.pods.waiting(self.pods_cgroup.path());
         let unnamed = state.unnamed.shown(|cgroup| state.exempt.contains_key(&cgroup));
-        let table = Arc::new(Pods::new(state.current.values().cloned().collect(), waiting, absent, unnamed));
+        let (enrolled, left) = (state.current.values(), state.left_alone.values());
+        let (enrolled, left) = (enrolled.cloned().collect(), left.cloned().collect());
+        let table = Arc::new(Pods::new(enrolled, waiting, absent, unnamed, left));
         let before = self.table.swap(Arc::clone(&table));
         log_new(&before.waiting, &table.waiting);
         if !Arc::ptr_eq(&before.absent, &table.absent) {
@@ -454,6 +491,10 @@ struct State {
     exempt: HashMap<u64, Vec<IpAddr>>,
     /// Cgroups that no source names.
     unnamed: UnnamedCgroups,
+    /// Pods with a port that another program has.
+    taken_ports: TakenPorts,
+    /// Pods that are left alone because of such a port, by the directory's cgroup path.
+    left_alone: HashMap<PathBuf, LeftAlone>,
     /// Pods, by cgroup id, whose links are guarded though they are not enrolled, or cannot be guarded.
     guarded: HashSet<u64>,
     /// Pods, by cgroup id, that programs of an earlier agent are attached for; empty once all pods were looked at.

@@ -18,7 +18,7 @@ use tacit::{
     config::{self, Config},
     telemetry::{admin, doctor, log, status},
 };
-use tacit_kernel::{KernelError, VerifierLog, probe};
+use tacit_kernel::{KernelError, VerifierLog, cgroup, connect_programs, probe};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Encrypts and authenticates pod-to-pod traffic of this node, without sidecars.
@@ -271,10 +271,13 @@ fn find_attack(own: &Path, path: &OsStr) -> Option<PathBuf> {
 
 fn show_doctor(pin_path: &std::path::Path, output: Output) -> Result<()> {
     let report = probe::everything(pin_path);
+    // Without cgroup v2 the report says so.
+    let at_root =
+        cgroup::mount_point().ok().and_then(|root| connect_programs(&root).ok()).unwrap_or_default();
     let mut out = std::io::stdout().lock();
     match output {
-        Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&doctor::json(&report))?)?,
-        Output::Pods => write!(out, "{}", doctor::render(&report, out.is_terminal()))?,
+        Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&doctor::json(&report, &at_root))?)?,
+        Output::Pods => write!(out, "{}", doctor::render(&report, &at_root, out.is_terminal()))?,
     }
     Ok(report.verdict().map_err(KernelError::from)?)
 }

@@ -21,8 +21,50 @@ pub struct Mesh {
     ranges: ArcSwap<Ranges>,
     /// The nodes and their services that the kernel has.
     nodes: Mutex<Nodes>,
+    /// Destinations that take plaintext of STRICT pods.
+    clear: Clear,
     /// One change at a time.
     changing: Mutex<()>,
+}
+
+/// Destinations that take plaintext of STRICT pods: those of `allowClear`, and the endpoints of those that are services. Another
+/// program at the hooks may have translated a service before the guard sees the packet.
+struct Clear {
+    configured: Vec<PlaintextDestination>,
+    written: Mutex<Vec<PlaintextDestination>>,
+}
+
+/// Most destinations that the kernel's table has room for.
+const CLEAR_MAX: usize = tacit_abi::limits::CLEAR as usize;
+
+impl Clear {
+    fn wanted(&self, directory: &Directory) -> Vec<PlaintextDestination> {
+        let mut all = self.configured.clone();
+        for PlaintextDestination { address, protocol } in &self.configured {
+            let endpoints = directory.endpoints_behind(*address).into_iter();
+            all.extend(endpoints.map(|address| PlaintextDestination { address, protocol: *protocol }));
+        }
+        if all.len() > CLEAR_MAX {
+            tracing::warn!(
+                total = all.len(),
+                max = CLEAR_MAX,
+                "services of allowClear have too many endpoints: some are not reached as plaintext after a translation"
+            );
+            all.truncate(CLEAR_MAX);
+        }
+        all
+    }
+
+    /// Writes the destinations if they have changed. What the kernel rejects is tried again with the next directory.
+    fn follow(&self, kernel: &Kernel, directory: &Directory) -> Result<(), KernelError> {
+        let wanted = self.wanted(directory);
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        if *written != wanted {
+            kernel.maps.set_plaintext_destinations(&wanted)?;
+            *written = wanted;
+        }
+        Ok(())
+    }
 }
 
 /// The nodes and their services that the kernel has.
@@ -47,7 +89,11 @@ impl Mesh {
     ///
     /// # Errors
     /// [`KernelError::Map`].
-    pub fn start(kernel: Arc<Kernel>, directory: &Directory) -> Result<Self, KernelError> {
+    pub fn start(
+        kernel: Arc<Kernel>,
+        directory: &Directory,
+        allow_clear: &[PlaintextDestination],
+    ) -> Result<Self, KernelError> {
         let ranges = Arc::clone(directory.ranges());
         let list: Vec<IpNet> = ranges.iter().copied().collect();
         kernel.maps.set_mesh(&list)?;
@@ -55,7 +101,9 @@ impl Mesh {
         let (configured, detected) = (ranges.count_configured(), ranges.count_detected());
         tracing::info!(configured, detected, ranges = shown.join(" "), "ranges of the mesh");
         let nodes = Mutex::default();
-        let mesh = Self { kernel, ranges: ArcSwap::new(ranges), nodes, changing: Mutex::default() };
+        let clear = Clear { configured: allow_clear.to_vec(), written: Mutex::default() };
+        let mesh = Self { kernel, ranges: ArcSwap::new(ranges), nodes, clear, changing: Mutex::default() };
+        mesh.clear.follow(&mesh.kernel, directory)?;
         mesh.follow_nodes(directory);
         Ok(mesh)
     }
@@ -112,6 +160,9 @@ impl Mesh {
     /// when this is called again.
     pub fn follow(&self, directory: &Directory) {
         self.follow_nodes(directory);
+        if let Err(error) = self.clear.follow(&self.kernel, directory) {
+            tracing::error!(%error, "endpoints of allowClear are not all in force");
+        }
         let _guard = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let (before, after) = (self.ranges.load_full(), directory.ranges());
         // A caller may come with a directory that is no longer the latest.

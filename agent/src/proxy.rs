@@ -26,7 +26,13 @@ pub mod sessions;
 pub mod shares;
 pub mod workers;
 
-use std::{io, net::SocketAddr, os::fd::AsFd, sync::Arc};
+use std::{
+    collections::HashSet,
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::AsFd,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use arc_swap::ArcSwap;
 use tacit_core::{
@@ -78,7 +84,13 @@ pub struct Proxy {
     dialer: Dialer,
     balancer: Balancer,
     workers: Workers,
+    /// Destinations whose agents said that they take plaintext alone. Data must not leave with OPEN to them, because it would be
+    /// lost.
+    untunnelled: Mutex<HashSet<IpAddr>>,
 }
+
+/// Most destinations that are remembered as untunnelled. Beyond it all are forgotten, which costs each a connection of `connect: early`.
+const UNTUNNELLED_MAX: usize = 1024;
 
 impl Proxy {
     /// A proxy without pods: [`Proxy::pods`] is filled by enrolment.
@@ -102,7 +114,26 @@ impl Proxy {
             dialer,
             balancer: Balancer::default(),
             workers,
+            untunnelled: Mutex::default(),
         }
+    }
+
+    /// Returns true if the last answer of the destination's agent was that the destination takes plaintext alone.
+    fn is_untunnelled(&self, destination: IpAddr) -> bool {
+        self.untunnelled.lock().unwrap_or_else(PoisonError::into_inner).contains(&destination)
+    }
+
+    /// Remembers the answer of a destination's agent.
+    fn note_tunnelled(&self, destination: IpAddr, is_tunnelled: bool) {
+        let mut known = self.untunnelled.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_tunnelled {
+            known.remove(&destination);
+            return;
+        }
+        if known.len() >= UNTUNNELLED_MAX {
+            known.clear();
+        }
+        known.insert(destination);
     }
 
     /// Starts the task of a flow on the worker that new connections of listeners with this home go to. The flow counts as the

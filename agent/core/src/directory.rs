@@ -20,6 +20,7 @@ use crate::{
     yaml::Mistakes,
 };
 
+mod behind;
 mod changes;
 mod claims;
 mod file;

@@ -81,6 +81,7 @@ reasons! {
     NoCertificate, "no_certificate", Other, "The pod's identity has no valid certificate.";
     NoEndpoint, "no_endpoint", Other, "No endpoint of the service is ready, or all were tried.";
     ServicePortUnknown, "service_port_unknown", Other, "The service has no such TCP port.";
+    NotTunnelled, "not_tunnelled", Other, "The destination takes plaintext alone, as its agent has proven, and plaintext is not allowed.";
     PeerUnreachable, "peer_unreachable", Destination, "The tunnel port of the destination did not answer.";
     // The answer of the destination's agent, and failures to reach an application.
     Policy, "policy", Other, "The destination's agent denied the flow by policy.";
@@ -88,6 +89,7 @@ reasons! {
     ConnectionRefused, "connection_refused", Destination, "No application listens at the destination.";
     Unreachable, "unreachable", Destination, "The application cannot be reached.";
     PendingDials, "pending_dials", Destination, "The pod has its share of connections that its applications have not accepted.";
+    OwnRules, "own_rules", Other, "Nobody listens at the destination in the pod itself, and rules of the pod (REDIRECT, DNAT) rewrite what arrives. They do not run for a tunnel.";
     TimedOut, "timed_out", Destination, "The application did not answer in time.";
     Draining, "draining", Destination, "The destination's agent is shutting down.";
     Overloaded, "overloaded", Destination, "The destination's agent is at one of its bounds.";

@@ -22,6 +22,8 @@ pub struct RouteInput<'a> {
     pub outside_mesh: bool,
     /// True if the destination is enrolled on this node.
     pub on_this_node: bool,
+    /// True if the source's own routes lead to a link inside its pod.
+    pub inside_pod: bool,
     /// The destination's mode at that port.
     pub destination_mode: Mode,
     /// True if the source pod sends no plaintext into the mesh.
@@ -46,10 +48,14 @@ pub enum Route {
 pub enum PlaintextCause {
     /// The address is outside the mesh.
     DestinationOutsideMesh,
+    /// The address is inside the source's pod, and the source is not STRICT.
+    DestinationInsidePod,
     /// The directory has no workload at the address, and the source is not STRICT.
     DestinationUnknown,
     /// The destination is not enrolled, and the source is not STRICT.
     DestinationNotEnrolled,
+    /// The destination's agent has proven that the destination takes plaintext alone, and the source is not STRICT.
+    DestinationNotTunnelled,
     /// The destination's mode at the port is DISABLE: the operator wants no encryption there.
     DestinationModeDisable,
 }
@@ -60,8 +66,10 @@ impl PlaintextCause {
     pub fn label(self) -> &'static str {
         match self {
             Self::DestinationOutsideMesh => "destination_outside_mesh",
+            Self::DestinationInsidePod => "destination_inside_pod",
             Self::DestinationUnknown => "destination_unknown",
             Self::DestinationNotEnrolled => "destination_not_enrolled",
+            Self::DestinationNotTunnelled => "destination_not_tunnelled",
             Self::DestinationModeDisable => "destination_mode_disable",
         }
     }
@@ -70,8 +78,8 @@ impl PlaintextCause {
 /// Returns the route. A tunnel that fails resets the connection and never falls back to plaintext.
 #[must_use]
 pub fn decide(input: &RouteInput<'_>) -> Route {
-    if tcp_port::is_reserved(input.port) {
-        return Route::Refuse(RefusalReason::ReservedPort);
+    if input.inside_pod && !input.source_is_strict {
+        return Route::Plaintext(PlaintextCause::DestinationInsidePod);
     }
     // Not as plaintext and not to one of the claimants: the address may be another's.
     if input.is_unclear {
@@ -90,12 +98,20 @@ pub fn decide(input: &RouteInput<'_>) -> Route {
         Protocol::None => {
             unless_strict(PlaintextCause::DestinationNotEnrolled, RefusalReason::DestinationNotEnrolled)
         }
+        // A program of the pod may listen at the tunnel's port if the pod is left alone. Its own agent knows.
+        Protocol::Tacit if is_agents(input) => Route::Refuse(RefusalReason::ReservedPort),
         Protocol::Tacit if input.on_this_node => Route::SameNode,
         Protocol::Tacit if input.destination_mode == Mode::Disable => {
             Route::Plaintext(PlaintextCause::DestinationModeDisable)
         }
         Protocol::Tacit => Route::Tunnel(destination.identity.clone()),
     }
+}
+
+/// Returns true for a port that the destination's agent has in any case.
+fn is_agents(input: &RouteInput<'_>) -> bool {
+    let may_be_programs = input.port == tcp_port::TUNNEL && input.destination_mode != Mode::Disable;
+    tcp_port::is_reserved(input.port) && !may_be_programs
 }
 
 #[cfg(test)]
@@ -154,6 +170,7 @@ mod tests {
                 outside_mesh: false,
                 is_unclear: false,
                 on_this_node,
+                inside_pod: false,
                 destination_mode,
                 source_is_strict,
             };
@@ -173,6 +190,7 @@ mod tests {
                 is_unclear: false,
                 on_this_node,
                 destination_mode,
+                inside_pod: false,
                 source_is_strict,
             })
         };
@@ -186,19 +204,32 @@ mod tests {
     }
 
     #[test]
-    fn the_agents_ports_cannot_be_dialled() {
-        let meshed = workload(Protocol::Tacit);
-        for port in [15001, 15006, 15008] {
+    fn the_ports_of_agents_cannot_be_dialled_where_one_is() {
+        let (meshed, plain) = (workload(Protocol::Tacit), workload(Protocol::None));
+        let refused = Route::Refuse(RefusalReason::ReservedPort);
+        let asked = Route::Tunnel(meshed.identity.clone());
+        for (port, destination_mode, expected) in [
+            (15009, Mode::Permissive, &refused),
+            (15056, Mode::Permissive, &refused),
+            (15058, Mode::Strict, &refused),
+            (15060, Mode::Disable, &refused),
+            (15008, Mode::Disable, &refused),
+            (15008, Mode::Permissive, &asked),
+            (15008, Mode::Strict, &asked),
+        ] {
             let input = RouteInput {
                 port,
                 destination: Some(&meshed),
-                outside_mesh: true,
+                outside_mesh: false,
                 is_unclear: false,
                 on_this_node: false,
-                destination_mode: Mode::Permissive,
+                inside_pod: false,
+                destination_mode,
                 source_is_strict: false,
             };
-            assert_eq!(decide(&input), Route::Refuse(RefusalReason::ReservedPort));
+            assert_eq!(decide(&input), *expected, "{input:?}");
+            let plaintext = Route::Plaintext(PlaintextCause::DestinationNotEnrolled);
+            assert_eq!(decide(&RouteInput { destination: Some(&plain), ..input }), plaintext);
         }
     }
 
@@ -213,6 +244,7 @@ mod tests {
                     is_unclear: true,
                     outside_mesh: bits & 1 != 0,
                     on_this_node: bits & 2 != 0,
+                    inside_pod: false,
                     destination_mode: Mode::Disable,
                     source_is_strict: bits & 4 != 0,
                 };
@@ -222,11 +254,36 @@ mod tests {
     }
 
     #[test]
+    fn what_stays_in_the_pod_is_left_to_its_routes_unless_the_pod_is_strict() {
+        let meshed = workload(Protocol::Tacit);
+        for (destination, is_unclear) in [(None, false), (None, true), (Some(&meshed), false)] {
+            let inside = |source_is_strict| {
+                let (port, destination_mode) = (80, Mode::Strict);
+                let (outside_mesh, on_this_node, inside_pod) = (false, false, true);
+                decide(&RouteInput {
+                    port,
+                    destination,
+                    is_unclear,
+                    outside_mesh,
+                    on_this_node,
+                    inside_pod,
+                    destination_mode,
+                    source_is_strict,
+                })
+            };
+            assert_eq!(inside(false), Route::Plaintext(PlaintextCause::DestinationInsidePod));
+            assert!(!matches!(inside(true), Route::Plaintext(_)));
+        }
+    }
+
+    #[test]
     fn each_cause_of_plaintext_has_a_label_of_its_own() {
         let causes = [
             (PlaintextCause::DestinationOutsideMesh, "destination_outside_mesh"),
+            (PlaintextCause::DestinationInsidePod, "destination_inside_pod"),
             (PlaintextCause::DestinationUnknown, "destination_unknown"),
             (PlaintextCause::DestinationNotEnrolled, "destination_not_enrolled"),
+            (PlaintextCause::DestinationNotTunnelled, "destination_not_tunnelled"),
             (PlaintextCause::DestinationModeDisable, "destination_mode_disable"),
         ];
         for (cause, label) in causes {

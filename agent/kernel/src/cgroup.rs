@@ -94,6 +94,17 @@ impl Cgroup {
     }
 }
 
+/// Returns where the cgroup v2 hierarchy is mounted here.
+///
+/// # Errors
+/// [`KernelError::Cgroup`] when it is not.
+pub fn mount_point() -> Result<PathBuf, KernelError> {
+    let refuse = |problem: String| KernelError::Cgroup { path: "/proc/self/mountinfo".into(), problem };
+    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|e| refuse(e.to_string()))?;
+    let first = cgroup2_mounts(&mounts).next().map(|mount| mount.point.to_owned());
+    first.ok_or_else(|| refuse("cgroup v2 is not mounted".to_owned()))
+}
+
 fn has_member(cgroup: &Path, pid: u32) -> bool {
     // A threaded cgroup does not list processes; no process of Tacit is in one.
     let members = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();

@@ -190,7 +190,7 @@ mod tests {
         };
         assert_eq!((held.slot, held.netns_cookie, held.is_repeated), (3, 7, true));
         assert_eq!(held.destination, "10.77.2.3:80".parse().expect("literal"));
-        assert_eq!(held.syn.ends().target, "127.100.1.2:15001".parse().expect("literal"));
+        assert_eq!(held.syn.ends().target, "127.100.1.2:15056".parse().expect("literal"));
     }
 
     #[test]
@@ -200,12 +200,12 @@ mod tests {
             local: mapped("127.0.0.1"),
             remote: mapped("127.100.1.2"),
             local_port: 40_000,
-            remote_port: 15001,
+            remote_port: 15056,
         };
         let ended = parse(&bytes_of(&HeldEnd { kind: held_kind::END, slot: 3, tuple }));
         let ends = HeldEnds {
             client: "127.0.0.1:40000".parse().expect("literal"),
-            target: "127.100.1.2:15001".parse().expect("literal"),
+            target: "127.100.1.2:15056".parse().expect("literal"),
         };
         assert_eq!(ended, Some(Held::Ended { slot: 3, netns_cookie: 7, ends }));
     }

@@ -1,14 +1,18 @@
 //! The node itself: its own addresses and its kernel's name.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     io,
     net::{IpAddr, Ipv6Addr},
 };
 
+use ipnet::IpNet;
 use nix::{
-    ifaddrs::getifaddrs,
-    sys::resource::{Resource, getrlimit, setrlimit},
+    ifaddrs::{InterfaceAddress as Listed, getifaddrs},
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        socket::SockaddrStorage,
+    },
 };
 
 use super::netlink;
@@ -47,6 +51,31 @@ pub fn interface_addresses() -> io::Result<Vec<InterfaceAddress>> {
     }
     let of = |(address, is_of_dummy)| InterfaceAddress { address, is_of_dummy };
     Ok(found.into_iter().map(of).collect())
+}
+
+/// Returns the ranges of the interfaces in the calling thread's network namespace that have none of `own` and are not the loopback:
+/// of bridges to containers or virtual machines, where the namespace is a pod's. Link-local ranges are left out.
+pub(super) fn inner_ranges(own: &[IpAddr]) -> io::Result<Vec<IpNet>> {
+    let all: Vec<_> = getifaddrs()?.collect();
+    let ip = |storage: Option<&SockaddrStorage>| -> Option<IpAddr> {
+        let storage = storage?;
+        let v4 = storage.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+        v4.or_else(|| storage.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+    };
+    let has_own = |found: &Listed| ip(found.address.as_ref()).is_some_and(|ip| own.contains(&ip));
+    let outer: HashSet<&str> =
+        all.iter().filter(|found| has_own(found)).map(|found| found.interface_name.as_str()).collect();
+    let inner = all.iter().filter(|found| !outer.contains(found.interface_name.as_str()));
+    let mut ranges: Vec<IpNet> = inner
+        .filter_map(|found| {
+            IpNet::with_netmask(ip(found.address.as_ref())?, ip(found.netmask.as_ref())?).ok()
+        })
+        .filter(|range| is_probe_source(&range.addr()))
+        .map(|range| range.trunc())
+        .collect();
+    ranges.sort_unstable();
+    ranges.dedup();
+    Ok(ranges)
 }
 
 /// Returns the addresses of all interfaces, each with its interface's name.

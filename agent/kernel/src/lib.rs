@@ -27,6 +27,7 @@ pub mod cgroup;
 mod clsact;
 pub mod events;
 pub mod held;
+mod hooks;
 pub mod host;
 pub mod inject;
 mod link;
@@ -40,6 +41,7 @@ pub mod probe;
 mod programs;
 pub mod reset_sockets;
 pub mod socket;
+mod translation;
 mod verifier;
 
 use std::{
@@ -49,12 +51,14 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+pub use hooks::{HookProgram, connect_programs};
 pub use maps::{
     ConnectReturn, DropCount, KernelCounter, Maps, PlaintextDestination, PlaintextEgress, PlaintextHandling,
     PodEntry,
 };
 pub use pins::{PinLock, SuccessorLock, uninstall};
 pub use programs::{GuardedLink, HostEnd, PreparedPrograms, ProgramState, Programs, has_host_end};
+pub use translation::rewrites_arrivals;
 pub use verifier::VerifierLog;
 
 /// Something the kernel would not do.

@@ -17,7 +17,7 @@ const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
-const NLM_F_DUMP: u16 = 0x300;
+pub(super) const NLM_F_DUMP: u16 = 0x300;
 const NLM_HEADER: usize = 16;
 /// Attributes and messages begin at multiples of this.
 const ALIGN: usize = 4;
@@ -169,6 +169,14 @@ pub(super) fn listeners() -> io::Result<Vec<Connection>> {
 /// # Errors
 /// The kernel's.
 pub(super) fn is_listening(at: SocketAddr) -> io::Result<bool> {
+    listener_at(&Netlink::sock_diag()?, at).map(|found| found.is_some())
+}
+
+/// Returns the socket of the calling thread's namespace that listens at `at`. As [`is_listening`].
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn listener_at(netlink: &Netlink, at: SocketAddr) -> io::Result<Option<Connection>> {
     let mut id = [0; DIAG_ID];
     id[..2].copy_from_slice(&at.port().to_be_bytes());
     // The other end is a loopback address without a port, which no connection has.
@@ -186,11 +194,16 @@ pub(super) fn is_listening(at: SocketAddr) -> io::Result<bool> {
     };
     // Its cookie is not asked about.
     id[40..].fill(0xff);
-    let netlink = Netlink::open(SockProtocol::NetlinkSockDiag)?;
     let request = diag_request(family as u8, u32::MAX, &id);
-    match netlink.ask(SOCK_DIAG_BY_FAMILY, NLM_F_ACK, &request, |_, _| {}) {
-        Ok(()) => Ok(true),
-        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+    let mut found = None;
+    let asked = netlink.ask(SOCK_DIAG_BY_FAMILY, NLM_F_ACK, &request, |kind, body| {
+        if kind == SOCK_DIAG_BY_FAMILY {
+            found = connection(body);
+        }
+    });
+    match asked {
+        Ok(()) => Ok(found),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -278,15 +291,26 @@ fn ip(family: u8, bytes: &[u8]) -> Option<IpAddr> {
 }
 
 /// A netlink socket in the calling thread's namespace.
-struct Netlink(OwnedFd);
+pub(super) struct Netlink(OwnedFd);
 
 impl Netlink {
-    fn open(protocol: SockProtocol) -> io::Result<Self> {
+    pub(super) fn open(protocol: SockProtocol) -> io::Result<Self> {
         Ok(Self(socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?))
     }
 
+    /// A socket for questions about sockets.
+    pub(super) fn sock_diag() -> io::Result<Self> {
+        Self::open(SockProtocol::NetlinkSockDiag)
+    }
+
     /// Sends one request and hands every message of the answer to `each`.
-    fn ask(&self, kind: u16, flags: u16, body: &[u8], mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
+    pub(super) fn ask(
+        &self,
+        kind: u16,
+        flags: u16,
+        body: &[u8],
+        mut each: impl FnMut(u16, &[u8]),
+    ) -> io::Result<()> {
         let mut request = Vec::with_capacity(NLM_HEADER + body.len());
         request.extend_from_slice(&((NLM_HEADER + body.len()) as u32).to_ne_bytes());
         request.extend_from_slice(&kind.to_ne_bytes());
@@ -325,7 +349,7 @@ fn read(mut datagram: &[u8], each: &mut impl FnMut(u16, &[u8])) -> io::Result<bo
 }
 
 /// The attributes of a message; the rest of a malformed one is left out.
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let len = usize::from(u16_at(bytes, 0)?);
         let kind = u16_at(bytes, 2)?;
@@ -382,6 +406,9 @@ mod tests {
             (client.local_addr().expect("bound"), false),
         ] {
             assert_eq!(is_listening(at).expect("netlink"), expected, "{at}");
+            let asked = Netlink::sock_diag().expect("netlink");
+            let found = listener_at(&asked, at).expect("netlink");
+            assert_eq!(found.is_some_and(|found| found.cgroup.is_some_and(|id| id > 0)), expected, "{at}");
         }
     }
 

@@ -8,6 +8,7 @@ use std::{
     path::Path,
 };
 
+use ipnet::IpNet;
 use nix::sched::{CloneFlags, setns};
 
 /// A network namespace held open.
@@ -34,6 +35,14 @@ impl Netns {
         Ok(Self { file, inode, cookie })
     }
 
+    /// The same namespace, held open by another descriptor.
+    ///
+    /// # Errors
+    /// Fails if descriptors are used up.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { file: self.file.try_clone()?, ..*self })
+    }
+
     /// Inode number; what `bpf_link_info` and `/proc/PID/ns/net` show.
     #[must_use]
     pub fn inode(&self) -> u64 {
@@ -56,6 +65,17 @@ impl Netns {
     /// Fails if it cannot be entered or its interfaces cannot be listed.
     pub fn addresses(&self, host: &HostNetns) -> io::Result<Vec<IpAddr>> {
         host.run_in(&self.file, crate::host::addresses)?
+    }
+}
+
+impl Netns {
+    /// The ranges of this namespace's interfaces that have none of the addresses `own`: of bridges to containers or virtual machines
+    /// in a pod.
+    ///
+    /// # Errors
+    /// As [`Self::addresses`].
+    pub fn inner_ranges(&self, host: &HostNetns, own: &[IpAddr]) -> io::Result<Vec<IpNet>> {
+        host.run_in(&self.file, || crate::host::inner_ranges(own))?
     }
 }
 

@@ -23,11 +23,15 @@ use super::{
 };
 
 mod app_stream;
+mod foreign;
 mod listeners;
 
 pub use app_stream::{AppStream, Polled, send_urgent};
+pub use foreign::foreign_listener;
 pub(super) use listeners::discarding;
-pub use listeners::{Acceptor, LOOPBACK_UNREAD_BYTES, ListenError, Listeners, Ports, accept, has_listener};
+pub use listeners::{
+    Acceptor, LOOPBACK_UNREAD_BYTES, ListenError, Listeners, accept, answering_listener, has_listener,
+};
 
 /// A socket in `netns`, ready to connect to an address of `to`'s family.
 ///

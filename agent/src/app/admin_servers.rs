@@ -178,6 +178,7 @@ impl Shown {
             state: self.state.current(),
             pods: Vec::new(),
             programs: Vec::new(),
+            connect_hooks: Vec::new(),
             kernel: Vec::new(),
             guard: GuardStatus::default(),
             node_state: self.node_state.borrow().clone(),

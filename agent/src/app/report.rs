@@ -1,7 +1,7 @@
 //! The agent's state as `tacit status` and the metrics show it, gathered when asked.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime},
@@ -17,7 +17,9 @@ use tacit_core::{
     spiffe::TrustDomain,
 };
 use tacit_identity::{issuer::Issuer, istio::Skew, manager::CertificateState};
-use tacit_kernel::{DropCount, GuardedLink, Kernel, KernelCounter, PlaintextEgress, host};
+use tacit_kernel::{
+    DropCount, GuardedLink, HookProgram, Kernel, KernelCounter, PlaintextEgress, connect_programs, host,
+};
 use tacit_sources::reload::ReloadState;
 use tokio::sync::watch;
 
@@ -28,9 +30,10 @@ use crate::{
     mesh::NodesNotApplied,
     proxy::Proxy,
     telemetry::status::{
-        AgentState, CertificateStatus, CounterStatus, DropStatus, FlowsStatus, GuardStatus, IssuerStatus,
-        MeshStatus, NodeStateStatus, NodesStatus, PodState, PodStatus, PoolStatus, ProgramStatus,
-        RANGES_LISTED_MAX, ShareStatus, SourceKind, SourceStatus, Status, UncoveredStatus, UnnamedStatus,
+        AgentState, CertificateStatus, CounterStatus, DropStatus, FlowsStatus, GuardStatus,
+        HookProgramStatus, IssuerStatus, MeshStatus, NodeStateStatus, NodesStatus, PodState, PodStatus,
+        PoolStatus, ProgramStatus, RANGES_LISTED_MAX, ShareStatus, SourceKind, SourceStatus, Status,
+        UncoveredStatus, UnnamedStatus,
     },
 };
 
@@ -81,6 +84,7 @@ impl Report {
             state,
             pods: self.pods(),
             programs: self.programs(),
+            connect_hooks: self.connect_hooks(),
             kernel: self.kernel(),
             guard: self.guard(),
             node_state: self.node_state.borrow().clone(),
@@ -174,12 +178,15 @@ impl Report {
                 .to_owned(),
             guarded_links: links.iter().map(|link| format!("{} ({})", link.interface, link.by)).collect(),
             policy_not_applied: policy.and_then(|policy| policy.not_applied.clone()),
+            rewrites_arrivals: false,
             raised_by_minimum: policy.is_some() && policies.is_raised(workload),
             state,
             flows: live.get(&(workload.namespace.clone(), workload.name.clone())).copied().unwrap_or(0),
         };
-        let enrolled =
-            table.pods.iter().map(|p| pod(&p.workload, Some(&p.policy()), &p.links, PodState::Enrolled));
+        let enrolled = table.pods.iter().map(|p| PodStatus {
+            rewrites_arrivals: p.rewrites_arrivals(),
+            ..pod(&p.workload, Some(&p.policy()), &p.links, PodState::Enrolled)
+        });
         let waiting = table
             .waiting
             .iter()
@@ -190,7 +197,10 @@ impl Report {
             let reason = "it has the node's network (hostNetwork)".to_owned();
             pod(workload, None, &[], PodState::LeftAlone(reason))
         });
-        let mut all: Vec<PodStatus> = enrolled.chain(waiting).chain(left_alone).collect();
+        let of_proxies = table.left_alone.iter().map(|left| {
+            pod(&left.workload, Some(&left.policy), &[], PodState::LeftAlone(left.reason.clone()))
+        });
+        let mut all: Vec<PodStatus> = enrolled.chain(waiting).chain(left_alone).chain(of_proxies).collect();
         all.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         all
     }
@@ -212,6 +222,21 @@ impl Report {
             pinned: p.pinned.map(|path| path.display().to_string()),
         };
         states.into_iter().map(status).collect()
+    }
+
+    fn connect_hooks(&self) -> Vec<HookProgramStatus> {
+        let own: HashSet<u32> = self.kernel.programs().states().iter().map(|program| program.id).collect();
+        let found = connect_programs(&self.pods_cgroup).unwrap_or_else(|error| {
+            tracing::debug!(%error, "programs at the connect hooks are not known");
+            Vec::new()
+        });
+        let status = |HookProgram { hook, id, name }| HookProgramStatus {
+            hook: hook.to_owned(),
+            id,
+            name,
+            is_tacit: own.contains(&id),
+        };
+        found.into_iter().map(status).collect()
     }
 
     fn kernel(&self) -> Vec<CounterStatus> {

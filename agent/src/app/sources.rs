@@ -1,6 +1,6 @@
 //! The sources of directory and policies, as the configuration names them: files or the Kubernetes API.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tacit_core::{
     directory::{Directory, Ranges},
@@ -54,8 +54,14 @@ async fn open_directory(config: &Config) -> Result<Opening<Directory>, AppError>
     match &config.directory {
         Source::File(file) => {
             let named = file.clone();
+            let last = Mutex::new(Arc::clone(&ranges));
             let parse = move |text: &str| {
-                Directory::parse(text, &named, &domain).map(|known| known.within(ranges.clone()))
+                let known = Directory::parse(text, &named, &domain)?;
+                let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(next) = known.covering_services(&ranges).succeeding(&last) {
+                    *last = Arc::new(next);
+                }
+                Ok(known.within(Arc::clone(&last)))
             };
             Ok(Watched::open(file, parse)?.into())
         }

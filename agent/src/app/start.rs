@@ -34,7 +34,7 @@ use crate::{
     },
     config::{Config, IssuerConfig},
     control_state::Snapshots,
-    enrol::{Enroller, Serve, publish_mesh_default},
+    enrol::{Answer, Enroller, Serve, publish_mesh_default},
     mesh::Mesh,
     proxy::{Proxy, accept, dialer::Dialer, workers::Workers},
     telemetry::{Telemetry, status::NodeStateStatus},
@@ -166,8 +166,7 @@ fn fill_maps(
     directory: &Watched<Directory>,
     policies: &Watched<Policies>,
 ) -> Result<Arc<Mesh>, AppError> {
-    let mesh = Mesh::start(kernel.clone(), &directory.current())?;
-    kernel.maps.set_plaintext_destinations(&config.allow_clear)?;
+    let mesh = Mesh::start(kernel.clone(), &directory.current(), &config.allow_clear)?;
     refresh_node(kernel, &directory.current())?;
     publish_mesh_default(kernel, &policies.current())?;
     kernel.maps.beat(config.heartbeat_timeout)?;
@@ -236,7 +235,9 @@ fn enroller(
     let (serving, state) = (proxy.clone(), state.clone());
     let takes_over = successor_lock.is_some();
     let successor_lock = Mutex::new(successor_lock);
+    let answering = proxy.clone();
     let serve: Serve = Arc::new(move |pod, listeners| accept::serve_pod(&serving, &pod, listeners));
+    let answer: Answer = Arc::new(move |pod, listener| accept::answer_peers(&answering, &pod, listener));
     Enroller {
         kernel: kernel.clone(),
         host: node.host,
@@ -249,6 +250,7 @@ fn enroller(
         table: proxy.pods.clone(),
         rechecks: proxy.rechecks.clone(),
         serve,
+        answer,
         reconciled: Arc::new(move || {
             state.apply(Event::Reconciled);
             // The previous agent may end now.

@@ -49,6 +49,7 @@ impl Enroller {
             guarded: state.guarded.iter().copied().collect(),
             attached: state.attached.iter().copied().collect(),
             uncertified: uncertified.collect(),
+            taken_ports: state.taken_ports.reasons(),
             ranges: self.snapshots.mesh.ranges(),
         }
     }

@@ -9,6 +9,7 @@
 //! | its identity or addresses changed | release it, and enrol it again |
 //! | its cgroup was replaced | release it, remove the old cgroup, enrol it in the new one |
 //! | the directory dropped it, and it has a process | nothing: it is served until its last process is gone |
+//! | another program has a port of it, and its policies do not let it be left alone | release it; the kernel refuses |
 //! | the kernel has a cgroup of no pod of the directory | remove it: an earlier agent left it, or the pod is gone |
 //! | the same, and not all pods of the directory were looked at yet | nothing: it can be the cgroup of one of them |
 //! | the directory has a pod that is not to be enrolled | tell the kernel to leave it alone, whatever the mesh's mode |
@@ -53,6 +54,8 @@ pub(super) struct Observed {
     pub attached: BTreeSet<u64>,
     /// Identities of wanted pods that have no certificate, with the reason.
     pub uncertified: HashMap<SpiffeId, IssueError>,
+    /// Reasons for which wanted pods cannot be enrolled because another program has their ports, by cgroup id.
+    pub taken_ports: BTreeMap<u64, String>,
     /// The ranges of the mesh.
     pub ranges: Arc<Ranges>,
 }
@@ -142,6 +145,8 @@ pub(super) enum NotYet {
     OutsideMesh(IpAddr),
     #[error("the address {0} that its network namespace has is another pod's")]
     AddressTaken(IpAddr),
+    #[error("{0}")]
+    PortTaken(String),
     #[error("no certificate: {0}")]
     NoCertificate(String),
     #[error("{0}")]
@@ -161,7 +166,8 @@ pub(super) fn plan(observed: &Observed, wanted: &Wanted) -> Vec<Action> {
     let stays = |path: &Path, served: &Served| {
         let workload = kept.get(path).is_some_and(|workload| is_same(workload, &served.workload));
         let cgroup = observed.cgroups.get(path);
-        workload && cgroup.is_some_and(|cgroup| cgroup.id == served.cgroup && cgroup.populated)
+        let is_free = !observed.taken_ports.contains_key(&served.cgroup);
+        workload && is_free && cgroup.is_some_and(|cgroup| cgroup.id == served.cgroup && cgroup.populated)
     };
     let (staying, gone): (Vec<_>, Vec<_>) =
         observed.served.iter().partition(|(path, served)| stays(path, served));
@@ -203,8 +209,8 @@ pub(super) fn plan(observed: &Observed, wanted: &Wanted) -> Vec<Action> {
             actions.push(Action::Cover(workload.clone(), id));
         }
         // The guard stands before certificate and listeners; what needs the agent is refused until those are there.
-        let lacks_certificate = matches!(step, Action::Wait(_, NotYet::NoCertificate(_)));
-        if lacks_certificate && !observed.guarded.contains(&id) {
+        let is_refused = matches!(step, Action::Wait(_, NotYet::NoCertificate(_) | NotYet::PortTaken(_)));
+        if is_refused && !observed.guarded.contains(&id) {
             steps.push(Action::Guard(workload.clone(), id));
         }
         steps.push(step);
@@ -258,6 +264,9 @@ fn obstacle<'a>(
     }
     if !cgroup.populated {
         return Some(NotYet::NoProcess);
+    }
+    if let Some(reason) = observed.taken_ports.get(&cgroup.id) {
+        return Some(NotYet::PortTaken(reason.clone()));
     }
     // Before the pod's network is entered: all pods are planned again with each certificate.
     if let Some(error) = observed.uncertified.get(&workload.identity) {

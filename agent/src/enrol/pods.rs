@@ -1,13 +1,21 @@
 //! The pods of this node as the data path and the operator see them.
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
+use ipnet::IpNet;
 use tacit_core::directory::{Directory, Workload};
 use tacit_kernel::{GuardedLink, PlaintextEgress, netns::Netns};
 use tokio_util::sync::CancellationToken;
 
-use crate::enrol::{Absent, PodPolicy, Unnamed};
+use crate::enrol::{Absent, LeftAlone, PodPolicy, Unnamed};
 
 /// An enrolled pod, as the data path sees it.
 #[derive(Debug)]
@@ -27,6 +35,12 @@ pub struct Pod {
     pub(super) slot: u32,
     /// Port of the agent's listener for its captured connections.
     pub(super) capture_port: u16,
+    /// The reason for which peers reach the pod as plaintext; none while a tunnel serves it.
+    pub(super) not_tunnelled: ArcSwapOption<String>,
+    /// True if rules of the pod rewrite the destination of what arrives.
+    pub(super) rewrites_arrivals: AtomicBool,
+    /// Ranges of links to containers or virtual machines in the pod.
+    pub(super) inner_ranges: ArcSwap<Vec<IpNet>>,
 }
 
 impl Pod {
@@ -51,6 +65,28 @@ impl Pod {
     #[must_use]
     pub fn capture_port(&self) -> u16 {
         self.capture_port
+    }
+
+    /// Returns the reason for which peers must reach the pod as plaintext. `None` while a tunnel serves it.
+    #[must_use]
+    pub fn not_tunnelled(&self) -> Option<Arc<String>> {
+        self.not_tunnelled.load_full()
+    }
+
+    /// Returns true if rules of the pod (`REDIRECT`, `DNAT`) rewrite the destination of what arrives. They do not run for what the
+    /// agent delivers.
+    #[must_use]
+    pub fn rewrites_arrivals(&self) -> bool {
+        self.rewrites_arrivals.load(Ordering::Relaxed)
+    }
+
+    /// Returns true for an address that the pod's own routes lead to a link inside the pod, whoever else has the address.
+    #[must_use]
+    pub fn is_inside(&self, address: IpAddr) -> bool {
+        let ranges = self.inner_ranges.load();
+        !ranges.is_empty()
+            && !self.workload.addresses.contains(&address)
+            && ranges.iter().any(|range| range.contains(&address))
     }
 
     /// Returns the one of `workers` threads that accepts its connections.
@@ -100,6 +136,8 @@ pub struct Pods {
     pub absent: Arc<Absent>,
     /// Pods that no source names.
     pub unnamed: Unnamed,
+    /// Pods that are left alone because they have a proxy of their own.
+    pub left_alone: Vec<LeftAlone>,
     by_address: HashMap<IpAddr, Arc<Pod>>,
 }
 
@@ -109,10 +147,12 @@ impl Pods {
         waiting: Vec<Waiting>,
         absent: Arc<Absent>,
         unnamed: Unnamed,
+        left_alone: Vec<LeftAlone>,
     ) -> Self {
+        let known = pods.iter().chain(left_alone.iter().filter_map(|one| one.pod.as_ref()));
         let by_address =
-            pods.iter().flat_map(|p| p.workload.addresses.iter().map(move |a| (*a, p.clone()))).collect();
-        Self { pods, waiting, absent, unnamed, by_address }
+            known.flat_map(|p| p.workload.addresses.iter().map(move |a| (*a, p.clone()))).collect();
+        Self { pods, waiting, absent, unnamed, left_alone, by_address }
     }
 
     /// Returns the policy that the data path and the kernel hold for a workload of this node, and why the pod is not
@@ -122,12 +162,15 @@ impl Pods {
         if let Some(pod) = self.pods.iter().find(|pod| pod.workload.cgroup == workload.cgroup) {
             return Some((Some(pod.policy()), None));
         }
+        if let Some(left) = self.left_alone.iter().find(|left| left.workload.cgroup == workload.cgroup) {
+            return Some((Some(Arc::clone(&left.policy)), Some(&left.reason)));
+        }
         let mut waiting = self.waiting.iter().chain(&self.absent.listed);
         let waiting = waiting.find(|waiting| waiting.workload.cgroup == workload.cgroup)?;
         Some((waiting.policy.clone(), Some(&waiting.reason)))
     }
 
-    /// The enrolled pod that has `address`.
+    /// The pod that has `address` and is enrolled, or left alone because it has a proxy of its own.
     #[must_use]
     pub fn at(&self, address: IpAddr) -> Option<&Arc<Pod>> {
         self.by_address.get(&address.to_canonical())

@@ -56,6 +56,10 @@ impl Enroller {
     fn publish_changed(&self, state: &mut State) {
         let policies = self.snapshots.policies.current();
         let before = state.published.replace(Arc::clone(&policies));
+        if !state.taken_ports.is_empty() && before.as_ref().is_some_and(|b| !Arc::ptr_eq(b, &policies)) {
+            // Policies decide on which pods are left alone.
+            state.next_look = None;
+        }
         if let Err(error) = publish_mesh_default(&self.kernel, &policies) {
             tracing::error!(%error, "mode of the mesh not applied to pods without an entry; trying again");
         }

@@ -66,6 +66,13 @@ pub(super) fn accept_delivered(proxy: &Arc<Proxy>, openings: &PodOpenings) {
     }
 }
 
+/// Answers the peers of a pod that is left alone until the pod or the agent ends.
+pub fn answer_peers(proxy: &Arc<Proxy>, pod: &Arc<Pod>, listener: TcpListener) {
+    let home = pod.home(proxy.workers.count());
+    let entrance = Entrance { proxy: proxy.clone(), pod: pod.clone(), home, origin: Origin::Elsewhere };
+    entrance.serve(listener.into(), inbound::tunnel);
+}
+
 /// Hands what the kernel side holds to the openings of its pod, until the agent ends. Each ring has a thread of its own, the
 /// home of its pods where there are no more threads than rings.
 pub fn serve_held(proxy: &Arc<Proxy>, rings: Vec<HeldRing>) {

@@ -4,15 +4,20 @@
 //! A live flow is decided on again by `recheck`: it costs its worker nothing while policy allows it. What policy no longer
 //! allows is reset at both ends.
 
-use std::sync::Arc;
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use tacit_core::{
-    policy::{Flow, PolicyVerdict},
-    refusal::Refusal,
+    policy::{Flow, FlowSource, PolicyVerdict},
+    refusal::{Refusal, RefusalReason},
 };
 
 use crate::{
     enrol::{Pod, PodPolicy},
+    proxy::not_connected,
     recheck::{Depends, Rechecks, Revoked},
     telemetry::{Ends, LiveFlow, Telemetry},
 };
@@ -36,6 +41,28 @@ pub fn admit(telemetry: &Telemetry, pod: &Pod, flow: Flow, ends: &Ends) -> Resul
     }
     verdict(&policy, &flow)?;
     Ok(Admitted { flow, by: policy })
+}
+
+/// Returns the reason for which peers must reach a destination in `pod` as plaintext, if they must and its mode and policies admit
+/// that.
+pub fn plaintext_alone(pod: &Pod, client: IpAddr, destination: SocketAddr) -> Option<&'static str> {
+    if !pod.rewrites_arrivals() {
+        return None;
+    }
+    let flow = Flow { source: FlowSource::Plaintext, client, destination };
+    let is_admitted = pod.policy().decide(&flow) == PolicyVerdict::Allow;
+    is_admitted.then_some("rules of the pod rewrite what arrives")
+}
+
+/// Returns the refusal of a flow to an application of `pod` that could not be connected to.
+pub fn not_delivered(pod: &Pod, error: &io::Error) -> Refusal {
+    let refusal = not_connected(error);
+    if refusal.reason == RefusalReason::ConnectionRefused && pod.rewrites_arrivals() {
+        let detail =
+            "nobody listens there in the pod itself, and the pod's own rules do not run for a tunnel";
+        return Refusal::new(RefusalReason::OwnRules, detail);
+    }
+    refusal
 }
 
 fn verdict(policy: &PodPolicy, flow: &Flow) -> Result<(), Refusal> {

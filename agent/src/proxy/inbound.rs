@@ -3,7 +3,7 @@
 //! ```text
 //! 15008  handshake ─ identity ─┐ one session, flow after flow:
 //!                              └ OPEN ─ is it for this pod, from that peer's address? ─ policy ─ application ─ relay
-//! 15006  plaintext under STRICT, or to a pod that authorization policies select ─ policy ─ application, or reset and
+//! plaintext under STRICT, or to a pod that authorization policies select ─ policy ─ application, or reset and
 //!        logged with who and why
 //! ```
 
@@ -17,7 +17,7 @@ use std::{
 
 use tacit_abi::tcp_port;
 use tacit_core::{
-    policy::{Flow, FlowSource},
+    policy::{Flow, FlowSource, PolicyVerdict},
     refusal::{Refusal, RefusalReason},
     wire::open::{DenyReason, Open},
 };
@@ -129,6 +129,12 @@ async fn begin<'a>(
     peer: IpAddr,
     at: IpAddr,
 ) -> Option<Begun<'a>> {
+    if let Some(reason) = pod.not_tunnelled() {
+        return turn_away(path, pod, session, open, &reason).await.map(Begun::Denied);
+    }
+    if let Some(reason) = authorize::plaintext_alone(pod, open.client.ip(), open.destination) {
+        return turn_away(path, pod, session, open, reason).await.map(Begun::Denied);
+    }
     relay::connection_started();
     let addresses = Addresses { source: open.client, destination: open.destination };
     let checked = check_open(&session, open, peer, at);
@@ -143,7 +149,8 @@ async fn begin<'a>(
     let application = match path.dial_application(pod, open.destination, open.client).await {
         Ok(application) => application,
         Err(error) => {
-            return deny(path, session, open, &ends, &not_connected(&error)).await.map(Begun::Denied);
+            let refusal = authorize::not_delivered(pod, &error);
+            return deny(path, session, open, &ends, &refusal).await.map(Begun::Denied);
         }
     };
     if session.accept_flow(open).is_err() {
@@ -169,6 +176,26 @@ async fn begin<'a>(
         live.close(end.label());
         session
     })))
+}
+
+/// Answers a peer that the pod takes plaintext alone. Reports a refusal if the mode does not take that either.
+async fn turn_away(
+    path: &Proxy,
+    pod: &Pod,
+    mut session: Box<Session>,
+    open: &Open,
+    reason: &str,
+) -> Option<Box<Session>> {
+    let peer = session.peer().clone();
+    let flow =
+        Flow { source: FlowSource::Plaintext, client: open.client.ip(), destination: open.destination };
+    if pod.policy().decide(&flow) != PolicyVerdict::Allow {
+        let addresses = Addresses { source: open.client, destination: open.destination };
+        let refusal = Refusal::new(RefusalReason::NotTunnelled, reason).of(&peer);
+        path.report(Reporter::Destination, addresses, refusal);
+    }
+    let answered = session.deny(open, DenyReason::NotTunnelled).await;
+    (answered.is_ok() && session.is_idle()).then_some(session)
 }
 
 /// Checks OPEN against what the session proves, and returns the flow that policy decides on. Everything in OPEN is a claim.
@@ -211,14 +238,15 @@ async fn deny(
     (answered.is_ok() && session.is_idle()).then_some(session)
 }
 
-/// The agent's listeners are open to the pod's own loopback too. Nothing is carried from there: plaintext to port 15006
-/// of a loopback address would be carried to port 15006, and so on without end.
+/// The agent's listeners are open to the pod's own loopback too. Nothing is carried from there: plaintext to the port of its
+/// listener at a loopback address would be carried to that port, and so on without end.
 fn came_from_outside(pod: &Pod, at: SocketAddr) -> Result<(), Refusal> {
     let refuse = |detail| Err(Refusal::new(RefusalReason::NotSteered, detail));
     if pod.address_like(at.ip()) != Some(at.ip()) {
         return refuse(format!("{at} is not an address of the pod"));
     }
-    if at.port() != tcp_port::TUNNEL && tcp_port::is_reserved(at.port()) {
+    let is_tunnel = at.port() == tcp_port::TUNNEL || at.port() == tcp_port::ANSWER;
+    if !is_tunnel && tcp_port::is_reserved(at.port()) {
         return refuse(format!("port {} is the agent's", at.port()));
     }
     Ok(())

@@ -19,6 +19,7 @@ use std::{
     time::Duration,
 };
 
+use tacit_abi::tcp_port;
 use tacit_core::{
     balance::{EndpointRequest, PickedEndpoint},
     directory::{Directory, Workload},
@@ -125,8 +126,13 @@ async fn reach(
     app: Option<&AppStream>,
 ) -> Result<(Upstream, Option<PickedEndpoint>), Refusal> {
     let Addresses { source, destination } = addresses;
-    let directory = discover(path, destination).await;
-    let Some(service) = directory.service_for(destination) else {
+    let is_inside = pod.is_inside(destination.ip()) && !pod.is_strict(&path.snapshots.directory.current());
+    // Nothing is to be discovered about the inside of a pod.
+    let directory = match is_inside {
+        true => path.snapshots.directory.current(),
+        false => discover(path, destination).await,
+    };
+    let Some(service) = directory.service_for(destination).filter(|_| !is_inside) else {
         let route = find_route(path, pod, &directory, destination);
         let attempt = Attempt::before(Rest::Nothing, app);
         let upstream = connect_route(path, pod, route, addresses, attempt).await?;
@@ -162,10 +168,19 @@ async fn connect_route(
     attempt: Attempt<'_>,
 ) -> Result<Upstream, Refusal> {
     match route {
-        Route::SameNode => connect_same_node(path, pod, addresses).await,
-        Route::Tunnel(expected) => {
-            session::tunnel(path, pod, addresses, &expected, attempt).await.map(Upstream::Tunnel)
-        }
+        Route::SameNode => match connect_same_node(path, pod, addresses).await {
+            Err(refusal) if refusal.reason == RefusalReason::NotTunnelled => {
+                connect_untunnelled(path, pod, addresses, refusal, attempt.limit).await
+            }
+            connected => connected,
+        },
+        Route::Tunnel(expected) => match session::tunnel(path, pod, addresses, &expected, attempt).await {
+            Ok(tunnel) => Ok(Upstream::Tunnel(tunnel)),
+            Err(refusal) if refusal.reason == RefusalReason::NotTunnelled => {
+                connect_untunnelled(path, pod, addresses, refusal, attempt.limit).await
+            }
+            Err(refusal) => Err(refusal),
+        },
         Route::Plaintext(cause) => connect_plaintext(path, pod, addresses, cause, attempt.limit).await,
         Route::Refuse(reason @ RefusalReason::DestinationUnclear) => {
             Err(Refusal::new(reason, "more than one pod or service claims the destination's address"))
@@ -276,6 +291,7 @@ fn find_route(path: &Proxy, pod: &Pod, directory: &Directory, destination: Socke
         outside_mesh: !path.snapshots.is_mesh(destination.ip())
             && !directory.ranges().contains(destination.ip())
             && !directory.is_node_port(destination),
+        inside_pod: pod.is_inside(destination.ip()),
         on_this_node: path.pods.load().at(destination.ip()).is_some(),
         destination_mode: modes.map_or(policy::Mode::Strict, |m| m.at(destination.port())),
         source_is_strict: pod.is_strict(directory),
@@ -295,12 +311,21 @@ async fn connect_same_node(path: &Proxy, pod: &Pod, addresses: Addresses) -> Res
         let detail = format!("the directory does not give this address to {}", target.workload.full_name());
         return Err(Refusal::new(RefusalReason::DestinationUnproven, detail));
     }
+    if let Some(reason) = target.not_tunnelled() {
+        return Err(Refusal::new(RefusalReason::NotTunnelled, reason));
+    }
+    if let Some(reason) = authorize::plaintext_alone(&target, source.ip(), destination) {
+        return Err(Refusal::new(RefusalReason::NotTunnelled, reason));
+    }
+    if tcp_port::is_reserved(destination.port()) {
+        return Err(Refusal::new(RefusalReason::ReservedPort, "the destination's agent has this port"));
+    }
     let (identity, theirs) = (pod.workload.identity.clone(), target.workload.identity.clone());
     let ends = path.ends(Reporter::Source, addresses, Some(identity.clone()), Some(theirs));
     let flow = Flow { source: FlowSource::SameNode(identity), client: source.ip(), destination };
     let admitted = authorize::admit(&path.telemetry, &target, flow, &ends)?;
     let connected = path.dial_application(&target, destination, source).await;
-    let server = connected.map_err(|error| not_connected(&error))?;
+    let server = connected.map_err(|error| authorize::not_delivered(&target, &error))?;
     let spec = FlowSpec { ends, security: Security::SameNode, trace: [0; 16] };
     Ok(Upstream::SameNode(server, spec, target, admitted))
 }
@@ -308,6 +333,27 @@ async fn connect_same_node(path: &Proxy, pod: &Pod, addresses: Addresses) -> Res
 /// Returns true if the directory's workload is the enrolled pod, to which bytes may be handed over.
 fn is_same_pod(known: &Workload, enrolled: &Workload) -> bool {
     known.identity == enrolled.identity && known.node == enrolled.node && known.cgroup == enrolled.cgroup
+}
+
+/// Connects to a pod that takes plaintext alone, as its agent has proven. Neither end may be STRICT.
+///
+/// # Errors
+/// `refusal` if one is.
+async fn connect_untunnelled(
+    path: &Proxy,
+    pod: &Pod,
+    addresses: Addresses,
+    refusal: Refusal,
+    limit: Duration,
+) -> Result<Upstream, Refusal> {
+    let destination = addresses.destination;
+    let directory = path.snapshots.directory.current();
+    let policies = path.snapshots.policies.current();
+    let mode = directory.at(destination.ip()).map(|known| policies.modes(known).at(destination.port()));
+    if pod.is_strict(&directory) || mode.is_none_or(|mode| mode == policy::Mode::Strict) {
+        return Err(refusal);
+    }
+    connect_plaintext(path, pod, addresses, PlaintextCause::DestinationNotTunnelled, limit).await
 }
 
 /// Connects without a tunnel, from the pod's own namespace, as the application would without Tacit.

@@ -3,13 +3,17 @@
 use std::fmt::Write as _;
 
 use serde_json::{Value, json};
-use tacit_kernel::probe::{Need, Presence, ProbeFinding, ProbeReport};
+use tacit_kernel::{
+    HookProgram,
+    probe::{Need, Presence, ProbeFinding, ProbeReport},
+};
 
 use super::table::{Cell, Colour, Style, Table};
 
-/// The report as a table, and a line for each feature that is not there.
+/// The report as a table, and a line for each feature that is not there. `at_root` are the programs at the connect hooks of the node's
+/// root cgroup, of others than Tacit. They run for pods too.
 #[must_use]
-pub fn render(report: &ProbeReport, colour: bool) -> String {
+pub fn render(report: &ProbeReport, at_root: &[HookProgram], colour: bool) -> String {
     let colour = if colour { Colour::On } else { Colour::Off };
     let mut table = Table::new(["FEATURE", "NEEDED FOR", "PRESENT", "SINCE", "FALLBACK"]);
     for finding in &report.findings {
@@ -28,14 +32,27 @@ pub fn render(report: &ProbeReport, colour: bool) -> String {
         let mark = if finding.stops_the_agent() { "!" } else { "-" };
         let _ = writeln!(out, "{mark} {}", style(finding).paint(&line, colour));
     }
+    for HookProgram { hook, id, name } in at_root {
+        let line = format!(
+            "{hook}: program {name:?} (id {id}) of others runs after Tacit's, which is at a cgroup below"
+        );
+        let _ = writeln!(out, "- {}", Style::Caution.paint(&line, colour));
+    }
     out
 }
 
 /// The report as JSON. Fields are added, never renamed; `present` is null for what could not be tried.
 #[must_use]
-pub fn json(report: &ProbeReport) -> Value {
+pub fn json(report: &ProbeReport, at_root: &[HookProgram]) -> Value {
     let features: Vec<Value> = report.findings.iter().map(feature).collect();
-    json!({ "kernel": report.kernel, "supported": report.verdict().is_ok(), "features": features })
+    let programs: Vec<Value> = at_root.iter().map(hook_program).collect();
+    let supported = report.verdict().is_ok();
+    json!({ "kernel": report.kernel, "supported": supported, "features": features, "connect_hooks": programs })
+}
+
+fn hook_program(program: &HookProgram) -> Value {
+    let HookProgram { hook, id, name } = program;
+    json!({ "hook": hook, "id": id, "name": name })
 }
 
 fn feature(finding: &ProbeFinding) -> Value {
@@ -96,15 +113,19 @@ mod tests {
     #[test]
     fn the_table_tells_what_is_there_and_what_is_done_without() {
         insta::with_settings!({ omit_expression => true }, {
-            insta::assert_snapshot!("table", render(&report(), false));
+            insta::assert_snapshot!("table", render(&report(), &at_root(), false));
         });
-        assert!(render(&report(), true).contains("\u{1b}[31mno\u{1b}[0m"));
+        assert!(render(&report(), &[], true).contains("\u{1b}[31mno\u{1b}[0m"));
     }
 
     #[test]
     fn json_keeps_absent_apart_from_untried() {
-        let value = serde_json::to_string_pretty(&json(&report())).expect("serialisable");
+        let value = serde_json::to_string_pretty(&json(&report(), &at_root())).expect("serialisable");
         insta::with_settings!({ omit_expression => true }, { insta::assert_snapshot!("json", value) });
+    }
+
+    fn at_root() -> [HookProgram; 1] {
+        [HookProgram { hook: "connect4", id: 12, name: "cil_sock4_conne".to_owned() }]
     }
 
     fn report() -> ProbeReport {

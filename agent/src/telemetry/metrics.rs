@@ -98,6 +98,10 @@ impl Exposition {
         writer.single(&PODS_ENROLLED, enrolled as u64)?;
         let waiting = status.pods.iter().filter(|pod| matches!(pod.state, PodState::Waiting(_))).count();
         writer.single(&PODS_WAITING, waiting as u64)?;
+        let left = status.pods.iter().filter(|pod| matches!(pod.state, PodState::LeftAlone(_))).count();
+        writer.single(&PODS_LEFT_ALONE, left as u64)?;
+        let rewriting = status.pods.iter().filter(|pod| pod.rewrites_arrivals).count();
+        writer.single(&PODS_REWRITING, rewriting as u64)?;
         writer.single(&FLOWS_LIVE, status.flows.live)?;
         writer.single(&FLOWS_OPENING, status.flows.opening)?;
         writer.single(&POOL_IDLE, status.pool.idle_sessions)?;

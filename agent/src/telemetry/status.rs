@@ -46,6 +46,9 @@ pub struct Status {
     pub pods: Vec<PodStatus>,
     /// The kernel programs in force.
     pub programs: Vec<ProgramStatus>,
+    /// The programs at the connect hooks of pods, in the order in which they run.
+    #[serde(default)]
+    pub connect_hooks: Vec<HookProgramStatus>,
     /// The kernel's decisions, counted by reason.
     pub kernel: Vec<CounterStatus>,
     /// Actions of the guard beside counting verdicts.
@@ -168,6 +171,9 @@ pub struct PodStatus {
     /// True if `minimumMode` raised one of the modes.
     #[serde(default)]
     pub raised_by_minimum: bool,
+    /// True if rules of the pod rewrite what arrives. Peers reach it as plaintext where its mode and policies admit that.
+    #[serde(default)]
+    pub rewrites_arrivals: bool,
     /// Its state: is it protected?
     pub state: PodState,
     /// Its live flows, in both directions.
@@ -197,6 +203,19 @@ pub struct ProgramStatus {
     pub id: u32,
     /// The path of its pinned link; `None` for a program that is detached when the agent ends.
     pub pinned: Option<String>,
+}
+
+/// A program at a connect hook of pods.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookProgramStatus {
+    /// The hook: `connect4` or `connect6`.
+    pub hook: String,
+    /// Its id in the kernel.
+    pub id: u32,
+    /// Its name in the kernel, of at most 15 bytes.
+    pub name: String,
+    /// True if it is Tacit's.
+    pub is_tacit: bool,
 }
 
 /// One reason for which the kernel decided.

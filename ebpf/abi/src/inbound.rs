@@ -98,11 +98,10 @@ pub fn decide_inbound(facts: &impl InboundFacts, flow: &Inbound) -> Steer {
         return Steer::Pass(Reason::InboundLocal);
     }
     let Some(steered) = facts.steered(&flow.local) else {
-        return if facts.in_mesh(&flow.local) {
-            Steer::Drop(Reason::InboundUnknown)
-        } else {
-            Steer::Pass(Reason::InboundForeign)
-        };
+        // Of an interface that the pod made, for example, whose ranges may also be the mesh's. This program does not know the pod; the
+        // guard does, and decides at the application's socket.
+        let is_mesh = facts.in_mesh(&flow.local);
+        return Steer::Pass(if is_mesh { Reason::InboundUnknown } else { Reason::InboundForeign });
     };
     if flow.port == tcp_port::TUNNEL {
         return agent(facts, steered, Listener::Tunnel, Reason::InboundTunnel);
@@ -284,8 +283,8 @@ mod tests {
         let facts = known(Mode::Disable, None);
         let tunnel = Steer::Agent(3, Listener::Tunnel, Reason::InboundTunnel);
         assert_eq!(decide_inbound(&facts, &to(tcp_port::TUNNEL)), tunnel);
-        let spare = [tcp_port::CAPTURE, tcp_port::PLAINTEXT, tcp_port::TUNNEL].map(tcp_port::spare);
-        for port in [tcp_port::CAPTURE, tcp_port::PLAINTEXT].into_iter().chain(spare) {
+        let listeners = [tcp_port::CAPTURE, tcp_port::PLAINTEXT, tcp_port::TUNNEL_LISTENER];
+        for port in listeners.into_iter().chain(listeners.map(tcp_port::spare)).chain([tcp_port::ANSWER]) {
             assert_eq!(decide_inbound(&facts, &to(port)), Steer::Drop(Reason::InboundReserved));
         }
     }
@@ -357,9 +356,9 @@ mod tests {
     }
 
     #[test]
-    fn an_address_without_a_mode_is_refused_inside_the_mesh_only() {
+    fn an_address_without_a_mode_is_left_to_the_guard() {
         let facts = |mesh| In { steered: None, mesh, ..known(Mode::Strict, None) };
-        assert_eq!(decide_inbound(&facts(true), &to(80)), Steer::Drop(Reason::InboundUnknown));
+        assert_eq!(decide_inbound(&facts(true), &to(80)), Steer::Pass(Reason::InboundUnknown));
         assert_eq!(decide_inbound(&facts(false), &to(80)), Steer::Pass(Reason::InboundForeign));
     }
 }

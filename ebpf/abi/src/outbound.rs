@@ -82,11 +82,18 @@ pub fn decide_connect(facts: &impl ConnectFacts, destination: &Address) -> Conne
     if facts.is_allowed_clear(destination) {
         return Connect::Leave(Reason::ConnectAllowedClear);
     }
-    // A namespace that the pod made has neither the agent's listener nor the pod's address.
-    if facts.netns_cookie() != pod.netns_cookie {
-        return Connect::Deny(Reason::ConnectForeignNetns);
+    // There is no listener yet.
+    if pod.netns_cookie == 0 {
+        return Connect::Deny(Reason::ConnectNotServed);
     }
     let is_strict = pod.has(pod_flag::EGRESS_STRICT);
+    // A namespace that the pod made has neither the agent's listener nor the pod's address. The connection may stay in the pod, or
+    // leave it with the pod's address as plaintext.
+    match (facts.netns_cookie() != pod.netns_cookie, is_strict) {
+        (false, _) => {}
+        (true, true) => return Connect::Deny(Reason::ConnectForeignNetns),
+        (true, false) => return Connect::Leave(Reason::ConnectNested),
+    }
     match (facts.is_stale(), is_strict) {
         (false, _) => {}
         (true, true) => return Connect::Deny(Reason::ConnectAgentStale),
@@ -204,7 +211,8 @@ mod tests {
             (Out { mesh: false, ..known }, v4(9), leave(Reason::ConnectOutsideMesh)),
             (known, v4(2), leave(Reason::ConnectOwnAddress)),
             (Out { clear: true, ..known }, v4(9), leave(Reason::ConnectAllowedClear)),
-            (Out { netns: 8, ..known }, v4(9), Connect::Deny(Reason::ConnectForeignNetns)),
+            (Out { netns: 8, ..known }, v4(9), leave(Reason::ConnectNested)),
+            (of(Pod { netns_cookie: 0, ..pod() }), v4(9), Connect::Deny(Reason::ConnectNotServed)),
             (known, v4(9), Connect::Capture(pod())),
         ];
         for (facts, destination, expected) in table {
@@ -218,7 +226,7 @@ mod tests {
         let stale = |pod| Out { pod: Some(pod), stale: true, ..USUAL };
         assert_eq!(decide_connect(&stale(strict), &v4(9)), Connect::Deny(Reason::ConnectAgentStale));
         assert_eq!(decide_connect(&stale(pod()), &v4(9)), Connect::Leave(Reason::ConnectStaleClear));
-        let nested = Out { netns: 8, ..stale(pod()) };
+        let nested = Out { netns: 8, ..stale(strict) };
         assert_eq!(decide_connect(&nested, &v4(9)), Connect::Deny(Reason::ConnectForeignNetns));
     }
 
@@ -242,7 +250,8 @@ mod tests {
             (Out { full: true, ..bound(pod()) }, Connect::Leave(Reason::ConnectDeviceClear)),
             (Out { stale: true, ..bound(strict) }, Connect::Deny(Reason::ConnectAgentStale)),
             (Out { stale: true, ..bound(pod()) }, Connect::Leave(Reason::ConnectStaleClear)),
-            (Out { netns: 8, ..bound(pod()) }, Connect::Deny(Reason::ConnectForeignNetns)),
+            (Out { netns: 8, ..bound(strict) }, Connect::Deny(Reason::ConnectForeignNetns)),
+            (Out { netns: 8, ..bound(pod()) }, Connect::Leave(Reason::ConnectNested)),
             (Out { mesh: false, ..bound(strict) }, Connect::Leave(Reason::ConnectOutsideMesh)),
         ];
         for (facts, expected) in table {

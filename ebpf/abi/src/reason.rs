@@ -30,7 +30,7 @@ reasons! {
     ConnectOutsideMesh, "connect_outside_mesh", "connect to an address outside the mesh ranges: left alone";
     ConnectOwnAddress, "connect_own_address", "connect of a pod to itself: left alone";
     ConnectCaptured, "connect_captured", "connect into the mesh: redirected to the agent";
-    ConnectForeignNetns, "connect_foreign_netns", "mesh connect from a network namespace that is not the pod's: denied";
+    ConnectForeignNetns, "connect_foreign_netns", "mesh connect of a STRICT pod from a network namespace that is not the pod's: denied";
     ConnectNoStorage, "connect_no_storage", "no memory to store a destination: denied";
     PendingFull, "pending_full", "share of pending connections used up meanwhile, or no memory: the connection is reset because its destination is lost";
     NamesFull, "names_full", "share of pending connections used up, or no memory for a client's address: the agent's connection to the application is refused, or the application sees the unspecified address";
@@ -41,7 +41,7 @@ reasons! {
     InboundNode, "inbound_node", "inbound connection that the node itself sent (probe): passed to the application";
     InboundLocal, "inbound_local", "connection inside the pod or from the agent: passed to the application";
     InboundReserved, "inbound_reserved", "connection from outside, or one that was not captured, to a port of the agent: reset";
-    InboundUnknown, "inbound_unknown", "inbound connection to a mesh address without a mode: reset";
+    InboundUnknown, "inbound_unknown", "inbound connection to a mesh address without a mode, such as one of an interface that a pod made: passed, the guard decides at the socket";
     InboundForeign, "inbound_foreign", "inbound connection to an address outside the mesh: passed to the application";
     InboundNoAgent, "inbound_no_agent", "inbound connection that needs the agent, which has no listener: reset";
     InboundStale, "inbound_stale", "inbound connection that needs the agent, whose heartbeat is stale: reset";
@@ -74,6 +74,8 @@ reasons! {
     ConnectHeldFull, "connect_held_full", "SYN of a captured connection while the agent's queue is full: dropped, the kernel sends it again";
     InboundRaced, "inbound_raced", "segment of a captured connection that came while the kernel replaced its socket: dropped, the application's kernel sends it again";
     ConnectUnanswered, "connect_unanswered", "SYN of a captured connection while no agent serves the pod: passed to the agent's listener, or refused without one";
+    ConnectNotServed, "connect_not_served", "mesh connect of a pod that no agent serves yet, or that cannot be served: denied";
+    ConnectNested, "connect_nested", "mesh connect of an open pod from a network namespace that the pod made: left alone";
 }
 
 #[cfg(test)]

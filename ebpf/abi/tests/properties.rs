@@ -466,8 +466,9 @@ proptest! {
             None => is_outside || !facts.default_is_strict || facts.agent || facts.node_netns,
             Some(pod) => {
                 let is_own = is_own(&pod, &destination);
-                let is_open = !pod.has(pod_flag::EGRESS_STRICT) && facts.netns == pod.netns_cookie;
-                let is_unreachable = is_open && (facts.stale || facts.bound_to_link);
+                let is_open = !pod.has(pod_flag::EGRESS_STRICT) && pod.netns_cookie != 0;
+                let is_nested = facts.netns != pod.netns_cookie;
+                let is_unreachable = is_open && (is_nested || facts.stale || facts.bound_to_link);
                 pod.has(pod_flag::EXEMPT) || is_outside || is_own || is_unreachable
             }
         };
@@ -495,7 +496,7 @@ proptest! {
             && !is_missed
             && (is_local
                 || match facts.steered {
-                    None => !facts.mesh,
+                    None => true,
                     Some(steered) => {
                         let has_policy = steered.flags & steer_flag::JUDGED != 0;
                         !is_agents && (facts.node_flow || accepts_plaintext(&facts, steered.mode) && !has_policy)

@@ -8,6 +8,7 @@ mod packets;
 mod raw;
 mod serve;
 mod sockets;
+mod translate;
 
 use std::{
     io::{self, BufRead as _, Write as _},
@@ -108,6 +109,7 @@ fn perform(name: &str, given: &Given) -> Result<Told> {
         "packet-hardware" => packets::foreign_hardware(given),
         "packet-tagged" => packets::tagged(given),
         "claim" => packets::claim(given),
+        "translate" => translate::run(given),
         "flood" => flood::syns(given),
         "at-once" => flood::at_once(given),
         "replayed-cookies" => flood::replayed_cookies(given),

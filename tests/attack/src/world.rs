@@ -125,7 +125,7 @@ impl World {
     /// The control: no agent ever ran here.
     pub(crate) fn without_tacit(programs: &Programs) -> Result<Self> {
         // The agents' ports are open too: what an attack on them carries must be seen to leave.
-        Self::build("atkctl", programs, &format!("{PORT},{DISABLED_PORT},15001,15006,15008"))
+        Self::build("atkctl", programs, &format!("{PORT},{DISABLED_PORT},15056,15058,15008"))
     }
 
     /// An agent on each node, all STRICT.

@@ -78,7 +78,7 @@ fn processes(node: &Node) -> Result<Vec<String>> {
 
 /// Routing and packet filter rules that name Tacit or one of its ports.
 fn rules(node: &Node) -> Result<Vec<String>> {
-    let script = "{ ip rule; ip -6 rule; iptables-save; ip6tables-save; } 2>/dev/null | grep -iE 'tacit|1500[168]' | \
+    let script = "{ ip rule; ip -6 rule; iptables-save; ip6tables-save; } 2>/dev/null | grep -iE 'tacit|150(08|09|5[6-9]|6[01])' | \
                   grep -v KUBE- || true";
     Ok(lines(node, script)?.into_iter().map(|line| format!("rule {line}")).collect())
 }

@@ -10,6 +10,7 @@ use std::{
     net::{IpAddr, SocketAddr, TcpStream},
     sync::OnceLock,
 };
+use tacit_abi::tcp_port;
 use tacit_tests::{Mesh, Plan, Server, fresh_port, observe};
 use tacit_topology::{HANG, TUNNEL_PORT};
 
@@ -161,7 +162,7 @@ fn a_flow_to_a_loopback_address_is_denied() -> Result<()> {
 #[test]
 #[ignore = "needs root"]
 fn a_flow_to_the_agents_own_ports_is_denied() -> Result<()> {
-    for port in [15001, 15006, TUNNEL_PORT] {
+    for port in [tcp_port::CAPTURE, tcp_port::PLAINTEXT, TUNNEL_PORT] {
         denied(move |request| FlowRequest {
             destination: SocketAddr::new(request.destination.ip(), port),
             ..request

@@ -107,6 +107,24 @@ impl Pod {
         Ok(Self(Arc::new(PodState { cgroup, ..PodState::clone(&self.0) })))
     }
 
+    /// Returns a handle to a container inside the pod, as Docker in a pod makes it: in the pod's cgroup, with a namespace of its own at
+    /// `ipv4`, behind the pod's address `gateway` on a link inside the pod. The pod forwards.
+    ///
+    /// # Errors
+    /// Fails if the namespace cannot be made.
+    pub fn nested(&self, ipv4: Ipv4Addr, gateway: Ipv4Addr) -> Result<Self> {
+        let (outer, inner) = (self.netns(), format!("{}-inner", self.netns().name()));
+        let netns = Netns::create(std::slice::from_ref(&inner))?.remove(0);
+        outer.ip(&format!(
+            "link add inner type veth peer name eth0 netns {inner}\naddr add {gateway}/24 dev inner\nlink set inner up\n"
+        ))?;
+        outer.sysctl(&[("ipv4/ip_forward", "1")])?;
+        netns.ip(&format!(
+            "addr add {ipv4}/24 dev eth0\nlink set eth0 up\nroute add default via {gateway}\n"
+        ))?;
+        Ok(Self(Arc::new(PodState { ipv4, netns, ..PodState::clone(&self.0) })))
+    }
+
     /// Returns a command that runs `program` in the pod's namespace and cgroup. The child's process id is the program's.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         self.0.netns.command(&self.0.cgroup, program)

@@ -66,6 +66,8 @@ pub enum DenyReason {
     Overloaded,
     /// The agent failed; its log says how.
     Internal,
+    /// The pod takes plaintext alone. The client connects as without Tacit if its pod may.
+    NotTunnelled,
     /// A reason of a newer version.
     Other(u8),
 }
@@ -84,7 +86,7 @@ impl DenyReason {
             RefusalReason::UnknownDestination
             | RefusalReason::ForgedDestination
             | RefusalReason::ReservedPort => Self::UnknownDestination,
-            RefusalReason::ConnectionRefused => Self::ConnectionRefused,
+            RefusalReason::ConnectionRefused | RefusalReason::OwnRules => Self::ConnectionRefused,
             RefusalReason::Unreachable => Self::Unreachable,
             RefusalReason::TimedOut => Self::TimedOut,
             RefusalReason::Draining => Self::Draining,
@@ -92,6 +94,7 @@ impl DenyReason {
             | RefusalReason::PodConnections
             | RefusalReason::SourceConnections
             | RefusalReason::PendingDials => Self::Overloaded,
+            RefusalReason::NotTunnelled => Self::NotTunnelled,
             // A server refuses a flow that was opened for no other reason.
             _ => Self::Internal,
         }
@@ -109,6 +112,7 @@ impl DenyReason {
             Self::Draining => RefusalReason::Draining,
             Self::Overloaded => RefusalReason::Overloaded,
             Self::Internal => RefusalReason::Internal,
+            Self::NotTunnelled => RefusalReason::NotTunnelled,
             Self::Other(_) => RefusalReason::Other,
         }
     }
@@ -123,6 +127,7 @@ impl DenyReason {
             Self::Draining => 6,
             Self::Overloaded => 7,
             Self::Internal => 8,
+            Self::NotTunnelled => 9,
             Self::Other(code) => code,
         }
     }
@@ -137,6 +142,7 @@ impl DenyReason {
             6 => Self::Draining,
             7 => Self::Overloaded,
             8 => Self::Internal,
+            9 => Self::NotTunnelled,
             code => Self::Other(code),
         }
     }
@@ -232,7 +238,7 @@ mod tests {
 
     #[test]
     fn both_agents_report_a_failure_to_reach_the_application_alike() {
-        for code in 1..=8 {
+        for code in 1..=9 {
             let answer = DenyReason::of(code);
             assert_eq!(DenyReason::answer(answer.reason()), answer);
         }

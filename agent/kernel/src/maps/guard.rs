@@ -176,6 +176,12 @@ impl super::Maps {
         Ok(())
     }
 
+    /// Returns true for a cgroup whose sockets are an agent's.
+    #[must_use]
+    pub fn is_agent(&self, cgroup: u64) -> bool {
+        lock(&self.guard.agents).get(&cgroup, 0).is_ok()
+    }
+
     /// Sockets of `cgroup` are no agent's any more, unless a later agent is in the same cgroup.
     ///
     /// # Errors

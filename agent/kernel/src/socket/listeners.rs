@@ -46,15 +46,6 @@ pub struct Listeners {
     pub injector: Injector,
 }
 
-/// The ports at which listeners may be opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ports {
-    /// At the data path's own ports alone.
-    Default,
-    /// At a spare one where the own is taken: by the agent from which this one takes over.
-    OrSpare,
-}
-
 /// A listener that could not be opened in a pod.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
@@ -65,9 +56,7 @@ pub enum ListenError {
     #[error("open raw sockets in the pod: {0}; the agent needs CAP_NET_RAW")]
     Raw(#[source] io::Error),
     /// The port could not be had.
-    #[error(
-        "listen on port {port} in the pod: {source}; ports 15001, 15002 and 15006 to 15009 are the agent's in an enrolled pod"
-    )]
+    #[error("listen on port {port} in the pod: {source}")]
     Listen {
         /// The port.
         port: u16,
@@ -77,23 +66,35 @@ pub enum ListenError {
     },
 }
 
+impl ListenError {
+    /// Returns the port that another socket of the pod has.
+    #[must_use]
+    pub fn taken_port(&self) -> Option<u16> {
+        match self {
+            Self::Listen { port, source } if source.kind() == io::ErrorKind::AddrInUse => Some(*port),
+            _ => None,
+        }
+    }
+}
+
 impl Listeners {
-    /// Opens all three in `netns`, at `ports`. Where they are makes no difference to who is steered to them.
+    /// Opens all three in `netns`, each at its port, or at its spare where another socket has that: one of the agent that this
+    /// one takes over from, or of the pod. Where they are makes no difference to who is steered to them.
     ///
     /// # Errors
     /// [`ListenError`]; none stays open then.
-    pub fn open(netns: &Netns, host: &HostNetns, ports: Ports) -> Result<Self, ListenError> {
+    pub fn open(netns: &Netns, host: &HostNetns) -> Result<Self, ListenError> {
         let opened = host.run_in(netns.file(), || {
             // Capture targets are spread over 127.0.0.0/8, and the kernel resets an IPv4 connection that is steered to
             // a socket bound to `::1`: so all listen on all addresses. The steering program refuses what comes from
             // outside to a port that is not to be dialled, and hands captured IPv6 connections, which are spread over
             // ports instead of addresses, to the one listener.
-            let capture = of_applications(tcp_port::CAPTURE, ports)?;
+            let capture = of_applications(tcp_port::CAPTURE)?;
             // As the kernel side does for the other ends on loopback; what is accepted inherits it.
             let _ = setsockopt(&capture, TcpCongestion, &LOOPBACK_CONGESTION.into());
             let _ = capture.set_recv_buffer_size(LOOPBACK_UNREAD_BYTES);
-            let plaintext = of_applications(tcp_port::PLAINTEXT, ports)?;
-            let tunnel = listener(tcp_port::TUNNEL, ports)?;
+            let plaintext = of_applications(tcp_port::PLAINTEXT)?;
+            let tunnel = listener(tcp_port::TUNNEL_LISTENER)?;
             let injector = Injector::open_here().map_err(ListenError::Raw)?;
             Ok((capture, plaintext, tunnel, injector))
         });
@@ -124,8 +125,8 @@ impl Listeners {
 /// each: bytes are passed on as they come, since waiting for more belongs to the applications; little is kept for one that does
 /// not read, or that the agent does not read; urgent data stays in the stream; and they end with RST however they are closed, also those that nobody has
 /// accepted yet when the agent dies.
-fn of_applications(port: u16, ports: Ports) -> Result<Socket, ListenError> {
-    let listener = listener(port, ports)?;
+fn of_applications(port: u16) -> Result<Socket, ListenError> {
+    let listener = listener(port)?;
     let set = || {
         listener.set_tcp_nodelay(true)?;
         listener.set_tcp_notsent_lowat(LOOPBACK_UNSENT_BYTES)?;
@@ -136,24 +137,44 @@ fn of_applications(port: u16, ports: Ports) -> Result<Socket, ListenError> {
     Ok(listener)
 }
 
-/// A listener at `port`, or where `ports` lets it be instead.
-fn listener(port: u16, ports: Ports) -> Result<Socket, ListenError> {
+/// A listener at `port`, or at its spare if that is taken.
+fn listener(port: u16) -> Result<Socket, ListenError> {
     match listener_at(port) {
-        Err(ListenError::Listen { source, .. })
-            if ports == Ports::OrSpare && source.kind() == io::ErrorKind::AddrInUse =>
-        {
+        Err(ListenError::Listen { source, .. }) if source.kind() == io::ErrorKind::AddrInUse => {
             listener_at(tcp_port::spare(port))
         }
         opened => opened,
     }
 }
 
-/// One socket for both families where the pod has IPv6, else for IPv4.
+/// Opens the listener of a pod that is left alone, on which the agent answers peers that ask for the tunnel. The agent that takes
+/// over opens its own beside this one. A process of the pod with the agent's user id can do so too, and proves no identity.
+///
+/// # Errors
+/// [`ListenError`].
+pub fn answering_listener(netns: &Netns, host: &HostNetns) -> Result<TcpListener, ListenError> {
+    let opened = host.run_in(netns.file(), || bound(tcp_port::ANSWER, Sharing::WithSuccessor));
+    opened.map_err(ListenError::Enter)?.map(Into::into)
+}
+
+/// Other sockets that may listen on a port.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sharing {
+    Nobody,
+    WithSuccessor,
+}
+
 fn listener_at(port: u16) -> Result<Socket, ListenError> {
+    bound(port, Sharing::Nobody)
+}
+
+/// One socket for both families where the pod has IPv6, else for IPv4.
+fn bound(port: u16, sharing: Sharing) -> Result<Socket, ListenError> {
     let open = |domain: Domain, ip: IpAddr| -> io::Result<Socket> {
         let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
         // A restarted agent must not wait for connections of its predecessor to leave TIME_WAIT.
         socket.set_reuse_address(true)?;
+        socket.set_reuse_port(sharing == Sharing::WithSuccessor)?;
         if domain == Domain::IPV6 {
             socket.set_only_v6(false)?;
         }
@@ -254,7 +275,7 @@ mod tests {
 
     #[test]
     fn accepted_connections_inherit_what_applications_need() {
-        let listener: TcpListener = of_applications(0, Ports::Default).expect("a port").into();
+        let listener: TcpListener = of_applications(0).expect("a port").into();
         let port = listener.local_addr().expect("bound").port();
         let _client = std::net::TcpStream::connect(("127.0.0.1", port)).expect("loopback");
         let (accepted, _) = listener.accept().expect("connected");

@@ -299,3 +299,19 @@ fn a_pod_that_leaves_the_mesh_is_removed_before_it_is_left_alone() {
     });
     assert_eq!(gone, ["remove 9"]);
 }
+
+#[test]
+fn a_pod_with_a_port_that_another_program_has_is_released_and_refused() {
+    let taken = |node: &mut Node| {
+        node.observed.taken_ports.insert(7, "port 15001".to_owned());
+    };
+    let waits = ["guard 7", "wait: port 15001"];
+    assert_eq!(steps(Node::with_a_served_pod(), taken), [&["release burstable/pod1"], &waits[..]].concat());
+    assert_eq!(steps(Node::with_a_running_pod(), taken), [&["cover 7"], &waits[..]].concat());
+    let guarded = |node: &mut Node| {
+        taken(node);
+        node.observed.guarded = [7].into();
+        node.observed.covered = [7].into();
+    };
+    assert_eq!(steps(Node::with_a_running_pod(), guarded), ["wait: port 15001"]);
+}

@@ -1,14 +1,16 @@
 //! A session to the agent of a destination, on which that agent has accepted the flow: an idle one of the pool, or a new one.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
+use tacit_abi::tcp_port;
 use tacit_core::{
-    refusal::{Refusal, RefusalReason},
+    refusal::{ConnectEnd, Refusal, RefusalReason},
     spiffe::SpiffeId,
     wire::open::{DenyReason, Open, OptimisticMode},
 };
 use tacit_identity::credentials::Credentials;
 use tacit_tunnel::{OpenError, Session, random_trace_id, session::OptimisticData, socket};
+use tokio::time::sleep;
 
 use super::Attempt;
 use crate::{
@@ -18,7 +20,12 @@ use crate::{
 };
 
 /// Port of the tunnel.
-const TUNNEL: u16 = tacit_abi::tcp_port::TUNNEL;
+const TUNNEL: u16 = tcp_port::TUNNEL;
+/// Time without a session after which the port of answers is asked too. A handshake takes a few milliseconds, and a program that
+/// is no agent may be silent.
+const SILENCE: Duration = Duration::from_millis(250);
+/// Limit for a connection to the port of answers. The agent listens there, or the kernel refuses.
+const ANSWER_CONNECT: Duration = Duration::from_secs(2);
 
 /// A session on which the destination's agent has accepted the flow.
 pub(super) struct Tunnel {
@@ -70,34 +77,97 @@ async fn opened(
     open: &Open,
     attempt: Attempt<'_>,
 ) -> Result<(Box<Session>, u64), Refusal> {
-    let mut optimistic = attempt.optimistic.map(OptimisticData::new);
+    // Only `connect: early` asks.
+    let may_lose_data = attempt.optimistic.is_some() && path.is_untunnelled(open.destination.ip());
+    let mut optimistic = attempt.optimistic.filter(|_| !may_lose_data).map(OptimisticData::new);
     // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it were taken: the
     // destination may have read those, so they are not sent twice.
     while let Some(mut session) = path.sessions.take(key) {
         match session.open(open, optimistic.as_mut()).await {
-            Ok(()) => return Ok((session, taken_bytes(&optimistic))),
-            Err(OpenError::Denied(reason)) => return Err(denied(path, key, session, reason)),
+            Ok(()) => {
+                if may_lose_data {
+                    path.note_tunnelled(open.destination.ip(), true);
+                }
+                return Ok((session, taken_bytes(&optimistic)));
+            }
+            Err(OpenError::Denied(reason)) => {
+                return Err(denied(path, key, session, reason, taken_bytes(&optimistic)));
+            }
             Err(error) if taken_bytes(&optimistic) > 0 => return Err(Refusal::new(error.reason(), error)),
             Err(error) => tracing::debug!(%error, "idle session was dead"),
         }
     }
-    let peer = SocketAddr::new(open.destination.ip(), TUNNEL);
     // Before the connection: a peer's time for the handshake begins with it.
     let turn = path.shares.outgoing_handshake(pod.cgroup).await?;
-    let tcp = path.dialer.to_tunnel(pod, peer, attempt.limit).await.map_err(|e| {
-        let detail = format!("{peer}: {e}; does an agent run on that node?");
-        Refusal::new(RefusalReason::PeerUnreachable, detail).because_of(&e)
-    })?;
-    socket::begin_small(&tcp, path.shares.unread_bytes(pod.cgroup));
-    let connected = Session::connect(tcp, own, &key.identity).await;
+    let connected = greet(path, pod, own, key, attempt.limit).await;
     drop(turn);
-    let mut session = connected.map_err(|e| Refusal::new(e.reason(), e))?;
+    let mut session = connected?;
     match session.open(open, optimistic.as_mut()).await {
-        Ok(()) => Ok((session, taken_bytes(&optimistic))),
-        Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason)),
+        Ok(()) => {
+            if may_lose_data {
+                path.note_tunnelled(open.destination.ip(), true);
+            }
+            Ok((session, taken_bytes(&optimistic)))
+        }
+        Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason, taken_bytes(&optimistic))),
         Err(OpenError::Stale(error) | OpenError::Tunnel(error)) => Err(Refusal::new(error.reason(), error)),
         Err(error @ OpenError::Abandoned) => Err(Refusal::new(error.reason(), error)),
     }
+}
+
+/// Connects to the destination's agent: at the tunnel's port, or at the port of answers if the pod is left alone and another
+/// program has the tunnel's port, or nobody.
+///
+/// # Errors
+/// The refusal at the tunnel's port.
+async fn greet(
+    path: &Proxy,
+    pod: &Pod,
+    own: &Arc<Credentials>,
+    key: &PoolKey,
+    limit: Duration,
+) -> Result<Box<Session>, Refusal> {
+    let at = |port| SocketAddr::new(key.server, port);
+    let tunnel = connect(path, pod, own, key, (at(TUNNEL), limit));
+    let answer = || connect(path, pod, own, key, (at(tcp_port::ANSWER), limit.min(ANSWER_CONNECT)));
+    let silent = async {
+        sleep(SILENCE).await;
+        answer().await
+    };
+    tokio::pin!(tunnel, silent);
+    let refusal = tokio::select! {
+        biased;
+        connected = &mut tunnel => match connected {
+            Ok(session) => return Ok(session),
+            Err(refusal) => refusal,
+        },
+        answered = &mut silent => match answered {
+            Ok(session) => return Ok(session),
+            // The agent is slow.
+            Err(_) => return tunnel.await,
+        },
+    };
+    // No host, or no answer in time: the other port would not differ.
+    if refusal.connect_end != ConnectEnd::Refused && refusal.reason != RefusalReason::Closed {
+        return Err(refusal);
+    }
+    answer().await.map_err(|_| refusal)
+}
+
+/// Connects to the agent at `at` within the limit.
+async fn connect(
+    path: &Proxy,
+    pod: &Pod,
+    own: &Arc<Credentials>,
+    key: &PoolKey,
+    (at, limit): (SocketAddr, Duration),
+) -> Result<Box<Session>, Refusal> {
+    let tcp = path.dialer.to_tunnel(pod, at, limit).await.map_err(|e| {
+        let detail = format!("{at}: {e}; does an agent run on that node?");
+        Refusal::new(RefusalReason::PeerUnreachable, detail).because_of(&e)
+    })?;
+    socket::begin_small(&tcp, path.shares.unread_bytes(pod.cgroup));
+    Session::connect(tcp, own, &key.identity).await.map_err(|e| Refusal::new(e.reason(), e))
 }
 
 fn taken_bytes(optimistic: &Option<OptimisticData<'_>>) -> u64 {
@@ -105,11 +175,26 @@ fn taken_bytes(optimistic: &Option<OptimisticData<'_>>) -> u64 {
 }
 
 /// A denied flow leaves its session as good as before, if nothing was sent before the answer.
-fn denied(path: &Proxy, key: &PoolKey, session: Box<Session>, reason: DenyReason) -> Refusal {
+/// Data that was sent is lost, so plaintext cannot follow.
+fn denied(
+    path: &Proxy,
+    key: &PoolKey,
+    session: Box<Session>,
+    reason: DenyReason,
+    sent_bytes: u64,
+) -> Refusal {
     if session.is_idle() {
         path.sessions.keep(key.clone(), session);
     } else {
         session.close();
+    }
+    if reason == DenyReason::NotTunnelled {
+        path.note_tunnelled(key.server, false);
+        if sent_bytes > 0 {
+            let detail =
+                format!("{} takes plaintext alone, and data of the flow has left with OPEN", key.identity);
+            return Refusal::new(RefusalReason::Other, detail);
+        }
     }
     Refusal::new(reason.reason(), format!("{} denied it", key.identity))
 }

@@ -123,6 +123,20 @@ pub(super) static PODS_WAITING: Metric = Metric {
     labels: &[],
     help: "Pods of this node that are not protected yet; the status says why.",
 };
+pub(super) static PODS_LEFT_ALONE: Metric = Metric {
+    name: "tacit_pods_left_alone",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &[],
+    help: "Pods of this node that are left alone: with the node's network, or with a proxy of their own; the status says why.",
+};
+pub(super) static PODS_REWRITING: Metric = Metric {
+    name: "tacit_pods_rewriting",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &[],
+    help: "Enrolled pods whose own rules rewrite what arrives: peers reach them as plaintext where mode and policies admit that.",
+};
 pub(super) static CERTIFICATE_EXPIRY: Metric = Metric {
     name: "tacit_certificate_expiry_timestamp",
     unit: Some(Unit::Seconds),

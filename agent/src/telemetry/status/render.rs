@@ -1,8 +1,8 @@
 //! A status as text for a terminal. Colour repeats what the words say, it never says it alone.
 
 use super::{
-    AgentState, CertificateStatus, NodeStateStatus, NodesStatus, PartyStatus, PodState, PodStatus,
-    ShareStatus, Status, UnnamedStatus,
+    AgentState, CertificateStatus, HookProgramStatus, NodeStateStatus, NodesStatus, PartyStatus, PodState,
+    PodStatus, ShareStatus, Status, UnnamedStatus,
 };
 use crate::telemetry::table::{Cell, Colour, Style, Table};
 
@@ -77,8 +77,18 @@ impl Page {
         }
         self.section("PODS", &table);
         for pod in &status.pods {
-            if let PodState::Waiting(reason) | PodState::LeftAlone(reason) = &pod.state {
-                self.note(Style::Caution, &format!("{} waits: {reason}", pod_name(pod)));
+            let state = match &pod.state {
+                PodState::Enrolled => None,
+                PodState::Waiting(reason) => Some(("waits", reason)),
+                PodState::LeftAlone(reason) => Some(("is left alone", reason)),
+            };
+            if let Some((state, reason)) = state {
+                self.note(Style::Caution, &format!("{} {state}: {reason}", pod_name(pod)));
+            }
+            if pod.rewrites_arrivals {
+                let text = "rules of the pod (REDIRECT, DNAT) rewrite what arrives, and do not run for tunnels: peers reach it as plaintext \
+                            where its mode and policies admit that";
+                self.note(Style::Caution, &format!("{}: {text}", pod_name(pod)));
             }
             if pod.raised_by_minimum {
                 self.note(Style::Caution, &format!("{}: mode raised by minimumMode", pod_name(pod)));
@@ -102,6 +112,23 @@ impl Page {
             ]);
         }
         self.section("KERNEL PROGRAMS", &table);
+        self.connect_hooks(&status.connect_hooks);
+    }
+
+    /// Names the programs of others, which may translate services before Tacit's program sees them, or after it.
+    fn connect_hooks(&mut self, programs: &[HookProgramStatus]) {
+        for hook in ["connect4", "connect6"] {
+            let order = programs.iter().filter(|program| program.hook == hook);
+            let Some(own) = order.clone().position(|program| program.is_tacit) else { continue };
+            for (index, other) in order.enumerate().filter(|(_, program)| !program.is_tacit) {
+                let when = if index < own { "before" } else { "after" };
+                let HookProgramStatus { name, id, .. } = other;
+                self.note(
+                    Style::Caution,
+                    &format!("{hook}: program {name:?} (id {id}) of others runs {when} Tacit's"),
+                );
+            }
+        }
     }
 
     fn kernel(&mut self, status: &Status) {

@@ -66,6 +66,14 @@ pub(in crate::telemetry) fn sample() -> Status {
             id: 12,
             pinned: Some("/bpf/tacit/connect4".to_owned()),
         }],
+        connect_hooks: [(9, "cil_sock4_connect", false), (12, "connect4", true), (13, "late", false)]
+            .map(|(id, name, is_tacit)| HookProgramStatus {
+                hook: "connect4".to_owned(),
+                id,
+                name: name.to_owned(),
+                is_tacit,
+            })
+            .to_vec(),
         kernel: vec![CounterStatus {
             name: "deny_stale_agent".to_owned(),
             help: "Refused in STRICT because the agent is gone".to_owned(),
@@ -153,6 +161,7 @@ fn pod(name: &str, state: PodState) -> PodStatus {
         in_clear: "nothing".to_owned(),
         guarded_links: vec!["pod2 (tcx)".to_owned()],
         policy_not_applied: None,
+        rewrites_arrivals: false,
         raised_by_minimum: name == "api",
         state,
         flows: 1,

@@ -47,7 +47,7 @@ fn numbers_in_maps_have_one_meaning() {
     let strict = Mode::Strict;
     assert_eq!(modes, [strict, Mode::Disable, Mode::Permissive, strict, strict, strict]);
     let capture_port = |port| Pod { capture_port: port, ..Pod::default() }.effective_capture_port();
-    assert_eq!([0, 15002].map(capture_port), [tcp_port::CAPTURE, 15002]);
+    assert_eq!([0, 15057].map(capture_port), [tcp_port::CAPTURE, 15057]);
     let index = |listener| listener_index(3, listener);
     assert_eq!([Listener::Tunnel, Listener::Plaintext].map(index), [6, 7]);
     let flow = NodeFlow::new((V4, 1), (V6, 2), 17);

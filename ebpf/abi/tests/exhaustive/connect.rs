@@ -89,7 +89,7 @@ const EXEMPT: u32 = tacit_abi::pod_flag::EXEMPT;
 const STRICT: u32 = tacit_abi::pod_flag::EGRESS_STRICT;
 
 /// Connections that are left as without Tacit. The guard sees their packets.
-static LEFT_ALONE: [Line; 9] = [
+static LEFT_ALONE: [Line; 10] = [
     Line::new(
         "a pod that is not enrolled",
         |f| f.subject.has(EXEMPT),
@@ -112,6 +112,11 @@ static LEFT_ALONE: [Line; 9] = [
         left(f, Reason::ConnectAllowedClear)
     }),
     Line::new(
+        "a pod that may send plaintext, from a network namespace that it made",
+        |f| is_served_and_open(f) && !f.in_own_namespace(),
+        |_| Connect::Leave(Reason::ConnectNested),
+    ),
+    Line::new(
         "a pod that may send plaintext, while no agent serves it",
         |f| may_send_plaintext(f) && f.stale(),
         |_| Connect::Leave(Reason::ConnectStaleClear),
@@ -124,7 +129,11 @@ static LEFT_ALONE: [Line; 9] = [
 ];
 
 fn may_send_plaintext(facts: &Facts) -> bool {
-    facts.subject.pod.is_some() && !facts.subject.has(STRICT) && facts.in_own_namespace()
+    is_served_and_open(facts) && facts.in_own_namespace()
+}
+
+fn is_served_and_open(facts: &Facts) -> bool {
+    facts.subject.pod.is_some_and(|pod| pod.netns_cookie != 0) && !facts.subject.has(STRICT)
 }
 
 /// The reason of a pod that no source has named is the same for all.
@@ -138,6 +147,7 @@ fn specified(facts: &Facts) -> Connect {
     }
     match facts.subject.pod {
         None => Connect::Deny(Reason::ConnectUnknownPod),
+        Some(pod) if pod.netns_cookie == 0 => Connect::Deny(Reason::ConnectNotServed),
         Some(_) if !facts.in_own_namespace() => Connect::Deny(Reason::ConnectForeignNetns),
         Some(_) if facts.stale() => Connect::Deny(Reason::ConnectAgentStale),
         Some(_) if facts.bound_to_link() => Connect::Deny(Reason::ConnectDevice),

@@ -82,7 +82,7 @@ impl Facts {
 
     /// Returns true for segments of captured IPv4 connections that missed the socket of the handshake.
     fn is_missed_segment(&self) -> bool {
-        let is_target = self.subject.local == LOOPBACK_V4 && [15001, 15002].contains(&self.subject.port);
+        let is_target = self.subject.local == LOOPBACK_V4 && [15056, 15057].contains(&self.subject.port);
         is_target && !self.is_to_spread_port() && self.handshake()
     }
 
@@ -92,7 +92,7 @@ impl Facts {
     }
 
     fn is_to_an_agents_port(&self) -> bool {
-        [15001, 15002, 15006, 15007, 15008, 15009].contains(&self.subject.port)
+        [15008, 15009, 15056, 15057, 15058, 15059, 15060, 15061].contains(&self.subject.port)
     }
 
     fn mode(&self) -> Option<RawMode> {
@@ -119,9 +119,9 @@ static PASSED: [Line; 4] = [
         |_| Steer::Pass(Reason::InboundLocal),
     ),
     Line::new(
-        "to an address outside the mesh that no pod has, where the guard decides",
-        |f| !f.is_to_spread_port() && f.entry().is_none() && !f.in_mesh() && !f.is_missed_segment(),
-        |_| Steer::Pass(Reason::InboundForeign),
+        "to an address that no pod has, where the guard decides",
+        |f| !f.is_to_spread_port() && f.entry().is_none() && !f.is_missed_segment(),
+        |f| Steer::Pass(if f.in_mesh() { Reason::InboundUnknown } else { Reason::InboundForeign }),
     ),
     Line::new(
         "from the node itself, proven on the link, but not to a port of the agent",
@@ -160,7 +160,7 @@ fn specified(facts: &Facts) -> Steer {
     if facts.is_missed_segment() {
         return Steer::Discard(Reason::InboundRaced);
     }
-    let Some(mode) = facts.mode() else { return Steer::Drop(Reason::InboundUnknown) };
+    let mode = facts.mode().expect("an address without a mode passes");
     let agent = |listener, reason| fresh(Steer::Agent(SLOT, listener, reason));
     match facts.subject.port {
         tcp_port::TUNNEL => agent(Listener::Tunnel, Reason::InboundTunnel),
