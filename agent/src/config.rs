@@ -34,7 +34,7 @@ mod kubernetes;
 
 use clear::clear_destination;
 
-const FIELDS: [&str; 20] = [
+const FIELDS: [&str; 21] = [
     "trustDomain",
     "node",
     "podsCgroup",
@@ -50,6 +50,7 @@ const FIELDS: [&str; 20] = [
     "socket",
     "metrics",
     "drainTimeout",
+    "tunnelTimeout",
     "heartbeatTimeout",
     "unnamedPodTimeout",
     "allowClear",
@@ -71,6 +72,10 @@ const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4A
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longer than ten minutes and a node's shutdown is held up more than any flow is worth.
 const DRAIN_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(600);
+/// As long as Linux repeats what is not acknowledged (`net.ipv4.tcp_retries2`), rounded down.
+const TUNNEL_TIMEOUT: Duration = Duration::from_secs(900);
+/// Below a second a lost packet would look like a dead peer; beyond the default the kernel gives up first.
+const TUNNEL_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(900);
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Below a second a busy node would look dead; a minute is the most that strict pods should wait for a refusal.
 const HEARTBEAT_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(60);
@@ -126,6 +131,8 @@ pub struct Config {
     pub metrics: SocketAddr,
     /// Time that live flows get to end at shutdown, 0 s to 10 min.
     pub drain_timeout: Duration,
+    /// Silence of a peer after which its flows end, 1 s to 15 min.
+    pub tunnel_timeout: Duration,
     /// Silence of the agent from which on the kernel decides by mode alone, 1 s to 1 min.
     pub heartbeat_timeout: Duration,
     /// Time for which a pod that no source names is held to STRICT where that is the mode of the mesh, 1 s to 1 h.
@@ -220,6 +227,7 @@ impl Config {
         let socket = f.or("socket", SOCKET.into(), |v| socket_path(v, folder));
         let metrics = f.or("metrics", METRICS, Value::listen_address);
         let drain_timeout = f.or("drainTimeout", DRAIN_TIMEOUT, |v| v.duration(DRAIN_TIMEOUT_RANGE));
+        let tunnel_timeout = f.or("tunnelTimeout", TUNNEL_TIMEOUT, |v| v.duration(TUNNEL_TIMEOUT_RANGE));
         let heartbeat_timeout =
             f.or("heartbeatTimeout", HEARTBEAT_TIMEOUT, |v| v.duration(HEARTBEAT_TIMEOUT_RANGE));
         let unnamed_pod_timeout =
@@ -243,6 +251,7 @@ impl Config {
             socket: socket?,
             metrics: metrics?,
             drain_timeout: drain_timeout?,
+            tunnel_timeout: tunnel_timeout?,
             heartbeat_timeout: heartbeat_timeout?,
             unnamed_pod_timeout: unnamed_pod_timeout?,
             allow_clear: allow_clear?,

@@ -71,8 +71,10 @@ struct SocketAddressV6 {
 }
 
 mod skb;
+mod timers;
 
 pub use skb::{Skb, has_capture_listener, is_syn_cookie};
+pub use timers::TimerOption;
 
 /// Family of the hook, which decides the context field that holds the address.
 #[derive(Clone, Copy)]

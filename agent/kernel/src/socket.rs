@@ -22,6 +22,7 @@ use super::{
 };
 
 mod listeners;
+pub mod peer;
 
 pub(super) use listeners::discarding;
 pub use listeners::{Acceptor, LOOPBACK_UNREAD_BYTES, ListenError, Listeners, Ports, has_listener};

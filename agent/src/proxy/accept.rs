@@ -18,7 +18,9 @@ use tokio::net::TcpStream;
 use crate::{
     enrol::Pod,
     proxy::{
-        Addresses, LOOPBACK_UNREAD, Proxy, canonical, inbound,
+        Addresses, LOOPBACK_UNREAD, Proxy, canonical,
+        dialer::Serving,
+        inbound,
         openings::PodOpenings,
         outbound::{self, opening},
         shares::ConnectionPermit,
@@ -55,6 +57,19 @@ pub fn serve_pod(proxy: &Arc<Proxy>, pod: &Arc<Pod>, listeners: Listeners) {
     for held in proxy.openings.add(&openings) {
         opening::start(proxy, &openings, held);
     }
+    proxy.dialer.set_probes_served(pod, Serving::Yes);
+}
+
+/// Has flows look at their peers, until the agent ends.
+pub fn serve_watches(proxy: &Arc<Proxy>) {
+    let on = proxy.clone();
+    let failed = proxy.workers.failed().clone();
+    proxy.workers.handle(0).spawn(vital(failed, async move {
+        tokio::select! {
+            () = on.drain.cut.cancelled() => {}
+            () = on.watches.look() => {}
+        }
+    }));
 }
 
 /// Hands what the kernel side holds to the openings of its pod, until the agent ends. Each ring has a thread of its own, the
@@ -108,7 +123,9 @@ impl Entrance {
                 }
             };
             entrance.accept_on(listener, entrance.until_opened(&openings), admit).await;
-            entrance.proxy.openings.remove(&openings);
+            if entrance.proxy.openings.remove(&openings) {
+                entrance.proxy.dialer.set_probes_served(&entrance.pod, Serving::No);
+            }
         });
     }
 

@@ -74,6 +74,8 @@ reasons! {
     ConnectHeldFull, "connect_held_full", "SYN of a captured connection while the agent's queue is full: dropped, the kernel sends it again";
     InboundRaced, "inbound_raced", "segment of a captured connection that came while the kernel replaced its socket: dropped, the application's kernel sends it again";
     ConnectUnanswered, "connect_unanswered", "SYN of a captured connection while no agent serves the pod: passed to the agent's listener, or refused without one";
+    ProbeHeld, "probe_held", "keep-alive or window probe of an application: held until the peer has answered";
+    ProbePassed, "probe_passed", "keep-alive or window probe of an application that no agent serves, or whose agent is late: answered by the agent's kernel";
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! A session to the agent of a destination, on which that agent has accepted the flow: an idle one of the pool, or a new one.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{io, net::SocketAddr, sync::Arc};
 
 use tacit_core::{
     refusal::{Refusal, RefusalReason},
@@ -72,13 +72,18 @@ async fn opened(
 ) -> Result<(Box<Session>, u64), Refusal> {
     let mut optimistic = attempt.optimistic.map(OptimisticData::new);
     // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it were taken: the
-    // destination may have read those, so they are not sent twice.
+    // destination may have read those, so they are not sent twice. After a session whose peer is silent, the pool has no other.
     while let Some(mut session) = path.sessions.take(key) {
         match session.open(open, optimistic.as_mut()).await {
             Ok(()) => return Ok((session, taken_bytes(&optimistic))),
             Err(OpenError::Denied(reason)) => return Err(denied(path, key, session, reason)),
             Err(error) if taken_bytes(&optimistic) > 0 => return Err(Refusal::new(error.reason(), error)),
-            Err(error) => tracing::debug!(%error, "idle session was dead"),
+            Err(error) => {
+                tracing::debug!(%error, "idle session was dead");
+                if matches!(error, OpenError::Silent) {
+                    path.sessions.close_to(key.pod, key.server);
+                }
+            }
         }
     }
     let peer = SocketAddr::new(open.destination.ip(), TUNNEL);
@@ -89,6 +94,7 @@ async fn opened(
         Refusal::new(RefusalReason::PeerUnreachable, detail).because_of(&e)
     })?;
     socket::begin_small(&tcp, path.shares.unread_bytes(pod.cgroup));
+    path.limit_silence(&tcp);
     let connected = Session::connect(tcp, own, &key.identity).await;
     drop(turn);
     let mut session = connected.map_err(|e| Refusal::new(e.reason(), e))?;
@@ -96,6 +102,10 @@ async fn opened(
         Ok(()) => Ok((session, taken_bytes(&optimistic))),
         Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason)),
         Err(OpenError::Stale(error) | OpenError::Tunnel(error)) => Err(Refusal::new(error.reason(), error)),
+        // The application's kernel asks again, as for a host that does not answer.
+        Err(error @ OpenError::Silent) => {
+            Err(Refusal::new(error.reason(), error).because_of(&io::ErrorKind::TimedOut.into()))
+        }
         Err(error @ OpenError::Abandoned) => Err(Refusal::new(error.reason(), error)),
     }
 }

@@ -6,6 +6,7 @@
 //! | application resets, also after its end | RESET frame, session closed |
 //! | FIN frame | the agent ends its direction to the application |
 //! | RESET frame, session broken or closed early | application reset, session closed |
+//! | the peer's kernel is silent for the limit | application reset, session closed |
 //! | FIN forwarded in both directions | the server sends DONE; the session is free for the next flow |
 
 #[cfg(test)]
@@ -36,6 +37,7 @@ use crate::{
         bulk::{Grown, Growth, Stall},
         busy_poll::BusyPoll,
         delayed_accept::DelayedAccept,
+        watch::{PeerWatch, Watching},
     },
     socket,
 };
@@ -47,13 +49,14 @@ const DONE_MAX: Duration = TRIM.saturating_add(Duration::from_secs(1));
 const RESET_MAX: Duration = Duration::from_secs(5);
 
 /// Forwards bytes between `app`, which is reset when dropped, and the open flow of `session`. Returns the session if it can
-/// carry another flow. A client may then open one, and a server waits for the next.
+/// carry another flow. A client may then open one, and a server waits for the next. `watching` is the watch of the session's peer.
 #[expect(clippy::manual_async_fn, reason = "an async fn keeps its arguments twice, and idle flows are many")]
 pub fn tunnelled(
     app: TcpStream,
     mut session: Box<Session>,
     counters: &FlowCounters,
     bulk: &PodBulk,
+    watching: Watching<'_>,
 ) -> impl Future<Output = (FlowEnd, Option<Box<Session>>)> + Send {
     async move {
         let (ours, theirs) = match session.role() {
@@ -61,7 +64,7 @@ pub fn tunnelled(
             Role::Server => (App::Destination, App::Source),
         };
         // The futures after the flow are boxed, so a running flow reserves no space for them.
-        match run(&app, &mut session, counters, bulk).await {
+        match run(&app, &mut session, (counters, bulk), watching).await {
             Ending::Finished => {
                 socket::deliver_if_dropped(&app);
                 drop(app);
@@ -82,13 +85,23 @@ pub fn tunnelled(
                 session.close();
                 (FlowEnd::TunnelLost(error), None)
             }
+            Ending::Silent => {
+                socket::reset(app);
+                session.close();
+                (FlowEnd::PeerSilent, None)
+            }
         }
     }
 }
 
 /// Runs the flow to its end.
-async fn run(app: &TcpStream, session: &mut Session, counters: &FlowCounters, bulk: &PodBulk) -> Ending {
-    let mut flow = Flow::new(app, session, counters, bulk);
+async fn run(
+    app: &TcpStream,
+    session: &mut Session,
+    (counters, bulk): (&FlowCounters, &PodBulk),
+    watching: Watching<'_>,
+) -> Ending {
+    let mut flow = Flow::new(app, session, counters, bulk, watching);
     let mut broken = pin!(app.ready(Interest::ERROR));
     let mut other_tasks = pin!(yield_now());
     let (mut watch_errors, mut busy_poll) = (true, BusyPoll::new());
@@ -111,6 +124,9 @@ async fn run(app: &TcpStream, session: &mut Session, counters: &FlowCounters, bu
             if matches!(app.take_error(), Ok(Some(_)) | Err(_)) {
                 return Poll::Ready(Ending::ResetByApp);
             }
+        }
+        if ending.is_pending() && flow.peer.poll(cx, flow.session.tcp(), app).is_ready() {
+            return Poll::Ready(Ending::Silent);
         }
         ending
     })
@@ -146,6 +162,7 @@ enum Ending {
     ResetByApp,
     ResetByPeer,
     Lost(TunnelError),
+    Silent,
 }
 
 /// The result of one step of one direction. Pending if the direction is blocked.
@@ -182,6 +199,7 @@ struct Flow<'a> {
     peer_ended: bool,
     /// The error after which nothing can be sent. Received bytes are still read, because a RESET in them is more specific.
     lost: Option<TunnelError>,
+    peer: PeerWatch<'a>,
 }
 
 impl<'a> Flow<'a> {
@@ -190,6 +208,7 @@ impl<'a> Flow<'a> {
         session: &'a mut Session,
         counters: &'a FlowCounters,
         bulk: &'a PodBulk,
+        watching: Watching<'a>,
     ) -> Self {
         let (up, down) = match session.role() {
             Role::Client => (&counters.sent, &counters.received),
@@ -216,6 +235,7 @@ impl<'a> Flow<'a> {
             fin_sent: false,
             peer_ended: false,
             lost: None,
+            peer: PeerWatch::new(Some(watching)),
         }
     }
 
@@ -293,6 +313,7 @@ impl<'a> Flow<'a> {
             return finish_with(Ending::Lost(error));
         }
         (self.accept_pending, self.delayed_accept) = (false, None);
+        self.peer.sent();
         // Send at once. The next step sends the rest.
         if let Poll::Ready(Err(error)) = self.session.poll_flush(cx) {
             self.lost = Some(error);

@@ -12,6 +12,7 @@ use crate::{
     relay::{
         bulk::tests::share,
         testing::{DEADLINE, exchange, is_reset, soon},
+        watch::Watch,
     },
     session::OptimisticData,
     testing::{connection, open, open_flow, sessions},
@@ -23,7 +24,9 @@ fn relay(app: TcpStream, session: Box<Session>) -> Relayed {
     tokio::spawn(async move {
         let counters = FlowCounters::default();
         crate::socket::reset_if_dropped(&app);
-        let (end, session) = tunnelled(app, session, &counters, &share(10).of(1)).await;
+        let watch = Watch::default();
+        let watching = Watching { watch: &watch, silence_max: DEADLINE, tell: &|_, _| {} };
+        let (end, session) = tunnelled(app, session, &counters, &share(10).of(1), watching).await;
         (end, session, counters.sent.load(Relaxed), counters.received.load(Relaxed))
     })
 }
