@@ -34,7 +34,7 @@ mod kubernetes;
 
 use clear::clear_destination;
 
-const FIELDS: [&str; 21] = [
+const FIELDS: [&str; 22] = [
     "trustDomain",
     "node",
     "podsCgroup",
@@ -51,6 +51,7 @@ const FIELDS: [&str; 21] = [
     "metrics",
     "successorTimeout",
     "drainTimeout",
+    "tunnelTimeout",
     "heartbeatTimeout",
     "unnamedPodTimeout",
     "allowClear",
@@ -76,6 +77,10 @@ const SUCCESSOR_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::ZERO..=Durat
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longer than ten minutes and a node's shutdown is held up more than any flow is worth.
 const DRAIN_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(600);
+/// As long as Linux repeats what is not acknowledged (`net.ipv4.tcp_retries2`), rounded down.
+const TUNNEL_TIMEOUT: Duration = Duration::from_secs(900);
+/// Below a second a lost packet would look like a dead peer; beyond the default the kernel gives up first.
+const TUNNEL_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(900);
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Below a second a busy node would look dead; a minute is the most that strict pods should wait for a refusal.
 const HEARTBEAT_TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(60);
@@ -133,6 +138,8 @@ pub struct Config {
     pub successor_timeout: Duration,
     /// Time that live flows get to end at shutdown, 0 s to 10 min.
     pub drain_timeout: Duration,
+    /// Silence of a peer after which its flows end, 1 s to 15 min.
+    pub tunnel_timeout: Duration,
     /// Silence of the agent from which on the kernel decides by mode alone, 1 s to 1 min.
     pub heartbeat_timeout: Duration,
     /// Time for which a pod that no source names is held to STRICT where that is the mode of the mesh, 1 s to 1 h.
@@ -229,6 +236,7 @@ impl Config {
         let successor_timeout =
             f.or("successorTimeout", SUCCESSOR_TIMEOUT, |v| v.duration(SUCCESSOR_TIMEOUT_RANGE));
         let drain_timeout = f.or("drainTimeout", DRAIN_TIMEOUT, |v| v.duration(DRAIN_TIMEOUT_RANGE));
+        let tunnel_timeout = f.or("tunnelTimeout", TUNNEL_TIMEOUT, |v| v.duration(TUNNEL_TIMEOUT_RANGE));
         let heartbeat_timeout =
             f.or("heartbeatTimeout", HEARTBEAT_TIMEOUT, |v| v.duration(HEARTBEAT_TIMEOUT_RANGE));
         let unnamed_pod_timeout =
@@ -253,6 +261,7 @@ impl Config {
             metrics: metrics?,
             successor_timeout: successor_timeout?,
             drain_timeout: drain_timeout?,
+            tunnel_timeout: tunnel_timeout?,
             heartbeat_timeout: heartbeat_timeout?,
             unnamed_pod_timeout: unnamed_pod_timeout?,
             allow_clear: allow_clear?,

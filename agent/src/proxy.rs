@@ -9,6 +9,7 @@
 //! | `authorize` | asks policy about a flow, when it opens and when policy changes |
 //! | `dialer` | connections made from inside a pod's network namespace |
 //! | `sessions` | tunnel sessions: idle sessions of each worker |
+//! | `watches` | asks the peers of flows whether they are alive |
 //! | `shares` | permits of connections and handshakes, by pod and source address |
 //! | `workers` | the threads that carry flows |
 //! | `drain` | ends flows and listeners in order |
@@ -24,6 +25,7 @@ pub mod openings;
 pub mod outbound;
 pub mod sessions;
 pub mod shares;
+pub mod watches;
 pub mod workers;
 
 use std::{
@@ -32,6 +34,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::fd::AsFd,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
@@ -41,7 +44,7 @@ use tacit_core::{
     shares::{self as bounds, Capacity},
     spiffe::SpiffeId,
 };
-use tacit_kernel::socket::{AppStream, ClientNotStored};
+use tacit_kernel::socket::{AppStream, ClientNotStored, peer::limit_silence};
 use tacit_tunnel::{TlsInfo, socket::reset};
 use tokio_util::sync::CancellationToken;
 
@@ -54,6 +57,7 @@ use crate::{
         openings::Openings,
         sessions::Sessions,
         shares::Shares,
+        watches::{Watched, Watches},
         workers::{Load, Workers},
     },
     recheck::Rechecks,
@@ -70,7 +74,7 @@ pub struct Proxy {
     /// Pods of this node.
     pub pods: Arc<ArcSwap<Pods>>,
     /// Connections that the kernel holds.
-    pub openings: Openings,
+    pub openings: Arc<Openings>,
     /// Tunnel sessions.
     pub sessions: Sessions,
     /// Use of the agent by each pod and each source address.
@@ -79,6 +83,10 @@ pub struct Proxy {
     pub telemetry: Telemetry,
     /// Decides again on live flows.
     pub rechecks: Arc<Rechecks>,
+    /// Watches of the peers of live flows.
+    pub watches: Arc<Watches>,
+    /// Silence of a peer after which its flows end.
+    tunnel_timeout: Duration,
     /// Ends listeners and flows.
     pub drain: Drain,
     dialer: Dialer,
@@ -101,15 +109,18 @@ impl Proxy {
         workers: Workers,
         telemetry: Telemetry,
         capacity: Capacity,
+        tunnel_timeout: Duration,
     ) -> Self {
         Self {
             snapshots,
             pods: Arc::default(),
-            openings: Openings::default(),
+            openings: Arc::default(),
             sessions: Sessions::new(workers.count(), bounds::IDLE_SESSIONS.bounds(capacity)),
             shares: Shares::new(capacity),
             telemetry,
             rechecks: Arc::default(),
+            watches: Arc::default(),
+            tunnel_timeout,
             drain: Drain::default(),
             dialer,
             balancer: Balancer::default(),
@@ -166,6 +177,23 @@ impl Proxy {
             reporter: by,
             source: self.snapshots.party(addresses.source, source),
             destination: self.snapshots.party(addresses.destination, destination),
+        }
+    }
+
+    /// Returns a watch of the peer of a flow, whose application's connection in `pod` is `app`.
+    fn watch(&self, pod: &Pod, app: &AppStream) -> Watched {
+        let (openings, slot, netns_cookie) = (self.openings.clone(), pod.slot(), pod.netns.cookie());
+        self.watches.add(netns_cookie, app, self.tunnel_timeout, move |ends, app, news| {
+            if let Some(openings) = openings.get(slot, netns_cookie) {
+                openings.tell(&ends, app, news);
+            }
+        })
+    }
+
+    /// Ends `connection` to another node when its peer is silent for the configured time.
+    fn limit_silence(&self, connection: &impl AsFd) {
+        if let Err(error) = limit_silence(connection, self.tunnel_timeout) {
+            tracing::debug!(%error, "a connection has no keep-alive");
         }
     }
 

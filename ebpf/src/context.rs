@@ -86,8 +86,10 @@ struct SocketTupleV6 {
 }
 
 mod skb;
+mod timers;
 
 pub use skb::{Skb, has_capture_listener, is_syn_cookie};
+pub use timers::TimerOption;
 
 /// Family of the hook, which decides the context field that holds the address.
 #[derive(Clone, Copy)]

@@ -8,6 +8,7 @@
 //! either      --CLOSE--------> the entry is removed if it still exists; the agent gets a record if a captured connection has
 //!                              ended whose handshake with its listener had not
 //! agent's listener            --TIMEOUT_INIT--> a captured connection's handshake has a socket, see `recent`
+//! either, later               --PARSE_HDR_OPT--> the agent tells of the peer, see `silence`
 //! others with plaintext       --PASSIVE_ESTABLISHED--> the application's socket is marked for the guard
 //! ```
 //! TCP_CONNECT runs after the source port is chosen and before the SYN is sent. PASSIVE_ESTABLISHED runs while the new
@@ -15,6 +16,7 @@
 
 use aya_ebpf::{
     bindings::{
+        BPF_SOCK_OPS_PARSE_HDR_OPT_CB, BPF_SOCK_OPS_PARSE_UNKNOWN_HDR_OPT_CB_FLAG,
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
         BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TIMEOUT_INIT, BPF_TCP_CLOSE,
     },
@@ -31,7 +33,7 @@ use crate::{
     maps::STEERED,
     node_flows,
     pending::{self, Table},
-    recent,
+    recent, silence,
 };
 
 /// Return value of the program. The kernel ignores it for the operations that are handled here.
@@ -48,6 +50,7 @@ pub fn run(ctx: &SockOpsContext) -> u32 {
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => inherit_names(&sock, &ends),
         BPF_SOCK_OPS_TIMEOUT_INIT => note_handshake(&loaded.of_handshake()),
         BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => remove_pending(&sock, &ends),
+        BPF_SOCK_OPS_PARSE_HDR_OPT_CB => silence::told(&sock),
         _ => {}
     }
     DONE
@@ -83,7 +86,11 @@ fn publish(sock: &SockOps<'_>, ends: &Ends) {
     sock.limit_unsent();
     if stored {
         // The flag makes the kernel call this program at CLOSE. It is always set on a full socket.
-        sock.add_callback_flag(BPF_SOCK_OPS_STATE_CB_FLAG);
+        let told = match names.kind {
+            names_kind::CAPTURED => BPF_SOCK_OPS_PARSE_UNKNOWN_HDR_OPT_CB_FLAG,
+            _ => 0,
+        };
+        sock.add_callback_flag(BPF_SOCK_OPS_STATE_CB_FLAG | told);
         return;
     }
     count(lost);
@@ -109,6 +116,7 @@ fn inherit_names(sock: &SockOps<'_>, ends: &Ends) {
     let Some(client) = pending::take(Table::Dialled, &key) else { return };
     sock.use_reno();
     sock.limit_unsent();
+    sock.add_callback_flag(BPF_SOCK_OPS_PARSE_UNKNOWN_HDR_OPT_CB_FLAG);
     keep(sock, client, names_kind::ACCEPTED, Reason::NamesFull);
 }
 

@@ -64,7 +64,7 @@ fn decide(ctx: &SkBuffContext) -> bool {
             true
         }
         Hold::Hold(pod, destination) => {
-            count(if hand_over(&skb, &pod, destination) {
+            count(if hand_over(&skb, &pod, destination, held_kind::SYN) {
                 Reason::ConnectHeld
             } else {
                 Reason::ConnectHeldFull
@@ -75,7 +75,7 @@ fn decide(ctx: &SkBuffContext) -> bool {
 }
 
 #[inline(always)]
-fn ring_of(slot: u32) -> &'static HeldRing {
+pub fn ring_of(slot: u32) -> &'static HeldRing {
     match held_ring(slot) {
         0 => &HELD_0,
         1 => &HELD_1,
@@ -94,9 +94,9 @@ fn takes_share(ring: &'static HeldRing, slot: u32) -> bool {
     unsafe { (*share).take(consumed, || context::ring_position(ring, RingPosition::Produced)) }
 }
 
-/// Hands the SYN to the agent; false if the ring is full, or the pod's share of it is used.
+/// Hands the packet to the agent; false if the ring is full, or the pod's share of it is used.
 #[inline(always)]
-fn hand_over(skb: &Skb<'_>, pod: &Pod, destination: Destination) -> bool {
+pub fn hand_over(skb: &Skb<'_>, pod: &Pod, destination: Destination, kind: u32) -> bool {
     if skb.len() < HELD_PACKET_MIN as u32 {
         return false;
     }
@@ -108,7 +108,7 @@ fn hand_over(skb: &Skb<'_>, pod: &Pod, destination: Destination) -> bool {
     let at: *mut HeldSyn = record.as_mut_ptr();
     // SAFETY: the record is reserved for this program, of this type and aligned.
     let length = unsafe {
-        (&raw mut (*at).kind).write(held_kind::SYN);
+        (&raw mut (*at).kind).write(kind);
         (&raw mut (*at).slot).write(pod.slot);
         (&raw mut (*at).netns_cookie).write(pod.netns_cookie);
         (&raw mut (*at).destination).write(destination);

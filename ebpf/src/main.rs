@@ -25,7 +25,9 @@ mod names;
 mod node_flows;
 mod packet;
 mod pending;
+mod probes;
 mod recent;
+mod silence;
 mod steer;
 
 use aya_ebpf::{
@@ -87,7 +89,8 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
 
 #[cgroup_skb(egress)]
 pub fn guard_egress(ctx: SkBuffContext) -> i32 {
-    if held::passes(&ctx) && guard::socket(&ctx, Direction::Egress) { ALLOW } else { DENY }
+    let passes = held::passes(&ctx) && probes::passes(&ctx) && guard::socket(&ctx, Direction::Egress);
+    if passes { ALLOW } else { DENY }
 }
 
 #[cgroup_skb(ingress)]

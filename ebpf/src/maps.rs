@@ -7,9 +7,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use tacit_abi::{
-    Address, ClearKey, Destination, HELD_RING_BYTES, HeldShare, HeldSyn, LISTENERS_PER_POD, Link, MeshKey,
-    Names, NodeFlowCell, Pending, Pod, PodDrops, PortKey, REASONS, RECENT_CELLS, Settings, State, Steered,
-    Tuple, limits,
+    Address, ClearKey, Destination, HELD_RING_BYTES, HeldShare, HeldSyn, LISTENERS_PER_POD, Limits, Link,
+    MeshKey, Names, NodeFlowCell, Pending, Pod, PodDrops, PortKey, ProbeShare, REASONS, RECENT_CELLS,
+    Settings, State, Steered, Tuple, limits,
 };
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -111,6 +111,10 @@ pub static RECENT: Array<u64, { RECENT_CELLS as usize }> = Array::new();
 #[btf_map]
 pub static NAMES: SkStorage<Names> = SkStorage::new();
 
+/// Options of applications' sockets whose peers are silent, see `tacit_abi`'s `silence`. The kernel frees an entry with its socket.
+#[btf_map]
+pub static SILENCES: SkStorage<Limits> = SkStorage::new();
+
 /// Destinations of captured connections until the handshake with the agent's listener ends, see `pending`. Never full:
 /// each pod has its share. A connection without an entry is reset.
 #[btf_map]
@@ -142,6 +146,10 @@ pub static HELD_3: HeldRing = HeldRing::new();
 /// Pods' shares of the rings, by slot. Not pinned, like the rings.
 #[btf_map]
 pub static HELD_SHARES: Array<HeldShare, { limits::SLOTS as usize }> = Array::new();
+
+/// What is known of the agent that reads the probes of pods, by slot. Not pinned, like the rings.
+#[btf_map]
+pub static PROBE_SHARES: Array<ProbeShare, { limits::SLOTS as usize }> = Array::new();
 
 /// One counter for each `tacit_abi::Reason`, by its number.
 #[btf_map]

@@ -19,6 +19,11 @@ const AFFINITY_ENTRIES_MAX: usize = 65_536;
 /// tens of services with an affinity.
 const AFFINITY_PER_CLIENT_MAX: usize = 1024;
 
+/// Time for which an endpoint that did not answer is chosen only if there is no other. Its readiness has been probed again by then.
+const AVOIDED: Duration = Duration::from_secs(10);
+/// Maximum number of endpoints that one client avoids: those of some nodes that are gone. Clients are pods of this node.
+const AVOIDED_PER_CLIENT_MAX: usize = 64;
+
 /// A connection that wants an endpoint.
 #[derive(Debug, Clone, Copy)]
 pub struct EndpointRequest<'a> {
@@ -44,6 +49,9 @@ struct State {
     affinities: HashMap<IpAddr, HashMap<SocketAddr, AffinityEntry>>,
     /// Number of entries in `affinities`.
     affinity_count: usize,
+    /// Endpoints that did not answer a client, and the time until which the client avoids them. A client whose own rules drop its
+    /// packets misleads no other.
+    avoided: HashMap<IpAddr, HashMap<SocketAddr, Instant>>,
     /// Earliest time of the next removal of expired entries of all clients.
     next_sweep: Option<Instant>,
 }
@@ -62,6 +70,11 @@ pub struct PickedEndpoint {
 }
 
 impl PickedEndpoint {
+    /// Notes that it does not answer `client` any more, see [`Balancer::avoid`].
+    pub fn avoid(&self, client: IpAddr, now: Instant) {
+        self.balancer.avoid(client, self.endpoint, now);
+    }
+
     /// Returns its address.
     #[must_use]
     pub fn endpoint(&self) -> SocketAddr {
@@ -97,9 +110,17 @@ impl Balancer {
             Affinity::None => None,
             Affinity::ClientIp(_) => state.sticky(request, now),
         };
-        let query = EndpointQuery { node: request.node, sticky, tried, random: random() };
+        let avoided = state.avoided_beside(request.client, tried, now);
         let load = |endpoint| state.flows.get(&endpoint).copied().unwrap_or(0);
-        let endpoint = choose(request.service, request.address, &query, load)?.address;
+        let query = EndpointQuery { node: request.node, sticky, tried, random: random() };
+        let preferred = avoided.and_then(|avoided| {
+            choose(request.service, request.address, &EndpointQuery { tried: &avoided, ..query }, load).ok()
+        });
+        let endpoint = match preferred {
+            Some(endpoint) => endpoint,
+            None => choose(request.service, request.address, &query, load)?,
+        };
+        let endpoint = endpoint.address;
         *state.flows.entry(endpoint).or_default() += 1;
         Ok(PickedEndpoint { balancer: self.clone(), endpoint })
     }
@@ -117,12 +138,32 @@ impl Balancer {
         self.state().record_affinity((request.client, request.address), endpoint, now, time);
     }
 
+    /// Notes that an endpoint does not answer a client: others are chosen for some seconds.
+    pub fn avoid(&self, client: IpAddr, endpoint: SocketAddr, now: Instant) {
+        let mut state = self.state();
+        state.avoided.retain(|_, own| {
+            own.retain(|_, until| now < *until);
+            !own.is_empty()
+        });
+        let own = state.avoided.entry(client).or_default();
+        if own.len() < AVOIDED_PER_CLIENT_MAX {
+            own.insert(endpoint, now + AVOIDED);
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl State {
+    /// Returns the endpoints that the client avoids, and those `tried`; `None` if it avoids none.
+    fn avoided_beside(&self, client: IpAddr, tried: &[SocketAddr], now: Instant) -> Option<Vec<SocketAddr>> {
+        let own = self.avoided.get(&client)?;
+        let avoided = own.iter().filter(|(_, until)| now < **until).map(|(endpoint, _)| *endpoint);
+        Some(avoided.chain(tried.iter().copied()).collect())
+    }
+
     fn sticky(&self, request: &EndpointRequest<'_>, now: Instant) -> Option<SocketAddr> {
         let entry = self.affinities.get(&request.client)?.get(&request.address)?;
         (now < entry.until).then_some(entry.endpoint)
@@ -245,6 +286,32 @@ mod tests {
         let picks: Vec<_> =
             (0..200).map(|_| balancer.pick(&request(&service, 2), &[], now).expect("one")).collect();
         assert!(picks.iter().any(|picked| picked.endpoint() != first), "free again after {time:?}");
+    }
+
+    #[test]
+    fn an_endpoint_that_did_not_answer_is_avoided_by_its_client_for_a_while() {
+        let (balancer, service) = (Balancer::default(), service(Affinity::None));
+        let now = Instant::now();
+        let gone = SocketAddr::from(([10, 0, 0, 1], 80));
+        balancer.avoid(request(&service, 2).client, gone, now);
+        let is_picked = |client, tried: &[SocketAddr], now| {
+            let picks = (0..200).map(|_| balancer.pick(&request(&service, client), tried, now).expect("one"));
+            picks.collect::<Vec<_>>().iter().any(|picked| picked.endpoint() == gone)
+        };
+        assert!(!is_picked(2, &[], now) && is_picked(3, &[], now));
+        assert!(is_picked(2, &[], now + AVOIDED), "no longer avoided");
+        let others: Vec<SocketAddr> = (2..=4).map(|i| SocketAddr::from(([10, 0, 0, i], 80))).collect();
+        assert!(is_picked(2, &others, now), "the only one that is left");
+        for port in 0..2 * AVOIDED_PER_CLIENT_MAX {
+            let endpoint = SocketAddr::from(([10, 0, 0, 9], u16::try_from(port).expect("a port")));
+            balancer.avoid(request(&service, 2).client, endpoint, now);
+        }
+        assert_eq!(
+            balancer.state().avoided.values().map(HashMap::len).collect::<Vec<_>>(),
+            [AVOIDED_PER_CLIENT_MAX]
+        );
+        balancer.avoid(request(&service, 3).client, gone, now + AVOIDED);
+        assert_eq!(balancer.state().avoided.len(), 1, "expired ones are removed");
     }
 
     #[test]

@@ -128,6 +128,12 @@ reasons! {
 }
 
 impl RefusalReason {
+    /// Returns true if the destination or its node does not answer at all.
+    #[must_use]
+    pub fn is_silence(self) -> bool {
+        matches!(self, Self::PeerUnreachable | Self::Unreachable | Self::TimedOut | Self::Timeout)
+    }
+
     /// Returns how a waiting `connect()` ends. What passes with time is not answered, so that the application's kernel asks
     /// again: without Tacit a full backlog or a lost packet has this effect. A tunnel that breaks before the answer is such a
     /// case.

@@ -1,5 +1,5 @@
-//! Records of held connections that the programs hand over: the SYN of a captured connection, and the end of one that nobody
-//! has accepted.
+//! Records of held connections that the programs hand over: the SYN of a captured connection, the end of one that nobody
+//! has accepted, and the probes of applications' connections.
 //!
 //! A record that is lost in a full ring costs time, not the connection: the application's kernel sends its SYN again.
 
@@ -9,7 +9,11 @@ use aya::maps::{MapData, RingBuf};
 use tacit_abi::{HELD_RINGS, HeldEnd, HeldSyn, Tuple, held_kind};
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{Kernel, KernelError, inject::Syn, maps::ip};
+use super::{
+    Kernel, KernelError,
+    inject::{Probe, Syn},
+    maps::ip,
+};
 
 /// Names of the rings, by index.
 const RINGS: [&str; HELD_RINGS as usize] = ["HELD_0", "HELD_1", "HELD_2", "HELD_3"];
@@ -54,6 +58,15 @@ pub enum Held {
         netns_cookie: u64,
         /// Its ends.
         ends: HeldEnds,
+    },
+    /// A probe was held.
+    Probe {
+        /// The pod's slot.
+        slot: u32,
+        /// Cookie of the pod's network namespace.
+        netns_cookie: u64,
+        /// The probe. Its client is the application's end, whichever side opened the connection.
+        probe: Probe,
     },
 }
 
@@ -127,6 +140,11 @@ fn parse(bytes: &[u8]) -> Option<Held> {
                 syn: Syn::parse(held.packet.get(..held.length as usize)?)?,
             }))
         }
+        held_kind::PROBE => {
+            let held: HeldSyn = read_plain(bytes)?;
+            let probe = Probe::parse(held.packet.get(..held.length as usize)?)?;
+            Some(Held::Probe { slot: held.slot, netns_cookie: held.netns_cookie, probe })
+        }
         held_kind::END => {
             let HeldEnd { slot, tuple, .. } = read_plain(bytes)?;
             Some(Held::Ended { slot, netns_cookie: tuple.netns_cookie, ends: ends(&tuple)? })
@@ -191,6 +209,18 @@ mod tests {
         assert_eq!((held.slot, held.netns_cookie, held.is_repeated), (3, 7, true));
         assert_eq!(held.destination, "10.77.2.3:80".parse().expect("literal"));
         assert_eq!(held.syn.ends().target, "127.100.1.2:15056".parse().expect("literal"));
+    }
+
+    #[test]
+    fn a_probe_is_read_with_its_ends() {
+        let mut held = HeldSyn { kind: held_kind::PROBE, ..held_syn(SYN_V4.len()) };
+        assert_eq!(parse(&bytes_of(&held)), None, "a SYN is no probe");
+        // ACK instead of SYN.
+        held.packet[33] = 0x10;
+        let Some(Held::Probe { slot: 3, netns_cookie: 7, probe }) = parse(&bytes_of(&held)) else {
+            panic!("no record")
+        };
+        assert_eq!(probe.ends().target, "127.100.1.2:15001".parse().expect("literal"));
     }
 
     #[test]

@@ -10,13 +10,20 @@ use std::{
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::netns::{HostNetns, Netns};
+use tacit_abi::Told;
+
+use super::{
+    held::HeldEnds,
+    netns::{HostNetns, Netns},
+};
 
 mod packet;
+mod told;
 
-pub use packet::Syn;
 #[cfg(test)]
 pub(super) use packet::testing;
+pub use packet::{Probe, Syn};
+pub use told::Numbers;
 
 /// Receive buffer in bytes, which the kernel raises to its least. Nothing is read from these sockets, and a pod can send to
 /// them.
@@ -65,6 +72,22 @@ impl Injector {
     /// The kernel's.
     pub fn deliver(&self, syn: &Syn) -> io::Result<()> {
         self.send(&syn.complete(), syn.ends().target)
+    }
+
+    /// Delivers a probe. The kernel of the agent's end answers it, and the application's kernel notes that its peer is alive.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn deliver_probe(&self, probe: &Probe) -> io::Result<()> {
+        self.send(&probe.complete(), probe.ends().target)
+    }
+
+    /// Tells the application's kernel of the peer of the connection with these ends and numbers.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn tell(&self, ends: &HeldEnds, numbers: Numbers, told: Told) -> io::Result<()> {
+        self.send(&told::segment(ends.target, ends.client, numbers, told), ends.client)
     }
 
     /// Refuses the connection: the application's `connect()` fails with ECONNREFUSED.

@@ -16,7 +16,7 @@ use aya::maps::{
 };
 use ipnet::IpNet;
 use tacit_abi::{
-    Address, Destination, Listener, MeshKey, Mode, Names, Pending, Pod, REASONS, Tuple, limits,
+    Address, Destination, Listener, MeshKey, Mode, Names, Pending, Pod, ProbeShare, REASONS, Tuple, limits,
     listener_index, names_kind, pod_flag, steer_flag,
 };
 
@@ -25,6 +25,7 @@ use super::{KernelError, link, programs::Programs};
 mod guard;
 mod modes;
 mod node_services;
+mod probes;
 
 use guard::GuardMaps;
 pub use guard::{DropCount, PlaintextDestination};
@@ -151,6 +152,7 @@ pub struct Maps {
     pending: Array<MapData, Pending>,
     counters: PerCpuArray<MapData, u64>,
     guard: GuardMaps,
+    probe_shares: Mutex<Array<MapData, ProbeShare>>,
 }
 
 impl Maps {
@@ -169,6 +171,7 @@ impl Maps {
             pending: unlocked(programs, "PENDING")?,
             counters: unlocked(programs, "COUNTERS")?,
             guard: GuardMaps::take(programs)?,
+            probe_shares: typed(programs, "PROBE_SHARES")?,
         })
     }
 

@@ -59,7 +59,7 @@ const STEER: &str = "steer";
 const ESTABLISHED: &str = "established";
 
 /// Maps that outlive the agent.
-pub(super) const MAPS: [&str; 24] = [
+pub(super) const MAPS: [&str; 25] = [
     "STATE",
     "AGENTS",
     "CLEAR",
@@ -80,6 +80,7 @@ pub(super) const MAPS: [&str; 24] = [
     "DISCARD",
     "RECENT",
     "NAMES",
+    "SILENCES",
     "CAPTURED",
     "DIALLED",
     "PENDING",

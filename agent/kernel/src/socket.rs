@@ -25,6 +25,7 @@ use super::{
 mod app_stream;
 mod foreign;
 mod listeners;
+pub mod peer;
 
 pub use app_stream::{AppStream, Polled, send_urgent};
 pub use foreign::foreign_listener;

@@ -184,8 +184,9 @@ fn proxy(
         .map_err(system("start the threads that carry flows"))?;
     let dialer = Dialer::new(kernel.clone(), node.host.clone());
     let capacity = Capacity { descriptors: node.descriptors };
-    let proxy = Arc::new(Proxy::new(snapshots, dialer, workers, telemetry, capacity));
+    let proxy = Arc::new(Proxy::new(snapshots, dialer, workers, telemetry, capacity, config.tunnel_timeout));
     accept::serve_held(&proxy, kernel.held_rings()?);
+    accept::serve_watches(&proxy);
     Ok(proxy)
 }
 

@@ -44,6 +44,7 @@ fn a_minimal_file_gets_the_defaults() {
         metrics: "127.0.0.1:15020".parse().expect("valid"),
         successor_timeout: Duration::from_secs(10),
         drain_timeout: Duration::from_secs(10),
+        tunnel_timeout: Duration::from_secs(900),
         heartbeat_timeout: Duration::from_secs(3),
         unnamed_pod_timeout: Duration::from_secs(60),
         allow_clear: Vec::new(),
@@ -58,7 +59,7 @@ fn every_field_can_be_set() {
     let text = MINIMAL.replace("directory: issuer}", "directory: issuer, leafLifetime: 1h30m}")
         + "rootNamespace: mesh\npinPath: /sys/fs/bpf/b/\nsocket: b.sock\nmetrics: \"[::1]:9\"\ndrainTimeout: 0s\nsuccessorTimeout: 5m\n\
            heartbeatTimeout: 1s\nallowClear: [\"10.96.0.10:53/udp\"]\nworkers: 2\nserviceRanges: [10.96.0.0/12]\n\
-           busyPollMicroseconds: 0\nminimumMode: STRICT\nstatePath: /var/lib/mesh/\n";
+           busyPollMicroseconds: 0\nminimumMode: STRICT\nstatePath: /var/lib/mesh/\ntunnelTimeout: 30s\n";
     let config = parse(&text).expect("valid");
     assert_eq!(&*config.root_namespace, "mesh");
     assert_eq!(config.minimum_mode, Mode::Strict);
@@ -68,6 +69,7 @@ fn every_field_can_be_set() {
     assert_eq!(config.metrics, "[::1]:9".parse().expect("valid"));
     assert_eq!(config.drain_timeout, Duration::ZERO);
     assert_eq!(config.successor_timeout, Duration::from_secs(300));
+    assert_eq!(config.tunnel_timeout, Duration::from_secs(30));
     assert_eq!(config.heartbeat_timeout, Duration::from_secs(1));
     assert_eq!(config.allow_clear.len(), 1);
     assert_eq!(config.captured_ranges().len(), 3);
@@ -167,6 +169,8 @@ fn bounds_of_single_fields_hold() {
         ("metrics: localhost:15020".to_owned(), "no address with a port"),
         ("drainTimeout: 601s".to_owned(), "from 0s to 10m"),
         ("successorTimeout: 301s".to_owned(), "from 0s to 5m"),
+        ("tunnelTimeout: 901s".to_owned(), "from 1s to 15m"),
+        ("tunnelTimeout: 999ms".to_owned(), "from 1s to 15m"),
         ("heartbeatTimeout: 500ms".to_owned(), "from 1s to 1m"),
         ("unnamedPodTimeout: 0s".to_owned(), "from 1s to 1h"),
         ("allowClear: [\"10.0.0.1:53\"]".to_owned(), "write address, port and protocol"),
@@ -248,6 +252,7 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
         ("metrics", "127.0.0.1:15020"),
         ("successorTimeout", "10s"),
         ("drainTimeout", "10s"),
+        ("tunnelTimeout", "15m"),
         ("heartbeatTimeout", "3s"),
         ("unnamedPodTimeout", "60s"),
     ] {

@@ -17,7 +17,9 @@ use tacit_kernel::{
 use crate::{
     enrol::Pod,
     proxy::{
-        Addresses, LOOPBACK_UNREAD, Proxy, canonical, inbound,
+        Addresses, LOOPBACK_UNREAD, Proxy, canonical,
+        dialer::Serving,
+        inbound,
         openings::PodOpenings,
         outbound::{self, opening},
         shares::ConnectionPermit,
@@ -55,6 +57,19 @@ pub fn serve_pod(proxy: &Arc<Proxy>, pod: &Arc<Pod>, listeners: Listeners) {
     for held in proxy.openings.add(&openings) {
         opening::start(proxy, &openings, held);
     }
+    proxy.dialer.set_probes_served(pod, Serving::Yes);
+}
+
+/// Has flows look at their peers, until the agent ends.
+pub fn serve_watches(proxy: &Arc<Proxy>) {
+    let on = proxy.clone();
+    let failed = proxy.workers.failed().clone();
+    proxy.workers.handle(0).spawn(vital(failed, async move {
+        tokio::select! {
+            () = on.drain.cut.cancelled() => {}
+            () = on.watches.look() => {}
+        }
+    }));
 }
 
 /// Accepts what a delivered SYN has brought, without the turns of the thread that waking the listener's task takes.
@@ -121,7 +136,9 @@ impl Entrance {
         self.spawn(move |entrance| async move {
             let admit = |connection, peer| entrance.admit_captured(&openings, connection, peer);
             entrance.accept_on(listener, entrance.until_opened(&openings), admit).await;
-            entrance.proxy.openings.remove(&openings);
+            if entrance.proxy.openings.remove(&openings) {
+                entrance.proxy.dialer.set_probes_served(&entrance.pod, Serving::No);
+            }
         });
     }
 

@@ -16,6 +16,15 @@ use crate::enrol::Pod;
 /// Limit for an application to accept a connection. It is on this node, so a longer wait means a full backlog.
 const APPLICATION_CONNECT: Duration = Duration::from_secs(5);
 
+/// Whether this agent answers the probes of a pod's applications.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Serving {
+    /// It does.
+    Yes,
+    /// Probes pass to the kernel of the agent's end.
+    No,
+}
+
 /// Opens sockets in the namespaces of pods and exchanges addresses with the kernel's maps.
 pub struct Dialer {
     kernel: Arc<Kernel>,
@@ -95,6 +104,14 @@ impl Dialer {
         let socket = socket::plaintext(&pod.netns, &self.host, destination)?;
         self.kernel.maps.set_disabled(&socket, destination).map_err(io::Error::other)?;
         socket::connected(socket, destination, limit).await
+    }
+
+    /// Has the probes of `pod` handed to this agent, or not any more. On an error they pass.
+    pub(super) fn set_probes_served(&self, pod: &Pod, serving: Serving) {
+        let cookie = if serving == Serving::Yes { pod.netns.cookie() } else { 0 };
+        if let Err(error) = self.kernel.maps.set_probes_served(pod.slot(), cookie) {
+            tracing::error!(%error, pod = %pod.workload.name, "keep-alive of the pod's applications ends at the agent");
+        }
     }
 
     /// Returns the destination of a captured connection that the agent accepted.

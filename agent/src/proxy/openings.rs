@@ -15,13 +15,14 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
-use tacit_abi::{limits, tcp_port};
+use tacit_abi::{Told, limits, tcp_port};
 use tacit_core::refusal::ConnectEnd;
 use tacit_kernel::{
     held::{HeldConnect, HeldEnds},
-    inject::{Injector, Syn, Unreachable},
-    socket,
+    inject::{Injector, Probe, Syn, Unreachable},
+    socket::{self, AppStream, peer},
 };
+use tacit_tunnel::relay::News;
 use tokio::sync::{Notify, oneshot};
 
 use crate::enrol::Pod;
@@ -109,6 +110,20 @@ impl PodOpenings {
     /// Lets the other agent accept a connection that it has no opening for: it connects to the destination then.
     pub fn pass_foreign(&self, syn: &Syn) {
         self.log_failure(self.injector.deliver(syn));
+    }
+
+    /// Has the kernel of the agent's end answer a probe of an application.
+    pub fn answer_probe(&self, probe: &Probe) {
+        self.log_failure(self.injector.deliver_probe(probe));
+    }
+
+    /// Tells the kernel of the application at `ends` of its peer. `app` is the agent's end of the connection.
+    pub fn tell(&self, ends: &HeldEnds, app: &AppStream, news: News) {
+        let told = match news {
+            News::Silent(limit) => Told::Silent(u32::try_from(limit.as_millis()).unwrap_or(u32::MAX)),
+            News::Alive => Told::Alive,
+        };
+        self.log_failure(peer::numbers(app).and_then(|numbers| self.injector.tell(ends, numbers, told)));
     }
 
     /// Refuses a connection that no opening is for.
@@ -290,14 +305,24 @@ impl Openings {
         parked.into()
     }
 
-    /// No longer serves a pod, and cancels what is being opened.
-    pub fn remove(&self, openings: &Arc<PodOpenings>) {
+    /// No longer serves a pod, and cancels what is being opened. Returns true if the pod was served by these openings.
+    pub fn remove(&self, openings: &Arc<PodOpenings>) -> bool {
         let mut pods = self.lock();
-        if pods.by_slot.get(&openings.pod.slot()).is_some_and(|current| Arc::ptr_eq(current, openings)) {
+        let current = pods.by_slot.get(&openings.pod.slot());
+        let is_current = current.is_some_and(|current| Arc::ptr_eq(current, openings));
+        if is_current {
             pods.by_slot.remove(&openings.pod.slot());
         }
         drop(pods);
         openings.close();
+        is_current
+    }
+
+    /// Returns the openings of the pod with this slot and network namespace.
+    #[must_use]
+    pub fn get(&self, slot: u32, netns_cookie: u64) -> Option<Arc<PodOpenings>> {
+        let found = self.lock().by_slot.get(&slot).map(Arc::clone)?;
+        (found.pod.netns.cookie() == netns_cookie).then_some(found)
     }
 
     /// Returns the openings of the pod that a held connection is of. Keeps the connection if its pod is not served yet.

@@ -16,7 +16,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::{Arc, atomic::Ordering::Relaxed},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tacit_abi::tcp_port;
@@ -29,7 +29,7 @@ use tacit_core::{
 };
 use tacit_kernel::socket::AppStream;
 use tacit_tunnel::{
-    relay::{self, PodBulk},
+    relay::{self, App, PodBulk, Remote},
     socket,
 };
 
@@ -206,22 +206,34 @@ fn carry(
             let flow = path.telemetry.open_flow(spec);
             let (relayed, bulk) = (path.clone(), path.shares.bulk.of(pod.cgroup));
             let revoked = plaintext_revoked(&path, &pod, destination);
-            relay_plain(relayed, (app, server), (flow, bulk), revoked, endpoint).await;
+            path.limit_silence(&server);
+            let watched = path.watch(&pod, &app);
+            let remote = Some((App::Destination, watched.watching()));
+            relay_plain(relayed, (app, server), (flow, bulk), revoked, remote).await;
+            drop(endpoint);
         }),
         Upstream::SameNode(server, spec, target, admitted) => Box::pin(async move {
             let flow = (path.telemetry.open_flow(spec), path.shares.bulk.of(pod.cgroup));
             let revoked = admitted.revoked(&path.rechecks, &target);
-            relay_plain(path, (app, server), flow, revoked, endpoint).await;
+            relay_plain(path, (app, server), flow, revoked, None).await;
+            drop(endpoint);
         }),
         Upstream::Tunnel(Tunnel { session, optimistic_bytes, spec, key }) => {
             let live = path.telemetry.open_flow(spec);
             live.counters().sent.fetch_add(optimistic_bytes, Relaxed);
             let bulk = path.shares.bulk.of(pod.cgroup);
+            let watched = path.watch(&pod, &app);
             Box::pin(async move {
                 let (end, session) = tokio::select! {
-                    ended = relay::tunnelled(app, session, live.counters(), &bulk) => ended,
+                    ended = relay::tunnelled(app, session, live.counters(), &bulk, watched.watching()) => ended,
                     () = path.drain.cut.cancelled() => return live.close("cut"),
                 };
+                if end.is_silence() {
+                    path.sessions.close_to(key.pod, key.server);
+                    if let Some(endpoint) = &endpoint {
+                        endpoint.avoid(live.spec().ends.source.address.ip(), Instant::now());
+                    }
+                }
                 live.close(end.label());
                 if let Some(session) = session
                     && !pod.closed.is_cancelled()
@@ -386,14 +398,14 @@ async fn relay_plain(
     (app, server): (AppStream, AppStream),
     (flow, bulk): (LiveFlow, PodBulk),
     revoked: impl Future<Output = Refusal>,
-    _endpoint: Option<Box<PickedEndpoint>>,
+    remote: Option<Remote<'_>>,
 ) {
     let end = tokio::select! {
         // Policy may have changed while the upstream was connected: no byte is relayed before it is asked again.
         biased;
         refusal = revoked => return authorize::revoke(&path.telemetry, flow, &refusal),
         () = path.drain.cut.cancelled() => "cut",
-        end = relay::plain(app, server, flow.counters(), &bulk) => end.label(),
+        end = relay::plain(app, server, flow.counters(), &bulk, remote) => end.label(),
     };
     flow.close(end);
 }

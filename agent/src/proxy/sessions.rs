@@ -102,6 +102,11 @@ impl Sessions {
         });
     }
 
+    /// Closes the idle sessions of a pod to a server that does not answer any more. Another pod may reach the server.
+    pub fn close_to(&self, pod: PodId, server: IpAddr) {
+        self.close_removed(|pool| pool.clear_where(|key, _| key.pod == pod && key.server == server));
+    }
+
     /// Closes all idle sessions.
     pub fn close_all(&self) {
         self.close_removed(|pool| pool.clear_where(|_, _| true));

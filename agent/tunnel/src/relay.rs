@@ -17,11 +17,13 @@ pub(crate) mod testing;
 mod tunnelled;
 #[cfg(test)]
 mod urgent;
+mod watch;
 
 pub use bulk::{BulkShare, PodBulk};
 pub use busy_poll::{connection_proceeds, connection_started};
-pub use plain::plain;
+pub use plain::{Remote, plain};
 pub use tunnelled::tunnelled;
+pub use watch::{Answer, News, Tell, Watch, Watching};
 
 use crate::TunnelError;
 
@@ -52,6 +54,8 @@ pub enum FlowEnd {
     Reset(App),
     /// The tunnel failed. The local application was reset.
     TunnelLost(TunnelError),
+    /// The kernel of the peer was silent for the limit, although it was asked.
+    PeerSilent,
 }
 
 impl FlowEnd {
@@ -63,6 +67,17 @@ impl FlowEnd {
             Self::Reset(App::Source) => "reset_by_source",
             Self::Reset(App::Destination) => "reset_by_destination",
             Self::TunnelLost(_) => "tunnel_lost",
+            Self::PeerSilent => "peer_silent",
+        }
+    }
+
+    /// Returns true if the peer's node does not answer any more.
+    #[must_use]
+    pub fn is_silence(&self) -> bool {
+        match self {
+            Self::PeerSilent => true,
+            Self::TunnelLost(TunnelError::Io(error)) => error.kind() == std::io::ErrorKind::TimedOut,
+            _ => false,
         }
     }
 }

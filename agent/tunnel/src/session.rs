@@ -27,6 +27,7 @@ use tacit_core::{
     },
 };
 use tacit_identity::{certificate::Validity, credentials::Credentials};
+use tacit_kernel::socket::peer::peer_state;
 use tokio::{net::TcpStream, time::timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -49,6 +50,11 @@ pub use optimistic_data::OptimisticData;
 pub const SERVER_IDLE: Duration = Duration::from_secs(120);
 /// Limit for the answer to OPEN. It exceeds the server's limit for connecting to the destination.
 const OPEN_MAX: Duration = Duration::from_secs(30);
+/// Time in which the kernel of a peer acknowledges OPEN, unless the peer is gone: the first repetition of a lost packet is sent, and
+/// a delayed acknowledgement is due. A longer round trip gets [`OPEN_ROUND_TRIPS`].
+const OPEN_ACKNOWLEDGED: Duration = Duration::from_millis(300);
+/// Round trips for the same.
+const OPEN_ROUND_TRIPS: u32 = 4;
 /// Limit for a server to send its answer of a few bytes.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 
@@ -61,6 +67,9 @@ pub enum OpenError {
     /// The session ended before the server answered. The flow may be retried on a new session.
     #[error("the session ended before the destination's agent answered: {0}")]
     Stale(#[source] TunnelError),
+    /// The peer's kernel did not acknowledge OPEN. The flow may be tried on a new session, unless data of it was sent.
+    #[error("the peer of an idle session does not answer")]
+    Silent,
     /// The tunnel failed, and a retry on a new session would fail too.
     #[error(transparent)]
     Tunnel(TunnelError),
@@ -76,6 +85,7 @@ impl OpenError {
         match self {
             Self::Denied(reason) => reason.reason(),
             Self::Stale(_) => RefusalReason::Stale,
+            Self::Silent => RefusalReason::PeerUnreachable,
             Self::Tunnel(error) => error.reason(),
             Self::Abandoned => RefusalReason::ResetBySource,
         }
@@ -174,6 +184,11 @@ impl Session {
         self.role
     }
 
+    /// Returns the connection.
+    pub(crate) fn tcp(&self) -> &TcpStream {
+        self.tls.tcp()
+    }
+
     /// Returns the local address of the connection.
     ///
     /// # Errors
@@ -211,7 +226,8 @@ impl Session {
         self.state == FlowState::Idle && self.receive_buffer.is_empty() && self.tls.is_quiet()
     }
 
-    /// Client: opens a flow and waits for the answer, at most `OPEN_MAX`. Data that `optimistic` has already sent leaves with
+    /// Client: opens a flow and waits for the answer, at most `OPEN_MAX`, or until the peer has not acknowledged OPEN for a few round
+    /// trips. Data that `optimistic` has already sent leaves with
     /// OPEN. In that case later data is also sent before the answer arrives.
     ///
     /// # Errors
@@ -225,7 +241,7 @@ impl Session {
             optimistic.and_then(|optimistic| optimistic.app_read_now().map(|first| (optimistic, first)));
         let optimistic_data = if optimistic.is_some() { OptimisticMode::On } else { OptimisticMode::Off };
         self.send(&Control::Open(Open { optimistic_data, ..*open }))?;
-        match bounded("the answer to OPEN", OPEN_MAX, self.wait_for_answer(optimistic)).await? {
+        match self.wait_for_answer(optimistic).await? {
             Received::Control(Control::Deny(reason)) => {
                 self.end_after_deny(optimistic_data);
                 Err(OpenError::Denied(reason))
@@ -233,6 +249,24 @@ impl Session {
             // `flow_state` has rejected everything except ACCEPT.
             _ => Ok(()),
         }
+    }
+
+    /// Looks at an answer to OPEN that has not come in `waited`. Returns the time at which to look again.
+    ///
+    /// # Errors
+    /// [`OpenError`], if it is not waited for any longer.
+    fn check_answer(&self, waited: Duration) -> Result<Duration, OpenError> {
+        if waited >= OPEN_MAX {
+            let timeout = TunnelError::Timeout { what: "the answer to OPEN", limit: OPEN_MAX };
+            return Err(OpenError::Tunnel(timeout));
+        }
+        let peer = peer_state(self.tls.tcp()).map_err(TunnelError::Io)?;
+        // The peer has acknowledged OPEN, and waits for its application.
+        if !peer.is_asked || peer.heard < waited {
+            return Ok(OPEN_MAX);
+        }
+        let patience = OPEN_ROUND_TRIPS * peer.round_trip;
+        if waited < patience { Ok(patience) } else { Err(OpenError::Silent) }
     }
 
     /// Server: returns the next flow that the client requests. Returns `None` if the client closed the session or was idle for

@@ -19,7 +19,6 @@ use rustls::{
     AlertDescription, ContentType, client::UnbufferedClientConnection, pki_types::ServerName,
     server::UnbufferedServerConnection,
 };
-use socket2::{SockRef, TcpKeepalive};
 use tacit_core::spiffe::SpiffeId;
 use tacit_identity::{
     certificate::{self, Validity},
@@ -42,12 +41,6 @@ use super::{
 
 /// Time limit of a handshake, which takes two round trips and about a millisecond of work.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
-
-/// A vanished peer node is detected after about two minutes without an answer. Keep-alive of the applications ends at their
-/// agents and cannot detect it.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEPALIVE_PROBES: u32 = 6;
 
 /// An established TLS connection.
 pub(crate) struct TlsStream {
@@ -72,7 +65,7 @@ pub(crate) async fn connect(
     own: &Credentials,
     expected: &SpiffeId,
 ) -> Result<Established, TunnelError> {
-    prepare(&tcp)?;
+    tcp.set_nodelay(true)?;
     // rustls requires a name. The name is neither sent nor compared.
     let name = ServerName::from(tcp.peer_addr()?.ip());
     establish(tcp, UnbufferedClientConnection::new(client_config(own, expected), name)?).await
@@ -80,17 +73,8 @@ pub(crate) async fn connect(
 
 /// Accepts a client of the trust domain of `own`.
 pub(crate) async fn accept(tcp: TcpStream, own: &Credentials) -> Result<Established, TunnelError> {
-    prepare(&tcp)?;
+    tcp.set_nodelay(true)?;
     establish(tcp, UnbufferedServerConnection::new(server_config(own))?).await
-}
-
-fn prepare(tcp: &TcpStream) -> io::Result<()> {
-    let keepalive = TcpKeepalive::new()
-        .with_time(KEEPALIVE_IDLE)
-        .with_interval(KEEPALIVE_INTERVAL)
-        .with_retries(KEEPALIVE_PROBES);
-    SockRef::from(tcp).set_tcp_keepalive(&keepalive)?;
-    tcp.set_nodelay(true)
 }
 
 async fn establish(tcp: TcpStream, mut connection: impl Handshake) -> Result<Established, TunnelError> {

@@ -33,13 +33,15 @@ pub mod held_kind {
     pub const SYN: u32 = 1;
     /// A [`super::HeldEnd`].
     pub const END: u32 = 2;
+    /// A [`super::HeldSyn`] with a probe instead of a SYN, and without a destination.
+    pub const PROBE: u32 = 3;
 }
 
 /// A SYN that was held.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeldSyn {
-    /// [`held_kind::SYN`].
+    /// [`held_kind::SYN`] or [`held_kind::PROBE`].
     pub kind: u32,
     /// The pod's slot.
     pub slot: u32,

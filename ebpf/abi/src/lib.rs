@@ -32,8 +32,10 @@ mod node_flows;
 pub mod node_port;
 mod outbound;
 mod pending;
+mod probes;
 mod reason;
 mod recent;
+mod silence;
 mod syn_ack;
 pub mod tcp_port;
 
@@ -59,8 +61,10 @@ pub use link::{Link, hardware_address};
 pub use node_flows::{NODE_FLOW_WAYS, NodeFlow, NodeFlowCell, NodeFlowKey};
 pub use outbound::{Connect, ConnectFacts, connect_error, decide_connect};
 pub use pending::{Pending, is_in_share, is_share_used_up};
+pub use probes::{PROBE_LATE_NS, ProbeShare, SegmentHead};
 pub use reason::{REASONS, Reason, ReasonText};
 pub use recent::{RECENT_CELLS, is_recent, noted_at, recent_cell};
+pub use silence::{Limits, NOTICED_MS, TOLD_BYTES, TOLD_KIND, TOLD_MAGIC, Told};
 pub use syn_ack::has_options_of_kernel;
 
 /// Mark (`SO_MARK`) of a connection of the agent to an application whose client could not be stored. The guard drops its packets,

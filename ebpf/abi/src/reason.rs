@@ -76,6 +76,8 @@ reasons! {
     ConnectUnanswered, "connect_unanswered", "SYN of a captured connection while no agent serves the pod: passed to the agent's listener, or refused without one";
     ConnectNotServed, "connect_not_served", "mesh connect of a pod that no agent serves yet, or that cannot be served: denied";
     ConnectNested, "connect_nested", "mesh connect of an open pod from a network namespace that the pod made: left alone";
+    ProbeHeld, "probe_held", "keep-alive or window probe of an application: held until the peer has answered";
+    ProbePassed, "probe_passed", "keep-alive or window probe of an application that no agent serves, or whose agent is late: answered by the agent's kernel";
 }
 
 #[cfg(test)]

@@ -9,10 +9,13 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use core::mem::MaybeUninit;
-use tacit_abi::{HELD_PACKET_MAX, HELD_PACKET_MIN, Names, hardware_address};
+use tacit_abi::{HELD_PACKET_MAX, HELD_PACKET_MIN, Names, SegmentHead, hardware_address};
 
 use super::names_of;
-use crate::maps::{CAPTURERS, LISTENERS};
+use crate::{
+    maps::{CAPTURERS, LISTENERS},
+    packet::{ETH_P_IP, ETH_P_IPV6},
+};
 
 const SOCK_STREAM: u32 = 1;
 /// State of a socket whose SYN is not answered yet.
@@ -145,6 +148,36 @@ impl Skb<'_> {
         // SAFETY: `sk` is the context's socket, not null.
         let tcp = unsafe { bpf_tcp_sock(sk) };
         !tcp.is_null() && load!(tcp, total_retrans) != 0
+    }
+
+    /// Returns the number of the next byte that the packet's TCP socket sends, if everything before is acknowledged.
+    #[inline(always)]
+    pub fn next_of_idle(&self) -> Option<u32> {
+        // SAFETY: aligned load of a context field.
+        let sk = unsafe { (*self.raw()).__bindgen_anon_2.sk };
+        if sk.is_null() {
+            return None;
+        }
+        // SAFETY: `sk` is the context's socket, not null.
+        let tcp = unsafe { bpf_tcp_sock(sk) };
+        if tcp.is_null() {
+            return None;
+        }
+        let next = load!(tcp, snd_nxt);
+        if load!(tcp, snd_una) == next { Some(next) } else { None }
+    }
+
+    /// Returns the head of the packet's TCP segment. Its IP header has no options.
+    #[inline(always)]
+    pub fn segment_head(&self) -> Option<SegmentHead> {
+        const IPV4_HEADER: u32 = 20;
+        const IPV6_HEADER: u32 = 40;
+        let (start, head): (u32, [u32; 4]) = match self.ethertype() {
+            ETH_P_IP => (IPV4_HEADER, self.read(IPV4_HEADER)?),
+            ETH_P_IPV6 => (IPV6_HEADER, self.read(IPV6_HEADER)?),
+            _ => return None,
+        };
+        Some(SegmentHead::new(&head, self.len().wrapping_sub(start)))
     }
 
     /// Copies the packet's first bytes to `to` and returns their number; 0 if the packet is shorter than a SYN.

@@ -18,11 +18,12 @@ use super::{
 };
 
 /// Suites that `cargo xtask test` runs on the host only, since they take more than a third of the machines' time: those about user
-/// space (TLS, certificates, files, shares of the agent, large policies), and `kernel_shares`, `reboot`, `services` and `transparency`,
-/// which an emulated machine runs slowly. `cargo xtask vm` runs them on other kernels.
-const ON_HOST_ONLY: [&str; 10] = [
+/// space (TLS, certificates, files, shares of the agent, large policies), and `dead_peers`, `kernel_shares`, `reboot`, `services` and
+/// `transparency`, which an emulated machine runs slowly. `cargo xtask vm` runs them on other kernels.
+const ON_HOST_ONLY: [&str; 11] = [
     "authorization",
     "certificates",
+    "dead_peers",
     "identity",
     "kernel_shares",
     "reboot",

@@ -15,16 +15,16 @@ use crate::held::HeldEnds;
 
 const IPV4_HEADER: usize = 20;
 const IPV6_HEADER: usize = 40;
-const TCP_HEADER: usize = 20;
+pub(super) const TCP_HEADER: usize = 20;
 const ICMP_HEADER: usize = 8;
 
-const TCP: u8 = 6;
+pub(super) const TCP: u8 = 6;
 const ICMP: u8 = 1;
 const ICMP_V6: u8 = 58;
 
 const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
-const ACK: u8 = 0x10;
+pub(super) const ACK: u8 = 0x10;
 
 /// Hops that a packet on loopback may take.
 const HOPS: u8 = 64;
@@ -43,6 +43,11 @@ impl Syn {
     /// Returns the SYN in `packet`, which may end behind its headers; `None` if it is none.
     #[must_use]
     pub fn parse(packet: &[u8]) -> Option<Self> {
+        Self::parse_flags(packet, SYN)
+    }
+
+    /// Returns the headers of a TCP segment of whose flags SYN, RST and ACK are exactly `wanted`.
+    fn parse_flags(packet: &[u8], wanted: u8) -> Option<Self> {
         let ip = match packet.first()? >> 4 {
             4 => usize::from(packet[0] & 0x0f) * 4,
             6 => IPV6_HEADER,
@@ -52,9 +57,9 @@ impl Syn {
         let least = if packet[0] >> 4 == 4 { IPV4_HEADER } else { IPV6_HEADER };
         let tcp = packet.get(ip..)?;
         let length = ip + usize::from(tcp.get(12)? >> 4) * 4;
-        let is_syn = tcp.get(13)? & (SYN | RST | ACK) == SYN;
+        let is_wanted = tcp.get(13)? & (SYN | RST | ACK) == wanted;
         let fits = ip >= least && length >= ip + TCP_HEADER && length <= packet.len();
-        if protocol != TCP || !is_syn || !fits {
+        if protocol != TCP || !is_wanted || !fits {
             return None;
         }
         let mut bytes = [0; HELD_PACKET_MAX];
@@ -137,8 +142,31 @@ impl Syn {
     }
 }
 
+/// A keep-alive or window probe as an application's kernel sent it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Probe(Syn);
+
+impl Probe {
+    /// Returns the probe in `packet`; `None` if it cannot be one.
+    #[must_use]
+    pub fn parse(packet: &[u8]) -> Option<Self> {
+        Syn::parse_flags(packet, ACK).map(Self)
+    }
+
+    /// Returns the ends of its connection.
+    #[must_use]
+    pub fn ends(&self) -> HeldEnds {
+        self.0.ends()
+    }
+
+    /// Returns the probe with its checksum.
+    pub(super) fn complete(&self) -> Vec<u8> {
+        self.0.complete()
+    }
+}
+
 /// Returns an IP header before `length` bytes, and its own length. The kernel fills in length and checksum for IPv4.
-fn header(from: IpAddr, to: IpAddr, protocol: u8, length: usize) -> (Vec<u8>, usize) {
+pub(super) fn header(from: IpAddr, to: IpAddr, protocol: u8, length: usize) -> (Vec<u8>, usize) {
     let mut packet = Vec::with_capacity(IPV6_HEADER + length);
     match (from, to) {
         (IpAddr::V4(from), IpAddr::V4(to)) => {
@@ -171,7 +199,7 @@ fn put_u16(packet: &mut [u8], at: usize, value: usize) {
 }
 
 /// Returns the sum of the pseudo header's words, without the length.
-fn pseudo_header(from: IpAddr, to: IpAddr, protocol: u8) -> u32 {
+pub(super) fn pseudo_header(from: IpAddr, to: IpAddr, protocol: u8) -> u32 {
     let words = |address: IpAddr| match address {
         IpAddr::V4(v4) => sum(&v4.octets()),
         IpAddr::V6(v6) => sum(&v6.octets()),
@@ -180,7 +208,7 @@ fn pseudo_header(from: IpAddr, to: IpAddr, protocol: u8) -> u32 {
 }
 
 /// Writes the checksum of what follows the first `start` bytes, at `field` behind them.
-fn checksum_at(packet: &mut [u8], start: usize, field: usize, pseudo: Option<u32>) {
+pub(super) fn checksum_at(packet: &mut [u8], start: usize, field: usize, pseudo: Option<u32>) {
     packet[start + field..start + field + 2].fill(0);
     let rest = &packet[start..];
     let length = if pseudo.is_some() { u32::try_from(rest.len()).unwrap_or(0) } else { 0 };

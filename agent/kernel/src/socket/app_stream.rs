@@ -64,6 +64,14 @@ impl AppStream {
         self.0.get_ref().local_addr()
     }
 
+    /// Returns the peer's address of the connection.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn peer_addr(&self) -> io::Result<SocketAddr> {
+        self.0.get_ref().peer_addr()
+    }
+
     /// Returns and clears the error of the connection.
     ///
     /// # Errors

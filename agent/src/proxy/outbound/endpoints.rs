@@ -85,6 +85,9 @@ impl<'a> Endpoints<'a> {
     /// The refusal of the connection, if no other endpoint may be tried.
     pub(super) fn refused(&mut self, candidate: &Candidate, refusal: Refusal) -> Result<(), Refusal> {
         let endpoint = candidate.address();
+        if refusal.reason.is_silence() {
+            self.balancer.avoid(self.request.client, endpoint, Instant::now());
+        }
         if refusal.reason.fault() == Fault::Destination && candidate.rest == Rest::More {
             let (service, reason) = (&self.request.service.name, refusal.reason.label());
             tracing::debug!(%service, %endpoint, reason, "next endpoint");
@@ -127,6 +130,21 @@ mod tests {
             assert_eq!(tried.len(), tries, "of {count}");
             let detail = format!("{}: down", tried[tries - 1]);
             assert_eq!(refusal, Refusal::new(RefusalReason::PeerUnreachable, detail));
+        }
+    }
+
+    #[test]
+    fn an_endpoint_that_does_not_answer_is_not_tried_by_the_next_connection() {
+        let (balancer, service) = (Balancer::default(), service(2));
+        for reason in [RefusalReason::PeerUnreachable, RefusalReason::ConnectionRefused] {
+            let mut first = Endpoints::new(&balancer, request(&service));
+            let candidate = first.choose().expect("two are left");
+            first.refused(&candidate, Refusal::new(reason, "down")).expect("another is left");
+            let others = (0..50).map(|_| Endpoints::new(&balancer, request(&service)).choose().expect("one"));
+            let is_avoided =
+                others.collect::<Vec<_>>().iter().all(|other| other.address() != candidate.address());
+            assert_eq!(is_avoided, reason == RefusalReason::PeerUnreachable, "{reason:?}");
+            balancer.avoid(request(&service).client, candidate.address(), Instant::now());
         }
     }
 

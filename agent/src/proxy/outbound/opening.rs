@@ -43,6 +43,11 @@ pub fn handle_record(proxy: &Arc<Proxy>, held: Held) {
                 start(proxy, &openings, held);
             }
         }
+        Held::Probe { slot, netns_cookie, probe } => {
+            if let Some(openings) = proxy.openings.get(slot, netns_cookie) {
+                proxy.watches.probed(&openings, probe);
+            }
+        }
         Held::Ended { slot, netns_cookie, ends } => proxy.openings.cancel((slot, netns_cookie), &ends),
     }
 }

@@ -1,6 +1,6 @@
 //! A session to the agent of a destination, on which that agent has accepted the flow: an idle one of the pool, or a new one.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tacit_abi::tcp_port;
 use tacit_core::{
@@ -81,7 +81,7 @@ async fn opened(
     let may_lose_data = attempt.optimistic.is_some() && path.is_untunnelled(open.destination.ip());
     let mut optimistic = attempt.optimistic.filter(|_| !may_lose_data).map(OptimisticData::new);
     // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it were taken: the
-    // destination may have read those, so they are not sent twice.
+    // destination may have read those, so they are not sent twice. After a session whose peer is silent, the pool has no other.
     while let Some(mut session) = path.sessions.take(key) {
         match session.open(open, optimistic.as_mut()).await {
             Ok(()) => {
@@ -94,7 +94,12 @@ async fn opened(
                 return Err(denied(path, key, session, reason, taken_bytes(&optimistic)));
             }
             Err(error) if taken_bytes(&optimistic) > 0 => return Err(Refusal::new(error.reason(), error)),
-            Err(error) => tracing::debug!(%error, "idle session was dead"),
+            Err(error) => {
+                tracing::debug!(%error, "idle session was dead");
+                if matches!(error, OpenError::Silent) {
+                    path.sessions.close_to(key.pod, key.server);
+                }
+            }
         }
     }
     // Before the connection: a peer's time for the handshake begins with it.
@@ -111,6 +116,10 @@ async fn opened(
         }
         Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason, taken_bytes(&optimistic))),
         Err(OpenError::Stale(error) | OpenError::Tunnel(error)) => Err(Refusal::new(error.reason(), error)),
+        // The application's kernel asks again, as for a host that does not answer.
+        Err(error @ OpenError::Silent) => {
+            Err(Refusal::new(error.reason(), error).because_of(&io::ErrorKind::TimedOut.into()))
+        }
         Err(error @ OpenError::Abandoned) => Err(Refusal::new(error.reason(), error)),
     }
 }
@@ -167,6 +176,7 @@ async fn connect(
         Refusal::new(RefusalReason::PeerUnreachable, detail).because_of(&e)
     })?;
     socket::begin_small(&tcp, path.shares.unread_bytes(pod.cgroup));
+    path.limit_silence(&tcp);
     Session::connect(tcp, own, &key.identity).await.map_err(|e| Refusal::new(e.reason(), e))
 }
 

@@ -18,9 +18,13 @@ use crate::{
         FlowCounters, PodBulk,
         bulk::{Grown, Growth, Stall},
         busy_poll::BusyPoll,
+        watch::{PeerWatch, Watching},
     },
     socket::{self, ReadBytes},
 };
+
+/// The application that is on another node, and the watch of its peer.
+pub type Remote<'a> = (App, Watching<'a>);
 
 /// Forwards bytes between `source`, the client, and `destination`. Both connections are reset if the future is dropped.
 pub async fn plain(
@@ -28,36 +32,56 @@ pub async fn plain(
     destination: AppStream,
     counters: &FlowCounters,
     bulk: &PodBulk,
+    remote: Option<Remote<'_>>,
 ) -> FlowEnd {
-    match run(&source, &destination, counters, bulk).await {
-        None => {
+    match run(&source, &destination, (counters, bulk), remote).await {
+        Ending::Finished => {
             socket::deliver_if_dropped(&source);
             socket::deliver_if_dropped(&destination);
             FlowEnd::Clean
         }
-        Some(app) => {
+        Ending::Reset(app) => {
             socket::reset(source);
             socket::reset(destination);
             FlowEnd::Reset(app)
         }
+        Ending::Silent => {
+            socket::reset(source);
+            socket::reset(destination);
+            FlowEnd::PeerSilent
+        }
     }
 }
 
-/// Runs both directions to their ends; returns the application that reset, if any.
+enum Ending {
+    Finished,
+    /// This application has reset its connection.
+    Reset(App),
+    Silent,
+}
+
+/// Runs both directions to their ends.
 async fn run(
     source: &AppStream,
     destination: &AppStream,
-    counters: &FlowCounters,
-    bulk: &PodBulk,
-) -> Option<App> {
+    (counters, bulk): (&FlowCounters, &PodBulk),
+    remote: Option<Remote<'_>>,
+) -> Ending {
+    let (far, watching) = remote.unzip();
+    let (upstream, app) = match far {
+        Some(App::Source) => (source, destination),
+        _ => (destination, source),
+    };
+    let (mut peer, mut seen_bytes) = (PeerWatch::new(watching), 0);
+    let towards_peer = if far == Some(App::Source) { &counters.received } else { &counters.sent };
     let mut there = Half::new(source, destination, App::Source, (&counters.sent, bulk));
     let mut back = Half::new(destination, source, App::Destination, (&counters.received, bulk));
     let mut source_broken = pin!(source.broken());
     let mut destination_broken = pin!(destination.broken());
     let mut busy_poll = BusyPoll::new();
     poll_fn(|cx| {
-        if let Poll::Ready(ending) = poll_both(&mut there, &mut back, cx) {
-            return Poll::Ready(ending);
+        if let Poll::Ready(reset) = poll_both(&mut there, &mut back, cx) {
+            return Poll::Ready(reset.map_or(Ending::Finished, Ending::Reset));
         }
         busy_poll.pending(counters.sent.load(Relaxed) + counters.received.load(Relaxed));
         // After an application has ended its direction, reads no longer report a reset.
@@ -65,11 +89,16 @@ async fn run(
             if half.ended && !half.error_checked && broken.as_mut().poll(cx).is_ready() {
                 half.error_checked = true;
                 if matches!(half.from.take_error(), Ok(Some(_)) | Err(_)) {
-                    return Poll::Ready(Some(half.app));
+                    return Poll::Ready(Ending::Reset(half.app));
                 }
             }
         }
-        Poll::Pending
+        let sent_bytes = towards_peer.load(Relaxed);
+        if sent_bytes != seen_bytes {
+            seen_bytes = sent_bytes;
+            peer.sent();
+        }
+        peer.poll(cx, upstream, app).map(|()| Ending::Silent)
     })
     .await
 }
@@ -252,7 +281,7 @@ mod tests {
             socket::reset_if_dropped(&near);
             socket::reset_if_dropped(&far);
             let bulk = share(10).of(1);
-            let end = plain(near, far, &counters, &bulk).await;
+            let end = plain(near, far, &counters, &bulk, None).await;
             (end.label(), counters.sent.load(Relaxed), counters.received.load(Relaxed))
         });
         (source, relay, destination)

@@ -8,12 +8,19 @@ use tokio::{
     time::timeout,
 };
 
+use super::watch::{Watch, Watching};
+
 /// Limit of every wait in a test.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Awaits `work` with the limit.
 pub(crate) async fn soon<T>(work: impl Future<Output = T>) -> T {
     timeout(DEADLINE, work).await.expect("in time")
+}
+
+/// Watches a peer of which nothing is asked.
+pub(crate) fn unasked(watch: &Watch) -> Watching<'_> {
+    Watching { watch, silence_max: DEADLINE, tell: &|_, _| {} }
 }
 
 /// Returns true if the connection ends with RST, false if it ends with FIN.

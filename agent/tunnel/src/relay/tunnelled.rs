@@ -8,6 +8,7 @@
 //! | URGENT frame | the agent sends the byte as urgent data |
 //! | FIN frame | the agent ends its direction to the application |
 //! | RESET frame, session broken or closed early | application reset, session closed |
+//! | the peer's kernel is silent for the limit | application reset, session closed |
 //! | FIN forwarded in both directions | the server sends DONE; the session is free for the next flow |
 
 #[cfg(test)]
@@ -39,6 +40,7 @@ use crate::{
         bulk::{Grown, Growth, Stall},
         busy_poll::BusyPoll,
         delayed_accept::DelayedAccept,
+        watch::{PeerWatch, Watching},
     },
     socket,
 };
@@ -50,13 +52,14 @@ const DONE_MAX: Duration = TRIM.saturating_add(Duration::from_secs(1));
 const RESET_MAX: Duration = Duration::from_secs(5);
 
 /// Forwards bytes between `app`, which is reset when dropped, and the open flow of `session`. Returns the session if it can
-/// carry another flow. A client may then open one, and a server waits for the next.
+/// carry another flow. A client may then open one, and a server waits for the next. `watching` is the watch of the session's peer.
 #[expect(clippy::manual_async_fn, reason = "an async fn keeps its arguments twice, and idle flows are many")]
 pub fn tunnelled(
     app: AppStream,
     mut session: Box<Session>,
     counters: &FlowCounters,
     bulk: &PodBulk,
+    watching: Watching<'_>,
 ) -> impl Future<Output = (FlowEnd, Option<Box<Session>>)> + Send {
     async move {
         let (ours, theirs) = match session.role() {
@@ -64,7 +67,7 @@ pub fn tunnelled(
             Role::Server => (App::Destination, App::Source),
         };
         // The futures after the flow are boxed, so a running flow reserves no space for them.
-        match run(&app, &mut session, counters, bulk).await {
+        match run(&app, &mut session, (counters, bulk), watching).await {
             Ending::Finished => {
                 socket::deliver_if_dropped(&app);
                 drop(app);
@@ -85,13 +88,23 @@ pub fn tunnelled(
                 session.close();
                 (FlowEnd::TunnelLost(error), None)
             }
+            Ending::Silent => {
+                socket::reset(app);
+                session.close();
+                (FlowEnd::PeerSilent, None)
+            }
         }
     }
 }
 
 /// Runs the flow to its end.
-async fn run(app: &AppStream, session: &mut Session, counters: &FlowCounters, bulk: &PodBulk) -> Ending {
-    let mut flow = Flow::new(app, session, counters, bulk);
+async fn run(
+    app: &AppStream,
+    session: &mut Session,
+    (counters, bulk): (&FlowCounters, &PodBulk),
+    watching: Watching<'_>,
+) -> Ending {
+    let mut flow = Flow::new(app, session, counters, bulk, watching);
     let mut broken = pin!(app.broken());
     let mut other_tasks = pin!(yield_now());
     let (mut watch_errors, mut busy_poll) = (true, BusyPoll::new());
@@ -114,6 +127,9 @@ async fn run(app: &AppStream, session: &mut Session, counters: &FlowCounters, bu
             if matches!(app.take_error(), Ok(Some(_)) | Err(_)) {
                 return Poll::Ready(Ending::ResetByApp);
             }
+        }
+        if ending.is_pending() && flow.peer.poll(cx, flow.session.tcp(), app).is_ready() {
+            return Poll::Ready(Ending::Silent);
         }
         ending
     })
@@ -149,6 +165,7 @@ enum Ending {
     ResetByApp,
     ResetByPeer,
     Lost(TunnelError),
+    Silent,
 }
 
 /// The result of one step of one direction. Pending if the direction is blocked.
@@ -187,6 +204,7 @@ struct Flow<'a> {
     peer_ended: bool,
     /// The error after which nothing can be sent. Received bytes are still read, because a RESET in them is more specific.
     lost: Option<TunnelError>,
+    peer: PeerWatch<'a>,
 }
 
 impl<'a> Flow<'a> {
@@ -195,6 +213,7 @@ impl<'a> Flow<'a> {
         session: &'a mut Session,
         counters: &'a FlowCounters,
         bulk: &'a PodBulk,
+        watching: Watching<'a>,
     ) -> Self {
         let (up, down) = match session.role() {
             Role::Client => (&counters.sent, &counters.received),
@@ -222,6 +241,7 @@ impl<'a> Flow<'a> {
             urgent: None,
             peer_ended: false,
             lost: None,
+            peer: PeerWatch::new(Some(watching)),
         }
     }
 
@@ -299,6 +319,7 @@ impl<'a> Flow<'a> {
             return finish_with(Ending::Lost(error));
         }
         (self.accept_pending, self.delayed_accept) = (false, None);
+        self.peer.sent();
         // Send at once. The next step sends the rest.
         if let Poll::Ready(Err(error)) = self.session.poll_flush(cx) {
             self.lost = Some(error);

@@ -14,7 +14,14 @@ use tokio::{
     task::JoinHandle,
 };
 
-use super::{FlowCounters, bulk::tests::share, plain, testing::soon, tunnelled};
+use super::{
+    FlowCounters,
+    bulk::tests::share,
+    plain,
+    testing::{soon, unasked},
+    tunnelled,
+    watch::Watch,
+};
 use crate::{
     Session,
     session::OptimisticData,
@@ -134,12 +141,13 @@ async fn relay(way: Way, near: AppStream, far: AppStream) -> JoinHandle<()> {
     tokio::spawn(async move {
         let bulk = share(10).of(1);
         let counters = [FlowCounters::default(), FlowCounters::default()];
+        let watches = [Watch::default(), Watch::default()];
         match way {
-            Way::Plain => drop(plain(near, far, &counters[0], &bulk).await),
+            Way::Plain => drop(plain(near, far, &counters[0], &bulk, None).await),
             Way::Tunnelled => {
                 tokio::join!(
-                    tunnelled(near, client, &counters[0], &bulk),
-                    tunnelled(far, server, &counters[1], &bulk)
+                    tunnelled(near, client, &counters[0], &bulk, unasked(&watches[0])),
+                    tunnelled(far, server, &counters[1], &bulk, unasked(&watches[1]))
                 );
             }
         }
@@ -228,13 +236,15 @@ async fn urgent_data_before_the_answer_is_whole() {
             let asked = server.next(super::testing::DEADLINE).await.expect("no error").expect("not closed");
             server.accept_flow(&asked).expect("in turn");
             let (counters, bulk) = (FlowCounters::default(), share(10).of(1));
-            tunnelled(far, server, &counters, &bulk).await;
+            let watch = Watch::default();
+            tunnelled(far, server, &counters, &bulk, unasked(&watch)).await;
         };
         let ask = async {
             let mut optimistic = OptimisticData::new(&near);
             client.open(&open(), Some(&mut optimistic)).await.expect("accepted");
             let (counters, bulk) = (FlowCounters::default(), share(10).of(1));
-            tunnelled(near, client, &counters, &bulk).await;
+            let watch = Watch::default();
+            tunnelled(near, client, &counters, &bulk, unasked(&watch)).await;
         };
         let destination = app_stream(destination);
         let read = async {
@@ -257,10 +267,11 @@ async fn urgent_data_to_an_earlier_agent_is_whole() {
         let (destination, far) = app_connection().await;
         let relays = tokio::spawn(async move {
             let counters = [FlowCounters::default(), FlowCounters::default()];
+            let watches = [Watch::default(), Watch::default()];
             let bulk = share(10).of(1);
             tokio::join!(
-                tunnelled(near, client, &counters[0], &bulk),
-                tunnelled(far, server, &counters[1], &bulk)
+                tunnelled(near, client, &counters[0], &bulk, unasked(&watches[0])),
+                tunnelled(far, server, &counters[1], &bulk, unasked(&watches[1]))
             );
         });
         send(&mut source, &parts).await;

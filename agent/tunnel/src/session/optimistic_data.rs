@@ -4,14 +4,16 @@
 //! destination application's first bytes.
 
 use std::{
-    future::poll_fn,
+    future::{Future as _, poll_fn},
     io,
+    pin::pin,
     task::{Context, Poll, ready},
 };
 
 use tacit_kernel::socket::AppStream;
+use tokio::time::{Instant, sleep_until};
 
-use super::{Control, FlowState, OpenError, Received, Session};
+use super::{Control, FlowState, OPEN_ACKNOWLEDGED, OpenError, Received, Session};
 use crate::{
     app_read::{AppRead, app_read_now, poll_app_read},
     buffers::Size,
@@ -50,12 +52,14 @@ impl<'a> OptimisticData<'a> {
 }
 
 impl Session {
-    /// Waits for the answer to OPEN. If `first` is present, forwards it and the following data of `optimistic` meanwhile.
+    /// Waits for the answer to OPEN, as long as `check_answer` allows. If `first` is present, forwards it and the following data of `optimistic` meanwhile.
     pub(super) async fn wait_for_answer(
         &mut self,
         optimistic: Option<(&mut OptimisticData<'_>, AppRead)>,
     ) -> Result<Received, OpenError> {
         let (mut optimistic, mut first) = optimistic.unzip();
+        let begun = Instant::now();
+        let mut look = pin!(sleep_until(begun + OPEN_ACKNOWLEDGED));
         poll_fn(|cx| {
             if let Some(first) = first.take() {
                 self.forward(cx, first)?;
@@ -65,8 +69,15 @@ impl Session {
                 if let Poll::Ready(answer) = self.poll_received(cx) {
                     return Poll::Ready(answer.map_err(OpenError::from));
                 }
-                ready!(forwarded);
+                if forwarded.is_pending() {
+                    break;
+                }
             }
+            while look.as_mut().poll(cx).is_ready() {
+                let next = self.check_answer(begun.elapsed())?;
+                look.as_mut().reset(begun + next);
+            }
+            Poll::Pending
         })
         .await
     }

@@ -3,8 +3,8 @@
 //! ```text
 //! tacit-peer serve [--after-line] ADDRESS STEP...   runs the steps on every connection, until the process is killed; with
 //!                                               the option it accepts none before a line comes on stdin
-//! tacit-peer connect ADDRESS [--from IP | --mptcp | --unsent BYTES] STEP...   runs the steps on one connection; the last
-//!                                               option sets TCP_NOTSENT_LOWAT
+//! tacit-peer connect ADDRESS [--from IP | --mptcp | --unsent BYTES | --set OPTION] STEP...   runs the steps on one
+//!                                               connection; `--unsent` sets TCP_NOTSENT_LOWAT, `--set` an option of `option`
 //! tacit-peer flows COUNT ADDRESS...             opens COUNT concurrent connections, distributed over the addresses; each
 //!                                               is echoed, and all are open before any closes
 //! tacit-peer probe ADDRESS WAY                  makes one connection and prints what each system call returned, see `probe`
@@ -29,6 +29,7 @@ mod bulk;
 mod event;
 mod flows;
 mod opening;
+mod option;
 mod probe;
 mod rebind;
 mod steps;
@@ -37,6 +38,7 @@ mod urgent;
 use anyhow::{Context, Result, bail};
 use event::{Reporter, error_name};
 use flows::AfterFailure;
+use option::SocketOption;
 use serde_json::json;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use std::{
@@ -73,6 +75,10 @@ fn main() -> Result<()> {
         }
         ["connect", address, "--unsent", bytes, steps @ ..] => {
             let origin = Origin::Unsent(bytes.parse().context("BYTES")?);
+            client(address.parse().context("ADDRESS")?, origin, &parse(steps)?)
+        }
+        ["connect", address, "--set", option, steps @ ..] => {
+            let origin = Origin::Set(SocketOption::parse(option)?);
             client(address.parse().context("ADDRESS")?, origin, &parse(steps)?)
         }
         ["connect", address, steps @ ..] => {
@@ -184,6 +190,8 @@ enum Origin {
     Address(IpAddr),
     /// As [`Self::Any`], with this bound of unsent bytes.
     Unsent(u32),
+    /// As [`Self::Any`], with this option.
+    Set(SocketOption),
     /// A multipath socket (RFC 8684), which applications use like TCP.
     Multipath,
 }
@@ -192,7 +200,7 @@ enum Origin {
 fn connect(to: SocketAddr, origin: Origin) -> io::Result<TcpStream> {
     let protocol = match origin {
         Origin::Multipath => Protocol::MPTCP,
-        Origin::Any | Origin::Address(_) | Origin::Unsent(_) => Protocol::TCP,
+        Origin::Any | Origin::Address(_) | Origin::Unsent(_) | Origin::Set(_) => Protocol::TCP,
     };
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(protocol))?;
     socket.set_write_timeout(Some(IO_TIMEOUT))?;
@@ -201,6 +209,9 @@ fn connect(to: SocketAddr, origin: Origin) -> io::Result<TcpStream> {
     }
     if let Origin::Unsent(bytes) = origin {
         socket.set_tcp_notsent_lowat(bytes)?;
+    }
+    if let Origin::Set(option) = origin {
+        option.set(SockRef::from(&socket))?;
     }
     socket.connect(&to.into())?;
     Ok(socket.into())

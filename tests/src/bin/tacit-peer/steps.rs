@@ -15,10 +15,15 @@
 //! | `urgent-bulk:BYTES` | sends that many bytes, an urgent one, and as many again | |
 //! | `receive-bulk:BYTES` | reads and checks that, with SO_OOBINLINE | `bulk-received` {bytes, intact, marked} |
 //! | `pause` | waits for a line on stdin | |
+//! | `set:OPTION` | sets a socket option, see `option` | |
+//! | `limits` | reads the options of `option` | `limits` {keep_alive, idle_s, interval_s, count, user_timeout_ms} |
+//! | `wait-end` | reads until the connection ends | `ended` {ms, error} |
+//! | `upload` | sends until the connection ends | `ended` {ms, error} |
 
 use crate::{
     bulk,
     event::{Reporter, error_name},
+    option::{self, SocketOption},
     urgent::{self, Receive},
 };
 use anyhow::{Context, Result, bail};
@@ -28,7 +33,7 @@ use std::{
     fmt,
     io::{self, Read, Write},
     net::{Shutdown, TcpStream},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Longest line, and longest text in an event, in bytes.
@@ -50,6 +55,10 @@ pub(crate) enum Step {
     UrgentBulk(usize),
     ReceiveBulk(usize),
     Pause,
+    Set(SocketOption),
+    Limits,
+    WaitEnd,
+    Upload,
 }
 
 /// A socket that accepts nothing for so long is full.
@@ -80,6 +89,10 @@ impl Step {
             "urgent-bulk" => Self::UrgentBulk(rest.parse().with_context(|| format!("step {text}"))?),
             "receive-bulk" => Self::ReceiveBulk(rest.parse().with_context(|| format!("step {text}"))?),
             "pause" => Self::Pause,
+            "set" => Self::Set(SocketOption::parse(rest)?),
+            "limits" => Self::Limits,
+            "wait-end" => Self::WaitEnd,
+            "upload" => Self::Upload,
             _ => bail!("unknown step {text}: see the table of steps"),
         })
     }
@@ -107,6 +120,16 @@ impl Step {
             Self::Pause => {
                 io::stdin().read_line(&mut String::new())?;
             }
+            Self::Set(option) => option.set(SockRef::from(stream))?,
+            Self::Limits => reporter.emit("limits", option::limits(&SockRef::from(stream))?),
+            Self::WaitEnd => {
+                let mut buffer = [0; 4096];
+                ended(stream, reporter, || stream.read(&mut buffer))?;
+            }
+            Self::Upload => {
+                let chunk = vec![b'x'; 16 << 10];
+                ended(stream, reporter, || stream.write(&chunk))?;
+            }
         }
         Ok(())
     }
@@ -128,8 +151,35 @@ impl fmt::Display for Step {
             Self::UrgentBulk(_) => "urgent-bulk",
             Self::ReceiveBulk(_) => "receive-bulk",
             Self::Pause => "pause",
+            Self::Set(_) => "set",
+            Self::Limits => "limits",
+            Self::WaitEnd => "wait-end",
+            Self::Upload => "upload",
         })
     }
+}
+
+/// Repeats `call` until it fails or the connection ends, and reports its error.
+fn ended(
+    stream: &TcpStream,
+    reporter: &Reporter,
+    mut call: impl FnMut() -> io::Result<usize>,
+) -> io::Result<()> {
+    // The connection's own limits are what is looked at.
+    stream.set_read_timeout(None)?;
+    stream.set_write_timeout(None)?;
+    let begun = Instant::now();
+    let error = loop {
+        match call() {
+            Ok(0) => break "eof".to_owned(),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => break error_name(&error),
+        }
+    };
+    let ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+    reporter.emit("ended", json!({ "ms": ms, "error": error }));
+    Ok(())
 }
 
 /// Reads a line byte by byte, so that the bytes after it stay in the socket.

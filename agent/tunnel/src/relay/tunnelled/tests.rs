@@ -13,7 +13,8 @@ use super::*;
 use crate::{
     relay::{
         bulk::tests::share,
-        testing::{DEADLINE, exchange, is_reset, soon},
+        testing::{DEADLINE, exchange, is_reset, soon, unasked},
+        watch::Watch,
     },
     session::OptimisticData,
     testing::{app_connection, open, open_flow, sessions},
@@ -25,7 +26,8 @@ fn relay(app: AppStream, session: Box<Session>) -> Relayed {
     tokio::spawn(async move {
         let counters = FlowCounters::default();
         crate::socket::reset_if_dropped(&app);
-        let (end, session) = tunnelled(app, session, &counters, &share(10).of(1)).await;
+        let watch = Watch::default();
+        let (end, session) = tunnelled(app, session, &counters, &share(10).of(1), unasked(&watch)).await;
         (end, session, counters.sent.load(Relaxed), counters.received.load(Relaxed))
     })
 }
