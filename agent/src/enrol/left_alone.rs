@@ -340,9 +340,9 @@ mod tests {
         type Change = fn(Workload) -> Workload;
         for (text, change, expected) in [
             (String::new(), same as Change, true),
-            (mode("PERMISSIVE", ""), same, true),
-            (mode("DISABLE", ""), same, true),
-            (mode("STRICT", ""), same, false),
+            (mode("PERMISSIVE", "1: {mode: PERMISSIVE}"), same, true),
+            (mode("DISABLE", "1: {mode: DISABLE}"), same, true),
+            (mode("STRICT", "1: {mode: STRICT}"), same, false),
             (mode("PERMISSIVE", "8080: {mode: STRICT}"), same, false),
             (mode("STRICT", "8080: {mode: PERMISSIVE}"), same, false),
             (allowed.to_owned(), same, false),

@@ -231,10 +231,10 @@ fn sum(bytes: &[u8]) -> u32 {
 pub(crate) mod testing {
     use std::net::IpAddr;
 
-    /// A SYN from 127.0.0.1:40000 to 127.100.1.2:15001, sequence number 0x01020304, with a partial checksum and options.
+    /// A SYN from 127.0.0.1:40000 to 127.100.1.2:15056, sequence number 0x01020304, with a partial checksum and options.
     pub(crate) const SYN_V4: [u8; 60] = [
         0x45, 0, 0, 60, 0x12, 0x34, 0x40, 0, 64, 6, 0, 0, 127, 0, 0, 1, 127, 100, 1, 2, // IP
-        0x9c, 0x40, 0x3a, 0x99, 1, 2, 3, 4, 0, 0, 0, 0, 0xa0, 2, 0xff, 0xff, 0xfe, 0x30, 0, 0, // TCP
+        0x9c, 0x40, 0x3a, 0xd0, 1, 2, 3, 4, 0, 0, 0, 0, 0xa0, 2, 0xff, 0xff, 0xfe, 0x30, 0, 0, // TCP
         2, 4, 0xff, 0xd7, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7, // options
     ];
 
@@ -270,7 +270,7 @@ mod tests {
     #[test]
     fn a_syn_is_parsed_and_completed_in_both_families() {
         for (packet, ip, client, target) in [
-            (SYN_V4.to_vec(), IPV4_HEADER, "127.0.0.1:40000", "127.100.1.2:15001"),
+            (SYN_V4.to_vec(), IPV4_HEADER, "127.0.0.1:40000", "127.100.1.2:15056"),
             (syn_v6(), IPV6_HEADER, "[fd77:1::2]:40000", "[::1]:15040"),
         ] {
             let syn = Syn::parse(&packet).expect("a SYN");

@@ -74,6 +74,7 @@ const STORAGE_DELETE: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_delete;
 const STORAGE_GET: BpfHelper = BpfHelper::BPF_FUNC_sk_storage_get;
 const SET_SOCKET_OPTION: BpfHelper = BpfHelper::BPF_FUNC_setsockopt;
 const GET_SOCKET_OPTION: BpfHelper = BpfHelper::BPF_FUNC_getsockopt;
+const LOAD_HDR_OPT: BpfHelper = BpfHelper::BPF_FUNC_load_hdr_opt;
 const CB_FLAGS_SET: BpfHelper = BpfHelper::BPF_FUNC_sock_ops_cb_flags_set;
 
 const CGROUP_SKB: ProgramType = ProgramType::CgroupSkb;
@@ -93,6 +94,7 @@ const NAMES: &str = "showing applications the addresses they expect";
 const UNPACED: &str = "loopback without the pacing of a network";
 const STEER: &str = "taking over connections to pods";
 const HOLD: &str = "letting connect() of pods wait for the destination";
+const SILENCE: &str = "ending connections of pods to dead peers";
 const HANDOVER: &str = "telling the agent where a connection wanted to go";
 const GUARD: &str = "dropping what must not be in clear";
 const LOG: &str = "the programs' log lines";
@@ -208,6 +210,8 @@ pub(super) static FEATURES: &[Feature] = &[
     helper("bpf_getsockopt in sock_ops", UNPACED, Release(4, 15), ProgramType::SockOps, GET_SOCKET_OPTION),
     helper("bpf_ringbuf_reserve in sock_ops", HOLD, Release(5, 8), ProgramType::SockOps, RINGBUF_RESERVE),
     helper("bpf_ringbuf_query in sock_ops", HOLD, Release(5, 8), ProgramType::SockOps, RINGBUF_QUERY),
+    helper("bpf_load_hdr_opt in sock_ops", SILENCE, Release(5, 10), ProgramType::SockOps, LOAD_HDR_OPT),
+    helper("bpf_sk_storage_delete in sock_ops", SILENCE, Release(5, 3), ProgramType::SockOps, STORAGE_DELETE),
     helper("bpf_sk_assign in sk_lookup", STEER, Release(5, 9), ProgramType::SkLookup, SK_ASSIGN),
     helper("bpf_sk_release in sk_lookup", STEER, Release(5, 9), ProgramType::SkLookup, SK_RELEASE),
     helper("bpf_skc_lookup_tcp in sock_addr", CAPTURE, Release(5, 2), SOCK_ADDR, SKC_LOOKUP),
