@@ -178,6 +178,8 @@ fn jump(data: &HashMap<u16, &[u8]>) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use std::slice::from_ref;
+
     use super::*;
 
     fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
@@ -231,18 +233,15 @@ mod tests {
         let target = |name: &[u8]| (&b"target\0"[..], attribute(1, name));
         let map: (&[u8], Vec<u8>) = (b"lookup\0", attribute(3, &0_u32.to_be_bytes()));
         for (rules, expected) in [
-            (vec![of_rule("pre", std::slice::from_ref(&redirect))], true),
-            (vec![of_rule("pre", std::slice::from_ref(&to))], true),
+            (vec![of_rule("pre", from_ref(&redirect))], true),
+            (vec![of_rule("pre", from_ref(&to))], true),
             (vec![of_rule("pre", &[from])], false),
             (vec![of_rule("pre", &[target(b"DNAT\0")])], true),
             (vec![of_rule("pre", &[target(b"REDIRECT\0")])], true),
             (vec![of_rule("pre", &[target(b"RETURN\0")])], false),
-            (vec![of_rule("out", std::slice::from_ref(&redirect))], false),
-            (vec![of_rule("pre", &[jump_to("own")]), of_rule("own", std::slice::from_ref(&redirect))], true),
-            (
-                vec![of_rule("pre", &[jump_to("own")]), of_rule("other", std::slice::from_ref(&redirect))],
-                false,
-            ),
+            (vec![of_rule("out", from_ref(&redirect))], false),
+            (vec![of_rule("pre", &[jump_to("own")]), of_rule("own", from_ref(&redirect))], true),
+            (vec![of_rule("pre", &[jump_to("own")]), of_rule("other", from_ref(&redirect))], false),
             (vec![of_rule("pre", &[jump_to("pre")])], false),
             (vec![of_rule("pre", &[map]), of_rule("other", &[to])], true),
             (Vec::new(), false),
