@@ -2,7 +2,7 @@
 
 use std::future::Future;
 
-use tacit_kernel::socket::{AppStream, Polled as _};
+use tacit_kernel::socket::{AppStream, Polled as _, peer::stop_receiving};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
@@ -330,4 +330,17 @@ async fn one_frame_fills_one_record() {
     // Inner content type and tag: 17 bytes more than the frame.
     let data = [(23, 16_384 + 17), (23, 16_384 + 17), (23, 104 + 17)];
     assert!(records.windows(3).any(|window| window == data), "{records:?}");
+}
+
+#[tokio::test]
+async fn open_is_given_up_only_if_the_peer_does_not_acknowledge_it() {
+    let (mut client, server) = sessions().await;
+    let wait = 4 * OPEN_ACKNOWLEDGED;
+    assert!(timeout(wait, client.open(&open(), None)).await.is_err(), "the server's application is slow");
+    drop(server);
+
+    let (mut client, server) = sessions().await;
+    stop_receiving(server.tcp()).expect("attached");
+    let given_up = timeout(SOON, client.open(&open(), None)).await.expect("in time");
+    assert!(matches!(given_up, Err(OpenError::Silent)), "{given_up:?}");
 }
