@@ -4,6 +4,7 @@
 //! A node dies by routes that lead nowhere, in both directions. Each case runs in a mesh without agents and in one with agents.
 
 use std::{
+    fs,
     net::SocketAddr,
     time::{Duration, Instant},
 };
@@ -11,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe};
-use tacit_topology::{Agent, until};
+use tacit_topology::{Agent, Pod, until};
 
 /// Time by which a flow may end later than without Tacit.
 const LATE_MS: u64 = 2000;
@@ -173,6 +174,9 @@ fn lose_peers(mesh: &Mesh) -> Result<(Vec<Value>, u64)> {
         server.events().nth("line", 1)?;
         connections.push((case, server, client));
     }
+    for pod in ["client", "far", "plain"] {
+        until("everything is acknowledged", || Ok(is_acknowledged(mesh.pod(pod)?)?.then_some(())))?;
+    }
     cut(mesh)?;
     let waited_ms = u64::try_from(begun.elapsed().as_millis())?;
     for (_, server, client) in &mut connections {
@@ -319,6 +323,17 @@ fn a_connection_with_the_shortest_keep_alive_lives_on() -> Result<()> {
     }
     ensure!(mesh.agent_mut("a")?.wait_end()?.success(), "{}", mesh.agent("a")?.log()?);
     Ok(())
+}
+
+/// Returns true if no connection of the pod has bytes in flight. An acknowledgement can be delayed, and then be lost with the node.
+fn is_acknowledged(pod: &Pod) -> Result<bool> {
+    let tables = pod.netns().enter(|| {
+        ["tcp", "tcp6"]
+            .map(|name| fs::read_to_string(format!("/proc/thread-self/net/{name}")).unwrap_or_default())
+    })?;
+    // The fifth column has the bytes of both queues, of listeners the numbers of connections.
+    let queued = |line: &str| line.split_whitespace().nth(4).map(|queues| !queues.starts_with("00000000:"));
+    Ok(!tables.iter().flat_map(|table| table.lines().skip(1)).any(|line| queued(line) == Some(true)))
 }
 
 /// Drops everything between pod client and the pods of node b.
