@@ -220,7 +220,7 @@ mod tests {
         let Some(Held::Probe { slot: 3, netns_cookie: 7, probe }) = parse(&bytes_of(&held)) else {
             panic!("no record")
         };
-        assert_eq!(probe.ends().target, "127.100.1.2:15001".parse().expect("literal"));
+        assert_eq!(probe.ends().target, "127.100.1.2:15056".parse().expect("literal"));
     }
 
     #[test]

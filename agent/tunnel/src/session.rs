@@ -261,12 +261,14 @@ impl Session {
             return Err(OpenError::Tunnel(timeout));
         }
         let peer = peer_state(self.tls.tcp()).map_err(TunnelError::Io)?;
-        // The peer has acknowledged OPEN, and waits for its application.
-        if !peer.is_asked || peer.heard < waited {
+        if !peer.is_asked {
+            // The peer has acknowledged OPEN, and waits for its application.
             return Ok(OPEN_MAX);
         }
-        let patience = OPEN_ROUND_TRIPS * peer.round_trip;
-        if waited < patience { Ok(patience) } else { Err(OpenError::Silent) }
+        // An acknowledgement that was on its way when OPEN was sent is not one of OPEN.
+        let silence = peer.heard.min(waited);
+        let patience = (OPEN_ROUND_TRIPS * peer.round_trip).max(OPEN_ACKNOWLEDGED);
+        if silence < patience { Ok(waited + patience - silence) } else { Err(OpenError::Silent) }
     }
 
     /// Server: returns the next flow that the client requests. Returns `None` if the client closed the session or was idle for
