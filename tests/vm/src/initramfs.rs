@@ -15,7 +15,7 @@ use xtask_support::command::{find_program, run, stdout};
 use super::kernels::Unpacked;
 
 /// Modules that nodes, pods and the wire between two machines need where they are not built in.
-const MODULES: [&str; 12] = [
+const MODULES: [&str; 13] = [
     "veth",
     "bridge",
     "virtio_pci",
@@ -28,6 +28,7 @@ const MODULES: [&str; 12] = [
     "nft_chain_nat",
     "nft_nat",
     "nft_masq",
+    "nft_redir",
 ];
 /// Programs that tests and harness call, by name.
 const TOOLS: [&str; 14] = [
