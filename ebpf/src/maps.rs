@@ -147,7 +147,7 @@ pub static HELD_3: HeldRing = HeldRing::new();
 #[btf_map]
 pub static HELD_SHARES: Array<HeldShare, { limits::SLOTS as usize }> = Array::new();
 
-/// What is known of the agent that reads the probes of pods, by slot. Not pinned, like the rings.
+/// The agents that read the probes of pods, by slot. Not pinned, like the rings.
 #[btf_map]
 pub static PROBE_SHARES: Array<ProbeShare, { limits::SLOTS as usize }> = Array::new();
 

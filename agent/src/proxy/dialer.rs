@@ -16,10 +16,10 @@ use crate::enrol::Pod;
 /// Limit for an application to accept a connection. It is on this node, so a longer wait means a full backlog.
 const APPLICATION_CONNECT: Duration = Duration::from_secs(5);
 
-/// Whether this agent answers the probes of a pod's applications.
+/// Service of the probes of a pod's applications.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Serving {
-    /// It does.
+    /// This agent answers them.
     Yes,
     /// Probes pass to the kernel of the agent's end.
     No,

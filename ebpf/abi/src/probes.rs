@@ -41,7 +41,7 @@ impl SegmentHead {
     }
 }
 
-/// What the programs know of the agent that reads a pod's probes. The map's key is the pod's slot.
+/// The agent that reads a pod's probes, as the programs know it. The map's key is the pod's slot.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ProbeShare {

@@ -1,4 +1,4 @@
-//! What the agent tells the kernel of an application about the peer of a connection.
+//! Messages of the agent to the kernel of an application, about the peer of a connection.
 //!
 //! The agent's kernel has acknowledged bytes of the application that the peer's kernel does not acknowledge. So no timer of the
 //! application's socket runs. The agent tells the socket, by a segment with a TCP option of its own. `established` reads the option, and
@@ -16,7 +16,7 @@ pub const TOLD_BYTES: usize = 12;
 /// Time after which the agent notices that the peer is silent, in milliseconds: two retransmissions and a look.
 pub const NOTICED_MS: u32 = 1000;
 
-/// What the agent tells.
+/// A message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Told {
     /// The peer is silent. The flow ends after so many milliseconds even if its application asked for nothing.

@@ -12,7 +12,7 @@ use super::{ALL, Family, NOISE_MS, address, with_tacit, without_tacit};
 const PORTS: Range<u16> = 20_000..30_000;
 /// Tries of a row, until both runs return the same.
 const TRIES: usize = 3;
-/// What a server does that closes first, and one that waits for the client's end.
+/// Steps of a server that closes first, and of one that waits for the client's end.
 const CLOSES: &[&str] = &["line", "send:bye"];
 const WAITS: &[&str] = &["line", "send:bye", "read-end"];
 

@@ -37,7 +37,7 @@ const SYN_RETRIES: &str = "1";
 /// Folders of the system's own programs, which come before `PATH`: the first ones there may be wrappers, which start slowly.
 const SYSTEM: &str = "/usr/bin:/bin:/usr/sbin:/sbin";
 
-/// What one line sees: a mesh, and names for its addresses and ports.
+/// The surroundings of one line: a mesh, and names for its addresses and ports.
 pub(crate) struct Scene<'a> {
     mesh: &'a Mesh,
     folder: PathBuf,

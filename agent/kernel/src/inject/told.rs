@@ -41,7 +41,7 @@ mod tests {
     #[test]
     fn the_segment_is_an_acknowledgement_with_the_option() {
         for (agent, application) in
-            [("127.96.1.2:15001", "127.0.0.1:40000"), ("[::1]:15040", "[fd77::2]:40000")]
+            [("127.96.1.2:15056", "127.0.0.1:40000"), ("[::1]:15040", "[fd77::2]:40000")]
         {
             let (agent, application) =
                 (agent.parse().expect("literal"), application.parse().expect("literal"));

@@ -83,11 +83,11 @@ const SOCK_ADDR: ProgramType = ProgramType::CgroupSockAddr;
 const CGROUP_BPF: &str = "CONFIG_CGROUP_BPF";
 const BPF_SYSCALL: &str = "CONFIG_BPF_SYSCALL and CONFIG_INET";
 
-/// Row that the loader asks for by name.
 /// Type information of the kernel, which the verifier reads for pointers to its types.
 pub(super) const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
-/// As below.
+/// Row that the loader asks for by name.
 pub(super) const TCP6_SOCK_IN_SOCK_ADDR: &str = "bpf_skc_to_tcp6_sock in sock_addr";
+/// Row that the loader asks for by name.
 pub(super) const SET_RETVAL_IN_SOCK_ADDR: &str = "bpf_set_retval in sock_addr";
 const CAPTURE: &str = "taking over connections of pods";
 const NAMES: &str = "showing applications the addresses they expect";

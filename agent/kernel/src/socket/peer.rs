@@ -22,7 +22,7 @@ const NO_QUEUE: libc::c_int = 0;
 const RECEIVE_QUEUE: libc::c_int = 1;
 const SEND_QUEUE: libc::c_int = 2;
 
-/// What the kernel knows of a peer.
+/// State of a peer, as the local kernel knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PeerState {
     /// Time since the peer's last acknowledgement.

@@ -29,7 +29,7 @@ use crate::{
     testing::{app_connection, app_stream, connection, open, open_flow, sessions},
 };
 
-/// What an application sends in one call.
+/// Bytes that an application sends in one call.
 #[derive(Debug, Clone)]
 enum Part {
     Plain(Vec<u8>),

@@ -48,7 +48,7 @@ const TICK: Duration = Duration::from_millis(10);
 /// Called when the peer has answered.
 pub type Answer = Box<dyn FnOnce() + Send>;
 
-/// What others ask of the task that relays a flow.
+/// Requests to the task that relays a flow.
 #[derive(Default)]
 pub struct Watch {
     /// `asked` has changed.
@@ -101,7 +101,7 @@ impl Watch {
     }
 }
 
-/// What the kernel of an application is told of the peer.
+/// A message about the peer, for the kernel of the application.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum News {
     /// The peer is silent. The flow ends after so long.
@@ -277,7 +277,7 @@ struct Inquiry {
     pause: Duration,
 }
 
-/// What follows a look at the peer.
+/// The next step after a look at the peer.
 #[derive(Debug, PartialEq, Eq)]
 enum Step {
     /// Look again.
