@@ -130,15 +130,19 @@ async fn begin<'a>(
     peer: IpAddr,
     at: IpAddr,
 ) -> Option<Begun<'a>> {
-    if let Some(reason) = pod.not_tunnelled() {
-        return turn_away(path, pod, session, open, &reason).await.map(Begun::Denied);
-    }
-    if let Some(reason) = authorize::plaintext_alone(pod, open.client.ip(), open.destination) {
-        return turn_away(path, pod, session, open, reason).await.map(Begun::Denied);
+    let claims = check_claims(&session, open, peer, at);
+    if claims.is_ok() {
+        // The certificate is of all pods of an account. So the answer counts only for the pod at whose address it is given.
+        if let Some(reason) = pod.not_tunnelled() {
+            return turn_away(path, pod, session, open, &reason).await.map(Begun::Denied);
+        }
+        if let Some(reason) = authorize::plaintext_alone(pod, open.client.ip(), open.destination) {
+            return turn_away(path, pod, session, open, reason).await.map(Begun::Denied);
+        }
     }
     relay::connection_started();
     let addresses = Addresses { source: open.client, destination: open.destination };
-    let checked = check_open(&session, open, peer, at);
+    let checked = claims.and_then(|flow| check_port(&flow).map(|()| flow));
     // The destination of a rejected OPEN need not be this pod.
     let own = checked.as_ref().ok().map(|_| pod.workload.identity.clone());
     let ends = path.ends(Reporter::Destination, addresses, Some(session.peer().clone()), own);
@@ -201,7 +205,7 @@ async fn turn_away(
 }
 
 /// Checks OPEN against what the session proves, and returns the flow that policy decides on. Everything in OPEN is a claim.
-fn check_open(session: &Session, open: &Open, peer: IpAddr, at: IpAddr) -> Result<Flow, Refusal> {
+fn check_claims(session: &Session, open: &Open, peer: IpAddr, at: IpAddr) -> Result<Flow, Refusal> {
     let refuse = |reason, detail: String| Err(Refusal::new(reason, detail));
     if session.peer_not_after() <= SystemTime::now() {
         return refuse(RefusalReason::Expired, "it has expired since the handshake".to_owned());
@@ -210,10 +214,6 @@ fn check_open(session: &Session, open: &Open, peer: IpAddr, at: IpAddr) -> Resul
     if open.destination.ip() != at {
         let detail = format!("OPEN names {}, the session is for {at}", open.destination);
         return refuse(RefusalReason::ForgedDestination, detail);
-    }
-    if tcp_port::is_reserved(open.destination.port()) {
-        let detail = format!("port {} is the agent's", open.destination.port());
-        return refuse(RefusalReason::ReservedPort, detail);
     }
     // The application will be told this address; the kernel vouches for the session's.
     if open.client.ip() != peer {
@@ -225,6 +225,15 @@ fn check_open(session: &Session, open: &Open, peer: IpAddr, at: IpAddr) -> Resul
         client: open.client.ip(),
         destination: open.destination,
     })
+}
+
+/// Refuses a flow to a port of the agent, which a pod that is left alone may have.
+fn check_port(flow: &Flow) -> Result<(), Refusal> {
+    let port = flow.destination.port();
+    if tcp_port::is_reserved(port) {
+        return Err(Refusal::new(RefusalReason::ReservedPort, format!("port {port} is the agent's")));
+    }
+    Ok(())
 }
 
 /// Reports a refusal and answers the peer with it. Returns the session if it can carry other flows.

@@ -7,12 +7,12 @@ use crate::{
 use anyhow::{Result, ensure};
 use std::{
     io::{Read, Write},
-    net::{IpAddr, SocketAddr, TcpStream},
+    net::{Ipv6Addr, SocketAddr, TcpStream},
     sync::OnceLock,
 };
 use tacit_abi::tcp_port;
 use tacit_tests::{Mesh, Plan, Server, fresh_port, observe};
-use tacit_topology::{HANG, TUNNEL_PORT};
+use tacit_topology::{HANG, Pod, TUNNEL_PORT};
 
 const CLIENT: &str = "spiffe://cluster.local/ns/shop/sa/client";
 
@@ -171,6 +171,41 @@ fn a_flow_to_the_agents_own_ports_is_denied() -> Result<()> {
     Ok(())
 }
 
+/// A pod with a proxy of its own is reached as plaintext, and its agent says so. All pods of an account have one certificate, so the
+/// answer of one must not count for another.
+#[test]
+#[ignore = "needs root"]
+fn an_answer_that_leads_to_plaintext_is_only_given_for_the_pod_that_is_asked() -> Result<()> {
+    const PLAINTEXT: u8 = 9;
+    let plan = Plan::new("answers").pod("b", "shop", "web").pod("b", "shop", "other");
+    let mesh = plan.pod("a", "shop", "client").outside("a", "shop", "attacker").with_agents()?;
+    let (web, other, attacker) = (mesh.pod("web")?, mesh.pod("other")?, mesh.pod("attacker")?);
+    let agent = mesh.agent("b")?;
+    let proxy = SocketAddr::from((Ipv6Addr::UNSPECIFIED, tcp_port::OF_PROXIES[0]));
+    let _proxy = Server::start(web, proxy, &["echo"])?;
+    observe::wait_status(agent, "left alone", |status| {
+        let found = status["pods"].as_array()?.iter().find(|pod| pod["name"] == "web")?;
+        found["state"]["left_alone"].is_string().then_some(())
+    })?;
+    let roots = Roots::open(agent.files().issuer())?;
+    let agent_at = SocketAddr::new(web.ipv4().into(), tcp_port::ANSWER);
+    let client = SocketAddr::new(attacker.ipv4().into(), 4000);
+    let ask = |destination: SocketAddr, client: SocketAddr| -> Result<Response> {
+        let credentials = Some(roots.sign(&Leaf::valid(CLIENT))?);
+        let request = FlowRequest { destination, client };
+        Ok(request_flow(attacker.netns(), agent_at, credentials, VALID_OPTIONS, request)?.1)
+    };
+    let at = |pod: &Pod| SocketAddr::new(pod.ipv4().into(), fresh_port());
+    let right = ask(at(web), client)?;
+    ensure!(right == Response::Denied(PLAINTEXT), "{right:?}");
+    let stranger = SocketAddr::from(([10, 77, 1, 200], 4000));
+    for (destination, client) in [(at(other), client), (at(web), stranger)] {
+        let wrong = ask(destination, client)?;
+        ensure!(matches!(wrong, Response::Denied(code) if code != PLAINTEXT), "{destination}: {wrong:?}");
+    }
+    Ok(())
+}
+
 /// Result of one connection of a fake client.
 #[derive(Debug)]
 struct Attempt {
@@ -213,8 +248,8 @@ fn connect_as(
     let credentials = leaf.map(|leaf| roots.sign(leaf)).transpose()?;
     let request =
         FlowRequest { destination: server.address(), client: SocketAddr::new(attacker.ipv4().into(), 4000) };
-    let (from, response) =
-        request_flow(attacker.netns(), IpAddr::V4(web.ipv4()), credentials, options, change(request))?;
+    let at = SocketAddr::new(web.ipv4().into(), TUNNEL_PORT);
+    let (from, response) = request_flow(attacker.netns(), at, credentials, options, change(request))?;
     if response == Response::Accepted {
         server.events().first("accepted")?;
     }

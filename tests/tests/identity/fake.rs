@@ -74,17 +74,16 @@ pub(crate) struct FlowRequest {
     pub(crate) client: SocketAddr,
 }
 
-/// Connects from `netns` to the tunnel port of `server` and requests a flow. Returns also the client's address.
+/// Connects from `netns` to an agent at `server` and requests a flow. Returns also the client's address.
 pub(crate) fn request_flow(
     netns: &Netns,
-    server: IpAddr,
+    server: SocketAddr,
     credentials: Option<Credentials>,
     options: TlsOptions,
     request: FlowRequest,
 ) -> Result<(SocketAddr, Response)> {
-    let mut tls = client(server, credentials, options)?;
-    let mut tcp =
-        netns.enter(|| TcpStream::connect_timeout(&SocketAddr::new(server, TUNNEL_PORT), HANG))??;
+    let mut tls = client(server.ip(), credentials, options)?;
+    let mut tcp = netns.enter(|| TcpStream::connect_timeout(&server, HANG))??;
     tcp.set_read_timeout(Some(HANG))?;
     let from = tcp.local_addr()?;
     let mut stream = Stream::new(&mut tls, &mut tcp);
@@ -103,7 +102,7 @@ pub(crate) fn request_flow(
     Ok((from, response))
 }
 
-/// Connects like [`request_flow`] and sends up to `max` key updates. Returns the number that could be sent.
+/// Connects to the tunnel port like [`request_flow`] and sends up to `max` key updates. Returns the number that could be sent.
 pub(crate) fn flood_with_key_updates(
     netns: &Netns,
     server: IpAddr,
