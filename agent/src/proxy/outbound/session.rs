@@ -156,8 +156,9 @@ async fn greet(
             Err(_) => return tunnel.await,
         },
     };
-    // No host, or no answer in time: the other port would not differ.
-    if refusal.connect_end != ConnectEnd::Refused && refusal.reason != RefusalReason::Closed {
+    // No host, or no answer in time: the other port would not differ. Whatever else listens at the first one, the agent has to prove
+    // itself at the other.
+    if refusal.reason == RefusalReason::PeerUnreachable && refusal.connect_end != ConnectEnd::Refused {
         return Err(refusal);
     }
     answer().await.map_err(|_| refusal)
