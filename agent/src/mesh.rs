@@ -40,17 +40,11 @@ const CLEAR_MAX: usize = tacit_abi::limits::CLEAR as usize;
 impl Clear {
     fn wanted(&self, directory: &Directory) -> Vec<PlaintextDestination> {
         let mut all = self.configured.clone();
+        // Each entry has its share, so that no service pushes out the endpoints of another.
+        let share = CLEAR_MAX.saturating_sub(all.len()) / all.len().max(1);
         for PlaintextDestination { address, protocol } in &self.configured {
-            let endpoints = directory.endpoints_behind(*address).into_iter();
+            let endpoints = directory.endpoints_behind(*address, share).into_iter();
             all.extend(endpoints.map(|address| PlaintextDestination { address, protocol: *protocol }));
-        }
-        if all.len() > CLEAR_MAX {
-            tracing::warn!(
-                total = all.len(),
-                max = CLEAR_MAX,
-                "services of allowClear have too many endpoints: some are not reached as plaintext after a translation"
-            );
-            all.truncate(CLEAR_MAX);
         }
         all
     }

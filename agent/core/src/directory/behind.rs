@@ -25,17 +25,23 @@ impl Directory {
         ranges
     }
 
-    /// Returns the endpoints that traffic to a service's cluster address and port may have after a translation. Endpoints are
-    /// known of TCP ports alone. A UDP port has those of the TCP port with the same number, as that of cluster DNS does.
+    /// Returns the endpoints that traffic to a service's cluster address and port may have after a translation, at most `most`.
+    /// Whoever may write the slices of a service can list any address. So only those count that the directory gives to pods of the
+    /// service's namespace, and to nobody else. Endpoints are known of TCP ports alone. A UDP port has those of the TCP port with the
+    /// same number, as that of cluster DNS does.
     #[must_use]
-    pub fn endpoints_behind(&self, at: SocketAddr) -> Vec<SocketAddr> {
+    pub fn endpoints_behind(&self, at: SocketAddr, most: usize) -> Vec<SocketAddr> {
         let Some(service) = self.service_at(at.ip()).filter(|service| service.addresses.contains(&at.ip()))
         else {
             return Vec::new();
         };
         let ports = service.ports.iter().filter(|port| port.port == at.port());
         let endpoints = ports.flat_map(|port| if at.is_ipv4() { port.ipv4.iter() } else { port.ipv6.iter() });
-        endpoints.map(|endpoint| endpoint.address).collect()
+        let is_own = |address: &SocketAddr| {
+            let holder = self.at(address.ip()).filter(|_| !self.is_unclear(address.ip()));
+            holder.is_some_and(|holder| holder.namespace == service.namespace)
+        };
+        endpoints.map(|endpoint| endpoint.address).filter(is_own).take(most).collect()
     }
 }
 
@@ -80,11 +86,23 @@ services:
     }
 
     #[test]
+    fn endpoints_that_are_not_pods_of_the_services_namespace_do_not_count() {
+        for stolen in ["10.77.1.3", "10.77.1.9"] {
+            let text =
+                TEXT.replace("{addresses: [10.77.1.2], ready", &format!("{{addresses: [{stolen}], ready"));
+            let domain = TrustDomain::parse("cluster.local").expect("valid");
+            let directory = Directory::parse(&text, Path::new("directory.yaml"), &domain).expect("valid");
+            assert_eq!(directory.endpoints_behind(([172, 20, 0, 10], 53).into(), 9), [], "{stolen}");
+        }
+    }
+
+    #[test]
     fn traffic_to_a_service_may_arrive_at_its_endpoints() {
-        let behind = |port| directory().endpoints_behind(([172, 20, 0, 10], port).into());
+        let behind = |port| directory().endpoints_behind(([172, 20, 0, 10], port).into(), 9);
         let endpoint = SocketAddr::from(([10, 77, 1, 2], 5353));
         assert_eq!(behind(53), [endpoint]);
         assert_eq!(behind(80), []);
-        assert_eq!(directory().endpoints_behind(endpoint), []);
+        assert_eq!(directory().endpoints_behind(endpoint, 9), []);
+        assert_eq!(directory().endpoints_behind(([172, 20, 0, 10], 53).into(), 0), []);
     }
 }
