@@ -6,6 +6,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    ops::ControlFlow,
     os::fd::{AsRawFd as _, BorrowedFd, OwnedFd},
 };
 
@@ -304,13 +305,22 @@ impl Netlink {
     }
 
     /// Sends one request and hands every message of the answer to `each`.
-    pub(super) fn ask(
+    fn ask(&self, kind: u16, flags: u16, body: &[u8], mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
+        let all = |kind: u16, body: &[u8]| {
+            each(kind, body);
+            ControlFlow::Continue(())
+        };
+        self.ask_until(kind, flags, body, all).map(drop)
+    }
+
+    /// As [`Self::ask`], until `each` breaks. The socket has the rest of the answer then, and is of no use any more.
+    pub(super) fn ask_until(
         &self,
         kind: u16,
         flags: u16,
         body: &[u8],
-        mut each: impl FnMut(u16, &[u8]),
-    ) -> io::Result<()> {
+        mut each: impl FnMut(u16, &[u8]) -> ControlFlow<()>,
+    ) -> io::Result<ControlFlow<()>> {
         let mut request = Vec::with_capacity(NLM_HEADER + body.len());
         request.extend_from_slice(&((NLM_HEADER + body.len()) as u32).to_ne_bytes());
         request.extend_from_slice(&kind.to_ne_bytes());
@@ -321,31 +331,50 @@ impl Netlink {
         let mut buffer = vec![0; BUFFER];
         loop {
             let len = recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-            if read(buffer.get(..len).unwrap_or_default(), &mut each)? {
-                return Ok(());
+            match read(buffer.get(..len).unwrap_or_default(), &mut each)? {
+                Answer::Partial => {}
+                Answer::Complete => return Ok(ControlFlow::Continue(())),
+                Answer::Stopped => return Ok(ControlFlow::Break(())),
             }
         }
     }
 }
 
-/// Goes through the messages of one datagram. Returns whether the answer is complete.
-fn read(mut datagram: &[u8], each: &mut impl FnMut(u16, &[u8])) -> io::Result<bool> {
+/// The state of an answer after a datagram.
+#[derive(Debug, PartialEq, Eq)]
+enum Answer {
+    Partial,
+    Complete,
+    /// The rest is not wanted.
+    Stopped,
+}
+
+/// Goes through the messages of one datagram.
+fn read(mut datagram: &[u8], each: &mut impl FnMut(u16, &[u8]) -> ControlFlow<()>) -> io::Result<Answer> {
     while !datagram.is_empty() {
         let malformed = || io::Error::new(io::ErrorKind::InvalidData, "malformed netlink message");
         let len = u32_at(datagram, 0).ok_or_else(malformed)? as usize;
         let kind = u16_at(datagram, 4).ok_or_else(malformed)?;
         let body = datagram.get(NLM_HEADER..len).ok_or_else(malformed)?;
         match kind {
-            NLMSG_DONE => return Ok(true),
+            NLMSG_DONE => return Ok(Answer::Complete),
             NLMSG_ERROR => {
                 let code = u32_at(body, 0).ok_or_else(malformed)? as i32;
-                return if code == 0 { Ok(true) } else { Err(io::Error::from_raw_os_error(-code)) };
+                return if code == 0 {
+                    Ok(Answer::Complete)
+                } else {
+                    Err(io::Error::from_raw_os_error(-code))
+                };
             }
-            _ => each(kind, body),
+            _ => {
+                if each(kind, body).is_break() {
+                    return Ok(Answer::Stopped);
+                }
+            }
         }
         datagram = datagram.get(len.next_multiple_of(ALIGN)..).unwrap_or_default();
     }
-    Ok(false)
+    Ok(Answer::Partial)
 }
 
 /// The attributes of a message; the rest of a malformed one is left out.
@@ -424,9 +453,10 @@ mod tests {
         message.extend_from_slice(&20_u32.to_ne_bytes());
         message.extend_from_slice(&NLMSG_ERROR.to_ne_bytes());
         message.extend_from_slice(&[0; 14]);
-        assert!(read(&message, &mut |_, _| {}).expect("complete"));
+        let mut go_on = |_: u16, _: &[u8]| ControlFlow::Continue(());
+        assert_eq!(read(&message, &mut go_on).expect("well-formed"), Answer::Complete);
         for len in 1..message.len() {
-            assert!(read(&message[..len], &mut |_, _| {}).is_err(), "{len}");
+            assert!(read(&message[..len], &mut go_on).is_err(), "{len}");
         }
         for bytes in [&[][..], &[4], &[3, 0, 1, 0], &[200, 0, 1, 0, 5]] {
             assert_eq!(attributes(bytes).count(), 0, "{bytes:?}");

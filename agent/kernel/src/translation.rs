@@ -9,6 +9,7 @@ mod iptables;
 use std::{
     collections::{HashMap, HashSet},
     io,
+    ops::ControlFlow,
 };
 
 use nix::sys::socket::SockProtocol;
@@ -30,6 +31,9 @@ const NFGENMSG: usize = 4;
 const TYPE: u16 = 0x3fff;
 const PREROUTING: u32 = 0;
 
+/// Most chains, and most rules of a table, that are read: a pod can make any number. More count as rules that rewrite.
+const MESSAGES_MAX: usize = 4096;
+
 /// A chain: family, table and name.
 type Chain = (u8, Vec<u8>, Vec<u8>);
 
@@ -49,7 +53,7 @@ fn nf_tables() -> io::Result<bool> {
         opened => opened?,
     };
     let mut bases = Vec::new();
-    let dumped = netlink.ask(GET_CHAIN, NLM_F_DUMP, &[0; NFGENMSG], |kind, body| {
+    let dumped = dump(&netlink, GET_CHAIN, &[0; NFGENMSG], |kind, body| {
         if kind == NEW_CHAIN {
             bases.extend(translating_base(body));
         }
@@ -59,24 +63,62 @@ fn nf_tables() -> io::Result<bool> {
         Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
             return Ok(false);
         }
-        dumped => dumped?,
-    }
-    // Most pods have no rules.
-    if bases.is_empty() {
-        return Ok(false);
-    }
-    let mut rules: HashMap<Chain, Vec<Rule>> = HashMap::new();
-    netlink.ask(GET_RULE, NLM_F_DUMP, &[0; NFGENMSG], |kind, body| {
-        if kind == NEW_RULE
-            && let Some((chain, rule)) = rule(body)
-        {
-            rules.entry(chain).or_default().push(rule);
+        dumped => {
+            if dumped?.is_break() {
+                return Ok(true);
+            }
         }
-    })?;
+    }
+    // Most pods have none. A chain leads to others of its table alone.
+    let tables: HashSet<(u8, Vec<u8>)> =
+        bases.iter().map(|(family, table, _)| (*family, table.clone())).collect();
+    let mut rules: HashMap<Chain, Vec<Rule>> = HashMap::new();
+    for (family, table) in tables {
+        let dumped = dump(&netlink, GET_RULE, &of_table(family, &table), |kind, body| {
+            if kind == NEW_RULE
+                && let Some((chain, rule)) = rule(body)
+                && rule != Rule::default()
+            {
+                rules.entry(chain).or_default().push(rule);
+            }
+        });
+        if dumped?.is_break() {
+            return Ok(true);
+        }
+    }
     Ok(reaches_rewrite(bases, &rules))
 }
 
-/// What a rule does that matters here.
+/// Asks for all objects, and hands at most [`MESSAGES_MAX`] to `each`. Breaks if there are more.
+fn dump(
+    netlink: &Netlink,
+    kind: u16,
+    body: &[u8],
+    mut each: impl FnMut(u16, &[u8]),
+) -> io::Result<ControlFlow<()>> {
+    let mut left = MESSAGES_MAX;
+    netlink.ask_until(kind, NLM_F_DUMP, body, |kind, body| {
+        if left == 0 {
+            return ControlFlow::Break(());
+        }
+        left -= 1;
+        each(kind, body);
+        ControlFlow::Continue(())
+    })
+}
+
+/// A request for what is in one table.
+fn of_table(family: u8, name: &[u8]) -> Vec<u8> {
+    const TABLE: u16 = 1;
+    let mut body = vec![family, 0, 0, 0];
+    body.extend_from_slice(&((4 + name.len()) as u16).to_ne_bytes());
+    body.extend_from_slice(&TABLE.to_ne_bytes());
+    body.extend_from_slice(name);
+    body.resize(body.len().next_multiple_of(4), 0);
+    body
+}
+
+/// A rule, as far as address translation depends on it.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Rule {
     rewrites: bool,
