@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, HashSet},
     io,
     net::{IpAddr, Ipv6Addr},
+    os::fd::BorrowedFd,
 };
 
 use ipnet::IpNet;
@@ -53,9 +54,17 @@ pub fn interface_addresses() -> io::Result<Vec<InterfaceAddress>> {
     Ok(found.into_iter().map(of).collect())
 }
 
-/// Returns the ranges of the interfaces in the calling thread's network namespace that have none of `own` and are not the loopback:
-/// of bridges to containers or virtual machines, where the namespace is a pod's. Link-local ranges are left out.
-pub(super) fn inner_ranges(own: &[IpAddr]) -> io::Result<Vec<IpNet>> {
+/// Most ranges inside a pod. What a pod has beyond is not inside, and goes the way of any other destination.
+const INNER_RANGES_MAX: usize = 64;
+
+/// Returns the ranges of the links in the calling thread's network namespace that do not leave it, where the namespace is a pod's:
+/// bridges to containers or virtual machines, and pairs whose other end is in a namespace of the pod. `host` is the node's namespace.
+/// An interface with an address of `own`, a range with one, and link-local ranges are left out.
+pub(super) fn inner_ranges(host: BorrowedFd<'_>, own: &[IpAddr]) -> io::Result<Vec<IpNet>> {
+    let inner = inner_links(host)?;
+    if inner.is_empty() {
+        return Ok(Vec::new());
+    }
     let all: Vec<_> = getifaddrs()?.collect();
     let ip = |storage: Option<&SockaddrStorage>| -> Option<IpAddr> {
         let storage = storage?;
@@ -65,17 +74,33 @@ pub(super) fn inner_ranges(own: &[IpAddr]) -> io::Result<Vec<IpNet>> {
     let has_own = |found: &Listed| ip(found.address.as_ref()).is_some_and(|ip| own.contains(&ip));
     let outer: HashSet<&str> =
         all.iter().filter(|found| has_own(found)).map(|found| found.interface_name.as_str()).collect();
-    let inner = all.iter().filter(|found| !outer.contains(found.interface_name.as_str()));
-    let mut ranges: Vec<IpNet> = inner
+    let is_inner = |name: &str| inner.contains(name) && !outer.contains(name);
+    let mut ranges: Vec<IpNet> = all
+        .iter()
+        .filter(|found| is_inner(&found.interface_name))
         .filter_map(|found| {
             IpNet::with_netmask(ip(found.address.as_ref())?, ip(found.netmask.as_ref())?).ok()
         })
-        .filter(|range| is_probe_source(&range.addr()))
+        .filter(|range| is_probe_source(&range.addr()) && !own.iter().any(|address| range.contains(address)))
         .map(|range| range.trunc())
         .collect();
     ranges.sort_unstable();
     ranges.dedup();
+    ranges.truncate(INNER_RANGES_MAX);
     Ok(ranges)
+}
+
+/// Names of the links that do not leave the calling thread's namespace, if that is a pod's. A link of the plugin that makes a second
+/// network has its other end on the node, or none.
+fn inner_links(host: BorrowedFd<'_>) -> io::Result<HashSet<String>> {
+    let links = netlink::interfaces()?;
+    let host = netlink::netns_id(host)?;
+    let is_inner = |link: &netlink::Interface| match link.kind.as_str() {
+        "bridge" => true,
+        "veth" => link.linked_netns.is_some() && link.linked_netns != host,
+        _ => false,
+    };
+    Ok(links.into_iter().filter(is_inner).map(|link| link.name).collect())
 }
 
 /// Returns the addresses of all interfaces, each with its interface's name.

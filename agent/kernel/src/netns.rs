@@ -4,7 +4,10 @@ use std::{
     fs::File,
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
-    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
+    os::{
+        fd::{AsFd as _, AsRawFd as _},
+        unix::fs::MetadataExt as _,
+    },
     path::Path,
 };
 
@@ -69,13 +72,13 @@ impl Netns {
 }
 
 impl Netns {
-    /// The ranges of this namespace's interfaces that have none of the addresses `own`: of bridges to containers or virtual machines
-    /// in a pod.
+    /// The ranges of the links that do not leave this namespace of a pod with the addresses `own`: those of its containers or virtual
+    /// machines.
     ///
     /// # Errors
     /// As [`Self::addresses`].
     pub fn inner_ranges(&self, host: &HostNetns, own: &[IpAddr]) -> io::Result<Vec<IpNet>> {
-        host.run_in(&self.file, || crate::host::inner_ranges(own))?
+        host.run_in(&self.file, || crate::host::inner_ranges(host.file.as_fd(), own))?
     }
 }
 
