@@ -403,6 +403,7 @@ impl Enroller {
             closed: CancellationToken::new(),
             policy: state.policy_of(cgroup, policy),
             slot,
+            since: Instant::now(),
             capture_port,
             not_tunnelled: ArcSwapOption::empty(),
             rewrites_arrivals: AtomicBool::new(false),
@@ -549,9 +550,10 @@ impl State {
         in_force
     }
 
-    fn free_slot(&self) -> u32 {
+    /// Returns a slot that no pod has, and of which `is_clean` is true.
+    fn free_slot(&self, is_clean: impl Fn(u32) -> bool) -> u32 {
         let used: HashSet<u32> = self.known.values().copied().collect();
-        (0_u32..).find(|slot| !used.contains(slot)).unwrap_or(u32::MAX)
+        (0_u32..).find(|slot| !used.contains(slot) && is_clean(*slot)).unwrap_or(u32::MAX)
     }
 }
 

@@ -37,8 +37,6 @@ const REGISTER: u32 = 1;
 /// # Errors
 /// The kernel's, for example without nf_tables.
 pub fn add(pod: &Pod, from: u16, to: u16) -> Result<()> {
-    let hook = nested(4, &[number(1, PREROUTING), attribute(2, &PRIORITY.to_be_bytes())]);
-    let chain = [attribute(1, TABLE), attribute(3, CHAIN), hook, attribute(7, b"nat\0")];
     let expressions = [
         // Of TCP.
         expression(b"meta\0", &[number(2, 16), number(1, REGISTER)]),
@@ -50,7 +48,32 @@ pub fn add(pod: &Pod, from: u16, to: u16) -> Result<()> {
         expression(b"redir\0", &[number(1, REGISTER)]),
     ];
     let rule = [attribute(1, TABLE), attribute(2, CHAIN), nested(4, &expressions)];
-    apply(pod, &[(NEW_TABLE, attribute(1, TABLE)), (NEW_CHAIN, chain.concat()), (NEW_RULE, rule.concat())])
+    apply(pod, &[(NEW_TABLE, attribute(1, TABLE)), (NEW_CHAIN, arrivals()), (NEW_RULE, rule.concat())])
+}
+
+/// Adds `count` rules that only count what arrives, to the chain that [`add`] makes.
+///
+/// # Errors
+/// As [`add`].
+pub fn add_without_effect(pod: &Pod, count: usize) -> Result<()> {
+    /// Few enough for the buffer of a socket.
+    const AT_ONCE: usize = 200;
+    apply(pod, &[(NEW_TABLE, attribute(1, TABLE)), (NEW_CHAIN, arrivals())])?;
+    let rule =
+        [attribute(1, TABLE), attribute(2, CHAIN), nested(4, &[expression(b"counter\0", &[])])].concat();
+    let mut left = count;
+    while left > 0 {
+        let commands = vec![(NEW_RULE, rule.clone()); left.min(AT_ONCE)];
+        apply(pod, &commands)?;
+        left -= commands.len();
+    }
+    Ok(())
+}
+
+/// The chain of the rules for what arrives.
+fn arrivals() -> Vec<u8> {
+    let hook = nested(4, &[number(1, PREROUTING), attribute(2, &PRIORITY.to_be_bytes())]);
+    [attribute(1, TABLE), attribute(3, CHAIN), hook, attribute(7, b"nat\0")].concat()
 }
 
 /// Has what leaves `pod` from the /24 network of `inner` leave with the pod's own address, as for containers inside the pod.

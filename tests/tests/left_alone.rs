@@ -10,19 +10,25 @@ use tacit_topology::Pod;
 
 const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
                       metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
-/// The pods with a proxy, in the order of [`OF_PROXIES`].
-const PROXIED: [&str; 3] = ["outbound", "inbound", "hbone"];
+/// A pod with a proxy: its name, the proxy's port, and what the proxy does on a connection.
+type Proxied = (&'static str, u16, &'static [&'static str]);
+/// One proxy at each port, and one that answers at once in a protocol of its own.
+const PROXIED: [Proxied; 4] = [
+    ("outbound", OF_PROXIES[0], &["echo"]),
+    ("inbound", OF_PROXIES[1], &["echo"]),
+    ("hbone", TUNNEL, &["read-end"]),
+    ("talkative", TUNNEL, &["send:HTTP/1.1 400 Bad Request", "read-end"]),
+];
 
 fn plan(tag: &str) -> Plan {
     let plan = Plan::new(tag).pod("a", "shop", "client").pod("b", "shop", "near").pod("b", "shop", "server");
-    PROXIED.iter().fold(plan, |plan, name| plan.pod("b", "shop", name))
+    PROXIED.iter().fold(plan, |plan, (name, ..)| plan.pod("b", "shop", name))
 }
 
-/// The program in each pod of [`PROXIED`]. One does not answer, as a proxy that expects something else.
+/// The program in each pod of [`PROXIED`].
 fn start_proxies(mesh: &Mesh) -> Result<Vec<Server>> {
-    let started = PROXIED.iter().zip(OF_PROXIES).map(|(name, port)| {
-        let steps = if port == TUNNEL { ["read-end"] } else { ["echo"] };
-        Server::start(mesh.pod(name)?, SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)), &steps)
+    let started = PROXIED.iter().map(|(name, port, steps)| {
+        Server::start(mesh.pod(name)?, SocketAddr::from((Ipv6Addr::UNSPECIFIED, *port)), steps)
     });
     started.collect()
 }
@@ -37,7 +43,7 @@ fn all_work(mesh: &Mesh, text: &str) -> Result<()> {
     for is_ipv4 in [true, false] {
         let far = server(mesh.pod("client")?, is_ipv4)?;
         let near = server(mesh.pod("server")?, is_ipv4)?;
-        for name in PROXIED {
+        for (name, ..) in PROXIED {
             let proxied = mesh.pod(name)?;
             let own = server(proxied, is_ipv4)?;
             for client in ["client", "near"] {
@@ -57,7 +63,7 @@ fn all_work(mesh: &Mesh, text: &str) -> Result<()> {
 fn states(status: &Value) -> Vec<Value> {
     let pods = status["pods"].as_array().map(Vec::as_slice).unwrap_or_default();
     let state = |name: &str| pods.iter().find(|pod| pod["name"] == name).map(|pod| pod["state"].clone());
-    PROXIED.iter().filter_map(|name| state(name)).collect()
+    PROXIED.iter().filter_map(|(name, ..)| state(name)).collect()
 }
 
 fn wait_states(mesh: &Mesh, what: &str, is: impl Fn(&Value) -> bool) -> Result<()> {
@@ -78,12 +84,12 @@ fn a_permissive_pod_with_a_proxy_is_left_alone_until_its_ports_are_free() -> Res
     // A proxy of a pod starts after the pod was enrolled.
     let proxies = start_proxies(&mesh)?;
     wait_states(&mesh, "left alone", |state| names_its_port(&state["left_alone"]))?;
-    ensure!(observe::metric(mesh.agent("b")?, "tacit_pods_left_alone", &[])? == 3);
+    ensure!(observe::metric(mesh.agent("b")?, "tacit_pods_left_alone", &[])? == PROXIED.len() as u64);
     let capture = mesh.topology().capture()?;
     all_work(&mesh, "text of the proxied")?;
     ensure!(capture.finish()?.occurrences(b"text of the proxied") > 0, "plaintext, as without Tacit");
     // Their proxies are reached too.
-    for (proxy, name) in proxies.iter().zip(PROXIED) {
+    for (proxy, (name, ..)) in proxies.iter().zip(PROXIED) {
         for client in ["client", "near"] {
             let to = SocketAddr::new(mesh.pod(name)?.ipv4().into(), proxy.address().port());
             let events = Client::run(mesh.pod(client)?, to, &["send:hello", "shut", "read-end"])?;
@@ -98,11 +104,13 @@ fn a_permissive_pod_with_a_proxy_is_left_alone_until_its_ports_are_free() -> Res
     wait_states(&mesh, "left alone again", |state| names_its_port(&state["left_alone"]))?;
     all_work(&mesh, "after a restart")?;
 
-    // A mode counts at once.
+    // A mode counts at once, for open connections too.
+    let open = Open::start(&mesh)?;
     for node in ["a", "b"] {
         mesh.agent(node)?.files().set_policy(STRICT)?;
     }
     wait_states(&mesh, "held", |state| names_its_port(&state["waiting"]))?;
+    open.check_ended(&mesh)?;
     refused(&mesh)?;
     for node in ["a", "b"] {
         mesh.agent(node)?.files().set_policy("")?;
@@ -118,6 +126,56 @@ fn a_permissive_pod_with_a_proxy_is_left_alone_until_its_ports_are_free() -> Res
     Ok(())
 }
 
+/// Text that no connection of a STRICT pod carries in clear.
+const LATE: &str = "text of a connection from before";
+
+/// Open connections with the pods of [`PROXIED`].
+struct Open {
+    arrived: Vec<Client>,
+    opened: Vec<Client>,
+    _servers: Vec<Server>,
+}
+
+impl Open {
+    /// Opens connections to each pod from both nodes, and from each pod to the other node, and waits for the first answers.
+    fn start(mesh: &Mesh) -> Result<Self> {
+        let far = server(mesh.pod("client")?, true)?;
+        let mut open = Self { arrived: Vec::new(), opened: Vec::new(), _servers: Vec::new() };
+        for (name, ..) in PROXIED {
+            let own = server(mesh.pod(name)?, true)?;
+            for client in ["client", "near"] {
+                let steps = ["send:one", "line", "read-end"];
+                open.arrived.push(Client::start(mesh.pod(client)?, own.address(), &steps)?);
+            }
+            let late = format!("send:{LATE}");
+            let steps = ["send:one", "line", "pause", &late];
+            open.opened.push(Client::start(mesh.pod(name)?, far.address(), &steps)?);
+            open._servers.push(own);
+        }
+        open._servers.push(far);
+        for client in open.arrived.iter().chain(&open.opened) {
+            client.events().first("line")?;
+        }
+        Ok(open)
+    }
+
+    /// Waits until those that arrived are reset, and checks that the others carry nothing more in clear.
+    fn check_ended(self, mesh: &Mesh) -> Result<()> {
+        for client in self.arrived {
+            let events = client.finish()?;
+            ensure!(events.iter().any(|event| event["end"] == "ConnectionReset"), "{events:?}");
+        }
+        let capture = mesh.topology().capture()?;
+        for client in self.opened {
+            let mut client = client;
+            client.proceed()?;
+            client.finish()?;
+        }
+        ensure!(capture.finish()?.occurrences(LATE.as_bytes()) == 0, "a STRICT pod sends plaintext");
+        Ok(())
+    }
+}
+
 /// Checks that connections with the pods of [`PROXIED`] fail at once, and that it is counted.
 fn refused(mesh: &Mesh) -> Result<()> {
     let at_once = |from: &Pod, to: SocketAddr| -> Result<()> {
@@ -126,7 +184,7 @@ fn refused(mesh: &Mesh) -> Result<()> {
         Ok(())
     };
     let server = server(mesh.pod("server")?, true)?;
-    for name in PROXIED {
+    for (name, ..) in PROXIED {
         let own = self::server(mesh.pod(name)?, true)?;
         at_once(mesh.pod("client")?, own.address())?;
         at_once(mesh.pod("near")?, own.address())?;

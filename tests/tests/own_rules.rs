@@ -76,10 +76,21 @@ fn a_pod_with_rules_of_its_own_is_reached_through_them() -> Result<()> {
     Client::echo(mesh.pod("server")?, other.address(), "text of its own")?;
     ensure!(capture.finish()?.occurrences(b"text of its own") == 0, "plaintext of an enrolled pod");
 
+    let open = CLIENTS.map(|client| -> Result<Client> {
+        let to = SocketAddr::new(mesh.pod("server")?.ipv4().into(), SERVICE);
+        let client = Client::start(mesh.pod(client)?, to, &["send:one", "line", "read-end"])?;
+        client.events().first("line")?;
+        Ok(client)
+    });
+    let open: Vec<Client> = open.into_iter().collect::<Result<_>>()?;
     for node in ["a", "b"] {
         mesh.agent(node)?.files().set_policy(STRICT)?;
     }
     wait_modes(&mesh, "STRICT")?;
+    for client in open {
+        let events = client.finish()?;
+        ensure!(events.iter().any(|event| event["end"] == "ConnectionReset"), "{events:?}");
+    }
     for client in CLIENTS {
         for ip in both(mesh.pod("server")?) {
             let events = Client::run(mesh.pod(client)?, SocketAddr::new(ip, SERVICE), &[])?;
@@ -107,6 +118,28 @@ fn a_pod_with_rules_of_its_own_is_reached_through_them() -> Result<()> {
     }
     ensure!(capture.finish()?.occurrences(b"text without rules") == 0, "plaintext without rules");
     Ok(())
+}
+
+/// An agent reads a bounded number of rules, and takes those beyond it for ones that rewrite.
+#[test]
+#[ignore = "needs root"]
+fn a_pod_with_very_many_rules_counts_as_one_that_rewrites() -> Result<()> {
+    let mesh = plan("rulem").with_agents()?;
+    redirect::add_without_effect(mesh.pod("server")?, 4000)?;
+    // Rules without an effect are no reason by themselves.
+    let other = mesh.pod("near")?;
+    redirect::add(other, SERVICE, fresh_port())?;
+    observe::wait_status(mesh.agent("b")?, "the rules of the other pod", |status| {
+        let is = |name: &str, rewrites: bool| {
+            let found = status["pods"].as_array()?.iter().find(|pod| pod["name"] == name)?;
+            (found["rewrites_arrivals"] == rewrites).then_some(())
+        };
+        is("near", true).and(is("server", false))
+    })?;
+    redirect::add_without_effect(mesh.pod("server")?, 1000)?;
+    wait_shown(&mesh, true)?;
+    redirect::remove(mesh.pod("server")?)?;
+    wait_shown(&mesh, false)
 }
 
 #[test]

@@ -32,14 +32,18 @@ impl Enroller {
         if let Some(slot) = state.known.get(&cgroup) {
             return Ok(*slot);
         }
-        let slot = state.free_slot();
+        // A pod that had the slot before may have connections left in its share of pending ones. A slot that does not exist is
+        // refused by the kernel.
+        let maps = &self.kernel.maps;
+        let slot = state.free_slot(|slot| maps.pending(slot).is_none_or(|pending| pending.is_clear()));
         let policies = self.snapshots.policies.current();
         let policy = PodPolicy::configured(&policies, workload);
         let entry = |policy: &PodPolicy| entry(workload, cgroup, slot, (0, 0), policy);
         // Single ports can be stricter than the pod.
-        let in_force = put_in_force(&self.kernel.maps, entry, policy)
+        let in_force = put_in_force(maps, entry, policy)
             .map_err(|closed| NotYet::Kernel(closed.not_applied.unwrap_or_default()))?;
         state.known.insert(cgroup, slot);
+        self.decide_again(state, cgroup, &in_force);
         let (workload, policy) = (Arc::clone(workload), Arc::new(in_force));
         state.held.insert(cgroup, HeldPolicy { workload, policies, policy });
         Ok(slot)

@@ -21,7 +21,7 @@ use std::{
 use arc_swap::{ArcSwap, ArcSwapOption};
 use tacit_abi::tcp_port;
 use tacit_core::{
-    directory::Workload,
+    directory::{Directory, Workload},
     policy::{Mode, Policies},
 };
 use tacit_kernel::{
@@ -32,13 +32,15 @@ use tacit_kernel::{
 use tokio_util::sync::CancellationToken;
 
 use crate::enrol::{
-    Enroller, NotYet, Pod, PodPolicy, RESCAN, State, kernel_state::entry, plan::Wanted,
-    policy_publisher::put_in_force,
+    Enroller, NotYet, Pod, PodPolicy, RESCAN, State, kernel_state::entry, observe::is_given_away,
+    plan::Wanted, policy_publisher::put_in_force,
 };
 
 /// Pods whose ports, rules and links are looked at in each [`RESCAN`]. Each takes some 0.2 ms, so that this stays below one percent of a
 /// CPU. With more pods each is looked at less often.
 const LOOKS_MAX: usize = 32;
+/// Time after its enrolment in which a pod is looked at each time: a proxy of the pod starts after its sandbox.
+const NEW_FOR: Duration = Duration::from_secs(60);
 /// Time for which the ports of a pod must be free before the pod is enrolled. It is longer than the restart of a container.
 const FREE_FOR: Duration = Duration::from_secs(5);
 
@@ -70,9 +72,9 @@ pub(super) struct TakenPorts {
 
 /// A port of one pod that another program has.
 #[derive(Debug)]
-struct Taken {
-    netns: Netns,
-    addresses: Vec<IpAddr>,
+pub(super) struct Taken {
+    pub(super) netns: Netns,
+    pub(super) addresses: Vec<IpAddr>,
     port: u16,
     last_seen: Instant,
 }
@@ -83,8 +85,9 @@ impl TakenPorts {
         self.pods.iter().map(|(cgroup, taken)| (*cgroup, reason(taken.port))).collect()
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.pods.is_empty()
+    /// The pods, by cgroup id.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &Taken)> {
+        self.pods.iter().map(|(cgroup, taken)| (*cgroup, taken))
     }
 
     pub(super) fn retain(&mut self, is_present: impl Fn(u64) -> bool) {
@@ -104,6 +107,20 @@ fn reason(port: u16) -> String {
     }
 }
 
+/// Returns the workload with its addresses: those of the directory, or those that were `found` in its namespace. The pod may have
+/// written these itself, so none may be another's by now.
+fn with_addresses(
+    directory: &Directory,
+    workload: &Arc<Workload>,
+    found: &[IpAddr],
+) -> Option<Arc<Workload>> {
+    if !workload.addresses.is_empty() {
+        return Some(Arc::clone(workload));
+    }
+    let is_taken = found.iter().any(|address| is_given_away(directory, *address, workload));
+    (!is_taken).then(|| Arc::new(Workload { addresses: found.to_vec(), ..(**workload).clone() }))
+}
+
 /// Returns true if the policy lets the pod go on as without Tacit.
 fn may_be_left_alone(policy: &PodPolicy, workload: &Workload) -> bool {
     let is_strict = policy.modes.default == Mode::Strict
@@ -111,12 +128,26 @@ fn may_be_left_alone(policy: &PodPolicy, workload: &Workload) -> bool {
     !is_strict && !policy.authorizes_plaintext() && policy.plaintext_egress(workload) == PlaintextEgress::All
 }
 
-/// Returns the enrolled pods whose turn it is to be looked at.
-fn next_pods(state: &State) -> Vec<Arc<Pod>> {
+/// Returns the enrolled pods whose turn it is to be looked at, and new ones, in which a proxy may just start. Stores the last one of
+/// the turn.
+fn next_pods(state: &mut State) -> Vec<Arc<Pod>> {
     let by_cgroup: BTreeMap<u64, &Arc<Pod>> = state.current.values().map(|pod| (pod.cgroup, pod)).collect();
     let last = state.taken_ports.last;
+    let is_new = |pod: &&Arc<Pod>| pod.since.elapsed() < NEW_FOR;
+    let new: BTreeMap<u64, Arc<Pod>> = by_cgroup
+        .values()
+        .filter(|pod| is_new(pod))
+        .take(LOOKS_MAX / 2)
+        .map(|pod| (pod.cgroup, Arc::clone(pod)))
+        .collect();
     let turn = by_cgroup.range(last + 1..).chain(by_cgroup.range(..=last));
-    turn.take(LOOKS_MAX).map(|(_, pod)| Arc::clone(pod)).collect()
+    let turn: Vec<Arc<Pod>> = turn
+        .map(|(_, pod)| Arc::clone(pod))
+        .filter(|pod| !new.contains_key(&pod.cgroup))
+        .take(LOOKS_MAX - new.len())
+        .collect();
+    state.taken_ports.last = turn.last().map_or(0, |pod| pod.cgroup);
+    turn.into_iter().chain(new.into_values()).collect()
 }
 
 impl Enroller {
@@ -129,6 +160,8 @@ impl Enroller {
         state.taken_ports.looked_at = Some(Instant::now());
         let pods = next_pods(state);
         for pod in &pods {
+            // Policies of others do not wait for what this pod has in its namespace.
+            self.publish_new_policies(state);
             self.look_into(pod);
             let addresses = &pod.workload.addresses;
             if !state.taken_ports.pods.contains_key(&pod.cgroup)
@@ -138,7 +171,6 @@ impl Enroller {
                 state.taken_ports.add(pod.cgroup, netns, addresses, port);
             }
         }
-        state.taken_ports.last = pods.last().map_or(0, |pod| pod.cgroup);
         state.taken_ports.pods.retain(|_, taken| {
             if self.is_taken(taken) {
                 taken.last_seen = Instant::now();
@@ -180,7 +212,8 @@ impl Enroller {
             return true;
         }
         // The kernel does not list all that can have a port. Opening the listeners shows it.
-        tcp_port::is_listener(taken.port) && Listeners::open(&taken.netns, &self.host).is_err()
+        tcp_port::is_listener(taken.port)
+            && Listeners::open(&taken.netns, &self.host).is_err_and(|error| error.taken_port().is_some())
     }
 
     /// Remembers that the pod cannot be enrolled if another program has one of its ports.
@@ -221,10 +254,11 @@ impl Enroller {
         policies: &Policies,
         wanted: &mut Wanted,
     ) -> HashMap<PathBuf, LeftAlone> {
-        if state.taken_ports.is_empty() {
+        if state.taken_ports.pods.is_empty() {
             return HashMap::new();
         }
         let root = self.pods_cgroup.path();
+        let directory = self.snapshots.directory.current();
         let mut left = HashMap::new();
         wanted.pods.retain(|workload| {
             let taken =
@@ -234,8 +268,7 @@ impl Enroller {
             if !may_be_left_alone(&policy, workload) {
                 return true;
             }
-            // The directory may not have the addresses.
-            let workload = Arc::new(Workload { addresses: taken.addresses.clone(), ..(**workload).clone() });
+            let Some(workload) = with_addresses(&directory, workload, &taken.addresses) else { return true };
             let reason = reason(taken.port);
             let one =
                 LeftAlone { workload: Arc::clone(&workload), reason, policy: Arc::new(policy), pod: None };
@@ -291,6 +324,7 @@ impl Enroller {
             links: Vec::new(),
             closed: CancellationToken::new(),
             policy: Arc::new(ArcSwap::new(Arc::clone(policy))),
+            since: Instant::now(),
             // The kernel has no slot for it. This only chooses the thread that accepts.
             slot: 0,
             capture_port: 0,

@@ -127,7 +127,7 @@ impl Enroller {
 }
 
 /// Returns true if the directory gives `address` to somebody else than `workload`, or to nobody because it is unclear.
-fn is_given_away(directory: &Directory, address: IpAddr, workload: &Workload) -> bool {
+pub(super) fn is_given_away(directory: &Directory, address: IpAddr, workload: &Workload) -> bool {
     let is_others = directory.at(address).is_some_and(|known| known.full_name() != workload.full_name());
     is_others
         || directory.is_unclear(address)

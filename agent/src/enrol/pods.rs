@@ -7,6 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Instant,
 };
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -33,6 +34,8 @@ pub struct Pod {
     /// The policy in force. A pod that is enrolled again in the same cgroup shares it with its earlier enrolment, whose flows continue.
     pub(super) policy: Arc<ArcSwap<PodPolicy>>,
     pub(super) slot: u32,
+    /// Time of its enrolment.
+    pub(super) since: Instant,
     /// Port of the agent's listener for its captured connections.
     pub(super) capture_port: u16,
     /// The reason for which peers reach the pod as plaintext; none while a tunnel serves it.
@@ -149,7 +152,8 @@ impl Pods {
         unnamed: Unnamed,
         left_alone: Vec<LeftAlone>,
     ) -> Self {
-        let known = pods.iter().chain(left_alone.iter().filter_map(|one| one.pod.as_ref()));
+        // Enrolled pods come last and so win.
+        let known = left_alone.iter().filter_map(|one| one.pod.as_ref()).chain(&pods);
         let by_address =
             known.flat_map(|p| p.workload.addresses.iter().map(move |a| (*a, p.clone()))).collect();
         Self { pods, waiting, absent, unnamed, left_alone, by_address }

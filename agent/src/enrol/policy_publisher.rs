@@ -5,19 +5,21 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, Weak},
     time::{Duration, Instant},
 };
 
 use tacit_core::{
     directory::Workload,
     policy::{Flow, FlowSource, Mode, Policies, PolicyVerdict},
-    refusal::Refusal,
+    refusal::{Refusal, RefusalReason},
 };
-use tacit_kernel::{Kernel, KernelError, Maps, PlaintextHandling, PodEntry, host, reset_sockets};
+use tacit_kernel::{
+    Kernel, KernelError, Maps, PlaintextHandling, PodEntry, host, netns::Netns, reset_sockets,
+};
 
 use crate::{
-    enrol::{Enroller, HeldPolicy, Pod, PodPolicy, State, kernel_state::entry},
+    enrol::{Enroller, HeldPolicy, LeftAlone, Pod, PodPolicy, State, kernel_state::entry},
     telemetry::{Ends, Reporter},
 };
 
@@ -47,7 +49,14 @@ impl Enroller {
             if published.is_none_or(|known| !Arc::ptr_eq(known, &self.snapshots.policies.current())) {
                 self.publish_changed(state);
             }
-            self.reset_denied(&pod);
+            let Pod { workload, netns, .. } = &*pod;
+            self.reset_denied(&workload.name, netns, &workload.addresses, &pod.policy());
+        }
+        for (cgroup, taken) in state.taken_ports.iter() {
+            let held = state.held.get(&cgroup).filter(|_| state.unsettled.contains_key(&cgroup));
+            if let Some(held) = held {
+                self.reset_denied(&held.workload.name, &taken.netns, &taken.addresses, &held.policy);
+            }
         }
     }
 
@@ -56,8 +65,9 @@ impl Enroller {
     fn publish_changed(&self, state: &mut State) {
         let policies = self.snapshots.policies.current();
         let before = state.published.replace(Arc::clone(&policies));
-        if !state.taken_ports.is_empty() && before.as_ref().is_some_and(|b| !Arc::ptr_eq(b, &policies)) {
-            // Policies decide on which pods are left alone.
+        let is_same = |one: &LeftAlone, before| policies.is_same_for(&one.workload.namespace, before);
+        if before.as_ref().is_some_and(|before| !state.left_alone.values().all(|one| is_same(one, before))) {
+            // Policies decide on which pods are left alone. Those that are refused are held, see below.
             state.next_look = None;
         }
         if let Err(error) = publish_mesh_default(&self.kernel, &policies) {
@@ -78,6 +88,10 @@ impl Enroller {
             let wanted = PodPolicy::configured(&policies, entry);
             if wanted != *pod.policy() && self.replace_policy(pod, wanted) {
                 state.unsettled.insert(pod.cgroup, Instant::now());
+                if pod.rewrites_arrivals() {
+                    // Its rules hide the port that a client asked for. So the clients connect again.
+                    self.reset_rewritten(pod);
+                }
             }
         }
         let mut held = Vec::new();
@@ -147,36 +161,62 @@ impl Enroller {
         let is_changed = before.is_none_or(|before| *before != in_force);
         if is_changed {
             log_policy(&workload, &in_force);
+            self.decide_again(state, cgroup, &in_force);
         }
         let (workload, policy) = (Arc::clone(listed), Arc::new(in_force));
         state.held.insert(cgroup, HeldPolicy { workload, policies, policy });
         is_changed
     }
 
-    /// Resets plaintext connections that the pod's applications accepted, without an agent between, while policy allowed them.
-    /// Called for [`SETTLING`]: the handshake of one that the kernel let through may not have ended at the change.
-    fn reset_denied(&self, pod: &Pod) {
+    /// Has the flows of a pod decided on by `policy` that it had when it was served, and resets the plaintext that a pod with a
+    /// proxy has accepted and may not have any more.
+    pub(super) fn decide_again(&self, state: &mut State, cgroup: u64, policy: &PodPolicy) {
+        if let Some(in_force) = state.policies.get(&cgroup).and_then(Weak::upgrade) {
+            in_force.store(Arc::new(policy.clone()));
+            self.rechecks.policy_changed(cgroup);
+        }
+        state.unsettled.insert(cgroup, Instant::now());
+    }
+
+    /// Resets all plaintext connections that a pod has accepted whose own rules rewrite what arrives.
+    fn reset_rewritten(&self, pod: &Pod) {
+        let Pod { workload, netns, .. } = pod;
+        let refusal = || {
+            Refusal::new(RefusalReason::OwnRules, "policy has changed, and rules of the pod hide the port")
+        };
+        self.reset_if(&workload.name, netns, &workload.addresses, |_| Some(refusal()));
+    }
+
+    /// Resets plaintext connections that applications accepted in `netns` at the addresses `own`, without an agent between, while
+    /// policy allowed them. Called for [`SETTLING`]: the handshake of one that the kernel let through may not have ended at the change.
+    fn reset_denied(&self, name: &str, netns: &Netns, own: &[IpAddr], policy: &PodPolicy) {
+        self.reset_if(name, netns, own, |flow| match policy.decide(flow) {
+            PolicyVerdict::Deny(denial) => Some(Refusal::new(denial.reason(), denial)),
+            PolicyVerdict::Allow => None,
+        });
+    }
+
+    /// Resets plaintext connections that applications accepted, unless a node has opened them, if `denied` returns a refusal.
+    fn reset_if(&self, name: &str, netns: &Netns, own: &[IpAddr], denied: impl Fn(&Flow) -> Option<Refusal>) {
         let nodes = host::addresses().unwrap_or_default();
-        let policy = pod.policy();
         let party = |address: SocketAddr| self.snapshots.party(address, None);
         let denial = |local: SocketAddr, remote: SocketAddr| {
-            let own = &pod.workload.addresses;
             let from_outside = own.contains(&local.ip()) && !own.contains(&remote.ip());
             let by_agent = remote.ip().is_loopback() || local.port() == TUNNEL;
             if !from_outside || by_agent || nodes.contains(&remote.ip()) {
                 return None;
             }
             let flow = Flow { source: FlowSource::Plaintext, client: remote.ip(), destination: local };
-            let PolicyVerdict::Deny(denial) = policy.decide(&flow) else { return None };
+            let refusal = denied(&flow)?;
             let ends =
                 Ends { reporter: Reporter::Destination, source: party(remote), destination: party(local) };
-            Some((ends, Refusal::new(denial.reason(), denial)))
+            Some((ends, refusal))
         };
         let ended = |(ends, refusal): &(Ends, Refusal)| self.telemetry.revoked(ends, refusal);
         if let Err(error) =
-            reset_sockets::reset_accepted(&pod.netns, &self.host, self.kernel.cgroup, denial, ended)
+            reset_sockets::reset_accepted(netns, &self.host, self.kernel.cgroup, denial, ended)
         {
-            tracing::warn!(pod = %pod.workload.name, %error, "connections in clear from before a policy changed are not reset");
+            tracing::warn!(pod = %name, %error, "connections in clear from before a policy changed are not reset");
         }
     }
 }

@@ -19,6 +19,14 @@ pub struct Pending {
     pub dialled_refused: i64,
 }
 
+impl Pending {
+    /// Returns true if no connection is pending.
+    #[must_use]
+    pub const fn is_clear(&self) -> bool {
+        self.captured <= 0 && self.dialled <= 0
+    }
+}
+
 const _: () = assert!(size_of::<Pending>() == 32);
 
 #[cfg(feature = "user")]
