@@ -355,6 +355,7 @@ impl Enroller {
             return Err(NotYet::AddressTaken(taken));
         }
         self.check_ports(state, cgroup, &netns, &workload.addresses)?;
+        self.check_programs(&path)?;
         let pod = self.start(state, workload, (cgroup, slot), netns)?;
         let took = state.populated.remove(&cgroup).map_or(Duration::ZERO, |since| since.elapsed());
         self.telemetry.enrolled(took);
@@ -363,6 +364,16 @@ impl Enroller {
         state.unsettled.insert(cgroup, Instant::now());
         state.current.insert(pod.workload.cgroup.clone(), pod);
         Ok(())
+    }
+
+    /// Asks the kernel whether the programs run for sockets of the pod. Nothing of a pod may be shown as enrolled before.
+    fn check_programs(&self, cgroup: &Path) -> Result<(), NotYet> {
+        let missing = self.kernel.programs().missing_in(cgroup);
+        match missing {
+            Ok(missing) if missing.is_empty() => Ok(()),
+            Ok(missing) => Err(NotYet::NotCaptured(missing.join(", "))),
+            Err(error) => Err(NotYet::NotCaptured(format!("which ones is not known: {error}"))),
+        }
     }
 
     /// Opens the pod's listeners, has the kernel use them, and serves them.

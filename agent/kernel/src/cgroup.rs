@@ -1,4 +1,4 @@
-//! cgroup v2: where it is mounted, and a cgroup's id, depth and processes.
+//! cgroup v2: where it is mounted, and a cgroup's id, level and processes.
 
 use std::{
     fs, io,
@@ -7,6 +7,10 @@ use std::{
 };
 
 use super::KernelError;
+
+mod level;
+
+pub(super) use level::ancestors;
 
 /// Depth to search below a pod's cgroup for its containers' processes: pod, container, and one more level for runtimes
 /// that nest.
@@ -19,7 +23,6 @@ const SEARCH_MAX: usize = 65_536;
 pub struct Cgroup {
     path: PathBuf,
     id: u64,
-    level: u32,
 }
 
 impl Cgroup {
@@ -32,13 +35,13 @@ impl Cgroup {
         let real =
             fs::canonicalize(path).map_err(|e| refuse(format!("{e}; create it or correct the path")))?;
         let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|e| refuse(e.to_string()))?;
-        let Some(level) = level_below_mount(&mounts, &real) else {
+        if mount_of(&mounts, &real).is_none() {
             return Err(refuse(
                 "not below a cgroup v2 mount; see the cgroup2 lines of /proc/self/mountinfo".to_owned(),
             ));
-        };
+        }
         let id = fs::metadata(&real).map_err(|e| refuse(e.to_string()))?.ino();
-        Ok(Self { path: real, id, level })
+        Ok(Self { path: real, id })
     }
 
     /// The cgroup this process is in, when the cgroup v2 hierarchy is mounted here.
@@ -81,10 +84,27 @@ impl Cgroup {
         self.id
     }
 
-    /// Depth below the hierarchy's root, which is 0.
+    /// Asks the kernel for its level, as BPF helpers count: 0 is the root of the whole hierarchy. A path does not show this, because the
+    /// mount or the cgroup namespace can begin below that root.
+    ///
+    /// # Errors
+    /// [`KernelError::Cgroup`] if the calling thread is in none of the cgroups from the mount down to this one.
+    pub fn level(&self) -> Result<u32, KernelError> {
+        let refuse = |problem: String| KernelError::Cgroup { path: self.path.clone(), problem };
+        let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|e| refuse(e.to_string()))?;
+        let mount = mount_of(&mounts, &self.path).map(|mount| mount.point).unwrap_or_default();
+        let ancestors = ancestors().map_err(|e| refuse(format!("its level is not known: {e}")))?;
+        let above = self.path.ancestors().take_while(|path| path.starts_with(&mount));
+        level_in(above.map(|path| id_at(path).unwrap_or(0)), &ancestors).ok_or_else(|| {
+            refuse("its level is not known: this process is in no cgroup above it that is mounted here; mount the node's whole /sys/fs/cgroup".to_owned())
+        })
+    }
+
+    /// Returns the number of levels between `other` and this one; none if it is not within `other`.
     #[must_use]
-    pub fn level(&self) -> u32 {
-        self.level
+    pub fn levels_below(&self, other: &Self) -> Option<u32> {
+        let below = self.path.strip_prefix(&other.path).ok()?;
+        u32::try_from(below.components().count()).ok()
     }
 
     /// Returns true if `self` is `other` or below it.
@@ -179,12 +199,20 @@ fn cgroup2_mounts(mountinfo: &str) -> impl Iterator<Item = Mount> {
     })
 }
 
-fn level_below_mount(mountinfo: &str, path: &Path) -> Option<u32> {
-    let depth = |p: &Path| p.components().filter(|c| matches!(c, std::path::Component::Normal(_))).count();
-    let mount =
-        cgroup2_mounts(mountinfo).filter(|m| path.starts_with(&m.point)).max_by_key(|m| depth(&m.point))?;
-    let below = path.strip_prefix(&mount.point).ok()?;
-    u32::try_from(depth(&mount.root) + depth(below)).ok()
+/// Returns the mount that `path` is below.
+fn mount_of(mountinfo: &str, path: &Path) -> Option<Mount> {
+    let depth = |p: &Path| p.components().count();
+    cgroup2_mounts(mountinfo).filter(|m| path.starts_with(&m.point)).max_by_key(|m| depth(&m.point))
+}
+
+/// Returns the level of the first of the cgroups `upwards`, of which each is in the next. `ancestors` are the cgroups of a thread, by
+/// level.
+fn level_in(upwards: impl Iterator<Item = u64>, ancestors: &[u64]) -> Option<u32> {
+    let levels = upwards.enumerate().find_map(|(below, id)| {
+        let level = ancestors.iter().position(|ancestor| *ancestor == id)?;
+        Some(level + below)
+    })?;
+    u32::try_from(levels).ok()
 }
 
 #[cfg(test)]
@@ -194,15 +222,19 @@ mod tests {
     const HYBRID: &str = "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
         32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
         41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
-    const NESTED: &str =
-        "41 31 0:38 /kubepods/pod1 /sys/fs/cgroup rw,relatime shared:1 - cgroup2 cgroup2 rw\n";
-
     #[test]
-    fn level_counts_from_the_hierarchys_root() {
-        let level = |m, p: &str| level_below_mount(m, Path::new(p));
-        assert_eq!(level(HYBRID, "/sys/fs/cgroup/unified"), Some(0));
-        assert_eq!(level(HYBRID, "/sys/fs/cgroup/unified/a/b"), Some(2));
-        assert_eq!(level(NESTED, "/sys/fs/cgroup/x"), Some(3));
+    fn a_level_counts_from_the_root_that_the_kernel_knows() {
+        // The thread is in 1/20/300. The mount begins at 20.
+        let ancestors = [1, 20, 300];
+        for (upwards, level) in [
+            (&[20][..], Some(1)),
+            (&[300, 20], Some(2)),
+            (&[31, 30, 20], Some(3)),
+            (&[5, 4], None),
+            (&[], None),
+        ] {
+            assert_eq!(level_in(upwards.iter().copied(), &ancestors), level, "{upwards:?}");
+        }
     }
 
     #[test]
@@ -220,7 +252,10 @@ mod tests {
 
     #[test]
     fn a_version_1_cgroup_is_refused() {
-        assert_eq!(level_below_mount(HYBRID, Path::new("/sys/fs/cgroup/cpu/x")), None);
-        assert_eq!(level_below_mount(HYBRID, Path::new("/tmp")), None);
+        for (path, is_of_version_2) in
+            [("/sys/fs/cgroup/unified/a", true), ("/sys/fs/cgroup/cpu/x", false), ("/tmp", false)]
+        {
+            assert_eq!(mount_of(HYBRID, Path::new(path)).is_some(), is_of_version_2, "{path}");
+        }
     }
 }

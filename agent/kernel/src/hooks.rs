@@ -80,7 +80,8 @@ pub fn connect_programs(cgroup: &Path) -> io::Result<Vec<HookProgram>> {
     Ok(found)
 }
 
-fn query(cgroup: &File, attach_type: u32) -> io::Result<Vec<u32>> {
+/// Returns the ids of the programs at one hook of processes in `cgroup`, in the order in which they run.
+pub(super) fn query(cgroup: &File, attach_type: u32) -> io::Result<Vec<u32>> {
     let mut ids = vec![0_u32; PROGRAMS_MAX];
     let mut attr = QueryAttr {
         target_fd: cgroup.as_raw_fd() as u32,

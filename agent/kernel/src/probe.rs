@@ -12,7 +12,7 @@
 
 mod cgroup_probe;
 mod features;
-mod raw;
+pub(crate) mod raw;
 mod trial;
 mod unsupported;
 

@@ -33,8 +33,8 @@ use tacit_core::error_chain::format_chain;
 
 use super::{
     KernelError, VerifierLog,
-    cgroup::Cgroup,
-    link,
+    cgroup::{self, Cgroup},
+    hooks, link,
     netns::{self, Netns},
     pins::{self, PinLock, Pins},
     probe,
@@ -44,16 +44,17 @@ use super::{
 pub(super) static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tacit-ebpf.o"));
 
 /// Programs at the pods' cgroup, in the order they are attached: whoever is told names must be able to find them.
-const CGROUP_PROGRAMS: [&str; 9] = [
-    "getpeername4",
-    "getpeername6",
-    "getsockname4",
-    "getsockname6",
-    "established",
-    "guard_egress",
-    "guard_ingress",
-    "connect4",
-    "connect6",
+/// Each has the number of its hook in `enum bpf_attach_type`.
+const CGROUP_PROGRAMS: [(&str, u32); 9] = [
+    ("getpeername4", 29),
+    ("getpeername6", 30),
+    ("getsockname4", 31),
+    ("getsockname6", 32),
+    ("established", 3),
+    ("guard_egress", 1),
+    ("guard_ingress", 0),
+    ("connect4", 10),
+    ("connect6", 11),
 ];
 const STEER: &str = "steer";
 const ESTABLISHED: &str = "established";
@@ -195,7 +196,7 @@ impl Programs {
 
     fn attach_all(&mut self, pods: &Cgroup) -> Result<(), KernelError> {
         let target = File::open(pods.path()).map_err(KernelError::file("open", pods.path()))?;
-        for name in CGROUP_PROGRAMS {
+        for (name, _) in CGROUP_PROGRAMS {
             let shown = pods.path().display().to_string();
             let id = match self.adopt(name, name, pods.id())? {
                 Some(id) => id,
@@ -228,6 +229,37 @@ impl Programs {
             pinned: None,
         });
         Ok(())
+    }
+
+    /// Returns the programs at the pods' cgroup that the kernel does not run for sockets of processes in `cgroup`. This is the kernel's
+    /// own list, of the programs in force in that cgroup.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn missing_in(&self, cgroup: &Path) -> io::Result<Vec<&'static str>> {
+        let folder = File::open(cgroup)?;
+        let mut missing = Vec::new();
+        for (name, hook) in CGROUP_PROGRAMS {
+            let own = link::info(link::open_pin(&self.pins.link(name))?.as_fd())?.program_id;
+            if !hooks::query(&folder, hook)?.contains(&own) {
+                missing.push(name);
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Returns true if all programs at the pods' cgroup are attached to the cgroup that `pods` is now.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn are_attached_to(&self, pods: &Path) -> io::Result<bool> {
+        let Some(cgroup) = cgroup::id_at(pods) else { return Ok(false) };
+        for (name, _) in CGROUP_PROGRAMS {
+            if link::info(link::open_pin(&self.pins.link(name))?.as_fd())?.target() != cgroup {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Steers inbound connections in a pod's namespace; idempotent, and atomic when it was steered before.
@@ -377,7 +409,7 @@ fn load_verified(pin_path: Option<&Path>, pods: &Cgroup, log: &VerifierLog) -> R
         return Err(KernelError::NoObject);
     }
     let mut ebpf = load_object(pin_path, pods)?;
-    for name in CGROUP_PROGRAMS.into_iter().chain([STEER, GUARD_LINK, GUARD_ARRIVAL]) {
+    for name in CGROUP_PROGRAMS.into_iter().map(|(name, _)| name).chain([STEER, GUARD_LINK, GUARD_ARRIVAL]) {
         verify(&mut ebpf, name, log)?;
     }
     Ok(ebpf)
@@ -390,7 +422,7 @@ fn load_object(pin_path: Option<&Path>, pods: &Cgroup) -> Result<Ebpf, KernelErr
         problem: format!("cookie of the namespace: {e}"),
     })?;
     let settings = Settings {
-        pods_level: pods.level(),
+        pods_level: pods.level()?,
         abi_version: ABI_VERSION,
         pods_cgroup: pods.id(),
         has_set_retval: u32::from(probe::has_set_retval()),

@@ -63,7 +63,7 @@ impl Enroller {
         }
         let path = self.pods_cgroup.path().join(path);
         let cgroup = Cgroup::open(&path).ok()?;
-        let level = cgroup.level().saturating_sub(self.pods_cgroup.level());
+        let level = cgroup.levels_below(&self.pods_cgroup)?;
         Some(ObservedCgroup {
             id: cgroup.id(),
             level: if POD_LEVELS.contains(&level) { Level::Hooked } else { Level::Other(level) },

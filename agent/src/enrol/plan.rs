@@ -149,6 +149,10 @@ pub(super) enum NotYet {
     PortTaken(String),
     #[error("no certificate: {0}")]
     NoCertificate(String),
+    #[error(
+        "the kernel does not run all programs for its sockets, so nothing of it would be captured; missing: {0}"
+    )]
+    NotCaptured(String),
     #[error("{0}")]
     Kernel(String),
 }

@@ -7,7 +7,10 @@ use std::{
 };
 
 /// Returns the mount point of the cgroup v2 hierarchy, which differs on hosts that also have cgroup v1.
-pub(crate) fn mount_point() -> Result<PathBuf> {
+///
+/// # Errors
+/// Fails if none is mounted.
+pub fn mount_point() -> Result<PathBuf> {
     let text = fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
     find_mount(&text, "cgroup2")
         .context("no cgroup v2 hierarchy is mounted; mount one: mount -t cgroup2 none /sys/fs/cgroup")

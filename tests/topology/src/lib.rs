@@ -46,6 +46,7 @@ mod wait;
 
 pub use agent::{Agent, http_get};
 pub use capture::Capture;
+pub use cgroup::mount_point as cgroup_mount;
 pub use mesh::{MeshFiles, Tunnel, WorkloadEntry, directory_text};
 pub use netns::Netns;
 pub use node::{KUBELET_NAMESPACE, Node};

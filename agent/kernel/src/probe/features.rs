@@ -38,6 +38,8 @@ pub(super) enum Trial {
     Bpffs,
     /// A cgroup v2 hierarchy is mounted.
     Cgroup2,
+    /// A program returns the cgroups of a thread.
+    CgroupLevels,
     /// The programs of a cgroup see the sockets of its processes.
     SocketCgroup,
     /// Sockets tell the cookie of their network namespace.
@@ -166,6 +168,13 @@ pub(super) static FEATURES: &[Feature] = &[
         "a use of cgroup v1's net_cls or net_prio did that, which lasts until the next boot: reboot without them, or \
          boot Linux 5.15 or newer, where they do no harm",
         Trial::SocketCgroup,
+    ),
+    required(
+        "BPF_PROG_TEST_RUN of raw_tracepoint",
+        "finding the level of the pods' cgroup",
+        Release(5, 10),
+        "CONFIG_BPF_EVENTS",
+        Trial::CgroupLevels,
     ),
     of_node(
         "bpffs",

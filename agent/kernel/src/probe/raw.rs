@@ -1,4 +1,4 @@
-//! Hand-assembled BPF programs and the bpf(2) commands the trials need, below what aya offers.
+//! Hand-assembled BPF programs and the bpf(2) commands that the trials need, below what aya offers.
 
 use std::{
     io,
@@ -20,7 +20,7 @@ const NOWHERE: RawFd = -1;
 
 /// A program type with the place its programs are attached to; numbers of linux/bpf.h.
 #[derive(Clone, Copy)]
-pub(super) struct Hook {
+pub(crate) struct Hook {
     program_type: u32,
     attach_type: u32,
 }
@@ -37,6 +37,7 @@ impl Hook {
     pub(super) const SKB_EGRESS: Self = Self { program_type: 8, attach_type: 1 };
     pub(super) const SKB_INGRESS: Self = Self { program_type: 8, attach_type: 0 };
     pub(super) const CLASSIFIER: Self = Self { program_type: 3, attach_type: 0 };
+    pub(crate) const RAW_TRACEPOINT: Self = Self { program_type: 17, attach_type: 0 };
     pub(super) const TCX_INGRESS: Self = Self { program_type: 3, attach_type: 46 };
 
     const fn sock_addr(attach_type: u32) -> Self {
@@ -47,7 +48,7 @@ impl Hook {
 /// One instruction, as `struct bpf_insn`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub(super) struct Insn {
+pub(crate) struct Insn {
     code: u8,
     registers: u8,
     offset: i16,
@@ -67,7 +68,7 @@ impl Insn {
     }
 
     /// `dst = src`
-    pub(super) const fn copy(dst: u8, src: u8) -> Self {
+    pub(crate) const fn copy(dst: u8, src: u8) -> Self {
         Self::new(0xbf, dst, src, 0, 0)
     }
 
@@ -86,13 +87,23 @@ impl Insn {
         Self::new(0x5d, left, right, skip, 0)
     }
 
+    /// `dst = *(u64 *)(src + offset)`
+    pub(crate) const fn load_wide(dst: u8, src: u8, offset: i16) -> Self {
+        Self::new(0x79, dst, src, offset, 0)
+    }
+
+    /// `dst >>= src`
+    pub(crate) const fn shift_right(dst: u8, src: u8) -> Self {
+        Self::new(0x7f, dst, src, 0, 0)
+    }
+
     /// `r0 = helper(r1, ..)`
-    pub(super) const fn call(helper: i32) -> Self {
+    pub(crate) const fn call(helper: i32) -> Self {
         Self::new(0x85, 0, 0, 0, helper)
     }
 
     /// `return r0`
-    pub(super) const fn exit() -> Self {
+    pub(crate) const fn exit() -> Self {
         Self::new(0x95, 0, 0, 0, 0)
     }
 }
@@ -151,7 +162,7 @@ struct LinkAttr {
 }
 
 /// Loads a program; it goes with its descriptor.
-pub(super) fn load(hook: Hook, program: &[Insn]) -> io::Result<OwnedFd> {
+pub(crate) fn load(hook: Hook, program: &[Insn]) -> io::Result<OwnedFd> {
     let mut attr = ProgramAttr {
         program_type: hook.program_type,
         instruction_count: program.len() as u32,

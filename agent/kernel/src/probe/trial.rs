@@ -9,7 +9,12 @@ use aya::{
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::{
-    super::{cgroup::Cgroup, inject::Injector, netlink, netns::netns_cookie},
+    super::{
+        cgroup::{Cgroup, ancestors},
+        inject::Injector,
+        netlink,
+        netns::netns_cookie,
+    },
     Presence, cgroup_probe,
     features::{self, Trial},
     raw::{self, Hook},
@@ -47,6 +52,7 @@ pub(super) fn run(trial: &Trial, pin_path: &Path) -> Presence {
         }
         Trial::Bpffs => bpffs(pin_path),
         Trial::Cgroup2 => cgroup2(),
+        Trial::CgroupLevels => ancestors().map_or_else(|e| Presence::refused(&e), |_| Presence::Present),
         Trial::SocketCgroup => cgroup_probe::sockets_in_their_cgroup(),
         Trial::NetnsCookie => netns_cookie().map_or_else(|e| Presence::refused(&e), |_| Presence::Present),
         Trial::RawSockets => {
