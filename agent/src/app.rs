@@ -5,6 +5,7 @@
 //! | `start` | the steps of the start, in their order |
 //! | `cover` | the pods are covered before a source is asked |
 //! | `node_state` | what is kept for the start after a reboot |
+//! | `attachment` | notices that the pods' cgroup is another one |
 //! | `agent` | an agent that serves, and its end |
 //! | `succession` | one agent follows another on a node |
 //! | `state` | the watched state that status and readiness show |
@@ -23,6 +24,7 @@ use crate::{config::Config, telemetry::admin};
 
 mod admin_servers;
 mod agent;
+mod attachment;
 mod cover;
 mod kernel_shares;
 mod node_addresses;
@@ -39,13 +41,19 @@ mod tasks;
 ///
 /// # Errors
 /// [`AppError`] when the agent cannot start. Once it runs, nothing that a peer, a pod or a file does ends it.
-pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> Result<(), AppError> {
+pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> Result<Ended, AppError> {
     // First of all: a kernel that cannot do it is left as it was.
     probe::require(&config.pin_path).map_err(KernelError::from)?;
     let mut signals = Signals::listen()?;
     match start::start(&config, &verifier_log, stands_by, &mut signals).await? {
         Some(agent) => {
-            signals.received().await;
+            let lost = tokio::select! {
+                () = signals.received() => false,
+                () = agent.must_attach_again() => true,
+            };
+            if lost {
+                return Ok(Ended::StartAgain);
+            }
             if stands_by {
                 // A second signal ends the wait.
                 signals.before(agent.await_successor(config.successor_timeout)).await;
@@ -54,7 +62,16 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
         }
         None => admin_servers::remove_socket(&config.socket),
     }
-    Ok(())
+    Ok(Ended::ByRequest)
+}
+
+/// The end of [`run`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// A signal asked for it.
+    ByRequest,
+    /// The pods' cgroup is another one. The process has to start again, at once and as it is: no pod is captured.
+    StartAgain,
 }
 
 /// The signals that end the agent.

@@ -109,8 +109,8 @@ pub struct Config {
     pub trust_domain: TrustDomain,
     /// This node's name, as the directory writes it.
     pub node: Arc<str>,
-    /// The cgroup v2 directory that holds all pods of the node.
-    pub pods_cgroup: PathBuf,
+    /// The cgroup v2 directory that holds all pods of the node. It is searched for if there is none here.
+    pub pods_cgroup: Option<PathBuf>,
     /// Addresses of the mesh, at most 256 ranges, none only where the directory detects them; a connection to any other
     /// address is left alone.
     pub mesh_ranges: Vec<IpNet>,
@@ -219,8 +219,7 @@ impl Config {
         let trust_domain = f.required("trustDomain", "the SPIFFE trust domain, such as cluster.local");
         let trust_domain = trust_domain.and_then(|value| value.parse(TrustDomain::parse));
         let node = self::node(f, root, node_name);
-        let pods_cgroup = f.required("podsCgroup", "the cgroup of all pods, such as /sys/fs/cgroup/kubepods");
-        let pods_cgroup = pods_cgroup.and_then(|value| absolute(&value));
+        let pods_cgroup = f.or("podsCgroup", None, |v| absolute(v).map(Some));
         let mesh_ranges = mesh_ranges(f, root);
         let service_ranges = f.or("serviceRanges", Vec::new(), ranges);
         let directory = source(f, "directory", folder, kubernetes::directory);

@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use tacit::{
-    app::{self, AppError},
+    app::{self, AppError, Ended},
     authority,
     config::{self, Config},
     telemetry::{admin, doctor, log, status},
@@ -219,8 +219,18 @@ fn agent(config: &std::path::Path, stand_by: bool, verbose: bool, format: LogFor
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.worker_threads(2).enable_all().build().context("start the runtime")?;
     let verifier_log = if verbose { VerifierLog::Folder(std::env::temp_dir()) } else { VerifierLog::Tail };
-    runtime.block_on(app::run(config, verifier_log, stand_by))?;
-    Ok(())
+    match runtime.block_on(app::run(config, verifier_log, stand_by))? {
+        Ended::ByRequest => Ok(()),
+        Ended::StartAgain => Err(start_again()).context("start again"),
+    }
+}
+
+/// Replaces this process by a new one with the same arguments. Returns only when that fails.
+fn start_again() -> std::io::Error {
+    let mut arguments = env::args_os();
+    let name = arguments.next().unwrap_or_default();
+    // Also of a program whose file was replaced.
+    std::process::Command::new("/proc/self/exe").arg0(name).args(arguments).exec()
 }
 
 fn run_authority(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<()> {

@@ -8,7 +8,10 @@ use std::{
 
 use super::KernelError;
 
+mod find;
 mod level;
+
+pub use find::pods;
 
 pub(super) use level::ancestors;
 

@@ -5,7 +5,7 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `cgroup` | where cgroup v2 is mounted, a cgroup's id, depth and processes |
+//! | `cgroup` | where cgroup v2 is mounted, the pods' cgroup, a cgroup's id, level and processes |
 //! | `netlink` | interfaces and connections of a namespace |
 //! | `netns` | open, enter and name network namespaces |
 //! | `clsact` | the guard's filter on kernels without tcx |

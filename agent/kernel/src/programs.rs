@@ -112,6 +112,8 @@ pub struct Programs {
     ebpf: Ebpf,
     pins: Pins,
     attached: Vec<ProgramState>,
+    /// Id of the pods' cgroup that the programs know.
+    pods_cgroup: u64,
 }
 
 /// Programs that this kernel has verified while another agent has the pins. Nothing is attached.
@@ -119,6 +121,8 @@ pub struct PreparedPrograms {
     ebpf: Ebpf,
     /// Of the pinned maps that they use; `None` when they have maps of their own.
     map_ids: Option<Vec<u32>>,
+    /// Id of the pods' cgroup that they know.
+    pods_cgroup: u64,
 }
 
 impl PreparedPrograms {
@@ -127,14 +131,17 @@ impl PreparedPrograms {
         let before = pinned_map_ids(pin_path);
         // Without all maps there, loading would pin new ones, which is for the agent that has the pins.
         let ebpf = load_verified(before.is_some().then_some(pin_path), pods, log)?;
-        Ok(Self { ebpf, map_ids: before.filter(|before| is_pinned(pin_path, before)) })
+        let map_ids = before.filter(|before| is_pinned(pin_path, before));
+        Ok(Self { ebpf, map_ids, pods_cgroup: pods.id() })
     }
 
-    /// The programs, if they use the maps that are pinned now.
-    fn still_fit(self, pin_path: &Path) -> Option<Ebpf> {
-        let fits = self.map_ids.is_some_and(|ids| is_pinned(pin_path, &ids));
+    /// The programs, if they use the maps that are pinned now, and know the cgroup `pods`.
+    fn still_fit(self, pin_path: &Path, pods: &Cgroup) -> Option<Ebpf> {
+        let fits = self.map_ids.is_some_and(|ids| is_pinned(pin_path, &ids)) && self.pods_cgroup == pods.id();
         if !fits {
-            tracing::info!("the pinned maps have changed since the programs were loaded; loading them again");
+            tracing::info!(
+                "the pinned maps or the pods' cgroup have changed since the programs were loaded; loading them again"
+            );
         }
         fits.then_some(self.ebpf)
     }
@@ -158,8 +165,10 @@ impl Programs {
         prepared: Option<PreparedPrograms>,
     ) -> Result<Self, KernelError> {
         let pins = Pins::open(pin_lock)?;
+        // It may have been made anew while another agent had the pins.
+        let pods = &Cgroup::open(pods.path())?;
         let (maps, links) = (pins.maps()?, pins.links()?);
-        let prepared = prepared.and_then(|prepared| prepared.still_fit(pins.root()));
+        let prepared = prepared.and_then(|prepared| prepared.still_fit(pins.root(), pods));
         let ebpf = match prepared.map_or_else(|| load_verified(Some(pins.root()), pods, log), Ok) {
             Ok(ebpf) => ebpf,
             Err(error) => {
@@ -167,7 +176,7 @@ impl Programs {
                 return Err(error);
             }
         };
-        let mut programs = Self { ebpf, pins, attached: Vec::new() };
+        let mut programs = Self { ebpf, pins, attached: Vec::new(), pods_cgroup: pods.id() };
         if let Err(error) = programs.attach_all(pods) {
             for (name, _) in programs.pins.links()?.iter().filter(|l| !links.contains(l)) {
                 programs.pins.remove_link(name);
@@ -248,14 +257,16 @@ impl Programs {
         Ok(missing)
     }
 
-    /// Returns true if all programs at the pods' cgroup are attached to the cgroup that `pods` is now.
+    /// Returns true if the programs are attached to the cgroup that is at `pods` now.
     ///
     /// # Errors
     /// The kernel's.
     pub fn are_attached_to(&self, pods: &Path) -> io::Result<bool> {
-        let Some(cgroup) = cgroup::id_at(pods) else { return Ok(false) };
+        if cgroup::id_at(pods) != Some(self.pods_cgroup) {
+            return Ok(false);
+        }
         for (name, _) in CGROUP_PROGRAMS {
-            if link::info(link::open_pin(&self.pins.link(name))?.as_fd())?.target() != cgroup {
+            if link::info(link::open_pin(&self.pins.link(name))?.as_fd())?.target() != self.pods_cgroup {
                 return Ok(false);
             }
         }

@@ -8,6 +8,7 @@ use tacit_kernel::{Kernel, KernelError};
 use crate::{
     app::{
         admin_servers::AdminServers,
+        attachment::Attachment,
         state::{Event, State},
         succession::{self, Ending, await_successor, hand_over},
         tasks::Tasks,
@@ -24,9 +25,15 @@ pub(super) struct Agent {
     pub(super) tasks: Tasks,
     pub(super) pin_path: PathBuf,
     pub(super) drain_timeout: Duration,
+    pub(super) attachment: Attachment,
 }
 
 impl Agent {
+    /// Waits until the programs are not attached to the pods' cgroup any more, and another one is there to attach them to.
+    pub(super) async fn must_attach_again(&self) {
+        self.attachment.is_lost(&self.kernel, &self.state).await;
+    }
+
     /// Serves on until another agent stands by, for at most `limit`.
     pub(super) async fn await_successor(&self, limit: Duration) {
         tracing::info!(?limit, "serving on until another agent stands by");

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
@@ -57,6 +57,7 @@ pub(super) struct Report {
 impl Report {
     pub(super) fn new(
         config: &Config,
+        pods_cgroup: &Path,
         kernel: Arc<Kernel>,
         proxy: Arc<Proxy>,
         (started, node_state): (Instant, watch::Receiver<NodeStateStatus>),
@@ -68,7 +69,7 @@ impl Report {
             proxy,
             trust_domain: config.trust_domain.clone(),
             node: config.node.clone(),
-            pods_cgroup: config.pods_cgroup.clone(),
+            pods_cgroup: pods_cgroup.to_owned(),
             started,
             uncovered: Mutex::default(),
         }
@@ -82,7 +83,7 @@ impl Report {
             pid: std::process::id(),
             uptime_seconds: self.started.elapsed().as_secs(),
             state,
-            pods: self.pods(),
+            pods: self.pods(state),
             programs: self.programs(),
             connect_hooks: self.connect_hooks(),
             kernel: self.kernel(),
@@ -158,7 +159,7 @@ impl Report {
         explain::explain(known, from, to, port)
     }
 
-    fn pods(&self) -> Vec<PodStatus> {
+    fn pods(&self, agent: AgentState) -> Vec<PodStatus> {
         let table = self.proxy.pods.load();
         let live = self.proxy.telemetry.live_by_pod();
         let policies = self.proxy.snapshots.policies.current();
@@ -185,7 +186,7 @@ impl Report {
         };
         let enrolled = table.pods.iter().map(|p| PodStatus {
             rewrites_arrivals: p.rewrites_arrivals(),
-            ..pod(&p.workload, Some(&p.policy()), &p.links, PodState::Enrolled)
+            ..pod(&p.workload, Some(&p.policy()), &p.links, enrolled_under(agent))
         });
         let waiting = table
             .waiting
@@ -280,6 +281,16 @@ impl Report {
             resets_at_enrolment: self.proxy.telemetry.resets_at_enrolment(),
             drops: self.kernel.maps.drops().into_iter().map(status).collect(),
         }
+    }
+}
+
+/// Returns the state of an enrolled pod.
+fn enrolled_under(agent: AgentState) -> PodState {
+    match agent {
+        AgentState::Detached => {
+            PodState::Waiting("nothing of it is captured: the pods' cgroup is gone or another one".to_owned())
+        }
+        _ => PodState::Enrolled,
     }
 }
 

@@ -1,6 +1,9 @@
 //! The sources of directory and policies, as the configuration names them: files or the Kubernetes API.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use tacit_core::{
     directory::{Directory, Ranges},
@@ -26,8 +29,8 @@ pub(super) struct Sources {
 }
 
 impl Sources {
-    pub(super) async fn open(config: &Config) -> Result<Self, AppError> {
-        let directory = open_directory(config).await?;
+    pub(super) async fn open(config: &Config, pods_cgroup: &Path) -> Result<Self, AppError> {
+        let directory = open_directory(config, pods_cgroup).await?;
         Ok(Self { directory, policies: open_policies(config).await? })
     }
 
@@ -48,7 +51,7 @@ impl Sources {
 }
 
 /// The directory. It is used once it is complete: what an earlier agent left for pods that are not in it would be removed.
-async fn open_directory(config: &Config) -> Result<Opening<Directory>, AppError> {
+async fn open_directory(config: &Config, pods_cgroup: &Path) -> Result<Opening<Directory>, AppError> {
     let domain = config.trust_domain.clone();
     let ranges = Arc::new(Ranges::configured(&config.captured_ranges()));
     match &config.directory {
@@ -69,7 +72,7 @@ async fn open_directory(config: &Config) -> Result<Opening<Directory>, AppError>
             let local_node = LocalNode {
                 node: config.node.clone(),
                 trust_domain: domain,
-                cgroups: CgroupLayout::of(&config.pods_cgroup),
+                cgroups: CgroupLayout::of(pods_cgroup),
                 ranges,
             };
             let opened = tacit_sources::directory::open(options, local_node).await;

@@ -14,7 +14,12 @@ use tacit_identity::{
     manager::Identities,
     root::EmbeddedRootError,
 };
-use tacit_kernel::{Kernel, KernelError, SuccessorLock, VerifierLog, cgroup::Cgroup, host, netns::HostNetns};
+use tacit_kernel::{
+    Kernel, KernelError, SuccessorLock, VerifierLog,
+    cgroup::{self, Cgroup},
+    host,
+    netns::HostNetns,
+};
 use tacit_sources::reload::Watched;
 use tokio::sync::watch;
 
@@ -23,6 +28,7 @@ use crate::{
         AppError, Signals,
         admin_servers::AdminServers,
         agent::Agent,
+        attachment::Attachment,
         cover::{Cover, kept_state},
         node_state::{self, Kept},
         report::Report,
@@ -52,7 +58,7 @@ pub(super) async fn start(
     let (kept, mut node_state) = kept_state(config);
     // First of all: a source may not answer for long, and after a reboot nothing else covers the pods.
     let cover = cover(config, &node, verifier_log, stands_by, (&kept, &mut node_state))?;
-    let sources = Sources::open(config).await?;
+    let sources = Sources::open(config, node.pods_cgroup.path()).await?;
     let operator = Operator::open(config, started, &sources, node_state, stands_by).await?;
     let complete = async {
         match &cover {
@@ -67,7 +73,8 @@ pub(super) async fn start(
         let Some(cover) = cover else {
             let prepare = || Kernel::prepare(&config.pin_path, &node.pods_cgroup, verifier_log);
             let stands_by = || operator.state.apply(Event::StandsBy);
-            let succession = succession::stand_by(config, &directory, &identities, prepare, stands_by);
+            let (pods, known) = (node.pods_cgroup.path(), (&*directory, &*identities));
+            let succession = succession::stand_by(config, pods, known, prepare, stands_by);
             return open_kernel(&node, verifier_log, succession.await?);
         };
         Ok((cover.kernel, None))
@@ -109,7 +116,9 @@ impl Node {
     fn open(config: &Config) -> Result<Self, AppError> {
         let descriptors = host::raise_descriptor_limit().map_err(system("raise the limit of open files"))?;
         let host = HostNetns::current().map_err(system("open the node's network namespace"))?;
-        Ok(Self { descriptors, host: Arc::new(host), pods_cgroup: Cgroup::open(&config.pods_cgroup)? })
+        let pods_cgroup = config.pods_cgroup.as_deref().map_or_else(cgroup::pods, Cgroup::open)?;
+        tracing::info!(path = %pods_cgroup.path().display(), "the cgroup of all pods");
+        Ok(Self { descriptors, host: Arc::new(host), pods_cgroup })
     }
 }
 
@@ -206,10 +215,11 @@ fn serve(
 ) -> Agent {
     let Operator { started, state, node_state, servers, .. } = operator;
     let shown = (started, node_state.subscribe());
-    let report = Arc::new(Report::new(config, kernel.clone(), proxy.clone(), shown));
+    let report = Arc::new(Report::new(config, node.pods_cgroup.path(), kernel.clone(), proxy.clone(), shown));
     state.apply(Event::TakesOver);
     servers.show(report.clone());
     let descriptors = node.descriptors;
+    let attachment = Attachment::new(config, node.pods_cgroup.path());
     let enroller = enroller(config, &kernel, node, &proxy, &state, successor_lock);
     let on_disk = match kept {
         Kept::State(state) => Some(state),
@@ -221,7 +231,7 @@ fn serve(
     let tasks = Tasks::spawn(&kernel, &proxy, &report, (enroller, keeper), config.heartbeat_timeout);
     tracing::info!(node = %config.node, trust_domain = %config.trust_domain, descriptors, "agent runs");
     let (pin_path, drain_timeout) = (config.pin_path.clone(), config.drain_timeout);
-    Agent { kernel, proxy, state, servers, tasks, pin_path, drain_timeout }
+    Agent { kernel, proxy, state, servers, tasks, pin_path, drain_timeout, attachment }
 }
 
 /// The previous agent waits for `successor_lock` before it ends. The lock is released after the first look at all pods.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! Starting ── StandsBy ──> StandingBy ── TakesOver ──> Starting ── Reconciled ──> Ready
+//! Starting, Ready ── Detached ──> Detached, until this process starts again
 //! every state ── Drains ──> Draining, the last one
 //! ```
 
@@ -18,6 +19,8 @@ pub(super) enum Event {
     TakesOver,
     /// All pods have been looked at once.
     Reconciled,
+    /// The programs are not attached to the pods' cgroup any more.
+    Detached,
     /// No new flows from now on.
     Drains,
 }
@@ -47,7 +50,8 @@ impl State {
 
 fn next(state: AgentState, event: Event) -> AgentState {
     match (state, event) {
-        (_, Event::Drains) => AgentState::Draining,
+        (_, Event::Drains) | (AgentState::Draining, _) => AgentState::Draining,
+        (_, Event::Detached) => AgentState::Detached,
         (AgentState::Starting, Event::StandsBy) => AgentState::StandingBy,
         (AgentState::StandingBy, Event::TakesOver) => AgentState::Starting,
         (AgentState::Starting, Event::Reconciled) => AgentState::Ready,
@@ -61,14 +65,15 @@ mod tests {
 
     #[test]
     fn every_event_in_every_state_has_one_outcome() {
-        use AgentState::{Draining, Ready, StandingBy, Starting};
-        use Event::{Drains, Reconciled, StandsBy, TakesOver};
-        let events = [StandsBy, TakesOver, Reconciled, Drains];
+        use AgentState::{Detached, Draining, Ready, StandingBy, Starting};
+        use Event::{self as E, Drains, Reconciled, StandsBy, TakesOver};
+        let events = [StandsBy, TakesOver, Reconciled, E::Detached, Drains];
         for (state, outcomes) in [
-            (Starting, [StandingBy, Starting, Ready, Draining]),
-            (StandingBy, [StandingBy, Starting, StandingBy, Draining]),
-            (Ready, [Ready, Ready, Ready, Draining]),
-            (Draining, [Draining; 4]),
+            (Starting, [StandingBy, Starting, Ready, Detached, Draining]),
+            (StandingBy, [StandingBy, Starting, StandingBy, Detached, Draining]),
+            (Ready, [Ready, Ready, Ready, Detached, Draining]),
+            (Detached, [Detached, Detached, Detached, Detached, Draining]),
+            (Draining, [Draining; 5]),
         ] {
             assert_eq!(events.map(|event| next(state, event)), outcomes, "{state:?}");
         }

@@ -53,8 +53,8 @@ pub(super) fn first(pin_path: &Path) -> Result<Succession, KernelError> {
 /// the pins releases them or exits. Calls `stands_by` once only that wait is left.
 pub(super) async fn stand_by(
     config: &Config,
-    directory: &Watched<Directory>,
-    identities: &Identities,
+    pods_cgroup: &Path,
+    (directory, identities): (&Watched<Directory>, &Identities),
     prepare: impl FnOnce() -> Result<PreparedPrograms, KernelError>,
     stands_by: impl FnOnce(),
 ) -> Result<Succession, KernelError> {
@@ -63,7 +63,7 @@ pub(super) async fn stand_by(
         free => return free,
     }
     let prepared = prepare()?;
-    let has_cgroup = |cgroup: &Path| config.pods_cgroup.join(cgroup).exists();
+    let has_cgroup = |cgroup: &Path| pods_cgroup.join(cgroup).exists();
     certified(directory, identities, &config.node, has_cgroup).await;
     let path = config.pin_path.clone();
     let successor_lock = on_a_thread(move || SuccessorLock::acquire(&path)).await?;

@@ -27,7 +27,7 @@ use super::{
     enrolments::Durations,
     flows::Reporter,
     series::{End, SeriesTotals, Traffic, UNKNOWN},
-    status::{PodState, Status},
+    status::{AgentState, PodState, Status},
 };
 use declared::*;
 
@@ -94,6 +94,7 @@ impl Exposition {
     fn agent(&self, writer: &mut Writer<'_>) -> fmt::Result {
         let status = &self.status;
         writer.family(&BUILD, [([Value::Text(&status.version)], 1)])?;
+        writer.single(&DETACHED, u64::from(status.state == AgentState::Detached))?;
         let enrolled = status.pods.iter().filter(|pod| pod.state == PodState::Enrolled).count();
         writer.single(&PODS_ENROLLED, enrolled as u64)?;
         let waiting = status.pods.iter().filter(|pod| matches!(pod.state, PodState::Waiting(_))).count();

@@ -123,6 +123,8 @@ pub enum AgentState {
     StandingBy,
     /// It does.
     Ready,
+    /// Its programs are not attached to the pods' cgroup, so nothing of any pod is captured. It waits for the cgroup and starts again.
+    Detached,
     /// No more: it lets open flows end.
     Draining,
 }
@@ -133,6 +135,7 @@ impl fmt::Display for AgentState {
             Self::Starting => "starting",
             Self::StandingBy => "standing by",
             Self::Ready => "ready",
+            Self::Detached => "detached from the pods' cgroup",
             Self::Draining => "draining",
         })
     }

@@ -186,6 +186,13 @@ pub(super) static KERNEL_VERDICTS: Metric = Metric {
     labels: &["reason"],
     help: "Decisions of the kernel programs.",
 };
+pub(super) static DETACHED: Metric = Metric {
+    name: "tacit_detached",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &[],
+    help: "1 while the programs are not attached to the pods' cgroup, so that no pod is captured.",
+};
 pub(super) static RANGES: Metric = Metric {
     name: "tacit_mesh_ranges",
     unit: None,

@@ -1,5 +1,9 @@
-//! A node whose cgroup root is not the root of the kernel's hierarchy, as of kind: the node is a container with a cgroup namespace of its
-//! own. Each test runs itself again in such a node. The kernel still counts the levels of cgroups from the root of the whole hierarchy.
+//! The cgroup of all pods, as nodes have it.
+//!
+//! - The cgroup root of a node is not the root of the kernel's hierarchy, as of kind: the node is a container with a cgroup namespace of its
+//!   own. These tests run themselves again in such a node. The kernel still counts the levels of cgroups from the root of the whole
+//!   hierarchy.
+//! - The cgroup goes and is made anew while the agent runs, as if the node's kubelet starts with another cgroup driver and goes back.
 
 use anyhow::{Context, Result, ensure};
 use std::{
@@ -10,7 +14,7 @@ use std::{
     process::{Command, Stdio},
 };
 use tacit_tests::{Client, Mesh, Plan, Server, agent_program, fresh_port, observe};
-use tacit_topology::cgroup_mount;
+use tacit_topology::{cgroup_mount, until};
 
 const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
                       metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
@@ -118,4 +122,31 @@ fn modes_hold_under_a_nested_root() -> Result<()> {
 fn modes_hold_if_the_agent_has_a_namespace_of_its_own_too() -> Result<()> {
     let test = || is_true_to_modes(&plan("kindc").with_agents()?);
     inside("modes_hold_if_the_agent_has_a_namespace_of_its_own_too", AgentNamespace::Own, test)
+}
+
+#[test]
+#[ignore = "needs root"]
+fn pods_are_captured_again_after_their_cgroup_was_made_anew() -> Result<()> {
+    let mesh = plan("anew").with_agents()?;
+    let (agent, server) = (mesh.agent("b")?, mesh.pod("server")?);
+    let pods = mesh.topology().node("b")?.pods_cgroup();
+    fs::write(pods.join("cgroup.kill"), "1").context("end all pods of the node")?;
+    until("the pods' cgroup is gone", || {
+        let _ = fs::remove_dir(server.cgroup());
+        Ok(fs::remove_dir(&pods).is_ok().then_some(()))
+    })?;
+    observe::wait_status(agent, "the loss", |status| (status["state"] == "detached").then_some(()))?;
+    ensure!(observe::metric(agent, "tacit_detached", &[])? == 1, "{}", agent.metrics()?);
+    let pid = agent.id();
+
+    fs::create_dir_all(server.cgroup())?;
+    let _alive = server.keep_alive()?;
+    // It does not answer while it starts again.
+    until("a new start", || {
+        Ok(observe::status(agent).ok().filter(|status| status["state"] == "ready").map(drop))
+    })?;
+    observe::wait_enrolled(agent)?;
+    ensure!(agent.id() == pid, "the same process");
+    ensure!(observe::metric(agent, "tacit_detached", &[])? == 0, "{}", agent.metrics()?);
+    is_true_to_modes(&mesh)
 }
