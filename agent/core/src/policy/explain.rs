@@ -182,7 +182,7 @@ pub struct ExplainContext<'a> {
     pub in_force: &'a dyn Fn(&Workload) -> PolicyInForce,
     /// This agent's node.
     pub node: &'a str,
-    /// Tells the node's own addresses.
+    /// Returns true for an address of this agent's node.
     pub is_node: &'a dyn Fn(IpAddr) -> bool,
 }
 
