@@ -4,11 +4,9 @@
 
 use anyhow::{Context, Result, ensure};
 use std::net::{IpAddr, SocketAddr};
-use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe, redirect};
+use tacit_tests::{Client, Mesh, Plan, STRICT_MESH, Server, fresh_port, observe, redirect};
 use tacit_topology::Pod;
 
-const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
-                      metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
 /// The port that clients connect to.
 const SERVICE: u16 = 80;
 const CLIENTS: [&str; 2] = ["client", "near"];
@@ -84,7 +82,7 @@ fn a_pod_with_rules_of_its_own_is_reached_through_them() -> Result<()> {
     });
     let open: Vec<Client> = open.into_iter().collect::<Result<_>>()?;
     for node in ["a", "b"] {
-        mesh.agent(node)?.files().set_policy(STRICT)?;
+        mesh.agent(node)?.files().set_policy(STRICT_MESH)?;
     }
     wait_modes(&mesh, "STRICT")?;
     for client in open {
