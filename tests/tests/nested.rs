@@ -69,9 +69,7 @@ fn containers_inside_a_permissive_pod_work_as_without_tacit() -> Result<()> {
     ensure!(observe::metric(mesh.agent("b")?, "tacit_kernel_verdicts_total", &nested)? > 0, "not counted");
 
     mesh.agent("b")?.files().set_policy(STRICT_MESH)?;
-    observe::wait_status(mesh.agent("b")?, "STRICT", |status| {
-        status["pods"].as_array()?.iter().all(|pod| pod["mode"] == "STRICT").then_some(())
-    })?;
+    observe::wait_modes(mesh.agent("b")?, "STRICT")?;
     for server in [&servers.far, &servers.near, &servers.gateway] {
         let events = Client::run(&inner, server.address(), &[])?;
         let is_refused = events.iter().any(|event| event["error"] == "ConnectionRefused");

@@ -46,14 +46,9 @@ fn wait_shown(mesh: &Mesh, is_rewriting: bool) -> Result<()> {
     })
 }
 
-/// Waits until all pods have this mode.
+/// Waits until all pods of both nodes have this mode.
 fn wait_modes(mesh: &Mesh, mode: &str) -> Result<()> {
-    for node in ["a", "b"] {
-        observe::wait_status(mesh.agent(node)?, mode, |status| {
-            status["pods"].as_array()?.iter().all(|pod| pod["mode"] == mode).then_some(())
-        })?;
-    }
-    Ok(())
+    ["a", "b"].into_iter().try_for_each(|node| observe::wait_modes(mesh.agent(node)?, mode))
 }
 
 #[test]
