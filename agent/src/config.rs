@@ -270,7 +270,8 @@ impl Config {
     }
 }
 
-/// The API of Kubernetes tells of nodes and pods, a file of nobody that is not in it: only there ranges have to be written.
+/// Decodes `meshRanges`. A file as directory names no ranges, so the field is required. The Kubernetes API reports the ranges of
+/// nodes and pods, so the field is optional.
 fn mesh_ranges(fields: &mut Fields<'_>, root: &Value<'_>) -> Option<Vec<IpNet>> {
     if root.peek("directory").is_some_and(|directory| directory.peek("kubernetes").is_some()) {
         return fields.or("meshRanges", Vec::new(), ranges);

@@ -40,22 +40,11 @@ fn mistakes(text: &str, mistakes: Option<Mistakes>) {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     fn replay(target: &str, run: fn(&[u8])) {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus").join(target);
-        let mut files = 0;
-        for entry in fs::read_dir(&folder).expect("the corpus is committed") {
-            let file = entry.expect("readable").path();
-            let input = fs::read(&file).expect("readable");
-            // The file is named when it panics.
-            let outcome = std::panic::catch_unwind(|| run(&input));
-            assert!(outcome.is_ok(), "{}", file.display());
-            files += 1;
-        }
-        assert!(files >= 5, "only {files} files in {}", folder.display());
+        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus");
+        tacit_testing::replay(&corpus.join(target), run);
     }
 
     #[test]

@@ -165,7 +165,7 @@ impl Mesh {
         }
         let (new, gone) = (missing(&before, after), missing(after, &before));
         if let Err(error) = self.kernel.maps.extend_mesh(&new, &gone) {
-            tracing::error!(%error, "detected ranges are not in force: what pods of this node send there goes in clear");
+            tracing::error!(%error, "detected ranges are not in force: traffic of this node's pods to them is plaintext");
             return;
         }
         let shown = |ranges: &[IpNet]| ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
@@ -185,7 +185,7 @@ impl Mesh {
             let latest = Arc::clone(&changes.borrow_and_update());
             let mesh = Arc::clone(&self);
             if let Err(error) = spawn_blocking(move || mesh.follow(&latest)).await {
-                tracing::error!(%error, "detected ranges are not in force: what pods of this node send there goes in clear");
+                tracing::error!(%error, "detected ranges are not in force: traffic of this node's pods to them is plaintext");
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Tells the kernel of an application that the peer of a connection is silent, see `tacit_abi`'s `silence`.
+//! Reports to the kernel of an application that the peer of a connection is silent, see `tacit_abi`'s `silence`.
 
 use tacit_abi::{Limits, Told, names_kind};
 

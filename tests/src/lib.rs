@@ -30,6 +30,10 @@ pub use program::{agent_program, peer_program, scaled};
 
 use std::sync::atomic::{AtomicU16, Ordering};
 
+/// Policy that sets STRICT for the whole mesh.
+pub const STRICT_MESH: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+                               metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
+
 /// Returns a port that no other test of this process uses, above Tacit's ports and below the kernel's ephemeral range.
 #[must_use]
 pub fn fresh_port() -> u16 {

@@ -104,6 +104,16 @@ pub fn wait_status<T>(agent: &Agent, what: &str, condition: impl Fn(&Value) -> O
     found.with_context(|| format!("last status: {last:#}"))
 }
 
+/// Waits until all pods of the agent's node have this mode.
+///
+/// # Errors
+/// Fails if the wait times out; the message has the last status.
+pub fn wait_modes(agent: &Agent, mode: &str) -> Result<()> {
+    wait_status(agent, mode, |status| {
+        status["pods"].as_array()?.iter().all(|pod| pod["mode"] == mode).then_some(())
+    })
+}
+
 /// Waits until all pods of the agent's node are enrolled.
 ///
 /// # Errors

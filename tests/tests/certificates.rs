@@ -12,7 +12,7 @@ use std::{
     process::Stdio,
     time::{Duration, Instant},
 };
-use tacit_tests::{Mesh, Plan, agent_program, observe};
+use tacit_tests::{Mesh, Plan, STRICT_MESH, agent_program, observe};
 use tacit_topology::{Agent, Process, WorkloadEntry};
 
 /// Timeout of an agent's request to the authority.
@@ -20,8 +20,6 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 const ATTEMPTS: usize = 5;
 const TOKEN: &str = "token of node b";
 const TOKEN_SHA256: &str = "1e09d162a15ad69e20a6d9425e69582da5c01d515b46f8b9acdc2f74da691c34";
-const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
-                      metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
 
 #[test]
 #[ignore = "needs root"]
@@ -81,7 +79,7 @@ fn changes_during_a_request(mesh: &Mesh, late: &str) -> Result<(Duration, Proces
     observe::wait_status(b, "a pod that waits for its certificate", |status| {
         pod(status, late).filter(|pod| pod["state"].to_string().contains("has not answered yet")).map(drop)
     })?;
-    b.files().set_policy(STRICT)?;
+    b.files().set_policy(STRICT_MESH)?;
     observe::wait_status(b, "the policy", |status| {
         ["web", "db"].iter().all(|name| has_mode(status, name, "STRICT")).then_some(())
     })?;

@@ -9,18 +9,16 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     process::{Command, Stdio},
 };
-use tacit_tests::{Client, Mesh, Plan, Server, agent_program, fresh_port, observe};
+use tacit_tests::{Client, Mesh, Plan, STRICT_MESH, Server, agent_program, fresh_port, observe};
 use tacit_topology::{Process, directory_text, run};
 
-const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
-                      metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
 const VIP: Ipv4Addr = Ipv4Addr::new(172, 20, 0, 10);
 /// A port that `allowClear` names.
 const CLEAR: u16 = 53;
 
 fn plan(tag: &str) -> Plan {
     Plan::new(tag)
-        .policy(STRICT)
+        .policy(STRICT_MESH)
         .config(&format!("allowClear: [\"{VIP}:{CLEAR}/udp\"]\n"))
         .pod("a", "shop", "client")
         .pod("b", "shop", "server")

@@ -5,11 +5,9 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::net::{Ipv6Addr, SocketAddr};
 use tacit_abi::tcp_port::{OF_PROXIES, TUNNEL};
-use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe};
+use tacit_tests::{Client, Mesh, Plan, STRICT_MESH, Server, fresh_port, observe};
 use tacit_topology::Pod;
 
-const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
-                      metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
 /// A pod with a proxy: its name, the proxy's port, and what the proxy does on a connection.
 type Proxied = (&'static str, u16, &'static [&'static str]);
 /// One proxy at each port, and one that answers at once in a protocol of its own.
@@ -107,7 +105,7 @@ fn a_permissive_pod_with_a_proxy_is_left_alone_until_its_ports_are_free() -> Res
     // A mode counts at once, for open connections too.
     let open = Open::start(&mesh)?;
     for node in ["a", "b"] {
-        mesh.agent(node)?.files().set_policy(STRICT)?;
+        mesh.agent(node)?.files().set_policy(STRICT_MESH)?;
     }
     wait_states(&mesh, "held", |state| names_its_port(&state["waiting"]))?;
     open.check_ended(&mesh)?;

@@ -6,12 +6,10 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::{collections::BTreeMap, fs, net::SocketAddr, process::Stdio};
-use tacit_tests::{Client, Mesh, Plan, Server, agent_program, fresh_port, observe, scaled};
+use tacit_tests::{Client, Mesh, Plan, STRICT_MESH, Server, agent_program, fresh_port, observe, scaled};
 use tacit_topology::{HANG, Process, until};
 
 const DRAIN: &str = "drainTimeout: 3s\n";
-const STRICT_MESH: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
-                           metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
 
 #[test]
 #[ignore = "needs root"]

@@ -3,11 +3,9 @@
 
 use anyhow::{Context, Result, ensure};
 use std::net::{Ipv4Addr, SocketAddr};
-use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe, redirect};
+use tacit_tests::{Client, Mesh, Plan, STRICT_MESH, Server, fresh_port, observe, redirect};
 use tacit_topology::Pod;
 
-const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
-                      metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
 /// Addresses inside the pod, which are in the mesh's ranges. Pods of the topology have others.
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 77, 99, 1);
 const INNER: Ipv4Addr = Ipv4Addr::new(10, 77, 99, 2);
@@ -70,10 +68,8 @@ fn containers_inside_a_permissive_pod_work_as_without_tacit() -> Result<()> {
     let nested = [("reason", "connect_nested")];
     ensure!(observe::metric(mesh.agent("b")?, "tacit_kernel_verdicts_total", &nested)? > 0, "not counted");
 
-    mesh.agent("b")?.files().set_policy(STRICT)?;
-    observe::wait_status(mesh.agent("b")?, "STRICT", |status| {
-        status["pods"].as_array()?.iter().all(|pod| pod["mode"] == "STRICT").then_some(())
-    })?;
+    mesh.agent("b")?.files().set_policy(STRICT_MESH)?;
+    observe::wait_modes(mesh.agent("b")?, "STRICT")?;
     for server in [&servers.far, &servers.near, &servers.gateway] {
         let events = Client::run(&inner, server.address(), &[])?;
         let is_refused = events.iter().any(|event| event["error"] == "ConnectionRefused");

@@ -4,11 +4,9 @@
 
 use anyhow::{Context, Result, ensure};
 use std::net::{IpAddr, SocketAddr};
-use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe, redirect};
+use tacit_tests::{Client, Mesh, Plan, STRICT_MESH, Server, fresh_port, observe, redirect};
 use tacit_topology::Pod;
 
-const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
-                      metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
 /// The port that clients connect to.
 const SERVICE: u16 = 80;
 const CLIENTS: [&str; 2] = ["client", "near"];
@@ -48,14 +46,9 @@ fn wait_shown(mesh: &Mesh, is_rewriting: bool) -> Result<()> {
     })
 }
 
-/// Waits until all pods have this mode.
+/// Waits until all pods of both nodes have this mode.
 fn wait_modes(mesh: &Mesh, mode: &str) -> Result<()> {
-    for node in ["a", "b"] {
-        observe::wait_status(mesh.agent(node)?, mode, |status| {
-            status["pods"].as_array()?.iter().all(|pod| pod["mode"] == mode).then_some(())
-        })?;
-    }
-    Ok(())
+    ["a", "b"].into_iter().try_for_each(|node| observe::wait_modes(mesh.agent(node)?, mode))
 }
 
 #[test]
@@ -84,7 +77,7 @@ fn a_pod_with_rules_of_its_own_is_reached_through_them() -> Result<()> {
     });
     let open: Vec<Client> = open.into_iter().collect::<Result<_>>()?;
     for node in ["a", "b"] {
-        mesh.agent(node)?.files().set_policy(STRICT)?;
+        mesh.agent(node)?.files().set_policy(STRICT_MESH)?;
     }
     wait_modes(&mesh, "STRICT")?;
     for client in open {

@@ -13,13 +13,11 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
 };
-use tacit_tests::{Client, Plan, Server, agent_program, fresh_port, observe};
+use tacit_tests::{Client, Plan, STRICT_MESH, Server, agent_program, fresh_port, observe};
 use tacit_topology::{Agent, KUBELET_NAMESPACE, MeshFiles, Netns, until};
 
 const PODS: &str = "/api/v1/pods";
 const NODES: &str = "/api/v1/nodes";
-const STRICT_MESH: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
-                           metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
 /// UID and name of the pod, whose cgroup looks like the kubelet's: `pod` with the UID.
 const UID: &str = "c11e27";
 /// Range of the addresses of node b's pods.

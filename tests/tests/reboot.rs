@@ -10,11 +10,9 @@ use std::{
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
-use tacit_tests::{Mesh, Plan, agent_program, fresh_port, observe};
+use tacit_tests::{Mesh, Plan, STRICT_MESH, agent_program, fresh_port, observe};
 use tacit_topology::{Pod, Process, run, until, within};
 
-const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
-                      metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
 /// A STRICT namespace in a PERMISSIVE mesh.
 const STRICT_SHOP: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
                            metadata: {name: default, namespace: shop}\nspec: {mtls: {mode: STRICT}}\n";
@@ -234,7 +232,7 @@ fn sends(command: &mut Command, protocol: &str, target: SocketAddr, marker: &str
 #[test]
 #[ignore = "needs root"]
 fn a_strict_mesh_holds_after_a_reboot_before_a_source_answers() -> Result<()> {
-    let mut node = Rebooted::new("reboot", STRICT)?;
+    let mut node = Rebooted::new("reboot", STRICT_MESH)?;
     let silent = node.start_without_sources("")?;
     node.nothing_passes()?;
     ensure!(node.origin()? == "the kept state", "{}", node.origin()?);
@@ -277,7 +275,7 @@ fn pods_with_the_nodes_network_work(node: &Rebooted) -> Result<()> {
 #[test]
 #[ignore = "needs root"]
 fn without_a_kept_state_the_configuration_applies() -> Result<()> {
-    let mut node = Rebooted::new("nostate", STRICT)?;
+    let mut node = Rebooted::new("nostate", STRICT_MESH)?;
     let kept = node.kept()?;
     fs::remove_file(&kept)?;
     let silent = node.start_without_sources("")?;
@@ -317,7 +315,7 @@ fn control_a_permissive_mesh_passes_after_a_reboot() -> Result<()> {
 #[test]
 #[ignore = "needs root"]
 fn addresses_of_the_node_inside_the_ranges_are_its_own() -> Result<()> {
-    let mut node = Rebooted::new("rebootin", STRICT)?;
+    let mut node = Rebooted::new("rebootin", STRICT_MESH)?;
     node.config = node.config.replace("meshRanges: [", "meshRanges: [10.76.0.0/16, \"fd76::/16\", ");
     let _silent = node.start_without_sources("")?;
     pods_with_the_nodes_network_work(&node)?;

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 use tacit_abi::limits::CLUSTER_NODES;
-use tacit_tests::{Client, Mesh, Plan, Server, agent_program, observe};
+use tacit_tests::{Client, Mesh, Plan, STRICT_MESH, Server, agent_program, observe};
 use tacit_topology::{Pod, run, until};
 
 const VIP4: &str = "10.96.0.10";
@@ -140,7 +140,7 @@ fn endpoints_of_both_nodes_are_reached_and_the_client_sees_what_it_asked_for() -
     static MESH: OnceLock<Result<Mesh, String>> = OnceLock::new();
     let service =
         Service { port: 8080, endpoints: &[("near", true), ("far", true), ("far2", false)], more: "" };
-    let mesh = Mesh::shared(&MESH, || mesh("svc", STRICT, &service))?;
+    let mesh = Mesh::shared(&MESH, || mesh("svc", STRICT_MESH, &service))?;
     let (near, far, idle) =
         (serve(mesh.pod("near")?, 8080)?, serve(mesh.pod("far")?, 8080)?, serve(mesh.pod("far2")?, 8080)?);
     for text in [VIP4, VIP6] {
@@ -175,7 +175,7 @@ fn endpoints_of_both_nodes_are_reached_and_the_client_sees_what_it_asked_for() -
 fn an_endpoint_that_does_not_answer_is_replaced_unnoticed() -> Result<()> {
     let service =
         Service { port: 8080, endpoints: &[("near", true), ("far", true), ("far2", true)], more: "" };
-    let mesh = mesh("svcdead", STRICT, &service)?;
+    let mesh = mesh("svcdead", STRICT_MESH, &service)?;
     // Pods near and far have no listener.
     let alive = serve(mesh.pod("far2")?, 8080)?;
     for _ in 0..MANY {
@@ -193,7 +193,7 @@ fn an_endpoint_that_does_not_answer_is_replaced_unnoticed() -> Result<()> {
 fn a_client_stays_with_its_endpoint_when_the_service_says_so() -> Result<()> {
     let endpoints: &[(&str, bool)] = &[("far", true), ("far2", true)];
     let sticky = Service { port: 8080, endpoints, more: "  sessionAffinity: ClientIP\n" };
-    let mesh = mesh("svcstay", STRICT, &sticky)?;
+    let mesh = mesh("svcstay", STRICT_MESH, &sticky)?;
     let servers = [serve(mesh.pod("far")?, 8080)?, serve(mesh.pod("far2")?, 8080)?];
     let counts = || -> Result<BTreeSet<usize>> { servers.iter().map(|server| accepted(server)).collect() };
     for _ in 0..MANY {
@@ -229,13 +229,6 @@ fn what_no_endpoint_can_serve_is_refused_with_its_reason() -> Result<()> {
     until("the far endpoint used with policy Cluster", || Ok(connect(mesh.pod("client")?, vip(VIP4)?).ok()))?;
     Ok(())
 }
-
-const STRICT: &str = "\
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: default, namespace: istio-system}
-spec: {mtls: {mode: STRICT}}
-";
 
 /// Time in which a packet arrives if nothing drops it.
 const PATIENCE: Duration = Duration::from_millis(700);
@@ -289,7 +282,7 @@ fn is_accepted(mesh: &Mesh, at: SocketAddr) -> Result<bool> {
 #[ignore = "needs root"]
 fn a_node_port_leads_to_the_service_and_nothing_leaves_in_clear() -> Result<()> {
     let service = Service { port: 8080, endpoints: &[("far", true)], more: "" };
-    let mesh = mesh("svcnode", STRICT, &service)?;
+    let mesh = mesh("svcnode", STRICT_MESH, &service)?;
     let (a, b) = (mesh.topology().node("a")?, mesh.topology().node("b")?);
     let addresses = |node: &tacit_topology::Node| [IpAddr::from(node.wire_ipv4()), node.wire_ipv6().into()];
     for address in addresses(b) {
@@ -326,7 +319,7 @@ fn a_node_port_leads_to_the_service_and_nothing_leaves_in_clear() -> Result<()> 
 #[ignore = "needs root"]
 fn with_more_nodes_than_the_kernel_holds_no_address_has_a_node_port_in_clear() -> Result<()> {
     let service = Service { port: 8080, endpoints: &[("far", true)], more: "" };
-    let mesh = mesh("svcmany", STRICT, &service)?;
+    let mesh = mesh("svcmany", STRICT_MESH, &service)?;
     let (agent, text) = (mesh.agent("a")?, directory(&mesh, &service)?);
     // The directory never names node `b`: the kernel has no entry of its addresses, as if it did not fit.
     let b = mesh.topology().node("b")?;

@@ -7,16 +7,13 @@ use std::{
     sync::OnceLock,
     time::Duration,
 };
-use tacit_tests::{Client, Mesh, Plan, Server, agent_program, fresh_port, observe};
+use tacit_tests::{Client, Mesh, Plan, STRICT_MESH, Server, agent_program, fresh_port, observe};
 use tacit_topology::{HANG, Pod, Tunnel, WorkloadEntry, run, within};
-
-const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
-                      metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
 
 /// Two pods that are not enrolled, one on each node, an enrolled one, and one that no directory names.
 fn plan() -> Plan {
     Plan::new("unenr")
-        .policy(STRICT)
+        .policy(STRICT_MESH)
         .config("unnamedPodTimeout: 1h\n")
         .pod("a", "shop", "left")
         .pod("a", "shop", "unnamed")
@@ -125,7 +122,7 @@ fn a_held_pod_is_shown_and_counted() -> Result<()> {
 #[test]
 #[ignore = "needs root"]
 fn a_pod_that_nobody_names_is_held_for_a_bounded_time_while_the_directory_is_current() -> Result<()> {
-    let plan = Plan::new("unnamed").policy(STRICT).config("unnamedPodTimeout: 1s\n");
+    let plan = Plan::new("unnamed").policy(STRICT_MESH).config("unnamedPodTimeout: 1s\n");
     let plan = plan.pod("a", "shop", "unnamed").pod("b", "shop", "right").pod("b", "shop", "strict");
     let mesh = plan.with_directories(|_, mesh| Ok(directory(mesh)))?;
     let (unnamed, right) = (mesh.pod("unnamed")?, mesh.pod("right")?);

@@ -67,8 +67,8 @@ impl Cgroup {
         {
             return Ok(found);
         }
-        // In a cgroup namespace of its own, as containers have on cgroup v2, or below another mount at the same point, a
-        // process is told another name for the place it is in; the node's hierarchy tells by the members.
+        // The name is not that of the node's hierarchy if this process has a cgroup namespace of its own, as containers on cgroup
+        // v2, or if another mount covers the mount point. So the cgroup is searched by its members.
         let holder = holder_of(&mount.point, pid).ok_or_else(|| {
             refuse("this process is in no cgroup below the mount; mount the node's /sys/fs/cgroup")
         })?;

@@ -82,7 +82,7 @@ impl Injector {
         self.send(&probe.complete(), probe.ends().target)
     }
 
-    /// Tells the application's kernel of the peer of the connection with these ends and numbers.
+    /// Reports the peer of the connection with these ends and numbers to the application's kernel.
     ///
     /// # Errors
     /// The kernel's.

@@ -244,7 +244,7 @@ impl Kernel {
         PreparedPrograms::load(pin_path, pods_cgroup, log)
     }
 
-    /// Tells the programs the hardware addresses of the node's interfaces.
+    /// Writes the hardware addresses of the node's interfaces to the programs' map.
     ///
     /// # Errors
     /// [`KernelError::Map`].

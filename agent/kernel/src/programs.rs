@@ -43,7 +43,7 @@ use super::{
 
 pub(super) static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tacit-ebpf.o"));
 
-/// Programs at the pods' cgroup, in the order they are attached: whoever is told names must be able to find them.
+/// Programs at the pods' cgroup, in the order in which they are attached. The hooks that return names come before those that capture.
 /// Each has the number of its hook in `enum bpf_attach_type`.
 const CGROUP_PROGRAMS: [(&str, u32); 9] = [
     ("getpeername4", 29),

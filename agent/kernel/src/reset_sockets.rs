@@ -28,7 +28,7 @@ pub fn reset_plaintext(
         let mut ended = 0;
         for connection in netlink::connections()?.iter().filter(|c| is_clear(c)) {
             netlink::destroy(connection)?;
-            tracing::info!(local = %connection.local, remote = %connection.remote, "reset: in clear from before enrolment");
+            tracing::info!(local = %connection.local, remote = %connection.remote, "reset: plaintext from before enrolment");
             ended += 1;
         }
         Ok(ended)

@@ -110,12 +110,16 @@ fn dump(
 /// A request for what is in one table.
 fn of_table(family: u8, name: &[u8]) -> Vec<u8> {
     const TABLE: u16 = 1;
-    let mut body = vec![family, 0, 0, 0];
-    body.extend_from_slice(&((4 + name.len()) as u16).to_ne_bytes());
-    body.extend_from_slice(&TABLE.to_ne_bytes());
-    body.extend_from_slice(name);
-    body.resize(body.len().next_multiple_of(4), 0);
-    body
+    [vec![family, 0, 0, 0], attribute(TABLE, name)].concat()
+}
+
+/// An attribute of netlink, padded to four bytes.
+fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let mut bytes = ((4 + value.len()) as u16).to_ne_bytes().to_vec();
+    bytes.extend_from_slice(&kind.to_ne_bytes());
+    bytes.extend_from_slice(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
 }
 
 /// A rule, as far as address translation depends on it.
@@ -223,14 +227,6 @@ mod tests {
     use std::slice::from_ref;
 
     use super::*;
-
-    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-        let mut bytes = ((4 + value.len()) as u16).to_ne_bytes().to_vec();
-        bytes.extend_from_slice(&kind.to_ne_bytes());
-        bytes.extend_from_slice(value);
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
-        bytes
-    }
 
     fn message(parts: &[Vec<u8>]) -> Vec<u8> {
         [vec![2, 0, 0, 0], parts.concat()].concat()

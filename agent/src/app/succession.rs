@@ -29,8 +29,9 @@ use tokio::{
 use crate::config::Config;
 
 /// Limit for the next agent to take over, while the last one serves on. Measured: 25 ms; on an emulated machine under load
-/// 1.2 s, and 9.5 s if the pinned maps have changed and the programs are loaded again. The sum with `drainTimeout` must fit
-/// into the termination grace period of the pod.
+/// 1.2 s, and 9.5 s if the pinned maps have changed and the programs are loaded again. The termination grace period of the pod
+/// must exceed `successorTimeout`, `drainTimeout` and 15 s: this limit, [`LATE_HANDSHAKES`], and 3.5 s for the end of
+/// enrolment's pass and the reset of what is left.
 const TAKE_OVER_MAX: Duration = Duration::from_secs(10);
 /// Pause between two looks for a successor. The kernel tells nobody that a lock is taken.
 const SUCCESSOR_POLL: Duration = Duration::from_millis(50);

@@ -114,9 +114,9 @@ async fn run_rechecks(rechecks: Arc<Rechecks>, failed: CancellationToken) {
     }
 }
 
-/// Tells the kernel that this agent lives, for as long as its tasks are run and none of them has failed: an agent that
-/// applies nothing any more is as good as dead. Deleted pins are made again, or the agent's end would take the programs with
-/// it.
+/// Writes the heartbeat while the agent's tasks run and none of them has failed. An agent whose control tasks have failed
+/// applies nothing any more, so the kernel treats it as dead. Deleted pins are made again, because otherwise the programs would
+/// end with the agent.
 async fn heartbeat(kernel: Arc<Kernel>, timeout: Duration, failed: CancellationToken) {
     let mut tick = interval(timeout / BEATS_WITHIN_TIMEOUT);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);

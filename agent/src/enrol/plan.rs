@@ -141,7 +141,7 @@ pub(super) enum NotYet {
     NoAddress(String),
     #[error("neither the directory nor its network namespace has an address of it yet")]
     AddressUnknown,
-    #[error("its address {0} is in no range of the mesh; what it sends there would go in clear")]
+    #[error("its address {0} is in no range of the mesh; traffic to it would be plaintext")]
     OutsideMesh(IpAddr),
     #[error("the address {0} that its network namespace has is another pod's")]
     AddressTaken(IpAddr),

@@ -216,7 +216,7 @@ impl Enroller {
         if let Err(error) =
             reset_sockets::reset_accepted(netns, &self.host, self.kernel.cgroup, denial, ended)
         {
-            tracing::warn!(pod = %name, %error, "connections in clear from before a policy changed are not reset");
+            tracing::warn!(pod = %name, %error, "plaintext connections from before a policy changed are not reset");
         }
     }
 }

@@ -117,7 +117,7 @@ impl PodOpenings {
         self.log_failure(self.injector.deliver_probe(probe));
     }
 
-    /// Tells the kernel of the application at `ends` of its peer. `app` is the agent's end of the connection.
+    /// Reports the state of the peer to the kernel of the application at `ends`. `app` is the agent's end of the connection.
     pub fn tell(&self, ends: &HeldEnds, app: &AppStream, news: News) {
         let told = match news {
             News::Silent(limit) => Told::Silent(u32::try_from(limit.as_millis()).unwrap_or(u32::MAX)),

@@ -384,7 +384,7 @@ async fn connect_plaintext(
     let server = connected.map_err(|error| not_connected(&error))?;
     socket::reset_if_dropped(&server);
     socket::begin_small(&server, path.shares.unread_bytes(pod.cgroup));
-    tracing::debug!(%source, %destination, why = cause.label(), "in clear");
+    tracing::debug!(%source, %destination, why = cause.label(), "plaintext");
     let spec = FlowSpec {
         ends: path.ends(Reporter::Source, addresses, None, None),
         security: Security::Plaintext,

@@ -26,7 +26,7 @@ const PARTS: usize = 16;
 /// A connection of an application: the cookie of its network namespace, and its ends.
 type Key = (u64, HeldEnds);
 
-/// Tells the kernel of the application at the other end of a connection.
+/// A report of a peer's state to the kernel of the application at the other end of a connection.
 type Tell = Box<dyn Fn(&AppStream, News) + Send + Sync>;
 
 /// All watches.

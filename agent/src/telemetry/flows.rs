@@ -41,7 +41,7 @@ pub struct Party {
     /// The workload that has this address in the directory; `None` if there is none.
     pub workload: Option<Arc<Workload>>,
     /// The identity proven for this flow (certificate, or the kernel for a pod of this node); `None` when
-    /// none was. A flow in clear is reported without, whatever stands here.
+    /// none was. A plaintext flow is reported without, whatever stands here.
     pub identity: Option<SpiffeId>,
 }
 

@@ -296,7 +296,7 @@ impl fmt::Display for UncoveredStatus {
         write!(
             f,
             "{pods} enrolled pods and {services} of their services are in no range of meshRanges or serviceRanges, and in none that was detected, \
-             for example {example}: what pods of this node send there goes in clear"
+             for example {example}: traffic of this node's pods to them is plaintext"
         )
     }
 }

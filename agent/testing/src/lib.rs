@@ -5,6 +5,7 @@
 use std::{
     env, fs,
     hash::{BuildHasher as _, Hasher as _, RandomState},
+    panic::catch_unwind,
     path::{Path, PathBuf},
 };
 
@@ -37,4 +38,20 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
+}
+
+/// Runs `run` on the content of each file in `folder`, such as the corpus of a fuzz target.
+///
+/// # Panics
+/// If `run` panics, with the name of the file. If the folder cannot be read or has fewer than five files.
+pub fn replay(folder: &Path, run: fn(&[u8])) {
+    let mut files = 0;
+    for entry in fs::read_dir(folder).expect("the corpus is committed") {
+        let file = entry.expect("readable").path();
+        let input = fs::read(&file).expect("readable");
+        let outcome = catch_unwind(|| run(&input));
+        assert!(outcome.is_ok(), "{}", file.display());
+        files += 1;
+    }
+    assert!(files >= 5, "only {files} files in {}", folder.display());
 }

@@ -66,11 +66,4 @@ mod tests {
             }
         }
     }
-
-    #[test]
-    fn the_shares_of_all_pods_fit_into_the_maps() {
-        assert_eq!(limits::CAPTURED, limits::SLOTS * limits::CAPTURED_PER_POD);
-        assert_eq!(limits::DIALLED, limits::SLOTS * limits::DIALLED_PER_POD);
-        assert_eq!(limits::PORT_MODES, limits::SLOTS * limits::PORT_MODES_PER_POD);
-    }
 }

@@ -6,7 +6,7 @@ use std::{
     io,
     net::SocketAddrV4,
     os::{
-        fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+        fd::{AsRawFd as _, OwnedFd},
         unix::ffi::OsStrExt as _,
     },
     path::Path,
@@ -14,15 +14,14 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::world::World;
+use crate::{
+    connect_hook::{self, Hook, bpf, descriptor, instruction},
+    world::World,
+};
 
-const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
 const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
-const BPF_LINK_CREATE: libc::c_long = 28;
-const BPF_PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
-const BPF_CGROUP_INET4_CONNECT: u32 = 10;
 /// Sizes of the map of pending connections; it is filled until the kernel says that it is full.
 const KEY: usize = 48;
 const VALUE: usize = 24;
@@ -38,10 +37,10 @@ pub(crate) struct Redirect {
 
 impl Redirect {
     pub(crate) fn attach(cgroup: &Path, to: SocketAddrV4) -> Result<Self> {
-        let address = i32::from_ne_bytes(to.ip().octets());
-        let port = i32::from(to.port().to_be());
+        let address = u32::from_ne_bytes(to.ip().octets());
+        let port = u32::from(to.port().to_be());
         // user_ip4 is at 4, user_port at 24; 1 lets the call go on.
-        let instructions: [[u8; 8]; 6] = [
+        let instructions = [
             instruction(0xb4, 2, 0, address),
             instruction(0x63, 0x21, 4, 0),
             instruction(0xb4, 2, 0, port),
@@ -49,32 +48,11 @@ impl Redirect {
             instruction(0xb7, 0, 0, 1),
             instruction(0x95, 0, 0, 0),
         ];
-        let license = c"GPL";
-        let mut load = LoadAttr {
-            program_type: BPF_PROG_TYPE_CGROUP_SOCK_ADDR,
-            instruction_count: instructions.len() as u32,
-            instructions: instructions.as_ptr() as u64,
-            license: license.as_ptr() as u64,
-            attach_type: BPF_CGROUP_INET4_CONNECT,
-            ..LoadAttr::default()
-        };
-        let program = descriptor(bpf(BPF_PROG_LOAD, &mut load).context("load")?);
         let target = File::open(cgroup).with_context(|| format!("open {}", cgroup.display()))?;
-        let mut link = LinkAttr {
-            program: program.as_raw_fd() as u32,
-            target: target.as_raw_fd() as u32,
-            attach_type: BPF_CGROUP_INET4_CONNECT,
-            flags: 0,
-        };
-        Ok(Self { _link: descriptor(bpf(BPF_LINK_CREATE, &mut link).context("attach")?) })
+        let link =
+            connect_hook::attach(&target, Hook::Connect4, [0; 16], &instructions).context("redirect")?;
+        Ok(Self { _link: link })
     }
-}
-
-fn instruction(code: u8, registers: u8, offset: i16, immediate: i32) -> [u8; 8] {
-    let mut bytes = [code, registers, 0, 0, 0, 0, 0, 0];
-    bytes[2..4].copy_from_slice(&offset.to_ne_bytes());
-    bytes[4..].copy_from_slice(&immediate.to_ne_bytes());
-    bytes
 }
 
 /// The near agent's map of pending connections, full of entries that nobody waits for.
@@ -134,31 +112,6 @@ fn batch(map: &OwnedFd, command: libc::c_long, first: u32, count: u32) -> (u32, 
 
 #[repr(C)]
 #[derive(Default)]
-struct LoadAttr {
-    program_type: u32,
-    instruction_count: u32,
-    instructions: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log_buffer: u64,
-    kernel_version: u32,
-    flags: u32,
-    name: [u8; 16],
-    interface: u32,
-    attach_type: u32,
-}
-
-#[repr(C)]
-struct LinkAttr {
-    program: u32,
-    target: u32,
-    attach_type: u32,
-    flags: u32,
-}
-
-#[repr(C)]
-#[derive(Default)]
 struct GetAttr {
     path: u64,
     fd: u32,
@@ -177,16 +130,4 @@ struct BatchAttr {
     map: u32,
     element_flags: u64,
     flags: u64,
-}
-
-/// The system call. `attr` must be laid out as the kernel's for `command`.
-fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<RawFd> {
-    // SAFETY: `attr` is a live prefix of `union bpf_attr` of the size given; pointers in it are valid for the call.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as RawFd) }
-}
-
-fn descriptor(fd: RawFd) -> OwnedFd {
-    // SAFETY: the kernel just returned this descriptor to us.
-    unsafe { OwnedFd::from_raw_fd(fd) }
 }

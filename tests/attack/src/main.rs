@@ -16,6 +16,7 @@
 //! | `catalogue` | the attacks: name, group, families, how they are driven |
 //! | `driver` | the attacker's side: from where a step is started, and what is done around it |
 //! | `kernel` | a program beside Tacit's, a map filled up |
+//! | `connect_hook` | loads such programs |
 //! | `neighbours` | attacks of other tenants of a node, and flows of the node itself |
 //! | `flood` | attacks under a flood of SYNs |
 //! | `translation` | attacks by address translation; `nat` writes its rules |
@@ -29,6 +30,7 @@
 
 mod boot;
 mod catalogue;
+mod connect_hook;
 mod driver;
 mod flood;
 mod judge;

@@ -128,7 +128,7 @@ fn patience() -> Result<Duration> {
     Ok(Duration::from_millis(milliseconds))
 }
 
-/// Tells the driver that the step is ready, and waits for its word.
+/// Reports to the driver that the step is ready, and waits for its word.
 fn wait_for_go() -> Result<()> {
     println!("waiting");
     io::stdout().flush()?;

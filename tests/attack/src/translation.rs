@@ -6,13 +6,13 @@ use std::{
 };
 
 use anyhow::Result;
-use tacit_topology::Pod;
+use tacit_topology::{Pod, nf_tables::Hook};
 
 use crate::{
     Family,
     catalogue::{Dial, Layout},
     judge::Outcome,
-    nat::{Chain, Nat},
+    nat::Nat,
     neighbours::{host_end, victim, wire_address},
     step_process::simple,
     wire::Sighting,
@@ -48,7 +48,7 @@ pub(crate) fn of_agents_dial(world: &World, dial: Dial, family: Family, marker: 
     };
     let mut rules = vec![(target.ip(), stranger), (dialled, stranger)];
     rules.dedup();
-    let nat = Nat::redirect(attacker.netns(), Chain::Output, &rules, false)?;
+    let nat = Nat::redirect(attacker.netns(), Hook::Output, &rules, false)?;
     let mut outcome = with(nat, || simple(world, attacker, "tcp", target, marker, &[]))?;
     // Without the rules, the same bytes may go where they are allowed: the agent still tries to connect.
     outcome.only = Some(Sighting::ToPod(host_end(&world.stranger)));
@@ -66,7 +66,7 @@ pub(crate) fn masqueraded(
 ) -> Result<Outcome> {
     let node = world.far_node()?;
     let (of_node, of_victim) = (wire_address(node, family), address(victim(world, layout), family, PORT));
-    let nat = Nat::redirect(node.netns(), Chain::Prerouting, &[(of_node, of_victim)], true)?;
+    let nat = Nat::redirect(node.netns(), Hook::Prerouting, &[(of_node, of_victim)], true)?;
     let outsider: &Pod = &world.outsider;
     with(nat, || simple(world, outsider, step, SocketAddr::new(of_node, PORT), marker, &[]))
 }

@@ -21,6 +21,7 @@
 //! | `node` | [`Node`]: the pods of a node, address plan |
 //! | `pod` | [`Pod`]: run programs in it, keep it alive |
 //! | `netns`, `cgroup` | one namespace, one cgroup tree |
+//! | [`nf_tables`] | rules in a namespace that translate addresses |
 //! | `sweep` | removal by name, the sweeper process |
 //! | `mesh` | [`MeshFiles`]: `tacit.yaml`, `directory.yaml`, `policy.yaml` of a node |
 //! | `agent` | [`Agent`]: start, wait until ready, query, stop, kill, restart |
@@ -35,6 +36,7 @@ mod capture;
 mod cgroup;
 mod mesh;
 mod netns;
+pub mod nf_tables;
 mod node;
 mod pcap;
 mod pod;

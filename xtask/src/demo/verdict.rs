@@ -61,7 +61,7 @@ impl Verdict {
                 format!("{:>14}", self.bytes_with_tacit),
             ),
             (
-                "payload in clear, bytes",
+                "payload as plaintext, bytes",
                 self.clear_bytes_without_tacit.to_string(),
                 good(self.clear_bytes == 0, format!("{:>14}", self.clear_bytes)),
             ),

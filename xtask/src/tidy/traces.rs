@@ -7,7 +7,7 @@ use super::{Finding, source::Source};
 /// Path beginnings that only exist for one person or one machine. In two parts, since this file is checked as well.
 const MACHINE_PATHS: [&str; 3] = [concat!("/wo", "rk/"), concat!("/ro", "ot/"), concat!("/ho", "me/")];
 
-/// Which registry or mirror serves packages is the machine's configuration.
+/// Registries of packages. The machine's configuration chooses the registry or mirror that serves packages.
 const REGISTRIES: [&str; 9] = [
     concat!("crates", ".io"),
     concat!("deb.debian", ".org"),

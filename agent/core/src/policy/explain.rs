@@ -182,7 +182,7 @@ pub struct ExplainContext<'a> {
     pub in_force: &'a dyn Fn(&Workload) -> PolicyInForce,
     /// This agent's node.
     pub node: &'a str,
-    /// Tells the node's own addresses.
+    /// Returns true for an address of this agent's node.
     pub is_node: &'a dyn Fn(IpAddr) -> bool,
 }
 
@@ -344,7 +344,7 @@ fn arrival(
         }
         Some(_) if mode == Mode::Disable => (
             FlowSource::Plaintext,
-            "It comes in clear, without an identity: the port does not tunnel.".to_owned(),
+            "It comes as plaintext, without an identity: the port does not tunnel.".to_owned(),
         ),
         Some(workload) => {
             let identity = &workload.identity;
@@ -355,7 +355,7 @@ fn arrival(
         }
         None => (
             FlowSource::Plaintext,
-            "It comes in clear, without an identity: the source is not enrolled.".to_owned(),
+            "It comes as plaintext, without an identity: the source is not enrolled.".to_owned(),
         ),
     };
     (Some(proof), why)

@@ -40,10 +40,10 @@ pub struct Open {
 /// denied flow ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum OptimisticMode {
-    /// Nothing: the client waits.
+    /// The client sends nothing, and waits for the answer.
     #[default]
     Off,
-    /// All that the application says, as it says it: DATA, and FIN or RESET behind.
+    /// The client sends the application's DATA at once, then FIN or RESET.
     On,
 }
 

@@ -98,7 +98,7 @@ const STEER: &str = "taking over connections to pods";
 const HOLD: &str = "letting connect() of pods wait for the destination";
 const SILENCE: &str = "ending connections of pods to dead peers";
 const HANDOVER: &str = "telling the agent where a connection wanted to go";
-const GUARD: &str = "dropping what must not be in clear";
+const GUARD: &str = "dropping what must not be plaintext";
 const LOG: &str = "the programs' log lines";
 const STATE: &str = "what the agent tells the programs";
 
@@ -289,7 +289,7 @@ pub(super) static FEATURES: &[Feature] = &[
     ),
     optional(
         "SOCK_DESTROY",
-        "resetting connections in clear at enrolment and when policy changes",
+        "resetting plaintext connections at enrolment and when policy changes",
         Release(4, 9),
         "none: the guard drops what a STRICT pod sends, other connections stay until they end",
         "CONFIG_INET_DIAG_DESTROY and CONFIG_INET_TCP_DIAG",

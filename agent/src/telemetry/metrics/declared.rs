@@ -205,7 +205,7 @@ pub(super) static UNCOVERED: Metric = Metric {
     unit: None,
     kind: MetricType::Gauge,
     labels: &["kind"],
-    help: "Enrolled pods and their services in no range of the mesh: what is sent there goes in clear.",
+    help: "Enrolled pods and their services in no range of the mesh: traffic to them is plaintext.",
 };
 pub(super) static NODES_NOT_APPLIED: Metric = Metric {
     name: "tacit_nodes_not_applied",
@@ -233,7 +233,7 @@ pub(super) static RESETS_AT_ENROLMENT: Metric = Metric {
     unit: None,
     kind: MetricType::Counter,
     labels: &[],
-    help: "Connections in clear from before a pod's enrolment that were reset.",
+    help: "Plaintext connections from before a pod's enrolment that were reset.",
 };
 pub(super) static ENROLMENT: Metric = Metric {
     name: "tacit_enrolment",

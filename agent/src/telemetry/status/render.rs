@@ -49,7 +49,7 @@ impl Page {
             "STATE",
             "MODE",
             "POLICIES",
-            "IN CLEAR",
+            "PLAINTEXT",
             "LINKS",
             "ADDRESSES",
             "IDENTITY",

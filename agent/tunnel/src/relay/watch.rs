@@ -110,7 +110,7 @@ pub enum News {
     Alive,
 }
 
-/// Tells the kernel of the application whose connection is given.
+/// A report of a peer's state to the kernel of the application whose connection is given.
 pub type Tell<'a> = &'a (dyn Fn(&AppStream, News) + Sync);
 
 /// A watch, and the silence of the peer after which the flow ends.

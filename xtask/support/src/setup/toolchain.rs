@@ -1,4 +1,4 @@
-//! Which compiler builds the kernel side, and whether the host toolchain has its components.
+//! The compiler that builds the kernel side, and the components of the host toolchain.
 //!
 //! First choice: a distribution's rustc that comes with a compiled `core` for the BPF target; nothing unstable is
 //! needed then. Second choice: a rustup nightly with the `rust-src` component (`-Zbuild-std=core`) and a bpf-linker
