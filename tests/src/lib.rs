@@ -5,7 +5,7 @@
 //! | `mesh` | [`Mesh`]: a topology, its pods, its agents (or none, in a control run) |
 //! | `peer` | [`Server`], [`Client`]: `tacit-peer` in a pod, and its events |
 //! | `observe` | metrics, status and log of an agent |
-//! | `redirect` | rules of a pod that rewrite what arrives |
+//! | `redirect` | rules of a pod that translate addresses |
 //! | `program` | paths of the programs under test |
 //!
 //! Tests that need root are `#[ignore = "needs root"]` and run with `--include-ignored`. The tests of one file share a
