@@ -1,8 +1,8 @@
 //! The cases of the bench, by name.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, path::Path, thread, time::Duration};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 
 use super::{
     load::{self, Direction, Done, Keep},
@@ -29,6 +29,10 @@ pub(super) enum Kind {
     Throughput { streams: u16, direction: Direction, server: Server },
     /// Requests on open connections.
     Echo { connections: u16, bytes: u32 },
+    /// Requests on one connection, with a pause before each.
+    Sparse { pause_ms: u32 },
+    /// Requests of a pod while another pod of its node sends bytes.
+    Neighbour { streams: u16 },
     /// A connection for every request.
     Connect { clients: u16 },
     /// Connections to a closed port.
@@ -99,6 +103,10 @@ const P999: Metric = Metric { name: "p999", unit: "us", better: Better::Lower };
 
 /// Clients, rounds and seconds of churn.
 const CHURN: (u16, usize, u64) = (16, 1, 60);
+/// Pause before each sparse request.
+const SPARSE_MS: u32 = 2;
+/// Streams beside the requests of a neighbour.
+const NEIGHBOURS: u16 = 8;
 /// Connections of wrk.
 const HTTP_CONNECTIONS: u16 = 32;
 
@@ -128,6 +136,13 @@ pub(super) fn all() -> Vec<Case> {
             add(format!("echo-{bytes}B-x{connections}"), what, Kind::Echo { connections, bytes });
         }
     }
+    add(
+        "sparse".to_owned(),
+        format!("echo 64 B every {SPARSE_MS} ms, 1 connection"),
+        Kind::Sparse { pause_ms: SPARSE_MS },
+    );
+    let what = format!("echo 64 B, 1 connection, beside {NEIGHBOURS} streams of another pod");
+    add("neighbour".to_owned(), what, Kind::Neighbour { streams: NEIGHBOURS });
     for clients in [1, 16, 64] {
         let what = format!("new connection + 64 B, {clients} client{}", if clients == 1 { "" } else { "s" });
         add(format!("connect-x{clients}"), what, Kind::Connect { clients });
@@ -180,6 +195,24 @@ pub(super) fn list() -> String {
     })
 }
 
+/// Measures the requests of one pod while another pod of its node sends bytes to the same server pod.
+fn neighbour(testbed: &Testbed, generator: &Path, streams: u16, seconds: u64) -> Result<Done> {
+    let far = &testbed.far;
+    thread::scope(|scope| {
+        let beside = scope.spawn(|| {
+            let to = servers::iperf_of(far);
+            // It begins earlier and ends later than the requests.
+            load::iperf(&testbed.client, to, streams, Direction::Forward, seconds + 2)
+        });
+        thread::sleep(Duration::from_secs(1));
+        let size = (1, servers::REQUEST, seconds);
+        let done = load::requests(&testbed.near, generator, "echo", servers::echo_of(far, 1), size);
+        let sent = beside.join().map_err(|_| anyhow!("the sender panicked"))?;
+        sent.context("streams beside the requests")?;
+        done
+    })
+}
+
 impl Case {
     /// Returns true if the load can run without a mesh.
     pub(super) fn works_directly(&self) -> bool {
@@ -195,7 +228,9 @@ impl Case {
     pub(super) fn metrics(&self) -> &'static [Metric] {
         match self.kind {
             Kind::Throughput { .. } => &[GBITS],
-            Kind::Echo { connections: 1, .. } => &[P50, P99, P999],
+            Kind::Echo { connections: 1, .. } | Kind::Sparse { .. } | Kind::Neighbour { .. } => {
+                &[P50, P99, P999]
+            }
             Kind::Echo { .. } => &[REQUESTS, P50, P99, P999],
             Kind::Connect { .. } => &[CONNECTIONS, P99],
             Kind::Refused { clients: 1 } => &[P50, P99],
@@ -236,6 +271,11 @@ impl Case {
                 servers::echo_of(far, connections),
                 (connections, bytes, seconds),
             ),
+            Kind::Sparse { pause_ms } => {
+                let size = (pause_ms, servers::REQUEST, seconds);
+                load::sparse(client, generator, servers::echo_of(far, 1), size)
+            }
+            Kind::Neighbour { streams } => neighbour(testbed, generator, streams, seconds),
             Kind::Connect { clients } => {
                 let size = (clients, servers::REQUEST, seconds);
                 load::requests(client, generator, "connect", servers::answer_of(far, clients), size)

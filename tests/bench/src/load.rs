@@ -128,6 +128,17 @@ pub(super) fn refusals(
     load(from, program, clients, &["refused", &to.to_string(), &clients.to_string(), &seconds.to_string()])
 }
 
+/// `tacit-load sparse`, one request after each pause. Gives the figures of [`requests`].
+pub(super) fn sparse(
+    from: &Pod,
+    program: &Path,
+    to: SocketAddr,
+    (pause_ms, bytes, seconds): (u32, u32, u64),
+) -> Result<Done> {
+    let (to, size) = (to.to_string(), [pause_ms.to_string(), bytes.to_string(), seconds.to_string()]);
+    load(from, program, 1, &["sparse", &to, &size[0], &size[1], &size[2]])
+}
+
 /// `tacit-load echo` or `connect`. Gives `rate` in requests/s, `p50`, `p99`, `p999` in microseconds, and `flat`, the
 /// requests of the last seconds to those of the first, when it ran long enough, and `failed` in percent.
 pub(super) fn requests(

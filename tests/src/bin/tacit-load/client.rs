@@ -28,8 +28,8 @@ struct Measurements {
     failures: BTreeMap<String, u64>,
 }
 
-/// Sends requests on persistent connections.
-pub(crate) fn echo(load: &Load) -> Result<()> {
+/// Sends requests on persistent connections, each after `pause`.
+pub(crate) fn echo(load: &Load, pause: Duration) -> Result<()> {
     report(load, |barrier| {
         let mut measurements = Measurements::default();
         let opened = open(load.to).and_then(|stream| {
@@ -41,7 +41,8 @@ pub(crate) fn echo(load: &Load) -> Result<()> {
         barrier.wait();
         let result = opened.and_then(|stream| {
             let mut request = vec![b'x'; load.request_bytes];
-            run_for(load.time, &mut measurements, || exchange(&stream, &mut request))
+            let time = (load.time, pause);
+            run_for_from(Instant::now(), time, &mut measurements, || exchange(&stream, &mut request))
         });
         if let Err(error) = result {
             measurements.count(&error);
@@ -86,7 +87,7 @@ fn repeat(load: &Load, once: impl Fn(&mut [u8]) -> io::Result<()> + Sync) -> Res
         // After a failure the client opens the next connection, as a busy client would.
         while let Some(left) = load.time.checked_sub(begin.elapsed()) {
             let once = || once(&mut request);
-            if let Err(error) = run_for_from(begin, left, &mut measurements, once) {
+            if let Err(error) = run_for_from(begin, (left, Duration::ZERO), &mut measurements, once) {
                 measurements.count(&error);
             }
         }
@@ -105,24 +106,20 @@ impl Measurements {
     }
 }
 
-fn run_for(
-    time: Duration,
-    measurements: &mut Measurements,
-    request: impl FnMut() -> io::Result<()>,
-) -> io::Result<()> {
-    run_for_from(Instant::now(), time, measurements, request)
-}
-
-/// Sends requests for `time`. The ends of requests count from `begin`.
+/// Sends requests for `time`, each after `pause`. The ends of requests count from `begin`.
 fn run_for_from(
     begin: Instant,
-    time: Duration,
+    (time, pause): (Duration, Duration),
     measurements: &mut Measurements,
     mut request: impl FnMut() -> io::Result<()>,
 ) -> io::Result<()> {
+    let end = Instant::now() + time;
     let mut before = Instant::now();
-    let end = before + time;
     loop {
+        if !pause.is_zero() {
+            thread::sleep(pause);
+            before = Instant::now();
+        }
         request()?;
         let after = Instant::now();
         let took = u32::try_from((after - before).as_nanos()).unwrap_or(u32::MAX);

@@ -4,6 +4,7 @@
 //! tacit-load serve ADDRESS                                    echoes on every connection until the client closes it
 //! tacit-load serve ADDRESS --answer BYTES                     echoes the first BYTES of every connection, then closes it
 //! tacit-load echo ADDRESS CONNECTIONS BYTES SECONDS           requests on open connections, one at a time on each
+//! tacit-load sparse ADDRESS MILLISECONDS BYTES SECONDS        as echo, on one connection, with a pause before each request
 //! tacit-load connect ADDRESS CLIENTS BYTES SECONDS            a new connection for every request, one at a time per client
 //! tacit-load connect-close ADDRESS CLIENTS BYTES SECONDS      the same, and the client is the first to close
 //! tacit-load refused ADDRESS CLIENTS SECONDS                  connections to a closed port, one at a time per client
@@ -44,7 +45,12 @@ fn main() -> Result<()> {
         ["serve", address, "--answer", bytes] => {
             server::run(parse(address, "ADDRESS")?, server::Behaviour::Answer(request_size(bytes)?))
         }
-        ["echo", address, rest @ ..] => client::echo(&load(address, rest)?),
+        ["echo", address, rest @ ..] => client::echo(&load(address, rest)?, Duration::ZERO),
+        ["sparse", address, pause, rest @ ..] => {
+            let [bytes, seconds] = rest else { bail!("expected ADDRESS MILLISECONDS BYTES SECONDS") };
+            let pause = Duration::from_millis(parse(pause, "MILLISECONDS")?);
+            client::echo(&load(address, &["1", bytes, seconds])?, pause)
+        }
         ["connect", address, rest @ ..] => client::connect(&load(address, rest)?, client::Closer::Server),
         ["connect-close", address, rest @ ..] => {
             client::connect(&load(address, rest)?, client::Closer::Client)
@@ -52,7 +58,9 @@ fn main() -> Result<()> {
         ["refused", address, clients, seconds] => client::refused(&load(address, &[clients, "1", seconds])?),
         ["idle", address, count] => idle::run(parse(address, "ADDRESS")?, parse(count, "COUNT")?),
         ["relay", addresses @ ..] if !addresses.is_empty() => relay::run(&routes(addresses)?),
-        _ => bail!("usage: tacit-load serve|echo|connect|connect-close|refused|idle|relay ADDRESS ..."),
+        _ => {
+            bail!("usage: tacit-load serve|echo|sparse|connect|connect-close|refused|idle|relay ADDRESS ...")
+        }
     }
 }
 
