@@ -119,6 +119,9 @@ pub enum AppError {
         #[source]
         source: KubernetesError,
     },
+    /// The API that has the authority's roots cannot be used at all.
+    #[error("issuer.istio.rootConfigMap: {0}")]
+    RootConfigMap(#[source] KubernetesError),
     /// The issuer could not be opened.
     #[error("issuer: {0}")]
     Issuer(#[from] EmbeddedRootError),

@@ -26,6 +26,7 @@ use tacit_sources::{
     directory::Options as DirectoryOptions,
     file::{self, LoadError},
     policy::Options as PolicyOptions,
+    roots::ConfigMapKey,
 };
 
 mod clear;
@@ -176,8 +177,8 @@ pub enum IssuerConfig {
         /// Lifetime of a leaf certificate, 10 s to 30 d.
         leaf_lifetime: Duration,
     },
-    /// An authority that speaks Istio's CA API.
-    Istio(IstioConfig),
+    /// An authority that speaks Istio's CA API, and where its roots are published.
+    Istio(IstioConfig, Option<ConfigMapKey>),
 }
 
 impl Config {

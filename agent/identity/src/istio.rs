@@ -10,8 +10,10 @@ mod connection;
 mod skew;
 
 use std::{
+    future::Future,
     io,
     path::{Path, PathBuf},
+    pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -44,6 +46,10 @@ const FILE_MAX_BYTES: u64 = 256 * 1024;
 /// A clock this far off is reported: certificates are backdated by 60 s, so there is time left to act.
 const SKEW_REPORTED: Duration = Duration::from_secs(5);
 
+/// Reads the PEM text of the authority's roots from where they are published; `None` while they are not.
+pub type PublishedRoots =
+    Box<dyn Fn() -> Pin<Box<dyn Future<Output = Result<Option<String>, String>> + Send>> + Send + Sync>;
+
 /// The authority's address, and the credentials for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IstioConfig {
@@ -74,6 +80,14 @@ pub enum IstioError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// There is no root file, and the published roots cannot be read.
+    #[error("no rootFile {}, and rootConfigMap: {problem}", path.display())]
+    Published {
+        /// The path of the root file.
+        path: PathBuf,
+        /// The problem.
+        problem: String,
     },
     /// Token or root file holds something else.
     #[error("{what} {}: {problem}", path.display())]
@@ -134,6 +148,8 @@ pub struct Exchange {
 /// Asks an authority over the network.
 pub struct IstioIssuer {
     config: IstioConfig,
+    /// Used while there is no root file.
+    published_roots: Option<PublishedRoots>,
     calls: Semaphore,
     contact: Mutex<Contact>,
 }
@@ -142,7 +158,15 @@ impl IstioIssuer {
     /// Nothing is read or dialled yet: an agent starts while its authority is down.
     #[must_use]
     pub fn new(config: IstioConfig) -> Self {
-        Self { config, calls: Semaphore::new(CALLS_MAX), contact: Mutex::default() }
+        let calls = Semaphore::new(CALLS_MAX);
+        Self { config, published_roots: None, calls, contact: Mutex::default() }
+    }
+
+    /// Reads the roots by `published` while there is no root file: the kubelet brings a mounted ConfigMap that was made after the pod up
+    /// to a minute late.
+    #[must_use]
+    pub fn with_published_roots(self, published: PublishedRoots) -> Self {
+        Self { published_roots: Some(published), ..self }
     }
 
     /// The configured address.
@@ -213,7 +237,17 @@ impl IstioIssuer {
 
     async fn roots(&self) -> Result<RootCertStore, IstioError> {
         let (what, path) = ("rootFile", &self.config.root_file);
-        let bytes = read(what, path).await?;
+        let bytes = match (read(what, path).await, &self.published_roots) {
+            (Err(IstioError::File { source, .. }), Some(published))
+                if source.kind() == io::ErrorKind::NotFound =>
+            {
+                let failed = |problem| IstioError::Published { path: path.clone(), problem };
+                let text = published().await.map_err(failed)?;
+                text.ok_or_else(|| failed("it does not exist yet, or has no such key".to_owned()))?
+                    .into_bytes()
+            }
+            (read, _) => read?,
+        };
         let refuse = |problem| IstioError::Content { what, path: path.clone(), problem };
         let roots = certificate::list(&bytes).map_err(|e| refuse(e.to_string()))?;
         store(roots).map_err(refuse)

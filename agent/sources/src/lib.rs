@@ -6,6 +6,7 @@
 //! | `kubernetes` | the Kubernetes API: access, one watcher for each resource, the reflector that publishes a value |
 //! | `directory` | workloads, services and ranges from the Kubernetes API |
 //! | `policy` | policies from the Kubernetes API, and Events for unreadable ones |
+//! | `roots` | the authority's roots from a ConfigMap |
 //!
 //! The parsers of the files are in `tacit-core`.
 #![forbid(unsafe_code)]
@@ -16,3 +17,4 @@ pub mod file;
 pub mod kubernetes;
 pub mod policy;
 pub mod reload;
+pub mod roots;

@@ -10,9 +10,8 @@ use std::{
 use tacit_core::{directory::Directory, policy::Policies, shares::Capacity};
 use tacit_identity::{
     issuer::{EmbeddedIssuer, Issuer},
-    istio::IstioIssuer,
+    istio::{IstioIssuer, PublishedRoots},
     manager::Identities,
-    root::EmbeddedRootError,
 };
 use tacit_kernel::{
     Kernel, KernelError, SuccessorLock, VerifierLog,
@@ -20,7 +19,7 @@ use tacit_kernel::{
     host,
     netns::HostNetns,
 };
-use tacit_sources::reload::Watched;
+use tacit_sources::{reload::Watched, roots::ConfigMapReader};
 use tokio::sync::watch;
 
 use crate::{
@@ -38,7 +37,7 @@ use crate::{
         system,
         tasks::{Tasks, refresh_node},
     },
-    config::{Config, IssuerConfig},
+    config::{Config, IssuerConfig, Source},
     control_state::Snapshots,
     enrol::{Answer, Enroller, Serve, publish_mesh_default},
     mesh::Mesh,
@@ -68,7 +67,7 @@ pub(super) async fn start(
     };
     let Some(complete) = signals.before(complete).await else { return Ok(None) };
     let (directory, policies) = complete?;
-    let identities = Arc::new(Identities::start(issuer(config)?));
+    let identities = Arc::new(Identities::start(issuer(config).await?));
     let kernel = async {
         let Some(cover) = cover else {
             let prepare = || Kernel::prepare(&config.pin_path, &node.pods_cgroup, verifier_log);
@@ -148,12 +147,26 @@ impl Operator {
     }
 }
 
-fn issuer(config: &Config) -> Result<Issuer, EmbeddedRootError> {
+async fn issuer(config: &Config) -> Result<Issuer, AppError> {
     match &config.issuer {
         IssuerConfig::Embedded { directory, leaf_lifetime } => {
-            EmbeddedIssuer::open(directory, &config.trust_domain, *leaf_lifetime).map(Issuer::Embedded)
+            let issuer = EmbeddedIssuer::open(directory, &config.trust_domain, *leaf_lifetime)?;
+            Ok(Issuer::Embedded(issuer))
         }
-        IssuerConfig::Istio(istio) => Ok(Issuer::Istio(IstioIssuer::new(istio.clone()))),
+        IssuerConfig::Istio(istio, roots) => {
+            let issuer = IstioIssuer::new(istio.clone());
+            let Some(at) = roots else { return Ok(Issuer::Istio(issuer)) };
+            let kubeconfig = match &config.directory {
+                Source::Kubernetes(options) => options.kubeconfig.as_deref(),
+                Source::File(_) => None,
+            };
+            let reader = ConfigMapReader::open(kubeconfig, at).await.map_err(AppError::RootConfigMap)?;
+            let published: PublishedRoots = Box::new(move || {
+                let reader = reader.clone();
+                Box::pin(async move { reader.read().await })
+            });
+            Ok(Issuer::Istio(issuer.with_published_roots(published)))
+        }
     }
 }
 

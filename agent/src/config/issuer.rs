@@ -8,13 +8,15 @@ use tacit_identity::{
     issuer::{LEAF_LIFETIME, LEAF_LIFETIME_RANGE},
     istio::IstioConfig,
 };
+use tacit_sources::roots::ConfigMapKey;
 
 use super::IssuerConfig;
 
 pub(super) const FIELDS: [&str; 2] = ["embedded", "istio"];
 pub(super) const EMBEDDED_FIELDS: [&str; 2] = ["directory", "leafLifetime"];
-pub(super) const ISTIO_FIELDS: [&str; 6] =
-    ["address", "serverName", "rootFile", "tokenFile", "clusterId", "leafLifetime"];
+pub(super) const ISTIO_FIELDS: [&str; 7] =
+    ["address", "serverName", "rootFile", "rootConfigMap", "tokenFile", "clusterId", "leafLifetime"];
+pub(super) const CONFIG_MAP_FIELDS: [&str; 3] = ["namespace", "name", "key"];
 
 pub(super) fn decode(value: &Value<'_>, folder: &Path) -> Option<IssuerConfig> {
     let mut fields = value.fields(&FIELDS)?;
@@ -40,6 +42,7 @@ fn istio(fields: &mut Fields<'_>, folder: &Path) -> Option<IssuerConfig> {
     let server_name = fields.optional("serverName").map(|value| value.text().map(str::to_owned));
     let root_file = fields.required("rootFile", "the PEM file of the authority's roots");
     let root_file = root_file.and_then(|value| value.text());
+    let root_config_map = fields.or("rootConfigMap", None, |value| config_map(value).map(Some));
     let token_file = fields.required("tokenFile", "the file of the projected ServiceAccount token");
     let token_file = token_file.and_then(|value| value.text());
     let cluster_id = fields.or("clusterId", None, |value| {
@@ -47,14 +50,25 @@ fn istio(fields: &mut Fields<'_>, folder: &Path) -> Option<IssuerConfig> {
     });
     let lifetime = fields.or("leafLifetime", LEAF_LIFETIME, |v| v.duration(LEAF_LIFETIME_RANGE));
     let (address, host) = address?;
-    Some(IssuerConfig::Istio(IstioConfig {
+    let config = IstioConfig {
         address,
         server_name: server_name.unwrap_or(Some(host))?,
         root_file: folder.join(root_file?),
         token_file: folder.join(token_file?),
         cluster_id: cluster_id?,
         lifetime: lifetime?,
-    }))
+    };
+    Some(IssuerConfig::Istio(config, root_config_map?))
+}
+
+fn config_map(value: &Value<'_>) -> Option<ConfigMapKey> {
+    let mut fields = value.fields(&CONFIG_MAP_FIELDS)?;
+    let mut name = |field: &str, example| {
+        fields.required(field, example).and_then(|value| value.name().map(str::to_owned))
+    };
+    let (namespace, name) = (name("namespace", "tacit-system"), name("name", "tacit-root"));
+    let key = fields.required("key", "root-cert.pem").and_then(|value| value.text().map(str::to_owned));
+    Some(ConfigMapKey { namespace: namespace?, name: name?, key: key? })
 }
 
 /// An address and the host in it.

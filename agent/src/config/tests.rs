@@ -139,7 +139,12 @@ fn an_authority_is_named_by_address_root_and_token() {
         cluster_id: None,
         lifetime: tacit_identity::issuer::LEAF_LIFETIME,
     };
-    assert_eq!(issuer(minimal), Ok(IssuerConfig::Istio(expected)));
+    assert_eq!(issuer(minimal), Ok(IssuerConfig::Istio(expected.clone(), None)));
+    let with_roots = minimal
+        .replace("tokenFile", "rootConfigMap: {namespace: mesh, name: roots, key: root.pem}, tokenFile");
+    let key =
+        ConfigMapKey { namespace: "mesh".to_owned(), name: "roots".to_owned(), key: "root.pem".to_owned() };
+    assert_eq!(issuer(&with_roots), Ok(IssuerConfig::Istio(expected, Some(key))));
     let refused = |text: &str| problems(&MINIMAL.replace("{embedded: {directory: issuer}}", text));
     assert!(refused("{}")[0].contains("not exactly one issuer"));
     assert!(refused("{embedded: {directory: a}, istio: {}}")[0].contains("not exactly one issuer"));
@@ -239,6 +244,7 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
     assert_eq!(names(embedded), sorted(&issuer::EMBEDDED_FIELDS));
     let istio = &schema["properties"]["issuer"]["properties"]["istio"];
     assert_eq!(names(istio), sorted(&issuer::ISTIO_FIELDS));
+    assert_eq!(names(&istio["properties"]["rootConfigMap"]), sorted(&issuer::CONFIG_MAP_FIELDS));
     assert_eq!(istio["properties"]["leafLifetime"]["default"], "24h");
     let kubernetes = |field: &str| names(&schema["properties"][field]["properties"]["kubernetes"]);
     assert_eq!(kubernetes("directory"), sorted(&kubernetes::DIRECTORY_FIELDS));

@@ -68,3 +68,34 @@ fn a_certificate_that_has_expired_as_it_comes_is_refused() {
         assert!(good || matches!(outcome, Err(IstioError::Expired)));
     }
 }
+
+/// An issuer without a root file, and the result of its published roots.
+async fn roots_of(published: Result<Option<String>, String>) -> Result<usize, String> {
+    let config = IstioConfig {
+        address: "authority:1".to_owned(),
+        server_name: "authority".to_owned(),
+        root_file: "/nonexistent/root.pem".into(),
+        token_file: "/nonexistent/token".into(),
+        cluster_id: None,
+        lifetime: Duration::from_secs(60),
+    };
+    let issuer = IstioIssuer::new(config).with_published_roots(Box::new(move || {
+        let published = published.clone();
+        Box::pin(async move { published })
+    }));
+    issuer.roots().await.map(|roots| roots.len()).map_err(|error| error.to_string())
+}
+
+#[tokio::test]
+async fn published_roots_are_used_while_there_is_no_root_file() {
+    let (_, _, root) = answer(&web());
+    assert_eq!(roots_of(Ok(Some(root))).await, Ok(1));
+    for (published, problem) in [
+        (Ok(None), "it does not exist yet"),
+        (Err("the API is away".to_owned()), "the API is away"),
+        (Ok(Some("nonsense".to_owned())), "rootFile /nonexistent/root.pem"),
+    ] {
+        let refused = roots_of(published).await.expect_err("no roots");
+        assert!(refused.contains(problem), "{refused}");
+    }
+}

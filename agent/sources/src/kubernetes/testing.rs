@@ -42,6 +42,8 @@ struct State {
     absent: HashSet<String>,
     /// Paths answered with 503.
     failing: HashSet<String>,
+    /// Objects that are read by themselves, by path.
+    single: HashMap<String, Value>,
     /// Objects that are being deleted.
     ending: HashSet<String>,
     created: HashMap<String, Vec<Value>>,
@@ -114,6 +116,11 @@ impl Server {
     /// Answers requests for this path, if any, with 503.
     pub(crate) fn fail_only(&self, path: Option<&str>) {
         self.change(|state| state.failing = path.map(str::to_owned).into_iter().collect());
+    }
+
+    /// Answers reads of this path with the object.
+    pub(crate) fn single(&self, path: &str, object: Value) {
+        self.change(|state| _ = state.single.insert(path.to_owned(), object));
     }
 
     /// Marks the object at this path as being deleted.
@@ -212,6 +219,8 @@ async fn serve(mut connection: TcpStream, state: Arc<Mutex<State>>, changed: wat
         let ending = lock(&state).ending.contains(path).then_some("2026-01-01T00:00:00Z");
         let definition = json!({"metadata": {"name": "definition", "deletionTimestamp": ending}});
         let _ = answer(&mut connection, "200 OK", &definition).await;
+    } else if let Some(object) = single(&state, path) {
+        let _ = answer(&mut connection, "200 OK", &object).await;
     } else if query.contains_key("watch") {
         let _ = watch(connection, &state, &changed, path, &query).await;
     } else {
@@ -219,6 +228,10 @@ async fn serve(mut connection: TcpStream, state: Arc<Mutex<State>>, changed: wat
         changed.send_modify(|count| *count += 1);
         let _ = answer(&mut connection, "200 OK", &page).await;
     }
+}
+
+fn single(state: &Mutex<State>, path: &str) -> Option<Value> {
+    lock(state).single.get(path).cloned()
 }
 
 /// Returns the configured error of a path.
