@@ -20,7 +20,7 @@ use tacit_kernel::{KernelError, VerifierLog, probe};
 use tacit_sources::{file::LoadError, kubernetes::KubernetesError};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::{config::Config, telemetry::admin};
+use crate::{app::agent::Agent, config::Config, telemetry::admin};
 
 mod admin_servers;
 mod agent;
@@ -46,12 +46,10 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     probe::require(&config.pin_path).map_err(KernelError::from)?;
     let mut signals = Signals::listen()?;
     match start::start(&config, &verifier_log, stands_by, &mut signals).await? {
-        Some(agent) => {
-            let lost = tokio::select! {
-                () = signals.received() => false,
-                () = agent.must_attach_again() => true,
-            };
-            if lost {
+        Started::Serving(agent) => {
+            // None if a signal has come, also a moment later: its end must not get lost.
+            let lost = signals.before(agent.must_attach_again()).await;
+            if lost.is_some() && signals.before(std::future::ready(())).await.is_some() {
                 return Ok(Ended::StartAgain);
             }
             if stands_by {
@@ -59,10 +57,13 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
                 signals.before(agent.await_successor(config.successor_timeout)).await;
             }
             agent.shut_down().await;
+            Ok(Ended::ByRequest)
         }
-        None => admin_servers::remove_socket(&config.socket),
+        Started::Ended(ended) => {
+            admin_servers::remove_socket(&config.socket);
+            Ok(ended)
+        }
     }
-    Ok(Ended::ByRequest)
 }
 
 /// The end of [`run`].
@@ -72,6 +73,13 @@ pub enum Ended {
     ByRequest,
     /// The pods' cgroup is another one. The process has to start again, at once and as it is: no pod is captured.
     StartAgain,
+}
+
+/// The result of a start.
+enum Started {
+    Serving(Box<Agent>),
+    /// Before it served.
+    Ended(Ended),
 }
 
 /// The signals that end the agent.
@@ -95,11 +103,12 @@ impl Signals {
         }
     }
 
-    /// Runs `work` to its end. Returns `None` if a signal arrives first.
+    /// Runs `work` to its end. Returns `None` if a signal arrives first, or has arrived.
     async fn before<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
         tokio::select! {
-            done = work => Some(done),
+            biased;
             () = self.received() => None,
+            done = work => Some(done),
         }
     }
 }

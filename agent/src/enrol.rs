@@ -395,7 +395,8 @@ impl Enroller {
             }
         };
         let capture_port = listeners.capture_port().map_err(|e| NotYet::Kernel(e.to_string()))?;
-        let was_enrolled_here = self.kernel.maps.enrolled_in(cgroup) == Some(netns.cookie());
+        let was_enrolled_here = self.kernel.maps.enrolled_in(cgroup) == Some(netns.cookie())
+            && (self.kernel.programs().were_attached() || state.policies.contains_key(&cgroup));
         let at = (netns.cookie(), capture_port);
         let entry = |policy: &PodPolicy| entry(&workload, cgroup, slot, at, policy);
         let (policy, links) =

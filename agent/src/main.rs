@@ -213,7 +213,7 @@ fn uninstall(config: Option<PathBuf>, pin_path: Option<PathBuf>, stay: bool) -> 
 }
 
 fn agent(config: &std::path::Path, stand_by: bool, verbose: bool, format: LogFormat) -> Result<()> {
-    let _lines = start_log(verbose, format)?;
+    let lines = start_log(verbose, format)?;
     let config = Config::read(config)?;
     // For control alone; flows have threads of their own.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
@@ -221,7 +221,11 @@ fn agent(config: &std::path::Path, stand_by: bool, verbose: bool, format: LogFor
     let verifier_log = if verbose { VerifierLog::Folder(std::env::temp_dir()) } else { VerifierLog::Tail };
     match runtime.block_on(app::run(config, verifier_log, stand_by))? {
         Ended::ByRequest => Ok(()),
-        Ended::StartAgain => Err(start_again()).context("start again"),
+        Ended::StartAgain => {
+            // Writes the last ones.
+            drop(lines);
+            Err(start_again()).context("start again")
+        }
     }
 }
 
@@ -229,8 +233,10 @@ fn agent(config: &std::path::Path, stand_by: bool, verbose: bool, format: LogFor
 fn start_again() -> std::io::Error {
     let mut arguments = env::args_os();
     let name = arguments.next().unwrap_or_default();
-    // Also of a program whose file was replaced.
-    std::process::Command::new("/proc/self/exe").arg0(name).args(arguments).exec()
+    // The file may have been replaced.
+    let own = env::current_exe().ok().filter(|path| path.exists());
+    let program = own.unwrap_or_else(|| PathBuf::from("/proc/self/exe"));
+    std::process::Command::new(program).arg0(name).args(arguments).exec()
 }
 
 fn run_authority(config: &std::path::Path, verbose: bool, format: LogFormat) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{DirEntryExt as _, MetadataExt as _},
     path::{Path, PathBuf},
 };
 
@@ -18,8 +18,6 @@ pub(super) use level::ancestors;
 /// Depth to search below a pod's cgroup for its containers' processes: pod, container, and one more level for runtimes
 /// that nest.
 const PROCESS_DEPTH: usize = 3;
-/// Cgroups looked through for the one this process is in: many times what a full node has.
-const SEARCH_MAX: usize = 65_536;
 
 /// A cgroup v2 directory.
 #[derive(Debug, Clone)]
@@ -47,32 +45,20 @@ impl Cgroup {
         Ok(Self { path: real, id })
     }
 
-    /// The cgroup this process is in, when the cgroup v2 hierarchy is mounted here.
+    /// Returns the cgroup of the calling thread, if the cgroup v2 hierarchy is mounted here. Text of the kernel does not show it: in a
+    /// cgroup namespace, as containers have on cgroup v2, or below another mount at the same point, a process has another name for it.
     ///
     /// # Errors
-    /// [`KernelError::Cgroup`] when it cannot be found.
+    /// [`KernelError::Cgroup`] if it is not below the mount.
     pub fn of_self() -> Result<Self, KernelError> {
-        let refuse =
-            |problem: &str| KernelError::Cgroup { path: "/proc/self/cgroup".into(), problem: problem.into() };
-        let text = fs::read_to_string("/proc/self/cgroup").map_err(|e| refuse(&e.to_string()))?;
-        let own =
-            text.lines().find_map(|l| l.strip_prefix("0::")).ok_or_else(|| refuse("no cgroup v2 entry"))?;
-        let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|e| refuse(&e.to_string()))?;
-        let mount = cgroup2_mounts(&mounts).next().ok_or_else(|| refuse("cgroup v2 is not mounted"))?;
-        let below =
-            Path::new(own).strip_prefix(&mount.root).unwrap_or(Path::new(own.trim_start_matches('/')));
-        let pid = std::process::id();
-        if let Ok(found) = Self::open(&mount.point.join(below))
-            && has_member(&found.path, pid)
-        {
-            return Ok(found);
-        }
-        // The name is not that of the node's hierarchy if this process has a cgroup namespace of its own, as containers on cgroup
-        // v2, or if another mount covers the mount point. So the cgroup is searched by its members.
-        let holder = holder_of(&mount.point, pid).ok_or_else(|| {
-            refuse("this process is in no cgroup below the mount; mount the node's /sys/fs/cgroup")
+        let mount = mount_point()?;
+        let refuse = |problem: String| KernelError::Cgroup { path: mount.clone(), problem };
+        let ancestors =
+            ancestors().map_err(|e| refuse(format!("the agent's own cgroup is not known: {e}")))?;
+        let own = below(&mount, &ancestors).ok_or_else(|| {
+            refuse("this process is in no cgroup below the mount; mount the node's /sys/fs/cgroup".to_owned())
         })?;
-        Self::open(&holder)
+        Self::open(&own)
     }
 
     /// Its path, without symbolic links.
@@ -95,7 +81,7 @@ impl Cgroup {
     pub fn level(&self) -> Result<u32, KernelError> {
         let refuse = |problem: String| KernelError::Cgroup { path: self.path.clone(), problem };
         let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|e| refuse(e.to_string()))?;
-        let mount = mount_of(&mounts, &self.path).map(|mount| mount.point).unwrap_or_default();
+        let mount = mount_of(&mounts, &self.path).unwrap_or_default();
         let ancestors = ancestors().map_err(|e| refuse(format!("its level is not known: {e}")))?;
         let above = self.path.ancestors().take_while(|path| path.starts_with(&mount));
         level_in(above.map(|path| id_at(path).unwrap_or(0)), &ancestors).ok_or_else(|| {
@@ -124,28 +110,17 @@ impl Cgroup {
 pub fn mount_point() -> Result<PathBuf, KernelError> {
     let refuse = |problem: String| KernelError::Cgroup { path: "/proc/self/mountinfo".into(), problem };
     let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|e| refuse(e.to_string()))?;
-    let first = cgroup2_mounts(&mounts).next().map(|mount| mount.point.to_owned());
+    let first = cgroup2_mounts(&mounts).next();
     first.ok_or_else(|| refuse("cgroup v2 is not mounted".to_owned()))
 }
 
-fn has_member(cgroup: &Path, pid: u32) -> bool {
-    // A threaded cgroup does not list processes; no process of Tacit is in one.
-    let members = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
-    members.lines().any(|member| member.parse() == Ok(pid))
-}
-
-/// The cgroup below `root` that has process `pid` as a member.
-fn holder_of(root: &Path, pid: u32) -> Option<PathBuf> {
-    let mut unseen = vec![root.to_owned()];
-    for _ in 0..SEARCH_MAX {
-        let cgroup = unseen.pop()?;
-        if has_member(&cgroup, pid) {
-            return Some(cgroup);
-        }
-        let below = fs::read_dir(&cgroup).into_iter().flatten().filter_map(Result::ok);
-        unseen.extend(below.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path()));
-    }
-    None
+/// Returns the path of the last of `ancestors`, the cgroups of a thread by level, if one of them is mounted at `mount`.
+fn below(mount: &Path, ancestors: &[u64]) -> Option<PathBuf> {
+    let at = ancestors.iter().position(|id| Some(*id) == id_at(mount))?;
+    ancestors.iter().skip(at + 1).try_fold(mount.to_owned(), |cgroup, id| {
+        let entries = fs::read_dir(&cgroup).ok()?.filter_map(Result::ok);
+        entries.into_iter().find(|entry| entry.ino() == *id).map(|entry| entry.path())
+    })
 }
 
 /// Id of the cgroup at `path`, which is below one that [`Cgroup::open`] has opened; `None` when there is none.
@@ -186,26 +161,18 @@ fn collect(path: &Path, depth: usize, found: &mut Vec<u32>) -> io::Result<()> {
     Ok(())
 }
 
-struct Mount {
-    root: PathBuf,
-    point: PathBuf,
-}
-
-fn cgroup2_mounts(mountinfo: &str) -> impl Iterator<Item = Mount> {
+/// Returns the mount points of cgroup v2.
+fn cgroup2_mounts(mountinfo: &str) -> impl Iterator<Item = PathBuf> {
     mountinfo.lines().filter_map(|line| {
         let (left, right) = line.split_once(" - ")?;
-        if right.split(' ').next() != Some("cgroup2") {
-            return None;
-        }
-        let mut fields = left.split(' ').skip(3);
-        Some(Mount { root: fields.next()?.into(), point: fields.next()?.into() })
+        let point = left.split(' ').nth(4)?;
+        (right.split(' ').next() == Some("cgroup2")).then(|| point.into())
     })
 }
 
-/// Returns the mount that `path` is below.
-fn mount_of(mountinfo: &str, path: &Path) -> Option<Mount> {
-    let depth = |p: &Path| p.components().count();
-    cgroup2_mounts(mountinfo).filter(|m| path.starts_with(&m.point)).max_by_key(|m| depth(&m.point))
+/// Returns the mount point that `path` is below.
+fn mount_of(mountinfo: &str, path: &Path) -> Option<PathBuf> {
+    cgroup2_mounts(mountinfo).filter(|point| path.starts_with(point)).max_by_key(|p| p.components().count())
 }
 
 /// Returns the level of the first of the cgroups `upwards`, of which each is in the next. `ancestors` are the cgroups of a thread, by
@@ -241,16 +208,18 @@ mod tests {
     }
 
     #[test]
-    fn a_process_is_found_by_the_members_of_the_hierarchy() {
+    fn a_cgroup_is_found_by_the_ids_of_those_above_it() {
         let root = std::env::temp_dir().join(format!("tacit-cgroup-{}", std::process::id()));
-        let pod = root.join("kubepods/pod1/agent");
-        fs::create_dir_all(&pod).expect("folders");
-        for (folder, members) in [(&root, "1\n0\n"), (&pod, "712\n713\n")] {
-            fs::write(folder.join("cgroup.procs"), members).expect("members");
+        let (pod, beside) = (root.join("kubepods/pod1"), root.join("kubepods/pod2"));
+        for path in [&pod, &beside] {
+            fs::create_dir_all(path).expect("folders");
         }
-        let found = [713, 71, 1].map(|pid| holder_of(&root, pid));
+        let id = |path: &Path| id_at(path).expect("it is there");
+        let ids = [1, id(&root), id(&root.join("kubepods")), id(&pod)];
+        // The last one can be outside, or the mount in none of them.
+        let found = [&ids[..], &ids[..2], &[1, id(&root), 7], &[1, 7]].map(|ids| below(&root, ids));
         fs::remove_dir_all(&root).expect("removed");
-        assert_eq!(found, [Some(pod), None, Some(root)]);
+        assert_eq!(found, [Some(pod), Some(root), None, None]);
     }
 
     #[test]

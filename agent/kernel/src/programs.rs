@@ -114,6 +114,8 @@ pub struct Programs {
     attached: Vec<ProgramState>,
     /// Id of the pods' cgroup that the programs know.
     pods_cgroup: u64,
+    /// All programs at the pods' cgroup were attached before this agent.
+    were_attached: bool,
 }
 
 /// Programs that this kernel has verified while another agent has the pins. Nothing is attached.
@@ -176,7 +178,8 @@ impl Programs {
                 return Err(error);
             }
         };
-        let mut programs = Self { ebpf, pins, attached: Vec::new(), pods_cgroup: pods.id() };
+        let mut programs =
+            Self { ebpf, pins, attached: Vec::new(), pods_cgroup: pods.id(), were_attached: true };
         if let Err(error) = programs.attach_all(pods) {
             for (name, _) in programs.pins.links()?.iter().filter(|l| !links.contains(l)) {
                 programs.pins.remove_link(name);
@@ -209,7 +212,10 @@ impl Programs {
             let shown = pods.path().display().to_string();
             let id = match self.adopt(name, name, pods.id())? {
                 Some(id) => id,
-                None => self.attach(name, name, &shown, &target)?,
+                None => {
+                    self.were_attached = false;
+                    self.attach(name, name, &shown, &target)?
+                }
             };
             let pinned = Some(self.pins.link(name));
             self.attached.push(ProgramState { name: name.to_owned(), attached_to: shown, id, pinned });
@@ -238,6 +244,12 @@ impl Programs {
             pinned: None,
         });
         Ok(())
+    }
+
+    /// Returns true if all programs at the pods' cgroup were attached before this agent, so that nothing passed them.
+    #[must_use]
+    pub fn were_attached(&self) -> bool {
+        self.were_attached
     }
 
     /// Returns the programs at the pods' cgroup that the kernel does not run for sockets of processes in `cgroup`. This is the kernel's

@@ -37,8 +37,14 @@ impl Agent {
     /// Serves on until another agent stands by, for at most `limit`.
     pub(super) async fn await_successor(&self, limit: Duration) {
         tracing::info!(?limit, "serving on until another agent stands by");
-        if let Err(error) = await_successor(&self.pin_path, limit).await {
-            tracing::error!(%error, "not waiting for another agent");
+        tokio::select! {
+            waited = await_successor(&self.pin_path, limit) => {
+                if let Err(error) = waited {
+                    tracing::error!(%error, "not waiting for another agent");
+                }
+            }
+            // Nothing is served any more.
+            () = self.must_attach_again() => {}
         }
     }
 

@@ -19,7 +19,7 @@ use crate::{
 
 /// Interval of the looks. Each takes some 20 system calls.
 const LOOK: Duration = Duration::from_millis(200);
-/// Looks between two searches for another cgroup, while the known one has no pod.
+/// Looks between two searches for another cgroup.
 const SEARCH: u32 = 25;
 
 /// The pods' cgroup that the agent has found at its start.
@@ -41,12 +41,12 @@ impl Attachment {
         let mut was_lost = false;
         loop {
             tick.tick().await;
+            let searches = looks.is_multiple_of(SEARCH);
             looks = looks.wrapping_add(1);
             let attached = kernel.programs().are_attached_to(&self.path);
             match attached {
-                Ok(true) if was_lost || !(looks.is_multiple_of(SEARCH) && self.has_moved()) => continue,
-                Ok(true) => {}
-                Ok(false) => {}
+                Ok(true) if !(was_lost || searches && self.has_moved()) => continue,
+                Ok(_) => {}
                 Err(error) => {
                     // Pins that were deleted are made again.
                     tracing::debug!(%error, "attachments are not known");
@@ -67,11 +67,9 @@ impl Attachment {
         }
     }
 
-    /// Returns true if pods are below another cgroup.
-    fn has_moved(&self) -> bool {
-        !self.is_configured
-            && !cgroup::is_populated(&self.path)
-            && cgroup::pods().is_ok_and(|found| found.path() != self.path)
+    /// Returns true if the agent would find another cgroup now.
+    pub(super) fn has_moved(&self) -> bool {
+        !self.is_configured && cgroup::pods().is_ok_and(|found| found.path() != self.path)
     }
 
     /// Returns true if there is a cgroup to attach the programs to.

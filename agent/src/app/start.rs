@@ -24,7 +24,7 @@ use tokio::sync::watch;
 
 use crate::{
     app::{
-        AppError, Signals,
+        AppError, Ended, Signals, Started,
         admin_servers::AdminServers,
         agent::Agent,
         attachment::Attachment,
@@ -45,13 +45,13 @@ use crate::{
     telemetry::{Telemetry, status::NodeStateStatus},
 };
 
-/// Starts the agent. Returns `None` if a signal arrived before it served.
+/// Starts the agent. It ends before it serves if a signal arrives, or if the pods' cgroup is another one meanwhile.
 pub(super) async fn start(
     config: &Config,
     verifier_log: &VerifierLog,
     stands_by: bool,
     signals: &mut Signals,
-) -> Result<Option<Agent>, AppError> {
+) -> Result<Started, AppError> {
     let started = Instant::now();
     let node = Node::open(config)?;
     let (kept, mut node_state) = kept_state(config);
@@ -59,13 +59,16 @@ pub(super) async fn start(
     let cover = cover(config, &node, verifier_log, stands_by, (&kept, &mut node_state))?;
     let sources = Sources::open(config, node.pods_cgroup.path()).await?;
     let operator = Operator::open(config, started, &sources, node_state, stands_by).await?;
+    let attachment = Attachment::new(config, node.pods_cgroup.path());
     let complete = async {
-        match &cover {
-            Some(cover) => cover.while_waiting(sources.complete()).await,
-            None => sources.complete().await,
+        let Some(cover) = &cover else { return Some(sources.complete().await) };
+        tokio::select! {
+            complete = cover.while_waiting(sources.complete()) => Some(complete),
+            () = attachment.is_lost(&cover.kernel, &operator.state) => None,
         }
     };
-    let Some(complete) = signals.before(complete).await else { return Ok(None) };
+    let Some(complete) = signals.before(complete).await else { return Ok(Started::Ended(Ended::ByRequest)) };
+    let Some(complete) = complete else { return Ok(Started::Ended(Ended::StartAgain)) };
     let (directory, policies) = complete?;
     let identities = Arc::new(Identities::start(issuer(config).await?));
     let kernel = async {
@@ -74,16 +77,21 @@ pub(super) async fn start(
             let stands_by = || operator.state.apply(Event::StandsBy);
             let (pods, known) = (node.pods_cgroup.path(), (&*directory, &*identities));
             let succession = succession::stand_by(config, pods, known, prepare, stands_by);
-            return open_kernel(&node, verifier_log, succession.await?);
+            let succession = succession.await?;
+            if attachment.has_moved() {
+                return Ok(None);
+            }
+            return open_kernel(&node, verifier_log, succession).map(Some);
         };
-        Ok((cover.kernel, None))
+        Ok::<_, AppError>(Some((cover.kernel, None)))
     };
-    let Some(kernel) = signals.before(kernel).await else { return Ok(None) };
-    let (kernel, successor_lock) = kernel?;
+    let Some(kernel) = signals.before(kernel).await else { return Ok(Started::Ended(Ended::ByRequest)) };
+    let Some((kernel, successor_lock)) = kernel? else { return Ok(Started::Ended(Ended::StartAgain)) };
     let mesh = fill_maps(config, &kernel, &directory, &policies)?;
     let snapshots = Snapshots { directory, policies, mesh, identities };
     let proxy = proxy(config, &node, &kernel, snapshots, operator.telemetry.clone())?;
-    Ok(Some(serve(config, node, kernel, proxy, operator, (kept, successor_lock))))
+    let agent = serve(config, (node, attachment), kernel, proxy, operator, (kept, successor_lock));
+    Ok(Started::Serving(Box::new(agent)))
 }
 
 /// Covers the pods, or returns `None` if another agent does and this one may stand by.
@@ -220,7 +228,7 @@ fn cores() -> NonZeroUsize {
 /// Starts the control tasks.
 fn serve(
     config: &Config,
-    node: Node,
+    (node, attachment): (Node, Attachment),
     kernel: Arc<Kernel>,
     proxy: Arc<Proxy>,
     operator: Operator,
@@ -232,7 +240,6 @@ fn serve(
     state.apply(Event::TakesOver);
     servers.show(report.clone());
     let descriptors = node.descriptors;
-    let attachment = Attachment::new(config, node.pods_cgroup.path());
     let enroller = enroller(config, &kernel, node, &proxy, &state, successor_lock);
     let on_disk = match kept {
         Kept::State(state) => Some(state),

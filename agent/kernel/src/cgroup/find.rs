@@ -1,57 +1,59 @@
 //! Finds the cgroup of all pods, as kubelets name it.
 //!
-//! | kubelet | below the cgroup root |
+//! | kubelet | below the mount of cgroup v2 |
 //! |---|---|
 //! | cgroupfs driver | `kubepods` |
 //! | systemd driver | `kubepods.slice` |
 //! | with a cgroup root of its own, as in kind | `kubelet/kubepods`, `kubelet.slice/kubelet-kubepods.slice` |
-//! | in a container, as of k3d | any of these, below the container's cgroup |
+//!
+//! An agent that is a pod takes the one that it is in. Deeper ones are those of other nodes, such as containers of kind on this machine, or
+//! of users, who can make cgroups of any name below their own.
 
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
-use super::{Cgroup, SEARCH_MAX, is_populated, mount_point};
+use super::{Cgroup, is_populated, mount_point};
 use crate::KernelError;
 
 /// Levels below the mount that are searched.
-const LEVELS: usize = 6;
+const LEVELS: usize = 2;
 
-/// Finds the cgroup of all pods: the one that has processes. Of several the one that this process is in.
+/// Finds the cgroup of all pods: the one that this process is in, or else the one below the mount. Of several the one that has processes.
 ///
 /// # Errors
 /// [`KernelError::Cgroup`] if there is none, or if it cannot be told which one it is.
 pub fn pods() -> Result<Cgroup, KernelError> {
     let mount = mount_point()?;
-    let found = candidates(&mount);
-    let refuse = |problem: String| Err(KernelError::Cgroup { path: mount.clone(), problem });
-    let populated: Vec<PathBuf> = found.iter().filter(|path| is_populated(path)).cloned().collect();
-    match (found.as_slice(), populated.as_slice()) {
-        ([only], _) | (_, [only]) => Cgroup::open(only),
-        ([], _) => refuse(
-            "no cgroup below it is named kubepods, kubepods.slice or *-kubepods.slice: start the kubelet first, or write podsCgroup"
-                .to_owned(),
-        ),
-        _ => {
-            let own = Cgroup::of_self().ok();
-            let holds = |path: &&PathBuf| own.as_ref().is_some_and(|own| own.path().starts_with(path));
-            match found.iter().find(holds) {
-                Some(holder) => Cgroup::open(holder),
-                None => {
-                    let all: Vec<_> = found.iter().map(|path| path.display().to_string()).collect();
-                    refuse(format!("several may hold the node's pods, write one as podsCgroup: {}", all.join(", ")))
-                }
-            }
-        }
+    let own = Cgroup::of_self().ok();
+    if let Some(holder) = own.and_then(|own| outermost(own.path())) {
+        return Cgroup::open(&holder);
     }
+    let found = candidates(&mount);
+    let populated: Vec<PathBuf> = found.iter().filter(|path| is_populated(path)).cloned().collect();
+    let problem = match (found.as_slice(), populated.as_slice()) {
+        ([only], _) | (_, [only]) => return Cgroup::open(only),
+        ([], _) => "at most two levels below it, no cgroup is named kubepods, kubepods.slice or *-kubepods.slice: start the kubelet \
+                    first, or write podsCgroup"
+            .to_owned(),
+        _ => {
+            let all: Vec<_> = found.iter().map(|path| path.display().to_string()).collect();
+            format!("several may hold the node's pods, write one as podsCgroup: {}", all.join(", "))
+        }
+    };
+    Err(KernelError::Cgroup { path: mount, problem })
 }
 
-/// Returns the cgroups that are named as a kubelet names that of all pods. None is in another: pods can make cgroups of any name.
+/// Returns the first part of a cgroup's path that is named as that of all pods. A pod can have another one inside.
+fn outermost(cgroup: &Path) -> Option<PathBuf> {
+    cgroup.ancestors().filter(|path| is_of_pods(path)).last().map(Path::to_owned)
+}
+
+/// Returns the cgroups near the mount that are named as that of all pods. None is in another.
 fn candidates(mount: &Path) -> Vec<PathBuf> {
     let (mut found, mut unseen) = (Vec::new(), vec![(mount.to_owned(), 0)]);
-    for _ in 0..SEARCH_MAX {
-        let Some((cgroup, level)) = unseen.pop() else { break };
+    while let Some((cgroup, level)) = unseen.pop() {
         if level > 0 && is_of_pods(&cgroup) {
             found.push(cgroup);
         } else if level < LEVELS {
@@ -80,9 +82,9 @@ mod tests {
             "kubepods.slice/kubepods-pod1.slice/kubepods",
             "kubelet.slice/kubelet-kubepods.slice",
             "kubelet/kubepods",
-            "docker/0123/kubepods/burstable",
             "system.slice/kubepods.service",
-            "1/2/3/4/5/6/kubepods",
+            "system.slice/docker-0123.scope/kubelet.slice/kubelet-kubepods.slice",
+            "user.slice/user-1000.slice/x-kubepods.slice",
         ];
         for path in made {
             fs::create_dir_all(root.join(path)).expect("folders");
@@ -90,14 +92,21 @@ mod tests {
         let found = candidates(&root);
         fs::remove_dir_all(&root).expect("removed");
         let below: Vec<_> = found.iter().filter_map(|path| path.strip_prefix(&root).ok()?.to_str()).collect();
-        assert_eq!(
-            below,
-            [
-                "docker/0123/kubepods",
-                "kubelet/kubepods",
-                "kubelet.slice/kubelet-kubepods.slice",
-                "kubepods.slice"
-            ]
-        );
+        assert_eq!(below, ["kubelet/kubepods", "kubelet.slice/kubelet-kubepods.slice", "kubepods.slice"]);
+    }
+
+    #[test]
+    fn an_agent_that_is_a_pod_is_in_the_outermost_one() {
+        for (own, pods) in [
+            ("/sys/fs/cgroup/system.slice/tacit.service", None),
+            (
+                "/sys/fs/cgroup/kubepods.slice/kubepods-pod1.slice/cri-1.scope",
+                Some("/sys/fs/cgroup/kubepods.slice"),
+            ),
+            ("/sys/fs/cgroup/kubepods/pod1/c/kubepods/pod2", Some("/sys/fs/cgroup/kubepods")),
+            ("/sys/fs/cgroup/docker/1/kubepods/pod2", Some("/sys/fs/cgroup/docker/1/kubepods")),
+        ] {
+            assert_eq!(outermost(Path::new(own)).as_deref(), pods.map(Path::new), "{own}");
+        }
     }
 }

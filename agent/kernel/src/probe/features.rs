@@ -172,7 +172,7 @@ pub(super) static FEATURES: &[Feature] = &[
     required(
         "BPF_PROG_TEST_RUN of raw_tracepoint",
         "finding the level of the pods' cgroup",
-        Release(5, 10),
+        Release(5, 15),
         "CONFIG_BPF_EVENTS",
         Trial::CgroupLevels,
     ),
