@@ -325,6 +325,41 @@ fn a_connection_with_the_shortest_keep_alive_lives_on() -> Result<()> {
     Ok(())
 }
 
+/// The end of a connection that has ended its direction waits for a slow answer. Neither end's kernel sends a probe that is asked for
+/// then.
+#[test]
+#[ignore = "needs root"]
+fn a_half_closed_connection_with_the_shortest_keep_alive_lives_on() -> Result<()> {
+    // A policy of the server has its agent carry plaintext to it.
+    let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: all, namespace: shop}\n\
+                  spec: {selector: {matchLabels: {app: far}}, rules: [{}]}\n";
+    for mesh in [plan("half").without_agents()?, plan("halft").policy(policy).with_agents()?] {
+        let mut connections = Vec::new();
+        for (from, to) in [("client", "plain"), ("plain", "far"), ("client", "far"), ("client", "near")] {
+            let pod = mesh.pod(to)?;
+            let at = SocketAddr::new(pod.ipv4().into(), fresh_port());
+            let server = Client::with_args(
+                pod,
+                &["serve", &at.to_string(), SHORTEST, "line", "send:hello", "read-end", "pause", "send:bye"],
+            )?;
+            server.events().first("listening")?;
+            let steps = [&[SHORTEST], &GREET[..], &["shut", "read-end"]].concat();
+            let client = Client::start(mesh.pod(from)?, at, &steps)?;
+            server.events().first("end")?;
+            connections.push((from, to, server, client));
+        }
+        let begun = Instant::now();
+        until("the answers are slow", || Ok((begun.elapsed() > LIVES).then_some(())))?;
+        for (from, to, mut server, client) in connections {
+            server.proceed()?;
+            let events = client.finish()?;
+            let is_answered = events.iter().any(|event| event["text"] == "bye\n" && event["end"] == "eof");
+            ensure!(is_answered, "Tacit {}, {from} to {to}: {events:?}", mesh.has_tacit());
+        }
+    }
+    Ok(())
+}
+
 /// Returns true if no connection of the pod has bytes in flight. An acknowledgement can be delayed, and then be lost with the node.
 fn is_acknowledged(pod: &Pod) -> Result<bool> {
     let tables = pod.netns().enter(|| {

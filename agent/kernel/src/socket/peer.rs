@@ -2,7 +2,7 @@
 
 use std::{io, os::fd::AsRawFd as _, time::Duration};
 
-use socket2::{SockFilter, SockRef, TcpKeepalive};
+use socket2::{SockFilter, SockRef, Socket, TcpKeepalive};
 
 use super::{option, set_option};
 use crate::inject::Numbers;
@@ -22,6 +22,9 @@ const NO_QUEUE: libc::c_int = 0;
 const RECEIVE_QUEUE: libc::c_int = 1;
 const SEND_QUEUE: libc::c_int = 2;
 
+/// `TCP_ESTABLISHED` in `net/tcp_states.h`.
+const ESTABLISHED: u8 = 1;
+
 /// State of a peer, as the local kernel knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PeerState {
@@ -40,10 +43,19 @@ pub struct PeerState {
 /// # Errors
 /// The kernel's.
 pub fn peer_state<'s>(socket: impl Into<SockRef<'s>>) -> io::Result<PeerState> {
+    let info = info(&socket.into())?;
+    Ok(PeerState {
+        heard: Duration::from_millis(info.tcpi_last_ack_recv.into()),
+        is_asked: info.tcpi_unacked > 0 || info.tcpi_probes > 0,
+        repeats: u32::from(info.tcpi_retransmits) + u32::from(info.tcpi_probes),
+        round_trip: Duration::from_micros(info.tcpi_rtt.into()),
+    })
+}
+
+fn info(socket: &Socket) -> io::Result<libc::tcp_info> {
     // SAFETY: `tcp_info` has integers only, for which zero is valid.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut size = size_of::<libc::tcp_info>() as libc::socklen_t;
-    let socket = socket.into();
     // SAFETY: the descriptor is open, and `info` and `size` live through the call; `size` is that of `info`.
     let result = unsafe {
         libc::getsockopt(
@@ -54,24 +66,20 @@ pub fn peer_state<'s>(socket: impl Into<SockRef<'s>>) -> io::Result<PeerState> {
             &raw mut size,
         )
     };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(PeerState {
-        heard: Duration::from_millis(info.tcpi_last_ack_recv.into()),
-        is_asked: info.tcpi_unacked > 0 || info.tcpi_probes > 0,
-        repeats: u32::from(info.tcpi_retransmits) + u32::from(info.tcpi_probes),
-        round_trip: Duration::from_micros(info.tcpi_rtt.into()),
-    })
+    if result == 0 { Ok(info) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Sends a probe to the peer, whose kernel answers it at most twice a second. The probe carries nothing, and changes neither
 /// timers nor counters of the connection.
 ///
 /// # Errors
-/// The kernel's.
+/// [`io::ErrorKind::NotConnected`] if an end of the connection has sent FIN: the kernel then sends no probe, and reports no error.
+/// Others are the kernel's.
 pub fn ask_peer<'s>(socket: impl Into<SockRef<'s>>) -> io::Result<()> {
     let socket = socket.into();
+    if info(&socket)?.tcpi_state != ESTABLISHED {
+        return Err(io::ErrorKind::NotConnected.into());
+    }
     let is_reused = option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR)?;
     set_option(&socket, libc::IPPROTO_TCP, libc::TCP_REPAIR, REPAIR_ON)?;
     set_option(&socket, libc::IPPROTO_TCP, libc::TCP_REPAIR, REPAIR_OFF)?;
@@ -156,7 +164,7 @@ fn keepalive(limit: Duration) -> (Duration, Duration) {
 mod tests {
     use std::{
         io::{Read as _, Write as _},
-        net::{TcpListener, TcpStream},
+        net::{Shutdown, TcpListener, TcpStream},
         thread::sleep,
         time::Instant,
     };
@@ -176,6 +184,16 @@ mod tests {
             let (idle, interval) = keepalive(limit);
             assert!(idle <= limit && idle <= KEEPALIVE_IDLE && !idle.is_zero(), "{seconds}: {idle:?}");
             assert!(interval * (KEEPALIVE_PROBES - 1) >= limit, "{seconds}: {interval:?}");
+        }
+    }
+
+    #[test]
+    fn the_peer_of_a_half_closed_connection_cannot_be_asked() {
+        let (ended, mut other) = pair();
+        ended.shutdown(Shutdown::Write).expect("open");
+        assert_eq!(other.read(&mut [0; 1]).expect("open"), 0);
+        for end in [&ended, &other] {
+            assert_eq!(ask_peer(end).expect_err("half-closed").kind(), io::ErrorKind::NotConnected);
         }
     }
 

@@ -178,10 +178,16 @@ impl<'a> PeerWatch<'a> {
             match running.inquiry.next(now, &seen, silence_max) {
                 Step::Look(after) => running.timer.as_mut().reset(now + after),
                 Step::Ask(after) => {
-                    let _ = ask_peer(upstream);
+                    let asked = ask_peer(upstream);
                     if running.inquiry.is_stalled() {
                         // An application that has given up answers with a reset.
                         let _ = ask_peer(app);
+                    } else if asked.is_err() {
+                        // An end has sent FIN since the last probe.
+                        let answer = running.answer.take();
+                        self.inquiry = None;
+                        call(answer);
+                        return Poll::Pending;
                     }
                     running.timer.as_mut().reset(now + after);
                 }
@@ -201,9 +207,7 @@ impl<'a> PeerWatch<'a> {
                     if seen.is_asked {
                         watch.sent();
                     }
-                    if let Some(answer) = answer {
-                        answer();
-                    }
+                    call(answer);
                 }
                 Step::GiveUp => self.inquiry = None,
                 Step::Dead => return Poll::Ready(()),
@@ -241,13 +245,19 @@ impl<'a> PeerWatch<'a> {
             return;
         };
         match (ask_peer(upstream), answer) {
-            // The peer cannot be asked, and a connection that is in order must not end.
+            // The peer cannot be asked, as of a half-closed connection. A connection that is in order must not end.
             (Err(_), Some(answer)) if !inquiry.is_stalled() => answer(),
             (_, answer) => {
                 let timer = Box::pin(sleep(LOOK_FIRST));
                 self.inquiry = Some(Box::new(Running { inquiry, answer, timer }));
             }
         }
+    }
+}
+
+fn call(answer: Option<Answer>) {
+    if let Some(answer) = answer {
+        answer();
     }
 }
 
