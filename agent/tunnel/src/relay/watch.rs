@@ -166,10 +166,14 @@ impl<'a> PeerWatch<'a> {
             };
             self.asked(watching, answer, upstream, app);
         }
+        // Bytes of the peer can have woken the task.
+        let mut may_have_heard = true;
         while let Some(running) = &mut self.inquiry {
-            if running.timer.as_mut().poll(cx).is_pending() {
+            let is_early = running.timer.as_mut().poll(cx).is_pending();
+            if is_early && !(may_have_heard && running.inquiry.is_stalled()) {
                 return Poll::Pending;
             }
+            may_have_heard = false;
             let now = Instant::now();
             let Ok(seen) = peer_state(upstream) else {
                 self.inquiry = None;
@@ -201,8 +205,7 @@ impl<'a> PeerWatch<'a> {
                     let answer = running.answer.take();
                     self.inquiry = None;
                     if is_stalled {
-                        let _ = resume_receiving(app);
-                        (watching.tell)(app, News::Alive);
+                        unstall(watching, app);
                     }
                     if seen.is_asked {
                         watch.sent();
@@ -214,6 +217,15 @@ impl<'a> PeerWatch<'a> {
             }
         }
         Poll::Pending
+    }
+
+    /// Ends a stall before the connection of `app` is closed. What the application has not acknowledged is still delivered then.
+    pub(crate) fn release(&mut self, app: &AppStream) {
+        if let (Some(watching), Some(running)) = (self.watching, self.inquiry.take())
+            && running.inquiry.is_stalled()
+        {
+            unstall(watching, app);
+        }
     }
 
     /// Begins an inquiry, or goes on with the one that runs.
@@ -266,6 +278,12 @@ fn stall(watching: Watching<'_>, app: &AppStream) {
     // An error leaves the connection as it is, and the agent ends it later.
     let _ = stop_receiving(app);
     (watching.tell)(app, News::Silent(watching.silence_max));
+}
+
+/// Ends [`stall`].
+fn unstall(watching: Watching<'_>, app: &AppStream) {
+    let _ = resume_receiving(app);
+    (watching.tell)(app, News::Alive);
 }
 
 /// Returns true if the peer does not acknowledge what was sent, by several retransmissions.
