@@ -103,14 +103,24 @@ pub fn numbers<'s>(socket: impl Into<SockRef<'s>>) -> io::Result<Numbers> {
         Ok(option(&socket, libc::IPPROTO_TCP, libc::TCP_QUEUE_SEQ)?.cast_unsigned())
     };
     set(libc::TCP_REPAIR, REPAIR_ON)?;
-    let numbers = of_queue(SEND_QUEUE)
-        .and_then(|next| of_queue(RECEIVE_QUEUE).map(|expected| Numbers { next, expected }));
+    let numbers = of_queue(SEND_QUEUE).and_then(|end| {
+        let next = end.wrapping_sub(unsent_bytes(&socket)?);
+        of_queue(RECEIVE_QUEUE).map(|expected| Numbers { next, expected })
+    });
     set(libc::TCP_REPAIR_QUEUE, NO_QUEUE)?;
     set(libc::TCP_REPAIR, REPAIR_OFF_SILENTLY)?;
     if is_reused != 0 {
         set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
     }
     numbers
+}
+
+/// Returns the bytes behind the next one that is sent.
+fn unsent_bytes(socket: &Socket) -> io::Result<u32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the descriptor is open, and `bytes` lives through the call, which writes an int.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCOUTQNSD, &raw mut bytes) };
+    if result == 0 { Ok(bytes.cast_unsigned()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Lets the connection receive nothing but a reset until [`resume_receiving`]: the sender's kernel gets no answer, as from a peer
@@ -195,6 +205,20 @@ mod tests {
         for end in [&ended, &other] {
             assert_eq!(ask_peer(end).expect_err("half-closed").kind(), io::ErrorKind::NotConnected);
         }
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn the_next_number_is_that_of_the_first_byte_that_does_not_fit_into_the_window() {
+        let (mut sender, receiver) = pair();
+        sender.set_nonblocking(true).expect("open");
+        while sender.write(&[0; 1 << 16]).is_ok() {}
+        let end = Instant::now() + Duration::from_secs(30);
+        while numbers(&sender).expect("root").next != numbers(&receiver).expect("root").expected {
+            assert!(Instant::now() < end, "{:?} {:?}", numbers(&sender), numbers(&receiver));
+            sleep(Duration::from_millis(10));
+        }
+        assert!(unsent_bytes(&SockRef::from(&sender)).expect("open") > 0);
     }
 
     #[test]

@@ -282,8 +282,9 @@ fn stall(watching: Watching<'_>, app: &AppStream) {
 
 /// Ends [`stall`].
 fn unstall(watching: Watching<'_>, app: &AppStream) {
-    let _ = resume_receiving(app);
+    // Before the application's kernel goes on to send: the message has the numbers of the connection.
     (watching.tell)(app, News::Alive);
+    let _ = resume_receiving(app);
 }
 
 /// Returns true if the peer does not acknowledge what was sent, by several retransmissions.
