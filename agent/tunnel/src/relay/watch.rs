@@ -34,6 +34,12 @@ const LOOK_FIRST: Duration = Duration::from_millis(2);
 const LOOK_LAST: Duration = Duration::from_millis(250);
 /// Time between two probes. The peer's kernel answers one in half a second.
 const ASK_AGAIN: Duration = Duration::from_millis(600);
+/// In a stall, both times are doubled after this time, tripled after twice this time, and so on.
+const LONG_STALL: Duration = Duration::from_secs(10);
+/// Longest time between two looks in a stall.
+const LOOK_STALLED_MAX: Duration = Duration::from_secs(2);
+/// Longest time between two probes in a stall.
+const ASK_STALLED_MAX: Duration = Duration::from_secs(10);
 /// Time after which an application's probe is no longer answered. It has sent another one by then, or does not want one.
 const ASKED_MAX: Duration = Duration::from_secs(10);
 /// Silence of a peer after which bytes without an acknowledgement are not a matter of a lost packet.
@@ -347,7 +353,9 @@ impl Inquiry {
         if seen.heard <= now.duration_since(self.begun) + TICK {
             return Step::Answered;
         }
-        self.pause = (self.pause * 2).min(LOOK_LAST);
+        let (look_last, ask_again) =
+            self.stalled.map_or((LOOK_LAST, ASK_AGAIN), |since| intervals(now.duration_since(since)));
+        self.pause = (self.pause * 2).min(look_last);
         match self.stalled {
             Some(since) if now.duration_since(since) >= silence_max + ENDED_BY => return Step::Dead,
             Some(_) => {}
@@ -358,12 +366,21 @@ impl Inquiry {
             None if now >= self.until => return Step::GiveUp,
             None => {}
         }
-        if now.duration_since(self.asked) < ASK_AGAIN {
+        if now.duration_since(self.asked) < ask_again {
             return Step::Look(self.pause);
         }
         self.asked = now;
         Step::Ask(self.pause)
     }
+}
+
+/// Returns the longest time between two looks, and the time between two probes, after so long a stall.
+fn intervals(stalled_for: Duration) -> (Duration, Duration) {
+    let times = 1 + u32::try_from(stalled_for.as_secs() / LONG_STALL.as_secs()).unwrap_or(u32::MAX - 1);
+    (
+        LOOK_LAST.saturating_mul(times).min(LOOK_STALLED_MAX),
+        ASK_AGAIN.saturating_mul(times).min(ASK_STALLED_MAX),
+    )
 }
 
 #[cfg(test)]
