@@ -208,17 +208,29 @@ fn an_outage_that_is_shorter_than_the_limit_ends_nothing() -> Result<()> {
         let asks = ["limits", "pause", "send:lost", "line", "limits", "shut", "read-end"];
         let mut asks = start(&[&["set:keep-alive:9:8:7", "set:user-timeout:60000"], &asks[..]].concat())?;
         asks.events().first("limits")?;
+        // It sets one option during the outage, and keeps the others.
+        let sets = ["limits", "pause", "send:lost", "pause", "limits", "set:user-timeout:50000", "limits"];
+        let mut sets = start(&[&sets[..], &["line", "limits", "shut", "read-end"]].concat())?;
+        sets.events().first("limits")?;
         cut(&mesh)?;
         busy.proceed()?;
         asks.proceed()?;
+        sets.proceed()?;
         // An outage lasts for a time, whatever happens in it.
         let begun = Instant::now();
         until("the outage lasts", || Ok((begun.elapsed() >= OUTAGE).then_some(())))?;
+        sets.proceed()?;
+        let during = sets.events().nth("limits", 1)?;
+        ensure!(during["keep_alive"] == mesh.has_tacit(), "Tacit {}: {during}", mesh.has_tacit());
+        sets.events().nth("limits", 2)?;
         heal(&mesh)?;
         idle.proceed()?;
+        let (mut before, after) = (sets.events().nth("limits", 0)?, sets.events().nth("limits", 3)?);
+        before["user_timeout_ms"] = 50_000.into();
+        ensure!(before == after, "Tacit {}: {before} before, {after} after", mesh.has_tacit());
         let (before, after) = (asks.events().nth("limits", 0)?, asks.events().nth("limits", 1)?);
         ensure!(before == after, "Tacit {}: {before} before, {after} after", mesh.has_tacit());
-        for client in [idle, busy, asks] {
+        for client in [idle, busy, asks, sets] {
             let events = client.finish()?;
             ensure!(
                 events.iter().any(|event| event["end"] == "eof"),
