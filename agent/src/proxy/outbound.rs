@@ -229,7 +229,7 @@ fn carry(
                     () = path.drain.cut.cancelled() => return live.close("cut"),
                 };
                 if end.is_silence() {
-                    path.sessions.close_to(key.pod, key.server);
+                    path.sessions.close_to(&key);
                     if let Some(endpoint) = &endpoint {
                         endpoint.avoid(live.spec().ends.source.address.ip(), Instant::now());
                     }
