@@ -152,7 +152,8 @@ pub fn resume_receiving<'s>(socket: impl Into<SockRef<'s>>) -> io::Result<()> {
     socket.into().detach_filter()
 }
 
-/// Ends a connection that is idle and whose peer is silent for longer than `limit`, which is at least a second.
+/// Ends a connection that is idle and whose peer is silent for longer than `limit`, which is at least a second. Of a listener, sets this
+/// for the connections that it accepts.
 ///
 /// # Errors
 /// The kernel's.
@@ -195,6 +196,20 @@ mod tests {
             assert!(idle <= limit && idle <= KEEPALIVE_IDLE && !idle.is_zero(), "{seconds}: {idle:?}");
             assert!(interval * (KEEPALIVE_PROBES - 1) >= limit, "{seconds}: {interval:?}");
         }
+    }
+
+    #[test]
+    fn a_connection_inherits_the_limit_of_its_listener() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let limit = Duration::from_secs(21);
+        limit_silence(&listener, limit).expect("open");
+        let _client = TcpStream::connect(listener.local_addr().expect("bound")).expect("listening");
+        let accepted = listener.accept().expect("connected").0;
+        let accepted = SockRef::from(&accepted);
+        assert!(accepted.keepalive().expect("open"));
+        let (idle, interval) = (accepted.tcp_keepalive_time(), accepted.tcp_keepalive_interval());
+        assert_eq!((idle.expect("open"), interval.expect("open")), keepalive(limit));
+        assert_eq!(accepted.tcp_keepalive_retries().expect("open"), KEEPALIVE_PROBES);
     }
 
     #[test]
