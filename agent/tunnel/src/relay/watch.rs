@@ -185,7 +185,13 @@ impl<'a> PeerWatch<'a> {
                 self.inquiry = None;
                 return Poll::Pending;
             };
-            match running.inquiry.next(now, &seen, silence_max) {
+            let step = match is_early {
+                true => running.inquiry.woken(now, &seen),
+                false => running.inquiry.next(now, &seen, silence_max),
+            };
+            match step {
+                // The timer that runs is not put off by the next wake.
+                Step::Look(_) if is_early => {}
                 Step::Look(after) => running.timer.as_mut().reset(now + after),
                 Step::Ask(after) => {
                     let asked = ask_peer(upstream);
@@ -349,8 +355,25 @@ impl Inquiry {
         self.pause = LOOK_FIRST;
     }
 
+    fn is_answered(&self, now: Instant, seen: &PeerState) -> bool {
+        seen.heard <= now.duration_since(self.begun) + TICK
+    }
+
+    /// Returns the next step when bytes of the peer may have come in a stall. The peer is asked then as at the begin of a stall, since
+    /// bytes need not acknowledge anything.
+    fn woken(&mut self, now: Instant, seen: &PeerState) -> Step {
+        if self.is_answered(now, seen) {
+            return Step::Answered;
+        }
+        if now.duration_since(self.asked) < ASK_AGAIN {
+            return Step::Look(self.pause);
+        }
+        (self.asked, self.pause) = (now, LOOK_FIRST);
+        Step::Ask(self.pause)
+    }
+
     fn next(&mut self, now: Instant, seen: &PeerState, silence_max: Duration) -> Step {
-        if seen.heard <= now.duration_since(self.begun) + TICK {
+        if self.is_answered(now, seen) {
             return Step::Answered;
         }
         let (look_last, ask_again) =

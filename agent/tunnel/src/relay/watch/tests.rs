@@ -96,6 +96,18 @@ fn a_peer_that_is_silent_for_long_is_asked_less_and_less() {
 }
 
 #[test]
+fn bytes_of_a_peer_that_was_silent_for_long_have_it_asked_at_once() {
+    let (now, minute) = (Instant::now(), Duration::from_secs(60));
+    let mut inquiry = Inquiry::of_stalled(now);
+    inquiry.pause = LOOK_STALLED_MAX;
+    let silent = |passed| seen(minute + passed, 3);
+    assert_eq!(inquiry.woken(now + ASK_AGAIN / 2, &silent(ASK_AGAIN / 2)), Step::Look(LOOK_STALLED_MAX));
+    assert_eq!(inquiry.woken(now + minute, &silent(minute)), Step::Ask(LOOK_FIRST));
+    let answered = seen(Duration::ZERO, 3);
+    assert_eq!(inquiry.woken(now + minute + LOOK_FIRST, &answered), Step::Answered);
+}
+
+#[test]
 fn a_stall_needs_more_than_a_lost_packet() {
     for (repeats, millis, expected) in [(0, 5000, false), (1, 5000, false), (2, 599, false), (2, 600, true)] {
         assert_eq!(is_stalled(&seen(Duration::from_millis(millis), repeats)), expected, "{repeats} {millis}");
