@@ -8,6 +8,8 @@
 //! | the application's kernel probes its connection ([`Watch::ask`]) | so does the agent: the probe is delivered | nothing: the application's kernel counts its own probes |
 //! | bytes that were sent are not acknowledged ([`Watch::look`]) | nothing | until the peer answers, the agent receives nothing from the application, and has told its kernel ([`Watching::tell`]) |
 //!
+//! The peer of a half-closed plaintext connection cannot be asked. Probes of the application are delivered at once then.
+//!
 //! A flow whose peer is silent for the limit of the agent ends.
 
 use std::{
