@@ -44,7 +44,10 @@ use tacit_core::{
     shares::{self as bounds, Capacity},
     spiffe::SpiffeId,
 };
-use tacit_kernel::socket::{AppStream, ClientNotStored, peer::limit_silence};
+use tacit_kernel::{
+    held::HeldEnds,
+    socket::{AppStream, ClientNotStored, peer::limit_silence},
+};
 use tacit_tunnel::{TlsInfo, socket::reset};
 use tokio_util::sync::CancellationToken;
 
@@ -180,19 +183,20 @@ impl Proxy {
         }
     }
 
-    /// Returns a watch of the peer of a flow, whose application's connection in `pod` is `app`.
-    fn watch(&self, pod: &Pod, app: &AppStream) -> Watched {
+    /// Returns a watch of the peer of a flow, whose application's connection in `pod` has these ends.
+    fn watch(&self, pod: &Pod, ends: Option<HeldEnds>) -> Watched {
         let (openings, slot, netns_cookie) = (self.openings.clone(), pod.slot(), pod.netns.cookie());
-        self.watches.add(netns_cookie, app, self.tunnel_timeout, move |ends, app, news| {
+        self.watches.add(netns_cookie, ends, self.tunnel_timeout, move |ends, app, news| {
             if let Some(openings) = openings.get(slot, netns_cookie) {
                 openings.tell(&ends, app, news);
             }
         })
     }
 
-    /// Ends `connection` to another node when its peer is silent for the configured time.
-    fn limit_silence(&self, connection: &impl AsFd) {
-        if let Err(error) = limit_silence(connection, self.tunnel_timeout) {
+    /// Ends the connection to another node when its peer is silent for the configured time. Connections that a listener accepts inherit
+    /// this.
+    fn limit_silence(&self, socket: &impl AsFd) {
+        if let Err(error) = limit_silence(socket, self.tunnel_timeout) {
             tracing::debug!(%error, "a connection has no keep-alive");
         }
     }
@@ -249,6 +253,13 @@ pub fn not_connected(error: &io::Error) -> Refusal {
         _ => RefusalReason::Unreachable,
     };
     Refusal::new(reason, error).because_of(error)
+}
+
+/// Returns the ends of an application's connection, of which the agent's is read from the kernel. Returns `None` for a connection that
+/// has ended.
+#[must_use]
+pub fn ends_in_pod(client: SocketAddr, app: &AppStream) -> Option<HeldEnds> {
+    Some(HeldEnds { client, target: canonical(app.local_addr().ok()?) })
 }
 
 /// An address as the application meant it: v4-mapped is IPv4.

@@ -52,16 +52,21 @@ fn read(sock: &SockOps<'_>) -> Option<Limits> {
     })
 }
 
-/// Gives the socket its options back, unless the application has set others meanwhile.
+/// Gives the socket its options back, each unless the application has set another value meanwhile.
 #[inline(always)]
 fn end(sock: &SockOps<'_>) {
     let Some(limits) = sock.limits() else { return };
     sock.delete_limits();
-    if sock.timer(TimerOption::UserTimeout) != Some(limits.set_ms) {
-        return;
+    restore(sock, TimerOption::UserTimeout, limits.set_ms, limits.user_timeout_ms);
+    restore(sock, TimerOption::Interval, TICK_S, limits.interval_s);
+    restore(sock, TimerOption::Idle, TICK_S, limits.idle_s);
+    restore(sock, TimerOption::KeepAlive, 1, limits.keep_alive);
+}
+
+/// Sets an option to `before` if it still has the value that [`begin`] has set.
+#[inline(always)]
+fn restore(sock: &SockOps<'_>, option: TimerOption, set: u32, before: u32) {
+    if sock.timer(option) == Some(set) {
+        sock.set_timer(option, before);
     }
-    sock.set_timer(TimerOption::UserTimeout, limits.user_timeout_ms);
-    sock.set_timer(TimerOption::Interval, limits.interval_s);
-    sock.set_timer(TimerOption::Idle, limits.idle_s);
-    sock.set_timer(TimerOption::KeepAlive, limits.keep_alive);
 }

@@ -209,17 +209,29 @@ fn an_outage_that_is_shorter_than_the_limit_ends_nothing() -> Result<()> {
         let asks = ["limits", "pause", "send:lost", "line", "limits", "shut", "read-end"];
         let mut asks = start(&[&["set:keep-alive:9:8:7", "set:user-timeout:60000"], &asks[..]].concat())?;
         asks.events().first("limits")?;
+        // It sets one option during the outage, and keeps the others.
+        let sets = ["limits", "pause", "send:lost", "pause", "limits", "set:user-timeout:50000", "limits"];
+        let mut sets = start(&[&sets[..], &["line", "limits", "shut", "read-end"]].concat())?;
+        sets.events().first("limits")?;
         cut(&mesh)?;
         busy.proceed()?;
         asks.proceed()?;
+        sets.proceed()?;
         // An outage lasts for a time, whatever happens in it.
         let begun = Instant::now();
         until("the outage lasts", || Ok((begun.elapsed() >= OUTAGE).then_some(())))?;
+        sets.proceed()?;
+        let during = sets.events().nth("limits", 1)?;
+        ensure!(during["keep_alive"] == mesh.has_tacit(), "Tacit {}: {during}", mesh.has_tacit());
+        sets.events().nth("limits", 2)?;
         heal(&mesh)?;
         idle.proceed()?;
+        let (mut before, after) = (sets.events().nth("limits", 0)?, sets.events().nth("limits", 3)?);
+        before["user_timeout_ms"] = 50_000.into();
+        ensure!(before == after, "Tacit {}: {before} before, {after} after", mesh.has_tacit());
         let (before, after) = (asks.events().nth("limits", 0)?, asks.events().nth("limits", 1)?);
         ensure!(before == after, "Tacit {}: {before} before, {after} after", mesh.has_tacit());
-        for client in [idle, busy, asks] {
+        for client in [idle, busy, asks, sets] {
             let events = client.finish()?;
             ensure!(
                 events.iter().any(|event| event["end"] == "eof"),
@@ -323,6 +335,41 @@ fn a_connection_with_the_shortest_keep_alive_lives_on() -> Result<()> {
         ensure!(events.iter().any(|event| event["text"] == "bye"), "{events:?}");
     }
     ensure!(mesh.agent_mut("a")?.wait_end()?.success(), "{}", mesh.agent("a")?.log()?);
+    Ok(())
+}
+
+/// The end of a connection that has ended its direction waits for a slow answer. Neither end's kernel sends a probe that is asked for
+/// then.
+#[test]
+#[ignore = "needs root"]
+fn a_half_closed_connection_with_the_shortest_keep_alive_lives_on() -> Result<()> {
+    // A policy of the server has its agent carry plaintext to it.
+    let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: all, namespace: shop}\n\
+                  spec: {selector: {matchLabels: {app: far}}, rules: [{}]}\n";
+    for mesh in [plan("half").without_agents()?, plan("halft").policy(policy).with_agents()?] {
+        let mut connections = Vec::new();
+        for (from, to) in [("client", "plain"), ("plain", "far"), ("client", "far"), ("client", "near")] {
+            let pod = mesh.pod(to)?;
+            let at = SocketAddr::new(pod.ipv4().into(), fresh_port());
+            let server = Client::with_args(
+                pod,
+                &["serve", &at.to_string(), SHORTEST, "line", "send:hello", "read-end", "pause", "send:bye"],
+            )?;
+            server.events().first("listening")?;
+            let steps = [&[SHORTEST], &GREET[..], &["shut", "read-end"]].concat();
+            let client = Client::start(mesh.pod(from)?, at, &steps)?;
+            server.events().first("end")?;
+            connections.push((from, to, server, client));
+        }
+        let begun = Instant::now();
+        until("the answers are slow", || Ok((begun.elapsed() > LIVES).then_some(())))?;
+        for (from, to, mut server, client) in connections {
+            server.proceed()?;
+            let events = client.finish()?;
+            let is_answered = events.iter().any(|event| event["text"] == "bye\n" && event["end"] == "eof");
+            ensure!(is_answered, "Tacit {}, {from} to {to}: {events:?}", mesh.has_tacit());
+        }
+    }
     Ok(())
 }
 

@@ -76,6 +76,14 @@ impl<K: Eq + Hash + Clone, O: Eq + Hash + Clone, S> Pool<K, O, S> {
         self.remove(|key, _, session| unwanted(key, session))
     }
 
+    /// Takes out all sessions of `key`.
+    #[must_use = "close them"]
+    pub fn clear(&mut self, key: &K) -> Vec<S> {
+        let removed = self.idle.remove(key).unwrap_or_default();
+        removed.iter().for_each(|_| self.owners.release(&(self.owner)(key)));
+        removed.into_iter().map(|(_, session)| session).collect()
+    }
+
     /// Returns the number of idle sessions.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -174,6 +182,19 @@ mod tests {
         }
         assert_eq!(pool.clear_where(|key, _| *key == "a"), [1, 3]);
         assert_eq!((pool.len(), pool.take(&"b", now)), (1, Some(2)));
+    }
+
+    #[test]
+    fn sessions_of_a_pair_can_be_cleared() {
+        let now = Instant::now();
+        let mut pool = pool();
+        for (key, session) in [("a", 1), ("b", 2), ("a", 3)] {
+            assert_eq!(pool.put(key, session, now), None);
+        }
+        assert_eq!(pool.clear(&"a"), [1, 3]);
+        assert!(pool.clear(&"a").is_empty());
+        assert_eq!((pool.len(), pool.take(&"b", now)), (1, Some(2)));
+        assert!(pool.is_empty());
     }
 
     #[test]

@@ -51,6 +51,8 @@ pub fn serve_pod(proxy: &Arc<Proxy>, pod: &Arc<Pod>, listeners: Listeners) {
     let entrance = |origin| Entrance { proxy: proxy.clone(), pod: pod.clone(), home, origin };
     let capture = Arc::new(capture);
     let openings = Arc::new(PodOpenings::new(pod.clone(), injector, &capture));
+    proxy.limit_silence(&tunnel);
+    proxy.limit_silence(&plaintext);
     entrance(Origin::OwnPod).serve_captured(capture, openings.clone());
     entrance(Origin::Elsewhere).serve(tunnel.into(), inbound::tunnel);
     entrance(Origin::Elsewhere).serve(plaintext.into(), inbound::plaintext);
@@ -85,6 +87,7 @@ pub(super) fn accept_delivered(proxy: &Arc<Proxy>, openings: &PodOpenings) {
 pub fn answer_peers(proxy: &Arc<Proxy>, pod: &Arc<Pod>, listener: TcpListener) {
     let home = pod.home(proxy.workers.count());
     let entrance = Entrance { proxy: proxy.clone(), pod: pod.clone(), home, origin: Origin::Elsewhere };
+    proxy.limit_silence(&listener);
     entrance.serve(listener.into(), inbound::tunnel);
 }
 

@@ -27,7 +27,7 @@ use tokio::net::TcpStream;
 
 use crate::{
     enrol::Pod,
-    proxy::{Addresses, Proxy, authorize, canonical, not_connected, security},
+    proxy::{Addresses, Proxy, authorize, canonical, ends_in_pod, not_connected, security},
     telemetry::{Ends, FlowSpec, Reporter, Security},
 };
 
@@ -68,7 +68,6 @@ async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Opt
         return refuse(tcp, Refusal::new(RefusalReason::NoCertificate, detail));
     };
     socket::begin_small(&tcp, path.shares.unread_bytes(pod.cgroup));
-    path.limit_silence(&tcp);
     let accepted = Session::accept(tcp, &own).await;
     drop(turn);
     match accepted {
@@ -166,7 +165,7 @@ async fn begin<'a>(
     let live =
         path.telemetry.open_flow(FlowSpec { ends, security: security(session.tls()), trace: open.trace.0 });
     let bulk = path.shares.bulk.of(pod.cgroup);
-    let watched = path.watch(pod, &application);
+    let watched = path.watch(pod, ends_in_pod(open.destination, &application));
     Some(Begun::Flow(Box::pin(async move {
         let (end, session) = tokio::select! {
             ended = relay::tunnelled(application, session, live.counters(), &bulk, watched.watching()) => ended,
@@ -288,8 +287,7 @@ pub async fn plaintext(path: Arc<Proxy>, pod: Arc<Pod>, client: AppStream, peer:
                 path.telemetry.open_flow(FlowSpec { ends, security: Security::Plaintext, trace: [0; 16] });
             let bulk = path.shares.bulk.of(pod.cgroup);
             socket::begin_small(&client, path.shares.unread_bytes(pod.cgroup));
-            path.limit_silence(&client);
-            let watched = path.watch(&pod, &application);
+            let watched = path.watch(&pod, ends_in_pod(at, &application));
             let remote = Some((relay::App::Source, watched.watching()));
             let end = tokio::select! {
                 end = relay::plain(client, application, live.counters(), &bulk, remote) => end.label(),

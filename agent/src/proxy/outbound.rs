@@ -27,7 +27,7 @@ use tacit_core::{
     refusal::{Refusal, RefusalReason},
     route::{self, PlaintextCause, Route, RouteInput},
 };
-use tacit_kernel::socket::AppStream;
+use tacit_kernel::{held::HeldEnds, socket::AppStream};
 use tacit_tunnel::{
     relay::{self, App, PodBulk, Remote},
     socket,
@@ -38,7 +38,7 @@ use crate::{
     proxy::{
         Addresses, Proxy,
         authorize::{self, Admitted},
-        canonical, not_connected,
+        canonical, ends_in_pod, not_connected,
     },
     recheck::{Depends, Revoked},
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
@@ -109,7 +109,12 @@ async fn set_out(path: Arc<Proxy>, pod: Arc<Pod>, app: AppStream, client: Socket
         return None;
     };
     match reach(&path, &pod, addresses, Some(&app)).await {
-        Ok((upstream, endpoint)) => Some(carry(path, pod, app, upstream, endpoint.map(Box::new))),
+        Ok((upstream, endpoint)) => {
+            // A flow of this node is not watched.
+            let is_watched = !matches!(upstream, Upstream::SameNode(..));
+            let ends = if is_watched { ends_in_pod(client, &app) } else { None };
+            Some(carry(path, pod, (app, ends), upstream, endpoint.map(Box::new)))
+        }
         Err(refusal) => {
             path.refuse(app, Reporter::Source, addresses, refusal);
             None
@@ -192,26 +197,29 @@ async fn connect_route(
     }
 }
 
-/// Relays the flow to its end. Each upstream's future is boxed by itself: a flow keeps no room for the others'.
+/// Relays the flow of the application's connection, whose ends are given, to its end. Each upstream's future is boxed by itself: a flow
+/// keeps no room for the others'.
 fn carry(
     path: Arc<Proxy>,
     pod: Arc<Pod>,
-    app: AppStream,
+    (app, ends): (AppStream, Option<HeldEnds>),
     upstream: Upstream,
     endpoint: Option<Box<PickedEndpoint>>,
 ) -> Carried {
     match upstream {
-        Upstream::Plaintext(server, spec) => Box::pin(async move {
-            let destination = spec.ends.destination.address;
-            let flow = path.telemetry.open_flow(spec);
-            let (relayed, bulk) = (path.clone(), path.shares.bulk.of(pod.cgroup));
-            let revoked = plaintext_revoked(&path, &pod, destination);
+        Upstream::Plaintext(server, spec) => {
             path.limit_silence(&server);
-            let watched = path.watch(&pod, &app);
-            let remote = Some((App::Destination, watched.watching()));
-            relay_plain(relayed, (app, server), (flow, bulk), revoked, remote).await;
-            drop(endpoint);
-        }),
+            let watched = path.watch(&pod, ends);
+            Box::pin(async move {
+                let destination = spec.ends.destination.address;
+                let flow = path.telemetry.open_flow(spec);
+                let (relayed, bulk) = (path.clone(), path.shares.bulk.of(pod.cgroup));
+                let revoked = plaintext_revoked(&path, &pod, destination);
+                let remote = Some((App::Destination, watched.watching()));
+                relay_plain(relayed, (app, server), (flow, bulk), revoked, remote).await;
+                drop(endpoint);
+            })
+        }
         Upstream::SameNode(server, spec, target, admitted) => Box::pin(async move {
             let flow = (path.telemetry.open_flow(spec), path.shares.bulk.of(pod.cgroup));
             let revoked = admitted.revoked(&path.rechecks, &target);
@@ -222,14 +230,14 @@ fn carry(
             let live = path.telemetry.open_flow(spec);
             live.counters().sent.fetch_add(optimistic_bytes, Relaxed);
             let bulk = path.shares.bulk.of(pod.cgroup);
-            let watched = path.watch(&pod, &app);
+            let watched = path.watch(&pod, ends);
             Box::pin(async move {
                 let (end, session) = tokio::select! {
                     ended = relay::tunnelled(app, session, live.counters(), &bulk, watched.watching()) => ended,
                     () = path.drain.cut.cancelled() => return live.close("cut"),
                 };
                 if end.is_silence() {
-                    path.sessions.close_to(key.pod, key.server);
+                    path.sessions.close_to(&key);
                     if let Some(endpoint) = &endpoint {
                         endpoint.avoid(live.spec().ends.source.address.ip(), Instant::now());
                     }

@@ -102,9 +102,10 @@ impl Sessions {
         });
     }
 
-    /// Closes the idle sessions of a pod to a server that does not answer any more. Another pod may reach the server.
-    pub fn close_to(&self, pod: PodId, server: IpAddr) {
-        self.close_removed(|pool| pool.clear_where(|key, _| key.pod == pod && key.server == server));
+    /// Closes the idle sessions of a pod to a server that does not answer any more. Another pod may reach the server. Sessions under
+    /// another certificate of the pod stay: no flow takes them after a renewal.
+    pub fn close_to(&self, key: &PoolKey) {
+        self.close_removed(|pool| pool.clear(key));
     }
 
     /// Closes all idle sessions.

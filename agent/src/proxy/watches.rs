@@ -16,7 +16,7 @@ use tacit_kernel::{held::HeldEnds, inject::Probe, socket::AppStream};
 use tacit_tunnel::relay::{News, Watch, Watching};
 use tokio::time::interval;
 
-use crate::proxy::{canonical, openings::PodOpenings};
+use crate::proxy::openings::PodOpenings;
 
 /// Time between two looks at flows that have sent. With that of two retransmissions it bounds the time until a stall is noticed.
 const LOOK: Duration = Duration::from_millis(500);
@@ -38,7 +38,7 @@ pub struct Watches {
 /// The watch of a flow, which others find as long as this lives.
 pub struct Watched {
     all: Arc<Watches>,
-    /// `None` for a connection that has ended.
+    /// `None` for a connection that has ended before its ends were known.
     key: Option<Key>,
     watch: Arc<Watch>,
     silence_max: Duration,
@@ -63,19 +63,16 @@ impl Drop for Watched {
 }
 
 impl Watches {
-    /// Adds a watch for the flow of the application's connection `app` in this network namespace. The flow ends when its peer is
-    /// silent for `silence_max`.
+    /// Adds a watch for the flow of the application's connection with these ends in this network namespace. The flow ends when its
+    /// peer is silent for `silence_max`.
     pub fn add(
         self: &Arc<Self>,
         netns_cookie: u64,
-        app: &AppStream,
+        ends: Option<HeldEnds>,
         silence_max: Duration,
         tell: impl Fn(HeldEnds, &AppStream, News) + Send + Sync + 'static,
     ) -> Watched {
-        let ends = app.peer_addr().and_then(|client| Ok((client, app.local_addr()?)));
-        let key = ends.ok().map(|(client, target)| {
-            (netns_cookie, HeldEnds { client: canonical(client), target: canonical(target) })
-        });
+        let key = ends.map(|ends| (netns_cookie, ends));
         let tell: Tell = Box::new(move |app, news| {
             if let Some((_, ends)) = key {
                 tell(ends, app, news);

@@ -50,11 +50,11 @@ pub use optimistic_data::OptimisticData;
 pub const SERVER_IDLE: Duration = Duration::from_secs(120);
 /// Limit for the answer to OPEN. It exceeds the server's limit for connecting to the destination.
 const OPEN_MAX: Duration = Duration::from_secs(30);
-/// Time in which the kernel of a peer acknowledges OPEN, unless the peer is gone: the first repetition of a lost packet is sent, and
-/// a delayed acknowledgement is due. A longer round trip gets [`OPEN_ROUND_TRIPS`].
+/// Time in which the kernel of a peer acknowledges OPEN, beside [`OPEN_ROUND_TRIPS`], unless the peer is gone. The kernel repeats a lost
+/// packet after a round trip and at least 200 ms, and an acknowledgement can be delayed by 40 ms.
 const OPEN_ACKNOWLEDGED: Duration = Duration::from_millis(300);
-/// Round trips for the same.
-const OPEN_ROUND_TRIPS: u32 = 4;
+/// Round trips for the same: one before the repetition, one until its acknowledgement, and one for their variation.
+const OPEN_ROUND_TRIPS: u32 = 3;
 /// Limit for a server to send its answer of a few bytes.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 
@@ -267,7 +267,7 @@ impl Session {
         }
         // An acknowledgement that was on its way when OPEN was sent is not one of OPEN.
         let silence = peer.heard.min(waited);
-        let patience = (OPEN_ROUND_TRIPS * peer.round_trip).max(OPEN_ACKNOWLEDGED);
+        let patience = patience(peer.round_trip);
         if silence < patience { Ok(waited + patience - silence) } else { Err(OpenError::Silent) }
     }
 
@@ -492,6 +492,11 @@ impl Session {
     pub(crate) fn consume(&mut self, written_bytes: usize) {
         self.receive_buffer.consume(written_bytes);
     }
+}
+
+/// Returns the time after which a peer that has not acknowledged OPEN is silent.
+fn patience(round_trip: Duration) -> Duration {
+    OPEN_ACKNOWLEDGED + OPEN_ROUND_TRIPS * round_trip
 }
 
 async fn bounded<T, E: From<TunnelError>>(

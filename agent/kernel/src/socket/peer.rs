@@ -2,7 +2,7 @@
 
 use std::{io, os::fd::AsRawFd as _, time::Duration};
 
-use socket2::{SockFilter, SockRef, TcpKeepalive};
+use socket2::{SockFilter, SockRef, Socket, TcpKeepalive};
 
 use super::{option, set_option};
 use crate::inject::Numbers;
@@ -22,6 +22,9 @@ const NO_QUEUE: libc::c_int = 0;
 const RECEIVE_QUEUE: libc::c_int = 1;
 const SEND_QUEUE: libc::c_int = 2;
 
+/// `TCP_ESTABLISHED` in `net/tcp_states.h`.
+const ESTABLISHED: u8 = 1;
+
 /// State of a peer, as the local kernel knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PeerState {
@@ -40,10 +43,19 @@ pub struct PeerState {
 /// # Errors
 /// The kernel's.
 pub fn peer_state<'s>(socket: impl Into<SockRef<'s>>) -> io::Result<PeerState> {
+    let info = info(&socket.into())?;
+    Ok(PeerState {
+        heard: Duration::from_millis(info.tcpi_last_ack_recv.into()),
+        is_asked: info.tcpi_unacked > 0 || info.tcpi_probes > 0,
+        repeats: u32::from(info.tcpi_retransmits) + u32::from(info.tcpi_probes),
+        round_trip: Duration::from_micros(info.tcpi_rtt.into()),
+    })
+}
+
+fn info(socket: &Socket) -> io::Result<libc::tcp_info> {
     // SAFETY: `tcp_info` has integers only, for which zero is valid.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut size = size_of::<libc::tcp_info>() as libc::socklen_t;
-    let socket = socket.into();
     // SAFETY: the descriptor is open, and `info` and `size` live through the call; `size` is that of `info`.
     let result = unsafe {
         libc::getsockopt(
@@ -54,24 +66,20 @@ pub fn peer_state<'s>(socket: impl Into<SockRef<'s>>) -> io::Result<PeerState> {
             &raw mut size,
         )
     };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(PeerState {
-        heard: Duration::from_millis(info.tcpi_last_ack_recv.into()),
-        is_asked: info.tcpi_unacked > 0 || info.tcpi_probes > 0,
-        repeats: u32::from(info.tcpi_retransmits) + u32::from(info.tcpi_probes),
-        round_trip: Duration::from_micros(info.tcpi_rtt.into()),
-    })
+    if result == 0 { Ok(info) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Sends a probe to the peer, whose kernel answers it at most twice a second. The probe carries nothing, and changes neither
 /// timers nor counters of the connection.
 ///
 /// # Errors
-/// The kernel's.
+/// [`io::ErrorKind::NotConnected`] if an end of the connection has sent FIN: the kernel then sends no probe, and reports no error.
+/// Others are the kernel's.
 pub fn ask_peer<'s>(socket: impl Into<SockRef<'s>>) -> io::Result<()> {
     let socket = socket.into();
+    if info(&socket)?.tcpi_state != ESTABLISHED {
+        return Err(io::ErrorKind::NotConnected.into());
+    }
     let is_reused = option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR)?;
     set_option(&socket, libc::IPPROTO_TCP, libc::TCP_REPAIR, REPAIR_ON)?;
     set_option(&socket, libc::IPPROTO_TCP, libc::TCP_REPAIR, REPAIR_OFF)?;
@@ -95,14 +103,24 @@ pub fn numbers<'s>(socket: impl Into<SockRef<'s>>) -> io::Result<Numbers> {
         Ok(option(&socket, libc::IPPROTO_TCP, libc::TCP_QUEUE_SEQ)?.cast_unsigned())
     };
     set(libc::TCP_REPAIR, REPAIR_ON)?;
-    let numbers = of_queue(SEND_QUEUE)
-        .and_then(|next| of_queue(RECEIVE_QUEUE).map(|expected| Numbers { next, expected }));
+    let numbers = of_queue(SEND_QUEUE).and_then(|end| {
+        let next = end.wrapping_sub(unsent_bytes(&socket)?);
+        of_queue(RECEIVE_QUEUE).map(|expected| Numbers { next, expected })
+    });
     set(libc::TCP_REPAIR_QUEUE, NO_QUEUE)?;
     set(libc::TCP_REPAIR, REPAIR_OFF_SILENTLY)?;
     if is_reused != 0 {
         set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
     }
     numbers
+}
+
+/// Returns the bytes behind the next one that is sent.
+fn unsent_bytes(socket: &Socket) -> io::Result<u32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the descriptor is open, and `bytes` lives through the call, which writes an int.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCOUTQNSD, &raw mut bytes) };
+    if result == 0 { Ok(bytes.cast_unsigned()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Lets the connection receive nothing but a reset until [`resume_receiving`]: the sender's kernel gets no answer, as from a peer
@@ -134,7 +152,8 @@ pub fn resume_receiving<'s>(socket: impl Into<SockRef<'s>>) -> io::Result<()> {
     socket.into().detach_filter()
 }
 
-/// Ends a connection that is idle and whose peer is silent for longer than `limit`, which is at least a second.
+/// Ends a connection that is idle and whose peer is silent for longer than `limit`, which is at least a second. Of a listener, sets this
+/// for the connections that it accepts.
 ///
 /// # Errors
 /// The kernel's.
@@ -156,7 +175,7 @@ fn keepalive(limit: Duration) -> (Duration, Duration) {
 mod tests {
     use std::{
         io::{Read as _, Write as _},
-        net::{TcpListener, TcpStream},
+        net::{Shutdown, TcpListener, TcpStream},
         thread::sleep,
         time::Instant,
     };
@@ -177,6 +196,44 @@ mod tests {
             assert!(idle <= limit && idle <= KEEPALIVE_IDLE && !idle.is_zero(), "{seconds}: {idle:?}");
             assert!(interval * (KEEPALIVE_PROBES - 1) >= limit, "{seconds}: {interval:?}");
         }
+    }
+
+    #[test]
+    fn a_connection_inherits_the_limit_of_its_listener() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let limit = Duration::from_secs(21);
+        limit_silence(&listener, limit).expect("open");
+        let _client = TcpStream::connect(listener.local_addr().expect("bound")).expect("listening");
+        let accepted = listener.accept().expect("connected").0;
+        let accepted = SockRef::from(&accepted);
+        assert!(accepted.keepalive().expect("open"));
+        let (idle, interval) = (accepted.tcp_keepalive_time(), accepted.tcp_keepalive_interval());
+        assert_eq!((idle.expect("open"), interval.expect("open")), keepalive(limit));
+        assert_eq!(accepted.tcp_keepalive_retries().expect("open"), KEEPALIVE_PROBES);
+    }
+
+    #[test]
+    fn the_peer_of_a_half_closed_connection_cannot_be_asked() {
+        let (ended, mut other) = pair();
+        ended.shutdown(Shutdown::Write).expect("open");
+        assert_eq!(other.read(&mut [0; 1]).expect("open"), 0);
+        for end in [&ended, &other] {
+            assert_eq!(ask_peer(end).expect_err("half-closed").kind(), io::ErrorKind::NotConnected);
+        }
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn the_next_number_is_that_of_the_first_byte_that_does_not_fit_into_the_window() {
+        let (mut sender, receiver) = pair();
+        sender.set_nonblocking(true).expect("open");
+        while sender.write(&[0; 1 << 16]).is_ok() {}
+        let end = Instant::now() + Duration::from_secs(30);
+        while numbers(&sender).expect("root").next != numbers(&receiver).expect("root").expected {
+            assert!(Instant::now() < end, "{:?} {:?}", numbers(&sender), numbers(&receiver));
+            sleep(Duration::from_millis(10));
+        }
+        assert!(unsent_bytes(&SockRef::from(&sender)).expect("open") > 0);
     }
 
     #[test]

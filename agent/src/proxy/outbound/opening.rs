@@ -180,7 +180,7 @@ async fn open(
     };
     bound_unread(&connection, unread_bytes);
     match AppStream::of(connection.into()) {
-        Ok(app) => Some(carry(proxy, pod.clone(), app, upstream, endpoint.map(Box::new))),
+        Ok(app) => Some(carry(proxy, pod.clone(), (app, Some(ends)), upstream, endpoint.map(Box::new))),
         Err(error) => {
             tracing::error!(%error, "a connection cannot be polled, and is dropped");
             None

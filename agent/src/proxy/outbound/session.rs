@@ -97,7 +97,7 @@ async fn opened(
             Err(error) => {
                 tracing::debug!(%error, "idle session was dead");
                 if matches!(error, OpenError::Silent) {
-                    path.sessions.close_to(key.pod, key.server);
+                    path.sessions.close_to(key);
                 }
             }
         }

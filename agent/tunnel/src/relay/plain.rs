@@ -79,7 +79,7 @@ async fn run(
     let mut source_broken = pin!(source.broken());
     let mut destination_broken = pin!(destination.broken());
     let mut busy_poll = BusyPoll::new();
-    poll_fn(|cx| {
+    let ending = poll_fn(|cx| {
         if let Poll::Ready(reset) = poll_both(&mut there, &mut back, cx) {
             return Poll::Ready(reset.map_or(Ending::Finished, Ending::Reset));
         }
@@ -100,7 +100,11 @@ async fn run(
         }
         peer.poll(cx, upstream, app).map(|()| Ending::Silent)
     })
-    .await
+    .await;
+    if matches!(ending, Ending::Finished) {
+        peer.release(app);
+    }
+    ending
 }
 
 /// Steps both directions in alternation until both are blocked.
@@ -269,7 +273,7 @@ mod tests {
     use crate::{
         relay::{
             bulk::tests::share,
-            testing::{exchange, is_reset, soon},
+            testing::{Watched, answer_in_silence, duplicate, exchange, is_reset, soon},
         },
         testing::app_connection,
     };
@@ -329,5 +333,19 @@ mod tests {
         socket::reset(source);
         assert_eq!(soon(relay).await.expect("no panic").0, "reset_by_source");
         assert!(destination.write_all(b"x").await.is_err() || is_reset(&mut destination).await);
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_ends_while_the_peer_acknowledges_nothing_arrives_whole() {
+        let ((source, near), (destination, far)) = (app_connection().await, app_connection().await);
+        let (watched, mut news) = Watched::new();
+        let on = watched.clone();
+        let relay = tokio::spawn(async move {
+            let remote = Some((App::Destination, on.watching()));
+            plain(near, far, &FlowCounters::default(), &share(10).of(1), remote).await.label()
+        });
+        let peer = duplicate(&destination);
+        answer_in_silence((source, destination), peer, (&watched, &mut news)).await;
+        assert_eq!(soon(relay).await.expect("no panic"), "clean");
     }
 }

@@ -1,14 +1,25 @@
 //! Helpers for the tests of both relays.
 
-use std::{future::Future, io, time::Duration};
+use std::{
+    future::Future,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+    time::Duration,
+};
 
+use tacit_kernel::socket::{
+    AppStream,
+    peer::{peer_state, stop_receiving},
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    time::timeout,
+    sync::mpsc::{UnboundedReceiver, unbounded_channel},
+    time::{sleep, timeout},
 };
 
-use super::watch::{Watch, Watching};
+use super::watch::{News, Watch, Watching};
 
 /// Limit of every wait in a test.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
@@ -21,6 +32,71 @@ pub(crate) async fn soon<T>(work: impl Future<Output = T>) -> T {
 /// Watches a peer of which nothing is asked.
 pub(crate) fn unasked(watch: &Watch) -> Watching<'_> {
     Watching { watch, silence_max: DEADLINE, tell: &|_, _| {} }
+}
+
+type Tell = dyn Fn(&AppStream, News) + Send + Sync;
+
+/// A watch of a peer, and where its news go.
+pub(crate) struct Watched {
+    watch: Watch,
+    tell: Box<Tell>,
+}
+
+impl Watched {
+    /// Returns a watch and its news.
+    pub(crate) fn new() -> (Arc<Self>, UnboundedReceiver<News>) {
+        let (sender, news) = unbounded_channel();
+        let tell = Box::new(move |_: &AppStream, told| {
+            let _ = sender.send(told);
+        });
+        (Arc::new(Self { watch: Watch::default(), tell }), news)
+    }
+
+    pub(crate) fn watching(&self) -> Watching<'_> {
+        Watching { watch: &self.watch, silence_max: DEADLINE, tell: &*self.tell }
+    }
+}
+
+/// Returns a second descriptor of a connection.
+pub(crate) fn duplicate(tcp: &impl AsFd) -> OwnedFd {
+    tcp.as_fd().try_clone_to_owned().expect("descriptors")
+}
+
+/// `source` has sent everything when `peer`, the socket of the other node, stops to acknowledge. Only then, `destination` sends the
+/// last part of its answer. Returns when `source` has read all of it.
+pub(crate) async fn answer_in_silence(
+    (mut source, mut destination): (TcpStream, TcpStream),
+    peer: OwnedFd,
+    (watched, news): (&Watched, &mut UnboundedReceiver<News>),
+) {
+    // Each is below the first window of a connection, and both together are above it.
+    const PART: usize = 50_000;
+    destination.write_all(&[7; PART]).await.expect("open");
+    let mut unread = vec![0; PART];
+    soon(async {
+        // An acknowledgement can be delayed, and the peer then has less of the window.
+        while source.peek(&mut unread).await.expect("open") < PART
+            || peer_state(&peer).expect("open").is_asked
+        {
+            sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await;
+    stop_receiving(&peer).expect("attached");
+    source.write_all(b"question").await.expect("open");
+    source.shutdown().await.expect("open");
+    soon(async {
+        while timeout(Duration::from_millis(20), news.recv()).await.is_err() {
+            watched.watch.look();
+        }
+    })
+    .await;
+    destination.write_all(&[7; PART]).await.expect("open");
+    destination.shutdown().await.expect("open");
+    let mut answer = Vec::new();
+    soon(source.read_to_end(&mut answer)).await.expect("a clean end");
+    assert_eq!(answer.len(), 2 * PART);
+    assert_eq!(soon(news.recv()).await, Some(News::Alive));
 }
 
 /// Returns true if the connection ends with RST, false if it ends with FIN.

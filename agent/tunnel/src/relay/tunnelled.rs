@@ -134,6 +134,9 @@ async fn run(
         ending
     })
     .await;
+    if matches!(ending, Ending::Finished) {
+        flow.peer.release(app);
+    }
     flow.shrink();
     ending
 }

@@ -8,6 +8,8 @@
 //! | the application's kernel probes its connection ([`Watch::ask`]) | so does the agent: the probe is delivered | nothing: the application's kernel counts its own probes |
 //! | bytes that were sent are not acknowledged ([`Watch::look`]) | nothing | until the peer answers, the agent receives nothing from the application, and has told its kernel ([`Watching::tell`]) |
 //!
+//! The peer of a half-closed plaintext connection cannot be asked. Probes of the application are delivered at once then.
+//!
 //! A flow whose peer is silent for the limit of the agent ends.
 
 use std::{
@@ -34,6 +36,12 @@ const LOOK_FIRST: Duration = Duration::from_millis(2);
 const LOOK_LAST: Duration = Duration::from_millis(250);
 /// Time between two probes. The peer's kernel answers one in half a second.
 const ASK_AGAIN: Duration = Duration::from_millis(600);
+/// In a stall, both times are doubled after this time, tripled after twice this time, and so on.
+const LONG_STALL: Duration = Duration::from_secs(10);
+/// Longest time between two looks in a stall.
+const LOOK_STALLED_MAX: Duration = Duration::from_secs(2);
+/// Longest time between two probes in a stall.
+const ASK_STALLED_MAX: Duration = Duration::from_secs(10);
 /// Time after which an application's probe is no longer answered. It has sent another one by then, or does not want one.
 const ASKED_MAX: Duration = Duration::from_secs(10);
 /// Silence of a peer after which bytes without an acknowledgement are not a matter of a lost packet.
@@ -166,22 +174,38 @@ impl<'a> PeerWatch<'a> {
             };
             self.asked(watching, answer, upstream, app);
         }
+        // Bytes of the peer can have woken the task.
+        let mut may_have_heard = true;
         while let Some(running) = &mut self.inquiry {
-            if running.timer.as_mut().poll(cx).is_pending() {
+            let is_early = running.timer.as_mut().poll(cx).is_pending();
+            if is_early && !(may_have_heard && running.inquiry.is_stalled()) {
                 return Poll::Pending;
             }
+            may_have_heard = false;
             let now = Instant::now();
             let Ok(seen) = peer_state(upstream) else {
                 self.inquiry = None;
                 return Poll::Pending;
             };
-            match running.inquiry.next(now, &seen, silence_max) {
+            let step = match is_early {
+                true => running.inquiry.woken(now, &seen),
+                false => running.inquiry.next(now, &seen, silence_max),
+            };
+            match step {
+                // The timer that runs is not put off by the next wake.
+                Step::Look(_) if is_early => {}
                 Step::Look(after) => running.timer.as_mut().reset(now + after),
                 Step::Ask(after) => {
-                    let _ = ask_peer(upstream);
+                    let asked = ask_peer(upstream);
                     if running.inquiry.is_stalled() {
                         // An application that has given up answers with a reset.
                         let _ = ask_peer(app);
+                    } else if asked.is_err() {
+                        // An end has sent FIN since the last probe.
+                        let answer = running.answer.take();
+                        self.inquiry = None;
+                        call(answer);
+                        return Poll::Pending;
                     }
                     running.timer.as_mut().reset(now + after);
                 }
@@ -195,21 +219,27 @@ impl<'a> PeerWatch<'a> {
                     let answer = running.answer.take();
                     self.inquiry = None;
                     if is_stalled {
-                        let _ = resume_receiving(app);
-                        (watching.tell)(app, News::Alive);
+                        unstall(watching, app);
                     }
                     if seen.is_asked {
                         watch.sent();
                     }
-                    if let Some(answer) = answer {
-                        answer();
-                    }
+                    call(answer);
                 }
                 Step::GiveUp => self.inquiry = None,
                 Step::Dead => return Poll::Ready(()),
             }
         }
         Poll::Pending
+    }
+
+    /// Ends a stall before the connection of `app` is closed. What the application has not acknowledged is still delivered then.
+    pub(crate) fn release(&mut self, app: &AppStream) {
+        if let (Some(watching), Some(running)) = (self.watching, self.inquiry.take())
+            && running.inquiry.is_stalled()
+        {
+            unstall(watching, app);
+        }
     }
 
     /// Begins an inquiry, or goes on with the one that runs.
@@ -241,7 +271,7 @@ impl<'a> PeerWatch<'a> {
             return;
         };
         match (ask_peer(upstream), answer) {
-            // The peer cannot be asked, and a connection that is in order must not end.
+            // The peer cannot be asked, as of a half-closed connection. A connection that is in order must not end.
             (Err(_), Some(answer)) if !inquiry.is_stalled() => answer(),
             (_, answer) => {
                 let timer = Box::pin(sleep(LOOK_FIRST));
@@ -251,11 +281,24 @@ impl<'a> PeerWatch<'a> {
     }
 }
 
+fn call(answer: Option<Answer>) {
+    if let Some(answer) = answer {
+        answer();
+    }
+}
+
 /// Has the application's kernel see the peer as it is: it gets no answers, and ends the connection in time.
 fn stall(watching: Watching<'_>, app: &AppStream) {
     // An error leaves the connection as it is, and the agent ends it later.
     let _ = stop_receiving(app);
     (watching.tell)(app, News::Silent(watching.silence_max));
+}
+
+/// Ends [`stall`].
+fn unstall(watching: Watching<'_>, app: &AppStream) {
+    // Before the application's kernel goes on to send: the message has the numbers of the connection.
+    (watching.tell)(app, News::Alive);
+    let _ = resume_receiving(app);
 }
 
 /// Returns true if the peer does not acknowledge what was sent, by several retransmissions.
@@ -314,11 +357,30 @@ impl Inquiry {
         self.pause = LOOK_FIRST;
     }
 
-    fn next(&mut self, now: Instant, seen: &PeerState, silence_max: Duration) -> Step {
-        if seen.heard <= now.duration_since(self.begun) + TICK {
+    fn is_answered(&self, now: Instant, seen: &PeerState) -> bool {
+        seen.heard <= now.duration_since(self.begun) + TICK
+    }
+
+    /// Returns the next step when bytes of the peer may have come in a stall. The peer is asked then as at the begin of a stall, since
+    /// bytes need not acknowledge anything.
+    fn woken(&mut self, now: Instant, seen: &PeerState) -> Step {
+        if self.is_answered(now, seen) {
             return Step::Answered;
         }
-        self.pause = (self.pause * 2).min(LOOK_LAST);
+        if now.duration_since(self.asked) < ASK_AGAIN {
+            return Step::Look(self.pause);
+        }
+        (self.asked, self.pause) = (now, LOOK_FIRST);
+        Step::Ask(self.pause)
+    }
+
+    fn next(&mut self, now: Instant, seen: &PeerState, silence_max: Duration) -> Step {
+        if self.is_answered(now, seen) {
+            return Step::Answered;
+        }
+        let (look_last, ask_again) =
+            self.stalled.map_or((LOOK_LAST, ASK_AGAIN), |since| intervals(now.duration_since(since)));
+        self.pause = (self.pause * 2).min(look_last);
         match self.stalled {
             Some(since) if now.duration_since(since) >= silence_max + ENDED_BY => return Step::Dead,
             Some(_) => {}
@@ -329,12 +391,21 @@ impl Inquiry {
             None if now >= self.until => return Step::GiveUp,
             None => {}
         }
-        if now.duration_since(self.asked) < ASK_AGAIN {
+        if now.duration_since(self.asked) < ask_again {
             return Step::Look(self.pause);
         }
         self.asked = now;
         Step::Ask(self.pause)
     }
+}
+
+/// Returns the longest time between two looks, and the time between two probes, after so long a stall.
+fn intervals(stalled_for: Duration) -> (Duration, Duration) {
+    let times = 1 + u32::try_from(stalled_for.as_secs() / LONG_STALL.as_secs()).unwrap_or(u32::MAX - 1);
+    (
+        LOOK_LAST.saturating_mul(times).min(LOOK_STALLED_MAX),
+        ASK_AGAIN.saturating_mul(times).min(ASK_STALLED_MAX),
+    )
 }
 
 #[cfg(test)]

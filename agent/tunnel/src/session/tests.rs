@@ -332,6 +332,15 @@ async fn one_frame_fills_one_record() {
     assert!(records.windows(3).any(|window| window == data), "{records:?}");
 }
 
+#[test]
+fn a_lost_packet_is_repeated_and_acknowledged_before_the_peer_is_silent() {
+    let repeated_after = |round_trip| round_trip + Duration::from_millis(200);
+    let delayed = Duration::from_millis(40);
+    for round_trip in [0, 1, 20, 50, 75, 100, 200, 500].map(Duration::from_millis) {
+        assert!(patience(round_trip) > repeated_after(round_trip) + round_trip + delayed, "{round_trip:?}");
+    }
+}
+
 #[tokio::test]
 async fn open_is_given_up_only_if_the_peer_does_not_acknowledge_it() {
     let (mut client, server) = sessions().await;

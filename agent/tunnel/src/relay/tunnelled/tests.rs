@@ -13,7 +13,7 @@ use super::*;
 use crate::{
     relay::{
         bulk::tests::share,
-        testing::{DEADLINE, exchange, is_reset, soon, unasked},
+        testing::{DEADLINE, Watched, answer_in_silence, duplicate, exchange, is_reset, soon, unasked},
         watch::Watch,
     },
     session::OptimisticData,
@@ -312,4 +312,21 @@ async fn a_missing_done_ends_the_session_and_not_the_flow() {
     let (end, session, ..) = timeout(DEADLINE, near).await.expect("in time").expect("no panic");
     assert_eq!(end.label(), "clean");
     assert!(session.is_none());
+}
+
+#[tokio::test]
+async fn an_answer_that_ends_while_the_peer_acknowledges_nothing_arrives_whole() {
+    let (mut client, mut server) = sessions().await;
+    open_flow(&mut client, &mut server).await;
+    let ((source, app), (destination, far)) = (app_connection().await, app_connection().await);
+    let (watched, mut news) = Watched::new();
+    let on = watched.clone();
+    let near = tokio::spawn(async move {
+        let counters = FlowCounters::default();
+        tunnelled(app, client, &counters, &share(10).of(1), on.watching()).await.0.label()
+    });
+    let peer = duplicate(server.tcp());
+    let _far = relay(far, server);
+    answer_in_silence((source, destination), peer, (&watched, &mut news)).await;
+    assert_eq!(soon(near).await.expect("no panic"), "clean");
 }

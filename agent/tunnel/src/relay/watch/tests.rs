@@ -10,6 +10,16 @@ fn seen(heard: Duration, repeats: u32) -> PeerState {
 
 /// Looks at a peer that was last heard at `heard`, until the inquiry ends. Returns the end, its time, and the number of probes.
 fn run(
+    inquiry: Inquiry,
+    begin: Instant,
+    heard: impl Fn(Duration) -> (Duration, u32),
+) -> (Step, Duration, u32) {
+    run_up_to(LIMIT, inquiry, begin, heard)
+}
+
+/// As [`run`], of a flow that ends after `limit`.
+fn run_up_to(
+    limit: Duration,
     mut inquiry: Inquiry,
     begin: Instant,
     heard: impl Fn(Duration) -> (Duration, u32),
@@ -17,7 +27,7 @@ fn run(
     let (mut now, mut probes) = (begin + LOOK_FIRST, 0);
     loop {
         let (silence, repeats) = heard(now - begin);
-        let after = match inquiry.next(now, &seen(silence, repeats), LIMIT) {
+        let after = match inquiry.next(now, &seen(silence, repeats), limit) {
             Step::Look(after) => after,
             Step::Ask(after) | Step::Stall(after) => {
                 probes += 1;
@@ -25,7 +35,7 @@ fn run(
             }
             end => return (end, now - begin, probes),
         };
-        assert!(after <= LOOK_LAST);
+        assert!(after <= intervals(now - begin).0, "{after:?} after {:?}", now - begin);
         now += after;
     }
 }
@@ -59,7 +69,7 @@ fn a_peer_that_owes_an_acknowledgement_ends_the_flow_after_the_limit() {
     let silent = |passed| (Duration::from_secs(1) + passed, 3);
     let (end, after, probes) = run(Inquiry::of_stalled(now), now, silent);
     assert_eq!(end, Step::Dead);
-    assert!(after >= LIMIT + ENDED_BY && after <= LIMIT + ENDED_BY + LOOK_LAST, "{after:?}");
+    assert!(after >= LIMIT + ENDED_BY && after <= LIMIT + ENDED_BY + 3 * LOOK_LAST, "{after:?}");
     assert!(probes > 20, "{probes}");
     let mut inquiry = Inquiry::new(now);
     assert_eq!(
@@ -67,6 +77,34 @@ fn a_peer_that_owes_an_acknowledgement_ends_the_flow_after_the_limit() {
         Step::Stall(LOOK_FIRST * 2)
     );
     assert!(inquiry.is_stalled());
+}
+
+#[test]
+fn a_peer_that_is_silent_for_long_is_asked_less_and_less() {
+    let now = Instant::now();
+    let limit = Duration::from_secs(900);
+    let silent = |passed| (Duration::from_secs(1) + passed, 3);
+    let (end, after, probes) = run_up_to(limit, Inquiry::of_stalled(now), now, silent);
+    assert_eq!(end, Step::Dead);
+    assert!(after <= limit + ENDED_BY + LOOK_STALLED_MAX, "{after:?}");
+    assert!((100..200).contains(&probes), "{probes}");
+    let late = Duration::from_secs(600);
+    let answers = |passed: Duration| if passed < late { silent(passed) } else { (passed - late, 0) };
+    let (end, after, _) = run_up_to(limit, Inquiry::of_stalled(now), now, answers);
+    assert_eq!(end, Step::Answered);
+    assert!(after <= late + LOOK_STALLED_MAX, "{after:?}");
+}
+
+#[test]
+fn bytes_of_a_peer_that_was_silent_for_long_have_it_asked_at_once() {
+    let (now, minute) = (Instant::now(), Duration::from_secs(60));
+    let mut inquiry = Inquiry::of_stalled(now);
+    inquiry.pause = LOOK_STALLED_MAX;
+    let silent = |passed| seen(minute + passed, 3);
+    assert_eq!(inquiry.woken(now + ASK_AGAIN / 2, &silent(ASK_AGAIN / 2)), Step::Look(LOOK_STALLED_MAX));
+    assert_eq!(inquiry.woken(now + minute, &silent(minute)), Step::Ask(LOOK_FIRST));
+    let answered = seen(Duration::ZERO, 3);
+    assert_eq!(inquiry.woken(now + minute + LOOK_FIRST, &answered), Step::Answered);
 }
 
 #[test]
