@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Result, anyhow, ensure};
 use nix::sys::signal::Signal;
 use tacit_tests::{Mesh, fresh_port};
-use tacit_topology::Process;
+use tacit_topology::{Process, until};
 
 use crate::stage::{self, Scene};
 
@@ -145,10 +145,24 @@ pub(crate) fn compare(lines: &[Line], servers: fn(&Scene<'_>) -> Result<Vec<Proc
     Ok(())
 }
 
-/// Ends a server as an operator does. PostgreSQL leaves shared memory behind when it is killed.
+/// Time after which a server that has not ended is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
+
+/// Ends a server as an operator does. PostgreSQL leaves shared memory behind when it is killed. Python's asyncio waits for open connections
+/// at the first signal, and ends at the second.
 fn stop(server: &mut Process) -> Result<()> {
     server.signal(Signal::SIGINT)?;
-    server.wait().map(drop)
+    let mut asked = Instant::now();
+    until("the end of a server", || {
+        if server.ended()?.is_some() {
+            return Ok(Some(()));
+        }
+        if asked.elapsed() >= ASK_AGAIN {
+            server.signal(Signal::SIGINT)?;
+            asked = Instant::now();
+        }
+        Ok(None)
+    })
 }
 
 /// Runs lines in one mesh, [`AT_A_TIME`] at a time.
