@@ -10,7 +10,7 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::{
     super::{
-        cgroup::{Cgroup, ancestors},
+        cgroup::{Cgroup, ancestors, mount_point},
         inject::Injector,
         netlink,
         netns::netns_cookie,
@@ -103,7 +103,10 @@ fn bpffs(pin_path: &Path) -> Presence {
 }
 
 fn cgroup2() -> Presence {
-    Cgroup::of_self().map_or_else(|e| Presence::Absent(e.to_string()), |_| Presence::Present)
+    // The thread's own cgroup is looked for only if the kernel says which one it is, which has a row of its own.
+    let found =
+        mount_point().and_then(|_| if ancestors().is_ok() { Cgroup::of_self().map(drop) } else { Ok(()) });
+    found.map_or_else(|e| Presence::Absent(e.to_string()), |()| Presence::Present)
 }
 
 fn connection_reset() -> Presence {
