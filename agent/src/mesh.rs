@@ -43,7 +43,16 @@ impl Clear {
         // Each entry has its share, so that no service pushes out the endpoints of another.
         let share = CLEAR_MAX.saturating_sub(all.len()) / all.len().max(1);
         for PlaintextDestination { address, protocol } in &self.configured {
-            let endpoints = directory.endpoints_behind(*address, share).into_iter();
+            let endpoints = directory.endpoints_behind(*address);
+            if endpoints.len() > share {
+                tracing::warn!(
+                    service = %address,
+                    endpoints = endpoints.len(),
+                    share,
+                    "a service of allowClear has more endpoints than its share: some are not reached as plaintext after a translation"
+                );
+            }
+            let endpoints = endpoints.into_iter().take(share);
             all.extend(endpoints.map(|address| PlaintextDestination { address, protocol: *protocol }));
         }
         all

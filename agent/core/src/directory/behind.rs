@@ -25,12 +25,12 @@ impl Directory {
         ranges
     }
 
-    /// Returns the endpoints that traffic to a service's cluster address and port may have after a translation, at most `most`.
+    /// Returns the endpoints that traffic to a service's cluster address and port may have after a translation.
     /// Whoever may write the slices of a service can list any address. So only those count that the directory gives to pods of the
     /// service's namespace, and to nobody else. Endpoints are known of TCP ports alone. A UDP port has those of the TCP port with the
     /// same number, as that of cluster DNS does.
     #[must_use]
-    pub fn endpoints_behind(&self, at: SocketAddr, most: usize) -> Vec<SocketAddr> {
+    pub fn endpoints_behind(&self, at: SocketAddr) -> Vec<SocketAddr> {
         let Some(service) = self.service_at(at.ip()).filter(|service| service.addresses.contains(&at.ip()))
         else {
             return Vec::new();
@@ -41,7 +41,7 @@ impl Directory {
             let holder = self.at(address.ip()).filter(|_| !self.is_unclear(address.ip()));
             holder.is_some_and(|holder| holder.namespace == service.namespace)
         };
-        endpoints.map(|endpoint| endpoint.address).filter(is_own).take(most).collect()
+        endpoints.map(|endpoint| endpoint.address).filter(is_own).collect()
     }
 }
 
@@ -92,17 +92,16 @@ services:
                 TEXT.replace("{addresses: [10.77.1.2], ready", &format!("{{addresses: [{stolen}], ready"));
             let domain = TrustDomain::parse("cluster.local").expect("valid");
             let directory = Directory::parse(&text, Path::new("directory.yaml"), &domain).expect("valid");
-            assert_eq!(directory.endpoints_behind(([172, 20, 0, 10], 53).into(), 9), [], "{stolen}");
+            assert_eq!(directory.endpoints_behind(([172, 20, 0, 10], 53).into()), [], "{stolen}");
         }
     }
 
     #[test]
     fn traffic_to_a_service_may_arrive_at_its_endpoints() {
-        let behind = |port| directory().endpoints_behind(([172, 20, 0, 10], port).into(), 9);
+        let behind = |port| directory().endpoints_behind(([172, 20, 0, 10], port).into());
         let endpoint = SocketAddr::from(([10, 77, 1, 2], 5353));
         assert_eq!(behind(53), [endpoint]);
         assert_eq!(behind(80), []);
-        assert_eq!(directory().endpoints_behind(endpoint, 9), []);
-        assert_eq!(directory().endpoints_behind(([172, 20, 0, 10], 53).into(), 0), []);
+        assert_eq!(directory().endpoints_behind(endpoint), []);
     }
 }
