@@ -37,6 +37,7 @@ use std::{
 };
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use tacit_abi::limits;
 use tacit_core::{
     directory::{Ranges, Workload},
     policy::Policies,
@@ -147,6 +148,9 @@ impl Enroller {
         let mut state = State::default();
         state.known.extend(self.kernel.maps.pods());
         state.exempt.extend(self.kernel.maps.exempt());
+        if !self.kernel.programs().were_attached() {
+            state.uncaptured.extend(state.known.keys());
+        }
         state.attached.extend(self.attached());
         state.unnamed = UnnamedCgroups::left_alone(state.exempt.keys().copied());
         let mut wake = Wake::Look;
@@ -395,8 +399,8 @@ impl Enroller {
             }
         };
         let capture_port = listeners.capture_port().map_err(|e| NotYet::Kernel(e.to_string()))?;
-        let was_enrolled_here = self.kernel.maps.enrolled_in(cgroup) == Some(netns.cookie())
-            && (self.kernel.programs().were_attached() || state.policies.contains_key(&cgroup));
+        let was_enrolled_here = !state.uncaptured.contains(&cgroup)
+            && self.kernel.maps.enrolled_in(cgroup) == Some(netns.cookie());
         let at = (netns.cookie(), capture_port);
         let entry = |policy: &PodPolicy| entry(&workload, cgroup, slot, at, policy);
         let (policy, links) =
@@ -404,6 +408,7 @@ impl Enroller {
         state.held.remove(&cgroup);
         // The policies may be later ones than those that were published last.
         state.policy_entries.remove(&cgroup);
+        state.uncaptured.remove(&cgroup);
         if !was_enrolled_here {
             self.reset_plaintext(&netns, &workload, |address| self.snapshots.mesh.contains(address));
         }
@@ -512,6 +517,8 @@ struct State {
     guarded: HashSet<u64>,
     /// Pods, by cgroup id, that programs of an earlier agent are attached for; empty once all pods were looked at.
     attached: HashSet<u64>,
+    /// Pods of an earlier agent, by cgroup id, of which connections may have passed while a program was not attached. Empty if all were.
+    uncaptured: HashSet<u64>,
     /// True once each pod of the directory was looked at. Entries of an earlier agent are kept until then.
     has_seen_all: bool,
     /// True once all pods were reconciled.
@@ -562,10 +569,11 @@ impl State {
         in_force
     }
 
-    /// Returns a slot that no pod has, and of which `is_clean` is true.
+    /// Returns a slot that no pod has, if possible one of which `is_clean` is true.
     fn free_slot(&self, is_clean: impl Fn(u32) -> bool) -> u32 {
         let used: HashSet<u32> = self.known.values().copied().collect();
-        (0_u32..).find(|slot| !used.contains(slot) && is_clean(*slot)).unwrap_or(u32::MAX)
+        let free = || (0..limits::SLOTS).filter(|slot| !used.contains(slot));
+        free().find(|slot| is_clean(*slot)).or_else(|| free().next()).unwrap_or(limits::SLOTS)
     }
 }
 

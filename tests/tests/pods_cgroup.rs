@@ -6,6 +6,7 @@
 //! - The cgroup goes and is made anew while the agent runs, as if the node's kubelet starts with another cgroup driver and goes back.
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use std::{
     env, fs,
     net::SocketAddr,
@@ -13,11 +14,9 @@ use std::{
     path::PathBuf,
     process::{Command, Stdio},
 };
-use tacit_tests::{Client, Mesh, Plan, Server, agent_program, fresh_port, observe};
+use tacit_tests::{Client, Mesh, Plan, STRICT_MESH, Server, agent_program, fresh_port, observe};
 use tacit_topology::{cgroup_mount, until};
 
-const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
-                      metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
 /// Set in the run inside the node.
 const INSIDE: &str = "TACIT_TEST_INSIDE";
 /// Starts the rest of the arguments in a cgroup and a cgroup namespace of its own, with cgroup v2 mounted at the second argument.
@@ -100,10 +99,8 @@ fn is_true_to_modes(mesh: &Mesh) -> Result<()> {
     ensure!(capture.occurrences(b"text from outside") > 0, "the capture sees plaintext");
     ensure!(capture.occurrences(b"text of a pod") == 0, "PERMISSIVE: plaintext between pods");
     for node in ["a", "b"] {
-        mesh.agent(node)?.files().set_policy(STRICT)?;
-        observe::wait_status(mesh.agent(node)?, "STRICT", |status| {
-            status["pods"].as_array()?.iter().all(|pod| pod["mode"] == "STRICT").then_some(())
-        })?;
+        mesh.agent(node)?.files().set_policy(STRICT_MESH)?;
+        observe::wait_modes(mesh.agent(node)?, "STRICT")?;
     }
     Client::echo(mesh.pod("client")?, server.address(), "text under STRICT")?;
     ensure!(Client::echo(mesh.pod("stranger")?, server.address(), "no").is_err(), "STRICT takes plaintext");
@@ -149,4 +146,45 @@ fn pods_are_captured_again_after_their_cgroup_was_made_anew() -> Result<()> {
     ensure!(agent.id() == pid, "the same process");
     ensure!(observe::metric(agent, "tacit_detached", &[])? == 0, "{}", agent.metrics()?);
     is_true_to_modes(&mesh)
+}
+
+/// Opens a connection while the agent of the client does not run, and returns its events once the agent is back. Before the connection,
+/// detaches a program.
+fn opened_without_agent(tag: &str, detached: Option<&str>, steps: &[&str]) -> Result<Vec<Value>> {
+    let mut mesh = plan(tag).with_agents()?;
+    ensure!(mesh.agent_mut("a")?.terminate()?.success());
+    if let Some(program) = detached {
+        // Nobody else holds the link.
+        fs::remove_file(mesh.agent("a")?.files().pin_path().join("links").join(program))?;
+    }
+    let server = mesh.pod("server")?;
+    let server = Server::start(server, SocketAddr::new(server.ipv4().into(), fresh_port()), &["echo"])?;
+    let mut client = Client::start(mesh.pod("client")?, server.address(), steps)?;
+    client.events().first("line")?;
+    mesh.agent_mut("a")?.restart()?;
+    mesh.agent_mut("a")?.wait_ready()?;
+    observe::wait_enrolled(mesh.agent("a")?)?;
+    if detached.is_none() {
+        client.proceed()?;
+    }
+    client.finish()
+}
+
+#[test]
+#[ignore = "needs root"]
+fn connections_are_reset_that_a_detached_program_may_have_missed() -> Result<()> {
+    let events = opened_without_agent("gap", Some("connect4"), &["send:one", "line", "read-end"])?;
+    // The kernel reports so a socket that was closed from outside.
+    ensure!(events.iter().any(|event| event["end"] == "ConnectionAborted"), "{events:?}");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn control_connections_stay_if_all_programs_were_attached() -> Result<()> {
+    let steps = ["send:one", "line", "pause", "send:two", "line", "shut", "read-end"];
+    let events = opened_without_agent("nogap", None, &steps)?;
+    let has = |key: &str, value: &str| events.iter().any(|event| event[key] == value);
+    ensure!(has("text", "two") && has("end", "eof"), "{events:?}");
+    Ok(())
 }

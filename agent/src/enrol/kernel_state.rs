@@ -35,7 +35,7 @@ impl Enroller {
         // A pod that had the slot before may have connections left in its share of pending ones. A slot that does not exist is
         // refused by the kernel.
         let maps = &self.kernel.maps;
-        let slot = state.free_slot(|slot| maps.pending(slot).is_none_or(|pending| pending.is_clear()));
+        let slot = state.free_slot(|slot| maps.pending(slot).is_some_and(|pending| pending.is_clear()));
         let policies = self.snapshots.policies.current();
         let policy = PodPolicy::configured(&policies, workload);
         let entry = |policy: &PodPolicy| entry(workload, cgroup, slot, (0, 0), policy);
