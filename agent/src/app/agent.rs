@@ -31,7 +31,7 @@ pub(super) struct Agent {
 impl Agent {
     /// Waits until the programs are not attached to the pods' cgroup any more, and another one is there to attach them to.
     pub(super) async fn must_attach_again(&self) {
-        self.attachment.is_lost(&self.kernel, &self.state).await;
+        self.attachment.lost(&self.kernel, &self.state).await;
     }
 
     /// Serves on until another agent stands by, for at most `limit`.

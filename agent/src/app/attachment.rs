@@ -1,8 +1,8 @@
 //! Notices that the pods' cgroup is gone or another one, as after a change of the kubelet's cgroup driver or a new start of a node that
 //! is a container. The programs stay attached to the old cgroup, and nothing of a pod below the new one is captured.
 //!
-//! The programs know the cgroup by its id, and are loaded anew for another one. So the process starts again: a cgroup only goes when it
-//! has no processes, so no flow of a pod is lost.
+//! The programs know the cgroup by its id, and are loaded anew for another one. So the process starts again. A cgroup only goes when it
+//! has no processes, so no flow of a pod is lost then. If somebody detaches a program, all flows of the node are.
 
 use std::{
     path::{Path, PathBuf},
@@ -34,7 +34,7 @@ impl Attachment {
     }
 
     /// Waits until the programs are not attached to the pods' cgroup any more, and another one is there. `state` shows it meanwhile.
-    pub(super) async fn is_lost(&self, kernel: &Kernel, state: &State) {
+    pub(super) async fn lost(&self, kernel: &Kernel, state: &State) {
         let mut tick = interval(LOOK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut looks = 0_u32;

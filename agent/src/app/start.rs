@@ -64,7 +64,7 @@ pub(super) async fn start(
         let Some(cover) = &cover else { return Some(sources.complete().await) };
         tokio::select! {
             complete = cover.while_waiting(sources.complete()) => Some(complete),
-            () = attachment.is_lost(&cover.kernel, &operator.state) => None,
+            () = attachment.lost(&cover.kernel, &operator.state) => None,
         }
     };
     let Some(complete) = signals.before(complete).await else { return Ok(Started::Ended(Ended::ByRequest)) };
