@@ -145,21 +145,22 @@ pub(crate) fn compare(lines: &[Line], servers: fn(&Scene<'_>) -> Result<Vec<Proc
     Ok(())
 }
 
-/// Time after which a server that has not ended is asked again.
-const ASK_AGAIN: Duration = Duration::from_secs(5);
+/// Time after which a server that has not ended gets another signal.
+const IGNORED: Duration = Duration::from_secs(5);
 
-/// Ends a server as an operator does. PostgreSQL leaves shared memory behind when it is killed. Python's asyncio waits for open connections
-/// at the first signal, and ends at the second.
+/// Ends a server as an operator does. PostgreSQL leaves shared memory behind when it is killed, and waits for its clients at SIGTERM. Others
+/// ignore SIGINT if the tests were started in the background of a shell.
 fn stop(server: &mut Process) -> Result<()> {
     server.signal(Signal::SIGINT)?;
-    let mut asked = Instant::now();
+    let asked = Instant::now();
+    let mut is_asked_again = false;
     until("the end of a server", || {
         if server.ended()?.is_some() {
             return Ok(Some(()));
         }
-        if asked.elapsed() >= ASK_AGAIN {
-            server.signal(Signal::SIGINT)?;
-            asked = Instant::now();
+        if !is_asked_again && asked.elapsed() >= IGNORED {
+            server.signal(Signal::SIGTERM)?;
+            is_asked_again = true;
         }
         Ok(None)
     })
