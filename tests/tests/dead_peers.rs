@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use tacit_abi::tcp_port;
 use tacit_tests::{Client, Mesh, Plan, Server, fresh_port, observe};
 use tacit_topology::{Agent, Pod, until};
 
@@ -291,6 +292,43 @@ fn a_new_connection_to_a_dead_node_does_not_wait_for_a_session_of_the_pool() -> 
     ensure!(idle()? == 0, "a session to a dead node is kept");
     heal(&mesh)?;
     Client::echo(mesh.pod("client")?, server.address(), "last")
+}
+
+/// A session of the pool is silent for longer than its peer is waited for, and the peer lives. Whichever session opens the
+/// connection in the end, the application at the far end accepts one.
+#[test]
+#[ignore = "needs root"]
+fn a_connection_that_begins_in_an_outage_is_accepted_once() -> Result<()> {
+    let mesh = plan("once").with_agents()?;
+    let (client, far) = (mesh.pod("client")?, mesh.pod("far")?);
+    let server = Server::start(far, SocketAddr::new(far.ipv4().into(), fresh_port()), &["echo"])?;
+    let idle = || observe::metric(mesh.agent("a")?, "tacit_pool_idle_sessions", &[]);
+    for outage in 1..=3 {
+        Client::echo(client, server.address(), "before")?;
+        until("a session is idle", || Ok((idle()? > 0).then_some(())))?;
+        cut(&mesh)?;
+        let begun = Client::start(client, server.address(), &["send:hello", "line"])?;
+        until("another session is tried", || Ok(is_another_session_tried(client)?.then_some(())))?;
+        heal(&mesh)?;
+        let events = begun.finish()?;
+        ensure!(events.iter().any(|event| event["text"] == "hello"), "{events:?}");
+        // A connection by what was sent before the outage would be there by the end of this one.
+        Client::echo(client, server.address(), "after")?;
+        until("nothing waits to be sent", || Ok(is_acknowledged(client)?.then_some(())))?;
+        assert_eq!(server.accepted()?, 3 * outage, "outage {outage}");
+    }
+    Ok(())
+}
+
+/// Returns true if a SYN is on its way to the tunnel port of another pod.
+fn is_another_session_tried(pod: &Pod) -> Result<bool> {
+    const SYN_SENT: &str = "02";
+    let port = format!(":{:04X}", tcp_port::TUNNEL);
+    let table = pod.netns().enter(|| fs::read_to_string("/proc/thread-self/net/tcp"))??;
+    Ok(table.lines().skip(1).any(|line| {
+        let columns: Vec<_> = line.split_whitespace().collect();
+        columns.get(2).is_some_and(|remote| remote.ends_with(&port)) && columns.get(3) == Some(&SYN_SENT)
+    }))
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! accepts and answers each OPEN with ACCEPT or DENY. `flow_state` defines the order of frames. A violation ends the session.
 //! Dropping a session cuts the connection; [`Session::close`] sends close_notify first.
 
+mod opening;
 mod optimistic_data;
 #[cfg(test)]
 mod tests;
@@ -18,7 +19,6 @@ use std::{
 };
 
 use tacit_core::{
-    refusal::RefusalReason,
     spiffe::SpiffeId,
     wire::{
         flow_state::{FlowState, Role},
@@ -27,7 +27,6 @@ use tacit_core::{
     },
 };
 use tacit_identity::{certificate::Validity, credentials::Credentials};
-use tacit_kernel::socket::peer::peer_state;
 use tokio::{net::TcpStream, time::timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -43,63 +42,14 @@ use crate::{
     receive_buffer::{ReceiveBuffer, Received},
     socket,
 };
+pub use opening::OpenError;
 pub use optimistic_data::OptimisticData;
 
 /// Limit for a server to keep an idle session. It is longer than the client's pool limit, so the client closes first
 /// and never opens a flow on a session that is being closed.
 pub const SERVER_IDLE: Duration = Duration::from_secs(120);
-/// Limit for the answer to OPEN. It exceeds the server's limit for connecting to the destination.
-const OPEN_MAX: Duration = Duration::from_secs(30);
-/// Time in which the kernel of a peer acknowledges OPEN, beside [`OPEN_ROUND_TRIPS`], unless the peer is gone. The kernel repeats a lost
-/// packet after a round trip and at least 200 ms, and an acknowledgement can be delayed by 40 ms.
-const OPEN_ACKNOWLEDGED: Duration = Duration::from_millis(300);
-/// Round trips for the same: one before the repetition, one until its acknowledgement, and one for their variation.
-const OPEN_ROUND_TRIPS: u32 = 3;
 /// Limit for a server to send its answer of a few bytes.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
-
-/// The reason why no flow was opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The server rejected this flow; the session can carry others.
-    #[error("the destination's agent refused the flow: {0}")]
-    Denied(DenyReason),
-    /// The session ended before the server answered. The flow may be retried on a new session.
-    #[error("the session ended before the destination's agent answered: {0}")]
-    Stale(#[source] TunnelError),
-    /// The peer's kernel did not acknowledge OPEN. The flow may be tried on a new session, unless data of it was sent.
-    #[error("the peer of an idle session does not answer")]
-    Silent,
-    /// The tunnel failed, and a retry on a new session would fail too.
-    #[error(transparent)]
-    Tunnel(TunnelError),
-    /// The application reset its connection before the answer; the server was informed.
-    #[error("the application has reset its connection")]
-    Abandoned,
-}
-
-impl OpenError {
-    /// Returns the reason for which the connection is refused.
-    #[must_use]
-    pub fn reason(&self) -> RefusalReason {
-        match self {
-            Self::Denied(reason) => reason.reason(),
-            Self::Stale(_) => RefusalReason::Stale,
-            Self::Silent => RefusalReason::PeerUnreachable,
-            Self::Tunnel(error) => error.reason(),
-            Self::Abandoned => RefusalReason::ResetBySource,
-        }
-    }
-}
-
-impl From<TunnelError> for OpenError {
-    fn from(error: TunnelError) -> Self {
-        match error {
-            gone @ (TunnelError::Io(_) | TunnelError::Closed) => Self::Stale(gone),
-            other => Self::Tunnel(other),
-        }
-    }
-}
 
 /// An authenticated session with one peer. Sessions are boxed, because a flow's task would otherwise reserve space for one in
 /// every state. Handshakes are boxed for the same reason.
@@ -224,51 +174,6 @@ impl Session {
     #[must_use]
     pub fn is_idle_alive(&self) -> bool {
         self.state == FlowState::Idle && self.receive_buffer.is_empty() && self.tls.is_quiet()
-    }
-
-    /// Client: opens a flow and waits for the answer, at most `OPEN_MAX`, or until the peer has not acknowledged OPEN for a few round
-    /// trips. Data that `optimistic` has already sent leaves with
-    /// OPEN. In that case later data is also sent before the answer arrives.
-    ///
-    /// # Errors
-    /// [`OpenError`]. [`Session::is_idle`] reports whether the session can still be used.
-    pub async fn open(
-        &mut self,
-        open: &Open,
-        optimistic: Option<&mut OptimisticData<'_>>,
-    ) -> Result<(), OpenError> {
-        let optimistic =
-            optimistic.and_then(|optimistic| optimistic.app_read_now().map(|first| (optimistic, first)));
-        let optimistic_data = if optimistic.is_some() { OptimisticMode::On } else { OptimisticMode::Off };
-        self.send(&Control::Open(Open { optimistic_data, ..*open }))?;
-        match self.wait_for_answer(optimistic).await? {
-            Received::Control(Control::Deny(reason)) => {
-                self.end_after_deny(optimistic_data);
-                Err(OpenError::Denied(reason))
-            }
-            // `flow_state` has rejected everything except ACCEPT.
-            _ => Ok(()),
-        }
-    }
-
-    /// Looks at an answer to OPEN that has not come in `waited`. Returns the time at which to look again.
-    ///
-    /// # Errors
-    /// [`OpenError`], if it is not waited for any longer.
-    fn check_answer(&self, waited: Duration) -> Result<Duration, OpenError> {
-        if waited >= OPEN_MAX {
-            let timeout = TunnelError::Timeout { what: "the answer to OPEN", limit: OPEN_MAX };
-            return Err(OpenError::Tunnel(timeout));
-        }
-        let peer = peer_state(self.tls.tcp()).map_err(TunnelError::Io)?;
-        if !peer.is_asked {
-            // The peer has acknowledged OPEN, and waits for its application.
-            return Ok(OPEN_MAX);
-        }
-        // An acknowledgement that was on its way when OPEN was sent is not one of OPEN.
-        let silence = peer.heard.min(waited);
-        let patience = patience(peer.round_trip);
-        if silence < patience { Ok(waited + patience - silence) } else { Err(OpenError::Silent) }
     }
 
     /// Server: returns the next flow that the client requests. Returns `None` if the client closed the session or was idle for
@@ -492,11 +397,6 @@ impl Session {
     pub(crate) fn consume(&mut self, written_bytes: usize) {
         self.receive_buffer.consume(written_bytes);
     }
-}
-
-/// Returns the time after which a peer that has not acknowledged OPEN is silent.
-fn patience(round_trip: Duration) -> Duration {
-    OPEN_ACKNOWLEDGED + OPEN_ROUND_TRIPS * round_trip
 }
 
 async fn bounded<T, E: From<TunnelError>>(

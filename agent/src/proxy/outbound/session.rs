@@ -1,6 +1,6 @@
 //! A session to the agent of a destination, on which that agent has accepted the flow: an idle one of the pool, or a new one.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tacit_abi::tcp_port;
 use tacit_core::{
@@ -81,46 +81,103 @@ async fn opened(
     let may_lose_data = attempt.optimistic.is_some() && path.is_untunnelled(open.destination.ip());
     let mut optimistic = attempt.optimistic.filter(|_| !may_lose_data).map(OptimisticData::new);
     // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it were taken: the
-    // destination may have read those, so they are not sent twice. After a session whose peer is silent, the pool has no other.
-    while let Some(mut session) = path.sessions.take(key) {
-        match session.open(open, optimistic.as_mut()).await {
-            Ok(()) => {
-                if may_lose_data {
-                    path.note_tunnelled(open.destination.ip(), true);
-                }
-                return Ok((session, taken_bytes(&optimistic)));
+    // destination may have read those, so they are not sent twice.
+    let mut silent = None;
+    while silent.is_none()
+        && let Some(mut session) = path.sessions.take(key)
+    {
+        let opened = session.open_idle(open, optimistic.as_mut()).await;
+        let taken_bytes = taken_bytes(&optimistic);
+        match opened {
+            Err(OpenError::Silent) if taken_bytes == 0 => {
+                path.sessions.close_to(key);
+                silent = Some(session);
             }
-            Err(OpenError::Denied(reason)) => {
-                return Err(denied(path, key, session, reason, taken_bytes(&optimistic)));
-            }
-            Err(error) if taken_bytes(&optimistic) > 0 => return Err(Refusal::new(error.reason(), error)),
-            Err(error) => {
-                tracing::debug!(%error, "idle session was dead");
-                if matches!(error, OpenError::Silent) {
-                    path.sessions.close_to(key);
-                }
-            }
+            opened if taken_bytes == 0 && is_dead(&opened) => {}
+            opened => return settled(path, key, session, opened, taken_bytes, may_lose_data),
         }
     }
-    // Before the connection: a peer's time for the handshake begins with it.
-    let turn = path.shares.outgoing_handshake(pod.cgroup).await?;
-    let connected = greet(path, pod, own, key, attempt.limit).await;
-    drop(turn);
-    let mut session = connected?;
-    match session.open(open, optimistic.as_mut()).await {
+    let fresh = async {
+        // Before the connection: a peer's time for the handshake begins with it.
+        let _turn = path.shares.outgoing_handshake(pod.cgroup).await?;
+        greet(path, pod, own, key, attempt.limit).await
+    };
+    let mut session = match silent {
+        None => fresh.await?,
+        Some(silent) => match raced(silent, fresh).await {
+            Raced::Fresh(session) => session?,
+            Raced::Answered { session, opened, spare } => {
+                spare.into_iter().for_each(|spare| path.sessions.keep(key.clone(), spare));
+                return settled(path, key, session, opened, 0, may_lose_data);
+            }
+        },
+    };
+    let opened = session.open(open, optimistic.as_mut()).await;
+    settled(path, key, session, opened, taken_bytes(&optimistic), may_lose_data)
+}
+
+/// Result of the wait for a silent session and for a new one.
+enum Raced {
+    /// The silent session, whose peer has received OPEN, and a new session that is not needed.
+    Answered { session: Box<Session>, opened: Result<(), OpenError>, spare: Option<Box<Session>> },
+    /// The new session. The peer of the silent one has not received OPEN, and will not.
+    Fresh(Result<Box<Session>, Refusal>),
+}
+
+/// Waits for the answer of a silent session and for a new session. The new one is used only if the peer's kernel then has not
+/// received OPEN on the other, so no application accepts a connection twice.
+async fn raced(
+    mut silent: Box<Session>,
+    fresh: impl Future<Output = Result<Box<Session>, Refusal>>,
+) -> Raced {
+    tokio::pin!(fresh);
+    let ready = tokio::select! {
+        biased;
+        opened = silent.answered() => {
+            if !is_dead(&opened) {
+                return Raced::Answered { session: silent, opened, spare: None };
+            }
+            return Raced::Fresh(fresh.await);
+        }
+        fresh = &mut fresh => fresh,
+    };
+    let Ok(fresh) = ready else { return Raced::Fresh(ready) };
+    let opened = silent.answered_if_received().await;
+    if is_dead(&opened) {
+        return Raced::Fresh(Ok(fresh));
+    }
+    Raced::Answered { session: silent, opened, spare: Some(fresh) }
+}
+
+/// Returns true if an idle session has not opened the flow, and a new one may.
+fn is_dead(opened: &Result<(), OpenError>) -> bool {
+    match opened {
+        Ok(()) | Err(OpenError::Denied(_)) => false,
+        Err(error) => {
+            tracing::debug!(%error, "idle session was dead");
+            true
+        }
+    }
+}
+
+/// Returns the session on which the peer has accepted the flow, with the bytes of the application that were `taken_bytes` before.
+fn settled(
+    path: &Proxy,
+    key: &PoolKey,
+    session: Box<Session>,
+    opened: Result<(), OpenError>,
+    taken_bytes: u64,
+    may_lose_data: bool,
+) -> Result<(Box<Session>, u64), Refusal> {
+    match opened {
         Ok(()) => {
             if may_lose_data {
-                path.note_tunnelled(open.destination.ip(), true);
+                path.note_tunnelled(key.server, true);
             }
-            Ok((session, taken_bytes(&optimistic)))
+            Ok((session, taken_bytes))
         }
-        Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason, taken_bytes(&optimistic))),
-        Err(OpenError::Stale(error) | OpenError::Tunnel(error)) => Err(Refusal::new(error.reason(), error)),
-        // The application's kernel asks again, as for a host that does not answer.
-        Err(error @ OpenError::Silent) => {
-            Err(Refusal::new(error.reason(), error).because_of(&io::ErrorKind::TimedOut.into()))
-        }
-        Err(error @ OpenError::Abandoned) => Err(Refusal::new(error.reason(), error)),
+        Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason, taken_bytes)),
+        Err(error) => Err(Refusal::new(error.reason(), error)),
     }
 }
 

@@ -13,7 +13,10 @@ use std::{
 use tacit_kernel::socket::AppStream;
 use tokio::time::{Instant, sleep_until};
 
-use super::{Control, FlowState, OPEN_ACKNOWLEDGED, OpenError, Received, Session};
+use super::{
+    Control, FlowState, OpenError, Received, Session,
+    opening::{OPEN_ACKNOWLEDGED, Silence},
+};
 use crate::{
     app_read::{AppRead, app_read_now, poll_app_read},
     buffers::Size,
@@ -56,6 +59,7 @@ impl Session {
     pub(super) async fn wait_for_answer(
         &mut self,
         optimistic: Option<(&mut OptimisticData<'_>, AppRead)>,
+        silence: Silence,
     ) -> Result<Received, OpenError> {
         let (mut optimistic, mut first) = optimistic.unzip();
         let begun = Instant::now();
@@ -74,7 +78,7 @@ impl Session {
                 }
             }
             while look.as_mut().poll(cx).is_ready() {
-                let next = self.check_answer(begun.elapsed())?;
+                let next = self.check_answer(begun.elapsed(), silence)?;
                 look.as_mut().reset(begun + next);
             }
             Poll::Pending

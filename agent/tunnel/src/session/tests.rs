@@ -2,13 +2,19 @@
 
 use std::future::Future;
 
-use tacit_kernel::socket::{AppStream, Polled as _, peer::stop_receiving};
+use tacit_kernel::socket::{
+    AppStream, Polled as _,
+    peer::{resume_receiving, stop_receiving},
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
 };
 
-use super::*;
+use super::{
+    opening::{OPEN_ACKNOWLEDGED, patience},
+    *,
+};
 use crate::{
     buffers::Size,
     testing::{app_connection, connection, credentials, identity, open, open_flow, sessions},
@@ -345,11 +351,50 @@ fn a_lost_packet_is_repeated_and_acknowledged_before_the_peer_is_silent() {
 async fn open_is_given_up_only_if_the_peer_does_not_acknowledge_it() {
     let (mut client, server) = sessions().await;
     let wait = 4 * OPEN_ACKNOWLEDGED;
-    assert!(timeout(wait, client.open(&open(), None)).await.is_err(), "the server's application is slow");
+    assert!(
+        timeout(wait, client.open_idle(&open(), None)).await.is_err(),
+        "the server's application is slow"
+    );
     drop(server);
 
     let (mut client, server) = sessions().await;
     stop_receiving(server.tcp()).expect("attached");
-    let given_up = timeout(SOON, client.open(&open(), None)).await.expect("in time");
+    let given_up = timeout(SOON, client.open_idle(&open(), None)).await.expect("in time");
     assert!(matches!(given_up, Err(OpenError::Silent)), "{given_up:?}");
+    let asked = timeout(SOON, client.answered_if_received()).await.expect("in time");
+    assert!(matches!(asked, Err(OpenError::Silent)), "{asked:?}");
+}
+
+#[tokio::test]
+async fn an_answer_after_a_silence_is_taken() {
+    for is_asked in [false, true] {
+        let (mut client, mut server) = sessions().await;
+        stop_receiving(server.tcp()).expect("attached");
+        let given_up = timeout(SOON, client.open_idle(&open(), None)).await.expect("in time");
+        assert!(matches!(given_up, Err(OpenError::Silent)), "{given_up:?}");
+        resume_receiving(server.tcp()).expect("detached");
+        let serve = async {
+            let opened = server.next(SOON).await.expect("OPEN").expect("a flow");
+            server.deny(&opened, DenyReason::Policy).await.expect("sent");
+        };
+        let answer =
+            async { if is_asked { client.answered_if_received().await } else { client.answered().await } };
+        let (answer, ()) = tokio::join!(timeout(SOON, answer), serve);
+        let answer = answer.expect("in time");
+        assert!(matches!(answer, Err(OpenError::Denied(DenyReason::Policy))), "{answer:?}");
+        assert!(client.is_idle(), "the session carries others");
+    }
+}
+
+/// The kernel repeats bytes of a connection that was closed, but not of one that was reset.
+#[tokio::test]
+async fn an_open_that_is_given_up_does_not_arrive_later() {
+    let (mut client, mut server) = sessions().await;
+    stop_receiving(server.tcp()).expect("attached");
+    let given_up = timeout(SOON, client.open_idle(&open(), None)).await.expect("in time");
+    assert!(matches!(given_up, Err(OpenError::Silent)), "{given_up:?}");
+    drop(client);
+    resume_receiving(server.tcp()).expect("detached");
+    let next = timeout(SOON, server.next(SOON)).await.expect("in time");
+    assert!(!matches!(next, Ok(Some(_))), "{next:?}");
 }

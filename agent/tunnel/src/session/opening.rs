@@ -1,0 +1,180 @@
+//! The client's side of a flow's begin: OPEN, and the wait for its answer.
+
+use std::time::Duration;
+
+use tacit_core::{
+    refusal::RefusalReason,
+    wire::{
+        frame::Control,
+        open::{DenyReason, Open, OptimisticMode},
+    },
+};
+use tacit_kernel::socket::peer::{ask_peer, peer_state};
+
+use super::{OptimisticData, Session};
+use crate::{TunnelError, receive_buffer::Received, socket};
+
+/// Limit for the answer to OPEN. It exceeds the server's limit for connecting to the destination.
+const OPEN_MAX: Duration = Duration::from_secs(30);
+/// Time in which the kernel of a peer acknowledges OPEN, beside [`OPEN_ROUND_TRIPS`], unless the peer is gone. The kernel repeats a lost
+/// packet after a round trip and at least 200 ms, and an acknowledgement can be delayed by 40 ms.
+pub(super) const OPEN_ACKNOWLEDGED: Duration = Duration::from_millis(300);
+/// Round trips for the same: one before the repetition, one until its acknowledgement, and one for their variation.
+const OPEN_ROUND_TRIPS: u32 = 3;
+
+/// Whether the kernel of a peer may be silent after OPEN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Silence {
+    /// As long as the peer may take to answer.
+    Allowed,
+    /// For a few round trips.
+    Bounded,
+}
+
+/// The reason why no flow was opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The server rejected this flow; the session can carry others.
+    #[error("the destination's agent refused the flow: {0}")]
+    Denied(DenyReason),
+    /// The session ended before the server answered. The flow may be retried on a new session.
+    #[error("the session ended before the destination's agent answered: {0}")]
+    Stale(#[source] TunnelError),
+    /// The peer's kernel did not acknowledge OPEN. The flow may be tried on a new session, unless data of it was sent.
+    #[error("the peer of an idle session does not answer")]
+    Silent,
+    /// The tunnel failed, and a retry on a new session would fail too.
+    #[error(transparent)]
+    Tunnel(TunnelError),
+    /// The application reset its connection before the answer; the server was informed.
+    #[error("the application has reset its connection")]
+    Abandoned,
+}
+
+impl OpenError {
+    /// Returns the reason for which the connection is refused.
+    #[must_use]
+    pub fn reason(&self) -> RefusalReason {
+        match self {
+            Self::Denied(reason) => reason.reason(),
+            Self::Stale(_) => RefusalReason::Stale,
+            Self::Silent => RefusalReason::PeerUnreachable,
+            Self::Tunnel(error) => error.reason(),
+            Self::Abandoned => RefusalReason::ResetBySource,
+        }
+    }
+}
+
+impl From<TunnelError> for OpenError {
+    fn from(error: TunnelError) -> Self {
+        match error {
+            gone @ (TunnelError::Io(_) | TunnelError::Closed) => Self::Stale(gone),
+            other => Self::Tunnel(other),
+        }
+    }
+}
+
+impl Session {
+    /// Client: opens a flow and waits for the answer, at most `OPEN_MAX`. Data that `optimistic` has already sent leaves with
+    /// OPEN. In that case later data is also sent before the answer arrives.
+    ///
+    /// If the session is dropped before the answer, its connection is reset. A peer that has not received OPEN by then does not
+    /// receive it later.
+    ///
+    /// # Errors
+    /// [`OpenError`]. [`Session::is_idle`] reports whether the session can still be used.
+    pub async fn open(
+        &mut self,
+        open: &Open,
+        optimistic: Option<&mut OptimisticData<'_>>,
+    ) -> Result<(), OpenError> {
+        self.open_for(open, optimistic, Silence::Allowed).await
+    }
+
+    /// Client: does the same on a session that was idle, until the peer has not acknowledged OPEN for a few round trips.
+    ///
+    /// # Errors
+    /// [`OpenError::Silent`] in this case: [`Session::answered`] waits on. Else as [`Session::open`].
+    pub async fn open_idle(
+        &mut self,
+        open: &Open,
+        optimistic: Option<&mut OptimisticData<'_>>,
+    ) -> Result<(), OpenError> {
+        self.open_for(open, optimistic, Silence::Bounded).await
+    }
+
+    async fn open_for(
+        &mut self,
+        open: &Open,
+        optimistic: Option<&mut OptimisticData<'_>>,
+        silence: Silence,
+    ) -> Result<(), OpenError> {
+        let optimistic =
+            optimistic.and_then(|optimistic| optimistic.app_read_now().map(|first| (optimistic, first)));
+        let optimistic_data = if optimistic.is_some() { OptimisticMode::On } else { OptimisticMode::Off };
+        self.send(&Control::Open(Open { optimistic_data, ..*open }))?;
+        socket::reset_if_dropped(self.tls.tcp());
+        let answer = self.wait_for_answer(optimistic, silence).await?;
+        self.take_answer(&answer, optimistic_data)
+    }
+
+    /// Client: waits for the answer to an OPEN without optimistic data, after [`OpenError::Silent`]. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub async fn answered(&mut self) -> Result<(), OpenError> {
+        let answer = self.wait_for_answer(None, Silence::Allowed).await?;
+        self.take_answer(&answer, OptimisticMode::Off)
+    }
+
+    /// Client: does the same, and asks the peer's kernel whether it has OPEN.
+    ///
+    /// # Errors
+    /// [`OpenError::Silent`] if it does not confirm that in a few round trips. Others are those of [`Session::answered`].
+    pub async fn answered_if_received(&mut self) -> Result<(), OpenError> {
+        // A connection that cannot be asked has ended, which the wait reports.
+        let _ = ask_peer(self.tls.tcp());
+        let answer = self.wait_for_answer(None, Silence::Bounded).await?;
+        self.take_answer(&answer, OptimisticMode::Off)
+    }
+
+    fn take_answer(&mut self, answer: &Received, optimistic_data: OptimisticMode) -> Result<(), OpenError> {
+        socket::deliver_if_dropped(self.tls.tcp());
+        match answer {
+            Received::Control(Control::Deny(reason)) => {
+                self.end_after_deny(optimistic_data);
+                Err(OpenError::Denied(*reason))
+            }
+            // `flow_state` has rejected everything except ACCEPT.
+            _ => Ok(()),
+        }
+    }
+
+    /// Looks at an answer to OPEN that has not come in `waited`. Returns the time at which to look again.
+    ///
+    /// # Errors
+    /// [`OpenError`], if it is not waited for any longer.
+    pub(super) fn check_answer(&self, waited: Duration, silence: Silence) -> Result<Duration, OpenError> {
+        if waited >= OPEN_MAX {
+            let timeout = TunnelError::Timeout { what: "the answer to OPEN", limit: OPEN_MAX };
+            return Err(OpenError::Tunnel(timeout));
+        }
+        if silence == Silence::Allowed {
+            return Ok(OPEN_MAX);
+        }
+        let peer = peer_state(self.tls.tcp()).map_err(TunnelError::Io)?;
+        if !peer.is_asked {
+            // The peer has acknowledged OPEN, and waits for its application.
+            return Ok(OPEN_MAX);
+        }
+        // An acknowledgement that was on its way when OPEN was sent is not one of OPEN.
+        let silence = peer.heard.min(waited);
+        let patience = patience(peer.round_trip);
+        if silence < patience { Ok(waited + patience - silence) } else { Err(OpenError::Silent) }
+    }
+}
+
+/// Returns the time after which a peer that has not acknowledged OPEN is silent.
+pub(super) fn patience(round_trip: Duration) -> Duration {
+    OPEN_ACKNOWLEDGED + OPEN_ROUND_TRIPS * round_trip
+}
