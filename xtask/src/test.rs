@@ -145,7 +145,10 @@ impl Session<'_> {
             self.check("lints", || lint::host(workspace));
             self.check("lints of the kernel side", || ebpf::clippy(workspace));
         }
-        self.check("agent and attack suite", || workspace.build(Profile::Fast, &["tacit", "tacit-attack"]))?;
+        self.check("agent, attack suite, CNI plugin", || {
+            workspace.build(Profile::Fast, &["tacit", "tacit-attack"])?;
+            workspace.build_cni(Profile::Fast)
+        })?;
         let tests = self.check("build the tests", || test_programs::build(workspace, &[]))?;
         self.unit_tests(&tests);
         self.kernel_tests(&tests, &privileged);

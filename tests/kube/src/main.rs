@@ -119,7 +119,8 @@ fn prepare(workspace: &Workspace) -> Result<()> {
     progress.step("Helm", || helm::ensure_built(workspace).map(drop))?;
     progress.step("kernel side", || ebpf::build(workspace).map(drop))?;
     progress.step("agent and attack suite (release)", || {
-        workspace.build(Profile::Release, &["tacit", "tacit-attack"])
+        workspace.build(Profile::Release, &["tacit", "tacit-attack"])?;
+        workspace.build_cni(Profile::Release)
     })
 }
 

@@ -1,7 +1,7 @@
 //! Container images, made without a daemon and without root: for `cargo xtask image` and for clusters of tests.
 //!
-//! The image holds the release binaries of the agent and of its attack suite (`tacit doctor --attack`) and the shared
-//! libraries that their loader names, and nothing else: no shell, no package manager, no certificates (Tacit trusts the mesh's own root only). The archive is an OCI layout and a
+//! The image holds the release binaries of the agent, of its attack suite (`tacit doctor --attack`) and of the CNI plugin, and the
+//! shared libraries that their loader names, and nothing else: no shell, no package manager, no certificates (Tacit trusts the mesh's own root only). The archive is an OCI layout and a
 //! docker archive in one file, so that `ctr images import`, `docker load`, `podman load` and `skopeo copy oci-archive:`
 //! all take it.
 //!
@@ -28,6 +28,8 @@ use layout::Description;
 const PROGRAM: &str = "usr/bin/tacit";
 /// Path of the attack suite in the image: beside the agent, which starts it.
 const ATTACK: &str = "usr/bin/tacit-attack";
+/// Path of the CNI plugin in the image: beside the agent, which copies it to the node.
+const CNI: &str = "usr/bin/tacit-cni";
 /// The image name in the manifests of `deploy/`.
 const NAME: &str = "localhost/tacit";
 
@@ -77,8 +79,9 @@ fn version() -> &'static str {
 }
 
 /// The release binaries, by their paths in the image.
-fn programs(workspace: &Workspace) -> [(&'static str, PathBuf); 2] {
-    [(PROGRAM, workspace.agent(Profile::Release)), (ATTACK, workspace.attack(Profile::Release))]
+fn programs(workspace: &Workspace) -> [(&'static str, PathBuf); 3] {
+    let agent = (PROGRAM, workspace.agent(Profile::Release));
+    [agent, (ATTACK, workspace.attack(Profile::Release)), (CNI, workspace.cni(Profile::Release))]
 }
 
 /// Everything in the image: the programs, and each library at the place where the loader looks for it.
@@ -86,7 +89,14 @@ fn contents(programs: &[(&str, PathBuf)]) -> Result<Vec<Entry>> {
     let mut entries = Vec::new();
     for (place, program) in programs {
         entries.push(Entry::program(place, program)?);
-        for library in libraries::of(program)? {
+        let libraries = libraries::of(program)?;
+        // It runs on the node, which may have another C library or none.
+        ensure!(
+            *place != CNI || libraries.is_empty(),
+            "{} needs {libraries:?}: link it statically",
+            program.display()
+        );
+        for library in libraries {
             let place = library.strip_prefix("/").context("a library without an absolute path")?;
             let place = place.to_str().context("a library whose path is no text")?;
             entries.push(Entry::program(place, &library)?);

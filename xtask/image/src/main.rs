@@ -36,8 +36,9 @@ fn run(options: &Options) -> Result<()> {
     let mut progress = Progress::new(4);
     progress.step("what is needed", || setup::ensure_ebpf(&workspace).map(drop))?;
     progress.step("kernel side", || ebpf::build(&workspace).map(drop))?;
-    progress.step("agent and attack suite (release)", || {
-        workspace.build(Profile::Release, &["tacit", "tacit-attack"])
+    progress.step("agent, attack suite and CNI plugin (release)", || {
+        workspace.build(Profile::Release, &["tacit", "tacit-attack"])?;
+        workspace.build_cni(Profile::Release)
     })?;
     if let Some(root) = &options.root {
         return progress.step("files", || xtask_image::write_files(&workspace, root));

@@ -84,6 +84,11 @@ impl Workspace {
         self.program(profile, "tacit-attack")
     }
 
+    /// The CNI plugin: beside the agent, which installs it.
+    pub fn cni(&self, profile: Profile) -> PathBuf {
+        self.program(profile, "tacit-cni")
+    }
+
     /// cargo, started in the repository with its target folder stated.
     pub fn cargo(&self, subcommand: &str) -> Command {
         let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -96,6 +101,15 @@ impl Workspace {
         let mut cargo = self.cargo("build");
         cargo.args(["--profile", profile.name(), "--bins", "--target-dir"]).arg(&self.target);
         command::run(cargo.args(packages.iter().flat_map(|package| ["--package", package])))
+    }
+
+    /// Builds the CNI plugin. It runs outside the image, on a node whose C library may be another one, so it has its own.
+    pub fn build_cni(&self, profile: Profile) -> Result<()> {
+        let mut cargo = self.cargo("rustc");
+        cargo.args(["--profile", profile.name(), "--target-dir"]).arg(&self.target);
+        let flags =
+            ["--package", "tacit-cni", "--bin", "tacit-cni", "--", "-C", "target-feature=+crt-static"];
+        command::run(cargo.args(flags))
     }
 }
 
