@@ -30,6 +30,7 @@ mod kernel_shares;
 mod node_addresses;
 mod node_state;
 mod report;
+mod sandboxes;
 mod sources;
 mod start;
 mod state;

@@ -30,12 +30,14 @@ use tacit_sources::{
 };
 
 mod clear;
+mod cni;
 mod issuer;
 mod kubernetes;
 
+use crate::cni::CniConfig;
 use clear::clear_destination;
 
-const FIELDS: [&str; 22] = [
+const FIELDS: [&str; 23] = [
     "trustDomain",
     "node",
     "podsCgroup",
@@ -49,6 +51,7 @@ const FIELDS: [&str; 22] = [
     "pinPath",
     "statePath",
     "socket",
+    "cni",
     "metrics",
     "successorTimeout",
     "drainTimeout",
@@ -133,6 +136,8 @@ pub struct Config {
     pub state_path: PathBuf,
     /// The operator's unix socket.
     pub socket: PathBuf,
+    /// The CNI plugin of the node. Without it the agent leaves the node's CNI folders alone.
+    pub cni: Option<CniConfig>,
     /// Address of Prometheus metrics and readiness.
     pub metrics: SocketAddr,
     /// Time for which an agent that may have a successor serves on after SIGTERM, until one stands by; 0 s to 5 min.
@@ -229,7 +234,9 @@ impl Config {
         let issuer = issuer.and_then(|value| issuer::decode(&value, folder));
         let root_namespace = f.or("rootNamespace", ROOT_NAMESPACE.into(), |v| v.name().map(Arc::from));
         let minimum_mode = f.or("minimumMode", MINIMUM_MODES[0].1, |v| v.choice(&MINIMUM_MODES));
-        let state_path = f.or("statePath", STATE_PATH.into(), absolute);
+        let state_path: Option<PathBuf> = f.or("statePath", STATE_PATH.into(), absolute);
+        let cni =
+            f.or("cni", None, |v| cni::decode(v, state_path.as_deref().unwrap_or(Path::new("/"))).map(Some));
         let pin_path = f.or("pinPath", PIN_PATH.into(), absolute);
         let socket = f.or("socket", SOCKET.into(), |v| socket_path(v, folder));
         let metrics = f.or("metrics", METRICS, Value::listen_address);
@@ -258,6 +265,7 @@ impl Config {
             pin_path: pin_path?,
             state_path: state_path?,
             socket: socket?,
+            cni: cni?,
             metrics: metrics?,
             successor_timeout: successor_timeout?,
             drain_timeout: drain_timeout?,

@@ -12,6 +12,7 @@
 //! | module | job |
 //! |---|---|
 //! | `app` | starts everything, runs it, takes it down |
+//! | `cni` | the CNI plugin of the node, with which pods wait for the agent |
 //! | `config` | the configuration; every mistake with line and field |
 //! | `control_state` | the snapshots that flows and enrolment read |
 //! | `enrol` | enrols a pod that appears, and removes one that goes |
@@ -50,6 +51,7 @@
 
 pub mod app;
 pub mod authority;
+pub mod cni;
 pub mod config;
 pub mod control_state;
 pub mod enrol;

@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use tacit::{
     app::{self, AppError, Ended},
-    authority,
+    authority, cni,
     config::{self, Config},
     telemetry::{admin, doctor, log, status},
 };
@@ -108,6 +108,12 @@ enum Command {
         /// Pin path of that agent, if its configuration file no longer exists.
         #[arg(long, value_name = "PATH", conflicts_with = "config")]
         pin_path: Option<PathBuf>,
+        /// Also remove the CNI plugin from the configurations in this folder. The configuration file of the agent names it too.
+        #[arg(long, value_name = "PATH", requires = "cni_program_folder", conflicts_with = "config")]
+        cni_config_folder: Option<PathBuf>,
+        /// The folder of the plugin's program.
+        #[arg(long, value_name = "PATH", requires = "cni_config_folder")]
+        cni_program_folder: Option<PathBuf>,
         /// Then stay until SIGTERM or SIGINT: what a DaemonSet runs has to.
         #[arg(long)]
         stay: bool,
@@ -189,16 +195,32 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Doctor { attack: true, output, only, family, .. } => attack(output, only, family),
         Command::Doctor { pin_path, output, .. } => show_doctor(&pin_path, output),
-        Command::Uninstall { config, pin_path, stay } => uninstall(config, pin_path, stay),
+        Command::Uninstall { config, pin_path, cni_config_folder, cni_program_folder, stay } => {
+            uninstall(config, pin_path, cni_config_folder.zip(cni_program_folder), stay)
+        }
     };
     done.map(|()| ExitCode::SUCCESS)
 }
 
-fn uninstall(config: Option<PathBuf>, pin_path: Option<PathBuf>, stay: bool) -> Result<()> {
-    let configured = config.map(|file| Config::read(&file)).transpose()?.map(|config| config.pin_path);
-    let pin_path = configured.or(pin_path).context("name the configuration file or the pin path")?;
+fn uninstall(
+    config: Option<PathBuf>,
+    pin_path: Option<PathBuf>,
+    cni_folders: Option<(PathBuf, PathBuf)>,
+    stay: bool,
+) -> Result<()> {
+    let config = config.map(|file| Config::read(&file)).transpose()?;
+    let configured = config.as_ref().and_then(|config| config.cni.clone());
+    let cni_folders = configured.map(|cni| (cni.config_folder, cni.program_folder)).or(cni_folders);
+    let pin_path = config.map(|config| config.pin_path).or(pin_path);
+    let pin_path = pin_path.context("name the configuration file or the pin path")?;
     let removed = tacit_kernel::uninstall(&pin_path)?;
     println!("removed {removed} pins under {}", pin_path.display());
+    // After the pins: that fails while an agent runs, which would install the plugin again.
+    if let Some((configurations, programs)) = cni_folders
+        && cni::remove(&configurations, &programs)?
+    {
+        println!("removed the CNI plugin from {} and {}", configurations.display(), programs.display());
+    }
     if !stay {
         return Ok(());
     }

@@ -30,7 +30,7 @@ use tokio::{
 
 use crate::file::{self, LoadError};
 
-mod folder;
+pub mod folder;
 
 use folder::Folder;
 

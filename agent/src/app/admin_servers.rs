@@ -182,6 +182,7 @@ impl Shown {
             kernel: Vec::new(),
             guard: GuardStatus::default(),
             node_state: self.node_state.borrow().clone(),
+            cni: None,
             unnamed: UnnamedStatus::default(),
             mesh: MeshStatus::default(),
             uncovered: UncoveredStatus::default(),

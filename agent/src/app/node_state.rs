@@ -241,7 +241,7 @@ fn file(folder: &Path) -> PathBuf {
 }
 
 /// Makes the folder, or takes the access of others from it. A folder that somebody else made is not used.
-fn make_private(folder: &Path) -> io::Result<()> {
+pub(super) fn make_private(folder: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
     let found = fs::symlink_metadata(folder)?;
     let (owner, mode) = (found.uid(), found.mode() & 0o777);

@@ -30,7 +30,7 @@ use crate::{
     mesh::NodesNotApplied,
     proxy::Proxy,
     telemetry::status::{
-        AgentState, CertificateStatus, CounterStatus, DropStatus, FlowsStatus, GuardStatus,
+        AgentState, CertificateStatus, CniStatus, CounterStatus, DropStatus, FlowsStatus, GuardStatus,
         HookProgramStatus, IssuerStatus, MeshStatus, NodeStateStatus, NodesStatus, PodState, PodStatus,
         PoolStatus, ProgramStatus, RANGES_LISTED_MAX, ShareStatus, SourceKind, SourceStatus, Status,
         UncoveredStatus, UnnamedStatus,
@@ -49,6 +49,7 @@ pub(super) struct Report {
     pods_cgroup: PathBuf,
     started: Instant,
     node_state: watch::Receiver<NodeStateStatus>,
+    cni: Option<watch::Receiver<CniStatus>>,
     unnamed_pod_timeout: Duration,
     /// The pods and services outside the mesh's ranges, for that directory and those ranges.
     uncovered: Mutex<(Arc<Directory>, Arc<Ranges>, UncoveredStatus)>,
@@ -61,9 +62,11 @@ impl Report {
         kernel: Arc<Kernel>,
         proxy: Arc<Proxy>,
         (started, node_state): (Instant, watch::Receiver<NodeStateStatus>),
+        cni: Option<watch::Receiver<CniStatus>>,
     ) -> Self {
         Self {
             node_state,
+            cni,
             unnamed_pod_timeout: config.unnamed_pod_timeout,
             kernel,
             proxy,
@@ -89,6 +92,7 @@ impl Report {
             kernel: self.kernel(),
             guard: self.guard(),
             node_state: self.node_state.borrow().clone(),
+            cni: self.cni.as_ref().map(|cni| cni.borrow().clone()),
             unnamed: self.unnamed(),
             mesh: mesh(&self.proxy.snapshots.mesh.ranges()),
             uncovered: self.uncovered(),

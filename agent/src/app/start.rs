@@ -31,18 +31,23 @@ use crate::{
         cover::{Cover, kept_state},
         node_state::{self, Kept},
         report::Report,
+        sandboxes::{self, Sandboxes},
         sources::Sources,
         state::{Event, State},
         succession::{self, Succession},
         system,
         tasks::{Tasks, refresh_node},
     },
+    cni,
     config::{Config, IssuerConfig, Source},
     control_state::Snapshots,
     enrol::{Answer, Enroller, Serve, publish_mesh_default},
     mesh::Mesh,
     proxy::{Proxy, accept, dialer::Dialer, workers::Workers},
-    telemetry::{Telemetry, status::NodeStateStatus},
+    telemetry::{
+        Telemetry,
+        status::{CniStatus, NodeStateStatus},
+    },
 };
 
 /// Starts the agent. It ends before it serves if a signal arrives, or if the pods' cgroup is another one meanwhile.
@@ -236,7 +241,11 @@ fn serve(
 ) -> Agent {
     let Operator { started, state, node_state, servers, .. } = operator;
     let shown = (started, node_state.subscribe());
-    let report = Arc::new(Report::new(config, node.pods_cgroup.path(), kernel.clone(), proxy.clone(), shown));
+    let cni = config.cni.as_ref().map(|_| watch::Sender::new(CniStatus::default()));
+    let shown_cni = cni.as_ref().map(watch::Sender::subscribe);
+    let report =
+        Report::new(config, node.pods_cgroup.path(), kernel.clone(), proxy.clone(), shown, shown_cni);
+    let report = Arc::new(report);
     state.apply(Event::TakesOver);
     servers.show(report.clone());
     let descriptors = node.descriptors;
@@ -247,11 +256,33 @@ fn serve(
     };
     let Snapshots { directory, policies, .. } = proxy.snapshots.clone();
     let folder = node_state::folder(&config.state_path);
+    let cni = keep_cni(
+        config,
+        cni,
+        Sandboxes { directory: Arc::clone(&directory), node: Arc::clone(&config.node), state: state.clone() },
+    );
     let keeper = node_state::keep(folder, on_disk, directory, policies, node_state);
+    let keeper = async move { tokio::join!(keeper, cni).0 };
     let tasks = Tasks::spawn(&kernel, &proxy, &report, (enroller, keeper), config.heartbeat_timeout);
     tracing::info!(node = %config.node, trust_domain = %config.trust_domain, descriptors, "agent runs");
     let (pin_path, drain_timeout) = (config.pin_path.clone(), config.drain_timeout);
     Agent { kernel, proxy, state, servers, tasks, pin_path, drain_timeout, attachment }
+}
+
+/// Answers the CNI plugin and keeps it on the node, if the configuration says so.
+fn keep_cni(
+    config: &Config,
+    status: Option<watch::Sender<CniStatus>>,
+    sandboxes: Sandboxes,
+) -> impl Future<Output = ()> + Send + use<> {
+    let socket = sandboxes::socket(&config.state_path);
+    let wanted = config.cni.clone().zip(status);
+    async move {
+        if let Some((cni, status)) = wanted {
+            tokio::join!(sandboxes.serve(socket.clone()), cni::keep(cni, socket, status));
+        }
+        std::future::pending().await
+    }
 }
 
 /// The previous agent waits for `successor_lock` before it ends. The lock is released after the first look at all pods.

@@ -41,6 +41,7 @@ fn a_minimal_file_gets_the_defaults() {
         pin_path: "/sys/fs/bpf/tacit".into(),
         state_path: "/var/lib/tacit".into(),
         socket: "/run/tacit/agent.sock".into(),
+        cni: None,
         metrics: "127.0.0.1:15020".parse().expect("valid"),
         successor_timeout: Duration::from_secs(10),
         drain_timeout: Duration::from_secs(10),
@@ -77,6 +78,50 @@ fn every_field_can_be_set() {
     assert_eq!(config.workers.map(std::num::NonZeroUsize::get), Some(2));
     let IssuerConfig::Embedded { leaf_lifetime, .. } = config.issuer else { panic!("another issuer") };
     assert_eq!(leaf_lifetime, Duration::from_secs(90 * 60));
+}
+
+#[test]
+fn a_cni_section_has_defaults_and_refuses_mistakes() {
+    let section = |text: &str| MINIMAL.to_owned() + text;
+    let cni = |text: &str| parse(&section(text)).expect("valid").cni.expect("a section");
+    let defaults = CniConfig {
+        is_enabled: true,
+        config_folder: "/etc/cni/net.d".into(),
+        program_folder: "/opt/cni/bin".into(),
+        exempt_namespaces: Vec::new(),
+        timeout: Duration::from_secs(20),
+    };
+    assert_eq!(cni("cni: {}\n"), defaults);
+    // As the manifests write it.
+    let text = "cni: {\"configFolder\":\"/a\",\"enabled\":false,\"exemptNamespaces\":[\"kube-system\"],\"programFolder\":\"/b\"}\n";
+    let expected = CniConfig {
+        is_enabled: false,
+        config_folder: "/a".into(),
+        program_folder: "/b".into(),
+        exempt_namespaces: vec!["kube-system".to_owned()],
+        ..defaults
+    };
+    assert_eq!(cni(text), expected);
+    let mistakes = problems(&section(
+        "cni: {enabled: maybe, configFolder: etc, programFolder: /opt/../x, exemptNamespaces: [A], timeout: 3m, folder: x}\n",
+    ));
+    let fields = [
+        "cni.folder",
+        "cni.enabled",
+        "cni.configFolder",
+        "cni.programFolder",
+        "cni.exemptNamespaces[0]",
+        "cni.timeout",
+    ];
+    for field in fields {
+        assert!(
+            mistakes.iter().any(|mistake| mistake.contains(&format!(": {field}: "))),
+            "{field}: {mistakes:?}"
+        );
+    }
+    assert_eq!(mistakes.len(), fields.len(), "{mistakes:?}");
+    let long = format!("statePath: /{}\ncni: {{}}\n", "a".repeat(60));
+    assert!(problems(&section(&long))[0].contains("statePath"), "{:?}", problems(&section(&long)));
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! The two admin servers: the metrics port (plain HTTP on the node's loopback) and the operator's socket (HTTP on a Unix socket
-//! that only root can open). The authority has the metrics port alone.
+//! The admin servers: the metrics port (plain HTTP on the node's loopback), the operator's socket (HTTP on a Unix socket
+//! that only root can open), and the socket of the CNI plugin (the same). The authority has the metrics port alone.
 //!
 //! | server | request | answer |
 //! |---|---|---|
@@ -8,6 +8,7 @@
 //! | port | `GET /healthz/ready` | 200, or 503 with the reasons, one a line |
 //! | socket | `GET /healthz/live`, `/healthz/ready` | as on the port, for probes: two agents of a node have sockets of their own |
 //! | socket | `GET /status` | the status as JSON |
+//! | sandboxes | `GET /sandbox?namespace=..&name=..&uid=..` | 200 if the agent covers this pod, or 503 with the reason |
 //! | socket | `GET /policy/explain?from=..&to=..&port=..` | an `Explanation` as JSON, or 400 with what is wrong |
 //!
 //! Nothing here changes the agent. A connection carries one request and has a deadline; of too many the silent ones give way
@@ -45,7 +46,7 @@ use tokio::{
 
 use connections::{Connections, Place};
 pub use explain::{ExplainSource, fetch_explanation};
-pub use socket::{BindError, FetchError, Health, bind_operator, fetch_health, fetch_status};
+pub use socket::{BindError, FetchError, Health, bind_operator, bind_replacing, fetch_health, fetch_status};
 
 use super::{Telemetry, metrics, status::Status};
 
@@ -107,6 +108,39 @@ pub async fn serve_operator(
         path => health_answer(path, &*source),
     };
     serve(listener, Arc::new(routes), Arc::default(), shutdown).await;
+}
+
+/// Decides whether the sandbox of a pod may be made: `Err` with the reason if not yet.
+pub type SandboxSource = Arc<dyn Fn(&SandboxQuery<'_>) -> Result<(), String> + Send + Sync>;
+
+/// A pod whose sandbox is to be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SandboxQuery<'a> {
+    /// Its namespace.
+    pub namespace: &'a str,
+    /// Its name.
+    pub name: &'a str,
+    /// Its UID, if the container runtime tells.
+    pub uid: Option<&'a str>,
+}
+
+/// Serves the questions of the CNI plugin until it is dropped.
+pub async fn serve_sandboxes(listener: UnixListener, source: SandboxSource) {
+    let routes = move |uri: &Uri| (uri.path() == "/sandbox").then(|| sandbox_answer(uri.query(), &*source));
+    serve(listener, Arc::new(routes), Arc::default(), std::future::pending()).await;
+}
+
+fn sandbox_answer(query: Option<&str>, source: &dyn Fn(&SandboxQuery<'_>) -> Result<(), String>) -> Answer {
+    let pairs: Vec<_> =
+        query.unwrap_or_default().split('&').filter_map(|pair| pair.split_once('=')).collect();
+    let value = |name: &str| pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| *value);
+    let (Some(namespace), Some(name)) = (value("namespace"), value("name")) else {
+        return plain(StatusCode::BAD_REQUEST, "expected namespace and name\n");
+    };
+    match source(&SandboxQuery { namespace, name, uid: value("uid") }) {
+        Ok(()) => plain(StatusCode::OK, "covered\n"),
+        Err(reason) => plain(StatusCode::SERVICE_UNAVAILABLE, reason + "\n"),
+    }
 }
 
 fn metrics_answer(telemetry: &Telemetry, status: Status) -> Answer {

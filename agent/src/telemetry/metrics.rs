@@ -119,6 +119,9 @@ impl Exposition {
         let node_state =
             node_state.map(|(operation, error)| ([Value::Text(operation)], u64::from(error.is_some())));
         writer.family(&NODE_STATE_ERRORS, node_state)?;
+        if let Some(cni) = &status.cni {
+            writer.single(&CNI_PLUGIN, u64::from(cni.configuration.is_some()))?;
+        }
         let ranges = [("configured", status.mesh.configured), ("detected", status.mesh.detected)];
         writer.family(&RANGES, ranges.map(|(origin, count)| ([Value::Text(origin)], count)))?;
         writer.histogram(&ENROLMENT, &self.enrolments)?;

@@ -57,6 +57,9 @@ pub struct Status {
     /// State that the agent keeps for its start after a reboot.
     #[serde(default)]
     pub node_state: NodeStateStatus,
+    /// The CNI plugin of the node; `None` if the configuration has none.
+    #[serde(default)]
+    pub cni: Option<CniStatus>,
     /// Pods that no source names.
     #[serde(default)]
     pub unnamed: UnnamedStatus,
@@ -252,6 +255,15 @@ pub struct NodeStateStatus {
     pub read_error: Option<String>,
     /// The error of the last write of the state; `None` once it was.
     pub write_error: Option<String>,
+}
+
+/// The CNI plugin, with which pods wait for the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct CniStatus {
+    /// The CNI configuration that names it; `None` if none does.
+    pub configuration: Option<String>,
+    /// The error of the last look at the node's CNI folders.
+    pub error: Option<String>,
 }
 
 /// Cgroups of pods that no source names.

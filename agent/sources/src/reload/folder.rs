@@ -10,7 +10,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::io::unix::AsyncFd;
 
 /// A watched folder. Without inotify no changes are reported.
-pub(super) struct Folder {
+pub struct Folder {
     path: PathBuf,
     events: Option<AsyncFd<Events>>,
 }
@@ -25,7 +25,8 @@ impl AsRawFd for Events {
 
 impl Folder {
     /// Watches the folder that contains `file`. If inotify is unavailable, logs a warning and never reports a change.
-    pub(super) fn of(file: &Path) -> Self {
+    #[must_use]
+    pub fn of(file: &Path) -> Self {
         let path = match file.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
             _ => PathBuf::from("."),
@@ -45,7 +46,7 @@ impl Folder {
 
     /// Watches the folder that now has this path. Repeated calls are free, because the kernel keeps one watch per folder. A
     /// replaced folder requires a new watch.
-    pub(super) fn watch_again(&self) {
+    pub fn watch_again(&self) {
         let Some(events) = &self.events else { return };
         let flags = AddWatchFlags::IN_CLOSE_WRITE
             | AddWatchFlags::IN_CREATE
@@ -58,7 +59,7 @@ impl Folder {
     }
 
     /// Waits until something in the folder changes. Cancel-safe, because pending events stay queued.
-    pub(super) async fn changed(&mut self) {
+    pub async fn changed(&mut self) {
         let Some(events) = &self.events else {
             return future::pending().await;
         };

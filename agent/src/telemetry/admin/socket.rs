@@ -95,6 +95,24 @@ pub fn bind_operator(path: &Path) -> Result<UnixListener, BindError> {
     UnixListener::from_std(OwnedFd::from(socket).into()).map_err(listen)
 }
 
+/// Makes a socket with mode 0600 in place of whatever has the name, also of one that another agent still listens on. Must be called
+/// inside a runtime.
+///
+/// # Errors
+/// The system's.
+pub fn bind_replacing(path: &Path) -> io::Result<UnixListener> {
+    let temporary = path.with_extension(format!("{}.new", std::process::id()));
+    match std::fs::remove_file(&temporary) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let socket = private_socket()?;
+    socket.bind(&SockAddr::unix(&temporary)?)?;
+    socket.listen(BACKLOG)?;
+    std::fs::rename(&temporary, path)?;
+    UnixListener::from_std(OwnedFd::from(socket).into())
+}
+
 /// Makes the socket's directory. An existing directory keeps its owner and mode, because it may hold more than the socket.
 /// Returns an error if others may write to it.
 fn make_directory(directory: &Path) -> Result<(), BindError> {

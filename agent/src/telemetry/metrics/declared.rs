@@ -228,6 +228,13 @@ pub(super) static NODE_STATE_ERRORS: Metric = Metric {
     labels: &["operation"],
     help: "1 if the state for the start after a reboot could not be read at this start, or could not be written last.",
 };
+pub(super) static CNI_PLUGIN: Metric = Metric {
+    name: "tacit_cni_plugin_installed",
+    unit: None,
+    kind: MetricType::Gauge,
+    labels: &[],
+    help: "1 if the CNI configuration of this node names the plugin with which pods wait for the agent. Absent without `cni` in the configuration.",
+};
 pub(super) static RESETS_AT_ENROLMENT: Metric = Metric {
     name: "tacit_enrolment_resets",
     unit: None,

@@ -1,8 +1,8 @@
 //! A status as text for a terminal. Colour repeats what the words say, it never says it alone.
 
 use super::{
-    AgentState, CertificateStatus, HookProgramStatus, NodeStateStatus, NodesStatus, PartyStatus, PodState,
-    PodStatus, ShareStatus, Status, UnnamedStatus,
+    AgentState, CertificateStatus, CniStatus, HookProgramStatus, NodeStateStatus, NodesStatus, PartyStatus,
+    PodState, PodStatus, ShareStatus, Status, UnnamedStatus,
 };
 use crate::telemetry::table::{Cell, Colour, Style, Table};
 
@@ -166,6 +166,24 @@ impl Page {
         self.nodes(&status.nodes);
         self.unnamed(&status.unnamed);
         self.node_state(&status.node_state);
+        if let Some(cni) = &status.cni {
+            self.cni(cni);
+        }
+    }
+
+    fn cni(&mut self, CniStatus { configuration, error }: &CniStatus) {
+        match configuration {
+            Some(configuration) => {
+                self.line(&format!("  pods wait for this agent: CNI plugin in {configuration}"))
+            }
+            None => self.note(
+                Style::Caution,
+                "pods do not wait for this agent: no CNI configuration names its plugin",
+            ),
+        }
+        if let Some(error) = error {
+            self.note(Style::Bad, &format!("CNI plugin: {error}"));
+        }
     }
 
     fn nodes(&mut self, nodes: &NodesStatus) {

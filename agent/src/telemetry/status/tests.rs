@@ -95,6 +95,10 @@ pub(in crate::telemetry) fn sample() -> Status {
             read_error: None,
             write_error: Some("cannot create /var/lib/tacit/x: no space".to_owned()),
         },
+        cni: Some(CniStatus {
+            configuration: None,
+            error: Some("cannot read /etc/cni/net.d: denied".to_owned()),
+        }),
         unnamed: UnnamedStatus {
             held: 2,
             left_alone: 1,
