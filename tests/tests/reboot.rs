@@ -10,7 +10,7 @@ use std::{
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
-use tacit_tests::{Mesh, Plan, STRICT_MESH, agent_program, fresh_port, observe};
+use tacit_tests::{Mesh, Plan, STRICT_MESH, agent_program, cni::CniFolders, fresh_port, observe};
 use tacit_topology::{Pod, Process, run, until, within};
 
 /// A STRICT namespace in a PERMISSIVE mesh.
@@ -300,6 +300,30 @@ fn a_strict_namespace_holds_all_pods_after_a_reboot() -> Result<()> {
     let _silent = node.start_without_sources("")?;
     node.nothing_passes()?;
     Ok(())
+}
+
+/// Before the agent starts nothing of Tacit runs, as the control in [`Rebooted::new`] shows. With the CNI plugin no pod runs either.
+#[test]
+#[ignore = "needs root"]
+fn with_the_cni_plugin_no_pod_starts_before_the_agent_covers_it() -> Result<()> {
+    let mut node = Rebooted::new("rebootc", STRICT_SHOP)?;
+    let folders = CniFolders::new("reboot")?;
+    fs::write(node.mesh.agent("a")?.files().config(), node.config.clone() + &folders.section(""))?;
+    let agent = node.mesh.agent_mut("a")?;
+    agent.restart()?;
+    folders.wait_chained()?;
+    agent.terminate()?;
+    let pins = agent.files().pin_path().to_owned();
+    run(Command::new(agent_program()?).arg("uninstall").arg("--pin-path").arg(pins))?;
+    node.all_passes().context("control: after the reboot nothing is pinned")?;
+
+    let mut call = folders.call("ADD", "web", None)?;
+    let passed = within(node.patience, || Ok(call.has_ended()?.then_some(())))?;
+    ensure!(passed.is_none(), "a pod starts before the agent");
+    node.mesh.agent_mut("a")?.restart()?;
+    let end = call.finish()?;
+    ensure!(end.is_passed, "{end:?}");
+    node.nothing_passes()
 }
 
 #[test]

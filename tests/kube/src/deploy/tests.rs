@@ -127,7 +127,7 @@ fn the_agent_is_given_the_capabilities_and_mounts_that_are_listed_and_no_others(
         .map(|volume| &volume["hostPath"]["path"])
         .filter(|path| !path.is_null())
         .collect();
-    assert_eq!(mounts, ["/sys/fs/cgroup", "/sys/fs/bpf", "/var/lib/tacit"]);
+    assert_eq!(mounts, ["/sys/fs/cgroup", "/sys/fs/bpf", "/var/lib/tacit", "/etc/cni/net.d", "/opt/cni/bin"]);
 }
 
 #[test]
