@@ -1,6 +1,6 @@
 //! A session to the agent of a destination, on which that agent has accepted the flow: an idle one of the pool, or a new one.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tacit_abi::tcp_port;
 use tacit_core::{
@@ -112,8 +112,12 @@ async fn opened(
             }
         },
     };
-    let opened = session.open(open, optimistic.as_mut()).await;
-    settled(path, key, session, opened, taken_bytes(&optimistic), may_lose_data)
+    let mut opened = session.open_idle(open, optimistic.as_mut()).await;
+    let taken_bytes = taken_bytes(&optimistic);
+    if matches!(opened, Err(OpenError::Silent)) && taken_bytes == 0 {
+        opened = session.answered_if_received().await;
+    }
+    settled(path, key, session, opened, taken_bytes, may_lose_data)
 }
 
 /// Result of the wait for a silent session and for a new one.
@@ -124,8 +128,9 @@ enum Raced {
     Fresh(Result<Box<Session>, Refusal>),
 }
 
-/// Waits for the answer of a silent session and for a new session. The new one is used only if the peer's kernel then has not
-/// received OPEN on the other, so no application accepts a connection twice.
+/// Waits for the answer of a silent session and for a new session. The new one is used only if the peer's kernel then does not
+/// confirm that it has received OPEN on the other. So an application accepts a connection twice only if all confirmations of the first
+/// are lost, and none of the second.
 async fn raced(
     mut silent: Box<Session>,
     fresh: impl Future<Output = Result<Box<Session>, Refusal>>,
@@ -152,11 +157,11 @@ async fn raced(
 /// Returns true if an idle session has not opened the flow, and a new one may.
 fn is_dead(opened: &Result<(), OpenError>) -> bool {
     match opened {
-        Ok(()) | Err(OpenError::Denied(_)) => false,
-        Err(error) => {
+        Err(error @ (OpenError::Silent | OpenError::Stale(_))) => {
             tracing::debug!(%error, "idle session was dead");
             true
         }
+        _ => false,
     }
 }
 
@@ -177,6 +182,10 @@ fn settled(
             Ok((session, taken_bytes))
         }
         Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason, taken_bytes)),
+        // The application's kernel asks again, as for a host that does not answer.
+        Err(error @ OpenError::Silent) => {
+            Err(Refusal::new(error.reason(), error).because_of(&io::ErrorKind::TimedOut.into()))
+        }
         Err(error) => Err(Refusal::new(error.reason(), error)),
     }
 }

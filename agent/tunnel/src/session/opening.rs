@@ -168,9 +168,9 @@ impl Session {
             return Ok(OPEN_MAX);
         }
         // An acknowledgement that was on its way when OPEN was sent is not one of OPEN.
-        let silence = peer.heard.min(waited);
+        let unheard = peer.heard.min(waited);
         let patience = patience(peer.round_trip);
-        if silence < patience { Ok(waited + patience - silence) } else { Err(OpenError::Silent) }
+        if unheard < patience { Ok(waited + patience - unheard) } else { Err(OpenError::Silent) }
     }
 }
 
