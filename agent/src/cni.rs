@@ -13,19 +13,34 @@ mod folder;
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
 use tacit_identity::atomic_file::{self, FileError};
 use tacit_sources::reload::folder::Folder;
-use tokio::{sync::watch, task::spawn_blocking, time::timeout};
+use tokio::{
+    sync::watch,
+    task::spawn_blocking,
+    time::{sleep, timeout},
+};
 
 use crate::telemetry::status::CniStatus;
 use conflist::PLUGIN;
+use folder::Chained;
 
 /// Time after which the folders are looked at without an event: a folder can be made later, and inotify can be missing.
 const RESCAN: Duration = Duration::from_secs(10);
+/// Pause between an event in the folder and the next look.
+const SETTLE: Duration = Duration::from_millis(250);
+/// Another program fights for its configuration if it has to be changed more often than [`FIGHT_WRITES`] times in this time.
+const FIGHT: Duration = Duration::from_secs(60);
+const FIGHT_WRITES: usize = 10;
+/// Pause between two changes while it does.
+const FIGHT_PAUSE: Duration = Duration::from_secs(10);
+const FOUGHT: &str = "another program takes the plugin out of its CNI configuration again and again; with Cilium set cni.exclusive to false";
+/// Folder in which the library of container runtimes keeps the results of plugins.
+const RESULTS: &str = "/var/lib/cni/results";
 /// Permissions of the program.
 const PROGRAM_MODE: u32 = 0o755;
 
@@ -40,7 +55,7 @@ pub struct CniConfig {
     pub program_folder: PathBuf,
     /// Namespaces whose pods do not wait for the agent.
     pub exempt_namespaces: Vec<String>,
-    /// Time for which the plugin waits for the agent, 1 s to 2 min.
+    /// Time for which the plugin waits for the agent, 1 s to 20 s.
     pub timeout: Duration,
 }
 
@@ -61,6 +76,17 @@ pub enum CniError {
     /// A file that is written whole.
     #[error(transparent)]
     Write(#[from] FileError),
+    /// The runtime has its programs elsewhere.
+    #[error(
+        "no plugin of {} is in {}: write the folder of the container runtime's plugins as cni.programFolder",
+        configuration.display(), programs.display()
+    )]
+    OtherPrograms {
+        /// The configuration in use.
+        configuration: PathBuf,
+        /// The configured folder of programs.
+        programs: PathBuf,
+    },
     /// The program is not where the agent's is.
     #[error("{} is missing: build it with `cargo build -p tacit-cni`, or use the image of `cargo xtask image`", _0.display())]
     NoProgram(PathBuf),
@@ -72,30 +98,60 @@ impl CniError {
     }
 }
 
-/// Keeps the plugin on the node, or removes it if it is not enabled, and reports both.
+/// Keeps the plugin in the CNI configuration of the node, or takes it out if it is not enabled, and reports both.
 pub async fn keep(config: CniConfig, socket: PathBuf, status: watch::Sender<CniStatus>) {
-    let mut changes = Folder::of(&config.config_folder.join("any"));
+    let mut changes = Folder::at(config.config_folder.clone());
+    let mut writes = Vec::new();
     loop {
         let (wanted, socket) = (config.clone(), socket.clone());
         let done = spawn_blocking(move || apply(&wanted, &socket)).await;
-        let done = done.unwrap_or_else(|panic| {
-            Err(CniError::file("look at", &config.config_folder)(io::Error::other(panic)))
-        });
-        report(&status, done);
-        let _ = timeout(RESCAN, changes.changed()).await;
+        let failed = CniError::file("look at", &config.config_folder);
+        let done = done.unwrap_or_else(|panic| Err(failed(io::Error::other(panic))));
+        let now = Instant::now();
+        writes.retain(|at| now.duration_since(*at) < FIGHT);
+        if done.as_ref().is_ok_and(|chained| chained.as_ref().is_some_and(|chained| chained.is_written)) {
+            writes.push(now);
+        }
+        let is_fought = writes.len() > FIGHT_WRITES;
+        report(&status, config.is_enabled, is_fought, done);
+        if is_fought {
+            // Each write has the container runtime read its configuration again.
+            sleep(FIGHT_PAUSE).await;
+        } else {
+            let _ = timeout(RESCAN, changes.changed()).await;
+            // Programs write their configuration in several steps.
+            sleep(SETTLE).await;
+        }
         changes.watch_again();
     }
 }
 
-/// Installs the plugin, or removes it. Returns the configuration that names it.
-fn apply(config: &CniConfig, socket: &Path) -> Result<Option<PathBuf>, CniError> {
+/// Puts the plugin into the CNI configuration before anything else answers, if this node had it before: other programs write their
+/// configuration anew when they start.
+pub fn restore(config: &CniConfig, socket: &Path) {
+    if !config.is_enabled || !config.program_folder.join(PLUGIN).exists() {
+        return;
+    }
+    if let Err(error) = apply(config, socket) {
+        tracing::error!(%error, "the CNI plugin is not in place yet");
+    }
+}
+
+/// Installs the plugin and returns the configuration that names it, or takes it out of all.
+fn apply(config: &CniConfig, socket: &Path) -> Result<Option<Chained>, CniError> {
     if !config.is_enabled {
-        remove(&config.config_folder, &config.program_folder)?;
+        // The program stays: a container runtime can still name it for pods that it made before.
+        folder::unchain(&config.config_folder)?;
         return Ok(None);
     }
     // The program first: a configuration that names a missing one lets no pod start.
-    install(&config.program_folder)?;
-    folder::chain(&config.config_folder, &entry(config, socket))
+    if let Err(error) = install(&config.program_folder) {
+        if !config.program_folder.join(PLUGIN).exists() {
+            return Err(error);
+        }
+        tracing::warn!(%error, "the CNI plugin's program is not updated");
+    }
+    folder::chain(&config.config_folder, &config.program_folder, &entry(config, socket))
 }
 
 fn entry(config: &CniConfig, socket: &Path) -> Value {
@@ -124,29 +180,69 @@ fn install(program_folder: &Path) -> Result<(), CniError> {
     Ok(atomic_file::replace(&installed, PROGRAM_MODE, &wanted)?)
 }
 
-/// Removes the plugin from the node: from the configurations, then its program. Returns true if something was there.
+/// What [`remove`] has done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Removed {
+    /// Nothing of the plugin was there.
+    Nothing,
+    /// It is gone.
+    All,
+    /// It is out of the configurations. Its program stays, because the container runtime would call it when it removes pods of which
+    /// this folder has results.
+    ProgramInUse(PathBuf),
+}
+
+/// Removes the plugin from the node: from the configurations, then its program.
 ///
 /// # Errors
 /// [`CniError`].
-pub fn remove(config_folder: &Path, program_folder: &Path) -> Result<bool, CniError> {
+pub fn remove(config_folder: &Path, program_folder: &Path) -> Result<Removed, CniError> {
     let changed = folder::unchain(config_folder)?;
     let program = program_folder.join(PLUGIN);
+    let results = Path::new(RESULTS);
+    if program.exists() && is_named_in(results) {
+        return Ok(Removed::ProgramInUse(results.to_owned()));
+    }
     match fs::remove_file(&program) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(changed > 0),
+        Ok(()) => Ok(Removed::All),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && changed == 0 => Ok(Removed::Nothing),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Removed::All),
         Err(error) => Err(CniError::file("remove", &program)(error)),
     }
 }
 
-/// Logs a change once.
-fn report(status: &watch::Sender<CniStatus>, done: Result<Option<PathBuf>, CniError>) {
-    let now = match done {
-        Ok(configuration) => {
-            CniStatus { configuration: configuration.map(|path| path.display().to_string()), error: None }
-        }
-        Err(error) => CniStatus { configuration: None, error: Some(error.to_string()) },
-    };
+/// Returns true if a file in the folder names the plugin. The folder is absent where no runtime keeps results.
+fn is_named_in(folder: &Path) -> bool {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.filter_map(|entry| fs::read_to_string(entry.path()).ok()).any(|text| is_named(&text))
+}
+
+/// Returns true if a result names the plugin. The configuration is in it as base64, in which the name has three forms.
+fn is_named(text: &str) -> bool {
+    const ENCODED: [&str; 3] = ["dGFjaXQtY25p", "RhY2l0LWNua", "0YWNpdC1jbm"];
+    text.contains(PLUGIN) || ENCODED.iter().any(|encoded| text.contains(encoded))
+}
+
+/// Logs a change once. A configuration that is known stays known after an error.
+fn report(
+    status: &watch::Sender<CniStatus>,
+    is_enabled: bool,
+    is_fought: bool,
+    done: Result<Option<Chained>, CniError>,
+) {
     status.send_if_modified(|status| {
+        let now = match done {
+            Ok(chained) => CniStatus {
+                is_enabled,
+                configuration: chained.map(|chained| chained.path.display().to_string()),
+                error: is_fought.then(|| FOUGHT.to_owned()),
+            },
+            Err(error) => CniStatus {
+                is_enabled,
+                configuration: status.configuration.clone(),
+                error: Some(error.to_string()),
+            },
+        };
         if *status == now {
             return false;
         }
@@ -154,13 +250,34 @@ fn report(status: &watch::Sender<CniStatus>, done: Result<Option<PathBuf>, CniEr
             (_, Some(error)) => {
                 tracing::error!(
                     error,
-                    "the CNI plugin is not installed: pods may start before the agent after a reboot"
+                    "the CNI plugin is not in place: pods may start before the agent after a reboot"
                 );
             }
-            (Some(configuration), None) => tracing::info!(configuration, "the CNI plugin is installed"),
+            (Some(configuration), None) => tracing::info!(configuration, "the CNI plugin is in place"),
             (None, None) => tracing::info!("no CNI configuration names the plugin"),
         }
         *status = now;
         true
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_result_that_names_the_plugin_keeps_its_program() {
+        // The configuration of each is `{"plugins":[{"type":"tacit-cni"}]}` with none, one and two spaces before it.
+        for config in [
+            "eyJwbHVnaW5zIjpbeyJ0eXBlIjoidGFjaXQtY25pIn1dfQ==",
+            "IHsicGx1Z2lucyI6W3sidHlwZSI6InRhY2l0LWNuaSJ9XX0=",
+            "ICB7InBsdWdpbnMiOlt7InR5cGUiOiJ0YWNpdC1jbmkifV19",
+        ] {
+            let text = format!("{{\"kind\": \"cniCacheV1\", \"config\": \"{config}\"}}");
+            assert!(is_named(&text), "{text}");
+        }
+        assert!(!is_named(
+            "{\"kind\": \"cniCacheV1\", \"config\": \"eyJwbHVnaW5zIjpbeyJ0eXBlIjoiYnJpZGdlIn1dfQ==\"}"
+        ));
+    }
 }

@@ -14,7 +14,8 @@ use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use tacit::{
     app::{self, AppError, Ended},
-    authority, cni,
+    authority,
+    cni::{self, Removed},
     config::{self, Config},
     telemetry::{admin, doctor, log, status},
 };
@@ -108,8 +109,8 @@ enum Command {
         /// Pin path of that agent, if its configuration file no longer exists.
         #[arg(long, value_name = "PATH", conflicts_with = "config")]
         pin_path: Option<PathBuf>,
-        /// Also remove the CNI plugin from the configurations in this folder. The configuration file of the agent names it too.
-        #[arg(long, value_name = "PATH", requires = "cni_program_folder", conflicts_with = "config")]
+        /// Also remove the CNI plugin from the configurations in this folder. Default: the folder of the configuration file.
+        #[arg(long, value_name = "PATH", requires = "cni_program_folder")]
         cni_config_folder: Option<PathBuf>,
         /// The folder of the plugin's program.
         #[arg(long, value_name = "PATH", requires = "cni_config_folder")]
@@ -210,16 +211,30 @@ fn uninstall(
 ) -> Result<()> {
     let config = config.map(|file| Config::read(&file)).transpose()?;
     let configured = config.as_ref().and_then(|config| config.cni.clone());
-    let cni_folders = configured.map(|cni| (cni.config_folder, cni.program_folder)).or(cni_folders);
+    let cni_folders = cni_folders.or(configured.map(|cni| (cni.config_folder, cni.program_folder)));
     let pin_path = config.map(|config| config.pin_path).or(pin_path);
     let pin_path = pin_path.context("name the configuration file or the pin path")?;
     let removed = tacit_kernel::uninstall(&pin_path)?;
     println!("removed {removed} pins under {}", pin_path.display());
     // After the pins: that fails while an agent runs, which would install the plugin again.
-    if let Some((configurations, programs)) = cni_folders
-        && cni::remove(&configurations, &programs)?
-    {
-        println!("removed the CNI plugin from {} and {}", configurations.display(), programs.display());
+    if let Some((configurations, programs)) = cni_folders {
+        match cni::remove(&configurations, &programs)? {
+            Removed::Nothing => {}
+            Removed::All => {
+                println!(
+                    "removed the CNI plugin from {} and {}",
+                    configurations.display(),
+                    programs.display()
+                );
+            }
+            Removed::ProgramInUse(results) => println!(
+                "removed the CNI plugin from {}; its program stays in {}, because {} names it: run this again when all \
+                 pods of the node were made anew",
+                configurations.display(),
+                programs.display(),
+                results.display()
+            ),
+        }
     }
     if !stay {
         return Ok(());

@@ -2,20 +2,20 @@
 
 use std::{
     io::{self, Read as _, Write as _},
-    os::unix::net::UnixStream,
+    os::{fd::OwnedFd, unix::net::UnixStream},
     thread,
     time::{Duration, Instant},
 };
+
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::{
     pod::Pod,
     request::{Failure, Request},
 };
 
-/// Between two questions. Nothing tells when an agent begins to listen.
+/// Pause before the next request: there is no event for a socket that begins to listen.
 const PAUSE: Duration = Duration::from_millis(50);
-/// Limit for one answer.
-const ANSWER: Duration = Duration::from_secs(5);
 /// Most bytes of an answer.
 const ANSWER_MAX_BYTES: u64 = 64 << 10;
 
@@ -26,7 +26,8 @@ const ANSWER_MAX_BYTES: u64 = 64 << 10;
 pub(crate) fn until_covered(request: &Request, pod: &Pod) -> Result<(), Failure> {
     let begun = Instant::now();
     loop {
-        let reason = match ask(request, pod) {
+        let left = request.timeout.saturating_sub(begun.elapsed()).max(PAUSE);
+        let reason = match ask(request, pod, left) {
             Ok(Answer::Covered) => return Ok(()),
             Ok(Answer::NotYet(reason)) => reason,
             Err(error) => format!(
@@ -50,10 +51,16 @@ enum Answer {
     NotYet(String),
 }
 
-fn ask(request: &Request, pod: &Pod) -> io::Result<Answer> {
-    let mut stream = UnixStream::connect(&request.socket)?;
-    stream.set_read_timeout(Some(ANSWER))?;
-    stream.set_write_timeout(Some(ANSWER))?;
+/// Asks once, for at most `limit`.
+fn ask(request: &Request, pod: &Pod, limit: Duration) -> io::Result<Answer> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // A connect() that blocks would wait without a limit for an agent that accepts nothing.
+    socket.set_nonblocking(true)?;
+    socket.connect(&SockAddr::unix(&request.socket)?)?;
+    socket.set_nonblocking(false)?;
+    let mut stream = UnixStream::from(OwnedFd::from(socket));
+    stream.set_read_timeout(Some(limit))?;
+    stream.set_write_timeout(Some(limit))?;
     let Pod { namespace, name, uid } = pod;
     let uid = uid.as_ref().map(|uid| format!("&uid={uid}")).unwrap_or_default();
     write!(

@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 
 use crate::pod::Pod;
 
-/// Versions of the specification in which plugins are chained.
-const VERSIONS: [&str; 6] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0", "1.2.0"];
+/// Versions of the specification. In all of them a runtime passes `prevResult`, if the plugin is in a list.
+const VERSIONS: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 /// Time to wait for the agent, if the configuration has none.
-const TIMEOUT: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]

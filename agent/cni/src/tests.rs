@@ -85,6 +85,28 @@ fn without_an_agent_or_its_consent_a_pod_does_not_pass() {
 }
 
 #[test]
+fn an_agent_that_accepts_or_answers_nothing_is_waited_for_within_the_limit() {
+    let folder = Scratch::new();
+    let socket = folder.path().join("socket");
+    let _listener = UnixListener::bind(&socket).expect("bound");
+    let text = configuration(&socket, &[("timeoutSeconds", json!(1))]);
+    let begun = Instant::now();
+    // More than the backlog of the listener.
+    let calls: Vec<_> = (0..200)
+        .map(|_| {
+            (thread::spawn({
+                let text = text.clone();
+                move || run("ADD", POD, &text)
+            }))
+        })
+        .collect();
+    for call in calls {
+        assert_eq!(failure(call.join().expect("no panic"))["code"], 11);
+    }
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+}
+
+#[test]
 fn what_is_not_a_pod_or_is_exempt_does_not_wait() {
     let none = configuration(Path::new("/nobody"), &[("exemptNamespaces", json!(["kube-system"]))]);
     for arguments in ["", "IgnoreUnknown=1", "K8S_POD_NAMESPACE=kube-system;K8S_POD_NAME=dns"] {

@@ -78,6 +78,10 @@ impl Report {
         }
     }
 
+    pub(super) fn pods_cgroup(&self) -> &Path {
+        &self.pods_cgroup
+    }
+
     pub(super) fn status(&self, state: AgentState) -> Status {
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -1,8 +1,7 @@
 //! The agent's answers to the CNI plugin: a pod may start once this agent covers it.
 //!
-//! An agent covers a pod if its programs are in force, it has looked at all pods of the node once, and its directory has exactly this
-//! pod, so that the mode of the pod is known before its first process runs. A pod that is not to be enrolled is in the directory
-//! too.
+//! An agent covers a pod if its programs are in force, its directory has exactly this pod, and the kernel has an entry for the pod's
+//! cgroup: that of its mode, or that it is not enrolled. The kubelet makes the cgroup before it asks for the sandbox.
 
 use std::{
     io,
@@ -12,8 +11,10 @@ use std::{
 };
 
 use tacit_core::directory::{Directory, Workload};
+use tacit_kernel::{Kernel, cgroup};
 use tacit_sources::reload::Watched;
 use tokio::{net::UnixListener, time::sleep};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     app::{node_state, state::State},
@@ -30,9 +31,14 @@ const RETRY: Duration = Duration::from_secs(5);
 
 /// What the answers depend on.
 pub(super) struct Sandboxes {
+    pub(super) kernel: Arc<Kernel>,
+    /// The cgroup that holds all pods.
+    pub(super) pods_cgroup: PathBuf,
     pub(super) directory: Arc<Watched<Directory>>,
     pub(super) node: Arc<str>,
     pub(super) state: State,
+    /// Cancelled when a task that the agent cannot do without has failed.
+    pub(super) failed: CancellationToken,
 }
 
 /// Returns the path of the socket.
@@ -65,25 +71,38 @@ impl Sandboxes {
     }
 
     fn answer(&self, query: &SandboxQuery<'_>) -> Result<(), String> {
+        if self.failed.is_cancelled() {
+            return Err("a task of the agent has failed; restart it".to_owned());
+        }
         match self.state.current() {
             AgentState::Ready => {}
             state => return Err(format!("the agent is {state}")),
         }
         let SandboxQuery { namespace, name, uid } = query;
-        match self.directory.current().named(namespace, name) {
-            Some(workload) if is_same(workload, &self.node, *uid) => Ok(()),
-            Some(_) => Err(format!("the directory has another pod {namespace}/{name}")),
-            None => Err(format!("the directory has no pod {namespace}/{name} yet")),
+        let directory = self.directory.current();
+        let Some(workload) = directory.holder_named(&self.node, namespace, name) else {
+            return Err(format!("the directory has no pod {namespace}/{name} on this node yet"));
+        };
+        if !is_same(workload, *uid) {
+            return Err(format!("the directory has another pod {namespace}/{name}"));
+        }
+        let path = self.pods_cgroup.join(&workload.cgroup);
+        let Some(cgroup) = cgroup::id_at(&path) else {
+            return Err(format!("the pod has no cgroup {} yet", path.display()));
+        };
+        match self.kernel.maps.enrolled_in(cgroup) {
+            Some(_) => Ok(()),
+            None => Err(format!("the kernel has no entry for pod {namespace}/{name} yet")),
         }
     }
 }
 
-/// Returns true if the workload is the pod with this UID, on this node. The kubelet names the cgroup of a pod by its UID.
-fn is_same(workload: &Workload, node: &str, uid: Option<&str>) -> bool {
+/// Returns true if the workload is the pod with this UID. The kubelet names the cgroup of a pod by its UID.
+fn is_same(workload: &Workload, uid: Option<&str>) -> bool {
     let cgroup = workload.cgroup.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let cgroup = cgroup.strip_suffix(".slice").unwrap_or(cgroup);
     let of_cgroup = cgroup.rsplit_once("pod").map(|(_, uid)| uid.replace('_', "-"));
-    *workload.node == *node && uid.is_none_or(|uid| of_cgroup.as_deref() == Some(uid))
+    uid.is_none_or(|uid| of_cgroup.as_deref() == Some(uid))
 }
 
 #[cfg(test)]
@@ -103,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_is_known_by_its_uid_and_node() {
+    fn a_pod_is_known_by_its_uid() {
         let uid = "0b4c1d9e-6c1f-4a6e-9d8a-2f1f3c5d7e9b";
         let slice = uid.replace('-', "_");
         for cgroup in [
@@ -113,12 +132,11 @@ mod tests {
             format!("kubepods-besteffort.slice/kubepods-besteffort-pod{slice}.slice"),
         ] {
             let pod = pod(&cgroup);
-            assert!(is_same(&pod, "a", Some(uid)) && is_same(&pod, "a", None), "{cgroup}");
-            assert!(!is_same(&pod, "b", Some(uid)), "another node");
+            assert!(is_same(&pod, Some(uid)) && is_same(&pod, None), "{cgroup}");
             for other in ["", "0b4c1d9e", &uid[1..], &slice, "1b4c1d9e-6c1f-4a6e-9d8a-2f1f3c5d7e9b"] {
-                assert!(!is_same(&pod, "a", Some(other)), "{cgroup} {other}");
+                assert!(!is_same(&pod, Some(other)), "{cgroup} {other}");
             }
         }
-        assert!(!is_same(&pod("web"), "a", Some(uid)));
+        assert!(!is_same(&pod("web"), Some(uid)));
     }
 }

@@ -62,6 +62,9 @@ pub(super) async fn start(
     let (kept, mut node_state) = kept_state(config);
     // First of all: a source may not answer for long, and after a reboot nothing else covers the pods.
     let cover = cover(config, &node, verifier_log, stands_by, (&kept, &mut node_state))?;
+    if let (Some(_), Some(cni)) = (&cover, &config.cni) {
+        cni::restore(cni, &sandboxes::socket(&config.state_path));
+    }
     let sources = Sources::open(config, node.pods_cgroup.path()).await?;
     let operator = Operator::open(config, started, &sources, node_state, stands_by).await?;
     let attachment = Attachment::new(config, node.pods_cgroup.path());
@@ -241,7 +244,10 @@ fn serve(
 ) -> Agent {
     let Operator { started, state, node_state, servers, .. } = operator;
     let shown = (started, node_state.subscribe());
-    let cni = config.cni.as_ref().map(|_| watch::Sender::new(CniStatus::default()));
+    let cni = config
+        .cni
+        .as_ref()
+        .map(|cni| watch::Sender::new(CniStatus { is_enabled: cni.is_enabled, ..CniStatus::default() }));
     let shown_cni = cni.as_ref().map(watch::Sender::subscribe);
     let report =
         Report::new(config, node.pods_cgroup.path(), kernel.clone(), proxy.clone(), shown, shown_cni);
@@ -259,7 +265,14 @@ fn serve(
     let cni = keep_cni(
         config,
         cni,
-        Sandboxes { directory: Arc::clone(&directory), node: Arc::clone(&config.node), state: state.clone() },
+        Sandboxes {
+            kernel: kernel.clone(),
+            pods_cgroup: report.pods_cgroup().to_owned(),
+            directory: Arc::clone(&directory),
+            node: Arc::clone(&config.node),
+            state: state.clone(),
+            failed: proxy.workers_failed().clone(),
+        },
     );
     let keeper = node_state::keep(folder, on_disk, directory, policies, node_state);
     let keeper = async move { tokio::join!(keeper, cni).0 };
@@ -277,10 +290,20 @@ fn keep_cni(
 ) -> impl Future<Output = ()> + Send + use<> {
     let socket = sandboxes::socket(&config.state_path);
     let wanted = config.cni.clone().zip(status);
+    // The plugin of an earlier configuration asks too.
+    let may_be_asked = wanted.is_some() || matches!(config.directory, Source::Kubernetes(_));
     async move {
-        if let Some((cni, status)) = wanted {
-            tokio::join!(sandboxes.serve(socket.clone()), cni::keep(cni, socket, status));
-        }
+        let answers = async {
+            if may_be_asked {
+                sandboxes.serve(socket.clone()).await;
+            }
+        };
+        let keeps = async {
+            if let Some((cni, status)) = wanted {
+                cni::keep(cni, socket.clone(), status).await;
+            }
+        };
+        tokio::join!(answers, keeps);
         std::future::pending().await
     }
 }

@@ -56,6 +56,12 @@ impl Network {
         changed
     }
 
+    /// Returns the types of the other plugins, which are the names of their programs.
+    pub(super) fn types(&self) -> impl Iterator<Item = &str> {
+        let plugins = self.0.get("plugins").and_then(Value::as_array);
+        plugins.into_iter().flatten().filter_map(type_of).filter(|plugin| *plugin != PLUGIN)
+    }
+
     /// Returns the text of the list.
     pub(super) fn text(&self) -> String {
         format!("{:#}\n", Value::Object(self.0.clone()))

@@ -6,6 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::{
+    errno::Errno,
+    fcntl::{AT_FDCWD, RenameFlags, renameat2},
+};
 use serde_json::Value;
 use tacit_identity::atomic_file;
 
@@ -13,40 +17,60 @@ use super::{CniError, conflist::Network};
 
 /// Most bytes of a configuration.
 const MAX_BYTES: u64 = 1 << 20;
-/// Configurations of one plugin. A list is made of the one in use, and the original is kept beside it under another name.
+/// Endings of configurations of one plugin.
 const SINGLE: [&str; 2] = ["conf", "json"];
 const LIST: &str = "conflist";
-/// Ending of an original, which runtimes do not read.
-const ORIGINAL: &str = "tacit-original";
+/// Ending of a list that is made of a configuration of one plugin. `-` sorts before `.`, so a runtime uses the list.
+const MADE: &str = "-tacit.conflist";
 
 /// A configuration in the folder.
 struct Found {
     path: PathBuf,
+    text: String,
     network: Network,
-    /// Permissions of the file, which a new version keeps.
-    mode: u32,
 }
 
-/// Puts the plugin `entry` into the configuration that a runtime uses: the first one by name that is valid. Returns its path, or
-/// `None` if there is none yet.
+/// The configuration that has the plugin.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Chained {
+    pub(super) path: PathBuf,
+    /// It did not have the plugin before.
+    pub(super) is_written: bool,
+}
+
+/// Puts the plugin `entry` into the configuration that a runtime uses: the first one by name that is valid. Returns the
+/// configuration that has it, or `None` if there is none yet. `programs` is the folder of the plugins' programs.
 ///
 /// # Errors
-/// [`CniError`] if the folder cannot be read or written.
-pub(super) fn chain(folder: &Path, entry: &Value) -> Result<Option<PathBuf>, CniError> {
-    let Some(found) = configurations(folder)?.into_iter().next() else { return Ok(None) };
-    let chained = found.network.with(entry);
-    if is_list(&found.path) {
-        if found.network != chained {
-            write(&found.path, &chained, found.mode)?;
-        }
-        return Ok(Some(found.path));
+/// [`CniError`] if a folder cannot be read or written, or if `programs` is not the folder that the runtime uses.
+pub(super) fn chain(folder: &Path, programs: &Path, entry: &Value) -> Result<Option<Chained>, CniError> {
+    let (found, made) = configurations(folder)?;
+    let Some(first) = found.first() else { return Ok(None) };
+    if !first.network.types().any(|plugin| programs.join(plugin).exists()) {
+        return Err(CniError::OtherPrograms {
+            configuration: first.path.clone(),
+            programs: programs.to_owned(),
+        });
     }
-    let list = found.path.with_extension(LIST);
-    write(&list, &chained, found.mode)?;
-    // Only now: the runtime must not find a folder without a network.
-    let original = original(&found.path);
-    fs::rename(&found.path, &original).map_err(CniError::file("rename to", &original))?;
-    Ok(Some(list))
+    let chained = first.network.with(entry);
+    let (path, is_written) = if is_list(&first.path) {
+        let is_other = first.network != chained;
+        if is_other {
+            write_over(first, &chained)?;
+        }
+        (first.path.clone(), is_other)
+    } else {
+        let list = made_of(&first.path);
+        let is_other = read(&list).ok().flatten().is_none_or(|(_, current)| current != chained);
+        if is_other {
+            atomic_file::replace(&list, mode_of(&first.path), chained.text().as_bytes())?;
+        }
+        (list, is_other)
+    };
+    for other in made.iter().filter(|other| **other != path) {
+        fs::remove_file(other).map_err(CniError::file("remove", other))?;
+    }
+    Ok(Some(Chained { path, is_written }))
 }
 
 /// Removes the plugin from all configurations. Returns the number of changed ones.
@@ -54,60 +78,89 @@ pub(super) fn chain(folder: &Path, entry: &Value) -> Result<Option<PathBuf>, Cni
 /// # Errors
 /// As [`chain`].
 pub(super) fn unchain(folder: &Path) -> Result<usize, CniError> {
-    let mut changed = 0;
-    for Found { path, network, mode } in configurations(folder)? {
-        let without = network.without();
-        if !is_list(&path) || without == network {
-            continue;
+    let (found, made) = configurations(folder)?;
+    let mut changed = made.len();
+    for list in &made {
+        fs::remove_file(list).map_err(CniError::file("remove", list))?;
+    }
+    for found in found.iter().filter(|found| is_list(&found.path)) {
+        let without = found.network.without();
+        if without != found.network {
+            write_over(found, &without)?;
+            changed += 1;
         }
-        changed += 1;
-        let restored = SINGLE.map(|extension| path.with_extension(extension));
-        let restored =
-            restored.into_iter().map(|path| (original(&path), path)).find(|(kept, _)| kept.exists());
-        let Some((kept, single)) = restored else {
-            write(&path, &without, mode)?;
-            continue;
-        };
-        // A runtime that reads the folder meanwhile finds the same network in both.
-        fs::rename(&kept, &single).map_err(CniError::file("rename to", &single))?;
-        fs::remove_file(&path).map_err(CniError::file("remove", &path))?;
     }
     Ok(changed)
 }
 
-/// Returns the valid configurations, the one in use first: containerd and CRI-O sort by name.
-fn configurations(folder: &Path) -> Result<Vec<Found>, CniError> {
+/// Returns the valid configurations of others, the one in use first: containerd and CRI-O sort by name. Then the lists that were
+/// made here.
+fn configurations(folder: &Path) -> Result<(Vec<Found>, Vec<PathBuf>), CniError> {
     let failed = CniError::file("read", folder);
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), Vec::new())),
         Err(error) => return Err(failed(error)),
     };
     let paths: io::Result<Vec<PathBuf>> = entries.map(|entry| Ok(entry?.path())).collect();
     let mut paths = paths.map_err(&failed)?;
     paths.retain(|path| is_list(path) || SINGLE.iter().any(|extension| has_extension(path, extension)));
     paths.sort();
+    let (made, others): (Vec<_>, Vec<_>) = paths.into_iter().partition(|path| is_made(path));
     let mut found = Vec::new();
-    for path in paths {
+    for path in others {
         match read(&path) {
-            Ok(Some((network, mode))) => found.push(Found { path, network, mode }),
+            Ok(Some((text, network))) => found.push(Found { path, text, network }),
+            // A link whose target is not visible here is in use all the same.
+            Ok(None) if path.is_symlink() => {
+                tracing::warn!(path = %path.display(), "the target of this CNI configuration is not visible to the agent");
+            }
             Ok(None) => {}
             Err(reason) => tracing::debug!(path = %path.display(), reason, "no CNI configuration"),
         }
     }
-    Ok(found)
+    Ok((found, made))
 }
 
 /// Returns `None` if the file is gone.
-fn read(path: &Path) -> Result<Option<(Network, u32)>, String> {
+fn read(path: &Path) -> Result<Option<(String, Network)>, String> {
     let Some(file) = atomic_file::open(path).map_err(|error| error.to_string())? else { return Ok(None) };
     let text = atomic_file::text(&file, path, MAX_BYTES).map_err(|error| error.to_string())?;
-    let mode = file.metadata().map_err(|error| error.to_string())?.mode() & 0o777;
-    Ok(Some((Network::parse(&text)?, mode)))
+    let network = Network::parse(&text)?;
+    Ok(Some((text, network)))
 }
 
-fn write(path: &Path, network: &Network, mode: u32) -> Result<(), CniError> {
-    atomic_file::replace(path, mode, network.text().as_bytes()).map_err(CniError::Write)
+/// Replaces a configuration, unless its owner has written another version since it was read. That version then stays, and is
+/// looked at next.
+fn write_over(found: &Found, network: &Network) -> Result<(), CniError> {
+    // What a link leads to is changed, and the link stays.
+    let path = &found.path.canonicalize().unwrap_or_else(|_| found.path.clone());
+    let new = path.with_extension(format!("{LIST}.tacit-{}", std::process::id()));
+    atomic_file::replace(&new, mode_of(path), network.text().as_bytes())?;
+    if let Ok(owner) = fs::metadata(path) {
+        // The file of another user stays that user's, where that is allowed.
+        let _ = std::os::unix::fs::chown(&new, Some(owner.uid()), Some(owner.gid()));
+    }
+    let exchanged = renameat2(AT_FDCWD, &new, AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE);
+    let done = match exchanged {
+        Ok(()) if fs::read_to_string(&new).is_ok_and(|displaced| displaced != found.text) => {
+            return fs::rename(&new, path).map_err(CniError::file("rename to", path));
+        }
+        Ok(()) => Ok(()),
+        // Its owner has removed it.
+        Err(Errno::ENOENT) => Ok(()),
+        // The file system cannot exchange.
+        Err(Errno::EINVAL | Errno::ENOSYS) => {
+            return fs::rename(&new, path).map_err(CniError::file("rename to", path));
+        }
+        Err(error) => Err(CniError::file("rename to", path)(error.into())),
+    };
+    fs::remove_file(&new).map_err(CniError::file("remove", &new)).and(done)
+}
+
+/// Permissions of a configuration, which its new version keeps.
+fn mode_of(path: &Path) -> u32 {
+    fs::metadata(path).map_or(0o600, |found| found.mode() & 0o777)
 }
 
 fn is_list(path: &Path) -> bool {
@@ -118,11 +171,15 @@ fn has_extension(path: &Path, extension: &str) -> bool {
     path.extension().is_some_and(|found| found == extension)
 }
 
-fn original(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".");
-    name.push(ORIGINAL);
-    name.into()
+fn is_made(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(MADE))
+}
+
+/// Returns the list that is made of the configuration of one plugin at `path`.
+fn made_of(path: &Path) -> PathBuf {
+    let mut name = path.file_stem().unwrap_or_default().to_owned();
+    name.push(MADE);
+    path.with_file_name(name)
 }
 
 #[cfg(test)]
@@ -141,6 +198,15 @@ mod tests {
         json!({"type": "tacit-cni", "socket": "/run/a"})
     }
 
+    /// A folder with the programs of the lists.
+    fn programs() -> Scratch {
+        let folder = Scratch::new();
+        for program in ["bridge", "multus"] {
+            fs::write(folder.path().join(program), "").expect("written");
+        }
+        folder
+    }
+
     fn types(path: &Path) -> Vec<String> {
         let root: Value = serde_json::from_str(&fs::read_to_string(path).expect("there")).expect("JSON");
         let plugins = root["plugins"].as_array().expect("a list");
@@ -157,10 +223,13 @@ mod tests {
 
     #[test]
     fn the_configuration_in_use_is_changed_and_restored() {
-        let scratch = Scratch::new();
-        let folder = scratch.path();
-        assert_eq!(chain(&folder.join("absent"), &entry()).expect("no error"), None);
-        assert_eq!(chain(folder, &entry()).expect("no error"), None, "no network yet");
+        let (scratch, programs) = (Scratch::new(), programs());
+        let (folder, programs) = (scratch.path(), programs.path());
+        let chain = |folder: &Path| {
+            chain(folder, programs, &entry()).map(|chained| chained.map(|chained| chained.path))
+        };
+        assert_eq!(chain(&folder.join("absent")).expect("no error"), None);
+        assert_eq!(chain(folder).expect("no error"), None, "no network yet");
         for (name, text) in
             [("00-broken.conflist", "{"), ("10-b.conflist", LIST), ("20-c.conflist", LIST), ("1.txt", LIST)]
         {
@@ -168,17 +237,17 @@ mod tests {
         }
         let used = folder.join("10-b.conflist");
         fs::set_permissions(&used, fs::Permissions::from_mode(0o600)).expect("changed");
-        assert_eq!(chain(folder, &entry()).expect("chained").as_ref(), Some(&used));
+        assert_eq!(chain(folder).expect("chained").as_ref(), Some(&used));
         assert_eq!(types(&used), ["bridge", "tacit-cni"]);
         assert_eq!(fs::metadata(&used).expect("there").permissions().mode() & 0o777, 0o600);
         assert_eq!(types(&folder.join("20-c.conflist")), ["bridge"]);
         let written = fs::metadata(&used).expect("there").ino();
-        chain(folder, &entry()).expect("no error");
+        chain(folder).expect("no error");
         assert_eq!(fs::metadata(&used).expect("there").ino(), written, "not written again");
 
         let earlier = folder.join("05-a.conflist");
         fs::write(&earlier, LIST).expect("written");
-        assert_eq!(chain(folder, &entry()).expect("chained"), Some(earlier));
+        assert_eq!(chain(folder).expect("chained"), Some(earlier));
         assert_eq!(unchain(folder).expect("restored"), 2);
         assert_eq!(types(&used), ["bridge"]);
         assert_eq!(unchain(folder).expect("nothing to do"), 0);
@@ -186,19 +255,57 @@ mod tests {
     }
 
     #[test]
-    fn one_plugin_becomes_a_list_and_comes_back() {
-        let scratch = Scratch::new();
-        let folder = scratch.path();
+    fn of_one_plugin_a_list_is_made_and_the_original_stays() {
+        let (scratch, programs) = (Scratch::new(), programs());
+        let (folder, programs) = (scratch.path(), programs.path());
+        let chain = |folder: &Path| {
+            chain(folder, programs, &entry()).map(|chained| chained.map(|chained| chained.path))
+        };
         let single = folder.join("00-multus.conf");
-        for _ in 0..2 {
-            // Its owner writes it again.
-            fs::write(&single, CONF).expect("written");
-            let list = chain(folder, &entry()).expect("chained").expect("in use");
-            assert_eq!(types(&list), ["multus", "tacit-cni"]);
-            assert_eq!(names(folder), ["00-multus.conf.tacit-original", "00-multus.conflist"]);
-        }
+        fs::write(&single, CONF).expect("written");
+        let list = chain(folder).expect("chained").expect("in use");
+        assert!(list < single, "a runtime uses the first by name");
+        assert_eq!(types(&list), ["multus", "tacit-cni"]);
+        let written = fs::metadata(&list).expect("there").ino();
+        chain(folder).expect("no error");
+        assert_eq!(fs::metadata(&list).expect("there").ino(), written, "not written again");
+        // Its owner changes it, which the list follows.
+        fs::write(&single, CONF.replace("meta", "other")).expect("written");
+        chain(folder).expect("chained");
+        assert!(fs::read_to_string(&list).expect("there").contains("other"));
+        assert_eq!(names(folder), ["00-multus-tacit.conflist", "00-multus.conf"]);
+        // Its owner removes it.
+        fs::rename(&single, folder.join("05-x.conf")).expect("renamed");
+        chain(folder).expect("chained");
+        assert_eq!(names(folder), ["05-x-tacit.conflist", "05-x.conf"]);
         assert_eq!(unchain(folder).expect("restored"), 1);
-        assert_eq!(names(folder), ["00-multus.conf"]);
-        assert_eq!(fs::read_to_string(&single).expect("there"), CONF);
+        assert_eq!(names(folder), ["05-x.conf"]);
+    }
+
+    #[test]
+    fn a_version_that_its_owner_writes_meanwhile_stays() {
+        let scratch = Scratch::new();
+        let path = scratch.path().join("10-a.conflist");
+        let network = Network::parse(LIST).expect("a list");
+        let found =
+            |text: &str| Found { path: path.clone(), text: text.to_owned(), network: network.clone() };
+        fs::write(&path, "newer").expect("written");
+        write_over(&found("older"), &network).expect("no error");
+        assert_eq!(fs::read_to_string(&path).expect("there"), "newer");
+        write_over(&found("newer"), &network).expect("no error");
+        assert_eq!(fs::read_to_string(&path).expect("there"), network.text());
+        fs::remove_file(&path).expect("removed");
+        write_over(&found("newer"), &network).expect("no error");
+        assert!(names(scratch.path()).is_empty(), "what its owner has removed stays away");
+    }
+
+    #[test]
+    fn a_list_whose_programs_are_elsewhere_is_not_changed() {
+        let (scratch, programs) = (Scratch::new(), Scratch::new());
+        fs::write(scratch.path().join("10-a.conflist"), LIST).expect("written");
+        let error =
+            chain(scratch.path(), programs.path(), &entry()).expect_err("no plugin of the list is there");
+        assert!(error.to_string().contains("programFolder"), "{error}");
+        assert_eq!(types(&scratch.path().join("10-a.conflist")), ["bridge"]);
     }
 }

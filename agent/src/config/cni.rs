@@ -14,9 +14,9 @@ const CONFIG_FOLDER: &str = "/etc/cni/net.d";
 const PROGRAM_FOLDER: &str = "/opt/cni/bin";
 /// Most namespaces in the list: each pod's sandbox costs a look at it.
 const EXEMPT_MAX: usize = 64;
-const TIMEOUT: Duration = Duration::from_secs(20);
-/// A kubelet gives up on a sandbox after four minutes, and the other plugins need time too.
-const TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// CRI-O reads a changed configuration only when no plugin runs, and everything that comes after waits for that.
+const TIMEOUT_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(20);
 
 /// Longest `statePath` with a CNI plugin, in bytes: the agent's socket is two folders below it.
 const STATE_PATH_MAX: usize = 60;

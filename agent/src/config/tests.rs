@@ -89,7 +89,7 @@ fn a_cni_section_has_defaults_and_refuses_mistakes() {
         config_folder: "/etc/cni/net.d".into(),
         program_folder: "/opt/cni/bin".into(),
         exempt_namespaces: Vec::new(),
-        timeout: Duration::from_secs(20),
+        timeout: Duration::from_secs(5),
     };
     assert_eq!(cni("cni: {}\n"), defaults);
     // As the manifests write it.
@@ -103,7 +103,7 @@ fn a_cni_section_has_defaults_and_refuses_mistakes() {
     };
     assert_eq!(cni(text), expected);
     let mistakes = problems(&section(
-        "cni: {enabled: maybe, configFolder: etc, programFolder: /opt/../x, exemptNamespaces: [A], timeout: 3m, folder: x}\n",
+        "cni: {enabled: maybe, configFolder: etc, programFolder: /opt/../x, exemptNamespaces: [A], timeout: 30s, folder: x}\n",
     ));
     let fields = [
         "cni.folder",

@@ -119,7 +119,7 @@ impl Exposition {
         let node_state =
             node_state.map(|(operation, error)| ([Value::Text(operation)], u64::from(error.is_some())));
         writer.family(&NODE_STATE_ERRORS, node_state)?;
-        if let Some(cni) = &status.cni {
+        if let Some(cni) = status.cni.as_ref().filter(|cni| cni.is_enabled) {
             writer.single(&CNI_PLUGIN, u64::from(cni.configuration.is_some()))?;
         }
         let ranges = [("configured", status.mesh.configured), ("detected", status.mesh.detected)];

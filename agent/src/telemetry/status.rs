@@ -260,6 +260,8 @@ pub struct NodeStateStatus {
 /// The CNI plugin, with which pods wait for the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct CniStatus {
+    /// False: the agent takes the plugin out of the configurations.
+    pub is_enabled: bool,
     /// The CNI configuration that names it; `None` if none does.
     pub configuration: Option<String>,
     /// The error of the last look at the node's CNI folders.

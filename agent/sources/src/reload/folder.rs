@@ -27,10 +27,15 @@ impl Folder {
     /// Watches the folder that contains `file`. If inotify is unavailable, logs a warning and never reports a change.
     #[must_use]
     pub fn of(file: &Path) -> Self {
-        let path = match file.parent() {
+        Self::at(match file.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
             _ => PathBuf::from("."),
-        };
+        })
+    }
+
+    /// Watches the folder `path`, which may not exist yet, as above.
+    #[must_use]
+    pub fn at(path: PathBuf) -> Self {
         let events = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
             .map_err(io::Error::from)
             .and_then(|inotify| register(Events(inotify)));

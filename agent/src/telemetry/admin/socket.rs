@@ -26,6 +26,8 @@ use crate::telemetry::status::Status;
 
 /// Connections that the kernel queues while all places are taken.
 const BACKLOG: i32 = 16;
+/// The same for the CNI plugin: as many sandboxes as a node starts at once.
+const SANDBOXES_BACKLOG: i32 = 512;
 /// Longest wait for an answer, from connecting to the last byte.
 const FETCH_MAX: Duration = Duration::from_secs(10);
 /// Largest answer read, in bytes: a thousand flows and some thousand pods take a tenth of it.
@@ -108,7 +110,7 @@ pub fn bind_replacing(path: &Path) -> io::Result<UnixListener> {
     }
     let socket = private_socket()?;
     socket.bind(&SockAddr::unix(&temporary)?)?;
-    socket.listen(BACKLOG)?;
+    socket.listen(SANDBOXES_BACKLOG)?;
     std::fs::rename(&temporary, path)?;
     UnixListener::from_std(OwnedFd::from(socket).into())
 }

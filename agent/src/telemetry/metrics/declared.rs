@@ -233,7 +233,7 @@ pub(super) static CNI_PLUGIN: Metric = Metric {
     unit: None,
     kind: MetricType::Gauge,
     labels: &[],
-    help: "1 if the CNI configuration of this node names the plugin with which pods wait for the agent. Absent without `cni` in the configuration.",
+    help: "1 if the CNI configuration of this node names the plugin with which pods wait for the agent. Absent if it is not to.",
 };
 pub(super) static RESETS_AT_ENROLMENT: Metric = Metric {
     name: "tacit_enrolment_resets",

@@ -171,8 +171,9 @@ impl Page {
         }
     }
 
-    fn cni(&mut self, CniStatus { configuration, error }: &CniStatus) {
+    fn cni(&mut self, CniStatus { is_enabled, configuration, error }: &CniStatus) {
         match configuration {
+            _ if !is_enabled => self.line("  pods do not wait for this agent: cni.enabled is false"),
             Some(configuration) => {
                 self.line(&format!("  pods wait for this agent: CNI plugin in {configuration}"))
             }

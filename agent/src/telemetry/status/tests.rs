@@ -96,6 +96,7 @@ pub(in crate::telemetry) fn sample() -> Status {
             write_error: Some("cannot create /var/lib/tacit/x: no space".to_owned()),
         },
         cni: Some(CniStatus {
+            is_enabled: true,
             configuration: None,
             error: Some("cannot read /etc/cni/net.d: denied".to_owned()),
         }),
