@@ -43,6 +43,7 @@ impl CniFolders {
         let folders = Self(std::env::temp_dir().join(format!("tacit-cni-{}-{tag}", std::process::id())));
         fs::create_dir_all(folders.configurations())?;
         fs::create_dir_all(folders.programs())?;
+        fs::write(folders.programs().join("bridge"), "")?;
         folders.write("10-pods.conflist")?;
         Ok(folders)
     }
