@@ -33,6 +33,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     os::fd::AsFd,
+    pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -48,7 +49,12 @@ use tacit_kernel::{
     held::HeldEnds,
     socket::{AppStream, ClientNotStored, peer::limit_silence},
 };
-use tacit_tunnel::{TlsInfo, socket::reset};
+use tacit_tunnel::{
+    TlsInfo,
+    relay::threads::{ThreadKind, until_move},
+    socket::reset,
+};
+use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -69,6 +75,9 @@ use crate::{
 
 /// Receive buffers on loopback as a multiple of those outside it: the agent then reads half as often.
 const LOOPBACK_UNREAD: u32 = 2;
+
+/// A flow that can go on at another thread.
+type MovableFlow = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Everything a connection needs.
 pub struct Proxy {
@@ -151,13 +160,24 @@ impl Proxy {
     }
 
     /// Starts the task of a flow on the worker that new connections of listeners with this home go to. The flow counts as the
-    /// worker's load until it drops what it gets.
-    pub fn spawn_flow<F>(&self, home: usize, flow: impl FnOnce(Load) -> F)
-    where
-        F: Future<Output = ()> + Send + 'static,
-    {
+    /// load of the thread that it is on.
+    pub fn spawn_flow(self: &Arc<Self>, home: usize, flow: impl Future<Output = ()> + Send + 'static) {
         let (worker, load) = self.workers.place(home);
-        self.drain.tasks.spawn_on(flow(load), self.workers.handle(worker));
+        let handle = self.workers.handle(worker).clone();
+        self.run_flow(ThreadKind::Quick, &handle, load, Box::pin(flow));
+    }
+
+    /// Starts the task of a flow on a thread of kind `on`, and again on another one if it moves.
+    fn run_flow(self: &Arc<Self>, on: ThreadKind, handle: &Handle, load: Load, mut flow: MovableFlow) {
+        let proxy = self.clone();
+        let run = async move {
+            if let Some(kind) = until_move(on, &mut flow).await {
+                drop(load);
+                let (handle, load) = proxy.workers.place_moved(kind);
+                proxy.run_flow(kind, handle, load, flow);
+            }
+        };
+        self.drain.tasks.spawn_on(run, handle);
     }
 
     /// Cancelled when a thread that carries flows, or a listener on it, has failed.

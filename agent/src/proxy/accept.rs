@@ -237,12 +237,12 @@ impl Entrance {
         F: Future<Output = ()> + Send + 'static,
     {
         let (on, who) = (self.proxy.clone(), self.pod.clone());
-        self.proxy.spawn_flow(self.home, |load| async move {
+        self.proxy.spawn_flow(self.home, async move {
             match S::of(connection.into()) {
                 Ok(connection) => handle(on, who, connection, peer).await,
                 Err(error) => tracing::error!(%error, "a connection cannot be polled, and is dropped"),
             }
-            drop((load, permit));
+            drop(permit);
         });
     }
 

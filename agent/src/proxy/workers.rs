@@ -1,5 +1,6 @@
 //! The threads that carry flows. Each runs a runtime of its own, so a flow stays on the thread that accepted it: its two
-//! sockets, its buffers and its timers have one poller, and no wake-up crosses threads.
+//! sockets, its buffers and its timers have one poller, and no wake-up crosses threads. There are as many again for bulk, to which
+//! flows go on that move much (`relay::threads`): a thread that moves bulk gets the core late for others.
 //!
 //! A pod's listeners have a home. What is accepted there stays there, unless another thread has clearly less to do: then
 //! the connection moves once, before anything was read from it. (One listener for each thread by SO_REUSEPORT would spread
@@ -18,7 +19,10 @@ use std::{
     time::Duration,
 };
 
-use tacit_tunnel::{buffers, relay::busy_poll};
+use tacit_tunnel::{
+    buffers,
+    relay::{busy_poll, threads::ThreadKind},
+};
 use tokio::{runtime::Handle, sync::oneshot, time::interval};
 use tokio_util::sync::CancellationToken;
 
@@ -33,6 +37,8 @@ thread_local! {
 #[derive(Debug)]
 pub struct Workers {
     workers: Vec<Worker>,
+    /// Those for bulk, as many.
+    bulk: Vec<Worker>,
     failed: CancellationToken,
 }
 
@@ -62,9 +68,11 @@ impl Workers {
     /// Fails if the system gives no thread or no poller.
     pub fn start(count: NonZeroUsize, busy_poll: Duration) -> io::Result<Self> {
         let failed = CancellationToken::new();
-        let start = |index| Worker::start(index, busy_poll, failed.clone());
-        let workers = (0..count.get()).map(start).collect::<io::Result<_>>()?;
-        Ok(Self { workers, failed })
+        let start = |kind| {
+            let start = |index| Worker::start(kind, index, busy_poll, failed.clone());
+            (0..count.get()).map(start).collect::<io::Result<_>>()
+        };
+        Ok(Self { workers: start(ThreadKind::Quick)?, bulk: start(ThreadKind::Bulk)?, failed })
     }
 
     /// Cancelled when one of the threads, or a task that is started with [`vital`] and this token, has panicked.
@@ -94,6 +102,18 @@ impl Workers {
         (index, Load(load.clone()))
     }
 
+    /// Returns the runtime of a thread of this kind for a flow that moves from another thread, and its load.
+    pub fn place_moved(&self, kind: ThreadKind) -> (&Handle, Load) {
+        let threads = match kind {
+            ThreadKind::Quick => &self.workers,
+            ThreadKind::Bulk => &self.bulk,
+        };
+        let loads: Vec<_> = threads.iter().map(|worker| worker.load.load(Relaxed)).collect();
+        let Worker { handle, load, .. } = &threads[choose(Self::current(), &loads)];
+        load.fetch_add(1, Relaxed);
+        (handle, Load(load.clone()))
+    }
+
     /// The one that runs the caller; the first when none does.
     #[must_use]
     pub fn current() -> usize {
@@ -102,14 +122,21 @@ impl Workers {
 }
 
 impl Worker {
-    fn start(index: usize, busy_poll: Duration, failed: CancellationToken) -> io::Result<Self> {
+    fn start(
+        kind: ThreadKind,
+        index: usize,
+        busy_poll: Duration,
+        failed: CancellationToken,
+    ) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (running, ended) = oneshot::channel();
         let run = move || {
             CURRENT.set(index);
-            busy_poll::set_limit(busy_poll);
-            runtime.spawn(vital(failed.clone(), busy_poll::run()));
+            if kind == ThreadKind::Quick {
+                busy_poll::set_limit(busy_poll);
+                runtime.spawn(vital(failed.clone(), busy_poll::run()));
+            }
             runtime.block_on(vital(failed, async {
                 tokio::select! {
                     // Nothing is ever sent.
@@ -118,7 +145,11 @@ impl Worker {
                 }
             }));
         };
-        thread::Builder::new().name(format!("tacit-flows-{index}")).spawn(run)?;
+        let name = match kind {
+            ThreadKind::Quick => "tacit-flows",
+            ThreadKind::Bulk => "tacit-bulk",
+        };
+        thread::Builder::new().name(format!("{name}-{index}")).spawn(run)?;
         Ok(Self { handle, load: Arc::default(), _running: running })
     }
 }

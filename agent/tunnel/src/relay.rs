@@ -14,6 +14,7 @@ mod delayed_accept;
 mod plain;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod threads;
 mod tunnelled;
 #[cfg(test)]
 mod urgent;

@@ -56,6 +56,14 @@ pub trait Polled: AsFd + Sized {
 pub struct AppStream(AsyncFd<std::net::TcpStream>);
 
 impl AppStream {
+    /// Moves the connection to the calling thread's runtime.
+    ///
+    /// # Errors
+    /// If the poller has no descriptors or memory left. The connection is then closed.
+    pub fn moved_to_this_thread(self) -> io::Result<Self> {
+        Self::of(self.0.into_inner().into())
+    }
+
     /// Returns the local address.
     ///
     /// # Errors

@@ -108,7 +108,7 @@ pub fn start(proxy: &Arc<Proxy>, openings: &Arc<PodOpenings>, held: HeldConnect)
     };
     let home = openings.pod.home(proxy.workers.count());
     let (on, openings) = (proxy.clone(), openings.clone());
-    proxy.spawn_flow(home, move |load| async move {
+    proxy.spawn_flow(home, async move {
         relay::connection_started();
         // Boxed, so that a flow does not keep room for what is needed only until both ends are connected.
         let carried =
@@ -116,7 +116,7 @@ pub fn start(proxy: &Arc<Proxy>, openings: &Arc<PodOpenings>, held: HeldConnect)
         if let Some(carried) = carried {
             carried.await;
         }
-        drop((load, permit));
+        drop(permit);
     });
 }
 

@@ -104,6 +104,11 @@ impl<'a> Growth<'a> {
         }
     }
 
+    /// Returns true if the direction has moved so much that it is bulk, with large buffers or without.
+    pub(crate) fn is_bulk(&self) -> bool {
+        self.state != State::Small
+    }
+
     /// Returns true if the direction has large buffers.
     pub(crate) fn is_large(&self) -> bool {
         self.state == State::Large

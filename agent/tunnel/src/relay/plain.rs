@@ -18,6 +18,7 @@ use crate::{
         FlowCounters, PodBulk,
         bulk::{Grown, Growth, Stall},
         busy_poll::BusyPoll,
+        threads::{ThreadKind, can_move_to, move_to},
         watch::{PeerWatch, Watching},
     },
     socket::{self, ReadBytes},
@@ -34,7 +35,23 @@ pub async fn plain(
     bulk: &PodBulk,
     remote: Option<Remote<'_>>,
 ) -> FlowEnd {
-    match run(&source, &destination, (counters, bulk), remote).await {
+    let (mut source, mut destination, mut kept) = (source, destination, None);
+    let ending = loop {
+        match run(&source, &destination, kept, (counters, bulk), remote).await {
+            Ran::ToTheEnd(ending) => break ending,
+            Ran::UntilBulk(until_now) => {
+                move_to(ThreadKind::Bulk).await;
+                // One that is dropped here is reset.
+                match (source.moved_to_this_thread(), destination.moved_to_this_thread()) {
+                    (Ok(there), Ok(back)) => (source, destination) = (there, back),
+                    (Err(_), _) => return FlowEnd::Reset(App::Source),
+                    (_, Err(_)) => return FlowEnd::Reset(App::Destination),
+                }
+                kept = Some(until_now);
+            }
+        }
+    };
+    match ending {
         Ending::Finished => {
             socket::deliver_if_dropped(&source);
             socket::deliver_if_dropped(&destination);
@@ -60,36 +77,58 @@ enum Ending {
     Silent,
 }
 
-/// Runs both directions to their ends.
-async fn run(
+/// The result of a part of a flow.
+enum Ran<'k> {
+    /// The flow has ended.
+    ToTheEnd(Ending),
+    /// It is bulk, and goes on at another thread.
+    UntilBulk(Box<Kept<'k>>),
+}
+
+/// The part of a flow that goes with it to another thread.
+struct Kept<'k> {
+    there: Direction<'k>,
+    back: Direction<'k>,
+    peer: PeerWatch<'k>,
+}
+
+/// Runs both directions to their ends, or until the flow has to move to another thread. `kept` is what it was before it moved.
+async fn run<'k>(
     source: &AppStream,
     destination: &AppStream,
-    (counters, bulk): (&FlowCounters, &PodBulk),
-    remote: Option<Remote<'_>>,
-) -> Ending {
+    kept: Option<Box<Kept<'k>>>,
+    (counters, bulk): (&FlowCounters, &'k PodBulk),
+    remote: Option<Remote<'k>>,
+) -> Ran<'k> {
     let (far, watching) = remote.unzip();
     let (upstream, app) = match far {
         Some(App::Source) => (source, destination),
         _ => (destination, source),
     };
-    let (mut peer, mut seen_bytes) = (PeerWatch::new(watching), 0);
+    let new =
+        || Kept { there: Direction::new(bulk), back: Direction::new(bulk), peer: PeerWatch::new(watching) };
+    let Kept { there, back, mut peer } = kept.map_or_else(new, |kept| *kept);
+    let mut seen_bytes = 0;
     let towards_peer = if far == Some(App::Source) { &counters.received } else { &counters.sent };
-    let mut there = Half::new(source, destination, App::Source, (&counters.sent, bulk));
-    let mut back = Half::new(destination, source, App::Destination, (&counters.received, bulk));
+    let mut there = Half::new(source, destination, App::Source, &counters.sent, there);
+    let mut back = Half::new(destination, source, App::Destination, &counters.received, back);
     let mut source_broken = pin!(source.broken());
     let mut destination_broken = pin!(destination.broken());
     let mut busy_poll = BusyPoll::new();
     let ending = poll_fn(|cx| {
         if let Poll::Ready(reset) = poll_both(&mut there, &mut back, cx) {
-            return Poll::Ready(reset.map_or(Ending::Finished, Ending::Reset));
+            return Poll::Ready(Some(reset.map_or(Ending::Finished, Ending::Reset)));
+        }
+        if [&there, &back].iter().any(|half| half.kept.growth.is_bulk()) && can_move_to(ThreadKind::Bulk) {
+            return Poll::Ready(None);
         }
         busy_poll.pending(counters.sent.load(Relaxed) + counters.received.load(Relaxed));
         // After an application has ended its direction, reads no longer report a reset.
         for (half, broken) in [(&mut there, &mut source_broken), (&mut back, &mut destination_broken)] {
-            if half.ended && !half.error_checked && broken.as_mut().poll(cx).is_ready() {
+            if half.kept.ended && !half.error_checked && broken.as_mut().poll(cx).is_ready() {
                 half.error_checked = true;
                 if matches!(half.from.take_error(), Ok(Some(_)) | Err(_)) {
-                    return Poll::Ready(Ending::Reset(half.app));
+                    return Poll::Ready(Some(Ending::Reset(half.app)));
                 }
             }
         }
@@ -98,17 +137,21 @@ async fn run(
             seen_bytes = sent_bytes;
             peer.sent();
         }
-        peer.poll(cx, upstream, app).map(|()| Ending::Silent)
+        peer.poll(cx, upstream, app).map(|()| Some(Ending::Silent))
     })
     .await;
+    let Some(ending) = ending else {
+        peer.moves();
+        return Ran::UntilBulk(Box::new(Kept { there: there.kept, back: back.kept, peer }));
+    };
     if matches!(ending, Ending::Finished) {
         peer.release(app);
     }
-    ending
+    Ran::ToTheEnd(ending)
 }
 
 /// Steps both directions in alternation until both are blocked.
-fn poll_both(there: &mut Half<'_>, back: &mut Half<'_>, cx: &mut Context<'_>) -> Poll<Option<App>> {
+fn poll_both(there: &mut Half<'_, '_>, back: &mut Half<'_, '_>, cx: &mut Context<'_>) -> Poll<Option<App>> {
     loop {
         let steps = [there.step(cx), back.step(cx)];
         for step in &steps {
@@ -116,7 +159,7 @@ fn poll_both(there: &mut Half<'_>, back: &mut Half<'_>, cx: &mut Context<'_>) ->
                 return Poll::Ready(Some(*app));
             }
         }
-        if there.ended && back.ended {
+        if there.kept.ended && back.kept.ended {
             return Poll::Ready(None);
         }
         if steps.iter().all(Poll::is_pending) {
@@ -135,50 +178,58 @@ struct Unwritten {
 }
 
 /// One direction.
-struct Half<'a> {
+struct Half<'a, 'k> {
     from: &'a AppStream,
     to: &'a AppStream,
     /// The application that sends on `from`.
     app: App,
     counter: &'a AtomicU64,
+    /// The error readiness of `from` was consumed.
+    error_checked: bool,
+    kept: Direction<'k>,
+}
+
+/// The part of a direction that goes with the flow to another thread.
+struct Direction<'k> {
     size: Size,
-    growth: Growth<'a>,
+    growth: Growth<'k>,
     stall: Stall,
     /// Bytes that are read and not yet written.
     unwritten: Option<Unwritten>,
-    /// The end of `from` was forwarded.
+    /// The end of the sender was forwarded.
     ended: bool,
-    /// The error readiness of `from` was consumed.
-    error_checked: bool,
 }
 
-impl<'a> Half<'a> {
-    fn new(
-        from: &'a AppStream,
-        to: &'a AppStream,
-        app: App,
-        (counter, bulk): (&'a AtomicU64, &'a PodBulk),
-    ) -> Self {
+impl<'k> Direction<'k> {
+    fn new(bulk: &'k PodBulk) -> Self {
         Self {
-            from,
-            to,
-            app,
-            counter,
             size: Size::default(),
             growth: Growth::new(bulk),
             stall: Stall::default(),
             unwritten: None,
             ended: false,
-            error_checked: false,
         }
+    }
+}
+
+impl<'a, 'k> Half<'a, 'k> {
+    fn new(
+        from: &'a AppStream,
+        to: &'a AppStream,
+        app: App,
+        counter: &'a AtomicU64,
+        kept: Direction<'k>,
+    ) -> Self {
+        Self { from, to, app, counter, error_checked: false, kept }
     }
 
     /// Reads or writes once; breaks with the application that reset.
     fn step(&mut self, cx: &mut Context<'_>) -> Poll<ControlFlow<App>> {
-        if self.ended {
+        if self.kept.ended {
             return Poll::Pending;
         }
-        let moved = if self.unwritten.is_some() { ready!(self.write(cx)) } else { ready!(self.read(cx)) };
+        let moved =
+            if self.kept.unwritten.is_some() { ready!(self.write(cx)) } else { ready!(self.read(cx)) };
         Poll::Ready(moved.map_or_else(ControlFlow::Break, ControlFlow::Continue))
     }
 
@@ -186,21 +237,21 @@ impl<'a> Half<'a> {
         loop {
             // An idle flow takes no buffer.
             let Ok(()) = ready!(self.from.poll_read_ready(cx)) else { return Poll::Ready(Err(self.app)) };
-            let mut buffer = Buffer::take(self.size);
+            let mut buffer = Buffer::take(self.kept.size);
             let room_bytes = buffer.len();
             let Some(read) = socket::try_read_app(self.from, &mut [IoSliceMut::new(&mut buffer)]) else {
                 continue;
             };
             return Poll::Ready(match read {
                 Ok(ReadBytes { count: 0, .. }) => {
-                    self.ended = true;
+                    self.kept.ended = true;
                     socket::finish(self.to).map_err(|_| self.other())
                 }
                 Ok(ReadBytes { count, is_urgent }) => {
                     if !is_urgent {
-                        self.size = self.next_size(count, room_bytes);
+                        self.kept.size = self.next_size(count, room_bytes);
                     }
-                    self.unwritten = Some(Unwritten { buffer, start: 0, end: count, is_urgent });
+                    self.kept.unwritten = Some(Unwritten { buffer, start: 0, end: count, is_urgent });
                     Ok(())
                 }
                 Err(_) => Err(self.app),
@@ -209,18 +260,18 @@ impl<'a> Half<'a> {
     }
 
     fn next_size(&mut self, read_bytes: usize, room_bytes: usize) -> Size {
-        let next = self.size.after(read_bytes, room_bytes);
+        let next = self.kept.size.after(read_bytes, room_bytes);
         // A bounded receive buffer may keep reads from ever being full.
-        if next != Size::Large && !self.stall.is_bounded() {
+        if next != Size::Large && !self.kept.stall.is_bounded() {
             return next;
         }
-        match self.growth.ask(self.counter.load(Relaxed)) {
+        match self.kept.growth.ask(self.counter.load(Relaxed)) {
             Grown::Before => next,
             Grown::No => next.small(),
             Grown::Now => {
                 // Both connections end with the flow.
                 socket::limit_unsent(self.to, true);
-                if self.stall.is_bounded() {
+                if self.kept.stall.is_bounded() {
                     socket::widen_unread(self.from);
                 }
                 next
@@ -229,7 +280,7 @@ impl<'a> Half<'a> {
     }
 
     fn write(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), App>> {
-        let Some(Unwritten { buffer, start, end, is_urgent }) = &mut self.unwritten else {
+        let Some(Unwritten { buffer, start, end, is_urgent }) = &mut self.kept.unwritten else {
             return Poll::Ready(Ok(()));
         };
         let bytes = &buffer[*start..*end];
@@ -238,7 +289,7 @@ impl<'a> Half<'a> {
             _ => socket::poll_write(self.to, cx, &[IoSlice::new(bytes)]),
         };
         let Poll::Ready(written) = written else {
-            self.stall.stalled(&self.growth, || socket::bound_unread(self.from));
+            self.kept.stall.stalled(&self.kept.growth, || socket::bound_unread(self.from));
             return Poll::Pending;
         };
         let Ok(written_bytes) = written else {
@@ -247,7 +298,7 @@ impl<'a> Half<'a> {
         self.counter.fetch_add(written_bytes as u64, Relaxed);
         *start += written_bytes;
         if start == end {
-            self.unwritten = None;
+            self.kept.unwritten = None;
         }
         Poll::Ready(Ok(()))
     }

@@ -40,6 +40,7 @@ use crate::{
         bulk::{Grown, Growth, Stall},
         busy_poll::BusyPoll,
         delayed_accept::DelayedAccept,
+        threads::{ThreadKind, can_move_to, move_to},
         watch::{PeerWatch, Watching},
     },
     socket,
@@ -66,8 +67,32 @@ pub fn tunnelled(
             Role::Client => (App::Source, App::Destination),
             Role::Server => (App::Destination, App::Source),
         };
+        let (mut app, mut kept) = (app, None);
+        let ending = loop {
+            match run(&app, &mut session, kept, (counters, bulk), watching).await {
+                Ran::ToTheEnd(ending) => break ending,
+                Ran::UntilBulk(until_now) => {
+                    move_to(ThreadKind::Bulk).await;
+                    match app.moved_to_this_thread() {
+                        Ok(moved) => app = moved,
+                        Err(error) => {
+                            session.close();
+                            return (FlowEnd::TunnelLost(error.into()), None);
+                        }
+                    }
+                    match session.moved_to_this_thread() {
+                        Ok(moved) => session = moved,
+                        Err(error) => {
+                            socket::reset(app);
+                            return (FlowEnd::TunnelLost(error.into()), None);
+                        }
+                    }
+                    kept = Some(until_now);
+                }
+            }
+        };
         // The futures after the flow are boxed, so a running flow reserves no space for them.
-        match run(&app, &mut session, (counters, bulk), watching).await {
+        match ending {
             Ending::Finished => {
                 socket::deliver_if_dropped(&app);
                 drop(app);
@@ -97,14 +122,26 @@ pub fn tunnelled(
     }
 }
 
-/// Runs the flow to its end.
-async fn run(
+/// The result of a part of a flow.
+enum Ran<'a> {
+    /// The flow has ended.
+    ToTheEnd(Ending),
+    /// It is bulk, and goes on at another thread.
+    UntilBulk(Box<Kept<'a>>),
+}
+
+/// Runs the flow to its end, or until it has to move to another thread. `kept` is what it was before it moved.
+async fn run<'k>(
     app: &AppStream,
     session: &mut Session,
-    (counters, bulk): (&FlowCounters, &PodBulk),
-    watching: Watching<'_>,
-) -> Ending {
-    let mut flow = Flow::new(app, session, counters, bulk, watching);
+    kept: Option<Box<Kept<'k>>>,
+    (counters, bulk): (&FlowCounters, &'k PodBulk),
+    watching: Watching<'k>,
+) -> Ran<'k> {
+    let mut flow = match kept {
+        None => Flow::new(app, session, counters, Kept::new(bulk, watching)),
+        Some(kept) => Flow::resumed(app, session, counters, *kept),
+    };
     let mut broken = pin!(app.broken());
     let mut other_tasks = pin!(yield_now());
     let (mut watch_errors, mut busy_poll) = (true, BusyPoll::new());
@@ -118,31 +155,42 @@ async fn run(
             flow.accept_pending = false;
             ending = flow.poll(cx);
         }
+        if ending.is_pending() && flow.must_move() {
+            return Poll::Ready(None);
+        }
         if ending.is_pending() {
             busy_poll.pending(flow.up.load(Relaxed) + flow.down.load(Relaxed));
         }
         // After the application has ended its direction, reads no longer report a reset.
-        if ending.is_pending() && flow.app_ended && watch_errors && broken.as_mut().poll(cx).is_ready() {
+        if ending.is_pending() && flow.kept.app_ended && watch_errors && broken.as_mut().poll(cx).is_ready() {
             watch_errors = false;
             if matches!(app.take_error(), Ok(Some(_)) | Err(_)) {
-                return Poll::Ready(Ending::ResetByApp);
+                return Poll::Ready(Some(Ending::ResetByApp));
             }
         }
-        if ending.is_pending() && flow.peer.poll(cx, flow.session.tcp(), app).is_ready() {
-            return Poll::Ready(Ending::Silent);
+        if ending.is_pending() && flow.kept.peer.poll(cx, flow.session.tcp(), app).is_ready() {
+            return Poll::Ready(Some(Ending::Silent));
         }
-        ending
+        ending.map(Some)
     })
     .await;
+    let Some(ending) = ending else {
+        let mut kept = flow.kept;
+        kept.peer.moves();
+        return Ran::UntilBulk(Box::new(kept));
+    };
     if matches!(ending, Ending::Finished) {
-        flow.peer.release(app);
+        flow.kept.peer.release(app);
     }
     flow.shrink();
-    ending
+    Ran::ToTheEnd(ending)
 }
 
-/// Returns the session after all frames of the flow have arrived.
+/// Returns the session after all frames of the flow have arrived, on a thread on which the next flow can begin.
 async fn reusable(mut session: Box<Session>) -> Option<Box<Session>> {
+    if move_to(ThreadKind::Quick).await {
+        session = session.moved_to_this_thread().ok()?;
+    }
     if session.role() == Role::Server {
         return Some(session);
     }
@@ -180,23 +228,30 @@ const fn finish_with(ending: Ending) -> Step {
     Poll::Ready(ControlFlow::Break(ending))
 }
 
-struct Flow<'a> {
-    app: &'a AppStream,
-    session: &'a mut Session,
+struct Flow<'f, 'k> {
+    app: &'f AppStream,
+    session: &'f mut Session,
     /// Bytes from the application into the tunnel.
-    up: &'a AtomicU64,
+    up: &'f AtomicU64,
     /// Bytes from the tunnel to the application.
-    down: &'a AtomicU64,
-    /// Size of the next read from the application.
-    size: Size,
-    up_growth: Growth<'a>,
-    down_growth: Growth<'a>,
-    down_stall: Stall,
+    down: &'f AtomicU64,
     /// ACCEPT is queued and not sent yet, for a client that sends without waiting for it. The thread first runs its other tasks
     /// once, so that ACCEPT can leave with the application's first bytes.
     accept_pending: bool,
     /// A longer delay of ACCEPT, for clients that send without waiting for it. `None` after the application's first bytes.
     delayed_accept: Option<DelayedAccept>,
+    /// The error after which nothing can be sent. Received bytes are still read, because a RESET in them is more specific.
+    lost: Option<TunnelError>,
+    kept: Kept<'k>,
+}
+
+/// The part of a flow that goes with it to another thread.
+struct Kept<'k> {
+    /// Size of the next read from the application.
+    size: Size,
+    up_growth: Growth<'k>,
+    down_growth: Growth<'k>,
+    down_stall: Stall,
     /// FIN is queued or sent.
     app_ended: bool,
     /// FIN is written to the tunnel's socket.
@@ -205,47 +260,55 @@ struct Flow<'a> {
     urgent: Option<u8>,
     /// FIN was received, and everything before it was written to the application.
     peer_ended: bool,
-    /// The error after which nothing can be sent. Received bytes are still read, because a RESET in them is more specific.
-    lost: Option<TunnelError>,
-    peer: PeerWatch<'a>,
+    peer: PeerWatch<'k>,
 }
 
-impl<'a> Flow<'a> {
-    fn new(
-        app: &'a AppStream,
-        session: &'a mut Session,
-        counters: &'a FlowCounters,
-        bulk: &'a PodBulk,
-        watching: Watching<'a>,
-    ) -> Self {
-        let (up, down) = match session.role() {
-            Role::Client => (&counters.sent, &counters.received),
-            Role::Server => (&counters.received, &counters.sent),
-        };
+impl<'k> Kept<'k> {
+    fn new(bulk: &'k PodBulk, watching: Watching<'k>) -> Self {
+        Self {
+            size: Size::default(),
+            up_growth: Growth::new(bulk),
+            down_growth: Growth::new(bulk),
+            down_stall: Stall::default(),
+            app_ended: false,
+            fin_sent: false,
+            urgent: None,
+            peer_ended: false,
+            peer: PeerWatch::new(Some(watching)),
+        }
+    }
+}
+
+impl<'f, 'k> Flow<'f, 'k> {
+    fn new(app: &'f AppStream, session: &'f mut Session, counters: &'f FlowCounters, kept: Kept<'k>) -> Self {
         let (app_ended, accept_pending) = match session.role() {
             // The application may have ended before the answer. Unsent bytes are then payload and are not delayed.
             Role::Client => (session.client_ended(), false),
             Role::Server => (false, session.unsent() && session.accept_can_wait()),
         };
-        let delayed_accept = accept_pending.then(DelayedAccept::new);
-        Self {
-            app,
-            session,
-            up,
-            down,
-            size: Size::default(),
-            up_growth: Growth::new(bulk),
-            down_growth: Growth::new(bulk),
-            down_stall: Stall::default(),
-            accept_pending,
-            delayed_accept,
-            app_ended,
-            fin_sent: false,
-            urgent: None,
-            peer_ended: false,
-            lost: None,
-            peer: PeerWatch::new(Some(watching)),
-        }
+        let flow = Self::resumed(app, session, counters, Kept { app_ended, ..kept });
+        Self { accept_pending, delayed_accept: accept_pending.then(DelayedAccept::new), ..flow }
+    }
+
+    /// Returns a flow that goes on with what was kept of it.
+    fn resumed(
+        app: &'f AppStream,
+        session: &'f mut Session,
+        counters: &'f FlowCounters,
+        kept: Kept<'k>,
+    ) -> Self {
+        let (up, down) = match session.role() {
+            Role::Client => (&counters.sent, &counters.received),
+            Role::Server => (&counters.received, &counters.sent),
+        };
+        Self { app, session, up, down, accept_pending: false, delayed_accept: None, lost: None, kept }
+    }
+
+    /// Returns true for bulk that can go on at a thread for it.
+    fn must_move(&self) -> bool {
+        (self.kept.up_growth.is_bulk() || self.kept.down_growth.is_bulk())
+            && self.lost.is_none()
+            && can_move_to(ThreadKind::Bulk)
     }
 
     /// Steps both directions in alternation, so that neither starves the other, until both are blocked. A direction that has
@@ -276,7 +339,7 @@ impl<'a> Flow<'a> {
             if down_waits {
                 if let Some(error) = self.lost.take() {
                     // A client may close without waiting for DONE.
-                    let complete = self.fin_sent && self.peer_ended;
+                    let complete = self.kept.fin_sent && self.kept.peer_ended;
                     return Poll::Ready(if complete { Ending::Finished } else { Ending::Lost(error) });
                 }
                 if up_waits {
@@ -297,24 +360,24 @@ impl<'a> Flow<'a> {
             self.lost = Some(error);
             return CONTINUE;
         }
-        if self.app_ended {
-            self.fin_sent = true;
+        if self.kept.app_ended {
+            self.kept.fin_sent = true;
             return Poll::Pending;
         }
-        let Ok(read) = ready!(poll_app_read(self.app, cx, self.size)) else {
+        let Ok(read) = ready!(poll_app_read(self.app, cx, self.kept.size)) else {
             return finish_with(Ending::ResetByApp);
         };
         let before = self.up.fetch_add(read.payload_bytes as u64, Relaxed);
-        self.size = read.next;
+        self.kept.size = read.next;
         if read.next == Size::Large {
-            match self.up_growth.ask(before) {
+            match self.kept.up_growth.ask(before) {
                 Grown::Before => {}
                 Grown::Now => self.session.set_large_sends(true),
-                Grown::No => self.size = Size::Small,
+                Grown::No => self.kept.size = Size::Small,
             }
         }
         match self.session.send_app_read(read) {
-            Ok(Ok(ends)) => self.app_ended = ends,
+            Ok(Ok(ends)) => self.kept.app_ended = ends,
             Ok(Err(_)) => return finish_with(Ending::ResetByApp),
             Err(error) => return finish_with(Ending::Lost(error)),
         }
@@ -322,7 +385,7 @@ impl<'a> Flow<'a> {
             return finish_with(Ending::Lost(error));
         }
         (self.accept_pending, self.delayed_accept) = (false, None);
-        self.peer.sent();
+        self.kept.peer.sent();
         // Send at once. The next step sends the rest.
         if let Poll::Ready(Err(error)) = self.session.poll_flush(cx) {
             self.lost = Some(error);
@@ -340,7 +403,7 @@ impl<'a> Flow<'a> {
             let used = self.session.payloads(&mut slices);
             let write = if self.session.fin_follows() { socket::poll_write_last } else { socket::poll_write };
             let Poll::Ready(written) = write(self.app, cx, &slices[..used]) else {
-                self.down_stall.stalled(&self.down_growth, || self.session.bound_unread());
+                self.kept.down_stall.stalled(&self.kept.down_growth, || self.session.bound_unread());
                 return Poll::Pending;
             };
             return match written {
@@ -352,21 +415,21 @@ impl<'a> Flow<'a> {
                 Err(_) => finish_with(Ending::ResetByApp),
             };
         }
-        if let Some(byte) = self.urgent {
+        if let Some(byte) = self.kept.urgent {
             let Poll::Ready(written) = socket::poll_write_urgent(self.app, cx, byte) else {
-                self.down_stall.stalled(&self.down_growth, || self.session.bound_unread());
+                self.kept.down_stall.stalled(&self.kept.down_growth, || self.session.bound_unread());
                 return Poll::Pending;
             };
-            self.urgent = None;
+            self.kept.urgent = None;
             self.down.fetch_add(1, Relaxed);
             return written.map_or_else(|_| finish_with(Ending::ResetByApp), |()| CONTINUE);
         }
         match ready!(self.session.poll_received(cx)) {
             Ok(Received::Data) => {
                 // A bounded receive buffer may keep reads from ever being full.
-                let is_bounded = self.down_stall.is_bounded();
+                let is_bounded = self.kept.down_stall.is_bounded();
                 if (self.session.is_receive_short() || is_bounded)
-                    && self.down_growth.ask(self.down.load(Relaxed)) == Grown::Now
+                    && self.kept.down_growth.ask(self.down.load(Relaxed)) == Grown::Now
                 {
                     self.session.set_large_receives(true);
                     socket::limit_unsent(self.app, true);
@@ -378,7 +441,7 @@ impl<'a> Flow<'a> {
             }
             Ok(Received::Control(Control::Fin)) => self.peer_fin(),
             Ok(Received::Control(Control::Urgent(byte))) => {
-                self.urgent = Some(byte);
+                self.kept.urgent = Some(byte);
                 CONTINUE
             }
             // `flow_state` accepts only RESET here.
@@ -389,23 +452,23 @@ impl<'a> Flow<'a> {
 
     /// Gives back large buffers, which the session's next flow may not need, and bounds of this flow.
     fn shrink(&mut self) {
-        if self.up_growth.is_large() {
+        if self.kept.up_growth.is_large() {
             self.session.set_large_sends(false);
         }
-        if self.down_growth.is_large() {
+        if self.kept.down_growth.is_large() {
             self.session.set_large_receives(false);
         }
-        if self.down_stall.is_bounded() {
+        if self.kept.down_stall.is_bounded() {
             self.session.unbound_unread();
         }
     }
 
     fn peer_fin(&mut self) -> Step {
         // If the application has ended too, closing the socket sends FIN.
-        if !self.app_ended && socket::finish(self.app).is_err() {
+        if !self.kept.app_ended && socket::finish(self.app).is_err() {
             return finish_with(Ending::ResetByApp);
         }
-        self.peer_ended = true;
+        self.kept.peer_ended = true;
         self.done().map_or_else(|error| finish_with(Ending::Lost(error)), |()| CONTINUE)
     }
 
@@ -418,6 +481,6 @@ impl<'a> Flow<'a> {
     }
 
     fn both_ended(&self) -> bool {
-        self.app_ended && self.peer_ended
+        self.kept.app_ended && self.kept.peer_ended
     }
 }

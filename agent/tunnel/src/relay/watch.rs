@@ -150,6 +150,11 @@ impl<'a> PeerWatch<'a> {
         Self { watching, is_registered: false, inquiry: None }
     }
 
+    /// The flow's task ends, and another one goes on with the flow.
+    pub(crate) fn moves(&mut self) {
+        self.is_registered = false;
+    }
+
     /// Notes that bytes were sent to the peer.
     pub(crate) fn sent(&self) {
         if let Some(watching) = self.watching {
