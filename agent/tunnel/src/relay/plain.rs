@@ -324,7 +324,7 @@ mod tests {
     use crate::{
         relay::{
             bulk::tests::share,
-            testing::{Watched, answer_in_silence, duplicate, exchange, is_reset, soon},
+            testing::{Threads, Watched, answer_in_silence, duplicate, exchange, is_reset, soon},
         },
         testing::app_connection,
     };
@@ -361,6 +361,24 @@ mod tests {
         let (source, relay, destination) = path().await;
         exchange(source, destination, 20 << 20).await;
         assert_eq!(soon(relay).await.expect("no panic"), ("clean", 20 << 20, 20 << 20));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn bulk_goes_on_at_another_thread() {
+        for (bytes, moves) in [(1 << 10, 0), (20 << 20, 1)] {
+            let threads = Threads::start();
+            let ((source, near), (destination, far)) = (app_connection().await, app_connection().await);
+            let relay = threads.run(async move {
+                let counters = FlowCounters::default();
+                socket::reset_if_dropped(&near);
+                socket::reset_if_dropped(&far);
+                let end = plain(near, far, &counters, &share(10).of(1), None).await;
+                (end.label(), counters.sent.load(Relaxed), counters.received.load(Relaxed))
+            });
+            exchange(source, destination, bytes).await;
+            assert_eq!(soon(relay).await.expect("no panic"), ("clean", bytes as u64, bytes as u64));
+            assert_eq!(threads.moves(), moves);
+        }
     }
 
     #[tokio::test]

@@ -4,7 +4,12 @@ use std::{
     future::Future,
     io,
     os::fd::{AsFd, OwnedFd},
-    sync::Arc,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    thread,
     time::Duration,
 };
 
@@ -15,11 +20,18 @@ use tacit_kernel::socket::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    sync::mpsc::{UnboundedReceiver, unbounded_channel},
+    runtime::Handle,
+    sync::{
+        mpsc::{UnboundedReceiver, unbounded_channel},
+        oneshot,
+    },
     time::{sleep, timeout},
 };
 
-use super::watch::{News, Watch, Watching};
+use super::{
+    threads::{ThreadKind, until_move},
+    watch::{News, Watch, Watching},
+};
 
 /// Limit of every wait in a test.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
@@ -138,4 +150,59 @@ fn pattern(seed: u32, bytes: usize) -> Vec<u8> {
         (state >> 24) as u8
     };
     (0..bytes).map(|_| next()).collect()
+}
+
+/// A thread of each kind, and the number of moves between them.
+pub(crate) struct Threads {
+    handles: [Handle; 2],
+    _running: [oneshot::Sender<()>; 2],
+    moves: AtomicUsize,
+}
+
+impl Threads {
+    pub(crate) fn start() -> Arc<Self> {
+        let start = || {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            let (running, ended) = oneshot::channel();
+            let handle = runtime.handle().clone();
+            thread::spawn(move || runtime.block_on(ended));
+            (handle, running)
+        };
+        let ((quick, quick_runs), (bulk, bulk_runs)) = (start(), start());
+        Arc::new(Self {
+            handles: [quick, bulk],
+            _running: [quick_runs, bulk_runs],
+            moves: AtomicUsize::new(0),
+        })
+    }
+
+    pub(crate) fn moves(&self) -> usize {
+        self.moves.load(Relaxed)
+    }
+
+    /// Runs a flow where it wants to run, from a quick thread on.
+    pub(crate) fn run<T: Send + 'static>(
+        self: &Arc<Self>,
+        flow: impl Future<Output = T> + Send + 'static,
+    ) -> oneshot::Receiver<T> {
+        let (tell, told) = oneshot::channel();
+        let flow = async move {
+            // The test has ended, if nobody hears it.
+            let _ = tell.send(flow.await);
+        };
+        self.go_on(ThreadKind::Quick, Box::pin(flow));
+        told
+    }
+
+    fn go_on(self: &Arc<Self>, on: ThreadKind, mut flow: Pin<Box<dyn Future<Output = ()> + Send>>) {
+        let threads = self.clone();
+        let handle = &self.handles[usize::from(on == ThreadKind::Bulk)];
+        handle.spawn(async move {
+            if let Some(kind) = until_move(on, &mut flow).await {
+                threads.moves.fetch_add(1, Relaxed);
+                threads.go_on(kind, flow);
+            }
+        });
+    }
 }

@@ -13,7 +13,9 @@ use super::*;
 use crate::{
     relay::{
         bulk::tests::share,
-        testing::{DEADLINE, Watched, answer_in_silence, duplicate, exchange, is_reset, soon, unasked},
+        testing::{
+            DEADLINE, Threads, Watched, answer_in_silence, duplicate, exchange, is_reset, soon, unasked,
+        },
         watch::Watch,
     },
     session::OptimisticData,
@@ -85,6 +87,64 @@ async fn a_clean_flow_leaves_both_sessions_for_the_next() {
         (client, server) = (near.1.expect("reusable"), far.1.expect("reusable"));
         assert!(client.is_idle_alive());
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bulk_goes_on_at_another_thread_and_its_session_comes_back() {
+    let threads = Threads::start();
+    let (mut client, mut server) = sessions().await;
+    for (bytes, moves) in [(1 << 10, 0), (20 << 20, 4), (1 << 10, 4), (20 << 20, 8)] {
+        open_flow(&mut client, &mut server).await;
+        let ((source, near), (destination, far)) = (app_connection().await, app_connection().await);
+        let relayed = |app: AppStream, session: Box<Session>| {
+            threads.run(async move {
+                let counters = FlowCounters::default();
+                crate::socket::reset_if_dropped(&app);
+                let watch = Watch::default();
+                let (end, session) =
+                    tunnelled(app, session, &counters, &share(10).of(1), unasked(&watch)).await;
+                (end.label(), session, counters.sent.load(Relaxed), counters.received.load(Relaxed))
+            })
+        };
+        let (near, far) = (relayed(near, client), relayed(far, server));
+        exchange(source, destination, bytes).await;
+        let (near, far) = (soon(near).await.expect("no panic"), soon(far).await.expect("no panic"));
+        let counted = ("clean", bytes as u64, bytes as u64);
+        assert_eq!([(near.0, near.2, near.3), (far.0, far.2, far.3)], [counted; 2]);
+        // Each of two flows moves there and back.
+        assert_eq!(threads.moves(), moves, "{bytes} bytes");
+        let back = |session: Box<Session>| session.moved_to_this_thread().expect("registered");
+        (client, server) = (back(near.1.expect("reusable")), back(far.1.expect("reusable")));
+        assert!(client.is_idle_alive());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reset_reaches_a_flow_that_has_moved() {
+    let threads = Threads::start();
+    let (mut client, mut server) = sessions().await;
+    open_flow(&mut client, &mut server).await;
+    let ((mut source, near), (mut destination, far)) = (app_connection().await, app_connection().await);
+    let relayed = |app: AppStream, session: Box<Session>| {
+        threads.run(async move {
+            crate::socket::reset_if_dropped(&app);
+            let (counters, watch) = (FlowCounters::default(), Watch::default());
+            tunnelled(app, session, &counters, &share(10).of(1), unasked(&watch)).await.0.label()
+        })
+    };
+    let (near, far) = (relayed(near, client), relayed(far, server));
+    let reader = tokio::spawn(async move {
+        let mut bytes = vec![0; 8 << 20];
+        destination.read_exact(&mut bytes).await.expect("open");
+        destination
+    });
+    source.write_all(&vec![7; 8 << 20]).await.expect("open");
+    let mut destination = soon(reader).await.expect("no panic");
+    assert_eq!(threads.moves(), 2);
+    crate::socket::reset(source);
+    assert!(is_reset(&mut destination).await);
+    assert_eq!(soon(near).await.expect("no panic"), "reset_by_source");
+    assert_eq!(soon(far).await.expect("no panic"), "reset_by_source");
 }
 
 /// Returns a session on which the server has accepted a flow whose client does not wait for ACCEPT.
