@@ -36,6 +36,7 @@ use crate::{
         succession::{self, Succession},
         system,
         tasks::{Tasks, refresh_node},
+        watchdog::Watchdog,
     },
     config::{Config, IssuerConfig, Source},
     control_state::Snapshots,
@@ -50,7 +51,7 @@ pub(super) async fn start(
     config: &Config,
     verifier_log: &VerifierLog,
     stands_by: bool,
-    signals: &mut Signals,
+    (signals, watchdog): (&mut Signals, &Watchdog),
 ) -> Result<Started, AppError> {
     let started = Instant::now();
     let node = Node::open(config)?;
@@ -59,6 +60,7 @@ pub(super) async fn start(
     let cover = cover(config, &node, verifier_log, stands_by, (&kept, &mut node_state))?;
     let sources = Sources::open(config, node.pods_cgroup.path()).await?;
     let operator = Operator::open(config, started, &sources, node_state, stands_by).await?;
+    watchdog.started();
     let attachment = Attachment::new(config, node.pods_cgroup.path());
     let complete = async {
         let Some(cover) = &cover else { return Some(sources.complete().await) };
