@@ -18,6 +18,7 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
     process::Stdio,
+    thread,
     time::Duration,
 };
 use tacit_tests::{Client, Mesh, Plan, Server, agent_program, fresh_port, observe};
@@ -204,19 +205,25 @@ fn an_agent_whose_control_threads_are_stuck_ends_itself_and_its_successor_serves
     let mut next = start_standby(&mesh)?;
     let last = mesh.agent_mut("a")?;
     let process = last.id().context("the agent does not run")?;
-    let stopped = stop_threads(process, &["tacit-watchdog", "tacit-log"])?;
-    ensure!(stopped.len() > 2, "control: only {stopped:?} stopped");
-    assert_eq!(readiness(&node)?, Answer::Nothing, "control: the agent is not stuck");
-    // This thread traces the stopped ones, which therefore end with it as their parent.
-    until("the end of the agent", || {
-        for thread in &stopped {
-            let _ = waitpid(*thread, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG));
-        }
-        Ok((!Path::new(&format!("/proc/{process}/task/{}", stopped[1])).exists()).then_some(()))
+    // Threads run again when the thread that stopped them has ended, also if it failed.
+    thread::scope(|scope| {
+        let stuck = scope.spawn(|| -> Result<()> {
+            let stopped = stop_threads(process, &["tacit-watchdog", "tacit-log"])?;
+            ensure!(stopped.len() > 2, "control: only {stopped:?} stopped");
+            assert_eq!(readiness(&node)?, Answer::Nothing, "control: the agent is not stuck");
+            until("the end of the agent", || {
+                // A stopped thread ends only when the thread that stopped it looks. The main thread is the harness' child.
+                for thread in stopped.iter().filter(|thread| thread.as_raw().cast_unsigned() != process) {
+                    let _ = waitpid(*thread, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG));
+                }
+                Ok((fs::read_dir(format!("/proc/{process}/task"))?.count() == 1).then_some(()))
+            })
+        });
+        stuck.join().map_err(|_| anyhow::anyhow!("the control failed"))?
     })?;
-    until("the line of the log", || {
-        Ok(last.log()?.contains("control threads of this agent do not run").then_some(()))
-    })?;
+    let status = last.wait_end()?;
+    ensure!(status.code() == Some(1), "{status}");
+    ensure!(last.log()?.contains("control threads of this agent do not run"), "{}", last.log()?);
     next.wait_ready()?;
     until("the answer of the successor", || Ok((readiness(&node)? == Answer::Ready).then_some(())))?;
     Ok(())
@@ -306,7 +313,7 @@ fn start_standby(mesh: &Mesh) -> Result<Agent> {
     Ok(next)
 }
 
-/// Stops all threads of `process` whose names are not among `running`, until the calling thread ends. The first is the main one.
+/// Stops all threads of `process` whose names are not among `running`, until the calling thread ends.
 fn stop_threads(process: u32, running: &[&str]) -> Result<Vec<Pid>> {
     let mut stopped: Vec<Pid> = Vec::new();
     let mut known = HashSet::new();
@@ -326,7 +333,6 @@ fn stop_threads(process: u32, running: &[&str]) -> Result<Vec<Pid>> {
         }
         // A thread that still ran may have started another one.
         if stopped.len() == before {
-            stopped.sort_by_key(|thread| thread.as_raw() != i32::try_from(process).unwrap_or_default());
             return Ok(stopped);
         }
     }
