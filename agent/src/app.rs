@@ -11,6 +11,7 @@
 //! | `state` | the watched state that status and readiness show |
 //! | `tasks` | control tasks: enrolment, upkeep, heartbeat |
 //! | `sources` | opens directory and policies |
+//! | `watchdog` | ends an agent that is stuck |
 //! | `admin_servers`, `report` | the servers of the operator, and the status that they show |
 
 use std::{future::Future, io, net::SocketAddr};
@@ -20,7 +21,11 @@ use tacit_kernel::{KernelError, VerifierLog, probe};
 use tacit_sources::{file::LoadError, kubernetes::KubernetesError};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::{app::agent::Agent, config::Config, telemetry::admin};
+use crate::{
+    app::{agent::Agent, watchdog::Watchdog},
+    config::Config,
+    telemetry::admin,
+};
 
 mod admin_servers;
 mod agent;
@@ -36,6 +41,7 @@ mod start;
 mod state;
 mod succession;
 mod tasks;
+mod watchdog;
 
 /// Runs the agent with `config` until SIGTERM or SIGINT, then drains. To be called on a tokio runtime. With `stands_by` it
 /// waits for the end of an agent that serves this node, and takes over from it; else that is an error.
@@ -46,13 +52,16 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     // First of all: a kernel that cannot do it is left as it was.
     probe::require(&config.pin_path).map_err(KernelError::from)?;
     let mut signals = Signals::listen()?;
-    match start::start(&config, &verifier_log, stands_by, &mut signals).await? {
+    let watchdog = Watchdog::start().map_err(system("start the watchdog"))?;
+    match start::start(&config, &verifier_log, stands_by, (&mut signals, &watchdog)).await? {
         Started::Serving(agent) => {
             // None if a signal has come, also a moment later: its end must not get lost.
             let lost = signals.before(agent.must_attach_again()).await;
             if lost.is_some() && signals.before(std::future::ready(())).await.is_some() {
                 return Ok(Ended::StartAgain);
             }
+            // From here on whoever sent the signal waits for the end.
+            drop(watchdog);
             if stands_by {
                 // A second signal ends the wait.
                 signals.before(agent.await_successor(config.successor_timeout)).await;
@@ -141,6 +150,15 @@ pub enum AppError {
     /// The metrics address cannot be had.
     #[error("metrics {address}: {source}")]
     Metrics {
+        /// The configured address.
+        address: SocketAddr,
+        /// The error.
+        #[source]
+        source: io::Error,
+    },
+    /// The health address cannot be had.
+    #[error("health {address}: {source}")]
+    Health {
         /// The configured address.
         address: SocketAddr,
         /// The error.

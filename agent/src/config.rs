@@ -53,6 +53,7 @@ const FIELDS: [&str; 23] = [
     "socket",
     "cni",
     "metrics",
+    "health",
     "successorTimeout",
     "drainTimeout",
     "tunnelTimeout",
@@ -74,6 +75,7 @@ const MINIMUM_MODES: [(&str, Mode); 3] =
     [("DISABLE", Mode::Disable), ("PERMISSIVE", Mode::Permissive), ("STRICT", Mode::Strict)];
 const SOCKET: &str = "/run/tacit/agent.sock";
 const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 15020);
+const HEALTH: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 15022);
 /// A pod that replaces a deleted one stands by some 3 s later, if its image is there.
 const SUCCESSOR_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longer than five minutes and an uninstallation seems stuck.
@@ -140,6 +142,8 @@ pub struct Config {
     pub cni: Option<CniConfig>,
     /// Address of Prometheus metrics and readiness.
     pub metrics: SocketAddr,
+    /// Loopback address of readiness for the kubelet, with another port than `metrics`.
+    pub health: SocketAddr,
     /// Time for which an agent that may have a successor serves on after SIGTERM, until one stands by; 0 s to 5 min.
     pub successor_timeout: Duration,
     /// Time that live flows get to end at shutdown, 0 s to 10 min.
@@ -240,6 +244,7 @@ impl Config {
         let pin_path = f.or("pinPath", PIN_PATH.into(), absolute);
         let socket = f.or("socket", SOCKET.into(), |v| socket_path(v, folder));
         let metrics = f.or("metrics", METRICS, Value::listen_address);
+        let health = self::health(f, root, metrics);
         let successor_timeout =
             f.or("successorTimeout", SUCCESSOR_TIMEOUT, |v| v.duration(SUCCESSOR_TIMEOUT_RANGE));
         let drain_timeout = f.or("drainTimeout", DRAIN_TIMEOUT, |v| v.duration(DRAIN_TIMEOUT_RANGE));
@@ -267,6 +272,7 @@ impl Config {
             socket: socket?,
             cni: cni?,
             metrics: metrics?,
+            health: health?,
             successor_timeout: successor_timeout?,
             drain_timeout: drain_timeout?,
             tunnel_timeout: tunnel_timeout?,
@@ -324,6 +330,29 @@ fn node(fields: &mut Fields<'_>, root: &Value<'_>, node_name: Option<&str>) -> O
             None
         }
     }
+}
+
+/// Decodes `health`. It is on the loopback alone, because anybody who reaches it may ask.
+fn health(fields: &mut Fields<'_>, root: &Value<'_>, metrics: Option<SocketAddr>) -> Option<SocketAddr> {
+    let health = fields.or("health", HEALTH, |value| {
+        let address = value.listen_address()?;
+        if !address.ip().is_loopback() {
+            value.refuse(format_args!(
+                "{address} is no loopback address: write 127.0.0.1:{port} or \"[::1]:{port}\"",
+                port = address.port()
+            ));
+            return None;
+        }
+        Some(address)
+    })?;
+    if metrics.is_some_and(|metrics| metrics.port() == health.port()) {
+        root.refuse(format_args!(
+            "health: port {} is that of metrics: write another port for one of them",
+            health.port()
+        ));
+        return None;
+    }
+    Some(health)
 }
 
 /// `{file: <path>}` or `{kubernetes: {..}}`.

@@ -20,6 +20,7 @@ use tacit_sources::{file::LoadError, reload::Watched};
 use super::refusal::RequestRefusal;
 
 pub(super) use kubernetes::Kubernetes;
+use kubernetes::Pods;
 use tokens::Tokens;
 
 /// An authenticated agent.
@@ -79,13 +80,19 @@ impl Authenticator {
 
     /// Checks that a pod of `identity` runs on the node of `caller`.
     pub(super) async fn allow(&self, caller: &Caller, identity: &SpiffeId) -> Result<(), RequestRefusal> {
-        let found = match self {
-            Self::Kubernetes(kubernetes) => kubernetes.has_pod(&caller.node, identity).await?,
+        let (owned, node) = (identity.clone(), caller.node.clone());
+        let pods = match self {
+            Self::Kubernetes(kubernetes) => kubernetes.pods(&caller.node, identity).await?,
             Self::Standalone { directory, .. } => {
-                directory.current().on_node(&caller.node).any(|workload| &workload.identity == identity)
+                let directory = directory.current();
+                let found = directory.on_node(&node).any(|workload| &workload.identity == identity);
+                if found { Pods::Found } else { Pods::None }
             }
         };
-        let refusal = || RequestRefusal::NotOnNode { identity: identity.clone(), node: caller.node.clone() };
-        found.then_some(()).ok_or_else(refusal)
+        match pods {
+            Pods::Found => Ok(()),
+            Pods::StaticAlone => Err(RequestRefusal::StaticPod { identity: owned, node }),
+            Pods::None => Err(RequestRefusal::NotOnNode { identity: owned, node }),
+        }
     }
 }

@@ -17,7 +17,7 @@ use tacit_core::{
 use tacit_identity::issuer::{LEAF_LIFETIME, LEAF_LIFETIME_RANGE};
 use tacit_sources::file::{self, LoadError};
 
-const FIELDS: [&str; 10] = [
+const FIELDS: [&str; 11] = [
     "trustDomain",
     "listen",
     "names",
@@ -25,6 +25,7 @@ const FIELDS: [&str; 10] = [
     "root",
     "bundle",
     "agents",
+    "staticPods",
     "leafLifetime",
     "intermediateLifetime",
     "rate",
@@ -32,6 +33,7 @@ const FIELDS: [&str; 10] = [
 const ROOT_FIELDS: [&str; 3] = ["secret", "directory", "lifetime"];
 const BUNDLE_FIELDS: [&str; 4] = ["configMap", "namespace", "key", "file"];
 const AGENTS_FIELDS: [&str; 4] = ["serviceAccounts", "audience", "tokens", "directory"];
+const STATIC_PODS_FIELDS: [&str; 1] = ["namespaces"];
 const RATE_FIELDS: [&str; 2] = ["perSecond", "burst"];
 
 const LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 15012);
@@ -39,6 +41,10 @@ const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4A
 const NAME: &str = "tacit-authority.tacit-system.svc";
 const NAMES_MAX: usize = 16;
 const SERVICE_ACCOUNTS_MAX: usize = 16;
+/// Static pods are those of the control plane and of the node's own services. They have one or a few namespaces.
+const STATIC_POD_NAMESPACES_MAX: usize = 16;
+/// Longest name of a namespace, a DNS label (RFC 1123).
+const NAMESPACE_MAX_BYTES: usize = 63;
 const AUDIENCE: &str = "tacit-authority";
 const BUNDLE_KEY: &str = "root-cert.pem";
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -127,6 +133,8 @@ pub enum Agents {
         service_accounts: Vec<(String, String)>,
         /// Audience of the tokens.
         audience: String,
+        /// Namespaces, 0 to 16, in which every node may get the identity `default`, because pods without a service account count.
+        static_pods: Vec<String>,
     },
     /// Nodes of a standalone mesh, authenticated by a file of tokens.
     Standalone {
@@ -186,7 +194,8 @@ impl Config {
         let bundle = f.required("bundle", "{configMap: tacit-roots}");
         let bundle = bundle.and_then(|value| self::bundle(&value, namespace, folder));
         let agents = f.required("agents", "{serviceAccounts: [tacit-system/tacit-agent]}");
-        let agents = agents.and_then(|value| self::agents(&value, folder));
+        let static_pods = f.optional("staticPods");
+        let agents = agents.and_then(|value| self::agents(&value, static_pods.as_ref(), folder));
         let leaf = f.or("leafLifetime", LEAF_LIFETIME, |v| v.duration(LEAF_LIFETIME_RANGE));
         let intermediate =
             f.or("intermediateLifetime", INTERMEDIATE_LIFETIME, |v| v.duration(INTERMEDIATE_LIFETIME_RANGE));
@@ -270,14 +279,22 @@ fn bundle(value: &Value<'_>, default_namespace: Option<&str>, folder: &Path) -> 
     }
 }
 
-fn agents(value: &Value<'_>, folder: &Path) -> Option<Agents> {
+/// Decodes `agents`, with the pods that count for them.
+fn agents(value: &Value<'_>, static_pods: Option<&Value<'_>>, folder: &Path) -> Option<Agents> {
+    let namespaces = static_pods.map_or(Some(Vec::new()), self::static_pods);
     let mut fields = value.fields(&AGENTS_FIELDS)?;
     let audience = fields.or("audience", AUDIENCE.to_owned(), |v| v.text().map(Into::into))?;
     let accounts = fields.optional("serviceAccounts");
     match (accounts, fields.optional("tokens"), fields.optional("directory")) {
         (Some(accounts), None, None) => {
             let service_accounts = texts(&accounts, SERVICE_ACCOUNTS_MAX, |v| v.parse(service_account))?;
-            Some(Agents::Kubernetes { service_accounts, audience })
+            Some(Agents::Kubernetes { service_accounts, audience, static_pods: namespaces? })
+        }
+        (None, Some(_), Some(_)) if static_pods.is_some() => {
+            static_pods?.refuse(
+                "expected with agents.serviceAccounts only: remove it, agents.directory lists all pods",
+            );
+            None
         }
         (None, Some(tokens), Some(directory)) => Some(Agents::Standalone {
             tokens: folder.join(tokens.text()?),
@@ -285,6 +302,21 @@ fn agents(value: &Value<'_>, folder: &Path) -> Option<Agents> {
         }),
         _ => exactly_one(value, "serviceAccounts, or tokens together with directory"),
     }
+}
+
+fn static_pods(value: &Value<'_>) -> Option<Vec<String>> {
+    let mut fields = value.fields(&STATIC_PODS_FIELDS)?;
+    let namespaces = fields.required("namespaces", "the namespaces of static pods, such as [kube-system]")?;
+    texts(&namespaces, STATIC_POD_NAMESPACES_MAX, |v| v.parse(namespace))
+}
+
+fn namespace(text: &str) -> Result<String, String> {
+    let is_label = yaml::is_object_name(text) && !text.contains('.') && text.len() <= NAMESPACE_MAX_BYTES;
+    is_label.then(|| text.to_owned()).ok_or_else(|| {
+        format!(
+            "invalid namespace: expected 1 to {NAMESPACE_MAX_BYTES} characters of a-z, 0-9 and '-'; write each namespace, patterns are not supported"
+        )
+    })
 }
 
 fn exactly_one<T>(value: &Value<'_>, choices: &str) -> Option<T> {

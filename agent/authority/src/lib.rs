@@ -194,10 +194,10 @@ pub async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener
 fn authn(config: &Config, client: Option<&Client>) -> Result<Authenticator, AuthorityError> {
     let domain = &config.trust_domain;
     match &config.agents {
-        Agents::Kubernetes { service_accounts, audience } => {
+        Agents::Kubernetes { service_accounts, audience, static_pods } => {
             let client = client.expect(CLIENT).clone();
-            let kubernetes =
-                Kubernetes::new(client, service_accounts.clone(), audience.clone(), domain.clone());
+            let (accounts, audience) = (service_accounts.clone(), audience.clone());
+            let kubernetes = Kubernetes::new(client, accounts, audience, static_pods.clone(), domain.clone());
             Ok(Authenticator::Kubernetes(kubernetes))
         }
         Agents::Standalone { tokens, directory } => {

@@ -34,6 +34,11 @@ pub(super) enum RequestRefusal {
     Lifetime(i64),
     #[error("no pod of {identity} is on node {node}")]
     NotOnNode { identity: SpiffeId, node: String },
+    #[error(
+        "only static pods of {identity} are on node {node}, and namespace {} is not in staticPods.namespaces of the authority; add it there if every node may have this identity, because a node can create static pods in any namespace",
+        identity.namespace()
+    )]
+    StaticPod { identity: SpiffeId, node: String },
     #[error("node {node} exceeds its request rate; retry in {again:?}")]
     Rate { node: String, again: Duration },
     #[error("the caller cannot be checked now: {0}")]
@@ -61,6 +66,7 @@ impl RequestRefusal {
             Self::Mismatch { .. } => "mismatch",
             Self::Lifetime(_) => "lifetime",
             Self::NotOnNode { .. } => "not_on_node",
+            Self::StaticPod { .. } => "static_pod",
             Self::Rate { .. } => "rate",
             Self::Api(_) => "api",
             Self::NotReady(_) => "not_ready",
@@ -76,7 +82,8 @@ impl RequestRefusal {
             | Self::NoNode(_)
             | Self::TrustDomain { .. }
             | Self::Mismatch { .. }
-            | Self::NotOnNode { .. } => Code::PermissionDenied,
+            | Self::NotOnNode { .. }
+            | Self::StaticPod { .. } => Code::PermissionDenied,
             Self::Message(_) | Self::Csr(_) | Self::Names(_) | Self::Identity(_) | Self::Lifetime(_) => {
                 Code::InvalidArgument
             }

@@ -75,6 +75,55 @@ async fn a_pod_is_found_behind_pages_of_others_and_no_more_than_a_page_is_sent()
 }
 
 #[tokio::test]
+async fn a_static_pod_has_an_identity_in_configured_namespaces_alone() {
+    let api = cluster().await;
+    let mut config = config(HOUR);
+    let Agents::Kubernetes { static_pods, .. } = &mut config.agents else { panic!("not of Kubernetes") };
+    static_pods.push("kube-system".to_owned());
+    let running = Running::start(config, Some(&api)).await;
+    let agent = Agent::new(running.address, "a");
+    ready(&api, &running).await;
+    agent.mount(&api);
+    let id = |namespace: &str, account: &str| {
+        SpiffeId::parse(&format!("spiffe://cluster.local/ns/{namespace}/sa/{account}")).expect("valid")
+    };
+    let refused = async |id: &SpiffeId| code(agent.issuer.issue(id).await.map(drop));
+    let default = id("kube-system", "default");
+    assert_eq!(refused(&default).await, Code::PermissionDenied, "there is no pod");
+    api.add_static_pod("kube-system", "proxy-b", "b");
+    assert_eq!(refused(&default).await, Code::PermissionDenied, "on node b alone");
+    api.add_static_pod("kube-system", "proxy-a", "a");
+    let issued = agent.issuer.issue(&default).await.expect("issued");
+    assert_eq!(issued.identity, default);
+    assert_eq!(
+        refused(&id("kube-system", "admin")).await,
+        Code::PermissionDenied,
+        "no other service account"
+    );
+
+    // The kubelet of node a makes a mirror pod in a namespace that no operator allowed.
+    api.add_static_pod("shop", "forged-a", "a");
+    let shop = id("shop", "default");
+    assert_eq!(refused(&shop).await, Code::PermissionDenied);
+    assert_eq!((running.refused("static_pod"), running.refused("not_on_node")), (1, 3));
+    api.add_pod("shop", "plain", "default", "a");
+    agent.issuer.issue(&shop).await.expect("issued for a pod that the API server gave its service account");
+}
+
+#[tokio::test]
+async fn an_agent_learns_why_a_static_pod_has_no_certificate() {
+    let (api, _running, agent) = started(HOUR).await;
+    api.add_static_pod("shop", "static-a", "a");
+    let default = SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/default").expect("valid");
+    let (_files, issuer) = agent.into_parts();
+    let identities = Identities::start(Issuer::Istio(issuer));
+    let problem = || identities.ready(&default).err().map(|error| error.to_string()).unwrap_or_default();
+    until("a refusal", || problem().contains("namespace shop is not in staticPods.namespaces")).await;
+    api.add_pod("shop", "plain", "default", "a");
+    until("a certificate", || identities.ready(&default).is_ok()).await;
+}
+
+#[tokio::test]
 async fn only_a_valid_token_of_an_agent_is_accepted() {
     let (api, _running, agent) = started(HOUR).await;
     let good = api.content().tokens["a"].clone();

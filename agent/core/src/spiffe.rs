@@ -11,6 +11,16 @@ const TRUST_DOMAIN_MAX_BYTES: usize = 255;
 /// Longest Kubernetes object name, in bytes (RFC 1123 subdomain).
 const NAME_MAX_BYTES: usize = 253;
 
+/// Service account of a pod whose spec names none.
+const DEFAULT_SERVICE_ACCOUNT: &str = "default";
+
+/// Returns the service account of a Kubernetes pod whose `spec.serviceAccountName` is `named`. Empty or absent means `default`, as in
+/// Kubernetes. Specs of static pods name none: the API server rejects a mirror pod with a service account.
+#[must_use]
+pub fn pod_service_account(named: &str) -> &str {
+    if named.is_empty() { DEFAULT_SERVICE_ACCOUNT } else { named }
+}
+
 /// The mistake of a text that is not a SPIFFE id, trust domain or name of the form Tacit uses.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IdentityError {
@@ -145,6 +155,14 @@ fn check_name(what: &'static str, value: &str) -> Result<(), IdentityError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pod_that_names_no_service_account_has_the_default_one() {
+        assert_eq!(pod_service_account(""), "default");
+        for named in ["default", "web"] {
+            assert_eq!(pod_service_account(named), named);
+        }
+    }
 
     #[test]
     fn an_id_is_printed_as_it_was_parsed() {

@@ -29,14 +29,16 @@ use crate::{
     telemetry::{
         Telemetry, admin,
         status::{
-            FlowsStatus, GuardStatus, IssuerStatus, MeshStatus, NodeStateStatus, NodesStatus, PoolStatus,
-            SourceKind, Status, UncoveredStatus, UnnamedStatus,
+            AgentState, FlowsStatus, GuardStatus, IssuerStatus, MeshStatus, NodeStateStatus, NodesStatus,
+            PoolStatus, SourceKind, Status, UncoveredStatus, UnnamedStatus,
         },
     },
 };
 
-/// Between two looks whether the port of the metrics is free.
+/// Between two looks whether a port is free.
 const PORT_PAUSE: Duration = Duration::from_millis(200);
+/// Looks of an agent that serves before it warns: 30 s. The agent before it closes its ports within 12 s.
+const LOOKS_MAX: u32 = 150;
 
 /// The running servers.
 pub(super) struct AdminServers {
@@ -59,8 +61,8 @@ struct Shown {
 }
 
 impl AdminServers {
-    /// Opens them; `sources` may not be complete. An agent that may stand by takes the port of the metrics as soon as the
-    /// agent that has it lets it go.
+    /// Opens them; `sources` may not be complete. An agent that may stand by takes the ports as soon as the agent that has them
+    /// lets them go. No agent ends because of the health port: every process of the node's network could take it first.
     pub(super) async fn open(
         config: &Config,
         started: Instant,
@@ -70,13 +72,13 @@ impl AdminServers {
         may_stand_by: bool,
     ) -> Result<Self, AppError> {
         let operator = admin::bind_operator(&config.socket)?;
-        let metrics = match TcpListener::bind(config.metrics).await {
-            Ok(listener) => Metrics::Listener(listener),
-            Err(error) if may_stand_by && error.kind() == io::ErrorKind::AddrInUse => {
-                Metrics::TakenBy(config.metrics)
-            }
-            Err(source) => return Err(AppError::Metrics { address: config.metrics, source }),
+        let metrics = match Port::open(config.metrics).await {
+            Ok(Port { listener: Err(source), .. }) if !may_stand_by => Err(source),
+            opened => opened,
         };
+        let metrics = metrics.map_err(|source| AppError::Metrics { address: config.metrics, source })?;
+        let health = Port::open(config.health).await;
+        let health = health.map_err(|source| AppError::Health { address: config.health, source })?;
         let shown = Arc::new(Shown {
             node: config.node.to_string(),
             trust_domain: config.trust_domain.to_string(),
@@ -87,7 +89,7 @@ impl AdminServers {
             report: OnceLock::new(),
         });
         let stop = CancellationToken::new();
-        let task = tokio::spawn(serve(shown.clone(), operator, metrics, telemetry, stop.clone()));
+        let task = tokio::spawn(serve(shown.clone(), operator, (metrics, health), telemetry, stop.clone()));
         Ok(Self { socket: config.socket.clone(), shown, task, stop })
     }
 
@@ -113,27 +115,41 @@ pub(super) fn remove_socket(path: &Path) {
     }
 }
 
-/// The port of the metrics.
-enum Metrics {
-    Listener(TcpListener),
-    /// By another agent at this address.
-    TakenBy(SocketAddr),
+/// A port of the node, which one agent of the node has.
+struct Port {
+    address: SocketAddr,
+    /// The error is that another process has the port.
+    listener: io::Result<TcpListener>,
 }
 
-impl Metrics {
-    async fn listener(self) -> TcpListener {
-        let address = match self {
-            Self::Listener(listener) => return listener,
-            Self::TakenBy(address) => address,
-        };
+impl Port {
+    /// # Errors
+    /// Any error but a port that another process has.
+    async fn open(address: SocketAddr) -> io::Result<Self> {
+        match TcpListener::bind(address).await {
+            Err(error) if error.kind() != io::ErrorKind::AddrInUse => Err(error),
+            listener => Ok(Self { address, listener }),
+        }
+    }
+
+    /// Waits until no other process has the port. Warns if this agent serves, so that no other agent has it.
+    async fn listener(self, state: &State) -> TcpListener {
+        let Self { address, mut listener } = self;
         // Nothing tells when a port is free.
         let mut tick = interval(PORT_PAUSE);
+        let mut looks = 0;
         loop {
-            tick.tick().await;
-            match TcpListener::bind(address).await {
+            match listener {
                 Ok(listener) => return listener,
-                Err(error) => tracing::debug!(%address, %error, "no metrics yet"),
+                Err(error) => {
+                    looks += u32::from(state.current() == AgentState::Ready);
+                    if looks == LOOKS_MAX {
+                        tracing::warn!(%address, %error, "another process has this port: configure another one, or end the process");
+                    }
+                }
             }
+            tick.tick().await;
+            listener = TcpListener::bind(address).await;
         }
     }
 }
@@ -141,23 +157,30 @@ impl Metrics {
 async fn serve(
     shown: Arc<Shown>,
     operator: UnixListener,
-    metrics: Metrics,
+    (metrics, health): (Port, Port),
     telemetry: Telemetry,
     stop: CancellationToken,
 ) {
     let asked = shown.clone();
     let explain: admin::ExplainSource = Arc::new(move |from, to, port| asked.explain(from, to, port));
+    let state = shown.state.clone();
+    let is_ready: admin::ReadySource = Arc::new(move || state.current().is_ready());
+    let state = shown.state.clone();
     let source: admin::StatusSource = Arc::new(move || shown.status());
     let for_metrics = source.clone();
     let serve_metrics = async {
-        tokio::select! {
-            listener = metrics.listener() => {
-                admin::serve_metrics(listener, for_metrics, telemetry, stop.cancelled()).await;
-            }
-            () = stop.cancelled() => {}
-        }
+        let listener = metrics.listener(&state).await;
+        admin::serve_metrics(listener, for_metrics, telemetry, std::future::pending()).await;
     };
-    tokio::join!(serve_metrics, admin::serve_operator(operator, source, explain, stop.cancelled()),);
+    let serve_health = async {
+        let listener = health.listener(&state).await;
+        admin::serve_health(listener, is_ready, std::future::pending()).await;
+    };
+    let serve_operator = admin::serve_operator(operator, source, explain, std::future::pending());
+    tokio::select! {
+        _ = async { tokio::join!(serve_metrics, serve_health, serve_operator) } => {}
+        () = stop.cancelled() => {}
+    }
 }
 
 impl Shown {

@@ -37,6 +37,7 @@ use crate::{
         succession::{self, Succession},
         system,
         tasks::{Tasks, refresh_node},
+        watchdog::Watchdog,
     },
     cni,
     config::{Config, IssuerConfig, Source},
@@ -55,7 +56,7 @@ pub(super) async fn start(
     config: &Config,
     verifier_log: &VerifierLog,
     stands_by: bool,
-    signals: &mut Signals,
+    (signals, watchdog): (&mut Signals, &Watchdog),
 ) -> Result<Started, AppError> {
     let started = Instant::now();
     let node = Node::open(config)?;
@@ -67,6 +68,7 @@ pub(super) async fn start(
     }
     let sources = Sources::open(config, node.pods_cgroup.path()).await?;
     let operator = Operator::open(config, started, &sources, node_state, stands_by).await?;
+    watchdog.started();
     let attachment = Attachment::new(config, node.pods_cgroup.path());
     let complete = async {
         let Some(cover) = &cover else { return Some(sources.complete().await) };

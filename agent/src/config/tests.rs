@@ -43,6 +43,7 @@ fn a_minimal_file_gets_the_defaults() {
         socket: "/run/tacit/agent.sock".into(),
         cni: None,
         metrics: "127.0.0.1:15020".parse().expect("valid"),
+        health: "127.0.0.1:15022".parse().expect("valid"),
         successor_timeout: Duration::from_secs(10),
         drain_timeout: Duration::from_secs(10),
         tunnel_timeout: Duration::from_secs(900),
@@ -58,7 +59,7 @@ fn a_minimal_file_gets_the_defaults() {
 #[test]
 fn every_field_can_be_set() {
     let text = MINIMAL.replace("directory: issuer}", "directory: issuer, leafLifetime: 1h30m}")
-        + "rootNamespace: mesh\npinPath: /sys/fs/bpf/b/\nsocket: b.sock\nmetrics: \"[::1]:9\"\ndrainTimeout: 0s\nsuccessorTimeout: 5m\n\
+        + "rootNamespace: mesh\npinPath: /sys/fs/bpf/b/\nsocket: b.sock\nmetrics: \"[::1]:9\"\nhealth: \"[::1]:8\"\ndrainTimeout: 0s\nsuccessorTimeout: 5m\n\
            heartbeatTimeout: 1s\nallowClear: [\"10.96.0.10:53/udp\"]\nworkers: 2\nserviceRanges: [10.96.0.0/12]\n\
            busyPollMicroseconds: 0\nminimumMode: STRICT\nstatePath: /var/lib/mesh/\ntunnelTimeout: 30s\n";
     let config = parse(&text).expect("valid");
@@ -68,6 +69,7 @@ fn every_field_can_be_set() {
     assert_eq!(config.pin_path, Path::new("/sys/fs/bpf/b"));
     assert_eq!(config.socket, Path::new("/etc/tacit/conf/b.sock"));
     assert_eq!(config.metrics, "[::1]:9".parse().expect("valid"));
+    assert_eq!(config.health, "[::1]:8".parse().expect("valid"));
     assert_eq!(config.drain_timeout, Duration::ZERO);
     assert_eq!(config.successor_timeout, Duration::from_secs(300));
     assert_eq!(config.tunnel_timeout, Duration::from_secs(30));
@@ -217,6 +219,10 @@ fn bounds_of_single_fields_hold() {
         ("socket: /".to_owned() + &"s".repeat(107), "a unix socket's path at most 107"),
         ("metrics: 127.0.0.1:0".to_owned(), "port 0"),
         ("metrics: localhost:15020".to_owned(), "no address with a port"),
+        ("health: 127.0.0.1:0".to_owned(), "port 0"),
+        ("health: 0.0.0.0:15022".to_owned(), "no loopback address: write 127.0.0.1:15022"),
+        ("health: \"[::]:15022\"".to_owned(), "no loopback address"),
+        ("health: \"[::ffff:127.0.0.1]:15022\"".to_owned(), "no loopback address"),
         ("drainTimeout: 601s".to_owned(), "from 0s to 10m"),
         ("successorTimeout: 301s".to_owned(), "from 0s to 5m"),
         ("tunnelTimeout: 901s".to_owned(), "from 1s to 15m"),
@@ -249,6 +255,30 @@ fn bounds_of_single_fields_hold() {
     assert!(list.len() == 1 && list[0].contains("at most 256"), "{list:?}");
     let list = problems(&MINIMAL.replace("[10.77.0.0/16, \"fd77::/16\"]", "[]"));
     assert!(list.len() == 1 && list[0].contains("nothing would be protected"), "{list:?}");
+}
+
+#[test]
+fn health_and_metrics_have_ports_of_their_own() {
+    for (lines, port) in [
+        ("metrics: 0.0.0.0:15022\n", 15022),
+        ("health: 127.0.0.1:15020\n", 15020),
+        ("metrics: \"[::1]:7\"\nhealth: 127.0.0.1:7\n", 7),
+    ] {
+        let list = problems(&format!("{MINIMAL}{lines}"));
+        let expected = format!("health: port {port} is that of metrics: write another port for one of them");
+        assert!(list.len() == 1 && list[0].ends_with(&expected), "{lines}: {list:?}");
+    }
+}
+
+#[test]
+fn the_manifests_probe_the_default_health_port() {
+    let probe = format!("httpGet: {{host: {}, port: {}, path: /healthz/ready}}", HEALTH.ip(), HEALTH.port());
+    for manifest in [
+        include_str!("../../../deploy/kustomize/base/agent.yaml"),
+        include_str!("../../../deploy/helm/tacit/templates/agent.yaml"),
+    ] {
+        assert_eq!(manifest.matches(&probe).count(), 1, "{manifest}");
+    }
 }
 
 #[test]
@@ -301,6 +331,7 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
         ("statePath", STATE_PATH),
         ("socket", SOCKET),
         ("metrics", "127.0.0.1:15020"),
+        ("health", "127.0.0.1:15022"),
         ("successorTimeout", "10s"),
         ("drainTimeout", "10s"),
         ("tunnelTimeout", "15m"),

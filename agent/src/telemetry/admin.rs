@@ -1,12 +1,14 @@
-//! The admin servers: the metrics port (plain HTTP on the node's loopback), the operator's socket (HTTP on a Unix socket
-//! that only root can open), and the socket of the CNI plugin (the same). The authority has the metrics port alone.
+//! The admin servers: the metrics port (plain HTTP on the node's loopback), the health port (the same, never anywhere else), the
+//! operator's socket (HTTP on a Unix socket that only root can open), and the socket of the CNI plugin (the same). The authority has
+//! the metrics port alone.
 //!
 //! | server | request | answer |
 //! |---|---|---|
-//! | port | `GET /metrics` | all metrics, `OpenMetrics` text |
-//! | port | `GET /healthz/live` | 200 for as long as requests are answered at all |
-//! | port | `GET /healthz/ready` | 200, or 503 with the reasons, one a line |
-//! | socket | `GET /healthz/live`, `/healthz/ready` | as on the port, for probes: two agents of a node have sockets of their own |
+//! | metrics port | `GET /metrics` | all metrics, `OpenMetrics` text |
+//! | metrics port | `GET /healthz/live` | 200 for as long as requests are answered at all |
+//! | metrics port | `GET /healthz/ready` | 200, or 503 with the reasons, one a line |
+//! | health port | `GET /healthz/ready` | 200 or 503, without a reason: every process of the node's network can ask |
+//! | socket | `GET /healthz/live`, `/healthz/ready` | as on the metrics port: two agents of a node have sockets of their own |
 //! | socket | `GET /status` | the status as JSON |
 //! | sandboxes | `GET /sandbox?namespace=..&name=..&uid=..` | 200 if the agent covers this pod, or 503 with the reason |
 //! | socket | `GET /policy/explain?from=..&to=..&port=..` | an `Explanation` as JSON, or 400 with what is wrong |
@@ -60,6 +62,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 /// Makes the status as of now. Called for every request; must not block.
 pub type StatusSource = Arc<dyn Fn() -> Status + Send + Sync>;
 
+/// Returns true while the agent is ready. Called for every request; must not block.
+pub type ReadySource = Arc<dyn Fn() -> bool + Send + Sync>;
+
 /// Serves metrics and readiness until `shutdown` completes.
 pub async fn serve_metrics(
     listener: TcpListener,
@@ -73,6 +78,20 @@ pub async fn serve_metrics(
         path => health_answer(path, &*source),
     };
     serve(listener, Arc::new(routes), connections, shutdown).await;
+}
+
+/// Serves readiness to the kubelet until `shutdown` completes. Clients at other than loopback addresses get no answer.
+pub async fn serve_health(
+    listener: TcpListener,
+    is_ready: ReadySource,
+    shutdown: impl Future<Output = ()> + Send,
+) {
+    let routes = move |uri: &Uri| match uri.path() {
+        "/healthz/ready" if is_ready() => Some(plain(StatusCode::OK, "ready\n")),
+        "/healthz/ready" => Some(plain(StatusCode::SERVICE_UNAVAILABLE, "not ready\n")),
+        _ => None,
+    };
+    serve(OwnNode(listener), Arc::new(routes), Arc::default(), shutdown).await;
 }
 
 /// Serves metrics and readiness of the authority until `shutdown` completes.
@@ -218,6 +237,24 @@ impl Listener for TcpListener {
 
     async fn accept(&self) -> io::Result<(Self::Stream, Option<IpAddr>)> {
         Self::accept(self).await.map(|(stream, client)| (stream, Some(client.ip().to_canonical())))
+    }
+}
+
+/// A listener on the loopback that accepts connections of its own node alone. With `route_localnet`, which kube-proxy sets, the
+/// kernel also delivers packets of others to 127.0.0.1.
+struct OwnNode(TcpListener);
+
+impl Listener for OwnNode {
+    type Stream = tokio::net::TcpStream;
+
+    async fn accept(&self) -> io::Result<(Self::Stream, Option<IpAddr>)> {
+        loop {
+            let (stream, client) = self.0.accept().await?;
+            if client.ip().is_loopback() {
+                return Ok((stream, Some(client.ip())));
+            }
+            tracing::debug!(%client, "a connection to the health port that is not from this node was closed");
+        }
     }
 }
 

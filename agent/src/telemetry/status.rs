@@ -94,7 +94,7 @@ impl Status {
     #[must_use]
     pub fn unready(&self) -> Vec<String> {
         match self.state {
-            AgentState::Ready | AgentState::StandingBy => Vec::new(),
+            state if state.is_ready() => Vec::new(),
             state => {
                 let missing = self.sources.iter().filter(|source| source.loads == 0);
                 let why = missing.filter_map(|source| source.last_error.clone());
@@ -130,6 +130,14 @@ pub enum AgentState {
     Detached,
     /// No more: it lets open flows end.
     Draining,
+}
+
+impl AgentState {
+    /// Returns true if the agent takes flows, or would as soon as another agent ends.
+    #[must_use]
+    pub fn is_ready(self) -> bool {
+        matches!(self, Self::Ready | Self::StandingBy)
+    }
 }
 
 impl fmt::Display for AgentState {

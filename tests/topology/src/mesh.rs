@@ -101,6 +101,8 @@ impl MeshFiles {
     pub const TRUST_DOMAIN: &str = "cluster.local";
     /// Address of an agent's metrics and readiness, in its node's namespace.
     pub const METRICS: &str = "127.0.0.1:15020";
+    /// Address of an agent's readiness for the kubelet, in its node's namespace.
+    pub const HEALTH: &str = "127.0.0.1:15022";
 
     /// Writes the three files of `node`. `extra` are further lines of `tacit.yaml` (top-level fields).
     ///
@@ -127,7 +129,7 @@ impl MeshFiles {
             "trustDomain: {domain}\nnode: {name}\npodsCgroup: {pods}\nmeshRanges: [10.77.0.0/16, \"fd77::/16\"]\n\
              directory: {{file: directory.yaml}}\npolicy: {{file: policy.yaml}}\n\
              issuer: {{embedded: {{directory: {issuer}}}}}\npinPath: {pins}\nsocket: {socket}\n\
-             statePath: {state}\nmetrics: {metrics}\n{extra}",
+             statePath: {state}\nmetrics: {metrics}\nhealth: {health}\n{extra}",
             domain = Self::TRUST_DOMAIN,
             name = node.name(),
             pods = node.pods_cgroup().display(),
@@ -136,6 +138,7 @@ impl MeshFiles {
             socket = files.socket().display(),
             state = files.state_path().display(),
             metrics = Self::METRICS,
+            health = Self::HEALTH,
         );
         fs::write(files.config(), text).with_context(|| format!("write {}", files.config().display()))?;
         Ok(files)

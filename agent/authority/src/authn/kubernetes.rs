@@ -1,5 +1,9 @@
 //! Authentication by the Kubernetes API: TokenReview for callers, and pods for authorization.
 //!
+//! A pod whose spec names no service account has the one named `default`, but counts only in configured namespaces: a kubelet may
+//! create mirror pods for its own node in any namespace (NodeRestriction), and the API server lets them name no service account.
+//! All other pods get a service account from the API server at their creation.
+//!
 //! The node is taken from the reviewed token. Since Kubernetes 1.30 the token has a claim for the node. On older servers it is
 //! the node of the pod that the token is bound to, which must still be the same pod.
 
@@ -15,7 +19,7 @@ use kube::{
 };
 use tacit_core::{
     error_chain::format_chain,
-    spiffe::{SpiffeId, TrustDomain},
+    spiffe::{SpiffeId, TrustDomain, pod_service_account},
 };
 use tokio::{sync::Semaphore, time::timeout};
 
@@ -23,7 +27,7 @@ use super::{Caller, RequestRefusal};
 
 /// Maximum concurrent requests to the API server. Further requests wait within their own timeout.
 const REQUESTS_MAX: usize = 32;
-/// Timeout of a request. An agent gives up after 10 s, and an answer needs two or three requests.
+/// Timeout of a request. An agent gives up after 10 s, and an answer needs two or three requests, or one more for `default`.
 const REQUEST_MAX: Duration = Duration::from_secs(3);
 /// Pods per page of a list. One matching pod is enough.
 const PAGE_PODS_MAX: u32 = 50;
@@ -38,8 +42,20 @@ pub(crate) struct Kubernetes {
     /// Namespace and name.
     service_accounts: Vec<(String, String)>,
     audience: String,
+    /// Namespaces in which pods without a service account count.
+    static_pods: Vec<String>,
     trust_domain: TrustDomain,
     turns: Semaphore,
+}
+
+/// The pods of an identity on a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pods {
+    /// At least one that counts.
+    Found,
+    /// None but pods without a service account, which do not count in their namespace.
+    StaticAlone,
+    None,
 }
 
 /// The owner of a valid token.
@@ -58,9 +74,11 @@ impl Kubernetes {
         client: Client,
         service_accounts: Vec<(String, String)>,
         audience: String,
+        static_pods: Vec<String>,
         trust_domain: TrustDomain,
     ) -> Self {
-        Self { client, service_accounts, audience, trust_domain, turns: Semaphore::new(REQUESTS_MAX) }
+        let turns = Semaphore::new(REQUESTS_MAX);
+        Self { client, service_accounts, audience, static_pods, trust_domain, turns }
     }
 
     pub(super) async fn authenticate(&self, token: &str) -> Result<Caller, RequestRefusal> {
@@ -87,15 +105,28 @@ impl Kubernetes {
         Ok(Caller { node, identity: Some(identity) })
     }
 
-    /// Returns true if `node` has a pod of `identity` that may run. The API server may send empty pages, so all pages are read.
-    /// The timeout bounds their number.
-    pub(super) async fn has_pod(&self, node: &str, identity: &SpiffeId) -> Result<bool, RequestRefusal> {
+    /// Looks for a pod of `identity` on `node` that may run.
+    pub(super) async fn pods(&self, node: &str, identity: &SpiffeId) -> Result<Pods, RequestRefusal> {
+        let account = identity.service_account();
+        if self.has_pod(node, identity, account).await? {
+            return Ok(Pods::Found);
+        }
+        if pod_service_account("") != account || !self.has_pod(node, identity, "").await? {
+            return Ok(Pods::None);
+        }
+        let counts = self.static_pods.iter().any(|namespace| namespace == identity.namespace());
+        Ok(if counts { Pods::Found } else { Pods::StaticAlone })
+    }
+
+    /// Returns true if `node` has a pod of `identity` that may run and whose spec names the service account `named`. The API server
+    /// may send empty pages, so all pages are read. The timeout bounds their number.
+    async fn has_pod(&self, node: &str, identity: &SpiffeId, named: &str) -> Result<bool, RequestRefusal> {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), identity.namespace());
-        let mut page = ListParams::default().fields(&selector(node, identity)).limit(PAGE_PODS_MAX);
+        let mut page = ListParams::default().fields(&selector(node, named)).limit(PAGE_PODS_MAX);
         let found = self.ask("list pods", async {
             loop {
                 let pods = api.list(&page).await?;
-                if pods.items.iter().any(|pod| counts(pod, node, identity)) {
+                if pods.items.iter().any(|pod| counts(pod, node, identity, named)) {
                     return Ok(true);
                 }
                 let Some(next) = pods.metadata.continue_.filter(|next| !next.is_empty()) else {
@@ -190,20 +221,22 @@ fn node_of(pod: Option<&Pod>, bearer: &Bearer) -> Result<String, RequestRefusal>
     node.ok_or_else(|| no_node("its pod is on no node"))
 }
 
-/// Selects the pods of `identity` on `node` that have not ended. Ended pods of Jobs would fill the pages.
-fn selector(node: &str, identity: &SpiffeId) -> String {
-    let account = identity.service_account();
+/// Selects the pods on `node` that name the service account `named` and have not ended. Ended pods of Jobs would fill the pages.
+fn selector(node: &str, named: &str) -> String {
     format!(
-        "spec.nodeName={node},spec.serviceAccountName={account},status.phase!=Succeeded,status.phase!=Failed"
+        "spec.nodeName={node},spec.serviceAccountName={named},status.phase!=Succeeded,status.phase!=Failed"
     )
 }
 
-/// Returns true if the pod is of `identity`, on `node`, and has not ended. The selection by the API server is checked again.
-fn counts(pod: &Pod, node: &str, identity: &SpiffeId) -> bool {
+/// Returns true if the pod is of `identity`, names the service account `named`, is on `node`, and has not ended. The selection by
+/// the API server is checked again.
+fn counts(pod: &Pod, node: &str, identity: &SpiffeId, named: &str) -> bool {
     let namespace = pod.metadata.namespace.as_deref() == Some(identity.namespace());
     let spec = pod.spec.as_ref().is_some_and(|spec| {
+        let names = spec.service_account_name.as_deref().unwrap_or_default();
         spec.node_name.as_deref() == Some(node)
-            && spec.service_account_name.as_deref() == Some(identity.service_account())
+            && names == named
+            && pod_service_account(names) == identity.service_account()
     });
     let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
     namespace && spec && matches!(phase, Some("Pending" | "Running" | "Unknown"))

@@ -41,6 +41,7 @@ fn a_minimal_file_gets_the_defaults() {
         agents: Agents::Kubernetes {
             service_accounts: vec![("tacit-system".to_owned(), "tacit-agent".to_owned())],
             audience: "tacit-authority".to_owned(),
+            static_pods: Vec::new(),
         },
         lifetimes: Lifetimes { root: DAY * 3650, intermediate: DAY * 7, leaf: DAY },
         rate: Rate { per_second: 10, burst: 300 },
@@ -66,12 +67,14 @@ fn every_field_can_be_set() {
         .replace("tacit-root}}", "tacit-root}, lifetime: 100d}")
         .replace("configMap: tacit-roots", "configMap: roots, namespace: mesh, key: ca.pem")
         + "listen: \"[::]:1\"\nnames: [ca.mesh.svc, ca]\nmetrics: 0.0.0.0:2\nleafLifetime: 1h\nintermediateLifetime: 5h\n\
-         rate: {perSecond: 1, burst: 2}\n";
+         rate: {perSecond: 1, burst: 2}\nstaticPods: {namespaces: [kube-system, edge]}\n";
     let config = parse(&text).expect("valid");
     assert_eq!((config.listen.port(), config.metrics.port()), (1, 2));
     assert_eq!(config.names, ["ca.mesh.svc", "ca"]);
     assert_eq!(config.lifetimes.root, DAY * 100);
     assert_eq!(config.rate, Rate { per_second: 1, burst: 2 });
+    let Agents::Kubernetes { static_pods, .. } = &config.agents else { panic!("not of Kubernetes") };
+    assert_eq!(static_pods, &["kube-system", "edge"]);
     let BundleTarget::ConfigMap { namespace, name, key } = config.bundle else { panic!("no ConfigMap") };
     assert_eq!((namespace.as_str(), name.as_str(), key.as_str()), ("mesh", "roots", "ca.pem"));
 }
@@ -98,6 +101,30 @@ fn mistakes_are_named() {
         (MINIMAL.replace("name: tacit-root}}", "name: tacit-root}, lifetime: 30d}"), "less than five times"),
         (MINIMAL.to_owned() + "rate: {burst: 0}\n", "rate.burst: \"0\": invalid number of requests"),
         (MINIMAL.to_owned() + "metrics: 127.0.0.1:0\n", "port 0"),
+        (MINIMAL.to_owned() + "staticPods: {}\n", "staticPods.namespaces: missing: write the namespaces"),
+        (MINIMAL.to_owned() + "staticPods: [kube-system]\n", "staticPods: is a list"),
+        (
+            MINIMAL.to_owned() + "staticPods: {namespaces: []}\n",
+            "staticPods.namespaces: 0 items: expected 1 to 16",
+        ),
+        (
+            MINIMAL.to_owned() + "staticPods: {namespaces: kube-system}\n",
+            "staticPods.namespaces: is the single value",
+        ),
+        (
+            MINIMAL.to_owned() + "staticPods: {namespaces: [kube-system, \"*\"]}\n",
+            "staticPods.namespaces[1]: \"*\": invalid namespace: expected 1 to 63 characters",
+        ),
+        (
+            MINIMAL.to_owned() + "staticPods: {namespaces: [a.b]}\n",
+            "staticPods.namespaces[0]: \"a.b\": invalid namespace",
+        ),
+        (MINIMAL.to_owned() + "staticPods: {namespaces: [\"\"]}\n", "staticPods.namespaces[0]: "),
+        (MINIMAL.to_owned() + "staticPods: {namespace: a}\n", "staticPods.namespace: unknown field"),
+        (
+            STANDALONE.to_owned() + "staticPods: {namespaces: [kube-system]}\n",
+            "staticPods: expected with agents.serviceAccounts only",
+        ),
     ] {
         let found = problems(&text);
         assert!(found.iter().any(|found| found.contains(problem)), "{problem}: {found:?}");
@@ -114,6 +141,7 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
         (&properties["root"], &ROOT_FIELDS),
         (&properties["bundle"], &BUNDLE_FIELDS),
         (&properties["agents"], &AGENTS_FIELDS),
+        (&properties["staticPods"], &STATIC_PODS_FIELDS),
         (&properties["rate"], &RATE_FIELDS),
     ] {
         let mut names: Vec<_> = schema["properties"].as_object().expect("properties").keys().collect();
@@ -122,6 +150,8 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
         fields.sort_unstable();
         assert_eq!(names, fields);
     }
+    let namespaces = &properties["staticPods"]["properties"]["namespaces"];
+    assert_eq!(namespaces["maxItems"], STATIC_POD_NAMESPACES_MAX);
     for (pointer, default) in [
         ("listen", Json::from(LISTEN.to_string())),
         ("metrics", METRICS.to_string().into()),

@@ -101,6 +101,25 @@ impl Api {
         self.content().objects.insert(path, pod);
     }
 
+    /// Adds the mirror pod of a static pod, as the kubelet of `node` does: its spec has no service account.
+    pub(super) fn add_static_pod(&self, namespace: &str, name: &str, node: &str) {
+        let pod = json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {
+                "name": name,
+                "namespace": namespace,
+                "uid": format!("uid-{name}"),
+                "annotations": {"kubernetes.io/config.mirror": "0123456789abcdef0123456789abcdef"},
+                "ownerReferences": [{"apiVersion": "v1", "kind": "Node", "name": node, "uid": "1", "controller": true}],
+            },
+            "spec": {"nodeName": node, "containers": []},
+            "status": {"phase": "Running"},
+        });
+        let path = format!("/api/v1/namespaces/{namespace}/pods/{name}");
+        self.content().objects.insert(path, pod);
+    }
+
     /// Returns the object at `path`, or null.
     pub(super) fn object(&self, path: &str) -> Value {
         self.content().objects.get(path).cloned().unwrap_or_default()
@@ -196,7 +215,8 @@ fn fits(object: &Value, term: &str) -> bool {
     let (field, value) = term.split_once('=').expect("a term");
     let (field, wanted) = field.strip_suffix('!').map_or((field, true), |field| (field, false));
     let pointer = format!("/{}", field.replace('.', "/"));
-    (object.pointer(&pointer).and_then(Value::as_str) == Some(value)) == wanted
+    // An absent field is an empty one.
+    (object.pointer(&pointer).and_then(Value::as_str).unwrap_or_default() == value) == wanted
 }
 
 fn failure(status: StatusCode) -> (StatusCode, Value) {

@@ -74,6 +74,7 @@ pub(super) fn config(leaf: Duration) -> Config {
         agents: Agents::Kubernetes {
             service_accounts: vec![("tacit-system".to_owned(), "tacit-agent".to_owned())],
             audience: "tacit-authority".to_owned(),
+            static_pods: Vec::new(),
         },
         lifetimes: Lifetimes { root: leaf * 1000, intermediate: leaf * 2, leaf },
         rate: Rate { per_second: 1000, burst: 1000 },

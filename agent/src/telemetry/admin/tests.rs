@@ -71,6 +71,34 @@ async fn other_paths_and_methods_are_refused() {
 }
 
 #[tokio::test]
+async fn the_health_port_has_readiness_alone_and_gives_no_reason() {
+    let ready = health_server(true).await;
+    let (head, body) = split(get(ready, "GET /healthz/ready").await);
+    assert!(head.starts_with("HTTP/1.1 200 ") && body == "ready\n", "{head}\n{body}");
+    let (head, body) = split(get(health_server(false).await, "GET /healthz/ready").await);
+    assert!(head.starts_with("HTTP/1.1 503 ") && body == "not ready\n", "{head}\n{body}");
+    for path in ["/", "/metrics", "/status", "/healthz/live", "/healthz/ready/", "/policy/explain"] {
+        assert!(get(ready, &format!("GET {path}")).await.starts_with("HTTP/1.1 404 "), "{path}");
+    }
+    for method in ["HEAD", "POST", "PUT", "DELETE", "OPTIONS", "CONNECT"] {
+        let answer = get(ready, &format!("{method} /healthz/ready")).await;
+        assert!(!answer.starts_with("HTTP/1.1 2"), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn silent_clients_keep_no_probe_waiting() {
+    let server = health_server(true).await;
+    let mut silent = Vec::new();
+    for _ in 0..200 {
+        silent.push(TcpStream::connect(server).await.expect("listening"));
+    }
+    // The silent ones would be cut off after that time only.
+    let answer = time::timeout(HEADERS_MAX, get(server, "GET /healthz/ready")).await.expect("served at once");
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+}
+
+#[tokio::test]
 async fn silent_clients_of_the_same_address_keep_no_request_waiting() {
     let telemetry = Telemetry::new();
     let server = metrics_server_of(sample, telemetry.clone()).await;
@@ -190,6 +218,19 @@ async fn metrics_server_of(
     let address = listener.local_addr().expect("bound");
     tokio::spawn(serve_metrics(listener, Arc::new(status), telemetry, std::future::pending()));
     address
+}
+
+async fn health_server(is_ready: bool) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let address = listener.local_addr().expect("bound");
+    tokio::spawn(serve_health(listener, Arc::new(move || is_ready), std::future::pending()));
+    address
+}
+
+/// Splits an answer into its head and its body.
+fn split(answer: String) -> (String, String) {
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a whole answer");
+    (head.to_owned(), body.to_owned())
 }
 
 async fn authority_server(status: AuthorityStatus) -> SocketAddr {

@@ -38,7 +38,7 @@ fn values_reach_the_objects() {
     let changed = json!({
         "image": {"repository": "registry.example/tacit", "tag": "2"},
         "trustDomain": "example.org",
-        "authority": {"replicas": 3},
+        "authority": {"replicas": 3, "staticPodNamespaces": ["kube-system"]},
     });
     let objects = by_name(chart::objects(&workspace(), "mesh", &changed).expect("chart"));
     let agent = &objects["\"mesh\" DaemonSet/tacit-agent"];
@@ -46,6 +46,10 @@ fn values_reach_the_objects() {
     assert_eq!(objects["\"mesh\" Deployment/tacit-authority"]["spec"]["replicas"], 3);
     let config = objects["\"mesh\" ConfigMap/tacit-agent"]["data"]["tacit.yaml"].as_str().expect("text");
     assert!(config.contains("trustDomain: example.org\n"), "{config}");
+    let config =
+        objects["\"mesh\" ConfigMap/tacit-authority"]["data"]["authority.yaml"].as_str().expect("text");
+    let static_pods = json!({"namespaces": ["kube-system"]});
+    assert_eq!(parse(config).expect("YAML")["staticPods"], static_pods, "{config}");
     assert!(!objects.keys().any(|name| name.contains("Namespace/")), "made by --create-namespace");
 }
 
@@ -65,6 +69,11 @@ fn the_schema_of_values_is_that_of_the_configuration() {
         assert_eq!(value["enum"], field["enum"], "{name}");
         assert_eq!(value["items"]["pattern"], field["items"]["pattern"], "{name}");
     }
+    let namespaces =
+        |schema: &Value, name: &str, list: &str| fields(schema)[name]["properties"][list].clone();
+    let value = namespaces(&schema, "authority", "staticPodNamespaces");
+    let field = namespaces(&json("authority.schema.json"), "staticPods", "namespaces");
+    assert_eq!((&value["items"], &value["maxItems"]), (&field["items"], &field["maxItems"]));
     let values =
         parse(&fs::read_to_string(root.join("helm/tacit/values.yaml")).expect("text")).expect("YAML");
     every_value_is_known(&values, &schema, "values");

@@ -115,8 +115,29 @@ fn a_pod_counts_while_it_may_run_on_that_node() {
         (pod(|it| it["spec"]["nodeName"] = json!("b")), false),
         (pod(|it| it["spec"]["nodeName"] = Value::Null), false),
         (pod(|it| it["spec"]["serviceAccountName"] = json!("db")), false),
+        (pod(|it| it["spec"]["serviceAccountName"] = json!("")), false),
         (pod(|it| it["metadata"]["namespace"] = json!("other")), false),
     ] {
-        assert_eq!(counts(&pod, "a", &web), expected, "{pod:?}");
+        assert_eq!(counts(&pod, "a", &web, "web"), expected, "{pod:?}");
+    }
+}
+
+#[test]
+fn a_pod_without_a_service_account_has_the_default_one_and_is_told_from_pods_that_name_it() {
+    let id = |account: &str| {
+        SpiffeId::parse(&format!("spiffe://cluster.local/ns/shop/sa/{account}")).expect("valid")
+    };
+    let names = |name: Value| pod(|it| it["spec"]["serviceAccountName"] = name);
+    for (pod, account, named, expected) in [
+        (names(json!("")), "default", "", true),
+        (names(Value::Null), "default", "", true),
+        (names(json!("")), "default", "default", false),
+        (names(json!("default")), "default", "default", true),
+        (names(json!("default")), "default", "", false),
+        (names(json!("web")), "default", "", false),
+        (names(json!("")), "web", "", false),
+        (names(json!("")), "web", "web", false),
+    ] {
+        assert_eq!(counts(&pod, "a", &id(account), named), expected, "{pod:?} {account} {named:?}");
     }
 }

@@ -5,14 +5,16 @@
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
-use tacit_core::directory::{AddressConflict, Connect, Protocol, Workload};
+use tacit_core::{
+    directory::{AddressConflict, Connect, Protocol, Workload},
+    spiffe::pod_service_account,
+};
 
 use super::{
     super::{cgroup::PodUid, objects::Pod},
     DEPARTED_MAX, DirectoryStore, full_name, protocol,
 };
 
-const DEFAULT_ACCOUNT: &str = "default";
 /// Maximum length of a value in a message, in characters.
 const SHOWN_MAX: usize = 64;
 
@@ -155,10 +157,7 @@ impl DirectoryStore {
         let is_here = *pod.spec.node_name == *self.local_node.node;
         self.mirrors.remove(name);
         let cgroup = if is_here { self.cgroup(&pod, name, problems)? } else { PathBuf::default() };
-        let account = match pod.spec.service_account_name.as_str() {
-            "" => DEFAULT_ACCOUNT,
-            account => account,
-        };
+        let account = pod_service_account(&pod.spec.service_account_name);
         let identity = self.interner.identity(&self.local_node, &pod.metadata.namespace, account)?;
         let connect = connect(&pod, problems);
         Some(Workload {
