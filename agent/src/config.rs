@@ -37,7 +37,7 @@ mod kubernetes;
 use crate::cni::CniConfig;
 use clear::clear_destination;
 
-const FIELDS: [&str; 23] = [
+const FIELDS: [&str; 24] = [
     "trustDomain",
     "node",
     "podsCgroup",
