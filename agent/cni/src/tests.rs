@@ -92,14 +92,8 @@ fn an_agent_that_accepts_or_answers_nothing_is_waited_for_within_the_limit() {
     let text = configuration(&socket, &[("timeoutSeconds", json!(1))]);
     let begun = Instant::now();
     // More than the backlog of the listener.
-    let calls: Vec<_> = (0..200)
-        .map(|_| {
-            (thread::spawn({
-                let text = text.clone();
-                move || run("ADD", POD, &text)
-            }))
-        })
-        .collect();
+    let call = |text: String| thread::spawn(move || run("ADD", POD, &text));
+    let calls: Vec<_> = (0..200).map(|_| call(text.clone())).collect();
     for call in calls {
         assert_eq!(failure(call.join().expect("no panic"))["code"], 11);
     }
