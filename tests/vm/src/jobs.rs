@@ -21,7 +21,7 @@ use super::{
 /// space (TLS, certificates, files, shares of the agent, large policies), those about pods with programs, rules or namespaces of
 /// their own (`hooks`, `left_alone`, `nested`, `own_rules`, `pods_cgroup`), and `dead_peers`, `kernel_shares`, `reboot`, `services` and
 /// `transparency`, which an emulated machine runs slowly. `cargo xtask vm` runs them on other kernels.
-const ON_HOST_ONLY: [&str; 17] = [
+const ON_HOST_ONLY: [&str; 18] = [
     "authorization",
     "certificates",
     "dead_peers",
@@ -32,6 +32,7 @@ const ON_HOST_ONLY: [&str; 17] = [
     "nested",
     "own_rules",
     "pods_cgroup",
+    "probes",
     "reboot",
     "reload",
     "sandboxes",
