@@ -1,5 +1,5 @@
 //! A cluster of two nodes: etcd, API server, controller manager and scheduler on the first, and on both containerd, the
-//! kubelet and kube-proxy. There is no cluster DNS: Debian has no server for it.
+//! kubelet and kube-proxy. There is no cluster DNS.
 
 use std::{
     env, fs,
@@ -13,8 +13,10 @@ use tacit_topology::{run, until};
 use xtask_support::progress::Progress;
 
 use super::{
-    node::{Lifetime, Node, NodePlan, SOCKET, remove_cgroups},
-    packages::Programs,
+    cgroup::{self, NodeCgroup},
+    node::{Lifetime, Node, NodePlan, SOCKET},
+    programs::Programs,
+    runtime,
 };
 
 const PKI: &str = include_str!("pki.sh");
@@ -22,12 +24,12 @@ const PKI: &str = include_str!("pki.sh");
 pub(super) const MARK: &str = "tacit-kube-";
 
 const PLANS: [NodePlan; 2] = [
-    NodePlan { name: "node1", address: "10.99.0.1", pods: "10.244.0.0/24" },
-    NodePlan { name: "node2", address: "10.99.0.2", pods: "10.244.1.0/24" },
+    NodePlan { name: "node1", address: "10.99.0.1", pods: "10.244.0.0/24", proxy_mode: "nftables" },
+    NodePlan { name: "node2", address: "10.99.0.2", pods: "10.244.1.0/24", proxy_mode: "iptables" },
 ];
 /// Of all pods, and of all services.
 const PODS: &str = "10.244.0.0/16";
-const SERVICES: &str = "10.96.0.0/16";
+pub(super) const SERVICES: &str = "10.96.0.0/16";
 /// The device of the wire between the nodes.
 pub(super) const WIRE: &str = "eth0";
 
@@ -55,9 +57,13 @@ impl Cluster {
         let name = format!("{MARK}{}", std::process::id());
         let folder = env::temp_dir().join(&name);
         fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        let mut cluster = Self { nodes: Vec::new(), folder, name, programs: programs.bin.clone() };
+        let bin = folder.join("bin");
+        let mut cluster = Self { nodes: Vec::new(), folder, name, programs: bin };
         let mut progress = Progress::new(5);
-        progress.step("nodes", || cluster.add_nodes(lifetime))?;
+        progress.step("nodes", || {
+            programs.link(&cluster.programs)?;
+            cluster.add_nodes(lifetime)
+        })?;
         progress.step("etcd, API server", || cluster.start_api())?;
         progress.step("controllers, scheduler", || cluster.start_controllers())?;
         progress.step("containerd, images", || cluster.start_containers(programs, tacit))?;
@@ -68,8 +74,8 @@ impl Cluster {
     fn add_nodes(&mut self, lifetime: Lifetime) -> Result<()> {
         for plan in PLANS {
             let folder = self.folder.join(plan.name);
-            let cgroup = cgroup(&self.name, plan.name);
-            self.nodes.push(Node::start(plan, folder, &cgroup, &self.programs, lifetime)?);
+            let cgroup = NodeCgroup::create(&cgroup_name(&self.name, plan.name))?;
+            self.nodes.push(Node::start(plan, folder, cgroup, &self.programs, lifetime)?);
         }
         self.connect()?;
         let mut pki = Command::new("sh");
@@ -136,8 +142,6 @@ impl Cluster {
             ("service-account-signing-key-file", &pki("sa.key")),
             ("service-account-key-file", &pki("sa.pub")),
             ("api-audiences", "https://kubernetes.default.svc"),
-            // Tokens as newer servers give them: bound to their pod, and they expire.
-            ("feature-gates", "BoundServiceAccountTokenVolume=true"),
             ("kubelet-client-certificate", &pki("apiserver-kubelet.crt")),
             ("kubelet-client-key", &pki("apiserver-kubelet.key")),
             ("kubelet-certificate-authority", &pki("ca.crt")),
@@ -186,12 +190,15 @@ impl Cluster {
         let archives = [self.folder.join("busybox.tar"), self.folder.join("pause.tar"), tacit.to_owned()];
         xtask_image::single(BUSYBOX, &busybox, &["bin/busybox", "sh"], &archives[0])?;
         xtask_image::single(PAUSE, &busybox, &["bin/busybox", "sleep", "infinity"], &archives[1])?;
+        let unlimited = self.programs.join(runtime::NAME);
+        fs::copy(env::current_exe()?, &unlimited).with_context(|| format!("no {}", unlimited.display()))?;
         for node in &mut self.nodes {
             let network = node.folder.join("net.d");
             fs::create_dir_all(&network)?;
             fs::write(network.join("10-bridge.conflist"), bridge(node.plan.pods).to_string())?;
             let file = node.folder.join("containerd.toml");
-            fs::write(&file, containerd(&node.folder, &programs.bin, &programs.cni, &network))?;
+            let runc = if node.has_limits()? { self.programs.join("runc") } else { unlimited.clone() };
+            fs::write(&file, containerd(&node.folder, &runc, &programs.cni, &network))?;
             node.daemon("containerd", &["-c".to_owned(), file.display().to_string()])?;
         }
         for node in &self.nodes {
@@ -206,22 +213,19 @@ impl Cluster {
     fn start_kubelets(&mut self) -> Result<()> {
         let (pki, proxy) = (self.pki(), self.kubeconfig("proxy").display().to_string());
         for node in &mut self.nodes {
-            let NodePlan { name, address, .. } = node.plan;
+            let NodePlan { name, address, proxy_mode, .. } = node.plan;
             let file = node.folder.join("kubelet.json");
-            fs::write(&file, kubelet(&pki, name, &cgroup(&self.name, name)).to_string())?;
-            let endpoint = format!("unix://{SOCKET}");
+            fs::write(&file, kubelet(&pki, name).to_string())?;
             let arguments = flags(&[
                 ("config", &file.display().to_string()),
                 ("kubeconfig", &pki.join(format!("{name}.kubeconfig")).display().to_string()),
                 ("hostname-override", name),
                 ("node-ip", address),
-                ("container-runtime", "remote"),
-                ("container-runtime-endpoint", &endpoint),
             ]);
             node.daemon("kubelet", &arguments)?;
             let arguments = flags(&[
                 ("kubeconfig", &proxy),
-                ("proxy-mode", "iptables"),
+                ("proxy-mode", proxy_mode),
                 ("cluster-cidr", PODS),
                 ("hostname-override", name),
                 // The machine's limits of connection tracking stay as they are.
@@ -287,22 +291,11 @@ impl Cluster {
     /// Returns the command that opens a shell in a kept cluster.
     pub(super) fn reach(&self) -> String {
         format!(
-            "nsenter --target {} --net --mount --pid --uts --ipc --wd=/ env KUBECONFIG={} PATH={}:$PATH bash",
+            "nsenter --target {} --net --mount --pid --uts --ipc --cgroup --wd=/ env KUBECONFIG={} PATH={}:$PATH bash",
             self.nodes[0].pid,
             self.kubeconfig("admin").display(),
             self.programs.display()
         )
-    }
-
-    /// Returns the cgroup of a node's pods, in the cgroup v2 hierarchy.
-    pub(super) fn pods_cgroup(&self, node: &str) -> Result<String> {
-        let mounts = fs::read_to_string("/proc/self/mounts").context("/proc is not mounted")?;
-        let point = mounts.lines().find_map(|line| {
-            let mut fields = line.split(' ').skip(1);
-            fields.next().filter(|_| fields.next() == Some("cgroup2"))
-        });
-        let point = point.context("no cgroup v2 hierarchy is mounted")?;
-        Ok(format!("{point}/{}/kubepods", cgroup(&self.name, node)))
     }
 
     /// Lets the cluster run on when this program ends.
@@ -335,7 +328,7 @@ impl Drop for Cluster {
 /// Removes what a cluster leaves when its processes are gone.
 pub(super) fn remove(folder: &Path, name: &str) -> Result<()> {
     for plan in PLANS {
-        remove_cgroups(&cgroup(name, plan.name))?;
+        cgroup::remove(&cgroup_name(name, plan.name))?;
     }
     if folder.exists() {
         fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
@@ -343,8 +336,8 @@ pub(super) fn remove(folder: &Path, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Name of a node's cgroup, below the root of every hierarchy.
-fn cgroup(cluster: &str, node: &str) -> String {
+/// Name of a node's cgroup, below the root of the hierarchy.
+fn cgroup_name(cluster: &str, node: &str) -> String {
     format!("{cluster}-{node}")
 }
 
@@ -360,27 +353,28 @@ pub(super) fn tail(log: &Path) -> String {
 }
 
 fn bridge(pods: &str) -> Value {
-    json!({"cniVersion": "0.4.0", "name": "pods", "plugins": [
+    json!({"cniVersion": "1.0.0", "name": "pods", "plugins": [
         {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false, "hairpinMode": true,
          "ipam": {"type": "host-local", "ranges": [[{"subnet": pods}]], "routes": [{"dst": "0.0.0.0/0"}]}},
         {"type": "portmap", "capabilities": {"portMappings": true}},
     ]})
 }
 
-fn containerd(folder: &Path, bin: &Path, cni: &Path, network: &Path) -> String {
+fn containerd(folder: &Path, runc: &Path, cni: &Path, network: &Path) -> String {
     format!(
-        "version = 2\nroot = {root:?}\nstate = \"/run/containerd\"\noom_score = 0\n\
+        "version = 3\nroot = {root:?}\nstate = \"/run/containerd\"\noom_score = 0\n\
+         disabled_plugins = [\"io.containerd.internal.v1.opt\"]\n\
          [grpc]\naddress = {SOCKET:?}\n\
-         [plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = {PAUSE:?}\nrestrict_oom_score_adj = true\n\
-         [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
-         [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc.options]\nBinaryName = {runc:?}\n\
-         [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = {cni:?}\nconf_dir = {network:?}\n",
+         [plugins.\"io.containerd.cri.v1.images\".pinned_images]\nsandbox = {PAUSE:?}\n\
+         [plugins.\"io.containerd.cri.v1.runtime\"]\nrestrict_oom_score_adj = true\n\
+         [plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
+         [plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes.runc.options]\nBinaryName = {runc:?}\n\
+         [plugins.\"io.containerd.cri.v1.runtime\".cni]\nbin_dirs = [{cni:?}]\nconf_dir = {network:?}\n",
         root = folder.join("containerd"),
-        runc = bin.join("runc"),
     )
 }
 
-fn kubelet(pki: &Path, name: &str, cgroup: &str) -> Value {
+fn kubelet(pki: &Path, name: &str) -> Value {
     json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
@@ -388,8 +382,10 @@ fn kubelet(pki: &Path, name: &str, cgroup: &str) -> Value {
         "authorization": {"mode": "Webhook"},
         "tlsCertFile": pki.join(format!("{name}.crt")),
         "tlsPrivateKeyFile": pki.join(format!("{name}.key")),
+        "containerRuntimeEndpoint": format!("unix://{SOCKET}"),
+        // No systemd is in the node. Limits of the node's own cgroups need controllers, which it may lack.
         "cgroupDriver": "cgroupfs",
-        "cgroupRoot": format!("/{cgroup}"),
+        "enforceNodeAllocatable": [],
         "failSwapOn": false,
         "oomScoreAdj": 0,
         "protectKernelDefaults": true,
