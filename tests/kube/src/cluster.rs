@@ -1,5 +1,5 @@
-//! A cluster of two nodes: etcd, API server, controller manager and scheduler on the first, and on both containerd, the
-//! kubelet and kube-proxy. There is no cluster DNS.
+//! A cluster of two nodes: etcd, API server, controller manager, scheduler and DNS server on the first, and on both
+//! containerd, the kubelet and kube-proxy.
 
 use std::{
     env, fs,
@@ -14,7 +14,9 @@ use xtask_support::progress::Progress;
 
 use super::{
     cgroup::{self, NodeCgroup},
-    node::{Lifetime, Node, NodePlan, SOCKET},
+    dns,
+    node::{Lifetime, Node, NodePlan},
+    node_config,
     programs::Programs,
     runtime,
 };
@@ -35,7 +37,7 @@ pub(super) const WIRE: &str = "eth0";
 
 /// Images of the tests' pods and of pod sandboxes.
 pub(super) const BUSYBOX: &str = "localhost/busybox:1";
-const PAUSE: &str = "localhost/pause:1";
+pub(super) const PAUSE: &str = "localhost/pause:1";
 
 /// For one `kubectl`, in seconds; above the 120 s that some are told to wait.
 const KUBECTL_SECONDS: &str = "180";
@@ -65,7 +67,10 @@ impl Cluster {
             cluster.add_nodes(lifetime)
         })?;
         progress.step("etcd, API server", || cluster.start_api())?;
-        progress.step("controllers, scheduler", || cluster.start_controllers())?;
+        progress.step("controllers, scheduler, DNS", || {
+            cluster.start_controllers()?;
+            cluster.start_dns()
+        })?;
         progress.step("containerd, images", || cluster.start_containers(programs, tacit))?;
         progress.step("kubelets, proxies", || cluster.start_kubelets())?;
         Ok(cluster)
@@ -185,6 +190,18 @@ impl Cluster {
         })
     }
 
+    fn start_dns(&mut self) -> Result<()> {
+        let file = self.folder.join("Corefile");
+        let arguments = dns::configure(&file, PLANS[0].address, &self.kubeconfig("admin"))?;
+        self.nodes[0].daemon("coredns", &arguments)?;
+        self.apply(&dns::service(PLANS[0].address))?;
+        self.answers("coredns", |node| {
+            let mut curl = node.command("curl");
+            curl.args(["-fs", dns::READY]);
+            curl
+        })
+    }
+
     fn start_containers(&mut self, programs: &Programs, tacit: &Path) -> Result<()> {
         let busybox = self.programs.join("busybox");
         let archives = [self.folder.join("busybox.tar"), self.folder.join("pause.tar"), tacit.to_owned()];
@@ -195,10 +212,10 @@ impl Cluster {
         for node in &mut self.nodes {
             let network = node.folder.join("net.d");
             fs::create_dir_all(&network)?;
-            fs::write(network.join("10-bridge.conflist"), bridge(node.plan.pods).to_string())?;
+            fs::write(network.join("10-bridge.conflist"), node_config::bridge(node.plan.pods).to_string())?;
             let file = node.folder.join("containerd.toml");
             let runc = if node.has_limits()? { self.programs.join("runc") } else { unlimited.clone() };
-            fs::write(&file, containerd(&node.folder, &runc, &programs.cni, &network))?;
+            fs::write(&file, node_config::containerd(&node.folder, &runc, &programs.cni, &network))?;
             node.daemon("containerd", &["-c".to_owned(), file.display().to_string()])?;
         }
         for node in &self.nodes {
@@ -215,7 +232,7 @@ impl Cluster {
         for node in &mut self.nodes {
             let NodePlan { name, address, proxy_mode, .. } = node.plan;
             let file = node.folder.join("kubelet.json");
-            fs::write(&file, kubelet(&pki, name).to_string())?;
+            fs::write(&file, node_config::kubelet(&pki, name).to_string())?;
             let arguments = flags(&[
                 ("config", &file.display().to_string()),
                 ("kubeconfig", &pki.join(format!("{name}.kubeconfig")).display().to_string()),
@@ -350,52 +367,4 @@ pub(super) fn tail(log: &Path) -> String {
     let text = fs::read_to_string(log).unwrap_or_default();
     let lines: Vec<&str> = text.lines().rev().take(15).collect();
     format!("{}:\n{}", log.display(), lines.into_iter().rev().collect::<Vec<_>>().join("\n"))
-}
-
-fn bridge(pods: &str) -> Value {
-    json!({"cniVersion": "1.0.0", "name": "pods", "plugins": [
-        {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false, "hairpinMode": true,
-         "ipam": {"type": "host-local", "ranges": [[{"subnet": pods}]], "routes": [{"dst": "0.0.0.0/0"}]}},
-        {"type": "portmap", "capabilities": {"portMappings": true}},
-    ]})
-}
-
-fn containerd(folder: &Path, runc: &Path, cni: &Path, network: &Path) -> String {
-    format!(
-        "version = 3\nroot = {root:?}\nstate = \"/run/containerd\"\noom_score = 0\n\
-         disabled_plugins = [\"io.containerd.internal.v1.opt\"]\n\
-         [grpc]\naddress = {SOCKET:?}\n\
-         [plugins.\"io.containerd.cri.v1.images\".pinned_images]\nsandbox = {PAUSE:?}\n\
-         [plugins.\"io.containerd.cri.v1.runtime\"]\nrestrict_oom_score_adj = true\n\
-         [plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
-         [plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes.runc.options]\nBinaryName = {runc:?}\n\
-         [plugins.\"io.containerd.cri.v1.runtime\".cni]\nbin_dirs = [{cni:?}]\nconf_dir = {network:?}\n",
-        root = folder.join("containerd"),
-    )
-}
-
-fn kubelet(pki: &Path, name: &str) -> Value {
-    json!({
-        "apiVersion": "kubelet.config.k8s.io/v1beta1",
-        "kind": "KubeletConfiguration",
-        "authentication": {"anonymous": {"enabled": false}, "x509": {"clientCAFile": pki.join("ca.crt")}},
-        "authorization": {"mode": "Webhook"},
-        "tlsCertFile": pki.join(format!("{name}.crt")),
-        "tlsPrivateKeyFile": pki.join(format!("{name}.key")),
-        "containerRuntimeEndpoint": format!("unix://{SOCKET}"),
-        // No systemd is in the node. Limits of the node's own cgroups need controllers, which it may lack.
-        "cgroupDriver": "cgroupfs",
-        "enforceNodeAllocatable": [],
-        "failSwapOn": false,
-        "oomScoreAdj": 0,
-        "protectKernelDefaults": true,
-        "resolvConf": "",
-        "evictionHard": {"memory.available": "50Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
-        "imageGCHighThresholdPercent": 100,
-        "imageGCLowThresholdPercent": 99,
-        "nodeStatusUpdateFrequency": "2s",
-        // ConfigMaps reach their pods within this and their cache's time.
-        "syncFrequency": "5s",
-        "configMapAndSecretChangeDetectionStrategy": "Watch",
-    })
 }

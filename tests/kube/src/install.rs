@@ -1,44 +1,14 @@
-//! Tacit on the cluster: the objects of `deploy/kustomize/base`, with what this cluster has other than a user's.
-//!
-//! | here | why |
-//! |---|---|
-//! | the authority's Service has a fixed address, which agents are given with its name | there is no cluster DNS |
+//! Tacit on the cluster: the objects of `deploy/kustomize/base`, unchanged.
 
 use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tacit_topology::run;
 use xtask_support::workspace::Workspace;
 
 use super::{cluster::Cluster, node::Node};
 use crate::deploy::{self, NAMESPACE, name_of};
-
-/// Address of the authority's Service.
-pub(super) const AUTHORITY: &str = "10.96.0.15";
-
-/// The objects as they are applied here.
-pub(super) fn objects(workspace: &Workspace) -> Result<Vec<Value>> {
-    let mut objects = deploy::base(workspace)?;
-    for object in &mut objects {
-        match name_of(object).as_str() {
-            "Service/tacit-authority" => object["spec"]["clusterIP"] = json!(AUTHORITY),
-            "ConfigMap/tacit-agent" => name_authority(object)?,
-            _ => {}
-        }
-    }
-    Ok(objects)
-}
-
-fn name_authority(config_map: &mut Value) -> Result<()> {
-    let text = config_map["data"]["tacit.yaml"].as_str().context("a ConfigMap without tacit.yaml")?;
-    let mut config = deploy::parse(text)?;
-    config["issuer"]["istio"]["address"] = json!(format!("{AUTHORITY}:15012"));
-    config["issuer"]["istio"]["serverName"] = json!(format!("tacit-authority.{NAMESPACE}.svc"));
-    // JSON is YAML too.
-    config_map["data"]["tacit.yaml"] = json!(config.to_string());
-    Ok(())
-}
 
 /// Compares the installed objects with the output of kustomize, which is part of kubectl.
 pub(super) fn kustomized(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
@@ -65,6 +35,12 @@ pub(super) fn define(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The address of the authority's Service.
+pub(super) fn authority_address(cluster: &Cluster) -> Result<String> {
+    let path = "jsonpath={.spec.clusterIP}";
+    cluster.kubectl(&["-n", NAMESPACE, "get", "service", "tacit-authority", "-o", path])
 }
 
 /// The agent's pod on a node.

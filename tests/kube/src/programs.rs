@@ -1,5 +1,5 @@
-//! The programs of a cluster: Kubernetes, etcd, containerd, runc and the CNI plugins, each built from its Go module, and
-//! the machine's busybox. Nothing is installed.
+//! The programs of a cluster: Kubernetes, etcd, CoreDNS, containerd, runc and the CNI plugins, each built from its Go
+//! module, and the machine's busybox. Nothing is installed.
 
 use std::{
     fs,
@@ -53,6 +53,7 @@ impl Programs {
         let mut named: Vec<_> = KUBERNETES.map(|name| from(&kubernetes, name)).into();
         named.extend(CONTAINERD.map(|name| from(&containerd, name)));
         named.push(from(&runc(workspace)?, "runc"));
+        named.push(from(&build("coredns")?, "coredns"));
         // Go names a program after its package.
         named.push(("etcd", build("etcd")?.join("server")));
         named.push(("busybox", find_program("busybox").context("no busybox on PATH: install a static one")?));

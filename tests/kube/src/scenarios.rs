@@ -137,7 +137,7 @@ fn control(_: &Workspace, cluster: &Cluster) -> Result<()> {
 }
 
 fn install_all(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
-    cluster.apply(&install::objects(workspace)?)?;
+    cluster.apply(&deploy::base(workspace)?)?;
     // Agents that cannot read policies wait, and say for what.
     cluster.eventually("an agent asks for the definitions", |cluster| {
         let status = status(cluster, "node1")?;
@@ -304,7 +304,7 @@ fn authority_down(_: &Workspace, cluster: &Cluster) -> Result<()> {
 
 fn uninstall(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
     ensure!(!leftovers::found(cluster)?.is_empty(), "nothing would be found");
-    for object in install::objects(workspace)?.iter().rev() {
+    for object in deploy::base(workspace)?.iter().rev() {
         let namespace = object["metadata"]["namespace"].as_str().unwrap_or("default");
         let name = deploy::name_of(object);
         cluster.kubectl(&["-n", namespace, "delete", &name, "--ignore-not-found", "--timeout=90s"])?;
