@@ -17,7 +17,10 @@ pub(super) struct Release {
 }
 
 /// All of them; the first is the default.
-pub(super) const RELEASES: [&Release; 1] = [&Release { name: "1.37", module: "kubernetes-1.37" }];
+pub(super) const RELEASES: [&Release; 2] = [
+    &Release { name: "1.37", module: "kubernetes-1.37" },
+    &Release { name: "1.34", module: "kubernetes-1.34" },
+];
 
 impl Release {
     /// Returns the release of a name.
