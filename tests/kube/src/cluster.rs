@@ -210,12 +210,13 @@ impl Cluster {
         let unlimited = self.programs.join(runtime::NAME);
         fs::copy(env::current_exe()?, &unlimited).with_context(|| format!("no {}", unlimited.display()))?;
         for node in &mut self.nodes {
-            let network = node.folder.join("net.d");
-            fs::create_dir_all(&network)?;
-            fs::write(network.join("10-bridge.conflist"), node_config::bridge(node.plan.pods).to_string())?;
+            // The node has these folders in the usual places of CNI.
+            let list = node.folder.join("net.d/10-bridge.conflist");
+            fs::write(list, node_config::bridge(node.plan.pods).to_string())?;
+            programs.copy_plugins(&node.folder.join("plugins"))?;
             let file = node.folder.join("containerd.toml");
             let runc = if node.has_limits()? { self.programs.join("runc") } else { unlimited.clone() };
-            fs::write(&file, node_config::containerd(&node.folder, &runc, &programs.cni, &network))?;
+            fs::write(&file, node_config::containerd(&node.folder, &runc))?;
             node.daemon("containerd", &["-c".to_owned(), file.display().to_string()])?;
         }
         for node in &self.nodes {

@@ -13,12 +13,18 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup
 echo $$ >/sys/fs/cgroup/daemons/cgroup.procs
 
 # Its own state, so that nothing is made or left in the machine's.
-mkdir -p "$folder"/lib/upper "$folder"/lib/work "$folder"/kubelet "$folder"/cni "$folder"/pods
+mkdir -p "$folder"/kubelet "$folder"/cni "$folder"/pods "$folder"/net.d "$folder"/plugins
 mount -t tmpfs tmpfs /run
 mkdir -p /run/netns /run/lock /run/containerd
 mount -t tmpfs tmpfs /var/log
-mount -t overlay overlay -o "lowerdir=/var/lib,upperdir=$folder/lib/upper,workdir=$folder/lib/work" /var/lib
-mkdir -p /var/lib/kubelet /var/lib/cni /var/log/pods /var/log/containers
+for top in /var/lib /etc /opt; do
+    layer=$folder/layers$top
+    mkdir -p "$layer/upper" "$layer/work"
+    mount -t overlay overlay -o "lowerdir=$top,upperdir=$layer/upper,workdir=$layer/work" "$top"
+done
+mkdir -p /var/lib/kubelet /var/lib/cni /var/log/pods /var/log/containers /etc/cni/net.d /opt/cni/bin
+mount --bind "$folder/net.d" /etc/cni/net.d
+mount --bind "$folder/plugins" /opt/cni/bin
 mount --bind "$folder/kubelet" /var/lib/kubelet
 mount --make-rshared /var/lib/kubelet
 mount --bind "$folder/cni" /var/lib/cni

@@ -16,7 +16,7 @@ pub(super) fn bridge(pods: &str) -> Value {
 }
 
 /// Returns containerd's configuration; its state is in `folder`.
-pub(super) fn containerd(folder: &Path, runc: &Path, cni: &Path, network: &Path) -> String {
+pub(super) fn containerd(folder: &Path, runc: &Path) -> String {
     format!(
         "version = 3\nroot = {root:?}\nstate = \"/run/containerd\"\noom_score = 0\n\
          disabled_plugins = [\"io.containerd.internal.v1.opt\"]\n\
@@ -24,8 +24,7 @@ pub(super) fn containerd(folder: &Path, runc: &Path, cni: &Path, network: &Path)
          [plugins.\"io.containerd.cri.v1.images\".pinned_images]\nsandbox = {PAUSE:?}\n\
          [plugins.\"io.containerd.cri.v1.runtime\"]\nrestrict_oom_score_adj = true\n\
          [plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
-         [plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes.runc.options]\nBinaryName = {runc:?}\n\
-         [plugins.\"io.containerd.cri.v1.runtime\".cni]\nbin_dirs = [{cni:?}]\nconf_dir = {network:?}\n",
+         [plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes.runc.options]\nBinaryName = {runc:?}\n",
         root = folder.join("containerd"),
     )
 }

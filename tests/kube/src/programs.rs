@@ -32,7 +32,7 @@ pub(super) struct Programs {
     /// By the names under which a cluster starts them.
     named: Vec<(&'static str, PathBuf)>,
     /// The folder of the CNI plugins.
-    pub(super) cni: PathBuf,
+    cni: PathBuf,
 }
 
 /// runc's code before Go's runtime starts is C. Without libseccomp it rejects the seccomp profile of the agent's manifest.
@@ -61,6 +61,17 @@ impl Programs {
             ensure!(program.is_file(), "there is no {}", program.display());
         }
         Ok(Self { named, cni: build("cni-plugins")? })
+    }
+
+    /// Copies the CNI plugins into a folder, which others may add to.
+    pub(super) fn copy_plugins(&self, folder: &Path) -> Result<()> {
+        let plugins = fs::read_dir(&self.cni);
+        for plugin in plugins.with_context(|| format!("cannot read {}", self.cni.display()))? {
+            let plugin = plugin?;
+            fs::copy(plugin.path(), folder.join(plugin.file_name()))
+                .with_context(|| format!("cannot copy {}", plugin.path().display()))?;
+        }
+        Ok(())
     }
 
     /// Links the programs in a folder, for a search path of one entry.
