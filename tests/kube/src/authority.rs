@@ -93,7 +93,7 @@ fn ask(cluster: &Cluster, node: &Node, account: &str) -> Result<Answer> {
         "-H",
         "te: trailers",
     ]);
-    curl.args(["--connect-to", &format!("{name}:15012:{}:15012", install::AUTHORITY)]);
+    curl.args(["--connect-to", &format!("{name}:15012:{}:15012", install::authority_address(cluster)?)]);
     curl.args(["-H", &at("@", &header), "--data-binary", &at("@", &frame), "--cacert", &at("", &roots)]);
     curl.args(["-D", &at("", &headers), "-o", &at("", &body), &format!("https://{name}:15012{METHOD}")]);
     run(&mut curl)?;

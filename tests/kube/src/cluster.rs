@@ -1,5 +1,5 @@
-//! A cluster of two nodes: etcd, API server, controller manager and scheduler on the first, and on both containerd, the
-//! kubelet and kube-proxy. There is no cluster DNS: Debian has no server for it.
+//! A cluster of two nodes: etcd, API server, controller manager, scheduler and DNS server on the first, and on both
+//! containerd, the kubelet and kube-proxy.
 
 use std::{
     env, fs,
@@ -13,8 +13,12 @@ use tacit_topology::{run, until};
 use xtask_support::progress::Progress;
 
 use super::{
-    node::{Lifetime, Node, NodePlan, SOCKET, remove_cgroups},
-    packages::Programs,
+    cgroup::{self, NodeCgroup},
+    dns,
+    node::{Lifetime, Node, NodePlan},
+    node_config,
+    programs::Programs,
+    runtime,
 };
 
 const PKI: &str = include_str!("pki.sh");
@@ -22,18 +26,18 @@ const PKI: &str = include_str!("pki.sh");
 pub(super) const MARK: &str = "tacit-kube-";
 
 const PLANS: [NodePlan; 2] = [
-    NodePlan { name: "node1", address: "10.99.0.1", pods: "10.244.0.0/24" },
-    NodePlan { name: "node2", address: "10.99.0.2", pods: "10.244.1.0/24" },
+    NodePlan { name: "node1", address: "10.99.0.1", pods: "10.244.0.0/24", proxy_mode: "nftables" },
+    NodePlan { name: "node2", address: "10.99.0.2", pods: "10.244.1.0/24", proxy_mode: "iptables" },
 ];
 /// Of all pods, and of all services.
 const PODS: &str = "10.244.0.0/16";
-const SERVICES: &str = "10.96.0.0/16";
+pub(super) const SERVICES: &str = "10.96.0.0/16";
 /// The device of the wire between the nodes.
 pub(super) const WIRE: &str = "eth0";
 
 /// Images of the tests' pods and of pod sandboxes.
 pub(super) const BUSYBOX: &str = "localhost/busybox:1";
-const PAUSE: &str = "localhost/pause:1";
+pub(super) const PAUSE: &str = "localhost/pause:1";
 
 /// For one `kubectl`, in seconds; above the 120 s that some are told to wait.
 const KUBECTL_SECONDS: &str = "180";
@@ -55,11 +59,18 @@ impl Cluster {
         let name = format!("{MARK}{}", std::process::id());
         let folder = env::temp_dir().join(&name);
         fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        let mut cluster = Self { nodes: Vec::new(), folder, name, programs: programs.bin.clone() };
+        let bin = folder.join("bin");
+        let mut cluster = Self { nodes: Vec::new(), folder, name, programs: bin };
         let mut progress = Progress::new(5);
-        progress.step("nodes", || cluster.add_nodes(lifetime))?;
+        progress.step("nodes", || {
+            programs.link(&cluster.programs)?;
+            cluster.add_nodes(lifetime)
+        })?;
         progress.step("etcd, API server", || cluster.start_api())?;
-        progress.step("controllers, scheduler", || cluster.start_controllers())?;
+        progress.step("controllers, scheduler, DNS", || {
+            cluster.start_controllers()?;
+            cluster.start_dns()
+        })?;
         progress.step("containerd, images", || cluster.start_containers(programs, tacit))?;
         progress.step("kubelets, proxies", || cluster.start_kubelets())?;
         Ok(cluster)
@@ -68,8 +79,8 @@ impl Cluster {
     fn add_nodes(&mut self, lifetime: Lifetime) -> Result<()> {
         for plan in PLANS {
             let folder = self.folder.join(plan.name);
-            let cgroup = cgroup(&self.name, plan.name);
-            self.nodes.push(Node::start(plan, folder, &cgroup, &self.programs, lifetime)?);
+            let cgroup = NodeCgroup::create(&cgroup_name(&self.name, plan.name))?;
+            self.nodes.push(Node::start(plan, folder, cgroup, &self.programs, lifetime)?);
         }
         self.connect()?;
         let mut pki = Command::new("sh");
@@ -136,8 +147,6 @@ impl Cluster {
             ("service-account-signing-key-file", &pki("sa.key")),
             ("service-account-key-file", &pki("sa.pub")),
             ("api-audiences", "https://kubernetes.default.svc"),
-            // Tokens as newer servers give them: bound to their pod, and they expire.
-            ("feature-gates", "BoundServiceAccountTokenVolume=true"),
             ("kubelet-client-certificate", &pki("apiserver-kubelet.crt")),
             ("kubelet-client-key", &pki("apiserver-kubelet.key")),
             ("kubelet-certificate-authority", &pki("ca.crt")),
@@ -181,17 +190,33 @@ impl Cluster {
         })
     }
 
+    fn start_dns(&mut self) -> Result<()> {
+        let file = self.folder.join("Corefile");
+        let arguments = dns::configure(&file, PLANS[0].address, &self.kubeconfig("admin"))?;
+        self.nodes[0].daemon("coredns", &arguments)?;
+        self.apply(&dns::service(PLANS[0].address))?;
+        self.answers("coredns", |node| {
+            let mut curl = node.command("curl");
+            curl.args(["-fs", dns::READY]);
+            curl
+        })
+    }
+
     fn start_containers(&mut self, programs: &Programs, tacit: &Path) -> Result<()> {
         let busybox = self.programs.join("busybox");
         let archives = [self.folder.join("busybox.tar"), self.folder.join("pause.tar"), tacit.to_owned()];
         xtask_image::single(BUSYBOX, &busybox, &["bin/busybox", "sh"], &archives[0])?;
         xtask_image::single(PAUSE, &busybox, &["bin/busybox", "sleep", "infinity"], &archives[1])?;
+        let unlimited = self.programs.join(runtime::NAME);
+        fs::copy(env::current_exe()?, &unlimited).with_context(|| format!("no {}", unlimited.display()))?;
         for node in &mut self.nodes {
-            let network = node.folder.join("net.d");
-            fs::create_dir_all(&network)?;
-            fs::write(network.join("10-bridge.conflist"), bridge(node.plan.pods).to_string())?;
+            // The node has these folders in the usual places of CNI.
+            let list = node.folder.join("net.d/10-bridge.conflist");
+            fs::write(list, node_config::bridge(node.plan.pods).to_string())?;
+            programs.copy_plugins(&node.folder.join("plugins"))?;
             let file = node.folder.join("containerd.toml");
-            fs::write(&file, containerd(&node.folder, &programs.bin, &programs.cni, &network))?;
+            let runc = if node.has_limits()? { self.programs.join("runc") } else { unlimited.clone() };
+            fs::write(&file, node_config::containerd(&node.folder, &runc))?;
             node.daemon("containerd", &["-c".to_owned(), file.display().to_string()])?;
         }
         for node in &self.nodes {
@@ -206,22 +231,19 @@ impl Cluster {
     fn start_kubelets(&mut self) -> Result<()> {
         let (pki, proxy) = (self.pki(), self.kubeconfig("proxy").display().to_string());
         for node in &mut self.nodes {
-            let NodePlan { name, address, .. } = node.plan;
+            let NodePlan { name, address, proxy_mode, .. } = node.plan;
             let file = node.folder.join("kubelet.json");
-            fs::write(&file, kubelet(&pki, name, &cgroup(&self.name, name)).to_string())?;
-            let endpoint = format!("unix://{SOCKET}");
+            fs::write(&file, node_config::kubelet(&pki, name).to_string())?;
             let arguments = flags(&[
                 ("config", &file.display().to_string()),
                 ("kubeconfig", &pki.join(format!("{name}.kubeconfig")).display().to_string()),
                 ("hostname-override", name),
                 ("node-ip", address),
-                ("container-runtime", "remote"),
-                ("container-runtime-endpoint", &endpoint),
             ]);
             node.daemon("kubelet", &arguments)?;
             let arguments = flags(&[
                 ("kubeconfig", &proxy),
-                ("proxy-mode", "iptables"),
+                ("proxy-mode", proxy_mode),
                 ("cluster-cidr", PODS),
                 ("hostname-override", name),
                 // The machine's limits of connection tracking stay as they are.
@@ -287,22 +309,11 @@ impl Cluster {
     /// Returns the command that opens a shell in a kept cluster.
     pub(super) fn reach(&self) -> String {
         format!(
-            "nsenter --target {} --net --mount --pid --uts --ipc --wd=/ env KUBECONFIG={} PATH={}:$PATH bash",
+            "nsenter --target {} --net --mount --pid --uts --ipc --cgroup --wd=/ env KUBECONFIG={} PATH={}:$PATH bash",
             self.nodes[0].pid,
             self.kubeconfig("admin").display(),
             self.programs.display()
         )
-    }
-
-    /// Returns the cgroup of a node's pods, in the cgroup v2 hierarchy.
-    pub(super) fn pods_cgroup(&self, node: &str) -> Result<String> {
-        let mounts = fs::read_to_string("/proc/self/mounts").context("/proc is not mounted")?;
-        let point = mounts.lines().find_map(|line| {
-            let mut fields = line.split(' ').skip(1);
-            fields.next().filter(|_| fields.next() == Some("cgroup2"))
-        });
-        let point = point.context("no cgroup v2 hierarchy is mounted")?;
-        Ok(format!("{point}/{}/kubepods", cgroup(&self.name, node)))
     }
 
     /// Lets the cluster run on when this program ends.
@@ -335,7 +346,7 @@ impl Drop for Cluster {
 /// Removes what a cluster leaves when its processes are gone.
 pub(super) fn remove(folder: &Path, name: &str) -> Result<()> {
     for plan in PLANS {
-        remove_cgroups(&cgroup(name, plan.name))?;
+        cgroup::remove(&cgroup_name(name, plan.name))?;
     }
     if folder.exists() {
         fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
@@ -343,8 +354,8 @@ pub(super) fn remove(folder: &Path, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Name of a node's cgroup, below the root of every hierarchy.
-fn cgroup(cluster: &str, node: &str) -> String {
+/// Name of a node's cgroup, below the root of the hierarchy.
+fn cgroup_name(cluster: &str, node: &str) -> String {
     format!("{cluster}-{node}")
 }
 
@@ -357,49 +368,4 @@ pub(super) fn tail(log: &Path) -> String {
     let text = fs::read_to_string(log).unwrap_or_default();
     let lines: Vec<&str> = text.lines().rev().take(15).collect();
     format!("{}:\n{}", log.display(), lines.into_iter().rev().collect::<Vec<_>>().join("\n"))
-}
-
-fn bridge(pods: &str) -> Value {
-    json!({"cniVersion": "0.4.0", "name": "pods", "plugins": [
-        {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false, "hairpinMode": true,
-         "ipam": {"type": "host-local", "ranges": [[{"subnet": pods}]], "routes": [{"dst": "0.0.0.0/0"}]}},
-        {"type": "portmap", "capabilities": {"portMappings": true}},
-    ]})
-}
-
-fn containerd(folder: &Path, bin: &Path, cni: &Path, network: &Path) -> String {
-    format!(
-        "version = 2\nroot = {root:?}\nstate = \"/run/containerd\"\noom_score = 0\n\
-         [grpc]\naddress = {SOCKET:?}\n\
-         [plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = {PAUSE:?}\nrestrict_oom_score_adj = true\n\
-         [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
-         [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc.options]\nBinaryName = {runc:?}\n\
-         [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = {cni:?}\nconf_dir = {network:?}\n",
-        root = folder.join("containerd"),
-        runc = bin.join("runc"),
-    )
-}
-
-fn kubelet(pki: &Path, name: &str, cgroup: &str) -> Value {
-    json!({
-        "apiVersion": "kubelet.config.k8s.io/v1beta1",
-        "kind": "KubeletConfiguration",
-        "authentication": {"anonymous": {"enabled": false}, "x509": {"clientCAFile": pki.join("ca.crt")}},
-        "authorization": {"mode": "Webhook"},
-        "tlsCertFile": pki.join(format!("{name}.crt")),
-        "tlsPrivateKeyFile": pki.join(format!("{name}.key")),
-        "cgroupDriver": "cgroupfs",
-        "cgroupRoot": format!("/{cgroup}"),
-        "failSwapOn": false,
-        "oomScoreAdj": 0,
-        "protectKernelDefaults": true,
-        "resolvConf": "",
-        "evictionHard": {"memory.available": "50Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
-        "imageGCHighThresholdPercent": 100,
-        "imageGCLowThresholdPercent": 99,
-        "nodeStatusUpdateFrequency": "2s",
-        // ConfigMaps reach their pods within this and their cache's time.
-        "syncFrequency": "5s",
-        "configMapAndSecretChangeDetectionStrategy": "Watch",
-    })
 }

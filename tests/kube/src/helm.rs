@@ -1,24 +1,23 @@
-//! The chart under Helm itself: lint, what it renders, and values that it rejects. Helm is built once from its Go module,
-//! pinned in `tests/kube/parts/helm`, and kept in the cache.
+//! The chart under Helm itself: lint, what it renders, and values that it rejects.
 
 use std::{
     collections::BTreeMap,
-    fs,
     path::{Path, PathBuf},
     process::{Command, Output},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
-use xtask_support::{command::run, progress::note, workspace::Workspace};
+use xtask_support::workspace::Workspace;
 
 use crate::{
     cluster::Cluster,
     deploy::{self, NAMESPACE, name_of},
+    go_module::{Build, GoModule},
 };
 
-const MODULE: &str = "tests/kube/parts/helm";
-const PACKAGE: &str = "helm.sh/helm/v4/cmd/helm";
+/// The version of Kubernetes that charts are rendered for.
+const STAMP: &str = "k8s.io/client-go/pkg/version.gitVersion=v1.37.0";
 
 /// Values that the schema rejects, each with the key that the error must name.
 const BAD_VALUES: [(&str, &str); 8] = [
@@ -34,28 +33,7 @@ const BAD_VALUES: [(&str, &str); 8] = [
 
 /// Returns Helm's path. Builds it when the cache does not have the pinned version.
 pub(super) fn ensure_built(workspace: &Workspace) -> Result<PathBuf> {
-    let module = workspace.root().join(MODULE);
-    let requirements = fs::read_to_string(module.join("go.mod")).context("Helm's go.mod")?;
-    let version = requirements
-        .lines()
-        .find_map(|line| line.trim().trim_start_matches("require ").strip_prefix("helm.sh/helm/v4 "))
-        .context("go.mod requires no helm.sh/helm/v4")?;
-    let program = workspace.cache().join(format!("helm-{}", version.trim()));
-    if !program.is_file() {
-        note(&format!("building Helm {version}; it is kept in the cache"));
-        let built = program.with_extension(std::process::id().to_string());
-        let flags = "-s -w -X k8s.io/client-go/pkg/version.gitVersion=v1.37.0";
-        let mut build = Command::new("go");
-        build
-            .args(["build", "-trimpath", "-ldflags", flags, "-o"])
-            .arg(&built)
-            .arg(PACKAGE)
-            .current_dir(&module);
-        build.env("CGO_ENABLED", "0").env("GOTOOLCHAIN", "local");
-        run(&mut build).context("cannot build Helm; Go 1.26 or later is needed on PATH")?;
-        fs::rename(&built, &program).with_context(|| format!("cannot create {}", program.display()))?;
-    }
-    Ok(program)
+    Ok(GoModule::open(workspace, "helm")?.programs(&Build::PureGo(vec![STAMP.to_owned()]))?.join("helm"))
 }
 
 /// Lints and renders the chart, and tries values that must be rejected.

@@ -1,66 +1,14 @@
-//! Tacit on the cluster: the objects of `deploy/kustomize/base`, with what this cluster has other than a user's.
-//!
-//! | here | why |
-//! |---|---|
-//! | a configuration for each node, with its `podsCgroup` | the nodes share one cgroup hierarchy |
-//! | the authority's Service has a fixed address, which agents are given with its name | there is no cluster DNS |
-//! | no ranges, as in the base: those of pods are the nodes', a service's address comes with it | a cluster of 1.20 has no ServiceCIDR |
-//! | PodDisruptionBudget of `policy/v1beta1` | the server is 1.20 |
-//! | `maxUnavailable: 1` instead of `maxSurge: 1` | so it is; `handover` does by hand what a newer controller does |
+//! Tacit on the cluster: the objects of `deploy/kustomize/base`, unchanged.
 
 use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tacit_topology::run;
 use xtask_support::workspace::Workspace;
 
 use super::{cluster::Cluster, node::Node};
 use crate::deploy::{self, NAMESPACE, name_of};
-
-/// Address of the authority's Service.
-pub(super) const AUTHORITY: &str = "10.96.0.15";
-
-/// The objects as they are applied here.
-pub(super) fn objects(workspace: &Workspace, cluster: &Cluster) -> Result<Vec<Value>> {
-    let mut objects = deploy::base(workspace)?;
-    for object in &mut objects {
-        match name_of(object).as_str() {
-            "PodDisruptionBudget/tacit-authority" => object["apiVersion"] = json!("policy/v1beta1"),
-            "Service/tacit-authority" => object["spec"]["clusterIP"] = json!(AUTHORITY),
-            "ConfigMap/tacit-agent" => one_for_each_node(object, cluster)?,
-            "DaemonSet/tacit-agent" => {
-                let container = &mut object["spec"]["template"]["spec"]["containers"][0];
-                let arguments = container["args"].as_array_mut().context("an agent without arguments")?;
-                let file = arguments.iter_mut().find(|argument| *argument == "/etc/tacit/tacit.yaml");
-                *file.context("an agent without its configuration")? = json!("/etc/tacit/$(NODE_NAME).yaml");
-                ensure!(
-                    object["spec"]["updateStrategy"]["rollingUpdate"]["maxSurge"] == 1,
-                    "no surge to replace"
-                );
-                object["spec"]["updateStrategy"]["rollingUpdate"] = json!({"maxUnavailable": 1});
-            }
-            _ => {}
-        }
-    }
-    Ok(objects)
-}
-
-fn one_for_each_node(config_map: &mut Value, cluster: &Cluster) -> Result<()> {
-    let text = config_map["data"]["tacit.yaml"].as_str().context("a ConfigMap without tacit.yaml")?;
-    let mut config = deploy::parse(text)?;
-    let mut data = json!({});
-    for node in &cluster.nodes {
-        let name = node.plan.name;
-        config["podsCgroup"] = json!(cluster.pods_cgroup(name)?);
-        config["issuer"]["istio"]["address"] = json!(format!("{AUTHORITY}:15012"));
-        config["issuer"]["istio"]["serverName"] = json!(format!("tacit-authority.{NAMESPACE}.svc"));
-        // JSON is YAML too.
-        data[format!("{name}.yaml")] = json!(config.to_string());
-    }
-    config_map["data"] = data;
-    Ok(())
-}
 
 /// Compares the installed objects with the output of kustomize, which is part of kubectl.
 pub(super) fn kustomized(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
@@ -87,6 +35,12 @@ pub(super) fn define(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The address of the authority's Service.
+pub(super) fn authority_address(cluster: &Cluster) -> Result<String> {
+    let path = "jsonpath={.spec.clusterIP}";
+    cluster.kubectl(&["-n", NAMESPACE, "get", "service", "tacit-authority", "-o", path])
 }
 
 /// The agent's pod on a node.

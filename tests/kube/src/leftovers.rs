@@ -14,7 +14,7 @@ pub(super) fn found(cluster: &Cluster) -> Result<Vec<String>> {
     for node in &cluster.nodes {
         let all = [
             pins(node)?,
-            cgroup_programs(cluster, node)?,
+            cgroup_programs(node)?,
             links(node)?,
             filters(node)?,
             processes(node)?,
@@ -42,8 +42,8 @@ fn pins(node: &Node) -> Result<Vec<String>> {
     Ok(listed.into_iter().filter(|pin| !pin.ends_with(".debug")).map(|pin| format!("pin {pin}")).collect())
 }
 
-fn cgroup_programs(cluster: &Cluster, node: &Node) -> Result<Vec<String>> {
-    let tree = json(node, &["cgroup", "tree", &cluster.pods_cgroup(node.plan.name)?])?;
+fn cgroup_programs(node: &Node) -> Result<Vec<String>> {
+    let tree = json(node, &["cgroup", "tree", "/sys/fs/cgroup/kubepods"])?;
     let groups = tree.as_array().cloned().unwrap_or_default();
     let programs = groups.iter().flat_map(|group| group["programs"].as_array().cloned().unwrap_or_default());
     // runc attaches device programs itself.
@@ -76,9 +76,11 @@ fn processes(node: &Node) -> Result<Vec<String>> {
     Ok(lines(node, script)?.into_iter().map(|line| format!("process {line}")).collect())
 }
 
-/// Routing and packet filter rules that name Tacit or one of its ports.
+/// Routing and packet filter rules that name Tacit or one of its ports. Those of kube-proxy name services, and it removes
+/// nftables chains of deleted ones only when another service changes.
 fn rules(node: &Node) -> Result<Vec<String>> {
-    let script = "{ ip rule; ip -6 rule; iptables-save; ip6tables-save; } 2>/dev/null | grep -iE 'tacit|150(08|09|5[6-9]|6[01])' | \
-                  grep -v KUBE- || true";
+    let script = "{ ip rule; ip -6 rule; iptables-save; ip6tables-save; nft list tables | grep -v ' kube-proxy$' | \
+                  while read -r _ table; do nft list table $table; done; } 2>/dev/null | \
+                  grep -iE 'tacit|150(08|09|5[6-9]|6[01])' | grep -v KUBE- || true";
     Ok(lines(node, script)?.into_iter().map(|line| format!("rule {line}")).collect())
 }

@@ -8,27 +8,33 @@
 
 mod address_reuse;
 mod authority;
+mod cgroup;
 mod checks;
 mod cluster;
 mod deploy;
+mod dns;
 mod enrol_latency;
 mod enrol_under_load;
+mod go_module;
 mod handover;
 mod helm;
 mod install;
 mod leftovers;
 mod load;
 mod node;
-mod packages;
+mod node_config;
 mod pods;
 mod policies;
+mod programs;
+mod release;
 mod rotation;
+mod runtime;
 mod scenarios;
 mod sweep;
 mod verdict;
 mod wire;
 
-use std::{env, ffi::OsStr, process::ExitCode};
+use std::{env, ffi::OsStr, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
@@ -43,6 +49,8 @@ use xtask_support::{
 
 use cluster::Cluster;
 use node::Lifetime;
+use programs::{Kubernetes, Programs};
+use release::{RELEASES, Release};
 use verdict::Verdict;
 
 /// Install Tacit on a real cluster of two nodes, and try what it promises
@@ -52,6 +60,12 @@ struct Options {
     /// Run only tests whose name contains this, or one of several; those that they build on run too
     #[arg(long, value_name = "NAME")]
     test: Vec<String>,
+    /// Release of Kubernetes, built from source and kept in the cache
+    #[arg(long, value_parser = Release::named, default_value = RELEASES[0].name)]
+    release: &'static Release,
+    /// Folder with kube-apiserver and the other programs of a release, used instead of building one
+    #[arg(long, value_name = "DIR")]
+    kubernetes: Option<PathBuf>,
     /// Leave the cluster running, and print how to reach it
     #[arg(long)]
     keep: bool,
@@ -67,7 +81,18 @@ struct Options {
 }
 
 fn main() -> ExitCode {
+    if let Some(name) = runtime::called_as() {
+        return progress::exit_code(runtime::run(&name));
+    }
     progress::exit_code(run(&Options::parse()))
+}
+
+impl Options {
+    fn kubernetes(&self) -> Result<Kubernetes> {
+        let Some(folder) = &self.kubernetes else { return Ok(Kubernetes::Built(self.release)) };
+        let found = folder.canonicalize().with_context(|| format!("cannot find {}", folder.display()))?;
+        Ok(Kubernetes::Folder(found))
+    }
 }
 
 fn run(options: &Options) -> Result<()> {
@@ -77,7 +102,7 @@ fn run(options: &Options) -> Result<()> {
     }
     let workspace = &Workspace::find()?;
     if !options.prepared && !options.down {
-        prepare(workspace)?;
+        prepare(workspace, options)?;
     }
     if !is_root()? {
         return as_root_again(workspace, options);
@@ -86,7 +111,7 @@ fn run(options: &Options) -> Result<()> {
         return sweep::all();
     }
     sweep::left_behind()?;
-    let programs = packages::ensure(workspace)?;
+    let programs = Programs::ensure(workspace, &options.kubernetes()?)?;
     let lifetime = if options.keep { Lifetime::Kept } else { Lifetime::Run };
     let cluster = Cluster::start(&programs, &xtask_image::make(workspace, None, None)?.archive, lifetime)?;
     let verdict = try_all(workspace, &cluster, &options.test);
@@ -112,10 +137,11 @@ fn try_all(workspace: &Workspace, cluster: &Cluster, only: &[String]) -> Verdict
     verdict
 }
 
-fn prepare(workspace: &Workspace) -> Result<()> {
+fn prepare(workspace: &Workspace, options: &Options) -> Result<()> {
     let mut progress = Progress::new(5);
     progress.step("what is needed", || setup::ensure_kube(workspace))?;
-    progress.step("Kubernetes", || packages::ensure(workspace).map(drop))?;
+    let kubernetes = options.kubernetes()?;
+    progress.step("Kubernetes", || Programs::ensure(workspace, &kubernetes).map(drop))?;
     progress.step("Helm", || helm::ensure_built(workspace).map(drop))?;
     progress.step("kernel side", || ebpf::build(workspace).map(drop))?;
     progress.step("agent and attack suite (release)", || {
@@ -130,7 +156,10 @@ fn as_root_again(workspace: &Workspace, options: &Options) -> Result<()> {
     environment.retain(|(name, _)| name != "TACIT_CACHE");
     environment.push(("TACIT_CACHE".into(), workspace.cache().into()));
     environment.push(("CARGO_TARGET_DIR".into(), workspace.target().into()));
-    let mut arguments = vec![OsStr::new("--prepared")];
+    let mut arguments = ["--prepared", "--release", options.release.name].map(OsStr::new).to_vec();
+    if let Some(folder) = &options.kubernetes {
+        arguments.extend([OsStr::new("--kubernetes"), folder.as_os_str()]);
+    }
     let switches = [(options.keep, "--keep"), (options.down, "--down")];
     arguments.extend(switches.iter().filter(|(on, _)| *on).map(|(_, name)| OsStr::new(*name)));
     arguments.extend(options.test.iter().flat_map(|test| [OsStr::new("--test"), OsStr::new(test)]));

@@ -1,7 +1,7 @@
-//! A node: a shell in namespaces and cgroups of its own, and the daemons that run in them.
+//! A node: a shell in namespaces and a cgroup of its own, and the daemons that run in them.
 //!
 //! Everything of a node is in one pid namespace, whose first process is the shell of `node.sh`: when that is killed, the
-//! kernel ends the rest. What is left then are empty cgroups, which [`remove_cgroups`] removes.
+//! kernel ends the rest. What is left then is an empty cgroup, which `cgroup::remove` removes.
 
 use std::{
     fs::{self, File},
@@ -12,6 +12,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use tacit_topology::{Process, until};
+
+use super::cgroup::NodeCgroup;
 
 const SHELL: &str = include_str!("node.sh");
 
@@ -25,6 +27,7 @@ pub(super) struct Node {
     pub(super) pid: u32,
     /// Searched for programs before the machine's own places.
     programs: PathBuf,
+    cgroup: NodeCgroup,
     /// In the order of their start; all end with the first process.
     daemons: Vec<Process>,
     shell: Option<Process>,
@@ -38,6 +41,8 @@ pub(super) struct NodePlan {
     pub(super) address: &'static str,
     /// Range of its pods' addresses.
     pub(super) pods: &'static str,
+    /// Mode of its kube-proxy.
+    pub(super) proxy_mode: &'static str,
 }
 
 /// The lifetime of a node.
@@ -53,11 +58,11 @@ pub(super) enum Lifetime {
 pub(super) const PID: &str = "pid";
 
 impl Node {
-    /// Starts the first process; `cgroup` is made in every hierarchy.
+    /// Starts the first process, which is the first one of `cgroup` too.
     pub(super) fn start(
         plan: NodePlan,
         folder: PathBuf,
-        cgroup: &str,
+        cgroup: NodeCgroup,
         programs: &Path,
         lifetime: Lifetime,
     ) -> Result<Self> {
@@ -72,8 +77,12 @@ impl Node {
             command.args(["--pdeathsig", "KILL"]);
         }
         command.args(["unshare", "--net", "--mount", "--pid", "--uts", "--ipc"]);
-        command.args(["--fork", "--kill-child", "--mount-proc", "bash", "-c", SHELL, "node", plan.name]);
-        command.arg(&folder).arg(cgroup).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        command.args(["--fork", "--kill-child", "--mount-proc"]);
+        // The root of a cgroup namespace is the cgroup of the process that makes it.
+        let mut first = cgroup.first("unshare");
+        first.args(["--cgroup", "bash", "-c", SHELL, "node", plan.name]).arg(&folder);
+        command.arg(first.get_program()).args(first.get_args());
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let mut shell = Process::spawn(&mut command)?;
         let ready = folder.join("ready");
         until(&format!("node {}", plan.name), || {
@@ -85,7 +94,7 @@ impl Node {
         let pid = first_child(shell.id())?;
         fs::write(folder.join(PID), pid.to_string())?;
         let programs = programs.to_owned();
-        Ok(Self { plan, folder, pid, programs, daemons: Vec::new(), shell: Some(shell) })
+        Ok(Self { plan, folder, pid, programs, cgroup, daemons: Vec::new(), shell: Some(shell) })
     }
 
     /// A command that runs inside the node.
@@ -99,6 +108,7 @@ impl Node {
             "--pid",
             "--uts",
             "--ipc",
+            "--cgroup",
             "--wd=/",
         ]);
         command.arg("--").arg(program).env("PATH", self.path());
@@ -109,12 +119,17 @@ impl Node {
     /// Starts a daemon; its output is `logs/<name>.log`.
     pub(super) fn daemon(&mut self, name: &str, arguments: &[String]) -> Result<()> {
         let log = File::create(self.log(name))?;
-        let mut command = self.command(name);
+        let mut command = self.cgroup.daemon(self.command(name).args(arguments));
         // A group of its own: it must not die of a ^C that was meant for this program.
-        command.args(arguments).process_group(0);
+        command.process_group(0);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         self.daemons.push(Process::spawn(&mut command)?);
         Ok(())
+    }
+
+    /// Returns true if containers on the node can have limits.
+    pub(super) fn has_limits(&self) -> Result<bool> {
+        self.cgroup.has_controllers()
     }
 
     /// Returns the log file of a daemon.
@@ -149,48 +164,4 @@ fn first_child(parent: u32) -> Result<u32> {
     let text = fs::read_to_string(&file).with_context(|| format!("cannot read {file}"))?;
     let pid = text.split_ascii_whitespace().next().context("the node has no first process")?;
     Ok(pid.parse()?)
-}
-
-/// Removes the cgroups that nodes were given, in every hierarchy, as soon as their processes are gone.
-pub(super) fn remove_cgroups(cgroup: &str) -> Result<()> {
-    let mounts = fs::read_to_string("/proc/self/mounts").context("/proc is not mounted")?;
-    for point in cgroup_mounts(&mounts) {
-        let top = Path::new(point).join(cgroup);
-        until(&format!("processes leave {}", top.display()), || {
-            remove_tree(&top);
-            Ok((!top.exists()).then_some(()))
-        })?;
-    }
-    Ok(())
-}
-
-fn remove_tree(cgroup: &Path) {
-    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            remove_tree(&entry.path());
-        }
-    }
-    // Busy as long as a process is in it: the caller comes again.
-    let _ = fs::remove_dir(cgroup);
-}
-
-fn cgroup_mounts(mounts: &str) -> impl Iterator<Item = &str> {
-    mounts.lines().filter_map(|line| {
-        let mut fields = line.split(' ').skip(1);
-        let (point, kind) = (fields.next()?, fields.next()?);
-        (kind == "cgroup" || kind == "cgroup2").then_some(point)
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn all_hierarchies_are_swept() {
-        let mounts = "tmpfs /sys/fs/cgroup tmpfs rw 0 0\ncgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n\
-                      cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\nbpf /sys/fs/bpf bpf rw 0 0\n";
-        let found: Vec<_> = cgroup_mounts(mounts).collect();
-        assert_eq!(found, ["/sys/fs/cgroup/cpu", "/sys/fs/cgroup/unified"]);
-    }
 }

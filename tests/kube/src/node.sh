@@ -1,27 +1,30 @@
 # The first process of a node: makes the place in which a container runtime and a kubelet find what they expect, and
 # touches $folder/ready. Everything is in namespaces of its own and goes with this process, but for the cgroups.
-# $1 name of the node, $2 its folder, $3 its cgroup below every hierarchy
+# $1 name of the node, $2 its folder
 set -e
-name=$1 folder=$2 cgroup=$3
+name=$1 folder=$2
 mount --make-rprivate /
 hostname "$name"
 ip link set lo up
 
-# Its part of every cgroup hierarchy, which the kubelet takes for the root.
-for point in $(awk '$3 == "cgroup" || $3 == "cgroup2" { print $2 }' /proc/self/mounts); do
-    mkdir -p "$point/$cgroup"
-    for file in cpuset.cpus cpuset.mems; do
-        [ ! -e "$point/$file" ] || cat "$point/$file" >"$point/$cgroup/$file"
-    done
-done
+# Only cgroup v2, also on a machine that has both versions. The root is the node's own: this shell started in it.
+! mountpoint -q /sys/fs/cgroup || umount -R /sys/fs/cgroup
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+echo $$ >/sys/fs/cgroup/daemons/cgroup.procs
 
 # Its own state, so that nothing is made or left in the machine's.
-mkdir -p "$folder"/lib/upper "$folder"/lib/work "$folder"/kubelet "$folder"/cni "$folder"/pods
+mkdir -p "$folder"/kubelet "$folder"/cni "$folder"/pods "$folder"/net.d "$folder"/plugins
 mount -t tmpfs tmpfs /run
 mkdir -p /run/netns /run/lock /run/containerd
 mount -t tmpfs tmpfs /var/log
-mount -t overlay overlay -o "lowerdir=/var/lib,upperdir=$folder/lib/upper,workdir=$folder/lib/work" /var/lib
-mkdir -p /var/lib/kubelet /var/lib/cni /var/log/pods /var/log/containers
+for top in /var/lib /etc /opt; do
+    layer=$folder/layers$top
+    mkdir -p "$layer/upper" "$layer/work"
+    mount -t overlay overlay -o "lowerdir=$top,upperdir=$layer/upper,workdir=$layer/work" "$top"
+done
+mkdir -p /var/lib/kubelet /var/lib/cni /var/log/pods /var/log/containers /etc/cni/net.d /opt/cni/bin
+mount --bind "$folder/net.d" /etc/cni/net.d
+mount --bind "$folder/plugins" /opt/cni/bin
 mount --bind "$folder/kubelet" /var/lib/kubelet
 mount --make-rshared /var/lib/kubelet
 mount --bind "$folder/cni" /var/lib/cni

@@ -11,7 +11,7 @@ use super::{
     authority::roots,
     checks::{both_are, encrypted, is_enrolled, rolled_out},
     cluster::Cluster,
-    install::{self, status},
+    install::status,
     load::{self, ECHO, Ends, Held, Stream},
     pods::{self, MARKER, SHOP},
     wire,
@@ -70,7 +70,7 @@ fn held(cluster: &Cluster) -> Result<()> {
 
 /// Has authority and agents begin anew with short lives: no certificate from before outlives a turn of the rotation.
 fn shorten_lives(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
-    let mut objects = install::objects(workspace, cluster)?;
+    let mut objects = deploy::base(workspace)?;
     objects.retain(|object| name_of(object) == "ConfigMap/tacit-authority");
     let [config] = objects.as_mut_slice() else { bail!("the authority has one ConfigMap") };
     let text = config["data"]["authority.yaml"].as_str().context("a ConfigMap without authority.yaml")?;

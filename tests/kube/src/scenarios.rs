@@ -9,7 +9,7 @@ use xtask_support::workspace::Workspace;
 use super::{
     address_reuse, authority,
     checks::{AUTHORITY, ENROLLED, both_are, encrypted, in_clear, is_enrolled, is_strict, rolled_out},
-    cluster::Cluster,
+    cluster::{Cluster, SERVICES},
     enrol_latency, enrol_under_load, handover, helm,
     install::{self, status, tacit},
     leftovers,
@@ -74,11 +74,7 @@ pub(super) const ALL: &[Scenario] = &[
     required("install", "from nothing to ready agents on both nodes", install_all),
     independent("doctor", "the agent's container has all that it needs", doctor),
     required("enrol", "running pods are enrolled: the marker is on the wire no more", enrol),
-    independent(
-        "ranges",
-        "the nodes' pod ranges and the service's address are found, none is configured",
-        ranges,
-    ),
+    independent("ranges", "the nodes' pod ranges and the services' are found, none is configured", ranges),
     measured(
         "enrol-under-load",
         "what is in clear into the mesh is reset, nothing else; the rest is tunnelled",
@@ -111,10 +107,10 @@ pub(super) const ALL: &[Scenario] = &[
         address_reuse::reused,
     ),
     independent("agent-killed", "its pods send nothing in clear, and talk again later", agent_killed),
-    independent("agent-rolled", "a DaemonSet update under load: nothing in clear", agent_rolled),
+    independent("agent-rolled", "an update without surge, under load: nothing in clear", agent_rolled),
     measured(
         "agent-handed-over",
-        "an agent that stands by takes over: no connection fails, nothing in clear",
+        "an update with surge, under load: no connection fails, nothing in clear",
         handover::taken_over,
     ),
     independent("authority-down", "pods talk on with the certificates that they have", authority_down),
@@ -141,7 +137,7 @@ fn control(_: &Workspace, cluster: &Cluster) -> Result<()> {
 }
 
 fn install_all(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
-    cluster.apply(&install::objects(workspace, cluster)?)?;
+    cluster.apply(&deploy::base(workspace)?)?;
     // Agents that cannot read policies wait, and say for what.
     cluster.eventually("an agent asks for the definitions", |cluster| {
         let status = status(cluster, "node1")?;
@@ -183,12 +179,11 @@ fn strict(_: &Workspace, cluster: &Cluster) -> Result<()> {
 }
 
 fn ranges(_: &Workspace, cluster: &Cluster) -> Result<()> {
-    let service = format!("{}/32", service_address(cluster)?);
     for node in ["node1", "node2"] {
         cluster.eventually("the ranges are found", |cluster| {
             let mesh = &status(cluster, node)?["mesh"];
             let found = mesh["ranges"].as_array().context("a status without ranges")?;
-            let is_found = [ALL_NODES_PODS, &service].iter().all(|range| found.contains(&json!(range)));
+            let is_found = [ALL_NODES_PODS, SERVICES].iter().all(|range| found.contains(&json!(range)));
             ensure!(mesh["configured"] == 0 && is_found, "{mesh}");
             Ok(())
         })?;
@@ -268,6 +263,13 @@ fn restarts(cluster: &Cluster) -> Result<u32> {
 }
 
 fn agent_rolled(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    let strategy = |surge: u8, unavailable: u8| {
+        let numbers = json!({"maxSurge": surge, "maxUnavailable": unavailable});
+        let patch = json!({"spec": {"updateStrategy": {"rollingUpdate": numbers}}}).to_string();
+        let daemonset = ["-n", NAMESPACE, "patch", "daemonset/tacit-agent", "--type=merge", "-p", &patch];
+        cluster.kubectl(&daemonset).map(drop)
+    };
+    strategy(0, 1)?;
     let traffic = wire::during(cluster, || {
         cluster.kubectl(&["-n", NAMESPACE, "rollout", "restart", "daemonset/tacit-agent"])?;
         let wanted = "jsonpath={.metadata.generation} {.status.observedGeneration} {.status.updatedNumberScheduled} \
@@ -283,6 +285,7 @@ fn agent_rolled(_: &Workspace, cluster: &Cluster) -> Result<()> {
         })?;
         cluster.eventually("the client talks again", |cluster| get_web(cluster, SHOP, "client"))
     })?;
+    strategy(1, 0)?;
     encrypted(&traffic)
 }
 
@@ -301,7 +304,7 @@ fn authority_down(_: &Workspace, cluster: &Cluster) -> Result<()> {
 
 fn uninstall(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
     ensure!(!leftovers::found(cluster)?.is_empty(), "nothing would be found");
-    for object in install::objects(workspace, cluster)?.iter().rev() {
+    for object in deploy::base(workspace)?.iter().rev() {
         let namespace = object["metadata"]["namespace"].as_str().unwrap_or("default");
         let name = deploy::name_of(object);
         cluster.kubectl(&["-n", namespace, "delete", &name, "--ignore-not-found", "--timeout=90s"])?;

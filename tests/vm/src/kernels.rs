@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use xtask_support::{
     command::{run, stdout},
-    debian::{Apt, Packages},
+    debian::Apt,
     progress::note,
     workspace::Workspace,
 };
@@ -57,7 +57,7 @@ pub(super) fn ensure(workspace: &Workspace, kernels: &[&Kernel]) -> Result<Vec<U
     let home = workspace.cache().join("kernels");
     fs::create_dir_all(&home).with_context(|| format!("cannot create {}", home.display()))?;
     let suites = MATRIX.map(|kernel| kernel.suite);
-    let archive = Archive(Apt::new(&home.join("apt"), Packages::Binary, &suites)?);
+    let archive = Archive(Apt::new(&home.join("apt"), &suites)?);
     kernels.iter().map(|kernel| archive.kernel(&home, kernel)).collect()
 }
 

@@ -7,15 +7,6 @@ use anyhow::{Context as _, Result};
 
 use crate::command::stdout;
 
-/// The kind of packages to look for in a suite.
-#[derive(Clone, Copy)]
-pub enum Packages {
-    /// Packages to unpack.
-    Binary,
-    /// Their sources as well.
-    BinaryAndSource,
-}
-
 /// apt with a state of its own.
 pub struct Apt {
     options: Vec<String>,
@@ -23,13 +14,13 @@ pub struct Apt {
 
 impl Apt {
     /// Its state stands in `folder`.
-    pub fn new(folder: &Path, packages: Packages, suites: &[&str]) -> Result<Self> {
+    pub fn new(folder: &Path, suites: &[&str]) -> Result<Self> {
         for part in ["lists/partial", "cache/archives/partial"] {
             let part = folder.join(part);
             fs::create_dir_all(&part).with_context(|| format!("cannot create {}", part.display()))?;
         }
         let sources = folder.join("sources.list");
-        fs::write(&sources, sources_list(&mirror(&sites()?)?, packages, suites))?;
+        fs::write(&sources, sources_list(&mirror(&sites()?)?, suites))?;
         let option = |name: &str, value: &Path| format!("{name}={}", value.display());
         let options = [
             option("Dir::Etc::sourcelist", &sources),
@@ -65,17 +56,13 @@ fn mirror(sites: &str) -> Result<String> {
     mirror.map(str::to_owned).context("apt has no Debian mirror configured: add one to its sources")
 }
 
-fn sources_list(mirror: &str, packages: Packages, suites: &[&str]) -> String {
-    let kinds: &[&str] = match packages {
-        Packages::Binary => &["deb"],
-        Packages::BinaryAndSource => &["deb", "deb-src"],
-    };
+fn sources_list(mirror: &str, suites: &[&str]) -> String {
     let key = "[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]";
-    let line = |kind: &str, suite: &str| {
+    let line = |suite: &&str| {
         let archive = if suite.ends_with("-security") { "debian-security" } else { "debian" };
-        format!("{kind} {key} {mirror}/{archive} {suite} main\n")
+        format!("deb {key} {mirror}/{archive} {suite} main\n")
     };
-    kinds.iter().flat_map(|kind| suites.iter().map(move |suite| line(kind, suite))).collect()
+    suites.iter().map(line).collect()
 }
 
 #[cfg(test)]
@@ -92,23 +79,8 @@ mod tests {
 
     #[test]
     fn security_suites_come_from_their_own_archive() {
-        let list = sources_list(
-            "http://mirror.example",
-            Packages::Binary,
-            &["bookworm-security", "trixie-backports"],
-        );
+        let list = sources_list("http://mirror.example", &["bookworm-security", "trixie-backports"]);
         assert!(list.contains("http://mirror.example/debian-security bookworm-security main\n"), "{list}");
         assert!(list.contains("http://mirror.example/debian trixie-backports main\n"), "{list}");
-        assert!(!list.contains("deb-src"), "{list}");
-    }
-
-    #[test]
-    fn source_packages_are_looked_for_when_asked() {
-        let list = sources_list(
-            "http://mirror.example",
-            Packages::BinaryAndSource,
-            &["bookworm", "bookworm-security"],
-        );
-        assert_eq!((list.lines().count(), list.matches("deb-src ").count()), (4, 2), "{list}");
     }
 }

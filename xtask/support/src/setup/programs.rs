@@ -2,10 +2,12 @@
 //!
 //! Looked for by name, not by package, so that a system without apt works as well when the programs are there.
 
-use anyhow::{Result, bail};
+use std::process::Command;
+
+use anyhow::{Result, bail, ensure};
 
 use super::apt::Apt;
-use crate::command::find_program;
+use crate::command::{find_program, succeeds};
 
 /// A program and the Debian package that has it. None of the packages brings a service.
 const PROGRAMS: [(&str, &str); 12] = [
@@ -38,18 +40,20 @@ const VM_PROGRAMS: [(&str, &str); 9] = [
 ];
 
 /// Further programs for a cluster. Kubernetes itself is built.
-const KUBE_PROGRAMS: [(&str, &str); 12] = [
+const KUBE_PROGRAMS: [(&str, &str); 14] = [
+    ("busybox", "busybox-static"),
     ("iptables", "iptables"),
+    ("nft", "nftables"),
     ("conntrack", "conntrack"),
     ("bpftool", "bpftool"),
     ("openssl", "openssl"),
-    ("patch", "patch"),
-    ("xz", "xz-utils"),
     ("tcpdump", "tcpdump"),
     ("curl", "curl"),
     ("ip", "iproute2"),
     ("nsenter", "util-linux"),
-    ("awk", "mawk"),
+    ("setpriv", "util-linux"),
+    ("timeout", "coreutils"),
+    ("pkg-config", "pkg-config"),
     ("cc", "gcc libc6-dev"),
 ];
 
@@ -82,7 +86,14 @@ pub(super) fn ensure_vm(apt: &mut Apt) -> Result<()> {
 
 /// As [`ensure`], for a cluster.
 pub(super) fn ensure_kube(apt: &mut Apt) -> Result<()> {
-    ensure_these(apt, "programs for a cluster", &KUBE_PROGRAMS)
+    ensure_these(apt, "programs for a cluster", &KUBE_PROGRAMS)?;
+    // runc is linked with the library.
+    let has_library = || succeeds(Command::new("pkg-config").args(["--exists", "libseccomp"]));
+    if !has_library() && Apt::is_here() {
+        apt.install("a library of runc", &["libseccomp-dev"])?;
+    }
+    ensure!(has_library(), "pkg-config does not find libseccomp: install its development files");
+    Ok(())
 }
 
 /// As [`ensure`], for the bench.
