@@ -19,6 +19,7 @@ pub(super) fn found(cluster: &Cluster) -> Result<Vec<String>> {
             filters(node)?,
             processes(node)?,
             rules(node)?,
+            configurations(node)?,
         ];
         let name = node.plan.name;
         found.extend(all.into_iter().flatten().map(|line| format!("{name}: {line}")));
@@ -69,6 +70,11 @@ fn filters(node: &Node) -> Result<Vec<String>> {
     let net = json(node, &["net", "show"])?;
     let of = |kind: &str| net[0][kind].as_array().cloned().unwrap_or_default();
     Ok(["xdp", "tc"].into_iter().flat_map(of).map(|filter| format!("filter {filter}")).collect())
+}
+
+fn configurations(node: &Node) -> Result<Vec<String>> {
+    let named = lines(node, "grep -l tacit-cni /etc/cni/net.d/* || true")?;
+    Ok(named.into_iter().map(|file| format!("CNI plugin in {file}")).collect())
 }
 
 fn processes(node: &Node) -> Result<Vec<String>> {

@@ -2,7 +2,7 @@
 //! earlier ones.
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 use tacit_topology::run;
 use xtask_support::workspace::Workspace;
 
@@ -120,6 +120,7 @@ pub(super) const ALL: &[Scenario] = &[
         "a pod is enrolled soon after its sandbox is there",
         enrol_latency::enrolled,
     ),
+    independent("pods-wait", "a pod starts only when an agent covers it: nothing in clear", pods_wait),
     independent("un-enrolled", "without the label pods talk in clear again", un_enrolled),
     independent("uninstall", "no program, pin, link, filter or rule is left", uninstall),
 ];
@@ -148,7 +149,15 @@ fn install_all(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
     install::define(workspace, cluster)?;
     ["deployment/tacit-authority", "daemonset/tacit-agent"]
         .iter()
-        .try_for_each(|what| rolled_out(cluster, what))
+        .try_for_each(|what| rolled_out(cluster, what))?;
+    // Pods wait for the agents from now on.
+    cluster.eventually("the CNI plugin is in place", |cluster| {
+        for node in ["node1", "node2"] {
+            let cni = &status(cluster, node)?["cni"];
+            ensure!(cni["configuration"].is_string() && cni["error"].is_null(), "{node}: {cni}");
+        }
+        Ok(())
+    })
 }
 
 fn doctor(_: &Workspace, cluster: &Cluster) -> Result<()> {
@@ -226,6 +235,35 @@ fn restarted(_: &Workspace, cluster: &Cluster) -> Result<()> {
     encrypted(&traffic)?;
     ensure!(get_web(cluster, OUTSIDE, "stranger").is_err(), "plaintext was answered under STRICT");
     Ok(())
+}
+
+/// The nodes as after a reboot: no agent, nothing pinned.
+fn pods_wait(_: &Workspace, cluster: &Cluster) -> Result<()> {
+    let agents_on = |selector: Value| {
+        let patch = json!({"spec": {"template": {"spec": {"nodeSelector": selector}}}}).to_string();
+        let daemonset = ["-n", NAMESPACE, "patch", "daemonset/tacit-agent", "--type=merge", "-p", &patch];
+        cluster.kubectl(&daemonset).map(drop)
+    };
+    let web = pods::address(cluster, SHOP, "web")?;
+    agents_on(json!({"kubernetes.io/os": "none"}))?;
+    let agents = "app.kubernetes.io/name=tacit-agent";
+    cluster.kubectl(&["-n", NAMESPACE, "wait", "--for=delete", "pod", "-l", agents, "--timeout=90s"])?;
+    let node = &cluster.nodes[0];
+    run(node.command("rm").args(["-r", "/sys/fs/bpf/tacit"]))?;
+    let traffic = wire::during(cluster, || {
+        cluster.apply(&[pods::job(SHOP, "late", "node1", &web)])?;
+        cluster.eventually("the pod waits, and says for what", |cluster| {
+            let messages = "jsonpath={.items[*].message}";
+            let events = cluster.kubectl(&["-n", SHOP, "get", "events", "-o", messages])?;
+            ensure!(events.contains("has to wait for the Tacit agent of its node"), "{events}");
+            Ok(())
+        })?;
+        agents_on(json!({"kubernetes.io/os": "linux"}))?;
+        rolled_out(cluster, "daemonset/tacit-agent")?;
+        let done = ["-n", SHOP, "wait", "--for=condition=Complete", "job/late", "--timeout=120s"];
+        cluster.kubectl(&done).map(drop)
+    })?;
+    encrypted(&traffic)
 }
 
 fn un_enrolled(_: &Workspace, cluster: &Cluster) -> Result<()> {
