@@ -299,6 +299,13 @@ impl Cluster {
         Ok(run(command.arg("--kubeconfig").arg(self.kubeconfig("admin")).args(arguments))?.trim().to_owned())
     }
 
+    /// Starts `program`, for at most three minutes, with the rights of the cluster's administrator.
+    pub(super) fn administrator(&self, program: &Path) -> Command {
+        let mut command = self.nodes[0].command("timeout");
+        command.arg("180").arg(program).arg("--kubeconfig").arg(self.kubeconfig("admin"));
+        command
+    }
+
     /// Creates or changes objects.
     pub(super) fn apply(&self, objects: &[Value]) -> Result<()> {
         let file = self.folder.join("apply.json");

@@ -8,16 +8,22 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
+use tacit_topology::run;
 use xtask_support::workspace::Workspace;
 
 use crate::{
+    checks::rolled_out,
     cluster::Cluster,
     deploy::{self, NAMESPACE, name_of},
     go_module::{Build, GoModule},
+    install,
 };
 
 /// The version of Kubernetes that charts are rendered for.
 const STAMP: &str = "k8s.io/client-go/pkg/version.gitVersion=v1.37.0";
+
+/// The workloads of a release.
+const ROLLOUTS: [&str; 2] = ["deployment/tacit-authority", "daemonset/tacit-agent"];
 
 /// Values that the schema rejects, each with the key that the error must name.
 const BAD_VALUES: [(&str, &str); 8] = [
@@ -39,6 +45,46 @@ pub(super) fn ensure_built(workspace: &Workspace) -> Result<PathBuf> {
 /// Lints and renders the chart, and tries values that must be rejected.
 pub(super) fn tried(workspace: &Workspace, _: &Cluster) -> Result<()> {
     chart(&ensure_built(workspace)?, workspace)
+}
+
+/// Installs the chart on a cluster that has the definitions of policies, changes the release, goes back, removes it, and installs it
+/// again on a cluster without the definitions.
+pub(super) fn released(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
+    let (program, chart) = (ensure_built(workspace)?, workspace.root().join("deploy/helm/tacit"));
+    let chart = chart.display().to_string();
+    let helm = |arguments: &[&str]| {
+        run(cluster.administrator(&program).args(arguments).args(["--namespace", NAMESPACE]))
+    };
+    let is_configured = |ranges: u64| {
+        ROLLOUTS.iter().try_for_each(|what| rolled_out(cluster, what))?;
+        cluster.eventually("the agents have the values", |cluster| {
+            let mesh = &install::status(cluster, "node1")?["mesh"];
+            ensure!(mesh["configured"] == ranges, "{mesh}");
+            Ok(())
+        })
+    };
+    helm(&["install", "tacit", &chart, "--create-namespace"]).context("beside the definitions")?;
+    is_configured(0)?;
+    helm(&["test", "tacit"]).context("helm test")?;
+    let refused = helm(&["upgrade", "tacit", &chart, "--set", "nosuch=1"]);
+    let said = refused.err().map(|error| format!("{error:#}")).context("`--set nosuch=1` was accepted")?;
+    ensure!(said.contains("nosuch"), "{said}");
+    helm(&["upgrade", "tacit", &chart, "--set", "meshRanges={10.244.0.0/16}"])?;
+    is_configured(1).context("upgrade")?;
+    helm(&["rollback", "tacit", "1"])?;
+    is_configured(0).context("rollback")?;
+    helm(&["uninstall", "tacit"])?;
+    let definitions =
+        ["authorizationpolicies", "peerauthentications"].map(|kind| format!("crd/{kind}.security.istio.io"));
+    for definition in &definitions {
+        cluster.kubectl(&["get", definition]).context("a definition went with the release")?;
+        cluster.kubectl(&["delete", definition, "--timeout=60s"])?;
+    }
+    cluster.kubectl(&["delete", "namespace", NAMESPACE, "--timeout=90s"])?;
+    helm(&["install", "tacit", &chart, "--create-namespace"]).context("without definitions")?;
+    is_configured(0)?;
+    helm(&["uninstall", "tacit"])?;
+    definitions.iter().try_for_each(|definition| cluster.kubectl(&["get", definition]).map(drop))
 }
 
 fn chart(helm: &Path, workspace: &Workspace) -> Result<()> {

@@ -21,6 +21,7 @@ mod helm;
 mod install;
 mod leftovers;
 mod load;
+mod mesh_strict;
 mod node;
 mod node_config;
 mod pods;

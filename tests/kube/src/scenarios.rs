@@ -12,7 +12,7 @@ use super::{
     cluster::{Cluster, SERVICES},
     enrol_latency, enrol_under_load, handover, helm,
     install::{self, status, tacit},
-    leftovers,
+    leftovers, mesh_strict,
     pods::{self, MARKER, OUTSIDE, SHOP, get_web},
     policies, rotation, wire,
 };
@@ -113,6 +113,11 @@ pub(super) const ALL: &[Scenario] = &[
         "an update with surge, under load: no connection fails, nothing in clear",
         handover::taken_over,
     ),
+    independent(
+        "mesh-strict",
+        "STRICT for the mesh: DNS, the authority, hostNetwork and other pods outside talk on",
+        mesh_strict::held,
+    ),
     independent("authority-down", "pods talk on with the certificates that they have", authority_down),
     measured("root-rotated", "no connection fails; certificates lead to the new root", rotation::rotated),
     measured(
@@ -123,6 +128,11 @@ pub(super) const ALL: &[Scenario] = &[
     independent("pods-wait", "a pod starts only when an agent covers it: nothing in clear", pods_wait),
     independent("un-enrolled", "without the label pods talk in clear again", un_enrolled),
     independent("uninstall", "no program, pin, link, filter or rule is left", uninstall),
+    independent(
+        "helm-released",
+        "Helm installs with and without the definitions there, upgrades, goes back, uninstalls",
+        helm_released,
+    ),
 ];
 
 /// Those whose name contains one of `only`, or all when there is none; and the required ones.
@@ -347,6 +357,19 @@ fn uninstall(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
         let name = deploy::name_of(object);
         cluster.kubectl(&["-n", namespace, "delete", &name, "--ignore-not-found", "--timeout=90s"])?;
     }
+    clean(workspace, cluster)?;
+    // And pods talk as they did.
+    get_web(cluster, SHOP, "client")?;
+    get_web(cluster, OUTSIDE, "stranger")
+}
+
+fn helm_released(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
+    helm::released(workspace, cluster)?;
+    clean(workspace, cluster)
+}
+
+/// Removes what agents leave on the nodes.
+fn clean(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
     let cleaner = deploy::read_objects(&workspace.root().join("deploy/uninstall.yaml"))?;
     cluster.apply(&cleaner)?;
     let daemonset = ["-n", "kube-system", "rollout", "status", "daemonset/tacit-uninstall", "--timeout=120s"];
@@ -356,8 +379,5 @@ fn uninstall(workspace: &Workspace, cluster: &Cluster) -> Result<()> {
         let left = leftovers::found(cluster)?;
         ensure!(left.is_empty(), "{}", left.join("\n"));
         Ok(())
-    })?;
-    // And pods talk as they did.
-    get_web(cluster, SHOP, "client")?;
-    get_web(cluster, OUTSIDE, "stranger")
+    })
 }
