@@ -55,10 +55,22 @@ pub async fn run(config: Config, verifier_log: VerifierLog, stands_by: bool) -> 
     let watchdog = Watchdog::start().map_err(system("start the watchdog"))?;
     match start::start(&config, &verifier_log, stands_by, (&mut signals, &watchdog)).await? {
         Started::Serving(agent) => {
+            let served = async {
+                tokio::select! {
+                    () = agent.must_attach_again() => Served::Detached,
+                    () = agent.has_failed() => Served::Failed,
+                }
+            };
             // None if a signal has come, also a moment later: its end must not get lost.
-            let lost = signals.before(agent.must_attach_again()).await;
-            if lost.is_some() && signals.before(std::future::ready(())).await.is_some() {
+            let served = signals.before(served).await;
+            if served == Some(Served::Detached) && signals.before(std::future::ready(())).await.is_some() {
                 return Ok(Ended::StartAgain);
+            }
+            if served == Some(Served::Failed) {
+                // Another agent of the node takes over, or this one is started again.
+                drop(watchdog);
+                agent.shut_down().await;
+                return Err(AppError::TaskFailed);
             }
             // From here on whoever sent the signal waits for the end.
             drop(watchdog);
@@ -83,6 +95,15 @@ pub enum Ended {
     ByRequest,
     /// The pods' cgroup is another one. The process has to start again, at once and as it is: no pod is captured.
     StartAgain,
+}
+
+/// The reason for which an agent serves no longer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Served {
+    /// Its programs are not attached to the pods' cgroup.
+    Detached,
+    /// A task that it cannot do without has failed.
+    Failed,
 }
 
 /// The result of a start.
@@ -168,6 +189,9 @@ pub enum AppError {
     /// The operator's socket cannot be had.
     #[error("socket: {0}")]
     Socket(#[from] admin::BindError),
+    /// A task has panicked, or could not go on. The log has the error.
+    #[error("a task of the agent has failed")]
+    TaskFailed,
     /// The system did not give what every process gets.
     #[error("{what}: {source}")]
     System {

@@ -34,6 +34,11 @@ impl Agent {
         self.attachment.lost(&self.kernel, &self.state).await;
     }
 
+    /// Waits until a task has failed that the agent cannot do without.
+    pub(super) async fn has_failed(&self) {
+        self.proxy.workers_failed().cancelled().await;
+    }
+
     /// Serves on until another agent stands by, for at most `limit`.
     pub(super) async fn await_successor(&self, limit: Duration) {
         tracing::info!(?limit, "serving on until another agent stands by");

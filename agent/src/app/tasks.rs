@@ -124,7 +124,7 @@ async fn heartbeat(kernel: Arc<Kernel>, timeout: Duration, failed: CancellationT
         tokio::select! {
             _ = tick.tick() => {}
             () = failed.cancelled() => {
-                tracing::error!("a control task has failed: no more heartbeats, the kernel decides by mode; restart the agent");
+                tracing::error!("a task has failed: no more heartbeats, the kernel decides by mode; this agent ends, to be started again");
                 return;
             }
         }
