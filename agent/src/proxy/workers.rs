@@ -109,7 +109,7 @@ impl Workers {
             ThreadKind::Bulk => &self.bulk,
         };
         let loads: Vec<_> = threads.iter().map(|worker| worker.load.load(Relaxed)).collect();
-        let Worker { handle, load, .. } = &threads[choose(Self::current(), &loads)];
+        let Worker { handle, load, .. } = &threads[idlest(Self::current(), &loads)];
         load.fetch_add(1, Relaxed);
         (handle, Load(load.clone()))
     }
@@ -178,6 +178,12 @@ async fn trim() {
     }
 }
 
+/// The one with the least load; of several `home`, if it is one of them.
+fn idlest(home: usize, loads: &[usize]) -> usize {
+    let least = loads.iter().enumerate().min_by_key(|(index, load)| (**load, *index != home));
+    least.map_or(home, |(index, _)| index)
+}
+
 /// `home`, unless it leads the idlest by more than [`LEAD_MAX`].
 fn choose(home: usize, loads: &[usize]) -> usize {
     let Some((idlest, least)) = loads.iter().copied().enumerate().min_by_key(|(_, load)| *load) else {
@@ -207,6 +213,19 @@ mod tests {
             (1, vec![0, 100, 0], 0),
         ] {
             assert_eq!(choose(home, &loads), expected, "{home} of {loads:?}");
+        }
+    }
+
+    #[test]
+    fn a_flow_moves_to_the_thread_with_the_least_load() {
+        for (home, loads, expected) in [
+            (0, vec![0, 0], 0),
+            (1, vec![0, 0], 1),
+            (0, vec![1, 0], 1),
+            (1, vec![2, 1, 1], 1),
+            (0, vec![2, 1, 1], 1),
+        ] {
+            assert_eq!(idlest(home, &loads), expected, "{home} of {loads:?}");
         }
     }
 

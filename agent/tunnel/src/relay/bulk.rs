@@ -13,7 +13,10 @@
 //! window from the first byte on. The agent reads at first, though, what the application does not: when the application's socket is
 //! full for the first time ([`Stall`]) before the direction is bulk, the receive buffer is bound to 128 KiB. Bulk gets 6 MiB then.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 use tacit_core::shares::{self, Bounds, Ledger, ShareUse, connections::PodId};
 
@@ -22,6 +25,9 @@ use crate::buffers::Size;
 /// Payload after which a direction is bulk: twice what all small buffers between two applications hold, so that a flow that
 /// nobody reads never gets there.
 const AFTER_BYTES: u64 = 2 << 20;
+
+/// Interval of [`Rate`].
+const INTERVAL: Duration = Duration::from_secs(1);
 
 /// The bulk directions of all pods.
 #[derive(Debug)]
@@ -119,6 +125,28 @@ impl Drop for Growth<'_> {
     fn drop(&mut self) {
         if self.is_large() {
             self.pod.all.lock().release(&self.pod.pod);
+        }
+    }
+}
+
+/// The rate of a flow with a direction that is bulk. A flow that has moved much over hours is no load for its thread.
+#[derive(Debug, Default)]
+pub(crate) struct Rate {
+    /// Begin of the interval, and what the flow had moved by then.
+    begun: Option<(Instant, u64)>,
+}
+
+impl Rate {
+    /// Returns true if the flow, which has moved `moved_bytes` at `now`, moves [`AFTER_BYTES`] in less than [`INTERVAL`].
+    pub(crate) fn is_high(&mut self, now: Instant, moved_bytes: u64) -> bool {
+        match self.begun {
+            Some((begun, before)) if now.duration_since(begun) < INTERVAL => {
+                moved_bytes - before >= AFTER_BYTES
+            }
+            _ => {
+                self.begun = Some((now, moved_bytes));
+                false
+            }
         }
     }
 }

@@ -7,6 +7,7 @@ use std::{
     pin::pin,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     task::{Context, Poll, ready},
+    time::Instant,
 };
 
 use tacit_kernel::socket::{AppStream, Polled as _};
@@ -16,7 +17,7 @@ use crate::{
     buffers::{Buffer, Size},
     relay::{
         FlowCounters, PodBulk,
-        bulk::{Grown, Growth, Stall},
+        bulk::{Grown, Growth, Rate, Stall},
         busy_poll::BusyPoll,
         threads::{ThreadKind, can_move_to, move_to},
         watch::{PeerWatch, Watching},
@@ -114,13 +115,17 @@ async fn run<'k>(
     let mut back = Half::new(destination, source, App::Destination, &counters.received, back);
     let mut source_broken = pin!(source.broken());
     let mut destination_broken = pin!(destination.broken());
-    let mut busy_poll = BusyPoll::new();
+    let (mut busy_poll, mut rate) = (BusyPoll::new(), Rate::default());
     let ending = poll_fn(|cx| {
         if let Poll::Ready(reset) = poll_both(&mut there, &mut back, cx) {
             return Poll::Ready(Some(reset.map_or(Ending::Finished, Ending::Reset)));
         }
-        if [&there, &back].iter().any(|half| half.kept.growth.is_bulk()) && can_move_to(ThreadKind::Bulk) {
-            return Poll::Ready(None);
+        let is_bulk = [&there, &back].iter().any(|half| half.kept.growth.is_bulk());
+        if is_bulk && can_move_to(ThreadKind::Bulk) {
+            let moved_bytes = counters.sent.load(Relaxed) + counters.received.load(Relaxed);
+            if rate.is_high(Instant::now(), moved_bytes) {
+                return Poll::Ready(None);
+            }
         }
         busy_poll.pending(counters.sent.load(Relaxed) + counters.received.load(Relaxed));
         // After an application has ended its direction, reads no longer report a reset.

@@ -66,6 +66,7 @@ pub(crate) async fn move_to(kind: ThreadKind) -> bool {
     if !can_move_to(kind) {
         return false;
     }
+    let _asked = Asked;
     poll_fn(|_| {
         if !can_move_to(kind) {
             return Poll::Ready(());
@@ -76,6 +77,15 @@ pub(crate) async fn move_to(kind: ThreadKind) -> bool {
     })
     .await;
     true
+}
+
+/// Takes back what was asked for, if the wait is given up.
+struct Asked;
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        WANTS.set(None);
+    }
 }
 
 #[cfg(test)]
@@ -93,6 +103,19 @@ mod tests {
         });
         assert_eq!(until_move(ThreadKind::Quick, &mut task).await, Some(ThreadKind::Bulk));
         assert_eq!(until_move(ThreadKind::Bulk, &mut task).await, Some(ThreadKind::Quick));
+        assert_eq!(until_move(ThreadKind::Quick, &mut task).await, None);
+    }
+
+    #[tokio::test]
+    async fn a_wait_that_is_given_up_moves_nothing() {
+        let mut task: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(async {
+            tokio::select! {
+                biased;
+                _ = move_to(ThreadKind::Bulk) => {}
+                () = async {} => {}
+            }
+            tokio::task::yield_now().await;
+        });
         assert_eq!(until_move(ThreadKind::Quick, &mut task).await, None);
     }
 

@@ -21,7 +21,7 @@ use std::{
     pin::pin,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     task::{Context, Poll, ready},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tacit_core::wire::{flow_state::Role, frame::Control};
@@ -37,7 +37,7 @@ use crate::{
     receive_buffer::Received,
     relay::{
         FlowCounters, PodBulk,
-        bulk::{Grown, Growth, Stall},
+        bulk::{Grown, Growth, Rate, Stall},
         busy_poll::BusyPoll,
         delayed_accept::DelayedAccept,
         threads::{ThreadKind, can_move_to, move_to},
@@ -242,6 +242,7 @@ struct Flow<'f, 'k> {
     delayed_accept: Option<DelayedAccept>,
     /// The error after which nothing can be sent. Received bytes are still read, because a RESET in them is more specific.
     lost: Option<TunnelError>,
+    rate: Rate,
     kept: Kept<'k>,
 }
 
@@ -301,14 +302,26 @@ impl<'f, 'k> Flow<'f, 'k> {
             Role::Client => (&counters.sent, &counters.received),
             Role::Server => (&counters.received, &counters.sent),
         };
-        Self { app, session, up, down, accept_pending: false, delayed_accept: None, lost: None, kept }
+        Self {
+            app,
+            session,
+            up,
+            down,
+            accept_pending: false,
+            delayed_accept: None,
+            lost: None,
+            rate: Rate::default(),
+            kept,
+        }
     }
 
     /// Returns true for bulk that can go on at a thread for it.
-    fn must_move(&self) -> bool {
-        (self.kept.up_growth.is_bulk() || self.kept.down_growth.is_bulk())
-            && self.lost.is_none()
-            && can_move_to(ThreadKind::Bulk)
+    fn must_move(&mut self) -> bool {
+        let is_bulk = self.kept.up_growth.is_bulk() || self.kept.down_growth.is_bulk();
+        if !is_bulk || self.lost.is_some() || !can_move_to(ThreadKind::Bulk) {
+            return false;
+        }
+        self.rate.is_high(Instant::now(), self.up.load(Relaxed) + self.down.load(Relaxed))
     }
 
     /// Steps both directions in alternation, so that neither starves the other, until both are blocked. A direction that has

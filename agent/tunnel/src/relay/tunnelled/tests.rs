@@ -134,11 +134,11 @@ async fn a_reset_reaches_a_flow_that_has_moved() {
     };
     let (near, far) = (relayed(near, client), relayed(far, server));
     let reader = tokio::spawn(async move {
-        let mut bytes = vec![0; 8 << 20];
+        let mut bytes = vec![0; 20 << 20];
         destination.read_exact(&mut bytes).await.expect("open");
         destination
     });
-    source.write_all(&vec![7; 8 << 20]).await.expect("open");
+    source.write_all(&vec![7; 20 << 20]).await.expect("open");
     let mut destination = soon(reader).await.expect("no panic");
     assert_eq!(threads.moves(), 2);
     crate::socket::reset(source);
