@@ -5,6 +5,7 @@ use std::time::Duration;
 use tacit_core::{
     refusal::RefusalReason,
     wire::{
+        flow_state::FlowState,
         frame::Control,
         open::{DenyReason, Open, OptimisticMode},
     },
@@ -22,12 +23,12 @@ pub(super) const OPEN_ACKNOWLEDGED: Duration = Duration::from_millis(300);
 /// Round trips for the same: one before the repetition, one until its acknowledgement, and one for their variation.
 const OPEN_ROUND_TRIPS: u32 = 3;
 
-/// Whether the kernel of a peer may be silent after OPEN.
+/// Limit of a peer's silence after OPEN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Silence {
-    /// As long as the peer may take to answer.
+    /// None but the limit for the answer.
     Allowed,
-    /// For a few round trips.
+    /// A few round trips without an acknowledgement.
     Bounded,
 }
 
@@ -75,46 +76,28 @@ impl From<TunnelError> for OpenError {
 }
 
 impl Session {
-    /// Client: opens a flow and waits for the answer, at most `OPEN_MAX`. Data that `optimistic` has already sent leaves with
-    /// OPEN. In that case later data is also sent before the answer arrives.
+    /// Client: opens a flow and waits for the answer, at most `OPEN_MAX`, or until the peer has not acknowledged OPEN for a few round
+    /// trips. Data that `optimistic` has already sent leaves with OPEN. In that case later data is also sent before the answer
+    /// arrives.
     ///
     /// If the session is dropped before the answer, its connection is reset. A peer that has not received OPEN by then does not
     /// receive it later.
     ///
     /// # Errors
-    /// [`OpenError`]. [`Session::is_idle`] reports whether the session can still be used.
+    /// [`OpenError::Silent`] if the peer does not acknowledge: [`Session::answered`] waits on. Others are final;
+    /// [`Session::is_idle`] reports whether the session can still be used.
     pub async fn open(
         &mut self,
         open: &Open,
         optimistic: Option<&mut OptimisticData<'_>>,
     ) -> Result<(), OpenError> {
-        self.open_for(open, optimistic, Silence::Allowed).await
-    }
-
-    /// Client: does the same on a session that was idle, until the peer has not acknowledged OPEN for a few round trips.
-    ///
-    /// # Errors
-    /// [`OpenError::Silent`] in this case: [`Session::answered`] waits on. Else as [`Session::open`].
-    pub async fn open_idle(
-        &mut self,
-        open: &Open,
-        optimistic: Option<&mut OptimisticData<'_>>,
-    ) -> Result<(), OpenError> {
-        self.open_for(open, optimistic, Silence::Bounded).await
-    }
-
-    async fn open_for(
-        &mut self,
-        open: &Open,
-        optimistic: Option<&mut OptimisticData<'_>>,
-        silence: Silence,
-    ) -> Result<(), OpenError> {
         let optimistic =
             optimistic.and_then(|optimistic| optimistic.app_read_now().map(|first| (optimistic, first)));
         let optimistic_data = if optimistic.is_some() { OptimisticMode::On } else { OptimisticMode::Off };
         self.send(&Control::Open(Open { optimistic_data, ..*open }))?;
-        socket::reset_if_dropped(self.tls.tcp());
-        let answer = self.wait_for_answer(optimistic, silence).await?;
+        let opening = Opening(self);
+        let answer = opening.0.wait_for_answer(optimistic, Silence::Bounded).await?;
+        drop(opening);
         self.take_answer(&answer, optimistic_data)
     }
 
@@ -124,6 +107,7 @@ impl Session {
     /// [`OpenError`].
     pub async fn answered(&mut self) -> Result<(), OpenError> {
         let answer = self.wait_for_answer(None, Silence::Allowed).await?;
+        socket::deliver_if_dropped(self.tls.tcp());
         self.take_answer(&answer, OptimisticMode::Off)
     }
 
@@ -135,11 +119,11 @@ impl Session {
         // A connection that cannot be asked has ended, which the wait reports.
         let _ = ask_peer(self.tls.tcp());
         let answer = self.wait_for_answer(None, Silence::Bounded).await?;
+        socket::deliver_if_dropped(self.tls.tcp());
         self.take_answer(&answer, OptimisticMode::Off)
     }
 
     fn take_answer(&mut self, answer: &Received, optimistic_data: OptimisticMode) -> Result<(), OpenError> {
-        socket::deliver_if_dropped(self.tls.tcp());
         match answer {
             Received::Control(Control::Deny(reason)) => {
                 self.end_after_deny(optimistic_data);
@@ -171,6 +155,18 @@ impl Session {
         let unheard = peer.heard.min(waited);
         let patience = patience(peer.round_trip);
         if unheard < patience { Ok(waited + patience - unheard) } else { Err(OpenError::Silent) }
+    }
+}
+
+/// A session that waits for its first answer. If the wait ends without one, the connection is reset when it is dropped: the kernel
+/// would repeat OPEN on a connection that is only closed.
+struct Opening<'a>(&'a mut Session);
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        if matches!(self.0.state, FlowState::Opening { .. }) {
+            socket::reset_if_dropped(self.0.tls.tcp());
+        }
     }
 }
 

@@ -351,15 +351,12 @@ fn a_lost_packet_is_repeated_and_acknowledged_before_the_peer_is_silent() {
 async fn open_is_given_up_only_if_the_peer_does_not_acknowledge_it() {
     let (mut client, server) = sessions().await;
     let wait = 4 * OPEN_ACKNOWLEDGED;
-    assert!(
-        timeout(wait, client.open_idle(&open(), None)).await.is_err(),
-        "the server's application is slow"
-    );
+    assert!(timeout(wait, client.open(&open(), None)).await.is_err(), "the server's application is slow");
     drop(server);
 
     let (mut client, server) = sessions().await;
     stop_receiving(server.tcp()).expect("attached");
-    let given_up = timeout(SOON, client.open_idle(&open(), None)).await.expect("in time");
+    let given_up = timeout(SOON, client.open(&open(), None)).await.expect("in time");
     assert!(matches!(given_up, Err(OpenError::Silent)), "{given_up:?}");
     let asked = timeout(SOON, client.answered_if_received()).await.expect("in time");
     assert!(matches!(asked, Err(OpenError::Silent)), "{asked:?}");
@@ -370,7 +367,7 @@ async fn an_answer_after_a_silence_is_taken() {
     for is_asked in [false, true] {
         let (mut client, mut server) = sessions().await;
         stop_receiving(server.tcp()).expect("attached");
-        let given_up = timeout(SOON, client.open_idle(&open(), None)).await.expect("in time");
+        let given_up = timeout(SOON, client.open(&open(), None)).await.expect("in time");
         assert!(matches!(given_up, Err(OpenError::Silent)), "{given_up:?}");
         resume_receiving(server.tcp()).expect("detached");
         let serve = async {
@@ -391,7 +388,7 @@ async fn an_answer_after_a_silence_is_taken() {
 async fn an_open_that_is_given_up_does_not_arrive_later() {
     let (mut client, mut server) = sessions().await;
     stop_receiving(server.tcp()).expect("attached");
-    let given_up = timeout(SOON, client.open_idle(&open(), None)).await.expect("in time");
+    let given_up = timeout(SOON, client.open(&open(), None)).await.expect("in time");
     assert!(matches!(given_up, Err(OpenError::Silent)), "{given_up:?}");
     drop(client);
     resume_receiving(server.tcp()).expect("detached");
