@@ -163,18 +163,25 @@ impl Proxy {
     /// load of the thread that it is on.
     pub fn spawn_flow(self: &Arc<Self>, home: usize, flow: impl Future<Output = ()> + Send + 'static) {
         let (worker, load) = self.workers.place(home);
-        let handle = self.workers.handle(worker).clone();
-        self.run_flow(ThreadKind::Quick, &handle, load, Box::pin(flow));
+        let handle = self.workers.handle(worker);
+        self.run_flow((ThreadKind::Quick, worker), handle, load, Box::pin(flow));
     }
 
-    /// Starts the task of a flow on a thread of kind `on`, and again on another one if it moves.
-    fn run_flow(self: &Arc<Self>, on: ThreadKind, handle: &Handle, load: Load, mut flow: MovableFlow) {
+    /// Starts the task of a flow on a thread of kind `on`, and again on another one if it moves. It comes back to its `first` worker,
+    /// whose pool the pod's next flows look into.
+    fn run_flow(
+        self: &Arc<Self>,
+        (on, first): (ThreadKind, usize),
+        handle: &Handle,
+        load: Load,
+        mut flow: MovableFlow,
+    ) {
         let proxy = self.clone();
         let run = async move {
             if let Some(kind) = until_move(on, &mut flow).await {
                 drop(load);
-                let (handle, load) = proxy.workers.place_moved(kind);
-                proxy.run_flow(kind, handle, load, flow);
+                let (handle, load) = proxy.workers.place_moved(kind, first);
+                proxy.run_flow((kind, first), handle, load, flow);
             }
         };
         self.drain.tasks.spawn_on(run, handle);

@@ -102,14 +102,15 @@ impl Workers {
         (index, Load(load.clone()))
     }
 
-    /// Returns the runtime of a thread of this kind for a flow that moves from another thread, and its load.
-    pub fn place_moved(&self, kind: ThreadKind) -> (&Handle, Load) {
-        let threads = match kind {
-            ThreadKind::Quick => &self.workers,
-            ThreadKind::Bulk => &self.bulk,
+    /// Returns the runtime of a thread of this kind for a flow that moves from another thread, and its load. `first` is the worker
+    /// that the flow began on.
+    pub fn place_moved(&self, kind: ThreadKind, first: usize) -> (&Handle, Load) {
+        let (threads, choose): (_, fn(usize, &[usize]) -> usize) = match kind {
+            ThreadKind::Quick => (&self.workers, choose),
+            ThreadKind::Bulk => (&self.bulk, idlest),
         };
         let loads: Vec<_> = threads.iter().map(|worker| worker.load.load(Relaxed)).collect();
-        let Worker { handle, load, .. } = &threads[idlest(Self::current(), &loads)];
+        let Worker { handle, load, .. } = &threads[choose(first, &loads)];
         load.fetch_add(1, Relaxed);
         (handle, Load(load.clone()))
     }

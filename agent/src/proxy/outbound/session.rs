@@ -86,7 +86,7 @@ async fn opened(
     while silent.is_none()
         && let Some(mut session) = path.sessions.take(key)
     {
-        let opened = session.open_idle(open, optimistic.as_mut()).await;
+        let opened = session.open(open, optimistic.as_mut()).await;
         let taken_bytes = taken_bytes(&optimistic);
         match opened {
             Err(OpenError::Silent) if taken_bytes == 0 => {
@@ -112,7 +112,7 @@ async fn opened(
             }
         },
     };
-    let mut opened = session.open_idle(open, optimistic.as_mut()).await;
+    let mut opened = session.open(open, optimistic.as_mut()).await;
     let taken_bytes = taken_bytes(&optimistic);
     if matches!(opened, Err(OpenError::Silent)) && taken_bytes == 0 {
         opened = session.answered_if_received().await;
