@@ -22,7 +22,7 @@ use std::{
         mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -61,7 +61,7 @@ impl Watchdog {
         thread::Builder::new().name("tacit-watchdog".to_owned()).spawn(move || {
             let mut questions = Questions { stream: asking, number: 0 };
             if let Some(stuck) =
-                watch(|| questions.ask(), || started.load(Ordering::Relaxed), &stopped, PERIOD)
+                watch(|| questions.ask_for(ANSWER_MAX), || started.load(Ordering::Relaxed), &stopped, PERIOD)
             {
                 end(stuck);
             }
@@ -143,6 +143,16 @@ struct Questions {
 }
 
 impl Questions {
+    /// Asks, and takes all the time for an answer: an error at once is none either.
+    fn ask_for(&mut self, limit: Duration) -> bool {
+        let begun = Instant::now();
+        let is_answered = self.ask();
+        if !is_answered {
+            thread::sleep(limit.saturating_sub(begun.elapsed()));
+        }
+        is_answered
+    }
+
     /// Returns true if the task answers this very question in time. Late answers to earlier ones are skipped.
     fn ask(&mut self) -> bool {
         self.number = self.number.wrapping_add(1);
