@@ -47,7 +47,7 @@ const PROGRAM_MODE: u32 = 0o755;
 /// The configuration of the plugin.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CniConfig {
-    /// False: the agent removes what it has installed before.
+    /// False: the agent takes the plugin out of the configurations.
     pub is_enabled: bool,
     /// Folder of the node's CNI configurations.
     pub config_folder: PathBuf,
@@ -106,14 +106,17 @@ pub async fn keep(config: CniConfig, socket: PathBuf, status: watch::Sender<CniS
         let (wanted, socket) = (config.clone(), socket.clone());
         let done = spawn_blocking(move || apply(&wanted, &socket)).await;
         let failed = CniError::file("look at", &config.config_folder);
-        let done = done.unwrap_or_else(|panic| Err(failed(io::Error::other(panic))));
+        let mut done = done.unwrap_or_else(|panic| Err(failed(io::Error::other(panic))));
         let now = Instant::now();
         writes.retain(|at| now.duration_since(*at) < FIGHT);
-        if done.as_ref().is_ok_and(|chained| chained.as_ref().is_some_and(|chained| chained.is_written)) {
+        if done.as_ref().is_ok_and(|applied| applied.is_written) {
             writes.push(now);
         }
         let is_fought = writes.len() > FIGHT_WRITES;
-        report(&status, config.is_enabled, is_fought, done);
+        if let (true, Ok(applied)) = (is_fought, &mut done) {
+            applied.problem = Some(FOUGHT.to_owned());
+        }
+        report(&status, config.is_enabled, done);
         if is_fought {
             // Each write has the container runtime read its configuration again.
             sleep(FIGHT_PAUSE).await;
@@ -137,21 +140,34 @@ pub fn restore(config: &CniConfig, socket: &Path) {
     }
 }
 
-/// Installs the plugin and returns the configuration that names it, or takes it out of all.
-fn apply(config: &CniConfig, socket: &Path) -> Result<Option<Chained>, CniError> {
+/// State of the plugin after a look at the folders.
+#[derive(Debug, Default)]
+struct Applied {
+    /// The configuration that names the plugin.
+    configuration: Option<PathBuf>,
+    /// It did not name it before.
+    is_written: bool,
+    /// A problem that does not keep the plugin from its work.
+    problem: Option<String>,
+}
+
+/// Installs the plugin and puts it into the configuration in use, or takes it out of all.
+fn apply(config: &CniConfig, socket: &Path) -> Result<Applied, CniError> {
     if !config.is_enabled {
         // The program stays: a container runtime can still name it for pods that it made before.
         folder::unchain(&config.config_folder)?;
-        return Ok(None);
+        return Ok(Applied::default());
     }
     // The program first: a configuration that names a missing one lets no pod start.
-    if let Err(error) = install(&config.program_folder) {
-        if !config.program_folder.join(PLUGIN).exists() {
-            return Err(error);
-        }
-        tracing::warn!(%error, "the CNI plugin's program is not updated");
-    }
-    folder::chain(&config.config_folder, &config.program_folder, &entry(config, socket))
+    let problem = match install(&config.program_folder) {
+        Ok(()) => None,
+        // An older program does the same work.
+        Err(error) if config.program_folder.join(PLUGIN).exists() => Some(error.to_string()),
+        Err(error) => return Err(error),
+    };
+    let chained = folder::chain(&config.config_folder, &config.program_folder, &entry(config, socket))?;
+    let (configuration, is_written) = chained.map(|Chained { path, is_written }| (path, is_written)).unzip();
+    Ok(Applied { configuration, is_written: is_written.unwrap_or(false), problem })
 }
 
 fn entry(config: &CniConfig, socket: &Path) -> Value {
@@ -180,7 +196,7 @@ fn install(program_folder: &Path) -> Result<(), CniError> {
     Ok(atomic_file::replace(&installed, PROGRAM_MODE, &wanted)?)
 }
 
-/// What [`remove`] has done.
+/// Result of [`remove`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Removed {
     /// Nothing of the plugin was there.
@@ -211,10 +227,18 @@ pub fn remove(config_folder: &Path, program_folder: &Path) -> Result<Removed, Cn
     }
 }
 
-/// Returns true if a file in the folder names the plugin. The folder is absent where no runtime keeps results.
+/// Returns true if a file in the folder names the plugin, or may do so because it cannot be read. The folder is absent where no
+/// runtime keeps results.
 fn is_named_in(folder: &Path) -> bool {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    entries.filter_map(|entry| fs::read_to_string(entry.path()).ok()).any(|text| is_named(&text))
+    let is_absent = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) => return !is_absent(&error),
+    };
+    entries.into_iter().any(|entry| match entry.and_then(|entry| fs::read(entry.path())) {
+        Ok(bytes) => is_named(&String::from_utf8_lossy(&bytes)),
+        Err(error) => !is_absent(&error),
+    })
 }
 
 /// Returns true if a result names the plugin. The configuration is in it as base64, in which the name has three forms.
@@ -224,25 +248,15 @@ fn is_named(text: &str) -> bool {
 }
 
 /// Logs a change once. A configuration that is known stays known after an error.
-fn report(
-    status: &watch::Sender<CniStatus>,
-    is_enabled: bool,
-    is_fought: bool,
-    done: Result<Option<Chained>, CniError>,
-) {
+fn report(status: &watch::Sender<CniStatus>, is_enabled: bool, done: Result<Applied, CniError>) {
     status.send_if_modified(|status| {
-        let now = match done {
-            Ok(chained) => CniStatus {
-                is_enabled,
-                configuration: chained.map(|chained| chained.path.display().to_string()),
-                error: is_fought.then(|| FOUGHT.to_owned()),
-            },
-            Err(error) => CniStatus {
-                is_enabled,
-                configuration: status.configuration.clone(),
-                error: Some(error.to_string()),
-            },
+        let (configuration, error) = match done {
+            Ok(Applied { configuration, problem, .. }) => {
+                (configuration.map(|path| path.display().to_string()), problem)
+            }
+            Err(error) => (status.configuration.clone(), Some(error.to_string())),
         };
+        let now = CniStatus { is_enabled, configuration, error };
         if *status == now {
             return false;
         }

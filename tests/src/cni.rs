@@ -30,7 +30,7 @@ pub struct CniCall(Process);
 pub struct CniEnd {
     /// True if the container runtime would go on.
     pub is_passed: bool,
-    /// What the plugin printed.
+    /// Output of the plugin.
     pub printed: Value,
 }
 

@@ -244,6 +244,12 @@ impl Maps {
         lock(&self.pods).get(&cgroup, 0).ok().map(|pod| pod.netns_cookie)
     }
 
+    /// Returns true if the kernel leaves a pod alone, and false if it treats it as one to enrol. `None` without an entry.
+    #[must_use]
+    pub fn is_exempt(&self, cgroup: u64) -> Option<bool> {
+        lock(&self.pods).get(&cgroup, 0).ok().map(|pod| pod.has(pod_flag::EXEMPT))
+    }
+
     /// Pods that the kernel treats as enrolled: cgroup id and slot.
     #[must_use]
     pub fn pods(&self) -> Vec<(u64, u32)> {

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use tacit_core::directory::{Directory, Workload};
+use tacit_core::directory::{Directory, Protocol, Workload};
 use tacit_kernel::{Kernel, cgroup};
 use tacit_sources::reload::Watched;
 use tokio::{net::UnixListener, time::sleep};
@@ -29,7 +29,7 @@ const SOCKET: &str = "sandboxes.sock";
 /// Pause before another try to listen.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// What the answers depend on.
+/// The state that the answers depend on.
 pub(super) struct Sandboxes {
     pub(super) kernel: Arc<Kernel>,
     /// The cgroup that holds all pods.
@@ -72,7 +72,7 @@ impl Sandboxes {
 
     fn answer(&self, query: &SandboxQuery<'_>) -> Result<(), String> {
         if self.failed.is_cancelled() {
-            return Err("a task of the agent has failed; restart it".to_owned());
+            return Err("a task of the agent has failed, and the agent ends".to_owned());
         }
         match self.state.current() {
             AgentState::Ready => {}
@@ -90,11 +90,18 @@ impl Sandboxes {
         let Some(cgroup) = cgroup::id_at(&path) else {
             return Err(format!("the pod has no cgroup {} yet", path.display()));
         };
-        match self.kernel.maps.enrolled_in(cgroup) {
-            Some(_) => Ok(()),
-            None => Err(format!("the kernel has no entry for pod {namespace}/{name} yet")),
+        if is_covered(workload, self.kernel.maps.is_exempt(cgroup)) {
+            Ok(())
+        } else {
+            Err(format!("the kernel does not treat pod {namespace}/{name} as the directory has it yet"))
         }
     }
+}
+
+/// Returns true if the kernel's entry of the pod's cgroup is the right one. A cgroup can have been left alone because no source
+/// named it for long.
+fn is_covered(workload: &Workload, is_exempt: Option<bool>) -> bool {
+    is_exempt == Some(workload.protocol == Protocol::None)
 }
 
 /// Returns true if the workload is the pod with this UID. The kubelet names the cgroup of a pod by its UID.
@@ -111,10 +118,10 @@ mod tests {
 
     use super::*;
 
-    fn pod(cgroup: &str) -> Arc<Workload> {
+    fn pod(cgroup: &str, tunnel: &str) -> Arc<Workload> {
         let text = format!(
             "workloads: [{{name: web, namespace: shop, serviceAccount: web, addresses: [10.77.0.2], node: a, \
-             cgroup: \"{cgroup}\"}}]"
+             cgroup: \"{cgroup}\", tunnel: {tunnel}}}]"
         );
         let domain = TrustDomain::parse("cluster.local").expect("valid");
         let directory = Directory::parse(&text, Path::new("directory.yaml"), &domain).expect("valid");
@@ -131,12 +138,26 @@ mod tests {
             format!("kubepods-pod{slice}.slice"),
             format!("kubepods-besteffort.slice/kubepods-besteffort-pod{slice}.slice"),
         ] {
-            let pod = pod(&cgroup);
+            let pod = pod(&cgroup, "tacit");
             assert!(is_same(&pod, Some(uid)) && is_same(&pod, None), "{cgroup}");
             for other in ["", "0b4c1d9e", &uid[1..], &slice, "1b4c1d9e-6c1f-4a6e-9d8a-2f1f3c5d7e9b"] {
                 assert!(!is_same(&pod, Some(other)), "{cgroup} {other}");
             }
         }
-        assert!(!is_same(&pod("web"), Some(uid)));
+        assert!(!is_same(&pod("web", "tacit"), Some(uid)));
+    }
+
+    #[test]
+    fn the_kernels_entry_has_to_be_that_of_the_directory() {
+        for (tunnel, is_exempt, expected) in [
+            ("tacit", None, false),
+            ("tacit", Some(true), false),
+            ("tacit", Some(false), true),
+            ("none", None, false),
+            ("none", Some(true), true),
+            ("none", Some(false), false),
+        ] {
+            assert_eq!(is_covered(&pod("web", tunnel), is_exempt), expected, "{tunnel} {is_exempt:?}");
+        }
     }
 }

@@ -55,8 +55,9 @@ pub(super) fn chain(folder: &Path, programs: &Path, entry: &Value) -> Result<Opt
     let chained = first.network.with(entry);
     let (path, is_written) = if is_list(&first.path) {
         let is_other = first.network != chained;
-        if is_other {
-            write_over(first, &chained)?;
+        if is_other && !write_over(first, &chained)? {
+            // The event of the other version leads to the next look.
+            return Ok(None);
         }
         (first.path.clone(), is_other)
     } else {
@@ -85,8 +86,7 @@ pub(super) fn unchain(folder: &Path) -> Result<usize, CniError> {
     }
     for found in found.iter().filter(|found| is_list(&found.path)) {
         let without = found.network.without();
-        if without != found.network {
-            write_over(found, &without)?;
+        if without != found.network && write_over(found, &without)? {
             changed += 1;
         }
     }
@@ -113,7 +113,7 @@ fn configurations(folder: &Path) -> Result<(Vec<Found>, Vec<PathBuf>), CniError>
             Ok(Some((text, network))) => found.push(Found { path, text, network }),
             // A link whose target is not visible here is in use all the same.
             Ok(None) if path.is_symlink() => {
-                tracing::warn!(path = %path.display(), "the target of this CNI configuration is not visible to the agent");
+                tracing::debug!(path = %path.display(), "the target of this CNI configuration is not visible to the agent");
             }
             Ok(None) => {}
             Err(reason) => tracing::debug!(path = %path.display(), reason, "no CNI configuration"),
@@ -130,9 +130,9 @@ fn read(path: &Path) -> Result<Option<(String, Network)>, String> {
     Ok(Some((text, network)))
 }
 
-/// Replaces a configuration, unless its owner has written another version since it was read. That version then stays, and is
-/// looked at next.
-fn write_over(found: &Found, network: &Network) -> Result<(), CniError> {
+/// Replaces a configuration. Returns false if its owner has written another version since it was read, or has removed it: that
+/// stays so.
+fn write_over(found: &Found, network: &Network) -> Result<bool, CniError> {
     // What a link leads to is changed, and the link stays.
     let path = &found.path.canonicalize().unwrap_or_else(|_| found.path.clone());
     let new = path.with_extension(format!("{LIST}.tacit-{}", std::process::id()));
@@ -141,18 +141,16 @@ fn write_over(found: &Found, network: &Network) -> Result<(), CniError> {
         // The file of another user stays that user's, where that is allowed.
         let _ = std::os::unix::fs::chown(&new, Some(owner.uid()), Some(owner.gid()));
     }
-    let exchanged = renameat2(AT_FDCWD, &new, AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE);
-    let done = match exchanged {
-        Ok(()) if fs::read_to_string(&new).is_ok_and(|displaced| displaced != found.text) => {
-            return fs::rename(&new, path).map_err(CniError::file("rename to", path));
+    let put_in_place = || fs::rename(&new, path).map_err(CniError::file("rename to", path));
+    let done = match renameat2(AT_FDCWD, &new, AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE) {
+        // Any content but the one that was read is the owner's.
+        Ok(()) if fs::read(&new).ok().as_deref() != Some(found.text.as_bytes()) => {
+            return put_in_place().map(|()| false);
         }
-        Ok(()) => Ok(()),
-        // Its owner has removed it.
-        Err(Errno::ENOENT) => Ok(()),
+        Ok(()) => Ok(true),
+        Err(Errno::ENOENT) => Ok(false),
         // The file system cannot exchange.
-        Err(Errno::EINVAL | Errno::ENOSYS) => {
-            return fs::rename(&new, path).map_err(CniError::file("rename to", path));
-        }
+        Err(Errno::EINVAL | Errno::ENOSYS) => return put_in_place().map(|()| true),
         Err(error) => Err(CniError::file("rename to", path)(error.into())),
     };
     fs::remove_file(&new).map_err(CniError::file("remove", &new)).and(done)
@@ -290,12 +288,15 @@ mod tests {
         let found =
             |text: &str| Found { path: path.clone(), text: text.to_owned(), network: network.clone() };
         fs::write(&path, "newer").expect("written");
-        write_over(&found("older"), &network).expect("no error");
+        assert!(!write_over(&found("older"), &network).expect("no error"));
         assert_eq!(fs::read_to_string(&path).expect("there"), "newer");
-        write_over(&found("newer"), &network).expect("no error");
+        fs::write(&path, [0xff]).expect("written");
+        assert!(!write_over(&found("older"), &network).expect("no error"), "not even text");
+        fs::write(&path, "newer").expect("written");
+        assert!(write_over(&found("newer"), &network).expect("no error"));
         assert_eq!(fs::read_to_string(&path).expect("there"), network.text());
         fs::remove_file(&path).expect("removed");
-        write_over(&found("newer"), &network).expect("no error");
+        assert!(!write_over(&found("newer"), &network).expect("no error"));
         assert!(names(scratch.path()).is_empty(), "what its owner has removed stays away");
     }
 

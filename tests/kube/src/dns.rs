@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 /// Address of the Service, which pods are given.
 pub(super) const ADDRESS: &str = "10.96.0.10";
-/// Where the server reports that it has read the cluster's services.
+/// Address at which the server reports that it has read the cluster's services.
 pub(super) const READY: &str = "http://127.0.0.1:8181/ready";
 
 /// Writes the configuration of a server that listens on `address`; returns the daemon's arguments.

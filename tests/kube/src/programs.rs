@@ -19,7 +19,7 @@ const KUBERNETES: [&str; 6] =
     ["kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet", "kubectl"];
 const CONTAINERD: [&str; 3] = ["containerd", "containerd-shim-runc-v2", "ctr"];
 
-/// Where the programs of a release come from.
+/// Origin of the programs of a release.
 pub(super) enum Kubernetes {
     /// Built from source.
     Built(&'static Release),
