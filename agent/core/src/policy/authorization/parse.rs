@@ -10,9 +10,9 @@ use std::fmt::Display;
 use ipnet::IpNet;
 
 use super::{
-    Action, Applicability, Attachment, AuthorizationPolicy, Condition, Enforcement, OperationMatch, Rule,
-    SourceMatch,
+    Action, Attachment, AuthorizationPolicy, Enforcement,
     matching::{Pattern, ServiceAccount, ValueMatch, ValueSet, block},
+    rule::{Applicability, Condition, OperationMatch, Rule, SourceMatch},
 };
 use crate::{
     policy::metadata::ObjectMeta,

@@ -3,9 +3,12 @@
 use std::path::Path;
 
 use super::*;
-use crate::policy::{
-    FlowSource, Modes, Policies, PolicyDenial, PolicyVerdict, decide,
-    tests::{modes, workload},
+use crate::{
+    policy::{
+        FlowSource, Modes, Policies, PolicyDenial, PolicyVerdict, decide,
+        tests::{modes, workload},
+    },
+    spiffe::SpiffeId,
 };
 
 /// Policies in namespace `shop`, unless they say otherwise: each item is a `spec` in flow style.

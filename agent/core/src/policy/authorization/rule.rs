@@ -1,0 +1,237 @@
+//! One rule of an AuthorizationPolicy, and the attributes of a flow that it matches.
+
+use std::net::IpAddr;
+
+use super::matching::{Blocks, Patterns, PortSet, ServiceAccounts, ValueMatch};
+use crate::{policy::Flow, spiffe::SpiffeId};
+
+/// Matches a flow that one of its sources, one of its operations and all of its conditions match; an empty list of
+/// sources or operations matches any.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Rule {
+    sources: Vec<SourceMatch>,
+    operations: Vec<OperationMatch>,
+    conditions: Vec<Condition>,
+    reach: Applicability,
+}
+
+/// The applicability of a rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Applicability {
+    Evaluated,
+    /// An ALLOW rule with a field that needs HTTP.
+    NeverMatches,
+}
+
+/// `from.source`: all of its fields must hold.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct SourceMatch {
+    pub(super) principals: ValueMatch<Patterns>,
+    pub(super) namespaces: ValueMatch<Patterns>,
+    pub(super) service_accounts: ValueMatch<ServiceAccounts>,
+    pub(super) trust_domains: ValueMatch<Patterns>,
+    pub(super) blocks: ValueMatch<Blocks>,
+}
+
+/// `to.operation`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct OperationMatch {
+    pub(super) ports: ValueMatch<PortSet>,
+}
+
+/// One entry of `when`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Condition {
+    SourceIp(ValueMatch<Blocks>),
+    SourceNamespace(ValueMatch<Patterns>),
+    SourceAccount(ValueMatch<ServiceAccounts>),
+    SourcePrincipal(ValueMatch<Patterns>),
+    SourceTrustDomain(ValueMatch<Patterns>),
+    DestinationIp(ValueMatch<Blocks>),
+    DestinationPort(ValueMatch<PortSet>),
+}
+
+/// In principals, this stands for the mesh's own trust domain, whatever that is called, as Istio has it. Identities of other
+/// trust domains do not come here: the tunnel refuses them.
+const OWN_DOMAIN: &str = "cluster.local";
+
+/// The attributes of a flow that rules match.
+pub(super) struct FlowAttributes<'a> {
+    identity: Option<&'a SpiffeId>,
+    /// The identity as policies write it, without `spiffe://`: by its trust domain, and by [`OWN_DOMAIN`].
+    principals: Vec<String>,
+    client: IpAddr,
+    server: IpAddr,
+    port: u16,
+}
+
+impl<'a> FlowAttributes<'a> {
+    pub(super) fn of(flow: &'a Flow) -> Self {
+        let identity = flow.source.identity();
+        let principals = identity.map_or_else(Vec::new, |id| {
+            let of = |domain: &str| format!("{domain}/ns/{}/sa/{}", id.namespace(), id.service_account());
+            let own = id.trust_domain().to_string();
+            if own == OWN_DOMAIN { vec![of(&own)] } else { vec![of(&own), of(OWN_DOMAIN)] }
+        });
+        Self {
+            identity,
+            principals,
+            client: flow.client.to_canonical(),
+            server: flow.destination.ip().to_canonical(),
+            port: flow.destination.port(),
+        }
+    }
+
+    fn has_principal(&self, patterns: &Patterns) -> bool {
+        self.principals.iter().any(|principal| patterns.matches(principal))
+    }
+
+    fn has_namespace(&self, patterns: &Patterns) -> bool {
+        self.identity.is_some_and(|identity| patterns.matches(identity.namespace()))
+    }
+
+    /// [`OWN_DOMAIN`] is no alias here: a policy that names a trust domain means that domain.
+    fn has_trust_domain(&self, patterns: &Patterns) -> bool {
+        self.identity.is_some_and(|id| patterns.matches(id.trust_domain().as_str()))
+    }
+
+    fn has_account(&self, accounts: &ServiceAccounts) -> bool {
+        self.identity.is_some_and(|identity| accounts.has(identity))
+    }
+}
+
+impl SourceMatch {
+    fn matches(&self, flow: &FlowAttributes<'_>) -> bool {
+        self.principals.holds(|patterns| flow.has_principal(patterns))
+            && self.namespaces.holds(|patterns| flow.has_namespace(patterns))
+            && self.service_accounts.holds(|accounts| flow.has_account(accounts))
+            && self.trust_domains.holds(|patterns| flow.has_trust_domain(patterns))
+            && self.blocks.holds(|blocks| blocks.contain(flow.client))
+    }
+
+    /// Returns which field asks for one of a list, if no other field asks for anything.
+    fn only_list(&self) -> Option<usize> {
+        let fields = [
+            (self.principals.is_absent(), self.principals.is_one_of()),
+            (self.namespaces.is_absent(), self.namespaces.is_one_of()),
+            (self.service_accounts.is_absent(), self.service_accounts.is_one_of()),
+            (self.trust_domains.is_absent(), self.trust_domains.is_one_of()),
+            (self.blocks.is_absent(), self.blocks.is_one_of()),
+        ];
+        let mut asking = fields.iter().enumerate().filter(|(_, (is_absent, _))| !is_absent);
+        match (asking.next(), asking.next()) {
+            (Some((field, (_, true))), None) => Some(field),
+            _ => None,
+        }
+    }
+
+    fn widen(&mut self, other: Self) {
+        self.principals.widen(other.principals);
+        self.namespaces.widen(other.namespaces);
+        self.service_accounts.widen(other.service_accounts);
+        self.trust_domains.widen(other.trust_domains);
+        self.blocks.widen(other.blocks);
+    }
+
+    fn lookups(&self) -> usize {
+        self.principals.lookups()
+            + self.namespaces.lookups()
+            + self.service_accounts.lookups()
+            + self.trust_domains.lookups()
+            + self.blocks.lookups()
+    }
+}
+
+/// Joins the sources that only ask for one of a list of the same field. A flow matches the joined source if the flow matches
+/// one of them.
+fn joined_sources(sources: Vec<SourceMatch>) -> Vec<SourceMatch> {
+    let mut joined: Vec<SourceMatch> = Vec::new();
+    // The place of the source that asks for each field.
+    let mut places: [Option<usize>; 5] = [None; 5];
+    for source in sources {
+        let Some(field) = source.only_list() else {
+            joined.push(source);
+            continue;
+        };
+        match places[field] {
+            Some(place) => joined[place].widen(source),
+            None => {
+                places[field] = Some(joined.len());
+                joined.push(source);
+            }
+        }
+    }
+    joined
+}
+
+/// Joins the operations that only ask for one of a list of ports.
+fn joined_operations(operations: Vec<OperationMatch>) -> Vec<OperationMatch> {
+    let (lists, mut joined): (Vec<_>, Vec<_>) =
+        operations.into_iter().partition(|operation| operation.ports.is_one_of());
+    joined.extend(lists.into_iter().reduce(|mut all, more| {
+        all.ports.widen(more.ports);
+        all
+    }));
+    joined
+}
+
+impl OperationMatch {
+    fn matches(&self, flow: &FlowAttributes<'_>) -> bool {
+        self.ports.holds(|ports| ports.has(flow.port))
+    }
+}
+
+impl Condition {
+    fn matches(&self, flow: &FlowAttributes<'_>) -> bool {
+        match self {
+            Self::SourceIp(blocks) => blocks.holds(|blocks| blocks.contain(flow.client)),
+            Self::SourceNamespace(patterns) => patterns.holds(|patterns| flow.has_namespace(patterns)),
+            Self::SourceAccount(accounts) => accounts.holds(|accounts| flow.has_account(accounts)),
+            Self::SourcePrincipal(patterns) => patterns.holds(|patterns| flow.has_principal(patterns)),
+            Self::SourceTrustDomain(patterns) => patterns.holds(|patterns| flow.has_trust_domain(patterns)),
+            Self::DestinationIp(blocks) => blocks.holds(|blocks| blocks.contain(flow.server)),
+            Self::DestinationPort(ports) => ports.holds(|ports| ports.has(flow.port)),
+        }
+    }
+
+    fn lookups(&self) -> usize {
+        match self {
+            Self::SourceIp(blocks) | Self::DestinationIp(blocks) => blocks.lookups(),
+            Self::SourceNamespace(patterns)
+            | Self::SourcePrincipal(patterns)
+            | Self::SourceTrustDomain(patterns) => patterns.lookups(),
+            Self::SourceAccount(accounts) => accounts.lookups(),
+            Self::DestinationPort(ports) => ports.lookups(),
+        }
+    }
+}
+
+impl Rule {
+    pub(super) fn new(
+        sources: Vec<SourceMatch>,
+        operations: Vec<OperationMatch>,
+        conditions: Vec<Condition>,
+        reach: Applicability,
+    ) -> Self {
+        let (sources, operations) = (joined_sources(sources), joined_operations(operations));
+        Self { sources, operations, conditions, reach }
+    }
+
+    /// Returns the number of lookups of one match. A rule without any field is one.
+    pub(super) fn lookups(&self) -> usize {
+        let sources: usize = self.sources.iter().map(SourceMatch::lookups).sum();
+        let operations: usize = self.operations.iter().map(|operation| operation.ports.lookups()).sum();
+        let conditions: usize = self.conditions.iter().map(Condition::lookups).sum();
+        1 + sources + operations + conditions
+    }
+
+    pub(super) fn matches(&self, flow: &FlowAttributes<'_>) -> bool {
+        let from = self.sources.is_empty() || self.sources.iter().any(|source| source.matches(flow));
+        let to =
+            self.operations.is_empty() || self.operations.iter().any(|operation| operation.matches(flow));
+        self.reach == Applicability::Evaluated
+            && from
+            && to
+            && self.conditions.iter().all(|when| when.matches(flow))
+    }
+}
