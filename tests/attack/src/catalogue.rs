@@ -3,7 +3,7 @@
 mod drivers;
 
 pub(crate) use drivers::{
-    Dial, Driver, From, Layout, Misfortune, MovedTo, Neighbour, PassedFd, Start, Tags, To, Who,
+    Dial, Driver, From, Layout, Misfortune, MovedTo, Neighbour, PassedFd, Shared, Start, Tags, To, Who,
 };
 
 use crate::Family::{self, Mapped, V4, V6};
@@ -19,7 +19,14 @@ pub(crate) struct Attack {
     pub(crate) must_arrive: bool,
 }
 
-/// The first place where the guard can stop the attack.
+impl Attack {
+    /// The group and the name.
+    pub(crate) fn full_name(&self) -> String {
+        format!("{}::{}", self.group, self.name)
+    }
+}
+
+/// The first place where Tacit can stop the attack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stopped {
     /// Before it is on the pod's link.
@@ -30,6 +37,8 @@ pub(crate) enum Stopped {
     BeforeApplication,
     /// Nowhere: it is allowed in clear and must arrive, as without Tacit.
     Nowhere,
+    /// At the attacker's share of a resource. The victim's flow must arrive.
+    AtShare,
 }
 
 const ALL: &[Family] = &[V4, V6, Mapped];
@@ -106,6 +115,10 @@ const fn tenant(
 
 const fn boot(name: &'static str, start: Start) -> Attack {
     attack("boot", name, V4_V6, Driver::Boot(start), Stopped::BeforeApplication)
+}
+
+const fn share(name: &'static str, shared: Shared) -> Attack {
+    attack("shares", name, V4_V6, Driver::Share(shared), Stopped::AtShare)
 }
 
 const fn lifecycle(name: &'static str, families: &'static [Family], what: Misfortune) -> Attack {
@@ -207,6 +220,12 @@ pub(crate) static ATTACKS: &[Attack] = &[
     node("masqueraded-udp-bridged", Neighbour::Masqueraded("udp", Layout::Bridged)),
     tenant("syn-flood-connections", V4_V6, Stopped::Nowhere, Neighbour::Flooded),
     tenant("syn-flood-replayed-cookies", V4_V6, Stopped::OnLink, Neighbour::ReplayedCookies),
+    share("carried-connections", Shared::Connections),
+    share("handshakes", Shared::Handshakes),
+    share("outgoing-handshakes", Shared::OutgoingHandshakes),
+    share("pending-connections", Shared::PendingConnections),
+    share("pending-dials", Shared::PendingDials),
+    share("expected-answers", Shared::Answers),
     lifecycle("unknown-pod-tcp", ALL, Misfortune::UnknownPod("tcp")),
     lifecycle("unknown-pod-udp", ALL, Misfortune::UnknownPod("udp")),
     Attack { must_arrive: true, ..lifecycle("hook-after-child-program", ONLY_V4, Misfortune::ProgramInPod) },

@@ -25,6 +25,8 @@ pub(crate) enum Driver {
     Simultaneous,
     /// By another tenant of the victim's node, or by the node itself.
     Neighbour(Neighbour),
+    /// A pod or an address uses up its share of what pods have in common.
+    Share(Shared),
     /// A connection to a pod that came before its agent.
     Boot(Start),
     /// A step while, or after, something happens to the attacker's agent.
@@ -179,4 +181,21 @@ pub(crate) enum Misfortune {
     CopiedNamespace,
     /// No agent was ever here when the connection was made; then one comes, and then the marker is sent.
     LateAgent,
+}
+
+/// A resource that has shares.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Shared {
+    /// Handshakes of incoming tunnels, by source address.
+    Handshakes,
+    /// Handshakes of outgoing tunnels, by pod.
+    OutgoingHandshakes,
+    /// Captured connections that wait for their destination, by pod.
+    PendingConnections,
+    /// Connections that the agent carries, and so its descriptors, by pod.
+    Connections,
+    /// Connections that a pod's applications have not accepted, by that pod.
+    PendingDials,
+    /// Datagram flows whose answers the kernel expects, by pod.
+    Answers,
 }
