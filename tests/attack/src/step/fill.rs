@@ -84,7 +84,7 @@ pub(super) fn handshakes(given: &Given) -> Result<Told> {
     let target = given.target;
     let thread = std::thread::spawn(move || {
         while stopped.recv_timeout(PAUSE) == Err(RecvTimeoutError::Timeout) {
-            open.retain_mut(|socket| is_silent(socket));
+            open.retain_mut(is_silent);
             while open.len() < count {
                 // One that finds no room is tried again.
                 let Ok(socket) = half_open(target) else { break };
@@ -115,7 +115,7 @@ pub(super) fn handshakes(given: &Given) -> Result<Told> {
 pub(super) fn answers(given: &Given) -> Result<Told> {
     unprivileged()?;
     let early = EARLY.map(|port| sent_from(port, given)).collect::<Result<Vec<_>>>()?;
-    LATER.map(|port| sent_from(port, given).map(drop)).collect::<Result<()>>()?;
+    LATER.clone().try_for_each(|port| sent_from(port, given).map(drop))?;
     wait_for_go()?;
     let last = sent_from(EARLY.end, given)?;
     wait_for_go()?;
