@@ -33,10 +33,10 @@ pub(crate) const DESCRIPTORS: u64 = 8192;
 const CONNECTIONS: &str = "2600";
 const PENDING: &str = "2300";
 const HANDSHAKES: &str = "300";
-const OUTGOING_HANDSHAKES: &str = "1400";
+const OUTGOING_HANDSHAKES: &str = "900";
 const DIALS: &str = "700";
 /// Flows that the victim has at once: more than the idle sessions that it has from other attacks.
-const AT_ONCE: &str = "12";
+const AT_ONCE: &str = "4";
 
 /// One attack: who fills what.
 struct Attack<'w> {

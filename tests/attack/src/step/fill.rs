@@ -38,14 +38,13 @@ pub(super) fn connects(given: &Given) -> Result<Told> {
     let mut open = Vec::new();
     begin_many(given.target, count, &mut open);
     wait_for_go()?;
-    // Connections that have failed meanwhile are replaced.
-    open.retain(|socket| socket.take_error().is_ok_and(|error| error.is_none()));
     begin_many(given.target, count, &mut open);
     let last = begin(next);
     wait_for_go()?;
-    let last = match last {
-        Ok(socket) => socket,
-        Err(error) => return refused(open.len(), &error),
+    let Ok(last) = last else {
+        // It has failed at once, and does so still.
+        begin_many(given.target, count, &mut open);
+        return begin(next).map_or_else(|error| refused(open.len(), &error), |_| Ok(Told::Sent));
     };
     match last.take_error()? {
         Some(error) => refused(open.len(), &error),
@@ -65,11 +64,12 @@ pub(super) fn connections(given: &Given) -> Result<Told> {
         }
     }
     wait_for_go()?;
-    let last = opened(given.target);
+    let next = opened(given.target);
     wait_for_go()?;
-    match last {
-        Ok(_) => Ok(Told::Sent),
-        Err(error) => refused(open.len(), &error),
+    // Before the victim's flow, and after it.
+    match (next, opened(given.target)) {
+        (Err(_), Err(error)) => refused(open.len(), &error),
+        _ => Ok(Told::Sent),
     }
 }
 
@@ -183,8 +183,9 @@ fn refused(held: usize, why: &dyn std::fmt::Display) -> Result<Told> {
     Ok(Told::Refused(format!("{held} held, {why}")))
 }
 
-/// Begins connections until `open` has `count` or one fails at once.
+/// Begins connections until `open` has `count` or one fails at once. Those that have failed are replaced.
 fn begin_many(target: SocketAddr, count: usize, open: &mut Vec<Socket>) {
+    open.retain(|socket| socket.take_error().is_ok_and(|error| error.is_none()));
     while open.len() < count
         && let Ok(socket) = begin(target)
     {
