@@ -208,7 +208,9 @@ impl World {
         world.serve(&world.victim.clone(), ports)?;
         world.serve(&world.stranger.clone(), &format!("{PORT},{ALLOWED_PORT}"))?;
         world.serve(&world.bridged.guarded.clone(), ports)?;
-        world.serve(&world.bridged.neighbour.clone(), &PORT.to_string())?;
+        for pod in [world.bridged.neighbour.clone(), world.client.clone()] {
+            world.serve(&pod, &PORT.to_string())?;
+        }
         Ok(world)
     }
 
