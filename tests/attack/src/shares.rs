@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
-use tacit_topology::{Agent, Pod, Tunnel, WorkloadEntry, until, within};
+use tacit_topology::{Agent, Pod, Tunnel, WorkloadEntry, scale, until, within};
 
 use crate::{
     Family,
@@ -82,7 +82,7 @@ pub(crate) fn drive(world: &World, shared: Shared, family: Family, marker: &str)
     let at_once = |pod: &Pod| simple(world, pod, "at-once", good, marker, &[AT_ONCE]);
     let one = |pod: &Pod| simple(world, pod, "tcp", good, marker, &[]);
     let attack = || attack(world, shared, family);
-    match shared {
+    let mut outcome = match shared {
         Shared::Handshakes => under(world, attack(), None, || at_once(&world.other)),
         // The first tunnel of this pod. The attacker's units end after 10 s, so this has to be quick.
         Shared::OutgoingHandshakes => under(world, attack(), None, || one(&world.client)),
@@ -98,14 +98,23 @@ pub(crate) fn drive(world: &World, shared: Shared, family: Family, marker: &str)
             let victim = || simple(world, &world.other, "tcp", near, marker, &[]);
             let mut outcome = under(world, attack(), Some(listener()?), victim)?;
             for _ in 1..ROUNDS {
-                if world.has_tacit() && outcome.fill.as_ref().is_some_and(|fill| fill.next == SENT) {
+                if world.has_tacit() && is_next_sent(&outcome) {
                     outcome = under(world, attack(), Some(listener()?), victim)?;
                 }
             }
             Ok(outcome)
         }
         Shared::Answers => answers(world, attack(), family, marker),
+    }?;
+    let expires = matches!(shared, Shared::OutgoingHandshakes | Shared::PendingDials);
+    if expires && scale()? > 1 && world.has_tacit() && is_next_sent(&outcome) {
+        outcome.absent = Some("units expire before this emulated machine has filled the share".to_owned());
     }
+    Ok(outcome)
+}
+
+fn is_next_sent(outcome: &Outcome) -> bool {
+    outcome.fill.as_ref().is_some_and(|fill| fill.next == SENT)
 }
 
 fn attack(world: &World, shared: Shared, family: Family) -> Attack<'_> {
