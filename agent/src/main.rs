@@ -91,7 +91,7 @@ enum Command {
         /// that succeeds without it. Starts the program tacit-attack, from the folder of this program or from PATH.
         #[arg(long)]
         attack: bool,
-        /// With --attack: only attacks whose name contains this.
+        /// With --attack: only attacks whose GROUP::NAME contains this.
         #[arg(long, value_name = "NAME", requires = "attack")]
         only: Option<String>,
         /// With --attack: only this family: v4, v6 or mapped.

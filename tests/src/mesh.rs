@@ -2,12 +2,7 @@
 
 use crate::{observe, program::agent_program};
 use anyhow::{Context, Result, anyhow};
-use std::{
-    fs,
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-    sync::OnceLock,
-};
+use std::sync::OnceLock;
 use tacit_topology::{Agent, Membership, MeshFiles, Pod, Process, Topology, WorkloadEntry, cleanup_stale};
 
 /// Nodes, pods, policy and configuration of a mesh.
@@ -106,7 +101,7 @@ impl Plan {
             let files = MeshFiles::write(&mesh.topology, node, &directory, &policy, &config)?;
             let mut agent = match descriptors {
                 None => Agent::start(node, &program, &files)?,
-                Some(limit) => Agent::start(node, &limited(&program, limit, &node.files()?)?, &files)?,
+                Some(limit) => Agent::start_limited(node, &program, &files, limit)?,
             };
             // Sequential, because the first agent creates the root that the agents share.
             agent.wait_ready()?;
@@ -115,15 +110,6 @@ impl Plan {
         }
         Ok(mesh)
     }
-}
-
-/// Writes a program to `folder` that lowers its limit of open files and then becomes `program`.
-fn limited(program: &Path, descriptors: u64, folder: &Path) -> Result<PathBuf> {
-    let limited = folder.join("limited-agent");
-    let script = format!("#!/bin/sh\nulimit -n {descriptors}\nexec {} \"$@\"\n", program.display());
-    fs::write(&limited, script).with_context(|| format!("write {}", limited.display()))?;
-    fs::set_permissions(&limited, fs::Permissions::from_mode(0o755))?;
-    Ok(limited)
 }
 
 /// A topology, its pods and its agents. All resources are removed when it is dropped or the process exits.

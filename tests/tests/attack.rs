@@ -41,10 +41,13 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs the suite and returns the results of attacks whose name contains `filter`, which may be none.
+/// Runs the attacks whose name contains `filter` and returns their results.
 fn attacks(filter: Option<&String>) -> Result<Vec<Value>> {
     let mut tacit = Command::new(agent_program()?);
     tacit.args(["doctor", "--attack", "-o", "json"]).stdout(Stdio::piped());
+    if let Some(part) = filter.and_then(|filter| only(filter)) {
+        tacit.args(["--only", &part]);
+    }
     let output = tacit.spawn().context("start tacit")?.wait_with_output()?;
     let text = String::from_utf8_lossy(&output.stdout);
     let parsed: Value =
@@ -58,6 +61,13 @@ fn attacks(filter: Option<&String>) -> Result<Vec<Value>> {
         .filter(|one| filter.is_none_or(|part| name(one).contains(part.as_str())))
         .cloned()
         .collect())
+}
+
+/// Returns the part of a filter that the suite can select by: the group and the name, without the family.
+fn only(filter: &str) -> Option<String> {
+    let mut parts = filter.strip_prefix("attack::")?.splitn(3, "::");
+    let group = parts.next()?;
+    Some(parts.next().map_or_else(|| group.to_owned(), |name| format!("{group}::{name}")))
 }
 
 fn name(one: &Value) -> String {

@@ -4,6 +4,13 @@
 //! Each test stops an agent, so each has its own mesh.
 
 use anyhow::{Context, Result, ensure};
+use nix::{
+    sys::{
+        ptrace,
+        wait::{WaitPidFlag, waitpid},
+    },
+    unistd::Pid,
+};
 use serde_json::Value;
 use std::{collections::BTreeMap, fs, net::SocketAddr, process::Stdio};
 use tacit_tests::{Client, Mesh, Plan, STRICT_MESH, Server, agent_program, fresh_port, observe, scaled};
@@ -27,6 +34,24 @@ fn after_a_stop_nothing_goes_in_clear_and_a_new_agent_takes_over() -> Result<()>
         survives(node, |mesh| {
             let status = mesh.agent_mut(node)?.terminate()?;
             ensure!(status.success(), "{status}: {}", mesh.agent(node)?.log()?);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// An agent of which a thread has panicked beats no more, and ends to be started again.
+#[test]
+#[ignore = "needs root"]
+fn after_a_panic_of_a_worker_nothing_goes_in_clear_and_a_new_agent_takes_over() -> Result<()> {
+    for node in ["a", "b"] {
+        survives(node, |mesh| {
+            let agent = mesh.agent_mut(node)?;
+            panic_worker(agent.id().context("the agent does not run")?)?;
+            let (status, log) = (agent.wait_end()?, agent.log()?);
+            ensure!(log.contains("unexpected error when polling the I/O driver"), "no panic: {log}");
+            ensure!(log.contains("a task has failed: no more heartbeats"), "the heart goes on: {log}");
+            ensure!(status.code() == Some(1), "{status}: {log}");
             Ok(())
         })?;
     }
@@ -293,6 +318,53 @@ fn survives(node: &str, stop: impl FnOnce(&mut Mesh) -> Result<()>) -> Result<()
     let after = pinned_programs(&observe::status(mesh.agent(node)?)?);
     assert_eq!(after.keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>());
     Ok(())
+}
+
+/// Makes a worker's wait for events fail as for a bad descriptor: the runtime of the thread panics then.
+fn panic_worker(process: u32) -> Result<()> {
+    let mut threads = fs::read_dir(format!("/proc/{process}/task"))?.filter_map(Result::ok);
+    let is_worker = |thread: &fs::DirEntry| {
+        fs::read_to_string(thread.path().join("comm")).is_ok_and(|name| name.trim_end() == "tacit-flows-0")
+    };
+    let worker = threads.find(is_worker).context("no worker")?;
+    let worker = Pid::from_raw(worker.file_name().to_string_lossy().parse()?);
+    ptrace::seize(worker, ptrace::Options::empty())?;
+    until("a worker that waits for events", || {
+        ptrace::interrupt(worker)?;
+        waitpid(worker, Some(WaitPidFlag::__WALL))?;
+        let mut registers = ptrace::getregs(worker)?;
+        let is_waiting = fail_wait(&mut registers);
+        if is_waiting {
+            ptrace::setregs(worker, registers)?;
+            ptrace::detach(worker, None)?;
+        } else {
+            ptrace::cont(worker, None)?;
+        }
+        Ok(is_waiting.then_some(()))
+    })
+}
+
+/// Replaces the result of an interrupted `epoll_wait`. Returns false if the thread was elsewhere.
+#[cfg(target_arch = "x86_64")]
+fn fail_wait(registers: &mut nix::libc::user_regs_struct) -> bool {
+    let calls = [nix::libc::SYS_epoll_wait, nix::libc::SYS_epoll_pwait];
+    let is_waiting = calls.iter().any(|call| registers.orig_rax == call.cast_unsigned())
+        && registers.rax == (-nix::libc::c_long::from(nix::libc::EINTR)).cast_unsigned();
+    if is_waiting {
+        registers.rax = (-nix::libc::c_long::from(nix::libc::EBADF)).cast_unsigned();
+    }
+    is_waiting
+}
+
+/// As above.
+#[cfg(target_arch = "aarch64")]
+fn fail_wait(registers: &mut nix::libc::user_regs_struct) -> bool {
+    let is_waiting = registers.regs[8] == nix::libc::SYS_epoll_pwait.cast_unsigned()
+        && registers.regs[0] == (-nix::libc::c_long::from(nix::libc::EINTR)).cast_unsigned();
+    if is_waiting {
+        registers.regs[0] = (-nix::libc::c_long::from(nix::libc::EBADF)).cast_unsigned();
+    }
+    is_waiting
 }
 
 /// Sends SIGTERM and returns when the agent drains or has exited.

@@ -26,10 +26,12 @@ mod guard;
 mod modes;
 mod node_services;
 mod probes;
+mod slots;
 
 use guard::GuardMaps;
 pub use guard::{DropCount, PlaintextDestination};
 use modes::ModeMaps;
+use slots::Cells;
 
 /// Present in the mesh: the value carries no more.
 const PRESENT: u32 = 1;
@@ -150,6 +152,7 @@ pub struct Maps {
     names: SocketNames,
     captured: Captured,
     pending: Array<MapData, Pending>,
+    cells: Mutex<Cells>,
     counters: PerCpuArray<MapData, u64>,
     guard: GuardMaps,
     probe_shares: Mutex<Array<MapData, ProbeShare>>,
@@ -169,6 +172,7 @@ impl Maps {
             names: SocketNames::take(programs)?,
             captured: Captured::take(programs)?,
             pending: unlocked(programs, "PENDING")?,
+            cells: Mutex::new(Cells::take(programs)?),
             counters: unlocked(programs, "COUNTERS")?,
             guard: GuardMaps::take(programs)?,
             probe_shares: typed(programs, "PROBE_SHARES")?,

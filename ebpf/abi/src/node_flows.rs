@@ -44,6 +44,10 @@ pub struct NodeFlowCell {
 
 const _: () = assert!(size_of::<NodeFlowCell>() == 16);
 
+#[cfg(feature = "user")]
+// SAFETY: repr(C), no padding (asserted above by size), every bit pattern is valid.
+unsafe impl aya::Pod for NodeFlowCell {}
+
 /// The place of a flow in the array, and what its cell holds but for the time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NodeFlowKey {

@@ -21,8 +21,8 @@ use tacit_topology::{Pod, run, until};
 use crate::{
     Family, boot,
     catalogue::{Attack, Driver, MovedTo, PassedFd, Stopped},
-    judge::Outcome,
-    lifecycle, neighbours,
+    judge::{Outcome, SENT},
+    lifecycle, neighbours, shares,
     step_process::{Step, command, patient, simple},
     world::{Modes, PORT, World, address, foreign, marker},
 };
@@ -46,7 +46,12 @@ pub(crate) fn attack(world: &mut World, attack: &Attack, family: Family) -> Resu
     if outcome.absent.is_some() {
         return Ok(outcome);
     }
-    let must_arrive = attack.must_arrive && world.has_tacit() || attack.stopped == Stopped::Nowhere;
+    let must_arrive = match attack.stopped {
+        Stopped::Nowhere => true,
+        // What the victim could not send is not waited for.
+        Stopped::AtShare => outcome.told == SENT,
+        _ => attack.must_arrive && world.has_tacit(),
+    };
     if must_arrive {
         let arrived = until("the marker at the victim", || Ok(world.has_arrived(&marker).then_some(())));
         outcome.delivered = arrived.is_ok();
@@ -90,6 +95,7 @@ fn drive(world: &mut World, attack: &Attack, family: Family, marker: &str) -> Re
         Driver::PassedFd(what) => passed_fd(world, what, target, marker),
         Driver::Simultaneous => simultaneous(world, family, marker),
         Driver::Neighbour(what) => neighbours::drive(world, what, family, marker),
+        Driver::Share(shared) => shares::drive(world, shared, family, marker),
         Driver::Boot(start) => boot::drive(world, start, family, marker),
         Driver::Lifecycle(misfortune) => lifecycle::drive(world, misfortune, family, marker),
     }

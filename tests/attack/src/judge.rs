@@ -10,6 +10,12 @@ use crate::{
     wire::Sighting,
 };
 
+/// What a step reports of which the system took everything.
+pub(crate) const SENT: &str = "sent";
+
+/// Beginning of what a step reports that the system refused.
+const REFUSED: &str = "refused: ";
+
 /// The result of one run of an attack.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Outcome {
@@ -23,6 +29,28 @@ pub(crate) struct Outcome {
     pub(crate) delivered: bool,
     /// The only sighting that counts, of a marker that crosses other links where it should.
     pub(crate) only: Option<Sighting>,
+    /// The attacker's side of an attack on a share. `told` and `delivered` are then the victim's.
+    pub(crate) fill: Option<Fill>,
+}
+
+/// The attacker's side of an attack on a share.
+#[derive(Debug, Clone)]
+pub(crate) struct Fill {
+    /// The result of the attacker's next use of the resource.
+    pub(crate) next: String,
+    /// The attacker's share, as it was when it was full.
+    pub(crate) share: Share,
+}
+
+/// The state of the attacker's share before its next use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Share {
+    /// Full: the figures of the agent.
+    Full(String),
+    /// Never full.
+    Open,
+    /// No agent shows it: there is none, or the kernel alone has it.
+    Unseen,
 }
 
 /// The verdict on an attack.
@@ -30,6 +58,8 @@ pub(crate) struct Outcome {
 pub(crate) enum Verdict {
     Held,
     Leaked,
+    /// The attacker used up what the victim needed.
+    Starved,
     NotProven,
     Absent,
 }
@@ -39,6 +69,7 @@ impl Verdict {
         match self {
             Self::Held => "held",
             Self::Leaked => "LEAKED",
+            Self::Starved => "STARVED",
             Self::NotProven => "NOT PROVEN",
             Self::Absent => "absent here",
         }
@@ -48,6 +79,7 @@ impl Verdict {
         match self {
             Self::Held => "held",
             Self::Leaked => "leaked",
+            Self::Starved => "starved",
             Self::NotProven => "not proven",
             Self::Absent => "absent here",
         }
@@ -126,10 +158,11 @@ fn decide(attack: &Attack, without: &Outcome, with: &Outcome) -> (Verdict, Strin
             return (Verdict::NotProven, format!("did not arrive without Tacit: {}", without.told));
         }
         Stopped::BeforeApplication => return (Verdict::Held, with.told.clone()),
-        Stopped::Nowhere if !with.delivered || with.told != "sent" => {
+        Stopped::Nowhere if !with.delivered || with.told != SENT => {
             return (Verdict::NotProven, format!("the flow did not arrive with Tacit: {}", with.told));
         }
         Stopped::Nowhere => return (Verdict::Held, with.told.clone()),
+        Stopped::AtShare => return decide_share(without, with),
         Stopped::AtSocket | Stopped::OnLink => {}
     }
     let leaks: Vec<String> =
@@ -147,6 +180,35 @@ fn decide(attack: &Attack, without: &Outcome, with: &Outcome) -> (Verdict, Strin
     (Verdict::Held, with.told.clone())
 }
 
+/// Decides on an attack on a share. The attacker's next use succeeds without Tacit and fails with it: that alone proves that
+/// the share was full.
+fn decide_share(without: &Outcome, with: &Outcome) -> (Verdict, String) {
+    let arrived = |outcome: &Outcome| outcome.delivered && outcome.told == SENT;
+    if !arrived(without) {
+        return (Verdict::NotProven, format!("the victim failed without Tacit: {}", without.told));
+    }
+    let (Some(control), Some(fill)) = (&without.fill, &with.fill) else {
+        return (Verdict::NotProven, "no attack took place".to_owned());
+    };
+    if control.next != SENT {
+        return (Verdict::NotProven, format!("the attacker is refused without Tacit: {}", control.next));
+    }
+    if !fill.next.starts_with(REFUSED) {
+        return (Verdict::NotProven, format!("no share was full, the attacker's next use: {}", fill.next));
+    }
+    let share = match &fill.share {
+        Share::Full(figures) => format!("; {figures}"),
+        Share::Open => {
+            return (Verdict::NotProven, format!("the share was never full; attacker: {}", fill.next));
+        }
+        Share::Unseen => String::new(),
+    };
+    if !arrived(with) {
+        return (Verdict::Starved, format!("victim: {}; attacker: {}{share}", with.told, fill.next));
+    }
+    (Verdict::Held, format!("victim: {}; attacker: {}{share}", with.told, fill.next))
+}
+
 /// Returns true if a sighting is a leak. The recorder on the attacker's link sees packets before the guard does, so a
 /// packet that the guard stops there is no leak.
 fn is_leak(attack: &Attack, place: &Sighting) -> bool {
@@ -160,9 +222,10 @@ pub(crate) fn json(results: &[Judged]) -> String {
 pub(crate) fn summary(results: &[Judged]) -> String {
     let count = |verdict| results.iter().filter(|judged| judged.verdict == verdict).count();
     format!(
-        "{} held, {} leaked, {} not proven, {} absent here",
+        "{} held, {} leaked, {} starved, {} not proven, {} absent here",
         count(Verdict::Held),
         count(Verdict::Leaked),
+        count(Verdict::Starved),
         count(Verdict::NotProven),
         count(Verdict::Absent)
     )
@@ -230,6 +293,41 @@ mod tests {
         assert_eq!(decide(&allowed, &sent, &sent).0, Verdict::Held);
         assert_eq!(decide(&allowed, &sent, &lost).0, Verdict::NotProven);
         assert_eq!(decide(&allowed, &lost, &sent).0, Verdict::NotProven);
+    }
+
+    #[test]
+    fn an_attack_on_a_share_needs_an_attacker_that_is_refused_and_a_victim_that_is_not() {
+        let attack = attack(Stopped::AtShare);
+        let run = |victim: &str, next: &str, share: Share| Outcome {
+            told: victim.to_owned(),
+            delivered: victim == SENT,
+            fill: Some(Fill { next: next.to_owned(), share }),
+            ..Outcome::default()
+        };
+        let full = || Share::Full("connections 3 of 3".to_owned());
+        let control = run(SENT, SENT, Share::Unseen);
+        let refused = "refused: no buffer space";
+        let verdict = |without: &Outcome, with: &Outcome| decide(&attack, without, with).0;
+        assert_eq!(verdict(&control, &run(SENT, refused, full())), Verdict::Held);
+        assert_eq!(verdict(&control, &run(SENT, refused, Share::Unseen)), Verdict::Held);
+        assert_eq!(verdict(&control, &run("refused: timed out", refused, full())), Verdict::Starved);
+        let lost = Outcome { delivered: false, ..run(SENT, refused, full()) };
+        assert_eq!(verdict(&control, &lost), Verdict::Starved);
+        // The share was not full, or nothing was used up.
+        assert_eq!(verdict(&control, &run(SENT, SENT, full())), Verdict::NotProven);
+        assert_eq!(verdict(&control, &run(SENT, "", full())), Verdict::NotProven);
+        assert_eq!(verdict(&control, &run(SENT, refused, Share::Open)), Verdict::NotProven);
+        let nobody = Outcome { fill: None, ..run(SENT, refused, full()) };
+        assert_eq!(verdict(&control, &nobody), Verdict::NotProven);
+        // The control shows no difference.
+        assert_eq!(
+            verdict(&run(SENT, refused, Share::Unseen), &run(SENT, refused, full())),
+            Verdict::NotProven
+        );
+        assert_eq!(
+            verdict(&run(refused, SENT, Share::Unseen), &run(SENT, refused, full())),
+            Verdict::NotProven
+        );
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! catalogue: attack x family --driver--> step (a child process inside a pod) sends a marker of its own
 //! wire:      every packet of both nodes is searched for markers; a fence packet says that all before it was seen
 //! judge:     control leaked and protected did not: held;  protected leaked: leaked;  control did not: not proven
+//!            of shares: the attacker was refused and the victim was not: held;  the victim lost: starved
 //! ```
 //! An attack on an application leaks where the application gets the marker, whatever links it was seen on.
 //! An attack whose control does not leak proves nothing and fails the run. Nothing outside the namespaces made here is
@@ -19,6 +20,7 @@
 //! | `connect_hook` | loads such programs |
 //! | `neighbours` | attacks of other tenants of a node, and flows of the node itself |
 //! | `flood` | attacks under a flood of SYNs |
+//! | `shares` | attacks on what pods share |
 //! | `translation` | attacks by address translation; `nat` writes its rules |
 //! | `boot` | attacks on pods that came before their agent |
 //! | `lifecycle` | attacks on agents that stop, die, or come late |
@@ -38,6 +40,7 @@ mod kernel;
 mod lifecycle;
 mod nat;
 mod neighbours;
+mod shares;
 mod step;
 mod step_process;
 mod translation;
@@ -72,7 +75,7 @@ struct Args {
     /// Output format
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     output: Output,
-    /// Only attacks whose name contains this
+    /// Only attacks whose GROUP::NAME contains this
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
     /// Only this family
@@ -163,7 +166,7 @@ fn run(args: &Args, programs: &Programs) -> Result<bool> {
     tacit_topology::cleanup_stale()?;
     let chosen: Vec<(&Attack, Family)> = ATTACKS
         .iter()
-        .filter(|attack| args.only.as_ref().is_none_or(|part| attack.name.contains(part)))
+        .filter(|attack| args.only.as_ref().is_none_or(|part| attack.full_name().contains(part)))
         .flat_map(|attack| attack.families.iter().map(move |family| (attack, *family)))
         .filter(|(_, family)| args.family.is_none_or(|wanted| wanted == *family))
         .collect();

@@ -3,6 +3,7 @@
 //! A step prints one line: `sent`, `refused: ..` (what the system told it), or `absent: ..` (this kernel lacks it). It
 //! ends with an error only when it was started wrongly.
 
+mod fill;
 mod flood;
 mod packets;
 mod raw;
@@ -113,6 +114,13 @@ fn perform(name: &str, given: &Given) -> Result<Told> {
         "flood" => flood::syns(given),
         "at-once" => flood::at_once(given),
         "replayed-cookies" => flood::replayed_cookies(given),
+        "fill-connects" => fill::connects(given),
+        "fill-connections" => fill::connections(given),
+        "fill-handshakes" => fill::handshakes(given),
+        "fill-answers" => fill::answers(given),
+        "late-answers" => fill::late_answers(given),
+        "late-answer" => fill::late_answer(given),
+        "listen" => fill::listen(given),
         other => bail!("no step {other:?}"),
     }
 }

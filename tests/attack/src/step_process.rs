@@ -67,6 +67,9 @@ impl Step {
 
     /// Waits until the step waits; one that has ended instead has said why.
     pub(crate) fn wait_ready(&mut self) -> Result<()> {
+        if self.first.is_some() {
+            return Ok(());
+        }
         match self.lines.next().transpose()? {
             Some(line) if line == "waiting" => Ok(()),
             other => {
@@ -78,6 +81,15 @@ impl Step {
 
     pub(crate) fn id(&self) -> u32 {
         self.process.id()
+    }
+
+    /// Tells the step to go on, and waits until it waits again.
+    pub(crate) fn proceed(&mut self) -> Result<()> {
+        if let Some(stdin) = &mut self.stdin {
+            // One that has ended has said why.
+            let _ = stdin.write_all(b"next\n");
+        }
+        self.wait_ready()
     }
 
     pub(crate) fn go(&mut self) {

@@ -1,11 +1,11 @@
 //! Two nodes with their pods, and on demand an agent on each: what an attack is run in.
 //!
 //! ```text
-//! node a: attacker, other              node b: victim (of the mesh), stranger (in the mesh's ranges, of no agent)
+//! node a: attacker, other, client      node b: victim (of the mesh), stranger (in the mesh's ranges, of no agent)
 //!         outsider                             on a bridge: guarded, tenant, open, neighbour
 //!                                              on the node's network: host
 //! ```
-//! The directory has attacker, other, victim, guarded, tenant and open.
+//! The directory has attacker, other, client, victim, guarded, tenant and open, and a silent pod that is nowhere.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -28,7 +28,7 @@ use tacit_topology::{
 };
 
 use crate::{
-    Family,
+    Family, shares,
     step_process::simple,
     translation::SERVICE,
     wire::{PREFIX, Recorder, Sighting},
@@ -90,6 +90,8 @@ pub(crate) struct World {
     pub(crate) patience: Duration,
     pub(crate) attacker: Pod,
     pub(crate) other: Pod,
+    /// On the attacker's node, as it is.
+    pub(crate) client: Pod,
     pub(crate) victim: Pod,
     pub(crate) stranger: Pod,
     /// On the attacker's node, in the pods' cgroup, in no directory.
@@ -143,7 +145,7 @@ impl World {
         for node in world.topology.nodes() {
             let files = MeshFiles::write(&world.topology, node, &workloads, STRICT, &extra)?;
             files.set_directory_text(&world.directory_text())?;
-            let mut agent = Agent::start(node, &programs.agent, &files)?;
+            let mut agent = Agent::start_limited(node, &programs.agent, &files, shares::DESCRIPTORS)?;
             // One after the other: the first makes the root that they share.
             agent.wait_ready()?;
             wait_enrolled(&agent)?;
@@ -156,6 +158,7 @@ impl World {
         let topology = Topology::new(tag)?;
         let (a, b) = (topology.node("a")?, topology.node("b")?);
         let (attacker, other) = (a.pod("attack", "attacker")?, a.pod("attack", "other")?);
+        let client = a.pod("attack", "client")?;
         let (victim, stranger) = (b.pod("attack", "victim")?, b.outside_pod("attack", "stranger")?);
         let outsider = a.pod("outside", "outsider")?;
         let bridged = Bridged {
@@ -165,7 +168,7 @@ impl World {
             neighbour: b.bridged_pod("outside", "neighbour")?,
             host: b.host_network_pod("outside", "host")?,
         };
-        let mut pods = vec![&attacker, &other, &victim, &stranger, &outsider, &bridged.host];
+        let mut pods = vec![&attacker, &other, &client, &victim, &stranger, &outsider, &bridged.host];
         pods.extend(bridged.linked());
         for pod in &pods {
             sysctl(pod.netns(), "ipv4/tcp_fastopen", FASTOPEN)?;
@@ -179,6 +182,9 @@ impl World {
         // Without this the control of a spoofed node address would be stopped by the kernel.
         sysctl(a.netns(), "ipv4/conf/all/accept_local", "1")?;
         sysctl(b.netns(), "ipv4/conf/all/accept_local", "1")?;
+        for family in [Family::V4, Family::V6] {
+            ip(a.netns(), &format!("route add blackhole {}", shares::silent_address(family)))?;
+        }
         let holds = pods.into_iter().map(Pod::keep_alive).collect::<Result<_>>()?;
         let recorders = vec![Recorder::start(a)?, Recorder::start(b)?];
         let mut world = Self {
@@ -191,6 +197,7 @@ impl World {
             patience: HANG,
             attacker,
             other,
+            client,
             victim,
             stranger,
             outsider,
@@ -201,7 +208,9 @@ impl World {
         world.serve(&world.victim.clone(), ports)?;
         world.serve(&world.stranger.clone(), &format!("{PORT},{ALLOWED_PORT}"))?;
         world.serve(&world.bridged.guarded.clone(), ports)?;
-        world.serve(&world.bridged.neighbour.clone(), &PORT.to_string())?;
+        for pod in [world.bridged.neighbour.clone(), world.client.clone()] {
+            world.serve(&pod, &PORT.to_string())?;
+        }
         Ok(world)
     }
 
@@ -249,10 +258,9 @@ impl World {
     /// The true directory: strangers are not in it.
     pub(crate) fn directory(&self) -> Vec<WorkloadEntry> {
         let bridged = &self.bridged;
-        [&self.attacker, &self.other, &self.victim, &bridged.guarded, &bridged.tenant, &bridged.open]
-            .into_iter()
-            .map(WorkloadEntry::of)
-            .collect()
+        let far = [&self.victim, &bridged.guarded, &bridged.tenant, &bridged.open];
+        let pods = [&self.attacker, &self.other, &self.client].into_iter().chain(far);
+        pods.map(WorkloadEntry::of).chain([shares::silent()]).collect()
     }
 
     /// The text of the directory: the workloads, and a service outside of the mesh.

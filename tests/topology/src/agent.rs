@@ -14,6 +14,7 @@ use std::{
     fs::{self, File},
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
 };
@@ -48,6 +49,14 @@ impl Agent {
     /// Fails if it cannot be started.
     pub fn start_quiet(node: &Node, program: &Path, files: &MeshFiles) -> Result<Self> {
         Self::start_with(node, program, files, &[])
+    }
+
+    /// Starts an agent like [`Agent::start`], with a limit of open files.
+    ///
+    /// # Errors
+    /// Fails if it cannot be started.
+    pub fn start_limited(node: &Node, program: &Path, files: &MeshFiles, descriptors: u64) -> Result<Self> {
+        Self::start(node, &limited(program, descriptors, &node.files()?)?, files)
     }
 
     /// Starts a second agent on the same node with `--stand-by`, which takes over from this one. `name` is the name of its
@@ -225,6 +234,15 @@ impl Agent {
     fn run_command(&self, args: &[&str]) -> Result<String> {
         run(Command::new(&self.program).args(args).arg("--socket").arg(self.files.socket()))
     }
+}
+
+/// Writes a program to `folder` that lowers its limit of open files and then becomes `program`.
+fn limited(program: &Path, descriptors: u64, folder: &Path) -> Result<PathBuf> {
+    let limited = folder.join("limited-agent");
+    let script = format!("#!/bin/sh\nulimit -n {descriptors}\nexec {} \"$@\"\n", program.display());
+    fs::write(&limited, script).with_context(|| format!("write {}", limited.display()))?;
+    fs::set_permissions(&limited, fs::Permissions::from_mode(0o755))?;
+    Ok(limited)
 }
 
 /// Sends one HTTP GET from `netns` and returns the status and the body.

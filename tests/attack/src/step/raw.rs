@@ -13,14 +13,19 @@ const UDP: u8 = 17;
 /// A UDP packet with its IP header. First argument: the source address it claims.
 pub(super) fn raw(given: &Given) -> Result<Told> {
     let source: SocketAddr = given.extra(0)?.parse().context("source address")?;
-    let domain = Domain::for_address(given.target);
-    // This protocol number means: the header is included.
-    let socket = Socket::new(domain, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
-    let payload = udp(source, given.target, &given.marker);
-    let packet = ip(source.ip(), given.target.ip(), UDP, &payload)?;
-    // The port of a raw address has no meaning, and of IPv6 must be 0.
-    socket.send_to(&packet, &SocketAddr::new(given.target.ip(), 0).into())?;
+    send_udp(source, given.target, &given.marker)?;
     Ok(Told::Sent)
+}
+
+/// Sends a UDP packet with its IP header.
+pub(super) fn send_udp(source: SocketAddr, target: SocketAddr, payload: &[u8]) -> Result<()> {
+    // This protocol number means: the header is included.
+    let socket =
+        Socket::new(Domain::for_address(target), Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
+    let packet = ip(source.ip(), target.ip(), UDP, &udp(source, target, payload))?;
+    // The port of a raw address has no meaning, and of IPv6 must be 0.
+    socket.send_to(&packet, &SocketAddr::new(target.ip(), 0).into())?;
+    Ok(())
 }
 
 /// An ACK without data; the marker stands in its TCP options. First argument: the own address.
