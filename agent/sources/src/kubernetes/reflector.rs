@@ -95,8 +95,13 @@ pub(crate) fn start<S: ObjectStore>(
     };
     let task = tokio::spawn(async move {
         let (sender, updates) = mpsc::channel(S::CHANGES_MAX);
+        // Without followers the publisher ends.
         let _followers = follow(client, sender);
-        publisher.run(updates).await;
+        match spawn_blocking(move || publisher.run(updates)).await {
+            Err(error) if error.is_panic() => resume_unwind(error.into_panic()),
+            // The runtime ends.
+            _ => {}
+        }
     });
     Ok(Opening::new(values, state, task.abort_handle()))
 }
@@ -112,24 +117,16 @@ struct Publisher<S: ObjectStore> {
 }
 
 impl<S: ObjectStore> Publisher<S> {
-    async fn run(mut self, mut updates: mpsc::Receiver<Update<S::Kind, S::Object>>) {
+    /// Runs until no watcher is left. Parsing takes up to some 100 ms an object, which must not delay the heartbeat, so the caller
+    /// runs it on a thread for blocking work.
+    fn run(mut self, mut updates: mpsc::Receiver<Update<S::Kind, S::Object>>) {
         let mut batch = Vec::with_capacity(BATCH);
-        while updates.recv_many(&mut batch, BATCH).await > 0 {
-            // Parsing takes up to some 100 ms an object, which must not delay the heartbeat.
-            let applied = spawn_blocking(move || {
-                S::drop_replaced(&mut batch);
-                for one in batch.drain(..) {
-                    self.handle(one);
-                }
-                self.publish();
-                (self, batch)
-            });
-            (self, batch) = match applied.await {
-                Ok(done) => done,
-                Err(error) if error.is_panic() => resume_unwind(error.into_panic()),
-                // The runtime ends.
-                Err(_) => return,
-            };
+        while updates.blocking_recv_many(&mut batch, BATCH) > 0 {
+            S::drop_replaced(&mut batch);
+            for one in batch.drain(..) {
+                self.handle(one);
+            }
+            self.publish();
         }
     }
 
@@ -193,5 +190,71 @@ impl<S: ObjectStore> Publisher<S> {
             state.last_error = (!problems.is_empty()).then(|| problems.join("\n"));
             state.stale_since = since;
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Publishes the last number.
+    #[derive(Default)]
+    struct Numbers {
+        number: u32,
+        is_changed: bool,
+    }
+
+    impl KindName for () {
+        fn label(self) -> &'static str {
+            "numbers"
+        }
+    }
+
+    impl ObjectStore for Numbers {
+        type Kind = ();
+        type Object = u32;
+        type Value = u32;
+
+        fn apply_change(&mut self, change: Change<(), u32>) {
+            if let Change::Applied(number) = change {
+                self.is_changed |= self.number != number;
+                self.number = number;
+            }
+        }
+
+        fn take_changed(&mut self) -> Option<u32> {
+            std::mem::take(&mut self.is_changed).then_some(self.number)
+        }
+    }
+
+    #[test]
+    fn a_change_without_a_new_value_wakes_nobody() {
+        let (values, mut of_values) = watch::channel(Arc::new(0));
+        let state = ReloadState {
+            file: "numbers".into(),
+            loaded_at: SystemTime::now(),
+            loads: 0,
+            refusals: 0,
+            last_error: None,
+            stale_since: None,
+            unreadable: Vec::new(),
+        };
+        let (state, mut of_state) = watch::channel(state);
+        let mut publisher = Publisher {
+            store: Numbers::default(),
+            failing: BTreeMap::new(),
+            invalid_objects: 0,
+            values,
+            state,
+        };
+        for (number, is_new) in [(1, true), (1, false), (2, true), (2, false)] {
+            publisher.handle(Update::Change(Change::Applied(number)));
+            publisher.handle(Update::Fresh(()));
+            publisher.publish();
+            let woken = (of_values.has_changed().expect("open"), of_state.has_changed().expect("open"));
+            assert_eq!(woken, (is_new, is_new), "{number}");
+            assert_eq!(**of_values.borrow_and_update(), number);
+            of_state.borrow_and_update();
+        }
     }
 }
