@@ -38,10 +38,8 @@ use tokio::{
 use super::or_default;
 
 mod definition;
-mod gather;
 
 use definition::{DefinitionChecks, check_definition};
-use gather::Gatherer;
 
 /// Objects per page, the usual value of clients. A page of pods has some MB.
 pub(crate) const PAGE: u32 = 500;
@@ -85,8 +83,7 @@ pub(crate) trait Resource: DeserializeOwned + Clone + Send + 'static {
     const DEFINITION: Definition = Definition::BuiltIn;
     /// Objects per page.
     const PAGE: u32 = PAGE;
-    /// Field selector of the objects that are listed and watched. `None` for all. The server sends the deletion of an object that
-    /// no longer matches.
+    /// Field selector; `None` for all objects. The server sends the deletion of an object that no longer matches.
     const FIELDS: Option<&'static str> = None;
 
     /// Returns the resource version.
@@ -229,10 +226,11 @@ async fn list<K: Resource>(client: &Client, path: &str, updates: &Sender<K>) -> 
     let mut next: Option<String> = None;
     let mut first = true;
     loop {
+        let field_selector = K::FIELDS.map(str::to_owned);
         let params = ListParams {
             limit: Some(K::PAGE),
             continue_token: next,
-            field_selector: K::FIELDS.map(str::to_owned),
+            field_selector,
             ..ListParams::default()
         };
         let request = Request::new(path).list(&params).map_err(Error::BuildRequest)?;
@@ -302,12 +300,9 @@ async fn watch<K: Resource>(
     version: &mut String,
     updates: &Sender<K>,
 ) -> WatchEnd {
-    let params = WatchParams {
-        timeout: Some(WATCH_SECONDS),
-        bookmarks: true,
-        field_selector: K::FIELDS.map(str::to_owned),
-        ..WatchParams::default()
-    };
+    let (timeout_seconds, field_selector) = (Some(WATCH_SECONDS), K::FIELDS.map(str::to_owned));
+    let params =
+        WatchParams { timeout: timeout_seconds, bookmarks: true, field_selector, ..WatchParams::default() };
     let request = match Request::new(path).watch(&params, version) {
         Ok(request) => request,
         Err(error) => return WatchEnd::Failed(error.to_string()),
@@ -322,9 +317,8 @@ async fn watch<K: Resource>(
         return WatchEnd::Unwanted;
     }
     let mut checks = DefinitionChecks::new();
-    let mut gatherer = Gatherer::default();
     loop {
-        let first = match timeout(WATCH_SILENCE, gatherer.next(&mut events)).await {
+        let first = match timeout(WATCH_SILENCE, events.next()).await {
             Ok(Some(Ok(first))) => first,
             Ok(Some(Err(end))) => return end,
             Ok(None) => return WatchEnd::Closed,
