@@ -60,7 +60,7 @@ pub(super) enum Special {
     Idle,
     /// One and two worker threads.
     Workers,
-    /// A hundred pods on a node.
+    /// A node full of pods.
     Pods,
     /// Each BPF program.
     Kernel,
@@ -178,7 +178,7 @@ pub(super) fn all() -> Vec<Case> {
 const SPECIAL: [(&str, &str, Special); 4] = [
     ("idle-flows", "3,500 open and silent flows: memory, CPU, memory afterwards", Special::Idle),
     ("workers", "one and two worker threads", Special::Workers),
-    ("pods", "100 pods on one node: time and memory for each", Special::Pods),
+    ("pods", "250 pods on one node: time and memory for each, CPU while idle", Special::Pods),
     ("kernel", "time of each BPF program", Special::Kernel),
 ];
 

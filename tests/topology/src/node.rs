@@ -36,7 +36,7 @@ pub(crate) const BRIDGE: &str = "cni0";
 /// Distance of the third byte of bridged pods' addresses from the node's number.
 const BRIDGED: u8 = 100;
 /// Host part of the last pod's address, which bounds the number of pods of a node.
-const LAST_POD: u8 = 250;
+const LAST_POD: u8 = 253;
 
 /// A node: a namespace that forwards between the wire and its pods.
 #[derive(Debug)]

@@ -116,6 +116,19 @@ async fn the_directory_is_listed_and_watched() {
 }
 
 #[tokio::test]
+async fn pods_without_a_node_and_ended_pods_are_not_asked_for() {
+    let server = cluster();
+    let _watched = open_all(&server).await;
+    server.watches(PODS, 1).await;
+    let selected =
+        "fieldSelector=spec.nodeName%21%3D%2Cstatus.phase%21%3DSucceeded%2Cstatus.phase%21%3DFailed";
+    let queries = server.queries(PODS);
+    // Two pages and a watch.
+    assert!(queries.len() >= 3 && queries.iter().all(|query| query.contains(selected)), "{queries:?}");
+    assert!(server.queries(SERVICES).iter().all(|query| !query.contains("fieldSelector")));
+}
+
+#[tokio::test]
 async fn an_old_server_serves_v1beta1_slices() {
     let server = cluster();
     server.without(SLICES);

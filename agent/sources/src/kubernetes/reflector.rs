@@ -1,6 +1,12 @@
 //! Applies the updates of watchers to a store and publishes its values.
 
-use std::{collections::BTreeMap, panic::resume_unwind, sync::Arc, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    panic::resume_unwind,
+    sync::Arc,
+    thread,
+    time::{Duration, SystemTime},
+};
 
 use kube::{Client, Config};
 use tokio::{
@@ -16,6 +22,11 @@ use crate::{
 
 /// Maximum number of updates in one published value.
 const BATCH: usize = 512;
+/// Time for which updates are gathered after others, so that a burst, or a steady flow of changes, is one value. A change after a
+/// pause is published at once, any other one up to this much later. Far below the wait for an unknown address (1 s).
+const GATHER: Duration = Duration::from_millis(50);
+/// Updates are not gathered after a batch with more than this: a list, or a burst that is there already.
+const FEW: usize = 64;
 
 /// A store that turns objects of some resources into a value.
 pub(crate) trait ObjectStore: Send + 'static {
@@ -92,11 +103,17 @@ pub(crate) fn start<S: ObjectStore>(
         invalid_objects: 0,
         values: values_sender,
         state: state_sender,
+        gather: GATHER,
     };
     let task = tokio::spawn(async move {
         let (sender, updates) = mpsc::channel(S::CHANGES_MAX);
+        // Without followers the publisher ends.
         let _followers = follow(client, sender);
-        publisher.run(updates).await;
+        match spawn_blocking(move || publisher.run(updates)).await {
+            Err(error) if error.is_panic() => resume_unwind(error.into_panic()),
+            // The runtime ends.
+            _ => {}
+        }
     });
     Ok(Opening::new(values, state, task.abort_handle()))
 }
@@ -109,27 +126,26 @@ struct Publisher<S: ObjectStore> {
     invalid_objects: u64,
     values: watch::Sender<Arc<S::Value>>,
     state: watch::Sender<ReloadState>,
+    /// [`GATHER`], longer in tests.
+    gather: Duration,
 }
 
 impl<S: ObjectStore> Publisher<S> {
-    async fn run(mut self, mut updates: mpsc::Receiver<Update<S::Kind, S::Object>>) {
+    /// Runs until no watcher is left. Parsing takes up to some 100 ms an object, which must not delay the heartbeat, so the caller
+    /// runs it on a thread for blocking work.
+    fn run(mut self, mut updates: mpsc::Receiver<Update<S::Kind, S::Object>>) {
         let mut batch = Vec::with_capacity(BATCH);
-        while updates.recv_many(&mut batch, BATCH).await > 0 {
-            // Parsing takes up to some 100 ms an object, which must not delay the heartbeat.
-            let applied = spawn_blocking(move || {
-                S::drop_replaced(&mut batch);
-                for one in batch.drain(..) {
-                    self.handle(one);
-                }
-                self.publish();
-                (self, batch)
-            });
-            (self, batch) = match applied.await {
-                Ok(done) => done,
-                Err(error) if error.is_panic() => resume_unwind(error.into_panic()),
-                // The runtime ends.
-                Err(_) => return,
-            };
+        while updates.blocking_recv_many(&mut batch, BATCH) > 0 {
+            let is_few = batch.len() <= FEW;
+            S::drop_replaced(&mut batch);
+            for one in batch.drain(..) {
+                self.handle(one);
+            }
+            self.publish();
+            // The first lists are read without a pause.
+            if is_few && self.state.borrow().loads > 0 {
+                thread::sleep(self.gather);
+            }
         }
     }
 
@@ -193,5 +209,96 @@ impl<S: ObjectStore> Publisher<S> {
             state.last_error = (!problems.is_empty()).then(|| problems.join("\n"));
             state.stale_since = since;
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    /// Publishes the last number.
+    #[derive(Default)]
+    struct Numbers {
+        number: u32,
+        is_changed: bool,
+    }
+
+    impl KindName for () {
+        fn label(self) -> &'static str {
+            "numbers"
+        }
+    }
+
+    impl ObjectStore for Numbers {
+        type Kind = ();
+        type Object = u32;
+        type Value = u32;
+
+        fn apply_change(&mut self, change: Change<(), u32>) {
+            if let Change::Applied(number) = change {
+                self.is_changed |= self.number != number;
+                self.number = number;
+            }
+        }
+
+        fn take_changed(&mut self) -> Option<u32> {
+            std::mem::take(&mut self.is_changed).then_some(self.number)
+        }
+    }
+
+    type Receivers = (watch::Receiver<Arc<u32>>, watch::Receiver<ReloadState>);
+
+    fn publisher(gather: Duration) -> (Publisher<Numbers>, Receivers) {
+        let (values, of_values) = watch::channel(Arc::new(0));
+        let state = ReloadState {
+            file: "numbers".into(),
+            loaded_at: SystemTime::now(),
+            loads: 0,
+            refusals: 0,
+            last_error: None,
+            stale_since: None,
+            unreadable: Vec::new(),
+        };
+        let (state, of_state) = watch::channel(state);
+        let (store, failing) = (Numbers::default(), BTreeMap::new());
+        (Publisher { store, failing, invalid_objects: 0, values, state, gather }, (of_values, of_state))
+    }
+
+    #[test]
+    fn a_change_without_a_new_value_wakes_nobody() {
+        let (mut publisher, (mut of_values, mut of_state)) = publisher(GATHER);
+        for (number, is_new) in [(1, true), (1, false), (2, true), (2, false)] {
+            publisher.handle(Update::Change(Change::Applied(number)));
+            publisher.handle(Update::Fresh(()));
+            publisher.publish();
+            let woken = (of_values.has_changed().expect("open"), of_state.has_changed().expect("open"));
+            assert_eq!(woken, (is_new, is_new), "{number}");
+            assert_eq!(**of_values.borrow_and_update(), number);
+            of_state.borrow_and_update();
+        }
+    }
+
+    #[tokio::test]
+    async fn changes_that_follow_each_other_are_one_value() {
+        let gather = Duration::from_secs(1);
+        let (publisher, (mut of_values, of_state)) = publisher(gather);
+        let (sender, updates) = mpsc::channel(8);
+        let send =
+            async |number| sender.send(Update::Change(Change::Applied(number))).await.expect("running");
+        let running = spawn_blocking(move || publisher.run(updates));
+        send(1).await;
+        of_values.wait_for(|value| **value == 1).await.expect("running");
+        let begin = Instant::now();
+        for number in 2..5 {
+            send(number).await;
+        }
+        of_values.wait_for(|value| **value == 4).await.expect("running");
+        // The first one may have been published some time before it was seen.
+        assert!(begin.elapsed() >= gather / 2, "{:?}", begin.elapsed());
+        assert_eq!(of_state.borrow().loads, 2);
+        drop(sender);
+        running.await.expect("ends with its senders");
     }
 }

@@ -53,6 +53,8 @@ struct State {
     lists: HashMap<String, usize>,
     refused: HashMap<String, usize>,
     watches: HashMap<String, usize>,
+    /// Queries of lists and watches, by path.
+    queries: HashMap<String, Vec<String>>,
 }
 
 impl Drop for Server {
@@ -161,6 +163,11 @@ impl Server {
         lock(&self.state).lists.get(path).copied().unwrap_or(0)
     }
 
+    /// Returns the queries of the lists and watches of the path.
+    pub(crate) fn queries(&self, path: &str) -> Vec<String> {
+        lock(&self.state).queries.get(path).cloned().unwrap_or_default()
+    }
+
     /// Waits until `count` watches were opened.
     pub(crate) async fn watches(&self, path: &str, count: usize) {
         self.until(|state| state.watches.get(path).copied().unwrap_or(0) >= count).await;
@@ -203,6 +210,7 @@ async fn serve(mut connection: TcpStream, state: Arc<Mutex<State>>, changed: wat
     let mut words = text.split(' ');
     let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    lock(&state).queries.entry(path.to_owned()).or_default().push(query.to_owned());
     let query: HashMap<&str, &str> = query.split('&').filter_map(|pair| pair.split_once('=')).collect();
     let fault = fault(&lock(&state), path);
     if let Some((status, refusal)) = fault {

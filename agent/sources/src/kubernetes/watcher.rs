@@ -83,6 +83,8 @@ pub(crate) trait Resource: DeserializeOwned + Clone + Send + 'static {
     const DEFINITION: Definition = Definition::BuiltIn;
     /// Objects per page.
     const PAGE: u32 = PAGE;
+    /// Field selector; `None` for all objects. The server sends the deletion of an object that no longer matches.
+    const FIELDS: Option<&'static str> = None;
 
     /// Returns the resource version.
     fn version(&self) -> &str;
@@ -224,7 +226,13 @@ async fn list<K: Resource>(client: &Client, path: &str, updates: &Sender<K>) -> 
     let mut next: Option<String> = None;
     let mut first = true;
     loop {
-        let params = ListParams { limit: Some(K::PAGE), continue_token: next, ..ListParams::default() };
+        let field_selector = K::FIELDS.map(str::to_owned);
+        let params = ListParams {
+            limit: Some(K::PAGE),
+            continue_token: next,
+            field_selector,
+            ..ListParams::default()
+        };
         let request = Request::new(path).list(&params).map_err(Error::BuildRequest)?;
         let page = timeout(PAGE_TIMEOUT, client.request::<Page<K>>(request)).await;
         let page = page.map_err(|_| Error::ReadEvents(std::io::ErrorKind::TimedOut.into()))??;
@@ -292,7 +300,9 @@ async fn watch<K: Resource>(
     version: &mut String,
     updates: &Sender<K>,
 ) -> WatchEnd {
-    let params = WatchParams { timeout: Some(WATCH_SECONDS), bookmarks: true, ..WatchParams::default() };
+    let (timeout_seconds, field_selector) = (Some(WATCH_SECONDS), K::FIELDS.map(str::to_owned));
+    let params =
+        WatchParams { timeout: timeout_seconds, bookmarks: true, field_selector, ..WatchParams::default() };
     let request = match Request::new(path).watch(&params, version) {
         Ok(request) => request,
         Err(error) => return WatchEnd::Failed(error.to_string()),

@@ -171,11 +171,32 @@ fn irrelevant_changes_are_not_published() {
     assert!(store.take_changed().is_none());
     store.apply_change(Change::Applied(pod("web", "a", "10.77.1.2", as_is)));
     assert!(store.take_changed().is_some());
-    store.apply_change(Change::Applied(pod("web", "a", "10.77.1.2", |value| {
-        value["status"]["conditions"] = json!([{"type": "Ready"}]);
-        value["metadata"]["resourceVersion"] = json!("8");
-    })));
-    assert!(store.take_changed().is_none());
+    let mut publishes = |path: &str, to: Value| {
+        let change = |value: &mut Value| *value.pointer_mut(path).expect("an object") = to;
+        store.apply_change(Change::Applied(pod("web", "a", "10.77.1.2", change)));
+        let is_published = store.take_changed().is_some();
+        store.apply_change(Change::Applied(pod("web", "a", "10.77.1.2", as_is)));
+        assert_eq!(store.take_changed().is_some(), is_published, "{path}: back again");
+        is_published
+    };
+    for (path, to) in [
+        ("/metadata/resourceVersion", json!("8")),
+        ("/metadata/annotations/other", json!("y")),
+        ("/metadata/managedFields", json!([{"manager": "kubelet", "fieldsV1": {"f:status": {}}}])),
+        ("/spec/containers", json!([{"name": "c", "image": "i:2"}])),
+        ("/status/conditions", json!([{"type": "Ready", "status": "False"}])),
+        ("/status/startTime", json!("2026-01-01T00:00:01Z")),
+    ] {
+        assert!(!publishes(path, to), "{path}");
+    }
+    for (path, to) in [
+        ("/metadata/labels/app", json!("other")),
+        ("/spec/serviceAccountName", json!("other")),
+        ("/status/podIPs", json!([{"ip": "10.77.1.3"}])),
+        ("/status/phase", json!("Succeeded")),
+    ] {
+        assert!(publishes(path, to), "{path}");
+    }
 }
 
 #[test]
