@@ -23,8 +23,8 @@ use crate::{
 /// Maximum number of updates in one published value.
 const BATCH: usize = 512;
 /// Time for which updates are gathered after others, so that a burst, or a steady flow of changes, is one value. A change after a
-/// pause is published at once, any other one up to this much later. Far below the wait for an unknown address (1 s).
-const GATHER: Duration = Duration::from_millis(50);
+/// pause is published at once, any other one up to this much later: a pod of this node waits so long for its enrolment.
+const GATHER: Duration = Duration::from_millis(10);
 /// Updates are not gathered after a batch with more than this: a list, or a burst that is there already.
 const FEW: usize = 64;
 
