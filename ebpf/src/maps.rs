@@ -7,9 +7,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use tacit_abi::{
-    Address, ClearKey, Destination, HELD_RING_BYTES, HeldShare, HeldSyn, LISTENERS_PER_POD, Limits, Link,
-    MeshKey, Names, NodeFlowCell, Pending, Pod, PodDrops, PortKey, ProbeShare, REASONS, RECENT_CELLS,
-    Settings, State, Steered, Tuple, limits,
+    Address, ClearKey, Destination, EXCEPTION_COUNTERS, HELD_RING_BYTES, HeldShare, HeldSyn,
+    LISTENERS_PER_POD, Limits, Link, MeshKey, Names, NodeFlowCell, Pending, Pod, PodDrops, PortKey,
+    ProbeShare, REASONS, RECENT_CELLS, Settings, State, Steered, Tuple, limits,
 };
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -154,6 +154,10 @@ pub static PROBE_SHARES: Array<ProbeShare, { limits::SLOTS as usize }> = Array::
 /// One counter for each `tacit_abi::Reason`, by its number.
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { REASONS.len() }> = PerCpuArray::new();
+
+/// One counter for each `tacit_abi::Exception` at each hook, see `Exception::counter`.
+#[btf_map]
+pub static EXCEPTIONS: PerCpuArray<u64, { EXCEPTION_COUNTERS }> = PerCpuArray::new();
 
 /// Levels below the pods' cgroup at which pods' cgroups can be: directly, or below a QoS class of Kubernetes.
 const POD_DEPTHS: u32 = 2;

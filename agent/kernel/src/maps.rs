@@ -22,11 +22,13 @@ use tacit_abi::{
 
 use super::{KernelError, link, programs::Programs};
 
+mod exceptions;
 mod guard;
 mod modes;
 mod node_services;
 mod probes;
 
+pub use exceptions::ExceptionCounter;
 use guard::GuardMaps;
 pub use guard::{DropCount, PlaintextDestination};
 use modes::ModeMaps;
@@ -151,6 +153,7 @@ pub struct Maps {
     captured: Captured,
     pending: Array<MapData, Pending>,
     counters: PerCpuArray<MapData, u64>,
+    exceptions: PerCpuArray<MapData, u64>,
     guard: GuardMaps,
     probe_shares: Mutex<Array<MapData, ProbeShare>>,
 }
@@ -170,6 +173,7 @@ impl Maps {
             captured: Captured::take(programs)?,
             pending: unlocked(programs, "PENDING")?,
             counters: unlocked(programs, "COUNTERS")?,
+            exceptions: unlocked(programs, "EXCEPTIONS")?,
             guard: GuardMaps::take(programs)?,
             probe_shares: typed(programs, "PROBE_SHARES")?,
         })

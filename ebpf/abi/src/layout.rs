@@ -3,7 +3,7 @@
 use crate::{Address, tcp_port};
 
 /// Version of the maps' layout and meaning, raised with every change. Pinned maps of another version are not adopted.
-pub const ABI_VERSION: u32 = 6;
+pub const ABI_VERSION: u32 = 7;
 
 /// Bounds of the maps, in entries.
 pub mod limits {
