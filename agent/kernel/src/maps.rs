@@ -32,6 +32,8 @@ pub use exceptions::ExceptionCounter;
 use guard::GuardMaps;
 pub use guard::{DropCount, PlaintextDestination};
 use modes::ModeMaps;
+pub use node_services::NodeServicePorts;
+use node_services::NodeTables;
 
 /// Present in the mesh: the value carries no more.
 const PRESENT: u32 = 1;
@@ -145,7 +147,7 @@ pub struct Maps {
     modes: Mutex<ModeMaps>,
     mesh: Mutex<LpmTrie<MapData, MeshKey, u32>>,
     node: Mutex<HashMap<MapData, Address, u32>>,
-    cluster_nodes: Mutex<HashMap<MapData, Address, u32>>,
+    node_tables: Mutex<NodeTables>,
     listeners: Mutex<SockMap<MapData>>,
     capturers: Mutex<SockMap<MapData>>,
     discard: Mutex<SockMap<MapData>>,
@@ -165,7 +167,7 @@ impl Maps {
             modes: Mutex::new(ModeMaps::take(programs)?),
             mesh: typed(programs, "MESH")?,
             node: typed(programs, "NODE")?,
-            cluster_nodes: typed(programs, "CLUSTER_NODES")?,
+            node_tables: Mutex::new(NodeTables::take(programs)?),
             listeners: typed(programs, "LISTENERS")?,
             capturers: typed(programs, "CAPTURERS")?,
             discard: typed(programs, "DISCARD")?,

@@ -47,7 +47,7 @@ const STEER: &str = "steer";
 const ESTABLISHED: &str = "established";
 
 /// Maps that outlive the agent.
-pub(super) const MAPS: [&str; 26] = [
+pub(super) const MAPS: [&str; 28] = [
     "STATE",
     "AGENTS",
     "CLEAR",
@@ -63,6 +63,8 @@ pub(super) const MAPS: [&str; 26] = [
     "NODE",
     "CLUSTER_NODES",
     "NODE_SERVICES",
+    "NODE_SERVICE_PORTS",
+    "NODE_TABLES",
     "LISTENERS",
     "CAPTURERS",
     "DISCARD",

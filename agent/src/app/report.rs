@@ -282,6 +282,7 @@ impl Report {
         all.extend(of_kernel.map(|usage| usage.named(name)));
         all.extend(policies.share_uses());
         all.push(table.absent.share_use());
+        all.extend(self.proxy.snapshots.mesh.node_services_use());
         let row = |usage: &ShareUse<String>| SHARES.iter().position(|row| row.resource == usage.resource);
         all.sort_by_key(row);
         all.into_iter().map(ShareStatus::of).collect()
