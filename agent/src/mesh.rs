@@ -10,8 +10,11 @@ use std::{
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
-use tacit_core::directory::{Directory, IpProtocol, Ranges};
-use tacit_kernel::{Kernel, KernelError, PlaintextDestination};
+use tacit_core::{
+    directory::{Directory, IpProtocol, NodeServices, Ranges},
+    shares::ShareUse,
+};
+use tacit_kernel::{Kernel, KernelError, NodeServicePorts, PlaintextDestination};
 use tacit_sources::reload::Watched;
 use tokio::task::spawn_blocking;
 
@@ -23,8 +26,17 @@ pub struct Mesh {
     nodes: Mutex<Nodes>,
     /// Destinations that take plaintext of STRICT pods.
     clear: Clear,
-    /// One change at a time.
-    changing: Mutex<()>,
+    /// One change at a time, and none after [`Mesh::end`].
+    changing: Mutex<Following>,
+}
+
+/// Whether the kernel's maps are this agent's to change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Following {
+    #[default]
+    Directory,
+    /// Another agent may take over.
+    Nothing,
 }
 
 /// Destinations that take plaintext of STRICT pods: those of `allowClear`, and the endpoints of those that are services. Another
@@ -76,6 +88,8 @@ struct Nodes {
     /// Their [`Directory::node_changes`] and [`Directory::conflict_changes`].
     written: Option<(u64, u64)>,
     not_applied: NodesNotApplied,
+    /// Use of the share of load balancers' ports at nodes.
+    usage: Option<ShareUse<String>>,
 }
 
 /// Why the kernel lacks nodes or services at nodes. Until it has them, what may be a service there is not sent as plaintext.
@@ -130,14 +144,9 @@ impl Mesh {
         if nodes.written.is_none_or(|written| written.0 != current.0) {
             nodes.not_applied.addresses = not_applied(maps.set_cluster_nodes(directory.node_addresses()));
         }
-        let ports = directory.node_services().map(|(address, protocol)| {
-            let protocol = match protocol {
-                IpProtocol::Tcp => tacit_abi::protocol::TCP,
-                IpProtocol::Udp => tacit_abi::protocol::UDP,
-            };
-            PlaintextDestination { address, protocol }
-        });
-        nodes.not_applied.ports = not_applied(maps.set_node_services(ports));
+        let services = NodeServices::divide(directory.node_services());
+        nodes.not_applied.ports = not_applied(maps.set_node_services(&ports_of(&services)));
+        nodes.usage = Some(services.usage);
         nodes.written = (!is_rejected).then_some(current);
     }
 
@@ -145,6 +154,12 @@ impl Mesh {
     #[must_use]
     pub fn nodes_not_applied(&self) -> NodesNotApplied {
         self.nodes.lock().unwrap_or_else(PoisonError::into_inner).not_applied.clone()
+    }
+
+    /// Returns the use of the share of load balancers' ports at nodes.
+    #[must_use]
+    pub fn node_services_use(&self) -> Option<ShareUse<String>> {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner).usage.clone()
     }
 
     /// The ranges that the kernel has.
@@ -162,11 +177,14 @@ impl Mesh {
     /// Puts what the directory has found since in force. When the kernel refuses, all stays as it is, and is tried again
     /// when this is called again.
     pub fn follow(&self, directory: &Directory) {
+        let following = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        if *following == Following::Nothing {
+            return;
+        }
         self.follow_nodes(directory);
         if let Err(error) = self.clear.follow(&self.kernel, directory) {
             tracing::error!(%error, "endpoints of allowClear are not all in force");
         }
-        let _guard = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let (before, after) = (self.ranges.load_full(), directory.ranges());
         // A caller may come with a directory that is no longer the latest.
         if Arc::ptr_eq(&before, after) || after.generation() <= before.generation() {
@@ -187,6 +205,12 @@ impl Mesh {
         self.ranges.store(Arc::clone(after));
     }
 
+    /// Waits for a change that is under way, and makes no further one: the maps are the next agent's. A change runs on a thread that
+    /// does not end with its task.
+    pub fn end(&self) {
+        *self.changing.lock().unwrap_or_else(PoisonError::into_inner) = Following::Nothing;
+    }
+
     /// Follows the directory for as long as that changes. The kernel's map is written on a thread for blocking work.
     pub async fn keep(self: Arc<Self>, directory: Arc<Watched<Directory>>) {
         let mut changes = directory.subscribe();
@@ -197,6 +221,21 @@ impl Mesh {
                 tracing::error!(%error, "detected ranges are not in force: traffic of this node's pods to them is plaintext");
             }
         }
+    }
+}
+
+/// Returns the ports as the kernel's tables have them.
+fn ports_of(services: &NodeServices) -> NodeServicePorts {
+    let number = |protocol: &IpProtocol| match protocol {
+        IpProtocol::Tcp => tacit_abi::protocol::TCP,
+        IpProtocol::Udp => tacit_abi::protocol::UDP,
+    };
+    let exact = services.exact.iter();
+    let exact = exact.map(|(at, protocol)| PlaintextDestination { address: *at, protocol: number(protocol) });
+    NodeServicePorts {
+        exact: exact.collect(),
+        anywhere: services.ports.iter().map(|(port, protocol)| (*port, number(protocol))).collect(),
+        addresses: services.addresses.clone(),
     }
 }
 

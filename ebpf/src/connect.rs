@@ -6,14 +6,14 @@
 use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::warn;
 use tacit_abi::{
-    Address, Connect, ConnectFacts, Names, Pod, Reason, connect_error, decide_connect, names_kind, pod_flag,
-    pod_secret, tcp_port,
+    Address, Connect, ConnectFacts, Exception, ExceptionHook, Names, Pod, Reason, connect_error,
+    decide_connect, names_kind, pod_flag, pod_secret, tcp_port,
 };
 
 use crate::{
     ALLOW, DENY,
     context::{self, Family, SockAddr},
-    count::count,
+    count::{count, count_exception},
     log_budget, lookup,
     maps::{SETTINGS, pod_of},
     pending,
@@ -90,17 +90,24 @@ pub fn run(ctx: &SockAddrContext, family: Family) -> i32 {
     let sock = SockAddr(ctx);
     let destination = sock.address(family);
     match decide_connect(&Facts(&sock), &destination) {
-        Connect::Leave(reason) => {
-            // A socket can be connected again after AF_UNSPEC, and its stored names are then wrong.
-            if !matches!(reason, Reason::ConnectNotEnrolled) {
-                sock.delete_names();
-            }
-            count(reason);
-            ALLOW
+        Connect::Leave(reason) => leave(&sock, reason),
+        Connect::Inside(reason) => {
+            count_exception(Exception::Loopback, ExceptionHook::Connect);
+            leave(&sock, reason)
         }
         Connect::Deny(reason) => deny(ctx, &sock, &destination, reason),
         Connect::Capture(pod) => capture(&sock, family, destination, &pod),
     }
+}
+
+#[inline(always)]
+fn leave(sock: &SockAddr<'_>, reason: Reason) -> i32 {
+    // A socket can be connected again after AF_UNSPEC, and its stored names are then wrong.
+    if !matches!(reason, Reason::ConnectNotEnrolled) {
+        sock.delete_names();
+    }
+    count(reason);
+    ALLOW
 }
 
 #[inline(always)]

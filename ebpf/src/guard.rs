@@ -5,15 +5,15 @@
 
 use aya_ebpf::programs::SkBuffContext;
 use tacit_abi::{
-    Accepted, Address, Arrival, ArrivalFacts, GuardFacts, Hook, LOST_CLIENT_MARK, Link, Listener, Packet,
-    Pod, Reason, Segment, Verdict, decide_arrival, decide_egress, decide_ingress, listener_index, may_claim,
-    may_send_from, names_kind, pod_flag, protocol,
+    Accepted, Address, Arrival, ArrivalFacts, Exception, ExceptionHook, GuardFacts, Hook, LOST_CLIENT_MARK,
+    Link, Listener, Marked, Packet, Pod, Reason, Segment, Verdict, decide_arrival, decide_egress,
+    decide_ingress, listener_index, may_claim, may_send_from, names_kind, pod_flag, protocol,
 };
 
 use crate::{
     answers,
     context::{self, LOOPBACK_INDEX, Skb},
-    count::count,
+    count::{count, count_exception},
     drops::{Dropped, drop, report},
     lookup,
     maps::{LINKS, PODS, SETTINGS, pod_of},
@@ -44,9 +44,9 @@ impl GuardFacts for Facts<'_> {
     }
 
     #[inline(always)]
-    fn is_tunnel(&self) -> bool {
-        // Where it counts, tunnels have passed before.
-        false
+    fn marked(&self) -> Option<Marked> {
+        // Where it counts, marked connections have passed before.
+        None
     }
 
     #[inline(always)]
@@ -217,11 +217,11 @@ fn passes_socket(ctx: &SkBuffContext, direction: Direction, dropped: &mut Droppe
         is_to_neighbour: false,
         slot: pod.slot,
     };
-    let verdict = match direction {
-        Direction::Egress => decide_egress(&facts, &pod, Hook::Socket, &packet),
-        Direction::Ingress => decide_ingress(&facts, &pod, &packet),
+    let (verdict, hook) = match direction {
+        Direction::Egress => (decide_egress(&facts, &pod, Hook::Socket, &packet), ExceptionHook::Egress),
+        Direction::Ingress => (decide_ingress(&facts, &pod, &packet), ExceptionHook::Ingress),
     };
-    apply(dropped, cgroup, &pod, &packet, verdict)
+    apply(dropped, cgroup, &pod, &packet, (verdict, hook))
 }
 
 /// VLAN id of a tag that has a priority only.
@@ -257,24 +257,39 @@ fn of_link<'a>(skb: &Skb<'_>) -> Option<(&'a Link, Pod)> {
     }
 }
 
-/// Returns true if the agent marked the packet's socket, and the packet is to the end that the mark names. A pod can rewrite
-/// the agent's packets, but not its marks.
+/// Returns the agent's mark of the packet's socket, if the packet is to the end that the mark names.
 #[inline(never)]
-fn is_to_marked_end(skb: &Skb<'_>) -> bool {
-    let Some(names) = skb.names() else { return false };
+fn marked_end(skb: &Skb<'_>) -> u32 {
+    let Some(names) = skb.names() else { return 0 };
     if names.kind != names_kind::TUNNEL && names.kind != names_kind::DISABLED {
-        return false;
+        return 0;
     }
-    packet::tcp_destination(skb)
-        .is_some_and(|(address, port)| u32::from(port) == names.peer_port && address.same(&names.peer))
+    let is_to_end = packet::tcp_destination(skb)
+        .is_some_and(|(address, port)| u32::from(port) == names.peer_port && address.same(&names.peer));
+    if is_to_end { names.kind } else { 0 }
+}
+
+/// Counts a packet of the agent to a port in DISABLE, if its pod is STRICT.
+#[inline(never)]
+fn count_disabled(skb: &Skb<'_>) {
+    if of_link(skb).is_some_and(|(_, pod)| is_strict(&pod)) {
+        count_exception(Exception::DisabledPort, ExceptionHook::Link);
+    }
 }
 
 #[inline(never)]
 fn passes_link(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
     let skb = Skb(ctx);
     // This check is first because tunnels of the agent are the hot path.
-    if lookup::is_agent_cgroup(skb.cgroup()) && is_to_marked_end(&skb) {
-        return true;
+    if lookup::is_agent_cgroup(skb.cgroup()) {
+        match marked_end(&skb) {
+            names_kind::TUNNEL => return true,
+            names_kind::DISABLED => {
+                count_disabled(&skb);
+                return true;
+            }
+            _ => {}
+        }
     }
     let Some((link, pod)) = of_link(&skb) else { return true };
     let Some((to, from)) = skb.hardware() else {
@@ -305,7 +320,7 @@ fn passes_link(ctx: &SkBuffContext, dropped: &mut Dropped) -> bool {
     };
     let facts = Facts { skb: &skb, link, payload: header.payload(), is_to_neighbour, slot: pod.slot };
     let verdict = decide_egress(&facts, &pod, Hook::Link, &packet);
-    apply(dropped, link.cgroup, &pod, &packet, verdict)
+    apply(dropped, link.cgroup, &pod, &packet, (verdict, ExceptionHook::Link))
 }
 
 /// Returns true unless the packet is of neighbour discovery and says what the pod may not say.
@@ -333,7 +348,13 @@ fn not_ip(dropped: &mut Dropped, skb: &Skb<'_>, link: &Link, pod: &Pod, ethertyp
     if !is_own_arp(skb, pod, link) {
         return drop(dropped, link.cgroup, &Address::NONE, 0, 0, Reason::GuardSpoofed);
     }
-    skb.len() <= ARP_MAX || drop_if_strict(dropped, link.cgroup, pod, Reason::GuardNotIp)
+    if skb.len() > ARP_MAX {
+        return drop_if_strict(dropped, link.cgroup, pod, Reason::GuardNotIp);
+    }
+    if is_strict(pod) {
+        count_exception(Exception::Discovery, ExceptionHook::Link);
+    }
+    true
 }
 
 #[inline(never)]
@@ -405,25 +426,25 @@ fn drop_if_strict(dropped: &mut Dropped, cgroup: u64, pod: &Pod, reason: Reason)
 }
 
 #[inline(always)]
-fn apply(dropped: &mut Dropped, cgroup: u64, pod: &Pod, packet: &Packet, verdict: Verdict) -> bool {
+fn apply(
+    dropped: &mut Dropped,
+    cgroup: u64,
+    pod: &Pod,
+    packet: &Packet,
+    (verdict, hook): (Verdict, ExceptionHook),
+) -> bool {
     match verdict {
-        Verdict::Pass => true,
-        Verdict::Ask => {
+        Verdict::Pass => {}
+        Verdict::Clear(reason) => count(reason),
+        Verdict::Except(exception) => count_exception(exception, hook),
+        Verdict::Ask(exception) => {
+            count_exception(exception, hook);
             answers::expect_answer(pod, packet);
-            true
-        }
-        Verdict::Clear(reason) => {
-            count(reason);
-            true
-        }
-        Verdict::AskClear(reason) => {
-            count(reason);
-            answers::expect_answer(pod, packet);
-            true
         }
         Verdict::Drop(reason) => {
             let reason = if pod.has(pod_flag::UNKNOWN) { Reason::GuardHeld } else { reason };
-            drop(dropped, cgroup, &packet.remote, packet.remote_port, packet.protocol, reason)
+            return drop(dropped, cgroup, &packet.remote, packet.remote_port, packet.protocol, reason);
         }
     }
+    true
 }

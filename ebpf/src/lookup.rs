@@ -1,11 +1,17 @@
 //! Facts of the whole node, looked up in maps.
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
-use tacit_abi::{Address, ClearKey, Mode, PortKey, node_port};
+use tacit_abi::{
+    Address, ClearKey, Mode, PortKey,
+    node_port::{self, NodePortFacts},
+};
 
 use crate::{
     context::now,
-    maps::{AGENTS, CLEAR, CLUSTER_NODES, MESH, NODE, NODE_HARDWARE, NODE_SERVICES, PORT_MODES, STATE},
+    maps::{
+        AGENTS, CLEAR, CLUSTER_NODES, MESH, NODE, NODE_HARDWARE, NODE_SERVICE_PORTS, NODE_SERVICES,
+        NODE_TABLES, PORT_MODES, STATE,
+    },
 };
 
 /// Prefix length of a full address in the mesh's map.
@@ -50,18 +56,51 @@ pub fn is_node(address: &Address) -> bool {
     unsafe { NODE.get(address) }.is_some()
 }
 
+/// An address and a port that may be a service's at a node.
+struct NodePort<'a> {
+    address: &'a Address,
+    port: u16,
+    protocol: u32,
+}
+
+impl NodePort<'_> {
+    #[inline(always)]
+    fn is_in_table(&self, port: u16, protocol: u32) -> bool {
+        let key = ClearKey { address: *self.address, port: u32::from(port), protocol };
+        // SAFETY: only presence is read.
+        unsafe { NODE_SERVICES.get(&key) }.is_some()
+    }
+}
+
+impl NodePortFacts for NodePort<'_> {
+    #[inline(always)]
+    fn is_node(&self) -> bool {
+        // SAFETY: only presence is read.
+        unsafe { CLUSTER_NODES.get(self.address) }.is_some()
+    }
+
+    #[inline(always)]
+    fn is_listed(&self) -> bool {
+        self.is_in_table(self.port, self.protocol)
+    }
+
+    #[inline(always)]
+    fn is_anywhere(&self) -> bool {
+        let (word, bit) = node_port::port_bit(self.port, self.protocol);
+        NODE_SERVICE_PORTS.get(word).is_some_and(|bits| bits & bit != 0)
+    }
+
+    #[inline(always)]
+    fn is_balanced(&self) -> bool {
+        self.is_in_table(0, 0)
+    }
+}
+
 /// Returns true for a port of a service at an address of a node, and for what may be one while a table lacks entries.
 #[inline(always)]
 pub fn is_node_service(address: &Address, port: u16, protocol: u32) -> bool {
-    let flags = STATE.get(0).map_or(0, |state| state.node_services);
-    // SAFETY: only presence is read.
-    let is_node = || unsafe { CLUSTER_NODES.get(address) }.is_some();
-    let is_listed = || {
-        let key = ClearKey { address: *address, port: u32::from(port), protocol };
-        // SAFETY: only presence is read.
-        unsafe { NODE_SERVICES.get(&key) }.is_some()
-    };
-    node_port::is_service(flags, address, port, is_node, is_listed)
+    let flags = NODE_TABLES.get(0).map_or(0, |flags| *flags);
+    node_port::is_service(flags, address, port, &NodePort { address, port, protocol })
 }
 
 /// Returns the mode of a pod's port that has its own.

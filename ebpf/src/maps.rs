@@ -7,9 +7,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use tacit_abi::{
-    Address, ClearKey, Destination, HELD_RING_BYTES, HeldShare, HeldSyn, LISTENERS_PER_POD, Limits, Link,
-    MeshKey, Names, NodeFlowCell, Pending, Pod, PodDrops, PortKey, ProbeShare, REASONS, RECENT_CELLS,
-    Settings, State, Steered, Tuple, limits,
+    Address, ClearKey, Destination, EXCEPTION_COUNTERS, HELD_RING_BYTES, HeldShare, HeldSyn,
+    LISTENERS_PER_POD, Limits, Link, MeshKey, Names, NodeFlowCell, Pending, Pod, PodDrops, PortKey,
+    ProbeShare, REASONS, RECENT_CELLS, Settings, State, Steered, Tuple, limits, node_port,
 };
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -80,15 +80,24 @@ pub static MESH: LpmTrie<MeshKey, u32, { limits::MESH_RANGES as usize }> = LpmTr
 #[btf_map]
 pub static NODE: HashMap<Address, u32, { limits::NODE_ADDRESSES as usize }> = HashMap::new();
 
+/// Flags of the tables of nodes, see `tacit_abi::node_port::flag`. Zero: no address of a node is known.
+#[btf_map]
+pub static NODE_TABLES: Array<u32, 1> = Array::new();
+
 /// Addresses of all nodes of the cluster. Missing: no node ports at the address.
 #[btf_map]
 pub static CLUSTER_NODES: HashMap<Address, u32, { limits::CLUSTER_NODES as usize }, ON_DEMAND> =
     HashMap::new();
 
-/// Ports of load balancers that have addresses of nodes. Missing: a port of the node itself.
+/// Ports of load balancers that have addresses of nodes, and with port and protocol 0 such addresses. Missing: a port of the node
+/// itself.
 #[btf_map]
-pub static NODE_SERVICES: HashMap<ClearKey, u32, { limits::NODE_SERVICES as usize }, ON_DEMAND> =
+pub static NODE_SERVICES: HashMap<ClearKey, u32, { limits::NODE_SERVICE_ENTRIES as usize }, ON_DEMAND> =
     HashMap::new();
+
+/// Ports of load balancers that count at each address of one, a bit each, see `tacit_abi::node_port::port_bit`.
+#[btf_map]
+pub static NODE_SERVICE_PORTS: Array<u64, { node_port::PORT_WORDS as usize }> = Array::new();
 
 /// The agent's listeners, see `tacit_abi::listener_index`. The kernel removes an entry with its socket. Missing: no agent.
 #[btf_map]
@@ -154,6 +163,10 @@ pub static PROBE_SHARES: Array<ProbeShare, { limits::SLOTS as usize }> = Array::
 /// One counter for each `tacit_abi::Reason`, by its number.
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { REASONS.len() }> = PerCpuArray::new();
+
+/// One counter for each `tacit_abi::Exception` at each hook, see `Exception::counter`.
+#[btf_map]
+pub static EXCEPTIONS: PerCpuArray<u64, { EXCEPTION_COUNTERS }> = PerCpuArray::new();
 
 /// Levels below the pods' cgroup at which pods' cgroups can be: directly, or below a QoS class of Kubernetes.
 const POD_DEPTHS: u32 = 2;

@@ -5,6 +5,7 @@
 //! | `mesh` | [`Mesh`]: a topology, its pods, its agents (or none, in a control run) |
 //! | `peer` | [`Server`], [`Client`]: `tacit-peer` in a pod, and its events |
 //! | `observe` | metrics, status and log of an agent |
+//! | `api` | an API server of Kubernetes |
 //! | `cni` | CNI folders of a node, and calls of the agent's plugin |
 //! | `redirect` | rules of a pod that translate addresses |
 //! | `program` | paths of the programs under test |
@@ -18,6 +19,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod api;
 pub mod cni;
 mod mesh;
 pub mod observe;

@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use std::{
     fs::{self, File},
     io,
-    net::{IpAddr, SocketAddr, TcpListener},
+    net::{IpAddr, SocketAddr, TcpListener, UdpSocket},
     path::PathBuf,
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -268,6 +268,30 @@ fn pods_with_the_nodes_network_work(node: &Rebooted) -> Result<()> {
     for (address, protocol, marker) in packets(outside).filter(|(_, protocol, _)| *protocol == "tcp") {
         step(pod.command(attack_program()?), protocol, server.at(address), &marker, CONNECTS)?;
         ensure!(server.has_got(&marker, CONNECTS)?, "{marker} to {address}");
+    }
+    Ok(())
+}
+
+/// No address is known as a node's yet, so each may be one.
+#[test]
+#[ignore = "needs root"]
+fn node_ports_are_held_after_a_reboot_before_a_source_answers() -> Result<()> {
+    let mut node = Rebooted::new("rebootnp", STRICT_MESH)?;
+    let _silent = node.start_without_sources("")?;
+    let patience = node.patience;
+    let other = node.mesh.topology().node("b")?;
+    let at = |port| SocketAddr::new(other.wire_ipv4().into(), port);
+    let arrives = |port| -> Result<bool> {
+        let socket = other.netns().enter(|| UdpSocket::bind(at(port)))??;
+        socket.set_read_timeout(Some(patience))?;
+        step(node.mesh.pod("web")?.command(attack_program()?), "udp", at(port), "hello", patience)?;
+        Ok(socket.recv(&mut [0; 16]).is_ok())
+    };
+    for port in [30_000, 32_767] {
+        ensure!(!arrives(port)?, "plaintext to port {port} of another node");
+    }
+    for port in [29_999, 32_768] {
+        ensure!(arrives(port)?, "control: port {port} is outside the mesh");
     }
     Ok(())
 }

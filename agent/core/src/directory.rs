@@ -25,6 +25,7 @@ mod changes;
 mod claims;
 mod file;
 mod labels;
+mod node_services;
 mod range;
 mod ranges;
 mod service;
@@ -35,6 +36,7 @@ use service_addresses::ServiceAddresses;
 
 pub use claims::Conflict;
 pub use labels::Labels;
+pub use node_services::{NodeService, NodeServices};
 pub use range::{
     DISCOVERED_IPV4_BITS, DISCOVERED_IPV6_BITS, RangeError, discovered_range, mesh_range, special_address,
 };
@@ -340,15 +342,16 @@ impl Directory {
             && !self.addresses.is_unclear(address)
     }
 
-    /// The ports of load balancers at addresses that a node lists as its own, with the IP protocol.
-    pub fn node_services(&self) -> impl Iterator<Item = (SocketAddr, IpProtocol)> + use<'_> {
+    /// The ports of load balancers at addresses that a node lists as its own, with the namespace of each.
+    pub fn node_services(&self) -> impl Iterator<Item = NodeService<'_>> + use<'_> {
         let shared = self.services.all_outer().filter(|(address, _)| self.is_shared_with_node(*address));
         shared.flat_map(|(address, services)| {
-            let services = services.iter().filter(move |service| service.ingress_ips.contains(&address));
+            let services = services.iter().filter(move |service| service.has_ingress(&address));
             services.flat_map(move |service| {
-                let at = move |port| SocketAddr::new(address, port);
-                let tcp = service.ports.iter().map(move |port| (at(port.port), IpProtocol::Tcp));
-                tcp.chain(service.udp_ports.iter().map(move |port| (at(*port), IpProtocol::Udp)))
+                let of =
+                    move |port, protocol| (&*service.namespace, SocketAddr::new(address, port), protocol);
+                let tcp = service.ports.iter().map(move |port| of(port.port, IpProtocol::Tcp));
+                tcp.chain(service.udp_ports.iter().map(move |port| of(*port, IpProtocol::Udp)))
             })
         })
     }

@@ -387,6 +387,17 @@ pub const WAITING_PODS: Share = Share {
     reason: "More than a node starts at a time. A listed pod has its certificate in advance.",
 };
 
+/// Ports of load balancers at addresses of nodes in the kernel's table, by namespace.
+pub const NODE_SERVICES: Share = Share {
+    resource: "node_services",
+    counts: "ports of load balancers at addresses that nodes have, each with its address, in a table of the kernel",
+    holder: Holder::Namespace,
+    total: Total::Fixed(limits::NODE_SERVICES as u64),
+    each: Each::Fixed(limits::NODE_SERVICES_PER_NAMESPACE as u64),
+    effect: "the namespace's port numbers count at all addresses of nodes that load balancers have: STRICT pods send no plaintext to them",
+    reason: "A load balancer with three ports at the addresses of 1,300 nodes. Port numbers have a bitmap, which cannot be full. The largest namespaces give way first.",
+};
+
 /// All shares of the node, in the order of `tacit status`.
 pub const SHARES: &[Share] = &[
     CONNECTIONS,
@@ -405,6 +416,7 @@ pub const SHARES: &[Share] = &[
     POLICY_BYTES,
     POLICY_LOOKUPS,
     WAITING_PODS,
+    NODE_SERVICES,
 ];
 
 /// Returns the row with this name.

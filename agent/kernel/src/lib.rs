@@ -53,8 +53,8 @@ use std::{
 
 pub use hooks::{HookProgram, connect_programs};
 pub use maps::{
-    ConnectReturn, DropCount, KernelCounter, Maps, PlaintextDestination, PlaintextEgress, PlaintextHandling,
-    PodEntry,
+    ConnectReturn, DropCount, ExceptionCounter, KernelCounter, Maps, NodeServicePorts, PlaintextDestination,
+    PlaintextEgress, PlaintextHandling, PodEntry,
 };
 pub use pins::{PinLock, SuccessorLock, uninstall};
 pub use programs::{GuardedLink, HostEnd, PreparedPrograms, ProgramState, Programs, has_host_end};

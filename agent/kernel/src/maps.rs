@@ -22,15 +22,19 @@ use tacit_abi::{
 
 use super::{KernelError, link, programs::Programs};
 
+mod exceptions;
 mod guard;
 mod modes;
 mod node_services;
 mod probes;
 mod slots;
 
+pub use exceptions::ExceptionCounter;
 use guard::GuardMaps;
 pub use guard::{DropCount, PlaintextDestination};
 use modes::ModeMaps;
+pub use node_services::NodeServicePorts;
+use node_services::NodeTables;
 use slots::Cells;
 
 /// Present in the mesh: the value carries no more.
@@ -145,7 +149,7 @@ pub struct Maps {
     modes: Mutex<ModeMaps>,
     mesh: Mutex<LpmTrie<MapData, MeshKey, u32>>,
     node: Mutex<HashMap<MapData, Address, u32>>,
-    cluster_nodes: Mutex<HashMap<MapData, Address, u32>>,
+    node_tables: Mutex<NodeTables>,
     listeners: Mutex<SockMap<MapData>>,
     capturers: Mutex<SockMap<MapData>>,
     discard: Mutex<SockMap<MapData>>,
@@ -154,6 +158,7 @@ pub struct Maps {
     pending: Array<MapData, Pending>,
     cells: Mutex<Cells>,
     counters: PerCpuArray<MapData, u64>,
+    exceptions: PerCpuArray<MapData, u64>,
     guard: GuardMaps,
     probe_shares: Mutex<Array<MapData, ProbeShare>>,
 }
@@ -165,7 +170,7 @@ impl Maps {
             modes: Mutex::new(ModeMaps::take(programs)?),
             mesh: typed(programs, "MESH")?,
             node: typed(programs, "NODE")?,
-            cluster_nodes: typed(programs, "CLUSTER_NODES")?,
+            node_tables: Mutex::new(NodeTables::take(programs)?),
             listeners: typed(programs, "LISTENERS")?,
             capturers: typed(programs, "CAPTURERS")?,
             discard: typed(programs, "DISCARD")?,
@@ -174,6 +179,7 @@ impl Maps {
             pending: unlocked(programs, "PENDING")?,
             cells: Mutex::new(Cells::take(programs)?),
             counters: unlocked(programs, "COUNTERS")?,
+            exceptions: unlocked(programs, "EXCEPTIONS")?,
             guard: GuardMaps::take(programs)?,
             probe_shares: typed(programs, "PROBE_SHARES")?,
         })

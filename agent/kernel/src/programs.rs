@@ -1,7 +1,7 @@
 //! Load, attach and pin the programs; adopt those of an earlier agent without a gap.
 //!
 //! ```text
-//! <pinPath>/maps-v6/<MAP>            every map, by name; v6 is the ABI's version
+//! <pinPath>/maps-v7/<MAP>            every map, by name; v7 is the ABI's version
 //! <pinPath>/links/<program>          the programs at the pods' cgroup
 //! <pinPath>/links/steer-<cgroup id>  the steering program in one pod's network namespace
 //! <pinPath>/links/guard-<cgroup id>-<interface>  the guard on the host end of one pod's link, for frames from the pod
@@ -47,7 +47,7 @@ const STEER: &str = "steer";
 const ESTABLISHED: &str = "established";
 
 /// Maps that outlive the agent.
-pub(super) const MAPS: [&str; 25] = [
+pub(super) const MAPS: [&str; 28] = [
     "STATE",
     "AGENTS",
     "CLEAR",
@@ -63,6 +63,8 @@ pub(super) const MAPS: [&str; 25] = [
     "NODE",
     "CLUSTER_NODES",
     "NODE_SERVICES",
+    "NODE_SERVICE_PORTS",
+    "NODE_TABLES",
     "LISTENERS",
     "CAPTURERS",
     "DISCARD",
@@ -73,6 +75,7 @@ pub(super) const MAPS: [&str; 25] = [
     "DIALLED",
     "PENDING",
     "COUNTERS",
+    "EXCEPTIONS",
 ];
 
 mod in_force;

@@ -203,6 +203,7 @@ impl Shown {
             programs: Vec::new(),
             connect_hooks: Vec::new(),
             kernel: Vec::new(),
+            exceptions: Vec::new(),
             guard: GuardStatus::default(),
             node_state: self.node_state.borrow().clone(),
             cni: None,

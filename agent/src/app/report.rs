@@ -18,7 +18,8 @@ use tacit_core::{
 };
 use tacit_identity::{issuer::Issuer, istio::Skew, manager::CertificateState};
 use tacit_kernel::{
-    DropCount, GuardedLink, HookProgram, Kernel, KernelCounter, PlaintextEgress, connect_programs, host,
+    DropCount, ExceptionCounter, GuardedLink, HookProgram, Kernel, KernelCounter, PlaintextEgress,
+    connect_programs, host,
 };
 use tacit_sources::reload::ReloadState;
 use tokio::sync::watch;
@@ -30,10 +31,10 @@ use crate::{
     mesh::NodesNotApplied,
     proxy::Proxy,
     telemetry::status::{
-        AgentState, CertificateStatus, CniStatus, CounterStatus, DropStatus, FlowsStatus, GuardStatus,
-        HookProgramStatus, IssuerStatus, MeshStatus, NodeStateStatus, NodesStatus, PodState, PodStatus,
-        PoolStatus, ProgramStatus, RANGES_LISTED_MAX, ShareStatus, SourceKind, SourceStatus, Status,
-        UncoveredStatus, UnnamedStatus,
+        AgentState, CertificateStatus, CniStatus, CounterStatus, DropStatus, ExceptionStatus, FlowsStatus,
+        GuardStatus, HookProgramStatus, IssuerStatus, MeshStatus, NodeStateStatus, NodesStatus, PodState,
+        PodStatus, PoolStatus, ProgramStatus, RANGES_LISTED_MAX, ShareStatus, SourceKind, SourceStatus,
+        Status, UncoveredStatus, UnnamedStatus,
     },
 };
 
@@ -94,6 +95,7 @@ impl Report {
             programs: self.programs(),
             connect_hooks: self.connect_hooks(),
             kernel: self.kernel(),
+            exceptions: self.exceptions(),
             guard: self.guard(),
             node_state: self.node_state.borrow().clone(),
             cni: self.cni.as_ref().map(|cni| cni.borrow().clone()),
@@ -258,6 +260,16 @@ impl Report {
         counters.into_iter().map(counter).collect()
     }
 
+    fn exceptions(&self) -> Vec<ExceptionStatus> {
+        let counter = |c: ExceptionCounter| ExceptionStatus {
+            name: c.name.to_owned(),
+            hook: c.hook.to_owned(),
+            help: c.help.to_owned(),
+            value: c.value,
+        };
+        self.kernel.maps.exceptions().into_iter().map(counter).collect()
+    }
+
     /// Every share of the node. Which rows there are is stated in `tacit_core::shares`.
     fn shares(&self) -> Vec<ShareStatus> {
         let table = self.proxy.pods.load();
@@ -270,6 +282,7 @@ impl Report {
         all.extend(of_kernel.map(|usage| usage.named(name)));
         all.extend(policies.share_uses());
         all.push(table.absent.share_use());
+        all.extend(self.proxy.snapshots.mesh.node_services_use());
         let row = |usage: &ShareUse<String>| SHARES.iter().position(|row| row.resource == usage.resource);
         all.sort_by_key(row);
         all.into_iter().map(ShareStatus::of).collect()

@@ -5,7 +5,7 @@ use std::{collections::HashSet, io, sync::Arc, time::Duration};
 use tacit_core::directory::Directory;
 use tacit_kernel::{Kernel, KernelError, events, host};
 use tokio::{
-    task::JoinSet,
+    task::{JoinSet, spawn_blocking},
     time::{MissedTickBehavior, interval},
 };
 use tokio_util::sync::CancellationToken;
@@ -14,6 +14,7 @@ use super::node_addresses::node_addresses;
 use crate::{
     app::report::Report,
     enrol::Enroller,
+    mesh::Mesh,
     proxy::{Proxy, workers::vital},
     recheck::Rechecks,
     telemetry::status::UncoveredStatus,
@@ -41,6 +42,7 @@ pub(super) struct Tasks {
     /// Decides again on live flows for as long as there are any.
     rechecks: JoinSet<()>,
     live: Arc<Rechecks>,
+    mesh: Arc<Mesh>,
 }
 
 impl Tasks {
@@ -60,6 +62,7 @@ impl Tasks {
         enrolment.spawn(async move { enrols.await.inspect_err(|_| enrolment_failed.cancel()) });
         let mut upkeep = JoinSet::new();
         upkeep.spawn(vital(failed.clone(), housekeeping(kernel.clone(), proxy.clone(), report.clone())));
+        let mesh = snapshots.mesh.clone();
         upkeep.spawn(vital(failed.clone(), snapshots.mesh.keep(snapshots.directory)));
         upkeep.spawn(vital(failed.clone(), keeper));
         let mut heart = JoinSet::new();
@@ -74,13 +77,17 @@ impl Tasks {
         rechecks.spawn(vital(failed.clone(), follow));
         rechecks.spawn(run_rechecks(proxy.rechecks.clone(), failed.clone()));
         heart.spawn(heartbeat(kernel.clone(), heartbeat_timeout, failed));
-        Self { enrolment, settle, upkeep, heart, kernel_log, rechecks, live: proxy.rechecks.clone() }
+        Self { enrolment, settle, upkeep, heart, kernel_log, rechecks, live: proxy.rechecks.clone(), mesh }
     }
 
     /// Ends enrolment and upkeep. After that this agent changes only its heartbeat on the kernel side.
     pub(super) async fn settle(&mut self) {
         self.settle.cancel();
         self.upkeep.abort_all();
+        let mesh = self.mesh.clone();
+        if let Err(error) = spawn_blocking(move || mesh.end()).await {
+            tracing::error!(%error, "the maps of the whole node may change once more while another agent takes over");
+        }
         self.enrolment_ended().await;
     }
 

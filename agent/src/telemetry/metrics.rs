@@ -126,7 +126,14 @@ impl Exposition {
         writer.family(&RANGES, ranges.map(|(origin, count)| ([Value::Text(origin)], count)))?;
         writer.histogram(&ENROLMENT, &self.enrolments)?;
         let verdicts = status.kernel.iter();
-        writer.family(&KERNEL_VERDICTS, verdicts.map(|verdict| ([Value::Text(&verdict.name)], verdict.value)))
+        writer.family(
+            &KERNEL_VERDICTS,
+            verdicts.map(|verdict| ([Value::Text(&verdict.name)], verdict.value)),
+        )?;
+        let exceptions = status.exceptions.iter();
+        let exceptions = exceptions
+            .map(|passed| ([&passed.name, &passed.hook].map(|text| Value::Text(text)), passed.value));
+        writer.family(&KERNEL_EXCEPTIONS, exceptions)
     }
 
     fn shares(&self, writer: &mut Writer<'_>) -> fmt::Result {

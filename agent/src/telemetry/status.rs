@@ -4,6 +4,7 @@
 //! are added, never renamed. Values are plain text and numbers, with the unit in the name; times are RFC
 //! 3339.
 
+mod exceptions;
 mod render;
 
 use std::{
@@ -18,6 +19,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use tacit_core::shares::{self, ShareUse};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
+pub use exceptions::ExceptionStatus;
 pub use render::render;
 
 /// Flows listed in a status, a number; beyond it they are counted only. Some 400 bytes each.
@@ -51,6 +53,9 @@ pub struct Status {
     pub connect_hooks: Vec<HookProgramStatus>,
     /// The kernel's decisions, counted by reason.
     pub kernel: Vec<CounterStatus>,
+    /// Plaintext of and to held pods that the kernel programs let pass.
+    #[serde(default)]
+    pub exceptions: Vec<ExceptionStatus>,
     /// Actions of the guard beside counting verdicts.
     #[serde(default)]
     pub guard: GuardStatus,

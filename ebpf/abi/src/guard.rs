@@ -13,7 +13,7 @@
 //! The guard identifies the agent's sockets by cgroup, which pods cannot join, and the node's by cgroup on the host end of
 //! a link. Source addresses and ports prove nothing, except where this file has checked them.
 
-use crate::{Address, Mode, NodeFlow, Pod, Reason, pod_flag, tcp_port};
+use crate::{Address, Exception, ExceptionHook, Mode, NodeFlow, Pod, Reason, pod_flag, tcp_port};
 
 /// IP protocol numbers.
 pub mod protocol {
@@ -108,6 +108,27 @@ pub enum Hook {
     Link,
 }
 
+impl Hook {
+    /// Returns the hook whose counters an exception counts in.
+    #[inline(always)]
+    #[must_use]
+    pub const fn counted(self) -> ExceptionHook {
+        match self {
+            Self::Socket => ExceptionHook::Egress,
+            Self::Link => ExceptionHook::Link,
+        }
+    }
+}
+
+/// Connection that the agent has marked. The pod can rewrite the agent's packets, but not its marks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Marked {
+    /// A tunnel.
+    Tunnel,
+    /// Plaintext to a port whose mode is DISABLE.
+    Disabled,
+}
+
 /// Plaintext connection that an application accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accepted {
@@ -121,9 +142,8 @@ pub enum Accepted {
 pub trait GuardFacts {
     /// Returns true if an agent owns the packet's socket.
     fn is_agent(&self) -> bool;
-    /// Returns true if an agent owns the packet's socket, marked it as a tunnel or as plaintext to a port in DISABLE, and the
-    /// packet is to the end that the mark names. The pod can rewrite the agent's packets, but not its marks.
-    fn is_tunnel(&self) -> bool;
+    /// Returns the mark of the packet's socket if an agent owns it, and the packet is to the end that the mark names.
+    fn marked(&self) -> Option<Marked>;
     /// Returns true for addresses in the mesh's ranges.
     fn in_mesh(&self, address: &Address) -> bool;
     /// Returns true for the node's own addresses. Proves nothing about a packet's source.
@@ -157,14 +177,14 @@ pub trait GuardFacts {
 /// Verdict on a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Passes without a count.
+    /// Passes without a count: it is the agent's, or of a pod that is not held.
     Pass,
-    /// Passes without a count. The other end may answer, so the kernel side remembers the datagram.
-    Ask,
-    /// Passes as plaintext and is counted.
+    /// Passes as plaintext of a pod that may send it, and is counted.
     Clear(Reason),
-    /// As [`Verdict::Ask`], and is counted.
-    AskClear(Reason),
+    /// Passes by an exception, which is counted.
+    Except(Exception),
+    /// As [`Verdict::Except`]. The other end may answer, so the kernel side remembers the datagram.
+    Ask(Exception),
     /// Dropped and counted.
     Drop(Reason),
 }
@@ -173,21 +193,28 @@ pub enum Verdict {
 #[inline(always)]
 pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Packet) -> Verdict {
     let on_link = matches!(hook, Hook::Link);
+    let is_strict = pod.has(pod_flag::EGRESS_STRICT);
     // A pod can rewrite the destination of what the agent sends in its namespace. The link sees the rewritten packet: it
     // lets the agent's marked connections pass to their own end, and treats the agent's other packets like the pod's.
-    let is_agents = if on_link { facts.is_tunnel() } else { facts.is_agent() };
-    if is_agents {
-        return Verdict::Pass;
+    match (on_link, if on_link { facts.marked() } else { None }) {
+        (true, Some(Marked::Disabled)) if is_strict && !pod.has(pod_flag::EXEMPT) => {
+            return Verdict::Except(Exception::DisabledPort);
+        }
+        (true, Some(_)) => return Verdict::Pass,
+        (false, _) if facts.is_agent() => return Verdict::Pass,
+        _ => {}
     }
     if on_link && !facts.may_send_from(pod, &packet.local) {
         return Verdict::Drop(Reason::GuardSpoofed);
     }
-    if pod.has(pod_flag::EXEMPT) || (!on_link && pod.owns(&packet.remote)) {
+    if pod.has(pod_flag::EXEMPT) {
         return Verdict::Pass;
     }
-    let is_strict = pod.has(pod_flag::EGRESS_STRICT);
-    let is_denied_udp = packet.protocol == protocol::UDP && !pod.has(pod_flag::UDP_ALLOWED);
-    if !is_strict && !is_denied_udp {
+    let is_held = is_strict || is_denied_udp(pod, packet);
+    if !on_link && pod.owns(&packet.remote) {
+        return if is_held { Verdict::Except(Exception::OwnAddress) } else { Verdict::Pass };
+    }
+    if !is_held {
         let is_counted = !packet.segment.is_bare() && facts.in_mesh(&packet.remote);
         return if is_counted { Verdict::Clear(Reason::GuardClear) } else { Verdict::Pass };
     }
@@ -197,14 +224,14 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Pa
     let is_neighbour = is_neighbour(&packet.remote) || (on_link && facts.is_to_neighbour());
     let is_service = facts.is_node_service(packet);
     if !is_neighbour && !is_service && !facts.in_mesh(&packet.remote) {
-        return if has_no_connections(packet) { Verdict::Ask } else { Verdict::Pass };
+        return sent(packet, Exception::Outside);
     }
     match packet.protocol {
         // Resets that the kernel sends on its own belong to a socket of the node. Only the link hook sees them.
         protocol::TCP
             if packet.segment.is_bare() && (facts.is_tcp_socket() || (on_link && facts.is_node_socket())) =>
         {
-            Verdict::Pass
+            Verdict::Except(Exception::WithoutData)
         }
         // Under a SYN flood the kernel answers without a socket.
         protocol::TCP
@@ -213,13 +240,10 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Pa
                 && packet.local_port == tcp_port::TUNNEL
                 && facts.is_tunnel_cookie(pod, packet) =>
         {
-            Verdict::Pass
+            Verdict::Except(Exception::TunnelCookie)
         }
-        protocol::TCP if is_reply(facts, pod, packet) => Verdict::Clear(Reason::GuardReply),
-        protocol::TCP if !on_link && is_of_nodes_address(facts, pod, packet) => {
-            Verdict::Clear(Reason::GuardNodeAddress)
-        }
-        protocol::UDP if pod.has(pod_flag::UDP_ALLOWED) => Verdict::Clear(Reason::GuardUdpClear),
+        protocol::TCP => decide_plaintext_tcp(facts, pod, hook, packet),
+        protocol::UDP if pod.has(pod_flag::UDP_ALLOWED) => Verdict::Except(Exception::UdpAllowed),
         // Answers to the node's probes stay on this node. What goes to a service may be sent on to another node. A process of
         // the node may have a port of that range: answers go to the process, whose datagram the link has seen.
         protocol::UDP
@@ -227,24 +251,59 @@ pub fn decide_egress(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Pa
                 && facts.is_node(&packet.remote)
                 && (!is_service || facts.is_node_flow(packet)) =>
         {
-            Verdict::Ask
+            Verdict::Ask(if is_service { Exception::NodeFlow } else { Exception::OwnNode })
         }
-        protocol::ICMP | protocol::ICMP_V6 if !is_neighbour && facts.is_node(&packet.remote) => Verdict::Pass,
+        protocol::ICMP | protocol::ICMP_V6 if !is_neighbour && facts.is_node(&packet.remote) => {
+            Verdict::Except(Exception::OwnNode)
+        }
         // ICMP errors and echo replies repeat the packet they answer. A pod can spoof one to itself, and so send data in
         // another address' name. Of the kernel's own ICMP only discovery passes.
-        protocol::ICMP_V6 if packet.is_discovery && on_link && facts.is_node_socket() => Verdict::Pass,
-        _ if facts.is_allowed_clear(&packet.remote, packet.remote_port, packet.protocol) => {
-            if has_no_connections(packet) {
-                Verdict::AskClear(Reason::GuardAllowed)
-            } else {
-                Verdict::Clear(Reason::GuardAllowed)
-            }
+        protocol::ICMP_V6 if packet.is_discovery && on_link && facts.is_node_socket() => {
+            Verdict::Except(Exception::Discovery)
         }
-        protocol::TCP => Verdict::Drop(Reason::GuardTcp),
-        protocol::UDP => Verdict::Drop(Reason::GuardUdp),
-        protocol::ICMP | protocol::ICMP_V6 => Verdict::Drop(Reason::GuardIcmp),
-        _ => Verdict::Drop(Reason::GuardOther),
+        protocol::UDP => allowed_or(facts, packet, Reason::GuardUdp),
+        protocol::ICMP | protocol::ICMP_V6 => allowed_or(facts, packet, Reason::GuardIcmp),
+        _ => allowed_or(facts, packet, Reason::GuardOther),
     }
+}
+
+/// Decides on TCP of a held pod that may carry data into the mesh.
+#[inline(always)]
+fn decide_plaintext_tcp(facts: &impl GuardFacts, pod: &Pod, hook: Hook, packet: &Packet) -> Verdict {
+    match facts.accepted() {
+        Some(Accepted::Node) => return Verdict::Except(Exception::NodeFlow),
+        // The mode may have changed since the connection was accepted.
+        Some(Accepted::Other) if accepts_plaintext(facts, pod, packet.local_port) => {
+            return Verdict::Except(Exception::PlaintextPort);
+        }
+        _ => {}
+    }
+    if matches!(hook, Hook::Socket) && is_of_nodes_address(facts, pod, packet) {
+        return Verdict::Except(Exception::NodeAddress);
+    }
+    allowed_or(facts, packet, Reason::GuardTcp)
+}
+
+/// Returns the verdict on what only `allowClear` lets pass.
+#[inline(always)]
+fn allowed_or(facts: &impl GuardFacts, packet: &Packet, refused: Reason) -> Verdict {
+    if facts.is_allowed_clear(&packet.remote, packet.remote_port, packet.protocol) {
+        sent(packet, Exception::AllowClear)
+    } else {
+        Verdict::Drop(refused)
+    }
+}
+
+/// Returns the verdict on a packet that passes by `exception` and may be answered.
+#[inline(always)]
+fn sent(packet: &Packet, exception: Exception) -> Verdict {
+    if has_no_connections(packet) { Verdict::Ask(exception) } else { Verdict::Except(exception) }
+}
+
+/// Returns true for UDP of a pod with `udp: deny`.
+#[inline(always)]
+fn is_denied_udp(pod: &Pod, packet: &Packet) -> bool {
+    packet.protocol == protocol::UDP && !pod.has(pod_flag::UDP_ALLOWED)
 }
 
 /// Returns true for addresses that a neighbour on the pod's link can have whatever the mesh's ranges are.
@@ -281,16 +340,6 @@ fn has_no_connections(packet: &Packet) -> bool {
     !matches!(packet.protocol, protocol::TCP | protocol::ICMP | protocol::ICMP_V6)
 }
 
-/// Returns true for a packet of a connection that was accepted as plaintext and that the mode still allows.
-#[inline(always)]
-fn is_reply(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> bool {
-    match facts.accepted() {
-        Some(Accepted::Node) => true,
-        Some(Accepted::Other) => accepts_plaintext(facts, pod, packet.local_port),
-        None => false,
-    }
-}
-
 /// Returns true for TCP of a pod with the node's network that no source has named yet. The connect hook refuses such connections
 /// from any other namespace. A pod that translates addresses in its own namespace can send segments in the node's name after that
 /// hook, as it can by packet sockets (L14), but only the node receives the answers. Datagrams are not included: over IPv6 a process
@@ -309,27 +358,31 @@ fn accepts_plaintext(facts: &impl GuardFacts, pod: &Pod, port: u16) -> bool {
 /// Decides on a packet to a socket of `pod`.
 #[inline(always)]
 pub fn decide_ingress(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> Verdict {
-    // The pod's own addresses are a nested namespace's way out. Frames from elsewhere that claim them do not arrive.
-    if pod.has(pod_flag::EXEMPT) || facts.is_agent() || pod.owns(&packet.remote) {
+    if pod.has(pod_flag::EXEMPT) || facts.is_agent() {
         return Verdict::Pass;
+    }
+    let is_held = is_strict(pod) || is_denied_udp(pod, packet);
+    // The pod's own addresses are a nested namespace's way out. Frames from elsewhere that claim them do not arrive.
+    if pod.owns(&packet.remote) {
+        return held(is_held, Exception::OwnAddress);
     }
     // Most packets come from other addresses, for which no flow is hashed. An address that is no longer the node's proves
     // nothing.
     if facts.is_node(&packet.remote) && facts.is_node_flow(packet) {
-        return Verdict::Pass;
+        return held(is_held, Exception::NodeFlow);
     }
     // A pod with the node's network, such as a control plane, may serve the source that is to name it. Other pods are not
     // reached at these addresses.
     if pod.has(pod_flag::UNKNOWN) && facts.is_node(&packet.local) {
-        return Verdict::Clear(Reason::GuardNodeAddress);
+        return Verdict::Except(Exception::NodeAddress);
     }
     match packet.protocol {
         // Inbound ICMP carries no data of the pod, and applications need the errors.
-        protocol::ICMP | protocol::ICMP_V6 => Verdict::Pass,
+        protocol::ICMP | protocol::ICMP_V6 => held(is_held, Exception::InboundIcmp),
         protocol::TCP => decide_ingress_tcp(facts, pod, packet),
         protocol::UDP => decide_ingress_udp(facts, pod, packet),
-        _ if !is_strict(pod) => Verdict::Pass,
-        _ => answer(facts, pod, packet).unwrap_or(Verdict::Drop(Reason::GuardInboundOther)),
+        _ if !is_held => Verdict::Pass,
+        _ => answer_or(facts, pod, packet, Reason::GuardInboundOther),
     }
 }
 
@@ -338,13 +391,17 @@ pub fn decide_ingress(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> Ve
 #[inline(always)]
 fn decide_ingress_tcp(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> Verdict {
     if packet.segment.is_bare() {
-        return Verdict::Pass;
+        return held(is_strict(pod), Exception::WithoutData);
     }
     let is_opening = matches!(packet.segment, Segment::Syn);
     if accepts_plaintext(facts, pod, packet.local_port) {
         // The agent decides on connections to a pod that authorization policies select, and ends those that were open.
         let is_undecided = is_opening && pod.has(pod_flag::JUDGED);
-        return if is_undecided { Verdict::Drop(Reason::GuardInboundTcp) } else { Verdict::Pass };
+        return if is_undecided {
+            Verdict::Drop(Reason::GuardInboundTcp)
+        } else {
+            held(is_strict(pod), Exception::PlaintextPort)
+        };
     }
     if is_opening {
         return Verdict::Drop(Reason::GuardInboundTcp);
@@ -353,37 +410,43 @@ fn decide_ingress_tcp(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> Ve
         // Packets of the node are proven on the link, each of them.
         Some(_) => Verdict::Drop(Reason::GuardInboundTcp),
         // The pod opened this connection.
-        None if !facts.in_mesh(&packet.remote) && !is_neighbour(&packet.remote) => Verdict::Pass,
-        None if facts.is_allowed_clear(&packet.remote, packet.remote_port, packet.protocol) => {
-            Verdict::Clear(Reason::GuardAllowed)
+        None if !facts.in_mesh(&packet.remote) && !is_neighbour(&packet.remote) => {
+            Verdict::Except(Exception::Outside)
         }
-        None if !pod.has(pod_flag::EGRESS_STRICT) => Verdict::Clear(Reason::GuardClear),
+        None if facts.is_allowed_clear(&packet.remote, packet.remote_port, packet.protocol) => {
+            Verdict::Except(Exception::AllowClear)
+        }
+        None if !pod.has(pod_flag::EGRESS_STRICT) => Verdict::Except(Exception::OpenSender),
         None => Verdict::Drop(Reason::GuardInboundTcp),
     }
 }
 
 #[inline(always)]
 fn decide_ingress_udp(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> Verdict {
-    match (pod.has(pod_flag::UDP_ALLOWED), is_strict(pod)) {
-        (true, true) => return Verdict::Clear(Reason::GuardUdpClear),
-        (true, false) => return Verdict::Pass,
-        // `udp: deny` of an open pod concerns the mesh only.
-        (false, false) if !facts.in_mesh(&packet.remote) && !is_neighbour(&packet.remote) => {
-            return Verdict::Pass;
-        }
-        (false, _) => {}
+    if pod.has(pod_flag::UDP_ALLOWED) {
+        return held(is_strict(pod), Exception::UdpAllowed);
     }
-    answer(facts, pod, packet).unwrap_or(Verdict::Drop(Reason::GuardInboundUdp))
+    // `udp: deny` of an open pod concerns the mesh only.
+    if !is_strict(pod) && !facts.in_mesh(&packet.remote) && !is_neighbour(&packet.remote) {
+        return Verdict::Except(Exception::Outside);
+    }
+    answer_or(facts, pod, packet, Reason::GuardInboundUdp)
 }
 
-/// Returns the verdict on an answer to what the pod sent; `None` for everything else.
+/// Returns the verdict on what only arrives as an answer to what the pod sent.
 #[inline(always)]
-fn answer(facts: &impl GuardFacts, pod: &Pod, packet: &Packet) -> Option<Verdict> {
+fn answer_or(facts: &impl GuardFacts, pod: &Pod, packet: &Packet, refused: Reason) -> Verdict {
     if !facts.is_answer(pod, packet) {
-        return None;
+        return Verdict::Drop(refused);
     }
     let is_allowed = facts.is_allowed_clear(&packet.remote, packet.remote_port, packet.protocol);
-    Some(if is_allowed { Verdict::Clear(Reason::GuardAllowed) } else { Verdict::Pass })
+    Verdict::Except(if is_allowed { Exception::AllowClear } else { Exception::Answer })
+}
+
+/// Returns the verdict on a packet that passes, by `exception` if its pod is held.
+#[inline(always)]
+fn held(is_held: bool, exception: Exception) -> Verdict {
+    if is_held { Verdict::Except(exception) } else { Verdict::Pass }
 }
 
 #[inline(always)]

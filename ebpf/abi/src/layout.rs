@@ -3,7 +3,7 @@
 use crate::{Address, tcp_port};
 
 /// Version of the maps' layout and meaning, raised with every change. Pinned maps of another version are not adopted.
-pub const ABI_VERSION: u32 = 6;
+pub const ABI_VERSION: u32 = 7;
 
 /// Bounds of the maps, in entries.
 pub mod limits {
@@ -30,8 +30,13 @@ pub mod limits {
     pub const NODE_ADDRESSES: u32 = 1024;
     /// Addresses of all nodes of the cluster, up to three for each of 5,000 nodes.
     pub const CLUSTER_NODES: u32 = 16 * 1024;
-    /// Ports of load balancers that have addresses of nodes.
+    /// Ports of load balancers that have addresses of nodes, with the address: the shares of namespaces.
     pub const NODE_SERVICES: u32 = 16 * 1024;
+    /// Most of one namespace: a load balancer with three ports at the addresses of 1,300 nodes.
+    pub const NODE_SERVICES_PER_NAMESPACE: u32 = NODE_SERVICES / 4;
+    /// Entries of the map of these ports: twice what it can have, since new entries come before old ones go. An address that
+    /// load balancers have takes one entry too. Entries are allocated on demand, the 1 MiB of hash buckets at once.
+    pub const NODE_SERVICE_ENTRIES: u32 = 2 * (NODE_SERVICES + CLUSTER_NODES);
     /// Cgroups of the agent and of predecessors that still drain.
     pub const AGENTS: u32 = 16;
     /// Destinations of `allowClear`.
@@ -86,8 +91,8 @@ pub struct State {
     pub stale_after: u64,
     /// [`Mode`] of the mesh, applied to pods without an entry. 0 (never written) leaves them alone.
     pub default_mode: u32,
-    /// Bits of [`crate::node_port::flag`].
-    pub node_services: u32,
+    /// Explicit padding, zero.
+    pub pad: u32,
     /// Secret of the hashes of [`crate::answer_cells`] and [`crate::NodeFlow::key`], so that pods cannot choose cells or forge a
     /// flow. The first heartbeat sets it; it stays the same while the map is pinned.
     pub seed: u64,

@@ -23,6 +23,7 @@ mod arrival;
 mod cells;
 mod claim;
 mod drops;
+mod exception;
 mod guard;
 mod held;
 mod inbound;
@@ -45,8 +46,9 @@ pub use arrival::{Arrival, ArrivalFacts, decide_arrival, seconds};
 pub use cells::pod_secret;
 pub use claim::{Claim, may_claim, may_send_from};
 pub use drops::{DROP_WAYS, DropCounter, PodDrops, drops_index};
+pub use exception::{EXCEPTION_COUNTERS, EXCEPTIONS, Exception, ExceptionHook, ExceptionText};
 pub use guard::{
-    Accepted, GuardFacts, Hook, Packet, Segment, Verdict, decide_egress, decide_ingress, protocol,
+    Accepted, GuardFacts, Hook, Marked, Packet, Segment, Verdict, decide_egress, decide_ingress, protocol,
 };
 pub use held::{
     HELD_PACKET_MAX, HELD_PACKET_MIN, HELD_RING_BYTES, HELD_RINGS, HELD_SHARE, HeldEnd, HeldShare, HeldSyn,

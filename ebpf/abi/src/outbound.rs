@@ -37,6 +37,9 @@ pub trait ConnectFacts {
 pub enum Connect {
     /// Connects as without Tacit.
     Leave(Reason),
+    /// As [`Connect::Leave`], of a held pod and inside its own network namespace, where the guard sees no packet:
+    /// [`Exception::Loopback`](crate::Exception::Loopback) is counted too.
+    Inside(Reason),
     /// Is redirected to the agent. The hook stores the destination and needs the pod's entry.
     Capture(Pod),
     /// Fails with the error of [`connect_error`], or with EPERM where the kernel has no `bpf_set_retval`.
@@ -70,14 +73,15 @@ pub fn decide_connect(facts: &impl ConnectFacts, destination: &Address) -> Conne
     if pod.has(pod_flag::EXEMPT) {
         return Connect::Leave(Reason::ConnectNotEnrolled);
     }
+    let is_held = pod.has(pod_flag::EGRESS_STRICT);
     if !facts.is_tcp() {
-        return Connect::Leave(Reason::ConnectNotStream);
+        return left(facts, is_held, &pod, destination, Reason::ConnectNotStream);
     }
     if !facts.in_mesh(destination) {
-        return Connect::Leave(Reason::ConnectOutsideMesh);
+        return left(facts, is_held, &pod, destination, Reason::ConnectOutsideMesh);
     }
     if pod.owns(destination) {
-        return Connect::Leave(Reason::ConnectOwnAddress);
+        return left(facts, is_held, &pod, destination, Reason::ConnectOwnAddress);
     }
     if facts.is_allowed_clear(destination) {
         return Connect::Leave(Reason::ConnectAllowedClear);
@@ -118,7 +122,31 @@ fn unknown_pod(facts: &impl ConnectFacts, destination: &Address) -> Connect {
         && !facts.is_allowed_clear(destination)
         && !facts.is_in_node_netns()
         && !facts.is_agent();
-    if denied { Connect::Deny(Reason::ConnectUnknownPod) } else { Connect::Leave(Reason::ConnectNotEnrolled) }
+    if denied {
+        return Connect::Deny(Reason::ConnectUnknownPod);
+    }
+    let is_held = facts.default_is_strict() && is_loopback(destination) && !facts.is_agent();
+    left(facts, is_held, &Pod::unknown(), destination, Reason::ConnectNotEnrolled)
+}
+
+/// Returns the verdict on a connection that is left as without Tacit.
+#[inline(always)]
+fn left(
+    facts: &impl ConnectFacts,
+    is_held: bool,
+    pod: &Pod,
+    destination: &Address,
+    reason: Reason,
+) -> Connect {
+    let is_inside = is_held
+        && (is_loopback(destination) || pod.owns(destination) && facts.netns_cookie() == pod.netns_cookie);
+    if is_inside { Connect::Inside(reason) } else { Connect::Leave(reason) }
+}
+
+/// Returns true for destinations that the kernel reaches on the loopback of any network namespace.
+#[inline(always)]
+fn is_loopback(destination: &Address) -> bool {
+    destination.is_loopback() || destination.is_none_of_family()
 }
 
 #[cfg(test)]

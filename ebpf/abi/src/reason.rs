@@ -57,15 +57,11 @@ reasons! {
     GuardNotIp, "guard_not_ip", "frame of a STRICT pod that is neither IP nor plain ARP, or one of any pod with nested VLAN tags: dropped on its link";
     GuardUnreadable, "guard_unreadable", "packet of a STRICT pod that ends before its headers do: dropped";
     GuardClear, "guard_open_clear", "plaintext packet of an open pod into the mesh: passed";
-    GuardReply, "guard_reply_clear", "packet of a connection that was accepted as plaintext, as its mode allows: passed";
-    GuardUdpClear, "guard_udp_clear", "plaintext UDP into the mesh of a pod with `udp: allow`: passed";
-    GuardAllowed, "guard_allowed_clear", "packet to or from a destination of allowClear: passed";
     GuardInboundTcp, "guard_inbound_tcp", "plaintext TCP to a STRICT port, or past the agent to a pod that policies select: dropped";
     GuardInboundUdp, "guard_inbound_udp", "plaintext UDP to a STRICT pod that is no answer to it: dropped";
     GuardInboundOther, "guard_inbound_other", "another IP protocol to a STRICT pod that is no answer to it: dropped";
     GuardEncapsulated, "guard_encapsulated", "packet of a STRICT pod that a node would unpack, such as VXLAN or GRE: dropped";
     GuardHeld, "guard_held", "packet of or to a pod without an entry, in a STRICT mesh, that the rules for a STRICT pod refuse: dropped";
-    GuardNodeAddress, "guard_node_address_clear", "packet to an address of the node, for a pod that no source has named yet, or of its TCP from there: passed";
     InboundAuthorize, "inbound_to_judge", "inbound plaintext to a pod that authorization policies select: redirected to the agent, which passes or resets it";
     ConnectShare, "connect_share", "mesh connect of a pod whose share of pending connections is used up: denied";
     ConnectDevice, "connect_device", "mesh connect of a STRICT pod by a socket that is bound to a device other than the loopback: denied";

@@ -11,9 +11,9 @@ use proptest::{
     test_runner::Config,
 };
 use tacit_abi::{
-    Accepted, Address, Connect, ConnectFacts, GuardFacts, Hook, Inbound, InboundFacts, Link, Listener, Mode,
-    Packet, Pod, Reason, Segment, Steer, Steered, Tuple, Verdict, decide_connect, decide_egress,
-    decide_inbound, decide_ingress, may_send_from, pod_flag, protocol, steer_flag, tcp_port,
+    Accepted, Address, Connect, ConnectFacts, GuardFacts, Hook, Inbound, InboundFacts, Link, Listener,
+    Marked, Mode, Packet, Pod, Reason, Segment, Steer, Steered, Tuple, Verdict, decide_connect,
+    decide_egress, decide_inbound, decide_ingress, may_send_from, pod_flag, protocol, steer_flag, tcp_port,
 };
 
 fn config() -> Config {
@@ -54,8 +54,8 @@ impl GuardFacts for Facts {
     fn is_agent(&self) -> bool {
         self.agent
     }
-    fn is_tunnel(&self) -> bool {
-        self.tunnel
+    fn marked(&self) -> Option<Marked> {
+        self.tunnel.then_some(Marked::Tunnel)
     }
     fn in_mesh(&self, _: &Address) -> bool {
         self.mesh
@@ -460,7 +460,7 @@ proptest! {
     #[test]
     fn a_connection_into_the_mesh_is_left_alone_only_for_a_listed_reason(facts in facts(), destination in address()) {
         let verdict = decide_connect(&facts, &destination);
-        let is_left = matches!(verdict, Connect::Leave(_));
+        let is_left = matches!(verdict, Connect::Leave(_) | Connect::Inside(_));
         let is_outside = !facts.tcp || !facts.mesh || facts.allowed_clear;
         let expected = match facts.pod {
             None => is_outside || !facts.default_is_strict || facts.agent || facts.node_netns,

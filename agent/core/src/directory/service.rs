@@ -26,6 +26,7 @@ pub struct Service {
     /// Its `externalIPs`, which its creator writes: an address of a pod or a node is not used.
     pub external_ips: Vec<IpAddr>,
     /// Addresses of its load balancer, which a controller writes and which the node itself serves.
+    /// In order, each once.
     pub ingress_ips: Vec<IpAddr>,
     /// Its TCP ports.
     pub ports: Vec<ServicePort>,
@@ -46,6 +47,11 @@ impl Service {
     /// Its addresses that other services may have too, at other ports.
     pub(super) fn outer_addresses(&self) -> impl Iterator<Item = &IpAddr> {
         self.external_ips.iter().chain(&self.ingress_ips)
+    }
+
+    /// Returns true for an address of its load balancer.
+    pub(super) fn has_ingress(&self, address: &IpAddr) -> bool {
+        self.ingress_ips.binary_search(address).is_ok()
     }
 
     pub(super) fn has_port(&self, number: u16) -> bool {

@@ -37,7 +37,7 @@ impl OuterAddress {
             return;
         }
         self.services.push(Arc::clone(service));
-        self.ingress_count += usize::from(service.ingress_ips.contains(&address));
+        self.ingress_count += usize::from(service.has_ingress(&address));
         service.ports.iter().for_each(|port| self.settle(port.port));
     }
 
@@ -45,7 +45,7 @@ impl OuterAddress {
         let before = self.services.len();
         self.services.retain(|known| !Arc::ptr_eq(known, service));
         if self.services.len() < before {
-            self.ingress_count -= usize::from(service.ingress_ips.contains(&address));
+            self.ingress_count -= usize::from(service.has_ingress(&address));
             service.ports.iter().for_each(|port| self.settle(port.port));
         }
     }

@@ -303,7 +303,7 @@ fn external_addresses_are_a_services_unless_somebody_else_has_them() {
         namespace: "shop".into(),
         addresses: Vec::new(),
         external_ips: external.iter().map(|text| address(text)).collect(),
-        ingress_ips: ingress.iter().map(|text| address(text)).collect(),
+        ingress_ips: ingress.iter().map(|text| address(text)).collect::<BTreeSet<_>>().into_iter().collect(),
         udp_ports: vec![port],
         ports: vec![ServicePort {
             port,
@@ -351,7 +351,7 @@ fn external_addresses_are_a_services_unless_somebody_else_has_them() {
     assert_eq!((name(&directory, "203.0.113.2:6443"), directory.knows(shared[0])), (None, false));
     let mut services: Vec<_> = directory.node_services().collect();
     services.sort_unstable();
-    let both = |text: &str| [(at(text), IpProtocol::Tcp), (at(text), IpProtocol::Udp)];
+    let both = |text: &str| [("shop", at(text), IpProtocol::Tcp), ("shop", at(text), IpProtocol::Udp)];
     assert_eq!(services, [both("203.0.113.2:25"), both("203.0.113.2:80")].concat());
     let changes = directory.conflict_changes();
     directory.set_node_addresses(&"c".into(), &shared, &[]);

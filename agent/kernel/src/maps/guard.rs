@@ -12,9 +12,7 @@ use std::{
 
 use aya::maps::{Array, HashMap, MapData};
 use nix::time::{ClockId, clock_gettime};
-use tacit_abi::{
-    Address, ClearKey, DropCounter, Link, Mode, PodDrops, REASONS, State, hardware_address, node_port,
-};
+use tacit_abi::{Address, ClearKey, DropCounter, Link, Mode, PodDrops, REASONS, State, hardware_address};
 
 use super::{
     super::{
@@ -54,7 +52,6 @@ pub(super) struct GuardMaps {
     state: Mutex<AgentState>,
     agents: Mutex<HashMap<MapData, u64, u32>>,
     clear: Mutex<HashMap<MapData, ClearKey, u32>>,
-    pub(super) node_services: Mutex<HashMap<MapData, ClearKey, u32>>,
     links: Mutex<HashMap<MapData, u32, Link>>,
     hardware: Mutex<HashMap<MapData, u64, u32>>,
     drops: Array<MapData, PodDrops>,
@@ -66,7 +63,6 @@ impl GuardMaps {
             state: AgentState::take(programs)?,
             agents: typed(programs, "AGENTS")?,
             clear: typed(programs, "CLEAR")?,
-            node_services: typed(programs, "NODE_SERVICES")?,
             links: typed(programs, "LINKS")?,
             hardware: typed(programs, "NODE_HARDWARE")?,
             drops: unlocked(programs, "DROPS")?,
@@ -79,18 +75,13 @@ struct AgentState {
     map: Array<MapData, State>,
     /// Part of every heartbeat: the agent before writes the same entry while this one takes over.
     default_mode: Mode,
-    /// As `default_mode`. Bits of [`node_port::flag`].
-    node_services: u32,
 }
 
 impl AgentState {
     fn take(programs: &mut Programs) -> Result<Mutex<Self>, KernelError> {
         let map = typed::<Array<MapData, State>>(programs, "STATE")?;
         let map = map.into_inner().unwrap_or_else(PoisonError::into_inner);
-        // The tables stay as the agent before left them, until this one has read the nodes.
-        let left = map.get(&0, 0).map_err(failed("STATE"))?.node_services;
-        let node_services = left | node_port::flag::LISTED;
-        Ok(Mutex::new(Self { map, default_mode: Mode::Strict, node_services }))
+        Ok(Mutex::new(Self { map, default_mode: Mode::Strict }))
     }
 }
 
@@ -108,7 +99,7 @@ impl super::Maps {
             heartbeat: nanoseconds(Duration::from(now)),
             stale_after: nanoseconds(stale_after),
             default_mode: state.default_mode as u32,
-            node_services: state.node_services,
+            pad: 0,
             seed: if kept == 0 { random() } else { kept },
         };
         state.map.set(0, beat, 0).map_err(failed("STATE"))
@@ -132,19 +123,6 @@ impl super::Maps {
         state.default_mode = mode;
         let last = state.map.get(&0, 0).map_err(failed("STATE"))?;
         state.map.set(0, State { default_mode: mode as u32, ..last }, 0).map_err(failed("STATE"))
-    }
-
-    /// Sets or clears bits of [`node_port::flag`].
-    ///
-    /// # Errors
-    /// [`KernelError::Map`]. The next heartbeat writes the bits again.
-    pub(super) fn mark_node_services(&self, flag: u32, is_set: bool) -> Result<(), KernelError> {
-        let mut state = lock(&self.guard.state);
-        let others = state.node_services & !flag;
-        state.node_services = if is_set { others | flag } else { others };
-        let last = state.map.get(&0, 0).map_err(failed("STATE"))?;
-        let node_services = state.node_services;
-        state.map.set(0, State { node_services, ..last }, 0).map_err(failed("STATE"))
     }
 
     /// Says that the agent goes: from now on the kernel decides by mode alone.

@@ -1,15 +1,92 @@
 //! The tables of services at nodes: addresses of the cluster's nodes, and ports of load balancers that have such addresses.
 //!
 //! While a table lacks an entry, the kernel takes every address, or every port of a node, for one of a service. So a STRICT
-//! pod sends nothing there as plaintext.
+//! pod sends nothing there as plaintext. The flag that says so comes before the table changes, and goes after it has. The flags have
+//! a map of their own: no heartbeat writes them, neither this agent's nor that of one which ends.
 
-use std::{collections::HashSet, hash::Hash, net::IpAddr};
+use std::{
+    collections::{BTreeSet, HashSet},
+    hash::Hash,
+    net::{IpAddr, SocketAddr},
+};
 
-use tacit_abi::{limits, node_port::flag};
+use aya::maps::{Array, HashMap, MapData};
+use tacit_abi::{
+    Address, ClearKey, limits,
+    node_port::{PORT_WORDS, flag, port_bit},
+};
 
 use super::{
-    super::KernelError, Maps, PlaintextDestination, address, failed, guard::clear_key, lock, replace_all,
+    super::{KernelError, programs::Programs},
+    Maps, PRESENT, PlaintextDestination, address, failed,
+    guard::clear_key,
+    lock, replace_all, unlocked,
 };
+
+/// The ports of load balancers at addresses of nodes.
+#[derive(Debug, Clone, Default)]
+pub struct NodeServicePorts {
+    /// Ports at one address each.
+    pub exact: Vec<PlaintextDestination>,
+    /// Ports, with the number of the IP protocol, that count at each of `addresses`.
+    pub anywhere: Vec<(u16, u8)>,
+    /// The addresses of nodes that load balancers have.
+    pub addresses: BTreeSet<IpAddr>,
+}
+
+/// Typed handles of the tables.
+pub(super) struct NodeTables {
+    flags: Array<MapData, u32>,
+    nodes: HashMap<MapData, Address, u32>,
+    services: HashMap<MapData, ClearKey, u32>,
+    ports: Array<MapData, u64>,
+}
+
+impl NodeTables {
+    pub(super) fn take(programs: &mut Programs) -> Result<Self, KernelError> {
+        Ok(Self {
+            flags: unlocked(programs, "NODE_TABLES")?,
+            nodes: unlocked(programs, "CLUSTER_NODES")?,
+            services: unlocked(programs, "NODE_SERVICES")?,
+            ports: unlocked(programs, "NODE_SERVICE_PORTS")?,
+        })
+    }
+
+    /// Sets or clears bits of [`flag`].
+    fn mark(&mut self, flag: u32, is_set: bool) -> Result<(), KernelError> {
+        const MAP: &str = "NODE_TABLES";
+        let others = self.flags.get(&0, 0).map_err(failed(MAP))? & !flag;
+        self.flags.set(0, if is_set { others | flag } else { others }, 0).map_err(failed(MAP))
+    }
+
+    /// Makes the words of the bitmap those that `word` returns.
+    fn set_ports(&mut self, word: impl Fn(u64, u64) -> u64, wanted: &[u64]) -> Result<(), KernelError> {
+        const MAP: &str = "NODE_SERVICE_PORTS";
+        for (index, wanted) in (0..PORT_WORDS).zip(wanted) {
+            let present = self.ports.get(&index, 0).map_err(failed(MAP))?;
+            let new = word(present, *wanted);
+            if new != present {
+                self.ports.set(index, new, 0).map_err(failed(MAP))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the entries those of `wanted`. What is new comes before what is gone goes.
+    fn set_services(&mut self, wanted: &HashSet<ClearKey>, ports: &[u64]) -> Result<(), KernelError> {
+        const MAP: &str = "NODE_SERVICES";
+        self.set_ports(|present, wanted| present | wanted, ports)?;
+        let present: HashSet<ClearKey> = self.services.keys().filter_map(Result::ok).collect();
+        for new in wanted.difference(&present) {
+            self.services.insert(new, PRESENT, 0).map_err(failed(MAP))?;
+        }
+        for gone in present.difference(wanted) {
+            // One that stays makes a port one of a service for longer.
+            let _ = self.services.remove(gone);
+        }
+        self.set_ports(|_, wanted| wanted, ports)
+    }
+}
 
 impl Maps {
     /// Makes the addresses of the cluster's nodes exactly `addresses`.
@@ -20,8 +97,12 @@ impl Maps {
     pub fn set_cluster_nodes(&self, addresses: impl Iterator<Item = IpAddr>) -> Result<(), KernelError> {
         const MAP: &str = "CLUSTER_NODES";
         let (wanted, room) = fitting(addresses.map(address), limits::CLUSTER_NODES as usize, MAP);
-        let written = replace_all(&mut lock(&self.cluster_nodes), &wanted).map_err(failed(MAP)).and(room);
-        self.mark_node_services(flag::NODES_UNKNOWN, written.is_err())?;
+        let mut tables = lock(&self.node_tables);
+        if room.is_err() {
+            tables.mark(flag::NODES_KNOWN, false)?;
+        }
+        let written = replace_all(&mut tables.nodes, &wanted).map_err(failed(MAP)).and(room);
+        tables.mark(flag::NODES_KNOWN, written.is_ok())?;
         written
     }
 
@@ -30,17 +111,33 @@ impl Maps {
     /// # Errors
     /// [`KernelError::Full`] for more than the map holds; those that fit are written. [`KernelError::Map`]. Every port of a node
     /// counts as one of a service after an error.
-    pub fn set_node_services(
-        &self,
-        ports: impl Iterator<Item = PlaintextDestination>,
-    ) -> Result<(), KernelError> {
+    pub fn set_node_services(&self, ports: &NodeServicePorts) -> Result<(), KernelError> {
         const MAP: &str = "NODE_SERVICES";
-        let keys = ports.map(|port| clear_key(&port));
-        let (wanted, room) = fitting(keys, limits::NODE_SERVICES as usize, MAP);
-        let written =
-            replace_all(&mut lock(&self.guard.node_services), &wanted).map_err(failed(MAP)).and(room);
-        self.mark_node_services(flag::PORTS_UNKNOWN, written.is_err())?;
-        self.mark_node_services(flag::LISTED, !wanted.is_empty())?;
+        let balanced = ports
+            .addresses
+            .iter()
+            .map(|ip| PlaintextDestination { address: SocketAddr::new(*ip, 0), protocol: 0 });
+        let (addresses, room) =
+            fitting(balanced.map(|at| clear_key(&at)), limits::CLUSTER_NODES as usize, MAP);
+        let (mut wanted, exact_room) =
+            fitting(ports.exact.iter().map(clear_key), limits::NODE_SERVICES as usize, MAP);
+        wanted.extend(addresses);
+        let room = room.and(exact_room);
+        let mut bits = vec![0_u64; PORT_WORDS as usize];
+        for (word, bit) in ports.anywhere.iter().map(|(port, protocol)| port_bit(*port, (*protocol).into())) {
+            bits[word as usize] |= bit;
+        }
+        let is_empty = wanted.is_empty() && ports.anywhere.is_empty();
+        let mut tables = lock(&self.node_tables);
+        if room.is_err() {
+            tables.mark(flag::PORTS_UNKNOWN, true)?;
+        }
+        if !is_empty {
+            tables.mark(flag::LISTED, true)?;
+        }
+        let written = tables.set_services(&wanted, &bits).and(room);
+        tables.mark(flag::PORTS_UNKNOWN, written.is_err())?;
+        tables.mark(flag::LISTED, !is_empty)?;
         written
     }
 }

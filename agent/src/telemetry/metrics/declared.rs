@@ -186,6 +186,13 @@ pub(super) static KERNEL_VERDICTS: Metric = Metric {
     labels: &["reason"],
     help: "Decisions of the kernel programs.",
 };
+pub(super) static KERNEL_EXCEPTIONS: Metric = Metric {
+    name: "tacit_kernel_exceptions",
+    unit: None,
+    kind: MetricType::Counter,
+    labels: &["exception", "hook"],
+    help: "Plaintext of and to STRICT or unknown pods, and UDP of pods with `udp: deny`, that passed by an exception: connections at hook connect, packets at the others. A packet that leaves a pod is counted at its socket and on its link.",
+};
 pub(super) static DETACHED: Metric = Metric {
     name: "tacit_detached",
     unit: None,

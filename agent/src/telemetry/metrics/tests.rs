@@ -76,6 +76,7 @@ fn what_the_status_knows_is_exposed() {
         r#"tacit_share_limit{resource="connections",scope="holder"} 64"#,
         r#"tacit_share_refused_total{resource="handshakes"} 7"#,
         r#"tacit_kernel_verdicts_total{reason="deny_stale_agent"} 3"#,
+        r#"tacit_kernel_exceptions_total{exception="allow_clear",hook="egress"} 9"#,
         r#"tacit_certificate_expiry_timestamp_seconds{identity="spiffe://cluster.local/ns/shop/sa/web"} 1767323045"#,
         r#"tacit_certificate_last_renewal_timestamp_seconds{identity="spiffe://cluster.local/ns/shop/sa/web"} 1767236645"#,
         r#"tacit_certificate_renewal_failures_total{identity="spiffe://cluster.local/ns/shop/sa/api"} 1"#,

@@ -137,6 +137,16 @@ impl Page {
             table.row([(&counter.name).into(), counter.value.into(), (&counter.help).into()]);
         }
         self.section("KERNEL VERDICTS", &table);
+        let mut table = Table::new(["EXCEPTION", "HOOK", "COUNT", "MEANING"]);
+        for exception in &status.exceptions {
+            table.row([
+                (&exception.name).into(),
+                (&exception.hook).into(),
+                exception.value.into(),
+                (&exception.help).into(),
+            ]);
+        }
+        self.section("PLAINTEXT OF HELD PODS THAT PASSED", &table);
     }
 
     fn guard(&mut self, status: &Status) {

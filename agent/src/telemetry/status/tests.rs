@@ -79,6 +79,12 @@ pub(in crate::telemetry) fn sample() -> Status {
             help: "Refused in STRICT because the agent is gone".to_owned(),
             value: 3,
         }],
+        exceptions: vec![ExceptionStatus {
+            name: "allow_clear".to_owned(),
+            hook: "egress".to_owned(),
+            help: "To or from a destination of allowClear".to_owned(),
+            value: 9,
+        }],
         guard: GuardStatus {
             resets_at_enrolment: 2,
             drops: vec![DropStatus {

@@ -2,11 +2,15 @@
 
 use super::*;
 use crate::{Arrival, ArrivalFacts, Claim, Link, decide_arrival, may_claim, may_send_from};
-use Reason::{
-    GuardAllowed, GuardClear, GuardEncapsulated, GuardIcmp, GuardInboundOther, GuardInboundTcp,
-    GuardInboundUdp, GuardNodeAddress, GuardOther, GuardReply, GuardSpoofed, GuardTcp, GuardUdp,
-    GuardUdpClear,
+use Exception::{
+    AllowClear, Answer, DisabledPort, Discovery, InboundIcmp, NodeAddress, NodeFlow, Outside, OwnAddress,
+    OwnNode, PlaintextPort, TunnelCookie, UdpAllowed, WithoutData,
 };
+use Reason::{
+    GuardClear, GuardEncapsulated, GuardIcmp, GuardInboundOther, GuardInboundTcp, GuardInboundUdp,
+    GuardOther, GuardSpoofed, GuardTcp, GuardUdp,
+};
+use Verdict::{Ask, Except};
 
 mod counts;
 
@@ -41,7 +45,7 @@ fn tcp(segment: Segment) -> Packet {
 #[derive(Clone, Copy, Debug)]
 struct Facts {
     agent: bool,
-    tunnel: bool,
+    marked: Option<Marked>,
     mesh: bool,
     node: bool,
     service: bool,
@@ -60,8 +64,8 @@ impl GuardFacts for Facts {
     fn is_agent(&self) -> bool {
         self.agent
     }
-    fn is_tunnel(&self) -> bool {
-        self.tunnel
+    fn marked(&self) -> Option<Marked> {
+        self.marked
     }
     fn in_mesh(&self, _: &Address) -> bool {
         self.mesh
@@ -120,7 +124,7 @@ impl ArrivalFacts for Facts {
 /// The other end is in the mesh; nothing else is known.
 const MESH: Facts = Facts {
     agent: false,
-    tunnel: false,
+    marked: None,
     mesh: true,
     node: false,
     service: false,
@@ -155,9 +159,7 @@ fn a_strict_pods_sockets_send_no_plaintext() {
             assert_eq!(egress(MESH, open()), Verdict::Clear(GuardClear));
             assert_eq!(egress(MESH, Pod { flags: pod_flag::EXEMPT, ..strict() }), Verdict::Pass);
             let allowed = egress(Facts { allowed: true, ..MESH }, strict());
-            let is_allowed =
-                matches!(allowed, Verdict::Clear(GuardAllowed) | Verdict::AskClear(GuardAllowed));
-            assert!(is_allowed, "{allowed:?}");
+            assert!(matches!(allowed, Except(AllowClear) | Ask(AllowClear)), "{allowed:?}");
         }
     }
 }
@@ -171,7 +173,7 @@ fn a_strict_pod_reaches_what_is_outside_the_mesh_and_no_neighbour() {
             decide_egress(&facts, &strict(), hook, &Packet { remote, ..packet(number) })
         };
         for hook in HOOKS {
-            assert!(matches!(to(v4(9), OUTSIDE, hook), Verdict::Pass | Verdict::Ask));
+            assert!(matches!(to(v4(9), OUTSIDE, hook), Except(Outside) | Ask(Outside)));
             assert!(matches!(to(link_local, OUTSIDE, hook), Verdict::Drop(_)));
             assert!(matches!(to(multicast, OUTSIDE, hook), Verdict::Drop(_)));
         }
@@ -200,7 +202,7 @@ fn a_strict_pod_answers_datagrams_that_the_node_sent_from_a_port_of_services() {
     let answered = Facts { node_flow: true, ..service };
     for hook in HOOKS {
         let to = |facts, number| decide_egress(&facts, &strict(), hook, &packet(number));
-        assert_eq!(to(answered, protocol::UDP), Verdict::Ask);
+        assert_eq!(to(answered, protocol::UDP), Ask(NodeFlow));
         assert_eq!(to(service, protocol::UDP), Verdict::Drop(GuardUdp));
         assert_eq!(to(Facts { node: false, ..answered }, protocol::UDP), Verdict::Drop(GuardUdp));
         assert_eq!(to(answered, protocol::TCP), Verdict::Drop(GuardTcp), "TCP is accepted as the node's");
@@ -213,7 +215,10 @@ fn of_the_agents_packets_only_tunnels_pass_a_link() {
     let egress = |facts, hook| decide_egress(&facts, &strict(), hook, &packet(protocol::TCP));
     assert_eq!(egress(agent, Hook::Socket), Verdict::Pass);
     assert_eq!(egress(agent, Hook::Link), Verdict::Drop(GuardTcp));
-    assert_eq!(egress(Facts { tunnel: true, ..agent }, Hook::Link), Verdict::Pass);
+    assert_eq!(egress(Facts { marked: Some(Marked::Tunnel), ..agent }, Hook::Link), Verdict::Pass);
+    let disabled = Facts { marked: Some(Marked::Disabled), ..agent };
+    assert_eq!(egress(disabled, Hook::Link), Except(DisabledPort), "plaintext, as the peer's mode wants it");
+    assert_eq!(decide_egress(&disabled, &open(), Hook::Link, &packet(protocol::TCP)), Verdict::Pass);
     // The pod can rewrite ports.
     let rewritten =
         Packet { local_port: tcp_port::TUNNEL, remote_port: tcp_port::TUNNEL, ..packet(protocol::TCP) };
@@ -241,12 +246,12 @@ fn a_pod_that_no_source_has_named_serves_the_nodes_addresses_only() {
     let node = Facts { node: true, ..MESH };
     let opening = Packet { segment: Segment::Syn, ..packet(protocol::TCP) };
     let arrives = |facts, pod| decide_ingress(&facts, &pod, &opening);
-    assert_eq!(arrives(node, Pod::unknown()), Verdict::Clear(GuardNodeAddress));
+    assert_eq!(arrives(node, Pod::unknown()), Except(NodeAddress));
     assert!(matches!(arrives(MESH, Pod::unknown()), Verdict::Drop(_)));
     assert!(matches!(arrives(node, strict()), Verdict::Drop(_)), "a named pod does not have these addresses");
     let of_socket = Facts { tcp_socket: true, ..node };
     let sent = |facts, pod, hook, protocol| decide_egress(&facts, &pod, hook, &packet(protocol));
-    let passes = Verdict::Clear(GuardNodeAddress);
+    let passes = Except(NodeAddress);
     assert_eq!(sent(of_socket, Pod::unknown(), Hook::Socket, protocol::TCP), passes);
     for (facts, pod, hook, protocol) in [
         (of_socket, strict(), Hook::Socket, protocol::TCP),
@@ -265,13 +270,14 @@ fn a_pod_that_no_source_has_named_serves_the_nodes_addresses_only() {
 fn tcp_segments_without_data_pass() {
     for segment in [Segment::Bare, Segment::SynAck] {
         let egress = |facts, hook| decide_egress(&facts, &strict(), hook, &tcp(segment));
-        assert_eq!(egress(Facts { tcp_socket: true, ..MESH }, Hook::Socket), Verdict::Pass);
-        assert_eq!(egress(Facts { tcp_socket: true, ..MESH }, Hook::Link), Verdict::Pass);
+        assert_eq!(egress(Facts { tcp_socket: true, ..MESH }, Hook::Socket), Except(WithoutData));
+        assert_eq!(egress(Facts { tcp_socket: true, ..MESH }, Hook::Link), Except(WithoutData));
         // A raw socket can write data into header fields.
         assert_eq!(egress(MESH, Hook::Socket), Verdict::Drop(GuardTcp));
         assert_eq!(egress(MESH, Hook::Link), Verdict::Drop(GuardTcp));
-        assert_eq!(egress(Facts { node_socket: true, ..MESH }, Hook::Link), Verdict::Pass);
-        assert_eq!(decide_ingress(&MESH, &strict(), &tcp(segment)), Verdict::Pass);
+        assert_eq!(egress(Facts { node_socket: true, ..MESH }, Hook::Link), Except(WithoutData));
+        assert_eq!(decide_ingress(&MESH, &strict(), &tcp(segment)), Except(WithoutData));
+        assert_eq!(decide_ingress(&MESH, &open(), &tcp(segment)), Verdict::Pass);
     }
 }
 
@@ -280,7 +286,7 @@ fn a_cookie_of_the_tunnel_listener_passes_the_link_without_a_socket() {
     let answer = Packet { local_port: tcp_port::TUNNEL, ..tcp(Segment::SynAck) };
     let cookie = Facts { cookie: true, ..MESH };
     let egress = |facts, hook, packet| decide_egress(&facts, &strict(), hook, &packet);
-    assert_eq!(egress(cookie, Hook::Link, answer), Verdict::Pass);
+    assert_eq!(egress(cookie, Hook::Link, answer), Except(TunnelCookie));
     assert_eq!(egress(MESH, Hook::Link, answer), Verdict::Drop(GuardTcp));
     assert_eq!(egress(cookie, Hook::Socket, answer), Verdict::Drop(GuardTcp));
     assert_eq!(egress(cookie, Hook::Link, Packet { local_port: 80, ..answer }), Verdict::Drop(GuardTcp));
@@ -296,11 +302,11 @@ fn replies_pass_as_long_as_their_port_takes_plaintext() {
     let egress = |facts: Facts| decide_egress(&facts, &strict(), Hook::Socket, &packet(protocol::TCP));
     assert_eq!(egress(accepted), Verdict::Drop(GuardTcp));
     let permissive = Facts { port_mode: Some(Mode::Permissive), ..accepted };
-    assert_eq!(egress(permissive), Verdict::Clear(GuardReply));
+    assert_eq!(egress(permissive), Except(PlaintextPort));
     assert_eq!(egress(Facts { accepted: None, ..permissive }), Verdict::Drop(GuardTcp));
     // The address of the node alone is no proof.
     assert_eq!(egress(Facts { node: true, ..accepted }), Verdict::Drop(GuardTcp));
-    assert_eq!(egress(Facts { accepted: Some(Accepted::Node), ..MESH }), Verdict::Clear(GuardReply));
+    assert_eq!(egress(Facts { accepted: Some(Accepted::Node), ..MESH }), Except(NodeFlow));
 }
 
 #[test]
@@ -314,7 +320,7 @@ fn encapsulated_packets_of_a_strict_pod_go_nowhere() {
             }
         }
         assert_eq!(decide_egress(&OUTSIDE, &open(), hook, &to(47, 0)), Verdict::Pass);
-        assert_eq!(decide_egress(&OUTSIDE, &strict(), hook, &to(17, 53)), Verdict::Ask);
+        assert_eq!(decide_egress(&OUTSIDE, &strict(), hook, &to(17, 53)), Ask(Outside));
     }
 }
 
@@ -322,8 +328,8 @@ fn encapsulated_packets_of_a_strict_pod_go_nowhere() {
 fn udp_has_its_own_setting() {
     let pod = Pod { flags: pod_flag::EGRESS_STRICT | pod_flag::UDP_ALLOWED, ..strict() };
     let udp = packet(protocol::UDP);
-    assert_eq!(decide_egress(&MESH, &pod, Hook::Link, &udp), Verdict::Clear(GuardUdpClear));
-    assert_eq!(decide_ingress(&MESH, &pod, &udp), Verdict::Clear(GuardUdpClear));
+    assert_eq!(decide_egress(&MESH, &pod, Hook::Link, &udp), Except(UdpAllowed));
+    assert_eq!(decide_ingress(&MESH, &pod, &udp), Except(UdpAllowed));
     let tcp = packet(protocol::TCP);
     assert_eq!(decide_egress(&MESH, &pod, Hook::Link, &tcp), Verdict::Drop(GuardTcp));
 }
@@ -334,8 +340,12 @@ fn an_open_pod_may_be_denied_udp() {
     let udp = packet(protocol::UDP);
     assert_eq!(decide_egress(&MESH, &pod, Hook::Socket, &udp), Verdict::Drop(GuardUdp));
     assert_eq!(decide_ingress(&MESH, &pod, &udp), Verdict::Drop(GuardInboundUdp));
-    assert_eq!(decide_egress(&Facts { node: true, ..MESH }, &pod, Hook::Socket, &udp), Verdict::Ask);
-    assert_eq!(decide_ingress(&OUTSIDE, &pod, &udp), Verdict::Pass);
+    assert_eq!(decide_egress(&Facts { node: true, ..MESH }, &pod, Hook::Socket, &udp), Ask(OwnNode));
+    assert_eq!(decide_ingress(&OUTSIDE, &pod, &udp), Except(Outside));
+    let own = Packet { remote: v4(2), ..udp };
+    assert_eq!(decide_egress(&MESH, &pod, Hook::Socket, &own), Except(OwnAddress));
+    assert_eq!(decide_ingress(&MESH, &pod, &own), Except(OwnAddress));
+    assert_eq!(decide_ingress(&MESH, &pod, &tcp(Segment::Bare)), Verdict::Pass, "TCP is not held");
 }
 
 #[test]
@@ -347,7 +357,7 @@ fn a_link_carries_the_pods_own_addresses_only_in_every_mode() {
             assert_eq!(verdict, Verdict::Drop(GuardSpoofed));
         }
     }
-    let tunnel = Facts { agent: true, tunnel: true, ..MESH };
+    let tunnel = Facts { agent: true, marked: Some(Marked::Tunnel), ..MESH };
     assert_eq!(decide_egress(&tunnel, &strict(), Hook::Link, &spoofed), Verdict::Pass);
     let covered = Pod { v4: Address::NONE, ..open() };
     assert_eq!(decide_egress(&OUTSIDE, &covered, Hook::Link, &spoofed), Verdict::Pass);
@@ -388,11 +398,11 @@ fn of_icmp_only_discovery_by_the_kernel_passes_the_link() {
     let kernels = Facts { node_socket: true, ..MESH };
     assert_eq!(decide_egress(&kernels, &strict(), Hook::Link, &icmp), Verdict::Drop(GuardIcmp));
     let discovery = Packet { is_discovery: true, ..icmp };
-    assert_eq!(decide_egress(&kernels, &strict(), Hook::Link, &discovery), Verdict::Pass);
+    assert_eq!(decide_egress(&kernels, &strict(), Hook::Link, &discovery), Except(Discovery));
     assert_eq!(decide_egress(&MESH, &strict(), Hook::Link, &discovery), Verdict::Drop(GuardIcmp));
     assert_eq!(decide_egress(&kernels, &strict(), Hook::Socket, &discovery), Verdict::Drop(GuardIcmp));
     let to_node = Facts { node: true, ..MESH };
-    assert_eq!(decide_egress(&to_node, &strict(), Hook::Socket, &icmp), Verdict::Pass);
+    assert_eq!(decide_egress(&to_node, &strict(), Hook::Socket, &icmp), Except(OwnNode));
 }
 
 #[test]
@@ -402,30 +412,30 @@ fn plaintext_to_a_strict_port_is_dropped_wherever_it_comes_from() {
         assert_eq!(ingress(facts, tcp(Segment::Syn)), Verdict::Drop(GuardInboundTcp));
         assert_eq!(ingress(facts, packet(protocol::UDP)), Verdict::Drop(GuardInboundUdp));
         assert_eq!(ingress(facts, packet(SCTP)), Verdict::Drop(GuardInboundOther));
-        assert_eq!(ingress(facts, packet(protocol::ICMP)), Verdict::Pass);
+        assert_eq!(ingress(facts, packet(protocol::ICMP)), Except(InboundIcmp));
         assert_eq!(ingress(Facts { agent: true, ..facts }, tcp(Segment::Syn)), Verdict::Pass);
         let claims_node = Facts { node: true, ..facts };
         assert_eq!(ingress(claims_node, tcp(Segment::Syn)), Verdict::Drop(GuardInboundTcp));
-        assert_eq!(ingress(Facts { node_flow: true, ..claims_node }, tcp(Segment::Syn)), Verdict::Pass);
+        assert_eq!(ingress(Facts { node_flow: true, ..claims_node }, tcp(Segment::Syn)), Except(NodeFlow));
         let former_address = Facts { node_flow: true, ..facts };
         assert_eq!(ingress(former_address, tcp(Segment::Syn)), Verdict::Drop(GuardInboundTcp));
         let accepted = Facts { accepted: Some(Accepted::Other), ..facts };
         assert_eq!(ingress(accepted, tcp(Segment::Data)), Verdict::Drop(GuardInboundTcp));
         let permissive = Facts { port_mode: Some(Mode::Permissive), ..facts };
-        assert_eq!(ingress(permissive, tcp(Segment::Syn)), Verdict::Pass);
+        assert_eq!(ingress(permissive, tcp(Segment::Syn)), Except(PlaintextPort));
     }
     assert_eq!(decide_ingress(&MESH, &strict(), &tcp(Segment::Data)), Verdict::Drop(GuardInboundTcp));
-    assert_eq!(decide_ingress(&OUTSIDE, &strict(), &tcp(Segment::Data)), Verdict::Pass);
+    assert_eq!(decide_ingress(&OUTSIDE, &strict(), &tcp(Segment::Data)), Except(Outside));
 }
 
 #[test]
 fn only_answers_of_datagrams_that_the_pod_sent_arrive() {
     let table = [
         (OUTSIDE, Verdict::Drop(GuardInboundUdp)),
-        (Facts { answer: true, ..OUTSIDE }, Verdict::Pass),
+        (Facts { answer: true, ..OUTSIDE }, Except(Answer)),
         (Facts { allowed: true, ..OUTSIDE }, Verdict::Drop(GuardInboundUdp)),
         (Facts { allowed: true, ..MESH }, Verdict::Drop(GuardInboundUdp)),
-        (Facts { allowed: true, answer: true, ..MESH }, Verdict::Clear(GuardAllowed)),
+        (Facts { allowed: true, answer: true, ..MESH }, Except(AllowClear)),
     ];
     for (facts, expected) in table {
         assert_eq!(decide_ingress(&facts, &strict(), &packet(protocol::UDP)), expected, "{facts:?}");
@@ -447,7 +457,7 @@ fn data_to_a_connection_of_the_node_is_proven_each_time() {
     let accepted = Facts { accepted: Some(Accepted::Node), ..MESH };
     let ingress = |facts| decide_ingress(&facts, &strict(), &tcp(Segment::Data));
     assert_eq!(ingress(accepted), Verdict::Drop(GuardInboundTcp));
-    assert_eq!(ingress(Facts { node: true, node_flow: true, ..accepted }), Verdict::Pass);
+    assert_eq!(ingress(Facts { node: true, node_flow: true, ..accepted }), Except(NodeFlow));
 }
 
 #[test]
@@ -476,6 +486,6 @@ fn only_a_socket_of_the_node_proves_that_a_packet_is_the_nodes() {
 #[test]
 fn a_packet_to_the_pods_own_address_passes_its_sockets_and_not_its_link() {
     let own = Packet { remote: v4(2), ..packet(protocol::UDP) };
-    assert_eq!(decide_egress(&MESH, &strict(), Hook::Socket, &own), Verdict::Pass);
+    assert_eq!(decide_egress(&MESH, &strict(), Hook::Socket, &own), Except(OwnAddress));
     assert_eq!(decide_egress(&MESH, &strict(), Hook::Link, &own), Verdict::Drop(GuardUdp));
 }

@@ -3,7 +3,7 @@
 use tacit_abi::{Address, Arrival, ArrivalFacts, Hook, Packet, Pod, Reason, Segment, decide_arrival};
 
 use crate::{
-    Exception, assert_no_dead_line,
+    Row, assert_no_dead_line,
     facts::facts,
     first,
     packets::{self, Subject},
@@ -39,7 +39,7 @@ impl Facts {
     }
 }
 
-type Line = Exception<Facts, Arrival>;
+type Line = Row<Facts, Arrival>;
 
 static LINES: [Line; 3] = [
     Line::new(

@@ -1,9 +1,9 @@
 //! Connections that a pod opens.
 
-use tacit_abi::{Address, Connect, ConnectFacts, Pod, Reason, decide_connect};
+use tacit_abi::{Address, Connect, ConnectFacts, Exception, ExceptionHook, Pod, Reason, decide_connect};
 
 use crate::{
-    Exception, assert_no_dead_line,
+    Row, assert_no_dead_line,
     facts::facts,
     first,
     packets::{self, LOOPBACK_V4, OTHER_LINK_LOCAL, OTHER_V4, OTHER_V6, POD_V4, POD_V6},
@@ -83,13 +83,13 @@ impl ConnectFacts for Facts {
     }
 }
 
-type Line = Exception<Facts, Connect>;
+type Line = Row<Facts, Connect>;
 
 const EXEMPT: u32 = tacit_abi::pod_flag::EXEMPT;
 const STRICT: u32 = tacit_abi::pod_flag::EGRESS_STRICT;
 
 /// Connections that are left as without Tacit. The guard sees their packets.
-static LEFT_ALONE: [Line; 10] = [
+static LEFT_ALONE: [Line; 11] = [
     Line::new(
         "a pod that is not enrolled",
         |f| f.subject.has(EXEMPT),
@@ -103,14 +103,21 @@ static LEFT_ALONE: [Line; 10] = [
     Line::new(
         "a pod that no source has named, in the node's own network",
         |f| f.subject.pod.is_none() && f.in_nodes_namespace(),
-        |_| Connect::Leave(Reason::ConnectNotEnrolled),
+        |f| left(f, Reason::ConnectNotEnrolled),
     ),
     Line::new("another protocol than TCP", |f| !f.tcp(), |f| left(f, Reason::ConnectNotStream)),
     Line::new("outside the mesh", |f| !f.in_mesh(), |f| left(f, Reason::ConnectOutsideMesh)),
-    Line::new("a pod to itself", |f| f.subject.is_to_itself(), |_| Connect::Leave(Reason::ConnectOwnAddress)),
-    Line::new("a destination of `allowClear`", Facts::allowed_clear, |f| {
-        left(f, Reason::ConnectAllowedClear)
-    }),
+    Line::new("a pod to itself", |f| f.subject.is_to_itself(), |f| left(f, Reason::ConnectOwnAddress)),
+    Line::new(
+        "a destination of `allowClear`",
+        |f| f.subject.pod.is_some() && f.allowed_clear(),
+        |_| Connect::Leave(Reason::ConnectAllowedClear),
+    ),
+    Line::new(
+        "a destination of `allowClear`, of a pod that no source has named",
+        Facts::allowed_clear,
+        |f| left(f, Reason::ConnectNotEnrolled),
+    ),
     Line::new(
         "a pod that may send plaintext, from a network namespace that it made",
         |f| is_served_and_open(f) && !f.in_own_namespace(),
@@ -136,9 +143,15 @@ fn is_served_and_open(facts: &Facts) -> bool {
     facts.subject.pod.is_some_and(|pod| pod.netns_cookie != 0) && !facts.subject.has(STRICT)
 }
 
-/// The reason of a pod that no source has named is the same for all.
+/// The reason of a pod that no source has named is the same for all. What a held pod connects to inside its own namespace is
+/// an exception.
 fn left(facts: &Facts, reason: Reason) -> Connect {
-    Connect::Leave(if facts.subject.pod.is_some() { reason } else { Reason::ConnectNotEnrolled })
+    let reason = if facts.subject.pod.is_some() { reason } else { Reason::ConnectNotEnrolled };
+    let is_held = facts.subject.pod.is_none() || facts.subject.has(STRICT);
+    let is_to_loopback =
+        [LOOPBACK_V4, Address::LOOPBACK_V6, Address::NONE].contains(&facts.subject.destination);
+    let is_inside = is_to_loopback || facts.subject.is_to_itself() && facts.in_own_namespace();
+    if is_held && is_inside { Connect::Inside(reason) } else { Connect::Leave(reason) }
 }
 
 fn specified(facts: &Facts) -> Connect {
@@ -178,5 +191,7 @@ fn a_connection_into_the_mesh_is_captured_or_denied_but_for_what_is_listed() {
         }
     }
     assert_no_dead_line(&LEFT_ALONE);
+    let of_hook = Exception::ALL.iter().filter(|all| all.text().hooks.contains(&ExceptionHook::Connect));
+    assert!(of_hook.eq(&[Exception::Loopback]), "the hook counts what is inside");
     println!("{combinations} combinations");
 }

@@ -2,7 +2,7 @@
 
 use std::{cell::Cell, fmt};
 
-use tacit_abi::{Accepted, Hook, Listener, Mode, Segment};
+use tacit_abi::{Accepted, Hook, Listener, Marked, Mode, Segment};
 
 /// A type with few values.
 pub(crate) trait Every: Copy {
@@ -33,6 +33,7 @@ every! {
     Accepted { Node, Other }
     Hook { Socket, Link }
     Listener { Tunnel, Plaintext }
+    Marked { Tunnel, Disabled }
     Mode { Disable, Permissive, Strict }
     Segment { Syn, SynAck, Data, Bare }
 }

@@ -3,7 +3,7 @@
 use tacit_abi::{Destination, Hold, HoldFacts, Pod, Reason, decide_hold, pod_flag};
 
 use crate::{
-    Exception, assert_no_dead_line,
+    Row, assert_no_dead_line,
     facts::facts,
     first,
     packets::{self, OTHER_V4},
@@ -43,18 +43,18 @@ impl HoldFacts for Facts {
 }
 
 /// SYNs that are delivered at once.
-static DELIVERED: [Exception<Facts, Hold>; 5] = [
-    Exception::new("a connection that is not captured", |f| !f.captured(), |_| Hold::Pass),
-    Exception::new(
+static DELIVERED: [Row<Facts, Hold>; 5] = [
+    Row::new("a connection that is not captured", |f| !f.captured(), |_| Hold::Pass),
+    Row::new(
         "a pod that is not enrolled",
         |f| f.subject.is_none() || f.has(pod_flag::EXEMPT),
         |_| Hold::Pass,
     ),
-    Exception::new("a pod with `connect: early`", |f| f.has(pod_flag::CONNECT_EARLY), |_| Hold::Pass),
-    Exception::new("while no agent writes a heartbeat", Facts::stale, |_| {
+    Row::new("a pod with `connect: early`", |f| f.has(pod_flag::CONNECT_EARLY), |_| Hold::Pass),
+    Row::new("while no agent writes a heartbeat", Facts::stale, |_| {
         Hold::PassUnanswered(Reason::ConnectUnanswered)
     }),
-    Exception::new(
+    Row::new(
         "while no agent listens in the pod",
         |f| !f.listener(),
         |_| Hold::PassUnanswered(Reason::ConnectUnanswered),

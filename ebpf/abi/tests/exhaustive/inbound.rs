@@ -6,7 +6,7 @@ use tacit_abi::{
 };
 
 use crate::{
-    Exception, assert_no_dead_line,
+    Row, assert_no_dead_line,
     facts::{Every, RawMode, facts, subsets},
     first,
     packets::{
@@ -109,7 +109,7 @@ fn is_loopback(address: &Address) -> bool {
     [LOOPBACK_V4, Address::LOOPBACK_V6].contains(address)
 }
 
-type Line = Exception<Facts, Steer>;
+type Line = Row<Facts, Steer>;
 
 /// Connections that reach the socket that listens on the port.
 static PASSED: [Line; 4] = [

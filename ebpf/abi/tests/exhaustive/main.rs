@@ -26,8 +26,10 @@ mod packets;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// One line of a specification: what is let through, and when.
-struct Exception<Case, Outcome> {
+use tacit_abi::{EXCEPTION_COUNTERS, Exception, ExceptionHook, Verdict};
+
+/// One row of a specification: what is let through, and when.
+struct Row<Case, Outcome> {
     text: &'static str,
     applies: fn(&Case) -> bool,
     outcome: fn(&Case) -> Outcome,
@@ -35,22 +37,48 @@ struct Exception<Case, Outcome> {
     used: AtomicBool,
 }
 
-impl<Case, Outcome> Exception<Case, Outcome> {
+impl<Case, Outcome> Row<Case, Outcome> {
     const fn new(text: &'static str, applies: fn(&Case) -> bool, outcome: fn(&Case) -> Outcome) -> Self {
         Self { text, applies, outcome, used: AtomicBool::new(false) }
     }
 }
 
 /// Returns the outcome of the first line that applies.
-fn first<Case, Outcome>(lines: &[Exception<Case, Outcome>], case: &Case) -> Option<Outcome> {
+fn first<Case, Outcome>(lines: &[Row<Case, Outcome>], case: &Case) -> Option<Outcome> {
     let line = lines.iter().find(|line| (line.applies)(case))?;
     line.used.store(true, Ordering::Relaxed);
     Some((line.outcome)(case))
 }
 
 /// Fails if a line never decided.
-fn assert_no_dead_line<Case, Outcome>(lines: &[Exception<Case, Outcome>]) {
+fn assert_no_dead_line<Case, Outcome>(lines: &[Row<Case, Outcome>]) {
     for line in lines {
         assert!(line.used.load(Ordering::Relaxed), "no case for {:?}", line.text);
+    }
+}
+
+/// The exceptions by which verdicts let something pass. A verdict by an exception at a hook that the exception does not list has
+/// no series in the metrics, and a listed hook without a verdict is dead.
+struct Excepted([AtomicBool; EXCEPTION_COUNTERS]);
+
+impl Excepted {
+    const fn new() -> Self {
+        Self([const { AtomicBool::new(false) }; EXCEPTION_COUNTERS])
+    }
+
+    fn note(&self, verdict: Verdict, hook: ExceptionHook) {
+        if let Verdict::Except(exception) | Verdict::Ask(exception) = verdict {
+            self.0[exception.counter(hook) as usize].store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Fails unless the exceptions at these hooks are those that list them.
+    fn assert_all_at(&self, hooks: &[ExceptionHook]) {
+        for (exception, hook) in
+            Exception::ALL.iter().flat_map(|all| hooks.iter().map(move |hook| (*all, *hook)))
+        {
+            let is_used = self.0[exception.counter(hook) as usize].load(Ordering::Relaxed);
+            assert_eq!(is_used, exception.text().hooks.contains(&hook), "{exception:?} at {hook:?}");
+        }
     }
 }

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `configuration.md` | every field of the three schemas, in the section of its file, with its default |
 //! | `policy.md` | every field of the two policy definitions |
-//! | `troubleshooting.md` | every reason that the kernel, an agent or an authority counts |
+//! | `troubleshooting.md` | every reason that the kernel, an agent or an authority counts, every exception with its hooks |
 //! | `security-model.md` | tests and attacks that exist |
 //!
 //! Metrics and the targets of relative links exist, and the README stays short.
@@ -16,7 +16,7 @@ use std::{
 };
 
 use serde_json::Value;
-use tacit_abi::REASONS;
+use tacit_abi::{EXCEPTIONS, REASONS};
 use tacit_core::{refusal::RefusalReason, shares::SHARES};
 use xtask_support::workspace::Workspace;
 
@@ -171,6 +171,21 @@ fn every_reason_that_is_counted_has_its_line() {
     all.extend(others.iter().map(String::as_str));
     let missing: Vec<&&str> = all.difference(&explained).collect();
     assert!(missing.is_empty(), "troubleshooting.md does not explain {missing:?}");
+}
+
+#[test]
+fn every_exception_is_explained_with_its_hooks_and_no_other_is() {
+    let document = document("troubleshooting.md");
+    let rows = section(&document, "Exceptions of the kernel").lines();
+    let explained: Vec<(&str, Vec<&str>)> = rows
+        .filter_map(|row| row.strip_prefix("| `")?.split_once("` | "))
+        .map(|(name, rest)| (name, rest.split(" | ").next().unwrap_or_default().split(", ").collect()))
+        .collect();
+    let expected: Vec<(&str, Vec<&str>)> = EXCEPTIONS
+        .iter()
+        .map(|text| (text.name, text.hooks.iter().map(|hook| hook.label()).collect()))
+        .collect();
+    assert_eq!(explained, expected);
 }
 
 #[test]

@@ -19,8 +19,11 @@ const SERVICE_NAME: &str = "kubernetes.io/service-name";
 const HEADLESS: &str = "None";
 /// Value of `ipMode` of an address that the load balancer itself serves.
 const PROXY: &str = "Proxy";
-/// Maximum number of external addresses, and of load balancer addresses, of one service.
-const OUTER_MAX: usize = 64;
+/// Maximum number of external addresses of one service. Its creator writes them.
+const EXTERNAL_MAX: usize = 64;
+/// Maximum number of load balancer addresses of one service. A controller writes them: those of all nodes, where the nodes serve load
+/// balancers themselves, as many as the kernel has room for. The port at an address that is left out would be the node's own.
+const INGRESS_MAX: usize = 16 * 1024;
 /// Default of `sessionAffinityConfig.clientIP.timeoutSeconds` in Kubernetes.
 const AFFINITY: Duration = Duration::from_secs(10_800);
 
@@ -183,10 +186,12 @@ fn build(record: &ServiceRecord, slices: &[&SliceRecord], zone: Option<&str>) ->
     let spec = &record.spec;
     let listed = spec.cluster_ips.iter().chain(&spec.cluster_ip);
     let addresses = parsed(listed.filter(|text| *text != HEADLESS));
-    let external_ips = parsed(spec.external_ips.iter().take(OUTER_MAX));
-    let ingress = record.status.load_balancer.ingress.iter().take(OUTER_MAX);
+    let external_ips = parsed(spec.external_ips.iter().take(EXTERNAL_MAX));
+    let ingress = record.status.load_balancer.ingress.iter().take(INGRESS_MAX);
     let served_by_nodes = ingress.filter(|ingress| ingress.ip_mode.as_deref() != Some(PROXY));
-    let ingress_ips = parsed(served_by_nodes.filter_map(|ingress| ingress.ip.as_ref()));
+    let mut ingress_ips: Vec<IpAddr> = parsed(served_by_nodes.filter_map(|ingress| ingress.ip.as_ref()));
+    ingress_ips.sort_unstable();
+    ingress_ips.dedup();
     // Clients of a headless service connect to endpoint addresses from DNS.
     let slices = if addresses.is_empty() { &[] } else { slices };
     let tcp = spec.ports.iter().filter(|port| is_tcp(port.protocol.as_deref()));

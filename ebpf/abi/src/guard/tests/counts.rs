@@ -1,6 +1,7 @@
 //! Verdicts that pass, and differ in what is counted and remembered.
 
 use super::*;
+use Exception::OpenSender;
 
 #[test]
 fn plaintext_of_an_open_pod_into_the_mesh_is_counted_by_its_data() {
@@ -21,15 +22,15 @@ fn plaintext_of_an_open_pod_into_the_mesh_is_counted_by_its_data() {
 fn only_protocols_without_connections_are_remembered_for_answers() {
     let allowed = Facts { allowed: true, ..MESH };
     let table = [
-        (OUTSIDE, protocol::TCP, Verdict::Pass),
-        (OUTSIDE, protocol::ICMP, Verdict::Pass),
-        (OUTSIDE, protocol::ICMP_V6, Verdict::Pass),
-        (OUTSIDE, protocol::UDP, Verdict::Ask),
-        (OUTSIDE, SCTP, Verdict::Ask),
-        (allowed, protocol::TCP, Verdict::Clear(GuardAllowed)),
-        (allowed, protocol::ICMP, Verdict::Clear(GuardAllowed)),
-        (allowed, protocol::UDP, Verdict::AskClear(GuardAllowed)),
-        (allowed, SCTP, Verdict::AskClear(GuardAllowed)),
+        (OUTSIDE, protocol::TCP, Except(Outside)),
+        (OUTSIDE, protocol::ICMP, Except(Outside)),
+        (OUTSIDE, protocol::ICMP_V6, Except(Outside)),
+        (OUTSIDE, protocol::UDP, Ask(Outside)),
+        (OUTSIDE, SCTP, Ask(Outside)),
+        (allowed, protocol::TCP, Except(AllowClear)),
+        (allowed, protocol::ICMP, Except(AllowClear)),
+        (allowed, protocol::UDP, Ask(AllowClear)),
+        (allowed, SCTP, Ask(AllowClear)),
     ];
     for (facts, number, expected) in table {
         let verdict = decide_egress(&facts, &strict(), Hook::Socket, &packet(number));
@@ -41,10 +42,10 @@ fn only_protocols_without_connections_are_remembered_for_answers() {
 fn answers_reach_a_strict_pod_on_connections_that_it_may_open() {
     let open_egress = Pod { flags: 0, ..strict() };
     let table = [
-        (OUTSIDE, strict(), Verdict::Pass),
+        (OUTSIDE, strict(), Except(Outside)),
         (MESH, strict(), Verdict::Drop(GuardInboundTcp)),
-        (Facts { allowed: true, ..MESH }, strict(), Verdict::Clear(GuardAllowed)),
-        (MESH, open_egress, Verdict::Clear(GuardClear)),
+        (Facts { allowed: true, ..MESH }, strict(), Except(AllowClear)),
+        (MESH, open_egress, Except(OpenSender)),
     ];
     for (facts, pod, expected) in table {
         assert_eq!(decide_ingress(&facts, &pod, &tcp(Segment::Data)), expected, "{facts:?}");

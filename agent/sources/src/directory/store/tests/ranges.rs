@@ -319,6 +319,23 @@ fn external_and_load_balancer_addresses_are_captured_like_the_cluster_ip() {
     assert_eq!(ranges(&mut store), "10.77.0.0/16 10.96.0.0/12 fd96::/16");
 }
 
+/// An address that was left out would make the port there one of the node itself, which a STRICT pod reaches in clear.
+#[test]
+fn a_load_balancer_has_the_addresses_of_all_nodes() {
+    let mut store = within(&["10.77.0.0/16", "10.96.0.0/12"]);
+    let addresses: Vec<String> = (0..1000).map(|i| format!("192.0.{}.{}", i / 250, i % 250 + 1)).collect();
+    for (number, address) in addresses.iter().enumerate() {
+        store.apply_change(Change::Applied(node(&format!("n{number}"), &[], &[address])));
+    }
+    let ingress: Vec<Value> = addresses.iter().map(|ip| json!({"ip": ip})).collect();
+    store.apply_change(Change::Applied(service(|value| {
+        value["status"]["loadBalancer"]["ingress"] = json!(ingress);
+    })));
+    let found: std::collections::BTreeSet<String> =
+        store.directory.node_services().map(|(_, at, _)| at.ip().to_string()).collect();
+    assert_eq!(found, addresses.into_iter().collect());
+}
+
 #[test]
 fn a_namespace_has_a_share_of_the_ranges_for_external_addresses() {
     let mut store = within(&["10.77.0.0/16", "10.96.0.0/12"]);

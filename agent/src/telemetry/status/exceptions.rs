@@ -1,0 +1,16 @@
+//! Exceptions in a status: plaintext of and to held pods that the kernel programs let pass.
+
+use serde::{Deserialize, Serialize};
+
+/// What one exception let pass at one hook.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExceptionStatus {
+    /// A stable name: the metric's label.
+    pub name: String,
+    /// The hook: `connect`, `egress`, `ingress` or `link`.
+    pub hook: String,
+    /// What passes.
+    pub help: String,
+    /// Number of connections at `connect`, else of packets, since the programs were loaded.
+    pub value: u64,
+}
