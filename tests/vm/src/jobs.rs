@@ -18,13 +18,14 @@ use super::{
 };
 
 /// Suites that `cargo xtask test` runs on the host only, since they take more than a third of the machines' time: those about user
-/// space (TLS, certificates, files, shares of the agent, large policies), those about pods with programs, rules or namespaces of
+/// space (TLS, HBONE, certificates, files, shares of the agent, large policies), those about pods with programs, rules or namespaces of
 /// their own (`hooks`, `left_alone`, `nested`, `own_rules`, `pods_cgroup`), and `dead_peers`, `kernel_shares`, `reboot`, `services` and
 /// `transparency`, which an emulated machine runs slowly. `cargo xtask vm` runs them on other kernels.
-const ON_HOST_ONLY: [&str; 18] = [
+const ON_HOST_ONLY: [&str; 19] = [
     "authorization",
     "certificates",
     "dead_peers",
+    "hbone",
     "hooks",
     "identity",
     "kernel_shares",

@@ -135,7 +135,7 @@ impl Flow<'_> {
     /// Steps both directions in alternation until both are blocked.
     fn poll_both(&mut self, cx: &mut Context<'_>) -> Poll<Ending> {
         loop {
-            let steps = [self.to_app(cx), self.from_app(cx)];
+            let steps = [self.write_to_app(cx), self.read_from_app(cx)];
             let is_blocked = steps.iter().all(Poll::is_pending);
             for step in steps {
                 if let Poll::Ready(Err(ending)) = step {
@@ -160,7 +160,7 @@ impl Flow<'_> {
     }
 
     /// Writes once what the peer has sent.
-    fn to_app(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Ending>> {
+    fn write_to_app(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Ending>> {
         if self.to_app_ended {
             return Poll::Pending;
         }
@@ -191,7 +191,7 @@ impl Flow<'_> {
     }
 
     /// Reads once what the application has sent.
-    fn from_app(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Ending>> {
+    fn read_from_app(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Ending>> {
         if self.from_app_ended {
             return Poll::Pending;
         }
