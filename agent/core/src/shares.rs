@@ -464,6 +464,15 @@ mod tests {
     }
 
     #[test]
+    fn the_windows_of_a_pods_streams_grow_with_the_logarithm_of_their_number() {
+        assert_eq!([0, 1, 32].map(stream_window_bytes), [STREAM_WINDOW_MAX; 3]);
+        assert_eq!(stream_window_bytes(1024), 128 << 10);
+        assert_eq!(stream_window_bytes(u64::MAX), STREAM_WINDOW_MIN);
+        let all: u64 = (1..=5834).map(|held| u64::from(stream_window_bytes(held))).sum();
+        assert!((UNREAD_BYTES * 6..UNREAD_BYTES * 63 / 10).contains(&all), "{all}");
+    }
+
+    #[test]
     fn sockets_and_idle_sessions_leave_descriptors_for_listeners_and_control() {
         let capacity = Capacity { descriptors: 20_000 };
         let sockets = 2 * CONNECTIONS.bounds(capacity).total + IDLE_SESSIONS.bounds(capacity).total;
