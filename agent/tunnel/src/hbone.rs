@@ -46,6 +46,9 @@ pub use stream::{FlowStream, Peer};
 
 /// Most streams of a connection that are open at a time. That of ztunnel's server; its client uses 100.
 pub const STREAMS_MAX: u32 = 200;
+/// Streams that the agent has reset and still knows for 30 s. What the peer has sent on others by then counts as an error, and h2 ends a
+/// connection after 1,024 of these.
+const RESETS_KEPT: usize = 1024;
 /// Most bytes of the fields of a request. Beyond it the answer is 431.
 const FIELDS_MAX_BYTES: u32 = 64 << 10;
 /// Largest frame that a peer may send: the smallest value of the protocol. A larger one would be buffered whole.

@@ -74,6 +74,6 @@ fn connections_end_with_their_pod() -> Result<()> {
         let mut flow = connection.flow(server.address()).await?;
         mesh.agent("b")?.files().set_directory(&[])?;
         ensure!(flow.rest().await.is_err(), "a clean end");
-        until("the connection's end", || Ok(connection.driver.is_finished().then_some(()))).or(Ok(()))
+        until("the connection's end", || Ok(connection.driver.is_finished().then_some(())))
     })
 }

@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 use super::{
     BadRequest, Connect, FIELDS_MAX_BYTES, FRAME_MAX_BYTES, FRAMES_BUDGET_BYTES, FlowStream, Peer,
-    STREAMS_MAX, UNSENT_MAX_BYTES,
+    RESETS_KEPT, STREAMS_MAX, UNSENT_MAX_BYTES,
     keep_alive::{self, KeepAlive},
     stream::Received,
     tls_io::TlsIo,
@@ -45,6 +45,7 @@ impl Server {
             .initial_connection_window_size(STREAMS_MAX * STREAM_WINDOW_MAX)
             .data_frame_budget(FRAMES_BUDGET_BYTES)
             .max_concurrent_streams(STREAMS_MAX)
+            .max_concurrent_reset_streams(RESETS_KEPT)
             .max_frame_size(FRAME_MAX_BYTES)
             .max_header_list_size(FIELDS_MAX_BYTES)
             .max_send_buffer_size(UNSENT_MAX_BYTES)

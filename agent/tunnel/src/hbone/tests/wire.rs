@@ -10,11 +10,20 @@ fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
     [&[0, 0, length, kind, flags, 0, 0, 0, stream], payload].concat()
 }
 
+/// The same frame of another stream.
+fn with_stream(mut frame: Vec<u8>, stream: u32) -> Vec<u8> {
+    frame[5..9].copy_from_slice(&stream.to_be_bytes());
+    frame
+}
+
+/// The fields of a CONNECT: literals with the names 2 and 1 of HPACK's static table.
+fn fields() -> Vec<u8> {
+    [b"\x02\x07CONNECT\x01\x0c".as_slice(), b"10.77.2.3:80"].concat()
+}
+
 /// The preface, SETTINGS, and a CONNECT.
 fn beginning() -> Vec<u8> {
-    // Literal fields with the names 2 and 1 of HPACK's static table.
-    let fields = [b"\x02\x07CONNECT\x01\x0c".as_slice(), b"10.77.2.3:80"].concat();
-    [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), frame(4, 0, 0, &[]), frame(1, 4, 1, &fields)].concat()
+    [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), frame(4, 0, 0, &[]), frame(1, 4, 1, &fields())].concat()
 }
 
 #[tokio::test]
@@ -45,6 +54,29 @@ async fn close_notify_inside_a_flow_is_no_clean_end_and_wrong_frames_end_the_con
         assert!(matches!(soon(end).await.expect("no panic"), FlowEnd::TunnelLost(_)));
         assert!(is_reset(&mut app).await);
     }
+}
+
+/// What is on its way when the agent resets a stream is no fault of the peer, however often it happens.
+#[tokio::test]
+async fn a_connection_outlives_many_streams_that_the_agent_resets() {
+    let (client, accepted) = tls(&[ALPN_HBONE], &beginning()).await;
+    let (client, Ok(Incoming::Hbone(server))) = (client.expect("accepted"), accepted) else {
+        panic!("refused")
+    };
+    let (mut answers, mut client) = tokio::io::split(client);
+    let discarding = tokio::spawn(async move { tokio::io::copy(&mut answers, &mut tokio::io::sink()).await });
+    let (mut requests, _commands) = serve(server);
+    for number in 0..1200_u32 {
+        let request = soon(requests.recv()).await.expect("a connection").expect("in order");
+        drop(request.accept("").expect("open"));
+        // The server's task sends the reset before it reads on.
+        let late = with_stream(frame(0, 0, 0, b"late"), 1 + 2 * number);
+        let next = with_stream(frame(1, 4, 0, &fields()), 3 + 2 * number);
+        client.write_all(&[late, next].concat()).await.expect("open");
+        client.flush().await.expect("open");
+    }
+    assert!(!discarding.is_finished());
+    drop(soon(requests.recv()).await.expect("a connection").expect("in order"));
 }
 
 #[tokio::test]
