@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use h2::Reason;
 use std::net::SocketAddr;
 use tacit_tests::observe;
+use tacit_topology::until;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     time::timeout,
@@ -118,10 +119,10 @@ fn broken_frames_end_their_connection_with_goaway_and_are_reported() -> Result<(
         ensure!(flow.rest().await?.is_empty());
         Ok(())
     })?;
-    ensure!(
-        server.events().so_far().iter().any(|event| event["text"] == "untouched" && event["end"] == "eof")
-    );
-    Ok(())
+    until("the clean end of the other flow", || {
+        let events = server.events().so_far();
+        Ok(events.iter().any(|event| event["text"] == "untouched" && event["end"] == "eof").then_some(()))
+    })
 }
 
 #[test]
