@@ -264,7 +264,8 @@ pub struct Addresses {
 /// Returns the security of a flow over a session.
 #[must_use]
 pub fn security(tls: &TlsInfo) -> Security {
-    Security::MutualTls { version: tls.version, cipher: tls.cipher, key_exchange: tls.key_exchange }
+    let TlsInfo { version, cipher, key_exchange, alpn, .. } = *tls;
+    Security::MutualTls { version, cipher, key_exchange, alpn }
 }
 
 /// Returns the refusal of a flow whose application or plaintext destination cannot be connected to.

@@ -3,9 +3,12 @@
 //! ```text
 //! 15008  handshake ─ identity ─┐ one session, flow after flow:
 //!                              └ OPEN ─ is it for this pod, from that peer's address? ─ policy ─ application ─ relay
+//!        or, by ALPN `h2`, many flows: see `hbone`
 //! plaintext under STRICT, or to a pod that authorization policies select ─ policy ─ application, or reset and
 //!        logged with who and why
 //! ```
+
+mod hbone;
 
 use std::{
     future::Future,
@@ -19,10 +22,11 @@ use tacit_abi::tcp_port;
 use tacit_core::{
     policy::{Flow, FlowSource, PolicyVerdict},
     refusal::{Refusal, RefusalReason},
+    spiffe::SpiffeId,
     wire::open::{DenyReason, Open},
 };
 use tacit_kernel::socket::AppStream;
-use tacit_tunnel::{Session, TunnelError, relay, session::SERVER_IDLE, socket};
+use tacit_tunnel::{Incoming, Session, TunnelError, relay, session::SERVER_IDLE, socket};
 use tokio::net::TcpStream;
 
 use crate::{
@@ -33,7 +37,13 @@ use crate::{
 
 /// Serves one tunnel session to its end. What is needed only before and between flows is boxed: a flow keeps no room for it.
 pub async fn tunnel(path: Arc<Proxy>, pod: Arc<Pod>, tcp: TcpStream, peer: SocketAddr) {
-    let Some((mut session, at)) = Box::pin(greet(&path, &pod, tcp, peer)).await else { return };
+    let (mut session, at) = match Box::pin(greet(&path, &pod, tcp, peer)).await {
+        Some((Incoming::Tacit(session), at)) => (session, at),
+        Some((Incoming::Hbone(server), at)) => {
+            return Box::pin(hbone::serve(path, pod, server, peer, at)).await;
+        }
+        None => return,
+    };
     while let Some(begun) = Box::pin(next_flow(&path, &pod, session, peer.ip(), at)).await {
         let ended = match begun {
             Begun::Flow(carried) => carried.await,
@@ -48,8 +58,8 @@ pub async fn tunnel(path: Arc<Proxy>, pod: Arc<Pod>, tcp: TcpStream, peer: Socke
     }
 }
 
-/// A session with the peer, and the address of the pod that it came to.
-async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Option<(Box<Session>, IpAddr)> {
+/// The authenticated peer, and the address of the pod that it came to.
+async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Option<(Incoming, IpAddr)> {
     let at = tcp.local_addr().map(canonical).ok()?;
     let addresses = Addresses { source: peer, destination: at };
     let refuse = |tcp, refusal| {
@@ -68,12 +78,14 @@ async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Opt
         return refuse(tcp, Refusal::new(RefusalReason::NoCertificate, detail));
     };
     socket::begin_small(&tcp, path.shares.unread_bytes(pod.cgroup));
-    let accepted = Session::accept(tcp, &own).await;
+    let accepted = Incoming::accept(tcp, &own, path.shares.stream_window_bytes(pod.cgroup)).await;
     drop(turn);
     match accepted {
-        Ok(mut session) => {
-            session.end_with_flow_after(path.drain.stop.clone());
-            Some((session, at.ip()))
+        Ok(mut incoming) => {
+            if let Incoming::Tacit(session) = &mut incoming {
+                session.end_with_flow_after(path.drain.stop.clone());
+            }
+            Some((incoming, at.ip()))
         }
         Err(error) => {
             path.report(Reporter::Destination, addresses, Refusal::new(error.reason(), error));
@@ -129,7 +141,8 @@ async fn begin<'a>(
     peer: IpAddr,
     at: IpAddr,
 ) -> Option<Begun<'a>> {
-    let claims = check_claims(&session, open, peer, at);
+    let proven = Proven { identity: session.peer(), not_after: session.peer_not_after(), peer, at };
+    let claims = proven.check("OPEN", open.client, open.destination);
     if claims.is_ok() {
         // The certificate is of all pods of an account. So the answer counts only for the pod at whose address it is given.
         if let Some(reason) = pod.not_tunnelled() {
@@ -203,27 +216,37 @@ async fn turn_away(
     (answered.is_ok() && session.is_idle()).then_some(session)
 }
 
-/// Checks OPEN against what the session proves, and returns the flow that policy decides on. Everything in OPEN is a claim.
-fn check_claims(session: &Session, open: &Open, peer: IpAddr, at: IpAddr) -> Result<Flow, Refusal> {
-    let refuse = |reason, detail: String| Err(Refusal::new(reason, detail));
-    if session.peer_not_after() <= SystemTime::now() {
-        return refuse(RefusalReason::Expired, "it has expired since the handshake".to_owned());
+/// What a connection proves: everything in a request on it is a claim.
+struct Proven<'a> {
+    /// Identity of the client.
+    identity: &'a SpiffeId,
+    /// End of the client's certificate.
+    not_after: SystemTime,
+    /// Address of the client.
+    peer: IpAddr,
+    /// Address of the pod that the connection came to.
+    at: IpAddr,
+}
+
+impl Proven<'_> {
+    /// Checks the claims of a request named `what`, and returns the flow that policy decides on.
+    fn check(&self, what: &str, client: SocketAddr, destination: SocketAddr) -> Result<Flow, Refusal> {
+        let refuse = |reason, detail: String| Err(Refusal::new(reason, detail));
+        if self.not_after <= SystemTime::now() {
+            return refuse(RefusalReason::Expired, "it has expired since the handshake".to_owned());
+        }
+        // The session came to this pod's address: the agent carries no flow for another address on it.
+        if destination.ip() != self.at {
+            let detail = format!("{what} names {destination}, the session is for {}", self.at);
+            return refuse(RefusalReason::ForgedDestination, detail);
+        }
+        // The application will be told this address; the kernel vouches for the session's.
+        if client.ip() != self.peer {
+            let detail = format!("{what} names client {client}, the session comes from {}", self.peer);
+            return refuse(RefusalReason::ForgedClient, detail);
+        }
+        Ok(Flow { source: FlowSource::Tunnel(self.identity.clone()), client: client.ip(), destination })
     }
-    // The session came to this pod's address: the agent carries no flow for another address on it.
-    if open.destination.ip() != at {
-        let detail = format!("OPEN names {}, the session is for {at}", open.destination);
-        return refuse(RefusalReason::ForgedDestination, detail);
-    }
-    // The application will be told this address; the kernel vouches for the session's.
-    if open.client.ip() != peer {
-        let detail = format!("OPEN names client {}, the session comes from {peer}", open.client);
-        return refuse(RefusalReason::ForgedClient, detail);
-    }
-    Ok(Flow {
-        source: FlowSource::Tunnel(session.peer().clone()),
-        client: open.client.ip(),
-        destination: open.destination,
-    })
 }
 
 /// Refuses a flow to a port of the agent, which a pod that is left alone may have.

@@ -72,6 +72,11 @@ impl Shares {
         shares::unread_bytes(lock(&self.connections).held(pod))
     }
 
+    /// Returns the window of a stream of one more flow of `pod` over HBONE.
+    pub fn stream_window_bytes(&self, pod: PodId) -> u32 {
+        shares::stream_window_bytes(lock(&self.connections).held(pod))
+    }
+
     /// Waits for the turn of a handshake with `source`, which connected to `pod`.
     ///
     /// # Errors

@@ -49,9 +49,10 @@ pub(super) fn closed(flow: &Closed<'_>) {
         dst.identity = identity(dst),
         direction = reporter.direction(),
         security = spec.security.label(),
-        tls.version = tls.map(|(version, _, _)| version),
-        tls.cipher = tls.map(|(_, cipher, _)| cipher),
-        tls.key_exchange = tls.map(|(_, _, key_exchange)| key_exchange),
+        tls.version = tls.map(|[version, ..]| version),
+        tls.cipher = tls.map(|[_, cipher, ..]| cipher),
+        tls.key_exchange = tls.map(|[_, _, key_exchange, _]| key_exchange),
+        tls.alpn = tls.map(|[.., alpn]| alpn),
         trace = spec.trace_text().map(display),
         bytes_sent,
         bytes_recv,
@@ -61,10 +62,12 @@ pub(super) fn closed(flow: &Closed<'_>) {
     );
 }
 
-/// Version, cipher suite and key exchange.
-fn tls(security: &Security) -> Option<(&str, &str, &str)> {
-    match security {
-        Security::MutualTls { version, cipher, key_exchange } => Some((version, cipher, key_exchange)),
+/// Version, cipher suite, key exchange and wire format.
+fn tls(security: &Security) -> Option<[&'static str; 4]> {
+    match *security {
+        Security::MutualTls { version, cipher, key_exchange, alpn } => {
+            Some([version, cipher, key_exchange, alpn])
+        }
         Security::SameNode | Security::Plaintext => None,
     }
 }
@@ -107,6 +110,7 @@ mod tests {
             ("tls.version", json!("TLSv1.3")),
             ("tls.cipher", json!("TLS13_AES_256_GCM_SHA384")),
             ("tls.key_exchange", json!("X25519MLKEM768")),
+            ("tls.alpn", json!("tacit/1.1")),
             ("trace", json!("ab".repeat(16))),
             ("bytes_sent", json!(10)),
             ("bytes_recv", json!(20)),

@@ -67,6 +67,8 @@ pub enum Security {
         cipher: &'static str,
         /// Key exchange group, such as `X25519MLKEM768`.
         key_exchange: &'static str,
+        /// Wire format by its ALPN name, such as `tacit/1.1` or `h2`.
+        alpn: &'static str,
     },
     /// Handed over inside this agent: identities hold, nothing touches a wire.
     SameNode,

@@ -111,6 +111,10 @@ impl Record {
                 Security::MutualTls { key_exchange, .. } => Some(key_exchange.to_string()),
                 Security::SameNode | Security::Plaintext => None,
             },
+            wire: match &spec.security {
+                Security::MutualTls { alpn, .. } => Some((*alpn).to_owned()),
+                Security::SameNode | Security::Plaintext => None,
+            },
             trace: spec.trace_text().map(|trace| trace.to_string()),
             age_seconds: now.saturating_duration_since(self.opened).as_secs(),
             sent_bytes: self.counters.sent.load(Ordering::Relaxed),

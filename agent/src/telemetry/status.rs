@@ -444,6 +444,8 @@ pub struct FlowStatus {
     pub security: String,
     /// The key exchange group of its tunnel.
     pub key_exchange: Option<String>,
+    /// The wire format of its tunnel: `tacit/1.1`, `tacit/1` or `h2`.
+    pub wire: Option<String>,
     /// The trace id both agents log, in hex.
     pub trace: Option<String>,
     /// Since it opened.

@@ -2,7 +2,7 @@
 //! (`tacit/1`). The crate also contains the relay of a flow.
 //!
 //! ```text
-//!  client: Session::connect --> open --> relay --> pool     server: Session::accept --> next --> accept_flow --> relay --> next
+//!  client: Session::connect --> open --> relay --> pool     server: Incoming::accept --> next --> accept_flow --> relay --> next
 //!               |                                                        |
 //!            stream --> tls (configs, verifiers), record               stream
 //! ```
@@ -13,6 +13,8 @@
 //! | `tls` | TLS configuration, verifiers and handshake |
 //! | `stream` | one TLS connection on its socket |
 //! | `session` | one session on one connection |
+//! | `hbone` | the other wire format: HTTP/2 CONNECT over the same TLS, many flows a connection |
+//! | `incoming` | accepts a client of either wire format |
 //! | `relay` | forwards the bytes of a flow until the flow ends |
 //! | `batch` | builds DATA frames in place; pure |
 //! | `receive_buffer` | parses received bytes into frames, in place; no I/O |
@@ -28,6 +30,8 @@ mod batch;
 pub mod buffers;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+pub mod hbone;
+mod incoming;
 mod receive_buffer;
 mod record;
 pub mod relay;
@@ -40,6 +44,7 @@ pub mod tls;
 
 use tacit_core::wire::TraceId;
 
+pub use incoming::Incoming;
 pub use record::RecordError;
 pub use session::{OpenError, OptimisticData, Session};
 pub use tls::{PeerCertificateError, TlsInfo, TunnelError};

@@ -59,6 +59,11 @@ impl ReceiveBuffer {
         Self { partial, ..Self::default() }
     }
 
+    /// Returns the bytes received behind the handshake, before a record was opened.
+    pub(crate) fn into_unopened(self) -> Vec<u8> {
+        self.partial
+    }
+
     /// Returns true if no byte is buffered.
     pub(crate) fn is_empty(&self) -> bool {
         self.start == self.end && self.partial.is_empty() && self.payloads.is_empty() && self.next.is_none()

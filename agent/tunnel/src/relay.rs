@@ -24,6 +24,7 @@ pub use bulk::{BulkShare, PodBulk};
 pub use busy_poll::{connection_proceeds, connection_started};
 pub use plain::{Remote, plain};
 pub use tunnelled::tunnelled;
+pub(crate) use watch::PeerWatch;
 pub use watch::{Answer, News, Tell, Watch, Watching};
 
 use crate::TunnelError;

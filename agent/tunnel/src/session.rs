@@ -82,16 +82,13 @@ impl Session {
         Ok(Self::new(handshake.await?, Role::Client))
     }
 
-    /// Accepts a client of the trust domain of `own` over `tcp`. Bounded in time.
-    ///
-    /// # Errors
-    /// [`TunnelError`].
-    pub async fn accept(tcp: TcpStream, own: &Arc<Credentials>) -> Result<Box<Self>, TunnelError> {
-        let handshake = Box::pin(stream::accept(tcp, own));
-        Ok(Self::new(handshake.await?, Role::Server))
+    /// As [`Incoming::accept`](crate::Incoming::accept), of a peer that speaks `tacit/1`.
+    #[cfg(test)]
+    pub(crate) async fn accept(tcp: TcpStream, own: &Arc<Credentials>) -> Result<Box<Self>, TunnelError> {
+        Ok(Self::new(stream::accept(tcp, own).await?, Role::Server))
     }
 
-    fn new(established: Established, role: Role) -> Box<Self> {
+    pub(crate) fn new(established: Established, role: Role) -> Box<Self> {
         Box::new(Self {
             tls: established.stream,
             receive_buffer: established.receive_buffer,

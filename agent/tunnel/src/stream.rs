@@ -30,7 +30,7 @@ use super::{
     batch,
     buffers::Buffer,
     receive_buffer::ReceiveBuffer,
-    record::{Opened, RecordError, Records},
+    record::{CONTENT_MAX_BYTES, HEADER_BYTES, Opened, RecordError, Records, TAIL_BYTES},
     socket,
     tls::{
         PeerCertificateError, TlsInfo, TunnelError, client_config,
@@ -41,6 +41,9 @@ use super::{
 
 /// Time limit of a handshake, which takes two round trips and about a millisecond of work.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
+
+/// Records that [`TlsStream::queue_content`] seals at a time: 64 KiB, as a small batch of frames.
+const CONTENT_RECORDS: u64 = 4;
 
 /// An established TLS connection.
 pub(crate) struct TlsStream {
@@ -123,6 +126,38 @@ impl TlsStream {
         let record = self.records.sealed(ContentType::ApplicationData, frame)?;
         self.outgoing.behind.extend(record);
         Ok(())
+    }
+
+    /// Seals as much of `content` as fits into [`CONTENT_RECORDS`] records and queues it. Returns the number of bytes. Call it only if
+    /// nothing is unsent.
+    pub(crate) fn queue_content(&mut self, content: &[IoSlice<'_>]) -> Result<usize, TunnelError> {
+        self.queue_key_update(CONTENT_RECORDS)?;
+        let behind = &mut self.outgoing.behind.all;
+        let (mut queued_bytes, mut slices) = (0, content.iter());
+        let mut slice: &[u8] = &[];
+        for _ in 0..CONTENT_RECORDS {
+            let start = behind.len();
+            behind.extend_from_slice(&[0; HEADER_BYTES]);
+            let mut room = CONTENT_MAX_BYTES;
+            while room > 0 {
+                if slice.is_empty() {
+                    let Some(next) = slices.next() else { break };
+                    slice = next;
+                }
+                let (here, rest) = slice.split_at(room.min(slice.len()));
+                behind.extend_from_slice(here);
+                (slice, room) = (rest, room - here.len());
+            }
+            if room == CONTENT_MAX_BYTES {
+                behind.truncate(start);
+                break;
+            }
+            queued_bytes += CONTENT_MAX_BYTES - room;
+            behind.resize(behind.len() + TAIL_BYTES, 0);
+            self.records.seal(ContentType::ApplicationData, &mut behind[start..])?;
+        }
+        self.outgoing.behind.end = behind.len();
+        Ok(queued_bytes)
     }
 
     /// Queues close_notify. Nothing may follow.

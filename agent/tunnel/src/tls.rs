@@ -1,6 +1,6 @@
 //! TLS of the tunnel: the offered and required parameters, and the errors.
 //!
-//! Both sides require TLS 1.3, a peer certificate, and [`ALPN_URGENT`] or [`ALPN`]. Resumption, early data and server names are disabled. Sessions
+//! Both sides require TLS 1.3, a peer certificate, and a wire format: [`ALPN_URGENT`], [`ALPN`] or [`ALPN_HBONE`]. Resumption, early data and server names are disabled. Sessions
 //! are reused instead, and both sides verify every certificate in full. The crypto provider is built explicitly, so that
 //! neither a crate feature nor a process-wide default can add algorithms.
 
@@ -42,6 +42,8 @@ use verify::{ClientVerifier, ServerVerifier};
 pub const ALPN: &[u8] = b"tacit/1";
 /// The same with frames for urgent data, which agents prefer. Agents before it know [`ALPN`] only.
 pub const ALPN_URGENT: &[u8] = b"tacit/1.1";
+/// HBONE, HTTP/2 CONNECT as Istio ambient speaks it. Two Tacit agents never agree on it, since they prefer the others.
+pub const ALPN_HBONE: &[u8] = b"h2";
 
 /// The negotiated parameters, with their IANA names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +54,8 @@ pub struct TlsInfo {
     pub cipher: &'static str,
     /// For example `X25519MLKEM768`.
     pub key_exchange: &'static str,
+    /// The wire format by its ALPN name, for example `tacit/1.1`.
+    pub alpn: &'static str,
     /// The peer accepts URGENT frames: both have agreed on [`ALPN_URGENT`].
     pub has_urgent: bool,
 }
@@ -69,7 +73,7 @@ pub enum TunnelError {
     #[error("no common TLS parameters with the peer, which must support TLS 1.3: {0}")]
     TlsMismatch(String),
     /// The peer uses another wire format.
-    #[error("the peer did not agree on ALPN tacit/1; check that it is a Tacit agent")]
+    #[error("the peer did not agree on ALPN tacit/1 or h2; check that it is a Tacit agent or a ztunnel")]
     Alpn,
     /// The peer violated TLS during the handshake.
     #[error("TLS failed: {0}")]
@@ -97,6 +101,9 @@ pub enum TunnelError {
     /// The peer sent a frame that is not allowed in the current state.
     #[error("the peer broke the wire format: {0}")]
     UnexpectedFrame(#[from] UnexpectedFrame),
+    /// HTTP/2 of the connection failed.
+    #[error("HTTP/2 failed: {0}")]
+    Http2(#[from] h2::Error),
 }
 
 impl TunnelError {
@@ -113,7 +120,18 @@ impl TunnelError {
             Self::Io(_) => RefusalReason::Io,
             Self::Closed => RefusalReason::Closed,
             Self::Frame(_) | Self::UnexpectedFrame(_) => RefusalReason::Protocol,
+            Self::Http2(error) => http2_reason(error),
         }
+    }
+}
+
+/// The stream below HTTP/2 reports violations of TLS as invalid data.
+fn http2_reason(error: &h2::Error) -> RefusalReason {
+    match error.get_io().map(io::Error::kind) {
+        Some(io::ErrorKind::InvalidData) => RefusalReason::Tls,
+        Some(_) => RefusalReason::Io,
+        None if error.is_remote() => RefusalReason::Closed,
+        None => RefusalReason::Protocol,
     }
 }
 
@@ -182,7 +200,7 @@ pub(crate) fn client_config(own: &Credentials, expected: &SpiffeId) -> Arc<Clien
             // A placeholder. Each expected peer gets its own verifier.
             .with_custom_certificate_verifier(verifier(own.identity.clone()))
             .with_client_cert_resolver(resolver(own));
-        config.alpn_protocols = alpn_protocols();
+        config.alpn_protocols = tacit_alpn().into();
         config.resumption = Resumption::disabled();
         config.enable_sni = false;
         // The crate has its own record layer.
@@ -209,7 +227,8 @@ pub(crate) fn server_config(own: &Credentials) -> Arc<ServerConfig> {
             .expect("PROVIDER has suites and key exchanges of TLS 1.3")
             .with_client_cert_verifier(Arc::new(verifier))
             .with_cert_resolver(resolver(own));
-        config.alpn_protocols = alpn_protocols();
+        // A client that offers `tacit/1` and `h2` gets the former.
+        config.alpn_protocols = tacit_alpn().into_iter().chain([ALPN_HBONE.to_vec()]).collect();
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         config.enable_secret_extraction = true;
@@ -219,8 +238,8 @@ pub(crate) fn server_config(own: &Credentials) -> Arc<ServerConfig> {
 }
 
 /// The newest first: a server chooses the first of its own that the client offers.
-fn alpn_protocols() -> Vec<Vec<u8>> {
-    vec![ALPN_URGENT.to_vec(), ALPN.to_vec()]
+fn tacit_alpn() -> [Vec<u8>; 2] {
+    [ALPN_URGENT, ALPN].map(<[u8]>::to_vec)
 }
 
 fn resolver(own: &Credentials) -> Arc<SingleCertAndKey> {
@@ -230,13 +249,15 @@ fn resolver(own: &Credentials) -> Arc<SingleCertAndKey> {
 /// Checks and returns the negotiated parameters.
 pub(crate) fn negotiated(connection: &CommonState) -> Result<TlsInfo, TunnelError> {
     // rustls rejects a client with another ALPN, and accepts a client that offers none.
-    let has_urgent = match connection.alpn_protocol() {
-        Some(ALPN_URGENT) => true,
-        Some(ALPN) => false,
+    let (alpn, has_urgent) = match connection.alpn_protocol() {
+        Some(ALPN_URGENT) => ("tacit/1.1", true),
+        Some(ALPN) => ("tacit/1", false),
+        Some(ALPN_HBONE) => ("h2", false),
         _ => return Err(TunnelError::Alpn),
     };
     let incomplete = || TunnelError::TlsMismatch("the handshake negotiated no parameters".to_owned());
     Ok(TlsInfo {
+        alpn,
         has_urgent,
         version: match connection.protocol_version() {
             Some(rustls::ProtocolVersion::TLSv1_3) => "TLSv1.3",

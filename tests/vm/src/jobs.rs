@@ -18,13 +18,15 @@ use super::{
 };
 
 /// Suites that `cargo xtask test` runs on the host only, since they take more than a third of the machines' time: those about user
-/// space (TLS, certificates, files, shares of the agent, large policies), those about pods with programs, rules or namespaces of
-/// their own (`hooks`, `left_alone`, `nested`, `own_rules`, `pods_cgroup`), and `dead_peers`, `kernel_shares`, `node_services`, `reboot`,
-/// `services` and `transparency`, which an emulated machine runs slowly. `cargo xtask vm` runs them on other kernels.
-const ON_HOST_ONLY: [&str; 19] = [
+/// space (TLS, HBONE, certificates, files, shares of the agent, slots, large policies), those about pods with programs, rules or
+/// namespaces of their own (`hooks`, `left_alone`, `nested`, `own_rules`, `pods_cgroup`), and `dead_peers`, `kernel_shares`,
+/// `node_services`, `reboot`, `services` and `transparency`, which an emulated machine runs slowly. `cargo xtask vm` runs them on other
+/// kernels.
+const ON_HOST_ONLY: [&str; 21] = [
     "authorization",
     "certificates",
     "dead_peers",
+    "hbone",
     "hooks",
     "identity",
     "kernel_shares",
@@ -40,6 +42,7 @@ const ON_HOST_ONLY: [&str; 19] = [
     "scale",
     "services",
     "shares",
+    "slots",
     "transparency",
 ];
 /// The suite of real programs, which the machines do not have.

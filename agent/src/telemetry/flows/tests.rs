@@ -44,5 +44,6 @@ pub(in crate::telemetry) fn mutual_tls() -> Security {
         version: "TLSv1.3",
         cipher: "TLS13_AES_256_GCM_SHA384",
         key_exchange: "X25519MLKEM768",
+        alpn: "tacit/1.1",
     }
 }

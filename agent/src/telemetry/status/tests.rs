@@ -203,6 +203,7 @@ fn flow() -> FlowStatus {
         destination: PartyStatus { address: ([10, 77, 2, 3], 80).into(), workload: None, identity: None },
         security: "plaintext".to_owned(),
         key_exchange: None,
+        wire: None,
         trace: None,
         age_seconds: 75,
         sent_bytes: 1536,

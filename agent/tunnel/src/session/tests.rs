@@ -46,9 +46,9 @@ async fn both_sides_know_each_other_and_what_was_negotiated() {
     let (client, server) = sessions().await;
     assert_eq!((client.peer(), server.peer()), (&identity("db"), &identity("web")));
     for session in [&client, &server] {
-        let TlsInfo { version, cipher, key_exchange, has_urgent } = *session.tls();
+        let TlsInfo { version, cipher, key_exchange, alpn, has_urgent } = *session.tls();
         assert_eq!((version, key_exchange), ("TLSv1.3", "X25519MLKEM768"));
-        assert_eq!((cipher, has_urgent), ("TLS13_AES_256_GCM_SHA384", true));
+        assert_eq!((cipher, alpn, has_urgent), ("TLS13_AES_256_GCM_SHA384", "tacit/1.1", true));
         assert!(session.peer_not_after() > SystemTime::now());
     }
     assert_eq!(client.local_addr().expect("open"), server.peer_addr().expect("open"));

@@ -1,0 +1,250 @@
+//! Flows of peers that speak HBONE, such as pods of Istio ambient. One connection carries many of them.
+//!
+//! A request is held to the same checks as OPEN. Its answer is a status, see [`answer`]. Each stream counts as a connection of the pod,
+//! and of its source. The connection's task answers nothing itself: each stream has a task of its own on the same worker.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    pin::pin,
+    sync::Arc,
+};
+
+use tacit_abi::tcp_port;
+use tacit_core::{
+    directory::Workload,
+    refusal::{Refusal, RefusalReason},
+    shares::connections::Connection,
+    wire::Role,
+};
+use tacit_kernel::socket::AppStream;
+use tacit_tunnel::{
+    TunnelError,
+    hbone::{self, Connect, FlowRequest, Peer, Refused, Server},
+    relay,
+    session::SERVER_IDLE,
+    socket,
+};
+use tokio::time::{Instant, sleep};
+
+use super::{Proven, check_port};
+use crate::{
+    enrol::Pod,
+    proxy::{Addresses, Proxy, authorize, ends_in_pod, security, shares::ConnectionPermit},
+    telemetry::{Ends, FlowSpec, Reporter},
+};
+
+/// Serves one connection to its end. After a drain has begun, or without a stream for [`SERVER_IDLE`], the peer opens no more streams.
+pub(super) async fn serve(
+    path: Arc<Proxy>,
+    pod: Arc<Pod>,
+    mut server: Box<Server>,
+    peer: SocketAddr,
+    at: IpAddr,
+) {
+    let mut is_draining = false;
+    let mut idle = pin!(sleep(SERVER_IDLE));
+    loop {
+        let next = tokio::select! {
+            next = server.next() => next,
+            () = path.drain.cut.cancelled() => return,
+            () = pod.closed.cancelled() => return,
+            () = path.drain.stop.cancelled(), if !is_draining => {
+                is_draining = true;
+                server.drain();
+                continue;
+            }
+            () = &mut idle, if !is_draining => {
+                idle.as_mut().reset(Instant::now() + SERVER_IDLE);
+                if !server.has_streams() {
+                    is_draining = true;
+                    server.drain();
+                }
+                continue;
+            }
+        };
+        match next {
+            Ok(Some(request)) => {
+                idle.as_mut().reset(Instant::now() + SERVER_IDLE);
+                let stream = Stream {
+                    path: path.clone(),
+                    pod: pod.clone(),
+                    client: server.client().clone(),
+                    peer,
+                    at,
+                };
+                stream.start(request);
+                server.set_window(path.shares.stream_window_bytes(pod.cgroup));
+            }
+            Ok(None) => return,
+            Err(error) => return report_end(&path, server.client(), error, peer, at),
+        }
+    }
+}
+
+/// Reports the end of a connection by the peer's fault. Flows on it report themselves.
+fn report_end(path: &Proxy, client: &Peer, error: TunnelError, peer: SocketAddr, at: IpAddr) {
+    let reason = error.reason();
+    if matches!(reason, RefusalReason::Io | RefusalReason::Closed | RefusalReason::Timeout) {
+        return tracing::debug!(peer = %client.identity(), %error, "connection ended");
+    }
+    let addresses = Addresses { source: peer, destination: SocketAddr::new(at, tcp_port::TUNNEL) };
+    path.report(Reporter::Destination, addresses, Refusal::new(reason, error).of(client.identity()));
+}
+
+/// The surroundings of a stream.
+struct Stream {
+    path: Arc<Proxy>,
+    pod: Arc<Pod>,
+    client: Arc<Peer>,
+    /// The connection's peer.
+    peer: SocketAddr,
+    /// The address of the pod that the connection came to.
+    at: IpAddr,
+}
+
+impl Stream {
+    /// Starts the task of a request on this thread.
+    fn start(self, request: FlowRequest) {
+        let Self { path, pod, peer, .. } = &self;
+        let connection = Connection { pod: pod.cgroup, source: Some(peer.ip()) };
+        match (path.shares.connection(connection), request.connect()) {
+            (Ok(permit), Ok(connect)) => {
+                path.clone().drain.tasks.spawn(self.carry(request, connect, permit));
+            }
+            (Err(refusal), _) => self.refuse(request, refusal),
+            (_, Err(bad)) => self.refuse(request, Refusal::new(RefusalReason::Protocol, bad)),
+        }
+    }
+
+    /// Refuses a request whose destination is not known.
+    fn refuse(&self, request: FlowRequest, refusal: Refusal) {
+        request.refuse(answer(refusal.reason));
+        let addresses =
+            Addresses { source: self.peer, destination: SocketAddr::new(self.at, tcp_port::TUNNEL) };
+        self.path.report(Reporter::Destination, addresses, refusal.of(self.client.identity()));
+    }
+
+    /// Carries the flow of a request to its end. `_permit` counts it.
+    async fn carry(self, mut request: FlowRequest, connect: Connect, _permit: ConnectionPermit) {
+        let Self { path, pod, client, peer, at } = &self;
+        relay::connection_started();
+        // The kernel vouches for the address of the connection. The port is for the application's logs.
+        let source = connect.client.filter(|claimed| claimed.ip() == peer.ip()).unwrap_or(*peer);
+        let addresses = Addresses { source, destination: connect.destination };
+        let proven =
+            Proven { identity: client.identity(), not_after: client.not_after(), peer: peer.ip(), at: *at };
+        let flow = proven
+            .check("CONNECT", source, connect.destination)
+            .and_then(|flow| check_port(&flow).map(|()| flow))
+            .and_then(|flow| check_tunnelled(pod, addresses).map(|()| flow));
+        // The destination of a rejected request need not be this pod.
+        let own = flow.as_ref().ok().map(|_| pod.workload.identity.clone());
+        let ends = path.ends(Reporter::Destination, addresses, Some(client.identity().clone()), own);
+        let refuse = |request: FlowRequest, refusal: &Refusal| {
+            path.telemetry.refused(&ends, refusal);
+            request.refuse(answer(refusal.reason));
+        };
+        let admitted = match flow.and_then(|flow| authorize::admit(&path.telemetry, pod, flow, &ends)) {
+            Ok(admitted) => admitted,
+            Err(refusal) => return refuse(request, &refusal),
+        };
+        let dialled = tokio::select! {
+            dialled = path.dial_application(pod, connect.destination, source) => dialled,
+            () = request.abandoned() => return,
+            () = path.drain.cut.cancelled() => return,
+        };
+        let application = match dialled {
+            Ok(application) => application,
+            Err(error) => return refuse(request, &authorize::not_delivered(pod, &error)),
+        };
+        relay::connection_proceeds();
+        Box::pin(self.relay(request, &connect, application, ends, admitted)).await;
+    }
+
+    async fn relay(
+        &self,
+        request: FlowRequest,
+        connect: &Connect,
+        application: AppStream,
+        ends: Ends,
+        admitted: authorize::Admitted,
+    ) {
+        let Self { path, pod, client, .. } = self;
+        let Ok(stream) = request.accept(&baggage(&pod.workload)) else {
+            return socket::reset(application);
+        };
+        let live = path.telemetry.open_flow(FlowSpec {
+            ends,
+            security: security(client.tls()),
+            trace: connect.trace.0,
+        });
+        let watched = path.watch(pod, ends_in_pod(connect.destination, &application));
+        let end = tokio::select! {
+            end = hbone::relay(application, stream, Role::Server, live.counters(), watched.watching()) => end.label(),
+            () = path.drain.cut.cancelled() => "cut",
+            refusal = admitted.revoked(&path.rechecks, pod) => {
+                return authorize::revoke(&path.telemetry, live, &refusal);
+            }
+        };
+        live.close(end);
+    }
+}
+
+/// Refuses a flow to a pod that must be reached as plaintext. HBONE has no answer for that, and such peers send no plaintext instead.
+fn check_tunnelled(pod: &Pod, Addresses { source, destination }: Addresses) -> Result<(), Refusal> {
+    let refuse = |reason: &str| Err(Refusal::new(RefusalReason::NotTunnelled, reason));
+    match (pod.not_tunnelled(), authorize::plaintext_alone(pod, source.ip(), destination)) {
+        (Some(reason), _) => refuse(&reason),
+        (None, Some(reason)) => refuse(reason),
+        (None, None) => Ok(()),
+    }
+}
+
+/// Returns the answer to a request that is refused for `reason`, as ztunnel gives it.
+fn answer(reason: RefusalReason) -> Refused {
+    match reason {
+        RefusalReason::Protocol | RefusalReason::ForgedDestination => Refused::BadRequest,
+        RefusalReason::DeniedByPolicy
+        | RefusalReason::NotAllowedByPolicy
+        | RefusalReason::PlaintextInStrict
+        | RefusalReason::Expired => Refused::Policy,
+        _ => Refused::Unavailable,
+    }
+}
+
+/// Describes a destination for the metrics of the peer, in the format of W3C Baggage.
+fn baggage(workload: &Workload) -> String {
+    let label = |names: &[&str]| names.iter().find_map(|name| workload.labels.get(name));
+    let service = label(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]);
+    let version = label(&["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"]);
+    let members = [
+        ("k8s.namespace.name", Some(&*workload.namespace)),
+        ("k8s.pod.name", Some(&*workload.name)),
+        ("service.name", Some(service.unwrap_or(&workload.name))),
+        ("service.version", version),
+    ];
+    let present = members.iter().filter_map(|(name, value)| Some(format!("{name}={}", (*value)?)));
+    present.collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_reason_has_an_answer_of_hbone() {
+        for (reason, expected) in [
+            (RefusalReason::Protocol, Refused::BadRequest),
+            (RefusalReason::ForgedDestination, Refused::BadRequest),
+            (RefusalReason::DeniedByPolicy, Refused::Policy),
+            (RefusalReason::NotAllowedByPolicy, Refused::Policy),
+            (RefusalReason::Expired, Refused::Policy),
+            (RefusalReason::ReservedPort, Refused::Unavailable),
+            (RefusalReason::ConnectionRefused, Refused::Unavailable),
+            (RefusalReason::PodConnections, Refused::Unavailable),
+            (RefusalReason::NotTunnelled, Refused::Unavailable),
+        ] {
+            assert_eq!(answer(reason), expected, "{reason:?}");
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! One connection of a client: its requests, and their answers.
+//!
+//! The connection moves only while [`Server::next`] is polled, so its task polls it until the end, beside the tasks of the streams.
+
+use std::{
+    future::poll_fn,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use h2::server::{Builder, Connection, SendResponse};
+use http::{HeaderValue, Response, StatusCode};
+use tacit_core::shares::STREAM_WINDOW_MAX;
+use tokio::time::timeout;
+
+use super::{
+    BadRequest, Connect, FIELDS_MAX_BYTES, FRAME_MAX_BYTES, FRAMES_BUDGET_BYTES, FlowStream, Peer,
+    RESETS_KEPT, STREAMS_MAX, UNSENT_MAX_BYTES,
+    keep_alive::{self, KeepAlive},
+    stream::Received,
+    tls_io::TlsIo,
+};
+use crate::{TunnelError, stream::Established};
+
+/// Limit for the first bytes of HTTP/2 after the handshake.
+const PREFACE_MAX: Duration = Duration::from_secs(10);
+
+/// The connection of an authenticated client.
+pub struct Server {
+    connection: Connection<TlsIo, Bytes>,
+    keep_alive: KeepAlive,
+    client: Arc<Peer>,
+    window_bytes: u32,
+}
+
+impl Server {
+    /// Begins HTTP/2 on a connection. Bounded in time.
+    pub(crate) async fn begin(established: Established, window_bytes: u32) -> Result<Self, TunnelError> {
+        let (client, io) = Peer::of(established)?;
+        let preface = Builder::new()
+            .initial_window_size(window_bytes)
+            // Each stream has its own bound.
+            .initial_connection_window_size(STREAMS_MAX * STREAM_WINDOW_MAX)
+            .data_frame_budget(FRAMES_BUDGET_BYTES)
+            .max_concurrent_streams(STREAMS_MAX)
+            .max_concurrent_reset_streams(RESETS_KEPT)
+            .max_frame_size(FRAME_MAX_BYTES)
+            .max_header_list_size(FIELDS_MAX_BYTES)
+            .max_send_buffer_size(UNSENT_MAX_BYTES)
+            .handshake(io);
+        let limit = PREFACE_MAX;
+        let mut connection = timeout(limit, preface)
+            .await
+            .map_err(|_| TunnelError::Timeout { what: "the HTTP/2 preface", limit })??;
+        let pings = connection.ping_pong().ok_or(TunnelError::Closed)?;
+        Ok(Self { connection, keep_alive: KeepAlive::new(pings), client: Arc::new(client), window_bytes })
+    }
+
+    /// Returns the client.
+    #[must_use]
+    pub fn client(&self) -> &Arc<Peer> {
+        &self.client
+    }
+
+    /// Returns true if streams are open.
+    #[must_use]
+    pub fn has_streams(&self) -> bool {
+        self.connection.has_streams()
+    }
+
+    /// Sets the window of a stream, unless it is about the same already. Streams that are open get it too.
+    pub fn set_window(&mut self, window_bytes: u32) {
+        let is_near = window_bytes / 2 < self.window_bytes && self.window_bytes / 2 < window_bytes;
+        // Fails while the client has not acknowledged the last change.
+        if !is_near && self.connection.set_initial_window_size(window_bytes).is_ok() {
+            self.window_bytes = window_bytes;
+        }
+    }
+
+    /// Has the client open no more streams, by GOAWAY. The connection ends with its last stream.
+    pub fn drain(&mut self) {
+        self.connection.graceful_shutdown();
+    }
+
+    /// Returns the next request, or `None` at the end of the connection. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`TunnelError`].
+    pub async fn next(&mut self) -> Result<Option<FlowRequest>, TunnelError> {
+        poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    /// Sends PING sooner, and waits less for the answer.
+    #[cfg(test)]
+    pub(super) fn hasten_pings(&mut self, limit: Duration) {
+        self.keep_alive.hasten(limit);
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<FlowRequest>, TunnelError>> {
+        // The connection first: it may have the answer to a PING.
+        match self.connection.poll_accept(cx) {
+            Poll::Ready(None) => return Poll::Ready(Ok(None)),
+            Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(error.into())),
+            Poll::Ready(Some(Ok((request, respond)))) => {
+                let connect = Connect::parse(&request);
+                let received = Received::new(request.into_body());
+                let request = FlowRequest { connect, respond, received, client: self.client.clone() };
+                return Poll::Ready(Ok(Some(request)));
+            }
+            Poll::Pending => {}
+        }
+        std::task::ready!(self.keep_alive.poll(cx));
+        Poll::Ready(Err(TunnelError::Timeout { what: "the answer to a PING", limit: keep_alive::ANSWER_MAX }))
+    }
+}
+
+/// The answer to a request that is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    /// 400: the request is no CONNECT to this pod.
+    BadRequest,
+    /// 401: policy denies the flow, or the client's certificate does not prove it.
+    Policy,
+    /// 503: the application cannot be reached, or the agent does not carry the flow.
+    Unavailable,
+}
+
+impl Refused {
+    fn status(self) -> StatusCode {
+        match self {
+            Self::BadRequest => StatusCode::BAD_REQUEST,
+            Self::Policy => StatusCode::UNAUTHORIZED,
+            Self::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+        }
+    }
+}
+
+/// A request for a flow, to be answered. Its stream is reset if it is dropped.
+pub struct FlowRequest {
+    connect: Result<Connect, BadRequest>,
+    respond: SendResponse<Bytes>,
+    received: Received,
+    client: Arc<Peer>,
+}
+
+impl FlowRequest {
+    /// Returns the claims of the request.
+    ///
+    /// # Errors
+    /// [`BadRequest`]: answer with 400.
+    pub fn connect(&self) -> Result<Connect, BadRequest> {
+        self.connect.clone()
+    }
+
+    /// Waits until the client gives the request up. Meanwhile what the client sends is kept.
+    pub async fn abandoned(&mut self) {
+        poll_fn(|cx| {
+            let is_over = self.received.take(cx).is_err() || self.respond.poll_reset(cx).is_ready();
+            if is_over { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
+    /// Answers with another status than 200, and ends the stream.
+    pub fn refuse(mut self, answer: Refused) {
+        let mut response = Response::new(());
+        *response.status_mut() = answer.status();
+        // Fails only if the stream has ended.
+        let _ = self.respond.send_response(response, true);
+    }
+
+    /// Answers with 200 and `baggage`, which describes the destination.
+    ///
+    /// # Errors
+    /// [`TunnelError`] if the stream has ended.
+    pub fn accept(mut self, baggage: &str) -> Result<FlowStream, TunnelError> {
+        let mut response = Response::new(());
+        if let Ok(baggage) = HeaderValue::from_str(baggage)
+            && !baggage.is_empty()
+        {
+            response.headers_mut().insert("baggage", baggage);
+        }
+        let send = self.respond.send_response(response, false)?;
+        Ok(FlowStream::new(send, self.received, self.client))
+    }
+}

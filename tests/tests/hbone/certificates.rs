@@ -1,0 +1,39 @@
+//! Certificates of peers, signed by the mesh's root.
+
+use anyhow::{Context, Result};
+use rcgen::{CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType};
+use rustls::{
+    RootCertStore,
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
+};
+use std::{fs, path::Path};
+use time::{Duration, OffsetDateTime};
+
+/// Chain and key of a peer, and the roots that it trusts.
+pub(crate) struct Credentials {
+    pub(crate) chain: Vec<CertificateDer<'static>>,
+    pub(crate) key: PrivateKeyDer<'static>,
+    pub(crate) roots: RootCertStore,
+}
+
+/// Signs a certificate with these URI names by the mesh's root in `folder`.
+pub(crate) fn sign(folder: &Path, uris: &[&str]) -> Result<Credentials> {
+    let read = |name: &str| fs::read_to_string(folder.join(name)).with_context(|| format!("read {name}"));
+    let root = read("root-cert.pem")?;
+    let issuer = Issuer::from_ca_cert_pem(&root, KeyPair::from_pem(&read("root-key.pem")?)?)?;
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+    for uri in uris {
+        params.subject_alt_names.push(SanType::URI((*uri).try_into()?));
+    }
+    let now = OffsetDateTime::now_utc();
+    (params.not_before, params.not_after) = (now - Duration::minutes(1), now + Duration::hours(1));
+    let key = KeyPair::generate()?;
+    let leaf = params.signed_by(&key, &issuer)?;
+    let mut roots = RootCertStore::empty();
+    roots.add(rustls::pki_types::pem::PemObject::from_pem_slice(root.as_bytes())?)?;
+    let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
+    Ok(Credentials { chain: vec![leaf.der().clone()], key, roots })
+}
