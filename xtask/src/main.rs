@@ -6,6 +6,7 @@
 //! for, and what they share with it is in `xtask-support`.
 #![forbid(unsafe_code)]
 
+mod arm64;
 mod demo;
 mod fuzz;
 mod lint;
@@ -57,6 +58,8 @@ enum Task {
     Check,
     /// Run every check and every test
     Test(test::Options),
+    /// Build for arm64 and run the unit tests, on another machine under emulation
+    Arm64,
     /// Run the tests of whole nodes inside virtual machines with other kernels
     #[command(disable_help_flag = true)]
     Vm(program::Arguments),
@@ -98,6 +101,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Tidy => tidy::run(&workspace, &commands()),
         Task::Check => return Ok(test::check(&workspace, &commands())),
         Task::Test(options) => return Ok(test::run(&workspace, &options, &commands())),
+        Task::Arm64 => return Ok(arm64::run(&workspace)),
         Task::Vm(arguments) => return program::run(&workspace, "tacit-vm", &arguments),
         Task::Image(arguments) => return program::run(&workspace, "xtask-image", &arguments),
         Task::Kube(arguments) => return program::run(&workspace, "tacit-kube", &arguments),

@@ -8,7 +8,7 @@
 //!
 //! A check that fails does not stop the tests; a build that fails does, since there is nothing to test then.
 
-mod stream;
+pub(crate) mod stream;
 
 use std::{
     ffi::{OsStr, OsString},
@@ -91,7 +91,7 @@ pub(crate) fn check(workspace: &Workspace, commands: &[String]) -> ExitCode {
     conclude(session.report)
 }
 
-fn conclude(mut report: Report) -> ExitCode {
+pub(crate) fn conclude(mut report: Report) -> ExitCode {
     let verdict = report.verdict();
     if let Err(problem) = &verdict {
         report.note(problem.to_string());
@@ -311,7 +311,7 @@ impl Start<'_> {
 }
 
 /// The line by which cargo announces a test program.
-fn running(test: &TestProgram) -> String {
+pub(crate) fn running(test: &TestProgram) -> String {
     let what = if test.is_integration() { "" } else { "unittests " };
     format!("     Running {what}{} ({})", test.source.display(), test.path.display())
 }

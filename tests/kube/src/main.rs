@@ -114,7 +114,11 @@ fn run(options: &Options) -> Result<()> {
     sweep::left_behind()?;
     let programs = Programs::ensure(workspace, &options.kubernetes()?)?;
     let lifetime = if options.keep { Lifetime::Kept } else { Lifetime::Run };
-    let cluster = Cluster::start(&programs, &xtask_image::make(workspace, None, None)?.archive, lifetime)?;
+    let cluster = Cluster::start(
+        &programs,
+        &xtask_image::make(workspace, &Platform::Own, None, None)?.archive,
+        lifetime,
+    )?;
     let verdict = try_all(workspace, &cluster, &options.test);
     if options.keep {
         println!("as root, with kubectl on PATH:\n  {}\nto end it: cargo xtask kube --down", cluster.reach());

@@ -23,6 +23,8 @@ pub(super) struct Description<'a> {
     /// Path of the program, without a slash in front, and its arguments.
     pub(super) entrypoint: &'a [&'a str],
     pub(super) version: &'a str,
+    /// Go's name of the architecture.
+    pub(super) architecture: &'static str,
 }
 
 /// The archive, and the digest of the image's manifest.
@@ -53,7 +55,7 @@ fn config(description: &Description<'_>, layer: &Blob) -> Value {
     }
     json!({
         "created": CREATED,
-        "architecture": architecture(),
+        "architecture": description.architecture,
         "os": "linux",
         "config": {
             "Entrypoint": entrypoint,
@@ -68,7 +70,7 @@ fn config(description: &Description<'_>, layer: &Blob) -> Value {
 
 fn index(description: &Description<'_>, manifest: &Blob) -> Value {
     let mut entry = manifest.descriptor(MANIFEST);
-    entry["platform"] = json!({"os": "linux", "architecture": architecture()});
+    entry["platform"] = json!({"os": "linux", "architecture": description.architecture});
     entry["annotations"] = json!({
         // containerd uses the first as the image's name. The second is the specification's, which has only the tag.
         "io.containerd.image.name": description.name,
@@ -97,15 +99,6 @@ fn labels(description: &Description<'_>) -> Value {
 fn tag(name: &str) -> &str {
     let last = name.rsplit('/').next().unwrap_or(name);
     last.split_once(':').map_or("latest", |(_, tag)| tag)
-}
-
-/// Go's name of the architecture this was built for.
-fn architecture() -> &'static str {
-    match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        other => other,
-    }
 }
 
 /// Bytes that are found by their digest.
@@ -147,8 +140,12 @@ mod tests {
 
     use super::*;
 
-    const DESCRIPTION: Description<'_> =
-        Description { name: "localhost:5000/tacit:1.2", entrypoint: &["usr/bin/tacit"], version: "1.2" };
+    const DESCRIPTION: Description<'_> = Description {
+        name: "localhost:5000/tacit:1.2",
+        entrypoint: &["usr/bin/tacit"],
+        version: "1.2",
+        architecture: "arm64",
+    };
 
     fn unpacked(bytes: &[u8]) -> BTreeMap<String, Vec<u8>> {
         let mut archive = tar::Archive::new(bytes);

@@ -19,7 +19,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use xtask_support::workspace::{Profile, Workspace};
+use xtask_support::{
+    platform::Platform,
+    workspace::{Profile, Workspace},
+};
 
 use archive::Entry;
 use layout::Description;
@@ -43,12 +46,19 @@ pub struct Image {
     pub digest: String,
 }
 
-/// Makes the archive of the release binaries, which must be there.
-pub fn make(workspace: &Workspace, name: Option<&str>, output: Option<&Path>) -> Result<Image> {
+/// Makes the archive of the release binaries of a platform, which must be there.
+pub fn make(
+    workspace: &Workspace,
+    platform: &Platform,
+    name: Option<&str>,
+    output: Option<&Path>,
+) -> Result<Image> {
     let name = name.map_or_else(default_name, str::to_owned);
-    let archive = output.map_or_else(|| workspace.target().join("image/tacit.tar"), Path::to_owned);
-    let entries = contents(&programs(workspace))?;
-    let description = Description { name: &name, entrypoint: &[PROGRAM], version: version() };
+    let archive =
+        output.map_or_else(|| platform.folder(workspace.target()).join("image/tacit.tar"), Path::to_owned);
+    let entries = contents(platform, &programs(workspace, platform))?;
+    let architecture = platform.architecture();
+    let description = Description { name: &name, entrypoint: &[PROGRAM], version: version(), architecture };
     let digest = write(&archive, &description, &entries)?;
     Ok(Image { archive, name, digest })
 }
@@ -57,7 +67,8 @@ pub fn make(workspace: &Workspace, name: Option<&str>, output: Option<&Path>) ->
 pub fn single(name: &str, program: &Path, entrypoint: &[&str], archive: &Path) -> Result<()> {
     let place = entrypoint.first().context("an image without an entrypoint")?;
     let entries = [Entry::program(place, program)?];
-    write(archive, &Description { name, entrypoint, version: version() }, &entries).map(drop)
+    let architecture = Platform::Own.architecture();
+    write(archive, &Description { name, entrypoint, version: version(), architecture }, &entries).map(drop)
 }
 
 fn write(archive: &Path, description: &Description<'_>, entries: &[Entry]) -> Result<String> {
@@ -79,17 +90,17 @@ fn version() -> &'static str {
 }
 
 /// The release binaries, by their paths in the image.
-fn programs(workspace: &Workspace) -> [(&'static str, PathBuf); 3] {
-    let agent = (PROGRAM, workspace.agent(Profile::Release));
-    [agent, (ATTACK, workspace.attack(Profile::Release)), (CNI, workspace.cni(Profile::Release))]
+fn programs(workspace: &Workspace, platform: &Platform) -> [(&'static str, PathBuf); 3] {
+    let built = |name| workspace.program_of(platform, Profile::Release, name);
+    [(PROGRAM, built("tacit")), (ATTACK, built("tacit-attack")), (CNI, built("tacit-cni"))]
 }
 
 /// Everything in the image: the programs, and each library at the place where the loader looks for it.
-fn contents(programs: &[(&str, PathBuf)]) -> Result<Vec<Entry>> {
+fn contents(platform: &Platform, programs: &[(&str, PathBuf)]) -> Result<Vec<Entry>> {
     let mut entries = Vec::new();
     for (place, program) in programs {
         entries.push(Entry::program(place, program)?);
-        let libraries = libraries::of(program)?;
+        let libraries = libraries::of(platform, program)?;
         // It runs on the node, which may have another C library or none.
         ensure!(
             *place != CNI || libraries.is_empty(),
@@ -99,7 +110,7 @@ fn contents(programs: &[(&str, PathBuf)]) -> Result<Vec<Entry>> {
         for library in libraries {
             let place = library.strip_prefix("/").context("a library without an absolute path")?;
             let place = place.to_str().context("a library whose path is no text")?;
-            entries.push(Entry::program(place, &library)?);
+            entries.push(Entry::program(place, &platform.file(&library))?);
         }
     }
     entries.sort_by(|a, b| a.path.cmp(&b.path));
@@ -112,14 +123,14 @@ fn contents(programs: &[(&str, PathBuf)]) -> Result<Vec<Entry>> {
 ///
 /// # Errors
 /// When the folder is not empty, or a file cannot be read or written.
-pub fn write_files(workspace: &Workspace, root: &Path) -> Result<()> {
+pub fn write_files(workspace: &Workspace, platform: &Platform, root: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     ensure!(
         fs::read_dir(root).map_or(true, |mut found| found.next().is_none()),
         "{} is not empty: name a new folder",
         root.display()
     );
-    for entry in contents(&programs(workspace))? {
+    for entry in contents(platform, &programs(workspace, platform))? {
         let file = root.join(&entry.path);
         let failed = || format!("cannot write {}", file.display());
         fs::create_dir_all(file.parent().unwrap_or(root)).with_context(failed)?;

@@ -1,23 +1,18 @@
 //! The shared libraries of a program, as its own loader finds them.
 
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use xtask_support::platform::Platform;
 
 /// Output of `ldd` for a program that needs no libraries.
 const STATIC: [&str; 2] = ["statically linked", "not a dynamic executable"];
 
 /// Paths of all libraries and of the loader; none for a program that was linked statically.
-pub(super) fn of(program: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn of(platform: &Platform, program: &Path) -> Result<Vec<PathBuf>> {
     ensure!(program.is_file(), "{} is not built: run `cargo xtask build`", program.display());
-    let listing =
-        Command::new("ldd").arg(program).output().context("ldd is missing: it is part of the C library")?;
-    let said =
-        [listing.stdout, listing.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
-    parse(&said).with_context(|| format!("ldd {}", program.display()))
+    let listing = platform.libraries_of(program)?;
+    parse(&listing).with_context(|| format!("libraries of {}", program.display()))
 }
 
 /// Parses the output of `ldd`: `name => path (address)`, or `path (address)` for the loader. The kernel's own library

@@ -4,9 +4,10 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use xtask_support::{
     ebpf,
+    platform::Platform,
     progress::{self, Progress},
     setup,
     workspace::{Profile, Workspace},
@@ -19,12 +20,22 @@ struct Options {
     /// Name and tag of the image [default: localhost/tacit:<version>]
     #[arg(long, value_name = "NAME:TAG")]
     name: Option<String>,
-    /// Write the archive here [default: target/image/tacit.tar]
+    /// Write the archive here [default: target/image/tacit.tar, with --arch target/aarch64-unknown-linux-gnu/image/tacit.tar]
     #[arg(long, value_name = "FILE", conflicts_with = "root")]
     output: Option<PathBuf>,
+    /// Build for this architecture [default: that of this machine]
+    #[arg(long, value_name = "NAME")]
+    arch: Option<Architecture>,
     /// Write the files into this folder instead of an archive, for a Containerfile's COPY
     #[arg(long, value_name = "FOLDER")]
     root: Option<PathBuf>,
+}
+
+/// An architecture that can be built for on another machine.
+#[derive(Clone, Copy, ValueEnum)]
+enum Architecture {
+    /// aarch64
+    Arm64,
 }
 
 fn main() -> ExitCode {
@@ -34,17 +45,20 @@ fn main() -> ExitCode {
 fn run(options: &Options) -> Result<()> {
     let workspace = Workspace::find()?;
     let mut progress = Progress::new(4);
-    progress.step("what is needed", || setup::ensure_ebpf(&workspace).map(drop))?;
+    let platform = progress.step("what is needed", || {
+        setup::ensure_ebpf(&workspace)?;
+        options.arch.map_or(Ok(Platform::Own), |Architecture::Arm64| Platform::arm64(&workspace))
+    })?;
     progress.step("kernel side", || ebpf::build(&workspace).map(drop))?;
     progress.step("agent, attack suite and CNI plugin (release)", || {
-        workspace.build(Profile::Release, &["tacit", "tacit-attack"])?;
-        workspace.build_cni(Profile::Release)
+        workspace.build_for(&platform, Profile::Release, &["tacit", "tacit-attack"])?;
+        workspace.build_cni_for(&platform, Profile::Release)
     })?;
     if let Some(root) = &options.root {
-        return progress.step("files", || xtask_image::write_files(&workspace, root));
+        return progress.step("files", || xtask_image::write_files(&workspace, &platform, root));
     }
     let (name, output) = (options.name.as_deref(), options.output.as_deref());
-    let image = progress.step("image", || xtask_image::make(&workspace, name, output))?;
+    let image = progress.step("image", || xtask_image::make(&workspace, &platform, name, output))?;
     println!("{}\n{} {}", image.archive.display(), image.name, image.digest);
     Ok(())
 }

@@ -12,7 +12,7 @@ use xtask_support::command;
 ///
 /// Both of the command's streams go through one pipe: cargo names a suite on standard error and the suite's result
 /// comes on standard output, so their order matters.
-pub(super) fn run(command: &mut Command, mut read: impl FnMut(&str)) -> Result<ExitStatus> {
+pub(crate) fn run(command: &mut Command, mut read: impl FnMut(&str)) -> Result<ExitStatus> {
     let failed = || format!("cannot start {}", command::line(command));
     let (output, input) = io::pipe().with_context(failed)?;
     let second = input.try_clone().with_context(failed)?;

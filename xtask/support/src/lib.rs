@@ -3,6 +3,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | `workspace` | folders, cargo, built programs |
+//! | `platform` | this machine's platform, or arm64 from another machine |
 //! | `ebpf` | the kernel side, built and linted |
 //! | `setup` | compilers, linker and programs, installed when absent |
 //! | `debian` | packages of Debian's archive, fetched and not installed |
@@ -17,6 +18,7 @@
 pub mod command;
 pub mod debian;
 pub mod ebpf;
+pub mod platform;
 pub mod privilege;
 pub mod progress;
 pub mod report;

@@ -7,6 +7,7 @@
 //! Debian and its kin are set up automatically. Elsewhere the error names what to install.
 
 mod apt;
+mod arm64;
 mod linker;
 mod programs;
 pub mod toolchain;
@@ -17,6 +18,7 @@ use std::{env, ffi::OsString, fs, path::PathBuf};
 use anyhow::{Context as _, Result};
 
 use crate::{
+    platform::CrossTools,
     progress::{Style, Tone, note},
     workspace::Workspace,
 };
@@ -102,6 +104,11 @@ pub fn ensure_vm(workspace: &Workspace) -> Result<()> {
     let mut apt = Apt::new();
     programs::ensure(&mut apt)?;
     programs::ensure_vm(&mut apt)
+}
+
+/// Everything for a build for arm64 on another machine, and for running it.
+pub(crate) fn ensure_arm64(workspace: &Workspace) -> Result<CrossTools> {
+    arm64::ensure(workspace)
 }
 
 /// Everything for a cluster.

@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     command, ebpf,
+    platform::Platform,
     workspace::{Profile, Workspace},
 };
 
@@ -41,9 +42,19 @@ impl TestProgram {
 /// # Errors
 /// If cargo fails, or builds no test program.
 pub fn build(workspace: &Workspace, selection: &[&str]) -> Result<Vec<TestProgram>> {
+    let packages = ["--workspace", "--exclude", ebpf::PACKAGE];
+    build_for(workspace, &Platform::Own, &[&packages, selection].concat())
+}
+
+/// Builds the test programs of a platform. `selection` names them with cargo's options for packages and targets.
+///
+/// # Errors
+/// As [`build`].
+pub fn build_for(workspace: &Workspace, platform: &Platform, selection: &[&str]) -> Result<Vec<TestProgram>> {
     let mut cargo = workspace.cargo("test");
-    cargo.args(["--workspace", "--exclude", ebpf::PACKAGE, "--no-run", "--profile", Profile::Fast.name()]);
+    cargo.args(["--no-run", "--profile", Profile::Fast.name()]);
     cargo.arg("--message-format=json-render-diagnostics").args(selection);
+    platform.prepare(&mut cargo);
     cargo.arg("--target-dir").arg(workspace.target());
     let output = cargo.stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let output = output.with_context(|| format!("cannot start {}", command::line(&cargo)))?;

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::command;
+use crate::{command, platform::Platform};
 
 /// With which of cargo's profiles something is built.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -74,6 +74,11 @@ impl Workspace {
         self.target.join(profile.name()).join(name)
     }
 
+    /// A built program of a platform.
+    pub fn program_of(&self, platform: &Platform, profile: Profile, name: &str) -> PathBuf {
+        platform.folder(&self.target).join(profile.name()).join(name)
+    }
+
     /// The agent.
     pub fn agent(&self, profile: Profile) -> PathBuf {
         self.program(profile, "tacit")
@@ -98,14 +103,26 @@ impl Workspace {
 
     /// Builds the programs of these packages; the kernel side must be there for the agent's.
     pub fn build(&self, profile: Profile, packages: &[&str]) -> Result<()> {
+        self.build_for(&Platform::Own, profile, packages)
+    }
+
+    /// As [`Self::build`], for a platform. The programs are in its folder of the target folder.
+    pub fn build_for(&self, platform: &Platform, profile: Profile, packages: &[&str]) -> Result<()> {
         let mut cargo = self.cargo("build");
+        platform.prepare(&mut cargo);
         cargo.args(["--profile", profile.name(), "--bins", "--target-dir"]).arg(&self.target);
         command::run(cargo.args(packages.iter().flat_map(|package| ["--package", package])))
     }
 
     /// Builds the CNI plugin. It runs outside the image, on a node whose C library may be another one, so it has its own.
     pub fn build_cni(&self, profile: Profile) -> Result<()> {
+        self.build_cni_for(&Platform::Own, profile)
+    }
+
+    /// As [`Self::build_cni`], for a platform.
+    pub fn build_cni_for(&self, platform: &Platform, profile: Profile) -> Result<()> {
         let mut cargo = self.cargo("rustc");
+        platform.prepare(&mut cargo);
         cargo.args(["--profile", profile.name(), "--target-dir"]).arg(&self.target);
         let flags =
             ["--package", "tacit-cni", "--bin", "tacit-cni", "--", "-C", "target-feature=+crt-static"];

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
-    command::{self, find_program, succeeds},
+    command::{self, find_program, stdout, succeeds},
     privilege::as_root,
     progress::note,
 };
@@ -69,6 +69,24 @@ impl Apt {
         note("that failed; once more with fresh package lists");
         self.update()?;
         download().with_context(|| format!("apt-get cannot download {package}"))
+    }
+
+    /// Downloads packages of another architecture into `folder`. The system's package manager is not told of that architecture.
+    pub(super) fn download_foreign<'a>(
+        &mut self,
+        architecture: &str,
+        packages: impl IntoIterator<Item = &'a String>,
+        folder: &Path,
+    ) -> Result<()> {
+        let own = stdout(Command::new("dpkg").arg("--print-architecture")).context("dpkg does not start")?;
+        let known = [own.as_str(), architecture].map(|name| format!("APT::Architectures::={name}"));
+        let options: Vec<&str> = known.iter().flat_map(|option| ["-o", option]).collect();
+        note("fetching package lists");
+        let update = [&options[..], &["update", "-q"]].concat();
+        command::run(Self::get("to fetch package lists", &update)?.stdout(Stdio::null()))?;
+        let mut apt = Command::new("apt-get");
+        apt.args(options).args(["-q", "-o", "APT::Sandbox::User=root", "download"]).args(packages);
+        command::run(apt.current_dir(folder).stdout(Stdio::null()).stdin(Stdio::null()))
     }
 
     fn update(&mut self) -> Result<Freshness> {

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Result, bail, ensure};
 
-use super::apt::Apt;
+use super::{apt::Apt, arm64};
 use crate::command::{find_program, succeeds};
 
 /// A program and the Debian package that has it. None of the packages brings a service.
@@ -72,6 +72,11 @@ const BENCH_PROGRAMS: [(&str, &str); 3] = [("iperf3", "iperf3"), ("wrk", "wrk"),
 /// Installs the packages of programs that are not there.
 pub(super) fn ensure(apt: &mut Apt) -> Result<()> {
     ensure_these(apt, "programs of the tests and the demo", &PROGRAMS)
+}
+
+/// Installs what builds for arm64 and runs it.
+pub(super) fn ensure_arm64(apt: &mut Apt) -> Result<()> {
+    ensure_these(apt, "build for arm64", &arm64::PROGRAMS)
 }
 
 /// As [`ensure`], for the programs that only tests run.
