@@ -42,6 +42,7 @@ use clap::Parser;
 use xtask_support::{
     command::{self, tacit_environment},
     ebpf,
+    platform::Platform,
     privilege::{as_root, is_root},
     progress::{self, Progress, Style, note},
     setup,

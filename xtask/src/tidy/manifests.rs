@@ -46,7 +46,8 @@ fn unknown_commands(source: &Source, commands: &[String]) -> Vec<Finding> {
     let mut findings = Vec::new();
     for (line, text) in source.numbered() {
         for rest in text.split(COMMAND).skip(1) {
-            let name = rest.split(|c: char| !(c.is_ascii_lowercase() || c == '-')).next().unwrap_or_default();
+            let of_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+            let name = rest.split(|c| !of_name(c)).next().unwrap_or_default();
             // A placeholder such as <command> has no name.
             if !name.is_empty() && !name.starts_with('-') && !commands.iter().any(|command| command == name) {
                 findings.push(Finding::error(source, line, format!("`{COMMAND}{name}` does not exist")));
