@@ -1,8 +1,8 @@
 //! The tables of services at nodes: addresses of the cluster's nodes, and ports of load balancers that have such addresses.
 //!
-//! While a table lacks an entry, the kernel takes every address, or every port of a node, for one of a service. So a STRICT
-//! pod sends nothing there as plaintext. The flag that says so comes before the table changes, and goes after it has. The flags have
-//! a map of their own: no heartbeat writes them, neither this agent's nor that of one which ends.
+//! While a table was never written in full, or is known to lack an entry, the kernel takes every address, or every port of a node,
+//! for one of a service. So a STRICT pod sends nothing there as plaintext. The flag that says so comes before the table changes, and
+//! goes after it has. The flags have a map of their own: no heartbeat writes them, neither this agent's nor that of one which ends.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -59,6 +59,10 @@ impl NodeTables {
         self.flags.set(0, if is_set { others | flag } else { others }, 0).map_err(failed(MAP))
     }
 
+    fn has(&self, flag: u32) -> Result<bool, KernelError> {
+        self.flags.get(&0, 0).map(|flags| flags & flag != 0).map_err(failed("NODE_TABLES"))
+    }
+
     /// Makes the words of the bitmap those that `word` returns.
     fn set_ports(&mut self, word: impl Fn(u64, u64) -> u64, wanted: &[u64]) -> Result<(), KernelError> {
         const MAP: &str = "NODE_SERVICE_PORTS";
@@ -93,7 +97,8 @@ impl Maps {
     ///
     /// # Errors
     /// [`KernelError::Full`] for more than the map holds; those that fit are written. [`KernelError::Map`]. Every address counts
-    /// as one of a node after an error.
+    /// as one of a node after an error. After the first success every port of a node counts as one of a service, until
+    /// [`Self::set_node_services`] has written the ports.
     pub fn set_cluster_nodes(&self, addresses: impl Iterator<Item = IpAddr>) -> Result<(), KernelError> {
         const MAP: &str = "CLUSTER_NODES";
         let (wanted, room) = fitting(addresses.map(address), limits::CLUSTER_NODES as usize, MAP);
@@ -102,6 +107,10 @@ impl Maps {
             tables.mark(flag::NODES_KNOWN, false)?;
         }
         let written = replace_all(&mut tables.nodes, &wanted).map_err(failed(MAP)).and(room);
+        if written.is_ok() && !tables.has(flag::NODES_KNOWN)? {
+            // In one write: without the nodes, unknown ports would be those of every address.
+            tables.mark(flag::NODES_KNOWN | flag::PORTS_UNKNOWN, true)?;
+        }
         tables.mark(flag::NODES_KNOWN, written.is_ok())?;
         written
     }
