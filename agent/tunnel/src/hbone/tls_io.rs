@@ -4,15 +4,18 @@
 //! error. At most 64 KiB of sealed records are unsent. A quiet connection holds no buffer.
 
 use std::{
+    future::Future as _,
     io::{self, IoSlice},
     ops::Range,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
+    time::{Sleep, sleep},
 };
 
 use crate::{
@@ -24,6 +27,9 @@ use crate::{
 
 /// Bytes that are read at a time: four full records.
 const READ_BYTES: usize = 64 << 10;
+
+/// Limit for the peer's end after the own one.
+const LINGER_MAX: Duration = if cfg!(test) { Duration::from_millis(200) } else { Duration::from_secs(5) };
 
 /// Reads in a row. Then the tasks of the streams take what has come: some 13,000 frames, if they have one byte each.
 const READS_MAX: u32 = 2;
@@ -40,6 +46,8 @@ pub(super) struct TlsIo {
     reads: u32,
     has_ended: bool,
     is_closed: bool,
+    /// The wait for the peer's end, after the own one.
+    linger: Option<Pin<Box<Sleep>>>,
 }
 
 impl TlsIo {
@@ -53,6 +61,7 @@ impl TlsIo {
             reads: 0,
             has_ended: false,
             is_closed: false,
+            linger: None,
         }
     }
 
@@ -169,7 +178,20 @@ impl AsyncWrite for TlsIo {
             this.tls.queue_close().map_err(io_error)?;
         }
         ready!(this.poll_send(cx))?;
-        Poll::Ready(socket::finish(this.tls.tcp()))
+        if this.linger.is_none() {
+            socket::finish(this.tls.tcp())?;
+        }
+        // The kernel answers what the peer still sends, such as WINDOW_UPDATE, with a reset if the socket is closed, and drops what is
+        // unsent. So the end of the peer is waited for.
+        let is_over =
+            this.linger.get_or_insert_with(|| Box::pin(sleep(LINGER_MAX))).as_mut().poll(cx).is_ready();
+        while !is_over {
+            this.unopened = this.received.len();
+            if ready!(this.poll_fill(cx)).is_err() {
+                break;
+            }
+        }
+        Poll::Ready(Ok(()))
     }
 }
 
