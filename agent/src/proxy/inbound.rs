@@ -39,8 +39,8 @@ use crate::{
 pub async fn tunnel(path: Arc<Proxy>, pod: Arc<Pod>, tcp: TcpStream, peer: SocketAddr) {
     let (mut session, at) = match Box::pin(greet(&path, &pod, tcp, peer)).await {
         Some((Incoming::Tacit(session), at)) => (session, at),
-        Some((Incoming::Hbone(server), at)) => {
-            return Box::pin(hbone::serve(path, pod, server, peer, at)).await;
+        Some((Incoming::Hbone(accepted), at)) => {
+            return Box::pin(hbone::serve(path, pod, accepted, peer, at)).await;
         }
         None => return,
     };
@@ -78,7 +78,7 @@ async fn greet(path: &Proxy, pod: &Pod, tcp: TcpStream, peer: SocketAddr) -> Opt
         return refuse(tcp, Refusal::new(RefusalReason::NoCertificate, detail));
     };
     socket::begin_small(&tcp, path.shares.unread_bytes(pod.cgroup));
-    let accepted = Incoming::accept(tcp, &own, path.shares.stream_window_bytes(pod.cgroup)).await;
+    let accepted = Incoming::accept(tcp, &own).await;
     drop(turn);
     match accepted {
         Ok(mut incoming) => {

@@ -13,6 +13,7 @@
 //! | `request` | what a request claims; pure |
 //! | `stream` | the stream of a flow, and what it has received |
 //! | `relay` | forwards the bytes of a flow |
+//! | `unsent` | what of a stream waits for the connection's socket |
 //! | `keep_alive` | PING |
 //!
 //! # Bounds
@@ -28,7 +29,9 @@
 //! | END_STREAM | the agent ends its direction to the application |
 //! | RST_STREAM of any code, connection broken or closed inside the stream | application reset |
 //! | application ends its direction | empty DATA with END_STREAM |
-//! | application resets, also after its end | RST_STREAM (CONNECT_ERROR, RFC 9113 section 8.5) |
+//! | application resets, also after its end or while the stream has no room | RST_STREAM (CONNECT_ERROR, RFC 9113 section 8.5) |
+
+use std::time::Duration;
 
 mod keep_alive;
 mod relay;
@@ -38,10 +41,11 @@ mod stream;
 #[cfg(test)]
 mod tests;
 mod tls_io;
+mod unsent;
 
 pub use relay::relay;
 pub use request::{BadRequest, Connect};
-pub use server::{FlowRequest, Refused, Server};
+pub use server::{Accepted, FlowRequest, Refused, Server};
 pub use stream::{FlowStream, Peer};
 
 /// Most streams of a connection that are open at a time. That of ztunnel's server; its client uses 100.
@@ -53,8 +57,12 @@ const RESETS_KEPT: usize = 1024;
 const FIELDS_MAX_BYTES: u32 = 64 << 10;
 /// Largest frame that a peer may send: the smallest value of the protocol. A larger one would be buffered whole.
 const FRAME_MAX_BYTES: u32 = 16 << 10;
-/// Bytes of a stream that wait for the connection's socket.
-const UNSENT_MAX_BYTES: usize = 128 << 10;
+/// Time for which [`RESETS_KEPT`] streams are known.
+const RESETS_KEPT_FOR: Duration = Duration::from_secs(30);
+/// Most bytes of a stream that wait for the connection's socket. With many connections of the pod it is the window of a stream.
+const UNSENT_MAX_BYTES: u32 = 128 << 10;
+/// Most pieces of these bytes: one for each read of the application's socket, which HTTP/2 never joins.
+const UNSENT_PIECES_MAX: usize = 64;
 /// Memory of the frames of a connection beside their content: twice that of the frames of one byte that come at a time. The streams take
 /// them then.
 const FRAMES_BUDGET_BYTES: usize = 8 << 20;

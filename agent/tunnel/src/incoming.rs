@@ -6,31 +6,25 @@ use tacit_core::wire::flow_state::Role;
 use tacit_identity::credentials::Credentials;
 use tokio::net::TcpStream;
 
-use crate::{Session, TunnelError, hbone::Server, stream, tls::ALPN_HBONE};
+use crate::{Session, TunnelError, hbone, stream, tls::ALPN_HBONE};
 
 /// An authenticated client.
 pub enum Incoming {
     /// It speaks `tacit/1`.
     Tacit(Box<Session>),
     /// It speaks HBONE.
-    Hbone(Box<Server>),
+    Hbone(Box<hbone::Accepted>),
 }
 
 impl Incoming {
-    /// Accepts a client of the trust domain of `own` over `tcp`. Bounded in time. `window_bytes` is the first window of a stream of
-    /// HBONE.
+    /// Accepts a client of the trust domain of `own` over `tcp`. Bounded in time.
     ///
     /// # Errors
     /// [`TunnelError`].
-    pub async fn accept(
-        tcp: TcpStream,
-        own: &Arc<Credentials>,
-        window_bytes: u32,
-    ) -> Result<Self, TunnelError> {
+    pub async fn accept(tcp: TcpStream, own: &Arc<Credentials>) -> Result<Self, TunnelError> {
         let established = Box::pin(stream::accept(tcp, own)).await?;
         if established.tls.alpn.as_bytes() == ALPN_HBONE {
-            let server = Box::pin(Server::begin(established, window_bytes)).await?;
-            return Ok(Self::Hbone(Box::new(server)));
+            return Ok(Self::Hbone(Box::new(hbone::Accepted(established))));
         }
         Ok(Self::Tacit(Session::new(established, Role::Server)))
     }

@@ -14,12 +14,13 @@ use tacit_core::{
     directory::Workload,
     refusal::{Refusal, RefusalReason},
     shares::connections::Connection,
+    spiffe::SpiffeId,
     wire::Role,
 };
 use tacit_kernel::socket::AppStream;
 use tacit_tunnel::{
     TunnelError,
-    hbone::{self, Connect, FlowRequest, Peer, Refused, Server},
+    hbone::{self, Accepted, Connect, FlowRequest, Peer, Refused},
     relay,
     session::SERVER_IDLE,
     socket,
@@ -37,17 +38,27 @@ use crate::{
 pub(super) async fn serve(
     path: Arc<Proxy>,
     pod: Arc<Pod>,
-    mut server: Box<Server>,
+    accepted: Box<Accepted>,
     peer: SocketAddr,
     at: IpAddr,
 ) {
-    let mut is_draining = false;
+    let identity = accepted.identity().clone();
+    let mut server = match accepted.begin(path.shares.stream_window_bytes(pod.cgroup)).await {
+        Ok(server) => server,
+        Err(error) => return report_end(&path, &identity, error, peer, at),
+    };
+    let (mut is_draining, mut is_closed) = (false, false);
     let mut idle = pin!(sleep(SERVER_IDLE));
     loop {
         let next = tokio::select! {
             next = server.next() => next,
             () = path.drain.cut.cancelled() => return,
-            () = pod.closed.cancelled() => return,
+            // The pod takes no more flows. Those that are open go on.
+            () = pod.closed.cancelled(), if !is_closed => {
+                (is_closed, is_draining) = (true, true);
+                server.drain();
+                continue;
+            }
             () = path.drain.stop.cancelled(), if !is_draining => {
                 is_draining = true;
                 server.drain();
@@ -72,23 +83,33 @@ pub(super) async fn serve(
                     peer,
                     at,
                 };
-                stream.start(request);
-                server.set_window(path.shares.stream_window_bytes(pod.cgroup));
+                let window_bytes = path.shares.stream_window_bytes(pod.cgroup);
+                match (is_closed, server.set_window(window_bytes)) {
+                    (false, true) => stream.start(request),
+                    (true, _) => stream.refuse(
+                        request,
+                        Refusal::new(RefusalReason::DestinationGone, "the pod is no longer enrolled"),
+                    ),
+                    (false, false) => {
+                        let detail = "the client has not acknowledged a smaller window, which the pod's connections need";
+                        stream.refuse(request, Refusal::new(RefusalReason::PodConnections, detail));
+                    }
+                }
             }
             Ok(None) => return,
-            Err(error) => return report_end(&path, server.client(), error, peer, at),
+            Err(error) => return report_end(&path, server.client().identity(), error, peer, at),
         }
     }
 }
 
 /// Reports the end of a connection by the peer's fault. Flows on it report themselves.
-fn report_end(path: &Proxy, client: &Peer, error: TunnelError, peer: SocketAddr, at: IpAddr) {
+fn report_end(path: &Proxy, client: &SpiffeId, error: TunnelError, peer: SocketAddr, at: IpAddr) {
     let reason = error.reason();
     if matches!(reason, RefusalReason::Io | RefusalReason::Closed | RefusalReason::Timeout) {
-        return tracing::debug!(peer = %client.identity(), %error, "connection ended");
+        return tracing::debug!(peer = %client, %error, "connection ended");
     }
     let addresses = Addresses { source: peer, destination: SocketAddr::new(at, tcp_port::TUNNEL) };
-    path.report(Reporter::Destination, addresses, Refusal::new(reason, error).of(client.identity()));
+    path.report(Reporter::Destination, addresses, Refusal::new(reason, error).of(client));
 }
 
 /// The surroundings of a stream.

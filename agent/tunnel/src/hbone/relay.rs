@@ -12,12 +12,11 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use bytes::Bytes;
 use h2::Reason;
 use tacit_core::wire::Role;
 use tacit_kernel::socket::{AppStream, Polled as _};
 
-use super::FlowStream;
+use super::{FlowStream, UNSENT_PIECES_MAX};
 use crate::{
     TunnelError,
     buffers::{Buffer, Size},
@@ -93,14 +92,23 @@ async fn run(
     let mut watch = PeerWatch::new(Some(watching));
     let mut broken = pin!(app.broken());
     let mut is_error_checked = false;
-    let mut flow =
-        Flow { app, stream, sent, received, to_app_ended: false, from_app_ended: false, seen_bytes: 0 };
+    let mut flow = Flow {
+        app,
+        stream,
+        sent,
+        received,
+        to_app_ended: false,
+        from_app_ended: false,
+        waits_for_room: false,
+        seen_bytes: 0,
+    };
     let ending = poll_fn(|cx| {
         if let Poll::Ready(ending) = flow.poll_both(cx) {
             return Poll::Ready(ending);
         }
-        // After its end the application's reads no longer report a reset.
-        if flow.from_app_ended && !is_error_checked && broken.as_mut().poll(cx).is_ready() {
+        // After its end, and while it is not read, the application's reads report no reset.
+        let is_read = !flow.from_app_ended && !flow.waits_for_room;
+        if !is_read && !is_error_checked && broken.as_mut().poll(cx).is_ready() {
             is_error_checked = true;
             if matches!(app.take_error(), Ok(Some(_)) | Err(_)) {
                 return Poll::Ready(Ending::ResetByApp);
@@ -128,6 +136,8 @@ struct Flow<'a> {
     received: &'a AtomicU64,
     to_app_ended: bool,
     from_app_ended: bool,
+    /// The stream takes no more bytes of the application for now.
+    waits_for_room: bool,
     seen_bytes: u64,
 }
 
@@ -143,7 +153,11 @@ impl Flow<'_> {
                 }
             }
             if self.to_app_ended && self.from_app_ended {
-                return Poll::Ready(Ending::Finished);
+                // What is left is lost with the stream or its connection.
+                if let Poll::Ready(lost) = self.stream.send.poll_reset(cx) {
+                    return Poll::Ready(lost.map_or_else(Ending::from, |_| Ending::ResetByPeer));
+                }
+                return self.stream.unsent.poll_at_most(0, cx).map(|()| Ending::Finished);
             }
             if is_blocked {
                 return self.poll_reset(cx);
@@ -199,21 +213,23 @@ impl Flow<'_> {
             if ready!(self.app.poll_read_ready(cx)).is_err() {
                 return Poll::Ready(Err(Ending::ResetByApp));
             }
+            self.waits_for_room = true;
+            ready!(self.stream.unsent.poll_at_most(UNSENT_PIECES_MAX - 1, cx));
             let mut buffer = Buffer::take(Size::Small);
             let room = ready!(self.poll_room(cx, buffer.len()))?;
+            self.waits_for_room = false;
             let read = socket::try_read_app(self.app, &mut [IoSliceMut::new(&mut buffer[..room])]);
-            let send = &mut self.stream.send;
             let Some(read) = read else {
-                send.reserve_capacity(0);
+                self.stream.send.reserve_capacity(0);
                 continue;
             };
             let Ok(read) = read else { return Poll::Ready(Err(Ending::ResetByApp)) };
             self.from_app_ended = read.count == 0;
-            let bytes = Bytes::copy_from_slice(&buffer[..read.count]);
-            let queued = send.send_data(bytes, self.from_app_ended);
+            let bytes = self.stream.unsent.piece(&buffer[..read.count]);
+            let queued = self.stream.send.send_data(bytes, self.from_app_ended);
             if !self.from_app_ended {
                 // The rest of the room is left to other streams.
-                send.reserve_capacity(0);
+                self.stream.send.reserve_capacity(0);
             }
             self.sent.fetch_add(read.count as u64, Relaxed);
             return Poll::Ready(queued.map_err(Ending::from));

@@ -12,17 +12,24 @@ use std::{
 use bytes::Bytes;
 use h2::server::{Builder, Connection, SendResponse};
 use http::{HeaderValue, Response, StatusCode};
-use tacit_core::shares::STREAM_WINDOW_MAX;
+use tacit_core::{shares::STREAM_WINDOW_MAX, spiffe::SpiffeId};
 use tokio::time::timeout;
 
 use super::{
     BadRequest, Connect, FIELDS_MAX_BYTES, FRAME_MAX_BYTES, FRAMES_BUDGET_BYTES, FlowStream, Peer,
-    RESETS_KEPT, STREAMS_MAX, UNSENT_MAX_BYTES,
+    RESETS_KEPT, RESETS_KEPT_FOR, STREAMS_MAX, UNSENT_MAX_BYTES,
     keep_alive::{self, KeepAlive},
     stream::Received,
     tls_io::TlsIo,
 };
 use crate::{TunnelError, stream::Established};
+
+/// The window of a stream before the client has acknowledged the first SETTINGS.
+const PROTOCOL_WINDOW: u32 = 65_535;
+
+/// The window in force may be this many times that of the share. Honest clients acknowledge within a round trip, in which the
+/// connections of a pod rarely become as many times more.
+const WINDOW_EXCESS_MAX: u32 = 8;
 
 /// Limit for the first bytes of HTTP/2 after the handshake.
 const PREFACE_MAX: Duration = Duration::from_secs(10);
@@ -33,11 +40,31 @@ pub struct Server {
     keep_alive: KeepAlive,
     client: Arc<Peer>,
     window_bytes: u32,
+    /// The largest window that a stream can still have.
+    in_force_max: u32,
+}
+
+/// A client that has chosen HBONE in the TLS handshake.
+pub struct Accepted(pub(crate) Established);
+
+impl Accepted {
+    /// Begins HTTP/2. Bounded in time. `window_bytes` is the first window of a stream.
+    ///
+    /// # Errors
+    /// [`TunnelError`].
+    pub async fn begin(self, window_bytes: u32) -> Result<Box<Server>, TunnelError> {
+        Server::begin(self.0, window_bytes).await.map(Box::new)
+    }
+
+    /// Returns the identity in the client's certificate.
+    #[must_use]
+    pub fn identity(&self) -> &SpiffeId {
+        &self.0.peer
+    }
 }
 
 impl Server {
-    /// Begins HTTP/2 on a connection. Bounded in time.
-    pub(crate) async fn begin(established: Established, window_bytes: u32) -> Result<Self, TunnelError> {
+    async fn begin(established: Established, window_bytes: u32) -> Result<Self, TunnelError> {
         let (client, io) = Peer::of(established)?;
         let preface = Builder::new()
             .initial_window_size(window_bytes)
@@ -46,16 +73,19 @@ impl Server {
             .data_frame_budget(FRAMES_BUDGET_BYTES)
             .max_concurrent_streams(STREAMS_MAX)
             .max_concurrent_reset_streams(RESETS_KEPT)
+            .reset_stream_duration(RESETS_KEPT_FOR)
             .max_frame_size(FRAME_MAX_BYTES)
             .max_header_list_size(FIELDS_MAX_BYTES)
-            .max_send_buffer_size(UNSENT_MAX_BYTES)
+            .max_send_buffer_size(UNSENT_MAX_BYTES.min(window_bytes) as usize)
             .handshake(io);
         let limit = PREFACE_MAX;
         let mut connection = timeout(limit, preface)
             .await
             .map_err(|_| TunnelError::Timeout { what: "the HTTP/2 preface", limit })??;
         let pings = connection.ping_pong().ok_or(TunnelError::Closed)?;
-        Ok(Self { connection, keep_alive: KeepAlive::new(pings), client: Arc::new(client), window_bytes })
+        let (keep_alive, client) = (KeepAlive::new(pings), Arc::new(client));
+        let in_force_max = window_bytes.max(PROTOCOL_WINDOW);
+        Ok(Self { connection, keep_alive, client, window_bytes, in_force_max })
     }
 
     /// Returns the client.
@@ -70,13 +100,18 @@ impl Server {
         self.connection.has_streams()
     }
 
-    /// Sets the window of a stream, unless it is about the same already. Streams that are open get it too.
-    pub fn set_window(&mut self, window_bytes: u32) {
+    /// Sets the window of a stream, unless it is about the same already. Streams that are open get it too. Returns false if streams
+    /// still have a much larger one, since the client has not acknowledged a smaller one: refuse its requests.
+    #[must_use]
+    pub fn set_window(&mut self, window_bytes: u32) -> bool {
         let is_near = window_bytes / 2 < self.window_bytes && self.window_bytes / 2 < window_bytes;
-        // Fails while the client has not acknowledged the last change.
-        if !is_near && self.connection.set_initial_window_size(window_bytes).is_ok() {
+        let is_in_doubt = self.in_force_max / 2 > self.window_bytes;
+        // Fails while the client has not acknowledged the last change. So the window before this one is in force.
+        if (!is_near || is_in_doubt) && self.connection.set_initial_window_size(window_bytes).is_ok() {
+            self.in_force_max = self.window_bytes.max(window_bytes);
             self.window_bytes = window_bytes;
         }
+        self.in_force_max / WINDOW_EXCESS_MAX <= window_bytes
     }
 
     /// Has the client open no more streams, by GOAWAY. The connection ends with its last stream.

@@ -12,7 +12,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use h2::{RecvStream, SendStream};
 use tacit_core::spiffe::SpiffeId;
 
-use super::tls_io::TlsIo;
+use super::{tls_io::TlsIo, unsent::Unsent};
 use crate::{TlsInfo, stream::Established};
 
 /// The authenticated peer of a connection.
@@ -60,13 +60,14 @@ impl Peer {
 /// An open stream. It is reset if it is dropped before both ends.
 pub struct FlowStream {
     pub(super) send: SendStream<Bytes>,
+    pub(super) unsent: Unsent,
     pub(super) received: Received,
     pub(super) peer: Arc<Peer>,
 }
 
 impl FlowStream {
     pub(super) fn new(send: SendStream<Bytes>, received: Received, peer: Arc<Peer>) -> Self {
-        Self { send, received, peer }
+        Self { send, unsent: Unsent::default(), received, peer }
     }
 }
 

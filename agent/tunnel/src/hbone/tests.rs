@@ -65,11 +65,18 @@ async fn pair() -> Pair {
         let (client, driver) = builder.handshake(tls).await.expect("HTTP/2");
         (client, tokio::spawn(driver), socket)
     };
-    let (client, accepted) = tokio::join!(connect, Incoming::accept(far, &db, WINDOW));
-    let Ok(Incoming::Hbone(server)) = accepted else { panic!("another wire format") };
+    let (client, accepted) = tokio::join!(connect, async { begun(Incoming::accept(far, &db).await).await });
+    let Ok(server) = accepted else { panic!("another wire format") };
     let (client, driver, socket) = client;
     let (requests, commands) = serve(server);
     Pair { client, driver, socket, requests, commands }
+}
+
+async fn begun(accepted: Result<Incoming, TunnelError>) -> Result<Box<Server>, TunnelError> {
+    match accepted? {
+        Incoming::Hbone(accepted) => accepted.begin(WINDOW).await,
+        Incoming::Tacit(_) => panic!("another wire format"),
+    }
 }
 
 fn duplicate(tcp: &TcpStream) -> std::net::TcpStream {
@@ -90,7 +97,7 @@ fn serve(
                 Some(command) = commands.recv() => {
                     match command {
                         Command::Drain => server.drain(),
-                        Command::Window(bytes) => server.set_window(bytes),
+                        Command::Window(bytes) => drop(server.set_window(bytes)),
                         Command::HastenPings(limit) => server.hasten_pings(limit),
                     }
                     continue;

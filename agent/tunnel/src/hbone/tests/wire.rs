@@ -37,9 +37,7 @@ async fn close_notify_inside_a_flow_is_no_clean_end_and_wrong_frames_end_the_con
         (frame(4, 0, 0, b"short"), false, Some("protocol")),
     ] {
         let (client, accepted) = tls(&[ALPN_HBONE], &beginning()).await;
-        let (mut client, Ok(Incoming::Hbone(server))) = (client.expect("accepted"), accepted) else {
-            panic!("refused")
-        };
+        let (mut client, server) = (client.expect("accepted"), begun(accepted).await.expect("HTTP/2"));
         let (mut requests, _commands) = serve(server);
         let request = soon(requests.recv()).await.expect("a connection").expect("in order");
         let stream = request.accept("").expect("open");
@@ -60,9 +58,7 @@ async fn close_notify_inside_a_flow_is_no_clean_end_and_wrong_frames_end_the_con
 #[tokio::test]
 async fn a_connection_outlives_many_streams_that_the_agent_resets() {
     let (client, accepted) = tls(&[ALPN_HBONE], &beginning()).await;
-    let (client, Ok(Incoming::Hbone(server))) = (client.expect("accepted"), accepted) else {
-        panic!("refused")
-    };
+    let (client, server) = (client.expect("accepted"), begun(accepted).await.expect("HTTP/2"));
     let (mut answers, mut client) = tokio::io::split(client);
     let discarding = tokio::spawn(async move { tokio::io::copy(&mut answers, &mut tokio::io::sink()).await });
     let (mut requests, _commands) = serve(server);
@@ -79,6 +75,36 @@ async fn a_connection_outlives_many_streams_that_the_agent_resets() {
     drop(soon(requests.recv()).await.expect("a connection").expect("in order"));
 }
 
+/// A server that did not refuse would hold the larger window of each stream.
+#[tokio::test]
+async fn requests_are_refused_while_a_much_smaller_window_is_not_acknowledged() {
+    let (client, accepted) = tls(&[ALPN_HBONE], &beginning()).await;
+    let (_client, mut server) = (client.expect("accepted"), begun(accepted).await.expect("HTTP/2"));
+    assert!(server.set_window(WINDOW));
+    assert!(server.set_window(WINDOW / 8));
+    assert!(!server.set_window(WINDOW / 16));
+    drop(soon(server.next()).await.expect("in order").expect("a request"));
+    assert!(!server.set_window(WINDOW / 16));
+    assert!(server.set_window(WINDOW / 8));
+}
+
+#[tokio::test]
+async fn a_reset_of_the_application_is_noticed_while_the_stream_has_no_room() {
+    let no_window = frame(4, 0, 0, &[0, 4, 0, 0, 0, 0]);
+    let (preface, headers) = (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), frame(1, 4, 1, &fields()));
+    let (client, accepted) = tls(&[ALPN_HBONE], &[preface, no_window, headers].concat()).await;
+    let (_client, server) = (client.expect("accepted"), begun(accepted).await.expect("HTTP/2"));
+    let (mut requests, _commands) = serve(server);
+    let request = soon(requests.recv()).await.expect("a connection").expect("in order");
+    let stream = request.accept("").expect("open");
+    let (mut app, agent) = app_connection().await;
+    app.write_all(b"more than there is room for").await.expect("open");
+    let end = tokio::spawn(relayed(agent, stream));
+    app.set_zero_linger().expect("open");
+    drop(app);
+    assert!(matches!(soon(end).await.expect("no panic"), FlowEnd::Reset(App::Destination)));
+}
+
 #[tokio::test]
 async fn the_wire_format_is_chosen_by_alpn() {
     for (offered, expected) in [
@@ -91,7 +117,7 @@ async fn the_wire_format_is_chosen_by_alpn() {
         let (client, accepted) = tls(&offered, &beginning()).await;
         match (accepted, expected) {
             (Ok(Incoming::Tacit(session)), Some(expected)) => assert_eq!(session.tls().alpn, expected),
-            (Ok(Incoming::Hbone(server)), Some(expected)) => assert_eq!(server.client().tls().alpn, expected),
+            (Ok(Incoming::Hbone(accepted)), Some(expected)) => assert_eq!(accepted.0.tls.alpn, expected),
             (Err(error), None) => assert_eq!(error.reason().label(), "alpn", "{error}"),
             (accepted, _) => panic!("{:?} for {offered:?}", accepted.map(|_| "accepted")),
         }
@@ -115,5 +141,5 @@ async fn tls(
         tls.flush().await?;
         Ok(tls)
     };
-    tokio::join!(connect, Incoming::accept(far, &db, WINDOW))
+    tokio::join!(connect, Incoming::accept(far, &db))
 }
