@@ -15,15 +15,20 @@ pub(super) fn of(platform: &Platform, program: &Path) -> Result<Vec<PathBuf>> {
     parse(&listing).with_context(|| format!("libraries of {}", program.display()))
 }
 
-/// Parses the output of `ldd`: `name => path (address)`, or `path (address)` for the loader. The kernel's own library
-/// has no file.
+/// Parses the output of `ldd`: `name => path (address)`, or `path (address)` for the loader, of which an emulator has another path
+/// behind the arrow. The kernel's own library has no file, and no name under an emulator.
 fn parse(listing: &str) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for line in listing.lines().map(str::trim).filter(|line| !line.is_empty()) {
-        if STATIC.iter().any(|said| line.contains(said)) || line.starts_with("linux-vdso") {
+        let is_kernels = line.starts_with("linux-vdso") || line.starts_with('(');
+        if STATIC.iter().any(|said| line.contains(said)) || is_kernels {
             continue;
         }
-        let target = line.split_once(" => ").map_or(line, |(_, target)| target);
+        let target = match line.split_once(" => ") {
+            Some((name, target)) if !name.starts_with('/') => target,
+            Some((loader, _)) => loader,
+            None => line,
+        };
         let path = target.split(" (").next().unwrap_or_default();
         if !path.starts_with('/') {
             bail!("no path in `{line}`: install the library");
@@ -51,6 +56,17 @@ mod tests {
             "/lib64/ld-linux-x86-64.so.2",
         ];
         assert_eq!(found, expected.map(PathBuf::from));
+    }
+
+    #[test]
+    fn the_loader_is_named_by_the_program_under_an_emulator() {
+        let listing = "\t (0x0000005502850000)\n\tlibc.so.6 => /lib/aarch64-linux-gnu/libc.so.6 (0x55)\n\
+            \t/lib/ld-linux-aarch64.so.1 => /cache/arm64/lib/ld-linux-aarch64.so.1 (0x56)\n";
+        let found = parse(listing).expect("libraries");
+        assert_eq!(
+            found,
+            ["/lib/aarch64-linux-gnu/libc.so.6", "/lib/ld-linux-aarch64.so.1"].map(PathBuf::from)
+        );
     }
 
     #[test]

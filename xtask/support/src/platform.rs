@@ -18,6 +18,8 @@ use crate::{command, setup, workspace::Workspace};
 pub const ARM64: &str = "aarch64-unknown-linux-gnu";
 /// The linker, and the compiler of the C parts.
 pub(crate) const ARM64_CC: &str = "aarch64-linux-gnu-gcc";
+/// Comes with the linker.
+const ARM64_READELF: &str = "aarch64-linux-gnu-readelf";
 /// QEMU's user emulation.
 pub(crate) const ARM64_EMULATOR: &str = "qemu-aarch64-static";
 /// The loader, which is also what lists the libraries of a program.
@@ -114,6 +116,8 @@ impl Platform {
     pub fn libraries_of(&self, program: &Path) -> Result<String> {
         let mut list = match self {
             Self::Own => Command::new("ldd"),
+            // Unlike ldd, the loader does not ask whether it is the program's.
+            Self::Arm64(_) if !has_loader(program)? => return Ok("statically linked".to_owned()),
             Self::Arm64(tools) => {
                 let mut loader = tools.emulate(tools.root.join(ARM64_LOADER));
                 loader.arg("--list");
@@ -133,6 +137,13 @@ impl Platform {
             Self::Arm64(tools) => tools.root.join(path.strip_prefix("/").unwrap_or(path)),
         }
     }
+}
+
+fn has_loader(program: &Path) -> Result<bool> {
+    let mut readelf = Command::new(ARM64_READELF);
+    let segments = command::stdout(readelf.args(["--program-headers", "--wide"]).arg(program));
+    let segments = segments.with_context(|| format!("{ARM64_READELF} cannot read {}", program.display()))?;
+    Ok(segments.contains("INTERP"))
 }
 
 impl CrossTools {
