@@ -40,7 +40,7 @@ fn after_a_stop_nothing_goes_in_clear_and_a_new_agent_takes_over() -> Result<()>
     Ok(())
 }
 
-/// An agent of which a thread has panicked beats no more, and ends to be started again.
+/// An agent of which a thread has panicked ends, to be started again.
 #[test]
 #[ignore = "needs root"]
 fn after_a_panic_of_a_worker_nothing_goes_in_clear_and_a_new_agent_takes_over() -> Result<()> {
@@ -50,7 +50,8 @@ fn after_a_panic_of_a_worker_nothing_goes_in_clear_and_a_new_agent_takes_over() 
             panic_worker(agent.id().context("the agent does not run")?)?;
             let (status, log) = (agent.wait_end()?, agent.log()?);
             ensure!(log.contains("unexpected error when polling the I/O driver"), "no panic: {log}");
-            ensure!(log.contains("a task has failed: no more heartbeats"), "the heart goes on: {log}");
+            // It may end before its next heartbeat is due.
+            ensure!(log.contains("a task of the agent has failed"), "another end: {log}");
             ensure!(status.code() == Some(1), "{status}: {log}");
             Ok(())
         })?;
