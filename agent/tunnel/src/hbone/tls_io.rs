@@ -183,15 +183,16 @@ impl AsyncWrite for TlsIo {
         }
         // The kernel answers what the peer still sends, such as WINDOW_UPDATE, with a reset if the socket is closed, and drops what is
         // unsent. So the end of the peer is waited for.
-        let is_over =
-            this.linger.get_or_insert_with(|| Box::pin(sleep(LINGER_MAX))).as_mut().poll(cx).is_ready();
-        while !is_over {
+        let linger = this.linger.get_or_insert_with(|| Box::pin(sleep(LINGER_MAX)));
+        if linger.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        loop {
             this.unopened = this.received.len();
             if ready!(this.poll_fill(cx)).is_err() {
-                break;
+                return Poll::Ready(Ok(()));
             }
         }
-        Poll::Ready(Ok(()))
     }
 }
 
