@@ -30,7 +30,7 @@ pub struct Mesh {
     changing: Mutex<Following>,
 }
 
-/// Whether the kernel's maps are this agent's to change.
+/// The source of the kernel's maps, as long as they are this agent's to change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum Following {
     #[default]

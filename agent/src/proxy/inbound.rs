@@ -216,7 +216,7 @@ async fn turn_away(
     (answered.is_ok() && session.is_idle()).then_some(session)
 }
 
-/// What a connection proves: everything in a request on it is a claim.
+/// The facts that a connection proves. Everything in a request on it is a claim.
 struct Proven<'a> {
     /// Identity of the client.
     identity: &'a SpiffeId,

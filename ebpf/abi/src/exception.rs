@@ -38,13 +38,13 @@ pub struct ExceptionText {
     pub name: &'static str,
     /// Hooks at which the exception applies.
     pub hooks: &'static [ExceptionHook],
-    /// What passes.
+    /// A description of the plaintext that passes.
     pub help: &'static str,
 }
 
 macro_rules! exceptions {
     ($($variant:ident, $name:literal, [$($hook:ident),+], $help:literal;)+) => {
-        /// What lets a packet or connection of a held pod pass as plaintext.
+        /// A fact by which a packet or connection of a held pod passes as plaintext.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[repr(u32)]
         pub enum Exception { $(#[doc = $help] $variant,)+ }

@@ -11,7 +11,7 @@ pub struct ExceptionCounter {
     pub name: &'static str,
     /// Stable label of the hook.
     pub hook: &'static str,
-    /// What passes.
+    /// A description of the plaintext that passes.
     pub help: &'static str,
     /// Packets or connections since the map was made.
     pub value: u64,

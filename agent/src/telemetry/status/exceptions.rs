@@ -2,14 +2,14 @@
 
 use serde::{Deserialize, Serialize};
 
-/// What one exception let pass at one hook.
+/// The count of one exception at one hook.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExceptionStatus {
     /// A stable name: the metric's label.
     pub name: String,
     /// The hook: `connect`, `egress`, `ingress` or `link`.
     pub hook: String,
-    /// What passes.
+    /// A description of the plaintext that passes.
     pub help: String,
     /// Number of connections at `connect`, else of packets, since the programs were loaded.
     pub value: u64,

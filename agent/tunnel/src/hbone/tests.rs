@@ -39,7 +39,7 @@ struct Pair {
     driver: JoinHandle<Result<(), h2::Error>>,
     /// The client's socket.
     socket: std::net::TcpStream,
-    /// What the server's connection has received, until its end.
+    /// The requests that the server's connection has received, until its end.
     requests: UnboundedReceiver<Result<FlowRequest, TunnelError>>,
     commands: tokio::sync::mpsc::UnboundedSender<Command>,
 }
