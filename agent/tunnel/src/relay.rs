@@ -60,6 +60,20 @@ pub enum FlowEnd {
     PeerSilent,
 }
 
+/// The way the relay of a flow over a tunnel stopped, before both ends are told.
+pub(crate) enum Ending {
+    /// Both directions ended.
+    Finished,
+    /// The local application's connection was reset.
+    ResetByApp,
+    /// The peer has reset the flow.
+    ResetByPeer,
+    /// The tunnel failed.
+    Lost(TunnelError),
+    /// The kernel of the peer was silent for the limit.
+    Silent,
+}
+
 impl FlowEnd {
     /// Returns the label for logs and metrics, one of a fixed set.
     #[must_use]

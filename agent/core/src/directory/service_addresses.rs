@@ -38,7 +38,12 @@ impl OuterAddress {
         }
         self.services.push(Arc::clone(service));
         self.ingress_count += usize::from(service.has_ingress(&address));
-        service.ports.iter().for_each(|port| self.settle(port.port));
+        for port in &service.ports {
+            let holder = self.ports.entry(port.port).or_insert_with(|| Some(Arc::clone(service)));
+            if holder.as_ref().is_some_and(|known| !Arc::ptr_eq(known, service)) {
+                *holder = None;
+            }
+        }
     }
 
     fn remove(&mut self, address: IpAddr, service: &Arc<Service>) {
@@ -46,15 +51,18 @@ impl OuterAddress {
         self.services.retain(|known| !Arc::ptr_eq(known, service));
         if self.services.len() < before {
             self.ingress_count -= usize::from(service.has_ingress(&address));
-            service.ports.iter().for_each(|port| self.settle(port.port));
+            service.ports.iter().for_each(|port| self.release(port.port));
         }
     }
 
-    /// Finds the service of a port.
-    fn settle(&mut self, port: u16) {
-        let mut all = self.services.iter().filter(|service| service.has_port(port));
-        match (all.next(), all.next()) {
-            (None, _) => drop(self.ports.remove(&port)),
+    /// Finds the service of a port that a removed service had. Only a port of several services needs a search.
+    fn release(&mut self, port: u16) {
+        if let Some(Some(_)) = self.ports.remove(&port) {
+            return;
+        }
+        let mut others = self.services.iter().filter(|service| service.has_port(port));
+        match (others.next(), others.next()) {
+            (None, _) => {}
             (Some(only), None) => drop(self.ports.insert(port, Some(Arc::clone(only)))),
             (Some(_), Some(_)) => drop(self.ports.insert(port, None)),
         }

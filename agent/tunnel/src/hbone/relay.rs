@@ -20,7 +20,7 @@ use super::{FlowStream, UNSENT_PIECES_MAX};
 use crate::{
     TunnelError,
     buffers::{Buffer, Size},
-    relay::{App, FlowCounters, FlowEnd, PeerWatch, Watching},
+    relay::{App, Ending, FlowCounters, FlowEnd, PeerWatch, Watching},
     socket,
 };
 
@@ -61,14 +61,6 @@ pub async fn relay(
             FlowEnd::PeerSilent
         }
     }
-}
-
-enum Ending {
-    Finished,
-    ResetByApp,
-    ResetByPeer,
-    Lost(TunnelError),
-    Silent,
 }
 
 impl From<h2::Error> for Ending {

@@ -28,7 +28,7 @@ use tacit_core::wire::{flow_state::Role, frame::Control};
 use tacit_kernel::socket::AppStream;
 use tokio::{task::yield_now, time::timeout};
 
-use super::{App, FlowEnd};
+use super::{App, Ending, FlowEnd};
 use crate::{
     Session, TunnelError,
     app_read::poll_app_read,
@@ -209,14 +209,6 @@ async fn send_reset(mut session: Box<Session>) {
         let _ = timeout(RESET_MAX, poll_fn(|cx| session.poll_flush(cx))).await;
     }
     session.close();
-}
-
-enum Ending {
-    Finished,
-    ResetByApp,
-    ResetByPeer,
-    Lost(TunnelError),
-    Silent,
 }
 
 /// The result of one step of one direction. Pending if the direction is blocked.
