@@ -51,15 +51,19 @@ impl OuterAddress {
         self.services.retain(|known| !Arc::ptr_eq(known, service));
         if self.services.len() < before {
             self.ingress_count -= usize::from(service.has_ingress(&address));
-            service.ports.iter().for_each(|port| self.release(port.port));
+            service.ports.iter().for_each(|port| self.release(port.port, service));
         }
     }
 
-    /// Finds the service of a port that a removed service had. Only a port of several services needs a search.
-    fn release(&mut self, port: u16) {
-        if let Some(Some(_)) = self.ports.remove(&port) {
+    /// Finds the service of a port that `removed` had. Only a port of several services needs a search.
+    fn release(&mut self, port: u16, removed: &Arc<Service>) {
+        if let Some(Some(holder)) = self.ports.get(&port) {
+            if Arc::ptr_eq(holder, removed) {
+                self.ports.remove(&port);
+            }
             return;
         }
+        self.ports.remove(&port);
         let mut others = self.services.iter().filter(|service| service.has_port(port));
         match (others.next(), others.next()) {
             (None, _) => {}
@@ -138,5 +142,59 @@ impl ServiceAddresses {
     /// All external and load balancer addresses.
     pub(super) fn all_outer(&self) -> impl Iterator<Item = (IpAddr, &[Arc<Service>])> {
         self.outer.iter().map(|(address, outer)| (*address, outer.services.as_slice()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::directory::{Affinity, Endpoints, InternalTrafficPolicy, ServicePort};
+
+    const ADDRESS: [u8; 4] = [192, 0, 2, 1];
+
+    fn service(name: &str, ports: &[u16]) -> Arc<Service> {
+        let port = |port: &u16| ServicePort {
+            port: *port,
+            node_port: None,
+            ipv4: Endpoints::default(),
+            ipv6: Endpoints::default(),
+        };
+        Arc::new(Service {
+            name: name.into(),
+            namespace: "shop".into(),
+            addresses: Vec::new(),
+            external_ips: vec![ADDRESS.into()],
+            ingress_ips: Vec::new(),
+            ports: ports.iter().map(port).collect(),
+            udp_ports: Vec::new(),
+            traffic: InternalTrafficPolicy::Cluster,
+            affinity: Affinity::None,
+        })
+    }
+
+    #[test]
+    fn a_port_has_the_one_service_that_is_left_in_every_order() {
+        let all = [service("a", &[80, 443]), service("b", &[443, 443, 8443]), service("c", &[443])];
+        // Every order of six changes, each of which adds or removes one of the three.
+        for history in 0..3_u32.pow(6) {
+            let (mut addresses, mut present) = (ServiceAddresses::default(), Vec::new());
+            for step in 0..6 {
+                let one = &all[(history / 3_u32.pow(step) % 3) as usize];
+                if let Some(place) = present.iter().position(|known| Arc::ptr_eq(known, one)) {
+                    addresses.remove(one);
+                    present.remove(place);
+                } else {
+                    addresses.insert(one);
+                    present.push(Arc::clone(one));
+                }
+                for port in [80, 443, 8443, 1] {
+                    let at = SocketAddr::from((ADDRESS, port));
+                    let with: Vec<_> = present.iter().filter(|service| service.has_port(port)).collect();
+                    let only = if let [only] = with[..] { Some(&only.name) } else { None };
+                    assert_eq!(addresses.outer_at(at).map(|found| &found.name), only, "{history} {step}");
+                    assert_eq!(addresses.is_contested(at), with.len() > 1, "{history} {step}");
+                }
+            }
+        }
     }
 }
