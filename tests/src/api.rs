@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
-use tacit_topology::{MeshFiles, Netns, until};
+use tacit_topology::{KUBELET_NAMESPACE, MeshFiles, Netns, Pod, until};
 
 /// The pods.
 pub const PODS: &str = "/api/v1/pods";
@@ -104,6 +104,17 @@ impl Api {
         }
         Ok(())
     }
+}
+
+/// Returns the object of a pod that is enrolled by its label. Its UID, `uid`, is its name too, as that of its cgroup.
+#[must_use]
+pub fn enrolled_pod(pod: &Pod, uid: &str, node: &str) -> Value {
+    json!({
+        "metadata": {"name": uid, "namespace": KUBELET_NAMESPACE, "uid": uid, "labels": {"tacit.io/enrol": "true"}},
+        "spec": {"nodeName": node, "serviceAccountName": "client"},
+        "status": {"phase": "Running", "qosClass": "Guaranteed",
+                   "podIPs": [{"ip": pod.ipv4()}, {"ip": pod.ipv6()}]},
+    })
 }
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {

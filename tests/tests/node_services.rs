@@ -14,7 +14,7 @@ use std::{
 use tacit_abi::limits::{CLUSTER_NODES, NODE_SERVICES, NODE_SERVICES_PER_NAMESPACE};
 use tacit_tests::{
     Mesh, Plan, STRICT_MESH, agent_program,
-    api::{Api, NODES, PODS, SERVICES},
+    api::{Api, NODES, PODS, SERVICES, enrolled_pod},
     observe,
 };
 use tacit_topology::{Agent, KUBELET_NAMESPACE, MeshFiles, run, until};
@@ -46,15 +46,7 @@ impl Cluster {
         let client = mesh.pod(UID)?;
         let node = mesh.topology().node("a")?;
         let api = Api::start(node.netns())?;
-        api.set(
-            PODS,
-            json!({
-                "metadata": {"name": UID, "namespace": KUBELET_NAMESPACE, "uid": UID, "labels": {"tacit.io/enrol": "true"}},
-                "spec": {"nodeName": "a", "serviceAccountName": "client"},
-                "status": {"phase": "Running", "qosClass": "Guaranteed",
-                           "podIPs": [{"ip": client.ipv4()}, {"ip": client.ipv6()}]},
-            }),
-        );
+        api.set(PODS, enrolled_pod(client, UID, "a"));
         let b = mesh.topology().node("b")?;
         api.set(NODES, self::node("b", &[b.wire_ipv4().into(), b.wire_ipv6().into()]));
         more.iter().for_each(|(path, object)| api.set(path, object.clone()));

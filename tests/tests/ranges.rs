@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use std::net::SocketAddr;
 use tacit_tests::{
     Client, Plan, STRICT_MESH, Server, agent_program,
-    api::{Api, NODES, PODS},
+    api::{Api, NODES, PODS, enrolled_pod},
     fresh_port, observe,
 };
 use tacit_topology::{Agent, KUBELET_NAMESPACE, MeshFiles, until};
@@ -29,15 +29,7 @@ fn a_range_holds_from_when_it_is_found_and_after_a_restart() -> Result<()> {
     let (client, stranger) = (mesh.pod(UID)?, mesh.pod("stranger")?);
     let node = mesh.topology().node("a")?;
     let api = Api::start(node.netns())?;
-    api.set(
-        PODS,
-        json!({
-            "metadata": {"name": UID, "namespace": KUBELET_NAMESPACE, "uid": UID, "labels": {"tacit.io/enrol": "true"}},
-            "spec": {"nodeName": "a", "serviceAccountName": "client"},
-            "status": {"phase": "Running", "qosClass": "Guaranteed",
-                       "podIPs": [{"ip": client.ipv4()}, {"ip": client.ipv6()}]},
-        }),
-    );
+    api.set(PODS, enrolled_pod(client, UID, "a"));
     let files = MeshFiles::write(mesh.topology(), node, &[], STRICT_MESH, "")?;
     api.configure(&files)?;
     let mut agent = Agent::start(node, &agent_program()?, &files)?;
