@@ -100,8 +100,12 @@ impl<M: Message> Sender<M> {
     /// # Errors
     /// [`CallError`] if the call or the connection has ended. The receiver has the status.
     pub async fn send(&mut self, message: &M) -> Result<(), CallError> {
+        self.send_raw(&frame::frame(message)).await
+    }
+
+    pub(crate) async fn send_raw(&mut self, bytes: &[u8]) -> Result<(), CallError> {
         self.flush().await?;
-        self.unsent.extend_from_slice(&frame::frame(message));
+        self.unsent.extend_from_slice(bytes);
         self.flush().await
     }
 

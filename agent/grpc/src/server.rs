@@ -100,6 +100,14 @@ impl<M: Message> Replies<M> {
         self.opened()?.send(message).await
     }
 
+    /// Sends bytes that need not be a message.
+    ///
+    /// # Errors
+    /// [`CallError`] if the client is gone.
+    pub async fn send_raw(&mut self, bytes: &[u8]) -> Result<(), CallError> {
+        self.opened()?.send_raw(bytes).await
+    }
+
     /// Sends the headers, if they were not sent.
     fn opened(&mut self) -> Result<&mut Sender<M>, CallError> {
         match &mut self.sender {
