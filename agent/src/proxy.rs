@@ -9,6 +9,7 @@
 //! | `authorize` | asks policy about a flow, when it opens and when policy changes |
 //! | `dialer` | connections made from inside a pod's network namespace |
 //! | `sessions` | tunnel sessions: idle sessions of each worker |
+//! | `hbone` | connections to servers that speak HBONE |
 //! | `watches` | asks the peers of flows whether they are alive |
 //! | `shares` | permits of connections and handshakes, by pod and source address |
 //! | `workers` | the threads that carry flows |
@@ -20,6 +21,7 @@ pub mod accept;
 pub mod authorize;
 pub mod dialer;
 pub mod drain;
+pub mod hbone;
 pub mod inbound;
 pub mod openings;
 pub mod outbound;
@@ -63,6 +65,7 @@ use crate::{
     proxy::{
         dialer::Dialer,
         drain::Drain,
+        hbone::HboneConnections,
         openings::Openings,
         sessions::Sessions,
         shares::Shares,
@@ -89,6 +92,8 @@ pub struct Proxy {
     pub openings: Arc<Openings>,
     /// Tunnel sessions.
     pub sessions: Sessions,
+    /// Connections that speak HBONE.
+    pub hbone: HboneConnections,
     /// Use of the agent by each pod and each source address.
     pub shares: Shares,
     /// Counters and logs.
@@ -128,6 +133,7 @@ impl Proxy {
             pods: Arc::default(),
             openings: Arc::default(),
             sessions: Sessions::new(workers.count(), bounds::IDLE_SESSIONS.bounds(capacity)),
+            hbone: HboneConnections::new(workers.count()),
             shares: Shares::new(capacity),
             telemetry,
             rechecks: Arc::default(),

@@ -130,10 +130,20 @@ impl Workload {
 /// The protocol by which clients reach a workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Protocol {
-    /// Through a tunnel, wire format `tacit/1`.
+    /// Through a tunnel, wire format `tacit/1`. The agent of its node enrols it.
     Tacit,
+    /// Through a tunnel to the agent of another mesh, wire format HBONE. No agent of this mesh enrols it.
+    Hbone,
     /// Plaintext: it is not enrolled.
     None,
+}
+
+impl Protocol {
+    /// Returns true if clients reach the workload through a tunnel.
+    #[must_use]
+    pub fn is_tunnelled(self) -> bool {
+        matches!(self, Self::Tacit | Self::Hbone)
+    }
 }
 
 /// All workloads and services known at one time. [`Default`] is the empty directory. A clone shares its content.
@@ -477,7 +487,7 @@ impl Directory {
         let outside =
             |addresses: &[IpAddr]| addresses.iter().copied().find(|address| !ranges.contains(*address));
         let mut found = Uncovered::default();
-        for workload in self.iter().filter(|workload| workload.protocol == Protocol::Tacit) {
+        for workload in self.iter().filter(|workload| workload.protocol.is_tunnelled()) {
             if let Some(address) = outside(&workload.addresses) {
                 found.workloads += 1;
                 found.example.get_or_insert_with(|| format!("pod {} ({address})", workload.full_name()));
@@ -505,9 +515,9 @@ impl Directory {
         service.addresses.contains(&address) || !self.outer_services(address).is_empty()
     }
 
-    /// Returns true if an enrolled workload has `address`.
+    /// Returns true if a workload of a mesh has `address`, this one or another.
     pub fn is_enrolled(&self, address: IpAddr) -> bool {
-        self.at(address).is_some_and(|workload| workload.protocol == Protocol::Tacit)
+        self.at(address).is_some_and(|workload| workload.protocol.is_tunnelled())
     }
 
     /// Returns true if an endpoint of `service` is an enrolled workload.

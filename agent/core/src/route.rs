@@ -37,6 +37,8 @@ pub enum Route {
     SameNode,
     /// Through the tunnel, to a server that proves this identity.
     Tunnel(SpiffeId),
+    /// The same, to the agent of another mesh, by HBONE.
+    Hbone(SpiffeId),
     /// As plaintext, as without Tacit.
     Plaintext(PlaintextCause),
     /// Reset.
@@ -98,6 +100,11 @@ pub fn decide(input: &RouteInput<'_>) -> Route {
         Protocol::None => {
             unless_strict(PlaintextCause::DestinationNotEnrolled, RefusalReason::DestinationNotEnrolled)
         }
+        Protocol::Hbone if tcp_port::is_reserved(input.port) => Route::Refuse(RefusalReason::ReservedPort),
+        Protocol::Hbone if input.destination_mode == Mode::Disable => {
+            Route::Plaintext(PlaintextCause::DestinationModeDisable)
+        }
+        Protocol::Hbone => Route::Hbone(destination.identity.clone()),
         // A program of the pod may listen at the tunnel's port if the pod is left alone. Its own agent knows.
         Protocol::Tacit if is_agents(input) => Route::Refuse(RefusalReason::ReservedPort),
         Protocol::Tacit if input.on_this_node => Route::SameNode,
@@ -143,6 +150,7 @@ mod tests {
         use Mode::{Disable, Permissive, Strict};
         let meshed = workload(Protocol::Tacit);
         let plain = workload(Protocol::None);
+        let ambient = workload(Protocol::Hbone);
         let tunnel = || Route::Tunnel(meshed.identity.clone());
         let table = [
             (None, false, Permissive, Permissive, Route::Plaintext(PlaintextCause::DestinationUnknown)),
@@ -161,6 +169,17 @@ mod tests {
             (Some(&meshed), false, Strict, Permissive, tunnel()),
             (Some(&meshed), false, Permissive, Disable, tunnel()),
             (Some(&meshed), false, Disable, Strict, Route::Plaintext(PlaintextCause::DestinationModeDisable)),
+            (Some(&ambient), false, Permissive, Permissive, Route::Hbone(ambient.identity.clone())),
+            (Some(&ambient), false, Strict, Strict, Route::Hbone(ambient.identity.clone())),
+            // The agent of the other mesh serves it, wherever it runs.
+            (Some(&ambient), true, Strict, Strict, Route::Hbone(ambient.identity.clone())),
+            (
+                Some(&ambient),
+                false,
+                Disable,
+                Permissive,
+                Route::Plaintext(PlaintextCause::DestinationModeDisable),
+            ),
         ];
         for (destination, on_this_node, destination_mode, source_mode, expected) in table {
             let source_is_strict = source_mode == Strict;

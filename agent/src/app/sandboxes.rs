@@ -101,7 +101,7 @@ impl Sandboxes {
 /// Returns true if the kernel's entry of the pod's cgroup is the right one. A cgroup can have been left alone because no source
 /// named it for long.
 fn is_covered(workload: &Workload, is_exempt: Option<bool>) -> bool {
-    is_exempt == Some(workload.protocol == Protocol::None)
+    is_exempt == Some(workload.protocol != Protocol::Tacit)
 }
 
 /// Returns true if the workload is the pod with this UID. The kubelet names the cgroup of a pod by its UID.

@@ -173,6 +173,7 @@ async fn housekeeping(kernel: Arc<Kernel>, proxy: Arc<Proxy>, report: Arc<Report
         let enrolled: HashSet<(u64, u64)> =
             proxy.pods.load().pods.iter().map(|pod| (pod.cgroup, pod.netns.cookie())).collect();
         proxy.sessions.close_unused(|cgroup, netns| enrolled.contains(&(cgroup, netns)));
+        proxy.hbone.close_unused(|cgroup, netns| enrolled.contains(&(cgroup, netns)));
     }
 }
 

@@ -4,6 +4,7 @@
 //! held SYN, or accept on the pod's loopback ─ destination from the kernel ─ a service's? its endpoint ─ route
 //!     SameNode  ─ policy ─ application in the other pod       ─ relay as plaintext, inside this node
 //!     Tunnel    ─ session from the pool or a new one ─ OPEN   ─ relay in frames
+//!     Hbone     ─ stream of a connection or a new one ─ CONNECT ─ relay in the stream
 //!     Plaintext ─ connection from the pod's namespace         ─ relay as plaintext
 //!     Refuse    ─ reset
 //! ```
@@ -26,9 +27,11 @@ use tacit_core::{
     policy::{self, Flow, FlowSource, PolicyDenial},
     refusal::{Refusal, RefusalReason},
     route::{self, PlaintextCause, Route, RouteInput},
+    wire::Role,
 };
 use tacit_kernel::{held::HeldEnds, socket::AppStream};
 use tacit_tunnel::{
+    hbone::relay as relay_stream,
     relay::{self, App, PodBulk, Remote},
     socket,
 };
@@ -44,7 +47,7 @@ use crate::{
     telemetry::{FlowSpec, LiveFlow, Reporter, Security},
 };
 use endpoints::{Endpoints, Rest};
-use session::Tunnel;
+use session::{Carrier, Tunnel};
 
 /// Time to wait for an address that the directory does not know. It is above the delay of a watch (tens of ms), and
 /// below a delay that users notice as a hang.
@@ -56,6 +59,7 @@ const PEER_CONNECT: Duration = Duration::from_secs(10);
 const TRY_CONNECT: Duration = Duration::from_secs(2);
 
 mod endpoints;
+mod hbone;
 pub mod opening;
 mod session;
 
@@ -125,7 +129,7 @@ async fn set_out(path: Arc<Proxy>, pod: Arc<Pod>, app: AppStream, client: Socket
 /// Resolves the destination and connects to it: to the pod, or to the first endpoint of the service that accepts. The
 /// endpoint counts as loaded until it is dropped.
 async fn reach(
-    path: &Proxy,
+    path: &Arc<Proxy>,
     pod: &Pod,
     addresses: Addresses,
     app: Option<&AppStream>,
@@ -166,7 +170,7 @@ async fn discover(path: &Proxy, destination: SocketAddr) -> Arc<Directory> {
 
 /// Connects to the destination by its route.
 async fn connect_route(
-    path: &Proxy,
+    path: &Arc<Proxy>,
     pod: &Pod,
     route: Route,
     addresses: Addresses,
@@ -179,13 +183,18 @@ async fn connect_route(
             }
             connected => connected,
         },
-        Route::Tunnel(expected) => match session::tunnel(path, pod, addresses, &expected, attempt).await {
-            Ok(tunnel) => Ok(Upstream::Tunnel(tunnel)),
-            Err(refusal) if refusal.reason == RefusalReason::NotTunnelled => {
-                connect_untunnelled(path, pod, addresses, refusal, attempt.limit).await
+        Route::Tunnel(expected) => {
+            match session::tunnel(path, pod, addresses, (&expected, false), attempt).await {
+                Ok(tunnel) => Ok(Upstream::Tunnel(tunnel)),
+                Err(refusal) if refusal.reason == RefusalReason::NotTunnelled => {
+                    connect_untunnelled(path, pod, addresses, refusal, attempt.limit).await
+                }
+                Err(refusal) => Err(refusal),
             }
-            Err(refusal) => Err(refusal),
-        },
+        }
+        Route::Hbone(expected) => {
+            session::tunnel(path, pod, addresses, (&expected, true), attempt).await.map(Upstream::Tunnel)
+        }
         Route::Plaintext(cause) => connect_plaintext(path, pod, addresses, cause, attempt.limit).await,
         Route::Refuse(reason @ RefusalReason::DestinationUnclear) => {
             Err(Refusal::new(reason, "more than one pod or service claims the destination's address"))
@@ -226,7 +235,24 @@ fn carry(
             relay_plain(path, (app, server), flow, revoked, None).await;
             drop(endpoint);
         }),
-        Upstream::Tunnel(Tunnel { session, optimistic_bytes, spec, key }) => {
+        Upstream::Tunnel(Tunnel { carrier: Carrier::Stream(flow), spec, key }) => {
+            let live = path.telemetry.open_flow(spec);
+            let watched = path.watch(&pod, ends);
+            Box::pin(async move {
+                let hbone::Stream { stream, place } = *flow;
+                let end = tokio::select! {
+                    end = relay_stream(app, stream, Role::Client, live.counters(), watched.watching()) => end,
+                    () = path.drain.cut.cancelled() => return live.close("cut"),
+                };
+                if end.is_silence() {
+                    path.hbone.close_to(&key);
+                    avoid(endpoint.as_deref(), &live);
+                }
+                live.close(end.label());
+                drop((place, endpoint));
+            })
+        }
+        Upstream::Tunnel(Tunnel { carrier: Carrier::Session { session, optimistic_bytes }, spec, key }) => {
             let live = path.telemetry.open_flow(spec);
             live.counters().sent.fetch_add(optimistic_bytes, Relaxed);
             let bulk = path.shares.bulk.of(pod.cgroup);
@@ -238,9 +264,7 @@ fn carry(
                 };
                 if end.is_silence() {
                     path.sessions.close_to(&key);
-                    if let Some(endpoint) = &endpoint {
-                        endpoint.avoid(live.spec().ends.source.address.ip(), Instant::now());
-                    }
+                    avoid(endpoint.as_deref(), &live);
                 }
                 live.close(end.label());
                 if let Some(session) = session
@@ -251,6 +275,13 @@ fn carry(
                 drop(endpoint);
             })
         }
+    }
+}
+
+/// Has the next connections of the flow's client avoid an endpoint that does not answer.
+fn avoid(endpoint: Option<&PickedEndpoint>, flow: &LiveFlow) {
+    if let Some(endpoint) = endpoint {
+        endpoint.avoid(flow.spec().ends.source.address.ip(), Instant::now());
     }
 }
 
@@ -290,7 +321,7 @@ fn plaintext_denied(path: &Proxy, pod: &Pod, destination: SocketAddr) -> Option<
     match find_route(path, pod, &known, destination) {
         Route::Plaintext(_) => None,
         Route::Refuse(reason) => Some(reason),
-        Route::Tunnel(_) | Route::SameNode => {
+        Route::Tunnel(_) | Route::Hbone(_) | Route::SameNode => {
             let policies = path.snapshots.policies.current();
             let mode =
                 known.at(destination.ip()).map(|workload| policies.modes(workload).at(destination.port()));

@@ -6,11 +6,15 @@
 //!                                                                       └──> 400, 401 or 503 with END_STREAM
 //! ```
 //!
+//! The agent is either side. As a client it opens a flow on a connection that it has to the destination, or on a new one.
+//!
 //! | module | content |
 //! |---|---|
 //! | `tls_io` | the bytes of the TLS connection, for HTTP/2 |
 //! | `server` | one connection of a client, and its requests |
+//! | `client` | one connection to a server, and the flows that open on it |
 //! | `request` | what a request claims; pure |
+//! | `window` | the window of each stream; pure |
 //! | `stream` | the stream of a flow, and what it has received |
 //! | `relay` | forwards the bytes of a flow |
 //! | `unsent` | what of a stream waits for the connection's socket |
@@ -33,6 +37,7 @@
 
 use std::time::Duration;
 
+mod client;
 mod keep_alive;
 mod relay;
 mod request;
@@ -42,7 +47,9 @@ mod stream;
 mod tests;
 mod tls_io;
 mod unsent;
+mod window;
 
+pub use client::{Asked, Client, Connected, Connection, OpenError, Place};
 pub use relay::relay;
 pub use request::{BadRequest, Connect};
 pub use server::{Accepted, FlowRequest, Refused, Server};
@@ -50,6 +57,8 @@ pub use stream::{FlowStream, Peer};
 
 /// Most streams of a connection that are open at a time. That of ztunnel's server; its client uses 100.
 pub const STREAMS_MAX: u32 = 200;
+/// Most streams that the agent opens on a connection, as ztunnel does. A server may allow fewer.
+pub const CLIENT_STREAMS_MAX: usize = 100;
 /// Streams that the agent has reset and still knows for 30 s. What the peer has sent on others by then counts as an error, and h2 ends a
 /// connection after 1,024 of these.
 const RESETS_KEPT: usize = 1024;

@@ -2,8 +2,8 @@
 //! (`tacit/1`). The crate also contains the relay of a flow.
 //!
 //! ```text
-//!  client: Session::connect --> open --> relay --> pool     server: Incoming::accept --> next --> accept_flow --> relay --> next
-//!               |                                                        |
+//!  client: Outgoing::connect --> open --> relay --> pool     server: Incoming::accept --> next --> accept_flow --> relay --> next
+//!               |                                                         |
 //!            stream --> tls (configs, verifiers), record               stream
 //! ```
 //!
@@ -14,7 +14,7 @@
 //! | `stream` | one TLS connection on its socket |
 //! | `session` | one session on one connection |
 //! | `hbone` | the other wire format: HTTP/2 CONNECT over the same TLS, many flows a connection |
-//! | `incoming` | accepts a client of either wire format |
+//! | `incoming`, `outgoing` | accepts a client, connects to a server, of either wire format |
 //! | `relay` | forwards the bytes of a flow until the flow ends |
 //! | `batch` | builds DATA frames in place; pure |
 //! | `receive_buffer` | parses received bytes into frames, in place; no I/O |
@@ -32,6 +32,7 @@ pub mod buffers;
 pub mod fuzz;
 pub mod hbone;
 mod incoming;
+mod outgoing;
 mod receive_buffer;
 mod record;
 pub mod relay;
@@ -45,6 +46,7 @@ pub mod tls;
 use tacit_core::wire::TraceId;
 
 pub use incoming::Incoming;
+pub use outgoing::Outgoing;
 pub use record::RecordError;
 pub use session::{OpenError, OptimisticData, Session};
 pub use tls::{PeerCertificateError, TlsInfo, TunnelError};

@@ -4,7 +4,7 @@
 //! accepts and answers each OPEN with ACCEPT or DENY. `flow_state` defines the order of frames. A violation ends the session.
 //! Dropping a session cuts the connection; [`Session::close`] sends close_notify first.
 
-mod opening;
+pub(crate) mod opening;
 mod optimistic_data;
 #[cfg(test)]
 mod tests;
@@ -13,7 +13,6 @@ use std::{
     future::{Future, poll_fn},
     io::{self, IoSlice},
     net::SocketAddr,
-    sync::Arc,
     task::{Context, Poll, ready},
     time::{Duration, SystemTime},
 };
@@ -26,7 +25,7 @@ use tacit_core::{
         open::{DenyReason, OPEN_BYTES, Open, OptimisticMode},
     },
 };
-use tacit_identity::{certificate::Validity, credentials::Credentials};
+use tacit_identity::certificate::Validity;
 use tokio::{net::TcpStream, time::timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -34,7 +33,7 @@ use super::{
     TunnelError,
     batch::{self, FRAMES_MAX},
     buffers::Buffer,
-    stream::{self, Established, TlsStream},
+    stream::{Established, TlsStream},
     tls::TlsInfo,
 };
 use crate::{
@@ -68,26 +67,6 @@ pub struct Session {
 }
 
 impl Session {
-    /// Connects over `tcp` as `own` to a server that must have the identity `expected`. Bounded in time.
-    ///
-    /// # Errors
-    /// [`TunnelError`]. A rejection by the server may surface only in the first [`Session::open`]. In TLS 1.3 a client can finish
-    /// the handshake before the server has verified the client's certificate.
-    pub async fn connect(
-        tcp: TcpStream,
-        own: &Arc<Credentials>,
-        expected: &SpiffeId,
-    ) -> Result<Box<Self>, TunnelError> {
-        let handshake = Box::pin(stream::connect(tcp, own, expected));
-        Ok(Self::new(handshake.await?, Role::Client))
-    }
-
-    /// As [`Incoming::accept`](crate::Incoming::accept), of a peer that speaks `tacit/1`.
-    #[cfg(test)]
-    pub(crate) async fn accept(tcp: TcpStream, own: &Arc<Credentials>) -> Result<Box<Self>, TunnelError> {
-        Ok(Self::new(stream::accept(tcp, own).await?, Role::Server))
-    }
-
     pub(crate) fn new(established: Established, role: Role) -> Box<Self> {
         Box::new(Self {
             tls: established.stream,

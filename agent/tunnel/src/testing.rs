@@ -8,7 +8,10 @@ use std::{
 use socket2::Socket;
 use tacit_core::{
     spiffe::SpiffeId,
-    wire::open::{Open, OptimisticMode},
+    wire::{
+        flow_state::Role,
+        open::{Open, OptimisticMode},
+    },
 };
 use tacit_identity::credentials::Credentials;
 use tacit_kernel::socket::{AppStream, Polled as _};
@@ -18,7 +21,7 @@ mod issuer;
 
 pub(crate) use issuer::TestIssuer;
 
-use super::{Session, random_trace_id};
+use super::{Session, TunnelError, random_trace_id, stream};
 
 /// The issuer of the mesh under test.
 pub(crate) static ISSUER: LazyLock<TestIssuer> = LazyLock::new(TestIssuer::new);
@@ -53,6 +56,23 @@ pub(crate) fn app_stream(tcp: TcpStream) -> AppStream {
     // As the sockets of `tacit_kernel`.
     socket.set_out_of_band_inline(true).expect("open");
     AppStream::of(socket).expect("descriptors")
+}
+
+/// Both ends of a connection that speaks `tacit/1`.
+impl Session {
+    /// As [`Outgoing::connect`](crate::Outgoing::connect).
+    pub(crate) async fn connect(
+        tcp: TcpStream,
+        own: &Arc<Credentials>,
+        expected: &SpiffeId,
+    ) -> Result<Box<Self>, TunnelError> {
+        Ok(Self::new(stream::connect(tcp, own, expected).await?, Role::Client))
+    }
+
+    /// As [`Incoming::accept`](crate::Incoming::accept).
+    pub(crate) async fn accept(tcp: TcpStream, own: &Arc<Credentials>) -> Result<Box<Self>, TunnelError> {
+        Ok(Self::new(stream::accept(tcp, own).await?, Role::Server))
+    }
 }
 
 /// Returns a session of `web` with `db`, client and server.

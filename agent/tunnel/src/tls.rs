@@ -101,6 +101,9 @@ pub enum TunnelError {
     /// The peer sent a frame that is not allowed in the current state.
     #[error("the peer broke the wire format: {0}")]
     UnexpectedFrame(#[from] UnexpectedFrame),
+    /// The connection of a stream violated TLS, or ended with an alert.
+    #[error("{1}")]
+    Connection(RefusalReason, String),
     /// HTTP/2 of the connection failed.
     #[error("HTTP/2 failed: {0}")]
     Http2(#[from] h2::Error),
@@ -120,6 +123,7 @@ impl TunnelError {
             Self::Io(_) => RefusalReason::Io,
             Self::Closed => RefusalReason::Closed,
             Self::Frame(_) | Self::UnexpectedFrame(_) => RefusalReason::Protocol,
+            Self::Connection(reason, _) => *reason,
             Self::Http2(error) => http2_reason(error),
         }
     }
@@ -200,7 +204,7 @@ pub(crate) fn client_config(own: &Credentials, expected: &SpiffeId) -> Arc<Clien
             // A placeholder. Each expected peer gets its own verifier.
             .with_custom_certificate_verifier(verifier(own.identity.clone()))
             .with_client_cert_resolver(resolver(own));
-        config.alpn_protocols = tacit_alpn().into();
+        config.alpn_protocols = alpn();
         config.resumption = Resumption::disabled();
         config.enable_sni = false;
         // The crate has its own record layer.
@@ -227,8 +231,7 @@ pub(crate) fn server_config(own: &Credentials) -> Arc<ServerConfig> {
             .expect("PROVIDER has suites and key exchanges of TLS 1.3")
             .with_client_cert_verifier(Arc::new(verifier))
             .with_cert_resolver(resolver(own));
-        // A client that offers `tacit/1` and `h2` gets the former.
-        config.alpn_protocols = tacit_alpn().into_iter().chain([ALPN_HBONE.to_vec()]).collect();
+        config.alpn_protocols = alpn();
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         config.enable_secret_extraction = true;
@@ -237,9 +240,9 @@ pub(crate) fn server_config(own: &Credentials) -> Arc<ServerConfig> {
     own.server_config(make).clone()
 }
 
-/// The newest first: a server chooses the first of its own that the client offers.
-fn tacit_alpn() -> [Vec<u8>; 2] {
-    [ALPN_URGENT, ALPN].map(<[u8]>::to_vec)
+/// The preferred first: a server chooses the first of its own that the client offers. So two Tacit agents never speak HBONE.
+fn alpn() -> Vec<Vec<u8>> {
+    [ALPN_URGENT, ALPN, ALPN_HBONE].map(<[u8]>::to_vec).into()
 }
 
 fn resolver(own: &Credentials) -> Arc<SingleCertAndKey> {

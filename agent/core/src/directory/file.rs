@@ -34,7 +34,8 @@ const FIELDS: [&str; 11] = [
 ];
 const NODE_FIELDS: [&str; 2] = ["name", "addresses"];
 const SERVICE_ACCOUNT: &str = "default";
-const PROTOCOLS: [(&str, Protocol); 2] = [("tacit", Protocol::Tacit), ("none", Protocol::None)];
+const PROTOCOLS: [(&str, Protocol); 3] =
+    [("tacit", Protocol::Tacit), ("hbone", Protocol::Hbone), ("none", Protocol::None)];
 const EGRESS: [(&str, Option<Egress>); 2] = [("open", Some(Egress::Open)), ("strict", Some(Egress::Strict))];
 const CONNECT: [(&str, Connect); 2] = [("truthful", Connect::Truthful), ("early", Connect::Early)];
 const UDP: [(&str, Option<Udp>); 2] = [("allow", Some(Udp::Allow)), ("deny", Some(Udp::Deny))];

@@ -236,7 +236,12 @@ fn path(
         return verdict;
     }
     let Some(target) = destination.workload.filter(|workload| workload.protocol == Protocol::Tacit) else {
-        verdict.why.push("Nobody keeps a policy there: the destination is not enrolled.".to_owned());
+        let is_other_mesh = destination.workload.is_some_and(|workload| workload.protocol == Protocol::Hbone);
+        verdict.why.push(if is_other_mesh {
+            "The agent of another mesh decides there: the destination is reached by HBONE.".to_owned()
+        } else {
+            "Nobody keeps a policy there: the destination is not enrolled.".to_owned()
+        });
         return verdict;
     };
     let (modes, authorization) = match held(known, target, &mut verdict.why) {
@@ -337,8 +342,8 @@ fn arrival(
     target: &Workload,
     mode: Mode,
 ) -> (Option<FlowSource>, String) {
-    let (proof, why) = match source.workload.filter(|workload| workload.protocol == Protocol::Tacit) {
-        Some(workload) if workload.node == target.node => {
+    let (proof, why) = match source.workload.filter(|workload| workload.protocol.is_tunnelled()) {
+        Some(workload) if workload.protocol == Protocol::Tacit && workload.node == target.node => {
             let identity = &workload.identity;
             (FlowSource::SameNode(identity.clone()), format!("It is handed over on one node, as {identity}."))
         }

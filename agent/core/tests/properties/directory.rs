@@ -43,7 +43,7 @@ fn addresses() -> impl Strategy<Value = Vec<IpAddr>> {
 }
 
 fn workload() -> impl Strategy<Value = Workload> {
-    let protocol = prop_oneof![Just(Protocol::Tacit), Just(Protocol::None)];
+    let protocol = prop_oneof![Just(Protocol::Tacit), Just(Protocol::Hbone), Just(Protocol::None)];
     let cgroup = option::of(select(&CGROUPS).prop_map(str::to_owned));
     (select(&NAMES), select(&NAMESPACES), select(&NODES), addresses(), protocol, cgroup).prop_map(
         |(name, namespace, node, addresses, protocol, cgroup)| Workload {
@@ -121,7 +121,7 @@ fn assert_agrees(directory: &Directory, model: &Model) -> Result<(), TestCaseErr
         prop_assert_eq!(directory.knows(address), expected.is_some());
         let is_claimed = model.workloads.iter().any(|(workload, _)| workload.addresses.contains(&address));
         prop_assert_eq!(directory.is_unclear(address), is_claimed && expected.is_none());
-        let is_enrolled = expected.is_some_and(|workload| workload.protocol == Protocol::Tacit);
+        let is_enrolled = expected.is_some_and(|workload| workload.protocol.is_tunnelled());
         prop_assert_eq!(directory.is_enrolled(address), is_enrolled);
         if let IpAddr::V4(v4) = address {
             let mapped = directory.at(v4.to_ipv6_mapped().into());

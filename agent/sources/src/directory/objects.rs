@@ -115,6 +115,9 @@ pub(super) struct Annotations {
     /// write it.
     #[serde(rename = "kubernetes.io/config.mirror")]
     pub(super) mirror: Option<String>,
+    /// `enabled`: a ztunnel serves the pod. istio-cni writes it.
+    #[serde(rename = "ambient.istio.io/redirection")]
+    pub(super) redirection: Option<String>,
     /// `early` or `truthful`: when `connect()` of the pod returns.
     #[serde(rename = "tacit.io/connect")]
     pub(super) connect: Option<String>,

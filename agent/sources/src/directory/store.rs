@@ -61,6 +61,8 @@ pub(super) struct DirectoryStore {
     zone: Option<String>,
     /// Pods with the cgroup that an annotation names.
     mirrors: HashMap<String, Mirror>,
+    /// Pods that a ztunnel serves, as istio-cni notes on them.
+    redirected: HashSet<String>,
     problems: Problems,
     changed: bool,
 }
@@ -84,6 +86,7 @@ impl DirectoryStore {
             interner: Interner::default(),
             zone: None,
             mirrors: HashMap::new(),
+            redirected: HashSet::new(),
             problems: Problems::default(),
             changed: true,
         }
@@ -163,6 +166,15 @@ impl DirectoryStore {
         meta.labels.get(&self.enrol.name).map(|value| *value == self.enrol.value)
     }
 
+    /// Returns the protocol of a pod. A pod that this mesh enrols is served by its agent, whatever istio-cni notes.
+    fn protocol(&self, name: &str, enrols: bool) -> Protocol {
+        match enrols {
+            true => Protocol::Tacit,
+            false if self.redirected.contains(name) => Protocol::Hbone,
+            false => Protocol::None,
+        }
+    }
+
     fn namespace(&mut self, name: String, enrols: bool) {
         let before = self.namespaces.insert(name.clone(), enrols).unwrap_or(false);
         if before == enrols {
@@ -172,7 +184,7 @@ impl DirectoryStore {
             self.directory.iter().filter(|workload| *workload.namespace == *name).cloned().collect();
         for workload in pods {
             let own = workload.labels.get(&self.enrol.name).map(|value| value == self.enrol.value);
-            let protocol = protocol(own.unwrap_or(enrols));
+            let protocol = self.protocol(&workload.full_name(), own.unwrap_or(enrols));
             if protocol != workload.protocol {
                 let claim = self.directory.claim_of(&workload.namespace, &workload.name);
                 self.insert(Workload { protocol, ..(*workload).clone() }, claim);
@@ -236,10 +248,6 @@ impl kubernetes::ObjectStore for DirectoryStore {
 
 fn not_in(seen: &HashSet<String>, known: impl Iterator<Item = String>) -> Vec<String> {
     known.filter(|name| !seen.contains(name)).collect()
-}
-
-fn protocol(enrols: bool) -> Protocol {
-    if enrols { Protocol::Tacit } else { Protocol::None }
 }
 
 /// Returns `namespace/name`, or the name of a namespace.

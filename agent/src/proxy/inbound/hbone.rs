@@ -11,7 +11,6 @@ use std::{
 
 use tacit_abi::tcp_port;
 use tacit_core::{
-    directory::Workload,
     refusal::{Refusal, RefusalReason},
     shares::connections::Connection,
     spiffe::SpiffeId,
@@ -191,7 +190,7 @@ impl Stream {
         admitted: authorize::Admitted,
     ) {
         let Self { path, pod, client, .. } = self;
-        let Ok(stream) = request.accept(&baggage(&pod.workload)) else {
+        let Ok(stream) = request.accept(&crate::proxy::hbone::baggage(&pod.workload)) else {
             return socket::reset(application);
         };
         let live = path.telemetry.open_flow(FlowSpec {
@@ -231,21 +230,6 @@ fn answer(reason: RefusalReason) -> Refused {
         | RefusalReason::Expired => Refused::Policy,
         _ => Refused::Unavailable,
     }
-}
-
-/// Describes a destination for the metrics of the peer, in the format of W3C Baggage.
-fn baggage(workload: &Workload) -> String {
-    let label = |names: &[&str]| names.iter().find_map(|name| workload.labels.get(name));
-    let service = label(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]);
-    let version = label(&["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"]);
-    let members = [
-        ("k8s.namespace.name", Some(&*workload.namespace)),
-        ("k8s.pod.name", Some(&*workload.name)),
-        ("service.name", Some(service.unwrap_or(&workload.name))),
-        ("service.version", version),
-    ];
-    let present = members.iter().filter_map(|(name, value)| Some(format!("{name}={}", (*value)?)));
-    present.collect::<Vec<_>>().join(",")
 }
 
 #[cfg(test)]

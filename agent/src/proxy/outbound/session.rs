@@ -1,4 +1,5 @@
-//! A session to the agent of a destination, on which that agent has accepted the flow: an idle one of the pool, or a new one.
+//! A session to the agent of a destination, on which that agent has accepted the flow: an idle one of the pool, or a new one. A new
+//! connection may turn out to speak HBONE, see `hbone`.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -9,10 +10,13 @@ use tacit_core::{
     wire::open::{DenyReason, Open, OptimisticMode},
 };
 use tacit_identity::credentials::Credentials;
-use tacit_tunnel::{OpenError, Session, random_trace_id, session::OptimisticData, socket};
+use tacit_tunnel::{OpenError, Outgoing, Session, TlsInfo, random_trace_id, session::OptimisticData, socket};
 use tokio::time::sleep;
 
-use super::Attempt;
+use super::{
+    Attempt,
+    hbone::{self, Fresh, Stream, Tried},
+};
 use crate::{
     enrol::Pod,
     proxy::{Addresses, Proxy, security, sessions::PoolKey},
@@ -27,21 +31,40 @@ const SILENCE: Duration = Duration::from_millis(250);
 /// Limit for a connection to the port of answers. The agent listens there, or the kernel refuses.
 const ANSWER_CONNECT: Duration = Duration::from_secs(2);
 
-/// A session on which the destination's agent has accepted the flow.
+/// A flow that the destination's agent has accepted.
 pub(super) struct Tunnel {
-    pub(super) session: Box<Session>,
-    /// Bytes of the application that were sent before the agent accepted.
-    pub(super) optimistic_bytes: u64,
+    pub(super) carrier: Carrier,
     pub(super) spec: FlowSpec,
     pub(super) key: PoolKey,
 }
 
-/// Opens the flow on a session to a server that must be `expected`.
+/// The tunnel of one flow.
+pub(super) enum Carrier {
+    /// A session of its own.
+    Session {
+        session: Box<Session>,
+        /// Bytes of the application that were sent before the agent accepted.
+        optimistic_bytes: u64,
+    },
+    /// A stream of HBONE.
+    Stream(Box<Stream>),
+}
+
+impl Carrier {
+    fn peer(&self) -> (&SpiffeId, &TlsInfo) {
+        match self {
+            Self::Session { session, .. } => (session.peer(), session.tls()),
+            Self::Stream(flow) => (flow.place.peer().identity(), flow.place.peer().tls()),
+        }
+    }
+}
+
+/// Opens the flow on a session to a server that must be `expected`. `is_hbone` if the directory says that it speaks HBONE.
 pub(super) async fn tunnel(
-    path: &Proxy,
+    path: &Arc<Proxy>,
     pod: &Pod,
     addresses: Addresses,
-    expected: &SpiffeId,
+    (expected, is_hbone): (&SpiffeId, bool),
     attempt: Attempt<'_>,
 ) -> Result<Tunnel, Refusal> {
     let Addresses { source, destination } = addresses;
@@ -59,31 +82,34 @@ pub(super) async fn tunnel(
     };
     let open =
         Open { destination, client: source, trace: random_trace_id(), optimistic_data: OptimisticMode::Off };
-    let (session, optimistic_bytes) = Box::pin(opened(path, pod, &own, &key, &open, attempt)).await?;
-    let spec = FlowSpec {
-        ends: path.ends(Reporter::Source, addresses, Some(identity), Some(session.peer().clone())),
-        security: security(session.tls()),
-        trace: open.trace.0,
+    let carrier = match Box::pin(hbone::on_existing(path, pod, &key, &open, is_hbone)).await? {
+        Tried::Accepted(stream) => Carrier::Stream(stream),
+        Tried::Fresh(fresh) => Box::pin(opened(path, pod, &own, &key, &open, attempt, fresh)).await?,
     };
-    Ok(Tunnel { session, optimistic_bytes, spec, key })
+    let (peer, tls) = carrier.peer();
+    let ends = path.ends(Reporter::Source, addresses, Some(identity), Some(peer.clone()));
+    let spec = FlowSpec { ends, security: security(tls), trace: open.trace.0 };
+    Ok(Tunnel { carrier, spec, key })
 }
 
-/// A session on which the peer has accepted the flow, and how many bytes of the application were sent before.
+/// A tunnel on which the peer has accepted the flow: an idle session, or a new connection.
 async fn opened(
-    path: &Proxy,
+    path: &Arc<Proxy>,
     pod: &Pod,
     own: &Arc<Credentials>,
     key: &PoolKey,
     open: &Open,
     attempt: Attempt<'_>,
-) -> Result<(Box<Session>, u64), Refusal> {
+    need: Fresh,
+) -> Result<Carrier, Refusal> {
     // Only `connect: early` asks.
     let may_lose_data = attempt.optimistic.is_some() && path.is_untunnelled(open.destination.ip());
     let mut optimistic = attempt.optimistic.filter(|_| !may_lose_data).map(OptimisticData::new);
     // An idle session may have died unnoticed. That costs a try, not the flow, unless bytes of it were taken: the
     // destination may have read those, so they are not sent twice.
     let mut silent = None;
-    while silent.is_none()
+    while !need.is_hbone
+        && silent.is_none()
         && let Some(mut session) = path.sessions.take(key)
     {
         let opened = session.open(open, optimistic.as_mut()).await;
@@ -102,16 +128,32 @@ async fn opened(
         let _turn = path.shares.outgoing_handshake(pod.cgroup).await?;
         greet(path, pod, own, key, attempt.limit).await
     };
-    let mut session = match silent {
-        None => fresh.await?,
-        Some(silent) => match raced(silent, fresh).await {
-            Raced::Fresh(session) => session?,
+    let outgoing = match (silent, need.silent) {
+        (None, None) => fresh.await?,
+        (None, Some(silent)) => match hbone::raced(key, silent, fresh).await {
+            hbone::Raced::Fresh(outgoing) => outgoing?,
+            hbone::Raced::Answered(stream) => return stream.map(Carrier::Stream),
+        },
+        (Some(silent), _) => match raced(silent, fresh).await {
+            Raced::Fresh(outgoing) => outgoing?,
             Raced::Answered { session, opened, spare } => {
-                spare.into_iter().for_each(|spare| path.sessions.keep(key.clone(), spare));
+                if let Some(Outgoing::Tacit(spare)) = spare {
+                    path.sessions.keep(key.clone(), spare);
+                }
                 return settled(path, key, session, opened, 0, may_lose_data);
             }
         },
     };
+    let mut session = match outgoing {
+        Outgoing::Tacit(session) => session,
+        Outgoing::Hbone(connected) => {
+            let stream = hbone::on_new(path, pod, key, open, *connected, need.connecting).await?;
+            return Ok(Carrier::Stream(stream));
+        }
+    };
+    if need.is_hbone {
+        path.hbone.forget(key);
+    }
     let mut opened = session.open(open, optimistic.as_mut()).await;
     let taken_bytes = taken_bytes(&optimistic);
     if matches!(opened, Err(OpenError::Silent)) && taken_bytes == 0 {
@@ -123,18 +165,15 @@ async fn opened(
 /// Result of the wait for a silent session and for a new one.
 enum Raced {
     /// The silent session, whose peer has received OPEN, and a new session that is not needed.
-    Answered { session: Box<Session>, opened: Result<(), OpenError>, spare: Option<Box<Session>> },
-    /// The new session. The peer of the silent one has not received OPEN, and will not.
-    Fresh(Result<Box<Session>, Refusal>),
+    Answered { session: Box<Session>, opened: Result<(), OpenError>, spare: Option<Outgoing> },
+    /// The new connection. The peer of the silent session has not received OPEN, and will not.
+    Fresh(Result<Outgoing, Refusal>),
 }
 
 /// Waits for the answer of a silent session and for a new session. The new one is used only if the peer's kernel then does not
 /// confirm that it has received OPEN on the other. So an application accepts a connection twice only if all confirmations of the first
 /// are lost, and none of the second.
-async fn raced(
-    mut silent: Box<Session>,
-    fresh: impl Future<Output = Result<Box<Session>, Refusal>>,
-) -> Raced {
+async fn raced(mut silent: Box<Session>, fresh: impl Future<Output = Result<Outgoing, Refusal>>) -> Raced {
     tokio::pin!(fresh);
     let ready = tokio::select! {
         biased;
@@ -173,13 +212,13 @@ fn settled(
     opened: Result<(), OpenError>,
     taken_bytes: u64,
     may_lose_data: bool,
-) -> Result<(Box<Session>, u64), Refusal> {
+) -> Result<Carrier, Refusal> {
     match opened {
         Ok(()) => {
             if may_lose_data {
                 path.note_tunnelled(key.server, true);
             }
-            Ok((session, taken_bytes))
+            Ok(Carrier::Session { session, optimistic_bytes: taken_bytes })
         }
         Err(OpenError::Denied(reason)) => Err(denied(path, key, session, reason, taken_bytes)),
         // The application's kernel asks again, as for a host that does not answer.
@@ -201,7 +240,7 @@ async fn greet(
     own: &Arc<Credentials>,
     key: &PoolKey,
     limit: Duration,
-) -> Result<Box<Session>, Refusal> {
+) -> Result<Outgoing, Refusal> {
     let at = |port| SocketAddr::new(key.server, port);
     let tunnel = connect(path, pod, own, key, (at(TUNNEL), limit));
     let answer = || connect(path, pod, own, key, (at(tcp_port::ANSWER), limit.min(ANSWER_CONNECT)));
@@ -213,11 +252,11 @@ async fn greet(
     let refusal = tokio::select! {
         biased;
         connected = &mut tunnel => match connected {
-            Ok(session) => return Ok(session),
+            Ok(connected) => return Ok(connected),
             Err(refusal) => refusal,
         },
         answered = &mut silent => match answered {
-            Ok(session) => return Ok(session),
+            Ok(connected) => return Ok(connected),
             // The agent is slow.
             Err(_) => return tunnel.await,
         },
@@ -237,14 +276,14 @@ async fn connect(
     own: &Arc<Credentials>,
     key: &PoolKey,
     (at, limit): (SocketAddr, Duration),
-) -> Result<Box<Session>, Refusal> {
+) -> Result<Outgoing, Refusal> {
     let tcp = path.dialer.to_tunnel(pod, at, limit).await.map_err(|e| {
         let detail = format!("{at}: {e}; does an agent run on that node?");
         Refusal::new(RefusalReason::PeerUnreachable, detail).because_of(&e)
     })?;
     socket::begin_small(&tcp, path.shares.unread_bytes(pod.cgroup));
     path.limit_silence(&tcp);
-    Session::connect(tcp, own, &key.identity).await.map_err(|e| Refusal::new(e.reason(), e))
+    Outgoing::connect(tcp, own, &key.identity).await.map_err(|e| Refusal::new(e.reason(), e))
 }
 
 fn taken_bytes(optimistic: &Option<OptimisticData<'_>>) -> u64 {

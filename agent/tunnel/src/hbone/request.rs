@@ -4,10 +4,18 @@
 
 use std::net::SocketAddr;
 
-use http::{HeaderMap, Method, Request, header::FORWARDED};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Uri,
+    header::FORWARDED,
+    uri::{self, Authority},
+};
 use tacit_core::wire::TraceId;
 
 use crate::random_trace_id;
+
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+/// W3C Baggage: describes the sender's workload for the metrics of the other.
+pub(super) const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
 
 /// A request for a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +46,30 @@ pub enum BadRequest {
 }
 
 impl Connect {
+    /// Returns the request with `baggage`, which describes the source.
+    pub(super) fn request(&self, baggage: &str) -> Request<()> {
+        let mut request = Request::new(());
+        *request.method_mut() = Method::CONNECT;
+        let authority = Authority::try_from(self.destination.to_string()).ok();
+        let mut target = uri::Parts::default();
+        target.authority = authority;
+        *request.uri_mut() = Uri::from_parts(target).unwrap_or_default();
+        let [trace, span] = [self.trace.0, random_trace_id().0].map(u128::from_be_bytes);
+        let span = span as u64 | 1;
+        let fields = [
+            (FORWARDED, self.client.map(|client| format!("for=\"{client}\""))),
+            (TRACEPARENT, Some(format!("00-{trace:032x}-{span:016x}-00"))),
+            (BAGGAGE, Some(baggage.to_owned()).filter(|text| !text.is_empty())),
+        ];
+        for (name, text) in fields {
+            // A label can have letters that no field has: it is left out then.
+            if let Some(value) = text.and_then(|text| HeaderValue::try_from(text).ok()) {
+                request.headers_mut().insert(name, value);
+            }
+        }
+        request
+    }
+
     /// Reads a request.
     ///
     /// # Errors
@@ -79,7 +111,7 @@ fn client(fields: &HeaderMap) -> Option<SocketAddr> {
 
 /// Returns the trace id in `traceparent: 00-<32 hex digits>-<16 hex digits>-00` (W3C Trace Context).
 fn trace(fields: &HeaderMap) -> Option<TraceId> {
-    let text = fields.get("traceparent")?.to_str().ok()?;
+    let text = fields.get(TRACEPARENT)?.to_str().ok()?;
     let mut parts = text.split('-');
     let (version, trace) = (parts.next()?, parts.next()?);
     let is_lower_hex = |text: &str| text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));

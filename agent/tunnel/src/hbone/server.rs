@@ -19,17 +19,12 @@ use super::{
     BadRequest, Connect, FIELDS_MAX_BYTES, FRAME_MAX_BYTES, FRAMES_BUDGET_BYTES, FlowStream, Peer,
     RESETS_KEPT, RESETS_KEPT_FOR, STREAMS_MAX, UNSENT_MAX_BYTES,
     keep_alive::{self, KeepAlive},
+    request::BAGGAGE,
     stream::Received,
     tls_io::TlsIo,
+    window::Window,
 };
 use crate::{TunnelError, stream::Established};
-
-/// The window of a stream before the client has acknowledged the first SETTINGS.
-const PROTOCOL_WINDOW: u32 = 65_535;
-
-/// The window in force may be this many times that of the share. Honest clients acknowledge within a round trip, in which the
-/// connections of a pod rarely become as many times more.
-const WINDOW_EXCESS_MAX: u32 = 8;
 
 /// Limit for the first bytes of HTTP/2 after the handshake.
 const PREFACE_MAX: Duration = Duration::from_secs(10);
@@ -39,9 +34,7 @@ pub struct Server {
     connection: Connection<TlsIo, Bytes>,
     keep_alive: KeepAlive,
     client: Arc<Peer>,
-    window_bytes: u32,
-    /// The largest window that a stream can still have.
-    in_force_max: u32,
+    window: Window,
 }
 
 /// A client that has chosen HBONE in the TLS handshake.
@@ -84,8 +77,7 @@ impl Server {
             .map_err(|_| TunnelError::Timeout { what: "the HTTP/2 preface", limit })??;
         let pings = connection.ping_pong().ok_or(TunnelError::Closed)?;
         let (keep_alive, client) = (KeepAlive::new(pings), Arc::new(client));
-        let in_force_max = window_bytes.max(PROTOCOL_WINDOW);
-        Ok(Self { connection, keep_alive, client, window_bytes, in_force_max })
+        Ok(Self { connection, keep_alive, client, window: Window::new(window_bytes) })
     }
 
     /// Returns the client.
@@ -104,14 +96,7 @@ impl Server {
     /// still have a much larger one, since the client has not acknowledged a smaller one: refuse its requests.
     #[must_use]
     pub fn set_window(&mut self, window_bytes: u32) -> bool {
-        let is_near = window_bytes / 2 < self.window_bytes && self.window_bytes / 2 < window_bytes;
-        let is_in_doubt = self.in_force_max / 2 > self.window_bytes;
-        // Fails while the client has not acknowledged the last change. So the window before this one is in force.
-        if (!is_near || is_in_doubt) && self.connection.set_initial_window_size(window_bytes).is_ok() {
-            self.in_force_max = self.window_bytes.max(window_bytes);
-            self.window_bytes = window_bytes;
-        }
-        self.in_force_max / WINDOW_EXCESS_MAX <= window_bytes
+        self.window.set(window_bytes, |bytes| self.connection.set_initial_window_size(bytes).is_ok())
     }
 
     /// Has the client open no more streams, by GOAWAY. The connection ends with its last stream.
@@ -215,7 +200,7 @@ impl FlowRequest {
         if let Ok(baggage) = HeaderValue::from_str(baggage)
             && !baggage.is_empty()
         {
-            response.headers_mut().insert("baggage", baggage);
+            response.headers_mut().insert(BAGGAGE, baggage);
         }
         let send = self.respond.send_response(response, false)?;
         Ok(FlowStream::new(send, self.received, self.client))

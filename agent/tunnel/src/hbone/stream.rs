@@ -12,8 +12,11 @@ use bytes::{Buf, Bytes, BytesMut};
 use h2::{RecvStream, SendStream};
 use tacit_core::spiffe::SpiffeId;
 
-use super::{tls_io::TlsIo, unsent::Unsent};
-use crate::{TlsInfo, stream::Established};
+use super::{
+    tls_io::{Failure, TlsIo},
+    unsent::Unsent,
+};
+use crate::{TlsInfo, TunnelError, stream::Established};
 
 /// The authenticated peer of a connection.
 #[derive(Debug)]
@@ -23,6 +26,7 @@ pub struct Peer {
     tls: TlsInfo,
     /// A second descriptor of the connection, to ask the peer's kernel.
     socket: OwnedFd,
+    failure: Failure,
 }
 
 impl Peer {
@@ -31,7 +35,8 @@ impl Peer {
         let not_after = established.peer_validity.not_after;
         let io = TlsIo::new(established);
         let socket = io.tcp().as_fd().try_clone_to_owned()?;
-        Ok((Self { identity, not_after, tls, socket }, io))
+        let failure = io.failure().clone();
+        Ok((Self { identity, not_after, tls, socket, failure }, io))
     }
 
     /// Returns the identity in the peer's certificate.
@@ -50,6 +55,12 @@ impl Peer {
     #[must_use]
     pub fn tls(&self) -> &TlsInfo {
         &self.tls
+    }
+
+    /// Returns the error of the connection that HTTP/2 reports as `error`, of which it keeps the text alone.
+    pub(super) fn failure(&self, error: h2::Error) -> TunnelError {
+        let first = error.get_io().and_then(|_| self.failure.get());
+        first.map_or_else(|| error.into(), |(reason, text)| TunnelError::Connection(*reason, text.clone()))
     }
 
     pub(super) fn socket(&self) -> &OwnedFd {

@@ -1,5 +1,6 @@
 //! Tests of a server against a client of another TLS stack and HTTP/2.
 
+mod client;
 mod wire;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
@@ -137,8 +138,12 @@ impl Pair {
 }
 
 async fn relayed(app: AppStream, stream: FlowStream) -> FlowEnd {
+    relayed_by(app, stream, Role::Server).await
+}
+
+async fn relayed_by(app: AppStream, stream: FlowStream, role: Role) -> FlowEnd {
     socket::reset_if_dropped(&app);
-    relay(app, stream, Role::Server, &FlowCounters::default(), unasked(&Watch::default())).await
+    relay(app, stream, role, &FlowCounters::default(), unasked(&Watch::default())).await
 }
 
 fn connect() -> Request<()> {

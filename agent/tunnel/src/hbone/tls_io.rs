@@ -8,10 +8,12 @@ use std::{
     io::{self, IoSlice},
     ops::Range,
     pin::Pin,
+    sync::{Arc, OnceLock},
     task::{Context, Poll, ready},
     time::Duration,
 };
 
+use tacit_core::refusal::RefusalReason;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -34,6 +36,9 @@ const LINGER_MAX: Duration = if cfg!(test) { Duration::from_millis(200) } else {
 /// Reads in a row. Then the tasks of the streams take what has come: some 13,000 frames, if they have one byte each.
 const READS_MAX: u32 = 2;
 
+/// The first violation of TLS: its reason and its text. Each stream of the connection fails by it.
+pub(super) type Failure = Arc<OnceLock<(RefusalReason, String)>>;
+
 /// One TLS connection.
 pub(super) struct TlsIo {
     tls: TlsStream,
@@ -48,6 +53,7 @@ pub(super) struct TlsIo {
     is_closed: bool,
     /// The wait for the peer's end, after the own one.
     linger: Option<Pin<Box<Sleep>>>,
+    failure: Failure,
 }
 
 impl TlsIo {
@@ -62,7 +68,12 @@ impl TlsIo {
             has_ended: false,
             is_closed: false,
             linger: None,
+            failure: Failure::default(),
         }
+    }
+
+    pub(super) fn failure(&self) -> &Failure {
+        &self.failure
     }
 
     pub(super) fn tcp(&self) -> &TcpStream {
@@ -132,6 +143,7 @@ impl AsyncRead for TlsIo {
                 Ok(false) => {}
                 Err(error) => {
                     this.tls.send_alert_for(&error);
+                    let _ = this.failure.set((error.reason(), error.to_string()));
                     return Poll::Ready(Err(io_error(error)));
                 }
             }

@@ -1,7 +1,8 @@
 //! The client's side of a flow's begin: OPEN, and the wait for its answer.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
+use socket2::SockRef;
 use tacit_core::{
     refusal::RefusalReason,
     wire::{
@@ -16,7 +17,7 @@ use super::{OptimisticData, Session};
 use crate::{TunnelError, receive_buffer::Received, socket};
 
 /// Limit for the answer to OPEN. It exceeds the server's limit for connecting to the destination.
-const OPEN_MAX: Duration = Duration::from_secs(30);
+pub(crate) const OPEN_MAX: Duration = Duration::from_secs(30);
 /// Time in which the kernel of a peer acknowledges OPEN, beside [`OPEN_ROUND_TRIPS`], unless the peer is gone. The kernel repeats a lost
 /// packet after a round trip and at least 200 ms, and an acknowledgement can be delayed by 40 ms.
 pub(super) const OPEN_ACKNOWLEDGED: Duration = Duration::from_millis(300);
@@ -25,7 +26,7 @@ const OPEN_ROUND_TRIPS: u32 = 3;
 
 /// Limit of a peer's silence after OPEN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Silence {
+pub(crate) enum Silence {
     /// None but the limit for the answer.
     Allowed,
     /// A few round trips without an acknowledgement.
@@ -139,22 +140,13 @@ impl Session {
     /// # Errors
     /// [`OpenError`], if it is not waited for any longer.
     pub(super) fn check_answer(&self, waited: Duration, silence: Silence) -> Result<Duration, OpenError> {
-        if waited >= OPEN_MAX {
-            let timeout = TunnelError::Timeout { what: "the answer to OPEN", limit: OPEN_MAX };
-            return Err(OpenError::Tunnel(timeout));
+        match look(self.tls.tcp(), waited, silence).map_err(TunnelError::Io)? {
+            Look::Again(at) => Ok(at),
+            Look::Silent => Err(OpenError::Silent),
+            Look::TooLate => {
+                Err(OpenError::Tunnel(TunnelError::Timeout { what: "the answer to OPEN", limit: OPEN_MAX }))
+            }
         }
-        if silence == Silence::Allowed {
-            return Ok(OPEN_MAX);
-        }
-        let peer = peer_state(self.tls.tcp()).map_err(TunnelError::Io)?;
-        if !peer.is_asked {
-            // The peer has acknowledged OPEN, and waits for its application.
-            return Ok(OPEN_MAX);
-        }
-        // An acknowledgement that was on its way when OPEN was sent is not one of OPEN.
-        let unheard = peer.heard.min(waited);
-        let patience = patience(peer.round_trip);
-        if unheard < patience { Ok(waited + patience - unheard) } else { Err(OpenError::Silent) }
     }
 }
 
@@ -170,7 +162,43 @@ impl Drop for Opening<'_> {
     }
 }
 
+/// Result of a look at an answer that has not come.
+pub(crate) enum Look {
+    /// To be looked at again at this time after the request.
+    Again(Duration),
+    /// The peer has not acknowledged the request for a few round trips.
+    Silent,
+    /// The limit for the answer has passed.
+    TooLate,
+}
+
+/// Looks at an answer that has not come at `socket` in `waited`.
+///
+/// # Errors
+/// The kernel's.
+pub(crate) fn look<'s>(
+    socket: impl Into<SockRef<'s>>,
+    waited: Duration,
+    silence: Silence,
+) -> io::Result<Look> {
+    if waited >= OPEN_MAX {
+        return Ok(Look::TooLate);
+    }
+    if silence == Silence::Allowed {
+        return Ok(Look::Again(OPEN_MAX));
+    }
+    let peer = peer_state(socket)?;
+    if !peer.is_asked {
+        // The peer has acknowledged the request, and waits for its application.
+        return Ok(Look::Again(OPEN_MAX));
+    }
+    // An acknowledgement that was on its way when the request was sent is not one of the request.
+    let unheard = peer.heard.min(waited);
+    let patience = patience(peer.round_trip);
+    Ok(if unheard < patience { Look::Again(waited + patience - unheard) } else { Look::Silent })
+}
+
 /// Returns the time after which a peer that has not acknowledged OPEN is silent.
-pub(super) fn patience(round_trip: Duration) -> Duration {
+pub(crate) fn patience(round_trip: Duration) -> Duration {
     OPEN_ACKNOWLEDGED + OPEN_ROUND_TRIPS * round_trip
 }

@@ -1,6 +1,6 @@
 //! Tests of sessions.
 
-use std::future::Future;
+use std::{future::Future, sync::Arc};
 
 use tacit_kernel::socket::{
     AppStream, Polled as _,

@@ -40,7 +40,7 @@ workloads:
   serviceAccount: '-'
   addresses: []
   node: a
-  tunnel: hbone
+  tunnel: istio
   labels: {app: 1.0}
   cgroup: ../db
 ";
@@ -58,7 +58,7 @@ workloads:
             "line 6: workloads[1].namespace: 5 is a number where text is expected: write \"5\"".to_owned(),
             format!("line 8: workloads[1].serviceAccount: \"-\" is no Kubernetes name: {rule}"),
             "line 9: workloads[1].addresses: the list is empty: write at least one address".to_owned(),
-            "line 11: workloads[1].tunnel: \"hbone\" is none of tacit, none: write one of them".to_owned(),
+            "line 11: workloads[1].tunnel: \"istio\" is none of tacit, hbone, none: write one of them".to_owned(),
             "line 12: workloads[1].labels.app: 1.0 is a number where text is expected: write \"1.0\"".to_owned(),
             "line 13: workloads[1].cgroup: \"../db\": write a path relative to podsCgroup, without `.` and `..`"
                 .to_owned(),

@@ -12,7 +12,7 @@ use tacit_core::{
 
 use super::{
     super::{cgroup::PodUid, objects::Pod},
-    DEPARTED_MAX, DirectoryStore, full_name, protocol,
+    DEPARTED_MAX, DirectoryStore, full_name,
 };
 
 /// Maximum length of a value in a message, in characters.
@@ -137,11 +137,11 @@ impl DirectoryStore {
     }
 
     pub(super) fn insert(&mut self, workload: Workload, claim: AddressConflict) {
-        if workload.protocol == Protocol::Tacit {
+        if workload.protocol.is_tunnelled() {
             self.range_discovery.enrolled(&workload.addresses, self.directory.ranges());
         }
         if let Some(before) = self.directory.named(&workload.namespace, &workload.name)
-            && before.protocol == Protocol::Tacit
+            && before.protocol.is_tunnelled()
         {
             self.range_discovery.unused(&before.addresses);
         }
@@ -156,6 +156,10 @@ impl DirectoryStore {
         // Only the agent of its node uses the cgroup.
         let is_here = *pod.spec.node_name == *self.local_node.node;
         self.mirrors.remove(name);
+        match pod.metadata.annotations.redirection.as_deref() {
+            Some("enabled") => self.redirected.insert(name.to_owned()),
+            _ => self.redirected.remove(name),
+        };
         let cgroup = if is_here { self.cgroup(&pod, name, problems)? } else { PathBuf::default() };
         let account = pod_service_account(&pod.spec.service_account_name);
         let identity = self.interner.identity(&self.local_node, &pod.metadata.namespace, account)?;
@@ -168,7 +172,7 @@ impl DirectoryStore {
             labels: self.interner.labels(&pod.metadata.labels),
             identity,
             cgroup,
-            protocol: protocol(enrols),
+            protocol: self.protocol(name, enrols),
             egress: None,
             udp: None,
             connect,
@@ -224,6 +228,7 @@ impl DirectoryStore {
     pub(super) fn end_pod(&mut self, full: &str) {
         self.problems.clear(full);
         self.mirrors.remove(full);
+        self.redirected.remove(full);
         self.refuse_heirs(full);
         let Some((namespace, name)) = full.split_once('/') else { return };
         if self.directory.unset_host_network(namespace, name) {
@@ -260,7 +265,7 @@ impl DirectoryStore {
     /// Removes a workload from the directory.
     fn forget(&mut self, namespace: &str, name: &str) -> Option<Arc<Workload>> {
         let workload = self.directory.remove(namespace, name)?;
-        if workload.protocol == Protocol::Tacit {
+        if workload.protocol.is_tunnelled() {
             self.range_discovery.unused(&workload.addresses);
         }
         Some(workload)

@@ -152,6 +152,36 @@ fn another_label_can_enrol() {
 }
 
 #[test]
+fn a_pod_that_a_ztunnel_serves_speaks_hbone_unless_this_mesh_enrols_it() {
+    let mut store = listed();
+    let redirected = |note: Option<&'static str>| {
+        pod("web", "a", "10.77.1.2", move |value| {
+            if let Some(note) = note {
+                value["metadata"]["annotations"] = json!({"ambient.istio.io/redirection": note});
+            }
+        })
+    };
+    for (note, expected) in [
+        (Some("enabled"), Protocol::Hbone),
+        (Some("pending"), Protocol::None),
+        (Some("enabled"), Protocol::Hbone),
+        (None, Protocol::None),
+        (Some("enabled"), Protocol::Hbone),
+    ] {
+        store.apply_change(Change::Applied(redirected(note)));
+        assert_eq!(protocol_of(&store, "web"), Some(expected), "{note:?}");
+    }
+    for (label, expected) in [(Some("true"), Protocol::Tacit), (None, Protocol::Hbone)] {
+        store.apply_change(Change::Applied(namespace("shop", label)));
+        assert_eq!(protocol_of(&store, "web"), Some(expected), "{label:?}");
+    }
+    assert!(store.directory.is_enrolled("10.77.1.2".parse().expect("literal")));
+    store.apply_change(Change::Deleted(redirected(None)));
+    store.apply_change(Change::Applied(pod("web", "a", "10.77.1.2", as_is)));
+    assert_eq!(protocol_of(&store, "web"), Some(Protocol::None), "another pod of the name");
+}
+
+#[test]
 fn a_namespace_enrols_and_releases_running_pods() {
     let mut store = listed();
     store.apply_change(Change::Applied(pod("web", "a", "10.77.1.2", as_is)));
