@@ -1,7 +1,7 @@
 //! Peers that speak HBONE, as pods of Istio ambient do, with pods of Tacit.
 //!
-//! The peer is written by hand: TLS of rustls and HTTP/2 of h2, with the settings of ztunnel, or raw bytes for faults. It holds a
-//! certificate of the mesh's root.
+//! The peer is written by hand, as client and as server: TLS of rustls and HTTP/2 of h2, with the settings of ztunnel, or raw bytes for
+//! faults. It holds a certificate of the mesh's root.
 
 mod certificates;
 mod client;
@@ -9,7 +9,9 @@ mod draining;
 mod faults;
 mod flows;
 mod limits;
+mod outgoing;
 mod policy;
+mod server;
 
 use anyhow::Result;
 use std::{net::SocketAddr, sync::OnceLock};

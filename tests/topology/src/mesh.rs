@@ -17,6 +17,8 @@ use std::{
 pub enum Tunnel {
     /// Peers reach the workload through the tunnel.
     Tacit,
+    /// Peers reach the workload through a tunnel to the agent of another mesh.
+    Hbone,
     /// Peers reach the workload as plaintext.
     None,
 }
@@ -67,6 +69,7 @@ impl WorkloadEntry {
             self.labels.iter().map(|(key, value)| format!("\"{key}\": \"{value}\"")).collect();
         let tunnel = match self.tunnel {
             Tunnel::Tacit => "tacit",
+            Tunnel::Hbone => "hbone",
             Tunnel::None => "none",
         };
         let _ = writeln!(out, "  - name: \"{}\"", self.name);
