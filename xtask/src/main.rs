@@ -2,7 +2,7 @@
 //!
 //! Promises: each command fetches what it lacks through `setup`, says what it does while it does it, and fails with
 //! a message that names the next action. Whatever needs root is announced before it runs (`privilege`). Little is compiled
-//! for it: `bench`, `kube`, `vm` and `image` are programs of other packages (`program`), which are built when they are asked
+//! for it: `bench`, `interop`, `kube`, `vm` and `image` are programs of other packages (`program`), which are built when they are asked
 //! for, and what they share with it is in `xtask-support`.
 #![forbid(unsafe_code)]
 
@@ -76,6 +76,9 @@ enum Task {
     /// Measure what Tacit costs: the same load directly and through it, in turn
     #[command(disable_help_flag = true)]
     Bench(program::Arguments),
+    /// Try Tacit with a real ztunnel, in both directions
+    #[command(disable_help_flag = true)]
+    Interop(program::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -108,6 +111,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Fuzz(options) => fuzz::run(&workspace, &options),
         Task::Demo(options) => demo::run(&workspace, &options),
         Task::Bench(arguments) => return program::run(&workspace, "tacit-bench", &arguments),
+        Task::Interop(arguments) => return program::run(&workspace, "tacit-interop", &arguments),
     };
     done.map(|()| ExitCode::SUCCESS)
 }
