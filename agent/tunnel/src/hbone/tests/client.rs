@@ -36,6 +36,7 @@ struct Asked {
 }
 
 /// A command for a server.
+#[derive(Debug)]
 enum Do {
     Drain,
     /// The connection stays open, and is not served any more.
@@ -190,7 +191,7 @@ async fn after_goaway_flows_open_on_another_connection_and_live_ones_go_on() {
     let mut seen = other.next().await;
     let mut send = seen.respond.send_response(Response::new(()), false).expect("open");
     let stream = soon(asked.acknowledged()).await.expect("200");
-    other.commands.send(Do::Drain).ok().expect("served");
+    other.commands.send(Do::Drain).expect("served");
     // Requests that the server has seen before are answered; then one is not taken.
     let refuse = |seen: Asked| {
         let (mut respond, response) = (seen.respond, Response::builder().status(503).body(()));
@@ -252,8 +253,8 @@ async fn a_server_that_does_not_answer_ping_is_given_up() {
     let ((client, mut connection), other) = tokio::join!(begun_client(near), other(far, 200));
     soon(connection.settled()).await.expect("SETTINGS");
     connection.hasten_pings(limit);
-    other.commands.send(Do::Hang).ok().expect("served");
-    let error = soon(connection.run()).await.err().expect("given up");
+    other.commands.send(Do::Hang).expect("served");
+    let error = soon(connection.run()).await.expect_err("given up");
     assert_eq!(error.reason(), RefusalReason::Timeout, "{error}");
     assert!(!client.is_open() && client.place(WINDOW).is_none());
 }
@@ -315,7 +316,7 @@ async fn a_server_that_rejects_the_certificate_is_told_apart_from_one_that_is_go
     );
     assert!(accepted.is_err(), "the server took the certificate");
     let (ended, client, place) = outgoing;
-    assert_eq!(ended.err().expect("ended").reason(), RefusalReason::RefusedByPeer);
+    assert_eq!(ended.expect_err("ended").reason(), RefusalReason::RefusedByPeer);
     let asked = match place.expect("room").ask(&connect_of_flow(), "").await {
         Err(error) => error,
         Ok(mut asked) => asked.acknowledged().await.err().expect("no answer"),
