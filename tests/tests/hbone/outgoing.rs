@@ -233,3 +233,32 @@ fn an_agent_that_ends_lets_its_flows_finish() -> Result<()> {
     ensure!(status.success(), "{status}");
     Ok(())
 }
+
+#[test]
+#[ignore = "needs root"]
+fn a_connection_to_a_node_that_died_ends_as_to_one_that_is_gone() -> Result<()> {
+    let mesh = mesh(plan("houts"), Tunnel::Hbone)?;
+    let (web, [to, _]) = (mesh.pod("web")?, addresses(&mesh)?);
+    let server = HboneServer::start(&mesh, Serve::default())?;
+    Client::echo(web, to, "first")?;
+    routes(&mesh, "add")?;
+    // The pod's connection is open, and its peer silent: `connect()` neither succeeds nor waits for it.
+    let events = Client::with_args(web, &["probe", &to.to_string(), "send-timeout:3000"])?.finish()?;
+    let seen = events.iter().find(|event| event["event"] == "probe").context("probe")?;
+    ensure!(seen["connect"] == "EINPROGRESS", "{seen}");
+    routes(&mesh, "del")?;
+    Client::echo(web, to, "last")?;
+    ensure!(server.connections() >= 2, "the silent connection got another flow");
+    Ok(())
+}
+
+/// Makes or ends an outage between both pods, in which nothing is answered.
+fn routes(mesh: &Mesh, action: &str) -> Result<()> {
+    for (node, pod) in [("b", "peer"), ("a", "web")] {
+        let to = mesh.pod(pod)?.ipv4().to_string();
+        let status =
+            mesh.topology().node(node)?.command("ip")?.args(["route", action, "blackhole", &to]).status()?;
+        ensure!(status.success(), "route {action} blackhole {to}: {status}");
+    }
+    Ok(())
+}
