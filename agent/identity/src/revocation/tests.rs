@@ -252,7 +252,8 @@ fn a_file_with_anything_else_is_refused_whole() {
     let many: Vec<u8> = std::iter::repeat_n(der.clone(), LISTS_MAX + 1).flatten().collect();
     assert_eq!(parse(&many), Err(ListError::Long));
     assert!(matches!(parse(b"no list at all"), Err(ListError::List { number: 1, .. })));
-    let second = [good.clone(), b"-----BEGIN X509 CRL-----\nMAA=\n-----END X509 CRL-----\n".to_vec()].concat();
+    let second =
+        [good.clone(), b"-----BEGIN X509 CRL-----\nMAA=\n-----END X509 CRL-----\n".to_vec()].concat();
     assert!(matches!(parse(&second), Err(ListError::List { number: 2, .. })));
     let broken = [good, b"-----BEGIN X509 CRL-----\n!\n-----END X509 CRL-----\n".to_vec()].concat();
     assert!(matches!(parse(&broken), Err(ListError::Pem(_))));

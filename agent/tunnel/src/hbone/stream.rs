@@ -11,6 +11,7 @@ use std::{
 use bytes::{Buf, Bytes, BytesMut};
 use h2::{RecvStream, SendStream};
 use tacit_core::spiffe::SpiffeId;
+use tacit_identity::revocation::PeerChain;
 
 use super::{tls_io::TlsIo, unsent::Unsent};
 use crate::{TlsInfo, stream::Established};
@@ -20,6 +21,7 @@ use crate::{TlsInfo, stream::Established};
 pub struct Peer {
     identity: SpiffeId,
     not_after: SystemTime,
+    chain: PeerChain,
     tls: TlsInfo,
     /// A second descriptor of the connection, to ask the peer's kernel.
     socket: OwnedFd,
@@ -29,9 +31,10 @@ impl Peer {
     pub(super) fn of(established: Established) -> io::Result<(Self, TlsIo)> {
         let (identity, tls) = (established.peer.clone(), established.tls);
         let not_after = established.peer_validity.not_after;
+        let chain = established.peer_chain.clone();
         let io = TlsIo::new(established);
         let socket = io.tcp().as_fd().try_clone_to_owned()?;
-        Ok((Self { identity, not_after, tls, socket }, io))
+        Ok((Self { identity, not_after, chain, tls, socket }, io))
     }
 
     /// Returns the identity in the peer's certificate.
@@ -44,6 +47,12 @@ impl Peer {
     #[must_use]
     pub fn not_after(&self) -> SystemTime {
         self.not_after
+    }
+
+    /// Returns the peer's certificates. Use the connection no more after one of them is revoked.
+    #[must_use]
+    pub fn chain(&self) -> &PeerChain {
+        &self.chain
     }
 
     /// Returns the negotiated TLS parameters.

@@ -1,5 +1,7 @@
 //! Tests of the TLS requirements and the reason of each rejection.
 
+mod revocation;
+
 use std::time::SystemTime;
 
 use rustls::{SignatureScheme, client::ResolvesClientCert, sign::CertifiedKey};
