@@ -162,6 +162,9 @@ pub enum AppError {
     /// The API that has the authority's roots cannot be used at all.
     #[error("issuer.istio.rootConfigMap: {0}")]
     RootConfigMap(#[source] KubernetesError),
+    /// The revocation lists could not be read. Nobody's certificate is taken without them.
+    #[error("crl.file: {0}")]
+    RevocationLists(#[source] LoadError),
     /// The issuer could not be opened.
     #[error("issuer: {0}")]
     Issuer(#[from] EmbeddedRootError),

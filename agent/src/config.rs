@@ -31,13 +31,15 @@ use tacit_sources::{
 
 mod clear;
 mod cni;
+mod crl;
 mod issuer;
 mod kubernetes;
 
 use crate::cni::CniConfig;
 use clear::clear_destination;
+pub use crl::CrlConfig;
 
-const FIELDS: [&str; 24] = [
+const FIELDS: [&str; 25] = [
     "trustDomain",
     "node",
     "podsCgroup",
@@ -48,6 +50,7 @@ const FIELDS: [&str; 24] = [
     "rootNamespace",
     "minimumMode",
     "issuer",
+    "crl",
     "pinPath",
     "statePath",
     "socket",
@@ -132,6 +135,8 @@ pub struct Config {
     pub minimum_mode: Mode,
     /// Issuer of certificates.
     pub issuer: IssuerConfig,
+    /// Revocation lists for the certificates of peers. Without them none is taken for revoked.
+    pub crl: Option<CrlConfig>,
     /// Folder on a bpffs where programs, maps and links are pinned.
     pub pin_path: PathBuf,
     /// Folder of the operator in which the agent makes a private one, for its start after a reboot.
@@ -236,6 +241,7 @@ impl Config {
         let policy = source(f, "policy", folder, kubernetes::policy);
         let issuer = f.required("issuer", "{embedded: {directory: issuer}}");
         let issuer = issuer.and_then(|value| issuer::decode(&value, folder));
+        let crl = f.or("crl", None, |value| crl::decode(value, folder).map(Some));
         let root_namespace = f.or("rootNamespace", ROOT_NAMESPACE.into(), |v| v.name().map(Arc::from));
         let minimum_mode = f.or("minimumMode", MINIMUM_MODES[0].1, |v| v.choice(&MINIMUM_MODES));
         let state_path: Option<PathBuf> = f.or("statePath", STATE_PATH.into(), absolute);
@@ -267,6 +273,7 @@ impl Config {
             root_namespace: root_namespace?,
             minimum_mode: minimum_mode?,
             issuer: issuer?,
+            crl: crl?,
             pin_path: pin_path?,
             state_path: state_path?,
             socket: socket?,

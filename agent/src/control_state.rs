@@ -8,7 +8,7 @@ use std::{
 };
 
 use tacit_core::{directory::Directory, policy::Policies, spiffe::SpiffeId};
-use tacit_identity::{credentials::Credentials, manager::Identities};
+use tacit_identity::{credentials::Credentials, manager::Identities, revocation::RevocationLists};
 use tacit_sources::reload::Watched;
 use tokio::time::timeout;
 
@@ -25,6 +25,8 @@ pub struct Snapshots {
     pub mesh: Arc<Mesh>,
     /// Certificates of the node's workloads.
     pub identities: Arc<Identities>,
+    /// Revocation lists, if they are configured.
+    pub revocation: Option<Arc<Watched<RevocationLists>>>,
 }
 
 impl Snapshots {

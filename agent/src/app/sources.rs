@@ -1,4 +1,5 @@
-//! The sources of directory and policies, as the configuration names them: files or the Kubernetes API.
+//! The sources of directory and policies, as the configuration names them: files or the Kubernetes API. The file of revocation lists is
+//! watched like them.
 
 use std::{
     path::Path,
@@ -9,6 +10,7 @@ use tacit_core::{
     directory::{Directory, Ranges},
     policy::Policies,
 };
+use tacit_identity::revocation::RevocationLists;
 use tacit_sources::{
     directory::{CgroupLayout, LocalNode},
     kubernetes::KubernetesError,
@@ -22,32 +24,54 @@ use crate::{
     telemetry::status::SourceKind,
 };
 
-/// Both sources, opened but perhaps not complete.
+/// All sources, opened but perhaps not complete.
 pub(super) struct Sources {
     directory: Opening<Directory>,
     policies: Opening<Policies>,
+    revocation: Option<Watched<RevocationLists>>,
+}
+
+/// The complete sources.
+pub(super) struct Complete {
+    pub(super) directory: Arc<Watched<Directory>>,
+    pub(super) policies: Arc<Watched<Policies>>,
+    pub(super) revocation: Option<Arc<Watched<RevocationLists>>>,
 }
 
 impl Sources {
     pub(super) async fn open(config: &Config, pods_cgroup: &Path) -> Result<Self, AppError> {
+        let revocation = open_revocation(config)?;
         let directory = open_directory(config, pods_cgroup).await?;
-        Ok(Self { directory, policies: open_policies(config).await? })
+        Ok(Self { directory, policies: open_policies(config).await?, revocation })
     }
 
     /// Returns the state of each source, for the operator.
     pub(super) fn states(&self) -> Vec<(SourceKind, watch::Receiver<ReloadState>)> {
-        vec![(SourceKind::Directory, self.directory.states()), (SourceKind::Policy, self.policies.states())]
+        let revocation = self.revocation.iter().map(|lists| (SourceKind::Crl, lists.states()));
+        let sources =
+            [(SourceKind::Directory, self.directory.states()), (SourceKind::Policy, self.policies.states())];
+        sources.into_iter().chain(revocation).collect()
     }
 
-    /// Waits until both sources are complete, without a limit.
-    pub(super) async fn complete(
-        self,
-    ) -> Result<(Arc<Watched<Directory>>, Arc<Watched<Policies>>), AppError> {
+    /// Waits until all sources are complete, without a limit.
+    pub(super) async fn complete(self) -> Result<Complete, AppError> {
         let (directory, policies) = tokio::join!(self.directory.complete(), self.policies.complete());
         let ended = |field| move || AppError::Kubernetes { field, source: KubernetesError::Ended };
         let directory = directory.ok_or_else(ended("directory"))?;
-        Ok((Arc::new(directory), Arc::new(policies.ok_or_else(ended("policy"))?)))
+        let policies = policies.ok_or_else(ended("policy"))?;
+        Ok(Complete {
+            directory: Arc::new(directory),
+            policies: Arc::new(policies),
+            revocation: self.revocation.map(Arc::new),
+        })
     }
+}
+
+/// The revocation lists. Without the first version the agent does not start: it would take revoked certificates.
+fn open_revocation(config: &Config) -> Result<Option<Watched<RevocationLists>>, AppError> {
+    let Some(crl) = &config.crl else { return Ok(None) };
+    let parse = |content: &[u8]| RevocationLists::parse(content).map_err(|error| error.to_string());
+    Watched::open_content(&crl.file, parse).map(Some).map_err(AppError::RevocationLists)
 }
 
 /// The directory. It is used once it is complete: what an earlier agent left for pods that are not in it would be removed.

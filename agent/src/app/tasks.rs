@@ -3,8 +3,10 @@
 use std::{collections::HashSet, io, sync::Arc, time::Duration};
 
 use tacit_core::directory::Directory;
+use tacit_identity::revocation::RevocationLists;
 use tacit_kernel::{Kernel, KernelError, events, host};
 use tokio::{
+    sync::watch,
     task::{JoinSet, spawn_blocking},
     time::{MissedTickBehavior, interval},
 };
@@ -75,6 +77,10 @@ impl Tasks {
             .clone()
             .follow(proxy.snapshots.directory.clone(), proxy.snapshots.policies.clone());
         rechecks.spawn(vital(failed.clone(), follow));
+        if let Some(lists) = &proxy.snapshots.revocation {
+            let revokes = follow_revocation(proxy.clone(), lists.subscribe());
+            rechecks.spawn(vital(failed.clone(), revokes));
+        }
         rechecks.spawn(run_rechecks(proxy.rechecks.clone(), failed.clone()));
         heart.spawn(heartbeat(kernel.clone(), heartbeat_timeout, failed));
         Self { enrolment, settle, upkeep, heart, kernel_log, rechecks, live: proxy.rechecks.clone(), mesh }
@@ -118,6 +124,17 @@ async fn run_rechecks(rechecks: Arc<Rechecks>, failed: CancellationToken) {
     if let Err(error) = rechecks.run().await {
         tracing::error!(%error, "live flows are not decided on again when policy changes; restart the agent");
         failed.cancel();
+    }
+}
+
+/// Ends flows and idle sessions whose peers are revoked, for as long as the lists change.
+async fn follow_revocation(proxy: Arc<Proxy>, mut lists: watch::Receiver<Arc<RevocationLists>>) {
+    loop {
+        proxy.rechecks.revocation_changed();
+        proxy.sessions.close_revoked();
+        if lists.changed().await.is_err() {
+            return std::future::pending().await;
+        }
     }
 }
 

@@ -2,6 +2,8 @@
 
 use serde_json::Value as Json;
 
+use tacit_identity::revocation::UnknownStatus;
+
 use super::*;
 
 const MINIMAL: &str = "\
@@ -38,6 +40,7 @@ fn a_minimal_file_gets_the_defaults() {
             directory: "/etc/tacit/conf/issuer".into(),
             leaf_lifetime: Duration::from_secs(24 * 3600),
         },
+        crl: None,
         pin_path: "/sys/fs/bpf/tacit".into(),
         state_path: "/var/lib/tacit".into(),
         socket: "/run/tacit/agent.sock".into(),
@@ -54,6 +57,22 @@ fn a_minimal_file_gets_the_defaults() {
         busy_poll: Duration::from_micros(200),
     };
     assert_eq!(parse(MINIMAL), Ok(expected));
+}
+
+#[test]
+fn revocation_lists_are_a_file_and_deny_what_they_do_not_know() {
+    let with = |crl: &str| format!("{MINIMAL}crl: {crl}\n");
+    let read = |crl: &str| parse(&with(crl)).expect("valid").crl.expect("lists");
+    let file = PathBuf::from("/etc/tacit/conf/crl.pem");
+    assert_eq!(read("{file: crl.pem}"), CrlConfig { file: file.clone(), unknown: UnknownStatus::Deny });
+    let allow = read("{file: crl.pem, unknownStatus: ALLOW}");
+    assert_eq!(allow, CrlConfig { file, unknown: UnknownStatus::Allow });
+    for (crl, field) in
+        [("{}", "crl.file"), ("{file: a, unknownStatus: MAYBE}", "crl.unknownStatus"), ("{files: a}", "crl")]
+    {
+        let problems = problems(&with(crl));
+        assert!(problems.iter().any(|problem| problem.contains(field)), "{problems:?}");
+    }
 }
 
 #[test]
@@ -319,6 +338,8 @@ fn the_schema_has_the_fields_and_defaults_of_the_code() {
     assert_eq!(names(embedded), sorted(&issuer::EMBEDDED_FIELDS));
     let istio = &schema["properties"]["issuer"]["properties"]["istio"];
     assert_eq!(names(istio), sorted(&issuer::ISTIO_FIELDS));
+    assert_eq!(names(&schema["properties"]["crl"]), sorted(&crl::FIELDS));
+    assert_eq!(schema["properties"]["crl"]["properties"]["unknownStatus"]["default"], "DENY");
     assert_eq!(names(&istio["properties"]["rootConfigMap"]), sorted(&issuer::CONFIG_MAP_FIELDS));
     assert_eq!(istio["properties"]["leafLifetime"]["default"], "24h");
     let kubernetes = |field: &str| names(&schema["properties"][field]["properties"]["kubernetes"]);

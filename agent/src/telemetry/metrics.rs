@@ -10,7 +10,7 @@
 pub(super) mod authority;
 mod declared;
 
-use std::{fmt, fmt::Write};
+use std::{collections::BTreeMap, fmt, fmt::Write};
 
 use prometheus_client::{
     collector::Collector,
@@ -64,6 +64,7 @@ impl Collector for Exposition {
         self.agent(&mut writer)?;
         self.shares(&mut writer)?;
         self.certificates(&mut writer)?;
+        self.revocation_lists(&mut writer)?;
         self.configuration(&mut writer)
     }
 }
@@ -167,6 +168,19 @@ impl Exposition {
             millis.map(|millis| ([Value::Text(clock)], millis.div_ceil(1000)))
         };
         writer.family(&ISSUER_SKEW, skew("ahead", 1).into_iter().chain(skew("behind", -1)))
+    }
+
+    /// Of several lists of one issuer the latest counts.
+    fn revocation_lists(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let mut issuers: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
+        for list in &self.status.revocation_lists {
+            let (next_update, revoked) = issuers.entry(&list.issuer).or_default();
+            *next_update = list.next_update.unix_seconds().max(*next_update);
+            *revoked += list.revoked;
+        }
+        let all = || issuers.iter().map(|(issuer, of)| ([Value::Text(issuer)], of));
+        writer.family(&CRL_NEXT_UPDATE, all().map(|(issuer, (next_update, _))| (issuer, *next_update)))?;
+        writer.family(&CRL_REVOKED, all().map(|(issuer, (_, revoked))| (issuer, *revoked)))
     }
 
     fn configuration(&self, writer: &mut Writer<'_>) -> fmt::Result {

@@ -82,6 +82,9 @@ pub struct Status {
     pub issuer: IssuerStatus,
     /// The certificates held.
     pub certificates: Vec<CertificateStatus>,
+    /// The revocation lists that certificates of peers are checked against.
+    #[serde(default)]
+    pub revocation_lists: Vec<RevocationListStatus>,
     /// The sources of configuration.
     pub sources: Vec<SourceStatus>,
     /// Flows that are open.
@@ -375,6 +378,24 @@ pub struct CertificateStatus {
     pub last_error: Option<String>,
 }
 
+/// One revocation list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RevocationListStatus {
+    /// Name of the issuer.
+    pub issuer: String,
+    /// Number of revoked certificates.
+    pub revoked: u64,
+    /// When it was made.
+    pub this_update: Timestamp,
+    /// When it expires.
+    pub next_update: Timestamp,
+    /// Until it expires; negative when it has.
+    pub seconds_left: i64,
+    /// True if the key of an issuer in a peer's chain has signed it, false if such an issuer has its name and another key. `None` until a
+    /// certificate of an issuer with its name was seen.
+    pub is_signed: Option<bool>,
+}
+
 /// One source of configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourceStatus {
@@ -406,6 +427,8 @@ pub enum SourceKind {
     Directory,
     /// Modes and policies.
     Policy,
+    /// Revocation lists.
+    Crl,
 }
 
 impl SourceKind {
@@ -415,6 +438,7 @@ impl SourceKind {
         match self {
             Self::Directory => "directory",
             Self::Policy => "policy",
+            Self::Crl => "crl",
         }
     }
 }

@@ -1,13 +1,18 @@
 //! Certificates of peers, signed by the mesh's root.
 
 use anyhow::{Context, Result};
-use rcgen::{CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType};
+use rcgen::{
+    CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType, SerialNumber,
+};
 use rustls::{
     RootCertStore,
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
 };
 use std::{fs, path::Path};
 use time::{Duration, OffsetDateTime};
+
+/// Serial number of every peer's certificate, in hexadecimal.
+pub(crate) const SERIAL: &str = "4b1d";
 
 /// Chain and key of a peer, and the roots that it trusts.
 pub(crate) struct Credentials {
@@ -23,6 +28,7 @@ pub(crate) fn sign(folder: &Path, uris: &[&str]) -> Result<Credentials> {
     let issuer = Issuer::from_ca_cert_pem(&root, KeyPair::from_pem(&read("root-key.pem")?)?)?;
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
+    params.serial_number = Some(SerialNumber::from_slice(&[0x4b, 0x1d]));
     params.extended_key_usages =
         vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
     for uri in uris {

@@ -10,6 +10,7 @@ mod faults;
 mod flows;
 mod limits;
 mod policy;
+mod revocation;
 
 use anyhow::Result;
 use std::{net::SocketAddr, sync::OnceLock};

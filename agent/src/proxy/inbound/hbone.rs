@@ -47,12 +47,18 @@ pub(super) async fn serve(
         Ok(server) => server,
         Err(error) => return report_end(&path, &identity, error, peer, at),
     };
+    let client = server.client().clone();
+    let mut revoked = pin!(authorize::peer_revoked(&path.rechecks, &pod, client.chain()));
     let (mut is_draining, mut is_closed) = (false, false);
     let mut idle = pin!(sleep(SERVER_IDLE));
     loop {
         let next = tokio::select! {
             next = server.next() => next,
             () = path.drain.cut.cancelled() => return,
+            // Flows on the connection end by themselves, and report that.
+            revoked = &mut revoked => {
+                return tracing::debug!(peer = %identity, detail = revoked.detail, "connection closed");
+            }
             // The pod takes no more flows. Those that are open go on.
             () = pod.closed.cancelled(), if !is_closed => {
                 (is_closed, is_draining) = (true, true);
@@ -152,8 +158,13 @@ impl Stream {
         // The kernel vouches for the address of the connection. The port is for the application's logs.
         let source = connect.client.filter(|claimed| claimed.ip() == peer.ip()).unwrap_or(*peer);
         let addresses = Addresses { source, destination: connect.destination };
-        let proven =
-            Proven { identity: client.identity(), not_after: client.not_after(), peer: peer.ip(), at: *at };
+        let proven = Proven {
+            identity: client.identity(),
+            not_after: client.not_after(),
+            chain: client.chain(),
+            peer: peer.ip(),
+            at: *at,
+        };
         let flow = proven
             .check("CONNECT", source, connect.destination)
             .and_then(|flow| check_port(&flow).map(|()| flow))
@@ -165,7 +176,8 @@ impl Stream {
             path.telemetry.refused(&ends, refusal);
             request.refuse(answer(refusal.reason));
         };
-        let admitted = match flow.and_then(|flow| authorize::admit(&path.telemetry, pod, flow, &ends)) {
+        let proof = flow.map(|flow| (flow, client.chain().clone()));
+        let admitted = match proof.and_then(|proof| authorize::admit(&path.telemetry, pod, proof, &ends)) {
             Ok(admitted) => admitted,
             Err(refusal) => return refuse(request, &refusal),
         };
@@ -228,7 +240,9 @@ fn answer(reason: RefusalReason) -> Refused {
         RefusalReason::DeniedByPolicy
         | RefusalReason::NotAllowedByPolicy
         | RefusalReason::PlaintextInStrict
-        | RefusalReason::Expired => Refused::Policy,
+        | RefusalReason::Expired
+        | RefusalReason::CertificateRevoked
+        | RefusalReason::RevocationUnknown => Refused::Policy,
         _ => Refused::Unavailable,
     }
 }
@@ -260,6 +274,8 @@ mod tests {
             (RefusalReason::DeniedByPolicy, Refused::Policy),
             (RefusalReason::NotAllowedByPolicy, Refused::Policy),
             (RefusalReason::Expired, Refused::Policy),
+            (RefusalReason::CertificateRevoked, Refused::Policy),
+            (RefusalReason::RevocationUnknown, Refused::Policy),
             (RefusalReason::ReservedPort, Refused::Unavailable),
             (RefusalReason::ConnectionRefused, Refused::Unavailable),
             (RefusalReason::PodConnections, Refused::Unavailable),
