@@ -16,6 +16,7 @@
 
 use std::{future::Future, io, net::SocketAddr};
 
+use tacit_core::spiffe::TrustDomain;
 use tacit_identity::root::EmbeddedRootError;
 use tacit_kernel::{KernelError, VerifierLog, probe};
 use tacit_sources::{file::LoadError, kubernetes::KubernetesError};
@@ -165,6 +166,15 @@ pub enum AppError {
     /// The revocation lists could not be read. Nobody's certificate is taken without them.
     #[error("crl.file: {0}")]
     RevocationLists(#[source] LoadError),
+    /// The roots of a federated trust domain could not be read.
+    #[error("federation: rootFile of {trust_domain}: {source}")]
+    FederatedRoots {
+        /// The trust domain.
+        trust_domain: TrustDomain,
+        /// The error.
+        #[source]
+        source: LoadError,
+    },
     /// The issuer could not be opened.
     #[error("issuer: {0}")]
     Issuer(#[from] EmbeddedRootError),

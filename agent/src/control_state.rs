@@ -7,8 +7,14 @@ use std::{
     time::Duration,
 };
 
-use tacit_core::{directory::Directory, policy::Policies, spiffe::SpiffeId};
-use tacit_identity::{credentials::Credentials, manager::Identities, revocation::RevocationLists};
+use tacit_core::{
+    directory::Directory,
+    policy::Policies,
+    spiffe::{SpiffeId, TrustDomain},
+};
+use tacit_identity::{
+    credentials::Credentials, manager::Identities, peer_trust::DomainRoots, revocation::RevocationLists,
+};
 use tacit_sources::reload::Watched;
 use tokio::time::timeout;
 
@@ -27,6 +33,16 @@ pub struct Snapshots {
     pub identities: Arc<Identities>,
     /// Revocation lists, if they are configured.
     pub revocation: Option<Arc<Watched<RevocationLists>>>,
+    /// Federated trust domains.
+    pub federation: Arc<[FederatedRoots]>,
+}
+
+/// The roots of a federated trust domain.
+pub struct FederatedRoots {
+    /// The trust domain.
+    pub trust_domain: TrustDomain,
+    /// Its roots.
+    pub roots: Watched<DomainRoots>,
 }
 
 impl Snapshots {

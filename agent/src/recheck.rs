@@ -4,7 +4,7 @@
 //! ```text
 //! policy of a pod changed ─────────> all checks of the pod ──┐
 //! directory or policies changed ───> checks of plaintext ────┤ queue of pods, in turn
-//! revocation lists changed ────────> checks of tunnels ──────┤
+//! trust in peers changed ──────────> checks of tunnels ──────┤
 //!                                                            └──> 1 ms of checks, the next pod ... ──> denied: the flow ends
 //! ```
 //! The pods take turns, so that one with many flows or expensive policies does not delay the others' flows.
@@ -37,12 +37,12 @@ type Check = Box<dyn Fn() -> Option<Refusal> + Send + Sync>;
 /// The state that a check reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Depends {
-    /// The policy of the pod, and for a tunnel the revocation lists.
+    /// The policy of the pod, and for a tunnel the trust in the peer.
     OnPolicy,
     /// The policy of the pod, the directory, and the policies of the mesh.
     OnDirectory,
-    /// The revocation lists alone.
-    OnRevocation,
+    /// The trust in the peer alone: revocation lists, and the roots of federated domains.
+    OnTrust,
 }
 
 /// The checks of a pod, by the id of its cgroup.
@@ -163,7 +163,7 @@ impl Rechecks {
     }
 
     /// Has the flows checked that depend on the certificates of a peer.
-    pub fn revocation_changed(&self) {
+    pub fn trust_changed(&self) {
         let mut table = self.lock();
         let keys: Vec<Key> =
             table.lists.keys().filter(|(_, depends)| *depends != Depends::OnDirectory).copied().collect();

@@ -76,7 +76,7 @@ fn is_refused(mesh: &Mesh, client: &str, server: &Server, agent: &Agent, reason:
 fn wait_cut(agent: &Agent, count: u64) -> Result<()> {
     let counted = || observe::metric(agent, "tacit_connections_revoked_total", &[("reason", REVOKED)]);
     until("the cut flows counted", || Ok((counted()? == count).then_some(())))?;
-    observe::wait_log(agent, &["connection closed: a certificate of the peer is revoked"]).map(drop)
+    observe::wait_log(agent, &["connection closed: the peer's certificate is not trusted any more"]).map(drop)
 }
 
 fn idle_sessions(agent: &Agent) -> Result<u64> {

@@ -1,8 +1,8 @@
 //! Revocation of peers' certificates by lists (CRLs, RFC 5280 section 5).
 //!
 //! ```text
-//! file ── RevocationLists::parse ── watch ──> RevocationCheck ── handshake: chain_of(path) ──> PeerChain::check
-//!                                                             └─ live session: its PeerChain, again with every new file
+//! file ── RevocationLists::parse ── watch ──> RevocationCheck ── handshake: chain_of(path) ──> CertificateChain::check
+//!                                                             └─ live session: its CertificateChain, again with every new file
 //! ```
 //!
 //! A list counts for a certificate if the issuer's key has signed it. webpki looks a list up by the issuer's name alone, and fails
@@ -291,8 +291,8 @@ struct IssuerKey {
 impl RevocationCheck {
     /// Returns the certificates of a chain that webpki has verified.
     #[must_use]
-    pub fn chain_of(&self, path: &VerifiedPath<'_>) -> PeerChain {
-        let Self::Lists(revocation) = self else { return PeerChain::default() };
+    pub fn chain_of(&self, path: &VerifiedPath<'_>) -> CertificateChain {
+        let Self::Lists(revocation) = self else { return CertificateChain::default() };
         let issuers = path.intermediate_certificates();
         let chain: Vec<&Cert<'_>> = std::iter::once(&**path.end_entity()).chain(issuers).collect();
         let mut links = Vec::with_capacity(chain.len());
@@ -310,13 +310,13 @@ impl RevocationCheck {
             };
             links.push(Link { issuer, serial: certificate.serial().into() });
         }
-        PeerChain(Some(Arc::new(Chain { revocation: revocation.clone(), links: links.into() })))
+        CertificateChain(Some(Arc::new(Chain { revocation: revocation.clone(), links: links.into() })))
     }
 }
 
 /// The certificates of a verified peer, as revocation lists name them. Empty if no lists are configured. A clone shares it.
 #[derive(Debug, Clone, Default)]
-pub struct PeerChain(Option<Arc<Chain>>);
+pub struct CertificateChain(Option<Arc<Chain>>);
 
 #[derive(Debug)]
 struct Chain {
@@ -333,7 +333,7 @@ struct Link {
     serial: Box<[u8]>,
 }
 
-impl PeerChain {
+impl CertificateChain {
     /// Returns true if there is nothing to check, now and later.
     #[must_use]
     pub fn is_unchecked(&self) -> bool {
@@ -367,12 +367,6 @@ impl PeerChain {
             Some(unknown) if chain.revocation.unknown == UnknownStatus::Deny => Err(unknown),
             _ => Ok(()),
         }
-    }
-
-    /// Returns the certificate that the latest lists revoke, for a live flow. One of unknown status is not returned.
-    #[must_use]
-    pub fn revoked(&self, now: SystemTime) -> Option<Unaccepted> {
-        self.check(now).err().filter(|unaccepted| unaccepted.unknown.is_none())
     }
 }
 

@@ -13,7 +13,10 @@
 use std::{path::PathBuf, sync::Arc};
 
 use kube::{Client, Config};
-use tacit_core::policy::{Mode, Policies, PolicyKind};
+use tacit_core::{
+    policy::{Mode, Policies, PolicyKind},
+    spiffe::TrustDomain,
+};
 use tokio::sync::{Notify, mpsc};
 
 use crate::{
@@ -64,10 +67,7 @@ impl MeshSettings {
 ///
 /// # Errors
 /// [`KubernetesError`]. An API that does not answer, or does not serve the resources, is not an error.
-pub async fn open(
-    options: &Options,
-    settings: MeshSettings,
-) -> Result<Opening<Policies>, KubernetesError> {
+pub async fn open(options: &Options, settings: MeshSettings) -> Result<Opening<Policies>, KubernetesError> {
     start(access(options.kubeconfig.as_deref()).await?, settings)
 }
 

@@ -139,10 +139,12 @@ impl Report {
     }
 
     fn sources(&self) -> Vec<SourceStatus> {
-        let Snapshots { directory, revocation, .. } = &self.proxy.snapshots;
+        let Snapshots { directory, revocation, federation, .. } = &self.proxy.snapshots;
+        let federation =
+            federation.iter().map(|domain| source(SourceKind::Federation, &domain.roots.state()));
         let revocation = revocation.iter().map(|lists| source(SourceKind::Crl, &lists.state()));
         let directory = source(SourceKind::Directory, &directory.state());
-        [directory, self.policy_source()].into_iter().chain(revocation).collect()
+        [directory, self.policy_source()].into_iter().chain(revocation).chain(federation).collect()
     }
 
     fn revocation_lists(&self) -> Vec<RevocationListStatus> {

@@ -12,7 +12,7 @@ use tacit_identity::{
     issuer::{EmbeddedIssuer, Issuer},
     istio::{IstioIssuer, PublishedRoots},
     manager::Identities,
-    peer_trust::PeerTrust,
+    peer_trust::{FederatedDomain, PeerTrust, TrustDomains},
     revocation::{Revocation, RevocationCheck, RevocationLists},
 };
 use tacit_kernel::{
@@ -43,7 +43,7 @@ use crate::{
     },
     cni,
     config::{Config, IssuerConfig, Source},
-    control_state::Snapshots,
+    control_state::{FederatedRoots, Snapshots},
     enrol::{Answer, Enroller, Serve, publish_mesh_default},
     mesh::Mesh,
     proxy::{Proxy, accept, dialer::Dialer, workers::Workers},
@@ -81,8 +81,8 @@ pub(super) async fn start(
     };
     let Some(complete) = signals.before(complete).await else { return Ok(Started::Ended(Ended::ByRequest)) };
     let Some(complete) = complete else { return Ok(Started::Ended(Ended::StartAgain)) };
-    let Complete { directory, policies, revocation } = complete?;
-    let trust = Arc::new(peer_trust(config, revocation.as_deref()));
+    let Complete { directory, policies, revocation, federation } = complete?;
+    let trust = Arc::new(peer_trust(config, revocation.as_deref(), &federation));
     let identities = Arc::new(Identities::trusting(issuer(config).await?, trust));
     let kernel = async {
         let Some(cover) = cover else {
@@ -101,7 +101,7 @@ pub(super) async fn start(
     let Some(kernel) = signals.before(kernel).await else { return Ok(Started::Ended(Ended::ByRequest)) };
     let Some((kernel, successor_lock)) = kernel? else { return Ok(Started::Ended(Ended::StartAgain)) };
     let mesh = fill_maps(config, &kernel, &directory, &policies)?;
-    let snapshots = Snapshots { directory, policies, mesh, identities, revocation };
+    let snapshots = Snapshots { directory, policies, mesh, identities, revocation, federation };
     let proxy = proxy(config, &node, &kernel, snapshots, operator.telemetry.clone())?;
     let agent = serve(config, (node, attachment), kernel, proxy, operator, (kept, successor_lock));
     Ok(Started::Serving(Box::new(agent)))
@@ -169,14 +169,21 @@ impl Operator {
 }
 
 /// Returns what peers are held to beside the roots.
-fn peer_trust(config: &Config, revocation: Option<&Watched<RevocationLists>>) -> PeerTrust {
+fn peer_trust(
+    config: &Config,
+    revocation: Option<&Watched<RevocationLists>>,
+    federation: &[FederatedRoots],
+) -> PeerTrust {
     let revocation = match (&config.crl, revocation) {
         (Some(crl), Some(lists)) => {
             RevocationCheck::Lists(Arc::new(Revocation::new(lists.subscribe(), crl.unknown)))
         }
         _ => RevocationCheck::Off,
     };
-    PeerTrust { revocation }
+    let federated = federation
+        .iter()
+        .map(|domain| FederatedDomain { name: domain.trust_domain.clone(), roots: domain.roots.subscribe() });
+    PeerTrust { revocation, domains: TrustDomains::new(config.trust_domain_aliases.clone(), federated) }
 }
 
 async fn issuer(config: &Config) -> Result<Issuer, AppError> {

@@ -3,7 +3,6 @@
 use std::{collections::HashSet, io, sync::Arc, time::Duration};
 
 use tacit_core::directory::Directory;
-use tacit_identity::revocation::RevocationLists;
 use tacit_kernel::{Kernel, KernelError, events, host};
 use tokio::{
     sync::watch,
@@ -78,8 +77,10 @@ impl Tasks {
             .follow(proxy.snapshots.directory.clone(), proxy.snapshots.policies.clone());
         rechecks.spawn(vital(failed.clone(), follow));
         if let Some(lists) = &proxy.snapshots.revocation {
-            let revokes = follow_revocation(proxy.clone(), lists.subscribe());
-            rechecks.spawn(vital(failed.clone(), revokes));
+            rechecks.spawn(vital(failed.clone(), follow_trust(proxy.clone(), lists.subscribe())));
+        }
+        for domain in &*proxy.snapshots.federation {
+            rechecks.spawn(vital(failed.clone(), follow_trust(proxy.clone(), domain.roots.subscribe())));
         }
         rechecks.spawn(run_rechecks(proxy.rechecks.clone(), failed.clone()));
         heart.spawn(heartbeat(kernel.clone(), heartbeat_timeout, failed));
@@ -127,12 +128,13 @@ async fn run_rechecks(rechecks: Arc<Rechecks>, failed: CancellationToken) {
     }
 }
 
-/// Ends flows and idle sessions whose peers are revoked, for as long as the lists change.
-async fn follow_revocation(proxy: Arc<Proxy>, mut lists: watch::Receiver<Arc<RevocationLists>>) {
+/// Ends flows and idle sessions whose peers are not trusted any more, for as long as revocation lists, or the roots of a federated
+/// domain, change.
+async fn follow_trust<T>(proxy: Arc<Proxy>, mut input: watch::Receiver<Arc<T>>) {
     loop {
-        proxy.rechecks.revocation_changed();
-        proxy.sessions.close_revoked();
-        if lists.changed().await.is_err() {
+        proxy.rechecks.trust_changed();
+        proxy.sessions.close_untrusted();
+        if input.changed().await.is_err() {
             return std::future::pending().await;
         }
     }

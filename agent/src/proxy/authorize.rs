@@ -16,7 +16,7 @@ use tacit_core::{
     refusal::{Refusal, RefusalReason},
 };
 
-use tacit_identity::revocation::{PeerChain, Unaccepted};
+use tacit_identity::peer_trust::{Distrust, PeerChain};
 
 use crate::{
     enrol::{Pod, PodPolicy},
@@ -100,28 +100,24 @@ impl Admitted {
     }
 }
 
-/// Returns the refusal of a peer with these certificates.
-pub fn unaccepted(found: &Unaccepted) -> Refusal {
-    let reason = match found.unknown {
-        None => RefusalReason::CertificateRevoked,
-        Some(_) => RefusalReason::RevocationUnknown,
-    };
-    Refusal::new(reason, found)
+/// Returns the refusal of a peer that is not trusted any more.
+pub fn untrusted(found: &Distrust) -> Refusal {
+    Refusal::new(found.reason(), found)
 }
 
 fn revoked_peer(chain: &PeerChain, flow: &Flow) -> Option<Refusal> {
     let revoked = chain.revoked(SystemTime::now())?;
-    Some(Refusal { source: flow.source.identity().cloned(), ..unaccepted(&revoked) })
+    Some(Refusal { source: flow.source.identity().cloned(), ..untrusted(&revoked) })
 }
 
-/// Waits until a certificate of a peer of `pod` is revoked, which may have happened before. For ever if no lists are configured.
+/// Waits until a peer of `pod` is not trusted any more, which may have happened before. For ever if nothing can end the trust.
 pub async fn peer_revoked(rechecks: &Arc<Rechecks>, pod: &Pod, chain: &PeerChain) -> Refusal {
     if chain.is_unchecked() {
         return std::future::pending().await;
     }
     let chain = chain.clone();
-    let check = move || chain.revoked(SystemTime::now()).map(|revoked| unaccepted(&revoked));
-    rechecks.revoked((pod.cgroup, Depends::OnRevocation), || false, check).await
+    let check = move || chain.revoked(SystemTime::now()).map(|revoked| untrusted(&revoked));
+    rechecks.revoked((pod.cgroup, Depends::OnTrust), || false, check).await
 }
 
 /// Ends a flow that policy no longer allows; its sockets were reset by then.

@@ -22,10 +22,10 @@ use tacit_abi::tcp_port;
 use tacit_core::{
     policy::{Flow, FlowSource, PolicyVerdict},
     refusal::{Refusal, RefusalReason},
-    spiffe::SpiffeId,
+    spiffe::{SpiffeId, TrustDomain},
     wire::open::{DenyReason, Open},
 };
-use tacit_identity::revocation::PeerChain;
+use tacit_identity::peer_trust::PeerChain;
 use tacit_kernel::socket::AppStream;
 use tacit_tunnel::{Incoming, Session, TunnelError, relay, session::SERVER_IDLE, socket};
 use tokio::net::TcpStream;
@@ -149,8 +149,14 @@ async fn begin<'a>(
     at: IpAddr,
 ) -> Option<Begun<'a>> {
     let chain = session.peer_chain().clone();
-    let proven =
-        Proven { identity: session.peer(), not_after: session.peer_not_after(), chain: &chain, peer, at };
+    let proven = Proven {
+        identity: session.peer(),
+        not_after: session.peer_not_after(),
+        chain: &chain,
+        own: pod.workload.identity.trust_domain(),
+        peer,
+        at,
+    };
     let claims = proven.check("OPEN", open.client, open.destination);
     if claims.is_ok() {
         // The certificate is of all pods of an account. So the answer counts only for the pod at whose address it is given.
@@ -232,8 +238,10 @@ struct Proven<'a> {
     identity: &'a SpiffeId,
     /// End of the client's certificate.
     not_after: SystemTime,
-    /// The client's certificates.
+    /// What may end the trust in the client.
     chain: &'a PeerChain,
+    /// The mesh's own trust domain.
+    own: &'a TrustDomain,
     /// Address of the client.
     peer: IpAddr,
     /// Address of the pod that the connection came to.
@@ -248,7 +256,7 @@ impl Proven<'_> {
         if self.not_after <= now {
             return refuse(RefusalReason::Expired, "it has expired since the handshake".to_owned());
         }
-        self.chain.check(now).map_err(|found| authorize::unaccepted(&found))?;
+        self.chain.check(now).map_err(|found| authorize::untrusted(&found))?;
         // The session came to this pod's address: the agent carries no flow for another address on it.
         if destination.ip() != self.at {
             let detail = format!("{what} names {destination}, the session is for {}", self.at);
@@ -259,7 +267,12 @@ impl Proven<'_> {
             let detail = format!("{what} names client {client}, the session comes from {}", self.peer);
             return refuse(RefusalReason::ForgedClient, detail);
         }
-        Ok(Flow { source: FlowSource::Tunnel(self.identity.clone()), client: client.ip(), destination })
+        let identity = self.identity.clone();
+        let source = match identity.trust_domain() == self.own {
+            true => FlowSource::Tunnel(identity),
+            false => FlowSource::Federated(identity),
+        };
+        Ok(Flow { source, client: client.ip(), destination })
     }
 }
 

@@ -27,7 +27,7 @@ use tacit_core::{
     refusal::{Refusal, RefusalReason},
     route::{self, PlaintextCause, Route, RouteInput},
 };
-use tacit_identity::revocation::PeerChain;
+use tacit_identity::peer_trust::PeerChain;
 use tacit_kernel::{held::HeldEnds, socket::AppStream};
 use tacit_tunnel::{
     relay::{self, App, PodBulk, Remote},

@@ -108,8 +108,8 @@ impl Sessions {
         self.close_removed(|pool| pool.clear(key));
     }
 
-    /// Closes the idle sessions whose peers are not accepted any more by the revocation lists.
-    pub fn close_revoked(&self) {
+    /// Closes the idle sessions whose peers are not trusted any more: by revocation lists, or by the roots of a federated domain.
+    pub fn close_untrusted(&self) {
         let now = SystemTime::now();
         self.close_removed(|pool| pool.clear_where(|_, session| session.peer_chain().check(now).is_err()));
     }

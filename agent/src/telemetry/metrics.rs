@@ -184,13 +184,21 @@ impl Exposition {
     }
 
     fn configuration(&self, writer: &mut Writer<'_>) -> fmt::Result {
-        let reloads = self.status.sources.iter().flat_map(|source| {
-            let labels = |result| [source.kind.label(), result].map(Value::Text);
-            [(labels("loaded"), source.loads), (labels("refused"), source.refusals)]
+        // Several federated trust domains are one source.
+        let mut kinds: BTreeMap<&str, (u64, u64, u64)> = BTreeMap::new();
+        for source in &self.status.sources {
+            let (loads, refusals, age) = kinds.entry(source.kind.label()).or_default();
+            *loads += source.loads;
+            *refusals += source.refusals;
+            *age = source.stale_seconds.max(*age);
+        }
+        let reloads = kinds.iter().flat_map(|(kind, (loads, refusals, _))| {
+            let labels = |result| [*kind, result].map(Value::Text);
+            [(labels("loaded"), *loads), (labels("refused"), *refusals)]
         });
         writer.family(&RELOADS, reloads)?;
-        let ages = self.status.sources.iter();
-        writer.family(&STALE, ages.map(|source| ([Value::Text(source.kind.label())], source.stale_seconds)))
+        let ages = kinds.iter();
+        writer.family(&STALE, ages.map(|(kind, (.., age))| ([Value::Text(kind)], *age)))
     }
 }
 

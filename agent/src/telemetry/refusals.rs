@@ -126,8 +126,13 @@ impl Line {
         }
         match event {
             Event::Refused(_) => line!(Level::WARN, "connection refused"),
-            Event::Revoked(refusal) if refusal.reason == RefusalReason::CertificateRevoked => {
-                line!(Level::WARN, "connection closed: a certificate of the peer is revoked");
+            Event::Revoked(refusal)
+                if matches!(
+                    refusal.reason,
+                    RefusalReason::CertificateRevoked | RefusalReason::UnknownIssuer
+                ) =>
+            {
+                line!(Level::WARN, "connection closed: the peer's certificate is not trusted any more");
             }
             Event::Revoked(_) => line!(Level::WARN, "connection closed: policy no longer allows it"),
             Event::Audited { .. } => line!(Level::INFO, "connection audited"),

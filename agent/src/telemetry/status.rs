@@ -429,6 +429,8 @@ pub enum SourceKind {
     Policy,
     /// Revocation lists.
     Crl,
+    /// Roots of a federated trust domain.
+    Federation,
 }
 
 impl SourceKind {
@@ -439,6 +441,7 @@ impl SourceKind {
             Self::Directory => "directory",
             Self::Policy => "policy",
             Self::Crl => "crl",
+            Self::Federation => "federation",
         }
     }
 }

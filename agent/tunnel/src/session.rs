@@ -26,7 +26,7 @@ use tacit_core::{
         open::{DenyReason, OPEN_BYTES, Open, OptimisticMode},
     },
 };
-use tacit_identity::{certificate::Validity, credentials::Credentials, revocation::PeerChain};
+use tacit_identity::{certificate::Validity, credentials::Credentials, peer_trust::PeerChain};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_util::sync::CancellationToken;
 

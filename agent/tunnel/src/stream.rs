@@ -23,7 +23,7 @@ use tacit_core::spiffe::SpiffeId;
 use tacit_identity::{
     certificate::{self, Validity},
     credentials::Credentials,
-    revocation::PeerChain,
+    peer_trust::PeerChain,
 };
 use tokio::{net::TcpStream, time::timeout};
 
@@ -34,7 +34,7 @@ use super::{
     record::{CONTENT_MAX_BYTES, HEADER_BYTES, Opened, RecordError, Records, TAIL_BYTES},
     socket,
     tls::{
-        PeerCertificateError, TlsInfo, TunnelError, client_config,
+        PeerCertificateError, TlsInfo, TunnelError, VerifiedPeer, client_config,
         handshake::{self, Handshake},
         negotiated, server_config,
     },
@@ -83,12 +83,12 @@ pub(crate) async fn accept(tcp: TcpStream, own: &Credentials) -> Result<Establis
 }
 
 async fn establish(tcp: TcpStream, mut connection: impl Handshake) -> Result<Established, TunnelError> {
-    let (behind, peer_chain) = bounded(handshake::run(&tcp, &mut connection)).await?;
+    let (behind, verified) = bounded(handshake::run(&tcp, &mut connection)).await?;
     let tls = negotiated(connection.state())?;
     // The verifiers have accepted this certificate, so parsing it again cannot fail in another way.
     let leaf = connection.state().peer_certificates().and_then(|chain| chain.first());
     let leaf = leaf.ok_or(PeerCertificateError::NoClientCertificate)?;
-    let peer = certificate::spiffe_id(leaf).map_err(PeerCertificateError::from)?;
+    let VerifiedPeer { identity: peer, chain: peer_chain } = verified;
     let peer_validity = certificate::validity(leaf).map_err(PeerCertificateError::from)?;
     let (secrets, schedule) = connection.into_secrets()?;
     let stream = TlsStream { tcp, records: Records::new(secrets, schedule)?, outgoing: Outgoing::default() };

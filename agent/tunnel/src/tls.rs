@@ -34,6 +34,7 @@ use tacit_core::{
 use tacit_identity::credentials::Credentials;
 
 pub use verify::PeerCertificateError;
+pub(crate) use verify::VerifiedPeer;
 
 use crate::record::RecordError;
 use verify::{ClientVerifier, PeerVerifier, ServerVerifier};

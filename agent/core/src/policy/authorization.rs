@@ -261,7 +261,10 @@ impl Authorization {
     }
 
     fn enforced(&self) -> impl Iterator<Item = &AuthorizationPolicy> {
-        self.policies.iter().map(|policy| &**policy).filter(|policy| policy.enforcement == Enforcement::Enforced)
+        self.policies
+            .iter()
+            .map(|policy| &**policy)
+            .filter(|policy| policy.enforcement == Enforcement::Enforced)
     }
 
     fn allowing(&self) -> impl Iterator<Item = &AuthorizationPolicy> {

@@ -79,7 +79,7 @@ fn der_of(pem: &[u8]) -> Vec<u8> {
 /// Lists that can be replaced, and a chain that is checked against them.
 struct Checked {
     lists: watch::Sender<Arc<RevocationLists>>,
-    chain: PeerChain,
+    chain: CertificateChain,
 }
 
 impl Checked {
@@ -124,7 +124,7 @@ impl Checked {
             Err(Unaccepted { unknown: Some(UnknownCause::NotSigned), .. }) => "not signed",
             Err(Unaccepted { unknown: Some(UnknownCause::Expired), .. }) => "expired",
         };
-        (outcome, self.chain.revoked(now).is_some())
+        (outcome, self.chain.check(now).is_err_and(|found| found.unknown.is_none()))
     }
 }
 
@@ -207,8 +207,8 @@ fn an_issuer_without_a_current_list_is_denied_unless_allowed() {
 
 #[test]
 fn without_lists_nothing_is_checked() {
-    assert!(PeerChain::default().is_unchecked());
-    assert_eq!(PeerChain::default().check(SystemTime::now()), Ok(()));
+    assert!(CertificateChain::default().is_unchecked());
+    assert_eq!(CertificateChain::default().check(SystemTime::now()), Ok(()));
 }
 
 #[test]

@@ -162,6 +162,7 @@ impl Stream {
             identity: client.identity(),
             not_after: client.not_after(),
             chain: client.chain(),
+            own: pod.workload.identity.trust_domain(),
             peer: peer.ip(),
             at: *at,
         };

@@ -11,7 +11,7 @@ use std::{
 use bytes::{Buf, Bytes, BytesMut};
 use h2::{RecvStream, SendStream};
 use tacit_core::spiffe::SpiffeId;
-use tacit_identity::revocation::PeerChain;
+use tacit_identity::peer_trust::PeerChain;
 
 use super::{tls_io::TlsIo, unsent::Unsent};
 use crate::{TlsInfo, stream::Established};

@@ -9,12 +9,11 @@ use rustls::{
     server::{ServerConnectionData, UnbufferedServerConnection},
     unbuffered::{ConnectionState, EncodeError, EncodeTlsData, InsufficientSizeError, UnbufferedStatus},
 };
-use tacit_identity::revocation::PeerChain;
 use tokio::{io::Interest, net::TcpStream};
 
 use super::{
     TunnelError,
-    verify::{PeerCertificateError, with_verdict},
+    verify::{PeerCertificateError, VerifiedPeer, with_verdict},
 };
 use crate::record::{Schedule, record_bytes};
 
@@ -78,11 +77,11 @@ enum Step {
     Failed(TunnelError),
 }
 
-/// Runs `connection`'s handshake over `tcp` to its end. Returns the bytes that the peer sent behind it, and the peer's certificates.
+/// Runs `connection`'s handshake over `tcp` to its end. Returns the bytes that the peer sent behind it, and the verified peer.
 pub(crate) async fn run<C: Handshake>(
     tcp: &TcpStream,
     connection: &mut C,
-) -> Result<(Vec<u8>, PeerChain), TunnelError> {
+) -> Result<(Vec<u8>, VerifiedPeer), TunnelError> {
     let (mut incoming, mut outgoing) = (Vec::new(), Vec::new());
     // Bytes of `incoming` that rustls has seen, whole records only.
     let mut shown = 0;
@@ -92,8 +91,8 @@ pub(crate) async fn run<C: Handshake>(
             with_verdict(|| process(connection, &mut incoming[..shown], &mut outgoing));
         let step = match verdict {
             Some(Err(refusal)) => Step::Failed(refusal.into()),
-            Some(Ok(chain)) => {
-                verified = Some(chain);
+            Some(Ok(peer)) => {
+                verified = Some(peer);
                 step
             }
             None => step,
@@ -109,8 +108,8 @@ pub(crate) async fn run<C: Handshake>(
                 }
             }
             Step::Done => {
-                let chain = verified.ok_or(PeerCertificateError::NoClientCertificate)?;
-                return Ok((incoming.split_off(shown), chain));
+                let peer = verified.ok_or(PeerCertificateError::NoClientCertificate)?;
+                return Ok((incoming.split_off(shown), peer));
             }
             Step::Failed(error) => {
                 // The next output is the alert, if there is one. rustls must not process the same input again.

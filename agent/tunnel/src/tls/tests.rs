@@ -1,6 +1,7 @@
 //! Tests of the TLS requirements and the reason of each rejection.
 
 mod revocation;
+mod trust_domains;
 
 use std::time::SystemTime;
 

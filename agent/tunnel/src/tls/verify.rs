@@ -1,8 +1,9 @@
-//! Verification of peer certificates. The chain must lead to a configured root and be valid now. The certificate must then
-//! name exactly one identity of the trust domain. A client also requires the identity it expects.
+//! Verification of peer certificates. The chain must lead to a root of the trust domain that the certificate names, and be valid now.
+//! The certificate must name exactly one identity, of the own trust domain or of one that is trusted beside it. A client also requires
+//! the identity it expects.
 //!
-//! Verification runs inside the handshake, so a rejected peer gets a TLS alert and no byte of a flow. Names are examined only
-//! after the chain is verified.
+//! Verification runs inside the handshake, so a rejected peer gets a TLS alert and no byte of a flow. Names are believed only after the
+//! chain is verified.
 
 use std::{cell::RefCell, sync::Arc, time::UNIX_EPOCH};
 
@@ -20,8 +21,7 @@ use tacit_core::{
 };
 use tacit_identity::{
     certificate,
-    peer_trust::PeerTrust,
-    revocation::{PeerChain, Unaccepted},
+    peer_trust::{Distrust, PeerChain, PeerTrust, Standing},
 };
 use webpki::{EndEntityCert, KeyUsage};
 
@@ -120,11 +120,12 @@ impl From<certificate::CertificateError> for PeerCertificateError {
     }
 }
 
-impl From<Unaccepted> for PeerCertificateError {
-    fn from(unaccepted: Unaccepted) -> Self {
-        match unaccepted.unknown {
-            None => Self::Revoked(unaccepted.to_string()),
-            Some(_) => Self::RevocationUnknown(unaccepted.to_string()),
+impl From<Distrust> for PeerCertificateError {
+    fn from(distrust: Distrust) -> Self {
+        match distrust.reason() {
+            RefusalReason::CertificateRevoked => Self::Revoked(distrust.to_string()),
+            RefusalReason::RevocationUnknown => Self::RevocationUnknown(distrust.to_string()),
+            _ => Self::UnknownIssuer,
         }
     }
 }
@@ -160,8 +161,16 @@ fn chain_error(error: &webpki::Error) -> Error {
     .into()
 }
 
-/// The outcome of a verification: the certificates of the peer, or why it is refused.
-pub(super) type Verdict = Result<PeerChain, PeerCertificateError>;
+/// A peer that was verified.
+#[derive(Debug, Clone)]
+pub(crate) struct VerifiedPeer {
+    /// Its identity. An alias is replaced by the own trust domain.
+    pub(crate) identity: SpiffeId,
+    pub(crate) chain: PeerChain,
+}
+
+/// The outcome of a verification: the peer, or why it is refused.
+pub(super) type Verdict = Result<VerifiedPeer, PeerCertificateError>;
 
 thread_local! {
     /// The verdict of the verification that this thread has just made. rustls returns nothing but an alert from one, and all connections
@@ -174,16 +183,6 @@ pub(super) fn with_verdict<T>(step: impl FnOnce() -> T) -> (T, Option<Verdict>) 
     VERDICT.take();
     let done = step();
     (done, VERDICT.take())
-}
-
-/// Returns the identity of a verified certificate, which must be of `trust_domain`.
-fn member(leaf: &CertificateDer<'_>, trust_domain: &TrustDomain) -> Result<SpiffeId, PeerCertificateError> {
-    let presented = certificate::spiffe_id(leaf)?;
-    if presented.trust_domain() == trust_domain {
-        Ok(presented)
-    } else {
-        Err(PeerCertificateError::OtherTrustDomain { ours: trust_domain.clone(), presented })
-    }
 }
 
 /// Verifies peers of either side.
@@ -206,18 +205,27 @@ impl PeerVerifier {
     ) -> Result<SpiffeId, Error> {
         let leaf = EndEntityCert::try_from(end_entity).map_err(|error| chain_error(&error))?;
         let time = UNIX_EPOCH + std::time::Duration::from_secs(now.as_secs());
-        let revocation = &self.trust.revocation;
+        // Not proven yet. It only chooses the roots that have to prove it.
+        let presented = certificate::spiffe_id(end_entity);
+        let standing = match &presented {
+            Ok(presented) => self.trust.domains.standing(presented.trust_domain(), &self.trust_domain),
+            Err(_) => Standing::Other,
+        };
+        let roots = match standing {
+            Standing::Federated(domain) => domain.roots.borrow().clone(),
+            Standing::Own | Standing::Alias | Standing::Other => self.roots.clone(),
+        };
         // Another path may lead to a root without the revoked intermediate.
         let unaccepted = RefCell::new(None);
         let is_accepted = |path: &webpki::VerifiedPath<'_>| {
-            revocation.chain_of(path).check(time).map_err(|found| {
+            self.trust.chain_of(path, standing).check(time).map_err(|found| {
                 unaccepted.replace(Some(found));
                 webpki::Error::CertRevoked
             })
         };
         let path = leaf.verify_for_usage(
             self.algorithms.all,
-            &self.roots.roots,
+            &roots.roots,
             intermediates,
             now,
             usage,
@@ -232,9 +240,14 @@ impl PeerVerifier {
             }
             (error, _) => chain_error(&error),
         })?;
-        let presented = member(end_entity, &self.trust_domain)?;
-        VERDICT.set(Some(Ok(revocation.chain_of(&path))));
-        Ok(presented)
+        let presented = presented.map_err(PeerCertificateError::from)?;
+        let ours = &self.trust_domain;
+        let identity = standing.identity(&presented, ours);
+        let identity = identity
+            .ok_or_else(|| PeerCertificateError::OtherTrustDomain { ours: ours.clone(), presented })?;
+        let chain = self.trust.chain_of(&path, standing);
+        VERDICT.set(Some(Ok(VerifiedPeer { identity: identity.clone(), chain })));
+        Ok(identity)
     }
 }
 

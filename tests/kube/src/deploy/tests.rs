@@ -62,9 +62,8 @@ fn revocation_lists_are_mounted_where_the_agent_reads_them() {
         let text = objects["\"mesh\" ConfigMap/tacit-agent"]["data"]["tacit.yaml"].as_str().expect("text");
         (parse(text).expect("YAML")["crl"].clone(), spec)
     };
-    let named = |list: &Value| {
-        list.as_array().expect("a list").iter().find(|entry| entry["name"] == "crl").cloned()
-    };
+    let named =
+        |list: &Value| list.as_array().expect("a list").iter().find(|entry| entry["name"] == "crl").cloned();
     let (config, spec) = with(json!({}));
     assert_eq!((config, named(&spec["volumes"])), (Value::Null, None));
     let (config, spec) = with(json!({"configMap": "lists", "key": "all.pem", "unknownStatus": "ALLOW"}));

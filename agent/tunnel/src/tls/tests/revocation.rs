@@ -48,7 +48,7 @@ impl Mesh {
         let first = parse(&[list(&root, &[]), list(&between, &[])]);
         let (lists, watched) = watch::channel(first);
         let check = RevocationCheck::Lists(Arc::new(Revocation::new(watched, unknown)));
-        let trust = Arc::new(PeerTrust { revocation: check });
+        let trust = Arc::new(PeerTrust { revocation: check, ..PeerTrust::default() });
         Self { root, between, between_der, roots: Arc::new(roots), lists, trust }
     }
 
