@@ -136,8 +136,11 @@ fn policies_tell_trust_domains_apart_and_take_an_alias_for_the_own_one() -> Resu
     ] {
         federation.allow(name, source)?;
         for (domain, is_allowed) in expected {
-            let credentials =
-                if domain == PARTNER { federation.by_partner(domain)? } else { federation.by_mesh(domain)? };
+            let credentials = if domain == PARTNER {
+                federation.by_partner(domain)?
+            } else {
+                federation.by_mesh(domain)?
+            };
             let checked = match is_allowed {
                 true => federation.is_accepted(credentials),
                 false => federation.is_denied(credentials),
