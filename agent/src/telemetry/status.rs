@@ -6,6 +6,7 @@
 
 mod exceptions;
 mod render;
+mod revocation;
 
 use std::{
     collections::BTreeMap,
@@ -21,6 +22,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 pub use exceptions::ExceptionStatus;
 pub use render::render;
+pub use revocation::RevocationListStatus;
 
 /// Flows listed in a status, a number; beyond it they are counted only. Some 400 bytes each.
 pub const FLOWS_LISTED_MAX: usize = 1000;
@@ -376,24 +378,6 @@ pub struct CertificateStatus {
     pub renewal_failures: u64,
     /// The last failure, `None` once a renewal succeeded after it.
     pub last_error: Option<String>,
-}
-
-/// One revocation list.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RevocationListStatus {
-    /// Name of the issuer.
-    pub issuer: String,
-    /// Number of revoked certificates.
-    pub revoked: u64,
-    /// When it was made.
-    pub this_update: Timestamp,
-    /// When it expires.
-    pub next_update: Timestamp,
-    /// Until it expires; negative when it has.
-    pub seconds_left: i64,
-    /// True if the key of an issuer in a peer's chain has signed it, false if such an issuer has its name and another key. `None` until a
-    /// certificate of an issuer with its name was seen.
-    pub is_signed: Option<bool>,
 }
 
 /// One source of configuration.
