@@ -46,7 +46,7 @@ impl Flow {
         Ok(Self(client))
     }
 
-    fn is_cut(self) -> Result<()> {
+    fn wait_cut(self) -> Result<()> {
         let events = self.0.finish()?;
         ensure!(events.iter().any(|event| event["end"] == "ConnectionReset"), "not cut: {events:?}");
         Ok(())
@@ -73,7 +73,7 @@ fn is_refused(mesh: &Mesh, client: &str, server: &Server, agent: &Agent, reason:
     observe::wait_refused(agent, reason, before, &mesh.pod(client)?.ipv4().to_string())
 }
 
-fn wait_cut(agent: &Agent, count: u64) -> Result<()> {
+fn wait_counted(agent: &Agent, count: u64) -> Result<()> {
     let counted = || observe::metric(agent, "tacit_connections_revoked_total", &[("reason", REVOKED)]);
     until("the cut flows counted", || Ok((counted()? == count).then_some(())))?;
     observe::wait_log(agent, &["connection closed: the peer's certificate is not trusted any more"]).map(drop)
@@ -93,8 +93,8 @@ fn a_revoked_client_is_refused_and_its_live_flows_are_cut() -> Result<()> {
     Client::echo(mesh.pod("cart")?, web.address(), "idle")?;
     let (cut, other) = (Flow::waiting(&mesh, "cart", &web)?, Flow::open(&mesh, "batch", &web)?);
     crl::set(b, &[&crl::serial(a, "cart")?], Expiry::Later)?;
-    cut.is_cut()?;
-    wait_cut(b, 1)?;
+    cut.wait_cut()?;
+    wait_counted(b, 1)?;
     is_refused(&mesh, "cart", &web, b, REVOKED)?;
     other.goes_on()?;
     Client::echo(mesh.pod("batch")?, web.address(), "still")?;
@@ -120,8 +120,8 @@ fn a_revoked_server_is_refused_and_its_live_flows_are_cut() -> Result<()> {
     })?;
     let (cut, other) = (Flow::waiting(&mesh, "cart", &web)?, Flow::open(&mesh, "cart", &db)?);
     crl::set(a, &[&crl::serial(b, "web")?], Expiry::Later)?;
-    cut.is_cut()?;
-    wait_cut(a, 1)?;
+    cut.wait_cut()?;
+    wait_counted(a, 1)?;
     until("idle sessions with the revoked server closed", || Ok((idle_sessions(a)? < before).then_some(())))?;
     is_refused(&mesh, "cart", &web, a, REVOKED)?;
     other.goes_on()?;
