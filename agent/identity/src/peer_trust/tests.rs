@@ -1,3 +1,5 @@
+//! Tests of the standing of trust domains, and of their roots. Handshakes are tested in `tacit_tunnel`.
+
 use super::*;
 
 fn domain(name: &str) -> TrustDomain {

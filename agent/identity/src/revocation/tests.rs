@@ -1,3 +1,5 @@
+//! Tests of revocation lists against chains that webpki has verified, and of files. Handshakes are tested in `tacit_tunnel`.
+
 use std::time::{Duration, UNIX_EPOCH};
 
 use rcgen::{
