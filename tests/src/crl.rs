@@ -48,8 +48,16 @@ pub fn mesh(plan: Plan) -> Result<Mesh> {
 /// # Errors
 /// Fails if the list cannot be made or is not read.
 pub fn set(agent: &Agent, serials: &[&str], expiry: Expiry) -> Result<()> {
+    publish(agent, &of_root(agent, serials, expiry)?)
+}
+
+/// Replaces the file of an agent by these lists in PEM. Waits until the agent has read it.
+///
+/// # Errors
+/// Fails if it is not read.
+pub fn publish(agent: &Agent, lists: &str) -> Result<()> {
     let loads = loads(agent)?;
-    agent.files().set_crl(&list(agent, serials, expiry)?)?;
+    agent.files().set_crl(lists)?;
     observe::wait_status(agent, "another revocation list", |status| {
         (source(status)?["loads"].as_u64()? > loads).then_some(())
     })
@@ -79,7 +87,11 @@ fn loads(agent: &Agent) -> Result<u64> {
     source(&status).and_then(|source| source["loads"].as_u64()).context("no source of revocation lists")
 }
 
-fn list(agent: &Agent, serials: &[&str], expiry: Expiry) -> Result<String> {
+/// Returns a list of the mesh's root.
+///
+/// # Errors
+/// Fails if it cannot be made.
+pub fn of_root(agent: &Agent, serials: &[&str], expiry: Expiry) -> Result<String> {
     let folder = agent.files().issuer();
     let read = |name: &str| fs::read_to_string(folder.join(name)).with_context(|| format!("read {name}"));
     let key = KeyPair::from_pem(&read("root-key.pem")?)?;
@@ -92,7 +104,11 @@ fn empty_of_another_root() -> Result<String> {
     signed(&Issuer::new(params, KeyPair::generate()?), &[], Expiry::Later)
 }
 
-fn signed(issuer: &Issuer<'_, KeyPair>, serials: &[&str], expiry: Expiry) -> Result<String> {
+/// Returns a list of any issuer.
+///
+/// # Errors
+/// Fails if it cannot be made.
+pub fn signed(issuer: &Issuer<'_, KeyPair>, serials: &[&str], expiry: Expiry) -> Result<String> {
     let now = SystemTime::now();
     let entry = |serial: &&str| -> Result<RevokedCertParams> {
         Ok(RevokedCertParams {

@@ -2,7 +2,8 @@
 
 use anyhow::{Context, Result};
 use rcgen::{
-    CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType, SerialNumber,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, SanType, SerialNumber,
 };
 use rustls::{
     RootCertStore,
@@ -21,11 +22,46 @@ pub(crate) struct Credentials {
     pub(crate) roots: RootCertStore,
 }
 
+/// An authority below the mesh's root.
+pub(crate) struct Intermediate {
+    pub(crate) issuer: Issuer<'static, KeyPair>,
+    certificate: CertificateDer<'static>,
+}
+
+impl Intermediate {
+    /// Signs the authority's certificate, whose serial number is [`SERIAL`], by the mesh's root in `folder`.
+    pub(crate) fn new(folder: &Path) -> Result<Self> {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, "intermediate");
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.serial_number = Some(SerialNumber::from_slice(&[0x4b, 0x1d]));
+        let key = KeyPair::generate()?;
+        let certificate = params.signed_by(&key, &root(folder)?.0)?.der().clone();
+        Ok(Self { issuer: Issuer::new(params, key), certificate })
+    }
+
+    /// Signs a certificate with this URI name, whose serial number is [`SERIAL`] too.
+    pub(crate) fn sign(&self, folder: &Path, uri: &str) -> Result<Credentials> {
+        let mut credentials = signed_by(&self.issuer, &root(folder)?.1, &[uri])?;
+        credentials.chain.push(self.certificate.clone());
+        Ok(credentials)
+    }
+}
+
 /// Signs a certificate with these URI names by the mesh's root in `folder`.
 pub(crate) fn sign(folder: &Path, uris: &[&str]) -> Result<Credentials> {
+    let (issuer, root) = root(folder)?;
+    signed_by(&issuer, &root, uris)
+}
+
+/// The mesh's root in `folder`, and its certificate in PEM.
+fn root(folder: &Path) -> Result<(Issuer<'static, KeyPair>, String)> {
     let read = |name: &str| fs::read_to_string(folder.join(name)).with_context(|| format!("read {name}"));
     let root = read("root-cert.pem")?;
-    let issuer = Issuer::from_ca_cert_pem(&root, KeyPair::from_pem(&read("root-key.pem")?)?)?;
+    Ok((Issuer::from_ca_cert_pem(&root, KeyPair::from_pem(&read("root-key.pem")?)?)?, root))
+}
+
+fn signed_by(issuer: &Issuer<'_, KeyPair>, root: &str, uris: &[&str]) -> Result<Credentials> {
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
     params.serial_number = Some(SerialNumber::from_slice(&[0x4b, 0x1d]));
@@ -37,7 +73,7 @@ pub(crate) fn sign(folder: &Path, uris: &[&str]) -> Result<Credentials> {
     let now = OffsetDateTime::now_utc();
     (params.not_before, params.not_after) = (now - Duration::minutes(1), now + Duration::hours(1));
     let key = KeyPair::generate()?;
-    let leaf = params.signed_by(&key, &issuer)?;
+    let leaf = params.signed_by(&key, issuer)?;
     let mut roots = RootCertStore::empty();
     roots.add(rustls::pki_types::pem::PemObject::from_pem_slice(root.as_bytes())?)?;
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));

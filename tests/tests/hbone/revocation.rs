@@ -1,8 +1,9 @@
 //! A peer whose certificate is revoked, while its connection has streams and after.
 
 use crate::{
-    certificates::SERIAL,
-    client::{Connection, run},
+    PEER,
+    certificates::{Intermediate, SERIAL},
+    client::{Connection, run, tls_with},
     plan, servers,
 };
 use anyhow::{Context, Result, ensure};
@@ -40,5 +41,45 @@ fn a_revoked_peer_loses_its_streams_and_its_connection_and_gets_no_other() -> Re
         }
         let peer = mesh.pod("peer")?.ipv4().to_string();
         observe::wait_refused(agent, "certificate_revoked", before, &peer)
+    })
+}
+
+/// The intermediate and the peer's certificate have the same serial number, of different issuers.
+#[test]
+#[ignore = "needs root"]
+fn a_peer_below_a_revoked_intermediate_is_cut_and_refused() -> Result<()> {
+    let mesh = crl::mesh(plan("hbetween"))?;
+    let agent = mesh.agent("b")?;
+    let servers = servers(mesh.pod("web")?, &["echo"])?;
+    let server = &servers[0];
+    let folder = agent.files().issuer();
+    let between = Intermediate::new(folder)?;
+    let publish = |by_root: &[&str], by_between: &[&str]| {
+        let of_root = crl::of_root(agent, by_root, Expiry::Later)?;
+        crl::publish(agent, &(of_root + &crl::signed(&between.issuer, by_between, Expiry::Later)?))
+    };
+    publish(&[], &[])?;
+    run(async {
+        let connect = async || {
+            let credentials = between.sign(folder, PEER)?;
+            Connection::over(tls_with(&mesh, server.address().ip(), &[b"h2"], credentials).await?).await
+        };
+        for (by_root, by_between) in [(&[SERIAL][..], &[][..]), (&[], &[SERIAL])] {
+            let mut connection = connect().await?;
+            let mut cut = connection.flow(server.address()).await?;
+            cut.send(Bytes::from_static(b"below the intermediate")).await?;
+            publish(by_root, by_between)?;
+            cut.reset().await.context("the flow goes on")?;
+            let before = observe::refused(agent, "certificate_revoked")?;
+            // A client can finish the handshake before the server has looked at its certificate.
+            if let Ok(mut refused) = connect().await {
+                ensure!(refused.connect(server.address()).await.is_err(), "a stream was opened");
+            }
+            let peer = mesh.pod("peer")?.ipv4().to_string();
+            observe::wait_refused(agent, "certificate_revoked", before, &peer)?;
+            publish(&[], &[])?;
+            connect().await?.flow(server.address()).await?.echo("again").await?;
+        }
+        Ok(())
     })
 }
