@@ -48,6 +48,28 @@ impl Intermediate {
     }
 }
 
+/// The root of another mesh.
+pub(crate) struct OtherRoot {
+    issuer: Issuer<'static, KeyPair>,
+    pub(crate) pem: String,
+}
+
+impl OtherRoot {
+    pub(crate) fn new() -> Result<Self> {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, "another mesh");
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        let key = KeyPair::generate()?;
+        let pem = params.self_signed(&key)?.pem();
+        Ok(Self { issuer: Issuer::new(params, key), pem })
+    }
+
+    /// Signs a certificate with this URI name, for a peer of the mesh whose root is in `folder`.
+    pub(crate) fn sign(&self, folder: &Path, uri: &str) -> Result<Credentials> {
+        signed_by(&self.issuer, &root(folder)?.1, &[uri])
+    }
+}
+
 /// Signs a certificate with these URI names by the mesh's root in `folder`.
 pub(crate) fn sign(folder: &Path, uris: &[&str]) -> Result<Credentials> {
     let (issuer, root) = root(folder)?;

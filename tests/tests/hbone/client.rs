@@ -249,6 +249,12 @@ impl Flow {
         Ok(())
     }
 
+    /// Waits until the flow is cut, by RST_STREAM or with its connection.
+    pub(crate) async fn cut(&mut self) -> Result<()> {
+        let reset = std::future::poll_fn(|cx| self.send.poll_reset(cx));
+        timeout(LIMIT, reset).await.context("the flow goes on").map(drop)
+    }
+
     /// Waits for RST_STREAM.
     pub(crate) async fn reset(&mut self) -> Result<Reason> {
         let reset = std::future::poll_fn(|cx| self.send.poll_reset(cx));

@@ -7,6 +7,7 @@ mod certificates;
 mod client;
 mod draining;
 mod faults;
+mod federation;
 mod flows;
 mod limits;
 mod policy;
