@@ -12,6 +12,7 @@ use tacit_tests::{
     crl::{self, Expiry},
     observe,
 };
+use tacit_topology::until;
 use tokio::time::timeout;
 
 #[test]
@@ -30,6 +31,11 @@ fn a_revoked_peer_loses_its_streams_and_its_connection_and_gets_no_other() -> Re
         flow.send(Bytes::from_static(b"another is revoked")).await?;
         crl::set(agent, &[SERIAL], Expiry::Later)?;
         ensure!(server.events().first("end")?["end"] != "eof");
+        let counted = || {
+            let labels = [("reason", "certificate_revoked")];
+            observe::metric(agent, "tacit_connections_revoked_total", &labels)
+        };
+        until("the cut flow counted", || Ok((counted()? == 1).then_some(())))?;
         for connection in [connection, idle] {
             let ended = timeout(crate::client::LIMIT, connection.driver).await;
             ended.context("a connection goes on")?.context("the driver panicked")?.ok();

@@ -7,6 +7,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     pin::pin,
     sync::Arc,
+    time::Duration,
 };
 
 use tacit_abi::tcp_port;
@@ -34,6 +35,9 @@ use crate::{
     telemetry::{Ends, FlowSpec, Reporter},
 };
 
+/// Limit for the flows of a peer that is not trusted any more to end by themselves. They need a few milliseconds.
+const REVOKED_MAX: Duration = Duration::from_secs(1);
+
 /// Serves one connection to its end. After a drain has begun, or without a stream for [`SERVER_IDLE`], the peer opens no more streams.
 pub(super) async fn serve(
     path: Arc<Proxy>,
@@ -49,15 +53,22 @@ pub(super) async fn serve(
     };
     let client = server.client().clone();
     let mut revoked = pin!(authorize::peer_revoked(&path.rechecks, &pod, client.chain()));
-    let (mut is_draining, mut is_closed) = (false, false);
+    let (mut is_draining, mut is_closed, mut is_revoked) = (false, false, false);
     let mut idle = pin!(sleep(SERVER_IDLE));
     loop {
         let next = tokio::select! {
             next = server.next() => next,
             () = path.drain.cut.cancelled() => return,
             // Flows on the connection end by themselves, and report that.
-            revoked = &mut revoked => {
-                return tracing::debug!(peer = %identity, detail = revoked.detail, "connection closed");
+            revoked = &mut revoked, if !is_revoked => {
+                tracing::debug!(peer = %identity, detail = revoked.detail, "connection closed");
+                if !server.has_streams() {
+                    return;
+                }
+                (is_revoked, is_closed, is_draining) = (true, true, true);
+                server.drain();
+                idle.as_mut().reset(Instant::now() + REVOKED_MAX);
+                continue;
             }
             // The pod takes no more flows. Those that are open go on.
             () = pod.closed.cancelled(), if !is_closed => {
@@ -70,7 +81,10 @@ pub(super) async fn serve(
                 server.drain();
                 continue;
             }
-            () = &mut idle, if !is_draining => {
+            () = &mut idle, if is_revoked || !is_draining => {
+                if is_revoked {
+                    return;
+                }
                 idle.as_mut().reset(Instant::now() + SERVER_IDLE);
                 if !server.has_streams() {
                     is_draining = true;
@@ -81,7 +95,9 @@ pub(super) async fn serve(
         };
         match next {
             Ok(Some(request)) => {
-                idle.as_mut().reset(Instant::now() + SERVER_IDLE);
+                if !is_revoked {
+                    idle.as_mut().reset(Instant::now() + SERVER_IDLE);
+                }
                 let stream = Stream {
                     path: path.clone(),
                     pod: pod.clone(),
